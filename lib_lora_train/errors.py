@@ -1,0 +1,105 @@
+"""Every error this package raises on purpose.
+
+    LoraTrainError            one sentence for the user: what, why, what to do
+    |- UserError              something the user gave is wrong (also a ValueError); exit code 2
+    |  |- SettingError        a setting is unknown, out of range or contradicts another
+    |  |- DatasetError        the folder, a picture or a caption
+    |  |- ModelError          the checkpoint cannot be trained on
+    |  |- LoraFileError       a LoRA file cannot be read or does not fit
+    |  `- OutputError         the name or the folder of the result
+    |- HostError              the WebUI is not in a state to train (no model, busy, changed model)
+    |- TrainingError          the run itself failed (loss is not a number, out of memory)
+    `- Interrupted            the user stopped the run before there was anything to keep
+
+Foreign exceptions become one of these in `translated` and nowhere else, so every text a user can
+meet is written once. What is not listed there is a bug of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+
+class LoraTrainError(Exception):
+    """Something the user should read. `str(error)` is one sentence: what, why, what to do."""
+
+    def __init__(self, what: str, *, why: str = "", remedy: str = "") -> None:
+        self.what, self.why, self.remedy = what.rstrip("."), why.rstrip("."), remedy.rstrip(".")
+        text = self.what
+        if self.why:
+            text += f": {self.why}"
+        if self.remedy:
+            text += f"; {self.remedy}"
+        super().__init__(text + ".")
+
+
+class UserError(LoraTrainError, ValueError):
+    """Something the user gave is wrong."""
+
+
+class SettingError(UserError):
+    """A setting is unknown, out of range or contradicts another."""
+
+
+class DatasetError(UserError):
+    """The dataset folder, a picture or a caption cannot be used."""
+
+
+class ModelError(UserError):
+    """The checkpoint is of a kind that cannot be trained on, or is incomplete."""
+
+
+class LoraFileError(UserError):
+    """A LoRA file cannot be read, or does not fit the model."""
+
+
+class OutputError(UserError):
+    """The name or the folder of the result cannot be used."""
+
+
+class HostError(LoraTrainError):
+    """The host is not in a state to train: no model is loaded, or it changed under the run."""
+
+
+class TrainingError(LoraTrainError):
+    """The run failed: the loss is not a number, or the memory is exhausted."""
+
+
+class Interrupted(LoraTrainError):
+    """The user stopped the run before there was anything to keep."""
+
+
+@contextlib.contextmanager
+def translated(doing: str) -> Iterator[None]:
+    """Turn the foreign errors a user can cause into ours; `doing` completes "while …".
+
+    Out of memory is told by its message as well as by its class: torch raises a plain
+    RuntimeError for the CPU allocator and for some CUDA libraries.
+    """
+    try:
+        yield
+    except LoraTrainError:
+        raise
+    except MemoryError as error:
+        raise _out_of_memory(doing) from error
+    except PermissionError as error:
+        raise OutputError(
+            f"Access was denied while {doing}", why=str(error),
+            remedy="close programs that use the file, or choose a folder you may write to") from error
+    except OSError as error:
+        raise OutputError(
+            f"The disk refused while {doing}", why=str(error),
+            remedy="check that the folder exists and that the disk is not full") from error
+    except RuntimeError as error:
+        if "out of memory" in str(error).lower() or "can't allocate memory" in str(error).lower():
+            raise _out_of_memory(doing) from error
+        raise
+
+
+def _out_of_memory(doing: str) -> TrainingError:
+    return TrainingError(
+        f"The memory ran out while {doing}",
+        why="the settings need more than the device has free",
+        remedy="take the preset 'Low VRAM', or lower the batch size or the resolution, "
+               "or switch gradient checkpointing on")
