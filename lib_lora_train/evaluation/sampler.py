@@ -1,0 +1,101 @@
+"""Pictures from the borrowed model, with or without a LoRA in training.
+
+Euler's method on the probability-flow ODE with the parametrisation of Karras et al. 2022 (arXiv 2206.00364, algorithm 2
+without churn), sigmas evenly spaced in timesteps: what the WebUI calls "Euler" with the schedule "Automatic".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..model.frozen import FrozenModel
+from ..model.layers import Adapter
+from ..model.text import Conditioning, size_vector
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleRequest:
+    """What to paint. Sizes in pixels, multiples of 8 times the UNet's deepest stride."""
+
+    prompt: str
+    negative_prompt: str = ""
+    width: int = 512
+    height: int = 512
+    steps: int = 20
+    cfg_scale: float = 7.0
+    seed: int = 1
+
+
+def sigmas(alphas_cumprod: torch.Tensor, steps: int) -> torch.Tensor:
+    """[steps + 1] noise levels, falling, the last 0; interpolated in log sigma at evenly spaced timesteps."""
+    log_sigmas = _all_sigmas(alphas_cumprod).log()
+    t = torch.linspace(len(log_sigmas) - 1, 0, steps, device=log_sigmas.device)
+    low = t.floor().long()
+    high, weight = t.ceil().long(), t.frac()
+    interpolated = ((1 - weight) * log_sigmas[low] + weight * log_sigmas[high]).exp()
+    return torch.cat([interpolated, interpolated.new_zeros(1)])
+
+
+@torch.no_grad()
+def sample_latents(model: FrozenModel, request: SampleRequest, *, clip_skip: int = 1, dtype: torch.dtype = torch.float32,
+                   adapters: Mapping[str, Mapping[str, Adapter]] | None = None,
+                   on_step: Callable[[int, int], None] | None = None) -> torch.Tensor:
+    """Latents [1,4,h,w] in the VAE's own scale. `adapters` are a network's, by component; the noise is drawn on the CPU."""
+    adapters = adapters or {}
+    device = model.device
+    texts = [model.text.tokenize(request.negative_prompt), model.text.tokenize(request.prompt)]
+    conditioning = model.text.encode(texts, clip_skip=clip_skip, adapters=adapters)
+    y = _size_vector(conditioning, request)
+    levels = sigmas(model.schedule.alphas_cumprod, request.steps).to(device)
+    log_sigmas = _all_sigmas(model.schedule.alphas_cumprod).log().to(device)
+
+    generator = torch.Generator().manual_seed(request.seed)
+    shape = (1, 4, request.height // 8, request.width // 8)
+    x = torch.randn(shape, generator=generator).to(device) * levels[0]
+    for i in range(request.steps):
+        sigma = levels[i]
+        t = _timestep(sigma, log_sigmas).expand(2)
+        c_in = (sigma ** 2 + 1).rsqrt()
+        output = model.unet((x * c_in).expand(2, -1, -1, -1).to(dtype), t, conditioning.context.to(device, dtype),
+                            None if y is None else y.to(device, dtype), adapters=adapters.get("unet", {})).float()
+        if model.schedule.prediction_type == "v_prediction":
+            # x̂_0 = x/(σ²+1) − v·σ/√(σ²+1), and from it the noise direction (x − x̂_0)/σ.
+            output = (x - (x / (sigma ** 2 + 1) - output * sigma * c_in)) / sigma
+        unconditional, conditional = output.chunk(2)
+        x = x + (unconditional + request.cfg_scale * (conditional - unconditional)) * (levels[i + 1] - sigma)
+        if on_step:
+            on_step(i + 1, request.steps)
+    return x / model.architecture.latent_scale
+
+
+@torch.no_grad()
+def to_picture(model: FrozenModel, latents: torch.Tensor) -> Image.Image:
+    """The first of `latents` [B,4,h,w] (the VAE's own scale) as an RGB picture."""
+    pixels = model.vae.decode(latents)[0].float().clamp(-1, 1)
+    array = ((pixels + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(np.ascontiguousarray(array), "RGB")
+
+
+def _all_sigmas(alphas_cumprod: torch.Tensor) -> torch.Tensor:
+    """σ = √((1−ᾱ)/ᾱ); with zero terminal SNR the last is infinite, so ᾱ is kept from zero as the WebUI keeps it."""
+    alphas_cumprod = alphas_cumprod.float().clamp(min=4.8973451890853435e-08)
+    return ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
+
+
+def _timestep(sigma: torch.Tensor, log_sigmas: torch.Tensor) -> torch.Tensor:
+    """The (fractional) timestep whose noise level is `sigma`, linear in log sigma between the table's entries."""
+    position = torch.searchsorted(log_sigmas, sigma.log()).clamp(1, len(log_sigmas) - 1)
+    low, high = log_sigmas[position - 1], log_sigmas[position]
+    return position - 1 + ((sigma.log() - low) / (high - low)).clamp(0, 1)
+
+
+def _size_vector(conditioning: Conditioning, request: SampleRequest) -> torch.Tensor | None:
+    if conditioning.pooled is None:
+        return None
+    size = torch.tensor([[request.height, request.width]], dtype=torch.float32).expand(2, -1)
+    return size_vector(conditioning.pooled, original=size, crop=torch.zeros_like(size), target=size)

@@ -1,0 +1,74 @@
+"""What a host offers to a job, and nothing more."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from ..events import Event
+from ..model.family import Hints
+from ..model.tokens import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """Which model a host holds. `family` is "sd1", "sd2" or "sdxl", "" where it is none of them; hashes are "" where
+    the host has not computed them. `legacy_hash` is the sha256 of 64 KiB at 1 MiB, 8 digits."""
+
+    name: str
+    title: str
+    family: str
+    sha256: str = ""
+    legacy_hash: str = ""
+    vae_name: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Borrowed:
+    """The host's model while it is lent: tensors by reference under checkpoint names, and what shapes cannot tell.
+
+    `clip_skip` is what the host paints with; `device` is where to compute, and where the tensors lie.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    hints: Hints
+    checkpoint: Checkpoint
+    device: torch.device
+    tokenizers: Sequence[Tokenizer] | None = None
+    clip_skip: int = 1
+    comma_padding_backtrack: int = 20
+
+
+class Host(Protocol):
+    """A place that holds a model: the WebUI, or a checkpoint file."""
+
+    @property
+    def lora_folder(self) -> Path:
+        """Where finished LoRAs go unless the user names a folder."""
+
+    @property
+    def runs_folder(self) -> Path:
+        """Where each run keeps its folder of settings and events."""
+
+    def checkpoint(self) -> Checkpoint | None:
+        """What is loaded now, None if nothing is; never loads, never waits."""
+
+    def borrow(self) -> AbstractContextManager[Borrowed]:
+        """Lend the model, clean of active LoRAs and locked against everybody else, and take it back in any case.
+
+        Raises HostError if there is none, ModelError if it is of a kind that cannot be trained.
+        """
+
+    def interrupted(self) -> bool:
+        """Whether the user pressed the host's own stop button."""
+
+    def report(self, event: Event) -> None:
+        """See an event of the running job, to keep the host's own progress display true."""
+
+    def refresh_loras(self) -> None:
+        """Make a new or overwritten LoRA file known to the host."""

@@ -1,0 +1,113 @@
+"""All settings of a run: `Settings`, made from a flat mapping of names and values.
+
+Not here: reading presets (`presets/`) and anything that needs the dataset, the model or a device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+
+from ..errors import SettingError
+from .areas import (
+    CaptionSettings, DatasetSettings, LossSettings, MemorySettings, NetworkSettings, OptimizerSettings, SaveSettings,
+)
+from .field import Declaration, Value, declarations, read
+
+__all__ = [
+    "AREAS", "DECLARATIONS", "CaptionSettings", "DatasetSettings", "Declaration", "LossSettings", "MemorySettings",
+    "NetworkSettings", "OptimizerSettings", "SaveSettings", "Settings", "Value", "declarations", "flat", "ignored",
+    "parse", "read",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """One run's settings, an area each."""
+
+    dataset: DatasetSettings = DatasetSettings()
+    captions: CaptionSettings = CaptionSettings()
+    network: NetworkSettings = NetworkSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    loss: LossSettings = LossSettings()
+    memory: MemorySettings = MemorySettings()
+    save: SaveSettings = SaveSettings()
+
+
+AREAS: dict[str, type] = {field.name: type(field.default) for field in dataclasses.fields(Settings)}
+DECLARATIONS: dict[str, Declaration] = {
+    declaration.name: declaration for area in AREAS.values() for declaration in declarations(area)}
+
+
+def parse(values: Mapping[str, object]) -> Settings:
+    """Settings from names and values as typed; what is not named keeps its default.
+
+    Raises SettingError for an unknown name (with the nearest known one), a wrong type or a value out of range,
+    and for settings that contradict each other.
+    """
+    for name in values:
+        if name not in DECLARATIONS:
+            near = difflib.get_close_matches(name, DECLARATIONS, n=1)
+            raise SettingError(f"There is no setting called {name!r}",
+                               remedy=f"did you mean {near[0]!r}" if near else "see the list of settings in the README")
+    areas = {
+        name: area(**{d.name: read(d, values[d.name]) for d in declarations(area) if d.name in values})
+        for name, area in AREAS.items()}
+    settings = Settings(**areas)
+    _check(settings)
+    return settings
+
+
+def flat(settings: Settings) -> dict[str, Value]:
+    """All settings by name: the inverse of `parse`."""
+    return {name: value for area in AREAS for name, value in vars(getattr(settings, area)).items()}
+
+
+def resolution_of(text: str, *, default: int) -> tuple[int, int]:
+    """(width, height) in pixels from "auto", "512" or "768,512"; raises SettingError."""
+    if text == "auto":
+        return default, default
+    parts = [part.strip() for part in text.replace("x", ",").split(",")]
+    if len(parts) not in (1, 2) or not all(part.isascii() and part.isdigit() for part in parts):
+        raise SettingError(f"resolution = {text!r} is not possible", why="it must be auto, a number like 512, or "
+                           "width,height like 768,512")
+    width, height = int(parts[0]), int(parts[-1])
+    if not (64 <= width <= 4096 and 64 <= height <= 4096):
+        raise SettingError(f"resolution = {text!r} is not possible", why="both sides must lie between 64 and 4096 pixels")
+    return width, height
+
+
+def ignored(settings: Settings) -> list[str]:
+    """One sentence for each setting the user changed that has no effect beside the others."""
+    default, notes = Settings(), []
+    captions, optimizer, dataset = settings.captions, settings.optimizer, settings.dataset
+    if captions.keep_tokens != default.captions.keep_tokens and not (
+            captions.shuffle_caption or captions.caption_tag_dropout_rate):
+        notes.append("keep_tokens has no effect: tags are neither shuffled nor dropped.")
+    if optimizer.lr_scheduler_num_cycles != 1 and optimizer.lr_scheduler != "cosine_with_restarts":
+        notes.append(f"lr_scheduler_num_cycles has no effect with the schedule {optimizer.lr_scheduler}.")
+    if optimizer.text_encoder_lr != default.optimizer.text_encoder_lr and settings.network.network_train_unet_only:
+        notes.append("text_encoder_lr has no effect: only the UNet is trained (network_train_unet_only).")
+    if dataset.prior_loss_weight != 1.0 and not dataset.reg_data_dir:
+        notes.append("prior_loss_weight has no effect: there is no regularisation folder.")
+    if dataset.cache_latents_to_disk and (dataset.color_aug or dataset.random_crop):
+        notes.append("cache_latents_to_disk has no effect: with colour changes or random crop pictures are encoded anew.")
+    if not dataset.enable_bucket:
+        for name in ("min_bucket_reso", "max_bucket_reso", "bucket_no_upscale"):
+            if getattr(dataset, name) != getattr(default.dataset, name):
+                notes.append(f"{name} has no effect: aspect buckets are off.")
+    if optimizer.max_train_steps and optimizer.max_train_epochs != default.optimizer.max_train_epochs:
+        notes.append("max_train_epochs has no effect: max_train_steps says when to end.")
+    return notes
+
+
+def _check(settings: Settings) -> None:
+    dataset = settings.dataset
+    resolution_of(dataset.resolution, default=512)
+    if dataset.min_bucket_reso > dataset.max_bucket_reso:
+        raise SettingError(f"min_bucket_reso = {dataset.min_bucket_reso} is not possible",
+                           why=f"max_bucket_reso is smaller ({dataset.max_bucket_reso})")
+    if dataset.bucket_reso_steps % 8:
+        raise SettingError(f"bucket_reso_steps = {dataset.bucket_reso_steps} is not possible",
+                           why="it must be a multiple of 8, the size of one latent")

@@ -1,0 +1,182 @@
+"""Every setting, once: name, default, range, label and help, grouped by what it is about.
+
+The page, the command line, the API and the documentation are built from these classes. Names are kohya's
+where kohya has the setting, so that a user's notes and other people's guides keep working.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from .field import setting
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetSettings:
+    """The pictures and their captions."""
+
+    train_data_dir: str = setting(
+        "", "Dataset folder", "A folder of pictures, or one in kohya's layout (folders named like 10_name). Captions are "
+        "text files of the same name beside the pictures.", in_view=True, is_path=True)
+    trigger_word: str = setting(
+        "", "Trigger word", "A word of your own that will call what is learnt. It is put first in every caption.",
+        in_view=True)
+    num_repeats: int = setting(
+        0, "Repeats", "How often each picture is shown in an epoch. 0 chooses: at least 100 times a picture and 1500 "
+        "times in all over the run. Folders named N_name say it themselves.", minimum=0, maximum=10000, in_view=True)
+    resolution: str = setting(
+        "auto", "Resolution", "Training size in pixels: one number, or width,height. auto is 512 for SD1, 768 for SD2, "
+        "1024 for SDXL.", in_view=True)
+    enable_bucket: bool = setting(
+        True, "Aspect buckets", "Keep the shape of each picture: pictures of similar shape are trained together. Off "
+        "crops all of them to one size.")
+    min_bucket_reso: int = setting(
+        256, "Smallest bucket side", "No bucket has a side shorter than this, in pixels.", minimum=64, maximum=4096, step=64)
+    max_bucket_reso: int = setting(
+        1024, "Largest bucket side", "No bucket has a side longer than this, in pixels. For SDXL at least 2048 is used.",
+        minimum=64, maximum=8192, step=64)
+    bucket_reso_steps: int = setting(
+        64, "Bucket step", "Bucket sides are multiples of this many pixels.", minimum=8, maximum=512, step=8)
+    bucket_no_upscale: bool = setting(
+        False, "No upscaling", "Never enlarge a small picture to fill its bucket.")
+    reg_data_dir: str = setting(
+        "", "Regularisation folder", "Pictures of the general class (kohya's layout), so that the class itself is not "
+        "changed. Empty for none.", is_path=True)
+    prior_loss_weight: float = setting(
+        1.0, "Regularisation weight", "How much the regularisation pictures count.", minimum=0, maximum=100, step=0.1)
+    flip_aug: bool = setting(
+        False, "Flip", "Show every picture mirrored half of the time. Not for faces or text.", in_view=True)
+    color_aug: bool = setting(
+        False, "Colour changes", "Vary hue and brightness a little. Pictures are then encoded anew at each step.")
+    random_crop: bool = setting(
+        False, "Random crop", "Crop at a random place instead of the centre. Pictures are then encoded anew at each step.")
+    cache_latents_to_disk: bool = setting(
+        False, "Keep encoded pictures on disk", "The next run with the same pictures, size and VAE starts at once.")
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionSettings:
+    """What is done to captions at each step."""
+
+    caption_extension: str = setting(
+        "auto", "Caption files", "auto reads .txt, else .caption.", choices=("auto", ".txt", ".caption"))
+    shuffle_caption: bool = setting(
+        False, "Shuffle tags", "Put the comma-separated tags into a new order at each step.")
+    keep_tokens: int = setting(
+        1, "Keep first tags", "How many tags stay in front when the others are shuffled or dropped.", minimum=0, maximum=255)
+    caption_dropout_rate: float = setting(
+        0.0, "Caption dropout", "Share of the steps that see an empty caption.", minimum=0, maximum=1, step=0.01)
+    caption_tag_dropout_rate: float = setting(
+        0.0, "Tag dropout", "Share of the tags that are left out at each step.", minimum=0, maximum=1, step=0.01)
+    clip_skip: int = setting(
+        0, "Clip skip", "Which text-encoder layer SD1 captions are read from, counted from the end. 0 takes what the "
+        "WebUI is set to.", minimum=0, maximum=12)
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkSettings:
+    """What is trained."""
+
+    network_dim: int = setting(
+        16, "Rank", "Size of the LoRA. 8 to 32 suits most; larger learns more detail and overfits sooner.",
+        minimum=1, maximum=1024, in_view=True)
+    network_alpha: float = setting(
+        8.0, "Alpha", "The LoRA's strength is alpha / rank. Half the rank is usual.", minimum=0.01, maximum=4096,
+        step=0.5, in_view=True)
+    network_train_unet_only: bool = setting(
+        True, "UNet only", "Leave the text encoder as it is: less memory, faster. Off trains it too, which helps a new "
+        "trigger word.", in_view=True)
+    network_weights: str = setting(
+        "", "Continue from LoRA", "A LoRA file to go on from. Its rank and alpha are taken over.", is_path=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSettings:
+    """How it is trained: steps, batches, learning rates."""
+
+    max_train_epochs: int = setting(
+        10, "Epochs", "How often the whole dataset (with its repeats) is gone through.", minimum=1, maximum=100000,
+        in_view=True)
+    max_train_steps: int = setting(
+        0, "Steps", "End after exactly this many steps instead of after the epochs. 0 leaves it to the epochs.",
+        minimum=0, maximum=10_000_000, in_view=True)
+    train_batch_size: int = setting(
+        1, "Batch size", "Pictures in one pass. More needs more memory.", minimum=1, maximum=1024, in_view=True)
+    gradient_accumulation_steps: int = setting(
+        1, "Gradient accumulation", "Passes gathered into one step: the effect of a larger batch without its memory.",
+        minimum=1, maximum=1024)
+    learning_rate: float = setting(
+        1e-4, "Learning rate", "How fast the LoRA learns. 1e-4 is usual.", minimum=0, maximum=10, in_view=True)
+    unet_lr: float = setting(
+        0.0, "UNet learning rate", "0 takes the learning rate above.", minimum=0, maximum=10)
+    text_encoder_lr: float = setting(
+        5e-5, "Text encoder learning rate", "Used when the text encoder is trained. Half of the UNet's is usual.",
+        minimum=0, maximum=10)
+    optimizer_type: str = setting("AdamW", "Optimizer", "The method that turns gradients into changes.", choices=("AdamW",))
+    weight_decay: float = setting(
+        0.01, "Weight decay", "Pulls weights gently towards zero.", minimum=0, maximum=1, step=0.01)
+    lr_scheduler: str = setting(
+        "cosine", "Schedule", "How the learning rate changes over the run.",
+        choices=("constant", "linear", "cosine", "cosine_with_restarts"))
+    lr_warmup_steps: int = setting(
+        0, "Warm-up steps", "Steps over which the learning rate rises from zero.", minimum=0, maximum=1_000_000)
+    lr_scheduler_num_cycles: int = setting(
+        1, "Restarts", "Cycles of the schedule cosine_with_restarts.", minimum=1, maximum=1000)
+    max_grad_norm: float = setting(
+        1.0, "Gradient clipping", "Longest gradient that is allowed. 0 switches clipping off.", minimum=0, maximum=1000,
+        step=0.1)
+    seed: int = setting(
+        42, "Seed", "The same seed gives the same LoRA on the same machine. -1 draws one.", minimum=-1, maximum=2**32 - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class LossSettings:
+    """Noise and loss."""
+
+    min_snr_gamma: float = setting(
+        5.0, "Min-SNR gamma", "Evens out easy and hard noise levels (arXiv 2303.09556). 5 is usual, 0 switches it off.",
+        minimum=0, maximum=100, step=0.5)
+    noise_offset: float = setting(
+        0.0, "Noise offset", "Lets the LoRA learn very dark or bright pictures. 0.05 to 0.1 where wanted.", minimum=0,
+        maximum=1, step=0.01)
+    v_parameterization: str = setting(
+        "auto", "v-prediction", "What the model predicts. auto asks the model; SD2 768 models need on where it cannot tell.",
+        choices=("auto", "on", "off"))
+    zero_terminal_snr: str = setting(
+        "auto", "Zero terminal SNR", "The noise schedule ends in pure noise (arXiv 2305.08891). auto asks the model.",
+        choices=("auto", "on", "off"))
+
+
+@dataclasses.dataclass(frozen=True)
+class MemorySettings:
+    """Precision and memory."""
+
+    mixed_precision: str = setting(
+        "auto", "Precision", "What the model computes in; the LoRA itself is always trained in full precision. auto is bf16 "
+        "on newer cards, fp16 on older ones, and no (fp32) without a card.", choices=("auto", "no", "fp16", "bf16"))
+    gradient_checkpointing: bool = setting(
+        False, "Gradient checkpointing", "Much less memory for about a third more time.")
+    vae_batch_size: int = setting(
+        1, "Encoding batch", "Pictures that the VAE encodes at once.", minimum=1, maximum=64)
+
+
+@dataclasses.dataclass(frozen=True)
+class SaveSettings:
+    """The result."""
+
+    output_name: str = setting(
+        "", "Name", "Name of the LoRA: what you will write in <lora:name:1>.", in_view=True)
+    output_dir: str = setting(
+        "", "Output folder", "Where the file goes. Empty is the folder in which the WebUI looks for LoRAs.", is_path=True)
+    overwrite: bool = setting(
+        False, "Overwrite", "Replace a LoRA of this name that is already there.")
+    save_precision: str = setting(
+        "fp16", "Save as", "Number format of the file. fp16 is what everybody uses.", choices=("fp16", "bf16", "float"))
+    save_every_n_epochs: int = setting(
+        0, "Save every n epochs", "Also keep the LoRA as it is after every n-th epoch. 0 for none.", minimum=0,
+        maximum=100000)
+    save_every_n_steps: int = setting(
+        0, "Save every n steps", "Also keep the LoRA as it is after every n-th step. 0 for none.", minimum=0,
+        maximum=10_000_000)
+    training_comment: str = setting(
+        "", "Comment", "A note that is kept inside the file.")

@@ -1,0 +1,120 @@
+"""How one setting is declared, read and checked.
+
+A setting is a dataclass field whose metadata holds a `Declaration`: that is the only place where its
+default, bounds, label and help exist. `read` turns what a user typed, in a page, a TOML file or on the
+command line, into the field's type, or says in one sentence why it cannot.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from ..errors import SettingError
+
+Value = bool | int | float | str
+
+
+@dataclasses.dataclass(frozen=True)
+class Declaration:
+    """One setting. `name` is kohya's where kohya has it; `in_view` puts it above the fold of the page."""
+
+    name: str
+    type: type
+    default: Value
+    label: str
+    help: str
+    minimum: float | None = None
+    maximum: float | None = None
+    step: float | None = None
+    choices: tuple[str, ...] = ()
+    in_view: bool = False
+    is_path: bool = False
+
+
+def setting(
+    default: Value, label: str, help: str, *, minimum: float | None = None, maximum: float | None = None,
+    step: float | None = None, choices: tuple[str, ...] = (), in_view: bool = False, is_path: bool = False,
+) -> Any:
+    """A dataclass field that declares a setting; its name and type come from the class it stands in."""
+    return dataclasses.field(default=default, metadata={"declaration": Declaration(
+        "", type(default), default, label, help, minimum, maximum, step, choices, in_view, is_path)})
+
+
+def declarations(area: type) -> tuple[Declaration, ...]:
+    """The settings that a dataclass declares, in the order they stand in."""
+    return tuple(
+        dataclasses.replace(field.metadata["declaration"], name=field.name) for field in dataclasses.fields(area))
+
+
+def read(declaration: Declaration, value: object) -> Value:
+    """`value` as the setting's type, within its bounds; raises SettingError that names the setting and its range."""
+    converted = _CONVERT[declaration.type](declaration, value)
+    if declaration.choices and converted not in declaration.choices:
+        raise _refused(declaration, value, f"it must be one of {', '.join(declaration.choices)}")
+    if isinstance(converted, (int, float)) and not isinstance(converted, bool):
+        low, high = declaration.minimum, declaration.maximum
+        if not math.isfinite(converted) or (low is not None and converted < low) or (
+                high is not None and converted > high):
+            raise _refused(declaration, value, _range_text(declaration))
+    return converted
+
+
+def _refused(declaration: Declaration, value: object, why: str) -> SettingError:
+    shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "…"
+    return SettingError(f"{declaration.name} = {shown} is not possible", why=why,
+                        remedy=f"the default is {declaration.default!r}")
+
+
+def _range_text(declaration: Declaration) -> str:
+    low, high = declaration.minimum, declaration.maximum
+    if low is not None and high is not None:
+        return f"it must lie between {low:g} and {high:g}"
+    if low is not None:
+        return f"it must be at least {low:g}"
+    if high is not None:
+        return f"it must be at most {high:g}"
+    return "it must be a finite number"
+
+
+def _to_bool(declaration: Declaration, value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    text = str(value).strip().lower()
+    if text in ("true", "1", "yes", "on"):
+        return True
+    if text in ("false", "0", "no", "off"):
+        return False
+    raise _refused(declaration, value, "it must be true or false")
+
+
+def _to_int(declaration: Declaration, value: object) -> int:
+    number = _to_float(declaration, value)
+    if not math.isfinite(number) or number != int(number):
+        raise _refused(declaration, value, "it must be a whole number")
+    return int(number)
+
+
+def _to_float(declaration: Declaration, value: object) -> float:
+    if isinstance(value, bool) or value is None:
+        raise _refused(declaration, value, "it must be a number")
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        raise _refused(declaration, value, "it must be a number") from None
+
+
+def _to_str(declaration: Declaration, value: object) -> str:
+    if isinstance(value, (list, tuple, dict)) or value is None:
+        raise _refused(declaration, value, "it must be text")
+    text = str(value).strip()
+    if "\x00" in text:
+        raise _refused(declaration, value, "it holds a zero character")
+    # Windows' "Copy as path" wraps the path in quotes; nobody means them.
+    if declaration.is_path and len(text) >= 2 and text[0] == text[-1] == '"':
+        text = text[1:-1]
+    return text
+
+
+_CONVERT = {bool: _to_bool, int: _to_int, float: _to_float, str: _to_str}

@@ -1,0 +1,158 @@
+"""The training loop. It reads like the method; logging, saving and stopping consume its events.
+
+Not here: what to do with the saved weights (the caller's `save`), resuming an interrupted run, validation.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal
+
+import torch
+
+from ..cache.batches import Batch
+from ..errors import TrainingError, translated
+from ..events import Report, Step
+from ..model.frozen import FrozenModel
+from ..model.text import Conditioning
+from ..network.network import LoRANetwork
+from .noise import draw
+from .optimizer import Stepper, learning_rate_factor
+from .precision import LossScaler
+from .progress import Arrived, LossLog, Speed
+from .step import StepOptions, denoising_loss
+
+Stop = Callable[[], Literal["", "stop", "save"]]
+Condition = Callable[[Batch], Conditioning]
+Save = Callable[[int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopOptions:
+    """The numbers of a run. Steps and epochs count from 1, `save_every_…` 0 is never."""
+
+    steps: int
+    epochs: int
+    steps_per_epoch: int
+    accumulation: int
+    schedule: str
+    warmup: int
+    cycles: int
+    weight_decay: float
+    max_grad_norm: float
+    noise_offset: float
+    unet_lr: float
+    text_encoder_lr: float
+    seed: int
+    save_every_n_epochs: int
+    save_every_n_steps: int
+    step: StepOptions
+
+
+def train(model: FrozenModel, *, network: LoRANetwork, epoch_batches: Callable[[int], Iterable[Batch]],
+          condition: Condition, options: LoopOptions, save: Save, report: Report, stop: Stop) -> int:
+    """Train `network` on `model`; returns the number of steps made (all of them, unless `stop` said otherwise).
+
+    `epoch_batches(epoch)` gives an epoch's batches, `condition` a batch's text, `save(step, epoch)` is called where a save
+    is due. Raises TrainingError if the loss is no longer a number (the network then holds its last good weights) or if
+    the memory runs out.
+    """
+    device = model.device
+    stepper = Stepper(network.parameter_groups(options.unet_lr, options.text_encoder_lr), device=device,
+                      weight_decay=options.weight_decay, max_grad_norm=options.max_grad_norm)
+    scaler = LossScaler(device, enabled=options.step.dtype == torch.float16)
+    adapters = network.adapters().get("unet", {})
+    log, reporter = LossLog(device), _Reporter(options, report, stepper)
+
+    with torch.enable_grad(), translated("training"):
+        for step, epoch, micro_batches in _steps(epoch_batches, options):
+            if stop():
+                reporter.tell(log.arrived(wait=True))
+                return step - 1
+            stepper.set_factor(learning_rate_factor(
+                options.schedule, step - 1, total=options.steps, warmup=options.warmup, cycles=options.cycles))
+            total = torch.zeros((), device=device)
+            for micro, batch in enumerate(micro_batches):
+                draws = draw(batch.mean.shape, seed=options.seed, step=step, micro=micro,
+                             timesteps=len(model.schedule.alphas_cumprod), noise_offset=options.noise_offset)
+                loss = denoising_loss(model, batch=batch, conditioning=condition(batch), draws=draws,
+                                      adapters=adapters, options=options.step) / len(micro_batches)
+                scaler.scaled(loss).backward()
+                total += loss.detach()
+            scaler.unscale(stepper.parameters)
+            overflowed = stepper.step()
+            scaler.update(overflowed)
+
+            log.push(step, total, overflowed)
+            reporter.expect(step, epoch)
+            reporter.tell(log.arrived())
+            if _save_due(step, options):
+                reporter.tell(log.arrived(wait=True))
+                save(step, epoch)
+        reporter.tell(log.arrived(wait=True))
+    return options.steps
+
+
+def _steps(epoch_batches: Callable[[int], Iterable[Batch]], options: LoopOptions) -> Iterator[tuple[int, int, list[Batch]]]:
+    """(step, epoch, micro-batches) for exactly `options.steps` steps; an epoch's last step may hold fewer."""
+    step = 0
+    for epoch in range(1, options.epochs + 1):
+        gathered: list[Batch] = []
+        for number, batch in enumerate(epoch_batches(epoch), 1):
+            gathered.append(batch)
+            if len(gathered) == options.accumulation:
+                step += 1
+                yield step, epoch, gathered
+                gathered = []
+                if step == options.steps:
+                    return
+        if gathered:
+            step += 1
+            yield step, epoch, gathered
+            if step == options.steps:
+                return
+
+
+def _save_due(step: int, options: LoopOptions) -> bool:
+    """Not after the last step: that is the result, which the caller saves."""
+    if step == options.steps:
+        return False
+    if options.save_every_n_steps and step % options.save_every_n_steps == 0:
+        return True
+    span = options.save_every_n_epochs * options.steps_per_epoch
+    return bool(span) and step % span == 0
+
+
+class _Reporter:
+    """Turns arrived losses into Step events, in order, and a loss that is not a number into the end of the run."""
+
+    def __init__(self, options: LoopOptions, report: Report, stepper: Stepper) -> None:
+        self._options, self._report, self._stepper = options, report, stepper
+        self._recent: collections.deque[float] = collections.deque(maxlen=max(10, options.steps_per_epoch))
+        self._expected: dict[int, tuple[int, float, float]] = {}
+        self._speed = Speed()
+
+    def expect(self, step: int, epoch: int) -> None:
+        """Remember what was in force in a step whose loss is still on its way."""
+        rates = self._stepper.rates()
+        unet = rates[0] if self._options.unet_lr else 0.0
+        self._expected[step] = (epoch, unet, rates[-1] if len(rates) > 1 else 0.0)
+
+    def tell(self, arrived: list[Arrived]) -> None:
+        for one in arrived:
+            epoch, learning_rate, text_encoder_lr = self._expected.pop(one.step)
+            if not math.isfinite(one.loss):
+                raise TrainingError(
+                    f"The loss is no longer a number at step {one.step}", why="the training has become unstable",
+                    remedy="lower the learning rate; with fp16 also try bf16 or no as precision, and a VAE that is "
+                           "made for half precision")
+            self._recent.append(one.loss)
+            speed = self._speed.tick()
+            left = (self._options.steps - one.step) / speed if speed else None
+            self._report(Step(
+                step=one.step, total=self._options.steps, epoch=epoch, epochs=self._options.epochs, loss=one.loss,
+                average_loss=sum(self._recent) / len(self._recent), learning_rate=learning_rate,
+                text_encoder_lr=text_encoder_lr, steps_per_second=speed, seconds_left=left, skipped=one.overflowed))

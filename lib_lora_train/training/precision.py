@@ -1,0 +1,69 @@
+"""What the frozen model computes in, and the loss scaling that fp16 needs.
+
+The LoRA's weights, their gradients and the optimiser's state are fp32 always; only activations change.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import SettingError
+
+
+def compute_dtype(mixed_precision: str, device: torch.device) -> torch.dtype:
+    """The activations' dtype for kohya's `mixed_precision`; "auto" looks at the device.
+
+    bf16 is asked of compute capability 8 (Ampere) and above only: older cards emulate it, slower than fp32.
+    Raises SettingError where the device cannot compute in what was asked.
+    """
+    cuda = device.type == "cuda"
+    ampere = cuda and torch.cuda.get_device_capability(device)[0] >= 8
+    if mixed_precision == "auto":
+        return (torch.bfloat16 if ampere else torch.float16) if cuda else torch.float32
+    if mixed_precision == "bf16":
+        if cuda and not ampere:
+            raise SettingError("mixed_precision = 'bf16' is not possible on this card",
+                               why="it is older than Ampere (RTX 30)", remedy="use fp16 or auto")
+        return torch.bfloat16
+    if mixed_precision == "fp16":
+        if not cuda:
+            raise SettingError(f"mixed_precision = 'fp16' is not possible on the device {device.type!r}",
+                               why="half precision needs a CUDA card", remedy="use auto, no or bf16")
+        return torch.float16
+    return torch.float32
+
+
+class LossScaler:
+    """Dynamic loss scaling as in Micikevicius et al., "Mixed Precision Training" (arXiv 1710.03740), section 3.2.
+
+    The scale doubles after `growth_interval` good steps and halves after an overflow. Everything is a tensor on the
+    device, so that nothing waits for it. torch's own GradScaler reads the overflow flag back to the CPU for every
+    optimiser that is not fused and, before torch 2.3, does not run on the CPU at all.
+
+    With `enabled=False` the scale is 1 and only the overflow check is left: a step whose gradients are not finite is
+    never applied, in any precision, so the weights stay good.
+    """
+
+    def __init__(self, device: torch.device, *, enabled: bool, initial: float = 65536.0, growth_interval: int = 2000) -> None:
+        self.enabled = enabled
+        self.growth_interval = growth_interval
+        self.scale = torch.full((), initial if enabled else 1.0, device=device)
+        self._good_steps = torch.zeros((), device=device)
+
+    def scaled(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss to call backward on."""
+        return loss * self.scale if self.enabled else loss
+
+    def unscale(self, parameters: list[torch.nn.Parameter]) -> None:
+        """Divide the gradients by the scale, in place; to be called once a step, before clipping."""
+        if self.enabled:
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            torch._foreach_mul_(gradients, 1.0 / self.scale)
+
+    def update(self, overflowed: torch.Tensor) -> None:
+        """Adapt the scale; `overflowed` is a 0-d bool tensor on the device."""
+        if self.enabled:
+            good = torch.where(overflowed, 0.0, self._good_steps + 1)
+            grown = good >= self.growth_interval
+            self.scale = torch.where(overflowed, self.scale * 0.5, torch.where(grown, self.scale * 2, self.scale))
+            self._good_steps = torch.where(grown, 0.0, good)
