@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lib_lora_train.network.lora import LoRALayer
+
+
+def layer_with_weights(*, inputs: int = 12, outputs: int = 20, rank: int = 4, alpha: float = 3.0) -> LoRALayer:
+    generator = torch.Generator().manual_seed(7)
+    layer = LoRALayer(in_features=inputs, out_features=outputs, rank=rank, alpha=alpha, generator=generator)
+    with torch.no_grad():
+        layer.up.normal_(generator=generator)
+    return layer
+
+
+def merged(layer: LoRALayer, weight: torch.Tensor) -> torch.Tensor:
+    """W + alpha/r · B A, the weight that the WebUI computes with (arXiv 2106.09685, eq. 3), in fp64."""
+    return weight + 3.0 / 4 * (layer.up.detach().double() @ layer.down.detach().double()).reshape(weight.shape)
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b).abs().max() / b.abs().max())
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.float16])
+def test_a_linear_layer_equals_the_merged_weight(weight_dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    layer, x = layer_with_weights(), torch.randn(2, 5, 12, generator=generator)
+    weight = torch.randn(20, 12, generator=generator).to(weight_dtype)
+    bias = torch.randn(20, generator=generator).to(weight_dtype)
+    expected = F.linear(x.double(), merged(layer, weight.double()), bias.double())
+    assert relative(layer.linear(x, weight, bias), expected) < 1e-6
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_1x1_convolution_equals_the_merged_weight(stride: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    layer, x = layer_with_weights(), torch.randn(2, 12, 6, 5, generator=generator)
+    weight = torch.randn(20, 12, 1, 1, generator=generator)
+    expected = F.conv2d(x.double(), merged(layer, weight.double()), stride=stride)
+    assert relative(layer.conv2d(x, weight, None, stride=stride, padding=0), expected) < 1e-6
+
+
+def test_gradients_equal_those_of_the_merged_weight() -> None:
+    generator = torch.Generator().manual_seed(3)
+    layer, x, weight = layer_with_weights(), torch.randn(9, 12, generator=generator), torch.randn(20, 12)
+    layer.linear(x, weight, None).square().sum().backward()
+    a, b = (side.detach().double().requires_grad_() for side in (layer.down, layer.up))
+    F.linear(x.double(), weight.double() + 3.0 / 4 * b @ a).square().sum().backward()
+    assert relative(layer.down.grad, a.grad) < 1e-5
+    assert relative(layer.up.grad, b.grad) < 1e-5
+
+
+def test_a_new_layer_changes_nothing_and_starts_within_kaimings_bound() -> None:
+    layer = LoRALayer(in_features=400, out_features=8, rank=16, alpha=1, generator=torch.Generator().manual_seed(0))
+    reference = torch.empty(16, 400)
+    torch.nn.init.kaiming_uniform_(reference, a=math.sqrt(5))
+    assert not layer.up.any()
+    assert float(layer.down.abs().max()) == pytest.approx(float(reference.abs().max()), rel=1e-2)
+    assert float(layer.down.std()) == pytest.approx(float(reference.std()), rel=0.05)
+    assert layer.down.dtype == layer.up.dtype == torch.float32
+
+
+def test_weight_zero_is_bit_for_bit_the_frozen_layer() -> None:
+    layer, x, weight = layer_with_weights(), torch.randn(3, 12), torch.randn(20, 12)
+    layer.multiplier = 0.0
+    assert torch.equal(layer.linear(x, weight, None), F.linear(x, weight))
+
+
+def test_half_precision_activations_train_fp32_weights() -> None:
+    layer, x = layer_with_weights(), torch.randn(3, 12, dtype=torch.bfloat16)
+    result = layer.linear(x, torch.randn(20, 12, dtype=torch.bfloat16), None)
+    result.float().sum().backward()
+    assert result.dtype == torch.bfloat16
+    assert layer.down.grad.dtype == layer.up.grad.dtype == torch.float32
