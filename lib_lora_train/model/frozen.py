@@ -1,0 +1,112 @@
+"""The whole frozen model in one object, built from a flat dict of somebody else's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lib_lora_train.errors import LoraTrainError, ModelError
+from lib_lora_train.model.architecture import UNET_COMPONENT, Architecture
+from lib_lora_train.model.components import text_tensors, unet_tensors, vae_tensors
+from lib_lora_train.model.conditioning import TextConditioner
+from lib_lora_train.model.family import Hints, detect, text_prefixes
+from lib_lora_train.model.schedule import NoiseSchedule
+from lib_lora_train.model.text import TextEncoder
+from lib_lora_train.model.tokens import Tokenizer, clip_tokenizer
+from lib_lora_train.model.unet import UNet
+from lib_lora_train.model.vae import VAE
+
+
+@dataclass(frozen=True, eq=False)
+class FrozenModel:
+    """UNet, VAE, text encoders and schedule over borrowed tensors. Nothing in it can be trained."""
+
+    architecture: Architecture
+    unet: UNet
+    vae: VAE
+    text: TextConditioner
+    schedule: NoiseSchedule
+    device: torch.device
+    """Where the UNet's weights are."""
+    dtype: torch.dtype
+    """In which the UNet's weights are stored; the computation takes that of its input."""
+
+    @property
+    def components(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """What can be adapted: "unet", then "te" or "te1" and "te2", each its tensors by local name."""
+        return {UNET_COMPONENT: self.unet.tensors,
+                **{encoder.config.component: encoder.tensors for encoder in self.text.encoders}}
+
+
+def build(tensors: Mapping[str, Tensor], *, hints: Hints = Hints(), tokenizers: Sequence[Tokenizer] | None = None,
+          comma_padding_backtrack: int = 20) -> FrozenModel:
+    """The frozen model over `tensors` (ldm/sgm checkpoint names), without copying one of them.
+
+    tokenizers: one a text encoder; by default CLIP's.
+    The schedule's ᾱ are the hint's, else the checkpoint's own in fp32, else Stable Diffusion's; they are rescaled where
+    the architecture has zero terminal SNR.
+    Raises ModelError for what `detect` refuses, and for tensors that are missing or do not fit each other: every part
+    is run once on shapes alone, which takes no memory and no weights.
+    """
+    architecture = detect(tensors, hints)
+    prefixes = text_prefixes(architecture.family)
+    parts = unet_tensors(tensors), vae_tensors(tensors), [text_tensors(tensors, prefix) for prefix in prefixes]
+    tokenizers = [clip_tokenizer()] * len(prefixes) if tokenizers is None else tokenizers
+    _rehearse(architecture, *parts)
+
+    unet = UNet(parts[0], architecture.unet)
+    stem = unet.tensors["input_blocks.0.0.weight"]
+    schedule = NoiseSchedule.build(
+        prediction_type=architecture.prediction_type, zero_terminal_snr=architecture.zero_terminal_snr,
+        alphas_cumprod=_alphas_cumprod(tensors, hints))
+    return FrozenModel(
+        architecture=architecture,
+        unet=unet,
+        vae=VAE(parts[1], architecture.vae),
+        text=TextConditioner(
+            [TextEncoder(text, config) for text, config in zip(parts[2], architecture.text)], tokenizers,
+            comma_padding_backtrack=comma_padding_backtrack),
+        schedule=schedule.to(stem.device),
+        device=stem.device,
+        dtype=stem.dtype,
+    )
+
+
+def _alphas_cumprod(tensors: Mapping[str, Tensor], hints: Hints) -> Tensor | None:
+    if hints.alphas_cumprod is not None:
+        return hints.alphas_cumprod
+    stored = tensors.get("alphas_cumprod")
+    # Checkpoints pruned to fp16 carry a rounded buffer, worse than none.
+    return stored if stored is not None and stored.dtype in (torch.float32, torch.float64) else None
+
+
+def _rehearse(architecture: Architecture, unet: Mapping[str, Tensor], vae: Mapping[str, Tensor],
+              texts: Sequence[Mapping[str, Tensor]]) -> None:
+    """Run every part on the meta device: a tensor that is missing or misshapen is found now, not in an hour."""
+    def shapes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: torch.empty_like(tensor, device="meta", requires_grad=False)
+                for name, tensor in tensors.items()}
+
+    side = 2 ** architecture.unet.halvings
+    zeros = torch.zeros(1, architecture.unet.in_channels, side, side, device="meta")
+    vector = architecture.unet.adm_channels
+    try:
+        autoencoder = VAE(shapes(vae), architecture.vae)
+        autoencoder.encode(autoencoder.decode(zeros))
+        for tensors, config in zip(texts, architecture.text):
+            tokens = torch.zeros(1, config.positions, dtype=torch.long, device="meta")
+            TextEncoder(shapes(tensors), config)(tokens, pooled=config.pooled)
+        with torch.no_grad():
+            UNet(shapes(unet), architecture.unet)(
+                zeros, torch.zeros(1, device="meta"),
+                torch.zeros(1, 77, architecture.unet.context_dim, device="meta"),
+                None if vector is None else torch.zeros(1, vector, device="meta"))
+    except LoraTrainError:
+        raise
+    except (RuntimeError, IndexError) as error:
+        raise ModelError(
+            "The checkpoint's tensors do not fit each other", why=str(error).splitlines()[0],
+            remedy="download it again, or choose another one") from error

@@ -1,0 +1,173 @@
+"""Frozen layers over borrowed tensors.
+
+A `Layers` computes `F.linear`, `F.conv2d` and the norms on somebody else's tensors, addressed by name.
+The three promises to the lender:
+
+- No copy. A weight is used where it lies. Where its dtype differs from the activation's it is cast for one
+  call, and the cast is dropped at once: autograd keeps the borrowed tensor and casts again in backward.
+- No gradient. The tensors are detached views, so `requires_grad` of the lender's parameters neither matters
+  nor changes.
+- No surprise. No method of the lender's modules runs, so none of the host's patches do.
+
+Gradients flow to the activations only. Do not call this under autocast: the caller chooses the dtype of the
+computation by the dtype of the activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lib_lora_train.model.refusals import incomplete
+
+
+class Adapter(Protocol):
+    """A trained layer in the place of a frozen one: it computes the WHOLE layer, so that it can be fused.
+
+    `weight` and `bias` are the borrowed tensors in the lender's dtype, which may differ from `x.dtype`:
+    use `frozen_linear` and `frozen_conv2d`, which deal with that. The result has `x.dtype`.
+    """
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x [..., in], weight [out, in], bias [out] -> [..., out]."""
+        ...
+
+    def conv2d(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: int, padding: int) -> Tensor:
+        """x [B, in, h, w], weight [out, in, k, k], bias [out] -> [B, out, h', w']."""
+        ...
+
+
+Adapters = Mapping[str, Adapter]
+NO_ADAPTERS: Adapters = MappingProxyType({})
+
+
+def borrowed(tensor: Tensor) -> Tensor:
+    """A detached tensor over the same storage: same `data_ptr`, never a gradient, safe to save for backward.
+
+    An inference tensor (made under `torch.inference_mode`, as Forge does) cannot be saved for backward and stays
+    one through `detach`; there a normal tensor is laid over its storage.
+    """
+    if not tensor.is_inference():
+        return tensor.detach()
+    plain = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return plain.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+
+
+class _CastLinear(torch.autograd.Function):
+    """`F.linear` with a frozen weight of another dtype; saves the original weight, not its cast."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return F.linear(x, weight.to(x.dtype), _cast(bias, x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return grad @ weight.to(grad.dtype), None, None
+
+
+class _FrozenConv2d(torch.autograd.Function):
+    """`F.conv2d` with a frozen weight of any dtype; saves the original weight and not the input.
+
+    torch's own convolution saves its input even where the weight wants no gradient. The gradient with respect to
+    the input needs that input's shape only, which an expanded scalar stands in for.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.shape, ctx.stride, ctx.padding = x.shape, stride, padding
+        return F.conv2d(x, weight.to(x.dtype), _cast(bias, x.dtype), stride=stride, padding=padding)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (weight,) = ctx.saved_tensors
+        shape_only = grad.new_empty(1).expand(ctx.shape)
+        grad_x, _, _ = torch.ops.aten.convolution_backward(
+            grad, shape_only, weight.to(grad.dtype), None, (ctx.stride,) * 2, (ctx.padding,) * 2, (1, 1),
+            False, (0, 0), 1, (True, False, False))
+        return grad_x, None, None, None, None
+
+
+def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., in] @ weight [out, in].T + bias, in `x.dtype`; a gradient for x only."""
+    if weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype):
+        return F.linear(x, weight, bias)
+    return _CastLinear.apply(x, weight, bias)
+
+
+def frozen_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: int, padding: int) -> Tensor:
+    """x [B, in, h, w] convolved with weight [out, in, k, k], in `x.dtype`; a gradient for x only."""
+    return _FrozenConv2d.apply(x, weight, bias, stride, padding)
+
+
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
+
+
+class Layers:
+    """Borrowed tensors by local name ("input_blocks.1.0.in_layers.2.weight"), and the layers made of them."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], *, adapters: Adapters = NO_ADAPTERS) -> None:
+        self.tensors: Mapping[str, Tensor] = MappingProxyType(
+            {name: borrowed(tensor) for name, tensor in tensors.items()})
+        self._adapters = adapters
+
+    def adapted(self, adapters: Adapters) -> Layers:
+        """The same tensors, with `adapters` (by module name) computing their layers."""
+        other = Layers.__new__(Layers)
+        other.tensors, other._adapters = self.tensors, adapters
+        return other
+
+    def has(self, name: str) -> bool:
+        """Whether the module `name` has a weight."""
+        return f"{name}.weight" in self.tensors
+
+    def weight(self, name: str) -> Tensor:
+        """The borrowed weight of the module `name`; ModelError where the checkpoint lacks it."""
+        try:
+            return self.tensors[f"{name}.weight"]
+        except KeyError:
+            raise incomplete(f"{name}.weight") from None
+
+    def bias(self, name: str) -> Tensor | None:
+        """The borrowed bias of the module `name`, None for a layer without one."""
+        return self.tensors.get(f"{name}.bias")
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        adapter = self._adapters.get(name)
+        compute = frozen_linear if adapter is None else adapter.linear
+        return compute(x, self.weight(name), self.bias(name))
+
+    def conv2d(self, name: str, x: Tensor, *, stride: int = 1, padding: int = 0) -> Tensor:
+        """x [B, in, h, w] -> [B, out, h', w']."""
+        adapter = self._adapters.get(name)
+        compute = frozen_conv2d if adapter is None else adapter.conv2d
+        return compute(x, self.weight(name), self.bias(name), stride=stride, padding=padding)
+
+    def group_norm(self, name: str, x: Tensor, *, eps: float) -> Tensor:
+        """Thirty-two groups, computed in fp32 whatever x's dtype (ldm's GroupNorm32); x [B, C, ...]."""
+        weight, bias = self.weight(name).float(), _cast(self.bias(name), torch.float32)
+        return F.group_norm(x.float(), 32, weight, bias, eps).to(x.dtype)
+
+    def layer_norm(self, name: str, x: Tensor) -> Tensor:
+        """Over the last dimension, computed in fp32 whatever x's dtype; x [..., C]."""
+        weight, bias = self.weight(name).float(), _cast(self.bias(name), torch.float32)
+        return F.layer_norm(x.float(), weight.shape, weight, bias, 1e-5).to(x.dtype)
+
+    def embedding(self, name: str, ids: Tensor, *, dtype: torch.dtype) -> Tensor:
+        """ids [...] (integers) -> [..., C] in `dtype`; only the rows that are looked up are cast."""
+        return F.embedding(ids, self.weight(name)).to(dtype)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, heads: int, causal: bool = False) -> Tensor:
+    """softmax(q kᵀ / √d) v for each head; q [B, n, heads·d], k and v [B, m, heads·d] -> [B, n, heads·d]."""
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(-2)

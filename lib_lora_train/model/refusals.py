@@ -1,0 +1,82 @@
+"""The kinds of checkpoint that are not trained on, each recognised by a name or a shape and refused in one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lib_lora_train.errors import ModelError
+from lib_lora_train.model.components import UNET_PREFIX
+
+SUPPORTED = "choose a Stable Diffusion 1.x, 2.x or SDXL base checkpoint"
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+# (what the name of a tensor begins with, or holds) -> the kind of model. The first match is told.
+_BEGINNINGS = (
+    (("lora_unet_", "lora_te", "lycoris_"), "a LoRA, not a checkpoint"),
+    (("model.diffusion_model.joint_blocks.", "joint_blocks."), "a Stable Diffusion 3 model"),
+    (("model.diffusion_model.double_blocks.", "double_blocks."), "a Flux model"),
+    (("depth_model.",), "a depth-to-image model"),
+    (("embedder.model.",), "an unCLIP model"),
+    (("cond_stage_model.roberta.",), "an AltDiffusion model"),
+    (("edm_mean", "edm_std", "edm_vpred"), "an EDM model (continuous noise levels)"),
+    (("model_ema.",), "a training checkpoint with EMA weights only"),
+    (("down_blocks.", "unet.down_blocks."), "a UNet in the layout of diffusers"),
+)
+_INPUT_CHANNELS = {
+    9: "an inpainting model", 8: "an instruct-pix2pix model", 7: "an upscaling model", 5: "a depth-to-image model",
+}
+
+
+def refuse_other_kinds(tensors: Mapping[str, Tensor]) -> None:
+    """Raise ModelError where the checkpoint is of a kind that cannot be trained on."""
+    _refuse_quantised(tensors)
+    _refuse_by_name(tensors)
+    _refuse_by_input(tensors)
+
+
+def _refuse_quantised(tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        # Buffers such as `position_ids` and `model_ema.num_updates` are integers in sound checkpoints.
+        if name.endswith((".weight", ".bias")) and tensor.dtype not in _FLOATS:
+            raise ModelError(
+                "The weights of this checkpoint are quantised",
+                why=f"'{name}' is stored as {str(tensor.dtype).removeprefix('torch.')}",
+                remedy="load it in 16 or 32 bits (no fp8, nf4 or gguf storage)")
+
+
+def _refuse_by_name(tensors: Mapping[str, Tensor]) -> None:
+    has_unet = f"{UNET_PREFIX}input_blocks.0.0.weight" in tensors
+    for beginnings, kind in _BEGINNINGS:
+        if kind.startswith(("a training", "a UNet")) and has_unet:
+            continue  # such extras do no harm beside a usable UNet
+        if any(name.startswith(beginnings) for name in tensors):
+            raise _refused(kind, SUPPORTED)
+    if any(".time_stack." in name for name in tensors):
+        raise _refused("a video model", SUPPORTED)
+    first, second = (any(name.startswith(f"conditioner.embedders.{index}.") for name in tensors) for index in (0, 1))
+    if first and not second and "conditioner.embedders.0.model.ln_final.weight" in tensors:
+        raise _refused("the SDXL refiner", "choose the SDXL base model, or one made from it")
+
+
+def _refuse_by_input(tensors: Mapping[str, Tensor]) -> None:
+    stem = tensors.get(f"{UNET_PREFIX}input_blocks.0.0.weight")
+    if stem is None or stem.ndim != 4 or stem.shape[1] == 4:
+        return
+    channels = stem.shape[1]
+    kind = _INPUT_CHANNELS.get(channels, "a model of an unknown kind")
+    raise ModelError(
+        f"The checkpoint is {kind}, which this trainer does not support",
+        why=f"its UNet takes {channels} channels instead of 4", remedy=SUPPORTED)
+
+
+def _refused(kind: str, remedy: str) -> ModelError:
+    return ModelError(f"The checkpoint is {kind}, which this trainer does not support", remedy=remedy)
+
+
+def incomplete(name: str) -> ModelError:
+    """The error for a checkpoint that lacks the tensor `name`."""
+    return ModelError("The checkpoint is incomplete", why=f"it has no tensor '{name}'",
+                      remedy="download it again, or choose another one")

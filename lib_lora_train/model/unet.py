@@ -1,0 +1,175 @@
+"""The UNet of SD1, SD2 and SDXL as functions over borrowed tensors.
+
+Structure and names are those of ldm's `UNetModel` (Rombach et al. 2022, arXiv 2112.10752) and of sgm's, its successor
+in SDXL (Podell et al. 2023, arXiv 2307.01952): residual blocks that are told the timestep, spatial transformers that
+attend to the text, skip connections from the way down to the way up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from lib_lora_train.errors import SettingError
+from lib_lora_train.model.architecture import Block, UNetConfig
+from lib_lora_train.model.layers import NO_ADAPTERS, Adapters, Layers, attention
+
+# ldm's GroupNorm32 keeps torch's default; its spatial transformers choose their own.
+RESNET_EPS, TRANSFORMER_EPS = 1e-5, 1e-6
+
+
+def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
+    """Sinusoids of `timesteps` [N] (int or float): [N, dim] fp32, cosines first, periods from 2π to 10000·2π."""
+    half = dim // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+    angles = timesteps.float()[:, None] * torch.exp(-math.log(10000) * exponents)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class UNet:
+    """Predicts noise (or v) from noisy latents. Holds no state but the borrowed tensors."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], config: UNetConfig) -> None:
+        """`tensors` under local names, without "model.diffusion_model."."""
+        self.config = config
+        self._layers = Layers(tensors)
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The borrowed tensors by local name."""
+        return self._layers.tensors
+
+    def __call__(self, x: Tensor, timesteps: Tensor, context: Tensor, y: Tensor | None = None, *,
+                 adapters: Adapters = NO_ADAPTERS, checkpointing: bool = False) -> Tensor:
+        """The prediction, of x's shape and dtype; everything is computed in x's dtype, norms in fp32.
+
+        x: noisy latents [B, 4, h, w], scaled, h and w multiples of `2 ** config.halvings`.
+        timesteps: [B] in 0…999, int or float.
+        context: text condition [B, 77·n, config.context_dim].
+        y: vector condition [B, config.adm_channels], for SDXL only.
+        adapters: trained layers by local module name ("input_blocks.1.1.transformer_blocks.0.attn1.to_q").
+        checkpointing: recompute residual and transformer blocks in backward instead of keeping their activations.
+        Raises SettingError for a height or width that does not survive the halvings.
+        """
+        self._check(x, y)
+        layers = self._layers.adapted(adapters)
+        run = _checkpointed if checkpointing and torch.is_grad_enabled() else _directly
+        context = context.to(x.dtype)
+        emb = self._time_and_vector(layers, timesteps, y, dtype=x.dtype)
+
+        skips = []
+        for blocks in self.config.input_blocks:
+            for block in blocks:
+                x = self._block(layers, block, x, emb=emb, context=context, run=run)
+            skips.append(x)
+        for block in self.config.middle_block:
+            x = self._block(layers, block, x, emb=emb, context=context, run=run)
+        for blocks in self.config.output_blocks:
+            x = torch.cat([x, skips.pop()], dim=1)
+            for block in blocks:
+                x = self._block(layers, block, x, emb=emb, context=context, run=run)
+        return layers.conv2d("out.2", F.silu(layers.group_norm("out.0", x, eps=RESNET_EPS)), padding=1)
+
+    def _check(self, x: Tensor, y: Tensor | None) -> None:
+        step, (height, width) = 2 ** self.config.halvings, x.shape[-2:]
+        if height % step or width % step:
+            raise SettingError(
+                f"A picture of {width * 8}x{height * 8} pixels does not fit this model",
+                why=f"its UNet halves both sides {self.config.halvings} times",
+                remedy=f"use widths and heights that are multiples of {step * 8}")
+        assert (y is None) == (self.config.adm_channels is None), "y is for SDXL, and SDXL needs it"
+
+    def _time_and_vector(self, layers: Layers, timesteps: Tensor, y: Tensor | None, *, dtype: torch.dtype) -> Tensor:
+        """What every residual block is told, [B, 4·model_channels], already through the SiLU they all begin with."""
+        emb = timestep_embedding(timesteps, self.config.model_channels).to(dtype)
+        emb = layers.linear("time_embed.2", F.silu(layers.linear("time_embed.0", emb)))
+        if y is not None:
+            emb = emb + layers.linear("label_emb.0.2", F.silu(layers.linear("label_emb.0.0", y.to(dtype))))
+        return F.silu(emb)
+
+    def _block(self, layers: Layers, block: Block, x: Tensor, *, emb: Tensor, context: Tensor, run: Run) -> Tensor:
+        if block.kind == "resnet":
+            return run(resnet, layers, block.name, x, emb)
+        if block.kind == "transformer":
+            return spatial_transformer(layers, block, x, context, heads=self.config.heads(x.shape[1]), run=run)
+        if block.kind == "down":
+            return layers.conv2d(f"{block.name}.op", x, stride=2, padding=1)
+        if block.kind == "up":
+            return layers.conv2d(f"{block.name}.conv", F.interpolate(x, scale_factor=2.0, mode="nearest"), padding=1)
+        return layers.conv2d(block.name, x, padding=1)
+
+
+Run = Callable[..., Tensor]
+
+
+def _directly(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    return function(*arguments)
+
+
+def _checkpointed(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    # Reentrant checkpointing would lose the gradients of adapters where no input requires one.
+    return checkpoint(function, *arguments, use_reentrant=False)
+
+
+def resnet(layers: Layers, name: str, x: Tensor, emb: Tensor) -> Tensor:
+    """A residual block: x [B, C, h, w], emb [B, E] after its SiLU -> [B, C', h, w]."""
+    h = F.silu(layers.group_norm(f"{name}.in_layers.0", x, eps=RESNET_EPS))
+    h = layers.conv2d(f"{name}.in_layers.2", h, padding=1)
+    h = h + layers.linear(f"{name}.emb_layers.1", emb)[:, :, None, None]
+    h = F.silu(layers.group_norm(f"{name}.out_layers.0", h, eps=RESNET_EPS))
+    h = layers.conv2d(f"{name}.out_layers.3", h, padding=1)
+    if layers.has(f"{name}.skip_connection"):
+        x = layers.conv2d(f"{name}.skip_connection", x)
+    return x + h
+
+
+def spatial_transformer(layers: Layers, block: Block, x: Tensor, context: Tensor, *, heads: int, run: Run) -> Tensor:
+    """Transformer layers over the pixels of x [B, C, h, w], between two projections and beside a skip connection.
+
+    The projections are 1x1 convolutions in SD1 and linear layers in SD2 and SDXL: the weight's rank tells which.
+    """
+    height = x.shape[-2]
+    h = layers.group_norm(f"{block.name}.norm", x, eps=TRANSFORMER_EPS)
+    convolutional = layers.weight(f"{block.name}.proj_in").ndim == 4
+    if convolutional:
+        h = _rows(layers.conv2d(f"{block.name}.proj_in", h))
+    else:
+        h = layers.linear(f"{block.name}.proj_in", _rows(h))
+    for index in range(block.depth):
+        h = run(transformer_block, layers, f"{block.name}.transformer_blocks.{index}", h, context, heads)
+    if convolutional:
+        h = layers.conv2d(f"{block.name}.proj_out", _picture(h, height))
+    else:
+        h = _picture(layers.linear(f"{block.name}.proj_out", h), height)
+    return x + h
+
+
+def transformer_block(layers: Layers, name: str, x: Tensor, context: Tensor, heads: int) -> Tensor:
+    """Self-attention, attention to the text, gated feed-forward (GEGLU); x [B, h·w, C], context [B, m, D]."""
+    x = x + _attend(layers, f"{name}.attn1", layers.layer_norm(f"{name}.norm1", x), None, heads=heads)
+    x = x + _attend(layers, f"{name}.attn2", layers.layer_norm(f"{name}.norm2", x), context, heads=heads)
+    value, gate = layers.linear(f"{name}.ff.net.0.proj", layers.layer_norm(f"{name}.norm3", x)).chunk(2, dim=-1)
+    return x + layers.linear(f"{name}.ff.net.2", value * F.gelu(gate))
+
+
+def _attend(layers: Layers, name: str, x: Tensor, context: Tensor | None, *, heads: int) -> Tensor:
+    source = x if context is None else context
+    q = layers.linear(f"{name}.to_q", x)
+    k, v = layers.linear(f"{name}.to_k", source), layers.linear(f"{name}.to_v", source)
+    return layers.linear(f"{name}.to_out.0", attention(q, k, v, heads=heads))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[B, C, h, w] -> [B, h·w, C]."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def _picture(x: Tensor, height: int) -> Tensor:
+    """[B, h·w, C] -> [B, C, h, w]."""
+    return x.transpose(1, 2).unflatten(2, (height, -1)).contiguous()

@@ -1,0 +1,112 @@
+"""The autoencoder (ldm's `AutoencoderKL`, arXiv 2112.10752) as functions over borrowed tensors.
+
+Used to encode the dataset once and to paint previews; it is never trained, so no graph is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lib_lora_train.errors import SettingError
+from lib_lora_train.model.architecture import VAEConfig
+from lib_lora_train.model.layers import Layers, attention
+
+EPS = 1e-6
+LOG_VARIANCE_RANGE = (-30.0, 20.0)
+
+
+class VAE:
+    """Pictures to the mean and standard deviation of latents, and latents to pictures.
+
+    Computes in fp32 whatever the weights' dtype (SDXL's VAE overflows in fp16); `dtype` may ask for bf16 instead.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], config: VAEConfig) -> None:
+        """`tensors` under local names, without "first_stage_model."."""
+        self.config = config
+        self._layers = Layers(tensors)
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The borrowed tensors by local name."""
+        return self._layers.tensors
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor, *, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """pixels [B, 3, H, W] in [-1, 1] -> (mean, standard deviation), each [B, 4, H/8, W/8] fp32, unscaled.
+
+        A sample is `mean + std * noise`; the UNet wants it times `architecture.latent_scale`. NaN is not looked for.
+        Raises SettingError where height or width is not a multiple of 8.
+        """
+        height, width = pixels.shape[-2:]
+        if height % self.config.factor or width % self.config.factor:
+            raise SettingError(f"A picture of {width}x{height} pixels cannot be encoded",
+                               remedy=f"use widths and heights that are multiples of {self.config.factor}")
+        x = pixels.to(dtype)
+        layers, last = self._layers, len(self.config.encoder_levels) - 1
+        x = layers.conv2d("encoder.conv_in", x, padding=1)
+        for level, blocks in enumerate(self.config.encoder_levels):
+            x = self._level(f"encoder.down.{level}", blocks, x)
+            if level != last:
+                # One row and one column of zeros, on the far sides only.
+                x = layers.conv2d(f"encoder.down.{level}.downsample.conv", F.pad(x, (0, 1, 0, 1)), stride=2)
+        x = self._end("encoder", self._middle("encoder", x))
+        if layers.has("quant_conv"):
+            x = layers.conv2d("quant_conv", x)
+        mean, log_variance = x.float().chunk(2, dim=1)
+        return mean, torch.exp(0.5 * log_variance.clamp(*LOG_VARIANCE_RANGE))
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Unscaled latents [B, 4, h, w] -> pixels [B, 3, 8h, 8w] fp32, about in [-1, 1] (not clamped)."""
+        layers, x = self._layers, latents.to(dtype)
+        if layers.has("post_quant_conv"):
+            x = layers.conv2d("post_quant_conv", x)
+        x = self._middle("decoder", layers.conv2d("decoder.conv_in", x, padding=1))
+        for level, blocks in reversed(list(enumerate(self.config.decoder_levels))):
+            x = self._level(f"decoder.up.{level}", blocks, x)
+            if level != 0:
+                x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+                x = layers.conv2d(f"decoder.up.{level}.upsample.conv", x, padding=1)
+        return self._end("decoder", x).float()
+
+    def _level(self, name: str, blocks: int, x: Tensor) -> Tensor:
+        for block in range(blocks):
+            x = self._resnet(f"{name}.block.{block}", x)
+            if self._layers.has(f"{name}.attn.{block}.q"):
+                x = self._attention(f"{name}.attn.{block}", x)
+        return x
+
+    def _middle(self, part: str, x: Tensor) -> Tensor:
+        x = self._resnet(f"{part}.mid.block_1", x)
+        x = self._attention(f"{part}.mid.attn_1", x)
+        return self._resnet(f"{part}.mid.block_2", x)
+
+    def _end(self, part: str, x: Tensor) -> Tensor:
+        x = F.silu(self._layers.group_norm(f"{part}.norm_out", x, eps=EPS))
+        return self._layers.conv2d(f"{part}.conv_out", x, padding=1)
+
+    def _resnet(self, name: str, x: Tensor) -> Tensor:
+        layers = self._layers
+        h = layers.conv2d(f"{name}.conv1", F.silu(layers.group_norm(f"{name}.norm1", x, eps=EPS)), padding=1)
+        h = layers.conv2d(f"{name}.conv2", F.silu(layers.group_norm(f"{name}.norm2", h, eps=EPS)), padding=1)
+        if layers.has(f"{name}.nin_shortcut"):
+            x = layers.conv2d(f"{name}.nin_shortcut", x)
+        return x + h
+
+    def _attention(self, name: str, x: Tensor) -> Tensor:
+        """Single-headed self-attention over the pixels of x [B, C, h, w]."""
+        height = x.shape[-2]
+        h = self._layers.group_norm(f"{name}.norm", x, eps=EPS).flatten(2).transpose(1, 2)
+        q, k, v = (self._pointwise(f"{name}.{projection}", h) for projection in "qkv")
+        h = self._pointwise(f"{name}.proj_out", attention(q, k, v, heads=1))
+        return x + h.transpose(1, 2).unflatten(2, (height, -1))
+
+    def _pointwise(self, name: str, x: Tensor) -> Tensor:
+        """A 1x1 convolution on rows [B, n, C]: its 4-D weight (or some tools' 2-D one), seen as a matrix."""
+        weight, bias = self._layers.weight(name).flatten(1), self._layers.bias(name)
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
