@@ -10,8 +10,8 @@
     layers.py        frozen layers over borrowed tensors, and the place where an adapter takes over a layer
     unet.py          the UNet of SD1, SD2 and SDXL
     vae.py           encoder and decoder
-    text.py          the transformer of CLIP and OpenCLIP
-    conditioning.py  captions -> chunks of 77 tokens -> context, pooled vector, size vector
+    text_encoder.py  the transformer of CLIP and OpenCLIP
+    text.py          captions -> chunks of 77 tokens -> context, pooled vector, size vector
     tokens.py        text -> token ids
     schedule.py      alphas_cumprod, noising, targets
     frozen.py        all of it in one object

@@ -1,81 +1,150 @@
-"""The transformer of CLIP's text encoders (Radford et al. 2021, arXiv 2103.00020), over borrowed tensors.
+"""Captions to the UNet's condition, exactly as the WebUI makes it from a prompt.
 
-One implementation for CLIP-L and OpenCLIP: `components.py` gives both Hugging Face's names.
+What is trained on must be what is seen at inference: chunks of 75 tokens, each with a start and an end token of its
+own, encoded apart and laid end to end; a chunk that is full and has a comma near its end is cut after that comma.
+A caption is plain text: `saber_(fate)` is not emphasis.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Union
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from lib_lora_train.model.architecture import TextConfig
-from lib_lora_train.model.layers import NO_ADAPTERS, Adapters, Layers, attention
+from lib_lora_train.model.layers import NO_ADAPTERS, Adapters
+from lib_lora_train.model.text_encoder import TextEncoder
+from lib_lora_train.model.tokens import Tokenizer
+from lib_lora_train.model.unet import timestep_embedding
+
+CHUNK = 75
+OPENCLIP_PAD = 0
+SIZE_EMBEDDING = 256
+
+Chunk = tuple[int, ...]
+Size = Union[tuple[int, int], Sequence[tuple[int, int]], Tensor]
 
 
-class TextEncoder:
-    """Token ids to a hidden state for each token and, on request, one pooled vector."""
+@dataclass(frozen=True)
+class Tokens:
+    """A caption as token ids: for each text encoder its chunks, each of 77 ids. Hashable."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], config: TextConfig) -> None:
-        """`tensors` under Hugging Face names ("text_model.encoder.layers.0.self_attn.q_proj.weight")."""
-        self.config = config
-        self._layers = Layers(tensors)
+    encoders: tuple[tuple[Chunk, ...], ...]
+
+    def __len__(self) -> int:
+        """The number of chunks, at least 1."""
+        return max(len(chunks) for chunks in self.encoders)
+
+
+@dataclass(frozen=True, eq=False)
+class Conditioning:
+    """What the UNet is told about the text."""
+
+    context: Tensor
+    """[B, 77·n, C]"""
+    pooled: Tensor | None
+    """[B, P] for SDXL, else None."""
+
+
+class TextConditioner:
+    """Tokenizers and text encoders of a model, joined by the rule of its family.
+
+    SD1 uses the last hidden state (clip skip chooses an earlier one), normed. SD2 uses the last but one, normed.
+    SDXL joins the last but one of both encoders, neither normed, and the second's pooled vector of the first chunk.
+    """
+
+    def __init__(self, encoders: Sequence[TextEncoder], tokenizers: Sequence[Tokenizer], *,
+                 comma_padding_backtrack: int = 20) -> None:
+        """One tokenizer an encoder. `comma_padding_backtrack` is the WebUI's option of that name, 0 is never."""
+        assert len(encoders) == len(tokenizers)
+        self.encoders = tuple(encoders)
+        self.tokenizers = tuple(tokenizers)
+        self.comma_padding_backtrack = comma_padding_backtrack
 
     @property
-    def tensors(self) -> Mapping[str, Tensor]:
-        """The borrowed tensors by Hugging Face name."""
-        return self._layers.tensors
+    def uses_clip_skip(self) -> bool:
+        """Whether `clip_skip` has an effect: only in SD1. Elsewhere the family fixes the layer, as in the WebUI."""
+        return len(self.encoders) == 1 and self.encoders[0].config.skip == 1
 
-    @property
-    def device(self) -> torch.device:
-        """Where the token embeddings are, hence where tokens belong."""
-        return self._layers.weight("text_model.embeddings.token_embedding").device
+    def tokenize(self, caption: str) -> Tokens:
+        """All of `caption`, however long: nothing is cut off."""
+        return Tokens(tuple(
+            tuple(_framed(chunk, tokenizer, encoder.config) for chunk in split_into_chunks(
+                tokenizer.encode(caption), comma=tokenizer.comma, backtrack=self.comma_padding_backtrack))
+            for encoder, tokenizer in zip(self.encoders, self.tokenizers)))
 
-    def __call__(self, tokens: Tensor, *, skip: int = 1, final_norm: bool = True, pooled: bool = False,
-                 adapters: Adapters = NO_ADAPTERS, checkpointing: bool = False,
-                 dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor | None]:
-        """tokens [B, n ≤ 77] -> hidden states [B, n, C] and the pooled vector [B, P] or None, in `dtype`.
+    def encode(self, batch: Sequence[Tokens], *, clip_skip: int = 1,
+               adapters: Mapping[str, Adapters] = MappingProxyType({}),
+               checkpointing: bool = False, dtype: torch.dtype = torch.float32) -> Conditioning:
+        """The condition of a batch of captions; captions with fewer chunks than the longest get empty ones.
 
-        skip: which layer's output: 1 the last, 2 the one before, …; layers that nobody asked for are not run.
-        final_norm: whether the final layer norm is applied to it.
-        pooled: whether to run all layers and project the normed state at the end token, which is the largest id.
-        checkpointing: recompute each layer in backward instead of keeping its activations.
+        clip_skip: 1 is the last layer; has an effect in SD1 only (see `uses_clip_skip`).
+        adapters: for each component ("te", or "te1" and "te2") the trained layers by module name.
+        Gradients reach the adapters unless the caller says `torch.no_grad()`.
         """
-        layers = self._layers.adapted(adapters)
-        used = self.config.layers - skip + 1
-        assert 0 <= used <= self.config.layers, f"skip {skip} of {self.config.layers} layers"
-        x = layers.embedding("text_model.embeddings.token_embedding", tokens, dtype=dtype)
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
-        x = x + layers.embedding("text_model.embeddings.position_embedding", positions, dtype=dtype)
-
-        hidden = x
-        for index in range(self.config.layers if pooled else used):
-            x = self._layer(layers, index, x, checkpointing=checkpointing and torch.is_grad_enabled())
-            if index + 1 == used:
-                hidden = x
-        if final_norm:
-            hidden = layers.layer_norm("text_model.final_layer_norm", hidden)
-        return hidden, self._pool(layers, x, tokens) if pooled else None
-
-    def _layer(self, layers: Layers, index: int, x: Tensor, *, checkpointing: bool) -> Tensor:
-        name = f"text_model.encoder.layers.{index}"
-        if checkpointing:
-            return checkpoint(transformer_layer, layers, name, x, self.config, use_reentrant=False)
-        return transformer_layer(layers, name, x, self.config)
-
-    def _pool(self, layers: Layers, last: Tensor, tokens: Tensor) -> Tensor:
-        at_end = last[torch.arange(last.shape[0], device=last.device), tokens.argmax(dim=-1)]
-        return layers.linear("text_projection", layers.layer_norm("text_model.final_layer_norm", at_end))
+        count = max(len(tokens) for tokens in batch)
+        contexts, pooled = [], None
+        for index, (encoder, tokenizer) in enumerate(zip(self.encoders, self.tokenizers)):
+            config = encoder.config
+            empty = _framed((), tokenizer, config)
+            chunks = [chunk for tokens in batch for chunk in _filled(tokens.encoders[index], count, empty)]
+            ids = torch.tensor(chunks, device=encoder.device)
+            hidden, pools = encoder(
+                ids, skip=clip_skip if self.uses_clip_skip else config.skip, final_norm=config.final_norm,
+                pooled=config.pooled, adapters=adapters.get(config.component, NO_ADAPTERS),
+                checkpointing=checkpointing, dtype=dtype)
+            contexts.append(hidden.reshape(len(batch), -1, config.width))
+            if pools is not None:
+                pooled = pools[::count]  # of each caption's first chunk
+        return Conditioning(torch.cat(contexts, dim=-1), pooled)
 
 
-def transformer_layer(layers: Layers, name: str, x: Tensor, config: TextConfig) -> Tensor:
-    """Causal self-attention and a feed-forward, each after its norm and beside a skip connection; x [B, n, C]."""
-    h = layers.layer_norm(f"{name}.layer_norm1", x)
-    q, k, v = (layers.linear(f"{name}.self_attn.{part}_proj", h) for part in "qkv")
-    x = x + layers.linear(f"{name}.self_attn.out_proj", attention(q, k, v, heads=config.heads, causal=True))
-    h = layers.linear(f"{name}.mlp.fc1", layers.layer_norm(f"{name}.layer_norm2", x))
-    h = h * torch.sigmoid(1.702 * h) if config.activation == "quick_gelu" else F.gelu(h)
-    return x + layers.linear(f"{name}.mlp.fc2", h)
+def split_into_chunks(tokens: Sequence[int], *, comma: int | None, backtrack: int) -> list[list[int]]:
+    """Cut `tokens` into chunks of at most 75, at least one chunk, as the WebUI does.
+
+    Where a chunk is full and its last comma lies among its last `backtrack` tokens, what follows that comma moves to
+    the next chunk, so that a phrase is not torn; unless the token that did not fit is itself a comma.
+    """
+    chunks, chunk, last_comma = [], [], None
+    for token in tokens:
+        if len(chunk) == CHUNK:
+            near = last_comma is not None and CHUNK - last_comma <= backtrack and token != comma
+            cut = last_comma + 1 if near else CHUNK
+            chunks.append(chunk[:cut])
+            chunk, last_comma = chunk[cut:], None
+        elif token == comma:
+            last_comma = len(chunk)
+        chunk.append(token)
+    return [*chunks, chunk] if chunk or not chunks else chunks
+
+
+def size_vector(pooled: Tensor, *, original: Size, crop: Size, target: Size) -> Tensor:
+    """SDXL's vector condition y [B, P + 6·256] (arXiv 2307.01952, section 2.2; sgm's ConcatTimestepEmbedderND).
+
+    pooled [B, P]. original (height, width) of the picture, crop (top, left), target (height, width), in pixels: one
+    pair for the whole batch, or B pairs.
+    """
+    pairs = [torch.as_tensor(pair, dtype=torch.float32, device=pooled.device).expand(pooled.shape[0], 2)
+             for pair in (original, crop, target)]
+    numbers = torch.cat(pairs, dim=1)
+    embedded = timestep_embedding(numbers.flatten(), SIZE_EMBEDDING).reshape(pooled.shape[0], -1)
+    return torch.cat([pooled, embedded.to(pooled.dtype)], dim=1)
+
+
+def _framed(chunk: Sequence[int], tokenizer: Tokenizer, config: TextConfig) -> Chunk:
+    """Start, `chunk`, end and padding: 77 ids."""
+    framed = [tokenizer.start, *chunk, *[tokenizer.end] * (CHUNK + 1 - len(chunk))]
+    if not config.pad_with_end:
+        first_end = framed.index(tokenizer.end)
+        framed[first_end + 1:] = [OPENCLIP_PAD] * (len(framed) - first_end - 1)
+    return tuple(framed)
+
+
+def _filled(chunks: Sequence[Chunk], count: int, empty: Chunk) -> Iterator[Chunk]:
+    yield from chunks
+    for _ in range(count - len(chunks)):
+        yield empty

@@ -1,0 +1,81 @@
+"""The transformer of CLIP's text encoders (Radford et al. 2021, arXiv 2103.00020), over borrowed tensors.
+
+One implementation for CLIP-L and OpenCLIP: `components.py` gives both Hugging Face's names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from lib_lora_train.model.architecture import TextConfig
+from lib_lora_train.model.layers import NO_ADAPTERS, Adapters, Layers, attention
+
+
+class TextEncoder:
+    """Token ids to a hidden state for each token and, on request, one pooled vector."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], config: TextConfig) -> None:
+        """`tensors` under Hugging Face names ("text_model.encoder.layers.0.self_attn.q_proj.weight")."""
+        self.config = config
+        self._layers = Layers(tensors)
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The borrowed tensors by Hugging Face name."""
+        return self._layers.tensors
+
+    @property
+    def device(self) -> torch.device:
+        """Where the token embeddings are, hence where tokens belong."""
+        return self._layers.weight("text_model.embeddings.token_embedding").device
+
+    def __call__(self, tokens: Tensor, *, skip: int = 1, final_norm: bool = True, pooled: bool = False,
+                 adapters: Adapters = NO_ADAPTERS, checkpointing: bool = False,
+                 dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor | None]:
+        """tokens [B, n ≤ 77] -> hidden states [B, n, C] and the pooled vector [B, P] or None, in `dtype`.
+
+        skip: which layer's output: 1 the last, 2 the one before, …; layers that nobody asked for are not run.
+        final_norm: whether the final layer norm is applied to it.
+        pooled: whether to run all layers and project the normed state at the end token, which is the largest id.
+        checkpointing: recompute each layer in backward instead of keeping its activations.
+        """
+        layers = self._layers.adapted(adapters)
+        used = self.config.layers - skip + 1
+        assert 0 <= used <= self.config.layers, f"skip {skip} of {self.config.layers} layers"
+        x = layers.embedding("text_model.embeddings.token_embedding", tokens, dtype=dtype)
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        x = x + layers.embedding("text_model.embeddings.position_embedding", positions, dtype=dtype)
+
+        hidden = x
+        for index in range(self.config.layers if pooled else used):
+            x = self._layer(layers, index, x, checkpointing=checkpointing and torch.is_grad_enabled())
+            if index + 1 == used:
+                hidden = x
+        if final_norm:
+            hidden = layers.layer_norm("text_model.final_layer_norm", hidden)
+        return hidden, self._pool(layers, x, tokens) if pooled else None
+
+    def _layer(self, layers: Layers, index: int, x: Tensor, *, checkpointing: bool) -> Tensor:
+        name = f"text_model.encoder.layers.{index}"
+        if checkpointing:
+            return checkpoint(transformer_layer, layers, name, x, self.config, use_reentrant=False)
+        return transformer_layer(layers, name, x, self.config)
+
+    def _pool(self, layers: Layers, last: Tensor, tokens: Tensor) -> Tensor:
+        at_end = last[torch.arange(last.shape[0], device=last.device), tokens.argmax(dim=-1)]
+        return layers.linear("text_projection", layers.layer_norm("text_model.final_layer_norm", at_end))
+
+
+def transformer_layer(layers: Layers, name: str, x: Tensor, config: TextConfig) -> Tensor:
+    """Causal self-attention and a feed-forward, each after its norm and beside a skip connection; x [B, n, C]."""
+    h = layers.layer_norm(f"{name}.layer_norm1", x)
+    q, k, v = (layers.linear(f"{name}.self_attn.{part}_proj", h) for part in "qkv")
+    x = x + layers.linear(f"{name}.self_attn.out_proj", attention(q, k, v, heads=config.heads, causal=True))
+    h = layers.linear(f"{name}.mlp.fc1", layers.layer_norm(f"{name}.layer_norm2", x))
+    h = h * torch.sigmoid(1.702 * h) if config.activation == "quick_gelu" else F.gelu(h)
+    return x + layers.linear(f"{name}.mlp.fc2", h)
