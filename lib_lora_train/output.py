@@ -6,7 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from .errors import OutputError
+from lib_lora_train.errors import OutputError
 
 # https://learn.microsoft.com/windows/win32/fileio/naming-a-file: refused everywhere, so that a LoRA can be given away.
 _RESERVED = {"CON", "PRN", "AUX", "NUL", *(f"COM{i}" for i in range(1, 10)), *(f"LPT{i}" for i in range(1, 10))}

@@ -13,10 +13,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import events
-from .errors import SettingError
-from .settings import Settings, flat
-from .settings.toml import read_toml, write_toml
+from lib_lora_train import events
+from lib_lora_train.errors import SettingError
+from lib_lora_train.settings import Settings, flat
+from lib_lora_train.settings.toml import read_toml, write_toml
 
 _MOST_STEP_LINES = 2000
 

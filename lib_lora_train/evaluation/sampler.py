@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..model.frozen import FrozenModel
-from ..model.layers import Adapter
-from ..model.text import Conditioning, size_vector
+from lib_lora_train.model.frozen import FrozenModel
+from lib_lora_train.model.layers import Adapter
+from lib_lora_train.model.text import Conditioning, size_vector
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,9 +10,9 @@ from typing import Protocol
 
 import torch
 
-from ..events import Event
-from ..model.family import Hints
-from ..model.tokens import Tokenizer
+from lib_lora_train.events import Event
+from lib_lora_train.model.family import Hints
+from lib_lora_train.model.tokens import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

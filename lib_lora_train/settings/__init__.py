@@ -9,11 +9,11 @@ import dataclasses
 import difflib
 from collections.abc import Mapping
 
-from ..errors import SettingError
-from .areas import (
+from lib_lora_train.errors import SettingError
+from lib_lora_train.settings.areas import (
     CaptionSettings, DatasetSettings, LossSettings, MemorySettings, NetworkSettings, OptimizerSettings, SaveSettings,
 )
-from .field import Declaration, Value, declarations, read
+from lib_lora_train.settings.field import Declaration, Value, declarations, read
 
 __all__ = [
     "AREAS", "DECLARATIONS", "CaptionSettings", "DatasetSettings", "Declaration", "LossSettings", "MemorySettings",

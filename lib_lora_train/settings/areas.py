@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from .field import setting
+from lib_lora_train.settings.field import setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +58,6 @@ class DatasetSettings:
 class CaptionSettings:
     """What is done to captions at each step."""
 
-    caption_extension: str = setting(
-        "auto", "Caption files", "auto reads .txt, else .caption.", choices=("auto", ".txt", ".caption"))
     shuffle_caption: bool = setting(
         False, "Shuffle tags", "Put the comma-separated tags into a new order at each step.")
     keep_tokens: int = setting(

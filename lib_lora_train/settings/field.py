@@ -11,7 +11,7 @@ import dataclasses
 import math
 from typing import Any
 
-from ..errors import SettingError
+from lib_lora_train.errors import SettingError
 
 Value = bool | int | float | str
 

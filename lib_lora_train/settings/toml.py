@@ -10,8 +10,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..errors import SettingError
-from .field import Value
+from lib_lora_train.errors import SettingError
+from lib_lora_train.settings.field import Value
 
 try:
     import tomllib

@@ -13,17 +13,17 @@ from typing import Literal
 
 import torch
 
-from ..cache.batches import Batch
-from ..errors import TrainingError, translated
-from ..events import Report, Step
-from ..model.frozen import FrozenModel
-from ..model.text import Conditioning
-from ..network.network import LoRANetwork
-from .noise import draw
-from .optimizer import Stepper, learning_rate_factor
-from .precision import LossScaler
-from .progress import Arrived, LossLog, Speed
-from .step import StepOptions, denoising_loss
+from lib_lora_train.cache.batches import Batch
+from lib_lora_train.errors import TrainingError, translated
+from lib_lora_train.events import Report, Step
+from lib_lora_train.model.frozen import FrozenModel
+from lib_lora_train.model.text import Conditioning
+from lib_lora_train.network.network import LoRANetwork
+from lib_lora_train.training.noise import draw
+from lib_lora_train.training.optimizer import Stepper, learning_rate_factor
+from lib_lora_train.training.precision import LossScaler
+from lib_lora_train.training.progress import Arrived, LossLog, Speed
+from lib_lora_train.training.step import StepOptions, denoising_loss
 
 Stop = Callable[[], Literal["", "stop", "save"]]
 Condition = Callable[[Batch], Conditioning]
@@ -138,8 +138,7 @@ class _Reporter:
     def expect(self, step: int, epoch: int) -> None:
         """Remember what was in force in a step whose loss is still on its way."""
         rates = self._stepper.rates()
-        unet = rates[0] if self._options.unet_lr else 0.0
-        self._expected[step] = (epoch, unet, rates[-1] if len(rates) > 1 else 0.0)
+        self._expected[step] = (epoch, rates.get("unet", 0.0), rates.get("text_encoder", 0.0))
 
     def tell(self, arrived: list[Arrived]) -> None:
         for one in arrived:

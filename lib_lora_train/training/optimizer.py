@@ -30,7 +30,7 @@ def learning_rate_factor(schedule: str, step: int, *, total: int, warmup: int, c
 class Stepper:
     """Gradients in, changed weights out: clipping, AdamW, and skipping of steps that overflowed.
 
-    `groups` are torch parameter groups with an "lr" each. Overflow is read off the gradients' norm, which clipping needs
+    `groups` are torch parameter groups with a "name" and an "lr" each. Overflow is read off the gradients' norm, which clipping needs
     anyway: it is not finite if and only if one of them is not (or the norm itself overflows, which is as bad).
     """
 
@@ -49,9 +49,9 @@ class Stepper:
         for group, rate in zip(self.optimizer.param_groups, self.base_rates):
             group["lr"] = rate * factor
 
-    def rates(self) -> list[float]:
-        """The learning rates in force, a group each."""
-        return [float(group["lr"]) for group in self.optimizer.param_groups]
+    def rates(self) -> dict[str, float]:
+        """The learning rates in force, by the group's name."""
+        return {group["name"]: float(group["lr"]) for group in self.optimizer.param_groups}
 
     def step(self) -> torch.Tensor:
         """Clip, apply and clear the (unscaled) gradients. Returns whether they overflowed: 0-d bool on the device."""

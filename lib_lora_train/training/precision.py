@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from ..errors import SettingError
+from lib_lora_train.errors import SettingError
 
 
 def compute_dtype(mixed_precision: str, device: torch.device) -> torch.dtype:

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 
 import torch
 
-from ..cache.batches import Batch
-from ..model.frozen import FrozenModel
-from ..model.layers import Adapter
-from ..model.text import Conditioning, size_vector
-from .loss import min_snr_weight, weighted_loss
-from .noise import Draws
+from lib_lora_train.cache.batches import Batch
+from lib_lora_train.model.frozen import FrozenModel
+from lib_lora_train.model.layers import Adapter
+from lib_lora_train.model.text import Conditioning, size_vector
+from lib_lora_train.training.loss import min_snr_weight, weighted_loss
+from lib_lora_train.training.noise import Draws
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,149 @@
+"""A host without a WebUI: the model comes from a checkpoint file.
+
+The file is read once and kept, as the WebUI keeps its model. A `.yaml` of the same name beside it says what shapes
+cannot tell, as it does for the WebUI and for kohya's scripts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import safetensors
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from lib_lora_train.errors import HostError, LoraTrainError, ModelError
+from lib_lora_train.events import Event
+from lib_lora_train.host.port import Borrowed, Checkpoint
+from lib_lora_train.model.family import Hints, detect
+from lib_lora_train.model.hints_file import hints_from_yaml
+from lib_lora_train.model.tokens import Tokenizer, tokenizer_from_folder
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+           "I32": torch.int32, "U8": torch.uint8, "I8": torch.int8, "BOOL": torch.bool}
+
+
+class StandaloneHost:
+    """Lends the model of one `.safetensors` file. `checkpoint_file` None is a host with no model yet."""
+
+    def __init__(self, checkpoint_file: Path | None, *, lora_folder: Path, runs_folder: Path,
+                 device: torch.device | None = None) -> None:
+        self.checkpoint_file = checkpoint_file
+        self.lora_folder, self.runs_folder = lora_folder, runs_folder
+        self._device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._lock = threading.Lock()
+        self._tensors: Mapping[str, torch.Tensor] | None = None
+        self._known: Checkpoint | None = None
+
+    def checkpoint(self) -> Checkpoint | None:
+        """The file's name, family and old hash, read from its header; None where there is none or it is unusable."""
+        if self.checkpoint_file is None:
+            return None
+        if self._known is None:
+            try:
+                self._known = describe_file(self.checkpoint_file)
+            except LoraTrainError:
+                return None
+        return self._known
+
+    @contextlib.contextmanager
+    def borrow(self) -> Iterator[Borrowed]:
+        """The file's tensors on the device; loaded at the first time."""
+        if self.checkpoint_file is None:
+            raise HostError("No model is loaded", remedy="name a checkpoint file (--checkpoint)")
+        if not self._lock.acquire(blocking=False):
+            raise HostError("The model is in use", remedy="wait for the other job to end")
+        try:
+            checkpoint = describe_file(self.checkpoint_file)
+            if self._tensors is None:
+                self._tensors = _load(self.checkpoint_file, self._device)
+            hints, tokenizers = _beside(self.checkpoint_file)
+            yield Borrowed(self._tensors, hints, checkpoint, self._device, tokenizers)
+        finally:
+            self._lock.release()
+
+    def interrupted(self) -> bool:
+        """Nobody else can interrupt here."""
+        return False
+
+    def report(self, event: Event) -> None:
+        """There is no other progress display to keep true."""
+
+    def refresh_loras(self) -> None:
+        """There is no list of LoRAs to refresh."""
+
+
+def describe_file(path: Path) -> Checkpoint:
+    """What the header of a checkpoint file says; no weights are read. Raises ModelError."""
+    tensors = _header(path)
+    family = detect(tensors, _beside(path, with_tokenizers=False)[0]).family
+    return Checkpoint(name=path.stem, title=path.name, family=family, legacy_hash=_legacy_hash(path))
+
+
+def _check_suffix(path: Path) -> None:
+    if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
+        raise ModelError(f"{path.name} is a pickled checkpoint", why="such a file can run any program when it is opened",
+                         remedy="convert it to .safetensors, or load it in the WebUI and train there")
+    if path.suffix.lower() != ".safetensors":
+        raise ModelError(f"{path.name} is not a checkpoint", why="its name does not end in .safetensors",
+                         remedy="choose a .safetensors file")
+    if not path.is_file():
+        raise ModelError(f"The checkpoint {path} does not exist", remedy="check the path")
+
+
+def _header(path: Path) -> dict[str, torch.Tensor]:
+    """Names to tensors without data (device "meta")."""
+    _check_suffix(path)
+    with _readable(path), safetensors.safe_open(path, framework="pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}
+        return {name: torch.empty(part.get_shape(), dtype=_DTYPES.get(part.get_dtype(), torch.uint8), device="meta")
+                for name, part in slices.items()}
+
+
+def _load(path: Path, device: torch.device) -> Mapping[str, torch.Tensor]:
+    with _readable(path):
+        return load_file(path, device=str(device))
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ModelError(f"The checkpoint {path.name} cannot be read", why=str(error),
+                         remedy="download it again") from error
+
+
+def _legacy_hash(path: Path) -> str:
+    """The WebUI's old hash: sha256 of 64 KiB at 1 MiB, 8 digits."""
+    with _readable(path), open(path, "rb") as file:
+        file.seek(0x100000)
+        return hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
+
+
+def _beside(path: Path, *, with_tokenizers: bool = True) -> tuple[Hints, Sequence[Tokenizer] | None]:
+    """What the `.yaml` of the checkpoint's name says: hints, and tokenizers where it names folders."""
+    configuration = path.with_suffix(".yaml")
+    if not configuration.is_file():
+        return Hints(), None
+    hints = hints_from_yaml(configuration)
+    if not with_tokenizers:
+        return hints, None
+    params = (yaml.safe_load(configuration.read_text(encoding="utf-8")) or {})["model"]["params"]
+    embedders = params.get("conditioner_config", {}).get("params", {}).get("emb_models") or [
+        params.get("cond_stage_config", {})]
+    folders = [(e.get("params") or {}).get("version") for e in embedders if e.get("input_key", "txt") == "txt"]
+    found = [_tokenizer_folder(configuration.parent, version) for version in folders]
+    # One vocabulary serves all encoders of a checkpoint; where no folder is named, CLIP's own is the default.
+    return hints, [tokenizer_from_folder(f) for f in found if f] if found and all(found) else None
+
+
+def _tokenizer_folder(beside: Path, version: object) -> Path | None:
+    if not isinstance(version, str):
+        return None
+    return next((folder for folder in (beside / version, Path(version)) if (folder / "vocab.json").is_file()), None)

@@ -1,0 +1,81 @@
+"""Everything that is known before the model is borrowed: pictures, sizes, steps, and what is wrong with the settings.
+
+The line above the Train button and the job itself are made from the same `Preparation`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from lib_lora_train.dataset.buckets import Buckets, Placement
+from lib_lora_train.dataset.folder import Dataset, place, scan, visits_by_bucket
+from lib_lora_train.dataset.plan import Plan, plan_run
+from lib_lora_train.errors import DatasetError
+from lib_lora_train.settings import Settings, ignored, resolution_of
+
+DEFAULT_RESOLUTION = {"sd1": 512, "sd2": 768, "sdxl": 1024}
+# Every SDXL resolution has a bucket only up to here; kohya's scripts ask their users to raise the bound by hand.
+SDXL_MAX_BUCKET = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class Preparation:
+    """The dataset placed into buckets, the plan, and one sentence for each thing the user should know."""
+
+    dataset: Dataset
+    placements: tuple[Placement, ...]
+    plan: Plan
+    resolution: tuple[int, int]
+    warnings: tuple[str, ...]
+
+    @property
+    def summary(self) -> str:
+        """One line: pictures, repeats, epochs, batches, steps."""
+        repeats = sorted({e.repeats for e in self.dataset.examples if not e.is_regularisation})
+        shown = str(repeats[0]) if len(repeats) == 1 else f"{repeats[0]} to {repeats[-1]}"
+        regularisation = len(self.dataset.examples) - self.dataset.pictures
+        with_reg = f" + {regularisation} regularisation pictures" if regularisation else ""
+        return (f"{_count(self.dataset.pictures, 'picture')} × {shown} repeats{with_reg}, {self.plan.epochs} epochs, "
+                f"{_count(len(self.plan.buckets), 'bucket')} at {self.resolution[0]}×{self.resolution[1]} "
+                f"= {_count(self.plan.steps, 'step')}")
+
+
+def prepare(settings: Settings, *, family: str, on_progress: Callable[[int, int], None] | None = None,
+            should_stop: Callable[[], bool] | None = None) -> Preparation:
+    """Read the dataset's folder and plan the run for a model of `family` ("" plans as for SD1).
+
+    Raises DatasetError and SettingError; nothing is written, no picture is decoded.
+    """
+    dataset_settings, optimizer = settings.dataset, settings.optimizer
+    if not dataset_settings.train_data_dir:
+        raise DatasetError("No dataset folder was given", remedy="choose a folder of pictures")
+    resolution = resolution_of(dataset_settings.resolution, default=DEFAULT_RESOLUTION.get(family, 512))
+    buckets = Buckets(
+        resolution, enable_bucket=dataset_settings.enable_bucket,
+        min_bucket_reso=min(dataset_settings.min_bucket_reso, *resolution),
+        max_bucket_reso=max(dataset_settings.max_bucket_reso, *resolution, SDXL_MAX_BUCKET if family == "sdxl" else 0),
+        bucket_reso_steps=dataset_settings.bucket_reso_steps, bucket_no_upscale=dataset_settings.bucket_no_upscale)
+    found = scan(
+        Path(dataset_settings.train_data_dir), max_train_epochs=optimizer.max_train_epochs,
+        num_repeats=dataset_settings.num_repeats, trigger_word=dataset_settings.trigger_word,
+        reg_data_dir=dataset_settings.reg_data_dir or None, on_progress=on_progress, should_stop=should_stop)
+    dataset, placements = place(found, buckets)
+    return Preparation(
+        dataset=dataset, placements=placements, resolution=resolution,
+        plan=replan(settings, dataset=dataset, placements=placements),
+        warnings=(*ignored(settings), *(problem.text for problem in dataset.problems)))
+
+
+def replan(settings: Settings, *, dataset: Dataset, placements: tuple[Placement, ...]) -> Plan:
+    """The steps of a run over these examples, as `settings` want them."""
+    optimizer = settings.optimizer
+    return plan_run(
+        visits_by_bucket(dataset.examples, placements), train_batch_size=optimizer.train_batch_size,
+        gradient_accumulation_steps=optimizer.gradient_accumulation_steps,
+        max_train_epochs=optimizer.max_train_epochs, max_train_steps=optimizer.max_train_steps)
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number:,} {word}{'' if number == 1 else 's'}"

@@ -1,0 +1,109 @@
+"""Settings: read once, exactly, or refused in one sentence."""
+
+import math
+
+import pytest
+
+from lib_lora_train import settings
+from lib_lora_train.errors import SettingError
+from lib_lora_train.settings.toml import read_toml, write_toml
+
+
+def test_every_setting_has_one_name_a_label_and_help():
+    names = [d.name for area in settings.AREAS.values() for d in settings.declarations(area)]
+    assert len(names) == len(set(names)) == len(settings.DECLARATIONS)
+    labels = [d.label for d in settings.DECLARATIONS.values()]
+    assert len(labels) == len(set(labels))
+    for d in settings.DECLARATIONS.values():
+        assert d.label and d.help.endswith("."), d.name
+        assert d.type in (bool, int, float, str), d.name
+
+
+def test_every_default_is_one_of_its_own_possible_values():
+    for d in settings.DECLARATIONS.values():
+        assert settings.read(d, d.default) == d.default
+
+
+def test_flat_is_the_inverse_of_parse():
+    changed = {"network_dim": 32, "resolution": "768,512", "flip_aug": True, "learning_rate": 3e-5, "output_name": "zzk"}
+    flat = settings.flat(settings.parse(changed))
+    assert {name: flat[name] for name in changed} == changed
+    assert settings.parse(flat) == settings.parse(changed)
+
+
+@pytest.mark.parametrize("values, complaint", [
+    ({"network_dimm": 4}, "network_dim"),
+    ({"network_dim": 0}, "between 1 and 1024"),
+    ({"network_dim": 4.5}, "whole number"),
+    ({"network_dim": "four"}, "a number"),
+    ({"network_dim": True}, "a number"),
+    ({"learning_rate": math.nan}, "learning_rate"),
+    ({"learning_rate": "1e999"}, "learning_rate"),
+    ({"lr_scheduler": "cosin"}, "cosine_with_restarts"),
+    ({"flip_aug": "maybe"}, "true or false"),
+    ({"resolution": "12"}, "64"),
+    ({"resolution": "5 12"}, "512"),
+    ({"resolution": "512,512,512"}, "width,height"),
+    ({"min_bucket_reso": 2048}, "max_bucket_reso"),
+    ({"bucket_reso_steps": 12}, "multiple of 8"),
+    ({"output_name": ["a"]}, "text"),
+    ({"train_data_dir": "a\0b"}, "zero character"),
+])
+def test_what_is_not_possible_is_refused_by_name_with_the_reason(values, complaint):
+    with pytest.raises(SettingError) as caught:
+        settings.parse(values)
+    assert next(iter(values)) in str(caught.value) and complaint in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_text_from_a_command_line_becomes_the_settings_type():
+    parsed = settings.parse({"network_dim": "32", "flip_aug": "yes", "learning_rate": "5e-5", "noise_offset": "0"})
+    assert parsed.network.network_dim == 32 and parsed.dataset.flip_aug is True
+    assert parsed.optimizer.learning_rate == 5e-5 and parsed.loss.noise_offset == 0.0
+
+
+def test_a_path_copied_by_windows_loses_its_quotes():
+    assert settings.parse({"train_data_dir": '"C:\\my pictures\\zzk"'}).dataset.train_data_dir == "C:\\my pictures\\zzk"
+
+
+@pytest.mark.parametrize("values, name", [
+    ({"keep_tokens": 2}, "keep_tokens"),
+    ({"lr_scheduler_num_cycles": 3}, "lr_scheduler_num_cycles"),
+    ({"text_encoder_lr": 1e-5}, "text_encoder_lr"),
+    ({"prior_loss_weight": 0.5}, "prior_loss_weight"),
+    ({"cache_latents_to_disk": True, "random_crop": True}, "cache_latents_to_disk"),
+    ({"enable_bucket": False, "max_bucket_reso": 2048}, "max_bucket_reso"),
+])
+def test_a_setting_without_effect_is_named(values, name):
+    notes = settings.ignored(settings.parse(values))
+    assert len(notes) == 1 and name in notes[0]
+
+
+def test_defaults_ignore_nothing():
+    assert settings.ignored(settings.Settings()) == []
+
+
+def test_toml_gives_back_every_value_exactly(tmp_path):
+    values = dict(settings.flat(settings.Settings()))
+    values |= {"output_name": 'quote " backslash \\ 日本 \t end', "train_data_dir": "C:\\Bilder\\ä", "learning_rate": 1e-7,
+               "training_comment": "line\nline \x7f"}
+    file = tmp_path / "run.toml"
+    file.write_text(write_toml(values), encoding="utf-8")
+    assert read_toml(file) == values
+
+
+def test_tables_are_only_for_the_reader_and_a_name_may_stand_once(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text("[network]\nnetwork_dim = 4\n[training]\nseed = 7\n", encoding="utf-8-sig")
+    assert read_toml(file) == {"network_dim": 4, "seed": 7}
+    file.write_text("seed = 1\n[training]\nseed = 7\n", encoding="utf-8")
+    with pytest.raises(SettingError, match="twice"):
+        read_toml(file)
+
+
+@pytest.mark.parametrize("content", [b"network_dim = ", b"\xff\xfe\x00", b"[[[[", b"a = {" * 2000])
+def test_what_is_not_toml_is_refused_by_file_name(tmp_path, content):
+    file = tmp_path / "broken.toml"
+    file.write_bytes(content)
+    with pytest.raises(SettingError, match="broken.toml"):
+        read_toml(file)

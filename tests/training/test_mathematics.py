@@ -1,0 +1,154 @@
+"""Schedules, weights, noise and scaling against transformers, formulas from the papers, and torch."""
+
+import math
+
+import pytest
+import torch
+from transformers import get_scheduler
+
+from lib_lora_train.training.loss import min_snr_weight, weighted_loss
+from lib_lora_train.training.noise import draw, seed_of
+from lib_lora_train.training.optimizer import Stepper, learning_rate_factor
+from lib_lora_train.training.precision import LossScaler, compute_dtype
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("ours, theirs", [
+    ("constant", "constant_with_warmup"), ("linear", "linear"), ("cosine", "cosine"),
+    ("cosine_with_restarts", "cosine_with_restarts")])
+@pytest.mark.parametrize("warmup", [0, 7])
+def test_learning_rates_are_those_of_transformers(ours, theirs, warmup):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = get_scheduler(theirs, optimizer, num_warmup_steps=warmup, num_training_steps=40)
+    expected = []
+    for _ in range(40):
+        expected.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    got = [learning_rate_factor(ours, step, total=40, warmup=warmup) for step in range(40)]
+    assert got == pytest.approx(expected, abs=1e-12)
+
+
+def test_restarts_begin_again_at_the_full_rate():
+    factors = [learning_rate_factor("cosine_with_restarts", step, total=40, warmup=0, cycles=4) for step in range(40)]
+    assert [factors[i] for i in (0, 10, 20, 30)] == [1.0] * 4
+    assert factors[9] < 0.05
+
+
+def test_min_snr_weights_are_the_papers():
+    snr = torch.tensor([0.01, 1.0, 5.0, 20.0])
+    assert min_snr_weight(snr, gamma=5, v_prediction=False).tolist() == pytest.approx([1, 1, 1, 0.25])
+    assert min_snr_weight(snr, gamma=5, v_prediction=True).tolist() == pytest.approx(
+        [0.01 / 1.01, 1 / 2, 5 / 6, 5 / 21])
+
+
+def test_pure_noise_does_not_make_the_weight_a_nan():
+    assert min_snr_weight(torch.tensor([0.0]), gamma=5, v_prediction=False).item() == 1.0
+
+
+def test_the_loss_is_reduced_in_kohyas_order():
+    prediction, target = torch.randn(3, 4, 2, 5, generator=torch.Generator().manual_seed(0)), torch.zeros(3, 4, 2, 5)
+    example, snr = torch.tensor([1.0, 0.5, 2.0]), torch.tensor([0.1, 1.0, 0.3])
+    by_hand = sum((prediction[i] ** 2).sum().item() / 40 * example[i].item() * snr[i].item() for i in range(3)) / 3
+    got = weighted_loss(prediction, target, example_weight=example, snr_weight=snr)
+    assert got.item() == pytest.approx(by_hand, rel=1e-6) and got.dtype == torch.float32
+
+
+def test_half_precision_predictions_are_compared_in_full_precision():
+    prediction = torch.full((1, 4, 8, 8), 300.0, dtype=torch.float16)  # 300² overflows fp16
+    loss = weighted_loss(prediction, torch.zeros_like(prediction), example_weight=torch.ones(1), snr_weight=None)
+    assert loss.item() == 90000.0
+
+
+def test_draws_depend_on_seed_step_and_micro_batch_alone_and_touch_no_global_state():
+    before = torch.get_rng_state()
+    one = draw((2, 4, 8, 8), seed=1, step=5, micro=0, timesteps=1000)
+    again = draw((2, 4, 8, 8), seed=1, step=5, micro=0, timesteps=1000)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(one.noise, again.noise) and torch.equal(one.timesteps, again.timesteps)
+    for other in ({"seed": 2, "step": 5, "micro": 0}, {"seed": 1, "step": 6, "micro": 0}, {"seed": 1, "step": 5, "micro": 1}):
+        assert not torch.equal(one.noise, draw((2, 4, 8, 8), timesteps=1000, **other).noise)
+
+
+def test_timesteps_are_uniform_and_noise_is_normal():
+    draws = [draw((64, 1, 4, 4), seed=3, step=step, micro=0, timesteps=1000) for step in range(200)]
+    t = torch.cat([d.timesteps for d in draws])
+    assert t.min() >= 0 and t.max() <= 999
+    counts = torch.bincount(t // 100, minlength=10).float()
+    # Chi-square with 9 degrees of freedom: beyond 27.9 in one of a thousand cases; the seed is fixed.
+    assert ((counts - 1280) ** 2 / 1280).sum() < 27.9
+    noise = torch.cat([d.noise for d in draws])
+    assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
+
+
+def test_noise_offset_moves_whole_channels_by_its_size():
+    shifted = torch.cat([draw((8, 4, 16, 16), seed=1, step=s, micro=0, timesteps=10, noise_offset=0.5).noise
+                         for s in range(50)])
+    plain = torch.cat([draw((8, 4, 16, 16), seed=1, step=s, micro=0, timesteps=10).noise for s in range(50)])
+    offset = shifted - plain
+    assert torch.allclose(offset, offset.mean(dim=(2, 3), keepdim=True).expand_as(offset), atol=1e-6)
+    assert offset.mean(dim=(2, 3)).std().item() == pytest.approx(0.5, abs=0.02)
+
+
+def test_seeds_differ_for_different_parts():
+    assert len({seed_of(a, b) for a in range(30) for b in range(30)}) == 900
+    assert seed_of(1, 11) != seed_of(11, 1)
+
+
+def _stepper(parameter, **changes):
+    options = {"weight_decay": 0.0, "max_grad_norm": 1.0, "device": CPU, **changes}
+    return Stepper([{"name": "unet", "params": [parameter], "lr": 0.1}], **options)
+
+
+def test_a_step_equals_torchs_clipping_and_adamw():
+    torch.manual_seed(0)
+    ours = torch.nn.Parameter(torch.randn(5))
+    theirs = torch.nn.Parameter(ours.detach().clone())
+    stepper, reference = _stepper(ours, weight_decay=0.01), torch.optim.AdamW([theirs], lr=0.05, weight_decay=0.01)
+    stepper.set_factor(0.5)
+    for _ in range(5):
+        gradient = torch.randn(5) * 10
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        torch.nn.utils.clip_grad_norm_([theirs], 1.0)
+        reference.step()
+        assert not stepper.step()
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_gradients_that_overflowed_never_reach_the_weights(bad):
+    parameter = torch.nn.Parameter(torch.ones(3))
+    stepper = _stepper(parameter)
+    parameter.grad = torch.tensor([1.0, bad, 1.0])
+    assert stepper.step()
+    assert torch.equal(parameter.detach(), torch.ones(3)) and parameter.grad is None
+
+
+def test_scaled_gradients_are_unscaled_before_clipping():
+    ours, theirs = torch.nn.Parameter(torch.ones(4)), torch.nn.Parameter(torch.ones(4))
+    scaler = LossScaler(CPU, enabled=True)
+    gradient = torch.tensor([0.1, -0.2, 0.3, 0.1])  # norm below 1: clipping must leave it alone
+    ours.grad, theirs.grad = gradient * 65536, gradient.clone()
+    stepper, reference = _stepper(ours), torch.optim.AdamW([theirs], lr=0.1, weight_decay=0.0)
+    scaler.unscale(stepper.parameters)
+    assert torch.allclose(ours.grad, gradient)
+    stepper.step()
+    reference.step()
+    assert torch.allclose(ours, theirs)
+
+
+def test_the_scale_halves_after_an_overflow_and_doubles_after_good_steps():
+    scaler = LossScaler(CPU, enabled=True, initial=1024.0, growth_interval=3)
+    scales = []
+    for overflowed in (True, False, False, True, False, False, False, False):
+        scaler.update(torch.tensor(overflowed))
+        scales.append(scaler.scale.item())
+    assert scales == [512, 512, 512, 256, 256, 256, 512, 512]
+
+
+def test_half_precision_is_not_asked_of_a_processor():
+    from lib_lora_train.errors import SettingError
+    assert compute_dtype("auto", CPU) == torch.float32
+    with pytest.raises(SettingError, match="CUDA"):
+        compute_dtype("fp16", CPU)
