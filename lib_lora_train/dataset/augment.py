@@ -1,0 +1,71 @@
+"""From a decoded picture to the network's input: scaling, crop, colour, tensor. Randomness is passed in.
+
+The strengths are kohya's (sd-scripts, `AugHelper`): flip 0.5; colour 0.33, of which half hue ±8 of 180
+and half gamma 0.95…1.05.
+"""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+from PIL import Image
+
+from lib_lora_train.dataset.buckets import Placement
+
+FLIP_PROBABILITY = 0.5
+COLOUR_PROBABILITY = 0.33
+_HUE_SHIFT = 8 / 180  # of the whole circle
+_GAMMA = (0.95, 1.05)
+
+
+def scale_and_crop(picture: Image.Image, placement: Placement, *, crop: tuple[int, int] | None = None) -> Image.Image:
+    """The picture at bucket size, cut at `crop` (left, top in the scaled picture; default: its centre).
+
+    Only the part that is kept is computed: scaling a strip of 100000×10 to cover a bucket would
+    otherwise take gigabytes.
+    """
+    assert picture.size == placement.original, f"placed as {placement.original}, decoded as {picture.size}"
+    left, top = placement.crop if crop is None else crop
+    if placement.resized == placement.original:
+        return picture.crop((left, top, left + placement.bucket[0], top + placement.bucket[1]))
+    across = placement.original[0] / placement.resized[0]
+    down = placement.original[1] / placement.resized[1]
+    right = min((left + placement.bucket[0]) * across, placement.original[0])
+    bottom = min((top + placement.bucket[1]) * down, placement.original[1])
+    return picture.resize(
+        placement.bucket, Image.Resampling.LANCZOS, box=(left * across, top * down, right, bottom))
+
+
+def draw_flip(rng: random.Random) -> bool:
+    """Whether this visit sees the picture mirrored."""
+    return rng.random() < FLIP_PROBABILITY
+
+
+def draw_crop(placement: Placement, rng: random.Random) -> tuple[int, int]:
+    """(left, top) anywhere the bucket fits inside the scaled picture."""
+    return rng.randint(0, placement.slack[0]), rng.randint(0, placement.slack[1])
+
+
+def vary_colour(picture: Image.Image, rng: random.Random) -> Image.Image:
+    """In one of three visits a slightly different hue or gamma; otherwise the picture itself."""
+    if rng.random() >= COLOUR_PROBABILITY:
+        return picture
+    if rng.random() < 0.5:
+        return _turn_hue(picture, rng.uniform(-_HUE_SHIFT, _HUE_SHIFT))
+    gamma = rng.uniform(*_GAMMA)
+    return picture.point([round(255 * (i / 255) ** gamma) for i in range(256)] * 3)
+
+
+def to_tensor(picture: Image.Image) -> torch.Tensor:
+    """RGB picture → [3, H, W] float32 in [-1, 1]."""
+    pixels = torch.from_numpy(np.array(picture, dtype=np.uint8))
+    return pixels.permute(2, 0, 1).to(torch.float32).div_(127.5).sub_(1.0).contiguous()
+
+
+def _turn_hue(picture: Image.Image, part_of_circle: float) -> Image.Image:
+    hue, saturation, value = picture.convert("HSV").split()
+    shift = round(part_of_circle * 256)
+    turned = hue.point([(i + shift) % 256 for i in range(256)])
+    return Image.merge("HSV", (turned, saturation, value)).convert("RGB")

@@ -1,0 +1,342 @@
+"""A folder of pictures → examples. Everything that can be found wrong before a run is found here.
+
+Two layouts: kohya's `parent/N_name/` (N repeats, `name` is the caption where there is no file), and a
+plain folder of pictures. A picture that cannot be used is skipped and named in a Problem; only a folder
+without a usable picture, and captions that are not UTF-8, are refused: the rest could be trained, but
+on a text that nobody wrote.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from lib_lora_train.dataset.buckets import Buckets, Placement, Size
+from lib_lora_train.dataset.captions import find_captions, first_line, read_caption, split_tags, with_trigger_word
+from lib_lora_train.dataset.pictures import MAX_PIXELS, check_picture, is_picture_name
+from lib_lora_train.dataset.plan import balanced_repeats, plain_folder_repeats
+from lib_lora_train.errors import DatasetError, Interrupted
+
+Progress = Callable[[int, int], None]  # (done, total)
+ShouldStop = Callable[[], bool]
+
+_REPEATS_AND_NAME = re.compile(r"(\d+)_(.*)")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something the user should know about the dataset; the run goes on without it."""
+
+    text: str  # a sentence
+    path: Path | None = None  # the one file it is about, if it is one
+    skipped: bool = False  # True: this picture is not trained
+
+
+@dataclass(frozen=True)
+class Example:
+    """One usable picture and how it is trained."""
+
+    path: Path
+    caption: str  # with the trigger word; before shuffling and dropout
+    repeats: int  # visits in one epoch
+    folder: str  # name of its folder, e.g. "10_sks dog"
+    width: int  # upright
+    height: int
+    is_regularisation: bool = False
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What a scan found."""
+
+    folder: Path
+    layout: Literal["kohya", "plain"]
+    examples: tuple[Example, ...]
+    problems: tuple[Problem, ...] = ()
+
+    @property
+    def pictures(self) -> int:
+        """Pictures to learn from, without regularisation."""
+        return sum(not example.is_regularisation for example in self.examples)
+
+    @property
+    def visits(self) -> int:
+        """Picture-visits in one epoch, regularisation included."""
+        return sum(example.repeats for example in self.examples)
+
+    def dataset_dirs(self, *, regularisation: bool = False) -> dict[str, dict[str, int]]:
+        """kohya's `ss_dataset_dirs` / `ss_reg_dataset_dirs`: {folder: {n_repeats, img_count}}."""
+        result: dict[str, dict[str, int]] = {}
+        for example in self._of(regularisation):
+            entry = result.setdefault(example.folder, {"n_repeats": example.repeats, "img_count": 0})
+            entry["img_count"] += 1
+        return result
+
+    def tag_frequency(self) -> dict[str, dict[str, int]]:
+        """kohya's `ss_tag_frequency`: {folder: {tag in lower case: pictures that carry it}}."""
+        result: dict[str, dict[str, int]] = {}
+        for example in self._of(False):
+            tags = result.setdefault(example.folder, {})
+            for tag in split_tags(example.caption):
+                tags[tag.lower()] = tags.get(tag.lower(), 0) + 1
+        return result
+
+    def _of(self, regularisation: bool) -> Iterable[Example]:
+        return (example for example in self.examples if example.is_regularisation == regularisation)
+
+
+def scan(
+    folder: Path | str, *, max_train_epochs: int, num_repeats: int = 0, trigger_word: str = "",
+    reg_data_dir: Path | str | None = None, max_pixels: int = MAX_PIXELS, on_progress: Progress | None = None,
+    should_stop: ShouldStop | None = None,
+) -> Dataset:
+    """Read names, captions and headers; check each file as far as its format allows without decoding it.
+
+    `max_train_epochs` and `num_repeats` (0 = choose) set the repeats of a plain folder. Regularisation
+    pictures get repeats such that they are visited as often as the others together; they never get
+    the trigger word. Order: by name, the same on every system.
+    Raises DatasetError (folder missing, empty, unreadable; no usable picture; captions not UTF-8) and
+    Interrupted when `should_stop()` says so.
+    """
+    subsets, layout, problems = _find(Path(folder), what="dataset")
+    reg_subsets: list[_Subset] = []
+    if reg_data_dir:
+        if Path(reg_data_dir).resolve() == Path(folder).resolve():
+            raise DatasetError("reg_data_dir is the dataset folder itself", remedy="choose another folder or none")
+        reg_subsets, _, reg_problems = _find(Path(reg_data_dir), what="regularisation")
+        problems += reg_problems
+    watch = _Watch(sum(len(s.pictures) for s in subsets + reg_subsets), on_progress, should_stop)
+    reader = _Reader(problems, watch, max_pixels)
+    examples = reader.read(subsets, trigger_word=trigger_word)
+    regularisation = [replace(e, is_regularisation=True) for e in reader.read(reg_subsets, trigger_word="")]
+    reader.finish()
+    if not examples:
+        raise _nothing_left(Path(folder), problems)
+    if reg_subsets and not regularisation:
+        raise _nothing_left(Path(reg_data_dir or ""), problems)
+    if layout == "plain":
+        repeats = plain_folder_repeats(len(examples), max_train_epochs=max_train_epochs, num_repeats=num_repeats)
+        examples = [replace(example, repeats=repeats) for example in examples]
+    elif num_repeats > 0:
+        problems.append(Problem("num_repeats is not used: the number in front of each folder's name counts."))
+    balanced = _balance(regularisation, visits=sum(example.repeats for example in examples), problems=problems)
+    return Dataset(Path(folder), layout, (*examples, *balanced), tuple(problems))
+
+
+def place(dataset: Dataset, buckets: Buckets) -> tuple[Dataset, tuple[Placement, ...]]:
+    """A training size for each example; `placements[i]` belongs to `dataset.examples[i]` of the result.
+
+    Pictures that no bucket takes are dropped from the result and named. Raises DatasetError if none is left.
+    """
+    examples, placements, problems = [], [], list(dataset.problems)
+    for example in dataset.examples:
+        try:
+            placements.append(buckets.assign(example.width, example.height))
+            examples.append(example)
+        except DatasetError as error:
+            problems.append(Problem(f"Skipped {example.path}: {error}", example.path, skipped=True))
+    if all(example.is_regularisation for example in examples):
+        raise _nothing_left(dataset.folder, problems)
+    return replace(dataset, examples=tuple(examples), problems=tuple(problems)), tuple(placements)
+
+
+def visits_by_bucket(examples: Sequence[Example], placements: Sequence[Placement]) -> dict[Size, int]:
+    """Picture-visits in one epoch for each bucket: what `plan.plan_run` counts with."""
+    visits: dict[Size, int] = {}
+    for example, placement in zip(examples, placements):
+        visits[placement.bucket] = visits.get(placement.bucket, 0) + example.repeats
+    return visits
+
+
+@dataclass(frozen=True)
+class _Subset:
+    """One folder whose pictures are used."""
+
+    path: Path
+    repeats: int
+    caption: str  # for pictures without a caption file
+    pictures: tuple[Path, ...]
+    captions: dict[str, list[Path]]
+
+
+@dataclass
+class _Watch:
+    """Counts pictures, reports them, and ends the scan when told to."""
+
+    total: int
+    on_progress: Progress | None
+    should_stop: ShouldStop | None
+    done: int = 0
+
+    def check(self) -> None:
+        if self.should_stop is not None and self.should_stop():
+            raise Interrupted("The run was stopped while the pictures were read")
+
+    def one_more(self) -> None:
+        self.done += 1
+        if self.on_progress is not None:
+            self.on_progress(self.done, self.total)
+
+
+class _Reader:
+    """Subsets → examples, collecting what is wrong so that the user hears it once and not per picture."""
+
+    def __init__(self, problems: list[Problem], watch: _Watch, max_pixels: int) -> None:
+        self.problems, self.watch, self.max_pixels = problems, watch, max_pixels
+        self.not_text: list[str] = []
+        self.empty: list[str] = []
+        self.several_lines: list[str] = []
+        self.several_files: list[str] = []
+
+    def read(self, subsets: Sequence[_Subset], *, trigger_word: str) -> list[Example]:
+        examples = []
+        for subset in subsets:
+            for picture in subset.pictures:
+                self.watch.check()
+                example = self._example(picture, subset, trigger_word)
+                if example is not None:
+                    examples.append(example)
+                self.watch.one_more()
+        return examples
+
+    def _example(self, picture: Path, subset: _Subset, trigger_word: str) -> Example | None:
+        try:
+            width, height = check_picture(picture, max_pixels=self.max_pixels)
+        except DatasetError as error:
+            self.problems.append(Problem(f"Skipped: {error}", picture, skipped=True))
+            return None
+        caption = with_trigger_word(self._caption(picture, subset), trigger_word)
+        if not caption:
+            self.empty.append(picture.name)
+        return Example(picture, caption, subset.repeats, subset.path.name, width, height)
+
+    def _caption(self, picture: Path, subset: _Subset) -> str:
+        files = subset.captions.get(picture.stem, [])
+        if not files:
+            return subset.caption
+        if len(files) > 1:
+            self.several_files.append(picture.name)
+        try:
+            text = read_caption(files[0])
+        except DatasetError as error:
+            self.not_text.append(str(error).rstrip("."))
+            return ""
+        if len([line for line in text.splitlines() if line.strip()]) > 1:
+            self.several_lines.append(files[0].name)
+        return first_line(text) or subset.caption
+
+    def finish(self) -> None:
+        """Turn what was collected into one sentence a kind."""
+        if len(self.not_text) == 1:
+            raise DatasetError(self.not_text[0])
+        if self.not_text:
+            raise DatasetError(
+                f"{len(self.not_text)} caption files cannot be read", why=" | ".join(self.not_text[:5]),
+                remedy="save them again as text with the encoding UTF-8")
+        for names, text in (
+            (self.empty, "no caption and no trigger word, so they are trained with an empty caption"),
+            (self.several_lines, "more than one line in their caption file, of which only the first is used"),
+            (self.several_files, "both a .txt and a .caption file, of which the .txt is used"),
+        ):
+            if names:
+                self.problems.append(Problem(f"{len(names)} picture(s) have {text}: {_some(names)}."))
+
+
+def _find(folder: Path, *, what: str) -> tuple[list[_Subset], Literal["kohya", "plain"], list[Problem]]:
+    """Which folders hold the pictures, and in which layout."""
+    files, folders = _listing(folder, what)
+    problems: list[Problem] = []
+    loose = [file for file in files if is_picture_name(file)]
+    numbered = [f for f in folders if _REPEATS_AND_NAME.fullmatch(f.name)]
+    subsets = [s for f in numbered if (s := _subset(f, problems)) is not None]
+    others = [f for f in folders if f not in numbered]
+    if subsets:
+        if loose:
+            problems.append(Problem(
+                f"{len(loose)} picture(s) in {folder} are ignored, because its N_name folders are used: "
+                f"{_some([file.name for file in loose])}."))
+        problems += _unused_folders(others, "its name has no number of repeats in front (N_name)")
+        return subsets, "kohya", problems
+    if loose:
+        if match := _REPEATS_AND_NAME.fullmatch(folder.name):
+            problems.append(Problem(
+                f"{folder.name} was chosen itself, so its name is not read as {match[1]} repeats of "
+                f"'{match[2]}'; choose the folder above it for that."))
+        problems += _unused_folders(others, "only the pictures beside it are used")
+        return [_Subset(folder, 1, "", tuple(loose), find_captions(files))], "plain", problems
+    why = " ".join(p.text for p in problems) or "no file in it has a picture's name"
+    with_pictures = [f.name for f in others if _picture_names(f)]
+    remedy = "choose the folder that holds the pictures"
+    if with_pictures:
+        remedy = (f"choose one of its folders ({_some(with_pictures)}), or put the number of repeats in front of "
+                  "their names, as in 10_name")
+    raise DatasetError(f"The {what} folder {folder} holds no pictures", why=why, remedy=remedy)
+
+
+def _subset(folder: Path, problems: list[Problem]) -> _Subset | None:
+    """An N_name folder with pictures; otherwise None, with the reason among the problems."""
+    match = _REPEATS_AND_NAME.fullmatch(folder.name)
+    assert match is not None
+    files, folders = _listing(folder, "dataset")
+    pictures = tuple(file for file in files if is_picture_name(file))
+    problems += _unused_folders(folders, f"folders inside {folder.name} are not searched")
+    if not pictures or int(match[1]) < 1:
+        why = "it holds no pictures" if not pictures else "it asks for 0 repeats"
+        problems.append(Problem(f"The folder {folder.name} is ignored: {why}."))
+        return None
+    return _Subset(folder, int(match[1]), match[2].strip(), pictures, find_captions(files))
+
+
+def _listing(folder: Path, what: str) -> tuple[list[Path], list[Path]]:
+    """(files, folders) of a folder by name, without hidden folders (caches live there)."""
+    try:
+        if not folder.exists():
+            raise DatasetError(f"The {what} folder {folder} does not exist", remedy="check the path")
+        if not folder.is_dir():
+            raise DatasetError(f"{folder} is a file", remedy=f"choose the {what} folder that holds the pictures")
+        entries = sorted(folder.iterdir(), key=lambda path: (path.name.casefold(), path.name))
+        files = [path for path in entries if path.is_file()]
+        folders = [path for path in entries if path.is_dir() and not path.name.startswith(".")]
+    except OSError as error:
+        raise DatasetError(
+            f"The {what} folder {folder} cannot be read", why=error.strerror or str(error),
+            remedy="check that you may read it") from error
+    return files, folders
+
+
+def _picture_names(folder: Path) -> list[str]:
+    try:
+        return [path.name for path in folder.iterdir() if is_picture_name(path)]
+    except OSError:
+        return []  # only asked to word a message about a folder that is not used
+
+
+def _unused_folders(folders: Sequence[Path], why: str) -> list[Problem]:
+    return [Problem(f"The pictures in the folder {folder.name} are ignored: {why}.", folder)
+            for folder in folders if _picture_names(folder)]
+
+
+def _balance(examples: list[Example], *, visits: int, problems: list[Problem]) -> list[Example]:
+    """The regularisation examples with repeats that add up to `visits`; those that get none are named."""
+    repeats = balanced_repeats([example.repeats for example in examples], visits=visits)
+    unused = [example.path.name for example, n in zip(examples, repeats) if n == 0]
+    if unused:
+        problems.append(Problem(
+            f"{len(unused)} regularisation picture(s) are not used, because there are more of them than visits to "
+            f"the pictures: {_some(unused)}."))
+    return [replace(example, repeats=n) for example, n in zip(examples, repeats) if n > 0]
+
+
+def _nothing_left(folder: Path, problems: Sequence[Problem]) -> DatasetError:
+    skipped = [problem.text.rstrip(".") for problem in problems if problem.skipped]
+    return DatasetError(
+        f"No picture in {folder} can be used", why=" | ".join(skipped[:3]) + (" | …" if len(skipped) > 3 else ""),
+        remedy="replace or remove the damaged pictures")
+
+
+def _some(names: Sequence[str], limit: int = 5) -> str:
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,74 @@
+"""Augmentations and tensors. References: PIL resize-then-crop, numpy, colorsys."""
+
+from __future__ import annotations
+
+import colorsys
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lib_lora_train.dataset.augment import draw_crop, draw_flip, scale_and_crop, to_tensor, vary_colour
+from lib_lora_train.dataset.buckets import Buckets, Placement
+
+
+def noise(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("size", [(192, 108), (108, 192), (90, 40), (64, 64), (301, 299), (1000, 3)])
+@pytest.mark.parametrize("corner", ["centre", "start", "end"])
+def test_scaling_only_what_is_kept_equals_scaling_all_and_cropping(size: tuple[int, int], corner: str) -> None:
+    buckets = Buckets((64, 64), enable_bucket=True, min_bucket_reso=32, max_bucket_reso=128, bucket_reso_steps=8,
+                      bucket_no_upscale=False)
+    placement = buckets.assign(*size)
+    crop = {"centre": placement.crop, "start": (0, 0), "end": placement.slack}[corner]
+    whole = noise(*size).resize(placement.resized, Image.Resampling.LANCZOS)
+    expected = whole.crop((*crop, crop[0] + placement.bucket[0], crop[1] + placement.bucket[1]))
+    result = scale_and_crop(noise(*size), placement, crop=crop)
+    assert result.size == placement.bucket
+    assert np.abs(np.array(result, dtype=int) - np.array(expected, dtype=int)).max() <= 1
+
+
+def test_a_tensor_is_channels_first_from_minus_one_to_one() -> None:
+    picture = noise(5, 3)
+    tensor = to_tensor(picture)
+    expected = np.array(picture, dtype=np.float64).transpose(2, 0, 1) / 255 * 2 - 1
+    assert tensor.shape == (3, 3, 5) and tensor.dtype == torch.float32
+    assert np.allclose(tensor, expected, atol=1e-6)
+    assert tensor.min() >= -1 and tensor.max() <= 1
+
+
+def test_half_of_the_visits_are_flipped() -> None:
+    rng = random.Random(0)
+    assert abs(sum(draw_flip(rng) for _ in range(4000)) / 4000 - 0.5) < 0.03
+
+
+def test_a_random_crop_reaches_every_place_and_never_leaves_the_picture() -> None:
+    placement = Placement(bucket=(64, 32), resized=(67, 32), crop=(1, 0), original=(134, 64))
+    rng = random.Random(0)
+    assert {draw_crop(placement, rng) for _ in range(200)} == {(0, 0), (1, 0), (2, 0), (3, 0)}
+
+
+def test_a_third_of_the_visits_change_colour_and_only_slightly() -> None:
+    rng, picture = random.Random(0), noise(16, 16)
+    before = np.array(picture, dtype=int)
+    changed = 0
+    for _ in range(600):
+        varied = vary_colour(picture, rng)
+        changed += not np.array_equal(varied, picture)
+        value = np.array(varied, dtype=int).max(-1) - before.max(-1)  # hue keeps the value, gamma ±5 % moves it < 6
+        assert np.abs(value).max() <= 6
+    assert 0.25 < changed / 600 < 0.4
+
+
+def test_hue_moves_by_at_most_eight_of_180() -> None:
+    picture = Image.new("RGB", (1, 1), (200, 60, 60))  # red: hue 0
+    rng, hues = random.Random(0), []
+    for _ in range(600):
+        red, green, blue = (channel / 255 for channel in vary_colour(picture, rng).getpixel((0, 0)))
+        hue = colorsys.rgb_to_hsv(red, green, blue)[0]
+        hues.append(min(hue, 1 - hue))
+    assert 0.03 < max(hues) <= 8 / 180 + 1 / 256
