@@ -43,7 +43,8 @@ from lib_lora_train.model.components import (
 from lib_lora_train.model.hints_file import hints_from_yaml
 from lib_lora_train.model.refusals import SUPPORTED, incomplete, refuse_other_kinds
 
-__all__ = ["Architecture", "Family", "Hints", "detect", "hints_from_yaml", "text_prefixes"]
+__all__ = ["Architecture", "Family", "Hints", "detect", "family_of", "hints_from_yaml", "text_prefixes", "unet_config",
+           "vae_config"]
 
 _LATENT_SCALE = {"sd1": 0.18215, "sd2": 0.18215, "sdxl": 0.13025}
 _CHANNELS_A_HEAD = 64
@@ -63,13 +64,13 @@ def detect(tensors: Mapping[str, Tensor], hints: Hints = Hints()) -> Architectur
         raise ModelError(
             "The file holds no Stable Diffusion UNet", why="no tensor is named 'model.diffusion_model.input_blocks…'",
             remedy=SUPPORTED)
-    family = _family(tensors, unet)
-    unet_config = _unet(unet, family=family, hints=hints)
+    family = family_of(tensors, unet)
+    sizes = unet_config(unet, family=family, hints=hints)
     return Architecture(
         family=family,
-        unet=unet_config,
-        vae=_vae(vae_tensors(tensors)),
-        text=_text(tensors, family=family, hints=hints, unet=unet_config),
+        unet=sizes,
+        vae=vae_config(vae_tensors(tensors)),
+        text=_text(tensors, family=family, hints=hints, unet=sizes),
         prediction_type=hints.prediction_type or ("v_prediction" if "v_pred" in tensors else "epsilon"),
         zero_terminal_snr="ztsnr" in tensors if hints.zero_terminal_snr is None else hints.zero_terminal_snr,
         latent_scale=hints.latent_scale or _LATENT_SCALE[family],
@@ -81,7 +82,8 @@ def text_prefixes(family: Family) -> tuple[str, ...]:
     return SDXL_TEXT_PREFIXES if family == "sdxl" else TEXT_PREFIXES
 
 
-def _family(tensors: Mapping[str, Tensor], unet: Mapping[str, Tensor]) -> Family:
+def family_of(tensors: Mapping[str, Tensor], unet: Mapping[str, Tensor]) -> Family:
+    """Which family a checkpoint is of; `unet` is its UNet under local names."""
     if "label_emb.0.0.weight" in unet:
         if any(name.startswith("cond_stage_model.") for name in tensors):
             raise ModelError("The checkpoint is an unCLIP model, which this trainer does not support", remedy=SUPPORTED)
@@ -94,7 +96,8 @@ def _family(tensors: Mapping[str, Tensor], unet: Mapping[str, Tensor]) -> Family
 
 # --- the UNet ---------------------------------------------------------------------------------------------------------
 
-def _unet(unet: Mapping[str, Tensor], *, family: Family, hints: Hints) -> UNetConfig:
+def unet_config(unet: Mapping[str, Tensor], *, family: Family, hints: Hints) -> UNetConfig:
+    """The sizes of a UNet (local names); ModelError where they make no sense."""
     blocks = _blocks(unet)
     heads, head_channels = hints.unet_heads, hints.unet_head_channels
     if head_channels is not None:
@@ -162,7 +165,8 @@ def _block(name: str, tails: set[str]) -> Block:
 
 # --- the VAE and the text encoders ------------------------------------------------------------------------------------
 
-def _vae(vae: Mapping[str, Tensor]) -> VAEConfig:
+def vae_config(vae: Mapping[str, Tensor]) -> VAEConfig:
+    """The sizes of a VAE (local names); ModelError where its encoder or decoder is missing."""
     for part, name in (("VAE", "decoder.conv_in.weight"), ("VAE encoder", "encoder.conv_in.weight")):
         if name not in vae:
             raise ModelError(

@@ -4,7 +4,7 @@ A `Layers` computes `F.linear`, `F.conv2d` and the norms on somebody else's tens
 The three promises to the lender:
 
 - No copy. A weight is used where it lies. Where its dtype differs from the activation's it is cast for one
-  call, and the cast is dropped at once: autograd keeps the borrowed tensor and casts again in backward.
+  call, and the cast is dropped at once: autograd keeps the borrowed tensor and casts it again in backward.
 - No gradient. The tensors are detached views, so `requires_grad` of the lender's parameters neither matters
   nor changes.
 - No surprise. No method of the lender's modules runs, so none of the host's patches do.
@@ -15,7 +15,7 @@ computation by the dtype of the activations.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -43,6 +43,7 @@ class Adapter(Protocol):
 
 
 Adapters = Mapping[str, Adapter]
+Norm = Callable[[Tensor, Tensor, Tensor], Tensor]
 NO_ADAPTERS: Adapters = MappingProxyType({})
 
 
@@ -93,6 +94,28 @@ class _FrozenConv2d(torch.autograd.Function):
             grad, shape_only, weight.to(grad.dtype), None, (ctx.stride,) * 2, (ctx.padding,) * 2, (1, 1),
             False, (0, 0), 1, (True, False, False))
         return grad_x, None, None, None, None
+
+
+class _CastNorm(torch.autograd.Function):
+    """A norm in fp32 of an x, or with a frozen weight and bias, of another dtype; saves all three as they are.
+
+    Backward computes the norm once more, which is cheaper than keeping an fp32 copy of every activation.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, norm: Norm, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        ctx.norm = norm
+        return norm(x.float(), weight.float(), bias.float()).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
+        x, weight, bias = ctx.saved_tensors
+        with torch.enable_grad():
+            again = x.detach().float().requires_grad_()
+            normed = ctx.norm(again, weight.float(), bias.float())
+        (grad_x,) = torch.autograd.grad(normed, again, grad.float())
+        return None, grad_x.to(x.dtype), None, None
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -154,13 +177,19 @@ class Layers:
 
     def group_norm(self, name: str, x: Tensor, *, eps: float) -> Tensor:
         """Thirty-two groups, computed in fp32 whatever x's dtype (ldm's GroupNorm32); x [B, C, ...]."""
-        weight, bias = self.weight(name).float(), _cast(self.bias(name), torch.float32)
-        return F.group_norm(x.float(), 32, weight, bias, eps).to(x.dtype)
+        return self._norm(name, x, lambda x, weight, bias: F.group_norm(x, 32, weight, bias, eps))
 
     def layer_norm(self, name: str, x: Tensor) -> Tensor:
         """Over the last dimension, computed in fp32 whatever x's dtype; x [..., C]."""
-        weight, bias = self.weight(name).float(), _cast(self.bias(name), torch.float32)
-        return F.layer_norm(x.float(), weight.shape, weight, bias, 1e-5).to(x.dtype)
+        return self._norm(name, x, lambda x, weight, bias: F.layer_norm(x, weight.shape, weight, bias, 1e-5))
+
+    def _norm(self, name: str, x: Tensor, norm: Norm) -> Tensor:
+        weight, bias = self.weight(name), self.bias(name)
+        if bias is None:
+            raise incomplete(f"{name}.bias")
+        if x.dtype == weight.dtype == bias.dtype == torch.float32:
+            return norm(x, weight, bias)
+        return _CastNorm.apply(norm, x, weight, bias)
 
     def embedding(self, name: str, ids: Tensor, *, dtype: torch.dtype) -> Tensor:
         """ids [...] (integers) -> [..., C] in `dtype`; only the rows that are looked up are cast."""

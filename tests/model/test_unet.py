@@ -1,0 +1,173 @@
+"""The UNet equals ldm's and diffusers', and gradients reach what is trained and nothing else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_checkpoints import (
+    CONTEXT,
+    FAMILIES,
+    HINTS,
+    POOLED,
+    checkpoint,
+    diffusers_unet,
+    ldm_names_of_unet,
+    ldm_unet,
+    randomised,
+    relative_error,
+)
+from torch import Tensor
+
+from lib_lora_train.errors import SettingError
+from lib_lora_train.model.components import unet_tensors
+from lib_lora_train.model.family import family_of, unet_config
+from lib_lora_train.model.layers import frozen_conv2d, frozen_linear
+from lib_lora_train.model.text import size_vector
+from lib_lora_train.model.unet import UNet
+
+SIZES = dict(original=(120, 200), crop=(3, 40), target=(96, 160))
+
+
+def unet_of(tensors: dict[str, Tensor], family: str) -> UNet:
+    config = unet_config(tensors, family=family, hints=HINTS[family])
+    assert family_of({}, tensors) == family
+    return UNet(tensors, config)
+
+
+def inputs(family: str, *, height: int = 8, width: int = 16, chunks: int = 2) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Latents, timesteps, context and pooled vector of two pictures."""
+    generator = torch.Generator().manual_seed(5)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    return draw(2, 4, height, width), torch.tensor([11, 987]), draw(2, 77 * chunks, CONTEXT[family]), draw(2, POOLED)
+
+
+def vector(family: str, pooled: Tensor) -> Tensor | None:
+    return size_vector(pooled, **SIZES) if family == "sdxl" else None
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_unet_equals_ldm(family: str, depth: int) -> None:
+    theirs = randomised(ldm_unet(family, depth=depth))
+    x, t, context, pooled = inputs(family)
+    y = vector(family, pooled)
+    ours = unet_of(theirs.state_dict(), family)(x, t, context, y)
+    assert relative_error(ours, theirs(x, t, context=[context] * depth, y=y)) <= 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_unet_equals_diffusers(family: str) -> None:
+    theirs = randomised(diffusers_unet(family))
+    x, t, context, pooled = inputs(family)
+    ours = unet_of(ldm_names_of_unet(theirs.state_dict()), family)(x, t, context, vector(family, pooled))
+    time_ids = torch.tensor([[*SIZES["original"], *SIZES["crop"], *SIZES["target"]]]).float().expand(2, -1)
+    added = dict(text_embeds=pooled, time_ids=time_ids) if family == "sdxl" else None
+    assert relative_error(ours, theirs(x, t, context, added_cond_kwargs=added).sample) <= 1e-5
+
+
+@pytest.mark.parametrize("height, width", [(8, 8), (24, 8), (24, 40)])
+@torch.no_grad()
+def test_every_multiple_of_64_pixels_works_as_in_ldm(height: int, width: int) -> None:
+    theirs = randomised(ldm_unet("sd1"))
+    x, t, context, _ = inputs("sd1", height=height, width=width, chunks=1)
+    assert relative_error(unet_of(theirs.state_dict(), "sd1")(x, t, context), theirs(x, t, context=context)) <= 1e-5
+
+
+@pytest.mark.parametrize("family, height, width, step", [("sd1", 12, 16, 64), ("sdxl", 16, 18, 32)])
+def test_other_sizes_are_refused_with_the_step_that_fits(family: str, height: int, width: int, step: int) -> None:
+    x, t, context, pooled = inputs(family, height=height, width=width)
+    unet = unet_of(unet_tensors(checkpoint(family)), family)
+    with pytest.raises(SettingError, match=f"{width * 8}x{height * 8} .* multiples of {step}"):
+        unet(x, t, context, vector(family, pooled))
+
+
+@torch.no_grad()
+def test_timesteps_may_be_fractions_and_of_any_dtype() -> None:
+    theirs = randomised(ldm_unet("sd1"))
+    unet = unet_of(theirs.state_dict(), "sd1")
+    x, _, context, _ = inputs("sd1")
+    t = torch.tensor([3.25, 700.5])
+    assert relative_error(unet(x, t, context), theirs(x, t, context=context)) <= 1e-5
+    whole = torch.tensor([3, 700])
+    assert torch.equal(unet(x, whole, context), unet(x, whole.float(), context))
+
+
+class Scaled:
+    """An adapter with one trained number: (1 + s) times the frozen layer."""
+
+    def __init__(self) -> None:
+        self.s = torch.zeros((), requires_grad=True)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return (1 + self.s) * frozen_linear(x, weight, bias)
+
+    def conv2d(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: int, padding: int) -> Tensor:
+        return (1 + self.s) * frozen_conv2d(x, weight, bias, stride=stride, padding=padding)
+
+
+def every_layer(tensors: dict[str, Tensor]) -> dict[str, Scaled]:
+    """An adapter for each linear and convolutional layer."""
+    return {name.removesuffix(".weight"): Scaled() for name, tensor in tensors.items()
+            if name.endswith(".weight") and tensor.ndim > 1}
+
+
+def gradients(unet: UNet, family: str, adapters: dict[str, Scaled], *, checkpointing: bool) -> tuple[Tensor, Tensor]:
+    """The prediction, and the gradient of a fixed sum of it for each adapter."""
+    x, t, context, pooled = inputs(family)
+    prediction = unet(x, t, context, vector(family, pooled), adapters=adapters, checkpointing=checkpointing)
+    weights = torch.randn(prediction.shape, generator=torch.Generator().manual_seed(9))
+    found = torch.autograd.grad((prediction * weights).sum(), [adapter.s for adapter in adapters.values()])
+    return prediction.detach(), torch.stack(found)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_layer_can_be_adapted_and_its_gradient_is_ldms(family: str) -> None:
+    theirs = randomised(ldm_unet(family))
+    unet = unet_of(theirs.state_dict(), family)
+    adapters = every_layer(unet.tensors)
+    _, ours = gradients(unet, family, adapters, checkpointing=False)
+
+    # d/ds of (1 + s) W x + (1 + s) b at s = 0 is the sum of gradient times value over W and b.
+    x, t, context, pooled = inputs(family)
+    prediction = theirs(x, t, context=context, y=vector(family, pooled))
+    (prediction * torch.randn(prediction.shape, generator=torch.Generator().manual_seed(9))).sum().backward()
+    modules = dict(theirs.named_modules())
+    expected = torch.stack([
+        sum((p.grad * p).sum() for p in modules[name].parameters()).detach() for name in adapters])
+    assert relative_error(ours, expected) <= 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpointing_changes_neither_prediction_nor_gradients(family: str) -> None:
+    unet = unet_of(unet_tensors(checkpoint(family)), family)
+    adapters = every_layer(unet.tensors)
+    plain, plain_gradients = gradients(unet, family, adapters, checkpointing=False)
+    again, again_gradients = gradients(unet, family, adapters, checkpointing=True)
+    assert torch.equal(plain, again)
+    assert torch.equal(plain_gradients, again_gradients)
+
+
+def test_checkpointing_keeps_fewer_activations() -> None:
+    unet = unet_of(unet_tensors(checkpoint("sd1")), "sd1")
+    adapters = every_layer(unet.tensors)
+
+    def kept(checkpointing: bool) -> int:
+        sizes = []
+        x, t, context, _ = inputs("sd1")
+        with torch.autograd.graph.saved_tensors_hooks(lambda saved: sizes.append(saved.numel()) or saved, lambda s: s):
+            unet(x, t, context, adapters=adapters, checkpointing=checkpointing)
+        return sum(sizes)
+
+    assert kept(True) < kept(False) / 3
+
+
+def test_half_precision_activations_give_a_close_prediction_in_their_dtype() -> None:
+    unet = unet_of(unet_tensors(checkpoint("sd1")), "sd1")
+    x, t, context, _ = inputs("sd1")
+    with torch.no_grad():
+        exact, rounded = unet(x, t, context), unet(x.bfloat16(), t, context)
+    assert rounded.dtype == torch.bfloat16
+    assert F.cosine_similarity(exact.flatten(), rounded.float().flatten(), dim=0) > 0.999
