@@ -1,0 +1,241 @@
+"""The command line: `python -m lib_lora_train train | ui | inspect | demo`.
+
+Exit codes: 0 done, 1 the run failed, 2 bad input (one sentence on stderr), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lib_lora_train import events
+from lib_lora_train.errors import LoraTrainError, SettingError, UserError
+from lib_lora_train.events import Report
+from lib_lora_train.settings import AREAS, declarations, parse
+from lib_lora_train.settings.toml import read_toml
+
+RUNS_FOLDER = "runs"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    # Windows consoles are not UTF-8 by default, and pictures have names in every script.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    chosen = _parser().parse_args(arguments)
+    try:
+        return chosen.command(chosen)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except LoraTrainError as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+def _train(chosen: argparse.Namespace) -> int:
+    from lib_lora_train.host.standalone import StandaloneHost
+    from lib_lora_train.job import run_job
+    from lib_lora_train.run_record import RunRecord, new_folder
+    from lib_lora_train.runner import finish
+
+    values = read_toml(chosen.config) if chosen.config else {}
+    values |= {name: value for name, value in (
+        ("train_data_dir", chosen.data), ("output_name", chosen.name), ("output_dir", chosen.output_dir)) if value}
+    values |= dict(_assignment(text) for text in chosen.set)
+    settings = parse(values)
+    output = Path(settings.save.output_dir or ".")
+    host = StandaloneHost(chosen.checkpoint, lora_folder=output, runs_folder=output / RUNS_FOLDER)
+    record = RunRecord(new_folder(host.runs_folder, settings.save.output_name), settings) if chosen.record else None
+
+    show: Report = _show_json if chosen.json else _Bar()
+    latest = 0
+    failure: LoraTrainError | None = None
+
+    def report(event: events.Event) -> None:
+        nonlocal latest
+        latest = event.step if isinstance(event, events.Step) else latest
+        if record:
+            record.write(event)
+        show(event)
+
+    def job() -> events.Finished:
+        nonlocal failure
+        try:
+            return run_job(settings, host, report=report, stop=interrupt.asked)
+        except LoraTrainError as error:
+            failure = error
+            raise
+
+    with _Interrupt() as interrupt:
+        finished = finish(job, report=report, steps=lambda: latest)
+    if finished.outcome == "failed":
+        print(finished.message, file=sys.stderr)
+        return 2 if isinstance(failure, UserError) else 1
+    return 130 if finished.outcome == "stopped" else 0
+
+
+def _ui(chosen: argparse.Namespace) -> int:
+    from lib_lora_train.host.standalone import StandaloneHost
+    from lib_lora_train.ui.standalone import serve
+
+    output = Path(chosen.output_dir)
+    host = StandaloneHost(chosen.checkpoint, lora_folder=output, runs_folder=output / RUNS_FOLDER)
+    serve(host, port=chosen.port, address=chosen.listen)
+    return 0
+
+
+def _inspect(chosen: argparse.Namespace) -> int:
+    from lib_lora_train.network.file import inspect
+
+    info = inspect(chosen.file)
+    data = {field.name: getattr(info, field.name) for field in dataclasses.fields(info)}
+    if chosen.json:
+        print(json.dumps(data, ensure_ascii=False, indent=1, default=str))
+        return 0
+    for name, value in data.items():
+        if name == "metadata":
+            print("metadata")
+            for key, text in sorted(info.metadata.items()):
+                print(f"  {key:36} {text if len(text) <= 120 else text[:117] + '…'}")
+        elif name == "keys":
+            print(f"{'keys':16} {len(info.keys)} (--json lists them)")
+        else:
+            print(f"{name:16} {'-' if value is None else value}")
+    return 0
+
+
+def _demo(chosen: argparse.Namespace) -> int:
+    from lib_lora_train.demo import run_demo
+
+    return run_demo(Path(chosen.output_dir), page=not chosen.no_page, port=chosen.port, address=chosen.listen)
+
+
+def _assignment(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise SettingError(f"--set {text} is not an assignment", remedy="write --set name=value")
+    return name.strip(), value.strip()
+
+
+class _Interrupt:
+    """Ctrl+C asks the job to end and keep what it learnt; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self._asked = False
+
+    def asked(self) -> str:
+        """What the loop's `stop` is asked at each step."""
+        return "save" if self._asked else ""
+
+    def __enter__(self) -> _Interrupt:
+        self._before = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _handle(self, *_: object) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+        print("\nStopping after this step; what was learnt is saved. Ctrl+C again ends at once.", file=sys.stderr)
+
+
+def _show_json(event: events.Event) -> None:
+    print(json.dumps(events.to_dict(event), ensure_ascii=False), flush=True)
+
+
+class _Bar:
+    """Events as a progress bar and a few lines."""
+
+    def __init__(self) -> None:
+        from tqdm import tqdm
+        self._tqdm, self._bar, self._name = tqdm, None, ""
+
+    def __call__(self, event: events.Event) -> None:
+        if isinstance(event, events.Planned):
+            self._line(f"{event.checkpoint}: {event.summary}")
+        elif isinstance(event, events.Stage):
+            self._advance(event.name, event.done, event.total)
+        elif isinstance(event, events.Step):
+            self._advance("Training", event.step, event.total, f"epoch {event.epoch}/{event.epochs} "
+                          f"loss {event.average_loss:.4f} lr {event.learning_rate:.2e}")
+        elif isinstance(event, events.Saved):
+            self._line(f"saved {event.path}")
+        elif isinstance(event, events.Warned):
+            self._line(f"note: {event.message}")
+        else:
+            self._close()
+            if event.outcome != "failed":
+                print(event.message)
+
+    def _advance(self, name: str, done: int, total: int, postfix: str = "") -> None:
+        if name != self._name:
+            self._close()
+            self._name, self._bar = name, self._tqdm(total=total, desc=name, dynamic_ncols=True, leave=True)
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
+        if postfix:
+            self._bar.set_postfix_str(postfix, refresh=False)
+
+    def _line(self, text: str) -> None:
+        self._tqdm.write(text)
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._bar, self._name = None, ""
+
+
+def _parser() -> argparse.ArgumentParser:
+    names = "\n".join(f"  {d.name} = {d.default!r}\n      {d.help}" for area in AREAS.values() for d in declarations(area))
+    parser = argparse.ArgumentParser(prog="python -m lib_lora_train", description="Train a LoRA from a folder of pictures.")
+    commands = parser.add_subparsers(required=True, metavar="train | ui | inspect | demo")
+
+    train = commands.add_parser(
+        "train", help="train a LoRA", epilog=f"settings and their defaults:\n{names}",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    train.add_argument("--checkpoint", type=Path, required=True, help="the model, a .safetensors file")
+    train.add_argument("--data", default="", help="the folder of pictures (train_data_dir)")
+    train.add_argument("--name", default="", help="the LoRA's name (output_name)")
+    train.add_argument("--output-dir", default="", help="where the file goes (output_dir)")
+    train.add_argument("--config", type=Path, help="a TOML file of settings")
+    train.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="one setting; may be repeated")
+    train.add_argument("--json", action="store_true", help="one JSON event a line instead of a progress bar")
+    train.add_argument("--record", action="store_true", help="keep settings and events in a folder under OUTPUT/runs")
+    train.set_defaults(command=_train)
+
+    ui = commands.add_parser("ui", help="serve the page without a WebUI")
+    ui.add_argument("--checkpoint", type=Path, help="the model, a .safetensors file")
+    ui.add_argument("--output-dir", default="loras", help="where LoRAs go")
+    _add_address(ui)
+    ui.set_defaults(command=_ui)
+
+    inspect = commands.add_parser("inspect", help="say what a LoRA file is")
+    inspect.add_argument("file", type=Path)
+    inspect.add_argument("--json", action="store_true", help="everything, as JSON")
+    inspect.set_defaults(command=_inspect)
+
+    demo = commands.add_parser("demo", help="train on a small model and serve the page")
+    demo.add_argument("--output-dir", default="demo-output")
+    demo.add_argument("--no-page", action="store_true", help="end after the pictures are written")
+    _add_address(demo)
+    demo.set_defaults(command=_demo)
+    return parser
+
+
+def _add_address(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--port", type=int, default=7870)
+    parser.add_argument("--listen", default="127.0.0.1", metavar="ADDRESS", help="where to listen; this machine only, "
+                        "unless told otherwise")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""The sampler against diffusers' Euler scheduler, on a network simple enough to call from both sides."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import EulerDiscreteScheduler
+
+from lib_lora_train.evaluation.sampler import SampleRequest, sample_latents, sigmas
+from lib_lora_train.model.schedule import NoiseSchedule
+from lib_lora_train.model.text import Conditioning
+
+REQUEST = SampleRequest("a", width=64, height=64, steps=28, cfg_scale=3.0, seed=5)
+# 28 steps fall on whole timesteps (999 = 27 · 37), where it does not matter that diffusers interpolates σ and we log σ.
+
+
+def _network(x, t, context, y=None, *, adapters=None, checkpointing=False):
+    """Depends on everything a UNet depends on, smoothly and not linearly."""
+    return torch.tanh(x * 0.7 + context.mean(dim=(1, 2))[:, None, None, None]) + t.float()[:, None, None, None] / 2000
+
+
+def _model(prediction_type):
+    text = SimpleNamespace(
+        tokenize=lambda prompt: prompt,
+        encode=lambda texts, **_: Conditioning(torch.tensor([0.3 if t else -0.2 for t in texts])[:, None, None], None))
+    return SimpleNamespace(
+        unet=_network, text=text, device=torch.device("cpu"), schedule=NoiseSchedule.build(prediction_type=prediction_type),
+        architecture=SimpleNamespace(latent_scale=0.5))
+
+
+def _scheduler(prediction_type):
+    return EulerDiscreteScheduler(
+        num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+        timestep_spacing="linspace", prediction_type=prediction_type)
+
+
+def test_noise_levels_are_those_of_diffusers():
+    theirs = _scheduler("epsilon")
+    theirs.set_timesteps(28)
+    ours = sigmas(NoiseSchedule.build(prediction_type="epsilon").alphas_cumprod, 28)
+    assert torch.allclose(ours, theirs.sigmas, rtol=1e-4)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_latents_are_those_of_diffusers_euler(prediction_type):
+    scheduler = _scheduler(prediction_type)
+    scheduler.set_timesteps(REQUEST.steps)
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(REQUEST.seed)) * scheduler.sigmas[0]
+    context = torch.tensor([-0.2, 0.3])[:, None, None]
+    for t in scheduler.timesteps:
+        output = _network(scheduler.scale_model_input(torch.cat([x, x]), t), t.expand(2), context)
+        unconditional, conditional = output.chunk(2)
+        x = scheduler.step(unconditional + REQUEST.cfg_scale * (conditional - unconditional), t, x).prev_sample
+    ours = sample_latents(_model(prediction_type), REQUEST)
+    assert ((ours - x / 0.5).abs().max() / x.abs().max()).item() < 1e-4
+
+
+def test_a_seed_gives_one_picture_and_another_seed_another():
+    one = sample_latents(_model("epsilon"), REQUEST)
+    assert torch.equal(one, sample_latents(_model("epsilon"), REQUEST))
+    assert not torch.equal(one, sample_latents(_model("epsilon"), SampleRequest("a", width=64, height=64, seed=6)))
+
+
+def test_painting_leaves_the_global_random_state_alone():
+    before = torch.get_rng_state()
+    sample_latents(_model("epsilon"), REQUEST)
+    assert torch.equal(before, torch.get_rng_state())
