@@ -155,7 +155,8 @@ def recognise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
     SDXL shows in the keys. SD1 and SD2 share theirs; the metadata tells them apart, else the context width of
     full-size models (768 and 1024).
     """
-    prefixes = ("lora_te1_", "lora_te2_", "lora_unet_input_blocks_", "lora_unet_middle_block_", "lora_unet_output_blocks_")
+    prefixes = ("lora_te1_", "lora_te2_",
+                "lora_unet_input_blocks_", "lora_unet_middle_block_", "lora_unet_output_blocks_")
     if any(key.startswith(prefixes) for key in tensors):
         return "sdxl"
     if not any(key.startswith(("lora_te_", "lora_unet_")) for key in tensors):
