@@ -9,7 +9,7 @@ on a text that nobody wrote.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -18,10 +18,8 @@ from lib_lora_train.dataset.buckets import Buckets, Placement, Size
 from lib_lora_train.dataset.captions import find_captions, first_line, read_caption, split_tags, with_trigger_word
 from lib_lora_train.dataset.pictures import MAX_PIXELS, check_picture, is_picture_name
 from lib_lora_train.dataset.plan import balanced_repeats, plain_folder_repeats
-from lib_lora_train.errors import DatasetError, Interrupted
-
-Progress = Callable[[int, int], None]  # (done, total)
-ShouldStop = Callable[[], bool]
+from lib_lora_train.dataset.watch import Progress, ShouldStop, Watch
+from lib_lora_train.errors import DatasetError
 
 _REPEATS_AND_NAME = re.compile(r"(\d+)_(.*)")
 
@@ -108,7 +106,8 @@ def scan(
             raise DatasetError("reg_data_dir is the dataset folder itself", remedy="choose another folder or none")
         reg_subsets, _, reg_problems = _find(Path(reg_data_dir), what="regularisation")
         problems += reg_problems
-    watch = _Watch(sum(len(s.pictures) for s in subsets + reg_subsets), on_progress, should_stop)
+    watch = Watch(sum(len(subset.pictures) for subset in subsets + reg_subsets), doing="the pictures were read",
+                  on_progress=on_progress, should_stop=should_stop)
     reader = _Reader(problems, watch, max_pixels)
     examples = reader.read(subsets, trigger_word=trigger_word)
     regularisation = [replace(e, is_regularisation=True) for e in reader.read(reg_subsets, trigger_word="")]
@@ -162,29 +161,10 @@ class _Subset:
     captions: dict[str, list[Path]]
 
 
-@dataclass
-class _Watch:
-    """Counts pictures, reports them, and ends the scan when told to."""
-
-    total: int
-    on_progress: Progress | None
-    should_stop: ShouldStop | None
-    done: int = 0
-
-    def check(self) -> None:
-        if self.should_stop is not None and self.should_stop():
-            raise Interrupted("The run was stopped while the pictures were read")
-
-    def one_more(self) -> None:
-        self.done += 1
-        if self.on_progress is not None:
-            self.on_progress(self.done, self.total)
-
-
 class _Reader:
     """Subsets → examples, collecting what is wrong so that the user hears it once and not per picture."""
 
-    def __init__(self, problems: list[Problem], watch: _Watch, max_pixels: int) -> None:
+    def __init__(self, problems: list[Problem], watch: Watch, max_pixels: int) -> None:
         self.problems, self.watch, self.max_pixels = problems, watch, max_pixels
         self.not_text: list[str] = []
         self.empty: list[str] = []
@@ -199,7 +179,7 @@ class _Reader:
                 example = self._example(picture, subset, trigger_word)
                 if example is not None:
                     examples.append(example)
-                self.watch.one_more()
+                self.watch.advance()
         return examples
 
     def _example(self, picture: Path, subset: _Subset, trigger_word: str) -> Example | None:

@@ -1,0 +1,115 @@
+"""What the text encoder says about a caption, computed once: for runs in which it is not trained.
+
+Keyed by the final caption of a visit, so shuffling and dropout stay correct; bounded in bytes, the
+least recently used goes first. Not for a text encoder that is being trained: its answers change.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from lib_lora_train.dataset.watch import Progress, ShouldStop, Watch
+from lib_lora_train.model.text import Conditioning, Tokens
+
+DEFAULT_MAX_BYTES = 2 << 30
+
+
+class Conditioner(Protocol):
+    """The part of `model.text.TextConditioner` that is needed here."""
+
+    def tokenize(self, caption: str) -> Tokens: ...
+
+    def encode(self, batch: Sequence[Tokens], *, clip_skip: int, dtype: torch.dtype) -> Conditioning: ...
+
+
+class TextCache:
+    """Caption → Conditioning, on the CPU."""
+
+    def __init__(self, conditioner: Conditioner, *, clip_skip: int = 1, dtype: torch.dtype = torch.float32,
+                 max_bytes: int = DEFAULT_MAX_BYTES) -> None:
+        self._conditioner, self._clip_skip, self._dtype = conditioner, clip_skip, dtype
+        self._max_bytes, self._bytes = max_bytes, 0
+        self._known: OrderedDict[str, Conditioning] = OrderedDict()  # least recently used first; batch size 1 each
+        self._empty: torch.Tensor | None = None  # [1, 77, C]: what the WebUI appends where chunks are missing
+
+    @property
+    def bytes(self) -> int:
+        """Size of what is kept."""
+        return self._bytes
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def get(self, captions: Sequence[str]) -> Conditioning:
+        """The condition of a batch of captions; those with fewer chunks than the longest get empty ones.
+
+        Equal to what `conditioner.encode` says of the batch, because chunks are encoded independently.
+        """
+        found = self._encode([caption for caption in dict.fromkeys(captions) if caption not in self._known])
+        for caption in captions:
+            if caption not in found:
+                self._known.move_to_end(caption)
+                found[caption] = self._known[caption]
+        for caption in dict.fromkeys(captions):  # only now: what this batch needs is not thrown out before it is used
+            self._keep(caption, found[caption])
+        batch = [found[caption] for caption in captions]
+        tokens = max(one.context.shape[1] for one in batch)
+        context = torch.cat([self._filled(one.context, tokens) for one in batch])
+        pooled = [one.pooled for one in batch if one.pooled is not None]
+        return Conditioning(context=context, pooled=torch.cat(pooled) if pooled else None)
+
+    def fill(self, captions: Sequence[str], *, batch_size: int = 8, on_progress: Progress | None = None,
+             should_stop: ShouldStop | None = None) -> None:
+        """Encode these captions beforehand, as many as may be kept; Interrupted when `should_stop()` says so."""
+        wanted = [caption for caption in dict.fromkeys(captions) if caption not in self._known]
+        watch = Watch(len(wanted), doing="the captions were encoded", on_progress=on_progress, should_stop=should_stop)
+        for start in range(0, len(wanted), batch_size):
+            watch.check()
+            part = self._encode(wanted[start:start + batch_size])
+            if self._bytes + sum(_size(one) for one in part.values()) > self._max_bytes:
+                return  # more would only push out what was just computed
+            for caption, one in part.items():
+                self._keep(caption, one)
+            watch.advance(len(part))
+
+    @torch.no_grad()
+    def _encode(self, captions: Sequence[str]) -> dict[str, Conditioning]:
+        """Those with the same number of chunks together, so that none is filled up."""
+        groups: dict[int, list[tuple[str, Tokens]]] = {}
+        for caption in captions:
+            tokens = self._conditioner.tokenize(caption)
+            groups.setdefault(len(tokens), []).append((caption, tokens))
+        result = {}
+        for group in groups.values():
+            encoded = self._conditioner.encode([t for _, t in group], clip_skip=self._clip_skip, dtype=self._dtype)
+            context = encoded.context.cpu()  # a synchronisation for each new caption, none for a known one
+            pooled = None if encoded.pooled is None else encoded.pooled.cpu()
+            for row, (caption, _) in enumerate(group):
+                own = slice(row, row + 1)  # cloned: a view would keep the whole group in memory
+                result[caption] = Conditioning(
+                    context=context[own].clone(), pooled=None if pooled is None else pooled[own].clone())
+        return result
+
+    def _filled(self, context: torch.Tensor, tokens: int) -> torch.Tensor:
+        missing = tokens - context.shape[1]
+        if missing == 0:
+            return context
+        if self._empty is None:
+            self._empty = self._encode([""])[""].context
+        return torch.cat([context, self._empty.repeat(1, missing // self._empty.shape[1], 1)], dim=1)
+
+    def _keep(self, caption: str, one: Conditioning) -> None:
+        if caption in self._known or _size(one) > self._max_bytes:
+            return
+        self._known[caption] = one
+        self._bytes += _size(one)
+        while self._bytes > self._max_bytes:
+            self._bytes -= _size(self._known.popitem(last=False)[1])
+
+
+def _size(one: Conditioning) -> int:
+    return sum(t.numel() * t.element_size() for t in (one.context, one.pooled) if t is not None)

@@ -1,0 +1,114 @@
+"""Batches: every visit once, one bucket each, and exactly the same again from the same seed."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from lib_lora_train.cache.batches import Batch, Batches
+from lib_lora_train.cache.latents import CachedLatents, FreshLatents
+from lib_lora_train.dataset.folder import visits_by_bucket
+from lib_lora_train.dataset.plan import plan_run
+
+from .conftest import FakeVAE
+
+SIZES = {"a.png": (64, 64), "b.png": (80, 48), "c.png": (64, 64), "d.png": (48, 80), "e.png": (64, 64)}
+
+
+def same(one: Batch, other: Batch) -> bool:
+    return (one.indices, one.captions) == (other.indices, other.captions) and all(
+        torch.equal(getattr(one, name), getattr(other, name))
+        for name in ("mean", "std", "loss_weight", "original_size", "crop", "target_size"))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_an_epoch_visits_every_picture_as_often_as_it_is_repeated_one_bucket_a_batch(
+    make_dataset, vae: FakeVAE, batch_size: int,
+) -> None:
+    dataset, placements = make_dataset(SIZES, repeats=3)
+    batches = Batches(CachedLatents.build(vae, dataset, placements), train_batch_size=batch_size, seed=1)
+    order = batches.order(0)
+    assert Counter(i for batch in order for i in batch) == {i: 3 for i in range(5)}
+    assert all(len({placements[i].bucket for i in batch}) == 1 and len(batch) <= batch_size for batch in order)
+    planned = plan_run(visits_by_bucket(dataset.examples, placements), train_batch_size=batch_size,
+                       gradient_accumulation_steps=1, max_train_epochs=1)
+    assert len(order) == len(batches) == planned.batches_per_epoch == -(-9 // batch_size) + 2 * -(-3 // batch_size)
+
+
+def test_epochs_and_seeds_differ_in_their_order(make_dataset, vae: FakeVAE) -> None:
+    dataset, placements = make_dataset(SIZES, repeats=5)
+    source = CachedLatents.build(vae, dataset, placements)
+    one, other = (Batches(source, train_batch_size=2, seed=seed) for seed in (1, 2))
+    assert len({one.order(0), one.order(1), other.order(0), other.order(1)}) == 4
+    assert one.order(1) == one.order(1)
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_the_same_seed_gives_the_same_batches_from_any_position(make_dataset, vae: FakeVAE, fresh: bool) -> None:
+    dataset, placements = make_dataset(SIZES | {"f.png": (100, 80)}, repeats=2)
+
+    def make() -> Batches:
+        source = (FreshLatents.build(vae, dataset, placements, flip_aug=True, color_aug=True, random_crop=True)
+                  if fresh else CachedLatents.build(vae, dataset, placements, flip_aug=True))
+        return Batches(source, train_batch_size=2, seed=7, shuffle_caption=True, caption_tag_dropout_rate=0.3,
+                       caption_dropout_rate=0.2)
+
+    whole = list(make().epoch(3))
+    resumed = list(make().epoch(3, start=4))
+    assert len(whole) == len(make()) and len(resumed) == len(whole) - 4
+    assert all(same(one, other) for one, other in zip(whole[4:], resumed))
+    assert not all(same(one, other) for one, other in zip(whole, make().epoch(4)))
+
+
+def test_batches_carry_the_sizes_that_sdxl_is_told(make_dataset, vae: FakeVAE) -> None:
+    dataset, placements = make_dataset({"wide.png": (192, 108)})  # 16:9, an eighth of 1536×864; bucket 80×48
+    (batch,) = Batches(CachedLatents.build(vae, dataset, placements), train_batch_size=1, seed=0).epoch(0)
+    assert batch.original_size.tolist() == [[108, 192]]
+    assert batch.target_size.tolist() == [[48, 80]]
+    assert batch.crop.tolist() == [[1, 0]]  # fitted inside: 80×45, 1.5 rows above, cut to 1
+    assert batch.mean.shape == batch.std.shape == (1, 4, 6, 10)
+
+
+def test_regularisation_is_weighted_and_gets_no_trigger_word(make_dataset, vae: FakeVAE) -> None:
+    dataset, placements = make_dataset({"a.png": (64, 64), "reg.png": (64, 64)}, regularisation=("reg.png",))
+    batches = Batches(CachedLatents.build(vae, dataset, placements), train_batch_size=2, seed=0, prior_loss_weight=0.25,
+                      trigger_word="sks")
+    (batch,) = batches.epoch(0)
+    by_index = dict(zip(batch.indices, zip(batch.loss_weight.tolist(), batch.captions)))
+    assert by_index == {0: (1.0, "sks, caption of a.png, tag one, tag two"),
+                        1: (0.25, "caption of reg.png, tag one, tag two")}
+    assert batch.loss_weight.dtype == torch.float32
+
+
+def test_captions_vary_from_visit_to_visit_and_vary_nothing_else(make_dataset, vae: FakeVAE) -> None:
+    dataset, placements = make_dataset(SIZES, repeats=10)
+    source = CachedLatents.build(vae, dataset, placements, flip_aug=True)
+    plain = list(Batches(source, train_batch_size=2, seed=0).epoch(0))
+    varied = list(Batches(source, train_batch_size=2, seed=0, shuffle_caption=True, keep_tokens=1).epoch(0))
+    assert [b.indices for b in plain] == [b.indices for b in varied]
+    assert all(torch.equal(one.mean, other.mean) for one, other in zip(plain, varied))
+    captions = {caption for batch in varied for caption in batch.captions}
+    orders = ("tag one, tag two", "tag two, tag one")
+    assert captions == {f"caption of {name}, {tags}" for name in SIZES for tags in orders}
+
+
+def test_captions_are_known_beforehand_unless_tags_vary(make_dataset, vae: FakeVAE) -> None:
+    dataset, placements = make_dataset({"a.png": (64, 64), "b.png": (64, 64)}, repeats=50)
+    source = CachedLatents.build(vae, dataset, placements)
+    fixed = Batches(source, train_batch_size=4, seed=0, trigger_word="sks", caption_dropout_rate=0.3)
+    known = fixed.fixed_captions()
+    assert known is not None and len(known) == 3
+    assert {caption for batch in fixed.epoch(0) for caption in batch.captions} == set(known)
+    assert Batches(source, train_batch_size=4, seed=0, shuffle_caption=True).fixed_captions() is None
+    assert Batches(source, train_batch_size=4, seed=0, caption_tag_dropout_rate=0.1).fixed_captions() is None
+
+
+def test_dropped_pictures_never_appear(make_dataset, vae: FakeVAE) -> None:
+    dataset, placements = make_dataset(SIZES | {"cut.jpg": (64, 64)}, repeats=2)
+    cut = dataset.examples[-1].path
+    cut.write_bytes(cut.read_bytes()[:700])
+    source = CachedLatents.build(vae, dataset, placements)
+    batches = Batches(source, train_batch_size=2, seed=0)
+    assert Counter(i for batch in batches.order(0) for i in batch) == {i: 2 for i in range(5)}

@@ -1,0 +1,159 @@
+"""Latents are those of the right pixels, computed once or anew, and what cannot be encoded is named."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lib_lora_train.cache.latents import CachedLatents, FreshLatents
+from lib_lora_train.errors import DatasetError, Interrupted, TrainingError
+
+from .conftest import FakeVAE, expected_mean
+
+
+def rngs(count: int, seed: int = 0) -> list[random.Random]:
+    return [random.Random(seed + i) for i in range(count)]
+
+
+def pixels_of(path: Path) -> np.ndarray:
+    return np.array(Image.open(path).convert("RGB"))
+
+
+@pytest.mark.parametrize("kind", [CachedLatents, FreshLatents])
+@pytest.mark.parametrize("vae_batch_size", [1, 2, 3])
+def test_latents_are_those_of_each_picture(make_dataset, vae: FakeVAE, kind, vae_batch_size: int) -> None:
+    dataset, placements = make_dataset({"a.png": (64, 64), "b.png": (80, 48), "c.png": (64, 64), "d.png": (64, 64)})
+    source = kind.build(vae, dataset, placements, vae_batch_size=vae_batch_size)
+    for indices in ([0, 2, 3, 0], [1]):
+        latents = source.get(indices, rngs(len(indices)))
+        expected = torch.stack([expected_mean(pixels_of(dataset.examples[i].path)) for i in indices])
+        assert torch.allclose(latents.mean, expected, atol=1e-5)
+        assert torch.equal(latents.std, torch.full_like(expected, 0.5))
+        assert latents.flipped == (False,) * len(indices)
+
+
+def test_pictures_are_encoded_once_and_never_across_buckets(make_dataset, vae: FakeVAE) -> None:
+    dataset, placements = make_dataset({"a.png": (64, 64), "b.png": (80, 48), "c.png": (64, 64), "d.png": (64, 64)})
+    source = CachedLatents.build(vae, dataset, placements, vae_batch_size=2)
+    assert sorted(tuple(shape) for shape in vae.batches) == [(1, 3, 48, 80), (1, 3, 64, 64), (2, 3, 64, 64)]
+    source.get([0, 2], rngs(2))
+    assert len(vae.batches) == 3
+
+
+@pytest.mark.parametrize("kind", [CachedLatents, FreshLatents])
+def test_mirrored_latents_are_those_of_the_mirrored_picture(make_dataset, vae: FakeVAE, kind) -> None:
+    # The fake's fourth channel is not symmetric: mirroring the latents instead of the pixels would show.
+    dataset, placements = make_dataset({"a.png": (64, 64)})
+    source = kind.build(vae, dataset, placements, flip_aug=True)
+    picture = pixels_of(dataset.examples[0].path)
+    seen = set()
+    for seed in range(20):
+        latents = source.get([0], rngs(1, seed))
+        expected = expected_mean(picture[:, ::-1] if latents.flipped[0] else picture)
+        assert torch.allclose(latents.mean[0], expected, atol=1e-5)
+        seen.add(latents.flipped[0])
+    assert seen == {False, True}
+
+
+def test_cached_and_fresh_latents_mirror_the_same_visits(make_dataset, vae: FakeVAE) -> None:
+    dataset, placements = make_dataset({"a.png": (70, 64)})
+    cached = CachedLatents.build(vae, dataset, placements, flip_aug=True)
+    fresh = FreshLatents.build(vae, dataset, placements, flip_aug=True)
+    for seed in range(10):
+        one, other = cached.get([0], rngs(1, seed)), fresh.get([0], rngs(1, seed))
+        assert one.flipped == other.flipped
+        assert torch.equal(one.mean, other.mean)
+
+
+def test_a_random_crop_shows_other_parts_and_follows_its_generator(make_dataset, vae: FakeVAE) -> None:
+    dataset, placements = make_dataset({"a.png": (120, 100)})
+    assert placements[0].slack != (0, 0)
+    source = FreshLatents.build(vae, dataset, placements, random_crop=True)
+    draws = [source.get([0], rngs(1, seed)).mean for seed in range(6)]
+    assert len({tuple(d.flatten().tolist()) for d in draws}) > 2
+    assert torch.equal(source.get([0], rngs(1, 3)).mean, draws[3])
+
+
+def test_colour_changes_are_small_and_follow_their_generator(make_dataset, vae: FakeVAE) -> None:
+    dataset, placements = make_dataset({"a.png": (64, 64)})
+    plain = CachedLatents.build(vae, dataset, placements).get([0], rngs(1)).mean
+    source = FreshLatents.build(vae, dataset, placements, color_aug=True)
+    draws = [source.get([0], rngs(1, seed)).mean for seed in range(20)]
+    assert 1 < len({tuple(d.flatten().tolist()) for d in draws}) <= 20
+    assert max(float((d - plain).abs().max()) for d in draws) < 0.3
+    assert torch.equal(source.get([0], rngs(1, 5)).mean, draws[5])
+
+
+@pytest.mark.parametrize("kind", [CachedLatents, FreshLatents])
+def test_a_picture_that_does_not_decode_is_dropped_and_named_and_the_rest_keeps_its_latents(
+    make_dataset, vae: FakeVAE, kind,
+) -> None:
+    dataset, placements = make_dataset({"a.jpg": (64, 64), "cut.jpg": (64, 64), "c.png": (80, 48)})
+    cut = dataset.examples[1].path
+    cut.write_bytes(cut.read_bytes()[:700])
+    source = kind.build(vae, dataset, placements)
+    assert [e.path.name for e in source.dataset.examples] == ["a.jpg", "c.png"]
+    assert source.placements == (placements[0], placements[2])
+    (problem,) = source.dataset.problems
+    assert problem.skipped and problem.path == cut and "cut.jpg" in problem.text
+    expected = expected_mean(pixels_of(dataset.examples[2].path))
+    assert torch.allclose(source.get([1], rngs(1)).mean[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [CachedLatents, FreshLatents])
+def test_a_dataset_of_which_nothing_decodes_is_refused(make_dataset, vae: FakeVAE, kind) -> None:
+    dataset, placements = make_dataset({"a.jpg": (64, 64), "reg.png": (64, 64)}, regularisation=("reg.png",))
+    dataset.examples[0].path.write_bytes(b"\xff\xd8")
+    with pytest.raises(DatasetError, match=r"No picture.*a\.jpg"):
+        kind.build(vae, dataset, placements)
+
+
+@pytest.mark.parametrize("kind", [CachedLatents, FreshLatents])
+def test_a_picture_that_changed_after_the_scan_is_dropped(make_dataset, vae: FakeVAE, kind) -> None:
+    dataset, placements = make_dataset({"a.png": (64, 64), "b.png": (64, 64)})
+    Image.new("RGB", (32, 64)).save(dataset.examples[0].path)
+    source = kind.build(vae, dataset, placements)
+    assert [e.path.name for e in source.dataset.examples] == ["b.png"]
+    assert "changed" in source.dataset.problems[0].text
+
+
+def test_a_picture_that_vanishes_during_training_is_named(make_dataset, vae: FakeVAE) -> None:
+    dataset, placements = make_dataset({"a.png": (64, 64)})
+    source = FreshLatents.build(vae, dataset, placements, color_aug=True)
+    dataset.examples[0].path.unlink()
+    with pytest.raises(DatasetError, match=r"a\.png.*gone"):
+        source.get([0], rngs(1))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", [0, 1])
+def test_a_latent_that_is_not_finite_is_refused_with_the_pictures_name(
+    make_dataset, bad: float, where: int,
+) -> None:
+    class Broken(FakeVAE):
+        def encode(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            result = super().encode(pixels)
+            result[where][-1, 2, 3, 3] = bad  # only the last picture of the batch, and one number of it
+            return result
+
+    dataset, placements = make_dataset({"a.png": (64, 64), "b.png": (64, 64)})
+    with pytest.raises(TrainingError, match=r"b\.png"):
+        CachedLatents.build(Broken(), dataset, placements, vae_batch_size=2)
+    fresh = FreshLatents.build(Broken(), dataset, placements, vae_batch_size=2)
+    with pytest.raises(TrainingError, match=r"b\.png"):
+        fresh.get([0, 1], rngs(2))
+
+
+@pytest.mark.parametrize("kind", [CachedLatents, FreshLatents])
+def test_progress_is_told_and_a_stop_is_heard_between_pictures(make_dataset, vae: FakeVAE, kind) -> None:
+    dataset, placements = make_dataset({"a.png": (64, 64), "b.png": (80, 48), "c.png": (64, 64)})
+    seen: list[tuple[int, int]] = []
+    kind.build(vae, dataset, placements, on_progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    with pytest.raises(Interrupted):
+        kind.build(vae, dataset, placements, should_stop=lambda: True)
