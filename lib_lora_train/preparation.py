@@ -31,6 +31,21 @@ class Preparation:
     warnings: tuple[str, ...]
 
     @property
+    def aspect_error(self) -> float:
+        """Mean difference between a picture's aspect ratio and its bucket's."""
+        return sum(abs(placement.aspect_error) for placement in self.placements) / len(self.placements)
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch that `step` (from 1) belongs to."""
+        return max(1, -(-step // self.plan.steps_per_epoch))
+
+    def without_damaged(self, settings: Settings, *, dataset: Dataset, placements: tuple[Placement, ...]) -> Preparation:
+        """The same after encoding: without the pictures that could not be decoded, which are its only warnings."""
+        lost = tuple(problem.text for problem in dataset.problems[len(self.dataset.problems):])
+        return dataclasses.replace(self, dataset=dataset, placements=placements, warnings=lost,
+                                   plan=replan(settings, dataset=dataset, placements=placements))
+
+    @property
     def summary(self) -> str:
         """One line: pictures, repeats, epochs, batches, steps."""
         repeats = sorted({e.repeats for e in self.dataset.examples if not e.is_regularisation})
