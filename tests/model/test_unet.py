@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from small_checkpoints import (
+from tests.model.small_checkpoints import (
     CONTEXT,
     FAMILIES,
     HINTS,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_checkpoints import ldm_names_of_vae, ldm_vae, randomised, relative_error
+from tests.model.small_checkpoints import ldm_names_of_vae, ldm_vae, randomised, relative_error
 from torch import Tensor
 
 from lib_lora_train.errors import SettingError
