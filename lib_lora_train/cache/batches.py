@@ -48,7 +48,7 @@ class Batches:
         self._shuffle_caption, self._keep_tokens = shuffle_caption, keep_tokens
         self._caption_dropout_rate, self._caption_tag_dropout_rate = caption_dropout_rate, caption_tag_dropout_rate
         self._buckets: dict[Size, list[int]] = {}
-        for index, (example, placement) in enumerate(zip(source.dataset.examples, source.placements)):
+        for index, (example, placement) in enumerate(zip(source.dataset.examples, source.placements, strict=True)):
             self._buckets.setdefault(placement.bucket, []).extend([index] * example.repeats)
 
     def __len__(self) -> int:
@@ -88,6 +88,8 @@ class Batches:
         latents = self._source.get(indices, picture_rngs)
         examples = [self._source.dataset.examples[index] for index in indices]
         placements = [self._source.placements[index] for index in indices]
+        crops = [placement.size_condition_crop(flipped=flipped)
+                 for placement, flipped in zip(placements, latents.flipped, strict=True)]
         return Batch(
             indices=indices, mean=latents.mean, std=latents.std,
             captions=tuple(
@@ -95,7 +97,7 @@ class Batches:
                 for slot, index in enumerate(indices)),
             loss_weight=torch.tensor([self._prior_loss_weight if e.is_regularisation else 1.0 for e in examples]),
             original_size=torch.tensor([(e.height, e.width) for e in examples]),
-            crop=torch.tensor([p.size_condition_crop(flipped=f) for p, f in zip(placements, latents.flipped)]),
+            crop=torch.tensor(crops),
             target_size=torch.tensor([(p.bucket[1], p.bucket[0]) for p in placements]))
 
     def _caption(self, index: int, rng: random.Random, *, dropout: float) -> str:

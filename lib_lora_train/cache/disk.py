@@ -40,10 +40,10 @@ class LatentDisk:
         """(mean, std), or None if there is nothing valid on disk."""
         try:
             # Bytes and not a memory map: on Windows a mapped file could not be replaced later.
-            data = self._path(picture, placement, flipped).read_bytes()
+            data = self._path(picture, placement, flipped=flipped).read_bytes()
             length = struct.unpack("<Q", data[:8])[0]
             header = json.loads(data[8:8 + length])
-            if header["__metadata__"][_KEY] != self._key(picture, placement, flipped):
+            if header["__metadata__"][_KEY] != self._key(picture, placement, flipped=flipped):
                 return None
             tensors = load(data)
             mean, std = tensors["mean"], tensors["std"]
@@ -54,24 +54,24 @@ class LatentDisk:
 
     def store(self, picture: Path, placement: Placement, *, flipped: bool, latents: MeanAndStd) -> str | None:
         """Write atomically. Returns None, or why it was not possible (the run goes on without)."""
-        path = self._path(picture, placement, flipped)
+        path = self._path(picture, placement, flipped=flipped)
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
-            key = self._key(picture, placement, flipped)
+            key = self._key(picture, placement, flipped=flipped)
             path.parent.mkdir(parents=True, exist_ok=True)
             mean, std = latents
             # Cloned: safetensors refuses tensors that share memory or are not contiguous.
             tensors = {"mean": mean.clone(memory_format=torch.contiguous_format),
                        "std": std.clone(memory_format=torch.contiguous_format)}
             temporary.write_bytes(save(tensors, metadata={_KEY: key}))
-            os.replace(temporary, path)
+            temporary.replace(path)
         except OSError as error:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
             return f"{path.parent}: {error.strerror or error}"
         return None
 
-    def _path(self, picture: Path, placement: Placement, flipped: bool) -> Path:
+    def _path(self, picture: Path, placement: Placement, *, flipped: bool) -> Path:
         width, height = placement.bucket
         name = f"{picture.name}.{width}x{height}{'.flipped' if flipped else ''}.safetensors"
         if self.folder is None:
@@ -80,7 +80,7 @@ class LatentDisk:
         origin = hashlib.sha256(str(picture.parent.resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:12]
         return self.folder / f"{origin}.{name}"
 
-    def _key(self, picture: Path, placement: Placement, flipped: bool) -> str:
+    def _key(self, picture: Path, placement: Placement, *, flipped: bool) -> str:
         if picture not in self._pictures:
             self._pictures[picture] = hashlib.sha256(picture.read_bytes()).hexdigest()
         return json.dumps({

@@ -71,7 +71,7 @@ class CachedLatents:
         Raises TrainingError naming the picture whose latent is not finite, DatasetError if no picture can
         be decoded, Interrupted when `should_stop()` says so (asked before each picture).
         """
-        work = _Building(vae, dataset, placements, flip_aug, torch.device(device), disk)
+        work = _Building(vae, dataset, placements=placements, flip_aug=flip_aug, device=torch.device(device), disk=disk)
         watch = Watch(len(dataset.examples), doing="the pictures were encoded", on_progress=on_progress,
                       should_stop=should_stop)
         for bucket in _by_bucket(placements):
@@ -87,14 +87,14 @@ class CachedLatents:
                 watch.advance()
             if waiting:
                 work.encode(waiting)
-        kept, kept_placements = _without(dataset, placements, work.problems, dropped=work.dropped)
+        kept, kept_placements = _without(dataset, placements, problems=work.problems, dropped=work.dropped)
         latents = [work.done[i] for i in range(len(dataset.examples)) if i not in work.dropped]
         return cls(kept, kept_placements, flip_aug=flip_aug, latents=latents)
 
     def get(self, indices: Sequence[int], rngs: Sequence[random.Random]) -> Latents:
         """See `LatentSource.get`. On the CPU."""
         flipped = tuple(self.flip_aug and draw_flip(rng) for rng in rngs)
-        chosen = [self._latents[index][int(flip)] for index, flip in zip(indices, flipped)]
+        chosen = [self._latents[index][int(flip)] for index, flip in zip(indices, flipped, strict=True)]
         return Latents(torch.stack([mean for mean, _ in chosen]), torch.stack([std for _, std in chosen]), flipped)
 
 
@@ -121,7 +121,7 @@ class FreshLatents:
                       should_stop=should_stop)
         problems: list[Problem] = []
         dropped: set[int] = set()
-        for index, (example, placement) in enumerate(zip(dataset.examples, placements)):
+        for index, (example, placement) in enumerate(zip(dataset.examples, placements, strict=True)):
             watch.check()
             try:
                 _decoded(example, placement)
@@ -129,7 +129,7 @@ class FreshLatents:
                 problems.append(_skipped(example, error))
                 dropped.add(index)
             watch.advance()
-        kept, kept_placements = _without(dataset, placements, problems, dropped=dropped)
+        kept, kept_placements = _without(dataset, placements, problems=problems, dropped=dropped)
         return cls(vae, kept, kept_placements, flip_aug=flip_aug, color_aug=color_aug, random_crop=random_crop,
                    vae_batch_size=vae_batch_size, device=torch.device(device))
 
@@ -140,14 +140,15 @@ class FreshLatents:
         whose latent is not finite.
         """
         flipped = tuple(self._flip_aug and draw_flip(rng) for rng in rngs)
-        pixels = torch.stack([self._pixels(index, rng, flip) for index, rng, flip in zip(indices, rngs, flipped)])
+        pixels = torch.stack([
+            self._pixels(index, rng, flip=flip) for index, rng, flip in zip(indices, rngs, flipped, strict=True)])
         parts = [_encoded(self._vae, part.to(self._device)) for part in pixels.split(self._vae_batch_size)]
         mean, std = (torch.cat([part[i] for part in parts]) for i in (0, 1))
         # One device synchronisation a batch; this path waits for the decoder anyway.
-        _check_finite(mean, std, [self.dataset.examples[index] for index in indices])
+        _check_finite((mean, std), [self.dataset.examples[index] for index in indices])
         return Latents(mean, std, flipped)
 
-    def _pixels(self, index: int, rng: random.Random, flip: bool) -> torch.Tensor:
+    def _pixels(self, index: int, rng: random.Random, *, flip: bool) -> torch.Tensor:
         placement = self.placements[index]
         crop = draw_crop(placement, rng) if self._random_crop else placement.crop
         picture = scale_and_crop(_decoded(self.dataset.examples[index], placement), placement, crop=crop)
@@ -158,7 +159,7 @@ class FreshLatents:
 class _Building:
     """What `CachedLatents.build` has so far."""
 
-    def __init__(self, vae: Encoder, dataset: Dataset, placements: Sequence[Placement], flip_aug: bool,
+    def __init__(self, vae: Encoder, dataset: Dataset, *, placements: Sequence[Placement], flip_aug: bool,
                  device: torch.device, disk: LatentDisk | None) -> None:
         self.vae, self.examples, self.placements = vae, dataset.examples, placements
         self.flips = (False, True) if flip_aug else (False,)
@@ -191,14 +192,14 @@ class _Building:
         for row, (index, _) in enumerate(waiting):
             latents = tuple((mean[row].clone(), std[row].clone()) for mean, std in on_cpu)
             for mean, std in latents:
-                _check_finite(mean[None], std[None], [self.examples[index]])
+                _check_finite((mean[None], std[None]), [self.examples[index]])
             self.done[index] = latents
             self._store(index)
 
     def _store(self, index: int) -> None:
         if self.disk is None or self.disk_failed:
             return
-        for flip, latents in zip(self.flips, self.done[index]):
+        for flip, latents in zip(self.flips, self.done[index], strict=True):
             why = self.disk.store(self.examples[index].path, self.placements[index], flipped=flip, latents=latents)
             if why is not None:
                 self.disk_failed = True
@@ -228,10 +229,11 @@ def _encoded(vae: Encoder, pixels: torch.Tensor) -> MeanAndStd:
     return mean.to(torch.float32), std.to(torch.float32)
 
 
-def _check_finite(mean: torch.Tensor, std: torch.Tensor, examples: Sequence[Example]) -> None:
+def _check_finite(latents: MeanAndStd, examples: Sequence[Example]) -> None:
     """Each picture by itself: one bad picture in a batch would otherwise hide among the good ones."""
+    mean, std = latents
     finite = (torch.isfinite(mean) & torch.isfinite(std)).flatten(1).all(dim=1).tolist()
-    for example, fine in zip(examples, finite):
+    for example, fine in zip(examples, finite, strict=True):
         if not fine:
             raise TrainingError(
                 f"The VAE turns the picture {example.path} into numbers that are not finite",
@@ -242,7 +244,7 @@ def _skipped(example: Example, error: DatasetError) -> Problem:
     return Problem(f"Skipped: {error}", example.path, skipped=True)
 
 
-def _without(dataset: Dataset, placements: Sequence[Placement], problems: Sequence[Problem], *, dropped: set[int]
+def _without(dataset: Dataset, placements: Sequence[Placement], *, problems: Sequence[Problem], dropped: set[int]
              ) -> tuple[Dataset, tuple[Placement, ...]]:
     """Dataset and placements without the dropped examples; DatasetError if nothing to learn from is left."""
     kept = [i for i in range(len(dataset.examples)) if i not in dropped]

@@ -21,9 +21,11 @@ DEFAULT_MAX_BYTES = 2 << 30
 class Conditioner(Protocol):
     """The part of `model.text.TextConditioner` that is needed here."""
 
-    def tokenize(self, caption: str) -> Tokens: ...
+    def tokenize(self, caption: str) -> Tokens:
+        """All of a caption, in chunks of 77 ids; its length is the number of chunks."""
 
-    def encode(self, batch: Sequence[Tokens], *, clip_skip: int, dtype: torch.dtype) -> Conditioning: ...
+    def encode(self, batch: Sequence[Tokens], *, clip_skip: int, dtype: torch.dtype) -> Conditioning:
+        """context [B, 77·n, C] and pooled [B, P] or None; each chunk encoded independently of the others."""
 
 
 class TextCache:

@@ -88,6 +88,6 @@ def process_caption(
     if caption_tag_dropout_rate > 0:
         # One draw a tag, protected or not, so that a trigger word does not change the fate of the others.
         draws = [rng.random() for _ in flexible]
-        flexible = [tag for tag, draw in zip(flexible, draws)
+        flexible = [tag for tag, draw in zip(flexible, draws, strict=True)
                     if draw >= caption_tag_dropout_rate or tag.casefold() in protected]
     return ", ".join(fixed + flexible)

@@ -108,7 +108,7 @@ def scan(
         problems += reg_problems
     watch = Watch(sum(len(subset.pictures) for subset in subsets + reg_subsets), doing="the pictures were read",
                   on_progress=on_progress, should_stop=should_stop)
-    reader = _Reader(problems, watch, max_pixels)
+    reader = _Reader(problems, watch=watch, max_pixels=max_pixels)
     examples = reader.read(subsets, trigger_word=trigger_word)
     regularisation = [replace(e, is_regularisation=True) for e in reader.read(reg_subsets, trigger_word="")]
     reader.finish()
@@ -145,7 +145,7 @@ def place(dataset: Dataset, buckets: Buckets) -> tuple[Dataset, tuple[Placement,
 def visits_by_bucket(examples: Sequence[Example], placements: Sequence[Placement]) -> dict[Size, int]:
     """Picture-visits in one epoch for each bucket: what `plan.plan_run` counts with."""
     visits: dict[Size, int] = {}
-    for example, placement in zip(examples, placements):
+    for example, placement in zip(examples, placements, strict=True):
         visits[placement.bucket] = visits.get(placement.bucket, 0) + example.repeats
     return visits
 
@@ -164,7 +164,7 @@ class _Subset:
 class _Reader:
     """Subsets → examples, collecting what is wrong so that the user hears it once and not per picture."""
 
-    def __init__(self, problems: list[Problem], watch: Watch, max_pixels: int) -> None:
+    def __init__(self, problems: list[Problem], *, watch: Watch, max_pixels: int) -> None:
         self.problems, self.watch, self.max_pixels = problems, watch, max_pixels
         self.not_text: list[str] = []
         self.empty: list[str] = []
@@ -176,13 +176,13 @@ class _Reader:
         for subset in subsets:
             for picture in subset.pictures:
                 self.watch.check()
-                example = self._example(picture, subset, trigger_word)
+                example = self._example(picture, subset, trigger_word=trigger_word)
                 if example is not None:
                     examples.append(example)
                 self.watch.advance()
         return examples
 
-    def _example(self, picture: Path, subset: _Subset, trigger_word: str) -> Example | None:
+    def _example(self, picture: Path, subset: _Subset, *, trigger_word: str) -> Example | None:
         try:
             width, height = check_picture(picture, max_pixels=self.max_pixels)
         except DatasetError as error:
@@ -302,12 +302,12 @@ def _unused_folders(folders: Sequence[Path], why: str) -> list[Problem]:
 def _balance(examples: list[Example], *, visits: int, problems: list[Problem]) -> list[Example]:
     """The regularisation examples with repeats that add up to `visits`; those that get none are named."""
     repeats = balanced_repeats([example.repeats for example in examples], visits=visits)
-    unused = [example.path.name for example, n in zip(examples, repeats) if n == 0]
+    unused = [example.path.name for example, n in zip(examples, repeats, strict=True) if n == 0]
     if unused:
         problems.append(Problem(
             f"{len(unused)} regularisation picture(s) are not used, because there are more of them than visits to "
             f"the pictures: {_some(unused)}."))
-    return [replace(example, repeats=n) for example, n in zip(examples, repeats) if n > 0]
+    return [replace(example, repeats=n) for example, n in zip(examples, repeats, strict=True) if n > 0]
 
 
 def _nothing_left(folder: Path, problems: Sequence[Problem]) -> DatasetError:

@@ -58,8 +58,8 @@ def test_the_same_seed_gives_the_same_batches_from_any_position(make_dataset, va
     whole = list(make().epoch(3))
     resumed = list(make().epoch(3, start=4))
     assert len(whole) == len(make()) and len(resumed) == len(whole) - 4
-    assert all(same(one, other) for one, other in zip(whole[4:], resumed))
-    assert not all(same(one, other) for one, other in zip(whole, make().epoch(4)))
+    assert all(same(one, other) for one, other in zip(whole[4:], resumed, strict=True))
+    assert not all(same(one, other) for one, other in zip(whole, make().epoch(4), strict=True))
 
 
 def test_batches_carry_the_sizes_that_sdxl_is_told(make_dataset, vae: FakeVAE) -> None:
@@ -76,7 +76,7 @@ def test_regularisation_is_weighted_and_gets_no_trigger_word(make_dataset, vae: 
     batches = Batches(CachedLatents.build(vae, dataset, placements), train_batch_size=2, seed=0, prior_loss_weight=0.25,
                       trigger_word="sks")
     (batch,) = batches.epoch(0)
-    by_index = dict(zip(batch.indices, zip(batch.loss_weight.tolist(), batch.captions)))
+    by_index = dict(zip(batch.indices, zip(batch.loss_weight.tolist(), batch.captions, strict=True), strict=False))
     assert by_index == {0: (1.0, "sks, caption of a.png, tag one, tag two"),
                         1: (0.25, "caption of reg.png, tag one, tag two")}
     assert batch.loss_weight.dtype == torch.float32
@@ -88,7 +88,7 @@ def test_captions_vary_from_visit_to_visit_and_vary_nothing_else(make_dataset, v
     plain = list(Batches(source, train_batch_size=2, seed=0).epoch(0))
     varied = list(Batches(source, train_batch_size=2, seed=0, shuffle_caption=True, keep_tokens=1).epoch(0))
     assert [b.indices for b in plain] == [b.indices for b in varied]
-    assert all(torch.equal(one.mean, other.mean) for one, other in zip(plain, varied))
+    assert all(torch.equal(one.mean, other.mean) for one, other in zip(plain, varied, strict=True))
     captions = {caption for batch in varied for caption in batch.captions}
     orders = ("tag one, tag two", "tag two, tag one")
     assert captions == {f"caption of {name}, {tags}" for name in SIZES for tags in orders}

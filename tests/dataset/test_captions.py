@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 
 from lib_lora_train.dataset.captions import (
-    find_captions, first_line, process_caption, read_caption, split_tags, with_trigger_word)
+    find_captions,
+    first_line,
+    process_caption,
+    read_caption,
+    split_tags,
+    with_trigger_word,
+)
 from lib_lora_train.errors import DatasetError
 
 

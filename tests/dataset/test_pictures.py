@@ -129,9 +129,8 @@ def test_deep_greyscale_tiffs_are_scaled_and_not_clipped(tmp_path: Path, dtype: 
 
 def test_avif_is_read_where_pillow_can(tmp_path: Path) -> None:
     path = tmp_path / "picture.avif"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        pytest.importorskip("pillow_avif", reason="this Pillow has no AVIF plug-in")
+    if ".avif" not in Image.registered_extensions():
+        pytest.importorskip("pillow_avif", reason="this Pillow does not read AVIF")
     Image.new("RGB", (64, 48), (200, 40, 90)).save(path, quality=100)
     assert read_size(path) == (64, 48)
     assert np.allclose(np.array(read_picture(path)).mean((0, 1)), (200, 40, 90), atol=4)
