@@ -154,20 +154,17 @@ class Layers:
 
     def weight(self, name: str) -> Tensor:
         """The borrowed weight of the module `name`; ModelError where the checkpoint lacks it."""
-        try:
-            return self.tensors[f"{name}.weight"]
-        except KeyError:
-            raise incomplete(f"{name}.weight") from None
+        return self._tensor(f"{name}.weight")
 
-    def bias(self, name: str) -> Tensor | None:
-        """The borrowed bias of the module `name`, None for a layer without one."""
-        return self.tensors.get(f"{name}.bias")
+    def bias(self, name: str) -> Tensor:
+        """The borrowed bias of the module `name`; ModelError where the checkpoint lacks it."""
+        return self._tensor(f"{name}.bias")
 
-    def linear(self, name: str, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out]."""
+    def linear(self, name: str, x: Tensor, *, bias: bool = True) -> Tensor:
+        """x [..., in] -> [..., out]; `bias` says whether the architecture has one here."""
         adapter = self._adapters.get(name)
         compute = frozen_linear if adapter is None else adapter.linear
-        return compute(x, self.weight(name), self.bias(name))
+        return compute(x, self.weight(name), self.bias(name) if bias else None)
 
     def conv2d(self, name: str, x: Tensor, *, stride: int = 1, padding: int = 0) -> Tensor:
         """x [B, in, h, w] -> [B, out, h', w']."""
@@ -185,8 +182,6 @@ class Layers:
 
     def _norm(self, name: str, x: Tensor, norm: Norm) -> Tensor:
         weight, bias = self.weight(name), self.bias(name)
-        if bias is None:
-            raise incomplete(f"{name}.bias")
         if x.dtype == weight.dtype == bias.dtype == torch.float32:
             return norm(x, weight, bias)
         return _CastNorm.apply(norm, x, weight, bias)
@@ -194,6 +189,12 @@ class Layers:
     def embedding(self, name: str, ids: Tensor, *, dtype: torch.dtype) -> Tensor:
         """ids [...] (integers) -> [..., C] in `dtype`; only the rows that are looked up are cast."""
         return F.embedding(ids, self.weight(name)).to(dtype)
+
+    def _tensor(self, name: str) -> Tensor:
+        try:
+            return self.tensors[name]
+        except KeyError:
+            raise incomplete(name) from None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, heads: int, causal: bool = False) -> Tensor:

@@ -68,7 +68,7 @@ class TextEncoder:
 
     def _pool(self, layers: Layers, last: Tensor, tokens: Tensor) -> Tensor:
         at_end = last[torch.arange(last.shape[0], device=last.device), tokens.argmax(dim=-1)]
-        return layers.linear("text_projection", layers.layer_norm("text_model.final_layer_norm", at_end))
+        return layers.linear("text_projection", layers.layer_norm("text_model.final_layer_norm", at_end), bias=False)
 
 
 def transformer_layer(layers: Layers, name: str, x: Tensor, config: TextConfig) -> Tensor:

@@ -160,8 +160,8 @@ def transformer_block(layers: Layers, name: str, x: Tensor, context: Tensor, hea
 
 def _attend(layers: Layers, name: str, x: Tensor, context: Tensor | None, *, heads: int) -> Tensor:
     source = x if context is None else context
-    q = layers.linear(f"{name}.to_q", x)
-    k, v = layers.linear(f"{name}.to_k", source), layers.linear(f"{name}.to_v", source)
+    q = layers.linear(f"{name}.to_q", x, bias=False)
+    k, v = (layers.linear(f"{name}.{projection}", source, bias=False) for projection in ("to_k", "to_v"))
     return layers.linear(f"{name}.to_out.0", attention(q, k, v, heads=heads))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lib_lora_train.errors import SettingError
 from lib_lora_train.model.architecture import VAEConfig
-from lib_lora_train.model.layers import Layers, attention
+from lib_lora_train.model.layers import Layers, attention, frozen_linear
 
 EPS = 1e-6
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
@@ -109,4 +109,4 @@ class VAE:
     def _pointwise(self, name: str, x: Tensor) -> Tensor:
         """A 1x1 convolution on rows [B, n, C]: its 4-D weight (or some tools' 2-D one), seen as a matrix."""
         weight, bias = self._layers.weight(name).flatten(1), self._layers.bias(name)
-        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return frozen_linear(x, weight, bias)
