@@ -1,0 +1,69 @@
+"""The WebUI's own progress display (`shared.state` and the list of tasks) and its stop buttons, for one job."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+from modules import progress, shared
+
+from lib_lora_train.events import Event, Planned, Stage, Step
+
+
+class ProgressDisplay:
+    """One job as the WebUI shows it. `task` is its id there.
+
+    Any call of the page that ends, of any kind, wipes most of `shared.state`. So each event sets everything again, and a
+    stop that was seen once is remembered here.
+    """
+
+    def __init__(self) -> None:
+        self.task = progress.create_task_id("lora-train")
+        self._steps, self._step = 0, 0
+        self._stopped = False
+
+    @contextlib.contextmanager
+    def queued(self) -> Iterator[None]:
+        """Listed as waiting, until it runs or is given up."""
+        progress.add_task_to_queue(self.task)
+        try:
+            yield
+        finally:
+            progress.pending_tasks.pop(self.task, None)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Shown as what the WebUI is doing. To be entered with the queue's lock held."""
+        shared.state.begin(job=self.task)
+        progress.start_task(self.task)
+        try:
+            yield
+        finally:
+            progress.finish_task(self.task)
+            shared.state.end()
+            # Left over, they would stop the next work in the queue.
+            shared.state.interrupted = shared.state.stopping_generation = False
+
+    def interrupted(self) -> bool:
+        """Whether Interrupt or Stop was pressed since the job runs."""
+        self._stopped = self._stopped or shared.state.interrupted or shared.state.stopping_generation
+        return self._stopped
+
+    def show(self, event: Event) -> None:
+        """Make the display say what `event` says."""
+        self.interrupted()
+        state = shared.state
+        state.sampling_step = state.sampling_steps = 0
+        if isinstance(event, Planned):
+            self._steps = event.steps
+            state.textinfo = event.summary
+        elif isinstance(event, Stage):
+            state.sampling_step, state.sampling_steps = event.done, event.total
+            state.textinfo = f"{event.name} {event.done}/{event.total}"
+        elif isinstance(event, Step):
+            if self._step == 0:
+                state.time_start = time.time()  # the time left is reckoned from the steps, not from the preparation
+            self._steps, self._step = event.total, event.step
+            state.textinfo = f"Training: step {event.step}/{event.total}, loss {event.average_loss:.4f}"
+        state.job, state.job_count, state.job_no = self.task, self._steps, self._step

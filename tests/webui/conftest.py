@@ -1,0 +1,36 @@
+"""A real WebUI for these tests, on the CPU, with a checkpoint made on the spot.
+
+Set WEBUI_ROOT to a folder of AUTOMATIC1111's WebUI v1.10.1 whose repositories are in place, and WEBUI_PYTHON to the
+Python of its environment (by default the one that runs the tests). Nothing is written into that folder: settings,
+models, LoRAs and extensions lie in a temporary data folder. The tests of the page want Chromium (CHROMIUM names it; by
+default one on the PATH, or Playwright's own).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.webui.running import WebUI, fill, running
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.environ.get("WEBUI_ROOT"):
+        return
+    skip = pytest.mark.skip(reason="WEBUI_ROOT names no WebUI: these tests drive a real one")
+    for item in items:
+        if HERE in Path(item.fspath).parents:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def webui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebUI]:
+    """One WebUI for all tests, with this extension and the probe."""
+    data = tmp_path_factory.mktemp("webui")
+    fill(data)
+    yield from running(data)

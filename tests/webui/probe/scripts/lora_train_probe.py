@@ -1,0 +1,219 @@
+"""A test-only extension of the WebUI: looks at what the page and the API do not show, and breaks things on request."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import io
+import logging
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from fastapi import Body, FastAPI
+from modules import call_queue, devices, extra_networks, processing, script_callbacks, sd_models, shared
+
+_held = threading.Event()
+
+
+def model() -> dict[str, Any]:
+    """A hash for every tensor of the loaded model: bytes, shape, dtype, requires_grad; and any gradient there is."""
+    with call_queue.queue_lock:
+        tensors = sd_models.model_data.sd_model.state_dict(keep_vars=True)
+        return {
+            "digests": {name: _digest(tensor) for name, tensor in tensors.items()},
+            "gradients": [name for name, tensor in tensors.items() if tensor.grad is not None]}
+
+
+def lent() -> dict[str, Any]:
+    """What the host lends, and whether it is the WebUI's own memory."""
+    from lib_lora_train.host.webui import HOST
+
+    sd_model = sd_models.model_data.sd_model
+    own = {tensor.data_ptr() for tensor in sd_model.state_dict(keep_vars=True).values()}
+    with HOST.borrow() as borrowed:
+        model = _frozen(borrowed)
+        functional = [t for component in (*model.components.values(), model.vae.tensors) for t in component.values()]
+        return {
+            "names": sorted(borrowed.tensors), "family": model.architecture.family,
+            "checkpoint": vars(borrowed.checkpoint), "clip_skip": borrowed.clip_skip,
+            "unet_heads": borrowed.hints.unet_heads, "text_heads": borrowed.hints.text_heads,
+            "prediction_type": borrowed.hints.prediction_type, "latent_scale": borrowed.hints.latent_scale,
+            "foreign": sum(t.data_ptr() not in own for t in [*borrowed.tensors.values(), *functional]),
+            "job": shared.state.job, "locked": not call_queue.queue_lock.acquire(blocking=False),
+            "merged": _merged()}
+
+
+def parity(name: str = Body(""), prompt: str = Body(""), multiplier: float = Body(1.0)) -> dict[str, float]:
+    """Our prediction with a LoRA file's weights against the WebUI's with the same file; max|a-b| / max|b|."""
+    from lib_lora_train.host.webui import HOST
+    from lib_lora_train.network import file
+    from lib_lora_train.network.network import LoRANetwork
+    from lib_lora_train.network.targets import find_targets
+
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(3, 4, 16, 24, generator=generator)
+    t = torch.tensor([5, 400, 980])
+    with HOST.borrow() as borrowed, torch.no_grad():
+        model = _frozen(borrowed)
+        base = _predict(model, prompt, x, t, {}, borrowed.clip_skip)
+        ours = base
+        if name:
+            tensors = file.load(HOST.lora_folder / f"{name}.safetensors").tensors
+            targets = find_targets(model.components, family=model.architecture.family,
+                                   text_encoder=any(".text_model" in k or "lora_te" in k for k in tensors))
+            network = LoRANetwork.continued(targets, tensors, seed=0)
+            network.set_multiplier(multiplier)
+            ours = _predict(model, prompt, x, t, network.adapters(), borrowed.clip_skip)
+    with call_queue.queue_lock, torch.no_grad(), devices.autocast():
+        sd_model, networks = shared.sd_model, _networks()
+        networks.load_networks([name] if name else [], [multiplier], [multiplier], [None])
+        condition = sd_model.get_learned_conditioning([prompt] * len(x))
+        theirs = sd_model.apply_model(x, t, condition)
+    return {"difference": _relative(ours[0], theirs), "effect": _relative(base[0], ours[0]),
+            "text": _relative(ours[1], condition), "text_effect": _relative(base[1], ours[1])}
+
+
+def lora(name: str) -> dict[str, Any]:
+    """What the Lora extension makes of a file: its layers, the keys it could not place, how many layers are changed."""
+    networks = _networks()
+    with call_queue.queue_lock, _debug_messages() as messages:
+        networks.list_available_networks()
+        loaded = networks.load_network(name, networks.available_networks[name])
+    return {"modules": sorted(loaded.modules), "complaints": [m for m in messages if "match" in m], "merged": _merged()}
+
+
+def sample(prompt: str = Body(""), negative_prompt: str = Body(""), width: int = Body(64), height: int = Body(64),
+           steps: int = Body(4), cfg_scale: float = Body(7.0), seed: int = Body(1)) -> dict[str, str]:
+    """A picture by our own sampler on the lent model, as base64 of a PNG."""
+    from lib_lora_train.evaluation.sampler import SampleRequest, sample_latents, to_picture
+    from lib_lora_train.host.webui import HOST
+
+    request = SampleRequest(prompt, negative_prompt, width, height, steps, cfg_scale, seed)
+    with HOST.borrow() as borrowed:
+        model = _frozen(borrowed)
+        picture = to_picture(model, sample_latents(model, request, clip_skip=borrowed.clip_skip))
+    content = io.BytesIO()
+    picture.save(content, "PNG")
+    return {"image": base64.b64encode(content.getvalue()).decode()}
+
+
+def tokens(text: str = Body("", embed=True)) -> dict[str, Any]:
+    """Our tokens of a text, and the WebUI's, chunk by chunk."""
+    from lib_lora_train.host.webui import HOST
+
+    with HOST.borrow() as borrowed:
+        ours = _frozen(borrowed).text.tokenize(text).encoders[0]
+    chunks, _ = shared.sd_model.cond_stage_model.tokenize_line(text)
+    return {"ours": [list(chunk) for chunk in ours], "theirs": [chunk.tokens for chunk in chunks]}
+
+
+def fail(step: int = Body(1, embed=True)) -> dict[str, str]:
+    """Let the training loop meet an error of ours in its `step`-th loss from now."""
+    from lib_lora_train.training import loop
+
+    original, left = loop.denoising_loss, [step]
+
+    def breaking(*args: Any, **kwargs: Any) -> torch.Tensor:
+        left[0] -= 1
+        if left[0] == 0:
+            loop.denoising_loss = original
+            raise RuntimeError("the probe broke this step")
+        return original(*args, **kwargs)
+
+    loop.denoising_loss = breaking
+    return {}
+
+
+def hold() -> dict[str, str]:
+    """Occupy the WebUI's queue, as a long generation would, until `release`."""
+    taken = threading.Event()
+
+    def work() -> None:
+        with call_queue.queue_lock:
+            taken.set()
+            _held.wait(60)
+
+    _held.clear()
+    threading.Thread(target=work, daemon=True).start()
+    taken.wait(60)
+    return {}
+
+
+def release() -> dict[str, str]:
+    _held.set()
+    return {}
+
+
+def change_weights() -> dict[str, str]:
+    """Change one weight of the loaded model in place and back, past the queue, as a careless extension might."""
+    weight = sd_models.model_data.sd_model.model.diffusion_model.out[2].bias
+    with torch.no_grad():
+        weight.add_(1).sub_(1)
+    return {}
+
+
+def state() -> dict[str, bool]:
+    """Whether a model is loaded; whether the WebUI holds text conditions of an earlier prompt."""
+    return {"loaded": sd_models.model_data.sd_model is not None,
+            "conditions": processing.StableDiffusionProcessing.cached_c[0] is not None}
+
+
+def install(_: Any, app: FastAPI) -> None:
+    for function in (model, lent, lora, state):
+        app.add_api_route(f"/probe/{function.__name__}", function, methods=["GET"])
+    for function in (parity, sample, tokens, fail, hold, release, change_weights):
+        app.add_api_route(f"/probe/{function.__name__}", function, methods=["POST"])
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return f"{hashlib.sha256(content).hexdigest()} {tuple(tensor.shape)} {tensor.dtype} {tensor.requires_grad}"
+
+
+def _frozen(borrowed: Any) -> Any:
+    from lib_lora_train.model import frozen
+
+    return frozen.build(borrowed.tensors, hints=borrowed.hints, tokenizers=borrowed.tokenizers,
+                        comma_padding_backtrack=borrowed.comma_padding_backtrack)
+
+
+def _predict(model: Any, prompt: str, x: torch.Tensor, t: torch.Tensor, adapters: Any, clip_skip: int) -> Any:
+    condition = model.text.encode([model.text.tokenize(prompt)] * len(x), clip_skip=clip_skip, adapters=adapters)
+    return model.unet(x, t, condition.context, adapters=adapters.get("unet", {})), condition.context
+
+
+def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def _networks() -> Any:
+    return sys.modules[type(extra_networks.extra_network_registry["lora"]).__module__].networks
+
+
+def _merged() -> int:
+    layers = sd_models.model_data.sd_model.network_layer_mapping.values()
+    return sum(getattr(layer, "network_current_names", ()) != () for layer in layers)
+
+
+@contextlib.contextmanager
+def _debug_messages() -> Iterator[list[str]]:
+    """What the root logger is told meanwhile, from level DEBUG."""
+    messages: list[str] = []
+    root = logging.getLogger()
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.DEBUG)
+    try:
+        yield messages
+    finally:
+        root.setLevel(level)
+        root.removeHandler(handler)
+
+
+script_callbacks.on_app_started(install)

@@ -1,0 +1,128 @@
+"""A real WebUI for the tests: filled with this extension and a small checkpoint, started, asked, stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tests import tiny_checkpoint
+
+REPOSITORY = Path(__file__).parents[2]
+EXTENSION_PARTS = ("lib_lora_train", "scripts", "javascript", "localizations", "install.py", "style.css")
+START_SECONDS = 180
+FLAGS = (
+    "--skip-prepare-environment", "--skip-python-version-check", "--skip-version-check", "--skip-torch-cuda-test",
+    "--skip-install", "--no-download-sd-model", "--use-cpu", "all", "--no-half", "--api",
+    "--disable-console-progressbars")
+
+
+@dataclasses.dataclass(frozen=True)
+class WebUI:
+    """A running WebUI: its address, its data folder and its process."""
+
+    url: str
+    data: Path
+    process: subprocess.Popen[bytes]
+
+    @property
+    def loras(self) -> Path:
+        return self.data / "models" / "Lora"
+
+    @property
+    def log(self) -> str:
+        return (self.data / "webui.log").read_text(encoding="utf-8", errors="replace")
+
+    def get(self, path: str) -> Any:
+        return self._call(urllib.request.Request(self.url + path))
+
+    def post(self, path: str, body: dict[str, object] | None = None) -> Any:
+        return self._call(urllib.request.Request(
+            self.url + path, json.dumps(body or {}).encode(), {"Content-Type": "application/json"}))
+
+    def _call(self, request: urllib.request.Request) -> Any:
+        try:
+            with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=120) as answer:
+                return json.loads(answer.read())
+        except urllib.error.HTTPError as error:
+            raise AssertionError(f"{request.full_url}: {error.code} {error.read().decode()[:2000]}") from error
+
+    def paint(self, prompt: str = "a photo of a cat", **settings: object) -> str:
+        """txt2img by the WebUI's API with a fixed seed: the PNG as base64, its text left out by the WebUI's setting."""
+        body = {"prompt": prompt, "negative_prompt": "red", "seed": 3, "steps": 4, "width": 64, "height": 64,
+                "cfg_scale": 3, "sampler_name": "Euler", "scheduler": "Automatic", **settings}
+        return self.post("/sdapi/v1/txt2img", body)["images"][0]
+
+
+def until(condition: Callable[[], Any], *, what: str, seconds: float = 60) -> Any:
+    """Ask until `condition` is true; its value. Fails, saying `what` did not happen, when time is out."""
+    end = time.monotonic() + seconds
+    while True:
+        value = condition()
+        if value:
+            return value
+        assert time.monotonic() < end, f"{what}: not within {seconds:g} s"
+        time.sleep(0.1)
+
+
+def fill(data: Path) -> None:
+    """Settings, checkpoint, this extension and the probe, in a new data folder."""
+    extension = data / "extensions" / "lora-train"
+    extension.mkdir(parents=True)
+    for part in EXTENSION_PARTS:
+        source = REPOSITORY / part
+        if source.is_dir():
+            shutil.copytree(source, extension / part, ignore=shutil.ignore_patterns("__pycache__"))
+        elif source.is_file():
+            shutil.copy(source, extension / part)
+    shutil.copytree(Path(__file__).parent / "probe", data / "extensions" / "probe")
+    (data / "config.json").write_text(json.dumps({
+        # "Approx NN" would download a model; pictures with their settings inside would differ by the time they took.
+        "samples_save": False, "grid_save": False, "show_progress_type": "Approx cheap", "enable_pnginfo": False}))
+    tiny_checkpoint.write(data / "models" / "Stable-diffusion")
+
+
+def running(data: Path, *flags: str) -> Iterator[WebUI]:
+    """The WebUI of WEBUI_ROOT on that data folder, from when it answers until the generator is closed."""
+    root = Path(os.environ["WEBUI_ROOT"]).resolve()
+    python = os.environ.get("WEBUI_PYTHON", sys.executable)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {
+        **os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "False",
+        "OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": "1",
+        # The WebUI's own ldm, even where a package of that name is installed.
+        "PYTHONPATH": str(root / "repositories" / "stable-diffusion-stability-ai")}
+    with open(data / "webui.log", "wb") as log:
+        process = subprocess.Popen(
+            [python, "launch.py", *FLAGS, "--data-dir", str(data), "--port", str(port),
+             "--ckpt", str(data / "models" / "Stable-diffusion" / "tiny.safetensors"), *flags],
+            cwd=root, env=environment, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+    webui = WebUI(f"http://127.0.0.1:{port}", data, process)
+    try:
+        until(lambda: _started(webui), what="the WebUI starts", seconds=START_SECONDS)
+        yield webui
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(20)
+
+
+def _started(webui: WebUI) -> bool:
+    assert webui.process.poll() is None, f"the WebUI ended\n{webui.log[-3000:]}"
+    # Read off its log: asked too early, while it still adds routes, this WebUI ends with an error.
+    return "Startup time:" in webui.log and webui.get("/probe/state")["loaded"]

@@ -1,0 +1,72 @@
+"""What the WebUI lends and gets back."""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.webui.running import WebUI
+
+LONG = "a photo of a red cat, " * 9 + "zzk (blue:1.3), [cat] " * 5
+
+
+def test_the_lent_tensors_are_the_webuis_own_memory(webui: WebUI) -> None:
+    lent = webui.get("/probe/lent")
+    assert lent["foreign"] == 0
+    assert not [name for name in lent["names"] if "wrapped" in name]
+    assert "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight" in lent["names"]
+
+
+def test_what_shapes_cannot_tell_comes_from_the_webuis_modules(webui: WebUI) -> None:
+    lent = webui.get("/probe/lent")
+    assert (lent["unet_heads"], lent["text_heads"]) == (4, [2])  # tests/tiny_checkpoint.py; the family's rule says otherwise
+    assert (lent["family"], lent["prediction_type"], lent["latent_scale"]) == ("sd1", "epsilon", 0.18215)
+    assert lent["checkpoint"]["name"] == "tiny"
+    assert lent["checkpoint"]["title"] == webui.get("/sdapi/v1/options")["sd_model_checkpoint"]
+    assert len(lent["checkpoint"]["sha256"]) == 64
+
+
+def test_while_lent_the_queue_is_locked_and_the_job_shown_and_both_end(webui: WebUI) -> None:
+    lent = webui.get("/probe/lent")
+    assert lent["locked"] and lent["job"].startswith("task(lora-train-")
+    assert webui.get("/sdapi/v1/progress?skip_current_image=true")["state"]["job"] == ""
+    webui.paint()
+
+
+def test_borrowing_changes_no_tensor(webui: WebUI) -> None:
+    before = webui.get("/probe/model")
+    webui.get("/probe/lent")
+    assert webui.get("/probe/model") == before
+    assert before["gradients"] == []
+
+
+@pytest.mark.parametrize("prompt", ["", "a photo of zzk, red cat", LONG])
+def test_the_prediction_equals_the_webuis(webui: WebUI, prompt: str) -> None:
+    plain = prompt.replace("(blue:1.3)", "blue").replace("[cat]", "cat")  # no emphasis: captions have none
+    found = webui.post("/probe/parity", {"prompt": plain})
+    assert found["difference"] <= 1e-4 and found["text"] <= 1e-4, found
+
+
+def test_captions_are_cut_into_the_chunks_that_the_webui_makes(webui: WebUI) -> None:
+    text = LONG.replace("(blue:1.3)", "blue").replace("[cat]", "cat")
+    found = webui.post("/probe/tokens", {"text": text})
+    assert len(found["theirs"]) == 2 and found["ours"] == found["theirs"]
+
+
+def test_our_sampler_paints_the_webuis_picture(webui: WebUI) -> None:
+    settings = {"prompt": "a photo of zzk", "negative_prompt": "blue", "width": 128, "height": 64, "steps": 6,
+                "cfg_scale": 5.0, "seed": 11}
+    ours = _pixels(webui.post("/probe/sample", settings)["image"])
+    theirs = _pixels(webui.paint(**settings))
+    difference = np.abs(ours - theirs)
+    assert theirs.std() > 10
+    # The WebUI cuts a pixel's fraction off where we round, so one step of 255 is no difference.
+    assert difference.max() <= 2, (difference.max(), difference.mean())
+
+
+def _pixels(image: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(image))).convert("RGB"), dtype=np.int16)
