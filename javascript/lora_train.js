@@ -1,0 +1,524 @@
+/* What moves in the tab "Train LoRA": the bar, the curve, the texts and the result, from the API's status.
+ *
+ * The page's fields and its Train button are gradio's; everything about a running job is asked for and drawn here, so a
+ * reloaded page shows it again. One poll at a time: every second while a job runs and the tab is in sight, every ten
+ * when idle, none in the background. All text is set as textContent.
+ */
+(function() {
+    "use strict";
+    if (window.loraTrain) return;
+    window.loraTrain = {};
+
+    const RUNNING_MS = 1000, IDLE_MS = 10000, RETRY_MS = 3000, KICKS = 20, KICK_MS = 300, PLAN_MS = 400, RESTORE_MS = 500;
+    const DRAFT_KEY = "lora_train_draft";
+    const API = "./lora-train/v1/";
+    const SVG = "http://www.w3.org/2000/svg";
+    const PAD = {left: 48, right: 8, top: 20, bottom: 22};
+
+    const state = {
+        token: "", run: "", every: 1, points: [], last: null, finalSeen: true, inSight: false, timer: 0, polling: false,
+        kicks: 0, planTimer: 0, cursor: null,
+    };
+    const view = {};
+
+    const app = () => (typeof gradioApp === "function" ? gradioApp() : document);
+    const byId = (id) => app().querySelector("#" + id);
+    /** gradio 3 gives a button's id to the button itself. */
+    const button = (id) => {
+        const found = byId(id);
+        return found && found.tagName !== "BUTTON" ? found.querySelector("button") : found;
+    };
+    const translated = (text) => (window.localization && window.localization[text]) || text;
+
+    function element(tag, className, text) {
+        const made = document.createElement(tag);
+        if (className) made.className = className;
+        if (text !== undefined) made.textContent = text;
+        return made;
+    }
+
+    // ---- start -------------------------------------------------------------------------------------------------
+
+    function pageData() {
+        const components = (window.gradio_config && window.gradio_config.components) || [];
+        const holder = components.find((c) => c.props && c.props.elem_id === "lora_train_page");
+        try {
+            return JSON.parse(holder.props.value);
+        } catch (error) {
+            return null;
+        }
+    }
+
+    /** Fill the place that layout.py leaves, once. False while it is not there yet. */
+    function attach() {
+        const live = byId("lora_train_live");
+        if (!live) return false;
+        if (live.dataset.attached) return true;
+        const data = pageData();
+        if (!data) return false;
+        live.dataset.attached = "yes";
+        state.token = data.token;
+        build(live, byId("lora_train_drawn"));
+        showTooltips(data.tooltips);
+        listen();
+        restoreDraft();
+        return true;
+    }
+
+    function build(live, drawn) {
+        live.className = drawn.className = "lora-train-live";
+        view.head = element("div", "lora-train-head");
+        view.name = view.head.appendChild(element("b"));
+        view.speed = view.head.appendChild(element("span"));
+        view.barFrame = element("div", "progressDiv");
+        view.bar = view.barFrame.appendChild(element("div", "progress"));
+        view.outcome = element("div", "lora-train-outcome");
+        view.outcome.setAttribute("role", "status");
+        view.result = element("div", "lora-train-file");
+        view.others = element("details", "lora-train-others");
+        view.othersCount = view.others.appendChild(element("summary"));
+        view.othersList = view.others.appendChild(element("div"));
+        view.curve = element("div", "lora-train-curve");
+        view.warnings = element("ul", "lora-train-warnings");
+        live.append(view.head, view.barFrame, view.outcome, view.result, view.others);
+        drawn.append(view.curve, view.warnings);
+        for (const part of [...live.children, ...drawn.children]) part.hidden = true;
+        new ResizeObserver(() => drawCurve()).observe(view.curve);
+        view.curve.addEventListener("pointermove", (event) => {
+            state.cursor = event.clientX - view.curve.getBoundingClientRect().left;
+            drawCurve();
+        });
+        view.curve.addEventListener("pointerleave", () => {
+            state.cursor = null;
+            drawCurve();
+        });
+    }
+
+    function showTooltips(tooltips) {
+        for (const id of Object.keys(tooltips)) {
+            const target = byId(id);
+            if (!target) continue;
+            const text = translated(tooltips[id]);
+            target.title = target.title || text;
+            const input = target.querySelector("input, textarea");
+            if (input && !input.title) input.title = text;
+        }
+    }
+
+    function listen() {
+        const root = byId("lora_train");
+        new IntersectionObserver((entries) => {
+            state.inSight = entries[entries.length - 1].isIntersecting;
+            if (state.inSight) poll();
+        }).observe(root);
+        document.addEventListener("visibilitychange", () => {
+            if (document.hidden) {
+                keepDraft();
+            } else {
+                poll();
+            }
+        });
+        window.addEventListener("pagehide", keepDraft);
+        root.addEventListener("change", planSoon);
+        button("lora_train_start").addEventListener("click", kick);
+        root.addEventListener("click", (event) => {
+            const pressed = event.target.closest && event.target.closest("button");
+            if (pressed && pressed.id === "lora_train_overwrite_it") kick();
+        });
+        button("lora_train_stop_save").addEventListener("click", () => stop(true));
+        button("lora_train_stop").addEventListener("click", () => stop(false));
+        button("lora_train_send").addEventListener("click", sendToTxt2img);
+        button("lora_train_copy").addEventListener("click", copyText);
+        // Before the WebUI's own handler of Ctrl+Enter, which looks for a Generate button that is not on this tab.
+        window.addEventListener("keydown", (event) => {
+            if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey) || !state.inSight) return;
+            event.preventDefault();
+            event.stopImmediatePropagation();
+            const start = button("lora_train_start");
+            if (!start.disabled) start.click();
+        }, true);
+    }
+
+    // ---- the fields: the summary follows them, and the browser remembers them ---------------------------------------
+
+    function planSoon(event) {
+        if (event && event.target.closest(".lora-train-hidden")) return;
+        clearTimeout(state.planTimer);
+        state.planTimer = setTimeout(() => button("lora_train_plan").click(), PLAN_MS);
+    }
+
+    function draftBox() {
+        return app().querySelector("#lora_train_draft textarea, #lora_train_draft input");
+    }
+
+    function keepDraft() {
+        const box = draftBox();
+        try {
+            if (box && box.value) localStorage.setItem(DRAFT_KEY, box.value);
+        } catch (error) { /* a browser that keeps nothing */ }
+    }
+
+    function restoreDraft() {
+        const box = draftBox();
+        let draft = "";
+        try {
+            draft = localStorage.getItem(DRAFT_KEY) || "";
+        } catch (error) { /* a browser that keeps nothing */ }
+        // gradio draws its buttons some time before it listens to them; the summary shows that it does.
+        const press = (patience) => {
+            if (byId("lora_train_summary").textContent.trim() || patience === 0) return;
+            if (draft) setText(box, draft);
+            button("lora_train_restore").click();
+            setTimeout(() => press(patience - 1), RESTORE_MS);
+        };
+        press(20);
+    }
+
+    function setText(box, text) {
+        box.value = text;
+        if (typeof updateInput === "function") {
+            updateInput(box);
+        } else {
+            box.dispatchEvent(new Event("input", {bubbles: true}));
+        }
+    }
+
+    // ---- asking ------------------------------------------------------------------------------------------------
+
+    async function ask(path, body) {
+        const options = {headers: {"X-Lora-Train": state.token}, cache: "no-store"};
+        if (body) {
+            options.method = "POST";
+            options.headers["Content-Type"] = "application/json";
+            options.body = JSON.stringify(body);
+        }
+        const response = await fetch(API + path, options);
+        const data = await response.json().catch(() => ({}));
+        if (!response.ok) throw new Error(data.error || "The server answered " + response.status + ".");
+        return data;
+    }
+
+    function watching() {
+        return state.inSight && !document.hidden;
+    }
+
+    function schedule(milliseconds) {
+        clearTimeout(state.timer);
+        if (watching()) state.timer = setTimeout(poll, milliseconds);
+    }
+
+    async function poll() {
+        if (state.polling) return;
+        state.polling = true;
+        clearTimeout(state.timer);
+        let wait = RETRY_MS;
+        try {
+            wait = await update();
+        } catch (error) {
+            // fetch itself fails with a TypeError: nobody answers. Otherwise the server said why.
+            showProblem(error instanceof TypeError ? "The server does not answer; trying again." : error.message);
+        } finally {
+            state.polling = false;
+            schedule(wait);
+        }
+    }
+
+    /** One question, drawn; returns the milliseconds until the next. */
+    async function update() {
+        const after = state.points.length ? state.points[state.points.length - 1][0] : 0;
+        let answer = await ask("status?after=" + after);
+        const other = answer.run !== state.run || answer.every !== state.every;
+        if (other) {
+            if (after > 0) answer = await ask("status?after=0");
+            state.points = [];
+        }
+        const fresh = answer.run !== state.run;
+        state.run = answer.run;
+        state.every = answer.every;
+        state.points = state.points.concat(answer.points);
+        noticeResult(answer, fresh);
+        state.last = answer;
+        draw(answer);
+        keepDraft();
+        if (answer.running) {
+            state.kicks = 0;
+            return RUNNING_MS;
+        }
+        if (state.kicks > 0) {
+            state.kicks -= 1;
+            return KICK_MS;
+        }
+        return IDLE_MS;
+    }
+
+    /** After a press of Train: look often until the job shows. */
+    function kick() {
+        state.kicks = KICKS;
+        state.polling || schedule(KICK_MS);
+    }
+
+    async function stop(save) {
+        const step = state.last && state.last.step;
+        if (!save && step && !window.confirm(translated("Stop without saving what was learnt?"))) return;
+        try {
+            await ask("stop", {save: save});
+        } catch (error) {
+            showProblem(error.message);
+        }
+        poll();
+    }
+
+    // ---- drawing -----------------------------------------------------------------------------------------------
+
+    function draw(answer) {
+        const model = byId("lora_train_model");
+        if (model) model.textContent = answer.model ? answer.model.text : "No model is loaded";
+        setDisabled("lora_train_start", answer.running);
+        setDisabled("lora_train_overwrite_it", answer.running);
+        setDisabled("lora_train_stop", !answer.running || answer.stopping === "stop");
+        setDisabled("lora_train_stop_save", !answer.running || answer.stopping !== "");
+        const any = answer.run !== "";
+        view.head.hidden = !any;
+        view.name.textContent = answer.name;
+        view.speed.textContent = speedText(answer);
+        view.barFrame.hidden = !answer.running;
+        if (answer.running) drawBar(answer);
+        drawOutcome(answer);
+        drawFiles(answer.saved);
+        drawList(view.warnings, answer.warnings);
+        drawCurve();
+        setTitleText(answer);
+        byId("lora_train_result_buttons").classList.toggle("lora-train-hidden", answer.running || !resultText());
+        button("lora_train_send").classList.toggle("lora-train-hidden", !promptBox());
+    }
+
+    function setDisabled(id, disabled) {
+        const found = button(id);
+        if (found) found.disabled = disabled;
+    }
+
+    function speedText(answer) {
+        const step = answer.step, parts = [];
+        if (!step) return "";
+        if (step.average_loss !== null) parts.push("loss " + step.average_loss.toPrecision(3));
+        if (answer.running && step.steps_per_second) parts.push(rate(step.steps_per_second));
+        return parts.join(" · ");
+    }
+
+    function rate(perSecond) {
+        return perSecond >= 1 ? perSecond.toFixed(1) + " it/s" : (1 / perSecond).toFixed(1) + " s/it";
+    }
+
+    function drawBar(answer) {
+        let fraction = answer.fraction, text = "Starting";
+        if (answer.stage) {
+            fraction = answer.stage.total ? answer.stage.done / answer.stage.total : 0;
+            text = answer.stage.name + " " + answer.stage.done + "/" + answer.stage.total;
+        } else if (answer.step) {
+            text = answer.step.step + "/" + answer.step.total + " · epoch " + answer.step.epoch + "/" + answer.step.epochs;
+            if (answer.seconds_left !== null) text += " · " + duration(answer.seconds_left) + " left";
+        }
+        if (answer.stopping) text = answer.stopping === "save" ? "Stopping and saving" : "Stopping";
+        view.bar.style.width = (100 * fraction).toFixed(1) + "%";
+        view.bar.style.background = fraction > 0 ? "" : "transparent";
+        view.bar.textContent = text;
+    }
+
+    function duration(seconds) {
+        const whole = Math.round(seconds), two = (number) => String(number).padStart(2, "0");
+        const hours = Math.floor(whole / 3600), minutes = Math.floor(whole / 60) % 60;
+        return hours ? hours + ":" + two(minutes) + ":" + two(whole % 60) : minutes + ":" + two(whole % 60);
+    }
+
+    function drawOutcome(answer) {
+        const finished = answer.finished;
+        view.outcome.hidden = !finished;
+        view.outcome.classList.toggle("lora-train-problem", Boolean(finished && finished.outcome === "failed"));
+        view.outcome.textContent = finished ? finished.message : "";
+    }
+
+    function showProblem(text) {
+        view.outcome.hidden = false;
+        view.outcome.classList.add("lora-train-problem");
+        view.outcome.textContent = text;
+    }
+
+    /** The result, or the newest file until there is one; the others folded below it, newest first. */
+    function drawFiles(saved) {
+        const [first, ...others] = saved.slice().reverse().sort((a, b) => b.final - a.final);
+        view.result.hidden = !first;
+        view.others.hidden = !others.length;
+        const shown = saved.map((entry) => entry.path).join("\n");
+        if (!first || view.result.dataset.shown === shown) return;
+        view.result.dataset.shown = shown;
+        view.result.replaceChildren(...fileParts(first));
+        view.othersCount.textContent = translated("Also saved") + ": " + others.length;
+        view.othersList.replaceChildren(...others.map((entry) => {
+            const row = element("div", "lora-train-file");
+            row.append(...fileParts(entry));
+            return row;
+        }));
+    }
+
+    function fileParts(entry) {
+        return [element("code", "", entry.lora_text), element("span", "", entry.path)];
+    }
+
+    function drawList(list, texts) {
+        list.hidden = !texts.length;
+        if (list.childElementCount === texts.length) return;
+        list.replaceChildren(...texts.map((text) => element("li", "", text)));
+    }
+
+    function setTitleText(answer) {
+        const text = answer.running ? Math.floor(100 * answer.fraction) + "%" : "";
+        if (typeof setTitle === "function") {
+            // The WebUI's own, which also asks its settings. Left alone while somebody else may be using it.
+            if (answer.running || view.titled) setTitle(text);
+        } else {
+            document.title = (text ? "[" + text + "] " : "") + "Train LoRA";
+        }
+        view.titled = answer.running;
+    }
+
+    // ---- the curve ---------------------------------------------------------------------------------------------
+
+    function shape(tag, attributes, text) {
+        const made = document.createElementNS(SVG, tag);
+        for (const name of Object.keys(attributes)) made.setAttribute(name, attributes[name]);
+        if (text !== undefined) made.textContent = text;
+        return made;
+    }
+
+    /** A moving average over about a twelfth of the curve, without the pull of a first value. */
+    function smoothed(points) {
+        const keep = 1 - 1 / Math.max(5, points.length / 12);
+        let sum = 0, weight = 0;
+        return points.map(([step, loss]) => {
+            sum = keep * sum + (1 - keep) * loss;
+            weight = keep * weight + (1 - keep);
+            return [step, sum / weight];
+        });
+    }
+
+    /** About `count` round numbers between low and high. */
+    function ticks(low, high, count) {
+        const rough = (high - low) / count, magnitude = 10 ** Math.floor(Math.log10(rough));
+        const spacing = [1, 2, 5, 10].map((factor) => factor * magnitude).find((size) => size >= rough * 0.999);
+        const found = [];
+        for (let n = Math.ceil(low / spacing - 1e-9); n * spacing <= high * (1 + 1e-9); n++) found.push(n * spacing);
+        return {values: found, digits: Math.max(0, -Math.floor(Math.log10(spacing) + 1e-9))};
+    }
+
+    function drawCurve() {
+        const points = state.points.filter((point) => point[1] !== null);
+        view.curve.hidden = points.length < 2;
+        const width = view.curve.clientWidth, height = view.curve.clientHeight;
+        if (points.length < 2 || !width || !height) return;
+        const smooth = smoothed(points);
+        // A few wild steps must not flatten the curve: the range is that of 98 % of the steps.
+        const sorted = points.map((point) => point[1]).sort((a, b) => a - b);
+        const at = (share) => sorted[Math.round(share * (sorted.length - 1))];
+        const margin = (at(0.99) - at(0.01)) * 0.08 || Math.abs(at(0.5)) * 0.1 || 0.01;
+        const low = Math.max(0, at(0.01) - margin), high = at(0.99) + margin;
+        const first = points[0][0], end = points[points.length - 1][0];
+        const x = (step) => PAD.left + (step - first) / (end - first) * (width - PAD.left - PAD.right);
+        const y = (loss) => {
+            const inside = Math.min(high, Math.max(low, loss));
+            return height - PAD.bottom - (inside - low) / (high - low) * (height - PAD.top - PAD.bottom);
+        };
+        const path = (list) => "M" + list.map(([step, loss]) => x(step).toFixed(1) + "," + y(loss).toFixed(1)).join("L");
+        const drawing = shape("svg", {viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": "Loss by step"});
+        const vertical = ticks(low, high, 4), horizontal = ticks(first, end, Math.max(2, Math.floor(width / 110)));
+        for (const value of vertical.values) {
+            drawing.append(
+                shape("line", {class: "grid", x1: PAD.left, x2: width - PAD.right, y1: y(value), y2: y(value)}),
+                shape("text", {x: PAD.left - 6, y: y(value) + 4, "text-anchor": "end"}, value.toFixed(vertical.digits)));
+        }
+        for (const value of horizontal.values.filter(Number.isInteger)) {
+            drawing.append(shape("text", {x: x(value), y: height - 5, "text-anchor": "middle"}, String(value)));
+        }
+        drawing.append(shape("path", {class: "raw", d: path(points)}), shape("path", {class: "smooth", d: path(smooth)}));
+        drawing.append(...cursorShapes(points, smooth, x, width, height));
+        view.curve.replaceChildren(drawing);
+    }
+
+    /** The line above the curve: what it is, or the step under the pointer. */
+    function cursorShapes(points, smooth, x, width, height) {
+        if (state.cursor === null) return [shape("text", {x: PAD.left, y: 12}, translated("Loss, each step and smoothed"))];
+        let nearest = 0;
+        points.forEach((point, index) => {
+            if (Math.abs(x(point[0]) - state.cursor) < Math.abs(x(points[nearest][0]) - state.cursor)) nearest = index;
+        });
+        const [step, loss] = points[nearest], at = x(step);
+        const text = `step ${step} · loss ${loss.toPrecision(4)} · smoothed ${smooth[nearest][1].toPrecision(4)}`;
+        return [
+            shape("line", {class: "cursor", x1: at, x2: at, y1: PAD.top, y2: height - PAD.bottom}),
+            shape("text", {x: PAD.left, y: 12}, text),
+        ];
+    }
+
+    // ---- the result --------------------------------------------------------------------------------------------
+
+    /** When a file was written while we looked: let the WebUI's LoRA cards show it. */
+    function noticeResult(answer, fresh) {
+        const before = fresh || !state.last ? 0 : state.last.saved.length;
+        const seenRunning = fresh ? answer.running : state.last && state.last.running;
+        if (answer.saved.length > before && seenRunning) refreshCards();
+    }
+
+    function refreshCards() {
+        const refresh = byId("txt2img_lora_extra_refresh_internal");
+        if (refresh) refresh.dispatchEvent(new Event("click"));
+    }
+
+    function resultText() {
+        const last = state.last;
+        if (!last || !last.saved.length) return "";
+        return last.lora_text || last.saved[last.saved.length - 1].lora_text;
+    }
+
+    function promptBox() {
+        return app().querySelector("#txt2img_prompt textarea");
+    }
+
+    function sendToTxt2img() {
+        const box = promptBox();
+        if (!box) return;
+        let text = box.value.replace(/[\s,]+$/, "");
+        for (const part of [state.last.trigger_word, resultText()]) {
+            if (part && !text.includes(part)) text += (text ? ", " : "") + part;
+        }
+        setText(box, text);
+        refreshCards();
+        if (typeof switch_to_txt2img === "function") switch_to_txt2img();
+    }
+
+    function copyText() {
+        const text = [state.last.trigger_word, resultText()].filter(Boolean).join(", ");
+        // Without https there is no clipboard but on localhost; then the text is there to be read and copied.
+        if (navigator.clipboard) {
+            navigator.clipboard.writeText(text);
+        } else {
+            window.prompt(translated("Copy LoRA text"), text);
+        }
+    }
+
+    // ---- when ----------------------------------------------------------------------------------------------------
+
+    window.loraTrain.attach = attach;
+    if (typeof onUiLoaded === "function") {
+        onUiLoaded(attach);
+    } else {
+        const watch = () => {
+            if (attach()) return;
+            const observer = new MutationObserver(() => attach() && observer.disconnect());
+            observer.observe(document.documentElement, {childList: true, subtree: true});
+        };
+        if (document.readyState === "loading") {
+            document.addEventListener("DOMContentLoaded", watch);
+        } else {
+            watch();
+        }
+    }
+})();

@@ -1,0 +1,177 @@
+"""The routes under /lora-train/v1/: what `control` offers, as JSON.
+
+    GET  status?after=N     where the run is (`control.status`); points of the curve after step N
+    GET  runs               {"runs": [...]}, newest first
+    GET  settings           {"settings": [...]}: every setting with its type, default, range, label and help
+    POST plan               {"settings": {...}} -> what such a run would do
+    POST start              {"settings": {...}} -> {"run": id}
+    POST stop               {"save": true|false} -> {"stopping": whether something was running}
+
+A refusal is {"error": one sentence} with 400 (something given is wrong), 409 (the host or the runner is busy), 401, 403,
+413 or 415.
+
+Who may ask: the page, which shows the token it was given inside its own configuration, so whoever may load the page may
+use it; and outside programs, where the host's API is switched on, with the host's API user and password where it has
+them. Without them a program on another web page is kept out by the content type and the Origin, as nothing else would.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+import json
+import logging
+import secrets
+from collections.abc import Callable, Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from fastapi import FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse
+
+from lib_lora_train import control
+from lib_lora_train.errors import HostError, LoraTrainError, UserError
+from lib_lora_train.host.port import Host
+from lib_lora_train.runner import Runner
+
+log = logging.getLogger(__name__)
+PREFIX = "/lora-train/v1"
+TOKEN_HEADER = "X-Lora-Train"
+_LARGEST_BODY = 1 << 20
+
+
+def install(app: FastAPI, *, runner: Runner, host: Host, token: str, credentials: Mapping[str, str],
+            api_enabled: bool) -> None:
+    """Add the routes to `app`, once for each app. `credentials` are user names and passwords, {} for none."""
+    gate = _Gate(token=token, credentials=dict(credentials), api_enabled=api_enabled)
+
+    def add(method: str, name: str, answer: Callable[[Mapping[str, str], dict[str, Any]], object], about: str) -> None:
+        async def route(request: Request) -> JSONResponse:
+            try:
+                gate.check(request)
+                body = await _body(request) if method == "POST" else {}
+                return JSONResponse(await run_in_threadpool(answer, request.query_params, body))
+            except _Refused as refused:
+                return JSONResponse({"error": str(refused)}, refused.code, refused.headers)
+            except UserError as error:
+                return JSONResponse({"error": str(error)}, 400)
+            except HostError as error:
+                return JSONResponse({"error": str(error)}, 409)
+            except LoraTrainError as error:
+                return JSONResponse({"error": str(error)}, 500)
+            except Exception:  # the last line of defence: a program that waits for JSON must not get a traceback
+                log.exception("%s %s failed", method, name)
+                return JSONResponse({"error": "Something went wrong inside; the log has the details."}, 500)
+
+        app.add_api_route(f"{PREFIX}/{name}", route, methods=[method], name=f"lora_train_{name}", summary=about,
+                          tags=["lora-train"])
+
+    add("GET", "status", lambda query, _: control.status(runner=runner, host=host, after=_step(query)),
+        "Where the current or last run is")
+    add("GET", "runs", lambda _, __: {"runs": control.runs(runner=runner, host=host)}, "Past runs, newest first")
+    add("GET", "settings", lambda _, __: {"settings": control.settings_list()}, "Every setting")
+    add("POST", "plan", lambda _, body: control.plan(_settings(body), host=host), "What a run would do")
+    add("POST", "start", lambda _, body: {"run": control.start(_settings(body), runner=runner, host=host)},
+        "Start a run")
+    add("POST", "stop", lambda _, body: {"stopping": runner.stop(save=_save(body))}, "Stop the run")
+
+
+def parse_credentials(text: str) -> dict[str, str]:
+    """The host's "user:password,user:password" by user name; {} for an empty text."""
+    pairs = (entry.strip().partition(":") for entry in text.split(","))
+    return {user: password for user, colon, password in pairs if colon}
+
+
+def same_origin(origin: str, host: str) -> bool:
+    """Whether the header Origin names the server that the header Host names; the scheme may change at a proxy."""
+    try:
+        return urlsplit(origin).netloc.lower() == host.lower()
+    except ValueError:
+        return False
+
+
+class _Refused(Exception):
+    """A request that is answered with an HTTP status of its own."""
+
+    def __init__(self, code: int, sentence: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(sentence)
+        self.code, self.headers = code, headers
+
+
+@dataclasses.dataclass(frozen=True)
+class _Gate:
+    """Decides who may ask."""
+
+    token: str = dataclasses.field(repr=False)
+    credentials: Mapping[str, str] = dataclasses.field(repr=False)
+    api_enabled: bool
+
+    def check(self, request: Request) -> None:
+        """Raise _Refused unless the request may pass."""
+        shown = request.headers.get(TOKEN_HEADER)
+        if shown is not None:
+            # No 401 here: a browser would answer it with a password box over the page.
+            if not secrets.compare_digest(shown.encode(), self.token.encode()):
+                raise _Refused(403, "This page is older than the server behind it; reload the page.")
+            return
+        if not self.api_enabled:
+            raise _Refused(403, "The API is switched off; start the WebUI with --api to use it.")
+        if self.credentials and not self._known(request.headers.get("authorization", "")):
+            raise _Refused(401, "The API's user name and password are missing or wrong.", {"WWW-Authenticate": "Basic"})
+        if request.method == "POST":
+            if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
+                raise _Refused(415, "The request must be JSON; set the header Content-Type: application/json.")
+            origin = request.headers.get("origin")
+            if origin is not None and not same_origin(origin, request.headers.get("host", "")):
+                raise _Refused(403, "A request from another web page is not accepted.")
+
+    def _known(self, authorization: str) -> bool:
+        scheme, _, encoded = authorization.partition(" ")
+        if scheme.lower() != "basic":
+            return False
+        try:
+            user, _, password = base64.b64decode(encoded.strip(), validate=True).decode("utf-8").partition(":")
+        except (binascii.Error, UnicodeDecodeError):
+            return False
+        expected = self.credentials.get(user)
+        matches = secrets.compare_digest(password.encode(), (expected or "").encode())
+        return matches and expected is not None
+
+
+async def _body(request: Request) -> dict[str, Any]:
+    """The request's JSON object; {} for an empty body."""
+    received = b""
+    async for part in request.stream():
+        received += part
+        if len(received) > _LARGEST_BODY:
+            raise _Refused(413, "The request is larger than 1 MiB.")
+    try:
+        data = json.loads(received or b"{}")
+    except (ValueError, RecursionError):
+        raise _Refused(400, "The request is not JSON.") from None
+    if not isinstance(data, dict):
+        raise _Refused(400, "The request must be a JSON object.")
+    return data
+
+
+def _settings(body: Mapping[str, Any]) -> dict[str, Any]:
+    settings = body.get("settings")
+    if not isinstance(settings, dict):
+        raise _Refused(400, 'The request must hold an object "settings": names of settings and their values.')
+    return settings
+
+
+def _save(body: Mapping[str, Any]) -> bool:
+    save = body.get("save", False)
+    if not isinstance(save, bool):
+        raise _Refused(400, '"save" must be true or false.')
+    return save
+
+
+def _step(query: Mapping[str, str]) -> int:
+    text = query.get("after", "0")
+    if not (text.isascii() and text.isdigit() and len(text) < 19):
+        raise _Refused(400, "after must be the number of a step.")
+    return int(text)

@@ -1,0 +1,169 @@
+"""What the page and the API ask for: start, plan, status and the lists, as plain data.
+
+Both are thin over these functions, so an outside program can do exactly what the page does. Refusals are the package's
+exceptions; how they are shown is the caller's matter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lib_lora_train.errors import HostError
+from lib_lora_train.host.port import Checkpoint, Host
+from lib_lora_train.output import checked_name, destination
+from lib_lora_train.preparation import prepare
+from lib_lora_train.runner import Runner
+from lib_lora_train.settings import AREAS, Settings, declarations, parse
+
+FAMILY_NAMES = {"sd1": "SD1", "sd2": "SD2", "sdxl": "SDXL"}
+
+
+def start(values: Mapping[str, object], *, runner: Runner, host: Host) -> str:
+    """Start a run with settings by name and return its id.
+
+    The settings, the name, the output folder and the dataset are checked first, so that most refusals come at once and
+    leave no run behind. Raises UserError, and HostError while another run is under way.
+    """
+    settings = parse(values)
+    if runner.running():
+        raise HostError("A training is running already", remedy="wait for it or stop it first")
+    destination(output_folder(settings, host), name=settings.save.output_name, overwrite=settings.save.overwrite)
+    prepare(settings, family=_family(host))
+    return runner.start(settings, host)
+
+
+def plan(values: Mapping[str, object], *, host: Host, should_stop: Callable[[], bool] | None = None) -> dict[str, Any]:
+    """What a run with these settings would do; nothing is written and no picture is decoded.
+
+    Returns summary (one line), pictures, buckets, epochs, batches_per_epoch, steps, resolution [width, height],
+    warnings (sentences), name_taken (a LoRA of that name exists and would not be overwritten) and estimate ("" until the
+    time and the memory can be told). Raises UserError, and Interrupted where `should_stop()` says so.
+    """
+    settings = parse(values)
+    found = prepare(settings, family=_family(host), should_stop=should_stop)
+    return {
+        "summary": found.summary,
+        "pictures": found.dataset.pictures,
+        "buckets": len(found.plan.buckets),
+        "epochs": found.plan.epochs,
+        "batches_per_epoch": found.plan.batches_per_epoch,
+        "steps": found.plan.steps,
+        "resolution": list(found.resolution),
+        "warnings": list(found.warnings),
+        "name_taken": name_taken(settings, host),
+        "estimate": "",
+    }
+
+
+def status(*, runner: Runner, host: Host, after: int = 0) -> dict[str, Any]:
+    """Everything a watcher shows, in one call; numbers that are not finite are None.
+
+        model           {name, title, family, text} of what the host holds, None if it holds nothing
+        run             id of the current or last run, "" before the first; name is its LoRA's name
+        running         whether it is under way; stopping is "", "stop" or "save"
+        started         seconds since 1970
+        planned         {pictures, buckets, batches_per_epoch, epochs, steps, summary, …} or None
+        stage           {name, done, total} of the work that is not a training step, or None
+        step            {step, total, epoch, epochs, loss, average_loss, learning_rate, steps_per_second, …} or None
+        fraction        0 to 1, of the steps; seconds_left is None until the speed is known
+        points          [step, loss, average loss] after the step `after`; every `every`-th step is kept. When `every`
+                        has changed, points that were sent before were dropped: ask again with after=0
+        warnings        sentences
+        saved           [{path, step, epoch, final, lora_text}] in the order they were written
+        finished        {outcome: "done"|"stopped"|"failed", message, path, steps} or None
+        lora_text       "<lora:name:1>" once the run's result is written, else ""
+        trigger_word    of the run, "" for none
+    """
+    state = runner.status(after=after)
+    answer: dict[str, Any] = {
+        "model": _model(host.checkpoint()), "run": "", "name": "", "running": False, "stopping": "", "started": None,
+        "planned": None, "stage": None, "step": None, "fraction": 0.0, "seconds_left": None, "points": [], "every": 1,
+        "warnings": [], "saved": [], "finished": None, "lora_text": "", "trigger_word": ""}
+    if state is None:
+        return answer
+    result = state.finished.path if state.finished else ""
+    answer.update(
+        run=state.run, name=state.name, running=state.running, stopping=state.stopping, started=state.started,
+        planned=_plain(state.planned), stage=_plain(state.stage), step=_plain(state.step), fraction=state.fraction,
+        seconds_left=state.step.seconds_left if state.step and state.running else None,
+        points=[list(point) for point in state.points], every=state.every, warnings=list(state.warnings),
+        saved=[{**dataclasses.asdict(saved), "lora_text": lora_text(saved.path)} for saved in state.saved],
+        finished=_plain(state.finished), lora_text=lora_text(result) if result else "",
+        trigger_word=str(runner.settings().get("trigger_word", "")))
+    return _finite(answer)
+
+
+def runs(*, runner: Runner, host: Host) -> list[dict[str, Any]]:
+    """The host's past runs, newest first: id, name, outcome ("" for one that was cut off or is running), message,
+    path, steps."""
+    return [dataclasses.asdict(run) for run in runner.runs(host.runs_folder)]
+
+
+def settings_list() -> list[dict[str, Any]]:
+    """Every setting: area, name, type ("bool", "int", "float", "str"), default, minimum, maximum, step, choices, label,
+    help, in_view (whether the page shows it above the fold), is_path."""
+    return [
+        {"area": area, **dataclasses.asdict(declaration), "type": declaration.type.__name__,
+         "choices": list(declaration.choices)}
+        for area, cls in AREAS.items() for declaration in declarations(cls)]
+
+
+def lora_text(path: str) -> str:
+    """What to write in a prompt to use the file."""
+    # A path of Windows read on another system would not be taken apart by Path; a run's folder may travel.
+    name = path.replace("\\", "/").rsplit("/", 1)[-1]
+    return f"<lora:{name.removesuffix('.safetensors')}:1>"
+
+
+def model_text(checkpoint: Checkpoint | None) -> str:
+    """One line: "base: dreamshaper_8 [879db523c3] · SD1 · VAE: baked"."""
+    if checkpoint is None:
+        return "No model is loaded"
+    short_hash = f" [{checkpoint.sha256[:10]}]" if checkpoint.sha256 else ""
+    family = FAMILY_NAMES.get(checkpoint.family, "this kind of model cannot be trained")
+    return f"base: {checkpoint.name}{short_hash} · {family} · VAE: {checkpoint.vae_name or 'baked'}"
+
+
+def output_folder(settings: Settings, host: Host) -> Path:
+    """Where the result goes: the folder the user named, else the host's."""
+    return Path(settings.save.output_dir) if settings.save.output_dir else host.lora_folder
+
+
+def name_taken(settings: Settings, host: Host) -> bool:
+    """Whether a LoRA of the name is there and may not be overwritten. A missing name is not taken; raises OutputError
+    for an impossible one."""
+    if settings.save.overwrite or not settings.save.output_name:
+        return False
+    return os.path.lexists(output_folder(settings, host) / f"{checked_name(settings.save.output_name)}.safetensors")
+
+
+def _family(host: Host) -> str:
+    checkpoint = host.checkpoint()
+    return checkpoint.family if checkpoint else ""
+
+
+def _model(checkpoint: Checkpoint | None) -> dict[str, str] | None:
+    if checkpoint is None:
+        return None
+    return {"name": checkpoint.name, "title": checkpoint.title, "family": checkpoint.family,
+            "text": model_text(checkpoint)}
+
+
+def _plain(event: object) -> dict[str, Any] | None:
+    return dataclasses.asdict(event) if event is not None else None  # type: ignore[call-overload]
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN, and a loss may be one."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_finite(entry) for entry in value]
+    return value

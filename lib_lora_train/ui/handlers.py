@@ -1,0 +1,136 @@
+"""What the page's buttons do. They are plain functions of the fields' values, in the order of `names`.
+
+Everything that goes into HTML is escaped here: names, paths and messages come from users, files and other programs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import json
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import gradio as gr
+
+from lib_lora_train import control
+from lib_lora_train.errors import Interrupted, LoraTrainError, OutputError
+from lib_lora_train.host.port import Host
+from lib_lora_train.presets import presets
+from lib_lora_train.runner import Runner
+from lib_lora_train.settings import DECLARATIONS, Value, parse
+from lib_lora_train.ui.fields import shown
+
+NO_PRESET = "Default"
+_NO_PRESET_ABOUT = "Everything as it was at the start, but for the names and folders."
+# What belongs to one LoRA and not to a way of training; no preset and no "Default" touches it.
+IDENTITY = frozenset({"output_name", "output_dir", "train_data_dir", "trigger_word", "reg_data_dir", "network_weights",
+                      "training_comment", "overwrite"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Handlers:
+    """The page's actions on one runner and host. `defaults` is what the fields show at first, by name."""
+
+    runner: Runner
+    host: Host
+    names: Sequence[str]
+    defaults: Mapping[str, Value]
+    _planning: _Latest = dataclasses.field(default_factory=lambda: _Latest())
+
+    def plan(self, *values: object) -> tuple[Any, Any]:
+        """(the summary as HTML, the fields as JSON for the browser to remember)."""
+        chosen = self._by_name(values)
+        draft = json.dumps({name: value for name, value in chosen.items() if name != "overwrite"})
+        try:
+            found = control.plan(chosen, host=self.host, should_stop=self._planning.ask())
+        except Interrupted:
+            # A newer question is being answered.
+            return gr.update(), gr.update()
+        except LoraTrainError as error:
+            if not chosen.get("train_data_dir"):
+                return _note("Choose a folder of pictures to see what will happen."), draft
+            return _problem(str(error)), draft
+        return _summary(found, str(chosen.get("output_name", ""))), draft
+
+    def start(self, *values: object) -> tuple[Any, Any]:
+        """(a refusal as HTML or nothing, whether the button "Overwrite it" shows)."""
+        return self._start(self._by_name(values))
+
+    def start_overwriting(self, *values: object) -> tuple[Any, Any]:
+        """As `start`, replacing a LoRA of the name, this once."""
+        return self._start({**self._by_name(values), "overwrite": True})
+
+    def apply_preset(self, name: str) -> list[Any]:
+        """[what the preset is for, as HTML; an update for each field, empty where the preset does not name it]."""
+        if name == NO_PRESET:
+            about, changed = _NO_PRESET_ABOUT, {n: v for n, v in self.defaults.items() if n not in IDENTITY}
+        else:
+            preset = next(p for p in presets() if p.name == name)
+            about, changed = preset.description, dict(preset.values)
+        return [_note(about), *self._updates(changed)]
+
+    def restore(self, draft: str) -> list[Any]:
+        """[a summary for the time being; an update for each field: what the browser remembers, else the settings of
+        the current or last run]. The script takes the summary for a sign that gradio has begun to listen."""
+        try:
+            remembered = json.loads(draft or "{}")
+        except ValueError:
+            remembered = {}
+        if not isinstance(remembered, dict) or not remembered:
+            remembered = self.runner.settings()
+        kept = {name: value for name, value in remembered.items() if name != "overwrite"}
+        return [_note("Looking at the pictures"), *self._updates(kept)]
+
+    def _start(self, chosen: dict[str, object]) -> tuple[Any, Any]:
+        try:
+            control.start(chosen, runner=self.runner, host=self.host)
+        except LoraTrainError as error:
+            return _problem(str(error)), gr.update(visible=isinstance(error, OutputError) and self._taken(chosen))
+        return "", gr.update(visible=False)
+
+    def _taken(self, chosen: Mapping[str, object]) -> bool:
+        try:
+            return control.name_taken(parse(chosen), self.host)
+        except LoraTrainError:
+            return False
+
+    def _by_name(self, values: Sequence[object]) -> dict[str, object]:
+        return dict(zip(self.names, values, strict=True))
+
+    def _updates(self, values: Mapping[str, object]) -> list[Any]:
+        return [gr.update(value=values[name]) if name in values and shown(DECLARATIONS[name], values[name])
+                else gr.update() for name in self.names]
+
+
+class _Latest:
+    """Lets a newer question end an older one that is still being answered."""
+
+    def __init__(self) -> None:
+        self._lock, self._number = threading.Lock(), 0
+
+    def ask(self) -> Callable[[], bool]:
+        """Begin a question; the answer tells whether a newer one came."""
+        with self._lock:
+            self._number += 1
+            mine = self._number
+        return lambda: mine != self._number
+
+
+def _summary(found: Mapping[str, Any], name: str) -> str:
+    line = " · ".join(filter(None, (found["summary"], found["estimate"])))
+    warnings = list(found["warnings"])
+    if found["name_taken"]:
+        warnings.insert(0, f"There is a LoRA called {name!r} already; Train will ask before replacing it.")
+    items = "".join(f"<li>{html.escape(warning)}</li>" for warning in warnings)
+    return f'<div class="lora-train-plan">{html.escape(line)}</div>' + (
+        f'<ul class="lora-train-warnings">{items}</ul>' if items else "")
+
+
+def _note(text: str) -> str:
+    return f'<div class="lora-train-note">{html.escape(text)}</div>'
+
+
+def _problem(text: str) -> str:
+    return f'<div class="lora-train-problem" role="alert">{html.escape(text)}</div>'

@@ -1,0 +1,149 @@
+"""The tab: what stands where.
+
+Left the settings, right what happens with them: the summary, the buttons, the running job and its result. Labels are
+short English literals, so that the WebUI's localisation files can match them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import gradio as gr
+
+from lib_lora_train.host.port import Host
+from lib_lora_train.presets import presets
+from lib_lora_train.runner import Runner
+from lib_lora_train.settings import AREAS, DECLARATIONS, Declaration, Settings, Value, declarations, flat
+from lib_lora_train.ui.fields import element_id, field, unsaved
+from lib_lora_train.ui.handlers import NO_PRESET, Handlers
+
+# The rows above the fold. A setting that is declared in view and missing here gets a row of its own below them.
+ROWS_IN_VIEW = (
+    ("output_name", "trigger_word"),
+    ("train_data_dir",),
+    ("max_train_epochs", "max_train_steps", "num_repeats"),
+    ("train_batch_size", "learning_rate", "resolution"),
+    ("network_dim", "network_alpha"),
+    ("network_train_unet_only", "flip_aug"),
+)
+FOLDS = {"network": "Network", "optimizer": "Optimizer", "loss": "Loss and noise", "captions": "Captions",
+         "dataset": "Dataset", "memory": "Memory", "save": "Saving"}
+_HIDDEN = "lora-train-hidden"
+
+
+def build_tab(*, runner: Runner, host: Host, defaults: Mapping[str, Value], token: str) -> gr.Blocks:
+    """The page as gradio Blocks, to be rendered into the WebUI's tabs or into a page of its own.
+
+    `defaults` are first values that differ from the declared ones, by name. `token` opens the API to the page's script;
+    it is part of the page's configuration, which the WebUI's login protects.
+    """
+    first = {**flat(Settings()), **defaults}
+    fields: dict[str, Any] = {}
+    with gr.Blocks(analytics_enabled=False) as tab, gr.Column(elem_id="lora_train", elem_classes=["lora-train"]):
+        gr.HTML(_header(), elem_id="lora_train_header")
+        # Not drawn; the script reads it from the page's configuration.
+        unsaved(gr.Textbox(value=_page_data(token), visible=False, elem_id="lora_train_page", label="Page"))
+        with gr.Row(equal_height=False, elem_classes=["lora-train-columns"]):
+            with gr.Column(scale=1, min_width=320, elem_id="lora_train_settings"):
+                preset, about_preset = _settings_column(fields, first)
+            with gr.Column(scale=1, min_width=320, elem_id="lora_train_run"):
+                summary, start, answer, overwrite = _run_column()
+        with gr.Row(elem_classes=[_HIDDEN]):
+            draft = unsaved(gr.Textbox(value="", elem_id="lora_train_draft", label="Draft", max_lines=1))
+            plan = unsaved(gr.Button("Plan", elem_id="lora_train_plan"))
+            restore = unsaved(gr.Button("Restore", elem_id="lora_train_restore"))
+
+        handlers = Handlers(runner=runner, host=host, names=tuple(fields), defaults=first)
+        inputs = list(fields.values())
+        # No handler waits for another: the queue is for pictures.
+        quiet: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_name": False}
+        planning = {"fn": handlers.plan, "inputs": inputs, "outputs": [summary, draft], **quiet}
+        plan.click(**planning)
+        restore.click(handlers.restore, inputs=[draft], outputs=[summary, *inputs], **quiet).then(**planning)
+        preset.input(handlers.apply_preset, inputs=[preset], outputs=[about_preset, *inputs], **quiet).then(**planning)
+        for name in fields:
+            if DECLARATIONS[name].choices:
+                # Typed fields tell the script that they changed; a drop-down does not.
+                fields[name].input(**planning)
+        start.click(handlers.start, inputs=inputs, outputs=[answer, overwrite], **quiet)
+        overwrite.click(handlers.start_overwriting, inputs=inputs, outputs=[answer, overwrite], **quiet)
+    return tab
+
+
+def _settings_column(fields: dict[str, Any], first: Mapping[str, Value]) -> tuple[Any, Any]:
+    """Adds each setting's component to `fields`; returns the preset's list and the line below it."""
+    placed = {name for row in ROWS_IN_VIEW for name in row}
+    left_over = tuple(d.name for d in DECLARATIONS.values() if d.in_view and d.name not in placed)
+    for number, row in enumerate((*ROWS_IN_VIEW, *((left_over,) if left_over else ()))):
+        with gr.Row(elem_classes=["lora-train-fields"]):
+            for name in row:
+                fields[name] = field(DECLARATIONS[name], first[name])
+        if number == 1:
+            with gr.Row(elem_classes=["lora-train-fields", "lora-train-preset-row"]):
+                preset = unsaved(gr.Dropdown(
+                    label="Preset", choices=[NO_PRESET, *(p.name for p in presets())], value=NO_PRESET, interactive=True,
+                    min_width=120, elem_id="lora_train_preset"))
+                about_preset = gr.HTML("", elem_id="lora_train_preset_about")
+    for area, title in _folds():
+        folded = [d for d in declarations(AREAS[area]) if d.name not in fields]
+        if folded:
+            with gr.Accordion(title, open=False, elem_id=f"lora_train_fold_{area}", elem_classes=["lora-train-fold"]):
+                _folded_rows(folded, fields, first)
+    return preset, about_preset
+
+
+def _folds() -> Iterable[tuple[str, str]]:
+    """Every area with its title; one that has none yet is called by its name."""
+    return [*FOLDS.items(), *((area, area.capitalize()) for area in AREAS if area not in FOLDS)]
+
+
+def _folded_rows(folded: Iterable[Declaration], fields: dict[str, Any], first: Mapping[str, Value]) -> None:
+    """Texts a row each, numbers and choices side by side, switches at the end."""
+    texts = [d for d in folded if d.type is str and not d.choices]
+    switches = [d for d in folded if d.type is bool]
+    others = [d for d in folded if d not in texts and d not in switches]
+    for row in ([others], [[text] for text in texts], [switches]):
+        for entries in row:
+            if entries:
+                with gr.Row(elem_classes=["lora-train-fields"]):
+                    for declaration in entries:
+                        fields[declaration.name] = field(declaration, first[declaration.name])
+
+
+def _run_column() -> tuple[Any, Any, Any, Any]:
+    """The summary, the buttons, and the places that the script draws into, the result's buttons between them."""
+    summary = gr.HTML("", elem_id="lora_train_summary")
+    with gr.Row(elem_id="lora_train_buttons"):
+        start = unsaved(gr.Button("Train", variant="primary", elem_id="lora_train_start", min_width=110, scale=3))
+        # These two are pressed in the script, which asks before something is lost.
+        unsaved(gr.Button("Stop and save", elem_id="lora_train_stop_save", min_width=130, scale=2, interactive=False))
+        unsaved(gr.Button("Stop", elem_id="lora_train_stop", min_width=70, scale=1, interactive=False))
+    answer = gr.HTML("", elem_id="lora_train_answer")
+    overwrite = unsaved(gr.Button("Overwrite it", elem_id="lora_train_overwrite_it", visible=False))
+    gr.HTML('<div id="lora_train_live"></div>')
+    with gr.Row(elem_id="lora_train_result_buttons", elem_classes=[_HIDDEN]):
+        unsaved(gr.Button("Send to txt2img", elem_id="lora_train_send", min_width=120))
+        unsaved(gr.Button("Copy LoRA text", elem_id="lora_train_copy", min_width=120))
+    gr.HTML('<div id="lora_train_drawn"></div>')
+    return summary, start, answer, overwrite
+
+
+def _header() -> str:
+    # The script writes the model in use into it, which may change while the page is open.
+    return '<div id="lora_train_model" class="lora-train-model"></div>'
+
+
+def _page_data(token: str) -> str:
+    """What the script needs to know before it can ask: the token, and the tooltips by element."""
+    tooltips = {element_id(d.name): d.help for d in DECLARATIONS.values()}
+    tooltips |= {
+        "lora_train_preset": "Settings for a purpose. A preset changes only what it is about.",
+        "lora_train_start": "Start the training (Ctrl+Enter).",
+        "lora_train_stop_save": "End within a step and keep what was learnt.",
+        "lora_train_stop": "End within a step and keep nothing but files that were saved on the way.",
+        "lora_train_overwrite_it": "Train now and replace the file of that name when it is done.",
+        "lora_train_send": "Put the trigger word and the LoRA into the prompt of txt2img.",
+    }
+    return json.dumps({"token": token, "tooltips": tooltips})

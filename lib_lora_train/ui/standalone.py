@@ -1,0 +1,182 @@
+"""The page without a WebUI: the same tab, the same script, the same API, on a small server of its own.
+
+It listens on the loopback address unless told otherwise, and asks nothing of the internet: no fonts, no scripts, no
+statistics. A page of another site cannot use it from the user's browser: its Host and Origin are checked.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import secrets
+import socket
+import sys
+import webbrowser
+from collections.abc import Awaitable, Callable, MutableMapping
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import uvicorn
+from fastapi import FastAPI
+from fastapi.responses import Response
+
+from lib_lora_train import api
+from lib_lora_train.errors import HostError
+from lib_lora_train.host.port import Host
+from lib_lora_train.runner import RUNNER, Runner
+from lib_lora_train.ui.layout import build_tab
+
+_ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = _ROOT / "javascript" / "lora_train.js"
+STYLES = (_ROOT / "style.css", Path(__file__).with_name("standalone.css"))
+_OUR_HEAD = (f'<link rel="stylesheet" href=".{api.PREFIX}/page.css">'
+             f'<script src=".{api.PREFIX}/page.js" defer></script>').encode()
+# gradio's page asks other servers for fonts and for a script that is of use in somebody else's frame.
+_OUTSIDE = re.compile(rb'<script\b[^>]*\bsrc="https?://[^>]*>\s*</script>|<link\b[^>]*\bhref="https?://[^>]*>')
+_POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'"
+# Paths of gradio that hand out or take files; this page needs neither.
+_CLOSED = ("/file", "/upload", "/stream", "/proxy")
+
+_Message = MutableMapping[str, Any]
+_Application = Callable[[_Message, Callable[[], Awaitable[_Message]], Callable[[_Message], Awaitable[None]]],
+                        Awaitable[None]]
+
+
+def serve(host: Host, *, port: int, address: str = "127.0.0.1", open_browser: bool = False) -> None:
+    """Serve the page until the process is interrupted; port 0 takes a free one. Raises HostError if the port is taken."""
+    listener = listen(address, port)
+    shown = "localhost" if is_loopback(address) else address
+    url = f"http://{f'[{shown}]' if ':' in shown else shown}:{listener.getsockname()[1]}/"
+    # The one line a user waits for; not a log entry, which they may have switched off.
+    sys.stdout.write(f"Train LoRA: {url}\n")
+    sys.stdout.flush()
+    if open_browser:
+        webbrowser.open(url)
+    server = uvicorn.Server(uvicorn.Config(make_app(host, address=address), log_level="warning"))
+    server.run(sockets=[listener])
+
+
+def listen(address: str, port: int) -> socket.socket:
+    """A bound socket; raises HostError."""
+    listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+    if sys.platform != "win32":
+        # There it would let a second server take the port of the first.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((address, port))
+    except OSError as error:
+        listener.close()
+        raise HostError(f"The page cannot be served at {address}, port {port}", why=error.strerror or str(error),
+                        remedy="choose another port (--port)") from error
+    return listener
+
+
+def make_app(host: Host, *, address: str = "127.0.0.1", runner: Runner = RUNNER) -> FastAPI:
+    """The whole server as an ASGI application."""
+    app = FastAPI(title="Train LoRA", docs_url=None, redoc_url=None)
+    token = secrets.token_urlsafe(32)
+    # Whoever reaches the page may train with it, so the API has nothing to lock.
+    api.install(app, runner=runner, host=host, token=token, credentials={}, api_enabled=True)
+    app.add_api_route(f"{api.PREFIX}/page.js", _script, include_in_schema=False)
+    app.add_api_route(f"{api.PREFIX}/page.css", _style, include_in_schema=False)
+    tab = build_tab(runner=runner, host=host, defaults={}, token=token)
+    # Rendered into a page of its own just as the WebUI renders it into its tabs.
+    with gr.Blocks(title="Train LoRA", analytics_enabled=False, theme=_theme()) as page, gr.Column(
+            elem_classes=["lora-train-standalone"]):
+        tab.render()
+    gr.mount_gradio_app(app, page, path="/")
+    app.add_middleware(_Guard, loopback_only=is_loopback(address))
+    return app
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this machine can reach the address."""
+    if address.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(address.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _without_port(host: str) -> str:
+    """ "localhost:7860" -> "localhost", "[::1]:7860" -> "[::1]"."""
+    return re.sub(r":\d+$", "", host)
+
+
+def _script() -> Response:
+    return Response(SCRIPT.read_bytes(), media_type="text/javascript")
+
+
+def _style() -> Response:
+    return Response(b"\n".join(path.read_bytes() for path in STYLES), media_type="text/css")
+
+
+def _theme() -> gr.themes.Base:
+    # Fonts by name only: gradio's own theme asks Google for them.
+    return gr.themes.Default(font=["Source Sans Pro", "ui-sans-serif", "system-ui", "sans-serif"],
+                             font_mono=["ui-monospace", "Consolas", "monospace"])
+
+
+class _Guard:
+    """Refuses requests that a foreign web page makes, and keeps ours from asking anybody else.
+
+    A name of the attacker's own that resolves to 127.0.0.1 shows in Host; a page of another origin shows in Origin,
+    which gradio by itself lets pass.
+    """
+
+    def __init__(self, app: _Application, *, loopback_only: bool) -> None:
+        self._app, self._loopback_only = app, loopback_only
+
+    async def __call__(self, scope: _Message, receive: Callable[[], Awaitable[_Message]],
+                       send: Callable[[_Message], Awaitable[None]]) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await self._app(scope, receive, send)
+        elif refusal := self._refusal(scope):
+            if scope["type"] == "websocket":
+                await send({"type": "websocket.close", "code": 1008})
+            else:
+                await Response(refusal, 403, media_type="text/plain")(scope, receive, send)
+        else:
+            await self._app(scope, receive, _Rewriter(send).send if scope["type"] == "http" else send)
+
+    def _refusal(self, scope: _Message) -> str:
+        headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        host = headers.get(b"host", "").lower()
+        if self._loopback_only and not is_loopback(_without_port(host)):
+            return "This page is served to this machine only; open it as http://localhost."
+        origin = headers.get(b"origin")
+        if origin is not None and not api.same_origin(origin, host):
+            return "A request from another web page is not accepted."
+        return "There is nothing here." if scope["path"].startswith(_CLOSED) else ""
+
+
+class _Rewriter:
+    """Puts our script and style into HTML pages, takes what is loaded from elsewhere out, and forbids it besides."""
+
+    def __init__(self, send: Callable[[_Message], Awaitable[None]]) -> None:
+        self._send = send
+        self._start: _Message | None = None
+        self._body = b""
+
+    async def send(self, message: _Message) -> None:
+        if message["type"] == "http.response.start" and _is_html(message):
+            self._start = message
+        elif message["type"] == "http.response.body" and self._start is not None:
+            self._body += message.get("body", b"")
+            if not message.get("more_body"):
+                await self._finish(self._start)
+        else:
+            await self._send(message)
+
+    async def _finish(self, start: _Message) -> None:
+        body = _OUTSIDE.sub(b"", self._body).replace(b"</head>", _OUR_HEAD + b"</head>", 1)
+        headers = [(name, value) for name, value in start["headers"] if name.lower() != b"content-length"]
+        headers += [(b"content-length", str(len(body)).encode()), (b"content-security-policy", _POLICY)]
+        await self._send({**start, "headers": headers})
+        await self._send({"type": "http.response.body", "body": body})
+
+
+def _is_html(start: _Message) -> bool:
+    return any(name.lower() == b"content-type" and value.startswith(b"text/html") for name, value in start["headers"])
