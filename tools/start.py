@@ -50,6 +50,9 @@ def main(arguments: list[str]) -> int:
     except CannotStart as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("Interrupted; the next start begins the environment anew.", file=sys.stderr)
+        return 130
     module = ["lib_lora_train", "demo"] if command == "demo" else ["pytest"]
     say("Running the tests" if command == "test" else "Starting the demo")
     process = subprocess.Popen([str(python), "-m", *module, *rest], cwd=ROOT, env=variables())
@@ -140,8 +143,8 @@ def run(command: list[str]) -> None:
         done = subprocess.run(command, cwd=TOOLS, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=variables())
     if done.returncode:
         last = LOG.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
-        raise CannotStart("\n".join([*last, f"The environment could not be made (the whole output is in {LOG}); check "
-                                     "the connection and the free space on the disk (8 GB), and run this again."]))
+        raise CannotStart("\n".join([*last, f"The environment could not be made: see above, or all of it in {LOG}; "
+                                     "check the connection and the space on the disk (8 GB), then run this again."]))
 
 
 def works(python: Path, *, check: str = WHOLE) -> bool:
