@@ -140,12 +140,19 @@ def flat(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
             for name, tensor in module.state_dict(keep_vars=True).items()}
 
 
-def checkpoint(family: str) -> dict[str, Tensor]:
-    """A small random checkpoint of `family`."""
+@functools.lru_cache(maxsize=None)
+def random_parts(family: str) -> dict[str, nn.Module]:
+    """The modules of a small random checkpoint by prefix; made once, so leave them as they are."""
     modules = parts(family)
     for seed, module in enumerate(modules.values()):
         randomised(module, seed=seed)
-    return flat(modules)
+    return modules
+
+
+def checkpoint(family: str) -> dict[str, Tensor]:
+    """A small random checkpoint of `family`, the caller's own: parameters (they require gradients) and buffers."""
+    return {name: nn.Parameter(tensor.detach().clone()) if isinstance(tensor, nn.Parameter) else tensor.clone()
+            for name, tensor in flat(random_parts(family)).items()}
 
 
 @functools.lru_cache(maxsize=None)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.model.small_checkpoints import (
-    COMMA,
     END,
     HINTS,
     POOLED,
     START,
-    VOCABULARY,
     checkpoint,
     clip_config,
+    flat,
     openclip_text,
-    parts,
+    random_parts,
     randomised,
     relative_error,
     tokenizers,
@@ -22,10 +21,10 @@ from tests.model.small_checkpoints import (
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from lib_lora_train.model.components import text_tensors
-from lib_lora_train.model.frozen import build
-from lib_lora_train.model.text_encoder import TextEncoder
 from lib_lora_train.model.architecture import TextConfig
+from lib_lora_train.model.components import text_tensors
+from lib_lora_train.model.frozen import FrozenModel, build
+from lib_lora_train.model.text_encoder import TextEncoder
 
 
 def tokens(pad: int = END) -> Tensor:
@@ -140,26 +139,30 @@ def reference_chunks(caption: str, pad: int) -> list[list[int]]:
     return [[START, *part, END, *[pad] * (75 - len(part))] for part in (words[:75], words[75:])]
 
 
-def clip_states(module: nn.Module, index: int, *, pad: int) -> list:
-    return [module(torch.tensor([reference_chunks(caption, pad)[index] for caption in CAPTIONS]),
-                   output_hidden_states=True) for index in (index,)][0]
+def chunk_of_each(index: int, *, pad: int) -> Tensor:
+    """The chunk `index` of every caption, [2, 77]."""
+    return torch.tensor([reference_chunks(caption, pad)[index] for caption in CAPTIONS])
 
 
-def model_and_modules(family: str):
-    modules = parts(family)
-    for seed, module in enumerate(modules.values()):
-        randomised(module, seed=seed)
-    tensors = {prefix + name: tensor for prefix, module in modules.items() for name, tensor in module.state_dict().items()}
-    return build(tensors, hints=HINTS[family], tokenizers=tokenizers(family)), list(modules.values())[2:]
+def clip_states(module: nn.Module, index: int) -> tuple[Tensor, ...]:
+    """What each of transformers' layers gives for the chunk `index` of every caption."""
+    return module(chunk_of_each(index, pad=END), output_hidden_states=True).hidden_states
+
+
+def model_and_text_modules(family: str) -> tuple[FrozenModel, list[nn.Module]]:
+    """A small model of ours, and the modules of others that its text encoders' weights come from."""
+    modules = random_parts(family)
+    text = [module for prefix, module in modules.items() if prefix.startswith(("cond_stage_model", "conditioner"))]
+    return build(flat(modules), hints=HINTS[family], tokenizers=tokenizers(family)), text
 
 
 @pytest.mark.parametrize("clip_skip", [1, 2, 3])
 @torch.no_grad()
 def test_sd1_uses_the_layer_that_clip_skip_names_and_norms_it(clip_skip: int) -> None:
-    model, (clip,) = model_and_modules("sd1")
+    model, (clip,) = model_and_text_modules("sd1")
     ours = model.text.encode([model.text.tokenize(caption) for caption in CAPTIONS], clip_skip=clip_skip)
     norm = clip.text_model.final_layer_norm if hasattr(clip, "text_model") else clip.final_layer_norm
-    expected = [norm(clip_states(clip, chunk, pad=END).hidden_states[-clip_skip]) for chunk in (0, 1)]
+    expected = [norm(clip_states(clip, chunk)[-clip_skip]) for chunk in (0, 1)]
     assert model.text.uses_clip_skip and ours.pooled is None
     assert relative_error(ours.context, torch.cat(expected, dim=1)) <= 1e-5
 
@@ -167,25 +170,24 @@ def test_sd1_uses_the_layer_that_clip_skip_names_and_norms_it(clip_skip: int) ->
 @pytest.mark.parametrize("clip_skip", [1, 2])
 @torch.no_grad()
 def test_sd2_uses_the_last_layer_but_one_normed_whatever_clip_skip_says(clip_skip: int) -> None:
-    model, (tower,) = model_and_modules("sd2")
+    model, (tower,) = model_and_text_modules("sd2")
     ours = model.text.encode([model.text.tokenize(caption) for caption in CAPTIONS], clip_skip=clip_skip)
     expected = []
     for chunk in (0, 1):
-        ids = torch.tensor([reference_chunks(caption, 0)[chunk] for caption in CAPTIONS])
-        expected.append(tower.ln_final(hidden_states(tower, ids)[-3]))  # the list ends with the pooled output
+        states = hidden_states(tower, chunk_of_each(chunk, pad=0))
+        expected.append(tower.ln_final(states[-3]))  # the list ends with the pooled output
     assert not model.text.uses_clip_skip and ours.pooled is None
     assert relative_error(ours.context, torch.cat(expected, dim=1)) <= 1e-5
 
 
 @torch.no_grad()
 def test_sdxl_joins_both_encoders_unnormed_and_pools_the_first_chunk() -> None:
-    model, (clip, tower) = model_and_modules("sdxl")
+    model, (clip, tower) = model_and_text_modules("sdxl")
     ours = model.text.encode([model.text.tokenize(caption) for caption in CAPTIONS])
     expected, pooled = [], []
     for chunk in (0, 1):
-        ids = torch.tensor([reference_chunks(caption, 0)[chunk] for caption in CAPTIONS])
-        *states, pool = hidden_states(tower, ids)
-        expected.append(torch.cat([clip_states(clip, chunk, pad=END).hidden_states[-2], states[-2]], dim=-1))
+        *states, pool = hidden_states(tower, chunk_of_each(chunk, pad=0))
+        expected.append(torch.cat([clip_states(clip, chunk)[-2], states[-2]], dim=-1))
         pooled.append(pool)
     assert relative_error(ours.context, torch.cat(expected, dim=1)) <= 1e-5
     assert relative_error(ours.pooled, pooled[0]) <= 1e-5
@@ -199,4 +201,3 @@ def test_a_caption_is_encoded_alike_alone_and_in_a_batch() -> None:
     assert alone.context.shape[1] == 77 and together.context.shape[1] == 2 * 77
     assert relative_error(together.context[:1, :77], alone.context) <= 1e-5
     assert relative_error(together.pooled[:1], alone.pooled) <= 1e-5
-    assert VOCABULARY > END > COMMA
