@@ -17,8 +17,8 @@ PACKAGE = "lib_lora_train"
 # Bottom-up: a room imports only from rooms above it in this list. What a host offers (the protocol) is known to the
 # job; the hosts themselves are not. A new room is added where it belongs.
 ROOMS = ("errors", "events", "settings", "presets", "dataset", "tagging", "model", "network", "cache", "training",
-         "evaluation", "output", "preparation", "host.port", "provenance", "job", "run_record", "runner", "control", "host",
-         "api", "ui", "demo", "__main__")
+         "evaluation", "output", "preparation", "host.port", "provenance", "job", "run_record", "runner", "control",
+         "host", "api", "ui", "demo", "__main__")
 NOT_CORE = ("host", "ui", "api")
 
 FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
@@ -56,10 +56,10 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
         elif isinstance(node, ast.ImportFrom):
             base = ".".join([*package[:len(package) - node.level + 1], *filter(None, [node.module])]) \
                 if node.level else node.module or ""
-            # `from package import name` may name a module; whether it does shows on the disk.
+            # `from package import name` may name a module; whether it does shows on the disk (the WebUI is elsewhere).
             for alias in node.names:
                 below = ROOT.joinpath(*base.split("."), alias.name)
-                is_module = below.is_dir() or below.with_suffix(".py").is_file()
+                is_module = base == "modules" or below.is_dir() or below.with_suffix(".py").is_file()
                 yield node.lineno, f"{base}.{alias.name}" if is_module else base
 
 
