@@ -1,10 +1,32 @@
-"""The WebUI's door: registers the tab and the API. Everything else lives in `lib_lora_train`."""
+"""The WebUI's door: it registers the tab and the API. Everything else lives in `lib_lora_train`."""
 
 from __future__ import annotations
 
-from modules import script_callbacks
+import secrets
+from typing import Any
 
-from lib_lora_train.host.webui import HOST, end_before_reload
+from modules.script_callbacks import on_app_started, on_script_unloaded, on_ui_tabs
+
+from lib_lora_train import api
+from lib_lora_train.host.webui import HOST, api_access, end_before_reload
 from lib_lora_train.runner import RUNNER
+from lib_lora_train.ui.layout import build_tab
 
-script_callbacks.on_script_unloaded(lambda: end_before_reload(RUNNER))
+# Made anew whenever the page is built, and shown to that page only.
+TOKEN = secrets.token_urlsafe(32)
+
+
+def tabs() -> list[tuple[Any, str, str]]:
+    """The tab as the WebUI wants it: blocks, title, id."""
+    return [(build_tab(runner=RUNNER, host=HOST, defaults={}, token=TOKEN), "Train LoRA", "lora_train")]
+
+
+def routes(_: Any, app: Any) -> None:
+    """The API, guarded as the WebUI's own is."""
+    enabled, users = api_access()
+    api.install(app, runner=RUNNER, host=HOST, token=TOKEN, credentials=api.parse_credentials(users), api_enabled=enabled)
+
+
+on_ui_tabs(tabs)
+on_app_started(routes)
+on_script_unloaded(lambda: end_before_reload(RUNNER))

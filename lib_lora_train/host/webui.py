@@ -119,5 +119,13 @@ def end_before_reload(runner: Runner) -> None:
         runner.wait(RELOAD_PATIENCE)
 
 
+def api_access() -> tuple[bool, str]:
+    """Whether the WebUI offers its API to other programs, and its users as --api-auth has them, "" for none.
+
+    The WebUI checks them for its own routes only.
+    """
+    return bool(shared.cmd_opts.api or shared.cmd_opts.nowebui), shared.cmd_opts.api_auth or ""
+
+
 HOST = WebUIHost()
 """The one host. Like the runner it outlives a reload of the page: the scripts are run again, the package is not."""
