@@ -132,3 +132,6 @@ class Hints:
     alphas_cumprod: Tensor | None = None
     """Fp32, one entry a timestep, before any rescaling to zero terminal SNR."""
     latent_scale: float | None = None
+
+
+NO_HINTS = Hints()

@@ -90,7 +90,7 @@ def _from_openclip(local: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 named[prefix + _OPENCLIP_NAMES[rest]] = tensor
             elif rest in ("attn.in_proj_weight", "attn.in_proj_bias"):
                 kind = rest.removeprefix("attn.in_proj_")
-                for projection, part in zip(("q_proj", "k_proj", "v_proj"), tensor.chunk(3)):
+                for projection, part in zip(("q_proj", "k_proj", "v_proj"), tensor.chunk(3), strict=True):
                     named[f"{prefix}self_attn.{projection}.{kind}"] = part
         elif name in _OPENCLIP_ENDS:
             named[_OPENCLIP_ENDS[name]] = tensor

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lib_lora_train.errors import ModelError
 from lib_lora_train.model.architecture import (
+    NO_HINTS,
     Architecture,
     Block,
     Family,
@@ -52,7 +53,7 @@ _SIZE_VECTOR = 6 * 256
 _TOKEN_EMBEDDING = "text_model.embeddings.token_embedding.weight"
 
 
-def detect(tensors: Mapping[str, Tensor], hints: Hints = Hints()) -> Architecture:
+def detect(tensors: Mapping[str, Tensor], hints: Hints = NO_HINTS) -> Architecture:
     """Recognise a checkpoint by its flat dict of tensors under ldm/sgm names.
 
     Raises ModelError, in one sentence, for a kind that is not supported (inpainting, instruct-pix2pix, refiner, SD3,
@@ -183,8 +184,13 @@ def vae_config(vae: Mapping[str, Tensor]) -> VAEConfig:
 
 
 def _text(tensors: Mapping[str, Tensor], *, family: Family, hints: Hints, unet: UNetConfig) -> tuple[TextConfig, ...]:
-    configs = []
-    for index, prefix in enumerate(text_prefixes(family)):
+    configs, prefixes = [], text_prefixes(family)
+    for said in (hints.text_heads, hints.text_activations):
+        if said is not None and len(said) != len(prefixes):
+            raise ModelError(
+                f"The model's configuration is of {len(said)} text encoders, its checkpoint of {len(prefixes)}",
+                remedy="replace or remove the .yaml beside it")
+    for index, prefix in enumerate(prefixes):
         text = text_tensors(tensors, prefix)
         if _TOKEN_EMBEDDING not in text:
             which = "" if family != "sdxl" else ("first ", "second ")[index]

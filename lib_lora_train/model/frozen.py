@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lib_lora_train.errors import LoraTrainError, ModelError
-from lib_lora_train.model.architecture import UNET_COMPONENT, Architecture
+from lib_lora_train.model.architecture import NO_HINTS, UNET_COMPONENT, Architecture
 from lib_lora_train.model.components import text_tensors, unet_tensors, vae_tensors
 from lib_lora_train.model.family import Hints, detect, text_prefixes
 from lib_lora_train.model.schedule import NoiseSchedule
@@ -41,7 +41,7 @@ class FrozenModel:
                 **{encoder.config.component: encoder.tensors for encoder in self.text.encoders}}
 
 
-def build(tensors: Mapping[str, Tensor], *, hints: Hints = Hints(), tokenizers: Sequence[Tokenizer] | None = None,
+def build(tensors: Mapping[str, Tensor], *, hints: Hints = NO_HINTS, tokenizers: Sequence[Tokenizer] | None = None,
           comma_padding_backtrack: int = 20) -> FrozenModel:
     """The frozen model over `tensors` (ldm/sgm checkpoint names), without copying one of them.
 
@@ -67,7 +67,7 @@ def build(tensors: Mapping[str, Tensor], *, hints: Hints = Hints(), tokenizers: 
         unet=unet,
         vae=VAE(parts[1], architecture.vae),
         text=TextConditioner(
-            [TextEncoder(text, config) for text, config in zip(parts[2], architecture.text)], tokenizers,
+            [TextEncoder(text, config) for text, config in zip(parts[2], architecture.text, strict=True)], tokenizers,
             comma_padding_backtrack=comma_padding_backtrack),
         schedule=schedule.to(stem.device),
         device=stem.device,
@@ -96,7 +96,7 @@ def _rehearse(architecture: Architecture, unet: Mapping[str, Tensor], vae: Mappi
     try:
         autoencoder = VAE(shapes(vae), architecture.vae)
         autoencoder.encode(autoencoder.decode(zeros))
-        for tensors, config in zip(texts, architecture.text):
+        for tensors, config in zip(texts, architecture.text, strict=True):
             tokens = torch.zeros(1, config.positions, dtype=torch.long, device="meta")
             TextEncoder(shapes(tensors), config)(tokens, pooled=config.pooled)
         with torch.no_grad():

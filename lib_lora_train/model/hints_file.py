@@ -84,8 +84,8 @@ def _text_folders(model: Mapping[str, Any], *, beside: Path) -> list[Mapping[str
     configurations = []
     for section in sections:
         version = _section(section, "params").get("version")
-        files = [] if not isinstance(version, str) else [beside / version / "config.json", Path(version) / "config.json"]
-        file = next((file for file in files if file.is_file()), None)
+        folders = [beside / version, Path(version)] if isinstance(version, str) else []
+        file = next((folder / "config.json" for folder in folders if (folder / "config.json").is_file()), None)
         configurations.append({} if file is None else _read_json(file))
     return configurations
 

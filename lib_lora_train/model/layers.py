@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lib_lora_train.model.refusals import incomplete
 
@@ -109,6 +110,7 @@ class _CastNorm(torch.autograd.Function):
         return norm(x.float(), weight.float(), bias.float()).to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
         x, weight, bias = ctx.saved_tensors
         with torch.enable_grad():

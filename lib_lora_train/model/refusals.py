@@ -32,9 +32,9 @@ _INPUT_CHANNELS = {
 
 def refuse_other_kinds(tensors: Mapping[str, Tensor]) -> None:
     """Raise ModelError where the checkpoint is of a kind that cannot be trained on."""
-    _refuse_quantised(tensors)
     _refuse_by_name(tensors)
     _refuse_by_input(tensors)
+    _refuse_quantised(tensors)
 
 
 def _refuse_quantised(tensors: Mapping[str, Tensor]) -> None:

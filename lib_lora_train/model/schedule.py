@@ -42,7 +42,8 @@ class NoiseSchedule:
     def build(cls, *, prediction_type: PredictionType, zero_terminal_snr: bool = False,
               alphas_cumprod: Tensor | None = None) -> NoiseSchedule:
         """From the host's ᾱ where there is one, else Stable Diffusion's."""
-        alphas = scaled_linear_alphas_cumprod() if alphas_cumprod is None else alphas_cumprod.detach().float()
+        alphas = scaled_linear_alphas_cumprod() if alphas_cumprod is None else alphas_cumprod.detach()
+        alphas = alphas.float().cpu()  # a thousand numbers, once: not every device can rescale in fp64
         if zero_terminal_snr:
             alphas = rescaled_to_zero_terminal_snr(alphas)
         return cls(alphas, prediction_type)

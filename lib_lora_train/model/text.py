@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Union
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ OPENCLIP_PAD = 0
 SIZE_EMBEDDING = 256
 
 Chunk = tuple[int, ...]
-Size = Union[tuple[int, int], Sequence[tuple[int, int]], Tensor]
+Size = tuple[int, int] | Sequence[tuple[int, int]] | Tensor
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class TextConditioner:
         return Tokens(tuple(
             tuple(_framed(chunk, tokenizer, encoder.config) for chunk in split_into_chunks(
                 tokenizer.encode(caption), comma=tokenizer.comma, backtrack=self.comma_padding_backtrack))
-            for encoder, tokenizer in zip(self.encoders, self.tokenizers)))
+            for encoder, tokenizer in zip(self.encoders, self.tokenizers, strict=True)))
 
     def encode(self, batch: Sequence[Tokens], *, clip_skip: int = 1,
                adapters: Mapping[str, Adapters] = MappingProxyType({}),
@@ -88,7 +87,7 @@ class TextConditioner:
         """
         count = max(len(tokens) for tokens in batch)
         contexts, pooled = [], None
-        for index, (encoder, tokenizer) in enumerate(zip(self.encoders, self.tokenizers)):
+        for index, (encoder, tokenizer) in enumerate(zip(self.encoders, self.tokenizers, strict=True)):
             config = encoder.config
             empty = _framed((), tokenizer, config)
             chunks = [chunk for tokens in batch for chunk in _filled(tokens.encoders[index], count, empty)]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from lib_lora_train.errors import SettingError
 from lib_lora_train.model.architecture import TextConfig
 from lib_lora_train.model.layers import NO_ADAPTERS, Adapters, Layers, attention
 
@@ -43,10 +44,13 @@ class TextEncoder:
         final_norm: whether the final layer norm is applied to it.
         pooled: whether to run all layers and project the normed state at the end token, which is the largest id.
         checkpointing: recompute each layer in backward instead of keeping its activations.
+        Raises SettingError for a `skip` beyond the embeddings.
         """
         layers = self._layers.adapted(adapters)
         used = self.config.layers - skip + 1
-        assert 0 <= used <= self.config.layers, f"skip {skip} of {self.config.layers} layers"
+        if not 0 <= used <= self.config.layers:
+            raise SettingError(f"A clip skip of {skip} is impossible",
+                               why=f"the text encoder has {self.config.layers} layers", remedy="choose a smaller one")
         x = layers.embedding("text_model.embeddings.token_embedding", tokens, dtype=dtype)
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = x + layers.embedding("text_model.embeddings.position_embedding", positions, dtype=dtype)

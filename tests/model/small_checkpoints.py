@@ -40,7 +40,7 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
 
 @torch.no_grad()
 def randomised(module: nn.Module, *, seed: int = 0) -> nn.Module:
-    """Every parameter drawn anew: matrices so that activations keep their size, norms around one, biases around zero."""
+    """Every parameter drawn anew: matrices so that activations keep their size, norms near one, biases near zero."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -121,11 +121,11 @@ def _text_parts(family: str, *, full: bool) -> dict[str, nn.Module]:
     if family == "sd1":
         return {"cond_stage_model.transformer.": CLIPTextModel(clip_l())}
     if family == "sd2":
-        sizes = dict(width=1024, heads=16, layers=24, projection=1024, vocabulary=49408) if full else dict(width=48, heads=4)
-        return {"cond_stage_model.model.": openclip_text(**sizes)}
-    sizes = dict(width=1280, heads=20, layers=32, projection=1280, vocabulary=49408) if full else dict(width=32, heads=2)
+        vit_h = dict(width=1024, heads=16, layers=24, projection=1024, vocabulary=49408)
+        return {"cond_stage_model.model.": openclip_text(**vit_h if full else dict(width=48, heads=4))}
+    vit_g = dict(width=1280, heads=20, layers=32, projection=1280, vocabulary=49408)
     return {"conditioner.embedders.0.transformer.": CLIPTextModel(clip_l()),
-            "conditioner.embedders.1.model.": openclip_text(**sizes)}
+            "conditioner.embedders.1.model.": openclip_text(**vit_g if full else dict(width=32, heads=2))}
 
 
 def parts(family: str, *, full: bool = False, in_channels: int = 4) -> dict[str, nn.Module]:
@@ -140,7 +140,7 @@ def flat(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
             for name, tensor in module.state_dict(keep_vars=True).items()}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def random_parts(family: str) -> dict[str, nn.Module]:
     """The modules of a small random checkpoint by prefix; made once, so leave them as they are."""
     modules = parts(family)
@@ -155,7 +155,7 @@ def checkpoint(family: str) -> dict[str, Tensor]:
             for name, tensor in flat(random_parts(family)).items()}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def full_size(family: str) -> dict[str, Tensor]:
     """Names and shapes of the published model, on the meta device. SDXL's UNet is diffusers', the rest ldm's."""
     with torch.device("meta"):

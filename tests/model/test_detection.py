@@ -85,8 +85,7 @@ def test_sd2_is_known_by_its_linear_projections_where_a_host_renamed_the_text_en
     clip = {name: tensor for name, tensor in full_size("sdxl").items() if name.startswith("conditioner.embedders.0.")}
     renamed = {name.replace("conditioner.embedders.0.", "cond_stage_model."): torch.empty(
         [1024 if size == 768 else size for size in tensor.shape], device="meta") for name, tensor in clip.items()}
-    unet_and_vae = {name: tensor for name, tensor in full_size("sd2").items() if not name.startswith("cond_stage_model")}
-    found = detect({**unet_and_vae, **renamed})
+    found = detect({**without("sd2", "cond_stage_model."), **renamed})
     assert (found.family, found.text[0].activation, found.text[0].pad_with_end) == ("sd2", "gelu", False)
 
 
@@ -152,8 +151,9 @@ def stored_as(dtype: torch.dtype) -> dict[str, Tensor]:
     (lambda: without("sdxl", "conditioner.embedders.0."), "no first text encoder"),
     (lambda: without("sdxl", "conditioner.embedders.1.model.text_projection"), "no projection"),
     (lambda: without("sd1", "model.diffusion_model.out.2."), "incomplete.*out.2.weight"),
-    (lambda: {**without("sd1", "cond_stage_model."), **{n: t for n, t in full_size("sd2").items() if "cond_stage" in n}},
-     "do not belong together"),
+    (lambda: {**full_size("sd2"), **without("sd1", "cond_stage_model.")}, "do not belong together"),
+    (lambda: {name: tensor.to(torch.float8_e4m3fn) for name, tensor in named("double_blocks.0.a.weight").items()},
+     "Flux"),
 ])
 def test_other_kinds_are_refused_in_one_sentence(tensors: object, sentence: str) -> None:
     with pytest.raises(ModelError, match=sentence) as refusal:
@@ -165,5 +165,7 @@ def test_other_kinds_are_refused_in_one_sentence(tensors: object, sentence: str)
 def test_heads_that_do_not_fit_are_refused_and_the_yaml_is_named() -> None:
     with pytest.raises(ModelError, match=r"32 channels cannot be cut into heads.*\.yaml"):
         detect(checkpoint("sd2"))
+    with pytest.raises(ModelError, match=r"2 text encoders, its checkpoint of 1"):
+        detect(checkpoint("sd1"), dataclasses.replace(HINTS["sd1"], text_heads=(4, 2)))
     with pytest.raises(ModelError, match=r"48 channels cannot be cut into 5 heads"):
         detect(checkpoint("sd1"), dataclasses.replace(HINTS["sd1"], text_heads=(5,)))

@@ -80,5 +80,6 @@ def test_zero_terminal_snr_rescales_the_schedule() -> None:
 
 
 def test_dtype_is_that_of_the_stored_weights() -> None:
-    halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in checkpoint("sd1").items()}
+    halves = {name: tensor.half() if tensor.is_floating_point() else tensor
+              for name, tensor in checkpoint("sd1").items()}
     assert built("sd1", halves).dtype == torch.float16

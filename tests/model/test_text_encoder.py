@@ -4,6 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from lib_lora_train.errors import SettingError
+from lib_lora_train.model.architecture import TextConfig
+from lib_lora_train.model.components import text_tensors
+from lib_lora_train.model.frozen import FrozenModel, build
+from lib_lora_train.model.text_encoder import TextEncoder
 from tests.model.small_checkpoints import (
     END,
     HINTS,
@@ -18,13 +26,6 @@ from tests.model.small_checkpoints import (
     relative_error,
     tokenizers,
 )
-from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
-
-from lib_lora_train.model.architecture import TextConfig
-from lib_lora_train.model.components import text_tensors
-from lib_lora_train.model.frozen import FrozenModel, build
-from lib_lora_train.model.text_encoder import TextEncoder
 
 
 def tokens(pad: int = END) -> Tensor:
@@ -102,6 +103,12 @@ def test_layers_that_nobody_asked_for_are_not_run() -> None:
     without_last = {name: tensor for name, tensor in ours.tensors.items() if ".layers.2." not in name}
     hidden, pooled = TextEncoder(without_last, config())(tokens(), skip=2)
     assert torch.equal(hidden, ours(tokens(), skip=2)[0]) and pooled is None
+
+
+def test_a_clip_skip_beyond_the_embeddings_is_refused() -> None:
+    ours = encoder_of(CLIPTextModel(clip_config()), "cond_stage_model.transformer.")
+    with pytest.raises(SettingError, match="clip skip of 5.*3 layers"):
+        ours(tokens(), skip=5)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -5,6 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+from lib_lora_train.errors import SettingError
+from lib_lora_train.model.components import unet_tensors
+from lib_lora_train.model.family import family_of, unet_config
+from lib_lora_train.model.layers import frozen_conv2d, frozen_linear
+from lib_lora_train.model.text import size_vector
+from lib_lora_train.model.unet import UNet
 from tests.model.small_checkpoints import (
     CONTEXT,
     FAMILIES,
@@ -17,14 +25,6 @@ from tests.model.small_checkpoints import (
     randomised,
     relative_error,
 )
-from torch import Tensor
-
-from lib_lora_train.errors import SettingError
-from lib_lora_train.model.components import unet_tensors
-from lib_lora_train.model.family import family_of, unet_config
-from lib_lora_train.model.layers import frozen_conv2d, frozen_linear
-from lib_lora_train.model.text import size_vector
-from lib_lora_train.model.unet import UNet
 
 SIZES = dict(original=(120, 200), crop=(3, 40), target=(96, 160))
 
@@ -68,7 +68,7 @@ def test_unet_equals_diffusers(family: str) -> None:
     assert relative_error(ours, theirs(x, t, context, added_cond_kwargs=added).sample) <= 1e-5
 
 
-@pytest.mark.parametrize("height, width", [(8, 8), (24, 8), (24, 40)])
+@pytest.mark.parametrize("height, width", [(8, 8), (24, 8), (16, 24)])
 @torch.no_grad()
 def test_every_multiple_of_64_pixels_works_as_in_ldm(height: int, width: int) -> None:
     theirs = randomised(ldm_unet("sd1"))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.model.small_checkpoints import ldm_names_of_vae, ldm_vae, randomised, relative_error
 from torch import Tensor
 
 from lib_lora_train.errors import SettingError
 from lib_lora_train.model.family import vae_config
 from lib_lora_train.model.vae import VAE
+from tests.model.small_checkpoints import ldm_names_of_vae, ldm_vae, randomised, relative_error
 
 
 def vae_of(tensors: dict[str, Tensor]) -> VAE:
