@@ -12,7 +12,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.webui.running import WebUI, fill, running
 
@@ -34,3 +36,14 @@ def webui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebUI]:
     data = tmp_path_factory.mktemp("webui")
     fill(data)
     yield from running(data)
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four coloured pictures of 64 pixels, with captions."""
+    folder = tmp_path_factory.mktemp("pictures")
+    colours = np.random.default_rng(0).integers(0, 256, (4, 4, 4, 3), dtype=np.uint8)
+    for number, colour in enumerate(colours):
+        Image.fromarray(colour).resize((64, 64), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text("a photo of zzk, red", encoding="utf-8")
+    return folder

@@ -162,8 +162,37 @@ def state() -> dict[str, bool]:
             "conditions": processing.StableDiffusionProcessing.cached_c[0] is not None}
 
 
+def refusals() -> dict[str, str]:
+    """What the host says to models and switches that it cannot train with, each pretended for a moment."""
+    from lib_lora_train.errors import LoraTrainError
+    from lib_lora_train.host.webui import HOST
+
+    sd_model = sd_models.model_data.sd_model
+    unet = sd_model.model.diffusion_model
+    stem, gate = unet.input_blocks[0][0], unet.middle_block[1].proj_in
+    with torch.no_grad():
+        nine = torch.nn.Parameter(torch.zeros(stem.weight.shape[0], 9, 3, 3))
+        fp8 = torch.nn.Parameter(gate.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    pretended = {
+        "lowvram": (shared.cmd_opts, "lowvram", True), "no model": (sd_models.model_data, "sd_model", None),
+        "sd3": (sd_model, "is_sd3", True), "ssd": (sd_model, "is_ssd", True),
+        "edit": (sd_model, "cond_stage_key", "edit"), "inpainting": (stem, "weight", nine), "fp8": (gate, "weight", fp8)}
+    said = {}
+    for case, (owner, name, value) in pretended.items():
+        original = getattr(owner, name)
+        setattr(owner, name, value)
+        try:
+            with HOST.borrow():
+                said[case] = ""
+        except LoraTrainError as error:
+            said[case] = str(error)
+        finally:
+            setattr(owner, name, original)
+    return said
+
+
 def install(_: Any, app: FastAPI) -> None:
-    for function in (model, lent, lora, state):
+    for function in (model, lent, lora, state, refusals):
         app.add_api_route(f"/probe/{function.__name__}", function, methods=["GET"])
     for function in (parity, sample, tokens, fail, hold, release, change_weights):
         app.add_api_route(f"/probe/{function.__name__}", function, methods=["POST"])
