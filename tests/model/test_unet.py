@@ -10,9 +10,9 @@ from torch import Tensor
 from lib_lora_train.errors import SettingError
 from lib_lora_train.model.components import unet_tensors
 from lib_lora_train.model.family import family_of, unet_config
-from lib_lora_train.model.layers import frozen_conv2d, frozen_linear
+from lib_lora_train.model.layers import Layers, frozen_conv2d, frozen_linear
 from lib_lora_train.model.text import size_vector
-from lib_lora_train.model.unet import UNet
+from lib_lora_train.model.unet import UNet, resnet, spatial_transformer
 from tests.model.small_checkpoints import (
     CONTEXT,
     FAMILIES,
@@ -66,6 +66,24 @@ def test_unet_equals_diffusers(family: str) -> None:
     time_ids = torch.tensor([[*SIZES["original"], *SIZES["crop"], *SIZES["target"]]]).float().expand(2, -1)
     added = dict(text_embeds=pooled, time_ids=time_ids) if family == "sdxl" else None
     assert relative_error(ours, theirs(x, t, context, added_cond_kwargs=added).sample) <= 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_blocks_equal_ldm_where_the_norms_epsilon_matters(family: str) -> None:
+    theirs = randomised(ldm_unet(family))
+    unet = unet_of(theirs.state_dict(), family)
+    layers, context = Layers(unet.tensors), inputs(family)[2]
+    generator = torch.Generator().manual_seed(8)
+    x = torch.randn(2, 64, 8, 8, generator=generator) * 1e-3  # a variance of 1e-6, as small as the epsilons
+    emb = torch.randn(2, 128, generator=generator)
+
+    residual, transformer = theirs.input_blocks[5]
+    ours = resnet(layers, "input_blocks.5.0", x, F.silu(emb))
+    assert relative_error(ours, residual(x, emb)) <= 1e-5
+    (_, block) = unet.config.input_blocks[5]
+    ours = spatial_transformer(layers, block, x, context, heads=unet.config.heads(64), run=lambda f, *given: f(*given))
+    assert relative_error(ours, transformer(x, context)) <= 1e-5
 
 
 @pytest.mark.parametrize("height, width", [(8, 8), (24, 8), (16, 24)])
