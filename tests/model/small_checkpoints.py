@@ -135,9 +135,14 @@ def parts(family: str, *, full: bool = False, in_channels: int = 4) -> dict[str,
 
 
 def flat(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
-    """A checkpoint as a host lends it: the live parameters (they require gradients) and buffers, by name."""
-    return {prefix + name: tensor for prefix, module in modules.items()
-            for name, tensor in module.state_dict(keep_vars=True).items()}
+    """A checkpoint as a host lends it: the live parameters (they require gradients) and buffers, by name.
+
+    Checkpoints call CLIP-L's tensors `transformer.text_model.…`; transformers 5 has dropped that level from its names.
+    """
+    named = {prefix + name: tensor for prefix, module in modules.items()
+             for name, tensor in module.state_dict(keep_vars=True).items()}
+    return {re.sub(r"\.transformer\.(?=embeddings\.|encoder\.|final_layer_norm\.)", ".transformer.text_model.", name):
+            tensor for name, tensor in named.items()}
 
 
 @functools.cache
