@@ -86,7 +86,7 @@ def clip_config(*, width: int = 48, heads: int = 4, layers: int = 3, vocabulary:
                 activation: str = "quick_gelu", projection: int = POOLED) -> CLIPTextConfig:
     """transformers' configuration of a small CLIP-L."""
     return CLIPTextConfig(
-        vocab_size=vocabulary, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
         num_attention_heads=heads, projection_dim=projection, hidden_act=activation, bos_token_id=START,
         eos_token_id=END, pad_token_id=END)
 
