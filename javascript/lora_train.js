@@ -284,7 +284,7 @@
         view.barFrame.hidden = !answer.running;
         if (answer.running) drawBar(answer);
         drawOutcome(answer);
-        drawFiles(answer.saved);
+        drawFiles(answer);
         drawList(view.warnings, answer.warnings);
         drawCurve();
         setTitleText(answer);
@@ -344,14 +344,16 @@
     }
 
     /** The result, or the newest file until there is one; the others folded below it, newest first. */
-    function drawFiles(saved) {
+    function drawFiles(answer) {
+        const saved = answer.saved, message = answer.finished ? answer.finished.message : "";
         const [first, ...others] = saved.slice().reverse().sort((a, b) => b.final - a.final);
         view.result.hidden = !first;
         view.others.hidden = !others.length;
-        const shown = saved.map((entry) => entry.path).join("\n");
+        const shown = [message, ...saved.map((entry) => entry.path)].join("\n");
         if (!first || view.result.dataset.shown === shown) return;
         view.result.dataset.shown = shown;
-        view.result.replaceChildren(...fileParts(first));
+        // The last message usually names the file already.
+        view.result.replaceChildren(...fileParts(first).slice(0, message.includes(first.path) ? 1 : 2));
         view.othersCount.textContent = translated("Also saved") + ": " + others.length;
         view.othersList.replaceChildren(...others.map((entry) => {
             const row = element("div", "lora-train-file");

@@ -33,12 +33,12 @@ def field(declaration: Declaration, value: Value) -> Any:
     elif declaration.choices:
         component = gr.Dropdown(value=value, choices=list(declaration.choices), min_width=120, **common)
     elif declaration.type is str:
-        component = gr.Textbox(value=str(value), max_lines=1, min_width=200 if declaration.is_path else 120, **common)
+        component = gr.Textbox(value=str(value), max_lines=1, min_width=200 if declaration.is_path else 90, **common)
     elif slides(declaration):
         component = gr.Slider(value=value, minimum=declaration.minimum, maximum=declaration.maximum, step=step_of(declaration),
                               min_width=200, **common)
     else:
-        component = gr.Number(value=value, step=step_of(declaration), min_width=100, **common)
+        component = gr.Number(value=value, step=step_of(declaration), min_width=90, **common)
     # The WebUI's own name for a tooltip, which it also translates; without a WebUI our script shows it.
     component.webui_tooltip = declaration.help
     return unsaved(component)
@@ -46,7 +46,7 @@ def field(declaration: Declaration, value: Value) -> Any:
 
 def slides(declaration: Declaration) -> bool:
     """Whether a slider can reach every value that matters."""
-    if declaration.minimum is None or declaration.maximum is None:
+    if declaration.type not in (int, float) or declaration.minimum is None or declaration.maximum is None:
         return False
     if declaration.type is float and declaration.step is None:
         return False

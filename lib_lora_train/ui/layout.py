@@ -16,7 +16,7 @@ from lib_lora_train.host.port import Host
 from lib_lora_train.presets import presets
 from lib_lora_train.runner import Runner
 from lib_lora_train.settings import AREAS, DECLARATIONS, Declaration, Settings, Value, declarations, flat
-from lib_lora_train.ui.fields import element_id, field, unsaved
+from lib_lora_train.ui.fields import element_id, field, slides, unsaved
 from lib_lora_train.ui.handlers import NO_PRESET, Handlers
 
 # The rows above the fold. A setting that is declared in view and missing here gets a row of its own below them.
@@ -100,26 +100,26 @@ def _folds() -> Iterable[tuple[str, str]]:
 
 
 def _folded_rows(folded: Iterable[Declaration], fields: dict[str, Any], first: Mapping[str, Value]) -> None:
-    """Texts a row each, numbers and choices side by side, switches at the end."""
+    """Numbers and choices side by side, sliders side by side, a row for each text, switches at the end."""
     texts = [d for d in folded if d.type is str and not d.choices]
     switches = [d for d in folded if d.type is bool]
-    others = [d for d in folded if d not in texts and d not in switches]
-    for row in ([others], [[text] for text in texts], [switches]):
-        for entries in row:
-            if entries:
-                with gr.Row(elem_classes=["lora-train-fields"]):
-                    for declaration in entries:
-                        fields[declaration.name] = field(declaration, first[declaration.name])
+    sliders = [d for d in folded if d not in switches and slides(d)]
+    others = [d for d in folded if d not in texts and d not in switches and d not in sliders]
+    for entries in (others, sliders, *([text] for text in texts), switches):
+        if entries:
+            with gr.Row(elem_classes=["lora-train-fields", "lora-train-grid"]):
+                for declaration in entries:
+                    fields[declaration.name] = field(declaration, first[declaration.name])
 
 
 def _run_column() -> tuple[Any, Any, Any, Any]:
     """The summary, the buttons, and the places that the script draws into, the result's buttons between them."""
     summary = gr.HTML("", elem_id="lora_train_summary")
     with gr.Row(elem_id="lora_train_buttons"):
-        start = unsaved(gr.Button("Train", variant="primary", elem_id="lora_train_start", min_width=110, scale=3))
+        start = unsaved(gr.Button("Train", variant="primary", elem_id="lora_train_start", min_width=90, scale=3))
         # These two are pressed in the script, which asks before something is lost.
-        unsaved(gr.Button("Stop and save", elem_id="lora_train_stop_save", min_width=130, scale=2, interactive=False))
-        unsaved(gr.Button("Stop", elem_id="lora_train_stop", min_width=70, scale=1, interactive=False))
+        unsaved(gr.Button("Stop and save", elem_id="lora_train_stop_save", min_width=120, scale=2, interactive=False))
+        unsaved(gr.Button("Stop", elem_id="lora_train_stop", min_width=60, scale=1, interactive=False))
     answer = gr.HTML("", elem_id="lora_train_answer")
     overwrite = unsaved(gr.Button("Overwrite it", elem_id="lora_train_overwrite_it", visible=False))
     gr.HTML('<div id="lora_train_live"></div>')

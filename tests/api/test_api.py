@@ -1,0 +1,207 @@
+"""The API: who may ask, what is answered, and how it refuses."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from pathlib import Path
+
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from lib_lora_train import api, control, events
+from lib_lora_train import runner as runner_module
+from lib_lora_train.runner import Runner
+from lib_lora_train.settings import DECLARATIONS
+from tests.fake_host import FakeHost, FakeJob, pictures
+
+TOKEN = "page-token"
+PAGE = {"X-Lora-Train": TOKEN}
+
+
+class Desk:
+    """A server with a fake job behind it."""
+
+    def __init__(self, folder: Path, job: FakeJob, *, api_enabled: bool = False, credentials: str = "") -> None:
+        self.host, self.runner, self.job, self.folder = FakeHost(folder), Runner(), job, folder
+        app = FastAPI()
+        api.install(app, runner=self.runner, host=self.host, token=TOKEN, api_enabled=api_enabled,
+                    credentials=api.parse_credentials(credentials))
+        self.client = TestClient(app, base_url="http://localhost")
+
+    def get(self, name: str, headers: dict[str, str] | None = None):
+        return self.client.get(f"{api.PREFIX}/{name}", headers=headers or {})
+
+    def post(self, name: str, body: object, headers: dict[str, str] | None = None):
+        return self.client.post(f"{api.PREFIX}/{name}", json=body, headers=headers or {})
+
+    def good(self, **more: object) -> dict[str, object]:
+        folder = self.folder / "pictures"
+        return {"settings": {"output_name": "zzk", "train_data_dir": str(folder if folder.is_dir() else pictures(folder)),
+                             **more}}
+
+
+@pytest.fixture
+def job(monkeypatch: pytest.MonkeyPatch) -> FakeJob:
+    fake = FakeJob()
+    monkeypatch.setattr(runner_module, "run_job", fake)
+    return fake
+
+
+@pytest.fixture
+def desk(tmp_path: Path, job: FakeJob):
+    made = Desk(tmp_path, job)
+    yield made
+    made.runner.stop(save=False)
+    assert made.runner.wait(10)
+
+
+def basic(user: str, password: str) -> dict[str, str]:
+    return {"Authorization": "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()}
+
+
+def test_nobody_but_the_page_may_ask_while_the_api_is_off(desk: Desk):
+    assert desk.get("status", PAGE).status_code == 200
+    for refused in (desk.get("status"), desk.get("status", {"X-Lora-Train": "guess"}), desk.get("runs"),
+                    desk.post("start", desk.good()), desk.post("stop", {})):
+        assert refused.status_code == 403
+        assert list(refused.json()) == ["error"]
+    assert not desk.runner.running()
+
+
+def test_with_a_user_and_a_password_nothing_else_will_do(tmp_path: Path, job: FakeJob):
+    desk = Desk(tmp_path, job, api_enabled=True, credentials="ann:one:1, bob:zwei")
+    assert desk.get("status", basic("ann", "one:1")).status_code == 200
+    assert desk.get("status", basic("bob", "zwei")).status_code == 200
+    assert desk.get("status", PAGE).status_code == 200
+    for headers in ({}, basic("ann", "zwei"), basic("eve", ""), basic("", ""), {"Authorization": "Basic ???"},
+                    {"Authorization": "Bearer x"}):
+        refused = desk.get("status", headers)
+        assert refused.status_code == 401 and refused.headers["www-authenticate"] == "Basic"
+    # A wrong token is not answered with a password box, and a right password does not make up for it.
+    wrong = desk.get("status", {"X-Lora-Train": "guess", **basic("bob", "zwei")})
+    assert wrong.status_code == 403 and "www-authenticate" not in wrong.headers
+
+
+def test_another_web_page_cannot_post(tmp_path: Path, job: FakeJob):
+    desk = Desk(tmp_path, job, api_enabled=True)
+    assert desk.post("stop", {}, {"Origin": "http://localhost"}).status_code == 200
+    assert desk.post("stop", {}, {"Origin": "https://evil.example"}).status_code == 403
+    assert desk.post("stop", {}, {"Origin": "null"}).status_code == 403
+    form = desk.client.post(f"{api.PREFIX}/stop", content='{"save": true}', headers={"Content-Type": "text/plain"})
+    assert form.status_code == 415
+
+
+@pytest.mark.parametrize(("name", "body"), [
+    ("start", {}), ("start", {"settings": []}), ("start", []), ("stop", {"save": "yes"}),
+    ("start", {"settings": {"network_dimm": 4}}), ("start", {"settings": {"output_name": "../x"}}),
+    ("plan", {"settings": {}}), ("plan", {"settings": {"train_data_dir": "/no/such/folder"}}),
+    ("plan", {"settings": {"train_batch_size": None}}),
+])
+def test_what_is_wrong_is_said_in_one_sentence(desk: Desk, name: str, body: object):
+    refused = desk.post(name, body, PAGE)
+    assert refused.status_code == 400
+    assert list(refused.json()) == ["error"]
+    sentence = refused.json()["error"]
+    assert sentence.endswith(".") and "\n" not in sentence and "Traceback" not in sentence
+    assert not desk.runner.running()
+
+
+def test_a_body_that_is_no_json_or_far_too_long_is_refused(desk: Desk):
+    headers = {**PAGE, "Content-Type": "application/json"}
+    send = lambda content: desk.client.post(f"{api.PREFIX}/plan", content=content, headers=headers)  # noqa: E731
+    assert send(b"{").status_code == 400
+    assert send(b"[" * 100_000).status_code == 400
+    assert send(b'{"a": "' + b"x" * (2 << 20) + b'"}').status_code == 413
+    assert desk.get("status?after=-1", PAGE).status_code == 400
+
+
+def test_a_run_is_started_watched_and_stopped(desk: Desk):
+    desk.job.advance(3)
+    started = desk.post("start", desk.good(trigger_word="zzk girl"), PAGE)
+    assert started.status_code == 200
+    again = desk.post("start", desk.good(output_name="other"), PAGE)
+    assert again.status_code == 409 and "running already" in again.json()["error"]
+    assert desk.post("stop", {"save": True}, PAGE).json() == {"stopping": True}
+    assert desk.runner.wait(10)
+    status = desk.get("status", PAGE).json()
+    assert status["run"] == started.json()["run"]
+    assert (status["name"], status["running"], status["stopping"]) == ("zzk", False, "save")
+    assert status["trigger_word"] == "zzk girl" and status["lora_text"] == "<lora:zzk:1>"
+    assert status["saved"][-1]["lora_text"] == "<lora:zzk:1>" and Path(status["saved"][-1]["path"]).is_file()
+    assert status["points"] == [[n, 1 / n, 1 / n] for n in range(1, len(status["points"]) + 1)]
+    assert desk.post("stop", {"save": True}, PAGE).json() == {"stopping": False}
+    runs = desk.get("runs", PAGE).json()["runs"]
+    assert [(run["name"], run["outcome"]) for run in runs] == [("zzk", "stopped")]
+
+
+def test_only_points_after_the_asked_step_are_sent(desk: Desk):
+    desk.job.advance(FakeJob.TOTAL)
+    desk.post("start", desk.good(), PAGE)
+    assert desk.runner.wait(10)
+    points = desk.get("status?after=97", PAGE).json()["points"]
+    assert [point[0] for point in points] == [98, 99, 100]
+
+
+def test_a_name_that_exists_is_refused_before_anything_starts(desk: Desk):
+    (desk.host.lora_folder / "zzk.safetensors").write_bytes(b"older")
+    assert desk.post("plan", desk.good(), PAGE).json()["name_taken"] is True
+    refused = desk.post("start", desk.good(), PAGE)
+    assert refused.status_code == 400 and "already" in refused.json()["error"]
+    assert desk.get("runs", PAGE).json() == {"runs": []}
+    assert desk.post("plan", desk.good(overwrite=True), PAGE).json()["name_taken"] is False
+    assert desk.post("start", desk.good(overwrite=True), PAGE).status_code == 200
+
+
+def test_the_plan_counts_what_the_run_will_do(desk: Desk):
+    plan = desk.post("plan", desk.good(num_repeats=4, max_train_epochs=5, train_batch_size=2), PAGE).json()
+    # 3 pictures × 4 repeats in one bucket of 512×512, two at a time: 6 batches an epoch.
+    assert (plan["pictures"], plan["buckets"], plan["batches_per_epoch"], plan["steps"]) == (3, 1, 6, 30)
+    assert plan["resolution"] == [512, 512] and plan["summary"].endswith("= 30 steps")
+
+
+def test_the_settings_can_be_built_from(desk: Desk):
+    listed = {entry["name"]: entry for entry in desk.get("settings", PAGE).json()["settings"]}
+    assert set(listed) == set(DECLARATIONS)
+    rank = listed["network_dim"]
+    assert (rank["area"], rank["type"], rank["default"], rank["minimum"], rank["label"]) == (
+        "network", "int", 16, 1, "Rank")
+    desk.post("plan", desk.good(**{name: entry["default"] for name, entry in listed.items()
+                                   if name not in ("output_name", "train_data_dir")}), PAGE).raise_for_status()
+
+
+def test_a_loss_that_is_no_number_is_still_json(desk: Desk, monkeypatch: pytest.MonkeyPatch):
+    def fails(settings, host, *, report, stop):
+        report(events.Step(1, 2, 1, 1, math.nan, math.inf, 1e-4, 0.0, None, None))
+        return events.Finished("failed", "The loss is not a number.", "", 1)
+    monkeypatch.setattr(runner_module, "run_job", fails)
+    desk.post("start", desk.good(), PAGE)
+    assert desk.runner.wait(10)
+    status = desk.get("status", PAGE)
+    assert status.status_code == 200 and status.json()["points"] == [[1, None, None]]
+
+
+def test_a_defect_is_answered_with_a_sentence_and_logged(desk: Desk, monkeypatch: pytest.MonkeyPatch, caplog):
+    monkeypatch.setattr(control, "runs", lambda **_: 1 / 0)
+    answer = desk.get("runs", PAGE)
+    assert answer.status_code == 500 and list(answer.json()) == ["error"]
+    assert "ZeroDivisionError" not in answer.text and "ZeroDivisionError" in caplog.text
+
+
+@pytest.mark.parametrize(("path", "text"), [
+    ("/loras/zzk.safetensors", "<lora:zzk:1>"), (r"C:\loras\v1.2 b.safetensors", "<lora:v1.2 b:1>"),
+    ("zzk-000010.safetensors", "<lora:zzk-000010:1>")])
+def test_the_lora_is_called_by_its_files_name(path: str, text: str):
+    assert control.lora_text(path) == text
+
+
+def test_the_status_before_the_first_run_has_the_shape_of_every_other(desk: Desk):
+    before = desk.get("status", PAGE).json()
+    assert before["model"]["text"] == "base: dreamshaper_8 [879db523c3] · SD1 · VAE: baked"
+    desk.job.advance(1)
+    desk.post("start", desk.good(), PAGE)
+    during = desk.get("status", PAGE).json()
+    assert set(during) == set(before)
+    assert json.dumps(during)

@@ -1,0 +1,80 @@
+"""A host without a model and a job without training, for tests of what starts and shows runs."""
+
+from __future__ import annotations
+
+import queue
+from pathlib import Path
+
+from PIL import Image
+
+from lib_lora_train import events
+from lib_lora_train.host.port import Checkpoint, Host
+from lib_lora_train.settings import Settings
+
+
+class FakeHost:
+    """Holds an SD1 checkpoint by name only."""
+
+    def __init__(self, folder: Path) -> None:
+        self.lora_folder, self.runs_folder = folder / "loras", folder / "runs"
+        self.lora_folder.mkdir()
+
+    def checkpoint(self) -> Checkpoint:
+        return Checkpoint("dreamshaper_8", "dreamshaper_8.safetensors", "sd1", sha256="879db523c3" + 54 * "0")
+
+    def interrupted(self) -> bool:
+        return False
+
+    def report(self, event: events.Event) -> None:
+        pass
+
+    def refresh_loras(self) -> None:
+        pass
+
+
+class FakeJob:
+    """Stands in for `run_job`: goes as far as the test says, and ends when it is told or asked to.
+
+    The loss of step n is 1 / n, so that a test knows the curve.
+    """
+
+    TOTAL = 100
+
+    def __init__(self) -> None:
+        self._steps: queue.Queue[int] = queue.Queue()
+        self.warning = ""
+        self.seen: Settings | None = None
+
+    def advance(self, steps: int) -> None:
+        """Let that many steps happen."""
+        for _ in range(steps):
+            self._steps.put(1)
+
+    def __call__(self, settings: Settings, host: Host, *, report: events.Report, stop) -> events.Finished:
+        self.seen = settings
+        report(events.Planned(3, 1, 10, 10, self.TOTAL, "3 pictures", "64x64", "dreamshaper_8", 42))
+        report(events.Stage("Encoding pictures", 1, 3))
+        if self.warning:
+            report(events.Warned(self.warning))
+        path, step = host.lora_folder / f"{settings.save.output_name}.safetensors", 0
+        while step < self.TOTAL and not stop():
+            try:
+                self._steps.get(timeout=0.02)
+            except queue.Empty:
+                continue
+            step += 1
+            report(events.Step(step, self.TOTAL, 1 + (step - 1) // 10, 10, 1 / step, 1 / step, 1e-4, 0.0, 2.0,
+                               (self.TOTAL - step) / 2))
+        if stop() == "stop":
+            return events.Finished("stopped", "Stopped after 0 steps; nothing was saved.", "", step)
+        path.write_bytes(b"a LoRA")
+        report(events.Saved(str(path), step, 1, True))
+        return events.Finished("stopped" if stop() else "done", f"{path.stem} is ready.", str(path), step)
+
+
+def pictures(folder: Path, count: int = 3) -> Path:
+    """A new folder of plain pictures."""
+    folder.mkdir()
+    for number in range(count):
+        Image.new("RGB", (64, 64), (40 * number, 80, 120)).save(folder / f"{number}.png")
+    return folder

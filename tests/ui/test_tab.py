@@ -1,0 +1,145 @@
+"""The tab as it is built, and what its buttons do, without a browser."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import gradio as gr
+import pytest
+
+from lib_lora_train import runner as runner_module
+from lib_lora_train.presets import presets
+from lib_lora_train.runner import Runner
+from lib_lora_train.settings import DECLARATIONS, Settings, flat, parse
+from lib_lora_train.ui.fields import element_id, field, shown
+from lib_lora_train.ui.handlers import NO_PRESET, Handlers
+from lib_lora_train.ui.layout import build_tab
+from tests.fake_host import FakeHost, FakeJob, pictures
+
+NAMES = tuple(DECLARATIONS)
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> FakeHost:
+    return FakeHost(tmp_path)
+
+
+@pytest.fixture
+def handlers(host: FakeHost) -> Handlers:
+    return Handlers(runner=Runner(), host=host, names=NAMES, defaults=flat(Settings()))
+
+
+def values(**changed: object) -> list[object]:
+    return list({**flat(Settings()), **changed}.values())
+
+
+def changed(updates: list) -> dict[str, object]:
+    """The fields that a list of gradio updates changes, by name."""
+    return {name: update["value"] for name, update in zip(NAMES, updates, strict=True) if "value" in update}
+
+
+def test_every_setting_is_on_the_page_exactly_once(host: FakeHost):
+    tab = build_tab(runner=Runner(), host=host, defaults={"network_dim": 4}, token="token")
+    ids = [getattr(block, "elem_id", None) for block in tab.blocks.values()]
+    assert [ids.count(element_id(name)) for name in DECLARATIONS] == [1] * len(DECLARATIONS)
+    given = [block.elem_id for block in tab.blocks.values() if getattr(block, "elem_id", None)]
+    assert len(given) == len(set(given))
+
+
+def test_each_field_shows_its_default_label_and_help(host: FakeHost):
+    tab = build_tab(runner=Runner(), host=host, defaults={"network_dim": 4}, token="token")
+    by_id = {block.elem_id: block for block in tab.blocks.values() if getattr(block, "elem_id", None)}
+    for name, declaration in DECLARATIONS.items():
+        component = by_id[element_id(name)]
+        assert component.value == (4 if name == "network_dim" else declaration.default), name
+        assert (component.label, component.webui_tooltip) == (declaration.label, declaration.help)
+        # What the page shows at first is possible as it stands.
+        assert shown(declaration, component.value)
+
+
+def test_nothing_of_the_page_gets_into_the_webuis_stored_defaults(host: FakeHost):
+    tab = build_tab(runner=Runner(), host=host, defaults={}, token="token")
+    for block in tab.blocks.values():
+        stored = (gr.Slider, gr.Radio, gr.Checkbox, gr.Textbox, gr.Number, gr.Dropdown, gr.Button)
+        assert not isinstance(block, stored) or block.do_not_save_to_config, block
+
+
+def test_the_token_is_in_the_configuration_and_not_in_the_api_of_gradio(host: FakeHost):
+    tab = build_tab(runner=Runner(), host=host, defaults={}, token="s3cret")
+    assert "s3cret" in json.dumps(tab.get_config_file())
+    assert "s3cret" not in json.dumps(tab.get_api_info(serialize=False) if hasattr(tab, "get_api_info") else {})
+
+
+def test_a_field_hands_on_what_was_typed_for_the_settings_to_judge():
+    rank = field(DECLARATIONS["network_dim"], 16)
+    assert rank.preprocess(1.5) == 1.5 and rank.preprocess(-3) == -3
+
+
+def test_a_preset_changes_only_what_it_names(handlers: Handlers):
+    for preset in presets():
+        about, *updates = handlers.apply_preset(preset.name)
+        assert changed(updates) == dict(preset.values)
+        assert preset.description in about
+
+
+def test_default_puts_back_everything_but_names_and_folders(handlers: Handlers):
+    _, *updates = handlers.apply_preset(NO_PRESET)
+    put_back = changed(updates)
+    assert put_back["network_dim"] == 16 and put_back["max_train_steps"] == 0
+    assert not {"output_name", "train_data_dir", "trigger_word", "output_dir"} & set(put_back)
+
+
+def test_the_summary_tells_the_steps_and_what_was_typed_is_remembered(handlers: Handlers, tmp_path: Path):
+    folder = pictures(tmp_path / "pictures")
+    summary, draft = handlers.plan(*values(train_data_dir=str(folder), num_repeats=2, max_train_epochs=3, overwrite=True))
+    assert "= 18 steps" in summary
+    kept = changed(handlers.restore(draft)[1:])
+    assert kept["train_data_dir"] == str(folder) and kept["num_repeats"] == 2
+    # A permission to overwrite is for once.
+    assert "overwrite" not in kept
+
+
+def test_the_browsers_memory_may_hold_anything(handlers: Handlers):
+    for draft in ("", "{", "[1]", "null", '"x"'):
+        assert changed(handlers.restore(draft)[1:]) == {}
+    odd = {"network_dim": "16", "flip_aug": 1, "lr_scheduler": "wild", "output_name": None, "gone": 3, "seed": 7}
+    assert changed(handlers.restore(json.dumps(odd))[1:]) == {"seed": 7}
+
+
+def test_without_a_memory_the_running_jobs_settings_come_back(handlers: Handlers, monkeypatch, tmp_path: Path):
+    job = FakeJob()
+    monkeypatch.setattr(runner_module, "run_job", job)
+    handlers.runner.start(parse({"output_name": "zzk", "network_dim": 5}), handlers.host)
+    handlers.runner.stop(save=False)
+    assert handlers.runner.wait(10)
+    kept = changed(handlers.restore("")[1:])
+    assert kept["output_name"] == "zzk" and kept["network_dim"] == 5
+
+
+def test_what_a_user_typed_is_never_html(handlers: Handlers):
+    evil = "<img src=x onerror=alert(1)>"
+    summary, _ = handlers.plan(*values(train_data_dir=evil))
+    answer, _ = handlers.start(*values(output_name=evil))
+    for shown_text in (summary, answer):
+        assert "<img" not in shown_text and "&lt;img" in shown_text
+
+
+def test_a_taken_name_is_refused_and_the_button_to_overwrite_it_shows(handlers: Handlers, monkeypatch, tmp_path: Path):
+    job = FakeJob()
+    monkeypatch.setattr(runner_module, "run_job", job)
+    (handlers.host.lora_folder / "zzk.safetensors").write_bytes(b"older")
+    chosen = values(output_name="zzk", train_data_dir=str(pictures(tmp_path / "pictures")))
+    assert "already; Train will ask" in handlers.plan(*chosen)[0]
+    answer, button = handlers.start(*chosen)
+    assert "already" in answer and button["visible"] is True
+    assert not handlers.runner.running()
+    answer, button = handlers.start_overwriting(*chosen)
+    assert answer == "" and button["visible"] is False
+    handlers.runner.stop(save=False)
+    assert handlers.runner.wait(10) and job.seen.save.overwrite is True
+
+
+def test_another_refusal_shows_no_button_to_overwrite(handlers: Handlers):
+    answer, button = handlers.start(*values(output_name="a/b"))
+    assert "cannot be used" in answer and button["visible"] is False
