@@ -2,8 +2,8 @@
 
 Set WEBUI_ROOT to a folder of AUTOMATIC1111's WebUI v1.10.1 whose repositories are in place, and WEBUI_PYTHON to the
 Python of its environment (by default the one that runs the tests). Nothing is written into that folder: settings,
-models, LoRAs and extensions lie in a temporary data folder. The tests of the page want Chromium (CHROMIUM names it; by
-default one on the PATH, or Playwright's own).
+models, LoRAs and extensions lie in a temporary data folder. The tests of the page want Playwright and
+Chromium on the PATH.
 """
 
 from __future__ import annotations

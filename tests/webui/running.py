@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 import os
@@ -34,6 +35,8 @@ class WebUI:
     url: str
     data: Path
     process: subprocess.Popen[bytes]
+    login: str = ""
+    """user:password of its API, "" for none."""
 
     @property
     def loras(self) -> Path:
@@ -50,7 +53,18 @@ class WebUI:
         return self._call(urllib.request.Request(
             self.url + path, json.dumps(body or {}).encode(), {"Content-Type": "application/json"}))
 
+    def wait_for_start(self, times: int = 1) -> None:
+        """Wait until it has started, or started again; read off its log: asked too early, while it still adds routes,
+        this WebUI ends with an error."""
+        def started() -> bool:
+            assert self.process.poll() is None, f"the WebUI ended\n{self.log[-3000:]}"
+            return self.log.count("Startup time:") >= times and self.get("/probe/state")["loaded"]
+
+        until(started, what="the WebUI starts", seconds=START_SECONDS)
+
     def _call(self, request: urllib.request.Request) -> Any:
+        if self.login:
+            request.add_header("Authorization", f"Basic {base64.b64encode(self.login.encode()).decode()}")
         try:
             with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=120) as answer:
                 return json.loads(answer.read())
@@ -89,10 +103,12 @@ def fill(data: Path) -> None:
     (data / "config.json").write_text(json.dumps({
         # "Approx NN" would download a model; pictures with their settings inside would differ by the time they took.
         "samples_save": False, "grid_save": False, "show_progress_type": "Approx cheap", "enable_pnginfo": False}))
+    (data / "ui-config.json").write_text(json.dumps({
+        "txt2img/Width/value": 64, "txt2img/Height/value": 64, "customscript/sampler.py/txt2img/Sampling steps/value": 2}))
     tiny_checkpoint.write(data / "models" / "Stable-diffusion")
 
 
-def running(data: Path, *flags: str) -> Iterator[WebUI]:
+def running(data: Path, *flags: str, login: str = "") -> Iterator[WebUI]:
     """The WebUI of WEBUI_ROOT on that data folder, from when it answers until the generator is closed."""
     root = Path(os.environ["WEBUI_ROOT"]).resolve()
     python = os.environ.get("WEBUI_PYTHON", sys.executable)
@@ -109,9 +125,9 @@ def running(data: Path, *flags: str) -> Iterator[WebUI]:
             [python, "launch.py", *FLAGS, "--data-dir", str(data), "--port", str(port),
              "--ckpt", str(data / "models" / "Stable-diffusion" / "tiny.safetensors"), *flags],
             cwd=root, env=environment, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
-    webui = WebUI(f"http://127.0.0.1:{port}", data, process)
+    webui = WebUI(f"http://127.0.0.1:{port}", data, process, login)
     try:
-        until(lambda: _started(webui), what="the WebUI starts", seconds=START_SECONDS)
+        webui.wait_for_start()
         yield webui
     finally:
         process.terminate()
@@ -120,9 +136,3 @@ def running(data: Path, *flags: str) -> Iterator[WebUI]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait(20)
-
-
-def _started(webui: WebUI) -> bool:
-    assert webui.process.poll() is None, f"the WebUI ended\n{webui.log[-3000:]}"
-    # Read off its log: asked too early, while it still adds routes, this WebUI ends with an error.
-    return "Startup time:" in webui.log and webui.get("/probe/state")["loaded"]

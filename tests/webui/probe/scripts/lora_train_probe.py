@@ -156,6 +156,12 @@ def change_weights() -> dict[str, str]:
     return {}
 
 
+def reload() -> dict[str, str]:
+    """Press "Reload UI"."""
+    shared.state.request_restart()
+    return {}
+
+
 def state() -> dict[str, bool]:
     """Whether a model is loaded; whether the WebUI holds text conditions of an earlier prompt."""
     return {"loaded": sd_models.model_data.sd_model is not None,
@@ -194,7 +200,7 @@ def refusals() -> dict[str, str]:
 def install(_: Any, app: FastAPI) -> None:
     for function in (model, lent, lora, state, refusals):
         app.add_api_route(f"/probe/{function.__name__}", function, methods=["GET"])
-    for function in (parity, sample, tokens, fail, hold, release, change_weights):
+    for function in (parity, sample, tokens, fail, hold, release, change_weights, reload):
         app.add_api_route(f"/probe/{function.__name__}", function, methods=["POST"])
 
 

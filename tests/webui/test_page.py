@@ -1,0 +1,156 @@
+"""The tab inside the WebUI, in a real browser: what a user does from the folder to the picture."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from tests.webui.running import WebUI, until
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=f"none of {', '.join(BROWSERS)} is on the PATH")
+expect = sync_api.expect
+PATIENCE_MS = 60_000
+MANY = 100_000
+
+
+class Tab:
+    """The tab "Train LoRA" of a WebUI in a browser's page."""
+
+    def __init__(self, webui: WebUI, page: object) -> None:
+        self.webui, self.page = webui, page
+
+    def open(self) -> None:
+        """Load the page anew and go to the tab."""
+        self.page.goto(self.webui.url)
+        self.page.get_by_role("button", name="Train LoRA", exact=True).click()
+        # The summary says something as soon as gradio listens to the page.
+        expect(self.part("summary")).to_contain_text(re.compile(r"\w"))
+
+    def part(self, name: str):
+        return self.page.locator(f"#lora_train_{name}").first
+
+    def box(self, name: str):
+        return self.page.locator(f"#lora_train_{name}").locator("input, textarea").first
+
+    def fill(self, name: str, dataset: Path, *, steps: int) -> None:
+        """What a first LoRA needs, at a size for these tests."""
+        for box, text in {"output_name": name, "trigger_word": "zzk", "max_train_steps": str(steps), "resolution": "64",
+                          "network_dim": "4", "network_alpha": "4", "learning_rate": "0.002",
+                          "train_data_dir": str(dataset)}.items():
+            self.box(box).fill(text)
+            self.box(box).blur()
+        expect(self.part("summary")).to_contain_text(f"= {steps:,} steps")
+
+    def at_step(self, step: int) -> None:
+        """Wait until the bar shows that step or a later one."""
+        until(lambda: int((re.match(r"(\d+)/", self.part("live").locator(".progress").inner_text()) or [0, 0])[1]) >= step,
+              what=f"the bar shows step {step}")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[object]:
+    with sync_api.sync_playwright() as playwright:
+        running = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=FLAGS if sys.platform.startswith("linux") else [])
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def tab(webui: WebUI, browser) -> Iterator[Tab]:
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    page = context.new_page()
+    page.set_default_timeout(PATIENCE_MS)
+    expect.set_options(timeout=PATIENCE_MS)
+    errors: list[str] = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    opened = Tab(webui, page)
+    opened.open()
+    yield opened
+    if webui.get("/lora-train/v1/status")["running"]:
+        webui.post("/lora-train/v1/stop", {"save": False})
+        until(lambda: not webui.get("/lora-train/v1/status")["running"], what="the training ends")
+    context.close()
+    assert not errors
+
+
+def test_the_tab_trains_and_the_lora_is_painted_with_a_moment_later(webui: WebUI, dataset: Path, tab: Tab) -> None:
+    before = webui.paint(), webui.get("/probe/model")
+    expect(tab.part("model")).to_contain_text("base: tiny")
+    tab.fill("from_page", dataset, steps=12)
+    tab.part("start").click()
+    expect(tab.part("live")).to_contain_text("from_page is ready")
+    assert (webui.paint(), webui.get("/probe/model")) == before
+
+    tab.part("send").click()
+    prompt = tab.page.locator("#txt2img_prompt textarea")
+    expect(prompt).to_be_visible()
+    expect(prompt).to_have_value("zzk, <lora:from_page:1>")
+    tab.page.locator("#txt2img_generate").click()
+    painted = tab.page.locator("#html_info_txt2img").first
+    expect(painted).to_contain_text("zzk, <lora:from_page:1>")
+    with safe_open(webui.loras / "from_page.safetensors", "pt") as file:
+        model_hash = file.metadata()["sshs_model_hash"]
+    expect(painted).to_contain_text(f"from_page: {model_hash[:12]}")
+    expect(tab.page.locator("#txt2img_gallery img").first).to_be_visible()
+
+
+def test_a_reloaded_page_finds_the_running_job_and_can_stop_and_save_it(webui: WebUI, dataset: Path, tab: Tab) -> None:
+    tab.fill("reloaded", dataset, steps=MANY)
+    tab.part("start").click()
+    tab.at_step(2)
+    run = webui.get("/lora-train/v1/status")["run"]
+    tab.open()
+    expect(tab.part("live")).to_contain_text("reloaded")
+    tab.at_step(3)
+    assert webui.get("/lora-train/v1/status")["run"] == run
+    expect(tab.part("start")).to_be_disabled()
+    assert tab.box("output_name").input_value() == "reloaded"
+    tab.part("stop_save").click()
+    expect(tab.part("live")).to_contain_text("saved")
+    expect(tab.part("start")).to_be_enabled()
+    assert (webui.loras / "reloaded.safetensors").is_file()
+
+
+def test_another_browser_sees_the_job_too(webui: WebUI, dataset: Path, tab: Tab, browser) -> None:
+    tab.fill("watched", dataset, steps=MANY)
+    tab.part("start").click()
+    tab.at_step(1)
+    other = browser.new_context()
+    watcher = Tab(webui, other.new_page())
+    watcher.open()
+    expect(watcher.part("live")).to_contain_text("watched")
+    watcher.at_step(2)
+    other.close()
+
+
+def test_stop_ends_it_after_asking_and_changes_nothing(webui: WebUI, dataset: Path, tab: Tab) -> None:
+    before = webui.paint(), webui.get("/probe/model")
+    tab.fill("dropped", dataset, steps=MANY)
+    tab.part("start").click()
+    tab.at_step(2)
+    asked: list[str] = []
+    tab.page.on("dialog", lambda dialog: (asked.append(dialog.message), dialog.accept()))
+    tab.part("stop").click()
+    expect(tab.part("live")).to_contain_text("Stopped after")
+    assert asked and not list(webui.loras.glob("dropped*"))
+    assert (webui.paint(), webui.get("/probe/model")) == before
+
+
+def test_a_refusal_is_read_beside_the_button_and_starts_nothing(webui: WebUI, tab: Tab, tmp_path: Path) -> None:
+    tab.box("output_name").fill("nothing")
+    tab.box("train_data_dir").fill(str(tmp_path / "missing"))
+    tab.part("start").click()
+    expect(tab.part("answer")).to_contain_text("does not exist")
+    assert not webui.get("/lora-train/v1/status")["running"]
