@@ -34,8 +34,6 @@ from lib_lora_train.training.loop import Condition, LoopOptions, Stop, train
 from lib_lora_train.training.precision import compute_dtype
 from lib_lora_train.training.step import StepOptions
 
-SAVE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "float": torch.float32}
-
 
 def run_job(settings: Settings, host: Host, *, report: Report, stop: Stop) -> Finished:
     """Train the LoRA that `settings` describe on the model that `host` holds.
@@ -56,8 +54,9 @@ def run_job(settings: Settings, host: Host, *, report: Report, stop: Stop) -> Fi
         if checkpoint is None or model.architecture.family != checkpoint.family:
             # The host had no model yet, or another one, when the folder was read.
             preparation = _prepared(settings, model.architecture.family, report=report, stop=stop)
+        dtype = compute_dtype(settings.memory.mixed_precision, model.device)
         _check_sizes(preparation, model)
-        for warning in preparation.warnings:
+        for warning in (*preparation.warnings, *_ignored_by(model, settings)):
             report(Warned(warning))
         network = _network(settings, model, continued, report=report)
         source = _latents(settings, preparation, model, report=report, stop=stop)
@@ -67,10 +66,10 @@ def run_job(settings: Settings, host: Host, *, report: Report, stop: Stop) -> Fi
         report(_planned(settings, preparation, borrowed))
 
         batches = _batches(settings, source)
-        condition = _condition(settings, model, borrowed, network, batches, report=report, stop=stop)
+        condition = _condition(settings, model, borrowed, network, batches, dtype=dtype, report=report, stop=stop)
         provenance = Provenance(settings, preparation, model, borrowed, network)
         saver = _Saver(target, settings, network, provenance, report)
-        steps = _train(settings, preparation, model, network, batches, condition, saver=saver, stop=stop)
+        steps = _train(settings, preparation, model, network, batches, condition, dtype=dtype, saver=saver, stop=stop)
         complete = steps == preparation.plan.steps
         if not complete and (steps == 0 or stop() != "save"):
             if not saver.saved:
@@ -118,6 +117,16 @@ def _check_sizes(preparation: Preparation, model: FrozenModel) -> None:
             raise SettingError(f"Pictures of {width}×{height} pixels do not fit this model",
                                why=f"its sizes are multiples of {multiple}",
                                remedy=f"use a resolution and bucket_reso_steps that are multiples of {multiple}")
+
+
+def _ignored_by(model: FrozenModel, settings: Settings) -> list[str]:
+    """Settings that have no effect on this kind of model."""
+    notes = []
+    if settings.captions.clip_skip and not model.text.uses_clip_skip:
+        notes.append("clip_skip has no effect: only SD1 models read captions from a layer of choice.")
+    if model.architecture.zero_terminal_snr and model.schedule.prediction_type == "epsilon":
+        notes.append("Zero terminal SNR suits models that predict v; one that predicts noise learns nothing from pure noise.")
+    return notes
 
 
 def _network(settings: Settings, model: FrozenModel, continued: file.LoraFile | None, *, report: Report) -> LoRANetwork:
@@ -182,11 +191,10 @@ def _batches(settings: Settings, source: LatentSource) -> Batches:
 
 
 def _condition(settings: Settings, model: FrozenModel, borrowed: Borrowed, network: LoRANetwork, batches: Batches, *,
-               report: Report, stop: Stop) -> Condition:
+               dtype: torch.dtype, report: Report, stop: Stop) -> Condition:
     """How a batch's captions become the UNet's condition: looked up while the text encoders are frozen, else computed."""
     clip_skip = settings.captions.clip_skip or borrowed.clip_skip
     adapters = {component: layers for component, layers in network.adapters().items() if component != "unet"}
-    dtype = compute_dtype(settings.memory.mixed_precision, model.device)
     if _rates(settings)[1]:
         def encode(batch: Batch) -> Conditioning:
             return model.text.encode(
@@ -212,7 +220,7 @@ def _condition(settings: Settings, model: FrozenModel, borrowed: Borrowed, netwo
 
 
 def _train(settings: Settings, preparation: Preparation, model: FrozenModel, network: LoRANetwork, batches: Batches,
-           condition: Condition, *, saver: _Saver, stop: Stop) -> int:
+           condition: Condition, *, dtype: torch.dtype, saver: _Saver, stop: Stop) -> int:
     optimizer, loss, memory = settings.optimizer, settings.loss, settings.memory
     unet_lr, text_encoder_lr = _rates(settings)
     options = LoopOptions(
@@ -222,7 +230,7 @@ def _train(settings: Settings, preparation: Preparation, model: FrozenModel, net
         max_grad_norm=optimizer.max_grad_norm, noise_offset=loss.noise_offset, unet_lr=unet_lr,
         text_encoder_lr=text_encoder_lr, seed=optimizer.seed, save_every_n_epochs=settings.save.save_every_n_epochs,
         save_every_n_steps=settings.save.save_every_n_steps,
-        step=StepOptions(dtype=compute_dtype(memory.mixed_precision, model.device), min_snr_gamma=loss.min_snr_gamma,
+        step=StepOptions(dtype=dtype, min_snr_gamma=loss.min_snr_gamma,
                          gradient_checkpointing=memory.gradient_checkpointing))
     try:
         return train(model, network=network, epoch_batches=batches.epoch, condition=condition, options=options,
@@ -262,7 +270,7 @@ class _Saver:
         """Write one file, whole or not at all."""
         with translated(f"saving {path.name}"):
             file.save(path, self._network.state_dict(), self._provenance.metadata(path.stem, step=step, epoch=epoch),
-                      dtype=SAVE_DTYPES[self._settings.save.save_precision])
+                      dtype=file.SAVE_PRECISIONS[self._settings.save.save_precision])
         self.saved.append(str(path))
         self._report(Saved(str(path), step, epoch, final))
         return str(path)

@@ -1,0 +1,66 @@
+"""`python -m lib_lora_train demo`: a first LoRA in about two minutes, on a model made on the spot.
+
+It goes the same road as every run: a checkpoint file, a folder of pictures, `run_job`, a LoRA file; then it paints with
+and without that file, writes one picture that shows both, and serves the page.
+The UNet has random weights, so "before" is noise; the pictures are Twemoji faces (see pictures/LICENSE.txt).
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from lib_lora_train import events
+from lib_lora_train.demo import tiny_checkpoint
+from lib_lora_train.demo.sheet import SheetRow, draw_sheet, paint_rows
+from lib_lora_train.host.standalone import StandaloneHost
+from lib_lora_train.runner import Runner
+from lib_lora_train.settings import parse
+from lib_lora_train.settings.field import Value
+
+PICTURES = Path(__file__).parent / "pictures"
+NAME = "demo"
+# One epoch of many repeats: the model is random, so there is everything to learn and nothing to preserve.
+SETTINGS: dict[str, Value] = {
+    "output_name": NAME, "overwrite": True, "train_data_dir": str(PICTURES), "trigger_word": "twemoji",
+    "resolution": "128", "max_train_steps": 500, "train_batch_size": 2, "network_dim": 32, "network_alpha": 32.0,
+    "learning_rate": 2e-3, "min_snr_gamma": 0.0, "keep_tokens": 1}
+
+
+def demo_host(folder: Path) -> StandaloneHost:
+    """The host of the demo's checkpoint, which is made in `folder` unless it is there; LoRAs go beside it."""
+    checkpoint = folder / "model" / "tiny.safetensors"
+    if not checkpoint.is_file():
+        tiny_checkpoint.write(checkpoint.parent, size=tiny_checkpoint.DEMO)
+    return StandaloneHost(checkpoint, lora_folder=folder / "loras", runs_folder=folder / "runs")
+
+
+def run_demo(folder: Path, *, page: bool, port: int, address: str) -> int:
+    """Train, paint before and after into `folder`/before-after.png, and (with `page`) serve until stopped."""
+    print("Making a small model with random weights ...", flush=True)
+    host = demo_host(folder)
+    runner = Runner()
+    print("Training a LoRA on 24 pictures ...", flush=True)
+    runner.start(parse(SETTINGS), host)
+    shown = 0
+    while not runner.wait(timeout=2.0):
+        step = getattr(runner.status(), "step", None)
+        if step is not None and step.step >= shown + 50:
+            shown = step.step
+            print(f"  step {step.step}/{step.total}   loss {step.average_loss:.3f}", flush=True)
+    finished = runner.status().finished
+    assert isinstance(finished, events.Finished)
+    print(finished.message, flush=True)
+    if finished.outcome != "done":
+        return 1
+    print("Painting with and without it ...", flush=True)
+    rows: list[SheetRow] = paint_rows(host, Path(finished.path), pictures=PICTURES)
+    picture = folder / "before-after.png"
+    draw_sheet(rows).save(picture)
+    print(f"Before and after: {picture.resolve()}", flush=True)
+    if page:
+        from lib_lora_train.ui.standalone import serve
+        print(f"The page: http://{address}:{port}/   (Ctrl+C ends)", flush=True)
+        sys.stdout.flush()
+        serve(host, port=port, address=address, runner=runner)
+    return 0

@@ -1,0 +1,41 @@
+"""The loss on fixed pictures, timesteps and noise: a number that falls when something is learnt, and only then.
+
+A training loss jumps with every draw of timestep and noise; with those fixed, two models, or one with and without its
+LoRA, can be compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from lib_lora_train.cache.batches import Batch
+from lib_lora_train.model.frozen import FrozenModel
+from lib_lora_train.model.layers import Adapter
+from lib_lora_train.training.loop import Condition
+from lib_lora_train.training.noise import Draws, draw
+from lib_lora_train.training.step import StepOptions, denoising_loss
+
+TIMESTEPS = (100, 300, 500, 700, 900)
+
+
+@torch.no_grad()
+def fixed_loss(model: FrozenModel, batches: Iterable[Batch], condition: Condition, *, adapters: Mapping[str, Adapter],
+               seed: int, timesteps: tuple[int, ...] = TIMESTEPS) -> dict[int, float]:
+    """The plain denoising loss (no SNR weight) at each timestep, averaged over the pictures of `batches`.
+
+    `adapters` are the UNet's. The noise of a batch depends on `seed`, its place and the timestep.
+    """
+    options = StepOptions(dtype=torch.float32, min_snr_gamma=0.0, gradient_checkpointing=False)
+    sums, pictures = dict.fromkeys(timesteps, 0.0), 0
+    for place, batch in enumerate(batches):
+        conditioning, count = condition(batch), len(batch.indices)
+        for t in timesteps:
+            drawn = draw(batch.mean.shape, seed=seed, step=place, micro=t, timesteps=1)
+            draws = Draws(torch.full((count,), t), drawn.noise, drawn.latent_noise)
+            # One synchronisation a timestep: this is a measurement, not a step.
+            sums[t] += count * denoising_loss(model, batch=batch, conditioning=conditioning, draws=draws,
+                                              adapters=adapters, options=options).item()
+        pictures += count
+    return {t: total / pictures for t, total in sums.items()}

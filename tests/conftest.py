@@ -1,0 +1,41 @@
+"""What several rooms' tests share: a small checkpoint, a folder of pictures, and a host that lends the checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from lib_lora_train.demo import tiny_checkpoint
+from lib_lora_train.host.standalone import StandaloneHost
+
+# The models here are so small that a second thread costs more than it brings, above all on a busy machine.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small SD1 checkpoint with random weights, its .yaml beside it."""
+    return tiny_checkpoint.write(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture
+def host(tiny_file: Path, tmp_path: Path) -> StandaloneHost:
+    """A host that lends `tiny_file` and keeps results below the test's own folder."""
+    return StandaloneHost(tiny_file, lora_folder=tmp_path / "loras", runs_folder=tmp_path / "runs")
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Four pictures, three square and one wide, three of them with captions."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for index, (width, height) in enumerate([(64, 64), (64, 64), (64, 64), (192, 64)]):
+        picture = Image.new("RGB", (width, height), "white")
+        ImageDraw.Draw(picture).ellipse((8, 8, 56, 56), fill=["red", "blue", "orange", "green"][index])
+        picture.save(folder / f"{index}.png")
+        if index < 3:
+            (folder / f"{index}.txt").write_text(f"a photo, {['red', 'blue', 'orange'][index]} cat", encoding="utf-8")
+    return folder

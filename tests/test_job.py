@@ -1,0 +1,262 @@
+"""The whole road, on a small model: what a run promises whoever starts it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from lib_lora_train import events, job
+from lib_lora_train.errors import DatasetError, Interrupted, LoraFileError, ModelError, OutputError, SettingError, TrainingError
+from lib_lora_train.host.standalone import StandaloneHost
+from lib_lora_train.job import run_job
+from lib_lora_train.settings import parse
+
+
+def settings(pictures: Path, **changes: object):
+    return parse({"train_data_dir": str(pictures), "output_name": "zzk", "resolution": "64", "num_repeats": 1,
+                  "max_train_epochs": 2, "min_bucket_reso": 64, "network_dim": 4, "network_alpha": 2, "save_precision": "float",
+                  "learning_rate": 1e-3, "trigger_word": "zzk", **changes})
+
+
+def run(chosen, host, stop=lambda: ""):
+    seen: list[events.Event] = []
+    finished = run_job(chosen, host, report=seen.append, stop=stop)
+    return finished, seen
+
+
+def of(kind, seen):
+    return [event for event in seen if isinstance(event, kind)]
+
+
+def metadata(path: str) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
+
+
+def test_exactly_the_planned_steps_run_and_the_file_is_where_the_last_event_says(pictures, host):
+    finished, seen = run(settings(pictures, resolution="128"), host)
+    planned, = of(events.Planned, seen)
+    # Three pictures in the square bucket and one in a wide one, batch 1: 4 batches an epoch, 2 epochs.
+    assert (planned.pictures, planned.buckets, planned.batches_per_epoch, planned.steps) == (4, 2, 4, 8)
+    assert [(s.step, s.epoch) for s in of(events.Step, seen)] == [(i, 1 + (i > 4)) for i in range(1, 9)]
+    assert finished == events.Finished("done", finished.message, str(host.lora_folder / "zzk.safetensors"), 8)
+    assert Path(finished.path).is_file()
+    assert of(events.Saved, seen) == [events.Saved(finished.path, 8, 2, True)]
+
+
+@pytest.mark.parametrize("batch, accumulation, steps", [(2, 1, 3), (1, 3, 2), (2, 2, 2), (4, 1, 2)])
+def test_steps_follow_kohyas_formula(pictures, host, batch, accumulation, steps):
+    chosen = settings(pictures, train_batch_size=batch, gradient_accumulation_steps=accumulation, max_train_epochs=1,
+                      resolution="128")
+    assert steps == math.ceil((math.ceil(3 / batch) + math.ceil(1 / batch)) / accumulation)
+    finished, seen = run(chosen, host)
+    assert finished.steps == steps == len(of(events.Step, seen))
+
+
+def test_the_same_seed_gives_byte_identical_tensors_and_another_seed_others(pictures, host):
+    changes = {"network_train_unet_only": False, "shuffle_caption": True, "caption_tag_dropout_rate": 0.3, "flip_aug": True}
+    first = load_file(run(settings(pictures, **changes), host)[0].path)
+    again = load_file(run(settings(pictures, **changes, overwrite=True), host)[0].path)
+    other = load_file(run(settings(pictures, **changes, overwrite=True, seed=7), host)[0].path)
+    assert first.keys() == again.keys() and all(torch.equal(first[key], again[key]) for key in first)
+    assert any(not torch.equal(first[key], other[key]) for key in first if key.endswith("lora_up.weight"))
+
+
+def test_every_layer_learns_and_text_layers_are_there_only_when_asked_for(pictures, host):
+    both = load_file(run(settings(pictures, network_train_unet_only=False), host)[0].path)
+    ups = [key for key in both if key.endswith("lora_up.weight")]
+    # 16 transformers of 12 layers each, and 3 text layers of 6.
+    assert len([k for k in ups if k.startswith("lora_unet_")]) == 192 and len([k for k in ups if k.startswith("lora_te_")]) == 18
+    assert all(both[key].abs().max() > 0 for key in ups)
+    unet_only = load_file(run(settings(pictures, overwrite=True), host)[0].path)
+    assert not [key for key in unet_only if key.startswith("lora_te")]
+
+
+def test_the_lent_tensors_come_back_as_they_were(pictures, host):
+    with host.borrow() as borrowed:
+        lent = borrowed.tensors
+        for tensor in lent.values():
+            if tensor.is_floating_point():
+                tensor.requires_grad_(True)
+        before = {name: hashlib.sha256(t.detach().numpy().tobytes()).digest() for name, t in lent.items()}
+    run(settings(pictures, network_train_unet_only=False, gradient_checkpointing=True), host)
+    for name, tensor in lent.items():
+        assert hashlib.sha256(tensor.detach().numpy().tobytes()).digest() == before[name], name
+        assert tensor.grad is None and tensor.requires_grad == tensor.is_floating_point(), name
+
+
+def test_the_global_random_state_is_left_alone(pictures, host):
+    state = torch.get_rng_state()
+    run(settings(pictures), host)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(pictures, host):
+    changes = {"network_train_unet_only": False, "max_train_epochs": 1}
+    plain = load_file(run(settings(pictures, **changes), host)[0].path)
+    saving = load_file(run(settings(pictures, **changes, overwrite=True, gradient_checkpointing=True), host)[0].path)
+    assert all(torch.allclose(plain[key], saving[key], atol=1e-5) for key in plain)
+
+
+@pytest.mark.parametrize("kind", ["stop", "save"])
+def test_stopping_ends_within_one_step_and_keeps_what_was_learnt_if_asked(pictures, host, kind):
+    seen: list[events.Event] = []
+    chosen, stop = settings(pictures), lambda: kind if len(of(events.Step, seen)) >= 3 else ""
+    if kind == "stop":
+        with pytest.raises(Interrupted):
+            run_job(chosen, host, report=seen.append, stop=stop)
+        assert not list(host.lora_folder.iterdir())
+    else:
+        finished = run_job(chosen, host, report=seen.append, stop=stop)
+        assert (finished.outcome, finished.steps) == ("stopped", 3)
+        assert metadata(finished.path)["ss_steps"] == "3"
+    assert len(of(events.Step, seen)) == 3
+
+
+def test_a_stop_while_pictures_are_read_leaves_nothing_behind(pictures, host):
+    with pytest.raises(Interrupted):
+        run(settings(pictures), host, stop=lambda: "save")
+    assert not list(host.lora_folder.iterdir())
+
+
+def test_saves_on_the_way_have_kohyas_names_and_say_how_far_they_are(pictures, host):
+    finished, seen = run(settings(pictures, save_every_n_epochs=1, save_every_n_steps=3, max_train_epochs=3), host)
+    saved = [(Path(s.path).name, s.step) for s in of(events.Saved, seen)]
+    assert saved == [("zzk-step00000003.safetensors", 3), ("zzk-000001.safetensors", 4), ("zzk-step00000006.safetensors", 6),
+                     ("zzk-000002.safetensors", 8), ("zzk-step00000009.safetensors", 9), ("zzk.safetensors", 12)]
+    early = metadata(str(host.lora_folder / "zzk-000001.safetensors"))
+    assert (early["ss_output_name"], early["ss_epoch"], early["ss_steps"]) == ("zzk-000001", "1", "4")
+
+
+def test_continuing_from_a_lora_begins_where_it_ended_and_takes_its_rank(pictures, host):
+    first = run(settings(pictures, network_dim=6, network_alpha=3), host)[0].path
+    # With a learning rate of almost zero the continued file must hold what the first one held.
+    second = run(settings(pictures, output_name="next", network_weights=first, learning_rate=1e-12), host)[0].path
+    before, after = load_file(first), load_file(second)
+    assert before.keys() == after.keys()
+    assert all(torch.allclose(before[key], after[key], atol=1e-6) for key in before)
+    assert metadata(second)["ss_network_dim"] == "6"
+
+
+def test_a_text_encoder_learnt_before_is_kept_when_only_the_unet_goes_on(pictures, host):
+    first = run(settings(pictures, network_train_unet_only=False), host)[0].path
+    second = run(settings(pictures, output_name="next", network_weights=first), host)[0].path
+    before, after = load_file(first), load_file(second)
+    text = [key for key in before if key.startswith("lora_te_")]
+    assert text and all(torch.equal(before[key], after[key]) for key in text)
+    assert any(not torch.equal(before[key], after[key]) for key in before if key.startswith("lora_unet_"))
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_weights(pictures, host, monkeypatch):
+    from lib_lora_train.training import loop
+    original, calls = loop.denoising_loss, []
+
+    def poisoned(*args, **kwargs):
+        calls.append(1)
+        loss = original(*args, **kwargs)
+        return loss * math.nan if len(calls) == 4 else loss
+    monkeypatch.setattr(loop, "denoising_loss", poisoned)
+    seen: list[events.Event] = []
+    with pytest.raises(TrainingError, match="step 4.*lower the learning rate.*zzk-step00000003"):
+        run_job(settings(pictures), host, report=seen.append, stop=lambda: "")
+    kept = load_file(host.lora_folder / "zzk-step00000003.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in kept.values())
+    assert not (host.lora_folder / "zzk.safetensors").exists()
+
+
+def test_latents_that_are_no_numbers_are_found_before_training_and_name_the_picture(pictures, tiny_file, tmp_path):
+    host = StandaloneHost(tiny_file, lora_folder=tmp_path / "loras", runs_folder=tmp_path / "runs")
+    with host.borrow() as borrowed:
+        borrowed.tensors["first_stage_model.encoder.conv_in.bias"].fill_(math.nan)
+    with pytest.raises(TrainingError, match=r"0\.png"):
+        run(settings(pictures), host)
+
+
+def test_a_picture_that_breaks_off_is_named_and_the_rest_is_trained(pictures, host):
+    whole = pictures / "big.jpg"
+    from PIL import Image
+    Image.effect_noise((64, 64), 90).convert("RGB").save(whole, quality=95)
+    whole.write_bytes(whole.read_bytes()[:900])
+    finished, seen = run(settings(pictures), host)
+    assert finished.outcome == "done"
+    assert any("big.jpg" in warning.message for warning in of(events.Warned, seen))
+    assert of(events.Planned, seen)[0].pictures == 4
+
+
+@pytest.mark.parametrize("changes, error", [
+    ({"train_data_dir": ""}, DatasetError),
+    ({"train_data_dir": "does/not/exist"}, DatasetError),
+    ({"output_name": "a/b"}, OutputError),
+    ({"output_name": ""}, OutputError),
+    ({"resolution": "96", "bucket_reso_steps": 32}, SettingError),
+    ({"network_weights": "missing.safetensors"}, LoraFileError),
+    ({"mixed_precision": "fp16"}, SettingError),
+    ({"learning_rate": 0}, SettingError),
+])
+def test_bad_settings_are_refused_in_one_sentence_before_anything_is_encoded(pictures, host, changes, error):
+    seen: list[events.Event] = []
+    with pytest.raises(error) as caught:
+        run_job(settings(pictures, **changes), host, report=seen.append, stop=lambda: "")
+    assert "\n" not in str(caught.value)
+    assert not [s for s in of(events.Stage, seen) if s.name.startswith("Encoding")]
+
+
+def test_an_existing_lora_is_refused_before_the_pictures_are_read(pictures, host):
+    host.lora_folder.mkdir()
+    (host.lora_folder / "zzk.safetensors").write_bytes(b"precious")
+    seen: list[events.Event] = []
+    with pytest.raises(OutputError, match="already"):
+        run_job(settings(pictures), host, report=seen.append, stop=lambda: "")
+    assert not seen and (host.lora_folder / "zzk.safetensors").read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("name, reason", [("model.ckpt", "pickled"), ("model.safetensors", "does not exist"),
+                                          ("model.txt", "not a checkpoint")])
+def test_a_checkpoint_that_cannot_be_used_is_refused_with_the_reason(pictures, tmp_path, name, reason):
+    host = StandaloneHost(tmp_path / name, lora_folder=tmp_path / "loras", runs_folder=tmp_path / "runs")
+    with pytest.raises(ModelError, match=reason):
+        run(settings(pictures), host)
+
+
+def test_a_checkpoint_that_breaks_off_is_refused(pictures, tiny_file, tmp_path):
+    torn = tmp_path / "torn.safetensors"
+    torn.write_bytes(tiny_file.read_bytes()[:100_000])
+    host = StandaloneHost(torn, lora_folder=tmp_path / "loras", runs_folder=tmp_path / "runs")
+    with pytest.raises(ModelError, match="torn"):
+        run(settings(pictures), host)
+
+
+def test_latents_kept_on_disk_give_the_same_lora(pictures, host):
+    first = load_file(run(settings(pictures, cache_latents_to_disk=True), host)[0].path)
+    assert list(pictures.rglob("*.safetensors"))
+    again = load_file(run(settings(pictures, cache_latents_to_disk=True, overwrite=True), host)[0].path)
+    assert all(torch.equal(first[key], again[key]) for key in first)
+
+
+def test_pictures_varied_at_each_step_train_too(pictures, host):
+    finished, _ = run(settings(pictures, color_aug=True, random_crop=True, flip_aug=True), host)
+    assert finished.outcome == "done"
+
+
+def test_ignored_settings_are_told(pictures, host):
+    _, seen = run(settings(pictures, keep_tokens=2), host)
+    assert any("keep_tokens" in warning.message for warning in of(events.Warned, seen))
+
+
+def test_the_model_is_given_back_when_the_run_fails(pictures, host, monkeypatch):
+    monkeypatch.setattr(job, "train", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("broken")))
+    with pytest.raises(RuntimeError, match="broken"):
+        run(settings(pictures), host)
+    with host.borrow():
+        pass
+
+
+def test_v_prediction_said_by_the_user_is_written_into_the_file(pictures, host):
+    path = run(settings(pictures, v_parameterization="on"), host)[0].path
+    assert metadata(path)["modelspec.prediction_type"] == "v"
