@@ -1,4 +1,5 @@
-/* What moves in the tab "Train LoRA": the bar, the curve, the texts and the result, from the API's status.
+/* What moves in the tab "Train LoRA": the bar, the texts and the result, from the API's status. The curve is drawn by
+ * lora_train_curve.js.
  *
  * The page's fields and its Train button are gradio's; everything about a running job is asked for and drawn here, so a
  * reloaded page shows it again. One poll at a time: every second while a job runs and the tab is in sight, every ten
@@ -9,11 +10,10 @@
     if (window.loraTrain) return;
     window.loraTrain = {};
 
-    const RUNNING_MS = 1000, IDLE_MS = 10000, RETRY_MS = 3000, KICKS = 20, KICK_MS = 300, PLAN_MS = 400, RESTORE_MS = 500;
+    const RUNNING_MS = 1000, IDLE_MS = 10000, RETRY_MS = 3000, KICKS = 20, KICK_MS = 300;
+    const PLAN_MS = 400, RESTORE_MS = 500;
     const DRAFT_KEY = "lora_train_draft";
     const API = "./lora-train/v1/";
-    const SVG = "http://www.w3.org/2000/svg";
-    const PAD = {left: 48, right: 8, top: 20, bottom: 22};
 
     const state = {
         token: "", run: "", every: 1, points: [], last: null, finalSeen: true, inSight: false, timer: 0, polling: false,
@@ -315,7 +315,8 @@
             fraction = answer.stage.total ? answer.stage.done / answer.stage.total : 0;
             text = answer.stage.name + " " + answer.stage.done + "/" + answer.stage.total;
         } else if (answer.step) {
-            text = answer.step.step + "/" + answer.step.total + " · epoch " + answer.step.epoch + "/" + answer.step.epochs;
+            const step = answer.step;
+            text = step.step + "/" + step.total + " · epoch " + step.epoch + "/" + step.epochs;
             if (answer.seconds_left !== null) text += " · " + duration(answer.seconds_left) + " left";
         }
         if (answer.stopping) text = answer.stopping === "save" ? "Stopping and saving" : "Stopping";
@@ -372,6 +373,12 @@
         list.replaceChildren(...texts.map((text) => element("li", "", text)));
     }
 
+    function drawCurve() {
+        const points = state.points.filter((point) => point[1] !== null);
+        view.curve.hidden = points.length < 2;
+        if (!view.curve.hidden) window.loraTrainCurve(view.curve, points, state.cursor, translated);
+    }
+
     function setTitleText(answer) {
         const text = answer.running ? Math.floor(100 * answer.fraction) + "%" : "";
         if (typeof setTitle === "function") {
@@ -381,83 +388,6 @@
             document.title = (text ? "[" + text + "] " : "") + "Train LoRA";
         }
         view.titled = answer.running;
-    }
-
-    // ---- the curve ---------------------------------------------------------------------------------------------
-
-    function shape(tag, attributes, text) {
-        const made = document.createElementNS(SVG, tag);
-        for (const name of Object.keys(attributes)) made.setAttribute(name, attributes[name]);
-        if (text !== undefined) made.textContent = text;
-        return made;
-    }
-
-    /** A moving average over about a twelfth of the curve, without the pull of a first value. */
-    function smoothed(points) {
-        const keep = 1 - 1 / Math.max(5, points.length / 12);
-        let sum = 0, weight = 0;
-        return points.map(([step, loss]) => {
-            sum = keep * sum + (1 - keep) * loss;
-            weight = keep * weight + (1 - keep);
-            return [step, sum / weight];
-        });
-    }
-
-    /** About `count` round numbers between low and high. */
-    function ticks(low, high, count) {
-        const rough = (high - low) / count, magnitude = 10 ** Math.floor(Math.log10(rough));
-        const spacing = [1, 2, 5, 10].map((factor) => factor * magnitude).find((size) => size >= rough * 0.999);
-        const found = [];
-        for (let n = Math.ceil(low / spacing - 1e-9); n * spacing <= high * (1 + 1e-9); n++) found.push(n * spacing);
-        return {values: found, digits: Math.max(0, -Math.floor(Math.log10(spacing) + 1e-9))};
-    }
-
-    function drawCurve() {
-        const points = state.points.filter((point) => point[1] !== null);
-        view.curve.hidden = points.length < 2;
-        const width = view.curve.clientWidth, height = view.curve.clientHeight;
-        if (points.length < 2 || !width || !height) return;
-        const smooth = smoothed(points);
-        // A few wild steps must not flatten the curve: the range is that of 98 % of the steps.
-        const sorted = points.map((point) => point[1]).sort((a, b) => a - b);
-        const at = (share) => sorted[Math.round(share * (sorted.length - 1))];
-        const margin = (at(0.99) - at(0.01)) * 0.08 || Math.abs(at(0.5)) * 0.1 || 0.01;
-        const low = Math.max(0, at(0.01) - margin), high = at(0.99) + margin;
-        const first = points[0][0], end = points[points.length - 1][0];
-        const x = (step) => PAD.left + (step - first) / (end - first) * (width - PAD.left - PAD.right);
-        const y = (loss) => {
-            const inside = Math.min(high, Math.max(low, loss));
-            return height - PAD.bottom - (inside - low) / (high - low) * (height - PAD.top - PAD.bottom);
-        };
-        const path = (list) => "M" + list.map(([step, loss]) => x(step).toFixed(1) + "," + y(loss).toFixed(1)).join("L");
-        const drawing = shape("svg", {viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": "Loss by step"});
-        const vertical = ticks(low, high, 4), horizontal = ticks(first, end, Math.max(2, Math.floor(width / 110)));
-        for (const value of vertical.values) {
-            drawing.append(
-                shape("line", {class: "grid", x1: PAD.left, x2: width - PAD.right, y1: y(value), y2: y(value)}),
-                shape("text", {x: PAD.left - 6, y: y(value) + 4, "text-anchor": "end"}, value.toFixed(vertical.digits)));
-        }
-        for (const value of horizontal.values.filter(Number.isInteger)) {
-            drawing.append(shape("text", {x: x(value), y: height - 5, "text-anchor": "middle"}, String(value)));
-        }
-        drawing.append(shape("path", {class: "raw", d: path(points)}), shape("path", {class: "smooth", d: path(smooth)}));
-        drawing.append(...cursorShapes(points, smooth, x, width, height));
-        view.curve.replaceChildren(drawing);
-    }
-
-    /** The line above the curve: what it is, or the step under the pointer. */
-    function cursorShapes(points, smooth, x, width, height) {
-        if (state.cursor === null) return [shape("text", {x: PAD.left, y: 12}, translated("Loss, each step and smoothed"))];
-        let nearest = 0;
-        points.forEach((point, index) => {
-            if (Math.abs(x(point[0]) - state.cursor) < Math.abs(x(points[nearest][0]) - state.cursor)) nearest = index;
-        });
-        const [step, loss] = points[nearest], at = x(step);
-        const text = `step ${step} · loss ${loss.toPrecision(4)} · smoothed ${smooth[nearest][1].toPrecision(4)}`;
-        return [
-            shape("line", {class: "cursor", x1: at, x2: at, y1: PAD.top, y2: height - PAD.bottom}),
-            shape("text", {x: PAD.left, y: 12}, text),
-        ];
     }
 
     // ---- the result --------------------------------------------------------------------------------------------

@@ -7,8 +7,8 @@
     POST start              {"settings": {...}} -> {"run": id}
     POST stop               {"save": true|false} -> {"stopping": whether something was running}
 
-A refusal is {"error": one sentence} with 400 (something given is wrong), 409 (the host or the runner is busy), 401, 403,
-413 or 415.
+A refusal is {"error": one sentence} with 400 (something given is wrong), 409 (the host or the runner is busy), 401,
+403, 413 or 415.
 
 Who may ask: the page, which shows the token it was given inside its own configuration, so whoever may load the page may
 use it; and outside programs, where the host's API is switched on, with the host's API user and password where it has

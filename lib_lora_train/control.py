@@ -41,8 +41,8 @@ def plan(values: Mapping[str, object], *, host: Host, should_stop: Callable[[], 
     """What a run with these settings would do; nothing is written and no picture is decoded.
 
     Returns summary (one line), pictures, buckets, epochs, batches_per_epoch, steps, resolution [width, height],
-    warnings (sentences), name_taken (a LoRA of that name exists and would not be overwritten) and estimate ("" until the
-    time and the memory can be told). Raises UserError, and Interrupted where `should_stop()` says so.
+    warnings (sentences), name_taken (a LoRA of that name exists and would not be overwritten) and estimate ("" until
+    the time and the memory can be told). Raises UserError, and Interrupted where `should_stop()` says so.
     """
     settings = parse(values)
     found = prepare(settings, family=_family(host), should_stop=should_stop)

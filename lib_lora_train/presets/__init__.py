@@ -1,7 +1,7 @@
 """Named settings in TOML files beside this one: a [preset] table that says for whom it is, and the settings it changes.
 
-A preset changes only what it names. Those for a purpose name the same settings, so that each undoes the other; `Low VRAM`
-names what memory depends on and is put on top of any of them.
+A preset changes only what it names. Those for a purpose name the same settings, so that each undoes the other;
+`Low VRAM` names what memory depends on and is put on top of any of them.
 """
 
 from __future__ import annotations

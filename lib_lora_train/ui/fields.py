@@ -35,8 +35,8 @@ def field(declaration: Declaration, value: Value) -> Any:
     elif declaration.type is str:
         component = gr.Textbox(value=str(value), max_lines=1, min_width=200 if declaration.is_path else 90, **common)
     elif slides(declaration):
-        component = gr.Slider(value=value, minimum=declaration.minimum, maximum=declaration.maximum, step=step_of(declaration),
-                              min_width=200, **common)
+        component = gr.Slider(value=value, minimum=declaration.minimum, maximum=declaration.maximum,
+                              step=step_of(declaration), min_width=200, **common)
     else:
         component = gr.Number(value=value, step=step_of(declaration), min_width=90, **common)
     # The WebUI's own name for a tooltip, which it also translates; without a WebUI our script shows it.
@@ -67,7 +67,7 @@ def unsaved(component: Component) -> Component:
 
 
 def shown(declaration: Declaration, value: object) -> bool:
-    """Whether the setting's component could show `value`: a value from the browser's memory may be of another version."""
+    """Whether the setting's component could show `value`: one from the browser's memory may be of another version."""
     if declaration.type is bool:
         return isinstance(value, bool)
     if declaration.choices:

@@ -83,8 +83,8 @@ def _settings_column(fields: dict[str, Any], first: Mapping[str, Value]) -> tupl
         if number == 1:
             with gr.Row(elem_classes=["lora-train-fields", "lora-train-preset-row"]):
                 preset = unsaved(gr.Dropdown(
-                    label="Preset", choices=[NO_PRESET, *(p.name for p in presets())], value=NO_PRESET, interactive=True,
-                    min_width=120, elem_id="lora_train_preset"))
+                    label="Preset", choices=[NO_PRESET, *(p.name for p in presets())], value=NO_PRESET,
+                    interactive=True, min_width=120, elem_id="lora_train_preset"))
                 about_preset = gr.HTML("", elem_id="lora_train_preset_about")
     for area, title in _folds():
         folded = [d for d in declarations(AREAS[area]) if d.name not in fields]
@@ -107,7 +107,8 @@ def _folded_rows(folded: Iterable[Declaration], fields: dict[str, Any], first: M
     others = [d for d in folded if d not in texts and d not in switches and d not in sliders]
     for entries in (others, sliders, *([text] for text in texts), switches):
         if entries:
-            with gr.Row(elem_classes=["lora-train-fields", "lora-train-grid"]):
+            wide = ["lora-train-wide"] if entries in (sliders, switches) else []
+            with gr.Row(elem_classes=["lora-train-fields", "lora-train-grid", *wide]):
                 for declaration in entries:
                     fields[declaration.name] = field(declaration, first[declaration.name])
 

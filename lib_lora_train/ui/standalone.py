@@ -28,7 +28,7 @@ from lib_lora_train.runner import RUNNER, Runner
 from lib_lora_train.ui.layout import build_tab
 
 _ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = _ROOT / "javascript" / "lora_train.js"
+SCRIPTS = (_ROOT / "javascript" / "lora_train_curve.js", _ROOT / "javascript" / "lora_train.js")
 STYLES = (_ROOT / "style.css", Path(__file__).with_name("standalone.css"))
 _OUR_HEAD = (f'<link rel="stylesheet" href=".{api.PREFIX}/page.css">'
              f'<script src=".{api.PREFIX}/page.js" defer></script>').encode()
@@ -44,7 +44,7 @@ _Application = Callable[[_Message, Callable[[], Awaitable[_Message]], Callable[[
 
 
 def serve(host: Host, *, port: int, address: str = "127.0.0.1", open_browser: bool = False) -> None:
-    """Serve the page until the process is interrupted; port 0 takes a free one. Raises HostError if the port is taken."""
+    """Serve the page until the process is interrupted; port 0 takes a free one. Raises HostError if it is taken."""
     listener = listen(address, port)
     shown = "localhost" if is_loopback(address) else address
     url = f"http://{f'[{shown}]' if ':' in shown else shown}:{listener.getsockname()[1]}/"
@@ -106,7 +106,7 @@ def _without_port(host: str) -> str:
 
 
 def _script() -> Response:
-    return Response(SCRIPT.read_bytes(), media_type="text/javascript")
+    return Response(b"\n".join(path.read_bytes() for path in SCRIPTS), media_type="text/javascript")
 
 
 def _style() -> Response:

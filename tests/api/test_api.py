@@ -39,8 +39,8 @@ class Desk:
 
     def good(self, **more: object) -> dict[str, object]:
         folder = self.folder / "pictures"
-        return {"settings": {"output_name": "zzk", "train_data_dir": str(folder if folder.is_dir() else pictures(folder)),
-                             **more}}
+        data = folder if folder.is_dir() else pictures(folder)
+        return {"settings": {"output_name": "zzk", "train_data_dir": str(data), **more}}
 
 
 @pytest.fixture

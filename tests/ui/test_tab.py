@@ -92,7 +92,8 @@ def test_default_puts_back_everything_but_names_and_folders(handlers: Handlers):
 
 def test_the_summary_tells_the_steps_and_what_was_typed_is_remembered(handlers: Handlers, tmp_path: Path):
     folder = pictures(tmp_path / "pictures")
-    summary, draft = handlers.plan(*values(train_data_dir=str(folder), num_repeats=2, max_train_epochs=3, overwrite=True))
+    chosen = values(train_data_dir=str(folder), num_repeats=2, max_train_epochs=3, overwrite=True)
+    summary, draft = handlers.plan(*chosen)
     assert "= 18 steps" in summary
     kept = changed(handlers.restore(draft)[1:])
     assert kept["train_data_dir"] == str(folder) and kept["num_repeats"] == 2
