@@ -2,7 +2,7 @@
 
 It goes the same road as every run: a checkpoint file, a folder of pictures, `run_job`, a LoRA file; then it paints with
 and without that file, writes one picture that shows both, and serves the page.
-The UNet has random weights, so "before" is noise; the pictures are Twemoji faces (see pictures/LICENSE.txt).
+The UNet has random weights, so "before" is noise; the pictures are Twemoji faces (see LICENSE-pictures.txt).
 """
 
 from __future__ import annotations
