@@ -14,8 +14,8 @@ from lib_lora_train.events import Event, Planned, Stage, Step
 class ProgressDisplay:
     """One job as the WebUI shows it. `task` is its id there.
 
-    Any call of the page that ends, of any kind, wipes most of `shared.state`. So each event sets everything again, and a
-    stop that was seen once is remembered here.
+    Any call of the page that ends, of any kind, wipes most of `shared.state`. So each event sets everything again, and
+    a stop that was seen once is remembered here.
     """
 
     def __init__(self) -> None:

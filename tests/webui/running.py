@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import json
 import os
@@ -71,6 +72,16 @@ class WebUI:
         except urllib.error.HTTPError as error:
             raise AssertionError(f"{request.full_url}: {error.code} {error.read().decode()[:2000]}") from error
 
+    @contextlib.contextmanager
+    def option(self, name: str, value: object) -> Iterator[None]:
+        """One of the WebUI's settings, as it was again afterwards."""
+        original = self.get("/sdapi/v1/options")[name]
+        self.post("/sdapi/v1/options", {name: value})
+        try:
+            yield
+        finally:
+            self.post("/sdapi/v1/options", {name: original})
+
     def paint(self, prompt: str = "a photo of a cat", **settings: object) -> str:
         """txt2img by the WebUI's API with a fixed seed: the PNG as base64, its text left out by the WebUI's setting."""
         body = {"prompt": prompt, "negative_prompt": "red", "seed": 3, "steps": 4, "width": 64, "height": 64,
@@ -104,7 +115,8 @@ def fill(data: Path) -> None:
         # "Approx NN" would download a model; pictures with their settings inside would differ by the time they took.
         "samples_save": False, "grid_save": False, "show_progress_type": "Approx cheap", "enable_pnginfo": False}))
     (data / "ui-config.json").write_text(json.dumps({
-        "txt2img/Width/value": 64, "txt2img/Height/value": 64, "customscript/sampler.py/txt2img/Sampling steps/value": 2}))
+        "txt2img/Width/value": 64, "txt2img/Height/value": 64,
+        "customscript/sampler.py/txt2img/Sampling steps/value": 2}))
     tiny_checkpoint.write(data / "models" / "Stable-diffusion")
 
 
@@ -117,7 +129,8 @@ def running(data: Path, *flags: str, login: str = "") -> Iterator[WebUI]:
         port = free.getsockname()[1]
     environment = {
         **os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "False",
-        "OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": "1",
+        # A small model gains nothing from threads, and they wait for each other on a machine that is busy.
+        "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
         # The WebUI's own ldm, even where a package of that name is installed.
         "PYTHONPATH": str(root / "repositories" / "stable-diffusion-stability-ai")}
     with open(data / "webui.log", "wb") as log:

@@ -54,8 +54,13 @@ class Tab:
 
     def at_step(self, step: int) -> None:
         """Wait until the bar shows that step or a later one."""
-        until(lambda: int((re.match(r"(\d+)/", self.part("live").locator(".progress").inner_text()) or [0, 0])[1]) >= step,
-              what=f"the bar shows step {step}")
+        bar = self.part("live").locator(".progress")
+
+        def shown() -> bool:
+            found = re.match(r"(\d+)/", bar.inner_text())
+            return found is not None and int(found[1]) >= step
+
+        until(shown, what=f"the bar shows step {step}")
 
 
 @pytest.fixture(scope="module")

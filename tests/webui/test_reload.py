@@ -39,7 +39,8 @@ def test_reload_ui_ends_a_training_with_what_it_learnt_and_both_go_on_afterwards
 
 def test_without_the_apis_password_nothing_can_be_asked_or_started(webui: WebUI) -> None:
     for path, body in (("status", None), ("runs", None), ("start", b"{}"), ("stop", b"{}")):
-        request = urllib.request.Request(f"{webui.url}/lora-train/v1/{path}", body, {"Content-Type": "application/json"})
+        url = f"{webui.url}/lora-train/v1/{path}"
+        request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30)
         assert refused.value.code == 401

@@ -175,6 +175,18 @@ def test_an_overwritten_lora_is_used_with_its_new_weights(webui: WebUI, dataset:
     webui.post("/sdapi/v1/refresh-loras")
 
 
+def test_a_file_replaced_by_somebody_else_is_used_after_a_refresh(webui: WebUI, dataset: Path, trained: str) -> None:
+    train(webui, dataset, "swapped", seed=8)
+    mine = webui.paint(f"{PROMPT} <lora:swapped:1>")
+    # Older than what is loaded, so the time of the file says nothing.
+    shutil.copy2(webui.loras / f"{trained}.safetensors", webui.loras / "swapped.safetensors")
+    webui.post("/probe/refresh")
+    swapped = webui.paint(f"{PROMPT} <lora:swapped:1>")
+    (webui.loras / "swapped.safetensors").unlink()
+    webui.post("/sdapi/v1/refresh-loras")
+    assert mine != swapped == webui.paint(f"{PROMPT} <lora:{trained}:1>")
+
+
 def test_a_name_that_exists_is_refused_before_anything_starts(webui: WebUI, dataset: Path, trained: str) -> None:
     with pytest.raises(AssertionError, match="There is a LoRA called 'first' already"):
         start(webui, dataset, trained)

@@ -33,7 +33,7 @@ def lent() -> dict[str, Any]:
     from lib_lora_train.host.webui import HOST
 
     sd_model = sd_models.model_data.sd_model
-    own = {tensor.data_ptr() for tensor in sd_model.state_dict(keep_vars=True).values()}
+    own = {_storage(tensor) for tensor in sd_model.state_dict(keep_vars=True).values()}
     with HOST.borrow() as borrowed:
         model = _frozen(borrowed)
         functional = [t for component in (*model.components.values(), model.vae.tensors) for t in component.values()]
@@ -42,7 +42,9 @@ def lent() -> dict[str, Any]:
             "checkpoint": vars(borrowed.checkpoint), "clip_skip": borrowed.clip_skip,
             "unet_heads": borrowed.hints.unet_heads, "text_heads": borrowed.hints.text_heads,
             "prediction_type": borrowed.hints.prediction_type, "latent_scale": borrowed.hints.latent_scale,
-            "foreign": sum(t.data_ptr() not in own for t in [*borrowed.tensors.values(), *functional]),
+            "foreign": sum(_storage(t) not in own for t in [*borrowed.tensors.values(), *functional]),
+            "zero_terminal_snr": borrowed.hints.zero_terminal_snr,
+            "schedule_difference": _schedule_difference(model),
             "job": shared.state.job, "locked": not call_queue.queue_lock.acquire(blocking=False),
             "merged": _merged()}
 
@@ -73,6 +75,8 @@ def parity(name: str = Body(""), prompt: str = Body(""), multiplier: float = Bod
         networks.load_networks([name] if name else [], [multiplier], [multiplier], [None])
         condition = sd_model.get_learned_conditioning([prompt] * len(x))
         theirs = sd_model.apply_model(x, t, condition)
+        if isinstance(condition, dict):
+            condition = condition["crossattn"]
     return {"difference": _relative(ours[0], theirs), "effect": _relative(base[0], ours[0]),
             "text": _relative(ours[1], condition), "text_effect": _relative(base[1], ours[1])}
 
@@ -156,6 +160,14 @@ def change_weights() -> dict[str, str]:
     return {}
 
 
+def refresh() -> dict[str, str]:
+    """Let the host renew the list of LoRAs, while nothing is lent."""
+    from lib_lora_train.host.webui import HOST
+
+    HOST.refresh_loras()
+    return {}
+
+
 def reload() -> dict[str, str]:
     """Press "Reload UI"."""
     shared.state.request_restart()
@@ -182,7 +194,8 @@ def refusals() -> dict[str, str]:
     pretended = {
         "lowvram": (shared.cmd_opts, "lowvram", True), "no model": (sd_models.model_data, "sd_model", None),
         "sd3": (sd_model, "is_sd3", True), "ssd": (sd_model, "is_ssd", True),
-        "edit": (sd_model, "cond_stage_key", "edit"), "inpainting": (stem, "weight", nine), "fp8": (gate, "weight", fp8)}
+        "edit": (sd_model, "cond_stage_key", "edit"), "inpainting": (stem, "weight", nine),
+        "fp8": (gate, "weight", fp8)}
     said = {}
     for case, (owner, name, value) in pretended.items():
         original = getattr(owner, name)
@@ -200,13 +213,24 @@ def refusals() -> dict[str, str]:
 def install(_: Any, app: FastAPI) -> None:
     for function in (model, lent, lora, state, refusals):
         app.add_api_route(f"/probe/{function.__name__}", function, methods=["GET"])
-    for function in (parity, sample, tokens, fail, hold, release, change_weights, reload):
+    for function in (parity, sample, tokens, fail, hold, release, change_weights, reload,
+                     refresh):
         app.add_api_route(f"/probe/{function.__name__}", function, methods=["POST"])
 
 
 def _digest(tensor: torch.Tensor) -> str:
     content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
     return f"{hashlib.sha256(content).hexdigest()} {tuple(tensor.shape)} {tensor.dtype} {tensor.requires_grad}"
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _schedule_difference(model: Any) -> float:
+    """Of our schedule from the one that the WebUI paints with."""
+    sd_models.apply_alpha_schedule_override(sd_models.model_data.sd_model)
+    return float((model.schedule.alphas_cumprod - sd_models.model_data.sd_model.alphas_cumprod).abs().max())
 
 
 def _frozen(borrowed: Any) -> Any:
@@ -217,8 +241,12 @@ def _frozen(borrowed: Any) -> Any:
 
 
 def _predict(model: Any, prompt: str, x: torch.Tensor, t: torch.Tensor, adapters: Any, clip_skip: int) -> Any:
+    from lib_lora_train.model.text import size_vector
+
     condition = model.text.encode([model.text.tokenize(prompt)] * len(x), clip_skip=clip_skip, adapters=adapters)
-    return model.unet(x, t, condition.context, adapters=adapters.get("unet", {})), condition.context
+    size = (1024, 1024)  # what the WebUI assumes for a prompt alone
+    y = None if condition.pooled is None else size_vector(condition.pooled, original=size, crop=(0, 0), target=size)
+    return model.unet(x, t, condition.context, y, adapters=adapters.get("unet", {})), condition.context
 
 
 def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
