@@ -13,12 +13,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lib_lora_train.errors import HostError
 from lib_lora_train.host.port import Checkpoint, Host
 from lib_lora_train.output import checked_name, destination
-from lib_lora_train.preparation import prepare
+from lib_lora_train.model.family import detect
+from lib_lora_train.preparation import Preparation, prepare
 from lib_lora_train.runner import Runner
 from lib_lora_train.settings import AREAS, Settings, declarations, parse
+from lib_lora_train.training.estimate import Cost, estimate, picture_cost
+from lib_lora_train.training.precision import compute_dtype
 
 FAMILY_NAMES = {"sd1": "SD1", "sd2": "SD2", "sdxl": "SDXL"}
 
@@ -41,8 +46,8 @@ def plan(values: Mapping[str, object], *, host: Host, should_stop: Callable[[], 
     """What a run with these settings would do; nothing is written and no picture is decoded.
 
     Returns summary (one line), pictures, buckets, epochs, batches_per_epoch, steps, resolution [width, height],
-    warnings (sentences), name_taken (a LoRA of that name exists and would not be overwritten) and estimate ("" until
-    the time and the memory can be told). Raises UserError, and Interrupted where `should_stop()` says so.
+    warnings (sentences), name_taken (a LoRA of that name exists and would not be overwritten) and estimate ("" while
+    no model is loaded). Raises UserError, and Interrupted where `should_stop()` says so.
     """
     settings = parse(values)
     found = prepare(settings, family=_family(host), should_stop=should_stop)
@@ -56,8 +61,42 @@ def plan(values: Mapping[str, object], *, host: Host, should_stop: Callable[[], 
         "resolution": list(found.resolution),
         "warnings": list(found.warnings),
         "name_taken": name_taken(settings, host),
-        "estimate": "",
+        "estimate": _estimate(settings, found, host),
     }
+
+
+def _estimate(settings: Settings, found: Preparation, host: Host) -> str:
+    """ "about 9 min · about 5.1 of 8 GB of memory", from the loaded model's shapes; "" while no model is loaded."""
+    outline, checkpoint = host.outline(), host.checkpoint()
+    if outline is None or checkpoint is None:
+        return ""
+    dtype = compute_dtype(settings.memory.mixed_precision, outline.device)
+    width, height = found.resolution
+    key = (checkpoint.title, width, height, settings.network.network_dim, dtype)
+    if key not in _COSTS:
+        _COSTS.clear()
+        _COSTS[key] = picture_cost(outline.tensors, detect(outline.tensors, outline.hints), width=width, height=height,
+                                   rank=settings.network.network_dim, dtype=dtype)
+    optimizer = settings.optimizer
+    guess = estimate(
+        _COSTS[key], steps=found.plan.steps, batch_size=optimizer.train_batch_size,
+        pictures_a_step=optimizer.train_batch_size * optimizer.gradient_accumulation_steps,
+        checkpointing=settings.memory.gradient_checkpointing, device=outline.device, dtype=dtype,
+        model_bytes=sum(t.numel() * t.element_size() for t in outline.tensors.values()))
+    memory = f"{guess.bytes / 2**30:.1f}"
+    if outline.device.type == "cuda":
+        memory += f" of {torch.cuda.get_device_properties(outline.device).total_memory / 2**30:.0f}"
+    return f"about {_duration(guess.seconds)} · about {memory} GB of memory"
+
+
+# The last cost that was found: the page asks again at every change, mostly of something that does not matter to it.
+_COSTS: dict[tuple[object, ...], Cost] = {}
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds / 10)) * 10} s"
+    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def status(*, runner: Runner, host: Host, after: int = 0) -> dict[str, Any]:

@@ -22,6 +22,9 @@ class FakeHost:
     def checkpoint(self) -> Checkpoint:
         return Checkpoint("dreamshaper_8", "dreamshaper_8.safetensors", "sd1", sha256="879db523c3" + 54 * "0")
 
+    def outline(self) -> None:
+        return None
+
     def interrupted(self) -> bool:
         return False
 

@@ -2,19 +2,18 @@
 
 It goes the same road as every run: a checkpoint file, a folder of pictures, `run_job`, a LoRA file; then it paints with
 and without that file, writes one picture that shows both, and serves the page.
-The UNet has random weights, so "before" is noise; the pictures are Twemoji faces (see LICENSE-pictures.txt).
+The UNet has learnt nothing, so "before" is noise; the pictures are Twemoji faces (see LICENSE-pictures.txt).
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from lib_lora_train import events
 from lib_lora_train.demo import tiny_checkpoint
 from lib_lora_train.demo.sheet import SheetRow, draw_sheet, paint_rows
 from lib_lora_train.host.standalone import StandaloneHost
-from lib_lora_train.runner import Runner
+from lib_lora_train.runner import RUNNER
 from lib_lora_train.settings import parse
 from lib_lora_train.settings.field import Value
 
@@ -37,18 +36,17 @@ def demo_host(folder: Path) -> StandaloneHost:
 
 def run_demo(folder: Path, *, page: bool, port: int, address: str) -> int:
     """Train, paint before and after into `folder`/before-after.png, and (with `page`) serve until stopped."""
-    print("Making a small model with random weights ...", flush=True)
+    print("Making a small model that has learnt nothing ...", flush=True)
     host = demo_host(folder)
-    runner = Runner()
     print("Training a LoRA on 24 pictures ...", flush=True)
-    runner.start(parse(SETTINGS), host)
+    RUNNER.start(parse(SETTINGS), host)
     shown = 0
-    while not runner.wait(timeout=2.0):
-        step = getattr(runner.status(), "step", None)
+    while not RUNNER.wait(timeout=2.0):
+        step = getattr(RUNNER.status(), "step", None)
         if step is not None and step.step >= shown + 50:
             shown = step.step
             print(f"  step {step.step}/{step.total}   loss {step.average_loss:.3f}", flush=True)
-    finished = runner.status().finished
+    finished = RUNNER.status().finished
     assert isinstance(finished, events.Finished)
     print(finished.message, flush=True)
     if finished.outcome != "done":
@@ -60,7 +58,6 @@ def run_demo(folder: Path, *, page: bool, port: int, address: str) -> int:
     print(f"Before and after: {picture.resolve()}", flush=True)
     if page:
         from lib_lora_train.ui.standalone import serve
-        print(f"The page: http://{address}:{port}/   (Ctrl+C ends)", flush=True)
-        sys.stdout.flush()
-        serve(host, port=port, address=address, runner=runner)
+        print("Now the page, with this run on it (Ctrl+C ends):", flush=True)
+        serve(host, port=port, address=address)
     return 0

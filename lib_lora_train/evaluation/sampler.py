@@ -77,7 +77,8 @@ def sample_latents(model: FrozenModel, request: SampleRequest, *, clip_skip: int
 def to_picture(model: FrozenModel, latents: torch.Tensor) -> Image.Image:
     """The first of `latents` [B,4,h,w] (the VAE's own scale) as an RGB picture."""
     pixels = model.vae.decode(latents)[0].float().clamp(-1, 1)
-    array = ((pixels + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    # Truncated and not rounded, as the WebUI does, so that its picture is ours.
+    array = ((pixels + 1) * 127.5).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(np.ascontiguousarray(array), "RGB")
 
 

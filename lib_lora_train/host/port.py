@@ -44,6 +44,15 @@ class Borrowed:
     comma_padding_backtrack: int = 20
 
 
+@dataclasses.dataclass(frozen=True)
+class Outline:
+    """What is loaded, as far as planning needs it: shapes (tensors on the meta device) and where it would be trained."""
+
+    tensors: Mapping[str, torch.Tensor]
+    hints: Hints
+    device: torch.device
+
+
 class Host(Protocol):
     """A place that holds a model: the WebUI, or a checkpoint file."""
 
@@ -57,6 +66,9 @@ class Host(Protocol):
 
     def checkpoint(self) -> Checkpoint | None:
         """What is loaded now, None if nothing is; never loads, never waits."""
+
+    def outline(self) -> Outline | None:
+        """The shapes of what is loaded now, None if nothing is or it is no model of ours; never loads, never waits."""
 
     def borrow(self) -> AbstractContextManager[Borrowed]:
         """Lend the model, clean of active LoRAs and locked against everybody else, and take it back in any case.

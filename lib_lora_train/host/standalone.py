@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from lib_lora_train.errors import HostError, LoraTrainError, ModelError
 from lib_lora_train.events import Event
-from lib_lora_train.host.port import Borrowed, Checkpoint
+from lib_lora_train.host.port import Borrowed, Checkpoint, Outline
 from lib_lora_train.model.family import Hints, detect
 from lib_lora_train.model.hints_file import hints_from_yaml
 from lib_lora_train.model.tokens import Tokenizer, tokenizer_from_folder
@@ -50,6 +50,13 @@ class StandaloneHost:
             except LoraTrainError:
                 return None
         return self._known
+
+    def outline(self) -> Outline | None:
+        """What the file's header says; None where there is no usable file."""
+        if self.checkpoint() is None or self.checkpoint_file is None:
+            return None
+        hints, _ = _beside(self.checkpoint_file, with_tokenizers=False)
+        return Outline(_header(self.checkpoint_file), hints, self._device)
 
     @contextlib.contextmanager
     def borrow(self) -> Iterator[Borrowed]:

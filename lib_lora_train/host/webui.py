@@ -24,7 +24,7 @@ from modules import call_queue, paths, sd_models, shared
 from lib_lora_train.errors import HostError, translated
 from lib_lora_train.events import Event, Saved, Stage, Step
 from lib_lora_train.host import webui_loras, webui_model
-from lib_lora_train.host.port import Borrowed, Checkpoint
+from lib_lora_train.host.port import Borrowed, Checkpoint, Outline
 from lib_lora_train.host.webui_progress import ProgressDisplay
 from lib_lora_train.model.family import detect
 from lib_lora_train.runner import Runner
@@ -56,6 +56,11 @@ class WebUIHost:
         """What is loaded now. `shared.sd_model` would wait for a model that is being loaded, or load one: not asked."""
         sd_model = sd_models.model_data.sd_model
         return None if sd_model is None else webui_model.describe(sd_model)
+
+    def outline(self) -> Outline | None:
+        """The shapes of what is loaded now; None for a model of another kind."""
+        sd_model = sd_models.model_data.sd_model
+        return None if sd_model is None or not webui_model.describe(sd_model).family else webui_model.outline(sd_model)
 
     @contextlib.contextmanager
     def borrow(self) -> Iterator[Borrowed]:

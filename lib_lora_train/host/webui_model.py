@@ -18,7 +18,7 @@ from modules import devices, lowvram, sd_models, shared
 from torch import Tensor, nn
 
 from lib_lora_train.errors import HostError, ModelError
-from lib_lora_train.host.port import Checkpoint
+from lib_lora_train.host.port import Checkpoint, Outline
 from lib_lora_train.model.architecture import Activation
 from lib_lora_train.model.family import Hints
 from lib_lora_train.model.refusals import SUPPORTED
@@ -93,6 +93,13 @@ def describe(sd_model: nn.Module) -> Checkpoint:
     return Checkpoint(
         name=info.name_for_extra, title=info.title, family=_family(sd_model), sha256=info.sha256 or "",
         legacy_hash=info.hash or "", vae_name=os.path.basename(vae) if vae else "")
+
+
+def outline(sd_model: nn.Module) -> Outline:
+    """The model's names and shapes, and the device it would be trained on; may be asked while it is painting."""
+    shapes = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+              for name, tensor in collect(sd_model).items()}
+    return Outline(shapes, hints(sd_model), torch.empty(0, device=devices.device).device)
 
 
 def collect(sd_model: nn.Module) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ def test_the_lent_tensors_are_the_webuis_own_memory(webui: WebUI) -> None:
 
 def test_what_shapes_cannot_tell_comes_from_the_webuis_modules(webui: WebUI) -> None:
     lent = webui.get("/probe/lent")
-    # tests/tiny_checkpoint.py has these; by the family's rule they would be 8 and 1.
+    # lib_lora_train/demo/tiny_checkpoint.py has these; by the family's rule they would be 8 and 1.
     assert (lent["unet_heads"], lent["text_heads"]) == (4, [2])
     assert (lent["family"], lent["prediction_type"], lent["latent_scale"]) == ("sd1", "epsilon", 0.18215)
     assert lent["checkpoint"]["name"] == "tiny"

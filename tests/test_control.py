@@ -1,0 +1,68 @@
+"""What the page says before the start."""
+
+from __future__ import annotations
+
+import torch
+
+from lib_lora_train import control
+from lib_lora_train.host.port import Outline
+from lib_lora_train.training.estimate import Cost, estimate, picture_cost
+
+
+def test_the_plan_of_a_loaded_model_tells_time_and_memory(pictures, host):
+    plan = control.plan({"train_data_dir": str(pictures), "resolution": "64", "min_bucket_reso": 64}, host=host)
+    assert plan["estimate"].startswith("about ") and plan["estimate"].endswith("GB of memory")
+
+
+def test_without_a_model_nothing_is_guessed(pictures, host):
+    host.checkpoint_file = None
+    plan = control.plan({"train_data_dir": str(pictures), "resolution": "64", "min_bucket_reso": 64}, host=host)
+    assert plan["estimate"] == "" and plan["steps"] > 0
+
+
+def _cost(outline: Outline, side: int) -> Cost:
+    from lib_lora_train.model.family import detect
+    return picture_cost(outline.tensors, detect(outline.tensors, outline.hints), width=side, height=side, rank=4,
+                        dtype=torch.float32)
+
+
+def test_arithmetic_grows_with_the_picture_and_weights_do_not(host):
+    small, large = _cost(host.outline(), 64), _cost(host.outline(), 128)
+    # Convolutions and linear layers grow fourfold, attention sixteenfold; text and time do not grow.
+    assert 3 < large.operations / small.operations < 16
+    assert 3 < large.activation_bytes / small.activation_bytes < 16
+    assert large.parameters == small.parameters
+
+
+def test_memory_counts_the_batch_the_model_and_what_checkpointing_saves(host):
+    cost = Cost(operations=1e9, kernels=100, activation_bytes=1000, parameters=10)
+
+    def peak(batch: int, checkpointing: bool) -> int:
+        return estimate(cost, steps=1, pictures_a_step=batch, batch_size=batch, checkpointing=checkpointing,
+                        model_bytes=5000, device=torch.device("cpu"), dtype=torch.float32).bytes
+    assert peak(1, False) == 5000 + 1000 + 160
+    assert peak(3, False) - peak(1, False) == 2000
+    assert peak(1, True) < peak(1, False)
+
+
+def test_bytes_that_autograd_keeps_are_those_of_a_real_pass(host):
+    """Counted on shapes against counted on numbers, with attention's own kernels."""
+    from lib_lora_train.model import frozen
+    from lib_lora_train.network.network import LoRANetwork
+    from lib_lora_train.network.targets import find_targets
+    with host.borrow() as lent:
+        model = frozen.build(lent.tensors, hints=lent.hints, tokenizers=lent.tokenizers)
+    targets = find_targets(model.components, family="sd1", text_encoder=False)
+    network = LoRANetwork.build(targets, rank=4, alpha=1, seed=0)
+    own = {t.untyped_storage().data_ptr() for t in (*model.unet.tensors.values(), *network.parameters())}
+    kept: dict[int, torch.Tensor] = {}
+
+    def remember(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda t: t):
+        model.unet(torch.randn(1, 4, 16, 16), torch.zeros(1), torch.randn(1, 77, 64), adapters=network.adapters()["unet"])
+    real = sum(t.untyped_storage().nbytes() for t in kept.values())
+    guessed = _cost(host.outline(), 128).activation_bytes
+    assert 0.7 < guessed / real < 1.3
