@@ -81,8 +81,8 @@ def test_our_sampler_paints_the_webuis_picture(webui: WebUI) -> None:
     theirs = _pixels(webui.paint(**settings))
     difference = np.abs(ours - theirs)
     assert theirs.std() > 10
-    # The WebUI cuts a pixel's fraction off where we round.
-    assert difference.max() <= 1, (difference.max(), difference.mean())
+    # A value within float error of a whole number may fall on either side of it.
+    assert difference.max() <= 1 and (difference > 0).mean() < 0.01, (difference.max(), (difference > 0).mean())
 
 
 def _pixels(image: str) -> np.ndarray:
