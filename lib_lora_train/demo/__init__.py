@@ -22,7 +22,7 @@ NAME = "demo"
 # One epoch of many repeats: the model is random, so there is everything to learn and nothing to preserve.
 SETTINGS: dict[str, Value] = {
     "output_name": NAME, "overwrite": True, "train_data_dir": str(PICTURES), "trigger_word": "twemoji",
-    "resolution": "128", "max_train_steps": 500, "train_batch_size": 2, "network_dim": 32, "network_alpha": 32.0,
+    "resolution": "128", "max_train_steps": 400, "train_batch_size": 2, "network_dim": 32, "network_alpha": 32.0,
     "learning_rate": 2e-3, "min_snr_gamma": 0.0, "keep_tokens": 1}
 
 

@@ -25,8 +25,10 @@ from lib_lora_train.model.unet import UNet
 from lib_lora_train.network.network import LoRANetwork
 from lib_lora_train.network.targets import find_targets
 
-# Share of the matrix rate that a step reaches, and seconds a kernel costs the program that launches it.
-EFFICIENCY, SECONDS_A_KERNEL = 0.35, 18e-6
+# Share of the matrix rate that a step reaches, and seconds that a kernel costs at least: launching it, or on a processor
+# running a small one (60 µs there makes the demo's 0.3 s a step; on an H100, 18 µs make PEFT's published 0.18 s for SD1).
+EFFICIENCY = 0.35
+SECONDS_A_KERNEL = {"cuda": 18e-6, "cpu": 60e-6}
 # Activations left with gradient checkpointing, and the time it costs: the forward pass once more.
 CHECKPOINTED_SHARE, CHECKPOINTED_TIME = 0.25, 4 / 3
 # fp32 weight, its gradient and AdamW's two moments.
@@ -86,7 +88,7 @@ def estimate(cost: Cost, *, steps: int, pictures_a_step: int, batch_size: int, c
     """Time and memory of `steps` steps of `pictures_a_step` pictures, `batch_size` of them at once."""
     passes = -(-pictures_a_step // batch_size)
     seconds = max(cost.operations * pictures_a_step / (EFFICIENCY * matrix_rate(device, dtype)),
-                  cost.kernels * SECONDS_A_KERNEL * passes)
+                  cost.kernels * SECONDS_A_KERNEL.get(device.type, 60e-6) * passes)
     if checkpointing:
         seconds *= CHECKPOINTED_TIME
     activations = cost.activation_bytes * batch_size * (CHECKPOINTED_SHARE if checkpointing else 1.0)
