@@ -17,6 +17,9 @@ from lib_lora_train.network.targets import find_targets
 
 SIZE = 128
 SHOWN = ("grinning", "sob", "heart_eyes", "sunglasses", "thinking_face", "sleeping")
+# The untrained model sees the direction of the noise but not its strength (group norms take that away), so a start noise
+# that is stronger than usual leaves noise in the picture. These seeds' noise is of ordinary strength, within 3 %.
+SEEDS = (22, 26, 48, 123, 162, 188)
 _MARGIN, _LABEL = 12, 120
 
 
@@ -44,8 +47,8 @@ def paint_rows(host: Host, lora: Path, *, pictures: Path) -> list[SheetRow]:
 
         return [
             SheetRow("dataset", tuple(originals)),
-            SheetRow("before", tuple(paint(caption, seed, {}) for seed, caption in enumerate(captions))),
-            SheetRow("after", tuple(paint(caption, seed, adapters) for seed, caption in enumerate(captions)))]
+            SheetRow("before", tuple(paint(caption, seed, {}) for seed, caption in zip(SEEDS, captions))),
+            SheetRow("after", tuple(paint(caption, seed, adapters) for seed, caption in zip(SEEDS, captions)))]
 
 
 def draw_sheet(rows: list[SheetRow]) -> Image.Image:

@@ -89,7 +89,7 @@ def let_through(unet: dict[str, torch.Tensor]) -> None:
         skip[place, skip.shape[1] - channels + place, 0, 0] = 1.0
     unet["out.0.weight"][:pairs], unet["out.0.bias"][:pairs] = 1.0, 0.0
     leave = unet["out.2.weight"]
-    leave *= 0.1
+    leave *= 0.03
     leave[:, :pairs], unet["out.2.bias"][:] = 0.0, 0.0
     for latent in range(4):
         for sign, place in ((1.0, 2 * latent), (-1.0, 2 * latent + 1)):

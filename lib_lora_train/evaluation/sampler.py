@@ -48,7 +48,9 @@ def sample_latents(model: FrozenModel, request: SampleRequest, *, clip_skip: int
     """Latents [1,4,h,w] in the VAE's own scale. `adapters` are a network's, by component; the noise is drawn on the CPU."""
     adapters = adapters or {}
     device = model.device
-    texts = [model.text.tokenize(request.negative_prompt), model.text.tokenize(request.prompt)]
+    # At a scale of 1 the negative prompt has no say, and half of the work can be left out.
+    prompts = [request.prompt] if request.cfg_scale == 1 else [request.negative_prompt, request.prompt]
+    texts = [model.text.tokenize(prompt) for prompt in prompts]
     conditioning = model.text.encode(texts, clip_skip=clip_skip, adapters=adapters)
     y = _size_vector(conditioning, request)
     levels = sigmas(model.schedule.alphas_cumprod, request.steps).to(device)
@@ -59,15 +61,17 @@ def sample_latents(model: FrozenModel, request: SampleRequest, *, clip_skip: int
     x = torch.randn(shape, generator=generator).to(device) * levels[0]
     for i in range(request.steps):
         sigma = levels[i]
-        t = _timestep(sigma, log_sigmas).expand(2)
+        t = _timestep(sigma, log_sigmas).expand(len(prompts))
         c_in = (sigma ** 2 + 1).rsqrt()
-        output = model.unet((x * c_in).expand(2, -1, -1, -1).to(dtype), t, conditioning.context.to(device, dtype),
+        output = model.unet((x * c_in).expand(len(prompts), -1, -1, -1).to(dtype), t, conditioning.context.to(device, dtype),
                             None if y is None else y.to(device, dtype), adapters=adapters.get("unet", {})).float()
         if model.schedule.prediction_type == "v_prediction":
             # x̂_0 = x/(σ²+1) − v·σ/√(σ²+1), and from it the noise direction (x − x̂_0)/σ.
             output = (x - (x / (sigma ** 2 + 1) - output * sigma * c_in)) / sigma
-        unconditional, conditional = output.chunk(2)
-        x = x + (unconditional + request.cfg_scale * (conditional - unconditional)) * (levels[i + 1] - sigma)
+        if len(prompts) == 2:
+            unconditional, conditional = output.chunk(2)
+            output = unconditional + request.cfg_scale * (conditional - unconditional)
+        x = x + output * (levels[i + 1] - sigma)
         if on_step:
             on_step(i + 1, request.steps)
     return x / model.architecture.latent_scale
@@ -98,5 +102,5 @@ def _timestep(sigma: torch.Tensor, log_sigmas: torch.Tensor) -> torch.Tensor:
 def _size_vector(conditioning: Conditioning, request: SampleRequest) -> torch.Tensor | None:
     if conditioning.pooled is None:
         return None
-    size = torch.tensor([[request.height, request.width]], dtype=torch.float32).expand(2, -1)
+    size = torch.tensor([[request.height, request.width]], dtype=torch.float32).expand(len(conditioning.pooled), -1)
     return size_vector(conditioning.pooled, original=size, crop=torch.zeros_like(size), target=size)

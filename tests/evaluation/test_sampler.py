@@ -1,5 +1,6 @@
 """The sampler against diffusers' Euler scheduler, on a network simple enough to call from both sides."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -59,6 +60,12 @@ def test_a_seed_gives_one_picture_and_another_seed_another():
     one = sample_latents(_model("epsilon"), REQUEST)
     assert torch.equal(one, sample_latents(_model("epsilon"), REQUEST))
     assert not torch.equal(one, sample_latents(_model("epsilon"), SampleRequest("a", width=64, height=64, seed=6)))
+
+
+def test_a_scale_of_one_is_the_limit_of_scales_near_one():
+    def paint(scale: float) -> torch.Tensor:
+        return sample_latents(_model("epsilon"), dataclasses.replace(REQUEST, cfg_scale=scale))
+    assert torch.allclose(paint(1.0), paint(1.0 + 1e-6), atol=1e-4)
 
 
 def test_painting_leaves_the_global_random_state_alone():
