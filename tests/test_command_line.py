@@ -1,0 +1,93 @@
+"""The command line as a user calls it: exit codes, one sentence for bad input, one JSON event a line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lib_lora_train import events
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["--set", "resolution=64", "--set", "min_bucket_reso=64", "--set", "network_dim=2", "--set", "num_repeats=1"]
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "lib_lora_train", *map(str, arguments)]
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+                          capture_output=True, check=False)
+
+
+def lines(output: str) -> list[events.Event]:
+    return [events.from_dict(json.loads(line)) for line in output.splitlines()]
+
+
+@pytest.fixture
+def train(tiny_file: Path, pictures: Path, tmp_path: Path) -> list[object]:
+    return ["train", "--checkpoint", tiny_file, "--data", pictures, "--name", "zzk", "--output-dir", tmp_path / "out", *SMALL]
+
+
+def test_a_run_ends_with_0_a_file_and_nothing_but_events_on_stdout(train, tmp_path):
+    done = run(*train, "--set", "max_train_epochs=1", "--json")
+    assert done.returncode == 0, done.stderr
+    seen = lines(done.stdout)
+    assert seen[-1] == events.Finished("done", seen[-1].message, str(tmp_path / "out" / "zzk.safetensors"), 4)
+    assert (tmp_path / "out" / "zzk.safetensors").is_file()
+
+
+def test_a_configuration_file_is_read_and_the_command_line_has_the_last_word(train, tmp_path):
+    (tmp_path / "run.toml").write_text("[train]\nnetwork_dim = 8\nmax_train_steps = 9\nseed = 5\n", encoding="utf-8")
+    done = run(*train, "--config", tmp_path / "run.toml", "--set", "max_train_steps=2", "--json", "--record")
+    assert done.returncode == 0, done.stderr
+    planned, = [e for e in lines(done.stdout) if isinstance(e, events.Planned)]
+    assert (planned.steps, planned.seed) == (2, 5)
+    told = json.loads(run("inspect", tmp_path / "out" / "zzk.safetensors", "--json").stdout)
+    assert (told["rank"], told["family"], told["hash_ok"], told["components"]) == (2, "sd1", True, {"unet": 192})
+    record, = (tmp_path / "out" / "runs").iterdir()
+    assert {f.name for f in record.iterdir()} == {"settings.toml", "events.jsonl"}
+
+
+@pytest.mark.parametrize("more, word", [
+    (["--set", "network_dimm=3"], "network_dim"), (["--set", "network_dim"], "name=value"), (["--data", "nowhere"], "nowhere"),
+    (["--checkpoint", "model.ckpt"], "pickled"), (["--config", "missing.toml"], "missing.toml"), (["--name", "a/b"], "a/b")])
+def test_bad_input_is_one_sentence_and_2(train, more, word):
+    done = run(*train, *more)
+    assert done.returncode == 2
+    assert done.stderr.strip().count("\n") == 0 and word in done.stderr and "Traceback" not in done.stderr
+
+
+def test_inspecting_something_else_is_one_sentence_and_2(tmp_path):
+    (tmp_path / "text.safetensors").write_text("no such thing", encoding="utf-8")
+    done = run("inspect", tmp_path / "text.safetensors")
+    assert done.returncode == 2 and "text.safetensors" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows sends Ctrl+C to the whole console")
+def test_ctrl_c_ends_with_130_and_keeps_what_was_learnt(train, tmp_path):
+    process = subprocess.Popen(command(*train, "--set", "max_train_steps=100000", "--json"), cwd=ROOT, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with process:
+        for line in process.stdout:
+            event = events.from_dict(json.loads(line))
+            if isinstance(event, events.Step):
+                process.send_signal(signal.SIGINT)
+                break
+        last = lines(process.stdout.read())[-1]
+        process.wait()
+    assert process.returncode == 130
+    assert isinstance(last, events.Finished) and last.outcome == "stopped"
+    assert (tmp_path / "out" / "zzk.safetensors").is_file()
+
+
+def test_every_setting_is_in_the_help():
+    from lib_lora_train.settings import DECLARATIONS
+    text = run("train", "--help").stdout
+    assert all(f"  {name} = " in text for name in DECLARATIONS)

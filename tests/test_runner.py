@@ -1,0 +1,115 @@
+"""One job at a time, watched and stopped from elsewhere, and remembered on disk."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from lib_lora_train import events, runner
+from lib_lora_train.errors import HostError, OutputError, TrainingError
+from lib_lora_train.run_record import past_runs, read_events
+from lib_lora_train.runner import Runner
+from lib_lora_train.settings import parse
+from tests.fake_host import FakeHost
+
+SETTINGS = parse({"output_name": "zzk", "trigger_word": "zzk"})
+
+
+def step(number: int, total: int = 100, loss: float = 0.5) -> events.Step:
+    return events.Step(number, total, 1, 1, loss, loss, 1e-4, 0.0, 2.0, 10.0)
+
+
+@pytest.fixture
+def fake(tmp_path):
+    return FakeHost(tmp_path)
+
+
+def started(monkeypatch, fake, job) -> Runner:
+    monkeypatch.setattr(runner, "run_job", job)
+    one = Runner()
+    one.start(SETTINGS, fake)
+    return one
+
+
+def test_a_second_start_is_refused_while_the_first_runs(monkeypatch, fake):
+    go = threading.Event()
+
+    def job(settings, host, *, report, stop):
+        assert go.wait(30)
+        return events.Finished("done", "ready", "zzk.safetensors", 1)
+    one = started(monkeypatch, fake, job)
+    with pytest.raises(HostError, match="already"):
+        one.start(SETTINGS, fake)
+    go.set()
+    assert one.wait(30) and one.status().finished.outcome == "done"
+    one.start(SETTINGS, fake)
+    assert one.wait(30)
+
+
+def test_stopping_reaches_the_job_with_its_kind(monkeypatch, fake):
+    reached = threading.Event()
+
+    def job(settings, host, *, report, stop):
+        reached.set()
+        while not stop():
+            pass
+        return events.Finished("stopped", stop(), "", 0)
+    one = started(monkeypatch, fake, job)
+    assert reached.wait(30) and one.stop(save=True)
+    assert one.wait(30) and one.status().finished.message == "save"
+    assert not one.stop(save=False)
+
+
+@pytest.mark.parametrize("error, words", [
+    (TrainingError("The loss is no number", remedy="lower it"), "The loss is no number; lower it."),
+    (ZeroDivisionError("oops"), "ZeroDivisionError: oops")])
+def test_however_a_job_fails_the_watcher_hears_of_it(monkeypatch, fake, error, words):
+    def job(settings, host, *, report, stop):
+        report(step(3))
+        raise error
+    one = started(monkeypatch, fake, job)
+    assert one.wait(30)
+    finished = one.status().finished
+    assert (finished.outcome, finished.steps) == ("failed", 3) and words in finished.message
+
+
+def test_the_curve_stays_short_and_covers_the_whole_run(monkeypatch, fake):
+    def job(settings, host, *, report, stop):
+        for number in range(1, 5001):
+            report(step(number, 5000, loss=number))
+        return events.Finished("done", "ready", "", 5000)
+    one = started(monkeypatch, fake, job)
+    assert one.wait(60)
+    status = one.status()
+    numbers = [point[0] for point in status.points]
+    assert len(numbers) <= 1000 and numbers[0] == 1 and numbers[-1] > 4980
+    assert all(number % status.every == 0 for number in numbers[1:]) and all(loss == n for n, loss, _ in status.points)
+    assert one.status(after=4000).points == tuple(p for p in status.points if p[0] > 4000)
+
+
+def test_a_run_is_a_folder_that_can_be_read_back(monkeypatch, fake):
+    def job(settings, host, *, report, stop):
+        report(events.Warned("one caption is empty"))
+        report(step(1))
+        report(events.Saved("a/zzk.safetensors", 1, 1, True))
+        return events.Finished("done", "ready", "a/zzk.safetensors", 1)
+    one = started(monkeypatch, fake, job)
+    assert one.wait(30)
+    past, = past_runs(fake.runs_folder)
+    assert (past.name, past.outcome, past.path, past.steps) == ("zzk", "done", "a/zzk.safetensors", 1)
+    assert [e.kind for e in read_events(fake.runs_folder / past.id)] == ["warning", "step", "saved", "finished"]
+
+
+def test_a_run_that_was_cut_off_and_a_torn_line_are_read_as_far_as_they_go(monkeypatch, fake):
+    one = started(monkeypatch, fake, lambda s, h, *, report, stop: events.Finished("done", "ready", "", 1))
+    assert one.wait(30)
+    folder, = fake.runs_folder.iterdir()
+    (folder / "events.jsonl").write_text('{"event": "warning", "message": "a"}\n{"event": "st', encoding="utf-8")
+    assert past_runs(fake.runs_folder)[0].outcome == ""
+
+
+def test_a_name_that_cannot_be_a_file_starts_nothing(fake):
+    with pytest.raises(OutputError):
+        Runner().start(parse({"output_name": "a/b"}), fake)
+    assert not fake.runs_folder.exists()
