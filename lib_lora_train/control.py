@@ -17,8 +17,9 @@ import torch
 
 from lib_lora_train.errors import HostError
 from lib_lora_train.host.port import Checkpoint, Host
-from lib_lora_train.output import checked_name, destination
+from lib_lora_train.model.components import unet_tensors
 from lib_lora_train.model.family import detect
+from lib_lora_train.output import checked_name, destination
 from lib_lora_train.preparation import Preparation, prepare
 from lib_lora_train.runner import Runner
 from lib_lora_train.settings import AREAS, Settings, declarations, parse
@@ -70,12 +71,14 @@ def _estimate(settings: Settings, found: Preparation, host: Host) -> str:
     outline, checkpoint = host.outline(), host.checkpoint()
     if outline is None or checkpoint is None:
         return ""
-    dtype = compute_dtype(settings.memory.mixed_precision, outline.device)
+    architecture = detect(outline.tensors, outline.hints)
+    stem = unet_tensors(outline.tensors)["input_blocks.0.0.weight"]
+    dtype = compute_dtype(settings.memory.mixed_precision, outline.device, weights=stem.dtype)
     width, height = found.resolution
     key = (checkpoint.title, width, height, settings.network.network_dim, dtype)
     if key not in _COSTS:
         _COSTS.clear()
-        _COSTS[key] = picture_cost(outline.tensors, detect(outline.tensors, outline.hints), width=width, height=height,
+        _COSTS[key] = picture_cost(outline.tensors, architecture, width=width, height=height,
                                    rank=settings.network.network_dim, dtype=dtype)
     optimizer = settings.optimizer
     guess = estimate(

@@ -54,7 +54,7 @@ def run_job(settings: Settings, host: Host, *, report: Report, stop: Stop) -> Fi
         if checkpoint is None or model.architecture.family != checkpoint.family:
             # The host had no model yet, or another one, when the folder was read.
             preparation = _prepared(settings, model.architecture.family, report=report, stop=stop)
-        dtype = compute_dtype(settings.memory.mixed_precision, model.device)
+        dtype = compute_dtype(settings.memory.mixed_precision, model.device, weights=model.dtype)
         _check_sizes(preparation, model)
         for warning in (*preparation.warnings, *_ignored_by(model, settings)):
             report(Warned(warning))

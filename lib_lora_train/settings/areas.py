@@ -150,8 +150,8 @@ class MemorySettings:
     """Precision and memory."""
 
     mixed_precision: str = setting(
-        "auto", "Precision", "What the model computes in; the LoRA itself is always trained in full precision. auto is bf16 "
-        "on newer cards, fp16 on older ones, and no (fp32) without a card.", choices=("auto", "no", "fp16", "bf16"))
+        "auto", "Precision", "What the model computes in; the LoRA itself is always trained in full precision. auto takes "
+        "what the model is stored in, and no (fp32) without a card.", choices=("auto", "no", "fp16", "bf16"))
     gradient_checkpointing: bool = setting(
         False, "Gradient checkpointing", "Much less memory for about a third more time.")
     vae_batch_size: int = setting(

@@ -126,6 +126,10 @@ def _save_due(step: int, options: LoopOptions) -> bool:
     return bool(span) and step % span == 0
 
 
+# Loss scaling starts at 2^16: after so many halvings in a row there is no scale at which the gradients fit.
+_MOST_OVERFLOWS = 30
+
+
 class _Reporter:
     """Turns arrived losses into Step events, in order, and a loss that is not a number into the end of the run."""
 
@@ -134,6 +138,7 @@ class _Reporter:
         self._recent: collections.deque[float] = collections.deque(maxlen=max(10, options.steps_per_epoch))
         self._expected: dict[int, tuple[int, float, float]] = {}
         self._speed = Speed()
+        self._overflows = 0
 
     def expect(self, step: int, epoch: int) -> None:
         """Remember what was in force in a step whose loss is still on its way."""
@@ -148,6 +153,11 @@ class _Reporter:
                     f"The loss is no longer a number at step {one.step}", why="the training has become unstable",
                     remedy="lower the learning rate; with fp16 also try bf16 or no as precision, and a VAE that is "
                            "made for half precision")
+            self._overflows = self._overflows + 1 if one.overflowed else 0
+            if self._overflows >= _MOST_OVERFLOWS:
+                raise TrainingError(
+                    f"The last {self._overflows} steps could not be used", why="their gradients were too large for numbers",
+                    remedy="lower the learning rate, or take bf16 or no as precision")
             self._recent.append(one.loss)
             speed = self._speed.tick()
             left = (self._options.steps - one.step) / speed if speed else None

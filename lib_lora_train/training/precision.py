@@ -10,16 +10,20 @@ import torch
 from lib_lora_train.errors import SettingError
 
 
-def compute_dtype(mixed_precision: str, device: torch.device) -> torch.dtype:
-    """The activations' dtype for kohya's `mixed_precision`; "auto" looks at the device.
+def compute_dtype(mixed_precision: str, device: torch.device, *, weights: torch.dtype) -> torch.dtype:
+    """The activations' dtype for kohya's `mixed_precision`; "auto" looks at the device and at the frozen `weights`.
 
-    bf16 is asked of compute capability 8 (Ampere) and above only: older cards emulate it, slower than fp32.
+    On CUDA "auto" computes in what the weights are stored in (the WebUI keeps fp16), so that none has to be cast at every
+    step; fp32 weights are computed with in bf16 or, on older cards, fp16. bf16 is asked of compute capability 8 (Ampere)
+    and above only: older cards emulate it, slower than fp32.
     Raises SettingError where the device cannot compute in what was asked.
     """
     cuda = device.type == "cuda"
     ampere = cuda and torch.cuda.get_device_capability(device)[0] >= 8
     if mixed_precision == "auto":
-        return (torch.bfloat16 if ampere else torch.float16) if cuda else torch.float32
+        if not cuda:
+            return torch.float32
+        return torch.float16 if weights == torch.float16 or not ampere else torch.bfloat16
     if mixed_precision == "bf16":
         if cuda and not ampere:
             raise SettingError("mixed_precision = 'bf16' is not possible on this card",

@@ -149,6 +149,38 @@ def test_the_scale_halves_after_an_overflow_and_doubles_after_good_steps():
 
 def test_half_precision_is_not_asked_of_a_processor():
     from lib_lora_train.errors import SettingError
-    assert compute_dtype("auto", CPU) == torch.float32
+    assert compute_dtype("auto", CPU, weights=torch.float16) == torch.float32
     with pytest.raises(SettingError, match="CUDA"):
-        compute_dtype("fp16", CPU)
+        compute_dtype("fp16", CPU, weights=torch.float16)
+
+
+@pytest.mark.parametrize("capability, weights, expected", [
+    ((7, 5), torch.float16, torch.float16), ((8, 6), torch.float16, torch.float16), ((8, 6), torch.float32, torch.bfloat16),
+    ((7, 5), torch.float32, torch.float16), ((7, 5), torch.bfloat16, torch.float16), ((9, 0), torch.bfloat16, torch.bfloat16)])
+def test_a_card_computes_in_what_the_weights_are_stored_in_and_never_in_bf16_before_ampere(
+        monkeypatch, capability, weights, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert compute_dtype("auto", torch.device("cuda"), weights=weights) == expected
+
+
+def test_a_run_of_steps_that_all_overflow_ends_with_advice():
+    from lib_lora_train.errors import TrainingError
+    from lib_lora_train.training.loop import LoopOptions, _Reporter
+    from lib_lora_train.training.progress import Arrived
+    from lib_lora_train.training.step import StepOptions
+    options = LoopOptions(
+        steps=100, epochs=1, steps_per_epoch=100, accumulation=1, schedule="constant", warmup=0, cycles=1, weight_decay=0,
+        max_grad_norm=1, noise_offset=0, unet_lr=0.1, text_encoder_lr=0, seed=0, save_every_n_epochs=0, save_every_n_steps=0,
+        step=StepOptions(dtype=torch.float16, min_snr_gamma=0, gradient_checkpointing=False))
+    seen = []
+    reporter = _Reporter(options, seen.append, _stepper(torch.nn.Parameter(torch.ones(1))))
+
+    def tell(first: int, count: int, overflowed: bool) -> None:
+        for number in range(first, first + count):
+            reporter.expect(number, 1)
+            reporter.tell([Arrived(number, 0.5, overflowed)])
+    tell(1, 20, True)  # the scale finding its place
+    tell(21, 1, False)
+    with pytest.raises(TrainingError, match="bf16"):
+        tell(22, 40, True)
+    assert len(seen) < 61
