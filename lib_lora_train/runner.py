@@ -188,7 +188,7 @@ def finish(job: Callable[[], events.Finished], *, report: events.Report, steps: 
         finished = events.Finished("stopped", str(error), "", steps())
     except LoraTrainError as error:
         finished = events.Finished("failed", str(error), "", steps())
-    except Exception as error:  # the last line of defence of the thread: without it the page would wait for ever
+    except Exception as error:  # noqa: BLE001 - the last line of defence of the thread: without it the page would wait for ever
         log.error("The training ended unexpectedly\n%s", traceback.format_exc())
         finished = events.Finished(
             "failed", f"The training ended unexpectedly: {type(error).__name__}: {error}. The log has the details.", "",

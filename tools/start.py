@@ -95,7 +95,7 @@ def interpreter() -> list[str]:
                 say(f"This is Python {sys.version.split()[0]}; going on with {' '.join(candidate)}")
                 return candidate
     needed = "Python 3.10 or 3.11 (64 bit) is needed"
-    version = "%d.%d" % sys.version_info[:2]
+    version = ".".join(map(str, sys.version_info[:2]))
     if version in PYTHONS and sys.maxsize > 2**32:
         raise CannotStart(f"{needed} with its modules venv and ensurepip, which {own} lacks; install them "
                           f"(on Debian and Ubuntu: the package python{version}-venv).")

@@ -47,8 +47,8 @@ def paint_rows(host: Host, lora: Path, *, pictures: Path) -> list[SheetRow]:
 
         return [
             SheetRow("dataset", tuple(originals)),
-            SheetRow("before", tuple(paint(caption, seed, {}) for seed, caption in zip(SEEDS, captions))),
-            SheetRow("after", tuple(paint(caption, seed, adapters) for seed, caption in zip(SEEDS, captions)))]
+            SheetRow("before", tuple(paint(caption, seed, {}) for seed, caption in zip(SEEDS, captions, strict=True))),
+            SheetRow("after", tuple(paint(caption, seed, adapters) for seed, caption in zip(SEEDS, captions, strict=True)))]
 
 
 def draw_sheet(rows: list[SheetRow]) -> Image.Image:

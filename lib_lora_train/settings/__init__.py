@@ -11,7 +11,13 @@ from collections.abc import Mapping
 
 from lib_lora_train.errors import SettingError
 from lib_lora_train.settings.areas import (
-    CaptionSettings, DatasetSettings, LossSettings, MemorySettings, NetworkSettings, OptimizerSettings, SaveSettings,
+    CaptionSettings,
+    DatasetSettings,
+    LossSettings,
+    MemorySettings,
+    NetworkSettings,
+    OptimizerSettings,
+    SaveSettings,
 )
 from lib_lora_train.settings.field import Declaration, Value, declarations, read
 

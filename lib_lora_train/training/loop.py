@@ -101,7 +101,7 @@ def _steps(epoch_batches: Callable[[int], Iterable[Batch]], options: LoopOptions
     step = 0
     for epoch in range(1, options.epochs + 1):
         gathered: list[Batch] = []
-        for number, batch in enumerate(epoch_batches(epoch), 1):
+        for batch in epoch_batches(epoch):
             gathered.append(batch)
             if len(gathered) == options.accumulation:
                 step += 1

@@ -30,8 +30,8 @@ def learning_rate_factor(schedule: str, step: int, *, total: int, warmup: int, c
 class Stepper:
     """Gradients in, changed weights out: clipping, AdamW, and skipping of steps that overflowed.
 
-    `groups` are torch parameter groups with a "name" and an "lr" each. Overflow is read off the gradients' norm, which clipping needs
-    anyway: it is not finite if and only if one of them is not (or the norm itself overflows, which is as bad).
+    `groups` are torch parameter groups with a "name" and an "lr" each. Overflow is read off the gradients' norm, which
+    clipping needs anyway: it is not finite if and only if one of them is not (or the norm itself overflows, as bad).
     """
 
     def __init__(self, groups: Sequence[dict], *, weight_decay: float, max_grad_norm: float, device: torch.device) -> None:
@@ -46,7 +46,7 @@ class Stepper:
 
     def set_factor(self, factor: float) -> None:
         """Multiply every group's learning rate by the schedule's factor."""
-        for group, rate in zip(self.optimizer.param_groups, self.base_rates):
+        for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = rate * factor
 
     def rates(self) -> dict[str, float]:

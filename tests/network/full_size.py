@@ -31,7 +31,7 @@ def unet(*, context: int, channels: int = 320, multipliers: tuple[int, ...] = (1
     skips, width, index, time = [channels], channels, 1, channels * 4
     shapes |= {"time_embed.0.weight": (time, channels), "time_embed.2.weight": (time, time)}
     last = len(multipliers) - 1
-    for level, (multiplier, depth) in enumerate(zip(multipliers, depths)):
+    for level, (multiplier, depth) in enumerate(zip(multipliers, depths, strict=False)):
         for _ in range(blocks):
             shapes |= _resnet(f"input_blocks.{index}.0", width, multiplier * channels, time)
             width = multiplier * channels

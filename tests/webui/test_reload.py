@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.webui.running import WebUI, fill, running, until
+from tests.webui.running import WebUI, fill, running
 from tests.webui.test_training import ended, learning, start, status, train
 
 MANY = 100_000
