@@ -52,7 +52,7 @@ class Preparation:
         shown = str(repeats[0]) if len(repeats) == 1 else f"{repeats[0]} to {repeats[-1]}"
         regularisation = len(self.dataset.examples) - self.dataset.pictures
         with_reg = f" + {regularisation} regularisation pictures" if regularisation else ""
-        return (f"{_count(self.dataset.pictures, 'picture')} × {shown} repeats{with_reg}, {self.plan.epochs} epochs, "
+        return (f"{_count(self.dataset.pictures, 'picture')} × {shown} repeats{with_reg}, {_count(self.plan.epochs, 'epoch')}, "
                 f"{_count(len(self.plan.buckets), 'bucket')} at {self.resolution[0]}×{self.resolution[1]} "
                 f"= {_count(self.plan.steps, 'step')}")
 
