@@ -119,6 +119,8 @@
             }
         });
         window.addEventListener("pagehide", keepDraft);
+        // The WebUI's: its settings changed, of which the checkpoint is one.
+        if (typeof onOptionsChanged === "function") onOptionsChanged(poll);
         root.addEventListener("change", planSoon);
         button("lora_train_start").addEventListener("click", kick);
         root.addEventListener("click", (event) => {
@@ -237,6 +239,7 @@
         state.every = answer.every;
         state.points = state.points.concat(answer.points);
         noticeResult(answer, fresh);
+        if (state.last && modelTitle(state.last) !== modelTitle(answer)) planSoon();
         state.last = answer;
         draw(answer);
         keepDraft();
@@ -251,8 +254,13 @@
         return IDLE_MS;
     }
 
-    /** After a press of Train: look often until the job shows. */
+    function modelTitle(answer) {
+        return answer.model ? answer.model.title + answer.model.text : "";
+    }
+
+    /** After a press of Train: look often until the job shows. The press itself renews the summary. */
     function kick() {
+        clearTimeout(state.planTimer);
         state.kicks = KICKS;
         state.polling || schedule(KICK_MS);
     }

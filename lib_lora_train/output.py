@@ -54,7 +54,7 @@ def destination(folder: Path, *, name: str, overwrite: bool) -> Path:
         raise OutputError(f"{path} is a folder", remedy="choose another name")
     if os.path.lexists(path) and not overwrite:
         raise OutputError(f"There is a LoRA called {name!r} already", why=f"{path} exists",
-                          remedy="choose another name, or allow overwriting it (overwrite)")
+                          remedy="choose another name, or set overwrite = true")
     return path
 
 

@@ -6,9 +6,9 @@ Everything that goes into HTML is escaped here: names, paths and messages come f
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import html
 import json
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -37,30 +37,41 @@ class Handlers:
     host: Host
     names: Sequence[str]
     defaults: Mapping[str, Value]
-    _planning: _Latest = dataclasses.field(default_factory=lambda: _Latest())
 
-    def plan(self, *values: object) -> tuple[Any, Any]:
-        """(the summary as HTML, the fields as JSON for the browser to remember)."""
+    def plan(self, asked: Latest, answer: str, *values: object) -> tuple[Any, Any, Any, Any]:
+        """(the summary as HTML, the fields as JSON for the browser to remember, the refusal, the button "Overwrite it").
+
+        `answer` is what stands beside the button: a refusal of other values than these is taken away, button and all.
+        """
         chosen = self._by_name(values)
         draft = json.dumps({name: value for name, value in chosen.items() if name != "overwrite"})
+        refusal = (gr.update(), gr.update()) if _answers(answer, chosen) else ("", gr.update(visible=False))
         try:
-            found = control.plan(chosen, host=self.host, should_stop=self._planning.ask())
+            found = control.plan(chosen, host=self.host, should_stop=asked.ask())
         except Interrupted:
             # A newer question is being answered.
-            return gr.update(), gr.update()
+            return gr.update(), gr.update(), gr.update(), gr.update()
         except LoraTrainError as error:
             if not chosen.get("train_data_dir"):
-                return _note("Choose a folder of pictures to see what will happen."), draft
-            return _problem(str(error)), draft
-        return _summary(found, str(chosen.get("output_name", ""))), draft
+                return _note("Choose a folder of pictures to see what will happen."), draft, *refusal
+            return _problem(str(error)), draft, *refusal
+        name = str(chosen.get("output_name", "")).strip()
+        if self.runner.running() and self.runner.settings().get("output_name") == name:
+            # It is the one that is being made.
+            found["name_taken"] = False
+        return _summary(found, name), draft, *refusal
 
-    def start(self, *values: object) -> tuple[Any, Any]:
+    def start(self, asked: Latest, *values: object) -> tuple[Any, Any]:
         """(a refusal as HTML or nothing, whether the button "Overwrite it" shows)."""
+        # The page plans again afterwards; an older plan would come too late.
+        asked.ask()
         return self._start(self._by_name(values))
 
-    def start_overwriting(self, *values: object) -> tuple[Any, Any]:
-        """As `start`, replacing a LoRA of the name, this once."""
-        return self._start({**self._by_name(values), "overwrite": True})
+    def start_overwriting(self, asked: Latest, answer: str, *values: object) -> tuple[Any, Any]:
+        """As `start`, replacing a LoRA of the name, this once: the one that `answer`, the refusal, spoke of."""
+        asked.ask()
+        chosen = self._by_name(values)
+        return self._start({**chosen, "overwrite": True} if _answers(answer, chosen) else chosen)
 
     def apply_preset(self, name: str) -> list[Any]:
         """[what the preset is for, as HTML; an update for each field, empty where the preset does not name it]."""
@@ -87,7 +98,10 @@ class Handlers:
         try:
             control.start(chosen, runner=self.runner, host=self.host)
         except LoraTrainError as error:
-            return _problem(str(error)), gr.update(visible=isinstance(error, OutputError) and self._taken(chosen))
+            taken = isinstance(error, OutputError) and self._taken(chosen)
+            if taken:
+                error = OutputError(error.what, why=error.why, remedy="choose another name or overwrite it")
+            return _problem(str(error), values=chosen), gr.update(visible=taken)
         return "", gr.update(visible=False)
 
     def _taken(self, chosen: Mapping[str, object]) -> bool:
@@ -104,18 +118,26 @@ class Handlers:
                 else gr.update() for name in self.names]
 
 
-class _Latest:
-    """Lets a newer question end an older one that is still being answered."""
+class Latest:
+    """Lets a newer question of a page end an older one that is still being answered. One a page: gradio copies it."""
 
     def __init__(self) -> None:
-        self._lock, self._number = threading.Lock(), 0
+        self._number = 0
 
     def ask(self) -> Callable[[], bool]:
         """Begin a question; the answer tells whether a newer one came."""
-        with self._lock:
-            self._number += 1
-            mine = self._number
+        self._number += 1
+        mine = self._number
         return lambda: mine != self._number
+
+
+def _mark(values: Mapping[str, object]) -> str:
+    """What a refusal carries to be known as the answer to these values."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _answers(answer: str, values: Mapping[str, object]) -> bool:
+    return f'data-values="{_mark(values)}"' in (answer or "")
 
 
 def _summary(found: Mapping[str, Any], name: str) -> str:
@@ -132,5 +154,6 @@ def _note(text: str) -> str:
     return f'<div class="lora-train-note">{html.escape(text)}</div>'
 
 
-def _problem(text: str) -> str:
-    return f'<div class="lora-train-problem" role="alert">{html.escape(text)}</div>'
+def _problem(text: str, *, values: Mapping[str, object] | None = None) -> str:
+    mark = "" if values is None else f' data-values="{_mark(values)}"'
+    return f'<div class="lora-train-problem" role="alert"{mark}>{html.escape(text)}</div>'

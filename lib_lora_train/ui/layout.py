@@ -17,7 +17,7 @@ from lib_lora_train.presets import presets
 from lib_lora_train.runner import Runner
 from lib_lora_train.settings import AREAS, DECLARATIONS, Declaration, Settings, Value, declarations, flat
 from lib_lora_train.ui.fields import element_id, field, slides, unsaved
-from lib_lora_train.ui.handlers import NO_PRESET, Handlers
+from lib_lora_train.ui.handlers import NO_PRESET, Handlers, Latest
 
 # The rows above the fold. A setting that is declared in view and missing here gets a row of its own below them.
 ROWS_IN_VIEW = (
@@ -59,7 +59,9 @@ def build_tab(*, runner: Runner, host: Host, defaults: Mapping[str, Value], toke
         inputs = list(fields.values())
         # No handler waits for another: the queue is for pictures.
         quiet: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_name": False}
-        planning = {"fn": handlers.plan, "inputs": inputs, "outputs": [summary, draft], **quiet}
+        asked = gr.State(Latest())
+        planning = {"fn": handlers.plan, "inputs": [asked, answer, *inputs],
+                    "outputs": [summary, draft, answer, overwrite], **quiet}
         plan.click(**planning)
         restore.click(handlers.restore, inputs=[draft], outputs=[summary, *inputs], **quiet).then(**planning)
         preset.input(handlers.apply_preset, inputs=[preset], outputs=[about_preset, *inputs], **quiet).then(**planning)
@@ -67,8 +69,9 @@ def build_tab(*, runner: Runner, host: Host, defaults: Mapping[str, Value], toke
             if DECLARATIONS[name].choices:
                 # Typed fields tell the script that they changed; a drop-down does not.
                 fields[name].input(**planning)
-        start.click(handlers.start, inputs=inputs, outputs=[answer, overwrite], **quiet)
-        overwrite.click(handlers.start_overwriting, inputs=inputs, outputs=[answer, overwrite], **quiet)
+        start.click(handlers.start, inputs=[asked, *inputs], outputs=[answer, overwrite], **quiet).then(**planning)
+        overwrite.click(handlers.start_overwriting, inputs=[asked, answer, *inputs], outputs=[answer, overwrite],
+                        **quiet).then(**planning)
     return tab
 
 

@@ -13,7 +13,7 @@ from lib_lora_train.presets import presets
 from lib_lora_train.runner import Runner
 from lib_lora_train.settings import DECLARATIONS, Settings, flat, parse
 from lib_lora_train.ui.fields import element_id, field, shown
-from lib_lora_train.ui.handlers import NO_PRESET, Handlers
+from lib_lora_train.ui.handlers import NO_PRESET, Handlers, Latest
 from lib_lora_train.ui.layout import build_tab
 from tests.fake_host import FakeHost, FakeJob, pictures
 
@@ -32,6 +32,11 @@ def handlers(host: FakeHost) -> Handlers:
 
 def values(**changed: object) -> list[object]:
     return list({**flat(Settings()), **changed}.values())
+
+
+def plan(handlers: Handlers, chosen: list[object], answer: str = "") -> list:
+    """(summary, draft, refusal, button) on a page of its own."""
+    return list(handlers.plan(Latest(), answer, *chosen))
 
 
 def changed(updates: list) -> dict[str, object]:
@@ -93,7 +98,7 @@ def test_default_puts_back_everything_but_names_and_folders(handlers: Handlers):
 def test_the_summary_tells_the_steps_and_what_was_typed_is_remembered(handlers: Handlers, tmp_path: Path):
     folder = pictures(tmp_path / "pictures")
     chosen = values(train_data_dir=str(folder), num_repeats=2, max_train_epochs=3, overwrite=True)
-    summary, draft = handlers.plan(*chosen)
+    summary, draft, *_ = plan(handlers, chosen)
     assert "= 18 steps" in summary
     kept = changed(handlers.restore(draft)[1:])
     assert kept["train_data_dir"] == str(folder) and kept["num_repeats"] == 2
@@ -120,8 +125,8 @@ def test_without_a_memory_the_running_jobs_settings_come_back(handlers: Handlers
 
 def test_what_a_user_typed_is_never_html(handlers: Handlers):
     evil = "<img src=x onerror=alert(1)>"
-    summary, _ = handlers.plan(*values(train_data_dir=evil))
-    answer, _ = handlers.start(*values(output_name=evil))
+    summary, *_ = plan(handlers, values(train_data_dir=evil))
+    answer, _ = handlers.start(Latest(), *values(output_name=evil))
     for shown_text in (summary, answer):
         assert "<img" not in shown_text and "&lt;img" in shown_text
 
@@ -131,16 +136,46 @@ def test_a_taken_name_is_refused_and_the_button_to_overwrite_it_shows(handlers: 
     monkeypatch.setattr(runner_module, "run_job", job)
     (handlers.host.lora_folder / "zzk.safetensors").write_bytes(b"older")
     chosen = values(output_name="zzk", train_data_dir=str(pictures(tmp_path / "pictures")))
-    assert "already; Train will ask" in handlers.plan(*chosen)[0]
-    answer, button = handlers.start(*chosen)
-    assert "already" in answer and button["visible"] is True
+    assert "already; Train will ask" in plan(handlers, chosen)[0]
+    answer, button = handlers.start(Latest(), *chosen)
+    assert "already" in answer and "or overwrite it." in answer and button["visible"] is True
     assert not handlers.runner.running()
-    answer, button = handlers.start_overwriting(*chosen)
-    assert answer == "" and button["visible"] is False
+    nothing, button = handlers.start_overwriting(Latest(), answer, *chosen)
+    assert nothing == "" and button["visible"] is False
+    # It is the LoRA that is being made.
+    assert "already" not in plan(handlers, chosen)[0]
     handlers.runner.stop(save=False)
     assert handlers.runner.wait(10) and job.seen.save.overwrite is True
 
 
+def test_a_permission_to_overwrite_is_for_the_lora_it_was_given_for(handlers: Handlers, tmp_path: Path):
+    for name in ("zzk", "precious"):
+        (handlers.host.lora_folder / f"{name}.safetensors").write_bytes(b"older")
+    folder = str(pictures(tmp_path / "pictures"))
+    answer, _ = handlers.start(Latest(), *values(output_name="zzk", train_data_dir=folder))
+    answer, button = handlers.start_overwriting(Latest(), answer, *values(output_name="precious", train_data_dir=folder))
+    assert "&#x27;precious&#x27; already" in answer and button["visible"] is True
+    assert not handlers.runner.running()
+
+
+def test_a_refusal_goes_when_what_it_refused_is_changed(handlers: Handlers, tmp_path: Path):
+    refused = values(train_data_dir=str(pictures(tmp_path / "pictures")))
+    answer, _ = handlers.start(Latest(), *refused)
+    assert "no name" in answer
+    assert plan(handlers, refused, answer)[2:] == [gr.update(), gr.update()]
+    mended = values(train_data_dir=str(tmp_path / "pictures"), output_name="zzk")
+    assert plan(handlers, mended, answer)[2:] == ["", gr.update(visible=False)]
+
+
+def test_a_newer_question_of_a_page_ends_its_older_one_and_no_other_pages():
+    page, other = Latest(), Latest()
+    first = page.ask()
+    other.ask()
+    assert not first()
+    page.ask()
+    assert first()
+
+
 def test_another_refusal_shows_no_button_to_overwrite(handlers: Handlers):
-    answer, button = handlers.start(*values(output_name="a/b"))
+    answer, button = handlers.start(Latest(), *values(output_name="a/b"))
     assert "cannot be used" in answer and button["visible"] is False
