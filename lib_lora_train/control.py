@@ -74,7 +74,8 @@ def _estimate(settings: Settings, found: Preparation, host: Host) -> str:
     architecture = detect(outline.tensors, outline.hints)
     stem = unet_tensors(outline.tensors)["input_blocks.0.0.weight"]
     dtype = compute_dtype(settings.memory.mixed_precision, outline.device, weights=stem.dtype)
-    width, height = found.resolution
+    # The largest bucket: it needs the most memory, and the resolution itself may be no bucket's size.
+    width, height = max((size for size, _ in found.plan.buckets), key=lambda size: (size[0] * size[1], size))
     key = (checkpoint.title, width, height, settings.network.network_dim, dtype)
     if key not in _COSTS:
         _COSTS.clear()

@@ -14,6 +14,11 @@ def test_the_plan_of_a_loaded_model_tells_time_and_memory(pictures, host):
     assert plan["estimate"].startswith("about ") and plan["estimate"].endswith("GB of memory")
 
 
+def test_a_resolution_between_two_bucket_sizes_is_planned_as_it_is_trained(pictures, host):
+    plan = control.plan({"train_data_dir": str(pictures), "resolution": "100", "min_bucket_reso": 64}, host=host)
+    assert plan["estimate"].startswith("about ") and plan["resolution"] == [100, 100]
+
+
 def test_without_a_model_nothing_is_guessed(pictures, host):
     host.checkpoint_file = None
     plan = control.plan({"train_data_dir": str(pictures), "resolution": "64", "min_bucket_reso": 64}, host=host)
