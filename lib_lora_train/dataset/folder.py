@@ -166,7 +166,7 @@ class _Reader:
 
     def __init__(self, problems: list[Problem], *, watch: Watch, max_pixels: int) -> None:
         self.problems, self.watch, self.max_pixels = problems, watch, max_pixels
-        self.not_text: list[str] = []
+        self.not_text: list[tuple[str, DatasetError]] = []
         self.empty: list[str] = []
         self.several_lines: list[str] = []
         self.several_files: list[str] = []
@@ -202,7 +202,7 @@ class _Reader:
         try:
             text = read_caption(files[0])
         except DatasetError as error:
-            self.not_text.append(str(error).rstrip("."))
+            self.not_text.append((files[0].name, error))
             return ""
         if len([line for line in text.splitlines() if line.strip()]) > 1:
             self.several_lines.append(files[0].name)
@@ -211,11 +211,11 @@ class _Reader:
     def finish(self) -> None:
         """Turn what was collected into one sentence a kind."""
         if len(self.not_text) == 1:
-            raise DatasetError(self.not_text[0])
+            raise self.not_text[0][1]
         if self.not_text:
             raise DatasetError(
-                f"{len(self.not_text)} caption files cannot be read", why=" | ".join(self.not_text[:5]),
-                remedy="save them again as text with the encoding UTF-8")
+                f"{len(self.not_text)} caption files cannot be read as UTF-8 text",
+                why=_some([name for name, _ in self.not_text]), remedy="save them again with the encoding UTF-8")
         for names, text in (
             (self.empty, "no caption and no trigger word, so they are trained with an empty caption"),
             (self.several_lines, "more than one line in their caption file, of which only the first is used"),
@@ -311,7 +311,7 @@ def _balance(examples: list[Example], *, visits: int, problems: list[Problem]) -
 
 
 def _nothing_left(folder: Path, problems: Sequence[Problem]) -> DatasetError:
-    skipped = [problem.text.rstrip(".") for problem in problems if problem.skipped]
+    skipped = [problem.text.removeprefix("Skipped: ").rstrip(".") for problem in problems if problem.skipped]
     return DatasetError(
         f"No picture in {folder} can be used", why=" | ".join(skipped[:3]) + (" | …" if len(skipped) > 3 else ""),
         remedy="replace or remove the damaged pictures")

@@ -101,8 +101,11 @@ def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
     except PermissionError as error:
         raise DatasetError(f"The picture {path} cannot be used", why="access was denied") from error
     except Image.DecompressionBombError as error:
+        # Pillow refuses at twice the size at which it warns, and calls the file an attack.
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
         raise DatasetError(
-            f"The picture {path} cannot be used", why=f"it is enormous ({error})", remedy="make it smaller") from error
+            f"The picture {path} cannot be used", why=f"it is enormous (more than {limit:.0f} million pixels)",
+            remedy="make it smaller") from error
     except Image.UnidentifiedImageError as error:
         why = "it is damaged, no picture, or of a kind that this version of Pillow does not read"
         raise DatasetError(f"The picture {path} cannot be used", why=why) from error

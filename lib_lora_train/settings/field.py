@@ -62,19 +62,24 @@ def read(declaration: Declaration, value: object) -> Value:
 
 
 def _refused(declaration: Declaration, value: object, why: str) -> SettingError:
-    shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "…"
-    return SettingError(f"{declaration.name} = {shown} is not possible", why=why,
-                        remedy=f"the default is {declaration.default!r}")
+    what = f"{declaration.label} ({declaration.name})"
+    default = f"the default is {declaration.default!r}"
+    if value is None or value == "":
+        return SettingError(f"{what} is empty", why=why, remedy=default)
+    # The page's numbers are all floats.
+    shown = f"{value:.0f}" if isinstance(value, float) and value.is_integer() and abs(value) < 1e15 else repr(value)
+    shown = shown if len(shown) <= 60 else shown[:57] + "…"
+    return SettingError(f"{what} = {shown} is not possible", why=why, remedy=default)
 
 
 def _range_text(declaration: Declaration) -> str:
     low, high = declaration.minimum, declaration.maximum
     if low is not None and high is not None:
-        return f"it must lie between {low:g} and {high:g}"
+        return f"it must lie between {low:.10g} and {high:.10g}"
     if low is not None:
-        return f"it must be at least {low:g}"
+        return f"it must be at least {low:.10g}"
     if high is not None:
-        return f"it must be at most {high:g}"
+        return f"it must be at most {high:.10g}"
     return "it must be a finite number"
 
 

@@ -188,7 +188,7 @@ def test_an_enormous_picture_is_refused_from_its_header(tmp_path: Path, reader) 
     body = struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
     empty = struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + body + empty)
-    with pytest.raises(DatasetError, match="huge.png.*enormous"):
+    with pytest.raises(DatasetError, match="huge.png.*enormous.*million pixels"):
         reader(path)
 
 

@@ -73,10 +73,26 @@ def test_a_path_copied_by_windows_loses_its_quotes():
     ({"prior_loss_weight": 0.5}, "prior_loss_weight"),
     ({"cache_latents_to_disk": True, "random_crop": True}, "cache_latents_to_disk"),
     ({"enable_bucket": False, "max_bucket_reso": 2048}, "max_bucket_reso"),
+    ({"enable_bucket": False, "bucket_reso_steps": 32}, "bucket_reso_steps"),
+    ({"bucket_no_upscale": True, "max_bucket_reso": 2048}, "max_bucket_reso"),
+    ({"unet_lr": 1e-4, "learning_rate": 1e-3}, "learning_rate"),
+    ({"network_weights": "a.safetensors", "network_dim": 64}, "network_dim"),
+    ({"network_weights": "a.safetensors", "network_alpha": 1}, "network_alpha"),
 ])
 def test_a_setting_without_effect_is_named(values, name):
     notes = settings.ignored(settings.parse(values))
     assert len(notes) == 1 and name in notes[0]
+
+
+@pytest.mark.parametrize(("value", "sentence"), [
+    (None, "Rank (network_dim) is empty: it must be a number; the default is 16."),
+    (0.0, "Rank (network_dim) = 0 is not possible: it must lie between 1 and 1024; the default is 16."),
+    (1.5, "Rank (network_dim) = 1.5 is not possible: it must be a whole number; the default is 16."),
+])
+def test_a_refused_value_is_named_as_the_page_and_as_the_command_line_call_it(value, sentence):
+    with pytest.raises(SettingError) as refusal:
+        settings.parse({"network_dim": value})
+    assert str(refusal.value) == sentence
 
 
 def test_defaults_ignore_nothing():
