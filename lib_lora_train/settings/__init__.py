@@ -93,16 +93,26 @@ def ignored(settings: Settings) -> list[str]:
         notes.append("keep_tokens has no effect: tags are neither shuffled nor dropped.")
     if optimizer.lr_scheduler_num_cycles != 1 and optimizer.lr_scheduler != "cosine_with_restarts":
         notes.append(f"lr_scheduler_num_cycles has no effect with the schedule {optimizer.lr_scheduler}.")
+    if optimizer.unet_lr and optimizer.learning_rate != default.optimizer.learning_rate:
+        notes.append("learning_rate has no effect: unet_lr takes its place.")
+    if settings.network.network_weights:
+        notes += [f"{name} has no effect: it is taken from the LoRA that is continued (network_weights)."
+                  for name in ("network_dim", "network_alpha")
+                  if getattr(settings.network, name) != getattr(default.network, name)]
     if optimizer.text_encoder_lr != default.optimizer.text_encoder_lr and settings.network.network_train_unet_only:
         notes.append("text_encoder_lr has no effect: only the UNet is trained (network_train_unet_only).")
     if dataset.prior_loss_weight != 1.0 and not dataset.reg_data_dir:
         notes.append("prior_loss_weight has no effect: there is no regularisation folder.")
     if dataset.cache_latents_to_disk and (dataset.color_aug or dataset.random_crop):
         notes.append("cache_latents_to_disk has no effect: with colour changes or random crop pictures are encoded anew.")
+    unused, why = (), ""
     if not dataset.enable_bucket:
-        for name in ("min_bucket_reso", "max_bucket_reso", "bucket_no_upscale"):
-            if getattr(dataset, name) != getattr(default.dataset, name):
-                notes.append(f"{name} has no effect: aspect buckets are off.")
+        unused = ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale")
+        why = "aspect buckets are off"
+    elif dataset.bucket_no_upscale:
+        unused, why = ("min_bucket_reso", "max_bucket_reso"), "with bucket_no_upscale a picture's own size counts"
+    notes += [f"{name} has no effect: {why}." for name in unused
+              if getattr(dataset, name) != getattr(default.dataset, name)]
     if optimizer.max_train_steps and optimizer.max_train_epochs != default.optimizer.max_train_epochs:
         notes.append("max_train_epochs has no effect: max_train_steps says when to end.")
     return notes
