@@ -26,6 +26,7 @@ class LossLog:
     """
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._cuda = device.type == "cuda"
         self._waiting: collections.deque[tuple[int, torch.Tensor, torch.cuda.Event | None]] = collections.deque()
 
@@ -33,10 +34,13 @@ class LossLog:
         """Remember a step's loss (0-d, on the device) and overflow flag (0-d bool)."""
         pair, passed = torch.stack([loss.detach().float(), overflowed.float()]), None
         if self._cuda:
-            pinned = torch.empty(2, pin_memory=True)
-            pinned.copy_(pair, non_blocking=True)
-            pair, passed = pinned, torch.cuda.Event()
-            passed.record()
+            # The copy goes on the stream of the loss's card, an event on that of the thread's current one: they are the
+            # same only if we say so (the WebUI's --device-id chooses a card without making it the current one).
+            with torch.cuda.device(self._device):
+                pinned = torch.empty(2, pin_memory=True)
+                pinned.copy_(pair, non_blocking=True)
+                pair, passed = pinned, torch.cuda.Event()
+                passed.record()
         self._waiting.append((step, pair, passed))
 
     def arrived(self, *, wait: bool = False) -> list[Arrived]:

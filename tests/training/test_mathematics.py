@@ -163,6 +163,40 @@ def test_a_card_computes_in_what_the_weights_are_stored_in_and_never_in_bf16_bef
     assert compute_dtype("auto", torch.device("cuda"), weights=weights) == expected
 
 
+def test_losses_are_awaited_on_the_card_of_the_run_and_not_on_the_current_one(monkeypatch):
+    """CUDA's part of the log with CUDA's calls replaced: an event counts on the stream of the card that was entered."""
+    from lib_lora_train.training.progress import Arrived, LossLog
+    entered, recorded = [], []
+
+    class Entered:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            entered.append(self.device)
+
+        def __exit__(self, *_):
+            entered.pop()
+
+    class Event:
+        def record(self):
+            recorded.append(entered[-1] if entered else "the current card")
+
+        def query(self):
+            return False
+
+        def synchronize(self):
+            pass
+    empty = torch.empty
+    monkeypatch.setattr(torch.cuda, "device", Entered)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **options: empty(*size, **options))
+    log = LossLog(torch.device("cuda", 1))
+    log.push(1, torch.tensor(0.25), torch.tensor(True))
+    assert recorded == [torch.device("cuda", 1)]
+    assert log.arrived() == [] and log.arrived(wait=True) == [Arrived(1, 0.25, True)]
+
+
 def test_a_run_of_steps_that_all_overflow_ends_with_advice():
     from lib_lora_train.errors import TrainingError
     from lib_lora_train.training.loop import LoopOptions, _Reporter
