@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(chosen: argparse.Namespace) -> int:
     from lib_lora_train.host.standalone import StandaloneHost, describe_file
     from lib_lora_train.job import run_job
+    from lib_lora_train.output import checked_name
     from lib_lora_train.run_record import RunRecord, new_folder
     from lib_lora_train.runner import finish
 
@@ -50,6 +51,7 @@ def _train(chosen: argparse.Namespace) -> int:
         ("train_data_dir", chosen.data), ("output_name", chosen.name), ("output_dir", chosen.output_dir)) if value}
     values |= dict(_assignment(text) for text in chosen.set)
     settings = parse(values)
+    checked_name(settings.save.output_name)  # it names the record's folder too
     describe_file(chosen.checkpoint)  # a wrong one is refused before anything is read
     output = Path(settings.save.output_dir or ".")
     host = StandaloneHost(chosen.checkpoint, lora_folder=output, runs_folder=output / RUNS_FOLDER)

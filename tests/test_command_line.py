@@ -64,6 +64,11 @@ def test_bad_input_is_one_sentence_and_2(train, more, word):
     assert done.stderr.strip().count("\n") == 0 and word in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_name_that_cannot_be_a_file_leaves_no_record(train, tmp_path):
+    assert run(*train, "--name", "../../elsewhere", "--record").returncode == 2
+    assert not list(tmp_path.glob("**/*elsewhere*"))
+
+
 def test_inspecting_something_else_is_one_sentence_and_2(tmp_path):
     (tmp_path / "text.safetensors").write_text("no such thing", encoding="utf-8")
     done = run("inspect", tmp_path / "text.safetensors")
