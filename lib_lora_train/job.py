@@ -6,9 +6,10 @@ is reported as events, and whoever watches may ask it to stop.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from lib_lora_train.cache.batches import Batch, Batches
 from lib_lora_train.cache.disk import LatentDisk, tensor_fingerprint
 from lib_lora_train.cache.latents import CachedLatents, FreshLatents, LatentSource
 from lib_lora_train.cache.text import TextCache
-from lib_lora_train.errors import Interrupted, SettingError, TrainingError, translated
+from lib_lora_train.errors import Interrupted, LoraTrainError, OutputError, SettingError, translated
 from lib_lora_train.events import Event, Finished, Planned, Report, Saved, Stage, Step, Warned
 from lib_lora_train.host.port import Borrowed, Host
 from lib_lora_train.model import frozen
@@ -58,7 +59,8 @@ def run_job(settings: Settings, host: Host, *, report: Report, stop: Stop) -> Fi
         _check_sizes(preparation, model)
         for warning in (*preparation.warnings, *_ignored_by(model, settings)):
             report(Warned(warning))
-        network = _network(settings, model, continued, report=report)
+        with translated("making the LoRA's layers"):
+            network = _network(settings, model, continued, report=report)
         source = _latents(settings, preparation, model, report=report, stop=stop)
         preparation = preparation.without_damaged(settings, dataset=source.dataset, placements=source.placements)
         for warning in preparation.warnings:
@@ -69,13 +71,15 @@ def run_job(settings: Settings, host: Host, *, report: Report, stop: Stop) -> Fi
         condition = _condition(settings, model, borrowed, network, batches, dtype=dtype, report=report, stop=stop)
         provenance = Provenance(settings, preparation, model, borrowed, network)
         saver = _Saver(target, settings, network, provenance, report)
-        steps = _train(settings, preparation, model, network, batches, condition, dtype=dtype, saver=saver, stop=stop)
+        with saver.rescue():
+            steps = _train(settings, preparation, model, network, batches, condition, dtype=dtype, saver=saver, stop=stop)
         complete = steps == preparation.plan.steps
         if not complete and (steps == 0 or stop() != "save"):
             if not saver.saved:
                 raise Interrupted(f"Stopped after {steps} of {preparation.plan.steps} steps; nothing was saved")
             return Finished("stopped", f"Stopped after {steps} of {preparation.plan.steps} steps.", saver.saved[-1], steps)
-        path = saver.save(target, step=steps, epoch=preparation.epoch_of(steps), final=True)
+        with saver.rescue():
+            path = saver.save(target, step=steps, epoch=preparation.epoch_of(steps), final=True)
         # While the model is still ours: a host that had merged an older file of this name must forget it.
         host.refresh_loras()
     if complete:
@@ -232,14 +236,8 @@ def _train(settings: Settings, preparation: Preparation, model: FrozenModel, net
         save_every_n_steps=settings.save.save_every_n_steps,
         step=StepOptions(dtype=dtype, min_snr_gamma=loss.min_snr_gamma,
                          gradient_checkpointing=memory.gradient_checkpointing))
-    try:
-        return train(model, network=network, epoch_batches=batches.epoch, condition=condition, options=options,
-                     save=saver.save_on_the_way, report=saver.report, stop=stop)
-    except TrainingError as error:
-        # Steps that overflowed were never applied, so what was learnt before is good and worth keeping.
-        kept = saver.rescue()
-        raise TrainingError(error.what, why=error.why, remedy=error.remedy + (
-            f"; what was learnt until then is in {kept}" if kept else "")) from error
+    return train(model, network=network, epoch_batches=batches.epoch, condition=condition, options=options,
+                 save=saver.save_on_the_way, report=saver.report, stop=stop)
 
 
 class _Saver:
@@ -263,8 +261,12 @@ class _Saver:
         chosen = self._settings.save
         by_epoch = chosen.save_every_n_epochs and self._provenance.ends_epoch(step) and (
             epoch % chosen.save_every_n_epochs == 0)
-        self.save(epoch_path(self._target, epoch) if by_epoch else step_path(self._target, step), step=step, epoch=epoch,
-                  final=False)
+        path = epoch_path(self._target, epoch) if by_epoch else step_path(self._target, step)
+        try:
+            self.save(path, step=step, epoch=epoch, final=False)
+        except OutputError as error:
+            # A full disk or a locked file may be free again when the result is due; the hours until then are not lost.
+            self._report(Warned(f"{path.name} was not kept. {error}"))
 
     def save(self, path: Path, *, step: int, epoch: int, final: bool) -> str:
         """Write one file, whole or not at all."""
@@ -275,9 +277,27 @@ class _Saver:
         self._report(Saved(str(path), step, epoch, final))
         return str(path)
 
-    def rescue(self) -> str:
-        """After a failure: keep the last good weights under a step's name; "" if there is nothing to keep."""
+    @contextlib.contextmanager
+    def rescue(self) -> Iterator[None]:
+        """Whatever fails inside, what was learnt until then is kept under a step's name, which the error tells.
+
+        Steps that overflowed were never applied, so the weights are good.
+        """
+        try:
+            yield
+        except LoraTrainError as error:
+            kept = self._kept()
+            if not kept:
+                raise
+            remedy = f"{error.remedy}; " if error.remedy else ""
+            raise type(error)(
+                error.what, why=error.why, remedy=f"{remedy}what was learnt until then is in {kept}") from error
+
+    def _kept(self) -> str:
         if self._last is None:
             return ""
-        path = step_path(self._target, self._last.step)
-        return self.save(path, step=self._last.step, epoch=self._last.epoch, final=False)
+        try:
+            return self.save(step_path(self._target, self._last.step), step=self._last.step, epoch=self._last.epoch,
+                             final=False)
+        except LoraTrainError:
+            return ""  # the first failure says more than this one

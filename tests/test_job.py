@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
 from pathlib import Path
@@ -13,8 +14,10 @@ from safetensors.torch import load_file
 
 from lib_lora_train import events, job
 from lib_lora_train.errors import DatasetError, Interrupted, LoraFileError, ModelError, OutputError, SettingError, TrainingError
+from lib_lora_train.host import standalone
 from lib_lora_train.host.standalone import StandaloneHost
 from lib_lora_train.job import run_job
+from lib_lora_train.network import file
 from lib_lora_train.settings import parse
 
 
@@ -35,8 +38,8 @@ def of(kind, seen):
 
 
 def metadata(path: str) -> dict[str, str]:
-    with safe_open(path, framework="pt") as file:
-        return file.metadata()
+    with safe_open(path, framework="pt") as opened:
+        return opened.metadata()
 
 
 def test_exactly_the_planned_steps_run_and_the_file_is_where_the_last_event_says(pictures, host):
@@ -169,6 +172,62 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_weights(
     kept = load_file(host.lora_folder / "zzk-step00000003.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in kept.values())
     assert not (host.lora_folder / "zzk.safetensors").exists()
+
+
+def refusing(monkeypatch, refused):
+    """Writing a file whose name `refused` accepts fails, as on a full disk."""
+    original = file._replace
+
+    def replace(path: Path, data: bytes) -> None:
+        if refused(path.name):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(path, data)
+    monkeypatch.setattr(file, "_replace", replace)
+
+
+def test_a_save_on_the_way_that_fails_is_told_and_does_not_end_the_run(pictures, host, monkeypatch):
+    refusing(monkeypatch, lambda name: "step" in name)
+    finished, seen = run(settings(pictures, save_every_n_steps=3), host)
+    assert finished.outcome == "done" and Path(finished.path).is_file()
+    assert any("zzk-step00000003" in w.message and "No space left" in w.message for w in of(events.Warned, seen))
+
+
+def test_a_result_that_cannot_be_written_under_its_name_is_kept_under_another(pictures, host, monkeypatch):
+    refusing(monkeypatch, lambda name: name == "zzk.safetensors")
+    with pytest.raises(OutputError, match="No space left.*zzk-step00000008"):
+        run(settings(pictures), host)
+    assert metadata(str(host.lora_folder / "zzk-step00000008.safetensors"))["ss_steps"] == "8"
+
+
+def test_a_picture_that_vanishes_in_the_middle_does_not_cost_what_was_learnt(pictures, host):
+    def report(event: events.Event) -> None:
+        if isinstance(event, events.Step) and event.step == 3:
+            for picture in pictures.glob("*.png"):
+                picture.unlink()
+    with pytest.raises(DatasetError, match=r"\.png.*zzk-step00000003"):
+        run_job(settings(pictures, color_aug=True), host, report=report, stop=lambda: "")
+    assert (host.lora_folder / "zzk-step00000003.safetensors").is_file()
+
+
+def test_why_a_run_failed_is_told_although_nothing_can_be_saved(pictures, host, monkeypatch):
+    def report(event: events.Event) -> None:
+        if isinstance(event, events.Step) and event.step == 3:
+            raise TrainingError("The card fell out")
+    refusing(monkeypatch, lambda name: True)
+    with pytest.raises(TrainingError, match=r"^The card fell out\.$"):
+        run_job(settings(pictures), host, report=report, stop=lambda: "")
+
+
+def test_memory_that_runs_out_before_the_first_step_is_told_as_such(pictures, host, monkeypatch):
+    def no_room(*args, **kwargs):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    monkeypatch.setattr(job.LoRANetwork, "to", no_room)
+    with pytest.raises(TrainingError, match="memory ran out"):
+        run(settings(pictures), host)
+    monkeypatch.setattr(standalone, "load_file", no_room)
+    with pytest.raises(TrainingError, match="memory ran out while loading"):
+        run(settings(pictures), StandaloneHost(host.checkpoint_file, lora_folder=host.lora_folder,
+                                               runs_folder=host.runs_folder))
 
 
 def test_latents_that_are_no_numbers_are_found_before_training_and_name_the_picture(pictures, tiny_file, tmp_path):

@@ -17,7 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from lib_lora_train.errors import HostError, LoraTrainError, ModelError
+from lib_lora_train.errors import HostError, LoraTrainError, ModelError, translated
 from lib_lora_train.events import Event
 from lib_lora_train.host.port import Borrowed, Checkpoint, Outline
 from lib_lora_train.model.family import Hints, detect
@@ -113,7 +113,7 @@ def _header(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _load(path: Path, device: torch.device) -> Mapping[str, torch.Tensor]:
-    with _readable(path):
+    with translated(f"loading {path.name}"), _readable(path):
         return load_file(path, device=str(device))
 
 
