@@ -45,21 +45,14 @@ class Handlers:
         """
         chosen = self._by_name(values)
         draft = json.dumps({name: value for name, value in chosen.items() if name != "overwrite"})
-        refusal = (gr.update(), gr.update()) if _answers(answer, chosen) else ("", gr.update(visible=False))
-        try:
-            found = control.plan(chosen, host=self.host, should_stop=asked.ask())
-        except Interrupted:
-            # A newer question is being answered.
+        outdated = asked.ask()
+        summary = self._summary(chosen, outdated)
+        if outdated():
+            # A newer question is being answered, or a refusal came that this plan knows nothing of.
             return gr.update(), gr.update(), gr.update(), gr.update()
-        except LoraTrainError as error:
-            if not chosen.get("train_data_dir"):
-                return _note("Choose a folder of pictures to see what will happen."), draft, *refusal
-            return _problem(str(error)), draft, *refusal
-        name = str(chosen.get("output_name", "")).strip()
-        if self.runner.running() and self.runner.settings().get("output_name") == name:
-            # It is the one that is being made.
-            found["name_taken"] = False
-        return _summary(found, name), draft, *refusal
+        if not answer or _answers(answer, chosen):
+            return summary, draft, gr.update(), gr.update()
+        return summary, draft, "", gr.update(visible=False)
 
     def start(self, asked: Latest, *values: object) -> tuple[Any, Any]:
         """(a refusal as HTML or nothing, whether the button "Overwrite it" shows)."""
@@ -93,6 +86,20 @@ class Handlers:
             remembered = self.runner.settings()
         kept = {name: value for name, value in remembered.items() if name != "overwrite"}
         return [_note("Looking at the pictures"), *self._updates(kept)]
+
+    def _summary(self, chosen: Mapping[str, object], outdated: Callable[[], bool]) -> str:
+        try:
+            found = control.plan(chosen, host=self.host, should_stop=outdated)
+        except Interrupted:
+            return ""
+        except LoraTrainError as error:
+            if not chosen.get("train_data_dir"):
+                return _note("Choose a folder of pictures to see what will happen.")
+            return _problem(str(error))
+        name = str(chosen.get("output_name", "")).strip()
+        # The one that is being made is no other.
+        made = self.runner.running() and self.runner.settings().get("output_name") == name
+        return _plan_text(found, taken="" if made or not found["name_taken"] else name)
 
     def _start(self, chosen: dict[str, object]) -> tuple[Any, Any]:
         try:
@@ -140,11 +147,12 @@ def _answers(answer: str, values: Mapping[str, object]) -> bool:
     return f'data-values="{_mark(values)}"' in (answer or "")
 
 
-def _summary(found: Mapping[str, Any], name: str) -> str:
+def _plan_text(found: Mapping[str, Any], *, taken: str) -> str:
+    """The plan as HTML; `taken` is the name of a LoRA that is there already, "" for none."""
     line = " · ".join(filter(None, (found["summary"], found["estimate"])))
     warnings = list(found["warnings"])
-    if found["name_taken"]:
-        warnings.insert(0, f"There is a LoRA called {name!r} already; Train will ask before replacing it.")
+    if taken:
+        warnings.insert(0, f"There is a LoRA called {taken!r} already; Train will ask before replacing it.")
     items = "".join(f"<li>{html.escape(warning)}</li>" for warning in warnings)
     return f'<div class="lora-train-plan">{html.escape(line)}</div>' + (
         f'<ul class="lora-train-warnings">{items}</ul>' if items else "")

@@ -12,6 +12,7 @@ from lib_lora_train import runner as runner_module
 from lib_lora_train.presets import presets
 from lib_lora_train.runner import Runner
 from lib_lora_train.settings import DECLARATIONS, Settings, flat, parse
+from lib_lora_train.ui import handlers as handlers_module
 from lib_lora_train.ui.fields import element_id, field, shown
 from lib_lora_train.ui.handlers import NO_PRESET, Handlers, Latest
 from lib_lora_train.ui.layout import build_tab
@@ -165,6 +166,19 @@ def test_a_refusal_goes_when_what_it_refused_is_changed(handlers: Handlers, tmp_
     assert plan(handlers, refused, answer)[2:] == [gr.update(), gr.update()]
     mended = values(train_data_dir=str(tmp_path / "pictures"), output_name="zzk")
     assert plan(handlers, mended, answer)[2:] == ["", gr.update(visible=False)]
+
+
+def test_a_plan_that_took_long_does_not_take_a_newer_refusal_away(handlers: Handlers, monkeypatch, tmp_path: Path):
+    folder, page = str(pictures(tmp_path / "pictures")), Latest()
+    older, _ = handlers.start(page, *values(train_data_dir=folder))
+    while_planning = handlers_module.control.plan
+
+    def slow(chosen, **others):
+        found = while_planning(chosen, **others)
+        handlers.start(page, *values(train_data_dir=folder, output_name="a/b"))
+        return found
+    monkeypatch.setattr(handlers_module.control, "plan", slow)
+    assert list(handlers.plan(page, older, *values(train_data_dir=folder, network_dim=4))) == [gr.update()] * 4
 
 
 def test_a_newer_question_of_a_page_ends_its_older_one_and_no_other_pages():
