@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from lib_lora_train.errors import HostError
+from lib_lora_train.errors import HostError, printable
 from lib_lora_train.host.port import Checkpoint, Host
 from lib_lora_train.model.components import unet_tensors
 from lib_lora_train.model.family import detect
@@ -77,13 +77,16 @@ def _estimate(settings: Settings, found: Preparation, host: Host) -> str:
     # The largest bucket: it needs the most memory, and the resolution itself may be no bucket's size.
     width, height = max((size for size, _ in found.plan.buckets), key=lambda size: (size[0] * size[1], size))
     key = (checkpoint.title, width, height, settings.network.network_dim, dtype)
-    if key not in _COSTS:
+    cost = _COSTS.get(key)
+    if cost is None:
+        cost = picture_cost(outline.tensors, architecture, width=width, height=height, rank=settings.network.network_dim,
+                            dtype=dtype)
+        # Not read back: another page's question may clear it at any moment.
         _COSTS.clear()
-        _COSTS[key] = picture_cost(outline.tensors, architecture, width=width, height=height,
-                                   rank=settings.network.network_dim, dtype=dtype)
+        _COSTS[key] = cost
     optimizer = settings.optimizer
     guess = estimate(
-        _COSTS[key], steps=found.plan.steps, batch_size=optimizer.train_batch_size,
+        cost, steps=found.plan.steps, batch_size=optimizer.train_batch_size,
         pictures_a_step=optimizer.train_batch_size * optimizer.gradient_accumulation_steps,
         checkpointing=settings.memory.gradient_checkpointing, device=outline.device, dtype=dtype,
         model_bytes=sum(t.numel() * t.element_size() for t in outline.tensors.values()))
@@ -202,9 +205,11 @@ def _plain(event: object) -> dict[str, Any] | None:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN, and a loss may be one."""
+    """JSON has no NaN, and a loss may be one; nor has it names of files that are no text."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    if isinstance(value, str):
+        return printable(value)
     if isinstance(value, dict):
         return {key: _finite(entry) for key, entry in value.items()}
     if isinstance(value, list):

@@ -31,7 +31,7 @@ class LoraTrainError(Exception):
             text += f": {self.why}"
         if self.remedy:
             text += f"; {self.remedy}"
-        super().__init__(text + ".")
+        super().__init__(printable(text + "."))
 
 
 class UserError(LoraTrainError, ValueError):
@@ -68,6 +68,12 @@ class TrainingError(LoraTrainError):
 
 class Interrupted(LoraTrainError):
     """The user stopped the run before there was anything to keep."""
+
+
+def printable(text: str) -> str:
+    """`text` as UTF-8 can hold it. On Linux a file's name may be any bytes; Python reads those that are no text as lone
+    surrogates, which no page, log or reply can be written with."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 @contextlib.contextmanager

@@ -19,7 +19,8 @@ def checked_name(name: str) -> str:
     remedy = "write a plain name such as my_character"
     if not name.strip():
         raise OutputError("The LoRA has no name", remedy=remedy)
-    found = sorted({c for c in name if c in _FORBIDDEN or ord(c) < 32 or ord(c) == 127})
+    # Lone surrogates (0xD800 on) are what Python makes of bytes that are no text.
+    found = sorted({c for c in name if c in _FORBIDDEN or ord(c) < 32 or ord(c) == 127 or 0xD800 <= ord(c) <= 0xDFFF})
     if found:
         raise OutputError(f"The name {name!r} cannot be used", why=f"it holds {' '.join(map(repr, found))}, which a file "
                           "name or <lora:…> cannot", remedy=remedy)

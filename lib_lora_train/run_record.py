@@ -29,7 +29,8 @@ class RunRecord:
         self.failure = ""
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "settings.toml").write_text(write_toml(flat(settings)), encoding="utf-8")
+            (folder / "settings.toml").write_text(
+                write_toml(flat(settings)), encoding="utf-8", errors="replace")
         except OSError as error:
             self.failure = str(error)
 
@@ -43,7 +44,7 @@ class RunRecord:
             return
         try:
             # Opened anew for each event: no handle is left open on Windows, and a killed process loses nothing.
-            with open(self.folder / "events.jsonl", "a", encoding="utf-8") as file:
+            with open(self.folder / "events.jsonl", "a", encoding="utf-8", errors="replace") as file:
                 file.write(json.dumps({"time": round(time.time(), 3), **events.to_dict(event)}, ensure_ascii=False) + "\n")
         except OSError as error:
             self.failure = self.failure or str(error)

@@ -19,6 +19,14 @@ def test_a_resolution_between_two_bucket_sizes_is_planned_as_it_is_trained(pictu
     assert plan["estimate"].startswith("about ") and plan["resolution"] == [100, 100]
 
 
+def test_a_cost_that_another_question_pushes_out_at_once_is_told_all_the_same(pictures, host, monkeypatch):
+    class Forgetful(dict):
+        def __setitem__(self, key, value):
+            pass
+    monkeypatch.setattr(control, "_COSTS", Forgetful())
+    assert control.plan({"train_data_dir": str(pictures), "resolution": "64", "min_bucket_reso": 64}, host=host)["estimate"]
+
+
 def test_without_a_model_nothing_is_guessed(pictures, host):
     host.checkpoint_file = None
     plan = control.plan({"train_data_dir": str(pictures), "resolution": "64", "min_bucket_reso": 64}, host=host)

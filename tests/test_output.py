@@ -15,7 +15,7 @@ def test_plain_names_are_taken_as_they_are(name):
 
 @pytest.mark.parametrize("name", [
     "", "  ", "a/b", "..\\b", "../up", "a:b", "a<b", "what?", "a|b", "nul", "COM1", "com1.x", " a", "a ", "a.", ".hidden",
-    "x" * 200, "a\nb", "zzk.safetensors", "a*"])
+    "x" * 200, "a\nb", "zzk.safetensors", "a*", "a\ud800b"])
 def test_names_that_some_system_or_the_prompt_cannot_hold_are_refused(name):
     with pytest.raises(OutputError):
         checked_name(name)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import sys
 import threading
 
 import pytest
 
-from lib_lora_train import events, runner
-from lib_lora_train.errors import HostError, OutputError, TrainingError
+from lib_lora_train import control, events, runner
+from lib_lora_train.errors import HostError, OutputError, TrainingError, UserError
 from lib_lora_train.run_record import past_runs, read_events
 from lib_lora_train.runner import Runner
 from lib_lora_train.settings import parse
@@ -113,3 +115,20 @@ def test_a_name_that_cannot_be_a_file_starts_nothing(fake):
     with pytest.raises(OutputError):
         Runner().start(parse({"output_name": "a/b"}), fake)
     assert not fake.runs_folder.exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there a file's name may be bytes that are no text")
+def test_a_picture_whose_name_is_no_text_is_trained_and_told(pictures, host):
+    folder = pictures / "2_\udce9t\udce9"  # what Python makes of Latin-1 names
+    folder.mkdir()
+    (pictures / "0.png").rename(folder / "\udc93\udcfa.png")
+    one = Runner()
+    control.start({"train_data_dir": str(pictures), "resolution": "64", "min_bucket_reso": 64, "output_name": "zzk",
+                   "max_train_steps": 1, "network_train_unet_only": False}, runner=one, host=host)
+    assert one.wait(60) and one.status().finished.outcome == "done"
+    json.dumps(control.status(runner=one, host=host), ensure_ascii=False).encode()
+    assert past_runs(host.runs_folder)[0].outcome == "done"
+    (folder / "\udc93\udcfa.png").write_bytes(b"")
+    with pytest.raises(UserError) as caught:
+        control.plan({"train_data_dir": str(pictures)}, host=host)
+    str(caught.value).encode()

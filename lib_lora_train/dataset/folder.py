@@ -19,8 +19,10 @@ from lib_lora_train.dataset.captions import find_captions, first_line, read_capt
 from lib_lora_train.dataset.pictures import MAX_PIXELS, check_picture, is_picture_name
 from lib_lora_train.dataset.plan import balanced_repeats, plain_folder_repeats
 from lib_lora_train.dataset.watch import Progress, ShouldStop, Watch
-from lib_lora_train.errors import DatasetError
+from lib_lora_train.errors import DatasetError, printable
+from lib_lora_train.settings import DECLARATIONS
 
+MOST_REPEATS = DECLARATIONS["num_repeats"].maximum
 _REPEATS_AND_NAME = re.compile(r"(\d+)_(.*)")
 
 
@@ -31,6 +33,9 @@ class Problem:
     text: str  # a sentence
     path: Path | None = None  # the one file it is about, if it is one
     skipped: bool = False  # True: this picture is not trained
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", printable(self.text))
 
 
 @dataclass(frozen=True)
@@ -263,11 +268,13 @@ def _subset(folder: Path, problems: list[Problem]) -> _Subset | None:
     files, folders = _listing(folder, "dataset")
     pictures = tuple(file for file in files if is_picture_name(file))
     problems += _unused_folders(folders, f"folders inside {folder.name} are not searched")
-    if not pictures or int(match[1]) < 1:
-        why = "it holds no pictures" if not pictures else "it asks for 0 repeats"
+    repeats = int(match[1])
+    # 20240101_holiday is a date: read as repeats it would fill the memory with visits.
+    if not pictures or not 1 <= repeats <= MOST_REPEATS:
+        why = "it holds no pictures" if not pictures else f"it asks for {repeats} repeats, not 1 to {MOST_REPEATS:.0f}"
         problems.append(Problem(f"The folder {folder.name} is ignored: {why}."))
         return None
-    return _Subset(folder, int(match[1]), match[2].strip(), pictures, find_captions(files))
+    return _Subset(folder, repeats, printable(match[2].strip()), pictures, find_captions(files))
 
 
 def _listing(folder: Path, what: str) -> tuple[list[Path], list[Path]]:

@@ -218,3 +218,11 @@ def test_a_dataset_of_which_no_picture_can_be_placed_is_refused(tmp_path: Path, 
                       bucket_no_upscale=True)
     with pytest.raises(DatasetError, match=r"No picture.*thin\.png"):
         place(scan(tmp_path, max_train_epochs=10), buckets)
+
+
+def test_a_folder_named_by_its_date_is_not_read_as_millions_of_repeats(tmp_path: Path, make_picture) -> None:
+    make_picture("20240101_holiday/a.png")
+    make_picture("2_dog/b.png")
+    dataset = scan(tmp_path, max_train_epochs=1)
+    assert [example.path.name for example in dataset.examples] == ["b.png"]
+    assert any("20240101" in problem.text and "repeats" in problem.text for problem in dataset.problems)
