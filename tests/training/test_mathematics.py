@@ -1,6 +1,7 @@
 """Schedules, weights, noise and scaling against transformers, formulas from the papers, and torch."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -161,6 +162,24 @@ def test_a_card_computes_in_what_the_weights_are_stored_in_and_never_in_bf16_bef
         monkeypatch, capability, weights, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert compute_dtype("auto", torch.device("cuda"), weights=weights) == expected
+
+
+def test_the_cards_optimiser_skips_an_overflow_as_the_processors_does():
+    """The fused kernel is told of an overflow by a tensor. Newer torch has that kernel for processors too."""
+    def trained(kind: str) -> tuple[torch.nn.Parameter, Stepper]:
+        parameter = torch.nn.Parameter(torch.ones(4))
+        stepper = _stepper(parameter, device=SimpleNamespace(type=kind), weight_decay=0.01)
+        for bad in (math.inf, 0.5, math.nan, -0.25):
+            parameter.grad = torch.tensor([0.1, bad, -0.2, 0.3])
+            stepper.step()
+        return parameter, stepper
+    try:
+        fused, stepper = trained("cuda")
+    except RuntimeError as error:
+        pytest.skip(f"this torch has no fused AdamW for processors: {error}")
+    plain, reference = trained("cpu")
+    assert stepper.optimizer.param_groups[0]["fused"] and torch.allclose(fused, plain, rtol=1e-6)
+    assert stepper.optimizer.state[fused]["step"] == reference.optimizer.state[plain]["step"] == 2
 
 
 def test_losses_are_awaited_on_the_card_of_the_run_and_not_on_the_current_one(monkeypatch):
