@@ -319,7 +319,9 @@
 
     function drawBar(answer) {
         let fraction = answer.fraction, text = "Starting";
-        if (answer.stage) {
+        if (answer.waiting) {
+            text = "Waiting for other work";
+        } else if (answer.stage) {
             fraction = answer.stage.total ? answer.stage.done / answer.stage.total : 0;
             text = answer.stage.name + " " + answer.stage.done + "/" + answer.stage.total;
         } else if (answer.step) {

@@ -114,6 +114,7 @@ def status(*, runner: Runner, host: Host, after: int = 0) -> dict[str, Any]:
         running         whether it is under way; stopping is "", "stop" or "save"
         started         seconds since 1970
         planned         {pictures, buckets, batches_per_epoch, epochs, steps, summary, …} or None
+        waiting         whether it waits for other work of the host before it begins
         stage           {name, done, total} of the work that is not a training step, or None
         step            {step, total, epoch, epochs, loss, average_loss, learning_rate, steps_per_second, …} or None
         fraction        0 to 1, of the steps; seconds_left is None until the speed is known
@@ -127,14 +128,15 @@ def status(*, runner: Runner, host: Host, after: int = 0) -> dict[str, Any]:
     """
     state = runner.status(after=after)
     answer: dict[str, Any] = {
-        "model": _model(host.checkpoint()), "run": "", "name": "", "running": False, "stopping": "", "started": None,
-        "planned": None, "stage": None, "step": None, "fraction": 0.0, "seconds_left": None, "points": [], "every": 1,
-        "warnings": [], "saved": [], "finished": None, "lora_text": "", "trigger_word": ""}
+        "model": _model(host.checkpoint()), "run": "", "name": "", "running": False, "stopping": "", "waiting": False,
+        "started": None, "planned": None, "stage": None, "step": None, "fraction": 0.0, "seconds_left": None, "points": [],
+        "every": 1, "warnings": [], "saved": [], "finished": None, "lora_text": "", "trigger_word": ""}
     if state is None:
         return answer
     result = state.finished.path if state.finished else ""
     answer.update(
-        run=state.run, name=state.name, running=state.running, stopping=state.stopping, started=state.started,
+        run=state.run, name=state.name, running=state.running, stopping=state.stopping,
+        waiting=state.running and host.waiting(), started=state.started,
         planned=_plain(state.planned), stage=_plain(state.stage), step=_plain(state.step), fraction=state.fraction,
         seconds_left=state.step.seconds_left if state.step and state.running else None,
         points=[list(point) for point in state.points], every=state.every, warnings=list(state.warnings),

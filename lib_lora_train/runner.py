@@ -62,8 +62,8 @@ class Status:
 class _Run:
     """The mutable state of the one run; every access is under the runner's lock."""
 
-    def __init__(self, settings: Settings, record: RunRecord) -> None:
-        self.settings, self.record = settings, record
+    def __init__(self, settings: Settings, record: RunRecord, host: Host) -> None:
+        self.settings, self.record, self.host = settings, record, host
         self.started = time.time()
         self.stop: StopKind = ""
         self.planned: events.Planned | None = None
@@ -114,7 +114,7 @@ class Runner:
             if self._thread is not None and self._thread.is_alive():
                 raise HostError("A training is running already", remedy="wait for it or stop it first")
             record = RunRecord(new_folder(host.runs_folder, settings.save.output_name), settings)
-            self._run = _Run(settings, record)
+            self._run = _Run(settings, record, host)
             # A daemon: closing the WebUI must not wait for hours of training. Saves are atomic, so nothing is torn.
             self._thread = threading.Thread(target=self._work, args=(self._run, host), name="lora-train", daemon=True)
             self._thread.start()
@@ -126,7 +126,10 @@ class Runner:
             if self._run is None or self._run.finished is not None:
                 return False
             self._run.stop = "save" if save else "stop"
-            return True
+            host = self._run.host
+        # It may not even have the model yet, and nobody would ask it to stop.
+        host.give_up()
+        return True
 
     def running(self) -> bool:
         """Whether a job is under way."""

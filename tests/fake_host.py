@@ -18,12 +18,19 @@ class FakeHost:
     def __init__(self, folder: Path) -> None:
         self.lora_folder, self.runs_folder = folder / "loras", folder / "runs"
         self.lora_folder.mkdir()
+        self.busy = self.given_up = False
 
     def checkpoint(self) -> Checkpoint:
         return Checkpoint("dreamshaper_8", "dreamshaper_8.safetensors", "sd1", sha256="879db523c3" + 54 * "0")
 
     def outline(self) -> None:
         return None
+
+    def waiting(self) -> bool:
+        return self.busy
+
+    def give_up(self) -> None:
+        self.given_up = True
 
     def interrupted(self) -> bool:
         return False

@@ -49,6 +49,18 @@ def test_a_second_start_is_refused_while_the_first_runs(monkeypatch, fake):
     assert one.wait(30)
 
 
+def test_a_job_that_waits_for_its_host_is_shown_as_such_and_need_not_wait_on(monkeypatch, fake):
+    def job(settings, host, *, report, stop):
+        while not host.given_up:
+            pass
+        return events.Finished("stopped", "given up", "", 0)
+    fake.busy = True
+    one = started(monkeypatch, fake, job)
+    assert control.status(runner=one, host=fake)["waiting"] is True
+    one.stop(save=True)
+    assert one.wait(30) and control.status(runner=one, host=fake)["waiting"] is False
+
+
 def test_stopping_reaches_the_job_with_its_kind(monkeypatch, fake):
     reached = threading.Event()
 

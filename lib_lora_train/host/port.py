@@ -76,6 +76,12 @@ class Host(Protocol):
         Raises HostError if there is none, ModelError if it is of a kind that cannot be trained.
         """
 
+    def waiting(self) -> bool:
+        """Whether `borrow` waits for other work of the host."""
+
+    def give_up(self) -> None:
+        """End such a wait with Interrupted; without effect where nobody waits."""
+
     def interrupted(self) -> bool:
         """Whether the user pressed the host's own stop button."""
 

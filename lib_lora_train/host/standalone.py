@@ -74,6 +74,13 @@ class StandaloneHost:
         finally:
             self._lock.release()
 
+    def waiting(self) -> bool:
+        """There is no other work here."""
+        return False
+
+    def give_up(self) -> None:
+        """Nobody waits here."""
+
     def interrupted(self) -> bool:
         """Nobody else can interrupt here."""
         return False

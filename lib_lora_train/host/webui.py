@@ -3,6 +3,7 @@
     webui.py            the host: the lock, the loan, what is loaded
     webui_model.py      what is lent: tensors by reference, hints, tokenizers; where they lie; whether they changed
     webui_loras.py      the built-in Lora extension: its merged LoRAs taken out, its list renewed
+    webui_queue.py      a turn in the WebUI's queue
     webui_progress.py   the WebUI's own progress display and stop buttons
 
 Importable inside the WebUI only. Written for v1.10.1.
@@ -26,6 +27,7 @@ from lib_lora_train.events import Event, Saved, Stage, Step
 from lib_lora_train.host import webui_loras, webui_model
 from lib_lora_train.host.port import Borrowed, Checkpoint, Outline
 from lib_lora_train.host.webui_progress import ProgressDisplay
+from lib_lora_train.host.webui_queue import Turn
 from lib_lora_train.model.family import detect
 from lib_lora_train.runner import Runner
 
@@ -41,6 +43,7 @@ class WebUIHost:
         self._display: ProgressDisplay | None = None
         self._witness: webui_model.Witness | None = None
         self._holder: int | None = None
+        self._turn: Turn | None = None
 
     @property
     def lora_folder(self) -> Path:
@@ -70,7 +73,8 @@ class WebUIHost:
         """
         webui_model.refuse_lowvram()
         display = ProgressDisplay()
-        with display.queued(), call_queue.queue_lock, display.running():
+        self._turn = Turn(call_queue.queue_lock)
+        with display.queued(), self._turn.held(), display.running():
             # May load the model, or wait for the thread that loads it at the start.
             sd_model = shared.sd_model
             if sd_model is None:
@@ -91,6 +95,15 @@ class WebUIHost:
                     yield borrowed
                 finally:
                     self._display = self._witness = self._holder = None
+
+    def waiting(self) -> bool:
+        """Whether a borrower waits in the WebUI's queue, mostly behind a generation."""
+        return self._turn is not None and self._turn.waiting()
+
+    def give_up(self) -> None:
+        """End that wait with Interrupted."""
+        if self._turn is not None:
+            self._turn.give_up()
 
     def interrupted(self) -> bool:
         """Whether Interrupt, Stop or Reload UI was pressed since the model was lent."""

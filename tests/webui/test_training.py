@@ -129,6 +129,21 @@ def test_stop_and_save_keeps_what_was_learnt(webui: WebUI, dataset: Path, before
     assert_unchanged(webui, before)
 
 
+def test_a_training_that_waits_for_a_generation_can_be_stopped_at_once(webui: WebUI, dataset: Path) -> None:
+    painting = threading.Thread(target=lambda: webui.paint(steps=150, width=256, height=256))
+    painting.start()
+    until(lambda: webui.get("/sdapi/v1/progress?skip_current_image=true")["state"]["job_count"] > 0, what="it paints")
+    start(webui, dataset, "waiting")
+    until(lambda: status(webui)["waiting"], what="the training waits")
+    webui.post("/lora-train/v1/stop", {"save": False})
+    finished = ended(webui)
+    assert painting.is_alive()
+    assert finished["outcome"] == "stopped" and "waited for other work" in finished["message"]
+    webui.post("/sdapi/v1/interrupt")
+    painting.join(60)
+    assert train(webui, dataset, "not_waiting")["outcome"] == "done"
+
+
 def test_the_webuis_own_interrupt_ends_it_within_a_step_and_not_what_comes_next(
         webui: WebUI, dataset: Path, before: dict[str, Any]) -> None:
     start(webui, dataset, "interrupted", max_train_steps=MANY)
