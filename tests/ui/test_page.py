@@ -13,6 +13,7 @@ import pytest
 import uvicorn
 
 from lib_lora_train import runner as runner_module
+from lib_lora_train.host.port import Checkpoint
 from lib_lora_train.runner import Runner
 from lib_lora_train.ui.standalone import listen, make_app
 from tests.fake_host import FakeHost, FakeJob, pictures
@@ -170,6 +171,18 @@ def test_a_refusal_stands_beside_the_button_and_a_taken_name_can_be_overwritten(
     expect(served.page.locator("#lora_train_live")).to_contain_text("zzk is ready.")
     expect(answer).to_have_text("")
     assert (served.host.lora_folder / "zzk.safetensors").read_bytes() == b"a LoRA"
+
+
+def test_the_summary_follows_the_checkpoint(served: Served):
+    served.open()
+    served.fill()
+    expect(served.line("summary")).to_contain_text("at 512×512")
+    expect(served.line("model")).to_contain_text("SD1")
+    served.host.checkpoint = lambda: Checkpoint("animagine", "animagine.safetensors", "sdxl")
+    # The page comes back into sight.
+    served.page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+    expect(served.line("model")).to_contain_text("SDXL")
+    expect(served.line("summary")).to_contain_text("at 1024×1024")
 
 
 def test_control_and_enter_start_and_the_summary_follows_a_preset(served: Served):
