@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,21 +19,22 @@ from lib_lora_train.errors import SettingError
 from lib_lora_train.settings import Settings, flat
 from lib_lora_train.settings.toml import read_toml, write_toml
 
+log = logging.getLogger(__name__)
 _MOST_STEP_LINES = 2000
 
 
 class RunRecord:
-    """Writes one run's folder. Failing to write is not worth a training: the first failure is kept in `failure`."""
+    """Writes one run's folder. Failing to write is not worth a training: the log is told once."""
 
     def __init__(self, folder: Path, settings: Settings) -> None:
         self.folder = folder
-        self.failure = ""
+        self._failed = False
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "settings.toml").write_text(
                 write_toml(flat(settings)), encoding="utf-8", errors="replace")
         except OSError as error:
-            self.failure = str(error)
+            self._complain(error)
 
     def write(self, event: events.Event) -> None:
         """Append an event. Of more than 2000 steps only every n-th is kept, so that the file stays small."""
@@ -47,7 +49,12 @@ class RunRecord:
             with open(self.folder / "events.jsonl", "a", encoding="utf-8", errors="replace") as file:
                 file.write(json.dumps({"time": round(time.time(), 3), **events.to_dict(event)}, ensure_ascii=False) + "\n")
         except OSError as error:
-            self.failure = self.failure or str(error)
+            self._complain(error)
+
+    def _complain(self, error: OSError) -> None:
+        if not self._failed:
+            log.warning("The record of this run in %s is incomplete: %s", self.folder, error)
+        self._failed = True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -144,3 +144,14 @@ def test_a_picture_whose_name_is_no_text_is_trained_and_told(pictures, host):
     with pytest.raises(UserError) as caught:
         control.plan({"train_data_dir": str(pictures)}, host=host)
     str(caught.value).encode()
+
+
+def test_a_record_that_cannot_be_written_is_told_once_and_costs_nothing(monkeypatch, fake, caplog):
+    (fake.runs_folder.parent / fake.runs_folder.name).write_text("a file where the folder should be", encoding="utf-8")
+
+    def job(settings, host, *, report, stop):
+        report(step(1))
+        return events.Finished("done", "ready", "", 1)
+    one = started(monkeypatch, fake, job)
+    assert one.wait(30) and one.status().finished.outcome == "done"
+    assert [record.message for record in caplog.records if "incomplete" in record.message] == [caplog.records[0].message]
