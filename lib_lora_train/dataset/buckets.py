@@ -7,7 +7,6 @@ so a folder falls into the same buckets here as there. All sizes are (width, hei
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lib_lora_train.errors import DatasetError, SettingError
@@ -138,17 +137,6 @@ class Buckets:
 
     def _whole_steps(self, length: float) -> int:
         return int(length + 0.5) // self.steps * self.steps
-
-
-def bucket_info(placements: Iterable[tuple[Placement, int]]) -> dict[str, object]:
-    """What kohya writes as `ss_bucket_info`, from (placement, repeats) of each picture."""
-    visits: dict[Size, int] = {}
-    errors: list[float] = []
-    for placement, repeats in placements:
-        visits[placement.bucket] = visits.get(placement.bucket, 0) + repeats
-        errors.append(abs(placement.aspect_error))
-    buckets = {str(i): {"resolution": list(size), "count": visits[size]} for i, size in enumerate(sorted(visits))}
-    return {"buckets": buckets, "mean_img_ar_error": sum(errors) / len(errors) if errors else 0.0}
 
 
 def _aspect_error(width: int, height: int, aspect: float) -> float:

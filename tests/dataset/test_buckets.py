@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from lib_lora_train.dataset.buckets import Buckets, bucket_info
+from lib_lora_train.dataset.buckets import Buckets
 from lib_lora_train.errors import DatasetError, SettingError
 
 KOHYA_512 = {  # 512², 256…1024, step 64
@@ -107,10 +107,3 @@ def test_contradictory_settings_are_refused(wrong: dict) -> None:
 
 def test_bounds_off_the_grid_are_widened_to_it() -> None:
     assert buckets(min_bucket_reso=300, max_bucket_reso=1000).sizes == buckets().sizes
-
-
-def test_bucket_info_has_the_shape_that_kohya_writes() -> None:
-    one, two = buckets().assign(512, 512), buckets().assign(1920, 1080)
-    assert bucket_info([(one, 3), (two, 2), (two, 2)]) == {
-        "buckets": {"0": {"resolution": [512, 512], "count": 3}, "1": {"resolution": [640, 384], "count": 4}},
-        "mean_img_ar_error": pytest.approx(2 * (16 / 9 - 5 / 3) / 3)}
