@@ -25,21 +25,23 @@ from safetensors.torch import save_file
 
 from lib_lora_train.demo.untrained import let_through, vae_tensors
 
-RES_BLOCKS, HEADS = 2, 4
-TEXT_WIDTH, TEXT_LAYERS, TEXT_HEADS = 64, 3, 2
-VAE_RES_BLOCKS = 1
+RES_BLOCKS, VAE_RES_BLOCKS = 2, 1
 WORDS = ("cat", "a", "of", "photo", "red", "blue", "zzk")
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Channels of UNet and VAE, and what they are multiplied by from level to level."""
+    """Channels of UNet and VAE, and what they are multiplied by from level to level; heads; the text encoder."""
 
     channels: int
     multipliers: tuple[int, ...]
     vae_channels: int
     vae_multipliers: tuple[int, ...]
+    heads: int = 4
+    text_width: int = 64
+    text_layers: int = 3
+    text_heads: int = 2
 
 
 RANDOM = Size(32, (1, 2, 4, 4), 32, (1, 1, 2, 2))
@@ -49,9 +51,9 @@ DEMO = Size(64, (1, 1, 2, 2), 128, (1, 1, 1, 1))
 def write(folder: Path, *, name: str = "tiny", seed: int = 0, size: Size = RANDOM) -> Path:
     """Write NAME.safetensors (about 40 MB), NAME.yaml and NAME-text/ into `folder`; returns the checkpoint's path."""
     folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = _write_text_folder(folder / f"{name}-text")
+    vocabulary = _write_text_folder(folder / f"{name}-text", size)
     (folder / f"{name}.yaml").write_text(
-        yaml.safe_dump(_configuration(str(folder / f"{name}-text"), size), sort_keys=False), encoding="utf-8")
+        yaml.safe_dump(configuration(str(folder / f"{name}-text"), size), sort_keys=False), encoding="utf-8")
     path = folder / f"{name}.safetensors"
     save_file(tensors(vocabulary=vocabulary, seed=seed, size=size), path, metadata={"format": "pt"})
     return path
@@ -62,7 +64,7 @@ def tensors(*, vocabulary: int, seed: int = 0, size: Size = RANDOM) -> dict[str,
     generator = torch.Generator().manual_seed(seed)
     shapes = {
         **{f"model.diffusion_model.{n}": s for n, s in _unet(size)}, **{f"first_stage_model.{n}": s for n, s in _vae(size)},
-        **{f"cond_stage_model.transformer.text_model.{n}": s for n, s in _text(vocabulary)}}
+        **{f"cond_stage_model.transformer.text_model.{n}": s for n, s in _text(vocabulary, size)}}
     made = {}
     for name, shape in shapes.items():
         noise = torch.randn(shape, generator=generator)
@@ -103,7 +105,7 @@ def _unet(size: Size) -> Shapes:
     for level, multiplier in enumerate(multipliers):
         for _ in range(RES_BLOCKS):
             yield from _unet_block(f"input_blocks.{index}", width, channels * multiplier, embedding=embedding,
-                                   attention=level < 3)
+                                   context=size.text_width if level < 3 else None)
             width, index = channels * multiplier, index + 1
             widths.append(width)
         if level < len(multipliers) - 1:
@@ -111,14 +113,14 @@ def _unet(size: Size) -> Shapes:
             index += 1
             widths.append(width)
     yield from _resnet("middle_block.0", width, width, embedding)
-    yield from _transformer("middle_block.1", width)
+    yield from _transformer("middle_block.1", width, size.text_width)
     yield from _resnet("middle_block.2", width, width, embedding)
     index = 0
     for level, multiplier in reversed(list(enumerate(multipliers))):
         for block in range(RES_BLOCKS + 1):
             name = f"output_blocks.{index}"
             yield from _unet_block(name, width + widths.pop(), channels * multiplier, embedding=embedding,
-                                   attention=level < 3)
+                                   context=size.text_width if level < 3 else None)
             width, index = channels * multiplier, index + 1
             if level and block == RES_BLOCKS:
                 yield from _layer(f"{name}.{2 if level < 3 else 1}.conv", width, width, 3, 3)
@@ -126,10 +128,10 @@ def _unet(size: Size) -> Shapes:
     yield from _layer("out.2", 4, channels, 3, 3)
 
 
-def _unet_block(name: str, inside: int, outside: int, *, embedding: int, attention: bool) -> Shapes:
+def _unet_block(name: str, inside: int, outside: int, *, embedding: int, context: int | None) -> Shapes:
     yield from _resnet(f"{name}.0", inside, outside, embedding)
-    if attention:
-        yield from _transformer(f"{name}.1", outside)
+    if context is not None:
+        yield from _transformer(f"{name}.1", outside, context)
 
 
 def _resnet(name: str, inside: int, outside: int, embedding: int) -> Shapes:
@@ -142,11 +144,11 @@ def _resnet(name: str, inside: int, outside: int, embedding: int) -> Shapes:
         yield from _layer(f"{name}.skip_connection", outside, inside, 1, 1)
 
 
-def _transformer(name: str, width: int) -> Shapes:
+def _transformer(name: str, width: int, text_width: int) -> Shapes:
     yield from _layer(f"{name}.norm", width)
     yield from _layer(f"{name}.proj_in", width, width, 1, 1)
     block = f"{name}.transformer_blocks.0"
-    for attention, context in (("attn1", width), ("attn2", TEXT_WIDTH)):
+    for attention, context in (("attn1", width), ("attn2", text_width)):
         yield from _layer(f"{block}.{attention}.to_q", width, width, bias=False)
         yield from _layer(f"{block}.{attention}.to_k", width, context, bias=False)
         yield from _layer(f"{block}.{attention}.to_v", width, context, bias=False)
@@ -202,21 +204,22 @@ def _vae_resnet(name: str, inside: int, outside: int) -> Shapes:
         yield from _layer(f"{name}.nin_shortcut", outside, inside, 1, 1)
 
 
-def _text(vocabulary: int) -> Shapes:
-    yield "embeddings.token_embedding.weight", (vocabulary, TEXT_WIDTH)
-    yield "embeddings.position_embedding.weight", (77, TEXT_WIDTH)
-    for layer in range(TEXT_LAYERS):
+def _text(vocabulary: int, size: Size) -> Shapes:
+    width = size.text_width
+    yield "embeddings.token_embedding.weight", (vocabulary, width)
+    yield "embeddings.position_embedding.weight", (77, width)
+    for layer in range(size.text_layers):
         name = f"encoder.layers.{layer}"
         for projection in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            yield from _layer(f"{name}.self_attn.{projection}", TEXT_WIDTH, TEXT_WIDTH)
-        yield from _layer(f"{name}.layer_norm1", TEXT_WIDTH)
-        yield from _layer(f"{name}.mlp.fc1", TEXT_WIDTH * 4, TEXT_WIDTH)
-        yield from _layer(f"{name}.mlp.fc2", TEXT_WIDTH, TEXT_WIDTH * 4)
-        yield from _layer(f"{name}.layer_norm2", TEXT_WIDTH)
-    yield from _layer("final_layer_norm", TEXT_WIDTH)
+            yield from _layer(f"{name}.self_attn.{projection}", width, width)
+        yield from _layer(f"{name}.layer_norm1", width)
+        yield from _layer(f"{name}.mlp.fc1", width * 4, width)
+        yield from _layer(f"{name}.mlp.fc2", width, width * 4)
+        yield from _layer(f"{name}.layer_norm2", width)
+    yield from _layer("final_layer_norm", width)
 
 
-def _write_text_folder(folder: Path) -> int:
+def _write_text_folder(folder: Path, size: Size) -> int:
     """CLIP's files for a vocabulary of printable ASCII and `WORDS`; returns its size."""
     folder.mkdir(exist_ok=True)
     characters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
@@ -235,20 +238,27 @@ def _write_text_folder(folder: Path) -> int:
     _write_json(folder / "special_tokens_map.json", special)
     _write_json(folder / "tokenizer_config.json",
                 {**special, "tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True})
-    _write_json(folder / "config.json", {
-        "model_type": "clip_text_model", "architectures": ["CLIPTextModel"], "vocab_size": len(vocabulary),
-        "hidden_size": TEXT_WIDTH, "intermediate_size": TEXT_WIDTH * 4, "projection_dim": TEXT_WIDTH,
-        "num_hidden_layers": TEXT_LAYERS, "num_attention_heads": TEXT_HEADS, "max_position_embeddings": 77,
-        "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "attention_dropout": 0.0,
-        "bos_token_id": vocabulary[start], "eos_token_id": vocabulary[end], "pad_token_id": vocabulary[end]})
+    _write_json(folder / "config.json", text_configuration(
+        size, vocabulary=len(vocabulary), start=vocabulary[start], end=vocabulary[end]))
     return len(vocabulary)
+
+
+def text_configuration(size: Size, *, vocabulary: int, start: int, end: int) -> dict[str, object]:
+    """transformers' `config.json` of the text encoder."""
+    return {
+        "model_type": "clip_text_model", "architectures": ["CLIPTextModel"], "vocab_size": vocabulary,
+        "hidden_size": size.text_width, "intermediate_size": size.text_width * 4, "projection_dim": size.text_width,
+        "num_hidden_layers": size.text_layers, "num_attention_heads": size.text_heads, "max_position_embeddings": 77,
+        "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "attention_dropout": 0.0,
+        "bos_token_id": start, "eos_token_id": end, "pad_token_id": end}
 
 
 def _write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
-def _configuration(text_folder: str, size: Size) -> dict[str, object]:
+def configuration(text_folder: str, size: Size) -> dict[str, object]:
+    """The `.yaml` that the WebUI reads beside a checkpoint of this size."""
     return {"model": {"base_learning_rate": 1e-4, "target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": {
         "linear_start": 0.00085, "linear_end": 0.012, "num_timesteps_cond": 1, "log_every_t": 200, "timesteps": 1000,
         "first_stage_key": "jpg", "cond_stage_key": "txt", "image_size": 64, "channels": 4,
@@ -257,7 +267,7 @@ def _configuration(text_folder: str, size: Size) -> dict[str, object]:
         "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": {
             "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": size.channels,
             "attention_resolutions": [4, 2, 1], "num_res_blocks": RES_BLOCKS, "channel_mult": list(size.multipliers),
-            "num_heads": HEADS, "use_spatial_transformer": True, "transformer_depth": 1, "context_dim": TEXT_WIDTH,
+            "num_heads": size.heads, "use_spatial_transformer": True, "transformer_depth": 1, "context_dim": size.text_width,
             "use_checkpoint": False, "legacy": False}},
         "first_stage_config": {"target": "ldm.models.autoencoder.AutoencoderKL", "params": {
             "embed_dim": 4, "monitor": "val/rec_loss", "lossconfig": {"target": "torch.nn.Identity"}, "ddconfig": {

@@ -1,0 +1,152 @@
+"""Training the UNet and the text encoder together, on latents that are computed once."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from autoencoder import LatentStatistics
+from captions import Facts, caption, facts
+from graph import Average, TrainedTextEncoder, TrainedUNet
+from pictures import ASKED, FRAME, HUES, SMALL_FRAME, Emoji, colours, enlarged, on_paper, open_rgba, turned_hue
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from lib_lora_train.model.frozen import FrozenModel
+from lib_lora_train.model.tokens import Tokenizer, clip_tokenizer
+from lib_lora_train.model.vae import VAE
+
+LEARNING_RATE, WARM_UP, BATCH, DECAY = 1e-3, 300, 32, 0.9995
+# ε-loss divided by ᾱ is v-loss. A small network that is to be done soon needs more of it at high noise, where it is
+# decided what is painted; but not hundredfold.
+HIGHEST_WEIGHT = 8.0
+# The words that sheet and yardstick ask for are shown oftener than the rest.
+WEIGHT_OF_ASKED = 3.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Material:
+    """What is learnt: latents [N, 4, 16, 16] of unit size, what each row shows, how often it is drawn."""
+
+    latents: Tensor
+    facts: tuple[Facts, ...]
+    weights: Tensor
+
+
+def prepare(emoji: list[Emoji], packages: Path, autoencoder: VAE, *, statistics: LatentStatistics, device: torch.device) -> Material:
+    """Encode every emoji, as it is, mirrored, small, and in other colours where one colour is most of it."""
+    rows: list[np.ndarray] = []
+    said: list[Facts] = []
+    weights: list[float] = []
+    for place, one in enumerate(emoji):
+        picture = open_rgba(packages / "noto" / one.image)
+        variants = list(_variants(one, picture, place))
+        weight = WEIGHT_OF_ASKED if one.label in ASKED else 1.0
+        for shown, of, frame, share in variants:
+            rows.append(np.asarray(Image.fromarray(on_paper(shown, frame)).resize((FRAME, FRAME), Image.Resampling.BICUBIC)))
+            said.append(of)
+            weights.append(weight * share)
+    latents = []
+    for some in torch.from_numpy(np.stack(rows)).split(32):
+        mean = autoencoder.encode(enlarged(some).to(device))[0]
+        latents.append(((mean - statistics.mean) / statistics.deviation).cpu())
+    return Material(torch.cat(latents), tuple(said), torch.tensor(weights))
+
+
+def _variants(one: Emoji, picture: Image.Image, place: int):  # noqa: ANN202
+    yield picture, facts(one, picture), FRAME, 1.0
+    yield ImageOps.mirror(picture), facts(one, picture), FRAME, 0.3
+    yield picture, facts(one, picture, size="small"), SMALL_FRAME, 0.3
+    covering = [colour for colour in colours(picture) if colour in HUES]
+    if covering:
+        hues = list(HUES)
+        start = hues.index(covering[0])
+        for turn in (1 + place % 3, 4 + place % 3):
+            target = hues[(start + turn) % len(hues)]
+            shown = turned_hue(picture, source=covering[0], target=target)
+            if target != covering[0]:
+                yield shown, facts(one, shown, turned_to=target), FRAME, 0.35
+
+
+def train(frozen: FrozenModel, weights: dict[str, dict[str, Tensor]], material: Material, *, state_file: Path, minutes: float,
+          seed: int, device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
+    """Train `weights` ("unet" and "te", changed in place) for `minutes`, going on from `state_file`; returns their average."""
+    flat = {f"{part}/{name}": tensor.requires_grad_() for part, tensors in weights.items() for name, tensor in tensors.items()}
+    unet = TrainedUNet(frozen.unet, weights["unet"])
+    text = TrainedTextEncoder(frozen.text.encoders[0], weights["te"])
+    optimizer = torch.optim.AdamW(flat.values(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0)
+    average, step, spent = Average(flat, DECAY), 0, 0.0
+    if state_file.is_file():
+        state = torch.load(state_file, map_location=device, weights_only=True)
+        for name, tensor in flat.items():
+            tensor.data.copy_(state["weights"][name])
+        average.restore(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, spent = state["step"], state["spent"]
+    tokenizer, alphas = clip_tokenizer(), frozen.schedule.alphas_cumprod.to(device)
+    begin, saved, shown = time.monotonic() - spent, time.monotonic(), []
+    while (elapsed := time.monotonic() - begin) < minutes * 60:
+        draw = random.Random(seed * 1_000_003 + step)
+        generator = torch.Generator().manual_seed(draw.getrandbits(63))
+        for group in optimizer.param_groups:
+            share = elapsed / (minutes * 60)
+            group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / WARM_UP) * max(0.01, (1 - share) ** 0.7)
+        loss, bands = _loss(unet, text, material, alphas, tokenizer, draw=draw, generator=generator, device=device, dtype=dtype)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(flat.values(), 1.0)
+        optimizer.step()
+        average.update(flat)
+        step += 1
+        shown.append(bands)
+        if step % 50 == 0:
+            by_band = "  ".join(f"{value:.3f}" for value in torch.stack(shown).nanmean(0).tolist())
+            print(f"painter step {step}  eps loss by noise {by_band}  {elapsed / 60:.1f} min", flush=True)
+            shown.clear()
+        if time.monotonic() - saved > 180:
+            _save(state_file, flat, average, optimizer, step=step, spent=elapsed)
+            saved = time.monotonic()
+    _save(state_file, flat, average, optimizer, step=step, spent=minutes * 60)
+    return {part: {name.removeprefix(f"{part}/"): tensor for name, tensor in average.tensors.items()
+                   if name.startswith(f"{part}/")} for part in weights}
+
+
+def _loss(unet: TrainedUNet, text: TrainedTextEncoder, material: Material, alphas: Tensor, tokenizer: Tokenizer, *,
+          draw: random.Random, generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The weighted loss of one batch, and the plain one in four bands of the timestep."""
+    rows = torch.multinomial(material.weights, BATCH, replacement=True, generator=generator)
+    x_0 = material.latents[rows].to(device)
+    noise = torch.randn(x_0.shape, generator=generator).to(device)
+    # One timestep from each slice of the range: less chance, the same distribution.
+    t = ((torch.arange(BATCH) + torch.rand(BATCH, generator=generator)) * (len(alphas) / BATCH)).long().to(device)
+    alpha = alphas[t][:, None, None, None]
+    x_t = alpha.sqrt() * x_0 + (1 - alpha).sqrt() * noise
+    captions = [caption(material.facts[row], draw) for row in rows.tolist()]
+    context, _ = text(tokens(captions, tokenizer).to(device))
+    eps = unet(x_t.to(dtype), t, context)
+    each = (eps.float() - noise).square().mean((1, 2, 3))
+    weights = (1 / alphas[t]).clamp(max=HIGHEST_WEIGHT)
+    bands = torch.stack([some.mean() for some in each.detach().split(BATCH // 4)])
+    return (each * weights).mean(), bands
+
+
+def tokens(captions: list[str], tokenizer: Tokenizer) -> Tensor:
+    """[B, 77] token ids: start, text, end, and the end again up to the length."""
+    rows = []
+    for one in captions:
+        ids = [tokenizer.start, *tokenizer.encode(one)[:75], tokenizer.end]
+        rows.append(ids + [tokenizer.end] * (77 - len(ids)))
+    return torch.tensor(rows)
+
+
+def _save(file: Path, flat: Mapping[str, Tensor], average: Average, optimizer: torch.optim.Optimizer, *, step: int,
+          spent: float) -> None:
+    part = file.with_suffix(".part")
+    torch.save({"weights": {name: tensor.detach() for name, tensor in flat.items()}, "average": average.state(),
+                "optimizer": optimizer.state_dict(), "step": step, "spent": spent}, part)
+    part.replace(file)

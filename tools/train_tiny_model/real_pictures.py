@@ -1,0 +1,43 @@
+"""The yardstick's real pictures: the same words in both hands, as two sheets of 64-pixel tiles and a list of words.
+
+    python tools/train_tiny_model/real_pictures.py --packages FOLDER
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from PIL import Image
+from pictures import HELD_OUT, STYLE, gather, open_rgba
+
+OTHERS, TILE, COLUMNS = 168, 64, 16
+TARGET = Path(__file__).resolve().parents[2] / "lib_lora_train" / "bench" / "pictures"
+
+
+def main() -> None:
+    """Write noto.png, twemoji.png and words.json."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--packages", type=Path, required=True, help="where the npm packages are unpacked")
+    packages = parser.parse_args().packages
+    emoji = {one.label: one for one in gather(packages)}
+    others = [label for label in emoji if label not in HELD_OUT and label not in STYLE]
+    # Evenly spread over Unicode's order, which is by subject.
+    others = [others[place * len(others) // OTHERS] for place in range(OTHERS)]
+    words = [{"word": word, "split": split} for split, labels in (("style", STYLE), ("held_out", HELD_OUT), ("other", others))
+             for word in labels]
+    TARGET.mkdir(parents=True, exist_ok=True)
+    for hand in ("noto", "twemoji"):
+        rows = -(-len(words) // COLUMNS)
+        sheet = Image.new("RGBA", (COLUMNS * TILE, rows * TILE))
+        for place, entry in enumerate(words):
+            picture = open_rgba(packages / hand / emoji[entry["word"]].image)
+            sheet.paste(picture, (place % COLUMNS * TILE, place // COLUMNS * TILE))
+        sheet.save(TARGET / f"{hand}.png", optimize=True)
+    text = ",\n ".join(json.dumps(entry, ensure_ascii=False) for entry in words)
+    (TARGET / "words.json").write_text(f"[{text}]\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
