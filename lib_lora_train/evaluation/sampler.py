@@ -7,7 +7,7 @@ without churn), sigmas evenly spaced in timesteps: what the WebUI calls "Euler" 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -41,46 +41,58 @@ def sigmas(alphas_cumprod: torch.Tensor, steps: int) -> torch.Tensor:
     return torch.cat([interpolated, interpolated.new_zeros(1)])
 
 
-@torch.no_grad()
 def sample_latents(model: FrozenModel, request: SampleRequest, *, clip_skip: int = 1, dtype: torch.dtype = torch.float32,
                    adapters: Mapping[str, Mapping[str, Adapter]] | None = None,
                    on_step: Callable[[int, int], None] | None = None) -> torch.Tensor:
     """Latents [1,4,h,w] in the VAE's own scale. `adapters` are a network's, by component; the noise is drawn on the CPU."""
-    adapters = adapters or {}
-    device = model.device
+    return sample_batch(model, [request], clip_skip=clip_skip, dtype=dtype, adapters=adapters, on_step=on_step)
+
+
+@torch.no_grad()
+def sample_batch(model: FrozenModel, requests: Sequence[SampleRequest], *, clip_skip: int = 1,
+                 dtype: torch.dtype = torch.float32, adapters: Mapping[str, Mapping[str, Adapter]] | None = None,
+                 on_step: Callable[[int, int], None] | None = None) -> torch.Tensor:
+    """Latents [B,4,h,w] in the VAE's own scale, one for each request, as `sample_latents` paints them one by one.
+
+    The requests may differ in prompts and seeds only. Where their prompts differ in length by whole chunks of 75 tokens,
+    the shorter ones get empty chunks, as a negative prompt does beside a longer one.
+    """
+    first, adapters, device = requests[0], adapters or {}, model.device
+    assert all(dataclasses.replace(r, prompt="", negative_prompt="", seed=0)
+               == dataclasses.replace(first, prompt="", negative_prompt="", seed=0) for r in requests)
     # At a scale of 1 the negative prompt has no say, and half of the work can be left out.
-    prompts = [request.prompt] if request.cfg_scale == 1 else [request.negative_prompt, request.prompt]
-    texts = [model.text.tokenize(prompt) for prompt in prompts]
-    conditioning = model.text.encode(texts, clip_skip=clip_skip, adapters=adapters)
-    y = _size_vector(conditioning, request)
-    levels = sigmas(model.schedule.alphas_cumprod, request.steps).to(device)
+    prompts = [request.prompt for request in requests]
+    if first.cfg_scale != 1:
+        prompts = [*(request.negative_prompt for request in requests), *prompts]
+    conditioning = _encoded(model, prompts, clip_skip=clip_skip, adapters=adapters)
+    y = _size_vector(conditioning, first)
+    levels = sigmas(model.schedule.alphas_cumprod, first.steps).to(device)
     log_sigmas = _all_sigmas(model.schedule.alphas_cumprod).log().to(device)
 
-    generator = torch.Generator().manual_seed(request.seed)
-    shape = (1, 4, request.height // 8, request.width // 8)
-    x = torch.randn(shape, generator=generator).to(device) * levels[0]
-    for i in range(request.steps):
+    x = _start_noise(requests).to(device) * levels[0]
+    for i in range(first.steps):
         sigma = levels[i]
         t = _timestep(sigma, log_sigmas).expand(len(prompts))
         c_in = (sigma ** 2 + 1).rsqrt()
-        output = model.unet((x * c_in).expand(len(prompts), -1, -1, -1).to(dtype), t, conditioning.context.to(device, dtype),
+        shown = (x * c_in).repeat(len(prompts) // len(requests), 1, 1, 1)
+        output = model.unet(shown.to(dtype), t, conditioning.context.to(device, dtype),
                             None if y is None else y.to(device, dtype), adapters=adapters.get("unet", {})).float()
+        if first.cfg_scale != 1:
+            unconditional, conditional = output.chunk(2)
+            output = unconditional + first.cfg_scale * (conditional - unconditional)
         if model.schedule.prediction_type == "v_prediction":
             # x̂_0 = x/(σ²+1) − v·σ/√(σ²+1), and from it the noise direction (x − x̂_0)/σ.
             output = (x - (x / (sigma ** 2 + 1) - output * sigma * c_in)) / sigma
-        if len(prompts) == 2:
-            unconditional, conditional = output.chunk(2)
-            output = unconditional + request.cfg_scale * (conditional - unconditional)
         x = x + output * (levels[i + 1] - sigma)
         if on_step:
-            on_step(i + 1, request.steps)
+            on_step(i + 1, first.steps)
     return x / model.architecture.latent_scale
 
 
 @torch.no_grad()
 def to_picture(model: FrozenModel, latents: torch.Tensor) -> Image.Image:
     """The first of `latents` [B,4,h,w] (the VAE's own scale) as an RGB picture."""
-    pixels = model.vae.decode(latents)[0].float().clamp(-1, 1)
+    pixels = model.vae.decode(latents[:1])[0].float().clamp(-1, 1)
     # Truncated and not rounded, as the WebUI does, so that its picture is ours.
     array = ((pixels + 1) * 127.5).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(np.ascontiguousarray(array), "RGB")
@@ -97,6 +109,22 @@ def _timestep(sigma: torch.Tensor, log_sigmas: torch.Tensor) -> torch.Tensor:
     position = torch.searchsorted(log_sigmas, sigma.log()).clamp(1, len(log_sigmas) - 1)
     low, high = log_sigmas[position - 1], log_sigmas[position]
     return position - 1 + ((sigma.log() - low) / (high - low)).clamp(0, 1)
+
+
+def _encoded(model: FrozenModel, prompts: Sequence[str], *, clip_skip: int,
+             adapters: Mapping[str, Mapping[str, Adapter]]) -> Conditioning:
+    """The condition of `prompts`; each different one is encoded once."""
+    different = list(dict.fromkeys(prompts))
+    conditioning = model.text.encode([model.text.tokenize(prompt) for prompt in different], clip_skip=clip_skip,
+                                     adapters=adapters)
+    rows = [different.index(prompt) for prompt in prompts]
+    return Conditioning(conditioning.context[rows], None if conditioning.pooled is None else conditioning.pooled[rows])
+
+
+def _start_noise(requests: Sequence[SampleRequest]) -> torch.Tensor:
+    """[B,4,h,w] on the CPU; a picture's noise depends on its own seed alone."""
+    shape = (1, 4, requests[0].height // 8, requests[0].width // 8)
+    return torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(r.seed)) for r in requests])
 
 
 def _size_vector(conditioning: Conditioning, request: SampleRequest) -> torch.Tensor | None:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
 
-from lib_lora_train.evaluation.sampler import SampleRequest, sample_latents, sigmas
+from lib_lora_train.evaluation.sampler import SampleRequest, sample_batch, sample_latents, sigmas
+from lib_lora_train.model import frozen
 from lib_lora_train.model.schedule import NoiseSchedule
 from lib_lora_train.model.text import Conditioning
 
@@ -72,3 +73,30 @@ def test_painting_leaves_the_global_random_state_alone():
     before = torch.get_rng_state()
     sample_latents(_model("epsilon"), REQUEST)
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_pictures_painted_together_are_those_painted_one_by_one(prediction_type, scale):
+    model = _model(prediction_type)
+    requests = [dataclasses.replace(REQUEST, prompt=prompt, seed=seed, cfg_scale=scale)
+                for prompt, seed in (("a", 5), ("", 6), ("a", 7), ("a", 5))]
+    together = sample_batch(model, requests)
+    for row, request in enumerate(requests):
+        assert torch.allclose(together[row:row + 1], sample_latents(model, request), atol=1e-5, rtol=1e-5)
+    assert torch.allclose(together[0], together[3], atol=1e-5) and not torch.allclose(together[0], together[2], atol=1e-2)
+
+
+def test_a_real_model_paints_the_same_pictures_together_and_one_by_one(host):
+    with host.borrow() as lent:
+        model = frozen.build(lent.tensors, hints=lent.hints, tokenizers=lent.tokenizers)
+    requests = [SampleRequest(prompt, width=64, height=64, steps=3, cfg_scale=4.0, seed=seed, negative_prompt=negative)
+                for prompt, seed, negative in (("red cat", 1, ""), ("blue", 2, "photo"), ("red cat", 3, ""))]
+    one_by_one = torch.cat([sample_latents(model, request) for request in requests])
+    together = sample_batch(model, requests)
+    assert (together - one_by_one).abs().max() < 1e-5 * one_by_one.abs().max()
+
+
+def test_requests_of_different_sizes_are_not_painted_together():
+    with pytest.raises(AssertionError):
+        sample_batch(_model("epsilon"), [REQUEST, dataclasses.replace(REQUEST, width=128)])
