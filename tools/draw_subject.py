@@ -147,7 +147,7 @@ def draw_mouth(canvas: Canvas, kind: str) -> None:
         canvas.stroke(arc(0, -1, 7, 4), TEAL_LINE, 4)
 
 
-# ---------------------------------------------------------------- the scenes (one function each; SCENES names and captions them)
+# ---------------------------------------------------------------- the scenes: one function each, captioned in SCENES
 
 def standing() -> Canvas:
     canvas = Canvas.blank(WHITE)
