@@ -1,4 +1,4 @@
-"""The command line: `python -m lib_lora_train train | ui | inspect | demo`.
+"""The command line: `python -m lib_lora_train train | runs | ui | inspect | demo`.
 
 Exit codes: 0 done, 1 the run failed, 2 bad input (one sentence on stderr), 130 interrupted.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 from lib_lora_train import events
 from lib_lora_train.errors import LoraTrainError, SettingError, UserError
 from lib_lora_train.events import Report
-from lib_lora_train.settings import AREAS, declarations, parse
+from lib_lora_train.settings import AREAS, Settings, declarations, parse
 from lib_lora_train.settings.toml import read_toml
 
 RUNS_FOLDER = "runs"
@@ -51,16 +51,16 @@ def _train(chosen: argparse.Namespace) -> int:
     from lib_lora_train.run_record import RunRecord, new_folder
     from lib_lora_train.runner import finish
 
-    values = read_toml(chosen.config) if chosen.config else {}
-    values |= {name: value for name, value in (
-        ("train_data_dir", chosen.data), ("output_name", chosen.name), ("output_dir", chosen.output_dir)) if value}
-    values |= dict(_assignment(text) for text in chosen.set)
-    settings = parse(values)
+    settings = _train_settings(chosen)
     checked_name(settings.save.output_name)  # it names the record's folder too
     describe_file(chosen.checkpoint)  # a wrong one is refused before anything is read
     output = Path(settings.save.output_dir or ".")
-    host = StandaloneHost(chosen.checkpoint, lora_folder=output, runs_folder=output / RUNS_FOLDER)
-    record = RunRecord(new_folder(host.runs_folder, settings.save.output_name), settings) if chosen.record else None
+    resumed = Path(settings.save.resume) if settings.save.resume else None
+    host = StandaloneHost(chosen.checkpoint, lora_folder=output,
+                          runs_folder=resumed.parent if resumed else output / RUNS_FOLDER)
+    record = None
+    if chosen.record:
+        record = RunRecord(resumed or new_folder(host.runs_folder, settings.save.output_name), settings)
 
     show: Report = _show_json if chosen.json else _Bar()
     latest = 0
@@ -76,26 +76,60 @@ def _train(chosen: argparse.Namespace) -> int:
     def job() -> events.Finished:
         nonlocal failure
         try:
-            return run_job(settings, host, report=report, stop=interrupt.asked)
+            return run_job(settings, host, report=report, stop=interrupt.asked, folder=record.folder if record else None)
         except LoraTrainError as error:
             failure = error
             raise
 
     with _Interrupt() as interrupt:
         finished = finish(job, report=report, steps=lambda: latest)
+    if record:
+        record.close()
     if finished.outcome == "failed":
         print(finished.message, file=sys.stderr)
         return 2 if isinstance(failure, UserError) else 1
     return 130 if finished.outcome == "stopped" else 0
 
 
+def _train_settings(chosen: argparse.Namespace) -> Settings:
+    """What the command line says, over the configuration file, over the run to go on with; the last one's `resume` is its
+    folder."""
+    from lib_lora_train.resume import find, settings_of
+
+    values = read_toml(chosen.config) if chosen.config else {}
+    values |= {name: value for name, value in (
+        ("train_data_dir", chosen.data), ("output_name", chosen.name), ("output_dir", chosen.output_dir),
+        ("resume", chosen.resume)) if value}
+    values |= dict(_assignment(text) for text in chosen.set)
+    if not values.get("resume"):
+        return parse(values)
+    named = str(values.pop("resume"))
+    # A path is taken as it is; a bare name is that of a run beside the results.
+    folder = Path(named) if Path(named).exists() else Path(str(values.get("output_dir", "."))) / RUNS_FOLDER / named
+    return settings_of(find(str(folder), folder.parent), values)
+
+
+def _runs(chosen: argparse.Namespace) -> int:
+    from lib_lora_train.run_record import past_runs
+
+    found = past_runs(Path(chosen.output_dir) / RUNS_FOLDER)
+    if chosen.json:
+        print(json.dumps([dataclasses.asdict(run) for run in found], ensure_ascii=False, indent=1))
+        return 0
+    for run in found:
+        resumable = "" if run.resume_step is None else f"--resume {run.id}"
+        print(f"{run.id:40} {run.outcome:12} {run.steps:>6}/{run.total:<6} {resumable}".rstrip())
+    return 0
+
+
 def _ui(chosen: argparse.Namespace) -> int:
-    from lib_lora_train.host.standalone import StandaloneHost
+    from lib_lora_train.host.standalone import StandaloneHost, listening_fence
     from lib_lora_train.ui.standalone import serve
 
     output = Path(chosen.output_dir)
-    host = StandaloneHost(chosen.checkpoint, lora_folder=output, runs_folder=output / RUNS_FOLDER)
-    serve(host, port=chosen.port, address=chosen.listen)
+    host = StandaloneHost(chosen.checkpoint, lora_folder=output, runs_folder=output / RUNS_FOLDER,
+                          fence=listening_fence(chosen.listen, output, *map(Path, chosen.allow)))
+    serve(host, port=chosen.port, address=chosen.listen, auth=chosen.auth)
     return 0
 
 
@@ -122,7 +156,8 @@ def _inspect(chosen: argparse.Namespace) -> int:
 def _demo(chosen: argparse.Namespace) -> int:
     from lib_lora_train.demo import run_demo
 
-    return run_demo(Path(chosen.output_dir), page=not chosen.no_page, port=chosen.port, address=chosen.listen)
+    return run_demo(Path(chosen.output_dir), page=not chosen.no_page, port=chosen.port, address=chosen.listen,
+                    auth=chosen.auth)
 
 
 def _assignment(text: str) -> tuple[str, str]:
@@ -205,7 +240,7 @@ class _Bar:
 def _parser() -> argparse.ArgumentParser:
     names = "\n".join(f"  {d.name} = {d.default!r}\n      {d.help}" for area in AREAS.values() for d in declarations(area))
     parser = argparse.ArgumentParser(prog="python -m lib_lora_train", description="Train a LoRA from a folder of pictures.")
-    commands = parser.add_subparsers(required=True, metavar="train | ui | inspect | demo")
+    commands = parser.add_subparsers(required=True, metavar="train | runs | ui | inspect | demo")
 
     train = commands.add_parser(
         "train", help="train a LoRA", epilog=f"settings and their defaults:\n{names}",
@@ -217,12 +252,22 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--config", type=Path, help="a TOML file of settings")
     train.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="one setting; may be repeated")
     train.add_argument("--json", action="store_true", help="one JSON event a line instead of a progress bar")
-    train.add_argument("--record", action="store_true", help="keep settings and events in a folder under OUTPUT/runs")
+    train.add_argument("--resume", default="", metavar="RUN|FOLDER", help="go on with an interrupted run (see `runs`); its "
+                       "settings are kept, but for those given here")
+    train.add_argument("--record", action=argparse.BooleanOptionalAction, default=True,
+                       help="keep settings, events and the resume point in a folder under OUTPUT/runs")
     train.set_defaults(command=_train)
+
+    runs = commands.add_parser("runs", help="list past runs and how they ended")
+    runs.add_argument("--output-dir", default=".", help="where the LoRAs went")
+    runs.add_argument("--json", action="store_true")
+    runs.set_defaults(command=_runs)
 
     ui = commands.add_parser("ui", help="serve the page without a WebUI")
     ui.add_argument("--checkpoint", type=Path, help="the model, a .safetensors file")
     ui.add_argument("--output-dir", default="loras", help="where LoRAs go")
+    ui.add_argument("--allow", action="append", default=[], metavar="FOLDER", help="with --listen: a folder that datasets "
+                    "may come from, besides where LoRAs go; may be repeated")
     _add_address(ui)
     ui.set_defaults(command=_ui)
 
@@ -243,6 +288,8 @@ def _add_address(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, default=7870)
     parser.add_argument("--listen", default="127.0.0.1", metavar="ADDRESS", help="where to listen; this machine only, "
                         "unless told otherwise")
+    parser.add_argument("--auth", default="", metavar="USER:PASSWORD", help="what the page asks for; with --listen a "
+                        "password is made up and printed where none is given")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
     GET  runs               {"runs": [...]}, newest first
     GET  settings           {"settings": [...]}: every setting with its type, default, range, label and help
     POST plan               {"settings": {...}} -> what such a run would do
-    POST start              {"settings": {...}} -> {"run": id}
+    POST start              {"settings": {...}} -> {"run": id}; with {"resume": id}, that run goes on with what it was
+                            set to, but for "settings", which may then be left out
     POST stop               {"save": true|false} -> {"stopping": whether something was running}
 
 A refusal is {"error": one sentence} with 400 (something given is wrong), 409 (the host or the runner is busy), 401,
@@ -12,7 +13,9 @@ A refusal is {"error": one sentence} with 400 (something given is wrong), 409 (t
 
 Who may ask: the page, which shows the token it was given inside its own configuration, so whoever may load the page may
 use it; and outside programs, where the host's API is switched on, with the host's API user and password where it has
-them. Without them a program on another web page is kept out by the content type and the Origin, as nothing else would.
+them. Where the page asks for a login (--gradio-auth), both need it: the page's requests carry the session's cookie, and a
+program without the API's password is refused without one. No other web page may ask at all: it is known by
+Sec-Fetch-Site and Origin, which a program outside of browsers does not send, and it cannot send JSON.
 """
 
 from __future__ import annotations
@@ -39,13 +42,17 @@ from lib_lora_train.runner import Runner
 log = logging.getLogger(__name__)
 PREFIX = "/lora-train/v1"
 TOKEN_HEADER = "X-Lora-Train"
+OUTDATED = "This page is older than the server behind it; reload the page."
 _LARGEST_BODY = 1 << 20
+LoggedIn = Callable[[Mapping[str, str]], bool]
+"""Whether a request's cookies are of somebody who may see the page."""
 
 
 def install(app: FastAPI, *, runner: Runner, host: Host, token: str, credentials: Mapping[str, str],
-            api_enabled: bool) -> None:
-    """Add the routes to `app`, once for each app. `credentials` are user names and passwords, {} for none."""
-    gate = _Gate(token=token, credentials=dict(credentials), api_enabled=api_enabled)
+            api_enabled: bool, logged_in: LoggedIn | None = None) -> None:
+    """Add the routes to `app`, once for each app. `credentials` are user names and passwords, {} for none; `logged_in`
+    tells the page's users, as `login_of(app)` does if it is not given."""
+    gate = _Gate(token=token, credentials=dict(credentials), api_enabled=api_enabled, logged_in=logged_in or login_of(app))
 
     def add(method: str, name: str, answer: Callable[[Mapping[str, str], dict[str, Any]], object], about: str) -> None:
         async def route(request: Request) -> JSONResponse:
@@ -73,8 +80,7 @@ def install(app: FastAPI, *, runner: Runner, host: Host, token: str, credentials
     add("GET", "runs", lambda _, __: {"runs": control.runs(runner=runner, host=host)}, "Past runs, newest first")
     add("GET", "settings", lambda _, __: {"settings": control.settings_list()}, "Every setting")
     add("POST", "plan", lambda _, body: control.plan(_settings(body), host=host), "What a run would do")
-    add("POST", "start", lambda _, body: {"run": control.start(_settings(body), runner=runner, host=host)},
-        "Start a run")
+    add("POST", "start", lambda _, body: {"run": _start(body, runner=runner, host=host)}, "Start a run, or go on with one")
     add("POST", "stop", lambda _, body: {"stopping": runner.stop(save=_save(body))}, "Stop the run")
 
 
@@ -82,6 +88,17 @@ def parse_credentials(text: str) -> dict[str, str]:
     """The host's "user:password,user:password" by user name; {} for an empty text."""
     pairs = (entry.strip().partition(":") for entry in text.split(","))
     return {user: password for user, colon, password in pairs if colon}
+
+
+def login_of(app: Any) -> LoggedIn:
+    """Whether a request's cookies belong to somebody who logged in at gradio's `app`; always, where it asks for no login."""
+    def logged_in(cookies: Mapping[str, str]) -> bool:
+        # Asked anew each time: gradio sets both when the page is launched, which may come later.
+        if getattr(app, "auth", None) is None:
+            return True
+        tokens = getattr(app, "tokens", {})
+        return any(name.startswith("access-token") and value in tokens for name, value in cookies.items())
+    return logged_in
 
 
 def same_origin(origin: str, host: str) -> bool:
@@ -107,25 +124,35 @@ class _Gate:
     token: str = dataclasses.field(repr=False)
     credentials: Mapping[str, str] = dataclasses.field(repr=False)
     api_enabled: bool
+    logged_in: LoggedIn = dataclasses.field(repr=False)
 
     def check(self, request: Request) -> None:
         """Raise _Refused unless the request may pass."""
+        # Browsers say so themselves; another port of this machine is another site too.
+        if request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
+            raise _Refused(403, "A request from another web page is not accepted.")
+        if request.method == "POST":
+            # What a form, or a script that asks no leave, cannot send.
+            if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
+                raise _Refused(415, "The request must be JSON; set the header Content-Type: application/json.")
         shown = request.headers.get(TOKEN_HEADER)
         if shown is not None:
             # No 401 here: a browser would answer it with a password box over the page.
             if not secrets.compare_digest(shown.encode(), self.token.encode()):
-                raise _Refused(403, "This page is older than the server behind it; reload the page.")
+                raise _Refused(403, OUTDATED)
+            if not self.logged_in(request.cookies):
+                raise _Refused(401, "Your login has ended; reload the page and log in.")
             return
         if not self.api_enabled:
             raise _Refused(403, "The API is switched off; start the WebUI with --api to use it.")
-        if self.credentials and not self._known(request.headers.get("authorization", "")):
-            raise _Refused(401, "The API's user name and password are missing or wrong.", {"WWW-Authenticate": "Basic"})
-        if request.method == "POST":
-            if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
-                raise _Refused(415, "The request must be JSON; set the header Content-Type: application/json.")
-            origin = request.headers.get("origin")
-            if origin is not None and not same_origin(origin, request.headers.get("host", "")):
-                raise _Refused(403, "A request from another web page is not accepted.")
+        if self.credentials:
+            if not self._known(request.headers.get("authorization", "")):
+                raise _Refused(401, "The API's user name and password are missing or wrong.", {"WWW-Authenticate": "Basic"})
+        elif not self.logged_in(request.cookies):
+            raise _Refused(401, "This page asks for a login; log in, or give the API a password of its own (--api-auth).")
+        origin = request.headers.get("origin")
+        if request.method == "POST" and origin is not None and not same_origin(origin, request.headers.get("host", "")):
+            raise _Refused(403, "A request from another web page is not accepted.")
 
     def _known(self, authorization: str) -> bool:
         scheme, _, encoded = authorization.partition(" ")
@@ -154,6 +181,15 @@ async def _body(request: Request) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise _Refused(400, "The request must be a JSON object.")
     return data
+
+
+def _start(body: Mapping[str, Any], *, runner: Runner, host: Host) -> str:
+    if "resume" not in body:
+        return control.start(_settings(body), runner=runner, host=host)
+    run = body["resume"]
+    if not isinstance(run, str) or not run:
+        raise _Refused(400, '"resume" must be the id of a run.')
+    return control.resume(run, _settings(body) if "settings" in body else {}, runner=runner, host=host)
 
 
 def _settings(body: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,19 +10,21 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from lib_lora_train.errors import HostError, printable
+from lib_lora_train.errors import HostError, LoraFileError, printable
+from lib_lora_train.fence import confine
 from lib_lora_train.host.port import Checkpoint, Host
+from lib_lora_train.job import output_folder, result_path
 from lib_lora_train.model.components import unet_tensors
 from lib_lora_train.model.family import detect
-from lib_lora_train.output import checked_name, destination
+from lib_lora_train.output import checked_name
 from lib_lora_train.preparation import Preparation, prepare
+from lib_lora_train.resume import compare_settings, find, run_folder, settings_of
 from lib_lora_train.runner import Runner
-from lib_lora_train.settings import AREAS, Settings, declarations, parse
+from lib_lora_train.settings import AREAS, Settings, declarations, flat, parse
 from lib_lora_train.training.estimate import Cost, estimate, picture_cost
 from lib_lora_train.training.precision import compute_dtype
 
@@ -36,11 +38,27 @@ def start(values: Mapping[str, object], *, runner: Runner, host: Host) -> str:
     leave no run behind. Raises UserError, and HostError while another run is under way.
     """
     settings = parse(values)
+    confine(settings, host.fence)
     if runner.running():
         raise HostError("A training is running already", remedy="wait for it or stop it first")
-    destination(output_folder(settings, host), name=settings.save.output_name, overwrite=settings.save.overwrite)
-    prepare(settings, family=_family(host))
+    point = find(settings.save.resume, host.runs_folder) if settings.save.resume else None
+    result_path(settings, host, point)
+    found = prepare(settings, family=_family(host), fence=host.fence)
+    if point:
+        compare_settings(settings, point, steps=found.plan.steps)
     return runner.start(settings, host)
+
+
+def resume(run: str, changes: Mapping[str, object], *, runner: Runner, host: Host) -> str:
+    """Go on with an interrupted or stopped run of the host (`run` as `runs` names it) and return its id.
+
+    Its settings are those it had, but for `changes`; a raised max_train_steps for example. Raises as `start` does, and
+    LoraFileError where the run has no state.
+    """
+    if run_folder(run, host.runs_folder) is None:
+        raise LoraFileError(f"There is no run called {run!r}", remedy="see the list of runs")
+    point = find(run, host.runs_folder)
+    return start({**flat(settings_of(point, changes)), "resume": run}, runner=runner, host=host)
 
 
 def plan(values: Mapping[str, object], *, host: Host, should_stop: Callable[[], bool] | None = None) -> dict[str, Any]:
@@ -51,7 +69,8 @@ def plan(values: Mapping[str, object], *, host: Host, should_stop: Callable[[], 
     no model is loaded). Raises UserError, and Interrupted where `should_stop()` says so.
     """
     settings = parse(values)
-    found = prepare(settings, family=_family(host), should_stop=should_stop)
+    confine(settings, host.fence)
+    found = prepare(settings, family=_family(host), fence=host.fence, should_stop=should_stop)
     return {
         "summary": found.summary,
         "pictures": found.dataset.pictures,
@@ -147,8 +166,8 @@ def status(*, runner: Runner, host: Host, after: int = 0) -> dict[str, Any]:
 
 
 def runs(*, runner: Runner, host: Host) -> list[dict[str, Any]]:
-    """The host's past runs, newest first: id, name, outcome ("" for one that was cut off or is running), message,
-    path, steps."""
+    """The host's past runs, newest first: id, name, outcome ("done", "stopped", "failed", "running", or "interrupted" for
+    one whose process ended before it did), message, path, steps, total, resume_step (None where it cannot be resumed)."""
     return [dataclasses.asdict(run) for run in runner.runs(host.runs_folder)]
 
 
@@ -177,15 +196,12 @@ def model_text(checkpoint: Checkpoint | None) -> str:
     return f"base: {checkpoint.name}{short_hash} · {family} · VAE: {checkpoint.vae_name or 'baked'}"
 
 
-def output_folder(settings: Settings, host: Host) -> Path:
-    """Where the result goes: the folder the user named, else the host's."""
-    return Path(settings.save.output_dir) if settings.save.output_dir else host.lora_folder
-
-
 def name_taken(settings: Settings, host: Host) -> bool:
-    """Whether a LoRA of the name is there and may not be overwritten. A missing name is not taken; raises OutputError
-    for an impossible one."""
-    if settings.save.overwrite or not settings.save.output_name:
+    """Whether a LoRA of the name is there and may not be overwritten. A missing name is not taken, nor that of a run which
+    goes on (`start` knows whose file it is); raises OutputError for an impossible one, SettingError for a folder that is not
+    allowed."""
+    confine(settings, host.fence)
+    if settings.save.overwrite or settings.save.resume or not settings.save.output_name:
         return False
     return os.path.lexists(output_folder(settings, host) / f"{checked_name(settings.save.output_name)}.safetensors")
 

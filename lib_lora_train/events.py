@@ -16,7 +16,8 @@ Outcome = Literal["done", "stopped", "failed"]
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """What is going to happen, sent once, before the first picture is encoded."""
+    """What is going to happen, sent once, before the first step. `resumed_at` steps were made before the run was
+    interrupted."""
 
     kind: ClassVar[str] = "planned"
     pictures: int
@@ -28,6 +29,7 @@ class Planned:
     resolution: str
     checkpoint: str
     seed: int
+    resumed_at: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,20 +6,23 @@ is reported as events, and whoever watches may ask it to stop.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import secrets
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from lib_lora_train import resume
 from lib_lora_train.cache.batches import Batch, Batches
 from lib_lora_train.cache.disk import LatentDisk, tensor_fingerprint
 from lib_lora_train.cache.latents import CachedLatents, FreshLatents, LatentSource
 from lib_lora_train.cache.text import TextCache
-from lib_lora_train.errors import Interrupted, LoraTrainError, OutputError, SettingError, translated
-from lib_lora_train.events import Event, Finished, Planned, Report, Saved, Stage, Step, Warned
+from lib_lora_train.errors import Interrupted, SettingError, translated
+from lib_lora_train.events import Finished, Planned, Report, Stage, Warned
+from lib_lora_train.fence import Fence, confine
 from lib_lora_train.host.port import Borrowed, Host
 from lib_lora_train.model import frozen
 from lib_lora_train.model.frozen import FrozenModel
@@ -27,59 +30,70 @@ from lib_lora_train.model.text import Conditioning, Tokens
 from lib_lora_train.network import file
 from lib_lora_train.network.network import LoRANetwork
 from lib_lora_train.network.targets import find_targets
-from lib_lora_train.output import destination, epoch_path, step_path
+from lib_lora_train.output import checked_name, destination
 from lib_lora_train.preparation import Preparation, prepare
 from lib_lora_train.provenance import Provenance
+from lib_lora_train.saver import Saver, StateKeeper
 from lib_lora_train.settings import Settings
 from lib_lora_train.training.loop import Condition, LoopOptions, Stop, train
 from lib_lora_train.training.precision import compute_dtype
+from lib_lora_train.training.state import TrainingState
 from lib_lora_train.training.step import StepOptions
 
 
-def run_job(settings: Settings, host: Host, *, report: Report, stop: Stop) -> Finished:
+def run_job(settings: Settings, host: Host, *, report: Report, stop: Stop, folder: Path | None = None) -> Finished:
     """Train the LoRA that `settings` describe on the model that `host` holds.
 
     `stop` is asked between steps and pictures: "" to go on, "stop" to end, "save" to end and keep what was learnt.
+    `folder` is the run's, where the state to resume from is kept; None keeps none.
     The last event, `Finished`, is returned and left to the caller to report, who knows how failures end too.
     Raises UserError, HostError, TrainingError, and Interrupted where a stop came before the first step.
     """
-    settings = _with_seed(settings)
-    target = destination(Path(settings.save.output_dir) if settings.save.output_dir else host.lora_folder,
-                         name=settings.save.output_name, overwrite=settings.save.overwrite)
-    continued = file.load(Path(settings.network.network_weights)) if settings.network.network_weights else None
+    confine(settings, host.fence)
+    point = resume.find(settings.save.resume, host.runs_folder) if settings.save.resume else None
+    settings = _with_seed(settings, point)
+    target = result_path(settings, host, point)
+    weights = _weights(settings, point)
     checkpoint = host.checkpoint()
-    preparation = _prepared(settings, checkpoint.family if checkpoint else "", report=report, stop=stop)
+    preparation = _prepared(settings, checkpoint.family if checkpoint else "", host.fence, report=report, stop=stop)
 
     with host.borrow() as borrowed:
         model = _model(settings, borrowed)
         if checkpoint is None or model.architecture.family != checkpoint.family:
             # The host had no model yet, or another one, when the folder was read.
-            preparation = _prepared(settings, model.architecture.family, report=report, stop=stop)
+            preparation = _prepared(settings, model.architecture.family, host.fence, report=report, stop=stop)
+        known = resume.checkpoint_facts(borrowed) if point or folder else {}
+        if point:
+            resume.compare_checkpoint(known, point)
         dtype = compute_dtype(settings.memory.mixed_precision, model.device, weights=model.dtype)
         _check_sizes(preparation, model)
-        for warning in (*preparation.warnings, *_ignored_by(model, settings)):
+        changed = resume.compare_settings(settings, point, steps=preparation.plan.steps) if point else []
+        for warning in (*preparation.warnings, *_ignored_by(model, settings), *changed):
             report(Warned(warning))
         with translated("making the LoRA's layers"):
-            network = _network(settings, model, continued, report=report)
+            network = _network(settings, model, weights.tensors, name=weights.name, report=report)
         source = _latents(settings, preparation, model, report=report, stop=stop)
         preparation = preparation.without_damaged(settings, dataset=source.dataset, placements=source.placements)
         for warning in preparation.warnings:
             report(Warned(warning))
-        report(_planned(settings, preparation, borrowed))
+        report(_planned(settings, preparation, borrowed, done=point.step if point else 0))
 
         batches = _batches(settings, source)
         condition = _condition(settings, model, borrowed, network, batches, dtype=dtype, report=report, stop=stop)
-        provenance = Provenance(settings, preparation, model, borrowed, network)
-        saver = _Saver(target, settings, network, provenance, report)
+        provenance = Provenance(settings, preparation, model, borrowed, network,
+                                started_at=point.started_at if point else time.time())
+        keeper = _keeper(settings, preparation, known, provenance.started_at, point, folder, dtype=dtype, report=report)
+        saver = Saver(target, settings.save, network, provenance, keeper, report=report, spare=folder)
         with saver.rescue():
-            steps = _train(settings, preparation, model, network, batches, condition, dtype=dtype, saver=saver, stop=stop)
+            steps = _train(settings, preparation, model, network, batches, condition, dtype=dtype, saver=saver, stop=stop,
+                           resumed=weights.state)
         complete = steps == preparation.plan.steps
         if not complete and (steps == 0 or stop() != "save"):
             if not saver.saved:
                 raise Interrupted(f"Stopped after {steps} of {preparation.plan.steps} steps; nothing was saved")
             return Finished("stopped", f"Stopped after {steps} of {preparation.plan.steps} steps.", saver.saved[-1], steps)
         with saver.rescue():
-            path = saver.save(target, step=steps, epoch=preparation.epoch_of(steps), final=True)
+            path = saver.save_result(step=steps, epoch=preparation.epoch_of(steps), complete=complete)
         # While the model is still ours: a host that had merged an older file of this name must forget it.
         host.refresh_loras()
     if complete:
@@ -87,14 +101,65 @@ def run_job(settings: Settings, host: Host, *, report: Report, stop: Stop) -> Fi
     return Finished("stopped", f"Stopped after {steps} of {preparation.plan.steps} steps; saved {path}", path, steps)
 
 
-def _with_seed(settings: Settings) -> Settings:
+def output_folder(settings: Settings, host: Host) -> Path:
+    """Where the result goes: the folder the user named, else the host's."""
+    return Path(settings.save.output_dir) if settings.save.output_dir else host.lora_folder
+
+
+def result_path(settings: Settings, host: Host, point: resume.Point | None) -> Path:
+    """Where the result goes, the folder made and the name known to be free; raises OutputError.
+
+    A run that goes on may replace what it has saved itself.
+    """
+    folder, name = output_folder(settings, host), checked_name(settings.save.output_name)
+    own = point is not None and point.wrote(folder / f"{name}.safetensors")
+    return destination(folder, name=name, overwrite=settings.save.overwrite or own)
+
+
+def _with_seed(settings: Settings, point: resume.Point | None) -> Settings:
+    """A seed is drawn where none was given, and only once in a run."""
     if settings.optimizer.seed >= 0:
         return settings
-    return dataclasses.replace(settings, optimizer=dataclasses.replace(settings.optimizer, seed=secrets.randbelow(2**32)))
+    seed = int(point.facts["settings"].get("seed", -1)) if point else -1
+    seed = seed if seed >= 0 else secrets.randbelow(2**32)
+    return dataclasses.replace(settings, optimizer=dataclasses.replace(settings.optimizer, seed=seed))
 
 
-def _prepared(settings: Settings, family: str, *, report: Report, stop: Stop) -> Preparation:
-    return prepare(settings, family=family, on_progress=_stage("Reading pictures", report), should_stop=lambda: bool(stop()))
+@dataclasses.dataclass(frozen=True)
+class _Weights:
+    """The LoRA's weights before the first step: those of a state, of a file to continue from, or (None) new ones."""
+
+    tensors: Mapping[str, torch.Tensor] | None = None
+    name: str = ""
+    state: TrainingState | None = None
+
+
+def _weights(settings: Settings, point: resume.Point | None) -> _Weights:
+    if point is not None:
+        state = point.load()
+        return _Weights(state.lora, point.path.name, state)
+    if settings.network.network_weights:
+        continued = file.load(Path(settings.network.network_weights))
+        return _Weights(continued.tensors, continued.path.name)
+    return _Weights()
+
+
+def _keeper(settings: Settings, preparation: Preparation, checkpoint: Mapping[str, str], started_at: float,
+            point: resume.Point | None, folder: Path | None, *, dtype: torch.dtype, report: Report) -> StateKeeper:
+    """Keeps the run's state. What it says of the data is compared with what was said when the run began."""
+    wanted = folder is not None and (settings.save.save_state or settings.save.save_state_on_train_end)
+    facts: dict[str, Any] = {}
+    if wanted or point:
+        facts = resume.facts(settings, preparation, checkpoint, started_at=started_at, dtype=dtype)
+    if point:
+        for warning in resume.compare_data(facts, point):
+            report(Warned(warning))
+    return StateKeeper(folder, settings.save, facts, report)
+
+
+def _prepared(settings: Settings, family: str, fence: Fence | None, *, report: Report, stop: Stop) -> Preparation:
+    return prepare(settings, family=family, fence=fence, on_progress=_stage("Reading pictures", report),
+                   should_stop=lambda: bool(stop()))
 
 
 def _stage(name: str, report: Report) -> Callable[[int, int], None]:
@@ -133,19 +198,20 @@ def _ignored_by(model: FrozenModel, settings: Settings) -> list[str]:
     return notes
 
 
-def _network(settings: Settings, model: FrozenModel, continued: file.LoraFile | None, *, report: Report) -> LoRANetwork:
-    """A new network, or the one of the file to continue from; parts that are not to be trained are frozen."""
+def _network(settings: Settings, model: FrozenModel, tensors: Mapping[str, torch.Tensor] | None, *, name: str,
+             report: Report) -> LoRANetwork:
+    """A new network, or the one that `tensors` of the file `name` hold; parts that are not to be trained are frozen."""
     chosen, seed, family = settings.network, settings.optimizer.seed, model.architecture.family
     train_text = not chosen.network_train_unet_only
-    if continued is None:
+    if tensors is None:
         targets = find_targets(model.components, family=family, text_encoder=train_text)
         network = LoRANetwork.build(targets, rank=chosen.network_dim, alpha=chosen.network_alpha, seed=seed)
     else:
-        has_text = any(key.startswith("lora_te") for key in continued.tensors)
+        has_text = any(key.startswith("lora_te") for key in tensors)
         targets = find_targets(model.components, family=family, text_encoder=train_text or has_text)
-        network = LoRANetwork.continued(targets, continued.tensors, seed=seed)
+        network = LoRANetwork.continued(targets, tensors, seed=seed)
         if network.fresh:
-            report(Warned(f"{len(network.fresh)} layers are not in {continued.path.name} and start anew."))
+            report(Warned(f"{len(network.fresh)} layers are not in {name} and start anew."))
     if not train_text:
         network.freeze({component for component in model.components if component != "unet"})
     rates = _rates(settings)
@@ -177,12 +243,12 @@ def _latents(settings: Settings, preparation: Preparation, model: FrozenModel, *
         return CachedLatents.build(model.vae, preparation.dataset, preparation.placements, disk=disk, **shared)
 
 
-def _planned(settings: Settings, preparation: Preparation, borrowed: Borrowed) -> Planned:
+def _planned(settings: Settings, preparation: Preparation, borrowed: Borrowed, *, done: int) -> Planned:
     plan, (width, height) = preparation.plan, preparation.resolution
     return Planned(
         pictures=preparation.dataset.pictures, buckets=len(plan.buckets), batches_per_epoch=plan.batches_per_epoch,
         epochs=plan.epochs, steps=plan.steps, summary=preparation.summary, resolution=f"{width}×{height}",
-        checkpoint=borrowed.checkpoint.name, seed=settings.optimizer.seed)
+        checkpoint=borrowed.checkpoint.name, seed=settings.optimizer.seed, resumed_at=done)
 
 
 def _batches(settings: Settings, source: LatentSource) -> Batches:
@@ -224,7 +290,7 @@ def _condition(settings: Settings, model: FrozenModel, borrowed: Borrowed, netwo
 
 
 def _train(settings: Settings, preparation: Preparation, model: FrozenModel, network: LoRANetwork, batches: Batches,
-           condition: Condition, *, dtype: torch.dtype, saver: _Saver, stop: Stop) -> int:
+           condition: Condition, *, dtype: torch.dtype, saver: Saver, stop: Stop, resumed: TrainingState | None) -> int:
     optimizer, loss, memory = settings.optimizer, settings.loss, settings.memory
     unet_lr, text_encoder_lr = _rates(settings)
     options = LoopOptions(
@@ -236,68 +302,6 @@ def _train(settings: Settings, preparation: Preparation, model: FrozenModel, net
         save_every_n_steps=settings.save.save_every_n_steps,
         step=StepOptions(dtype=dtype, min_snr_gamma=loss.min_snr_gamma,
                          gradient_checkpointing=memory.gradient_checkpointing))
-    return train(model, network=network, epoch_batches=batches.epoch, condition=condition, options=options,
-                 save=saver.save_on_the_way, report=saver.report, stop=stop)
-
-
-class _Saver:
-    """Writes the LoRA files of a run and reports each; passes the loop's events on and remembers the last step."""
-
-    def __init__(self, target: Path, settings: Settings, network: LoRANetwork, provenance: Provenance,
-                 report: Report) -> None:
-        self._target, self._settings, self._network = target, settings, network
-        self._provenance, self._report = provenance, report
-        self._last: Step | None = None
-        self.saved: list[str] = []
-
-    def report(self, event: Event) -> None:
-        """The loop's `report`."""
-        if isinstance(event, Step):
-            self._last = event
-        self._report(event)
-
-    def save_on_the_way(self, step: int, epoch: int) -> None:
-        """The loop's `save`: under the epoch's name where an epoch's save is due, else under the step's."""
-        chosen = self._settings.save
-        by_epoch = chosen.save_every_n_epochs and self._provenance.ends_epoch(step) and (
-            epoch % chosen.save_every_n_epochs == 0)
-        path = epoch_path(self._target, epoch) if by_epoch else step_path(self._target, step)
-        try:
-            self.save(path, step=step, epoch=epoch, final=False)
-        except OutputError as error:
-            # A full disk or a locked file may be free again when the result is due; the hours until then are not lost.
-            self._report(Warned(f"{path.name} was not kept. {error}"))
-
-    def save(self, path: Path, *, step: int, epoch: int, final: bool) -> str:
-        """Write one file, whole or not at all."""
-        with translated(f"saving {path.name}"):
-            file.save(path, self._network.state_dict(), self._provenance.metadata(path.stem, step=step, epoch=epoch),
-                      dtype=file.SAVE_PRECISIONS[self._settings.save.save_precision])
-        self.saved.append(str(path))
-        self._report(Saved(str(path), step, epoch, final))
-        return str(path)
-
-    @contextlib.contextmanager
-    def rescue(self) -> Iterator[None]:
-        """Whatever fails inside, what was learnt until then is kept under a step's name, which the error tells.
-
-        Steps that overflowed were never applied, so the weights are good.
-        """
-        try:
-            yield
-        except LoraTrainError as error:
-            kept = self._kept()
-            if not kept:
-                raise
-            remedy = f"{error.remedy}; " if error.remedy else ""
-            raise type(error)(
-                error.what, why=error.why, remedy=f"{remedy}what was learnt until then is in {kept}") from error
-
-    def _kept(self) -> str:
-        if self._last is None:
-            return ""
-        try:
-            return self.save(step_path(self._target, self._last.step), step=self._last.step, epoch=self._last.epoch,
-                             final=False)
-        except LoraTrainError:
-            return ""  # the first failure says more than this one
+    return train(model, network=network, epoch_batches=lambda epoch, start: batches.epoch(epoch, start=start),
+                 condition=condition, options=options, save=saver.save_on_the_way, keep=saver.keep, report=saver.report,
+                 stop=stop, resumed=resumed)

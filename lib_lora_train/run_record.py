@@ -1,8 +1,10 @@
 """A run's folder: its settings and its events, written as it goes and read back by whoever looks later.
 
     <runs>/<name>-20261121-154501/
-        settings.toml    what it was started with
-        events.jsonl     one event a line; every tenth of the steps of a long run, all of the others
+        settings.toml       what it was started with
+        events.jsonl        one event a line; every tenth of the steps of a long run, all of the others
+        state.safetensors   what it needs to go on after an interruption (`training/state.py`)
+        .lock               locked while a process works on it
 """
 
 from __future__ import annotations
@@ -15,24 +17,34 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lib_lora_train import events
-from lib_lora_train.errors import SettingError
+from lib_lora_train.errors import LoraTrainError, SettingError
+from lib_lora_train.run_mark import Mark, is_marked
 from lib_lora_train.settings import Settings, flat
 from lib_lora_train.settings.toml import read_toml, write_toml
+from lib_lora_train.training.state import FILE_NAME, read_facts
+from lib_lora_train.whole_file import write_whole
 
 log = logging.getLogger(__name__)
 _MOST_STEP_LINES = 2000
 
 
 class RunRecord:
-    """Writes one run's folder. Failing to write is not worth a training: the log is told once."""
+    """Writes one run's folder, and holds its mark while the process lives, so that others can tell a run that is under way
+    from one that was cut off. Failing to write is not worth a training: the log is told once.
+
+    `folder` may be that of an interrupted run, which then goes on there. Raises HostError if it is under way.
+    """
 
     def __init__(self, folder: Path, settings: Settings) -> None:
         self.folder = folder
+        self._settings = write_toml(flat(settings)).encode("utf-8", errors="replace")
         self._failed = False
+        self._new_line = (folder / "events.jsonl").exists()  # its last line may be torn
+        self._mark: Mark | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "settings.toml").write_text(
-                write_toml(flat(settings)), encoding="utf-8", errors="replace")
+            self._mark = Mark.take(folder)
+            write_whole(folder / "settings.toml", self._settings)
         except OSError as error:
             self._complain(error)
 
@@ -44,12 +56,24 @@ class RunRecord:
                 return
         if isinstance(event, events.Stage) and event.done not in (0, event.total):
             return
+        line = json.dumps({"time": round(time.time(), 3), **events.to_dict(event)}, ensure_ascii=False) + "\n"
         try:
+            if not self.folder.is_dir():
+                # It vanished while the run went on: what is still to be told is told in a new one.
+                write_whole(self.folder / "settings.toml", self._settings)
             # Opened anew for each event: no handle is left open on Windows, and a killed process loses nothing.
             with open(self.folder / "events.jsonl", "a", encoding="utf-8", errors="replace") as file:
-                file.write(json.dumps({"time": round(time.time(), 3), **events.to_dict(event)}, ensure_ascii=False) + "\n")
+                file.write("\n" + line if self._new_line else line)
+            self._new_line = False
         except OSError as error:
+            self._new_line = True
             self._complain(error)
+
+    def close(self) -> None:
+        """Take the mark away; to be called after the last event. The end of the process does the same."""
+        if self._mark is not None:
+            self._mark.release()
+            self._mark = None
 
     def _complain(self, error: OSError) -> None:
         if not self._failed:
@@ -59,7 +83,13 @@ class RunRecord:
 
 @dataclasses.dataclass(frozen=True)
 class PastRun:
-    """A run as its folder tells it. `outcome` is "" for one that was cut off (or is running)."""
+    """A run as its folder tells it.
+
+    outcome     "done", "stopped", "failed", "running", or "interrupted" for one whose process ended before it did
+    steps       how far it got, of `total` (0 where that was not known yet)
+    resume_step the step it can be resumed from, None if it cannot
+    path        its newest file, "" for none
+    """
 
     id: str
     name: str
@@ -67,6 +97,8 @@ class PastRun:
     message: str
     path: str
     steps: int
+    total: int
+    resume_step: int | None
 
 
 def new_folder(runs: Path, name: str) -> Path:
@@ -98,20 +130,38 @@ def past_runs(runs: Path, *, most: int = 100) -> list[PastRun]:
                          key=lambda f: f.stat().st_mtime, reverse=True)[:most]
     except OSError:
         return []
-    return [_summary(folder) for folder in folders]
+    return [past_run(folder) for folder in folders]
 
 
-def _summary(folder: Path) -> PastRun:
+def past_run(folder: Path) -> PastRun:
+    """The run of this folder."""
     try:
         name = str(read_toml(folder / "settings.toml").get("output_name", ""))
     except SettingError:
         name = ""
-    outcome, message, path, steps = "", "", "", 0
+    outcome, message, path, steps, total = "", "", "", 0, 0
     for event in read_events(folder):
-        if isinstance(event, events.Step):
-            steps = event.step
+        if isinstance(event, events.Planned):
+            # It begins, or goes on; how an earlier part of it ended matters no more.
+            outcome, message, steps, total = "", "", event.resumed_at, event.steps
+        elif isinstance(event, events.Step):
+            outcome, steps, total = "", event.step, event.total
         elif isinstance(event, events.Saved):
-            path = event.path
+            path, steps = event.path, max(steps, event.step)
         elif isinstance(event, events.Finished):
-            outcome, message, path, steps = event.outcome, event.message, event.path or path, event.steps
-    return PastRun(folder.name, name, outcome, message, path, steps)
+            outcome, message, path, steps = event.outcome, event.message, event.path or path, event.steps or steps
+    resume_step = _resume_step(folder)
+    if is_marked(folder):
+        outcome, message = "running", ""
+    elif not outcome:
+        outcome, steps = "interrupted", max(steps, resume_step or 0)
+        message = f"Interrupted at step {steps} of {total}" if total else "Interrupted before the first step"
+        message += "." if resume_step is None else f"; it can be resumed from step {resume_step}."
+    return PastRun(folder.name, name, outcome, message, path, steps, total, resume_step)
+
+
+def _resume_step(folder: Path) -> int | None:
+    try:
+        return int(read_facts(folder / FILE_NAME)["step"])
+    except LoraTrainError:
+        return None

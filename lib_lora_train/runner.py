@@ -20,6 +20,7 @@ from lib_lora_train.errors import HostError, Interrupted, LoraTrainError
 from lib_lora_train.host.port import Host
 from lib_lora_train.job import run_job
 from lib_lora_train.output import checked_name
+from lib_lora_train.resume import run_folder
 from lib_lora_train.run_record import PastRun, RunRecord, new_folder, past_runs
 from lib_lora_train.settings import Settings, flat
 
@@ -108,12 +109,18 @@ class Runner:
         self._thread: threading.Thread | None = None
 
     def start(self, settings: Settings, host: Host) -> str:
-        """Start a job and return its run's id. Raises HostError while another is running, OutputError for a bad name."""
+        """Start a job and return its run's id: that of the run it resumes, if that one is in the host's folder of runs.
+
+        Raises HostError while another is running, OutputError for a bad name.
+        """
         checked_name(settings.save.output_name)
         with self._lock:
             if self._thread is not None and self._thread.is_alive():
                 raise HostError("A training is running already", remedy="wait for it or stop it first")
-            record = RunRecord(new_folder(host.runs_folder, settings.save.output_name), settings)
+            # It goes on where it was, unless that is somebody else's folder: there only the state is read.
+            old = run_folder(settings.save.resume, host.runs_folder) if settings.save.resume else None
+            folder = old or new_folder(host.runs_folder, settings.save.output_name)
+            record = RunRecord(folder, settings)
             self._run = _Run(settings, record, host)
             # A daemon: closing the WebUI must not wait for hours of training. Saves are atomic, so nothing is torn.
             self._thread = threading.Thread(target=self._work, args=(self._run, host), name="lora-train", daemon=True)
@@ -162,7 +169,7 @@ class Runner:
             return dict(flat(self._run.settings)) if self._run else {}
 
     def runs(self, folder: Path) -> list[PastRun]:
-        """The runs that `folder` remembers, newest first; a running one has no outcome yet."""
+        """The runs that `folder` remembers, newest first."""
         return past_runs(folder)
 
     def _work(self, run: _Run, host: Host) -> None:
@@ -178,8 +185,9 @@ class Runner:
                 run.stop = "save"
             return run.stop
 
-        finish(lambda: run_job(run.settings, host, report=report, stop=stop), report=report,
+        finish(lambda: run_job(run.settings, host, report=report, stop=stop, folder=run.record.folder), report=report,
                steps=lambda: run.step.step if run.step else 0)
+        run.record.close()
 
 
 def finish(job: Callable[[], events.Finished], *, report: events.Report, steps: Callable[[], int]) -> events.Finished:

@@ -15,6 +15,8 @@ from lib_lora_train.settings import Settings
 class FakeHost:
     """Holds an SD1 checkpoint by name only."""
 
+    fence = None
+
     def __init__(self, folder: Path) -> None:
         self.lora_folder, self.runs_folder = folder / "loras", folder / "runs"
         self.lora_folder.mkdir()
@@ -60,7 +62,7 @@ class FakeJob:
         for _ in range(steps):
             self._steps.put(1)
 
-    def __call__(self, settings: Settings, host: Host, *, report: events.Report, stop) -> events.Finished:
+    def __call__(self, settings: Settings, host: Host, *, report: events.Report, stop, folder=None) -> events.Finished:
         self.seen = settings
         report(events.Planned(3, 1, 10, 10, self.TOTAL, "3 pictures", "64x64", "dreamshaper_8", 42))
         report(events.Stage("Encoding pictures", 1, 3))

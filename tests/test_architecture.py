@@ -16,9 +16,9 @@ PACKAGE = "lib_lora_train"
 
 # Bottom-up: a room imports only from rooms above it in this list. What a host offers (the protocol) is known to the
 # job; the hosts themselves are not. A new room is added where it belongs.
-ROOMS = ("errors", "events", "settings", "presets", "dataset", "tagging", "model", "network", "cache", "training",
-         "evaluation", "output", "preparation", "host.port", "provenance", "job", "run_record", "runner", "control",
-         "host", "api", "ui", "demo", "__main__")
+ROOMS = ("errors", "events", "whole_file", "settings", "presets", "fence", "dataset", "tagging", "model", "network", "cache",
+         "training", "evaluation", "output", "preparation", "host.port", "provenance", "resume", "saver", "job", "run_mark",
+         "run_record", "runner", "control", "host", "api", "ui", "demo", "__main__")
 NOT_CORE = ("host", "ui", "api")
 
 FILES = sorted((ROOT / PACKAGE).rglob("*.py"))

@@ -45,14 +45,14 @@ def test_a_run_ends_with_0_a_file_and_nothing_but_events_on_stdout(train, tmp_pa
 
 def test_a_configuration_file_is_read_and_the_command_line_has_the_last_word(train, tmp_path):
     (tmp_path / "run.toml").write_text("[train]\nnetwork_dim = 8\nmax_train_steps = 9\nseed = 5\n", encoding="utf-8")
-    done = run(*train, "--config", tmp_path / "run.toml", "--set", "max_train_steps=2", "--json", "--record")
+    done = run(*train, "--config", tmp_path / "run.toml", "--set", "max_train_steps=2", "--json")
     assert done.returncode == 0, done.stderr
     planned, = [e for e in lines(done.stdout) if isinstance(e, events.Planned)]
     assert (planned.steps, planned.seed) == (2, 5)
     told = json.loads(run("inspect", tmp_path / "out" / "zzk.safetensors", "--json").stdout)
     assert (told["rank"], told["family"], told["hash_ok"], told["components"]) == (2, "sd1", True, {"unet": 192})
     record, = (tmp_path / "out" / "runs").iterdir()
-    assert {f.name for f in record.iterdir()} == {"settings.toml", "events.jsonl"}
+    assert {f.name for f in record.iterdir()} == {"settings.toml", "events.jsonl", ".lock"}
 
 
 @pytest.mark.parametrize("more, word", [
@@ -65,7 +65,7 @@ def test_bad_input_is_one_sentence_and_2(train, more, word):
 
 
 def test_a_name_that_cannot_be_a_file_leaves_no_record(train, tmp_path):
-    assert run(*train, "--name", "../../elsewhere", "--record").returncode == 2
+    assert run(*train, "--name", "../../elsewhere").returncode == 2
     assert not list(tmp_path.glob("**/*elsewhere*"))
 
 
@@ -90,6 +90,15 @@ def test_ctrl_c_ends_with_130_and_keeps_what_was_learnt(train, tmp_path):
     assert process.returncode == 130
     assert isinstance(last, events.Finished) and last.outcome == "stopped"
     assert (tmp_path / "out" / "zzk.safetensors").is_file()
+    listed, = json.loads(run("runs", "--output-dir", tmp_path / "out", "--json").stdout)
+    assert (listed["outcome"], listed["resume_step"], listed["total"]) == ("stopped", last.steps, 100000)
+    # All settings are the run's own; only its length is given anew.
+    more = run("train", "--checkpoint", train[2], "--output-dir", tmp_path / "out", "--resume", listed["id"], "--json",
+               "--set", f"max_train_steps={last.steps + 1}")
+    assert more.returncode == 0, more.stderr
+    assert [e.step for e in lines(more.stdout) if isinstance(e, events.Step)] == [last.steps + 1]
+    listed, = json.loads(run("runs", "--output-dir", tmp_path / "out", "--json").stdout)
+    assert (listed["outcome"], listed["steps"], listed["resume_step"]) == ("done", last.steps + 1, None)
 
 
 def test_every_setting_is_in_the_help():

@@ -176,13 +176,13 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_weights(
 
 def refusing(monkeypatch, refused):
     """Writing a file whose name `refused` accepts fails, as on a full disk."""
-    original = file._replace
+    original = file.write_whole
 
-    def replace(path: Path, data: bytes) -> None:
+    def write(path: Path, data: bytes) -> None:
         if refused(path.name):
             raise OSError(errno.ENOSPC, "No space left on device")
         original(path, data)
-    monkeypatch.setattr(file, "_replace", replace)
+    monkeypatch.setattr(file, "write_whole", write)
 
 
 def test_a_save_on_the_way_that_fails_is_told_and_does_not_end_the_run(pictures, host, monkeypatch):

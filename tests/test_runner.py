@@ -37,7 +37,7 @@ def started(monkeypatch, fake, job) -> Runner:
 def test_a_second_start_is_refused_while_the_first_runs(monkeypatch, fake):
     go = threading.Event()
 
-    def job(settings, host, *, report, stop):
+    def job(settings, host, *, report, stop, folder=None):
         assert go.wait(30)
         return events.Finished("done", "ready", "zzk.safetensors", 1)
     one = started(monkeypatch, fake, job)
@@ -50,7 +50,7 @@ def test_a_second_start_is_refused_while_the_first_runs(monkeypatch, fake):
 
 
 def test_a_job_that_waits_for_its_host_is_shown_as_such_and_need_not_wait_on(monkeypatch, fake):
-    def job(settings, host, *, report, stop):
+    def job(settings, host, *, report, stop, folder=None):
         while not host.given_up:
             pass
         return events.Finished("stopped", "given up", "", 0)
@@ -64,7 +64,7 @@ def test_a_job_that_waits_for_its_host_is_shown_as_such_and_need_not_wait_on(mon
 def test_stopping_reaches_the_job_with_its_kind(monkeypatch, fake):
     reached = threading.Event()
 
-    def job(settings, host, *, report, stop):
+    def job(settings, host, *, report, stop, folder=None):
         reached.set()
         while not stop():
             pass
@@ -79,7 +79,7 @@ def test_stopping_reaches_the_job_with_its_kind(monkeypatch, fake):
     (TrainingError("The loss is no number", remedy="lower it"), "The loss is no number; lower it."),
     (ZeroDivisionError("oops"), "ZeroDivisionError: oops")])
 def test_however_a_job_fails_the_watcher_hears_of_it(monkeypatch, fake, error, words):
-    def job(settings, host, *, report, stop):
+    def job(settings, host, *, report, stop, folder=None):
         report(step(3))
         raise error
     one = started(monkeypatch, fake, job)
@@ -89,7 +89,7 @@ def test_however_a_job_fails_the_watcher_hears_of_it(monkeypatch, fake, error, w
 
 
 def test_the_curve_stays_short_and_covers_the_whole_run(monkeypatch, fake):
-    def job(settings, host, *, report, stop):
+    def job(settings, host, *, report, stop, folder=None):
         for number in range(1, 5001):
             report(step(number, 5000, loss=number))
         return events.Finished("done", "ready", "", 5000)
@@ -103,7 +103,7 @@ def test_the_curve_stays_short_and_covers_the_whole_run(monkeypatch, fake):
 
 
 def test_a_run_is_a_folder_that_can_be_read_back(monkeypatch, fake):
-    def job(settings, host, *, report, stop):
+    def job(settings, host, *, report, stop, folder=None):
         report(events.Warned("one caption is empty"))
         report(step(1))
         report(events.Saved("a/zzk.safetensors", 1, 1, True))
@@ -116,11 +116,12 @@ def test_a_run_is_a_folder_that_can_be_read_back(monkeypatch, fake):
 
 
 def test_a_run_that_was_cut_off_and_a_torn_line_are_read_as_far_as_they_go(monkeypatch, fake):
-    one = started(monkeypatch, fake, lambda s, h, *, report, stop: events.Finished("done", "ready", "", 1))
+    one = started(monkeypatch, fake, lambda s, h, *, report, stop, folder=None: events.Finished("done", "ready", "", 1))
     assert one.wait(30)
     folder, = fake.runs_folder.iterdir()
     (folder / "events.jsonl").write_text('{"event": "warning", "message": "a"}\n{"event": "st', encoding="utf-8")
-    assert past_runs(fake.runs_folder)[0].outcome == ""
+    past = past_runs(fake.runs_folder)[0]
+    assert (past.outcome, past.resume_step) == ("interrupted", None) and "before the first step" in past.message
 
 
 def test_a_name_that_cannot_be_a_file_starts_nothing(fake):
@@ -149,7 +150,7 @@ def test_a_picture_whose_name_is_no_text_is_trained_and_told(pictures, host):
 def test_a_record_that_cannot_be_written_is_told_once_and_costs_nothing(monkeypatch, fake, caplog):
     (fake.runs_folder.parent / fake.runs_folder.name).write_text("a file where the folder should be", encoding="utf-8")
 
-    def job(settings, host, *, report, stop):
+    def job(settings, host, *, report, stop, folder=None):
         report(step(1))
         return events.Finished("done", "ready", "", 1)
     one = started(monkeypatch, fake, job)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lib_lora_train.errors import LoraFileError, TrainingError, translated
+from lib_lora_train.whole_file import write_whole
 
 SAVE_PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "float": torch.float32}
 
@@ -89,7 +89,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str],
     model_hash, legacy_hash = file_hashes(weights, metadata)
     hashes = {"sshs_model_hash": model_hash, "sshs_legacy_hash": legacy_hash}
     with translated(f"saving {path.name}"):
-        _replace(path, safetensors.torch.save(weights, {**metadata, **hashes}))
+        write_whole(path, safetensors.torch.save(weights, {**metadata, **hashes}))
 
 
 def file_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[str, str]:
@@ -169,19 +169,6 @@ def recognise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
     reads_text = ("attn2_to_k.lora_down.weight", "self_attn_q_proj.lora_down.weight")
     widths = {tensor.shape[1] for key, tensor in tensors.items() if key.endswith(reads_text)}
     return {768: "sd1", 1024: "sd2"}.get(widths.pop()) if len(widths) == 1 else None
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """`data` becomes the file at `path` in one step; a crash leaves the old file or the new, never a part."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.part")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())                 # the bytes are on the disk before the name is
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> bytes:

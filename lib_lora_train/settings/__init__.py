@@ -105,6 +105,9 @@ def ignored(settings: Settings) -> list[str]:
         notes.append("prior_loss_weight has no effect: there is no regularisation folder.")
     if dataset.cache_latents_to_disk and (dataset.color_aug or dataset.random_crop):
         notes.append("cache_latents_to_disk has no effect: with colour changes or random crop pictures are encoded anew.")
+    if not settings.save.save_state and (
+            settings.save.save_state_every_n_minutes != default.save.save_state_every_n_minutes):
+        notes.append("save_state_every_n_minutes has no effect: no resume point is kept (save_state).")
     unused, why = (), ""
     if not dataset.enable_bucket:
         unused = ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale")

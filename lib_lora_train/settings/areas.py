@@ -176,5 +176,16 @@ class SaveSettings:
     save_every_n_steps: int = setting(
         0, "Save every n steps", "Also keep the LoRA as it is after every n-th step. 0 for none.", minimum=0,
         maximum=10_000_000)
+    save_state: bool = setting(
+        True, "Keep a resume point", "Keep what an interrupted run needs to go on, in the run's folder: the newest only, "
+        "about six times a LoRA file of fp16. It is removed when the run is done.")
+    save_state_every_n_minutes: float = setting(
+        5.0, "Resume point every n minutes", "How much work a crash may cost at most; less often where writing takes long. "
+        "0 keeps one with every save only.", minimum=0, maximum=10000, step=1)
+    save_state_on_train_end: bool = setting(
+        False, "Keep the resume point at the end", "So that a finished run can go on with more steps.")
+    resume: str = setting(
+        "", "Resume run", "Go on with an interrupted run: its name in the list of runs, or its folder. Empty begins anew.",
+        is_path=True)
     training_comment: str = setting(
         "", "Comment", "A note that is kept inside the file.")

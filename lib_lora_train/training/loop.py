@@ -1,6 +1,6 @@
 """The training loop. It reads like the method; logging, saving and stopping consume its events.
 
-Not here: what to do with the saved weights (the caller's `save`), resuming an interrupted run, validation.
+Not here: what to do with the saved weights (the caller's `save`) and with the state to resume from (its `keep`), validation.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ from lib_lora_train.training.noise import draw
 from lib_lora_train.training.optimizer import Stepper, learning_rate_factor
 from lib_lora_train.training.precision import LossScaler
 from lib_lora_train.training.progress import Arrived, LossLog, Speed
+from lib_lora_train.training.state import TrainingState, capture, restore
 from lib_lora_train.training.step import StepOptions, denoising_loss
 
 Stop = Callable[[], Literal["", "stop", "save"]]
 Condition = Callable[[Batch], Conditioning]
-Save = Callable[[int, int], None]
+Snapshot = Callable[[], TrainingState | None]
+Save = Callable[[int, int, Snapshot], None]
+EpochBatches = Callable[[int, int], Iterable[Batch]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,13 +55,17 @@ class LoopOptions:
     step: StepOptions
 
 
-def train(model: FrozenModel, *, network: LoRANetwork, epoch_batches: Callable[[int], Iterable[Batch]],
-          condition: Condition, options: LoopOptions, save: Save, report: Report, stop: Stop) -> int:
+def train(model: FrozenModel, *, network: LoRANetwork, epoch_batches: EpochBatches, condition: Condition,
+          options: LoopOptions, save: Save, keep: Save, report: Report, stop: Stop,
+          resumed: TrainingState | None = None) -> int:
     """Train `network` on `model`; returns the number of steps made (all of them, unless `stop` said otherwise).
 
-    `epoch_batches(epoch)` gives an epoch's batches, `condition` a batch's text, `save(step, epoch)` is called where a save
-    is due. Raises TrainingError if the loss is no longer a number (the network then holds its last good weights) or if
-    the memory runs out.
+    `epoch_batches(epoch, start)` gives an epoch's batches from the position `start` on, `condition` a batch's text.
+    `save(step, epoch, snapshot)` is called where a save is due, `keep` after every step; `snapshot()` is what `resumed`
+    takes to go on from there, None while a step has only half happened. It may also be called after this function has
+    returned or raised. `resumed` needs the network it belongs to.
+    Raises TrainingError if the loss is no longer a number (the network then holds its last good weights) or if the memory
+    runs out.
     """
     device = model.device
     stepper = Stepper(network.parameter_groups(options.unet_lr, options.text_encoder_lr), device=device,
@@ -66,11 +73,30 @@ def train(model: FrozenModel, *, network: LoRANetwork, epoch_batches: Callable[[
     scaler = LossScaler(device, enabled=options.step.dtype == torch.float16)
     adapters = network.adapters().get("unet", {})
     log, reporter = LossLog(device), _Reporter(options, report, stepper)
+    begin = resumed.step if resumed else 0
+    if resumed:
+        restore(resumed, stepper=stepper, scaler=scaler)
+        reporter.restore(resumed)
+    whole: int | None = begin  # the step that weights, moments and scaler stand at; None while they do not agree
+
+    def settle() -> None:
+        nonlocal whole
+        # Whoever hears of a step may object (a loss that is no number, a model that was changed): then nothing is whole.
+        at, whole = whole, None
+        reporter.tell(log.arrived(wait=True))
+        whole = at
+
+    def snapshot() -> TrainingState | None:
+        if whole is None:
+            return None
+        settle()
+        return capture(whole, network=network, stepper=stepper, scaler=scaler, recent=reporter.recent(),
+                       overflows=reporter.overflows)
 
     with torch.enable_grad(), translated("training"):
-        for step, epoch, micro_batches in _steps(epoch_batches, options):
+        for step, epoch, micro_batches in _steps(epoch_batches, options, begin=begin):
             if stop():
-                reporter.tell(log.arrived(wait=True))
+                settle()
                 return step - 1
             stepper.set_factor(learning_rate_factor(
                 options.schedule, step - 1, total=options.steps, warmup=options.warmup, cycles=options.cycles))
@@ -83,25 +109,31 @@ def train(model: FrozenModel, *, network: LoRANetwork, epoch_batches: Callable[[
                 scaler.scaled(loss).backward()
                 total += loss.detach()
             scaler.unscale(stepper.parameters)
+            whole = None
             overflowed = stepper.step()
             scaler.update(overflowed)
 
             log.push(step, total, overflowed)
             reporter.expect(step, epoch)
             reporter.tell(log.arrived())
+            whole = step
             if _save_due(step, options):
-                reporter.tell(log.arrived(wait=True))
-                save(step, epoch)
-        reporter.tell(log.arrived(wait=True))
+                settle()
+                save(step, epoch, snapshot)
+            keep(step, epoch, snapshot)
+        settle()
     return options.steps
 
 
-def _steps(epoch_batches: Callable[[int], Iterable[Batch]], options: LoopOptions) -> Iterator[tuple[int, int, list[Batch]]]:
-    """(step, epoch, micro-batches) for exactly `options.steps` steps; an epoch's last step may hold fewer."""
-    step = 0
-    for epoch in range(1, options.epochs + 1):
+def _steps(epoch_batches: EpochBatches, options: LoopOptions, *, begin: int) -> Iterator[tuple[int, int, list[Batch]]]:
+    """(step, epoch, micro-batches) for the steps after `begin`; an epoch's last step may hold fewer micro-batches."""
+    step, (epochs, steps) = begin, divmod(begin, options.steps_per_epoch)
+    if step >= options.steps:
+        return
+    for epoch in range(1 + epochs, options.epochs + 1):
         gathered: list[Batch] = []
-        for batch in epoch_batches(epoch):
+        start, steps = steps * options.accumulation, 0
+        for batch in epoch_batches(epoch, start):
             gathered.append(batch)
             if len(gathered) == options.accumulation:
                 step += 1
@@ -138,7 +170,16 @@ class _Reporter:
         self._recent: collections.deque[float] = collections.deque(maxlen=max(10, options.steps_per_epoch))
         self._expected: dict[int, tuple[int, float, float]] = {}
         self._speed = Speed()
-        self._overflows = 0
+        self.overflows = 0
+
+    def recent(self) -> tuple[float, ...]:
+        """The losses that the shown average is made of."""
+        return tuple(self._recent)
+
+    def restore(self, state: TrainingState) -> None:
+        """Go on with the average of an interrupted run."""
+        self._recent.extend(state.recent)
+        self.overflows = state.overflows
 
     def expect(self, step: int, epoch: int) -> None:
         """Remember what was in force in a step whose loss is still on its way."""
@@ -153,10 +194,10 @@ class _Reporter:
                     f"The loss is no longer a number at step {one.step}", why="the training has become unstable",
                     remedy="lower the learning rate; with fp16 also try bf16 or no as precision, and a VAE that is "
                            "made for half precision")
-            self._overflows = self._overflows + 1 if one.overflowed else 0
-            if self._overflows >= _MOST_OVERFLOWS:
+            self.overflows = self.overflows + 1 if one.overflowed else 0
+            if self.overflows >= _MOST_OVERFLOWS:
                 raise TrainingError(
-                    f"The last {self._overflows} steps could not be used", why="their gradients were too large for numbers",
+                    f"The last {self.overflows} steps could not be used", why="their gradients were too large for numbers",
                     remedy="lower the learning rate, or take bf16 or no as precision")
             self._recent.append(one.loss)
             speed = self._speed.tick()

@@ -52,7 +52,7 @@ class LossScaler:
         self.enabled = enabled
         self.growth_interval = growth_interval
         self.scale = torch.full((), initial if enabled else 1.0, device=device)
-        self._good_steps = torch.zeros((), device=device)
+        self.good_steps = torch.zeros((), device=device)
 
     def scaled(self, loss: torch.Tensor) -> torch.Tensor:
         """The loss to call backward on."""
@@ -67,7 +67,7 @@ class LossScaler:
     def update(self, overflowed: torch.Tensor) -> None:
         """Adapt the scale; `overflowed` is a 0-d bool tensor on the device."""
         if self.enabled:
-            good = torch.where(overflowed, 0.0, self._good_steps + 1)
+            good = torch.where(overflowed, 0.0, self.good_steps + 1)
             grown = good >= self.growth_interval
             self.scale = torch.where(overflowed, self.scale * 0.5, torch.where(grown, self.scale * 2, self.scale))
-            self._good_steps = torch.where(grown, 0.0, good)
+            self.good_steps = torch.where(grown, 0.0, good)

@@ -9,12 +9,14 @@ import dataclasses
 import hashlib
 import html
 import json
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import gradio as gr
 
 from lib_lora_train import control
+from lib_lora_train.api import OUTDATED
 from lib_lora_train.errors import Interrupted, LoraTrainError, OutputError
 from lib_lora_train.host.port import Host
 from lib_lora_train.presets import presets
@@ -26,23 +28,30 @@ NO_PRESET = "Default"
 _NO_PRESET_ABOUT = "Everything as it was at the start, but for the names and folders."
 # What belongs to one LoRA and not to a way of training; no preset and no "Default" touches it.
 IDENTITY = frozenset({"output_name", "output_dir", "train_data_dir", "trigger_word", "reg_data_dir", "network_weights",
-                      "training_comment", "overwrite"})
+                      "training_comment", "overwrite", "resume"})
 
 
 @dataclasses.dataclass(frozen=True)
 class Handlers:
-    """The page's actions on one runner and host. `defaults` is what the fields show at first, by name."""
+    """The page's actions on one runner and host. `defaults` is what the fields show at first, by name.
+
+    What reads a folder or starts a run wants the page's `token` first. gradio answers any request that names a function by
+    its number, also one that a foreign page makes the user's browser send; only our own page knows the token.
+    """
 
     runner: Runner
     host: Host
     names: Sequence[str]
     defaults: Mapping[str, Value]
+    token: str = dataclasses.field(repr=False)
 
-    def plan(self, asked: Latest, answer: str, *values: object) -> tuple[Any, Any, Any, Any]:
+    def plan(self, token: str, asked: Latest, answer: str, *values: object) -> tuple[Any, Any, Any, Any]:
         """(the summary as HTML, the fields as JSON for the browser to remember, the refusal, the button "Overwrite it").
 
         `answer` is what stands beside the button: a refusal of other values than these is taken away, button and all.
         """
+        if not self._ours(token):
+            return _problem(OUTDATED), gr.update(), gr.update(), gr.update()
         chosen = self._by_name(values)
         draft = json.dumps({name: value for name, value in chosen.items() if name != "overwrite"})
         outdated = asked.ask()
@@ -54,14 +63,18 @@ class Handlers:
             return summary, draft, gr.update(), gr.update()
         return summary, draft, "", gr.update(visible=False)
 
-    def start(self, asked: Latest, *values: object) -> tuple[Any, Any]:
+    def start(self, token: str, asked: Latest, *values: object) -> tuple[Any, Any]:
         """(a refusal as HTML or nothing, whether the button "Overwrite it" shows)."""
+        if not self._ours(token):
+            return _problem(OUTDATED), gr.update(visible=False)
         # The page plans again afterwards; an older plan would come too late.
         asked.ask()
         return self._start(self._by_name(values))
 
-    def start_overwriting(self, asked: Latest, answer: str, *values: object) -> tuple[Any, Any]:
+    def start_overwriting(self, token: str, asked: Latest, answer: str, *values: object) -> tuple[Any, Any]:
         """As `start`, replacing a LoRA of the name, this once: the one that `answer`, the refusal, spoke of."""
+        if not self._ours(token):
+            return _problem(OUTDATED), gr.update(visible=False)
         asked.ask()
         chosen = self._by_name(values)
         return self._start({**chosen, "overwrite": True} if _answers(answer, chosen) else chosen)
@@ -86,6 +99,9 @@ class Handlers:
             remembered = self.runner.settings()
         kept = {name: value for name, value in remembered.items() if name != "overwrite"}
         return [_note("Looking at the pictures"), *self._updates(kept)]
+
+    def _ours(self, token: object) -> bool:
+        return isinstance(token, str) and secrets.compare_digest(token.encode(errors="replace"), self.token.encode())
 
     def _summary(self, chosen: Mapping[str, object], outdated: Callable[[], bool]) -> str:
         try:

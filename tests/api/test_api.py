@@ -24,11 +24,12 @@ PAGE = {"X-Lora-Train": TOKEN}
 class Desk:
     """A server with a fake job behind it."""
 
-    def __init__(self, folder: Path, job: FakeJob, *, api_enabled: bool = False, credentials: str = "") -> None:
+    def __init__(self, folder: Path, job: FakeJob, *, api_enabled: bool = False, credentials: str = "",
+                 login: object = None) -> None:
         self.host, self.runner, self.job, self.folder = FakeHost(folder), Runner(), job, folder
         app = FastAPI()
         api.install(app, runner=self.runner, host=self.host, token=TOKEN, api_enabled=api_enabled,
-                    credentials=api.parse_credentials(credentials))
+                    credentials=api.parse_credentials(credentials), logged_in=api.login_of(login) if login else None)
         self.client = TestClient(app, base_url="http://localhost")
 
     def get(self, name: str, headers: dict[str, str] | None = None):
@@ -90,8 +91,56 @@ def test_another_web_page_cannot_post(tmp_path: Path, job: FakeJob):
     assert desk.post("stop", {}, {"Origin": "http://localhost"}).status_code == 200
     assert desk.post("stop", {}, {"Origin": "https://evil.example"}).status_code == 403
     assert desk.post("stop", {}, {"Origin": "null"}).status_code == 403
-    form = desk.client.post(f"{api.PREFIX}/stop", content='{"save": true}', headers={"Content-Type": "text/plain"})
-    assert form.status_code == 415
+
+
+@pytest.mark.parametrize("kind", ["", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x",
+                                  "text/plain; charset=application/json"])
+def test_what_a_foreign_page_can_send_unasked_starts_nothing(tmp_path: Path, job: FakeJob, kind: str):
+    desk = Desk(tmp_path, job, api_enabled=True)
+    body = json.dumps(desk.good()).encode()
+    for headers in ({}, PAGE):
+        # A Blob without a type is sent without the header.
+        sent = desk.client.post(f"{api.PREFIX}/start", content=body, headers={**headers, **({"Content-Type": kind} if kind else {})})
+        assert sent.status_code == 415
+    assert not desk.runner.running() and desk.get("runs", PAGE).json() == {"runs": []}
+
+
+def test_a_browser_that_says_the_request_is_another_sites_is_believed(tmp_path: Path, job: FakeJob):
+    desk = Desk(tmp_path, job, api_enabled=True)
+    for site in ("cross-site", "same-site"):
+        for headers in ({}, PAGE):
+            assert desk.post("start", desk.good(), {"Sec-Fetch-Site": site, **headers}).status_code == 403
+            assert desk.get("status", {"Sec-Fetch-Site": site, **headers}).status_code == 403
+    assert not desk.runner.running()
+    # The page itself behind a proxy that renames the server; and a program, which sends neither header.
+    renamed = {"Sec-Fetch-Site": "same-origin", "Origin": "https://outside.example", **PAGE}
+    assert desk.post("stop", {}, renamed).status_code == 200
+    assert desk.post("stop", {}).status_code == 200
+
+
+class Login:
+    """What gradio's application tells of its login."""
+
+    def __init__(self) -> None:
+        self.auth, self.tokens = {"ann": "pw"}, {"session-of-ann": "ann"}
+
+
+@pytest.mark.parametrize("credentials", ["", "bob:zwei"])
+def test_where_the_page_asks_for_a_login_the_api_is_no_side_door(tmp_path: Path, job: FakeJob, credentials: str):
+    desk = Desk(tmp_path, job, api_enabled=True, credentials=credentials, login=Login())
+    for headers in ({}, PAGE, {"Cookie": "access-token=guess"}, {**PAGE, "Cookie": "access-token=guess"},
+                    {**PAGE, "Cookie": "other=session-of-ann"}, basic("ann", "pw")):
+        for answer in (desk.get("status", headers), desk.post("start", desk.good(), headers)):
+            assert answer.status_code == 401, headers
+            # A page's request never makes the browser ask for a password.
+            assert ("www-authenticate" in answer.headers) == bool(credentials and "X-Lora-Train" not in headers)
+    assert not desk.runner.running()
+    for name in ("access-token", "access-token-unsecure"):
+        session = {"Cookie": f"{name}=session-of-ann"}
+        assert desk.get("status", {**PAGE, **session}).status_code == 200
+        assert desk.get("status", session).status_code == (401 if credentials else 200)
+    if credentials:
+        assert desk.get("status", basic("bob", "zwei")).status_code == 200
 
 
 @pytest.mark.parametrize(("name", "body"), [
@@ -173,7 +222,7 @@ def test_the_settings_can_be_built_from(desk: Desk):
 
 
 def test_a_loss_that_is_no_number_is_still_json(desk: Desk, monkeypatch: pytest.MonkeyPatch):
-    def fails(settings, host, *, report, stop):
+    def fails(settings, host, *, report, stop, folder=None):
         report(events.Step(1, 2, 1, 1, math.nan, math.inf, 1e-4, 0.0, None, None))
         return events.Finished("failed", "The loss is not a number.", "", 1)
     monkeypatch.setattr(runner_module, "run_job", fails)
