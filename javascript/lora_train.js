@@ -39,11 +39,12 @@
 
     // ---- start -------------------------------------------------------------------------------------------------
 
+    /** What layout.py left for the script, null where it is not there. */
     function pageData() {
         const components = (window.gradio_config && window.gradio_config.components) || [];
-        const holder = components.find((c) => c.props && c.props.elem_id === "lora_train_page");
+        const left = (id) => components.find((c) => c.props && c.props.elem_id === id).props.value;
         try {
-            return JSON.parse(holder.props.value);
+            return {token: left("lora_train_token"), ...JSON.parse(left("lora_train_page"))};
         } catch (error) {
             return null;
         }

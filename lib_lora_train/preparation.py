@@ -9,10 +9,12 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+from lib_lora_train.cache.disk import CACHE_FOLDER
 from lib_lora_train.dataset.buckets import Buckets, Placement
 from lib_lora_train.dataset.folder import Dataset, place, scan, visits_by_bucket
 from lib_lora_train.dataset.plan import Plan, plan_run
 from lib_lora_train.errors import DatasetError
+from lib_lora_train.fence import Fence
 from lib_lora_train.settings import Settings, ignored, resolution_of
 
 DEFAULT_RESOLUTION = {"sd1": 512, "sd2": 768, "sdxl": 1024}
@@ -57,10 +59,12 @@ class Preparation:
                 f"= {_count(self.plan.steps, 'step')}")
 
 
-def prepare(settings: Settings, *, family: str, on_progress: Callable[[int, int], None] | None = None,
+def prepare(settings: Settings, *, family: str, fence: Fence | None = None,
+            on_progress: Callable[[int, int], None] | None = None,
             should_stop: Callable[[], bool] | None = None) -> Preparation:
     """Read the dataset's folder and plan the run for a model of `family` ("" plans as for SD1).
 
+    Within a `fence`, links that lead out of it are passed over; the folders themselves are the caller's to `confine`.
     Raises DatasetError and SettingError; nothing is written, no picture is decoded.
     """
     dataset_settings, optimizer = settings.dataset, settings.optimizer
@@ -75,12 +79,23 @@ def prepare(settings: Settings, *, family: str, on_progress: Callable[[int, int]
     found = scan(
         Path(dataset_settings.train_data_dir), max_train_epochs=optimizer.max_train_epochs,
         num_repeats=dataset_settings.num_repeats, trigger_word=dataset_settings.trigger_word,
-        reg_data_dir=dataset_settings.reg_data_dir or None, on_progress=on_progress, should_stop=should_stop)
+        reg_data_dir=dataset_settings.reg_data_dir or None, on_progress=on_progress, should_stop=should_stop,
+        may_read=fence.may_read if fence else None)
+    if fence and dataset_settings.cache_latents_to_disk:
+        _check_caches(found, fence)
     dataset, placements = place(found, buckets)
     return Preparation(
         dataset=dataset, placements=placements, resolution=resolution,
         plan=replan(settings, dataset=dataset, placements=placements),
         warnings=(*ignored(settings), *(problem.text for problem in dataset.problems)))
+
+
+def _check_caches(dataset: Dataset, fence: Fence) -> None:
+    """The cache is written to; a link in its place would write elsewhere."""
+    for folder in sorted({example.path.parent for example in dataset.examples}):
+        if not fence.may_read(folder / CACHE_FOLDER):
+            raise DatasetError(f"The cache {folder / CACHE_FOLDER} cannot be used", why="it is a link to a folder that is "
+                               "not allowed", remedy="remove the link or switch cache_latents_to_disk off")
 
 
 def replan(settings: Settings, *, dataset: Dataset, placements: tuple[Placement, ...]) -> Plan:

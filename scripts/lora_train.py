@@ -5,10 +5,11 @@ from __future__ import annotations
 import secrets
 from typing import Any
 
-from modules.script_callbacks import on_app_started, on_script_unloaded, on_ui_tabs
+from modules.script_callbacks import on_app_started, on_script_unloaded, on_ui_settings, on_ui_tabs
 
 from lib_lora_train import api
 from lib_lora_train.host.webui import HOST, api_access, end_before_reload
+from lib_lora_train.host.webui_fence import add_option
 from lib_lora_train.runner import RUNNER
 from lib_lora_train.ui.layout import build_tab
 
@@ -27,6 +28,7 @@ def routes(_: Any, app: Any) -> None:
     api.install(app, runner=RUNNER, host=HOST, token=TOKEN, credentials=api.parse_credentials(users), api_enabled=enabled)
 
 
+on_ui_settings(add_option)
 on_ui_tabs(tabs)
 on_app_started(routes)
 on_script_unloaded(lambda: end_before_reload(RUNNER))

@@ -9,7 +9,7 @@ on a text that nobody wrote.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -23,6 +23,7 @@ from lib_lora_train.errors import DatasetError, printable
 from lib_lora_train.settings import DECLARATIONS
 
 MOST_REPEATS = DECLARATIONS["num_repeats"].maximum
+MayRead = Callable[[Path], bool]
 _REPEATS_AND_NAME = re.compile(r"(\d+)_(.*)")
 
 
@@ -94,22 +95,23 @@ class Dataset:
 def scan(
     folder: Path | str, *, max_train_epochs: int, num_repeats: int = 0, trigger_word: str = "",
     reg_data_dir: Path | str | None = None, max_pixels: int = MAX_PIXELS, on_progress: Progress | None = None,
-    should_stop: ShouldStop | None = None,
+    should_stop: ShouldStop | None = None, may_read: MayRead | None = None,
 ) -> Dataset:
     """Read names, captions and headers; check each file as far as its format allows without decoding it.
 
     `max_train_epochs` and `num_repeats` (0 = choose) set the repeats of a plain folder. Regularisation
     pictures get repeats such that they are visited as often as the others together; they never get
-    the trigger word. Order: by name, the same on every system.
+    the trigger word. Order: by name, the same on every system. `may_read` is asked for every file and folder; what
+    it refuses is passed over and counted in a Problem.
     Raises DatasetError (folder missing, empty, unreadable; no usable picture; captions not UTF-8) and
     Interrupted when `should_stop()` says so.
     """
-    subsets, layout, problems = _find(Path(folder), what="dataset")
+    subsets, layout, problems = _find(Path(folder), what="dataset", may_read=may_read)
     reg_subsets: list[_Subset] = []
     if reg_data_dir:
         if Path(reg_data_dir).resolve() == Path(folder).resolve():
             raise DatasetError("reg_data_dir is the dataset folder itself", remedy="choose another folder or none")
-        reg_subsets, _, reg_problems = _find(Path(reg_data_dir), what="regularisation")
+        reg_subsets, _, reg_problems = _find(Path(reg_data_dir), what="regularisation", may_read=may_read)
         problems += reg_problems
     watch = Watch(sum(len(subset.pictures) for subset in subsets + reg_subsets), doing="the pictures were read",
                   on_progress=on_progress, should_stop=should_stop)
@@ -230,13 +232,14 @@ class _Reader:
                 self.problems.append(Problem(f"{len(names)} picture(s) have {text}: {_some(names)}."))
 
 
-def _find(folder: Path, *, what: str) -> tuple[list[_Subset], Literal["kohya", "plain"], list[Problem]]:
+def _find(folder: Path, *, what: str,
+          may_read: MayRead | None) -> tuple[list[_Subset], Literal["kohya", "plain"], list[Problem]]:
     """Which folders hold the pictures, and in which layout."""
-    files, folders = _listing(folder, what)
     problems: list[Problem] = []
+    files, folders = _listing(folder, what, may_read=may_read, problems=problems)
     loose = [file for file in files if is_picture_name(file)]
     numbered = [f for f in folders if _REPEATS_AND_NAME.fullmatch(f.name)]
-    subsets = [s for f in numbered if (s := _subset(f, problems)) is not None]
+    subsets = [s for f in numbered if (s := _subset(f, problems, may_read)) is not None]
     others = [f for f in folders if f not in numbered]
     if subsets:
         if loose:
@@ -261,11 +264,11 @@ def _find(folder: Path, *, what: str) -> tuple[list[_Subset], Literal["kohya", "
     raise DatasetError(f"The {what} folder {folder} holds no pictures", why=why, remedy=remedy)
 
 
-def _subset(folder: Path, problems: list[Problem]) -> _Subset | None:
+def _subset(folder: Path, problems: list[Problem], may_read: MayRead | None) -> _Subset | None:
     """An N_name folder with pictures; otherwise None, with the reason among the problems."""
     match = _REPEATS_AND_NAME.fullmatch(folder.name)
     assert match is not None
-    files, folders = _listing(folder, "dataset")
+    files, folders = _listing(folder, "dataset", may_read=may_read, problems=problems)
     pictures = tuple(file for file in files if is_picture_name(file))
     problems += _unused_folders(folders, f"folders inside {folder.name} are not searched")
     repeats = int(match[1])
@@ -277,7 +280,8 @@ def _subset(folder: Path, problems: list[Problem]) -> _Subset | None:
     return _Subset(folder, repeats, printable(match[2].strip()), pictures, find_captions(files))
 
 
-def _listing(folder: Path, what: str) -> tuple[list[Path], list[Path]]:
+def _listing(folder: Path, what: str, *, may_read: MayRead | None,
+             problems: list[Problem]) -> tuple[list[Path], list[Path]]:
     """(files, folders) of a folder by name, without hidden folders (caches live there)."""
     try:
         if not folder.exists():
@@ -285,6 +289,12 @@ def _listing(folder: Path, what: str) -> tuple[list[Path], list[Path]]:
         if not folder.is_dir():
             raise DatasetError(f"{folder} is a file", remedy=f"choose the {what} folder that holds the pictures")
         entries = sorted(folder.iterdir(), key=lambda path: (path.name.casefold(), path.name))
+        if may_read:
+            outside = [path for path in entries if not may_read(path)]
+            entries = [path for path in entries if path not in outside]
+            if outside:
+                problems.append(Problem(f"{len(outside)} entries of {folder} are ignored, because they are links to folders "
+                                        f"that are not allowed: {_some([path.name for path in outside])}."))
         files = [path for path in entries if path.is_file()]
         folders = [path for path in entries if path.is_dir() and not path.name.startswith(".")]
     except OSError as error:

@@ -14,7 +14,7 @@ import torch
 from lib_lora_train import events
 from lib_lora_train.demo import tiny_checkpoint
 from lib_lora_train.demo.sheet import SheetRow, draw_sheet, paint_rows
-from lib_lora_train.host.standalone import StandaloneHost
+from lib_lora_train.host.standalone import StandaloneHost, listening_fence
 from lib_lora_train.runner import RUNNER
 from lib_lora_train.settings import parse
 from lib_lora_train.settings.field import Value
@@ -28,20 +28,21 @@ SETTINGS: dict[str, Value] = {
     "learning_rate": 3e-3, "min_snr_gamma": 0.0, "keep_tokens": 1}
 
 
-def demo_host(folder: Path) -> StandaloneHost:
+def demo_host(folder: Path, *, address: str = "127.0.0.1") -> StandaloneHost:
     """The host of the demo's checkpoint, which is made in `folder` unless it is there; LoRAs go beside it."""
     checkpoint = folder / "model" / "tiny.safetensors"
     if not checkpoint.is_file():
         tiny_checkpoint.write(checkpoint.parent, size=tiny_checkpoint.DEMO)
-    return StandaloneHost(checkpoint, lora_folder=folder / "loras", runs_folder=folder / "runs")
+    return StandaloneHost(checkpoint, lora_folder=folder / "loras", runs_folder=folder / "runs",
+                          fence=listening_fence(address, folder / "loras", folder, PICTURES))
 
 
-def run_demo(folder: Path, *, page: bool, port: int, address: str) -> int:
+def run_demo(folder: Path, *, page: bool, port: int, address: str, auth: str = "") -> int:
     """Train, paint before and after into `folder`/before-after.png, and (with `page`) serve until stopped."""
     print("Making a small model that has learnt nothing ...", flush=True)
     # So small a model is quicker on one thread: its operations end sooner than threads can be told of them.
     torch.set_num_threads(1)
-    host = demo_host(folder)
+    host = demo_host(folder, address=address)
     print("Training a LoRA on 24 pictures ...", flush=True)
     RUNNER.start(parse(SETTINGS), host)
     shown = 0
@@ -63,5 +64,5 @@ def run_demo(folder: Path, *, page: bool, port: int, address: str) -> int:
     if page:
         from lib_lora_train.ui.standalone import serve
         print("Now the page, with this run on it (Ctrl+C ends):", flush=True)
-        serve(host, port=port, address=address)
+        serve(host, port=port, address=address, auth=auth)
     return 0

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from lib_lora_train.events import Event
+from lib_lora_train.fence import Fence
 from lib_lora_train.model.family import Hints
 from lib_lora_train.model.tokens import Tokenizer
 
@@ -63,6 +64,10 @@ class Host(Protocol):
     @property
     def runs_folder(self) -> Path:
         """Where each run keeps its folder of settings and events."""
+
+    @property
+    def fence(self) -> Fence | None:
+        """The folders a run may touch; None where only this machine's user reaches the host."""
 
     def checkpoint(self) -> Checkpoint | None:
         """What is loaded now, None if nothing is; never loads, never waits."""

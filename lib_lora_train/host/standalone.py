@@ -19,7 +19,9 @@ from safetensors.torch import load_file
 
 from lib_lora_train.errors import HostError, LoraTrainError, ModelError, translated
 from lib_lora_train.events import Event
+from lib_lora_train.fence import Fence
 from lib_lora_train.host.port import Borrowed, Checkpoint, Outline
+from lib_lora_train.host.reach import is_loopback
 from lib_lora_train.model.family import Hints, detect
 from lib_lora_train.model.hints_file import hints_from_yaml
 from lib_lora_train.model.tokens import Tokenizer, tokenizer_from_folder
@@ -32,8 +34,8 @@ class StandaloneHost:
     """Lends the model of one `.safetensors` file. `checkpoint_file` None is a host with no model yet."""
 
     def __init__(self, checkpoint_file: Path | None, *, lora_folder: Path, runs_folder: Path,
-                 device: torch.device | None = None) -> None:
-        self.checkpoint_file = checkpoint_file
+                 device: torch.device | None = None, fence: Fence | None = None) -> None:
+        self.checkpoint_file, self.fence = checkpoint_file, fence
         self.lora_folder, self.runs_folder = lora_folder, runs_folder
         self._device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._lock = threading.Lock()
@@ -90,6 +92,14 @@ class StandaloneHost:
 
     def refresh_loras(self) -> None:
         """There is no list of LoRAs to refresh."""
+
+
+def listening_fence(address: str, output: Path, *folders: Path) -> Fence | None:
+    """What a page at `address` may touch: its output folder, and `folders` for reading; None where it is one's own."""
+    if is_loopback(address):
+        return None
+    loras, others = output.resolve(), [folder.resolve() for folder in folders]
+    return Fence((loras, *others), (loras,), "other folders are named with --allow when the page is started")
 
 
 def describe_file(path: Path) -> Checkpoint:

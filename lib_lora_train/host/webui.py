@@ -3,6 +3,7 @@
     webui.py            the host: the lock, the loan, what is loaded
     webui_model.py      what is lent: tensors by reference, hints, tokenizers; where they lie; whether they changed
     webui_loras.py      the built-in Lora extension: its merged LoRAs taken out, its list renewed
+    webui_fence.py      the folders a run may touch while others reach the WebUI
     webui_queue.py      a turn in the WebUI's queue
     webui_progress.py   the WebUI's own progress display and stop buttons
 
@@ -24,7 +25,8 @@ from modules import call_queue, paths, sd_models, shared
 
 from lib_lora_train.errors import HostError, translated
 from lib_lora_train.events import Event, Saved, Stage, Step
-from lib_lora_train.host import webui_loras, webui_model
+from lib_lora_train.fence import Fence
+from lib_lora_train.host import webui_fence, webui_loras, webui_model
 from lib_lora_train.host.port import Borrowed, Checkpoint, Outline
 from lib_lora_train.host.webui_progress import ProgressDisplay
 from lib_lora_train.host.webui_queue import Turn
@@ -54,6 +56,11 @@ class WebUIHost:
     def runs_folder(self) -> Path:
         """Beside the WebUI's other data (--data-dir)."""
         return Path(paths.data_path) / "lora_train_runs"
+
+    @property
+    def fence(self) -> Fence | None:
+        """Where others reach the WebUI: its own folders, and those its owner added."""
+        return webui_fence.fence()
 
     def checkpoint(self) -> Checkpoint | None:
         """What is loaded now. `shared.sd_model` would wait for a model that is being loaded, or load one: not asked."""

@@ -43,8 +43,9 @@ def build_tab(*, runner: Runner, host: Host, defaults: Mapping[str, Value], toke
     fields: dict[str, Any] = {}
     with gr.Blocks(analytics_enabled=False) as tab, gr.Column(elem_id="lora_train", elem_classes=["lora-train"]):
         gr.HTML(_header(), elem_id="lora_train_header")
-        # Not drawn; the script reads it from the page's configuration.
-        unsaved(gr.Textbox(value=_page_data(token), visible=False, elem_id="lora_train_page", label="Page"))
+        # Not drawn; the script reads them from the page's configuration.
+        unsaved(gr.Textbox(value=_page_data(), visible=False, elem_id="lora_train_page", label="Page"))
+        key = unsaved(gr.Textbox(value=token, visible=False, elem_id="lora_train_token", label="Token"))
         with gr.Row(equal_height=False, elem_classes=["lora-train-columns"]):
             with gr.Column(scale=1, min_width=320, elem_id="lora_train_settings"):
                 preset, about_preset = _settings_column(fields, first)
@@ -55,12 +56,12 @@ def build_tab(*, runner: Runner, host: Host, defaults: Mapping[str, Value], toke
             plan = unsaved(gr.Button("Plan", elem_id="lora_train_plan"))
             restore = unsaved(gr.Button("Restore", elem_id="lora_train_restore"))
 
-        handlers = Handlers(runner=runner, host=host, names=tuple(fields), defaults=first)
+        handlers = Handlers(runner=runner, host=host, names=tuple(fields), defaults=first, token=token)
         inputs = list(fields.values())
         # No handler waits for another: the queue is for pictures.
         quiet: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_name": False}
         asked = gr.State(Latest())
-        planning = {"fn": handlers.plan, "inputs": [asked, answer, *inputs],
+        planning = {"fn": handlers.plan, "inputs": [key, asked, answer, *inputs],
                     "outputs": [summary, draft, answer, overwrite], **quiet}
         plan.click(**planning)
         restore.click(handlers.restore, inputs=[draft], outputs=[summary, *inputs], **quiet).then(**planning)
@@ -69,8 +70,8 @@ def build_tab(*, runner: Runner, host: Host, defaults: Mapping[str, Value], toke
             if DECLARATIONS[name].choices:
                 # Typed fields tell the script that they changed; a drop-down does not.
                 fields[name].input(**planning)
-        start.click(handlers.start, inputs=[asked, *inputs], outputs=[answer, overwrite], **quiet).then(**planning)
-        overwrite.click(handlers.start_overwriting, inputs=[asked, answer, *inputs], outputs=[answer, overwrite],
+        start.click(handlers.start, inputs=[key, asked, *inputs], outputs=[answer, overwrite], **quiet).then(**planning)
+        overwrite.click(handlers.start_overwriting, inputs=[key, asked, answer, *inputs], outputs=[answer, overwrite],
                         **quiet).then(**planning)
     return tab
 
@@ -139,8 +140,8 @@ def _header() -> str:
     return '<div id="lora_train_model" class="lora-train-model"></div>'
 
 
-def _page_data(token: str) -> str:
-    """What the script needs to know before it can ask: the token, and the tooltips by element."""
+def _page_data() -> str:
+    """What the script needs to know: the tooltips by element."""
     tooltips = {element_id(d.name): d.help for d in DECLARATIONS.values()}
     tooltips |= {
         "lora_train_preset": "Settings for a purpose. A preset changes only what it is about.",
@@ -150,4 +151,4 @@ def _page_data(token: str) -> str:
         "lora_train_overwrite_it": "Train now and replace the file of that name when it is done.",
         "lora_train_send": "Put the trigger word and the LoRA into the prompt of txt2img.",
     }
-    return json.dumps({"token": token, "tooltips": tooltips})
+    return json.dumps({"tooltips": tooltips})

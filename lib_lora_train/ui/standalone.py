@@ -1,12 +1,12 @@
 """The page without a WebUI: the same tab, the same script, the same API, on a small server of its own.
 
 It listens on the loopback address unless told otherwise, and asks nothing of the internet: no fonts, no scripts, no
-statistics. A page of another site cannot use it from the user's browser: its Host and Origin are checked.
+statistics. A page of another site cannot use it from the user's browser: its Host and Origin are checked. Where other
+machines can reach it, it asks for a user and a password, always.
 """
 
 from __future__ import annotations
 
-import ipaddress
 import re
 import secrets
 import socket
@@ -22,8 +22,9 @@ from fastapi import FastAPI
 from fastapi.responses import Response
 
 from lib_lora_train import api
-from lib_lora_train.errors import HostError
+from lib_lora_train.errors import HostError, SettingError
 from lib_lora_train.host.port import Host
+from lib_lora_train.host.reach import is_loopback
 from lib_lora_train.runner import RUNNER, Runner
 from lib_lora_train.ui.layout import build_tab
 
@@ -43,17 +44,26 @@ _Application = Callable[[_Message, Callable[[], Awaitable[_Message]], Callable[[
                         Awaitable[None]]
 
 
-def serve(host: Host, *, port: int, address: str = "127.0.0.1", open_browser: bool = False) -> None:
-    """Serve the page until the process is interrupted; port 0 takes a free one. Raises HostError if it is taken."""
+def serve(host: Host, *, port: int, address: str = "127.0.0.1", auth: str = "", open_browser: bool = False) -> None:
+    """Serve the page until the process is interrupted; port 0 takes a free one.
+
+    `auth` is user:password; without one a password is made up and printed where other machines reach `address`.
+    Raises HostError if the port is taken, SettingError for an `auth` that is none.
+    """
+    login = parse_login(auth) if auth else None if is_loopback(address) else ("train", secrets.token_urlsafe(12))
     listener = listen(address, port)
     shown = "localhost" if is_loopback(address) else address
     url = f"http://{f'[{shown}]' if ':' in shown else shown}:{listener.getsockname()[1]}/"
     # The one line a user waits for; not a log entry, which they may have switched off.
     sys.stdout.write(f"Train LoRA: {url}\n")
+    if login and not auth:
+        sys.stdout.write(f"User: {login[0]}   password: {login[1]}   (--auth USER:PASSWORD sets your own)\n")
+    if host.fence:
+        sys.stdout.write(f"Datasets may lie in {' or '.join(map(str, host.fence.reading))}; {host.fence.advice}\n")
     sys.stdout.flush()
     if open_browser:
         webbrowser.open(url)
-    server = uvicorn.Server(uvicorn.Config(make_app(host, address=address), log_level="warning"))
+    server = uvicorn.Server(uvicorn.Config(make_app(host, address=address, login=login), log_level="warning"))
     server.run(sockets=[listener])
 
 
@@ -72,12 +82,28 @@ def listen(address: str, port: int) -> socket.socket:
     return listener
 
 
-def make_app(host: Host, *, address: str = "127.0.0.1", runner: Runner = RUNNER) -> FastAPI:
-    """The whole server as an ASGI application."""
+def parse_login(text: str) -> tuple[str, str]:
+    """(user, password) from "user:password"; raises SettingError unless both are there."""
+    user, _, password = text.partition(":")
+    if not user.strip() or not password or user != user.strip():
+        raise SettingError("--auth holds no user and password", remedy="write --auth USER:PASSWORD")
+    return user, password
+
+
+def make_app(host: Host, *, address: str = "127.0.0.1", login: tuple[str, str] | None = None,
+             runner: Runner = RUNNER) -> FastAPI:
+    """The whole server as an ASGI application. `login` is a user and a password, None to ask for none.
+
+    Raises HostError where other machines could reach it without one.
+    """
+    if login is None and not is_loopback(address):
+        raise HostError(f"The page is not served at {address} without a password", remedy="give it one (--auth)")
     app = FastAPI(title="Train LoRA", docs_url=None, redoc_url=None)
     token = secrets.token_urlsafe(32)
-    # Whoever reaches the page may train with it, so the API has nothing to lock.
-    api.install(app, runner=runner, host=host, token=token, credentials={}, api_enabled=True)
+    gradio_app: list[Any] = []  # made below, after the routes that it would hide
+    # Whoever may load the page may train with it; without a login the API has nothing to lock.
+    api.install(app, runner=runner, host=host, token=token, credentials=dict([login] if login else []), api_enabled=True,
+                logged_in=lambda cookies: api.login_of(gradio_app[0])(cookies))
     app.add_api_route(f"{api.PREFIX}/page.js", _script, include_in_schema=False)
     app.add_api_route(f"{api.PREFIX}/page.css", _style, include_in_schema=False)
     tab = build_tab(runner=runner, host=host, defaults={}, token=token)
@@ -85,19 +111,11 @@ def make_app(host: Host, *, address: str = "127.0.0.1", runner: Runner = RUNNER)
     with gr.Blocks(title="Train LoRA", analytics_enabled=False, theme=_theme()) as page, gr.Column(
             elem_classes=["lora-train-standalone"]):
         tab.render()
+    page.auth, page.auth_message = [login] if login else None, ""
     gr.mount_gradio_app(app, page, path="/")
+    gradio_app.append(app.routes[-1].app)  # type: ignore[attr-defined]
     app.add_middleware(_Guard, loopback_only=is_loopback(address))
     return app
-
-
-def is_loopback(address: str) -> bool:
-    """Whether only this machine can reach the address."""
-    if address.lower() == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(address.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 def _without_port(host: str) -> str:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import re
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fastapi.testclient import TestClient
 
-from lib_lora_train.errors import HostError
+from lib_lora_train.errors import HostError, SettingError
+from lib_lora_train.host.reach import is_loopback
+from lib_lora_train.host.standalone import listening_fence
 from lib_lora_train.runner import Runner
-from lib_lora_train.ui.standalone import is_loopback, listen, make_app
+from lib_lora_train.ui import standalone
+from lib_lora_train.ui.standalone import listen, make_app, parse_login
 from tests.fake_host import FakeHost
 
 
@@ -55,10 +59,84 @@ def test_gradios_file_routes_are_closed(client: TestClient):
         assert client.get(path).status_code == 403
 
 
-def test_elsewhere_than_on_the_loopback_address_any_name_is_served(tmp_path: Path):
-    client = TestClient(make_app(FakeHost(tmp_path), runner=Runner(), address="0.0.0.0"), base_url="http://nas.local:1")
-    assert client.get("/lora-train/v1/status").status_code == 200
+def test_nothing_listens_to_other_machines_without_a_password(tmp_path: Path):
+    host = FakeHost(tmp_path)
+    for address in ("0.0.0.0", "192.168.1.2", "::", "nas.local", ""):
+        with pytest.raises(HostError, match="password"):
+            make_app(host, runner=Runner(), address=address)
+
+
+class Listening:
+    """The page as another machine sees it; the last user and password that `serve` chose."""
+
+    def __init__(self, folder: Path) -> None:
+        self.app = make_app(FakeHost(folder), runner=Runner(), address="0.0.0.0", login=("ann", "pw:1"))
+
+    def client(self) -> TestClient:
+        return TestClient(self.app, base_url="http://nas.local:1")
+
+
+@pytest.fixture
+def listening(tmp_path: Path) -> Listening:
+    return Listening(tmp_path)
+
+
+def test_elsewhere_than_on_the_loopback_address_any_name_is_served_to_whoever_logs_in(listening: Listening):
+    client = listening.client()
     assert client.get("/config", headers={"Origin": "https://evil.example"}).status_code == 403
+    assert client.post("/login", data={"username": "ann", "password": "guess"}).status_code == 400
+    assert client.get("/config").status_code == 401
+    assert client.post("/login", data={"username": "ann", "password": "pw:1"}).status_code == 200
+    assert client.get("/config").status_code == 200
+
+
+def test_without_the_password_nothing_but_the_login_is_shown_and_no_job_is_reached(listening: Listening):
+    client = listening.client()
+    page = client.get("/")
+    assert page.status_code == 200 and "auth_required" in page.text and "lora_train" not in page.text.replace("lora-train", "")
+    for cookies in ({}, {"access-token": "guess"}, {"access-token-unsecure": "guess"}):
+        stranger = listening.client()
+        stranger.cookies.update(cookies)
+        assert stranger.get("/config").status_code == stranger.get("/info").status_code == 401
+        for number in range(12):
+            assert stranger.post("/run/predict", json={"fn_index": number, "data": []}).status_code == 401
+        for name in ("status", "runs", "settings"):
+            assert stranger.get(f"/lora-train/v1/{name}").status_code == 401
+        assert stranger.post("/lora-train/v1/start", json={"settings": {}}).status_code == 401
+    # A program may use the same user and password.
+    assert client.get("/lora-train/v1/status", auth=("ann", "pw:1")).status_code == 200
+
+
+def test_a_login_is_a_user_and_a_password():
+    assert parse_login("ann:a:b") == ("ann", "a:b")
+    for text in ("", "ann", "ann:", ":pw", " :pw", " ann:pw"):
+        with pytest.raises(SettingError, match="USER:PASSWORD"):
+            parse_login(text)
+
+
+def test_a_password_is_made_up_and_printed_where_none_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    served: list[object] = []
+    monkeypatch.setattr(standalone, "make_app", lambda *_, **options: served.append(options["login"]))
+    monkeypatch.setattr(standalone.uvicorn, "Config", lambda *_, **__: None)
+    monkeypatch.setattr(standalone.uvicorn, "Server", lambda _: SimpleNamespace(run=lambda sockets: sockets[0].close()))
+    host = FakeHost(tmp_path)
+    standalone.serve(host, port=0)
+    assert served.pop() is None and "password" not in capsys.readouterr().out
+    host.fence = listening_fence("0.0.0.0", tmp_path / "loras", tmp_path / "data")
+    for _ in range(2):
+        standalone.serve(host, port=0, address="0.0.0.0")
+    printed = capsys.readouterr().out
+    (user, first), (_, second) = served
+    assert user in printed and first in printed and second in printed and first != second and len(first) >= 16
+    assert str(tmp_path / "data") in printed and "--allow" in printed
+
+
+def test_a_page_that_listens_keeps_to_its_folders(tmp_path: Path):
+    assert listening_fence("127.0.0.1", tmp_path) is None
+    fence = listening_fence("0.0.0.0", tmp_path / "loras", tmp_path / "data")
+    assert fence is not None and fence.writing == (tmp_path / "loras",)
+    assert fence.may_read(tmp_path / "data" / "x") and fence.may_read(tmp_path / "loras" / "runs")
+    assert not fence.may_read(tmp_path) and not fence.may_read(Path("/etc"))
 
 
 def test_what_is_a_loopback_address():

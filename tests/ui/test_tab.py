@@ -19,6 +19,7 @@ from lib_lora_train.ui.layout import build_tab
 from tests.fake_host import FakeHost, FakeJob, pictures
 
 NAMES = tuple(DECLARATIONS)
+TOKEN = "page-token"
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def host(tmp_path: Path) -> FakeHost:
 
 @pytest.fixture
 def handlers(host: FakeHost) -> Handlers:
-    return Handlers(runner=Runner(), host=host, names=NAMES, defaults=flat(Settings()))
+    return Handlers(runner=Runner(), host=host, names=NAMES, defaults=flat(Settings()), token=TOKEN)
 
 
 def values(**changed: object) -> list[object]:
@@ -37,7 +38,7 @@ def values(**changed: object) -> list[object]:
 
 def plan(handlers: Handlers, chosen: list[object], answer: str = "") -> list:
     """(summary, draft, refusal, button) on a page of its own."""
-    return list(handlers.plan(Latest(), answer, *chosen))
+    return list(handlers.plan(TOKEN, Latest(), answer, *chosen))
 
 
 def changed(updates: list) -> dict[str, object]:
@@ -74,7 +75,7 @@ def test_nothing_of_the_page_gets_into_the_webuis_stored_defaults(host: FakeHost
 def test_the_token_travels_in_the_pages_configuration_which_the_hosts_login_protects(host: FakeHost):
     tab = build_tab(runner=Runner(), host=host, defaults={}, token="s3cret")
     holders = [c for c in tab.get_config_file()["components"] if "s3cret" in json.dumps(c["props"], default=str)]
-    assert [holder["props"]["elem_id"] for holder in holders] == ["lora_train_page"]
+    assert [holder["props"]["elem_id"] for holder in holders] == ["lora_train_token"]
 
 
 def test_a_field_hands_on_what_was_typed_for_the_settings_to_judge():
@@ -127,7 +128,7 @@ def test_without_a_memory_the_running_jobs_settings_come_back(handlers: Handlers
 def test_what_a_user_typed_is_never_html(handlers: Handlers):
     evil = "<img src=x onerror=alert(1)>"
     summary, *_ = plan(handlers, values(train_data_dir=evil))
-    answer, _ = handlers.start(Latest(), *values(output_name=evil))
+    answer, _ = handlers.start(TOKEN, Latest(), *values(output_name=evil))
     for shown_text in (summary, answer):
         assert "<img" not in shown_text and "&lt;img" in shown_text
 
@@ -138,10 +139,10 @@ def test_a_taken_name_is_refused_and_the_button_to_overwrite_it_shows(handlers: 
     (handlers.host.lora_folder / "zzk.safetensors").write_bytes(b"older")
     chosen = values(output_name="zzk", train_data_dir=str(pictures(tmp_path / "pictures")))
     assert "already; Train will ask" in plan(handlers, chosen)[0]
-    answer, button = handlers.start(Latest(), *chosen)
+    answer, button = handlers.start(TOKEN, Latest(), *chosen)
     assert "already" in answer and "or overwrite it." in answer and button["visible"] is True
     assert not handlers.runner.running()
-    nothing, button = handlers.start_overwriting(Latest(), answer, *chosen)
+    nothing, button = handlers.start_overwriting(TOKEN, Latest(), answer, *chosen)
     assert nothing == "" and button["visible"] is False
     # It is the LoRA that is being made.
     assert "already" not in plan(handlers, chosen)[0]
@@ -153,15 +154,15 @@ def test_a_permission_to_overwrite_is_for_the_lora_it_was_given_for(handlers: Ha
     for name in ("zzk", "precious"):
         (handlers.host.lora_folder / f"{name}.safetensors").write_bytes(b"older")
     folder = str(pictures(tmp_path / "pictures"))
-    answer, _ = handlers.start(Latest(), *values(output_name="zzk", train_data_dir=folder))
-    answer, button = handlers.start_overwriting(Latest(), answer, *values(output_name="precious", train_data_dir=folder))
+    answer, _ = handlers.start(TOKEN, Latest(), *values(output_name="zzk", train_data_dir=folder))
+    answer, button = handlers.start_overwriting(TOKEN, Latest(), answer, *values(output_name="precious", train_data_dir=folder))
     assert "&#x27;precious&#x27; already" in answer and button["visible"] is True
     assert not handlers.runner.running()
 
 
 def test_a_refusal_goes_when_what_it_refused_is_changed(handlers: Handlers, tmp_path: Path):
     refused = values(train_data_dir=str(pictures(tmp_path / "pictures")))
-    answer, _ = handlers.start(Latest(), *refused)
+    answer, _ = handlers.start(TOKEN, Latest(), *refused)
     assert "no name" in answer
     assert plan(handlers, refused, answer)[2:] == [gr.update(), gr.update()]
     mended = values(train_data_dir=str(tmp_path / "pictures"), output_name="zzk")
@@ -170,15 +171,15 @@ def test_a_refusal_goes_when_what_it_refused_is_changed(handlers: Handlers, tmp_
 
 def test_a_plan_that_took_long_does_not_take_a_newer_refusal_away(handlers: Handlers, monkeypatch, tmp_path: Path):
     folder, page = str(pictures(tmp_path / "pictures")), Latest()
-    older, _ = handlers.start(page, *values(train_data_dir=folder))
+    older, _ = handlers.start(TOKEN, page, *values(train_data_dir=folder))
     while_planning = handlers_module.control.plan
 
     def slow(chosen, **others):
         found = while_planning(chosen, **others)
-        handlers.start(page, *values(train_data_dir=folder, output_name="a/b"))
+        handlers.start(TOKEN, page, *values(train_data_dir=folder, output_name="a/b"))
         return found
     monkeypatch.setattr(handlers_module.control, "plan", slow)
-    assert list(handlers.plan(page, older, *values(train_data_dir=folder, network_dim=4))) == [gr.update()] * 4
+    assert list(handlers.plan(TOKEN, page, older, *values(train_data_dir=folder, network_dim=4))) == [gr.update()] * 4
 
 
 def test_a_newer_question_of_a_page_ends_its_older_one_and_no_other_pages():
@@ -191,5 +192,17 @@ def test_a_newer_question_of_a_page_ends_its_older_one_and_no_other_pages():
 
 
 def test_another_refusal_shows_no_button_to_overwrite(handlers: Handlers):
-    answer, button = handlers.start(Latest(), *values(output_name="a/b"))
+    answer, button = handlers.start(TOKEN, Latest(), *values(output_name="a/b"))
     assert "cannot be used" in answer and button["visible"] is False
+
+
+def test_nothing_is_read_or_started_for_who_does_not_know_the_pages_token(handlers: Handlers, tmp_path: Path,
+                                                                          monkeypatch: pytest.MonkeyPatch):
+    # gradio answers any request that names a function by its number, also one that a foreign page made the browser send.
+    chosen = values(output_name="zzk", train_data_dir=str(pictures(tmp_path / "pictures")))
+    monkeypatch.setattr(handlers_module.control, "prepare", lambda *_, **__: pytest.fail("a folder was read"))
+    for token in ("", "guess", None, TOKEN[:-1], [TOKEN], "\ud800"):
+        answers = (handlers.plan(token, Latest(), "", *chosen)[0], handlers.start(token, Latest(), *chosen)[0],
+                   handlers.start_overwriting(token, Latest(), "", *chosen)[0])
+        assert all("reload the page" in answer for answer in answers)
+    assert handlers.runner.status() is None
