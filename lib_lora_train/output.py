@@ -4,30 +4,42 @@ from __future__ import annotations
 
 import os
 import tempfile
+import unicodedata
 from pathlib import Path
 
 from lib_lora_train.errors import OutputError
 
 # https://learn.microsoft.com/windows/win32/fileio/naming-a-file: refused everywhere, so that a LoRA can be given away.
-_RESERVED = {"CON", "PRN", "AUX", "NUL", *(f"COM{i}" for i in range(1, 10)), *(f"LPT{i}" for i in range(1, 10))}
+_RESERVED = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$", "CLOCK$",
+             *(f"{port}{number}" for port in ("COM", "LPT") for number in range(10))}
 _FORBIDDEN = '<>:"/\\|?*'
+# Letters that show as nothing or turn the others around: a name must look like what it is. Joiners belong to scripts.
+_UNSEEN = frozenset("\u00ad\u061c\u180e\u200b\u200e\u200f\u2028\u2029\u2060\ufeff\ufffe\uffff"
+                    + "".join(map(chr, (*range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xFFF9, 0xFFFC)))))
 _LONGEST = 120
 
 
 def checked_name(name: str) -> str:
-    """`name` if it can be a file's name on every platform and stand in <lora:name:1>; raises OutputError."""
+    """`name` if it can be a file's name on every platform and stand in <lora:name:1>; raises OutputError.
+
+    Accents come back composed (NFC), as keyboards make them: macOS takes both spellings for one file, others for two.
+    """
     remedy = "write a plain name such as my_character"
+    name = unicodedata.normalize("NFC", name)
     if not name.strip():
         raise OutputError("The LoRA has no name", remedy=remedy)
-    # Lone surrogates (0xD800 on) are what Python makes of bytes that are no text.
-    found = sorted({c for c in name if c in _FORBIDDEN or ord(c) < 32 or ord(c) == 127 or 0xD800 <= ord(c) <= 0xDFFF})
+    # Lone surrogates (Cs) are what Python makes of bytes that are no text.
+    found = sorted({c for c in name if c in _FORBIDDEN or c in _UNSEEN or unicodedata.category(c) in ("Cc", "Cs")})
     if found:
         raise OutputError(f"The name {name!r} cannot be used", why=f"it holds {' '.join(map(repr, found))}, which a file "
                           "name or <lora:…> cannot", remedy=remedy)
-    if name.split(".")[0].upper().strip() in _RESERVED:
+    # NFKC: Windows takes COM¹ for COM1.
+    if unicodedata.normalize("NFKC", name.split(".")[0]).upper().strip() in _RESERVED:
         raise OutputError(f"The name {name!r} cannot be used", why="Windows keeps it for itself", remedy=remedy)
     if name != name.strip() or name.startswith(".") or name.endswith("."):
         raise OutputError(f"The name {name!r} cannot be used", why="it starts or ends with a space or a dot", remedy=remedy)
+    if name.startswith("-"):
+        raise OutputError(f"The name {name!r} cannot be used", why="programs would take it for an option", remedy=remedy)
     if len(name.encode("utf-8")) > _LONGEST:
         raise OutputError(f"The name {name[:20]!r}… cannot be used", why=f"it is longer than {_LONGEST} bytes",
                           remedy="shorten it")
