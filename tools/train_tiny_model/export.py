@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lib_lora_train.demo import tiny_checkpoint
 
-SIZE = tiny_checkpoint.Size(channels=64, multipliers=(1, 2), vae_channels=32, vae_multipliers=(1, 1, 2, 3), heads=2,
-                            text_width=64, text_layers=2, text_heads=4)
+SIZE = tiny_checkpoint.Size(channels=64, multipliers=(1, 2), vae_channels=96, vae_multipliers=(1, 1, 1, 1), heads=2,
+                            text_width=48, text_layers=2, text_heads=4)
 TARGET = Path(__file__).resolve().parents[2] / "lib_lora_train" / "demo" / "model"
 NAME, SCALE = "emoji", 0.18215
 START, END = 49406, 49407
@@ -29,9 +29,6 @@ def untrained(*, vocabulary: int, seed: int) -> dict[str, Tensor]:
         if name.startswith("model.diffusion_model.") and name.endswith((
                 "out_layers.3.weight", "out_layers.3.bias", "proj_out.weight", "proj_out.bias", "out.2.weight", "out.2.bias")):
             tensor.zero_()
-    quant = "first_stage_model.quant_conv"
-    made[f"{quant}.weight"][:4] /= 8
-    made[f"{quant}.bias"][4:] += 2
     made["cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"] *= 0.2
     made["cond_stage_model.transformer.text_model.embeddings.position_embedding.weight"] *= 0.2
     return made

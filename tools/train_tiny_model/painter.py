@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
-from autoencoder import LatentStatistics
 from captions import Facts, caption, facts
 from graph import Average, TrainedTextEncoder, TrainedUNet
 from pictures import ASKED, FRAME, HUES, SMALL_FRAME, Emoji, colours, enlarged, on_paper, open_rgba, turned_hue
@@ -19,7 +18,6 @@ from torch import Tensor
 
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.model.tokens import Tokenizer, clip_tokenizer
-from lib_lora_train.model.vae import VAE
 
 LEARNING_RATE, WARM_UP, BATCH, DECAY = 1e-3, 300, 32, 0.9995
 # ε-loss divided by ᾱ is v-loss. A small network that is to be done soon needs more of it at high noise, where it is
@@ -38,8 +36,11 @@ class Material:
     weights: Tensor
 
 
-def prepare(emoji: list[Emoji], packages: Path, autoencoder: VAE, *, statistics: LatentStatistics, device: torch.device) -> Material:
-    """Encode every emoji, as it is, mirrored, small, and in other colours where one colour is most of it."""
+def prepare(emoji: list[Emoji], packages: Path, encode: Callable[[Tensor], Tensor]) -> Material:
+    """Encode every emoji, as it is, mirrored, small, and in other colours where one colour is most of it.
+
+    encode: pixels [B, 3, 128, 128] to latents of unit size.
+    """
     rows: list[np.ndarray] = []
     said: list[Facts] = []
     weights: list[float] = []
@@ -51,14 +52,12 @@ def prepare(emoji: list[Emoji], packages: Path, autoencoder: VAE, *, statistics:
             rows.append(np.asarray(Image.fromarray(on_paper(shown, frame)).resize((FRAME, FRAME), Image.Resampling.BICUBIC)))
             said.append(of)
             weights.append(weight * share)
-    latents = []
-    for some in torch.from_numpy(np.stack(rows)).split(32):
-        mean = autoencoder.encode(enlarged(some).to(device))[0]
-        latents.append(((mean - statistics.mean) / statistics.deviation).cpu())
+    latents = [encode(enlarged(some)) for some in torch.from_numpy(np.stack(rows)).split(32)]
     return Material(torch.cat(latents), tuple(said), torch.tensor(weights))
 
 
-def _variants(one: Emoji, picture: Image.Image, place: int):  # noqa: ANN202
+def _variants(one: Emoji, picture: Image.Image, place: int) -> Iterator[tuple[Image.Image, Facts, int, float]]:
+    """What is shown, what can be said of it, the size of its paper, and how often it is drawn."""
     yield picture, facts(one, picture), FRAME, 1.0
     yield ImageOps.mirror(picture), facts(one, picture), FRAME, 0.3
     yield picture, facts(one, picture, size="small"), SMALL_FRAME, 0.3
