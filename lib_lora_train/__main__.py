@@ -1,4 +1,4 @@
-"""The command line: `python -m lib_lora_train train | runs | ui | inspect | demo`.
+"""The command line: `python -m lib_lora_train train | runs | ui | inspect | demo | bench`.
 
 Exit codes: 0 done, 1 the run failed, 2 bad input (one sentence on stderr), 130 interrupted.
 """
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lib_lora_train import events
+from lib_lora_train.bench.command import add_bench
 from lib_lora_train.errors import LoraTrainError, SettingError, UserError
 from lib_lora_train.events import Report
 from lib_lora_train.settings import AREAS, Settings, declarations, parse
@@ -240,7 +241,7 @@ class _Bar:
 def _parser() -> argparse.ArgumentParser:
     names = "\n".join(f"  {d.name} = {d.default!r}\n      {d.help}" for area in AREAS.values() for d in declarations(area))
     parser = argparse.ArgumentParser(prog="python -m lib_lora_train", description="Train a LoRA from a folder of pictures.")
-    commands = parser.add_subparsers(required=True, metavar="train | runs | ui | inspect | demo")
+    commands = parser.add_subparsers(required=True, metavar="train | runs | ui | inspect | demo | bench")
 
     train = commands.add_parser(
         "train", help="train a LoRA", epilog=f"settings and their defaults:\n{names}",
@@ -281,6 +282,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--no-page", action="store_true", help="end after the pictures are written")
     _add_address(demo)
     demo.set_defaults(command=_demo)
+
+    add_bench(commands, assignment=_assignment)
     return parser
 
 
