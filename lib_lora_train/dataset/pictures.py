@@ -26,8 +26,14 @@ from lib_lora_train.errors import DatasetError
 PICTURE_SUFFIXES = frozenset(
     ".png .jpg .jpeg .jfif .webp .bmp .gif .tif .tiff .avif .heic .heif .jxl".split())
 
+# What may stand behind those names. Pillow goes by the content: for a PostScript file called x.png it would run Ghostscript.
+_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "HEIF", "JXL")
+
 # Twice Pillow's own warning threshold: about 0.5 GB decoded as RGB.
 MAX_PIXELS = 178_956_970
+# Pillow reads the pieces of a file whole, pixels or not; no picture of so many pixels needs more.
+MAX_BYTES = 256 << 20
+_MOST_CHUNKS = 100_000
 
 _ORIENTATION_TAG = 0x0112
 # EXIF 2.32, 4.6.4: what undoes each value of the orientation tag (as PIL.ImageOps does it).
@@ -84,9 +90,13 @@ def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
     """The picture, opened lazily; every foreign error inside becomes a DatasetError naming the file."""
     _register_avif()
     try:
-        if path.stat().st_size == 0:
+        size = path.stat().st_size
+        if size == 0:
             raise DatasetError(f"The picture {path} cannot be used", why="the file is empty (zero bytes)")
-        with Image.open(path) as image:
+        if size > MAX_BYTES:
+            raise DatasetError(f"The picture {path} cannot be used", why=f"its file is enormous ({size >> 20} MiB, the limit is "
+                               f"{MAX_BYTES >> 20})", remedy="save it again as JPEG, PNG or WebP")
+        with Image.open(path, formats=_known_formats()) as image:
             pixels = image.width * image.height
             if pixels > max_pixels:
                 raise DatasetError(
@@ -114,7 +124,18 @@ def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
             f"The picture {path} cannot be used", why="there is not enough memory to decode it",
             remedy="make it smaller") from error
     except _DECODER_ERRORS as error:
+        if "MAX_TEXT" in str(error) or "decompressed data too large" in str(error).lower():
+            # A little that unpacks to very much: an attack, or a program that keeps its whole workflow in the picture.
+            raise DatasetError(f"The picture {path} cannot be used", why="the text inside it is enormous",
+                               remedy="save it again without its metadata") from error
         raise DatasetError(f"The picture {path} cannot be used", why=f"it is damaged ({error})") from error
+
+
+def _known_formats() -> list[str]:
+    """Those of ours that this Pillow and its plug-ins read."""
+    if any(name not in Image.OPEN for name in _FORMATS[:8]):
+        Image.init()
+    return [name for name in _FORMATS if name in Image.OPEN]
 
 
 def _register_avif() -> None:
@@ -163,7 +184,9 @@ def _png_trailing_exif(path: Path) -> bytes | None:
     """The body of the first eXIf chunk (PNG 1.2 extension 1.5.0), found by hopping over the others."""
     with path.open("rb") as file:
         file.seek(8)
-        while len(header := file.read(8)) == 8:
+        for _ in range(_MOST_CHUNKS):
+            if len(header := file.read(8)) < 8:
+                return None
             length, kind = struct.unpack(">I4s", header)
             if kind == b"eXIf":
                 return file.read(length)

@@ -54,7 +54,7 @@ def clip_tokenizer() -> Tokenizer:
 
 
 def tokenizer_from_folder(path: str | Path) -> Tokenizer:
-    """A CLIPTokenizer of a folder with `vocab.json` and `merges.txt`; ModelError where one is missing."""
+    """A CLIPTokenizer of a folder with `vocab.json` and `merges.txt`; ModelError where one is missing or damaged."""
     path = Path(path)
     for name in ("vocab.json", "merges.txt"):
         if not (path / name).is_file():
@@ -62,6 +62,10 @@ def tokenizer_from_folder(path: str | Path) -> Tokenizer:
                              remedy="give the folder of the checkpoint's text encoder")
     from transformers import CLIPTokenizer
 
-    tokenizer = CLIPTokenizer.from_pretrained(str(path))
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ModelError(f"The tokenizer in the folder '{path}' cannot be read", why=" ".join(str(error).split()),
+                         remedy="copy or download it again") from error
     return _HuggingFaceTokenizer(tokenizer, start=tokenizer.bos_token_id, end=tokenizer.eos_token_id,
                                  comma=tokenizer.get_vocab().get(",</w>"))
