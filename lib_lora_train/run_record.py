@@ -148,6 +148,9 @@ def past_run(folder: Path) -> PastRun:
             outcome, steps, total = "", event.step, event.total
         elif isinstance(event, events.Saved):
             path, steps = event.path, max(steps, event.step)
+            if event.final and event.step == total:
+                # Cut off between its last save and its last word, a run is complete all the same.
+                outcome, message = "done", f"It is ready: {path}"
         elif isinstance(event, events.Finished):
             outcome, message, path, steps = event.outcome, event.message, event.path or path, event.steps or steps
     resume_step = _resume_step(folder)
