@@ -176,7 +176,9 @@ def train_decoder(frozen: vae.VAE, weights: dict[str, Tensor], pictures: Tensor,
             latents = encoded(model, pixels)
         # A painter's latents are never quite those of a picture: the decoder is to forgive small errors.
         latents = latents + 0.03 * torch.randn(latents.shape, generator=generator).to(device)
-        loss, distance = _loss(model.paint(latents.to(dtype)), F.avg_pool2d(pixels, 2))
+        painted = model.paint(latents.to(dtype))
+        loss, distance = _loss(painted, F.avg_pool2d(pixels, 2))
+        loss = loss + _rim(painted, weights["decoder.conv_out.bias"])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
@@ -190,7 +192,8 @@ def train_decoder(frozen: vae.VAE, weights: dict[str, Tensor], pictures: Tensor,
         if time.monotonic() - saved > 120:
             _save(state_file, trained, average, optimizer, step=step, spent=elapsed)
             saved = time.monotonic()
-    _save(state_file, trained, average, optimizer, step=step, spent=minutes * 60)
+    if minutes:
+        _save(state_file, trained, average, optimizer, step=step, spent=elapsed)
     return {**{name: tensor.detach() for name, tensor in weights.items()}, **average.tensors}
 
 
@@ -228,6 +231,15 @@ def _loss(painted: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
     distance = (painted - pixels).abs().mean()
     edges = sum((painted.diff(dim=axis) - pixels.diff(dim=axis)).abs().mean() for axis in (2, 3))
     return distance + (painted - pixels).square().mean() + edges, distance
+
+
+def _rim(painted: Tensor, bias: Tensor) -> Tensor:
+    """How far the outermost pixels are from the last bias alone, which becomes the colour of paper.
+
+    The convolution that smooths at full size sees zeros beyond the rim: only where it adds nothing is there no frame.
+    """
+    added = painted - bias[:, None, None]
+    return sum(added[..., index, :].square().mean() + added[..., :, index].square().mean() for index in (0, 63))
 
 
 def _save(file: Path, weights: dict[str, Tensor], average: Average, optimizer: torch.optim.Optimizer, *, step: int,

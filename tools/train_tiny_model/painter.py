@@ -110,7 +110,8 @@ def train(frozen: FrozenModel, weights: dict[str, dict[str, Tensor]], material: 
         if time.monotonic() - saved > 180:
             _save(state_file, flat, average, optimizer, step=step, spent=elapsed)
             saved = time.monotonic()
-    _save(state_file, flat, average, optimizer, step=step, spent=minutes * 60)
+    if minutes:
+        _save(state_file, flat, average, optimizer, step=step, spent=elapsed)
     return {part: {name.removeprefix(f"{part}/"): tensor for name, tensor in average.tensors.items()
                    if name.startswith(f"{part}/")} for part in weights}
 

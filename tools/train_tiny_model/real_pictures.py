@@ -1,4 +1,5 @@
-"""The yardstick's real pictures: the same words in both hands, as two sheets of 64-pixel tiles and a list of words.
+"""The yardstick's real pictures, the same words in both hands, as two sheets of 64-pixel tiles and a list of words; and the
+demo's style dataset, twenty-four of them in Twemoji's hand, with captions, as the model paints: 128 pixels on white paper.
 
     python tools/train_tiny_model/real_pictures.py --packages FOLDER
 """
@@ -9,15 +10,18 @@ import argparse
 import json
 from pathlib import Path
 
+import numpy as np
+import torch
 from PIL import Image
-from pictures import HELD_OUT, STYLE, gather, open_rgba
+from pictures import HELD_OUT, STYLE, enlarged, gather, on_paper, open_rgba
 
 OTHERS, TILE, COLUMNS = 168, 64, 16
-TARGET = Path(__file__).resolve().parents[2] / "lib_lora_train" / "bench" / "pictures"
+PACKAGE = Path(__file__).resolve().parents[2] / "lib_lora_train"
+TARGET, STYLE_TARGET = PACKAGE / "bench" / "pictures", PACKAGE / "demo" / "style"
 
 
 def main() -> None:
-    """Write noto.png, twemoji.png and words.json."""
+    """Write noto.png, twemoji.png and words.json, and the style dataset."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--packages", type=Path, required=True, help="where the npm packages are unpacked")
     packages = parser.parse_args().packages
@@ -37,6 +41,13 @@ def main() -> None:
         sheet.save(TARGET / f"{hand}.png", optimize=True)
     text = ",\n ".join(json.dumps(entry, ensure_ascii=False) for entry in words)
     (TARGET / "words.json").write_text(f"[{text}]\n", encoding="utf-8")
+    STYLE_TARGET.mkdir(exist_ok=True)
+    for word in STYLE:
+        paper = torch.from_numpy(on_paper(open_rgba(packages / "twemoji" / emoji[word].image)).copy())
+        pixels = (enlarged(paper[None])[0].permute(1, 2, 0).numpy() + 1) * 127.5
+        name = word.replace(" ", "-")
+        Image.fromarray(pixels.round().astype(np.uint8)).save(STYLE_TARGET / f"{name}.png", optimize=True)
+        (STYLE_TARGET / f"{name}.txt").write_text(f"{word}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
