@@ -1,5 +1,5 @@
 /* What moves in the tab "Train LoRA": the bar, the texts and the result, from the API's status. The curve is drawn by
- * lora_train_curve.js.
+ * lora_train_curve.js, the offer to resume a run by lora_train_resume.js.
  *
  * The page's fields and its Train button are gradio's; everything about a running job is asked for and drawn here, so a
  * reloaded page shows it again. One poll at a time: every second while a job runs and the tab is in sight, every ten
@@ -75,15 +75,17 @@
         view.bar = view.barFrame.appendChild(element("div", "progress"));
         view.outcome = element("div", "lora-train-outcome");
         view.outcome.setAttribute("role", "status");
+        view.resume = element("div", "lora-train-resume");
         view.result = element("div", "lora-train-file");
         view.others = element("details", "lora-train-others");
         view.othersCount = view.others.appendChild(element("summary"));
         view.othersList = view.others.appendChild(element("div"));
         view.curve = element("div", "lora-train-curve");
         view.warnings = element("ul", "lora-train-warnings");
-        live.append(view.head, view.barFrame, view.outcome, view.result, view.others);
+        live.append(view.head, view.barFrame, view.outcome, view.resume, view.result, view.others);
         drawn.append(view.curve, view.warnings);
         for (const part of [...live.children, ...drawn.children]) part.hidden = true;
+        view.offer = window.loraTrainResume(view.resume, ask, () => { kick(); poll(); }, showProblem, translated);
         new ResizeObserver(() => drawCurve()).observe(view.curve);
         view.curve.addEventListener("pointermove", (event) => {
             state.cursor = event.clientX - view.curve.getBoundingClientRect().left;
@@ -243,6 +245,7 @@
         if (state.last && modelTitle(state.last) !== modelTitle(answer)) planSoon();
         state.last = answer;
         draw(answer);
+        view.offer(answer);
         keepDraft();
         if (answer.running) {
             state.kicks = 0;

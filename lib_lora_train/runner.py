@@ -21,7 +21,7 @@ from lib_lora_train.host.port import Host
 from lib_lora_train.job import run_job
 from lib_lora_train.output import checked_name
 from lib_lora_train.resume import run_folder
-from lib_lora_train.run_record import PastRun, RunRecord, new_folder, past_runs
+from lib_lora_train.run_record import PastRun, RunRecord, new_folder, past_runs, read_events
 from lib_lora_train.settings import Settings, flat
 
 log = logging.getLogger(__name__)
@@ -79,6 +79,8 @@ class _Run:
     def see(self, event: events.Event) -> None:
         if isinstance(event, events.Planned):
             self.planned = event
+            # Of a run that goes on, the steps after its state are made again.
+            self.points = [point for point in self.points if point[0] <= event.resumed_at]
         elif isinstance(event, events.Stage):
             self.stage = event
         elif isinstance(event, events.Step):
@@ -91,6 +93,14 @@ class _Run:
                 self.warnings.append(event.message)
         elif isinstance(event, events.Finished):
             self.finished, self.stage = event, None
+
+    def remember(self, folder: Path) -> None:
+        """The curve as far as an interrupted run's folder tells it."""
+        for event in read_events(folder):
+            if isinstance(event, events.Planned):
+                self.points = [point for point in self.points if point[0] <= event.resumed_at]
+            elif isinstance(event, events.Step):
+                self._add_point(event)
 
     def _add_point(self, event: events.Step) -> None:
         if event.step % self.every == 0 or event.step == 1:
@@ -122,6 +132,8 @@ class Runner:
             folder = old or new_folder(host.runs_folder, settings.save.output_name)
             record = RunRecord(folder, settings)
             self._run = _Run(settings, record, host)
+            if old:
+                self._run.remember(old)
             # A daemon: closing the WebUI must not wait for hours of training. Saves are atomic, so nothing is torn.
             self._thread = threading.Thread(target=self._work, args=(self._run, host), name="lora-train", daemon=True)
             self._thread.start()

@@ -5,11 +5,14 @@ from __future__ import annotations
 import queue
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 from lib_lora_train import events
 from lib_lora_train.host.port import Checkpoint, Host
-from lib_lora_train.settings import Settings
+from lib_lora_train.run_record import RunRecord
+from lib_lora_train.settings import Settings, flat
+from lib_lora_train.training import state
 
 
 class FakeHost:
@@ -82,6 +85,20 @@ class FakeJob:
         path.write_bytes(b"a LoRA")
         report(events.Saved(str(path), step, 1, True))
         return events.Finished("stopped" if stop() else "done", f"{path.stem} is ready.", str(path), step)
+
+
+def interrupted_run(host: FakeHost, settings: Settings, *, step: int, total: int = FakeJob.TOTAL) -> str:
+    """A run that was cut off two steps after its state was kept; returns its id."""
+    folder = host.runs_folder / f"{settings.save.output_name}-20261121-120000"
+    record = RunRecord(folder, settings)
+    record.write(events.Planned(3, 1, 10, 10, total, "3 pictures", "64x64", "dreamshaper_8", 42))
+    for number in range(1, step + 3):
+        record.write(events.Step(number, total, 1, 10, 1 / number, 1 / number, 1e-4, 0.0, 2.0, 1.0))
+    record.close()
+    one = torch.ones(1)
+    state.write(folder / state.FILE_NAME, state.TrainingState(step, {"a": one}, {}, {"scale": one, "good_steps": one}, (), 0),
+                {"settings": flat(settings), "started_at": 1.0, "steps": total, "dataset": "", "checkpoint": {}})
+    return folder.name
 
 
 def pictures(folder: Path, count: int = 3) -> Path:

@@ -12,8 +12,8 @@ from lib_lora_train import control, events, runner
 from lib_lora_train.errors import HostError, OutputError, TrainingError, UserError
 from lib_lora_train.run_record import past_runs, read_events
 from lib_lora_train.runner import Runner
-from lib_lora_train.settings import parse
-from tests.fake_host import FakeHost
+from lib_lora_train.settings import flat, parse
+from tests.fake_host import FakeHost, interrupted_run
 
 SETTINGS = parse({"output_name": "zzk", "trigger_word": "zzk"})
 
@@ -156,3 +156,18 @@ def test_a_record_that_cannot_be_written_is_told_once_and_costs_nothing(monkeypa
     one = started(monkeypatch, fake, job)
     assert one.wait(30) and one.status().finished.outcome == "done"
     assert [record.message for record in caplog.records if "incomplete" in record.message] == [caplog.records[0].message]
+
+
+def test_the_curve_of_a_resumed_run_begins_where_the_run_began(monkeypatch, fake, tmp_path):
+    chosen = parse({"output_name": "zzk", "train_data_dir": str(tmp_path)})
+    run = interrupted_run(fake, chosen, step=10)
+
+    def job(settings, host, *, report, stop, folder=None):
+        assert folder == fake.runs_folder / run
+        report(events.Planned(3, 1, 10, 10, 100, "3 pictures", "64x64", "dreamshaper_8", 42, resumed_at=10))
+        report(step(11))
+        return events.Finished("stopped", "enough", "", 11)
+    monkeypatch.setattr(runner, "run_job", job)
+    one = Runner()
+    one.start(parse({**flat(chosen), "resume": run}), fake)
+    assert one.wait(30) and [point[0] for point in one.status().points] == list(range(1, 12))

@@ -29,7 +29,7 @@ from lib_lora_train.runner import RUNNER, Runner
 from lib_lora_train.ui.layout import build_tab
 
 _ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = (_ROOT / "javascript" / "lora_train_curve.js", _ROOT / "javascript" / "lora_train.js")
+SCRIPTS = tuple(_ROOT / "javascript" / f"lora_train{part}.js" for part in ("_curve", "_resume", ""))
 STYLES = (_ROOT / "style.css", Path(__file__).with_name("standalone.css"))
 _OUR_HEAD = (f'<link rel="stylesheet" href=".{api.PREFIX}/page.css">'
              f'<script src=".{api.PREFIX}/page.js" defer></script>').encode()

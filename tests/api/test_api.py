@@ -14,8 +14,8 @@ from fastapi.testclient import TestClient
 from lib_lora_train import api, control, events
 from lib_lora_train import runner as runner_module
 from lib_lora_train.runner import Runner
-from lib_lora_train.settings import DECLARATIONS
-from tests.fake_host import FakeHost, FakeJob, pictures
+from lib_lora_train.settings import DECLARATIONS, parse
+from tests.fake_host import FakeHost, FakeJob, interrupted_run, pictures
 
 TOKEN = "page-token"
 PAGE = {"X-Lora-Train": TOKEN}
@@ -254,3 +254,30 @@ def test_the_status_before_the_first_run_has_the_shape_of_every_other(desk: Desk
     during = desk.get("status", PAGE).json()
     assert set(during) == set(before)
     assert json.dumps(during)
+
+
+def test_an_interrupted_run_is_listed_and_goes_on_with_what_it_was_set_to(desk: Desk):
+    chosen = parse({**desk.good()["settings"], "network_dim": 3, "max_train_steps": 100})
+    run = interrupted_run(desk.host, chosen, step=10)
+    listed, = desk.get("runs", PAGE).json()["runs"]
+    assert (listed["id"], listed["outcome"], listed["steps"], listed["total"], listed["resume_step"]) == (
+        run, "interrupted", 12, 100, 10)
+    assert desk.post("start", {"resume": run, "settings": {"max_train_steps": 200}}, PAGE).json() == {"run": run}
+    assert desk.get("runs", PAGE).json()["runs"][0]["outcome"] == "running"
+    desk.post("stop", {"save": True}, PAGE)
+    assert desk.runner.wait(10)
+    seen = desk.job.seen
+    assert (seen.network.network_dim, seen.optimizer.max_train_steps, seen.save.resume) == (3, 200, run)
+
+
+@pytest.mark.parametrize("body, word", [
+    ({"resume": "nobody"}, "no run called"), ({"resume": ""}, "id of a run"), ({"resume": 3}, "id of a run"),
+    ({"resume": ".."}, "no run called"), ({"resume": "../runs/../pictures"}, "no run called"),
+    ({"resume": "zzk-20261121-120000", "settings": {"network_dim": 4}}, "network_dim is 4 and was 3"),
+    ({"resume": "zzk-20261121-120000", "settings": {"max_train_steps": 5}}, "10 steps already"),
+    ({"resume": "zzk-20261121-120000", "settings": {"nonsense": 5}}, "nonsense")])
+def test_what_cannot_be_resumed_is_one_sentence_and_starts_nothing(desk: Desk, body: dict[str, object], word: str):
+    interrupted_run(desk.host, parse({**desk.good()["settings"], "network_dim": 3, "max_train_steps": 100}), step=10)
+    refused = desk.post("start", body, PAGE)
+    assert refused.status_code == 400 and word in refused.json()["error"]
+    assert not desk.runner.running()

@@ -15,8 +15,9 @@ import uvicorn
 from lib_lora_train import runner as runner_module
 from lib_lora_train.host.port import Checkpoint
 from lib_lora_train.runner import Runner
+from lib_lora_train.settings import parse
 from lib_lora_train.ui.standalone import listen, make_app
-from tests.fake_host import FakeHost, FakeJob, pictures
+from tests.fake_host import FakeHost, FakeJob, interrupted_run, pictures
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -131,6 +132,24 @@ def test_a_run_is_started_watched_through_a_reload_and_stopped_with_its_result(s
     expect(served.button("copy")).to_be_visible()
     # There is no txt2img here to send anything to.
     expect(served.button("send")).to_be_hidden()
+
+
+def test_an_interrupted_run_is_offered_and_goes_on_with_its_own_settings(served: Served):
+    data = pictures(served.folder / "pictures")
+    chosen = parse({"output_name": "broken", "train_data_dir": str(data), "max_train_steps": 100, "network_dim": 3})
+    run = interrupted_run(served.host, chosen, step=10)
+    served.open()
+    offer = served.page.locator(".lora-train-resume")
+    expect(offer).to_contain_text("broken: Interrupted at step 12 of 100; it can be resumed from step 10.")
+    served.button("resume_it").click()
+    expect(served.button("stop")).to_be_enabled()
+    expect(offer).to_be_hidden()
+    assert served.runner.status().run == run
+    assert (served.job.seen.save.resume, served.job.seen.network.network_dim) == (run, 3)
+    served.job.advance(1)
+    expect(served.page.locator("#lora_train_live")).to_contain_text("1/100")
+    served.button("stop_save").click()
+    expect(served.page.locator("#lora_train_live")).to_contain_text("broken is ready.")
 
 
 def test_stopping_without_saving_asks_first(served: Served):
