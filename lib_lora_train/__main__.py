@@ -155,8 +155,11 @@ def _inspect(chosen: argparse.Namespace) -> int:
 
 
 def _demo(chosen: argparse.Namespace) -> int:
-    from lib_lora_train.demo import run_demo
+    from lib_lora_train.demo import embedded, run_demo
 
+    if chosen.copy_model is not None:
+        print(f"Copied to {embedded.put_beside(chosen.copy_model)}: refresh the WebUI's list of checkpoints.")
+        return 0
     return run_demo(Path(chosen.output_dir), page=not chosen.no_page, port=chosen.port, address=chosen.listen,
                     auth=chosen.auth)
 
@@ -280,6 +283,8 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="train on a small model and serve the page")
     demo.add_argument("--output-dir", default="demo-output")
     demo.add_argument("--no-page", action="store_true", help="end after the pictures are written")
+    demo.add_argument("--copy-model", type=Path, metavar="FOLDER", help="do nothing but copy the demo's model, as the WebUI "
+                      "loads it, into a folder: its models/Stable-diffusion")
     _add_address(demo)
     demo.set_defaults(command=_demo)
 

@@ -1,8 +1,8 @@
-"""`python -m lib_lora_train demo`: a first LoRA in about two minutes, on a model made on the spot.
+"""`python -m lib_lora_train demo`: a first LoRA in about two minutes, on a small model that comes with the extension.
 
 It goes the same road as every run: a checkpoint file, a folder of pictures, `run_job`, a LoRA file; then it paints with
 and without that file, writes one picture that shows both, and serves the page.
-The UNet has learnt nothing, so "before" is noise; the pictures are Twemoji faces (see LICENSE-pictures.txt).
+The model paints emoji as Google draws them; the LoRA learns from 24 pictures how Twitter draws them.
 """
 
 from __future__ import annotations
@@ -12,37 +12,32 @@ from pathlib import Path
 import torch
 
 from lib_lora_train import events
-from lib_lora_train.demo import tiny_checkpoint
-from lib_lora_train.demo.sheet import SheetRow, draw_sheet, paint_rows
-from lib_lora_train.host.standalone import StandaloneHost, listening_fence
+from lib_lora_train.demo import embedded
+from lib_lora_train.demo.sheet import draw_sheet, paint_rows
+from lib_lora_train.host.standalone import StandaloneHost
 from lib_lora_train.runner import RUNNER
 from lib_lora_train.settings import parse
 from lib_lora_train.settings.field import Value
 
-PICTURES = Path(__file__).parent / "pictures"
-NAME = "demo"
-# One epoch of many repeats: the model is random, so there is everything to learn and nothing to preserve.
+STYLE = Path(__file__).parent / "style"
+SUBJECT = Path(__file__).parent / "subject"
+NAME, TRIGGER = "twemoji-style", "twemoji"
 SETTINGS: dict[str, Value] = {
-    "output_name": NAME, "overwrite": True, "train_data_dir": str(PICTURES), "trigger_word": "twemoji",
-    "resolution": "128", "max_train_steps": 500, "train_batch_size": 2, "network_dim": 32, "network_alpha": 32.0,
-    "learning_rate": 3e-3, "min_snr_gamma": 0.0, "keep_tokens": 1}
+    "output_name": NAME, "overwrite": True, "train_data_dir": str(STYLE), "trigger_word": TRIGGER, "resolution": "128",
+    "max_train_steps": 400, "train_batch_size": 4, "network_dim": 16, "network_alpha": 16.0, "learning_rate": 1e-3,
+    "keep_tokens": 1}
 
 
-def demo_host(folder: Path, *, address: str = "127.0.0.1") -> StandaloneHost:
-    """The host of the demo's checkpoint, which is made in `folder` unless it is there; LoRAs go beside it."""
-    checkpoint = folder / "model" / "tiny.safetensors"
-    if not checkpoint.is_file():
-        tiny_checkpoint.write(checkpoint.parent, size=tiny_checkpoint.DEMO)
-    return StandaloneHost(checkpoint, lora_folder=folder / "loras", runs_folder=folder / "runs",
-                          fence=listening_fence(address, folder / "loras", folder, PICTURES))
+def demo_host(folder: Path) -> StandaloneHost:
+    """The host of the embedded checkpoint; LoRAs and runs go into `folder`."""
+    return StandaloneHost(embedded.CHECKPOINT, lora_folder=folder / "loras", runs_folder=folder / "runs")
 
 
 def run_demo(folder: Path, *, page: bool, port: int, address: str, auth: str = "") -> int:
     """Train, paint before and after into `folder`/before-after.png, and (with `page`) serve until stopped."""
-    print("Making a small model that has learnt nothing ...", flush=True)
     # So small a model is quicker on one thread: its operations end sooner than threads can be told of them.
     torch.set_num_threads(1)
-    host = demo_host(folder, address=address)
+    host = demo_host(folder)
     print("Training a LoRA on 24 pictures ...", flush=True)
     RUNNER.start(parse(SETTINGS), host)
     shown = 0
@@ -56,10 +51,9 @@ def run_demo(folder: Path, *, page: bool, port: int, address: str, auth: str = "
     print(finished.message, flush=True)
     if finished.outcome != "done":
         return 1
-    print("Painting with and without it ...", flush=True)
-    rows: list[SheetRow] = paint_rows(host, Path(finished.path), pictures=PICTURES)
+    print("Painting words that it never saw, with and without it ...", flush=True)
     picture = folder / "before-after.png"
-    draw_sheet(rows).save(picture)
+    draw_sheet(paint_rows(host, Path(finished.path), dataset=STYLE, trigger=TRIGGER)).save(picture)
     print(f"Before and after: {picture.resolve()}", flush=True)
     if page:
         from lib_lora_train.ui.standalone import serve

@@ -1,4 +1,4 @@
-"""The demo's picture: what the dataset shows, and what the model paints without and with the LoRA."""
+"""The demo's picture: some of the dataset, and what the model paints for other words without and with the LoRA."""
 
 from __future__ import annotations
 
@@ -8,59 +8,65 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from lib_lora_train.dataset.pictures import read_picture
-from lib_lora_train.evaluation.sampler import SampleRequest, sample_latents, to_picture
+from lib_lora_train.evaluation.sampler import SampleRequest, sample_batch, to_picture
 from lib_lora_train.host.port import Host
 from lib_lora_train.model import frozen
+from lib_lora_train.model.layers import Adapter
 from lib_lora_train.network import file
 from lib_lora_train.network.network import LoRANetwork
 from lib_lora_train.network.targets import find_targets
 
-SIZE = 128
-SHOWN = ("grinning", "sob", "heart_eyes", "sunglasses", "thinking_face", "sleeping")
-# The untrained model sees the direction of the noise but not its strength (group norms take that away), so a start noise
-# that is stronger than usual leaves noise in the picture. These seeds' noise is of ordinary strength, within 3 %.
-SEEDS = (22, 26, 48, 123, 162, 188)
-_MARGIN, _LABEL = 12, 120
+SIDE, STEPS, CFG_SCALE, SEED = 128, 20, 4.0, 1000
+DATASET = ("grapes", "cupcake", "tiger-face", "koala", "whale", "maple-leaf", "locomotive", "top-hat")
+# None of these is in the dataset.
+WORDS = ("red apple", "strawberry", "cat face", "penguin", "fish", "sunflower", "house", "rocket")
+_MARGIN, _LABEL = 12, 150
 
 
 @dataclasses.dataclass(frozen=True)
 class SheetRow:
-    """One row of pictures with its label."""
+    """One row of pictures with its label, and a word below each."""
 
     label: str
+    words: tuple[str, ...]
     pictures: tuple[Image.Image, ...]
 
 
-def paint_rows(host: Host, lora: Path, *, pictures: Path) -> list[SheetRow]:
-    """Three rows: training pictures, the model's own paintings of their captions, and those with the LoRA `lora`."""
-    originals = [read_picture(pictures / f"{name}.png").resize((SIZE, SIZE), Image.Resampling.LANCZOS) for name in SHOWN]
-    captions = [(pictures / f"{name}.txt").read_text(encoding="utf-8").strip() for name in SHOWN]
+def paint_rows(host: Host, lora: Path, *, dataset: Path, trigger: str) -> list[SheetRow]:
+    """Three rows: some of the dataset; the model's own paintings of other words; those with the LoRA, from the same noise."""
     with host.borrow() as borrowed:
         model = frozen.build(borrowed.tensors, hints=borrowed.hints, tokenizers=borrowed.tokenizers)
         content = file.load(lora)
-        targets = find_targets(model.components, family=model.architecture.family, text_encoder=False)
+        targets = find_targets(model.components, family=model.architecture.family,
+                               text_encoder=any(key.startswith("lora_te") for key in content.tensors))
         adapters = LoRANetwork.continued(targets, content.tensors, seed=0).to(model.device).adapters()
 
-        def paint(caption: str, seed: int, chosen: dict) -> Image.Image:
-            request = SampleRequest(f"twemoji, {caption}", width=SIZE, height=SIZE, steps=20, cfg_scale=1.0, seed=seed)
-            return to_picture(model, sample_latents(model, request, adapters=chosen))
+        def paint(prompts: list[str], chosen: dict[str, dict[str, Adapter]]) -> tuple[Image.Image, ...]:
+            latents = sample_batch(model, [
+                SampleRequest(prompt, width=SIDE, height=SIDE, steps=STEPS, cfg_scale=CFG_SCALE, seed=SEED + place)
+                for place, prompt in enumerate(prompts)], adapters=chosen)
+            return tuple(to_picture(model, one[None]) for one in latents)
 
         return [
-            SheetRow("dataset", tuple(originals)),
-            SheetRow("before", tuple(paint(caption, seed, {}) for seed, caption in zip(SEEDS, captions, strict=True))),
-            SheetRow("after", tuple(paint(caption, seed, adapters) for seed, caption in zip(SEEDS, captions, strict=True)))]
+            SheetRow("dataset (8 of 24)", tuple(name.replace("-", " ") for name in DATASET),
+                     tuple(read_picture(dataset / f"{name}.png").resize((SIDE, SIDE)) for name in DATASET)),
+            SheetRow("without LoRA", WORDS, paint(list(WORDS), {})),
+            SheetRow("with LoRA", WORDS, paint([f"{trigger}, {word}" for word in WORDS], adapters))]
 
 
 def draw_sheet(rows: list[SheetRow]) -> Image.Image:
-    """The rows under each other, labels on the left, on white."""
-    step = SIZE + _MARGIN
-    sheet = Image.new("RGB", (_LABEL + step * max(len(row.pictures) for row in rows), _MARGIN + step * len(rows)), "white")
-    pen, font = ImageDraw.Draw(sheet), _font(18)
+    """The rows under each other on white, labels on the left, words below the pictures."""
+    across, down = SIDE + _MARGIN, SIDE + 20 + _MARGIN
+    sheet = Image.new("RGB", (_LABEL + across * max(len(row.pictures) for row in rows), _MARGIN + down * len(rows)), "white")
+    pen, large, small = ImageDraw.Draw(sheet), _font(16), _font(13)
     for line, row in enumerate(rows):
-        top = _MARGIN + line * step
-        pen.text((_MARGIN, top + SIZE // 2 - 9), row.label, fill="black", font=font)
-        for column, picture in enumerate(row.pictures):
-            sheet.paste(picture, (_LABEL + column * step, top))
+        top = _MARGIN + line * down
+        pen.text((_MARGIN, top + SIDE // 2 - 8), row.label, fill="black", font=large)
+        for column, (word, picture) in enumerate(zip(row.words, row.pictures, strict=True)):
+            left = _LABEL + column * across
+            sheet.paste(picture, (left, top))
+            width = pen.textlength(word, font=small)
+            pen.text((left + (SIDE - width) / 2, top + SIDE + 2), word, fill="black", font=small)
     return sheet
 
 
