@@ -11,7 +11,7 @@ import torch
 from lib_lora_train.cache.batches import Batches
 from lib_lora_train.cache.latents import CachedLatents
 from lib_lora_train.cache.text import TextCache
-from lib_lora_train.demo import PICTURES, tiny_checkpoint
+from lib_lora_train.demo import STYLE, tiny_checkpoint
 from lib_lora_train.evaluation.fixed_loss import fixed_loss
 from lib_lora_train.evaluation.sampler import SampleRequest, sample_latents
 from lib_lora_train.host.standalone import StandaloneHost
@@ -24,7 +24,7 @@ from lib_lora_train.preparation import prepare
 from lib_lora_train.settings import parse
 
 SETTINGS = parse({
-    "output_name": "faces", "train_data_dir": str(PICTURES), "trigger_word": "twemoji", "resolution": "64",
+    "output_name": "faces", "train_data_dir": str(STYLE), "trigger_word": "twemoji", "resolution": "64",
     "max_train_steps": 150, "train_batch_size": 2, "network_dim": 16, "network_alpha": 16, "learning_rate": 2e-3,
     "min_snr_gamma": 0, "min_bucket_reso": 64})
 
