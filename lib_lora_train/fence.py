@@ -76,8 +76,8 @@ def _leads_elsewhere(text: str, folders: Sequence[Path]) -> bool:
     if backslashed.startswith(("\\\\?\\", "\\\\.\\", "\\??\\")):
         return True
     if backslashed.startswith("\\\\"):
-        path = _spelt(text)
-        return not any(path == folder or path.startswith(folder.rstrip("\\") + "\\") for folder in map(_spelt, map(str, folders)))
+        path, allowed = _spelt(text), [_spelt(str(folder)).rstrip("\\") for folder in folders]
+        return not any(path == folder or path.startswith(folder + "\\") for folder in allowed)
     drive, rest = ntpath.splitdrive(text)
     return bool(drive) and not rest.startswith(("\\", "/"))
 

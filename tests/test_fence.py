@@ -140,7 +140,7 @@ def test_a_webui_that_listens_is_shared_or_has_a_login_is_reached_by_others(flag
 
 
 def test_a_webui_started_plainly_is_one_persons_own():
-    plain = {"listen": False, "share": False, "ngrok": None, "server_name": None, "gradio_auth": None, "port": 7860, "api": True}
+    plain = {"listen": False, "share": False, "ngrok": None, "server_name": None, "gradio_auth": None, "api": True}
     assert not reached_by_others(plain, {}) and not reached_by_others(plain, {"GRADIO_SERVER_NAME": "127.0.0.1"})
     assert reached_by_others(plain, {"GRADIO_SERVER_NAME": "0.0.0.0"})
     assert all(map(is_loopback, ("localhost", "127.0.0.1", "127.1.2.3", "::1", "[::1]")))

@@ -94,8 +94,8 @@ def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
         if size == 0:
             raise DatasetError(f"The picture {path} cannot be used", why="the file is empty (zero bytes)")
         if size > MAX_BYTES:
-            raise DatasetError(f"The picture {path} cannot be used", why=f"its file is enormous ({size >> 20} MiB, the limit is "
-                               f"{MAX_BYTES >> 20})", remedy="save it again as JPEG, PNG or WebP")
+            raise DatasetError(f"The picture {path} cannot be used", why=f"its file is enormous ({size >> 20} MiB, the "
+                               f"limit is {MAX_BYTES >> 20})", remedy="save it again as JPEG, PNG or WebP")
         with Image.open(path, formats=_known_formats()) as image:
             pixels = image.width * image.height
             if pixels > max_pixels:

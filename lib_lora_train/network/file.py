@@ -132,7 +132,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 def inspect(path: Path) -> LoraInfo:
     """Look at a LoRA file of any kind, also one that cannot be continued from. Raises as `load` does."""
     file = load(path)
-    ranks = Counter(tensor.shape[0] for key, tensor in file.tensors.items() if key.endswith("lora_down.weight"))
+    ranks = Counter(tensor.shape[0] for key, tensor in file.tensors.items() if key.endswith("lora_down.weight") and tensor.ndim)
     alphas = Counter(float(tensor) for key, tensor in file.tensors.items()
                      if key.endswith(".alpha") and tensor.numel() == 1)
     layers = {key.partition(".")[0] for key in file.tensors}
@@ -167,7 +167,7 @@ def recognise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
     if metadata.get("ss_v2") in ("True", "False"):
         return "sd2" if metadata["ss_v2"] == "True" else "sd1"
     reads_text = ("attn2_to_k.lora_down.weight", "self_attn_q_proj.lora_down.weight")
-    widths = {tensor.shape[1] for key, tensor in tensors.items() if key.endswith(reads_text)}
+    widths = {tensor.shape[1] for key, tensor in tensors.items() if key.endswith(reads_text) and tensor.ndim > 1}
     return {768: "sd1", 1024: "sd2"}.get(widths.pop()) if len(widths) == 1 else None
 
 
@@ -193,7 +193,7 @@ def _header(path: Path, data: bytes, *, size: int | None = None) -> dict[str, di
     try:
         header = json.loads(data[8:8 + length])
         end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise _damaged(path, "its header cannot be read") from error
     if 8 + length + end != size:
         raise _damaged(path, f"it has {size} bytes where {8 + length + end} are announced")

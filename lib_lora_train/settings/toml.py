@@ -29,7 +29,7 @@ def read_toml(path: Path) -> dict[str, object]:
         data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise SettingError(f"{path} cannot be read", why=error.strerror or str(error)) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # of TOML's, of UTF-8, and numbers of thousands of digits
         raise SettingError(f"{path} is not a TOML file", why=str(error)) from error
     flat: dict[str, object] = {}
     for name, value in data.items():

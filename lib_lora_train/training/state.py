@@ -136,7 +136,8 @@ def read(path: Path) -> tuple[TrainingState, dict[str, Any]]:
                 parts[room][key] = tensor
             if room == "lora" and not bool(torch.isfinite(tensor).all()):
                 raise _damaged(path, f"{name} holds values that are not numbers")
-        if "recent" not in tensors or set(parts["scaler"]) != {"scale", "good_steps"} or not parts["lora"]:
+        listed = "recent" in tensors and tensors["recent"].ndim == 1
+        if not listed or set(parts["scaler"]) != {"scale", "good_steps"} or not parts["lora"]:
             raise _damaged(path, "a part of it is missing")
         recent = tuple(tensors["recent"].tolist())
         return TrainingState(facts["step"], **parts, recent=recent, overflows=facts["overflows"]), facts

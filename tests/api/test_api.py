@@ -100,7 +100,8 @@ def test_what_a_foreign_page_can_send_unasked_starts_nothing(tmp_path: Path, job
     body = json.dumps(desk.good()).encode()
     for headers in ({}, PAGE):
         # A Blob without a type is sent without the header.
-        sent = desk.client.post(f"{api.PREFIX}/start", content=body, headers={**headers, **({"Content-Type": kind} if kind else {})})
+        typed = {**headers, "Content-Type": kind} if kind else headers
+        sent = desk.client.post(f"{api.PREFIX}/start", content=body, headers=typed)
         assert sent.status_code == 415
     assert not desk.runner.running() and desk.get("runs", PAGE).json() == {"runs": []}
 

@@ -1,0 +1,87 @@
+"""Damaged and random input to every reader, seeded: the small sister of `tools/fuzz_readers.py --inputs 100000`."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import struct
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from lib_lora_train.errors import LoraFileError, SettingError
+from lib_lora_train.network import file
+from lib_lora_train.settings.toml import read_toml
+from lib_lora_train.training import state
+
+TOOL = Path(__file__).resolve().parents[1] / "tools" / "fuzz_readers.py"
+
+
+@pytest.fixture(scope="module")
+def fuzz() -> ModuleType:
+    specification = importlib.util.spec_from_file_location("fuzz_readers", TOOL)
+    module = importlib.util.module_from_spec(specification)
+    sys.modules["fuzz_readers"] = module
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_two_thousand_damaged_inputs_end_in_a_value_or_a_refusal(fuzz: ModuleType, tmp_path: Path):
+    tallies = fuzz.run(2000, seed=5, place=tmp_path)
+    assert [failure for tally in tallies.values() for failure in tally.failures] == []
+    assert sum(tally.inputs for tally in tallies.values()) == 2000
+    # Both ends are met, or the damage would be too much or none.
+    assert all(tally.refusals for name, tally in tallies.items() if name != "folders")
+    assert all(tally.values for name, tally in tallies.items())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_tool_sees_a_file_outside_a_program_and_a_foreign_error(fuzz: ModuleType, tmp_path: Path,
+                                                                    monkeypatch: pytest.MonkeyPatch):
+    place, outside = tmp_path / "place", tmp_path / "outside"
+    place.mkdir()
+
+    def harm(data: bytes, folder: Path) -> None:
+        (folder / "inside").write_bytes(b"x")
+        outside.write_bytes(b"x")
+        os.system("")
+        raise KeyError("foreign")
+
+    monkeypatch.setattr(fuzz, "readers", lambda: [fuzz.Reader("bad", lambda rng: rng.randbytes(3), harm)])
+    (found,) = fuzz.run(1, seed=1, place=place)["bad"].failures[:1]
+    assert "KeyError" in found
+    said = " ".join(fuzz.run(1, seed=1, place=place)["bad"].failures)
+    assert f"open {outside}" in said and "os.system" in said and "inside" not in said.replace("outside", "")
+
+
+def test_the_same_seed_makes_the_same_inputs(fuzz: ModuleType):
+    def made(seed: int) -> list[bytes]:
+        return [reader.make(fuzz.random.Random(f"{seed} {reader.name} {number}")) for reader in fuzz.readers()
+                for number in range(3)]
+    assert made(3) == made(3) != made(4)
+
+
+def test_headers_and_settings_nested_beyond_reason_are_refused(tmp_path: Path):
+    nested = b'{"__metadata__": ' + b"[" * 100_000
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", len(nested)) + nested)
+    for reader in (file.load, file.read_metadata, file.inspect, state.read, state.read_facts):
+        with pytest.raises(LoraFileError):
+            reader(path)
+    for text in ("x = " + "[" * 5000, "x = " + "9" * 5000, "a." * 3000 + "b = 1", "x = 2021-99-99"):
+        (tmp_path / "x.toml").write_text(text, encoding="utf-8")
+        with pytest.raises(SettingError):
+            from lib_lora_train.settings import parse
+            parse(read_toml(tmp_path / "x.toml"))
+
+
+def test_a_lora_whose_tensors_have_no_sides_can_be_looked_at(tmp_path: Path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(save({f"lora_unet_{part}.lora_{end}.weight": torch.tensor(1.0) for part in ("a", "attn2_to_k")
+                           for end in ("down", "up")}))
+    assert file.inspect(path).rank is None

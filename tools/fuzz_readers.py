@@ -1,0 +1,562 @@
+"""Feeds damaged and random input to everything that reads what others made, and counts how it ends.
+
+    python tools/fuzz_readers.py --inputs 100000 --seed 1
+
+Each input must end in a value or in one of the package's own refusals (LoraTrainError), within a time, without a file, a
+program or a connection outside of a folder made for it. The same seed makes the same inputs; one of them alone is made
+with `--only READER --first N --inputs 1`. Exit code 0 if all of them ended well.
+
+A crash of the interpreter or a hang ends the tool, with the stack and the exit code saying so; the input then lies in the
+folder that was printed first. Decoding is limited to 4 million pixels here, so that the time goes into many inputs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import faulthandler
+import io
+import json
+import math
+import os
+import random
+import struct
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from PIL import Image
+from safetensors.torch import save
+
+from lib_lora_train.dataset import captions, folder, pictures
+from lib_lora_train.demo import tiny_checkpoint
+from lib_lora_train.errors import LoraTrainError, printable
+from lib_lora_train.host.standalone import StandaloneHost, describe_file
+from lib_lora_train.network import file as lora_file
+from lib_lora_train.output import checked_name, destination
+from lib_lora_train.settings import DECLARATIONS, Settings, flat, parse
+from lib_lora_train.settings.toml import read_toml, write_toml
+from lib_lora_train.training import state
+
+SECONDS = 30.0
+"""What one input may take before it counts as a hang. The slowest measured is far below; a busy machine is not a fault."""
+MOST_MEMORY = 1 << 30
+"""Bytes that the process may grow by over all inputs."""
+_ODD = ("", "\0", "\ud800", "\u202e", "NUL", "../" * 9, "<img src=x onerror=alert(1)>", "a" * 5000, "💥" * 99, "\r\n", "%s%n",
+        "{0}", "nan", "1e999", "-0", "9" * 400, "true", "\\\\?\\C:\\", "file:///etc/passwd", " ", ",", ",," * 500)
+_WIDTHS = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
+_NUMBERS = (0, 1, -1, 2**31 - 1, 2**31, 2**32, 2**53, 2**63 - 1, 2**63, 2**64, -2**63, 10**400, 0.5, 1e308, float("nan"),
+            float("inf"))
+
+
+# ---- inputs ---------------------------------------------------------------------------------------------------------
+
+def mutated(rng: random.Random, seeds: list[bytes]) -> bytes:
+    """One of the seeds, damaged in one to eight ways; sometimes bytes from nowhere."""
+    if rng.random() < 0.08:
+        return rng.randbytes(rng.choice((0, 1, 7, 8, 9, 64, 500, 4000)))
+    data = bytearray(rng.choice(seeds))
+    for _ in range(rng.choice((1, 1, 1, 2, 3, 8))):
+        if not data:
+            break
+        place = rng.randrange(len(data)) if rng.random() < 0.6 else rng.randrange(min(len(data), 64))
+        end = min(len(data), place + rng.choice((1, 2, 4, 8, 40, 400)))
+        action = rng.randrange(8)
+        if action == 0:
+            data[place] ^= 1 << rng.randrange(8)
+        elif action == 1:
+            data[place:end] = rng.randbytes(end - place)
+        elif action == 2:
+            del data[place:end]
+        elif action == 3:
+            data[place:place] = rng.randbytes(end - place)
+        elif action == 4:
+            del data[place:]
+        elif action == 5:
+            data[place:end] = data[place:end] * rng.choice((2, 3, 50))
+        elif action == 6:
+            width, order = rng.choice((1, 2, 4, 8)), rng.choice(("little", "big"))
+            number = rng.choice((0, 1, 127, 128, 255, 256, 65535, 2**31 - 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1))
+            data[place:place + width] = (number % 256 ** width).to_bytes(width, order)
+        else:
+            other = rng.choice(seeds)
+            start = rng.randrange(len(other) or 1)
+            data[place:place] = other[start:start + end - place]
+    return bytes(data[:1 << 20])
+
+
+def anything(rng: random.Random, depth: int = 0) -> Any:
+    """A value as JSON could hold it."""
+    kind = rng.randrange(9)
+    if kind == 0 and depth < 4:
+        names = (*_ODD, "data_offsets", "shape", "dtype")
+        return {rng.choice(names): anything(rng, depth + 1) for _ in range(rng.randrange(4))}
+    if kind == 1 and depth < 4:
+        return [anything(rng, depth + 1) for _ in range(rng.randrange(5))]
+    if kind == 2:
+        return rng.choice((None, True, False))
+    return rng.choice(_NUMBERS) if kind < 6 else rng.choice(_ODD)
+
+
+def text(rng: random.Random, seeds: list[str]) -> str:
+    """A name or a line of text with odd letters in it."""
+    parts = [rng.choice((*seeds, *_ODD, chr(rng.randrange(0x110000)), chr(rng.randrange(128)), ".", "/", "\\", "-", ":"))
+             for _ in range(rng.randrange(1, 5))]
+    return "".join(parts)
+
+
+def json_text(rng: random.Random, data: Any) -> bytes:
+    """`data` as JSON, sometimes nested deeper than any parser goes."""
+    written = json.dumps(data)
+    if rng.random() < 0.02:
+        depth = rng.choice((900, 5000, 100_000))
+        written = written.replace("null", "[" * depth + "]" * rng.choice((depth, 0)), 1) if "null" in written else "[" * depth
+    return written.encode("utf-8", "surrogatepass")
+
+
+def tensors_file(rng: random.Random, seeds: list[bytes]) -> bytes:
+    """A safetensors file: its bytes damaged; its header changed and the length of it put right; or a sound file of other
+    tensors than a reader expects."""
+    if rng.random() < 0.3:
+        return mutated(rng, seeds)
+    data = rng.choice(seeds)
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:8 + length])
+    if rng.random() < 0.6:
+        return _sound(rng, header)
+    for _ in range(rng.randrange(1, 4)):
+        name = rng.choice(list(header) or [""])
+        action = rng.randrange(5)
+        if action == 0:
+            header.pop(name, None)
+        elif action == 1:
+            header[rng.choice((name, *_ODD))] = anything(rng)
+        elif isinstance(header.get(name), dict):
+            header[name][rng.choice(("dtype", "shape", "data_offsets", "ss_v2"))] = rng.choice((
+                anything(rng), [0, 0], [0, 4], [-1, 1], [4, 0], [2**62, 2], "F8_E4M3", "C64", "BOOL", "F64"))
+    body = json_text(rng, header)
+    size = rng.choice((len(body),) * 6 + (len(body) - 1, len(body) + 1, 0, 2**63, 2**64 - 1))
+    return struct.pack("<Q", size) + body + data[8 + length:][:rng.choice((None, None, None, 0, 10))]
+
+
+def _sound(rng: random.Random, header: dict[str, Any]) -> bytes:
+    """A file that safetensors takes, with tensors renamed, left out, reshaped and of other formats; small ones get bytes."""
+    metadata, changed = header.pop("__metadata__", {}), {}
+    damage = rng.choice((0.0, 0.001, 0.01, 0.3))
+    for name, entry in header.items():
+        shape, dtype = list(entry["shape"]), entry["dtype"]
+        if rng.random() < damage:
+            action = rng.randrange(5)
+            if action == 0:
+                continue
+            name = rng.choice((name + "x", name[:-3], name.replace("0", "1"), *_ODD[4:])) if action == 1 else name
+            shape = rng.choice((shape[::-1], shape[:1], [], [0, *shape], [1, *shape], [*shape, 1])) if action == 2 else shape
+            dtype = rng.choice(tuple(_WIDTHS)) if action == 3 else dtype
+            shape = [rng.choice((1, 2, 3, 4, 7, 64)) for _ in shape] if action == 4 else shape
+        changed[name] = (shape, dtype)
+    if rng.random() < 0.3 and metadata:
+        metadata[rng.choice(list(metadata))] = rng.choice((*_ODD, "{}", "[]", "null", json_text(rng, anything(rng)).decode(
+            "utf-8", "replace")))
+    described, end = {"__metadata__": metadata} if metadata else {}, 0
+    for name, (shape, dtype) in changed.items():
+        stop = end + math.prod(shape) * _WIDTHS[dtype]
+        described[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, stop]}
+        end = stop
+    body = json.dumps(described).encode("utf-8", "surrogatepass")
+    return struct.pack("<Q", len(body)) + body + (rng.randbytes(end) if end < 10_000 else b"")
+
+
+def picture_file(rng: random.Random, seeds: list[bytes]) -> bytes:
+    """A damaged picture; half of the PNGs get their checksums put right, so that the damage is looked at."""
+    data = mutated(rng, seeds)
+    return _with_checksums(data) if data[:4] == b"\x89PNG" and rng.random() < 0.5 else data
+
+
+def _with_checksums(data: bytes) -> bytes:
+    out, at = bytearray(data[:8]), 8
+    while at + 8 <= len(data):
+        length = int.from_bytes(data[at:at + 4], "big")
+        body = data[at + 4:at + 8 + length]
+        if len(body) < 4 + length:
+            return bytes(out) + data[at:]
+        out += data[at:at + 4] + body + struct.pack(">I", zlib.crc32(body))
+        at += 12 + length
+    return bytes(out)
+
+
+# ---- seeds ----------------------------------------------------------------------------------------------------------
+
+def picture_seeds() -> list[bytes]:
+    """A small picture in each format, with metadata, transparency, a palette, frames."""
+    rgb = Image.effect_mandelbrot((24, 18), (-2, -1, 1, 1), 40).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    variants: list[tuple[Image.Image, str, dict[str, Any]]] = [
+        (rgb, "PNG", {"exif": exif}), (rgb.convert("P"), "PNG", {}), (rgb.convert("RGBA"), "PNG", {}),
+        (rgb.convert("L"), "PNG", {"transparency": 3}), (rgb, "JPEG", {"exif": exif}),
+        (rgb, "JPEG", {"progressive": True}), (rgb.convert("CMYK"), "JPEG", {}), (rgb, "WEBP", {}),
+        (rgb.convert("RGBA"), "WEBP", {"lossless": True}), (rgb, "GIF", {}),
+        (rgb, "GIF", {"save_all": True, "append_images": [rgb.rotate(90)]}), (rgb, "BMP", {}), (rgb, "TIFF", {"exif": exif}),
+        (rgb, "TIFF", {"compression": "tiff_lzw"}), (rgb.convert("F"), "TIFF", {}),
+        (rgb, "MPO", {"save_all": True, "append_images": [rgb]})]
+    seeds = []
+    for image, kind, options in variants:
+        buffer = io.BytesIO()
+        image.save(buffer, kind, **options)
+        seeds.append(buffer.getvalue())
+    return seeds
+
+
+def lora_seeds() -> list[bytes]:
+    """Small LoRA files of two families."""
+    return [save({f"{layer}.lora_down.weight": torch.ones(4, 8), f"{layer}.lora_up.weight": torch.ones(8, 4),
+                  f"{layer}.alpha": torch.tensor(2.0)}, {"ss_base_model_version": version, "ss_network_dim": "4"})
+            for layer, version in (("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k", "sd_v1"),
+                                   ("lora_unet_input_blocks_4_1_proj_in", "sdxl_base_v1-0"))]
+
+
+def checkpoint_seeds() -> tuple[list[bytes], int]:
+    """(the header of a small SD1 checkpoint and one that lacks most of it, the bytes of its file): no weights are read."""
+    with tempfile.TemporaryDirectory() as made:
+        path = tiny_checkpoint.write(Path(made))
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            header = file.read(int.from_bytes(start, "little"))
+    few = json.dumps(dict(list(json.loads(header).items())[:40])).encode()
+    return [start + header, struct.pack("<Q", len(few)) + few], size
+
+
+def state_seeds() -> list[bytes]:
+    """A training state as it is written, of one layer."""
+    facts = {"step": 3, "overflows": 0, "version": state.VERSION, "settings": flat(Settings()), "started_at": 1.5, "steps": 9,
+             "dataset": "x", "checkpoint": {}}
+    return [save({"lora.a.lora_down.weight": torch.ones(2, 2), "optimizer.0.exp_avg": torch.ones(2, 2),
+                  "scaler.scale": torch.tensor(1.0), "scaler.good_steps": torch.tensor(1), "recent": torch.ones(3)},
+                 {"lora_train_state": json.dumps(facts)})]
+
+
+YAML_SEEDS = [b"model:\n  params:\n    scale_factor: 0.18215\n    linear_start: 0.00085\n    linear_end: 0.0120\n"
+              b"    parameterization: v\n    unet_config: {params: {num_heads: 8}}\n"
+              b"    cond_stage_config: {params: {version: clip}}\n",
+              b"model:\n  params: &a\n    network_config: {params: {num_head_channels: 64}}\n"
+              b"    conditioner_config: {params: {emb_models: [{input_key: txt}]}}\n"]
+
+
+# ---- readers --------------------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """`make` an input, then `read` it; `read` gets the input and an empty folder."""
+
+    name: str
+    make: Callable[[random.Random], bytes]
+    read: Callable[[bytes, Path], object]
+    share: int = 3
+
+
+def readers() -> list[Reader]:
+    """Everything that reads, each with its own kind of damage."""
+    toml = [write_toml(flat(Settings())).encode(),
+            b"[a]\nnetwork_dim = 16\nlearning_rate = 1e-4\n[b]\ntrigger_word = '''x\n'''\n",
+            b'"quoted" = [1, {a = 2}]\n[[t]]\nx = 0x10\n']
+    words = [b"a photo of zzk, red hair\nsecond line", "日本語, タグ, 猫".encode(), b"\xef\xbb\xbftag, tag,, TAG"]
+    png, loras, states = picture_seeds(), lora_seeds(), state_seeds()
+    models, size = checkpoint_seeds()
+    return [
+        Reader("captions", lambda rng: mutated(rng, words), _caption),
+        Reader("TOML", lambda rng: mutated(rng, toml), _toml),
+        Reader("JSON by the API", _body, _Server()),
+        Reader("settings", _settings, _parsed),
+        Reader("LoRA files", lambda rng: tensors_file(rng, loras), _lora),
+        Reader("checkpoints", lambda rng: _pair(tensors_file(rng, models), b"" if rng.random() < 0.6 else mutated(
+            rng, YAML_SEEDS)),
+               lambda data, place: _checkpoint(data, place, size=size), share=1),
+        Reader("training states", lambda rng: tensors_file(rng, states), _state),
+        Reader("pictures", lambda rng: picture_file(rng, png), _picture),
+        Reader("folders", lambda rng: text(rng, ["1", "10_dog", ".png", ".txt"]).encode("utf-8", "surrogatepass"), _folder),
+        Reader("LoRA names", lambda rng: text(rng, ["zzk", "my character", "CON"]).encode("utf-8", "surrogatepass"), _name),
+    ]
+
+
+def _written(data: bytes, path: Path) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+def _caption(data: bytes, place: Path) -> object:
+    caption = captions.read_caption(_written(data, place / "1.txt"))
+    return captions.process_caption(captions.first_line(caption), rng=random.Random(1), trigger_word="zzk, girl",
+                                    shuffle_caption=True, keep_tokens=1, caption_tag_dropout_rate=0.2)
+
+
+def _toml(data: bytes, place: Path) -> object:
+    return parse(read_toml(_written(data, place / "run.toml")))
+
+
+def _settings(rng: random.Random) -> bytes:
+    names = list(DECLARATIONS)
+    chosen: dict[str, Any] = {}
+    for _ in range(rng.randrange(1, 5)):
+        name = rng.choice(names)
+        near = rng.choice((DECLARATIONS[name].default, DECLARATIONS[name].minimum, DECLARATIONS[name].maximum))
+        chosen[name] = near if rng.random() < 0.5 else anything(rng)
+    if rng.random() < 0.2:
+        chosen[rng.choice(_ODD)] = anything(rng)
+    return json.dumps(chosen).encode("utf-8", "surrogatepass")
+
+
+def _parsed(data: bytes, place: Path) -> object:
+    settings = parse(json.loads(data))
+    # What was accepted can be kept in a run's folder and read back as it was.
+    path = place / "settings.toml"
+    path.write_text(write_toml(flat(settings)), encoding="utf-8", errors="replace")
+    kept = parse(read_toml(path))
+    as_text = {name: printable(value) if isinstance(value, str) else value for name, value in flat(settings).items()}
+    assert flat(kept) == as_text, "the record says something else"
+    return settings
+
+
+def _body(rng: random.Random) -> bytes:
+    seeds = [b'{"settings": {"train_data_dir": "@DATA", "network_dim": 16, "learning_rate": 1e-4, "flip_aug": true}}']
+    if rng.random() < 0.5:
+        return mutated(rng, seeds)
+    return json_text(rng, {"settings": {"train_data_dir": "@DATA", **{
+        rng.choice(list(DECLARATIONS)): anything(rng) for _ in range(rng.randrange(3))}}})
+
+
+class _Server:
+    """The API on a host without a model, asked in the process."""
+
+    def __init__(self) -> None:
+        self._client: Any = None
+        self._data = Path()
+
+    def __call__(self, data: bytes, place: Path) -> object:
+        if self._client is None:
+            from fastapi import FastAPI
+            from fastapi.testclient import TestClient
+
+            from lib_lora_train import api
+            from lib_lora_train.runner import Runner
+            app = FastAPI()
+            host = StandaloneHost(None, lora_folder=place, runs_folder=place)
+            self._data = Path(tempfile.mkdtemp(dir=place.parent))
+            _written(_TINY.getvalue(), self._data / "1.png")
+            api.install(app, runner=Runner(), host=host, token="t", credentials={}, api_enabled=True)
+            self._client = TestClient(app, base_url="http://localhost")
+        body = data.replace(b"@DATA", json.dumps(str(self._data))[1:-1].encode())
+        answer = self._client.post("/lora-train/v1/plan", content=body, headers={"Content-Type": "application/json"})
+        if answer.status_code == 200:
+            return answer.json()["steps"]
+        sentence = answer.json()["error"]
+        assert answer.status_code in (400, 413) and sentence, f"{answer.status_code}: {sentence}"
+        raise LoraTrainError(sentence)
+
+
+def _lora(data: bytes, place: Path) -> object:
+    path = _written(data, place / "x.safetensors")
+    lora_file.read_metadata(path)
+    return lora_file.inspect(path)
+
+
+def _pair(data: bytes, yaml: bytes) -> bytes:
+    return struct.pack("<I", len(yaml)) + yaml + data
+
+
+def _checkpoint(data: bytes, place: Path, *, size: int) -> object:
+    length = struct.unpack_from("<I", data)[0]
+    if length:
+        _written(data[4:4 + length], place / "x.yaml")
+    path = _written(data[4 + length:], place / "x.safetensors")
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+        header = path.read_bytes()
+        start = 8 + int.from_bytes(header[:8], "little")
+        size = start + max(entry["data_offsets"][1] for entry in json.loads(header[8:start]).values() if "dtype" in entry)
+    with path.open("r+b") as file:
+        file.truncate(min(max(size, len(data)), 1 << 30))  # a hole in place of the weights
+    host = StandaloneHost(path, lora_folder=place, runs_folder=place, device=torch.device("cpu"))
+    host.checkpoint()
+    host.outline()
+    return describe_file(path)
+
+
+def _state(data: bytes, place: Path) -> object:
+    path = _written(data, place / state.FILE_NAME)
+    state.read_facts(path)
+    return state.read(path)
+
+
+def _picture(data: bytes, place: Path) -> object:
+    path = _written(data, place / "x.png")
+    pictures.check_picture(path)
+    pictures.read_size(path)
+    return pictures.read_picture(path, max_pixels=4_000_000).getextrema()
+
+
+_TINY = io.BytesIO()
+Image.new("RGB", (64, 64)).save(_TINY, "PNG")
+
+
+def _folder(data: bytes, place: Path) -> object:
+    name = data.decode("utf-8", "surrogatepass").replace("/", "").replace("\0", "")[:60]
+    top = place / "data"
+    top.mkdir()
+    picture = _TINY.getvalue()
+    for child, content in ((f"{name}.png", picture), (f"{name}.txt", b"a, b"), (f"{name}", b""), ("1.png", picture)):
+        try:
+            _written(content, top / child)
+        except (OSError, ValueError):
+            continue  # a name that this system cannot hold
+    return folder.scan(top, max_train_epochs=1, trigger_word=name.replace("\ud800", ""))
+
+
+def _name(data: bytes, place: Path) -> object:
+    name = data.decode("utf-8", "surrogatepass")
+    path = destination(place / "loras", name=name, overwrite=False)
+    path.write_bytes(b"x")
+    assert path.resolve().parent == (place / "loras").resolve() and [path.name] == os.listdir(place / "loras")
+    return checked_name(name)
+
+
+# ---- running --------------------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Tally:
+    """How one reader's inputs ended."""
+
+    inputs: int = 0
+    values: int = 0
+    refusals: int = 0
+    slowest: float = 0.0
+    failures: list[str] = dataclasses.field(default_factory=list)
+
+
+class Watch:
+    """Notes whatever is written, started or connected outside of `place` while an input is read."""
+
+    def __init__(self, place: Path) -> None:
+        self.place, self.on, self.seen = str(place.resolve()), False, []
+        sys.addaudithook(self._look)
+
+    def _look(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if not self.on:
+            return
+        if event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "pickle.find_class", "socket.connect"):
+            self.seen.append(f"{event} {arguments}"[:200])
+        path: object = None
+        if event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR):
+            path = arguments[0]
+        elif event in ("os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate", "os.symlink", "os.link"):
+            path = arguments[1] if event in ("os.rename", "os.link", "os.symlink") else arguments[0]
+        if isinstance(path, (str, bytes, os.PathLike)):
+            real = os.path.realpath(os.fsdecode(path))
+            if real != os.devnull and not (real + os.sep).startswith(self.place + os.sep):
+                self.seen.append(f"{event} {real}"[:200])
+
+
+def run(inputs: int, *, seed: int, place: Path, first: int = 0, only: str = "", seconds: float = SECONDS) -> dict[str, Tally]:
+    """Read `inputs` inputs, shared out among the readers (checkpoints take the longest and get fewer).
+
+    `place` is a folder that may be filled and emptied.
+    """
+    chosen = [reader for reader in readers() for _ in range(reader.share) if only in ("", reader.name)]
+    tallies, watch = {reader.name: Tally() for reader in chosen}, Watch(place)
+    for number in range(first, first + inputs):
+        reader = chosen[number % len(chosen)]
+        data = reader.make(random.Random(f"{seed} {reader.name} {number}"))
+        _written(data, place / "input")  # what is left if the interpreter dies
+        folder_of_one = Path(tempfile.mkdtemp(dir=place))
+        tally = tallies[reader.name]
+        tally.inputs += 1
+        faulthandler.dump_traceback_later(seconds, exit=True)
+        began, watch.on = time.perf_counter(), True
+        try:
+            reader.read(data, folder_of_one)
+            tally.values += 1
+        except LoraTrainError:
+            tally.refusals += 1
+        except Exception as error:  # noqa: BLE001 - to find these is what this is for
+            tally.failures.append(f"{reader.name}, input {number}: {type(error).__name__}: {str(error)[:200]}")
+            tally.failures[-1] += f" ({_where(error)})"
+        finally:
+            watch.on = False
+            tally.slowest = max(tally.slowest, time.perf_counter() - began)
+            faulthandler.cancel_dump_traceback_later()
+        tally.failures += [f"{reader.name}, input {number}: {seen}" for seen in watch.seen]
+        watch.seen.clear()
+        _empty(folder_of_one)
+    return tallies
+
+
+def _where(error: BaseException) -> str:
+    """The file and line that raised it, of our package where there is one."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "lib_lora_train" in frame.filename] or frames
+    return f"{Path(own[-1].filename).name}:{own[-1].lineno}"
+
+
+def _empty(place: Path) -> None:
+    for path in sorted(place.rglob("*"), key=lambda path: -len(path.parts)):
+        if path.is_dir() and not path.is_symlink():
+            path.rmdir()
+        else:
+            path.unlink()
+    place.rmdir()
+
+
+def table(tallies: dict[str, Tally], *, grown: int) -> Iterator[str]:
+    """What was found, a row a reader, as Markdown."""
+    yield "| reader | inputs | values | refusals | anything else | slowest |"
+    yield "|---|---:|---:|---:|---:|---:|"
+    for name, tally in tallies.items():
+        yield (f"| {name} | {tally.inputs:,} | {tally.values:,} | {tally.refusals:,} | {len(tally.failures)} | "
+               f"{1000 * tally.slowest:.0f} ms |")
+    total = sum(tally.inputs for tally in tallies.values())
+    yield f"\n{total:,} inputs, the process grew by at most {grown / 2**20:.0f} MiB"
+
+
+def peak() -> int:
+    """The most memory that the process ever had, in bytes; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def main() -> int:
+    """The tool; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--inputs", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", default="", help="one reader's name")
+    parser.add_argument("--first", type=int, default=0, help="the number of the first input")
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    faulthandler.enable()
+    warnings.simplefilter("ignore")  # Pillow tells of every damaged TIFF
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as place:
+        print(f"Inputs are read in {place}; seed {chosen.seed}", flush=True)
+        run(40, seed=0, place=Path(place), only=chosen.only)  # what is loaded once must not count as growth
+        before = peak()
+        tallies = run(chosen.inputs, seed=chosen.seed, place=Path(place), first=chosen.first, only=chosen.only)
+        grown = peak() - before
+    print(*table(tallies, grown=grown), sep="\n")
+    failures = [failure for tally in tallies.values() for failure in tally.failures]
+    print(*failures[:50], sep="\n")
+    return 1 if failures or grown > MOST_MEMORY else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
