@@ -5,13 +5,12 @@
     "use strict";
 
     /** `ask` asks the API; `started` is called after a press that was obeyed, `refused` with the sentence of one that was
-     * not. Returns look(answer), to be called with each status. */
+     * not. Returns a function to be called with each status. */
     window.loraTrainResume = function(place, ask, started, refused, translated) {
         let known = null, run = null;
         const text = document.createElement("span"), press = document.createElement("button");
         text.className = "lora-train-resume-text";
         press.id = "lora_train_resume_it";
-        press.className = "lg secondary gradio-button";
         press.textContent = translated("Resume");
         press.title = translated("Go on where that run left off, with the settings it had.");
         place.append(text, press);
@@ -37,7 +36,7 @@
             text.textContent = run.name + told;
         }
 
-        return async function look(answer) {
+        return async function(answer) {
             const now = answer.run + (answer.running ? " running" : "");
             if (now === known) return;
             known = now;
