@@ -30,18 +30,21 @@ def run(chosen: argparse.Namespace, *, assignment: Callable[[str], tuple[str, st
     import torch
 
     from lib_lora_train.bench import quality
+    from lib_lora_train.bench.yardstick import QUICK, THOROUGH
+    from lib_lora_train.demo.embedded import CHECKPOINT
     from lib_lora_train.errors import SettingError
     from lib_lora_train.host.standalone import StandaloneHost, describe_file
 
     steps = chosen.steps if chosen.steps is not None else 60 if chosen.quick else quality.STEPS
     if steps < 1:
         raise SettingError(f"--steps {steps} is not possible", why="there must be at least one")
-    checkpoint = chosen.checkpoint or quality.CHECKPOINT
+    checkpoint = chosen.checkpoint or CHECKPOINT
     describe_file(checkpoint)  # a wrong one is refused before anything is read
     # So small a model is quicker on one thread: its operations end sooner than threads can be told of them.
     torch.set_num_threads(1)
     plan = quality.QualityPlan(
-        output=chosen.out, steps=steps, subject_steps=max(1, min(steps // 2, quality.SUBJECT_STEPS)), quick=chosen.quick,
+        output=chosen.out, steps=steps, subject_steps=max(1, min(steps // 2, quality.SUBJECT_STEPS)),
+        effort=QUICK if chosen.quick else THOROUGH,
         subject=None if chosen.no_subject else quality.SUBJECT, changes=dict(assignment(text) for text in chosen.set))
     host = StandaloneHost(checkpoint, lora_folder=chosen.out / "loras", runs_folder=chosen.out / "runs")
     quality.run_quality(plan, host, say=lambda text: print(text, flush=True))

@@ -26,12 +26,14 @@ from lib_lora_train.bench.real_pictures import HANDS, HELD_OUT, NOTO, OTHER, STY
 REQUIRED = 0.95
 """A judge of hands that is right less often on real held-out pictures counts for nothing."""
 _BINS, _INK = 10, 0.93
+Palette = tuple[torch.Tensor, torch.Tensor]
+"""The weights of colours [1000] and a bias []."""
 
 
 class HandJudge:
     """Tells Twemoji from Noto. Make it with `fit`; `accuracy` is its share of right answers on real held-out words."""
 
-    def __init__(self, palette: nn.Linear, texture: _Texture, scales: tuple[float, float]) -> None:
+    def __init__(self, palette: Palette, texture: _Texture, scales: tuple[float, float]) -> None:
         self._palette, self._texture, self._scales = palette, texture, scales
         self.accuracy: dict[str, float] = {}
 
@@ -47,7 +49,7 @@ class HandJudge:
         judge = cls(_fit_palette(*pairs), _fit_texture(*pairs, steps=steps, seed=seed), (1.0, 1.0))
         # Each opinion counts alike: in units of its mean size on what it was fitted on.
         opinions = judge._opinions(torch.cat(pairs))
-        judge._scales = tuple(1 / float(opinion.abs().mean()) for opinion in opinions)
+        judge._scales = tuple(1 / max(float(opinion.abs().mean()), 1e-9) for opinion in opinions)
         for name, place in (("both", None), ("palette", 0), ("texture", 1)):
             right = [(judge._score(small[hand][asked], place) > 0) == (hand == TWEMOJI) for hand in HANDS]
             judge.accuracy[name] = float(torch.cat(right).float().mean())
@@ -69,7 +71,8 @@ class HandJudge:
     @torch.no_grad()
     def _opinions(self, small: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         texture = self._texture(small) + self._texture(small.flip(3))
-        return self._palette(_colours(small))[:, 0], texture
+        weight, bias = self._palette
+        return _colours(small) @ weight + bias, texture
 
 
 class WordJudge:
@@ -205,7 +208,7 @@ def _fit_texture(noto: torch.Tensor, twemoji: torch.Tensor, *, steps: int, seed:
     return network
 
 
-def _fit_palette(noto: torch.Tensor, twemoji: torch.Tensor) -> nn.Linear:
+def _fit_palette(noto: torch.Tensor, twemoji: torch.Tensor) -> Palette:
     """Logistic regression over the colours of ink; convex, so nothing is drawn by chance."""
     x = _colours(torch.cat([noto, twemoji]))
     y = torch.cat([torch.zeros(len(noto)), torch.ones(len(twemoji))])
@@ -222,11 +225,8 @@ def _fit_palette(noto: torch.Tensor, twemoji: torch.Tensor) -> nn.Linear:
 
     with torch.enable_grad():
         optimizer.step(loss)
-    layer = nn.Linear(x.shape[1], 1)
-    with torch.no_grad():
-        layer.weight.copy_((weight / deviation)[None])
-        layer.bias.copy_((bias - (weight / deviation * mean).sum())[None])
-    return layer.requires_grad_(False)
+    weight = weight.detach() / deviation
+    return weight, bias.detach() - weight @ mean
 
 
 def _colours(small: torch.Tensor) -> torch.Tensor:

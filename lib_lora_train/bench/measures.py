@@ -33,7 +33,7 @@ def ssim(pixels: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 
 def feature_distance(features: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """1 − cosine of the angle between features [N, D], row by row: 0 is the same direction, 1 unrelated, 2 opposite."""
-    return 1 - F.cosine_similarity(features, reference, dim=1)
+    return (1 - F.cosine_similarity(features, reference, dim=1)).clamp(min=0)  # not below for rounding's sake
 
 
 def nearest_distance(pixels: torch.Tensor, gallery: torch.Tensor) -> torch.Tensor:

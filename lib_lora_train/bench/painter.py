@@ -21,10 +21,10 @@ from lib_lora_train.network.targets import find_targets
 Adapters = Mapping[str, Mapping[str, Adapter]]
 WITHOUT: Adapters = {}
 
-STEPS, CFG_SCALE, FIRST_SEED = 20, 4.0, 1000
+CFG_SCALE, FIRST_SEED = 4.0, 1000
 LOSS_TIMESTEPS = (50, 150, 250, 350, 450, 550, 650, 750, 850, 950)
-_TOGETHER = 32
-"""Pictures painted at once; where it changes nothing but the time."""
+TOGETHER = 16
+"""Pictures painted at once: with more, a processor's cache no longer holds what it works on."""
 
 
 class Painter:
@@ -34,7 +34,7 @@ class Painter:
     the few megabytes of so small a model.
     """
 
-    def __init__(self, host: Host, *, cfg_scale: float = CFG_SCALE, steps: int = STEPS) -> None:
+    def __init__(self, host: Host, *, cfg_scale: float = CFG_SCALE, steps: int = 20) -> None:
         with host.borrow() as lent:
             tensors = {name: tensor.float() if tensor.is_floating_point() else tensor
                        for name, tensor in lent.tensors.items()}
@@ -54,8 +54,8 @@ class Painter:
         """One picture for each prompt; the seed is its place in the list, so all LoRAs start from the same noise."""
         requests = [SampleRequest(prompt, width=SIDE, height=SIDE, steps=self._steps, cfg_scale=self._cfg_scale,
                                   seed=FIRST_SEED + place) for place, prompt in enumerate(prompts)]
-        latents = [sample_batch(self._model, requests[start:start + _TOGETHER], adapters=lora)
-                   for start in range(0, len(requests), _TOGETHER)]
+        latents = [sample_batch(self._model, requests[start:start + TOGETHER], adapters=lora)
+                   for start in range(0, len(requests), TOGETHER)]
         return self._shown(torch.cat(latents))
 
     def through_vae(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -70,7 +70,7 @@ class Painter:
         batches = [Batch(indices=tuple(rows.tolist()), mean=mean[rows], std=std[rows],
                          captions=tuple(captions[row] for row in rows), loss_weight=torch.ones(len(rows)),
                          original_size=sizes[rows], crop=torch.zeros_like(sizes[rows]), target_size=sizes[rows])
-                   for rows in torch.arange(len(pixels)).split(_TOGETHER)]
+                   for rows in torch.arange(len(pixels)).split(TOGETHER)]
         with torch.no_grad():
             conditions = {batch.captions: self._model.text.encode(
                 [self._model.text.tokenize(caption) for caption in batch.captions], adapters=lora) for batch in batches}
@@ -78,9 +78,9 @@ class Painter:
                           seed=seed, timesteps=LOSS_TIMESTEPS)
 
     def _encoded(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        parts = [self._model.vae.encode(2 * part.to(self._model.device) - 1) for part in pixels.split(_TOGETHER)]
+        parts = [self._model.vae.encode(2 * part.to(self._model.device) - 1) for part in pixels.split(TOGETHER)]
         return torch.cat([mean for mean, _ in parts]), torch.cat([std for _, std in parts])
 
     def _shown(self, latents: torch.Tensor) -> torch.Tensor:
         decode: Callable[[torch.Tensor], torch.Tensor] = self._model.vae.decode
-        return torch.cat([(decode(part).clamp(-1, 1) + 1).cpu() / 2 for part in latents.split(_TOGETHER)])
+        return torch.cat([(decode(part).clamp(-1, 1) + 1).cpu() / 2 for part in latents.split(TOGETHER)])

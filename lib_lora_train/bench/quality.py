@@ -15,19 +15,18 @@ from lib_lora_train.bench.painter import Painter
 from lib_lora_train.bench.style import StyleResult, measure_style
 from lib_lora_train.bench.subject import SubjectResult, measure_subject
 from lib_lora_train.bench.training import Say, settings_of
-from lib_lora_train.bench.yardstick import QUICK, THOROUGH, JudgeFigures, Yardstick
+from lib_lora_train.bench.yardstick import THOROUGH, Effort, JudgeFigures, Yardstick
+from lib_lora_train.demo import STYLE, SUBJECT
 from lib_lora_train.errors import DatasetError, translated
 from lib_lora_train.host.port import Host
 
-DEMO = Path(__file__).parents[1] / "demo"
-CHECKPOINT, STYLE, SUBJECT = DEMO / "model" / "emoji.safetensors", DEMO / "style", DEMO / "subject"
 STEPS, SUBJECT_STEPS = 800, 400
 
 
 @dataclasses.dataclass(frozen=True)
 class QualityPlan:
     """What to measure: datasets' folders (`subject` None leaves it out), steps, settings that differ from the reference
-    line. `quick` fits the judges for less long and asks for fewer words: to see whether it works, not to be quoted."""
+    line. An `effort` less than THOROUGH is to see whether it works, not to be quoted."""
 
     output: Path
     style: Path = STYLE
@@ -35,7 +34,7 @@ class QualityPlan:
     steps: int = STEPS
     subject_steps: int = SUBJECT_STEPS
     changes: Mapping[str, object] = dataclasses.field(default_factory=dict)
-    quick: bool = False
+    effort: Effort = THOROUGH
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Quality:
 
     checkpoint: str
     settings: dict[str, object]
-    quick: bool
+    thorough: bool
     torch: str
     seconds: float
     judges: JudgeFigures
@@ -65,8 +64,8 @@ def run_quality(plan: QualityPlan, host: Host, *, say: Say) -> Quality:
     with translated("making the folder of the results"):
         plan.output.mkdir(parents=True, exist_ok=True)
     say("Fitting the judges on real pictures as the model's VAE shows them ...")
-    painter = Painter(host)
-    yardstick = Yardstick(painter, real_pictures.load(), effort=QUICK if plan.quick else THOROUGH)
+    painter = Painter(host, steps=plan.effort.sampler_steps)
+    yardstick = Yardstick(painter, real_pictures.load(), effort=plan.effort)
     say(table.judges_text(yardstick.figures))
     say(f"Training a style for {plan.steps} steps ...")
     style = measure_style(host, painter, yardstick, data=plan.style, output=plan.output, settings=settings,
@@ -78,12 +77,12 @@ def run_quality(plan: QualityPlan, host: Host, *, say: Say) -> Quality:
                                   steps=plan.subject_steps, say=say)
     checkpoint = host.checkpoint()
     quality = Quality(
-        checkpoint=checkpoint.title if checkpoint else "", settings=dict(settings), quick=plan.quick,
+        checkpoint=checkpoint.title if checkpoint else "", settings=dict(settings), thorough=plan.effort == THOROUGH,
         torch=torch.__version__, seconds=time.monotonic() - begin, judges=yardstick.figures, style=style, subject=subject)
     with translated("writing the results"):
         (plan.output / "quality.json").write_text(
             json.dumps(dataclasses.asdict(quality), indent=1, default=str) + "\n", encoding="utf-8")
         (plan.output / "quality.md").write_text(table.quality_text(
             settings=quality.settings, checkpoint=quality.checkpoint, judges=quality.judges, style=style, subject=subject,
-            quick=plan.quick, seconds=quality.seconds), encoding="utf-8")
+            thorough=quality.thorough, seconds=quality.seconds), encoding="utf-8")
     return quality

@@ -48,6 +48,14 @@ class RealPictures:
         """[n, 3, 128, 128] in [0, 1]: the pictures of one split in one hand."""
         return self.pixels[hand][self.places(split)]
 
+    def thinned(self, others: int) -> RealPictures:
+        """With every n-th of the "other" words only."""
+        if others == 1:
+            return self
+        kept = torch.cat([self.places(STYLE, HELD_OUT), self.places(OTHER)[::others]]).tolist()
+        return RealPictures(tuple(self.words[place] for place in kept), tuple(self.splits[place] for place in kept),
+                            {hand: pixels[kept] for hand, pixels in self.pixels.items()})
+
 
 def load(folder: Path = FOLDER) -> RealPictures:
     """The sheets noto.png and twemoji.png (tiles of 64 pixels, 16 in a row) and words.json, which lie in `folder`."""
@@ -61,15 +69,6 @@ def enlarged(papers: torch.Tensor) -> torch.Tensor:
     """uint8 [N, h, w, 3] -> fp32 [N, 3, 128, 128] in [0, 1], bicubic."""
     pixels = papers.permute(0, 3, 1, 2).float() / 255
     return F.interpolate(pixels, size=(SIDE, SIDE), mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
-
-
-def write_dataset(folder: Path, real: RealPictures, *, hand: str, split: str) -> None:
-    """A dataset of one split in one hand: NAME.png of 128 pixels and beside it NAME.txt with the word."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for word, pixels in zip(real.words_of(split), real.pixels_of(hand, split), strict=True):
-        name = word.replace(" ", "_")
-        to_image(pixels).save(folder / f"{name}.png")
-        (folder / f"{name}.txt").write_text(f"{word}\n", encoding="utf-8")
 
 
 def read_dataset(folder: Path) -> tuple[list[Path], list[str], torch.Tensor]:

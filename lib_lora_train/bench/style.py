@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from lib_lora_train.bench.painter import WITHOUT, Adapters, Painter
+from lib_lora_train.bench.painter import TOGETHER, WITHOUT, Adapters, Painter
 from lib_lora_train.bench.real_pictures import NOTO, SIDE, TWEMOJI, read_dataset, to_image
 from lib_lora_train.bench.training import Say, marks, train_lora
 from lib_lora_train.bench.yardstick import Band, Memorised, Row, Yardstick, loss_bands
@@ -22,7 +22,7 @@ TRIGGER = "twemoji"
 @dataclasses.dataclass(frozen=True)
 class StyleResult:
     """rows: real pictures, the base model, and the LoRA at weights 0, 0.5 and 1; on_the_way: what the run had learnt after
-    so many steps, at weight 1; weight_0_is_base: whether weight 0 gives the base model's pictures bit for bit."""
+    so many steps, at weight 1; weight_0_is_base: whether weight 0 gives the base model's first pictures bit for bit."""
 
     steps: int
     rows: list[Row]
@@ -51,12 +51,15 @@ def measure_style(host: Host, painter: Painter, yardstick: Yardstick, *, data: P
         return painter.paint(asked, lora)
 
     base = paint("base", WITHOUT, prompts)
-    nothing = paint("LoRA at 0", painter.lora(last, weight=0.0), prompts)
+    # The first that are painted together tell whether all are equal; then there is nothing to paint.
+    none, first = painter.lora(last, weight=0.0), prompts[:TOGETHER]
+    same = torch.equal(paint("LoRA at 0", none, first), base[:TOGETHER])
+    zero = base if same else paint("LoRA at 0", none, prompts)
     final = paint("LoRA at 1", full, prompts)
     rows = [yardstick.row("real Noto", real[NOTO][yardstick.places]),
             yardstick.row("real Twemoji", real[TWEMOJI][yardstick.places]),
             yardstick.row("base, the word alone", paint("base, the word alone", WITHOUT, yardstick.words)),
-            yardstick.row("base", base), yardstick.row("LoRA at 0", nothing),
+            yardstick.row("base", base), yardstick.row("LoRA at 0", zero),
             yardstick.row("LoRA at 0.5", paint("LoRA at 0.5", half, prompts)), yardstick.row("LoRA at 1", final)]
     on_the_way = [yardstick.row(f"{step} steps", final if step == steps else
                                 paint(f"after {step} steps", painter.lora(file, weight=1.0), prompts))
@@ -70,7 +73,7 @@ def measure_style(host: Host, painter: Painter, yardstick: Yardstick, *, data: P
     say("  the loss on held-out pictures")
     loss = loss_bands(painter, yardstick.real.pixels[TWEMOJI][yardstick.places], prompts, full)
     save_sheet(output / "style.png", [base, final, real[TWEMOJI][yardstick.places]])
-    return StyleResult(steps=steps, rows=rows, weight_0_is_base=torch.equal(nothing, base), on_the_way=on_the_way,
+    return StyleResult(steps=steps, rows=rows, weight_0_is_base=same, on_the_way=on_the_way,
                        memorised=memorised, loss=loss, training_seconds=training_seconds)
 
 

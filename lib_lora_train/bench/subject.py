@@ -21,8 +21,6 @@ from lib_lora_train.host.port import Host
 TRIGGER = "zorbi"
 SCENES = ("reading a book", "playing a guitar", "eating a banana", "with a red heart", "in the snow")
 """Beside the captions of the poses that were kept back."""
-EACH = 4
-"""Pictures of each scene."""
 KEPT_BACK = slice(3, None, 4)
 
 
@@ -54,7 +52,8 @@ def measure_subject(host: Host, painter: Painter, yardstick: Yardstick, *, data:
     lora = train_lora(host, settings=settings, data=trained_on, trigger_word=TRIGGER, name="bench-subject", steps=steps,
                       wanted=(steps,), say=say)[steps]
     full = painter.lora(lora, weight=1.0)
-    prompts = [f"{TRIGGER}, {scene}" for scene in (*(captions[place] for place in kept_back), *SCENES) for _ in range(EACH)]
+    prompts = [f"{TRIGGER}, {scene}" for scene in (*(captions[place] for place in kept_back), *SCENES)
+               for _ in range(yardstick.effort.paintings)]
     say(f"  painting {2 * len(prompts)} pictures, without and with the LoRA")
     base, painted = painter.paint(prompts), painter.paint(prompts, full)
     gallery = _Gallery(yardstick, painter.through_vae(pixels))

@@ -14,11 +14,11 @@ _ROW = ("Twemoji", "by palette", "by texture", "shows the word", "PSNR dB", "SSI
 
 
 def quality_text(*, settings: Mapping[str, object], checkpoint: str, judges: JudgeFigures, style: StyleResult,
-                 subject: SubjectResult | None, quick: bool, seconds: float) -> str:
+                 subject: SubjectResult | None, thorough: bool, seconds: float) -> str:
     """The whole report."""
     chosen = ", ".join(f"{name} {value}" for name, value in settings.items())
     parts = [f"Model {checkpoint}; {chosen}. Made in {seconds / 60:.1f} minutes.", judges_text(judges)]
-    if quick:
+    if not thorough:
         parts.insert(0, "**A quick run: few words and judges fitted in haste. Not to be quoted.**")
     parts += [f"### Style: 24 Twemoji pictures, {style.steps} steps, asked for words it has not seen",
               _rows("pictures", style.rows), _weight_0(style),
@@ -51,8 +51,9 @@ def judges_text(judges: JudgeFigures) -> str:
 
 
 def _weight_0(style: StyleResult) -> str:
-    return ("At weight 0 the pictures are the base model's, bit for bit." if style.weight_0_is_base else
-            "**At weight 0 the pictures are not the base model's: something is wrong.**")
+    if style.weight_0_is_base:
+        return "At weight 0 the pictures are the base model's, bit for bit (compared: the first sixteen)."
+    return "**At weight 0 the pictures are not the base model's: something is wrong.**"
 
 
 def _rows(first: str, rows: Sequence[Row]) -> str:

@@ -19,15 +19,26 @@ BANDS = 5
 
 @dataclasses.dataclass(frozen=True)
 class Effort:
-    """How many steps the judges are fitted for, and which held-out words are asked for: every n-th."""
+    """What time is spent on.
+
+    texture, words   steps the judges are fitted for
+    across           whether the judge of words is also tried on a hand it has not seen
+    every, others    every n-th of the held-out words is asked for, every n-th of the "other" words is looked at
+    sampler_steps    for each painted picture
+    paintings        of each scene of the subject
+    """
 
     texture: int = 300
     words: int = 400
     across: bool = True
     every: int = 1
+    others: int = 1
+    sampler_steps: int = 20
+    paintings: int = 2
 
 
-THOROUGH, QUICK = Effort(), Effort(texture=200, words=200, across=False, every=4)
+THOROUGH = Effort()
+QUICK = Effort(texture=100, words=150, across=False, every=8, others=3, sampler_steps=10, paintings=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +102,8 @@ class Band:
 class Yardstick:
     """Fits the judges on real pictures as the painter's VAE shows them.
 
-    real, shown   all real pictures, as they are and as the VAE shows them {hand: [N, 3, 128, 128]}
+    real, shown   the real pictures, as they are and as the VAE shows them {hand: [N, 3, 128, 128]}
+    effort        what time is spent on
     word          the judge of words
     figures       how far the judges can be trusted
     places        where the words that are asked for stand in `real`
@@ -99,7 +111,8 @@ class Yardstick:
     """
 
     def __init__(self, painter: Painter, real: RealPictures, *, effort: Effort = THOROUGH) -> None:
-        self.real = real
+        self.real, self.effort = real.thinned(effort.others), effort
+        real = self.real
         self.shown = {hand: painter.through_vae(real.pixels[hand]) for hand in HANDS}
         self._hand = HandJudge.fit(self.shown, real, steps=effort.texture, seed=SEED)
         labels = torch.arange(len(real.words)).repeat(len(HANDS))
