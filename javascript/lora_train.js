@@ -134,6 +134,7 @@
         button("lora_train_stop").addEventListener("click", () => stop(false));
         button("lora_train_send").addEventListener("click", sendToTxt2img);
         button("lora_train_copy").addEventListener("click", copyText);
+        button("lora_train_report").addEventListener("click", downloadReport);
         // Before the WebUI's own handler of Ctrl+Enter, which looks for a Generate button that is not on this tab.
         window.addEventListener("keydown", (event) => {
             if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey) || !state.inSight) return;
@@ -327,7 +328,7 @@
             text = "Waiting for other work";
         } else if (answer.stage) {
             fraction = answer.stage.total ? answer.stage.done / answer.stage.total : 0;
-            text = answer.stage.name + " " + answer.stage.done + "/" + answer.stage.total;
+            text = answer.stage.name + (answer.stage.total ? " " + answer.stage.done + "/" + answer.stage.total : "");
         } else if (answer.step) {
             const step = answer.step;
             text = step.step + "/" + step.total + " · epoch " + step.epoch + "/" + step.epochs;
@@ -447,6 +448,21 @@
             navigator.clipboard.writeText(text);
         } else {
             window.prompt(translated("Copy LoRA text"), text);
+        }
+    }
+
+    /** A zip about the last run; asked for here and not by a link, which could not show the token. */
+    async function downloadReport() {
+        try {
+            const response = await fetch(API + "report", {headers: {"X-Lora-Train": state.token}, cache: "no-store"});
+            if (!response.ok) throw new Error((await response.json()).error);
+            const link = element("a");
+            link.href = URL.createObjectURL(await response.blob());
+            link.download = "lora-train-report.zip";
+            link.click();
+            setTimeout(() => URL.revokeObjectURL(link.href), IDLE_MS);
+        } catch (error) {
+            showProblem(error instanceof TypeError ? "The server does not answer." : error.message);
         }
     }
 

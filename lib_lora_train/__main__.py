@@ -83,7 +83,8 @@ def _train(chosen: argparse.Namespace) -> int:
             raise
 
     with _Interrupt() as interrupt:
-        finished = finish(job, report=report, steps=lambda: latest)
+        finished = finish(job, report=report, steps=lambda: latest,
+                          failed=record.keep_failure if record else lambda trace: None)
     if record:
         record.close()
     if finished.outcome == "failed":
@@ -152,6 +153,26 @@ def _inspect(chosen: argparse.Namespace) -> int:
         else:
             print(f"{name:16} {'-' if value is None else value}")
     return 0
+
+
+def _diagnose(chosen: argparse.Namespace) -> int:
+    from lib_lora_train.diagnostics import bundle
+    from lib_lora_train.whole_file import write_whole
+
+    run = chosen.run or next(iter(_latest_runs()), None)
+    if run and not run.is_dir():
+        raise SettingError(f"There is no run's folder {run}", remedy="name the folder that holds its events.jsonl")
+    out = chosen.out or Path("lora-train-report.zip")
+    write_whole(out, bundle(run, program="command line", paths=chosen.paths))
+    print(f"{out}: {f'about the run {run.name}' if run else 'about this machine; no run was found'}")
+    return 0
+
+
+def _latest_runs() -> list[Path]:
+    """The runs below the current folder, where this program and the WebUI keep them, newest first."""
+    found = [folder for runs in (RUNS_FOLDER, f"loras/{RUNS_FOLDER}", f"demo-output/{RUNS_FOLDER}", "lora_train_runs")
+             for folder in Path(runs).glob("*") if (folder / "settings.toml").is_file()]
+    return sorted(found, key=lambda folder: folder.stat().st_mtime, reverse=True)
 
 
 def _demo(chosen: argparse.Namespace) -> int:
@@ -279,6 +300,13 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("file", type=Path)
     inspect.add_argument("--json", action="store_true", help="everything, as JSON")
     inspect.set_defaults(command=_inspect)
+
+    diagnose = commands.add_parser("diagnose", help="put what a helper needs to know into one zip")
+    diagnose.add_argument("run", nargs="?", type=Path, help="a run's folder; the newest below this folder if none is named")
+    diagnose.add_argument("--out", type=Path, metavar="F.zip", help="where the zip goes (lora-train-report.zip)")
+    diagnose.add_argument("--paths", action="store_true", help="show folders, user and computer names, which are replaced "
+                          "otherwise")
+    diagnose.set_defaults(command=_diagnose)
 
     demo = commands.add_parser("demo", help="train on a small model and serve the page")
     demo.add_argument("--output-dir", default="demo-output")

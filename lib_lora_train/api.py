@@ -7,6 +7,7 @@
     POST start              {"settings": {...}} -> {"run": id}; with {"resume": id}, that run goes on with what it was
                             set to, but for "settings", which may then be left out
     POST stop               {"save": true|false} -> {"stopping": whether something was running}
+    GET  report?run=ID      a zip for whoever helps (`diagnostics`), about that run or the newest; nothing private
 
 A refusal is {"error": one sentence} with 400 (something given is wrong), 409 (the host or the runner is busy), 401,
 403, 413 or 415.
@@ -32,9 +33,9 @@ from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 
-from lib_lora_train import control
+from lib_lora_train import control, diagnostics
 from lib_lora_train.errors import HostError, LoraTrainError, UserError
 from lib_lora_train.host.port import Host
 from lib_lora_train.runner import Runner
@@ -49,17 +50,22 @@ LoggedIn = Callable[[Mapping[str, str]], bool]
 
 
 def install(app: FastAPI, *, runner: Runner, host: Host, token: str, credentials: Mapping[str, str],
-            api_enabled: bool, logged_in: LoggedIn | None = None) -> None:
-    """Add the routes to `app`, once for each app. `credentials` are user names and passwords, {} for none; `logged_in`
-    tells the page's users, as `login_of(app)` does if it is not given."""
+            api_enabled: bool, logged_in: LoggedIn | None = None, program: str = "") -> None:
+    """Add the routes to `app`, once for each app.
+
+    `credentials` are user names and passwords, {} for none; `logged_in` tells the page's users, as
+    `login_of(app)` does if it is not given. `program` is what this runs in, for reports of problems.
+    """
+    diagnostics.remember_log()
     gate = _Gate(token=token, credentials=dict(credentials), api_enabled=api_enabled, logged_in=logged_in or login_of(app))
 
     def add(method: str, name: str, answer: Callable[[Mapping[str, str], dict[str, Any]], object], about: str) -> None:
-        async def route(request: Request) -> JSONResponse:
+        async def route(request: Request) -> Response:
             try:
                 gate.check(request)
                 body = await _body(request) if method == "POST" else {}
-                return JSONResponse(await run_in_threadpool(answer, request.query_params, body))
+                answered = await run_in_threadpool(answer, request.query_params, body)
+                return answered if isinstance(answered, Response) else JSONResponse(answered)
             except _Refused as refused:
                 return JSONResponse({"error": str(refused)}, refused.code, refused.headers)
             except UserError as error:
@@ -82,6 +88,13 @@ def install(app: FastAPI, *, runner: Runner, host: Host, token: str, credentials
     add("POST", "plan", lambda _, body: control.plan(_settings(body), host=host), "What a run would do")
     add("POST", "start", lambda _, body: {"run": _start(body, runner=runner, host=host)}, "Start a run, or go on with one")
     add("POST", "stop", lambda _, body: {"stopping": runner.stop(save=_save(body))}, "Stop the run")
+    add("GET", "report", lambda query, _: _report(query, host=host, program=program), "What a helper needs to know, as a zip")
+
+
+def _report(query: Mapping[str, str], *, host: Host, program: str) -> Response:
+    made = control.report(query.get("run", ""), host=host, program=program)
+    return Response(made, media_type="application/zip", headers={
+        "Content-Disposition": 'attachment; filename="lora-train-report.zip"', "Cache-Control": "no-store"})
 
 
 def parse_credentials(text: str) -> dict[str, str]:

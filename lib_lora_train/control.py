@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from lib_lora_train.diagnostics import bundle
 from lib_lora_train.errors import HostError, LoraFileError, printable
 from lib_lora_train.fence import confine
 from lib_lora_train.host.port import Checkpoint, Host
@@ -23,6 +24,7 @@ from lib_lora_train.model.family import detect
 from lib_lora_train.output import checked_name
 from lib_lora_train.preparation import Preparation, prepare
 from lib_lora_train.resume import compare_settings, find, run_folder, settings_of
+from lib_lora_train.run_record import past_runs
 from lib_lora_train.runner import Runner
 from lib_lora_train.settings import AREAS, Settings, declarations, flat, parse
 from lib_lora_train.training.estimate import Cost, estimate, picture_cost
@@ -169,6 +171,20 @@ def runs(*, runner: Runner, host: Host) -> list[dict[str, Any]]:
     """The host's past runs, newest first: id, name, outcome ("done", "stopped", "failed", "running", or "interrupted" for
     one whose process ended before it did), message, path, steps, total, resume_step (None where it cannot be resumed)."""
     return [dataclasses.asdict(run) for run in runner.runs(host.runs_folder)]
+
+
+def report(run: str, *, host: Host, program: str) -> bytes:
+    """A zip about that run of the host, "" for the newest, with nothing private in it.
+
+    Raises LoraFileError where there is no such run.
+    """
+    found = run_folder(run, host.runs_folder) if run else None
+    if run and found is None:
+        raise LoraFileError(f"There is no run called {run!r}", remedy="see the list of runs")
+    if found is None:
+        past = past_runs(host.runs_folder, most=1)
+        found = host.runs_folder / past[0].id if past else None
+    return bundle(found, host=host, program=program)
 
 
 def settings_list() -> list[dict[str, Any]]:

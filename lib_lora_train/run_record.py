@@ -4,6 +4,7 @@
         settings.toml       what it was started with
         events.jsonl        one event a line; every tenth of the steps of a long run, all of the others
         state.safetensors   what it needs to go on after an interruption (`training/state.py`)
+        error.txt           where the program failed, if it did
         .lock               locked while a process works on it
 """
 
@@ -25,6 +26,7 @@ from lib_lora_train.training.state import FILE_NAME, read_facts
 from lib_lora_train.whole_file import write_whole
 
 log = logging.getLogger(__name__)
+FAILURE = "error.txt"
 _MOST_STEP_LINES = 2000
 
 
@@ -67,6 +69,14 @@ class RunRecord:
             self._new_line = False
         except OSError as error:
             self._new_line = True
+            self._complain(error)
+
+    def keep_failure(self, trace: str) -> None:
+        """Keep where the program failed, for a report of the problem."""
+        try:
+            stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+            write_whole(self.folder / FAILURE, f"{stamp}\n{trace}".encode("utf-8", errors="replace"))
+        except OSError as error:
             self._complain(error)
 
     def close(self) -> None:

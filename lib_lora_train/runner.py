@@ -197,22 +197,27 @@ class Runner:
                 run.stop = "save"
             return run.stop
 
-        finish(lambda: run_job(run.settings, host, report=report, stop=stop, folder=run.record.folder), report=report,
-               steps=lambda: run.step.step if run.step else 0)
-        run.record.close()
+        try:
+            finish(lambda: run_job(run.settings, host, report=report, stop=stop, folder=run.record.folder), report=report,
+                   steps=lambda: run.step.step if run.step else 0, failed=run.record.keep_failure)
+        finally:
+            run.record.close()
 
 
-def finish(job: Callable[[], events.Finished], *, report: events.Report, steps: Callable[[], int]) -> events.Finished:
+def finish(job: Callable[[], events.Finished], *, report: events.Report, steps: Callable[[], int],
+           failed: Callable[[str], None] = lambda trace: None) -> events.Finished:
     """Run `job` and report how it ended, whatever happens. Our own errors become their sentence; anything else is a
-    defect of ours, and its traceback goes to the log."""
+    defect of ours, and its traceback goes to the log. `failed` is told where either came from."""
     try:
         finished = job()
     except Interrupted as error:
         finished = events.Finished("stopped", str(error), "", steps())
     except LoraTrainError as error:
+        failed(traceback.format_exc())
         finished = events.Finished("failed", str(error), "", steps())
     except Exception as error:  # noqa: BLE001 - the last line of defence of the thread: without it the page would wait for ever
         log.error("The training ended unexpectedly\n%s", traceback.format_exc())
+        failed(traceback.format_exc())
         finished = events.Finished(
             "failed", f"The training ended unexpectedly: {type(error).__name__}: {error}. The log has the details.", "",
             steps())

@@ -9,6 +9,7 @@ from modules.script_callbacks import on_app_started, on_script_unloaded, on_ui_s
 
 from lib_lora_train import api
 from lib_lora_train.host.webui import HOST, api_access, end_before_reload
+from lib_lora_train.host.webui_about import about
 from lib_lora_train.host.webui_fence import add_option
 from lib_lora_train.runner import RUNNER
 from lib_lora_train.ui.layout import build_tab
@@ -25,7 +26,8 @@ def tabs() -> list[tuple[Any, str, str]]:
 def routes(_: Any, app: Any) -> None:
     """The API, guarded as the WebUI's own is."""
     enabled, users = api_access()
-    api.install(app, runner=RUNNER, host=HOST, token=TOKEN, credentials=api.parse_credentials(users), api_enabled=enabled)
+    api.install(app, runner=RUNNER, host=HOST, token=TOKEN, credentials=api.parse_credentials(users), api_enabled=enabled,
+                program=about())
 
 
 on_ui_settings(add_option)

@@ -18,7 +18,8 @@ def test_plain_names_are_taken_as_they_are(name):
     "x" * 200, "a\nb", "zzk.safetensors", "a*", "a\ud800b",
     # https://learn.microsoft.com/windows/win32/fileio/naming-a-file, with endings, in any case, with superscripts.
     "CON", "con.txt", "Prn", "aux.v1.2", "NUL .x", "COM0", "com¹", "LPT³.v2", "COM9", "LPT1", "CONIN$", "conout$.a", "clock$",
-    "a\x00b", "a\x7f", "a\x85b", "a\x9f", "a\tb", "a\r", "a ", "a..", "a. ", "\u00a0a", "a\u3000", "..", ".", "-", "-rf", "--help",
+    "a\x00b", "a\x7f", "a\x85b", "a\x9f", "a\tb", "a\r", "a ", "a..", "a. ", "\u00a0a", "a\u3000", "..", ".", "-", "-rf",
+    "--help",
     "gnp.\u202ezzk", "a\u200bb", "\ufeffa", "a\u2028b", "a\u2066b", "\u00adzzk",
     "日" * 41, "👩\u200d👧" * 12, "a\\b", "C:", "\\\\server\\x", "zzk.PT", "zzk.ckpt"])
 def test_names_that_some_system_or_the_prompt_cannot_hold_are_refused(name):

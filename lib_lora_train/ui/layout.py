@@ -132,6 +132,8 @@ def _run_column() -> tuple[Any, Any, Any, Any]:
         unsaved(gr.Button("Send to txt2img", elem_id="lora_train_send", min_width=120))
         unsaved(gr.Button("Copy LoRA text", elem_id="lora_train_copy", min_width=120))
     gr.HTML('<div id="lora_train_drawn"></div>')
+    with gr.Row(elem_id="lora_train_help"):
+        unsaved(gr.Button("Report a problem", elem_id="lora_train_report", size="sm", min_width=120))
     return summary, start, answer, overwrite
 
 
@@ -149,6 +151,8 @@ def _page_data() -> str:
         "lora_train_stop_save": "End within a step and keep what was learnt.",
         "lora_train_stop": "End within a step and keep nothing but files that were saved on the way.",
         "lora_train_overwrite_it": "Train now and replace the file of that name when it is done.",
+        "lora_train_report": "Download a zip for whoever helps: versions, settings, what happened, the log. Folders and the "
+                             "names of users and computers are taken out.",
         "lora_train_send": "Put the trigger word and the LoRA into the prompt of txt2img.",
     }
     return json.dumps({"tooltips": tooltips})

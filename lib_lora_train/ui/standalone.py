@@ -103,7 +103,7 @@ def make_app(host: Host, *, address: str = "127.0.0.1", login: tuple[str, str] |
     gradio_app: list[Any] = []  # made below, after the routes that it would hide
     # Whoever may load the page may train with it; without a login the API has nothing to lock.
     api.install(app, runner=runner, host=host, token=token, credentials=dict([login] if login else []), api_enabled=True,
-                logged_in=lambda cookies: api.login_of(gradio_app[0])(cookies))
+                logged_in=lambda cookies: api.login_of(gradio_app[0])(cookies), program="page without a WebUI")
     app.add_api_route(f"{api.PREFIX}/page.js", _script, include_in_schema=False)
     app.add_api_route(f"{api.PREFIX}/page.css", _style, include_in_schema=False)
     tab = build_tab(runner=runner, host=host, defaults={}, token=token)

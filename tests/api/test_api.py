@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import math
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -282,3 +284,21 @@ def test_what_cannot_be_resumed_is_one_sentence_and_starts_nothing(desk: Desk, b
     refused = desk.post("start", body, PAGE)
     assert refused.status_code == 400 and word in refused.json()["error"]
     assert not desk.runner.running()
+
+
+def test_a_report_of_the_newest_or_a_named_run_is_a_zip_for_those_who_may_ask(desk: Desk):
+    assert desk.get("report").status_code == 403
+    desk.job.advance(FakeJob.TOTAL)
+    run = desk.post("start", desk.good(), PAGE).json()["run"]
+    assert desk.runner.wait(10)
+    for name in ("report", f"report?run={run}"):
+        answer = desk.get(name, PAGE)
+        assert answer.status_code == 200 and answer.headers["content-type"] == "application/zip"
+        assert "attachment" in answer.headers["content-disposition"]
+        with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
+            assert json.loads(archive.read("report.json"))["run"] == run
+            assert str(desk.folder) not in "".join(archive.read(part).decode() for part in archive.namelist())
+    (desk.folder / "settings.toml").write_text("x = 1", encoding="utf-8")
+    for elsewhere in ("..", "../loras", str(desk.folder), f"{run}/..", ".", "nothing"):
+        refused = desk.client.get(f"{api.PREFIX}/report", params={"run": elsewhere}, headers=PAGE)
+        assert refused.status_code == 400 and list(refused.json()) == ["error"]
