@@ -57,7 +57,8 @@ def test_a_configuration_file_is_read_and_the_command_line_has_the_last_word(tra
 
 @pytest.mark.parametrize("more, word", [
     (["--set", "network_dimm=3"], "network_dim"), (["--set", "network_dim"], "name=value"), (["--data", "nowhere"], "nowhere"),
-    (["--checkpoint", "model.ckpt"], "pickled"), (["--config", "missing.toml"], "missing.toml"), (["--name", "a/b"], "a/b")])
+    (["--checkpoint", "model.ckpt"], "pickled"), (["--config", "missing.toml"], "missing.toml"), (["--name", "a/b"], "a/b"),
+    (["--resume", "nowhere"], "no training state")])
 def test_bad_input_is_one_sentence_and_2(train, more, word):
     done = run(*train, *more)
     assert done.returncode == 2
