@@ -21,6 +21,8 @@ def add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser], *,
     quality.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting that differs from the "
                          "reference line (AdamW, 1e-4, rank 8, alpha 4, cosine); may be repeated")
     quality.add_argument("--no-subject", action="store_true", help="measure the style only")
+    quality.add_argument("--threads", type=int, default=0, help="processor threads (by default two; the last digits of the "
+                         "figures may follow their number)")
     quality.add_argument("--quick", action="store_true", help="to see whether it works, in two minutes; not to be quoted")
     quality.set_defaults(command=lambda chosen: run(chosen, assignment=assignment))
 
@@ -40,8 +42,8 @@ def run(chosen: argparse.Namespace, *, assignment: Callable[[str], tuple[str, st
         raise SettingError(f"--steps {steps} is not possible", why="there must be at least one")
     checkpoint = chosen.checkpoint or CHECKPOINT
     describe_file(checkpoint)  # a wrong one is refused before anything is read
-    # So small a model is quicker on one thread: its operations end sooner than threads can be told of them.
-    torch.set_num_threads(1)
+    # Pictures are painted sixteen at once, which two threads share well; more would wait for each other.
+    torch.set_num_threads(max(1, chosen.threads or min(2, torch.get_num_threads())))
     plan = quality.QualityPlan(
         output=chosen.out, steps=steps, subject_steps=max(1, min(steps // 2, quality.SUBJECT_STEPS)),
         effort=QUICK if chosen.quick else THOROUGH,

@@ -41,6 +41,11 @@ class Painter:
             self._model = frozen.build(tensors, hints=lent.hints, tokenizers=lent.tokenizers)
         self._cfg_scale, self._steps = cfg_scale, steps
 
+    @property
+    def vae_tensors(self) -> Mapping[str, torch.Tensor]:
+        """The VAE's weights by local name."""
+        return self._model.vae.tensors
+
     def lora(self, path: Path, *, weight: float) -> Adapters:
         """The LoRA of a file as `<lora:name:weight>` applies it."""
         content = file.load(path)

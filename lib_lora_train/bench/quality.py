@@ -65,7 +65,7 @@ def run_quality(plan: QualityPlan, host: Host, *, say: Say) -> Quality:
         plan.output.mkdir(parents=True, exist_ok=True)
     say("Fitting the judges on real pictures as the model's VAE shows them ...")
     painter = Painter(host, steps=plan.effort.sampler_steps)
-    yardstick = Yardstick(painter, real_pictures.load(), effort=plan.effort)
+    yardstick = Yardstick(painter, real_pictures.load(), effort=plan.effort, kept=plan.output)
     say(table.judges_text(yardstick.figures))
     say(f"Training a style for {plan.steps} steps ...")
     style = measure_style(host, painter, yardstick, data=plan.style, output=plan.output, settings=settings,

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from lib_lora_train.bench import measures
 from lib_lora_train.bench.judges import HandJudge, WordJudge, across_hands
 from lib_lora_train.bench.painter import Adapters, Painter
 from lib_lora_train.bench.real_pictures import HANDS, HELD_OUT, NOTO, TWEMOJI, RealPictures
+from lib_lora_train.cache.disk import tensor_fingerprint
+from lib_lora_train.errors import translated
 
 SEED = 7
 """Of the judges; the training's own is a setting."""
@@ -32,7 +36,7 @@ class Effort:
     words: int = 400
     across: bool = True
     every: int = 1
-    others: int = 1
+    others: int = 2
     sampler_steps: int = 20
     paintings: int = 2
 
@@ -110,10 +114,11 @@ class Yardstick:
     words         these words
     """
 
-    def __init__(self, painter: Painter, real: RealPictures, *, effort: Effort = THOROUGH) -> None:
+    def __init__(self, painter: Painter, real: RealPictures, *, effort: Effort = THOROUGH, kept: Path | None = None) -> None:
+        """`kept` is a folder where the VAE's pictures are kept for the next time; they take longer than the judges."""
         self.real, self.effort = real.thinned(effort.others), effort
         real = self.real
-        self.shown = {hand: painter.through_vae(real.pixels[hand]) for hand in HANDS}
+        self.shown = shown_by_vae(painter, real, kept=kept)
         self._hand = HandJudge.fit(self.shown, real, steps=effort.texture, seed=SEED)
         labels = torch.arange(len(real.words)).repeat(len(HANDS))
         self.word = WordJudge.fit(torch.cat([self.shown[hand] for hand in HANDS]), labels, steps=effort.words, seed=SEED)
@@ -148,6 +153,23 @@ class Yardstick:
                  **{name: measures.nearest_distance(pixels, training) for name, pixels in groups.items()}}
         return [Memorised(name, mean(distances), float(distances.min()), mean(distances < real.min()))
                 for name, distances in found.items()]
+
+
+def shown_by_vae(painter: Painter, real: RealPictures, *, kept: Path | None) -> dict[str, torch.Tensor]:
+    """`real.pixels` as the painter's VAE shows them, rounded to bytes; read from `kept`, where they were made before for
+    the same VAE and the same pictures, else made and written there."""
+    name = tensor_fingerprint({**painter.vae_tensors, **real.pixels})[:16]
+    file = kept / f"real-{name}.safetensors" if kept else None
+    if file is None or not file.is_file():
+        found = {hand: (painter.through_vae(real.pixels[hand]) * 255).round().to(torch.uint8).contiguous() for hand in HANDS}
+        if file is not None:
+            with translated("keeping the real pictures"):
+                part = file.with_suffix(".part")
+                save_file(found, part)
+                part.replace(file)
+    else:
+        found = load_file(file)
+    return {hand: pixels.float() / 255 for hand, pixels in found.items()}
 
 
 def loss_bands(painter: Painter, pixels: torch.Tensor, captions: Sequence[str], lora: Adapters) -> list[Band]:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lib_lora_train.bench.painter import LOSS_TIMESTEPS, Painter
-from lib_lora_train.bench.yardstick import loss_bands
+from lib_lora_train.bench.real_pictures import RealPictures, load
+from lib_lora_train.bench.yardstick import loss_bands, shown_by_vae
 from lib_lora_train.host.standalone import StandaloneHost
 from lib_lora_train.model import frozen
 from lib_lora_train.network import file
@@ -66,3 +67,17 @@ def test_the_held_out_loss_follows_the_lora_and_nothing_else(painter, lora):
     assert [band.timesteps for band in bands] == ["0-199", "200-399", "400-599", "600-799", "800-999"]
     assert [band.base for band in bands] == pytest.approx([(base[t] + base[t + 100]) / 2 for t in LOSS_TIMESTEPS[::2]])
     assert all(band.lora != band.base for band in bands)
+
+
+def test_real_pictures_are_shown_alike_from_the_disk_and_anew(painter, tmp_path):
+    real = load()
+    few = RealPictures(real.words[:2], real.splits[:2], {hand: pixels[:2] for hand, pixels in real.pixels.items()})
+    anew = shown_by_vae(painter, few, kept=tmp_path)
+    file, = tmp_path.iterdir()
+    read = shown_by_vae(painter, few, kept=tmp_path)
+    assert list(tmp_path.iterdir()) == [file]
+    for hand, pixels in anew.items():
+        assert torch.equal(read[hand], pixels)
+        assert (pixels - painter.through_vae(few.pixels[hand])).abs().max() <= 0.5 / 255 + 1e-6
+    other = RealPictures(real.words[2:4], real.splits[2:4], {hand: pixels[2:4] for hand, pixels in real.pixels.items()})
+    assert not torch.equal(shown_by_vae(painter, other, kept=tmp_path)["noto"], read["noto"])
