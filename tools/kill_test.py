@@ -249,17 +249,21 @@ def main(arguments: list[str] | None = None) -> int:
     expected = tensors_of(straight.result)
 
     rng, tally, run = random.Random(chosen.seed), Tally(), place("run-1")
-    while sum(tally.kills.values()) < chosen.times and len(tally.wrong) < 20:
-        if kill_once(run, rng, tally):
-            run = finish(run, expected, tally, place)
-        kills = sum(tally.kills.values())
-        if kills and kills % 20 == 0:
-            print(f"{kills} kills, {tally.complete} runs complete, {len(tally.wrong)} wrong", flush=True)
-    last = run.go_on(tally)  # the last run too must come to its end
-    errors = last.end()
-    if last.finished != "done":
-        tally.wrong.append(f"the last run did not finish: {errors}")
-    finish(run, expected, tally, place)
+    try:
+        while sum(tally.kills.values()) < chosen.times and len(tally.wrong) < 20:
+            if kill_once(run, rng, tally):
+                run = finish(run, expected, tally, place)
+            kills = sum(tally.kills.values())
+            if kills % 20 == 0:
+                print(f"{kills} kills, {tally.complete} runs complete, {len(tally.wrong)} wrong, worst loss {tally.worst}",
+                      flush=True)
+        last = run.go_on(tally)  # the last run too must come to its end
+        errors = last.end()
+        if last.finished != "done":
+            tally.wrong.append(f"the last run did not finish: {errors}")
+        finish(run, expected, tally, place)
+    except KeyboardInterrupt:
+        print("Ended early; the last run was not finished.")
     show(tally, seconds=time.monotonic() - begun)
     if not chosen.folder and not tally.wrong:
         shutil.rmtree(folder, ignore_errors=True)
