@@ -84,7 +84,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--part", choices=("all", "decoder", "painter", "export"), default="all")
     parser.add_argument("--decoder-minutes", type=float, default=70)
     parser.add_argument("--painter-minutes", type=float, default=80)
-    parser.add_argument("--at-most", type=int, default=8, help="emoji of a subcategory that the UNet learns")
+    parser.add_argument("--at-most", type=int, default=2, help="emoji of a subcategory that the UNet learns")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=sorted(DTYPES), default="bf16", help="of activations; weights are kept in fp32")

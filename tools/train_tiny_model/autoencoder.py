@@ -108,6 +108,7 @@ def prepare_decoder(tensors: dict[str, Tensor]) -> None:
                 tensor[:, :, 1, 1] += torch.eye(len(tensor))
             else:
                 tensor.zero_()
+    tensors["decoder.conv_out.bias"].fill_(1.0)  # paper
     head = tensors["decoder.conv_out.weight"]
     head.copy_(head[:, :, 1:2, 1:2] * _SMOOTH)
 

@@ -10,7 +10,7 @@ from pictures import HUES, Emoji, colours, shapes
 from PIL import Image
 
 COLOUR_WORDS = (*HUES, "brown", "black", "white", "grey")
-NO_CAPTION, NAMED, COLOURED, SHAPED, WITH_TAGS, WITH_UNKNOWN = 0.1, 0.85, 0.3, 0.3, 0.3, 0.1
+NO_CAPTION, NAMED, COLOURED, SHAPED, WITH_TAGS, WITH_UNKNOWN = 0.1, 0.92, 0.2, 0.15, 0.15, 0.1
 
 
 @dataclasses.dataclass(frozen=True)

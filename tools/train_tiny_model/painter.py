@@ -19,7 +19,7 @@ from torch import Tensor
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.model.tokens import Tokenizer, clip_tokenizer
 
-LEARNING_RATE, WARM_UP, BATCH, DECAY = 1e-3, 300, 32, 0.9995
+LEARNING_RATE, WARM_UP, BATCH, DECAY = 1.3e-3, 300, 32, 0.9995
 # ε-loss divided by ᾱ is v-loss. A small network that is to be done soon needs more of it at high noise, where it is
 # decided what is painted; but not hundredfold.
 HIGHEST_WEIGHT = 8.0
@@ -59,8 +59,8 @@ def prepare(emoji: list[Emoji], packages: Path, encode: Callable[[Tensor], Tenso
 def _variants(one: Emoji, picture: Image.Image, place: int) -> Iterator[tuple[Image.Image, Facts, int, float]]:
     """What is shown, what can be said of it, the size of its paper, and how often it is drawn."""
     yield picture, facts(one, picture), FRAME, 1.0
-    yield ImageOps.mirror(picture), facts(one, picture), FRAME, 0.3
-    yield picture, facts(one, picture, size="small"), SMALL_FRAME, 0.3
+    yield ImageOps.mirror(picture), facts(one, picture), FRAME, 0.15
+    yield picture, facts(one, picture, size="small"), SMALL_FRAME, 0.2
     covering = [colour for colour in colours(picture) if colour in HUES]
     if covering:
         hues = list(HUES)
@@ -69,7 +69,7 @@ def _variants(one: Emoji, picture: Image.Image, place: int) -> Iterator[tuple[Im
             target = hues[(start + turn) % len(hues)]
             shown = turned_hue(picture, source=covering[0], target=target)
             if target != covering[0]:
-                yield shown, facts(one, shown, turned_to=target), FRAME, 0.35
+                yield shown, facts(one, shown, turned_to=target), FRAME, 0.25
 
 
 def train(frozen: FrozenModel, weights: dict[str, dict[str, Tensor]], material: Material, *, state_file: Path, minutes: float,
