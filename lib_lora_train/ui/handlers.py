@@ -29,6 +29,8 @@ _NO_PRESET_ABOUT = "Everything as it was at the start, but for the names and fol
 # What belongs to one LoRA and not to a way of training; no preset and no "Default" touches it.
 IDENTITY = frozenset({"output_name", "output_dir", "train_data_dir", "trigger_word", "reg_data_dir", "network_weights",
                       "training_comment", "overwrite", "resume"})
+# What is meant for one press of Train and not remembered.
+ONCE = frozenset({"overwrite", "resume"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Handlers:
         if not self._ours(token):
             return _problem(OUTDATED), gr.update(), gr.update(), gr.update()
         chosen = self._by_name(values)
-        draft = json.dumps({name: value for name, value in chosen.items() if name != "overwrite"})
+        draft = json.dumps({name: value for name, value in chosen.items() if name not in ONCE})
         outdated = asked.ask()
         summary = self._summary(chosen, outdated)
         if outdated():
@@ -97,7 +99,7 @@ class Handlers:
             remembered = {}
         if not isinstance(remembered, dict) or not remembered:
             remembered = self.runner.settings()
-        kept = {name: value for name, value in remembered.items() if name != "overwrite"}
+        kept = {name: value for name, value in remembered.items() if name not in ONCE}
         return [_note("Looking at the pictures"), *self._updates(kept)]
 
     def _ours(self, token: object) -> bool:

@@ -99,13 +99,13 @@ def test_default_puts_back_everything_but_names_and_folders(handlers: Handlers):
 
 def test_the_summary_tells_the_steps_and_what_was_typed_is_remembered(handlers: Handlers, tmp_path: Path):
     folder = pictures(tmp_path / "pictures")
-    chosen = values(train_data_dir=str(folder), num_repeats=2, max_train_epochs=3, overwrite=True)
+    chosen = values(train_data_dir=str(folder), num_repeats=2, max_train_epochs=3, overwrite=True, resume="zzk-1")
     summary, draft, *_ = plan(handlers, chosen)
     assert "= 18 steps" in summary
     kept = changed(handlers.restore(draft)[1:])
     assert kept["train_data_dir"] == str(folder) and kept["num_repeats"] == 2
-    # A permission to overwrite is for once.
-    assert "overwrite" not in kept
+    # A permission to overwrite is for once, and so is the wish to go on with a run.
+    assert not {"overwrite", "resume"} & set(kept)
 
 
 def test_the_browsers_memory_may_hold_anything(handlers: Handlers):
