@@ -36,7 +36,7 @@ class Effort:
     words: int = 400
     across: bool = True
     every: int = 1
-    others: int = 2
+    others: int = 1
     sampler_steps: int = 20
     paintings: int = 2
 
