@@ -1,0 +1,128 @@
+"""What people, files and other programs call things is shown as they call it, and never becomes part of the page.
+
+In a real browser, with names that would run a script if they were markup, at every place that shows a name.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lib_lora_train import events
+from lib_lora_train.host.port import Checkpoint
+from tests.ui import test_page
+from tests.ui.test_page import Served, browser, expect, served  # noqa: F401 - the fixtures
+
+pytestmark = [test_page.pytestmark, pytest.mark.skipif(sys.platform == "win32", reason="its files cannot have such names")]
+JAVASCRIPT = sorted((Path(__file__).parents[2] / "javascript").glob("*.js"))
+SOURCES = sorted((Path(__file__).parents[2] / "lib_lora_train" / "ui").glob("*.py"))
+
+
+def evil(where: str) -> str:
+    """Markup that runs as soon as it is one, three ways, without a character that a file's name cannot hold."""
+    return f"<img src=x onerror=\"window.ran='{where}'\"><svg onload=\"window.ran='{where}'\"><b class=\"evil\">{where}"
+
+
+def assert_quiet(served: Served) -> None:  # noqa: F811
+    served.page.wait_for_load_state("networkidle")
+    assert served.page.evaluate("window.ran") is None
+    expect(served.page.locator(".evil, img[src=x]")).to_have_count(0)
+
+
+def test_names_of_files_captions_words_and_runs_are_only_text(served: Served):  # noqa: F811
+    folder = served.folder / "pictures"
+    folder.mkdir()
+    Image.new("RGB", (64, 64)).save(folder / "good.png")
+    for name in (evil("picture"), evil("second")):
+        (folder / f"{name}.png").write_bytes(b"no picture")
+    (folder / f"{evil('inner folder')}").mkdir()
+    Image.new("RGB", (8, 8)).save(folder / evil("inner folder") / "1.png")
+    (folder / "good.txt").write_text(evil("caption"), encoding="utf-8")
+    served.host.checkpoint = lambda: Checkpoint(evil("checkpoint"), evil("title"), "sd1", vae_name=evil("VAE"))
+    served.open()
+    expect(served.line("model")).to_contain_text('class="evil">checkpoint')
+    served.fill(trigger=evil("trigger"))
+    # The plan's warnings and the refusal: gradio's HTML components.
+    expect(served.line("summary")).to_contain_text('class="evil">picture')
+    expect(served.line("summary")).to_contain_text('class="evil">inner folder')
+    served.box("output_name").fill(evil("run"))
+    served.button("start").click()
+    expect(served.line("answer")).to_contain_text('class="evil">run')
+    assert_quiet(served)
+    (folder / "good.txt").write_bytes(b"\xff" + evil("caption").encode())
+    (folder / "good.txt").rename(folder / f"{evil('file')}.txt")
+    Image.new("RGB", (64, 64)).save(folder / f"{evil('file')}.png")
+    served.box("output_name").fill("other")
+    served.box("output_name").blur()
+    expect(served.line("summary")).to_contain_text('class="evil">file')
+    assert_quiet(served)
+    # The browser's own memory of the fields, restored.
+    served.page.reload()
+    expect(served.box("trigger_word")).to_have_value(evil("trigger"))
+    assert_quiet(served)
+
+
+def test_what_a_run_tells_is_only_text(served: Served, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
+    def job(settings, host, *, report, stop, folder=None):
+        report(events.Planned(3, 1, 10, 10, 2, evil("summary"), evil("size"), evil("checkpoint"), 42))
+        report(events.Stage(evil("stage"), 1, 3))
+        report(events.Warned(evil("warning")))
+        for step in (1, 2):
+            report(events.Step(step, 2, 1, 1, 0.5, 0.5, 1e-4, 0.0, 2.0, 1.0))
+            report(events.Saved(f"/loras/{evil('path')}-{step}.safetensors", step, 1, step == 2))
+        return events.Finished("failed", evil("message"), "", 2)
+
+    monkeypatch.setattr(test_page.runner_module, "run_job", job)
+    served.open()
+    served.fill(trigger=evil("trigger"))
+    served.button("start").click()
+    live = served.page.locator("#lora_train_live")
+    expect(live).to_contain_text('class="evil">message')
+    expect(live).to_contain_text('class="evil">path')
+    expect(served.page.locator(".lora-train-warnings li").last).to_contain_text('class="evil">warning')
+    for detail in served.page.locator("#lora_train details").all():
+        detail.evaluate("element => element.open = true")
+    expect(served.page.locator(".lora-train-curve svg")).to_be_visible()
+    assert_quiet(served)
+    served.page.route(re.compile("lora-train/v1/status"), lambda route: route.fulfill(
+        status=500, content_type="application/json", body=json.dumps({"error": evil("error")})))
+    served.page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+    expect(live).to_contain_text('class="evil">error')
+    assert_quiet(served)
+
+
+def test_one_click_downloads_the_report(served: Served):  # noqa: F811
+    served.open()
+    served.fill()
+    served.job.advance(served.job.TOTAL)
+    served.button("start").click()
+    expect(served.page.locator("#lora_train_live")).to_contain_text("zzk is ready.")
+    with served.page.expect_download() as download:
+        served.button("report").click()
+    assert download.value.suggested_filename == "lora-train-report.zip"
+    with zipfile.ZipFile(io.BytesIO(Path(download.value.path()).read_bytes())) as archive:
+        assert {"about.txt", "report.json", "settings.toml", "events.jsonl"} <= set(archive.namelist())
+        assert str(served.folder) not in "".join(archive.read(name).decode() for name in archive.namelist())
+
+
+@pytest.mark.parametrize("path", JAVASCRIPT, ids=lambda path: path.name)
+def test_no_script_of_ours_makes_markup_of_text(path: Path):
+    found = re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|createContextualFragment|DOMParser|\beval\(|"
+                       r"new Function|srcdoc|setTimeout\(\s*[\"'`]", path.read_text(encoding="utf-8"))
+    assert not found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_what_python_puts_into_html_is_escaped(path: Path):
+    """Every f-string with a tag in it holds only what was escaped, a list of such, or a mark of our own."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if re.search(r"f(['\"]).*<(div|ul|li|span|b|p)\b.*\{", line):
+            for inserted in re.findall(r"\{([^{}]+)\}", line):
+                assert inserted.startswith("html.escape(") or inserted in ("items", "mark"), f"{path.name}: {line.strip()}"
