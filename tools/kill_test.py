@@ -53,15 +53,15 @@ class Trainer:
             [sys.executable, "-W", "ignore", "-m", "lib_lora_train", "train", *arguments, "--json"], cwd=ROOT, text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         self.resumed_at, self.step, self.saved, self.finished = 0, 0, 0, ""
+        self.ended_by_itself, self.errors = False, ""
         self._heard = threading.Condition()
-        self._over = False
-        self._errors = ""
+        self._over, self._said = False, ""
         self._threads = [threading.Thread(target=self._listen, daemon=True), threading.Thread(target=self._read_errors)]
         for thread in self._threads:
             thread.start()
 
     def _read_errors(self) -> None:
-        self._errors = self.process.stderr.read()
+        self._said = self.process.stderr.read()
 
     def _listen(self) -> None:
         for line in self.process.stdout:
@@ -91,8 +91,9 @@ class Trainer:
 
     def kill(self) -> None:
         """End it as the system does, with no chance to tidy up; hear what it had already said."""
+        self.ended_by_itself = self.process.poll() is not None
         self.process.kill()
-        self.end()
+        self.errors = self.end()
 
     def end(self) -> str:
         """Wait for its end; returns what it said on stderr."""
@@ -101,7 +102,7 @@ class Trainer:
         self.process.wait()
         self.process.stdout.close()
         self.process.stderr.close()
-        return self._errors
+        return self._said
 
 
 class Place:
@@ -197,8 +198,8 @@ def kill_once(place: Place, rng: random.Random, tally: Tally) -> bool:
         tally.wrong.append(f"a process ended by itself: {trainer.finished}")
     if trainer.finished or (past is not None and past.outcome == "done"):
         return True
-    if trainer.process.returncode in (1, 2):
-        tally.wrong.append(f"a process refused: {trainer.end()}")
+    if trainer.ended_by_itself:
+        tally.wrong.append(f"a process refused: {trainer.errors}")
     tally.steps += trainer.step - trainer.resumed_at
     writing = any(place.output.rglob("*.part"))
     tally.kills["writing" if writing else "training" if trainer.step > trainer.resumed_at else "starting"] += 1
