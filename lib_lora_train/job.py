@@ -35,7 +35,7 @@ from lib_lora_train.preparation import Preparation, prepare
 from lib_lora_train.provenance import Provenance
 from lib_lora_train.saver import Saver, StateKeeper
 from lib_lora_train.settings import Settings
-from lib_lora_train.training.loop import Condition, LoopOptions, Stop, train
+from lib_lora_train.training.loop import Condition, LoopOptions, Pause, Stop, train
 from lib_lora_train.training.precision import compute_dtype
 from lib_lora_train.training.state import TrainingState
 from lib_lora_train.training.step import StepOptions
@@ -65,6 +65,7 @@ def run_job(settings: Settings, host: Host, *, report: Report, stop: Stop, folde
         known = resume.checkpoint_facts(borrowed) if point or folder else {}
         if point:
             resume.compare_checkpoint(known, point)
+        pause = _pause(settings, host, model, report=report, stop=stop)
         dtype = compute_dtype(settings.memory.mixed_precision, model.device, weights=model.dtype)
         _check_sizes(preparation, model)
         changed = resume.compare_settings(settings, point, steps=preparation.plan.steps) if point else []
@@ -72,21 +73,21 @@ def run_job(settings: Settings, host: Host, *, report: Report, stop: Stop, folde
             report(Warned(warning))
         with translated("making the LoRA's layers"):
             network = _network(settings, model, weights.tensors, name=weights.name, report=report)
-        source = _latents(settings, preparation, model, report=report, stop=stop)
+        source = _latents(settings, preparation, model, report=report, stop=stop, pause=pause)
         preparation = preparation.without_damaged(settings, dataset=source.dataset, placements=source.placements)
         for warning in preparation.warnings:
             report(Warned(warning))
         report(_planned(settings, preparation, borrowed, done=point.step if point else 0))
 
         batches = _batches(settings, source)
-        condition = _condition(settings, model, borrowed, network, batches, dtype=dtype, report=report, stop=stop)
+        condition = _condition(settings, model, borrowed, network, batches, dtype=dtype, report=report, stop=stop, pause=pause)
         provenance = Provenance(settings, preparation, model, borrowed, network,
                                 started_at=point.started_at if point else time.time())
         keeper = _keeper(settings, preparation, known, provenance.started_at, point, folder, dtype=dtype, report=report)
         saver = Saver(target, settings.save, network, provenance, keeper, report=report, spare=folder)
         with saver.rescue():
             steps = _train(settings, preparation, model, network, batches, condition, dtype=dtype, saver=saver, stop=stop,
-                           resumed=weights.state)
+                           pause=pause, resumed=weights.state)
         complete = steps == preparation.plan.steps
         if not complete and (steps == 0 or stop() != "save"):
             if not saver.saved:
@@ -162,8 +163,26 @@ def _prepared(settings: Settings, family: str, fence: Fence | None, *, report: R
                    should_stop=lambda: bool(stop()))
 
 
-def _stage(name: str, report: Report) -> Callable[[int, int], None]:
-    return lambda done, total: report(Stage(name, done, total))
+def _stage(name: str, report: Report, pause: Pause = lambda: True) -> Callable[[int, int], None]:
+    """Reports progress; with `pause`, others get the model between two pictures too."""
+    def progress(done: int, total: int) -> None:
+        report(Stage(name, done, total))
+        if done < total and not pause():
+            raise Interrupted("The run was stopped while other work of the WebUI used the model")
+    return progress
+
+
+def _pause(settings: Settings, host: Host, model: FrozenModel, *, report: Report, stop: Stop) -> Pause:
+    """What is called between two pieces of work: those who wait for the model get it. Whether to go on afterwards."""
+    def pause() -> bool:
+        if not settings.memory.yield_to_generations or not host.wanted():
+            return True
+        model.let_go()
+        tensors = host.hand_over(report=report, stop=lambda: bool(stop()))
+        if tensors is not None:
+            model.take(tensors)
+        return tensors is not None
+    return pause
 
 
 def _model(settings: Settings, borrowed: Borrowed) -> FrozenModel:
@@ -230,11 +249,11 @@ def _rates(settings: Settings) -> tuple[float, float]:
 
 
 def _latents(settings: Settings, preparation: Preparation, model: FrozenModel, *, report: Report,
-             stop: Stop) -> LatentSource:
+             stop: Stop, pause: Pause) -> LatentSource:
     """Encoded pictures: once and kept, or anew at each step where augmentations change the pixels."""
     chosen = settings.dataset
     shared = {"flip_aug": chosen.flip_aug, "vae_batch_size": settings.memory.vae_batch_size, "device": model.device,
-              "on_progress": _stage("Encoding pictures", report), "should_stop": lambda: bool(stop())}
+              "on_progress": _stage("Encoding pictures", report, pause), "should_stop": lambda: bool(stop())}
     with translated("encoding the pictures"):
         if chosen.color_aug or chosen.random_crop:
             return FreshLatents.build(model.vae, preparation.dataset, preparation.placements, color_aug=chosen.color_aug,
@@ -261,7 +280,7 @@ def _batches(settings: Settings, source: LatentSource) -> Batches:
 
 
 def _condition(settings: Settings, model: FrozenModel, borrowed: Borrowed, network: LoRANetwork, batches: Batches, *,
-               dtype: torch.dtype, report: Report, stop: Stop) -> Condition:
+               dtype: torch.dtype, report: Report, stop: Stop, pause: Pause) -> Condition:
     """How a batch's captions become the UNet's condition: looked up while the text encoders are frozen, else computed."""
     clip_skip = settings.captions.clip_skip or borrowed.clip_skip
     adapters = {component: layers for component, layers in network.adapters().items() if component != "unet"}
@@ -285,12 +304,13 @@ def _condition(settings: Settings, model: FrozenModel, borrowed: Borrowed, netwo
     captions = batches.fixed_captions()
     if captions is not None:
         with translated("encoding the captions"):
-            cache.fill(captions, on_progress=_stage("Encoding captions", report), should_stop=lambda: bool(stop()))
+            cache.fill(captions, on_progress=_stage("Encoding captions", report, pause), should_stop=lambda: bool(stop()))
     return lambda batch: cache.get(batch.captions)
 
 
 def _train(settings: Settings, preparation: Preparation, model: FrozenModel, network: LoRANetwork, batches: Batches,
-           condition: Condition, *, dtype: torch.dtype, saver: Saver, stop: Stop, resumed: TrainingState | None) -> int:
+           condition: Condition, *, dtype: torch.dtype, saver: Saver, stop: Stop, pause: Pause,
+           resumed: TrainingState | None) -> int:
     optimizer, loss, memory = settings.optimizer, settings.loss, settings.memory
     unet_lr, text_encoder_lr = _rates(settings)
     options = LoopOptions(
@@ -304,4 +324,4 @@ def _train(settings: Settings, preparation: Preparation, model: FrozenModel, net
                          gradient_checkpointing=memory.gradient_checkpointing))
     return train(model, network=network, epoch_batches=lambda epoch, start: batches.epoch(epoch, start=start),
                  condition=condition, options=options, save=saver.save_on_the_way, keep=saver.keep, report=saver.report,
-                 stop=stop, resumed=resumed)
+                 stop=stop, pause=pause, resumed=resumed)

@@ -31,6 +31,12 @@ class FakeHost:
     def outline(self) -> None:
         return None
 
+    def wanted(self) -> bool:
+        return False
+
+    def hand_over(self, *, report, stop) -> None:
+        return None
+
     def waiting(self) -> bool:
         return self.busy
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from lib_lora_train.events import Event
+from lib_lora_train.events import Event, Report
 from lib_lora_train.fence import Fence
 from lib_lora_train.model.family import Hints
 from lib_lora_train.model.tokens import Tokenizer
@@ -81,8 +81,20 @@ class Host(Protocol):
         Raises HostError if there is none, ModelError if it is of a kind that cannot be trained.
         """
 
+    def wanted(self) -> bool:
+        """Whether somebody waits for the model that is lent."""
+
+    def hand_over(self, *, report: Report, stop: Callable[[], bool]) -> Mapping[str, torch.Tensor] | None:
+        """Give the model back to the host for those who wait, and lend it again: the same weights, perhaps elsewhere in
+        memory. None where `stop()` or `give_up` ended the wait; the model is not lent then.
+
+        To be called between two pieces of work, by the borrower, who holds none of the tensors meanwhile. If the host
+        holds another model afterwards, it waits for this one to come back and reports so.
+        Raises HostError where the model is gone for good or its weights are not what they were.
+        """
+
     def waiting(self) -> bool:
-        """Whether `borrow` waits for other work of the host."""
+        """Whether `borrow` or `hand_over` waits for other work of the host."""
 
     def give_up(self) -> None:
         """End such a wait with Interrupted; without effect where nobody waits."""

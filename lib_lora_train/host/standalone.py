@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import safetensors
@@ -18,7 +18,7 @@ import yaml
 from safetensors.torch import load_file
 
 from lib_lora_train.errors import HostError, LoraTrainError, ModelError, translated
-from lib_lora_train.events import Event
+from lib_lora_train.events import Event, Report
 from lib_lora_train.fence import Fence
 from lib_lora_train.host.port import Borrowed, Checkpoint, Outline
 from lib_lora_train.host.reach import is_loopback
@@ -75,6 +75,14 @@ class StandaloneHost:
             yield Borrowed(self._tensors, hints, checkpoint, self._device, tokenizers)
         finally:
             self._lock.release()
+
+    def wanted(self) -> bool:
+        """There is no other work here."""
+        return False
+
+    def hand_over(self, *, report: Report, stop: Callable[[], bool]) -> Mapping[str, torch.Tensor] | None:
+        """Nobody takes the model meanwhile, so it is lent on as it is."""
+        return self._tensors
 
     def waiting(self) -> bool:
         """There is no other work here."""

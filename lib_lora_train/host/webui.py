@@ -1,6 +1,7 @@
 """The host that AUTOMATIC1111's WebUI is: the model comes from its memory, the result goes to its LoRA folder.
 
-    webui.py            the host: the lock, the loan, what is loaded
+    webui.py            the host: what is loaded, who may borrow it
+    webui_loan.py       one loan: set up, handed over to others in between, taken back
     webui_model.py      what is lent: tensors by reference, hints, tokenizers; where they lie; whether they changed
     webui_loras.py      the built-in Lora extension: its merged LoRAs taken out, its list renewed
     webui_fence.py      the folders a run may touch while others reach the WebUI
@@ -18,19 +19,19 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import torch
 from modules import call_queue, paths, sd_models, shared
 
-from lib_lora_train.errors import HostError, translated
-from lib_lora_train.events import Event, Saved, Stage, Step
+from lib_lora_train.errors import HostError
+from lib_lora_train.events import Event, Report, Saved, Stage, Step
 from lib_lora_train.fence import Fence
 from lib_lora_train.host import webui_fence, webui_loras, webui_model
 from lib_lora_train.host.port import Borrowed, Checkpoint, Outline
-from lib_lora_train.host.webui_progress import ProgressDisplay
+from lib_lora_train.host.webui_loan import Loan
 from lib_lora_train.host.webui_queue import Turn
-from lib_lora_train.model.family import detect
 from lib_lora_train.runner import Runner
 
 RELOAD_PATIENCE = 60.0
@@ -42,10 +43,7 @@ class WebUIHost:
     """Lends the WebUI's loaded model. At most one loan at a time: the WebUI's own queue sees to that."""
 
     def __init__(self) -> None:
-        self._display: ProgressDisplay | None = None
-        self._witness: webui_model.Witness | None = None
-        self._holder: int | None = None
-        self._turn: Turn | None = None
+        self._loan: Loan | None = None
 
     @property
     def lora_folder(self) -> Path:
@@ -79,60 +77,62 @@ class WebUIHost:
         LoRAs that were merged are not merged again at the end: the WebUI does so itself at the next generation.
         """
         webui_model.refuse_lowvram()
-        display = ProgressDisplay()
-        self._turn = Turn(call_queue.queue_lock)
-        with display.queued(), self._turn.held(), display.running():
-            # May load the model, or wait for the thread that loads it at the start.
-            sd_model = shared.sd_model
-            if sd_model is None:
-                raise HostError("No model is loaded", remedy="choose a checkpoint at the top of the page")
-            webui_model.refuse_kind(sd_model)
-            webui_loras.take_out(sd_model)
-            with translated("moving the model to the device"), webui_model.placed(sd_model) as device:
-                tensors = webui_model.collect(sd_model)
-                hints = webui_model.hints(sd_model)
-                detect(tensors, hints)
-                borrowed = Borrowed(
-                    tensors, hints, webui_model.describe(sd_model), device, webui_model.tokenizers(sd_model),
-                    clip_skip=int(shared.opts.CLIP_stop_at_last_layers),
-                    comma_padding_backtrack=int(shared.opts.comma_padding_backtrack))
-                self._witness = webui_model.Witness(sd_model, tensors)
-                self._display, self._holder = display, threading.get_ident()
-                try:
-                    yield borrowed
-                finally:
-                    self._display = self._witness = self._holder = None
+        if self._loan is not None:
+            raise HostError("The model is lent already", remedy="wait for the other job to end")
+        self._loan = loan = Loan(Turn(call_queue.queue_lock))
+        try:
+            with loan.lent() as borrowed:
+                yield borrowed
+        finally:
+            self._loan = None
+
+    def wanted(self) -> bool:
+        """Whether a generation, a change of checkpoint or other work waits in the WebUI's queue."""
+        return self._loan is not None and self._loan.turn.wanted()
+
+    def hand_over(self, *, report: Report, stop: Callable[[], bool]) -> Mapping[str, torch.Tensor] | None:
+        """Let through what waits, in the queue's order, then take the model back, bare of what was merged meanwhile.
+
+        If another checkpoint or VAE was chosen, it waits until the lent one is chosen again.
+        """
+        assert self._loan is not None, "nothing is lent"
+        return self._loan.hand_over(report=report, stop=stop)
 
     def waiting(self) -> bool:
-        """Whether a borrower waits in the WebUI's queue, mostly behind a generation."""
-        return self._turn is not None and self._turn.waiting()
+        """Whether the borrower waits in the WebUI's queue, mostly behind a generation."""
+        loan = self._loan
+        return loan is not None and loan.turn.waiting()
 
     def give_up(self) -> None:
-        """End that wait with Interrupted."""
-        if self._turn is not None:
-            self._turn.give_up()
+        """End that wait: `borrow` raises Interrupted, `hand_over` returns None."""
+        loan = self._loan
+        if loan is not None:
+            loan.turn.give_up()
 
     def interrupted(self) -> bool:
-        """Whether Interrupt, Stop or Reload UI was pressed since the model was lent."""
-        return self._display is not None and self._display.interrupted()
+        """Whether Interrupt, Stop or Reload UI was pressed while the model was lent."""
+        loan = self._loan
+        return loan is not None and loan.display.interrupted()
 
     def report(self, event: Event) -> None:
         """Keep the WebUI's progress display and list of LoRAs true.
 
         Raises HostError where the lent model is no longer what it was.
         """
-        if self._display is None:
+        loan = self._loan
+        if loan is None or loan.witness is None:
             return
-        self._display.show(event)
+        loan.display.show(event)
         if isinstance(event, Saved):
             webui_loras.refresh()
         # A few ways of changing the model do not wait in the queue. Better to end than to train on two models.
-        if self._witness is not None and isinstance(event, (Step, Stage)):
-            self._witness.check()
+        if isinstance(event, (Step, Stage)):
+            loan.witness.check()
 
     def refresh_loras(self) -> None:
         """List the LoRA folder anew, and forget everything of the old contents of an overwritten file."""
-        held = self._holder == threading.get_ident()
+        loan = self._loan
+        held = loan is not None and loan.witness is not None and loan.holder == threading.get_ident()
         with contextlib.nullcontext() if held else call_queue.queue_lock:
             webui_loras.refresh()
 

@@ -56,13 +56,93 @@ class Witness:
         same = (sd_models.model_data.sd_model is self._sd_model and self._sd_model.sd_checkpoint_info is self._info
                 and self._count() == self._versions)
         if not same:
-            raise HostError(
-                "The WebUI's model was changed while it was trained on",
-                why="another checkpoint, VAE or LoRA was put in its place",
-                remedy="train again, and leave the checkpoint alone until the end")
+            raise changed()
 
     def _count(self) -> list[int]:
         return [tensor._version for tensor in self._tensors]
+
+
+class Seal:
+    """Tells, after others had the model, whether its weights are the ones that were lent: for every tensor of UNet, VAE and
+    text encoders its shape, dtype and a sum over its bits. Taken once, before the model is given to others.
+
+    What torch knows to be untouched (the same tensor at the same place, changed by nobody) is not read again.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._untouched = {name: _touch(tensor) for name, tensor in tensors.items()}
+        self._sums = _sums(_weights(tensors))
+
+    def holds(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether these are the same weights, wherever they lie."""
+        weights = _weights(tensors)
+        if weights.keys() != self._sums.keys():
+            return False
+        doubtful = {name: tensor for name, tensor in weights.items()
+                    if _touch(tensor) is None or _touch(tensor) != self._untouched[name]}
+        return all(self._sums[name] == told for name, told in _sums(doubtful).items())
+
+
+def _weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without the noise schedule's buffers, which the WebUI makes anew at each generation."""
+    return {name: tensor for name, tensor in tensors.items()
+            if name.startswith(("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner."))}
+
+
+def _touch(tensor: Tensor) -> tuple[int, int, int] | None:
+    """What changes where a tensor is replaced, moved or written to; None where torch does not count."""
+    return None if tensor.is_inference() else (id(tensor), tensor.data_ptr(), tensor._version)
+
+
+def _sums(tensors: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], torch.dtype, int]]:
+    sums = {name: tensor.detach().view(_BITS[tensor.element_size()]).sum(dtype=torch.int64)
+            for name, tensor in tensors.items()}
+    # All are computed before the first is waited for; a copy of eight bytes each.
+    return {name: (tuple(tensors[name].shape), tensors[name].dtype, int(total)) for name, total in sums.items()}
+
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """Which checkpoint and VAE a model is made of: their files, "" for the checkpoint's own VAE."""
+
+    checkpoint: str
+    vae: str
+
+    @classmethod
+    def of(cls, sd_model: nn.Module) -> Identity:
+        """That of a loaded model."""
+        return cls(sd_model.sd_checkpoint_info.filename, getattr(sd_model, "loaded_vae_file", None) or "")
+
+    @property
+    def text(self) -> str:
+        """As a user knows it."""
+        return os.path.basename(self.checkpoint) + (f" with {os.path.basename(self.vae)}" if self.vae else "")
+
+    def fits(self, sd_model: nn.Module) -> bool:
+        """Whether a model is made of these files."""
+        return Identity.of(sd_model) == self
+
+    def only_left_behind(self, sd_model: nn.Module) -> bool:
+        """Whether the WebUI is set to this checkpoint and holds another one for no longer than until the next generation:
+        what a refiner or an API call with `override_settings` leaves behind."""
+        return (sd_model.sd_checkpoint_info.filename != self.checkpoint
+                and sd_models.select_checkpoint().filename == self.checkpoint)
+
+    def may_be_back(self) -> bool:
+        """Whether it is worth waiting in the queue for it. Asked without the lock, so the answer may be old."""
+        sd_model = sd_models.model_data.sd_model
+        return sd_model is not None and (self.fits(sd_model) or self.only_left_behind(sd_model))
+
+
+def changed() -> HostError:
+    """What to say of a model whose weights are not the lent ones any more."""
+    return HostError(
+        "The WebUI's model was changed while it was trained on",
+        why="another checkpoint, VAE or LoRA was put in its place",
+        remedy="choose its checkpoint and VAE again at the top of the page and resume the run")
 
 
 def refuse_lowvram() -> None:

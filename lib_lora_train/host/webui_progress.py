@@ -21,12 +21,14 @@ class ProgressDisplay:
     def __init__(self) -> None:
         self.task = progress.create_task_id("lora-train")
         self._steps, self._step = 0, 0
-        self._stopped = False
+        self._stopped = self._running = False
 
     @contextlib.contextmanager
     def queued(self) -> Iterator[None]:
         """Listed as waiting, until it runs or is given up."""
         progress.add_task_to_queue(self.task)
+        if self.task in progress.finished_tasks:  # it ran before others were let through
+            progress.finished_tasks.remove(self.task)
         try:
             yield
         finally:
@@ -34,20 +36,24 @@ class ProgressDisplay:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Shown as what the WebUI is doing. To be entered with the queue's lock held."""
+        """Shown as what the WebUI is doing, as often as others were let through. To be entered with the queue's lock held."""
         shared.state.begin(job=self.task)
         progress.start_task(self.task)
+        self._running = True
         try:
             yield
         finally:
+            self.interrupted()
+            self._running = False
             progress.finish_task(self.task)
             shared.state.end()
             # Left over, they would stop the next work in the queue.
             shared.state.interrupted = shared.state.stopping_generation = False
 
     def interrupted(self) -> bool:
-        """Whether Interrupt or Stop was pressed since the job runs."""
-        self._stopped = self._stopped or shared.state.interrupted or shared.state.stopping_generation
+        """Whether Interrupt or Stop was pressed while the job ran; what others are told in between is not for it."""
+        if self._running:
+            self._stopped = self._stopped or shared.state.interrupted or shared.state.stopping_generation
         return self._stopped
 
     def show(self, event: Event) -> None:

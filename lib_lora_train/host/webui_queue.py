@@ -1,4 +1,4 @@
-"""A turn in the WebUI's queue that can be given up.
+"""A turn in the WebUI's queue that can be given up, and handed on to those who wait.
 
 The WebUI's lock is handed on in the order in which threads asked for it, and asking for it has no end but getting it: a
 generation in front may take an hour. So a helper thread asks, and hands the lock over, or back if nobody wants it
@@ -9,48 +9,104 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from lib_lora_train.errors import Interrupted
 
+_LOOK_AGAIN = 0.5
+"""Seconds between two questions whether a wait is to end."""
+_QUEUED = 1.0
+"""Seconds that a helper may take to stand in the queue: a thread's start, on a busy machine."""
+
 
 class Turn:
-    """One wait for `lock`, which any thread may release (as the WebUI's FIFOLock)."""
+    """One holder of `lock`, which any thread may release (as the WebUI's FIFOLock)."""
 
     def __init__(self, lock: Any) -> None:
         self._lock = lock
         self._guard, self._settled = threading.Lock(), threading.Event()
         self._outcome = ""
+        self._attempt = 0
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Wait for the lock and hold it. Raises Interrupted, holding nothing, where `give_up` came first."""
-        threading.Thread(target=self._ask, name="lora-train-queue", daemon=True).start()
-        self._settled.wait()
-        if self._outcome == "given up":
-            raise Interrupted("The run was stopped while it waited for other work of the WebUI")
+        """Wait for the lock and hold it. Raises Interrupted, holding nothing, where `give_up` came first.
+
+        Inside, the lock may be left for others and taken again; it is free in any case at the end.
+        """
+        self.take()
         try:
             yield
         finally:
+            self.leave()
+
+    def take(self, *, stop: Callable[[], bool] = lambda: False) -> None:
+        """Wait for the lock. Raises Interrupted, holding nothing, where `give_up` came first or `stop()` says so."""
+        self._ask_anew()
+        self._wait(stop)
+
+    def leave(self) -> None:
+        """Free the lock, if it is held."""
+        with self._guard:
+            holding = self._outcome == "held"
+            self._outcome = "" if holding else self._outcome
+        if holding:
             self._lock.release()
 
+    def pass_on(self, *, stop: Callable[[], bool]) -> None:
+        """Let everybody who waits now have the lock first, then wait for it again. Raises as `take`."""
+        queue = getattr(self._lock, "_pending_threads", ())
+        others, end = len(queue), time.monotonic() + _QUEUED
+        self._ask_anew()
+        # The lock is not always handed to the first of the queue: who asks in the moment it is free gets it. So that this
+        # is not us again, we stand in the queue before it is free.
+        while len(queue) <= others and time.monotonic() < end:
+            time.sleep(0.001)
+        self._lock.release()
+        self._wait(stop)
+
+    def wanted(self) -> bool:
+        """Whether others wait for the lock; locks that do not tell are never wanted."""
+        return bool(getattr(self._lock, "_pending_threads", ()))
+
     def waiting(self) -> bool:
-        """Whether the lock has neither come nor been given up."""
+        """Whether the lock is asked for and has neither come nor been given up."""
         return not self._settled.is_set()
 
     def give_up(self) -> None:
-        """End the wait; without effect once the lock is held."""
-        self._settle("given up")
+        """End the wait, and every later one; without effect while the lock is held."""
+        self._settle("given up", self._attempt)
 
-    def _ask(self) -> None:
+    def given_up(self) -> bool:
+        """Whether nobody wants the lock any more."""
+        return self._outcome == "given up"
+
+    def _ask_anew(self) -> None:
+        with self._guard:
+            if self._outcome == "given up":
+                return
+            self._outcome, self._attempt = "", self._attempt + 1
+            self._settled.clear()
+        threading.Thread(target=self._ask, args=(self._attempt,), name="lora-train-queue", daemon=True).start()
+
+    def _ask(self, attempt: int) -> None:
         self._lock.acquire()
-        if not self._settle("held"):
+        if not self._settle("held", attempt):
             self._lock.release()
 
-    def _settle(self, outcome: str) -> bool:
+    def _wait(self, stop: Callable[[], bool]) -> None:
+        while not self._settled.wait(_LOOK_AGAIN):
+            if stop():
+                self.give_up()
+        if self._outcome == "given up":
+            raise Interrupted("The run was stopped while it waited for other work")
+
+    def _settle(self, outcome: str, attempt: int) -> bool:
+        """Whether the attempt ended so; a helper of an earlier attempt, which was given up, changes nothing."""
         with self._guard:
-            if not self._outcome:
+            if attempt == self._attempt and not self._outcome:
                 self._outcome = outcome
                 self._settled.set()
-            return self._outcome == outcome
+            return attempt == self._attempt and self._outcome == outcome

@@ -40,6 +40,18 @@ class FrozenModel:
         return {UNET_COMPONENT: self.unet.tensors,
                 **{encoder.config.component: encoder.tensors for encoder in self.text.encoders}}
 
+    def let_go(self) -> None:
+        """Hold none of the borrowed memory, so that its owner may move or free it; to be followed by `take`."""
+        for part in (self.unet, self.vae, *self.text.encoders):
+            part.layers.let_go()
+
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Compute on `tensors` (checkpoint names) from now on: the same weights on the same device, lent anew."""
+        self.unet.layers.take(unet_tensors(tensors))
+        self.vae.layers.take(vae_tensors(tensors))
+        for encoder, prefix in zip(self.text.encoders, text_prefixes(self.architecture.family), strict=True):
+            encoder.layers.take(text_tensors(tensors, prefix))
+
 
 def build(tensors: Mapping[str, Tensor], *, hints: Hints = NO_HINTS, tokenizers: Sequence[Tokenizer] | None = None,
           comma_padding_backtrack: int = 20) -> FrozenModel:

@@ -140,14 +140,22 @@ class Layers:
     """Borrowed tensors by local name ("input_blocks.1.0.in_layers.2.weight"), and the layers made of them."""
 
     def __init__(self, tensors: Mapping[str, Tensor], *, adapters: Adapters = NO_ADAPTERS) -> None:
-        self.tensors: Mapping[str, Tensor] = MappingProxyType(
-            {name: borrowed(tensor) for name, tensor in tensors.items()})
+        self._lent = {name: borrowed(tensor) for name, tensor in tensors.items()}
+        self.tensors: Mapping[str, Tensor] = MappingProxyType(self._lent)
         self._adapters = adapters
+
+    def let_go(self) -> None:
+        """Hold none of the lender's memory, until `take`; not to be computed with meanwhile."""
+        self._lent.clear()
+
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Compute on these tensors from now on: the same weights, where they lie now."""
+        self._lent.update({name: borrowed(tensor) for name, tensor in tensors.items()})
 
     def adapted(self, adapters: Adapters) -> Layers:
         """The same tensors, with `adapters` (by module name) computing their layers."""
         other = Layers.__new__(Layers)
-        other.tensors, other._adapters = self.tensors, adapters
+        other.tensors, other._lent, other._adapters = self.tensors, self._lent, adapters
         return other
 
     def has(self, name: str) -> bool:

@@ -31,6 +31,11 @@ class TextEncoder:
         return self._layers.tensors
 
     @property
+    def layers(self) -> Layers:
+        """What computes on them; to let go of the tensors and to take them again."""
+        return self._layers
+
+    @property
     def device(self) -> torch.device:
         """Where the token embeddings are, hence where tokens belong."""
         return self._layers.weight("text_model.embeddings.token_embedding").device

@@ -45,6 +45,11 @@ class UNet:
         """The borrowed tensors by local name."""
         return self._layers.tensors
 
+    @property
+    def layers(self) -> Layers:
+        """What computes on them; to let go of the tensors and to take them again."""
+        return self._layers
+
     def __call__(self, x: Tensor, timesteps: Tensor, context: Tensor, y: Tensor | None = None, *,
                  adapters: Adapters = NO_ADAPTERS, checkpointing: bool = False) -> Tensor:
         """The prediction, of x's shape and dtype; everything is computed in x's dtype, norms in fp32.

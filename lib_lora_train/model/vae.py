@@ -35,6 +35,11 @@ class VAE:
         """The borrowed tensors by local name."""
         return self._layers.tensors
 
+    @property
+    def layers(self) -> Layers:
+        """What computes on them; to let go of the tensors and to take them again."""
+        return self._layers
+
     @torch.no_grad()
     def encode(self, pixels: Tensor, *, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """pixels [B, 3, H, W] in [-1, 1] -> (mean, standard deviation), each [B, 4, H/8, W/8] fp32, unscaled.

@@ -147,7 +147,7 @@ class LossSettings:
 
 @dataclasses.dataclass(frozen=True)
 class MemorySettings:
-    """Precision and memory."""
+    """Precision, memory, and the model shared with others."""
 
     mixed_precision: str = setting(
         "auto", "Precision", "What the model computes in; the LoRA itself is always trained in full precision. auto takes "
@@ -156,6 +156,9 @@ class MemorySettings:
         False, "Gradient checkpointing", "Much less memory for about a third more time.")
     vae_batch_size: int = setting(
         1, "Encoding batch", "Pictures that the VAE encodes at once.", minimum=1, maximum=64)
+    yield_to_generations: bool = setting(
+        True, "Let generations through", "Work of the WebUI that waits goes first, between two training steps; what is "
+        "learnt stays the same. Off makes it wait until the training ends.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,6 +27,7 @@ from lib_lora_train.training.state import TrainingState, capture, restore
 from lib_lora_train.training.step import StepOptions, denoising_loss
 
 Stop = Callable[[], Literal["", "stop", "save"]]
+Pause = Callable[[], bool]
 Condition = Callable[[Batch], Conditioning]
 Snapshot = Callable[[], TrainingState | None]
 Save = Callable[[int, int, Snapshot], None]
@@ -56,14 +57,15 @@ class LoopOptions:
 
 
 def train(model: FrozenModel, *, network: LoRANetwork, epoch_batches: EpochBatches, condition: Condition,
-          options: LoopOptions, save: Save, keep: Save, report: Report, stop: Stop,
+          options: LoopOptions, save: Save, keep: Save, report: Report, stop: Stop, pause: Pause = lambda: True,
           resumed: TrainingState | None = None) -> int:
     """Train `network` on `model`; returns the number of steps made (all of them, unless `stop` said otherwise).
 
     `epoch_batches(epoch, start)` gives an epoch's batches from the position `start` on, `condition` a batch's text.
     `save(step, epoch, snapshot)` is called where a save is due, `keep` after every step; `snapshot()` is what `resumed`
     takes to go on from there, None while a step has only half happened. It may also be called after this function has
-    returned or raised. `resumed` needs the network it belongs to.
+    returned or raised. `resumed` needs the network it belongs to. `pause()` is called between two steps, when the model may
+    be used by others; False ends the run as `stop` does.
     Raises TrainingError if the loss is no longer a number (the network then holds its last good weights) or if the memory
     runs out.
     """
@@ -95,7 +97,7 @@ def train(model: FrozenModel, *, network: LoRANetwork, epoch_batches: EpochBatch
 
     with torch.enable_grad(), translated("training"):
         for step, epoch, micro_batches in _steps(epoch_batches, options, begin=begin):
-            if stop():
+            if stop() or not pause():
                 settle()
                 return step - 1
             stepper.set_factor(learning_rate_factor(

@@ -49,3 +49,98 @@ def test_a_turn_comes_when_the_lock_is_released_and_cannot_be_given_up_then():
         turn.give_up()
         assert lock.locked() and not turn.waiting()
     assert not lock.locked()
+
+
+class Queue:
+    """A lock that is handed on in the order in which it was asked for, and shows how many ask: as the WebUI's."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._held = False
+        self._pending_threads: list[object] = []
+
+    def acquire(self) -> bool:
+        with self._changed:
+            me = object()
+            if self._held:
+                self._pending_threads.append(me)
+                self._changed.notify_all()
+                assert self._changed.wait_for(lambda: not self._held and self._pending_threads[0] is me, 30)
+                self._pending_threads.remove(me)
+            self._held = True
+            return True
+
+    def release(self) -> None:
+        with self._changed:
+            assert self._held
+            self._held = False
+            self._changed.notify_all()
+
+    def locked(self) -> bool:
+        return self._held
+
+    def wait_for_queue(self, length: int) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: len(self._pending_threads) == length, 30)
+
+
+def worker(lock: Queue, name: str, order: list[str], before: threading.Event | None = None, *,
+           then=lambda: None) -> threading.Thread:
+    def work() -> None:
+        lock.acquire()
+        order.append(name)
+        then()
+        if before is not None:
+            assert before.wait(30)
+        lock.release()
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
+
+
+def test_those_who_wait_go_first_in_their_order_and_who_comes_later_waits_for_the_next_time():
+    lock, order, threads = Queue(), [], []
+    turn = Turn(lock)
+
+    def come_late() -> None:
+        threads.append(worker(lock, "late", order))
+        lock.wait_for_queue(3)  # behind "second" and the trainer
+    with turn.held():
+        assert not turn.wanted()
+        threads.append(worker(lock, "first", order, then=come_late))
+        lock.wait_for_queue(1)
+        threads.append(worker(lock, "second", order))
+        lock.wait_for_queue(2)
+        assert turn.wanted()
+        turn.pass_on(stop=lambda: False)
+        assert order == ["first", "second"] and lock.locked()
+    for thread in threads:
+        thread.join(30)
+    assert order == ["first", "second", "late"] and not lock.locked()
+
+
+@pytest.mark.parametrize("how", ["give_up", "stop"])
+def test_who_no_longer_wants_it_back_gets_no_lock_and_releases_none(how):
+    lock, go = Queue(), threading.Event()
+    turn, order = Turn(lock), []
+    with pytest.raises(Interrupted), turn.held():
+        other = worker(lock, "other", order, before=go, then=turn.give_up if how == "give_up" else lambda: None)
+        lock.wait_for_queue(1)
+        turn.pass_on(stop=lambda: how == "stop" and bool(order))
+    assert lock.locked() and turn.given_up() and not turn.waiting()
+    go.set()
+    other.join(30)
+    assert lock.acquire() and order == ["other"]
+    with pytest.raises(Interrupted):
+        turn.take()
+
+
+def test_it_can_be_left_and_taken_again():
+    lock = Queue()
+    turn = Turn(lock)
+    with turn.held():
+        turn.leave()
+        assert not lock.locked()
+        turn.take()
+        assert lock.locked()
+    assert not lock.locked()

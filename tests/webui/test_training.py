@@ -221,9 +221,9 @@ def test_it_waits_in_the_webuis_queue_and_is_listed_there(webui: WebUI, dataset:
     assert webui.get("/internal/pending-tasks")["tasks"] == []
 
 
-def test_a_picture_waits_for_the_training_and_is_painted_without_it(
+def test_a_picture_waits_for_a_training_that_lets_nobody_through_and_is_painted_without_it(
         webui: WebUI, dataset: Path, before: dict[str, Any]) -> None:
-    start(webui, dataset, "busy", max_train_steps=20)
+    start(webui, dataset, "busy", max_train_steps=20, yield_to_generations=False)
     learning(webui, steps=1)
     painted: list[str] = []
     painter = threading.Thread(target=lambda: painted.append(webui.paint(PROMPT)))

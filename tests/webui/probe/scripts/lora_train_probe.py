@@ -17,6 +17,7 @@ from fastapi import Body, FastAPI
 from modules import call_queue, devices, extra_networks, processing, script_callbacks, sd_models, shared
 
 _held = threading.Event()
+_discarded: list[Any] = []
 
 
 def model() -> dict[str, Any]:
@@ -160,6 +161,24 @@ def change_weights() -> dict[str, str]:
     return {}
 
 
+def discard() -> dict[str, str]:
+    """Take the model away at the next turn in the queue, as an extension that needs the card's memory might."""
+    def work() -> None:
+        with call_queue.queue_lock:
+            _discarded.append(sd_models.model_data.sd_model)
+            sd_models.model_data.sd_model = None
+
+    threading.Thread(target=work, daemon=True).start()
+    return {}
+
+
+def put_back() -> dict[str, str]:
+    """Put the discarded model back."""
+    with call_queue.queue_lock:
+        sd_models.model_data.sd_model = _discarded.pop()
+    return {}
+
+
 def refresh() -> dict[str, str]:
     """Let the host renew the list of LoRAs, while nothing is lent."""
     from lib_lora_train.host.webui import HOST
@@ -214,7 +233,7 @@ def install(_: Any, app: FastAPI) -> None:
     for function in (model, lent, lora, state, refusals):
         app.add_api_route(f"/probe/{function.__name__}", function, methods=["GET"])
     for function in (parity, sample, tokens, fail, hold, release, change_weights, reload,
-                     refresh):
+                     refresh, discard, put_back):
         app.add_api_route(f"/probe/{function.__name__}", function, methods=["POST"])
 
 

@@ -1,0 +1,126 @@
+"""The WebUI's model while it is lent: made ready for training, given to others in between, and found again.
+
+Giving it to others takes down everything that was set up for the training: the progress display, the place of its parts
+under --medvram, the queue's lock. What others leave behind (merged LoRAs, another checkpoint) is met when it comes back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from modules import sd_models, shared
+from torch import Tensor, nn
+
+from lib_lora_train.errors import HostError, Interrupted, translated
+from lib_lora_train.events import Report, Stage
+from lib_lora_train.host import webui_loras, webui_model
+from lib_lora_train.host.port import Borrowed
+from lib_lora_train.host.webui_progress import ProgressDisplay
+from lib_lora_train.host.webui_queue import Turn
+from lib_lora_train.model.family import detect
+
+_LOOK_AGAIN = 0.25
+"""Seconds between two looks at which model the WebUI holds, while it holds another one."""
+
+
+class Loan:
+    """One loan of the loaded model, from the first turn in the queue to the last.
+
+    witness     of the model as it is lent now; None while others have it
+    holder      the thread that borrowed
+    """
+
+    def __init__(self, turn: Turn) -> None:
+        self.turn, self.display = turn, ProgressDisplay()
+        self.witness: webui_model.Witness | None = None
+        self.holder = threading.get_ident()
+        self._setup = contextlib.ExitStack()
+        self._tensors: Mapping[str, Tensor] = {}
+        self._seal: webui_model.Seal | None = None
+        self._identity: webui_model.Identity | None = None
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[Borrowed]:
+        """Wait in the queue, and lend until the block is left. Raises HostError, ModelError and Interrupted."""
+        with contextlib.ExitStack() as at_the_end:
+            at_the_end.callback(self.turn.leave)
+            at_the_end.callback(self._take_down)
+            with self.display.queued():
+                self.turn.take()
+            self._setup.enter_context(self.display.running())
+            # May load the model, or wait for the thread that loads it at the start.
+            sd_model = shared.sd_model
+            if sd_model is None:
+                raise HostError("No model is loaded", remedy="choose a checkpoint at the top of the page")
+            webui_model.refuse_kind(sd_model)
+            device = self._set_up(sd_model)
+            hints = webui_model.hints(sd_model)
+            detect(self._tensors, hints)
+            self._identity = webui_model.Identity.of(sd_model)
+            yield Borrowed(
+                self._tensors, hints, webui_model.describe(sd_model), device, webui_model.tokenizers(sd_model),
+                clip_skip=int(shared.opts.CLIP_stop_at_last_layers),
+                comma_padding_backtrack=int(shared.opts.comma_padding_backtrack))
+
+    def hand_over(self, *, report: Report, stop: Callable[[], bool]) -> Mapping[str, Tensor] | None:
+        """See `Host.hand_over`."""
+        if self._seal is None:
+            self._seal = webui_model.Seal(self._tensors)
+        self._take_down()
+        try:
+            with self.display.queued():
+                self.turn.pass_on(stop=stop)
+            while not self._came_back():
+                self._search(report=report, stop=stop)
+        except Interrupted:
+            return None
+        return self._tensors
+
+    def _set_up(self, sd_model: nn.Module) -> torch.device:
+        """Bare of LoRAs, on the device, watched. With the lock held; `_take_down` is its opposite."""
+        webui_loras.take_out(sd_model)
+        with translated("moving the model to the device"):
+            device = self._setup.enter_context(webui_model.placed(sd_model))
+        self._tensors = webui_model.collect(sd_model)
+        self.witness = webui_model.Witness(sd_model, self._tensors)
+        return device
+
+    def _take_down(self) -> None:
+        self.witness = None
+        setup, self._setup = self._setup, contextlib.ExitStack()
+        setup.close()
+
+    def _came_back(self) -> bool:
+        """Whether the WebUI holds the lent model, which is then lent again. With the lock held."""
+        assert self._identity is not None and self._seal is not None
+        self._setup.enter_context(self.display.running())
+        sd_model = sd_models.model_data.sd_model
+        if sd_model is not None and self._identity.only_left_behind(sd_model):
+            with translated("loading the checkpoint that is trained on again"):
+                sd_model = sd_models.reload_model_weights()
+        if sd_model is None:
+            raise HostError("The WebUI's model was unloaded while others used it",
+                            remedy="choose the checkpoint again at the top of the page and resume the run")
+        if not self._identity.fits(sd_model):
+            return False
+        self._set_up(sd_model)
+        if not self._seal.holds(self._tensors):
+            raise webui_model.changed()
+        return True
+
+    def _search(self, *, report: Report, stop: Callable[[], bool]) -> None:
+        """Leave the WebUI alone until it seems to hold the lent model again, then wait in the queue for it."""
+        assert self._identity is not None
+        self._take_down()
+        self.turn.leave()
+        report(Stage(f"Waiting until {self._identity.text} is chosen again", 0, 0))
+        while not self._identity.may_be_back():
+            if stop() or self.turn.given_up():
+                raise Interrupted("The run was stopped while the WebUI held another model")
+            time.sleep(_LOOK_AGAIN)
+        with self.display.queued():
+            self.turn.take(stop=stop)
