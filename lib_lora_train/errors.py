@@ -98,9 +98,16 @@ def translated(doing: str) -> Iterator[None]:
             f"The disk refused while {doing}", why=str(error),
             remedy="check that the folder exists and that the disk is not full") from error
     except RuntimeError as error:
-        if "out of memory" in str(error).lower() or "can't allocate memory" in str(error).lower():
+        if is_out_of_memory(error):
             raise _out_of_memory(doing) from error
         raise
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the device's or the machine's memory is full."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and (
+        "out of memory" in text or "can't allocate memory" in text)
 
 
 def _out_of_memory(doing: str) -> TrainingError:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from lib_lora_train import events
-from lib_lora_train.errors import HostError, Interrupted, LoraTrainError
+from lib_lora_train.errors import HostError, Interrupted, LoraTrainError, translated
 from lib_lora_train.host.port import Host
 from lib_lora_train.job import run_job
 from lib_lora_train.output import checked_name
@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 StopKind = Literal["", "stop", "save"]
 _MOST_POINTS = 1000
 _MOST_WARNINGS = 50
+_MOST_SAVED = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +88,8 @@ class _Run:
             self.step, self.stage = event, None
             self._add_point(event)
         elif isinstance(event, events.Saved):
-            self.saved.append(event)
+            # Every file stays on the disk and in the run's record; a watcher is not sent thousands at each glance.
+            self.saved = [*self.saved[-_MOST_SAVED:], event]
         elif isinstance(event, events.Warned):
             if len(self.warnings) < _MOST_WARNINGS:
                 self.warnings.append(event.message)
@@ -201,6 +203,9 @@ class Runner:
             finish(lambda: run_job(run.settings, host, report=report, stop=stop, folder=run.record.folder), report=report,
                    steps=lambda: run.step.step if run.step else 0, failed=run.record.keep_failure)
         finally:
+            if run.finished is None:
+                # Something asked this very thread to end; nobody must wait for the run any more.
+                report(events.Finished("failed", "The training was ended from outside.", "", run.step.step if run.step else 0))
             run.record.close()
 
 
@@ -209,7 +214,8 @@ def finish(job: Callable[[], events.Finished], *, report: events.Report, steps: 
     """Run `job` and report how it ended, whatever happens. Our own errors become their sentence; anything else is a
     defect of ours, and its traceback goes to the log. `failed` is told where either came from."""
     try:
-        finished = job()
+        with translated("training"):
+            finished = job()
     except Interrupted as error:
         finished = events.Finished("stopped", str(error), "", steps())
     except LoraTrainError as error:

@@ -140,6 +140,10 @@ class Saver:
             remedy = f"{error.remedy}; " if error.remedy else ""
             raise type(error)(
                 error.what, why=error.why, remedy=f"{remedy}what was learnt until then is in {kept}") from error
+        except Exception:
+            # A defect of ours, which keeps its traceback; it must not cost hours either.
+            self._kept()
+            raise
 
     def _kept(self) -> str:
         if self._snapshot is not None:

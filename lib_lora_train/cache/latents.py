@@ -22,7 +22,7 @@ from lib_lora_train.dataset.buckets import Placement, Size
 from lib_lora_train.dataset.folder import Dataset, Example, Problem
 from lib_lora_train.dataset.pictures import read_picture
 from lib_lora_train.dataset.watch import Progress, ShouldStop, Watch
-from lib_lora_train.errors import DatasetError, TrainingError
+from lib_lora_train.errors import DatasetError, TrainingError, is_out_of_memory
 
 
 class Encoder(Protocol):
@@ -168,6 +168,7 @@ class _Building:
         self.dropped: set[int] = set()
         self.problems: list[Problem] = []
         self.disk_failed = False
+        self.most = len(dataset.examples)  # pictures that the memory may suffice for at once
 
     def from_disk_or_pixels(self, index: int) -> torch.Tensor | None:
         """The pixels [3, H, W] to encode; None if the latents were on disk or the picture was dropped."""
@@ -185,6 +186,30 @@ class _Building:
             return None
 
     def encode(self, waiting: Sequence[tuple[int, torch.Tensor]]) -> None:
+        """Latents of these pictures; half as many at once, from then on, where the memory does not suffice."""
+        while waiting:
+            part = waiting[:self.most]
+            if self._fits(part):
+                waiting = waiting[len(part):]
+                continue
+            self.most = len(part) // 2
+            self.problems.append(Problem(
+                f"The memory does not suffice to encode {len(part)} pictures at once (vae_batch_size); it goes on with "
+                f"{self.most}."))
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _fits(self, part: Sequence[tuple[int, torch.Tensor]]) -> bool:
+        """Encode; False where more than one picture was too much. What the attempt held is free when this returns."""
+        try:
+            self._encode(part)
+        except (MemoryError, RuntimeError) as error:
+            if len(part) > 1 and is_out_of_memory(error):
+                return False
+            raise
+        return True
+
+    def _encode(self, waiting: Sequence[tuple[int, torch.Tensor]]) -> None:
         """Latents of these pictures, and of their mirror images; the VAE is not symmetric, so both are encoded."""
         pixels = torch.stack([tensor for _, tensor in waiting]).to(self.device)
         encoded = [_encoded(self.vae, pixels.flip(-1) if flip else pixels) for flip in self.flips]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 import time
 from collections.abc import Iterator
 
@@ -19,7 +20,8 @@ class ProgressDisplay:
     """
 
     def __init__(self) -> None:
-        self.task = progress.create_task_id("lora-train")
+        # The WebUI's own way of making one draws from Python's random state, which is not ours.
+        self.task = f"task(lora-train-{secrets.token_hex(4)})"
         self._steps, self._step = 0, 0
         self._stopped = self._running = False
 

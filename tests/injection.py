@@ -1,0 +1,103 @@
+"""Faults, and the places between the stages of a run where they are thrown. Needs nothing but the package and torch, so
+that a running WebUI can load it, too."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import functools
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A function of the trainer ("module:owner.name") that fails `before` or `after` doing its work, at its n-th `call`.
+
+    `learnt`: whether steps were made that are worth keeping. `harmless`: the run goes on and says so in a warning.
+    """
+
+    name: str
+    target: str
+    when: str = "before"
+    call: int = 1
+    learnt: bool = False
+    harmless: bool = False
+
+
+P = "lib_lora_train"
+PLACES = (
+    Place("before reading pictures", f"{P}.job:prepare"),
+    Place("after reading pictures", f"{P}.job:prepare", "after"),
+    Place("before borrowing", "HOST:borrow"),
+    Place("after borrowing", f"{P}.job:_model"),
+    Place("after building the model", f"{P}.job:_model", "after"),
+    Place("before building the network", f"{P}.job:_network"),
+    Place("after building the network", f"{P}.job:_network", "after"),
+    Place("before encoding pictures", f"{P}.model.vae:VAE.encode"),
+    Place("after encoding pictures", f"{P}.job:_latents", "after"),
+    Place("before encoding captions", f"{P}.model.text:TextConditioner.encode"),
+    Place("after encoding captions", f"{P}.job:_condition", "after"),
+    Place("before the first step", f"{P}.training.loop:draw"),
+    Place("in the first step", f"{P}.training.loop:denoising_loss", "after"),
+    Place("in the middle of a later step", f"{P}.training.loop:denoising_loss", "after", 3, learnt=True),
+    Place("before the optimiser", f"{P}.training.optimizer:Stepper.step", "before", 3, learnt=True),
+    Place("after the optimiser", f"{P}.training.optimizer:Stepper.step", "after", 3, learnt=True),
+    Place("in a report of a step", f"{P}.training.loop:Step", "before", 3, learnt=True),
+    Place("before a save on the way", f"{P}.network.file:save", learnt=True, harmless=True),
+    Place("in the rename of a save on the way", f"{P}.whole_file:_replace", "before", 2, learnt=True, harmless=True),
+    Place("in keeping the resume point", f"{P}.training.state:write", learnt=True, harmless=True),
+    Place("before saving the result", f"{P}.network.file:save", "before", 2, learnt=True),
+    Place("after saving the result", f"{P}.network.file:save", "after", 2, learnt=True),
+    Place("in refreshing the list of LoRAs", "HOST:refresh_loras", learnt=True),
+    Place("after giving the model back", "HOST:borrow", "after", learnt=True),
+)
+
+FAULTS: dict[str, Callable[[], BaseException]] = {
+    "an error nobody foresaw": lambda: RuntimeError("injected"),
+    "the card's memory is full": lambda: torch.cuda.OutOfMemoryError("CUDA out of memory (injected)"),
+    "the memory is full": lambda: MemoryError("injected"),
+    "the disk is full": lambda: OSError(errno.ENOSPC, "No space left on device"),
+    "access is denied": lambda: PermissionError(errno.EACCES, "Permission denied"),
+    "Ctrl+C": lambda: KeyboardInterrupt("injected"),
+}
+
+
+def inject(place: Place, fault: Callable[[], BaseException], host: Any) -> Callable[[], None]:
+    """Let `place` fail so, once; returns what puts everything back."""
+    module, _, path = place.target.partition(":")
+    owner: Any = type(host) if module == "HOST" else importlib.import_module(module)
+    *inner, name = path.split(".")
+    owner = functools.reduce(getattr, inner, owner)
+    original, calls = getattr(owner, name), [0]
+
+    def due() -> bool:
+        calls[0] += 1
+        return calls[0] == place.call
+
+    @functools.wraps(original, updated=())
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        fails = due()
+        if fails and place.when == "before":
+            raise fault()
+        result = original(*args, **kwargs)
+        if fails:
+            raise fault()
+        return result
+
+    @contextlib.contextmanager
+    def failing_block(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        fails = due()
+        if fails and place.when == "before":
+            raise fault()
+        with original(*args, **kwargs) as value:
+            yield value
+        if fails:
+            raise fault()
+
+    setattr(owner, name, failing_block if name == "borrow" else failing)
+    return lambda: setattr(owner, name, original)
