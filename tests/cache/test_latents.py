@@ -157,3 +157,31 @@ def test_progress_is_told_and_a_stop_is_heard_between_pictures(make_dataset, vae
     assert seen == [(1, 3), (2, 3), (3, 3)]
     with pytest.raises(Interrupted):
         kind.build(vae, dataset, placements, should_stop=lambda: True)
+
+
+@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError("CUDA out of memory."), MemoryError(),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")])
+def test_where_the_memory_does_not_suffice_fewer_pictures_are_encoded_at_once(make_dataset, vae: FakeVAE, error) -> None:
+    class Narrow(FakeVAE):
+        def encode(self, pixels):
+            if len(pixels) > 3:
+                raise error
+            return super().encode(pixels)
+    dataset, placements = make_dataset({f"{number}.png": (64, 64) for number in range(11)})
+    narrow = Narrow()
+    source = CachedLatents.build(narrow, dataset, placements, vae_batch_size=8)
+    assert [shape[0] for shape in narrow.batches] == [2, 2, 2, 2, 2, 1]
+    told = [problem.text for problem in source.dataset.problems]
+    assert len(told) == 2 and "8 pictures at once" in told[0] and "goes on with 2" in told[1]
+    plain = CachedLatents.build(vae, dataset, placements)
+    for index in range(11):
+        assert torch.equal(source.get([index], [random.Random(0)]).mean, plain.get([index], [random.Random(0)]).mean)
+
+
+def test_a_picture_that_alone_is_too_much_ends_the_run(make_dataset) -> None:
+    class Full(FakeVAE):
+        def encode(self, pixels):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+    dataset, placements = make_dataset({"a.png": (64, 64), "b.png": (64, 64)})
+    with pytest.raises(RuntimeError, match="out of memory"):
+        CachedLatents.build(Full(), dataset, placements, vae_batch_size=2)

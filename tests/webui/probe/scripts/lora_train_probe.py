@@ -5,17 +5,34 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import importlib.util
 import io
+import json
 import logging
+import random
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from fastapi import Body, FastAPI
 from modules import call_queue, devices, extra_networks, processing, script_callbacks, sd_models, shared
 
+
+def _beside(name: str) -> Any:
+    """A file of the probe that the WebUI does not take for a script."""
+    spec = importlib.util.spec_from_file_location(f"probe_{name}", Path(__file__).parents[1] / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+injection = _beside("injection")
+_healing: list[Callable[[], None]] = []
 _held = threading.Event()
 _discarded: list[Any] = []
 
@@ -133,6 +150,40 @@ def fail(step: int = Body(1, embed=True)) -> dict[str, str]:
     return {}
 
 
+def inject(place: str = Body(""), fault: str = Body("")) -> dict[str, str]:
+    """Let a place of tests/injection.py fail once, until `heal`."""
+    from lib_lora_train.host.webui import HOST
+
+    chosen = next(one for one in injection.PLACES if one.name == place)
+    _healing.append(injection.inject(chosen, injection.FAULTS[fault], HOST))
+    return {}
+
+
+def heal() -> dict[str, str]:
+    """Undo `inject`."""
+    while _healing:
+        _healing.pop()()
+    return {}
+
+
+def surroundings() -> dict[str, Any]:
+    """Everything that a training must leave as it was, besides the tensors: a digest or a count each."""
+    with call_queue.queue_lock:
+        sd_model = sd_models.model_data.sd_model
+        numbers = np.random.get_state()
+        return {
+            "hooks": {name: [len(m._forward_pre_hooks), len(m._forward_hooks), len(m._backward_hooks)]
+                      for name, m in sd_model.named_modules()},
+            "training": [name for name, m in sd_model.named_modules() if m.training],
+            "merged": _merged(), "loras": [network.name for network in _networks().loaded_networks],
+            "options": json.dumps(shared.opts.data, sort_keys=True, default=str),
+            "torch": hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest(),
+            "random": hashlib.sha256(repr(random.getstate()).encode()).hexdigest(),
+            "numpy": hashlib.sha256(repr((numbers[0], numbers[1].tobytes(), *numbers[2:])).encode()).hexdigest(),
+            "threads": torch.get_num_threads(), "dtype": str(torch.get_default_dtype()),
+            "job": shared.state.job, "interrupted": shared.state.interrupted, "lowvram": bool(sd_model.lowvram)}
+
+
 def hold() -> dict[str, str]:
     """Occupy the WebUI's queue, as a long generation would, until `release`."""
     taken = threading.Event()
@@ -230,10 +281,10 @@ def refusals() -> dict[str, str]:
 
 
 def install(_: Any, app: FastAPI) -> None:
-    for function in (model, lent, lora, state, refusals):
+    for function in (model, lent, lora, state, refusals, surroundings):
         app.add_api_route(f"/probe/{function.__name__}", function, methods=["GET"])
     for function in (parity, sample, tokens, fail, hold, release, change_weights, reload,
-                     refresh, discard, put_back):
+                     refresh, discard, put_back, inject, heal):
         app.add_api_route(f"/probe/{function.__name__}", function, methods=["POST"])
 
 
