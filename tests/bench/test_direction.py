@@ -25,6 +25,8 @@ def few(real: RealPictures) -> RealPictures:
     places = torch.cat([real.places(STYLE_SPLIT), real.places(HELD_OUT)[::8], real.places(OTHER)[::12]]).tolist()
     return RealPictures(tuple(real.words[place] for place in places), tuple(real.splits[place] for place in places),
                         {hand: pixels[places] for hand, pixels in real.pixels.items()})
+
+
 @pytest.mark.skipif(not CHECKPOINT.is_file(), reason="the model that paints emoji (demo/model/emoji.safetensors) is not there")
 def test_far_more_pictures_are_in_twemojis_hand_with_the_lora_than_without(tmp_path):
     host = StandaloneHost(CHECKPOINT, lora_folder=tmp_path / "loras", runs_folder=tmp_path / "runs")
