@@ -64,6 +64,7 @@ class FakeJob:
     def __init__(self) -> None:
         self._steps: queue.Queue[int] = queue.Queue()
         self.warning = ""
+        self.stage = events.Stage("Encoding pictures", 1, 3)
         self.seen: Settings | None = None
 
     def advance(self, steps: int) -> None:
@@ -74,7 +75,7 @@ class FakeJob:
     def __call__(self, settings: Settings, host: Host, *, report: events.Report, stop, folder=None) -> events.Finished:
         self.seen = settings
         report(events.Planned(3, 1, 10, 10, self.TOTAL, "3 pictures", "64x64", "dreamshaper_8", 42))
-        report(events.Stage("Encoding pictures", 1, 3))
+        report(self.stage)
         if self.warning:
             report(events.Warned(self.warning))
         path, step = host.lora_folder / f"{settings.save.output_name}.safetensors", 0

@@ -161,3 +161,18 @@ def test_a_loss_that_is_no_number_at_any_step_leaves_the_host_as_it_was(
     assert finished.outcome == "failed" and f"The loss is no longer a number at step {step}" in finished.message
     assert surroundings(host) == before
     assert_the_next_run_is_good(host, place_of_work, reference)
+
+
+def table() -> str:
+    """The faults and places above as a table: what the run comes to. That it does, the tests say."""
+    rows = ["| | " + " | ".join(FAULTS) + " |", "|---|" + "---|" * len(FAULTS)]
+    for place in PLACES:
+        cells = ["ends at once" if fault == "Ctrl+C" else
+                 "done, warned" if place.harmless and fault != "an error nobody foresaw" else
+                 "failed, kept" if place.learnt else "failed" for fault in FAULTS]
+        rows.append(f"| {place.name} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    print(table())

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import uvicorn
 
+from lib_lora_train import events
 from lib_lora_train import runner as runner_module
 from lib_lora_train.host.port import Checkpoint
 from lib_lora_train.runner import Runner
@@ -229,3 +230,11 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(served: Served, theme: str)
     expect(served.page.locator("#lora_train_live")).to_contain_text("zzk is ready.")
     expect(served.page.locator(".lora-train-curve svg")).to_be_visible()
     assert served.page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_what_a_run_waits_for_is_said_without_a_count(served: Served):
+    served.job.stage = events.Stage("Waiting until tiny.safetensors is chosen again", 0, 0)
+    served.open()
+    served.fill()
+    served.button("start").click()
+    expect(served.page.locator("#lora_train_live .progress")).to_have_text("Waiting until tiny.safetensors is chosen again")
