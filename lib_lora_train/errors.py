@@ -103,7 +103,7 @@ def translated(doing: str) -> Iterator[None]:
         raise
 
 
-def is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether an error says that the device's or the machine's memory is full."""
     text = str(error).lower()
     return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and (

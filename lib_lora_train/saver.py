@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lib_lora_train.errors import LoraTrainError, OutputError, translated
+from lib_lora_train.errors import LoraTrainError, OutputError, TrainingError, is_out_of_memory, translated
 from lib_lora_train.events import Event, Report, Saved, Step, Warned
 from lib_lora_train.network import file
 from lib_lora_train.network.network import LoRANetwork
@@ -99,8 +99,11 @@ class Saver:
         path = epoch_path(self._target, epoch) if by_epoch else step_path(self._target, step)
         try:
             self.save(path, step=step, epoch=epoch, final=False)
-        except OutputError as error:
-            # A full disk or a locked file may be free again when the result is due; the hours until then are not lost.
+        except (OutputError, TrainingError) as error:
+            if isinstance(error, TrainingError) and not is_out_of_memory(error.__cause__):
+                raise
+            # A full disk, a full memory or a locked file may be free again when the result is due; the hours until then are
+            # not lost.
             self._report(Warned(f"{path.name} was not kept. {error}"))
         self._keeper.keep(snapshot)
 

@@ -66,7 +66,8 @@ class Seal:
     """Tells, after others had the model, whether its weights are the ones that were lent: for every tensor of UNet, VAE and
     text encoders its shape, dtype and a sum over its bits. Taken once, before the model is given to others.
 
-    What torch knows to be untouched (the same tensor at the same place, changed by nobody) is not read again.
+    What torch knows to be untouched (the same tensor at the same place, changed by nobody) is not read again. For that the
+    tensors of the last question must still be held by somebody when the next one is asked.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -80,7 +81,10 @@ class Seal:
             return False
         doubtful = {name: tensor for name, tensor in weights.items()
                     if _touch(tensor) is None or _touch(tensor) != self._untouched[name]}
-        return all(self._sums[name] == told for name, told in _sums(doubtful).items())
+        same = all(self._sums[name] == told for name, told in _sums(doubtful).items())
+        if same:
+            self._untouched = {name: _touch(tensor) for name, tensor in tensors.items()}
+        return same
 
 
 def _weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
