@@ -69,6 +69,9 @@ class LogTail(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Keep one record."""
         self._lines.append(self.format(record))
+        # Where nobody set up logging, Python prints warnings and errors itself, but not beside any handler: not beside this.
+        if logging.lastResort and record.levelno >= logging.lastResort.level and not logging.getLogger().handlers:
+            logging.lastResort.handle(record)
 
     def text(self) -> str:
         """What is kept, oldest first."""

@@ -88,7 +88,7 @@ def test_no_file_of_the_zip_holds_a_folder_or_a_name_of_the_user(home: Path, mon
     assert 'trigger_word = "zzk girl"' in found["settings.toml"] and "<train_data_dir>" in found["settings.toml"]
     assert [json.loads(line)["event"] for line in found["events.jsonl"].splitlines()] == [
         "planned", "warning", "warning", "saved", "finished"]
-    assert "cannot write" in found["log.txt"] and "ended unexpectedly" in found["log.txt"]
+    assert "cannot write" in found["log.txt"] and "The disk refused" in found["events.jsonl"]
     report = json.loads(found["report.json"])
     assert report["packages"]["torch"] and report["checkpoint"]["name"] == "dreamshaper_8" and report["run"] == run.name
 

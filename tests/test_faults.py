@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -175,4 +176,4 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    print(table())
+    sys.stdout.write(table() + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -21,6 +22,12 @@ def webui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebUI]:
     data = tmp_path_factory.mktemp("reloaded")
     fill(data)
     yield from running(data, "--api-auth", "ann:secret", login="ann:secret")
+
+
+@pytest.fixture(scope="module")
+def dataset(dataset: Path, webui: WebUI) -> Path:
+    """The pictures within the WebUI's own folder: a WebUI with a login keeps to that."""
+    return Path(shutil.copytree(dataset, webui.data / "pictures"))
 
 
 def test_reload_ui_ends_a_training_with_what_it_learnt_and_both_go_on_afterwards(webui: WebUI, dataset: Path) -> None:
