@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from lib_lora_train.errors import LoraFileError, SettingError
+from lib_lora_train.errors import LoraFileError, ModelError, SettingError
+from lib_lora_train.host.standalone import describe_file
 from lib_lora_train.network import file
 from lib_lora_train.settings.toml import read_toml
 from lib_lora_train.training import state
@@ -78,6 +79,27 @@ def test_headers_and_settings_nested_beyond_reason_are_refused(tmp_path: Path):
         with pytest.raises(SettingError):
             from lib_lora_train.settings import parse
             parse(read_toml(tmp_path / "x.toml"))
+
+
+@pytest.mark.parametrize("metadata", ["3", "true", "[1]", '["ab"]', '{"a": 1}', '{"a": null}', '"text"'])
+def test_metadata_that_is_no_text_is_refused(tmp_path: Path, metadata: str):
+    header = b'{"__metadata__": ' + metadata.encode() + b"}"
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    for reader in (file.read_metadata, file.load):
+        with pytest.raises(LoraFileError, match="damaged"):
+            reader(path)
+
+
+@pytest.mark.parametrize("block", [
+    "input_blocks.x.0.weight", "input_blocks.1", "middle_block.y.weight", "output_blocks.0>in.1.w", "input_blocks.².0.w",
+    "input_blocks." + "9" * 5000 + ".0.w"])
+def test_a_checkpoint_with_a_block_of_an_impossible_name_is_refused(tmp_path: Path, block: str):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(save({f"model.diffusion_model.{name}": torch.ones(8, 4, 3, 3)
+                           for name in ("input_blocks.0.0.weight", "out.2.weight", block)}))
+    with pytest.raises(ModelError):
+        describe_file(path)
 
 
 def test_a_lora_whose_tensors_have_no_sides_can_be_looked_at(tmp_path: Path):

@@ -217,9 +217,17 @@ def picture_seeds() -> list[bytes]:
     return seeds
 
 
+def _ordered(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
+    """A safetensors file whose header is the same each time; safetensors itself shuffles the metadata."""
+    data = save(tensors, metadata)
+    length = int.from_bytes(data[:8], "little")
+    body = json.dumps(json.loads(data[8:8 + length]), sort_keys=True).encode()
+    return struct.pack("<Q", len(body)) + body + data[8 + length:]
+
+
 def lora_seeds() -> list[bytes]:
     """Small LoRA files of two families."""
-    return [save({f"{layer}.lora_down.weight": torch.ones(4, 8), f"{layer}.lora_up.weight": torch.ones(8, 4),
+    return [_ordered({f"{layer}.lora_down.weight": torch.ones(4, 8), f"{layer}.lora_up.weight": torch.ones(8, 4),
                   f"{layer}.alpha": torch.tensor(2.0)}, {"ss_base_model_version": version, "ss_network_dim": "4"})
             for layer, version in (("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k", "sd_v1"),
                                    ("lora_unet_input_blocks_4_1_proj_in", "sdxl_base_v1-0"))]
@@ -232,16 +240,16 @@ def checkpoint_seeds() -> tuple[list[bytes], int]:
         size = path.stat().st_size
         with path.open("rb") as file:
             start = file.read(8)
-            header = file.read(int.from_bytes(start, "little"))
+            header = json.dumps(json.loads(file.read(int.from_bytes(start, "little"))), sort_keys=True).encode()
     few = json.dumps(dict(list(json.loads(header).items())[:40])).encode()
-    return [start + header, struct.pack("<Q", len(few)) + few], size
+    return [struct.pack("<Q", len(header)) + header, struct.pack("<Q", len(few)) + few], size
 
 
 def state_seeds() -> list[bytes]:
     """A training state as it is written, of one layer."""
     facts = {"step": 3, "overflows": 0, "version": state.VERSION, "settings": flat(Settings()), "started_at": 1.5, "steps": 9,
              "dataset": "x", "checkpoint": {}}
-    return [save({"lora.a.lora_down.weight": torch.ones(2, 2), "optimizer.0.exp_avg": torch.ones(2, 2),
+    return [_ordered({"lora.a.lora_down.weight": torch.ones(2, 2), "optimizer.0.exp_avg": torch.ones(2, 2),
                   "scaler.scale": torch.tensor(1.0), "scaler.good_steps": torch.tensor(1), "recent": torch.ones(3)},
                  {"lora_train_state": json.dumps(facts)})]
 

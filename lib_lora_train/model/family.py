@@ -125,9 +125,12 @@ def unet_config(unet: Mapping[str, Tensor], *, family: Family, hints: Hints) -> 
 
 def _context_dim(unet: Mapping[str, Tensor]) -> int:
     for name, tensor in unet.items():
-        if name.endswith(".attn2.to_k.weight"):
+        if name.endswith(".attn2.to_k.weight") and tensor.ndim > 1:
             return tensor.shape[1]
     raise ModelError("The checkpoint's UNet has no layer that attends to a text", remedy=SUPPORTED)
+
+
+_PLACE = re.compile(r"(\d{1,4})\.(\d{1,4})\.(.+)", re.ASCII | re.DOTALL)  # block.module.parameter
 
 
 def _blocks(names: Iterable[str]) -> dict[str, tuple[tuple[Block, ...], ...]]:
@@ -135,13 +138,14 @@ def _blocks(names: Iterable[str]) -> dict[str, tuple[tuple[Block, ...], ...]]:
     tails: dict[tuple[str, int, int], set[str]] = {}
     for name in names:
         section, _, rest = name.partition(".")
-        if section in ("input_blocks", "output_blocks"):
-            index, module, tail = rest.split(".", 2)
-        elif section == "middle_block":
-            (module, tail), index = rest.split(".", 1), "0"
-        else:
+        if section == "middle_block":
+            rest = f"0.{rest}"
+        elif section not in ("input_blocks", "output_blocks"):
             continue
-        tails.setdefault((section, int(index), int(module)), set()).add(tail)
+        match = _PLACE.fullmatch(rest)
+        if match is None:
+            raise ModelError(f"The checkpoint's UNet has an unknown block '{name}'", remedy=SUPPORTED)
+        tails.setdefault((section, int(match[1]), int(match[2])), set()).add(match[3])
     found: dict[str, dict[int, list[Block]]] = {"input_blocks": {}, "middle_block": {}, "output_blocks": {}}
     for (section, index, module), tail in sorted(tails.items()):
         name = f"{section}.{module}" if section == "middle_block" else f"{section}.{index}.{module}"

@@ -192,6 +192,9 @@ def _header(path: Path, data: bytes, *, size: int | None = None) -> dict[str, di
         raise _damaged(path, "it ends within its header")
     try:
         header = json.loads(data[8:8 + length])
+        metadata = header.get("__metadata__") or {}
+        if not all(isinstance(text, str) for text in (*metadata.keys(), *metadata.values())):
+            raise TypeError("metadata is text")
         end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise _damaged(path, "its header cannot be read") from error
