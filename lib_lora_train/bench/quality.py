@@ -20,7 +20,7 @@ from lib_lora_train.demo import STYLE, SUBJECT
 from lib_lora_train.errors import DatasetError, translated
 from lib_lora_train.host.port import Host
 
-STEPS, SUBJECT_STEPS = 800, 400
+STEPS, SUBJECT_STEPS = 400, 200
 
 
 @dataclasses.dataclass(frozen=True)

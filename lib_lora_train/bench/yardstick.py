@@ -37,7 +37,7 @@ class Effort:
     across: bool = True
     every: int = 1
     others: int = 1
-    sampler_steps: int = 20
+    sampler_steps: int = 15
     paintings: int = 2
 
 
