@@ -17,7 +17,7 @@ def add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser], *,
     quality = kinds.add_parser("quality", help="train on fixed pictures and measure what was learnt")
     quality.add_argument("--checkpoint", type=Path, help="the model, a .safetensors file; by default the one that comes along")
     quality.add_argument("--out", type=Path, default=Path("bench-output"), help="where table, figures, LoRAs and sheets go")
-    quality.add_argument("--steps", type=int, help="steps of the style's training (default 800, quick 60)")
+    quality.add_argument("--steps", type=int, help="steps of the style's training (default 400, quick 60)")
     quality.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting that differs from the "
                          "reference line (AdamW, 1e-4, rank 8, alpha 4, cosine); may be repeated")
     quality.add_argument("--no-subject", action="store_true", help="measure the style only")

@@ -21,11 +21,11 @@ from lib_lora_train.settings.field import Value
 
 STYLE = Path(__file__).parent / "style"
 SUBJECT = Path(__file__).parent / "subject"
-NAME, TRIGGER = "twemoji-style", "twemoji"
+NAME = "twemoji-style"
+# No trigger word: a style is wanted in every picture, and so small a model is easily confused by a word it does not know.
 SETTINGS: dict[str, Value] = {
-    "output_name": NAME, "overwrite": True, "train_data_dir": str(STYLE), "trigger_word": TRIGGER, "resolution": "128",
-    "max_train_steps": 400, "train_batch_size": 4, "network_dim": 16, "network_alpha": 16.0, "learning_rate": 1e-3,
-    "keep_tokens": 1}
+    "output_name": NAME, "overwrite": True, "train_data_dir": str(STYLE), "resolution": "128",
+    "max_train_steps": 400, "train_batch_size": 4, "network_dim": 16, "network_alpha": 16.0, "learning_rate": 1e-3}
 
 
 def demo_host(folder: Path) -> StandaloneHost:
@@ -53,7 +53,7 @@ def run_demo(folder: Path, *, page: bool, port: int, address: str, auth: str = "
         return 1
     print("Painting words that it never saw, with and without it ...", flush=True)
     picture = folder / "before-after.png"
-    draw_sheet(paint_rows(host, Path(finished.path), dataset=STYLE, trigger=TRIGGER)).save(picture)
+    draw_sheet(paint_rows(host, Path(finished.path), dataset=STYLE)).save(picture)
     print(f"Before and after: {picture.resolve()}", flush=True)
     if page:
         from lib_lora_train.ui.standalone import serve

@@ -32,7 +32,7 @@ class SheetRow:
     pictures: tuple[Image.Image, ...]
 
 
-def paint_rows(host: Host, lora: Path, *, dataset: Path, trigger: str) -> list[SheetRow]:
+def paint_rows(host: Host, lora: Path, *, dataset: Path) -> list[SheetRow]:
     """Three rows: some of the dataset; the model's own paintings of other words; those with the LoRA, from the same noise."""
     with host.borrow() as borrowed:
         model = frozen.build(borrowed.tensors, hints=borrowed.hints, tokenizers=borrowed.tokenizers)
@@ -51,7 +51,7 @@ def paint_rows(host: Host, lora: Path, *, dataset: Path, trigger: str) -> list[S
             SheetRow("dataset (8 of 24)", tuple(name.replace("-", " ") for name in DATASET),
                      tuple(read_picture(dataset / f"{name}.png").resize((SIDE, SIDE)) for name in DATASET)),
             SheetRow("without LoRA", WORDS, paint(list(WORDS), {})),
-            SheetRow("with LoRA", WORDS, paint([f"{trigger}, {word}" for word in WORDS], adapters))]
+            SheetRow("with LoRA", WORDS, paint(list(WORDS), adapters))]
 
 
 def draw_sheet(rows: list[SheetRow]) -> Image.Image:

@@ -4,8 +4,7 @@ Names and shapes follow CompVis' v1-inference.yaml at a smaller size, from that 
 tests of ours have something independent to stand on. Beside the `.safetensors` lie the `.yaml` that the WebUI reads and
 a folder with the text encoder's configuration and a vocabulary of single characters and a few words.
 
-All weights are random, unless `size` is DEMO: then the VAE shows what its latents hold and the UNet predicts plain noise
-(`untrained.py`), so that one can see what a LoRA adds.
+All weights are random: it paints noise, but it paints. The model that paints pictures is `embedded.py`'s.
 
 Eight heads, or 64 channels a text head, would be right by the family's rule; here both are others, so that whoever
 ignores the host's word on them fails.
@@ -22,8 +21,6 @@ from pathlib import Path
 import torch
 import yaml
 from safetensors.torch import save_file
-
-from lib_lora_train.demo.untrained import let_through, vae_tensors
 
 RES_BLOCKS, VAE_RES_BLOCKS = 2, 1
 WORDS = ("cat", "a", "of", "photo", "red", "blue", "zzk")
@@ -45,7 +42,6 @@ class Size:
 
 
 RANDOM = Size(32, (1, 2, 4, 4), 32, (1, 1, 2, 2))
-DEMO = Size(64, (1, 1, 2, 2), 128, (1, 1, 1, 1))
 
 
 def write(folder: Path, *, name: str = "tiny", seed: int = 0, size: Size = RANDOM) -> Path:
@@ -78,10 +74,6 @@ def tensors(*, vocabulary: int, seed: int = 0, size: Size = RANDOM) -> dict[str,
     made["first_stage_model.quant_conv.weight"][mean] *= 8  # latents of about 1 after the scale factor
     made["first_stage_model.quant_conv.weight"][log_variance] *= 0.2
     made["first_stage_model.quant_conv.bias"][log_variance] -= 6
-    if size is DEMO:
-        made |= {f"first_stage_model.{name}": tensor for name, tensor in vae_tensors(dict(_vae(size))).items()}
-        let_through({name.removeprefix("model.diffusion_model."): tensor for name, tensor in made.items()
-                     if name.startswith("model.diffusion_model.")})
     return made
 
 

@@ -1,4 +1,4 @@
-"""A LoRA learns what it is shown: real pictures (24 Twemoji faces), the whole road, and the file it leaves."""
+"""A LoRA learns what it is shown: real pictures (24 Twemoji), the whole road, and the file it leaves."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 from lib_lora_train.cache.batches import Batches
 from lib_lora_train.cache.latents import CachedLatents
 from lib_lora_train.cache.text import TextCache
-from lib_lora_train.demo import STYLE, tiny_checkpoint
+from lib_lora_train.demo import STYLE, embedded
 from lib_lora_train.evaluation.fixed_loss import fixed_loss
-from lib_lora_train.evaluation.sampler import SampleRequest, sample_latents
+from lib_lora_train.evaluation.sampler import SampleRequest, sample_batch
 from lib_lora_train.host.standalone import StandaloneHost
 from lib_lora_train.job import run_job
 from lib_lora_train.model import frozen
@@ -24,59 +24,55 @@ from lib_lora_train.preparation import prepare
 from lib_lora_train.settings import parse
 
 SETTINGS = parse({
-    "output_name": "faces", "train_data_dir": str(STYLE), "trigger_word": "twemoji", "resolution": "64",
-    "max_train_steps": 150, "train_batch_size": 2, "network_dim": 16, "network_alpha": 16, "learning_rate": 2e-3,
-    "min_snr_gamma": 0, "min_bucket_reso": 64})
+    "output_name": "style", "train_data_dir": str(STYLE), "resolution": "128",
+    "max_train_steps": 100, "train_batch_size": 4, "network_dim": 16, "network_alpha": 16, "learning_rate": 1e-3})
 
 
 class Learnt:
     """The model, the LoRA read back from its file, and the pictures as batches."""
 
     def __init__(self, folder: Path) -> None:
-        checkpoint = tiny_checkpoint.write(folder, size=tiny_checkpoint.DEMO)
-        host = StandaloneHost(checkpoint, lora_folder=folder / "loras", runs_folder=folder / "runs")
+        host = StandaloneHost(embedded.CHECKPOINT, lora_folder=folder / "loras", runs_folder=folder / "runs")
         path = Path(run_job(SETTINGS, host, report=lambda event: None, stop=lambda: "").path)
         with host.borrow() as lent:
-            self.model = frozen.build(lent.tensors, hints=lent.hints, tokenizers=lent.tokenizers)
+            tensors = {name: tensor.float() for name, tensor in lent.tensors.items()}
+            self.model = frozen.build(tensors, hints=lent.hints, tokenizers=lent.tokenizers)
         targets = find_targets(self.model.components, family="sd1", text_encoder=False)
         self.adapters = LoRANetwork.continued(targets, file.load(path).tensors, seed=0).adapters()
         ready = prepare(SETTINGS, family="sd1")
         self.source = CachedLatents.build(self.model.vae, ready.dataset, ready.placements)
-        self.batches = Batches(self.source, train_batch_size=8, seed=1, trigger_word="twemoji")
+        self.batches = Batches(self.source, train_batch_size=8, seed=1)
         cache = TextCache(self.model.text)
         self.condition = lambda batch: cache.get(batch.captions)
 
     def loss(self, adapters) -> dict[int, float]:
         visits = list(self.batches.epoch(1))[:3]
-        # Beyond t = 700 almost all is noise, which is what the untrained model says already: nothing is left to learn.
-        return fixed_loss(self.model, visits, self.condition, adapters=adapters.get("unet", {}), seed=9,
-                          timesteps=(100, 300, 500, 700))
+        return fixed_loss(self.model, visits, self.condition, adapters=adapters.get("unet", {}), seed=9)
 
-    def distance_to_nearest_picture(self, adapters) -> float:
-        """Mean over six paintings of the RMS difference (pixels, 0 to 1) to the nearest training picture, both as the
-        VAE shows them."""
-        indices = list(range(len(self.source.dataset.examples)))
-        shown = self.source.get(indices, [random.Random(0)] * len(indices)).mean
-        training = self.model.vae.decode(shown).clamp(-1, 1) / 2
-        distances = []
-        for seed in range(6):
-            request = SampleRequest("twemoji, grinning face", width=64, height=64, steps=20, cfg_scale=1.0, seed=seed)
-            painted = self.model.vae.decode(sample_latents(self.model, request, adapters=adapters)).clamp(-1, 1) / 2
-            distances.append((training - painted).square().mean(dim=(1, 2, 3)).sqrt().min())
-        return torch.stack(distances).mean().item()
+    def distance_to_the_pictures(self, adapters) -> float:
+        """Mean over eight captions of the RMS difference (pixels, 0 to 1) between what is painted for a caption and its
+        picture, both as the VAE shows them."""
+        examples = self.source.dataset.examples[:8]
+        shown = self.source.get(list(range(8)), [random.Random(0)] * 8).mean
+        requests = [SampleRequest(example.caption, width=128, height=128, steps=10, cfg_scale=1.0, seed=seed)
+                    for seed, example in enumerate(examples)]
+        painted = self.model.vae.decode(sample_batch(self.model, requests, adapters=adapters)).clamp(-1, 1)
+        difference = (painted - self.model.vae.decode(shown).clamp(-1, 1)) / 2
+        return difference.square().mean(dim=(1, 2, 3)).sqrt().mean().item()
 
 
 @pytest.fixture(scope="module")
 def learnt(tmp_path_factory) -> Learnt:
-    return Learnt(tmp_path_factory.mktemp("faces"))
+    return Learnt(tmp_path_factory.mktemp("style"))
 
 
 def test_the_loss_on_fixed_noise_falls_at_every_timestep(learnt):
     before, after = learnt.loss({}), learnt.loss(learnt.adapters)
+    print(before, after)
     assert all(after[t] < before[t] for t in before)
-    assert sum(after.values()) < 0.6 * sum(before.values())
 
 
 def test_what_is_painted_with_the_lora_looks_more_like_the_pictures(learnt):
-    before, after = learnt.distance_to_nearest_picture({}), learnt.distance_to_nearest_picture(learnt.adapters)
+    before, after = learnt.distance_to_the_pictures({}), learnt.distance_to_the_pictures(learnt.adapters)
+    print(before, after)
     assert after < 0.75 * before
