@@ -130,9 +130,14 @@ def test_the_alias_must_be_the_name_of_the_file(tmp_path: Path) -> None:
         save(tmp_path / "other.safetensors", tensors(), METADATA, dtype=torch.float16)
 
 
-def test_a_missing_folder_is_told(tmp_path: Path) -> None:
+def test_a_folder_that_vanished_is_made_again(tmp_path: Path) -> None:
+    assert saved(tmp_path / "vanished").is_file()
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file stands where the folder should", encoding="utf-8")
     with pytest.raises(OutputError):
-        saved(tmp_path / "nowhere")
+        saved(tmp_path / "taken")
 
 
 def bad_header(header: object) -> bytes:
