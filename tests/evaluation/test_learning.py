@@ -6,7 +6,6 @@ import random
 from pathlib import Path
 
 import pytest
-import torch
 
 from lib_lora_train.cache.batches import Batches
 from lib_lora_train.cache.latents import CachedLatents
@@ -68,11 +67,9 @@ def learnt(tmp_path_factory) -> Learnt:
 
 def test_the_loss_on_fixed_noise_falls_at_every_timestep(learnt):
     before, after = learnt.loss({}), learnt.loss(learnt.adapters)
-    print(before, after)
     assert all(after[t] < before[t] for t in before)
 
 
 def test_what_is_painted_with_the_lora_looks_more_like_the_pictures(learnt):
     before, after = learnt.distance_to_the_pictures({}), learnt.distance_to_the_pictures(learnt.adapters)
-    print(before, after)
     assert after < 0.75 * before

@@ -66,7 +66,7 @@ def fit_encoder(tensors: dict[str, Tensor], pictures: Tensor) -> None:
     components = components.view(4, 3, 4, 4)
 
     for name, tensor in tensors.items():
-        if name.startswith("encoder.") and (".conv2." in name or "proj_out." in name or "downsample" in name or "conv_in" in name):
+        if name.startswith("encoder.") and any(part in name for part in (".conv2.", "proj_out.", "downsample", "conv_in")):
             tensor.zero_()
     quarter = [(row, column) for row in (0, 1) for column in (0, 1)]
     for colour in range(3):
@@ -98,7 +98,7 @@ def fit_encoder(tensors: dict[str, Tensor], pictures: Tensor) -> None:
 
 
 def prepare_decoder(tensors: dict[str, Tensor]) -> None:
-    """Start the decoder (local names, in place) as a path that carries its input through, with residual blocks that add zero."""
+    """Start the decoder (local names, in place) as a path that carries its input through; residual blocks add zero."""
     for name, tensor in tensors.items():
         if name.startswith("decoder.") and (".conv2." in name or "proj_out." in name):
             tensor.zero_()

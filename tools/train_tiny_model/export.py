@@ -45,7 +45,7 @@ def write(folder: Path, *, vae: Mapping[str, Tensor], statistics: LatentStatisti
     part = path.with_suffix(".part")
     save_file({name: tensor.detach().cpu().half().contiguous() for name, tensor in tensors.items()}, part, metadata={
         "format": "pt", "modelspec.title": "Emoji, a tiny Stable Diffusion 1",
-        "modelspec.license": "AGPL-3.0-or-later; trained on Noto Emoji (Apache-2.0); its autoencoder also on Twemoji (CC-BY 4.0)"})
+        "modelspec.license": "AGPL-3.0-or-later; trained on Noto Emoji (Apache-2.0), its decoder also on Twemoji (CC-BY 4.0)"})
     os.replace(part, path)
     (folder / f"{NAME}.yaml").write_text(
         yaml.safe_dump(tiny_checkpoint.configuration(f"{NAME}-text", SIZE), sort_keys=False), encoding="utf-8")

@@ -135,8 +135,8 @@ def turned_hue(picture: Image.Image, *, source: str, target: str) -> Image.Image
     """`picture` with every hue turned as far as `source` lies from `target`; greys stay grey."""
     hue, saturation, value = (np.asarray(band) for band in picture.convert("RGB").convert("HSV").split())
     shift = round((HUES[target] - HUES[source]) * 256)
-    turned = Image.merge("HSV", [Image.fromarray(band) for band in ((hue.astype(int) + shift).astype(np.uint8), saturation, value)])
-    turned = turned.convert("RGB")
+    bands = (hue.astype(int) + shift).astype(np.uint8), saturation, value
+    turned = Image.merge("HSV", [Image.fromarray(band) for band in bands]).convert("RGB")
     turned.putalpha(picture.getchannel("A"))
     return turned
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from pictures import HELD_OUT, STYLE, enlarged, gather, on_paper, open_rgba
+from PIL import Image
 
 OTHERS, TILE, COLUMNS = 168, 64, 16
 PACKAGE = Path(__file__).resolve().parents[2] / "lib_lora_train"
