@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from lib_lora_train.cache.latents import CachedLatents
 from lib_lora_train.cache.text import TextCache
 from lib_lora_train.demo import STYLE, embedded
 from lib_lora_train.evaluation.fixed_loss import fixed_loss
-from lib_lora_train.evaluation.sampler import SampleRequest, sample_batch
 from lib_lora_train.host.standalone import StandaloneHost
 from lib_lora_train.job import run_job
 from lib_lora_train.model import frozen
@@ -24,7 +22,7 @@ from lib_lora_train.settings import parse
 
 SETTINGS = parse({
     "output_name": "style", "train_data_dir": str(STYLE), "resolution": "128",
-    "max_train_steps": 100, "train_batch_size": 4, "network_dim": 16, "network_alpha": 16, "learning_rate": 1e-3})
+    "max_train_steps": 60, "train_batch_size": 4, "network_dim": 16, "network_alpha": 16, "learning_rate": 1e-3})
 
 
 class Learnt:
@@ -48,17 +46,6 @@ class Learnt:
         visits = list(self.batches.epoch(1))[:3]
         return fixed_loss(self.model, visits, self.condition, adapters=adapters.get("unet", {}), seed=9)
 
-    def distance_to_the_pictures(self, adapters) -> float:
-        """Mean over eight captions of the RMS difference (pixels, 0 to 1) between what is painted for a caption and its
-        picture, both as the VAE shows them."""
-        examples = self.source.dataset.examples[:8]
-        shown = self.source.get(list(range(8)), [random.Random(0)] * 8).mean
-        requests = [SampleRequest(example.caption, width=128, height=128, steps=10, cfg_scale=1.0, seed=seed)
-                    for seed, example in enumerate(examples)]
-        painted = self.model.vae.decode(sample_batch(self.model, requests, adapters=adapters)).clamp(-1, 1)
-        difference = (painted - self.model.vae.decode(shown).clamp(-1, 1)) / 2
-        return difference.square().mean(dim=(1, 2, 3)).sqrt().mean().item()
-
 
 @pytest.fixture(scope="module")
 def learnt(tmp_path_factory) -> Learnt:
@@ -68,8 +55,3 @@ def learnt(tmp_path_factory) -> Learnt:
 def test_the_loss_on_fixed_noise_falls_at_every_timestep(learnt):
     before, after = learnt.loss({}), learnt.loss(learnt.adapters)
     assert all(after[t] < before[t] for t in before)
-
-
-def test_what_is_painted_with_the_lora_looks_more_like_the_pictures(learnt):
-    before, after = learnt.distance_to_the_pictures({}), learnt.distance_to_the_pictures(learnt.adapters)
-    assert after < 0.75 * before
