@@ -147,7 +147,7 @@ def examine(place: Place, trainer: Trainer, tally: Tally) -> None:
 
     parts = [path for path in place.output.rglob("*.part")]
     tally.most_parts = max(tally.most_parts, len(parts))
-    if len({path.name.rsplit(".", 2)[0] for path in parts}) < len(parts):
+    if len({(path.parent, path.name.rsplit(".", 2)[0]) for path in parts}) < len(parts):
         tally.wrong.append(f"several leftovers of one file: {sorted(path.name for path in parts)}")
     for path in place.output.glob("*.safetensors"):
         tally.files_examined += 1
