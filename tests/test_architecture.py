@@ -18,7 +18,7 @@ PACKAGE = "lib_lora_train"
 # job; the hosts themselves are not. A new room is added where it belongs.
 ROOMS = ("errors", "events", "whole_file", "settings", "presets", "fence", "dataset", "tagging", "model", "network", "cache",
          "training", "evaluation", "output", "preparation", "host.port", "provenance", "resume", "saver", "job", "run_mark",
-         "run_record", "runner", "diagnostics", "control", "host", "api", "ui", "demo", "bench", "__main__")
+         "run_record", "runner", "diagnostics", "control", "host", "studio", "api", "ui", "demo", "bench", "__main__")
 NOT_CORE = ("host", "ui", "api")
 
 FILES = sorted((ROOT / PACKAGE).rglob("*.py"))

@@ -66,6 +66,10 @@ class Host(Protocol):
         """Where each run keeps its folder of settings and events."""
 
     @property
+    def datasets_folder(self) -> Path:
+        """Where the dataset studio keeps the datasets it owns."""
+
+    @property
     def fence(self) -> Fence | None:
         """The folders a run may touch; None where only this machine's user reaches the host."""
 

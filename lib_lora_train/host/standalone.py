@@ -37,6 +37,7 @@ class StandaloneHost:
                  device: torch.device | None = None, fence: Fence | None = None) -> None:
         self.checkpoint_file, self.fence = checkpoint_file, fence
         self.lora_folder, self.runs_folder = lora_folder, runs_folder
+        self.datasets_folder = runs_folder.with_name("datasets")
         self._device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._lock = threading.Lock()
         self._tensors: Mapping[str, torch.Tensor] | None = None

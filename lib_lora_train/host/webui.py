@@ -56,6 +56,11 @@ class WebUIHost:
         return Path(paths.data_path) / "lora_train_runs"
 
     @property
+    def datasets_folder(self) -> Path:
+        """Beside the WebUI's other data (--data-dir)."""
+        return Path(paths.data_path) / "lora_train_datasets"
+
+    @property
     def fence(self) -> Fence | None:
         """Where others reach the WebUI: its own folders, and those its owner added."""
         return webui_fence.fence()
