@@ -61,6 +61,18 @@ def is_marked(folder: Path) -> bool:
         os.close(descriptor)  # and lets the lock go
 
 
+def is_abandoned(folder: Path) -> bool:
+    """Whether some process worked on the folder's run and surely none does now; False where the drive knows no locks."""
+    try:
+        descriptor = os.open(folder / MARK_NAME, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        return _lock(descriptor) is True
+    finally:
+        os.close(descriptor)
+
+
 def _lock(descriptor: int) -> bool | None:
     """Whether the lock could be had; None where the drive knows none."""
     if sys.platform == "win32":

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from lib_lora_train import events
 from lib_lora_train.errors import LoraTrainError, SettingError
-from lib_lora_train.run_mark import Mark, is_marked
+from lib_lora_train.run_mark import Mark, is_abandoned, is_marked
 from lib_lora_train.settings import Settings, flat
 from lib_lora_train.settings.toml import read_toml, write_toml
 from lib_lora_train.training.state import FILE_NAME, read_facts
@@ -47,6 +48,7 @@ class RunRecord:
             folder.mkdir(parents=True, exist_ok=True)
             self._mark = Mark.take(folder)
             write_whole(folder / "settings.toml", self._settings)
+            _sweep(folder.parent)
         except OSError as error:
             self._complain(error)
 
@@ -118,6 +120,17 @@ def new_folder(runs: Path, name: str) -> Path:
     while folder.exists():
         folder, number = runs / f"{stem}-{number}", number + 1
     return folder
+
+
+def _sweep(runs: Path) -> None:
+    """Remove what killed processes left half-written in the folders of other runs.
+
+    A run that was killed during its first state is never gone on with, so nobody else would come by.
+    """
+    for part in runs.glob("*/.*.part"):
+        if (part.parent / "settings.toml").is_file() and is_abandoned(part.parent):
+            with contextlib.suppress(OSError):
+                part.unlink()
 
 
 def read_events(folder: Path) -> Iterator[events.Event]:

@@ -55,6 +55,20 @@ def test_the_mark_of_another_process_is_seen_and_gone_when_it_is_killed(tmp_path
     assert not is_marked(tmp_path)
 
 
+def test_the_next_run_removes_what_a_killed_one_left_half_written_and_nothing_else(tmp_path):
+    cut_off(tmp_path / "killed")
+    alive = RunRecord(tmp_path / "alive", SETTINGS)
+    parts = {name: tmp_path / name / ".state.4711.part" for name in ("killed", "alive", "not a run")}
+    for part in parts.values():
+        part.parent.mkdir(exist_ok=True)
+        part.write_bytes(b"half")
+    before = {path: path.read_bytes() for path in (tmp_path / "killed").iterdir() if path != parts["killed"]}
+    RunRecord(tmp_path / "next", SETTINGS).close()
+    assert [name for name, part in parts.items() if part.exists()] == ["alive", "not a run"]
+    assert {path: path.read_bytes() for path in (tmp_path / "killed").iterdir()} == before
+    alive.close()
+
+
 def test_a_run_that_is_under_way_cannot_be_resumed(tmp_path, monkeypatch):
     from lib_lora_train import run_mark
     monkeypatch.setattr(run_mark, "_PAUSE", 0.0)
