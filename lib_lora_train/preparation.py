@@ -10,16 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lib_lora_train.cache.disk import CACHE_FOLDER
-from lib_lora_train.dataset.buckets import Buckets, Placement
+from lib_lora_train.dataset.buckets import Placement, buckets_for
 from lib_lora_train.dataset.folder import Dataset, place, scan, visits_by_bucket
 from lib_lora_train.dataset.plan import Plan, plan_run
 from lib_lora_train.errors import DatasetError
 from lib_lora_train.fence import Fence
-from lib_lora_train.settings import Settings, ignored, resolution_of
-
-DEFAULT_RESOLUTION = {"sd1": 512, "sd2": 768, "sdxl": 1024}
-# Every SDXL resolution has a bucket only up to here; kohya's scripts ask their users to raise the bound by hand.
-SDXL_MAX_BUCKET = 2048
+from lib_lora_train.settings import Settings, ignored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,12 +66,7 @@ def prepare(settings: Settings, *, family: str, fence: Fence | None = None,
     dataset_settings, optimizer = settings.dataset, settings.optimizer
     if not dataset_settings.train_data_dir:
         raise DatasetError("No dataset folder was given", remedy="choose a folder of pictures")
-    resolution = resolution_of(dataset_settings.resolution, default=DEFAULT_RESOLUTION.get(family, 512))
-    buckets = Buckets(
-        resolution, enable_bucket=dataset_settings.enable_bucket,
-        min_bucket_reso=min(dataset_settings.min_bucket_reso, *resolution),
-        max_bucket_reso=max(dataset_settings.max_bucket_reso, *resolution, SDXL_MAX_BUCKET if family == "sdxl" else 0),
-        bucket_reso_steps=dataset_settings.bucket_reso_steps, bucket_no_upscale=dataset_settings.bucket_no_upscale)
+    buckets = buckets_for(dataset_settings, family=family)
     found = scan(
         Path(dataset_settings.train_data_dir), max_train_epochs=optimizer.max_train_epochs,
         num_repeats=dataset_settings.num_repeats, trigger_word=dataset_settings.trigger_word,
@@ -85,7 +76,7 @@ def prepare(settings: Settings, *, family: str, fence: Fence | None = None,
         _check_caches(found, fence)
     dataset, placements = place(found, buckets)
     return Preparation(
-        dataset=dataset, placements=placements, resolution=resolution,
+        dataset=dataset, placements=placements, resolution=buckets.resolution,
         plan=replan(settings, dataset=dataset, placements=placements),
         warnings=(*ignored(settings), *(problem.text for problem in dataset.problems)))
 

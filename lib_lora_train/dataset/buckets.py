@@ -10,8 +10,13 @@ import math
 from dataclasses import dataclass
 
 from lib_lora_train.errors import DatasetError, SettingError
+from lib_lora_train.settings import DatasetSettings, resolution_of
 
 Size = tuple[int, int]
+
+DEFAULT_RESOLUTION = {"sd1": 512, "sd2": 768, "sdxl": 1024}
+# Every SDXL resolution has a bucket only up to here; kohya's scripts ask their users to raise the bound by hand.
+SDXL_MAX_BUCKET = 2048
 
 
 @dataclass(frozen=True)
@@ -137,6 +142,16 @@ class Buckets:
 
     def _whole_steps(self, length: float) -> int:
         return int(length + 0.5) // self.steps * self.steps
+
+
+def buckets_for(settings: DatasetSettings, *, family: str) -> Buckets:
+    """The buckets that `settings` ask for with a model of `family` ("" as for SD1); SettingError as `Buckets`."""
+    resolution = resolution_of(settings.resolution, default=DEFAULT_RESOLUTION.get(family, 512))
+    return Buckets(
+        resolution, enable_bucket=settings.enable_bucket,
+        min_bucket_reso=min(settings.min_bucket_reso, *resolution),
+        max_bucket_reso=max(settings.max_bucket_reso, *resolution, SDXL_MAX_BUCKET if family == "sdxl" else 0),
+        bucket_reso_steps=settings.bucket_reso_steps, bucket_no_upscale=settings.bucket_no_upscale)
 
 
 def _aspect_error(width: int, height: int, aspect: float) -> float:

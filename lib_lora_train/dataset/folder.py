@@ -106,12 +106,12 @@ def scan(
     Raises DatasetError (folder missing, empty, unreadable; no usable picture; captions not UTF-8) and
     Interrupted when `should_stop()` says so.
     """
-    subsets, layout, problems = _find(Path(folder), what="dataset", may_read=may_read)
-    reg_subsets: list[_Subset] = []
+    subsets, layout, problems = find_pictures(Path(folder), what="dataset", may_read=may_read)
+    reg_subsets: list[Subset] = []
     if reg_data_dir:
         if Path(reg_data_dir).resolve() == Path(folder).resolve():
             raise DatasetError("reg_data_dir is the dataset folder itself", remedy="choose another folder or none")
-        reg_subsets, _, reg_problems = _find(Path(reg_data_dir), what="regularisation", may_read=may_read)
+        reg_subsets, _, reg_problems = find_pictures(Path(reg_data_dir), what="regularisation", may_read=may_read)
         problems += reg_problems
     watch = Watch(sum(len(subset.pictures) for subset in subsets + reg_subsets), doing="the pictures were read",
                   on_progress=on_progress, should_stop=should_stop)
@@ -158,7 +158,7 @@ def visits_by_bucket(examples: Sequence[Example], placements: Sequence[Placement
 
 
 @dataclass(frozen=True)
-class _Subset:
+class Subset:
     """One folder whose pictures are used."""
 
     path: Path
@@ -178,7 +178,7 @@ class _Reader:
         self.several_lines: list[str] = []
         self.several_files: list[str] = []
 
-    def read(self, subsets: Sequence[_Subset], *, trigger_word: str) -> list[Example]:
+    def read(self, subsets: Sequence[Subset], *, trigger_word: str) -> list[Example]:
         examples = []
         for subset in subsets:
             for picture in subset.pictures:
@@ -189,7 +189,7 @@ class _Reader:
                 self.watch.advance()
         return examples
 
-    def _example(self, picture: Path, subset: _Subset, *, trigger_word: str) -> Example | None:
+    def _example(self, picture: Path, subset: Subset, *, trigger_word: str) -> Example | None:
         try:
             width, height = check_picture(picture, max_pixels=self.max_pixels)
         except DatasetError as error:
@@ -200,7 +200,7 @@ class _Reader:
             self.empty.append(picture.name)
         return Example(picture, caption, subset.repeats, subset.path.name, width, height)
 
-    def _caption(self, picture: Path, subset: _Subset) -> str:
+    def _caption(self, picture: Path, subset: Subset) -> str:
         files = subset.captions.get(picture.stem, [])
         if not files:
             return subset.caption
@@ -232,9 +232,12 @@ class _Reader:
                 self.problems.append(Problem(f"{len(names)} picture(s) have {text}: {_some(names)}."))
 
 
-def _find(folder: Path, *, what: str,
-          may_read: MayRead | None) -> tuple[list[_Subset], Literal["kohya", "plain"], list[Problem]]:
-    """Which folders hold the pictures, and in which layout."""
+def find_pictures(folder: Path, *, what: str,
+                  may_read: MayRead | None) -> tuple[list[Subset], Literal["kohya", "plain"], list[Problem]]:
+    """Which folders hold the pictures, and in which layout; only names are read. `what` completes "The … folder".
+
+    Raises DatasetError if the folder is missing, unreadable or without pictures.
+    """
     problems: list[Problem] = []
     files, folders = _listing(folder, what, may_read=may_read, problems=problems)
     loose = [file for file in files if is_picture_name(file)]
@@ -254,7 +257,7 @@ def _find(folder: Path, *, what: str,
                 f"{folder.name} was chosen itself, so its name is not read as {match[1]} repeats of "
                 f"'{match[2]}'; choose the folder above it for that."))
         problems += _unused_folders(others, "only the pictures beside it are used")
-        return [_Subset(folder, 1, "", tuple(loose), find_captions(files))], "plain", problems
+        return [Subset(folder, 1, "", tuple(loose), find_captions(files))], "plain", problems
     why = " ".join(p.text for p in problems) or "no file in it has a picture's name"
     with_pictures = [f.name for f in others if _picture_names(f)]
     remedy = "choose the folder that holds the pictures"
@@ -264,7 +267,7 @@ def _find(folder: Path, *, what: str,
     raise DatasetError(f"The {what} folder {folder} holds no pictures", why=why, remedy=remedy)
 
 
-def _subset(folder: Path, problems: list[Problem], may_read: MayRead | None) -> _Subset | None:
+def _subset(folder: Path, problems: list[Problem], may_read: MayRead | None) -> Subset | None:
     """An N_name folder with pictures; otherwise None, with the reason among the problems."""
     match = _REPEATS_AND_NAME.fullmatch(folder.name)
     assert match is not None
@@ -277,7 +280,7 @@ def _subset(folder: Path, problems: list[Problem], may_read: MayRead | None) -> 
         why = "it holds no pictures" if not pictures else f"it asks for {repeats} repeats, not 1 to {MOST_REPEATS:.0f}"
         problems.append(Problem(f"The folder {folder.name} is ignored: {why}."))
         return None
-    return _Subset(folder, repeats, printable(match[2].strip()), pictures, find_captions(files))
+    return Subset(folder, repeats, printable(match[2].strip()), pictures, find_captions(files))
 
 
 def _listing(folder: Path, what: str, *, may_read: MayRead | None,
