@@ -1,0 +1,174 @@
+"""Who may ask, and how a request becomes an answer or a refusal. Knows nothing of what is asked."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+import json
+import logging
+import secrets
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from fastapi import FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse, Response
+
+from lib_lora_train.errors import HostError, LoraTrainError, UserError
+
+log = logging.getLogger(__name__)
+PREFIX = "/lora-train/v1"
+TOKEN_HEADER = "X-Lora-Train"
+OUTDATED = "This page is older than the server behind it; reload the page."
+_LARGEST_BODY = 1 << 20
+LoggedIn = Callable[[Mapping[str, str]], bool]
+"""Whether a request's cookies are of somebody who may see the page."""
+Answer = Callable[[Mapping[str, str], dict[str, Any]], object]
+"""From the query and the body to plain data, or to a Response."""
+Receive = Callable[[Request], Awaitable[object]]
+"""Reads the body itself and answers with plain data."""
+
+
+class Refused(Exception):
+    """A request that is answered with an HTTP status of its own."""
+
+    def __init__(self, code: int, sentence: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(sentence)
+        self.code, self.headers = code, headers
+
+
+@dataclasses.dataclass(frozen=True)
+class Gate:
+    """Decides who may ask."""
+
+    token: str = dataclasses.field(repr=False)
+    credentials: Mapping[str, str] = dataclasses.field(repr=False)
+    api_enabled: bool
+    logged_in: LoggedIn = dataclasses.field(repr=False)
+
+    def check(self, request: Request) -> None:
+        """Raise Refused unless the request may pass; a POST must be JSON."""
+        self._check_site(request)
+        if request.method == "POST" and _content_type(request) != "application/json":
+            # What a form, or a script that asks no leave, cannot send.
+            raise Refused(415, "The request must be JSON; set the header Content-Type: application/json.")
+        self._check_asker(request)
+
+    def check_upload(self, request: Request) -> None:
+        """Raise Refused unless it is the page that sends a file."""
+        self._check_site(request)
+        if _content_type(request) != "application/octet-stream":
+            raise Refused(415, "A file must be sent as it is; set the header Content-Type: application/octet-stream.")
+        if request.headers.get(TOKEN_HEADER) is None:
+            raise Refused(403, "Only the page sends files; a program names the folder they are in.")
+        self._check_asker(request)
+
+    def _check_site(self, request: Request) -> None:
+        # Browsers say so themselves; another port of this machine is another site too.
+        if request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
+            raise Refused(403, "A request from another web page is not accepted.")
+
+    def _check_asker(self, request: Request) -> None:
+        shown = request.headers.get(TOKEN_HEADER)
+        if shown is not None:
+            # No 401 here: a browser would answer it with a password box over the page.
+            if not secrets.compare_digest(shown.encode(), self.token.encode()):
+                raise Refused(403, OUTDATED)
+            if not self.logged_in(request.cookies):
+                raise Refused(401, "Your login has ended; reload the page and log in.")
+            return
+        if not self.api_enabled:
+            raise Refused(403, "The API is switched off; start the WebUI with --api to use it.")
+        if self.credentials:
+            if not self._known(request.headers.get("authorization", "")):
+                raise Refused(401, "The API's user name and password are missing or wrong.", {"WWW-Authenticate": "Basic"})
+        elif not self.logged_in(request.cookies):
+            raise Refused(401, "This page asks for a login; log in, or give the API a password of its own (--api-auth).")
+        origin = request.headers.get("origin")
+        if request.method == "POST" and origin is not None and not same_origin(origin, request.headers.get("host", "")):
+            raise Refused(403, "A request from another web page is not accepted.")
+
+    def _known(self, authorization: str) -> bool:
+        scheme, _, encoded = authorization.partition(" ")
+        if scheme.lower() != "basic":
+            return False
+        try:
+            user, _, password = base64.b64decode(encoded.strip(), validate=True).decode("utf-8").partition(":")
+        except (binascii.Error, UnicodeDecodeError):
+            return False
+        expected = self.credentials.get(user)
+        matches = secrets.compare_digest(password.encode(), (expected or "").encode())
+        return matches and expected is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class Door:
+    """Adds guarded routes to an application."""
+
+    app: FastAPI
+    gate: Gate
+
+    def add(self, method: str, name: str, answer: Answer, about: str) -> None:
+        """A route that takes JSON (or nothing) and gives JSON or a Response. `answer` runs on a thread of its own."""
+        async def work(request: Request) -> object:
+            self.gate.check(request)
+            body = await _body(request) if method == "POST" else {}
+            return await run_in_threadpool(answer, request.query_params, body)
+        self._add(method, name, work, about)
+
+    def add_upload(self, name: str, receive: Receive, about: str) -> None:
+        """A route that takes one file as the body."""
+        async def work(request: Request) -> object:
+            self.gate.check_upload(request)
+            return await receive(request)
+        self._add("POST", name, work, about)
+
+    def _add(self, method: str, name: str, work: Receive, about: str) -> None:
+        async def route(request: Request) -> Response:
+            try:
+                answered = await work(request)
+                return answered if isinstance(answered, Response) else JSONResponse(answered)
+            except Refused as refused:
+                return JSONResponse({"error": str(refused)}, refused.code, refused.headers)
+            except UserError as error:
+                return JSONResponse({"error": str(error)}, 400)
+            except HostError as error:
+                return JSONResponse({"error": str(error)}, 409)
+            except LoraTrainError as error:
+                return JSONResponse({"error": str(error)}, 500)
+            except Exception:  # the last line of defence: a program that waits for JSON must not get a traceback
+                log.exception("%s %s failed", method, name)
+                return JSONResponse({"error": "Something went wrong inside; the log has the details."}, 500)
+
+        self.app.add_api_route(f"{PREFIX}/{name}", route, methods=[method], summary=about, tags=["lora-train"],
+                               name=f"lora_train_{name.replace('/', '_').replace('-', '_')}")
+
+
+def same_origin(origin: str, host: str) -> bool:
+    """Whether the header Origin names the server that the header Host names; the scheme may change at a proxy."""
+    try:
+        return urlsplit(origin).netloc.lower() == host.lower()
+    except ValueError:
+        return False
+
+
+def _content_type(request: Request) -> str:
+    return request.headers.get("content-type", "").split(";")[0].strip().lower()
+
+
+async def _body(request: Request) -> dict[str, Any]:
+    """The request's JSON object; {} for an empty body."""
+    received = b""
+    async for part in request.stream():
+        received += part
+        if len(received) > _LARGEST_BODY:
+            raise Refused(413, "The request is larger than 1 MiB.")
+    try:
+        data = json.loads(received or b"{}")
+    except (ValueError, RecursionError):
+        raise Refused(400, "The request is not JSON.") from None
+    if not isinstance(data, dict):
+        raise Refused(400, "The request must be a JSON object.")
+    return data

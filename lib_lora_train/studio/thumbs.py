@@ -1,0 +1,63 @@
+"""Pictures as a browser takes them: small ones made when they are asked for and kept, whole ones encoded anew.
+
+Nothing of a file reaches the browser as it is: whatever stands in it, what is sent was painted here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+from pathlib import Path
+
+from PIL import Image
+
+from lib_lora_train.dataset.pictures import read_picture
+from lib_lora_train.errors import DatasetError
+from lib_lora_train.whole_file import write_whole
+
+SIDE = 256
+MEDIA_TYPE = "image/jpeg"
+_NAME_DIGITS = 16
+
+
+def stamp(path: Path) -> str:
+    """What changes whenever the file does, from its time and size; raises DatasetError where it is gone."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise DatasetError(f"The picture {path.name} cannot be read", why=error.strerror or str(error)) from error
+    return f"{status.st_mtime_ns:x}-{status.st_size:x}"
+
+
+def thumbnail(path: Path, folder: Path) -> bytes:
+    """A JPEG of at most 256×256 pixels, from `folder` where it was made before. Raises DatasetError as `read_picture`."""
+    kept = _place(path, folder)
+    with contextlib.suppress(OSError):
+        return kept.read_bytes()
+    picture = read_picture(path)
+    picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    data = jpeg(picture, quality=85)
+    with contextlib.suppress(OSError):  # a full disk costs speed, not the picture
+        for older in kept.parent.glob(f"{kept.stem[:_NAME_DIGITS]}-*.jpg"):
+            older.unlink(missing_ok=True)
+        write_whole(kept, data)
+    return data
+
+
+def whole(path: Path) -> bytes:
+    """The picture upright and in full size, as a JPEG. Raises DatasetError as `read_picture`."""
+    return jpeg(read_picture(path), quality=92)
+
+
+def jpeg(picture: Image.Image, *, quality: int = 90) -> bytes:
+    """The picture's bytes as a JPEG."""
+    held = io.BytesIO()
+    picture.convert("RGB").save(held, "JPEG", quality=quality)
+    return held.getvalue()
+
+
+def _place(path: Path, folder: Path) -> Path:
+    # Spread over folders, so that looking for older ones of a picture stays quick with thousands of them.
+    digits = hashlib.sha256(path.name.encode("utf-8", "surrogatepass")).hexdigest()[:_NAME_DIGITS]
+    return folder / digits[:2] / f"{digits}-{stamp(path)}.jpg"
