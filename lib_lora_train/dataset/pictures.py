@@ -14,6 +14,7 @@ import contextlib
 import struct
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +35,10 @@ MAX_PIXELS = 178_956_970
 # Pillow reads the pieces of a file whole, pixels or not; no picture of so many pixels needs more.
 MAX_BYTES = 256 << 20
 _MOST_CHUNKS = 100_000
+_MOST_EXIF = 65_000  # what fits into a JPEG
 
 _ORIENTATION_TAG = 0x0112
+_EXIF_TAG, _USER_COMMENT_TAG = 0x8769, 0x9286
 # EXIF 2.32, 4.6.4: what undoes each value of the orientation tag (as PIL.ImageOps does it).
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -67,6 +70,35 @@ def read_picture(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         return picture if turn is None else picture.transpose(turn)
 
 
+@dataclass(frozen=True)
+class Layers:
+    """One picture with what `read_picture` leaves out."""
+
+    picture: Image.Image  # as `read_picture` gives it
+    alpha: Image.Image | None  # mode L, same size, 0 where nothing is; None for an opaque picture
+    as_stored: bool  # a program that knows no orientation, transparency or frames sees the same in the file itself
+    format: str  # by its content, as Pillow calls it: "PNG"
+    parameters: str  # the text that generators put into PNG files; "" for none
+    exif: bytes  # without the orientation, for a file with these pixels; b"" for none
+
+
+def read_layers(path: Path, *, max_pixels: int = MAX_PIXELS) -> Layers:
+    """Decode the whole picture, keeping its transparency and its notes apart. Errors as in `read_picture`."""
+    with _opened(path, max_pixels) as image:
+        kind = image.format or ""
+        turn = None if kind == "TIFF" else _UPRIGHT.get(_orientation(image, path))
+        exif = b"" if kind == "TIFF" else _exif_of_upright(image)  # a TIFF's is about how its pixels lie
+        _load_whole(image)
+        picture, alpha = _to_rgb(image), _alpha(image)
+        still = kind not in ("PNG", "WEBP") or not getattr(image, "is_animated", False)
+        as_stored = turn is None and alpha is None and still and image.mode in ("RGB", "L", "P", "1", "RGBA", "LA")
+        if turn is not None:
+            picture = picture.transpose(turn)
+            alpha = None if alpha is None else alpha.transpose(turn)
+        text = image.info.get("parameters", "")
+        return Layers(picture, alpha, as_stored, kind, text if isinstance(text, str) else "", exif)
+
+
 def read_size(path: Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """(width, height) of the upright picture, from its header only. Errors as in `read_picture`."""
     with _opened(path, max_pixels) as image:
@@ -83,6 +115,41 @@ def check_picture(path: Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int
         size = _upright_size(image, path)
         image.verify()
         return size
+
+
+def read_texts(path: Path, *, max_pixels: int = MAX_PIXELS) -> dict[str, str]:
+    """The texts that a program kept inside the picture, by their keyword; pixels are not decoded. Errors as in `read_picture`.
+
+    PNG's text chunks as they are called; a comment in EXIF (JPEG, WebP) as "UserComment", a GIF's as "comment".
+    """
+    with _opened(path, max_pixels) as image:
+        texts = {key: value for key, value in image.info.items() if isinstance(key, str) and isinstance(value, str)}
+        comment = image.info.get("comment")
+        if isinstance(comment, bytes):
+            texts["comment"] = comment.decode("utf-8", "replace")
+        try:
+            user_comment = Image.Image.getexif(image).get_ifd(_EXIF_TAG).get(_USER_COMMENT_TAG)
+        except _DECODER_ERRORS:
+            user_comment = None  # a broken EXIF block says nothing
+        if isinstance(user_comment, bytes) and user_comment:
+            texts["UserComment"] = _user_comment(user_comment)
+        return texts
+
+
+def _user_comment(data: bytes) -> str:
+    """EXIF 2.32, 4.6.5: eight bytes that name the character set, then the text.
+
+    Which byte comes first in its "UNICODE" is not said there, and programs differ: text of mostly Latin letters has its
+    zero bytes on one side.
+    """
+    kind, body = data[:8], data[8:]
+    if kind.rstrip(b"\0 ").upper() == b"UNICODE":
+        little = body.startswith(b"\xff\xfe") or body[1::2].count(0) > body[0::2].count(0)
+        return body.decode("utf-16-le" if little else "utf-16-be", "replace").strip("\ufeff\0 ")
+    if kind.rstrip(b"\0 ").upper() == b"JIS":
+        return body.decode("iso2022_jp", "replace").strip("\0 ")
+    named = kind.rstrip(b"\0 ").upper() in (b"ASCII", b"")
+    return (body if named else data).decode("utf-8", "replace").strip("\0 ")
 
 
 @contextlib.contextmanager
@@ -180,6 +247,19 @@ def _orientation(image: Image.Image, path: Path) -> int:
     return value if value in _UPRIGHT else 1
 
 
+def _exif_of_upright(image: Image.Image) -> bytes:
+    """The EXIF block for a file whose pixels are upright; b"" where there is none, or none that can be read."""
+    try:
+        exif = Image.Image.getexif(image)
+        if not exif:
+            return b""
+        exif.pop(_ORIENTATION_TAG, None)
+        written = exif.tobytes()
+    except _DECODER_ERRORS:
+        return b""
+    return written if len(written) < _MOST_EXIF else b""
+
+
 def _png_trailing_exif(path: Path) -> bytes | None:
     """The body of the first eXIf chunk (PNG 1.2 extension 1.5.0), found by hopping over the others."""
     with path.open("rb") as file:
@@ -200,10 +280,22 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     """Mode RGB with transparency on white. Samples deeper than 8 bits keep their high byte."""
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         return _deep_grey_to_rgb(image)
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    if _may_be_transparent(image):
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba).convert("RGB")
     return image.convert("RGB") if image.mode != "RGB" else image.copy()
+
+
+def _may_be_transparent(image: Image.Image) -> bool:
+    return image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
+
+
+def _alpha(image: Image.Image) -> Image.Image | None:
+    """How much of each pixel is there, mode L; None if all of it is everywhere."""
+    if image.mode.startswith("I") or image.mode == "F" or not _may_be_transparent(image):
+        return None
+    alpha = image.convert("RGBA").getchannel("A")
+    return None if alpha.getextrema()[0] == 255 else alpha
 
 
 def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:

@@ -1,0 +1,207 @@
+"""Zip files from anybody: what is in them, one piece at a time, in bounded time, memory and disk.
+
+No name inside an archive is ever used as a path. Limits are on what really comes out, because what the archive says of
+itself may be a lie. Not covered: other kinds of archives, archives inside archives, passwords.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import stat
+import struct
+import unicodedata
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from lib_lora_train.errors import DatasetError, printable
+
+# What zipfile and its decompressors were seen to raise on damaged input.
+_ZIP_ERRORS = (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, OSError, EOFError, ValueError, RuntimeError, LookupError,
+               struct.error, TypeError, OverflowError, NotImplementedError)
+# LZMA is left out: a few bytes make it take gigabytes of memory for its dictionary.
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2)
+_ENCRYPTED = 0x1
+_UTF8 = 0x800
+_PIECE = 1 << 20
+_MOST_DIRECTORY = 16 << 20
+"""Bytes that zipfile may read at once: the archive's list of contents, which it reads whole before anybody can count."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What one archive may hold."""
+
+    entries: int = 20_000
+    entry_bytes: int = 256 << 20  # as large as a picture may be
+    total_bytes: int = 32 << 30  # of all entries unpacked, one after the other
+    expansion: int = 100  # how many times the archive's own size; pictures hardly pack
+    always_bytes: int = 2 << 30  # so much may come out of a small one too
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One file in an archive. `folder` and `name` are only words: they were never a path."""
+
+    folder: tuple[str, ...]
+    name: str
+    bytes: int  # as the archive says
+    info: zipfile.ZipInfo = dataclasses.field(repr=False)
+
+    @property
+    def label(self) -> str:
+        """How to name it to the user."""
+        return printable("/".join([*self.folder, self.name]))
+
+
+class Archive:
+    """An opened zip file; `with open_archive(path) as archive`."""
+
+    def __init__(self, packed: zipfile.ZipFile, path: Path, limits: Limits) -> None:
+        self._packed, self._path, self._limits = packed, path, limits
+        self._total = self._left = min(limits.total_bytes, max(limits.always_bytes, limits.expansion * path.stat().st_size))
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether more came out than may; nothing more will."""
+        return self._left < 0
+
+    def entries(self) -> tuple[Entry, ...]:
+        """Everything that is a file, in the archive's order, without hidden ones. Raises DatasetError for too many."""
+        infos = self._packed.infolist()
+        if len(infos) > self._limits.entries:
+            raise DatasetError(f"The archive {self._path.name} is refused", why=f"it holds {len(infos)} files, more than "
+                               f"{self._limits.entries}", remedy="unpack it and choose the folder")
+        return tuple(entry for info in infos if not info.is_dir() and (entry := _entry(info)) is not None)
+
+    def refusal(self, entry: Entry) -> str:
+        """Why an entry will not be unpacked; "" if it will."""
+        if stat.S_ISLNK(entry.info.external_attr >> 16):
+            return "it is a link to another file"
+        if entry.info.flag_bits & _ENCRYPTED:
+            return "it is locked with a password; unpack the archive and choose the folder"
+        if entry.info.compress_type not in _METHODS:
+            return "it is packed in a way that is not read here; unpack the archive and choose the folder"
+        if entry.bytes > self._limits.entry_bytes:
+            return f"it is enormous ({entry.bytes >> 20} MiB unpacked, the limit is {self._limits.entry_bytes >> 20})"
+        return ""
+
+    def copy(self, entry: Entry, file: IO[bytes]) -> None:
+        """Write the entry's contents to `file`. Raises DatasetError for `refusal`, damage, and more than may come out."""
+        what = f"{entry.label} in {self._path.name} cannot be used"
+        if why := self.refusal(entry):
+            raise DatasetError(what, why=why)
+        left = min(self._limits.entry_bytes, self._left)
+        with _damage(what), self._packed.open(entry.info) as packed:
+            while piece := packed.read(_PIECE):
+                left -= len(piece)
+                self._left -= len(piece)
+                if left < 0:
+                    raise DatasetError(what, why=f"it unpacks to more than {self._limits.entry_bytes >> 20} MiB"
+                                       if self._left >= 0 else "the archive unpacks to more than "
+                                       f"{self._total >> 20} MiB in all")
+                file.write(piece)
+
+    def read(self, entry: Entry, *, most: int) -> bytes:
+        """The entry's contents if they are at most `most` bytes. Raises DatasetError as `copy`."""
+        if entry.bytes > most:
+            raise DatasetError(f"{entry.label} in {self._path.name} cannot be used", why=f"it is larger than {most >> 10} KiB")
+        buffer = io.BytesIO()
+        self.copy(entry, buffer)
+        return buffer.getvalue()
+
+
+@contextlib.contextmanager
+def open_archive(path: Path, *, limits: Limits | None = None) -> Iterator[Archive]:
+    """The zip file at `path`, closed again afterwards. Raises DatasetError if it is none, or damaged."""
+    what = f"The archive {path.name} cannot be used"
+    with contextlib.ExitStack() as stack:
+        with _damage(what):
+            file = stack.enter_context(path.open("rb"))
+            packed = stack.enter_context(zipfile.ZipFile(_Bounded(file)))
+            archive = Archive(packed, path, limits or Limits())
+        yield archive
+
+
+class _Bounded(io.RawIOBase):
+    """A file of which nobody reads very much at once."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def read(self, size: int = -1) -> bytes:
+        if size > _MOST_DIRECTORY:
+            raise zipfile.BadZipFile("its list of contents is enormous")
+        return self._file.read(size if size >= 0 else _MOST_DIRECTORY)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+
+@contextlib.contextmanager
+def _damage(what: str) -> Iterator[None]:
+    try:
+        yield
+    except DatasetError:
+        raise
+    except FileNotFoundError as error:
+        raise DatasetError(what, why="the file is gone") from error
+    except PermissionError as error:
+        raise DatasetError(what, why="access was denied") from error
+    except MemoryError as error:
+        raise DatasetError(what, why="there is not enough memory to unpack it") from error
+    except UnicodeDecodeError as error:
+        raise DatasetError(what, why="a name in it is not the text that it says it is",
+                           remedy="unpack it and choose the folder") from error
+    except _ZIP_ERRORS as error:
+        raise DatasetError(what, why=f"it is damaged or no zip file ({error})") from error
+
+
+def _entry(info: zipfile.ZipInfo) -> Entry | None:
+    """The entry with its name in words; None for what is hidden, as the shadows macOS packs beside each file."""
+    # Not info.filename: on Windows it has lost what stood before a NUL, and other things, already.
+    parts = [part for part in _decoded(info).replace("\\", "/").split("/") if part not in ("", ".", "..")]
+    if not parts or any(part.startswith(".") or part == "__MACOSX" for part in parts):
+        return None
+    return Entry(tuple(parts[:-1]), parts[-1], info.file_size, info)
+
+
+def _decoded(info: zipfile.ZipInfo) -> str:
+    """The name as whoever packed it saw it. Without the mark for UTF-8 the format leaves open what the bytes mean.
+
+    zipfile reads those as DOS did (cp437). Many are UTF-8 all the same; Japanese Windows writes its own code (cp932).
+    """
+    name = info.orig_filename
+    if info.flag_bits & _UTF8:
+        return name
+    try:
+        raw = name.encode("cp437")
+    except UnicodeEncodeError:
+        return name
+    for encoding in ("utf-8", "cp932"):
+        with contextlib.suppress(UnicodeDecodeError):
+            text = raw.decode(encoding)
+            if encoding == "utf-8" or _is_japanese(text):
+                return text
+    return name
+
+
+def _is_japanese(text: str) -> bool:
+    """Whether what is not ASCII is kana and kanji throughout: accented letters read as cp932 give other signs too."""
+    foreign = [letter for letter in text if letter > "\x7f"]
+    return len(foreign) > 1 and all(
+        unicodedata.name(letter, "").startswith(("HIRAGANA", "KATAKANA", "CJK", "IDEOGRAPHIC", "HALFWIDTH KATAKANA"))
+        for letter in foreign)

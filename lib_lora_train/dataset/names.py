@@ -1,0 +1,75 @@
+"""File names that every system takes, made from what people, cameras and other systems call their pictures.
+
+Letters of every script stay. What `output.checked_name` would refuse is replaced, so that a dataset can be moved to any
+disk, packed, and opened by other tools.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable
+
+# https://learn.microsoft.com/windows/win32/fileio/naming-a-file
+_RESERVED = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$", "CLOCK$",
+             *(f"{port}{number}" for port in ("COM", "LPT") for number in range(10))}
+_FORBIDDEN = frozenset('<>:"/\\|?*')
+_MODEL_ENDINGS = (".safetensors", ".pt", ".ckpt")
+_LONGEST = 100
+"""Bytes of UTF-8: leaves room for a number, an ending and the temporary name within what file systems take (255), and for
+the folders before it within Windows' 260 letters."""
+
+
+def safe_stem(text: str, *, otherwise: str = "picture") -> str:
+    """`text` as a file's name without its ending; `otherwise` where nothing readable is left of it.
+
+    Composed (NFC); path signs and letters that are not seen become "_"; no dot, space or dash at an end; not a name that
+    Windows keeps for itself; at most 100 bytes.
+    """
+    kept = "".join(_allowed(letter) for letter in unicodedata.normalize("NFC", text))
+    while kept.lower().endswith(_MODEL_ENDINGS):  # no program shall take a picture's name for a model's
+        kept = kept.rpartition(".")[0]
+    kept = _shortened(kept).strip(" .").lstrip("-").strip(" .")
+    if not kept.strip("_- ."):
+        return otherwise
+    if unicodedata.normalize("NFKC", kept.split(".")[0]).upper().strip() in _RESERVED:
+        return f"_{kept}"
+    return kept
+
+
+def file_key(stem: str) -> str:
+    """What two names share that some system takes for one: regardless of case and of how accents are written."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", stem).casefold())
+
+
+class FreeNames:
+    """Hands out stems, each once; a taken one gets a number: a, a_2, a_3."""
+
+    def __init__(self, taken: Iterable[str]) -> None:
+        """`taken`: stems that are there already."""
+        self._taken = {file_key(stem) for stem in taken}
+        self._latest: dict[str, int] = {}
+
+    def take(self, stem: str) -> str:
+        """`stem`, or the first numbered one that is free; it is taken from now on. Thousands of one name stay fast."""
+        key = file_key(stem)
+        free, number = stem, self._latest.get(key, 1)
+        while file_key(free) in self._taken:
+            number += 1
+            free = f"{stem}_{number}"
+        self._latest[key] = number
+        self._taken.add(file_key(free))
+        return free
+
+
+def _allowed(letter: str) -> str:
+    # Cc controls, Cs halves of letters (Python's reading of bytes that are no text), Zl/Zp line ends; Cf turns text around or
+    # is not seen, but for the two joiners that belong to scripts and emoji; Cn is not a letter.
+    if letter in "\u200c\u200d":
+        return letter
+    if letter in _FORBIDDEN or unicodedata.category(letter) in ("Cc", "Cs", "Cf", "Cn", "Zl", "Zp"):
+        return "_"
+    return " " if unicodedata.category(letter) == "Zs" else letter
+
+
+def _shortened(text: str) -> str:
+    return text.encode("utf-8")[:_LONGEST].decode("utf-8", "ignore")
