@@ -26,6 +26,13 @@ class FakeHost:
         self.lora_folder.mkdir()
         self.busy = self.given_up = False
 
+    @property
+    def taggers_folder(self) -> Path:
+        return self.lora_folder / "taggers"
+
+    def captioners(self) -> tuple[()]:
+        return ()
+
     def checkpoint(self) -> Checkpoint:
         return Checkpoint("dreamshaper_8", "dreamshaper_8.safetensors", "sd1", sha256="879db523c3" + 54 * "0")
 

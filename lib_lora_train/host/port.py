@@ -14,6 +14,7 @@ from lib_lora_train.events import Event, Report
 from lib_lora_train.fence import Fence
 from lib_lora_train.model.family import Hints
 from lib_lora_train.model.tokens import Tokenizer
+from lib_lora_train.tagging.captioner import CaptionerSource
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +73,13 @@ class Host(Protocol):
     @property
     def fence(self) -> Fence | None:
         """The folders a run may touch; None where only this machine's user reaches the host."""
+
+    @property
+    def taggers_folder(self) -> Path:
+        """Where each tagger has a folder of its own."""
+
+    def captioners(self) -> Sequence[CaptionerSource]:
+        """What the host itself captions pictures with, there or not; nothing is loaded."""
 
     def checkpoint(self) -> Checkpoint | None:
         """What is loaded now, None if nothing is; never loads, never waits."""

@@ -25,6 +25,7 @@ from lib_lora_train.host.reach import is_loopback
 from lib_lora_train.model.family import Hints, detect
 from lib_lora_train.model.hints_file import hints_from_yaml
 from lib_lora_train.model.tokens import Tokenizer, tokenizer_from_folder
+from lib_lora_train.tagging.captioner import CaptionerSource
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
            "I32": torch.int32, "U8": torch.uint8, "I8": torch.int8, "BOOL": torch.bool}
@@ -42,6 +43,15 @@ class StandaloneHost:
         self._lock = threading.Lock()
         self._tensors: Mapping[str, torch.Tensor] | None = None
         self._known: Checkpoint | None = None
+
+    @property
+    def taggers_folder(self) -> Path:
+        """Beside the LoRAs."""
+        return self.lora_folder / "taggers"
+
+    def captioners(self) -> Sequence[CaptionerSource]:
+        """There are none but ours here."""
+        return ()
 
     def checkpoint(self) -> Checkpoint | None:
         """The file's name, family and old hash, read from its header; None where there is none or it is unusable."""

@@ -5,6 +5,7 @@
     webui_model.py      what is lent: tensors by reference, hints, tokenizers; where they lie; whether they changed
     webui_loras.py      the built-in Lora extension: its merged LoRAs taken out, its list renewed
     webui_fence.py      the folders a run may touch while others reach the WebUI
+    webui_captioners.py the WebUI's own BLIP and DeepDanbooru
     webui_queue.py      a turn in the WebUI's queue
     webui_progress.py   the WebUI's own progress display and stop buttons
 
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -28,11 +29,12 @@ from modules import call_queue, paths, sd_models, shared
 from lib_lora_train.errors import HostError
 from lib_lora_train.events import Event, Report, Saved, Stage, Step
 from lib_lora_train.fence import Fence
-from lib_lora_train.host import webui_fence, webui_loras, webui_model
+from lib_lora_train.host import webui_captioners, webui_fence, webui_loras, webui_model
 from lib_lora_train.host.port import Borrowed, Checkpoint, Outline
 from lib_lora_train.host.webui_loan import Loan
 from lib_lora_train.host.webui_queue import Turn
 from lib_lora_train.runner import Runner
+from lib_lora_train.tagging.captioner import CaptionerSource
 
 RELOAD_PATIENCE = 60.0
 """Seconds that "Reload UI" waits for a run to save and end. A step and a save take less; if not, the run goes on and
@@ -64,6 +66,15 @@ class WebUIHost:
     def fence(self) -> Fence | None:
         """Where others reach the WebUI: its own folders, and those its owner added."""
         return webui_fence.fence()
+
+    @property
+    def taggers_folder(self) -> Path:
+        """Beside the WebUI's other models (--models-dir)."""
+        return Path(paths.models_path) / "lora_train" / "taggers"
+
+    def captioners(self) -> Sequence[CaptionerSource]:
+        """BLIP and DeepDanbooru, as the buttons beside img2img's prompt use them."""
+        return webui_captioners.captioners()
 
     def checkpoint(self) -> Checkpoint | None:
         """What is loaded now. `shared.sd_model` would wait for a model that is being loaded, or load one: not asked."""

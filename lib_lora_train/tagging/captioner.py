@@ -1,0 +1,73 @@
+"""What a captioner offers. Two kinds: those that look at a picture, and those that look at its file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from PIL import Image
+
+from lib_lora_train.dataset.watch import ShouldStop
+from lib_lora_train.tagging.options import TagOptions
+
+Category = Literal["general", "character", "rating"]
+
+
+class Tag(NamedTuple):
+    """A tag as its model names it (with underscores), how sure it is (0…1), and what the tag is about."""
+
+    name: str
+    score: float
+    category: Category = "general"
+
+
+@dataclass(frozen=True)
+class Description:
+    """What was found for one picture: tags, the surest first, or plain text, or both."""
+
+    tags: tuple[Tag, ...] = ()
+    text: str = ""
+
+
+class Captioner(Protocol):
+    """Looks at pictures."""
+
+    def describe(self, pictures: Sequence[Image.Image]) -> list[Description]:
+        """One description for each picture (upright, RGB), all of them looked at in one pass where that is possible."""
+
+
+class FileCaptioner(Protocol):
+    """Looks at what the file says and not at the picture."""
+
+    def describe_file(self, path: Path) -> Description:
+        """Raises DatasetError, naming the file, where it says nothing."""
+
+
+class CaptionerSource(Protocol):
+    """Something to caption with, not loaded yet. `reads` tells which of the two kinds `open` gives."""
+
+    @property
+    def name(self) -> str:
+        """What a program calls it: "wd:wd-vit-tagger-v3", "infotext"."""
+
+    @property
+    def label(self) -> str:
+        """What the user reads."""
+
+    @property
+    def reads(self) -> Literal["pixels", "file"]:
+        """"pixels": a Captioner; "file": a FileCaptioner."""
+
+    def missing(self) -> str:
+        """"" where it can be opened as it is, else one sentence: what is missing, and where it goes. Never loads."""
+
+    def open(self, options: TagOptions, device: torch.device, *,
+             should_stop: ShouldStop | None = None) -> AbstractContextManager[Captioner | FileCaptioner]:
+        """Load it, and unload it in any case. `should_stop` ends a wait for others with Interrupted.
+
+        Raises a LoraTrainError where it cannot be loaded; with the sentence of `missing` where that is why.
+        """
