@@ -1,0 +1,78 @@
+"""Which captions are meant: by tags, by text, by a regular expression. Upper and lower case are the same throughout,
+because CLIP's tokens are lower case."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from lib_lora_train.dataset.captions import split_tags
+from lib_lora_train.dataset.patterns import Pattern
+from lib_lora_train.errors import SettingError
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Every condition that is given must hold; an empty filter takes everything."""
+
+    all_of: tuple[str, ...] = ()  # carries each of these tags
+    any_of: tuple[str, ...] = ()  # carries at least one
+    none_of: tuple[str, ...] = ()  # carries none
+    prefix: str = ""  # a tag begins so
+    suffix: str = ""  # a tag ends so
+    text: str = ""  # the caption holds it anywhere
+    regex: str = ""  # the caption matches it anywhere
+    changed_only: bool = False  # not saved yet (the book knows)
+    empty_only: bool = False  # no caption
+
+    def accepts(self) -> Callable[[str], bool]:
+        """A function of the caption, for one pass; `changed_only` is not its business.
+
+        Raises SettingError for a bad regular expression; the function raises it for one that takes too long.
+        """
+        all_of, any_of, none_of = (frozenset(map(_key, tags)) - {""} for tags in (self.all_of, self.any_of, self.none_of))
+        prefix, suffix, text = self.prefix.lstrip().casefold(), self.suffix.rstrip().casefold(), self.text.casefold()
+        pattern = Pattern(self.regex) if self.regex else None
+        by_tag = bool(all_of or any_of or none_of or prefix or suffix)
+
+        def accepts(caption: str) -> bool:
+            if self.empty_only and caption:
+                return False
+            if by_tag or text:
+                folded = caption.casefold()
+                if text and text not in folded:
+                    return False
+                if by_tag and not tags_fit(split_tags(folded)):
+                    return False
+            return pattern is None or pattern.found_in(caption)
+
+        def tags_fit(tags: list[str]) -> bool:
+            present = set(tags)
+            return (all_of <= present and not none_of & present and (not any_of or bool(any_of & present))
+                    and (not prefix or any(tag.startswith(prefix) for tag in tags))
+                    and (not suffix or any(tag.endswith(suffix) for tag in tags)))
+
+        return accepts
+
+
+def filter_from_dict(values: Mapping[str, object]) -> Filter:
+    """A Filter from JSON; raises SettingError naming what does not belong there."""
+    kinds = {field.name: field.default for field in dataclasses.fields(Filter)}
+    checked: dict[str, object] = {}
+    for name, value in values.items():
+        if name not in kinds:
+            raise SettingError(f"A filter has no {name}", remedy=f"use {', '.join(kinds)}")
+        if isinstance(kinds[name], tuple):
+            if not isinstance(value, (list, tuple)) or not all(isinstance(tag, str) for tag in value):
+                raise SettingError(f"{name} of a filter is a list of tags")
+            checked[name] = tuple(value)
+        elif type(value) is not type(kinds[name]):
+            raise SettingError(f"{name} of a filter is {'true or false' if isinstance(kinds[name], bool) else 'a text'}")
+        else:
+            checked[name] = value
+    return Filter(**checked)  # type: ignore[arg-type]
+
+
+def _key(tag: str) -> str:
+    return tag.strip().casefold()
