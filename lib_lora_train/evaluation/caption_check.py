@@ -1,0 +1,199 @@
+"""Is the caption right? Asked of the very model that is to be trained.
+
+1. Does the caption help it to see the picture? Noise is laid over the picture and the model says what the noise was, once
+   told the caption and once told nothing. A caption that describes the picture makes it say so better: the loss is
+   lower. This is the diffusion classifier of Li et al. 2023 ("Your Diffusion Model is Secretly a Zero-Shot Classifier",
+   arXiv 2303.16203) with two classes, the caption and the empty text, and as there both see the same timesteps and noise.
+   High timesteps are asked, where little of the picture is left to see and the words decide.
+2. What does it paint from the caption? A few pictures of the same size beside the original, and how near they are to it
+   (`resemblance.py`).
+
+What it cannot tell: words the model does not know (the trigger word of a new subject) say nothing to it, and pictures in a
+hand that it does not know have lower scores all together. The order within one dataset says more than a single number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lib_lora_train.dataset.augment import scale_and_crop, to_tensor
+from lib_lora_train.dataset.buckets import Buckets, Placement, buckets_for
+from lib_lora_train.dataset.pictures import read_picture
+from lib_lora_train.dataset.watch import Progress, ShouldStop
+from lib_lora_train.errors import DatasetError, translated
+from lib_lora_train.evaluation.loan import Loan, on_loan
+from lib_lora_train.evaluation.resemblance import resemblance, subject_features
+from lib_lora_train.evaluation.sampler import SampleRequest, sample_latents, to_picture
+from lib_lora_train.host.port import Host
+from lib_lora_train.model.text import Conditioning, size_vector
+from lib_lora_train.settings import Settings
+from lib_lora_train.training.noise import seed_of
+
+TIMESTEPS = (550, 650, 750, 850, 950)
+NOISES = 2
+"""Different noises at each timestep; the same ones for all pictures of a size."""
+FIRST_SEED = 1000
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Checked:
+    """What is known of one caption. Where the picture could not be checked, `problem` is a sentence and the rest None.
+
+    score        0…100: how surely the caption helps; 50 is no better than no caption. See `_score`.
+    gain         the share of the loss that the caption takes away, below 0 where it adds some
+    similarity   0…1: how near the painted pictures are to the original on average; None where none was painted
+    pictures     painted from the caption
+    """
+
+    path: Path
+    caption: str
+    score: float | None = None
+    gain: float | None = None
+    similarity: float | None = None
+    pictures: tuple[Image.Image, ...] = ()
+    problem: str = ""
+
+
+def check_captions(host: Host, items: Sequence[tuple[Path, str]], *, settings: Settings | None = None, seeds: int = 2,
+                   steps: int = 20, cfg: float = 7.0, worst: int | None = None, on_progress: Progress | None = None,
+                   should_stop: ShouldStop | None = None) -> Iterator[Checked]:
+    """Each (picture, caption) of `items`, the worst caption first, with `seeds` pictures painted from it.
+
+    First all captions are measured, and then the pictures are painted, in that order, so that the worst ones are seen
+    while the others are still at work. `worst` paints for that many only; `seeds=0` paints nothing.
+    `settings` say to which sizes pictures are brought, as a training does; by default those of the model's family.
+    Progress counts pictures measured and pictures painted for. The model is borrowed until the iterator ends or is closed.
+    A picture that cannot be read is one row with a `problem`, before all others.
+    Raises HostError, ModelError, SettingError for sizes that do not fit the model, TrainingError where the memory ran
+    out, and Interrupted where it was stopped.
+    """
+    settings = settings or Settings()
+    if not items:
+        return
+    with on_loan(host, work="Checking captions", settings=settings, should_stop=should_stop) as loan, \
+            translated("checking the captions"):
+        check = _Check(loan, buckets_for(settings.dataset, family=loan.model.architecture.family), steps=steps, cfg=cfg,
+                       seeds=seeds)
+        painted = min(len(items), len(items) if worst is None else worst) if seeds else 0
+        total, measured = len(items) + painted, []
+        for done, (path, caption) in enumerate(items):
+            loan.between(done, total)
+            measured.append(check.measure(path, caption))
+            if on_progress:
+                on_progress(done + 1, total)
+        measured.sort(key=_order)
+        for place, one in enumerate(measured):
+            if place < painted:
+                loan.between(len(items) + place, total)
+                one = check.paint(one)
+                if on_progress:
+                    on_progress(len(items) + place + 1, total)
+            yield one.checked
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Measured:
+    """A row on its way. `features` are the original's, None where nothing is to be painted from its caption."""
+
+    checked: Checked
+    size: tuple[int, int] = (0, 0)
+    features: Tensor | None = None
+
+
+def _order(one: _Measured) -> tuple[float, float]:
+    """Worst first; what could not be checked before everything."""
+    score, gain = one.checked.score, one.checked.gain
+    return (-1.0 if score is None else score, 0.0 if gain is None else gain)
+
+
+class _Check:
+    """The work on single pictures, on a model that is lent."""
+
+    def __init__(self, loan: Loan, buckets: Buckets, *, steps: int, cfg: float, seeds: int) -> None:
+        self._loan, self._model, self._buckets = loan, loan.model, buckets
+        self._steps, self._cfg, self._seeds = steps, cfg, seeds
+
+    def measure(self, path: Path, caption: str) -> _Measured:
+        """How much the caption helps, by the loss."""
+        if not caption.strip():
+            return _Measured(Checked(path, caption, problem="It has no caption."))
+        try:
+            picture = read_picture(path)
+            placement = self._buckets.assign(*picture.size)
+            pixels = to_tensor(scale_and_crop(picture, placement))
+        except DatasetError as error:
+            return _Measured(Checked(path, caption, problem=str(error)))
+        # The middle of what the VAE says: its spread is far below the noise that is laid over it.
+        mean, _ = self._model.vae.encode(pixels[None].to(self._model.device))
+        gains = self._log_gains(mean, caption, placement)
+        if not all(map(math.isfinite, gains)):
+            return _Measured(Checked(path, caption, problem="The model has no number for this picture (NaN)."))
+        score, gain = _score(gains), 1 - math.exp(-sum(gains) / len(gains))
+        return _Measured(Checked(path, caption, score, gain), placement.bucket, self._features(mean) if self._seeds else None)
+
+    def paint(self, one: _Measured) -> _Measured:
+        """The same with pictures painted from the caption."""
+        if one.features is None:
+            return one
+        pictures, near = [], []
+        for seed in range(FIRST_SEED, FIRST_SEED + self._seeds):
+            request = SampleRequest(one.checked.caption, width=one.size[0], height=one.size[1], steps=self._steps,
+                                    cfg_scale=self._cfg, seed=seed)
+            # One by one: two at once take the memory of four, which a card may not have.
+            latents = sample_latents(self._model, request, clip_skip=self._loan.clip_skip, dtype=self._loan.dtype,
+                                     on_step=lambda *_: self._loan.check())
+            pictures.append(to_picture(self._model, latents))
+            near.append(resemblance(one.features, self._features(latents)))
+        return dataclasses.replace(one, checked=dataclasses.replace(
+            one.checked, pictures=tuple(pictures), similarity=sum(near) / len(near)))
+
+    def _features(self, latents: Tensor) -> Tensor:
+        return subject_features(self._model, latents, clip_skip=self._loan.clip_skip, dtype=self._loan.dtype)
+
+    @torch.no_grad()
+    def _log_gains(self, mean: Tensor, caption: str, placement: Placement) -> list[float]:
+        """log(loss told nothing / loss told the caption), once for each timestep and noise; latents [1, 4, h, w]."""
+        model, dtype = self._model, self._loan.dtype
+        conditioning = model.text.encode([model.text.tokenize(""), model.text.tokenize(caption)], clip_skip=self._loan.clip_skip)
+        context, y = conditioning.context.to(model.device, dtype), _size_vector(conditioning, placement)
+        x_0 = mean * model.architecture.latent_scale
+        gains = []
+        for timestep in TIMESTEPS:
+            for place in range(NOISES):
+                self._loan.check()
+                generator = torch.Generator().manual_seed(seed_of("caption", timestep, place))
+                noise, t = torch.randn(x_0.shape, generator=generator).to(x_0.device), torch.tensor([timestep], device=x_0.device)
+                x_t, target = model.schedule.add_noise(x_0, noise, t), model.schedule.target(x_0, noise, t)
+                # Two rows, as a step of painting has them: whoever can paint this size can check it.
+                said = model.unet(x_t.to(dtype).expand(2, -1, -1, -1), t.expand(2), context,
+                                  None if y is None else y.to(model.device, dtype))
+                nothing, told = (said.float() - target).square().mean(dim=(1, 2, 3)).log()
+                gains.append(nothing - told)
+        return torch.stack(gains).tolist()  # one synchronisation a picture
+
+
+def _score(gains: Sequence[float]) -> float:
+    """0…100 from the log gains of one picture: 100·Φ(mean / standard deviation).
+
+    If they were normally distributed, that would be in how many of 100 noises the caption helps. It has no scale of its
+    own: how much a text helps at all differs much from model to model.
+    """
+    mean = sum(gains) / len(gains)
+    spread = math.sqrt(sum((gain - mean) ** 2 for gain in gains) / (len(gains) - 1))
+    # A model that does not listen to its text at all: every gain is rounding.
+    return 50 * (1 + math.erf(mean / max(spread, 1e-6) / math.sqrt(2)))
+
+
+def _size_vector(conditioning: Conditioning, placement: Placement) -> Tensor | None:
+    """SDXL's sizes as a training on this picture tells them; None for other families."""
+    if conditioning.pooled is None:
+        return None
+    (width, height), (across, down) = placement.original, placement.bucket
+    return size_vector(conditioning.pooled, original=(height, width), crop=placement.size_condition_crop(), target=(down, across))

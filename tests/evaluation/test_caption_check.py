@@ -1,0 +1,198 @@
+"""The caption check tells right captions from wrong ones, and leaves everything as it was."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from lib_lora_train import demo
+from lib_lora_train.dataset.captions import read_caption
+from lib_lora_train.errors import HostError, Interrupted
+from lib_lora_train.evaluation.caption_check import Checked, check_captions
+from lib_lora_train.evaluation.check_sheet import draw_checks
+from lib_lora_train.evaluation.resemblance import resemblance, subject_features
+from lib_lora_train.model import frozen
+from lib_lora_train.settings import parse
+
+NAMES = ("avocado", "tiger-face", "top-hat", "whale", "sun-with-face", "cherries")
+SMALL = parse({"resolution": "128", "min_bucket_reso": 64})
+TINY = parse({"resolution": "64", "min_bucket_reso": 64})
+
+
+@pytest.fixture(scope="module")
+def emoji(tmp_path_factory):
+    return demo.demo_host(tmp_path_factory.mktemp("emoji"))
+
+
+def items(*, wrong: bool = False) -> list[tuple[Path, str]]:
+    """Pictures of the demo with their captions, or each with its neighbour's."""
+    paths = [Path(demo.STYLE) / f"{name}.png" for name in NAMES]
+    captions = [read_caption(path.with_suffix(".txt")) for path in paths]
+    return list(zip(paths, captions[1:] + captions[:1] if wrong else captions, strict=True))
+
+
+def caption_of(rows: list[Checked]) -> dict[str, Checked]:
+    return {row.path.stem: row for row in rows}
+
+
+def test_right_captions_score_higher_than_wrong_ones(emoji):
+    right = caption_of(list(check_captions(emoji, items(), settings=SMALL, seeds=0)))
+    wrong = caption_of(list(check_captions(emoji, items(wrong=True), settings=SMALL, seeds=0)))
+    better = [name for name in NAMES if right[name].gain > wrong[name].gain]
+    assert len(better) >= len(NAMES) - 1
+    scores = [sum(row.score for row in rows.values()) / len(NAMES) for rows in (right, wrong)]
+    assert scores[0] > scores[1] + 5
+
+
+def test_one_wrong_caption_among_right_ones_comes_first(emoji):
+    listed = items()
+    listed[2] = (listed[2][0], "whale")
+    rows = list(check_captions(emoji, listed, settings=SMALL, seeds=0))
+    assert [row.path.stem for row in rows][0] == "top-hat"
+    assert [row.score for row in rows] == sorted(row.score for row in rows)
+    assert all(0 <= row.score <= 100 and math.isfinite(row.gain) for row in rows)
+
+
+def test_what_is_painted_has_the_pictures_size_and_only_the_worst_are_painted(host, tmp_path):
+    Image.new("RGB", (256, 64), "red").save(tmp_path / "wide.png")
+    Image.new("RGB", (64, 64), "blue").save(tmp_path / "square.png")
+    listed = [(tmp_path / "wide.png", "red"), (tmp_path / "square.png", "blue")]
+    settings, progress = parse({"resolution": "128", "min_bucket_reso": 64}), []
+    rows = caption_of(list(check_captions(host, listed, settings=settings, seeds=2, steps=1,
+                                          on_progress=lambda *of: progress.append(of))))
+    assert [picture.size for picture in rows["wide"].pictures] == [(256, 64)] * 2
+    assert [picture.size for picture in rows["square"].pictures] == [(128, 128)] * 2
+    assert progress == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    first, second = check_captions(host, listed, settings=settings, seeds=1, steps=1, worst=1)
+    assert (len(first.pictures), len(second.pictures)) == (1, 0)
+    assert 0 <= first.similarity <= 1 and second.similarity is None
+
+
+def test_what_cannot_be_checked_is_named_first_and_ends_nothing(host, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing more")
+    Image.new("RGB", (64, 64), "blue").save(tmp_path / "good.png")
+    rows = list(check_captions(host, [(tmp_path / "good.png", "blue"), (tmp_path / "broken.png", "red"),
+                                      (tmp_path / "good.png", " ")], settings=TINY, seeds=1, steps=1))
+    assert [(row.path.name, row.score is None, row.pictures == ()) for row in rows[:2]] == [
+        ("broken.png", True, True), ("good.png", True, True)]
+    assert "damaged" in rows[0].problem and "no caption" in rows[1].problem
+    assert rows[2].problem == "" and len(rows[2].pictures) == 1
+
+
+@pytest.mark.parametrize("prediction", ["on", "off"])
+def test_the_same_picture_is_given_the_same_score(host, pictures, prediction):
+    settings = parse({"resolution": "64", "min_bucket_reso": 64, "v_parameterization": prediction})
+    one, two = (list(check_captions(host, [(pictures / "0.png", "red cat")], settings=settings, seeds=0)) for _ in "ab")
+    assert (one[0].score, one[0].gain) == (two[0].score, two[0].gain)
+
+
+class Watching:
+    """A host that others want the model of, and that counts what becomes of it."""
+
+    def __init__(self, host) -> None:
+        self._host, self.handed, self.gone, self.pressed = host, 0, False, False
+
+    def __getattr__(self, name: str):
+        return getattr(self._host, name)
+
+    def wanted(self) -> bool:
+        return True
+
+    def interrupted(self) -> bool:
+        return self.pressed
+
+    def hand_over(self, *, report, stop):
+        self.handed += 1
+        return None if self.gone else self._host.hand_over(report=report, stop=stop)
+
+
+def test_others_get_the_model_between_two_pictures_and_the_result_is_the_same(host, pictures):
+    listed = [(pictures / f"{n}.png", "red cat") for n in range(3)]
+    alone = list(check_captions(host, listed, settings=TINY, seeds=1, steps=1))
+    shared = Watching(host)
+    rows = list(check_captions(shared, listed, settings=TINY, seeds=1, steps=1))
+    assert shared.handed == 6
+    assert [(row.path, row.score, row.similarity) for row in rows] == [(row.path, row.score, row.similarity) for row in alone]
+
+
+def test_a_model_that_does_not_come_back_in_time_ends_the_check(host, pictures):
+    shared = Watching(host)
+    shared.gone = True
+    with pytest.raises(Interrupted):
+        list(check_captions(shared, [(pictures / "0.png", "red")] * 2, settings=TINY, seeds=0))
+    with host.borrow():
+        pass
+
+
+@pytest.mark.parametrize("way", ["asked", "the host's button"])
+def test_a_stop_gives_the_model_back(host, pictures, way):
+    watching, seen = Watching(host), []
+    rows = check_captions(watching, [(pictures / "0.png", "red"), (pictures / "1.png", "blue")], settings=TINY, seeds=1,
+                          steps=2, should_stop=lambda: way == "asked" and bool(seen))
+    seen.append(next(rows))
+    watching.pressed = way != "asked"
+    with pytest.raises(Interrupted, match="Checking captions was stopped"):
+        next(rows)
+    with host.borrow():
+        pass
+
+
+def test_who_reads_only_the_first_rows_gives_the_model_back(host, pictures):
+    rows = check_captions(host, [(pictures / "0.png", "red"), (pictures / "1.png", "blue")], settings=TINY, seeds=1, steps=1)
+    next(rows)
+    with pytest.raises(HostError), host.borrow():
+        pass
+    rows.close()
+    with host.borrow():
+        pass
+
+
+def test_nothing_borrows_where_there_is_nothing_to_check(tmp_path):
+    nothing = demo.StandaloneHost(None, lora_folder=tmp_path / "loras", runs_folder=tmp_path / "runs")
+    assert list(check_captions(nothing, [])) == []
+
+
+def test_checking_changes_neither_the_random_state_nor_the_weights(host, pictures):
+    with host.borrow() as lent:
+        before = {name: tensor.clone() for name, tensor in lent.tensors.items()}
+    state = torch.get_rng_state()
+    list(check_captions(host, [(pictures / "0.png", "red")], settings=TINY, seeds=1, steps=1))
+    assert torch.equal(state, torch.get_rng_state()) and torch.is_grad_enabled()
+    with host.borrow() as lent:
+        assert all(torch.equal(tensor, before[name]) for name, tensor in lent.tensors.items())
+
+
+def test_a_picture_resembles_itself_and_a_shifted_copy_more_than_another_one(emoji):
+    with emoji.borrow() as lent:
+        model = frozen.build(lent.tensors, hints=lent.hints, tokenizers=lent.tokenizers)
+
+    def features(name: str, *, shift: int = 0) -> torch.Tensor:
+        with Image.open(Path(demo.STYLE) / f"{name}.png") as opened:
+            picture = Image.new("RGB", (128, 128), "white")
+            picture.paste(opened.convert("RGB"), (shift, 0))
+        pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(128, 128, 3).permute(2, 0, 1)
+        mean, _ = model.vae.encode(pixels[None].float() / 127.5 - 1)
+        return subject_features(model, mean, clip_skip=1, dtype=torch.float32)
+
+    tiger = features("tiger-face")
+    assert resemblance(tiger, tiger) == pytest.approx(1.0, abs=1e-5)
+    assert 0.8 < resemblance(tiger, features("tiger-face", shift=8)) < 1
+    assert resemblance(tiger, features("tiger-face", shift=8)) > resemblance(tiger, features("avocado")) + 0.1
+
+
+def test_the_sheet_has_a_row_for_each_picture_and_draws_any_caption(tmp_path):
+    Image.new("RGB", (300, 100), "red").save(tmp_path / "a.png")
+    painted = tuple(Image.new("RGB", (64, 64), colour) for colour in ("lime", "blue"))
+    row = Checked(tmp_path / "a.png", "赤い帽子, ярко", 81.0, 0.02, 0.7, painted)
+    two = draw_checks([row, Checked(tmp_path / "gone.png", "x", problem="The file is gone.")])
+    one = draw_checks([row])
+    assert two.width == one.width and two.height > one.height
+    colours = {colour for _, colour in two.getcolors(1 << 20)}
+    assert {(255, 0, 0), (0, 255, 0), (0, 0, 255)} <= colours
+    assert draw_checks([row, row], most=1).size == one.size
+
+
