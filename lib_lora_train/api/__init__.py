@@ -9,6 +9,8 @@
     POST stop               {"save": true|false} -> {"stopping": whether something was running}
     GET  report?run=ID      a zip for whoever helps (`diagnostics`), about that run or the newest; nothing private
 
+Those under /lora-train/v1/studio/ are in `studio.py`.
+
 A refusal is {"error": one sentence} with 400 (something given is wrong), 409 (the host or the runner is busy), 401,
 403, 413 or 415.
 
@@ -28,9 +30,11 @@ from fastapi import FastAPI
 from fastapi.responses import Response
 
 from lib_lora_train import control, diagnostics
+from lib_lora_train.api import studio
 from lib_lora_train.api.gate import OUTDATED, PREFIX, TOKEN_HEADER, Door, Gate, LoggedIn, Refused, same_origin
 from lib_lora_train.host.port import Host
 from lib_lora_train.runner import Runner
+from lib_lora_train.studio.session import studio_for
 
 __all__ = ["OUTDATED", "PREFIX", "TOKEN_HEADER", "LoggedIn", "install", "login_of", "parse_credentials", "same_origin"]
 
@@ -44,7 +48,8 @@ def install(app: FastAPI, *, runner: Runner, host: Host, token: str, credentials
     """
     diagnostics.remember_log()
     gate = Gate(token=token, credentials=dict(credentials), api_enabled=api_enabled, logged_in=logged_in or login_of(app))
-    add = Door(app, gate).add
+    door = Door(app, gate)
+    add = door.add
     add("GET", "status", lambda query, _: control.status(runner=runner, host=host, after=_step(query)),
         "Where the current or last run is")
     add("GET", "runs", lambda _, __: {"runs": control.runs(runner=runner, host=host)}, "Past runs, newest first")
@@ -53,6 +58,7 @@ def install(app: FastAPI, *, runner: Runner, host: Host, token: str, credentials
     add("POST", "start", lambda _, body: {"run": _start(body, runner=runner, host=host)}, "Start a run, or go on with one")
     add("POST", "stop", lambda _, body: {"stopping": runner.stop(save=_save(body))}, "Stop the run")
     add("GET", "report", lambda query, _: _report(query, host=host, program=program), "What a helper needs to know, as a zip")
+    studio.add_routes(door, studio_for(host, runner))
 
 
 def _report(query: Mapping[str, str], *, host: Host, program: str) -> Response:

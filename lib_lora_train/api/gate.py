@@ -110,11 +110,12 @@ class Door:
     app: FastAPI
     gate: Gate
 
-    def add(self, method: str, name: str, answer: Answer, about: str) -> None:
-        """A route that takes JSON (or nothing) and gives JSON or a Response. `answer` runs on a thread of its own."""
+    def add(self, method: str, name: str, answer: Answer, about: str, *, largest: int = _LARGEST_BODY) -> None:
+        """A route that takes JSON of at most `largest` bytes (or nothing) and gives JSON or a Response. `answer` runs on a
+        thread of its own."""
         async def work(request: Request) -> object:
             self.gate.check(request)
-            body = await _body(request) if method == "POST" else {}
+            body = await _body(request, largest) if method == "POST" else {}
             return await run_in_threadpool(answer, request.query_params, body)
         self._add(method, name, work, about)
 
@@ -158,13 +159,13 @@ def _content_type(request: Request) -> str:
     return request.headers.get("content-type", "").split(";")[0].strip().lower()
 
 
-async def _body(request: Request) -> dict[str, Any]:
+async def _body(request: Request, largest: int) -> dict[str, Any]:
     """The request's JSON object; {} for an empty body."""
-    received = b""
+    received = bytearray()
     async for part in request.stream():
         received += part
-        if len(received) > _LARGEST_BODY:
-            raise Refused(413, "The request is larger than 1 MiB.")
+        if len(received) > largest:
+            raise Refused(413, f"The request is larger than {largest >> 20} MiB.")
     try:
         data = json.loads(received or b"{}")
     except (ValueError, RecursionError):

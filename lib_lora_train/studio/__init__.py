@@ -1,8 +1,12 @@
 """The dataset studio: pictures brought in, looked at, shaped, captioned and edited, on a folder it owns.
 
-    tasks.py      one piece of long work at a time, on a thread of its own, with progress and stop
-    session.py    the open dataset and everything that can be done to it
-    view.py       what the page shows of it, as plain data
-    thumbs.py     small pictures, made when they are asked for
+    session.py    the one open dataset and everything quick that can be done to it, under one lock
+    opened.py     that dataset: files, captions as edited, what was found out about them
+    work.py       long work: importing, captioning, …
+    tasks.py      one piece of it at a time, on a thread of its own, with progress and stop
+    uploads.py    files a page sends, on their way in
+    thumbs.py     pictures for a browser, small ones kept
+    view.py       what a page shows, as plain data
+    asked.py      what a page asks, checked
     *_command.py  the same from the command line
 """

@@ -1,0 +1,143 @@
+"""The routes under /lora-train/v1/studio/: the dataset studio, as JSON and pictures. Guarded as every route is (`gate.py`).
+
+Pictures are called by "id", which `pictures` gives. "which" stands for {"ids": [...]} or {"filter": {...}}, with
+
+    all_of, any_of, none_of (lists of tags), prefix, suffix, text, regex, changed_only, empty_only, problem (a code, or "any")
+
+A filter {} is every picture. Work that takes long is answered with {"id": n}; `state` tells how it goes on.
+
+    GET  state            the open dataset, the others, the work under way, what captions can come from
+    POST open             {"name", "discard"?}     refused (409) while captions are unsaved, unless "discard"
+    POST create           {"name", "concept"}      POST close  {"discard"?}
+    POST import           {"paths": [...]}         work; folders, pictures, zips of the server
+    POST upload?name=&batch=   one file as the body, application/octet-stream -> {"received": files of the batch}
+    POST import-uploads   {"batch"}                work
+    POST pictures         {"filter", "offset", "limit", "sort": "name"|"problems"|"score"} -> {"total", "pictures": [...]}
+    GET  thumb?id=        a small JPEG             GET picture?id=   the whole one
+    POST tags             {"filter"} -> {"tags": [[tag, count], ...], "total"}
+    POST edit             {"edit": {"kind": ...}, which} -> {"changed": n}
+    POST caption          {"id", "text"} -> {"changed": 0 or 1}
+    POST undo, redo       {} -> {"label"}
+    POST save             {"overwrite"?} -> {"written", "conflicts": [names of captions that others changed]}
+    POST tokens           {"text"} -> {"tokens", "chunks"}
+    POST remove           {"ids"} -> {"removed": n}; undo brings them back
+    GET  tag-options      {"options": [...]}       POST tag  {"source", "options": {...}, which}   work
+    POST use              {} -> the settings to train with
+    POST stop-task        {} -> {"stopping": whether something was running}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fastapi import Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import Response
+from starlette.requests import ClientDisconnect
+
+from lib_lora_train.api.gate import Door, Refused
+from lib_lora_train.studio import asked, thumbs, view, work
+from lib_lora_train.studio.session import Studio
+from lib_lora_train.studio.uploads import Receiving
+
+_PIECE = 1 << 20
+_LARGEST_BODY = 16 << 20  # ids of a hundred thousand pictures
+Body = Mapping[str, Any]
+
+
+def add_routes(door: Door, studio: Studio) -> None:
+    """Everything the page of the studio asks for."""
+    def get(name: str, answer: Callable[[Mapping[str, str]], object], about: str) -> None:
+        door.add("GET", f"studio/{name}", lambda query, _: answer(query), about)
+
+    def post(name: str, answer: Callable[[Body], object], about: str) -> None:
+        door.add("POST", f"studio/{name}", lambda _, body: answer(body), about, largest=_LARGEST_BODY)
+
+    get("state", lambda _: view.state(studio), "The open dataset and the work under way")
+    _add_datasets(post, studio)
+    _add_pictures(get, post, studio)
+    _add_captions(get, post, studio)
+    door.add_upload("studio/upload", lambda request: _receive(request, studio), "Send one file")
+
+
+def _add_datasets(post: Callable[..., None], studio: Studio) -> None:
+    post("open", lambda body: _nothing(studio.open(asked.text(body, "name", required=True),
+                                                   discard=asked.switch(body, "discard"))), "Open a dataset")
+    post("create", lambda body: _nothing(studio.create(asked.text(body, "name"), concept=asked.text(body, "concept"))),
+         "Make a dataset")
+    post("close", lambda body: _nothing(studio.close(discard=asked.switch(body, "discard"))), "Leave the dataset")
+    post("import", lambda body: {"id": work.import_paths(studio, asked.texts(body, "paths"))}, "Bring pictures in")
+    post("import-uploads", lambda body: {"id": work.import_uploads(studio, asked.batch_name(body.get("batch")))},
+         "Bring in what was sent")
+    post("use", lambda _: studio.use(), "Save and train with the dataset")
+    post("stop-task", lambda _: {"stopping": studio.tasks.stop()}, "Stop the work under way")
+
+
+def _add_pictures(get: Callable[..., None], post: Callable[..., None], studio: Studio) -> None:
+    post("pictures", lambda body: view.pictures(
+        studio, _filtered(body), offset=asked.whole_number(body, "offset", default=0, low=0, high=10**9),
+        limit=asked.whole_number(body, "limit", default=48, low=0, high=view.MOST_A_PAGE),
+        sort=asked.text(body, "sort") or "name"), "A page of the gallery")
+    get("thumb", lambda query: _picture(studio.thumbnail(query.get("id", "")), keep=True), "A small picture")
+    get("picture", lambda query: _picture(studio.picture(query.get("id", "")), keep=True), "A whole picture")
+    post("remove", lambda body: {"removed": studio.remove(asked.texts(body, "ids"))}, "Take pictures out")
+
+
+def _add_captions(get: Callable[..., None], post: Callable[..., None], studio: Studio) -> None:
+    post("tags", lambda body: view.tags(studio, _filtered(body)), "Tags by frequency")
+    post("edit", lambda body: {"changed": studio.edit(asked.table(body, "edit"), asked.selection(body))}, "Change captions")
+    post("caption", lambda body: {"changed": studio.caption(asked.text(body, "id"), asked.text(body, "text"))},
+         "Change one caption")
+    post("undo", lambda _: {"label": studio.undo()}, "Take the last step back")
+    post("redo", lambda _: {"label": studio.undo(again=True)}, "Do it again")
+    post("save", lambda body: studio.save(overwrite=asked.switch(body, "overwrite")), "Write the captions")
+    post("tokens", lambda body: dict(zip(("tokens", "chunks"), studio.tokens(asked.text(body, "text")), strict=True)),
+         "Count tokens")
+    get("tag-options", lambda _: {"options": view.tag_options()}, "What can be chosen when captioning")
+    post("tag", lambda body: {"id": work.tag(studio, asked.text(body, "source", required=True), asked.table(body, "options"),
+                                             asked.selection(body))}, "Caption pictures")
+
+
+async def _receive(request: Request, studio: Studio) -> object:
+    """One file onto the disk as it comes; it is never held in memory."""
+    batch, name = asked.batch_name(request.query_params.get("batch")), request.query_params.get("name", "")
+    if not name.strip():
+        raise Refused(400, "The file has no name.")
+    said = request.headers.get("content-length", "")
+    size = int(said) if said.isascii() and said.isdigit() else None
+    receiving = await run_in_threadpool(_begin, studio, batch, name, size)
+    try:
+        waiting = b""
+        async for part in request.stream():
+            waiting += part
+            if len(waiting) >= _PIECE:
+                await run_in_threadpool(receiving.write, waiting)
+                waiting = b""
+        await run_in_threadpool(receiving.write, waiting)
+        return {"received": await run_in_threadpool(receiving.done)}
+    except BaseException as error:
+        receiving.abandon()
+        if isinstance(error, ClientDisconnect):
+            raise Refused(400, "The file did not arrive whole.") from error
+        raise
+
+
+def _begin(studio: Studio, batch: str, name: str, size: int | None) -> Receiving:
+    with studio.using() as opened:
+        return opened.uploads.begin(batch, name, size=size)
+
+
+def _filtered(body: Body) -> asked.Selection:
+    return asked.Selection(None, asked.table(body, "filter"))
+
+
+def _picture(data: bytes, *, keep: bool) -> Response:
+    """A picture of ours. Its address changes with it ("stamp"), so a browser may keep it for a while."""
+    return Response(data, media_type=thumbs.MEDIA_TYPE, headers={
+        "X-Content-Type-Options": "nosniff", "Content-Security-Policy": "default-src 'none'; sandbox",
+        "Cache-Control": "private, max-age=3600" if keep else "no-store"})
+
+
+def _nothing(_: None) -> dict[str, Any]:
+    return {}

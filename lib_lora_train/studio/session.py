@@ -1,0 +1,295 @@
+"""The studio: one open dataset, its captions as they are edited, and one piece of long work at a time.
+
+Everything a page or a program does to a dataset goes through here, so that two pages see the same and nothing is written
+twice. It outlives the page, as the runner does. Quick things are done under one lock; long work (`work.py`) takes the lock
+only to put down what it found. Paths that come from outside are compared with the host's fence here and nowhere deeper.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lib_lora_train.dataset.book_edits import Edit, SetCaption, edit_from_dict
+from lib_lora_train.dataset.owned import OwnedDataset, list_datasets
+from lib_lora_train.dataset.plan import plain_folder_repeats
+from lib_lora_train.errors import DatasetError, HostError, SettingError
+from lib_lora_train.fence import inside
+from lib_lora_train.host.port import Host
+from lib_lora_train.model.text import split_into_chunks
+from lib_lora_train.model.tokens import Tokenizer, clip_tokenizer
+from lib_lora_train.runner import Runner
+from lib_lora_train.settings import Settings
+from lib_lora_train.studio import thumbs
+from lib_lora_train.studio.asked import Selection
+from lib_lora_train.studio.opened import Opened
+from lib_lora_train.studio.tasks import Tasks
+
+LISTED_FOR = 5.0
+"""Seconds after which the datasets are counted again, in case another program made one."""
+_COMMA_BACKTRACK = 20  # the WebUI's default of the option "comma padding backtrack"
+
+
+class Studio:
+    """One for the process: see `studio_for`."""
+
+    def __init__(self, host: Host, runner: Runner) -> None:
+        self.host, self.runner, self.tasks = host, runner, Tasks()
+        self._lock = threading.RLock()
+        self._opened: Opened | None = None
+        self._version = 0
+        self._listed: tuple[int, float, list[tuple[str, int]]] | None = None
+        self._tokenizer: Tokenizer | None = None
+
+    # ---- which dataset
+
+    @contextlib.contextmanager
+    def using(self) -> Iterator[Opened]:
+        """The open dataset, for this thread alone. Not for long work. Raises DatasetError where none is open."""
+        with self._lock:
+            if self._opened is None:
+                raise DatasetError("No dataset is open", remedy="open one or make a new one")
+            yield self._opened
+
+    @contextlib.contextmanager
+    def changing(self, doing: str) -> Iterator[Opened]:
+        """The same for what writes, moves or removes pictures. `doing` completes "cannot be … now".
+
+        Raises HostError while a training reads the dataset, or long work goes on in it.
+        """
+        with self.using() as opened:
+            self.refuse_while_training(doing)
+            if self.tasks.running():
+                raise HostError(f"Pictures cannot be {doing} now", why=f"the studio is busy ({self.tasks.name()})",
+                                remedy="wait for it or stop it first")
+            yield opened
+            self.changed()
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[Opened | None]:
+        """As `using`, None where nothing is open."""
+        with self._lock:
+            yield self._opened
+
+    @property
+    def version(self) -> int:
+        """Grows whenever something that a page shows has changed, but for the progress of work."""
+        return self._version
+
+    def changed(self) -> None:
+        """Something that a page shows is different now."""
+        with self._lock:
+            self._version += 1
+
+    def datasets(self) -> list[tuple[str, int]]:
+        """(name, pictures) of each dataset there is. A page asks every second: what was listed is good for a while."""
+        with self._lock:
+            listed = self._listed
+            if listed is None or listed[0] != self._version or time.monotonic() - listed[1] > LISTED_FOR:
+                self._listed = listed = (self._version, time.monotonic(), list_datasets(self.host.datasets_folder))
+            return listed[2]
+
+    def create(self, name: str, *, concept: str) -> None:
+        """A new, empty dataset, which is opened. Raises DatasetError; HostError while work goes on."""
+        with self._lock:
+            self._leave(discard=False)
+            self._enter(OwnedDataset.create(self.host.datasets_folder, name, concept=concept))
+
+    def open(self, name: str, *, discard: bool = False) -> None:
+        """Open the dataset called `name`. Captions of the open one that are not saved keep it open, unless `discard`."""
+        with self._lock:
+            if self._opened is not None and self._opened.dataset.name == name and not discard:
+                return
+            # A name of the list, never a path.
+            if name not in (known for known, _ in list_datasets(self.host.datasets_folder)):
+                raise DatasetError(f"There is no dataset called {name!r}", remedy="see the list of datasets")
+            folder = self.host.datasets_folder / name
+            if self.host.fence is not None and not self.host.fence.may_read(folder):
+                raise DatasetError(f"The dataset {name} cannot be used", why="it is a link to a folder that is not allowed")
+            self._leave(discard=discard)
+            self._enter(OwnedDataset.open(folder))
+
+    def close(self, *, discard: bool = False) -> None:
+        """Leave the dataset. Refused as `open` refuses."""
+        with self._lock:
+            self._leave(discard=discard)
+
+    def _leave(self, *, discard: bool) -> None:
+        if self._opened is None:
+            return
+        if self.tasks.running():
+            raise HostError(f"The dataset {self._opened.dataset.name} stays open",
+                            why=f"the studio is busy ({self.tasks.name()})", remedy="wait for it or stop it first")
+        unsaved = self._opened.book.unsaved
+        if unsaved and not discard:
+            captions = "1 caption is" if unsaved == 1 else f"{unsaved} captions are"
+            raise HostError(f"{captions} not saved in {self._opened.dataset.name}", remedy="save or undo first")
+        self._opened = None
+        self.changed()
+
+    def _enter(self, dataset: OwnedDataset) -> None:
+        self._opened = Opened(dataset, fence=self.host.fence)
+        self.changed()
+
+    # ---- captions
+
+    def edit(self, values: dict[str, Any], selection: Selection) -> int:
+        """Do an edit to the selected captions, one step to undo; how many changed. Nothing is written."""
+        tokenizer = self.tokenizer() if values.get("kind") == "truncate_tokens" else None
+        return self._apply(edit_from_dict(values, tokenizer=tokenizer), selection)
+
+    def caption(self, name: str, text: str) -> int:
+        """Replace one caption; whether it changed, as 0 or 1."""
+        return self._apply(SetCaption(text), Selection((name,)))
+
+    def _apply(self, edit: Edit, selection: Selection) -> int:
+        with self.using() as opened:
+            changed = opened.book.apply(edit, opened.chosen(selection))
+            if changed:
+                opened.renew()
+                self.changed()
+            return changed
+
+    def undo(self, *, again: bool = False) -> str:
+        """Take the last step back, or with `again` do it again; its label, "" where there is none.
+
+        Pictures that were removed come back with it, which waits for work and training as every change of pictures does.
+        """
+        with self.using() as opened:
+            before = set(opened.names)
+            label = opened.book.redo() if again else opened.book.undo()
+            if label:
+                opened.renew()
+                opened.forget_findings([name for name in before ^ set(opened.names)])
+                self.changed()
+            return label
+
+    def save(self, *, overwrite: bool = False) -> dict[str, Any]:
+        """Write the changed captions: {"written": n, "conflicts": names}. Files that somebody else changed meanwhile are
+        left alone and named, unless `overwrite`. Raises HostError while a training reads the dataset."""
+        with self.using() as opened:
+            self.refuse_while_training("saved")
+            saved = opened.book.save(opened.dataset.studio_folder / "backup", overwrite=overwrite)
+            self.changed()
+            return {"written": saved.written, "conflicts": [path.name for path in saved.conflicts]}
+
+    def tokens(self, text: str) -> tuple[int, int]:
+        """(tokens, chunks of 75 as the WebUI cuts them) of a caption."""
+        tokenizer = self.tokenizer()
+        tokens = tokenizer.encode(text)
+        return len(tokens), len(split_into_chunks(tokens, comma=tokenizer.comma, backtrack=_COMMA_BACKTRACK))
+
+    def tokenizer(self) -> Tokenizer:
+        """CLIP's, read once. Raises HostError where open_clip is not there."""
+        if self._tokenizer is None:
+            try:
+                self._tokenizer = clip_tokenizer()
+            except ImportError as error:
+                raise HostError("Tokens cannot be counted", why=f"open_clip cannot be loaded ({error})") from error
+        return self._tokenizer
+
+    # ---- pictures
+
+    def thumbnail(self, name: str) -> bytes:
+        """A small picture as JPEG."""
+        with self.using() as opened:
+            path, kept = opened.path(name), opened.dataset.studio_folder / "thumbs"
+        return thumbs.thumbnail(path, kept)
+
+    def picture(self, name: str) -> bytes:
+        """A whole picture as JPEG."""
+        with self.using() as opened:
+            path = opened.path(name)
+        return thumbs.whole(path)
+
+    def remove(self, names: Sequence[str]) -> int:
+        """Take pictures out; undo brings them back. How many there were."""
+        with self.changing("removed") as opened:
+            dataset, indices = opened.dataset, [opened.index(name) for name in names]
+
+            def take_away() -> None:
+                self._refuse_moving()
+                dataset.remove(names)
+
+            def bring_back() -> None:
+                self._refuse_moving()
+                dataset.restore(names)
+
+            take_away()
+            opened.book.remove(indices, bring_back=bring_back, take_away=take_away)
+            opened.renew()
+            return len(indices)
+
+    def _refuse_moving(self) -> None:
+        self.refuse_while_training("moved")
+        if self.tasks.running():
+            raise HostError("Pictures cannot be moved now", why=f"the studio is busy ({self.tasks.name()})",
+                            remedy="wait for it or stop it first")
+
+    # ---- training
+
+    def use(self) -> dict[str, Any]:
+        """Save the captions, set the repeats as proposed, and return the settings to train with.
+
+        Raises DatasetError for an empty dataset, HostError where captions were changed by somebody else, or as `changing`.
+        """
+        with self.changing("used for a training") as opened:
+            if not opened.book.pictures:
+                raise DatasetError("There is no picture in the dataset", remedy="add pictures first")
+            saved = self.save()
+            if saved["conflicts"]:
+                raise HostError(f"Captions were changed by another program: {', '.join(saved['conflicts'][:5])}",
+                                remedy="save them once more, over what is there, or open the dataset anew")
+            epochs = Settings().optimizer.max_train_epochs
+            proposal = opened.report.proposal if opened.report is not None and opened.fresh else None
+            repeats = proposal.repeats if proposal else plain_folder_repeats(
+                len(opened.book.pictures), max_train_epochs=epochs)
+            epochs = proposal.epochs if proposal else epochs
+            opened.set_repeats(repeats)
+            return {"train_data_dir": str(opened.dataset.folder), "trigger_word": opened.dataset.concept,
+                    "num_repeats": repeats, "max_train_epochs": epochs}
+
+    def training_on(self, folder: Path) -> bool:
+        """Whether the run under way reads `folder` or something in it."""
+        settings = self.runner.settings() if self.runner.running() else {}
+        read = [str(settings.get(name, "")) for name in ("train_data_dir", "reg_data_dir")]
+        return any(path and (inside(path, (folder,)) or inside(str(folder), (Path(path),))) for path in read)
+
+    def refuse_while_training(self, doing: str) -> None:
+        """Raise HostError while a training reads the open dataset."""
+        with self.using() as opened:
+            if self.training_on(opened.dataset.folder):
+                raise HostError(f"The dataset {opened.dataset.name} cannot be {doing} now",
+                                why="a training is running on it", remedy="wait for it or stop it first")
+
+    # ---- paths from outside
+
+    def allowed(self, text: str) -> Path:
+        """The file or folder at `text`, within the fence; the refusal is the same whether or not it exists."""
+        path = text.strip().strip('"')
+        if not path or "\0" in path:
+            raise SettingError("No folder was named", remedy="write the path of a folder, a picture or a zip file")
+        fence = self.host.fence
+        if fence is not None and not inside(path, fence.reading):
+            raise SettingError(f"{path} cannot be used", why="others can reach this page, so it keeps to the folders it is "
+                               "allowed", remedy=f"choose a folder in {' or '.join(map(str, fence.reading))}; {fence.advice}")
+        if not os.path.exists(path):
+            raise DatasetError(f"{path} does not exist", remedy="check the path")
+        return Path(path)
+
+
+_ONE: list[Studio] = []
+_ONE_LOCK = threading.Lock()
+
+
+def studio_for(host: Host, runner: Runner) -> Studio:
+    """The process's one studio: the same again for the same host and runner, however often the page is built anew."""
+    with _ONE_LOCK:
+        if not _ONE or _ONE[0].host is not host or _ONE[0].runner is not runner:
+            _ONE[:] = [Studio(host, runner)]
+        return _ONE[0]

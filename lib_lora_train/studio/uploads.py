@@ -1,0 +1,137 @@
+"""Files that a page sends, on their way into the dataset: streamed to the disk, counted and weighed, never named by their
+sender there."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import threading
+from pathlib import Path
+from typing import BinaryIO
+
+from lib_lora_train.dataset.collect import Upload
+from lib_lora_train.dataset.pictures import MAX_BYTES
+from lib_lora_train.errors import DatasetError, OutputError
+
+MOST_FILES = 20_000  # of one heap: pictures and their captions
+MOST_ARCHIVE = 8 << 30
+MOST_TOGETHER = 16 << 30
+MOST_HEAPS = 16
+SPARE = 256 << 20
+"""Bytes that stay free on the disk, so that captions can still be saved."""
+
+
+class Uploads:
+    """The files sent so far, in heaps ("batches") that are imported together."""
+
+    def __init__(self, folder: Path) -> None:
+        """`folder` is emptied: what an earlier session was sent and did not import is of no use."""
+        self._folder, self._lock = folder, threading.Lock()
+        self._heaps: dict[str, list[Upload]] = {}
+        self._count, self._bytes = 0, 0
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def begin(self, batch: str, name: str, *, size: int | None = None) -> Receiving:
+        """A place for one file of the heap `batch`; `size` is what the sender says, if it says so.
+
+        Raises DatasetError for a file that is no use or too much, OutputError if the disk refuses.
+        """
+        limit = MOST_ARCHIVE if name.lower().endswith(".zip") else MAX_BYTES
+        if size is not None and size > limit:
+            raise _too_large(name, limit)
+        with self._lock:
+            if batch not in self._heaps and len(self._heaps) >= MOST_HEAPS:
+                raise DatasetError("Too many uploads are waiting to be imported", remedy="reload the page and try again")
+            if len(self._heaps.get(batch, ())) >= MOST_FILES:
+                raise DatasetError(f"More than {MOST_FILES} files were sent at once", remedy="send them as several lots, or "
+                                   "name the folder they are in")
+            self._heaps.setdefault(batch, [])
+            self._count += 1
+            path = self._folder / str(self._count)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            return Receiving(self, batch, Upload(name, path), limit, path.open("wb"))
+        except OSError as error:
+            raise _disk(error) from error
+
+    def grow(self, size: int) -> None:
+        """`size` more bytes are about to be written; raises DatasetError where that is too much."""
+        with self._lock:
+            self._bytes += size
+            if self._bytes > MOST_TOGETHER:
+                raise DatasetError(f"More than {MOST_TOGETHER >> 30} GiB were sent", remedy="name the folder they are in")
+        if shutil.disk_usage(self._folder).free < SPARE + size:
+            raise OutputError("The disk is full", remedy="free some space")
+
+    def shrink(self, size: int) -> None:
+        """`size` bytes were removed again."""
+        with self._lock:
+            self._bytes -= size
+
+    def keep(self, batch: str, upload: Upload) -> int:
+        """The file has arrived whole; how many the heap holds now."""
+        with self._lock:
+            heap = self._heaps.setdefault(batch, [])
+            heap.append(upload)
+            return len(heap)
+
+    def take(self, batch: str) -> list[Upload]:
+        """The files of a heap, which are the caller's to `drop` afterwards. Raises DatasetError where there are none."""
+        with self._lock:
+            heap = self._heaps.pop(batch, None)
+        if not heap:
+            raise DatasetError("No file was sent", remedy="choose pictures or a zip file")
+        return heap
+
+    def drop(self, uploads: list[Upload]) -> None:
+        """Remove the files; one that a program holds open is left for the next session to remove."""
+        for upload in uploads:
+            with contextlib.suppress(OSError):
+                size = upload.path.stat().st_size
+                upload.path.unlink()
+                self.shrink(size)
+
+
+class Receiving:
+    """One file on its way in. `write` as it comes; then `done`, or `abandon`."""
+
+    def __init__(self, uploads: Uploads, batch: str, upload: Upload, limit: int, file: BinaryIO) -> None:
+        self._uploads, self._batch, self._upload, self._limit, self._file = uploads, batch, upload, limit, file
+        self._size = 0
+
+    def write(self, part: bytes) -> None:
+        """The next bytes. Raises DatasetError where it becomes too large, OutputError if the disk refuses."""
+        if self._size + len(part) > self._limit:
+            raise _too_large(self._upload.name, self._limit)
+        try:
+            self._size += len(part)
+            self._uploads.grow(len(part))
+            self._file.write(part)
+        except OSError as error:
+            raise _disk(error) from error
+
+    def done(self) -> int:
+        """It is all there; how many files the heap holds now."""
+        try:
+            self._file.close()
+        except OSError as error:
+            raise _disk(error) from error
+        return self._uploads.keep(self._batch, self._upload)
+
+    def abandon(self) -> None:
+        """Forget it."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+        with contextlib.suppress(OSError):
+            self._upload.path.unlink()
+        self._uploads.shrink(self._size)
+
+
+def _too_large(name: str, limit: int) -> DatasetError:
+    return DatasetError(f"{name} is too large to be sent", why=f"the limit is {limit >> 20} MiB",
+                        remedy="name the folder it is in")
+
+
+def _disk(error: OSError) -> OutputError:
+    return OutputError("The disk refused while a file was received", why=error.strerror or str(error),
+                       remedy="check that the disk is not full")

@@ -1,0 +1,89 @@
+"""What a page shows of the studio, as plain data: JSON can hold it as it is."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from lib_lora_train.errors import printable
+from lib_lora_train.settings.field import declarations
+from lib_lora_train.studio.asked import Selection
+from lib_lora_train.studio.opened import Opened
+from lib_lora_train.studio.session import Studio
+from lib_lora_train.tagging.options import TagOptions
+from lib_lora_train.tagging.sources import sources
+
+if TYPE_CHECKING:
+    from lib_lora_train.dataset.report import Report
+
+MOST_A_PAGE = 500
+MOST_TAGS = 500
+
+
+def state(studio: Studio) -> dict[str, Any]:
+    """Everything but the pictures themselves: the open dataset, the others, the work, what captions can come from."""
+    task, datasets = studio.tasks.status(), studio.datasets()
+    with studio.held() as opened:
+        shown = None if opened is None else _dataset(opened)
+        version = studio.version
+    return {
+        "dataset": shown, "datasets": [{"name": printable(name), "pictures": count} for name, count in datasets],
+        "task": None if task is None else {
+            "id": task.id, "name": task.name, "done": task.done, "total": task.total, "running": task.running,
+            "stopping": task.stopping, "outcome": task.outcome, "message": task.message,
+            "problems": [{"picture": picture, "text": text} for picture, text in task.problems],
+            "more_problems": task.more_problems, "result": task.result},
+        "sources": [{"name": source.name, "label": source.label, "missing": source.missing()}
+                    for source in sources(studio.host)],
+        "training": studio.runner.running(), "version": version}
+
+
+def _dataset(opened: Opened) -> dict[str, Any]:
+    dataset, book = opened.dataset, opened.book
+    counts, shaped = opened.counts()
+    return {
+        "name": printable(dataset.name), "folder": printable(str(dataset.folder)), "concept": dataset.concept,
+        "repeats": dataset.repeats, "trigger_word": dataset.concept, "pictures": len(book.pictures),
+        "selected_total": len(book.pictures), "unsaved": book.unsaved, "can_undo": book.can_undo,
+        "can_redo": book.can_redo, "shaped": shaped,
+        "report": None if opened.report is None else {**_report(opened.report, opened), "counts": dict(counts)}}
+
+
+def _report(report: Report, opened: Opened) -> dict[str, Any]:
+    return {"advice": list(report.advice), "proposal": dataclasses.asdict(report.proposal),
+            "summary": printable(summary(report)), "fresh": opened.fresh,
+            "duplicates": [[opened.name(path) for path in group] for group in report.duplicates]}
+
+
+def summary(report: Report) -> str:
+    """One line: "18 pictures · 2 to look at · crops lose 3 % on average"."""
+    count = len(report.pictures)
+    looked = sum(bool(examined.problems) for examined in report.pictures)
+    parts = [f"{count} picture{'' if count == 1 else 's'}", f"{looked} to look at" if looked else "nothing to fix"]
+    losses = [examined.crop_loss for examined in report.pictures if "broken" not in examined.problems]
+    if losses:
+        parts.append(f"crops lose {100 * sum(losses) / len(losses):.0f} % on average")
+    return " · ".join(parts)
+
+
+def pictures(studio: Studio, selection: Selection, *, offset: int, limit: int, sort: str) -> dict[str, Any]:
+    """One page of the gallery: {"total": how many the filter lets through, "pictures": […]}."""
+    with studio.using() as opened:
+        chosen = opened.sorted(opened.chosen(selection), sort)
+        notes = opened.dataset.notes()
+        shown = [opened.entry(index, notes=notes) for index in chosen[offset:offset + min(limit, MOST_A_PAGE)]]
+        return {"total": len(chosen), "pictures": shown}
+
+
+def tags(studio: Studio, selection: Selection) -> dict[str, Any]:
+    """The tags of the selected pictures, the most frequent first."""
+    with studio.using() as opened:
+        found = opened.book.tags(opened.chosen(selection))
+        return {"tags": [list(pair) for pair in found[:MOST_TAGS]], "total": len(found)}
+
+
+def tag_options() -> list[dict[str, Any]]:
+    """What can be chosen when pictures are captioned, as `control.settings_list` lists settings."""
+    return [{"name": d.name, "type": d.type.__name__, "default": d.default, "minimum": d.minimum, "maximum": d.maximum,
+             "step": d.step, "choices": list(d.choices), "label": d.label, "help": d.help, "in_view": d.in_view}
+            for d in declarations(TagOptions)]

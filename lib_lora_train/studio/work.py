@@ -1,0 +1,126 @@
+"""Long work of the studio: importing, captioning, … Each function starts it and returns the task's number.
+
+While it goes on nothing is locked. What it found is put down at the end, under the session's lock; what was done until
+somebody stopped it stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lib_lora_train.dataset.collect import Upload, collect
+from lib_lora_train.errors import DatasetError, Interrupted
+from lib_lora_train.studio.asked import Selection
+from lib_lora_train.studio.session import Studio
+from lib_lora_train.studio.tasks import Task
+from lib_lora_train.tagging.options import parse_options
+from lib_lora_train.tagging.sources import find_source, sources
+from lib_lora_train.tagging.work import tag_pictures
+
+
+def import_paths(studio: Studio, paths: Sequence[str]) -> int:
+    """Copy pictures from folders, files and zips of this machine into the dataset. Raises UserError, HostError."""
+    return _import(studio, [studio.allowed(path) for path in paths], uploads=None)
+
+
+def import_uploads(studio: Studio, batch: str) -> int:
+    """Take what a page sent into the dataset. Raises DatasetError where nothing was sent, HostError."""
+    with studio.using() as opened:
+        uploads, sent = opened.uploads, opened.uploads.take(batch)
+    try:
+        return _import(studio, sent, uploads=sent)
+    except BaseException:
+        uploads.drop(sent)
+        raise
+
+
+def _import(studio: Studio, from_where: Sequence[Path | Upload], *, uploads: list[Upload] | None) -> int:
+    with studio.changing("imported") as opened:
+        fence = studio.host.fence
+
+        def may_read(path: Path) -> bool:
+            # What was sent lies where we put it.
+            return uploads is not None or fence is None or fence.may_read(path)
+
+        def work(task: Task) -> str:
+            before, stopped, notes = set(opened.dataset.pictures), "", ()
+            try:
+                collected = collect(opened.dataset, from_where, may_read=may_read, on_progress=task.progress,
+                                    should_stop=task.should_stop)
+                notes = collected.notes
+                for name, why in collected.skipped:
+                    task.problem(name, why)
+            except Interrupted:
+                stopped = "Stopped: "
+            finally:
+                # Also where the disk gave up: what is in the folder is in the dataset.
+                new = [path for path in opened.dataset.pictures if path not in before]
+                with studio.using():
+                    opened.book.add(new)
+                    opened.renew()
+                    studio.changed()
+            for note in notes:
+                task.problem("", note)
+            task.result({"added": [opened.name(path) for path in new[:1000]], "count": len(new)})
+            return f"{stopped}{_count(len(new), 'picture')} added."
+
+        def ended() -> None:
+            if uploads:
+                opened.uploads.drop(uploads)
+
+        return studio.tasks.start("Importing pictures", work, ended=ended)
+
+
+def tag(studio: Studio, source_name: str, values: Mapping[str, Any], selection: Selection) -> int:
+    """Caption the selected pictures; the captions land unsaved, as one step to undo. Raises UserError, HostError."""
+    options, source = parse_options(values), find_source(source_name, sources(studio.host))
+    if (missing := source.missing()) and not options.download:
+        raise DatasetError(missing)
+    with studio.using() as opened:
+        names = opened.chosen_names(selection)
+        paths = {opened.path(name): name for name in names}
+
+    def work(task: Task) -> str:
+        found: dict[str, str] = {}
+
+        def existing(path: Path) -> str:
+            with studio.using():
+                index = opened.index(paths[path])
+                if not opened.book.caption(index) and (problem := opened.book.problem(index)):
+                    raise DatasetError(problem)
+                return opened.book.caption(index)
+
+        stopped, changed = "", 0
+        try:
+            for path, caption, problem in tag_pictures(
+                    list(paths), source, options=options, existing=existing, device=_device(), on_progress=task.progress,
+                    should_stop=task.should_stop):
+                if problem:
+                    task.problem(path.name, problem)
+                if caption is not None:
+                    found[paths[path]] = caption
+        except Interrupted:
+            stopped = "Stopped: "
+        finally:
+            with studio.using():
+                # A picture may have been taken out meanwhile.
+                there = {opened.index(name): text for name, text in found.items() if name in opened.names}
+                changed = opened.book.set_captions(there, f"Caption with {source.label}") if there else 0
+                opened.renew()
+                studio.changed()
+        task.result({"changed": changed})
+        return f"{stopped}{_count(changed, 'caption')} changed, not saved yet."
+
+    return studio.tasks.start("Captioning", work)
+
+
+def _device() -> Any:
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number:,} {word}{'' if number == 1 else 's'}"

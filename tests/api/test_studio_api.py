@@ -1,0 +1,489 @@
+"""The studio's routes: what each answers, how it refuses, and that no picture and no path gets where it should not."""
+
+from __future__ import annotations
+
+import io
+import threading
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from lib_lora_train import api
+from lib_lora_train import runner as runner_module
+from lib_lora_train.dataset.collect import Collected
+from lib_lora_train.errors import Interrupted
+from lib_lora_train.fence import Fence
+from lib_lora_train.runner import Runner
+from lib_lora_train.studio import uploads
+from lib_lora_train.studio.session import studio_for
+from tests.fake_host import FakeHost, FakeJob
+
+TOKEN = "page-token"
+PAGE = {"X-Lora-Train": TOKEN}
+COLOURS = ("red", "green", "blue")
+
+
+class Desk:
+    """A server, asked as the page asks."""
+
+    def __init__(self, folder: Path, *, api_enabled: bool = False) -> None:
+        self.folder, self.host, self.runner = folder, FakeHost(folder), Runner()
+        app = FastAPI()
+        api.install(app, runner=self.runner, host=self.host, token=TOKEN, api_enabled=api_enabled, credentials={})
+        self.client = TestClient(app, base_url="http://localhost")
+        self.studio = studio_for(self.host, self.runner)
+
+    def get(self, name: str, **query: str):
+        return self.client.get(f"{api.PREFIX}/studio/{name}", params=query, headers=PAGE)
+
+    def post(self, name: str, body: object = None):
+        return self.client.post(f"{api.PREFIX}/studio/{name}", json=body or {}, headers=PAGE)
+
+    def upload(self, name: str, data: bytes, *, batch: str = "one", headers: dict[str, str] | None = None):
+        return self.client.post(f"{api.PREFIX}/studio/upload", params={"name": name, "batch": batch}, content=data,
+                                headers={"Content-Type": "application/octet-stream", **(PAGE if headers is None else headers)})
+
+    def done(self, answer) -> dict:
+        """The task that `answer` started, after its end."""
+        assert answer.status_code == 200, answer.text
+        assert self.studio.tasks.wait(60)
+        task = self.get("state").json()["task"]
+        assert task["id"] == answer.json()["id"] and not task["running"]
+        return task
+
+    def pictures(self, **body: object) -> list[dict]:
+        return self.post("pictures", body).json()["pictures"]
+
+    def filled(self) -> Desk:
+        """A dataset "zzk" of red.png, green.png and blue.png, with captions."""
+        assert self.post("create", {"name": "zzk", "concept": "zzk girl"}).status_code == 200
+        assert self.done(self.post("import", {"paths": [str(sources(self.folder / "sources"))]}))["outcome"] == "done"
+        return self
+
+
+def sources(folder: Path) -> Path:
+    folder.mkdir()
+    for colour in COLOURS:
+        (folder / f"{colour}.png").write_bytes(png(colour))
+        (folder / f"{colour}.txt").write_text(f"{colour}, square", encoding="utf-8")
+    return folder
+
+
+def png(colour: str, size: tuple[int, int] = (320, 200)) -> bytes:
+    held = io.BytesIO()
+    Image.new("RGB", size, colour).save(held, "PNG")
+    return held.getvalue()
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Iterator[Desk]:
+    made = Desk(tmp_path)
+    yield made
+    made.studio.tasks.stop()
+    made.runner.stop(save=False)
+    assert made.studio.tasks.wait(60) and made.runner.wait(60)
+
+
+@pytest.fixture
+def job(monkeypatch: pytest.MonkeyPatch) -> FakeJob:
+    fake = FakeJob()
+    monkeypatch.setattr(runner_module, "run_job", fake)
+    return fake
+
+
+def train_on(desk: Desk, folder: Path | str) -> None:
+    """A training that goes on until the test ends."""
+    settings = {"output_name": "x", "train_data_dir": str(folder)}
+    started = desk.client.post(f"{api.PREFIX}/start", json={"settings": settings}, headers=PAGE)
+    assert started.status_code == 200, started.text
+
+
+def dataset_folder(desk: Desk) -> Path:
+    return Path(desk.get("state").json()["dataset"]["folder"])
+
+
+def test_before_anything_is_open_there_is_a_list_and_nothing_else(desk: Desk):
+    state = desk.get("state").json()
+    assert state["dataset"] is None and state["datasets"] == [] and state["task"] is None
+    assert {"infotext", "filename", "template"} <= {source["name"] for source in state["sources"]}
+    for name in ("pictures", "tags", "undo", "save", "use", "remove"):
+        refused = desk.post(name, {"ids": ["a.png"]})
+        assert refused.status_code == 400 and "No dataset is open" in refused.json()["error"]
+    assert list(desk.folder.iterdir()) == [desk.host.lora_folder]  # asking makes nothing
+
+
+def test_pictures_and_captions_are_brought_in_and_the_originals_stay(desk: Desk):
+    desk.filled()
+    state = desk.get("state").json()
+    assert state["dataset"]["pictures"] == 3 and state["dataset"]["trigger_word"] == "zzk girl"
+    assert state["datasets"] == [{"name": "zzk", "pictures": 3}]
+    assert state["task"]["message"] == "3 pictures added." and state["task"]["done"] == state["task"]["total"] == 3
+    shown = desk.pictures()
+    assert [(p["name"], p["caption"], p["width"], p["height"]) for p in shown] == [
+        (f"{colour}.png", f"{colour}, square", 320, 200) for colour in sorted(COLOURS)]
+    assert {path.name: path.read_bytes() for path in (desk.folder / "sources").iterdir()} == {
+        **{f"{c}.png": png(c) for c in COLOURS}, **{f"{c}.txt": f"{c}, square".encode() for c in COLOURS}}
+    # kohya's layout: a folder N_concept of pictures and captions.
+    numbered, = dataset_folder(desk).glob("*_zzk girl")
+    assert (numbered / "red.txt").read_text(encoding="utf-8") == "red, square"
+
+
+def test_what_cannot_be_used_is_named_and_the_rest_is_taken(desk: Desk):
+    folder = sources(desk.folder / "mixed")
+    (folder / "broken.png").write_bytes(png("red")[:60])
+    (folder / "again.png").write_bytes(png("red"))
+    desk.post("create", {"name": "a", "concept": "a"})
+    task = desk.done(desk.post("import", {"paths": [str(folder)]}))
+    assert {Path(problem["picture"]).name for problem in task["problems"]} >= {"broken.png"}
+    assert len(task["problems"]) == 2 and len(desk.pictures()) == 3
+
+
+@pytest.mark.parametrize("name", ["../x", "..", "/tmp/x", "a/b", "nowhere", "", r"C:\x", "zzk\0"])
+def test_only_a_dataset_of_the_list_is_opened(desk: Desk, name: str):
+    desk.filled()
+    desk.post("close")
+    (desk.folder / "x").mkdir()
+    refused = desk.post("open", {"name": name})
+    assert refused.status_code == 400 and desk.get("state").json()["dataset"] is None
+    assert desk.post("open", {"name": "zzk"}).status_code == 200
+
+
+@pytest.mark.parametrize("name", ["", "  ", "///"])
+def test_a_dataset_needs_a_name(desk: Desk, name: str):
+    assert desk.post("create", {"name": name, "concept": ""}).status_code == 400
+    assert not desk.host.datasets_folder.exists() or list(desk.host.datasets_folder.iterdir()) == []
+
+
+def test_a_name_that_is_taken_is_refused_in_any_case(desk: Desk):
+    desk.filled()
+    assert desk.post("create", {"name": "ZZK", "concept": "a"}).status_code == 400
+
+
+def test_edits_are_undone_and_redone_and_reach_the_disk_with_save_only(desk: Desk):
+    desk.filled()
+    caption, = dataset_folder(desk).glob("*/red.txt")
+    edit = {"edit": {"kind": "add_tags", "tags": ["smile"], "at": "end"}, "filter": {"all_of": ["red"]}}
+    assert desk.post("edit", edit).json() == {"changed": 1}
+    state = desk.get("state").json()["dataset"]
+    assert state["unsaved"] == 1 and "smile" in state["can_undo"] and state["can_redo"] == ""
+    assert [p["changed"] for p in desk.pictures(filter={"changed_only": True})] == [True]
+    assert caption.read_text(encoding="utf-8") == "red, square"
+    assert "smile" in desk.post("undo").json()["label"] and desk.get("state").json()["dataset"]["unsaved"] == 0
+    assert "smile" in desk.post("redo").json()["label"]
+    assert desk.post("save").json() == {"written": 1, "conflicts": []}
+    assert caption.read_text(encoding="utf-8") == "red, square, smile"
+    assert desk.post("caption", {"id": "red.png", "text": "one\ntwo"}).json() == {"changed": 1}
+    assert desk.pictures(filter={"text": "two"})[0]["caption"] == "one two"
+    assert desk.post("tags", {"filter": {}}).json() == {"tags": [["square", 2], ["blue", 1], ["green", 1], ["one two", 1]],
+                                                        "total": 4}
+
+
+def test_a_caption_that_somebody_else_changed_is_named_and_kept(desk: Desk):
+    desk.filled()
+    caption, = dataset_folder(desk).glob("*/red.txt")
+    desk.post("caption", {"id": "red.png", "text": "ours"})
+    caption.write_text("theirs, longer", encoding="utf-8")
+    assert desk.post("save").json() == {"written": 0, "conflicts": ["red.txt"]}
+    refused = desk.post("use")
+    assert refused.status_code == 409 and "red.txt" in refused.json()["error"]
+    assert caption.read_text(encoding="utf-8") == "theirs, longer"
+    assert desk.post("save", {"overwrite": True}).json() == {"written": 1, "conflicts": []}
+    assert caption.read_text(encoding="utf-8") == "ours"
+
+
+def test_unsaved_captions_keep_the_dataset_open(desk: Desk):
+    desk.filled()
+    desk.post("caption", {"id": "red.png", "text": "ours"})
+    for name, body in (("close", {}), ("create", {"name": "b", "concept": "b"})):
+        refused = desk.post(name, body)
+        assert refused.status_code == 409 and "not saved" in refused.json()["error"]
+    assert desk.get("state").json()["dataset"]["name"] == "zzk"
+    assert desk.post("close", {"discard": True}).status_code == 200
+
+
+def test_removed_pictures_come_back_with_undo(desk: Desk):
+    desk.filled()
+    desk.post("caption", {"id": "red.png", "text": "edited"})
+    assert desk.post("remove", {"ids": ["red.png", "blue.png"]}).json() == {"removed": 2}
+    assert [p["name"] for p in desk.pictures()] == ["green.png"]
+    assert not list(dataset_folder(desk).glob("*/red.*"))
+    assert desk.get("thumb", id="red.png").status_code == 400
+    assert "2 pictures" in desk.post("undo").json()["label"]
+    assert [(p["name"], p["caption"]) for p in desk.pictures()] == [
+        ("blue.png", "blue, square"), ("green.png", "green, square"), ("red.png", "edited")]
+    assert desk.get("thumb", id="red.png").status_code == 200
+    desk.post("redo")
+    assert len(desk.pictures()) == 1
+
+
+def test_the_gallery_is_paged_and_sorted(desk: Desk):
+    desk.filled()
+    assert [p["name"] for p in desk.pictures(offset=1, limit=1)] == ["green.png"]
+    assert desk.post("pictures", {"offset": 1, "limit": 1}).json()["total"] == 3
+    desk.post("caption", {"id": "red.png", "text": ""})
+    assert desk.pictures(sort="problems")[0]["name"] == "red.png"
+    assert [p["name"] for p in desk.pictures(filter={"problem": "no_caption"})] == ["red.png"]
+    assert [p["name"] for p in desk.pictures(sort="score")] == ["blue.png", "green.png", "red.png"]
+
+
+@pytest.mark.parametrize(("name", "body"), [
+    ("pictures", {"sort": "colour"}), ("pictures", {"limit": -1}), ("pictures", {"limit": "many"}),
+    ("pictures", {"offset": 0.5}), ("edit", {"edit": {"kind": "shout"}, "ids": []}),
+    ("pictures", {"filter": {"colour": "red"}}), ("pictures", {"filter": {"regex": "("}}), ("pictures", {"filter": []}),
+    ("pictures", {"filter": {"all_of": "red"}}), ("tags", {"filter": {"text": 3}}),
+    ("edit", {"edit": {"kind": "sort_tags"}}), ("edit", {"edit": "sort", "filter": {}}), ("edit", {}),
+    ("edit", {"edit": {"kind": "deduplicate"}, "ids": ["nobody.png"]}), ("caption", {"id": "../red.png", "text": "x"}),
+    ("caption", {"id": "red.png", "text": 3}), ("remove", {}), ("remove", {"ids": [3]}), ("remove", {"ids": ["nobody.png"]}),
+    ("save", {"overwrite": "yes"}), ("tokens", {"text": None}), ("import", {}), ("import", {"paths": []}),
+    ("import", {"paths": ["/no/such/folder"]}), ("import", {"paths": ["a\0b"]}), ("import-uploads", {"batch": "../x"}),
+    ("import-uploads", {"batch": "unknown"}), ("tag", {"source": "nobody", "filter": {}}), ("tag", {"source": "infotext"}),
+    ("tag", {"source": "infotext", "filter": {}, "options": {"colour": 1}}), ("tag", {"source": "infotext", "ids": []}),
+    ("open", {}), ("create", {"name": 3}),
+])
+def test_what_is_wrong_is_said_in_one_sentence_and_changes_nothing(desk: Desk, name: str, body: object):
+    desk.filled()
+    before = desk.get("state").json()["version"]
+    refused = desk.post(name, body)
+    assert refused.status_code == 400, refused.text
+    sentence = refused.json()["error"]
+    assert sentence.endswith(".") and "\n" not in sentence and "Traceback" not in sentence
+    assert desk.get("state").json()["version"] == before and len(desk.pictures()) == 3
+
+
+def test_thumbnails_are_small_made_once_and_anew_when_the_picture_changes(desk: Desk):
+    desk.filled()
+    kept = dataset_folder(desk) / ".studio" / "thumbs"
+    assert not kept.exists()  # none is made before somebody looks
+    answer = desk.get("thumb", id="red.png")
+    assert answer.headers["content-type"] == "image/jpeg" and answer.headers["x-content-type-options"] == "nosniff"
+    assert Image.open(io.BytesIO(answer.content)).size == (256, 160)
+    made, = kept.rglob("*.jpg")
+    made.write_bytes(b"what is kept is what is sent")
+    assert desk.get("thumb", id="red.png").content == b"what is kept is what is sent"
+    picture, = dataset_folder(desk).glob("*/red.png")
+    before = desk.pictures(filter={"all_of": ["red"]})[0]["stamp"]
+    picture.write_bytes(png("red", (64, 640)))
+    assert Image.open(io.BytesIO(desk.get("thumb", id="red.png").content)).size == (26, 256)
+    assert len(list(kept.rglob("*.jpg"))) == 1 and desk.pictures(filter={"all_of": ["red"]})[0]["stamp"] != before
+    assert Image.open(io.BytesIO(desk.get("picture", id="red.png").content)).size == (64, 640)
+
+
+def test_no_byte_of_a_file_reaches_the_browser_as_it_is(desk: Desk):
+    desk.filled()
+    picture, = dataset_folder(desk).glob("*/red.png")
+    script = b"<html><script>alert(1)</script>"
+    picture.write_bytes(png("red") + script)
+    for name in ("thumb", "picture"):
+        answer = desk.get(name, id="red.png")
+        assert answer.status_code == 200 and script not in answer.content
+        assert answer.headers["content-type"] == "image/jpeg" and "sandbox" in answer.headers["content-security-policy"]
+    picture.write_bytes(script)
+    for name in ("thumb", "picture"):
+        assert desk.get(name, id="red.png").status_code == 400
+    assert desk.pictures(filter={"all_of": ["red"]})[0]["problems"] == ["broken"]
+
+
+@pytest.mark.parametrize("name", ["../zzk", "..", "/etc/passwd", "dataset.json", "red.txt", "10_zzk girl/red.png", ""])
+def test_only_the_datasets_own_pictures_are_shown(desk: Desk, name: str):
+    desk.filled()
+    for route in ("thumb", "picture"):
+        assert desk.get(route, id=name).status_code == 400
+
+
+def test_uploads_come_in_together_and_leave_nothing_behind(desk: Desk):
+    desk.post("create", {"name": "sent", "concept": "sent"})
+    held = io.BytesIO()
+    with zipfile.ZipFile(held, "w") as archive:
+        archive.writestr("inner/green.png", png("green"))
+    sent = [("red.png", png("red")), ("red.txt", b"a caption"), ("more.zip", held.getvalue()),
+            ("../../b l\u00fce\u732b.png", png("blue"))]
+    for count, (name, data) in enumerate(sent, start=1):
+        assert desk.upload(name, data).json() == {"received": count}
+    task = desk.done(desk.post("import-uploads", {"batch": "one"}))
+    assert task["problems"] == [] and task["result"]["count"] == 3
+    assert {p["name"]: p["caption"] for p in desk.pictures()}["red.png"] == "a caption"
+    assert not list((dataset_folder(desk) / ".studio" / "uploads").iterdir())
+    assert sorted(path.name for path in desk.folder.iterdir()) == ["datasets", "loras"]
+    assert desk.post("import-uploads", {"batch": "one"}).status_code == 400
+
+
+def test_only_the_page_sends_files_and_only_as_bytes(tmp_path: Path):
+    desk = Desk(tmp_path, api_enabled=True)
+    desk.post("create", {"name": "a", "concept": "a"})
+    assert desk.upload("a.png", png("red"), headers={}).status_code == 403
+    assert desk.upload("a.png", png("red"), headers={"X-Lora-Train": "guess"}).status_code == 403
+    for kind in ("text/plain", "multipart/form-data; boundary=x", "application/json", "image/png"):
+        assert desk.upload("a.png", png("red"), headers={**PAGE, "Content-Type": kind}).status_code == 415
+    assert desk.upload("a.png", png("red"), headers={**PAGE, "Sec-Fetch-Site": "cross-site"}).status_code == 403
+    assert not (dataset_folder(desk) / ".studio" / "uploads").exists()
+
+
+def test_uploads_are_limited_in_count_and_size(desk: Desk, monkeypatch: pytest.MonkeyPatch):
+    desk.post("create", {"name": "a", "concept": "a"})
+    monkeypatch.setattr(uploads, "MAX_BYTES", 3 << 20)
+    too_large = desk.upload("a.png", b"x" * (4 << 20))
+    assert too_large.status_code == 400 and "too large" in too_large.json()["error"]
+    # Also where the sender does not say how much there is.
+    endless = desk.client.post(f"{api.PREFIX}/studio/upload", params={"name": "a.png", "batch": "one"},
+                               content=(b"x" * (1 << 20) for _ in range(4)),
+                               headers={**PAGE, "Content-Type": "application/octet-stream"})
+    assert endless.status_code == 400 and "too large" in endless.json()["error"]
+    monkeypatch.setattr(uploads, "MOST_FILES", 2)
+    assert [desk.upload("a.png", png("red")).status_code for _ in range(3)] == [200, 200, 400]
+    monkeypatch.setattr(uploads, "MOST_TOGETHER", 1000)
+    assert desk.upload("b.png", png("red", (800, 800)), batch="two").status_code == 400
+    assert len(list((dataset_folder(desk) / ".studio" / "uploads").iterdir())) == 2
+    for batch in ("", "../x", "x" * 65, "a b"):
+        assert desk.upload("a.png", png("red"), batch=batch).status_code == 400
+    assert desk.upload("", png("red"), batch="three").status_code == 400
+
+
+def test_captions_made_land_unsaved_as_one_step(desk: Desk):
+    desk.filled()
+    task = desk.done(desk.post("tag", {"source": "filename", "filter": {}, "options": {"trigger_word": "zzk"}}))
+    assert task["result"] == {"changed": 3} and "not saved" in task["message"]
+    assert [p["caption"] for p in desk.pictures()] == ["zzk, blue", "zzk, green", "zzk, red"]
+    assert desk.get("state").json()["dataset"]["unsaved"] == 3
+    desk.post("undo")
+    assert desk.get("state").json()["dataset"]["unsaved"] == 0
+    names = {option["name"] for option in desk.get("tag-options").json()["options"]}
+    assert {"mode", "trigger_word", "general_threshold"} <= names
+
+
+def test_within_a_fence_nothing_outside_is_read(desk: Desk):
+    inside, outside = desk.folder / "inside", sources(desk.folder / "outside")
+    inside.mkdir()
+    desk.host.fence = Fence((desk.host.datasets_folder, inside), (desk.host.lora_folder,), "ask its owner")
+    desk.post("create", {"name": "a", "concept": "a"})
+    refusals = [desk.post("import", {"paths": [str(path)]}).json()["error"].replace(str(path), "P")
+                for path in (outside, outside / "red.png", desk.folder / "nothing", inside / ".." / "outside")]
+    assert len(set(refusals)) == 1 and "cannot be used" in refusals[0]  # the same whether or not it exists
+    (inside / "link.png").symlink_to(outside / "red.png")
+    (inside / "good.png").write_bytes(png("green"))
+    desk.done(desk.post("import", {"paths": [str(inside)]}))
+    assert [p["name"] for p in desk.pictures()] == ["good.png"]
+    (desk.host.datasets_folder / "leads-out").symlink_to(outside)
+    (outside / "dataset.json").write_text("{}", encoding="utf-8")
+    assert desk.post("open", {"name": "leads-out"}).status_code == 400
+
+
+class Held:
+    """A stand-in for `collect` that works until the test lets it, or until it is stopped."""
+
+    def __init__(self) -> None:
+        self.began, self.go_on = threading.Event(), threading.Event()
+
+    def __call__(self, dataset, sources, *, may_read, on_progress, should_stop):
+        on_progress(1, 3)
+        self.began.set()
+        while not self.go_on.wait(0.01):
+            if should_stop():
+                raise Interrupted("stopped while pictures were imported")
+        return Collected((), (("a.png", "it is broken."),))
+
+
+@pytest.fixture
+def held(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> Held:
+    desk.filled()
+    stand_in = Held()
+    monkeypatch.setattr("lib_lora_train.studio.work.collect", stand_in)
+    assert desk.post("import", {"paths": [str(desk.folder / "sources")]}).status_code == 200
+    assert stand_in.began.wait(60)
+    return stand_in
+
+
+def test_a_second_task_is_refused_and_what_pictures_must_hold_still_for(desk: Desk, held: Held):
+    task = desk.get("state").json()["task"]
+    assert (task["running"], task["done"], task["total"]) == (True, 1, 3)
+    for name, body in (("import", {"paths": [str(desk.folder)]}), ("tag", {"source": "filename", "filter": {}}),
+                       ("remove", {"ids": ["red.png"]}), ("close", {}), ("create", {"name": "b", "concept": "b"}), ("use", {})):
+        refused = desk.post(name, body)
+        assert refused.status_code == 409 and "busy" in refused.json()["error"], name
+    # Captions can be edited and saved meanwhile: nothing is locked.
+    assert desk.post("caption", {"id": "red.png", "text": "new"}).status_code == 200
+    assert desk.post("save").json()["written"] == 1
+    assert len(desk.pictures()) == 3 and desk.get("thumb", id="red.png").status_code == 200
+    held.go_on.set()
+    assert desk.studio.tasks.wait(60)
+    task = desk.get("state").json()["task"]
+    assert task["outcome"] == "done" and task["problems"] == [{"picture": "a.png", "text": "it is broken."}]
+
+
+def test_a_task_is_stopped(desk: Desk, held: Held):
+    assert desk.post("stop-task").json() == {"stopping": True}
+    assert desk.studio.tasks.wait(60)
+    task = desk.get("state").json()["task"]
+    assert task["outcome"] == "stopped" and not task["running"]
+    assert desk.post("stop-task").json() == {"stopping": False}
+    assert desk.post("remove", {"ids": ["red.png"]}).status_code == 200
+
+
+def test_an_undo_that_would_move_pictures_waits_for_the_work(desk: Desk, monkeypatch: pytest.MonkeyPatch):
+    desk.filled()
+    desk.post("remove", {"ids": ["red.png"]})
+    stand_in = Held()
+    monkeypatch.setattr("lib_lora_train.studio.work.collect", stand_in)
+    desk.post("import", {"paths": [str(desk.folder / "sources")]})
+    assert stand_in.began.wait(60)
+    assert desk.post("undo").status_code == 409 and len(desk.pictures()) == 2
+    desk.post("stop-task")
+    assert desk.studio.tasks.wait(60)
+    assert desk.post("undo").status_code == 200 and len(desk.pictures()) == 3
+
+
+def test_while_a_training_reads_the_dataset_nothing_is_written_to_it(desk: Desk, job: FakeJob):
+    desk.filled()
+    train_on(desk, dataset_folder(desk))
+    desk.post("caption", {"id": "red.png", "text": "new"})
+    for name, body in (("save", {}), ("import", {"paths": [str(desk.folder / "sources")]}), ("remove", {"ids": ["red.png"]}),
+                       ("use", {})):
+        refused = desk.post(name, body)
+        assert refused.status_code == 409 and "training is running" in refused.json()["error"], name
+    assert desk.get("state").json()["training"] is True
+    desk.runner.stop(save=False)
+    assert desk.runner.wait(60)
+    assert desk.post("save").json()["written"] == 1
+
+
+def test_a_training_on_other_pictures_is_in_nobodys_way(desk: Desk, job: FakeJob):
+    desk.filled()
+    train_on(desk, desk.folder / "sources")
+    assert desk.post("remove", {"ids": ["red.png"]}).status_code == 200
+    assert desk.post("save").status_code == 200
+
+
+def test_use_saves_and_gives_what_a_training_needs(desk: Desk, job: FakeJob):
+    desk.filled()
+    desk.post("caption", {"id": "red.png", "text": "new"})
+    settings = desk.post("use").json()
+    # 3 pictures shown 500 times each over 10 epochs: 1500 in all.
+    assert settings == {"train_data_dir": str(dataset_folder(desk)), "trigger_word": "zzk girl", "num_repeats": 50,
+                        "max_train_epochs": 10}
+    assert (dataset_folder(desk) / "50_zzk girl" / "red.txt").read_text(encoding="utf-8") == "new"
+    plan = desk.client.post(f"{api.PREFIX}/plan", headers=PAGE, json={"settings": {
+        **{k: v for k, v in settings.items() if k != "num_repeats"}, "output_name": "x"}}).json()
+    assert (plan["pictures"], plan["steps"]) == (3, 1500)
+    # The captions can be undone over the new name of their folder.
+    assert desk.post("undo").json()["label"] and desk.pictures(filter={"all_of": ["red"]})
+    assert desk.post("save").json() == {"written": 1, "conflicts": []}
+
+
+def test_a_page_that_is_built_anew_finds_the_same_studio(desk: Desk):
+    desk.filled()
+    desk.post("caption", {"id": "red.png", "text": "not saved"})
+    app = FastAPI()
+    api.install(app, runner=desk.runner, host=desk.host, token="another", api_enabled=False, credentials={})
+    state = TestClient(app).get(f"{api.PREFIX}/studio/state", headers={"X-Lora-Train": "another"}).json()
+    assert state["dataset"]["name"] == "zzk" and state["dataset"]["unsaved"] == 1
+
+
+def test_tokens_are_counted_as_the_webui_cuts_them(desk: Desk):
+    # CLIP: "a photo" is two tokens; 80 words of one token each need a second chunk of 75.
+    assert desk.post("tokens", {"text": "a photo"}).json() == {"tokens": 2, "chunks": 1}
+    assert desk.post("tokens", {"text": "a " * 80}).json() == {"tokens": 80, "chunks": 2}
+    assert desk.post("tokens", {"text": ""}).json() == {"tokens": 0, "chunks": 1}
