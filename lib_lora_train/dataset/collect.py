@@ -9,18 +9,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import io
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 from lib_lora_train.dataset.archive import Archive, Limits
 from lib_lora_train.dataset.captions import first_line, read_caption
 from lib_lora_train.dataset.collect_sources import Found, Place, Source, Upload, list_sources, reason
+from lib_lora_train.dataset.encode import encode
 from lib_lora_train.dataset.names import FreeNames, safe_stem
 from lib_lora_train.dataset.owned import Note, OwnedDataset
 from lib_lora_train.dataset.pictures import MAX_BYTES, Layers, read_layers
@@ -28,7 +28,7 @@ from lib_lora_train.dataset.watch import Progress, ShouldStop, Watch
 from lib_lora_train.errors import DatasetError, printable, translated
 from lib_lora_train.whole_file import replacing, write_whole
 
-__all__ = ("Collected", "Upload", "collect", "png_bytes")
+__all__ = ("Collected", "Upload", "collect")
 
 # Formats that kohya's tools open too, and the endings that go with them, the usual one first.
 _KEPT = {"PNG": (".png",), "JPEG": (".jpg", ".jpeg"), "MPO": (".jpg", ".jpeg"), "WEBP": (".webp",), "BMP": (".bmp",)}
@@ -71,16 +71,6 @@ def collect(
             taker.write_notes()
     return Collected(tuple(taker.added), tuple((printable(name), printable(why)) for name, why in taker.skipped),
                      taker.notes(), tuple(taker.sizes))
-
-
-def png_bytes(picture: Image.Image, layers: Layers | None = None) -> bytes:
-    """`picture` as a PNG, with what `layers` says that a generator or a camera wrote into the file it came from."""
-    text = PngImagePlugin.PngInfo()
-    if layers is not None and layers.parameters:
-        text.add_itxt("parameters", layers.parameters)
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", pnginfo=text, exif=layers.exif if layers is not None else b"")
-    return buffer.getvalue()
 
 
 def _take_all(source: Source, taker: _Taker, *, limits: Limits | None, watch: Watch) -> None:
@@ -142,7 +132,7 @@ class _Taker:
             if not self.dry_run:
                 # The picture comes last: one that is there is complete.
                 if mask is not None:
-                    write_whole(self.dataset.mask_path(target.name), png_bytes(mask))
+                    write_whole(self.dataset.mask_path(target.name), encode(mask, suffix=".png"))
                 if caption:
                     write_whole(target.with_suffix(".txt"), caption.encode("utf-8"))
                 _write_picture(target, path, None if endings else layers)
@@ -204,7 +194,7 @@ class _Taker:
 
 def _write_picture(target: Path, path: Path, layers: Layers | None) -> None:
     if layers is not None:
-        write_whole(target, png_bytes(layers.picture, layers))
+        write_whole(target, encode(layers.picture, suffix=".png", layers=layers))
         return
     with path.open("rb") as source, replacing(target) as file:
         shutil.copyfileobj(source, file, 1 << 20)
