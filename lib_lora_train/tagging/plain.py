@@ -19,7 +19,7 @@ from lib_lora_train.tagging.options import TagOptions
 from lib_lora_train.tagging.prompt import plain_words, positive_prompt
 
 _REPEATS = re.compile(r"\d+_")
-_NUMBER_IN_FRONT = re.compile(r"^[\d\s_-]+(?=\D)")
+_NUMBER_IN_FRONT = re.compile(r"^(?:\d+\s*[_-]+|0\d*\s+)+")  # 00012-1234567-…, 01 …; not that of 1girl or 3 cats
 _NUMBER_BEHIND = re.compile(r"(?:[\s_-]*\(\d+\)|[\s_-]+\d+)+$")
 _PLACE = re.compile(r"\{(\w*)\}")
 _PLACES = ("trigger", "folder", "name")

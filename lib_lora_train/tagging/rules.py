@@ -16,8 +16,8 @@ def compose(existing: str, found: Description, options: TagOptions) -> str:
     """The caption of a picture that has the caption `existing` ("" for none) and for which `found` was found.
 
     Every tag stands once, compared without regard to case, underscores and escapes; which spelling stays is that of the
-    earlier one. What the user wrote is otherwise kept as it is: unwanted tags are those that would be added. The trainer
-    reads the first line of a caption, so that is the line added to; further lines stay.
+    earlier one. What the user wrote is otherwise kept as it is: unwanted tags are those that would be added. Captions are
+    one line each.
     """
     existing = existing.strip()
     if options.mode == "only_empty" and existing:
@@ -25,10 +25,9 @@ def compose(existing: str, found: Description, options: TagOptions) -> str:
     new = [*split_tags(" ".join(found.text.split())), *(spelt(tag.name, options) for tag in chosen(found.tags, options))]
     unwanted = {alike(tag) for tag in split_tags(options.undesired_tags)}
     new = [tag for tag in new if alike(tag) not in unwanted]
-    first, *further = ("",) if options.mode == "overwrite" or not existing else existing.splitlines()
-    kept = split_tags(first)
+    kept = [] if options.mode == "overwrite" else split_tags(existing)
     tags = new + kept if options.mode == "prepend" else kept + new
-    return "\n".join([", ".join(_once([*split_tags(options.trigger_word), *tags])), *further])
+    return ", ".join(_once([*split_tags(options.trigger_word), *tags]))
 
 
 def chosen(tags: Iterable[Tag], options: TagOptions) -> list[Tag]:
