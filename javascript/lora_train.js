@@ -141,7 +141,8 @@
             event.preventDefault();
             event.stopImmediatePropagation();
             const start = button("lora_train_start");
-            if (!start.disabled) start.click();
+            // Out of sight on the page "1 Dataset".
+            if (!start.disabled && start.offsetParent) start.click();
         }, true);
     }
 
@@ -468,7 +469,7 @@
 
     // ---- when ----------------------------------------------------------------------------------------------------
 
-    window.loraTrain.attach = attach;
+    Object.assign(window.loraTrain, {attach, pageData, setText, planSoon});
     if (typeof onUiLoaded === "function") {
         onUiLoaded(attach);
     } else {

@@ -1,7 +1,8 @@
 """The tab: what stands where.
 
-Left the settings, right what happens with them: the summary, the buttons, the running job and its result. Labels are
-short English literals, so that the WebUI's localisation files can match them.
+Two pages: "1 Dataset", which the scripts draw, and "2 Train": left the settings, right what happens with them: the summary,
+the buttons, the running job and its result. Labels are short English literals, so that the WebUI's localisation files can
+match them.
 """
 
 from __future__ import annotations
@@ -46,11 +47,16 @@ def build_tab(*, runner: Runner, host: Host, defaults: Mapping[str, Value], toke
         # Not drawn; the script reads them from the page's configuration.
         unsaved(gr.Textbox(value=_page_data(), visible=False, elem_id="lora_train_page", label="Page"))
         key = unsaved(gr.Textbox(value=token, visible=False, elem_id="lora_train_token", label="Token"))
-        with gr.Row(equal_height=False, elem_classes=["lora-train-columns"]):
-            with gr.Column(scale=1, min_width=320, elem_id="lora_train_settings"):
-                preset, about_preset = _settings_column(fields, first)
-            with gr.Column(scale=1, min_width=320, elem_id="lora_train_run"):
-                summary, start, answer, overwrite = _run_column()
+        with unsaved(gr.Tabs(elem_id="lora_train_pages")):
+            with gr.Tab("1 Dataset", elem_id="lora_train_page_dataset"):
+                # Drawn by the scripts of the studio, from its API.
+                gr.HTML('<div id="lora_train_studio"></div>')
+            with gr.Tab("2 Train", elem_id="lora_train_page_train"), gr.Row(
+                    equal_height=False, elem_classes=["lora-train-columns"]):
+                with gr.Column(scale=1, min_width=320, elem_id="lora_train_settings"):
+                    preset, about_preset = _settings_column(fields, first)
+                with gr.Column(scale=1, min_width=320, elem_id="lora_train_run"):
+                    summary, start, answer, overwrite = _run_column()
         with gr.Row(elem_classes=[_HIDDEN]):
             draft = unsaved(gr.Textbox(value="", elem_id="lora_train_draft", label="Draft", max_lines=1))
             plan = unsaved(gr.Button("Plan", elem_id="lora_train_plan"))

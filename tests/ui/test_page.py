@@ -51,6 +51,7 @@ class Served:
 
     def open(self, query: str = "") -> None:
         self.page.goto(self.url + query)
+        self.page.get_by_text("2 Train", exact=True).click()
         expect(self.line("summary")).to_contain_text(re.compile(r"\w"))
 
     def box(self, name: str):

@@ -34,6 +34,7 @@ class Tab:
         """Load the page anew and go to the tab."""
         self.page.goto(self.webui.url)
         self.page.get_by_role("button", name="Train LoRA", exact=True).click()
+        self.page.get_by_role("button", name="2 Train", exact=True).click()
         # The summary says something as soon as gradio listens to the page.
         expect(self.part("summary")).to_contain_text(re.compile(r"\w"))
 

@@ -1,0 +1,268 @@
+/* The page "1 Dataset": what it knows, when it asks, and how its parts hear of a change.
+ *
+ * Each part (gallery, tags, panels, …) is made once with `app` and draws itself anew on app.draw(). What the parts share
+ * is in app.view: the server's state, the page of pictures that is shown, the filter, the selection.
+ * The server is asked every second while it works, every five otherwise, and never out of sight.
+ */
+(function(studio) {
+    "use strict";
+    const WORKING_MS = 1000, IDLE_MS = 5000, PAGE = 48, PAGE_KEY = "lora_train_page", FILTER_MS = 250;
+    const NO_FILTER = {
+        all_of: [], none_of: [], text: "", regex: "", problem: "", changed_only: false, empty_only: false,
+    };
+
+    const byId = (id) => (typeof gradioApp === "function" ? gradioApp() : document).querySelector("#" + id);
+
+    function makeApp(place, token) {
+        const {translated} = studio.parts;
+        const api = studio.makeApi(token);
+        const app = {
+            api, place, pictures: studio.makePictures(api), uploading: "", panel: "", busy: false,
+            view: {
+                state: null, filter: {...NO_FILTER}, offset: 0, sort: "name", shown: {total: 0, pictures: []}, tags: [],
+                tagsTotal: 0, empty: 0, selected: new Set(), current: "",
+            },
+        };
+        const view = app.view, after = new Map();
+        let timer = 0, version = -1, polling = false, parts = [], reloading = 0;
+
+        // ---- asking ------------------------------------------------------------------------------------------------
+
+        app.dataset = () => view.state && view.state.dataset;
+        app.task = () => view.state && view.state.task;
+        app.working = () => Boolean(app.task() && app.task().running);
+
+        function schedule(milliseconds) {
+            clearTimeout(timer);
+            if (app.inSight && !document.hidden) timer = setTimeout(app.poll, milliseconds);
+        }
+
+        /** Look once; the pictures are asked for anew when the server's version says that something changed. */
+        app.poll = async() => {
+            if (polling) return;
+            polling = true;
+            clearTimeout(timer);
+            try {
+                await takeState(await api.ask("state"));
+            } catch (error) {
+                app.say(error.message, true);
+            } finally {
+                polling = false;
+                schedule(app.working() ? WORKING_MS : IDLE_MS);
+            }
+        };
+
+        async function takeState(state) {
+            const before = view.state, task = state.task;
+            const other = Boolean(before && (before.dataset || {}).folder !== (state.dataset || {}).folder);
+            if (other) app.forget();
+            view.state = state;
+            if (state.version !== version) {
+                version = state.version;
+                await app.reload();
+            }
+            app.draw();
+            if (task && !task.running && after.has(task.id)) {
+                const then = after.get(task.id);
+                after.delete(task.id);
+                await then(task);
+            }
+        }
+
+        /** The page of pictures, the tags and how many captions are missing. */
+        app.reload = async() => {
+            const mine = ++reloading, filter = view.filter;
+            if (!app.dataset()) {
+                Object.assign(view, {shown: {total: 0, pictures: []}, tags: [], tagsTotal: 0, empty: 0});
+                return;
+            }
+            const [shown, tags, empty] = await Promise.all([
+                api.ask("pictures", {filter, offset: view.offset, limit: PAGE, sort: view.sort}),
+                api.ask("tags", {filter}),
+                api.ask("pictures", {filter: {...NO_FILTER, empty_only: true}, offset: 0, limit: 1, sort: "name"}),
+            ]);
+            // A newer question is under way.
+            if (mine !== reloading) return;
+            if (!shown.pictures.length && view.offset > 0) {
+                view.offset = Math.floor(Math.max(0, shown.total - 1) / PAGE) * PAGE;
+                return app.reload();
+            }
+            Object.assign(view, {shown, tags: tags.tags, tagsTotal: tags.total, empty: empty.total});
+        };
+
+        /** Do what a press asked for: `what` may ask the server; what it refuses is said. Then look again. */
+        app.act = async(what, said) => {
+            app.say("");
+            try {
+                const answer = await what();
+                if (said) app.say(typeof said === "function" ? said(answer) : translated(said));
+                await app.poll();
+                return answer;
+            } catch (error) {
+                app.say(error.message, true);
+                return null;
+            }
+        };
+
+        /** Start work on the server; `then` is called with the task once it ended. */
+        app.start = (path, body, then) => app.act(async() => {
+            const answer = await api.ask(path, body);
+            const id = (answer.task || answer).id;
+            if (then) after.set(id, then);
+            return answer;
+        });
+
+        // ---- what is shown, what is meant ------------------------------------------------------------------------------
+
+        app.forget = () => {
+            Object.assign(view, {filter: {...NO_FILTER}, offset: 0, sort: "name", current: ""});
+            view.selected.clear();
+        };
+
+        app.page = PAGE;
+        app.turn = (offset) => {
+            view.offset = Math.max(0, offset);
+            return app.act(app.reload).then(app.draw);
+        };
+
+        const filterSoon = studio.parts.later(() => app.turn(0), FILTER_MS);
+        app.filterBy = (changed, soon) => {
+            view.filter = {...view.filter, ...changed};
+            view.selected.clear();
+            return soon ? filterSoon() : app.turn(0);
+        };
+        app.filtered = () => JSON.stringify(view.filter) !== JSON.stringify(NO_FILTER);
+        app.unfilter = () => app.filterBy(NO_FILTER);
+
+        /** What a batch operation is about: the selected pictures, or all that the filter lets through. */
+        app.scope = () => (view.selected.size ? {ids: [...view.selected]} : {filter: view.filter});
+        app.scopeSize = () => view.selected.size || view.shown.total;
+        app.scopeWords = () => {
+            const {count} = studio.parts;
+            if (view.selected.size) return count(view.selected.size, "selected picture");
+            return count(view.shown.total, app.filtered() ? "filtered picture" : "picture");
+        };
+        app.current = () => view.shown.pictures.find((picture) => picture.id === view.current) || null;
+
+        app.open = (panel) => {
+            app.panel = app.panel === panel ? "" : panel;
+            app.draw();
+        };
+
+        app.say = (text, problem) => {
+            app.said = {text, problem: Boolean(problem)};
+            drawSaid();
+        };
+
+        function drawSaid() {
+            const line = app.notice;
+            if (!line) return;
+            line.hidden = !app.said.text;
+            line.textContent = app.said.text;
+            line.classList.toggle("lts-problem", app.said.problem);
+        }
+
+        // ---- drawing -------------------------------------------------------------------------------------------------
+
+        app.draw = () => {
+            for (const part of parts) part.draw();
+        };
+        app.build = (made) => {
+            parts = made;
+        };
+        return app;
+    }
+
+    // ---- the page -------------------------------------------------------------------------------------------------------
+
+    function build(app) {
+        const {make} = studio.parts;
+        const top = studio.top(app), welcome = studio.welcome(app), panels = studio.panels(app);
+        const gallery = studio.gallery(app), tags = studio.tags(app), editor = studio.editor(app);
+        app.notice = make("div", {class: "lts-notice", role: "status", hidden: true});
+        const work = make("div", {class: "lts-work"},
+            make("div", {class: "lts-main"}, gallery.element),
+            make("div", {class: "lts-side"}, editor.element, tags.element));
+        work.hidden = true;
+        app.place.replaceChildren(top.element, app.notice, top.progress, welcome.element, panels.element, work);
+        const all = {draw: () => {
+            const dataset = app.dataset();
+            app.place.classList.toggle("lts-loading", !app.view.state);
+            work.hidden = !dataset || !dataset.pictures;
+        }};
+        app.build([all, top, welcome, panels, gallery, tags, editor]);
+        studio.checking(app);
+        studio.cropping(app);
+        studio.captioning(app);
+        studio.keys(app, gallery);
+        studio.dropping(app);
+    }
+
+    /** The buttons of the two pages, as gradio made them. */
+    function pageButtons() {
+        return [...byId("lora_train_pages").querySelectorAll(".tab-nav > button, [role=tablist] button[role=tab]")];
+    }
+
+    function turnTo(number) {
+        const pages = pageButtons();
+        if (pages[number]) pages[number].click();
+    }
+
+    /** The page that was open last comes back with a reload. */
+    function rememberPage() {
+        pageButtons().forEach((button, number) => button.addEventListener("click", () => {
+            try {
+                localStorage.setItem(PAGE_KEY, String(number));
+            } catch (error) { /* a browser that keeps nothing */ }
+        }));
+        try {
+            if (localStorage.getItem(PAGE_KEY) === "1") turnTo(1);
+        } catch (error) { /* a browser that keeps nothing */ }
+    }
+
+    function attach() {
+        const place = byId("lora_train_studio"), page = window.loraTrain && window.loraTrain.pageData;
+        if (!place || !page || !byId("lora_train_pages")) return false;
+        if (place.dataset.attached) return true;
+        const data = page();
+        if (!data) return false;
+        place.dataset.attached = "yes";
+        // Not a text: gradio's look of texts has no business here.
+        for (let outer = place.parentElement; outer && outer.id !== "lora_train"; outer = outer.parentElement) {
+            outer.classList.remove("prose");
+        }
+        const root = studio.parts.make("div", {id: "lts"});
+        place.replaceChildren(root);
+        const app = makeApp(root, data.token);
+        app.turnTo = turnTo;
+        build(app);
+        rememberPage();
+        new IntersectionObserver((entries) => {
+            app.inSight = entries[entries.length - 1].isIntersecting;
+            if (app.inSight) app.poll();
+        }).observe(root);
+        document.addEventListener("visibilitychange", () => document.hidden || (app.inSight && app.poll()));
+        window.addEventListener("beforeunload", (event) => {
+            // Captions live on the server; only an upload would be cut off.
+            if (app.uploading) event.preventDefault();
+        });
+        return true;
+    }
+
+    if (studio.attach) return;
+    studio.attach = attach;
+    if (typeof onUiLoaded === "function") {
+        onUiLoaded(attach);
+    } else {
+        const watch = () => {
+            if (attach()) return;
+            const observer = new MutationObserver(() => attach() && observer.disconnect());
+            observer.observe(document.documentElement, {childList: true, subtree: true});
+        };
+        if (document.readyState === "loading") {
+            document.addEventListener("DOMContentLoaded", watch);
+        } else {
+            watch();
+        }
+    }
+})(window.loraTrainStudio = window.loraTrainStudio || {});

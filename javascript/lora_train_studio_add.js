@@ -1,0 +1,240 @@
+/* Bringing pictures in: the first page of all, the step "Add pictures", and files dropped anywhere on the page. */
+(function(studio) {
+    "use strict";
+    const TAKEN = "image/*,.png,.jpg,.jpeg,.webp,.bmp,.gif,.tif,.tiff,.zip,.txt,.caption", UPLOADS = 3;
+    const GALLERIES = ["txt2img_gallery", "img2img_gallery"];
+
+    /** The files in what was dropped, folders opened: [[file, folder's name]]. */
+    async function droppedFiles(transfer) {
+        const entries = [...transfer.items].map((item) => item.webkitGetAsEntry && item.webkitGetAsEntry()).filter(Boolean);
+        if (!entries.length) return [...transfer.files].map((file) => [file, ""]);
+        const found = [];
+        for (const entry of entries) await walk(entry, "", found);
+        return found;
+    }
+
+    async function walk(entry, folder, found) {
+        if (entry.isFile) {
+            const file = await new Promise((resolve, reject) => entry.file(resolve, reject));
+            if (!file.name.startsWith(".")) found.push([file, folder]);
+            return;
+        }
+        const reader = entry.createReader();
+        for (;;) {
+            // A reader gives a hundred entries at a time, and none at the end.
+            const some = await new Promise((resolve, reject) => reader.readEntries(resolve, reject));
+            if (!some.length) return;
+            for (const inner of some) await walk(inner, entry.name, found);
+        }
+    }
+
+    /** A name for each file, its folder's name before it where two files share one. */
+    function named(files) {
+        const seen = new Map(), stem = (name) => name.replace(/\.[^.]*$/, "");
+        for (const [file, folder] of files) {
+            const key = file.name.toLowerCase();
+            seen.set(key, (seen.get(key) || 0) + 1);
+        }
+        const twice = new Set([...seen].filter(([, times]) => times > 1).map(([name]) => stem(name)));
+        return files.map(([file, folder]) =>
+            [file, folder && twice.has(stem(file.name.toLowerCase())) ? folder + "_" + file.name : file.name]);
+    }
+
+    function nameFor(files) {
+        const zip = files.find(([file]) => /\.zip$/i.test(file.name));
+        const folder = files.map(([, folder]) => folder).find(Boolean);
+        return zip ? zip[0].name.replace(/\.zip$/i, "") : folder || "pictures";
+    }
+
+    /** Pictures painted a moment ago that the WebUI still shows; grids of several are left out. */
+    function lastGenerations() {
+        const found = new Set();
+        for (const id of GALLERIES) {
+            const gallery = (typeof gradioApp === "function" ? gradioApp() : document).querySelector("#" + id);
+            if (!gallery) continue;
+            for (const image of gallery.querySelectorAll("img")) {
+                const address = image.src.split("?")[0];
+                const name = decodeURIComponent(address.split("/").pop());
+                if (/[/]file=/.test(address) && !/^grid-/.test(name)) found.add(address);
+            }
+        }
+        return [...found];
+    }
+
+    function adding(app) {
+        const {translated, count} = studio.parts;
+
+        /** A dataset of that name, or of a similar one where it is taken. */
+        async function ensureDataset(wished) {
+            if (app.dataset()) return;
+            const taken = new Set(app.view.state.datasets.map(({name}) => name.toLowerCase()));
+            const first = app.newName || wished;
+            let name = first;
+            for (let number = 2; taken.has(name.toLowerCase()); number++) name = first + " " + number;
+            await app.api.ask("create", {name, concept: app.newTrigger || app.newName || ""});
+        }
+
+        /** A report before anything else. */
+        const thenCheck = () => app.check && app.check();
+
+        async function upload(files) {
+            if (app.uploading || !files.length) return null;
+            const batch = Date.now().toString(36) + Math.random().toString(36).slice(2, 8);
+            const queue = named(files), total = queue.length;
+            let sent = 0;
+            const told = () => {
+                app.uploaded = sent / total;
+                app.uploading = translated("Uploading") + " " + sent + "/" + total;
+                app.draw();
+            };
+            told();
+            try {
+                return await app.start("import-uploads", await (async() => {
+                    await ensureDataset(nameFor(files));
+                    const send = async() => {
+                        for (let next = queue.shift(); next; next = queue.shift()) {
+                            await app.api.upload(next[0], next[1], batch);
+                            sent += 1;
+                            told();
+                        }
+                    };
+                    await Promise.all(Array.from({length: UPLOADS}, send));
+                    return {batch};
+                })(), thenCheck);
+            } catch (error) {
+                app.say(error.message, true);
+                return null;
+            } finally {
+                app.uploading = "";
+                app.draw();
+            }
+        }
+
+        async function fromPath(path) {
+            const clean = path.trim().replace(/^["']|["']$/g, "");
+            if (!clean) return app.say(translated("Write the path of a folder, a picture or a zip file."), true);
+            try {
+                const parts = clean.split(/[\\/]/).filter(Boolean);
+                await ensureDataset((parts[parts.length - 1] || "pictures").replace(/\.zip$/i, ""));
+            } catch (error) {
+                return app.say(error.message, true);
+            }
+            return app.start("import", {paths: [clean], mode: "copy"}, thenCheck);
+        }
+
+        async function fromGenerations() {
+            const addresses = lastGenerations();
+            if (!addresses.length) return app.say(translated("There are no pictures in txt2img or img2img yet."), true);
+            const files = [];
+            for (const address of addresses) {
+                const name = decodeURIComponent(address.split("/").pop());
+                files.push([new File([await (await fetch(address)).blob()], name), ""]);
+            }
+            app.say(count(files.length, "picture") + " " + translated("taken over."));
+            return upload(files);
+        }
+
+        return {upload, fromPath, fromGenerations};
+    }
+
+    /** The place to drop pictures on, with the other ways below it. */
+    function dropPlace(app) {
+        const {make, button, textBox, icon, translated} = studio.parts;
+        const picker = make("input", {
+            type: "file", multiple: true, accept: TAKEN, class: "lts-hidden-input", id: "lora_train_upload",
+            onchange: () => {
+                const files = [...picker.files].map((file) => [file, ""]);
+                picker.value = "";
+                app.add.upload(files);
+            },
+        });
+        let path = "";
+        const box = textBox("", (text) => {
+            path = text;
+        }, {placeholder: "Folder, picture or zip on this computer", id: "lora_train_import_path", label: "Folder or zip"});
+        box.addEventListener("keydown", (event) => {
+            if (event.key !== "Enter" || event.ctrlKey || event.metaKey) return;
+            event.preventDefault();
+            app.add.fromPath(path);
+        });
+        const place = make("div", {class: "lts-drop", onclick: (event) => {
+            if (!event.target.closest("button, input")) picker.click();
+        }}, icon("picture"),
+        make("b", {text: translated("Drop pictures here")}),
+        make("span", {class: "lts-quiet", text: translated("pictures, a folder or a zip; the originals stay as they are")}),
+        button("Choose pictures", () => picker.click(), {kind: "primary", drawn: "upload", id: "lora_train_choose"}), picker);
+        const others = make("div", {class: "lts-line"}, box,
+            button("Add", () => app.add.fromPath(path), {drawn: "folder", id: "lora_train_import"}));
+        if (document.querySelector("#txt2img_gallery") || (typeof gradioApp === "function" &&
+            gradioApp().querySelector("#txt2img_gallery"))) {
+            others.append(button("From last generations", () => app.add.fromGenerations(), {
+                drawn: "picture", id: "lora_train_generations", title: "The pictures that txt2img and img2img show",
+            }));
+        }
+        return make("div", {class: "lts-adding"}, place, others);
+    }
+
+    studio.dropPlace = dropPlace;
+
+    /** The page before there is a dataset. */
+    studio.welcome = function(app) {
+        const {make, field, textBox, translated, icon, count} = studio.parts;
+        app.add = adding(app);
+        const name = textBox("", (text) => {
+            app.newName = text.trim();
+        }, {placeholder: "my character", id: "lora_train_new_name"});
+        const trigger = textBox("", (text) => {
+            app.newTrigger = text.trim();
+        }, {placeholder: "zzk girl", id: "lora_train_new_trigger"});
+        const known = make("div", {class: "lts-known"});
+        const element = make("div", {class: "lts-welcome", hidden: true},
+            make("div", {class: "lts-line lts-new"},
+                field("Name", name, "What the dataset is called. Empty takes the name of the folder."),
+                field("Trigger word", trigger, "The word that will call up what is learnt. A made-up one works best.")),
+            dropPlace(app), known);
+        let drawn = "";
+
+        function draw() {
+            const state = app.view.state;
+            element.hidden = !state || Boolean(state.dataset);
+            if (element.hidden) return;
+            const now = JSON.stringify(state.datasets);
+            if (now === drawn) return;
+            drawn = now;
+            known.hidden = !state.datasets.length;
+            known.replaceChildren(make("h4", {text: translated("Go on with")}), make("div", {class: "lts-cards"},
+                ...state.datasets.map((dataset) => make("button", {
+                    type: "button", class: "lts-card",
+                    onclick: () => app.act(() => app.api.ask("open", {name: dataset.name})),
+                }, icon("folder"), make("b", {text: dataset.name}),
+                make("small", {text: count(dataset.pictures, "picture")})))));
+        }
+
+        return {element, draw};
+    };
+
+    /** Files may be dropped anywhere on the page; the WebUI itself takes only those dropped on its own fields. */
+    studio.dropping = function(app) {
+        let depth = 0;
+        const mark = (change) => {
+            depth = Math.max(0, change);
+            app.place.classList.toggle("lts-over", depth > 0);
+        };
+        const files = (event) => event.dataTransfer && [...event.dataTransfer.types].includes("Files");
+        app.place.addEventListener("dragenter", (event) => files(event) && mark(depth + 1));
+        app.place.addEventListener("dragleave", (event) => files(event) && mark(depth - 1));
+        app.place.addEventListener("dragover", (event) => {
+            if (!files(event)) return;
+            event.preventDefault();
+            event.stopPropagation();
+            event.dataTransfer.dropEffect = "copy";
+        });
+        app.place.addEventListener("drop", async(event) => {
+            if (!files(event)) return;
+            event.preventDefault();
+            event.stopPropagation();
+            mark(0);
+            await app.add.upload(await droppedFiles(event.dataTransfer));
+        });
+    };
+})(window.loraTrainStudio = window.loraTrainStudio || {});

@@ -1,0 +1,99 @@
+/* What the dataset studio asks the server, and the pictures it was given.
+ *
+ * Every question shows the page's token in a header, so a picture cannot be an <img> with a link: it is fetched and shown
+ * from memory, and let go when it is out of use.
+ */
+(function(studio) {
+    "use strict";
+    const ROOT = "./lora-train/v1/studio/", AT_ONCE = 6, MOST_KEPT = 240;
+
+    /** A server that speaks. `ask` gives JSON, `blob` the bytes of an answer; both raise the server's sentence. */
+    studio.makeApi = function(token) {
+        async function fetched(path, options) {
+            let response;
+            try {
+                response = await fetch(ROOT + path, {cache: "no-store", ...options});
+            } catch (error) {
+                if (error.name === "AbortError") throw error;
+                throw new Error(studio.parts.translated("The server does not answer."));
+            }
+            if (!response.ok) {
+                const data = await response.json().catch(() => ({}));
+                throw new Error(data.error || "The server answered " + response.status + ".");
+            }
+            return response;
+        }
+
+        function options(body) {
+            const headers = {"X-Lora-Train": token};
+            if (body === undefined) return {headers};
+            return {method: "POST", headers: {...headers, "Content-Type": "application/json"}, body: JSON.stringify(body)};
+        }
+
+        return {
+            ask: async (path, body) => (await fetched(path, options(body))).json(),
+            blob: async (path, body) => (await fetched(path, options(body))).blob(),
+            upload: async (file, name, batch) => {
+                const query = "upload?name=" + encodeURIComponent(name) + "&batch=" + encodeURIComponent(batch);
+                return (await fetched(query, {
+                    method: "POST", body: file,
+                    headers: {"X-Lora-Train": token, "Content-Type": "application/octet-stream"},
+                })).json();
+            },
+        };
+    };
+
+    /** Shows pictures of the server in <img> elements: a few at a time, the last ones kept. */
+    studio.makePictures = function(api) {
+        const kept = new Map(), waiting = [];
+        let busy = 0;
+
+        function next() {
+            while (busy < AT_ONCE && waiting.length) {
+                const wish = waiting.shift();
+                // Gone from the page while it waited.
+                if (!wish.image.isConnected) continue;
+                busy += 1;
+                load(wish).finally(() => {
+                    busy -= 1;
+                    next();
+                });
+            }
+        }
+
+        async function load({path, image, failed}) {
+            try {
+                const address = kept.get(path) || URL.createObjectURL(await api.blob(path));
+                keep(path, address);
+                if (image.dataset.path === path) image.src = address;
+            } catch (error) {
+                if (image.dataset.path === path && failed) failed(error);
+            }
+        }
+
+        function keep(path, address) {
+            kept.delete(path);
+            kept.set(path, address);
+            for (const [oldest, old] of kept) {
+                if (kept.size <= MOST_KEPT) break;
+                kept.delete(oldest);
+                URL.revokeObjectURL(old);
+            }
+        }
+
+        /** Put the picture at `path` into `image` as soon as it is there. */
+        function show(image, path, failed) {
+            image.dataset.path = path;
+            if (kept.has(path)) {
+                keep(path, kept.get(path));
+                image.src = kept.get(path);
+                return;
+            }
+            waiting.push({path, image, failed});
+            // The caller puts the element into the page first.
+            setTimeout(next, 0);
+        }
+
+        return {show};
+    };
+})(window.loraTrainStudio = window.loraTrainStudio || {});

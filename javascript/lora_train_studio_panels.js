@@ -1,0 +1,195 @@
+/* The panel below the steps: one at a time, made when it is opened, with the step's one big button in it. */
+(function(studio) {
+    "use strict";
+
+    studio.panels = function(app) {
+        const {make, button, translated} = studio.parts;
+        const element = make("div", {class: "lts-panel", hidden: true});
+        const makers = {
+            add: () => ({element: studio.dropPlace(app), draw: () => {}}),
+            check: () => studio.reportPanel(app), shape: () => studio.shapePanel(app),
+            caption: () => studio.captionPanel(app), train: () => studio.trainPanel(app),
+            crop: () => studio.cropPanel(app),
+        };
+        let open = "", panel = null, folder = "";
+
+        /** Open a panel and bring it into sight. */
+        app.show = (name) => {
+            app.panel = name;
+            app.draw();
+            element.scrollIntoView({block: "nearest", behavior: "smooth"});
+        };
+
+        function draw() {
+            const dataset = app.dataset();
+            if (dataset && dataset.folder !== folder) {
+                folder = dataset.folder;
+                open = "";
+                if (!dataset.pictures) app.panel = "add";
+            }
+            const wanted = dataset ? app.panel : "";
+            if (wanted !== open || (wanted && !panel)) {
+                open = wanted;
+                if (panel && panel.close) panel.close();
+                panel = wanted ? makers[wanted]() : null;
+                element.dataset.panel = wanted;
+                element.replaceChildren(...(panel ? [panel.element, button("Close", () => app.open(wanted), {
+                    kind: "tool", drawn: "close", title: translated("Close")})] : []));
+            }
+            element.hidden = !panel;
+            if (panel) panel.draw();
+        }
+
+        return {element, draw};
+    };
+
+    // ---- 2 Check ---------------------------------------------------------------------------------------------------
+
+    const COUNTED = {
+        broken: "cannot be read", duplicate: "duplicates", small: "too small", blurry: "blurry", narrow: "very narrow",
+        deep_crop: "cut deep by the crop", no_caption: "without caption", empty_caption: "with an empty caption",
+        long_caption: "with a long caption",
+    };
+
+    studio.reportPanel = function(app) {
+        const {make, button, translated, count} = studio.parts;
+        const told = make("div", {class: "lts-report"}), crops = make("div", {class: "lts-crops"});
+        const look = button("Look again", () => app.check(), {kind: "primary", drawn: "search", id: "lora_train_check"});
+        const show = button("Show what crops cut off", showCrops, {drawn: "crop", id: "lora_train_crops"});
+        const go = button("Next", () => {
+            const next = studio.steps(app).find((step) => step.next);
+            app.show(next.id === "check" ? "shape" : next.id);
+        }, {kind: "primary", drawn: "right", id: "lora_train_next"});
+        const element = make("div", {}, told, crops, make("div", {class: "lts-line"}, go, look, show));
+        let known = "", address = "";
+
+        async function showCrops() {
+            try {
+                const blob = await app.api.blob("crops");
+                URL.revokeObjectURL(address);
+                address = URL.createObjectURL(blob);
+                crops.replaceChildren(make("p", {class: "lts-quiet", text:
+                    translated("What is dark is cut off when the picture is trained as it is.")}),
+                make("img", {src: address, alt: translated("What crops cut off")}));
+            } catch (error) {
+                app.say(error.message, true);
+            }
+        }
+
+        function draw() {
+            const report = app.dataset().report;
+            look.disabled = app.working();
+            show.hidden = go.hidden = !report;
+            const now = JSON.stringify(report);
+            if (now === known) return;
+            known = now;
+            look.lastChild.textContent = translated(report ? "Look again" : "Look at the pictures");
+            look.classList.toggle("lts-primary", !report || !report.fresh);
+            if (!report) {
+                told.replaceChildren(make("p", {text: translated(
+                    "Finds duplicates, blurry, small and broken pictures, and says what to mend first.")}));
+                return;
+            }
+            const chips = Object.entries(report.counts).filter(([, number]) => number > 0).map(([code, number]) => make(
+                "button", {
+                    type: "button", class: "lts-chip", title: translated("Show them"), onclick: () => {
+                        app.open("check");
+                        app.filterBy({...Object.fromEntries([["all_of", []], ["none_of", []], ["text", ""]]), problem: code});
+                    },
+                }, make("b", {text: number}), " " + translated(COUNTED[code] || code)));
+            told.replaceChildren(
+                make("p", {class: "lts-summary", text: report.summary}),
+                chips.length ? make("div", {class: "lts-chips"}, ...chips) :
+                    make("p", {class: "lts-fine", text: translated("Nothing to mend.")}),
+                make("ol", {class: "lts-advice"}, ...report.advice.map((text) => make("li", {text: text}))));
+        }
+
+        return {element, draw, close: () => URL.revokeObjectURL(address)};
+    };
+
+    /** Have the dataset looked at; the report opens when it says something. */
+    studio.checking = function(app) {
+        app.check = () => app.start("check", {}, (task) => {
+            if (task.outcome === "failed") return;
+            app.panel = "check";
+            app.dismissed = task.id;
+            app.draw();
+        });
+    };
+
+    // ---- 5 Train ---------------------------------------------------------------------------------------------------
+
+    studio.trainPanel = function(app) {
+        const {make, button, count, translated, field, numberBox, textBox} = studio.parts;
+        const about = make("div", {class: "lts-report"});
+        const use = button("Use for training", useIt, {kind: "primary", drawn: "train", id: "lora_train_use"});
+        const classes = {prompt: "", count: 20, size: 512};
+        const classPart = make("details", {class: "lts-more"},
+            make("summary", {text: translated("Preservation pictures")}),
+            make("p", {class: "lts-quiet", text: translated("Pictures of the general kind, painted by the loaded model, keep it " +
+                "from forgetting what it knows. Most LoRAs do without.")}),
+            make("div", {class: "lts-line"},
+                field("Prompt", textBox("", (text) => {
+                    classes.prompt = text;
+                }, {placeholder: "a photo of a girl", id: "lora_train_class_prompt"})),
+                field("Pictures", numberBox(classes.count, (number) => {
+                    classes.count = number;
+                }, {minimum: 1, maximum: 1000})),
+                field("Size", numberBox(classes.size, (number) => {
+                    classes.size = number;
+                }, {minimum: 64, maximum: 2048, step: 64})),
+                button("Paint them", paint, {id: "lora_train_class_pictures"})));
+        const element = make("div", {}, about, make("div", {class: "lts-line"}, use), classPart);
+        let known = "";
+
+        function paint() {
+            const prompts = classes.prompt.split("\n").map((line) => line.trim()).filter(Boolean);
+            if (!prompts.length) return app.say(translated("Write what the pictures should show."), true);
+            return app.start("class-pictures", {prompts, count: classes.count, size: classes.size}, (task) => {
+                const folder = task.result.folder || task.result.reg_data_dir;
+                if (folder) fillFields({reg_data_dir: folder});
+            });
+        }
+
+        async function useIt() {
+            const answer = await app.act(() => app.api.ask("use", {}));
+            if (!answer) return;
+            const name = document.querySelector("#lora_train_output_name input, #lora_train_output_name textarea");
+            fillFields(name && !name.value.trim() ? {output_name: app.dataset().name, ...answer} : answer);
+            app.panel = "";
+            app.turnTo(1);
+        }
+
+        /** Into the fields of the other page, which have the settings' names. */
+        function fillFields(values) {
+            for (const [name, value] of Object.entries(values)) {
+                const part = document.querySelector("#lora_train_" + name);
+                const box = part && part.querySelector("input:not([type=checkbox]), textarea");
+                if (box && value !== null && typeof value !== "object") window.loraTrain.setText(box, String(value));
+            }
+            window.loraTrain.planSoon();
+        }
+
+        function draw() {
+            const dataset = app.dataset(), report = dataset.report, proposal = report && report.proposal;
+            use.disabled = app.working();
+            const now = JSON.stringify([dataset, app.view.empty]);
+            if (now === known) return;
+            known = now;
+            const lines = [];
+            if (proposal) {
+                const by = " × ", pictures = count(dataset.pictures, "picture");
+                lines.push(pictures + by + count(proposal.repeats, "repeat") + by + count(proposal.epochs, "epoch") +
+                    " / " + proposal.batch + " = " + count(proposal.steps, "step"));
+            } else {
+                lines.push(count(dataset.pictures, "picture"));
+            }
+            if (app.view.empty) lines.push(app.view.empty + " " + translated("pictures have no caption yet."));
+            if (dataset.unsaved) lines.push(translated("The changed captions are saved first."));
+            about.replaceChildren(make("p", {class: "lts-summary", text: lines[0]}),
+                ...lines.slice(1).map((text) => make("p", {class: "lts-quiet", text: text})));
+        }
+
+        return {element, draw};
+    };
+})(window.loraTrainStudio = window.loraTrainStudio || {});

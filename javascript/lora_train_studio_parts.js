@@ -1,0 +1,134 @@
+/* Parts that the dataset studio is built of: elements, buttons, fields, drawings. No part knows what it is used for.
+ *
+ * What a user, a file or the server says goes into textContent only. Colours and sizes are in style.css.
+ */
+(function(studio) {
+    "use strict";
+    const SVG = "http://www.w3.org/2000/svg";
+
+    // Lines on a field of 24 by 24.
+    const ICONS = {
+        add: "M12 5v14M5 12h14", check: "M5 12.5l4.5 4.5L19 7.5", crop: "M7 2v15h15M2 7h15v15",
+        caption: "M4 6h16M4 11h16M4 16h9", train: "M6 4l14 8-14 8z", undo: "M9 14L4 9l5-5M4 9h9a7 7 0 0 1 0 14h-2",
+        redo: "M15 14l5-5-5-5M20 9h-9a7 7 0 0 0 0 14h2", save: "M5 3h11l3 3v15H5zM8 3v6h7V3M8 21v-7h8v7",
+        remove: "M4 7h16M9 7V4h6v3M6 7l1 14h10l1-14M10 11v6M14 11v6", flip: "M12 3v18M9 7L3 17h6zM15 7l6 10h-6z",
+        split: "M3 3h18v18H3zM12 3v18M3 12h18", warning: "M12 4l9 16H3zM12 10v5M12 17.5v.5",
+        folder: "M3 6h6l2 3h10v11H3z", upload: "M12 16V4M7 9l5-5 5 5M4 20h16", close: "M6 6l12 12M18 6L6 18",
+        left: "M15 5l-7 7 7 7", right: "M9 5l7 7-7 7", picture: "M3 5h18v14H3zM3 16l5-5 4 4 4-5 5 6M8 9v.1",
+        back: "M4 12a8 8 0 1 1 2.5 5.8M4 18v-5h5", more: "M5 12v.1M12 12v.1M19 12v.1", search: "M11 5a6 6 0 1 1 0 12 6 6 0 0 1 0-12M15.5 15.5L20 20",
+    };
+
+    const translated = (text) => (window.localization && window.localization[text]) || text;
+
+    /** An element; properties that start with "on" are listeners, others attributes, but for class and text. */
+    function make(tag, properties, ...children) {
+        const made = document.createElement(tag);
+        for (const [name, value] of Object.entries(properties || {})) {
+            if (value === null || value === undefined || value === false) continue;
+            if (name === "class") {
+                made.className = value;
+            } else if (name === "text") {
+                made.textContent = value;
+            } else if (name === "value" || name === "disabled" || name === "checked") {
+                made[name] = value;
+            } else if (name.startsWith("on")) {
+                made.addEventListener(name.slice(2), value);
+            } else {
+                made.setAttribute(name, value === true ? "" : value);
+            }
+        }
+        made.append(...children.filter((child) => child !== null && child !== undefined && child !== false));
+        return made;
+    }
+
+    function icon(name) {
+        const drawing = document.createElementNS(SVG, "svg"), path = document.createElementNS(SVG, "path");
+        drawing.setAttribute("viewBox", "0 0 24 24");
+        drawing.setAttribute("class", "lts-icon");
+        drawing.setAttribute("aria-hidden", "true");
+        path.setAttribute("d", ICONS[name]);
+        drawing.append(path);
+        return drawing;
+    }
+
+    /** kind: "primary", "plain", "stop" or "tool" (a drawing without words; then `text` is its tooltip). */
+    function button(text, press, {kind = "plain", drawn = "", title = "", id = "", disabled = false} = {}) {
+        const shown = translated(text), tool = kind === "tool";
+        return make(
+            "button", {
+                class: "lts-button lts-" + kind, type: "button", id: id || null, disabled: disabled, onclick: press,
+                title: translated(title) || (tool ? shown : null), "aria-label": tool ? shown : null,
+            },
+            drawn ? icon(drawn) : null, tool ? null : make("span", {text: shown}));
+    }
+
+    /** A control under its name. */
+    function field(label, control, help) {
+        return make("label", {class: "lts-field", title: help ? translated(help) : null},
+            make("span", {class: "lts-label", text: translated(label)}), control);
+    }
+
+    function tick(label, checked, change, help) {
+        const box = make("input", {type: "checkbox", checked: checked, onchange: () => change(box.checked)});
+        return make("label", {class: "lts-tick", title: help ? translated(help) : null}, box,
+            make("span", {text: translated(label)}));
+    }
+
+    function textBox(value, change, {placeholder = "", id = "", label = ""} = {}) {
+        const box = make("input", {
+            type: "text", class: "lts-input", value: value, id: id || null, placeholder: translated(placeholder),
+            "aria-label": label ? translated(label) : null, spellcheck: "false", autocomplete: "off",
+            oninput: () => change(box.value),
+        });
+        return box;
+    }
+
+    function numberBox(value, change, {minimum = null, maximum = null, step = null, id = ""} = {}) {
+        const box = make("input", {
+            type: "number", class: "lts-input", value: value, min: minimum, max: maximum, step: step, id: id || null,
+            onchange: () => change(box.value === "" ? null : Number(box.value)),
+        });
+        return box;
+    }
+
+    /** choices: [value, words]. */
+    function choice(choices, value, change, {id = "", label = ""} = {}) {
+        const list = make("select", {
+            class: "lts-input", id: id || null, "aria-label": label ? translated(label) : null,
+            onchange: () => change(choices[list.selectedIndex][0]),
+        }, ...choices.map(([, words]) => make("option", {text: translated(words)})));
+        list.selectedIndex = Math.max(0, choices.findIndex(([known]) => known === value));
+        return list;
+    }
+
+    /** A few choices beside each other, one of them pressed. choices: [value, words, tooltip]. */
+    function pills(choices, value, change, label) {
+        const row = make("div", {class: "lts-pills", role: "group", "aria-label": translated(label || "")});
+        const draw = (chosen) => row.replaceChildren(...choices.map(([known, words, help]) => make("button", {
+            type: "button", class: "lts-pill", "aria-pressed": String(known === chosen), text: translated(words),
+            title: help ? translated(help) : null,
+            onclick: () => {
+                draw(known);
+                change(known);
+            },
+        })));
+        draw(value);
+        return row;
+    }
+
+    /** "1 picture", "2 pictures". */
+    function count(number, one, many) {
+        return number.toLocaleString() + " " + translated(number === 1 ? one : many || one + "s");
+    }
+
+    /** Runs `what` once, that long after the last call. */
+    function later(what, milliseconds) {
+        let timer = 0;
+        return (...given) => {
+            clearTimeout(timer);
+            timer = setTimeout(() => what(...given), milliseconds);
+        };
+    }
+
+    studio.parts = {make, icon, button, field, tick, textBox, numberBox, choice, pills, count, later, translated};
+})(window.loraTrainStudio = window.loraTrainStudio || {});

@@ -1,0 +1,170 @@
+/* The head of the page "1 Dataset": which dataset, undo, redo and save; the five steps with the next one marked; the bar of
+ * work in progress.
+ */
+(function(studio) {
+    "use strict";
+    /** What a look at a picture would settle; captions and crops have steps of their own. */
+    const TO_LOOK_AT = ["broken", "duplicate", "small", "blurry", "narrow"];
+    const NEW = "\u0000new";
+
+    const sum = (counts, codes) => codes.reduce((all, code) => all + ((counts || {})[code] || 0), 0);
+
+    /** The five steps: what each says, whether it is done, and which comes next. */
+    function steps(app) {
+        const {count, translated} = studio.parts, dataset = app.dataset(), view = app.view;
+        const report = dataset.report, counts = report ? report.counts : {}, pictures = dataset.pictures;
+        const look = sum(counts, TO_LOOK_AT), deep = sum(counts, ["deep_crop", "narrow"]);
+        const shaped = dataset.shaped || view.shown.pictures.filter((picture) => picture.shaped).length;
+        const checked = Boolean(report), captioned = pictures > 0 && view.empty === 0;
+        const made = [
+            {id: "add", name: "Pictures", drawn: "add", done: pictures > 0, about: count(pictures, "picture")},
+            {
+                id: "check", name: "Check", drawn: "search", done: checked && report.fresh, look: checked && look > 0,
+                about: !checked ? "" : !report.fresh ? translated("Changed since") :
+                    look ? look + " " + translated("to look at") : translated("All fine"),
+            },
+            {
+                id: "shape", name: "Crop", drawn: "crop", done: shaped > 0 || (checked && !deep),
+                about: shaped ? translated("Done") : deep ? count(deep, "deep crop") : translated("Size and crop"),
+            },
+            {
+                id: "caption", name: "Caption", drawn: "caption", done: captioned,
+                about: captioned ? translated("Done") : view.empty ? view.empty + " " + translated("without") : "",
+            },
+            {id: "train", name: "Train", drawn: "train", done: false, about: report && report.proposal ?
+                report.proposal.steps.toLocaleString() + " " + translated("steps") : ""},
+        ];
+        const next = !pictures ? "add" : !checked ? "check" : captioned ? "train" : made[2].done ? "caption" : "shape";
+        return made.map((step) => ({...step, next: step.id === next}));
+    }
+
+    studio.steps = steps;
+
+    studio.top = function(app) {
+        const {make, button, choice, icon, count, translated} = studio.parts;
+        const element = make("div", {class: "lts-top"}), progress = make("div", {class: "lts-progress", hidden: true});
+        let known = "", watched = null;
+
+        function head(dataset) {
+            const names = app.view.state.datasets.map(({name}) => name);
+            if (!names.includes(dataset.name)) names.unshift(dataset.name);
+            const options = [...names.map((name) => [name, name]), [NEW, "New dataset"]];
+            const list = choice(options, dataset.name, (name) => {
+                // Only a press of Save writes captions.
+                const discard = dataset.unsaved > 0 &&
+                    window.confirm(translated("Leave without saving?") + " " + count(dataset.unsaved, "changed caption"));
+                if (dataset.unsaved && !discard) {
+                    list.selectedIndex = names.indexOf(dataset.name);
+                    return null;
+                }
+                app.panel = "";
+                return app.act(() => (name === NEW ? app.api.ask("close", {discard}) : app.api.ask("open", {name, discard})));
+            }, {id: "lora_train_dataset", label: "Dataset"});
+            const trigger = dataset.trigger_word || dataset.concept;
+            return make("div", {class: "lts-head"},
+                make("div", {class: "lts-name"}, list,
+                    trigger && trigger !== dataset.name ? make("span", {class: "lts-trigger", text: trigger, title: translated("Trigger word")}) : null,
+                    make("span", {class: "lts-quiet", text: count(dataset.pictures, "picture")})),
+                make("div", {class: "lts-actions"}, ...historyButtons(dataset)));
+        }
+
+        function historyButtons(dataset) {
+            const said = (answer) => (answer.label ? answer.label : "");
+            const undo = button("Undo", () => app.act(() => app.api.ask("undo", {}), (a) => translated("Undone: ") + said(a)), {
+                kind: "tool", drawn: "undo", id: "lora_train_undo", disabled: !dataset.can_undo,
+                title: dataset.can_undo ? translated("Undo") + ": " + dataset.can_undo + " (Ctrl+Z)" : "Nothing to undo",
+            });
+            const redo = button("Redo", () => app.act(() => app.api.ask("redo", {}), (a) => translated("Redone: ") + said(a)), {
+                kind: "tool", drawn: "redo", id: "lora_train_redo", disabled: !dataset.can_redo,
+                title: dataset.can_redo ? translated("Redo") + ": " + dataset.can_redo + " (Ctrl+Y)" : "Nothing to redo",
+            });
+            const save = button("Save", app.save, {
+                drawn: "save", id: "lora_train_save", disabled: !dataset.unsaved, title: "Write the changed captions (Ctrl+S)",
+            });
+            if (dataset.unsaved) {
+                save.classList.add("lts-due");
+                save.lastChild.textContent = translated("Save") + " " + dataset.unsaved;
+            }
+            return [undo, redo, save];
+        }
+
+        const saved = (number) => count(number, "caption") + " " + translated("saved.");
+
+        app.save = async() => {
+            const first = await app.act(() => app.api.ask("save", {}), ({written}) => saved(written));
+            if (!first || !first.conflicts.length) return;
+            const question = translated("Another program changed these captions meanwhile. Replace them?");
+            const shown = first.conflicts.slice(0, 20).join(", ") + (first.conflicts.length > 20 ? ", …" : "");
+            if (!window.confirm(question + "\n" + shown)) return;
+            await app.act(() => app.api.ask("save", {overwrite: true}), ({written}) => saved(first.written + written));
+        };
+
+        function stepButton(step, number) {
+            const drawn = step.look ? "warning" : step.done && !step.next ? "check" : step.drawn;
+            const mark = make("span", {class: "lts-step-mark"}, icon(drawn));
+            return make("button", {
+                type: "button", class: "lts-step", id: "lora_train_step_" + step.id, "data-done": String(step.done),
+                "data-next": String(step.next), "data-look": String(Boolean(step.look)), "aria-expanded": String(app.panel === step.id),
+                "aria-current": step.next ? "step" : null, onclick: () => app.open(step.id),
+            }, mark, make("span", {class: "lts-step-words"},
+                make("b", {}, make("span", {class: "lts-number", text: number + " "}), translated(step.name)), make("small", {text: step.about})));
+        }
+
+        function drawProgress() {
+            const task = app.task();
+            // What ended before this page was opened is no news.
+            if (task && task.running) watched = task.id;
+            const told = task && (task.running || (task.id === watched && task.id !== app.dismissed));
+            progress.hidden = !told && !app.uploading;
+            if (progress.hidden) return;
+            if (app.uploading) {
+                progress.replaceChildren(bar(app.uploaded || 0, app.uploading, true));
+                return;
+            }
+            const parts = [bar(task.total ? task.done / task.total : 0, taskText(task), task.running)];
+            if (task.running) {
+                parts[0].append(button("Stop", () => app.act(() => app.api.ask("stop-task", {})), {id: "lora_train_stop_task"}));
+            } else {
+                parts[0].append(button("Close", () => {
+                    app.dismissed = task.id;
+                    drawProgress();
+                }, {kind: "tool", drawn: "close"}));
+            }
+            if (task.problems.length) {
+                parts.push(make("ul", {class: "lts-problems"}, ...task.problems.slice(0, 200).map((problem) => make("li", {},
+                    make("b", {text: problem.picture ? problem.picture + ": " : ""}), problem.text))));
+            }
+            progress.replaceChildren(...parts);
+        }
+
+        function taskText(task) {
+            if (!task.running) return task.message || task.name;
+            const counted = task.total ? " " + task.done + "/" + task.total : "";
+            return (task.message || translated(task.name)) + counted;
+        }
+
+        /** The WebUI's own bar while something goes on, the words alone afterwards. */
+        function bar(share, text, running) {
+            if (!running) return make("div", {class: "lts-bar"}, make("span", {class: "lts-said", text: text}));
+            const inner = make("div", {class: "progress", text: text});
+            inner.style.width = (100 * Math.min(1, share)).toFixed(1) + "%";
+            if (!share) inner.style.background = "transparent";
+            return make("div", {class: "lts-bar"}, make("div", {class: "progressDiv"}, inner));
+        }
+
+        function draw() {
+            const dataset = app.dataset();
+            drawProgress();
+            const made = dataset ? steps(app) : [];
+            const now = JSON.stringify([dataset, made, app.panel, app.view.state && app.view.state.datasets]);
+            if (now === known) return;
+            known = now;
+            element.hidden = !dataset;
+            if (!dataset) return;
+            element.replaceChildren(head(dataset),
+                make("div", {class: "lts-steps"}, ...made.map((step, index) => stepButton(step, index + 1))));
+        }
+
+        return {element, progress, draw};
+    };
+})(window.loraTrainStudio = window.loraTrainStudio || {});
