@@ -23,6 +23,7 @@ from lib_lora_train.errors import DatasetError, printable
 from lib_lora_train.settings import DECLARATIONS
 
 MOST_REPEATS = DECLARATIONS["num_repeats"].maximum
+MASKS_FOLDER = "masks"  # beside the N_name folders, where the studio keeps them: no pictures to learn from
 MayRead = Callable[[Path], bool]
 _REPEATS_AND_NAME = re.compile(r"(\d+)_(.*)")
 
@@ -222,14 +223,14 @@ class _Reader:
         if self.not_text:
             raise DatasetError(
                 f"{len(self.not_text)} caption files cannot be read as UTF-8 text",
-                why=_some([name for name, _ in self.not_text]), remedy="save them again with the encoding UTF-8")
+                why=some_of([name for name, _ in self.not_text]), remedy="save them again with the encoding UTF-8")
         for names, text in (
             (self.empty, "no caption and no trigger word, so they are trained with an empty caption"),
             (self.several_lines, "more than one line in their caption file, of which only the first is used"),
             (self.several_files, "both a .txt and a .caption file, of which the .txt is used"),
         ):
             if names:
-                self.problems.append(Problem(f"{len(names)} picture(s) have {text}: {_some(names)}."))
+                self.problems.append(Problem(f"{len(names)} picture(s) have {text}: {some_of(names)}."))
 
 
 def find_pictures(folder: Path, *, what: str,
@@ -243,12 +244,12 @@ def find_pictures(folder: Path, *, what: str,
     loose = [file for file in files if is_picture_name(file)]
     numbered = [f for f in folders if _REPEATS_AND_NAME.fullmatch(f.name)]
     subsets = [s for f in numbered if (s := _subset(f, problems, may_read)) is not None]
-    others = [f for f in folders if f not in numbered]
+    others = [f for f in folders if f not in numbered and f.name != MASKS_FOLDER]
     if subsets:
         if loose:
             problems.append(Problem(
                 f"{len(loose)} picture(s) in {folder} are ignored, because its N_name folders are used: "
-                f"{_some([file.name for file in loose])}."))
+                f"{some_of([file.name for file in loose])}."))
         problems += _unused_folders(others, "its name has no number of repeats in front (N_name)")
         return subsets, "kohya", problems
     if loose:
@@ -262,7 +263,7 @@ def find_pictures(folder: Path, *, what: str,
     with_pictures = [f.name for f in others if _picture_names(f)]
     remedy = "choose the folder that holds the pictures"
     if with_pictures:
-        remedy = (f"choose one of its folders ({_some(with_pictures)}), or put the number of repeats in front of "
+        remedy = (f"choose one of its folders ({some_of(with_pictures)}), or put the number of repeats in front of "
                   "their names, as in 10_name")
     raise DatasetError(f"The {what} folder {folder} holds no pictures", why=why, remedy=remedy)
 
@@ -297,7 +298,7 @@ def _listing(folder: Path, what: str, *, may_read: MayRead | None,
             entries = [path for path in entries if path not in outside]
             if outside:
                 problems.append(Problem(f"{len(outside)} entries of {folder} are ignored, because they are links to folders "
-                                        f"that are not allowed: {_some([path.name for path in outside])}."))
+                                        f"that are not allowed: {some_of([path.name for path in outside])}."))
         files = [path for path in entries if path.is_file()]
         folders = [path for path in entries if path.is_dir() and not path.name.startswith(".")]
     except OSError as error:
@@ -326,7 +327,7 @@ def _balance(examples: list[Example], *, visits: int, problems: list[Problem]) -
     if unused:
         problems.append(Problem(
             f"{len(unused)} regularisation picture(s) are not used, because there are more of them than visits to "
-            f"the pictures: {_some(unused)}."))
+            f"the pictures: {some_of(unused)}."))
     return [replace(example, repeats=n) for example, n in zip(examples, repeats, strict=True) if n > 0]
 
 
@@ -337,6 +338,7 @@ def _nothing_left(folder: Path, problems: Sequence[Problem]) -> DatasetError:
         remedy="replace or remove the damaged pictures")
 
 
-def _some(names: Sequence[str], limit: int = 5) -> str:
+def some_of(names: Sequence[str], limit: int = 5) -> str:
+    """The first few of `names` for a sentence: "a.png, b.png and 3 more"."""
     rest = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")

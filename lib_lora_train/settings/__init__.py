@@ -23,8 +23,8 @@ from lib_lora_train.settings.field import Declaration, Value, declarations, read
 
 __all__ = [
     "AREAS", "DECLARATIONS", "CaptionSettings", "DatasetSettings", "Declaration", "LossSettings", "MemorySettings",
-    "NetworkSettings", "OptimizerSettings", "SaveSettings", "Settings", "Value", "declarations", "flat", "ignored",
-    "parse", "read",
+    "NetworkSettings", "OptimizerSettings", "SaveSettings", "Settings", "Value", "assignment", "declarations", "flat",
+    "ignored", "parse", "read",
 ]
 
 
@@ -63,6 +63,14 @@ def parse(values: Mapping[str, object]) -> Settings:
     settings = Settings(**areas)
     _check(settings)
     return settings
+
+
+def assignment(text: str) -> tuple[str, str]:
+    """(name, value) of NAME=VALUE, as a command line's --set has it; raises SettingError."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise SettingError(f"--set {text} is not an assignment", remedy="write --set name=value")
+    return name.strip(), value.strip()
 
 
 def flat(settings: Settings) -> dict[str, Value]:

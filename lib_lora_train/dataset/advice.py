@@ -1,0 +1,208 @@
+"""What to fix first: findings in plain sentences, worst first. Each says how many, why it matters and what to do.
+
+Worst is how bad a thing is times the share of the pictures it touches; what keeps a training from starting comes first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+from lib_lora_train.dataset.captions import split_tags
+from lib_lora_train.dataset.findings import Examined, Report
+from lib_lora_train.dataset.folder import some_of
+from lib_lora_train.dataset.plan import MIN_VISITS, MIN_VISITS_PER_PICTURE
+from lib_lora_train.dataset.tag_slips import respelt, typing_errors
+from lib_lora_train.errors import printable
+
+MIN_PICTURES = 10
+
+Weighted = tuple[float, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Circumstances:
+    """What the advice needs to know beyond the findings."""
+
+    layout: Literal["kohya", "plain"]
+    trigger_word: str
+    enable_bucket: bool
+    concepts: tuple[str, ...]  # the names of kohya's folders
+    captions: tuple[str, ...]  # of each picture, as it is trained
+    planned_visits: int | None  # of all pictures over the run; None where the proposal's rule decides
+    several_lines: tuple[str, ...]  # caption files of more than one line
+    several_files: tuple[str, ...]  # pictures with a .txt and a .caption
+    strays: tuple[str, ...]  # text files whose name is nearly that of a picture without one
+    problems: tuple[str, ...]  # sentences of the folder's layout
+
+
+def advise(report: Report, around: Circumstances) -> tuple[str, ...]:
+    """The sentences, worst first; none if there is nothing to fix."""
+    weighted = [*_files(report), *_number(report), *_captions(report, around), *_pictures(report, around),
+                *_length(report, around), *_tags(report, around)]
+    weighted += [(4.0, text) for text in around.problems]
+    return tuple(printable(text) for _, text in sorted(weighted, key=lambda item: -item[0]))
+
+
+def _files(report: Report) -> Iterator[Weighted]:
+    unreadable = _with(report, "unreadable_caption")
+    if unreadable:
+        yield 2000, (f"{_count(unreadable, 'caption file')} {_are(unreadable)} not UTF-8 text ({_names(unreadable)}), so a "
+                     "training would refuse to start: save them again with the encoding UTF-8 (Notepad: Save as, Encoding).")
+    broken = _with(report, "broken")
+    if broken:
+        yield 50 + _share(broken, report), (
+            f"{_count(broken, 'picture')} cannot be opened and would be left out ({_names(broken)}), because the file is "
+            "damaged, incomplete or no picture: save it again from the original, or remove it.")
+
+
+def _number(report: Report) -> Iterator[Weighted]:
+    usable = report.usable
+    if usable == 0:
+        yield 3000, ("No picture of this folder can be trained on, because each is damaged or too narrow: replace them, or "
+                     "choose another folder.")
+        return
+    different = usable - len(_with(report, "duplicate"))
+    if different < MIN_PICTURES:
+        yield 100, (f"{_are_only(different)} here, and from fewer than {MIN_PICTURES} a LoRA mostly learns to copy: "
+                    f"add at least {MIN_PICTURES - different} more that differ in pose, light and background.")
+
+
+def _captions(report: Report, around: Circumstances) -> Iterator[Weighted]:
+    missing, empty = _with(report, "no_caption"), _with(report, "empty_caption")
+    for pictures, have in ((missing, "no caption file"), (empty, "an empty caption file")):
+        if not pictures:
+            continue
+        start = f"{_count(pictures, 'picture')} {'has' if len(pictures) == 1 else 'have'} {have} ({_names(pictures)})"
+        instead = around.trigger_word or " / ".join(around.concepts)
+        if instead:
+            why = (f" and would be trained on '{instead}' alone, so that clothes, pose and background become part of that "
+                   "word too: tag or caption them")
+        else:
+            why = (" and no trigger word is set, so no word would call what is learnt from them: tag or caption them, or set "
+                   "a trigger word")
+        yield (30 if not instead else 20) * _share(pictures, report), start + why + (
+            f" ({some_of(around.strays, 3)} {'looks' if len(around.strays) == 1 else 'look'} meant for that, but the text for "
+            "a.png must be called a.txt)." if pictures is missing and around.strays else ".")
+    long = _with(report, "long_caption")
+    if long:
+        yield 5 * _share(long, report), (
+            f"{_count(long, 'caption')} {'is' if len(long) == 1 else 'are'} longer than 225 tokens (longest: "
+            f"{max(p.tokens or 0 for p in long)} tokens, {_names(long)}); what stands late has little effect, and other "
+            "trainers cut it off: keep the tags that matter.")
+    if around.several_lines:
+        yield 6, (f"{_count(around.several_lines, 'caption file')} {'has' if len(around.several_lines) == 1 else 'have'} more "
+                  f"than one line ({some_of(around.several_lines)}), of which only the first is trained: join the lines.")
+    if around.several_files:
+        yield 3, (f"{_count(around.several_files, 'picture')} {'has' if len(around.several_files) == 1 else 'have'} both a "
+                  f".txt and a .caption file ({some_of(around.several_files)}), of which only the .txt is trained: remove one.")
+
+
+def _pictures(report: Report, around: Circumstances) -> Iterator[Weighted]:
+    twins = _with(report, "duplicate")
+    if twins:
+        pairs = [f"{group[1].name} like {group[0].name}" for group in report.duplicates]
+        yield 20 * _share(twins, report), (
+            f"{_count(twins, 'picture')} {_are(twins)} nearly the same as another ({some_of(pairs, 3)}), and what is shown "
+            "twice is learnt twice as hard, up to copying it: keep the best of each and remove the others.")
+    yield from _small(report)
+    blurry = _with(report, "blurry")
+    if blurry:
+        yield 15 * _share(blurry, report), (
+            f"{_count(blurry, 'picture')} {'looks' if len(blurry) == 1 else 'look'} blurred ({_names(blurry)}), and a LoRA "
+            "learns blur as readily as anything else: find sharper ones, unless softness is what you want.")
+    narrow = _with(report, "narrow")
+    if narrow:
+        out = sum(not picture.usable for picture in narrow)
+        yield 12 * _share(narrow, report) + (1 if out else 0), (
+            f"{_count(narrow, 'picture')} {_are(narrow)} more than 3 times as long as wide ({_names(narrow)}), a shape that "
+            f"models paint badly{f' and that {out} would be left out for' if out else ''}: crop them, or split them into "
+            "squarer pieces.")
+    deep = sorted(_with(report, "deep_crop"), key=lambda picture: -picture.crop_loss)
+    if deep:
+        buckets = "" if around.enable_bucket else ", or switch aspect buckets on, which crop far less"
+        yield 12 * _share(deep, report), (
+            f"{_count(deep, 'picture')} would lose more than 15 % to the crop (most: {deep[0].path.name}, "
+            f"{100 * deep[0].crop_loss:.0f} %), which may cut off heads and hands: look at the crops and crop by hand where "
+            f"it matters{buckets}.")
+
+
+def _small(report: Report) -> Iterator[Weighted]:
+    small = sorted(_with(report, "small"), key=lambda picture: picture.width * picture.height)
+    if not small:
+        return
+    least = small[0]
+    wanted = report.resolution[0] * report.resolution[1]
+    usual = sorted(p.width * p.height for p in report.pictures if p.width)
+    side = int(usual[len(usual) // 4] ** 0.5) // 64 * 64  # what three quarters of the pictures reach
+    lower = f", or set the resolution to {side}" if 2 * len(small) > len(report.pictures) and side >= 64 else ""
+    yield 18 * _share(small, report), (
+        f"{_count(small, 'picture')} {_are(small)} smaller than the training size {report.resolution[0]}×"
+        f"{report.resolution[1]} (smallest: {least.path.name}, {least.width}×{least.height}, "
+        f"{(wanted / (least.width * least.height)) ** 0.5:.1f} times too small), and a LoRA learns the softness of enlarged "
+        f"pictures: find larger originals, use an upscaler, leave them out{lower}.")
+
+
+def _length(report: Report, around: Circumstances) -> Iterator[Weighted]:
+    planned, usable = around.planned_visits, report.usable
+    wanted = max(MIN_VISITS, MIN_VISITS_PER_PICTURE * usable)
+    # A fifth less is a choice, not a mistake; nor is a large folder seen less often than the rule has it.
+    if planned is None or not usable or planned >= 0.8 * min(wanted, 2 * MIN_VISITS):
+        return
+    proposal = report.proposal
+    what = (f"rename the folder to {proposal.repeats}_{around.concepts[0]}" if len(around.concepts) == 1
+            else f"use {proposal.repeats} repeats") + f" with {_plural(proposal.epochs, 'epoch')}"
+    yield 8, (f"The {_plural(usable, 'picture')} would be shown only {planned:,} times in all, and less than {wanted:,} mostly "
+              f"is too little to learn from: {what}, or train more epochs.")
+
+
+def _tags(report: Report, around: Circumstances) -> Iterator[Weighted]:
+    captioned = [caption for caption, picture in zip(around.captions, report.pictures, strict=True)
+                 if not {"no_caption", "empty_caption", "unreadable_caption", "broken"} & set(picture.problems)]
+    if around.layout == "kohya" and not around.trigger_word and len(around.concepts) == 1 and captioned:
+        words = {tag.casefold() for tag in split_tags(around.concepts[0])}
+        without = [caption for caption in captioned if not all(word in caption.casefold() for word in words)]
+        if len(without) == len(captioned):
+            yield 7, (f"None of the {_plural(len(captioned), 'caption')} holds the folder's name '{around.concepts[0]}', which "
+                      "counts only where there is no caption file, so it would call nothing: set it as the trigger word, "
+                      "unless this is a style that needs none.")
+    two_ways = respelt(report.tags)
+    if two_ways:
+        pairs = [f"'{rare}' {report.tags[rare]} beside '{usual}' {report.tags[usual]}" for rare, usual in two_ways]
+        yield 3, (f"{_plural(len(pairs), 'tag')} {'is' if len(pairs) == 1 else 'are'} spelt in two ways ({some_of(pairs, 3)}), "
+                  "which the model reads as different words: replace one spelling by the other.")
+    slips = typing_errors(report.tags)
+    if slips:
+        pairs = [f"'{slip}' beside '{meant}' {report.tags[meant]}" for slip, meant in slips]
+        errors = "a typing error" if len(pairs) == 1 else "typing errors"
+        yield 2, (f"{_plural(len(pairs), 'tag')} of a single caption may be {errors} ({some_of(pairs, 3)}), and a word seen "
+                  "once is not learnt: correct it where it is one.")
+
+
+def _with(report: Report, code: str) -> list[Examined]:
+    return [picture for picture in report.pictures if code in picture.problems]
+
+
+def _share(pictures: Sequence[Examined], report: Report) -> float:
+    return len(pictures) / len(report.pictures)
+
+
+def _names(pictures: Sequence[Examined]) -> str:
+    return some_of([picture.path.name for picture in pictures], 3)
+
+
+def _count(things: Sequence[object], word: str) -> str:
+    return _plural(len(things), word)
+
+
+def _plural(number: int, word: str) -> str:
+    return f"{number:,} {word}{'' if number == 1 else 's'}"
+
+
+def _are(things: Sequence[object]) -> str:
+    return "is" if len(things) == 1 else "are"
+
+
+def _are_only(number: int) -> str:
+    return "Only 1 different picture is" if number == 1 else f"Only {number} different pictures are"

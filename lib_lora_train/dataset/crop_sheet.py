@@ -1,0 +1,99 @@
+"""One picture that shows what training would cut off: each picture of a report, with the part it loses dimmed."""
+
+from __future__ import annotations
+
+import math
+
+from PIL import Image, ImageDraw, ImageFont
+
+from lib_lora_train.dataset.findings import Examined, Report
+from lib_lora_train.dataset.pictures import read_picture
+from lib_lora_train.errors import DatasetError, printable
+
+_CELL, _MARGIN, _LINE = 200, 14, 17
+_MOST_ACROSS = 8
+_PAPER, _INK, _FRAME = (255, 255, 255), (32, 32, 32), (214, 40, 40)
+_DIMMED = 0.4  # of the picture is left to be seen where it is lost; the rest is grey
+_FONTS = ("DejaVuSans.ttf", "arial.ttf", "Arial.ttf")
+# Names in every script; Windows, macOS, Linux.
+_WIDE_FONTS = ("meiryo.ttc", "msyh.ttc", "malgun.ttf", "Hiragino Sans GB.ttc", "PingFang.ttc", "Arial Unicode.ttf",
+               "NotoSansCJK-Regular.ttc", "wqy-microhei.ttc")
+
+_Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
+def crop_sheet(report: Report, *, most: int = 48) -> Image.Image:
+    """Up to `most` pictures, those that lose most first; below each its name, its sizes and its loss.
+
+    Pictures that cannot be read, or that no training size takes, are left out. Raises DatasetError if none is left.
+    """
+    chosen = sorted((picture for picture in report.pictures if picture.bucket != (0, 0)), key=lambda p: -p.crop_loss)
+    cells = []
+    for picture in chosen:
+        if len(cells) == most:
+            break
+        try:
+            cells.append(_cell(picture))
+        except DatasetError:
+            continue  # gone or damaged since the report
+    if not cells:
+        raise DatasetError(f"There is nothing to show of {report.folder}", why="no picture in it can be used")
+    across = min(_MOST_ACROSS, max(1, math.ceil(math.sqrt(len(cells) * 1.3))))
+    width, height = _CELL + _MARGIN, _CELL + 2 * _LINE + _MARGIN
+    sheet = Image.new("RGB", (_MARGIN + across * width, _MARGIN + math.ceil(len(cells) / across) * height), _PAPER)
+    for place, cell in enumerate(cells):
+        sheet.paste(cell, (_MARGIN + place % across * width, _MARGIN + place // across * height))
+    return sheet
+
+
+def dimmed(picture: Image.Image, kept: tuple[float, float, float, float]) -> Image.Image:
+    """The RGB picture with everything outside `kept` (left, top, right, bottom in pixels) greyed, and a frame around it."""
+    box = tuple(round(number) for number in kept)
+    grey = Image.blend(Image.new("RGB", picture.size, (128, 128, 128)), picture.convert("L").convert("RGB"), _DIMMED)
+    grey.paste(picture.crop(box), box[:2])
+    if box != (0, 0, *picture.size):
+        ImageDraw.Draw(grey).rectangle((box[0], box[1], box[2] - 1, box[3] - 1), outline=_FRAME,
+                                       width=max(1, max(picture.size) // 100))
+    return grey
+
+
+def _cell(examined: Examined) -> Image.Image:
+    picture = read_picture(examined.path)
+    if picture.size != (examined.width, examined.height):
+        raise DatasetError(f"The picture {examined.path} has changed since it was examined")
+    scale = min(_CELL / picture.width, _CELL / picture.height)
+    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+    small = picture.resize(size, Image.Resampling.LANCZOS)
+    across, down = size[0] / picture.width, size[1] / picture.height
+    left, top, right, bottom = examined.kept
+    shown = dimmed(small, (left * across, top * down, right * across, bottom * down))
+    cell = Image.new("RGB", (_CELL, _CELL + 2 * _LINE), _PAPER)
+    cell.paste(shown, ((_CELL - size[0]) // 2, (_CELL - size[1]) // 2))
+    pen = ImageDraw.Draw(cell)
+    _write(pen, (0, _CELL + 1), examined.path.name)
+    lost = f", -{100 * examined.crop_loss:.0f} %" if examined.crop_loss >= 0.005 else ""
+    _write(pen, (0, _CELL + _LINE),
+           f"{examined.width}×{examined.height} → {examined.bucket[0]}×{examined.bucket[1]}{lost}")
+    return cell
+
+
+def _write(pen: ImageDraw.ImageDraw, place: tuple[int, int], text: str) -> None:
+    """`text` in one line as wide as a cell, its middle left out where it is longer."""
+    font = _font(wide=any(ord(letter) >= 0x2E80 for letter in text))
+    text = printable(text)
+    if isinstance(font, ImageFont.ImageFont):
+        text = text.replace("→", ">").encode("latin-1", "replace").decode("latin-1")  # Pillow's own font has no more
+    whole = text
+    while len(text) > 8 and pen.textlength(text, font=font) > _CELL:
+        half = (len(text) - 2) // 2
+        text = whole[:half] + ".." + whole[-half:]
+    pen.text(place, text, fill=_INK, font=font)
+
+
+def _font(*, wide: bool) -> _Font:
+    for name in (*_WIDE_FONTS, *_FONTS) if wide else _FONTS:
+        try:
+            return ImageFont.truetype(name, 12)
+        except OSError:
+            continue
+    return ImageFont.load_default()

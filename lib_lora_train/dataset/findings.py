@@ -1,0 +1,163 @@
+"""What an examination of a dataset found: values that a page, a terminal or a program can show. Made by `report.examine`.
+
+Problems are codes, so that each place can show them its own way:
+
+    broken              cannot be opened as a picture; nothing else is known of it
+    unreadable_caption  its caption file is no UTF-8 text; a training would refuse to start
+    small               has to be enlarged to the training size
+    narrow              so long and thin that no training size fits
+    blurry              soft, by itself or beside the others
+    duplicate           nearly the same as a better picture of the folder (of each group all but the best are marked)
+    no_caption          has no caption file
+    empty_caption       has one without text
+    long_caption        longer than other trainers read
+    deep_crop           loses much of its area to the crop
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from lib_lora_train.dataset.buckets import Size
+from lib_lora_train.dataset.folder import some_of
+from lib_lora_train.errors import printable
+
+_WIDTH = 110
+
+
+@dataclasses.dataclass(frozen=True)
+class Examined:
+    """One picture. A broken one has the size (0, 0); one that no training size takes has the bucket (0, 0)."""
+
+    path: Path
+    width: int  # upright
+    height: int
+    bucket: Size  # (width, height) in training
+    crop_loss: float  # 0…1, of its area
+    sharpness: float  # see `likeness.sharpness`
+    tokens: int | None  # of its caption as it is trained; None where no tokenizer was given
+    problems: tuple[str, ...]
+    kept: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # (left, top, right, bottom) in its own pixels
+
+    @property
+    def usable(self) -> bool:
+        """Whether a training takes it."""
+        return self.bucket != (0, 0) and "unreadable_caption" not in self.problems
+
+
+@dataclasses.dataclass(frozen=True)
+class Proposal:
+    """How long to train: at least 100 times a picture and 1500 times in all."""
+
+    repeats: int
+    epochs: int
+    steps: int
+    batch: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """A whole folder."""
+
+    folder: Path
+    pictures: tuple[Examined, ...]
+    duplicates: tuple[tuple[Path, ...], ...]  # groups, in each the best picture first
+    sizes: tuple[tuple[Size, int], ...]  # ((width, height), pictures), most frequent first
+    buckets: tuple[tuple[Size, int], ...]  # likewise, of the pictures a training takes
+    tags: dict[str, int]  # in how many captions; most frequent first
+    once: tuple[str, ...]  # tags of a single caption
+    proposal: Proposal
+    advice: tuple[str, ...]  # what to fix, worst first
+    resolution: Size
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Pictures with each problem, by code."""
+        return dict(Counter(code for picture in self.pictures for code in picture.problems))
+
+    @property
+    def usable(self) -> int:
+        """Pictures that a training takes."""
+        return sum(picture.usable for picture in self.pictures)
+
+    @property
+    def trainable(self) -> bool:
+        """Whether a training on this folder would start."""
+        return self.usable > 0 and "unreadable_caption" not in self.counts
+
+    @property
+    def mean_crop_loss(self) -> float:
+        """Share of the area that crops lose, 0…1, over the pictures a training takes."""
+        return sum(picture.crop_loss for picture in self.pictures if picture.usable) / max(1, self.usable)
+
+    @property
+    def summary(self) -> str:
+        """One line: pictures, how many to look at, buckets, crops."""
+        look = sum(bool(picture.problems) for picture in self.pictures)
+        buckets = f"{len(self.buckets)} bucket{'' if len(self.buckets) == 1 else 's'}"
+        return (f"{len(self.pictures):,} picture{'' if len(self.pictures) == 1 else 's'}, "
+                f"{f'{look:,} to look at' if look else 'none to look at'} · {buckets} at "
+                f"{_size(self.resolution)}, crops lose {_percent(self.mean_crop_loss)} on average")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it for JSON: paths as text, relative to the folder where they lie in it."""
+        def name(path: Path) -> str:
+            return printable((path.relative_to(self.folder) if path.is_relative_to(self.folder) else path).as_posix())
+        return {
+            "folder": printable(str(self.folder)), "summary": self.summary, "trainable": self.trainable,
+            "advice": list(self.advice), "counts": self.counts, "resolution": list(self.resolution),
+            "mean_crop_loss": round(self.mean_crop_loss, 4),
+            "pictures": [{
+                "path": name(picture.path), "width": picture.width, "height": picture.height,
+                "bucket": list(picture.bucket), "crop_loss": round(picture.crop_loss, 4),
+                "kept": [round(number, 1) for number in picture.kept], "sharpness": round(picture.sharpness, 3),
+                "tokens": picture.tokens, "problems": list(picture.problems)} for picture in self.pictures],
+            "duplicates": [[name(path) for path in group] for group in self.duplicates],
+            "sizes": [[*size, count] for size, count in self.sizes],
+            "buckets": [[*size, count] for size, count in self.buckets],
+            "tags": self.tags, "once": list(self.once), "proposal": dataclasses.asdict(self.proposal)}
+
+    def text(self) -> str:
+        """For a terminal: what to fix first, then the figures."""
+        if self.advice:
+            lines = ["What to fix, worst first:"]
+            for number, sentence in enumerate(self.advice, start=1):
+                lines += textwrap.wrap(f"{number}. {sentence}", _WIDTH, initial_indent="  ", subsequent_indent="     ",
+                                       break_long_words=False, break_on_hyphens=False)
+        else:
+            lines = ["Nothing to fix."]
+        rows = [("sizes", _counted(self.sizes)), ("buckets", _counted(self.buckets)), ("crops", self._crops()),
+                ("tokens", self._tokens()),
+                ("duplicates", "; ".join(" = ".join(path.name for path in group) for group in self.duplicates[:10])),
+                ("tags", some_of([f"{tag} {count}" for tag, count in self.tags.items()], 15)),
+                ("used once", f"{len(self.once)}: {some_of(self.once, 15)}" if self.once else ""),
+                ("proposal", f"{self.proposal.repeats} repeats × {self.proposal.epochs} epochs, batch "
+                             f"{self.proposal.batch} = {self.proposal.steps:,} steps" if self.usable else "")]
+        figures = [line for label, value in rows if value for line in textwrap.wrap(
+            value, _WIDTH, initial_indent=f"{label:12}", subsequent_indent=" " * 12, break_long_words=False)]
+        return printable("\n".join([f"{self.folder}: {self.summary}", "", *lines, "", *figures]))
+
+    def _crops(self) -> str:
+        losing = sorted((p for p in self.pictures if p.usable and p.crop_loss >= 0.005), key=lambda p: -p.crop_loss)
+        return some_of([f"{picture.path.name} loses {_percent(picture.crop_loss)}" for picture in losing])
+
+    def _tokens(self) -> str:
+        tokens = sorted(picture.tokens for picture in self.pictures if picture.tokens is not None)
+        return f"{tokens[0]} to {tokens[-1]} a caption, half of them up to {tokens[len(tokens) // 2]}" if tokens else ""
+
+
+def _counted(sizes: Iterable[tuple[Size, int]]) -> str:
+    return some_of([f"{count} × {_size(size)}" for size, count in sizes], 12)
+
+
+def _size(size: Size) -> str:
+    return f"{size[0]}×{size[1]}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"

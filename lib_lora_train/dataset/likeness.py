@@ -1,0 +1,198 @@
+"""How alike two pictures are, and how sharp one is: what the report knows of pixels. numpy and Pillow only.
+
+Likeness is a perceptual hash's idea without its last step. pHash (Zauner, "Implementation and benchmarking of perceptual
+image hash functions", 2010) keeps the signs of the low frequencies of a picture made small; where a drawing is symmetric
+those frequencies are zero and their signs are chance, so here the numbers themselves are kept. Rescaling, compression and a
+little light change them hardly; another pose or another colour does. A shifted crop of a picture is another picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from lib_lora_train.dataset.watch import ShouldStop
+from lib_lora_train.errors import Interrupted
+
+Thumbnail = NDArray[np.uint8]  # [16, 16, 3]
+
+NEAR = 0.98
+"""From this likeness on two pictures are near-duplicates. Photographs and emoji scaled by 0.5 to 2, saved as JPEG of quality
+60 or brightened by a tenth stay above it; of 7572 emoji only those below it differ in more than a shade of skin or hair."""
+
+BLURRED = 0.42
+"""Below this sharpness a picture is blurred by itself: an edge takes about three pixels of the training size. Photographs
+measure 1 to 3.5, drawings with outlines 2 to 3, pictures enlarged twice 0.5 to 1, four times 0.2 to 0.35."""
+SOFTER_THAN_OTHERS = 0.3  # of the folder's median, where that also is below …
+SOFT = 0.7
+
+_SIDE = 16
+_LOW, _LOW_COLOUR = 4, 3  # frequencies a side, in brightness and in each of two colour axes
+_FAINT = 4.0 * np.sqrt(3 * _SIDE ** 2)  # contrast of 4 levels: below, a picture counts as blank
+_MOST_DIFFERENCE = 40.0  # levels (0…255), root mean square: a black heart is like a white one but for this
+_APART = 2 * (1 - NEAR)  # of two unit vectors: |a - b|² = 2 (1 - likeness)
+_CROWDED = 0.05
+_ROWS, _COLUMNS, _PAIRS = 256, 8192, 4096  # bounds of what is held at once
+_TILE = 32
+
+
+def thumbnail(picture: Image.Image) -> Thumbnail:
+    """What likeness is judged by: the upright RGB picture averaged to 16×16, uint8 [16, 16, 3]."""
+    return np.asarray(picture.resize((_SIDE, _SIDE), Image.Resampling.BOX), dtype=np.uint8)
+
+
+def likeness(first: Thumbnail, second: Thumbnail) -> float:
+    """Correlation of two pictures' pixels, -1 to 1; 1 is the same but for brightness and contrast. `NEAR` is the bound."""
+    one, two = _units(np.stack([first, second]))
+    return float(one @ two)
+
+
+def near_duplicates(thumbnails: Sequence[Thumbnail], *, should_stop: ShouldStop | None = None) -> list[tuple[int, ...]]:
+    """Groups of two and more indices whose pictures are alike, directly or through others of the group.
+
+    Every pair at least as like as `NEAR` is found: distances in the low frequencies never exceed those of the whole, so
+    they only rule out. Compared in blocks by matrix products: 10,000 pictures take about a quarter of a second. Raises
+    Interrupted when `should_stop()` says so.
+    """
+    if len(thumbnails) < 2:
+        return []
+    pictures = np.stack(list(thumbnails))
+    units = _units(pictures)
+    codes = units @ _low_frequencies()
+    # Sorted by their most telling number, only a window of the others can be near.
+    order = np.argsort(codes[:, int(codes.var(axis=0).argmax())], kind="stable")
+    pictures, units, codes = pictures[order], units[order], codes[order]
+    ranked = codes[:, int(codes.var(axis=0).argmax())]
+    joined = _Groups(len(order))
+    for start in range(0, len(order), _ROWS):
+        if should_stop is not None and should_stop():
+            raise Interrupted("The search for near-duplicates was stopped")
+        end = min(start + _ROWS, len(order))
+        last = int(np.searchsorted(ranked, ranked[end - 1] + np.sqrt(_APART), side="right"))
+        for left in range(start, last, _COLUMNS):
+            right = min(left + _COLUMNS, last)
+            near = _distances(codes[start:end], codes[left:right]) <= _APART + 1e-4
+            if near.mean() > _CROWDED:  # a folder of screenshots: looking at each pair would take minutes
+                near &= _distances(units[start:end], units[left:right]) <= _APART + 1e-4
+            rows, columns = np.nonzero(near)
+            _join_alike(joined, rows + start, columns + left, units=units, pictures=pictures)
+    return sorted(tuple(sorted(int(order[place]) for place in group)) for group in joined.groups())
+
+
+def sharpness(picture: Image.Image, *, pixels: int) -> float:
+    """How sharp the picture's edges are at `pixels` (width × height, the training size): 2 a hard edge, below 0.42 blurred.
+
+    The variance of the Laplacian (Pech-Pacheco et al., "Diatom autofocusing in brightfield microscopy", ICPR 2000), divided
+    by that of the gradient. The plain variance counts how many edges there are and how strong, so a flat drawing looks
+    blurred; the quotient knows only their width: for an edge smoothed by a Gaussian σ it falls as 1/(2σ²). It is taken in
+    tiles, and the answer is the one below which three quarters of the contrast lie, so that a sharp subject before a soft
+    background is sharp. Larger pictures are made smaller first, smaller ones are judged as they are. Grain hides blur. 0 for
+    a picture without any contrast.
+    """
+    scale = min(1.0, (pixels / (picture.width * picture.height)) ** 0.5)
+    size = max(8, round(picture.width * scale)), max(8, round(picture.height * scale))
+    grey = np.asarray(picture.convert("L").resize(size, Image.Resampling.LANCZOS) if size != picture.size
+                      else picture.convert("L"), dtype=np.float32)
+    centre = grey[1:-1, 1:-1]
+    right, below = grey[1:-1, 2:], grey[2:, 1:-1]
+    laplacian = _tiles((grey[1:-1, :-2] + right + grey[:-2, 1:-1] + below - 4 * centre) ** 2)
+    gradient = _tiles((right - centre) ** 2 + (below - centre) ** 2)
+    telling = gradient > 1.0  # mean square of a level a pixel: below it is only rounding
+    if not telling.any():
+        return 0.0
+    quotient, weight = laplacian[telling] / gradient[telling], gradient[telling]
+    order = np.argsort(quotient)
+    share = np.cumsum(weight[order]) / weight.sum()
+    return float(quotient[order][min(np.searchsorted(share, 0.75), len(order) - 1)])
+
+
+def is_blurred(value: float, *, median: float) -> bool:
+    """Whether a picture of sharpness `value` is worth a look, by itself or beside a folder of that median."""
+    return value < BLURRED or value < min(SOFT, SOFTER_THAN_OTHERS * median)
+
+
+def _tiles(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Means over tiles of 32×32 (smaller in small pictures), flat."""
+    side = max(2, min(_TILE, min(values.shape) // 4))
+    rows, columns = values.shape[0] // side, values.shape[1] // side
+    return values[:rows * side, :columns * side].reshape(rows, side, columns, side).mean(axis=(1, 3)).ravel()
+
+
+def _units(pictures: Thumbnail) -> NDArray[np.float32]:
+    """[n, 16, 16, 3] → [n, 768]: without brightness and contrast, of length 1 (less where there is next to no contrast)."""
+    flat = pictures.reshape(len(pictures), -1).astype(np.float32)
+    flat -= flat.mean(axis=1, keepdims=True)
+    length = np.sqrt((flat ** 2).sum(axis=1, keepdims=True))
+    return flat / np.maximum(length, np.float32(_FAINT))
+
+
+def _distances(these: NDArray[np.float32], those: NDArray[np.float32]) -> NDArray[np.float32]:
+    """[n, d], [m, d] → squared distances [n, m]."""
+    squares = (these ** 2).sum(axis=1)[:, None] + (those ** 2).sum(axis=1)[None, :]
+    return squares - 2 * (these @ those.T)
+
+
+def _low_frequencies() -> NDArray[np.float32]:
+    """[768, 34] with orthonormal columns: the discrete cosine transform's low frequencies of brightness and two colours."""
+    place = np.arange(_SIDE)
+    waves = np.cos(np.pi * (2 * place[:, None] + 1) * np.arange(_LOW)[None, :] / (2 * _SIDE))  # [16, 4]
+    waves /= np.sqrt((waves ** 2).sum(axis=0))
+    axes = np.array([[1, 1, 1], [1, -1, 0], [1, 1, -2]]) / np.sqrt([[3], [2], [6]])
+    columns = [np.einsum("y,x,c->yxc", waves[:, down], waves[:, across], axis).ravel()
+               for axis, low in zip(axes, (_LOW, _LOW_COLOUR, _LOW_COLOUR), strict=True)
+               for down in range(low) for across in range(low)]
+    return np.stack(columns, axis=1).astype(np.float32)
+
+
+class _Groups:
+    """Disjoint sets of 0…n-1."""
+
+    def __init__(self, count: int) -> None:
+        self._parent = np.arange(count)
+
+    def roots(self) -> NDArray[np.int64]:
+        """For each its group's smallest member."""
+        while True:
+            above = self._parent[self._parent]
+            if (above == self._parent).all():
+                return self._parent
+            self._parent = above
+
+    def join(self, first: int, second: int) -> None:
+        """The groups of both become one."""
+        parent = self._parent
+        while parent[first] != first:
+            first = parent[first]
+        while parent[second] != second:
+            second = parent[second]
+        parent[max(first, second)] = min(first, second)
+
+    def groups(self) -> list[list[int]]:
+        """Those of two and more."""
+        roots = self.roots()
+        order = np.argsort(roots, kind="stable")
+        pieces = np.split(order, np.flatnonzero(np.diff(roots[order])) + 1)
+        return [piece.tolist() for piece in pieces if len(piece) > 1]
+
+
+def _join_alike(joined: _Groups, rows: NDArray[np.int64], columns: NDArray[np.int64], *, units: NDArray[np.float32],
+                pictures: Thumbnail) -> None:
+    """Of the pairs that may be near, join those that are. Pairs of one group are not looked at again: a folder of one
+    picture a thousand times has half a million of them."""
+    while True:
+        roots = joined.roots()
+        apart = roots[rows] != roots[columns]
+        rows, columns = rows[apart], columns[apart]
+        if not len(rows):
+            return
+        these, those = rows[:_PAIRS], columns[:_PAIRS]
+        alike = ((units[these] - units[those]) ** 2).sum(axis=1) <= _APART
+        these, those = these[alike], those[alike]
+        difference = pictures[these].astype(np.float32) - pictures[those]
+        close = (difference ** 2).mean(axis=(1, 2, 3)) <= _MOST_DIFFERENCE ** 2
+        for first, second in zip(these[close].tolist(), those[close].tolist(), strict=True):
+            joined.join(first, second)
+        rows, columns = rows[_PAIRS:], columns[_PAIRS:]

@@ -1,0 +1,242 @@
+"""A folder of pictures → what is in it, what is wrong with it, what to fix first. Nothing is written, no model is needed.
+
+Every picture is decoded, so this takes as long as reading them: a second for some forty photographs. What a training would
+only warn of when it starts, or never see (twins, blur, tags spelt in two ways), is found here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from lib_lora_train.dataset import likeness
+from lib_lora_train.dataset.advice import Circumstances, advise
+from lib_lora_train.dataset.buckets import Buckets, Placement, Size, buckets_for
+from lib_lora_train.dataset.captions import first_line, read_caption, split_tags, with_trigger_word
+from lib_lora_train.dataset.crop_sheet import crop_sheet
+from lib_lora_train.dataset.findings import Examined, Proposal, Report
+from lib_lora_train.dataset.folder import MayRead, Subset, find_pictures
+from lib_lora_train.dataset.pictures import read_picture
+from lib_lora_train.dataset.plan import plain_folder_repeats, plan_run
+from lib_lora_train.dataset.watch import Progress, ShouldStop, Watch
+from lib_lora_train.errors import DatasetError, printable
+from lib_lora_train.settings import Settings
+
+__all__ = ["Examined", "Proposal", "Report", "Tokenizer", "crop_sheet", "examine"]
+
+ENLARGED = 1.1  # more than this many times as long at the training size: small
+NARROW = 3.0  # longer side / shorter side; beyond it models paint things twice
+DEEP_CROP = 0.15  # of the area
+LONG_CAPTION = 225  # tokens: the most that kohya's trainer can be told to read
+
+
+class Tokenizer(Protocol):
+    """What counts a caption's tokens; `model.tokens.clip_tokenizer()` is one."""
+
+    def encode(self, text: str) -> Sequence[int]:
+        """The tokens of `text`."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class _Caption:
+    """What stands beside one picture; `text` is None where there is no file."""
+
+    text: str | None
+    trained: str  # with trigger word, or what stands in for it
+    error: bool = False
+
+
+def examine(
+    folder: Path | str, *, settings: Settings, tokenizer: Tokenizer | None = None, family: str = "",
+    on_progress: Progress | None = None, should_stop: ShouldStop | None = None, may_read: MayRead | None = None,
+    unsaved: Mapping[Path, str] | None = None,
+) -> Report:
+    """Look at every picture and caption of `folder` (kohya's layout or a plain one) as `settings` would train them.
+
+    `family` ("sd1", "sd2", "sdxl", "" as SD1) decides the training size where the settings leave it open. `unsaved` are
+    captions that were edited and are not in their files yet. `settings.dataset.train_data_dir` is not looked at.
+    Raises DatasetError for a folder that is missing, unreadable or without a picture's name, SettingError for sizes that
+    contradict each other, Interrupted when `should_stop()` says so. Damaged pictures and captions are part of the report.
+    """
+    folder = Path(folder)
+    buckets = buckets_for(settings.dataset, family=family)
+    subsets, layout, found = find_pictures(folder, what="dataset", may_read=may_read)
+    watch = Watch(sum(len(subset.pictures) for subset in subsets), doing="the pictures were examined",
+                  on_progress=on_progress, should_stop=should_stop)
+    reader = _Reader(buckets, tokenizer=tokenizer, trigger_word=settings.dataset.trigger_word, unsaved=unsaved or {})
+    for subset in subsets:
+        for path in subset.pictures:
+            watch.check()
+            reader.read(path, subset)
+            watch.advance()
+    pictures, twins = _compare(reader.pictures, reader.thumbnails, should_stop=should_stop)
+    tags = _tags([caption.text or "" for caption in reader.captions])
+    placed = Counter(picture.bucket for picture in pictures if picture.usable)
+    report = Report(
+        folder=folder, pictures=tuple(pictures), duplicates=twins,
+        sizes=tuple(Counter((picture.width, picture.height) for picture in pictures if picture.width).most_common()),
+        buckets=tuple(placed.most_common()), tags=tags, once=tuple(tag for tag, count in tags.items() if count == 1),
+        proposal=_proposal(placed, settings), advice=(), resolution=buckets.resolution)
+    return dataclasses.replace(report, advice=advise(report, Circumstances(
+        layout=layout, trigger_word=settings.dataset.trigger_word, enable_bucket=settings.dataset.enable_bucket,
+        concepts=tuple(dict.fromkeys(subset.caption for subset in subsets if subset.caption)),
+        captions=tuple(caption.trained for caption in reader.captions),
+        planned_visits=_planned_visits(pictures, reader.repeats, layout=layout, settings=settings),
+        several_lines=tuple(reader.several_lines), several_files=tuple(reader.several_files), strays=_strays(subsets),
+        problems=tuple(problem.text for problem in found))))
+
+
+class _Reader:
+    """Reads one picture after the other, and gathers what is found."""
+
+    def __init__(self, buckets: Buckets, *, tokenizer: Tokenizer | None, trigger_word: str,
+                 unsaved: Mapping[Path, str]) -> None:
+        self._buckets, self._tokenizer, self._trigger_word, self._unsaved = buckets, tokenizer, trigger_word, unsaved
+        self.pictures: list[Examined] = []
+        self.captions: list[_Caption] = []
+        self.repeats: list[int] = []
+        self.thumbnails: dict[int, likeness.Thumbnail] = {}  # by place among the pictures; broken ones have none
+        self.several_lines: list[str] = []
+        self.several_files: list[str] = []
+
+    def read(self, path: Path, subset: Subset) -> None:
+        """One more picture."""
+        caption = self._caption(path, subset)
+        examined, thumbnail = _examine(path, caption, buckets=self._buckets, tokenizer=self._tokenizer)
+        if thumbnail is not None:
+            self.thumbnails[len(self.pictures)] = thumbnail
+        self.pictures.append(examined)
+        self.captions.append(caption)
+        self.repeats.append(subset.repeats)
+
+    def _caption(self, path: Path, subset: Subset) -> _Caption:
+        """The caption as `folder.scan` takes it."""
+        files = subset.captions.get(path.stem, [])
+        if len(files) > 1:
+            self.several_files.append(path.name)
+        text: str | None = None
+        if path in self._unsaved:
+            text = first_line(self._unsaved[path])
+        elif files:
+            try:
+                whole = read_caption(files[0])
+            except DatasetError:
+                return _Caption(None, "", error=True)
+            text = first_line(whole)
+            if len([line for line in whole.splitlines() if line.strip()]) > 1:
+                self.several_lines.append(files[0].name)
+        return _Caption(None if text is None else printable(text),
+                        with_trigger_word(text or subset.caption, self._trigger_word))
+
+
+def _examine(path: Path, caption: _Caption, *, buckets: Buckets,
+             tokenizer: Tokenizer | None) -> tuple[Examined, likeness.Thumbnail | None]:
+    """Everything that one picture says by itself."""
+    problems = ["unreadable_caption"] if caption.error else [] if caption.text else [
+        "no_caption" if caption.text is None else "empty_caption"]
+    tokens = None if tokenizer is None or caption.error else len(tokenizer.encode(caption.trained))
+    if tokens is not None and tokens > LONG_CAPTION:
+        problems.append("long_caption")
+    try:
+        picture = read_picture(path)
+    except DatasetError:
+        return Examined(path, 0, 0, (0, 0), 0.0, 0.0, tokens, ("broken", *problems)), None
+    width, height = picture.size
+    pixels = buckets.resolution[0] * buckets.resolution[1]
+    examined = Examined(path, width, height, (0, 0), 0.0, likeness.sharpness(picture, pixels=pixels), tokens, ())
+    narrow = max(width, height) > NARROW * min(width, height)
+    try:
+        placement = buckets.assign(width, height)
+    except DatasetError:
+        problems.insert(0, "narrow" if narrow else "small")
+    else:
+        loss = 1 - _area(placement.bucket) / _area(placement.resized)
+        examined = dataclasses.replace(examined, bucket=placement.bucket, crop_loss=loss, kept=_kept(placement))
+        problems[:0] = [code for code, applies in (
+            ("small", pixels > ENLARGED ** 2 * width * height * (1 - loss)), ("narrow", narrow),
+            ("deep_crop", loss > DEEP_CROP)) if applies]
+    return dataclasses.replace(examined, problems=tuple(problems)), likeness.thumbnail(picture)
+
+
+def _kept(placement: Placement) -> tuple[float, float, float, float]:
+    across = placement.original[0] / placement.resized[0]
+    down = placement.original[1] / placement.resized[1]
+    left, top = placement.crop
+    return (left * across, top * down, (left + placement.bucket[0]) * across, (top + placement.bucket[1]) * down)
+
+
+def _compare(pictures: Sequence[Examined], thumbnails: Mapping[int, likeness.Thumbnail], *,
+             should_stop: ShouldStop | None) -> tuple[list[Examined], tuple[tuple[Path, ...], ...]]:
+    """What shows only beside the others: twins, and pictures softer than the rest."""
+    places = list(thumbnails)
+    result = list(pictures)
+
+    def mark(place: int, code: str) -> None:
+        result[place] = dataclasses.replace(result[place], problems=(code, *result[place].problems))
+
+    if places:
+        median = statistics.median(pictures[place].sharpness for place in places)
+        for place in places:
+            if likeness.is_blurred(pictures[place].sharpness, median=median):
+                mark(place, "blurry")
+    groups = []
+    for group in likeness.near_duplicates([thumbnails[place] for place in places], should_stop=should_stop):
+        # The largest is the best; of equal ones the sharpest, then one with a caption.
+        best_first = sorted((places[index] for index in group), key=lambda place: (
+            -pictures[place].width * pictures[place].height, -round(pictures[place].sharpness, 2),
+            len(pictures[place].problems), place))
+        groups.append(tuple(pictures[place].path for place in best_first))
+        for place in best_first[1:]:
+            mark(place, "duplicate")
+    return result, tuple(groups)
+
+
+def _tags(captions: Sequence[str]) -> dict[str, int]:
+    """How many captions hold each tag, most frequent first; regardless of case, shown in its commonest spelling."""
+    spellings: dict[str, Counter[str]] = {}
+    for caption in captions:
+        for key, tag in {tag.casefold(): tag for tag in split_tags(caption)}.items():
+            spellings.setdefault(key, Counter())[tag] += 1
+    counts = [(forms.most_common(1)[0][0], sum(forms.values())) for forms in spellings.values()]
+    return dict(sorted(counts, key=lambda item: (-item[1], item[0])))
+
+
+def _strays(subsets: Sequence[Subset]) -> tuple[str, ...]:
+    """Caption files that miss their picture by a detail of the name: `a.png.txt`, or `A.txt` where case counts."""
+    found = []
+    for subset in subsets:
+        names = {path.name.casefold() for path in subset.pictures} | {path.stem.casefold() for path in subset.pictures}
+        stems = {path.stem for path in subset.pictures}
+        found += [files[0].name for stem, files in sorted(subset.captions.items())
+                  if stem not in stems and stem.casefold() in names]
+    return tuple(found)
+
+
+def _proposal(buckets: Mapping[Size, int], settings: Settings) -> Proposal:
+    """The rule of plain folders, as steps of the batch that is set."""
+    optimizer = settings.optimizer
+    repeats = plain_folder_repeats(sum(buckets.values()), max_train_epochs=optimizer.max_train_epochs)
+    plan = plan_run({size: count * repeats for size, count in buckets.items()}, train_batch_size=optimizer.train_batch_size,
+                    gradient_accumulation_steps=optimizer.gradient_accumulation_steps,
+                    max_train_epochs=optimizer.max_train_epochs)
+    return Proposal(repeats, plan.epochs, plan.steps, optimizer.train_batch_size)
+
+
+def _planned_visits(pictures: Sequence[Examined], repeats: Sequence[int], *, layout: str, settings: Settings) -> int | None:
+    """How often pictures are seen in all as things stand; None where the rule of the proposal decides."""
+    optimizer = settings.optimizer
+    usable = [count for picture, count in zip(pictures, repeats, strict=True) if picture.usable]
+    if optimizer.max_train_steps > 0:
+        return optimizer.max_train_steps * optimizer.train_batch_size * optimizer.gradient_accumulation_steps
+    if layout == "plain":
+        return len(usable) * settings.dataset.num_repeats * optimizer.max_train_epochs or None
+    return sum(usable) * optimizer.max_train_epochs
+
+
+def _area(size: Size) -> int:
+    return size[0] * size[1]
