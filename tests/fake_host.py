@@ -22,7 +22,7 @@ class FakeHost:
 
     def __init__(self, folder: Path) -> None:
         self.lora_folder, self.runs_folder = folder / "loras", folder / "runs"
-        self.datasets_folder = folder / "datasets"
+        self.datasets_folder, self.models_folder = folder / "datasets", folder / "models"
         self.lora_folder.mkdir()
         self.busy = self.given_up = False
 

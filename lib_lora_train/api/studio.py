@@ -21,6 +21,15 @@ A filter {} is every picture. Work that takes long is answered with {"id": n}; `
     POST save             {"overwrite"?} -> {"written", "conflicts": [names of captions that others changed]}
     POST tokens           {"text"} -> {"tokens", "chunks"}
     POST remove           {"ids"} -> {"removed": n}; undo brings them back
+    POST check            {"settings"?} -> work; the report is in `state` afterwards     GET crops   its crops, a JPEG
+    POST shape-preview    {"id", "shape": {"mode", "side", "focus", "flip", "enlarge"}} -> a JPEG
+    POST shape            {"shape", which}         work
+    POST crop             {"id", "box": [left, top, right, bottom]}      POST flip   {"id", "copy"?} -> {"id"}
+    POST split            {"id", "tile"?} -> {"ids"}                     POST unshape {"ids"} -> {"done", "skipped"}
+    POST check-captions   {which, "seeds"?, "steps"?, "worst"?, "settings"?}   work; scores are in `pictures` as they come
+    GET  checked?id=&n=   the n-th picture painted from the caption, from 0
+    POST class-pictures   {"prompts": [...], "count", "size": side or [width, height], "steps"?, "cfg"?, "seed"?}   work;
+                          the result holds reg_data_dir
     GET  tag-options      {"options": [...]}       POST tag  {"source", "options": {...}, which}   work
     POST use              {} -> the settings to train with
     POST stop-task        {} -> {"stopping": whether something was running}
@@ -37,7 +46,7 @@ from fastapi.responses import Response
 from starlette.requests import ClientDisconnect
 
 from lib_lora_train.api.gate import Door, Refused
-from lib_lora_train.studio import asked, thumbs, view, work
+from lib_lora_train.studio import asked, shaping, thumbs, view, work, work_model
 from lib_lora_train.studio.session import Studio
 from lib_lora_train.studio.uploads import Receiving
 
@@ -58,6 +67,8 @@ def add_routes(door: Door, studio: Studio) -> None:
     _add_datasets(post, studio)
     _add_pictures(get, post, studio)
     _add_captions(get, post, studio)
+    _add_shapes(get, post, studio)
+    _add_model(get, post, studio)
     door.add_upload("studio/upload", lambda request: _receive(request, studio), "Send one file")
 
 
@@ -97,6 +108,37 @@ def _add_captions(get: Callable[..., None], post: Callable[..., None], studio: S
     get("tag-options", lambda _: {"options": view.tag_options()}, "What can be chosen when captioning")
     post("tag", lambda body: {"id": work.tag(studio, asked.text(body, "source", required=True), asked.table(body, "options"),
                                              asked.selection(body))}, "Caption pictures")
+
+
+def _add_shapes(get: Callable[..., None], post: Callable[..., None], studio: Studio) -> None:
+    post("check", lambda body: {"id": work.check(studio, asked.table(body, "settings"))}, "Look at the pictures")
+    get("crops", lambda _: _picture(shaping.crops(studio), keep=False), "What crops lose")
+    post("shape-preview", lambda body: _picture(
+        shaping.preview(studio, asked.text(body, "id"), asked.table(body, "shape")), keep=False), "What a shape would make")
+    post("shape", lambda body: {"id": work.shape(studio, asked.table(body, "shape"), asked.selection(body))},
+         "Cut and scale pictures")
+    post("crop", lambda body: _nothing(shaping.crop_by_hand(
+        studio, asked.text(body, "id"), asked.numbers(body, "box", count=4))), "Cut a picture by hand")
+    post("flip", lambda body: {"id": shaping.flip(studio, asked.text(body, "id"), copy=asked.switch(body, "copy"))}, "Mirror")
+    post("split", lambda body: {"ids": shaping.split(
+        studio, asked.text(body, "id"), tile=asked.whole_number(body, "tile", default=0, low=0, high=16384))}, "Split")
+    post("unshape", lambda body: shaping.unshape(studio, asked.texts(body, "ids")), "Bring pictures back as they were")
+
+
+def _add_model(get: Callable[..., None], post: Callable[..., None], studio: Studio) -> None:
+    post("check-captions", lambda body: {"id": work_model.check(
+        studio, asked.selection(body), seeds=asked.whole_number(body, "seeds", default=2, low=0, high=8),
+        steps=asked.whole_number(body, "steps", default=20, low=1, high=150),
+        worst=asked.whole_number(body, "worst", default=work_model.MOST_PAINTED, low=0, high=10**6),
+        values=asked.table(body, "settings"))}, "Are the captions right")
+    get("checked", lambda query: _picture(work_model.painted(
+        studio, query.get("id", ""), asked.number_text(query.get("n", "0"))), keep=False), "A picture painted from a caption")
+    post("class-pictures", lambda body: {"id": work_model.class_pictures(
+        studio, prompts=asked.texts(body, "prompts"), size=asked.size(body, "size", default=512),
+        count=asked.whole_number(body, "count", default=20, low=1, high=10_000),
+        steps=asked.whole_number(body, "steps", default=20, low=1, high=150),
+        cfg=float(asked.whole_number(body, "cfg", default=7, low=1, high=30)),
+        seed=asked.whole_number(body, "seed", default=1, low=0, high=2**32 - 1))}, "Paint preservation pictures")
 
 
 async def _receive(request: Request, studio: Studio) -> object:

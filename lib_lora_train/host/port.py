@@ -75,6 +75,10 @@ class Host(Protocol):
         """The folders a run may touch; None where only this machine's user reaches the host."""
 
     @property
+    def models_folder(self) -> Path:
+        """Where models of all kinds are, each kind in a folder of its own; only read, for detectors that are there."""
+
+    @property
     def taggers_folder(self) -> Path:
         """Where each tagger has a folder of its own."""
 

@@ -45,6 +45,11 @@ class StandaloneHost:
         self._known: Checkpoint | None = None
 
     @property
+    def models_folder(self) -> Path:
+        """The folder of LoRAs: there is no other."""
+        return self.lora_folder
+
+    @property
     def taggers_folder(self) -> Path:
         """Beside the LoRAs."""
         return self.lora_folder / "taggers"

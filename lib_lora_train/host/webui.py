@@ -68,6 +68,11 @@ class WebUIHost:
         return webui_fence.fence()
 
     @property
+    def models_folder(self) -> Path:
+        """--models-dir."""
+        return Path(paths.models_path)
+
+    @property
     def taggers_folder(self) -> Path:
         """Beside the WebUI's other models (--models-dir)."""
         return Path(paths.models_path) / "lora_train" / "taggers"

@@ -75,6 +75,25 @@ def numbers(values: Mapping[str, Any], name: str, *, count: int) -> tuple[int, .
     return tuple(whole_number({name: one}, name, default=0, low=-10**6, high=10**6) for one in value)
 
 
+def number_text(text: str) -> int:
+    """A small number in an address; raises SettingError."""
+    if not (text.isascii() and text.isdigit() and len(text) < 4):
+        raise SettingError("That is not the number of a picture")
+    return int(text)
+
+
+def size(values: Mapping[str, Any], name: str, *, default: int) -> tuple[int, int]:
+    """(width, height) from one number or two; raises SettingError."""
+    value = values.get(name, default)
+    if isinstance(value, list):
+        across, down = numbers(values, name, count=2)
+    else:
+        across = down = whole_number(values, name, default=default, low=64, high=4096)
+    if not (64 <= across <= 4096 and 64 <= down <= 4096):
+        raise SettingError(f'"{name}" must lie between 64 and 4096 pixels')
+    return across, down
+
+
 def table(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     """An object of the request, {} where it is left out; raises SettingError."""
     value = values.get(name, {})

@@ -22,9 +22,9 @@ from lib_lora_train.studio.asked import Selection, text
 from lib_lora_train.studio.uploads import Uploads
 
 if TYPE_CHECKING:
-    from lib_lora_train.dataset.report import Report
+    from lib_lora_train.dataset.findings import Report
 
-LIVE_CODES = frozenset({"no_caption", "empty_caption"})
+LIVE_CODES = frozenset({"no_caption", "empty_caption", "unreadable_caption"})
 """What the captions as edited say better than a report of the files."""
 
 
@@ -106,8 +106,11 @@ class Opened:
 
     def problems(self, index: int) -> list[str]:
         """Codes of what is wrong with a picture: of the last report, and of its caption as it is now."""
-        codes = [code for code in self._findings.get(self.name(self.book.pictures[index]), ()) if code not in LIVE_CODES]
-        return [*codes, *([] if self.book.caption(index).strip() else ["no_caption"])]
+        found = self._findings.get(self.name(self.book.pictures[index]), ())
+        codes = [code for code in found if code not in LIVE_CODES]
+        if not self.book.caption(index).strip():
+            codes.append(next((code for code in found if code in LIVE_CODES), "no_caption"))
+        return codes
 
     def take_report(self, report: Report, *, content: int) -> None:
         """Remember what was found in the dataset as it was when `content` was read."""
@@ -137,6 +140,11 @@ class Opened:
                 shaped = set()  # not made yet
             self._counted = (key, codes, sum(name in shaped for name in self._index))
         return self._counted[1], self._counted[2]
+
+    def reshaped(self, names: Sequence[str]) -> None:
+        """These pictures look different now."""
+        self.forget_findings(names)
+        self.renew()
 
     def forget_findings(self, names: Sequence[str]) -> None:
         """These pictures were changed: what was found out about them no longer holds."""

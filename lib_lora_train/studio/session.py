@@ -64,11 +64,14 @@ class Studio:
         """
         with self.using() as opened:
             self.refuse_while_training(doing)
-            if self.tasks.running():
-                raise HostError(f"Pictures cannot be {doing} now", why=f"the studio is busy ({self.tasks.name()})",
-                                remedy="wait for it or stop it first")
+            self._refuse_while_busy(doing)
             yield opened
             self.changed()
+
+    def _refuse_while_busy(self, doing: str) -> None:
+        if self.tasks.running():
+            raise HostError(f"Pictures cannot be {doing} now", why=f"the studio is busy ({self.tasks.name()})",
+                            remedy="wait for it or stop it first")
 
     @contextlib.contextmanager
     def held(self) -> Iterator[Opened | None]:
@@ -210,26 +213,27 @@ class Studio:
     def remove(self, names: Sequence[str]) -> int:
         """Take pictures out; undo brings them back. How many there were."""
         with self.changing("removed") as opened:
-            dataset, indices = opened.dataset, [opened.index(name) for name in names]
+            for name in names:
+                opened.index(name)
+            opened.dataset.remove(names)
+            return self.removed(opened, names)
 
-            def take_away() -> None:
-                self._refuse_moving()
-                dataset.remove(names)
+    def removed(self, opened: Opened, names: Sequence[str]) -> int:
+        """These pictures were taken out of the folder: the book hears of it, and how to bring them back. How many."""
+        def move(there: bool) -> None:
+            self.refuse_while_training("moved")
+            self._refuse_while_busy("moved")
+            (opened.dataset.restore if there else opened.dataset.remove)(names)
 
-            def bring_back() -> None:
-                self._refuse_moving()
-                dataset.restore(names)
+        count = opened.book.remove([opened.index(name) for name in names], bring_back=lambda: move(True),
+                                   take_away=lambda: move(False))
+        opened.renew()
+        return count
 
-            take_away()
-            opened.book.remove(indices, bring_back=bring_back, take_away=take_away)
-            opened.renew()
-            return len(indices)
-
-    def _refuse_moving(self) -> None:
-        self.refuse_while_training("moved")
-        if self.tasks.running():
-            raise HostError("Pictures cannot be moved now", why=f"the studio is busy ({self.tasks.name()})",
-                            remedy="wait for it or stop it first")
+    def family(self) -> str:
+        """The family of the model that is loaded, "" for none."""
+        checkpoint = self.host.checkpoint()
+        return checkpoint.family if checkpoint else ""
 
     # ---- training
 
@@ -251,8 +255,9 @@ class Studio:
                 len(opened.book.pictures), max_train_epochs=epochs)
             epochs = proposal.epochs if proposal else epochs
             opened.set_repeats(repeats)
+            # The folder's name says the repeats; the setting beside it would only be warned of.
             return {"train_data_dir": str(opened.dataset.folder), "trigger_word": opened.dataset.concept,
-                    "num_repeats": repeats, "max_train_epochs": epochs}
+                    "num_repeats": 0, "max_train_epochs": epochs, "repeats": repeats}
 
     def training_on(self, folder: Path) -> bool:
         """Whether the run under way reads `folder` or something in it."""

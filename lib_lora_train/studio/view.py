@@ -14,7 +14,7 @@ from lib_lora_train.tagging.options import TagOptions
 from lib_lora_train.tagging.sources import sources
 
 if TYPE_CHECKING:
-    from lib_lora_train.dataset.report import Report
+    from lib_lora_train.dataset.findings import Report
 
 MOST_A_PAGE = 500
 MOST_TAGS = 500
@@ -51,19 +51,8 @@ def _dataset(opened: Opened) -> dict[str, Any]:
 
 def _report(report: Report, opened: Opened) -> dict[str, Any]:
     return {"advice": list(report.advice), "proposal": dataclasses.asdict(report.proposal),
-            "summary": printable(summary(report)), "fresh": opened.fresh,
+            "summary": report.summary, "fresh": opened.fresh,
             "duplicates": [[opened.name(path) for path in group] for group in report.duplicates]}
-
-
-def summary(report: Report) -> str:
-    """One line: "18 pictures · 2 to look at · crops lose 3 % on average"."""
-    count = len(report.pictures)
-    looked = sum(bool(examined.problems) for examined in report.pictures)
-    parts = [f"{count} picture{'' if count == 1 else 's'}", f"{looked} to look at" if looked else "nothing to fix"]
-    losses = [examined.crop_loss for examined in report.pictures if "broken" not in examined.problems]
-    if losses:
-        parts.append(f"crops lose {100 * sum(losses) / len(losses):.0f} % on average")
-    return " · ".join(parts)
 
 
 def pictures(studio: Studio, selection: Selection, *, offset: int, limit: int, sort: str) -> dict[str, Any]:

@@ -11,7 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from lib_lora_train.dataset.collect import Upload, collect
-from lib_lora_train.errors import DatasetError, Interrupted
+from lib_lora_train.dataset.report import examine
+from lib_lora_train.dataset.shape import Shape, apply_shape
+from lib_lora_train.errors import DatasetError, HostError, Interrupted
+from lib_lora_train.model.tokens import Tokenizer
+from lib_lora_train.settings import parse
 from lib_lora_train.studio.asked import Selection
 from lib_lora_train.studio.session import Studio
 from lib_lora_train.studio.tasks import Task
@@ -114,6 +118,59 @@ def tag(studio: Studio, source_name: str, values: Mapping[str, Any], selection: 
         return f"{stopped}{_count(changed, 'caption')} changed, not saved yet."
 
     return studio.tasks.start("Captioning", work)
+
+
+def check(studio: Studio, values: Mapping[str, object]) -> int:
+    """Look at every picture and caption, as edited; the report is the dataset's afterwards. `values` are settings of the
+    training. Raises UserError, HostError."""
+    with studio.using() as opened:
+        dataset, book, content = opened.dataset, opened.book, opened.content
+        settings = parse({"trigger_word": dataset.concept, **values})
+        unsaved = {book.pictures[i]: book.caption(i) for i in range(len(book.pictures)) if book.is_changed(i)}
+
+    def work(task: Task) -> str:
+        try:
+            tokenizer: Tokenizer | None = studio.tokenizer()
+        except HostError as error:
+            tokenizer = None
+            task.problem("", f"{error}")
+        fence = studio.host.fence
+        report = examine(dataset.folder, settings=settings, tokenizer=tokenizer, family=studio.family(), unsaved=unsaved,
+                         may_read=fence.may_read if fence else None, on_progress=task.progress, should_stop=task.should_stop)
+        with studio.using():
+            opened.take_report(report, content=content)
+            studio.changed()
+        return report.summary
+
+    return studio.tasks.start("Looking at pictures", work)
+
+
+def shape(studio: Studio, values: Mapping[str, Any], selection: Selection) -> int:
+    """Cut and scale the selected pictures. Raises UserError, HostError."""
+    wanted = Shape.from_dict(values)
+    with studio.changing("shaped") as opened:
+        names = opened.chosen_names(selection)
+        for name in names:
+            opened.path(name)
+
+        def work(task: Task) -> str:
+            try:
+                shaped = apply_shape(opened.dataset, names, wanted, family=studio.family(),
+                                     models_folder=studio.host.models_folder, on_progress=task.progress,
+                                     should_stop=task.should_stop)
+                for name, why in shaped.skipped:
+                    task.problem(name, why)
+                for note in shaped.notes:
+                    task.problem("", note)
+                task.result({"count": len(shaped.done)})
+                return f"{_count(len(shaped.done), 'picture')} shaped."
+            finally:
+                # Also where it was stopped: some are different now.
+                with studio.using():
+                    opened.reshaped(names)
+                    studio.changed()
+
+        return studio.tasks.start("Shaping pictures", work)
 
 
 def _device() -> Any:

@@ -243,7 +243,17 @@ def test_the_gallery_is_paged_and_sorted(desk: Desk):
     ("import", {"paths": ["/no/such/folder"]}), ("import", {"paths": ["a\0b"]}), ("import-uploads", {"batch": "../x"}),
     ("import-uploads", {"batch": "unknown"}), ("tag", {"source": "nobody", "filter": {}}), ("tag", {"source": "infotext"}),
     ("tag", {"source": "infotext", "filter": {}, "options": {"colour": 1}}), ("tag", {"source": "infotext", "ids": []}),
-    ("open", {}), ("create", {"name": 3}),
+    ("open", {}), ("create", {"name": 3}), ("check", {"settings": {"nonsense": 1}}), ("check", {"settings": []}),
+    ("shape", {"shape": {"mode": "star"}, "filter": {}}), ("shape", {"shape": {}}), ("shape", {"shape": {}, "ids": ["no.png"]}),
+    ("shape", {"shape": {"side": "big"}, "filter": {}}), ("shape-preview", {"id": "red.png", "shape": {"side": 3}}),
+    ("shape-preview", {"id": "../red.png", "shape": {}}), ("crop", {"id": "red.png"}),
+    ("crop", {"id": "red.png", "box": [0, 0, 2, 2]}),
+    ("crop", {"id": "red.png", "box": [0, 0, "a", 9]}), ("crop", {"id": "no.png", "box": [0, 0, 99, 99]}), ("flip", {"id": ""}),
+    ("split", {"id": "red.png"}), ("split", {"id": "red.png", "tile": 1}), ("unshape", {"ids": ["no.png"]}),
+    ("check-captions", {"filter": {}, "seeds": -1}), ("check-captions", {}),
+    ("check-captions", {"filter": {"text": "nowhere"}}),
+    ("class-pictures", {}), ("class-pictures", {"prompts": ["a"], "count": 0}),
+    ("class-pictures", {"prompts": ["a"], "size": [64, 9000]}),
 ])
 def test_what_is_wrong_is_said_in_one_sentence_and_changes_nothing(desk: Desk, name: str, body: object):
     desk.filled()
@@ -441,10 +451,16 @@ def test_while_a_training_reads_the_dataset_nothing_is_written_to_it(desk: Desk,
     train_on(desk, dataset_folder(desk))
     desk.post("caption", {"id": "red.png", "text": "new"})
     for name, body in (("save", {}), ("import", {"paths": [str(desk.folder / "sources")]}), ("remove", {"ids": ["red.png"]}),
-                       ("use", {})):
+                       ("use", {}), ("shape", {"shape": {}, "filter": {}}), ("unshape", {"ids": ["red.png"]}),
+                       ("flip", {"id": "red.png"}), ("split", {"id": "red.png", "tile": 128}),
+                       ("crop", {"id": "red.png", "box": [0, 0, 99, 99]}), ("check-captions", {"filter": {}}),
+                       ("class-pictures", {"prompts": ["a girl"]})):
         refused = desk.post(name, body)
         assert refused.status_code == 409 and "training is running" in refused.json()["error"], name
     assert desk.get("state").json()["training"] is True
+    # What only looks may go on.
+    assert desk.done(desk.post("check"))["outcome"] == "done"
+    assert desk.post("shape-preview", {"id": "red.png", "shape": {}}).status_code == 200
     desk.runner.stop(save=False)
     assert desk.runner.wait(60)
     assert desk.post("save").json()["written"] == 1
@@ -462,12 +478,12 @@ def test_use_saves_and_gives_what_a_training_needs(desk: Desk, job: FakeJob):
     desk.post("caption", {"id": "red.png", "text": "new"})
     settings = desk.post("use").json()
     # 3 pictures shown 500 times each over 10 epochs: 1500 in all.
-    assert settings == {"train_data_dir": str(dataset_folder(desk)), "trigger_word": "zzk girl", "num_repeats": 50,
-                        "max_train_epochs": 10}
+    assert settings == {"train_data_dir": str(dataset_folder(desk)), "trigger_word": "zzk girl", "num_repeats": 0,
+                        "max_train_epochs": 10, "repeats": 50}
     assert (dataset_folder(desk) / "50_zzk girl" / "red.txt").read_text(encoding="utf-8") == "new"
     plan = desk.client.post(f"{api.PREFIX}/plan", headers=PAGE, json={"settings": {
-        **{k: v for k, v in settings.items() if k != "num_repeats"}, "output_name": "x"}}).json()
-    assert (plan["pictures"], plan["steps"]) == (3, 1500)
+        **{k: v for k, v in settings.items() if k != "repeats"}, "output_name": "x"}}).json()
+    assert (plan["pictures"], plan["steps"]) == (3, 1500) and "num_repeats" not in " ".join(plan["warnings"])
     # The captions can be undone over the new name of their folder.
     assert desk.post("undo").json()["label"] and desk.pictures(filter={"all_of": ["red"]})
     assert desk.post("save").json() == {"written": 1, "conflicts": []}
@@ -487,3 +503,114 @@ def test_tokens_are_counted_as_the_webui_cuts_them(desk: Desk):
     assert desk.post("tokens", {"text": "a photo"}).json() == {"tokens": 2, "chunks": 1}
     assert desk.post("tokens", {"text": "a " * 80}).json() == {"tokens": 80, "chunks": 2}
     assert desk.post("tokens", {"text": ""}).json() == {"tokens": 0, "chunks": 1}
+
+
+def test_a_report_says_what_is_wrong_and_knows_when_it_is_old(desk: Desk):
+    desk.filled()
+    assert desk.get("crops").status_code == 400
+    desk.post("caption", {"id": "red.png", "text": ""})
+    task = desk.done(desk.post("check"))
+    report = desk.get("state").json()["dataset"]["report"]
+    assert task["outcome"] == "done" and task["message"] == report["summary"] and report["fresh"]
+    # 320×200 is too small for 512; captions count as they are edited, saved or not.
+    assert report["counts"]["small"] == 3 and report["counts"]["empty_caption"] == 1
+    assert report["proposal"] == {"repeats": 50, "epochs": 10, "steps": 1500, "batch": 1} and report["advice"]
+    assert [p["name"] for p in desk.pictures(filter={"problem": "empty_caption"})] == ["red.png"]
+    assert Image.open(io.BytesIO(desk.get("crops").content)).format == "JPEG"
+    desk.post("caption", {"id": "red.png", "text": "red again"})
+    report = desk.get("state").json()["dataset"]["report"]
+    assert not report["fresh"] and "empty_caption" not in report["counts"]
+    assert desk.post("use").json()["repeats"] == 50
+
+
+def test_a_shape_is_seen_before_it_is_written_and_taken_off_again(desk: Desk):
+    desk.filled()
+    before = {path.name: path.read_bytes() for path in dataset_folder(desk).glob("*/*.png")}
+    shape = {"mode": "square", "side": 128, "focus": "centre"}
+    seen = desk.post("shape-preview", {"id": "red.png", "shape": shape})
+    assert Image.open(io.BytesIO(seen.content)).size == (128, 128) and seen.headers["cache-control"] == "no-store"
+    assert {path.name: path.read_bytes() for path in dataset_folder(desk).glob("*/*.png")} == before
+    task = desk.done(desk.post("shape", {"ids": ["red.png", "green.png"], "shape": shape}))
+    assert task["result"] == {"count": 2} and task["outcome"] == "done"
+    assert [(p["name"], p["width"], p["shaped"]) for p in desk.pictures()] == [
+        ("blue.png", 320, False), ("green.png", 128, True), ("red.png", 128, True)]
+    assert desk.get("state").json()["dataset"]["shaped"] == 2
+    assert Image.open(io.BytesIO(desk.get("picture", id="red.png").content)).size == (128, 128)
+    assert desk.post("unshape", {"ids": ["red.png", "green.png"]}).json() == {"done": 2, "skipped": []}
+    assert {path.name: path.read_bytes() for path in dataset_folder(desk).glob("*/*.png")} == before
+    assert desk.get("state").json()["dataset"]["shaped"] == 0
+
+
+def test_one_picture_is_cut_mirrored_and_split(desk: Desk):
+    desk.filled()
+    picture, = dataset_folder(desk).glob("*/red.png")
+    left_half = Image.new("RGB", (320, 200), "red")
+    left_half.paste((0, 0, 255), (0, 0, 160, 200))
+    left_half.save(picture)
+    assert desk.post("crop", {"id": "red.png", "box": [0, 0, 200, 200]}).status_code == 200
+    assert Image.open(picture).size == (200, 200)
+    assert desk.post("flip", {"id": "red.png"}).json() == {"id": "red.png"}
+    with Image.open(picture) as opened:
+        mirrored = opened.convert("RGB")
+    assert mirrored.getpixel((199, 0)) == (0, 0, 255) and mirrored.getpixel((0, 0)) == (255, 0, 0)
+    copied = desk.post("flip", {"id": "green.png", "copy": True}).json()["id"]
+    assert copied != "green.png" and desk.get("thumb", id=copied).status_code == 200
+    desk.post("caption", {"id": "blue.png", "text": "edited, not saved"})
+    tiles = desk.post("split", {"id": "blue.png", "tile": 200}).json()["ids"]
+    shown = {p["name"]: p for p in desk.pictures()}
+    assert set(shown) == {"red.png", "green.png", copied, *tiles} and len(tiles) == 2
+    assert all((shown[tile]["width"], shown[tile]["height"], shown[tile]["caption"]) == (200, 200, "edited, not saved")
+               for tile in tiles)
+    desk.post("undo")
+    assert "blue.png" in {p["name"] for p in desk.pictures()}
+
+
+@pytest.fixture
+def model_desk(desk: Desk, host) -> Desk:
+    """A desk whose host lends a small model and paints."""
+    desk.filled()
+    for name in ("checkpoint", "borrow", "wanted", "hand_over", "interrupted", "report", "outline"):
+        setattr(desk.host, name, getattr(host, name))
+    return desk
+
+
+SMALL = {"resolution": "64", "min_bucket_reso": 64, "max_bucket_reso": 64}
+
+
+def test_captions_are_checked_with_the_loaded_model(model_desk: Desk):
+    asked = {"filter": {}, "seeds": 1, "steps": 1, "worst": 2, "settings": SMALL}
+    task = model_desk.done(model_desk.post("check-captions", asked))
+    assert task["outcome"] == "done" and task["result"]["checked"] == 3, task
+    shown = model_desk.pictures(sort="score")
+    scores = [p["score"] for p in shown]
+    assert scores == sorted(scores) and all(0 <= score <= 100 for score in scores)
+    assert [p["painted"] for p in shown] == [1, 1, 0]  # the worst are painted
+    answer = model_desk.get("checked", id=shown[0]["id"], n="0")
+    assert answer.status_code == 200 and Image.open(io.BytesIO(answer.content)).size == (64, 64)
+    for query in ({"id": shown[2]["id"], "n": "0"}, {"id": shown[0]["id"], "n": "-1"}, {"id": "no.png", "n": "0"},
+                  {"id": shown[0]["id"], "n": "../0"}):
+        assert model_desk.get("checked", **query).status_code == 400
+    # A score is of the caption that was judged.
+    model_desk.post("caption", {"id": shown[0]["id"], "text": "something else"})
+    assert [p["score"] for p in model_desk.pictures(filter={"text": "something else"})] == [None]
+    model_desk.post("undo")
+    assert [p["score"] for p in model_desk.pictures(sort="score")] == scores
+
+
+def test_preservation_pictures_are_painted_beside_the_dataset(model_desk: Desk):
+    asked = {"prompts": ["a girl"], "count": 2, "size": 64, "steps": 1}
+    task = model_desk.done(model_desk.post("class-pictures", asked))
+    folder = Path(task["result"]["reg_data_dir"])
+    assert folder.parent == model_desk.host.datasets_folder and task["result"]["made"] == 2
+    assert len(list((folder / "1_class").glob("*.png"))) == len(list((folder / "1_class").glob("*.txt"))) == 2
+    assert model_desk.done(model_desk.post("class-pictures", asked))["result"]["found"] == 2
+    # It is no dataset of its own.
+    assert [d["name"] for d in model_desk.get("state").json()["datasets"]] == ["zzk"]
+
+
+def test_without_a_model_nothing_is_painted(desk: Desk):
+    desk.filled()
+    desk.host.checkpoint = lambda: None
+    for name, body in (("check-captions", {"filter": {}}), ("class-pictures", {"prompts": ["a girl"]})):
+        refused = desk.post(name, body)
+        assert refused.status_code == 409 and "No model" in refused.json()["error"]
