@@ -7,21 +7,28 @@ brought in. Nothing is written before `save`. Not for several threads at once: t
 from __future__ import annotations
 
 import os
-from bisect import bisect
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lib_lora_train.dataset.book_edits import MOST_CHARACTERS, Edit
-from lib_lora_train.dataset.book_files import Found, OnDisk, find_among, find_pictures, one_line, read_on_disk
+from lib_lora_train.dataset.book_files import (
+    Found,
+    OnDisk,
+    find_among,
+    find_pictures,
+    is_forbidden,
+    one_line,
+    read_on_disk,
+)
 from lib_lora_train.dataset.book_filter import Filter
 from lib_lora_train.dataset.book_history import History, Step
-from lib_lora_train.dataset.book_save import Rewrite, content_of, read_backup, recover, write_captions
+from lib_lora_train.dataset.book_save import STUDIO, Rewrite, content_of, read_backup, recover, write_captions
 from lib_lora_train.dataset.captions import split_tags
 from lib_lora_train.dataset.folder import MayRead
 from lib_lora_train.dataset.watch import Progress, ShouldStop, Watch
-from lib_lora_train.errors import SettingError, translated
+from lib_lora_train.errors import SettingError, printable, translated
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,7 @@ class CaptionBook:
         self._changed: set[int] = set()
         self._shown: list[int] = []  # picture numbers, in order
         self._pictures: tuple[Path, ...] = ()
+        self._places: dict[Path, int] = {}
         self._shown_slots: set[int] = set()
         self._history = History()
 
@@ -84,11 +92,7 @@ class CaptionBook:
 
     def index(self, picture: Path) -> int | None:
         """The place of a picture; None if it is not among `pictures`."""
-        number = self._numbers.get(picture)
-        if number is None:
-            return None
-        place = bisect(self._shown, self._order(number), key=self._order) - 1
-        return place if place >= 0 and self._shown[place] == number else None
+        return self._places.get(picture)
 
     def caption(self, index: int) -> str:
         """One line; "" where there is none, or none that can be read."""
@@ -103,16 +107,17 @@ class CaptionBook:
         return self._slot[self._shown[index]] in self._changed
 
     def problem(self, index: int) -> str:
-        """What is wrong with the caption's file, one sentence, or ""."""
+        """Why the caption's file cannot be read, one sentence, or "". Such a file stays as it is until its caption is set."""
         slot = self._slot[self._shown[index]]
-        name, disk = self._files[slot].name, self._disk[slot]
-        if self._texts[slot] is None:
-            return disk.problem
+        return self._disk[slot].problem if self._texts[slot] is None else ""
+
+    def hint(self, index: int) -> str:
+        """What is odd about a caption's file that can be read, one sentence, or ""."""
+        slot = self._slot[self._shown[index]]
+        name = printable(self._files[slot].name)
         if self._passed_over.get(slot):
-            return f"{self._passed_over[slot][0].name} does not count, because there is {name} too."
-        if disk.rest.strip():
-            return f"Only the first line of {name} is used."
-        return ""
+            return f"{printable(self._passed_over[slot][0].name)} does not count, because there is {name} too."
+        return f"Only the first line of {name} is used." if self._disk[slot].rest.strip() else ""
 
     def select(self, wanted: Filter, among: Sequence[int] | None = None) -> list[int]:
         """The places of those that `wanted` takes, of all or of `among`, in that order.
@@ -252,11 +257,12 @@ class CaptionBook:
         rewrites, slots, conflicts = [], [], []
         with translated("the captions were compared with the disk"):
             for slot in sorted(self._changed & self._shown_slots):
-                path, disk = self._files[slot], read_on_disk(self._files[slot])
+                path, disk = self._files[slot], self._read(self._files[slot])
                 text = (self._texts[slot] or "") + (self._disk[slot].rest if self._texts[slot] else "")
                 if disk.text == text:  # somebody wrote the same
                     self._now_on_disk(slot, disk)
-                elif not path.parent.is_dir() or (not overwrite and disk != self._disk[slot]):
+                elif (is_forbidden(path, self._may_read) or not path.parent.is_dir()
+                      or (not overwrite and disk != self._disk[slot])):
                     conflicts.append(path)
                 else:
                     rewrites.append(Rewrite(path, text, content_of(path)))
@@ -273,7 +279,7 @@ class CaptionBook:
         """Take the captions as the disk has them now, as one step: the other way out of a conflict."""
         slots = self._slots_of(indices)
         for slot in slots:
-            self._disk[slot] = read_on_disk(self._files[slot])
+            self._disk[slot] = self._read(self._files[slot])
         changed = self._do("Read again", {slot: self._disk[slot].caption for slot in slots})
         self._set({slot: self._texts[slot] for slot in slots})
         return changed
@@ -289,17 +295,20 @@ class CaptionBook:
 
     # ---- inside
 
+    def _read(self, path: Path) -> OnDisk:
+        return read_on_disk(path, may_read=self._may_read)
+
     def _recover(self) -> None:
         done = recover(self.folder, may_read=self._may_read)
         for path in done.written:
             slot = self._slots.get(_file_key(path))
             if slot is not None:
-                self._now_on_disk(slot, read_on_disk(path))
+                self._now_on_disk(slot, self._read(path))
         if done.written and not self._files:
             self.notes += (f"A save that was interrupted was finished: {len(done.written)} captions.",)
         if done.conflicts:
-            self.notes += (f"{len(done.conflicts)} captions of an interrupted save were not written, because the files were "
-                           f"changed since; they are kept in {self.folder / '.studio' / 'backup'}.",)
+            self.notes += (f"An interrupted save could not be finished for {len(done.conflicts)} captions, because their files were "
+                           f"changed since; its text is kept in {self.folder / STUDIO / 'backup'}.",)
 
     def _take(self, found: Sequence[Found], *, on_progress: Progress | None = None,
               should_stop: ShouldStop | None = None) -> None:
@@ -311,7 +320,7 @@ class CaptionBook:
             slot = self._slots.get(key)
             if slot is None:
                 slot = self._slots[key] = len(self._files)
-                disk = read_on_disk(entry.caption)
+                disk = self._read(entry.caption)
                 self._files.append(entry.caption)
                 self._disk.append(disk)
                 self._texts.append(disk.caption)
@@ -327,6 +336,7 @@ class CaptionBook:
     def _show(self, numbers: set[int]) -> None:
         self._shown = sorted(numbers, key=self._order)
         self._pictures = tuple(self._all[number] for number in self._shown)
+        self._places = {path: place for place, path in enumerate(self._pictures)}
         self._shown_slots = {self._slot[number] for number in self._shown}
 
     def _order(self, number: int) -> tuple[str, str, str, str]:

@@ -76,8 +76,15 @@ def find_among(pictures: Sequence[Path], *, may_read: MayRead | None = None) -> 
     return result
 
 
-def read_on_disk(path: Path) -> OnDisk:
+def is_forbidden(path: Path, may_read: MayRead | None) -> bool:
+    """Whether `path` is a link to where nothing may be read."""
+    return may_read is not None and path.is_symlink() and not may_read(path)
+
+
+def read_on_disk(path: Path, *, may_read: MayRead | None = None) -> OnDisk:
     """What a caption file holds now. Never raises: a file that cannot be read is a problem of this one caption."""
+    if is_forbidden(path, may_read):
+        return OnDisk(None, printable(f"The caption file {path.name} is a link to a folder that is not allowed."))
     try:
         facts = path.stat()
     except FileNotFoundError:

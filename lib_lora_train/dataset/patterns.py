@@ -1,17 +1,19 @@
 """Regular expressions that a user typed, kept from running forever.
 
 Python's own `re` can neither be interrupted nor told a time limit: (a+)+b on a long caption would hold the whole WebUI.
-The `regex` package, which open_clip and transformers need anyway, takes the same patterns and gives up when told to.
+The `regex` package, which open_clip and transformers need anyway, takes the same patterns, gives up when told to, and lets
+other threads work meanwhile. What only it understands is refused: patterns that call themselves fill the memory first.
 """
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Any
 
 from lib_lora_train.errors import SettingError
 
-MOST_SECONDS = 2.0  # for one filter or one replacement over all captions
+MOST_SECONDS = 1.0  # for one filter or one replacement over all captions; it may notice two or three times as late
 MOST_CHARACTERS = 1000  # of a pattern
 
 
@@ -32,18 +34,16 @@ class Pattern:
         """Whether the pattern matches anywhere in `text`."""
         try:
             return self._compiled.search(text, timeout=self._left()) is not None
-        except TimeoutError as error:
+        except (TimeoutError, MemoryError) as error:
             raise self._too_slow() from error
 
     def replaced(self, text: str, new: str) -> str:
         r"""`text` with every match replaced; `new` may name groups (\1, \g<name>)."""
-        from regex import error as regex_error
-
         try:
             return self._compiled.sub(new, text, timeout=self._left())
-        except TimeoutError as error:
+        except (TimeoutError, MemoryError) as error:
             raise self._too_slow() from error
-        except (regex_error, IndexError) as error:
+        except (_pattern_error(), IndexError) as error:
             raise SettingError(f"The replacement {new} cannot be used", why=str(error),
                                remedy=r"write \1 only for a group that the expression has, and \\ for a backslash") from error
 
@@ -62,7 +62,14 @@ def _compiled(pattern: str) -> Any:
     import regex  # late: only those who type patterns need it
 
     try:
+        re.compile(pattern)  # Python's own decides what a pattern is
         return regex.compile(pattern, regex.IGNORECASE)
-    except (regex.error, RecursionError, OverflowError, MemoryError, ValueError) as error:
+    except (re.error, regex.error, RecursionError, OverflowError, MemoryError, ValueError) as error:
         raise SettingError(f"The regular expression {pattern} cannot be read", why=str(error),
                            remedy=r"write \( for a bracket and \. for a dot that mean themselves") from error
+
+
+def _pattern_error() -> type[Exception]:
+    import regex
+
+    return regex.error
