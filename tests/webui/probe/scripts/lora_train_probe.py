@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from fastapi import Body, FastAPI
 from modules import call_queue, devices, extra_networks, processing, script_callbacks, sd_models, shared
+from PIL import Image
 
 
 def _beside(name: str) -> Any:
@@ -280,11 +281,44 @@ def refusals() -> dict[str, str]:
     return said
 
 
+def captioners() -> dict[str, Any]:
+    """What the host captions with, what of it is missing, and where each of the WebUI's own models lies."""
+    from modules import deepbooru
+
+    from lib_lora_train.host.webui import HOST
+    from lib_lora_train.tagging.sources import sources
+
+    blip, danbooru = shared.interrogator.blip_model, deepbooru.model.model
+    return {"missing": {source.name: source.missing() for source in sources(HOST)}, "folder": str(HOST.taggers_folder),
+            "blip": blip and str(next(blip.parameters()).device), "dtype": str(shared.interrogator.dtype),
+            "deepdanbooru": danbooru and str(next(danbooru.parameters()).device)}
+
+
+def describe(name: str = Body(""), images: tuple[str, ...] = Body(()), threshold: float = Body(0.5)) -> dict[str, Any]:
+    """What a captioner of the host says of pictures; `error` where it cannot be opened, `busy` for the queue meanwhile."""
+    from lib_lora_train.errors import LoraTrainError
+    from lib_lora_train.host.webui import HOST
+    from lib_lora_train.tagging.options import TagOptions
+    from lib_lora_train.tagging.sources import find_source, sources
+
+    pictures = [Image.open(io.BytesIO(base64.b64decode(image))).convert("RGB") for image in images]
+    try:
+        source = find_source(name, sources(HOST))
+        with source.open(TagOptions(general_threshold=threshold), devices.device) as captioner:
+            busy = not call_queue.queue_lock.acquire(blocking=False)
+            if not busy:
+                call_queue.queue_lock.release()
+            found = captioner.describe(pictures)
+    except LoraTrainError as error:
+        return {"error": str(error)}
+    return {"busy": busy, "texts": [one.text for one in found], "tags": [[list(tag) for tag in one.tags] for one in found]}
+
+
 def install(_: Any, app: FastAPI) -> None:
-    for function in (model, lent, lora, state, refusals, surroundings):
+    for function in (model, lent, lora, state, refusals, surroundings, captioners):
         app.add_api_route(f"/probe/{function.__name__}", function, methods=["GET"])
     for function in (parity, sample, tokens, fail, hold, release, change_weights, reload,
-                     refresh, discard, put_back, inject, heal):
+                     refresh, discard, put_back, inject, heal, describe):
         app.add_api_route(f"/probe/{function.__name__}", function, methods=["POST"])
 
 
