@@ -1,4 +1,4 @@
-"""The command line: `python -m lib_lora_train train | runs | ui | inspect | demo | bench`.
+"""The command line: `python -m lib_lora_train train | prepare | check | tag | …`; without a command it lists them.
 
 Exit codes: 0 done, 1 the run failed, 2 bad input (one sentence on stderr), 130 interrupted.
 """
@@ -18,8 +18,12 @@ from lib_lora_train import events
 from lib_lora_train.bench.command import add_bench
 from lib_lora_train.errors import LoraTrainError, SettingError, UserError
 from lib_lora_train.events import Report
-from lib_lora_train.settings import AREAS, Settings, declarations, parse
+from lib_lora_train.settings import AREAS, Settings, assignment, declarations, parse
 from lib_lora_train.settings.toml import read_toml
+from lib_lora_train.studio.check_command import add_check
+from lib_lora_train.studio.prepare_command import add_prepare
+from lib_lora_train.studio.tag_command import add_tag
+from lib_lora_train.studio.verify_command import add_verify
 
 RUNS_FOLDER = "runs"
 
@@ -102,7 +106,7 @@ def _train_settings(chosen: argparse.Namespace) -> Settings:
     values |= {name: value for name, value in (
         ("train_data_dir", chosen.data), ("output_name", chosen.name), ("output_dir", chosen.output_dir),
         ("resume", chosen.resume)) if value}
-    values |= dict(_assignment(text) for text in chosen.set)
+    values |= dict(assignment(text) for text in chosen.set)
     if not values.get("resume"):
         return parse(values)
     named = str(values.pop("resume"))
@@ -185,13 +189,6 @@ def _demo(chosen: argparse.Namespace) -> int:
                     auth=chosen.auth)
 
 
-def _assignment(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise SettingError(f"--set {text} is not an assignment", remedy="write --set name=value")
-    return name.strip(), value.strip()
-
-
 class _Interrupt:
     """Ctrl+C asks the job to end and keep what it learnt; a second one ends the process at once."""
 
@@ -265,7 +262,7 @@ class _Bar:
 def _parser() -> argparse.ArgumentParser:
     names = "\n".join(f"  {d.name} = {d.default!r}\n      {d.help}" for area in AREAS.values() for d in declarations(area))
     parser = argparse.ArgumentParser(prog="python -m lib_lora_train", description="Train a LoRA from a folder of pictures.")
-    commands = parser.add_subparsers(required=True, metavar="train | runs | ui | inspect | demo | bench")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
 
     train = commands.add_parser(
         "train", help="train a LoRA", epilog=f"settings and their defaults:\n{names}",
@@ -296,6 +293,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_address(ui)
     ui.set_defaults(command=_ui)
 
+    for add in (add_prepare, add_check, add_tag, add_verify):
+        add(commands)
+
     inspect = commands.add_parser("inspect", help="say what a LoRA file is")
     inspect.add_argument("file", type=Path)
     inspect.add_argument("--json", action="store_true", help="everything, as JSON")
@@ -316,7 +316,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_address(demo)
     demo.set_defaults(command=_demo)
 
-    add_bench(commands, assignment=_assignment)
+    add_bench(commands, assignment=assignment)
     return parser
 
 
