@@ -108,6 +108,7 @@
         app.start = (path, body, then) => app.act(async() => {
             const answer = await api.ask(path, body);
             const id = (answer.task || answer).id;
+            app.watched = id;
             if (then) after.set(id, then);
             return answer;
         });

@@ -62,7 +62,7 @@
     }
 
     function adding(app) {
-        const {translated, count} = studio.parts;
+        const {translated} = studio.parts;
 
         /** A dataset of that name, or of a similar one where it is taken. */
         async function ensureDataset(wished) {
@@ -74,8 +74,11 @@
             await app.api.ask("create", {name, concept: app.newTrigger || app.newName || ""});
         }
 
-        /** A report before anything else. */
-        const thenCheck = () => app.check && app.check();
+        /** Pictures that came in are looked at before anything else is done to them. */
+        function importing(path, body) {
+            if (app.panel === "add") app.panel = "";
+            return app.start(path, body, (task) => (task.outcome === "failed" ? null : app.check()));
+        }
 
         async function upload(files) {
             if (app.uploading || !files.length) return null;
@@ -87,20 +90,18 @@
                 app.uploading = translated("Uploading") + " " + sent + "/" + total;
                 app.draw();
             };
+            const send = async() => {
+                for (let next = queue.shift(); next; next = queue.shift()) {
+                    await app.api.upload(next[0], next[1], batch);
+                    sent += 1;
+                    told();
+                }
+            };
             told();
             try {
-                return await app.start("import-uploads", await (async() => {
-                    await ensureDataset(nameFor(files));
-                    const send = async() => {
-                        for (let next = queue.shift(); next; next = queue.shift()) {
-                            await app.api.upload(next[0], next[1], batch);
-                            sent += 1;
-                            told();
-                        }
-                    };
-                    await Promise.all(Array.from({length: UPLOADS}, send));
-                    return {batch};
-                })(), thenCheck);
+                await ensureDataset(nameFor(files));
+                await Promise.all(Array.from({length: UPLOADS}, send));
+                return await importing("import-uploads", {batch});
             } catch (error) {
                 app.say(error.message, true);
                 return null;
@@ -119,19 +120,21 @@
             } catch (error) {
                 return app.say(error.message, true);
             }
-            return app.start("import", {paths: [clean], mode: "copy"}, thenCheck);
+            return importing("import", {paths: [clean], mode: "copy"});
         }
 
         async function fromGenerations() {
             const addresses = lastGenerations();
             if (!addresses.length) return app.say(translated("There are no pictures in txt2img or img2img yet."), true);
-            const files = [];
-            for (const address of addresses) {
-                const name = decodeURIComponent(address.split("/").pop());
-                files.push([new File([await (await fetch(address)).blob()], name), ""]);
+            try {
+                const files = await Promise.all(addresses.map(async(address) => {
+                    const bytes = await (await fetch(address)).blob();
+                    return [new File([bytes], decodeURIComponent(address.split("/").pop())), ""];
+                }));
+                return await upload(files);
+            } catch (error) {
+                return app.say(error.message, true);
             }
-            app.say(count(files.length, "picture") + " " + translated("taken over."));
-            return upload(files);
         }
 
         return {upload, fromPath, fromGenerations};

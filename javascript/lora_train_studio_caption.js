@@ -36,20 +36,25 @@
             // Captions that came with the pictures are not written over unless that is asked for.
             const {empty} = app.view, some = empty > 0 && empty < app.dataset().pictures;
             if (!app.modeChosen) values.mode = some ? "only_empty" : declared.find(({name}) => name === "mode").default;
-            drawOptions();
+            known = "";
+            draw();
         }).catch((error) => app.say(error.message, true));
+
+        /** A WD tagger may be fetched, but only by somebody who said so. */
+        const fetched = ({name}) => name.startsWith("wd") && declared && declared.some((option) => option.name === "download");
+        const usable = (source) => !source.missing || (fetched(source) && values.download);
 
         /** The one that was chosen, else one that looks at the picture, else file names. */
         function chosen() {
-            const ready = app.view.state.sources.filter(({missing}) => !missing);
+            const ready = app.view.state.sources.filter(usable);
             return ready.find(({name}) => name === app.source) ||
                 ready.find(({name}) => !["infotext", "filename", "template"].includes(name)) ||
                 ready.find(({name}) => name === "filename") || ready[0];
         }
 
         function drawSources() {
-            const current = chosen(), known = app.view.state.sources, absent = known.filter(({missing}) => missing);
-            sources.replaceChildren(...known.filter(({missing}) => !missing).map((source) => make("button", {
+            const current = chosen(), all = app.view.state.sources, absent = all.filter((source) => !usable(source));
+            sources.replaceChildren(...all.filter(usable).map((source) => make("button", {
                 type: "button", class: "lts-source", role: "radio", "data-source": source.name, text: translated(source.label),
                 "aria-checked": String(Boolean(current) && source.name === current.name), onclick: () => {
                     app.source = source.name;
@@ -58,7 +63,13 @@
             })));
             others.hidden = !absent.length;
             othersList.replaceChildren(...absent.map((source) => make("li", {},
-                make("b", {text: translated(source.label)}), " ", source.missing)));
+                make("b", {text: translated(source.label)}), " ",
+                source.missing, fetched(source) ? button("Download it", () => {
+                    values.download = true;
+                    app.source = source.name;
+                    known = "";
+                    draw();
+                }, {title: "About 400 MB from huggingface.co, when captioning begins"}) : "")));
         }
 
         function control(option) {

@@ -46,7 +46,7 @@
     // ---- 2 Check ---------------------------------------------------------------------------------------------------
 
     const COUNTED = {
-        broken: "cannot be read", duplicate: "duplicates", small: "too small", blurry: "blurry", narrow: "very narrow",
+        broken: "cannot be read", duplicate: "nearly the same as another", small: "too small", blurry: "blurry", narrow: "very narrow",
         deep_crop: "cut deep by the crop", no_caption: "without caption", empty_caption: "with an empty caption",
         long_caption: "with a long caption",
     };
@@ -110,9 +110,8 @@
     /** Have the dataset looked at; the report opens when it says something. */
     studio.checking = function(app) {
         app.check = () => app.start("check", {}, (task) => {
-            if (task.outcome === "failed") return;
+            if (task.outcome !== "done") return;
             app.panel = "check";
-            app.dismissed = task.id;
             app.draw();
         });
     };

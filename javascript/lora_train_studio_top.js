@@ -25,7 +25,7 @@
             },
             {
                 id: "shape", name: "Crop", drawn: "crop", done: shaped > 0 || (checked && !deep),
-                about: shaped ? translated("Done") : deep ? count(deep, "deep crop") : translated("Size and crop"),
+                about: shaped ? translated("Done") : deep ? count(deep, "deep crop") : translated(checked ? "Not needed" : "Size and crop"),
             },
             {
                 id: "caption", name: "Caption", drawn: "caption", done: captioned,
@@ -43,7 +43,7 @@
     studio.top = function(app) {
         const {make, button, choice, icon, count, translated} = studio.parts;
         const element = make("div", {class: "lts-top"}), progress = make("div", {class: "lts-progress", hidden: true});
-        let known = "", watched = null;
+        let known = "", left = null;
 
         function head(dataset) {
             const names = app.view.state.datasets.map(({name}) => name);
@@ -110,46 +110,46 @@
                 make("b", {}, make("span", {class: "lts-number", text: number + " "}), translated(step.name)), make("small", {text: step.about})));
         }
 
+        /** The work that goes on, and below it what the last work that met problems had to say, until that is closed. */
         function drawProgress() {
             const task = app.task();
-            // What ended before this page was opened is no news.
-            if (task && task.running) watched = task.id;
-            const told = task && (task.running || (task.id === watched && task.id !== app.dismissed));
-            progress.hidden = !told && !app.uploading;
-            if (progress.hidden) return;
-            if (app.uploading) {
-                progress.replaceChildren(bar(app.uploaded || 0, app.uploading, true));
-                return;
+            if (task && task.running) app.watched = task.id;
+            if (task && !task.running && task.id === app.watched) {
+                app.watched = null;
+                if (task.outcome === "failed" || task.problems.length || !left) left = task;
             }
-            const parts = [bar(task.total ? task.done / task.total : 0, taskText(task), task.running)];
-            if (task.running) {
-                parts[0].append(button("Stop", () => app.act(() => app.api.ask("stop-task", {})), {id: "lora_train_stop_task"}));
-            } else {
-                parts[0].append(button("Close", () => {
-                    app.dismissed = task.id;
+            const going = task && task.running ? task : null;
+            progress.hidden = !app.uploading && !going && !left;
+            progress.replaceChildren(...[
+                app.uploading ? bar(app.uploaded || 0, app.uploading) : going ? bar(
+                    going.total ? going.done / going.total : 0, taskText(going), button("Stop",
+                        () => app.act(() => app.api.ask("stop-task", {})), {id: "lora_train_stop_task"})) : null,
+                ...(left ? ended(left) : []),
+            ].filter(Boolean));
+        }
+
+        function ended(task) {
+            const more = task.more_problems ? [make("li", {text: "+ " + task.more_problems})] : [];
+            return [make("div", {class: "lts-bar"},
+                make("span", {class: "lts-said" + (task.outcome === "failed" ? " lts-problem" : ""), text: task.message}),
+                button("Close", () => {
+                    left = null;
                     drawProgress();
-                }, {kind: "tool", drawn: "close"}));
-            }
-            if (task.problems.length) {
-                parts.push(make("ul", {class: "lts-problems"}, ...task.problems.slice(0, 200).map((problem) => make("li", {},
-                    make("b", {text: problem.picture ? problem.picture + ": " : ""}), problem.text))));
-            }
-            progress.replaceChildren(...parts);
+                }, {kind: "tool", drawn: "close"})),
+            task.problems.length ? make("ul", {class: "lts-problems"}, ...task.problems.map((problem) => make("li", {},
+                make("b", {text: problem.picture ? problem.picture + ": " : ""}), problem.text)), ...more) : null];
         }
 
         function taskText(task) {
-            if (!task.running) return task.message || task.name;
-            const counted = task.total ? " " + task.done + "/" + task.total : "";
-            return (task.message || translated(task.name)) + counted;
+            return translated(task.name) + (task.total ? " " + task.done + "/" + task.total : "");
         }
 
-        /** The WebUI's own bar while something goes on, the words alone afterwards. */
-        function bar(share, text, running) {
-            if (!running) return make("div", {class: "lts-bar"}, make("span", {class: "lts-said", text: text}));
+        /** The WebUI's own bar, and what may be pressed beside it. */
+        function bar(share, text, press) {
             const inner = make("div", {class: "progress", text: text});
             inner.style.width = (100 * Math.min(1, share)).toFixed(1) + "%";
             if (!share) inner.style.background = "transparent";
-            return make("div", {class: "lts-bar"}, make("div", {class: "progressDiv"}, inner));
+            return make("div", {class: "lts-bar"}, make("div", {class: "progressDiv"}, inner), press);
         }
 
         function draw() {

@@ -1,0 +1,319 @@
+"""The page "1 Dataset" in a real browser, with the real studio behind it: from a folder of mixed pictures to training."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+import threading
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import uvicorn
+from PIL import Image
+
+from lib_lora_train import runner as runner_module
+from lib_lora_train.runner import Runner
+from lib_lora_train.ui.standalone import listen, make_app
+from tests.fake_host import FakeHost, FakeJob
+from tests.mixed_pictures import ADDED, COUNT, mixed_pictures
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=f"none of {', '.join(BROWSERS)} is on the PATH")
+expect = sync_api.expect
+PATIENCE_MS = 30_000
+EVIL = "<img src=x onerror=window.evil=1>"
+
+
+class StudioPage:
+    """The page, served with a host of its own, and a browser's view of it."""
+
+    def __init__(self, folder: Path, page) -> None:
+        self.host, self.page, self.folder = FakeHost(folder), page, folder
+        listener = listen("127.0.0.1", 0)
+        # From here on connections wait instead of being refused, so the browser may come before the server is ready.
+        listener.listen(100)
+        self.url = f"http://localhost:{listener.getsockname()[1]}/"
+        self.runner = Runner()
+        self._server = uvicorn.Server(uvicorn.Config(make_app(self.host, runner=self.runner), log_level="error"))
+        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listener]}, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self.runner.stop(save=False)
+        assert self.runner.wait(10)
+        self._server.should_exit = True
+        self._thread.join(20)
+
+    def open(self, query: str = "") -> None:
+        self.page.goto(self.url + query)
+        expect(self.part("choose").or_(self.part("dataset")).first).to_be_visible()
+
+    def part(self, name: str):
+        return self.page.locator(f"#lora_train_{name}")
+
+    def tiles(self):
+        return self.page.locator(".lts-tile")
+
+    def said(self):
+        return self.page.locator(".lts-notice")
+
+    def bring_in(self, folder: Path, *, name: str = "emoji", trigger: str = "zzk") -> None:
+        """A new dataset from a folder, looked at."""
+        self.part("new_name").fill(name)
+        self.part("new_trigger").fill(trigger)
+        self.part("import_path").fill(str(folder))
+        self.part("import").click()
+        self.looked_at()
+
+    def looked_at(self) -> None:
+        expect(self.page.locator(".lts-summary")).to_be_visible()
+        self.part("step_check").click()
+        expect(self.page.locator(".lts-summary")).to_be_hidden()
+
+    def captions(self, name: str = "emoji") -> dict[str, str]:
+        """What is on the disk, by the picture's name."""
+        found = (self.host.datasets_folder / name).glob("*_*/*.txt")
+        return {path.stem: path.read_text(encoding="utf-8").strip() for path in found}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[object]:
+    with sync_api.sync_playwright() as playwright:
+        running = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=FLAGS if sys.platform.startswith("linux") else [])
+        yield running
+        running.close()
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return mixed_pictures(tmp_path_factory.mktemp("mixed") / "my pictures", scale=0.5)
+
+
+@pytest.fixture
+def studio(browser, tmp_path: Path) -> Iterator[StudioPage]:
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.set_default_timeout(PATIENCE_MS)
+    expect.set_options(timeout=PATIENCE_MS)
+    asked, errors = [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    made = StudioPage(tmp_path, page)
+    try:
+        yield made
+        assert errors == []
+        assert [url for url in asked if not url.startswith((made.url, "data:", "blob:"))] == []
+    finally:
+        page.close()
+        made.close()
+
+
+@pytest.fixture
+def few(studio: StudioPage, tmp_path: Path) -> StudioPage:
+    """Five small pictures with captions, opened."""
+    folder = tmp_path / "few"
+    folder.mkdir()
+    for number, caption in enumerate(("zzk, red, smile", "zzk, red", "zzk, blue, smile", EVIL, "")):
+        Image.radial_gradient("L").rotate(70 * number).resize((300, 200 + 40 * number)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(caption, encoding="utf-8")
+    studio.open()
+    studio.bring_in(folder)
+    expect(studio.tiles()).to_have_count(5)
+    return studio
+
+
+def test_thirty_mixed_pictures_become_a_captioned_and_cropped_dataset_and_a_training(
+        studio: StudioPage, mixed: Path, monkeypatch: pytest.MonkeyPatch):
+    job = FakeJob()
+    monkeypatch.setattr(runner_module, "run_job", job)
+    before = {path.name: path.read_bytes() for path in mixed.iterdir()}
+    studio.open()
+    studio.part("new_name").fill("emoji")
+    studio.part("new_trigger").fill("zzkmoji")
+    studio.part("upload").set_input_files(sorted(mixed.iterdir()))
+
+    # The report comes by itself; it names what stayed out and what is the same.
+    summary = studio.page.locator(".lts-summary")
+    expect(summary).to_contain_text(f"{ADDED} pictures")
+    problems = studio.page.locator(".lts-progress")
+    expect(problems).to_contain_text("broken.png")
+    expect(problems).to_contain_text("copy-of-the-first.png")
+    expect(studio.page.locator(".lts-chip", has_text="nearly the same")).to_be_visible()
+    expect(studio.part("step_shape")).to_be_enabled()
+    studio.part("step_shape").click()
+    expect(studio.page.locator(".lts-sample img").first).to_be_visible()
+    studio.page.get_by_role("button", name="Squares").click()
+    studio.part("shape").click()
+    # Squares lose nothing in a square bucket, so captions are next.
+    expect(studio.part("step_shape")).to_have_attribute("data-done", "true")
+    expect(studio.part("step_shape")).to_contain_text("Done")
+    studio.part("next").click()
+    studio.page.locator("[data-source=filename]").click()
+    expect(studio.part("tag_trigger_word")).to_have_value("zzkmoji")
+    studio.part("tag").click()
+    expect(studio.part("save")).to_contain_text(str(ADDED))
+    assert studio.captions().get("tiger-face", "") == ""
+
+    studio.part("step_train").click()
+    studio.part("use").click()
+    expect(studio.part("start")).to_be_visible()
+    folder = studio.host.datasets_folder / "emoji"
+    expect(studio.page.locator("#lora_train_train_data_dir textarea, #lora_train_train_data_dir input")).to_have_value(
+        str(folder))
+    expect(studio.page.locator("#lora_train_trigger_word textarea, #lora_train_trigger_word input")).to_have_value("zzkmoji")
+    expect(studio.page.locator("#lora_train_summary").first).to_contain_text(f"{ADDED} pictures")
+    studio.part("start").click()
+    expect(studio.part("stop")).to_be_enabled()
+
+    assert job.seen is not None and Path(job.seen.dataset.train_data_dir) == folder
+    captions = studio.captions()
+    assert len(captions) == ADDED and all(caption.startswith("zzkmoji") for caption in captions.values())
+    shapes = set()
+    for path in folder.glob("*_zzkmoji/*.*"):
+        if path.suffix != ".txt":
+            with Image.open(path) as picture:
+                shapes.add(picture.width == picture.height)
+    assert shapes == {True}
+    assert {path.name: path.read_bytes() for path in mixed.iterdir()} == before and len(before) == COUNT
+
+
+def test_a_zip_and_dropped_files_are_brought_in_alike(studio: StudioPage, mixed: Path, tmp_path: Path):
+    archive = tmp_path / "cats and hats.zip"
+    with zipfile.ZipFile(archive, "w") as made:
+        for path in sorted(mixed.glob("b*.png"))[:4]:
+            made.write(path, path.name)
+    studio.open()
+    studio.part("upload").set_input_files(archive)
+    # Nobody gave it a name.
+    expect(studio.part("dataset")).to_have_value(re.compile("cats and hats"))
+    studio.looked_at()
+    there = studio.tiles().count()
+    studio.page.evaluate("""async () => {
+        const canvas = Object.assign(document.createElement("canvas"), {width: 300, height: 200});
+        const ink = canvas.getContext("2d");
+        for (let n = 0; n < 40; n++) {
+            ink.fillStyle = `hsl(${n * 9}, 90%, 50%)`;
+            ink.fillRect(n * 7, n * 5, 60, 40);
+        }
+        const blob = await new Promise((done) => canvas.toBlob(done));
+        const transfer = new DataTransfer();
+        transfer.items.add(new File([blob], "dropped.png", {type: "image/png"}));
+        const options = {dataTransfer: transfer, bubbles: true, cancelable: true};
+        for (const name of ["dragenter", "dragover", "drop"]) {
+            document.querySelector("#lora_train_gallery").dispatchEvent(new DragEvent(name, options));
+        }
+    }""")
+    expect(studio.tiles()).to_have_count(there + 1)
+    studio.looked_at()
+
+
+def test_captions_are_filtered_by_tags_changed_together_undone_and_saved(few: StudioPage):
+    tags = few.page.locator(".lts-tag")
+    tags.filter(has_text="smile").locator(".lts-tag-name").click()
+    expect(few.tiles()).to_have_count(2)
+    few.part("edit_box").locator("summary").click()
+    few.part("edit").select_option("Add tags at the end")
+    few.part("edit_tags").fill("happy, outdoors")
+    few.part("apply").click()
+    expect(few.said()).to_contain_text("2 captions changed")
+    expect(few.part("save")).to_contain_text("2")
+    tags.filter(has_text="smile").locator(".lts-tag-name").click()
+    expect(few.tiles()).to_have_count(3)
+    few.page.get_by_role("button", name="Show all").click()
+    expect(few.tiles()).to_have_count(5)
+    assert few.captions()["0"] == "zzk, red, smile"
+
+    few.part("undo").click()
+    expect(few.part("save")).to_be_disabled()
+    few.part("redo").click()
+    few.part("save").click()
+    expect(few.said()).to_contain_text("2 captions saved")
+    assert few.captions()["0"] == "zzk, red, smile, happy, outdoors"
+    assert few.captions()["1"] == "zzk, red"
+
+
+def test_the_keyboard_moves_selects_removes_and_takes_back(few: StudioPage):
+    few.tiles().first.click()
+    few.page.keyboard.press("ArrowRight")
+    expect(few.tiles().nth(1)).to_have_attribute("aria-selected", "true")
+    expect(few.part("caption")).to_have_value("zzk, red")
+    few.page.keyboard.press("Shift+ArrowRight")
+    expect(few.page.locator(".lts-count").first).to_have_text("2 selected")
+    few.page.keyboard.press("Delete")
+    expect(few.tiles()).to_have_count(3)
+    few.page.keyboard.press("Control+z")
+    expect(few.tiles()).to_have_count(5)
+    few.page.keyboard.press("Control+y")
+    expect(few.tiles()).to_have_count(3)
+
+
+def test_one_caption_is_written_counted_and_saved_with_the_keyboard(few: StudioPage):
+    few.tiles().nth(1).click()
+    caption = few.part("caption")
+    caption.fill("zzk, red, a very long walk")
+    expect(few.page.locator(".lts-tokens")).to_contain_text("tokens")
+    few.page.keyboard.press("Control+s")
+    expect(few.said()).to_contain_text("1 caption saved")
+    assert few.captions()["1"] == "zzk, red, a very long walk"
+    # In a text, Ctrl+Z is the browser's own.
+    caption.fill("zzk, green")
+    few.page.keyboard.press("Enter")
+    expect(few.part("caption")).to_have_value("zzk, blue, smile")
+    expect(few.part("save")).to_contain_text("1")
+
+
+def test_what_a_caption_says_is_never_html(few: StudioPage):
+    evil = few.tiles().nth(3)
+    expect(evil).to_contain_text("onerror")
+    evil.click()
+    expect(few.part("caption")).to_have_value(EVIL)
+    expect(few.page.locator(".lts-tag", has_text="onerror")).to_be_visible()
+    assert few.page.evaluate("window.evil") is None
+
+
+def test_a_crop_by_hand_keeps_what_is_inside_the_frame(few: StudioPage):
+    few.tiles().first.click()
+    few.part("crop").click()
+    few.page.get_by_role("button", name="1:1").click()
+    stage = few.page.locator(".lts-cut")
+    stage.scroll_into_view_if_needed()
+    few.part("crop_it").click()
+    expect(few.page.locator(".lts-editor")).to_contain_text("200×200")
+    few.page.locator(".lts-editor").get_by_role("button", name="Uncrop").click()
+    expect(few.page.locator(".lts-editor")).to_contain_text("300×200")
+
+
+def test_a_refusal_is_read_on_the_page(studio: StudioPage, tmp_path: Path):
+    studio.open()
+    studio.part("import_path").fill(str(tmp_path / "missing"))
+    studio.part("import").click()
+    expect(studio.page.locator("#lts")).to_contain_text(re.compile("does not exist|not there|cannot be"))
+
+
+def test_the_pages_remember_which_was_open(few: StudioPage):
+    few.page.get_by_text("2 Train", exact=True).click()
+    few.page.reload()
+    expect(few.part("start")).to_be_visible()
+    few.page.get_by_text("1 Dataset", exact=True).click()
+    expect(few.tiles()).to_have_count(5)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_on_a_phone_nothing_is_wider_than_the_screen(few: StudioPage, theme: str):
+    few.page.set_viewport_size({"width": 390, "height": 800})
+    few.open(f"?__theme={theme}")
+    for step in ("add", "check", "shape", "caption", "train"):
+        few.part(f"step_{step}").click()
+        expect(few.page.locator(f"[data-panel={step}]")).to_be_visible()
+        assert few.page.evaluate("document.documentElement.scrollWidth") <= 390, step
+        few.part(f"step_{step}").click()
+    few.tiles().nth(1).click()
+    expect(few.part("caption")).to_be_in_viewport()
+    assert few.page.evaluate("document.documentElement.scrollWidth") <= 390
