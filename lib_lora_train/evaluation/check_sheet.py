@@ -12,7 +12,8 @@ from lib_lora_train.errors import DatasetError
 from lib_lora_train.evaluation.caption_check import Checked
 
 _SIDE, _MARGIN, _TEXT, _LINE = 160, 12, 320, 17
-_FONTS = ("NotoSansCJK-Regular.ttc", "meiryo.ttc", "msyh.ttc", "Hiragino Sans GB.ttc", "DejaVuSans.ttf", "arial.ttf", "Arial.ttf")
+_FONTS = ("NotoSansCJK-Regular.ttc", "meiryo.ttc", "msyh.ttc", "Hiragino Sans GB.ttc", "DejaVuSans.ttf", "arial.ttf",
+          "Arial.ttf")
 
 
 def draw_checks(checked: Sequence[Checked], *, most: int = 48) -> Image.Image:

@@ -35,7 +35,7 @@ def subject_features(model: FrozenModel, latents: Tensor, *, clip_skip: int, dty
         size = (latents.shape[2] * 8, latents.shape[3] * 8)
         y = size_vector(empty.pooled, original=size, crop=(0, 0), target=size).to(model.device, dtype)
     probe = _Probe()
-    model.unet(x_t.to(dtype), t, empty.context.to(model.device, dtype), y, 
+    model.unet(x_t.to(dtype), t, empty.context.to(model.device, dtype), y,
                adapters={_layer(model.architecture.unet): probe})
     assert probe.seen is not None
     return probe.seen.cpu()

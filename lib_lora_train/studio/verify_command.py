@@ -69,8 +69,8 @@ def run_check(chosen: argparse.Namespace) -> int:
             draw_checks(rows, most=max(1, chosen.worst)).save(file, "PNG")
         print(f"The sheet: {chosen.sheet}", file=sys.stderr)
     if not chosen.json:
-        print("Scores: 100 is a caption that surely helps the model to see the picture, 50 one that is as good as none, 0 one "
-              "that misleads it.\nCompare them with each other: what the model does not know scores low with every caption.")
+        print("Score: how far the caption pushes the model towards this picture, of 100; 0 has nothing to do with it.\n"
+              "Compare the scores and look at the lowest: pictures unlike all that the model knows score low with any caption.")
     return 130 if interrupted else SOME_FAILED if any(row.problem for row in rows) else 0
 
 
@@ -113,7 +113,7 @@ def run_class_pictures(chosen: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("\nStopped; what was painted stays, and the same command goes on.", file=sys.stderr)
         return 130
-    print(f"{done.made} pictures were painted, {done.found} were there already. Use {done.folder} as reg_data_dir.")
+    print(f"Painted {done.made}; {done.found} were there already. Use {done.folder} as reg_data_dir.")
     return 0
 
 

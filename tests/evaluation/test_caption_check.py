@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from lib_lora_train import demo
+from lib_lora_train.bench import real_pictures
 from lib_lora_train.dataset.captions import read_caption
 from lib_lora_train.errors import HostError, Interrupted
 from lib_lora_train.evaluation.caption_check import Checked, check_captions
@@ -18,7 +19,7 @@ from lib_lora_train.evaluation.resemblance import resemblance, subject_features
 from lib_lora_train.model import frozen
 from lib_lora_train.settings import parse
 
-NAMES = ("avocado", "tiger-face", "top-hat", "whale", "sun-with-face", "cherries")
+NAMES = ("avocado", "top-hat", "whale", "cherries")
 SMALL = parse({"resolution": "128", "min_bucket_reso": 64})
 TINY = parse({"resolution": "64", "min_bucket_reso": 64})
 
@@ -35,26 +36,33 @@ def items(*, wrong: bool = False) -> list[tuple[Path, str]]:
     return list(zip(paths, captions[1:] + captions[:1] if wrong else captions, strict=True))
 
 
-def caption_of(rows: list[Checked]) -> dict[str, Checked]:
+def mean_score(rows: list[Checked]) -> float:
+    return sum(row.score for row in rows) / len(rows)
+
+
+def by_name(rows: list[Checked]) -> dict[str, Checked]:
     return {row.path.stem: row for row in rows}
 
 
 def test_right_captions_score_higher_than_wrong_ones(emoji):
-    right = caption_of(list(check_captions(emoji, items(), settings=SMALL, seeds=0)))
-    wrong = caption_of(list(check_captions(emoji, items(wrong=True), settings=SMALL, seeds=0)))
-    better = [name for name in NAMES if right[name].gain > wrong[name].gain]
-    assert len(better) >= len(NAMES) - 1
-    scores = [sum(row.score for row in rows.values()) / len(NAMES) for rows in (right, wrong)]
-    assert scores[0] > scores[1] + 5
+    right, wrong = (list(check_captions(emoji, items(wrong=wrong), settings=SMALL, seeds=0)) for wrong in (False, True))
+    assert [row.score for row in right] == sorted(row.score for row in right)
+    assert all(0 <= row.score <= 100 and math.isfinite(row.gain) for row in right + wrong)
+    # Of a hand that the model never saw, so that a single picture proves little.
+    assert mean_score(right) > 1.5 * mean_score(wrong)
+    assert sum(a.score > b.score for a in right for b in wrong) > 0.75 * len(right) * len(wrong)
 
 
-def test_one_wrong_caption_among_right_ones_comes_first(emoji):
-    listed = items()
-    listed[2] = (listed[2][0], "whale")
+def test_of_pictures_like_those_it_learnt_the_model_knows_every_wrong_caption(emoji, tmp_path):
+    real = real_pictures.load()
+    words, listed = ("avocado", "whale", "top hat"), []
+    for word in words:
+        path = tmp_path / f"{word}.png"
+        real_pictures.to_image(real.pixels["noto"][real.words.index(word)]).save(path)
+        listed += [(path, word), (path, words[words.index(word) - 1])]
     rows = list(check_captions(emoji, listed, settings=SMALL, seeds=0))
-    assert [row.path.stem for row in rows][0] == "top-hat"
-    assert [row.score for row in rows] == sorted(row.score for row in rows)
-    assert all(0 <= row.score <= 100 and math.isfinite(row.gain) for row in rows)
+    assert [row.path.stem == row.caption for row in rows] == [False] * 3 + [True] * 3
+    assert all((row.gain > 0) == (row.path.stem == row.caption) for row in rows)
 
 
 def test_what_is_painted_has_the_pictures_size_and_only_the_worst_are_painted(host, tmp_path):
@@ -62,7 +70,7 @@ def test_what_is_painted_has_the_pictures_size_and_only_the_worst_are_painted(ho
     Image.new("RGB", (64, 64), "blue").save(tmp_path / "square.png")
     listed = [(tmp_path / "wide.png", "red"), (tmp_path / "square.png", "blue")]
     settings, progress = parse({"resolution": "128", "min_bucket_reso": 64}), []
-    rows = caption_of(list(check_captions(host, listed, settings=settings, seeds=2, steps=1,
+    rows = by_name(list(check_captions(host, listed, settings=settings, seeds=2, steps=1,
                                           on_progress=lambda *of: progress.append(of))))
     assert [picture.size for picture in rows["wide"].pictures] == [(256, 64)] * 2
     assert [picture.size for picture in rows["square"].pictures] == [(128, 128)] * 2
