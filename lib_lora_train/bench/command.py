@@ -13,7 +13,7 @@ def add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser], *,
               assignment: Callable[[str], tuple[str, str]]) -> None:
     """Add `bench` with its own commands. `assignment` reads NAME=VALUE, as for `train`."""
     bench = commands.add_parser("bench", help="measure how good, fast and frugal this is")
-    kinds = bench.add_subparsers(required=True, metavar="quality")
+    kinds = bench.add_subparsers(required=True, metavar="quality | studio")
     quality = kinds.add_parser("quality", help="train on fixed pictures and measure what was learnt")
     quality.add_argument("--checkpoint", type=Path, help="the model, a .safetensors file; by default the one that comes along")
     quality.add_argument("--out", type=Path, default=Path("bench-output"), help="where table, figures, LoRAs and sheets go")
@@ -25,6 +25,11 @@ def add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser], *,
                          "figures may follow their number)")
     quality.add_argument("--quick", action="store_true", help="to see whether it works, in two minutes; not to be quoted")
     quality.set_defaults(command=lambda chosen: run(chosen, assignment=assignment))
+    studio = kinds.add_parser("studio", help="measure the caption editor on many pictures")
+    studio.add_argument("--pictures", default="", metavar="N,N,…", help="how many (1000,2000,5000,10000)")
+    studio.add_argument("--out", type=Path, default=Path("bench-output"), help="where table and figures go, and the pictures "
+                        "meanwhile")
+    studio.set_defaults(command=run_studio)
 
 
 def run(chosen: argparse.Namespace, *, assignment: Callable[[str], tuple[str, str]]) -> int:
@@ -51,4 +56,18 @@ def run(chosen: argparse.Namespace, *, assignment: Callable[[str], tuple[str, st
     host = StandaloneHost(checkpoint, lora_folder=chosen.out / "loras", runs_folder=chosen.out / "runs")
     quality.run_quality(plan, host, say=lambda text: print(text, flush=True))
     print(f"\n{(chosen.out / 'quality.md').read_text(encoding='utf-8')}\nFigures: {chosen.out / 'quality.json'}")
+    return 0
+
+
+def run_studio(chosen: argparse.Namespace) -> int:
+    """`bench studio`; returns the exit code."""
+    from lib_lora_train.bench import studio
+    from lib_lora_train.errors import SettingError
+
+    try:
+        sizes = tuple(map(int, chosen.pictures.split(","))) if chosen.pictures else studio.SIZES
+    except ValueError as error:
+        raise SettingError(f"--pictures {chosen.pictures} is no list of numbers", remedy="write --pictures 1000,10000") from error
+    text = studio.run_studio(sizes, output=chosen.out, say=lambda line: print(line, flush=True))
+    print(f"\n{text}\nFigures: {chosen.out / 'studio.json'}")
     return 0
