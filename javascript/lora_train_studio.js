@@ -17,14 +17,14 @@
         const {translated} = studio.parts;
         const api = studio.makeApi(token);
         const app = {
-            api, place, pictures: studio.makePictures(api), uploading: "", panel: "", busy: false,
+            api, place, pictures: studio.makePictures(api), uploading: "", panel: "", written: null,
             view: {
                 state: null, filter: {...NO_FILTER}, offset: 0, sort: "name", shown: {total: 0, pictures: []}, tags: [],
                 tagsTotal: 0, empty: 0, selected: new Set(), current: "",
             },
         };
         const view = app.view, after = new Map();
-        let timer = 0, version = -1, polling = false, parts = [], reloading = 0;
+        let timer = 0, version = -1, polling = null, again = false, parts = [], reloading = 0;
 
         // ---- asking ------------------------------------------------------------------------------------------------
 
@@ -38,19 +38,27 @@
         }
 
         /** Look once; the pictures are asked for anew when the server's version says that something changed. */
-        app.poll = async() => {
-            if (polling) return;
-            polling = true;
+        app.poll = () => {
+            // An answer that is under way may be older than what was asked for meanwhile.
+            again = Boolean(polling);
+            polling = polling || look();
+            return polling;
+        };
+
+        async function look() {
             clearTimeout(timer);
             try {
-                await takeState(await api.ask("state"));
+                do {
+                    again = false;
+                    await takeState(await api.ask("state"));
+                } while (again);
             } catch (error) {
                 app.say(error.message, true);
             } finally {
-                polling = false;
+                polling = null;
                 schedule(app.working() ? WORKING_MS : IDLE_MS);
             }
-        };
+        }
 
         async function takeState(state) {
             const before = view.state, task = state.task;
@@ -65,7 +73,8 @@
             if (task && !task.running && after.has(task.id)) {
                 const then = after.get(task.id);
                 after.delete(task.id);
-                await then(task);
+                // Not waited for: it asks for the state itself.
+                Promise.resolve(then(task)).catch((error) => app.say(error.message, true));
             }
         }
 

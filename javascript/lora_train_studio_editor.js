@@ -43,7 +43,9 @@
         const countSoon = later(countTokens, TOKENS_MS);
 
         caption.addEventListener("input", countSoon);
-        caption.addEventListener("change", keep);
+        caption.addEventListener("change", () => {
+            app.written = keep();
+        });
         caption.addEventListener("keydown", (event) => {
             if (event.key === "Escape") {
                 caption.value = shown ? shown.caption : "";
@@ -54,7 +56,7 @@
             event.preventDefault();
             if (event.ctrlKey || event.metaKey) return;
             const ids = app.view.shown.pictures.map(({id}) => id), next = ids[ids.indexOf(app.view.current) + 1];
-            keep();
+            app.written = keep();
             if (next) {
                 app.select([next]);
                 caption.focus();

@@ -91,6 +91,8 @@
         const saved = (number) => count(number, "caption") + " " + translated("saved.");
 
         app.save = async() => {
+            // The caption that is being written belongs to what is saved.
+            await app.written;
             const first = await app.act(() => app.api.ask("save", {}), ({written}) => saved(written));
             if (!first || !first.conflicts.length) return;
             const question = translated("Another program changed these captions meanwhile. Replace them?");
