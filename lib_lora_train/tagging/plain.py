@@ -106,6 +106,8 @@ class Template:
 def words_of_name(stem: str) -> str:
     """A file's name as words: numbers around them, which programs give, left out; "" where nothing else is there."""
     stem = _NUMBER_BEHIND.sub("", _NUMBER_IN_FRONT.sub("", printable(stem)))
+    if not set(stem) & set("_ "):
+        stem = stem.replace("-", " ")  # top-hat: nothing else parts its words
     words = " ".join(stem.replace("_", " ").split()).strip(" -,")
     return words if any(map(str.isalpha, words)) else ""
 

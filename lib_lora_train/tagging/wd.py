@@ -150,8 +150,11 @@ class WDTagger:
 
 def load(folder: Path, *, options: TagOptions, device: torch.device) -> WDTagger:
     """The tagger in `folder`, ready on `device`. Raises ModelError naming the file that cannot be used."""
-    import timm
-
+    try:
+        import timm
+    except (ImportError, RuntimeError) as error:  # the second: a torchvision that was made for another torch
+        raise ModelError("The Python package timm, which the WD taggers need, does not work here", why=str(error),
+                         remedy="install it again with: pip install timm torchvision") from error
     config, tags = read_config(folder / "config.json"), read_tags(folder / "selected_tags.csv")
     if not timm.is_model(config.architecture):
         raise ModelError(f"{folder / 'config.json'} names the architecture {config.architecture}",

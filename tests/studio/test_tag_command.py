@@ -14,9 +14,6 @@ from PIL.PngImagePlugin import PngInfo
 from lib_lora_train.errors import UserError
 from lib_lora_train.studio.tag_command import SOME_FAILED, add_tag
 
-pytest.importorskip("timm")
-from tests.tagging.wd_files import TAGS, write_tagger
-
 
 def tag(*arguments: object) -> int:
     parser = argparse.ArgumentParser()
@@ -44,6 +41,8 @@ def captions(folder: Path) -> dict[str, str]:
 
 
 def test_a_wd_tagger_captions_a_folder(folder: Path, tmp_path: Path):
+    from tests.tagging.wd_files import TAGS, write_tagger
+
     write_tagger(tmp_path / "tiny")
     assert tag(folder, "--with", "wd", "--model", tmp_path / "tiny", "--threshold", 0, "--trigger", "zzk",
                "--set", "remove_underscore=false", "--set", "character_threshold=0", "--device", "cpu") == 0
@@ -105,7 +104,7 @@ def test_a_caption_that_is_no_text_is_named_and_left_alone(folder: Path, capsys:
     (["--with", "filename", "--model", "x"], "--model"),
     (["--with", "filename", "--device", "abacus"], "abacus"),
     (["--with", "template", "--template", "{no}"], "no"),
-    (["--with", "wd", "--model", "nowhere"], "selected_tags.csv"),
+    (["--with", "wd", "--model", "nowhere"], "selected_tags.csv|pip install timm"),
 ])
 def test_bad_input_is_one_sentence_and_nothing_is_written(folder: Path, arguments: list[str], said: str):
     with pytest.raises(UserError, match=said):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import importlib.machinery
 import json
 import os
 import pickle
@@ -26,9 +27,6 @@ from lib_lora_train.tagging.sources import find_source, wd_sources
 from lib_lora_train.tagging.wd import FILES, WDSource, prepared, read_config
 from tests.tagging import wd_files
 from tests.tagging.wd_files import ARCHITECTURES, TAGS, write_config, write_tagger
-
-pytest.importorskip("timm")
-from timm.data import create_transform, resolve_data_config
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -55,6 +53,8 @@ def pictures() -> list[Image.Image]:
 
 def published_scores(model: nn.Module, picture: Image.Image, size: int) -> np.ndarray:
     """The model cards' recipe with timm's own transform: white square, bicubic, RGB to BGR, sigmoid."""
+    from timm.data import create_transform, resolve_data_config
+
     side = max(picture.size)
     canvas = Image.new("RGB", (side, side), (255, 255, 255))
     canvas.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
@@ -140,6 +140,14 @@ def test_without_timm_the_sentence_says_how_to_install_it(tagger: tuple[Path, nn
     source = WDSource(tagger[0])
     assert "pip install timm" in source.missing()
     with pytest.raises(ModelError, match="pip install timm"), source.open(TagOptions(), CPU):
+        pass
+
+
+def test_a_timm_that_cannot_be_imported_is_told(tagger: tuple[Path, nn.Module], monkeypatch: pytest.MonkeyPatch):
+    broken = importlib.machinery.ModuleSpec("timm", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: broken)
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ModelError, match="does not work"), WDSource(tagger[0]).open(TagOptions(), CPU):
         pass
 
 
