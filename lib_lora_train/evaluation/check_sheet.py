@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
 from lib_lora_train.dataset.pictures import read_picture
-from lib_lora_train.errors import DatasetError
+from lib_lora_train.errors import DatasetError, printable
 from lib_lora_train.evaluation.caption_check import Checked
 
 _SIDE, _MARGIN, _TEXT, _LINE = 160, 12, 320, 17
 _FONTS = ("NotoSansCJK-Regular.ttc", "meiryo.ttc", "msyh.ttc", "Hiragino Sans GB.ttc", "DejaVuSans.ttf", "arial.ttf",
           "Arial.ttf")
+_LONGEST = 1000
+Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
 
 def draw_checks(checked: Sequence[Checked], *, most: int = 48) -> Image.Image:
@@ -32,20 +33,34 @@ def draw_checks(checked: Sequence[Checked], *, most: int = 48) -> Image.Image:
             small = picture.copy()
             small.thumbnail((_SIDE, _SIDE))
             sheet.paste(small, (_MARGIN + column * across + (_SIDE - small.width) // 2, top + (_SIDE - small.height) // 2))
-        for number, text in enumerate(_lines(row)[:_SIDE // _LINE]):
-            shown = text if isinstance(font, ImageFont.FreeTypeFont) else text.encode("latin-1", "replace").decode("latin-1")
-            pen.text((_MARGIN + across * (1 + painted), top + number * _LINE), shown, fill="black", font=font)
+        lines = [part for text in _texts(row) for part in _wrapped(text, pen, font)]
+        for number, text in enumerate(lines[:_SIDE // _LINE]):
+            pen.text((_MARGIN + across * (1 + painted), top + number * _LINE), text, fill="black", font=font)
     return sheet
 
 
-def _lines(row: Checked) -> list[str]:
+def _texts(row: Checked) -> list[str]:
     if row.problem or row.score is None or row.gain is None:
-        facts = textwrap.wrap(row.problem, 42)
+        facts = [row.problem]
     else:
         facts = [f"score {row.score:.0f}   loss {-row.gain:+.1%}"]
         if row.similarity is not None:
             facts.append(f"similarity {row.similarity:.2f}")
-    return [row.path.name, *facts, *textwrap.wrap(row.caption, 42)]
+    return [row.path.name, *facts, row.caption]
+
+
+def _wrapped(text: str, pen: ImageDraw.ImageDraw, font: Font) -> list[str]:
+    """`text` in lines that fit the column: cut at spaces where there are some, as Chinese and Japanese have none."""
+    if not isinstance(font, ImageFont.FreeTypeFont):  # Pillow's own small font knows Latin-1 only
+        text = text.encode("latin-1", "replace").decode("latin-1")
+    lines, line = [], ""
+    for letter in printable(" ".join(text.split()))[:_LONGEST]:
+        if pen.textlength(line + letter, font=font) > _TEXT - _MARGIN:
+            head, space, tail = line.rpartition(" ")
+            lines.append(head if space else line)
+            line = tail if space else ""
+        line += letter
+    return [*lines, line]
 
 
 def _original(row: Checked) -> Image.Image:
@@ -55,7 +70,7 @@ def _original(row: Checked) -> Image.Image:
         return Image.new("RGB", (_SIDE, _SIDE), "lightgrey")
 
 
-def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+def _font(size: int) -> Font:
     for name in _FONTS:
         try:
             return ImageFont.truetype(name, size)

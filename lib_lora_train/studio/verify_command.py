@@ -52,6 +52,7 @@ def _add_painting(parser: argparse.ArgumentParser) -> None:
 
 def run_check(chosen: argparse.Namespace) -> int:
     """`check-captions`; returns the exit code. Raises UserError for bad input."""
+    from lib_lora_train.errors import translated
     from lib_lora_train.evaluation.check_sheet import draw_checks
     from lib_lora_train.whole_file import replacing
 
@@ -65,8 +66,9 @@ def run_check(chosen: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         interrupted = True
     if chosen.sheet and rows:
-        with replacing(chosen.sheet) as file:
-            draw_checks(rows, most=max(1, chosen.worst)).save(file, "PNG")
+        with translated("the sheet was written"), replacing(chosen.sheet) as file:
+            # A picture can be seen anywhere; what was painted, only here.
+            draw_checks([row for row in rows if row.pictures or row.problem] or rows).save(file, "PNG")
         print(f"The sheet: {chosen.sheet}", file=sys.stderr)
     if not chosen.json:
         print("Score: how far the caption pushes the model towards this picture, of 100; 0 has nothing to do with it.\n"

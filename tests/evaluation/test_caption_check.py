@@ -13,6 +13,7 @@ from lib_lora_train import demo
 from lib_lora_train.bench import real_pictures
 from lib_lora_train.dataset.captions import read_caption
 from lib_lora_train.errors import HostError, Interrupted
+from lib_lora_train.evaluation import caption_check
 from lib_lora_train.evaluation.caption_check import Checked, check_captions
 from lib_lora_train.evaluation.check_sheet import draw_checks
 from lib_lora_train.evaluation.resemblance import resemblance, subject_features
@@ -27,6 +28,14 @@ TINY = parse({"resolution": "64", "min_bucket_reso": 64})
 @pytest.fixture(scope="module")
 def emoji(tmp_path_factory):
     return demo.demo_host(tmp_path_factory.mktemp("emoji"))
+
+
+@pytest.fixture(autouse=True)
+def quick(request, monkeypatch):
+    """Where the numbers themselves do not matter, one timestep is asked and not ten."""
+    if "emoji" not in request.fixturenames:
+        monkeypatch.setattr(caption_check, "TIMESTEPS", (550,))
+        monkeypatch.setattr(caption_check, "NOISES", 1)
 
 
 def items(*, wrong: bool = False) -> list[tuple[Path, str]]:
@@ -83,12 +92,15 @@ def test_what_is_painted_has_the_pictures_size_and_only_the_worst_are_painted(ho
 def test_what_cannot_be_checked_is_named_first_and_ends_nothing(host, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing more")
     Image.new("RGB", (64, 64), "blue").save(tmp_path / "good.png")
+    progress = []
     rows = list(check_captions(host, [(tmp_path / "good.png", "blue"), (tmp_path / "broken.png", "red"),
-                                      (tmp_path / "good.png", " ")], settings=TINY, seeds=1, steps=1))
+                                      (tmp_path / "good.png", " ")], settings=TINY, seeds=1, steps=1, worst=1,
+                               on_progress=lambda *of: progress.append(of)))
     assert [(row.path.name, row.score is None, row.pictures == ()) for row in rows[:2]] == [
         ("broken.png", True, True), ("good.png", True, True)]
     assert "damaged" in rows[0].problem and "no caption" in rows[1].problem
     assert rows[2].problem == "" and len(rows[2].pictures) == 1
+    assert progress[-1] == (4, 4)
 
 
 @pytest.mark.parametrize("prediction", ["on", "off"])
@@ -119,11 +131,11 @@ class Watching:
 
 
 def test_others_get_the_model_between_two_pictures_and_the_result_is_the_same(host, pictures):
-    listed = [(pictures / f"{n}.png", "red cat") for n in range(3)]
+    listed = [(pictures / f"{n}.png", "red cat") for n in range(2)]
     alone = list(check_captions(host, listed, settings=TINY, seeds=1, steps=1))
     shared = Watching(host)
     rows = list(check_captions(shared, listed, settings=TINY, seeds=1, steps=1))
-    assert shared.handed == 6
+    assert shared.handed == 4
     assert [(row.path, row.score, row.similarity) for row in rows] == [(row.path, row.score, row.similarity) for row in alone]
 
 
@@ -195,7 +207,7 @@ def test_a_picture_resembles_itself_and_a_shifted_copy_more_than_another_one(emo
 def test_the_sheet_has_a_row_for_each_picture_and_draws_any_caption(tmp_path):
     Image.new("RGB", (300, 100), "red").save(tmp_path / "a.png")
     painted = tuple(Image.new("RGB", (64, 64), colour) for colour in ("lime", "blue"))
-    row = Checked(tmp_path / "a.png", "赤い帽子, ярко", 81.0, 0.02, 0.7, painted)
+    row = Checked(tmp_path / "a.png", "赤い帽子と青い空" * 20 + ", ярко", 81.0, 0.02, 0.7, painted)
     two = draw_checks([row, Checked(tmp_path / "gone.png", "x", problem="The file is gone.")])
     one = draw_checks([row])
     assert two.width == one.width and two.height > one.height
