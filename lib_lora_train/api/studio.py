@@ -26,6 +26,8 @@ A filter {} is every picture. Work that takes long is answered with {"id": n}; `
     POST shape            {"shape", which}         work
     POST crop             {"id", "box": [left, top, right, bottom]}      POST flip   {"id", "copy"?} -> {"id"}
     POST split            {"id", "tile"?} -> {"ids"}                     POST unshape {"ids"} -> {"done", "skipped"}
+    GET  mask?id=         what of it is learnt     POST put-mask?id=   a picture of its size as the body; white is learnt
+    POST remove-mask      {"id"}
     POST check-captions   {which, "seeds"?, "steps"?, "worst"?, "settings"?}   work; scores are in `pictures` as they come
     GET  checked?id=&n=   the n-th picture painted from the caption, from 0
     POST class-pictures   {"prompts": [...], "count", "size": side or [width, height], "steps"?, "cfg"?, "seed"?}   work;
@@ -69,7 +71,8 @@ def add_routes(door: Door, studio: Studio) -> None:
     _add_captions(get, post, studio)
     _add_shapes(get, post, studio)
     _add_model(get, post, studio)
-    door.add_upload("studio/upload", lambda request: _receive(request, studio), "Send one file")
+    door.add_upload("studio/upload", lambda request: _upload(request, studio), "Send one file")
+    door.add_upload("studio/put-mask", lambda request: _put_mask(request, studio), "Keep a mask beside a picture")
 
 
 def _add_datasets(post: Callable[..., None], studio: Studio) -> None:
@@ -122,6 +125,8 @@ def _add_shapes(get: Callable[..., None], post: Callable[..., None], studio: Stu
     post("flip", lambda body: {"id": shaping.flip(studio, asked.text(body, "id"), copy=asked.switch(body, "copy"))}, "Mirror")
     post("split", lambda body: {"ids": shaping.split(
         studio, asked.text(body, "id"), tile=asked.whole_number(body, "tile", default=0, low=0, high=16384))}, "Split")
+    get("mask", lambda query: _picture(shaping.mask(studio, query.get("id", "")), keep=False), "What of a picture is learnt")
+    post("remove-mask", lambda body: _nothing(shaping.remove_mask(studio, asked.text(body, "id"))), "Learn all of a picture")
     post("unshape", lambda body: shaping.unshape(studio, asked.texts(body, "ids")), "Bring pictures back as they were")
 
 
@@ -141,23 +146,41 @@ def _add_model(get: Callable[..., None], post: Callable[..., None], studio: Stud
         seed=asked.whole_number(body, "seed", default=1, low=0, high=2**32 - 1))}, "Paint preservation pictures")
 
 
-async def _receive(request: Request, studio: Studio) -> object:
-    """One file onto the disk as it comes; it is never held in memory."""
+async def _upload(request: Request, studio: Studio) -> object:
+    """One file of a heap."""
     batch, name = asked.batch_name(request.query_params.get("batch")), request.query_params.get("name", "")
     if not name.strip():
         raise Refused(400, "The file has no name.")
+    receiving = await _receive(request, studio, batch, name)
+    return {"received": await run_in_threadpool(receiving.done)}
+
+
+async def _put_mask(request: Request, studio: Studio) -> object:
+    """The mask of one picture."""
+    name = request.query_params.get("id", "")
+    receiving = await _receive(request, studio, "mask", "mask.png")
+    try:
+        await run_in_threadpool(receiving.flush)
+        await run_in_threadpool(shaping.put_mask, studio, name, receiving.path)
+    finally:
+        await run_in_threadpool(receiving.abandon)
+    return {}
+
+
+async def _receive(request: Request, studio: Studio, batch: str, name: str) -> Receiving:
+    """One file onto the disk as it comes; it is never held in memory."""
     said = request.headers.get("content-length", "")
     size = int(said) if said.isascii() and said.isdigit() else None
     receiving = await run_in_threadpool(_begin, studio, batch, name, size)
     try:
-        waiting = b""
+        waiting = bytearray()
         async for part in request.stream():
             waiting += part
             if len(waiting) >= _PIECE:
-                await run_in_threadpool(receiving.write, waiting)
-                waiting = b""
-        await run_in_threadpool(receiving.write, waiting)
-        return {"received": await run_in_threadpool(receiving.done)}
+                await run_in_threadpool(receiving.write, bytes(waiting))
+                waiting.clear()
+        await run_in_threadpool(receiving.write, bytes(waiting))
+        return receiving
     except BaseException as error:
         receiving.abandon()
         if isinstance(error, ClientDisconnect):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,9 @@ class Opened:
         self._counted: tuple[object, Counter[str], int] | None = None
         self.content = 0
         self.uploads = Uploads(dataset.studio_folder / "uploads")
+        self._looked_up: tuple[object, object] | None = None
+        self._names: list[str] = []
+        self._index: dict[str, int] = {}
         self.book = CaptionBook.open(dataset.folder, may_read=fence.may_read if fence else None)
         self._look_up()
 
@@ -62,16 +65,20 @@ class Opened:
         self._look_up()
 
     def _look_up(self) -> None:
-        self._index = {self.name(path): index for index, path in enumerate(self.book.pictures)}
+        pictures, folder = self.book.pictures, self.dataset.pictures_folder
+        if self._looked_up != (pictures, folder):
+            self._looked_up = (pictures, folder)
+            self._names = [_called(path, folder) for path in pictures]
+            self._index = {name: index for index, name in enumerate(self._names)}
 
     def name(self, path: Path) -> str:
         """What a picture is called; one in a folder that somebody put beside the dataset's own, with that folder's name."""
-        return path.name if path.parent == self.dataset.pictures_folder else f"{path.parent.name}/{path.name}"
+        return _called(path, self.dataset.pictures_folder)
 
     @property
     def names(self) -> tuple[str, ...]:
         """The pictures by name, in the book's order."""
-        return tuple(self._index)
+        return tuple(self._names)
 
     def index(self, name: str) -> int:
         """Where the book has the picture; raises DatasetError if it has none of that name."""
@@ -99,14 +106,14 @@ class Opened:
 
     def chosen_names(self, selection: Selection) -> list[str]:
         """The same as names; raises DatasetError where that is nothing."""
-        names = [self.name(self.book.pictures[index]) for index in self.chosen(selection)]
+        names = [self._names[index] for index in self.chosen(selection)]
         if not names:
             raise DatasetError("No picture is selected", remedy="select some or change the filter")
         return names
 
     def problems(self, index: int) -> list[str]:
         """Codes of what is wrong with a picture: of the last report, and of its caption as it is now."""
-        found = self._findings.get(self.name(self.book.pictures[index]), ())
+        found = self._findings.get(self._names[index], ())
         codes = [code for code in found if code not in LIVE_CODES]
         if not self.book.caption(index).strip():
             codes.append(next((code for code in found if code in LIVE_CODES), "no_caption"))
@@ -152,10 +159,10 @@ class Opened:
             self._findings.pop(name, None)
             self.scores.pop(name, None)
 
-    def entry(self, index: int, *, notes: Mapping[str, Any]) -> dict[str, Any]:
+    def entry(self, index: int) -> dict[str, Any]:
         """What the gallery shows of one picture. A file that cannot be read shows as such and has no size."""
         path = self.book.pictures[index]
-        name, problems = self.name(path), self.problems(index)
+        name, problems = self._names[index], self.problems(index)
         try:
             mark = thumbs.stamp(path)
             width, height = self._size(path, mark)
@@ -166,12 +173,11 @@ class Opened:
                 "changed": self.book.is_changed(index), "problems": problems, "score": self.score(index),
                 "caption_problem": self.book.problem(index), "masked": self.dataset.mask_path(name).is_file(),
                 "shaped": self.dataset.unshaped_path(name).is_file(), "stamp": mark,
-                "source": str((notes.get(name) or {}).get("source", "")),
                 "painted": self.scores[name].painted if name in self.scores else 0}
 
     def score(self, index: int) -> float | None:
         """The caption's score, None where it was not judged or changed since."""
-        score = self.scores.get(self.name(self.book.pictures[index]))
+        score = self.scores.get(self._names[index])
         return score.value if score is not None and score.caption == self.book.caption(index) else None
 
     def sorted(self, indices: Sequence[int], by: str) -> list[int]:
@@ -189,3 +195,7 @@ class Opened:
         if key not in self._sizes:
             self._sizes[key] = read_size(path)
         return self._sizes[key]
+
+
+def _called(path: Path, folder: Path) -> str:
+    return path.name if path.parent == folder else f"{path.parent.name}/{path.name}"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,6 @@ from lib_lora_train.studio.asked import Selection
 from lib_lora_train.studio.opened import Opened
 from lib_lora_train.studio.tasks import Tasks
 
-LISTED_FOR = 5.0
-"""Seconds after which the datasets are counted again, in case another program made one."""
 _COMMA_BACKTRACK = 20  # the WebUI's default of the option "comma padding backtrack"
 
 
@@ -43,7 +40,7 @@ class Studio:
         self._lock = threading.RLock()
         self._opened: Opened | None = None
         self._version = 0
-        self._listed: tuple[int, float, list[tuple[str, int]]] | None = None
+        self._listed: tuple[object, list[tuple[str, int]]] | None = None
         self._tokenizer: Tokenizer | None = None
 
     # ---- which dataset
@@ -90,12 +87,15 @@ class Studio:
             self._version += 1
 
     def datasets(self) -> list[tuple[str, int]]:
-        """(name, pictures) of each dataset there is. A page asks every second: what was listed is good for a while."""
+        """(name, pictures) of each dataset there is. A page asks every second: they are counted anew only when a folder has
+        changed, and not while work changes them all the time."""
         with self._lock:
-            listed = self._listed
-            if listed is None or listed[0] != self._version or time.monotonic() - listed[1] > LISTED_FOR:
-                self._listed = listed = (self._version, time.monotonic(), list_datasets(self.host.datasets_folder))
-            return listed[2]
+            now = _marks(self.host.datasets_folder)
+            if self._listed is None or (self._listed[0] != now and not self.tasks.running()):
+                self._listed = (now, list_datasets(self.host.datasets_folder))
+            here = self._opened
+            return [(name, len(here.book.pictures) if here is not None and name == here.dataset.name else count)
+                    for name, count in self._listed[1]]
 
     def create(self, name: str, *, concept: str) -> None:
         """A new, empty dataset, which is opened. Raises DatasetError; HostError while work goes on."""
@@ -109,7 +109,7 @@ class Studio:
             if self._opened is not None and self._opened.dataset.name == name and not discard:
                 return
             # A name of the list, never a path.
-            if name not in (known for known, _ in list_datasets(self.host.datasets_folder)):
+            if name not in (known for known, _ in self.datasets()):
                 raise DatasetError(f"There is no dataset called {name!r}", remedy="see the list of datasets")
             folder = self.host.datasets_folder / name
             if self.host.fence is not None and not self.host.fence.may_read(folder):
@@ -286,6 +286,17 @@ class Studio:
         if not os.path.exists(path):
             raise DatasetError(f"{path} does not exist", remedy="check the path")
         return Path(path)
+
+
+def _marks(folder: Path) -> tuple[tuple[str, int], ...]:
+    """What changes when a dataset comes, goes, or gets or loses a file: times of its folder and of those in it."""
+    found = []
+    with contextlib.suppress(OSError):
+        for dataset in sorted(folder.iterdir()):
+            with contextlib.suppress(OSError):  # gone meanwhile, or not for us
+                found += [(entry.path, entry.stat().st_mtime_ns) for entry in os.scandir(dataset)]
+                found.append((str(dataset), dataset.stat().st_mtime_ns))
+    return tuple(found)
 
 
 _ONE: list[Studio] = []

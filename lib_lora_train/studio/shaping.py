@@ -6,8 +6,10 @@ Shaping many is long work: see `work.py`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from lib_lora_train.dataset import mask as masks
 from lib_lora_train.dataset import shape as shapes
 from lib_lora_train.dataset.buckets import DEFAULT_RESOLUTION
 from lib_lora_train.dataset.crop_sheet import crop_sheet
@@ -66,6 +68,34 @@ def unshape(studio: Studio, names: Sequence[str]) -> dict[str, Any]:
         shaped = shapes.unshape(opened.dataset, names)
         opened.reshaped(shaped.done)
         return {"done": len(shaped.done), "skipped": [list(pair) for pair in shaped.skipped]}
+
+
+def mask(studio: Studio, name: str) -> bytes:
+    """What of a picture is learnt (white), a JPEG of its size. Raises DatasetError where it has no mask."""
+    with studio.using() as opened:
+        opened.path(name)
+        dataset = opened.dataset
+    found = masks.read_mask(dataset, name)
+    if found is None:
+        raise DatasetError(f"{name} has no mask", why="all of it is learnt")
+    return thumbs.jpeg(found)
+
+
+def put_mask(studio: Studio, name: str, sent: Path) -> None:
+    """Keep the picture in `sent` as the mask of a picture; of its size, white is learnt."""
+    painted = masks.mask_from_file(sent)
+    with studio.changing("masked") as opened:
+        opened.path(name)
+        masks.put_mask(opened.dataset, name, painted)
+        opened.renew()
+
+
+def remove_mask(studio: Studio, name: str) -> None:
+    """Learn all of a picture again."""
+    with studio.changing("unmasked") as opened:
+        opened.path(name)
+        masks.remove_mask(opened.dataset, name)
+        opened.renew()
 
 
 def crops(studio: Studio) -> bytes:

@@ -45,7 +45,6 @@ class Uploads:
             if len(self._heaps.get(batch, ())) >= MOST_FILES:
                 raise DatasetError(f"More than {MOST_FILES} files were sent at once", remedy="send them as several lots, or "
                                    "name the folder they are in")
-            self._heaps.setdefault(batch, [])
             self._count += 1
             path = self._folder / str(self._count)
         try:
@@ -110,12 +109,21 @@ class Receiving:
         except OSError as error:
             raise _disk(error) from error
 
-    def done(self) -> int:
-        """It is all there; how many files the heap holds now."""
+    @property
+    def path(self) -> Path:
+        """Where it lies."""
+        return self._upload.path
+
+    def flush(self) -> None:
+        """All that came is in the file, which is closed. Raises OutputError if the disk refuses."""
         try:
             self._file.close()
         except OSError as error:
             raise _disk(error) from error
+
+    def done(self) -> int:
+        """It is all there; how many files the heap holds now."""
+        self.flush()
         return self._uploads.keep(self._batch, self._upload)
 
     def abandon(self) -> None:

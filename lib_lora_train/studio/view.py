@@ -59,8 +59,7 @@ def pictures(studio: Studio, selection: Selection, *, offset: int, limit: int, s
     """One page of the gallery: {"total": how many the filter lets through, "pictures": […]}."""
     with studio.using() as opened:
         chosen = opened.sorted(opened.chosen(selection), sort)
-        notes = opened.dataset.notes()
-        shown = [opened.entry(index, notes=notes) for index in chosen[offset:offset + min(limit, MOST_A_PAGE)]]
+        shown = [opened.entry(index) for index in chosen[offset:offset + min(limit, MOST_A_PAGE)]]
         return {"total": len(chosen), "pictures": shown}
 
 

@@ -36,7 +36,7 @@ def check(studio: Studio, selection: Selection, *, seeds: int, steps: int, worst
 
     def work(task: Task) -> str:
         shutil.rmtree(folder, ignore_errors=True)
-        judged: list[Score] = []
+        judged = []
         for checked in check_captions(studio.host, list(captions.items()), settings=settings, seeds=seeds, steps=steps,
                                       worst=min(worst, len(captions)), on_progress=task.progress,
                                       should_stop=task.should_stop):
@@ -44,9 +44,8 @@ def check(studio: Studio, selection: Selection, *, seeds: int, steps: int, worst
                 task.problem(checked.path.name, checked.problem)
                 continue
             judged.append(_put_down(studio, opened, checked, folder))
-        low = sum(score.value < 50 for score in judged)
-        task.result({"checked": len(judged), "below_50": low})
-        return f"{len(judged):,} caption{'' if len(judged) == 1 else 's'} checked, {low:,} of no help to the model."
+        task.result({"checked": len(judged)})
+        return f"{len(judged):,} caption{'' if len(judged) == 1 else 's'} checked; look at the lowest scores first."
 
     return _start(studio, "Checking captions", work)
 

@@ -614,3 +614,27 @@ def test_without_a_model_nothing_is_painted(desk: Desk):
     for name, body in (("check-captions", {"filter": {}}), ("class-pictures", {"prompts": ["a girl"]})):
         refused = desk.post(name, body)
         assert refused.status_code == 409 and "No model" in refused.json()["error"]
+
+
+def test_a_mask_is_kept_beside_its_picture(desk: Desk):
+    desk.filled()
+    half = Image.new("L", (320, 200), 0)
+    half.paste(255, (0, 0, 160, 200))
+    held = io.BytesIO()
+    half.save(held, "PNG")
+
+    def send(name: str, data: bytes):
+        return desk.client.post(f"{api.PREFIX}/studio/put-mask", params={"id": name}, content=data,
+                                headers={**PAGE, "Content-Type": "application/octet-stream"})
+    assert desk.get("mask", id="red.png").status_code == 400
+    assert send("red.png", held.getvalue()).status_code == 200
+    assert [p["masked"] for p in desk.pictures()] == [False, False, True]
+    kept = Image.open(dataset_folder(desk) / "masks" / "red.png")
+    assert (kept.mode, kept.getpixel((0, 0)), kept.getpixel((319, 0))) == ("L", 255, 0)
+    assert Image.open(io.BytesIO(desk.get("mask", id="red.png").content)).size == (320, 200)
+    for name, data in (("no.png", held.getvalue()), ("red.png", png("red", (10, 10))), ("red.png", b"no picture"),
+                       ("../red.png", held.getvalue())):
+        assert send(name, data).status_code == 400
+    assert not list((dataset_folder(desk) / ".studio" / "uploads").iterdir())
+    assert desk.post("remove-mask", {"id": "red.png"}).status_code == 200
+    assert not any(p["masked"] for p in desk.pictures())
