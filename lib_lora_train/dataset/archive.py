@@ -76,7 +76,7 @@ class Archive:
         if len(infos) > self._limits.entries:
             raise DatasetError(f"The archive {self._path.name} is refused", why=f"it holds {len(infos)} files, more than "
                                f"{self._limits.entries}", remedy="unpack it and choose the folder")
-        return tuple(entry for info in infos if not info.is_dir() and (entry := _entry(info)) is not None)
+        return tuple(entry for info in infos if (entry := _entry(info)) is not None)
 
     def refusal(self, entry: Entry) -> str:
         """Why an entry will not be unpacked; "" if it will."""
@@ -171,10 +171,11 @@ def _damage(what: str) -> Iterator[None]:
 
 
 def _entry(info: zipfile.ZipInfo) -> Entry | None:
-    """The entry with its name in words; None for what is hidden, as the shadows macOS packs beside each file."""
-    # Not info.filename: on Windows it has lost what stood before a NUL, and other things, already.
-    parts = [part for part in _decoded(info).replace("\\", "/").split("/") if part not in ("", ".", "..")]
-    if not parts or any(part.startswith(".") or part == "__MACOSX" for part in parts):
+    """The entry with its name in words; None for a folder, and for what is hidden, as the shadows macOS packs beside files."""
+    # Not info.filename: it has lost what stood behind a NUL already.
+    name = _decoded(info).replace("\\", "/")
+    parts = [part for part in name.split("/") if part not in ("", ".", "..")]
+    if not parts or name.endswith("/") or any(part.startswith(".") or part == "__MACOSX" for part in parts):
         return None
     return Entry(tuple(parts[:-1]), parts[-1], info.file_size, info)
 

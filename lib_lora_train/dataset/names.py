@@ -26,14 +26,14 @@ def safe_stem(text: str, *, otherwise: str = "picture") -> str:
     Windows keeps for itself; at most 100 bytes.
     """
     kept = "".join(_allowed(letter) for letter in unicodedata.normalize("NFC", text))
-    while kept.lower().endswith(_MODEL_ENDINGS):  # no program shall take a picture's name for a model's
-        kept = kept.rpartition(".")[0]
-    kept = _shortened(kept).strip(" .").lstrip("-").strip(" .")
-    if not kept.strip("_- ."):
-        return otherwise
-    if unicodedata.normalize("NFKC", kept.split(".")[0]).upper().strip() in _RESERVED:
-        return f"_{kept}"
-    return kept
+    before = ""
+    while kept != before:  # what one of these leaves may be something for another
+        before, kept = kept, _shortened(kept.strip(" .").lstrip("-"))
+        if kept.lower().endswith(_MODEL_ENDINGS):  # no program shall take a picture's name for a model's
+            kept = kept.rpartition(".")[0]
+        if unicodedata.normalize("NFKC", kept.split(".")[0]).upper().strip() in _RESERVED:
+            kept = f"_{kept}"
+    return kept if kept.strip("_- .") else otherwise
 
 
 def file_key(stem: str) -> str:

@@ -22,8 +22,7 @@ _CASCADE = "haarcascade_frontalface_alt2.xml"
 _FACE_SIDE = 800  # longest side that faces are looked for in, pixels
 _YUNET_SCORE = 0.8
 _SMALLEST_FACE = 1 / 14  # of the shorter side; smaller ones are not what a picture is of, and mostly no faces
-_NEIGHBOURS = 6  # detections that must agree; OpenCV's default of 3 sees faces in foliage
-_CASCADE_SCORE = 56.1  # of its last stage: upright faces measured 56.2 to 56.9, blobs of noise mostly 54.5 to 56.0
+_NEIGHBOURS = 12  # detections that must agree: faces measured 13 to 41, blobs of noise and foliage up to 11
 _MAP_SIDE = 64  # the paper's scale
 _SIGMA = 2.5  # of the smoothing, in pixels of the map (the authors' code)
 _STANDS_OUT = 1.5  # times the mean of the map; the paper's 3 finds the brightest spot of a thing, we want the thing
@@ -164,12 +163,11 @@ def _cascade(cv2: Any, picture: Image.Image) -> list[tuple[float, float, float, 
     classifier = cv2.CascadeClassifier()
     if not classifier.read(storage.getFirstTopLevelNode()):
         return []
-    grey = cv2.equalizeHist(np.asarray(picture.convert("L")))
+    # Not equalised over the whole picture: the cascade evens out each window by itself.
+    grey = np.asarray(picture.convert("L"))
     smallest = max(20, round(min(picture.size) * _SMALLEST_FACE))
-    found, _, scores = classifier.detectMultiScale3(
-        grey, scaleFactor=1.1, minNeighbors=_NEIGHBOURS, minSize=(smallest, smallest), outputRejectLevels=True)
-    return [tuple(float(v) for v in face) for face, score in zip(found, np.ravel(scores), strict=True)
-            if score >= _CASCADE_SCORE]
+    found = classifier.detectMultiScale(grey, scaleFactor=1.1, minNeighbors=_NEIGHBOURS, minSize=(smallest, smallest))
+    return [tuple(float(v) for v in face) for face in found]
 
 
 def _head(face: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
