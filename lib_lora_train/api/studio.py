@@ -39,6 +39,7 @@ A filter {} is every picture. Work that takes long is answered with {"id": n}; `
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -48,6 +49,7 @@ from fastapi.responses import Response
 from starlette.requests import ClientDisconnect
 
 from lib_lora_train.api.gate import Door, Refused
+from lib_lora_train.errors import LoraTrainError
 from lib_lora_train.studio import asked, shaping, thumbs, view, work, work_model
 from lib_lora_train.studio.session import Studio
 from lib_lora_train.studio.uploads import Receiving
@@ -169,12 +171,13 @@ async def _put_mask(request: Request, studio: Studio) -> object:
 
 async def _receive(request: Request, studio: Studio, batch: str, name: str) -> Receiving:
     """One file onto the disk as it comes; it is never held in memory."""
-    said = request.headers.get("content-length", "")
+    said, parts = request.headers.get("content-length", ""), request.stream()
     size = int(said) if said.isascii() and said.isdigit() else None
-    receiving = await run_in_threadpool(_begin, studio, batch, name, size)
+    receiving: Receiving | None = None
     try:
+        receiving = await run_in_threadpool(_begin, studio, batch, name, size)
         waiting = bytearray()
-        async for part in request.stream():
+        async for part in parts:
             waiting += part
             if len(waiting) >= _PIECE:
                 await run_in_threadpool(receiving.write, bytes(waiting))
@@ -182,9 +185,15 @@ async def _receive(request: Request, studio: Studio, batch: str, name: str) -> R
         await run_in_threadpool(receiving.write, bytes(waiting))
         return receiving
     except BaseException as error:
-        receiving.abandon()
+        if receiving is not None:
+            receiving.abandon()
         if isinstance(error, ClientDisconnect):
             raise Refused(400, "The file did not arrive whole.") from error
+        if isinstance(error, LoraTrainError):
+            # Answered in the middle of it, a browser would see a broken connection and not the sentence.
+            with contextlib.suppress(ClientDisconnect):
+                async for _ in parts:
+                    pass
         raise
 
 
