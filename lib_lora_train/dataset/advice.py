@@ -17,6 +17,7 @@ from lib_lora_train.dataset.tag_slips import respelt, typing_errors
 from lib_lora_train.errors import printable
 
 MIN_PICTURES = 10
+LEAST_RESOLUTION = 256  # below it models of 512 paint nothing worth learning
 
 Weighted = tuple[float, str]
 
@@ -49,12 +50,13 @@ def _files(report: Report) -> Iterator[Weighted]:
     unreadable = _with(report, "unreadable_caption")
     if unreadable:
         yield 2000, (f"{_count(unreadable, 'caption file')} {_are(unreadable)} not UTF-8 text ({_names(unreadable)}), so a "
-                     "training would refuse to start: save them again with the encoding UTF-8 (Notepad: Save as, Encoding).")
+                     f"training would refuse to start: save {_them(unreadable)} again with the encoding UTF-8 (Notepad: Save "
+                     "as, Encoding).")
     broken = _with(report, "broken")
     if broken:
         yield 50 + _share(broken, report), (
-            f"{_count(broken, 'picture')} cannot be opened and would be left out ({_names(broken)}), because the file is "
-            "damaged, incomplete or no picture: save it again from the original, or remove it.")
+            f"{_count(broken, 'picture')} cannot be opened and would be left out ({_names(broken)}), because {_their(broken)} "
+            f"damaged, incomplete or no picture: save {_them(broken)} again from the original, or remove {_them(broken)}.")
 
 
 def _number(report: Report) -> Iterator[Weighted]:
@@ -76,12 +78,13 @@ def _captions(report: Report, around: Circumstances) -> Iterator[Weighted]:
             continue
         start = f"{_count(pictures, 'picture')} {'has' if len(pictures) == 1 else 'have'} {have} ({_names(pictures)})"
         instead = around.trigger_word or " / ".join(around.concepts)
+        them = _them(pictures)
         if instead:
             why = (f" and would be trained on '{instead}' alone, so that clothes, pose and background become part of that "
-                   "word too: tag or caption them")
+                   f"word too: tag or caption {them}")
         else:
-            why = (" and no trigger word is set, so no word would call what is learnt from them: tag or caption them, or set "
-                   "a trigger word")
+            why = (f" and no trigger word is set, so no word would call what is learnt from {them}: tag or caption {them}, or "
+                   "set a trigger word")
         yield (30 if not instead else 20) * _share(pictures, report), start + why + (
             f" ({some_of(around.strays, 3)} {'looks' if len(around.strays) == 1 else 'look'} meant for that, but the text for "
             "a.png must be called a.txt)." if pictures is missing and around.strays else ".")
@@ -96,7 +99,8 @@ def _captions(report: Report, around: Circumstances) -> Iterator[Weighted]:
                   f"than one line ({some_of(around.several_lines)}), of which only the first is trained: join the lines.")
     if around.several_files:
         yield 3, (f"{_count(around.several_files, 'picture')} {'has' if len(around.several_files) == 1 else 'have'} both a "
-                  f".txt and a .caption file ({some_of(around.several_files)}), of which only the .txt is trained: remove one.")
+                  f".txt and a .caption file ({some_of(around.several_files)}), of which only the .txt is trained: "
+                  "remove one of them.")
 
 
 def _pictures(report: Report, around: Circumstances) -> Iterator[Weighted]:
@@ -117,8 +121,8 @@ def _pictures(report: Report, around: Circumstances) -> Iterator[Weighted]:
         out = sum(not picture.usable for picture in narrow)
         yield 12 * _share(narrow, report) + (1 if out else 0), (
             f"{_count(narrow, 'picture')} {_are(narrow)} more than 3 times as long as wide ({_names(narrow)}), a shape that "
-            f"models paint badly{f' and that {out} would be left out for' if out else ''}: crop them, or split them into "
-            "squarer pieces.")
+            f"models paint badly{f' ({out} would even be left out)' if out else ''}: crop {_them(narrow)}, or split "
+            f"{_them(narrow)} into squarer pieces.")
     deep = sorted(_with(report, "deep_crop"), key=lambda picture: -picture.crop_loss)
     if deep:
         buckets = "" if around.enable_bucket else ", or switch aspect buckets on, which crop far less"
@@ -136,12 +140,12 @@ def _small(report: Report) -> Iterator[Weighted]:
     wanted = report.resolution[0] * report.resolution[1]
     usual = sorted(p.width * p.height for p in report.pictures if p.width)
     side = int(usual[len(usual) // 4] ** 0.5) // 64 * 64  # what three quarters of the pictures reach
-    lower = f", or set the resolution to {side}" if 2 * len(small) > len(report.pictures) and side >= 64 else ""
+    lower = f", or set the resolution to {side}" if 2 * len(small) > len(report.pictures) and side >= LEAST_RESOLUTION else ""
     yield 18 * _share(small, report), (
         f"{_count(small, 'picture')} {_are(small)} smaller than the training size {report.resolution[0]}×"
         f"{report.resolution[1]} (smallest: {least.path.name}, {least.width}×{least.height}, "
         f"{(wanted / (least.width * least.height)) ** 0.5:.1f} times too small), and a LoRA learns the softness of enlarged "
-        f"pictures: find larger originals, use an upscaler, leave them out{lower}.")
+        f"pictures: find larger originals, use an upscaler, {'or ' if not lower else ''}leave {_them(small)} out{lower}.")
 
 
 def _length(report: Report, around: Circumstances) -> Iterator[Weighted]:
@@ -202,6 +206,14 @@ def _plural(number: int, word: str) -> str:
 
 def _are(things: Sequence[object]) -> str:
     return "is" if len(things) == 1 else "are"
+
+
+def _them(things: Sequence[object]) -> str:
+    return "it" if len(things) == 1 else "them"
+
+
+def _their(things: Sequence[object]) -> str:
+    return "the file is" if len(things) == 1 else "the files are"
 
 
 def _are_only(number: int) -> str:

@@ -38,7 +38,7 @@ def crop_sheet(report: Report, *, most: int = 48) -> Image.Image:
             continue  # gone or damaged since the report
     if not cells:
         raise DatasetError(f"There is nothing to show of {report.folder}", why="no picture in it can be used")
-    across = min(_MOST_ACROSS, max(1, math.ceil(math.sqrt(len(cells) * 1.3))))
+    across = min(_MOST_ACROSS, len(cells), math.ceil(math.sqrt(len(cells) * 1.3)))
     width, height = _CELL + _MARGIN, _CELL + 2 * _LINE + _MARGIN
     sheet = Image.new("RGB", (_MARGIN + across * width, _MARGIN + math.ceil(len(cells) / across) * height), _PAPER)
     for place, cell in enumerate(cells):
@@ -83,10 +83,10 @@ def _write(pen: ImageDraw.ImageDraw, place: tuple[int, int], text: str) -> None:
     text = printable(text)
     if isinstance(font, ImageFont.ImageFont):
         text = text.replace("→", ">").encode("latin-1", "replace").decode("latin-1")  # Pillow's own font has no more
-    whole = text
-    while len(text) > 8 and pen.textlength(text, font=font) > _CELL:
-        half = (len(text) - 2) // 2
-        text = whole[:half] + ".." + whole[-half:]
+    whole, half = text, len(text) // 2
+    while half > 3 and pen.textlength(text, font=font) > _CELL:
+        half -= 1
+        text = f"{whole[:half]}..{whole[-half:]}"
     pen.text(place, text, fill=_INK, font=font)
 
 

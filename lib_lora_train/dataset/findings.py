@@ -47,7 +47,7 @@ class Examined:
     @property
     def usable(self) -> bool:
         """Whether a training takes it."""
-        return self.bucket != (0, 0) and "unreadable_caption" not in self.problems
+        return self.bucket != (0, 0)
 
 
 @dataclasses.dataclass(frozen=True)

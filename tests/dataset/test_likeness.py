@@ -1,0 +1,194 @@
+"""What counts as the same picture, and what as a blurred one."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
+
+from lib_lora_train.dataset.likeness import BLURRED, NEAR, is_blurred, likeness, near_duplicates, sharpness, thumbnail
+from lib_lora_train.dataset.pictures import is_picture_name, read_picture
+from lib_lora_train.demo import STYLE, SUBJECT
+from lib_lora_train.errors import Interrupted
+
+DRAWINGS = [read_picture(path) for folder in (STYLE, SUBJECT) for path in sorted(folder.iterdir()) if is_picture_name(path)]
+Change = Callable[[Image.Image], Image.Image]
+
+
+def compressed(picture: Image.Image, quality: int) -> Image.Image:
+    encoded = io.BytesIO()
+    picture.save(encoded, "JPEG", quality=quality)
+    return Image.open(encoded).convert("RGB")
+
+
+def scaled(picture: Image.Image, factor: float) -> Image.Image:
+    return picture.resize((round(picture.width * factor), round(picture.height * factor)), Image.Resampling.LANCZOS)
+
+
+CHANGES: dict[str, Change] = {
+    "half as large": lambda picture: scaled(picture, 0.5),
+    "twice as large": lambda picture: scaled(picture, 2),
+    "a little narrower": lambda picture: picture.resize((picture.width - 3, picture.height)),
+    "JPEG of quality 60": lambda picture: compressed(picture, 60),
+    "a tenth brighter": lambda picture: ImageEnhance.Brightness(picture).enhance(1.1),
+    "a tenth darker": lambda picture: ImageEnhance.Brightness(picture).enhance(0.9),
+    "more contrast": lambda picture: ImageEnhance.Contrast(picture).enhance(1.15),
+    "smaller, brighter and compressed": lambda picture: compressed(
+        ImageEnhance.Brightness(scaled(picture, 0.7)).enhance(1.05), 75)}
+
+
+def texture(seed: int, size: tuple[int, int] = (160, 120)) -> Image.Image:
+    """Coloured blotches over several scales, as a photograph has them."""
+    random = np.random.default_rng(seed)
+    layers = [np.asarray(Image.fromarray(random.integers(0, 256, (side, side, 3), dtype=np.uint8)).resize(size, 3), dtype=float)
+              for side in (3, 6, 24)]
+    return Image.fromarray(np.clip(layers[0] * 0.5 + layers[1] * 0.35 + layers[2] * 0.15, 0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_a_picture_saved_another_way_is_near_itself(change: Change) -> None:
+    pictures = [*DRAWINGS, *(texture(seed) for seed in range(10))]
+    for picture in pictures:
+        assert likeness(thumbnail(picture), thumbnail(change(picture))) >= NEAR
+
+
+def test_copies_are_found_among_pictures_of_the_same_kind_and_nothing_else_is() -> None:
+    pictures = [*DRAWINGS, *(change(DRAWINGS[place]) for place, change in enumerate(CHANGES.values()))]
+    groups = near_duplicates([thumbnail(picture) for picture in pictures])
+    assert groups == [(place, len(DRAWINGS) + place) for place in range(len(CHANGES))]
+
+
+def test_a_picture_turned_by_exif_is_near_the_one_that_was_turned_by_hand(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright: show it turned clockwise
+    texture(1).save(tmp_path / "camera.jpg", exif=exif)
+    texture(1).transpose(Image.Transpose.ROTATE_270).save(tmp_path / "hand.png")
+    camera, hand = (thumbnail(read_picture(tmp_path / name)) for name in ("camera.jpg", "hand.png"))
+    assert near_duplicates([camera, hand, thumbnail(texture(1))]) == [(0, 1)]
+
+
+def heart(colour: str, background: str) -> Image.Image:
+    picture = Image.new("RGB", (64, 64), background)
+    ImageDraw.Draw(picture).polygon([(32, 58), (6, 24), (20, 8), (32, 20), (44, 8), (58, 24)], fill=colour)
+    return picture
+
+
+@pytest.mark.parametrize(("first", "second"), [
+    (heart("red", "white"), heart("blue", "white")), (heart("black", "white"), heart("silver", "white")),
+    (heart("black", "white"), heart("white", "black")), (Image.new("RGB", (9, 9), "white"), Image.new("RGB", (9, 9), "black")),
+    (texture(3), texture(3).transpose(Image.Transpose.FLIP_LEFT_RIGHT)),
+], ids=["other colour", "other darkness", "inverted", "blank", "mirrored"])
+def test_what_differs_in_colour_light_or_direction_is_another_picture(first: Image.Image, second: Image.Image) -> None:
+    assert near_duplicates([thumbnail(first), thumbnail(second)]) == []
+
+
+def test_blank_pictures_of_one_colour_are_the_same() -> None:
+    blank = [Image.new("RGB", size, "white") for size in ((8, 8), (200, 90), (1, 1))]
+    assert near_duplicates([thumbnail(picture) for picture in [*blank, texture(0)]]) == [(0, 1, 2)]
+
+
+def in_pairs(thumbnails: list[np.ndarray]) -> list[tuple[int, ...]]:
+    """Every pair compared by itself; the groups are what can be reached from each other."""
+    groups = [{place} for place in range(len(thumbnails))]
+    for first in range(len(thumbnails)):
+        for second in range(first):
+            difference = thumbnails[first].astype(float) - thumbnails[second]
+            if likeness(thumbnails[first], thumbnails[second]) >= NEAR and np.sqrt((difference ** 2).mean()) <= 40:
+                merged = groups[first] | groups[second]
+                for member in merged:
+                    groups[member] = merged
+    return sorted({tuple(sorted(group)) for group in groups if len(group) > 1})
+
+
+@pytest.mark.parametrize("noise", [2, 4, 15])
+def test_the_search_finds_exactly_what_comparing_every_pair_finds(noise: float) -> None:
+    random = np.random.default_rng(int(noise))
+    originals = [thumbnail(texture(seed % 40)).astype(float) for seed in range(120)]
+    thumbnails = [np.clip(one + random.normal(0, noise, one.shape), 0, 255).astype(np.uint8) for one in originals]
+    expected = in_pairs(thumbnails)
+    assert near_duplicates(thumbnails) == expected
+    assert noise == 15 or expected  # the example is worth something
+
+
+def test_a_hundred_copies_among_ten_thousand_pictures_are_found() -> None:
+    random = np.random.default_rng(0)
+    coarse = random.integers(0, 256, (10_000, 4, 4, 3), dtype=np.uint8)
+    pictures = coarse.repeat(4, axis=1).repeat(4, axis=2)
+    copies = np.clip(pictures[:100].astype(int) + random.integers(-4, 5, pictures[:100].shape), 0, 255).astype(np.uint8)
+    groups = near_duplicates([*pictures, *copies])
+    assert groups == [(place, 10_000 + place) for place in range(100)]
+
+
+def test_one_picture_a_thousand_times_is_one_group() -> None:
+    assert near_duplicates([thumbnail(texture(5))] * 1000) == [tuple(range(1000))]
+
+
+def test_the_search_for_duplicates_can_be_stopped() -> None:
+    with pytest.raises(Interrupted):
+        near_duplicates([thumbnail(texture(seed)) for seed in range(3)], should_stop=lambda: True)
+
+
+def edge(width: float, contrast: float = 200.0, size: int = 128) -> Image.Image:
+    """A vertical edge smoothed by a Gaussian of that σ, in pixels; 0 is hard."""
+    place = np.arange(size) - size / 2 + 0.5
+    profile = np.array([0.5 * (1 + math.erf(x / (width * math.sqrt(2)))) if width else float(x > 0) for x in place])
+    return Image.fromarray(np.tile(20 + contrast * profile, (size, 1)).round().astype(np.uint8)).convert("RGB")
+
+
+def test_a_hard_edge_measures_two_and_a_smoothed_one_what_the_calculus_says() -> None:
+    assert sharpness(edge(0), pixels=128 * 128) == pytest.approx(2.0, rel=1e-3)
+    for width in (1.5, 2.0):  # ∫g'² / ∫g² of a Gaussian g is 1/(2σ²); differences of whole pixels lower it a little
+        assert sharpness(edge(width), pixels=128 * 128) == pytest.approx(1 / (2 * width ** 2), rel=0.15)
+
+
+def test_sharpness_does_not_depend_on_contrast_or_on_how_much_there_is_to_see() -> None:
+    assert sharpness(edge(1, contrast=100), pixels=128 * 128) == pytest.approx(sharpness(edge(1), pixels=128 * 128), rel=0.1)
+    few, many = Image.new("RGB", (256, 256), "white"), Image.new("RGB", (256, 256), "white")
+    ImageDraw.Draw(few).ellipse((100, 100, 130, 130), outline="black", width=3)
+    for place in range(0, 250, 40):
+        ImageDraw.Draw(many).ellipse((place, place, place + 30, place + 30), outline="black", width=3)
+    assert sharpness(few, pixels=256 * 256) == pytest.approx(sharpness(many, pixels=256 * 256), rel=0.1)
+
+
+@pytest.mark.parametrize("picture", DRAWINGS, ids=str)
+def test_drawings_are_not_blurred_until_they_are(picture: Image.Image) -> None:
+    values = [sharpness(picture.filter(ImageFilter.GaussianBlur(radius)), pixels=256 * 256) for radius in (0, 1, 2, 4)]
+    assert values == sorted(values, reverse=True)
+    assert values[0] > BLURRED > values[-2]
+
+
+def crowd() -> Image.Image:
+    """16 drawings on 512×512."""
+    picture = Image.new("RGB", (512, 512))
+    for place in range(16):
+        picture.paste(DRAWINGS[-1 - place % 12].resize((128, 128)), (place % 4 * 128, place // 4 * 128))
+    return picture
+
+
+def test_a_sharp_subject_before_a_soft_background_is_sharp() -> None:
+    background = crowd().filter(ImageFilter.GaussianBlur(6))
+    assert sharpness(background, pixels=512 * 512) < BLURRED
+    background.paste(DRAWINGS[-1].resize((180, 180)), (160, 160))
+    assert sharpness(background, pixels=512 * 512) > BLURRED
+
+
+def test_a_large_picture_is_judged_at_the_size_it_is_trained_at() -> None:
+    soft = crowd().filter(ImageFilter.GaussianBlur(3))
+    assert sharpness(soft, pixels=512 * 512) < BLURRED < sharpness(soft, pixels=64 * 64)
+
+
+def test_a_picture_much_softer_than_the_others_is_worth_a_look() -> None:
+    assert not is_blurred(0.6, median=0.7)
+    assert is_blurred(0.6, median=2.5)
+    assert not is_blurred(1.0, median=9.0)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 300), (5, 5), (40, 9)])
+def test_the_smallest_pictures_are_measured_too(size: tuple[int, int]) -> None:
+    assert sharpness(Image.new("RGB", size, "red"), pixels=512 * 512) == 0.0
+    assert thumbnail(Image.new("RGB", size, "red")).shape == (16, 16, 3)
