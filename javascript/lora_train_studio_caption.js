@@ -23,7 +23,7 @@
         const results = make("div", {class: "lts-checked"}), othersList = make("ul", {class: "lts-problems"});
         const others = make("details", {class: "lts-more"}, make("summary", {text: translated("Others, and what they need")}),
             othersList);
-        const element = make("div", {}, sources, options, more, others, make("div", {class: "lts-line"}, run, check), results);
+        const element = make("div", {}, sources, options, more, others, make("div", {class: "lts-line lts-go"}, run, check), results);
         let declared = null, known = "";
         const values = app.tagValues = app.tagValues || {};
 

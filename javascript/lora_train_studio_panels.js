@@ -56,11 +56,9 @@
         const told = make("div", {class: "lts-report"}), crops = make("div", {class: "lts-crops"});
         const look = button("Look again", () => app.check(), {kind: "primary", drawn: "search", id: "lora_train_check"});
         const show = button("Show what crops cut off", showCrops, {drawn: "crop", id: "lora_train_crops"});
-        const go = button("Next", () => {
-            const next = studio.steps(app).find((step) => step.next);
-            app.show(next.id === "check" ? "shape" : next.id);
-        }, {kind: "primary", drawn: "right", id: "lora_train_next"});
-        const element = make("div", {}, told, crops, make("div", {class: "lts-line"}, go, look, show));
+        const nextStep = () => studio.steps(app).find((step) => step.next);
+        const go = button("Next", () => app.show(nextStep().id), {kind: "primary", drawn: "right", id: "lora_train_next"});
+        const element = make("div", {}, told, crops, make("div", {class: "lts-line lts-go"}, go, look, show));
         let known = "", address = "";
 
         async function showCrops() {
@@ -80,6 +78,7 @@
             const report = app.dataset().report;
             look.disabled = app.working();
             show.hidden = go.hidden = !report;
+            go.lastChild.textContent = translated("Next") + ": " + translated(nextStep().name);
             const now = JSON.stringify(report);
             if (now === known) return;
             known = now;
@@ -138,7 +137,7 @@
                     classes.size = number;
                 }, {minimum: 64, maximum: 2048, step: 64})),
                 button("Paint them", paint, {id: "lora_train_class_pictures"})));
-        const element = make("div", {}, about, make("div", {class: "lts-line"}, use), classPart);
+        const element = make("div", {}, about, make("div", {class: "lts-line lts-go"}, use), classPart);
         let known = "";
 
         function paint() {

@@ -33,7 +33,7 @@
                     change("side"), "Size")),
                 field("Shape", pills(MODES, shape.mode, change("mode"), "Shape")),
                 field("Cut", pills(FOCUS, shape.focus, change("focus"), "Cut"))),
-            samples, make("div", {class: "lts-line"}, run, back));
+            samples, make("div", {class: "lts-line lts-go"}, run, back));
         let addresses = [], number = 0, known = "";
 
         /** What would come of the first few pictures. */
@@ -105,13 +105,13 @@
         app.pictures.show(image, "picture?id=" + encodeURIComponent(picture.id) + "&stamp=" + encodeURIComponent(picture.stamp));
 
         const element = make("div", {},
-            make("div", {class: "lts-line"}, make("b", {text: picture.name}), pills(SHAPES, 0, (chosen) => {
+            make("div", {class: "lts-line lts-go"}, make("b", {text: picture.name}), pills(SHAPES, 0, (chosen) => {
                 ratio = chosen;
                 if (ratio) fit();
                 show();
             }, "Shape"), size),
             stage,
-            make("div", {class: "lts-line"},
+            make("div", {class: "lts-line lts-go"},
                 button("Crop", async() => {
                     const {left, top, right, bottom} = kept;
                     const done = await app.act(() => app.api.ask("crop", {id: picture.id, box: [left, top, right, bottom]}));
