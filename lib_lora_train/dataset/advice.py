@@ -85,7 +85,7 @@ def _captions(report: Report, around: Circumstances) -> Iterator[Weighted]:
         else:
             why = (f" and no trigger word is set, so no word would call what is learnt from {them}: tag or caption {them}, or "
                    "set a trigger word")
-        yield (30 if not instead else 20) * _share(pictures, report), start + why + (
+        yield 4 + (20 if instead else 30) * _share(pictures, report), start + why + (
             f" ({some_of(around.strays, 3)} {'looks' if len(around.strays) == 1 else 'look'} meant for that, but the text for "
             "a.png must be called a.txt)." if pictures is missing and around.strays else ".")
     long = _with(report, "long_caption")
@@ -107,26 +107,26 @@ def _pictures(report: Report, around: Circumstances) -> Iterator[Weighted]:
     twins = _with(report, "duplicate")
     if twins:
         pairs = [f"{group[1].name} like {group[0].name}" for group in report.duplicates]
-        yield 20 * _share(twins, report), (
+        yield 4 + 20 * _share(twins, report), (
             f"{_count(twins, 'picture')} {_are(twins)} nearly the same as another ({some_of(pairs, 3)}), and what is shown "
             "twice is learnt twice as hard, up to copying it: keep the best of each and remove the others.")
     yield from _small(report)
     blurry = _with(report, "blurry")
     if blurry:
-        yield 15 * _share(blurry, report), (
+        yield 3 + 15 * _share(blurry, report), (
             f"{_count(blurry, 'picture')} {'looks' if len(blurry) == 1 else 'look'} blurred ({_names(blurry)}), and a LoRA "
             "learns blur as readily as anything else: find sharper ones, unless softness is what you want.")
     narrow = _with(report, "narrow")
     if narrow:
         out = sum(not picture.usable for picture in narrow)
-        yield 12 * _share(narrow, report) + (1 if out else 0), (
+        yield (3 if out else 2) + 12 * _share(narrow, report), (
             f"{_count(narrow, 'picture')} {_are(narrow)} more than 3 times as long as wide ({_names(narrow)}), a shape that "
             f"models paint badly{f' ({out} would even be left out)' if out else ''}: crop {_them(narrow)}, or split "
             f"{_them(narrow)} into squarer pieces.")
     deep = sorted(_with(report, "deep_crop"), key=lambda picture: -picture.crop_loss)
     if deep:
         buckets = "" if around.enable_bucket else ", or switch aspect buckets on, which crop far less"
-        yield 12 * _share(deep, report), (
+        yield 2 + 12 * _share(deep, report), (
             f"{_count(deep, 'picture')} would lose more than 15 % to the crop (most: {deep[0].path.name}, "
             f"{100 * deep[0].crop_loss:.0f} %), which may cut off heads and hands: look at the crops and crop by hand where "
             f"it matters{buckets}.")
@@ -141,7 +141,7 @@ def _small(report: Report) -> Iterator[Weighted]:
     usual = sorted(p.width * p.height for p in report.pictures if p.width)
     side = int(usual[len(usual) // 4] ** 0.5) // 64 * 64  # what three quarters of the pictures reach
     lower = f", or set the resolution to {side}" if 2 * len(small) > len(report.pictures) and side >= LEAST_RESOLUTION else ""
-    yield 18 * _share(small, report), (
+    yield 3 + 18 * _share(small, report), (
         f"{_count(small, 'picture')} {_are(small)} smaller than the training size {report.resolution[0]}×"
         f"{report.resolution[1]} (smallest: {least.path.name}, {least.width}×{least.height}, "
         f"{(wanted / (least.width * least.height)) ** 0.5:.1f} times too small), and a LoRA learns the softness of enlarged "
@@ -155,10 +155,10 @@ def _length(report: Report, around: Circumstances) -> Iterator[Weighted]:
     if planned is None or not usable or planned >= 0.8 * min(wanted, 2 * MIN_VISITS):
         return
     proposal = report.proposal
-    what = (f"rename the folder to {proposal.repeats}_{around.concepts[0]}" if len(around.concepts) == 1
-            else f"use {proposal.repeats} repeats") + f" with {_plural(proposal.epochs, 'epoch')}"
+    name = f" (a folder called {proposal.repeats}_{around.concepts[0]})" if len(around.concepts) == 1 else ""
     yield 8, (f"The {_plural(usable, 'picture')} would be shown only {planned:,} times in all, and less than {wanted:,} mostly "
-              f"is too little to learn from: {what}, or train more epochs.")
+              f"is too little to learn from: set {proposal.repeats} repeats{name} and {_plural(proposal.epochs, 'epoch')}, or train "
+              "more epochs.")
 
 
 def _tags(report: Report, around: Circumstances) -> Iterator[Weighted]:
@@ -174,13 +174,13 @@ def _tags(report: Report, around: Circumstances) -> Iterator[Weighted]:
     two_ways = respelt(report.tags)
     if two_ways:
         pairs = [f"'{rare}' {report.tags[rare]} beside '{usual}' {report.tags[usual]}" for rare, usual in two_ways]
-        yield 3, (f"{_plural(len(pairs), 'tag')} {'is' if len(pairs) == 1 else 'are'} spelt in two ways ({some_of(pairs, 3)}), "
+        yield 1, (f"{_plural(len(pairs), 'tag')} {'is' if len(pairs) == 1 else 'are'} spelt in two ways ({some_of(pairs, 3)}), "
                   "which the model reads as different words: replace one spelling by the other.")
     slips = typing_errors(report.tags)
     if slips:
         pairs = [f"'{slip}' beside '{meant}' {report.tags[meant]}" for slip, meant in slips]
         errors = "a typing error" if len(pairs) == 1 else "typing errors"
-        yield 2, (f"{_plural(len(pairs), 'tag')} of a single caption may be {errors} ({some_of(pairs, 3)}), and a word seen "
+        yield 0, (f"{_plural(len(pairs), 'tag')} of a single caption may be {errors} ({some_of(pairs, 3)}), and a word seen "
                   "once is not learnt: correct it where it is one.")
 
 

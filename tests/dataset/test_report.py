@@ -236,7 +236,7 @@ def test_in_kohyas_layout_the_folders_name_stands_in_for_missing_captions_only(t
 def test_too_few_repeats_are_said_with_the_folders_new_name(tmp_path: Path, draw: Draw) -> None:
     for i in range(10):
         draw(f"2_zzk girl/{i}.png", caption="zzk girl, hat")
-    assert "rename the folder to 15_zzk girl" in advice(look(tmp_path), "only 200 times")
+    assert "set 15 repeats (a folder called 15_zzk girl) and 10 epochs" in advice(look(tmp_path), "only 200 times")
     (tmp_path / "2_zzk girl").rename(tmp_path / "15_zzk girl")
     assert look(tmp_path).advice == ()
 
