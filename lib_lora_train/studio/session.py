@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -200,15 +200,28 @@ class Studio:
 
     def thumbnail(self, name: str) -> bytes:
         """A small picture as JPEG."""
+        def made(path: Path) -> bytes:
+            return thumbs.thumbnail(path, kept)
         with self.using() as opened:
-            path, kept = opened.path(name), opened.dataset.studio_folder / "thumbs"
-        return thumbs.thumbnail(path, kept)
+            kept = opened.dataset.studio_folder / "thumbs"
+        return self._read(name, made)
 
     def picture(self, name: str) -> bytes:
         """A whole picture as JPEG."""
+        return self._read(name, thumbs.whole)
+
+    def _read(self, name: str, made: Callable[[Path], bytes]) -> bytes:
+        """What `made` makes of a picture. Nothing is locked meanwhile, so the folder may get its new name in between."""
         with self.using() as opened:
             path = opened.path(name)
-        return thumbs.whole(path)
+        try:
+            return made(path)
+        except DatasetError:
+            with self.using() as opened:
+                now = opened.path(name)
+            if now == path:
+                raise
+            return made(now)
 
     def remove(self, names: Sequence[str]) -> int:
         """Take pictures out; undo brings them back. How many there were."""
@@ -249,11 +262,9 @@ class Studio:
             if saved["conflicts"]:
                 raise HostError(f"Captions were changed by another program: {', '.join(saved['conflicts'][:5])}",
                                 remedy="save them once more, over what is there, or open the dataset anew")
-            epochs = Settings().optimizer.max_train_epochs
             proposal = opened.report.proposal if opened.report is not None and opened.fresh else None
-            repeats = proposal.repeats if proposal else plain_folder_repeats(
-                len(opened.book.pictures), max_train_epochs=epochs)
-            epochs = proposal.epochs if proposal else epochs
+            repeats = proposal.repeats if proposal else proposed_repeats(len(opened.book.pictures))
+            epochs = proposal.epochs if proposal else Settings().optimizer.max_train_epochs
             opened.set_repeats(repeats)
             # The folder's name says the repeats; the setting beside it would only be warned of.
             return {"train_data_dir": str(opened.dataset.folder), "trigger_word": opened.dataset.concept,
@@ -286,6 +297,11 @@ class Studio:
         if not os.path.exists(path):
             raise DatasetError(f"{path} does not exist", remedy="check the path")
         return Path(path)
+
+
+def proposed_repeats(pictures: int) -> int:
+    """By the rule of plain folders: at least 100 times a picture and 1500 times in all, over the usual epochs."""
+    return plain_folder_repeats(pictures, max_train_epochs=Settings().optimizer.max_train_epochs)
 
 
 def _marks(folder: Path) -> tuple[tuple[str, int], ...]:

@@ -6,18 +6,21 @@ somebody stopped it stays.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lib_lora_train.dataset.collect import Upload, collect
+from lib_lora_train.dataset.owned import DEFAULT_REPEATS
 from lib_lora_train.dataset.report import examine
 from lib_lora_train.dataset.shape import Shape, apply_shape
 from lib_lora_train.errors import DatasetError, HostError, Interrupted
 from lib_lora_train.model.tokens import Tokenizer
 from lib_lora_train.settings import parse
 from lib_lora_train.studio.asked import Selection
-from lib_lora_train.studio.session import Studio
+from lib_lora_train.studio.opened import Opened
+from lib_lora_train.studio.session import Studio, proposed_repeats
 from lib_lora_train.studio.tasks import Task
 from lib_lora_train.tagging.options import parse_options
 from lib_lora_train.tagging.sources import find_source, sources
@@ -63,6 +66,7 @@ def _import(studio: Studio, from_where: Sequence[Path | Upload], *, uploads: lis
                 new = [path for path in opened.dataset.pictures if path not in before]
                 with studio.using():
                     opened.book.add(new)
+                    _keep_repeats(opened, before=len(before))
                     opened.renew()
                     studio.changed()
             for note in notes:
@@ -75,6 +79,14 @@ def _import(studio: Studio, from_where: Sequence[Path | Upload], *, uploads: lis
                 opened.uploads.drop(uploads)
 
         return studio.tasks.start("Importing pictures", work, ended=ended)
+
+
+def _keep_repeats(opened: Opened, *, before: int) -> None:
+    """Repeats that fit the number of pictures again, unless somebody chose others."""
+    usual = (DEFAULT_REPEATS, proposed_repeats(max(1, before)))
+    if opened.book.pictures and opened.dataset.repeats in usual:
+        with contextlib.suppress(DatasetError):  # a program holds the folder: "Use for training" will say so
+            opened.set_repeats(proposed_repeats(len(opened.book.pictures)))
 
 
 def tag(studio: Studio, source_name: str, values: Mapping[str, Any], selection: Selection) -> int:

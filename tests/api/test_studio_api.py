@@ -19,7 +19,7 @@ from lib_lora_train.dataset.collect import Collected
 from lib_lora_train.errors import Interrupted
 from lib_lora_train.fence import Fence
 from lib_lora_train.runner import Runner
-from lib_lora_train.studio import uploads
+from lib_lora_train.studio import thumbs, uploads
 from lib_lora_train.studio.session import studio_for
 from tests.fake_host import FakeHost, FakeJob
 
@@ -496,6 +496,41 @@ def test_a_page_that_is_built_anew_finds_the_same_studio(desk: Desk):
     api.install(app, runner=desk.runner, host=desk.host, token="another", api_enabled=False, credentials={})
     state = TestClient(app).get(f"{api.PREFIX}/studio/state", headers={"X-Lora-Train": "another"}).json()
     assert state["dataset"]["name"] == "zzk" and state["dataset"]["unsaved"] == 1
+
+
+def test_repeats_follow_the_number_of_pictures_unless_somebody_chose_them(desk: Desk):
+    desk.filled()
+    # 1500 pictures shown in all, over 10 epochs: 3 pictures 50 times, 4 pictures 38 times.
+    assert desk.get("state").json()["dataset"]["repeats"] == 50
+    more = desk.folder / "more"
+    more.mkdir()
+    (more / "grey.png").write_bytes(png("grey"))
+    desk.done(desk.post("import", {"paths": [str(more)]}))
+    assert desk.get("state").json()["dataset"]["repeats"] == 38
+    desk.post("close")
+    folder, = (desk.host.datasets_folder / "zzk").glob("38_*")
+    folder.rename(folder.with_name("7_zzk girl"))
+    desk.post("open", {"name": "zzk"})
+    (more / "white.png").write_bytes(png("white"))
+    desk.done(desk.post("import", {"paths": [str(more)]}))
+    assert desk.get("state").json()["dataset"]["repeats"] == 7 and len(desk.pictures()) == 5
+
+
+def test_a_picture_is_shown_while_its_folder_gets_another_name(desk: Desk, monkeypatch: pytest.MonkeyPatch):
+    desk.filled()
+    whole, once = thumbs.whole, []
+
+    def renamed_meanwhile(path: Path) -> bytes:
+        if not once:
+            once.append(desk.post("use"))
+        return whole(path)
+    dataset = desk.get("state").json()["dataset"]
+    folder, = (desk.host.datasets_folder / "zzk").glob("50_*")
+    folder.rename(folder.with_name("7_zzk girl"))
+    desk.post("close"), desk.post("open", {"name": "zzk"})
+    monkeypatch.setattr(thumbs, "whole", renamed_meanwhile)
+    assert desk.get("picture", id="red.png").status_code == 200 and once[0].status_code == 200
+    assert dataset["repeats"] == desk.get("state").json()["dataset"]["repeats"] == 50
 
 
 def test_tokens_are_counted_as_the_webui_cuts_them(desk: Desk):
