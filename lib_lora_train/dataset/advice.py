@@ -150,15 +150,15 @@ def _small(report: Report) -> Iterator[Weighted]:
 
 def _length(report: Report, around: Circumstances) -> Iterator[Weighted]:
     planned, usable = around.planned_visits, report.usable
-    wanted = max(MIN_VISITS, MIN_VISITS_PER_PICTURE * usable)
-    # A fifth less is a choice, not a mistake; nor is a large folder seen less often than the rule has it.
-    if planned is None or not usable or planned >= 0.8 * min(wanted, 2 * MIN_VISITS):
+    # A large folder is often seen less than a hundred times a picture, and learns; a fifth less is a choice, not a mistake.
+    wanted = min(max(MIN_VISITS, MIN_VISITS_PER_PICTURE * usable), 2 * MIN_VISITS)
+    if planned is None or not usable or planned >= 0.8 * wanted:
         return
     proposal = report.proposal
     name = f" (a folder called {proposal.repeats}_{around.concepts[0]})" if len(around.concepts) == 1 else ""
     yield 8, (f"The {_plural(usable, 'picture')} would be shown only {planned:,} times in all, and less than {wanted:,} mostly "
-              f"is too little to learn from: set {proposal.repeats} repeats{name} and {_plural(proposal.epochs, 'epoch')}, or train "
-              "more epochs.")
+              f"is too little to learn from: set {proposal.repeats} repeats{name} and "
+              f"{_plural(proposal.epochs, 'epoch')}, or train more epochs.")
 
 
 def _tags(report: Report, around: Circumstances) -> Iterator[Weighted]:
