@@ -53,9 +53,13 @@ def _wrapped(text: str, pen: ImageDraw.ImageDraw, font: Font) -> list[str]:
     """`text` in lines that fit the column: cut at spaces where there are some, as Chinese and Japanese have none."""
     if not isinstance(font, ImageFont.FreeTypeFont):  # Pillow's own small font knows Latin-1 only
         text = text.encode("latin-1", "replace").decode("latin-1")
+    # Letter by letter and each letter once: measuring whole lines again and again takes seconds for a page of captions.
+    widths: dict[str, float] = {}
     lines, line = [], ""
     for letter in printable(" ".join(text.split()))[:_LONGEST]:
-        if pen.textlength(line + letter, font=font) > _TEXT - _MARGIN:
+        if letter not in widths:
+            widths[letter] = pen.textlength(letter, font=font)
+        if sum(map(widths.__getitem__, line)) + widths[letter] > _TEXT - _MARGIN:
             head, space, tail = line.rpartition(" ")
             lines.append(head if space else line)
             line = tail if space else ""
