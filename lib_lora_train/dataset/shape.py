@@ -159,16 +159,17 @@ def split(dataset: OwnedDataset, name: str, *, tile: int, overlap: float = 0.25)
                            remedy=f"choose {SMALLEST_CROP} to 16384 pixels, and a share of 0 to 0.9")
     path = dataset.picture(name)
     width, height = read_size(path)
-    boxes = [Box(float(x), float(y), float(x + across), float(y + down), (across, down))
-             for y, down in _tiles(height, tile, overlap) for x, across in _tiles(width, tile, overlap)]
-    if len(boxes) == 1:
+    rows, columns = _tiles(height, tile, overlap), _tiles(width, tile, overlap)
+    count = len(rows) * len(columns)
+    if count == 1:
         raise DatasetError(f"{name} cannot be split", why=f"it is only {width}×{height} pixels large",
                            remedy="choose smaller tiles")
-    if len(boxes) > _MOST_TILES:
-        raise DatasetError(f"{name} cannot be split", why=f"that would make {len(boxes)} pictures",
-                           remedy="choose larger tiles")
+    if count > _MOST_TILES:
+        raise DatasetError(f"{name} cannot be split", why=f"that would make {count} pictures", remedy="choose larger tiles")
+    boxes = [Box(float(x), float(y), float(x + across), float(y + down), (across, down))
+             for y, down in rows for x, across in columns]
     with translated("a picture was split"):
-        made = _add_parts(dataset, path, boxes, flip=False, endings=[str(i + 1) for i in range(len(boxes))])
+        made = _add_parts(dataset, path, boxes, flip=False, endings=[str(i + 1) for i in range(count)])
         dataset.remove([name])
     return made
 

@@ -71,10 +71,10 @@ def _real_run(chosen: argparse.Namespace, shape: Shape | None) -> int:
     try:
         with _progress("Importing", shown=not chosen.json) as progress:
             found = collect(dataset, chosen.sources, transparent=chosen.transparent, on_progress=progress)
+        _refuse_nothing(found, dataset)
     finally:
         if is_new and not dataset.pictures:
             _take_back(dataset)
-    _refuse_nothing(found, dataset)
     shaped = None
     if shape is not None:
         with _progress("Shaping", shown=not chosen.json) as progress:
