@@ -67,7 +67,8 @@ def run_studio(chosen: argparse.Namespace) -> int:
     try:
         sizes = tuple(map(int, chosen.pictures.split(","))) if chosen.pictures else studio.SIZES
     except ValueError as error:
-        raise SettingError(f"--pictures {chosen.pictures} is no list of numbers", remedy="write --pictures 1000,10000") from error
+        raise SettingError(f"--pictures {chosen.pictures} is no list of numbers",
+                           remedy="write --pictures 1000,10000") from error
     text = studio.run_studio(sizes, output=chosen.out, say=lambda line: print(line, flush=True))
     print(f"\n{text}\nFigures: {chosen.out / 'studio.json'}")
     return 0

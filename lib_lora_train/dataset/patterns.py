@@ -9,49 +9,51 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 from lib_lora_train.errors import SettingError
 
-MOST_SECONDS = 1.0  # for one filter or one replacement over all captions; it may notice two or three times as late
+MOST_SECONDS = 1.0  # beyond what is free, for one pass over all captions; `regex` may notice two or three times as late
+_FREE = 200e-6  # seconds a caption: ten times what an ordinary pattern needs, so that many captions alone use up nothing
 MOST_CHARACTERS = 1000  # of a pattern
 
 
 class Pattern:
     """One pattern for one pass over the captions; upper and lower case are the same.
 
-    Raises SettingError at once for a pattern that is none, and from `found_in` and `replaced` when the pass takes longer
-    than `seconds` in all.
+    Raises SettingError at once for a pattern that is none, and from `found_in` and `replaced` when the pass has used up its
+    `seconds`. They are counted on this thread's own clock: a busy machine makes no pattern a bad one.
     """
 
     def __init__(self, pattern: str, *, seconds: float = MOST_SECONDS) -> None:
         if len(pattern) > MOST_CHARACTERS:
             raise SettingError(f"The regular expression is longer than {MOST_CHARACTERS} characters", remedy="shorten it")
-        self._pattern, self._ends = pattern, time.monotonic() + seconds
+        self._pattern, self._left = pattern, seconds
         self._compiled = _compiled(pattern)
 
     def found_in(self, text: str) -> bool:
         """Whether the pattern matches anywhere in `text`."""
-        try:
-            return self._compiled.search(text, timeout=self._left()) is not None
-        except (TimeoutError, MemoryError) as error:
-            raise self._too_slow() from error
+        return self._timed(lambda: self._compiled.search(text, timeout=self._left)) is not None
 
     def replaced(self, text: str, new: str) -> str:
         r"""`text` with every match replaced; `new` may name groups (\1, \g<name>)."""
         try:
-            return self._compiled.sub(new, text, timeout=self._left())
-        except (TimeoutError, MemoryError) as error:
-            raise self._too_slow() from error
+            return self._timed(lambda: self._compiled.sub(new, text, timeout=self._left))
         except (_pattern_error(), IndexError) as error:
             raise SettingError(f"The replacement {new} cannot be used", why=str(error),
                                remedy=r"write \1 only for a group that the expression has, and \\ for a backslash") from error
 
-    def _left(self) -> float:
-        left = self._ends - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        return left
+    def _timed(self, work: Callable[[], Any]) -> Any:
+        if self._left <= 0:
+            raise self._too_slow()
+        began = time.thread_time()
+        try:
+            return work()
+        except (TimeoutError, MemoryError) as error:
+            raise self._too_slow() from error
+        finally:
+            self._left -= max(0.0, time.thread_time() - began - _FREE)
 
     def _too_slow(self) -> SettingError:
         return SettingError(f"The regular expression {self._pattern} takes too long on these captions",

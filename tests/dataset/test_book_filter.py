@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+
 import pytest
 
+from lib_lora_train.dataset import patterns
 from lib_lora_train.dataset.book_filter import Filter, filter_from_dict
 from lib_lora_train.dataset.patterns import Pattern
 from lib_lora_train.errors import SettingError
@@ -39,10 +43,15 @@ def test_a_pattern_that_would_run_for_ever_is_given_up_in_a_sentence(pattern: st
         Pattern(pattern, seconds=0.05).replaced(text, "x")
 
 
-def test_the_time_is_that_of_all_captions_together() -> None:
-    pattern = Pattern("a", seconds=0.0)
-    with pytest.raises(SettingError, match="takes too long"):
-        pattern.found_in("a")
+@pytest.mark.parametrize(("each", "given_up"), [(0.0001, False), (0.001, True)])
+def test_many_captions_alone_use_up_no_time_but_slow_ones_together_do(
+        monkeypatch: pytest.MonkeyPatch, each: float, given_up: bool) -> None:
+    clock = itertools.count()
+    monkeypatch.setattr(patterns.time, "thread_time", lambda: next(clock) * each)
+    pattern = Pattern("a", seconds=1.0)
+    with pytest.raises(SettingError, match="takes too long") if given_up else contextlib.nullcontext():
+        for _ in range(20_000):
+            pattern.found_in("a")
 
 
 def test_filters_come_as_json() -> None:
