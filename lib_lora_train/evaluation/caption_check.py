@@ -32,7 +32,7 @@ from lib_lora_train.dataset.augment import scale_and_crop, to_tensor
 from lib_lora_train.dataset.buckets import Buckets, Placement, buckets_for
 from lib_lora_train.dataset.pictures import read_picture
 from lib_lora_train.dataset.watch import Progress, ShouldStop
-from lib_lora_train.errors import DatasetError, translated
+from lib_lora_train.errors import DatasetError, Interrupted, translated
 from lib_lora_train.evaluation.loan import Loan, on_loan
 from lib_lora_train.evaluation.resemblance import resemblance, subject_features
 from lib_lora_train.evaluation.sampler import SampleRequest, sample_latents, to_picture
@@ -78,7 +78,7 @@ def check_captions(host: Host, items: Sequence[tuple[Path, str]], *, settings: S
     Progress counts pictures measured and pictures painted for. The model is borrowed until the iterator ends or is closed.
     A picture that cannot be read is one row with a `problem`, before all others.
     Raises HostError, ModelError, SettingError for sizes that do not fit the model, TrainingError where the memory ran
-    out, and Interrupted where it was stopped.
+    out, and Interrupted where it was stopped, after the rows of all that was measured by then.
     """
     settings = settings or Settings()
     if not items:
@@ -89,11 +89,15 @@ def check_captions(host: Host, items: Sequence[tuple[Path, str]], *, settings: S
                        seeds=seeds)
         most = (len(items) if worst is None else worst) if seeds else 0
         total, measured = len(items) + min(most, len(items)), []
-        for done, (path, caption) in enumerate(items):
-            loan.between(done, total)
-            measured.append(check.measure(path, caption))
-            if on_progress:
-                on_progress(done + 1, total)
+        try:
+            for done, (path, caption) in enumerate(items):
+                loan.between(done, total)
+                measured.append(check.measure(path, caption))
+                if on_progress:
+                    on_progress(done + 1, total)
+        except Interrupted:
+            yield from (one.checked for one in sorted(measured, key=_order))
+            raise
         measured.sort(key=_order)
         done, total = len(items), len(items) + min(most, sum(one.features is not None for one in measured))
         for one in measured:

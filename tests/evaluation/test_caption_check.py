@@ -161,6 +161,16 @@ def test_a_stop_gives_the_model_back(host, pictures, way):
         pass
 
 
+def test_a_stop_keeps_what_was_measured(host, pictures):
+    rows, done = [], []
+    with pytest.raises(Interrupted):
+        for row in check_captions(host, [(pictures / f"{n}.png", "red") for n in range(3)], settings=TINY, seeds=1, steps=1,
+                                  on_progress=lambda *of: done.append(of), should_stop=lambda: len(done) == 2):
+            rows.append(row)
+    assert sorted((row.path.name, row.pictures) for row in rows) == [("0.png", ()), ("1.png", ())]
+    assert all(row.score is not None for row in rows)
+
+
 def test_who_reads_only_the_first_rows_gives_the_model_back(host, pictures):
     rows = check_captions(host, [(pictures / "0.png", "red"), (pictures / "1.png", "blue")], settings=TINY, seeds=1, steps=1)
     next(rows)
