@@ -89,24 +89,29 @@ def check_captions(host: Host, items: Sequence[tuple[Path, str]], *, settings: S
                        seeds=seeds)
         most = (len(items) if worst is None else worst) if seeds else 0
         total, measured = len(items) + min(most, len(items)), []
+        stopped: Interrupted | None = None
         try:
             for done, (path, caption) in enumerate(items):
                 loan.between(done, total)
                 measured.append(check.measure(path, caption))
                 if on_progress:
                     on_progress(done + 1, total)
-        except Interrupted:
-            yield from (one.checked for one in sorted(measured, key=_order))
-            raise
+        except Interrupted as error:
+            stopped = error
         measured.sort(key=_order)
         done, total = len(items), len(items) + min(most, sum(one.features is not None for one in measured))
         for one in measured:
-            if one.features is not None and done < total:
-                loan.between(done, total)
-                one, done = check.paint(one, one.features), done + 1
-                if on_progress:
-                    on_progress(done, total)
+            if one.features is not None and done < total and stopped is None:
+                try:
+                    loan.between(done, total)
+                    one, done = check.paint(one, one.features), done + 1
+                    if on_progress:
+                        on_progress(done, total)
+                except Interrupted as error:
+                    stopped = error
             yield one.checked
+        if stopped:
+            raise stopped
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

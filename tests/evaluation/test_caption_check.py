@@ -149,12 +149,14 @@ def test_a_model_that_does_not_come_back_in_time_ends_the_check(host, pictures):
 
 
 @pytest.mark.parametrize("way", ["asked", "the host's button"])
-def test_a_stop_gives_the_model_back(host, pictures, way):
+def test_a_stop_while_painting_keeps_the_other_scores_and_gives_the_model_back(host, pictures, way):
     watching, seen = Watching(host), []
     rows = check_captions(watching, [(pictures / "0.png", "red"), (pictures / "1.png", "blue")], settings=TINY, seeds=1,
                           steps=2, should_stop=lambda: way == "asked" and bool(seen))
     seen.append(next(rows))
     watching.pressed = way != "asked"
+    seen.append(next(rows))
+    assert [len(row.pictures) for row in seen] == [1, 0] and seen[1].score is not None
     with pytest.raises(Interrupted, match="Checking captions was stopped"):
         next(rows)
     with host.borrow():
