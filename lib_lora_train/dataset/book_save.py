@@ -171,9 +171,10 @@ def _forget_old_backups(newest: Path) -> None:
 
 
 def _unused(place: Path, kind: str, suffix: str) -> Path:
-    """A name made of the time that no file in `place` has; sorted by name, they are sorted by age."""
+    """A name made of the time; sorted by name, they are sorted by age, also those of one second whose first are gone."""
     stamp = time.strftime(f"{kind}-%Y%m%d-%H%M%S")
-    return next(path for number in range(1, 1000) if not (path := place / f"{stamp}-{number:03}{suffix}").exists())
+    taken = [int(path.stem[-3:]) for path in place.glob(f"{stamp}-[0-9][0-9][0-9]{suffix}")]
+    return place / f"{stamp}-{max(taken, default=0) + 1:03}{suffix}"
 
 
 def _journal_text(folder: Path, rewrites: Iterable[Rewrite]) -> bytes:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import os
 import zipfile
 from pathlib import Path
+from time import gmtime, strftime
 
 import pytest
 
@@ -63,7 +65,12 @@ def test_nothing_changed_nothing_written(folder: Path) -> None:
     assert (saved.written, saved.backup) == (0, None) and not (folder / ".studio").exists()
 
 
-def test_the_last_ten_backups_are_kept_where_they_are_asked_for(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("seconds", [0, 1])
+def test_the_last_ten_backups_are_kept_where_they_are_asked_for(
+        folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: int) -> None:
+    """Saved all within one second, and one a second."""
+    clock = itertools.count(1_800_000_000, seconds)
+    monkeypatch.setattr(book_save.time, "strftime", lambda form: strftime(form, gmtime(next(clock))))
     book, place = CaptionBook.open(folder), tmp_path / "elsewhere"
     place.mkdir()
     (place / "mine.zip").write_bytes(b"somebody's")
