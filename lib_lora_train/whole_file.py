@@ -21,14 +21,18 @@ it from being replaced, mostly for a moment."""
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, *, one_of_many: bool = False) -> Iterator[BinaryIO]:
     """An open file whose contents become `path` when the block is left without an exception.
 
     The folder is made again if it has vanished. What an earlier process of ours, killed in the middle of this very file,
     left behind is removed. Raises OSError as the disk does; `path` is then what it was.
+
+    Where thousands of files go into one folder, going through the folder for each of them takes longer than writing it:
+    with `one_of_many` that is left to one `remove_parts` before the first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path)
+    if not one_of_many:
+        _remove_leftovers(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.part")
     try:
         with temporary.open("wb") as file:
@@ -36,16 +40,26 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())  # the bytes are on the disk before the name is
         _replace(temporary, path)
-        _keep_name(path.parent)
+        if not one_of_many:
+            _keep_name(path.parent)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """`data` becomes the file at `path`; raises OSError, and `path` is then what it was."""
-    with replacing(path) as file:
+def write_whole(path: Path, data: bytes, *, one_of_many: bool = False) -> None:
+    """`data` becomes the file at `path`; raises OSError, and `path` is then what it was. `one_of_many` as for `replacing`."""
+    with replacing(path, one_of_many=one_of_many) as file:
         file.write(data)
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what other processes of ours left half-written in a folder that nobody else writes to; this one's own stay."""
+    part = re.compile(rf"\..+\.(?!{os.getpid()}\.)\d+\.part", re.DOTALL)
+    with contextlib.suppress(FileNotFoundError):
+        for leftover in [entry for entry in folder.iterdir() if part.fullmatch(entry.name)]:
+            with contextlib.suppress(OSError):
+                leftover.unlink()
 
 
 def _replace(temporary: Path, path: Path) -> None:

@@ -111,6 +111,8 @@ class _Taker:
             digest = notes.get(path.name, {}).get("sha256")
             self._known[digest if isinstance(digest, str) else _sha256(path)] = path.name
         self._names = FreeNames(self.dataset.taken_stems())
+        if not self.dry_run:
+            self.dataset.remove_parts()
 
     def take(self, found: Found, opened: Archive | None) -> None:
         """One picture. Raises DatasetError if it cannot be used; then nothing of it was written."""
@@ -132,9 +134,9 @@ class _Taker:
             if not self.dry_run:
                 # The picture comes last: one that is there is complete.
                 if mask is not None:
-                    write_whole(self.dataset.mask_path(target.name), encode(mask, suffix=".png"))
+                    write_whole(self.dataset.mask_path(target.name), encode(mask, suffix=".png"), one_of_many=True)
                 if caption:
-                    write_whole(target.with_suffix(".txt"), caption.encode("utf-8"))
+                    write_whole(target.with_suffix(".txt"), caption.encode("utf-8"), one_of_many=True)
                 _write_picture(target, path, None if endings else layers)
                 self._note(target.name, {"source": printable(found.source), "sha256": digest})
         self._known[digest] = target.name
@@ -194,9 +196,9 @@ class _Taker:
 
 def _write_picture(target: Path, path: Path, layers: Layers | None) -> None:
     if layers is not None:
-        write_whole(target, encode(layers.picture, suffix=".png", layers=layers))
+        write_whole(target, encode(layers.picture, suffix=".png", layers=layers), one_of_many=True)
         return
-    with path.open("rb") as source, replacing(target) as file:
+    with path.open("rb") as source, replacing(target, one_of_many=True) as file:
         shutil.copyfileobj(source, file, 1 << 20)
 
 

@@ -24,7 +24,7 @@ from lib_lora_train.dataset.folder import MOST_REPEATS
 from lib_lora_train.dataset.names import file_key, safe_stem
 from lib_lora_train.dataset.pictures import is_picture_name
 from lib_lora_train.errors import DatasetError, printable, translated
-from lib_lora_train.whole_file import write_whole
+from lib_lora_train.whole_file import remove_parts, write_whole
 
 VERSION = 1
 FILE_NAME = "dataset.json"
@@ -151,6 +151,11 @@ class OwnedDataset:
         masks without a picture, which it would otherwise inherit."""
         folders = (self.pictures_folder, self.masks_folder, self.unshaped_folder, self.removed_folder)
         return {path.stem for folder in folders for path in _entries(folder)}
+
+    def remove_parts(self) -> None:
+        """Clear away what a killed process left half-written, before many files are written as ones of many."""
+        for folder in (self.pictures_folder, self.masks_folder, self.unshaped_folder, self.unshaped_folder / "masks"):
+            remove_parts(folder)
 
     # ---- notes
 

@@ -243,9 +243,9 @@ def _change(dataset: OwnedDataset, name: str, notes: Mapping[str, Note], change:
         if mask is not None:
             _copy(dataset.mask_path(name), dataset.unshaped_mask_path(name))
     if mask is not None:
-        write_whole(dataset.mask_path(name), encode(render(mask, box, flip=after.flip), suffix=".png"))
+        write_whole(dataset.mask_path(name), encode(render(mask, box, flip=after.flip), suffix=".png"), one_of_many=True)
     made = render(layers.picture, box, flip=after.flip)
-    write_whole(path, encode(made, suffix=path.suffix.lower(), layers=layers))
+    write_whole(path, encode(made, suffix=path.suffix.lower(), layers=layers), one_of_many=True)
     return {**note, "shaped": after.to_note()}
 
 
@@ -264,6 +264,7 @@ def _each(dataset: OwnedDataset, names: Sequence[str], *, watch: Watch,
     """`work` on each picture; (those done, those left out and why). Notes are kept now and then, and at the end."""
     done, skipped, changed = [], [], {}
     with translated("pictures were shaped"):
+        dataset.remove_parts()
         notes = dataset.notes()
         try:
             for name in dict.fromkeys(names):
@@ -293,11 +294,11 @@ def _add_parts(dataset: OwnedDataset, path: Path, boxes: Sequence[Box], *, flip:
     for box, ending in zip(boxes, endings, strict=True):
         new = path.with_name(f"{names.take(f'{path.stem}_{ending}')}{suffix}")
         if mask is not None:
-            write_whole(dataset.mask_path(new.name), encode(render(mask, box, flip=flip), suffix=".png"))
+            write_whole(dataset.mask_path(new.name), encode(render(mask, box, flip=flip), suffix=".png"), one_of_many=True)
         for caption in (path.with_suffix(caption) for caption in CAPTION_SUFFIXES):
             if caption.is_file():
                 _copy(caption, new.with_suffix(caption.suffix))
-        write_whole(new, encode(render(layers.picture, box, flip=flip), suffix=suffix, layers=layers))
+        write_whole(new, encode(render(layers.picture, box, flip=flip), suffix=suffix, layers=layers), one_of_many=True)
         made.append(new.name)
         notes[new.name] = {"source": f"{path.name} {'mirrored' if flip else f'at {box.left:.0f}, {box.top:.0f}'}"}
     dataset.write_notes(notes)
@@ -352,7 +353,7 @@ def _tiles(length: int, tile: int, overlap: float) -> list[tuple[int, int]]:
 
 
 def _copy(source: Path, target: Path) -> None:
-    with source.open("rb") as read, replacing(target) as file:
+    with source.open("rb") as read, replacing(target, one_of_many=True) as file:
         shutil.copyfileobj(read, file, 1 << 20)
 
 

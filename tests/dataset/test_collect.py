@@ -258,7 +258,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_whole_pictures(dataset: OwnedDatas
 
     def full(descriptor: int) -> None:
         whole.append(descriptor)
-        if len(whole) == 3:  # a file and its folder's entry each: the second picture's file
+        if len(whole) == 2:  # in the second picture
             raise OSError(28, "No space left on device")
         fsync(descriptor)
 
@@ -270,6 +270,14 @@ def test_a_full_disk_is_a_sentence_and_leaves_whole_pictures(dataset: OwnedDatas
     assert not list(dataset.folder.rglob("*.part"))
     collect(dataset, [source])
     assert len(dataset.pictures) == 3
+
+
+def test_what_a_killed_import_left_behind_is_cleared_away(dataset: OwnedDataset, source: Path):
+    noise(1).save(source / "a.png")
+    for name in (".b.1.part", f".c.{os.getpid()}.part", "mine.part"):  # another process's, this one's, nobody's of ours
+        (dataset.pictures_folder / name).write_bytes(b"x")
+    collect(dataset, [source])
+    assert sorted(os.listdir(dataset.pictures_folder)) == sorted([f".c.{os.getpid()}.part", "a.png", "mine.part"])
 
 
 def test_a_dry_run_says_the_same_and_writes_nothing(tmp_path: Path, dataset: OwnedDataset):

@@ -298,12 +298,12 @@ def test_a_kill_at_any_write_leaves_pictures_that_can_be_brought_back(dataset: O
     for allowed in range(3):
         count = 0
 
-        def killed(path: Path, data: bytes, *, allowed: int = allowed) -> None:
+        def killed(path: Path, data: bytes, *, one_of_many: bool, allowed: int = allowed) -> None:
             nonlocal count
             if count == allowed:
                 raise KeyboardInterrupt
             count += 1
-            write(path, data)
+            write(path, data, one_of_many=one_of_many)
 
         monkeypatch.setattr(shape_module, "write_whole", killed)
         monkeypatch.setattr(dataset, "write_notes", lambda changes: None)  # it did not come so far
