@@ -6,9 +6,10 @@
  */
 (function(studio) {
     "use strict";
-    const WORKING_MS = 1000, IDLE_MS = 5000, PAGE = 48, PAGE_KEY = "lora_train_page", FILTER_MS = 250;
+    const WORKING_MS = 1000, QUICK_MS = 250, QUICK = 8, IDLE_MS = 5000, PAGE = 48, PAGE_KEY = "lora_train_page", FILTER_MS = 250;
     const NO_FILTER = {
-        all_of: [], none_of: [], text: "", regex: "", problem: "", changed_only: false, empty_only: false,
+        all_of: [], any_of: [], none_of: [], prefix: "", suffix: "", text: "", regex: "", problem: "", changed_only: false,
+        empty_only: false,
     };
 
     const byId = (id) => (typeof gradioApp === "function" ? gradioApp() : document).querySelector("#" + id);
@@ -24,7 +25,7 @@
             },
         };
         const view = app.view, after = new Map();
-        let timer = 0, version = -1, polling = null, again = false, parts = [], reloading = 0;
+        let timer = 0, version = -1, polling = null, again = false, quick = 0, parts = [], reloading = 0;
 
         // ---- asking ------------------------------------------------------------------------------------------------
 
@@ -56,7 +57,9 @@
                 app.say(error.message, true);
             } finally {
                 polling = null;
-                schedule(app.working() ? WORKING_MS : IDLE_MS);
+                // Most work is short.
+                quick = app.working() ? quick - 1 : 0;
+                schedule(!app.working() ? IDLE_MS : quick > 0 ? QUICK_MS : WORKING_MS);
             }
         }
 
@@ -104,8 +107,8 @@
             app.say("");
             try {
                 const answer = await what();
-                if (said) app.say(typeof said === "function" ? said(answer) : translated(said));
                 await app.poll();
+                if (said) app.say(typeof said === "function" ? said(answer) : translated(said));
                 return answer;
             } catch (error) {
                 app.say(error.message, true);
@@ -118,6 +121,7 @@
             const answer = await api.ask(path, body);
             const id = (answer.task || answer).id;
             app.watched = id;
+            quick = QUICK;
             if (then) after.set(id, then);
             return answer;
         });
@@ -142,7 +146,7 @@
             return soon ? filterSoon() : app.turn(0);
         };
         app.filtered = () => JSON.stringify(view.filter) !== JSON.stringify(NO_FILTER);
-        app.unfilter = () => app.filterBy(NO_FILTER);
+        app.unfilter = (changed) => app.filterBy({...NO_FILTER, ...changed});
 
         /** What a batch operation is about: the selected pictures, or all that the filter lets through. */
         app.scope = () => (view.selected.size ? {ids: [...view.selected]} : {filter: view.filter});

@@ -1,7 +1,7 @@
 /* Bringing pictures in: the first page of all, the step "Add pictures", and files dropped anywhere on the page. */
 (function(studio) {
     "use strict";
-    const TAKEN = "image/*,.png,.jpg,.jpeg,.webp,.bmp,.gif,.tif,.tiff,.zip,.txt,.caption", UPLOADS = 3;
+    const TAKEN = "image/*,.png,.jpg,.jpeg,.webp,.bmp,.gif,.tif,.tiff,.zip,.txt,.caption", UPLOADS = 3, MOST_SAID = 5;
     const GALLERIES = ["txt2img_gallery", "img2img_gallery"];
 
     /** The files in what was dropped, folders opened: [[file, folder's name]]. */
@@ -84,6 +84,7 @@
             if (app.uploading || !files.length) return null;
             const batch = Date.now().toString(36) + Math.random().toString(36).slice(2, 8);
             const queue = named(files), total = queue.length;
+            const refused = [];
             let sent = 0;
             const told = () => {
                 app.uploaded = sent / total;
@@ -92,7 +93,8 @@
             };
             const send = async() => {
                 for (let next = queue.shift(); next; next = queue.shift()) {
-                    await app.api.upload(next[0], next[1], batch);
+                    const query = "upload?name=" + encodeURIComponent(next[1]) + "&batch=" + batch;
+                    await app.api.send(query, next[0]).catch((error) => refused.push(next[1] + ": " + error.message));
                     sent += 1;
                     told();
                 }
@@ -101,7 +103,10 @@
             try {
                 await ensureDataset(nameFor(files));
                 await Promise.all(Array.from({length: UPLOADS}, send));
-                return await importing("import-uploads", {batch});
+                if (refused.length === total) throw new Error(refused.slice(0, MOST_SAID).join(" "));
+                const answer = await importing("import-uploads", {batch});
+                if (refused.length) app.say(refused.slice(0, MOST_SAID).join(" "), true);
+                return answer;
             } catch (error) {
                 app.say(error.message, true);
                 return null;
@@ -183,26 +188,31 @@
     studio.welcome = function(app) {
         const {make, field, textBox, translated, icon, count} = studio.parts;
         app.add = adding(app);
-        const name = textBox("", (text) => {
-            app.newName = text.trim();
-        }, {placeholder: "my character", id: "lora_train_new_name"});
-        const trigger = textBox("", (text) => {
-            app.newTrigger = text.trim();
-        }, {placeholder: "zzk girl", id: "lora_train_new_trigger"});
-        const known = make("div", {class: "lts-known"});
-        const element = make("div", {class: "lts-welcome", hidden: true},
-            make("div", {class: "lts-line lts-new"},
-                field("Name", name, "What the dataset is called. Empty takes the name of the folder."),
-                field("Trigger word", trigger, "The word that will call up what is learnt. A made-up one works best.")),
-            dropPlace(app), known);
+        const known = make("div", {class: "lts-known"}), element = make("div", {class: "lts-welcome", hidden: true});
         let drawn = "";
 
+        function fields() {
+            const name = textBox("", (text) => {
+                app.newName = text.trim();
+            }, {placeholder: "my character", id: "lora_train_new_name"});
+            const trigger = textBox("", (text) => {
+                app.newTrigger = text.trim();
+            }, {placeholder: "zzk girl", id: "lora_train_new_trigger"});
+            return make("div", {class: "lts-line lts-new"},
+                field("Name", name, "What the dataset is called. Empty takes the name of the folder."),
+                field("Trigger word", trigger, "The word that will call up what is learnt. A made-up one works best."));
+        }
+
         function draw() {
-            const state = app.view.state;
-            element.hidden = !state || Boolean(state.dataset);
-            if (element.hidden) return;
-            const now = JSON.stringify(state.datasets);
-            if (now === drawn) return;
+            const state = app.view.state, shown = Boolean(state && !state.dataset);
+            if (shown === element.hidden) {
+                element.hidden = !shown;
+                app.newName = app.newTrigger = drawn = "";
+                // The step "Pictures" has the same parts.
+                element.replaceChildren(...(shown ? [fields(), dropPlace(app), known] : []));
+            }
+            const now = JSON.stringify(shown && state.datasets);
+            if (!shown || now === drawn) return;
             drawn = now;
             known.hidden = !state.datasets.length;
             known.replaceChildren(make("h4", {text: translated("Go on with")}), make("div", {class: "lts-cards"},

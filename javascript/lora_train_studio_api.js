@@ -33,13 +33,11 @@
         return {
             ask: async (path, body) => (await fetched(path, options(body))).json(),
             blob: async (path, body) => (await fetched(path, options(body))).blob(),
-            upload: async (file, name, batch) => {
-                const query = "upload?name=" + encodeURIComponent(name) + "&batch=" + encodeURIComponent(batch);
-                return (await fetched(query, {
-                    method: "POST", body: file,
-                    headers: {"X-Lora-Train": token, "Content-Type": "application/octet-stream"},
-                })).json();
-            },
+            /** A file or other bytes as they are. */
+            send: async(path, bytes) => (await fetched(path, {
+                method: "POST", body: bytes,
+                headers: {"X-Lora-Train": token, "Content-Type": "application/octet-stream"},
+            })).json(),
         };
     };
 

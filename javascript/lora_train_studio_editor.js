@@ -72,13 +72,14 @@
             image.removeAttribute("src");
             frame.classList.toggle("lts-broken", picture.problems.includes("broken"));
             if (!picture.problems.includes("broken")) {
-                app.pictures.show(image, "picture?id=" + encodeURIComponent(picture.id) + "&stamp=" +
-                    encodeURIComponent(picture.stamp), () => frame.classList.add("lts-broken"));
+                app.pictures.show(image, studio.picturePath(picture), () => frame.classList.add("lts-broken"));
             }
             const ask = (path, body) => app.act(() => app.api.ask(path, {id: picture.id, ...body}));
             tools.replaceChildren(...[
                 button("Crop", () => app.cropByHand(picture), {drawn: "crop", id: "lora_train_crop", title: "Crop by hand"}),
                 button("Flip", () => ask("flip", {}), {drawn: "flip", title: "Mirror the picture"}),
+                button("Mask", () => app.maskByHand(picture), {
+                    drawn: "picture", id: "lora_train_mask", title: "Paint over what a masked loss is not to learn"}),
                 button("Split", () => ask("split", {}), {drawn: "split", title: "Cut a large picture into several"}),
                 picture.shaped ? button("Uncrop", () => app.act(() => app.api.ask("unshape", {ids: [picture.id]})), {
                     drawn: "back", title: "The picture as it was brought in"}) : null,
@@ -100,7 +101,7 @@
             const writing = document.activeElement === caption && !other && caption.value !== shown.caption;
             if (!writing) caption.value = picture.caption;
             shown = writing ? {...shown} : picture;
-            const now = JSON.stringify([picture.id, picture.stamp, picture.problems, picture.shaped]);
+            const now = JSON.stringify([picture.id, picture.stamp, picture.problems, picture.shaped, picture.masked]);
             if (now !== known) {
                 known = now;
                 drawPicture(picture);

@@ -21,7 +21,7 @@
             class: "lts-grid", tabindex: "0", role: "listbox", "aria-multiselectable": "true", id: "lora_train_gallery",
             "aria-label": translated("Pictures"),
         });
-        const search = textBox("", (text) => app.filterBy({text, regex: ""}, true), {
+        const search = textBox("", (text) => app.filterBy({text}, true), {
             placeholder: "Search captions", id: "lora_train_search", label: "Search captions",
         });
         const sort = choice(SORTS, "name", (chosen) => {
@@ -202,6 +202,8 @@
         return {element, draw, grid, move, toggle: () => view.current && pick(view.current, {ctrlKey: true, target: grid})};
     };
 
+    studio.picturePath = (picture) =>
+        "picture?id=" + encodeURIComponent(picture.id) + "&stamp=" + encodeURIComponent(picture.stamp);
     studio.thumbPath = (picture) =>
         "thumb?id=" + encodeURIComponent(picture.id) + "&stamp=" + encodeURIComponent(picture.stamp);
 

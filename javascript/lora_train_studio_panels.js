@@ -9,7 +9,7 @@
             add: () => ({element: studio.dropPlace(app), draw: () => {}}),
             check: () => studio.reportPanel(app), shape: () => studio.shapePanel(app),
             caption: () => studio.captionPanel(app), train: () => studio.trainPanel(app),
-            crop: () => studio.cropPanel(app),
+            crop: () => studio.cropPanel(app), mask: () => studio.maskPanel(app),
         };
         let open = "", panel = null, folder = "";
 
@@ -93,7 +93,7 @@
                 "button", {
                     type: "button", class: "lts-chip", title: translated("Show them"), onclick: () => {
                         app.open("check");
-                        app.filterBy({...Object.fromEntries([["all_of", []], ["none_of", []], ["text", ""]]), problem: code});
+                        app.unfilter({problem: code});
                     },
                 }, make("b", {text: number}), " " + translated(COUNTED[code] || code)));
             told.replaceChildren(

@@ -11,7 +11,7 @@
 
     studio.shapePanel = function(app) {
         const {make, button, pills, field, tick, later, translated} = studio.parts;
-        const shape = {mode: "buckets", side: app.side || 512, focus: "subject"};
+        const shape = {mode: "buckets", side: app.side || 512, focus: "subject", enlarge: false};
         const samples = make("div", {class: "lts-samples", id: "lora_train_samples"});
         const run = button("Crop", () => app.start("shape", {...app.scope(), shape}, () => {
             app.panel = "";
@@ -32,7 +32,8 @@
                 field("Size", pills([[512, "512", "SD 1.5"], [768, "768", "SD 2"], [1024, "1024", "SDXL"]], shape.side,
                     change("side"), "Size")),
                 field("Shape", pills(MODES, shape.mode, change("mode"), "Shape")),
-                field("Cut", pills(FOCUS, shape.focus, change("focus"), "Cut"))),
+                field("Cut", pills(FOCUS, shape.focus, change("focus"), "Cut")),
+                tick("Enlarge small ones", false, change("enlarge"), "Blown up they look soft; without this they stay small.")),
             samples, make("div", {class: "lts-line lts-go"}, run, back));
         let addresses = [], number = 0, known = "";
 
@@ -102,7 +103,7 @@
         const size = make("b", {class: "lts-count"});
         const kept = {left: 0, top: 0, right: picture.width, bottom: picture.height};
         let ratio = 0, held = null;
-        app.pictures.show(image, "picture?id=" + encodeURIComponent(picture.id) + "&stamp=" + encodeURIComponent(picture.stamp));
+        app.pictures.show(image, studio.picturePath(picture));
 
         const element = make("div", {},
             make("div", {class: "lts-line lts-go"}, make("b", {text: picture.name}), pills(SHAPES, 0, (chosen) => {
@@ -210,12 +211,14 @@
 
     /** Open the picture for a crop by hand; the panel that was open comes back afterwards. */
     studio.cropping = function(app) {
-        app.cropByHand = (picture) => {
+        const byHand = (panel) => (picture) => {
             app.cropping = picture;
-            app.cameFrom = app.panel === "crop" ? "" : app.panel;
+            app.cameFrom = ["crop", "mask"].includes(app.panel) ? "" : app.panel;
             app.panel = "";
             app.draw();
-            app.show("crop");
+            app.show(panel);
         };
+        app.cropByHand = byHand("crop");
+        app.maskByHand = byHand("mask");
     };
 })(window.loraTrainStudio = window.loraTrainStudio || {});

@@ -13,6 +13,11 @@
         sort_frequency: ["Sort by frequency", []],
         deduplicate: ["Remove repeated tags", []],
         truncate: ["Shorten to tokens", [["n", "75"]]],
+        set_caption: ["Write one caption for all", [["text", "caption"]]],
+    };
+    const PATTERNS = {
+        any_of: "any of these tags, with commas", prefix: "a tag begins with", suffix: "a tag ends with",
+        regex: "regular expression",
     };
     const commas = (text) => text.split(",").map((tag) => tag.trim()).filter(Boolean);
 
@@ -46,9 +51,11 @@
             known = "";
             draw();
         }, {placeholder: "Find a tag", label: "Find a tag"});
-        const pattern = textBox("", (text) => app.filterBy({regex: text, text: ""}, true), {
-            placeholder: "Regular expression", label: "Filter by a regular expression", id: "lora_train_regex",
-        });
+        const asList = (name) => (name === "any_of" ? view.filter.any_of.join(", ") : view.filter[name]);
+        const patterns = Object.entries(PATTERNS).map(([name, words]) => [name, textBox("", (text) =>
+            app.filterBy({[name]: name === "any_of" ? commas(text) : text}, true), {
+            placeholder: words, label: words, id: "lora_train_filter_" + name,
+        })]);
         const element = make("div", {class: "lts-tagside"},
             make("div", {class: "lts-box"}, make("div", {class: "lts-box-head"},
                 make("h4", {text: translated("Tags")}), search),
@@ -57,7 +64,8 @@
             make("details", {class: "lts-box", id: "lora_train_edit_box"},
                 make("summary", {text: translated("Change many captions")}),
                 target, chooser, fields, apply),
-            make("details", {class: "lts-box"}, make("summary", {text: translated("Filter by pattern")}), pattern));
+            make("details", {class: "lts-box"}, make("summary", {text: translated("More filters")}),
+                ...patterns.map(([, box]) => box)));
         drawFields();
 
         function drawFields() {
@@ -106,7 +114,7 @@
 
         function draw() {
             target.textContent = translated("In") + " " + app.scopeWords();
-            if (document.activeElement !== pattern) pattern.value = view.filter.regex;
+            for (const [name, box] of patterns) if (document.activeElement !== box) box.value = asList(name);
             const now = JSON.stringify([view.tags, view.filter, view.tagsTotal, app.scopeWords()]);
             if (now === known) return;
             known = now;

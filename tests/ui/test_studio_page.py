@@ -290,6 +290,52 @@ def test_a_crop_by_hand_keeps_what_is_inside_the_frame(few: StudioPage):
     expect(few.page.locator(".lts-editor")).to_contain_text("300×200")
 
 
+def test_a_painted_mask_lies_beside_the_picture_and_can_be_taken_away(few: StudioPage):
+    few.tiles().first.click()
+    few.part("mask").click()
+    few.page.get_by_role("button", name="Broad").click()
+    cover = few.part("cover")
+    cover.scroll_into_view_if_needed()
+    box = cover.bounding_box()
+    middle = box["y"] + box["height"] / 2
+    few.page.mouse.move(box["x"] + 2, middle)
+    few.page.mouse.down()
+    few.page.mouse.move(box["x"] + box["width"] - 2, middle, steps=4)
+    few.page.mouse.up()
+    few.part("mask_it").click()
+    expect(few.said()).to_contain_text("mask is kept")
+    path = few.host.datasets_folder / "emoji" / "masks" / "0.png"
+    with Image.open(path) as mask:
+        assert (mask.mode, mask.size) == ("L", (300, 200))
+        assert [mask.getpixel((150, y)) for y in (5, 100, 195)] == [255, 0, 255]
+    few.part("mask").click()
+    few.part("unmask").click()
+    expect(few.page.locator(".lts-tile .lts-badge", has_text="mask")).to_have_count(0)
+    assert not path.exists()
+
+
+def test_captions_are_filtered_by_any_tag_and_by_how_tags_begin_and_end(few: StudioPage):
+    few.page.get_by_text("More filters").click()
+    for name, text, count in (("any_of", "blue, smile", 2), ("prefix", "bl", 1), ("suffix", "ile", 2), ("regex", "red$", 1)):
+        few.part(f"filter_{name}").fill(text)
+        expect(few.tiles()).to_have_count(count)
+        few.page.get_by_role("button", name="Show all").click()
+        expect(few.tiles()).to_have_count(5)
+    few.part("filter_regex").fill("(")
+    expect(few.said()).to_have_class(re.compile("lts-problem"))
+
+
+def test_a_file_that_is_no_picture_does_not_keep_the_others_out(few: StudioPage, tmp_path: Path):
+    picture, program = tmp_path / "new.png", tmp_path / "setup.exe"
+    Image.linear_gradient("L").resize((400, 300)).save(picture)
+    program.write_bytes(b"MZ")
+    few.part("step_add").click()
+    few.part("upload").set_input_files([program, picture])
+    expect(few.tiles()).to_have_count(6)
+    expect(few.page.locator("#lts")).to_contain_text("setup.exe")
+    few.looked_at()
+
+
 def test_a_refusal_is_read_on_the_page(studio: StudioPage, tmp_path: Path):
     studio.open()
     studio.part("import_path").fill(str(tmp_path / "missing"))
