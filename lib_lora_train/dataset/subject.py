@@ -26,7 +26,8 @@ _NEIGHBOURS = 12  # detections that must agree: faces measured 13 to 41, blobs o
 _MAP_SIDE = 64  # the paper's scale
 _SIGMA = 2.5  # of the smoothing, in pixels of the map (the authors' code)
 _STANDS_OUT = 1.5  # times the mean of the map; the paper's 3 finds the brightest spot of a thing, we want the thing
-_TAIL = 0.03  # of what stands out, left outside on each side: single specks
+_TAIL = 0.3  # of what stands out on each side: the background's own structure, which draws the box to the picture's middle
+_SPECKS = 0.002  # the same on a background of one colour: dust
 _GROUND_SIDE = 256  # longest side at which a plain background is looked for, pixels
 _GROUND_DISTANCE = 24  # of 255 in any colour: what JPEG and a soft shadow make of one colour stays below
 _GROUND_SHARE = 0.9  # of the picture's edge must be background
@@ -80,8 +81,8 @@ def drawn_box(picture: Image.Image) -> SubjectBox | None:
     at_edge = np.concatenate([differs[0], differs[-1], differs[:, 0], differs[:, -1]])
     if at_edge.mean() > 1 - _GROUND_SHARE or not differs.any():
         return None
-    left, right = _extent(differs.sum(axis=0), tail=0.002)
-    top, bottom = _extent(differs.sum(axis=1), tail=0.002)
+    left, right = _extent(differs.sum(axis=0), tail=_SPECKS)
+    top, bottom = _extent(differs.sum(axis=1), tail=_SPECKS)
     across, down = picture.width / size[0], picture.height / size[1]
     return _inside((left * across, top * down, right * across, bottom * down), picture.size)
 
@@ -92,8 +93,8 @@ def salient_box(picture: Image.Image) -> SubjectBox:
     salient = np.where(salient > _STANDS_OUT * salient.mean(), salient, 0.0)
     if not salient.any():
         return (0, 0, *picture.size)
-    left, right = _extent(salient.sum(axis=0))
-    top, bottom = _extent(salient.sum(axis=1))
+    left, right = _grown(*_extent(salient.sum(axis=0), tail=_TAIL), limit=salient.shape[1])
+    top, bottom = _grown(*_extent(salient.sum(axis=1), tail=_TAIL), limit=salient.shape[0])
     across, down = picture.width / salient.shape[1], picture.height / salient.shape[0]
     return _inside((left * across, top * down, right * across, bottom * down), picture.size)
 
@@ -133,10 +134,17 @@ def _smoothed(values: np.ndarray) -> np.ndarray:
     return values
 
 
-def _extent(weights: np.ndarray, *, tail: float = _TAIL) -> tuple[float, float]:
+def _extent(weights: np.ndarray, *, tail: float) -> tuple[float, float]:
     """Between which places all but the tails of `weights` lie."""
     share = np.cumsum(weights) / weights.sum()
     return float(np.searchsorted(share, tail)), float(np.searchsorted(share, 1 - tail) + 1)
+
+
+def _grown(start: float, end: float, *, limit: float) -> tuple[float, float]:
+    """From the middle of a thing, where 1 - 2 tails of it lie, to all of it, as if it were even; its middle stays."""
+    middle = (start + end) / 2
+    half = max((end - start) / 2, min((end - start) / 2 / (1 - 2 * _TAIL), middle, limit - middle))
+    return middle - half, middle + half
 
 
 def _yunet(cv2: Any, picture: Image.Image, models_folder: Path) -> list[tuple[float, float, float, float]] | None:

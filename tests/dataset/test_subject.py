@@ -45,6 +45,24 @@ def test_a_drawing_on_white_is_found_to_the_pixel(path: Path):
     assert np.abs(np.subtract(found, np.add(expected, (350, 20, 350, 20)))).max() <= 4
 
 
+def test_a_cut_on_the_subject_loses_far_less_of_it_than_one_on_the_centre():
+    rng, lost = np.random.default_rng(5), {"centre": [], "subject": []}
+    for path in DRAWINGS:
+        size, side = [((900, 450), 270), ((450, 900), 270)][len(lost["centre"]) % 2]
+        ground = rng.integers(60, 200, (12, 12, 3), dtype=np.uint8)
+        picture = Image.fromarray(ground).resize(size, Image.Resampling.BICUBIC)
+        along = 0 if size[0] > size[1] else 1
+        place = [90, 90]
+        place[along] = int(rng.integers(0, 900 - side))
+        with Image.open(path) as opened:
+            picture.paste(opened.convert("RGB").resize((side, side)), tuple(place))
+        left, top, right, bottom = salient_box(picture)
+        for name, middle in (("centre", 450), ("subject", (left + right) / 2 if along == 0 else (top + bottom) / 2)):
+            start = min(max(middle - 225, 0), 450)
+            lost[name].append(1 - max(0, min(place[along] + side, start + 450) - max(place[along], start)) / side)
+    assert np.mean(lost["centre"]) > 0.15 and np.mean(lost["subject"]) < 0.02
+
+
 def test_where_nothing_stands_out_it_is_the_whole_picture():
     for picture in (Image.new("RGB", (300, 200), "grey"), Image.new("RGB", (1, 1)), Image.new("RGB", (3000, 2))):
         assert subject_box(picture) == (0, 0, *picture.size)
