@@ -307,8 +307,8 @@ class CaptionBook:
         if done.written and not self._files:
             self.notes += (f"A save that was interrupted was finished: {len(done.written)} captions.",)
         if done.conflicts:
-            self.notes += (f"An interrupted save could not be finished for {len(done.conflicts)} captions, because their files were "
-                           f"changed since; its text is kept in {self.folder / STUDIO / 'backup'}.",)
+            self.notes += (f"An interrupted save could not be finished for {len(done.conflicts)} captions, because their files "
+                           f"were changed since; its text is kept in {self.folder / STUDIO / 'backup'}.",)
 
     def _take(self, found: Sequence[Found], *, on_progress: Progress | None = None,
               should_stop: ShouldStop | None = None) -> None:
