@@ -119,13 +119,20 @@ class Runner:
         self._lock = threading.Lock()
         self._run: _Run | None = None
         self._thread: threading.Thread | None = None
+        self._guards: list[Callable[[Settings], None]] = []
+
+    def guard(self, check: Callable[[Settings], None]) -> None:
+        """Have `check` asked before each start: it raises HostError where something else is under way that must end first."""
+        self._guards.append(check)
 
     def start(self, settings: Settings, host: Host) -> str:
         """Start a job and return its run's id: that of the run it resumes, if that one is in the host's folder of runs.
 
-        Raises HostError while another is running, OutputError for a bad name.
+        Raises HostError while another is running or a guard objects, OutputError for a bad name.
         """
         checked_name(settings.save.output_name)
+        for check in self._guards:
+            check(settings)
         with self._lock:
             if self._thread is not None and self._thread.is_alive():
                 raise HostError("A training is running already", remedy="wait for it or stop it first")

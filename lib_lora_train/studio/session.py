@@ -42,6 +42,7 @@ class Studio:
         self._version = 0
         self._listed: tuple[object, list[tuple[str, int]]] | None = None
         self._tokenizer: Tokenizer | None = None
+        runner.guard(self.refuse_training)
 
     # ---- which dataset
 
@@ -274,7 +275,7 @@ class Studio:
         """Whether the run under way reads `folder` or something in it."""
         settings = self.runner.settings() if self.runner.running() else {}
         read = [str(settings.get(name, "")) for name in ("train_data_dir", "reg_data_dir")]
-        return any(path and (inside(path, (folder,)) or inside(str(folder), (Path(path),))) for path in read)
+        return any(path and _overlap(path, folder) for path in read)
 
     def refuse_while_training(self, doing: str) -> None:
         """Raise HostError while a training reads the open dataset."""
@@ -282,6 +283,18 @@ class Studio:
             if self.training_on(opened.dataset.folder):
                 raise HostError(f"The dataset {opened.dataset.name} cannot be {doing} now",
                                 why="a training is running on it", remedy="wait for it or stop it first")
+
+    def refuse_training(self, settings: Settings) -> None:
+        """Raise HostError for a training that would read the open dataset while work goes on in it, or want the model while
+        the studio has it."""
+        if not self.tasks.running():
+            return
+        with self.held() as opened:
+            read = (settings.dataset.train_data_dir, settings.dataset.reg_data_dir)
+            ours = opened is not None and any(path and _overlap(path, opened.dataset.folder) for path in read)
+        if ours or self.tasks.with_model():
+            raise HostError("The training cannot start now", why=f"the studio is busy ({self.tasks.name()})",
+                            remedy="wait for it or stop it first")
 
     # ---- paths from outside
 
@@ -313,6 +326,10 @@ def _marks(folder: Path) -> tuple[tuple[str, int], ...]:
                 found += [(entry.path, entry.stat().st_mtime_ns) for entry in os.scandir(dataset)]
                 found.append((str(dataset), dataset.stat().st_mtime_ns))
     return tuple(found)
+
+
+def _overlap(path: str, folder: Path) -> bool:
+    return inside(path, (folder,)) or inside(str(folder), (Path(path),))
 
 
 _ONE: list[Studio] = []

@@ -95,21 +95,24 @@ class Tasks:
         self._task: Task | None = None
         self._thread: threading.Thread | None = None
         self._on_stop: Callable[[], None] = lambda: None
+        self._with_model = False
         self._number = 0
 
     def start(self, name: str, work: Work, *, interrupted: Callable[[], bool] = lambda: False,
-              on_stop: Callable[[], None] = lambda: None, ended: Callable[[], None] = lambda: None) -> int:
+              on_stop: Callable[[], None] = lambda: None, ended: Callable[[], None] = lambda: None,
+              with_model: bool = False) -> int:
         """Begin `work` and return its number.
 
         `interrupted` is another way of being stopped (the host's button), `on_stop` wakes work that waits, `ended` is
-        called when it is over, however it ended. Raises HostError while another task runs.
+        called when it is over, however it ended; `with_model` says that it borrows the host's model. Raises HostError while
+        another task runs.
         """
         with self._lock:
             if self.running():
                 raise HostError(f"The studio is busy ({self._task.status().name})", remedy="wait for it or stop it first")
             self._number += 1
             task = self._task = Task(self._number, name, interrupted=interrupted)
-            self._on_stop = on_stop
+            self._on_stop, self._with_model = on_stop, with_model
             # A daemon: closing the WebUI must not wait for it. What it writes is written whole.
             self._thread = threading.Thread(target=_work, args=(task, work, ended), name="lora-train-studio", daemon=True)
             self._thread.start()
@@ -127,6 +130,10 @@ class Tasks:
     def running(self) -> bool:
         """Whether a task is under way."""
         return self._task is not None and self._task.status().running
+
+    def with_model(self) -> bool:
+        """Whether what is under way borrows the host's model."""
+        return self.running() and self._with_model
 
     def name(self) -> str:
         """What is under way, "" for nothing."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import html
+import itertools
 import json
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -90,9 +91,12 @@ class Handlers:
             about, changed = preset.description, dict(preset.values)
         return [_note(about), *self._updates(changed)]
 
-    def restore(self, draft: str) -> list[Any]:
+    def restore(self, asked: Latest, draft: str) -> list[Any]:
         """[a summary for the time being; an update for each field: what the browser remembers, else the settings of
-        the current or last run]. The script takes the summary for a sign that gradio has begun to listen."""
+        the current or last run]. The script takes the summary for a sign that gradio has begun to listen, and asks until it
+        sees one: only the first answer fills the fields, or a late one would undo what was typed meanwhile."""
+        if not asked.first():
+            return [gr.update(), *self._updates({})]
         try:
             remembered = json.loads(draft or "{}")
         except ValueError:
@@ -148,6 +152,11 @@ class Latest:
 
     def __init__(self) -> None:
         self._number = 0
+        self._visits = itertools.count()  # its next() is one step, whichever thread asks
+
+    def first(self) -> bool:
+        """True once for a page, when it fills its fields."""
+        return next(self._visits) == 0
 
     def ask(self) -> Callable[[], bool]:
         """Begin a question; the answer tells whether a newer one came."""

@@ -70,7 +70,7 @@ def build_tab(*, runner: Runner, host: Host, defaults: Mapping[str, Value], toke
         planning = {"fn": handlers.plan, "inputs": [key, asked, answer, *inputs],
                     "outputs": [summary, draft, answer, overwrite], **quiet}
         plan.click(**planning)
-        restore.click(handlers.restore, inputs=[draft], outputs=[summary, *inputs], **quiet).then(**planning)
+        restore.click(handlers.restore, inputs=[asked, draft], outputs=[summary, *inputs], **quiet).then(**planning)
         preset.input(handlers.apply_preset, inputs=[preset], outputs=[about_preset, *inputs], **quiet).then(**planning)
         for name in fields:
             if DECLARATIONS[name].choices:

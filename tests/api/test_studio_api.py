@@ -21,6 +21,7 @@ from lib_lora_train.fence import Fence
 from lib_lora_train.runner import Runner
 from lib_lora_train.studio import thumbs, uploads
 from lib_lora_train.studio.session import studio_for
+from lib_lora_train.studio.tasks import Task
 from tests.fake_host import FakeHost, FakeJob
 
 TOKEN = "page-token"
@@ -96,10 +97,15 @@ def job(monkeypatch: pytest.MonkeyPatch) -> FakeJob:
     return fake
 
 
+def asked_to_train(desk: Desk, folder: Path | str):
+    """What the server says to Train."""
+    settings = {"output_name": "x", "train_data_dir": str(folder)}
+    return desk.client.post(f"{api.PREFIX}/start", json={"settings": settings}, headers=PAGE)
+
+
 def train_on(desk: Desk, folder: Path | str) -> None:
     """A training that goes on until the test ends."""
-    settings = {"output_name": "x", "train_data_dir": str(folder)}
-    started = desk.client.post(f"{api.PREFIX}/start", json={"settings": settings}, headers=PAGE)
+    started = asked_to_train(desk, folder)
     assert started.status_code == 200, started.text
 
 
@@ -464,6 +470,38 @@ def test_while_a_training_reads_the_dataset_nothing_is_written_to_it(desk: Desk,
     desk.runner.stop(save=False)
     assert desk.runner.wait(60)
     assert desk.post("save").json()["written"] == 1
+
+
+def test_a_training_on_pictures_that_are_being_imported_is_refused_and_starts_afterwards(desk: Desk, held: Held, job: FakeJob):
+    refused = asked_to_train(desk, dataset_folder(desk))
+    assert refused.status_code == 409 and "studio is busy (Importing" in refused.json()["error"]
+    assert not desk.runner.running()
+    train_on(desk, desk.folder / "sources")  # other pictures, and an import leaves the model alone
+    desk.runner.stop(save=False)
+    held.go_on.set()
+    assert desk.studio.tasks.wait(60) and desk.runner.wait(60)
+    train_on(desk, dataset_folder(desk))
+    desk.runner.stop(save=False)
+    assert desk.runner.wait(60)
+
+
+def test_no_training_starts_while_the_studio_has_the_model(desk: Desk, job: FakeJob):
+    desk.filled()
+    began, go_on = threading.Event(), threading.Event()
+
+    def work(task: Task) -> str:
+        began.set()
+        assert go_on.wait(60)
+        return "done."
+    desk.studio.tasks.start("Checking captions", work, with_model=True)
+    assert began.wait(60)
+    refused = asked_to_train(desk, desk.folder / "sources")
+    assert refused.status_code == 409 and "Checking captions" in refused.json()["error"]
+    go_on.set()
+    assert desk.studio.tasks.wait(60)
+    train_on(desk, desk.folder / "sources")
+    desk.runner.stop(save=False)
+    assert desk.runner.wait(60)
 
 
 def test_a_training_on_other_pictures_is_in_nobodys_way(desk: Desk, job: FakeJob):

@@ -102,7 +102,7 @@ def test_the_summary_tells_the_steps_and_what_was_typed_is_remembered(handlers: 
     chosen = values(train_data_dir=str(folder), num_repeats=2, max_train_epochs=3, overwrite=True, resume="zzk-1")
     summary, draft, *_ = plan(handlers, chosen)
     assert "= 18 steps" in summary
-    kept = changed(handlers.restore(draft)[1:])
+    kept = changed(handlers.restore(Latest(), draft)[1:])
     assert kept["train_data_dir"] == str(folder) and kept["num_repeats"] == 2
     # A permission to overwrite is for once, and so is the wish to go on with a run.
     assert not {"overwrite", "resume"} & set(kept)
@@ -110,9 +110,17 @@ def test_the_summary_tells_the_steps_and_what_was_typed_is_remembered(handlers: 
 
 def test_the_browsers_memory_may_hold_anything(handlers: Handlers):
     for draft in ("", "{", "[1]", "null", '"x"'):
-        assert changed(handlers.restore(draft)[1:]) == {}
+        assert changed(handlers.restore(Latest(), draft)[1:]) == {}
     odd = {"network_dim": "16", "flip_aug": 1, "lr_scheduler": "wild", "output_name": None, "gone": 3, "seed": 7}
-    assert changed(handlers.restore(json.dumps(odd))[1:]) == {"seed": 7}
+    assert changed(handlers.restore(Latest(), json.dumps(odd))[1:]) == {"seed": 7}
+
+
+def test_a_late_answer_to_the_pages_first_question_changes_no_field(handlers: Handlers):
+    asked, draft = Latest(), json.dumps({"max_train_steps": 7})
+    assert changed(handlers.restore(asked, draft)[1:]) == {"max_train_steps": 7}
+    # The script asks again until it sees an answer; by then the user may have typed.
+    assert changed(handlers.restore(asked, draft)[1:]) == {}
+    assert changed(handlers.restore(Latest(), draft)[1:]) == {"max_train_steps": 7}  # another page
 
 
 def test_without_a_memory_the_running_jobs_settings_come_back(handlers: Handlers, monkeypatch, tmp_path: Path):
@@ -121,7 +129,7 @@ def test_without_a_memory_the_running_jobs_settings_come_back(handlers: Handlers
     handlers.runner.start(parse({"output_name": "zzk", "network_dim": 5}), handlers.host)
     handlers.runner.stop(save=False)
     assert handlers.runner.wait(10)
-    kept = changed(handlers.restore("")[1:])
+    kept = changed(handlers.restore(Latest(), "")[1:])
     assert kept["output_name"] == "zzk" and kept["network_dim"] == 5
 
 
