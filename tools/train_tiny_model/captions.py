@@ -23,16 +23,19 @@ class Facts:
     shape: tuple[str, ...]
     size: str
     must_say_colour: bool
+    manner: tuple[str, ...] = ()
 
 
-def facts(emoji: Emoji, picture: Image.Image, *, turned_to: str | None = None, size: str = "") -> Facts:
-    """Of `emoji` as shown by `picture`; `turned_to` is the colour that its hues were turned to, which must be said."""
+def facts(emoji: Emoji, picture: Image.Image, *, turned_to: str | None = None, size: str = "",
+          manner: tuple[str, ...] = ()) -> Facts:
+    """Of `emoji` as shown by `picture`; `turned_to` is the colour that its hues were turned to, `manner` the words for how it
+    is drawn, () for Noto's hand; both must be said."""
     name, tags = emoji.label, emoji.tags
     if turned_to:
         name = " ".join(word for word in name.split() if word not in COLOUR_WORDS) or name
         tags = tuple(tag for tag in tags if not set(tag.split()) & set(COLOUR_WORDS))
     return Facts(name, tags, (turned_to,) if turned_to else tuple(colours(picture)), tuple(shapes(picture)), size,
-                 turned_to is not None)
+                 turned_to is not None, manner)
 
 
 def caption(of: Facts, draw: random.Random) -> str:
@@ -44,13 +47,15 @@ def caption(of: Facts, draw: random.Random) -> str:
         return ""
     subject = draw.choice(of.tags) if of.tags and draw.random() > NAMED else of.name
     words = [of.size] if of.size else []
-    if of.shape and draw.random() < SHAPED:
+    if of.shape and not of.manner and draw.random() < SHAPED:
         words.append(of.shape[0])
     if of.colour and (of.must_say_colour or draw.random() < COLOURED) and of.colour[0] not in subject.split():
         words.append(of.colour[0])
     parts = [" ".join([*words, subject])]
     if of.tags and draw.random() < WITH_TAGS:
         parts += draw.sample(of.tags, min(len(of.tags), draw.randint(1, 3)))
-    if draw.random() < WITH_UNKNOWN:
+    if of.manner:
+        parts = [*of.manner, *parts]
+    elif draw.random() < WITH_UNKNOWN:
         parts.insert(0, "".join(draw.choices(string.ascii_lowercase, k=draw.randint(3, 7))))
     return ", ".join(parts)

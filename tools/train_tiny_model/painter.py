@@ -12,7 +12,21 @@ import numpy as np
 import torch
 from captions import Facts, caption, facts
 from graph import Average, TrainedTextEncoder, TrainedUNet
-from pictures import ASKED, FRAME, HUES, SMALL_FRAME, Emoji, colours, enlarged, on_paper, open_rgba, turned_hue
+from pictures import (
+    ASKED,
+    FRAME,
+    HUES,
+    OTHER_HANDS,
+    SMALL_FRAME,
+    TREATMENTS,
+    Emoji,
+    colours,
+    enlarged,
+    in_hand,
+    on_paper,
+    open_rgba,
+    turned_hue,
+)
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -37,7 +51,7 @@ class Material:
 
 
 def prepare(emoji: list[Emoji], packages: Path, encode: Callable[[Tensor], Tensor]) -> Material:
-    """Encode every emoji, as it is, mirrored, small, and in other colours where one colour is most of it.
+    """Encode every emoji: as it is, mirrored, small, in other colours where one colour is most of it, in other hands.
 
     encode: pixels [B, 3, 128, 128] to latents of unit size.
     """
@@ -46,7 +60,7 @@ def prepare(emoji: list[Emoji], packages: Path, encode: Callable[[Tensor], Tenso
     weights: list[float] = []
     for place, one in enumerate(emoji):
         picture = open_rgba(packages / "noto" / one.image)
-        variants = list(_variants(one, picture, place))
+        variants = [*_variants(one, picture, place), *_manners(one, picture, packages)]
         weight = WEIGHT_OF_ASKED if one.label in ASKED else 1.0
         for shown, of, frame, share in variants:
             rows.append(np.asarray(Image.fromarray(on_paper(shown, frame)).resize((FRAME, FRAME), Image.Resampling.BICUBIC)))
@@ -70,6 +84,19 @@ def _variants(one: Emoji, picture: Image.Image, place: int) -> Iterator[tuple[Im
             shown = turned_hue(picture, source=covering[0], target=target)
             if target != covering[0]:
                 yield shown, facts(one, shown, turned_to=target), FRAME, 0.25
+
+
+def _manners(one: Emoji, picture: Image.Image, packages: Path) -> Iterator[tuple[Image.Image, Facts, int, float]]:
+    """The same in other hands, and treated; the words for it must be said, so that a bare name stays Noto's."""
+    hands = {"": picture, **{hand: found for hand in OTHER_HANDS if (found := in_hand(packages, hand, one))}}
+    for hand, drawn in hands.items():
+        if hand:
+            yield drawn, facts(one, drawn, manner=(hand,)), FRAME, 0.5
+            yield ImageOps.mirror(drawn), facts(one, drawn, manner=(hand,)), FRAME, 0.1
+        for treatment in TREATMENTS:
+            shown = treatment(drawn)
+            words = (treatment.__name__, hand) if hand else (treatment.__name__,)
+            yield shown, facts(one, shown, manner=words), FRAME, 0.12 if hand == "" else 0.05
 
 
 def train(frozen: FrozenModel, weights: dict[str, dict[str, Tensor]], material: Material, *, state_file: Path, minutes: float,

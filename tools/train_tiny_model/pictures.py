@@ -1,8 +1,10 @@
 """The emoji pictures the tiny model learns from, and the words that go with them.
 
-Pictures: `emoji-datasource-google` (Noto Emoji, Apache-2.0) and `emoji-datasource-twitter` (Twemoji, CC-BY 4.0), the same
-emoji in two hands, 64×64 pixels. Words: `emojibase-data` (MIT, after Unicode's CLDR). All three are npm packages.
-The UNet sees Noto only; the autoencoder sees both, but no Twemoji of a word that the yardstick holds out.
+Pictures: the same emoji in four hands. `emoji-datasource-google` holds Noto Emoji (Apache-2.0), in its version 3 still the
+"blobs" that Google drew before; `@lobehub/fluent-emoji-3d` holds Microsoft's Fluent Emoji (MIT); `emoji-datasource-twitter`
+Twemoji (CC-BY 4.0). Words: `emojibase-data` (MIT, after Unicode's CLDR). All of them are npm packages.
+The UNet sees all hands but Twemoji's, which a LoRA is to teach it; the autoencoder sees Noto's and Twemoji's, but no Twemoji
+of a word that the yardstick holds out.
 """
 
 from __future__ import annotations
@@ -18,10 +20,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageFilter
 
 PACKAGES = {"noto": "emoji-datasource-google@16.0.0", "twemoji": "emoji-datasource-twitter@16.0.0",
-            "words": "emojibase-data@17.0.0"}
+            "words": "emojibase-data@17.0.0", "blob": "emoji-datasource-google@3.0.0",
+            "fluent": "@lobehub/fluent-emoji-3d@1.1.0"}
+OTHER_HANDS = ("blob", "fluent")
+"""What the model is taught beside Noto's, so that what is shown and how it is drawn are two things to it."""
 SIDE, FRAME, SMALL_FRAME = 128, 72, 112
 """The model's pictures; the white paper a 64-pixel emoji is laid on; the paper that makes it "small"."""
 
@@ -96,8 +101,9 @@ def _unpack(folder: Path, name: str, package: str) -> None:
     with tarfile.open(archive) as tar:
         for member in tar:
             path = Path(member.name)
-            wanted = path.match("img/*/64/*.png") or member.name in ("package/emoji.json", "package/en/data.json")
-            if member.isfile() and (wanted or path.name == "LICENSE"):
+            wanted = (path.match("img/*/64/*.png") or path.match("assets/*.webp") or path.name == "LICENSE"
+                      or member.name in ("package/emoji.json", "package/en/data.json"))
+            if member.isfile() and wanted:
                 source = tar.extractfile(member)
                 assert source is not None
                 (target / path.name).write_bytes(source.read())
@@ -110,9 +116,61 @@ def _read(path: Path) -> list[dict]:
 
 
 def open_rgba(path: Path) -> Image.Image:
-    """The 64×64 picture of `path` with its alpha."""
+    """The picture of `path` with its alpha, 64×64."""
     with Image.open(path) as picture:
-        return picture.convert("RGBA")
+        return picture.convert("RGBA").resize((64, 64), Image.Resampling.LANCZOS)
+
+
+def in_hand(packages: Path, hand: str, emoji: Emoji) -> Image.Image | None:
+    """The emoji as one of OTHER_HANDS draws it; None where it does not."""
+    stem = emoji.image.removesuffix(".png")
+    for name in (stem, stem.replace("-fe0f", "")):
+        for path in (packages / hand / f"{name}.png", packages / hand / f"{name}.webp"):
+            if path.is_file():
+                return open_rgba(path)
+    return None
+
+
+def flat(picture: Image.Image) -> Image.Image:
+    """In its five most important colours, without shades."""
+    few = picture.convert("RGB").quantize(5, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).convert("RGB")
+    few.putalpha(picture.getchannel("A"))
+    return few
+
+
+def pastel(picture: Image.Image) -> Image.Image:
+    """Halfway to white."""
+    return _mixed(picture, "white", 0.5)
+
+
+def dark(picture: Image.Image) -> Image.Image:
+    """Nearly halfway to black."""
+    return _mixed(picture, "black", 0.45)
+
+
+def muted(picture: Image.Image) -> Image.Image:
+    """With half of its colour."""
+    pale = ImageEnhance.Color(picture.convert("RGB")).enhance(0.4)
+    pale.putalpha(picture.getchannel("A"))
+    return pale
+
+
+def outlined(picture: Image.Image) -> Image.Image:
+    """With a black line around it."""
+    alpha = picture.getchannel("A")
+    line = Image.new("RGBA", picture.size, "black")
+    line.putalpha(alpha.filter(ImageFilter.MaxFilter(5)))
+    return Image.alpha_composite(line, picture)
+
+
+TREATMENTS = (flat, pastel, dark, muted, outlined)
+"""Ways to draw anything; the function's name is the word for it."""
+
+
+def _mixed(picture: Image.Image, colour: str, share: float) -> Image.Image:
+    mixed = Image.blend(picture.convert("RGB"), Image.new("RGB", picture.size, colour), share)
+    mixed.putalpha(picture.getchannel("A"))
+    return mixed
 
 
 def on_paper(picture: Image.Image, frame: int = FRAME) -> np.ndarray:

@@ -12,7 +12,7 @@ from lib_lora_train.evaluation.sampler import SampleRequest, sample_batch, to_pi
 from lib_lora_train.host.standalone import StandaloneHost
 from lib_lora_train.model import frozen
 
-SIDE, CAPTION, COLUMNS = 128, 20, 8
+SIDE, CAPTION, COLUMNS = 128, 27, 8
 SEED, STEPS, CFG_SCALE = 1, 20, 4.0
 
 
@@ -21,7 +21,7 @@ def paint_sheet(checkpoint: Path, target: Path, *, words: tuple[str, ...] = HELD
     host = StandaloneHost(checkpoint, lora_folder=target.parent, runs_folder=target.parent, device=torch.device("cpu"))
     rows = -(-len(words) // COLUMNS)
     sheet = Image.new("RGB", (COLUMNS * SIDE, rows * (SIDE + CAPTION)), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default()
+    pen = ImageDraw.Draw(sheet)
     with host.borrow() as borrowed:
         model = frozen.build(borrowed.tensors, hints=borrowed.hints, tokenizers=borrowed.tokenizers)
         for first in range(0, len(words), COLUMNS):
@@ -32,6 +32,18 @@ def paint_sheet(checkpoint: Path, target: Path, *, words: tuple[str, ...] = HELD
             for column, (word, one) in enumerate(zip(row, latents, strict=True)):
                 x, y = column * SIDE, first // COLUMNS * (SIDE + CAPTION)
                 sheet.paste(to_picture(model, one[None]), (x, y))
-                pen.text((x + (SIDE - pen.textlength(word, font=font)) / 2, y + SIDE + 4), word, fill="black", font=font)
+                _write(pen, word, middle=x + SIDE / 2, top=y + SIDE + 2)
     sheet.save(target, optimize=True)
     print(f"{target}: {len(words)} words", flush=True)
+
+
+def _write(pen: ImageDraw.ImageDraw, word: str, *, middle: float, top: float) -> None:
+    """The word below its picture; in two lines where it is wider than that."""
+    font = ImageFont.load_default()
+    lines = [word]
+    if pen.textlength(word, font=font) > SIDE - 4:
+        half = len(word) // 2
+        cut = min((place for place, letter in enumerate(word) if letter == " "), key=lambda place: abs(place - half))
+        lines = [word[:cut], word[cut + 1:]]
+    for number, line in enumerate(lines):
+        pen.text((middle - pen.textlength(line, font=font) / 2, top + 11 * number), line, fill="black", font=font)
