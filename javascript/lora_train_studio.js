@@ -6,7 +6,8 @@
  */
 (function(studio) {
     "use strict";
-    const WORKING_MS = 1000, QUICK_MS = 250, QUICK = 8, IDLE_MS = 5000, PAGE = 48, PAGE_KEY = "lora_train_page", FILTER_MS = 250;
+    const WORKING_MS = 1000, QUICK_MS = 250, QUICK = 8, IDLE_MS = 5000, FILTER_MS = 250;
+    const PAGE = 48, PAGE_KEY = "lora_train_page";
     const NO_FILTER = {
         all_of: [], any_of: [], none_of: [], prefix: "", suffix: "", text: "", regex: "", problem: "", changed_only: false,
         empty_only: false,
@@ -18,7 +19,8 @@
         const {translated} = studio.parts;
         const api = studio.makeApi(token);
         const app = {
-            api, place, pictures: studio.makePictures(api), uploading: "", panel: "", written: null,
+            api, place, pictures: studio.makePictures(api), uploading: "", panel: "", written: null, tagValues: {},
+            modeChosen: false,
             view: {
                 state: null, filter: {...NO_FILTER}, offset: 0, sort: "name", shown: {total: 0, pictures: []}, tags: [],
                 tagsTotal: 0, empty: 0, selected: new Set(), current: "",
@@ -131,6 +133,9 @@
         app.forget = () => {
             Object.assign(view, {filter: {...NO_FILTER}, offset: 0, sort: "name", current: ""});
             view.selected.clear();
+            // The trigger word and the mode were those of another dataset.
+            app.tagValues = {};
+            app.modeChosen = false;
         };
 
         app.page = PAGE;

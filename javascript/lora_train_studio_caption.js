@@ -11,7 +11,9 @@
 
     studio.captionPanel = function(app) {
         const {make, button, field, tick, textBox, numberBox, choice, translated} = studio.parts;
-        const sources = make("div", {class: "lts-sources", role: "radiogroup", "aria-label": translated("Who writes the captions")});
+        const sources = make("div", {
+            class: "lts-sources", role: "radiogroup", "aria-label": translated("Who writes the captions"),
+        });
         const options = make("div", {class: "lts-line lts-options"}), more = make("details", {class: "lts-more"},
             make("summary", {text: translated("More options")}));
         const moreFields = more.appendChild(make("div", {class: "lts-line lts-options"}));
@@ -20,12 +22,15 @@
             drawn: "search", id: "lora_train_check_captions", title: "Paint from the captions and compare with the pictures; " +
                 "the worst come first",
         });
+        const legend = make("p", {class: "lts-quiet", text: translated(
+            "Each picture, what the model paints from its caption, and how well the two fit, of 100. The worst first.")});
         const results = make("div", {class: "lts-checked"}), othersList = make("ul", {class: "lts-problems"});
         const others = make("details", {class: "lts-more"}, make("summary", {text: translated("Others, and what they need")}),
             othersList);
-        const element = make("div", {}, sources, options, more, others, make("div", {class: "lts-line lts-go"}, run, check), results);
+        const element = make("div", {}, sources, options, more, others,
+            make("div", {class: "lts-line lts-go"}, run, check), legend, results);
         let declared = null, known = "";
-        const values = app.tagValues = app.tagValues || {};
+        const values = app.tagValues;
 
         app.api.ask("tag-options").then((answer) => {
             declared = answer.options || answer.settings || answer;
@@ -80,12 +85,13 @@
             const id = "lora_train_tag_" + name;
             if (type === "bool") return tick(label, values[name], set, help);
             if (option.choices && option.choices.length) {
-                return field(label, choice(option.choices.map((value) => [value, MODES[value] || value]), values[name], set, {id}),
-                    help);
+                const choices = option.choices.map((value) => [value, MODES[value] || value]);
+                return field(label, choice(choices, values[name], set, {id}), help);
             }
             if (type === "str") return field(label, textBox(values[name], set, {id}), help);
             return field(label, numberBox(values[name], set, {
-                minimum: option.minimum, maximum: option.maximum, step: option.step || (type === "int" ? 1 : "any"), id}), help);
+                minimum: option.minimum, maximum: option.maximum, step: option.step || (type === "int" ? 1 : "any"), id,
+            }), help);
         }
 
         function drawOptions() {
@@ -109,7 +115,8 @@
         }
 
         function drawResults() {
-            const scored = app.view.shown.pictures.filter(({score, painted}) => score !== null && score !== undefined && painted);
+            const scored = app.view.shown.pictures.filter(({score, painted}) => typeof score === "number" && painted);
+            legend.hidden = !scored.length;
             results.replaceChildren(...scored.slice().sort((a, b) => a.score - b.score).slice(0, 12).map((picture) => {
                 const original = make("img", {alt: picture.name});
                 app.pictures.show(original, studio.thumbPath(picture));

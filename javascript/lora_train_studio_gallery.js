@@ -90,7 +90,8 @@
                     button("Clear", () => app.select([]), {kind: "tool", drawn: "close", title: "Select nothing (Escape)"}));
             } else {
                 if (app.filtered()) tools.push(button("Show all", () => app.unfilter(), {drawn: "close"}));
-                tools.push(button(view.shown.total > app.page ? "Select page" : "Select all", () => app.select(view.shown.pictures.map(({id}) => id)), {
+                const page = () => app.select(view.shown.pictures.map(({id}) => id));
+                tools.push(button(view.shown.total > app.page ? "Select page" : "Select all", page, {
                     drawn: "check", id: "lora_train_select_all", title: "Select the pictures on this page (Ctrl+A)",
                 }));
             }

@@ -45,17 +45,20 @@
         let brush = BRUSHES[1][0], erase = false, last = null;
         app.pictures.show(image, studio.picturePath(picture));
         if (picture.masked) {
-            app.api.blob("mask" + idOf(picture)).then((blob) => coverFrom(blob, cover)).catch((error) => app.say(error.message, true));
+            app.api.blob("mask" + idOf(picture)).then((blob) => coverFrom(blob, cover))
+                .catch((error) => app.say(error.message, true));
         }
 
         function at(event) {
             const box = cover.getBoundingClientRect();
-            return [(event.clientX - box.left) * picture.width / box.width, (event.clientY - box.top) * picture.height / box.height];
+            const x = (event.clientX - box.left) / box.width, y = (event.clientY - box.top) / box.height;
+            return [x * picture.width, y * picture.height];
         }
 
         function stroke(from, to) {
             ink.globalCompositeOperation = erase ? "destination-out" : "source-over";
-            Object.assign(ink, {strokeStyle: COVER, lineCap: "round", lineWidth: brush * Math.max(picture.width, picture.height)});
+            const width = brush * Math.max(picture.width, picture.height);
+            Object.assign(ink, {strokeStyle: COVER, lineCap: "round", lineWidth: width});
             ink.beginPath();
             ink.moveTo(...from);
             ink.lineTo(...to);
@@ -88,7 +91,9 @@
 
         async function keep() {
             const mask = await maskOf(cover, picture);
-            if (await app.act(() => app.api.send("put-mask" + idOf(picture), mask), "The mask is kept beside the picture, for a training with masked loss.")) close();
+            const kept = await app.act(() => app.api.send("put-mask" + idOf(picture), mask),
+                "The mask is kept beside the picture, for a training with masked loss.");
+            if (kept) close();
         }
 
         function close() {

@@ -46,7 +46,8 @@
     // ---- 2 Check ---------------------------------------------------------------------------------------------------
 
     const COUNTED = {
-        broken: "cannot be read", duplicate: "nearly the same as another", small: "too small", blurry: "blurry", narrow: "very narrow",
+        broken: "cannot be read", duplicate: "nearly the same as another", small: "too small", blurry: "blurry",
+        narrow: "very narrow",
         deep_crop: "cut deep by the crop", no_caption: "without caption", empty_caption: "with an empty caption",
         long_caption: "with a long caption",
     };
@@ -124,8 +125,9 @@
         const classes = {prompt: "", count: 20, size: 512};
         const classPart = make("details", {class: "lts-more"},
             make("summary", {text: translated("Preservation pictures")}),
-            make("p", {class: "lts-quiet", text: translated("Pictures of the general kind, painted by the loaded model, keep it " +
-                "from forgetting what it knows. Most LoRAs do without.")}),
+            make("p", {class: "lts-quiet", text: translated(
+                "Pictures of the general kind, painted by the loaded model, keep it from forgetting what it knows. " +
+                "Most LoRAs do without.")}),
             make("div", {class: "lts-line"},
                 field("Prompt", textBox("", (text) => {
                     classes.prompt = text;

@@ -15,7 +15,8 @@
         split: "M3 3h18v18H3zM12 3v18M3 12h18", warning: "M12 4l9 16H3zM12 10v5M12 17.5v.5",
         folder: "M3 6h6l2 3h10v11H3z", upload: "M12 16V4M7 9l5-5 5 5M4 20h16", close: "M6 6l12 12M18 6L6 18",
         left: "M15 5l-7 7 7 7", right: "M9 5l7 7-7 7", picture: "M3 5h18v14H3zM3 16l5-5 4 4 4-5 5 6M8 9v.1",
-        back: "M4 12a8 8 0 1 1 2.5 5.8M4 18v-5h5", more: "M5 12v.1M12 12v.1M19 12v.1", search: "M11 5a6 6 0 1 1 0 12 6 6 0 0 1 0-12M15.5 15.5L20 20",
+        back: "M4 12a8 8 0 1 1 2.5 5.8M4 18v-5h5",
+        search: "M11 5a6 6 0 1 1 0 12 6 6 0 0 1 0-12M15.5 15.5L20 20",
     };
 
     const translated = (text) => (window.localization && window.localization[text]) || text;

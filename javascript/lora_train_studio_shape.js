@@ -3,7 +3,7 @@
     "use strict";
     const SAMPLES = 8, PREVIEW_MS = 300;
     const MODES = [
-        ["buckets", "Keep their shapes", "Portrait stays portrait: the nearest size that trains well, as little as possible cut off"],
+        ["buckets", "Keep their shapes", "Portrait stays portrait; as little as possible is cut off"],
         ["square", "Squares", "Every picture a square"],
         ["keep", "Only make smaller", "Nothing is cut off"],
     ];

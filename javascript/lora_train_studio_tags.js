@@ -68,6 +68,10 @@
                 ...patterns.map(([, box]) => box)));
         drawFields();
 
+        function changedWords({changed}) {
+            return count(changed, "caption") + " " + translated("changed; Undo takes it back.");
+        }
+
         function drawFields() {
             fields.replaceChildren(...EDITS[kind][1].map(([name, placeholder]) => {
                 const box = textBox(given[name] || "", (text) => {
@@ -85,7 +89,7 @@
             if (!complete) return app.say(translated("Fill in what to change."), true);
             for (const [name] of EDITS[kind][1]) given[name] = given[name] || "";
             return app.act(() => app.api.ask("edit", {edit: edit(kind, given), ...app.scope()}),
-                ({changed}) => count(changed, "caption") + " " + translated("changed; Undo takes it back."));
+                changedWords);
         }
 
         /** off -> only with it -> only without it -> off */
@@ -108,7 +112,7 @@
                     type: "button", class: "lts-tag-remove", title: translated("Remove this tag from") + " " + app.scopeWords(),
                     "aria-label": translated("Remove tag") + " " + tag,
                     onclick: () => app.act(() => app.api.ask("edit", {edit: edit("remove_tags", {tags: tag}), ...app.scope()}),
-                        ({changed}) => tag + ": " + count(changed, "caption") + " " + translated("changed; Undo takes it back.")),
+                        changedWords),
                 }, icon("close")));
         }
 

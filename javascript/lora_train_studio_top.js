@@ -25,7 +25,8 @@
             },
             {
                 id: "shape", name: "Crop", drawn: "crop", done: shaped > 0 || (checked && !deep),
-                about: shaped ? translated("Done") : deep ? count(deep, "deep crop") : translated(checked ? "Not needed" : "Size and crop"),
+                about: deep && !shaped ? count(deep, "deep crop") :
+                    translated(shaped ? "Done" : checked ? "Not needed" : "Size and crop"),
             },
             {
                 id: "caption", name: "Caption", drawn: "caption", done: captioned,
@@ -63,7 +64,9 @@
             const trigger = dataset.trigger_word || dataset.concept;
             return make("div", {class: "lts-head"},
                 make("div", {class: "lts-name"}, list,
-                    trigger && trigger !== dataset.name ? make("span", {class: "lts-trigger", text: trigger, title: translated("Trigger word")}) : null,
+                    trigger && trigger !== dataset.name ? make("span", {
+                        class: "lts-trigger", text: trigger, title: translated("Trigger word"),
+                    }) : null,
                     make("span", {class: "lts-quiet", text: count(dataset.pictures, "picture")})),
                 make("div", {class: "lts-actions"}, ...historyButtons(dataset)));
         }
@@ -106,10 +109,12 @@
             const mark = make("span", {class: "lts-step-mark"}, icon(drawn));
             return make("button", {
                 type: "button", class: "lts-step", id: "lora_train_step_" + step.id, "data-done": String(step.done),
-                "data-next": String(step.next), "data-look": String(Boolean(step.look)), "aria-expanded": String(app.panel === step.id),
-                "aria-current": step.next ? "step" : null, onclick: () => app.open(step.id),
+                "data-next": String(step.next), "data-look": String(Boolean(step.look)),
+                "aria-expanded": String(app.panel === step.id), "aria-current": step.next ? "step" : null,
+                onclick: () => app.open(step.id),
             }, mark, make("span", {class: "lts-step-words"},
-                make("b", {}, make("span", {class: "lts-number", text: number + " "}), translated(step.name)), make("small", {text: step.about})));
+                make("b", {}, make("span", {class: "lts-number", text: number + " "}), translated(step.name)),
+                make("small", {text: step.about})));
         }
 
         /** The work that goes on, and below it what the last work that met problems had to say, until that is closed. */

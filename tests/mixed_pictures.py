@@ -37,7 +37,7 @@ def mixed_pictures(folder: Path, *, scale: float = 1.0) -> Path:
             _cut_out(picture).save(folder / f"{source.stem}.png")
         else:
             picture.save(folder / f"{source.stem}.png")
-    for number, source in enumerate(sources[:7]):
+    for source in sources[:7]:
         # The same drawings in another place and colour are other pictures.
         picture = _picture(source, _scaled((720, 480), scale), random, mirrored=True)
         picture.save(folder / f"big-{source.stem}.png")

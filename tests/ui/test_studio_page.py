@@ -269,6 +269,27 @@ def test_one_caption_is_written_counted_and_saved_with_the_keyboard(few: StudioP
     expect(few.part("save")).to_contain_text("1")
 
 
+def test_each_dataset_keeps_its_own_trigger_word_and_unsaved_captions_are_asked_about(few: StudioPage, tmp_path: Path):
+    answers = []
+    few.page.on("dialog", lambda dialog: (answers.append(dialog.message), dialog.accept() if len(answers) > 1 else
+                                          dialog.dismiss()))
+    few.part("step_caption").click()
+    expect(few.part("tag_trigger_word")).to_have_value("zzk")
+    # Some have captions: those are not written over unless that is asked for.
+    expect(few.part("tag_mode")).to_have_value("Only where there is none")
+    few.page.locator("[data-source=template]").click()
+    few.part("tag").click()
+    expect(few.part("save")).to_contain_text("1")
+    few.part("dataset").select_option("New dataset")
+    expect(few.part("dataset")).to_have_value("emoji")
+    few.part("dataset").select_option("New dataset")
+    few.bring_in(tmp_path / "few", name="second", trigger="qqx")
+    assert len(answers) == 2 and "1 changed caption" in answers[0]
+    few.part("step_caption").click()
+    expect(few.part("tag_trigger_word")).to_have_value("qqx")
+    assert not few.captions().get("4")
+
+
 def test_what_a_caption_says_is_never_html(few: StudioPage):
     evil = few.tiles().nth(3)
     expect(evil).to_contain_text("onerror")
