@@ -228,6 +228,8 @@
             }
             event.preventDefault();
         });
+        // The WebUI takes Escape anywhere for its Interrupt.
+        app.place.addEventListener("keydown", (event) => event.key === "Escape" && event.stopPropagation());
         window.addEventListener("keydown", (event) => {
             if (!(event.ctrlKey || event.metaKey) || event.altKey || !app.inSight || !app.dataset()) return;
             const key = event.key.toLowerCase(), dataset = app.dataset();
