@@ -23,7 +23,8 @@
                 "the worst come first",
         });
         const legend = make("p", {class: "lts-quiet", text: translated(
-            "Each picture, what the model paints from its caption, and how well the two fit, of 100. The worst first.")});
+            "Each picture, what the model paints from its caption, how well the caption fits and how alike they look, of 100. " +
+            "The worst first.")});
         const results = make("div", {class: "lts-checked"}), othersList = make("ul", {class: "lts-problems"});
         const others = make("details", {class: "lts-more"}, make("summary", {text: translated("Others, and what they need")}),
             othersList);
@@ -128,7 +129,7 @@
                 });
                 return make("button", {
                     type: "button", class: "lts-pair", title: picture.caption, onclick: () => app.select([picture.id]),
-                }, original, ...painted, make("b", {text: Math.round(picture.score)}));
+                }, original, ...painted, make("b", {text: Math.round(picture.score) + " · " + Math.round(picture.likeness)}));
             }));
         }
 

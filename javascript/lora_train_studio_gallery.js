@@ -7,7 +7,8 @@
     "use strict";
     const PROBLEMS = {
         broken: "Cannot be read", small: "Too small", blurry: "Blurry", duplicate: "Duplicate", no_caption: "No caption",
-        empty_caption: "Empty caption", narrow: "Very narrow", long_caption: "Caption too long", deep_crop: "Crop cuts deep",
+        unreadable_caption: "Caption cannot be read", empty_caption: "Empty caption", narrow: "Very narrow", long_caption: "Caption too long",
+        deep_crop: "Crop cuts deep",
     };
     const QUIET = new Set(["no_caption", "empty_caption"]);
     const SORTS = [["name", "By name"], ["problems", "Problems first"], ["score", "Worst captions first"]];

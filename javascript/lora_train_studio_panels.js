@@ -47,7 +47,7 @@
 
     const COUNTED = {
         broken: "cannot be read", duplicate: "nearly the same as another", small: "too small", blurry: "blurry",
-        narrow: "very narrow",
+        narrow: "very narrow", unreadable_caption: "with a caption that cannot be read",
         deep_crop: "cut deep by the crop", no_caption: "without caption", empty_caption: "with an empty caption",
         long_caption: "with a long caption",
     };

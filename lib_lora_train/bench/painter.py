@@ -21,7 +21,7 @@ from lib_lora_train.network.targets import find_targets
 Adapters = Mapping[str, Mapping[str, Adapter]]
 WITHOUT: Adapters = {}
 
-CFG_SCALE, FIRST_SEED = 4.0, 1000
+CFG_SCALE, FIRST_SEED = 2.0, 1000
 LOSS_TIMESTEPS = (50, 150, 250, 350, 450, 550, 650, 750, 850, 950)
 TOGETHER = 16
 """Pictures painted at once: with more, a processor's cache no longer holds what it works on."""

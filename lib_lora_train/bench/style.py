@@ -22,11 +22,14 @@ TRIGGER = "twemoji"
 @dataclasses.dataclass(frozen=True)
 class StyleResult:
     """rows: real pictures, the base model, and the LoRA at weights 0, 0.5 and 1; on_the_way: what the run had learnt after
-    so many steps, at weight 1; weight_0_is_base: whether weight 0 gives the base model's first pictures bit for bit."""
+    so many steps, at weight 1; weight_0_is_base: whether weight 0 gives the base model's first pictures bit for bit; own: the
+    style share where it is asked for its own training captions again, which is the most that other words can be expected to
+    reach."""
 
     steps: int
     rows: list[Row]
     weight_0_is_base: bool
+    own: float
     on_the_way: list[Row]
     memorised: list[Memorised]
     loss: list[Band]
@@ -73,8 +76,8 @@ def measure_style(host: Host, painter: Painter, yardstick: Yardstick, *, data: P
     say("  the loss on held-out pictures")
     loss = loss_bands(painter, yardstick.real.pixels[TWEMOJI][yardstick.places], prompts, full)
     save_sheet(output / "style.png", [base, final, real[TWEMOJI][yardstick.places]])
-    return StyleResult(steps=steps, rows=rows, weight_0_is_base=same, on_the_way=on_the_way,
-                       memorised=memorised, loss=loss, training_seconds=training_seconds)
+    return StyleResult(steps=steps, rows=rows, weight_0_is_base=same, own=yardstick.style_share(asked_again),
+                       on_the_way=on_the_way, memorised=memorised, loss=loss, training_seconds=training_seconds)
 
 
 def save_sheet(path: Path, rows: list[torch.Tensor], *, most: int = 16) -> None:

@@ -145,6 +145,10 @@ class Yardstick:
             psnr=mean(measures.psnr(pixels, self._targets)), ssim=mean(measures.ssim(pixels, self._targets)),
             feature=mean(measures.feature_distance(features, self._target_features)))
 
+    def style_share(self, pixels: torch.Tensor) -> float:
+        """The share of `pixels` [n, 3, 128, 128], of whatever words, that is taken for Twemoji."""
+        return mean(self._hand.twemoji(pixels))
+
     def memorised(self, groups: Mapping[str, torch.Tensor], *, training: torch.Tensor) -> list[Memorised]:
         """How near groups of pictures come to the pictures `training` (as the VAE shows them); the first row is that of
         the real held-out Twemoji, which are nobody's copies."""

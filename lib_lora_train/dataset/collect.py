@@ -171,7 +171,7 @@ class _Taker:
                 self.skipped.append((f"mask of {found.label}", f"{reason(error)} The picture was imported without it."))
         if layers.alpha is None:
             return None
-        self._count("{} had transparent parts: they are white now" + (", and a mask keeps them from being learnt."
+        self._count("{} had transparent parts: they are white now" + (", and a mask that marks them is kept."
                                                                       if self.masks else "."))
         return layers.alpha if self.masks else None
 

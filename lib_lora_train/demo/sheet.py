@@ -16,7 +16,7 @@ from lib_lora_train.network import file
 from lib_lora_train.network.network import LoRANetwork
 from lib_lora_train.network.targets import find_targets
 
-SIDE, STEPS, CFG_SCALE, SEED = 128, 20, 4.0, 1000
+SIDE, STEPS, CFG_SCALE, SEED = 128, 20, 2.0, 1000
 DATASET = ("grapes", "cupcake", "tiger-face", "koala", "whale", "maple-leaf", "locomotive", "top-hat")
 # None of these is in the dataset.
 WORDS = ("red apple", "strawberry", "cat face", "penguin", "fish", "sunflower", "house", "rocket")

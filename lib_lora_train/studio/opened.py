@@ -30,11 +30,13 @@ LIVE_CODES = frozenset({"no_caption", "empty_caption", "unreadable_caption"})
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """How well a caption fits its picture, 0 to 100; for that very text. `painted` is how many pictures were painted."""
+    """How well a caption fits its picture, 0 to 100; for that very text. `painted` is how many pictures were painted,
+    `likeness` how near they come to it, 0 to 100, None where none was."""
 
     caption: str
     value: float
     painted: int
+    likeness: float | None = None
 
 
 class Opened:
@@ -173,7 +175,8 @@ class Opened:
                 "changed": self.book.is_changed(index), "problems": problems, "score": self.score(index),
                 "caption_problem": self.book.problem(index), "masked": self.dataset.mask_path(name).is_file(),
                 "shaped": self.dataset.unshaped_path(name).is_file(), "stamp": mark,
-                "painted": self.scores[name].painted if name in self.scores else 0}
+                "painted": self.scores[name].painted if name in self.scores else 0,
+                "likeness": self.scores[name].likeness if name in self.scores else None}
 
     def score(self, index: int) -> float | None:
         """The caption's score, None where it was not judged or changed since."""

@@ -42,7 +42,7 @@ def add_prepare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     prepare.add_argument("--enlarge", action="store_true", help="enlarge pictures that are smaller; otherwise "
                          "they are only cut")
     prepare.add_argument("--transparent", choices=("mask", "white"), default="mask", help="transparent parts become white, and "
-                         "with mask they are also kept from being learnt")
+                         "with mask a mask that marks them is kept, for trainers with masked loss")
     prepare.add_argument("--dry-run", action="store_true", help="show what would come of it and write nothing")
     prepare.add_argument("--json", action="store_true", help="the result as JSON")
     prepare.set_defaults(command=run)

@@ -37,13 +37,15 @@ def check(studio: Studio, selection: Selection, *, seeds: int, steps: int, worst
     def work(task: Task) -> str:
         shutil.rmtree(folder, ignore_errors=True)
         judged = []
-        for checked in check_captions(studio.host, list(captions.items()), settings=settings, seeds=seeds, steps=steps,
-                                      worst=min(worst, len(captions)), on_progress=task.progress,
-                                      should_stop=task.should_stop):
-            if checked.problem or checked.score is None:
-                task.problem(checked.path.name, checked.problem)
-                continue
-            judged.append(_put_down(studio, opened, checked, folder))
+        checking = check_captions(studio.host, list(captions.items()), settings=settings, seeds=seeds, steps=steps,
+                                  worst=min(worst, len(captions)), on_progress=task.progress, should_stop=task.should_stop)
+        # Closed at once where putting down fails (a full disk): the model must not wait for Python's collector.
+        with contextlib.closing(checking):
+            for checked in checking:
+                if checked.problem or checked.score is None:
+                    task.problem(checked.path.name, checked.problem)
+                    continue
+                judged.append(_put_down(studio, opened, checked, folder))
         task.result({"checked": len(judged)})
         return f"{len(judged):,} caption{'' if len(judged) == 1 else 's'} checked; look at the lowest scores first."
 
@@ -56,7 +58,8 @@ def _put_down(studio: Studio, opened: Opened, checked: Checked, folder: Path) ->
     for number, picture in enumerate(checked.pictures):
         write_whole(_painted(folder, name, number), thumbs.jpeg(picture))
     assert checked.score is not None
-    score = Score(checked.caption, round(checked.score, 1), len(checked.pictures))
+    likeness = None if checked.similarity is None else round(100 * checked.similarity, 1)
+    score = Score(checked.caption, round(checked.score, 1), len(checked.pictures), likeness)
     with studio.using():
         opened.scores[name] = score
         studio.changed()

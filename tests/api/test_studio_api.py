@@ -658,6 +658,7 @@ def test_captions_are_checked_with_the_loaded_model(model_desk: Desk):
     scores = [p["score"] for p in shown]
     assert scores == sorted(scores) and all(0 <= score <= 100 for score in scores)
     assert [p["painted"] for p in shown] == [1, 1, 0]  # the worst are painted
+    assert all(0 <= p["likeness"] <= 100 for p in shown[:2]) and shown[2]["likeness"] is None
     answer = model_desk.get("checked", id=shown[0]["id"], n="0")
     assert answer.status_code == 200 and Image.open(io.BytesIO(answer.content)).size == (64, 64)
     for query in ({"id": shown[2]["id"], "n": "0"}, {"id": shown[0]["id"], "n": "-1"}, {"id": "no.png", "n": "0"},

@@ -13,7 +13,7 @@ JUDGES = JudgeFigures(hand=0.96875, hand_palette=0.9, hand_texture=0.85, hand_co
                       word_across=0.45)
 STYLE = StyleResult(
     steps=800, rows=[Row("base", 0.03125, 0.1, 0.2, 0.75, 12.345, 0.5, 0.25), Row("LoRA at 1", 0.9, 1, 1, 0.7, 14.0, 0.6, 0.2)],
-    weight_0_is_base=True, on_the_way=[Row("50 steps", 0.5, 1, 1, 0.7, 14.0, 0.6, 0.2)],
+    weight_0_is_base=True, own=0.5, on_the_way=[Row("50 steps", 0.5, 1, 1, 0.7, 14.0, 0.6, 0.2)],
     memorised=[Memorised("real held-out Twemoji", 0.2, 0.1, 0.0)], loss=[Band("0-199", 0.5, 0.4)], training_seconds=9.0)
 SUBJECT = SubjectResult(steps=400, pictures=16, base=0.0, lora=0.75, real=0.9, mistaken=0.01, loss=[Band("0-199", 0.5, 0.6)])
 
