@@ -22,8 +22,8 @@ def quality_text(*, settings: Mapping[str, object], checkpoint: str, judges: Jud
         parts.insert(0, "**A quick run: few words and judges fitted in haste. Not to be quoted.**")
     parts += [f"### Style: 24 Twemoji pictures, {style.steps} steps, asked for words it has not seen",
               _rows("pictures", style.rows), _weight_0(style),
-              f"Asked for its own training captions again, {_share(style.own)} of what it paints is taken for Twemoji: how much "
-              "of the style this model can show at all.",
+              f"Asked for its own training captions again, {_share(style.own)} of what it paints is taken for Twemoji: how "
+              "much of the style this model can show at all.",
               "PSNR, SSIM and feature distance are to the real Twemoji of the same word (feature distance: 0 is equal).",
               "### Steps to quality (one run, its saves at weight 1)", _rows("after", style.on_the_way),
               "### Memorisation: RMS distance of pixels to the nearest training picture",
