@@ -33,7 +33,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import fuzz_studio
 import torch
 from PIL import Image
 from safetensors.torch import save
@@ -293,6 +295,10 @@ def readers() -> list[Reader]:
         Reader("training states", lambda rng: tensors_file(rng, states), _state),
         Reader("pictures", lambda rng: picture_file(rng, png), _picture),
         Reader("folders", lambda rng: text(rng, ["1", "10_dog", ".png", ".txt"]).encode("utf-8", "surrogatepass"), _folder),
+        Reader("zip files", lambda rng: fuzz_studio.zip_file(rng, png, mutate=mutated, text=text), fuzz_studio.read_zip,
+               share=1),
+        Reader("dataset folders", lambda rng: fuzz_studio.dataset_files(rng, mutate=mutated),
+               lambda data, place: fuzz_studio.read_dataset(data, place, picture=_TINY.getvalue()), share=1),
         Reader("LoRA names", lambda rng: text(rng, ["zzk", "my character", "CON"]).encode("utf-8", "surrogatepass"), _name),
     ]
 
@@ -468,9 +474,17 @@ class Watch:
         elif event in ("os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate", "os.symlink", "os.link"):
             path = arguments[1] if event in ("os.rename", "os.link", "os.symlink") else arguments[0]
         if isinstance(path, (str, bytes, os.PathLike)):
-            real = os.path.realpath(os.fsdecode(path))
+            real = os.path.realpath(os.path.join(_folder_of(event, arguments), os.fsdecode(path)))
             if real != os.devnull and not (real + os.sep).startswith(self.place + os.sep):
                 self.seen.append(f"{event} {real}"[:200])
+
+
+def _folder_of(event: str, arguments: tuple[Any, ...]) -> str:
+    """What a relative path of the event starts from: emptying a folder names what is in it from the open folder."""
+    if event in ("os.mkdir", "os.remove", "os.rmdir") and isinstance(arguments[-1], int) and arguments[-1] >= 0:
+        with contextlib.suppress(OSError):
+            return os.readlink(f"/proc/self/fd/{arguments[-1]}")
+    return ""
 
 
 def run(inputs: int, *, seed: int, place: Path, first: int = 0, only: str = "", seconds: float = SECONDS) -> dict[str, Tally]:

@@ -1,0 +1,80 @@
+"""What `fuzz_readers` feeds to the studio: zip files with anything in them, and the files of a dataset folder."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import random
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+from lib_lora_train.dataset.archive import Limits
+from lib_lora_train.dataset.book import CaptionBook
+from lib_lora_train.dataset.collect import collect
+from lib_lora_train.dataset.owned import OwnedDataset
+from lib_lora_train.errors import DatasetError
+
+NAMES = ["a.png", "b.jpg", "sub/c.webp", "10_dog/d.png", "a.txt", "masks/a.png", "../e.png", "/f.png", "C:\\g.png", "A.PNG"]
+_LIMITS = Limits(entries=60, entry_bytes=4 << 20, total_bytes=8 << 20, always_bytes=8 << 20)
+_CAPTION = b"zzk, blue"
+Mutate = Callable[[random.Random, list[bytes]], bytes]
+Text = Callable[[random.Random, list[str]], str]
+
+
+def zip_file(rng: random.Random, pictures: list[bytes], *, mutate: Mutate, text: Text) -> bytes:
+    """A zip of up to six entries, sound or damaged inside, with names from anywhere; every second one is damaged as a whole."""
+    held = io.BytesIO()
+    with zipfile.ZipFile(held, "w", rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))) as made:
+        for _ in range(rng.randrange(7)):
+            name = rng.choice(NAMES) if rng.random() < 0.6 else text(rng, NAMES)
+            data = rng.choice(pictures) if rng.random() < 0.5 else mutate(rng, pictures)
+            # A name that zipfile would refuse to write never reaches a reader; damage to the whole brings such names.
+            made.writestr(name.encode("utf-8", "replace").decode("utf-8").replace("\0", "")[:300] or "x.png", data)
+    whole = held.getvalue()
+    return whole if rng.random() < 0.5 else mutate(rng, [whole])
+
+
+def read_zip(data: bytes, place: Path) -> object:
+    """Import the zip. Raises DatasetError where nothing was taken; asserts that all lies where pictures belong."""
+    archive = place / "x.zip"
+    archive.write_bytes(data)
+    dataset = OwnedDataset.create(place / "datasets", "fuzz", concept="zzk")
+    before, tempfile.tempdir = tempfile.tempdir, str(place)  # entries are unpacked there; it must be as empty as before
+    try:
+        collected = collect(dataset, [archive], limits=_LIMITS)
+    finally:
+        tempfile.tempdir = before
+    assert all(path.parent == dataset.pictures_folder and path.is_file() for path in collected.added)
+    assert {path.name for path in place.iterdir()} == {"x.zip", "datasets"}
+    if not collected.added:
+        raise DatasetError("; ".join(why for _, why in collected.skipped) or "nothing in it")
+    return collected
+
+
+def dataset_files(rng: random.Random, *, mutate: Mutate) -> bytes:
+    """dataset.json and the journal of an interrupted save, one of them damaged, as one text."""
+    notes = json.dumps({"version": 1, "concept": "zzk", "pictures": {"a.png": {"source": "x", "shaped": {"mode": "square"}}}})
+    journal = json.dumps({"version": 1, "captions": [{
+        "file": base64.b64encode(b"10_zzk/a.txt").decode(), "old": hashlib.sha256(_CAPTION).hexdigest(), "new": "zzk, red"}]})
+    parts = [notes.encode(), journal.encode()]
+    parts[rng.randrange(2)] = mutate(rng, parts)
+    return len(parts[0]).to_bytes(4, "big") + parts[0] + parts[1]
+
+
+def read_dataset(data: bytes, place: Path, *, picture: bytes) -> object:
+    """Open such a folder as the studio does; the picture and the caption in it stay whatever the files beside them say."""
+    length = int.from_bytes(data[:4], "big")
+    dataset = OwnedDataset.create(place, "fuzz", concept="zzk")
+    (dataset.pictures_folder / "a.png").write_bytes(picture)
+    (dataset.pictures_folder / "a.txt").write_bytes(_CAPTION)
+    dataset.studio_folder.mkdir(exist_ok=True)
+    (dataset.folder / "dataset.json").write_bytes(data[4:4 + length])
+    (dataset.studio_folder / "captions.journal").write_bytes(data[4 + length:])
+    opened = OwnedDataset.open(dataset.folder)
+    book = CaptionBook.open(opened.folder)
+    assert [path.name for path in book.pictures] == ["a.png"] and opened.pictures[0].read_bytes() == picture
+    return opened.notes(), book.caption(0)
