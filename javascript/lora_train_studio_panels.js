@@ -154,10 +154,17 @@
         async function useIt() {
             const answer = await app.act(() => app.api.ask("use", {}));
             if (!answer) return;
-            const name = document.querySelector("#lora_train_output_name input, #lora_train_output_name textarea");
-            fillFields(name && !name.value.trim() ? {output_name: app.dataset().name, ...answer} : answer);
+            const trained = typed("train_data_dir");
+            // A name for this dataset's LoRA stays; that of another dataset's would be overwritten.
+            const named = typed("output_name") && (!trained || trained === answer.train_data_dir);
+            fillFields(named ? answer : {output_name: app.dataset().name, ...answer});
             app.panel = "";
             app.turnTo(1);
+        }
+
+        function typed(name) {
+            const box = document.querySelector("#lora_train_" + name + " input, #lora_train_" + name + " textarea");
+            return box ? box.value.trim() : "";
         }
 
         /** Into the fields of the other page, which have the settings' names. */

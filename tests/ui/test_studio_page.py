@@ -290,6 +290,30 @@ def test_each_dataset_keeps_its_own_trigger_word_and_unsaved_captions_are_asked_
     assert not few.captions().get("4")
 
 
+def test_a_name_of_ones_own_stays_and_that_of_another_datasets_lora_does_not(few: StudioPage):
+    name, folder = few.page.locator("#lora_train_output_name input, #lora_train_output_name textarea").first, "train_data_dir"
+    trained = few.page.locator(f"#lora_train_{folder} input, #lora_train_{folder} textarea").first
+
+    def use() -> None:
+        few.part("step_train").click()
+        few.part("use").click()
+        expect(few.part("start")).to_be_visible()
+        expect(trained).to_have_value(str(few.host.datasets_folder / "emoji"))
+
+    use()
+    expect(name).to_have_value("emoji")
+    name.fill("emoji v2")
+    few.page.get_by_role("button", name="1 Dataset").click()
+    use()
+    expect(name).to_have_value("emoji v2")
+    # As after a reload, when the fields show the last run's.
+    trained.fill("another dataset")
+    name.fill("another LoRA")
+    few.page.get_by_role("button", name="1 Dataset").click()
+    use()
+    expect(name).to_have_value("emoji")
+
+
 def test_what_a_caption_says_is_never_html(few: StudioPage):
     evil = few.tiles().nth(3)
     expect(evil).to_contain_text("onerror")
