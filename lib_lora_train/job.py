@@ -21,10 +21,10 @@ from lib_lora_train.cache.disk import LatentDisk, tensor_fingerprint
 from lib_lora_train.cache.latents import CachedLatents, FreshLatents, LatentSource
 from lib_lora_train.cache.text import TextCache
 from lib_lora_train.errors import Interrupted, SettingError, translated
+from lib_lora_train.evaluation.loan import lent_model
 from lib_lora_train.events import Finished, Planned, Report, Stage, Warned
 from lib_lora_train.fence import Fence, confine
 from lib_lora_train.host.port import Borrowed, Host
-from lib_lora_train.model import frozen
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.model.text import Conditioning, Tokens
 from lib_lora_train.network import file
@@ -58,7 +58,7 @@ def run_job(settings: Settings, host: Host, *, report: Report, stop: Stop, folde
     preparation = _prepared(settings, checkpoint.family if checkpoint else "", host.fence, report=report, stop=stop)
 
     with host.borrow() as borrowed:
-        model = _model(settings, borrowed)
+        model = lent_model(borrowed, settings)
         if checkpoint is None or model.architecture.family != checkpoint.family:
             # The host had no model yet, or another one, when the folder was read.
             preparation = _prepared(settings, model.architecture.family, host.fence, report=report, stop=stop)
@@ -183,19 +183,6 @@ def _pause(settings: Settings, host: Host, model: FrozenModel, *, report: Report
             model.take(tensors)
         return tensors is not None
     return pause
-
-
-def _model(settings: Settings, borrowed: Borrowed) -> FrozenModel:
-    """The borrowed model, with what the user says about it above what the host says."""
-    said = {"auto": None, "on": True, "off": False}
-    v_prediction, zero_terminal_snr = said[settings.loss.v_parameterization], said[settings.loss.zero_terminal_snr]
-    hints = borrowed.hints
-    if v_prediction is not None:
-        hints = dataclasses.replace(hints, prediction_type="v_prediction" if v_prediction else "epsilon")
-    if zero_terminal_snr is not None:
-        hints = dataclasses.replace(hints, zero_terminal_snr=zero_terminal_snr)
-    return frozen.build(borrowed.tensors, hints=hints, tokenizers=borrowed.tokenizers,
-                        comma_padding_backtrack=borrowed.comma_padding_backtrack)
 
 
 def _check_sizes(preparation: Preparation, model: FrozenModel) -> None:

@@ -51,26 +51,24 @@ class Mark:
 
 def is_marked(folder: Path) -> bool:
     """Whether some process, or this one, works on the folder's run."""
-    try:
-        descriptor = os.open(folder / MARK_NAME, os.O_RDWR)
-    except OSError:
-        return False
-    try:
-        return _lock(descriptor) is False
-    finally:
-        os.close(descriptor)  # and lets the lock go
+    return _could_lock(folder) is False
 
 
 def is_abandoned(folder: Path) -> bool:
     """Whether some process worked on the folder's run and surely none does now; False where the drive knows no locks."""
+    return _could_lock(folder) is True
+
+
+def _could_lock(folder: Path) -> bool | None:
+    """Whether the mark could be had; None where there is none, or the drive knows no locks."""
     try:
         descriptor = os.open(folder / MARK_NAME, os.O_RDWR)
     except OSError:
-        return False
+        return None
     try:
-        return _lock(descriptor) is True
+        return _lock(descriptor)
     finally:
-        os.close(descriptor)
+        os.close(descriptor)  # and lets the lock go
 
 
 def _lock(descriptor: int) -> bool | None:

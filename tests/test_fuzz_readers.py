@@ -91,6 +91,16 @@ def test_metadata_that_is_no_text_is_refused(tmp_path: Path, metadata: str):
             reader(path)
 
 
+@pytest.mark.parametrize("offsets", ['[0, "4"]', '["0", "4"]', "[0, [4]]", "[0]", "{}", "4", "[0, null]"])
+def test_a_lora_whose_offsets_are_no_numbers_is_refused(tmp_path: Path, offsets: str):
+    header = b'{"a.lora_up.weight": {"dtype": "F32", "shape": [1], "data_offsets": ' + offsets.encode() + b"}}"
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    for reader in (file.read_metadata, file.load):
+        with pytest.raises(LoraFileError, match="damaged"):
+            reader(path)
+
+
 @pytest.mark.parametrize("block", [
     "input_blocks.x.0.weight", "input_blocks.1", "middle_block.y.weight", "output_blocks.0>in.1.w", "input_blocks.².0.w",
     "input_blocks." + "9" * 5000 + ".0.w"])

@@ -254,8 +254,8 @@ def full_disk(monkeypatch, refused) -> None:
             return self.file.write(data)
 
     @contextlib.contextmanager
-    def replacing(path):
-        with original(path) as file:
+    def replacing(path, **options):
+        with original(path, **options) as file:
             yield Full(file) if refused(path.name) else file
     for module in (whole_file, resume.state):
         monkeypatch.setattr(module, "replacing", replacing)

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from lib_lora_train.dataset.archive import Archive, Entry, Limits, open_archive
 from lib_lora_train.dataset.captions import CAPTION_SUFFIXES
+from lib_lora_train.dataset.folder import MASKS_FOLDER
 from lib_lora_train.dataset.names import file_key
 from lib_lora_train.dataset.pictures import is_picture_name
 from lib_lora_train.errors import DatasetError, printable
 
-MASKS = "masks"
 """A folder of this name beside pictures holds their masks."""
 
 Place = Path | Entry  # a file of its own, or in an archive
@@ -220,7 +220,7 @@ def _pictures(files: Sequence[_File]) -> tuple[Found, ...]:
 
 
 def _is_mask(file: _File) -> bool:
-    return bool(file.folder) and file.folder[-1].casefold() == MASKS
+    return bool(file.folder) and file.folder[-1].casefold() == MASKS_FOLDER
 
 
 def _listed(folder: Path) -> list[Path]:

@@ -110,7 +110,7 @@ def scan(
     subsets, layout, problems = find_pictures(Path(folder), what="dataset", may_read=may_read)
     reg_subsets: list[Subset] = []
     if reg_data_dir:
-        if Path(reg_data_dir).resolve() == Path(folder).resolve():
+        if _same(Path(reg_data_dir), Path(folder)):
             raise DatasetError("reg_data_dir is the dataset folder itself", remedy="choose another folder or none")
         reg_subsets, _, reg_problems = find_pictures(Path(reg_data_dir), what="regularisation", may_read=may_read)
         problems += reg_problems
@@ -282,6 +282,13 @@ def _subset(folder: Path, problems: list[Problem], may_read: MayRead | None) -> 
         problems.append(Problem(f"The folder {folder.name} is ignored: {why}."))
         return None
     return Subset(folder, repeats, printable(match[2].strip()), pictures, find_captions(files))
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return one.resolve() == other.resolve()
+    except (OSError, ValueError):  # no name that this system can hold: it is refused where it is listed
+        return False
 
 
 def _listing(folder: Path, what: str, *, may_read: MayRead | None,

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lib_lora_train.dataset.captions import CAPTION_SUFFIXES
-from lib_lora_train.dataset.folder import MOST_REPEATS
+from lib_lora_train.dataset.folder import MASKS_FOLDER, MOST_REPEATS
 from lib_lora_train.dataset.names import file_key, safe_stem
 from lib_lora_train.dataset.pictures import is_picture_name
 from lib_lora_train.errors import DatasetError, printable, translated
@@ -103,7 +103,7 @@ class OwnedDataset:
     @property
     def masks_folder(self) -> Path:
         """Where masks are; there only once one was written. kohya's trainer takes it as conditioning_data_dir."""
-        return self.folder / "masks"
+        return self.folder / MASKS_FOLDER
 
     @property
     def studio_folder(self) -> Path:
@@ -144,7 +144,7 @@ class OwnedDataset:
 
     def unshaped_mask_path(self, name: str) -> Path:
         """Where its mask is kept as it was then."""
-        return self.unshaped_folder / "masks" / f"{Path(name).stem}.png"
+        return self.unshaped_folder / MASKS_FOLDER / f"{Path(name).stem}.png"
 
     def taken_stems(self) -> set[str]:
         """Stems that a new picture must not get: of pictures, of what was removed and could come back, and of captions and
@@ -154,7 +154,7 @@ class OwnedDataset:
 
     def remove_parts(self) -> None:
         """Clear away what a killed process left half-written, before many files are written as ones of many."""
-        for folder in (self.pictures_folder, self.masks_folder, self.unshaped_folder, self.unshaped_folder / "masks"):
+        for folder in (self.pictures_folder, self.masks_folder, self.unshaped_folder, self.unshaped_folder / MASKS_FOLDER):
             remove_parts(folder)
 
     # ---- notes
@@ -226,9 +226,9 @@ class OwnedDataset:
         stem, away = Path(name).stem, self.removed_folder
         return [(self.pictures_folder / name, away / name),
                 *((self.pictures_folder / f"{stem}{suffix}", away / f"{stem}{suffix}") for suffix in CAPTION_SUFFIXES),
-                (self.mask_path(name), away / "masks" / f"{stem}.png"),
+                (self.mask_path(name), away / MASKS_FOLDER / f"{stem}.png"),
                 (self.unshaped_path(name), away / "unshaped" / name),
-                (self.unshaped_mask_path(name), away / "unshaped" / "masks" / f"{stem}.png")]
+                (self.unshaped_mask_path(name), away / "unshaped" / MASKS_FOLDER / f"{stem}.png")]
 
     def _move(self, names: Sequence[str], *, back: bool) -> tuple[str, ...]:
         moved = []

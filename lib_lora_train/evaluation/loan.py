@@ -13,7 +13,6 @@ from lib_lora_train.errors import Interrupted
 from lib_lora_train.events import Stage
 from lib_lora_train.host.port import Borrowed, Host
 from lib_lora_train.model import frozen
-from lib_lora_train.model.family import Hints
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.settings import Settings
 from lib_lora_train.training.precision import compute_dtype
@@ -67,19 +66,19 @@ def on_loan(host: Host, *, work: str, settings: Settings, should_stop: ShouldSto
         return bool(should_stop and should_stop()) or host.interrupted()
 
     with host.borrow() as borrowed:
-        model = frozen.build(borrowed.tensors, hints=_hints(borrowed, settings), tokenizers=borrowed.tokenizers,
-                             comma_padding_backtrack=borrowed.comma_padding_backtrack)
+        model = lent_model(borrowed, settings)
         yield Loan(model, work, compute_dtype(settings.memory.mixed_precision, model.device, weights=model.dtype),
                    settings.captions.clip_skip or borrowed.clip_skip, borrowed.checkpoint.name, host, stop)
 
 
-def _hints(borrowed: Borrowed, settings: Settings) -> Hints:
-    """What the host says of the model, and above it what the user says."""
-    said = {"on": True, "off": False}
+def lent_model(borrowed: Borrowed, settings: Settings) -> FrozenModel:
+    """The borrowed model, with what the user says about it above what the host says. Raises ModelError."""
+    said = {"auto": None, "on": True, "off": False}
+    v_prediction, zero_terminal_snr = said[settings.loss.v_parameterization], said[settings.loss.zero_terminal_snr]
     hints = borrowed.hints
-    if settings.loss.v_parameterization in said:
-        v_prediction = said[settings.loss.v_parameterization]
+    if v_prediction is not None:
         hints = dataclasses.replace(hints, prediction_type="v_prediction" if v_prediction else "epsilon")
-    if settings.loss.zero_terminal_snr in said:
-        hints = dataclasses.replace(hints, zero_terminal_snr=said[settings.loss.zero_terminal_snr])
-    return hints
+    if zero_terminal_snr is not None:
+        hints = dataclasses.replace(hints, zero_terminal_snr=zero_terminal_snr)
+    return frozen.build(borrowed.tensors, hints=hints, tokenizers=borrowed.tokenizers,
+                        comma_padding_backtrack=borrowed.comma_padding_backtrack)

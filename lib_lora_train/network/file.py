@@ -195,11 +195,11 @@ def _header(path: Path, data: bytes, *, size: int | None = None) -> dict[str, di
         metadata = header.get("__metadata__") or {}
         if not all(isinstance(text, str) for text in (*metadata.keys(), *metadata.values())):
             raise TypeError("metadata is text")
-        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+        end = 8 + length + max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise _damaged(path, "its header cannot be read") from error
-    if 8 + length + end != size:
-        raise _damaged(path, f"it has {size} bytes where {8 + length + end} are announced")
+    if end != size:
+        raise _damaged(path, f"it has {size} bytes where {end} are announced")
     return header
 
 

@@ -185,6 +185,13 @@ def test_a_regularisation_folder_is_checked_like_the_other(tmp_path: Path, make_
         scan(tmp_path / "train", max_train_epochs=1, reg_data_dir=tmp_path / "reg")
 
 
+def test_a_regularisation_folder_that_no_system_can_name_is_refused(tmp_path: Path, make_picture) -> None:
+    make_picture("train/1_dog/a.png")
+    for name in ("\ud800", "\0"):
+        with pytest.raises(DatasetError):
+            scan(tmp_path / "train", max_train_epochs=1, reg_data_dir=name)
+
+
 def test_progress_is_told_and_a_stop_is_heard_between_pictures(tmp_path: Path, make_picture) -> None:
     for name in ("a", "b", "c"):
         make_picture(f"{name}.png")
