@@ -195,7 +195,8 @@ def _header(path: Path, data: bytes, *, size: int | None = None) -> dict[str, di
         metadata = header.get("__metadata__") or {}
         if not all(isinstance(text, str) for text in (*metadata.keys(), *metadata.values())):
             raise TypeError("metadata is text")
-        end = 8 + length + max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+        ends = (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+        end = 8 + length + max(ends, default=0)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise _damaged(path, "its header cannot be read") from error
     if end != size:
