@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -39,9 +39,9 @@ def replacing(path: Path, *, one_of_many: bool = False) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())  # the bytes are on the disk before the name is
-        _replace(temporary, path)
+        replace(temporary, path)
         if not one_of_many:
-            _keep_name(path.parent)
+            keep_name(path.parent)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -62,14 +62,25 @@ def remove_parts(folder: Path) -> None:
                 leftover.unlink()
 
 
-def _replace(temporary: Path, path: Path) -> None:
+def replace(temporary: Path, path: Path) -> None:
+    """`temporary` takes the place of `path`, with patience for a program that holds it for a moment. Raises OSError."""
+    _patiently(lambda: os.replace(temporary, path))
+
+
+def remove(path: Path) -> None:
+    """The file is gone, also after a power cut; likewise with patience. Raises OSError."""
+    _patiently(lambda: path.unlink(missing_ok=True))
+    keep_name(path.parent)
+
+
+def _patiently(act: Callable[[], None]) -> None:
     for pause in RETRY_SECONDS:
         try:
-            os.replace(temporary, path)
+            act()
             return
         except PermissionError:
             time.sleep(pause)
-    os.replace(temporary, path)
+    act()
 
 
 def _remove_leftovers(path: Path) -> None:
@@ -81,8 +92,8 @@ def _remove_leftovers(path: Path) -> None:
             leftover.unlink()
 
 
-def _keep_name(folder: Path) -> None:
-    """Have the folder's new entry on the disk too. Windows has no such call and needs none."""
+def keep_name(folder: Path) -> None:
+    """Have the folder's entries on the disk too. Windows has no such call and needs none."""
     if sys.platform == "win32":
         return
     with contextlib.suppress(OSError):  # some network drives refuse; the file itself is safe

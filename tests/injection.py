@@ -49,7 +49,7 @@ PLACES = (
     Place("after the optimiser", f"{P}.training.optimizer:Stepper.step", "after", 3, learnt=True),
     Place("in a report of a step", f"{P}.training.loop:Step", "before", 3, learnt=True),
     Place("before a save on the way", f"{P}.network.file:save", learnt=True, harmless=True),
-    Place("in the rename of a save on the way", f"{P}.whole_file:_replace", "before", 2, learnt=True, harmless=True),
+    Place("in the rename of a save on the way", f"{P}.whole_file:replace", "before", 2, learnt=True, harmless=True),
     Place("in keeping the resume point", f"{P}.training.state:write", learnt=True, harmless=True),
     Place("before saving the result", f"{P}.network.file:save", "before", 2, learnt=True),
     Place("after saving the result", f"{P}.network.file:save", "after", 2, learnt=True),

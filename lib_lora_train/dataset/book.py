@@ -24,7 +24,7 @@ from lib_lora_train.dataset.book_files import (
 )
 from lib_lora_train.dataset.book_filter import Filter
 from lib_lora_train.dataset.book_history import History, Step
-from lib_lora_train.dataset.book_save import STUDIO, Rewrite, content_of, read_backup, recover, write_captions
+from lib_lora_train.dataset.book_save import STUDIO, Rewrite, content_of, recover, write_captions
 from lib_lora_train.dataset.captions import split_tags
 from lib_lora_train.dataset.folder import MayRead
 from lib_lora_train.dataset.watch import Progress, ShouldStop, Watch
@@ -274,24 +274,6 @@ class CaptionBook:
         for slot, rewrite in zip(slots, rewrites, strict=True):
             self._now_on_disk(slot, OnDisk(rewrite.new.strip()))
         return Saved(len(rewrites), backup, tuple(conflicts))
-
-    def read_again(self, indices: Iterable[int]) -> int:
-        """Take the captions as the disk has them now, as one step: the other way out of a conflict."""
-        slots = self._slots_of(indices)
-        for slot in slots:
-            self._disk[slot] = self._read(self._files[slot])
-        changed = self._do("Read again", {slot: self._disk[slot].caption for slot in slots})
-        self._set({slot: self._texts[slot] for slot in slots})
-        return changed
-
-    def restore(self, backup: Path) -> int:
-        """The captions of a backup as one step, to be looked at and saved; returns how many changed."""
-        texts = {}
-        for name, text in read_backup(backup).items():
-            slot = self._slots.get(_file_key(self.folder / name))
-            if slot is not None:
-                texts[slot] = OnDisk(text.strip()).caption
-        return self._do("Restore a backup", texts)
 
     # ---- inside
 

@@ -18,7 +18,6 @@ import hashlib
 import json
 import os
 import re
-import sys
 import time
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -30,8 +29,8 @@ from lib_lora_train.dataset.book_files import MOST_BYTES
 from lib_lora_train.dataset.captions import CAPTION_SUFFIXES
 from lib_lora_train.dataset.folder import MayRead
 from lib_lora_train.dataset.watch import Progress, Watch
-from lib_lora_train.errors import DatasetError, OutputError, printable, translated
-from lib_lora_train.whole_file import RETRY_SECONDS, replacing, write_whole
+from lib_lora_train.errors import OutputError, printable, translated
+from lib_lora_train.whole_file import keep_name, remove, replace, replacing, write_whole
 
 STUDIO = ".studio"
 BACKUPS_KEPT = 10
@@ -83,7 +82,7 @@ def write_captions(folder: Path, rewrites: list[Rewrite], *, backup_folder: Path
         write_whole(journal, _journal_text(folder, rewrites))
     with translated("the captions were written; the rest is written with the next save, or when the folder is opened again"):
         _put({rewrite.path: rewrite.new.encode("utf-8") for rewrite in rewrites}, on_progress=on_progress)
-        _remove(journal)
+        remove(journal)
     _forget_old_backups(backup)
     return backup
 
@@ -119,25 +118,8 @@ def recover(folder: Path, *, may_read: MayRead | None = None) -> Recovered:
         if conflicts:
             _put_aside(journal, studio / "backup")
         else:
-            _remove(journal)
+            remove(journal)
     return Recovered((*done, *todo), tuple(conflicts))
-
-
-def read_backup(backup: Path) -> dict[str, str]:
-    """{file within the dataset folder: caption} of a backup; files that were no text are left out.
-
-    Raises DatasetError if it is no backup of captions.
-    """
-    try:
-        with zipfile.ZipFile(backup) as archive:
-            entries = [entry for entry in archive.infolist() if entry.file_size <= MOST_BYTES]
-            found = {}
-            for entry in entries:
-                with contextlib.suppress(UnicodeDecodeError):
-                    found[entry.filename] = archive.read(entry).decode("utf-8-sig")
-            return found
-    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
-        raise DatasetError(f"{backup} is no backup of captions", why=str(error)) from error
 
 
 def content_of(path: Path) -> bytes | None:
@@ -231,49 +213,15 @@ def _put(contents: Mapping[Path, bytes], *, on_progress: Progress | None) -> Non
                 watch.advance()
             if not singly:
                 os.sync()  # the bytes are on the disk before the names are
-            for _ in pool.map(lambda path: _replace(parts[path], path), contents):
+            for _ in pool.map(lambda path: replace(parts[path], path), contents):
                 watch.advance()
-        _keep_names({path.parent for path in contents})
+        for folder in {path.parent for path in contents}:
+            keep_name(folder)
     except BaseException:
         for part in parts.values():
             with contextlib.suppress(OSError):
                 part.unlink(missing_ok=True)
         raise
-
-
-def _replace(part: Path, path: Path) -> None:
-    for pause in RETRY_SECONDS:
-        try:
-            os.replace(part, path)
-            return
-        except PermissionError:  # Windows: somebody reads it at this moment
-            time.sleep(pause)
-    os.replace(part, path)
-
-
-def _remove(path: Path) -> None:
-    for pause in RETRY_SECONDS:
-        try:
-            path.unlink(missing_ok=True)
-            break
-        except PermissionError:
-            time.sleep(pause)
-    else:
-        path.unlink(missing_ok=True)
-    _keep_names({path.parent})
-
-
-def _keep_names(folders: Iterable[Path]) -> None:
-    """Have the folders' entries on the disk; Windows has no such call and needs none."""
-    if sys.platform == "win32":
-        return
-    for folder in folders:
-        with contextlib.suppress(OSError):  # some network drives refuse; the files themselves are safe
-            descriptor = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
 
 
 def _put_aside(journal: Path, place: Path) -> None:

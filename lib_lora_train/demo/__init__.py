@@ -22,7 +22,7 @@ from lib_lora_train.settings.field import Value
 STYLE = Path(__file__).parent / "style"
 SUBJECT = Path(__file__).parent / "subject"
 NAME = "twemoji-style"
-# No trigger word: a style is wanted in every picture, and so small a model is easily confused by a word it does not know.
+# No trigger word: a style is wanted in every picture.
 SETTINGS: dict[str, Value] = {
     "output_name": NAME, "overwrite": True, "train_data_dir": str(STYLE), "resolution": "128",
     "max_train_steps": 400, "train_batch_size": 4, "network_dim": 16, "network_alpha": 16.0, "learning_rate": 1e-3}

@@ -16,7 +16,7 @@ from lib_lora_train.dataset import book_save
 from lib_lora_train.dataset.book import CaptionBook
 from lib_lora_train.dataset.book_edits import AddTags, SetCaption
 from lib_lora_train.dataset.book_save import BACKUPS_KEPT, Rewrite, recover
-from lib_lora_train.errors import DatasetError, OutputError
+from lib_lora_train.errors import OutputError
 
 JOURNAL = ".studio/captions.journal"
 
@@ -81,17 +81,12 @@ def test_the_last_ten_backups_are_kept_where_they_are_asked_for(
     assert sorted(place.iterdir()) == sorted([*made[-BACKUPS_KEPT:], place / "mine.zip"])
 
 
-def test_a_backup_can_be_restored_looked_at_and_undone(folder: Path) -> None:
-    book = edited(folder)
-    backup = book.save().backup
-    book.apply(SetCaption("spoilt"), range(3))
-    assert book.restore(backup) == 3
-    assert [book.caption(index) for index in range(3)] == ["cat", "dog", ""] and book.can_undo == "Restore a backup"
-    book.save()
+def test_a_backup_unpacked_over_the_dataset_brings_the_captions_back(folder: Path) -> None:
+    backup = edited(folder).save().backup
+    assert texts(folder) == AFTER
+    with zipfile.ZipFile(backup) as archive:
+        archive.extractall(folder)
     assert texts(folder) == {"a": "cat", "b": "dog", "c": ""}
-    (folder / "no.zip").write_bytes(b"PK")
-    with pytest.raises(DatasetError, match="no backup"):
-        book.restore(folder / "no.zip")
 
 
 @pytest.mark.parametrize("theirs", [b"cat by hand", None, b"\xff\xfe"])
@@ -113,17 +108,6 @@ def test_a_caption_that_appeared_meanwhile_is_a_conflict_too(folder: Path) -> No
     book = edited(folder)
     (folder / "10_x" / "c.txt").write_text("from a tagger")
     assert book.save().conflicts == (folder / "10_x" / "c.txt",)
-
-
-def test_taking_the_disks_text_ends_a_conflict(folder: Path) -> None:
-    book = edited(folder)
-    (folder / "10_x" / "a.txt").write_text("cat by hand")
-    book.save()
-    assert book.read_again([0]) == 1
-    assert book.caption(0) == "cat by hand" and book.unsaved == 0
-    book.undo()
-    assert book.caption(0) == "cat, 猫"
-    assert book.save().written == 1
 
 
 def test_who_wrote_the_same_is_in_nobodys_way(folder: Path) -> None:
