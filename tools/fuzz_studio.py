@@ -9,8 +9,9 @@ import json
 import random
 import tempfile
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
+
+from fuzz_inputs import mutated, text
 
 from lib_lora_train.dataset.archive import Limits
 from lib_lora_train.dataset.book import CaptionBook
@@ -21,21 +22,21 @@ from lib_lora_train.errors import DatasetError
 NAMES = ["a.png", "b.jpg", "sub/c.webp", "10_dog/d.png", "a.txt", "masks/a.png", "../e.png", "/f.png", "C:\\g.png", "A.PNG"]
 _LIMITS = Limits(entries=60, entry_bytes=4 << 20, total_bytes=8 << 20, always_bytes=8 << 20)
 _CAPTION = b"zzk, blue"
-Mutate = Callable[[random.Random, list[bytes]], bytes]
-Text = Callable[[random.Random, list[str]], str]
 
 
-def zip_file(rng: random.Random, pictures: list[bytes], *, mutate: Mutate, text: Text) -> bytes:
+def zip_file(rng: random.Random, pictures: list[bytes]) -> bytes:
     """A zip of up to six entries, sound or damaged inside, with names from anywhere; every second one is damaged as a whole."""
     held = io.BytesIO()
     with zipfile.ZipFile(held, "w", rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))) as made:
         for _ in range(rng.randrange(7)):
             name = rng.choice(NAMES) if rng.random() < 0.6 else text(rng, NAMES)
-            data = rng.choice(pictures) if rng.random() < 0.5 else mutate(rng, pictures)
+            data = rng.choice(pictures) if rng.random() < 0.5 else mutated(rng, pictures)
             # A name that zipfile would refuse to write never reaches a reader; damage to the whole brings such names.
-            made.writestr(name.encode("utf-8", "replace").decode("utf-8").replace("\0", "")[:300] or "x.png", data)
+            name = name.encode("utf-8", "replace").decode("utf-8").replace("\0", "")[:300] or "x.png"
+            # Of a fixed date, or the clock would be in the input.
+            made.writestr(zipfile.ZipInfo(name), data, compress_type=made.compression)
     whole = held.getvalue()
-    return whole if rng.random() < 0.5 else mutate(rng, [whole])
+    return whole if rng.random() < 0.5 else mutated(rng, [whole])
 
 
 def read_zip(data: bytes, place: Path) -> object:
@@ -55,13 +56,13 @@ def read_zip(data: bytes, place: Path) -> object:
     return collected
 
 
-def dataset_files(rng: random.Random, *, mutate: Mutate) -> bytes:
+def dataset_files(rng: random.Random) -> bytes:
     """dataset.json and the journal of an interrupted save, one of them damaged, as one text."""
     notes = json.dumps({"version": 1, "concept": "zzk", "pictures": {"a.png": {"source": "x", "shaped": {"mode": "square"}}}})
     journal = json.dumps({"version": 1, "captions": [{
         "file": base64.b64encode(b"10_zzk/a.txt").decode(), "old": hashlib.sha256(_CAPTION).hexdigest(), "new": "zzk, red"}]})
     parts = [notes.encode(), journal.encode()]
-    parts[rng.randrange(2)] = mutate(rng, parts)
+    parts[rng.randrange(2)] = mutated(rng, parts)
     return len(parts[0]).to_bytes(4, "big") + parts[0] + parts[1]
 
 
