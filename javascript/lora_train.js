@@ -469,13 +469,16 @@
 
     // ---- when ----------------------------------------------------------------------------------------------------
 
-    Object.assign(window.loraTrain, {attach, pageData, setText, planSoon});
-    if (typeof onUiLoaded === "function") {
-        onUiLoaded(attach);
-    } else {
+    /** Call `begin` once the page is there; it answers false where it is not yet. The WebUI says when; elsewhere the page is
+     * watched until `begin` is content. */
+    function whenThere(begin) {
+        if (typeof onUiLoaded === "function") {
+            onUiLoaded(begin);
+            return;
+        }
         const watch = () => {
-            if (attach()) return;
-            const observer = new MutationObserver(() => attach() && observer.disconnect());
+            if (begin()) return;
+            const observer = new MutationObserver(() => begin() && observer.disconnect());
             observer.observe(document.documentElement, {childList: true, subtree: true});
         };
         if (document.readyState === "loading") {
@@ -484,4 +487,7 @@
             watch();
         }
     }
+
+    Object.assign(window.loraTrain, {attach, pageData, setText, planSoon, whenThere});
+    whenThere(attach);
 })();

@@ -240,10 +240,10 @@
     }
 
     function attach() {
-        const place = byId("lora_train_studio"), page = window.loraTrain && window.loraTrain.pageData;
-        if (!place || !page || !byId("lora_train_pages")) return false;
+        const place = byId("lora_train_studio");
+        if (!place || !byId("lora_train_pages")) return false;
         if (place.dataset.attached) return true;
-        const data = page();
+        const data = window.loraTrain.pageData();
         if (!data) return false;
         place.dataset.attached = "yes";
         // Not a text: gradio's look of texts has no business here.
@@ -270,18 +270,6 @@
 
     if (studio.attach) return;
     studio.attach = attach;
-    if (typeof onUiLoaded === "function") {
-        onUiLoaded(attach);
-    } else {
-        const watch = () => {
-            if (attach()) return;
-            const observer = new MutationObserver(() => attach() && observer.disconnect());
-            observer.observe(document.documentElement, {childList: true, subtree: true});
-        };
-        if (document.readyState === "loading") {
-            document.addEventListener("DOMContentLoaded", watch);
-        } else {
-            watch();
-        }
-    }
+    // lora_train.js comes before this file, in the WebUI by its name, elsewhere by the list of standalone.py.
+    window.loraTrain.whenThere(attach);
 })(window.loraTrainStudio = window.loraTrainStudio || {});
