@@ -308,7 +308,7 @@ def _train(settings: Settings, preparation: Preparation, model: FrozenModel, net
         text_encoder_lr=text_encoder_lr, seed=optimizer.seed, save_every_n_epochs=settings.save.save_every_n_epochs,
         save_every_n_steps=settings.save.save_every_n_steps,
         step=StepOptions(dtype=dtype, min_snr_gamma=loss.min_snr_gamma,
-                         gradient_checkpointing=memory.gradient_checkpointing))
+                         recompute=frozenset(model.unet.units if memory.gradient_checkpointing else ())))
     return train(model, network=network, epoch_batches=lambda epoch, start: batches.epoch(epoch, start=start),
                  condition=condition, options=options, save=saver.save_on_the_way, keep=saver.keep, report=saver.report,
                  stop=stop, pause=pause, resumed=resumed)

@@ -27,7 +27,7 @@ def fixed_loss(model: FrozenModel, batches: Iterable[Batch], condition: Conditio
 
     `adapters` are the UNet's. The noise of a batch depends on `seed`, its place and the timestep.
     """
-    options = StepOptions(dtype=torch.float32, min_snr_gamma=0.0, gradient_checkpointing=False)
+    options = StepOptions(dtype=torch.float32, min_snr_gamma=0.0, recompute=frozenset())
     sums, pictures = dict.fromkeys(timesteps, 0.0), 0
     for place, batch in enumerate(batches):
         conditioning, count = condition(batch), len(batch.indices)

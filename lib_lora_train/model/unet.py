@@ -8,7 +8,8 @@ attend to the text, skip connections from the way down to the way up.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,6 +39,10 @@ class UNet:
     def __init__(self, tensors: Mapping[str, Tensor], config: UNetConfig) -> None:
         """`tensors` under local names, without "model.diffusion_model."."""
         self.config = config
+        self.units = tuple(_units(config))
+        """Names of what can be recomputed in backward: residual blocks ("input_blocks.1.0"), transformer blocks
+        ("input_blocks.1.1.transformer_blocks.0"), and of those the attentions (".attn1", ".attn2") and the feed-forward
+        (".ff")."""
         self._layers = Layers(tensors)
 
     @property
@@ -51,7 +56,7 @@ class UNet:
         return self._layers
 
     def __call__(self, x: Tensor, timesteps: Tensor, context: Tensor, y: Tensor | None = None, *,
-                 adapters: Adapters = NO_ADAPTERS, checkpointing: bool = False) -> Tensor:
+                 adapters: Adapters = NO_ADAPTERS, recompute: Collection[str] = frozenset()) -> Tensor:
         """The prediction, of x's shape and dtype; everything is computed in x's dtype, norms in fp32.
 
         x: noisy latents [B, 4, h, w], scaled, h and w multiples of `2 ** config.halvings`.
@@ -59,12 +64,14 @@ class UNet:
         context: text condition [B, 77·n, config.context_dim].
         y: vector condition [B, config.adm_channels], for SDXL only.
         adapters: trained layers by local module name ("input_blocks.1.1.transformer_blocks.0.attn1.to_q").
-        checkpointing: recompute residual and transformer blocks in backward instead of keeping their activations.
+        recompute: those of `units` that are computed again in backward instead of keeping their activations. One that
+            lies inside another of them is not computed a third time.
         Raises SettingError for a height or width that does not survive the halvings.
         """
         self._check(x, y)
         layers = self._layers.adapted(adapters)
-        run = _checkpointed if checkpointing and torch.is_grad_enabled() else _directly
+        assert set(recompute) <= set(self.units), "only units can be recomputed"
+        run = Run(frozenset(recompute)) if torch.is_grad_enabled() else DIRECTLY
         context = context.to(x.dtype)
         emb = self._time_and_vector(layers, timesteps, y, dtype=x.dtype)
 
@@ -100,7 +107,7 @@ class UNet:
 
     def _block(self, layers: Layers, block: Block, x: Tensor, *, emb: Tensor, context: Tensor, run: Run) -> Tensor:
         if block.kind == "resnet":
-            return run(resnet, layers, block.name, x, emb)
+            return run(block.name, resnet, layers, block.name, x, emb)
         if block.kind == "transformer":
             return spatial_transformer(layers, block, x, context, heads=self.config.heads(x.shape[1]), run=run)
         if block.kind == "down":
@@ -110,16 +117,37 @@ class UNet:
         return layers.conv2d(block.name, x, padding=1)
 
 
-Run = Callable[..., Tensor]
+@dataclass(frozen=True)
+class Run:
+    """Runs the parts of a UNet: `units` by recomputing them in backward, others directly."""
+
+    units: frozenset[str]
+
+    def __call__(self, name: str, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        """`function(*arguments)`, which is the unit `name`."""
+        if name not in self.units:
+            return function(*arguments)
+        # Reentrant checkpointing would lose the gradients of adapters where no input requires one. Nothing here is
+        # random, and reading the generator's state would forbid CUDA graphs.
+        return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+    def inside(self, name: str) -> Run:
+        """What runs the units inside the unit `name`: directly, where it is recomputed as a whole."""
+        return DIRECTLY if name in self.units else self
 
 
-def _directly(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    return function(*arguments)
+DIRECTLY = Run(frozenset())
 
 
-def _checkpointed(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    # Reentrant checkpointing would lose the gradients of adapters where no input requires one.
-    return checkpoint(function, *arguments, use_reentrant=False)
+def _units(config: UNetConfig) -> Iterator[str]:
+    """In the order of computation, each unit before those inside it."""
+    for block in (*(block for blocks in config.input_blocks for block in blocks), *config.middle_block,
+                  *(block for blocks in config.output_blocks for block in blocks)):
+        if block.kind == "resnet":
+            yield block.name
+        for index in range(block.depth):
+            name = f"{block.name}.transformer_blocks.{index}"
+            yield from (name, f"{name}.attn1", f"{name}.attn2", f"{name}.ff")
 
 
 def resnet(layers: Layers, name: str, x: Tensor, emb: Tensor) -> Tensor:
@@ -134,7 +162,8 @@ def resnet(layers: Layers, name: str, x: Tensor, emb: Tensor) -> Tensor:
     return x + h
 
 
-def spatial_transformer(layers: Layers, block: Block, x: Tensor, context: Tensor, *, heads: int, run: Run) -> Tensor:
+def spatial_transformer(layers: Layers, block: Block, x: Tensor, context: Tensor, *, heads: int,
+                        run: Run = DIRECTLY) -> Tensor:
     """Transformer layers over the pixels of x [B, C, h, w], between two projections and beside a skip connection.
 
     The projections are 1x1 convolutions in SD1 and linear layers in SD2 and SDXL: the weight's rank tells which.
@@ -147,7 +176,8 @@ def spatial_transformer(layers: Layers, block: Block, x: Tensor, context: Tensor
     else:
         h = layers.linear(f"{block.name}.proj_in", _rows(h))
     for index in range(block.depth):
-        h = run(transformer_block, layers, f"{block.name}.transformer_blocks.{index}", h, context, heads)
+        name = f"{block.name}.transformer_blocks.{index}"
+        h = run(name, transformer_block, layers, name, h, context, heads, run.inside(name))
     if convolutional:
         h = layers.conv2d(f"{block.name}.proj_out", _picture(h, height))
     else:
@@ -155,19 +185,27 @@ def spatial_transformer(layers: Layers, block: Block, x: Tensor, context: Tensor
     return x + h
 
 
-def transformer_block(layers: Layers, name: str, x: Tensor, context: Tensor, heads: int) -> Tensor:
+def transformer_block(layers: Layers, name: str, x: Tensor, context: Tensor, heads: int, run: Run = DIRECTLY) -> Tensor:
     """Self-attention, attention to the text, gated feed-forward (GEGLU); x [B, h·w, C], context [B, m, D]."""
-    x = x + _attend(layers, f"{name}.attn1", layers.layer_norm(f"{name}.norm1", x), None, heads=heads)
-    x = x + _attend(layers, f"{name}.attn2", layers.layer_norm(f"{name}.norm2", x), context, heads=heads)
-    value, gate = layers.linear(f"{name}.ff.net.0.proj", layers.layer_norm(f"{name}.norm3", x)).chunk(2, dim=-1)
-    return x + layers.linear(f"{name}.ff.net.2", value * F.gelu(gate))
+    x = run(f"{name}.attn1", _attend, layers, name, 1, x, None, heads)
+    x = run(f"{name}.attn2", _attend, layers, name, 2, x, context, heads)
+    return run(f"{name}.ff", _feed_forward, layers, name, x)
 
 
-def _attend(layers: Layers, name: str, x: Tensor, context: Tensor | None, *, heads: int) -> Tensor:
-    source = x if context is None else context
-    q = layers.linear(f"{name}.to_q", x, bias=False)
+def _attend(layers: Layers, block: str, number: int, x: Tensor, context: Tensor | None, heads: int) -> Tensor:
+    """x + the block's attention 1 or 2 after its norm: to x itself, or to `context`."""
+    name, normed = f"{block}.attn{number}", layers.layer_norm(f"{block}.norm{number}", x)
+    source = normed if context is None else context
+    q = layers.linear(f"{name}.to_q", normed, bias=False)
     k, v = (layers.linear(f"{name}.{projection}", source, bias=False) for projection in ("to_k", "to_v"))
-    return layers.linear(f"{name}.to_out.0", attention(q, k, v, heads=heads))
+    return x + layers.linear(f"{name}.to_out.0", attention(q, k, v, heads=heads))
+
+
+def _feed_forward(layers: Layers, block: str, x: Tensor) -> Tensor:
+    """x + the gated feed-forward after its norm."""
+    projected = layers.linear(f"{block}.ff.net.0.proj", layers.layer_norm(f"{block}.norm3", x))
+    value, gate = projected.chunk(2, dim=-1)
+    return x + layers.linear(f"{block}.ff.net.2", value * F.gelu(gate))
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -17,11 +17,14 @@ from lib_lora_train.training.noise import Draws
 
 @dataclasses.dataclass(frozen=True)
 class StepOptions:
-    """What a step needs to know beside its inputs. `min_snr_gamma` 0 is off."""
+    """What a step needs to know beside its inputs. `min_snr_gamma` 0 is off.
+
+    `recompute` names the units of the UNet (`UNet.units`) that backward computes again instead of keeping their activations.
+    """
 
     dtype: torch.dtype
     min_snr_gamma: float
-    gradient_checkpointing: bool
+    recompute: frozenset[str]
 
 
 def denoising_loss(model: FrozenModel, *, batch: Batch, conditioning: Conditioning, draws: Draws,
@@ -44,7 +47,7 @@ def denoising_loss(model: FrozenModel, *, batch: Batch, conditioning: Conditioni
         y = y.to(device, dtype, non_blocking=True)
     prediction = model.unet(
         schedule.add_noise(x_0, noise, t).to(dtype), t, conditioning.context.to(device, dtype, non_blocking=True), y,
-        adapters=adapters, checkpointing=options.gradient_checkpointing)
+        adapters=adapters, recompute=options.recompute)
 
     snr_weight = None
     if options.min_snr_gamma:

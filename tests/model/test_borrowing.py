@@ -52,7 +52,7 @@ def loss_of(model: FrozenModel, adapters: dict[str, dict[str, LowRank]], *, dtyp
     y = None if text.pooled is None else size_vector(text.pooled, original=(64, 64), crop=(0, 0), target=(64, 64))
     x = torch.randn(1, 4, 8, 16).to(dtype)
     prediction = model.unet(x, torch.tensor([500]), text.context, y, adapters=adapters["unet"],
-                            checkpointing=checkpointing)
+                            recompute=model.unet.units if checkpointing else ())
     return prediction.float().square().mean()
 
 

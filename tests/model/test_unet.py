@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -82,7 +84,7 @@ def test_blocks_equal_ldm_where_the_norms_epsilon_matters(family: str) -> None:
     ours = resnet(layers, "input_blocks.5.0", x, F.silu(emb))
     assert relative_error(ours, residual(x, emb)) <= 1e-5
     (_, block) = unet.config.input_blocks[5]
-    ours = spatial_transformer(layers, block, x, context, heads=unet.config.heads(64), run=lambda f, *given: f(*given))
+    ours = spatial_transformer(layers, block, x, context, heads=unet.config.heads(64))
     assert relative_error(ours, transformer(x, context)) <= 1e-5
 
 
@@ -132,10 +134,11 @@ def every_layer(tensors: dict[str, Tensor]) -> dict[str, Scaled]:
             if name.endswith(".weight") and tensor.ndim > 1}
 
 
-def gradients(unet: UNet, family: str, adapters: dict[str, Scaled], *, checkpointing: bool) -> tuple[Tensor, Tensor]:
+def gradients(unet: UNet, family: str, adapters: dict[str, Scaled], *,
+              recompute: Collection[str] = ()) -> tuple[Tensor, Tensor]:
     """The prediction, and the gradient of a fixed sum of it for each adapter."""
     x, t, context, pooled = inputs(family)
-    prediction = unet(x, t, context, vector(family, pooled), adapters=adapters, checkpointing=checkpointing)
+    prediction = unet(x, t, context, vector(family, pooled), adapters=adapters, recompute=recompute)
     weights = torch.randn(prediction.shape, generator=torch.Generator().manual_seed(9))
     found = torch.autograd.grad((prediction * weights).sum(), [adapter.s for adapter in adapters.values()])
     return prediction.detach(), torch.stack(found)
@@ -146,7 +149,7 @@ def test_every_layer_can_be_adapted_and_its_gradient_is_ldms(family: str) -> Non
     theirs = randomised(ldm_unet(family))
     unet = unet_of(theirs.state_dict(), family)
     adapters = every_layer(unet.tensors)
-    _, ours = gradients(unet, family, adapters, checkpointing=False)
+    _, ours = gradients(unet, family, adapters)
 
     # d/ds of (1 + s) W x + (1 + s) b at s = 0 is the sum of gradient times value over W and b.
     x, t, context, pooled = inputs(family)
@@ -158,28 +161,50 @@ def test_every_layer_can_be_adapted_and_its_gradient_is_ldms(family: str) -> Non
     assert relative_error(ours, expected) <= 1e-4
 
 
+@pytest.mark.parametrize("ends", [("",), (".attn1",), (".attn1", ".attn2", ".ff")], ids="+".join)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_checkpointing_changes_neither_prediction_nor_gradients(family: str) -> None:
+def test_recomputing_changes_neither_prediction_nor_gradients(family: str, ends: tuple[str, ...]) -> None:
     unet = unet_of(unet_tensors(checkpoint(family)), family)
     adapters = every_layer(unet.tensors)
-    plain, plain_gradients = gradients(unet, family, adapters, checkpointing=False)
-    again, again_gradients = gradients(unet, family, adapters, checkpointing=True)
+    plain, plain_gradients = gradients(unet, family, adapters)
+    units = [unit for unit in unet.units if unit.endswith(ends)]
+    again, again_gradients = gradients(unet, family, adapters, recompute=units)
     assert torch.equal(plain, again)
     assert torch.equal(plain_gradients, again_gradients)
 
 
-def test_checkpointing_keeps_fewer_activations() -> None:
+def test_units_are_the_blocks_and_what_is_inside_the_transformer_blocks() -> None:
+    units = unet_of(unet_tensors(checkpoint("sd1")), "sd1").units
+    block = "middle_block.1.transformer_blocks.0"
+    assert len(set(units)) == len(units) == 22 + 4 * 16  # SD1 has 22 residual and 16 transformer blocks
+    assert [unit for unit in units if unit.startswith("middle_block")] == [
+        "middle_block.0", block, f"{block}.attn1", f"{block}.attn2", f"{block}.ff", "middle_block.2"]
+
+
+def test_what_is_recomputed_as_a_whole_is_not_recomputed_in_parts() -> None:
+    unet = unet_of(unet_tensors(checkpoint("sd1")), "sd1")
+    adapters = every_layer(unet.tensors)
+    calls = []
+    name = "middle_block.1.transformer_blocks.0.ff.net.2"
+    frozen = adapters[name].linear
+    adapters[name].linear = lambda *given: calls.append(1) or frozen(*given)
+    gradients(unet, "sd1", adapters, recompute=unet.units)
+    assert len(calls) == 2  # forward, and once in backward
+
+
+def test_more_units_keep_fewer_activations() -> None:
     unet = unet_of(unet_tensors(checkpoint("sd1")), "sd1")
     adapters = every_layer(unet.tensors)
 
-    def kept(checkpointing: bool) -> int:
+    def kept(*ends: str) -> int:
         sizes = []
         x, t, context, _ = inputs("sd1")
         with torch.autograd.graph.saved_tensors_hooks(lambda saved: sizes.append(saved.numel()) or saved, lambda s: s):
-            unet(x, t, context, adapters=adapters, checkpointing=checkpointing)
+            unet(x, t, context, adapters=adapters, recompute=[unit for unit in unet.units if unit.endswith(ends)])
         return sum(sizes)
 
-    assert kept(True) < kept(False) / 3
+    nothing, attention, every = kept(), kept(".attn1"), kept("")
+    assert every < attention < nothing and every < nothing / 3
 
 
 def test_half_precision_activations_give_a_close_prediction_in_their_dtype() -> None:

@@ -224,7 +224,7 @@ def test_a_run_of_steps_that_all_overflow_ends_with_advice():
     options = LoopOptions(
         steps=100, epochs=1, steps_per_epoch=100, accumulation=1, schedule="constant", warmup=0, cycles=1, weight_decay=0,
         max_grad_norm=1, noise_offset=0, unet_lr=0.1, text_encoder_lr=0, seed=0, save_every_n_epochs=0, save_every_n_steps=0,
-        step=StepOptions(dtype=torch.float16, min_snr_gamma=0, gradient_checkpointing=False))
+        step=StepOptions(dtype=torch.float16, min_snr_gamma=0, recompute=frozenset()))
     seen = []
     reporter = _Reporter(options, seen.append, _stepper(torch.nn.Parameter(torch.ones(1))))
 
