@@ -1,7 +1,8 @@
-"""What several rooms' tests share: a small checkpoint, a folder of pictures, and a host that lends the checkpoint."""
+"""What several rooms' tests share: a small checkpoint, a folder of pictures, a host that lends the checkpoint, a browser."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,3 +40,12 @@ def pictures(tmp_path: Path) -> Path:
         if index < 3:
             (folder / f"{index}.txt").write_text(f"a photo, {['red', 'blue', 'orange'][index]} cat", encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[object]:
+    """A running Chromium. One a module: as long as it runs, Playwright keeps an event loop in this thread."""
+    from tests.browser import launched  # where Playwright is missing, only the tests of the page are skipped
+
+    with launched() as running:
+        yield running

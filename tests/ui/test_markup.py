@@ -16,11 +16,12 @@ import pytest
 from PIL import Image
 
 from lib_lora_train import events
+from lib_lora_train import runner as runner_module
 from lib_lora_train.host.port import Checkpoint
-from tests.ui import test_page
-from tests.ui.test_page import Served, browser, expect, served  # noqa: F401 - the fixtures
+from tests.browser import expect, needs_browser
+from tests.ui.test_page import Served, served  # noqa: F401 - the fixture
 
-pytestmark = [test_page.pytestmark, pytest.mark.skipif(sys.platform == "win32", reason="its files cannot have such names")]
+pytestmark = [needs_browser, pytest.mark.skipif(sys.platform == "win32", reason="its files cannot have such names")]
 JAVASCRIPT = sorted((Path(__file__).parents[2] / "javascript").glob("*.js"))
 SOURCES = sorted((Path(__file__).parents[2] / "lib_lora_train" / "ui").glob("*.py"))
 
@@ -53,7 +54,7 @@ def test_names_of_files_captions_words_and_runs_are_only_text(served: Served):  
     expect(served.line("summary")).to_contain_text('class="evil">picture')
     expect(served.line("summary")).to_contain_text('class="evil">inner folder')
     served.box("output_name").fill(evil("run"))
-    served.button("start").click()
+    served.part("start").click()
     expect(served.line("answer")).to_contain_text('class="evil">run')
     assert_quiet(served)
     (folder / "good.txt").write_bytes(b"\xff" + evil("caption").encode())
@@ -79,10 +80,10 @@ def test_what_a_run_tells_is_only_text(served: Served, monkeypatch: pytest.Monke
             report(events.Saved(f"/loras/{evil('path')}-{step}.safetensors", step, 1, step == 2))
         return events.Finished("failed", evil("message"), "", 2)
 
-    monkeypatch.setattr(test_page.runner_module, "run_job", job)
+    monkeypatch.setattr(runner_module, "run_job", job)
     served.open()
     served.fill(trigger=evil("trigger"))
-    served.button("start").click()
+    served.part("start").click()
     live = served.page.locator("#lora_train_live")
     expect(live).to_contain_text('class="evil">message')
     expect(live).to_contain_text('class="evil">path')
@@ -102,10 +103,10 @@ def test_one_click_downloads_the_report(served: Served):  # noqa: F811
     served.open()
     served.fill()
     served.job.advance(served.job.TOTAL)
-    served.button("start").click()
+    served.part("start").click()
     expect(served.page.locator("#lora_train_live")).to_contain_text("zzk is ready.")
     with served.page.expect_download() as download:
-        served.button("report").click()
+        served.part("report").click()
     assert download.value.suggested_filename == "lora-train-report.zip"
     with zipfile.ZipFile(io.BytesIO(Path(download.value.path()).read_bytes())) as archive:
         assert {"about.txt", "report.json", "settings.toml", "events.jsonl"} <= set(archive.namelist())

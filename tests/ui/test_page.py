@@ -3,51 +3,28 @@
 from __future__ import annotations
 
 import re
-import shutil
-import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import uvicorn
 
 from lib_lora_train import events
 from lib_lora_train import runner as runner_module
 from lib_lora_train.host.port import Checkpoint
-from lib_lora_train.runner import Runner
 from lib_lora_train.settings import parse
-from lib_lora_train.ui.standalone import listen, make_app
-from tests.fake_host import FakeHost, FakeJob, interrupted_run, pictures
+from tests.browser import ServedPage, expect, needs_browser, opened_page
+from tests.fake_host import FakeJob, interrupted_run, pictures
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=f"none of {', '.join(BROWSERS)} is on the PATH")
-expect = sync_api.expect
+pytestmark = needs_browser
 PATIENCE_MS = 20_000
 
 
-class Served:
-    """The page, served; what stands behind it, and a browser's view of it."""
+class Served(ServedPage):
+    """The page with a job that the test moves on."""
 
-    def __init__(self, folder: Path, job: FakeJob, page) -> None:
-        self.host, self.runner, self.job, self.page, self.folder = FakeHost(folder), Runner(), job, page, folder
-        listener = listen("127.0.0.1", 0)
-        # From here on connections wait instead of being refused, so the browser may come before the server is ready.
-        listener.listen(100)
-        self.url = f"http://localhost:{listener.getsockname()[1]}/"
-        self._server = uvicorn.Server(uvicorn.Config(make_app(self.host, runner=self.runner), log_level="error"))
-        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listener]}, daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        self.runner.stop(save=False)
-        assert self.runner.wait(10)
-        self._server.should_exit = True
-        self._thread.join(20)
+    def __init__(self, folder: Path, page: object, job: FakeJob) -> None:
+        super().__init__(folder, page)
+        self.job = job
 
     def open(self, query: str = "") -> None:
         self.page.goto(self.url + query)
@@ -61,9 +38,6 @@ class Served:
         # gradio 3 gives the id of an HTML component to the text in it as well.
         return self.page.locator(f"#lora_train_{name}").first
 
-    def button(self, name: str):
-        return self.page.locator(f"#lora_train_{name}")
-
     def fill(self, name: str = "zzk", trigger: str = "zzk girl") -> None:
         folder = self.folder / "pictures"
         self.box("output_name").fill(name)
@@ -73,45 +47,24 @@ class Served:
         expect(self.line("summary")).to_contain_text("steps")
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[object]:
-    with sync_api.sync_playwright() as playwright:
-        running = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=FLAGS if sys.platform.startswith("linux") else [])
-        yield running
-        running.close()
-
-
 @pytest.fixture
-def served(browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
+def served(browser: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
     job = FakeJob()
     monkeypatch.setattr(runner_module, "run_job", job)
-    page = browser.new_page(viewport={"width": 1280, "height": 900})
-    page.set_default_timeout(PATIENCE_MS)
-    expect.set_options(timeout=PATIENCE_MS)
-    asked, errors = [], []
-    page.on("request", lambda request: asked.append(request.url))
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    made = Served(tmp_path, job, page)
-    try:
+    with opened_page(browser, patience_ms=PATIENCE_MS) as page, Served(tmp_path, page, job) as made:
         yield made
-        assert errors == []
-        assert [url for url in asked if not url.startswith((made.url, "data:", "blob:"))] == []
-    finally:
-        page.close()
-        made.close()
 
 
 def test_a_run_is_started_watched_through_a_reload_and_stopped_with_its_result(served: Served):
     page, live = served.page, served.page.locator("#lora_train_live")
     served.open()
     expect(page.locator("#lora_train_model")).to_have_text("base: dreamshaper_8 [879db523c3] · SD1 · VAE: baked")
-    expect(served.button("stop")).to_be_disabled()
+    expect(served.part("stop")).to_be_disabled()
     served.job.warning = "<b id=evil>one.png</b> cannot be read."
     served.fill()
-    served.button("start").click()
+    served.part("start").click()
     expect(live).to_contain_text("Encoding pictures 1/3")
-    expect(served.button("start")).to_be_disabled()
+    expect(served.part("start")).to_be_disabled()
 
     served.job.advance(40)
     expect(live).to_contain_text("40/100 · epoch 4/10 · 0:30 left")
@@ -124,16 +77,16 @@ def test_a_run_is_started_watched_through_a_reload_and_stopped_with_its_result(s
     expect(page.locator(".lora-train-curve path.raw")).to_have_attribute("d", re.compile(r"^M([^L]+L){39}[^L]+$"))
     expect(served.box("output_name")).to_have_value("zzk")
     expect(served.box("trigger_word")).to_have_value("zzk girl")
-    expect(served.button("start")).to_be_disabled()
+    expect(served.part("start")).to_be_disabled()
 
-    served.button("stop_save").click()
+    served.part("stop_save").click()
     expect(live).to_contain_text("zzk is ready.")
     expect(live.locator("code")).to_have_text("<lora:zzk:1>")
-    expect(served.button("start")).to_be_enabled()
-    expect(served.button("stop_save")).to_be_disabled()
-    expect(served.button("copy")).to_be_visible()
+    expect(served.part("start")).to_be_enabled()
+    expect(served.part("stop_save")).to_be_disabled()
+    expect(served.part("copy")).to_be_visible()
     # There is no txt2img here to send anything to.
-    expect(served.button("send")).to_be_hidden()
+    expect(served.part("send")).to_be_hidden()
 
 
 def test_an_interrupted_run_is_offered_and_goes_on_with_its_own_settings(served: Served):
@@ -143,14 +96,14 @@ def test_an_interrupted_run_is_offered_and_goes_on_with_its_own_settings(served:
     served.open()
     offer = served.page.locator(".lora-train-resume")
     expect(offer).to_contain_text("broken: Interrupted at step 12 of 100; it can be resumed from step 10.")
-    served.button("resume_it").click()
-    expect(served.button("stop")).to_be_enabled()
+    served.part("resume_it").click()
+    expect(served.part("stop")).to_be_enabled()
     expect(offer).to_be_hidden()
     assert served.runner.status().run == run
     assert (served.job.seen.save.resume, served.job.seen.network.network_dim) == (run, 3)
     served.job.advance(1)
     expect(served.page.locator("#lora_train_live")).to_contain_text("1/100")
-    served.button("stop_save").click()
+    served.part("stop_save").click()
     expect(served.page.locator("#lora_train_live")).to_contain_text("broken is ready.")
 
 
@@ -159,36 +112,36 @@ def test_stopping_without_saving_asks_first(served: Served):
     served.page.on("dialog", lambda dialog: dialog.accept() if next(answers) else dialog.dismiss())
     served.open()
     served.fill()
-    served.button("start").click()
+    served.part("start").click()
     served.job.advance(5)
     live = served.page.locator("#lora_train_live")
     expect(live).to_contain_text("5/100")
-    served.button("stop").click()
+    served.part("stop").click()
     served.job.advance(1)
     expect(live).to_contain_text("6/100")
-    served.button("stop").click()
+    served.part("stop").click()
     expect(live).to_contain_text("nothing was saved")
     assert list(served.host.lora_folder.iterdir()) == []
 
 
 def test_a_refusal_stands_beside_the_button_and_a_taken_name_can_be_overwritten(served: Served):
     served.open()
-    served.button("start").click()
+    served.part("start").click()
     answer = served.line("answer")
     expect(answer).to_contain_text("The LoRA has no name")
     (served.host.lora_folder / "zzk.safetensors").write_bytes(b"older")
     served.fill()
     expect(served.line("summary")).to_contain_text("Train will ask before replacing it")
-    served.button("start").click()
+    served.part("start").click()
     expect(answer).to_contain_text("There is a LoRA called 'zzk' already")
     served.job.advance(FakeJob.TOTAL)
     served.box("output_name").fill("other")
     served.box("output_name").blur()
-    expect(served.button("overwrite_it")).to_be_hidden()
+    expect(served.part("overwrite_it")).to_be_hidden()
     expect(served.line("answer")).to_have_text("")
     served.box("output_name").fill("zzk")
-    served.button("start").click()
-    served.button("overwrite_it").click()
+    served.part("start").click()
+    served.part("overwrite_it").click()
     expect(served.page.locator("#lora_train_live")).to_contain_text("zzk is ready.")
     expect(answer).to_have_text("")
     assert (served.host.lora_folder / "zzk.safetensors").read_bytes() == b"a LoRA"
@@ -215,7 +168,7 @@ def test_control_and_enter_start_and_the_summary_follows_a_preset(served: Served
     expect(served.box("learning_rate")).to_have_value("0.0003")
     expect(served.box("output_name")).to_have_value("zzk")
     served.box("trigger_word").press("Control+Enter")
-    expect(served.button("stop")).to_be_enabled()
+    expect(served.part("stop")).to_be_enabled()
     assert served.job.seen is not None and served.job.seen.optimizer.max_train_steps == 200
 
 
@@ -226,7 +179,7 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(served: Served, theme: str)
     served.fill()
     for fold in served.page.locator(".lora-train-fold").all():
         fold.click(position={"x": 20, "y": 15})
-    served.button("start").click()
+    served.part("start").click()
     served.job.advance(FakeJob.TOTAL)
     expect(served.page.locator("#lora_train_live")).to_contain_text("zzk is ready.")
     expect(served.page.locator(".lora-train-curve svg")).to_be_visible()
@@ -237,5 +190,5 @@ def test_what_a_run_waits_for_is_said_without_a_count(served: Served):
     served.job.stage = events.Stage("Waiting until tiny.safetensors is chosen again", 0, 0)
     served.open()
     served.fill()
-    served.button("start").click()
+    served.part("start").click()
     expect(served.page.locator("#lora_train_live .progress")).to_have_text("Waiting until tiny.safetensors is chosen again")

@@ -3,60 +3,29 @@
 from __future__ import annotations
 
 import re
-import shutil
-import sys
-import threading
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import uvicorn
 from PIL import Image
 
 from lib_lora_train import runner as runner_module
-from lib_lora_train.runner import Runner
-from lib_lora_train.ui.standalone import listen, make_app
-from tests.fake_host import FakeHost, FakeJob
+from tests.browser import ServedPage, expect, needs_browser, opened_page
+from tests.fake_host import FakeJob
 from tests.mixed_pictures import ADDED, COUNT, mixed_pictures
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=f"none of {', '.join(BROWSERS)} is on the PATH")
-expect = sync_api.expect
+pytestmark = needs_browser
 PATIENCE_MS = 30_000
 EVIL = "<img src=x onerror=window.evil=1>"
 
 
-class StudioPage:
-    """The page, served with a host of its own, and a browser's view of it."""
-
-    def __init__(self, folder: Path, page) -> None:
-        self.host, self.page, self.folder = FakeHost(folder), page, folder
-        listener = listen("127.0.0.1", 0)
-        # From here on connections wait instead of being refused, so the browser may come before the server is ready.
-        listener.listen(100)
-        self.url = f"http://localhost:{listener.getsockname()[1]}/"
-        self.runner = Runner()
-        self._server = uvicorn.Server(uvicorn.Config(make_app(self.host, runner=self.runner), log_level="error"))
-        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listener]}, daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        self.runner.stop(save=False)
-        assert self.runner.wait(10)
-        self._server.should_exit = True
-        self._thread.join(20)
+class StudioPage(ServedPage):
+    """The studio's parts of the page."""
 
     def open(self, query: str = "") -> None:
         self.page.goto(self.url + query)
         expect(self.part("choose").or_(self.part("dataset")).first).to_be_visible()
-
-    def part(self, name: str):
-        return self.page.locator(f"#lora_train_{name}")
 
     def tiles(self):
         return self.page.locator(".lts-tile")
@@ -84,35 +53,14 @@ class StudioPage:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[object]:
-    with sync_api.sync_playwright() as playwright:
-        running = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=FLAGS if sys.platform.startswith("linux") else [])
-        yield running
-        running.close()
-
-
-@pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return mixed_pictures(tmp_path_factory.mktemp("mixed") / "my pictures", scale=0.5)
 
 
 @pytest.fixture
-def studio(browser, tmp_path: Path) -> Iterator[StudioPage]:
-    page = browser.new_page(viewport={"width": 1280, "height": 900})
-    page.set_default_timeout(PATIENCE_MS)
-    expect.set_options(timeout=PATIENCE_MS)
-    asked, errors = [], []
-    page.on("request", lambda request: asked.append(request.url))
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    made = StudioPage(tmp_path, page)
-    try:
+def studio(browser: object, tmp_path: Path) -> Iterator[StudioPage]:
+    with opened_page(browser, patience_ms=PATIENCE_MS) as page, StudioPage(tmp_path, page) as made:
         yield made
-        assert errors == []
-        assert [url for url in asked if not url.startswith((made.url, "data:", "blob:"))] == []
-    finally:
-        page.close()
-        made.close()
 
 
 @pytest.fixture

@@ -72,6 +72,12 @@ class WebUI:
         except urllib.error.HTTPError as error:
             raise AssertionError(f"{request.full_url}: {error.code} {error.read().decode()[:2000]}") from error
 
+    def stop_training(self) -> None:
+        """End the run under way, if there is one, without saving."""
+        if self.get("/lora-train/v1/status")["running"]:
+            self.post("/lora-train/v1/stop", {"save": False})
+            until(lambda: not self.get("/lora-train/v1/status")["running"], what="the training ends")
+
     @contextlib.contextmanager
     def option(self, name: str, value: object) -> Iterator[None]:
         """One of the WebUI's settings, as it was again afterwards."""

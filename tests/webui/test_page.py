@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import re
-import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from safetensors import safe_open
 
+from tests.browser import expect, needs_browser, opened_page
 from tests.webui.running import WebUI, until
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=f"none of {', '.join(BROWSERS)} is on the PATH")
-expect = sync_api.expect
+pytestmark = needs_browser
 PATIENCE_MS = 60_000
 MANY = 100_000
 
@@ -64,31 +57,13 @@ class Tab:
         until(shown, what=f"the bar shows step {step}")
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[object]:
-    with sync_api.sync_playwright() as playwright:
-        running = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=FLAGS if sys.platform.startswith("linux") else [])
-        yield running
-        running.close()
-
-
 @pytest.fixture
-def tab(webui: WebUI, browser) -> Iterator[Tab]:
-    context = browser.new_context(viewport={"width": 1280, "height": 900})
-    page = context.new_page()
-    page.set_default_timeout(PATIENCE_MS)
-    expect.set_options(timeout=PATIENCE_MS)
-    errors: list[str] = []
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    opened = Tab(webui, page)
-    opened.open()
-    yield opened
-    if webui.get("/lora-train/v1/status")["running"]:
-        webui.post("/lora-train/v1/stop", {"save": False})
-        until(lambda: not webui.get("/lora-train/v1/status")["running"], what="the training ends")
-    context.close()
-    assert not errors
+def tab(webui: WebUI, browser: object) -> Iterator[Tab]:
+    with opened_page(browser, patience_ms=PATIENCE_MS) as page:
+        opened = Tab(webui, page)
+        opened.open()
+        yield opened
+        webui.stop_training()
 
 
 def test_the_tab_trains_and_the_lora_is_painted_with_a_moment_later(webui: WebUI, dataset: Path, tab: Tab) -> None:

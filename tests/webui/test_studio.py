@@ -2,48 +2,30 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from tests.browser import expect, needs_browser, opened_page
 from tests.mixed_pictures import ADDED, mixed_pictures
 from tests.tagging.wd_files import TAGS, write_tagger
-from tests.webui.running import WebUI, until
+from tests.webui.running import WebUI
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=f"none of {', '.join(BROWSERS)} is on the PATH")
-expect = sync_api.expect
+pytestmark = needs_browser
 PATIENCE_MS = 120_000
 
 
 @pytest.fixture
-def page(webui: WebUI) -> Iterator[object]:
+def page(webui: WebUI, browser: object) -> Iterator[object]:
     """The tab "Train LoRA", just opened."""
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=FLAGS if sys.platform.startswith("linux") else [])
-        opened = browser.new_page(viewport={"width": 1280, "height": 900})
-        opened.set_default_timeout(PATIENCE_MS)
-        expect.set_options(timeout=PATIENCE_MS)
-        errors: list[str] = []
-        opened.on("pageerror", lambda error: errors.append(str(error)))
+    with opened_page(browser, patience_ms=PATIENCE_MS) as opened:
         opened.goto(webui.url)
         opened.get_by_role("button", name="Train LoRA", exact=True).click()
         yield opened
-        if webui.get("/lora-train/v1/status")["running"]:
-            webui.post("/lora-train/v1/stop", {"save": False})
-            until(lambda: not webui.get("/lora-train/v1/status")["running"], what="the training ends")
+        webui.stop_training()
         webui.post("/lora-train/v1/studio/close", {"discard": True})
-        browser.close()
-    assert not errors
 
 
 def part(page, name: str):
