@@ -128,6 +128,9 @@
             return answer;
         });
 
+        /** Go to a dataset; what was mended while it was opened is said. */
+        app.enter = (body) => app.act(() => app.api.ask("open", body), ({notes}) => notes.join(" "));
+
         // ---- what is shown, what is meant ------------------------------------------------------------------------------
 
         app.forget = () => {

@@ -218,7 +218,7 @@
             known.replaceChildren(make("h4", {text: translated("Go on with")}), make("div", {class: "lts-cards"},
                 ...state.datasets.map((dataset) => make("button", {
                     type: "button", class: "lts-card",
-                    onclick: () => app.act(() => app.api.ask("open", {name: dataset.name})),
+                    onclick: () => app.enter({name: dataset.name}),
                 }, icon("folder"), make("b", {text: dataset.name}),
                 make("small", {text: count(dataset.pictures, "picture")})))));
         }

@@ -66,8 +66,9 @@
         function drawPicture(picture) {
             name.textContent = picture.name;
             about.textContent = picture.width ? picture.width + "×" + picture.height : "";
-            wrong.textContent = studio.problemWords(picture.problems);
-            wrong.hidden = !picture.problems.length;
+            wrong.replaceChildren(...[studio.problemWords(picture.problems), picture.caption_problem &&
+                make("div", {class: "lts-wrong-why", text: picture.caption_problem})].filter(Boolean));
+            wrong.hidden = !wrong.childNodes.length;
             image.alt = picture.name;
             image.removeAttribute("src");
             frame.classList.toggle("lts-broken", picture.problems.includes("broken"));
@@ -101,7 +102,8 @@
             const writing = document.activeElement === caption && !other && caption.value !== shown.caption;
             if (!writing) caption.value = picture.caption;
             shown = writing ? {...shown} : picture;
-            const now = JSON.stringify([picture.id, picture.stamp, picture.problems, picture.shaped, picture.masked]);
+            const now = JSON.stringify([picture.id, picture.stamp, picture.problems, picture.caption_problem, picture.shaped,
+                picture.masked]);
             if (now !== known) {
                 known = now;
                 drawPicture(picture);

@@ -59,7 +59,7 @@
                     return null;
                 }
                 app.panel = "";
-                return app.act(() => (name === NEW ? app.api.ask("close", {discard}) : app.api.ask("open", {name, discard})));
+                return name === NEW ? app.act(() => app.api.ask("close", {discard})) : app.enter({name, discard});
             }, {id: "lora_train_dataset", label: "Dataset"});
             const trigger = dataset.trigger_word || dataset.concept;
             return make("div", {class: "lts-head"},

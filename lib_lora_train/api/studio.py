@@ -7,7 +7,8 @@ Pictures are called by "id", which `pictures` gives. "which" stands for {"ids": 
 A filter {} is every picture. Work that takes long is answered with {"id": n}; `state` tells how it goes on.
 
     GET  state            the open dataset, the others, the work under way, what captions can come from
-    POST open             {"name", "discard"?}     refused (409) while captions are unsaved, unless "discard"
+    POST open             {"name", "discard"?} -> {"notes": [what was mended while it was opened, a sentence each]};
+                          refused (409) while captions are unsaved, unless "discard"
     POST create           {"name", "concept"}      POST close  {"discard"?}
     POST import           {"paths": [...]}         work; folders, pictures, zips of the server
     POST upload?name=&batch=   one file as the body, application/octet-stream -> {"received": files of the batch}
@@ -78,8 +79,8 @@ def add_routes(door: Door, studio: Studio) -> None:
 
 
 def _add_datasets(post: Callable[..., None], studio: Studio) -> None:
-    post("open", lambda body: _nothing(studio.open(asked.text(body, "name", required=True),
-                                                   discard=asked.switch(body, "discard"))), "Open a dataset")
+    post("open", lambda body: {"notes": list(studio.open(asked.text(body, "name", required=True),
+                                                         discard=asked.switch(body, "discard")))}, "Open a dataset")
     post("create", lambda body: _nothing(studio.create(asked.text(body, "name"), concept=asked.text(body, "concept"))),
          "Make a dataset")
     post("close", lambda body: _nothing(studio.close(discard=asked.switch(body, "discard"))), "Leave the dataset")

@@ -287,10 +287,11 @@ class CaptionBook:
             if slot is not None:
                 self._now_on_disk(slot, self._read(path))
         if done.written and not self._files:
-            self.notes += (f"A save that was interrupted was finished: {len(done.written)} captions.",)
+            self.notes += (f"A save that was interrupted was finished: {_captions(len(done.written))}.",)
         if done.conflicts:
-            self.notes += (f"An interrupted save could not be finished for {len(done.conflicts)} captions, because their files "
-                           f"were changed since; its text is kept in {self.folder / STUDIO / 'backup'}.",)
+            kept = printable(str(self.folder / STUDIO / "backup"))
+            self.notes += (f"An interrupted save could not be finished for {_captions(len(done.conflicts))} that another "
+                           f"program changed since; what was to be written is kept in {kept}.",)
 
     def _take(self, found: Sequence[Found], *, on_progress: Progress | None = None,
               should_stop: ShouldStop | None = None) -> None:
@@ -351,6 +352,10 @@ def _checked(text: str, *, before: str) -> str:
     if len(text) > max(MOST_CHARACTERS, len(before)):
         raise SettingError(f"A caption would be longer than {MOST_CHARACTERS} characters", remedy="replace with less")
     return one_line(text)
+
+
+def _captions(number: int) -> str:
+    return "1 caption" if number == 1 else f"{number} captions"
 
 
 def _file_key(path: Path) -> str:

@@ -117,8 +117,10 @@ class Opened:
         """Codes of what is wrong with a picture: of the last report, and of its caption as it is now."""
         found = self._findings.get(self._names[index], ())
         codes = [code for code in found if code not in LIVE_CODES]
-        if not self.book.caption(index).strip():
-            codes.append(next((code for code in found if code in LIVE_CODES), "no_caption"))
+        if self.book.problem(index):
+            codes.append("unreadable_caption")
+        elif not self.book.caption(index).strip():
+            codes.append("empty_caption" if "empty_caption" in found else "no_caption")
         return codes
 
     def take_report(self, report: Report, *, content: int) -> None:
@@ -162,7 +164,10 @@ class Opened:
             self.scores.pop(name, None)
 
     def entry(self, index: int) -> dict[str, Any]:
-        """What the gallery shows of one picture. A file that cannot be read shows as such and has no size."""
+        """What the gallery shows of one picture. A file that cannot be read shows as such and has no size.
+
+        "caption_problem" is why its caption cannot be read, or else what is odd about the caption's file.
+        """
         path = self.book.pictures[index]
         name, problems = self._names[index], self.problems(index)
         try:
@@ -173,7 +178,8 @@ class Opened:
             problems = list(dict.fromkeys(["broken", *problems]))
         return {"id": name, "name": path.name, "caption": self.book.caption(index), "width": width, "height": height,
                 "changed": self.book.is_changed(index), "problems": problems, "score": self.score(index),
-                "caption_problem": self.book.problem(index), "masked": self.dataset.mask_path(name).is_file(),
+                "caption_problem": self.book.problem(index) or self.book.hint(index),
+                "masked": self.dataset.mask_path(name).is_file(),
                 "shaped": self.dataset.unshaped_path(name).is_file(), "stamp": mark,
                 "painted": self.scores[name].painted if name in self.scores else 0,
                 "likeness": self.scores[name].likeness if name in self.scores else None}

@@ -104,11 +104,12 @@ class Studio:
             self._leave(discard=False)
             self._enter(OwnedDataset.create(self.host.datasets_folder, name, concept=concept))
 
-    def open(self, name: str, *, discard: bool = False) -> None:
-        """Open the dataset called `name`. Captions of the open one that are not saved keep it open, unless `discard`."""
+    def open(self, name: str, *, discard: bool = False) -> tuple[str, ...]:
+        """Open the dataset called `name`; returns what was mended meanwhile, such as a save that was interrupted, a sentence
+        each. Captions of the open one that are not saved keep it open, unless `discard`."""
         with self._lock:
             if self._opened is not None and self._opened.dataset.name == name and not discard:
-                return
+                return ()
             # A name of the list, never a path.
             if name not in (known for known, _ in self.datasets()):
                 raise DatasetError(f"There is no dataset called {name!r}", remedy="see the list of datasets")
@@ -116,7 +117,7 @@ class Studio:
             if self.host.fence is not None and not self.host.fence.may_read(folder):
                 raise DatasetError(f"The dataset {name} cannot be used", why="it is a link to a folder that is not allowed")
             self._leave(discard=discard)
-            self._enter(OwnedDataset.open(folder))
+            return self._enter(OwnedDataset.open(folder)).book.notes
 
     def close(self, *, discard: bool = False) -> None:
         """Leave the dataset. Refused as `open` refuses."""
@@ -136,9 +137,10 @@ class Studio:
         self._opened = None
         self.changed()
 
-    def _enter(self, dataset: OwnedDataset) -> None:
-        self._opened = Opened(dataset, fence=self.host.fence)
+    def _enter(self, dataset: OwnedDataset) -> Opened:
+        self._opened = opened = Opened(dataset, fence=self.host.fence)
         self.changed()
+        return opened
 
     # ---- captions
 

@@ -59,6 +59,8 @@ def run(chosen: argparse.Namespace) -> int:
     options = parse_options(_values(chosen))
     source, device = _source(chosen), _device(chosen.device)
     book = CaptionBook.open(chosen.folder)
+    for note in book.notes:
+        print(note, file=sys.stderr)
     if not book.pictures:
         raise DatasetError(f"There is no picture in {chosen.folder}")
     counter = _Counter(shown=not chosen.json and sys.stderr.isatty())

@@ -23,6 +23,7 @@ from lib_lora_train.studio import thumbs, uploads
 from lib_lora_train.studio.session import studio_for
 from lib_lora_train.studio.tasks import Task
 from tests.fake_host import FakeHost, FakeJob
+from tests.interrupted_save import FINISHED, interrupt_save
 
 TOKEN = "page-token"
 PAGE = {"X-Lora-Train": TOKEN}
@@ -157,6 +158,56 @@ def test_only_a_dataset_of_the_list_is_opened(desk: Desk, name: str):
     refused = desk.post("open", {"name": name})
     assert refused.status_code == 400 and desk.get("state").json()["dataset"] is None
     assert desk.post("open", {"name": "zzk"}).status_code == 200
+
+
+def test_opening_says_what_became_of_an_interrupted_save(desk: Desk, monkeypatch: pytest.MonkeyPatch):
+    desk.filled()
+    folder = dataset_folder(desk)
+    caption, = folder.glob("*/red.txt")
+
+    def opened_after(*, theirs: str) -> list[str]:
+        """What opening says after a save of "new" was broken off, and another program wrote `theirs`."""
+        assert desk.post("close").status_code == 200
+        interrupt_save(folder, "red.png", "new", monkeypatch)
+        if theirs:
+            caption.write_text(theirs, encoding="utf-8")
+        return desk.post("open", {"name": "zzk"}).json()["notes"]
+
+    assert opened_after(theirs="") == [FINISHED]
+    assert caption.read_text(encoding="utf-8") == "new"
+    assert desk.post("open", {"name": "zzk"}).json() == {"notes": []}  # it is open
+    caption.write_text("old", encoding="utf-8")
+    note, = opened_after(theirs="theirs")
+    assert "could not be finished for 1 caption that another program changed" in note
+    assert str(folder / ".studio" / "backup") in note and caption.read_text(encoding="utf-8") == "theirs"
+    desk.post("close")
+    assert desk.post("open", {"name": "zzk"}).json() == {"notes": []}
+
+
+def test_what_is_odd_about_a_captions_file_is_told_with_its_picture(desk: Desk):
+    desk.filled()
+    place, = dataset_folder(desk).glob("*_zzk girl")
+    desk.post("close")
+    (place / "red.txt").write_bytes("Wörtchen".encode("latin-1"))
+    (place / "green.txt").write_text("green\nfield", encoding="utf-8")
+    (place / "blue.caption").write_text("sky", encoding="utf-8")
+    desk.post("open", {"name": "zzk"})
+
+    def told() -> dict[str, tuple[str, list[str]]]:
+        return {p["id"]: (p["caption_problem"], p["problems"]) for p in desk.pictures()}
+
+    odd = {"green.png": ("Only the first line of green.txt is used.", []),
+           "blue.png": ("blue.caption does not count, because there is blue.txt too.", [])}
+    unreadable = told()["red.png"]
+    assert told() == {**odd, "red.png": unreadable}
+    assert "red.txt is not UTF-8" in unreadable[0] and unreadable[1] == ["unreadable_caption"]
+    assert [p["id"] for p in desk.pictures(filter={"problem": "any"})] == ["red.png"]
+    desk.post("caption", {"id": "red.png", "text": "red"})
+    assert told() == {**odd, "red.png": ("", [])}
+    # A caption that is taken away takes the lines below it along.
+    desk.post("caption", {"id": "green.png", "text": ""})
+    assert desk.post("save").json() == {"written": 2, "conflicts": []}
+    assert told()["green.png"] == ("", ["no_caption"])
 
 
 @pytest.mark.parametrize("name", ["", "  ", "///"])

@@ -178,7 +178,7 @@ def test_what_was_changed_after_the_kill_is_left_alone_and_the_text_kept(
     (folder / "10_x" / "a.txt").write_text("cat by hand")
     again = CaptionBook.open(folder)
     assert texts(folder) == {**AFTER, "a": "cat by hand"} and again.caption(0) == "cat by hand"
-    assert any("could not be finished for 1 captions" in note for note in again.notes)
+    assert any("could not be finished for 1 caption that" in note for note in again.notes)
     kept, = (folder / ".studio" / "backup").glob("interrupted-*.json")
     assert "cat, 猫" in kept.read_text(encoding="utf-8") and not (folder / JOURNAL).exists()
 

@@ -13,6 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from lib_lora_train.errors import UserError
 from lib_lora_train.studio.tag_command import SOME_FAILED, add_tag
+from tests.interrupted_save import FINISHED, interrupt_save
 
 
 def tag(*arguments: object) -> int:
@@ -95,6 +96,18 @@ def test_a_caption_that_is_no_text_is_named_and_left_alone(folder: Path, capsys:
     assert "not UTF-8" in capsys.readouterr().err
     assert tag(folder, "--with", "filename") == 0
     assert odd.read_text(encoding="utf-8") == "red cat"
+
+
+@pytest.mark.parametrize("shown", [[], ["--json"]])
+def test_what_became_of_an_interrupted_save_is_told(
+        folder: Path, shown: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    interrupt_save(folder, "red_cat.png", "nearly saved", monkeypatch)
+    assert tag(folder, "--with", "filename", "--mode", "append", *shown) == 0
+    said = capsys.readouterr()
+    assert FINISHED in said.err.splitlines() and FINISHED not in said.out
+    assert captions(folder)["red_cat"] == "nearly saved, red cat"
+    tag(folder, "--with", "filename", "--mode", "append")
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(("arguments", "said"), [

@@ -13,6 +13,7 @@ from PIL import Image
 from lib_lora_train import runner as runner_module
 from tests.browser import ServedPage, expect, needs_browser, opened_page
 from tests.fake_host import FakeJob
+from tests.interrupted_save import FINISHED, interrupt_save
 from tests.mixed_pictures import ADDED, COUNT, mixed_pictures
 
 pytestmark = needs_browser
@@ -269,6 +270,45 @@ def test_what_a_caption_says_is_never_html(few: StudioPage):
     expect(few.part("caption")).to_have_value(EVIL)
     expect(few.page.locator(".lts-tag", has_text="onerror")).to_be_visible()
     assert few.page.evaluate("window.evil") is None
+
+
+def test_what_is_odd_about_a_captions_file_stands_above_it_until_it_is_replaced(few: StudioPage):
+    few.part("dataset").select_option("New dataset")
+    place, = (few.host.datasets_folder / "emoji").glob("*_zzk")
+    (place / "0.txt").write_bytes("Wörtchen".encode("latin-1"))
+    (place / "1.txt").write_text("zzk, red\nat home", encoding="utf-8")
+    few.page.locator(".lts-card").click()
+    wrong = few.page.locator(".lts-wrong")
+    few.tiles().nth(1).click()
+    expect(wrong).to_have_text("Only the first line of 1.txt is used.")
+    few.tiles().nth(2).click()
+    expect(few.part("caption")).to_have_value("zzk, blue, smile")
+    expect(wrong).to_be_hidden()
+    few.tiles().first.click()
+    expect(wrong).to_contain_text("Caption cannot be read")
+    expect(wrong).to_contain_text("0.txt is not UTF-8 text")
+    few.part("caption").fill("zzk")
+    few.part("caption").blur()
+    expect(wrong).to_be_hidden()
+    expect(few.part("caption")).to_have_value("zzk")
+
+
+def test_opening_a_dataset_says_that_an_interrupted_save_was_finished(few: StudioPage, monkeypatch: pytest.MonkeyPatch):
+    few.part("dataset").select_option("New dataset")
+    few.bring_in(few.folder / "few", name="second")
+    folders = {name: few.host.datasets_folder / name for name in ("emoji", "second")}
+    # From the list of datasets in the head, which closes the other one.
+    interrupt_save(folders["emoji"], "1.png", "mended", monkeypatch)
+    few.part("dataset").select_option("emoji")
+    expect(few.said()).to_have_text(FINISHED)
+    expect(few.tiles().nth(1)).to_contain_text("mended")
+    # From the page before a dataset is open; what was said is said once.
+    few.part("dataset").select_option("New dataset")
+    expect(few.said()).to_be_hidden()
+    interrupt_save(folders["second"], "2.png", "this too", monkeypatch)
+    few.page.locator(".lts-card", has_text="second").click()
+    expect(few.said()).to_have_text(FINISHED)
+    expect(few.tiles().nth(2)).to_contain_text("this too")
 
 
 def test_a_crop_by_hand_keeps_what_is_inside_the_frame(few: StudioPage):

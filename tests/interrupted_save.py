@@ -1,0 +1,26 @@
+"""A dataset as a save of captions leaves it that was broken off half-way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lib_lora_train.dataset import book_save
+from lib_lora_train.dataset.book import CaptionBook
+from lib_lora_train.dataset.book_edits import SetCaption
+from lib_lora_train.errors import OutputError
+
+FINISHED = "A save that was interrupted was finished: 1 caption."
+
+
+def interrupt_save(folder: Path, picture: str, caption: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Save a new caption of one picture of the dataset in `folder` until the disk is full: its file is still the old one."""
+    def full(source: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    book = CaptionBook.open(folder)
+    book.apply(SetCaption(caption), [[path.name for path in book.pictures].index(picture)])
+    with monkeypatch.context() as patch, pytest.raises(OutputError, match="No space left"):
+        patch.setattr(book_save, "replace", full)
+        book.save()
