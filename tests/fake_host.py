@@ -45,6 +45,9 @@ class FakeHost:
     def hand_over(self, *, report, stop) -> None:
         return None
 
+    def set_aside(self, parts) -> dict:
+        return {}
+
     def waiting(self) -> bool:
         return self.busy
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
@@ -107,6 +107,15 @@ class Host(Protocol):
         To be called between two pieces of work, by the borrower, who holds none of the tensors meanwhile. If the host
         holds another model afterwards, it waits for this one to come back and reports so.
         Raises HostError where the model is gone for good or its weights are not what they were.
+        """
+
+    def set_aside(self, parts: Collection[str]) -> Mapping[str, torch.Tensor]:
+        """Move these parts of the lent model ("unet", "vae", "text") off its device until the loan ends, in place: an object
+        that was lent lies elsewhere afterwards. They are set aside again after each `hand_over`; on the CPU nothing moves.
+
+        Returns all of the lent tensors as they lie now. To be called by the borrower, who takes them in the place of those
+        he holds: the memory is free once nobody holds what lay there. The host gets its model back as it was in any case.
+        Raises TrainingError where there is no room to move to; nothing has moved then.
         """
 
     def waiting(self) -> bool:

@@ -1,15 +1,17 @@
 """A host without a WebUI: the model comes from a checkpoint file.
 
-The file is read once and kept, as the WebUI keeps its model. A `.yaml` of the same name beside it says what shapes
-cannot tell, as it does for the WebUI and for kohya's scripts.
+The file is read once and kept, as the WebUI keeps its model: its header when somebody asks what it is, its weights at the
+first loan. A `.yaml` of the same name beside it says what shapes cannot tell, as it does for the WebUI and for kohya's
+scripts; it is read as often, and the tokenizers with the weights.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import safetensors
@@ -20,6 +22,7 @@ from safetensors.torch import load_file
 from lib_lora_train.errors import HostError, LoraTrainError, ModelError, translated
 from lib_lora_train.events import Event, Report
 from lib_lora_train.fence import Fence
+from lib_lora_train.host import aside
 from lib_lora_train.host.port import Borrowed, Checkpoint, Outline
 from lib_lora_train.host.reach import is_loopback
 from lib_lora_train.model.family import Hints, detect
@@ -29,6 +32,15 @@ from lib_lora_train.tagging.captioner import CaptionerSource
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
            "I32": torch.int32, "U8": torch.uint8, "I8": torch.int8, "BOOL": torch.bool}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Described:
+    """What a file's header and the `.yaml` beside it say. `shapes` are tensors on the meta device."""
+
+    checkpoint: Checkpoint
+    shapes: Mapping[str, torch.Tensor]
+    hints: Hints
 
 
 class StandaloneHost:
@@ -42,7 +54,8 @@ class StandaloneHost:
         self._device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._lock = threading.Lock()
         self._tensors: Mapping[str, torch.Tensor] | None = None
-        self._known: Checkpoint | None = None
+        self._tokenizers: Sequence[Tokenizer] | None = None
+        self._described: _Described | None = None
 
     @property
     def models_folder(self) -> Path:
@@ -60,35 +73,34 @@ class StandaloneHost:
 
     def checkpoint(self) -> Checkpoint | None:
         """The file's name, family and old hash, read from its header; None where there is none or it is unusable."""
-        if self.checkpoint_file is None:
+        try:
+            return None if self.checkpoint_file is None else self._description(self.checkpoint_file).checkpoint
+        except LoraTrainError:
             return None
-        if self._known is None:
-            try:
-                self._known = describe_file(self.checkpoint_file)
-            except LoraTrainError:
-                return None
-        return self._known
 
     def outline(self) -> Outline | None:
         """What the file's header says; None where there is no usable file."""
-        if self.checkpoint() is None or self.checkpoint_file is None:
+        if self.checkpoint_file is None or self.checkpoint() is None:
             return None
-        hints, _ = _beside(self.checkpoint_file, with_tokenizers=False)
-        return Outline(_header(self.checkpoint_file), hints, self._device)
+        known = self._description(self.checkpoint_file)
+        return Outline(known.shapes, known.hints, self._device)
 
     @contextlib.contextmanager
     def borrow(self) -> Iterator[Borrowed]:
-        """The file's tensors on the device; loaded at the first time."""
+        """The file's tensors on the device; read at the first time."""
         if self.checkpoint_file is None:
             raise HostError("No model is loaded", remedy="name a checkpoint file (--checkpoint)")
         if not self._lock.acquire(blocking=False):
             raise HostError("The model is in use", remedy="wait for the other job to end")
         try:
-            checkpoint = describe_file(self.checkpoint_file)
+            known = self._description(self.checkpoint_file)
             if self._tensors is None:
+                self._tokenizers = _tokenizers_beside(self.checkpoint_file)
                 self._tensors = _load(self.checkpoint_file, self._device)
-            hints, tokenizers = _beside(self.checkpoint_file)
-            yield Borrowed(self._tensors, hints, checkpoint, self._device, tokenizers)
+            with translated("moving the model to the device"):
+                # What the last loan set aside; nobody needed it in between.
+                aside.move(self._tensors.values(), self._device)
+            yield Borrowed(self._tensors, known.hints, known.checkpoint, self._device, self._tokenizers)
         finally:
             self._lock.release()
 
@@ -98,6 +110,13 @@ class StandaloneHost:
 
     def hand_over(self, *, report: Report, stop: Callable[[], bool]) -> Mapping[str, torch.Tensor] | None:
         """Nobody takes the model meanwhile, so it is lent on as it is."""
+        return self._tensors
+
+    def set_aside(self, parts: Collection[str]) -> Mapping[str, torch.Tensor]:
+        """Move these parts to the CPU until they are lent again."""
+        assert self._tensors is not None, "nothing is lent"
+        with translated("moving parts of the model off the device"):
+            aside.move(aside.tensors_of(self._tensors, parts), aside.CPU)
         return self._tensors
 
     def waiting(self) -> bool:
@@ -117,6 +136,11 @@ class StandaloneHost:
     def refresh_loras(self) -> None:
         """There is no list of LoRAs to refresh."""
 
+    def _description(self, path: Path) -> _Described:
+        if self._described is None:
+            self._described = _describe(path)
+        return self._described
+
 
 def listening_fence(address: str, output: Path, *folders: Path) -> Fence | None:
     """What a page at `address` may touch: its output folder, and `folders` for reading; None where it is one's own."""
@@ -128,9 +152,15 @@ def listening_fence(address: str, output: Path, *folders: Path) -> Fence | None:
 
 def describe_file(path: Path) -> Checkpoint:
     """What the header of a checkpoint file says; no weights are read. Raises ModelError."""
-    tensors = _header(path)
-    family = detect(tensors, _beside(path, with_tokenizers=False)[0]).family
-    return Checkpoint(name=path.stem, title=path.name, family=family, legacy_hash=_legacy_hash(path))
+    return _describe(path).checkpoint
+
+
+def _describe(path: Path) -> _Described:
+    shapes = _header(path)
+    hints = _hints_beside(path)
+    return _Described(
+        Checkpoint(name=path.stem, title=path.name, family=detect(shapes, hints).family, legacy_hash=_legacy_hash(path)),
+        shapes, hints)
 
 
 def _check_suffix(path: Path) -> None:
@@ -174,21 +204,24 @@ def _legacy_hash(path: Path) -> str:
         return hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
 
 
-def _beside(path: Path, *, with_tokenizers: bool = True) -> tuple[Hints, Sequence[Tokenizer] | None]:
-    """What the `.yaml` of the checkpoint's name says: hints, and tokenizers where it names folders."""
+def _hints_beside(path: Path) -> Hints:
+    """What the `.yaml` of the checkpoint's name says."""
+    configuration = path.with_suffix(".yaml")
+    return hints_from_yaml(configuration) if configuration.is_file() else Hints()
+
+
+def _tokenizers_beside(path: Path) -> Sequence[Tokenizer] | None:
+    """Those of the folders that the `.yaml` of the checkpoint's name names; None where it names none."""
     configuration = path.with_suffix(".yaml")
     if not configuration.is_file():
-        return Hints(), None
-    hints = hints_from_yaml(configuration)
-    if not with_tokenizers:
-        return hints, None
+        return None
     params = (yaml.safe_load(configuration.read_text(encoding="utf-8")) or {})["model"]["params"]
     embedders = params.get("conditioner_config", {}).get("params", {}).get("emb_models") or [
         params.get("cond_stage_config", {})]
     folders = [(e.get("params") or {}).get("version") for e in embedders if e.get("input_key", "txt") == "txt"]
     found = [_tokenizer_folder(configuration.parent, version) for version in folders]
     # One vocabulary serves all encoders of a checkpoint; where no folder is named, CLIP's own is the default.
-    return hints, [tokenizer_from_folder(f) for f in found if f] if found and all(found) else None
+    return [tokenizer_from_folder(f) for f in found if f] if found and all(found) else None
 
 
 def _tokenizer_folder(beside: Path, version: object) -> Path | None:

@@ -3,6 +3,7 @@
     webui.py            the host: what is loaded, who may borrow it
     webui_loan.py       one loan: set up, handed over to others in between, taken back
     webui_model.py      what is lent: tensors by reference, hints, tokenizers; where they lie; whether they changed
+    aside.py            parts of it moved off the device while they are not needed
     webui_loras.py      the built-in Lora extension: its merged LoRAs taken out, its list renewed
     webui_fence.py      the folders a run may touch while others reach the WebUI
     webui_captioners.py the WebUI's own BLIP and DeepDanbooru
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -118,6 +119,11 @@ class WebUIHost:
         """
         assert self._loan is not None, "nothing is lent"
         return self._loan.hand_over(report=report, stop=stop)
+
+    def set_aside(self, parts: Collection[str]) -> Mapping[str, torch.Tensor]:
+        """Move these parts of the loaded model to the CPU; generations that are let through find all of it in its place."""
+        assert self._loan is not None, "nothing is lent"
+        return self._loan.set_aside(parts)
 
     def waiting(self) -> bool:
         """Whether the borrower waits in the WebUI's queue, mostly behind a generation."""

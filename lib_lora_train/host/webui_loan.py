@@ -1,7 +1,8 @@
 """The WebUI's model while it is lent: made ready for training, given to others in between, and found again.
 
 Giving it to others takes down everything that was set up for the training: the progress display, the place of its parts
-under --medvram, the queue's lock. What others leave behind (merged LoRAs, another checkpoint) is met when it comes back.
+(under --medvram, or set aside), the queue's lock. What others leave behind (merged LoRAs, another checkpoint) is met when
+it comes back.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import torch
 from modules import sd_models, shared
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from lib_lora_train.errors import HostError, Interrupted, translated
 from lib_lora_train.events import Report, Stage
-from lib_lora_train.host import webui_loras, webui_model
+from lib_lora_train.host import aside, webui_loras, webui_model
 from lib_lora_train.host.port import Borrowed
 from lib_lora_train.host.webui_progress import ProgressDisplay
 from lib_lora_train.host.webui_queue import Turn
@@ -40,6 +41,7 @@ class Loan:
         self.holder = threading.get_ident()
         self._setup = contextlib.ExitStack()
         self._tensors: Mapping[str, Tensor] = {}
+        self._aside: frozenset[str] = frozenset()
         self._seal: webui_model.Seal | None = None
         self._identity: webui_model.Identity | None = None
 
@@ -80,6 +82,19 @@ class Loan:
             return None
         return self._tensors
 
+    def set_aside(self, parts: Collection[str]) -> Mapping[str, Tensor]:
+        """See `Host.set_aside`."""
+        assert self.witness is not None, "nothing is lent"
+        new = frozenset(parts) - self._aside
+        self._put_aside(new)
+        self._aside |= new
+        return self._tensors
+
+    def _put_aside(self, parts: Collection[str]) -> None:
+        """Off the device until `_take_down`."""
+        with translated("moving parts of the model off the device"):
+            self._setup.enter_context(aside.aside(aside.tensors_of(self._tensors, parts)))
+
     def _set_up(self, sd_model: nn.Module) -> torch.device:
         """Bare of LoRAs, on the device, watched. With the lock held; `_take_down` is its opposite."""
         webui_loras.take_out(sd_model)
@@ -110,6 +125,7 @@ class Loan:
         self._set_up(sd_model)
         if not self._seal.holds(self._tensors):
             raise webui_model.changed()
+        self._put_aside(self._aside)
         return True
 
     def _search(self, *, report: Report, stop: Callable[[], bool]) -> None:

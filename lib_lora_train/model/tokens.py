@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,6 +45,7 @@ class _HuggingFaceTokenizer:
         return list(self.tokenizer(text, truncation=False, add_special_tokens=False)["input_ids"])
 
 
+@lru_cache(maxsize=1)
 def clip_tokenizer() -> Tokenizer:
     """CLIP's own vocabulary of 49408 tokens, which SD1, SD2 and SDXL share; open_clip carries it, no download."""
     from open_clip.tokenizer import SimpleTokenizer  # imported late: it takes seconds and may not be needed
