@@ -66,9 +66,11 @@
         function drawPicture(picture) {
             name.textContent = picture.name;
             about.textContent = picture.width ? picture.width + "×" + picture.height : "";
-            wrong.replaceChildren(...[studio.problemWords(picture.problems), picture.caption_problem &&
-                make("div", {class: "lts-wrong-why", text: picture.caption_problem})].filter(Boolean));
-            wrong.hidden = !wrong.childNodes.length;
+            const why = picture.caption_problem, unread = picture.problems.includes("unreadable_caption");
+            wrong.replaceChildren(make("b", {text: studio.problemWords(picture.problems)}),
+                // What is odd about a caption that can be read is no problem.
+                make("div", {class: unread ? null : "lts-quiet", text: why}));
+            wrong.hidden = !picture.problems.length && !why;
             image.alt = picture.name;
             image.removeAttribute("src");
             frame.classList.toggle("lts-broken", picture.problems.includes("broken"));
