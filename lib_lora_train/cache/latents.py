@@ -17,12 +17,14 @@ import torch
 from PIL import Image
 
 from lib_lora_train.cache.disk import LatentDisk, MeanAndStd
+from lib_lora_train.cache.exchange import exchange, own_part
 from lib_lora_train.dataset.augment import draw_crop, draw_flip, scale_and_crop, to_tensor, vary_colour
 from lib_lora_train.dataset.buckets import Placement, Size
 from lib_lora_train.dataset.folder import Dataset, Example, Problem
 from lib_lora_train.dataset.pictures import read_picture
 from lib_lora_train.dataset.watch import Progress, ShouldStop, Watch
 from lib_lora_train.errors import DatasetError, TrainingError, is_out_of_memory
+from lib_lora_train.ranks import ALONE, Ranks
 
 
 class Encoder(Protocol):
@@ -64,19 +66,19 @@ class CachedLatents:
     def build(
         cls, vae: Encoder, dataset: Dataset, placements: Sequence[Placement], *, flip_aug: bool = False,
         vae_batch_size: int = 1, device: torch.device | str = "cpu", disk: LatentDisk | None = None,
-        on_progress: Progress | None = None, should_stop: ShouldStop | None = None,
+        on_progress: Progress | None = None, should_stop: ShouldStop | None = None, ranks: Ranks = ALONE,
     ) -> CachedLatents:
-        """Encode every picture, bucket by bucket, in batches of `vae_batch_size`.
+        """Encode every picture, bucket by bucket, in batches of `vae_batch_size`; each of `ranks` its part of them.
 
         Raises TrainingError naming the picture whose latent is not finite, DatasetError if no picture can
         be decoded, Interrupted when `should_stop()` says so (asked before each picture).
         """
         work = _Building(vae, dataset, placements=placements, flip_aug=flip_aug, device=torch.device(device), disk=disk)
-        watch = Watch(len(dataset.examples), doing="the pictures were encoded", on_progress=on_progress,
-                      should_stop=should_stop)
+        mine = own_part(placements, ranks)
+        watch = Watch(len(mine), doing="the pictures were encoded", on_progress=on_progress, should_stop=should_stop)
         for bucket in _by_bucket(placements):
             waiting: list[tuple[int, torch.Tensor]] = []
-            for index in bucket:
+            for index in filter(mine.__contains__, bucket):
                 watch.check()
                 pixels = work.from_disk_or_pixels(index)
                 if pixels is not None:
@@ -87,6 +89,8 @@ class CachedLatents:
                 watch.advance()
             if waiting:
                 work.encode(waiting)
+        if ranks.world > 1:
+            work.exchange(ranks)
         kept, kept_placements = _without(dataset, placements, problems=work.problems, dropped=work.dropped)
         latents = [work.done[i] for i in range(len(dataset.examples)) if i not in work.dropped]
         return cls(kept, kept_placements, flip_aug=flip_aug, latents=latents)
@@ -220,6 +224,13 @@ class _Building:
                 _check_finite((mean[None], std[None]), [self.examples[index]])
             self.done[index] = latents
             self._store(index)
+
+    def exchange(self, ranks: Ranks) -> None:
+        """Give the other processes what this one encoded, and take what they did. All know of all damaged pictures then."""
+        own = {problem.path: problem.text for problem in self.problems if problem.skipped}
+        self.done, texts = exchange(ranks, self.done, {i: own[self.examples[i].path] for i in self.dropped})
+        others = [Problem(text, self.examples[i].path, skipped=True) for i, text in texts.items() if i not in self.dropped]
+        self.problems, self.dropped = [*self.problems, *others], set(texts)
 
     def _store(self, index: int) -> None:
         if self.disk is None or self.disk_failed:
