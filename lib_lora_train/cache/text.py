@@ -32,8 +32,10 @@ class TextCache:
     """Caption → Conditioning, on the CPU."""
 
     def __init__(self, conditioner: Conditioner, *, clip_skip: int = 1, dtype: torch.dtype = torch.float32,
-                 max_bytes: int = DEFAULT_MAX_BYTES) -> None:
-        self._conditioner, self._clip_skip, self._dtype = conditioner, clip_skip, dtype
+                 max_bytes: int = DEFAULT_MAX_BYTES, one_by_one: bool = False) -> None:
+        """`one_by_one`: what `get` does not know is encoded caption by caption. Slower than together, but then the last bits
+        of a caption do not depend on those it was met with: for captions that are kept and met again, after a resume too."""
+        self._conditioner, self._clip_skip, self._dtype, self._one_by_one = conditioner, clip_skip, dtype, one_by_one
         self._max_bytes, self._bytes = max_bytes, 0
         self._known: OrderedDict[str, Conditioning] = OrderedDict()  # least recently used first; batch size 1 each
         self._empty: torch.Tensor | None = None  # [1, 77, C]: what the WebUI appends where chunks are missing
@@ -51,7 +53,7 @@ class TextCache:
 
         Equal to what `conditioner.encode` says of the batch, because chunks are encoded independently.
         """
-        found = self._encode([caption for caption in dict.fromkeys(captions) if caption not in self._known])
+        found = self._new([caption for caption in dict.fromkeys(captions) if caption not in self._known])
         for caption in captions:
             if caption not in found:
                 self._known.move_to_end(caption)
@@ -78,6 +80,15 @@ class TextCache:
                 self._keep(caption, one)
             watch.advance(len(part))
 
+    def holds(self, captions: Sequence[str]) -> bool:
+        """Whether `get` needs the conditioner no more for batches of these. The empty caption is among what it may need."""
+        return all(caption in self._known for caption in (*captions, ""))
+
+    def _new(self, captions: Sequence[str]) -> dict[str, Conditioning]:
+        if not self._one_by_one:
+            return self._encode(captions)
+        return {caption: self._encode([caption])[caption] for caption in captions}
+
     @torch.no_grad()
     def _encode(self, captions: Sequence[str]) -> dict[str, Conditioning]:
         """Those with the same number of chunks together, so that none is filled up."""
@@ -101,7 +112,7 @@ class TextCache:
         if missing == 0:
             return context
         if self._empty is None:
-            self._empty = self._encode([""])[""].context
+            self._empty = (self._known.get("") or self._encode([""])[""]).context
         return torch.cat([context, self._empty.repeat(1, missing // self._empty.shape[1], 1)], dim=1)
 
     def _keep(self, caption: str, one: Conditioning) -> None:
