@@ -20,13 +20,17 @@ from lib_lora_train.settings import Settings, ignored
 
 @dataclasses.dataclass(frozen=True)
 class Preparation:
-    """The dataset placed into buckets, the plan, and one sentence for each thing the user should know."""
+    """The dataset placed into buckets, the plan, and one sentence for each thing the user should know.
+
+    `processes` train together, so that a batch of the plan is that many times train_batch_size.
+    """
 
     dataset: Dataset
     placements: tuple[Placement, ...]
     plan: Plan
     resolution: tuple[int, int]
     warnings: tuple[str, ...]
+    processes: int = 1
 
     @property
     def aspect_error(self) -> float:
@@ -41,7 +45,7 @@ class Preparation:
         """The same after encoding: without the pictures that could not be decoded, which are its only warnings."""
         lost = tuple(problem.text for problem in dataset.problems[len(self.dataset.problems):])
         return dataclasses.replace(self, dataset=dataset, placements=placements, warnings=lost,
-                                   plan=replan(settings, dataset=dataset, placements=placements))
+                                   plan=replan(settings, dataset=dataset, placements=placements, processes=self.processes))
 
     @property
     def summary(self) -> str:
@@ -52,13 +56,13 @@ class Preparation:
         with_reg = f" + {regularisation} regularisation pictures" if regularisation else ""
         return (f"{_count(self.dataset.pictures, 'picture')} × {shown} repeats{with_reg}, {_count(self.plan.epochs, 'epoch')}, "
                 f"{_count(len(self.plan.buckets), 'bucket')} at {self.resolution[0]}×{self.resolution[1]} "
-                f"= {_count(self.plan.steps, 'step')}")
+                f"= {_count(self.plan.steps, 'step')}{f' of {self.processes} processes' if self.processes > 1 else ''}")
 
 
 def prepare(settings: Settings, *, family: str, fence: Fence | None = None,
             on_progress: Callable[[int, int], None] | None = None,
-            should_stop: Callable[[], bool] | None = None) -> Preparation:
-    """Read the dataset's folder and plan the run for a model of `family` ("" plans as for SD1).
+            should_stop: Callable[[], bool] | None = None, processes: int = 1) -> Preparation:
+    """Read the dataset's folder and plan the run of so many processes for a model of `family` ("" plans as for SD1).
 
     Within a `fence`, links that lead out of it are passed over; the folders themselves are the caller's to `confine`.
     Raises DatasetError and SettingError; nothing is written, no picture is decoded.
@@ -76,8 +80,8 @@ def prepare(settings: Settings, *, family: str, fence: Fence | None = None,
         _check_caches(found, fence)
     dataset, placements = place(found, buckets)
     return Preparation(
-        dataset=dataset, placements=placements, resolution=buckets.resolution,
-        plan=replan(settings, dataset=dataset, placements=placements),
+        dataset=dataset, placements=placements, resolution=buckets.resolution, processes=processes,
+        plan=replan(settings, dataset=dataset, placements=placements, processes=processes),
         warnings=(*ignored(settings), *(problem.text for problem in dataset.problems)))
 
 
@@ -89,11 +93,11 @@ def _check_caches(dataset: Dataset, fence: Fence) -> None:
                                "not allowed", remedy="remove the link or switch cache_latents_to_disk off")
 
 
-def replan(settings: Settings, *, dataset: Dataset, placements: tuple[Placement, ...]) -> Plan:
-    """The steps of a run over these examples, as `settings` want them."""
+def replan(settings: Settings, *, dataset: Dataset, placements: tuple[Placement, ...], processes: int = 1) -> Plan:
+    """The steps of a run over these examples, as `settings` want them. train_batch_size is each process's."""
     optimizer = settings.optimizer
     return plan_run(
-        visits_by_bucket(dataset.examples, placements), train_batch_size=optimizer.train_batch_size,
+        visits_by_bucket(dataset.examples, placements), train_batch_size=optimizer.train_batch_size * processes,
         gradient_accumulation_steps=optimizer.gradient_accumulation_steps,
         max_train_epochs=optimizer.max_train_epochs, max_train_steps=optimizer.max_train_steps)
 

@@ -36,7 +36,7 @@ class Provenance:
             zero_terminal_snr=model.architecture.zero_terminal_snr, resolution=preparation.resolution,
             dim=layer.rank, alpha=layer.alpha, steps=step, epoch=epoch, total_epochs=plan.epochs, total_steps=plan.steps,
             batches_per_epoch=plan.batches_per_epoch, batch_size=settings.optimizer.train_batch_size,
-            started_at=self.started_at, finished_at=time.time(),
+            processes=preparation.processes, started_at=self.started_at, finished_at=time.time(),
             clip_skip=(settings.captions.clip_skip or self._borrowed.clip_skip) if model.text.uses_clip_skip else None,
             checkpoint=FileFacts(checkpoint.name, checkpoint.legacy_hash or None, checkpoint.sha256 or None),
             vae=FileFacts(checkpoint.vae_name or None), folders=self._folders(),

@@ -18,6 +18,7 @@ import torch
 
 from lib_lora_train.errors import LoraFileError, ModelError, SettingError, translated
 from lib_lora_train.host.port import Borrowed
+from lib_lora_train.model.fingerprint import sampled_fingerprint
 from lib_lora_train.network.file import read_metadata
 from lib_lora_train.preparation import Preparation
 from lib_lora_train.settings import Settings, flat, parse
@@ -47,6 +48,11 @@ class Point:
     def step(self) -> int:
         """Steps that were made."""
         return int(self.facts["step"])
+
+    @property
+    def processes(self) -> int:
+        """How many trained together."""
+        return int(self.facts.get("processes", 1))
 
     @property
     def started_at(self) -> float:
@@ -96,19 +102,21 @@ def facts(settings: Settings, preparation: Preparation, checkpoint: Mapping[str,
     """What a state is told of its run. Reads a little of every picture; raises OutputError where one is gone."""
     return {
         "settings": flat(settings), "started_at": started_at, "steps": preparation.plan.steps,
+        "processes": preparation.processes,
         "dataset": dataset_fingerprint(preparation), "computed_in": str(dtype).removeprefix("torch."),
         "checkpoint": dict(checkpoint)}
 
 
 def checkpoint_facts(borrowed: Borrowed) -> dict[str, str]:
     """What a state is told of the model."""
-    return {"name": borrowed.checkpoint.name, "fingerprint": model_fingerprint(borrowed.tensors)}
+    return {"name": borrowed.checkpoint.name, "fingerprint": sampled_fingerprint(borrowed.tensors)}
 
 
-def compare_settings(settings: Settings, point: Point, *, steps: int) -> list[str]:
+def compare_settings(settings: Settings, point: Point, *, steps: int, processes: int = 1) -> list[str]:
     """A sentence for each setting that makes the result another one than an uninterrupted run's.
 
-    `steps` is how many the run is to have now. Raises SettingError for a setting that cannot change on the way.
+    `steps` is how many the run is to have now, in so many `processes`. Raises SettingError for a setting that cannot change
+    on the way.
     """
     if steps < point.step:
         raise SettingError(f"The run has made {point.step} steps already, and would now end after {steps}",
@@ -116,13 +124,17 @@ def compare_settings(settings: Settings, point: Point, *, steps: int) -> list[st
     then, notes = point.facts["settings"], []
     for name, now in flat(settings).items():
         before = then.get(name, now)
-        if name in FREE or before == now:
+        if name in FREE or before == now or (name == "train_batch_size" and processes != point.processes):
             continue
         change = f"{name} is {now!r} and was {before!r}"
         if name in FIXED:
             raise SettingError(f"The run cannot go on: {change} until step {point.step}",
                                remedy=f"set it back to {before!r}, or start anew")
         notes.append(f"{change} until step {point.step}: the result will not be that of an uninterrupted run.")
+    pictures, pictures_then = settings.optimizer.train_batch_size, then.get("train_batch_size", 1)
+    if processes != point.processes and pictures * processes != pictures_then * point.processes:
+        notes.append(f"A batch is now {pictures} × {processes} pictures (train_batch_size × processes) and was {pictures_then} "
+                     f"× {point.processes} until step {point.step}: the result will not be that of an uninterrupted run.")
     before = point.facts["steps"]
     schedule = settings.optimizer.lr_scheduler
     if steps != before and schedule != "constant":
@@ -169,19 +181,4 @@ def dataset_fingerprint(preparation: Preparation) -> str:
                 size = file.seek(0, os.SEEK_END)
                 file.seek(max(_END, size - _END))
                 digest.update(file.read() + str(size).encode())
-    return digest.hexdigest()
-
-
-def model_fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
-    """sha256 over names, shapes, number formats and up to 81 numbers of each tensor, wherever it lies.
-
-    Reading all of a checkpoint off the card takes seconds; two checkpoints that agree in this are the same one.
-    """
-    digest, samples = hashlib.sha256(), []
-    for name in sorted(tensors):
-        tensor = tensors[name].detach()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        samples.append(tensor[tuple(slice(None, None, max(1, size // 2)) for size in tensor.shape)].reshape(-1).float())
-    # One copy off the device, at the beginning of a run.
-    digest.update(torch.cat(samples).cpu().numpy().tobytes() if samples else b"")
     return digest.hexdigest()

@@ -17,6 +17,7 @@ from lib_lora_train.network import file
 from lib_lora_train.network.network import LoRANetwork
 from lib_lora_train.output import epoch_path, step_path
 from lib_lora_train.provenance import Provenance
+from lib_lora_train.ranks import Lost
 from lib_lora_train.settings import SaveSettings
 from lib_lora_train.training import state
 from lib_lora_train.training.loop import Snapshot
@@ -137,7 +138,7 @@ class Saver:
         try:
             yield
         except LoraTrainError as error:
-            kept = self._kept()
+            kept = "" if isinstance(error, Lost) and not error.intact else self._kept()
             if not kept:
                 raise
             remedy = f"{error.remedy}; " if error.remedy else ""
@@ -160,3 +161,26 @@ class Saver:
             with contextlib.suppress(LoraTrainError):
                 return self.save(place, step=self._last.step, epoch=self._last.epoch, final=False)
         return ""
+
+
+class Onlooker:
+    """A `Saver`'s place in the processes that train along and save nothing."""
+
+    saved: tuple[str, ...] = ()
+
+    def __init__(self, report: Report) -> None:
+        self.report = report
+
+    def save_on_the_way(self, step: int, epoch: int, snapshot: Snapshot) -> None:
+        """Process 0 saves."""
+
+    def keep(self, step: int, epoch: int, snapshot: Snapshot) -> None:
+        """Process 0 keeps the state."""
+
+    def save_result(self, *, step: int, epoch: int, complete: bool) -> str:
+        """Process 0 saves it: "" here."""
+        return ""
+
+    def rescue(self) -> contextlib.AbstractContextManager[None]:
+        """Nothing is kept here."""
+        return contextlib.nullcontext()

@@ -54,7 +54,7 @@ class TrainingFacts:
     resolution      (width, height) in pixels
     dim, alpha      the LoRA's rank and alpha
     steps, epoch    done when this file is written
-    batch_size      pictures in one pass, on one device
+    batch_size      pictures in one pass, on one device; `processes` of them train together
     started_at      seconds since 1970, as `finished_at`
     clip_skip       None where it does not apply (SDXL) or is not known
     buckets         (width, height) -> pictures with their repeats, None without buckets
@@ -76,6 +76,7 @@ class TrainingFacts:
     batch_size: int
     started_at: float
     finished_at: float | None = None
+    processes: int = 1
     clip_skip: int | None = None
     checkpoint: FileFacts = FileFacts()
     vae: FileFacts = FileFacts()
@@ -119,7 +120,7 @@ def _run(facts: TrainingFacts, name: str) -> dict[str, object]:
         "ss_max_train_steps": facts.total_steps,
         "ss_num_batches_per_epoch": facts.batches_per_epoch,
         "ss_batch_size_per_device": facts.batch_size,
-        "ss_total_batch_size": facts.batch_size,
+        "ss_total_batch_size": facts.batch_size * facts.processes,
         "ss_training_started_at": facts.started_at,
         "ss_training_finished_at": facts.finished_at,
     }
