@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lib_lora_train.cache.latents import LatentSource
+from lib_lora_train.cache.latents import LatentSource, Prepared
 from lib_lora_train.dataset.buckets import Size
 from lib_lora_train.dataset.captions import process_caption
 
@@ -29,6 +29,19 @@ class Batch:
     original_size: torch.Tensor  # [B, 2] int64 (height, width)
     crop: torch.Tensor  # [B, 2] int64 (top, left), as SDXL's size conditioning wants it
     target_size: torch.Tensor  # [B, 2] int64 (height, width)
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedBatch:
+    """A batch as far as it goes without the model; `Batches.finish` does the rest."""
+
+    latents: Prepared
+    captions: tuple[str, ...]
+
+    @property
+    def bytes(self) -> int:
+        """What it takes while it waits."""
+        return self.latents.bytes
 
 
 class Batches:
@@ -80,25 +93,34 @@ class Batches:
         """The batches of an epoch from position `start` on: the same ones as without leaving any out."""
         for position, indices in enumerate(self.order(epoch)):
             if position >= start:
-                yield self._batch(epoch, position, indices)
+                yield self.finish(self.prepare(epoch, position, indices=indices))
 
-    def _batch(self, epoch: int, position: int, indices: tuple[int, ...]) -> Batch:
+    def prepare(self, epoch: int, position: int, *, indices: tuple[int, ...]) -> PreparedBatch:
+        """What can be done without the model, in any thread, for the batch at this position of `order(epoch)`."""
         # Separate generators, so that switching one kind of variation on does not change the others.
         picture_rngs = [self._rng("picture", epoch, position, slot) for slot in range(len(indices))]
-        latents = self._source.get(indices, picture_rngs)
+        return PreparedBatch(self._source.prepare(indices, picture_rngs), tuple(
+            self._caption(index, self._rng("caption", epoch, position, slot), dropout=self._caption_dropout_rate)
+            for slot, index in enumerate(indices)))
+
+    def finish(self, prepared: PreparedBatch) -> Batch:
+        """The batch, made in the thread that trains."""
+        indices = prepared.latents.indices
+        latents = self._source.finish(prepared.latents)
         examples = [self._source.dataset.examples[index] for index in indices]
         placements = [self._source.placements[index] for index in indices]
         crops = [placement.size_condition_crop(flipped=flipped)
                  for placement, flipped in zip(placements, latents.flipped, strict=True)]
         return Batch(
-            indices=indices, mean=latents.mean, std=latents.std,
-            captions=tuple(
-                self._caption(index, self._rng("caption", epoch, position, slot), dropout=self._caption_dropout_rate)
-                for slot, index in enumerate(indices)),
+            indices=indices, mean=latents.mean, std=latents.std, captions=prepared.captions,
             loss_weight=torch.tensor([self._prior_loss_weight if e.is_regularisation else 1.0 for e in examples]),
             original_size=torch.tensor([(e.height, e.width) for e in examples]),
             crop=torch.tensor(crops),
             target_size=torch.tensor([(p.bucket[1], p.bucket[0]) for p in placements]))
+
+    def burden(self, indices: tuple[int, ...]) -> int:
+        """Bytes that preparing such a batch takes; 0 where nothing is to be gained from doing it ahead."""
+        return self._source.burden(indices)
 
     def _caption(self, index: int, rng: random.Random, *, dropout: float) -> str:
         example = self._source.dataset.examples[index]

@@ -1,56 +1,47 @@
-"""Encoded pictures among processes that train together: each encodes its part, and all get all of them.
+"""Encoded pictures among processes that train together: each encodes its share, and all get all of them.
 
 Every process needs every picture sooner or later, since each epoch deals them anew; encoding is what costs, not keeping.
+They meet after every few pictures, so that nobody holds more at once than those, and nobody waits long.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from lib_lora_train.cache.disk import MeanAndStd
-from lib_lora_train.dataset.buckets import Placement
-from lib_lora_train.ranks import Ranks, share
-
-_AT_ONCE = 1 << 24  # numbers that are sent in one piece: 64 MiB
+from lib_lora_train.dataset.watch import ShouldStop
+from lib_lora_train.ranks import Ranks
 
 
-def own_part(placements: Sequence[Placement], ranks: Ranks) -> frozenset[int]:
-    """The pictures, by index, that this process encodes: neighbours in the order of buckets, so that batches stay full."""
-    order = sorted(range(len(placements)), key=lambda index: (placements[index].bucket, index))
-    return frozenset(order[share(len(order), ranks)])
+def exchange(ranks: Ranks, numbers: Sequence[int], own: Mapping[int, torch.Tensor], *, shape: Sequence[int]
+             ) -> dict[int, torch.Tensor]:
+    """What the other processes have of the pictures `numbers`, which share a bucket, from what this one has of them.
 
-
-def exchange(ranks: Ranks, own: dict[int, tuple[MeanAndStd, ...]], dropped: dict[int, str]
-             ) -> tuple[dict[int, tuple[MeanAndStd, ...]], dict[int, str]]:
-    """What all processes encoded, by index, from what this one did; and the pictures that were dropped, with their sentence.
-
-    The tensors are [4, h, w] fp32 on the CPU. A meeting: see `Ranks`.
+    Tensors of `shape`, fp32 on the CPU. Each process puts in its own and zeros for the rest: the sum is everybody's, to the
+    last bit. What nobody has is missing. A meeting: see `Ranks`.
     """
-    shapes: dict[str, list[int]] = {}
-    for index, latents in own.items():
-        shapes.setdefault(json.dumps([len(latents), *latents[0][0].shape]), []).append(index)
-    told = [json.loads(text) for text in ranks.gather(json.dumps([shapes, list(dropped.items())]))]
-    everything, lost = dict(own), dict(dropped)
-    for source, (theirs, left_out) in enumerate(told):
-        lost.update(dict(left_out))
-        for text, indices in theirs.items():
-            visits, *shape = json.loads(text)
-            for part in _parts(indices, visits, shape):
-                packed = torch.empty(len(part), visits, 2, *shape)
-                if source == ranks.rank:
-                    packed = torch.stack([torch.stack([torch.stack(pair) for pair in own[index]]) for index in part])
-                ranks.broadcast_(packed, source=source)
-                for row, index in enumerate(part):
-                    # Cloned: a view would keep the whole piece in memory.
-                    everything[index] = own.get(index) or tuple(
-                        (mean.clone(), std.clone()) for mean, std in packed[row])
-    return everything, lost
+    values, present = torch.zeros(len(numbers), *shape), torch.zeros(len(numbers))
+    for row, number in enumerate(numbers):
+        if number in own:
+            values[row], present[row] = own[number], 1
+    ranks.sum_(present)
+    ranks.sum_(values)
+    # Cloned: a view would keep the whole round in memory.
+    return {number: values[row].clone() for row, number in enumerate(numbers) if present[row] and number not in own}
 
 
-def _parts(indices: Sequence[int], visits: int, shape: Sequence[int]) -> Iterator[Sequence[int]]:
-    count = max(1, _AT_ONCE // (visits * 2 * torch.Size(shape).numel()))
-    for start in range(0, len(indices), count):
-        yield indices[start:start + count]
+def all_texts(ranks: Ranks, own: Mapping[int, str]) -> dict[int, str]:
+    """What all processes say, by picture. A meeting: see `Ranks`."""
+    if ranks.world == 1:
+        return dict(own)
+    told = [json.loads(text) for text in ranks.gather(json.dumps(list(own.items())))]
+    return dict(sorted((number, text) for texts in told for number, text in texts))
+
+
+def shared_stop(should_stop: ShouldStop | None, ranks: Ranks) -> ShouldStop | None:
+    """Whether any of the processes was asked to stop; each of them must ask as often as the others."""
+    if ranks.world == 1:
+        return should_stop
+    return lambda: ranks.any(should_stop is not None and should_stop())

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import struct
+import threading
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -212,18 +213,37 @@ def _register_avif() -> None:
             import pillow_avif  # noqa: F401
 
 
-def _load_whole(image: Image.Image) -> None:
-    """Decode; a truncated file is an error even where somebody switched Pillow's tolerance on.
+class _Intolerance:
+    """While a picture is decoded, a truncated file is an error even where somebody switched Pillow's tolerance on.
 
-    BLIP, which the WebUI loads for captions, sets that switch for the whole process; pictures would
-    then come with a grey lower half.
+    BLIP, which the WebUI loads for captions, sets that switch for the whole process; pictures would then come with a grey
+    lower half. Several threads decode at once: the first one in keeps what the switch was, the last one out puts it back.
     """
-    tolerant = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
-    try:
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._tolerant = threading.Lock(), 0, False
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._tolerant = ImageFile.LOAD_TRUNCATED_IMAGES
+                ImageFile.LOAD_TRUNCATED_IMAGES = False
+            self._inside += 1
+
+    def __exit__(self, *exception: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                ImageFile.LOAD_TRUNCATED_IMAGES = self._tolerant
+
+
+_INTOLERANT = _Intolerance()
+
+
+def _load_whole(image: Image.Image) -> None:
+    """Decode all of it, or raise what Pillow raises for a file that ends too soon."""
+    with _INTOLERANT:
         image.load()
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = tolerant
 
 
 def _upright_size(image: Image.Image, path: Path) -> tuple[int, int]:
