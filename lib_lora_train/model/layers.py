@@ -3,8 +3,9 @@
 A `Layers` computes `F.linear`, `F.conv2d` and the norms on somebody else's tensors, addressed by name.
 The three promises to the lender:
 
-- No copy. A weight is used where it lies. Where its dtype differs from the activation's it is cast for one
-  call, and the cast is dropped at once: autograd keeps the borrowed tensor and casts it again in backward.
+- No copy, unless one was asked for (`replace`, `lay_out_channels_last`), and then `copied_bytes` tells. A weight is used
+  where it lies. Where its dtype differs from the activation's it is cast for one call, and the cast is dropped at once:
+  autograd keeps the borrowed tensor and casts it again in backward.
 - No gradient. The tensors are detached views, so `requires_grad` of the lender's parameters neither matters
   nor changes.
 - No surprise. No method of the lender's modules runs, so none of the host's patches do.
@@ -15,16 +16,18 @@ computation by the dtype of the activations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lib_lora_train.model.products import LowRank, frozen_linear, shared_linears
 from lib_lora_train.model.refusals import incomplete
+from lib_lora_train.model.weights import Weight, borrowed, dense
 
 
 class Adapter(Protocol):
@@ -34,12 +37,21 @@ class Adapter(Protocol):
     use `frozen_linear` and `frozen_conv2d`, which deal with that. The result has `x.dtype`.
     """
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         """x [..., in], weight [out, in], bias [out] -> [..., out]."""
         ...
 
-    def conv2d(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: int, padding: int) -> Tensor:
+    def conv2d(self, x: Tensor, weight: Weight, bias: Tensor | None, *, stride: int, padding: int) -> Tensor:
         """x [B, in, h, w], weight [out, in, k, k], bias [out] -> [B, out, h', w']."""
+        ...
+
+
+@runtime_checkable
+class LowRankAdapter(Protocol):
+    """An adapter whose layer is the frozen one plus a low-rank product, so that layers of one input can share it."""
+
+    def low_rank(self) -> LowRank | None:
+        """What is added to the frozen layer; None for nothing."""
         ...
 
 
@@ -48,51 +60,24 @@ Norm = Callable[[Tensor, Tensor, Tensor], Tensor]
 NO_ADAPTERS: Adapters = MappingProxyType({})
 
 
-def borrowed(tensor: Tensor) -> Tensor:
-    """A detached tensor over the same storage: same `data_ptr`, never a gradient, safe to save for backward.
-
-    An inference tensor (made under `torch.inference_mode`, as Forge does) cannot be saved for backward and stays
-    one through `detach`; there a normal tensor is laid over its storage.
-    """
-    if not tensor.is_inference():
-        return tensor.detach()
-    plain = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    return plain.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
-
-
-class _CastLinear(torch.autograd.Function):
-    """`F.linear` with a frozen weight of another dtype; saves the original weight, not its cast."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight)
-        return F.linear(x, weight.to(x.dtype), _cast(bias, x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (weight,) = ctx.saved_tensors
-        return grad @ weight.to(grad.dtype), None, None
-
-
 class _FrozenConv2d(torch.autograd.Function):
-    """`F.conv2d` with a frozen weight of any dtype; saves the original weight and not the input.
+    """`F.conv2d` with a frozen weight of any dtype; keeps neither the input nor a cast of the weight.
 
     torch's own convolution saves its input even where the weight wants no gradient. The gradient with respect to
     the input needs that input's shape only, which an expanded scalar stands in for.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
-        ctx.save_for_backward(weight)
-        ctx.shape, ctx.stride, ctx.padding = x.shape, stride, padding
-        return F.conv2d(x, weight.to(x.dtype), _cast(bias, x.dtype), stride=stride, padding=padding)
+    def forward(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, stride: int, padding: int) -> Tensor:
+        ctx.weight, ctx.shape, ctx.stride, ctx.padding = weight, x.shape, stride, padding
+        return F.conv2d(x, dense(weight, x.dtype), _cast(bias, x.dtype), stride=stride, padding=padding)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (weight,) = ctx.saved_tensors
         shape_only = grad.new_empty(1).expand(ctx.shape)
         grad_x, _, _ = torch.ops.aten.convolution_backward(
-            grad, shape_only, weight.to(grad.dtype), None, (ctx.stride,) * 2, (ctx.padding,) * 2, (1, 1),
+            grad, shape_only, dense(ctx.weight, grad.dtype), None, (ctx.stride,) * 2, (ctx.padding,) * 2, (1, 1),
             False, (0, 0), 1, (True, False, False))
         return grad_x, None, None, None, None
 
@@ -120,14 +105,7 @@ class _CastNorm(torch.autograd.Function):
         return None, grad_x.to(x.dtype), None, None
 
 
-def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., in] @ weight [out, in].T + bias, in `x.dtype`; a gradient for x only."""
-    if weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype):
-        return F.linear(x, weight, bias)
-    return _CastLinear.apply(x, weight, bias)
-
-
-def frozen_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: int, padding: int) -> Tensor:
+def frozen_conv2d(x: Tensor, weight: Weight, bias: Tensor | None, *, stride: int, padding: int) -> Tensor:
     """x [B, in, h, w] convolved with weight [out, in, k, k], in `x.dtype`; a gradient for x only."""
     return _FrozenConv2d.apply(x, weight, bias, stride, padding)
 
@@ -140,30 +118,54 @@ class Layers:
     """Borrowed tensors by local name ("input_blocks.1.0.in_layers.2.weight"), and the layers made of them."""
 
     def __init__(self, tensors: Mapping[str, Tensor], *, adapters: Adapters = NO_ADAPTERS) -> None:
-        self._lent = {name: borrowed(tensor) for name, tensor in tensors.items()}
-        self.tensors: Mapping[str, Tensor] = MappingProxyType(self._lent)
+        self._weights: dict[str, Weight] = {name: borrowed(tensor) for name, tensor in tensors.items()}
+        self._own: set[str] = set()
+        self.tensors: Mapping[str, Weight] = MappingProxyType(self._weights)
         self._adapters = adapters
 
     def let_go(self) -> None:
         """Hold none of the lender's memory, until `take`; not to be computed with meanwhile."""
-        self._lent.clear()
+        for name in self._weights.keys() - self._own:
+            del self._weights[name]
 
     def take(self, tensors: Mapping[str, Tensor]) -> None:
-        """Compute on these tensors from now on: the same weights, where they lie now."""
-        self._lent.update({name: borrowed(tensor) for name, tensor in tensors.items()})
+        """Compute on these tensors from now on: the same weights, where they lie now. What was replaced stays so."""
+        self._weights.update({name: borrowed(tensor) for name, tensor in tensors.items() if name not in self._own})
+
+    def replace(self, weights: Mapping[str, Weight]) -> None:
+        """Compute with these in the place of the lender's tensors of the same names, which are held no longer.
+
+        Ours from now on, whatever is lent later. For copies of the same weights in another form (quantised, another
+        memory layout) only.
+        """
+        assert weights.keys() <= self._weights.keys(), "only weights that are there can be replaced"
+        self._weights.update(weights)
+        self._own.update(weights)
+
+    def lay_out_channels_last(self) -> None:
+        """Put copies in NHWC order in the place of convolutions' kernels above 1x1 that lie otherwise."""
+        kernels = {name: weight for name, weight in self._weights.items()
+                   if isinstance(weight, Tensor) and weight.ndim == 4 and weight.shape[2:] != (1, 1)}
+        self.replace({name: kernel.contiguous(memory_format=torch.channels_last) for name, kernel in kernels.items()
+                      if not kernel.is_contiguous(memory_format=torch.channels_last)})
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes of weights that are not the lender's: 0 unless something was replaced."""
+        return sum(self._weights[name].nbytes for name in self._own)
 
     def adapted(self, adapters: Adapters) -> Layers:
         """The same tensors, with `adapters` (by module name) computing their layers."""
         other = Layers.__new__(Layers)
-        other.tensors, other._lent, other._adapters = self.tensors, self._lent, adapters
+        other.tensors, other._weights, other._own, other._adapters = self.tensors, self._weights, self._own, adapters
         return other
 
     def has(self, name: str) -> bool:
         """Whether the module `name` has a weight."""
         return f"{name}.weight" in self.tensors
 
-    def weight(self, name: str) -> Tensor:
-        """The borrowed weight of the module `name`; ModelError where the checkpoint lacks it."""
+    def weight(self, name: str) -> Weight:
+        """The weight of the module `name`; ModelError where the checkpoint lacks it."""
         return self._tensor(f"{name}.weight")
 
     def bias(self, name: str) -> Tensor:
@@ -175,6 +177,14 @@ class Layers:
         adapter = self._adapters.get(name)
         compute = frozen_linear if adapter is None else adapter.linear
         return compute(x, self.weight(name), self.bias(name) if bias else None)
+
+    def linears(self, names: Sequence[str], x: Tensor, *, bias: bool = True) -> tuple[Tensor, ...]:
+        """The outputs of several layers for one x, which is kept once and whose gradient is added up in one buffer."""
+        adapters = [self._adapters.get(name) for name in names]
+        if not all(adapter is None or isinstance(adapter, LowRankAdapter) for adapter in adapters):
+            return tuple(self.linear(name, x, bias=bias) for name in names)
+        frozen = [(self.weight(name), self.bias(name) if bias else None) for name in names]
+        return shared_linears(x, frozen, [None if adapter is None else adapter.low_rank() for adapter in adapters])
 
     def conv2d(self, name: str, x: Tensor, *, stride: int = 1, padding: int = 0) -> Tensor:
         """x [B, in, h, w] -> [B, out, h', w']."""
@@ -200,7 +210,7 @@ class Layers:
         """ids [...] (integers) -> [..., C] in `dtype`; only the rows that are looked up are cast."""
         return F.embedding(ids, self.weight(name)).to(dtype)
 
-    def _tensor(self, name: str) -> Tensor:
+    def _tensor(self, name: str) -> Weight:
         try:
             return self.tensors[name]
         except KeyError:

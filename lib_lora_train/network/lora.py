@@ -1,7 +1,7 @@
 """One low-rank layer (LoRA, Hu et al. 2021, arXiv 2106.09685): h = W x + b + (alpha / r) · B A x.
 
 The frozen weight is passed in at each call and never held, so the layer owns nothing but A (`down`) and
-B (`up`). It computes the whole layer, frozen part included, which is what lets a fused kernel take its place.
+B (`up`). It computes the whole layer, frozen part included, so that the low-rank product is accumulated into the frozen one.
 """
 
 from __future__ import annotations
@@ -9,16 +9,19 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib_lora_train.model.layers import frozen_conv2d, frozen_linear
+from lib_lora_train.model.layers import Weight, frozen_conv2d, frozen_linear
+from lib_lora_train.model.products import LowRank, shared_linears
 
 
 class LoRALayer(nn.Module):
     """A [r, in] and B [out, r] in fp32; `multiplier` scales both (1 while training).
 
-    `linear` and `conv2d` satisfy `model.layers.Adapter`. A starts uniform as kaiming_uniform(a=√5) makes it, B
+    `linear`, `conv2d` and `low_rank` satisfy `model.layers.Adapter` and `LowRankAdapter`. `working` may hold (A, B) in the
+    dtype of the computation; whoever puts them there brings them up to date when A and B have changed.
+
+    A starts uniform as kaiming_uniform(a=√5) makes it, B
     starts at zero, so a new layer changes nothing. `alpha` is a Python number: a tensor would have to be read
     back from the device at each step.
     """
@@ -31,6 +34,7 @@ class LoRALayer(nn.Module):
         self.up = nn.Parameter(torch.zeros(out_features, rank))
         self.alpha = float(alpha)
         self.multiplier = 1.0
+        self.working: tuple[Tensor, Tensor] | None = None
 
     @property
     def rank(self) -> int:
@@ -42,19 +46,25 @@ class LoRALayer(nn.Module):
         """alpha / r, times the multiplier."""
         return self.multiplier * self.alpha / self.rank
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x [..., in], weight [out, in] of any dtype -> [..., out], computed in the dtype of x."""
-        frozen = frozen_linear(x, weight, bias)
-        if self.multiplier == 0:
-            return frozen                           # bit for bit the layer without a LoRA
-        return frozen + F.linear(F.linear(x, self.down.to(x.dtype)) * self.scale, self.up.to(x.dtype))
+    def low_rank(self) -> LowRank | None:
+        """What is added to the frozen layer; None at multiplier 0, which is bit for bit the layer without a LoRA."""
+        return LowRank(self.down, self.up, self.scale, self.working) if self.multiplier else None
 
-    def conv2d(self, x: Tensor, weight: Tensor, bias: Tensor | None, *,
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+        """x [..., in], weight [out, in] (or [out, in, 1, 1]) of any dtype -> [..., out], computed in the dtype of x."""
+        low_rank = self.low_rank()
+        if low_rank is None:
+            return frozen_linear(x, weight, bias)
+        return shared_linears(x, [(weight, bias)], [low_rank])[0]
+
+    def conv2d(self, x: Tensor, weight: Weight, bias: Tensor | None, *,
                stride: int = 1, padding: int = 0) -> Tensor:
-        """x [B, in, h, w] -> [B, out, h', w'] for a 1x1 convolution; larger kernels are LoCon's."""
-        assert weight.shape[2:] == (1, 1), "only 1x1 convolutions are adapted"
-        frozen = frozen_conv2d(x, weight, bias, stride=stride, padding=padding)
-        if self.multiplier == 0:
-            return frozen
-        down, up = self.down[:, :, None, None].to(x.dtype), self.up[:, :, None, None].to(x.dtype)
-        return frozen + F.conv2d(F.conv2d(x, down, stride=stride, padding=padding) * self.scale, up)
+        """x [B, in, h, w] -> [B, out, h', w'] for a 1x1 convolution; larger kernels are LoCon's.
+
+        Computed as a linear layer over the pixels, which reads an x in NHWC order where it lies.
+        """
+        assert weight.shape[2:] == (1, 1) and padding == 0, "only 1x1 convolutions are adapted"
+        if self.low_rank() is None:
+            return frozen_conv2d(x, weight, bias, stride=stride, padding=padding)
+        pixels = x[:, :, ::stride, ::stride].permute(0, 2, 3, 1)
+        return self.linear(pixels, weight, bias).permute(0, 3, 1, 2)

@@ -1,0 +1,138 @@
+"""Products of activations with frozen matrices, and the trained low-rank products that are added into them.
+
+One autograd function computes all layers that read the same x (q, k and v of an attention):
+y_i = x W_iᵀ + b_i + s_i x A_iᵀ B_iᵀ (LoRA, Hu et al. 2021, arXiv 2106.09685, eq. 3). Written out in plain operations each
+layer makes three products and two more passes over its output. Here
+
+- x A_iᵀ of all layers is one product with the stacked A_i, and B_i's product is accumulated into the frozen one by BLAS;
+- backward accumulates all contributions to x's gradient into one buffer likewise;
+- autograd keeps x only where an A is trained and x A_iᵀ (as wide as the ranks) only where a B is, never a weight: those are
+  the lender's, and one of another dtype is cast again in backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lib_lora_train.model.weights import Weight, dense
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """A trained product: `scale` · up · down, with down [r, in] and up [out, r], whose gradients have their dtype.
+
+    `working` are the same numbers in another dtype, used by activations of that dtype in place of a cast.
+    """
+
+    down: Tensor
+    up: Tensor
+    scale: float
+    working: tuple[Tensor, Tensor] | None = None
+
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(down, up) in `dtype`."""
+        if self.working is not None and self.working[0].dtype == dtype:
+            return self.working
+        return self.down.to(dtype), self.up.to(dtype)
+
+
+Frozen = tuple[Weight, "Tensor | None"]
+
+
+def frozen_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """x [..., in] @ weight [out, in].T + bias, in `x.dtype`; a gradient for x only."""
+    if isinstance(weight, Tensor) and weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype):
+        return F.linear(x, weight, bias)  # keeps nothing but the weight, which is the lender's
+    return shared_linears(x, [(weight, bias)], [None])[0]
+
+
+def shared_linears(x: Tensor, frozen: Sequence[Frozen], trained: Sequence[LowRank | None]) -> tuple[Tensor, ...]:
+    """The outputs [..., out_i] of several layers for one x [..., in], in `x.dtype`.
+
+    frozen: (weight [out_i, in] or [out_i, in, 1, 1], bias [out_i]) of each layer, in any dtype.
+    trained: what is added to each, or None.
+    """
+    factors = [factor for low in trained if low is not None for factor in (low.down, low.up)]
+    return _SharedInput.apply(x, tuple(frozen), tuple(trained), *factors)
+
+
+class _SharedInput(torch.autograd.Function):
+    """Several frozen products of one input, with low-rank ones accumulated into them.
+
+    Weights are kept as attributes, not among the saved tensors: hooks on those (recomputing, offloading) are for
+    activations.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, frozen: tuple[Frozen, ...], trained: tuple[LowRank | None, ...],
+                *factors: Tensor) -> tuple[Tensor, ...]:
+        rows, pairs = _rows(x), [None if low is None else low.factors(x.dtype) for low in trained]
+        narrow = rows @ _stacked(pairs).t() if factors else None
+        results, start = [], 0
+        for (weight, bias), low, pair in zip(frozen, trained, pairs, strict=True):
+            y = F.linear(rows, _matrix(weight, x.dtype), None if bias is None else bias.to(x.dtype))
+            if pair is not None:
+                end = start + pair[0].shape[0]
+                y.addmm_(narrow[:, start:end], pair[1].t(), alpha=low.scale)
+                start = end
+            results.append(y.view(*x.shape[:-1], y.shape[-1]))
+        wanted = ctx.needs_input_grad[3:]  # a down and an up of each trained layer
+        ctx.save_for_backward(x if any(wanted[::2]) else None, narrow if any(wanted[1::2]) else None)
+        ctx.frozen, ctx.trained, ctx.shape, ctx.dtype = frozen, trained, x.shape, x.dtype
+        return tuple(results)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, narrow = ctx.saved_tensors
+        grads = tuple(map(_rows, grads))
+        pairs = [None if low is None else low.factors(ctx.dtype) for low in ctx.trained]
+        ups, narrow_grads, start = [], [], 0
+        for grad, low, pair in zip(grads, ctx.trained, pairs, strict=True):
+            if pair is None:
+                continue
+            end = start + pair[0].shape[0]
+            wanted = ctx.needs_input_grad[4 + 2 * len(ups)]
+            ups.append((grad.t() @ narrow[:, start:end]).mul_(low.scale).to(low.up.dtype) if wanted else None)
+            narrow_grads.append((grad @ pair[1]).mul_(low.scale))
+            start = end
+        narrow_grad = _joined(narrow_grads, dim=1) if narrow_grads else None
+        downs = [None] * len(ups) if x is None else [
+            grad.to(low.down.dtype) if wanted else None for grad, low, wanted in zip(
+                (narrow_grad.t() @ _rows(x)).split([grad.shape[1] for grad in narrow_grads]),
+                filter(None, ctx.trained), ctx.needs_input_grad[3::2], strict=True)]
+
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            for grad, (weight, _) in zip(grads, ctx.frozen, strict=True):
+                matrix = _matrix(weight, ctx.dtype)
+                grad_x = grad @ matrix if grad_x is None else grad_x.addmm_(grad, matrix)
+            if narrow_grad is not None:
+                grad_x.addmm_(narrow_grad, _stacked(pairs))
+            grad_x = grad_x.view(ctx.shape)
+        return grad_x, None, None, *(side for pair in zip(downs, ups, strict=True) for side in pair)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _matrix(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """The weight [out, in] in `dtype`, also where it is that of a 1x1 convolution."""
+    return dense(weight, dtype).flatten(1)
+
+
+def _stacked(pairs: Sequence[tuple[Tensor, Tensor] | None]) -> Tensor:
+    """All A below each other, [sum of ranks, in]."""
+    return _joined([pair[0] for pair in pairs if pair is not None], dim=0)
+
+
+def _joined(tensors: Sequence[Tensor], *, dim: int) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=dim)

@@ -1,0 +1,61 @@
+"""What a frozen layer multiplies with: a borrowed tensor where it lies, or something that becomes one for a moment."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class DenseOnDemand(Protocol):
+    """A weight that is stored in fewer bytes than it is computed with (`model.quantised`)."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """As the dense tensor's."""
+        ...
+
+    @property
+    def ndim(self) -> int:
+        """Of the dense tensor."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the dense weight had before it was stored this way."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is stored and computed."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes as it is stored."""
+        ...
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """A new tensor of `shape` in `dtype`, to be dropped after the product it was made for."""
+        ...
+
+
+Weight = Tensor | DenseOnDemand
+
+
+def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """The weight as a tensor in `dtype`: itself where it is one already. Whoever calls keeps no copy of it."""
+    return weight.to(dtype) if isinstance(weight, Tensor) else weight.dense(dtype)
+
+
+def borrowed(tensor: Tensor) -> Tensor:
+    """A detached tensor over the same storage: same `data_ptr`, never a gradient, safe to save for backward.
+
+    An inference tensor (made under `torch.inference_mode`, as Forge does) cannot be saved for backward and stays
+    one through `detach`; there a normal tensor is laid over its storage.
+    """
+    if not tensor.is_inference():
+        return tensor.detach()
+    plain = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return plain.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
