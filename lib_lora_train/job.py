@@ -15,16 +15,20 @@ from typing import Any
 
 import torch
 
-from lib_lora_train import resume
-from lib_lora_train.cache.batches import Batch, Batches
-from lib_lora_train.cache.disk import LatentDisk, tensor_fingerprint
+from lib_lora_train import __version__, resume
+from lib_lora_train.cache.batches import Batches
+from lib_lora_train.cache.disk import LatentDisk
+from lib_lora_train.cache.fingerprint import encoder_fingerprint
 from lib_lora_train.cache.latents import CachedLatents, FreshLatents, LatentSource
+from lib_lora_train.cache.own_rows import OwnRows
 from lib_lora_train.cache.text import TextCache
 from lib_lora_train.errors import Interrupted, SettingError, translated
 from lib_lora_train.evaluation.loan import lent_model
 from lib_lora_train.events import Finished, Planned, Report, Stage, Warned
 from lib_lora_train.fence import Fence, confine
 from lib_lora_train.host.port import Borrowed, Host
+from lib_lora_train.model.components import vae_tensors
+from lib_lora_train.model.fingerprint import sampled_fingerprint
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.model.text import Conditioning, Tokens
 from lib_lora_train.network import file
@@ -33,66 +37,82 @@ from lib_lora_train.network.targets import find_targets
 from lib_lora_train.output import checked_name, destination
 from lib_lora_train.preparation import Preparation, prepare
 from lib_lora_train.provenance import Provenance
-from lib_lora_train.saver import Saver, StateKeeper
-from lib_lora_train.settings import Settings
-from lib_lora_train.training.loop import Condition, LoopOptions, Pause, Stop, train
+from lib_lora_train.ranks import ALONE, Ranks, agree
+from lib_lora_train.saver import Onlooker, Saver, StateKeeper
+from lib_lora_train.settings import DECLARATIONS, Settings, flat
+from lib_lora_train.training.condition import CachedText, Condition, TrainedText
+from lib_lora_train.training.loop import LoopOptions, Pause, Stop, train
 from lib_lora_train.training.precision import compute_dtype
 from lib_lora_train.training.state import TrainingState
 from lib_lora_train.training.step import StepOptions
 
+_CAPTIONS_AT_ONCE = 32
+"""Captions that a card encodes together: it takes hardly longer for them than for one."""
 
-def run_job(settings: Settings, host: Host, *, report: Report, stop: Stop, folder: Path | None = None) -> Finished:
+
+def run_job(settings: Settings, host: Host, *, report: Report, stop: Stop, folder: Path | None = None,
+            ranks: Ranks = ALONE) -> Finished:
     """Train the LoRA that `settings` describe on the model that `host` holds.
 
     `stop` is asked between steps and pictures: "" to go on, "stop" to end, "save" to end and keep what was learnt.
     `folder` is the run's, where the state to resume from is kept; None keeps none.
+    With several `ranks` all of them call this, on the same files; the first alone saves, and the others' path is "".
     The last event, `Finished`, is returned and left to the caller to report, who knows how failures end too.
     Raises UserError, HostError, TrainingError, and Interrupted where a stop came before the first step.
     """
     confine(settings, host.fence)
     point = resume.find(settings.save.resume, host.runs_folder) if settings.save.resume else None
-    settings = _with_seed(settings, point)
-    target = result_path(settings, host, point)
+    settings = _with_seed(settings, point, ranks)
+    target = result_path(settings, host, point) if ranks.rank == 0 else Path(settings.save.output_name)
     weights = _weights(settings, point)
     checkpoint = host.checkpoint()
-    preparation = _prepared(settings, checkpoint.family if checkpoint else "", host.fence, report=report, stop=stop)
+    preparation = _prepared(settings, checkpoint.family if checkpoint else "", host.fence, ranks, report=report, stop=stop)
 
     with host.borrow() as borrowed:
         model = lent_model(borrowed, settings)
         if checkpoint is None or model.architecture.family != checkpoint.family:
             # The host had no model yet, or another one, when the folder was read.
-            preparation = _prepared(settings, model.architecture.family, host.fence, report=report, stop=stop)
-        known = resume.checkpoint_facts(borrowed) if point or folder else {}
+            preparation = _prepared(settings, model.architecture.family, host.fence, ranks, report=report, stop=stop)
+        known = resume.checkpoint_facts(borrowed) if point or folder or ranks.world > 1 else {}
         if point:
             resume.compare_checkpoint(known, point)
         pause = _pause(settings, host, model, report=report, stop=stop)
         dtype = compute_dtype(settings.memory.mixed_precision, model.device, weights=model.dtype)
         _check_sizes(preparation, model)
-        changed = resume.compare_settings(settings, point, steps=preparation.plan.steps) if point else []
+        _agree(ranks, settings, preparation, known, weights, dtype=dtype)
+        changed = resume.compare_settings(settings, point, steps=preparation.plan.steps, processes=ranks.world) if point else []
         for warning in (*preparation.warnings, *_ignored_by(model, settings), *changed):
             report(Warned(warning))
         with translated("making the LoRA's layers"):
             network = _network(settings, model, weights.tensors, name=weights.name, report=report)
-        source = _latents(settings, preparation, model, report=report, stop=stop, pause=pause)
+        source = _latents(settings, preparation, model, vae_tensors(borrowed.tensors), ranks, report=report, stop=stop, pause=pause)
         preparation = preparation.without_damaged(settings, dataset=source.dataset, placements=source.placements)
         for warning in preparation.warnings:
             report(Warned(warning))
         report(_planned(settings, preparation, borrowed, done=point.step if point else 0))
 
-        batches = _batches(settings, source)
-        condition = _condition(settings, model, borrowed, network, batches, dtype=dtype, report=report, stop=stop, pause=pause)
+        batches = _batches(settings, source, ranks)
+        aside = _unneeded(settings, model, source, batches)
+        if "vae" in aside:
+            model.take(host.set_aside({"vae"}))
+        condition, known_text = _condition(settings, model, borrowed, network, batches, ahead="text" in aside, dtype=dtype,
+                                           report=report, stop=stop, pause=pause)
+        if "text" in aside and known_text:
+            model.take(host.set_aside({"text"}))
         provenance = Provenance(settings, preparation, model, borrowed, network,
                                 started_at=point.started_at if point else time.time())
         keeper = _keeper(settings, preparation, known, provenance.started_at, point, folder, dtype=dtype, report=report)
-        saver = Saver(target, settings.save, network, provenance, keeper, report=report, spare=folder)
+        saver = Onlooker(report) if ranks.rank else Saver(target, settings.save, network, provenance, keeper, report=report,
+                                                          spare=folder)
         with saver.rescue():
             steps = _train(settings, preparation, model, network, batches, condition, dtype=dtype, saver=saver, stop=stop,
-                           pause=pause, resumed=weights.state)
+                           pause=pause, resumed=weights.state, ranks=ranks)
         complete = steps == preparation.plan.steps
-        if not complete and (steps == 0 or stop() != "save"):
-            if not saver.saved:
+        if not complete and (steps == 0 or not ranks.any(stop() == "save")):
+            if not saver.saved and ranks.rank == 0:
                 raise Interrupted(f"Stopped after {steps} of {preparation.plan.steps} steps; nothing was saved")
-            return Finished("stopped", f"Stopped after {steps} of {preparation.plan.steps} steps.", saver.saved[-1], steps)
+            latest = saver.saved[-1] if saver.saved else ""
+            return Finished("stopped", f"Stopped after {steps} of {preparation.plan.steps} steps.", latest, steps)
         with saver.rescue():
             path = saver.save_result(step=steps, epoch=preparation.epoch_of(steps), complete=complete)
         # While the model is still ours: a host that had merged an older file of this name must forget it.
@@ -117,12 +137,12 @@ def result_path(settings: Settings, host: Host, point: resume.Point | None) -> P
     return destination(folder, name=name, overwrite=settings.save.overwrite or own)
 
 
-def _with_seed(settings: Settings, point: resume.Point | None) -> Settings:
-    """A seed is drawn where none was given, and only once in a run."""
+def _with_seed(settings: Settings, point: resume.Point | None, ranks: Ranks) -> Settings:
+    """A seed is drawn where none was given, and only once in a run, for all of its processes."""
     if settings.optimizer.seed >= 0:
         return settings
     seed = int(point.facts["settings"].get("seed", -1)) if point else -1
-    seed = seed if seed >= 0 else secrets.randbelow(2**32)
+    seed = int(ranks.gather(str(seed if seed >= 0 else secrets.randbelow(2**32)))[0])
     return dataclasses.replace(settings, optimizer=dataclasses.replace(settings.optimizer, seed=seed))
 
 
@@ -158,25 +178,41 @@ def _keeper(settings: Settings, preparation: Preparation, checkpoint: Mapping[st
     return StateKeeper(folder, settings.save, facts, report)
 
 
-def _prepared(settings: Settings, family: str, fence: Fence | None, *, report: Report, stop: Stop) -> Preparation:
-    return prepare(settings, family=family, fence=fence, on_progress=_stage("Reading pictures", report),
+def _agree(ranks: Ranks, settings: Settings, preparation: Preparation, checkpoint: Mapping[str, str], weights: _Weights, *,
+           dtype: torch.dtype) -> None:
+    """Raises Disagreement where the processes were started with different things."""
+    if ranks.world == 1:
+        return
+    values = {d.name: flat(settings)[d.name] for d in DECLARATIONS.values() if not d.is_path}
+    shown = {**values, "the number format that is computed in": str(dtype), "the version": __version__,
+             "the step to go on from": weights.state.step if weights.state else 0}
+    agree(ranks, shown=shown, digests={
+        "the pictures, captions or repeats": resume.dataset_fingerprint(preparation),
+        "the checkpoints": checkpoint["fingerprint"],
+        "the weights to go on from": sampled_fingerprint(weights.tensors or {})})
+
+
+def _prepared(settings: Settings, family: str, fence: Fence | None, ranks: Ranks, *, report: Report,
+              stop: Stop) -> Preparation:
+    return prepare(settings, family=family, fence=fence, processes=ranks.world, on_progress=_stage("Reading pictures", report),
                    should_stop=lambda: bool(stop()))
 
 
-def _stage(name: str, report: Report, pause: Pause = lambda: True) -> Callable[[int, int], None]:
+def _stage(name: str, report: Report, pause: Pause = lambda release: True) -> Callable[[int, int], None]:
     """Reports progress; with `pause`, others get the model between two pictures too."""
     def progress(done: int, total: int) -> None:
         report(Stage(name, done, total))
-        if done < total and not pause():
+        if done < total and not pause(lambda: None):
             raise Interrupted("The run was stopped while other work of the WebUI used the model")
     return progress
 
 
 def _pause(settings: Settings, host: Host, model: FrozenModel, *, report: Report, stop: Stop) -> Pause:
     """What is called between two pieces of work: those who wait for the model get it. Whether to go on afterwards."""
-    def pause() -> bool:
+    def pause(release: Callable[[], None]) -> bool:
         if not settings.memory.yield_to_generations or not host.wanted():
             return True
+        release()
         model.let_go()
         tensors = host.hand_over(report=report, stop=lambda: bool(stop()))
         if tensors is not None:
@@ -235,17 +271,19 @@ def _rates(settings: Settings) -> tuple[float, float]:
     return optimizer.unet_lr or optimizer.learning_rate, text
 
 
-def _latents(settings: Settings, preparation: Preparation, model: FrozenModel, *, report: Report,
-             stop: Stop, pause: Pause) -> LatentSource:
-    """Encoded pictures: once and kept, or anew at each step where augmentations change the pixels."""
+def _latents(settings: Settings, preparation: Preparation, model: FrozenModel, vae: Mapping[str, torch.Tensor],
+             ranks: Ranks, *, report: Report, stop: Stop, pause: Pause) -> LatentSource:
+    """Encoded pictures: once and kept, or anew at each step where augmentations change the pixels. `vae` are the host's
+    tensors of it."""
     chosen = settings.dataset
     shared = {"flip_aug": chosen.flip_aug, "vae_batch_size": settings.memory.vae_batch_size, "device": model.device,
-              "on_progress": _stage("Encoding pictures", report, pause), "should_stop": lambda: bool(stop())}
+              "on_progress": _stage("Encoding pictures", report, pause), "should_stop": lambda: bool(stop()),
+              "ranks": ranks}
     with translated("encoding the pictures"):
         if chosen.color_aug or chosen.random_crop:
             return FreshLatents.build(model.vae, preparation.dataset, preparation.placements, color_aug=chosen.color_aug,
                                       random_crop=chosen.random_crop, **shared)
-        disk = LatentDisk(vae_fingerprint=tensor_fingerprint(model.vae.tensors)) if chosen.cache_latents_to_disk else None
+        disk = LatentDisk(vae_fingerprint=encoder_fingerprint(vae)) if chosen.cache_latents_to_disk else None
         return CachedLatents.build(model.vae, preparation.dataset, preparation.placements, disk=disk, **shared)
 
 
@@ -257,26 +295,40 @@ def _planned(settings: Settings, preparation: Preparation, borrowed: Borrowed, *
         checkpoint=borrowed.checkpoint.name, seed=settings.optimizer.seed, resumed_at=done)
 
 
-def _batches(settings: Settings, source: LatentSource) -> Batches:
+def _batches(settings: Settings, source: LatentSource, ranks: Ranks) -> Batches:
+    """The batches of all processes together; of their pictures, a process looks up those that fall to it."""
     captions = settings.captions
     return Batches(
-        source, train_batch_size=settings.optimizer.train_batch_size, seed=settings.optimizer.seed,
+        source if ranks.world == 1 else OwnRows(source, ranks),
+        train_batch_size=settings.optimizer.train_batch_size * ranks.world, seed=settings.optimizer.seed,
         prior_loss_weight=settings.dataset.prior_loss_weight, trigger_word=settings.dataset.trigger_word,
         shuffle_caption=captions.shuffle_caption, keep_tokens=captions.keep_tokens,
         caption_dropout_rate=captions.caption_dropout_rate, caption_tag_dropout_rate=captions.caption_tag_dropout_rate)
 
 
+def _unneeded(settings: Settings, model: FrozenModel, source: LatentSource, batches: Batches) -> frozenset[str]:
+    """Parts of the model that no step computes with, once pictures and captions are encoded, and that take up a card's
+    memory until then."""
+    if model.device.type != "cuda":
+        return frozenset()
+    text = not _rates(settings)[1] and batches.fixed_captions() is not None
+    return frozenset({"vae"} if isinstance(source, CachedLatents) else ()) | frozenset({"text"} if text else ())
+
+
 def _condition(settings: Settings, model: FrozenModel, borrowed: Borrowed, network: LoRANetwork, batches: Batches, *,
-               dtype: torch.dtype, report: Report, stop: Stop, pause: Pause) -> Condition:
-    """How a batch's captions become the UNet's condition: looked up while the text encoders are frozen, else computed."""
+               ahead: bool, dtype: torch.dtype, report: Report, stop: Stop, pause: Pause) -> tuple[Condition, bool]:
+    """How a batch's captions become the UNet's condition: looked up while the text encoders are frozen, else computed; and
+    whether it needs the text encoders no more.
+
+    With `ahead` all captions are encoded now; else each when it is met, so that the first step comes sooner.
+    """
     clip_skip = settings.captions.clip_skip or borrowed.clip_skip
     adapters = {component: layers for component, layers in network.adapters().items() if component != "unet"}
     if _rates(settings)[1]:
-        def encode(batch: Batch) -> Conditioning:
-            return model.text.encode(
-                [model.text.tokenize(caption) for caption in batch.captions], clip_skip=clip_skip, adapters=adapters,
-                checkpointing=settings.memory.gradient_checkpointing, dtype=dtype)
-        return encode
+        for component, unused in model.text.unused_layers(clip_skip).items():
+            network.freeze_below(component, unused)  # no gradient ever reaches them: nor must weight decay
+        return TrainedText(model.text, clip_skip=clip_skip, adapters=adapters, dtype=dtype,
+                           checkpointing=settings.memory.gradient_checkpointing), False
 
     class Adapted:
         """The text encoders with the frozen layers of a LoRA that is continued."""
@@ -287,17 +339,18 @@ def _condition(settings: Settings, model: FrozenModel, borrowed: Borrowed, netwo
         def encode(batch: list[Tokens], *, clip_skip: int, dtype: torch.dtype) -> Conditioning:
             return model.text.encode(batch, clip_skip=clip_skip, dtype=dtype, adapters=adapters)
 
-    cache = TextCache(Adapted, clip_skip=clip_skip)
     captions = batches.fixed_captions()
-    if captions is not None:
+    cache = TextCache(Adapted, clip_skip=clip_skip, one_by_one=captions is not None)
+    if captions is not None and ahead:
         with translated("encoding the captions"):
-            cache.fill(captions, on_progress=_stage("Encoding captions", report, pause), should_stop=lambda: bool(stop()))
-    return lambda batch: cache.get(batch.captions)
+            cache.fill((*captions, ""), batch_size=_CAPTIONS_AT_ONCE, on_progress=_stage("Encoding captions", report, pause),
+                       should_stop=lambda: bool(stop()))
+    return CachedText(cache), captions is not None and cache.holds(captions)
 
 
 def _train(settings: Settings, preparation: Preparation, model: FrozenModel, network: LoRANetwork, batches: Batches,
-           condition: Condition, *, dtype: torch.dtype, saver: Saver, stop: Stop, pause: Pause,
-           resumed: TrainingState | None) -> int:
+           condition: Condition, *, dtype: torch.dtype, saver: Saver | Onlooker, stop: Stop, pause: Pause,
+           resumed: TrainingState | None, ranks: Ranks) -> int:
     optimizer, loss, memory = settings.optimizer, settings.loss, settings.memory
     unet_lr, text_encoder_lr = _rates(settings)
     options = LoopOptions(
@@ -311,4 +364,4 @@ def _train(settings: Settings, preparation: Preparation, model: FrozenModel, net
                          recompute=frozenset(model.unet.units if memory.gradient_checkpointing else ())))
     return train(model, network=network, epoch_batches=lambda epoch, start: batches.epoch(epoch, start=start),
                  condition=condition, options=options, save=saver.save_on_the_way, keep=saver.keep, report=saver.report,
-                 stop=stop, pause=pause, resumed=resumed)
+                 stop=stop, pause=pause, resumed=resumed, ranks=ranks)

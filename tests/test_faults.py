@@ -26,7 +26,7 @@ from lib_lora_train.model import frozen
 from lib_lora_train.run_record import RunRecord, past_run, read_events
 from lib_lora_train.runner import Runner, finish
 from lib_lora_train.settings import parse
-from lib_lora_train.training import loop
+from lib_lora_train.training import work
 from tests.injection import FAULTS, PLACES, Place, inject
 
 SMALLEST = tiny_checkpoint.Size(32, (1, 1, 2, 2), 32, (1, 1, 1, 1), text_width=32, text_layers=1)
@@ -148,14 +148,14 @@ def test_a_second_ctrl_c_ends_at_once_and_leaves_the_host_as_it_was(
 def test_a_loss_that_is_no_number_at_any_step_leaves_the_host_as_it_was(
         step: int, host: StandaloneHost, place_of_work: Path, reference: dict[str, torch.Tensor],
         monkeypatch: pytest.MonkeyPatch) -> None:
-    original, calls = loop.denoising_loss, []
+    original, calls = work.denoising_loss, []
 
     def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
         calls.append(1)
         return original(*args, **kwargs) * (math.nan if len(calls) == step else 1)
     before, runner = surroundings(host), Runner()
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "denoising_loss", poisoned)
+        patch.setattr(work, "denoising_loss", poisoned)
         runner.start(settings(place_of_work), host)
         assert runner.wait(120)
     finished = runner.status().finished

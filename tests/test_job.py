@@ -158,14 +158,14 @@ def test_a_text_encoder_learnt_before_is_kept_when_only_the_unet_goes_on(picture
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_weights(pictures, host, monkeypatch):
-    from lib_lora_train.training import loop
-    original, calls = loop.denoising_loss, []
+    from lib_lora_train.training import work
+    original, calls = work.denoising_loss, []
 
     def poisoned(*args, **kwargs):
         calls.append(1)
         loss = original(*args, **kwargs)
         return loss * math.nan if len(calls) == 4 else loss
-    monkeypatch.setattr(loop, "denoising_loss", poisoned)
+    monkeypatch.setattr(work, "denoising_loss", poisoned)
     seen: list[events.Event] = []
     with pytest.raises(TrainingError, match="step 4.*lower the learning rate.*zzk-step00000003"):
         run_job(settings(pictures), host, report=seen.append, stop=lambda: "")

@@ -6,17 +6,18 @@ LoRA, can be compared.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
 from lib_lora_train.cache.batches import Batch
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.model.layers import Adapter
-from lib_lora_train.training.loop import Condition
+from lib_lora_train.model.text import Conditioning
 from lib_lora_train.training.noise import Draws, draw
-from lib_lora_train.training.step import StepOptions, denoising_loss
+from lib_lora_train.training.step import StepOptions, denoising_loss, prepare
 
+Condition = Callable[[Batch], Conditioning]
 TIMESTEPS = (100, 300, 500, 700, 900)
 
 
@@ -35,7 +36,7 @@ def fixed_loss(model: FrozenModel, batches: Iterable[Batch], condition: Conditio
             drawn = draw(batch.mean.shape, seed=seed, step=place, micro=t, timesteps=1)
             draws = Draws(torch.full((count,), t), drawn.noise, drawn.latent_noise)
             # One synchronisation a timestep: this is a measurement, not a step.
-            sums[t] += count * denoising_loss(model, batch=batch, conditioning=conditioning, draws=draws,
+            sums[t] += count * denoising_loss(model, inputs=prepare(batch, draws=draws, text=()), conditioning=conditioning,
                                               adapters=adapters, options=options).item()
         pictures += count
     return {t: total / pictures for t, total in sums.items()}

@@ -85,21 +85,46 @@ class TextConditioner:
         adapters: for each component ("te", or "te1" and "te2") the trained layers by module name.
         Gradients reach the adapters unless the caller says `torch.no_grad()`.
         """
+        return self.encode_ids(self.ids(batch), clip_skip=clip_skip, adapters=adapters, checkpointing=checkpointing,
+                               dtype=dtype)
+
+    def ids(self, batch: Sequence[Tokens]) -> tuple[Tensor, ...]:
+        """The token ids of a batch of captions on the CPU, [B, n, 77] for each encoder; those with fewer chunks than the
+        longest get empty ones."""
         count = max(len(tokens) for tokens in batch)
-        contexts, pooled = [], None
+        result = []
         for index, (encoder, tokenizer) in enumerate(zip(self.encoders, self.tokenizers, strict=True)):
-            config = encoder.config
-            empty = _framed((), tokenizer, config)
-            chunks = [chunk for tokens in batch for chunk in _filled(tokens.encoders[index], count, empty)]
-            ids = torch.tensor(chunks, device=encoder.device)
+            empty = _framed((), tokenizer, encoder.config)
+            result.append(torch.tensor([list(_filled(tokens.encoders[index], count, empty)) for tokens in batch]))
+        return tuple(result)
+
+    def encode_ids(self, ids: Sequence[Tensor], *, clip_skip: int = 1,
+                   adapters: Mapping[str, Adapters] = MappingProxyType({}),
+                   checkpointing: bool = False, dtype: torch.dtype = torch.float32) -> Conditioning:
+        """The condition of a batch given as `ids`: with ids on the encoders' device, nothing waits for that device."""
+        contexts, pooled = [], None
+        for encoder, numbers in zip(self.encoders, ids, strict=True):
+            config, (captions, count, _) = encoder.config, numbers.shape
             hidden, pools = encoder(
-                ids, skip=clip_skip if self.uses_clip_skip else config.skip, final_norm=config.final_norm,
+                numbers.flatten(0, 1).to(encoder.device), skip=self._skip(config, clip_skip), final_norm=config.final_norm,
                 pooled=config.pooled, adapters=adapters.get(config.component, NO_ADAPTERS),
                 checkpointing=checkpointing, dtype=dtype)
-            contexts.append(hidden.reshape(len(batch), -1, config.width))
+            contexts.append(hidden.reshape(captions, -1, config.width))
             if pools is not None:
                 pooled = pools[::count]  # of each caption's first chunk
         return Conditioning(torch.cat(contexts, dim=-1), pooled)
+
+    def unused_layers(self, clip_skip: int) -> dict[str, tuple[str, ...]]:
+        """For each component the transformer layers behind the one that is asked for, which are never run."""
+        result = {}
+        for encoder in self.encoders:
+            config = encoder.config
+            used = config.layers if config.pooled else config.layers - self._skip(config, clip_skip) + 1
+            result[config.component] = tuple(f"text_model.encoder.layers.{i}" for i in range(used, config.layers))
+        return result
+
+    def _skip(self, config: TextConfig, clip_skip: int) -> int:
+        return clip_skip if self.uses_clip_skip else config.skip
 
 
 def split_into_chunks(tokens: Sequence[int], *, comma: int | None, backtrack: int) -> list[list[int]]:

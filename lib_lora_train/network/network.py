@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lib_lora_train.errors import LoraFileError
+from lib_lora_train.network.flat import FlatWeights
 from lib_lora_train.network.lora import LoRALayer
 from lib_lora_train.network.targets import Target
 
@@ -33,6 +34,7 @@ class LoRANetwork:
         self.targets = tuple(targets)
         self.layers = MappingProxyType(dict(layers))
         self.fresh = fresh
+        self._flat: FlatWeights | None = None
 
     @classmethod
     def build(cls, targets: Sequence[Target], *, rank: int, alpha: float, seed: int) -> LoRANetwork:
@@ -90,8 +92,27 @@ class LoRANetwork:
         for parameter in self.parameters(components):
             parameter.requires_grad_(False)
 
+    def freeze_below(self, component: str, modules: Sequence[str]) -> None:
+        """Keep the layers in these modules of a component as they are ("text_model.encoder.layers.11")."""
+        for target in self.targets:
+            if target.component == component and target.module.startswith(tuple(f"{module}." for module in modules)):
+                self.layers[target.key].requires_grad_(False)
+
+    def flatten(self, unet_lr: float, text_encoder_lr: float, *, dtype: torch.dtype = torch.float32) -> FlatWeights:
+        """Put all weights that are to be trained into one buffer, and copies in `dtype` beside them where that is not fp32.
+
+        To be called on the device of the training; the layers compute with the copies, which `FlatWeights.refresh` brings
+        up to date after every step.
+        """
+        self._flat = FlatWeights(self.parameter_groups(unet_lr, text_encoder_lr), dtype=dtype)
+        for layer in self.layers.values():
+            down, up = self._flat.working_copy(layer.down), self._flat.working_copy(layer.up)
+            layer.working = None if down is None or up is None else (down, up)
+        return self._flat
+
     def to(self, device: torch.device | str) -> LoRANetwork:
-        """Move the weights (in place, before the optimiser is made); they stay fp32. Returns itself."""
+        """Move the weights (in place, before `flatten`); they stay fp32. Returns itself."""
+        assert self._flat is None, "the layers would no longer lie in the buffer"
         for layer in self.layers.values():
             layer.to(device)
         return self
@@ -131,6 +152,8 @@ class LoRANetwork:
         for key, (down, up, alpha) in found.items():
             _fill(self.layers[key], down, up)
             self.layers[key].alpha = alpha
+        if self._flat is not None:
+            self._flat.refresh()
 
 
 def _new_layer(target: Target, *, rank: int, alpha: float, seed: int) -> LoRALayer:

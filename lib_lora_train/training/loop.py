@@ -17,18 +17,22 @@ from lib_lora_train.cache.batches import Batch
 from lib_lora_train.errors import TrainingError, translated
 from lib_lora_train.events import Report, Step
 from lib_lora_train.model.frozen import FrozenModel
-from lib_lora_train.model.text import Conditioning
 from lib_lora_train.network.network import LoRANetwork
+from lib_lora_train.ranks import ALONE, Ranks
+from lib_lora_train.training.condition import Condition
+from lib_lora_train.training.graph import Execution, recorder_for
 from lib_lora_train.training.noise import draw
 from lib_lora_train.training.optimizer import Stepper, learning_rate_factor
+from lib_lora_train.training.pieces import InPieces, piece, rows_of
 from lib_lora_train.training.precision import LossScaler
 from lib_lora_train.training.progress import Arrived, LossLog, Speed
 from lib_lora_train.training.state import TrainingState, capture, restore
-from lib_lora_train.training.step import StepOptions, denoising_loss
+from lib_lora_train.training.step import StepInputs, StepOptions, prepare
+from lib_lora_train.training.work import Work
 
 Stop = Callable[[], Literal["", "stop", "save"]]
-Pause = Callable[[], bool]
-Condition = Callable[[Batch], Conditioning]
+Release = Callable[[], None]
+Pause = Callable[[Release], bool]
 Snapshot = Callable[[], TrainingState | None]
 Save = Callable[[int, int, Snapshot], None]
 EpochBatches = Callable[[int, int], Iterable[Batch]]
@@ -36,7 +40,10 @@ EpochBatches = Callable[[int, int], Iterable[Batch]]
 
 @dataclasses.dataclass(frozen=True)
 class LoopOptions:
-    """The numbers of a run. Steps and epochs count from 1, `save_every_…` 0 is never."""
+    """The numbers of a run. Steps and epochs count from 1, `save_every_…` 0 is never.
+
+    `cuda_graphs` are used where there are any; `compiled` lets torch.compile make the kernels where it can.
+    """
 
     steps: int
     epochs: int
@@ -54,26 +61,35 @@ class LoopOptions:
     save_every_n_epochs: int
     save_every_n_steps: int
     step: StepOptions
+    cuda_graphs: bool = True
+    compiled: bool = False
 
 
 def train(model: FrozenModel, *, network: LoRANetwork, epoch_batches: EpochBatches, condition: Condition,
-          options: LoopOptions, save: Save, keep: Save, report: Report, stop: Stop, pause: Pause = lambda: True,
-          resumed: TrainingState | None = None) -> int:
+          options: LoopOptions, save: Save, keep: Save, report: Report, stop: Stop, pause: Pause = lambda release: True,
+          resumed: TrainingState | None = None, ranks: Ranks = ALONE) -> int:
     """Train `network` on `model`; returns the number of steps made (all of them, unless `stop` said otherwise).
 
-    `epoch_batches(epoch, start)` gives an epoch's batches from the position `start` on, `condition` a batch's text.
+    `epoch_batches(epoch, start)` gives an epoch's batches from the position `start` on, `condition` their text.
     `save(step, epoch, snapshot)` is called where a save is due, `keep` after every step; `snapshot()` is what `resumed`
     takes to go on from there, None while a step has only half happened. It may also be called after this function has
-    returned or raised. `resumed` needs the network it belongs to. `pause()` is called between two steps, when the model may
-    be used by others; False ends the run as `stop` does.
+    returned or raised. `resumed` needs the network it belongs to. `pause(release)` is called between two steps, when the
+    model may be used by others, who call `release` first; False ends the run as `stop` does. Of each batch, one of
+    several `ranks` trains its rows, and all add up their gradients.
     Raises TrainingError if the loss is no longer a number (the network then holds its last good weights) or if the memory
-    runs out.
+    runs out with one picture at a time.
     """
-    device = model.device
-    stepper = Stepper(network.parameter_groups(options.unet_lr, options.text_encoder_lr), device=device,
-                      weight_decay=options.weight_decay, max_grad_norm=options.max_grad_norm)
+    device, recorder = model.device, recorder_for(model.device, wanted=options.cuda_graphs and not options.step.offload)
+    weights = network.flatten(options.unet_lr, options.text_encoder_lr, dtype=options.step.dtype)
+    stepper = Stepper(weights, weight_decay=options.weight_decay, max_grad_norm=options.max_grad_norm,
+                      captured=recorder is not None)
     scaler = LossScaler(device, enabled=options.step.dtype == torch.float16)
-    adapters = network.adapters().get("unet", {})
+    work = Work(model, adapters=network.adapters().get("unet", {}), condition=condition, stepper=stepper, scaler=scaler,
+                options=options.step)
+    if options.compiled:
+        work.compile(report)
+    execution = Execution(work, recorder, report=report)
+    in_pieces = InPieces(execution, report=report)
     log, reporter = LossLog(device), _Reporter(options, report, stepper)
     begin = resumed.step if resumed else 0
     if resumed:
@@ -95,27 +111,25 @@ def train(model: FrozenModel, *, network: LoRANetwork, epoch_batches: EpochBatch
         return capture(whole, network=network, stepper=stepper, scaler=scaler, recent=reporter.recent(),
                        overflows=reporter.overflows)
 
+    def inputs(batch: Batch, step: int, micro: int, micro_batches: int) -> StepInputs:
+        # Random numbers and text are the whole batch's, of which each process takes its rows.
+        draws = draw(batch.mean.shape, seed=options.seed, step=step, micro=micro,
+                     timesteps=len(model.schedule), noise_offset=options.noise_offset)
+        whole_batch = prepare(batch, draws=draws, text=condition.prepare(batch.captions), micro_batches=micro_batches)
+        return piece(whole_batch, rows_of(ranks.rank, world=ranks.world, count=len(whole_batch)))
+
     with torch.enable_grad(), translated("training"):
         for step, epoch, micro_batches in _steps(epoch_batches, options, begin=begin):
-            if stop() or not pause():
+            if ranks.any(bool(stop()) or not pause(execution.let_go)):
                 settle()
                 return step - 1
             stepper.set_factor(learning_rate_factor(
                 options.schedule, step - 1, total=options.steps, warmup=options.warmup, cycles=options.cycles))
-            total = torch.zeros((), device=device)
-            for micro, batch in enumerate(micro_batches):
-                draws = draw(batch.mean.shape, seed=options.seed, step=step, micro=micro,
-                             timesteps=len(model.schedule.alphas_cumprod), noise_offset=options.noise_offset)
-                loss = denoising_loss(model, batch=batch, conditioning=condition(batch), draws=draws,
-                                      adapters=adapters, options=options.step) / len(micro_batches)
-                scaler.scaled(loss).backward()
-                total += loss.detach()
-            scaler.unscale(stepper.parameters)
+            in_pieces.gradients([inputs(batch, step, micro, len(micro_batches)) for micro, batch in enumerate(micro_batches)])
+            ranks.sum_(weights.gradient)
+            ranks.sum_(work.loss)
             whole = None
-            overflowed = stepper.step()
-            scaler.update(overflowed)
-
-            log.push(step, total, overflowed)
+            log.push(step, execution.finish())
             reporter.expect(step, epoch)
             reporter.tell(log.arrived())
             whole = step

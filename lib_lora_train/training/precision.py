@@ -46,6 +46,8 @@ class LossScaler:
 
     With `enabled=False` the scale is 1 and only the overflow check is left: a step whose gradients are not finite is
     never applied, in any precision, so the weights stay good.
+
+    `scale` and `good_steps` stay the same tensors for ever: a captured step reads and writes them where they lie.
     """
 
     def __init__(self, device: torch.device, *, enabled: bool, initial: float = 65536.0, growth_interval: int = 2000) -> None:
@@ -58,16 +60,15 @@ class LossScaler:
         """The loss to call backward on."""
         return loss * self.scale if self.enabled else loss
 
-    def unscale(self, parameters: list[torch.nn.Parameter]) -> None:
-        """Divide the gradients by the scale, in place; to be called once a step, before clipping."""
-        if self.enabled:
-            gradients = [p.grad for p in parameters if p.grad is not None]
-            torch._foreach_mul_(gradients, 1.0 / self.scale)
+    def inverse(self) -> torch.Tensor | None:
+        """What the gradients of a scaled loss are to be multiplied by; None where it is not scaled."""
+        return self.scale.reciprocal() if self.enabled else None
 
     def update(self, overflowed: torch.Tensor) -> None:
         """Adapt the scale; `overflowed` is a 0-d bool tensor on the device."""
         if self.enabled:
-            good = torch.where(overflowed, 0.0, self.good_steps + 1)
-            grown = good >= self.growth_interval
-            self.scale = torch.where(overflowed, self.scale * 0.5, torch.where(grown, self.scale * 2, self.scale))
-            self.good_steps = torch.where(grown, 0.0, good)
+            bad = overflowed.float()
+            self.good_steps.add_(1).mul_(1 - bad)
+            grown = (self.good_steps >= self.growth_interval).float()
+            self.scale.mul_(1 - 0.5 * bad + grown)  # halved, kept or doubled: bad and grown are never both 1
+            self.good_steps.mul_(1 - grown)

@@ -30,16 +30,17 @@ class LossLog:
         self._cuda = device.type == "cuda"
         self._waiting: collections.deque[tuple[int, torch.Tensor, torch.cuda.Event | None]] = collections.deque()
 
-    def push(self, step: int, loss: torch.Tensor, overflowed: torch.Tensor) -> None:
-        """Remember a step's loss (0-d, on the device) and overflow flag (0-d bool)."""
-        pair, passed = torch.stack([loss.detach().float(), overflowed.float()]), None
-        if self._cuda:
+    def push(self, step: int, result: torch.Tensor) -> None:
+        """Remember a step's (loss, overflow flag), [2] fp32 on the device, which the next step may overwrite."""
+        passed = None
+        if not self._cuda:
+            pair = result.clone()
+        else:
             # The copy goes on the stream of the loss's card, an event on that of the thread's current one: they are the
             # same only if we say so (the WebUI's --device-id chooses a card without making it the current one).
             with torch.cuda.device(self._device):
-                pinned = torch.empty(2, pin_memory=True)
-                pinned.copy_(pair, non_blocking=True)
-                pair, passed = pinned, torch.cuda.Event()
+                pair, passed = torch.empty(2, pin_memory=True), torch.cuda.Event()
+                pair.copy_(result, non_blocking=True)
                 passed.record()
         self._waiting.append((step, pair, passed))
 

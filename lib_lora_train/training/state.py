@@ -64,9 +64,7 @@ def capture(step: int, *, network: LoRANetwork, stepper: Stepper, scaler: LossSc
     """The state as it is now. The tensors share memory with the running ones: write them before the next step."""
     alphas = {key + ALPHA: torch.tensor(layer.alpha, dtype=torch.float64) for key, layer in network.layers.items()}
     lora = {**network.state_dict(), **alphas}
-    moments = stepper.optimizer.state_dict()["state"]
-    optimizer = {f"{number}.{name}": value for number, entry in moments.items() for name, value in entry.items()}
-    assert all(isinstance(value, Tensor) for value in optimizer.values()), "a plain number would need a place of its own"
+    optimizer = {f"{number}.{name}": value for number, name, value in stepper.moments()}
     return TrainingState(step, lora, optimizer, {"scale": scaler.scale, "good_steps": scaler.good_steps}, recent, overflows)
 
 
@@ -75,19 +73,21 @@ def restore(state: TrainingState, *, stepper: Stepper, scaler: LossScaler) -> No
 
     Raises LoraFileError where the moments do not fit the weights.
     """
-    entries: dict[int, dict[str, Tensor]] = {}
+    kept: dict[tuple[int, str], Tensor] = {}
     for key, tensor in state.optimizer.items():
         number, _, name = key.partition(".")
-        entries.setdefault(int(number), {})[name] = tensor
-    for number, entry in entries.items():
-        shapes = {tensor.shape for tensor in entry.values() if tensor.ndim}
-        if number >= len(stepper.parameters) or shapes - {stepper.parameters[number].shape}:
-            raise LoraFileError("The training state does not fit this run", why="other weights were trained in it",
-                                remedy="start anew, or go on with the settings it was made with")
-    groups = stepper.optimizer.state_dict()["param_groups"]
-    stepper.optimizer.load_state_dict({"state": entries, "param_groups": groups})
-    device = scaler.scale.device
-    scaler.scale, scaler.good_steps = (state.scaler[name].to(device, torch.float32) for name in ("scale", "good_steps"))
+        kept[int(number), name] = tensor
+    shapes = stepper.weights.shapes
+    strange = any(number >= len(shapes) or tensor.shape != (() if name == "step" else shapes[number])
+                  for (number, name), tensor in kept.items())
+    if strange or len({float(tensor) for (_, name), tensor in kept.items() if name == "step"}) > 1:
+        raise LoraFileError("The training state does not fit this run", why="other weights were trained in it",
+                            remedy="start anew, or go on with the settings it was made with")
+    for number, name, value in stepper.moments():
+        if (number, name) in kept:  # a weight that had never had a gradient has none
+            value.copy_(kept[number, name])
+    scaler.scale.copy_(state.scaler["scale"])
+    scaler.good_steps.copy_(state.scaler["good_steps"])
 
 
 def write(path: Path, state: TrainingState, facts: Mapping[str, Any]) -> None:

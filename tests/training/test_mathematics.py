@@ -1,13 +1,14 @@
 """Schedules, weights, noise and scaling against transformers, formulas from the papers, and torch."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import get_scheduler
 
-from lib_lora_train.training.loss import min_snr_weight, weighted_loss
+from lib_lora_train.network.flat import FlatWeights
+from lib_lora_train.training import optimizer
+from lib_lora_train.training.loss import min_snr_weight, weighted_losses
 from lib_lora_train.training.noise import draw, seed_of
 from lib_lora_train.training.optimizer import Stepper, learning_rate_factor
 from lib_lora_train.training.precision import LossScaler, compute_dtype
@@ -52,13 +53,13 @@ def test_the_loss_is_reduced_in_kohyas_order():
     prediction, target = torch.randn(3, 4, 2, 5, generator=torch.Generator().manual_seed(0)), torch.zeros(3, 4, 2, 5)
     example, snr = torch.tensor([1.0, 0.5, 2.0]), torch.tensor([0.1, 1.0, 0.3])
     by_hand = sum((prediction[i] ** 2).sum().item() / 40 * example[i].item() * snr[i].item() for i in range(3)) / 3
-    got = weighted_loss(prediction, target, example_weight=example, snr_weight=snr)
+    got = weighted_losses(prediction, target, example_weight=example, snr_weight=snr).mean()
     assert got.item() == pytest.approx(by_hand, rel=1e-6) and got.dtype == torch.float32
 
 
 def test_half_precision_predictions_are_compared_in_full_precision():
     prediction = torch.full((1, 4, 8, 8), 300.0, dtype=torch.float16)  # 300² overflows fp16
-    loss = weighted_loss(prediction, torch.zeros_like(prediction), example_weight=torch.ones(1), snr_weight=None)
+    loss = weighted_losses(prediction, torch.zeros_like(prediction), example_weight=torch.ones(1), snr_weight=None)
     assert loss.item() == 90000.0
 
 
@@ -97,54 +98,76 @@ def test_seeds_differ_for_different_parts():
     assert seed_of(1, 11) != seed_of(11, 1)
 
 
-def _stepper(parameter, **changes):
-    options = {"weight_decay": 0.0, "max_grad_norm": 1.0, "device": CPU, **changes}
-    return Stepper([{"name": "unet", "params": [parameter], "lr": 0.1}], **options)
+def _stepper(*parameters, **changes):
+    options = {"weight_decay": 0.0, "max_grad_norm": 1.0, **changes}
+    return Stepper(FlatWeights([{"name": "unet", "params": list(parameters), "lr": 0.1}]), **options)
 
 
-def test_a_step_equals_torchs_clipping_and_adamw():
+def test_a_step_equals_torchs_clipping_and_adamw_of_the_weights_one_by_one():
     torch.manual_seed(0)
-    ours = torch.nn.Parameter(torch.randn(5))
-    theirs = torch.nn.Parameter(ours.detach().clone())
-    stepper, reference = _stepper(ours, weight_decay=0.01), torch.optim.AdamW([theirs], lr=0.05, weight_decay=0.01)
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((5, 3), (70,), (2, 1))]
+    theirs = [torch.nn.Parameter(weight.detach().clone()) for weight in ours]
+    stepper, reference = _stepper(*ours, weight_decay=0.01), torch.optim.AdamW(theirs, lr=0.05, weight_decay=0.01)
     stepper.set_factor(0.5)
-    for _ in range(5):
-        gradient = torch.randn(5) * 10
-        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
-        torch.nn.utils.clip_grad_norm_([theirs], 1.0)
+    for size in (10, 0.01, 10, 0.01, 10):  # clipped and not
+        for mine, other in zip(ours, theirs, strict=True):
+            other.grad = torch.randn(other.shape) * size
+            mine.grad.add_(other.grad)
+        torch.nn.utils.clip_grad_norm_(theirs, 1.0)
         reference.step()
         assert not stepper.step()
-    assert torch.equal(ours, theirs)
+    assert all(torch.allclose(mine, other, rtol=1e-5, atol=1e-7) for mine, other in zip(ours, theirs, strict=True))
+
+
+def test_two_groups_have_their_own_rates_and_one_norm():
+    torch.manual_seed(0)
+    ours, theirs = ([torch.nn.Parameter(torch.ones(n)) for n in (3, 4)] for _ in range(2))
+    weights = FlatWeights([{"name": "unet", "params": ours[:1], "lr": 0.1},
+                           {"name": "text_encoder", "params": ours[1:], "lr": 0.01}])
+    stepper = Stepper(weights, weight_decay=0.0, max_grad_norm=1.0)
+    reference = torch.optim.AdamW([{"params": theirs[:1], "lr": 0.1}, {"params": theirs[1:], "lr": 0.01}], weight_decay=0.0)
+    for _ in range(3):
+        for mine, other in zip(ours, theirs, strict=True):
+            other.grad = torch.randn(other.shape)
+            mine.grad.copy_(other.grad)
+        torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+        reference.step()
+        stepper.step()
+    assert stepper.rates() == {"unet": 0.1, "text_encoder": 0.01}
+    assert all(torch.allclose(mine, other, rtol=1e-5) for mine, other in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_gradients_that_overflowed_never_reach_the_weights(bad):
     parameter = torch.nn.Parameter(torch.ones(3))
-    stepper = _stepper(parameter)
-    parameter.grad = torch.tensor([1.0, bad, 1.0])
+    stepper = _stepper(parameter, weight_decay=0.1)
+    parameter.grad.copy_(torch.tensor([1.0, bad, 1.0]))
     assert stepper.step()
-    assert torch.equal(parameter.detach(), torch.ones(3)) and parameter.grad is None
+    assert torch.equal(parameter.detach(), torch.ones(3)) and not parameter.grad.any()
+    assert all(not value.any() for _, _, value in stepper.moments())
 
 
 def test_scaled_gradients_are_unscaled_before_clipping():
     ours, theirs = torch.nn.Parameter(torch.ones(4)), torch.nn.Parameter(torch.ones(4))
     scaler = LossScaler(CPU, enabled=True)
     gradient = torch.tensor([0.1, -0.2, 0.3, 0.1])  # norm below 1: clipping must leave it alone
-    ours.grad, theirs.grad = gradient * 65536, gradient.clone()
     stepper, reference = _stepper(ours), torch.optim.AdamW([theirs], lr=0.1, weight_decay=0.0)
-    scaler.unscale(stepper.parameters)
-    assert torch.allclose(ours.grad, gradient)
-    stepper.step()
+    ours.grad.copy_(scaler.scaled(gradient))
+    theirs.grad = gradient.clone()
+    stepper.step(scaler.inverse())
     reference.step()
     assert torch.allclose(ours, theirs)
+    first = dict((name, value) for _, name, value in stepper.moments())["exp_avg"]
+    assert torch.allclose(first, 0.1 * gradient)  # (1 - β₁) g: AdamW's weights alone would not tell a scale
 
 
 def test_the_scale_halves_after_an_overflow_and_doubles_after_good_steps():
     scaler = LossScaler(CPU, enabled=True, initial=1024.0, growth_interval=3)
-    scales = []
+    scales, places = [], (scaler.scale, scaler.good_steps)
     for overflowed in (True, False, False, True, False, False, False, False):
         scaler.update(torch.tensor(overflowed))
         scales.append(scaler.scale.item())
+    assert scaler.scale is places[0] and scaler.good_steps is places[1]
     assert scales == [512, 512, 512, 256, 256, 256, 512, 512]
 
 
@@ -164,22 +187,23 @@ def test_a_card_computes_in_what_the_weights_are_stored_in_and_never_in_bf16_bef
     assert compute_dtype("auto", torch.device("cuda"), weights=weights) == expected
 
 
-def test_the_cards_optimiser_skips_an_overflow_as_the_processors_does():
-    """The fused kernel is told of an overflow by a tensor. Newer torch has that kernel for processors too."""
-    def trained(kind: str) -> tuple[torch.nn.Parameter, Stepper]:
+def test_an_optimiser_told_of_overflows_by_a_tensor_skips_as_one_that_is_asked(monkeypatch):
+    """The fused kernel, which CUDA always has and processors have in newer torch."""
+    def trained() -> tuple[torch.nn.Parameter, Stepper]:
         parameter = torch.nn.Parameter(torch.ones(4))
-        stepper = _stepper(parameter, device=SimpleNamespace(type=kind), weight_decay=0.01)
+        stepper = _stepper(parameter, weight_decay=0.01)
         for bad in (math.inf, 0.5, math.nan, -0.25):
-            parameter.grad = torch.tensor([0.1, bad, -0.2, 0.3])
+            parameter.grad.copy_(torch.tensor([0.1, bad, -0.2, 0.3]))
             stepper.step()
         return parameter, stepper
-    try:
-        fused, stepper = trained("cuda")
-    except RuntimeError as error:
-        pytest.skip(f"this torch has no fused AdamW for processors: {error}")
-    plain, reference = trained("cpu")
-    assert stepper.optimizer.param_groups[0]["fused"] and torch.allclose(fused, plain, rtol=1e-6)
-    assert stepper.optimizer.state[fused]["step"] == reference.optimizer.state[plain]["step"] == 2
+    fused, stepper = trained()
+    if not stepper.fused:
+        pytest.skip("this torch has no fused AdamW for processors")
+    monkeypatch.setattr(optimizer, "_adamw", lambda weights, weight_decay: (torch.optim.AdamW(
+        [{"params": [group.parameter], "lr": group.rate} for group in weights.groups], weight_decay=weight_decay), False))
+    plain, reference = trained()
+    assert torch.allclose(fused, plain, rtol=1e-6)
+    assert [value.item() for one in (stepper, reference) for _, name, value in one.moments() if name == "step"] == [2, 2]
 
 
 def test_losses_are_awaited_on_the_card_of_the_run_and_not_on_the_current_one(monkeypatch):
@@ -211,7 +235,7 @@ def test_losses_are_awaited_on_the_card_of_the_run_and_not_on_the_current_one(mo
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **options: empty(*size, **options))
     log = LossLog(torch.device("cuda", 1))
-    log.push(1, torch.tensor(0.25), torch.tensor(True))
+    log.push(1, torch.tensor([0.25, 1.0]))
     assert recorded == [torch.device("cuda", 1)]
     assert log.arrived() == [] and log.arrived(wait=True) == [Arrived(1, 0.25, True)]
 

@@ -136,18 +136,18 @@ def tokens(text: str = Body("", embed=True)) -> dict[str, Any]:
 
 def fail(step: int = Body(1, embed=True)) -> dict[str, str]:
     """Let the training loop meet an error of ours in its `step`-th loss from now."""
-    from lib_lora_train.training import loop
+    from lib_lora_train.training import work
 
-    original, left = loop.denoising_loss, [step]
+    original, left = work.denoising_loss, [step]
 
     def breaking(*args: Any, **kwargs: Any) -> torch.Tensor:
         left[0] -= 1
         if left[0] == 0:
-            loop.denoising_loss = original
+            work.denoising_loss = original
             raise RuntimeError("the probe broke this step")
         return original(*args, **kwargs)
 
-    loop.denoising_loss = breaking
+    work.denoising_loss = breaking
     return {}
 
 

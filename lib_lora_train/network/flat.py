@@ -1,0 +1,95 @@
+"""All trained weights in one buffer, their gradients in another: what is done to every weight is one kernel, not hundreds.
+
+The layers keep their own parameters; these become views of the buffers. A view begins at a multiple of 256 bytes, as an
+allocated tensor would, so that kernels find the alignment they are fast with; what lies between two views stays zero.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_ALIGNMENT = 64  # fp32 numbers: 256 bytes
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FlatGroup:
+    """A torch parameter group as one weight.
+
+    parameter   [n] fp32, a view of `FlatWeights.values`; its gradient is a view of `FlatWeights.gradient`
+    members     (number, weight, start): a weight's place among those of all groups, and where in `parameter` it begins
+    """
+
+    name: str
+    rate: float
+    parameter: nn.Parameter
+    members: tuple[tuple[int, nn.Parameter, int], ...]
+
+    def cut(self, flat: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """(number, view) of each weight's part of `flat` [n], in the weight's shape."""
+        for number, weight, start in self.members:
+            yield number, flat[start:start + weight.numel()].view(weight.shape)
+
+
+class FlatWeights:
+    """The weights of some parameter groups, moved together. A weight that wants no gradient stays where it is.
+
+    values     [n] fp32
+    gradient   [n] fp32; always there: it is cleared with zeros, never set to None
+    working    [n]: the same numbers in the dtype of the computation, as of the last `refresh`; None where that is fp32
+    shapes     of all weights of the groups, also of those that want no gradient: a member's number is a place in it
+    """
+
+    def __init__(self, groups: Sequence[Mapping[str, Any]], *, dtype: torch.dtype = torch.float32) -> None:
+        """`groups` are torch's, with a "name" and an "lr" each; their weights are fp32, on one device, and now views."""
+        self.shapes = tuple(weight.shape for group in groups for weight in group["params"])
+        trained = [weight for group in groups for weight in group["params"] if weight.requires_grad]
+        assert trained and all(weight.dtype == torch.float32 for weight in trained), "nothing to train, or not in fp32"
+        self.values = torch.zeros(sum(map(_room, trained)), device=trained[0].device)
+        self.gradient = torch.zeros_like(self.values)
+        self.working = None if dtype == torch.float32 else torch.zeros_like(self.values, dtype=dtype)
+        self._starts: dict[nn.Parameter, int] = {}
+        made, number = [], 0
+        for group in groups:
+            numbered = list(enumerate(group["params"], start=number))
+            number += len(numbered)
+            if any(weight.requires_grad for _, weight in numbered):
+                made.append(self._group(group, [(n, weight) for n, weight in numbered if weight.requires_grad]))
+        self.groups = tuple(made)
+        self.refresh()
+
+    def _group(self, group: Mapping[str, Any], numbered: Sequence[tuple[int, nn.Parameter]]) -> FlatGroup:
+        """Move the weights into the buffers, behind those that are there already."""
+        begin = end = sum(map(_room, self._starts))
+        members = []
+        for number, weight in numbered:
+            view, gradient = (flat[end:end + weight.numel()].view(weight.shape) for flat in (self.values, self.gradient))
+            view.copy_(weight.detach())
+            weight.data, weight.grad = view, gradient
+            members.append((number, weight, end - begin))
+            self._starts[weight] = end
+            end += _room(weight)
+        parameter = nn.Parameter(self.values[begin:end])
+        parameter.grad = self.gradient[begin:end]
+        return FlatGroup(group["name"], float(group["lr"]), parameter, tuple(members))
+
+    def working_copy(self, weight: nn.Parameter) -> Tensor | None:
+        """The view of `working` that belongs to `weight`; None where there is none."""
+        start = self._starts.get(weight)
+        if self.working is None or start is None:
+            return None
+        return self.working[start:start + weight.numel()].view(weight.shape)
+
+    def refresh(self) -> None:
+        """Bring `working` up to date: one copy, after each change of the weights."""
+        if self.working is not None:
+            self.working.copy_(self.values)
+
+
+def _room(weight: Tensor) -> int:
+    """Numbers from the beginning of a weight to that of the next."""
+    return -(-weight.numel() // _ALIGNMENT) * _ALIGNMENT

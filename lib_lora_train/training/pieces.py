@@ -1,0 +1,67 @@
+"""A batch in pieces: rows of its inputs, each with its share of the loss, so that the gradients of the pieces add up to those
+of the whole.
+
+Random numbers, captions and shares belong to the whole batch, which is cut only when they are there: how it is cut changes
+nothing but the order in which numbers are added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from lib_lora_train.errors import is_out_of_memory
+from lib_lora_train.events import Report, Warned
+from lib_lora_train.training.graph import Execution
+from lib_lora_train.training.step import StepInputs
+
+
+def piece(inputs: StepInputs, rows: slice) -> StepInputs:
+    """These rows of `inputs`, without a copy."""
+    return StepInputs.of([tensor[rows] for tensor in inputs.tensors()])
+
+
+def pieces(inputs: StepInputs, most: int | None) -> Iterator[StepInputs]:
+    """`inputs` in as few pieces of at most `most` rows as it takes, as equal as can be; None is no limit."""
+    count = len(inputs)
+    parts = 1 if most is None or count == 0 else -(-count // most)
+    for part in range(parts):
+        yield piece(inputs, slice(count * part // parts, count * (part + 1) // parts)) if parts > 1 else inputs
+
+
+def rows_of(rank: int, *, world: int, count: int) -> slice:
+    """The rows of a batch of `count` that fall to one of `world` processes; none where there are too few."""
+    return slice(count * rank // world, count * (rank + 1) // world)
+
+
+class InPieces:
+    """Gradients of a step's micro-batches; where the memory runs out, in ever smaller pieces, down to one row."""
+
+    def __init__(self, execution: Execution, *, report: Report) -> None:
+        self._execution, self._report = execution, report
+        self.most: int | None = None
+        """Rows in a piece, once the memory has run out."""
+
+    def gradients(self, micro_batches: Sequence[StepInputs]) -> None:
+        """Add up the gradients of all of them, from none. Raises the error of a full memory where one row is too much."""
+        while not self._fit(micro_batches):
+            # Outside of the except clause: the error held the frames, and these the tensors that filled the memory.
+            self._execution.let_go()
+            self._execution.clear()
+
+    def _fit(self, micro_batches: Sequence[StepInputs]) -> bool:
+        try:
+            for inputs in micro_batches:
+                for part in pieces(inputs, self.most):
+                    self._execution.gradients(part)
+            return True
+        except (RuntimeError, MemoryError) as error:
+            largest = max((len(inputs) for inputs in micro_batches), default=0)
+            now = min(self.most or largest, largest)
+            if not is_out_of_memory(error) or now <= 1:
+                raise
+            if self.most is None:
+                self._report(Warned(
+                    f"The memory was too small for {now} pictures at once. The run goes on with fewer at a time and learns "
+                    "the same, but each step takes longer; a smaller batch or gradient checkpointing would avoid that."))
+            self.most = -(-now // 2)
+        return False

@@ -1,0 +1,96 @@
+"""What a training step does on the device, in two halves: a micro-batch's gradients, and what is done with their sum.
+
+Both read and write tensors that stay where they are, and neither waits for the device, so that each can be recorded once and
+replayed (`graph.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from lib_lora_train.errors import is_out_of_memory
+from lib_lora_train.events import Report, Warned
+from lib_lora_train.model.frozen import FrozenModel
+from lib_lora_train.model.layers import Adapter
+from lib_lora_train.training.condition import Condition
+from lib_lora_train.training.optimizer import Stepper
+from lib_lora_train.training.precision import LossScaler
+from lib_lora_train.training.step import StepInputs, StepOptions, denoising_loss
+
+
+class Work:
+    """The two halves of one run's steps. `loss` is the sum of what `gradients` met since the last `finish`, 0-d fp32."""
+
+    def __init__(self, model: FrozenModel, *, adapters: Mapping[str, Adapter], condition: Condition, stepper: Stepper,
+                 scaler: LossScaler, options: StepOptions) -> None:
+        """`adapters` are the UNet's."""
+        self.device = model.device
+        self.loss = torch.zeros((), device=model.device)
+        self._result = torch.zeros(2, device=model.device)
+        self._model, self._adapters, self._condition = model, adapters, condition
+        self._stepper, self._scaler, self._options = stepper, scaler, options
+        self._compiled: Callable[..., torch.Tensor] | None = None
+        self._met: set[tuple[torch.Size, ...]] = set()
+        self._report: Report = lambda _: None
+
+    def compile(self, report: Report) -> None:
+        """Let torch.compile make the kernels of the loss from now on; where it cannot, that is reported once."""
+        self._report = report
+        try:
+            self._compiled = torch.compile(denoising_loss, dynamic=False)
+        except RuntimeError as error:  # a Python or a system that torch.compile does not know
+            self._give_up_compiling(error)
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the first call for each shape of inputs makes kernels."""
+        return self._compiled is not None
+
+    def gradients(self, inputs: StepInputs) -> None:
+        """Add the gradients of these inputs' loss to those that are there, and the loss to `loss`.
+
+        Raises RuntimeError where the memory runs out: gradients and loss are then half done; see `clear`.
+        """
+        if self._compiled is None:
+            self._backward(inputs, denoising_loss)
+            return
+        shapes = tuple(tensor.shape for tensor in inputs.tensors())
+        gradient = self._stepper.weights.gradient
+        before = None if shapes in self._met else (gradient.clone(), self.loss.clone())
+        try:
+            self._backward(inputs, self._compiled)
+            self._met.add(shapes)
+        except RuntimeError as error:
+            if before is None or is_out_of_memory(error):
+                raise
+            gradient.copy_(before[0])
+            self.loss.copy_(before[1])
+            self._give_up_compiling(error)
+            self._backward(inputs, denoising_loss)
+
+    def _backward(self, inputs: StepInputs, loss_of: Callable[..., torch.Tensor]) -> None:
+        loss = loss_of(self._model, inputs=inputs, conditioning=self._condition.encode(inputs.text),
+                       adapters=self._adapters, options=self._options)
+        self._scaler.scaled(loss).backward()
+        self.loss.add_(loss.detach())
+
+    def _give_up_compiling(self, error: RuntimeError) -> None:
+        self._compiled = None
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        self._report(Warned(f"torch_compile has no effect here: {lines[0]}"))
+
+    def finish(self) -> torch.Tensor:
+        """Change the weights by the gradients and clear these. (loss, 1 if the gradients overflowed), [2] fp32 on the device,
+        overwritten by the next call."""
+        overflowed = self._stepper.step(self._scaler.inverse())
+        self._scaler.update(overflowed)
+        self._result.copy_(torch.stack([self.loss, overflowed.float()]))
+        self.loss.zero_()
+        return self._result
+
+    def clear(self) -> None:
+        """Forget gradients and losses since the last `finish`."""
+        self._stepper.weights.gradient.zero_()
+        self.loss.zero_()
