@@ -61,6 +61,7 @@ def run_job(settings: Settings, host: Host, *, report: Report, stop: Stop, folde
     Raises UserError, HostError, TrainingError, and Interrupted where a stop came before the first step.
     """
     confine(settings, host.fence)
+    _agree_on_settings(ranks, settings)
     point = resume.find(settings.save.resume, host.runs_folder) if settings.save.resume else None
     settings = _with_seed(settings, point, ranks)
     target = result_path(settings, host, point) if ranks.rank == 0 else Path(settings.save.output_name)
@@ -79,13 +80,14 @@ def run_job(settings: Settings, host: Host, *, report: Report, stop: Stop, folde
         pause = _pause(settings, host, model, report=report, stop=stop)
         dtype = compute_dtype(settings.memory.mixed_precision, model.device, weights=model.dtype)
         _check_sizes(preparation, model)
-        _agree(ranks, settings, preparation, known, weights, dtype=dtype)
+        _agree(ranks, preparation, known, weights, dtype=dtype)
         changed = resume.compare_settings(settings, point, steps=preparation.plan.steps, processes=ranks.world) if point else []
         for warning in (*preparation.warnings, *_ignored_by(model, settings), *changed):
             report(Warned(warning))
         with translated("making the LoRA's layers"):
             network = _network(settings, model, weights.tensors, name=weights.name, report=report)
-        source = _latents(settings, preparation, model, vae_tensors(borrowed.tensors), ranks, report=report, stop=stop, pause=pause)
+        source = _latents(settings, preparation, model, vae_tensors(borrowed.tensors), ranks, report=report, stop=stop,
+                          pause=pause)
         preparation = preparation.without_damaged(settings, dataset=source.dataset, placements=source.placements)
         for warning in preparation.warnings:
             report(Warned(warning))
@@ -178,13 +180,18 @@ def _keeper(settings: Settings, preparation: Preparation, checkpoint: Mapping[st
     return StateKeeper(folder, settings.save, facts, report)
 
 
-def _agree(ranks: Ranks, settings: Settings, preparation: Preparation, checkpoint: Mapping[str, str], weights: _Weights, *,
+def _agree_on_settings(ranks: Ranks, settings: Settings) -> None:
+    """Raises Disagreement where the processes were started with different settings. Their paths may differ, as machines do."""
+    known = {d.name: bool(flat(settings)[d.name]) if d.is_path else flat(settings)[d.name] for d in DECLARATIONS.values()}
+    agree(ranks, shown={**known, "the version": __version__}, digests={})
+
+
+def _agree(ranks: Ranks, preparation: Preparation, checkpoint: Mapping[str, str], weights: _Weights, *,
            dtype: torch.dtype) -> None:
-    """Raises Disagreement where the processes were started with different things."""
+    """Raises Disagreement where the processes have different pictures, models or resume points."""
     if ranks.world == 1:
         return
-    values = {d.name: flat(settings)[d.name] for d in DECLARATIONS.values() if not d.is_path}
-    shown = {**values, "the number format that is computed in": str(dtype), "the version": __version__,
+    shown = {"the number format computed in (mixed_precision)": str(dtype),
              "the step to go on from": weights.state.step if weights.state else 0}
     agree(ranks, shown=shown, digests={
         "the pictures, captions or repeats": resume.dataset_fingerprint(preparation),
@@ -360,6 +367,7 @@ def _train(settings: Settings, preparation: Preparation, model: FrozenModel, net
         max_grad_norm=optimizer.max_grad_norm, noise_offset=loss.noise_offset, unet_lr=unet_lr,
         text_encoder_lr=text_encoder_lr, seed=optimizer.seed, save_every_n_epochs=settings.save.save_every_n_epochs,
         save_every_n_steps=settings.save.save_every_n_steps,
+        cuda_graphs=memory.cuda_graphs == "auto", compiled=memory.torch_compile,
         step=StepOptions(dtype=dtype, min_snr_gamma=loss.min_snr_gamma,
                          recompute=frozenset(model.unet.units if memory.gradient_checkpointing else ())))
     return train(model, network=network, epoch_batches=lambda epoch, start: batches.epoch(epoch, start=start),

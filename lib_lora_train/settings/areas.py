@@ -147,7 +147,7 @@ class LossSettings:
 
 @dataclasses.dataclass(frozen=True)
 class MemorySettings:
-    """Precision, memory, and the model shared with others."""
+    """Precision, speed, memory, and the model shared with others."""
 
     mixed_precision: str = setting(
         "auto", "Precision", "What the model computes in; the LoRA itself is always trained in full precision. auto takes "
@@ -155,7 +155,14 @@ class MemorySettings:
     gradient_checkpointing: bool = setting(
         False, "Gradient checkpointing", "Much less memory for about a third more time.")
     vae_batch_size: int = setting(
-        1, "Encoding batch", "Pictures that the VAE encodes at once.", minimum=1, maximum=64)
+        0, "Encoding batch", "Pictures that the VAE encodes at once, before training. 0 takes what fits into half of a card's "
+        "free memory, and 1 without a card.", minimum=0, maximum=64)
+    cuda_graphs: str = setting(
+        "auto", "CUDA graphs", "auto records a training step once for each shape and replays it, so that the card never waits "
+        "for Python; the numbers stay the same. off saves a little memory.", choices=("auto", "off"))
+    torch_compile: bool = setting(
+        False, "Compile", "Let torch.compile make the step's kernels: minutes at the start for some speed in a long run. "
+        "Needs a compiler; where there is none, the run goes on without.")
     yield_to_generations: bool = setting(
         True, "Let generations through", "Work of the WebUI that waits goes first, between two training steps; what is "
         "learnt stays the same. Off makes it wait until the training ends.")

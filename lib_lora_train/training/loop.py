@@ -18,12 +18,12 @@ from lib_lora_train.errors import TrainingError, translated
 from lib_lora_train.events import Report, Step
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.network.network import LoRANetwork
-from lib_lora_train.ranks import ALONE, Ranks
+from lib_lora_train.ranks import ALONE, Ranks, share
 from lib_lora_train.training.condition import Condition
 from lib_lora_train.training.graph import Execution, recorder_for
 from lib_lora_train.training.noise import draw
 from lib_lora_train.training.optimizer import Stepper, learning_rate_factor
-from lib_lora_train.training.pieces import InPieces, piece, rows_of
+from lib_lora_train.training.pieces import InPieces, piece
 from lib_lora_train.training.precision import LossScaler
 from lib_lora_train.training.progress import Arrived, LossLog, Speed
 from lib_lora_train.training.state import TrainingState, capture, restore
@@ -116,7 +116,7 @@ def train(model: FrozenModel, *, network: LoRANetwork, epoch_batches: EpochBatch
         draws = draw(batch.mean.shape, seed=options.seed, step=step, micro=micro,
                      timesteps=len(model.schedule), noise_offset=options.noise_offset)
         whole_batch = prepare(batch, draws=draws, text=condition.prepare(batch.captions), micro_batches=micro_batches)
-        return piece(whole_batch, rows_of(ranks.rank, world=ranks.world, count=len(whole_batch)))
+        return piece(whole_batch, share(len(whole_batch), ranks))
 
     with torch.enable_grad(), translated("training"):
         for step, epoch, micro_batches in _steps(epoch_batches, options, begin=begin):

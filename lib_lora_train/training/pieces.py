@@ -28,11 +28,6 @@ def pieces(inputs: StepInputs, most: int | None) -> Iterator[StepInputs]:
         yield piece(inputs, slice(count * part // parts, count * (part + 1) // parts)) if parts > 1 else inputs
 
 
-def rows_of(rank: int, *, world: int, count: int) -> slice:
-    """The rows of a batch of `count` that fall to one of `world` processes; none where there are too few."""
-    return slice(count * rank // world, count * (rank + 1) // world)
-
-
 class InPieces:
     """Gradients of a step's micro-batches; where the memory runs out, in ever smaller pieces, down to one row."""
 
