@@ -11,8 +11,10 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 from lib_lora_train import events
 from lib_lora_train.bench.command import add_bench
@@ -25,7 +27,11 @@ from lib_lora_train.studio.prepare_command import add_prepare
 from lib_lora_train.studio.tag_command import add_tag
 from lib_lora_train.studio.verify_command import add_verify
 
+if TYPE_CHECKING:
+    from lib_lora_train.ranks.place import Place
+
 RUNS_FOLDER = "runs"
+_SAME_CTRL_C = 2.0  # seconds
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,21 +59,24 @@ def _train(chosen: argparse.Namespace) -> int:
     from lib_lora_train.host.standalone import StandaloneHost, describe_file
     from lib_lora_train.job import run_job
     from lib_lora_train.output import checked_name
+    from lib_lora_train.ranks.joined import joined
+    from lib_lora_train.ranks.place import place_of
     from lib_lora_train.run_record import RunRecord, new_folder
     from lib_lora_train.runner import finish
 
+    place = place_of(os.environ)
+    first = place is None or place.rank == 0  # it alone records and prints
     settings = _train_settings(chosen)
     checked_name(settings.save.output_name)  # it names the record's folder too
     describe_file(chosen.checkpoint)  # a wrong one is refused before anything is read
     output = Path(settings.save.output_dir or ".")
     resumed = Path(settings.save.resume) if settings.save.resume else None
-    host = StandaloneHost(chosen.checkpoint, lora_folder=output,
-                          runs_folder=resumed.parent if resumed else output / RUNS_FOLDER)
+    runs_folder = resumed.parent if resumed else output / RUNS_FOLDER
     record = None
-    if chosen.record:
-        record = RunRecord(resumed or new_folder(host.runs_folder, settings.save.output_name), settings)
+    if chosen.record and first:
+        record = RunRecord(resumed or new_folder(runs_folder, settings.save.output_name), settings)
 
-    show: Report = _show_json if chosen.json else _Bar()
+    show: Report = (lambda event: None) if not first else _show_json if chosen.json else _Bar()
     latest = 0
     failure: LoraTrainError | None = None
 
@@ -81,20 +90,42 @@ def _train(chosen: argparse.Namespace) -> int:
     def job() -> events.Finished:
         nonlocal failure
         try:
-            return run_job(settings, host, report=report, stop=interrupt.asked, folder=record.folder if record else None)
+            with joined(place, patience=60 * chosen.wait_for_others) as ranks:
+                host = StandaloneHost(chosen.checkpoint, lora_folder=output, runs_folder=runs_folder,
+                                      device=place.device() if place else None)
+                return run_job(settings, host, report=report, stop=interrupt.asked, ranks=ranks,
+                               folder=record.folder if record else None)
         except LoraTrainError as error:
             failure = error
             raise
 
-    with _Interrupt() as interrupt:
+    with _Interrupt(place) as interrupt:
         finished = finish(job, report=report, steps=lambda: latest,
                           failed=record.keep_failure if record else lambda trace: None)
     if record:
         record.close()
     if finished.outcome == "failed":
+        code = 2 if isinstance(failure, UserError) else 1
+        if place is not None:
+            _failed_together(place, finished.message, failure, code=code)
         print(finished.message, file=sys.stderr)
-        return 2 if isinstance(failure, UserError) else 1
-    return 130 if finished.outcome == "stopped" else 0
+        return code
+    # The first one's exit code says how it ended; to a launcher another's would be a failure, which ends the first one too.
+    return 130 if finished.outcome == "stopped" and first else 0
+
+
+def _failed_together(place: Place, message: str, failure: LoraTrainError | None, *, code: int) -> NoReturn:
+    """The end of one of several processes: what all of them know, the first one tells, and what one alone knows, that one."""
+    from lib_lora_train.ranks import Disagreement, Lost
+
+    if place.rank == 0:
+        print(message, file=sys.stderr)
+    elif not isinstance(failure, (Disagreement, Lost)):
+        print(f"Process {place.rank}: {message}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # At once: a card may wait for ever for a process that is gone, and what tidies up would wait for the card.
+    os._exit(code)
 
 
 def _train_settings(chosen: argparse.Namespace) -> Settings:
@@ -190,10 +221,13 @@ def _demo(chosen: argparse.Namespace) -> int:
 
 
 class _Interrupt:
-    """Ctrl+C asks the job to end and keep what it learnt; a second one ends the process at once."""
+    """Ctrl+C asks the job to end and keep what it learnt; a second one ends the process at once.
 
-    def __init__(self) -> None:
-        self._asked = False
+    One of several processes is told twice of the same Ctrl+C, by the terminal and by what launched it.
+    """
+
+    def __init__(self, place: Place | None) -> None:
+        self._asked, self._place, self._since = False, place, 0.0
 
     def asked(self) -> str:
         """What the loop's `stop` is asked at each step."""
@@ -208,9 +242,12 @@ class _Interrupt:
 
     def _handle(self, *_: object) -> None:
         if self._asked:
-            raise KeyboardInterrupt
-        self._asked = True
-        print("\nStopping after this step; what was learnt is saved. Ctrl+C again ends at once.", file=sys.stderr)
+            if self._place is None or time.monotonic() - self._since > _SAME_CTRL_C:
+                raise KeyboardInterrupt
+            return
+        self._asked, self._since = True, time.monotonic()
+        if self._place is None or self._place.rank == 0:
+            print("\nStopping after this step; what was learnt is saved. Ctrl+C again ends at once.", file=sys.stderr)
 
 
 def _show_json(event: events.Event) -> None:
@@ -278,6 +315,8 @@ def _parser() -> argparse.ArgumentParser:
                        "settings are kept, but for those given here")
     train.add_argument("--record", action=argparse.BooleanOptionalAction, default=True,
                        help="keep settings, events and the resume point in a folder under OUTPUT/runs")
+    train.add_argument("--wait-for-others", type=float, default=30.0, metavar="MINUTES", help="with several processes "
+                       "(torchrun, accelerate launch): how long one that does not answer is waited for")
     train.set_defaults(command=_train)
 
     runs = commands.add_parser("runs", help="list past runs and how they ended")
