@@ -6,6 +6,7 @@ is reported as events, and whoever watches may ask it to stop.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import secrets
 import time
@@ -18,6 +19,7 @@ import torch
 from lib_lora_train import __version__, resume
 from lib_lora_train.cache.batches import Batches
 from lib_lora_train.cache.disk import LatentDisk
+from lib_lora_train.cache.feeder import Feeder
 from lib_lora_train.cache.fingerprint import encoder_fingerprint
 from lib_lora_train.cache.latents import CachedLatents, FreshLatents, LatentSource
 from lib_lora_train.cache.own_rows import OwnRows
@@ -69,7 +71,7 @@ def run_job(settings: Settings, host: Host, *, report: Report, stop: Stop, folde
     checkpoint = host.checkpoint()
     preparation = _prepared(settings, checkpoint.family if checkpoint else "", host.fence, ranks, report=report, stop=stop)
 
-    with host.borrow() as borrowed:
+    with host.borrow() as borrowed, contextlib.ExitStack() as leaving:
         model = lent_model(borrowed, settings)
         if checkpoint is None or model.architecture.family != checkpoint.family:
             # The host had no model yet, or another one, when the folder was read.
@@ -86,8 +88,8 @@ def run_job(settings: Settings, host: Host, *, report: Report, stop: Stop, folde
             report(Warned(warning))
         with translated("making the LoRA's layers"):
             network = _network(settings, model, weights.tensors, name=weights.name, report=report)
-        source = _latents(settings, preparation, model, vae_tensors(borrowed.tensors), ranks, report=report, stop=stop,
-                          pause=pause)
+        source = leaving.enter_context(contextlib.closing(_latents(
+            settings, preparation, model, vae_tensors(borrowed.tensors), ranks, folder, report=report, stop=stop, pause=pause)))
         preparation = preparation.without_damaged(settings, dataset=source.dataset, placements=source.placements)
         for warning in preparation.warnings:
             report(Warned(warning))
@@ -279,9 +281,9 @@ def _rates(settings: Settings) -> tuple[float, float]:
 
 
 def _latents(settings: Settings, preparation: Preparation, model: FrozenModel, vae: Mapping[str, torch.Tensor],
-             ranks: Ranks, *, report: Report, stop: Stop, pause: Pause) -> LatentSource:
+             ranks: Ranks, folder: Path | None, *, report: Report, stop: Stop, pause: Pause) -> LatentSource:
     """Encoded pictures: once and kept, or anew at each step where augmentations change the pixels. `vae` are the host's
-    tensors of it."""
+    tensors of it; in `folder` lies what is too much for the memory, until the source is closed."""
     chosen = settings.dataset
     shared = {"flip_aug": chosen.flip_aug, "vae_batch_size": settings.memory.vae_batch_size, "device": model.device,
               "on_progress": _stage("Encoding pictures", report, pause), "should_stop": lambda: bool(stop()),
@@ -291,7 +293,7 @@ def _latents(settings: Settings, preparation: Preparation, model: FrozenModel, v
             return FreshLatents.build(model.vae, preparation.dataset, preparation.placements, color_aug=chosen.color_aug,
                                       random_crop=chosen.random_crop, **shared)
         disk = LatentDisk(vae_fingerprint=encoder_fingerprint(vae)) if chosen.cache_latents_to_disk else None
-        return CachedLatents.build(model.vae, preparation.dataset, preparation.placements, disk=disk, **shared)
+        return CachedLatents.build(model.vae, preparation.dataset, preparation.placements, disk=disk, folder=folder, **shared)
 
 
 def _planned(settings: Settings, preparation: Preparation, borrowed: Borrowed, *, done: int) -> Planned:
@@ -370,6 +372,7 @@ def _train(settings: Settings, preparation: Preparation, model: FrozenModel, net
         cuda_graphs=memory.cuda_graphs == "auto", compiled=memory.torch_compile,
         step=StepOptions(dtype=dtype, min_snr_gamma=loss.min_snr_gamma,
                          recompute=frozenset(model.unet.units if memory.gradient_checkpointing else ())))
-    return train(model, network=network, epoch_batches=lambda epoch, start: batches.epoch(epoch, start=start),
-                 condition=condition, options=options, save=saver.save_on_the_way, keep=saver.keep, report=saver.report,
-                 stop=stop, pause=pause, resumed=resumed, ranks=ranks)
+    with Feeder(batches, last_epoch=options.epochs) as feeder:
+        return train(model, network=network, epoch_batches=feeder.epoch, condition=condition, options=options,
+                     save=saver.save_on_the_way, keep=saver.keep, report=saver.report, stop=stop, pause=pause, resumed=resumed,
+                     ranks=ranks)

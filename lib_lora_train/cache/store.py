@@ -61,7 +61,8 @@ class Spill:
         data = memoryview(tensor.view(-1).view(torch.uint8).numpy())
         with self._lock:
             if self._file is None:
-                self._file = tempfile.TemporaryFile(dir=self._folder, buffering=0)
+                folder = self._folder if self._folder is not None and self._folder.is_dir() else None
+                self._file = tempfile.TemporaryFile(dir=folder, buffering=0)
             place = _InFile(self._end, tensor.shape, tensor.dtype)
             self._file.seek(place.offset)
             while data:
