@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from lib_lora_train.model.text_encoder import TextEncoder
 from lib_lora_train.model.tokens import Tokenizer, clip_tokenizer
 from lib_lora_train.model.unet import UNet
 from lib_lora_train.model.vae import VAE
+
+_Shapes = tuple[tuple[str, torch.Size, torch.dtype], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +70,7 @@ def build(tensors: Mapping[str, Tensor], *, hints: Hints = NO_HINTS, tokenizers:
     prefixes = text_prefixes(architecture.family)
     parts = unet_tensors(tensors), vae_tensors(tensors), [text_tensors(tensors, prefix) for prefix in prefixes]
     tokenizers = [clip_tokenizer()] * len(prefixes) if tokenizers is None else tokenizers
-    _rehearse(architecture, *parts)
+    _rehearse(architecture, _shapes(parts[0]), _shapes(parts[1]), tuple(map(_shapes, parts[2])))
 
     unet = UNet(parts[0], architecture.unet)
     stem = unet.tensors["input_blocks.0.0.weight"]
@@ -95,12 +98,18 @@ def _alphas_cumprod(tensors: Mapping[str, Tensor], hints: Hints) -> Tensor | Non
     return stored if stored is not None and stored.dtype in (torch.float32, torch.float64) else None
 
 
-def _rehearse(architecture: Architecture, unet: Mapping[str, Tensor], vae: Mapping[str, Tensor],
-              texts: Sequence[Mapping[str, Tensor]]) -> None:
-    """Run every part on the meta device: a tensor that is missing or misshapen is found now, not in an hour."""
-    def shapes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: torch.empty_like(tensor, device="meta", requires_grad=False)
-                for name, tensor in tensors.items()}
+def _shapes(tensors: Mapping[str, Tensor]) -> _Shapes:
+    return tuple((name, tensor.shape, tensor.dtype) for name, tensor in tensors.items())
+
+
+@lru_cache(maxsize=4)
+def _rehearse(architecture: Architecture, unet: _Shapes, vae: _Shapes, texts: tuple[_Shapes, ...]) -> None:
+    """Run every part on the meta device: a tensor that is missing or misshapen is found now, not in an hour.
+
+    It takes a second, and once for all models of the same shapes: one that failed is tried again.
+    """
+    def shapes(part: _Shapes) -> dict[str, Tensor]:
+        return {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape, dtype in part}
 
     side = 2 ** architecture.unet.halvings
     zeros = torch.zeros(1, architecture.unet.in_channels, side, side, device="meta")
