@@ -21,9 +21,9 @@ def piece(inputs: StepInputs, rows: slice) -> StepInputs:
 
 
 def pieces(inputs: StepInputs, most: int | None) -> Iterator[StepInputs]:
-    """`inputs` in as few pieces of at most `most` rows as it takes, as equal as can be; None is no limit."""
+    """`inputs` in as few pieces of at most `most` rows as it takes, as equal as can be; None is no limit. No rows, no piece."""
     count = len(inputs)
-    parts = 1 if most is None or count == 0 else -(-count // most)
+    parts = min(count, 1) if most is None else -(-count // most)
     for part in range(parts):
         yield piece(inputs, slice(count * part // parts, count * (part + 1) // parts)) if parts > 1 else inputs
 
