@@ -30,10 +30,11 @@ FIXED = frozenset({"network_dim", "network_alpha", "network_train_unet_only", "n
 # What changes no step that is still to be made. Paths may change as long as the same files lie there; how long the run is
 # is told apart, since it matters to the schedule.
 FREE = frozenset({
-    "train_data_dir", "reg_data_dir", "cache_latents_to_disk", "vae_batch_size", "gradient_checkpointing", "max_train_steps",
-    "max_train_epochs", "output_name", "output_dir", "overwrite", "save_precision", "save_every_n_epochs",
-    "save_every_n_steps", "save_state", "save_state_every_n_minutes", "save_state_on_train_end", "resume",
-    "training_comment", "yield_to_generations", "cuda_graphs"})
+    "train_data_dir", "reg_data_dir", "cache_latents_to_disk", "vae_batch_size", "gradient_checkpointing", "memory_plan",
+    "memory_budget", "cpu_offload_checkpointing", "channels_last", "max_train_steps", "max_train_epochs", "output_name",
+    "output_dir", "overwrite", "save_precision", "save_every_n_epochs", "save_every_n_steps", "save_state",
+    "save_state_every_n_minutes", "save_state_on_train_end", "resume", "training_comment", "yield_to_generations",
+    "cuda_graphs"})
 _END = 1 << 16  # bytes at each end of a picture's file that tell it from another of its size
 
 
