@@ -157,11 +157,7 @@ class LatentDisk:
         """sha256 of the picture's file, which has this stamp."""
         known = self._pictures.get(picture)
         if known is None:
-            digest = hashlib.sha256()
-            with picture.open("rb") as file:
-                while part := file.read(1 << 20):
-                    digest.update(part)
-            known = self._pictures[picture] = stamp, digest.hexdigest()
+            known = self._pictures[picture] = stamp, _digest(picture)
         return known[1]
 
     def _trusted(self, stamp: str) -> bool:
@@ -197,6 +193,15 @@ def _stamp(picture: Path) -> str:
     """What changes with the file's content, without reading it: size, and two times in nanoseconds."""
     known = picture.stat()
     return f"{known.st_size} {known.st_mtime_ns} {known.st_ctime_ns}"
+
+
+def _digest(picture: Path) -> str:
+    """sha256 of all its bytes; hashing and reading leave Python's lock to others."""
+    digest = hashlib.sha256()
+    with picture.open("rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def _sum(mean: torch.Tensor, std: torch.Tensor) -> str:
