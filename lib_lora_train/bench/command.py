@@ -3,20 +3,40 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 # Only what costs nothing is imported here: these modules load torch when a command starts.
 
+Assignment = Callable[[str], tuple[str, str]]
 
-def add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser], *,
-              assignment: Callable[[str], tuple[str, str]]) -> None:
+
+def add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser], *, assignment: Assignment) -> None:
     """Add `bench` with its own commands. `assignment` reads NAME=VALUE, as for `train`."""
     bench = commands.add_parser("bench", help="measure how good, fast and frugal this is")
-    kinds = bench.add_subparsers(required=True, metavar="quality | studio")
+    kinds = bench.add_subparsers(required=True, metavar="quality | speed | memory | model | studio")
+    _add_quality(kinds, assignment)
+    _add_speed(kinds, assignment)
+    _add_model(kinds)
+    studio = kinds.add_parser("studio", help="measure the caption editor on many pictures")
+    studio.add_argument("--pictures", default="", metavar="N,N,…", help="how many (1000,2000,5000,10000)")
+    _add_out(studio, "table and figures go, and the pictures meanwhile")
+    studio.set_defaults(command=run_studio)
+
+
+def _add_out(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--out", type=Path, default=Path("bench-output"), help=f"where {what}")
+
+
+def _add_quality(kinds: argparse._SubParsersAction[argparse.ArgumentParser], assignment: Assignment) -> None:
     quality = kinds.add_parser("quality", help="train on fixed pictures and measure what was learnt")
     quality.add_argument("--checkpoint", type=Path, help="the model, a .safetensors file; by default the one that comes along")
-    quality.add_argument("--out", type=Path, default=Path("bench-output"), help="where table, figures, LoRAs and sheets go")
+    _add_out(quality, "table, figures, LoRAs and sheets go")
     quality.add_argument("--steps", type=int, help="steps of the style's training (default 400, quick 60)")
     quality.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting that differs from the "
                          "reference line (AdamW, 1e-4, rank 8, alpha 4, cosine); may be repeated")
@@ -25,14 +45,50 @@ def add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser], *,
                          "figures may follow their number)")
     quality.add_argument("--quick", action="store_true", help="to see whether it works, in two minutes; not to be quoted")
     quality.set_defaults(command=lambda chosen: run(chosen, assignment=assignment))
-    studio = kinds.add_parser("studio", help="measure the caption editor on many pictures")
-    studio.add_argument("--pictures", default="", metavar="N,N,…", help="how many (1000,2000,5000,10000)")
-    studio.add_argument("--out", type=Path, default=Path("bench-output"), help="where table and figures go, and the pictures "
-                        "meanwhile")
-    studio.set_defaults(command=run_studio)
 
 
-def run(chosen: argparse.Namespace, *, assignment: Callable[[str], tuple[str, str]]) -> int:
+def _add_speed(kinds: argparse._SubParsersAction[argparse.ArgumentParser], assignment: Assignment) -> None:
+    speed = kinds.add_parser(
+        "speed", help="seconds a training step, beside the step's physical floor and beside another trainer",
+        description="With a card: SD1.5 at 512² with batch 1 and 4 and SDXL at 1024², true size, eager and graphs. Without: a "
+        "narrow SD1 at 256². Weights are random and made on the spot.")
+    speed.add_argument("--family", choices=("sd1", "sd2", "sdxl"), help="the model; with --resolution and --batch one case "
+                       "instead of the usual ones")
+    speed.add_argument("--resolution", type=int, default=0, help="the pictures' side in pixels")
+    speed.add_argument("--batch", type=int, default=0, help="pictures a step")
+    speed.add_argument("--size", choices=("true", "small"), help="the model's size; by default true with a card")
+    speed.add_argument("--checkpoint", type=Path, help="measure on this .safetensors file instead of random weights")
+    speed.add_argument("--device", choices=("cuda", "cpu"), help="by default the card where there is one")
+    speed.add_argument("--precision", choices=("no", "fp16", "bf16"), help="by default fp16 with a card, else no (fp32)")
+    speed.add_argument("--steps", type=int, default=0, help="measured steps (default 50 with a card, else 5)")
+    speed.add_argument("--warm-up", type=int, default=0, help="steps before them (default 10 with a card, else 1)")
+    speed.add_argument("--repeats", type=int, default=1, help="how often each setting is measured, in turn")
+    speed.add_argument("--rank", type=int, default=16, help="the LoRA's rank")
+    speed.add_argument("--threads", type=int, default=0, help="processor threads")
+    speed.add_argument("--compare", action="append", default=[], metavar="NAME", help="settings to measure beside each other: "
+                       "defaults, eager, graphs, compiled, channels_last, channels_first, recompute, offload, int8, fp8, fp32, "
+                       "fp16, bf16, or NAME:SETTING=VALUE,…; may be repeated")
+    speed.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of all of them")
+    speed.add_argument("--against", default="", metavar="CMD", help="another trainer's command line, run in turn with this "
+                       "one; {checkpoint} {data} {steps} {batch} {resolution} {rank} {precision} {output} {family} are filled "
+                       "in (data is a folder that holds 1_cat, as kohya's scripts want it)")
+    speed.add_argument("--pairs", type=int, default=3, help="with --against: how often")
+    speed.add_argument("--processor-time", action="store_true", help="with --against: judge by processor seconds, on a "
+                       "machine that does other work")
+    _add_out(speed, "table and figures go")
+    speed.set_defaults(command=lambda chosen: run_speed(chosen, assignment=assignment))
+
+
+def _add_model(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    model = kinds.add_parser("model", help="write a checkpoint of the true size with random weights")
+    model.add_argument("family", choices=("sd1", "sd2", "sdxl"))
+    model.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp16")
+    model.add_argument("--size", choices=("true", "small"), default="true", help="small: the same structure, narrower")
+    _add_out(model, "the file goes")
+    model.set_defaults(command=run_model)
+
+
+def run(chosen: argparse.Namespace, *, assignment: Assignment) -> int:
     """`bench quality`; returns the exit code."""
     import torch
 
@@ -54,8 +110,49 @@ def run(chosen: argparse.Namespace, *, assignment: Callable[[str], tuple[str, st
         effort=QUICK if chosen.quick else THOROUGH,
         subject=None if chosen.no_subject else quality.SUBJECT, changes=dict(assignment(text) for text in chosen.set))
     host = StandaloneHost(checkpoint, lora_folder=chosen.out / "loras", runs_folder=chosen.out / "runs")
-    quality.run_quality(plan, host, say=lambda text: print(text, flush=True))
+    quality.run_quality(plan, host, say=_say)
     print(f"\n{(chosen.out / 'quality.md').read_text(encoding='utf-8')}\nFigures: {chosen.out / 'quality.json'}")
+    return 0
+
+
+def run_speed(chosen: argparse.Namespace, *, assignment: Assignment) -> int:
+    """`bench speed`; returns the exit code."""
+    from lib_lora_train.bench import pairing, speed
+    from lib_lora_train.errors import SettingError
+    from lib_lora_train.host.standalone import describe_file
+
+    for name in ("steps", "warm_up", "resolution", "batch", "repeats", "pairs", "rank"):
+        if getattr(chosen, name) < (name in ("repeats", "pairs", "rank")):
+            raise SettingError(f"--{name.replace('_', '-')} {getattr(chosen, name)} is not possible")
+    device = _device(chosen)
+    card = device.type == "cuda"
+    family = describe_file(chosen.checkpoint).family if chosen.checkpoint else chosen.family
+    cases = speed.PUBLISHED if card else speed.NARROW
+    if family or chosen.resolution or chosen.batch:
+        family = family or "sd1"
+        usual = next((case for case in cases if case.family == family), speed.Case(family, 512, 1))
+        side, batch = chosen.resolution or usual.resolution, chosen.batch or 1
+        known = [case for case in cases if (case.family, case.resolution, case.batch) == (family, side, batch)]
+        cases = tuple(known) or (speed.Case(family, side, batch),)
+    plan = speed.SpeedPlan(
+        output=chosen.out, device=device, cases=cases, steps=chosen.steps or (50 if card else 5),
+        warm_up=chosen.warm_up or (10 if card else 1), repeats=chosen.repeats, rank=chosen.rank,
+        precision=chosen.precision or ("fp16" if card else "no"), small=chosen.size == "small" or not (card or chosen.size),
+        checkpoint=chosen.checkpoint, changes=dict(assignment(text) for text in chosen.set),
+        compared=speed.compared_settings(chosen.compare or (["eager", "graphs"] if card else ["defaults"])))
+    if chosen.against:
+        text = pairing.run_against(plan, chosen.against, pairs=chosen.pairs, by_processor=chosen.processor_time, say=_say)
+    else:
+        text = speed.run_speed(plan, say=_say)
+    print(f"\n{text}\nFigures: {chosen.out}")
+    return 0
+
+
+def run_model(chosen: argparse.Namespace) -> int:
+    """`bench model`; returns the exit code."""
+    from lib_lora_train.bench.true_size import DTYPES, true_size_checkpoint
+
+    print(true_size_checkpoint(chosen.family, chosen.out, dtype=DTYPES[chosen.dtype], small=chosen.size == "small"))
     return 0
 
 
@@ -69,6 +166,24 @@ def run_studio(chosen: argparse.Namespace) -> int:
     except ValueError as error:
         raise SettingError(f"--pictures {chosen.pictures} is no list of numbers",
                            remedy="write --pictures 1000,10000") from error
-    text = studio.run_studio(sizes, output=chosen.out, say=lambda line: print(line, flush=True))
+    text = studio.run_studio(sizes, output=chosen.out, say=_say)
     print(f"\n{text}\nFigures: {chosen.out / 'studio.json'}")
     return 0
+
+
+def _device(chosen: argparse.Namespace) -> torch.device:
+    """The card, where there is one and nothing else was said; sets the number of threads too."""
+    import torch
+
+    from lib_lora_train.errors import SettingError
+
+    if chosen.device == "cuda" and not torch.cuda.is_available():
+        raise SettingError("There is no card to measure on", why="torch finds no CUDA device")
+    if chosen.threads > 0:
+        torch.set_num_threads(chosen.threads)
+        os.environ["OMP_NUM_THREADS"] = str(chosen.threads)  # for the programs that are started
+    return torch.device(chosen.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from lib_lora_train.bench.grid import grid
 from lib_lora_train.dataset.book import CaptionBook
 from lib_lora_train.dataset.book_edits import AddTags, Edit, ReplaceRegex, ReplaceTag, ReplaceText, SetCaption, SortTags
 from lib_lora_train.dataset.book_filter import Filter
@@ -115,16 +116,10 @@ def table(rows: Sequence[Row], sizes: Sequence[int]) -> str:
     """Markdown whose columns also line up in a terminal; says which operation breaks the promise."""
     head = ["seconds for … pictures", *(f"{size:,}" for size in sizes), "growth"]
     lines = [[row.name, *(f"{seconds:.3f}" for seconds in row.seconds), f"{row.growth(sizes):.2f}"] for row in rows]
-    widths = [max(len(line[column]) for line in (head, *lines)) for column in range(len(head))]
-
-    def drawn(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.rjust(width) if place else cell.ljust(width)
-                                 for place, (cell, width) in enumerate(zip(cells, widths, strict=True))) + " |"
-    rule = "|" + "|".join("-" * (width + 1) + (":" if place else "-") for place, width in enumerate(widths)) + "|"
     slow = [row.name for row in rows if row.name not in SAVING and row.seconds[-1] >= MOST_SECONDS]
     verdict = f"**Slower than {MOST_SECONDS:.0f} s: {', '.join(slow)}.**" if slow else \
         f"Everything but saving takes less than {MOST_SECONDS:.0f} s with {sizes[-1]:,} pictures."
-    return "\n".join([drawn(head), rule, *map(drawn, lines), "", verdict,
+    return "\n".join([grid(head, lines), "", verdict,
                       "Growth: time per picture with the most pictures relative to that with the fewest; 1 is linear.", ""])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from lib_lora_train.bench.grid import grid, share
 from lib_lora_train.bench.judges import REQUIRED
 from lib_lora_train.bench.style import StyleResult
 from lib_lora_train.bench.subject import SubjectResult
@@ -22,33 +23,33 @@ def quality_text(*, settings: Mapping[str, object], checkpoint: str, judges: Jud
         parts.insert(0, "**A quick run: few words and judges fitted in haste. Not to be quoted.**")
     parts += [f"### Style: 24 Twemoji pictures, {style.steps} steps, asked for words it has not seen",
               _rows("pictures", style.rows), _weight_0(style),
-              f"Asked for its own training captions again, {_share(style.own)} of what it paints is taken for Twemoji: how "
+              f"Asked for its own training captions again, {share(style.own)} of what it paints is taken for Twemoji: how "
               "much of the style this model can show at all.",
               "PSNR, SSIM and feature distance are to the real Twemoji of the same word (feature distance: 0 is equal).",
               "### Steps to quality (one run, its saves at weight 1)", _rows("after", style.on_the_way),
               "### Memorisation: RMS distance of pixels to the nearest training picture",
-              _grid(("pictures", "mean", "least", "nearer than any real held-out one"),
-                    [(m.name, f"{m.mean:.3f}", f"{m.least:.3f}", _share(m.suspicious)) for m in style.memorised]),
+              grid(("pictures", "mean", "least", "nearer than any real held-out one"),
+                    [(m.name, f"{m.mean:.3f}", f"{m.least:.3f}", share(m.suspicious)) for m in style.memorised]),
               "### Loss on real held-out Twemoji, by timestep", _bands(style.loss)]
     if subject is not None:
         parts += [f"### Subject: nine pictures, {subject.steps} steps, {subject.pictures} paintings of new scenes",
-                  _grid(("pictures", "nearest real picture is the subject"),
-                        [("base", _share(subject.base)), ("LoRA at 1", _share(subject.lora)),
-                         ("real ones of the subject", _share(subject.real)),
-                         ("real emoji (mistaken)", _share(subject.mistaken))]),
+                  grid(("pictures", "nearest real picture is the subject"),
+                        [("base", share(subject.base)), ("LoRA at 1", share(subject.lora)),
+                         ("real ones of the subject", share(subject.real)),
+                         ("real emoji (mistaken)", share(subject.mistaken))]),
                   "Loss on the three poses that were kept back:", _bands(subject.loss)]
     return "\n\n".join(parts) + "\n"
 
 
 def judges_text(judges: JudgeFigures) -> str:
     """How far the judges can be trusted; says plainly where they cannot."""
-    lines = [f"Judge of hands: right on {_share(judges.hand)} of the real held-out pictures, which it never saw (palette "
-             f"alone {_share(judges.hand_palette)}, texture alone {_share(judges.hand_texture)}; "
-             f"required {_share(REQUIRED)}).",
-             f"Judge of words: right on {_share(judges.word_noto)} of Noto's and {_share(judges.word_twemoji)} of Twemoji's "
+    lines = [f"Judge of hands: right on {share(judges.hand)} of the real held-out pictures, which it never saw (palette "
+             f"alone {share(judges.hand_palette)}, texture alone {share(judges.hand_texture)}; "
+             f"required {share(REQUIRED)}).",
+             f"Judge of words: right on {share(judges.word_noto)} of Noto's and {share(judges.word_twemoji)} of Twemoji's "
              "held-out words, on pictures it was fitted on, varied anew"
              + ("." if judges.word_across is None else
-                f"; on {_share(judges.word_across)} of Twemoji's where it was shown Noto's only.")]
+                f"; on {share(judges.word_across)} of Twemoji's where it was shown Noto's only.")]
     return "\n".join([*([] if judges.hand_counts else [WORTHLESS]), *lines])
 
 
@@ -59,29 +60,12 @@ def _weight_0(style: StyleResult) -> str:
 
 
 def _rows(first: str, rows: Sequence[Row]) -> str:
-    return _grid((first, *_ROW), [
-        (row.name, _share(row.style), _share(row.palette), _share(row.texture), _share(row.word), f"{row.psnr:.2f}",
+    return grid((first, *_ROW), [
+        (row.name, share(row.style), share(row.palette), share(row.texture), share(row.word), f"{row.psnr:.2f}",
          f"{row.ssim:.3f}", f"{row.feature:.3f}") for row in rows])
 
 
 def _bands(bands: Sequence[Band]) -> str:
-    return _grid(("timesteps", "base", "LoRA", "change"), [
+    return grid(("timesteps", "base", "LoRA", "change"), [
         (band.timesteps, f"{band.base:.4f}", f"{band.lora:.4f}", f"{100 * (band.lora / band.base - 1):+.1f} %")
         for band in bands])
-
-
-def _share(value: float) -> str:
-    return f"{100 * value:.1f} %"
-
-
-def _grid(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table; the first column to the left, the others to the right."""
-    widths = [max(len(line[column]) for line in (head, *lines)) for column in range(len(head))]
-
-    def drawn(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))) + " |"
-
-    rule = "|" + "|".join("-" * (width + 1) + (":" if column else "-") for column, width in enumerate(widths)) + "|"
-    return "\n".join([drawn(head), rule, *map(drawn, lines)])

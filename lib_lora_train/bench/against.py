@@ -1,0 +1,215 @@
+"""An outside trainer beside this one: both run in turn as whole programs, A B A B …, and are watched in the same way.
+
+Where a program shows its steps as tqdm does (`| 3/20 [`), each step's end is taken down as it is printed: start, model and
+caches drop out, and so does the first step. Where it does not, it runs twice, for N and for 2 N steps, and the difference
+is N steps' time. Processor seconds (user and system) of the program and of all it starts are taken down at the same moments;
+on a machine that does other work they tell more than the clock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from lib_lora_train.errors import SettingError, TrainingError, translated
+
+PLACEHOLDERS = ("checkpoint", "data", "steps", "batch", "resolution", "rank", "precision", "output", "family")
+_SHOWN = re.compile(rb"\|\s*(\d+)/(\d+) \[")
+_POLL_SECONDS = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds a step of one run: by the clock and by the processor (None where the system does not tell), and the most
+    memory of the card that was taken meanwhile (None without a card)."""
+
+    wall: float
+    processor: float | None
+    card_bytes: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Two runs that followed each other."""
+
+    ours: Timing
+    theirs: Timing
+
+    def ratio(self, *, processor: bool) -> float:
+        """Our time per step divided by theirs: less than 1 is faster."""
+        ours, theirs = ((run.processor if processor else run.wall) for run in (self.ours, self.theirs))
+        assert ours is not None and theirs is not None, "asked for processor seconds where there are none"
+        return ours / theirs
+
+
+CardBytes = Callable[[], int]
+
+
+def run_pairs(ours: str, theirs: str, *, values: Mapping[str, object], steps: int, pairs: int, say: Callable[[str], None],
+              card_bytes: CardBytes | None = None) -> list[Pair]:
+    """Run both commands in turn `pairs` times, each for `steps` steps. Commands may hold the PLACEHOLDERS in braces.
+
+    `card_bytes` tells how much memory of the card is taken now, by whomever.
+    Raises SettingError for a command with an unknown placeholder or fewer than three steps, TrainingError for a command
+    that fails.
+    """
+    if steps < 3:
+        raise SettingError("--steps is too small to compare", why="the first step is left out", remedy="take at least 3")
+    for command in (ours, theirs):
+        filled(command, {**values, "steps": steps})
+    made = []
+    for number in range(pairs):
+        timings = []
+        for name, command in (("ours", ours), ("theirs", theirs)):
+            timing = time_steps(command, values=values, steps=steps, card_bytes=card_bytes)
+            say(f"  {number + 1}/{pairs} {name:6} {timing.wall:9.4f} s a step"
+                + (f", {timing.processor:.4f} s of processor" if timing.processor is not None else ""))
+            timings.append(timing)
+        made.append(Pair(*timings))
+    return made
+
+
+def time_steps(command: str, *, values: Mapping[str, object], steps: int, card_bytes: CardBytes | None = None) -> Timing:
+    """One run's seconds a step, by the steps it shows, else by the difference between N and 2 N steps."""
+    first = _watched(filled(command, {**values, "steps": steps}), steps=steps, card_bytes=card_bytes)
+    shown = sorted(first.shown)
+    if len(shown) >= 2:
+        (wall, processor), (last_wall, last_processor) = first.shown[shown[0]], first.shown[shown[-1]]
+        return _timing(last_wall - wall, _less(last_processor, processor), shown[-1] - shown[0], first.card_bytes)
+    second = _watched(filled(command, {**values, "steps": 2 * steps}), steps=2 * steps, card_bytes=card_bytes)
+    return _timing(second.wall - first.wall, _less(second.processor, first.processor), steps, second.card_bytes)
+
+
+def filled(command: str, values: Mapping[str, object]) -> list[str]:
+    """The command's words with the placeholders filled in. Raises SettingError for one that is unknown."""
+    words = shlex.split(command, posix=os.name != "nt")
+    if not words:
+        raise SettingError("--against names no command", remedy="write the outside trainer's command line")
+
+    def fill(match: re.Match[str]) -> str:
+        if match[1] not in values:
+            raise SettingError(f"{{{match[1]}}} is unknown in --against",
+                               remedy=f"write {', '.join('{' + name + '}' for name in PLACEHOLDERS)}")
+        return str(values[match[1]])
+
+    return [re.sub(r"\{(\w+)\}", fill, word) for word in words]
+
+
+def ratio_text(pairs: Sequence[Pair], *, processor: bool) -> str:
+    """The ratios run by run, their median and range."""
+    ratios = [pair.ratio(processor=processor) for pair in pairs]
+    return (f"ours ÷ theirs ({'processor' if processor else 'clock'}): {', '.join(f'{ratio:.3f}' for ratio in ratios)}; "
+            f"median {statistics.median(ratios):.3f}, from {min(ratios):.3f} to {max(ratios):.3f}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Watched:
+    shown: dict[int, tuple[float, float | None]]
+    wall: float
+    processor: float | None
+    card_bytes: int | None
+
+
+def _watched(words: Sequence[str], *, steps: int, card_bytes: CardBytes | None) -> _Watched:
+    """Run to the end; when each step was shown, the whole run's seconds, and the most of the card's memory."""
+    shown: dict[int, tuple[float, float | None]] = {}
+    before, begin, latest = _children_seconds(), time.perf_counter(), b""
+    idle = card_bytes() if card_bytes else 0
+    with translated(f"starting {words[0]}"):
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                                   start_new_session=os.name != "nt", env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    assert process.stdout is not None
+    with process, _Peak(card_bytes) as peak:
+        try:
+            while chunk := os.read(process.stdout.fileno(), 65536):
+                latest = (latest + chunk)[-65536:]
+                for match in _SHOWN.finditer(latest):
+                    number, total = int(match[1]), int(match[2])
+                    # The same step is drawn again when its loss is known; its end is the first time.
+                    if total == steps and number > max(shown, default=0):
+                        shown[number] = time.perf_counter(), _session_seconds(process.pid)
+        except BaseException:
+            _end(process)
+            raise
+    if process.returncode:
+        raise TrainingError(f"The command {words[0]} ended with {process.returncode}",
+                            why=latest[-600:].decode("utf-8", "replace").strip() or "it printed nothing",
+                            remedy="see that it runs by itself")
+    return _Watched(shown, time.perf_counter() - begin, _less(_children_seconds(), before),
+                    peak.most - idle if card_bytes else None)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kill the program and what it has started."""
+    if os.name == "nt":
+        process.kill()
+        return
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+class _Peak:
+    """The most that `now` says while the block runs, asked every few milliseconds by a thread."""
+
+    def __init__(self, now: CardBytes | None) -> None:
+        self._now, self.most, self._done = now, 0, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> _Peak:
+        if self._now:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        if self._now:
+            self._thread.join()
+
+    def _watch(self) -> None:
+        assert self._now is not None
+        while not self._done.wait(_POLL_SECONDS):
+            self.most = max(self.most, self._now())
+
+
+def _timing(wall: float, processor: float | None, steps: int, card_bytes: int | None) -> Timing:
+    return Timing(wall / steps, None if processor is None else processor / steps, card_bytes)
+
+
+def _less(later: float | None, earlier: float | None) -> float | None:
+    return None if later is None or earlier is None else later - earlier
+
+
+def _children_seconds() -> float | None:
+    """Processor seconds of all children that have ended; None where the system does not count them."""
+    if sys.platform == "win32":
+        return None
+    times = os.times()
+    return times.children_user + times.children_system
+
+
+def _session_seconds(leader: int) -> float | None:
+    """Processor seconds so far of the processes of a session, None where there is no /proc."""
+    processes = Path("/proc")
+    if not (processes / "self" / "stat").is_file():
+        return None
+    ticks = 0
+    for stat in processes.glob("[0-9]*/stat"):
+        try:
+            # After the name, which is in brackets and may hold anything: state, parent, group, session, …, user, system.
+            fields = stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        except OSError:
+            continue  # it has just ended
+        if int(fields[3]) == leader:
+            ticks += sum(map(int, fields[11:15]))  # its own, and those of its children that have ended
+    return ticks / os.sysconf("SC_CLK_TCK")

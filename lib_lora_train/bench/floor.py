@@ -1,0 +1,90 @@
+"""The physical floor of a training step: how long the arithmetic and the memory traffic take if nothing else does.
+
+    arithmetic    operations of forward and backward ÷ the matrix rate that the device reaches in this dtype
+    traffic       bytes that must move ÷ the bandwidth that the device reaches
+
+A step cannot be shorter than the longer of the two. The bytes are a lower bound: each frozen weight read once forward and
+once backward, each activation that is kept written once and read once, and the LoRA with its optimiser (see
+`moved_bytes`). What a processor's cache saves of that, and what lies between kernels and is not kept, is left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+import torch
+
+from lib_lora_train.training.estimate import Cost
+
+BYTES_A_PARAMETER = 4 * (2 + 1 + 3 + 3)
+"""AdamW in fp32: the weight is read forward and backward, its gradient written; then weight, gradient and two moments
+are read, of which the weight and the moments are written. The weight's reading there and the gradient's are counted with
+the first two: 2 + 1 and 3 read, 3 written."""
+TIMES = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """What a device reaches: operations a second in matrix products (multiply and add are two), bytes a second copied."""
+
+    operations: float
+    bytes: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Floor:
+    """Seconds that arithmetic and traffic of a step take at least."""
+
+    arithmetic: float
+    traffic: float
+
+    @property
+    def seconds(self) -> float:
+        """The longer of the two."""
+        return max(self.arithmetic, self.traffic)
+
+    def times(self, seconds: float) -> str:
+        """How often the floor fits into a measured step, in words."""
+        return f"{seconds / self.seconds:.1f} times the floor"
+
+
+def moved_bytes(*, weights: int, activations: int, parameters: int) -> int:
+    """Bytes a step must move at least. `weights` and `activations` are bytes, `parameters` is the LoRA's number of
+    weights."""
+    return 2 * weights + 2 * activations + BYTES_A_PARAMETER * parameters
+
+
+def step_floor(cost: Cost, *, batch: int, weight_bytes: int, rates: Rates) -> Floor:
+    """The floor of a step of `batch` pictures whose cost is `cost` each, on a UNet of `weight_bytes`."""
+    moved = moved_bytes(weights=weight_bytes, activations=cost.activation_bytes * batch, parameters=cost.parameters)
+    return Floor(cost.operations * batch / rates.operations, moved / rates.bytes)
+
+
+def measured_rates(device: torch.device, dtype: torch.dtype) -> Rates:
+    """The device's best matrix product and its best copy, with as many threads as torch uses now; a second or two."""
+    large = device.type == "cuda"
+    size, length = (8192, 1 << 30) if large else (1536, 1 << 28)
+    a = torch.randn(size, size, device=device).to(dtype)
+    product = torch.empty_like(a)
+    operations = 2 * size ** 3 / _shortest(lambda: torch.mm(a, a, out=product), device)
+    source = torch.empty(length, dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(source).fill_(0)
+    return Rates(operations, 2 * length / _shortest(lambda: target.copy_(source), device))
+
+
+def _shortest(work: Callable[[], object], device: torch.device) -> float:
+    best = float("inf")
+    for _ in range(TIMES):
+        _wait(device)
+        begin = time.perf_counter()
+        work()
+        _wait(device)
+        best = min(best, time.perf_counter() - begin)
+    return best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # a measurement, before any step

@@ -1,0 +1,112 @@
+"""Two programs in turn: small ones that show steps as trainers do, and spend a known share of processor time."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from lib_lora_train.bench import against
+from lib_lora_train.bench.against import Pair, Timing, filled, ratio_text, run_pairs, time_steps
+from lib_lora_train.errors import SettingError, TrainingError
+
+# Writes its name and step count to a log, then shows its steps (after a warm-up that takes longer than they do).
+TRAINER = """
+import sys, time
+name, steps, log, shows = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4] == "shows"
+with open(log, "a") as file:
+    file.write(f"{name} {steps}\\n")
+print("Encoding: 100%|####| 8/8 [00:01<00:00]")
+for step in range(1, steps + 1):
+    for _ in range(2 if step == 1 else 1):
+        sum(range(200_000))
+    if shows:
+        sys.stderr.write(f"\\rsteps:  33%|###   | {step}/{steps} [00:01<00:02, 1.0it/s]")
+        sys.stderr.write(f"\\rsteps:  33%|###   | {step}/{steps} [00:01<00:02, 1.0it/s, loss=0.1]")
+        sys.stderr.flush()
+"""
+
+
+def command(tmp_path: Path, name: str, *, shows: bool = True) -> str:
+    script = tmp_path / "trainer.py"
+    script.write_text(TRAINER, encoding="utf-8")
+    return " ".join([shlex.quote(sys.executable), shlex.quote(str(script)), name, "{steps}", "{output}",
+                     "shows" if shows else "silent"])
+
+
+def ran(tmp_path: Path) -> list[str]:
+    return (tmp_path / "log").read_text(encoding="utf-8").splitlines()
+
+
+def test_the_two_programs_run_in_turn(tmp_path: Path) -> None:
+    pairs = run_pairs(command(tmp_path, "a"), command(tmp_path, "b"), values={"output": tmp_path / "log"}, steps=5, pairs=3,
+                      say=lambda line: None)
+    assert ran(tmp_path) == ["a 5", "b 5"] * 3
+    assert len(pairs) == 3
+    assert all(run.wall > 0 for pair in pairs for run in (pair.ours, pair.theirs))
+
+
+def test_steps_that_are_shown_are_timed_within_one_run(tmp_path: Path) -> None:
+    timing = time_steps(command(tmp_path, "a"), values={"output": tmp_path / "log"}, steps=6)
+    assert ran(tmp_path) == ["a 6"]
+    assert timing.wall > 0 and timing.card_bytes is None
+
+
+def test_a_program_that_shows_nothing_runs_for_twice_the_steps_too(tmp_path: Path) -> None:
+    time_steps(command(tmp_path, "a", shows=False), values={"output": tmp_path / "log"}, steps=5)
+    assert ran(tmp_path) == ["a 5", "a 10"]
+
+
+def test_the_first_step_and_what_came_before_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Steps 1, 2, 5 were seen at 10, 12 and 18 seconds, with 5, 6 and 11 seconds of processor: 8 and 6 s for 4 steps.
+    seen = against._Watched({1: (10.0, 5.0), 2: (12.0, 6.0), 5: (18.0, 11.0)}, wall=99.0, processor=50.0, card_bytes=7)
+    monkeypatch.setattr(against, "_watched", lambda words, *, steps, card_bytes: seen)
+    assert time_steps("trainer", values={}, steps=5) == Timing(wall=2.0, processor=1.5, card_bytes=7)
+
+
+def test_the_difference_of_two_runs_is_the_steps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 30 s to start and 2 s a step; half of it on the processor.
+    monkeypatch.setattr(against, "_watched", lambda words, *, steps, card_bytes: against._Watched(
+        {}, wall=30.0 + 2.0 * steps, processor=15.0 + 1.0 * steps, card_bytes=None))
+    assert time_steps("trainer {steps}", values={}, steps=5) == Timing(wall=2.0, processor=1.0)
+
+
+def test_ratios_are_ours_by_theirs_run_by_run() -> None:
+    pairs = [Pair(Timing(1.0, 3.0), Timing(2.0, 4.0)), Pair(Timing(3.0, 1.0), Timing(4.0, 4.0)),
+             Pair(Timing(9.0, 2.0), Timing(10.0, 4.0))]
+    assert ratio_text(pairs, processor=False) == (
+        "ours ÷ theirs (clock): 0.500, 0.750, 0.900; median 0.750, from 0.500 to 0.900")
+    assert ratio_text(pairs, processor=True) == (
+        "ours ÷ theirs (processor): 0.750, 0.250, 0.500; median 0.500, from 0.250 to 0.750")
+
+
+def test_placeholders_are_filled_in_word_by_word() -> None:
+    assert filled("train --data {data} --steps={steps} 'a b'", {"data": "/my pictures", "steps": 4}) == [
+        "train", "--data", "/my pictures", "--steps=4", "a b"]
+    with pytest.raises(SettingError, match="{speed} is unknown"):
+        filled("train {speed}", {"steps": 4})
+
+
+def test_a_program_that_fails_says_what_it_said(tmp_path: Path) -> None:
+    script = tmp_path / "fails.py"
+    script.write_text("import sys; print('no such model'); sys.exit(3)", encoding="utf-8")
+    with pytest.raises(TrainingError, match=r"ended with 3.*no such model"):
+        time_steps(shlex.join([sys.executable, str(script)]), values={}, steps=5)
+
+
+def test_the_most_memory_seen_while_a_program_ran_is_counted_from_what_was_taken_before(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def taken() -> int:
+        asked.append(1)
+        return 100 if len(asked) == 1 else 350
+
+    monkeypatched = against._POLL_SECONDS
+    against._POLL_SECONDS = 0.001
+    try:
+        timing = time_steps(command(tmp_path, "a"), values={"output": tmp_path / "log"}, steps=6, card_bytes=taken)
+    finally:
+        against._POLL_SECONDS = monkeypatched
+    assert timing.card_bytes == 250

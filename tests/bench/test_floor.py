@@ -1,0 +1,40 @@
+"""The floor of a step, against figures worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lib_lora_train.bench.floor import Floor, Rates, measured_rates, moved_bytes, step_floor
+from lib_lora_train.bench.lender import RandomHost
+from lib_lora_train.bench.speed import Case, case_floor
+from lib_lora_train.training.estimate import Cost
+
+
+def test_bytes_that_must_move_are_counted_once_in_each_direction() -> None:
+    # Weights forward and backward: 2 x 1000. Activations written and read: 2 x 300. A LoRA weight in fp32: read forward
+    # and backward (8), gradient written and read (8 would be 2 x 4; read with the moments), AdamW: 36 in all.
+    assert moved_bytes(weights=1000, activations=300, parameters=10) == 2000 + 600 + 360
+
+
+def test_the_floor_is_the_longer_of_arithmetic_and_traffic() -> None:
+    cost = Cost(operations=2e12, kernels=1, activation_bytes=10_000, parameters=100)
+    # Two pictures: 4e12 operations at 1e12 a second; 2 x 50,000 + 2 x 20,000 + 3600 = 143,600 bytes at 1000 a second.
+    floor = step_floor(cost, batch=2, weight_bytes=50_000, rates=Rates(operations=1e12, bytes=1000))
+    assert floor == Floor(arithmetic=4.0, traffic=pytest.approx(143.6))
+    assert floor.seconds == pytest.approx(143.6)
+    assert floor.times(287.2) == "2.0 times the floor"
+    assert step_floor(cost, batch=2, weight_bytes=50_000, rates=Rates(operations=1e12, bytes=1e9)).seconds == 4.0
+
+
+def test_rates_of_this_machine_are_positive() -> None:
+    rates = measured_rates(torch.device("cpu"), torch.float32)
+    assert rates.operations > 0 and rates.bytes > 0
+
+
+def test_the_floor_of_true_size_sd1_is_that_of_its_published_arithmetic(tmp_path) -> None:
+    # SD1.5's UNet takes 0.68 TFLOP a forward pass at 512² (multiply and add are two; 0.34 T multiply-adds are published).
+    # Backward asks for the activations' gradients only: as much again. So about 1.4 TFLOP, and a little for the LoRA.
+    host = RandomHost("sd1", folder=tmp_path, device=torch.device("cpu"), dtype=torch.float16)
+    floor = case_floor(host, Case("sd1", 512, 1), rank=16, dtype=torch.float16, rates=Rates(operations=1e12, bytes=1e30))
+    assert 1.3 < floor.arithmetic < 1.8

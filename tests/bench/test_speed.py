@@ -1,0 +1,104 @@
+"""`bench speed`: what it measures and compares; no figure of time is judged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lib_lora_train.__main__ import main
+from lib_lora_train.bench.lender import make_pictures
+from lib_lora_train.bench.measured import measure_run
+from lib_lora_train.bench.pairing import our_command
+from lib_lora_train.bench.speed import PUBLISHED, Case, SpeedPlan, compared_settings, most_apart, run_speed
+from lib_lora_train.errors import SettingError
+from lib_lora_train.host.standalone import StandaloneHost
+
+CPU = torch.device("cpu")
+
+
+def plan(folder: Path, checkpoint: Path, *compared: str) -> SpeedPlan:
+    return SpeedPlan(output=folder, device=CPU, cases=(Case("sd1", 64, 1),), compared=compared_settings(compared), steps=3,
+                     warm_up=2, rank=2, checkpoint=checkpoint,
+                     changes={"min_bucket_reso": 64, "enable_bucket": False})
+
+
+def test_each_step_after_the_warm_up_has_a_figure(host: StandaloneHost, tmp_path: Path) -> None:
+    data = make_pictures(tmp_path / "made", side=64, count=3)
+    run = measure_run(host, settings={"resolution": "64", "min_bucket_reso": 64, "network_dim": 2}, data=data, steps=4,
+                      warm_up=2, device=CPU)
+    assert len(run.wall) == len(run.processor) == 4
+    assert len(run.losses) == 6
+    assert min(run.wall) > 0
+
+
+def test_stretches_of_several_steps_are_of_so_many_steps(host: StandaloneHost, tmp_path: Path) -> None:
+    data = make_pictures(tmp_path / "made", side=64, count=3)
+    run = measure_run(host, settings={"resolution": "64", "min_bucket_reso": 64, "network_dim": 2}, data=data, steps=9,
+                      warm_up=3, device=CPU, stretch=4)
+    assert 2 <= len(run.wall) <= 3  # nine steps, a mark at every fourth question, the end
+
+
+def test_the_same_settings_twice_have_equal_losses(tiny_file: Path, tmp_path: Path) -> None:
+    text = run_speed(plan(tmp_path, tiny_file, "defaults", "again:noise_offset=0"), say=lambda line: None)
+    assert "differ by at most 0 of the loss in 5 steps: equal within float error" in text
+    assert "times the floor" not in text and "× floor" in text
+    written = json.loads((tmp_path / "speed.json").read_text(encoding="utf-8"))
+    assert [row["name"] for row in written["rows"]] == ["defaults", "again"]
+    assert (tmp_path / "speed.md").read_text(encoding="utf-8") == text
+
+
+def test_settings_that_change_the_losses_are_told(tiny_file: Path, tmp_path: Path) -> None:
+    text = run_speed(plan(tmp_path, tiny_file, "defaults", "offset:noise_offset=0.5"), say=lambda line: None)
+    assert "**not equal" in text
+
+
+def test_losses_apart_are_measured_relative_to_the_first() -> None:
+    assert most_apart([1.0, 2.0, 4.0], [1.0, 2.5, 4.4]) == pytest.approx(0.25)
+
+
+def test_what_to_compare_is_a_known_name_or_settings() -> None:
+    assert compared_settings(["eager", "x:train_batch_size=2,seed=3"]) == {
+        "eager": {"cuda_graphs": "off"}, "x": {"train_batch_size": "2", "seed": "3"}}
+    with pytest.raises(SettingError, match="nothing called 'fast'"):
+        compared_settings(["fast"])
+
+
+def test_the_published_cases_are_those_that_targets_are_set_for() -> None:
+    assert [case.name for case in PUBLISHED] == ["sd1 512² batch 1", "sd1 512² batch 4", "sdxl 1024² batch 1"]
+
+
+def test_our_own_command_trains_what_the_outside_one_is_asked_for(tiny_file: Path, tmp_path: Path) -> None:
+    words = our_command(plan(tmp_path, tiny_file), Case("sd1", 64, 2), data=tmp_path, checkpoint=tiny_file)
+    for setting in ("train_batch_size=2", "network_dim=2", "network_alpha=2.0", "mixed_precision=no", "min_snr_gamma=0.0",
+                    "max_train_steps={steps}", "resolution=64"):
+        assert setting in words
+
+
+def test_the_command_line_measures_beside_another_program(tiny_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str],
+                                                          ) -> None:
+    trainer = tmp_path / "other.py"
+    trainer.write_text(
+        "import sys\nsteps = int(sys.argv[1])\n"
+        "for step in range(1, steps + 1):\n    print(f'|##| {step}/{steps} [00:00<00:00]', flush=True)\n"
+        "    sum(range(100000))\n", encoding="utf-8")
+    code = main(["bench", "speed", "--device", "cpu", "--checkpoint", str(tiny_file), "--resolution", "64", "--out",
+                 str(tmp_path / "out"), "--steps", "3", "--pairs", "1", "--set", "enable_bucket=false", "--set",
+                 "min_bucket_reso=64", "--against", f'"{_python()}" "{trainer.as_posix()}" {{steps}}'])
+    text = capfd.readouterr().out
+    assert code == 0
+    assert "ours ÷ theirs (clock)" in text and "**missed**" in text
+    figures = json.loads((tmp_path / "out" / "against.json").read_text(encoding="utf-8"))
+    assert len(figures["cases"][0]["pairs"]) == 1
+
+
+def _python() -> str:
+    import sys
+    return Path(sys.executable).as_posix()
+
+
+def test_the_command_line_writes_a_random_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "model", "sd1", "--size", "small", "--out", str(tmp_path)]) == 0
+    assert Path(capsys.readouterr().out.strip()).is_file()
