@@ -16,18 +16,23 @@ computation by the dtype of the activations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from lib_lora_train.model.attention import attention
+from lib_lora_train.model.convolution import frozen_conv2d
 from lib_lora_train.model.products import LowRank, frozen_linear, shared_linears
+from lib_lora_train.model.recipes import GroupNorm, LayerNorm, Recipe, made
 from lib_lora_train.model.refusals import incomplete
-from lib_lora_train.model.weights import Weight, borrowed, dense
+from lib_lora_train.model.weights import Weight, borrowed
+
+__all__ = ["NO_ADAPTERS", "Adapter", "Adapters", "Layers", "LowRankAdapter", "Weight", "attention", "borrowed",
+           "frozen_conv2d", "frozen_linear"]
 
 
 class Adapter(Protocol):
@@ -56,62 +61,7 @@ class LowRankAdapter(Protocol):
 
 
 Adapters = Mapping[str, Adapter]
-Norm = Callable[[Tensor, Tensor, Tensor], Tensor]
 NO_ADAPTERS: Adapters = MappingProxyType({})
-
-
-class _FrozenConv2d(torch.autograd.Function):
-    """`F.conv2d` with a frozen weight of any dtype; keeps neither the input nor a cast of the weight.
-
-    torch's own convolution saves its input even where the weight wants no gradient. The gradient with respect to
-    the input needs that input's shape only, which an expanded scalar stands in for.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, stride: int, padding: int) -> Tensor:
-        ctx.weight, ctx.shape, ctx.stride, ctx.padding = weight, x.shape, stride, padding
-        return F.conv2d(x, dense(weight, x.dtype), _cast(bias, x.dtype), stride=stride, padding=padding)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        shape_only = grad.new_empty(1).expand(ctx.shape)
-        grad_x, _, _ = torch.ops.aten.convolution_backward(
-            grad, shape_only, dense(ctx.weight, grad.dtype), None, (ctx.stride,) * 2, (ctx.padding,) * 2, (1, 1),
-            False, (0, 0), 1, (True, False, False))
-        return grad_x, None, None, None, None
-
-
-class _CastNorm(torch.autograd.Function):
-    """A norm in fp32 of an x, or with a frozen weight and bias, of another dtype; saves all three as they are.
-
-    Backward computes the norm once more, which is cheaper than keeping an fp32 copy of every activation.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, norm: Norm, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, bias)
-        ctx.norm = norm
-        return norm(x.float(), weight.float(), bias.float()).to(x.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
-        x, weight, bias = ctx.saved_tensors
-        with torch.enable_grad():
-            again = x.detach().float().requires_grad_()
-            normed = ctx.norm(again, weight.float(), bias.float())
-        (grad_x,) = torch.autograd.grad(normed, again, grad.float())
-        return None, grad_x.to(x.dtype), None, None
-
-
-def frozen_conv2d(x: Tensor, weight: Weight, bias: Tensor | None, *, stride: int, padding: int) -> Tensor:
-    """x [B, in, h, w] convolved with weight [out, in, k, k], in `x.dtype`; a gradient for x only."""
-    return _FrozenConv2d.apply(x, weight, bias, stride, padding)
-
-
-def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else tensor.to(dtype)
 
 
 class Layers:
@@ -172,19 +122,28 @@ class Layers:
         """The borrowed bias of the module `name`; ModelError where the checkpoint lacks it."""
         return self._tensor(f"{name}.bias")
 
-    def linear(self, name: str, x: Tensor, *, bias: bool = True) -> Tensor:
-        """x [..., in] -> [..., out]; `bias` says whether the architecture has one here."""
+    def linear(self, name: str, source: Tensor, *, bias: bool = True, recipe: Recipe | None = None) -> Tensor:
+        """x [..., in] -> [..., out]; `bias` says whether the architecture has one here.
+
+        source: x, or what `recipe` makes it of, and then autograd keeps no x.
+        """
         adapter = self._adapters.get(name)
+        if recipe is not None and (adapter is None or isinstance(adapter, LowRankAdapter)):
+            return self.linears([name], source, bias=bias, recipe=recipe)[0]
         compute = frozen_linear if adapter is None else adapter.linear
+        x = source if recipe is None else made(recipe, source)
         return compute(x, self.weight(name), self.bias(name) if bias else None)
 
-    def linears(self, names: Sequence[str], x: Tensor, *, bias: bool = True) -> tuple[Tensor, ...]:
+    def linears(self, names: Sequence[str], source: Tensor, *, bias: bool = True,
+                recipe: Recipe | None = None) -> tuple[Tensor, ...]:
         """The outputs of several layers for one x, which is kept once and whose gradient is added up in one buffer."""
         adapters = [self._adapters.get(name) for name in names]
         if not all(adapter is None or isinstance(adapter, LowRankAdapter) for adapter in adapters):
+            x = source if recipe is None else made(recipe, source)
             return tuple(self.linear(name, x, bias=bias) for name in names)
         frozen = [(self.weight(name), self.bias(name) if bias else None) for name in names]
-        return shared_linears(x, frozen, [None if adapter is None else adapter.low_rank() for adapter in adapters])
+        low_ranks = [None if adapter is None else adapter.low_rank() for adapter in adapters]
+        return shared_linears(source, frozen, low_ranks, recipe=recipe)
 
     def conv2d(self, name: str, x: Tensor, *, stride: int = 1, padding: int = 0) -> Tensor:
         """x [B, in, h, w] -> [B, out, h', w']."""
@@ -192,19 +151,21 @@ class Layers:
         compute = frozen_conv2d if adapter is None else adapter.conv2d
         return compute(x, self.weight(name), self.bias(name), stride=stride, padding=padding)
 
-    def group_norm(self, name: str, x: Tensor, *, eps: float) -> Tensor:
-        """Thirty-two groups, computed in fp32 whatever x's dtype (ldm's GroupNorm32); x [B, C, ...]."""
-        return self._norm(name, x, lambda x, weight, bias: F.group_norm(x, 32, weight, bias, eps))
+    def layer_normed(self, name: str) -> LayerNorm:
+        """The layer norm `name` as a recipe for `linear` and `linears`."""
+        return LayerNorm(self.weight(name), self.bias(name))
+
+    def group_normed(self, name: str, *, eps: float, silu: bool = False, rows: bool = False) -> GroupNorm:
+        """The group norm `name` as a recipe; `rows` makes [B, h·w, C] of its picture."""
+        return GroupNorm(self.weight(name), self.bias(name), eps, silu=silu, rows=rows)
+
+    def group_norm(self, name: str, x: Tensor, *, eps: float, silu: bool = False) -> Tensor:
+        """Thirty-two groups of x [B, C, h, w], computed in fp32 whatever x's dtype, and a SiLU after it where asked for."""
+        return made(self.group_normed(name, eps=eps, silu=silu), x)
 
     def layer_norm(self, name: str, x: Tensor) -> Tensor:
         """Over the last dimension, computed in fp32 whatever x's dtype; x [..., C]."""
-        return self._norm(name, x, lambda x, weight, bias: F.layer_norm(x, weight.shape, weight, bias, 1e-5))
-
-    def _norm(self, name: str, x: Tensor, norm: Norm) -> Tensor:
-        weight, bias = self.weight(name), self.bias(name)
-        if x.dtype == weight.dtype == bias.dtype == torch.float32:
-            return norm(x, weight, bias)
-        return _CastNorm.apply(norm, x, weight, bias)
+        return made(self.layer_normed(name), x)
 
     def embedding(self, name: str, ids: Tensor, *, dtype: torch.dtype) -> Tensor:
         """ids [...] (integers) -> [..., C] in `dtype`; only the rows that are looked up are cast."""
@@ -215,9 +176,3 @@ class Layers:
             return self.tensors[name]
         except KeyError:
             raise incomplete(name) from None
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, *, heads: int, causal: bool = False) -> Tensor:
-    """softmax(q kᵀ / √d) v for each head; q [B, n, heads·d], k and v [B, m, heads·d] -> [B, n, heads·d]."""
-    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(-2)

@@ -7,7 +7,8 @@ layer makes three products and two more passes over its output. Here
 - x A_iᵀ of all layers is one product with the stacked A_i, and B_i's product is accumulated into the frozen one by BLAS;
 - backward accumulates all contributions to x's gradient into one buffer likewise;
 - autograd keeps x only where an A is trained and x A_iᵀ (as wide as the ranks) only where a B is, never a weight: those are
-  the lender's, and one of another dtype is cast again in backward.
+  the lender's, and one of another dtype is cast again in backward;
+- where x was made by a recipe (a norm, a gate), what is kept in its place is what it was made of.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lib_lora_train.model.recipes import Recipe
 from lib_lora_train.model.weights import Weight, dense
 
 
@@ -49,18 +51,23 @@ Frozen = tuple[Weight, "Tensor | None"]
 def frozen_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """x [..., in] @ weight [out, in].T + bias, in `x.dtype`; a gradient for x only."""
     if isinstance(weight, Tensor) and weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype):
-        return F.linear(x, weight, bias)  # keeps nothing but the weight, which is the lender's
+        return F.linear(x, weight.flatten(1), bias)  # keeps nothing but the weight, which is the lender's
     return shared_linears(x, [(weight, bias)], [None])[0]
 
 
-def shared_linears(x: Tensor, frozen: Sequence[Frozen], trained: Sequence[LowRank | None]) -> tuple[Tensor, ...]:
-    """The outputs [..., out_i] of several layers for one x [..., in], in `x.dtype`.
+def shared_linears(source: Tensor, frozen: Sequence[Frozen], trained: Sequence[LowRank | None], *,
+                   recipe: Recipe | None = None) -> tuple[Tensor, ...]:
+    """The outputs [..., out_i] of several layers for one x [..., in], in x's dtype.
 
+    source: x, or what `recipe` makes it of.
     frozen: (weight [out_i, in] or [out_i, in, 1, 1], bias [out_i]) of each layer, in any dtype.
     trained: what is added to each, or None.
     """
     factors = [factor for low in trained if low is not None for factor in (low.down, low.up)]
-    return _SharedInput.apply(x, tuple(frozen), tuple(trained), *factors)
+    return _SharedInput.apply(source, recipe, tuple(frozen), tuple(trained), *factors)
+
+
+_FACTORS = 4  # the first of `_SharedInput`'s arguments that is a trained factor
 
 
 class _SharedInput(torch.autograd.Function):
@@ -71,8 +78,9 @@ class _SharedInput(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, frozen: tuple[Frozen, ...], trained: tuple[LowRank | None, ...],
-                *factors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, source: Tensor, recipe: Recipe | None, frozen: tuple[Frozen, ...],
+                trained: tuple[LowRank | None, ...], *factors: Tensor) -> tuple[Tensor, ...]:
+        x = source if recipe is None else recipe.make(source)[0]
         rows, pairs = _rows(x), [None if low is None else low.factors(x.dtype) for low in trained]
         narrow = rows @ _stacked(pairs).t() if factors else None
         results, start = [], 0
@@ -83,15 +91,17 @@ class _SharedInput(torch.autograd.Function):
                 y.addmm_(narrow[:, start:end], pair[1].t(), alpha=low.scale)
                 start = end
             results.append(y.view(*x.shape[:-1], y.shape[-1]))
-        wanted = ctx.needs_input_grad[3:]  # a down and an up of each trained layer
-        ctx.save_for_backward(x if any(wanted[::2]) else None, narrow if any(wanted[1::2]) else None)
-        ctx.frozen, ctx.trained, ctx.shape, ctx.dtype = frozen, trained, x.shape, x.dtype
+        wanted = ctx.needs_input_grad[_FACTORS:]  # a down and an up of each trained layer
+        needs_source = any(wanted[::2]) or (recipe is not None and ctx.needs_input_grad[0])
+        ctx.save_for_backward(source if needs_source else None, narrow if any(wanted[1::2]) else None)
+        ctx.recipe, ctx.frozen, ctx.trained, ctx.shape, ctx.dtype = recipe, frozen, trained, x.shape, x.dtype
         return tuple(results)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, narrow = ctx.saved_tensors
+        source, narrow = ctx.saved_tensors
+        x, known = (source, None) if source is None or ctx.recipe is None else ctx.recipe.make(source)
         grads = tuple(map(_rows, grads))
         pairs = [None if low is None else low.factors(ctx.dtype) for low in ctx.trained]
         ups, narrow_grads, start = [], [], 0
@@ -99,25 +109,27 @@ class _SharedInput(torch.autograd.Function):
             if pair is None:
                 continue
             end = start + pair[0].shape[0]
-            wanted = ctx.needs_input_grad[4 + 2 * len(ups)]
+            wanted = ctx.needs_input_grad[_FACTORS + 1 + 2 * len(ups)]
             ups.append((grad.t() @ narrow[:, start:end]).mul_(low.scale).to(low.up.dtype) if wanted else None)
             narrow_grads.append((grad @ pair[1]).mul_(low.scale))
             start = end
         narrow_grad = _joined(narrow_grads, dim=1) if narrow_grads else None
-        downs = [None] * len(ups) if x is None else [
+        downs = [None] * len(ups) if x is None or not ups else [
             grad.to(low.down.dtype) if wanted else None for grad, low, wanted in zip(
                 (narrow_grad.t() @ _rows(x)).split([grad.shape[1] for grad in narrow_grads]),
-                filter(None, ctx.trained), ctx.needs_input_grad[3::2], strict=True)]
+                filter(None, ctx.trained), ctx.needs_input_grad[_FACTORS::2], strict=True)]
 
-        grad_x = None
+        grad_source = grad_x = None
         if ctx.needs_input_grad[0]:
             for grad, (weight, _) in zip(grads, ctx.frozen, strict=True):
                 matrix = _matrix(weight, ctx.dtype)
                 grad_x = grad @ matrix if grad_x is None else grad_x.addmm_(grad, matrix)
             if narrow_grad is not None:
                 grad_x.addmm_(narrow_grad, _stacked(pairs))
-            grad_x = grad_x.view(ctx.shape)
-        return grad_x, None, None, *(side for pair in zip(downs, ups, strict=True) for side in pair)
+            grad_source = grad_x.view(ctx.shape)
+            if ctx.recipe is not None:
+                grad_source = ctx.recipe.grad(source, known, grad_source)
+        return grad_source, None, None, None, *(side for pair in zip(downs, ups, strict=True) for side in pair)
 
 
 def _rows(x: Tensor) -> Tensor:

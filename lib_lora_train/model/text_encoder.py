@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lib_lora_train.errors import SettingError
 from lib_lora_train.model.architecture import TextConfig
 from lib_lora_train.model.layers import NO_ADAPTERS, Adapters, Layers, attention
+from lib_lora_train.model.recipes import GELU
 
 
 class TextEncoder:
@@ -72,7 +72,7 @@ class TextEncoder:
     def _layer(self, layers: Layers, index: int, x: Tensor, *, checkpointing: bool) -> Tensor:
         name = f"text_model.encoder.layers.{index}"
         if checkpointing:
-            return checkpoint(transformer_layer, layers, name, x, self.config, use_reentrant=False)
+            return checkpoint(transformer_layer, layers, name, x, self.config, use_reentrant=False, preserve_rng_state=False)
         return transformer_layer(layers, name, x, self.config)
 
     def _pool(self, layers: Layers, last: Tensor, tokens: Tensor) -> Tensor:
@@ -82,9 +82,8 @@ class TextEncoder:
 
 def transformer_layer(layers: Layers, name: str, x: Tensor, config: TextConfig) -> Tensor:
     """Causal self-attention and a feed-forward, each after its norm and beside a skip connection; x [B, n, C]."""
-    h = layers.layer_norm(f"{name}.layer_norm1", x)
-    q, k, v = (layers.linear(f"{name}.self_attn.{part}_proj", h) for part in "qkv")
+    q, k, v = layers.linears([f"{name}.self_attn.{part}_proj" for part in "qkv"], x,
+                             recipe=layers.layer_normed(f"{name}.layer_norm1"))
     x = x + layers.linear(f"{name}.self_attn.out_proj", attention(q, k, v, heads=config.heads, causal=True))
-    h = layers.linear(f"{name}.mlp.fc1", layers.layer_norm(f"{name}.layer_norm2", x))
-    h = h * torch.sigmoid(1.702 * h) if config.activation == "quick_gelu" else F.gelu(h)
-    return x + layers.linear(f"{name}.mlp.fc2", h)
+    h = layers.linear(f"{name}.mlp.fc1", x, recipe=layers.layer_normed(f"{name}.layer_norm2"))
+    return x + layers.linear(f"{name}.mlp.fc2", h, recipe=GELU(quick=config.activation == "quick_gelu"))

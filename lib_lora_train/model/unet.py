@@ -20,6 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from lib_lora_train.errors import SettingError
 from lib_lora_train.model.architecture import Block, UNetConfig
 from lib_lora_train.model.layers import NO_ADAPTERS, Adapters, Layers, attention
+from lib_lora_train.model.recipes import GatedGELU
+from lib_lora_train.model.weights import is_nhwc_kernel
 
 # ldm's GroupNorm32 keeps torch's default; its spatial transformers choose their own.
 RESNET_EPS, TRANSFORMER_EPS = 1e-5, 1e-6
@@ -75,7 +77,7 @@ class UNet:
         context = context.to(x.dtype)
         emb = self._time_and_vector(layers, timesteps, y, dtype=x.dtype)
 
-        skips = []
+        skips, x = [], x.contiguous(memory_format=self._order(x))
         for blocks in self.config.input_blocks:
             for block in blocks:
                 x = self._block(layers, block, x, emb=emb, context=context, run=run)
@@ -86,11 +88,18 @@ class UNet:
             x = torch.cat([x, skips.pop()], dim=1)
             for block in blocks:
                 x = self._block(layers, block, x, emb=emb, context=context, run=run)
-        return layers.conv2d("out.2", F.silu(layers.group_norm("out.0", x, eps=RESNET_EPS)), padding=1)
+        x = layers.conv2d("out.2", layers.group_norm("out.0", x, eps=RESNET_EPS, silu=True), padding=1)
+        return x.contiguous()
 
     def runner(self, recompute: frozenset[str]) -> Run:
         """What runs the parts while gradients are wanted; whoever rehearses a step watches them here."""
         return Run(recompute)
+
+    def _order(self, x: Tensor) -> torch.memory_format:
+        """How pictures lie between the layers. NHWC spares copies around each transformer. On processors kernels of either
+        order are used as they lie; elsewhere torch would copy those in NCHW order at each call, so pictures follow them."""
+        nhwc = x.is_cpu or is_nhwc_kernel(self._layers.weight("input_blocks.1.0.in_layers.2"))
+        return torch.channels_last if nhwc else torch.contiguous_format
 
     def _check(self, x: Tensor, y: Tensor | None) -> None:
         step, (height, width) = 2 ** self.config.halvings, x.shape[-2:]
@@ -156,10 +165,10 @@ def _units(config: UNetConfig) -> Iterator[str]:
 
 def resnet(layers: Layers, name: str, x: Tensor, emb: Tensor) -> Tensor:
     """A residual block: x [B, C, h, w], emb [B, E] after its SiLU -> [B, C', h, w]."""
-    h = F.silu(layers.group_norm(f"{name}.in_layers.0", x, eps=RESNET_EPS))
+    h = layers.group_norm(f"{name}.in_layers.0", x, eps=RESNET_EPS, silu=True)
     h = layers.conv2d(f"{name}.in_layers.2", h, padding=1)
     h = h + layers.linear(f"{name}.emb_layers.1", emb)[:, :, None, None]
-    h = F.silu(layers.group_norm(f"{name}.out_layers.0", h, eps=RESNET_EPS))
+    h = layers.group_norm(f"{name}.out_layers.0", h, eps=RESNET_EPS, silu=True)
     h = layers.conv2d(f"{name}.out_layers.3", h, padding=1)
     if layers.has(f"{name}.skip_connection"):
         x = layers.conv2d(f"{name}.skip_connection", x)
@@ -170,53 +179,41 @@ def spatial_transformer(layers: Layers, block: Block, x: Tensor, context: Tensor
                         run: Run = DIRECTLY) -> Tensor:
     """Transformer layers over the pixels of x [B, C, h, w], between two projections and beside a skip connection.
 
-    The projections are 1x1 convolutions in SD1 and linear layers in SD2 and SDXL: the weight's rank tells which.
+    The projections are 1x1 convolutions in SD1 and linear layers in SD2 and SDXL, which is the same over rows of pixels.
+    In NHWC order a picture is such rows already.
     """
-    height = x.shape[-2]
-    h = layers.group_norm(f"{block.name}.norm", x, eps=TRANSFORMER_EPS)
-    convolutional = layers.weight(f"{block.name}.proj_in").ndim == 4
-    if convolutional:
-        h = _rows(layers.conv2d(f"{block.name}.proj_in", h))
-    else:
-        h = layers.linear(f"{block.name}.proj_in", _rows(h))
+    height, norm = x.shape[-2], layers.group_normed(f"{block.name}.norm", eps=TRANSFORMER_EPS, rows=True)
+    h = layers.linear(f"{block.name}.proj_in", x, recipe=norm)
     for index in range(block.depth):
         name = f"{block.name}.transformer_blocks.{index}"
         h = run(name, transformer_block, layers, name, h, context, heads, run.inside(name))
-    if convolutional:
-        h = layers.conv2d(f"{block.name}.proj_out", _picture(h, height))
-    else:
-        h = _picture(layers.linear(f"{block.name}.proj_out", h), height)
-    return x + h
+    h = layers.linear(f"{block.name}.proj_out", h)
+    return x + h.unflatten(1, (height, -1)).permute(0, 3, 1, 2)
 
 
 def transformer_block(layers: Layers, name: str, x: Tensor, context: Tensor, heads: int, run: Run = DIRECTLY) -> Tensor:
     """Self-attention, attention to the text, gated feed-forward (GEGLU); x [B, h·w, C], context [B, m, D]."""
-    x = run(f"{name}.attn1", _attend, layers, name, 1, x, None, heads)
-    x = run(f"{name}.attn2", _attend, layers, name, 2, x, context, heads)
-    return run(f"{name}.ff", _feed_forward, layers, name, x)
+    x = run(f"{name}.attn1", self_attention, layers, name, x, heads)
+    x = run(f"{name}.attn2", cross_attention, layers, name, x, context, heads)
+    return run(f"{name}.ff", feed_forward, layers, name, x)
 
 
-def _attend(layers: Layers, block: str, number: int, x: Tensor, context: Tensor | None, heads: int) -> Tensor:
-    """x + the block's attention 1 or 2 after its norm: to x itself, or to `context`."""
-    name, normed = f"{block}.attn{number}", layers.layer_norm(f"{block}.norm{number}", x)
-    source = normed if context is None else context
-    q = layers.linear(f"{name}.to_q", normed, bias=False)
-    k, v = (layers.linear(f"{name}.{projection}", source, bias=False) for projection in ("to_k", "to_v"))
+def self_attention(layers: Layers, block: str, x: Tensor, heads: int) -> Tensor:
+    """x plus what its pixels [B, n, C] have to say to each other, after a norm."""
+    name, norm = f"{block}.attn1", layers.layer_normed(f"{block}.norm1")
+    q, k, v = layers.linears([f"{name}.to_q", f"{name}.to_k", f"{name}.to_v"], x, bias=False, recipe=norm)
     return x + layers.linear(f"{name}.to_out.0", attention(q, k, v, heads=heads))
 
 
-def _feed_forward(layers: Layers, block: str, x: Tensor) -> Tensor:
-    """x + the gated feed-forward after its norm."""
-    projected = layers.linear(f"{block}.ff.net.0.proj", layers.layer_norm(f"{block}.norm3", x))
-    value, gate = projected.chunk(2, dim=-1)
-    return x + layers.linear(f"{block}.ff.net.2", value * F.gelu(gate))
+def cross_attention(layers: Layers, block: str, x: Tensor, context: Tensor, heads: int) -> Tensor:
+    """x plus what the text [B, m, D] has to say to its pixels [B, n, C], after a norm."""
+    name, norm = f"{block}.attn2", layers.layer_normed(f"{block}.norm2")
+    q = layers.linear(f"{name}.to_q", x, bias=False, recipe=norm)
+    k, v = layers.linears([f"{name}.to_k", f"{name}.to_v"], context, bias=False)
+    return x + layers.linear(f"{name}.to_out.0", attention(q, k, v, heads=heads))
 
 
-def _rows(x: Tensor) -> Tensor:
-    """[B, C, h, w] -> [B, h·w, C]."""
-    return x.flatten(2).transpose(1, 2)
-
-
-def _picture(x: Tensor, height: int) -> Tensor:
-    """[B, h·w, C] -> [B, C, h, w]."""
-    return x.transpose(1, 2).unflatten(2, (height, -1)).contiguous()
+def feed_forward(layers: Layers, block: str, x: Tensor) -> Tensor:
+    """x plus the gated feed-forward of its pixels [B, n, C], after a norm."""
+    norm = layers.layer_normed(f"{block}.norm3")
+    return x + layers.linear(f"{block}.ff.net.2", layers.linear(f"{block}.ff.net.0.proj", x, recipe=norm), recipe=GatedGELU())

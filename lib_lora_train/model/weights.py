@@ -59,3 +59,14 @@ def borrowed(tensor: Tensor) -> Tensor:
         return tensor.detach()
     plain = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     return plain.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+
+
+def is_nhwc(picture: Tensor) -> bool:
+    """Whether [B, C, h, w] has its channels side by side in memory, and not its pixels as well."""
+    return picture.is_contiguous(memory_format=torch.channels_last) and not picture.is_contiguous()
+
+
+def is_nhwc_kernel(weight: Weight) -> bool:
+    """Whether a convolution's kernel lies in NHWC order, or comes in it."""
+    stored = weight if isinstance(weight, Tensor) else getattr(weight, "values", None)
+    return isinstance(stored, Tensor) and is_nhwc(stored)

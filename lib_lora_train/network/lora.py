@@ -11,8 +11,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lib_lora_train.model.layers import Weight, frozen_conv2d, frozen_linear
-from lib_lora_train.model.products import LowRank, shared_linears
+from lib_lora_train.model.convolution import frozen_conv2d, over_pixels
+from lib_lora_train.model.products import LowRank, frozen_linear, shared_linears
+from lib_lora_train.model.weights import Weight
 
 
 class LoRALayer(nn.Module):
@@ -21,9 +22,8 @@ class LoRALayer(nn.Module):
     `linear`, `conv2d` and `low_rank` satisfy `model.layers.Adapter` and `LowRankAdapter`. `working` may hold (A, B) in the
     dtype of the computation; whoever puts them there brings them up to date when A and B have changed.
 
-    A starts uniform as kaiming_uniform(a=√5) makes it, B
-    starts at zero, so a new layer changes nothing. `alpha` is a Python number: a tensor would have to be read
-    back from the device at each step.
+    A starts uniform as kaiming_uniform(a=√5) makes it, B starts at zero, so a new layer changes nothing. `alpha` is a
+    Python number: a tensor would have to be read back from the device at each step.
     """
 
     def __init__(self, *, in_features: int, out_features: int, rank: int, alpha: float,
@@ -66,5 +66,4 @@ class LoRALayer(nn.Module):
         assert weight.shape[2:] == (1, 1) and padding == 0, "only 1x1 convolutions are adapted"
         if self.low_rank() is None:
             return frozen_conv2d(x, weight, bias, stride=stride, padding=padding)
-        pixels = x[:, :, ::stride, ::stride].permute(0, 2, 3, 1)
-        return self.linear(pixels, weight, bias).permute(0, 3, 1, 2)
+        return over_pixels(x[:, :, ::stride, ::stride], lambda rows: self.linear(rows, weight, bias))

@@ -1,0 +1,207 @@
+"""What is computed elementwise between two products, kept for backward as what it was made of and made again there.
+
+A norm, an activation or a gate costs next to nothing beside the products around it, but plain autograd keeps the result
+of each. A recipe keeps its source only: SiLU after a group norm, the normed input of q, k and v, the gated half of a
+feed-forward are made a second time in backward. Norms are computed in fp32 whatever the dtype of x.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lib_lora_train.model.weights import is_nhwc
+
+
+class Recipe(Protocol):
+    """How x is made of its source, and what x's gradient means for the source."""
+
+    def make(self, source: Tensor) -> tuple[Tensor, Any]:
+        """x, and what `grad` wants to know beside the source."""
+        ...
+
+    def grad(self, source: Tensor, known: Any, grad_x: Tensor) -> Tensor:
+        """The gradient for the source."""
+        ...
+
+
+def made(recipe: Recipe, source: Tensor) -> Tensor:
+    """x by the recipe; autograd keeps the source only."""
+    return _Made.apply(source, recipe)
+
+
+class _Made(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, source: Tensor, recipe: Recipe) -> Tensor:
+        ctx.save_for_backward(source)
+        ctx.recipe = recipe
+        return recipe.make(source)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor, None]:
+        (source,) = ctx.saved_tensors
+        _, known = ctx.recipe.make(source)
+        return ctx.recipe.grad(source, known, grad_x), None
+
+
+@dataclass(frozen=True, eq=False)
+class LayerNorm:
+    """Over the last dimension [C]; weight and bias [C] in any dtype."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float = 1e-5
+
+    def make(self, source: Tensor) -> tuple[Tensor, Any]:
+        """[..., C] -> [..., C] in its dtype."""
+        given = self._in_fp32(source)
+        normed, mean, rstd = torch.native_layer_norm(given[0], given[1].shape, given[1], given[2], self.eps)
+        return normed.to(source.dtype), (given, mean, rstd)
+
+    def grad(self, source: Tensor, known: Any, grad_x: Tensor) -> Tensor:
+        """Of the source's dtype."""
+        (x, weight, bias), mean, rstd = known
+        grad_source, _, _ = torch.ops.aten.native_layer_norm_backward(
+            grad_x.to(x.dtype).contiguous(), x, weight.shape, mean, rstd, weight, bias, [True, False, False])
+        return grad_source.to(source.dtype)
+
+    def _in_fp32(self, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if source.is_cuda and source.dtype == self.weight.dtype == self.bias.dtype:
+            return source, self.weight, self.bias  # the kernel computes in fp32 by itself, moments included
+        return source.float(), self.weight.float(), self.bias.float()
+
+
+@dataclass(frozen=True, eq=False)
+class GroupNorm:
+    """Thirty-two groups of the channels of a picture [B, C, h, w] (ldm's GroupNorm32), with or without a SiLU after it.
+
+    In NHWC order pictures stay in it. `rows` turns them into [B, h·w, C], which is a view there.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+    silu: bool = False
+    rows: bool = False
+    groups: int = 32
+
+    def make(self, source: Tensor) -> tuple[Tensor, Any]:
+        """[B, C, h, w] -> [B, C, h, w] or [B, h·w, C], in its dtype."""
+        x, weight, bias = _dense_picture(source).float(), self.weight.float(), self.bias.float()
+        if is_nhwc(x) and not x.is_cpu:
+            normed, mean, rstd = self._make_nhwc(x, weight, bias)  # torch's kernel would go to NCHW
+        else:
+            normed, mean, rstd = torch.native_group_norm(
+                x, weight, bias, x.shape[0], x.shape[1], x[0, 0].numel(), self.groups, self.eps)
+        result = (F.silu(normed) if self.silu else normed).to(source.dtype)
+        if self.rows:
+            result = result.permute(0, 2, 3, 1).flatten(1, 2)
+        return result, (x, normed, mean, rstd)
+
+    def grad(self, source: Tensor, known: Any, grad_x: Tensor) -> Tensor:
+        """Of the source's dtype and memory layout."""
+        x, normed, mean, rstd = known
+        if self.rows:
+            grad_x = grad_x.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+        grad = grad_x.to(x.dtype)
+        if self.silu:
+            grad = torch.ops.aten.silu_backward(grad, normed)
+        nhwc = is_nhwc(x)
+        grad = grad.contiguous(memory_format=torch.channels_last if nhwc else torch.contiguous_format)
+        if nhwc:
+            return self._grad_nhwc(x, mean, rstd, grad).to(source.dtype)
+        grad_source, _, _ = torch.ops.aten.native_group_norm_backward(
+            grad, x, mean, rstd, self.weight.float(), x.shape[0], x.shape[1], x[0, 0].numel(), self.groups,
+            [True, False, False])
+        return grad_source.to(source.dtype)
+
+    def _make_nhwc(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        rows = x.permute(0, 2, 3, 1).flatten(1, 2)
+        variance, mean = torch.var_mean(rows.unflatten(2, (self.groups, -1)), dim=(1, 3), unbiased=False)
+        rstd = (variance + self.eps).rsqrt()
+        scale = self._by_channel(rstd, x) * weight
+        shift = torch.addcmul(bias, self._by_channel(mean, x), scale, value=-1)
+        normed = torch.addcmul(shift[:, None], rows, scale[:, None])
+        return normed.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2), mean, rstd
+
+    def _grad_nhwc(self, x: Tensor, mean: Tensor, rstd: Tensor, grad: Tensor) -> Tensor:
+        """torch's kernel for this order is several times slower on processors, and goes to NCHW on GPUs.
+
+        With g the gradient times the weight, m and r the group's moments and N its size: r·g - r/N·(Σg + x̂·Σg·x̂),
+        which is scale·grad + slope·x + shift for each channel.
+        """
+        size = x[0].numel() // self.groups
+        rows, grads = (t.permute(0, 2, 3, 1).flatten(1, 2) for t in (x, grad))
+        weight = self.weight.float()
+        sum_g = self._by_group(grads.sum(dim=1) * weight)
+        sum_gx = self._by_group((grads * rows).sum(dim=1) * weight)
+        along = (sum_gx - mean * sum_g) * rstd  # Σ g·x̂
+        slope = -rstd.square() / size * along
+        shift = -rstd / size * sum_g - mean * slope
+        scale = self._by_channel(rstd, x) * weight
+        result = torch.addcmul(self._by_channel(shift, x)[:, None], rows, self._by_channel(slope, x)[:, None])
+        result.addcmul_(grads, scale[:, None])
+        return result.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+
+    def _by_channel(self, of_groups: Tensor, x: Tensor) -> Tensor:
+        """[B, groups] -> [B, C]"""
+        return of_groups.repeat_interleave(x.shape[1] // self.groups, dim=1)
+
+    def _by_group(self, of_channels: Tensor) -> Tensor:
+        """[B, C] -> [B, groups], added up."""
+        return of_channels.unflatten(1, (self.groups, -1)).sum(dim=2)
+
+
+@dataclass(frozen=True)
+class GatedGELU:
+    """value · gelu(gate) of [..., 2·C], value first (GEGLU, Shazeer 2020, arXiv 2002.05202)."""
+
+    def make(self, source: Tensor) -> tuple[Tensor, Any]:
+        """[..., 2·C] -> [..., C]"""
+        value, gate = source.chunk(2, dim=-1)
+        opened = F.gelu(gate)
+        return value * opened, opened
+
+    def grad(self, source: Tensor, known: Any, grad_x: Tensor) -> Tensor:
+        """[..., C] -> [..., 2·C]"""
+        value, gate = source.chunk(2, dim=-1)
+        result = torch.empty_like(source)
+        of_value, of_gate = result.chunk(2, dim=-1)
+        torch.mul(grad_x, known, out=of_value)
+        torch.mul(grad_x, value, out=of_gate)
+        torch.ops.aten.gelu_backward.grad_input(of_gate, gate, grad_input=of_gate)
+        return result
+
+
+@dataclass(frozen=True)
+class GELU:
+    """The exact one, or its approximation x · σ(1.702·x) that CLIP was trained with (`quick`)."""
+
+    quick: bool
+
+    def make(self, source: Tensor) -> tuple[Tensor, Any]:
+        """[...] -> [...]"""
+        if not self.quick:
+            return F.gelu(source), None
+        opened = torch.sigmoid(1.702 * source)
+        return source * opened, opened
+
+    def grad(self, source: Tensor, known: Any, grad_x: Tensor) -> Tensor:
+        """[...] -> [...]"""
+        if not self.quick:
+            return torch.ops.aten.gelu_backward(grad_x, source)
+        return grad_x * (known + torch.ops.aten.sigmoid_backward(1.702 * source, known))
+
+
+def _dense_picture(x: Tensor) -> Tensor:
+    """x [B, C, h, w] without gaps, in NCHW or NHWC order, whichever it is nearer to."""
+    if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    last = x.stride(1) == 1
+    return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
