@@ -64,6 +64,7 @@ class Joined:
         self.rank, self.world = place.rank, place.world
         self._store, self._cards = dist.PrefixStore("lora_train", store), cards
         self._control: dist.ProcessGroup | None = dist.group.WORLD
+        self._bereft = self._silent = False  # another one left; it does not even answer, and will not say goodbye
 
     def sum_(self, tensor: torch.Tensor) -> None:
         """See `Ranks`. On cards the device waits, not the process."""
@@ -112,7 +113,7 @@ class Joined:
 
     def fail(self, error: BaseException) -> None:
         """Tell the others why this process ends, let them notice, and let process 0 keep what was learnt first."""
-        if not isinstance(error, Lost):
+        if not self._bereft:
             what = str(error) if isinstance(error, LoraTrainError) else f"{type(error).__name__}: {error}"
             interrupted = isinstance(error, (Interrupted, KeyboardInterrupt))
             why = json.dumps({"rank": self.rank, "what": what.rstrip("."), "interrupted": interrupted})
@@ -127,7 +128,7 @@ class Joined:
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group(control if cards is not None else None)
         del control
-        if self.rank == 0:
+        if self.rank == 0 or self._silent:
             self._goodbye(wait_for=tuple(range(1, self.world)), seconds=_HEARD)
         else:
             self._goodbye(wait_for=(0,), seconds=_FAREWELL)
@@ -144,13 +145,14 @@ class Joined:
 
     def _lost(self, error: RuntimeError) -> LoraTrainError:
         """Why a meeting failed: what the one who left says, or that it said nothing."""
+        self._bereft = True
         why = _within(_HEARD, lambda: self._store.get("why") if self._store.add("failed", 0) else b"")
         if why:
             told = json.loads(why)
             if told["interrupted"]:
                 return Interrupted(f"Process {told['rank']} of {self.world} was stopped: {told['what']}")
             return Lost(f"Process {told['rank']} of {self.world} ended: {told['what']}", intact=self._cards is None)
-        silent = "timed out" in str(error).lower()
+        silent = self._silent = "timed out" in str(error).lower()
         return Lost(
             f"Another of the {self.world} processes " + ("does not answer any more" if silent else "ended unexpectedly"),
             why="it was stopped, or its machine cannot be reached" if silent else "it was killed, or its machine was lost",
@@ -174,7 +176,7 @@ def _join(place: Place, patience: float) -> Joined:
                         "torch.distributed", remedy="install torch's ordinary packages, or train in one process")
     if sys.platform == "win32":
         os.environ.setdefault("USE_LIBUV", "0")  # torch's packages for Windows are built without it, and ask for it
-    gathering = datetime.timedelta(seconds=min(patience, _GATHERING))
+    gathering = datetime.timedelta(seconds=_GATHERING)
     cards = torch.cuda.is_available() and dist.is_nccl_available()
     try:
         # `Place` was read from the variables that this reads again; with torchrun the store lives in its agent.
@@ -183,17 +185,17 @@ def _join(place: Place, patience: float) -> Joined:
                                 timeout=datetime.timedelta(seconds=patience))
         group = dist.new_group(backend="nccl") if cards else None
     except (RuntimeError, ValueError, OSError) as error:
-        raise _not_joined(place, error, gathering.total_seconds()) from error
+        raise _not_joined(place, error) from error
     return Joined(place, store, cards=group)
 
 
-def _not_joined(place: Place, error: Exception, seconds: float) -> HostError:
+def _not_joined(place: Place, error: Exception) -> HostError:
     text = str(error).lower()
     what = f"Process {place.rank} of {place.world} cannot join the others at {place.address}:{place.port}"
     if "eaddrinuse" in text or "already in use" in text:
         return HostError(what, why="another program uses this port", remedy="choose another MASTER_PORT")
     if "timed out" in text or "timeout" in text:
-        return HostError(what, why=f"not all of them came within {seconds:.0f} seconds",
+        return HostError(what, why=f"not all of them came within {_GATHERING:.0f} seconds",
                          remedy="start all of them, with the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE, and let the "
                          "machines reach each other")
     return HostError(what, why=str(error).splitlines()[0] if str(error) else type(error).__name__,
