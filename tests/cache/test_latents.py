@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from lib_lora_train.cache import building
+from lib_lora_train.cache.encoding import automatic_batch
 from lib_lora_train.cache.latents import CachedLatents, FreshLatents
 from lib_lora_train.errors import DatasetError, Interrupted, TrainingError
 
@@ -185,3 +188,193 @@ def test_a_picture_that_alone_is_too_much_ends_the_run(make_dataset) -> None:
     dataset, placements = make_dataset({"a.png": (64, 64), "b.png": (64, 64)})
     with pytest.raises(RuntimeError, match="out of memory"):
         CachedLatents.build(Full(), dataset, placements, vae_batch_size=2)
+
+
+MANY = {f"{number}.png": [(64, 64), (80, 48), (70, 64), (120, 100)][number % 4] for number in range(14)}
+
+
+def ours() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("lora-train-ahead")]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("vae_batch_size", [0, 1, 3])
+def test_threads_change_nothing_to_the_last_bit(make_dataset, threads: int, vae_batch_size: int) -> None:
+    dataset, placements = make_dataset(MANY)
+    damaged = dataset.examples[5].path
+    damaged.write_bytes(damaged.read_bytes()[:300])
+    told, results, batches = [], [], []
+    for count in (0, threads):
+        vae, seen = FakeVAE(), []
+        source = CachedLatents.build(vae, dataset, placements, flip_aug=True, vae_batch_size=vae_batch_size, threads=count,
+                                     on_progress=lambda done, total, seen=seen: seen.append((done, total)))
+        results.append([source.get([index], rngs(1, seed)).mean for index in range(13) for seed in range(5)])
+        told.append((seen, source.dataset, source.placements))
+        batches.append(vae.batches)
+    assert told[0] == told[1] and batches[0] == batches[1]
+    assert told[0][0][-1] == (14, 14) and len(told[0][1].examples) == 13
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    assert ours() == []
+
+
+@pytest.mark.parametrize("kind", [CachedLatents, FreshLatents])
+@pytest.mark.parametrize("end", ["stop", "pause", "error of the VAE", "Ctrl+C"])
+def test_no_thread_outlives_a_pass_that_ends_early(make_dataset, kind, end: str) -> None:
+    class Failing(FakeVAE):
+        def encode(self, pixels: torch.Tensor):
+            if len(self.batches) == 3 and end in ("error of the VAE", "Ctrl+C"):
+                raise RuntimeError("no more") if end == "error of the VAE" else KeyboardInterrupt
+            return super().encode(pixels)
+
+    def progress(done: int, total: int) -> None:
+        alive.append(len(ours()))
+        if done == 5 and end == "pause":
+            raise Interrupted("stopped while others had the model")
+
+    alive: list[int] = []
+    dataset, placements = make_dataset(MANY)
+
+    def build():
+        return kind.build(Failing(), dataset, placements, threads=3, on_progress=progress,
+                          should_stop=lambda: end == "stop" and len(alive) == 5)
+    if kind is FreshLatents and end in ("error of the VAE", "Ctrl+C"):
+        build()  # it asks the VAE for nothing before the training
+    else:
+        with pytest.raises(BaseException, match="no more|stopped|^$"):
+            build()
+    assert max(alive) == 3 and ours() == []
+
+
+def test_pictures_wait_as_bytes_within_a_bound(make_dataset, monkeypatch) -> None:
+    """What is decoded and not yet encoded, counted as it comes and goes."""
+    lock, waiting, most = threading.Lock(), [0], [0]
+    original = building.to_samples
+
+    def counted(picture: Image.Image) -> torch.Tensor:
+        samples = original(picture)
+        assert samples.dtype == torch.uint8
+        with lock:
+            waiting[0] += 1
+            most[0] = max(most[0], waiting[0])
+        return samples
+
+    class Counting(FakeVAE):
+        def encode(self, pixels: torch.Tensor):
+            with lock:
+                waiting[0] -= len(pixels)
+            return super().encode(pixels)
+    monkeypatch.setattr(building, "to_samples", counted)
+    dataset, placements = make_dataset({f"{number}.png": (64, 64) for number in range(60)})
+    CachedLatents.build(Counting(), dataset, placements, threads=2)
+    assert waiting == [0]
+    assert most[0] <= 2 * 4 + 1  # four a thread, and the one that is being encoded
+
+
+def test_the_automatic_batch_is_one_without_a_card(make_dataset, vae: FakeVAE) -> None:
+    dataset, placements = make_dataset({f"{number}.png": (64, 64) for number in range(3)})
+    CachedLatents.build(vae, dataset, placements, vae_batch_size=0)
+    assert [shape[0] for shape in vae.batches] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("free, size, expected", [
+    (80 << 30, (512, 512), 8), (80 << 30, (1024, 1024), 8), (8 << 30, (512, 512), 4), (8 << 30, (1024, 1024), 1),
+    (1 << 30, (512, 512), 1), (0, (512, 512), 1)])
+def test_the_automatic_batch_follows_the_free_memory_of_a_card(monkeypatch, free: int, size, expected: int) -> None:
+    """Half of it must hold the pictures: 0.8 GB at 512², 3.1 GB at 1024²."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    assert automatic_batch(torch.device("cuda"), size) == expected
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_card_gives_the_latents_of_the_processor(make_dataset) -> None:
+    dataset, placements = make_dataset(MANY)
+    plain = CachedLatents.build(FakeVAE(), dataset, placements, flip_aug=True)
+    card = CachedLatents.build(FakeVAE(), dataset, placements, flip_aug=True, device="cuda", vae_batch_size=0)
+    fresh = FreshLatents.build(FakeVAE(), dataset, placements, flip_aug=True, device="cuda", vae_batch_size=0)
+    for index in range(14):
+        expected, one, other = (source.get([index], rngs(1, index)) for source in (plain, card, fresh))
+        assert one.mean.device.type == "cpu" and other.mean.device.type == "cuda"
+        assert torch.allclose(one.mean, expected.mean, atol=1e-5) and torch.allclose(other.mean.cpu(), expected.mean, atol=1e-5)
+        assert torch.equal(one.std, expected.std) and torch.equal(other.std.cpu(), expected.std)
+
+
+class Meeting:
+    """Several ranks in one process, a thread each; they meet in sums and in texts."""
+
+    def __init__(self, world: int) -> None:
+        self.world, self._barrier, self._put = world, threading.Barrier(world, timeout=60), [None] * world
+
+    def rank(self, number: int) -> Rank:
+        return Rank(self, number)
+
+    def all(self, number: int, value: object) -> list:
+        self._put[number] = value
+        self._barrier.wait()
+        everything = list(self._put)
+        self._barrier.wait()
+        return everything
+
+
+class Rank:
+    def __init__(self, meeting: Meeting, rank: int) -> None:
+        self._meeting, self.rank, self.world = meeting, rank, meeting.world
+
+    def sum_(self, tensor: torch.Tensor) -> None:
+        tensor.copy_(sum(self._meeting.all(self.rank, tensor.clone())))
+
+    def any(self, wanted: bool) -> bool:
+        return any(self._meeting.all(self.rank, wanted))
+
+    def gather(self, text: str) -> tuple[str, ...]:
+        return tuple(self._meeting.all(self.rank, text))
+
+    def broadcast_(self, tensor: torch.Tensor, *, source: int) -> None:
+        tensor.copy_(self._meeting.all(self.rank, tensor.clone())[source])
+
+
+def in_ranks(world: int, work) -> list:
+    meeting, results = Meeting(world), [None] * world
+
+    def run(number: int) -> None:
+        try:
+            results[number] = work(meeting.rank(number))
+        except Interrupted as error:
+            results[number] = error
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+@pytest.mark.parametrize("kind", [CachedLatents, FreshLatents])
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("options", [{}, {"max_bytes": 0}, {"vae_batch_size": 0}])
+def test_ranks_share_the_work_and_all_have_everything(make_dataset, kind, world: int, options: dict) -> None:
+    if kind is FreshLatents and "max_bytes" in options:
+        options = {}
+    dataset, placements = make_dataset(MANY)
+    for number in (2, 5):
+        path = dataset.examples[number].path
+        path.write_bytes(path.read_bytes()[:300])
+    alone = CachedLatents.build(FakeVAE(), dataset, placements, flip_aug=True)
+    vaes = [FakeVAE() for _ in range(world)]
+    sources = in_ranks(world, lambda ranks: kind.build(vaes[ranks.rank], dataset, placements, flip_aug=True, threads=2,
+                                                       ranks=ranks, **options))
+    encoded = [sum(shape[0] for shape in vae.batches) for vae in vaes]
+    assert sum(encoded) == (2 * 12 if kind is CachedLatents else 0) and max(encoded) <= 2 * 12 * 2 // world
+    for source in sources:
+        assert source.dataset.examples == alone.dataset.examples and source.placements == alone.placements
+        assert {p.text for p in source.dataset.problems} == {p.text for p in alone.dataset.problems}
+        for index in range(12):
+            assert torch.equal(source.get([index], rngs(1, index)).mean, alone.get([index], rngs(1, index)).mean)
+
+
+def test_a_stop_that_one_rank_hears_ends_all_of_them(make_dataset) -> None:
+    dataset, placements = make_dataset(MANY)
+    ended = in_ranks(2, lambda ranks: CachedLatents.build(
+        FakeVAE(), dataset, placements, ranks=ranks, should_stop=lambda: ranks.rank == 1))
+    assert all(isinstance(one, Interrupted) for one in ended) and ours() == []

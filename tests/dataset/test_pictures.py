@@ -4,13 +4,14 @@ specification."""
 from __future__ import annotations
 
 import struct
+import threading
 import warnings
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, PngImagePlugin
 
 from lib_lora_train.dataset.pictures import check_picture, is_picture_name, read_picture, read_size
 from lib_lora_train.errors import DatasetError
@@ -168,6 +169,32 @@ def test_a_truncated_picture_is_refused_even_where_pillow_was_told_to_tolerate_i
     with pytest.raises(DatasetError, match="cut"):
         read_picture(path)
     assert ImageFile.LOAD_TRUNCATED_IMAGES is tolerant
+
+
+def test_threads_that_decode_at_once_leave_pillows_switch_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second begins after the first and ends after it; in between, a truncated file is an error for both."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    CORNERS.save(tmp_path / "picture.png")
+    inside, first_is_out, seen = threading.Barrier(2, timeout=60), threading.Event(), {}
+    original = PngImagePlugin.PngImageFile.load
+
+    def load(image: Image.Image) -> object:
+        name = threading.current_thread().name
+        if name not in seen:  # Pillow asks again for what is decoded already
+            inside.wait()
+            assert name == "first" or first_is_out.wait(60)
+            seen[name] = ImageFile.LOAD_TRUNCATED_IMAGES
+        return original(image)
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load)
+    path = tmp_path / "picture.png"
+    threads = [threading.Thread(target=read_picture, args=(path,), name=name) for name in ("first", "second")]
+    for thread in threads:
+        thread.start()
+    threads[0].join()
+    first_is_out.set()
+    threads[1].join()
+    assert seen == {"first": False, "second": False}
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True
 
 
 def test_a_damaged_png_is_found_without_decoding(tmp_path: Path) -> None:
