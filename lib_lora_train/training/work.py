@@ -6,7 +6,8 @@ replayed (`graph.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
@@ -15,6 +16,7 @@ from lib_lora_train.events import Report, Warned
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.model.layers import Adapter
 from lib_lora_train.training.condition import Condition
+from lib_lora_train.training.offload import offloaded
 from lib_lora_train.training.optimizer import Stepper
 from lib_lora_train.training.precision import LossScaler
 from lib_lora_train.training.step import StepInputs, StepOptions, denoising_loss
@@ -48,6 +50,11 @@ class Work:
         """Whether the first call for each shape of inputs makes kernels."""
         return self._compiled is not None
 
+    @property
+    def waits(self) -> bool:
+        """Whether `finish` asks the device for an answer: where the optimiser has no kernel that is told of an overflow."""
+        return not self._stepper.fused
+
     def gradients(self, inputs: StepInputs) -> None:
         """Add the gradients of these inputs' loss to those that are there, and the loss to `loss`.
 
@@ -71,10 +78,18 @@ class Work:
             self._backward(inputs, denoising_loss)
 
     def _backward(self, inputs: StepInputs, loss_of: Callable[..., torch.Tensor]) -> None:
-        loss = loss_of(self._model, inputs=inputs, conditioning=self._condition.encode(inputs.text),
-                       adapters=self._adapters, options=self._options)
-        self._scaler.scaled(loss).backward()
+        with offloaded(self.device, spared=self._weights()) if self._options.offload else contextlib.nullcontext():
+            loss = loss_of(self._model, inputs=inputs, conditioning=self._condition.encode(inputs.text),
+                           adapters=self._adapters, options=self._options)
+            self._scaler.scaled(loss).backward()
         self.loss.add_(loss.detach())
+
+    def _weights(self) -> Iterator[torch.Tensor]:
+        """The lender's and ours."""
+        for tensors in self._model.components.values():
+            yield from (tensor for tensor in tensors.values() if isinstance(tensor, torch.Tensor))
+        weights = self._stepper.weights
+        yield from filter(lambda tensor: tensor is not None, (weights.values, weights.working))
 
     def _give_up_compiling(self, error: RuntimeError) -> None:
         self._compiled = None
