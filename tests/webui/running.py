@@ -117,7 +117,8 @@ def fill(data: Path) -> None:
         elif source.is_file():
             shutil.copy(source, extension / part)
     shutil.copytree(Path(__file__).parent / "probe", data / "extensions" / "probe")
-    shutil.copy(Path(__file__).parents[1] / "injection.py", data / "extensions" / "probe")
+    for name in ("injection.py", "pretended_card.py"):
+        shutil.copy(Path(__file__).parents[1] / name, data / "extensions" / "probe")
     (data / "config.json").write_text(json.dumps({
         # "Approx NN" would download a model; pictures with their settings inside would differ by the time they took.
         "samples_save": False, "grid_save": False, "show_progress_type": "Approx cheap", "enable_pnginfo": False}))

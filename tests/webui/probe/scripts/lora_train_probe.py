@@ -33,9 +33,13 @@ def _beside(name: str) -> Any:
 
 
 injection = _beside("injection")
+pretended_card = _beside("pretended_card")
 _healing: list[Callable[[], None]] = []
 _held = threading.Event()
 _discarded: list[Any] = []
+_opened: list[str] | None = None
+_copied: list[int] = []
+_places: dict[str, list[list[str]]] = {"training": [], "painting": []}
 
 
 def model() -> dict[str, Any]:
@@ -185,6 +189,66 @@ def surroundings() -> dict[str, Any]:
             "job": shared.state.job, "interrupted": shared.state.interrupted, "lowvram": bool(sd_model.lowvram)}
 
 
+def watch() -> dict[str, str]:
+    """From now on, remember which files the process opens and how much of a model that is trained on is not the WebUI's own."""
+    from lib_lora_train import job
+
+    global _opened
+    if _opened is None:
+        sys.addaudithook(lambda event, arguments: _opened.append(str(arguments[0])) if event == "open" else None)
+        original = job.train
+
+        def watched(model: Any, *arguments: Any, **named: Any) -> Any:
+            try:
+                return original(model, *arguments, **named)
+            finally:
+                _copied.append(_bytes_of_ours(model))
+
+        job.train = watched
+    _opened = []
+    _copied.clear()
+    return {}
+
+
+def watched() -> dict[str, Any]:
+    """What was seen since `watch`."""
+    return {"opened": _opened, "copied": _copied}
+
+
+def pretend_card() -> dict[str, str]:
+    """From now on the model lies on a card, and the memory plan wants everything off it that a step does not need."""
+    from lib_lora_train import job
+    from lib_lora_train.host import aside
+    from lib_lora_train.training import work
+
+    card, loss = pretended_card.PretendedCard(), work.denoising_loss
+    aside.device_of, aside.onto = card.device_of, card.onto
+    job._unneeded = lambda *arguments: frozenset({"vae", "text"})
+
+    def lies_where(doing: str) -> None:
+        from lib_lora_train.host import webui_model
+
+        tensors = webui_model.collect(sd_models.model_data.sd_model)
+        _places[doing].append([part for part in aside.PREFIXES if all(
+            card.device_of(tensor) == pretended_card.CPU for tensor in aside.tensors_of(tensors, {part}))])
+
+    def seen(*arguments: Any, **named: Any) -> torch.Tensor:
+        lies_where("training")
+        return loss(*arguments, **named)
+
+    work.denoising_loss = seen
+    script_callbacks.on_cfg_denoiser(lambda _: lies_where("painting"))
+    return {}
+
+
+def places() -> dict[str, list[list[str]]]:
+    """Which parts were off the card in each step and at each step of a generation, since the last question."""
+    found = {doing: list(parts) for doing, parts in _places.items()}
+    for parts in _places.values():
+        parts.clear()
+    return found
+
+
 def hold() -> dict[str, str]:
     """Occupy the WebUI's queue, as a long generation would, until `release`."""
     taken = threading.Event()
@@ -315,10 +379,10 @@ def describe(name: str = Body(""), images: tuple[str, ...] = Body(()), threshold
 
 
 def install(_: Any, app: FastAPI) -> None:
-    for function in (model, lent, lora, state, refusals, surroundings, captioners):
+    for function in (model, lent, lora, state, refusals, surroundings, captioners, watched, places):
         app.add_api_route(f"/probe/{function.__name__}", function, methods=["GET"])
     for function in (parity, sample, tokens, fail, hold, release, change_weights, reload,
-                     refresh, discard, put_back, inject, heal, describe):
+                     refresh, discard, put_back, inject, heal, describe, watch, pretend_card):
         app.add_api_route(f"/probe/{function.__name__}", function, methods=["POST"])
 
 
@@ -329,6 +393,13 @@ def _digest(tensor: torch.Tensor) -> str:
 
 def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
+
+
+def _bytes_of_ours(model: Any) -> int:
+    """Bytes that a frozen model computes on and that are not the WebUI's own memory."""
+    own = {_storage(tensor) for tensor in sd_models.model_data.sd_model.state_dict(keep_vars=True).values()}
+    tensors = [tensor for part in (*model.components.values(), model.vae.tensors) for tensor in part.values()]
+    return sum(tensor.nbytes for tensor in tensors if _storage(tensor) not in own)
 
 
 def _schedule_difference(model: Any) -> float:
