@@ -76,7 +76,7 @@ def _train(chosen: argparse.Namespace) -> int:
     if chosen.record and first:
         record = RunRecord(resumed or new_folder(runs_folder, settings.save.output_name), settings)
 
-    show: Report = (lambda event: None) if not first else _show_json if chosen.json else _Bar()
+    show: Report = _Aside(place.rank) if place and not first else _show_json if chosen.json else _Bar()
     latest = 0
     failure: LoraTrainError | None = None
 
@@ -252,6 +252,18 @@ class _Interrupt:
 
 def _show_json(event: events.Event) -> None:
     print(json.dumps(events.to_dict(event), ensure_ascii=False), flush=True)
+
+
+class _Aside:
+    """What another than the first of several processes tells: the first one says all that they have in common."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank, self._training = rank, False
+
+    def __call__(self, event: events.Event) -> None:
+        self._training = self._training or isinstance(event, events.Planned)
+        if self._training and isinstance(event, events.Warned):
+            print(f"note of process {self._rank}: {event.message}", file=sys.stderr)
 
 
 class _Bar:
