@@ -1,0 +1,107 @@
+"""`bench startup`: every moment counts for one stage, and the trainer is afterwards what it was; no time is judged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lib_lora_train.bench import startup, stopwatch
+from lib_lora_train.bench.startup import PLACES, run_startup
+from lib_lora_train.bench.stopwatch import REST, Place, Spent, Stopwatch, find
+from lib_lora_train.errors import SettingError
+
+HERE = "tests.bench.test_startup"
+
+
+class Clock:
+    """Goes on when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> Spent:
+        return Spent(self.now, 2 * self.now)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(Stopwatch, "_now", staticmethod(clock))
+    return clock
+
+
+class Worker:
+    """Something to be watched."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+
+    def outer(self) -> str:
+        self.clock.now += 1
+        self.inner()
+        self.clock.now += 2
+        return "outer's result"
+
+    def inner(self) -> None:
+        self.clock.now += 10
+
+    @staticmethod
+    def still(clock: Clock) -> None:
+        clock.now += 5
+
+
+def test_each_moment_counts_for_the_innermost_stage_and_nothing_is_lost(clock: Clock) -> None:
+    watch, worker = Stopwatch(), Worker(clock)
+    before = dict(vars(Worker))
+    with watch.watching([Place("out", f"{HERE}:Worker.outer"), Place("in", f"{HERE}:Worker.inner"),
+                         Place("still", f"{HERE}:Worker.still")]):
+        clock.now += 100
+        assert worker.outer() == "outer's result"
+        Worker.still(clock)
+        worker.still(clock)
+        assert watch.cut() == {REST: Spent(100, 200), "in": Spent(10, 20), "still": Spent(10, 20), "out": Spent(3, 6)}
+        worker.inner()
+        assert watch.cut() == {"in": Spent(10, 20), REST: Spent(0, 0)}
+    assert dict(vars(Worker)) == before
+
+
+def test_an_error_passes_and_its_time_counts(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(self: Worker) -> None:
+        clock.now += 7
+        raise ZeroDivisionError
+    monkeypatch.setattr(Worker, "inner", failing)
+    watch = Stopwatch()
+    with pytest.raises(ZeroDivisionError), watch.watching([Place("in", f"{HERE}:Worker.inner")]):
+        Worker(clock).inner()
+    assert Worker.inner is failing
+    assert watch.cut()["in"] == Spent(7, 14)
+
+
+def test_the_two_runs_pass_through_every_stage_but_those_that_are_remembered(tmp_path: Path) -> None:
+    originals = [vars(find(place.target)[0])[find(place.target)[1]] for place in PLACES]
+    text = run_startup(size="small", steps=2, output=tmp_path, say=lambda line: None)
+    assert [vars(find(place.target)[0])[find(place.target)[1]] for place in PLACES] == originals
+    figures = json.loads((tmp_path / "startup.json").read_text(encoding="utf-8"))
+    stages = {place.stage for place in PLACES}
+    at_first = set(figures["first"]["start"]) | set(figures["first"]["end"])
+    again = set(figures["again"]["start"]) | set(figures["again"]["end"])
+    assert at_first - {REST} == stages
+    assert at_first - again == {"reading the checkpoint"}
+    assert (tmp_path / "startup.md").read_text(encoding="utf-8") == text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["startup.json", "startup.md"]
+
+
+@pytest.mark.parametrize("wrong", [{"size": "huge", "steps": 4}, {"size": "small", "steps": 1}])
+def test_what_cannot_be_measured_is_refused(tmp_path: Path, wrong: dict[str, object]) -> None:
+    with pytest.raises(SettingError):
+        run_startup(**wrong, output=tmp_path, say=lambda line: None)
+
+
+def test_watching_ends_with_the_block_also_where_a_place_does_not_exist() -> None:
+    with pytest.raises(AttributeError), Stopwatch().watching([
+            Place("in", f"{HERE}:Worker.inner"), Place("none", f"{HERE}:Worker.absent")]):
+        raise AssertionError("nothing runs")
+    assert Worker.inner.__qualname__ == "Worker.inner" and not hasattr(Worker.inner, "__wrapped__")
+    assert stopwatch.REST not in {place.stage for place in startup.PLACES}
