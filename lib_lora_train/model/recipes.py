@@ -2,7 +2,7 @@
 
 A norm, an activation or a gate costs next to nothing beside the products around it, but plain autograd keeps the result
 of each. A recipe keeps its source only: SiLU after a group norm, the normed input of q, k and v, the gated half of a
-feed-forward are made a second time in backward. Norms are computed in fp32 whatever the dtype of x.
+feed-forward are made a second time in backward. Norms are computed in fp32 where x has fewer bits.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class LayerNorm:
 
     def make(self, source: Tensor) -> tuple[Tensor, Any]:
         """[..., C] -> [..., C] in its dtype."""
-        given = self._in_fp32(source)
+        given = self._widened(source)
         normed, mean, rstd = torch.native_layer_norm(given[0], given[1].shape, given[1], given[2], self.eps)
         return normed.to(source.dtype), (given, mean, rstd)
 
@@ -71,10 +71,10 @@ class LayerNorm:
             grad_x.to(x.dtype).contiguous(), x, weight.shape, mean, rstd, weight, bias, [True, False, False])
         return grad_source.to(source.dtype)
 
-    def _in_fp32(self, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _widened(self, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if source.is_cuda and source.dtype == self.weight.dtype == self.bias.dtype:
             return source, self.weight, self.bias  # the kernel computes in fp32 by itself, moments included
-        return source.float(), self.weight.float(), self.bias.float()
+        return _wide(source, source), _wide(self.weight, source), _wide(self.bias, source)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +93,7 @@ class GroupNorm:
 
     def make(self, source: Tensor) -> tuple[Tensor, Any]:
         """[B, C, h, w] -> [B, C, h, w] or [B, h·w, C], in its dtype."""
-        x, weight, bias = _dense_picture(source).float(), self.weight.float(), self.bias.float()
+        x, weight, bias = _wide(_dense_picture(source), source), _wide(self.weight, source), _wide(self.bias, source)
         if is_nhwc(x) and not x.is_cpu:
             normed, mean, rstd = self._make_nhwc(x, weight, bias)  # torch's kernel would go to NCHW
         else:
@@ -117,7 +117,7 @@ class GroupNorm:
         if nhwc:
             return self._grad_nhwc(x, mean, rstd, grad).to(source.dtype)
         grad_source, _, _ = torch.ops.aten.native_group_norm_backward(
-            grad, x, mean, rstd, self.weight.float(), x.shape[0], x.shape[1], x[0, 0].numel(), self.groups,
+            grad, x, mean, rstd, _wide(self.weight, x), x.shape[0], x.shape[1], x[0, 0].numel(), self.groups,
             [True, False, False])
         return grad_source.to(source.dtype)
 
@@ -138,7 +138,7 @@ class GroupNorm:
         """
         size = x[0].numel() // self.groups
         rows, grads = (t.permute(0, 2, 3, 1).flatten(1, 2) for t in (x, grad))
-        weight = self.weight.float()
+        weight = _wide(self.weight, x)
         sum_g = self._by_group(grads.sum(dim=1) * weight)
         sum_gx = self._by_group((grads * rows).sum(dim=1) * weight)
         along = (sum_gx - mean * sum_g) * rstd  # Σ g·x̂
@@ -197,6 +197,11 @@ class GELU:
         if not self.quick:
             return torch.ops.aten.gelu_backward(grad_x, source)
         return grad_x * (known + torch.ops.aten.sigmoid_backward(1.702 * source, known))
+
+
+def _wide(tensor: Tensor, x: Tensor) -> Tensor:
+    """In the dtype that norms of x are computed in: fp32, or fp64 for an x of that."""
+    return tensor.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _dense_picture(x: Tensor) -> Tensor:

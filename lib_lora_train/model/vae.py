@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lib_lora_train.errors import SettingError
 from lib_lora_train.model.architecture import VAEConfig
-from lib_lora_train.model.layers import Layers, attention, frozen_linear
+from lib_lora_train.model.layers import Layers, attention
 
 EPS = 1e-6
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
@@ -92,13 +92,13 @@ class VAE:
         return self._resnet(f"{part}.mid.block_2", x)
 
     def _end(self, part: str, x: Tensor) -> Tensor:
-        x = F.silu(self._layers.group_norm(f"{part}.norm_out", x, eps=EPS))
+        x = self._layers.group_norm(f"{part}.norm_out", x, eps=EPS, silu=True)
         return self._layers.conv2d(f"{part}.conv_out", x, padding=1)
 
     def _resnet(self, name: str, x: Tensor) -> Tensor:
         layers = self._layers
-        h = layers.conv2d(f"{name}.conv1", F.silu(layers.group_norm(f"{name}.norm1", x, eps=EPS)), padding=1)
-        h = layers.conv2d(f"{name}.conv2", F.silu(layers.group_norm(f"{name}.norm2", h, eps=EPS)), padding=1)
+        h = layers.conv2d(f"{name}.conv1", layers.group_norm(f"{name}.norm1", x, eps=EPS, silu=True), padding=1)
+        h = layers.conv2d(f"{name}.conv2", layers.group_norm(f"{name}.norm2", h, eps=EPS, silu=True), padding=1)
         if layers.has(f"{name}.nin_shortcut"):
             x = layers.conv2d(f"{name}.nin_shortcut", x)
         return x + h
@@ -106,12 +106,7 @@ class VAE:
     def _attention(self, name: str, x: Tensor) -> Tensor:
         """Single-headed self-attention over the pixels of x [B, C, h, w]."""
         height = x.shape[-2]
-        h = self._layers.group_norm(f"{name}.norm", x, eps=EPS).flatten(2).transpose(1, 2)
-        q, k, v = (self._pointwise(f"{name}.{projection}", h) for projection in "qkv")
-        h = self._pointwise(f"{name}.proj_out", attention(q, k, v, heads=1))
-        return x + h.transpose(1, 2).unflatten(2, (height, -1))
-
-    def _pointwise(self, name: str, x: Tensor) -> Tensor:
-        """A 1x1 convolution on rows [B, n, C]: its 4-D weight (or some tools' 2-D one), seen as a matrix."""
-        weight, bias = self._layers.weight(name).flatten(1), self._layers.bias(name)
-        return frozen_linear(x, weight, bias)
+        layers, norm = self._layers, self._layers.group_normed(f"{name}.norm", eps=EPS, rows=True)
+        q, k, v = layers.linears([f"{name}.{projection}" for projection in "qkv"], x, recipe=norm)
+        h = layers.linear(f"{name}.proj_out", attention(q, k, v, heads=1))
+        return x + h.unflatten(1, (height, -1)).permute(0, 3, 1, 2)
