@@ -128,7 +128,10 @@ class Execution:
         """As `Work.finish`."""
         def finish() -> None:
             self._result = self._work.finish()
-        self._run(None, finish)
+        if self._work.waits:
+            finish()
+        else:
+            self._run(None, finish)
         assert self._result is not None
         return self._result
 
