@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from lib_lora_train.cache.feeder import Feeder
 from lib_lora_train.cache.fingerprint import encoder_fingerprint
 from lib_lora_train.cache.latents import CachedLatents, FreshLatents, LatentSource
 from lib_lora_train.cache.own_rows import OwnRows
+from lib_lora_train.cache.store import Spill
 from lib_lora_train.cache.text import TextCache
 from lib_lora_train.errors import Interrupted, SettingError, translated
 from lib_lora_train.evaluation.loan import lent_model
@@ -99,9 +100,10 @@ def run_job(settings: Settings, host: Host, *, report: Report, stop: Stop, folde
         aside = _unneeded(settings, model, source, batches)
         if "vae" in aside:
             model.take(host.set_aside({"vae"}))
-        condition, known_text = _condition(settings, model, borrowed, network, batches, ahead="text" in aside, dtype=dtype,
-                                           report=report, stop=stop, pause=pause)
-        if "text" in aside and known_text:
+        spill = leaving.enter_context(contextlib.closing(Spill(folder)))
+        text = _condition(settings, model, borrowed, network, batches, spill, ahead="text" in aside, dtype=dtype,
+                          report=report, stop=stop, pause=pause)
+        if "text" in aside and text.known:
             model.take(host.set_aside({"text"}))
         provenance = Provenance(settings, preparation, model, borrowed, network,
                                 started_at=point.started_at if point else time.time())
@@ -109,7 +111,7 @@ def run_job(settings: Settings, host: Host, *, report: Report, stop: Stop, folde
         saver = Onlooker(report) if ranks.rank else Saver(target, settings.save, network, provenance, keeper, report=report,
                                                           spare=folder)
         with saver.rescue():
-            steps = _train(settings, preparation, model, network, batches, condition, dtype=dtype, saver=saver, stop=stop,
+            steps = _train(settings, preparation, model, network, batches, text, dtype=dtype, saver=saver, stop=stop,
                            pause=pause, resumed=weights.state, ranks=ranks)
         complete = steps == preparation.plan.steps
         if not complete and (steps == 0 or not ranks.any(stop() == "save")):
@@ -324,20 +326,30 @@ def _unneeded(settings: Settings, model: FrozenModel, source: LatentSource, batc
     return frozenset({"vae"} if isinstance(source, CachedLatents) else ()) | frozenset({"text"} if text else ())
 
 
-def _condition(settings: Settings, model: FrozenModel, borrowed: Borrowed, network: LoRANetwork, batches: Batches, *,
-               ahead: bool, dtype: torch.dtype, report: Report, stop: Stop, pause: Pause) -> tuple[Condition, bool]:
-    """How a batch's captions become the UNet's condition: looked up while the text encoders are frozen, else computed; and
-    whether it needs the text encoders no more.
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Text:
+    """How captions become the condition; whether that needs the text encoders no more; and what is told the captions of the
+    next few batches."""
 
-    With `ahead` all captions are encoded now; else each when it is met, so that the first step comes sooner.
+    condition: Condition
+    known: bool = False
+    encode_soon: Callable[[Sequence[str]], None] | None = None
+
+
+def _condition(settings: Settings, model: FrozenModel, borrowed: Borrowed, network: LoRANetwork, batches: Batches,
+               spill: Spill, *, ahead: bool, dtype: torch.dtype, report: Report, stop: Stop, pause: Pause) -> _Text:
+    """How a batch's captions become the UNet's condition: looked up while the text encoders are frozen, else computed.
+
+    With `ahead` all captions are encoded now; else each when it is met, so that the first step comes sooner. Captions that
+    vary are encoded on a card for several steps at once: for one of them it takes as long as for a dozen.
     """
     clip_skip = settings.captions.clip_skip or borrowed.clip_skip
     adapters = {component: layers for component, layers in network.adapters().items() if component != "unet"}
     if _rates(settings)[1]:
         for component, unused in model.text.unused_layers(clip_skip).items():
             network.freeze_below(component, unused)  # no gradient ever reaches them: nor must weight decay
-        return TrainedText(model.text, clip_skip=clip_skip, adapters=adapters, dtype=dtype,
-                           checkpointing=settings.memory.gradient_checkpointing), False
+        return _Text(TrainedText(model.text, clip_skip=clip_skip, adapters=adapters, dtype=dtype,
+                                 checkpointing=settings.memory.gradient_checkpointing))
 
     class Adapted:
         """The text encoders with the frozen layers of a LoRA that is continued."""
@@ -349,16 +361,17 @@ def _condition(settings: Settings, model: FrozenModel, borrowed: Borrowed, netwo
             return model.text.encode(batch, clip_skip=clip_skip, dtype=dtype, adapters=adapters)
 
     captions = batches.fixed_captions()
-    cache = TextCache(Adapted, clip_skip=clip_skip, one_by_one=captions is not None)
+    cache = TextCache(Adapted, clip_skip=clip_skip, one_by_one=captions is not None, spill=spill, kept_as=dtype)
     if captions is not None and ahead:
         with translated("encoding the captions"):
             cache.fill((*captions, ""), batch_size=_CAPTIONS_AT_ONCE, on_progress=_stage("Encoding captions", report, pause),
                        should_stop=lambda: bool(stop()))
-    return CachedText(cache), captions is not None and cache.holds(captions)
+    soon = cache.encode_soon if captions is None and model.device.type == "cuda" else None
+    return _Text(CachedText(cache), captions is not None and cache.holds(captions), soon)
 
 
 def _train(settings: Settings, preparation: Preparation, model: FrozenModel, network: LoRANetwork, batches: Batches,
-           condition: Condition, *, dtype: torch.dtype, saver: Saver | Onlooker, stop: Stop, pause: Pause,
+           text: _Text, *, dtype: torch.dtype, saver: Saver | Onlooker, stop: Stop, pause: Pause,
            resumed: TrainingState | None, ranks: Ranks) -> int:
     optimizer, loss, memory = settings.optimizer, settings.loss, settings.memory
     unet_lr, text_encoder_lr = _rates(settings)
@@ -372,7 +385,8 @@ def _train(settings: Settings, preparation: Preparation, model: FrozenModel, net
         cuda_graphs=memory.cuda_graphs == "auto", compiled=memory.torch_compile,
         step=StepOptions(dtype=dtype, min_snr_gamma=loss.min_snr_gamma,
                          recompute=frozenset(model.unet.units if memory.gradient_checkpointing else ())))
-    with Feeder(batches, last_epoch=options.epochs) as feeder:
-        return train(model, network=network, epoch_batches=feeder.epoch, condition=condition, options=options,
+    soon = text.encode_soon if ranks.world == 1 else None
+    with Feeder(batches, last_epoch=options.epochs, encode_soon=soon) as feeder:
+        return train(model, network=network, epoch_batches=feeder.epoch, condition=text.condition, options=options,
                      save=saver.save_on_the_way, keep=saver.keep, report=saver.report, stop=stop, pause=pause, resumed=resumed,
                      ranks=ranks)

@@ -60,9 +60,15 @@ class Batches:
         self._prior_loss_weight, self._trigger_word = prior_loss_weight, trigger_word
         self._shuffle_caption, self._keep_tokens = shuffle_caption, keep_tokens
         self._caption_dropout_rate, self._caption_tag_dropout_rate = caption_dropout_rate, caption_tag_dropout_rate
+        self._last_order: tuple[int, tuple[tuple[int, ...], ...]] | None = None
         self._buckets: dict[Size, list[int]] = {}
         for index, (example, placement) in enumerate(zip(source.dataset.examples, source.placements, strict=True)):
             self._buckets.setdefault(placement.bucket, []).extend([index] * example.repeats)
+
+    @property
+    def batch_size(self) -> int:
+        """Pictures in a full batch."""
+        return self._batch_size
 
     def __len__(self) -> int:
         """Batches in an epoch: Σ over buckets ⌈visits / batch size⌉."""
@@ -80,6 +86,9 @@ class Batches:
 
     def order(self, epoch: int) -> tuple[tuple[int, ...], ...]:
         """The indices of each batch of an epoch."""
+        last = self._last_order
+        if last is not None and last[0] == epoch:
+            return last[1]
         rng = self._rng("order", epoch)
         batches = []
         for size in sorted(self._buckets):
@@ -87,7 +96,8 @@ class Batches:
             rng.shuffle(visits)
             batches += [tuple(visits[i:i + self._batch_size]) for i in range(0, len(visits), self._batch_size)]
         rng.shuffle(batches)
-        return tuple(batches)
+        self._last_order = epoch, tuple(batches)
+        return self._last_order[1]
 
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from position `start` on: the same ones as without leaving any out."""
@@ -99,9 +109,12 @@ class Batches:
         """What can be done without the model, in any thread, for the batch at this position of `order(epoch)`."""
         # Separate generators, so that switching one kind of variation on does not change the others.
         picture_rngs = [self._rng("picture", epoch, position, slot) for slot in range(len(indices))]
-        return PreparedBatch(self._source.prepare(indices, picture_rngs), tuple(
-            self._caption(index, self._rng("caption", epoch, position, slot), dropout=self._caption_dropout_rate)
-            for slot, index in enumerate(indices)))
+        return PreparedBatch(self._source.prepare(indices, picture_rngs), self._captions(epoch, position, indices))
+
+    def captions(self, epoch: int, positions: range) -> list[str]:
+        """All captions of these batches of an epoch, without anything else of them."""
+        order = self.order(epoch)
+        return [caption for position in positions for caption in self._captions(epoch, position, order[position])]
 
     def finish(self, prepared: PreparedBatch) -> Batch:
         """The batch, made in the thread that trains."""
@@ -121,6 +134,11 @@ class Batches:
     def burden(self, indices: tuple[int, ...]) -> int:
         """Bytes that preparing such a batch takes; 0 where nothing is to be gained from doing it ahead."""
         return self._source.burden(indices)
+
+    def _captions(self, epoch: int, position: int, indices: tuple[int, ...]) -> tuple[str, ...]:
+        return tuple(
+            self._caption(index, self._rng("caption", epoch, position, slot), dropout=self._caption_dropout_rate)
+            for slot, index in enumerate(indices))
 
     def _caption(self, index: int, rng: random.Random, *, dropout: float) -> str:
         example = self._source.dataset.examples[index]

@@ -6,7 +6,7 @@ model is never touched here ahead of time, so that it can be handed to others be
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from lib_lora_train.cache.ahead import MOST_BYTES, Ahead, reading_threads
 from lib_lora_train.cache.batches import Batch, Batches, PreparedBatch
@@ -22,11 +22,17 @@ class Feeder:
     Where all latents are in memory there is nothing to do ahead, and no thread is started.
     """
 
-    def __init__(self, batches: Batches, *, last_epoch: int, threads: int | None = None, most_bytes: int = MOST_BYTES) -> None:
+    def __init__(self, batches: Batches, *, last_epoch: int, threads: int | None = None, most_bytes: int = MOST_BYTES,
+                 encode_soon: Callable[[Sequence[str]], None] | None = None, captions_at_once: int = 16) -> None:
         """Nothing is prepared beyond `last_epoch`. `threads`: None is `reading_threads`, 0 none. At most `most_bytes` wait
-        or are in the making (one batch at least)."""
+        or are in the making (one batch at least).
+
+        `encode_soon` is told, in the thread that asks for the batches, the captions of the next few of them: about
+        `captions_at_once`, always the same ones together, wherever a run begins.
+        """
         self._batches, self._last_epoch, self._most_bytes = batches, last_epoch, most_bytes
         self._threads = reading_threads() if threads is None else threads
+        self._encode_soon, self._captions_at_once = encode_soon, captions_at_once
         self._ahead: Ahead[_Place, PreparedBatch] | None = None
         self._next = (0, 0)  # epoch and position of what `_ahead` gives next
 
@@ -45,12 +51,20 @@ class Feeder:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from position `start` on. What was prepared is used where it is the next in order."""
         for position in range(start, len(self._batches)):
+            self._tell(epoch, position, first=position == start)
             if self._ahead is None or self._next != (epoch, position):
                 self.close()
                 self._ahead = self._from(epoch, position)
             prepared = next(self._ahead)
             self._next = (epoch, position + 1) if position + 1 < len(self._batches) else (epoch + 1, 0)
             yield self._batches.finish(prepared)
+
+    def _tell(self, epoch: int, position: int, *, first: bool) -> None:
+        """Of the batches in whose row this one stands, where it is the first of them that is asked for."""
+        row = max(1, self._captions_at_once // self._batches.batch_size)
+        if self._encode_soon is not None and (first or position % row == 0):
+            begin = position // row * row
+            self._encode_soon(self._batches.captions(epoch, range(begin, min(begin + row, len(self._batches)))))
 
     def _from(self, epoch: int, position: int) -> Ahead[_Place, PreparedBatch]:
         worthwhile = any(self._batches.burden(indices) for indices in self._batches.order(epoch))

@@ -23,7 +23,7 @@ MOST_LATENT_BYTES = 2 << 30  # in memory; 4000 pictures at 1024², 16,000 at 512
 
 
 @dataclass(frozen=True)
-class _InFile:
+class InFile:
     """A tensor in the temporary file."""
 
     offset: int
@@ -56,21 +56,21 @@ class Spill:
         """How much has been written."""
         return self._end
 
-    def write(self, tensor: torch.Tensor) -> _InFile:
+    def write(self, tensor: torch.Tensor) -> InFile:
         """Keep a contiguous tensor on the CPU; raises OSError as the disk does."""
         data = memoryview(tensor.view(-1).view(torch.uint8).numpy())
         with self._lock:
             if self._file is None:
                 folder = self._folder if self._folder is not None and self._folder.is_dir() else None
                 self._file = tempfile.TemporaryFile(dir=folder, buffering=0)
-            place = _InFile(self._end, tensor.shape, tensor.dtype)
+            place = InFile(self._end, tensor.shape, tensor.dtype)
             self._file.seek(place.offset)
             while data:
                 data = data[self._file.write(data):]
             self._end = self._file.tell()
         return place
 
-    def read(self, place: _InFile, row: int | None = None) -> torch.Tensor:
+    def read(self, place: InFile, row: int | None = None) -> torch.Tensor:
         """The tensor, or only `tensor[row]`; from any thread. Raises OSError."""
         shape = place.shape if row is None else place.shape[1:]
         tensor = torch.empty(shape, dtype=place.dtype)
@@ -102,7 +102,7 @@ class LatentStore:
         """At most `max_bytes` stay in memory. `folder`: where the temporary file lies, see `Spill`."""
         self.disk, self._max_bytes = disk, max_bytes
         self._spill = Spill(folder)
-        self._entries: dict[int, torch.Tensor | _InFile | _InCache] = {}
+        self._entries: dict[int, torch.Tensor | InFile | _InCache] = {}
         self._bytes = 0
         self.failure = ""  # why latents stay in memory that should not
 
@@ -120,7 +120,7 @@ class LatentStore:
 
         A disk that refuses costs memory and not the run; `failure` then says why.
         """
-        entry: torch.Tensor | _InFile | _InCache = latents
+        entry: torch.Tensor | InFile | _InCache = latents
         if not self.has_room(latents.nbytes):
             if cached is not None:
                 entry = _InCache(*cached)
@@ -146,7 +146,7 @@ class LatentStore:
         entry = self._entries[number]
         if isinstance(entry, torch.Tensor):
             return entry[int(flipped)]
-        if isinstance(entry, _InFile):
+        if isinstance(entry, InFile):
             try:
                 return self._spill.read(entry, int(flipped))
             except OSError as error:

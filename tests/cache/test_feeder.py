@@ -141,3 +141,23 @@ def test_no_more_batches_wait_than_the_bytes_allow(make_dataset, vae: FakeVAE, m
         assert sum(1 for _ in feeder.epoch(1)) == 12
     # One at a time; the one that was just taken is counted until it is finished.
     assert most[0] <= 2
+
+
+@pytest.mark.parametrize("start", [0, 1, 3, 4, 6])
+def test_captions_are_told_in_the_same_rows_wherever_a_run_begins(make_dataset, vae: FakeVAE, start: int) -> None:
+    """So that what is encoded together does not depend on where a run was interrupted."""
+    def told_from(first: int) -> list[list[str]]:
+        told: list[list[str]] = []
+        with Feeder(made, last_epoch=2, threads=0, encode_soon=told.append, captions_at_once=4) as feeder:
+            for epoch in (1, 2):
+                known: set[str] = set()
+                for batch in feeder.epoch(epoch, first if epoch == 1 else 0):
+                    known |= set(told[-1])
+                    assert set(batch.captions) <= known
+        return told
+
+    dataset, placements = make_dataset(SIZES, repeats=3)
+    made = batches("in memory", vae, dataset, placements)
+    whole = told_from(0)
+    assert len(made) > 6 and len(whole) == 2 * -(-len(made) // 2) and all(len(row) <= 4 for row in whole)
+    assert told_from(start) == whole[start // 2:]
