@@ -19,9 +19,22 @@ Assignment = Callable[[str], tuple[str, str]]
 def add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser], *, assignment: Assignment) -> None:
     """Add `bench` with its own commands. `assignment` reads NAME=VALUE, as for `train`."""
     bench = commands.add_parser("bench", help="measure how good, fast and frugal this is")
-    kinds = bench.add_subparsers(required=True, metavar="quality | speed | memory | model | studio")
+    kinds = bench.add_subparsers(required=True, metavar="quality | speed | memory | cache | startup | model | studio")
     _add_quality(kinds, assignment)
     _add_speed(kinds, assignment)
+    _add_memory(kinds)
+    cache = kinds.add_parser("cache", help="measure how fast pictures become latents, and a second start")
+    cache.add_argument("--pictures", type=int, default=10_000, help="how many (10000)")
+    cache.add_argument("--size", default="512", metavar="N|WIDTHxHEIGHT", help="what they are trained at (512)")
+    cache.add_argument("--device", choices=("cuda", "cpu"), help="by default the card where there is one")
+    cache.add_argument("--threads", type=int, default=0, help="processor threads of torch")
+    _add_out(cache, "table and figures go, and the pictures meanwhile")
+    cache.set_defaults(command=run_cache)
+    startup = kinds.add_parser("startup", help="measure the time from the click to the first step, and to a usable file")
+    startup.add_argument("--size", choices=("small", "sd15", "sdxl"), default="small", help="the checkpoint")
+    startup.add_argument("--steps", type=int, default=3, help="steps of a run (3)")
+    _add_out(startup, "table and figures go, and the checkpoint meanwhile")
+    startup.set_defaults(command=run_startup)
     _add_model(kinds)
     studio = kinds.add_parser("studio", help="measure the caption editor on many pictures")
     studio.add_argument("--pictures", default="", metavar="N,N,…", help="how many (1000,2000,5000,10000)")
@@ -77,6 +90,19 @@ def _add_speed(kinds: argparse._SubParsersAction[argparse.ArgumentParser], assig
                        "machine that does other work")
     _add_out(speed, "table and figures go")
     speed.set_defaults(command=lambda chosen: run_speed(chosen, assignment=assignment))
+
+
+def _add_memory(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    memory = kinds.add_parser("memory", help="what the memory plan predicts for cards of several sizes, and beside what is "
+                              "measured here")
+    memory.add_argument("--size", choices=("true", "small"), help="the measured model's size; by default true with a card")
+    memory.add_argument("--device", choices=("cuda", "cpu"), help="by default the card where there is one")
+    memory.add_argument("--precision", choices=("no", "fp16", "bf16"), help="by default fp16 with a card, else no (fp32)")
+    memory.add_argument("--rank", type=int, default=16, help="the LoRA's rank")
+    memory.add_argument("--threads", type=int, default=0, help="processor threads")
+    memory.add_argument("--measured-only", action="store_true", help="leave out the table of predictions for cards")
+    _add_out(memory, "tables and figures go")
+    memory.set_defaults(command=run_memory)
 
 
 def _add_model(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -145,6 +171,37 @@ def run_speed(chosen: argparse.Namespace, *, assignment: Assignment) -> int:
     else:
         text = speed.run_speed(plan, say=_say)
     print(f"\n{text}\nFigures: {chosen.out}")
+    return 0
+
+
+def run_memory(chosen: argparse.Namespace) -> int:
+    """`bench memory`; returns the exit code."""
+    from lib_lora_train.bench import memory, speed
+
+    device = _device(chosen)
+    card = device.type == "cuda"
+    plan = memory.MemoryPlanned(
+        output=chosen.out, device=device, cases=speed.PUBLISHED if card else speed.NARROW, rank=chosen.rank,
+        small=chosen.size == "small" or not (card or chosen.size), precision=chosen.precision or ("fp16" if card else "no"),
+        predict=not chosen.measured_only)
+    print(f"\n{memory.run_memory(plan, say=_say)}\nFigures: {chosen.out}")
+    return 0
+
+
+def run_cache(chosen: argparse.Namespace) -> int:
+    """`bench cache`; returns the exit code."""
+    from lib_lora_train.bench import cache
+
+    text = cache.run_cache(pictures=chosen.pictures, size=chosen.size, output=chosen.out, say=_say, device=_device(chosen))
+    print(f"\n{text}\nFigures: {chosen.out}")
+    return 0
+
+
+def run_startup(chosen: argparse.Namespace) -> int:
+    """`bench startup`; returns the exit code."""
+    from lib_lora_train.bench import startup
+
+    print(f"\n{startup.run_startup(size=chosen.size, steps=chosen.steps, output=chosen.out, say=_say)}\nFigures: {chosen.out}")
     return 0
 
 

@@ -16,12 +16,9 @@ from collections.abc import Callable
 
 import torch
 
-from lib_lora_train.training.estimate import Cost
-
 BYTES_A_PARAMETER = 4 * (2 + 1 + 3 + 3)
-"""AdamW in fp32: the weight is read forward and backward, its gradient written; then weight, gradient and two moments
-are read, of which the weight and the moments are written. The weight's reading there and the gradient's are counted with
-the first two: 2 + 1 and 3 read, 3 written."""
+"""A LoRA weight in fp32: read forward and backward, its gradient written; then AdamW reads the gradient and two moments and
+writes the weight and the moments."""
 TIMES = 5
 
 
@@ -56,10 +53,9 @@ def moved_bytes(*, weights: int, activations: int, parameters: int) -> int:
     return 2 * weights + 2 * activations + BYTES_A_PARAMETER * parameters
 
 
-def step_floor(cost: Cost, *, batch: int, weight_bytes: int, rates: Rates) -> Floor:
-    """The floor of a step of `batch` pictures whose cost is `cost` each, on a UNet of `weight_bytes`."""
-    moved = moved_bytes(weights=weight_bytes, activations=cost.activation_bytes * batch, parameters=cost.parameters)
-    return Floor(cost.operations * batch / rates.operations, moved / rates.bytes)
+def step_floor(*, operations: float, moved: int, rates: Rates) -> Floor:
+    """The floor of a step of so many operations (multiply and add are two) that moves so many bytes."""
+    return Floor(operations / rates.operations, moved / rates.bytes)
 
 
 def measured_rates(device: torch.device, dtype: torch.dtype) -> Rates:

@@ -24,5 +24,5 @@ def share(value: float) -> str:
 
 
 def gigabytes(count: float) -> str:
-    """Bytes as GB (10^9) with two digits."""
-    return f"{count / 1e9:.2f}"
+    """Bytes as GB (2^30 bytes, as cards are sold) with two digits."""
+    return f"{count / 2**30:.2f}"

@@ -21,7 +21,7 @@ def machine_text(device: torch.device) -> str:
 def card_text(device: torch.device) -> str:
     """The card's name, memory and CUDA version."""
     facts = torch.cuda.get_device_properties(device)
-    return f"{facts.name} ({facts.total_memory / 1e9:.1f} GB, CUDA {torch.version.cuda})"
+    return f"{facts.name} ({facts.total_memory / 2**30:.1f} GB, CUDA {torch.version.cuda})"
 
 
 def processor_text() -> str:

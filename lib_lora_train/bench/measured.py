@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -56,13 +56,13 @@ class Measured:
 
 
 def measure_run(host: Host, *, settings: Mapping[str, object], data: Path, steps: int, warm_up: int,
-                device: torch.device, stretch: int = 1) -> Measured:
+                device: torch.device, stretch: int = 1, each: Callable[[int], None] = lambda done: None) -> Measured:
     """Train for `warm_up` and then for `steps` steps; the file goes to the host's folder under the name "measured".
 
     Time is taken down every `stretch` steps; on CUDA the device is waited for there, so a stretch of one step would change
-    what is measured. Raises what `run_job` raises.
+    what is measured. `each` is called when a step's loss is told, with the number of steps done. Raises what `run_job` raises.
     """
-    watch = _Watch(device, total=warm_up + steps, stretch=stretch)
+    watch = _Watch(device, total=warm_up + steps, stretch=stretch, each=each)
     run_job(parse({**settings, "train_data_dir": str(data), "max_train_steps": warm_up + steps, "output_name": "measured",
                    "overwrite": True, "save_state": False}), host, report=watch.report, stop=watch.stop)
     wall, processor = watch.stretches(warm_up)
@@ -79,7 +79,8 @@ class _Mark:
 class _Watch:
     """Hears the run's events and is asked before each step whether to stop: that is when time is taken down."""
 
-    def __init__(self, device: torch.device, *, total: int, stretch: int) -> None:
+    def __init__(self, device: torch.device, *, total: int, stretch: int, each: Callable[[int], None]) -> None:
+        self._each = each
         self._device, self._total, self._stretch, self._calls = device, total, stretch, 0
         self._marks: list[_Mark] = []
         self._end: _Mark | None = None
@@ -102,6 +103,7 @@ class _Watch:
             self.notes.append(event.message)
         elif isinstance(event, events.Step):
             self.losses.append(event.loss)
+            self._each(event.step)
             if event.step == self._total:
                 self._end = self._now()
                 self._take_peak()

@@ -93,14 +93,18 @@ def _card(device: torch.device) -> CardBytes | None:
 
 
 def _check_processor(pairs: list[Pair], by_processor: bool) -> None:
-    if by_processor and any(run.processor is None for pair in pairs for run in (pair.ours, pair.theirs)):
-        raise SettingError("Processor seconds are not to be had", why="this system does not count those of other programs",
-                           remedy="leave out --processor-time")
+    if by_processor and not _counted(pairs):
+        raise SettingError("Processor seconds are not to be had", why="this system does not count those of other programs, or "
+                           "the runs were too short", remedy="leave out --processor-time")
 
 
 def _kinds(pairs: list[Pair]) -> list[str]:
-    counted = all(run.processor is not None for pair in pairs for run in (pair.ours, pair.theirs))
-    return [ratio_text(pairs, processor=processor) for processor in ((False, True) if counted else (False,))]
+    return [ratio_text(pairs, processor=processor) for processor in ((False, True) if _counted(pairs) else (False,))]
+
+
+def _counted(pairs: list[Pair]) -> bool:
+    """Whether processor seconds were to be had; none at all is none that a clock tick could count."""
+    return all(run.processor for pair in pairs for run in (pair.ours, pair.theirs))
 
 
 def _line(case: Case, pairs: list[Pair], by_processor: bool) -> list[str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from lib_lora_train.bench.floor import Floor, Rates, measured_rates, step_floor
+from lib_lora_train.bench.floor import Floor, Rates, measured_rates, moved_bytes, step_floor
 from lib_lora_train.bench.grid import gigabytes, grid
 from lib_lora_train.bench.lender import RandomHost, make_pictures
 from lib_lora_train.bench.machine import machine_text
@@ -183,7 +183,8 @@ def case_floor(host: Host, case: Case, *, rank: int, dtype: torch.dtype, rates: 
     cost = picture_cost(outline.tensors, detect(outline.tensors, outline.hints), width=case.resolution,
                         height=case.resolution, rank=rank, dtype=dtype)
     weights = sum(tensor.numel() * tensor.element_size() for tensor in unet_tensors(outline.tensors).values())
-    return step_floor(cost, batch=case.batch, weight_bytes=weights, rates=rates)
+    moved = moved_bytes(weights=weights, activations=cost.activation_bytes * case.batch, parameters=cost.parameters)
+    return step_floor(operations=cost.operations * case.batch, moved=moved, rates=rates)
 
 
 def _compute_dtype(precision: str) -> torch.dtype:
@@ -254,6 +255,6 @@ def _within(rows: Sequence[Row]) -> list[str]:
         cards = [run.card for run in row.runs if run.card]
         if row.case.within and cards and row.name.startswith("within "):
             most = max(card.run_reserved for card in cards)
-            met = "met" if most <= row.case.within * 1e9 else "**missed**"
+            met = "met" if most <= row.case.within * 2**30 else "**missed**"
             said.append(f"Target {row.case.name} inside {row.case.within:g} GB: {met} ({gigabytes(most)} GB).")
     return said

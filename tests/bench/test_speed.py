@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from lib_lora_train.__main__ import main
+from lib_lora_train.bench import speed
+from lib_lora_train.bench.floor import Rates
 from lib_lora_train.bench.lender import make_pictures
 from lib_lora_train.bench.measured import measure_run
 from lib_lora_train.bench.pairing import our_command
@@ -17,6 +19,12 @@ from lib_lora_train.errors import SettingError
 from lib_lora_train.host.standalone import StandaloneHost
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def known_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measuring the machine takes longer than the rest of these tests."""
+    monkeypatch.setattr(speed, "measured_rates", lambda device, dtype: Rates(operations=1e11, bytes=1e10))
 
 
 def plan(folder: Path, checkpoint: Path, *compared: str) -> SpeedPlan:
