@@ -59,11 +59,11 @@ def joined(place: Place | None, *, patience: float = PATIENCE) -> Iterator[Ranks
 class Joined:
     """`Ranks` over torch.distributed."""
 
-    def __init__(self, place: Place, store: dist.Store, *, cards: dist.ProcessGroup | None) -> None:
-        """`cards` is the group that sums what lies on a card, None where that goes over the CPU."""
+    def __init__(self, place: Place, store: dist.Store, *, control: dist.ProcessGroup, cards: dist.ProcessGroup | None) -> None:
+        """`cards` is the group that sums what lies on a card, None where that goes over the CPU as all else does."""
         self.rank, self.world = place.rank, place.world
         self._store, self._cards = dist.PrefixStore("lora_train", store), cards
-        self._control: dist.ProcessGroup | None = dist.group.WORLD
+        self._control: dist.ProcessGroup | None = control
         self._bereft = self._silent = False  # another one left; it does not even answer, and will not say goodbye
 
     def sum_(self, tensor: torch.Tensor) -> None:
@@ -183,10 +183,14 @@ def _join(place: Place, patience: float) -> Joined:
         store, _, _ = next(dist.rendezvous("env://", timeout=gathering))
         dist.init_process_group("gloo", store=store, rank=place.rank, world_size=place.world,
                                 timeout=datetime.timedelta(seconds=patience))
-        group = dist.new_group(backend="nccl") if cards else None
+        control, group = dist.group.WORLD, None
+        if cards:
+            # A control of its own: it can be closed while NCCL still waits for somebody.
+            control = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=patience))
+            group = dist.new_group(backend="nccl", timeout=datetime.timedelta(seconds=patience))
     except (RuntimeError, ValueError, OSError) as error:
         raise _not_joined(place, error) from error
-    return Joined(place, store, cards=group)
+    return Joined(place, store, control=control, cards=group)
 
 
 def _not_joined(place: Place, error: Exception) -> HostError:

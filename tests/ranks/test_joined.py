@@ -7,9 +7,14 @@ import signal
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from lib_lora_train.events import Step
+from lib_lora_train.ranks import Lost
+from lib_lora_train.saver import Saver, StateKeeper
+from lib_lora_train.settings import SaveSettings
 from tests.ranks.processes import running
 
 # Joins, does what `sys.argv[1]` says and prints it; an error of ours is printed as its class and text.
@@ -71,6 +76,29 @@ def test_all_hear_the_same_until_one_is_killed_and_the_others_end_by_themselves(
         started.end()
 
 
+# As if there were cards, with gloo in NCCL's place.
+CARDS = """
+import torch, torch.distributed as dist
+from lib_lora_train.ranks import joined as module
+torch.cuda.is_available = dist.is_nccl_available = lambda: True
+new_group = dist.new_group
+dist.new_group = lambda backend, timeout: new_group(backend="gloo", timeout=timeout)
+destroyed = []
+destroy = dist.destroy_process_group
+dist.destroy_process_group = lambda group=None: (destroyed.append(group is None), destroy(group))
+"""
+
+
+def test_where_cards_are_summed_only_the_control_is_closed_and_weights_are_not_trusted(tmp_path):
+    child = CARDS + CHILD.replace("say(type(error)", "say(len(destroyed), destroyed[0], error.intact if hasattr(error, "
+                                  "'intact') else None, type(error)")
+    goes = ONE_GOES.format(how="raise TrainingError('It burst')")
+    with running([["-c", child, goes, 600]] * 2, tmp_path) as started:
+        assert told(started, 0)[-1] == [1, False, False, "Lost", "Process 1 of 2 ended: It burst."]
+        assert told(started, 1)[-1] == [1, False, None, "TrainingError", "It burst."]
+        assert started.end() == [0, 0]
+
+
 @pytest.mark.parametrize("how, kind, text", [
     ("raise TrainingError('It burst', why='heat')", "Lost", "Process 1 of 2 ended: It burst: heat."),
     ("raise Interrupted('Enough')", "Interrupted", "Process 1 of 2 was stopped: Enough.")])
@@ -108,3 +136,17 @@ def test_a_port_that_is_taken_is_one_sentence(tmp_path):
     assert was == "HostError"
     assert said == (f"Process 0 of 2 cannot join the others at 127.0.0.1:{port}: another program uses this port; choose "
                     "another MASTER_PORT.")
+
+
+@pytest.mark.parametrize("intact", [True, False])
+def test_what_was_learnt_is_kept_only_where_the_last_sum_is_known_to_be_whole(tmp_path, intact):
+    asked = []
+    network = SimpleNamespace(state_dict=lambda: asked.append("weights") or {})
+    provenance = SimpleNamespace(metadata=lambda name, step, epoch: {})
+    chosen = SaveSettings(save_state=False)
+    saver = Saver(tmp_path / "zzk.safetensors", chosen, network, provenance, StateKeeper(None, chosen, {}, lambda event: None),
+                  report=lambda event: None, spare=None)
+    saver.report(Step(3, 9, 1, 3, 0.5, 0.5, 0.1, 0.0, None, None))
+    with pytest.raises(Lost, match="zzk-step00000003" if intact else r"It is gone\.$"), saver.rescue():
+        raise Lost("It is gone", intact=intact)
+    assert asked == (["weights"] if intact else [])
