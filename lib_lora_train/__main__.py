@@ -66,9 +66,14 @@ def _train(chosen: argparse.Namespace) -> int:
 
     place = place_of(os.environ)
     first = place is None or place.rank == 0  # it alone records and prints
-    settings = _train_settings(chosen)
-    checked_name(settings.save.output_name)  # it names the record's folder too
-    describe_file(chosen.checkpoint)  # a wrong one is refused before anything is read
+    try:
+        settings = _train_settings(chosen)
+        checked_name(settings.save.output_name)  # it names the record's folder too
+        describe_file(chosen.checkpoint)  # a wrong one is refused before anything is read
+    except LoraTrainError as error:
+        if place is not None:
+            _refused_together(place, error)
+        raise
     output = Path(settings.save.output_dir or ".")
     resumed = Path(settings.save.resume) if settings.save.resume else None
     runs_folder = resumed.parent if resumed else output / RUNS_FOLDER
@@ -105,16 +110,26 @@ def _train(chosen: argparse.Namespace) -> int:
     if record:
         record.close()
     if finished.outcome == "failed":
-        code = 2 if isinstance(failure, UserError) else 1
         if place is not None:
-            _failed_together(place, finished.message, failure, code=code)
+            _failed_together(place, finished.message, failure)
         print(finished.message, file=sys.stderr)
-        return code
+        return 2 if isinstance(failure, UserError) else 1
     # The first one's exit code says how it ended; to a launcher another's would be a failure, which ends the first one too.
     return 130 if finished.outcome == "stopped" and first else 0
 
 
-def _failed_together(place: Place, message: str, failure: LoraTrainError | None, *, code: int) -> NoReturn:
+def _refused_together(place: Place, error: LoraTrainError) -> NoReturn:
+    """The end of one of several processes that cannot even begin: the others would wait for it, so that it tells them."""
+    from lib_lora_train.ranks.joined import joined
+
+    try:
+        with joined(place):
+            raise error
+    except LoraTrainError:
+        _failed_together(place, str(error), error)
+
+
+def _failed_together(place: Place, message: str, failure: LoraTrainError | None) -> NoReturn:
     """The end of one of several processes: what all of them know, the first one tells, and what one alone knows, that one."""
     from lib_lora_train.ranks import Disagreement, Lost
 
@@ -125,7 +140,7 @@ def _failed_together(place: Place, message: str, failure: LoraTrainError | None,
     sys.stdout.flush()
     sys.stderr.flush()
     # At once: a card may wait for ever for a process that is gone, and what tidies up would wait for the card.
-    os._exit(code)
+    os._exit(2 if isinstance(failure, UserError) else 1)
 
 
 def _train_settings(chosen: argparse.Namespace) -> Settings:

@@ -170,3 +170,14 @@ def test_processes_that_were_started_differently_are_refused_in_one_sentence(pic
             "of them with the same command, on the same files.\n")
         assert started.errors(1) == ""
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_what_one_process_cannot_find_the_others_are_told(pictures, tiny_file, tmp_path):
+    chosen = {**SETTINGS, "train_data_dir": pictures, "output_dir": tmp_path}
+    words = [["-m", "lib_lora_train", *command(chosen, checkpoint, "--no-record")]
+             for checkpoint in (tiny_file, tmp_path / "elsewhere.safetensors")]
+    with running(words, tmp_path) as started:
+        assert started.end() == [1, 2]
+        missing = f"The checkpoint {tmp_path / 'elsewhere.safetensors'} does not exist"
+        assert started.errors() == f"Process 1 of 2 ended: {missing}; check the path.\n"
+        assert started.errors(1) == f"Process 1: {missing}; check the path.\n"
