@@ -27,7 +27,7 @@ COLUMNS_UP_TO, COLUMNS_FROM = 400, 2 ** 23
 def frozen_conv2d(x: Tensor, weight: Weight, bias: Tensor | None, *, stride: int, padding: int) -> Tensor:
     """x [B, in, h, w] convolved with weight [out, in, k, k], in `x.dtype`; a gradient for x only.
 
-    Autograd keeps neither x nor a cast of the weight. The result is in NHWC order where x is.
+    Autograd keeps neither x nor a cast of the weight. The result is in NHWC order where x is, or where the kernel is.
     """
     if tuple(weight.shape[2:]) == (1, 1) and padding == 0 and stride == 1 and is_nhwc(x):
         return over_pixels(x, lambda rows: frozen_linear(rows, weight, bias))

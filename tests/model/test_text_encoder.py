@@ -12,6 +12,7 @@ from lib_lora_train.model.architecture import TextConfig
 from lib_lora_train.model.components import text_tensors
 from lib_lora_train.model.frozen import FrozenModel, build
 from lib_lora_train.model.text_encoder import TextEncoder
+from lib_lora_train.network.lora import LoRALayer
 from tests.model.small_checkpoints import (
     END,
     HINTS,
@@ -133,6 +134,48 @@ def test_gradients_reach_an_adapter_in_every_layer(checkpointing: bool) -> None:
             continue  # a constant added to every key changes no attention: the true gradient is 0
         theirs_module = modules[name] if name in modules else modules[name.removeprefix("text_model.")]
         assert relative_error(adapter.added.grad, theirs_module.bias.grad) <= 1e-4
+
+
+def test_nothing_below_the_first_trained_layer_is_kept() -> None:
+    kept: list[Tensor] = []
+    before: list[int] = []
+
+    class Watched:
+        def linear(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            before.append(len(kept))
+            return torch.nn.functional.linear(x, weight, bias) * scale
+
+    scale = torch.ones((), requires_grad=True)
+    ours = encoder_of(randomised(CLIPTextModel(clip_config())), "cond_stage_model.transformer.")
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved) or saved, lambda saved: saved):
+        hidden, _ = ours(tokens(), adapters={"text_model.encoder.layers.1.mlp.fc2": Watched()})
+    assert before == [0] and len(kept) > 0 and hidden.requires_grad
+
+
+def test_fused_layers_give_the_gradients_of_those_written_out() -> None:
+    class WrittenOut:
+        def __init__(self, layer: LoRALayer) -> None:
+            self.layer = layer
+
+        def linear(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            linear = torch.nn.functional.linear
+            return linear(x, weight, bias) + linear(linear(x, self.layer.down), self.layer.up) * 0.5
+
+    ours = encoder_of(randomised(CLIPTextModel(clip_config())), "cond_stage_model.transformer.")
+    generator = torch.Generator().manual_seed(1)
+    layers = {
+        name.removesuffix(".weight"): LoRALayer(
+            in_features=tensor.shape[1], out_features=tensor.shape[0], rank=2, alpha=1, generator=generator)
+        for name, tensor in ours.tensors.items() if tensor.ndim == 2 and ".layers." in name}
+    with torch.no_grad():
+        for layer in layers.values():
+            layer.up.normal_(std=0.1, generator=generator)
+    factors = [factor for layer in layers.values() for factor in layer.parameters()]
+    found, right = (
+        torch.autograd.grad(ours(tokens(), adapters=adapters)[0].square().mean(), factors)
+        for adapters in (layers, {name: WrittenOut(layer) for name, layer in layers.items()}))
+    for a, b in zip(found, right, strict=True):
+        assert (a - b).abs().max() <= 1e-4 * b.abs().max()
 
 
 # --- the condition of each family -------------------------------------------------------------------------------------

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib_lora_train.errors import SettingError
 from lib_lora_train.model.components import unet_tensors
@@ -15,6 +17,9 @@ from lib_lora_train.model.family import family_of, unet_config
 from lib_lora_train.model.layers import Layers, frozen_conv2d, frozen_linear
 from lib_lora_train.model.text import size_vector
 from lib_lora_train.model.unet import UNet, resnet, spatial_transformer
+from lib_lora_train.network.lora import LoRALayer
+from lib_lora_train.network.network import LoRANetwork
+from lib_lora_train.network.targets import find_targets
 from tests.model.small_checkpoints import (
     CONTEXT,
     FAMILIES,
@@ -214,3 +219,107 @@ def test_half_precision_activations_give_a_close_prediction_in_their_dtype() -> 
         exact, rounded = unet(x, t, context), unet(x.bfloat16(), t, context)
     assert rounded.dtype == torch.bfloat16
     assert F.cosine_similarity(exact.flatten(), rounded.float().flatten(), dim=0) > 0.999
+
+
+# --- the LoRA's own layers, which share inputs and keep little ---------------------------------------------------------
+
+def trained(unet: UNet, family: str) -> dict[str, LoRALayer]:
+    """The layers that a run trains, with numbers in them."""
+    targets = find_targets({"unet": unet.tensors}, family=family, text_encoder=False)
+    layers = LoRANetwork.build(targets, rank=2, alpha=1, seed=3).adapters()["unet"]
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for layer in layers.values():
+            layer.up.normal_(std=0.1, generator=generator)
+    return layers
+
+
+class WrittenOut:
+    """The same layer in plain operations, one layer at a time."""
+
+    def __init__(self, layer: LoRALayer) -> None:
+        self.layer = layer
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        low = F.linear(F.linear(x, self.layer.down), self.layer.up) * (self.layer.alpha / self.layer.rank)
+        return F.linear(x, weight.flatten(1), bias) + low
+
+
+def loss_and_gradients(unet: UNet, family: str, adapters: dict[str, object], layers: dict[str, LoRALayer], *,
+                       recompute: Collection[str] = ()) -> list[Tensor]:
+    x, t, context, pooled = inputs(family)
+    loss = unet(x, t, context, vector(family, pooled), adapters=adapters, recompute=recompute).square().mean()
+    return [loss.detach(), *torch.autograd.grad(loss, [factor for layer in layers.values() for factor in layer.parameters()])]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fused_layers_give_the_gradients_of_those_written_out(family: str) -> None:
+    unet = unet_of(unet_tensors(checkpoint(family)), family)
+    layers = trained(unet, family)
+    ours = loss_and_gradients(unet, family, layers, layers)
+    theirs = loss_and_gradients(unet, family, {name: WrittenOut(layer) for name, layer in layers.items()}, layers)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).abs().max() <= 1e-4 * b.abs().max()
+
+
+@pytest.mark.parametrize("ends", [("",), (".attn1",), (".attn2", ".ff")], ids="+".join)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recomputing_changes_no_gradient_of_the_lora(family: str, ends: tuple[str, ...]) -> None:
+    unet = unet_of(unet_tensors(checkpoint(family)), family)
+    layers = trained(unet, family)
+    plain = loss_and_gradients(unet, family, layers, layers)
+    units = [unit for unit in unet.units if unit.endswith(ends)]
+    again = loss_and_gradients(unet, family, layers, layers, recompute=units)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+def test_kernels_that_lie_in_nhwc_order_give_the_same_prediction_where_they_lie() -> None:
+    lent = unet_tensors(checkpoint("sd1"))
+    turned = {name: tensor.detach().contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+              for name, tensor in lent.items()}
+    x, t, context, _ = inputs("sd1")
+    plain, ours = unet_of(lent, "sd1"), unet_of(turned, "sd1")
+    assert relative_error(ours(x, t, context).detach(), plain(x, t, context).detach()) <= 1e-5
+    assert ours.layers.copied_bytes == 0
+    assert all(ours.tensors[name].data_ptr() == tensor.data_ptr() for name, tensor in turned.items())
+
+
+class Backward(TorchDispatchMode):
+    """Counts the operations of each name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_below_the_first_trained_layer_is_kept_or_differentiated(family: str) -> None:
+    unet = unet_of(unet_tensors(checkpoint(family)), family)
+    layers = trained(unet, family)
+    name = [name for name in layers if name.startswith("output_blocks")][-1].rsplit(".transformer_blocks", 1)[0]
+    name = max(n for n in layers if n.startswith(name) and n.endswith("ff.net.2"))
+    x, t, context, pooled = inputs(family)
+    kept: list[Tensor] = []
+    before: list[int] = []
+
+    class Watched:
+        def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            before.append(len(kept))
+            return layers[name].linear(x, weight, bias)
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved) or saved, lambda saved: saved):
+        loss = unet(x, t, context, vector(family, pooled), adapters={name: Watched()}).square().mean()
+    assert before == [0] and len(kept) > 0
+    with Backward() as backward:
+        loss.backward()
+    block = int(name.split(".")[1])
+    above = {tensor for tensor in unet.tensors if tensor.endswith(".weight") and unet.tensors[tensor].shape[2:] == (3, 3)
+             and (tensor.startswith("out.") or tensor.startswith("output_blocks") and int(tensor.split(".")[1]) > block)}
+    inner = {tensor for tensor in unet.tensors if tensor.startswith(f"output_blocks.{block}.2.conv.weight")}
+    assert backward.seen["convolution_backward"] == len(above | inner) < 10
+    assert backward.seen["_scaled_dot_product_flash_attention_for_cpu_backward"] == 0
+    assert backward.seen["_scaled_dot_product_flash_attention_backward"] == 0

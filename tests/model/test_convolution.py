@@ -1,0 +1,103 @@
+"""Frozen convolutions give torch's numbers whichever way they are computed, in either order of memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lib_lora_train.model import convolution
+from lib_lora_train.model.convolution import frozen_conv2d
+from lib_lora_train.model.layers import Layers
+
+
+def nhwc(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+ORDERS = {"NCHW": torch.Tensor.contiguous, "NHWC": nhwc}
+
+
+def draws(*shapes: tuple[int, ...]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+@pytest.mark.parametrize("way", ["columns", "x turned over", "torch"])
+@pytest.mark.parametrize("kernels", ORDERS)
+@pytest.mark.parametrize("pictures", ORDERS)
+@pytest.mark.parametrize("pieces, stride, padding, size", [
+    (1, 1, 1, 3), (3, 1, 1, 3), (2, 2, 1, 3), (1, 2, 0, 3), (2, 1, 0, 1)])
+def test_every_way_gives_torchs_numbers_in_the_order_of_picture_or_kernel(
+        monkeypatch: pytest.MonkeyPatch, way: str, kernels: str, pictures: str, pieces: int, stride: int, padding: int,
+        size: int) -> None:
+    monkeypatch.setattr(convolution, "COLUMNS_FROM", 0 if way == "columns" else 2 ** 40)
+    monkeypatch.setattr(convolution, "_turning_x_is_cheaper", lambda *_: way == "x turned over")
+    x, weight, bias = draws((pieces, 6, 9, 8), (10, 6, size, size), (10,))
+    x, weight = ORDERS[pictures](x).requires_grad_(), ORDERS[kernels](weight)
+    expected = F.conv2d(x, weight, bias, stride=stride, padding=padding)
+    ours = frozen_conv2d(x, weight, bias, stride=stride, padding=padding)
+    assert torch.allclose(ours, expected, atol=1e-5)
+    direction = ORDERS[pictures](draws(tuple(ours.shape))[0])
+    (found,), (right,) = (torch.autograd.grad(y, x, direction) for y in (ours, expected))
+    assert torch.allclose(found, right, atol=1e-5)
+    turned = pictures == "NHWC" or kernels == "NHWC" and size > 1  # a 1x1 kernel has no order
+    assert ours.is_contiguous(memory_format=torch.channels_last if turned else torch.contiguous_format)
+    assert found.is_contiguous(memory_format=torch.channels_last if pictures == "NHWC" else torch.contiguous_format)
+
+
+def test_wide_kernels_meet_few_pixels_as_columns_and_others_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    unfolded = []
+    fold = F.unfold
+    monkeypatch.setattr(convolution.F, "unfold", lambda x, *rest, **named: unfolded.append(x.shape) or fold(x, *rest, **named))
+    for width, side in ((1280, 8), (1280, 24), (320, 8)):
+        frozen_conv2d(nhwc(torch.zeros(1, width, side, side)), torch.zeros(width, width, 3, 3), None, stride=1, padding=1)
+    assert unfolded == [(1, 1280, 8, 8)]
+
+
+# --- copies that are asked for ----------------------------------------------------------------------------------------
+
+def tensors() -> dict[str, Tensor]:
+    wide, turned, small, matrix, bias = draws((8, 4, 3, 3), (4, 8, 3, 3), (8, 8, 1, 1), (5, 8), (8,))
+    return {"wide.weight": wide, "wide.bias": bias, "turned.weight": nhwc(turned), "small.weight": small,
+            "matrix.weight": matrix}
+
+
+def test_nothing_is_copied_unless_it_is_asked_for() -> None:
+    lent = tensors()
+    layers = Layers(lent)
+    assert layers.copied_bytes == 0
+    assert all(layers.tensors[name].data_ptr() == tensor.data_ptr() for name, tensor in lent.items())
+
+
+def test_laying_out_in_nhwc_order_copies_the_kernels_that_lie_otherwise_and_counts_them() -> None:
+    lent = tensors()
+    layers = Layers(lent)
+    layers.lay_out_channels_last()
+    assert layers.copied_bytes == 8 * 4 * 9 * 4
+    copied = {name for name, tensor in layers.tensors.items() if tensor.data_ptr() != lent[name].data_ptr()}
+    assert copied == {"wide.weight"} and layers.weight("wide").is_contiguous(memory_format=torch.channels_last)
+    assert all(torch.equal(layers.tensors[name], tensor) for name, tensor in lent.items())
+    x = draws((1, 4, 6, 6))[0]
+    assert torch.allclose(layers.conv2d("wide", x, padding=1), Layers(lent).conv2d("wide", x, padding=1), atol=1e-6)
+
+
+def test_what_was_replaced_stays_when_the_rest_is_let_go_and_lent_anew() -> None:
+    layers, lent = Layers(tensors()), tensors()
+    own = torch.ones(5, 8)
+    layers.replace({"matrix.weight": own})
+    layers.let_go()
+    assert set(layers.tensors) == {"matrix.weight"} and layers.copied_bytes == own.nbytes
+    layers.take(lent)
+    assert layers.weight("matrix") is own and set(layers.tensors) == set(lent)
+    assert layers.weight("wide").data_ptr() == lent["wide.weight"].data_ptr()
+
+
+def test_what_is_replaced_is_no_longer_held() -> None:
+    lent = tensors()
+    layers = Layers(lent)
+    adapted = layers.adapted({})
+    layers.replace({"wide.weight": torch.zeros(8, 4, 3, 3)})
+    assert not any(tensor.data_ptr() == lent["wide.weight"].data_ptr() for tensor in layers.tensors.values())
+    assert adapted.weight("wide") is layers.weight("wide") and adapted.copied_bytes == layers.copied_bytes
