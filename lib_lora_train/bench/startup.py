@@ -173,12 +173,12 @@ def _timed(host: _Watched, settings: Settings, number: int) -> Phases:
 @contextlib.contextmanager
 def _followed(watch: Stopwatch) -> Iterator[None]:
     """The runner's thread is the one that is watched, once it runs."""
-    original = runner.run_job
-
-    def followed(*arguments: object, **named: object) -> Finished:
+    @contextlib.contextmanager
+    def following() -> Iterator[None]:
         watch.follow()
-        return original(*arguments, **named)
-    runner.run_job = followed
+        yield
+    original = runner.run_job
+    runner.run_job = following()(original)
     try:
         yield
     finally:

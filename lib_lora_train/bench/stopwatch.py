@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import importlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 REST = "everything else"
@@ -76,17 +75,11 @@ class Stopwatch:
         with contextlib.ExitStack() as afterwards:
             for place in places:
                 owner, name = find(place.target)
-                original = getattr(owner, name)
-                afterwards.callback(setattr, owner, name, vars(owner)[name])
-                setattr(owner, name, self._watched(original, vars(owner)[name], place.stage))
+                original, stored = getattr(owner, name), vars(owner)[name]
+                timed = self.stage(place.stage)(original)
+                afterwards.callback(setattr, owner, name, stored)
+                setattr(owner, name, staticmethod(timed) if isinstance(stored, staticmethod) else timed)
             yield
-
-    def _watched(self, original: Callable[..., Any], stored: object, stage: str) -> object:
-        @functools.wraps(original)
-        def timed(*arguments: Any, **named: Any) -> Any:
-            with self.stage(stage):
-                return original(*arguments, **named)
-        return staticmethod(timed) if isinstance(stored, (staticmethod, classmethod)) else timed
 
     def _charge(self) -> None:
         now = self._now()
