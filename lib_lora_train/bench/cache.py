@@ -24,12 +24,12 @@ from PIL import Image
 from lib_lora_train.bench.grid import grid
 from lib_lora_train.bench.machine import machine_text
 from lib_lora_train.bench.training import Say
-from lib_lora_train.cache.ahead import reading_threads
 from lib_lora_train.cache.batches import Batches
 from lib_lora_train.cache.disk import CACHE_FOLDER, LatentDisk, MeanAndStd
 from lib_lora_train.cache.encoding import Encoder, automatic_batch
 from lib_lora_train.cache.feeder import Feeder
 from lib_lora_train.cache.latents import CachedLatents, FreshLatents
+from lib_lora_train.dataset.ahead import reading_threads
 from lib_lora_train.dataset.buckets import Buckets, Placement
 from lib_lora_train.dataset.folder import Dataset, Example
 from lib_lora_train.demo import shapes

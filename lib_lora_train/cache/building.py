@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from lib_lora_train.cache.ahead import Ahead
 from lib_lora_train.cache.encoding import VaeWork, check_finite
 from lib_lora_train.cache.exchange import all_texts, exchange
 from lib_lora_train.cache.store import LatentStore
+from lib_lora_train.dataset.ahead import Ahead
 from lib_lora_train.dataset.augment import scale_and_crop, to_samples
 from lib_lora_train.dataset.buckets import Placement, Size
 from lib_lora_train.dataset.folder import Example, Problem

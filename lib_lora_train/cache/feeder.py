@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from lib_lora_train.cache.ahead import MOST_BYTES, Ahead, reading_threads
 from lib_lora_train.cache.batches import Batch, Batches, PreparedBatch
+from lib_lora_train.dataset.ahead import MOST_BYTES, Ahead, reading_threads
 
 _SPARE = 2  # batches ready beyond those in the making: a slow picture then holds nobody up
 

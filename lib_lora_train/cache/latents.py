@@ -19,12 +19,12 @@ from typing import Protocol
 
 import torch
 
-from lib_lora_train.cache.ahead import reading_threads
 from lib_lora_train.cache.building import Building, check_pictures, decoded, decoding_bytes, latent_bytes
 from lib_lora_train.cache.disk import LatentDisk
 from lib_lora_train.cache.encoding import Encoder, VaeWork, check_finite
 from lib_lora_train.cache.exchange import shared_stop
 from lib_lora_train.cache.store import MOST_LATENT_BYTES, LatentStore
+from lib_lora_train.dataset.ahead import reading_threads
 from lib_lora_train.dataset.augment import draw_crop, draw_flip, scale_and_crop, to_samples, vary_colour
 from lib_lora_train.dataset.buckets import Placement
 from lib_lora_train.dataset.folder import Dataset, Problem

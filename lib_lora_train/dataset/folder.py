@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from lib_lora_train.dataset.ahead import Ahead, reading_threads
 from lib_lora_train.dataset.buckets import Buckets, Placement, Size
 from lib_lora_train.dataset.captions import find_captions, first_line, read_caption, split_tags, with_trigger_word
 from lib_lora_train.dataset.pictures import MAX_PIXELS, check_picture, is_picture_name
@@ -25,6 +26,8 @@ from lib_lora_train.settings import DECLARATIONS
 MOST_REPEATS = DECLARATIONS["num_repeats"].maximum
 MASKS_FOLDER = "masks"  # beside the N_name folders, where the studio keeps them: no pictures to learn from
 MayRead = Callable[[Path], bool]
+_MANY = 100  # pictures from which on threads are worth their beginning
+_AHEAD_A_THREAD = 16  # files that may have been looked at, for each thread that does
 _REPEATS_AND_NAME = re.compile(r"(\d+)_(.*)")
 
 
@@ -181,21 +184,31 @@ class _Reader:
 
     def read(self, subsets: Sequence[Subset], *, trigger_word: str) -> list[Example]:
         examples = []
-        for subset in subsets:
-            for picture in subset.pictures:
+        places = [(subset, picture) for subset in subsets for picture in subset.pictures]
+        threads = reading_threads() if len(places) >= _MANY else 0
+        with Ahead([picture for _, picture in places], self._checked, threads=threads, most=_AHEAD_A_THREAD * max(1, threads),
+                   cost=_file_bytes, kept=lambda size: 0) as checked:
+            for subset, picture in places:
                 self.watch.check()
-                example = self._example(picture, subset, trigger_word=trigger_word)
+                example = self._example(picture, subset, size=next(checked), trigger_word=trigger_word)
                 if example is not None:
                     examples.append(example)
                 self.watch.advance()
         return examples
 
-    def _example(self, picture: Path, subset: Subset, *, trigger_word: str) -> Example | None:
+    def _checked(self, picture: Path) -> tuple[int, int] | DatasetError:
+        """The picture's size, or why it cannot be used; in any thread."""
         try:
-            width, height = check_picture(picture, max_pixels=self.max_pixels)
+            return check_picture(picture, max_pixels=self.max_pixels)
         except DatasetError as error:
-            self.problems.append(Problem(f"Skipped: {error}", picture, skipped=True))
+            return error
+
+    def _example(self, picture: Path, subset: Subset, *, size: tuple[int, int] | DatasetError, trigger_word: str
+                 ) -> Example | None:
+        if isinstance(size, DatasetError):
+            self.problems.append(Problem(f"Skipped: {size}", picture, skipped=True))
             return None
+        width, height = size
         caption = with_trigger_word(self._caption(picture, subset), trigger_word)
         if not caption:
             self.empty.append(picture.name)
@@ -282,6 +295,14 @@ def _subset(folder: Path, problems: list[Problem], may_read: MayRead | None) -> 
         problems.append(Problem(f"The folder {folder.name} is ignored: {why}."))
         return None
     return Subset(folder, repeats, printable(match[2].strip()), pictures, find_captions(files))
+
+
+def _file_bytes(picture: Path) -> int:
+    """What checking a file may read into memory at once; 0 where it cannot be told."""
+    try:
+        return picture.stat().st_size
+    except OSError:
+        return 0
 
 
 def _same(one: Path, other: Path) -> bool:

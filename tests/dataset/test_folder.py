@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from lib_lora_train.dataset import folder as folder_module
 from lib_lora_train.dataset.buckets import Buckets
 from lib_lora_train.dataset.folder import Dataset, place, scan, visits_by_bucket
 from lib_lora_train.errors import DatasetError, Interrupted
@@ -233,3 +235,26 @@ def test_a_folder_named_by_its_date_is_not_read_as_millions_of_repeats(tmp_path:
     dataset = scan(tmp_path, max_train_epochs=1)
     assert [example.path.name for example in dataset.examples] == ["b.png"]
     assert any("20240101" in problem.text and "repeats" in problem.text for problem in dataset.problems)
+
+
+@pytest.mark.parametrize("many", [1, 10**6])
+def test_a_large_folder_read_in_threads_is_what_it_is_read_in_turn(tmp_path: Path, monkeypatch, many: int) -> None:
+    monkeypatch.setattr(folder_module, "_MANY", many)
+    inside = tmp_path / "2_things"
+    inside.mkdir()
+    for number in range(40):
+        path = inside / f"{number:02}.png"
+        Image.new("RGB", (16 + number, 16), (number, 0, 0)).save(path)
+        path.with_suffix(".txt").write_text(f"caption {number}", encoding="utf-8")
+        if number % 9 == 4:
+            path.write_bytes(path.read_bytes()[:40])
+    seen: list[tuple[int, int]] = []
+    found = scan(tmp_path, max_train_epochs=1, on_progress=lambda done, total: seen.append((done, total)))
+    kept = [number for number in range(40) if number % 9 != 4]
+    assert [(e.path.name, e.caption, e.width) for e in found.examples] == [
+        (f"{number:02}.png", f"caption {number}", 16 + number) for number in kept]
+    assert [p.path.name for p in found.problems if p.skipped] == ["04.png", "13.png", "22.png", "31.png"]
+    assert seen == [(done, 40) for done in range(1, 41)]
+    with pytest.raises(Interrupted):
+        scan(tmp_path, max_train_epochs=1, should_stop=lambda: True)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("lora-train-ahead")]
