@@ -14,9 +14,9 @@ import torch
 
 from lib_lora_train.bench.against import CardBytes, Pair, ratio_text, run_pairs
 from lib_lora_train.bench.grid import gigabytes, grid
-from lib_lora_train.bench.lender import KOHYA_FOLDER, make_pictures
+from lib_lora_train.bench.lender import KOHYA_FOLDER
 from lib_lora_train.bench.machine import machine_text
-from lib_lora_train.bench.speed import Case, SpeedPlan, shared_settings
+from lib_lora_train.bench.speed import Case, SpeedPlan, pictures_of, shared_settings
 from lib_lora_train.bench.training import Say
 from lib_lora_train.bench.true_size import DTYPES, true_size_checkpoint
 from lib_lora_train.errors import SettingError
@@ -70,7 +70,7 @@ def our_command(plan: SpeedPlan, case: Case, *, data: Path, checkpoint: Path) ->
 
 
 def _case_pairs(plan: SpeedPlan, case: Case, command: str, *, pairs: int, say: Say) -> list[Pair]:
-    data = make_pictures(plan.output / f"pictures-{case.resolution}", side=case.resolution, count=max(8, 2 * case.batch))
+    data = pictures_of(plan, case)
     checkpoint = plan.checkpoint or true_size_checkpoint(
         case.family, plan.output, dtype=DTYPES["fp32" if plan.precision == "no" else plan.precision], small=plan.small)
     values = {"checkpoint": checkpoint, "data": data, "batch": case.batch, "resolution": case.resolution, "rank": plan.rank,

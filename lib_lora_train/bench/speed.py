@@ -134,6 +134,12 @@ def shared_settings(plan: SpeedPlan, case: Case) -> dict[str, Value]:
             "min_snr_gamma": 0.0, "seed": 42, "save_precision": "fp16", "cache_latents_to_disk": True, **plan.changes}
 
 
+def pictures_of(plan: SpeedPlan, case: Case) -> Path:
+    """The folder of pictures that a case is trained on: few on a processor, which takes long to encode them."""
+    count = max(8 if plan.device.type == "cuda" else 4, 2 * case.batch)
+    return make_pictures(plan.output / f"pictures-{case.resolution}-{count}", side=case.resolution, count=count)
+
+
 def compared_settings(names: Sequence[str]) -> dict[str, dict[str, Value]]:
     """{name: settings} for what `--compare` was given: names of COMPARED, or NAME:SETTING=VALUE,SETTING=VALUE.
 
@@ -159,8 +165,7 @@ def _measure_case(plan: SpeedPlan, case: Case, rates: Rates, say: Say) -> list[R
     if plan.checkpoint is not None:
         host = StandaloneHost(plan.checkpoint, lora_folder=plan.output / "loras", runs_folder=plan.output / "runs",
                               device=plan.device)
-    data = make_pictures(plan.output / f"pictures-{case.resolution}", side=case.resolution,
-                         count=max(8, 2 * case.batch))
+    data = pictures_of(plan, case)
     compared = dict(plan.compared)
     if case.within and plan.device.type == "cuda":
         compared[f"within {case.within:g} GB"] = {"memory_budget": case.within}
