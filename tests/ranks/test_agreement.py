@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from lib_lora_train.errors import SettingError
 from lib_lora_train.ranks import ALONE, Disagreement, agree, share
 from lib_lora_train.ranks.place import Place, place_of
+from lib_lora_train.resume import Point, compare_settings
+from lib_lora_train.settings import flat, parse
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "29500"}
 
@@ -82,3 +85,12 @@ def test_one_process_agrees_with_itself():
     assert tensor.tolist() == [1, 2] and ALONE.any(True) and not ALONE.any(False) and ALONE.gather("a") == ("a",)
     assert share(5, ALONE) == slice(0, 5)
     agree(ALONE, shown={"a": 1}, digests={})
+
+
+@pytest.mark.parametrize("batch, processes, told", [(2, 2, []), (4, 1, []), (1, 4, []), (2, 1, ["2 × 1"]), (4, 2, ["train_batch_size is 4 and was 2"])])
+def test_other_processes_may_go_on_and_another_global_batch_is_told(batch, processes, told):
+    began = flat(parse({"train_batch_size": 2}))
+    point = Point(Path("state"), {"settings": began, "processes": 2, "step": 3, "steps": 9})
+    chosen = parse({"train_batch_size": batch, "lr_scheduler": "constant"})
+    notes = [note for note in compare_settings(chosen, point, steps=9, processes=processes) if "lr_scheduler" not in note]
+    assert len(notes) == len(told) and all(part in note for part, note in zip(told, notes, strict=True))
