@@ -42,7 +42,8 @@ EpochBatches = Callable[[int, int], Iterable[Batch]]
 class LoopOptions:
     """The numbers of a run. Steps and epochs count from 1, `save_every_…` 0 is never.
 
-    `cuda_graphs` are used where there are any; `compiled` lets torch.compile make the kernels where it can.
+    `cuda_graphs` are used where there are any; `compiled` lets torch.compile make the kernels where it can. `rows_at_once`
+    is how many pictures of a batch are computed at once, None for all.
     """
 
     steps: int
@@ -63,6 +64,7 @@ class LoopOptions:
     step: StepOptions
     cuda_graphs: bool = True
     compiled: bool = False
+    rows_at_once: int | None = None
 
 
 def train(model: FrozenModel, *, network: LoRANetwork, epoch_batches: EpochBatches, condition: Condition,
@@ -89,7 +91,7 @@ def train(model: FrozenModel, *, network: LoRANetwork, epoch_batches: EpochBatch
     if options.compiled:
         work.compile(report)
     execution = Execution(work, recorder, report=report)
-    in_pieces = InPieces(execution, report=report)
+    in_pieces = InPieces(execution, report=report, most=options.rows_at_once)
     log, reporter = LossLog(device), _Reporter(options, report, stepper)
     begin = resumed.step if resumed else 0
     if resumed:

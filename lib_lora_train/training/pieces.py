@@ -33,6 +33,7 @@ class InPieces:
 
     def __init__(self, execution: Execution, *, report: Report) -> None:
         self._execution, self._report = execution, report
+        self._told = False
         self.most: int | None = None
         """Rows in a piece, once the memory has run out."""
 
@@ -54,7 +55,8 @@ class InPieces:
             now = min(self.most or largest, largest)
             if not is_out_of_memory(error) or now <= 1:
                 raise
-            if self.most is None:
+            if not self._told:
+                self._told = True
                 self._report(Warned(
                     f"The memory was too small for {now} pictures at once. The run goes on with fewer at a time and learns "
                     "the same, but each step takes longer; a smaller batch or gradient checkpointing would avoid that."))
