@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from lib_lora_train.events import Step
 from lib_lora_train.ranks import Lost
@@ -141,8 +142,8 @@ def test_a_port_that_is_taken_is_one_sentence(tmp_path):
 @pytest.mark.parametrize("intact", [True, False])
 def test_what_was_learnt_is_kept_only_where_the_last_sum_is_known_to_be_whole(tmp_path, intact):
     asked = []
-    network = SimpleNamespace(state_dict=lambda: asked.append("weights") or {})
-    provenance = SimpleNamespace(metadata=lambda name, step, epoch: {})
+    network = SimpleNamespace(state_dict=lambda: asked.append("weights") or {"a.lora_up.weight": torch.ones(2, 2)})
+    provenance = SimpleNamespace(metadata=lambda name, step, epoch: {"ss_steps": str(step)})
     chosen = SaveSettings(save_state=False)
     saver = Saver(tmp_path / "zzk.safetensors", chosen, network, provenance, StateKeeper(None, chosen, {}, lambda event: None),
                   report=lambda event: None, spare=None)
