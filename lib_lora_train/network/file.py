@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lib_lora_train.errors import LoraFileError, TrainingError, translated
-from lib_lora_train.whole_file import write_whole
+from lib_lora_train.whole_file import replacing
 
 SAVE_PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "float": torch.float32}
 
@@ -86,10 +86,12 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str],
             raise TrainingError(
                 f"The LoRA was not saved to {path.name}", why=f"{key} holds values that are not numbers",
                 remedy="lower the learning rate, or save as float if it was saved as fp16")
-    model_hash, legacy_hash = file_hashes(weights, metadata)
-    hashes = {"sshs_model_hash": model_hash, "sshs_legacy_hash": legacy_hash}
-    with translated(f"saving {path.name}"):
-        write_whole(path, safetensors.torch.save(weights, {**metadata, **hashes}))
+    data = _hashed(weights, metadata)
+    hashes = {"sshs_model_hash": _model_hash(data), "sshs_legacy_hash": _legacy_hash(data)}
+    with translated(f"saving {path.name}"), replacing(path) as file:
+        # The tensors lie as they lay when they were hashed; only the header is another one.
+        file.write(_with_metadata(data, {**metadata, **hashes}))
+        file.write(_behind_header(data))
 
 
 def file_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[str, str]:
@@ -98,9 +100,22 @@ def file_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> t
     Both are taken of a serialisation that carries the `ss_*` metadata alone, so that editing a title or adding
     the hashes themselves changes neither.
     """
+    data = _hashed(tensors, metadata)
+    return _model_hash(data), _legacy_hash(data)
+
+
+def _hashed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     training_only = {key: value for key, value in metadata.items() if key.startswith("ss_")}
-    data = safetensors.torch.save(dict(tensors), training_only)
-    return _model_hash(data), hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8]
+    return safetensors.torch.save(dict(tensors), training_only)
+
+
+def _with_metadata(data: bytes, metadata: Mapping[str, str]) -> bytes:
+    """The header of the file `data`, its length before it, with other metadata."""
+    header = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])
+    header["__metadata__"] = dict(metadata)
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of eight bytes
+    return len(text).to_bytes(8, "little") + text
 
 
 def load(path: Path) -> LoraFile:
@@ -206,7 +221,16 @@ def _header(path: Path, data: bytes, *, size: int | None = None) -> dict[str, di
 
 def _model_hash(data: bytes) -> str:
     """sha256 of all bytes behind the header."""
-    return hashlib.sha256(memoryview(data)[8 + int.from_bytes(data[:8], "little"):]).hexdigest()
+    return hashlib.sha256(_behind_header(data)).hexdigest()
+
+
+def _legacy_hash(data: bytes) -> str:
+    """sha256 of 64 KiB at 1 MiB, 8 digits."""
+    return hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8]
+
+
+def _behind_header(data: bytes) -> memoryview:
+    return memoryview(data)[8 + int.from_bytes(data[:8], "little"):]
 
 
 def _kind(tensors: Mapping[str, Tensor]) -> str:
