@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from lib_lora_train import events, job, resume, saver, whole_file
+from lib_lora_train.cache import feeder
 from lib_lora_train.demo import tiny_checkpoint
 from lib_lora_train.errors import Interrupted, LoraFileError, LoraTrainError, ModelError, OutputError, SettingError
 from lib_lora_train.host.standalone import StandaloneHost
@@ -280,7 +281,9 @@ def test_a_disk_that_fills_up_leaves_the_last_state_whole_and_is_told_once(cut_o
     assert resume.find(str(folder), folder.parent).load().step == 2
 
 
-def test_a_failure_between_steps_costs_no_step(pictures, host):
+def test_a_failure_between_steps_costs_no_step(pictures, host, monkeypatch):
+    # The pictures of the last steps would be ready before they go.
+    monkeypatch.setattr(feeder, "reading_threads", lambda: 0)
     chosen = settings(pictures, **EXACT, color_aug=True)
     straight = load_file(run(chosen, host, None)[0].path)
     hidden = pictures.with_name("hidden")
