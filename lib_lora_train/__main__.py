@@ -290,7 +290,7 @@ class _Bar:
 
     def __call__(self, event: events.Event) -> None:
         if isinstance(event, events.Planned):
-            self._line(f"{event.checkpoint}: {event.summary}")
+            self._line(f"{event.checkpoint}: {event.summary}" + (f"; {event.memory}" if event.memory else ""))
         elif isinstance(event, events.Stage):
             self._advance(event.name, event.done, event.total)
         elif isinstance(event, events.Step):

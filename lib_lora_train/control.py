@@ -27,8 +27,10 @@ from lib_lora_train.resume import compare_settings, find, run_folder, settings_o
 from lib_lora_train.run_record import past_runs
 from lib_lora_train.runner import Runner
 from lib_lora_train.settings import AREAS, Settings, declarations, flat, parse
-from lib_lora_train.training.estimate import Cost, estimate, picture_cost
+from lib_lora_train.training.estimate import seconds
+from lib_lora_train.training.memory_plan import Wishes, attention_kernel, budget_of, choose, chunks_of, largest
 from lib_lora_train.training.precision import compute_dtype
+from lib_lora_train.training.rehearsal import Part, Scene, layers_for
 
 FAMILY_NAMES = {"sd1": "SD1", "sd2": "SD2", "sdxl": "SDXL"}
 
@@ -73,6 +75,7 @@ def plan(values: Mapping[str, object], *, host: Host, should_stop: Callable[[], 
     settings = parse(values)
     confine(settings, host.fence)
     found = prepare(settings, family=_family(host), fence=host.fence, should_stop=should_stop)
+    estimate, warning = _estimate(settings, found, host)
     return {
         "summary": found.summary,
         "pictures": found.dataset.pictures,
@@ -81,44 +84,50 @@ def plan(values: Mapping[str, object], *, host: Host, should_stop: Callable[[], 
         "batches_per_epoch": found.plan.batches_per_epoch,
         "steps": found.plan.steps,
         "resolution": list(found.resolution),
-        "warnings": list(found.warnings),
+        "warnings": [*found.warnings, *filter(None, (warning,))],
         "name_taken": name_taken(settings, host),
-        "estimate": _estimate(settings, found, host),
+        "estimate": estimate,
     }
 
 
-def _estimate(settings: Settings, found: Preparation, host: Host) -> str:
-    """ "about 9 min · about 5.1 of 8 GB of memory", from the loaded model's shapes; "" while no model is loaded."""
+def _estimate(settings: Settings, found: Preparation, host: Host) -> tuple[str, str]:
+    """ "about 9 min · about 5.1 of 8.0 GB of memory: …" and a warning, from the loaded model's shapes; "" while no model is
+    loaded."""
     outline, checkpoint = host.outline(), host.checkpoint()
     if outline is None or checkpoint is None:
-        return ""
+        return "", ""
+    network, optimizer, memory = settings.network, settings.optimizer, settings.memory
     architecture = detect(outline.tensors, outline.hints)
     stem = unet_tensors(outline.tensors)["input_blocks.0.0.weight"]
-    dtype = compute_dtype(settings.memory.mixed_precision, outline.device, weights=stem.dtype)
+    dtype = compute_dtype(memory.mixed_precision, outline.device, weights=stem.dtype)
     # The largest bucket: it needs the most memory, and the resolution itself may be no bucket's size.
-    width, height = max((size for size, _ in found.plan.buckets), key=lambda size: (size[0] * size[1], size))
-    key = (checkpoint.title, width, height, settings.network.network_dim, dtype)
-    cost = _COSTS.get(key)
-    if cost is None:
-        cost = picture_cost(outline.tensors, architecture, width=width, height=height, rank=settings.network.network_dim,
-                            dtype=dtype)
-        # Not read back: another page's question may clear it at any moment.
-        _COSTS.clear()
-        _COSTS[key] = cost
-    optimizer = settings.optimizer
-    guess = estimate(
-        cost, steps=found.plan.steps, batch_size=optimizer.train_batch_size,
-        pictures_a_step=optimizer.train_batch_size * optimizer.gradient_accumulation_steps,
-        checkpointing=settings.memory.gradient_checkpointing, device=outline.device, dtype=dtype,
-        model_bytes=sum(t.numel() * t.element_size() for t in outline.tensors.values()))
-    memory = f"{guess.bytes / 2**30:.1f}"
-    if outline.device.type == "cuda":
-        memory += f" of {torch.cuda.get_device_properties(outline.device).total_memory / 2**30:.0f}"
-    return f"about {_duration(guess.seconds)} · about {memory} GB of memory"
+    width, height = largest(found.plan.buckets)
+    trains_text = not network.network_train_unet_only and optimizer.text_encoder_lr > 0
+    scene = Scene(
+        width, height, dtype, layers_for(outline.tensors, architecture, rank=network.network_dim, text_encoder=trains_text),
+        device_type=outline.device.type, attention=attention_kernel(outline.device, dtype),
+        chunks=chunks_of(example.caption for example in found.dataset.examples),
+        min_snr_gamma=settings.loss.min_snr_gamma, text_recomputed=memory.gradient_checkpointing)
+    plan = choose(
+        outline.tensors, architecture, scene, batch=optimizer.train_batch_size, wishes=Wishes.of(memory),
+        budget=budget_of(memory.memory_budget, outline.device, ours=sum(map(_bytes, outline.tensors.values()))),
+        aside=_aside(settings) if outline.device.type == "cuda" else frozenset())
+    time = found.plan.steps * seconds(
+        plan.operations, plan.kernels, passes=plan.passes * optimizer.gradient_accumulation_steps, device=outline.device,
+        dtype=dtype, recorded=memory.cuda_graphs == "auto" and not plan.way.offload)
+    return f"about {_duration(time)} · {plan.text}", plan.warning
 
 
-# The last cost that was found: the page asks again at every change, mostly of something that does not matter to it.
-_COSTS: dict[tuple[object, ...], Cost] = {}
+def _aside(settings: Settings) -> frozenset[Part]:
+    """Parts of the model that will be off the card while steps are made: what is cached needs nobody to make it."""
+    dataset, captions = settings.dataset, settings.captions
+    vae = not (dataset.color_aug or dataset.random_crop)
+    text = settings.network.network_train_unet_only and not (captions.shuffle_caption or captions.caption_tag_dropout_rate)
+    return frozenset({part for part, unneeded in (("vae", vae), ("text", text)) if unneeded})
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _duration(seconds: float) -> str:

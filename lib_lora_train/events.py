@@ -17,7 +17,7 @@ Outcome = Literal["done", "stopped", "failed"]
 @dataclasses.dataclass(frozen=True)
 class Planned:
     """What is going to happen, sent once, before the first step. `resumed_at` steps were made before the run was
-    interrupted."""
+    interrupted; `memory` says how much it will take, and by what means."""
 
     kind: ClassVar[str] = "planned"
     pictures: int
@@ -30,6 +30,7 @@ class Planned:
     checkpoint: str
     seed: int
     resumed_at: int = 0
+    memory: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,6 +33,7 @@ from lib_lora_train.host.port import Borrowed, Host
 from lib_lora_train.model.components import vae_tensors
 from lib_lora_train.model.fingerprint import sampled_fingerprint
 from lib_lora_train.model.frozen import FrozenModel
+from lib_lora_train.model.quantised import quantised
 from lib_lora_train.model.text import Conditioning, Tokens
 from lib_lora_train.network import file
 from lib_lora_train.network.network import LoRANetwork
@@ -45,7 +46,17 @@ from lib_lora_train.saver import Onlooker, Saver, StateKeeper
 from lib_lora_train.settings import DECLARATIONS, Settings, flat
 from lib_lora_train.training.condition import CachedText, Condition, TrainedText
 from lib_lora_train.training.loop import LoopOptions, Pause, Stop, train
+from lib_lora_train.training.memory_plan import (
+    MemoryPlan,
+    Wishes,
+    attention_kernel,
+    budget_of,
+    choose,
+    chunks_of,
+    largest,
+)
 from lib_lora_train.training.precision import compute_dtype
+from lib_lora_train.training.rehearsal import Scene, Way, layers_of
 from lib_lora_train.training.state import TrainingState
 from lib_lora_train.training.step import StepOptions
 
@@ -94,10 +105,13 @@ def run_job(settings: Settings, host: Host, *, report: Report, stop: Stop, folde
         preparation = preparation.without_damaged(settings, dataset=source.dataset, placements=source.placements)
         for warning in preparation.warnings:
             report(Warned(warning))
-        report(_planned(settings, preparation, borrowed, done=point.step if point else 0))
-
         batches = _batches(settings, source, ranks)
         aside = _unneeded(settings, model, source, batches)
+        memory = _memory_plan(settings, preparation, model, borrowed, network, aside, dtype=dtype)
+        if memory.warning:
+            report(Warned(memory.warning))
+        report(_planned(settings, preparation, borrowed, memory, done=point.step if point else 0))
+
         if "vae" in aside:
             model.take(host.set_aside({"vae"}))
         spill = leaving.enter_context(contextlib.closing(Spill(folder)))
@@ -105,14 +119,15 @@ def run_job(settings: Settings, host: Host, *, report: Report, stop: Stop, folde
                           report=report, stop=stop, pause=pause)
         if "text" in aside and text.known:
             model.take(host.set_aside({"text"}))
+        _lay_out(model, host, memory.way)
         provenance = Provenance(settings, preparation, model, borrowed, network,
                                 started_at=point.started_at if point else time.time())
         keeper = _keeper(settings, preparation, known, provenance.started_at, point, folder, dtype=dtype, report=report)
         saver = Onlooker(report) if ranks.rank else Saver(target, settings.save, network, provenance, keeper, report=report,
                                                           spare=folder)
         with saver.rescue():
-            steps = _train(settings, preparation, model, network, batches, text, dtype=dtype, saver=saver, stop=stop,
-                           pause=pause, resumed=weights.state, ranks=ranks)
+            steps = _train(settings, preparation, model, network, batches, text, memory.way, dtype=dtype, saver=saver,
+                           stop=stop, pause=pause, resumed=weights.state, ranks=ranks)
         complete = steps == preparation.plan.steps
         if not complete and (steps == 0 or not ranks.any(stop() == "save")):
             if not saver.saved and ranks.rank == 0:
@@ -246,6 +261,8 @@ def _ignored_by(model: FrozenModel, settings: Settings) -> list[str]:
     notes = []
     if settings.captions.clip_skip and not model.text.uses_clip_skip:
         notes.append("clip_skip has no effect: only SD1 models read captions from a layer of choice.")
+    if settings.memory.cpu_offload_checkpointing and model.device.type != "cuda":
+        notes.append("cpu_offload_checkpointing has no effect: there is no card, and activations are in ordinary memory.")
     if model.architecture.zero_terminal_snr and model.schedule.prediction_type == "epsilon":
         notes.append("Zero terminal SNR suits models that predict v; one that predicts noise learns nothing from pure noise.")
     return notes
@@ -298,12 +315,12 @@ def _latents(settings: Settings, preparation: Preparation, model: FrozenModel, v
         return CachedLatents.build(model.vae, preparation.dataset, preparation.placements, disk=disk, folder=folder, **shared)
 
 
-def _planned(settings: Settings, preparation: Preparation, borrowed: Borrowed, *, done: int) -> Planned:
+def _planned(settings: Settings, preparation: Preparation, borrowed: Borrowed, memory: MemoryPlan, *, done: int) -> Planned:
     plan, (width, height) = preparation.plan, preparation.resolution
     return Planned(
         pictures=preparation.dataset.pictures, buckets=len(plan.buckets), batches_per_epoch=plan.batches_per_epoch,
         epochs=plan.epochs, steps=plan.steps, summary=preparation.summary, resolution=f"{width}×{height}",
-        checkpoint=borrowed.checkpoint.name, seed=settings.optimizer.seed, resumed_at=done)
+        checkpoint=borrowed.checkpoint.name, seed=settings.optimizer.seed, resumed_at=done, memory=memory.text)
 
 
 def _batches(settings: Settings, source: LatentSource, ranks: Ranks) -> Batches:
@@ -334,6 +351,34 @@ class _Text:
     condition: Condition
     known: bool = False
     encode_soon: Callable[[Sequence[str]], None] | None = None
+
+
+def _memory_plan(settings: Settings, preparation: Preparation, model: FrozenModel, borrowed: Borrowed, network: LoRANetwork,
+                 aside: frozenset[str], *, dtype: torch.dtype) -> MemoryPlan:
+    """How the steps are made so that they fit into the memory there is."""
+    width, height = largest(preparation.plan.buckets)
+    scene = Scene(
+        width, height, dtype, layers_of(network), device_type=model.device.type,
+        chunks=chunks_of(example.caption for example in preparation.dataset.examples),
+        attention=attention_kernel(model.device, dtype), min_snr_gamma=settings.loss.min_snr_gamma,
+        text_recomputed=settings.memory.gradient_checkpointing)
+    ours = [t for t in (*borrowed.tensors.values(), *network.parameters()) if t.device.type == model.device.type]
+    budget = budget_of(settings.memory.memory_budget, model.device, ours=sum(t.numel() * t.element_size() for t in ours))
+    return choose(borrowed.tensors, model.architecture, scene, batch=settings.optimizer.train_batch_size,
+                  wishes=Wishes.of(settings.memory), budget=budget, aside=aside)
+
+
+def _lay_out(model: FrozenModel, host: Host, way: Way) -> None:
+    """Put our own copies of the UNet's weights in the place of the lender's, where the plan says so."""
+    if not way.base:
+        if way.channels_last:
+            model.unet.layers.lay_out_channels_last()
+        return
+    with translated("holding the model in eight bits"):
+        if "unet" in way.aside:
+            model.take(host.set_aside({"unet"}))
+        model.unet.layers.replace(dict(quantised(model.unet.tensors, way.base, device=model.device,
+                                                 channels_last=way.channels_last)))
 
 
 def _condition(settings: Settings, model: FrozenModel, borrowed: Borrowed, network: LoRANetwork, batches: Batches,
@@ -371,7 +416,7 @@ def _condition(settings: Settings, model: FrozenModel, borrowed: Borrowed, netwo
 
 
 def _train(settings: Settings, preparation: Preparation, model: FrozenModel, network: LoRANetwork, batches: Batches,
-           text: _Text, *, dtype: torch.dtype, saver: Saver | Onlooker, stop: Stop, pause: Pause,
+           text: _Text, way: Way, *, dtype: torch.dtype, saver: Saver | Onlooker, stop: Stop, pause: Pause,
            resumed: TrainingState | None, ranks: Ranks) -> int:
     optimizer, loss, memory = settings.optimizer, settings.loss, settings.memory
     unet_lr, text_encoder_lr = _rates(settings)
@@ -382,9 +427,8 @@ def _train(settings: Settings, preparation: Preparation, model: FrozenModel, net
         max_grad_norm=optimizer.max_grad_norm, noise_offset=loss.noise_offset, unet_lr=unet_lr,
         text_encoder_lr=text_encoder_lr, seed=optimizer.seed, save_every_n_epochs=settings.save.save_every_n_epochs,
         save_every_n_steps=settings.save.save_every_n_steps,
-        cuda_graphs=memory.cuda_graphs == "auto", compiled=memory.torch_compile,
-        step=StepOptions(dtype=dtype, min_snr_gamma=loss.min_snr_gamma,
-                         recompute=frozenset(model.unet.units if memory.gradient_checkpointing else ())))
+        cuda_graphs=memory.cuda_graphs == "auto", compiled=memory.torch_compile, rows_at_once=way.batch,
+        step=StepOptions(dtype=dtype, min_snr_gamma=loss.min_snr_gamma, recompute=way.recompute, offload=way.offload))
     soon = text.encode_soon if ranks.world == 1 else None
     with Feeder(batches, last_epoch=options.epochs, encode_soon=soon) as feeder:
         return train(model, network=network, epoch_batches=feeder.epoch, condition=text.condition, options=options,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -113,13 +113,6 @@ def train(model: FrozenModel, *, network: LoRANetwork, epoch_batches: EpochBatch
         return capture(whole, network=network, stepper=stepper, scaler=scaler, recent=reporter.recent(),
                        overflows=reporter.overflows)
 
-    def inputs(batch: Batch, step: int, micro: int, micro_batches: int) -> StepInputs:
-        # Random numbers and text are the whole batch's, of which each process takes its rows.
-        draws = draw(batch.mean.shape, seed=options.seed, step=step, micro=micro,
-                     timesteps=len(model.schedule), noise_offset=options.noise_offset)
-        whole_batch = prepare(batch, draws=draws, text=condition.prepare(batch.captions), micro_batches=micro_batches)
-        return piece(whole_batch, share(len(whole_batch), ranks))
-
     with torch.enable_grad(), translated("training"):
         for step, epoch, micro_batches in _steps(epoch_batches, options, begin=begin):
             if ranks.any(bool(stop()) or not pause(execution.let_go)):
@@ -127,7 +120,7 @@ def train(model: FrozenModel, *, network: LoRANetwork, epoch_batches: EpochBatch
                 return step - 1
             stepper.set_factor(learning_rate_factor(
                 options.schedule, step - 1, total=options.steps, warmup=options.warmup, cycles=options.cycles))
-            in_pieces.gradients([inputs(batch, step, micro, len(micro_batches)) for micro, batch in enumerate(micro_batches)])
+            in_pieces.gradients(_inputs(micro_batches, step, model=model, condition=condition, options=options, ranks=ranks))
             ranks.sum_(weights.gradient)
             ranks.sum_(work.loss)
             whole = None
@@ -141,6 +134,19 @@ def train(model: FrozenModel, *, network: LoRANetwork, epoch_batches: EpochBatch
             keep(step, epoch, snapshot)
         settle()
     return options.steps
+
+
+def _inputs(micro_batches: Sequence[Batch], step: int, *, model: FrozenModel, condition: Condition, options: LoopOptions,
+            ranks: Ranks) -> list[StepInputs]:
+    """What a step's losses depend on. Random numbers and text are the whole batch's, of which each process takes its rows."""
+    result = []
+    for micro, batch in enumerate(micro_batches):
+        draws = draw(batch.mean.shape, seed=options.seed, step=step, micro=micro, timesteps=len(model.schedule),
+                     noise_offset=options.noise_offset)
+        text = condition.prepare(batch.captions)
+        whole = prepare(batch, draws=draws, text=text, micro_batches=len(micro_batches))
+        result.append(piece(whole, share(len(whole), ranks)))
+    return result
 
 
 def _steps(epoch_batches: EpochBatches, options: LoopOptions, *, begin: int) -> Iterator[tuple[int, int, list[Batch]]]:
