@@ -31,11 +31,10 @@ def pieces(inputs: StepInputs, most: int | None) -> Iterator[StepInputs]:
 class InPieces:
     """Gradients of a step's micro-batches; where the memory runs out, in ever smaller pieces, down to one row."""
 
-    def __init__(self, execution: Execution, *, report: Report) -> None:
-        self._execution, self._report = execution, report
-        self._told = False
-        self.most: int | None = None
-        """Rows in a piece, once the memory has run out."""
+    def __init__(self, execution: Execution, *, report: Report, most: int | None = None) -> None:
+        """`most`: rows in a piece from the beginning, where it is known that more do not fit."""
+        self._execution, self._report, self._told = execution, report, False
+        self.most = most
 
     def gradients(self, micro_batches: Sequence[StepInputs]) -> None:
         """Add up the gradients of all of them, from none. Raises the error of a full memory where one row is too much."""

@@ -34,6 +34,7 @@ def test_pieces_are_few_equal_and_together_the_whole(most, sizes):
     assert [len(part) for part in cut] == sizes
     for part, tensors in enumerate(zip(*(part.tensors() for part in cut), strict=True)):
         assert torch.equal(torch.cat(tensors), whole.tensors()[part])
+    assert list(pieces(piece(whole, slice(2, 2)), most)) == []
 
 
 @pytest.mark.parametrize("rows", [[slice(0, 2), slice(2, 5)], [slice(0, 0), slice(0, 1), slice(1, 5)]])
