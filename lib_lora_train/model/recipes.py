@@ -175,7 +175,7 @@ class GatedGELU:
         of_value, of_gate = result.chunk(2, dim=-1)
         torch.mul(grad_x, known, out=of_value)
         torch.mul(grad_x, value, out=of_gate)
-        torch.ops.aten.gelu_backward.grad_input(of_gate, gate, grad_input=of_gate)
+        of_gate.copy_(torch.ops.aten.gelu_backward(of_gate, gate))
         return result
 
 
@@ -201,7 +201,7 @@ class GELU:
 
 def _wide(tensor: Tensor, x: Tensor) -> Tensor:
     """In the dtype that norms of x are computed in: fp32, or fp64 for an x of that."""
-    return tensor.to(torch.promote_types(x.dtype, torch.float32))
+    return tensor.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
 def _dense_picture(x: Tensor) -> Tensor:
