@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from lib_lora_train.training import loop, work
-from lib_lora_train.training.graph import Execution
+from lib_lora_train.training.graph import CudaRecorder, Execution
 from lib_lora_train.training.precision import LossScaler
 from lib_lora_train.training.staging import Staging, shapes_of
 from lib_lora_train.training.step import StepInputs
@@ -233,3 +234,32 @@ def test_memory_that_runs_out_while_graphs_are_recorded_only_makes_the_pieces_sm
     pieced = small_run.run("sd1", batches, device="cuda")
     assert len(pieced.warnings) == 1
     assert_equal(pieced, plain, rtol=1e-3)
+
+
+def test_a_capture_that_fails_leaves_the_stream_as_it_was_and_binds_no_other_thread(monkeypatch):
+    """CUDA's calls replaced. Older torch leaves the stream of the capture current when the end of a capture fails."""
+    streams, modes = ["the caller's"], []
+
+    class Graph:
+        def replay(self) -> None:
+            raise AssertionError("nothing was captured")
+
+    class Capture:
+        def __init__(self, graph, *, pool, stream, capture_error_mode):
+            modes.append((pool, capture_error_mode))
+            self.stream = stream
+
+        def __enter__(self):
+            streams.append(self.stream)
+
+        def __exit__(self, *_):
+            raise RuntimeError("the capture was invalidated")
+    for name, replacement in {
+            "device": lambda device: contextlib.nullcontext(), "Stream": lambda: "the recorder's", "CUDAGraph": Graph,
+            "graph": Capture, "graph_pool_handle": lambda: (0, 7), "current_stream": lambda: streams[-1],
+            "set_stream": streams.append}.items():
+        monkeypatch.setattr(torch.cuda, name, replacement)
+    recorder, done = CudaRecorder(torch.device("cuda", 0)), []
+    with pytest.raises(RuntimeError, match="invalidated"):
+        recorder.record(lambda: done.append(streams[-1]))
+    assert done == ["the recorder's"] and streams[-1] == "the caller's" and modes == [((0, 7), "thread_local")]
