@@ -18,13 +18,18 @@ STEPS = 30
 def test_a_second_run_opens_no_file_of_the_checkpoint_and_copies_no_weight(webui: WebUI, dataset: Path) -> None:
     cached = {"cache_latents_to_disk": True, "network_train_unet_only": True}
     assert train(webui, dataset, "cold", **cached)["outcome"] == "done"
+    models = webui.data / "models" / "Stable-diffusion"
     webui.post("/probe/watch")
-    assert train(webui, dataset, "warm", **cached)["outcome"] == "done"
+    # What is opened by other means than Python's is not seen, but what is not there cannot be opened.
+    models.rename(webui.data / "elsewhere")
+    try:
+        assert train(webui, dataset, "warm", **cached)["outcome"] == "done"
+    finally:
+        (webui.data / "elsewhere").rename(models)
     seen = webui.get("/probe/watched")
     opened = [Path(name) for name in seen["opened"]]
     assert any("warm" in path.parts[-2] for path in opened), "the watch sees nothing: not even the run's own folder"
     assert any(".lora_train_cache" in path.parts for path in opened), "the latents were not read from their cache"
-    models = webui.data / "models" / "Stable-diffusion"
     assert [path for path in opened if models in path.parents] == []
     # What was trained on is the WebUI's memory to the last byte.
     assert seen["copied"] == [0]

@@ -1,0 +1,64 @@
+"""The stand-alone host holds its checkpoint as the WebUI holds its model: a second run reads and copies nothing of it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lib_lora_train import job
+from lib_lora_train.demo import tiny_checkpoint
+from lib_lora_train.host.standalone import StandaloneHost
+from lib_lora_train.job import run_job
+from lib_lora_train.settings import parse
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> StandaloneHost:
+    """A host with a checkpoint of its own, which the test may take away."""
+    return StandaloneHost(tiny_checkpoint.write(tmp_path / "models"), lora_folder=tmp_path / "loras",
+                          runs_folder=tmp_path / "runs")
+
+
+def run(host: StandaloneHost, pictures: Path, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    settings = parse({"train_data_dir": str(pictures), "output_name": "zzk", "resolution": "64", "min_bucket_reso": 64,
+                      "max_train_steps": 2, "network_dim": 2, "cache_latents_to_disk": True, "overwrite": True})
+    assert run_job(settings, host, report=lambda _: None, stop=lambda: "", folder=folder).outcome == "done"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows keeps files that are in use where they are")
+def test_a_second_run_needs_no_file_of_the_checkpoint(own: StandaloneHost, pictures: Path, tmp_path: Path) -> None:
+    run(own, pictures, tmp_path / "runs" / "first")
+    (tmp_path / "models").rename(tmp_path / "elsewhere")
+    assert own.checkpoint() is not None and own.outline() is not None
+    run(own, pictures, tmp_path / "runs" / "second")
+
+
+def test_before_the_first_loan_only_the_header_is_read(own: StandaloneHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lib_lora_train.host import standalone
+
+    monkeypatch.setattr(standalone, "load_file", lambda *arguments, device: pytest.fail("the weights were read"))
+    checkpoint, outline = own.checkpoint(), own.outline()
+    assert checkpoint is not None and checkpoint.family == "sd1"
+    assert outline is not None and all(tensor.is_meta for tensor in outline.tensors.values())
+
+
+def test_what_is_trained_on_is_the_hosts_memory_to_the_last_byte(
+        own: StandaloneHost, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[int] = []
+    original = job.train
+
+    def watched(model, *arguments, **named):
+        steps = original(model, *arguments, **named)
+        assert own._tensors is not None
+        lent = {tensor.untyped_storage().data_ptr() for tensor in own._tensors.values()}
+        used: list[torch.Tensor] = [t for part in (*model.components.values(), model.vae.tensors) for t in part.values()]
+        copied.append(sum(t.nbytes for t in used if t.untyped_storage().data_ptr() not in lent))
+        copied.append(model.unet.layers.copied_bytes + model.vae.layers.copied_bytes)
+        return steps
+    monkeypatch.setattr(job, "train", watched)
+    run(own, pictures, tmp_path / "runs" / "first")
+    assert copied == [0, 0]
