@@ -70,8 +70,10 @@ class CudaRecorder:
                 # Waits for the device, once for each recording.
                 with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                     function()
-            finally:
-                torch.cuda.set_stream(current)  # older torch stays on the other one where a capture fails
+            except RuntimeError:
+                torch.cuda.set_stream(current)       # older torch stays on the other one where a capture fails
+                self._stream = torch.cuda.Stream()   # and may not have let go of it
+                raise
 
         def replay() -> None:
             with torch.cuda.device(self._device):
