@@ -110,8 +110,8 @@ class _SharedInput(torch.autograd.Function):
                 continue
             end = start + pair[0].shape[0]
             wanted = ctx.needs_input_grad[_FACTORS + 1 + 2 * len(ups)]
-            ups.append((grad.t() @ narrow[:, start:end]).mul_(low.scale).to(low.up.dtype) if wanted else None)
-            narrow_grads.append((grad @ pair[1]).mul_(low.scale))
+            ups.append(_scaled(grad.t() @ narrow[:, start:end], low).to(low.up.dtype) if wanted else None)
+            narrow_grads.append(_scaled(grad @ pair[1], low))
             start = end
         narrow_grad = _joined(narrow_grads, dim=1) if narrow_grads else None
         downs = [None] * len(ups) if x is None or not ups else [
@@ -134,6 +134,10 @@ class _SharedInput(torch.autograd.Function):
 
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
+
+
+def _scaled(product: Tensor, low: LowRank) -> Tensor:
+    return product if low.scale == 1 else product.mul_(low.scale)
 
 
 def _matrix(weight: Weight, dtype: torch.dtype) -> Tensor:

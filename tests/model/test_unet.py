@@ -234,6 +234,12 @@ def trained(unet: UNet, family: str) -> dict[str, LoRALayer]:
     return layers
 
 
+def trained_shapes(unet: UNet) -> dict[str, LoRALayer]:
+    """The same on the meta device."""
+    targets = find_targets({"unet": unet.tensors}, family="sd1", text_encoder=False)
+    return LoRANetwork.build(targets, rank=2, alpha=1, seed=3).to("meta").adapters()["unet"]
+
+
 class WrittenOut:
     """The same layer in plain operations, one layer at a time."""
 
@@ -282,6 +288,32 @@ def test_kernels_that_lie_in_nhwc_order_give_the_same_prediction_where_they_lie(
     assert relative_error(ours(x, t, context).detach(), plain(x, t, context).detach()) <= 1e-5
     assert ours.layers.copied_bytes == 0
     assert all(ours.tensors[name].data_ptr() == tensor.data_ptr() for name, tensor in turned.items())
+
+
+class Pictures(TorchDispatchMode):
+    """Counts copies of pictures [B, C, h, w]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copied = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ in ("clone", "copy_") and args[0].ndim == 4 and args[0].shape[1] in (32, 64, 128):
+            self.copied += 1
+        return result
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_off_processors_pictures_lie_as_the_kernels_do_and_are_not_copied_between_layers(order: torch.memory_format) -> None:
+    lent = {name: tensor.detach().to("meta", torch.float16) for name, tensor in unet_tensors(checkpoint("sd1")).items()}
+    lent = {name: tensor.contiguous(memory_format=order) if tensor.ndim == 4 else tensor for name, tensor in lent.items()}
+    unet = unet_of(lent, "sd1")
+    x = torch.empty(2, 4, 16, 24, device="meta", dtype=torch.float16)
+    context = torch.empty(2, 77, CONTEXT["sd1"], device="meta", dtype=torch.float16)
+    with Pictures() as pictures:
+        unet(x, torch.zeros(2, device="meta"), context, adapters=trained_shapes(unet))
+    assert pictures.copied == 0
 
 
 class Backward(TorchDispatchMode):
