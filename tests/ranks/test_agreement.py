@@ -87,7 +87,8 @@ def test_one_process_agrees_with_itself():
     agree(ALONE, shown={"a": 1}, digests={})
 
 
-@pytest.mark.parametrize("batch, processes, told", [(2, 2, []), (4, 1, []), (1, 4, []), (2, 1, ["2 × 1"]), (4, 2, ["train_batch_size is 4 and was 2"])])
+@pytest.mark.parametrize("batch, processes, told", [
+    (2, 2, []), (4, 1, []), (1, 4, []), (2, 1, ["2 × 1"]), (4, 2, ["train_batch_size is 4 and was 2"])])
 def test_other_processes_may_go_on_and_another_global_batch_is_told(batch, processes, told):
     began = flat(parse({"train_batch_size": 2}))
     point = Point(Path("state"), {"settings": began, "processes": 2, "step": 3, "steps": 9})
