@@ -145,6 +145,8 @@ def fail(step: int = Body(1, embed=True)) -> dict[str, str]:
     original, left = work.denoising_loss, [step]
 
     def breaking(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if args[0].device.type == "meta":  # the step is rehearsed to know its memory
+            return original(*args, **kwargs)
         left[0] -= 1
         if left[0] == 0:
             work.denoising_loss = original
@@ -233,7 +235,8 @@ def pretend_card() -> dict[str, str]:
             card.device_of(tensor) == pretended_card.CPU for tensor in aside.tensors_of(tensors, {part}))])
 
     def seen(*arguments: Any, **named: Any) -> torch.Tensor:
-        lies_where("training")
+        if arguments[0].device.type != "meta":  # the step is rehearsed to know its memory
+            lies_where("training")
         return loss(*arguments, **named)
 
     work.denoising_loss = seen
