@@ -91,6 +91,7 @@ class Building:
                     self._encode(waiting)
                     waiting = []
         self._lost = all_texts(self._ranks, self._lost)
+        self._vae.rest()
 
     def _rounds(self) -> Iterator[list[int]]:
         """Pictures of one bucket that are dealt with between two questions whether to stop."""

@@ -19,7 +19,8 @@ from lib_lora_train.errors import TrainingError, is_out_of_memory
 # What the encoder holds at its widest, for each pixel of a picture: 128 channels of fp32 at full size, five times (a block's
 # input, what is normed, activated and convolved of it, and the convolution's workspace), and a margin.
 _BYTES_A_PIXEL = 3000
-_MOST_AT_ONCE = 8  # more gains nothing: one picture of 512² fills a card with work already
+_MOST_BYTES = 2 << 30  # a step of the training takes as much: encoding shall not be what a run's memory is measured by
+_MOST_AT_ONCE = 8  # more gains nothing: two pictures of 512² fill a card with work already
 
 
 class Encoder(Protocol):
@@ -69,6 +70,12 @@ class VaeWork:
                 torch.cuda.empty_cache()
         return done[0] if len(done) == 1 else torch.cat(done)
 
+    def rest(self) -> None:
+        """All is encoded for now: what torch keeps of the device's memory for more of it is given back. The pieces are of
+        other sizes than those of a training step."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def _fitting(self, part: Sequence[torch.Tensor], flips: Sequence[bool]) -> torch.Tensor | None:
         """Their latents; None where more than one picture was too much. What the attempt held is free when this returns."""
         try:
@@ -98,12 +105,13 @@ class VaeWork:
 
 
 def automatic_batch(device: torch.device, bucket: Size) -> int:
-    """Pictures of this size (width, height) that half of a CUDA device's free memory holds: 1, 2, 4 or 8; 1 elsewhere."""
+    """Pictures of this size (width, height) that 2 GiB hold, or half of a CUDA device's free memory where that is less: 1, 2,
+    4 or 8; 1 elsewhere."""
     if device.type != "cuda":
         return 1
     free, _ = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own, unused
-    fitting = free // 2 // (_BYTES_A_PIXEL * bucket[0] * bucket[1])
+    fitting = min(free // 2, _MOST_BYTES) // (_BYTES_A_PIXEL * bucket[0] * bucket[1])
     # A power of two: a little more or less memory in use should not change how the numbers are rounded.
     return 1 << max(0, min(int(fitting), _MOST_AT_ONCE).bit_length() - 1)
 
