@@ -108,6 +108,8 @@ def run_job(settings: Settings, host: Host, *, report: Report, stop: Stop, folde
         batches = _batches(settings, source, ranks)
         aside = _unneeded(settings, model, source, batches)
         memory = _memory_plan(settings, preparation, model, borrowed, network, aside, dtype=dtype)
+        # Cards of different sizes may choose differently how, but not what is computed.
+        agree(ranks, shown={"the model's number format in memory (base_weights)": memory.way.base}, digests={})
         if memory.warning:
             report(Warned(memory.warning))
         report(_planned(settings, preparation, borrowed, memory, done=point.step if point else 0))

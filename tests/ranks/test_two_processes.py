@@ -78,13 +78,13 @@ def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float
 SHORT_OF_MEMORY = """
 import os, sys
 from lib_lora_train.__main__ import main
-from lib_lora_train.training.work import Work
-gradients = Work.gradients
+from lib_lora_train.training.graph import Execution
+gradients = Execution.gradients
 def short(self, inputs):
     if os.environ["RANK"] == "1" and len(inputs) > 1:
         raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
     gradients(self, inputs)
-Work.gradients = short
+Execution.gradients = short
 sys.exit(main(sys.argv[1:]))
 """
 
