@@ -172,8 +172,8 @@ class MemorySettings:
         "auto", "Channels last", "Lay the convolutions' weights out as kernels like them best, which takes a copy of them. auto "
         "does so on a card where there is room.", choices=("auto", "off", "on"))
     vae_batch_size: int = setting(
-        0, "Encoding batch", "Pictures that the VAE encodes at once, before training. 0 takes what fits into half of a card's "
-        "free memory, and 1 without a card.", minimum=0, maximum=64)
+        0, "Encoding batch", "Pictures that the VAE encodes at once, before training. 0 takes what fits into 2 GB, or half of "
+        "a card's free memory where that is less, and 1 without a card.", minimum=0, maximum=64)
     cuda_graphs: str = setting(
         "auto", "CUDA graphs", "auto records a training step once for each shape and replays it, so that the card never waits "
         "for Python; the numbers stay the same. off saves a little memory.", choices=("auto", "off"))
