@@ -84,15 +84,15 @@ class Result:
         return torch.cat([layer.up.detach().flatten() for layer in self.network.layers.values()])
 
 
-def assert_equal(one: Result, other: Result, *, rtol: float = 1e-4) -> None:
+def assert_equal(one: Result, other: Result, *, rtol: float = 1e-4, learnt: float = 0.05) -> None:
     """The same steps with the same losses, and the same learnt, but for the order in which numbers were added.
 
-    AdamW divides by the gradient's own size, so that a weight whose gradient is next to nothing follows its rounding error:
-    what is learnt agrees less closely than the losses.
+    AdamW divides by the gradient's own size, so that a weight whose gradient is next to nothing (there are many in models as
+    small as these) follows its rounding error: what is learnt agrees less closely than the losses.
     """
     assert one.steps == other.steps and one.skipped == other.skipped
     assert one.losses == pytest.approx(other.losses, rel=rtol), (one.losses, other.losses)
-    assert other.learnt().any() and (one.learnt() - other.learnt()).norm() < 100 * rtol * other.learnt().norm()
+    assert other.learnt().any() and (one.learnt() - other.learnt()).norm() < learnt * other.learnt().norm()
 
 
 def run(family: str, batches: Sequence[Batch], *, accumulation: int = 1, text: bool = False, dtype: torch.dtype = torch.float32,
