@@ -67,11 +67,11 @@ class Quantised:
         return sum(t.numel() * t.element_size() for t in (self.values, self.scale))
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """The kernel in `dtype`, new at each call: one elementwise kernel from int8, two from fp8.
+        """The kernel in `dtype`, new at each call: on a card one elementwise kernel from int8, two from fp8.
 
         The product is made in fp32 and rounded once; a scale rounded to fp16 would add an error of its own.
         """
-        if self.values.dtype == torch.int8:
+        if self.values.dtype == torch.int8 and not self.values.is_cpu:  # there it would make an fp32 copy of the values first
             return torch.mul(self.values, self.scale, out=torch.empty_like(self.values, dtype=dtype))
         return self.values.to(dtype).mul_(self.scale)
 
