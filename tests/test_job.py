@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from lib_lora_train import events, job
+from lib_lora_train.cache import feeder
 from lib_lora_train.errors import DatasetError, Interrupted, LoraFileError, ModelError, OutputError, SettingError, TrainingError
 from lib_lora_train.host import standalone
 from lib_lora_train.host.standalone import StandaloneHost
@@ -176,13 +177,13 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_weights(
 
 def refusing(monkeypatch, refused):
     """Writing a file whose name `refused` accepts fails, as on a full disk."""
-    original = file.write_whole
+    original = file.replacing
 
-    def write(path: Path, data: bytes) -> None:
+    def replacing(path: Path):
         if refused(path.name):
             raise OSError(errno.ENOSPC, "No space left on device")
-        original(path, data)
-    monkeypatch.setattr(file, "write_whole", write)
+        return original(path)
+    monkeypatch.setattr(file, "replacing", replacing)
 
 
 def test_a_save_on_the_way_that_fails_is_told_and_does_not_end_the_run(pictures, host, monkeypatch):
@@ -199,7 +200,9 @@ def test_a_result_that_cannot_be_written_under_its_name_is_kept_under_another(pi
     assert metadata(str(host.lora_folder / "zzk-step00000008.safetensors"))["ss_steps"] == "8"
 
 
-def test_a_picture_that_vanishes_in_the_middle_does_not_cost_what_was_learnt(pictures, host):
+def test_a_picture_that_vanishes_in_the_middle_does_not_cost_what_was_learnt(pictures, host, monkeypatch):
+    monkeypatch.setattr(feeder, "reading_threads", lambda: 0)  # those of the next steps would be ready before they go
+
     def report(event: events.Event) -> None:
         if isinstance(event, events.Step) and event.step == 3:
             for picture in pictures.glob("*.png"):
