@@ -33,8 +33,8 @@ def test_rates_of_this_machine_are_positive(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_floor_of_true_size_sd1_is_that_of_its_published_arithmetic(tmp_path) -> None:
-    # SD1.5's UNet takes 0.68 TFLOP a forward pass at 512² (multiply and add are two; 0.34 T multiply-adds are published).
-    # Backward asks for the activations' gradients only: as much again. So about 1.4 TFLOP, and a little for the LoRA.
+    # 0.34 T multiply-adds are published for SD1.5's UNet at 512², 0.68 TFLOP forward; its attention maps are 0.12 more.
+    # Backward asks for the activations' gradients only: as much again, fused attention more. And a little for the LoRA.
     host = RandomHost("sd1", folder=tmp_path, device=torch.device("cpu"), dtype=torch.float16)
     floor = case_floor(host, Case("sd1", 512, 1), rank=16, dtype=torch.float16, rates=Rates(operations=1e12, bytes=1e30))
-    assert 1.3 < floor.arithmetic < 1.8
+    assert 1.6 < floor.arithmetic < 2.0

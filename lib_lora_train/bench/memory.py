@@ -1,0 +1,190 @@
+"""`bench memory`: what the memory plan predicts, for cards of several sizes and beside what was measured.
+
+The first table is computed from shapes alone and is the same on every machine: which plan fits SD1.5 and SDXL into 4 to 24
+GB, and what it is predicted to take. The second runs real steps under several plans. On a card it compares what is predicted
+with what torch had given out at most. On a processor it compares what a step adds to what lies there before it, since that
+alone is the plan's: a profiler books each allocation of one step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lib_lora_train.bench.grid import gigabytes, grid
+from lib_lora_train.bench.lender import RandomHost, make_pictures
+from lib_lora_train.bench.machine import machine_text
+from lib_lora_train.bench.measured import measure_run
+from lib_lora_train.bench.speed import PUBLISHED, Case
+from lib_lora_train.bench.training import Say
+from lib_lora_train.bench.true_size import DTYPES, true_size_shapes
+from lib_lora_train.model.family import detect
+from lib_lora_train.settings import parse
+from lib_lora_train.settings.field import Value
+from lib_lora_train.training.memory_plan import GIGABYTE, MemoryPlan, Wishes, choose
+from lib_lora_train.training.rehearsal import Scene, layers_for
+from lib_lora_train.whole_file import write_whole
+
+BUDGETS = (4, 6, 8, 12, 24)
+IN_A_STEP = ("activations", "working")
+"""The kinds of bytes that come and go within a step; the others lie there before it."""
+
+PLANS: Mapping[str, Mapping[str, Value]] = {
+    "nothing given up": {"memory_plan": "manual"},
+    "every block recomputed": {"memory_plan": "manual", "gradient_checkpointing": True},
+    "int8": {"memory_plan": "manual", "base_weights": "int8"},
+    "int8, every block recomputed": {"memory_plan": "manual", "base_weights": "int8", "gradient_checkpointing": True},
+}
+OFFLOADED: Mapping[str, Value] = {"memory_plan": "manual", "cpu_offload_checkpointing": True}
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlanned:
+    """What to predict and to measure; `budgets` in GB (2^30 bytes)."""
+
+    output: Path
+    device: torch.device
+    cases: tuple[Case, ...]
+    small: bool
+    precision: str
+    rank: int = 16
+    budgets: tuple[int, ...] = BUDGETS
+    predict: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """Bytes that a plan was predicted to take and that were measured."""
+
+    case: Case
+    name: str
+    predicted: int
+    measured: int
+
+    @property
+    def error(self) -> float:
+        """The prediction's, relative to what was measured."""
+        return self.predicted / self.measured - 1
+
+
+def run_memory(plan: MemoryPlanned, *, say: Say) -> str:
+    """Predict and measure; write `memory.md` and `memory.json` into the plan's folder, and return the tables."""
+    parts, predicted = [machine_text(plan.device)], []
+    if plan.predict:
+        predicted = [(case, budget, _for_a_card(plan, case, budget, say)) for case in PUBLISHED for budget in plan.budgets]
+        parts += ["Predicted for a card, fp16, text encoders and VAE set aside, CUDA's own memory included (GB of 2^30 bytes):",
+                  _predictions(predicted)]
+    compared = [row for case in plan.cases for row in _compare(plan, case, say)]
+    what = "in all" if plan.device.type == "cuda" else "within a step, beside model, LoRA and optimiser"
+    parts += [f"Predicted and measured, {'narrow model, ' if plan.small else ''}precision {plan.precision}, {what}:",
+              _comparisons(compared)]
+    text = "\n\n".join(parts) + "\n"
+    write_whole(plan.output / "memory.md", text.encode("utf-8"))
+    write_whole(plan.output / "memory.json", json.dumps({
+        "machine": machine_text(plan.device),
+        "predicted": [{"case": case.name, "budget": budget, "bytes": made.bytes, "kinds": dict(made.predicted),
+                       "plan": made.text} for case, budget, made in predicted],
+        "compared": [dataclasses.asdict(row) for row in compared]}, indent=1).encode("utf-8"))
+    return text
+
+
+def planned(tensors: Mapping[str, torch.Tensor], case: Case, *, settings: Mapping[str, Value], device_type: str,
+            precision: str, rank: int, budget: int | None = None) -> MemoryPlan:
+    """What the memory plan says of a case on a model of these shapes, once text encoders and VAE are set aside (on a
+    card)."""
+    architecture = detect(tensors)
+    scene = Scene(width=case.resolution, height=case.resolution, dtype=DTYPES["fp32" if precision == "no" else precision],
+                  layers=layers_for(tensors, architecture, rank=rank, text_encoder=False), device_type=device_type,
+                  min_snr_gamma=0.0)
+    return choose(tensors, architecture, scene, batch=case.batch, wishes=Wishes.of(parse(settings).memory), budget=budget,
+                  aside=frozenset({"vae", "text"} if device_type == "cuda" else ()))
+
+
+def _for_a_card(plan: MemoryPlanned, case: Case, budget: int, say: Say) -> MemoryPlan:
+    made = planned(_shapes(case.family, torch.float16, small=False), case, settings={}, device_type="cuda", precision="fp16",
+                   rank=plan.rank, budget=budget * GIGABYTE)
+    say(f"{case.name} in {budget} GB: {made.text}")
+    return made
+
+
+def _compare(plan: MemoryPlanned, case: Case, say: Say) -> list[Compared]:
+    cuda, dtype = plan.device.type == "cuda", DTYPES["fp32" if plan.precision == "no" else plan.precision]
+    host = RandomHost(case.family, folder=plan.output, device=plan.device, dtype=dtype, small=plan.small)
+    data = make_pictures(plan.output / f"pictures-{case.resolution}", side=case.resolution, count=max(4, case.batch))
+    plans = {**PLANS, **({"activations kept off the card": OFFLOADED} if cuda else {})}
+    if cuda and case.within:
+        plans[f"within {case.within:g} GB"] = {"memory_budget": case.within}
+    rows = []
+    for name, settings in plans.items():
+        budget = int(float(settings["memory_budget"]) * GIGABYTE) if "memory_budget" in settings else None
+        predicted = planned(host.outline().tensors, case, settings=settings, device_type=plan.device.type,
+                            precision=plan.precision, rank=plan.rank, budget=budget)
+        shared = {"train_batch_size": case.batch, "resolution": str(case.resolution), "network_dim": plan.rank,
+                  "mixed_precision": plan.precision, "min_snr_gamma": 0.0, "cache_latents_to_disk": True, **settings}
+        if cuda:
+            run = measure_run(host, settings=shared, data=data, steps=20, warm_up=5, device=plan.device, stretch=10)
+            assert run.card is not None, "a run on a card tells its memory"
+            row = Compared(case, name, predicted.bytes, run.card.steps_reserved)
+        else:
+            with _Booked() as booked:
+                measure_run(host, settings=shared, data=data, steps=2, warm_up=1, device=plan.device, each=booked.between)
+            row = Compared(case, name, sum(predicted.predicted.get(kind, 0) for kind in IN_A_STEP), booked.peak)
+        say(f"{case.name}, {name}: {gigabytes(row.predicted)} GB predicted, {gigabytes(row.measured)} GB measured")
+        rows.append(row)
+    return rows
+
+
+class _Booked:
+    """Books what a processor's allocator gives out and takes back in one step, the second; `peak` is the highest sum."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self._profile: Any = None
+
+    def __enter__(self) -> _Booked:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def between(self, step: int) -> None:
+        """To be called when `step` steps are done."""
+        if step == 1:
+            self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+            self._profile.__enter__()
+        elif step > 1:
+            self._end()
+
+    def _end(self) -> None:
+        if self._profile is None:
+            return
+        profile, self._profile = self._profile, None
+        profile.__exit__(None, None, None)
+        booked = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+        now = 0
+        # The name of its time changed with torch 2.2 or so; events of the same moment stay in order.
+        for event in sorted(booked, key=lambda event: event.start_ns() if hasattr(event, "start_ns") else event.start_us()):
+            now += event.nbytes()
+            self.peak = max(self.peak, now)
+
+
+def _shapes(family: str, dtype: torch.dtype, *, small: bool) -> dict[str, torch.Tensor]:
+    return {name: torch.empty(shape, dtype=dtype, device="meta")
+            for name, shape in true_size_shapes(family, small=small).items()}
+
+
+def _predictions(rows: list[tuple[Case, int, MemoryPlan]]) -> str:
+    return grid(("case", "GB there are", "GB predicted", "fits", "plan"), [
+        (case.name, str(budget), gigabytes(made.bytes), "**no**" if made.missing else "yes",
+         made.text.partition(": ")[2]) for case, budget, made in rows])
+
+
+def _comparisons(rows: list[Compared]) -> str:
+    return grid(("case", "plan", "MB predicted", "MB measured", "error"), [
+        (row.case.name, row.name, f"{row.predicted / 2**20:.1f}", f"{row.measured / 2**20:.1f}", f"{100 * row.error:+.1f} %")
+        for row in rows])
