@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib_lora_train.model import convolution
+from lib_lora_train.model import convolution, winograd
 from lib_lora_train.model.convolution import frozen_conv2d
 from lib_lora_train.model.layers import Layers
 
@@ -24,7 +24,7 @@ def draws(*shapes: tuple[int, ...]) -> list[Tensor]:
     return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
-@pytest.mark.parametrize("way", ["columns", "x turned over", "torch"])
+@pytest.mark.parametrize("way", ["columns", "winograd", "x turned over", "torch"])
 @pytest.mark.parametrize("kernels", ORDERS)
 @pytest.mark.parametrize("pictures", ORDERS)
 @pytest.mark.parametrize("pieces, stride, padding, size", [
@@ -33,8 +33,10 @@ def test_every_way_gives_torchs_numbers_in_the_order_of_picture_or_kernel(
         monkeypatch: pytest.MonkeyPatch, way: str, kernels: str, pictures: str, pieces: int, stride: int, padding: int,
         size: int) -> None:
     monkeypatch.setattr(convolution, "COLUMNS_FROM", 0 if way == "columns" else 2 ** 40)
+    monkeypatch.setattr(convolution, "WINOGRAD_FROM", 0 if way == "winograd" else 2 ** 40)
+    monkeypatch.setattr(convolution, "WINOGRAD_CHANNELS", 0)
     monkeypatch.setattr(convolution, "_turning_x_is_cheaper", lambda *_: way == "x turned over")
-    x, weight, bias = draws((pieces, 6, 9, 8), (10, 6, size, size), (10,))
+    x, weight, bias = draws((pieces, 6, 10, 8), (10, 6, size, size), (10,))
     x, weight = ORDERS[pictures](x).requires_grad_(), ORDERS[kernels](weight)
     expected = F.conv2d(x, weight, bias, stride=stride, padding=padding)
     ours = frozen_conv2d(x, weight, bias, stride=stride, padding=padding)
@@ -54,6 +56,22 @@ def test_wide_kernels_meet_few_pixels_as_columns_and_others_do_not(monkeypatch: 
     for width, side in ((1280, 8), (1280, 24), (320, 8)):
         frozen_conv2d(nhwc(torch.zeros(1, width, side, side)), torch.zeros(width, width, 3, 3), None, stride=1, padding=1)
     assert unfolded == [(1, 1280, 8, 8)]
+
+
+@pytest.mark.parametrize("height, width", [(2, 2), (4, 6), (10, 34), (64, 8)])
+@pytest.mark.parametrize("room", [1, 2 ** 24])
+def test_fewer_multiplications_give_the_exact_numbers_within_rounding(
+        monkeypatch: pytest.MonkeyPatch, height: int, width: int, room: int) -> None:
+    monkeypatch.setattr(winograd, "_KERNEL_BYTES", room * 16 * 4)  # of one channel a piece, or of all of them
+    monkeypatch.setattr(winograd, "_TILES_A_BAND", 40)
+    x, kernel, bias, direction = draws((2, 5, height, width), (7, 5, 3, 3), (7,), (2, 7, height, width))
+    exact = x.double().requires_grad_()
+    expected = F.conv2d(exact, kernel.double(), bias.double(), padding=1)
+    (gradient,) = torch.autograd.grad(expected, exact, direction.double())
+    rows = [t.permute(0, 2, 3, 1).contiguous() for t in (x, direction)]
+    found = winograd.convolved(rows[0], kernel, bias), winograd.differentiated(rows[1], kernel)
+    for ours, right in zip(found, (expected, gradient), strict=True):
+        assert (ours.permute(0, 3, 1, 2) - right).abs().max() <= 2e-6 * right.abs().max()
 
 
 # --- copies that are asked for ----------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib_lora_train.errors import SettingError
+from lib_lora_train.model import convolution
 from lib_lora_train.model.components import unet_tensors
 from lib_lora_train.model.family import family_of, unet_config
 from lib_lora_train.model.layers import Layers, frozen_conv2d, frozen_linear
@@ -62,6 +63,19 @@ def test_unet_equals_ldm(family: str, depth: int) -> None:
     y = vector(family, pooled)
     ours = unet_of(theirs.state_dict(), family)(x, t, context, y)
     assert relative_error(ours, theirs(x, t, context=[context] * depth, y=y)) <= 1e-5
+
+
+@pytest.mark.parametrize("way", ["COLUMNS_FROM", "WINOGRAD_FROM"])
+def test_unet_and_its_gradient_equal_ldms_whichever_way_its_convolutions_go(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    monkeypatch.setattr(convolution, way, 0)
+    monkeypatch.setattr(convolution, "WINOGRAD_CHANNELS", 0)
+    theirs = randomised(ldm_unet("sd1"))
+    x, t, context, _ = inputs("sd1", height=16)
+    x.requires_grad_()
+    ours, expected = unet_of(theirs.state_dict(), "sd1")(x, t, context), theirs(x, t, context=context)
+    assert relative_error(ours, expected) <= 1e-5
+    found, right = (torch.autograd.grad(prediction.square().sum(), x)[0] for prediction in (ours, expected))
+    assert relative_error(found, right) <= 1e-4
 
 
 @pytest.mark.parametrize("family", FAMILIES)
