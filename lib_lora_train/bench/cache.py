@@ -42,7 +42,7 @@ from lib_lora_train.whole_file import write_whole
 PICTURES = 10_000
 BOUND = 256 << 20  # bytes of latents that stay in memory while it is measured; a run keeps 2 GiB
 MOST_TIMED = 500  # pictures that the rates are measured with
-MOST_ENCODED = {"cpu": 12, "cuda": 200}  # and those with the VAE
+MOST_ENCODED = {"cpu": 4, "cuda": 200}  # and those with the VAE
 _DIFFERENT = 20
 _PUBLISHED_CHANNELS, _NARROW_CHANNELS = 128, 32
 

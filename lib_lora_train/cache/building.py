@@ -119,7 +119,8 @@ class Building:
             else:
                 stored = [disk.load(example.path, placement, flipped=flip) for flip in self._flips]
                 if all(latents is not None for latents in stored):
-                    return _Found(latents=torch.stack([torch.stack(latents) for latents in stored if latents is not None]))
+                    parts = torch.stack([part for latents in stored if latents is not None for part in latents])
+                    return _Found(latents=parts.unflatten(0, (len(stored), 2)))
             disk.observe(example.path)
         try:
             return _Found(samples=to_samples(scale_and_crop(decoded(example, placement), placement)))

@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import struct
 import time
@@ -71,9 +72,10 @@ class LatentDisk:
             tensors = load(data)
             mean, std = tensors["mean"], tensors["std"]
             sound = mean.dtype == std.dtype == torch.float32 and mean.shape == std.shape and mean.ndim == 3
-            if not sound or not bool(torch.isfinite(mean).all() and torch.isfinite(std).all()):
+            # A sum is not finite where one number is not: faster than asking each of them.
+            if not sound or not math.isfinite(float(mean.sum()) + float(std.sum())):
                 return None
-            if notes.get(_SUM, _sum(mean, std)) != _sum(mean, std):
+            if _SUM in notes and notes[_SUM] != _sum(mean, std):
                 return None
         except _UNREADABLE:
             return None
