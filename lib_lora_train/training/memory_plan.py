@@ -245,6 +245,9 @@ class _Search:
             yield least
             return
         free = self._way(base=base, batch=batch, offload=offload, channels_last=layout)
+        if batch < self._batch and not self._fits(least):  # no need to look at what takes more
+            yield least
+            return
         if wishes.channels_last == "auto" and not layout and self._roomy(free):
             yield dataclasses.replace(free, channels_last=True)
         yield free
