@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -21,12 +22,13 @@ from lib_lora_train.settings import parse
 @dataclasses.dataclass(frozen=True)
 class Card:
     """Bytes of the card's memory that torch had given out, and had taken from the driver, at most: in the whole run and in
-    the steps alone."""
+    the steps alone. `outside` is what was taken besides, at the end: CUDA's own, and other programs' where there are any."""
 
     run_allocated: int
     run_reserved: int
     steps_allocated: int
     steps_reserved: int
+    outside: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +64,10 @@ def measure_run(host: Host, *, settings: Mapping[str, object], data: Path, steps
     Time is taken down every `stretch` steps; on CUDA the device is waited for there, so a stretch of one step would change
     what is measured. `each` is called when a step's loss is told, with the number of steps done. Raises what `run_job` raises.
     """
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()  # what an earlier run has left would count as this one's
+        torch.cuda.reset_peak_memory_stats(device)
     watch = _Watch(device, total=warm_up + steps, stretch=stretch, each=each)
     run_job(parse({**settings, "train_data_dir": str(data), "max_train_steps": warm_up + steps, "output_name": "measured",
                    "overwrite": True, "save_state": False}), host, report=watch.report, stop=watch.stop)
@@ -85,6 +91,7 @@ class _Watch:
         self._marks: list[_Mark] = []
         self._end: _Mark | None = None
         self._peaks: list[tuple[int, int]] = []
+        self._outside = 0
         self.losses: list[float] = []
         self.notes: list[str] = []
 
@@ -107,6 +114,9 @@ class _Watch:
             if event.step == self._total:
                 self._end = self._now()
                 self._take_peak()
+                if self._device.type == "cuda":
+                    free, total = torch.cuda.mem_get_info(self._device)
+                    self._outside = total - free - torch.cuda.memory_reserved(self._device)
 
     def stretches(self, warm_up: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Seconds a step by the clock and by the processor, for each stretch that begins after the warm-up."""
@@ -127,7 +137,7 @@ class _Watch:
         if self._device.type != "cuda" or len(self._peaks) < 2:
             return None
         run, steps = tuple(map(max, zip(*self._peaks, strict=True))), self._peaks[-1]
-        return Card(*run, *steps)
+        return Card(*run, *steps, self._outside)
 
     def _now(self) -> _Mark:
         if self._device.type == "cuda":

@@ -2,8 +2,8 @@
 
 The first table is computed from shapes alone and is the same on every machine: which plan fits SD1.5 and SDXL into 4 to 24
 GB, and what it is predicted to take. The second runs real steps under several plans. On a card it compares what is predicted
-with what torch had given out at most. On a processor it compares what a step adds to what lies there before it, since that
-alone is the plan's: a profiler books each allocation of one step.
+with what torch had taken from the driver at most, and CUDA itself beside it. On a processor it compares what a step adds to
+what lies there before it, since that alone is the plan's: a profiler books each allocation of one step.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def _compare(plan: MemoryPlanned, case: Case, say: Say) -> list[Compared]:
         if cuda:
             run = measure_run(host, settings=shared, data=data, steps=20, warm_up=5, device=plan.device, stretch=10)
             assert run.card is not None, "a run on a card tells its memory"
-            row = Compared(case, name, predicted.bytes, run.card.steps_reserved)
+            row = Compared(case, name, predicted.bytes, run.card.steps_reserved + run.card.outside)
         else:
             with _Booked() as booked:
                 measure_run(host, settings=shared, data=data, steps=2, warm_up=1, device=plan.device, each=booked.between)

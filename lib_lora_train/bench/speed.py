@@ -259,7 +259,8 @@ def _within(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         cards = [run.card for run in row.runs if run.card]
         if row.case.within and cards and row.name.startswith("within "):
-            most = max(card.run_reserved for card in cards)
+            most = max(card.run_reserved + card.outside for card in cards)
             met = "met" if most <= row.case.within * 2**30 else "**missed**"
-            said.append(f"Target {row.case.name} inside {row.case.within:g} GB: {met} ({gigabytes(most)} GB).")
+            said.append(f"Target {row.case.name} inside {row.case.within:g} GB: {met} ({gigabytes(most)} GB, CUDA's own and "
+                        "other programs' included).")
     return said
