@@ -49,6 +49,7 @@ PLACES = (
     Place("which checkpoint and VAE it is", f"{_P}.job:encoder_fingerprint"),
     Place("the LoRA's layers", f"{_P}.job:_network"),
     Place("latents", f"{_P}.job:_latents"),
+    Place("the memory plan", f"{_P}.job:_memory_plan"),
     Place("which pictures they are", f"{_P}.job:_keeper"),
     Place("captions", f"{_P}.cache.text:TextCache._encode"),
     Place(ARITHMETIC, f"{_P}.training.graph:Execution.gradients"),
