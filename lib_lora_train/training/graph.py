@@ -90,7 +90,7 @@ class CudaRecorder:
 
 
 def recorder_for(device: torch.device, *, wanted: bool) -> Recorder | None:
-    """What records steps on this device; None where they run as they are written."""
+    """What records steps on this device; None where they run as they are written (also on AMD's cards: nobody has tried)."""
     if not wanted or device.type != "cuda" or torch.version.hip is not None:
         return None
     return CudaRecorder(device)
@@ -105,11 +105,6 @@ class Execution:
         self._replays: dict[Shapes | None, Replay] = {}              # None: the end of a step
         self._warm: set[Shapes | None] = set()
         self._result: torch.Tensor | None = None
-
-    @property
-    def recording(self) -> bool:
-        """Whether steps are recorded."""
-        return self._recorder is not None
 
     def gradients(self, inputs: StepInputs) -> None:
         """As `Work.gradients`, for inputs on the CPU or wherever they are."""
