@@ -128,10 +128,10 @@ class Joined:
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group(control if cards is not None else None)
         del control
-        if self.rank == 0 or self._silent:
+        if self.rank == 0:
             self._goodbye(wait_for=tuple(range(1, self.world)), seconds=_HEARD)
         else:
-            self._goodbye(wait_for=(0,), seconds=_FAREWELL)
+            self._goodbye(wait_for=(0,), seconds=_HEARD if self._silent else _FAREWELL)
 
     def _meet(self, begin: Callable[[], dist.Work | None]) -> None:
         try:
@@ -160,12 +160,18 @@ class Joined:
             intact=self._cards is None)
 
     def _goodbye(self, *, wait_for: tuple[int, ...], seconds: float) -> None:
-        """Say that this process is leaving, and stay until those have said so too, at most so long."""
+        """Say that this process is leaving, and stay until those have said so too, at most so long.
+
+        Process 0, which may keep the store, says it first and leaves last.
+        """
         def gone() -> None:
-            self._store.add(f"left {self.rank}", 1)
+            if self.rank == 0:
+                self._store.add("left 0", 1)
             until = time.monotonic() + seconds
             while time.monotonic() < until and not all(self._store.add(f"left {rank}", 0) for rank in wait_for):
                 time.sleep(0.05)
+            if self.rank:
+                self._store.add(f"left {self.rank}", 1)
         _within(seconds + _HEARD, gone)
 
 

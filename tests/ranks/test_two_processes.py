@@ -165,10 +165,10 @@ def test_processes_that_were_started_differently_are_refused_in_one_sentence(pic
                  for rate in (0.01, 0.02)]
     with running(different, tmp_path) as started:
         assert started.end() == [2, 2]
-        assert started.errors() == (
+        assert started.errors().endswith(
             "The processes do not train the same thing: learning_rate is 0.01 in process 0 and 0.02 in process 1; start all "
             "of them with the same command, on the same files.\n")
-        assert started.errors(1) == ""
+        assert "do not train" not in started.errors(1), "it is told once"
     assert not list(tmp_path.glob("*.safetensors"))
 
 
@@ -179,5 +179,6 @@ def test_what_one_process_cannot_find_the_others_are_told(pictures, tiny_file, t
     with running(words, tmp_path) as started:
         assert started.end() == [1, 2]
         missing = f"The checkpoint {tmp_path / 'elsewhere.safetensors'} does not exist"
-        assert started.errors() == f"Process 1 of 2 ended: {missing}; check the path.\n"
-        assert started.errors(1) == f"Process 1: {missing}; check the path.\n"
+        # Torch may add lines of its own about connections that were closed.
+        assert f"Process 1 of 2 ended: {missing}; check the path.\n" in started.errors()
+        assert f"Process 1: {missing}; check the path.\n" in started.errors(1)
