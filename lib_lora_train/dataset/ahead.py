@@ -40,7 +40,9 @@ class Ahead(Generic[Item, Result]):
                  cost: Callable[[Item], int], kept: Callable[[Result], int], most_bytes: int = MOST_BYTES) -> None:
         self._items, self._work, self._cost, self._kept = iter(items), work, cost, kept
         self._most, self._most_bytes = most, most_bytes
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._room = threading.Condition(self._lock)  # threads wait here until they may begin
+        self._ready = threading.Condition(self._lock)  # and who iterates, for the next result
         self._next: tuple[Item, int] | None = None  # the first item that is not begun, and its cost
         self._done: dict[int, tuple[Result | None, BaseException | None, int]] = {}
         self._begun = self._taken = self._bytes = 0
@@ -65,9 +67,10 @@ class Ahead(Generic[Item, Result]):
 
     def close(self) -> None:
         """End the threads, and wait until they have. Afterwards nothing more comes."""
-        with self._changed:
+        with self._lock:
             self._closed = True
-            self._changed.notify_all()
+            self._room.notify_all()
+            self._ready.notify_all()
         for thread in self._threads:
             thread.join()
         self._done.clear()
@@ -81,15 +84,15 @@ class Ahead(Generic[Item, Result]):
             if self._closed:
                 raise StopIteration
             return self._work(next(self._items))
-        with self._changed:
+        with self._lock:
             while self._taken not in self._done:
                 if self._closed or (self._exhausted and self._taken == self._begun):
                     raise StopIteration
-                self._changed.wait(_PATIENCE)
+                self._ready.wait(_PATIENCE)
             result, error, size = self._done.pop(self._taken)
             self._taken += 1
             self._bytes -= size
-            self._changed.notify_all()
+            self._room.notify()
         if error is not None:
             raise error
         return result  # type: ignore[return-value]
@@ -104,15 +107,16 @@ class Ahead(Generic[Item, Result]):
             except BaseException as caught:  # noqa: BLE001 - whatever it is, it is the caller's
                 error = caught
             del begun, item
-            with self._changed:
+            with self._lock:
                 self._bytes += size - cost
                 self._done[number] = result, error, size
-                self._changed.notify_all()
+                if number == self._taken:
+                    self._ready.notify()
             del result, error
 
     def _begin(self) -> tuple[int, Item, int] | None:
         """(number, item, bytes) of the next piece, once there is room for it; None where there is no more to do."""
-        with self._changed:
+        with self._lock:
             while not self._closed:
                 self._look()
                 if self._next is None:
@@ -123,8 +127,9 @@ class Ahead(Generic[Item, Result]):
                     self._next = None
                     self._begun += 1
                     self._bytes += cost
+                    self._room.notify()  # one that waits looks whether there is room for one more
                     return self._begun - 1, item, cost
-                self._changed.wait()
+                self._room.wait()
             return None
 
     def _look(self) -> None:
@@ -141,4 +146,5 @@ class Ahead(Generic[Item, Result]):
             self._done[self._begun] = None, error, 0
             self._begun += 1
         if self._exhausted:
-            self._changed.notify_all()
+            self._room.notify_all()
+            self._ready.notify_all()
