@@ -40,7 +40,7 @@ PLACES = (
     Place("after building the network", f"{P}.job:_network", "after"),
     Place("before encoding pictures", f"{P}.model.vae:VAE.encode"),
     Place("after encoding pictures", f"{P}.job:_latents", "after"),
-    Place("before encoding captions", f"{P}.model.text:TextConditioner.encode"),
+    Place("before encoding captions", f"{P}.model.text:TextConditioner.encode_ids"),
     Place("after encoding captions", f"{P}.job:_condition", "after"),
     Place("before the first step", f"{P}.training.loop:draw"),
     Place("in the first step", f"{P}.training.work:denoising_loss", "after"),
