@@ -10,31 +10,26 @@ import contextlib
 import dataclasses
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lib_lora_train import __version__, resume
+from lib_lora_train import resume
+from lib_lora_train.agreements import agree_on_data, agree_on_settings
 from lib_lora_train.cache.batches import Batches
-from lib_lora_train.cache.disk import LatentDisk
 from lib_lora_train.cache.feeder import Feeder
-from lib_lora_train.cache.fingerprint import encoder_fingerprint
-from lib_lora_train.cache.latents import CachedLatents, FreshLatents, LatentSource
-from lib_lora_train.cache.own_rows import OwnRows
 from lib_lora_train.cache.store import Spill
-from lib_lora_train.cache.text import TextCache
 from lib_lora_train.errors import Interrupted, SettingError, translated
 from lib_lora_train.evaluation.loan import lent_model
-from lib_lora_train.events import Finished, Planned, Report, Stage, Warned
+from lib_lora_train.events import Finished, Planned, Report, Warned
+from lib_lora_train.feeding import Text, batches_of, condition_of, latents_of, stage, unneeded
 from lib_lora_train.fence import Fence, confine
+from lib_lora_train.fitting import lay_out, memory_plan
 from lib_lora_train.host.port import Borrowed, Host
 from lib_lora_train.model.components import vae_tensors
-from lib_lora_train.model.fingerprint import sampled_fingerprint
 from lib_lora_train.model.frozen import FrozenModel
-from lib_lora_train.model.quantised import quantised
-from lib_lora_train.model.text import Conditioning, Tokens
 from lib_lora_train.network import file
 from lib_lora_train.network.network import LoRANetwork
 from lib_lora_train.network.targets import find_targets
@@ -43,25 +38,13 @@ from lib_lora_train.preparation import Preparation, prepare
 from lib_lora_train.provenance import Provenance
 from lib_lora_train.ranks import ALONE, Ranks, agree
 from lib_lora_train.saver import Onlooker, Saver, StateKeeper
-from lib_lora_train.settings import DECLARATIONS, Settings, flat
-from lib_lora_train.training.condition import CachedText, Condition, TrainedText
+from lib_lora_train.settings import Settings
 from lib_lora_train.training.loop import LoopOptions, Pause, Stop, train
-from lib_lora_train.training.memory_plan import (
-    MemoryPlan,
-    Wishes,
-    attention_kernel,
-    budget_of,
-    choose,
-    chunks_of,
-    largest,
-)
+from lib_lora_train.training.memory_plan import MemoryPlan
 from lib_lora_train.training.precision import compute_dtype
-from lib_lora_train.training.rehearsal import Scene, Way, layers_of
+from lib_lora_train.training.rehearsal import Way
 from lib_lora_train.training.state import TrainingState
 from lib_lora_train.training.step import StepOptions
-
-_CAPTIONS_AT_ONCE = 32
-"""Captions that a card encodes together: it takes hardly longer for them than for one."""
 
 
 def run_job(settings: Settings, host: Host, *, report: Report, stop: Stop, folder: Path | None = None,
@@ -75,7 +58,7 @@ def run_job(settings: Settings, host: Host, *, report: Report, stop: Stop, folde
     Raises UserError, HostError, TrainingError, and Interrupted where a stop came before the first step.
     """
     confine(settings, host.fence)
-    _agree_on_settings(ranks, settings)
+    agree_on_settings(ranks, settings)
     point = resume.find(settings.save.resume, host.runs_folder) if settings.save.resume else None
     settings = _with_seed(settings, point, ranks)
     target = result_path(settings, host, point) if ranks.rank == 0 else Path(settings.save.output_name)
@@ -94,20 +77,21 @@ def run_job(settings: Settings, host: Host, *, report: Report, stop: Stop, folde
         pause = _pause(settings, host, model, report=report, stop=stop)
         dtype = compute_dtype(settings.memory.mixed_precision, model.device, weights=model.dtype)
         _check_sizes(preparation, model)
-        _agree(ranks, preparation, known, weights, dtype=dtype)
+        agree_on_data(ranks, preparation, known, step=weights.state.step if weights.state else 0, weights=weights.tensors or {},
+                      dtype=dtype)
         changed = resume.compare_settings(settings, point, steps=preparation.plan.steps, processes=ranks.world) if point else []
         for warning in (*preparation.warnings, *_ignored_by(model, settings), *changed):
             report(Warned(warning))
         with translated("making the LoRA's layers"):
             network = _network(settings, model, weights.tensors, name=weights.name, report=report)
-        source = leaving.enter_context(contextlib.closing(_latents(
+        source = leaving.enter_context(contextlib.closing(latents_of(
             settings, preparation, model, vae_tensors(borrowed.tensors), ranks, folder, report=report, stop=stop, pause=pause)))
         preparation = preparation.without_damaged(settings, dataset=source.dataset, placements=source.placements)
         for warning in preparation.warnings:
             report(Warned(warning))
-        batches = _batches(settings, source, ranks)
-        aside = _unneeded(settings, model, source, batches)
-        memory = _memory_plan(settings, preparation, model, borrowed, network, aside, dtype=dtype)
+        batches = batches_of(settings, source, ranks)
+        aside = unneeded(settings, model, source, batches)
+        memory = memory_plan(settings, preparation, model, borrowed, network, aside, dtype=dtype)
         # Cards of different sizes may choose differently how, but not what is computed.
         agree(ranks, shown={"the model's number format in memory (base_weights)": memory.way.base}, digests={})
         if memory.warning:
@@ -117,11 +101,11 @@ def run_job(settings: Settings, host: Host, *, report: Report, stop: Stop, folde
         if "vae" in aside:
             model.take(host.set_aside({"vae"}))
         spill = leaving.enter_context(contextlib.closing(Spill(folder)))
-        text = _condition(settings, model, borrowed, network, batches, spill, ahead="text" in aside, dtype=dtype,
+        text = condition_of(settings, model, borrowed, network, batches, spill, ahead="text" in aside, dtype=dtype,
                           report=report, stop=stop, pause=pause)
         if "text" in aside and text.known:
             model.take(host.set_aside({"text"}))
-        _lay_out(model, host, memory.way)
+        lay_out(model, host, memory.way)
         provenance = Provenance(settings, preparation, model, borrowed, network,
                                 started_at=point.started_at if point else time.time())
         keeper = _keeper(settings, preparation, known, provenance.started_at, point, folder, dtype=dtype, report=report)
@@ -201,38 +185,10 @@ def _keeper(settings: Settings, preparation: Preparation, checkpoint: Mapping[st
     return StateKeeper(folder, settings.save, facts, report)
 
 
-def _agree_on_settings(ranks: Ranks, settings: Settings) -> None:
-    """Raises Disagreement where the processes were started with different settings. Their paths may differ, as machines do."""
-    known = {d.name: bool(flat(settings)[d.name]) if d.is_path else flat(settings)[d.name] for d in DECLARATIONS.values()}
-    agree(ranks, shown={**known, "the version": __version__}, digests={})
-
-
-def _agree(ranks: Ranks, preparation: Preparation, checkpoint: Mapping[str, str], weights: _Weights, *,
-           dtype: torch.dtype) -> None:
-    """Raises Disagreement where the processes have different pictures, models or resume points."""
-    if ranks.world == 1:
-        return
-    shown = {"the number format computed in (mixed_precision)": str(dtype),
-             "the step to go on from": weights.state.step if weights.state else 0}
-    agree(ranks, shown=shown, digests={
-        "the pictures, captions or repeats": resume.dataset_fingerprint(preparation),
-        "the checkpoints": checkpoint["fingerprint"],
-        "the weights to go on from": sampled_fingerprint(weights.tensors or {})})
-
-
 def _prepared(settings: Settings, family: str, fence: Fence | None, ranks: Ranks, *, report: Report,
               stop: Stop) -> Preparation:
-    return prepare(settings, family=family, fence=fence, processes=ranks.world, on_progress=_stage("Reading pictures", report),
+    return prepare(settings, family=family, fence=fence, processes=ranks.world, on_progress=stage("Reading pictures", report),
                    should_stop=lambda: bool(stop()))
-
-
-def _stage(name: str, report: Report, pause: Pause = lambda release: True) -> Callable[[int, int], None]:
-    """Reports progress; with `pause`, others get the model between two pictures too."""
-    def progress(done: int, total: int) -> None:
-        report(Stage(name, done, total))
-        if done < total and not pause(lambda: None):
-            raise Interrupted("The run was stopped while other work of the WebUI used the model")
-    return progress
 
 
 def _pause(settings: Settings, host: Host, model: FrozenModel, *, report: Report, stop: Stop) -> Pause:
@@ -286,35 +242,12 @@ def _network(settings: Settings, model: FrozenModel, tensors: Mapping[str, torch
             report(Warned(f"{len(network.fresh)} layers are not in {name} and start anew."))
     if not train_text:
         network.freeze({component for component in model.components if component != "unet"})
-    rates = _rates(settings)
+    rates = settings.rates
     if not any(rates):
         raise SettingError("Nothing would be trained", why="all learning rates are 0", remedy="raise learning_rate")
     if not rates[0]:
         network.freeze({"unet"})
     return network.to(model.device)
-
-
-def _rates(settings: Settings) -> tuple[float, float]:
-    """(UNet's, text encoder's) learning rate; 0 is not trained."""
-    optimizer = settings.optimizer
-    text = 0.0 if settings.network.network_train_unet_only else optimizer.text_encoder_lr
-    return optimizer.unet_lr or optimizer.learning_rate, text
-
-
-def _latents(settings: Settings, preparation: Preparation, model: FrozenModel, vae: Mapping[str, torch.Tensor],
-             ranks: Ranks, folder: Path | None, *, report: Report, stop: Stop, pause: Pause) -> LatentSource:
-    """Encoded pictures: once and kept, or anew at each step where augmentations change the pixels. `vae` are the host's
-    tensors of it; in `folder` lies what is too much for the memory, until the source is closed."""
-    chosen = settings.dataset
-    shared = {"flip_aug": chosen.flip_aug, "vae_batch_size": settings.memory.vae_batch_size, "device": model.device,
-              "on_progress": _stage("Encoding pictures", report, pause), "should_stop": lambda: bool(stop()),
-              "ranks": ranks}
-    with translated("encoding the pictures"):
-        if chosen.color_aug or chosen.random_crop:
-            return FreshLatents.build(model.vae, preparation.dataset, preparation.placements, color_aug=chosen.color_aug,
-                                      random_crop=chosen.random_crop, **shared)
-        disk = LatentDisk(vae_fingerprint=encoder_fingerprint(vae)) if chosen.cache_latents_to_disk else None
-        return CachedLatents.build(model.vae, preparation.dataset, preparation.placements, disk=disk, folder=folder, **shared)
 
 
 def _planned(settings: Settings, preparation: Preparation, borrowed: Borrowed, memory: MemoryPlan, *, done: int) -> Planned:
@@ -325,103 +258,11 @@ def _planned(settings: Settings, preparation: Preparation, borrowed: Borrowed, m
         checkpoint=borrowed.checkpoint.name, seed=settings.optimizer.seed, resumed_at=done, memory=memory.text)
 
 
-def _batches(settings: Settings, source: LatentSource, ranks: Ranks) -> Batches:
-    """The batches of all processes together; of their pictures, a process looks up those that fall to it."""
-    captions = settings.captions
-    return Batches(
-        source if ranks.world == 1 else OwnRows(source, ranks),
-        train_batch_size=settings.optimizer.train_batch_size * ranks.world, seed=settings.optimizer.seed,
-        prior_loss_weight=settings.dataset.prior_loss_weight, trigger_word=settings.dataset.trigger_word,
-        shuffle_caption=captions.shuffle_caption, keep_tokens=captions.keep_tokens,
-        caption_dropout_rate=captions.caption_dropout_rate, caption_tag_dropout_rate=captions.caption_tag_dropout_rate)
-
-
-def _unneeded(settings: Settings, model: FrozenModel, source: LatentSource, batches: Batches) -> frozenset[str]:
-    """Parts of the model that no step computes with, once pictures and captions are encoded, and that take up a card's
-    memory until then."""
-    if model.device.type != "cuda":
-        return frozenset()
-    text = not _rates(settings)[1] and batches.fixed_captions() is not None
-    return frozenset({"vae"} if isinstance(source, CachedLatents) else ()) | frozenset({"text"} if text else ())
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Text:
-    """How captions become the condition; whether that needs the text encoders no more; and what is told the captions of the
-    next few batches."""
-
-    condition: Condition
-    known: bool = False
-    encode_soon: Callable[[Sequence[str]], None] | None = None
-
-
-def _memory_plan(settings: Settings, preparation: Preparation, model: FrozenModel, borrowed: Borrowed, network: LoRANetwork,
-                 aside: frozenset[str], *, dtype: torch.dtype) -> MemoryPlan:
-    """How the steps are made so that they fit into the memory there is."""
-    width, height = largest(preparation.plan.buckets)
-    scene = Scene(
-        width, height, dtype, layers_of(network), device_type=model.device.type,
-        chunks=chunks_of(example.caption for example in preparation.dataset.examples),
-        attention=attention_kernel(model.device, dtype), min_snr_gamma=settings.loss.min_snr_gamma,
-        text_recomputed=settings.memory.gradient_checkpointing)
-    ours = [t for t in (*borrowed.tensors.values(), *network.parameters()) if t.device.type == model.device.type]
-    budget = budget_of(settings.memory.memory_budget, model.device, ours=sum(t.numel() * t.element_size() for t in ours))
-    return choose(borrowed.tensors, model.architecture, scene, batch=settings.optimizer.train_batch_size,
-                  wishes=Wishes.of(settings.memory), budget=budget, aside=aside)
-
-
-def _lay_out(model: FrozenModel, host: Host, way: Way) -> None:
-    """Put our own copies of the UNet's weights in the place of the lender's, where the plan says so."""
-    if not way.base:
-        if way.channels_last:
-            model.unet.layers.lay_out_channels_last()
-        return
-    with translated("holding the model in eight bits"):
-        if "unet" in way.aside:
-            model.take(host.set_aside({"unet"}))
-        model.unet.layers.replace(dict(quantised(model.unet.tensors, way.base, device=model.device,
-                                                 channels_last=way.channels_last)))
-
-
-def _condition(settings: Settings, model: FrozenModel, borrowed: Borrowed, network: LoRANetwork, batches: Batches,
-               spill: Spill, *, ahead: bool, dtype: torch.dtype, report: Report, stop: Stop, pause: Pause) -> _Text:
-    """How a batch's captions become the UNet's condition: looked up while the text encoders are frozen, else computed.
-
-    With `ahead` all captions are encoded now; else each when it is met, so that the first step comes sooner. Captions that
-    vary are encoded on a card for several steps at once: for one of them it takes as long as for a dozen.
-    """
-    clip_skip = settings.captions.clip_skip or borrowed.clip_skip
-    adapters = {component: layers for component, layers in network.adapters().items() if component != "unet"}
-    if _rates(settings)[1]:
-        for component, unused in model.text.unused_layers(clip_skip).items():
-            network.freeze_below(component, unused)  # no gradient ever reaches them: nor must weight decay
-        return _Text(TrainedText(model.text, clip_skip=clip_skip, adapters=adapters, dtype=dtype,
-                                 checkpointing=settings.memory.gradient_checkpointing))
-
-    class Adapted:
-        """The text encoders with the frozen layers of a LoRA that is continued."""
-
-        tokenize = staticmethod(model.text.tokenize)
-
-        @staticmethod
-        def encode(batch: list[Tokens], *, clip_skip: int, dtype: torch.dtype) -> Conditioning:
-            return model.text.encode(batch, clip_skip=clip_skip, dtype=dtype, adapters=adapters)
-
-    captions = batches.fixed_captions()
-    cache = TextCache(Adapted, clip_skip=clip_skip, one_by_one=captions is not None, spill=spill, kept_as=dtype)
-    if captions is not None and ahead:
-        with translated("encoding the captions"):
-            cache.fill((*captions, ""), batch_size=_CAPTIONS_AT_ONCE, on_progress=_stage("Encoding captions", report, pause),
-                       should_stop=lambda: bool(stop()))
-    soon = cache.encode_soon if captions is None and model.device.type == "cuda" else None
-    return _Text(CachedText(cache), captions is not None and cache.holds(captions), soon)
-
-
 def _train(settings: Settings, preparation: Preparation, model: FrozenModel, network: LoRANetwork, batches: Batches,
-           text: _Text, way: Way, *, dtype: torch.dtype, saver: Saver | Onlooker, stop: Stop, pause: Pause,
+           text: Text, way: Way, *, dtype: torch.dtype, saver: Saver | Onlooker, stop: Stop, pause: Pause,
            resumed: TrainingState | None, ranks: Ranks) -> int:
     optimizer, loss, memory = settings.optimizer, settings.loss, settings.memory
-    unet_lr, text_encoder_lr = _rates(settings)
+    unet_lr, text_encoder_lr = settings.rates
     options = LoopOptions(
         steps=preparation.plan.steps, epochs=preparation.plan.epochs, steps_per_epoch=preparation.plan.steps_per_epoch,
         accumulation=optimizer.gradient_accumulation_steps, schedule=optimizer.lr_scheduler,

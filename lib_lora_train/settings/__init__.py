@@ -40,6 +40,12 @@ class Settings:
     memory: MemorySettings = MemorySettings()
     save: SaveSettings = SaveSettings()
 
+    @property
+    def rates(self) -> tuple[float, float]:
+        """(UNet's, text encoder's) learning rate; 0 is not trained."""
+        text = 0.0 if self.network.network_train_unet_only else self.optimizer.text_encoder_lr
+        return self.optimizer.unet_lr or self.optimizer.learning_rate, text
+
 
 AREAS: dict[str, type] = {field.name: type(field.default) for field in dataclasses.fields(Settings)}
 DECLARATIONS: dict[str, Declaration] = {

@@ -225,7 +225,7 @@ def pretend_card() -> dict[str, str]:
 
     card, loss = pretended_card.PretendedCard(), work.denoising_loss
     aside.device_of, aside.onto = card.device_of, card.onto
-    job._unneeded = lambda *arguments: frozenset({"vae", "text"})
+    job.unneeded = lambda *arguments: frozenset({"vae", "text"})
 
     def lies_where(doing: str) -> None:
         from lib_lora_train.host import webui_model

@@ -1,0 +1,120 @@
+"""What the steps are fed with, from a folder and a lent model: latents, batches, and the condition that captions become."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from lib_lora_train.cache.batches import Batches
+from lib_lora_train.cache.disk import LatentDisk
+from lib_lora_train.cache.fingerprint import encoder_fingerprint
+from lib_lora_train.cache.latents import CachedLatents, FreshLatents, LatentSource
+from lib_lora_train.cache.own_rows import OwnRows
+from lib_lora_train.cache.store import Spill
+from lib_lora_train.cache.text import TextCache
+from lib_lora_train.errors import Interrupted, translated
+from lib_lora_train.events import Report, Stage
+from lib_lora_train.host.port import Borrowed
+from lib_lora_train.model.frozen import FrozenModel
+from lib_lora_train.model.text import Conditioning, Tokens
+from lib_lora_train.network.network import LoRANetwork
+from lib_lora_train.preparation import Preparation
+from lib_lora_train.ranks import Ranks
+from lib_lora_train.settings import Settings
+from lib_lora_train.training.condition import CachedText, Condition, TrainedText
+from lib_lora_train.training.loop import Pause, Stop
+
+_CAPTIONS_AT_ONCE = 32
+"""Captions that a card encodes together: it takes hardly longer for them than for one."""
+
+
+def stage(name: str, report: Report, pause: Pause = lambda release: True) -> Callable[[int, int], None]:
+    """Reports progress; with `pause`, others get the model between two pictures too."""
+    def progress(done: int, total: int) -> None:
+        report(Stage(name, done, total))
+        if done < total and not pause(lambda: None):
+            raise Interrupted("The run was stopped while other work of the WebUI used the model")
+    return progress
+
+
+def latents_of(settings: Settings, preparation: Preparation, model: FrozenModel, vae: Mapping[str, torch.Tensor],
+             ranks: Ranks, folder: Path | None, *, report: Report, stop: Stop, pause: Pause) -> LatentSource:
+    """Encoded pictures: once and kept, or anew at each step where augmentations change the pixels. `vae` are the host's
+    tensors of it; in `folder` lies what is too much for the memory, until the source is closed."""
+    chosen = settings.dataset
+    shared = {"flip_aug": chosen.flip_aug, "vae_batch_size": settings.memory.vae_batch_size, "device": model.device,
+              "on_progress": stage("Encoding pictures", report, pause), "should_stop": lambda: bool(stop()),
+              "ranks": ranks}
+    with translated("encoding the pictures"):
+        if chosen.color_aug or chosen.random_crop:
+            return FreshLatents.build(model.vae, preparation.dataset, preparation.placements, color_aug=chosen.color_aug,
+                                      random_crop=chosen.random_crop, **shared)
+        disk = LatentDisk(vae_fingerprint=encoder_fingerprint(vae)) if chosen.cache_latents_to_disk else None
+        return CachedLatents.build(model.vae, preparation.dataset, preparation.placements, disk=disk, folder=folder, **shared)
+
+
+def batches_of(settings: Settings, source: LatentSource, ranks: Ranks) -> Batches:
+    """The batches of all processes together; of their pictures, a process looks up those that fall to it."""
+    captions = settings.captions
+    return Batches(
+        source if ranks.world == 1 else OwnRows(source, ranks),
+        train_batch_size=settings.optimizer.train_batch_size * ranks.world, seed=settings.optimizer.seed,
+        prior_loss_weight=settings.dataset.prior_loss_weight, trigger_word=settings.dataset.trigger_word,
+        shuffle_caption=captions.shuffle_caption, keep_tokens=captions.keep_tokens,
+        caption_dropout_rate=captions.caption_dropout_rate, caption_tag_dropout_rate=captions.caption_tag_dropout_rate)
+
+
+def unneeded(settings: Settings, model: FrozenModel, source: LatentSource, batches: Batches) -> frozenset[str]:
+    """Parts of the model that no step computes with, once pictures and captions are encoded, and that take up a card's
+    memory until then."""
+    if model.device.type != "cuda":
+        return frozenset()
+    text = not settings.rates[1] and batches.fixed_captions() is not None
+    return frozenset({"vae"} if isinstance(source, CachedLatents) else ()) | frozenset({"text"} if text else ())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Text:
+    """How captions become the condition; whether that needs the text encoders no more; and what is told the captions of the
+    next few batches."""
+
+    condition: Condition
+    known: bool = False
+    encode_soon: Callable[[Sequence[str]], None] | None = None
+
+
+def condition_of(settings: Settings, model: FrozenModel, borrowed: Borrowed, network: LoRANetwork, batches: Batches,
+               spill: Spill, *, ahead: bool, dtype: torch.dtype, report: Report, stop: Stop, pause: Pause) -> Text:
+    """How a batch's captions become the UNet's condition: looked up while the text encoders are frozen, else computed.
+
+    With `ahead` all captions are encoded now; else each when it is met, so that the first step comes sooner. Captions that
+    vary are encoded on a card for several steps at once: for one of them it takes as long as for a dozen.
+    """
+    clip_skip = settings.captions.clip_skip or borrowed.clip_skip
+    adapters = {component: layers for component, layers in network.adapters().items() if component != "unet"}
+    if settings.rates[1]:
+        for component, unused in model.text.unused_layers(clip_skip).items():
+            network.freeze_below(component, unused)  # no gradient ever reaches them: nor must weight decay
+        return Text(TrainedText(model.text, clip_skip=clip_skip, adapters=adapters, dtype=dtype,
+                                 checkpointing=settings.memory.gradient_checkpointing))
+
+    class Adapted:
+        """The text encoders with the frozen layers of a LoRA that is continued."""
+
+        tokenize = staticmethod(model.text.tokenize)
+
+        @staticmethod
+        def encode(batch: list[Tokens], *, clip_skip: int, dtype: torch.dtype) -> Conditioning:
+            return model.text.encode(batch, clip_skip=clip_skip, dtype=dtype, adapters=adapters)
+
+    captions = batches.fixed_captions()
+    cache = TextCache(Adapted, clip_skip=clip_skip, one_by_one=captions is not None, spill=spill, kept_as=dtype)
+    if captions is not None and ahead:
+        with translated("encoding the captions"):
+            cache.fill((*captions, ""), batch_size=_CAPTIONS_AT_ONCE, on_progress=stage("Encoding captions", report, pause),
+                       should_stop=lambda: bool(stop()))
+    soon = cache.encode_soon if captions is None and model.device.type == "cuda" else None
+    return Text(CachedText(cache), captions is not None and cache.holds(captions), soon)
