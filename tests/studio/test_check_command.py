@@ -12,6 +12,7 @@ from PIL import Image
 
 from lib_lora_train.demo import STYLE
 from lib_lora_train.errors import DatasetError, SettingError
+from lib_lora_train.model.tokens import clip_tokenizer
 from lib_lora_train.studio import check_command
 from lib_lora_train.studio.check_command import add_check
 
@@ -72,6 +73,7 @@ def test_what_was_typed_wrong_is_refused_before_anything_is_read(tmp_path: Path)
 
 def test_without_open_clip_the_report_comes_without_tokens(
         monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    clip_tokenizer.cache_clear()  # another test may have had one
     monkeypatch.setitem(sys.modules, "open_clip.tokenizer", None)
     assert check(STYLE, "--json", "--set", "resolution=128") == 0
     shown = capsys.readouterr()
