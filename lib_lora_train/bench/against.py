@@ -81,13 +81,20 @@ def run_pairs(ours: str, theirs: str, *, values: Mapping[str, object], steps: in
 
 
 def time_steps(command: str, *, values: Mapping[str, object], steps: int, card_bytes: CardBytes | None = None) -> Timing:
-    """One run's seconds a step, by the steps it shows, else by the difference between N and 2 N steps."""
+    """One run's seconds a step, by the steps it shows, else by the difference between N and 2 N steps.
+
+    Raises TrainingError where 2 N steps take no longer than N: start and end vary by more than the steps take.
+    """
     first = _watched(filled(command, {**values, "steps": steps}), steps=steps, card_bytes=card_bytes)
     shown = sorted(first.shown)
     if len(shown) >= 2:
         (wall, processor), (last_wall, last_processor) = first.shown[shown[0]], first.shown[shown[-1]]
         return _timing(last_wall - wall, _less(last_processor, processor), shown[-1] - shown[0], first.card_bytes)
     second = _watched(filled(command, {**values, "steps": 2 * steps}), steps=2 * steps, card_bytes=card_bytes)
+    if second.wall <= first.wall:
+        raise TrainingError("These steps are too short to be told from the program's start",
+                            why=f"{2 * steps} of them took no longer than {steps}, and it shows none as it goes",
+                            remedy="take more --steps")
     return _timing(second.wall - first.wall, _less(second.processor, first.processor), steps, second.card_bytes)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -12,19 +12,18 @@ from PIL import Image, ImageDraw
 
 from lib_lora_train.bench.true_size import true_size_shapes, true_size_tensors
 from lib_lora_train.errors import translated
-from lib_lora_train.events import Event, Report
 from lib_lora_train.host import aside
 from lib_lora_train.host.port import Borrowed, Checkpoint, Outline
+from lib_lora_train.host.undisturbed import Undisturbed
 from lib_lora_train.model.family import NO_HINTS
-from lib_lora_train.tagging.captioner import CaptionerSource
 
 PICTURES = 8
 KOHYA_FOLDER = "1_cat"
 """How kohya's scripts want pictures to lie: a folder in the folder, its name begins with the number of repeats."""
 
 
-class RandomHost:
-    """Lends true-size random weights on `device`; they are drawn at the first loan. `report` hears of nothing here."""
+class RandomHost(Undisturbed):
+    """Lends true-size random weights on `device`; they are drawn at the first loan."""
 
     fence = None
 
@@ -33,10 +32,6 @@ class RandomHost:
         self.datasets_folder = self.models_folder = self.taggers_folder = folder
         self._family, self._small, self._dtype, self._device = family, small, dtype, device
         self._tensors: Mapping[str, torch.Tensor] | None = None
-
-    def captioners(self) -> Sequence[CaptionerSource]:
-        """There are none here."""
-        return ()
 
     def checkpoint(self) -> Checkpoint:
         """What the random model is called."""
@@ -57,38 +52,6 @@ class RandomHost:
                 self._tensors = true_size_tensors(self._family, dtype=self._dtype, device=self._device, small=self._small)
             aside.move(self._tensors.values(), self._device)
         yield Borrowed(self._tensors, NO_HINTS, self.checkpoint(), self._device)
-
-    def wanted(self) -> bool:
-        """Nobody else uses it."""
-        return False
-
-    def hand_over(self, *, report: Report, stop: Callable[[], bool]) -> Mapping[str, torch.Tensor] | None:
-        """Nobody takes it meanwhile."""
-        return self._tensors
-
-    def set_aside(self, parts: Collection[str]) -> Mapping[str, torch.Tensor]:
-        """Move these parts to the CPU until they are lent again."""
-        assert self._tensors is not None, "nothing is lent"
-        with translated("moving parts of the model off the device"):
-            aside.move(aside.tensors_of(self._tensors, parts), aside.CPU)
-        return self._tensors
-
-    def waiting(self) -> bool:
-        """There is no other work here."""
-        return False
-
-    def give_up(self) -> None:
-        """Nobody waits here."""
-
-    def interrupted(self) -> bool:
-        """Nobody else can interrupt here."""
-        return False
-
-    def report(self, event: Event) -> None:
-        """There is no display to keep true."""
-
-    def refresh_loras(self) -> None:
-        """There is no list of LoRAs to refresh."""
 
 
 def make_pictures(folder: Path, *, side: int, count: int = PICTURES) -> Path:

@@ -136,7 +136,7 @@ def shared_settings(plan: SpeedPlan, case: Case) -> dict[str, Value]:
 
 def pictures_of(plan: SpeedPlan, case: Case) -> Path:
     """The folder of pictures that a case is trained on: few on a processor, which takes long to encode them."""
-    count = max(8 if plan.device.type == "cuda" else 4, 2 * case.batch)
+    count = max(8 if plan.device.type == "cuda" else 2, 2 * case.batch)
     return make_pictures(plan.output / f"pictures-{case.resolution}-{count}", side=case.resolution, count=count)
 
 

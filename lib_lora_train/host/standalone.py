@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import hashlib
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import safetensors
@@ -20,15 +20,14 @@ import yaml
 from safetensors.torch import load_file
 
 from lib_lora_train.errors import HostError, LoraTrainError, ModelError, translated
-from lib_lora_train.events import Event, Report
 from lib_lora_train.fence import Fence
 from lib_lora_train.host import aside
 from lib_lora_train.host.port import Borrowed, Checkpoint, Outline
 from lib_lora_train.host.reach import is_loopback
+from lib_lora_train.host.undisturbed import Undisturbed
 from lib_lora_train.model.family import Hints, detect
 from lib_lora_train.model.hints_file import hints_from_yaml
 from lib_lora_train.model.tokens import Tokenizer, tokenizer_from_folder
-from lib_lora_train.tagging.captioner import CaptionerSource
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
            "I32": torch.int32, "U8": torch.uint8, "I8": torch.int8, "BOOL": torch.bool}
@@ -43,7 +42,7 @@ class _Described:
     hints: Hints
 
 
-class StandaloneHost:
+class StandaloneHost(Undisturbed):
     """Lends the model of one `.safetensors` file. `checkpoint_file` None is a host with no model yet."""
 
     def __init__(self, checkpoint_file: Path | None, *, lora_folder: Path, runs_folder: Path,
@@ -66,10 +65,6 @@ class StandaloneHost:
     def taggers_folder(self) -> Path:
         """Beside the LoRAs."""
         return self.lora_folder / "taggers"
-
-    def captioners(self) -> Sequence[CaptionerSource]:
-        """There are none but ours here."""
-        return ()
 
     def checkpoint(self) -> Checkpoint | None:
         """The file's name, family and old hash, read from its header; None where there is none or it is unusable."""
@@ -103,38 +98,6 @@ class StandaloneHost:
             yield Borrowed(self._tensors, known.hints, known.checkpoint, self._device, self._tokenizers)
         finally:
             self._lock.release()
-
-    def wanted(self) -> bool:
-        """There is no other work here."""
-        return False
-
-    def hand_over(self, *, report: Report, stop: Callable[[], bool]) -> Mapping[str, torch.Tensor] | None:
-        """Nobody takes the model meanwhile, so it is lent on as it is."""
-        return self._tensors
-
-    def set_aside(self, parts: Collection[str]) -> Mapping[str, torch.Tensor]:
-        """Move these parts to the CPU until they are lent again."""
-        assert self._tensors is not None, "nothing is lent"
-        with translated("moving parts of the model off the device"):
-            aside.move(aside.tensors_of(self._tensors, parts), aside.CPU)
-        return self._tensors
-
-    def waiting(self) -> bool:
-        """There is no other work here."""
-        return False
-
-    def give_up(self) -> None:
-        """Nobody waits here."""
-
-    def interrupted(self) -> bool:
-        """Nobody else can interrupt here."""
-        return False
-
-    def report(self, event: Event) -> None:
-        """There is no other progress display to keep true."""
-
-    def refresh_loras(self) -> None:
-        """There is no list of LoRAs to refresh."""
 
     def _description(self, path: Path) -> _Described:
         if self._described is None:
