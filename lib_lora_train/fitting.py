@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from lib_lora_train.errors import translated
@@ -20,12 +22,12 @@ from lib_lora_train.training.memory_plan import (
     chunks_of,
     largest,
 )
-from lib_lora_train.training.rehearsal import Scene, Way, layers_of
+from lib_lora_train.training.rehearsal import Base, Scene, Way, layers_of
 
 
 def memory_plan(settings: Settings, preparation: Preparation, model: FrozenModel, borrowed: Borrowed, network: LoRANetwork,
-                aside: frozenset[str], *, dtype: torch.dtype) -> MemoryPlan:
-    """How the steps are made so that they fit into the memory there is."""
+                aside: frozenset[str], *, dtype: torch.dtype, base: Base) -> MemoryPlan:
+    """How the steps are made so that they fit into the memory there is; `base` is what a run that goes on has computed on."""
     width, height = largest(preparation.plan.buckets)
     scene = Scene(
         width, height, dtype, layers_of(network), device_type=model.device.type,
@@ -34,8 +36,9 @@ def memory_plan(settings: Settings, preparation: Preparation, model: FrozenModel
         text_recomputed=settings.memory.gradient_checkpointing)
     ours = [t for t in (*borrowed.tensors.values(), *network.parameters()) if t.device.type == model.device.type]
     budget = budget_of(settings.memory.memory_budget, model.device, ours=sum(t.numel() * t.element_size() for t in ours))
+    wishes = Wishes.of(settings.memory)
     return choose(borrowed.tensors, model.architecture, scene, batch=settings.optimizer.train_batch_size,
-                  wishes=Wishes.of(settings.memory), budget=budget, aside=aside)
+                  wishes=dataclasses.replace(wishes, base=wishes.base or base), budget=budget, aside=aside)
 
 
 def lay_out(model: FrozenModel, host: Host, way: Way) -> None:

@@ -42,7 +42,7 @@ from lib_lora_train.settings import Settings
 from lib_lora_train.training.loop import LoopOptions, Pause, Stop, train
 from lib_lora_train.training.memory_plan import MemoryPlan
 from lib_lora_train.training.precision import compute_dtype
-from lib_lora_train.training.rehearsal import Way
+from lib_lora_train.training.rehearsal import Base, Way
 from lib_lora_train.training.state import TrainingState
 from lib_lora_train.training.step import StepOptions
 
@@ -91,7 +91,8 @@ def run_job(settings: Settings, host: Host, *, report: Report, stop: Stop, folde
             report(Warned(warning))
         batches = batches_of(settings, source, ranks)
         aside = unneeded(settings, model, source, batches)
-        memory = memory_plan(settings, preparation, model, borrowed, network, aside, dtype=dtype)
+        memory = memory_plan(settings, preparation, model, borrowed, network, aside, dtype=dtype,
+                             base=resume.base_of(point, settings) if point else "")
         # Cards of different sizes may choose differently how, but not what is computed.
         agree(ranks, shown={"the model's number format in memory (base_weights)": memory.way.base}, digests={})
         if memory.warning:
@@ -108,25 +109,33 @@ def run_job(settings: Settings, host: Host, *, report: Report, stop: Stop, folde
         lay_out(model, host, memory.way)
         provenance = Provenance(settings, preparation, model, borrowed, network,
                                 started_at=point.started_at if point else time.time())
-        keeper = _keeper(settings, preparation, known, provenance.started_at, point, folder, dtype=dtype, report=report)
+        keeper = _keeper(settings, preparation, known, provenance.started_at, point, folder, dtype=dtype,
+                         base=memory.way.base, report=report)
         saver = Onlooker(report) if ranks.rank else Saver(target, settings.save, network, provenance, keeper, report=report,
                                                           spare=folder)
         with saver.rescue():
             steps = _train(settings, preparation, model, network, batches, text, memory.way, dtype=dtype, saver=saver,
                            stop=stop, pause=pause, resumed=weights.state, ranks=ranks)
-        complete = steps == preparation.plan.steps
-        if not complete and (steps == 0 or not ranks.any(stop() == "save")):
-            if not saver.saved and ranks.rank == 0:
-                raise Interrupted(f"Stopped after {steps} of {preparation.plan.steps} steps; nothing was saved")
-            latest = saver.saved[-1] if saver.saved else ""
-            return Finished("stopped", f"Stopped after {steps} of {preparation.plan.steps} steps.", latest, steps)
-        with saver.rescue():
-            path = saver.save_result(step=steps, epoch=preparation.epoch_of(steps), complete=complete)
+        finished = _finished(preparation, saver, steps, name=target.stem, stop=stop, ranks=ranks)
         # While the model is still ours: a host that had merged an older file of this name must forget it.
         host.refresh_loras()
-    if complete:
-        return Finished("done", f"{target.stem} is ready: {path}", path, steps)
-    return Finished("stopped", f"Stopped after {steps} of {preparation.plan.steps} steps; saved {path}", path, steps)
+    return finished
+
+
+def _finished(preparation: Preparation, saver: Saver | Onlooker, steps: int, *, name: str, stop: Stop,
+              ranks: Ranks) -> Finished:
+    """The end of a run after `steps` steps, its result saved if it is complete, or was stopped to be saved. Raises Interrupted
+    where nothing was ever saved."""
+    complete, stopped = steps == preparation.plan.steps, f"Stopped after {steps} of {preparation.plan.steps} steps"
+    if complete or (steps and ranks.any(stop() == "save")):
+        with saver.rescue():
+            path = saver.save_result(step=steps, epoch=preparation.epoch_of(steps), complete=complete)
+        if complete:
+            return Finished("done", f"{name} is ready: {path}", path, steps)
+        return Finished("stopped", f"{stopped}; saved {path}", path, steps)
+    if ranks.any(bool(saver.saved)):
+        return Finished("stopped", f"{stopped}.", saver.saved[-1] if saver.saved else "", steps)
+    raise Interrupted(f"{stopped}; nothing was saved")
 
 
 def output_folder(settings: Settings, host: Host) -> Path:
@@ -173,12 +182,12 @@ def _weights(settings: Settings, point: resume.Point | None) -> _Weights:
 
 
 def _keeper(settings: Settings, preparation: Preparation, checkpoint: Mapping[str, str], started_at: float,
-            point: resume.Point | None, folder: Path | None, *, dtype: torch.dtype, report: Report) -> StateKeeper:
+            point: resume.Point | None, folder: Path | None, *, dtype: torch.dtype, base: Base, report: Report) -> StateKeeper:
     """Keeps the run's state. What it says of the data is compared with what was said when the run began."""
     wanted = folder is not None and (settings.save.save_state or settings.save.save_state_on_train_end)
     facts: dict[str, Any] = {}
     if wanted or point:
-        facts = resume.facts(settings, preparation, checkpoint, started_at=started_at, dtype=dtype)
+        facts = resume.facts(settings, preparation, checkpoint, started_at=started_at, dtype=dtype, base=base)
     if point:
         for warning in resume.compare_data(facts, point):
             report(Warned(warning))

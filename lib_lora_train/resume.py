@@ -23,6 +23,7 @@ from lib_lora_train.network.file import read_metadata
 from lib_lora_train.preparation import Preparation
 from lib_lora_train.settings import Settings, flat, parse
 from lib_lora_train.training import state
+from lib_lora_train.training.rehearsal import Base
 from lib_lora_train.training.state import FILE_NAME, TrainingState
 
 # What the weights and moments are made of: no other value fits them.
@@ -99,12 +100,14 @@ def settings_of(point: Point, changes: Mapping[str, object]) -> Settings:
 
 
 def facts(settings: Settings, preparation: Preparation, checkpoint: Mapping[str, str], *, started_at: float,
-          dtype: torch.dtype) -> dict[str, Any]:
-    """What a state is told of its run. Reads a little of every picture; raises OutputError where one is gone."""
+          dtype: torch.dtype, base: Base) -> dict[str, Any]:
+    """What a state is told of its run; `base` is what the model was really held in. Reads a little of every picture; raises
+    OutputError where one is gone."""
     return {
         "settings": flat(settings), "started_at": started_at, "steps": preparation.plan.steps,
         "processes": preparation.processes,
         "dataset": dataset_fingerprint(preparation), "computed_in": str(dtype).removeprefix("torch."),
+        "base": base,
         "checkpoint": dict(checkpoint)}
 
 
@@ -144,6 +147,14 @@ def compare_settings(settings: Settings, point: Point, *, steps: int, processes:
     return notes
 
 
+def base_of(point: Point, settings: Settings) -> Base:
+    """What the model was held in until the point, by the settings or the memory plan's choice; "" where the settings have
+    changed since."""
+    base = point.facts.get("base", "")
+    same = settings.memory.base_weights == point.facts["settings"].get("base_weights")
+    return base if same and base in ("int8", "fp8") else ""
+
+
 def compare_checkpoint(now: Mapping[str, str], point: Point) -> None:
     """Raises ModelError unless the model is the one that the run began with."""
     then = point.facts["checkpoint"]
@@ -165,6 +176,10 @@ def compare_data(now: Mapping[str, Any], point: Point) -> list[str]:
     if now["computed_in"] != then.get("computed_in"):
         notes.append(f"The run now computes in {now['computed_in']} and began in {then.get('computed_in')} "
                      "(mixed_precision): the result will not be that of an uninterrupted run.")
+    base, base_then = now["base"], then.get("base", now["base"])
+    if base != base_then and now["settings"]["base_weights"] == then["settings"].get("base_weights"):
+        notes.append(f"The model is now held in {base or 'its own numbers'} and was held in {base_then or 'its own'} "
+                     "(base_weights): the result will not be that of an uninterrupted run.")
     return notes
 
 

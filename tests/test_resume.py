@@ -24,6 +24,7 @@ from lib_lora_train.host.standalone import StandaloneHost
 from lib_lora_train.job import run_job
 from lib_lora_train.saver import StateKeeper
 from lib_lora_train.settings import SaveSettings
+from lib_lora_train.training import state
 from tests.test_job import metadata, of, settings
 
 STATE = "state.safetensors"
@@ -212,6 +213,24 @@ def test_a_picture_of_the_same_name_and_size_is_another_picture(pictures, host):
     assert resume.dataset_fingerprint(prepare(chosen, family="sd1")) == first
     Image.new("RGB", (64, 64), "black").save(pictures / "1.png")
     assert resume.dataset_fingerprint(prepare(chosen, family="sd1")) != first
+
+
+def test_what_the_model_was_held_in_is_remembered(cut_off, host):
+    # On a card on which nothing else fits the plan holds it in eight bits; here its choice is written into the state.
+    chosen, folder = cut_off
+    held, facts = state.read(folder / STATE)
+    state.write(folder / STATE, held, {**facts, "base": "int8"})
+    _, seen = run(going_on(chosen, folder), host, folder, stop_after=1)
+    assert "held in int8" in of(events.Planned, seen)[0].memory and told(seen) == []
+    assert resume.base_of(resume.find(str(folder), folder.parent), changed(chosen, folder, base_weights="fp8")) == ""
+
+
+def test_a_model_held_in_other_numbers_than_before_is_told(cut_off):
+    _, folder = cut_off
+    point = resume.find(str(folder), folder.parent)
+    assert resume.compare_data(point.facts, point) == []
+    said = resume.compare_data({**point.facts, "base": "int8"}, point)
+    assert len(said) == 1 and "now held in int8" in said[0]
 
 
 @pytest.mark.parametrize("part", ["model.diffusion_model.out.2.bias", "first_stage_model.encoder.conv_in.weight"])

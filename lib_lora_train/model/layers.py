@@ -69,17 +69,22 @@ class Layers:
 
     def __init__(self, tensors: Mapping[str, Tensor], *, adapters: Adapters = NO_ADAPTERS) -> None:
         self._weights: dict[str, Weight] = {name: borrowed(tensor) for name, tensor in tensors.items()}
-        self._own: set[str] = set()
+        self._own: dict[str, torch.device] = {}  # where our copies belong
         self.tensors: Mapping[str, Weight] = MappingProxyType(self._weights)
         self._adapters = adapters
 
     def let_go(self) -> None:
-        """Hold none of the lender's memory, until `take`; not to be computed with meanwhile."""
-        for name in self._weights.keys() - self._own:
-            del self._weights[name]
+        """Hold none of the lender's memory and nothing on its device, until `take`; not to be computed with meanwhile."""
+        for name in tuple(self._weights):
+            if name in self._own:
+                self._weights[name] = self._weights[name].to("cpu")
+            else:
+                del self._weights[name]
 
     def take(self, tensors: Mapping[str, Tensor]) -> None:
         """Compute on these tensors from now on: the same weights, where they lie now. What was replaced stays so."""
+        for name, device in self._own.items():
+            self._weights[name] = self._weights[name].to(device)
         self._weights.update({name: borrowed(tensor) for name, tensor in tensors.items() if name not in self._own})
 
     def replace(self, weights: Mapping[str, Weight]) -> None:
@@ -90,7 +95,7 @@ class Layers:
         """
         assert weights.keys() <= self._weights.keys(), "only weights that are there can be replaced"
         self._weights.update(weights)
-        self._own.update(weights)
+        self._own.update({name: weight.device for name, weight in weights.items()})
 
     def lay_out_channels_last(self) -> None:
         """Put copies in NHWC order in the place of convolutions' kernels above 1x1 that lie otherwise."""

@@ -36,6 +36,10 @@ class DenseOnDemand(Protocol):
         """Bytes that it takes as it is stored."""
         ...
 
+    def to(self, device: torch.device | str) -> DenseOnDemand:
+        """The same on another device."""
+        ...
+
     def dense(self, dtype: torch.dtype) -> Tensor:
         """A new tensor of `shape` in `dtype`, to be dropped after the product it was made for."""
         ...

@@ -29,7 +29,7 @@ from lib_lora_train.model.text import CHUNK
 from lib_lora_train.model.unet import UNet
 from lib_lora_train.settings import MemorySettings
 from lib_lora_train.training.ledger import AttentionKernel
-from lib_lora_train.training.rehearsal import Outcome, Part, Scene, Unit, Way, rehearse
+from lib_lora_train.training.rehearsal import Base, Outcome, Part, Scene, Unit, Way, rehearse
 
 GIGABYTE = 1 << 30
 CONTEXT = 420 << 20
@@ -44,8 +44,6 @@ _ROOMY = 0.75
 """Share of the budget up to which it may be filled with a copy that is only for speed."""
 _KERNEL = 2e8
 """Operations that a small kernel costs at least: it is there so that many small ones are not taken for nothing."""
-
-Base = Literal["", "int8", "fp8"]
 
 
 @dataclasses.dataclass(frozen=True)

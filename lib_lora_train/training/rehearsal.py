@@ -42,6 +42,8 @@ from lib_lora_train.training.work import Work
 META = torch.device("meta")
 _SIZES = 6 * SIZE_EMBEDDING  # SDXL's sizes as sinusoids, beside the pooled text
 Part = Literal["unet", "vae", "text"]
+Base = Literal["", "int8", "fp8"]
+"""What the UNet's weights are held in; "" for the lender's own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +77,12 @@ class Scene:
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """How a step is made: what a plan chooses. `base` is "" for the lender's weights; `aside` is what is not on the device."""
+    """How a step is made: what a plan chooses. `aside` is what is not on the device."""
 
     batch: int
     recompute: frozenset[str] = frozenset()
     offload: bool = False
-    base: Literal["", "int8", "fp8"] = ""
+    base: Base = ""
     channels_last: bool = False
     aside: frozenset[Part] = frozenset()
 

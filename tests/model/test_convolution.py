@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -110,6 +112,26 @@ def test_what_was_replaced_stays_when_the_rest_is_let_go_and_lent_anew() -> None
     layers.take(lent)
     assert layers.weight("matrix") is own and set(layers.tensors) == set(lent)
     assert layers.weight("wide").data_ptr() == lent["wide.weight"].data_ptr()
+
+
+@dataclasses.dataclass(frozen=True)
+class OnACard:
+    """A weight that says it lies on a card, of which this machine may have none."""
+
+    device: torch.device = torch.device("cuda", 1)
+    nbytes: int = 40
+
+    def to(self, device: torch.device | str) -> OnACard:
+        return OnACard(torch.device(device))
+
+
+def test_what_replaced_the_lenders_leaves_the_card_with_it_and_comes_back() -> None:
+    layers, lent = Layers(tensors()), tensors()
+    layers.replace({"matrix.weight": OnACard()})
+    layers.let_go()
+    assert layers.tensors == {"matrix.weight": OnACard(torch.device("cpu"))}
+    layers.take(lent)
+    assert layers.weight("matrix") == OnACard() and layers.copied_bytes == 40
 
 
 def test_what_is_replaced_is_no_longer_held() -> None:
