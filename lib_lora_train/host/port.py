@@ -110,12 +110,19 @@ class Host(Protocol):
         """
 
     def set_aside(self, parts: Collection[str]) -> Mapping[str, torch.Tensor]:
-        """Move these parts of the lent model ("unet", "vae", "text") off its device until the loan ends, in place: an object
-        that was lent lies elsewhere afterwards. They are set aside again after each `hand_over`; on the CPU nothing moves.
+        """Move these parts of the lent model ("unet", "vae", "text") off its device until they are brought back or the loan
+        ends, in place: an object that was lent lies elsewhere afterwards. They are set aside again after each `hand_over`; on the CPU nothing moves.
 
         Returns all of the lent tensors as they lie now. To be called by the borrower, who takes them in the place of those
         he holds: the memory is free once nobody holds what lay there. The host gets its model back as it was in any case.
         Raises TrainingError where there is no room to move to; nothing has moved then.
+        """
+
+    def bring_back(self, parts: Collection[str]) -> Mapping[str, torch.Tensor]:
+        """Move those of these parts that are set aside to the loan's device again, in place; they stay there.
+
+        Returns all of the lent tensors as they lie now, and wants to be called, as `set_aside`. Raises TrainingError where
+        the device has no room; a part that is then half there is whole again at the end of the loan.
         """
 
     def waiting(self) -> bool:

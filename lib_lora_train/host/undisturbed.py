@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from lib_lora_train.errors import translated
@@ -16,6 +17,8 @@ class Undisturbed:
     """The part of `host.port.Host` that needs others. `_tensors` are the lent ones, None before the first loan."""
 
     _tensors: Mapping[str, Tensor] | None = None
+    _device: torch.device
+    """Where they are lent."""
 
     def captioners(self) -> Sequence[CaptionerSource]:
         """There are none but ours here."""
@@ -34,6 +37,13 @@ class Undisturbed:
         assert self._tensors is not None, "nothing is lent"
         with translated("moving parts of the model off the device"):
             aside.move(aside.tensors_of(self._tensors, parts), aside.CPU)
+        return self._tensors
+
+    def bring_back(self, parts: Collection[str]) -> Mapping[str, Tensor]:
+        """Move these parts to where they are lent."""
+        assert self._tensors is not None, "nothing is lent"
+        with translated("moving parts of the model back to the device"):
+            aside.move(aside.tensors_of(self._tensors, parts), self._device)
         return self._tensors
 
     def waiting(self) -> bool:

@@ -125,6 +125,11 @@ class WebUIHost:
         assert self._loan is not None, "nothing is lent"
         return self._loan.set_aside(parts)
 
+    def bring_back(self, parts: Collection[str]) -> Mapping[str, torch.Tensor]:
+        """Move these parts to the WebUI's device again."""
+        assert self._loan is not None, "nothing is lent"
+        return self._loan.bring_back(parts)
+
     def waiting(self) -> bool:
         """Whether the borrower waits in the WebUI's queue, mostly behind a generation."""
         loan = self._loan

@@ -42,6 +42,7 @@ class Loan:
         self._setup = contextlib.ExitStack()
         self._tensors: Mapping[str, Tensor] = {}
         self._aside: frozenset[str] = frozenset()
+        self._device: torch.device | None = None
         self._seal: webui_model.Seal | None = None
         self._identity: webui_model.Identity | None = None
 
@@ -90,6 +91,14 @@ class Loan:
         self._aside |= new
         return self._tensors
 
+    def bring_back(self, parts: Collection[str]) -> Mapping[str, Tensor]:
+        """See `Host.bring_back`. What set them aside leaves alone what it does not find where it put it."""
+        assert self.witness is not None and self._device is not None, "nothing is lent"
+        with translated("moving parts of the model back to the device"):
+            aside.move(aside.tensors_of(self._tensors, self._aside & frozenset(parts)), self._device)
+        self._aside -= frozenset(parts)
+        return self._tensors
+
     def _put_aside(self, parts: Collection[str]) -> None:
         """Off the device until `_take_down`."""
         with translated("moving parts of the model off the device"):
@@ -99,7 +108,7 @@ class Loan:
         """Bare of LoRAs, on the device, watched. With the lock held; `_take_down` is its opposite."""
         webui_loras.take_out(sd_model)
         with translated("moving the model to the device"):
-            device = self._setup.enter_context(webui_model.placed(sd_model))
+            device = self._device = self._setup.enter_context(webui_model.placed(sd_model))
         self._tensors = webui_model.collect(sd_model)
         self.witness = webui_model.Witness(sd_model, self._tensors)
         return device

@@ -151,6 +151,18 @@ def test_the_stand_alone_host_lends_what_it_set_aside_where_it_belongs_again(car
         assert {name: facts(tensor) for name, tensor in borrowed.tensors.items()} == before
 
 
+def test_what_was_set_aside_can_be_brought_back_and_set_aside_again(card, host):
+    with host.borrow() as borrowed:
+        before = {name: facts(tensor) for name, tensor in borrowed.tensors.items()}
+        host.set_aside({"unet", "text"})
+        now = host.bring_back({"unet", "vae"})
+        away = {name for name, tensor in now.items() if card.device_of(tensor) == CPU}
+        assert away == {name for name in before if name.startswith("cond_stage_model.")}
+        assert {name: facts(tensor) for name, tensor in now.items()} == before
+        again = host.set_aside({"unet"})
+        assert card.device_of(again["model.diffusion_model.out.2.weight"]) == CPU
+
+
 def test_a_full_machine_is_said_in_our_words(card, host):
     with host.borrow():
         card.room = 3
