@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+
+# The models here are so small that a second thread costs more than it brings, above all where other tests run beside
+# these. Said here, before torch is there, it holds for the programs that tests start as well.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -12,8 +17,7 @@ from PIL import Image, ImageDraw
 from lib_lora_train.demo import tiny_checkpoint
 from lib_lora_train.host.standalone import StandaloneHost
 
-# The models here are so small that a second thread costs more than it brings, above all on a busy machine.
-torch.set_num_threads(1)
+torch.set_num_threads(1)  # where torch was built without OpenMP
 
 
 @pytest.fixture(scope="session")

@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("Interrupted; the next start begins the environment anew.", file=sys.stderr)
         return 130
-    module = ["lib_lora_train", "demo"] if command == "demo" else ["pytest"]
+    module = ["lib_lora_train", "demo"] if command == "demo" else ["pytest", *on_all_cores()]
     say("Running the tests" if command == "test" else "Starting the demo")
     process = subprocess.Popen([str(python), "-m", *module, *rest], cwd=ROOT, env=variables())
     while True:
@@ -61,6 +61,14 @@ def main(arguments: list[str]) -> int:
             return process.wait()
         except KeyboardInterrupt:       # the program got it too, and ends in its own way
             continue
+
+
+def on_all_cores() -> list[str]:
+    """pytest's arguments: a file of tests on each core, none of which may hang. What the user adds has the last word."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # A real WebUI is started once for all tests, but once in each process.
+    processes = 0 if os.environ.get("WEBUI_ROOT") else min(cores, 4)
+    return ["-n", str(processes), "--dist", "loadfile", "--timeout", "600"]
 
 
 def environment(*, for_tests: bool) -> Path:

@@ -16,7 +16,8 @@ from lib_lora_train.dataset.pictures import is_picture_name, read_picture
 from lib_lora_train.demo import STYLE, SUBJECT
 from lib_lora_train.errors import Interrupted
 
-DRAWINGS = [read_picture(path) for folder in (STYLE, SUBJECT) for path in sorted(folder.iterdir()) if is_picture_name(path)]
+PATHS = [path for folder in (STYLE, SUBJECT) for path in sorted(folder.iterdir()) if is_picture_name(path)]
+DRAWINGS = [read_picture(path) for path in PATHS]
 Change = Callable[[Image.Image], Image.Image]
 
 
@@ -155,7 +156,7 @@ def test_sharpness_does_not_depend_on_contrast_or_on_how_much_there_is_to_see() 
     assert sharpness(few, pixels=256 * 256) == pytest.approx(sharpness(many, pixels=256 * 256), rel=0.1)
 
 
-@pytest.mark.parametrize("picture", DRAWINGS, ids=str)
+@pytest.mark.parametrize("picture", DRAWINGS, ids=[path.name for path in PATHS])
 def test_drawings_are_not_blurred_until_they_are(picture: Image.Image) -> None:
     values = [sharpness(picture.filter(ImageFilter.GaussianBlur(radius)), pixels=256 * 256) for radius in (0, 1, 2, 4)]
     assert values == sorted(values, reverse=True)
