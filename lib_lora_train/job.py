@@ -66,9 +66,19 @@ def run_job(settings: Settings, host: Host, *, report: Report, stop: Stop, folde
     checkpoint = host.checkpoint()
     preparation = _prepared(settings, checkpoint.family if checkpoint else "", host.fence, ranks, report=report, stop=stop)
 
-    with host.borrow() as borrowed, contextlib.ExitStack() as leaving:
+    with host.borrow() as borrowed:
+        return _on_loan(settings, host, borrowed, preparation, weights, point, family=checkpoint.family if checkpoint else "",
+                        target=target, report=report, stop=stop, folder=folder, ranks=ranks)
+
+
+def _on_loan(settings: Settings, host: Host, borrowed: Borrowed, preparation: Preparation, weights: _Weights,
+             point: resume.Point | None, *, family: str, target: Path, report: Report, stop: Stop, folder: Path | None,
+             ranks: Ranks) -> Finished:
+    """The part of the road that needs the model. Whatever it makes dies with its frame, so that the model finds the device's
+    memory free when it goes back."""
+    with contextlib.ExitStack() as leaving:
         model = lent_model(borrowed, settings)
-        if checkpoint is None or model.architecture.family != checkpoint.family:
+        if model.architecture.family != family:
             # The host had no model yet, or another one, when the folder was read.
             preparation = _prepared(settings, model.architecture.family, host.fence, ranks, report=report, stop=stop)
         known = resume.checkpoint_facts(borrowed) if point or folder or ranks.world > 1 else {}
@@ -119,7 +129,7 @@ def run_job(settings: Settings, host: Host, *, report: Report, stop: Stop, folde
         finished = _finished(preparation, saver, steps, name=target.stem, stop=stop, ranks=ranks)
         # While the model is still ours: a host that had merged an older file of this name must forget it.
         host.refresh_loras()
-    return finished
+        return finished
 
 
 def _finished(preparation: Preparation, saver: Saver | Onlooker, steps: int, *, name: str, stop: Stop,
