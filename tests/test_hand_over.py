@@ -17,7 +17,11 @@ from lib_lora_train.errors import HostError, Interrupted
 from lib_lora_train.host.port import Borrowed
 from lib_lora_train.host.standalone import StandaloneHost
 from lib_lora_train.job import run_job
+from lib_lora_train.model.layers import Layers
+from lib_lora_train.network.flat import FlatWeights
+from lib_lora_train.network.lora import LoRALayer
 from lib_lora_train.settings import parse
+from lib_lora_train.training.optimizer import Stepper
 
 
 class BusyHost(StandaloneHost):
@@ -61,8 +65,9 @@ def settings(pictures: Path, name: str = "zzk", **changes: object):
 
 
 @pytest.mark.parametrize("changes", [
-    {}, {"network_train_unet_only": False, "train_batch_size": 2}, {"color_aug": True, "shuffle_caption": True}],
-    ids=["cached", "with text encoder", "encoded anew"])
+    {}, {"network_train_unet_only": False, "train_batch_size": 2}, {"color_aug": True, "shuffle_caption": True},
+    {"base_weights": "int8"}, {"channels_last": "on"}],
+    ids=["cached", "with text encoder", "encoded anew", "on copies in eight bits", "on copies laid out anew"])
 def test_the_result_is_byte_for_byte_that_of_a_run_nobody_interrupted(pictures, tiny_file, tmp_path, changes):
     # The same host, since a processor computes in another order where tensors begin at another multiple of 64 bytes.
     quiet = BusyHost(tiny_file, tmp_path / "quiet", wants=lambda _: False)
@@ -143,6 +148,31 @@ def test_nothing_of_the_lent_memory_is_held_while_others_have_it(pictures, tiny_
     host = WatchingHost(tiny_file, tmp_path, wants=lambda asked: asked == 4)
     run_job(settings(pictures, max_train_steps=2), host, report=lambda _: None, stop=lambda: "")
     assert alive == [0]
+
+
+@pytest.mark.parametrize("changes", [{}, {"base_weights": "int8"}], ids=["", "with copies of its own"])
+def test_nothing_of_a_run_is_held_when_the_model_goes_back(pictures, tiny_file, tmp_path, changes):
+    """The parts that lie aside need the room of the LoRA, its moments and our own copies."""
+    def held() -> set[int]:
+        gc.collect()
+        return {id(thing) for thing in gc.get_objects() if type(thing) in (Layers, LoRALayer, FlatWeights, Stepper)}
+
+    left: list[set[int]] = []
+
+    class LenderHost(BusyHost):
+        @contextlib.contextmanager
+        def borrow(self):
+            with super().borrow() as borrowed:
+                before = held()
+                yield borrowed
+                left.append(held() - before)
+
+        def hand_over(self, *, report, stop):
+            assert held(), "the watch sees nothing"
+            return super().hand_over(report=report, stop=stop)
+    host = LenderHost(tiny_file, tmp_path, wants=lambda asked: asked == 4)
+    run_job(settings(pictures, **changes), host, report=lambda _: None, stop=lambda: "")
+    assert host.handed == 1 and left == [set()]
 
 
 def test_the_tensors_that_were_lent_first_are_left_as_others_made_them(pictures, tiny_file, tmp_path):

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import traceback
+import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
@@ -40,49 +42,94 @@ def onto(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
+def indexed(device: torch.device) -> torch.device:
+    """A card with its number: the current one's where there is none. Older torch is not told of a card's memory without."""
+    return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" and device.index is None else device
+
+
 def move(tensors: Iterable[Tensor], device: torch.device) -> None:
     """Move those of the tensors that lie elsewhere to `device`, in place.
 
-    Raises what torch raises where the device has no room; each tensor then lies wholly here or there.
+    Raises what torch raises where the device has no room; nothing has moved then.
     """
-    _each_to({tensor: device for tensor in tensors})
+    were = {tensor: device_of(tensor) for tensor in tensors}
+    with contextlib.ExitStack() as otherwise:
+        otherwise.callback(_each_to, were)
+        _each_to(dict.fromkeys(were, device))
+        otherwise.pop_all()
 
 
-@contextlib.contextmanager
-def aside(tensors: Iterable[Tensor], place: torch.device = CPU) -> Iterator[None]:
-    """The tensors at `place` until the block is left, then each where it was, whatever happens.
+class Strays:
+    """Tensors that found no room at home. Nobody keeps them for this: their owner may drop them."""
 
-    Who moved one of them meanwhile has placed it himself: it stays where it is now.
-    """
-    homes = {tensor: device_of(tensor) for tensor in tensors}
-    try:
-        _each_to({tensor: place for tensor in homes})
-        yield
-    finally:
-        back = {tensor: home for tensor, home in homes.items() if _lies(tensor, place)}
+    def __init__(self) -> None:
+        self._homes: list[tuple[weakref.ref[Tensor], torch.device]] = []
+
+    def __len__(self) -> int:
+        return len(self._homes)
+
+    def send_home(self, homes: Mapping[Tensor, torch.device]) -> None:
+        """Move each home; those for which there is no room are strays afterwards."""
         try:
-            _each_to(back)
+            _each_to(homes)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            # What the borrower has just let go of may wait for the collector. The lender's model comes before his.
+            self._homes += [(weakref.ref(tensor), home) for tensor, home in homes.items() if not _lies(tensor, home)]
+
+    def try_again(self) -> bool:
+        """Send home those there are, all memory collected that nobody uses. Whether none is left."""
+        found = [(reference(), home) for reference, home in self._homes]
+        self._homes.clear()
+        homes = {tensor: home for tensor, home in found if tensor is not None}
+        if homes:
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            _each_to(back)
+            self.send_home(homes)
+        return not self._homes
+
+
+@contextlib.contextmanager
+def aside(homes: Mapping[Tensor, torch.device], strays: Strays) -> Iterator[None]:
+    """The tensors on the CPU until the block is left, then each at its home, whatever happens, or among the strays.
+
+    Who moved one of them meanwhile has placed it himself: it stays where it is now. Raises as `move` before the block.
+    """
+    move(homes, CPU)
+    try:
+        yield
+    finally:
+        strays.send_home({tensor: home for tensor, home in homes.items() if _lies(tensor, CPU)})
+
+
+def emptied(error: BaseException) -> None:
+    """Empty the frames that an error and those it came of have left: until it is forgotten, these hold all that was in their
+    variables. Where it came from can still be told."""
+    left: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while left:
+        one = left.pop()
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            traceback.clear_frames(one.__traceback__)  # passes over those that are not left yet
+            left += [one.__cause__, one.__context__]
 
 
 def _each_to(places: Mapping[Tensor, torch.device]) -> None:
-    moved: dict[tuple[object, ...], Tensor] = {}
+    # Tied weights are several objects over one memory, and stay so.
+    tied: dict[tuple[object, ...], list[Tensor]] = {}
     for tensor, device in places.items():
-        if _lies(tensor, device):
-            continue
-        # Tied weights are two objects over one memory, and stay so.
-        memory = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, device)
-        with torch.inference_mode(tensor.is_inference()):
-            if memory not in moved:
-                moved[memory] = onto(tensor.data, device)
-            tensor.data = moved[memory]
+        if not _lies(tensor, device):
+            memory = (device_of(tensor), tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, device)
+            tied.setdefault(memory, []).append(tensor)
+    for (*_, device), tensors in tied.items():
+        moved = None
+        for tensor in tensors:
+            with torch.inference_mode(tensor.is_inference()):
+                if moved is None:
+                    moved = onto(tensor.data, device)
+                tensor.data = moved
 
 
 def _lies(tensor: Tensor, device: torch.device) -> bool:

@@ -104,17 +104,20 @@ class Host(Protocol):
         """Give the model back to the host for those who wait, and lend it again: the same weights, perhaps elsewhere in
         memory. None where `stop()` or `give_up` ended the wait; the model is not lent then.
 
-        To be called between two pieces of work, by the borrower, who holds none of the tensors meanwhile. If the host
+        To be called between two pieces of work, by the borrower, who holds none of the tensors meanwhile and whose own
+        copies of them have left the device. What he trains may stay there: up to 18 bytes a weight. If the host
         holds another model afterwards, it waits for this one to come back and reports so.
         Raises HostError where the model is gone for good or its weights are not what they were.
         """
 
     def set_aside(self, parts: Collection[str]) -> Mapping[str, torch.Tensor]:
-        """Move these parts of the lent model ("unet", "vae", "text") off its device until they are brought back or the loan
-        ends, in place: an object that was lent lies elsewhere afterwards. They are set aside again after each `hand_over`; on the CPU nothing moves.
+        """Move these parts of the lent model ("unet", "vae", "text") off its device until they are brought back or the
+        loan ends, in place: an object that was lent lies elsewhere afterwards. They are set aside again after each
+        `hand_over`; on the CPU nothing moves.
 
         Returns all of the lent tensors as they lie now. To be called by the borrower, who takes them in the place of those
-        he holds: the memory is free once nobody holds what lay there. The host gets its model back as it was in any case.
+        he holds: the memory is free once nobody holds what lay there. The host puts them back itself; where there is
+        no room it says so, and tries again after the loan and before the next one.
         Raises TrainingError where there is no room to move to; nothing has moved then.
         """
 
@@ -122,7 +125,7 @@ class Host(Protocol):
         """Move those of these parts that are set aside to the loan's device again, in place; they stay there.
 
         Returns all of the lent tensors as they lie now, and wants to be called, as `set_aside`. Raises TrainingError where
-        the device has no room; a part that is then half there is whole again at the end of the loan.
+        the device has no room; nothing has moved then.
         """
 
     def waiting(self) -> bool:

@@ -50,7 +50,7 @@ class StandaloneHost(Undisturbed):
         self.checkpoint_file, self.fence = checkpoint_file, fence
         self.lora_folder, self.runs_folder = lora_folder, runs_folder
         self.datasets_folder = runs_folder.with_name("datasets")
-        self._device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = aside.indexed(device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         self._lock = threading.Lock()
         self._tensors: Mapping[str, torch.Tensor] | None = None
         self._tokenizers: Sequence[Tokenizer] | None = None

@@ -30,7 +30,7 @@ from modules import call_queue, paths, sd_models, shared
 from lib_lora_train.errors import HostError
 from lib_lora_train.events import Event, Report, Saved, Stage, Step
 from lib_lora_train.fence import Fence
-from lib_lora_train.host import webui_captioners, webui_fence, webui_loras, webui_model
+from lib_lora_train.host import aside, webui_captioners, webui_fence, webui_loras, webui_model
 from lib_lora_train.host.port import Borrowed, Checkpoint, Outline
 from lib_lora_train.host.webui_loan import Loan
 from lib_lora_train.host.webui_queue import Turn
@@ -47,6 +47,7 @@ class WebUIHost:
 
     def __init__(self) -> None:
         self._loan: Loan | None = None
+        self._strays = aside.Strays()
 
     @property
     def lora_folder(self) -> Path:
@@ -101,7 +102,7 @@ class WebUIHost:
         webui_model.refuse_lowvram()
         if self._loan is not None:
             raise HostError("The model is lent already", remedy="wait for the other job to end")
-        self._loan = loan = Loan(Turn(call_queue.queue_lock))
+        self._loan = loan = Loan(Turn(call_queue.queue_lock), self._strays)
         try:
             with loan.lent() as borrowed:
                 yield borrowed

@@ -119,13 +119,9 @@ class _Turns:
 def _turn(should_stop: ShouldStop | None) -> Callable[[], contextlib.AbstractContextManager[None]]:
     @contextlib.contextmanager
     def turn() -> Iterator[None]:
-        taken = Turn(call_queue.queue_lock)
-        taken.take(stop=should_stop or (lambda: False))
-        try:
+        with Turn(call_queue.queue_lock).held(stop=should_stop or (lambda: False)):
             lowvram.send_everything_to_cpu()
             yield
-        finally:
-            taken.leave()
     return turn
 
 

@@ -8,21 +8,25 @@ it comes back.
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
+from types import TracebackType
 
 import torch
 from modules import sd_models, shared
 from torch import Tensor, nn
 
 from lib_lora_train.errors import HostError, Interrupted, translated
-from lib_lora_train.events import Report, Stage
+from lib_lora_train.events import Report, Stage, Warned
 from lib_lora_train.host import aside, webui_loras, webui_model
 from lib_lora_train.host.port import Borrowed
 from lib_lora_train.host.webui_progress import ProgressDisplay
 from lib_lora_train.host.webui_queue import Turn
 from lib_lora_train.model.family import detect
+
+log = logging.getLogger(__name__)
 
 _LOOK_AGAIN = 0.25
 """Seconds between two looks at which model the WebUI holds, while it holds another one."""
@@ -35,12 +39,14 @@ class Loan:
     holder      the thread that borrowed
     """
 
-    def __init__(self, turn: Turn) -> None:
-        self.turn, self.display = turn, ProgressDisplay()
+    def __init__(self, turn: Turn, strays: aside.Strays) -> None:
+        """`strays` are those of all loans."""
+        self.turn, self.display, self._strays = turn, ProgressDisplay(), strays
         self.witness: webui_model.Witness | None = None
         self.holder = threading.get_ident()
         self._setup = contextlib.ExitStack()
         self._tensors: Mapping[str, Tensor] = {}
+        self._homes: Mapping[Tensor, torch.device] = {}
         self._aside: frozenset[str] = frozenset()
         self._device: torch.device | None = None
         self._seal: webui_model.Seal | None = None
@@ -52,6 +58,7 @@ class Loan:
         with contextlib.ExitStack() as at_the_end:
             at_the_end.callback(self.turn.leave)
             at_the_end.callback(self._take_down)
+            at_the_end.push(_emptied)
             with self.display.queued():
                 self.turn.take()
             self._setup.enter_context(self.display.running())
@@ -74,6 +81,8 @@ class Loan:
         if self._seal is None:
             self._seal = webui_model.Seal(self._tensors)
         self._take_down()
+        if self._strays:
+            report(Warned(str(_astray())))
         try:
             with self.display.queued():
                 self.turn.pass_on(stop=stop)
@@ -101,22 +110,29 @@ class Loan:
 
     def _put_aside(self, parts: Collection[str]) -> None:
         """Off the device until `_take_down`."""
+        homes = {tensor: self._homes[tensor] for tensor in aside.tensors_of(self._tensors, parts)}
         with translated("moving parts of the model off the device"):
-            self._setup.enter_context(aside.aside(aside.tensors_of(self._tensors, parts)))
+            self._setup.enter_context(aside.aside(homes, self._strays))
 
     def _set_up(self, sd_model: nn.Module) -> torch.device:
         """Bare of LoRAs, on the device, watched. With the lock held; `_take_down` is its opposite."""
+        if not self._strays.try_again():
+            raise _astray()
         webui_loras.take_out(sd_model)
         with translated("moving the model to the device"):
-            device = self._device = self._setup.enter_context(webui_model.placed(sd_model))
-        self._tensors = webui_model.collect(sd_model)
+            device, homes = self._setup.enter_context(webui_model.placed(sd_model))
+        self._tensors, self._device = webui_model.collect(sd_model), device
+        self._homes = {tensor: homes[name] for name, tensor in self._tensors.items()}
         self.witness = webui_model.Witness(sd_model, self._tensors)
         return device
 
     def _take_down(self) -> None:
-        self.witness = None
+        lent, self.witness = self.witness is not None, None
         setup, self._setup = self._setup, contextlib.ExitStack()
         setup.close()
+        # Parts that the WebUI keeps elsewhere have left the device by now; at the end of the loan all that is ours, too.
+        if self.turn.holding() and not self._strays.try_again() and lent:
+            log.warning("%s", _astray())
 
     def _came_back(self) -> bool:
         """Whether the WebUI holds the lent model, which is then lent again. With the lock held."""
@@ -149,3 +165,17 @@ class Loan:
             time.sleep(_LOOK_AGAIN)
         with self.display.queued():
             self.turn.take(stop=stop)
+
+
+def _astray() -> HostError:
+    """What to say of a model that did not find its place again."""
+    return HostError(
+        "Part of the WebUI's model is not on the card, and pictures cannot be painted",
+        why="there was no room for it when it was to come back",
+        remedy="free some of the card's memory, then press 'Load SD checkpoint to VRAM from RAM' in Settings, Actions")
+
+
+def _emptied(kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    """The model comes home before an error's tensors are forgotten, and needs their room."""
+    if error is not None:
+        aside.emptied(error)

@@ -18,6 +18,7 @@ from modules import devices, lowvram, sd_models, shared
 from torch import Tensor, nn
 
 from lib_lora_train.errors import HostError, ModelError
+from lib_lora_train.host import aside
 from lib_lora_train.host.port import Checkpoint, Outline
 from lib_lora_train.model.architecture import Activation
 from lib_lora_train.model.family import Hints
@@ -221,8 +222,9 @@ def tokenizers(sd_model: nn.Module) -> Sequence[Tokenizer]:
 
 
 @contextlib.contextmanager
-def placed(sd_model: nn.Module) -> Iterator[torch.device]:
-    """The whole model on the WebUI's device, and back to where each part was at the end, whatever happens.
+def placed(sd_model: nn.Module) -> Iterator[tuple[torch.device, Mapping[str, torch.device]]]:
+    """The whole model on the WebUI's device, and back to where each part was at the end, whatever happens. That device, and
+    where each tensor is at home, by its checkpoint's name.
 
     Only --medvram and an unloaded checkpoint keep parts elsewhere; for everybody else nothing moves.
     """
@@ -230,15 +232,16 @@ def placed(sd_model: nn.Module) -> Iterator[torch.device]:
     if getattr(sd_model, "lowvram", False):
         # The WebUI remembers which one part it put on the card, and would not put it back a second time.
         lowvram.send_everything_to_cpu()
+    homes = {name: aside.device_of(tensor) for name, tensor in collect(sd_model).items()}
     text = sd_model.conditioner if hasattr(sd_model, "conditioner") else sd_model.cond_stage_model
     moved: list[tuple[nn.Module, torch.device]] = []
     try:
         for part in (sd_model.model, sd_model.first_stage_model, text):
-            home = next(part.parameters()).device
+            home = next((weight.device for weight in part.parameters() if weight.device != device), device)
             if home != device:
                 moved.append((part, home))
                 part.to(device)
-        yield device
+        yield device, homes
     finally:
         for part, home in moved:
             part.to(home)

@@ -31,12 +31,12 @@ class Turn:
         self._attempt = 0
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Wait for the lock and hold it. Raises Interrupted, holding nothing, where `give_up` came first.
+    def held(self, *, stop: Callable[[], bool] = lambda: False) -> Iterator[None]:
+        """Wait for the lock and hold it. Raises as `take`.
 
         Inside, the lock may be left for others and taken again; it is free in any case at the end.
         """
-        self.take()
+        self.take(stop=stop)
         try:
             yield
         finally:
@@ -50,9 +50,9 @@ class Turn:
     def leave(self) -> None:
         """Free the lock, if it is held."""
         with self._guard:
-            holding = self._outcome == "held"
-            self._outcome = "" if holding else self._outcome
-        if holding:
+            held = self.holding()
+            self._outcome = "" if held else self._outcome
+        if held:
             self._lock.release()
 
     def pass_on(self, *, stop: Callable[[], bool]) -> None:
@@ -70,6 +70,10 @@ class Turn:
     def wanted(self) -> bool:
         """Whether others wait for the lock; locks that do not tell are never wanted."""
         return bool(getattr(self._lock, "_pending_threads", ()))
+
+    def holding(self) -> bool:
+        """Whether the lock is held."""
+        return self._outcome == "held"
 
     def waiting(self) -> bool:
         """Whether the lock is asked for and has neither come nor been given up."""
