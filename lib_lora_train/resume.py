@@ -178,7 +178,8 @@ def compare_data(now: Mapping[str, Any], point: Point) -> list[str]:
                      "(mixed_precision): the result will not be that of an uninterrupted run.")
     base, base_then = now["base"], then.get("base", now["base"])
     if base != base_then and now["settings"]["base_weights"] == then["settings"].get("base_weights"):
-        notes.append(f"The model is now held in {base or 'its own numbers'} and was held in {base_then or 'its own'} "
+        own = "its own number format"
+        notes.append(f"The model is now held in {base or own} and was held in {base_then or own} "
                      "(base_weights): the result will not be that of an uninterrupted run.")
     return notes
 
