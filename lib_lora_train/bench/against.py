@@ -1,9 +1,9 @@
 """An outside trainer beside this one: both run in turn as whole programs, A B A B …, and are watched in the same way.
 
 Where a program shows its steps as tqdm does (`| 3/20 [`), each step's end is taken down as it is printed: start, model and
-caches drop out, and so does the first step. Where it does not, it runs twice, for N and for 2 N steps, and the difference
-is N steps' time. Processor seconds (user and system) of the program and of all it starts are taken down at the same moments;
-on a machine that does other work they tell more than the clock.
+caches drop out, and so do the first steps, which warm up. Where it does not, it runs twice, for N and for 2 N steps, and the
+difference is N steps' time. Processor seconds (user and system) of the program and of all it starts are taken down at the
+same moments; on a machine that does other work they tell more than the clock.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from lib_lora_train.errors import SettingError, TrainingError, translated
 
 PLACEHOLDERS = ("checkpoint", "data", "steps", "batch", "resolution", "rank", "precision", "output", "family")
 _SHOWN = re.compile(rb"\|\s*(\d+)/(\d+) \[")
+_LONGEST = 64  # bytes that such a mark may have, and be cut in two by the pipe
 _POLL_SECONDS = 0.05
 
 
@@ -54,25 +55,29 @@ class Pair:
 
 
 CardBytes = Callable[[], int]
+Command = str | Sequence[str]
+"""A command line as a user writes it, or its words."""
 
 
-def run_pairs(ours: str, theirs: str, *, values: Mapping[str, object], steps: int, pairs: int, say: Callable[[str], None],
-              card_bytes: CardBytes | None = None) -> list[Pair]:
-    """Run both commands in turn `pairs` times, each for `steps` steps. Commands may hold the PLACEHOLDERS in braces.
+def run_pairs(ours: Command, theirs: Command, *, values: Mapping[str, object], steps: int, pairs: int,
+              say: Callable[[str], None], warm_up: int = 1, card_bytes: CardBytes | None = None) -> list[Pair]:
+    """Run both commands in turn `pairs` times, each for `steps` steps, of which the first `warm_up` are not timed.
 
-    `card_bytes` tells how much memory of the card is taken now, by whomever.
-    Raises SettingError for a command with an unknown placeholder or fewer than three steps, TrainingError for a command
-    that fails.
+    Commands may hold the PLACEHOLDERS in braces. `card_bytes` tells how much memory of the card is taken now, by whomever.
+    Raises SettingError for a command with an unknown placeholder or too few steps, TrainingError for a command that fails,
+    and where our own does not show its steps.
     """
-    if steps < 3:
-        raise SettingError("--steps is too small to compare", why="the first step is left out", remedy="take at least 3")
+    if steps < warm_up + 2:
+        raise SettingError(f"--steps {steps} is too small to compare", why=f"the first {warm_up} are left out",
+                           remedy=f"take at least {warm_up + 2}, or a smaller --warm-up")
     for command in (ours, theirs):
         filled(command, {**values, "steps": steps})
     made = []
     for number in range(pairs):
         timings = []
         for name, command in (("ours", ours), ("theirs", theirs)):
-            timing = time_steps(command, values=values, steps=steps, card_bytes=card_bytes)
+            timing = time_steps(command, values=values, steps=steps, warm_up=warm_up, must_show=name == "ours",
+                                card_bytes=card_bytes)
             say(f"  {number + 1}/{pairs} {name:6} {timing.wall:9.4f} s a step"
                 + (f", {timing.processor:.4f} s of processor" if timing.processor is not None else ""))
             timings.append(timing)
@@ -80,13 +85,19 @@ def run_pairs(ours: str, theirs: str, *, values: Mapping[str, object], steps: in
     return made
 
 
-def time_steps(command: str, *, values: Mapping[str, object], steps: int, card_bytes: CardBytes | None = None) -> Timing:
-    """One run's seconds a step, by the steps it shows, else by the difference between N and 2 N steps.
+def time_steps(command: Command, *, values: Mapping[str, object], steps: int, warm_up: int = 1, must_show: bool = False,
+               card_bytes: CardBytes | None = None) -> Timing:
+    """One run's seconds a step after the first `warm_up`, by the steps it shows, else by the difference between N and 2 N
+    steps, in which what the first ones cost drops out.
 
-    Raises TrainingError where 2 N steps take no longer than N: start and end vary by more than the steps take.
+    Raises TrainingError where 2 N steps take no longer than N: start and end vary by more than the steps take. So it does
+    where a program that `must_show` its steps did not.
     """
     first = _watched(filled(command, {**values, "steps": steps}), steps=steps, card_bytes=card_bytes)
-    shown = sorted(first.shown)
+    shown = sorted(step for step in first.shown if step >= warm_up)
+    if len(shown) < 2 and must_show:
+        raise TrainingError("This trainer's own run showed too few of its steps to be timed",
+                            why="its progress bar is drawn ten times a second at most", remedy="take more --steps")
     if len(shown) >= 2:
         (wall, processor), (last_wall, last_processor) = first.shown[shown[0]], first.shown[shown[-1]]
         return _timing(last_wall - wall, _less(last_processor, processor), shown[-1] - shown[0], first.card_bytes)
@@ -98,9 +109,25 @@ def time_steps(command: str, *, values: Mapping[str, object], steps: int, card_b
     return _timing(second.wall - first.wall, _less(second.processor, first.processor), steps, second.card_bytes)
 
 
-def filled(command: str, values: Mapping[str, object]) -> list[str]:
+def words_of(command: str, *, windows: bool = os.name == "nt") -> list[str]:
+    """The words of a command line; quotes hold words together. On Windows a backslash is a part of a path and nothing else.
+
+    Raises SettingError for a quote that is not closed.
+    """
+    reader = shlex.shlex(command, posix=True, punctuation_chars=False)
+    reader.whitespace_split, reader.commenters = True, ""
+    if windows:
+        reader.escape = ""
+    try:
+        return list(reader)
+    except ValueError as error:
+        raise SettingError("The command of --against cannot be read", why=str(error).lower(),
+                           remedy="close its quotes") from error
+
+
+def filled(command: Command, values: Mapping[str, object]) -> list[str]:
     """The command's words with the placeholders filled in. Raises SettingError for one that is unknown."""
-    words = shlex.split(command, posix=os.name != "nt")
+    words = words_of(command) if isinstance(command, str) else command
     if not words:
         raise SettingError("--against names no command", remedy="write the outside trainer's command line")
 
@@ -120,6 +147,31 @@ def ratio_text(pairs: Sequence[Pair], *, processor: bool) -> str:
             f"median {statistics.median(ratios):.3f}, from {min(ratios):.3f} to {max(ratios):.3f}")
 
 
+class Shown:
+    """When each step's end was first shown, by the last of a program's progress bars that are as long as there are steps.
+
+    Pictures and captions are often as many as steps; where numbers fall, another bar has begun.
+    """
+
+    def __init__(self, steps: int, *, now: Callable[[], tuple[float, float | None]]) -> None:
+        self._steps, self._now, self._rest = steps, now, b""
+        self.at: dict[int, tuple[float, float | None]] = {}
+
+    def read(self, chunk: bytes) -> None:
+        """What the program has just printed."""
+        self._rest, read = self._rest + chunk, 0
+        for match in _SHOWN.finditer(self._rest):
+            read, number = match.end(), int(match[1])
+            if int(match[2]) != self._steps:
+                continue
+            if number < max(self.at, default=0):
+                self.at = {}
+            # The same step is drawn again when its loss is known; its end is the first time.
+            if number and number not in self.at:
+                self.at[number] = self._now()
+        self._rest = self._rest[read:][-_LONGEST:]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Watched:
     shown: dict[int, tuple[float, float | None]]
@@ -130,22 +182,18 @@ class _Watched:
 
 def _watched(words: Sequence[str], *, steps: int, card_bytes: CardBytes | None) -> _Watched:
     """Run to the end; when each step was shown, the whole run's seconds, and the most of the card's memory."""
-    shown: dict[int, tuple[float, float | None]] = {}
     before, begin, latest = _children_seconds(), time.perf_counter(), b""
     idle = card_bytes() if card_bytes else 0
     with translated(f"starting {words[0]}"):
         process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
                                    start_new_session=os.name != "nt", env={**os.environ, "PYTHONUNBUFFERED": "1"})
     assert process.stdout is not None
+    shown = Shown(steps, now=lambda: (time.perf_counter(), _session_seconds(process.pid)))
     with process, _Peak(card_bytes) as peak:
         try:
             while chunk := os.read(process.stdout.fileno(), 65536):
                 latest = (latest + chunk)[-65536:]
-                for match in _SHOWN.finditer(latest):
-                    number, total = int(match[1]), int(match[2])
-                    # The same step is drawn again when its loss is known; its end is the first time.
-                    if total == steps and number > max(shown, default=0):
-                        shown[number] = time.perf_counter(), _session_seconds(process.pid)
+                shown.read(chunk)
         except BaseException:
             _end(process)
             raise
@@ -153,7 +201,7 @@ def _watched(words: Sequence[str], *, steps: int, card_bytes: CardBytes | None) 
         raise TrainingError(f"The command {words[0]} ended with {process.returncode}",
                             why=latest[-600:].decode("utf-8", "replace").strip() or "it printed nothing",
                             remedy="see that it runs by itself")
-    return _Watched(shown, time.perf_counter() - begin, _less(_children_seconds(), before),
+    return _Watched(shown.at, time.perf_counter() - begin, _less(_children_seconds(), before),
                     peak.most - idle if card_bytes else None)
 
 

@@ -8,6 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lib_lora_train.bench.against import PLACEHOLDERS
+from lib_lora_train.bench.compared import COMPARED, compared_settings
+from lib_lora_train.errors import SettingError
+
 if TYPE_CHECKING:
     import torch
 
@@ -74,18 +78,18 @@ def _add_speed(kinds: argparse._SubParsersAction[argparse.ArgumentParser], assig
     speed.add_argument("--device", choices=("cuda", "cpu"), help="by default the card where there is one")
     speed.add_argument("--precision", choices=("no", "fp16", "bf16"), help="by default fp16 with a card, else no (fp32)")
     speed.add_argument("--steps", type=int, default=0, help="measured steps (default 50 with a card, else 5)")
-    speed.add_argument("--warm-up", type=int, default=0, help="steps before them (default 10 with a card, else 1)")
+    speed.add_argument("--warm-up", type=int, default=0, help="steps before them (default 10 with a card, else 1); with "
+                       "--against the first of the steps, in both programs")
     speed.add_argument("--repeats", type=int, default=1, help="how often each setting is measured, in turn")
     speed.add_argument("--rank", type=int, default=16, help="the LoRA's rank")
     speed.add_argument("--threads", type=int, default=0, help="processor threads")
     speed.add_argument("--compare", action="append", default=[], metavar="NAME", help="settings to measure beside each other: "
-                       "defaults, eager, graphs, compiled, channels_last, channels_first, recompute, offload, int8, fp8, fp32, "
-                       "fp16, bf16, or NAME:SETTING=VALUE,…; may be repeated")
+                       f"{', '.join(COMPARED)}, or NAME:SETTING=VALUE,…; may be repeated")
     speed.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of all of them")
     speed.add_argument("--against", default="", metavar="CMD", help="another trainer's command line, run in turn with this "
-                       "one; {checkpoint} {data} {steps} {batch} {resolution} {rank} {precision} {output} {family} are filled "
-                       "in (data is a folder that holds 1_cat, as kohya's scripts want it)")
-    speed.add_argument("--pairs", type=int, default=3, help="with --against: how often")
+                       f"one; {' '.join('{' + name + '}' for name in PLACEHOLDERS)} are filled in (data is a folder that "
+                       "holds 1_cat, as kohya's scripts want it)")
+    speed.add_argument("--pairs", type=int, default=3, help="with --against: how often (3)")
     speed.add_argument("--processor-time", action="store_true", help="with --against: judge by processor seconds, on a "
                        "machine that does other work")
     _add_out(speed, "table and figures go")
@@ -121,7 +125,6 @@ def run(chosen: argparse.Namespace, *, assignment: Assignment) -> int:
     from lib_lora_train.bench import quality
     from lib_lora_train.bench.yardstick import QUICK, THOROUGH
     from lib_lora_train.demo.embedded import CHECKPOINT
-    from lib_lora_train.errors import SettingError
     from lib_lora_train.host.standalone import StandaloneHost, describe_file
 
     steps = chosen.steps if chosen.steps is not None else 60 if chosen.quick else quality.STEPS
@@ -144,12 +147,12 @@ def run(chosen: argparse.Namespace, *, assignment: Assignment) -> int:
 def run_speed(chosen: argparse.Namespace, *, assignment: Assignment) -> int:
     """`bench speed`; returns the exit code."""
     from lib_lora_train.bench import pairing, speed
-    from lib_lora_train.errors import SettingError
     from lib_lora_train.host.standalone import describe_file
 
     for name in ("steps", "warm_up", "resolution", "batch", "repeats", "pairs", "rank"):
         if getattr(chosen, name) < (name in ("repeats", "pairs", "rank")):
             raise SettingError(f"--{name.replace('_', '-')} {getattr(chosen, name)} is not possible")
+    _check_against(chosen)
     device = _device(chosen)
     card = device.type == "cuda"
     family = describe_file(chosen.checkpoint).family if chosen.checkpoint else chosen.family
@@ -165,13 +168,22 @@ def run_speed(chosen: argparse.Namespace, *, assignment: Assignment) -> int:
         warm_up=chosen.warm_up or (10 if card else 1), repeats=chosen.repeats, rank=chosen.rank,
         precision=chosen.precision or ("fp16" if card else "no"), small=chosen.size == "small" or not (card or chosen.size),
         checkpoint=chosen.checkpoint, changes=dict(assignment(text) for text in chosen.set),
-        compared=speed.compared_settings(chosen.compare or (["eager", "graphs"] if card else ["defaults"])))
+        compared=compared_settings(chosen.compare or (["eager", "graphs"] if card else ["defaults"])))
     if chosen.against:
         text = pairing.run_against(plan, chosen.against, pairs=chosen.pairs, by_processor=chosen.processor_time, say=_say)
     else:
         text = speed.run_speed(plan, say=_say)
     print(f"\n{text}\nFigures: {chosen.out}")
     return 0
+
+
+def _check_against(chosen: argparse.Namespace) -> None:
+    """Raises SettingError for what has no effect with, or without, --against."""
+    if chosen.against and (chosen.compare or chosen.repeats != 1):
+        raise SettingError(f"--{'compare' if chosen.compare else 'repeats'} has no effect with --against",
+                           remedy="--set changes this trainer's settings, --pairs says how often both are run")
+    if not chosen.against and (chosen.processor_time or chosen.pairs != 3):
+        raise SettingError(f"--{'processor-time' if chosen.processor_time else 'pairs'} has no effect without --against")
 
 
 def run_memory(chosen: argparse.Namespace) -> int:
@@ -216,7 +228,6 @@ def run_model(chosen: argparse.Namespace) -> int:
 def run_studio(chosen: argparse.Namespace) -> int:
     """`bench studio`; returns the exit code."""
     from lib_lora_train.bench import studio
-    from lib_lora_train.errors import SettingError
 
     try:
         sizes = tuple(map(int, chosen.pictures.split(","))) if chosen.pictures else studio.SIZES

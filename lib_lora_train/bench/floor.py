@@ -1,11 +1,13 @@
-"""The physical floor of a training step: how long the arithmetic and the memory traffic take if nothing else does.
+"""The floor of a training step, an estimate: how long arithmetic and memory traffic take at the device's best rates.
 
     arithmetic    operations of forward and backward ÷ the matrix rate that the device reaches in this dtype
     traffic       bytes that must move ÷ the bandwidth that the device reaches
 
-A step cannot be shorter than the longer of the two. The bytes are a lower bound: each frozen weight read once forward and
-once backward, each activation that is kept written once and read once, and the LoRA with its optimiser (see
-`moved_bytes`). What a processor's cache saves of that, and what lies between kernels and is not kept, is left out.
+The longer of the two is the floor. Nothing is counted that is recomputed. Convolutions are counted as direct ones: a faster
+algorithm can go below the floor (Winograd's takes 4/9 of the multiplications of a 3×3 kernel; cards that compute convolutions
+in TF32 do more of them a second than fp32 products). The bytes are each frozen weight read once forward and once backward,
+each activation that is kept written once and read once, and the LoRA with its optimiser (see `moved_bytes`). What a
+processor's cache saves of that, and what lies between kernels and is not kept, is left out.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ class Rates:
 
 @dataclasses.dataclass(frozen=True)
 class Floor:
-    """Seconds that arithmetic and traffic of a step take at least."""
+    """Seconds that arithmetic and traffic of a step take, each at the device's best rate."""
 
     arithmetic: float
     traffic: float

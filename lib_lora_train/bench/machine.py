@@ -24,6 +24,12 @@ def card_text(device: torch.device) -> str:
     return f"{facts.name} ({facts.total_memory / 2**30:.1f} GB, CUDA {torch.version.cuda})"
 
 
+def taken(device: torch.device) -> int:
+    """Bytes of a card's memory that are taken, by all programs together."""
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free
+
+
 def processor_text() -> str:
     """The processor's name as far as the system tells it."""
     cpuinfo = Path("/proc/cpuinfo")

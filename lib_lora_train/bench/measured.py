@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from lib_lora_train import events
+from lib_lora_train.bench.machine import taken
 from lib_lora_train.errors import TrainingError
 from lib_lora_train.host.port import Host
 from lib_lora_train.job import run_job
 from lib_lora_train.settings import parse
+from lib_lora_train.training.memory_plan import CONTEXT, GIGABYTE
 
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """Bytes of the card's memory that torch had given out, and had taken from the driver, at most: in the whole run and in
-    the steps alone. `outside` is what was taken besides, at the end: CUDA's own, and other programs' where there are any."""
+    """Bytes of the card's memory that torch had given out, and had taken from the driver, at most: in the whole run, and in
+    the steps alone, from the first one's loss on. `outside` is what was taken besides, before the run began: CUDA's own, and
+    other programs' where there are any."""
 
     run_allocated: int
     run_reserved: int
@@ -65,14 +69,32 @@ def measure_run(host: Host, *, settings: Mapping[str, object], data: Path, steps
     what is measured. `each` is called when a step's loss is told, with the number of steps done. Raises what `run_job` raises.
     """
     if device.type == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()  # what an earlier run has left would count as this one's
-        torch.cuda.reset_peak_memory_stats(device)
+        gc.collect()  # what an earlier run has left would count as this one's
+        _give_back(device)
     watch = _Watch(device, total=warm_up + steps, stretch=stretch, each=each)
     run_job(parse({**settings, "train_data_dir": str(data), "max_train_steps": warm_up + steps, "output_name": "measured",
                    "overwrite": True, "save_state": False}), host, report=watch.report, stop=watch.stop)
     wall, processor = watch.stretches(warm_up)
     return Measured(wall, processor, tuple(watch.losses), tuple(watch.notes), watch.card())
+
+
+@contextlib.contextmanager
+def small_card(device: torch.device, gigabytes: float) -> Iterator[None]:
+    """As if the card had so many GB: torch gets what CUDA itself leaves of them (`memory_plan.CONTEXT`), and no byte more."""
+    own = device.index if device.index is not None else torch.cuda.current_device()
+    there = torch.cuda.get_device_properties(own).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (gigabytes * GIGABYTE - CONTEXT) / there), own)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, own)
+
+
+def _give_back(device: torch.device) -> None:
+    """Give the driver what torch holds and does not use, and count the peaks from here."""
+    with torch.cuda.device(device):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +113,7 @@ class _Watch:
         self._marks: list[_Mark] = []
         self._end: _Mark | None = None
         self._peaks: list[tuple[int, int]] = []
-        self._outside = 0
+        self._outside = taken(device) - torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
         self.losses: list[float] = []
         self.notes: list[str] = []
 
@@ -104,19 +126,16 @@ class _Watch:
 
     def report(self, event: events.Event) -> None:
         """An event of the run."""
-        if isinstance(event, events.Planned):
-            self._take_peak()  # the pictures are encoded
-        elif isinstance(event, events.Warned):
+        if isinstance(event, events.Warned):
             self.notes.append(event.message)
         elif isinstance(event, events.Step):
+            if not self.losses:
+                self._take_peak()  # all but the steps is behind: what it has left would count as theirs
             self.losses.append(event.loss)
             self._each(event.step)
             if event.step == self._total:
                 self._end = self._now()
                 self._take_peak()
-                if self._device.type == "cuda":
-                    free, total = torch.cuda.mem_get_info(self._device)
-                    self._outside = total - free - torch.cuda.memory_reserved(self._device)
 
     def stretches(self, warm_up: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Seconds a step by the clock and by the processor, for each stretch that begins after the warm-up."""
@@ -147,4 +166,4 @@ class _Watch:
     def _take_peak(self) -> None:
         if self._device.type == "cuda":
             self._peaks.append((torch.cuda.max_memory_allocated(self._device), torch.cuda.max_memory_reserved(self._device)))
-            torch.cuda.reset_peak_memory_stats(self._device)
+            _give_back(self._device)

@@ -2,8 +2,8 @@
 
 The first table is computed from shapes alone and is the same on every machine: which plan fits SD1.5 and SDXL into 4 to 24
 GB, and what it is predicted to take. The second runs real steps under several plans. On a card it compares what is predicted
-with what torch had taken from the driver at most, and CUDA itself beside it. On a processor it compares what a step adds to
-what lies there before it, since that alone is the plan's: a profiler books each allocation of one step.
+beside CUDA's own memory with what torch had given out and had taken from the driver in the steps. On a processor it compares
+what a step adds to what lies there before it, since that alone is the plan's: a profiler books each allocation of one step.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from lib_lora_train.bench.grid import gigabytes, grid
 from lib_lora_train.bench.lender import RandomHost, make_pictures
 from lib_lora_train.bench.machine import machine_text
 from lib_lora_train.bench.measured import measure_run
-from lib_lora_train.bench.speed import PUBLISHED, Case
+from lib_lora_train.bench.speed import PUBLISHED, Case, shared_settings
 from lib_lora_train.bench.training import Say
-from lib_lora_train.bench.true_size import DTYPES, true_size_shapes
+from lib_lora_train.bench.true_size import dtype_of, true_size_shapes
+from lib_lora_train.errors import TrainingError
 from lib_lora_train.model.family import detect
 from lib_lora_train.settings import parse
 from lib_lora_train.settings.field import Value
-from lib_lora_train.training.memory_plan import GIGABYTE, MemoryPlan, Wishes, choose
+from lib_lora_train.training.memory_plan import CONTEXT, GIGABYTE, MemoryPlan, Wishes, choose
 from lib_lora_train.training.rehearsal import Scene, layers_for
 from lib_lora_train.whole_file import write_whole
 
@@ -59,12 +60,15 @@ class MemoryPlanned:
 
 @dataclasses.dataclass(frozen=True)
 class Compared:
-    """Bytes that a plan was predicted to take and that were measured."""
+    """Bytes that a plan was predicted to take and that were measured; on a card these are the ones taken from the driver, of
+    which `allocated` were given out. A run that `failed` tells why and has no figures."""
 
     case: Case
     name: str
     predicted: int
-    measured: int
+    measured: int = 0
+    allocated: int = 0
+    failed: str = ""
 
     @property
     def error(self) -> float:
@@ -73,23 +77,29 @@ class Compared:
 
 
 def run_memory(plan: MemoryPlanned, *, say: Say) -> str:
-    """Predict and measure; write `memory.md` and `memory.json` into the plan's folder, and return the tables."""
+    """Predict and measure; write `memory.md` and `memory.json` into the plan's folder after each case, and return the tables.
+
+    A run that fails, as where the memory runs out, is told in its row.
+    """
     parts, predicted = [machine_text(plan.device)], []
     if plan.predict:
         predicted = [(case, budget, _for_a_card(plan, case, budget, say)) for case in PUBLISHED for budget in plan.budgets]
         parts += ["Predicted for a card, fp16, text encoders and VAE set aside, CUDA's own memory included (GB of 2^30 bytes):",
                   _predictions(predicted)]
-    compared = [row for case in plan.cases for row in _compare(plan, case, say)]
-    what = "in all" if plan.device.type == "cuda" else "within a step, beside model, LoRA and optimiser"
-    parts += [f"Predicted and measured, {'narrow model, ' if plan.small else ''}precision {plan.precision}, {what}:",
-              _comparisons(compared)]
-    text = "\n\n".join(parts) + "\n"
-    write_whole(plan.output / "memory.md", text.encode("utf-8"))
-    write_whole(plan.output / "memory.json", json.dumps({
-        "machine": machine_text(plan.device),
-        "predicted": [{"case": case.name, "budget": budget, "bytes": made.bytes, "kinds": dict(made.predicted),
-                       "plan": made.text} for case, budget, made in predicted],
-        "compared": [dataclasses.asdict(row) for row in compared]}, indent=1).encode("utf-8"))
+    cuda = plan.device.type == "cuda"
+    what = "in the steps, beside CUDA's own" if cuda else "within a step, beside model, LoRA and optimiser"
+    parts.append(f"Predicted and measured, {'narrow model, ' if plan.small else ''}precision {plan.precision}, {what}:")
+    compared, text = [], ""
+    for case in plan.cases:
+        compared += _compare(plan, case, say)
+        failures = [f"{row.case.name}, {row.name}: **failed.** {row.failed}" for row in compared if row.failed]
+        text = "\n\n".join([*parts, _comparisons(compared, cuda=cuda), *failures]) + "\n"
+        write_whole(plan.output / "memory.md", text.encode("utf-8"))
+        write_whole(plan.output / "memory.json", json.dumps({
+            "machine": machine_text(plan.device),
+            "predicted": [{"case": case.name, "budget": budget, "bytes": made.bytes, "kinds": dict(made.predicted),
+                           "plan": made.text} for case, budget, made in predicted],
+            "compared": [dataclasses.asdict(row) for row in compared]}, indent=1).encode("utf-8"))
     return text
 
 
@@ -98,7 +108,7 @@ def planned(tensors: Mapping[str, torch.Tensor], case: Case, *, settings: Mappin
     """What the memory plan says of a case on a model of these shapes, once text encoders and VAE are set aside (on a
     card)."""
     architecture = detect(tensors)
-    scene = Scene(width=case.resolution, height=case.resolution, dtype=DTYPES["fp32" if precision == "no" else precision],
+    scene = Scene(width=case.resolution, height=case.resolution, dtype=dtype_of(precision),
                   layers=layers_for(tensors, architecture, rank=rank, text_encoder=False), device_type=device_type,
                   min_snr_gamma=0.0)
     return choose(tensors, architecture, scene, batch=case.batch, wishes=Wishes.of(parse(settings).memory), budget=budget,
@@ -113,8 +123,8 @@ def _for_a_card(plan: MemoryPlanned, case: Case, budget: int, say: Say) -> Memor
 
 
 def _compare(plan: MemoryPlanned, case: Case, say: Say) -> list[Compared]:
-    cuda, dtype = plan.device.type == "cuda", DTYPES["fp32" if plan.precision == "no" else plan.precision]
-    host = RandomHost(case.family, folder=plan.output, device=plan.device, dtype=dtype, small=plan.small)
+    cuda = plan.device.type == "cuda"
+    host = RandomHost(case.family, folder=plan.output, device=plan.device, dtype=dtype_of(plan.precision), small=plan.small)
     data = make_pictures(plan.output / f"pictures-{case.resolution}", side=case.resolution, count=max(4, case.batch))
     plans = {**PLANS, **({"activations kept off the card": OFFLOADED} if cuda else {})}
     if cuda and case.within:
@@ -124,19 +134,28 @@ def _compare(plan: MemoryPlanned, case: Case, say: Say) -> list[Compared]:
         budget = int(float(settings["memory_budget"]) * GIGABYTE) if "memory_budget" in settings else None
         predicted = planned(host.outline().tensors, case, settings=settings, device_type=plan.device.type,
                             precision=plan.precision, rank=plan.rank, budget=budget)
-        shared = {"train_batch_size": case.batch, "resolution": str(case.resolution), "network_dim": plan.rank,
-                  "mixed_precision": plan.precision, "min_snr_gamma": 0.0, "cache_latents_to_disk": True, **settings}
-        if cuda:
-            run = measure_run(host, settings=shared, data=data, steps=20, warm_up=5, device=plan.device, stretch=10)
-            assert run.card is not None, "a run on a card tells its memory"
-            row = Compared(case, name, predicted.bytes, run.card.steps_reserved + run.card.outside)
-        else:
-            with _Booked() as booked:
-                measure_run(host, settings=shared, data=data, steps=2, warm_up=1, device=plan.device, each=booked.between)
-            row = Compared(case, name, sum(predicted.predicted.get(kind, 0) for kind in IN_A_STEP), booked.peak)
-        say(f"{case.name}, {name}: {gigabytes(row.predicted)} GB predicted, {gigabytes(row.measured)} GB measured")
+        row = Compared(case, name, predicted.bytes - CONTEXT if cuda else
+                       sum(predicted.predicted.get(kind, 0) for kind in IN_A_STEP))
+        shared = shared_settings(case, rank=plan.rank, precision=plan.precision)
+        try:
+            row = _measured(plan, row, host, data, {**shared, **settings})
+            say(f"{case.name}, {name}: {gigabytes(row.predicted)} GB predicted, {gigabytes(row.measured)} GB measured")
+        except TrainingError as error:
+            row = dataclasses.replace(row, failed=str(error))
+            say(f"{case.name}, {name}: {error}")
         rows.append(row)
     return rows
+
+
+def _measured(plan: MemoryPlanned, row: Compared, host: RandomHost, data: Path, settings: Mapping[str, Value]) -> Compared:
+    """`row` with what one run took."""
+    if plan.device.type == "cuda":
+        run = measure_run(host, settings=settings, data=data, steps=20, warm_up=5, device=plan.device, stretch=10)
+        assert run.card is not None, "a run on a card tells its memory"
+        return dataclasses.replace(row, measured=run.card.steps_reserved, allocated=run.card.steps_allocated)
+    with _Booked() as booked:
+        measure_run(host, settings=settings, data=data, steps=2, warm_up=1, device=plan.device, each=booked.between)
+    return dataclasses.replace(row, measured=booked.peak)
 
 
 class _Booked:
@@ -184,7 +203,12 @@ def _predictions(rows: list[tuple[Case, int, MemoryPlan]]) -> str:
          made.text.partition(": ")[2]) for case, budget, made in rows])
 
 
-def _comparisons(rows: list[Compared]) -> str:
-    return grid(("case", "plan", "MB predicted", "MB measured", "error"), [
-        (row.case.name, row.name, f"{row.predicted / 2**20:.1f}", f"{row.measured / 2**20:.1f}", f"{100 * row.error:+.1f} %")
-        for row in rows])
+def _comparisons(rows: list[Compared], *, cuda: bool) -> str:
+    head = ("case", "plan", "MB predicted", *(("MB allocated", "MB reserved") if cuda else ("MB measured",)), "error")
+    lines = []
+    for row in rows:
+        sizes = (row.predicted, *((row.allocated,) if cuda else ()), row.measured)
+        cells = [f"{size / 2**20:.1f}" for size in sizes]
+        error = "failed" if row.failed else f"{100 * row.error:+.1f} %"
+        lines.append((row.case.name, row.name, *(cells if not row.failed else [cells[0], *[""] * len(cells[1:])]), error))
+    return grid(head, lines)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-import shlex
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,10 +14,10 @@ import torch
 from lib_lora_train.bench.against import CardBytes, Pair, ratio_text, run_pairs
 from lib_lora_train.bench.grid import gigabytes, grid
 from lib_lora_train.bench.lender import KOHYA_FOLDER
-from lib_lora_train.bench.machine import machine_text
+from lib_lora_train.bench.machine import machine_text, taken
 from lib_lora_train.bench.speed import Case, SpeedPlan, pictures_of, shared_settings
 from lib_lora_train.bench.training import Say
-from lib_lora_train.bench.true_size import DTYPES, true_size_checkpoint
+from lib_lora_train.bench.true_size import dtype_of, true_size_checkpoint
 from lib_lora_train.errors import SettingError
 from lib_lora_train.whole_file import write_whole
 
@@ -49,7 +48,7 @@ def run_against(plan: SpeedPlan, command: str, *, pairs: int, by_processor: bool
     head = ("case", f"ours, {kind}", f"theirs, {kind}", "ours ÷ theirs", "from", "to", "GB of the card, ours", "theirs")
     parts.insert(2, grid(head, lines))
     parts.insert(2, f"Rank {plan.rank}, precision {plan.precision}, AdamW, UNet only, latents cached; {pairs} pairs of runs of "
-                    f"{plan.steps} steps, the first step of each left out.")
+                    f"{plan.steps} steps, the first {plan.warm_up} of each left out.")
     text = "\n\n".join(parts) + "\n"
     write_whole(plan.output / "against.md", text.encode("utf-8"))
     write_whole(plan.output / "against.json", json.dumps({"machine": machine_text(plan.device), "cases": figures},
@@ -57,39 +56,33 @@ def run_against(plan: SpeedPlan, command: str, *, pairs: int, by_processor: bool
     return text
 
 
-def our_command(plan: SpeedPlan, case: Case, *, data: Path, checkpoint: Path) -> str:
-    """This trainer's own command line with what `run_pairs` fills in left open."""
-    settings = {**shared_settings(plan, case), "max_train_steps": "{steps}", "overwrite": "true"}
+def our_command(plan: SpeedPlan, case: Case, *, data: Path, checkpoint: Path) -> list[str]:
+    """The words of this trainer's own command line with what `run_pairs` fills in left open."""
+    settings = {**shared_settings(case, rank=plan.rank, precision=plan.precision), **plan.changes,
+                "max_train_steps": "{steps}", "overwrite": "true"}
     settings.pop("cache_latents_to_disk")  # as the outside trainer: encoded anew at each start
     start = _START.format(root=str(Path(__file__).parents[2]))
     words = [sys.executable, "-c", start, "train", "--checkpoint", str(checkpoint), "--data", str(data / KOHYA_FOLDER),
              "--name", "ours", "--output-dir", str(plan.output / "loras"), "--no-record"]
     for name, value in settings.items():
         words += ["--set", f"{name}={value}"]
-    return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
+    return words
 
 
 def _case_pairs(plan: SpeedPlan, case: Case, command: str, *, pairs: int, say: Say) -> list[Pair]:
     data = pictures_of(plan, case)
     checkpoint = plan.checkpoint or true_size_checkpoint(
-        case.family, plan.output, dtype=DTYPES["fp32" if plan.precision == "no" else plan.precision], small=plan.small)
+        case.family, plan.output, dtype=dtype_of(plan.precision), small=plan.small)
     values = {"checkpoint": checkpoint, "data": data, "batch": case.batch, "resolution": case.resolution, "rank": plan.rank,
               "precision": plan.precision, "output": plan.output / "theirs", "family": case.family}
     values = {name: value.resolve() if isinstance(value, Path) else value for name, value in values.items()}
     ours = our_command(plan, case, data=data.resolve(), checkpoint=checkpoint.resolve())
-    return run_pairs(ours, command, values=values, steps=plan.steps, pairs=pairs, say=say, card_bytes=_card(plan.device))
+    return run_pairs(ours, command, values=values, steps=plan.steps, pairs=pairs, say=say, warm_up=plan.warm_up,
+                     card_bytes=_card(plan.device))
 
 
 def _card(device: torch.device) -> CardBytes | None:
-    """How much of the card's memory is taken, by all programs together."""
-    if device.type != "cuda":
-        return None
-
-    def taken() -> int:
-        free, total = torch.cuda.mem_get_info(device)
-        return total - free
-
-    return taken
+    return functools.partial(taken, device) if device.type == "cuda" else None
 
 
 def _check_processor(pairs: list[Pair], by_processor: bool) -> None:

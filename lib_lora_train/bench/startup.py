@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ from lib_lora_train.errors import SettingError, TrainingError
 from lib_lora_train.events import Event, Finished, Saved, Step
 from lib_lora_train.host.standalone import StandaloneHost
 from lib_lora_train.settings import Settings, parse
+from lib_lora_train.training.graph import Execution
 from lib_lora_train.whole_file import write_whole
 
 PICTURES = 20
@@ -69,7 +70,7 @@ class Phases:
 
 
 class _Watched(StandaloneHost):
-    """A host that cuts the time where the run tells of its first step, its last and its file."""
+    """A host that cuts the time where the first step ends, and where the run tells of its last and its file."""
 
     watch: Stopwatch
 
@@ -77,11 +78,17 @@ class _Watched(StandaloneHost):
         """Watch one run."""
         self.watch, self.cuts = watch, []
 
+    def step_done(self) -> None:
+        """A step has been computed. On a card the run hears of its loss a step or two later, and waits for nothing."""
+        if not self.cuts:
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)  # once a run, and only a measurement waits here
+            self.cuts.append(self.watch.cut())
+
     def report(self, event: Event) -> None:
         """See `Host.report`."""
-        first = isinstance(event, Step) and not self.cuts
         last = isinstance(event, Step) and event.step == event.total
-        if first or last or isinstance(event, Saved) and event.final:
+        if last or isinstance(event, Saved) and event.final:
             self.cuts.append(self.watch.cut())
 
     def phases(self) -> Phases:
@@ -160,7 +167,7 @@ def _settings(pictures: Path, *, side: int, steps: int) -> Settings:
 def _timed(host: _Watched, settings: Settings, number: int) -> Phases:
     own = runner.Runner()
     watch = Stopwatch()
-    with watch.watching(PLACES), _followed(watch):
+    with _ending_steps(host.step_done), watch.watching(PLACES), _followed(watch):
         host.begin(watch)
         own.start(settings, host)
         own.wait()
@@ -169,6 +176,22 @@ def _timed(host: _Watched, settings: Settings, number: int) -> Phases:
     if ended is None or ended.outcome != "done":
         raise TrainingError(f"Run {number + 1} did not end as it should", why=ended.message if ended else "")
     return host.phases()
+
+
+@contextlib.contextmanager
+def _ending_steps(done: Callable[[], None]) -> Iterator[None]:
+    """`done` is called within each step's last function."""
+    original = Execution.finish
+
+    def finish(self: Execution) -> torch.Tensor:
+        result = original(self)
+        done()
+        return result
+    Execution.finish = finish
+    try:
+        yield
+    finally:
+        Execution.finish = original
 
 
 @contextlib.contextmanager

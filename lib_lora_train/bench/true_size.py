@@ -57,6 +57,11 @@ _PUBLISHED = {
 }
 
 
+def dtype_of(precision: str) -> torch.dtype:
+    """What `mixed_precision` computes in: "no" is fp32."""
+    return DTYPES["fp32" if precision == "no" else precision]
+
+
 def model_of(family: str, *, small: bool = False) -> Model:
     """The sizes of a family as published; or a fifth of its channels, a quarter of the VAE's and the texts' width.
 

@@ -10,16 +10,18 @@ from pathlib import Path
 import pytest
 
 from lib_lora_train.bench import against
-from lib_lora_train.bench.against import Pair, Timing, filled, ratio_text, run_pairs, time_steps
+from lib_lora_train.bench.against import Pair, Shown, Timing, filled, ratio_text, run_pairs, time_steps, words_of
 from lib_lora_train.errors import SettingError, TrainingError
 
-# Writes its name and step count to a log, then shows its steps (after a warm-up that takes longer than they do).
+# Writes its name and step count to a log, shows the bar of another work that is as long as its steps, then its steps.
 TRAINER = """
 import sys, time
 name, steps, log, shows = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4] == "shows"
 with open(log, "a") as file:
     file.write(f"{name} {steps}\\n")
-print("Encoding: 100%|####| 8/8 [00:01<00:00]")
+pictures = steps if shows else 8
+for picture in range(1, pictures + 1):
+    print(f"Encoding: 100%|####| {picture}/{pictures} [00:01<00:00]", flush=True)
 for step in range(1, steps + 1):
     for _ in range(2 if step == 1 else 1):
         sum(range(200_000))
@@ -66,6 +68,32 @@ def test_the_first_step_and_what_came_before_are_left_out(monkeypatch: pytest.Mo
     seen = against._Watched({1: (10.0, 5.0), 2: (12.0, 6.0), 5: (18.0, 11.0)}, wall=99.0, processor=50.0, card_bytes=7)
     monkeypatch.setattr(against, "_watched", lambda words, *, steps, card_bytes: seen)
     assert time_steps("trainer", values={}, steps=5) == Timing(wall=2.0, processor=1.5, card_bytes=7)
+    # Without the first two: 6 and 5 s for 3 steps.
+    assert time_steps("trainer", values={}, steps=5, warm_up=2) == Timing(wall=2.0, processor=5 / 3, card_bytes=7)
+
+
+def test_of_several_bars_that_are_as_long_as_the_steps_the_last_one_counts() -> None:
+    printed = [b"latents:  50%|##  | 2/4 [00:01<00:01]", b"latents: 100%|####| 4/4 [00:02<00:00]\r", b"files: 3|#| 1/7 [",
+               b"captions: 100%|####| 4/4 [00:02<00:00]\r", b"steps:   0%|    | 0/4 [00:00<?]\rsteps:  25%|#   | 1",
+               b"/4 [00:01<00:03]", b"steps:  25%|#   | 1/4 [00:01<00:03, loss=0.1]", b"steps:  75%|### | 3/4 [00:03<00:01]"]
+    read: list[bytes] = []
+    shown = Shown(4, now=lambda: (float(len(read)), None))
+    for chunk in printed:
+        shown.read(chunk)
+        read.append(chunk)
+    assert shown.at == {1: (5.0, None), 3: (7.0, None)}
+
+
+def test_our_own_run_must_show_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    silent = against._Watched({}, wall=30.0, processor=15.0, card_bytes=None)
+    monkeypatch.setattr(against, "_watched", lambda words, *, steps, card_bytes: silent)
+    with pytest.raises(TrainingError, match=r"own run showed too few of its steps.*take more --steps"):
+        run_pairs(["ours"], "theirs", values={}, steps=5, pairs=1, say=lambda line: None)
+
+
+def test_fewer_steps_than_are_left_out_and_two_more_are_refused() -> None:
+    with pytest.raises(SettingError, match=r"--steps 11 .* first 10 are left out; take at least 12"):
+        run_pairs(["ours"], "theirs", values={}, steps=11, pairs=1, warm_up=10, say=lambda line: None)
 
 
 def test_the_difference_of_two_runs_is_the_steps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,8 +123,19 @@ def test_ratios_are_ours_by_theirs_run_by_run() -> None:
 def test_placeholders_are_filled_in_word_by_word() -> None:
     assert filled("train --data {data} --steps={steps} 'a b'", {"data": "/my pictures", "steps": 4}) == [
         "train", "--data", "/my pictures", "--steps=4", "a b"]
+    assert filled(["a b", "{steps}"], {"steps": 4}) == ["a b", "4"], "words that are words already stay as they are"
     with pytest.raises(SettingError, match="{speed} is unknown"):
         filled("train {speed}", {"steps": 4})
+
+
+@pytest.mark.parametrize("windows, command, words", [
+    (True, r'"C:\Program Files\python.exe" D:\sd\train.py --name="a b" #', [
+        r"C:\Program Files\python.exe", r"D:\sd\train.py", "--name=a b", "#"]),
+    (False, r'"/opt/my python" a\ b \"', ["/opt/my python", "a b", '"'])])
+def test_a_command_line_is_read_as_its_system_reads_it(windows: bool, command: str, words: list[str]) -> None:
+    assert words_of(command, windows=windows) == words
+    with pytest.raises(SettingError, match="close its quotes"):
+        words_of('python "train.py', windows=windows)
 
 
 def test_a_program_that_fails_says_what_it_said(tmp_path: Path) -> None:

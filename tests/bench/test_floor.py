@@ -36,5 +36,9 @@ def test_the_floor_of_true_size_sd1_is_that_of_its_published_arithmetic(tmp_path
     # 0.34 T multiply-adds are published for SD1.5's UNet at 512², 0.68 TFLOP forward; its attention maps are 0.12 more.
     # Backward asks for the activations' gradients only: as much again, fused attention more. And a little for the LoRA.
     host = RandomHost("sd1", folder=tmp_path, device=torch.device("cpu"), dtype=torch.float16)
-    floor = case_floor(host, Case("sd1", 512, 1), rank=16, dtype=torch.float16, rates=Rates(operations=1e12, bytes=1e30))
+    case, rates = Case("sd1", 512, 1), Rates(operations=1e12, bytes=1e9)
+    floor = case_floor(host, case, rank=16, dtype=torch.float16, rates=rates)
     assert 1.6 < floor.arithmetic < 2.0
+    # 859,520,964 weights are read forward and backward, in two bytes each or in one.
+    eight_bits = case_floor(host, case, rank=16, dtype=torch.float16, rates=rates, base="int8")
+    assert floor.traffic - eight_bits.traffic == pytest.approx(2 * 859_520_964 / 1e9)

@@ -10,12 +10,13 @@ import torch
 
 from lib_lora_train.__main__ import main
 from lib_lora_train.bench import speed
+from lib_lora_train.bench.compared import compared_settings
 from lib_lora_train.bench.floor import Rates
 from lib_lora_train.bench.lender import make_pictures
-from lib_lora_train.bench.measured import measure_run
+from lib_lora_train.bench.measured import Measured, measure_run
 from lib_lora_train.bench.pairing import our_command
-from lib_lora_train.bench.speed import PUBLISHED, Case, SpeedPlan, compared_settings, most_apart, run_speed
-from lib_lora_train.errors import SettingError
+from lib_lora_train.bench.speed import PUBLISHED, Case, SpeedPlan, most_apart, run_speed
+from lib_lora_train.errors import SettingError, TrainingError
 from lib_lora_train.host.standalone import StandaloneHost
 
 CPU = torch.device("cpu")
@@ -58,9 +59,24 @@ def test_the_same_settings_twice_have_equal_losses(tiny_file: Path, tmp_path: Pa
     assert (tmp_path / "speed.md").read_text(encoding="utf-8") == text
 
 
-def test_settings_that_change_the_losses_are_told(tiny_file: Path, tmp_path: Path) -> None:
-    text = run_speed(plan(tmp_path, tiny_file, "defaults", "offset:noise_offset=0.5"), say=lambda line: None)
-    assert "**not equal" in text
+def test_losses_are_judged_only_where_the_settings_compute_the_same_and_a_run_that_fails_costs_no_others_figures(
+        tiny_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(host: object, *, settings: dict[str, object], **_: object) -> Measured:
+        if settings["train_batch_size"] == "64":
+            raise TrainingError("The memory ran out while training")
+        return Measured((2.0,), (1.0,), (0.5 if settings["network_dim"] == 2 and "channels_last" not in settings else 0.6,), ())
+
+    monkeypatch.setattr(speed, "measure_run", measured)
+    text = run_speed(plan(tmp_path, tiny_file, "defaults", "large:train_batch_size=64", "channels_last", "rank:network_dim=4"),
+                     say=lambda line: None)
+    assert "large: **failed.** The memory ran out while training." in text
+    assert "losses of channels_last and defaults differ by at most 0.2 of the loss in 1 steps: **not equal: more than" in text
+    assert "losses of rank and defaults differ by at most 0.2 of the loss in 1 steps.\n" in text
+    rows = json.loads((tmp_path / "speed.json").read_text(encoding="utf-8"))["rows"]
+    assert [len(row["runs"]) for row in rows] == [1, 0, 1, 1] and "large ÷ defaults" not in text
+    # Arithmetic of 64 times the pictures; more of it with a higher rank.
+    floors = [row["floor"]["arithmetic"] for row in rows]
+    assert floors[1] == pytest.approx(64 * floors[0]) and floors[3] > floors[0] == floors[2]
 
 
 def test_losses_apart_are_measured_relative_to_the_first() -> None:

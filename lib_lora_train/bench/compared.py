@@ -1,0 +1,47 @@
+"""What `bench speed --compare` puts beside each other, by name; known without torch, since the help tells the names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from lib_lora_train.errors import SettingError
+from lib_lora_train.settings.field import Value
+
+COMPARED: Mapping[str, Mapping[str, Value]] = {
+    "defaults": {},
+    "eager": {"cuda_graphs": "off"},
+    "graphs": {"cuda_graphs": "auto"},
+    "compiled": {"torch_compile": True, "cuda_graphs": "off"},
+    "channels_last": {"channels_last": "on"},
+    "channels_first": {"channels_last": "off"},
+    "recompute": {"gradient_checkpointing": True},
+    "offload": {"cpu_offload_checkpointing": True},
+    "int8": {"base_weights": "int8"},
+    "fp8": {"base_weights": "fp8"},
+    "fp32": {"mixed_precision": "no"},
+    "fp16": {"mixed_precision": "fp16"},
+    "bf16": {"mixed_precision": "bf16"},
+}
+"""Names for `--compare`, and the settings that they stand for."""
+
+HOW_ONLY = frozenset({"cuda_graphs", "torch_compile", "channels_last", "gradient_checkpointing", "cpu_offload_checkpointing"})
+"""Settings that change how a step is computed and not what: losses of runs that differ in nothing else should be equal."""
+
+
+def compared_settings(names: Sequence[str]) -> dict[str, dict[str, Value]]:
+    """{name: settings} for what `--compare` was given: names of COMPARED, or NAME:SETTING=VALUE,SETTING=VALUE.
+
+    Raises SettingError for an unknown name.
+    """
+    chosen: dict[str, dict[str, Value]] = {}
+    for text in names:
+        name, _, changes = text.partition(":")
+        if changes:
+            pairs = [part.partition("=") for part in changes.split(",")]
+            chosen[name] = {key.strip(): value.strip() for key, _, value in pairs}
+        elif name in COMPARED:
+            chosen[name] = dict(COMPARED[name])
+        else:
+            raise SettingError(f"There is nothing called '{name}' to compare",
+                               remedy=f"write one of {', '.join(COMPARED)}, or NAME:SETTING=VALUE")
+    return chosen
