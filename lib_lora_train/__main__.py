@@ -130,12 +130,13 @@ def _refused_together(place: Place, error: LoraTrainError) -> NoReturn:
 
 
 def _failed_together(place: Place, message: str, failure: LoraTrainError | None) -> NoReturn:
-    """The end of one of several processes: what all of them know, the first one tells, and what one alone knows, that one."""
+    """The end of one of several processes: what all of them know, the first one tells, and what one alone knows, that one. Of
+    one that was lost without a word all others tell: it may have been the first."""
     from lib_lora_train.ranks import Disagreement, Lost
 
     if place.rank == 0:
         print(message, file=sys.stderr)
-    elif not isinstance(failure, (Disagreement, Lost)):
+    elif not (isinstance(failure, Disagreement) or isinstance(failure, Lost) and failure.explained):
         print(f"Process {place.rank}: {message}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from lib_lora_train.errors import SettingError
 from lib_lora_train.ranks.protocol import Ranks
 
+SAME_COMMAND = "start all of them with the same command, on the same files"
 _MOST = 3  # differences that one sentence tells
 
 
@@ -16,9 +17,9 @@ class Disagreement(SettingError):
     """The processes were started with different settings, pictures, models or resume points. All of them raise it."""
 
 
-def agree(ranks: Ranks, *, shown: Mapping[str, object], digests: Mapping[str, str]) -> None:
-    """Raise Disagreement unless `shown` (values a user knows) and `digests` (of what is too long to tell) are the same
-    everywhere. Values are compared as JSON has them."""
+def agree(ranks: Ranks, *, shown: Mapping[str, object], digests: Mapping[str, str], remedy: str = SAME_COMMAND) -> None:
+    """Raise Disagreement with this `remedy` unless `shown` (values a user knows) and `digests` (of what is too long to tell)
+    are the same everywhere. Values are compared as JSON has them."""
     if ranks.world == 1:
         return
     told = [json.loads(text) for text in ranks.gather(json.dumps([dict(shown), dict(digests)], default=str))]
@@ -36,7 +37,7 @@ def agree(ranks: Ranks, *, shown: Mapping[str, object], digests: Mapping[str, st
         more = f", and {len(found) - _MOST} more" if len(found) > _MOST else ""
         raise Disagreement(
             "The processes do not train the same thing", why=", ".join(found[:_MOST]) + more,
-            remedy="start all of them with the same command, on the same files")
+            remedy=remedy)
 
 
 def _other(values: list[object]) -> int:

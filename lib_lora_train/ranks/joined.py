@@ -151,7 +151,8 @@ class Joined:
             told = json.loads(why)
             if told["interrupted"]:
                 return Interrupted(f"Process {told['rank']} of {self.world} was stopped: {told['what']}")
-            return Lost(f"Process {told['rank']} of {self.world} ended: {told['what']}", intact=self._cards is None)
+            return Lost(f"Process {told['rank']} of {self.world} ended: {told['what']}", intact=self._cards is None,
+                        explained=True)
         silent = self._silent = "timed out" in str(error).lower()
         return Lost(
             f"Another of the {self.world} processes " + ("does not answer any more" if silent else "ended unexpectedly"),
@@ -183,20 +184,34 @@ def _join(place: Place, patience: float) -> Joined:
     if sys.platform == "win32":
         os.environ.setdefault("USE_LIBUV", "0")  # torch's packages for Windows are built without it, and ask for it
     gathering = datetime.timedelta(seconds=_GATHERING)
-    cards = torch.cuda.is_available() and dist.is_nccl_available()
     try:
         # `Place` was read from the variables that this reads again; with torchrun the store lives in its agent.
         store, _, _ = next(dist.rendezvous("env://", timeout=gathering))
         dist.init_process_group("gloo", store=store, rank=place.rank, world_size=place.world,
                                 timeout=datetime.timedelta(seconds=patience))
         control, group = dist.group.WORLD, None
-        if cards:
+        if _all_have_cards(place):
             # A control of its own: it can be closed while NCCL still waits for somebody.
             control = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=patience))
             group = dist.new_group(backend="nccl", timeout=datetime.timedelta(seconds=patience))
     except (RuntimeError, ValueError, OSError) as error:
         raise _not_joined(place, error) from error
     return Joined(place, store, control=control, cards=group)
+
+
+def _all_have_cards(place: Place) -> bool:
+    """Whether gradients are summed between cards, which a process cannot know by itself. Raises HostError in all of them where
+    some have a card and others none: each would wait for the others in another way."""
+    have = torch.zeros(place.world, dtype=torch.int64)
+    have[place.rank] = int(torch.cuda.is_available() and dist.is_nccl_available())
+    dist.all_reduce(have)
+    without = [str(rank) for rank, one in enumerate(have.tolist()) if not one]
+    if 0 < len(without) < place.world:
+        raise HostError(f"The {place.world} processes cannot train together",
+                        why=f"torch finds no card, or no NCCL, in process {', '.join(without)}, and in the others it does",
+                        remedy="start processes only where there is a card, or hide the cards from all of them "
+                        "(CUDA_VISIBLE_DEVICES)")
+    return not without
 
 
 def _not_joined(place: Place, error: Exception) -> HostError:

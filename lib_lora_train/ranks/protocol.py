@@ -15,12 +15,13 @@ from lib_lora_train.errors import TrainingError
 class Lost(TrainingError):
     """Another of the processes ended or does not answer: the training cannot go on.
 
-    With `intact` False the weights must not be saved: the step that was under way may have been half summed.
+    With `intact` False the weights must not be saved: the step that was under way may have been half summed. `explained`
+    is whether the one that left said why, to its user too.
     """
 
-    def __init__(self, what: str, *, why: str = "", remedy: str = "", intact: bool = True) -> None:
+    def __init__(self, what: str, *, why: str = "", remedy: str = "", intact: bool = True, explained: bool = False) -> None:
         super().__init__(what, why=why, remedy=remedy)
-        self.intact = intact
+        self.intact, self.explained = intact, explained
 
 
 class Ranks(Protocol):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from lib_lora_train.__main__ import _failed_together
 from lib_lora_train.errors import SettingError
-from lib_lora_train.ranks import ALONE, Disagreement, agree, share
+from lib_lora_train.ranks import ALONE, Disagreement, Lost, agree, share
 from lib_lora_train.ranks.place import Place, place_of
 from lib_lora_train.resume import Point, compare_settings
 from lib_lora_train.settings import flat, parse
@@ -70,6 +72,24 @@ def test_each_difference_is_told_by_name_value_and_process():
 def test_what_is_too_long_to_tell_is_only_named():
     with pytest.raises(Disagreement, match=r": the pictures of process 0 and of process 1 differ; start all"):
         agree(together("", said("{}", '{"the pictures": "ab"}')), shown={}, digests={"the pictures": "cd"})
+
+
+def test_where_the_same_command_is_no_remedy_another_one_is_told():
+    with pytest.raises(Disagreement, match=r"form is 'int8' in process 0 and '' in process 1; set base_weights\.$"):
+        agree(together("", said('{"form": ""}')), shown={"form": "int8"}, digests={}, remedy="set base_weights")
+
+
+@pytest.mark.parametrize("rank, failure, tells", [
+    (0, Lost("Gone", explained=True), True), (1, Lost("Gone", explained=True), False), (1, Lost("Gone"), True),
+    (1, Disagreement("They differ"), False), (1, SettingError("No such file"), True)])
+def test_nobody_is_lost_without_a_word_and_what_all_know_is_told_once(monkeypatch, capsys, rank, failure, tells):
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit):
+        _failed_together(Place(rank, 2, rank, "a", 1), str(failure), failure)
+    assert bool(capsys.readouterr().err) == tells
 
 
 def test_many_differences_are_counted():
