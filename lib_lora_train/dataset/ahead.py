@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 
 MOST_BYTES = 512 << 20  # of what is being worked on or waits to be taken
 MOST_THREADS = 8
-_PATIENCE = 1.0  # seconds; on Windows a wait without an end would not hear Ctrl+C
+_PATIENCE = 1.0  # seconds; on Windows Ctrl+C is not heard before a wait ends
 
 
 def reading_threads() -> int:
@@ -33,7 +33,8 @@ class Ahead(Generic[Item, Result]):
     system gives none) each piece is done when it is asked for.
 
     Bounds: at most `most` items are begun and not taken, together at most `most_bytes` — `cost(item)` while the work
-    lasts, `kept(result)` while the result waits — except that one item may always go on alone.
+    lasts, `kept(result)` while the result waits — except that one item may always go on alone. All threads wait while
+    `cost` is asked: it must not ask the disk.
     """
 
     def __init__(self, items: Iterable[Item], work: Callable[[Item], Result], *, threads: int, most: int,

@@ -17,8 +17,6 @@ from lib_lora_train.dataset.names import file_key
 from lib_lora_train.dataset.pictures import is_picture_name
 from lib_lora_train.errors import DatasetError, printable
 
-"""A folder of this name beside pictures holds their masks."""
-
 Place = Path | Entry  # a file of its own, or in an archive
 MayRead = Callable[[Path], bool]
 

@@ -8,7 +8,9 @@ on a text that nobody wrote.
 
 from __future__ import annotations
 
+import contextlib
 import re
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +30,7 @@ MASKS_FOLDER = "masks"  # beside the N_name folders, where the studio keeps them
 MayRead = Callable[[Path], bool]
 _MANY = 100  # pictures from which on threads are worth their beginning
 _AHEAD_A_THREAD = 16  # files that may have been looked at, for each thread that does
+_LARGE = 32 << 20  # bytes of a file, which checking may have in memory at once; of larger ones only one is checked at a time
 _REPEATS_AND_NAME = re.compile(r"(\d+)_(.*)")
 
 
@@ -177,6 +180,7 @@ class _Reader:
 
     def __init__(self, problems: list[Problem], *, watch: Watch, max_pixels: int) -> None:
         self.problems, self.watch, self.max_pixels = problems, watch, max_pixels
+        self.one_large = threading.Lock()
         self.not_text: list[tuple[str, DatasetError]] = []
         self.empty: list[str] = []
         self.several_lines: list[str] = []
@@ -187,7 +191,7 @@ class _Reader:
         places = [(subset, picture) for subset in subsets for picture in subset.pictures]
         threads = reading_threads() if len(places) >= _MANY else 0
         with Ahead([picture for _, picture in places], self._checked, threads=threads, most=_AHEAD_A_THREAD * max(1, threads),
-                   cost=_file_bytes, kept=lambda size: 0) as checked:
+                   cost=lambda picture: 0, kept=lambda size: 0) as checked:
             for subset, picture in places:
                 self.watch.check()
                 example = self._example(picture, subset, size=next(checked), trigger_word=trigger_word)
@@ -199,7 +203,8 @@ class _Reader:
     def _checked(self, picture: Path) -> tuple[int, int] | DatasetError:
         """The picture's size, or why it cannot be used; in any thread."""
         try:
-            return check_picture(picture, max_pixels=self.max_pixels)
+            with self.one_large if _file_bytes(picture) > _LARGE else contextlib.nullcontext():
+                return check_picture(picture, max_pixels=self.max_pixels)
         except DatasetError as error:
             return error
 
@@ -298,7 +303,7 @@ def _subset(folder: Path, problems: list[Problem], may_read: MayRead | None) -> 
 
 
 def _file_bytes(picture: Path) -> int:
-    """What checking a file may read into memory at once; 0 where it cannot be told."""
+    """Size of a file; 0 where it cannot be told."""
     try:
         return picture.stat().st_size
     except OSError:

@@ -14,7 +14,7 @@ import contextlib
 import struct
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +36,7 @@ MAX_PIXELS = 178_956_970
 # Pillow reads the pieces of a file whole, pixels or not; no picture of so many pixels needs more.
 MAX_BYTES = 256 << 20
 _MOST_CHUNKS = 100_000
+_STRIP = 64  # rows that are made RGB together where that takes several copies of them
 _MOST_EXIF = 65_000  # what fits into a JPEG
 
 _ORIENTATION_TAG = 0x0112
@@ -67,8 +68,7 @@ def read_picture(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         # Pillow turns a TIFF while decoding it, and only a TIFF.
         turn = None if image.format == "TIFF" else _UPRIGHT.get(_orientation(image, path))
         _load_whole(image)
-        picture = _to_rgb(image)
-        return picture if turn is None else picture.transpose(turn)
+        return _to_rgb(image, turn)
 
 
 @dataclass(frozen=True)
@@ -90,12 +90,11 @@ def read_layers(path: Path, *, max_pixels: int = MAX_PIXELS) -> Layers:
         turn = None if kind == "TIFF" else _UPRIGHT.get(_orientation(image, path))
         exif = b"" if kind == "TIFF" else _exif_of_upright(image)  # a TIFF's is about how its pixels lie
         _load_whole(image)
-        picture, alpha = _to_rgb(image), _alpha(image)
+        picture, alpha = _to_rgb(image, turn), _alpha(image)
         still = kind not in ("PNG", "WEBP") or not getattr(image, "is_animated", False)
         as_stored = turn is None and alpha is None and still and image.mode in ("RGB", "L", "P", "1", "RGBA", "LA")
-        if turn is not None:
-            picture = picture.transpose(turn)
-            alpha = None if alpha is None else alpha.transpose(turn)
+        if turn is not None and alpha is not None:
+            alpha = alpha.transpose(turn)
         text = image.info.get("parameters", "")
         return Layers(picture, alpha, as_stored, kind, text if isinstance(text, str) else "", exif)
 
@@ -233,7 +232,7 @@ class _Intolerance:
     def __exit__(self, *exception: object) -> None:
         with self._lock:
             self._inside -= 1
-            if not self._inside:
+            if not self._inside and ImageFile.LOAD_TRUNCATED_IMAGES is False:  # still as we left it
                 ImageFile.LOAD_TRUNCATED_IMAGES = self._tolerant
 
 
@@ -296,14 +295,40 @@ def _png_trailing_exif(path: Path) -> bytes | None:
     return None
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Mode RGB with transparency on white. Samples deeper than 8 bits keep their high byte."""
+def _to_rgb(image: Image.Image, turn: Image.Transpose | None) -> Image.Image:
+    """A new picture of mode RGB, with transparency on white, and turned. Samples deeper than 8 bits keep their high byte."""
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        return _deep_grey_to_rgb(image)
-    if _may_be_transparent(image):
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba).convert("RGB")
-    return image.convert("RGB") if image.mode != "RGB" else image.copy()
+        picture = _deep_grey_to_rgb(image)
+    elif _may_be_transparent(image):
+        picture = _joined(image.size, ((box, _on_white(part)) for box, part in _strips(image)))
+    elif image.mode == "RGB":
+        return image.copy() if turn is None else image.transpose(turn)
+    else:
+        picture = image.convert("RGB")
+    return picture if turn is None else picture.transpose(turn)
+
+
+_Box = tuple[int, int, int, int]  # left, top, right, bottom
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[_Box, Image.Image]]:
+    """The picture from top to bottom in parts, of which only one is in memory at a time."""
+    for top in range(0, image.height, _STRIP):
+        box = (0, top, image.width, min(top + _STRIP, image.height))
+        yield box, image.crop(box)
+
+
+def _joined(size: tuple[int, int], parts: Iterable[tuple[_Box, Image.Image]]) -> Image.Image:
+    """What was made of the strips of a picture, mode RGB, as one."""
+    whole = Image.new("RGB", size)
+    for box, part in parts:
+        whole.paste(part, box)
+    return whole
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    rgba = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba).convert("RGB")
 
 
 def _may_be_transparent(image: Image.Image) -> bool:
@@ -324,12 +349,18 @@ def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
     A 32-bit or float file does not say what its white is: 1.0 (float), 255 and 65535 are taken where
     they fit, otherwise its own maximum.
     """
-    grey = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0.0, neginf=0.0)
-    top = float(grey.max(initial=0.0))
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        grey = grey // 256
-    elif image.mode == "F" and top <= 1.0:
-        grey = grey * 255 + 0.5
-    elif top > 255:
-        grey = grey // 256 if top <= 65535 else grey * (255 / top)
-    return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
+    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+    top = 65535.0 if sixteen else max(float(_finite(part).max(initial=0.0)) for _, part in _strips(image))
+
+    def to_rgb(part: Image.Image) -> Image.Image:
+        grey = _finite(part)
+        if image.mode == "F" and top <= 1.0:
+            grey = grey * 255 + 0.5
+        elif top > 255:
+            grey = grey // 256 if top <= 65535 else grey * (255 / top)
+        return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
+    return _joined(image.size, ((box, to_rgb(part)) for box, part in _strips(image)))
+
+
+def _finite(grey: Image.Image) -> np.ndarray:
+    return np.nan_to_num(np.asarray(grey).astype(np.float64), posinf=0.0, neginf=0.0)

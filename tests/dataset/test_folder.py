@@ -11,6 +11,7 @@ from PIL import Image
 from lib_lora_train.dataset import folder as folder_module
 from lib_lora_train.dataset.buckets import Buckets
 from lib_lora_train.dataset.folder import Dataset, place, scan, visits_by_bucket
+from lib_lora_train.dataset.watch import Watch
 from lib_lora_train.errors import DatasetError, Interrupted
 
 
@@ -258,3 +259,15 @@ def test_a_large_folder_read_in_threads_is_what_it_is_read_in_turn(tmp_path: Pat
     with pytest.raises(Interrupted):
         scan(tmp_path, max_train_epochs=1, should_stop=lambda: True)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("lora-train-ahead")]
+
+
+def test_large_files_are_checked_one_at_a_time_and_others_are_not(tmp_path: Path, make_picture, monkeypatch) -> None:
+    make_picture("a.png")
+    reader = folder_module._Reader([], watch=Watch(1, doing="", on_progress=None, should_stop=None), max_pixels=1000)
+    alone = []
+    monkeypatch.setattr(folder_module, "check_picture",
+                        lambda path, max_pixels: alone.append(reader.one_large.locked()) or (1, 1))
+    for most in (1 << 20, 1):
+        monkeypatch.setattr(folder_module, "_LARGE", most)
+        assert reader._checked(tmp_path / "a.png") == (1, 1)
+    assert alone == [False, True]

@@ -86,6 +86,18 @@ def test_transparency_is_laid_on_white(tmp_path: Path, mode: str) -> None:
     assert np.abs(np.array(read_picture(path)) - expected).max() <= 1
 
 
+def test_what_is_made_in_strips_shows_no_seam(tmp_path: Path) -> None:
+    samples = np.random.default_rng(1).integers(0, 256, (150, 9, 4), dtype=np.uint8)
+    Image.fromarray(samples).save(tmp_path / "clear.png")
+    white = Image.new("RGBA", (9, 150), "white")
+    expected = Image.alpha_composite(white, Image.fromarray(samples)).convert("RGB")
+    assert np.array_equal(read_picture(tmp_path / "clear.png"), expected)
+    # Its white is its own maximum, which stands in the last rows.
+    deep = np.linspace(0, 2_550_000, 150 * 9).astype(np.int32).reshape(150, 9)
+    Image.fromarray(deep).save(tmp_path / "deep.tif")
+    assert np.abs(np.array(read_picture(tmp_path / "deep.tif"))[..., 0] - deep / 10_000).max() <= 1
+
+
 def test_a_transparent_palette_colour_becomes_white(tmp_path: Path) -> None:
     path = tmp_path / "picture.gif"
     source = Image.new("P", (2, 1))
@@ -194,6 +206,20 @@ def test_threads_that_decode_at_once_leave_pillows_switch_as_it_was(tmp_path: Pa
     first_is_out.set()
     threads[1].join()
     assert seen == {"first": False, "second": False}
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True
+
+
+def test_a_tolerance_that_is_switched_on_meanwhile_stays_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
+    CORNERS.save(tmp_path / "picture.png")
+    original = PngImagePlugin.PngImageFile.load
+
+    def load(image: Image.Image) -> object:
+        loaded = original(image)
+        ImageFile.LOAD_TRUNCATED_IMAGES = True
+        return loaded
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load)
+    read_picture(tmp_path / "picture.png")
     assert ImageFile.LOAD_TRUNCATED_IMAGES is True
 
 
