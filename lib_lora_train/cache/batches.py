@@ -7,7 +7,6 @@ epoch, position); timesteps and noise are the training step's own.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -96,14 +95,9 @@ class Batches:
             rng.shuffle(visits)
             batches += [tuple(visits[i:i + self._batch_size]) for i in range(0, len(visits), self._batch_size)]
         rng.shuffle(batches)
-        self._last_order = epoch, tuple(batches)
-        return self._last_order[1]
-
-    def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from position `start` on: the same ones as without leaving any out."""
-        for position, indices in enumerate(self.order(epoch)):
-            if position >= start:
-                yield self.finish(self.prepare(epoch, position, indices=indices))
+        order = tuple(batches)
+        self._last_order = epoch, order  # another thread may ask for another epoch meanwhile
+        return order
 
     def prepare(self, epoch: int, position: int, *, indices: tuple[int, ...]) -> PreparedBatch:
         """What can be done without the model, in any thread, for the batch at this position of `order(epoch)`."""

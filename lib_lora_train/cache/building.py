@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -21,14 +21,17 @@ from lib_lora_train.dataset.watch import Watch
 from lib_lora_train.errors import DatasetError
 from lib_lora_train.ranks import Ranks, share
 
-_DECODER_BYTES = 8  # Pillow keeps 4 bytes a pixel, and has the picture twice while it turns it upright
+# At the most, for each pixel, as measured: Pillow has the picture twice, 4 bytes each time, while it makes it RGB or turns it
+# upright. A progressive JPEG waits in its decoder with 6 more, a WebP with 12.
+_DECODER_BYTES = {".jpg": 10, ".jpeg": 10, ".jfif": 10, ".png": 10}
+_OTHER_DECODER_BYTES = 17
 _AHEAD_A_THREAD = 4  # pictures that may be ready, for each thread that makes them
 _A_ROUND = 4  # pictures that each of several ranks encodes before they meet, where the batch size is left to the device
 
 
 @dataclass(frozen=True, eq=False)
 class _Found:
-    """What a thread has found out about one picture; nothing set: its latents are in the disk cache."""
+    """What a thread has found out about one picture: one of these."""
 
     samples: torch.Tensor | None = None  # [H, W, 3] uint8, to be encoded
     latents: torch.Tensor | None = None  # [flips, 2, 4, h, w], from the disk cache
@@ -49,8 +52,8 @@ class Building:
         self._vae, self._examples, self._placements, self._store = vae, examples, placements, store
         self._flips = (False, True) if flip_aug else (False,)
         self._watch, self._ranks = watch, ranks
-        self._problems: list[Problem] = []
-        self._disk_failed = False
+        self._starved: list[int] = []  # pictures that the memory did not suffice for beside others
+        self._unkept: dict[str, int] = {}  # why pictures are not in the disk cache, and how many
 
     @property
     def dropped(self) -> set[int]:
@@ -65,7 +68,8 @@ class Building:
             notes.append(Problem("All encoded pictures stay in memory, because the temporary file cannot be written: "
                                  f"{self._store.failure}."))
         lost = [skipped(self._examples[index], why) for index, why in self._lost.items()]
-        return [*lost, *self._problems, *notes]
+        unkept = [Problem(f"{count} encoded picture(s) cannot be kept on disk: {why}.") for why, count in self._unkept.items()]
+        return [*lost, *unkept, *notes]
 
     def run(self, threads: int) -> None:
         """All of it, pictures being read in so many threads, which end with this call. Errors as `CachedLatents.build`."""
@@ -90,6 +94,10 @@ class Building:
                 elif last or len(waiting) >= self._vae.at_once(bucket):
                     self._encode(waiting)
                     waiting = []
+        for index in self._starved:
+            self._watch.check()
+            samples = self._settle(index, self._find(index), alone=True)
+            self._encode([] if samples is None else [(index, samples)])
         self._lost = all_texts(self._ranks, self._lost)
         self._vae.rest()
 
@@ -107,37 +115,48 @@ class Building:
         return numbers[share(len(numbers), self._ranks)]
 
     def _cost(self, index: int) -> int:
-        return decoding_bytes(self._placements[index])
+        return decoding_bytes(self._examples[index], self._placements[index])
 
     def _find(self, index: int) -> _Found:
         """In a thread: what is on disk, or the samples to encode."""
         example, placement, disk = self._examples[index], self._placements[index], self._store.disk
         if disk is not None:
-            if self._ranks.world == 1 and not self._store.has_room(len(self._flips) * latent_bytes(placement)):
-                if all(disk.holds(example.path, placement, flipped=flip) for flip in self._flips):
-                    return _Found()
-            else:
-                stored = [disk.load(example.path, placement, flipped=flip) for flip in self._flips]
-                if all(latents is not None for latents in stored):
-                    parts = torch.stack([part for latents in stored if latents is not None for part in latents])
-                    return _Found(latents=parts.unflatten(0, (len(stored), 2)))
+            latents = self._on_disk(index, renew=True)
+            if latents is not None:
+                return _Found(latents=latents)
             disk.observe(example.path)
         try:
             return _Found(samples=to_samples(scale_and_crop(decoded(example, placement), placement)))
         except DatasetError as error:
             return _Found(error=error)
 
-    def _settle(self, index: int, found: _Found) -> torch.Tensor | None:
+    def _on_disk(self, index: int, *, renew: bool = False) -> torch.Tensor | None:
+        """[flips, 2, 4, h, w] from the disk cache; what cannot be read there now is encoded. In any thread."""
+        disk, parts = self._store.disk, []
+        assert disk is not None
+        for flip in self._flips:
+            try:
+                part = disk.load(self._examples[index].path, self._placements[index], flipped=flip, renew=renew)
+            except OSError:
+                return None
+            if part is None:
+                return None
+            parts.append(part.numpy())
+        return torch.from_numpy(np.stack(parts))
+
+    def _settle(self, index: int, found: _Found, *, alone: bool = False) -> torch.Tensor | None:
         """Keep what was found; the samples where they must be encoded."""
-        example, placement = self._examples[index], self._placements[index]
+        if starved(found.error) and not alone:
+            if self._ranks.world == 1:
+                self._starved.append(index)  # its turn comes when no thread is at work
+                return None
+            found = self._find(index)  # the others wait for this round
         if found.samples is not None:
             return found.samples
         if found.error is not None:
             self._lost[index] = str(found.error)
-        elif found.latents is None:
-            self._store.put_cached(index, example.path, placement)
-        else:
-            self._store.put(index, found.latents, cached=(example.path, placement))
+        elif found.latents is not None:
+            self._store.put(index, found.latents, cached=(self._examples[index].path, self._placements[index]))
         if self._ranks.world == 1:
             self._watch.advance()
         return None
@@ -154,26 +173,29 @@ class Building:
             check_finite(latents, [self._examples[index] for index, _ in part])
             for (index, _), own in zip(part, latents, strict=True):
                 own = own.clone()  # a view would keep the whole batch in memory
-                self._store.put(index, own, cached=self._stored(index, own))
+                self._write(index, own)
+                self._put(index, own)
             if advance:
                 self._watch.advance(len(part))
 
-    def _stored(self, index: int, latents: torch.Tensor) -> tuple[Path, Placement] | None:
-        """Write them to the disk cache, where there is one. Where they are found again; None if nowhere, or not needed."""
-        disk, path, placement = self._store.disk, self._examples[index].path, self._placements[index]
-        if disk is None or self._disk_failed:
-            return None
-        for flip, (mean, std) in zip(self._flips, latents, strict=True):
-            why = disk.store(path, placement, flipped=flip, latents=(mean, std))
+    def _write(self, index: int, latents: torch.Tensor) -> None:
+        """Into the disk cache, where there is one."""
+        for flip, own in zip(self._flips, latents, strict=True):
+            why = None if self._store.disk is None else self._store.disk.store(
+                self._examples[index].path, self._placements[index], flipped=flip, latents=own)
             if why is not None:
-                self._disk_failed = True
-                self._problems.append(Problem(f"The encoded pictures cannot be kept on disk: {why}."))
-                return None
-        if self._store.has_room(latents.nbytes):
-            return None
-        # A picture that changed since it was read is not stored.
-        there = all(disk.holds(path, placement, flipped=flip) for flip in self._flips)
-        return (path, placement) if there else None
+                self._unkept[why] = self._unkept.get(why, 0) + 1
+                return
+
+    def _put(self, index: int, latents: torch.Tensor) -> None:
+        """Into the store; where it has no room, they are read from the disk cache if just these are there (a picture that
+        changed since it was read is not, nor is what another machine encoded)."""
+        cached = None
+        if self._store.disk is not None and not self._store.has_room(latents.nbytes):
+            found = self._on_disk(index)
+            if found is not None and torch.equal(found, latents):
+                cached = self._examples[index].path, self._placements[index]
+        self._store.put(index, latents, cached=cached)
 
     def _exchange(self, numbers: Sequence[int]) -> None:
         """Every rank gets the latents of the round; which pictures cannot be used, all know at the end."""
@@ -182,30 +204,31 @@ class Building:
                for index in self._share(numbers) if index not in self._lost}
         shape = (len(self._flips), 2, 4, height // 8, width // 8)
         for index, latents in exchange(self._ranks, numbers, own, shape=shape).items():
-            self._store.put(index, latents)
+            self._put(index, latents)
 
 
 def check_pictures(examples: Sequence[Example], placements: Sequence[Placement], *, watch: Watch, ranks: Ranks, threads: int
                    ) -> dict[int, Problem]:
     """Decode every picture once, in so many threads, each rank its share; what is wrong with which, in their order."""
-    def find(index: int) -> str:
+    def find(index: int) -> tuple[str, bool]:
+        """What is wrong with it ("": nothing), and whether it is only that the memory did not suffice."""
         try:
             decoded(examples[index], placements[index])
         except DatasetError as error:
-            return str(error)
-        return ""
+            return str(error), starved(error)
+        return "", False
 
-    lost: dict[int, str] = {}
+    found: dict[int, tuple[str, bool]] = {}
     own = range(ranks.rank, len(examples), ranks.world)
     with Ahead(own, find, threads=threads, most=_AHEAD_A_THREAD * max(1, threads), kept=lambda text: 0,
-               cost=lambda index: decoding_bytes(placements[index])) as found:
+               cost=lambda index: decoding_bytes(examples[index], placements[index])) as ahead:
         for start in range(0, len(examples), ranks.world):
             watch.check()
-            index = start + ranks.rank
-            text = next(found) if index < len(examples) else ""
-            if text:
-                lost[index] = text
+            if start + ranks.rank < len(examples):
+                found[start + ranks.rank] = next(ahead)
             watch.advance(min(ranks.world, len(examples) - start))
+    found |= {index: find(index) for index, (_, hungry) in found.items() if hungry}  # alone now
+    lost = {index: text for index, (text, _) in found.items() if text}
     return {index: skipped(examples[index], text) for index, text in all_texts(ranks, lost).items()}
 
 
@@ -231,10 +254,16 @@ def latent_bytes(placement: Placement) -> int:
     return 2 * 4 * 4 * (width // 8) * (height // 8)
 
 
-def decoding_bytes(placement: Placement) -> int:
+def decoding_bytes(example: Example, placement: Placement) -> int:
     """What decoding and scaling one picture takes, its samples included."""
     (width, height), (across, down) = placement.original, placement.bucket
-    return _DECODER_BYTES * width * height + 2 * _DECODER_BYTES * across * down
+    a_pixel = _DECODER_BYTES.get(example.path.suffix.lower(), _OTHER_DECODER_BYTES)
+    return a_pixel * width * height + 16 * across * down
+
+
+def starved(error: DatasetError | None) -> bool:
+    """Whether a picture may well be decoded once there is more memory."""
+    return error is not None and isinstance(error.__cause__, MemoryError)
 
 
 def skipped(example: Example, why: str) -> Problem:

@@ -1,7 +1,7 @@
 """The next batches, made ready while the model trains: latents read from disk, or pictures decoded and varied.
 
-The same batches as `Batches.epoch` gives, whatever the number of threads: all randomness follows from a batch's place. The
-model is never touched here ahead of time, so that it can be handed to others between any two steps.
+The same batches whatever the number of threads: all randomness follows from a batch's place. The model is never touched here
+ahead of time, so that it can be handed to others between any two steps.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from lib_lora_train.cache.batches import Batch, Batches, PreparedBatch
+from lib_lora_train.cache.text import CAPTIONS_AT_ONCE
 from lib_lora_train.dataset.ahead import MOST_BYTES, Ahead, reading_threads
 
 _SPARE = 2  # batches ready beyond those in the making: a slow picture then holds nobody up
@@ -23,7 +24,7 @@ class Feeder:
     """
 
     def __init__(self, batches: Batches, *, last_epoch: int, threads: int | None = None, most_bytes: int = MOST_BYTES,
-                 encode_soon: Callable[[Sequence[str]], None] | None = None, captions_at_once: int = 16) -> None:
+                 encode_soon: Callable[[Sequence[str]], None] | None = None, captions_at_once: int = CAPTIONS_AT_ONCE) -> None:
         """Nothing is prepared beyond `last_epoch`. `threads`: None is `reading_threads`, 0 none. At most `most_bytes` wait
         or are in the making (one batch at least).
 

@@ -12,12 +12,13 @@ What needs no model (`prepare`: reading, decoding, varying) may be done in any t
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 import torch
+from PIL import ImageOps
 
 from lib_lora_train.cache.building import Building, check_pictures, decoded, decoding_bytes, latent_bytes
 from lib_lora_train.cache.disk import LatentDisk
@@ -69,9 +70,6 @@ class LatentSource(Protocol):
     def finish(self, prepared: Prepared) -> Latents:
         """The rest, in the thread that trains."""
 
-    def get(self, indices: Sequence[int], rngs: Sequence[random.Random]) -> Latents:
-        """Both."""
-
     def burden(self, indices: Sequence[int]) -> int:
         """Bytes that `prepare` takes at most, its result included; 0 where nothing is to be gained from doing it ahead."""
 
@@ -120,11 +118,6 @@ class CachedLatents:
         numbers = [i for i in range(len(dataset.examples)) if i not in work.dropped]
         return cls(kept, kept_placements, flip_aug=flip_aug, store=store, numbers=numbers)
 
-    @property
-    def bytes(self) -> int:
-        """How much of the latents is in memory."""
-        return self._store.bytes
-
     def prepare(self, indices: Sequence[int], rngs: Sequence[random.Random]) -> Prepared:
         """See `LatentSource.prepare`. Raises TrainingError where the disk no longer has what was put there."""
         flipped = tuple(self.flip_aug and draw_flip(rng) for rng in rngs)
@@ -136,10 +129,6 @@ class CachedLatents:
         """See `LatentSource.finish`. On the CPU."""
         return Latents(torch.stack([part[0] for part in prepared.parts]), torch.stack([part[1] for part in prepared.parts]),
                        prepared.flipped)
-
-    def get(self, indices: Sequence[int], rngs: Sequence[random.Random]) -> Latents:
-        """See `LatentSource.get`. On the CPU."""
-        return self.finish(self.prepare(indices, rngs))
 
     def burden(self, indices: Sequence[int]) -> int:
         """See `LatentSource.burden`."""
@@ -156,11 +145,12 @@ class FreshLatents:
 
     def __init__(
         self, vae: Encoder, dataset: Dataset, placements: Sequence[Placement], *, flip_aug: bool, color_aug: bool,
-        random_crop: bool, vae_batch_size: int, device: torch.device,
+        random_crop: bool, vae_batch_size: int, device: torch.device, warn: Callable[[str], None] = lambda text: None,
     ) -> None:
+        """`warn` is told in a sentence what the user should know of the encoding, while it goes on."""
         self.dataset, self.placements = dataset, tuple(placements)
         self._work = VaeWork(vae, device=device, batch_size=vae_batch_size)
-        self._flip_aug, self._color_aug, self._random_crop = flip_aug, color_aug, random_crop
+        self._flip_aug, self._color_aug, self._random_crop, self._warn = flip_aug, color_aug, random_crop, warn
 
     @classmethod
     def build(
@@ -168,16 +158,17 @@ class FreshLatents:
         color_aug: bool = False, random_crop: bool = False, vae_batch_size: int = 1,
         device: torch.device | str = "cpu", on_progress: Progress | None = None,
         should_stop: ShouldStop | None = None, threads: int | None = None, ranks: Ranks = ALONE,
+        warn: Callable[[str], None] = lambda text: None,
     ) -> FreshLatents:
         """Decode every picture once, to find the damaged ones before training. Parameters and errors as in
         `CachedLatents.build`."""
-        watch = Watch(len(dataset.examples), doing="the pictures were encoded", on_progress=on_progress,
+        watch = Watch(len(dataset.examples), doing="the pictures were checked", on_progress=on_progress,
                       should_stop=shared_stop(should_stop, ranks))
         problems = check_pictures(dataset.examples, placements, watch=watch, ranks=ranks,
                                   threads=reading_threads() if threads is None else threads)
         kept, kept_placements = _without(dataset, placements, problems=list(problems.values()), dropped=set(problems))
         return cls(vae, kept, kept_placements, flip_aug=flip_aug, color_aug=color_aug, random_crop=random_crop,
-                   vae_batch_size=vae_batch_size, device=torch.device(device))
+                   vae_batch_size=vae_batch_size, device=torch.device(device), warn=warn)
 
     def prepare(self, indices: Sequence[int], rngs: Sequence[random.Random]) -> Prepared:
         """See `LatentSource.prepare`. Raises DatasetError if a picture vanished or changed since the start."""
@@ -191,18 +182,16 @@ class FreshLatents:
         most = self._work.at_once(self.placements[prepared.indices[0]].bucket)
         latents = torch.cat([self._work.encode(prepared.parts[start:start + most], (False,))[:, 0]
                              for start in range(0, len(prepared.parts), most)])
+        while self._work.notes:
+            self._warn(self._work.notes.pop(0))
         # One device synchronisation a batch; this path waits for the decoder anyway.
         check_finite(latents, [self.dataset.examples[index] for index in prepared.indices])
         return Latents(latents[:, 0].contiguous(), latents[:, 1].contiguous(), prepared.flipped)
 
-    def get(self, indices: Sequence[int], rngs: Sequence[random.Random]) -> Latents:
-        """See `LatentSource.get`. On the VAE's device."""
-        return self.finish(self.prepare(indices, rngs))
-
     def burden(self, indices: Sequence[int]) -> int:
         """See `LatentSource.burden`. One picture is decoded at a time; the samples of the others wait."""
         placements = [self.placements[index] for index in indices]
-        return max(decoding_bytes(placement) for placement in placements) + sum(
+        return max(decoding_bytes(self.dataset.examples[index], self.placements[index]) for index in indices) + sum(
             3 * placement.bucket[0] * placement.bucket[1] for placement in placements)
 
     def close(self) -> None:
@@ -212,8 +201,8 @@ class FreshLatents:
         placement = self.placements[index]
         crop = draw_crop(placement, rng) if self._random_crop else placement.crop
         picture = scale_and_crop(decoded(self.dataset.examples[index], placement), placement, crop=crop)
-        samples = to_samples(vary_colour(picture, rng) if self._color_aug else picture)
-        return samples.flip(1) if flip else samples
+        picture = vary_colour(picture, rng) if self._color_aug else picture
+        return to_samples(ImageOps.mirror(picture) if flip else picture)
 
 
 def _without(dataset: Dataset, placements: Sequence[Placement], *, problems: Sequence[Problem], dropped: set[int]

@@ -40,10 +40,6 @@ class OwnRows:
         mean[rows], std[rows], flipped[rows] = found.mean, found.std, found.flipped
         return Latents(mean, std, tuple(flipped))
 
-    def get(self, indices: Sequence[int], rngs: Sequence[random.Random]) -> Latents:
-        """See `LatentSource.get`."""
-        return self.finish(self.prepare(indices, rngs))
-
     def burden(self, indices: Sequence[int]) -> int:
         """See `LatentSource.burden`."""
         return self._source.burden(indices[self._rows(indices)])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -18,6 +19,7 @@ import torch
 from lib_lora_train.cache.disk import LatentDisk
 from lib_lora_train.dataset.buckets import Placement
 from lib_lora_train.errors import TrainingError
+from lib_lora_train.whole_file import RETRY_SECONDS
 
 MOST_LATENT_BYTES = 2 << 30  # in memory; 4000 pictures at 1024², 16,000 at 512²
 
@@ -51,11 +53,6 @@ class Spill:
         self._lock = threading.Lock()
         self._file: BinaryIO | None = None
 
-    @property
-    def bytes(self) -> int:
-        """How much has been written."""
-        return self._end
-
     def write(self, tensor: torch.Tensor) -> InFile:
         """Keep a contiguous tensor on the CPU; raises OSError as the disk does."""
         data = memoryview(tensor.view(-1).view(torch.uint8).numpy())
@@ -71,20 +68,27 @@ class Spill:
         return place
 
     def read(self, place: InFile, row: int | None = None) -> torch.Tensor:
-        """The tensor, or only `tensor[row]`; from any thread. Raises OSError."""
+        """The tensor, or only `tensor[row]`; from any thread. Raises TrainingError where the disk refuses."""
         shape = place.shape if row is None else place.shape[1:]
         tensor = torch.empty(shape, dtype=place.dtype)
         data = memoryview(tensor.view(-1).view(torch.uint8).numpy())
-        with self._lock:
-            if self._file is None:
-                raise OSError("the temporary file is closed")
-            self._file.seek(place.offset + (row or 0) * len(data))
-            while data:
-                count = self._file.readinto(data)  # type: ignore[attr-defined]
-                if not count:
-                    raise OSError("the temporary file is shorter than what was written to it")
-                data = data[count:]
+        try:
+            with self._lock:
+                self._read_into(data, place.offset + (row or 0) * len(data))
+        except OSError as error:
+            raise TrainingError("What was encoded before the training can no longer be read",
+                                why=error.strerror or str(error), remedy="start the run again") from error
         return tensor
+
+    def _read_into(self, data: memoryview, offset: int) -> None:
+        if self._file is None:
+            raise OSError("the temporary file is closed")
+        self._file.seek(offset)
+        while data:
+            count = self._file.readinto(data)  # type: ignore[attr-defined]
+            if not count:
+                raise OSError("the temporary file is shorter than what was written to it")
+            data = data[count:]
 
     def close(self) -> None:
         """Remove the file."""
@@ -105,11 +109,6 @@ class LatentStore:
         self._entries: dict[int, torch.Tensor | InFile | _InCache] = {}
         self._bytes = 0
         self.failure = ""  # why latents stay in memory that should not
-
-    @property
-    def bytes(self) -> int:
-        """How much is in memory."""
-        return self._bytes
 
     def has_room(self, size: int) -> bool:
         """Whether so many bytes more may stay in memory."""
@@ -133,10 +132,6 @@ class LatentStore:
             self._bytes += entry.nbytes
         self._entries[number] = entry
 
-    def put_cached(self, number: int, picture: Path, placement: Placement) -> None:
-        """They are in the disk cache and are read there at each visit."""
-        self._entries[number] = _InCache(picture, placement)
-
     def in_memory(self, number: int) -> bool:
         """Whether `take` reads no disk."""
         return isinstance(self._entries[number], torch.Tensor)
@@ -147,20 +142,25 @@ class LatentStore:
         if isinstance(entry, torch.Tensor):
             return entry[int(flipped)]
         if isinstance(entry, InFile):
-            try:
-                return self._spill.read(entry, int(flipped))
-            except OSError as error:
-                raise TrainingError("The encoded pictures can no longer be read", why=error.strerror or str(error),
-                                    remedy="start the run again") from error
+            return self._spill.read(entry, int(flipped))
+        return self._from_cache(entry, flipped=flipped)
+
+    def _from_cache(self, entry: _InCache, *, flipped: bool) -> torch.Tensor:
+        """Read with patience: one moment in which the disk does not answer shall not end a long run."""
         assert self.disk is not None
-        latents = self.disk.load(entry.picture, entry.placement, flipped=flipped)
-        if latents is None:
-            # Found by its name and size alone; the next start must not find it again.
-            self.disk.forget(entry.picture, entry.placement, flipped=flipped)
-            raise TrainingError(f"The encoded picture of {entry.picture} can no longer be read",
-                                why="its file in the cache was damaged or changed after the run began",
-                                remedy="start the run again: it is encoded anew")
-        return torch.stack(latents)
+        what, refused = f"The encoded picture of {entry.picture} can no longer be read", OSError()
+        for pause in (0.0, *RETRY_SECONDS):
+            time.sleep(pause)
+            try:
+                latents = self.disk.load(entry.picture, entry.placement, flipped=flipped)
+            except OSError as error:
+                refused = error
+                continue
+            if latents is None:
+                raise TrainingError(what, why="its file in the cache vanished, was damaged or changed after the run began",
+                                    remedy="start the run again: it is encoded anew")
+            return latents
+        raise TrainingError(what, why=refused.strerror or str(refused), remedy="start the run again") from refused
 
     def close(self) -> None:
         """Remove the temporary file and forget everything."""

@@ -18,6 +18,8 @@ from lib_lora_train.dataset.watch import Progress, ShouldStop, Watch
 from lib_lora_train.model.text import Conditioning, Tokens
 
 DEFAULT_MAX_BYTES = 2 << 30
+CAPTIONS_AT_ONCE = 32
+"""Captions that are encoded together: a card takes hardly longer for them than for one."""
 
 
 class Conditioner(Protocol):
@@ -47,14 +49,8 @@ class TextCache:
         self._max_bytes, self._bytes = max_bytes, 0
         self._known: OrderedDict[str, Conditioning] = OrderedDict()  # least recently used first; batch size 1 each
         self._empty: torch.Tensor | None = None  # [1, 77, C]: what the WebUI appends where chunks are missing
-
-    @property
-    def bytes(self) -> int:
-        """Size of what is kept in memory."""
-        return self._bytes
-
-    def __len__(self) -> int:
-        return len(self._known)
+        self._soon: list[frozenset[str]] = []  # what `encode_soon` was told, as far as it may still be asked for
+        self._asked = False  # since it was told
 
     def get(self, captions: Sequence[str]) -> Conditioning:
         """The condition of a batch of captions; those with fewer chunks than the longest get empty ones.
@@ -62,6 +58,7 @@ class TextCache:
         Equal to what `conditioner.encode` says of the batch, because chunks are encoded independently.
         """
         found: dict[str, Conditioning] = {}
+        self._asked = True
         for caption in dict.fromkeys(captions):
             if caption in self._known:
                 self._known.move_to_end(caption)
@@ -78,7 +75,7 @@ class TextCache:
         pooled = [one.pooled for one in batch if one.pooled is not None]
         return Conditioning(context=context, pooled=torch.cat(pooled) if pooled else None)
 
-    def fill(self, captions: Sequence[str], *, batch_size: int = 8, on_progress: Progress | None = None,
+    def fill(self, captions: Sequence[str], *, batch_size: int = CAPTIONS_AT_ONCE, on_progress: Progress | None = None,
              should_stop: ShouldStop | None = None) -> None:
         """Encode these captions beforehand, as many as may be kept; Interrupted when `should_stop()` says so.
 
@@ -97,8 +94,14 @@ class TextCache:
     def encode_soon(self, captions: Sequence[str]) -> None:
         """Encode what `get` will soon be asked for, all at once: for captions that vary from visit to visit.
 
-        What is known already is encoded again, so that the last bits of a caption do not depend on what was met before.
+        What is known already is encoded again, so that the last bits of a caption do not depend on what was met before. Of
+        what was told earlier, what was told last before `get` may have been asked for in part; the rest is forgotten.
         """
+        if self._asked:
+            self._soon, self._asked = self._soon[-1:], False
+        self._soon.append(frozenset(captions))
+        for caption in set(self._known).difference(("",), *self._soon):
+            self._drop(caption)
         for group in self._by_length(dict.fromkeys(captions)):
             for caption, one in self._encode_group(group).items():
                 self._drop(caption)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from lib_lora_train.cache.batches import Batch, Batches
+from lib_lora_train.cache.latents import Latents, LatentSource
 from lib_lora_train.dataset.buckets import Buckets, Placement
 from lib_lora_train.dataset.folder import Dataset, Example
 
@@ -42,6 +45,17 @@ def expected_mean(pixels: np.ndarray) -> torch.Tensor:
     blocks = (pixels.astype(np.float64) / 127.5 - 1).reshape(height // 8, 8, width // 8, 8, 3).mean((1, 3))
     ramp = np.broadcast_to(np.linspace(0, 1, width // 8), (1, height // 8, width // 8))
     return torch.from_numpy(np.concatenate([blocks.transpose(2, 0, 1), ramp])).float()
+
+
+def drawn(source: LatentSource, indices: Sequence[int], rngs: Sequence[random.Random]) -> Latents:
+    """What a visit gets, in one go."""
+    return source.finish(source.prepare(indices, rngs))
+
+
+def epoch_of(batches: Batches, epoch: int, start: int = 0) -> Iterator[Batch]:
+    """The batches of an epoch made in turn, without a `Feeder`."""
+    for position, indices in list(enumerate(batches.order(epoch)))[start:]:
+        yield batches.finish(batches.prepare(epoch, position, indices=indices))
 
 
 MakeDataset = Callable[..., tuple[Dataset, tuple[Placement, ...]]]

@@ -12,7 +12,7 @@ from lib_lora_train.cache.latents import CachedLatents, FreshLatents
 from lib_lora_train.dataset.folder import visits_by_bucket
 from lib_lora_train.dataset.plan import plan_run
 
-from .conftest import FakeVAE
+from .conftest import FakeVAE, epoch_of
 
 SIZES = {"a.png": (64, 64), "b.png": (80, 48), "c.png": (64, 64), "d.png": (48, 80), "e.png": (64, 64)}
 
@@ -55,16 +55,16 @@ def test_the_same_seed_gives_the_same_batches_from_any_position(make_dataset, va
         return Batches(source, train_batch_size=2, seed=7, shuffle_caption=True, caption_tag_dropout_rate=0.3,
                        caption_dropout_rate=0.2)
 
-    whole = list(make().epoch(3))
-    resumed = list(make().epoch(3, start=4))
+    whole = list(epoch_of(make(), 3))
+    resumed = list(epoch_of(make(), 3, start=4))
     assert len(whole) == len(make()) and len(resumed) == len(whole) - 4
     assert all(same(one, other) for one, other in zip(whole[4:], resumed, strict=True))
-    assert not all(same(one, other) for one, other in zip(whole, make().epoch(4), strict=True))
+    assert not all(same(one, other) for one, other in zip(whole, epoch_of(make(), 4), strict=True))
 
 
 def test_batches_carry_the_sizes_that_sdxl_is_told(make_dataset, vae: FakeVAE) -> None:
     dataset, placements = make_dataset({"wide.png": (192, 108)})  # 16:9, an eighth of 1536×864; bucket 80×48
-    (batch,) = Batches(CachedLatents.build(vae, dataset, placements), train_batch_size=1, seed=0).epoch(0)
+    (batch,) = epoch_of(Batches(CachedLatents.build(vae, dataset, placements), train_batch_size=1, seed=0), 0)
     assert batch.original_size.tolist() == [[108, 192]]
     assert batch.target_size.tolist() == [[48, 80]]
     assert batch.crop.tolist() == [[1, 0]]  # fitted inside: 80×45, 1.5 rows above, cut to 1
@@ -75,7 +75,7 @@ def test_regularisation_is_weighted_and_gets_no_trigger_word(make_dataset, vae: 
     dataset, placements = make_dataset({"a.png": (64, 64), "reg.png": (64, 64)}, regularisation=("reg.png",))
     batches = Batches(CachedLatents.build(vae, dataset, placements), train_batch_size=2, seed=0, prior_loss_weight=0.25,
                       trigger_word="sks")
-    (batch,) = batches.epoch(0)
+    (batch,) = epoch_of(batches, 0)
     by_index = dict(zip(batch.indices, zip(batch.loss_weight.tolist(), batch.captions, strict=True), strict=False))
     assert by_index == {0: (1.0, "sks, caption of a.png, tag one, tag two"),
                         1: (0.25, "caption of reg.png, tag one, tag two")}
@@ -85,8 +85,8 @@ def test_regularisation_is_weighted_and_gets_no_trigger_word(make_dataset, vae: 
 def test_captions_vary_from_visit_to_visit_and_vary_nothing_else(make_dataset, vae: FakeVAE) -> None:
     dataset, placements = make_dataset(SIZES, repeats=10)
     source = CachedLatents.build(vae, dataset, placements, flip_aug=True)
-    plain = list(Batches(source, train_batch_size=2, seed=0).epoch(0))
-    varied = list(Batches(source, train_batch_size=2, seed=0, shuffle_caption=True, keep_tokens=1).epoch(0))
+    plain = list(epoch_of(Batches(source, train_batch_size=2, seed=0), 0))
+    varied = list(epoch_of(Batches(source, train_batch_size=2, seed=0, shuffle_caption=True, keep_tokens=1), 0))
     assert [b.indices for b in plain] == [b.indices for b in varied]
     assert all(torch.equal(one.mean, other.mean) for one, other in zip(plain, varied, strict=True))
     captions = {caption for batch in varied for caption in batch.captions}
@@ -100,7 +100,7 @@ def test_captions_are_known_beforehand_unless_tags_vary(make_dataset, vae: FakeV
     fixed = Batches(source, train_batch_size=4, seed=0, trigger_word="sks", caption_dropout_rate=0.3)
     known = fixed.fixed_captions()
     assert known is not None and len(known) == 3
-    assert {caption for batch in fixed.epoch(0) for caption in batch.captions} == set(known)
+    assert {caption for batch in epoch_of(fixed, 0) for caption in batch.captions} == set(known)
     assert Batches(source, train_batch_size=4, seed=0, shuffle_caption=True).fixed_captions() is None
     assert Batches(source, train_batch_size=4, seed=0, caption_tag_dropout_rate=0.1).fixed_captions() is None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import random
 from pathlib import Path
@@ -16,7 +17,7 @@ from lib_lora_train.cache.disk import CACHE_FOLDER, LatentDisk, tensor_fingerpri
 from lib_lora_train.cache.latents import CachedLatents
 from lib_lora_train.dataset.buckets import Buckets
 
-from .conftest import FakeVAE
+from .conftest import FakeVAE, drawn
 
 
 def encoded(dataset, placements, *, disk: LatentDisk, flip_aug: bool = False) -> tuple[int, CachedLatents]:
@@ -27,19 +28,35 @@ def encoded(dataset, placements, *, disk: LatentDisk, flip_aug: bool = False) ->
 
 
 def mean(source: CachedLatents, index: int = 0) -> torch.Tensor:
-    return source.get([index], [random.Random(0)]).mean
+    return drawn(source, [index], [random.Random(0)]).mean
 
 
-@pytest.mark.parametrize("elsewhere", [False, True])
-def test_a_second_run_reads_the_same_latents_and_encodes_nothing(make_dataset, tmp_path: Path, elsewhere: bool) -> None:
+def test_a_second_run_reads_the_same_latents_and_encodes_nothing(make_dataset, tmp_path: Path) -> None:
     dataset, placements = make_dataset({"a.png": (64, 64), "b.png": (80, 48)})
-    folder = tmp_path / "somewhere" / "else" if elsewhere else None
-    first_count, first = encoded(dataset, placements, disk=LatentDisk(vae_fingerprint="v", folder=folder))
-    second_count, second = encoded(dataset, placements, disk=LatentDisk(vae_fingerprint="v", folder=folder))
+    first_count, first = encoded(dataset, placements, disk=LatentDisk(vae_fingerprint="v"))
+    second_count, second = encoded(dataset, placements, disk=LatentDisk(vae_fingerprint="v"))
     assert (first_count, second_count) == (2, 0)
     assert all(torch.equal(mean(first, i), mean(second, i)) for i in (0, 1))
-    files = sorted(p.name for p in (folder or tmp_path / CACHE_FOLDER).iterdir())
+    files = sorted(p.name for p in (tmp_path / CACHE_FOLDER).iterdir())
     assert len(files) == 2 and all(name.endswith(".safetensors") for name in files)
+
+
+def test_two_vaes_keep_their_latents_beside_each_other(make_dataset, tmp_path: Path) -> None:
+    """Two runs at the same time, and one after the other, whether their latents have room in memory or not."""
+    dataset, placements = make_dataset({"a.png": (64, 64)})
+    built = {name: CachedLatents.build(FakeVAE(), dataset, placements, disk=LatentDisk(vae_fingerprint=name), max_bytes=0)
+             for name in ("one", "other")}
+    assert torch.equal(mean(built["one"]), mean(built["other"])) and len(list((tmp_path / CACHE_FOLDER).iterdir())) == 2
+    assert [encoded(dataset, placements, disk=LatentDisk(vae_fingerprint=name))[0] for name in built] == [0, 0]
+
+
+def test_a_picture_with_the_longest_name_is_kept_too(make_dataset, tmp_path: Path) -> None:
+    names = ["ü" * 120 + ".png", "ü" * 120 + "b.png"]  # 244 and 245 bytes of at most 255; alike at first
+    dataset, placements = make_dataset({name: (64, 64) for name in names})
+    assert encoded(dataset, placements, disk=LatentDisk(vae_fingerprint="v"))[0] == 2
+    count, source = encoded(dataset, placements, disk=LatentDisk(vae_fingerprint="v"))
+    assert count == 0 and not torch.equal(mean(source, 0), mean(source, 1)) and not source.dataset.problems
+    assert all(len(os.fsencode(path.name)) < 143 for path in (tmp_path / CACHE_FOLDER).iterdir())
 
 
 def test_a_touched_but_unchanged_picture_is_still_valid(make_dataset) -> None:
@@ -103,24 +120,49 @@ def test_a_damaged_cache_file_is_computed_again(make_dataset, tmp_path: Path, da
     assert not list((tmp_path / CACHE_FOLDER).glob("*.tmp"))
 
 
-def test_a_folder_that_cannot_be_written_is_one_warning_and_no_failure(make_dataset, tmp_path: Path) -> None:
+def refuse_to_make_folders(monkeypatch, error: OSError) -> list[Path]:
+    tried: list[Path] = []
+
+    def refuse(folder: Path, **options: object) -> None:
+        tried.append(folder)
+        raise error
+    monkeypatch.setattr(disk_module.Path, "mkdir", refuse)
+    return tried
+
+
+def test_a_folder_that_cannot_be_written_is_one_warning_and_no_failure(make_dataset, monkeypatch) -> None:
     dataset, placements = make_dataset({"a.png": (64, 64), "b.png": (64, 64)})
-    (tmp_path / "file").write_text("in the way")
-    count, source = encoded(dataset, placements, disk=LatentDisk(vae_fingerprint="v", folder=tmp_path / "file"))
-    assert count == 2
+    tried = refuse_to_make_folders(monkeypatch, OSError(errno.EROFS, "Read-only file system"))
+    count, source = encoded(dataset, placements, disk=LatentDisk(vae_fingerprint="v"))
+    assert count == 2 and len(tried) == 1
     (problem,) = source.dataset.problems
-    assert not problem.skipped and "cannot be kept on disk" in problem.text
+    assert not problem.skipped and problem.text.startswith("2 encoded picture(s) cannot be kept on disk")
 
 
-def test_pictures_of_one_name_from_two_folders_do_not_share_a_file(make_dataset, tmp_path: Path) -> None:
-    dataset, placements = make_dataset({"a.png": (64, 64)})
-    other = tmp_path / "other"
-    other.mkdir()
-    Image.new("RGB", (64, 64)).save(other / "a.png")
-    both = dataclasses.replace(dataset, examples=(
-        dataset.examples[0], dataclasses.replace(dataset.examples[0], path=other / "a.png")))
-    encoded(both, placements * 2, disk=LatentDisk(vae_fingerprint="v", folder=tmp_path / "cache"))
-    assert encoded(both, placements * 2, disk=LatentDisk(vae_fingerprint="v", folder=tmp_path / "cache"))[0] == 0
+def test_a_folder_that_cannot_be_written_costs_no_other_folder(make_dataset, tmp_path: Path) -> None:
+    dataset, placements = make_dataset({"a.png": (64, 64), "b.png": (64, 64)})
+    (tmp_path / "other").mkdir()
+    moved = dataset.examples[0].path.rename(tmp_path / "other" / "a.png")
+    (moved.parent / CACHE_FOLDER).write_text("in the way")
+    dataset = dataclasses.replace(dataset, examples=(
+        dataclasses.replace(dataset.examples[0], path=moved), dataset.examples[1]))
+    assert len(encoded(dataset, placements, disk=LatentDisk(vae_fingerprint="v"))[1].dataset.problems) == 1
+    assert encoded(dataset, placements, disk=LatentDisk(vae_fingerprint="v"))[0] == 1
+
+
+def test_a_file_that_is_held_costs_that_picture_alone(make_dataset, monkeypatch) -> None:
+    dataset, placements = make_dataset({"a.png": (64, 64), "b.png": (64, 64)})
+    original = disk_module.replace
+
+    def held(temporary: Path, path: Path) -> None:
+        if path.name.startswith("a.png"):
+            raise PermissionError(errno.EACCES, "being used by another process")
+        original(temporary, path)
+    monkeypatch.setattr(disk_module, "replace", held)
+    _, source = encoded(dataset, placements, disk=LatentDisk(vae_fingerprint="v"))
+    (problem,) = source.dataset.problems
+    assert problem.text.startswith("1 encoded picture(s)") and "another process" in problem.text
+    assert encoded(dataset, placements, disk=LatentDisk(vae_fingerprint="v"))[0] == 1
 
 
 def test_a_fingerprint_tells_tensors_apart_by_name_shape_dtype_and_content() -> None:
@@ -179,20 +221,15 @@ def test_a_stamp_as_young_as_the_coarsest_clock_is_not_trusted(make_dataset, rea
         assert bool(reads) == read
 
 
-def test_a_file_from_before_there_were_stamps_is_still_valid(make_dataset, tmp_path: Path, reads: list[str]) -> None:
-    from safetensors import safe_open
-    from safetensors.torch import save_file
+def test_a_stamp_is_as_old_as_when_it_was_taken(make_dataset, reads: list[str]) -> None:
+    """The picture was read right after it was written; that encoding took long makes its stamp no better."""
     dataset, placements = make_dataset({"a.png": (64, 64)})
-    encoded(dataset, placements, disk=disk_at())
-    (file,) = (tmp_path / CACHE_FOLDER).iterdir()
-    with safe_open(file, "pt") as opened:
-        tensors = {name: opened.get_tensor(name) for name in ("mean", "std")}
-        key = opened.metadata()["lora_train_key"]
-    save_file(tensors, file, metadata={"lora_train_key": key})
-    for expected in (["a.png"], []):
-        reads.clear()
-        assert encoded(dataset, placements, disk=disk_at())[0] == 0
-        assert reads == expected
+    known = dataset.examples[0].path.stat()
+    times = iter([max(known.st_mtime_ns, known.st_ctime_ns) + 10**9])
+    encoded(dataset, placements, disk=LatentDisk(vae_fingerprint="v", now=lambda: next(times, LATER)))
+    reads.clear()
+    assert encoded(dataset, placements, disk=disk_at())[0] == 0
+    assert reads == ["a.png"]
 
 
 @pytest.mark.parametrize("room", [0, 1 << 30])
@@ -210,15 +247,17 @@ def test_a_picture_that_changes_while_it_is_encoded_is_not_found_again(make_data
     assert torch.allclose(mean(source)[0, :3], torch.full((3, 8, 8), 9 / 127.5 - 1), atol=1e-5)
 
 
-def test_a_file_with_a_hole_of_zeros_is_computed_again(make_dataset, tmp_path: Path) -> None:
-    """What a power cut may leave: the right length, the right header, finite numbers."""
+@pytest.mark.parametrize("room", [0, 1 << 30])
+def test_a_file_with_a_hole_of_zeros_is_computed_again(make_dataset, tmp_path: Path, room: int) -> None:
+    """What a power cut may leave: the right length, the right header, finite numbers. Found before the training begins."""
     dataset, placements = make_dataset({"a.png": (64, 64)})
     _, first = encoded(dataset, placements, disk=disk_at())
     (file,) = (tmp_path / CACHE_FOLDER).iterdir()
     data = file.read_bytes()
     file.write_bytes(data[:-512] + bytes(512))
-    count, second = encoded(dataset, placements, disk=disk_at())
-    assert count == 1 and torch.equal(mean(first), mean(second))
+    vae = FakeVAE()
+    second = CachedLatents.build(vae, dataset, placements, disk=disk_at(), max_bytes=room)
+    assert len(vae.batches) == 1 and torch.equal(mean(first), mean(second))
 
 
 def test_what_another_process_left_half_written_long_ago_is_removed(make_dataset, tmp_path: Path) -> None:
@@ -229,17 +268,36 @@ def test_what_another_process_left_half_written_long_ago_is_removed(make_dataset
         os.utime(folder / name, (LATER / 1e9 - age,) * 2)
     dataset, placements = make_dataset({"a.png": (64, 64)})
     encoded(dataset, placements, disk=disk_at())
-    assert sorted(path.name for path in folder.iterdir()) == ["a.png.64x64.safetensors", "young.tmp"]
+    left = sorted(path.name for path in folder.iterdir())
+    assert len(left) == 2 and left[0].startswith("a.png.64x64.") and left[1] == "young.tmp"
 
 
-@pytest.mark.parametrize("damage", ["cut", "header", "length", "text", "another VAE"])
-def test_what_is_not_whole_is_not_held(make_dataset, tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize("damage", ["cut", "header", "length", "text", "nested", "shape", "another VAE"])
+def test_what_is_not_whole_is_not_found(make_dataset, tmp_path: Path, damage: str) -> None:
     dataset, placements = make_dataset({"a.png": (64, 64)})
     encoded(dataset, placements, disk=disk_at())
     question = dataset.examples[0].path, placements[0]
-    assert disk_at().holds(*question, flipped=False) and not disk_at().holds(*question, flipped=True)
+    assert disk_at().load(*question, flipped=False) is not None and disk_at().load(*question, flipped=True) is None
     (file,) = (tmp_path / CACHE_FOLDER).iterdir()
     data = file.read_bytes()
-    file.write_bytes({"cut": data[:-1], "header": data[:30], "length": b"\xff" * 8 + data[8:], "text": b"hello"}.get(
-        damage, data))
-    assert not LatentDisk(vae_fingerprint="w" if damage == "another VAE" else "v").holds(*question, flipped=False)
+    nested = b"[" * 200_000
+    file.write_bytes({"cut": data[:-1], "header": data[:30], "length": b"\xff" * 8 + data[8:], "text": b"hello",
+                      "nested": len(nested).to_bytes(8, "little") + nested}.get(damage, data))
+    if damage == "shape":
+        wrong = torch.zeros(4, 8, 9), torch.ones(4, 8, 9)
+        assert disk_at().store(*question, flipped=False, latents=wrong) is None
+    disk = LatentDisk(vae_fingerprint="w" if damage == "another VAE" else "v")
+    assert disk.load(*question, flipped=False) is None
+
+
+def test_reading_writes_nothing_once_the_training_runs(make_dataset, tmp_path: Path) -> None:
+    """Several threads may read one picture's file at the same time."""
+    dataset, placements = make_dataset({"a.png": (64, 64)})
+    encoded(dataset, placements, disk=disk_at())
+    os.utime(dataset.examples[0].path, (1, 1))
+    (file,) = (tmp_path / CACHE_FOLDER).iterdir()
+    before = file.read_bytes()
+    assert disk_at().load(dataset.examples[0].path, placements[0], flipped=False) is not None
+    assert file.read_bytes() == before
+    assert disk_at().load(dataset.examples[0].path, placements[0], flipped=False, renew=True) is not None
+    assert file.read_bytes() != before

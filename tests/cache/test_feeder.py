@@ -14,7 +14,7 @@ from lib_lora_train.cache.feeder import Feeder
 from lib_lora_train.cache.latents import CachedLatents, FreshLatents
 from lib_lora_train.errors import DatasetError
 
-from .conftest import FakeVAE
+from .conftest import FakeVAE, epoch_of
 
 SIZES = {"a.png": (64, 64), "b.png": (80, 48), "c.png": (70, 64), "d.png": (48, 80), "e.png": (64, 64), "f.png": (100, 80)}
 
@@ -50,7 +50,7 @@ def batches(kind: str, vae: FakeVAE, dataset, placements) -> Batches:
 def test_the_batches_of_several_epochs_are_those_made_in_turn(make_dataset, vae: FakeVAE, kind: str, threads: int) -> None:
     dataset, placements = make_dataset(SIZES, repeats=2)
     plain = batches("encoded anew" if kind == "encoded anew" else "in memory", FakeVAE(), dataset, placements)
-    expected = [batch for epoch in (1, 2, 3) for batch in plain.epoch(epoch)]
+    expected = [batch for epoch in (1, 2, 3) for batch in epoch_of(plain, epoch)]
     with Feeder(batches(kind, vae, dataset, placements), last_epoch=3, threads=threads) as feeder:
         got = [next(feeder.epoch(1))]
         assert len(ours()) == (threads if kind != "in memory" else 0)
@@ -64,8 +64,8 @@ def test_a_run_may_begin_anywhere_and_leave_an_epoch_early(make_dataset, vae: Fa
     plain = batches("encoded anew", FakeVAE(), dataset, placements)
     with Feeder(batches("encoded anew", vae, dataset, placements), last_epoch=9, threads=2) as feeder:
         for epoch, start, count in ((2, 3, 2), (3, 0, 1), (2, 3, 4), (9, 5, 99)):
-            for expected, got in zip(list(plain.epoch(epoch, start=start))[:count], feeder.epoch(epoch, start), strict=False):
-                assert same(expected, got)
+            expected = list(epoch_of(plain, epoch, start))[:count]
+            assert all(same(*both) for both in zip(expected, feeder.epoch(epoch, start), strict=False))
 
 
 def test_nothing_is_prepared_beyond_the_last_epoch(make_dataset, vae: FakeVAE, monkeypatch) -> None:

@@ -11,12 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from lib_lora_train.cache import building
+from lib_lora_train.cache import building, store
+from lib_lora_train.cache.disk import LatentDisk
 from lib_lora_train.cache.encoding import automatic_batch
 from lib_lora_train.cache.latents import CachedLatents, FreshLatents
 from lib_lora_train.errors import DatasetError, Interrupted, TrainingError
 
-from .conftest import FakeVAE, expected_mean
+from .conftest import FakeVAE, drawn, expected_mean
 
 
 def rngs(count: int, seed: int = 0) -> list[random.Random]:
@@ -33,7 +34,7 @@ def test_latents_are_those_of_each_picture(make_dataset, vae: FakeVAE, kind, vae
     dataset, placements = make_dataset({"a.png": (64, 64), "b.png": (80, 48), "c.png": (64, 64), "d.png": (64, 64)})
     source = kind.build(vae, dataset, placements, vae_batch_size=vae_batch_size)
     for indices in ([0, 2, 3, 0], [1]):
-        latents = source.get(indices, rngs(len(indices)))
+        latents = drawn(source, indices, rngs(len(indices)))
         expected = torch.stack([expected_mean(pixels_of(dataset.examples[i].path)) for i in indices])
         assert torch.allclose(latents.mean, expected, atol=1e-5)
         assert torch.equal(latents.std, torch.full_like(expected, 0.5))
@@ -44,7 +45,7 @@ def test_pictures_are_encoded_once_and_never_across_buckets(make_dataset, vae: F
     dataset, placements = make_dataset({"a.png": (64, 64), "b.png": (80, 48), "c.png": (64, 64), "d.png": (64, 64)})
     source = CachedLatents.build(vae, dataset, placements, vae_batch_size=2)
     assert sorted(tuple(shape) for shape in vae.batches) == [(1, 3, 48, 80), (1, 3, 64, 64), (2, 3, 64, 64)]
-    source.get([0, 2], rngs(2))
+    drawn(source, [0, 2], rngs(2))
     assert len(vae.batches) == 3
 
 
@@ -56,7 +57,7 @@ def test_mirrored_latents_are_those_of_the_mirrored_picture(make_dataset, vae: F
     picture = pixels_of(dataset.examples[0].path)
     seen = set()
     for seed in range(20):
-        latents = source.get([0], rngs(1, seed))
+        latents = drawn(source, [0], rngs(1, seed))
         expected = expected_mean(picture[:, ::-1] if latents.flipped[0] else picture)
         assert torch.allclose(latents.mean[0], expected, atol=1e-5)
         seen.add(latents.flipped[0])
@@ -68,7 +69,7 @@ def test_cached_and_fresh_latents_mirror_the_same_visits(make_dataset, vae: Fake
     cached = CachedLatents.build(vae, dataset, placements, flip_aug=True)
     fresh = FreshLatents.build(vae, dataset, placements, flip_aug=True)
     for seed in range(10):
-        one, other = cached.get([0], rngs(1, seed)), fresh.get([0], rngs(1, seed))
+        one, other = drawn(cached, [0], rngs(1, seed)), drawn(fresh, [0], rngs(1, seed))
         assert one.flipped == other.flipped
         assert torch.equal(one.mean, other.mean)
 
@@ -77,19 +78,19 @@ def test_a_random_crop_shows_other_parts_and_follows_its_generator(make_dataset,
     dataset, placements = make_dataset({"a.png": (120, 100)})
     assert placements[0].slack != (0, 0)
     source = FreshLatents.build(vae, dataset, placements, random_crop=True)
-    draws = [source.get([0], rngs(1, seed)).mean for seed in range(6)]
+    draws = [drawn(source, [0], rngs(1, seed)).mean for seed in range(6)]
     assert len({tuple(d.flatten().tolist()) for d in draws}) > 2
-    assert torch.equal(source.get([0], rngs(1, 3)).mean, draws[3])
+    assert torch.equal(drawn(source, [0], rngs(1, 3)).mean, draws[3])
 
 
 def test_colour_changes_are_small_and_follow_their_generator(make_dataset, vae: FakeVAE) -> None:
     dataset, placements = make_dataset({"a.png": (64, 64)})
-    plain = CachedLatents.build(vae, dataset, placements).get([0], rngs(1)).mean
+    plain = drawn(CachedLatents.build(vae, dataset, placements), [0], rngs(1)).mean
     source = FreshLatents.build(vae, dataset, placements, color_aug=True)
-    draws = [source.get([0], rngs(1, seed)).mean for seed in range(20)]
+    draws = [drawn(source, [0], rngs(1, seed)).mean for seed in range(20)]
     assert 1 < len({tuple(d.flatten().tolist()) for d in draws}) <= 20
     assert max(float((d - plain).abs().max()) for d in draws) < 0.3
-    assert torch.equal(source.get([0], rngs(1, 5)).mean, draws[5])
+    assert torch.equal(drawn(source, [0], rngs(1, 5)).mean, draws[5])
 
 
 @pytest.mark.parametrize("kind", [CachedLatents, FreshLatents])
@@ -105,7 +106,7 @@ def test_a_picture_that_does_not_decode_is_dropped_and_named_and_the_rest_keeps_
     (problem,) = source.dataset.problems
     assert problem.skipped and problem.path == cut and "cut.jpg" in problem.text
     expected = expected_mean(pixels_of(dataset.examples[2].path))
-    assert torch.allclose(source.get([1], rngs(1)).mean[0], expected, atol=1e-5)
+    assert torch.allclose(drawn(source, [1], rngs(1)).mean[0], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [CachedLatents, FreshLatents])
@@ -130,7 +131,7 @@ def test_a_picture_that_vanishes_during_training_is_named(make_dataset, vae: Fak
     source = FreshLatents.build(vae, dataset, placements, color_aug=True)
     dataset.examples[0].path.unlink()
     with pytest.raises(DatasetError, match=r"a\.png.*gone"):
-        source.get([0], rngs(1))
+        drawn(source, [0], rngs(1))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -149,7 +150,7 @@ def test_a_latent_that_is_not_finite_is_refused_with_the_pictures_name(
         CachedLatents.build(Broken(), dataset, placements, vae_batch_size=2)
     fresh = FreshLatents.build(Broken(), dataset, placements, vae_batch_size=2)
     with pytest.raises(TrainingError, match=r"b\.png"):
-        fresh.get([0, 1], rngs(2))
+        drawn(fresh, [0, 1], rngs(2))
 
 
 @pytest.mark.parametrize("kind", [CachedLatents, FreshLatents])
@@ -178,7 +179,21 @@ def test_where_the_memory_does_not_suffice_fewer_pictures_are_encoded_at_once(ma
     assert len(told) == 2 and "8 pictures at once" in told[0] and "goes on with 2" in told[1]
     plain = CachedLatents.build(vae, dataset, placements)
     for index in range(11):
-        assert torch.equal(source.get([index], [random.Random(0)]).mean, plain.get([index], [random.Random(0)]).mean)
+        assert torch.equal(drawn(source, [index], [random.Random(0)]).mean, drawn(plain, [index], [random.Random(0)]).mean)
+
+
+def test_that_fewer_are_encoded_at_once_is_told_during_the_training_too(make_dataset) -> None:
+    class Narrow(FakeVAE):
+        def encode(self, pixels):
+            if len(pixels) > 2:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+            return super().encode(pixels)
+    dataset, placements = make_dataset({f"{number}.png": (64, 64) for number in range(4)})
+    told: list[str] = []
+    source = FreshLatents.build(Narrow(), dataset, placements, vae_batch_size=4, warn=told.append)
+    for _ in range(2):
+        assert drawn(source, range(4), rngs(4)).mean.shape[0] == 4
+    assert len(told) == 1 and "goes on with 2" in told[0]
 
 
 def test_a_picture_that_alone_is_too_much_ends_the_run(make_dataset) -> None:
@@ -208,13 +223,32 @@ def test_threads_change_nothing_to_the_last_bit(make_dataset, threads: int, vae_
         vae, seen = FakeVAE(), []
         source = CachedLatents.build(vae, dataset, placements, flip_aug=True, vae_batch_size=vae_batch_size, threads=count,
                                      on_progress=lambda done, total, seen=seen: seen.append((done, total)))
-        results.append([source.get([index], rngs(1, seed)).mean for index in range(13) for seed in range(5)])
+        results.append([drawn(source, [index], rngs(1, seed)).mean for index in range(13) for seed in range(5)])
         told.append((seen, source.dataset, source.placements))
         batches.append(vae.batches)
     assert told[0] == told[1] and batches[0] == batches[1]
     assert told[0][0][-1] == (14, 14) and len(told[0][1].examples) == 13
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
     assert ours() == []
+
+
+@pytest.mark.parametrize("kind", [CachedLatents, FreshLatents])
+def test_a_picture_that_the_memory_does_not_suffice_for_beside_others_is_decoded_alone(make_dataset, monkeypatch, kind) -> None:
+    dataset, placements = make_dataset(MANY)
+    original, large, enormous = building.read_picture, dataset.examples[3].path, dataset.examples[6].path
+
+    def read_picture(path: Path) -> Image.Image:
+        if path == enormous or path == large and ours():
+            raise DatasetError(f"The picture {path} cannot be used", why="not enough memory") from MemoryError()
+        return original(path)
+    plain = CachedLatents.build(FakeVAE(), dataset, placements)
+    monkeypatch.setattr(building, "read_picture", read_picture)
+    seen: list[tuple[int, int]] = []
+    source = kind.build(FakeVAE(), dataset, placements, threads=2, on_progress=lambda *progress: seen.append(progress))
+    assert [example.path for example in source.dataset.examples] == [
+        example.path for example in dataset.examples if example.path != enormous]
+    assert [problem.path for problem in source.dataset.problems] == [enormous] and seen[-1] == (14, 14)
+    assert torch.equal(drawn(source, [3], rngs(1)).mean, drawn(plain, [3], rngs(1)).mean)
 
 
 @pytest.mark.parametrize("kind", [CachedLatents, FreshLatents])
@@ -294,7 +328,7 @@ def test_a_card_gives_the_latents_of_the_processor(make_dataset) -> None:
     card = CachedLatents.build(FakeVAE(), dataset, placements, flip_aug=True, device="cuda", vae_batch_size=0)
     fresh = FreshLatents.build(FakeVAE(), dataset, placements, flip_aug=True, device="cuda", vae_batch_size=0)
     for index in range(14):
-        expected, one, other = (source.get([index], rngs(1, index)) for source in (plain, card, fresh))
+        expected, one, other = (drawn(source, [index], rngs(1, index)) for source in (plain, card, fresh))
         assert one.mean.device.type == "cpu" and other.mean.device.type == "cuda"
         assert torch.allclose(one.mean, expected.mean, atol=1e-5) and torch.allclose(other.mean.cpu(), expected.mean, atol=1e-5)
         assert torch.equal(one.std, expected.std) and torch.equal(other.std.cpu(), expected.std)
@@ -370,7 +404,21 @@ def test_ranks_share_the_work_and_all_have_everything(make_dataset, kind, world:
         assert source.dataset.examples == alone.dataset.examples and source.placements == alone.placements
         assert {p.text for p in source.dataset.problems} == {p.text for p in alone.dataset.problems}
         for index in range(12):
-            assert torch.equal(source.get([index], rngs(1, index)).mean, alone.get([index], rngs(1, index)).mean)
+            assert torch.equal(drawn(source, [index], rngs(1, index)).mean, drawn(alone, [index], rngs(1, index)).mean)
+
+
+def test_what_the_disk_cache_has_of_the_other_ranks_is_not_written_a_second_time(make_dataset, monkeypatch) -> None:
+    def refuse(dir, buffering):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(store.tempfile, "TemporaryFile", refuse)
+    dataset, placements = make_dataset(MANY)
+    alone = CachedLatents.build(FakeVAE(), dataset, placements, flip_aug=True)
+    sources = in_ranks(2, lambda ranks: CachedLatents.build(
+        FakeVAE(), dataset, placements, flip_aug=True, ranks=ranks, max_bytes=0, disk=LatentDisk(vae_fingerprint="v")))
+    for source in sources:
+        assert source.dataset.problems == () and all(source.burden([index]) for index in range(14))
+        for index in range(14):
+            assert torch.equal(drawn(source, [index], rngs(1, index)).mean, drawn(alone, [index], rngs(1, index)).mean)
 
 
 def test_a_stop_that_one_rank_hears_ends_all_of_them(make_dataset) -> None:

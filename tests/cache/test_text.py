@@ -77,7 +77,7 @@ def test_the_cache_stays_within_its_bytes_and_forgets_the_least_recently_used() 
     conditioner = FakeConditioner(pooled=False)
     cache = TextCache(conditioner, max_bytes=2 * one)
     cache.get(["a"]), cache.get(["b"]), cache.get(["a"]), cache.get(["c"])  # b is the oldest
-    assert (len(cache), cache.bytes) == (2, 2 * one)
+    assert (list(cache._known), cache._bytes) == (["a", "c"], 2 * one)
     before = sum(conditioner.encoded)
     cache.get(["a", "c"])
     assert sum(conditioner.encoded) == before
@@ -94,14 +94,14 @@ def test_a_batch_larger_than_the_cache_is_still_right() -> None:
         cache = TextCache(FakeConditioner(pooled=False), max_bytes=max_bytes)
         for _ in range(3):
             assert torch.equal(cache.get(captions).context, expected)
-            assert cache.bytes <= max_bytes
+            assert cache._bytes <= max_bytes
 
 
 def test_filling_ends_where_the_cache_is_full() -> None:
     conditioner = FakeConditioner(pooled=False)
     cache = TextCache(conditioner, max_bytes=3 * CHUNK * WIDTH * 4)
     cache.fill([str(i) for i in range(100)], batch_size=1)
-    assert len(cache) == 3 and sum(conditioner.encoded) == 4
+    assert len(cache._known) == 3 and sum(conditioner.encoded) == 4
 
 
 def test_progress_is_told_and_a_stop_is_heard() -> None:
@@ -124,7 +124,7 @@ def test_captions_that_are_too_many_for_the_memory_come_back_from_the_temporary_
     expected, conditioner, spill = one_by_one(captions, FakeConditioner(pooled=pooled)), FakeConditioner(pooled=pooled), Spill()
     cache = TextCache(conditioner, max_bytes=10 * CHUNK * WIDTH * 4, spill=spill)
     cache.fill(captions, batch_size=4)
-    assert cache.holds(captions) and cache.bytes <= 10 * CHUNK * WIDTH * 4 and spill.bytes > 0
+    assert cache.holds(captions) and cache._bytes <= 10 * CHUNK * WIDTH * 4 and cache._spilled
     encoded = sum(conditioner.encoded)
     assert encoded == 31
     for _ in range(2):
@@ -135,7 +135,7 @@ def test_captions_that_are_too_many_for_the_memory_come_back_from_the_temporary_
     mixed = cache.get([captions[0], captions[2]])  # one chunk and three: the empty ones come from the file, too
     empty = expected[""].context
     assert torch.equal(mixed.context[0], torch.cat([expected[captions[0]].context, empty, empty], dim=1)[0])
-    assert sum(conditioner.encoded) == encoded and cache.bytes <= 10 * CHUNK * WIDTH * 4
+    assert sum(conditioner.encoded) == encoded and cache._bytes <= 10 * CHUNK * WIDTH * 4
     spill.close()
 
 
@@ -171,7 +171,7 @@ def test_kept_in_the_numbers_of_the_step_the_step_sees_the_same(dtype: torch.dty
         one, other = plain.get(captions), half.get(captions)
         assert other.context.dtype == other.pooled.dtype == dtype
         assert torch.equal(one.context.to(dtype), other.context) and torch.equal(one.pooled.to(dtype), other.pooled)
-    assert half.bytes * 2 == plain.bytes
+    assert half._bytes * 2 == plain._bytes
 
 
 def test_captions_that_vary_are_encoded_for_several_batches_at_once() -> None:
@@ -185,4 +185,21 @@ def test_captions_that_vary_are_encoded_for_several_batches_at_once() -> None:
         assert torch.equal(cache.get(soon[start:start + 2]).context[1], expected[soon[start + 1]].context[0])
     assert conditioner.encoded == [8]
     cache.encode_soon(soon[:2])  # known, and still the same two together
-    assert conditioner.encoded == [8, 2] and len(cache) == 8
+    assert conditioner.encoded == [8, 2]
+
+
+def test_of_captions_that_vary_only_what_may_still_be_asked_for_is_kept() -> None:
+    """Several rows may be told before the first of them is asked for, and a row may be asked for in parts."""
+    conditioner = FakeConditioner()
+    cache = TextCache(conditioner)
+    rows = [[words(3, f"row{row}-{n}-") for n in range(4)] for row in range(6)]
+    cache.get([words(100, "long"), ""])  # the empty caption is needed again wherever lengths differ
+    known = len(conditioner.encoded)
+    cache.encode_soon(rows[0]), cache.encode_soon(rows[1])
+    cache.get(rows[0][:4] + rows[1][:2])
+    cache.encode_soon(rows[2]), cache.encode_soon(rows[3])
+    cache.get(rows[1][2:] + rows[2] + rows[3][:1])
+    cache.encode_soon(rows[4])
+    cache.get(rows[3][1:])
+    assert conditioner.encoded[known:] == [4] * 5  # each row once, and nothing when it was asked for
+    assert set(cache._known) == {"", *rows[3], *rows[4]}
