@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lib_lora_train import control
+from lib_lora_train.bench.cache import resident_bytes
 from lib_lora_train.demo import tiny_checkpoint
 from lib_lora_train.events import Event, Step
 from lib_lora_train.host.standalone import StandaloneHost
@@ -68,17 +68,10 @@ class WatchedHost(StandaloneHost):
         known = gc.get_objects()
         status = control.status(runner=self._runner, host=self)
         return Sample(
-            event.step, event.epoch, resident() / 2**20, len(known), sum(type(thing) is torch.Tensor for thing in known),
+            event.step, event.epoch, (resident_bytes() or 0) / 2**20, len(known),
+            sum(type(thing) is torch.Tensor for thing in known),
             (self.runs_folder / status["run"] / "events.jsonl").stat().st_size / 2**10, len(status["points"]),
             len(json.dumps(status)) / 2**10)
-
-
-def resident() -> int:
-    """The process's memory in bytes, 0 where this system does not tell."""
-    try:
-        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, AttributeError, ValueError):
-        return 0
 
 
 def line(sample: Sample) -> str:
