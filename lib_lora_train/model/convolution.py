@@ -8,7 +8,6 @@ NHWC order and the kernel is not, torch would first copy the kernel; if x is sma
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,13 +35,8 @@ def frozen_conv2d(x: Tensor, weight: Weight, bias: Tensor | None, *, stride: int
     Autograd keeps neither x nor a cast of the weight. The result is in NHWC order where x is, or where the kernel is.
     """
     if tuple(weight.shape[2:]) == (1, 1) and padding == 0 and stride == 1 and is_nhwc(x):
-        return over_pixels(x, lambda rows: frozen_linear(rows, weight, bias))
+        return frozen_linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
     return _FrozenConv2d.apply(x, weight, bias, stride, padding)
-
-
-def over_pixels(x: Tensor, linear: Callable[[Tensor], Tensor]) -> Tensor:
-    """`linear`, [B, h, w, C] -> [B, h, w, C'], on x [B, C, h, w] -> [B, C', h, w] in NHWC order, without a copy from there."""
-    return linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class _FrozenConv2d(torch.autograd.Function):
@@ -59,9 +53,12 @@ class _FrozenConv2d(torch.autograd.Function):
         size = _size(x.shape, kernel, stride, padding)
         if _as_columns(x, kernel, size):
             columns = F.unfold(x, kernel.shape[2:], padding=padding, stride=stride)  # [B, in·k·k, pixels]
-            rows = F.linear(columns.mT.flatten(0, 1), kernel.flatten(1), bias)
+            matrix, nhwc = _matrix(kernel)
+            if nhwc:
+                columns = columns.unflatten(1, (kernel.shape[1], -1)).transpose(1, 2).flatten(1, 2)  # [B, k·k·in, pixels]
+            rows = F.linear(columns.mT.flatten(0, 1), matrix, bias)
             y = rows.unflatten(0, (len(x), *size)).permute(0, 3, 1, 2)
-            return y if ctx.nhwc else y.contiguous()
+            return y if ctx.nhwc or nhwc else y.contiguous()
         if ctx.nhwc and _by_winograd(x, kernel, stride, padding):
             return winograd.convolved(x.permute(0, 2, 3, 1), kernel, bias).permute(0, 3, 1, 2)
         if ctx.nhwc and _turning_x_is_cheaper(x, kernel, size):
@@ -73,9 +70,11 @@ class _FrozenConv2d(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         kernel, order = dense(ctx.weight, grad.dtype), NHWC if ctx.nhwc else NCHW
         if _as_columns(grad, kernel, grad.shape[2:]):
-            matrix, grads = kernel.flatten(1), grad.flatten(2)
+            (matrix, nhwc), grads = _matrix(kernel), grad.flatten(2)
             # One picture's columns come out in the order that is asked for.
             columns = (matrix.t() @ grads[0])[None] if len(grads) == 1 else (grads.mT @ matrix).mT
+            if nhwc:
+                columns = columns.unflatten(1, (-1, kernel.shape[1])).transpose(1, 2).flatten(1, 2)  # [B, in·k·k, pixels]
             grad_x = F.fold(columns, ctx.shape[2:], kernel.shape[2:], padding=ctx.padding, stride=ctx.stride)
             return grad_x.contiguous(memory_format=order), None, None, None, None
         if ctx.nhwc and _by_winograd(grad, kernel, ctx.stride, ctx.padding):
@@ -94,9 +93,14 @@ def _size(shape: torch.Size, kernel: Tensor, stride: int, padding: int) -> tuple
     return height, width
 
 
+def _matrix(kernel: Tensor) -> tuple[Tensor, bool]:
+    """The kernel where it lies: [out, in·k·k], or [out, k·k·in] and True where it is in NHWC order."""
+    nhwc = is_nhwc(kernel)
+    return (kernel.permute(0, 2, 3, 1) if nhwc else kernel).flatten(1), nhwc
+
+
 def _as_columns(x: Tensor, kernel: Tensor, size: torch.Size | tuple[int, int]) -> bool:
-    # A kernel in NHWC order would have to be copied to become a matrix over (in, k, k).
-    return x.is_cpu and x.dtype == torch.float32 and kernel.is_contiguous() and \
+    return x.is_cpu and x.dtype == torch.float32 and (kernel.is_contiguous() or is_nhwc(kernel)) and \
         x.shape[0] * size[0] * size[1] <= COLUMNS_UP_TO and kernel.numel() >= COLUMNS_FROM
 
 

@@ -19,6 +19,7 @@ from lib_lora_train.model.text_encoder import TextEncoder
 from lib_lora_train.model.tokens import Tokenizer, clip_tokenizer
 from lib_lora_train.model.unet import UNet
 from lib_lora_train.model.vae import VAE
+from lib_lora_train.model.weights import Weight
 
 _Shapes = tuple[tuple[str, torch.Size, torch.dtype], ...]
 
@@ -38,8 +39,8 @@ class FrozenModel:
     """In which the UNet's weights are stored; the computation takes that of its input."""
 
     @property
-    def components(self) -> Mapping[str, Mapping[str, Tensor]]:
-        """What can be adapted: "unet", then "te" or "te1" and "te2", each its tensors by local name."""
+    def components(self) -> Mapping[str, Mapping[str, Weight]]:
+        """What can be adapted: "unet", then "te" or "te1" and "te2", each its weights by local name."""
         return {UNET_COMPONENT: self.unet.tensors,
                 **{encoder.config.component: encoder.tensors for encoder in self.text.encoders}}
 
@@ -72,14 +73,13 @@ def build(tensors: Mapping[str, Tensor], *, hints: Hints = NO_HINTS, tokenizers:
     tokenizers = [clip_tokenizer()] * len(prefixes) if tokenizers is None else tokenizers
     _rehearse(architecture, _shapes(parts[0]), _shapes(parts[1]), tuple(map(_shapes, parts[2])))
 
-    unet = UNet(parts[0], architecture.unet)
-    stem = unet.tensors["input_blocks.0.0.weight"]
+    stem = parts[0]["input_blocks.0.0.weight"]
     schedule = NoiseSchedule.build(
         prediction_type=architecture.prediction_type, zero_terminal_snr=architecture.zero_terminal_snr,
         alphas_cumprod=_alphas_cumprod(tensors, hints))
     return FrozenModel(
         architecture=architecture,
-        unet=unet,
+        unet=UNet(parts[0], architecture.unet),
         vae=VAE(parts[1], architecture.vae),
         text=TextConditioner(
             [TextEncoder(text, config) for text, config in zip(parts[2], architecture.text, strict=True)], tokenizers,

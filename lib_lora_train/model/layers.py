@@ -31,35 +31,32 @@ from lib_lora_train.model.recipes import GroupNorm, LayerNorm, Recipe, made
 from lib_lora_train.model.refusals import incomplete
 from lib_lora_train.model.weights import Weight, borrowed
 
-__all__ = ["NO_ADAPTERS", "Adapter", "Adapters", "Layers", "LowRankAdapter", "Weight", "attention", "borrowed",
+__all__ = ["NO_ADAPTERS", "Adapter", "Adapters", "Layers", "LowRankAdapter", "Weight", "WholeLayer", "attention", "borrowed",
            "frozen_conv2d", "frozen_linear"]
 
 
-class Adapter(Protocol):
-    """A trained layer in the place of a frozen one: it computes the WHOLE layer, so that it can be fused.
+class WholeLayer(Protocol):
+    """An adapter that computes the whole layer in the place of the frozen one.
 
-    `weight` and `bias` are the borrowed tensors in the lender's dtype, which may differ from `x.dtype`:
-    use `frozen_linear` and `frozen_conv2d`, which deal with that. The result has `x.dtype`.
+    `weight` and `bias` are the borrowed tensors in the lender's dtype, which may differ from `x.dtype`: use
+    `frozen_linear`, which deals with that. The result has `x.dtype`.
     """
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-        """x [..., in], weight [out, in], bias [out] -> [..., out]."""
-        ...
-
-    def conv2d(self, x: Tensor, weight: Weight, bias: Tensor | None, *, stride: int, padding: int) -> Tensor:
-        """x [B, in, h, w], weight [out, in, k, k], bias [out] -> [B, out, h', w']."""
+        """x [..., in], weight [out, in] or [out, in, 1, 1], bias [out] -> [..., out]."""
         ...
 
 
 @runtime_checkable
 class LowRankAdapter(Protocol):
-    """An adapter whose layer is the frozen one plus a low-rank product, so that layers of one input can share it."""
+    """An adapter that says what it adds to the frozen layer: both are computed here, together for layers of one input."""
 
     def low_rank(self) -> LowRank | None:
         """What is added to the frozen layer; None for nothing."""
         ...
 
 
+Adapter = WholeLayer | LowRankAdapter
 Adapters = Mapping[str, Adapter]
 NO_ADAPTERS: Adapters = MappingProxyType({})
 
@@ -132,29 +129,30 @@ class Layers:
 
         source: x, or what `recipe` makes it of, and then autograd keeps no x.
         """
-        adapter = self._adapters.get(name)
-        if recipe is not None and (adapter is None or isinstance(adapter, LowRankAdapter)):
-            return self.linears([name], source, bias=bias, recipe=recipe)[0]
-        compute = frozen_linear if adapter is None else adapter.linear
-        x = source if recipe is None else made(recipe, source)
-        return compute(x, self.weight(name), self.bias(name) if bias else None)
+        return self.linears([name], source, bias=bias, recipe=recipe)[0]
 
     def linears(self, names: Sequence[str], source: Tensor, *, bias: bool = True,
                 recipe: Recipe | None = None) -> tuple[Tensor, ...]:
-        """The outputs of several layers for one x, which is kept once and whose gradient is added up in one buffer."""
+        """The outputs of several layers for one x, which is kept once and whose gradient is added up in one buffer.
+
+        Where an adapter computes a whole layer, each is computed by itself.
+        """
         adapters = [self._adapters.get(name) for name in names]
-        if not all(adapter is None or isinstance(adapter, LowRankAdapter) for adapter in adapters):
-            x = source if recipe is None else made(recipe, source)
-            return tuple(self.linear(name, x, bias=bias) for name in names)
         frozen = [(self.weight(name), self.bias(name) if bias else None) for name in names]
-        low_ranks = [None if adapter is None else adapter.low_rank() for adapter in adapters]
+        shares = [adapter is None or isinstance(adapter, LowRankAdapter) for adapter in adapters]
+        low_ranks = [adapter.low_rank() if adapter is not None and share else None
+                     for adapter, share in zip(adapters, shares, strict=True)]
+        if not all(shares):
+            x = source if recipe is None else made(recipe, source)
+            return tuple(shared_linears(x, [layer], [low_rank])[0] if share else adapter.linear(x, *layer)
+                         for layer, adapter, low_rank, share in zip(frozen, adapters, low_ranks, shares, strict=True))
+        if recipe is None and low_ranks == [None]:
+            return (frozen_linear(source, *frozen[0]),)
         return shared_linears(source, frozen, low_ranks, recipe=recipe)
 
     def conv2d(self, name: str, x: Tensor, *, stride: int = 1, padding: int = 0) -> Tensor:
-        """x [B, in, h, w] -> [B, out, h', w']."""
-        adapter = self._adapters.get(name)
-        compute = frozen_conv2d if adapter is None else adapter.conv2d
-        return compute(x, self.weight(name), self.bias(name), stride=stride, padding=padding)
+        """x [B, in, h, w] -> [B, out, h', w']; no adapter changes it."""
+        return frozen_conv2d(x, self.weight(name), self.bias(name), stride=stride, padding=padding)
 
     def layer_normed(self, name: str) -> LayerNorm:
         """The layer norm `name` as a recipe for `linear` and `linears`."""

@@ -101,7 +101,7 @@ class _SharedInput(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         source, narrow = ctx.saved_tensors
-        x, known = (source, None) if source is None or ctx.recipe is None else ctx.recipe.make(source)
+        x, known = _made_again(source, ctx.recipe, finished=any(ctx.needs_input_grad[_FACTORS::2]))
         grads = tuple(map(_rows, grads))
         pairs = [None if low is None else low.factors(ctx.dtype) for low in ctx.trained]
         ups, narrow_grads, start = [], [], 0
@@ -114,7 +114,7 @@ class _SharedInput(torch.autograd.Function):
             narrow_grads.append(_scaled(grad @ pair[1], low))
             start = end
         narrow_grad = _joined(narrow_grads, dim=1) if narrow_grads else None
-        downs = [None] * len(ups) if x is None or not ups else [
+        downs = [None] * len(ups) if x is None else [
             grad.to(low.down.dtype) if wanted else None for grad, low, wanted in zip(
                 (narrow_grad.t() @ _rows(x)).split([grad.shape[1] for grad in narrow_grads]),
                 filter(None, ctx.trained), ctx.needs_input_grad[_FACTORS::2], strict=True)]
@@ -130,6 +130,13 @@ class _SharedInput(torch.autograd.Function):
             if ctx.recipe is not None:
                 grad_source = ctx.recipe.grad(source, known, grad_source)
         return grad_source, None, None, None, *(side for pair in zip(downs, ups, strict=True) for side in pair)
+
+
+def _made_again(source: Tensor | None, recipe: Recipe | None, *, finished: bool) -> tuple[Tensor | None, Any]:
+    """x, where it is wanted `finished`, and what the recipe's gradient wants to know."""
+    if source is None or recipe is None:
+        return source if finished else None, None
+    return recipe.make(source) if finished else (None, recipe.known(source))
 
 
 def _rows(x: Tensor) -> Tensor:

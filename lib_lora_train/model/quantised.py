@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lib_lora_train.errors import SettingError
-from lib_lora_train.model.weights import Weight
+from lib_lora_train.model.weights import Weight, is_nhwc
 
 Kind = Literal["int8", "fp8"]
 
@@ -39,22 +39,15 @@ class Quantised:
 
     values   int8 or float8_e4m3fn, of the kernel's shape [out, …] and memory layout
     scale    fp32 [out, 1, …]
-    dtype    what the kernel had
     """
 
     values: Tensor
     scale: Tensor
-    dtype: torch.dtype
 
     @property
     def shape(self) -> torch.Size:
         """The kernel's."""
         return self.values.shape
-
-    @property
-    def ndim(self) -> int:
-        """2 for a linear layer, 4 for a convolution."""
-        return self.values.ndim
 
     @property
     def device(self) -> torch.device:
@@ -65,6 +58,11 @@ class Quantised:
     def nbytes(self) -> int:
         """Of values and scale."""
         return sum(t.numel() * t.element_size() for t in (self.values, self.scale))
+
+    @property
+    def nhwc(self) -> bool:
+        """Whether it is a convolution's kernel in NHWC order."""
+        return is_nhwc(self.values)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The kernel in `dtype`, new at each call: on a card one elementwise kernel from int8, two from fp8.
@@ -77,7 +75,7 @@ class Quantised:
 
     def to(self, device: torch.device | str) -> Quantised:
         """The same on another device."""
-        return Quantised(self.values.to(device), self.scale.to(device), self.dtype)
+        return Quantised(self.values.to(device), self.scale.to(device))
 
 
 def check_kind(kind: Kind) -> None:
@@ -94,11 +92,11 @@ def quantise(tensor: Tensor, kind: Kind) -> Quantised:
     Raises SettingError where this torch has no fp8.
     """
     check_kind(kind)
-    exact = tensor.detach().float()
-    largest = exact.abs().amax(dim=tuple(range(1, exact.ndim)), keepdim=True)
+    exact, within = tensor.detach().to(torch.float32, copy=True), tuple(range(1, tensor.ndim))
+    largest = torch.maximum(exact.amax(dim=within, keepdim=True), exact.amin(dim=within, keepdim=True).neg_())
     scale = torch.where(largest > 0, largest / _LARGEST[kind], 1.0).clamp_(min=_SMALLEST_SCALE)
-    values = (exact / scale).clamp_(-_LARGEST[kind], _LARGEST[kind])
-    return Quantised(values.round_().to(torch.int8) if kind == "int8" else values.to(torch.float8_e4m3fn), scale, tensor.dtype)
+    exact.div_(scale).clamp_(-_LARGEST[kind], _LARGEST[kind])
+    return Quantised(exact.round_().to(torch.int8) if kind == "int8" else exact.to(torch.float8_e4m3fn), scale)
 
 
 def is_kernel(name: str, ndim: int) -> bool:

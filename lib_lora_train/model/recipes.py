@@ -21,8 +21,12 @@ from lib_lora_train.model.weights import is_nhwc
 class Recipe(Protocol):
     """How x is made of its source, and what x's gradient means for the source."""
 
+    def known(self, source: Tensor) -> Any:
+        """What `grad` wants to know beside the source: x is made of it, but not made here."""
+        ...
+
     def make(self, source: Tensor) -> tuple[Tensor, Any]:
-        """x, and what `grad` wants to know beside the source."""
+        """x, and what is `known`."""
         ...
 
     def grad(self, source: Tensor, known: Any, grad_x: Tensor) -> Tensor:
@@ -46,8 +50,7 @@ class _Made(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor, None]:
         (source,) = ctx.saved_tensors
-        _, known = ctx.recipe.make(source)
-        return ctx.recipe.grad(source, known, grad_x), None
+        return ctx.recipe.grad(source, ctx.recipe.known(source), grad_x), None
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,11 +61,14 @@ class LayerNorm:
     bias: Tensor
     eps: float = 1e-5
 
+    def known(self, source: Tensor) -> Any:
+        """(what is computed on, mean, 1/σ)"""
+        return self._normed(source)[1]
+
     def make(self, source: Tensor) -> tuple[Tensor, Any]:
         """[..., C] -> [..., C] in its dtype."""
-        given = self._widened(source)
-        normed, mean, rstd = torch.native_layer_norm(given[0], given[1].shape, given[1], given[2], self.eps)
-        return normed.to(source.dtype), (given, mean, rstd)
+        normed, known = self._normed(source)
+        return normed.to(source.dtype), known
 
     def grad(self, source: Tensor, known: Any, grad_x: Tensor) -> Tensor:
         """Of the source's dtype."""
@@ -70,6 +76,11 @@ class LayerNorm:
         grad_source, _, _ = torch.ops.aten.native_layer_norm_backward(
             grad_x.to(x.dtype).contiguous(), x, weight.shape, mean, rstd, weight, bias, [True, False, False])
         return grad_source.to(source.dtype)
+
+    def _normed(self, source: Tensor) -> tuple[Tensor, Any]:
+        given = self._widened(source)
+        normed, mean, rstd = torch.native_layer_norm(given[0], given[1].shape, given[1], given[2], self.eps)
+        return normed, (given, mean, rstd)
 
     def _widened(self, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if source.is_cuda and source.dtype == self.weight.dtype == self.bias.dtype:
@@ -91,18 +102,24 @@ class GroupNorm:
     rows: bool = False
     groups: int = 32
 
-    def make(self, source: Tensor) -> tuple[Tensor, Any]:
-        """[B, C, h, w] -> [B, C, h, w] or [B, h·w, C], in its dtype."""
+    def known(self, source: Tensor) -> Any:
+        """(what is computed on, normed as well, mean, 1/σ)"""
         x, weight, bias = _wide(_dense_picture(source), source), _wide(self.weight, source), _wide(self.bias, source)
         if is_nhwc(x) and not x.is_cpu:
             normed, mean, rstd = self._make_nhwc(x, weight, bias)  # torch's kernel would go to NCHW
         else:
             normed, mean, rstd = torch.native_group_norm(
                 x, weight, bias, x.shape[0], x.shape[1], x[0, 0].numel(), self.groups, self.eps)
+        return x, normed, mean, rstd
+
+    def make(self, source: Tensor) -> tuple[Tensor, Any]:
+        """[B, C, h, w] -> [B, C, h, w] or [B, h·w, C], in its dtype."""
+        known = self.known(source)
+        normed = known[1]
         result = (F.silu(normed) if self.silu else normed).to(source.dtype)
         if self.rows:
             result = result.permute(0, 2, 3, 1).flatten(1, 2)
-        return result, (x, normed, mean, rstd)
+        return result, known
 
     def grad(self, source: Tensor, known: Any, grad_x: Tensor) -> Tensor:
         """Of the source's dtype and memory layout."""
@@ -162,11 +179,14 @@ class GroupNorm:
 class GatedGELU:
     """value · gelu(gate) of [..., 2·C], value first (GEGLU, Shazeer 2020, arXiv 2002.05202)."""
 
+    def known(self, source: Tensor) -> Any:
+        """gelu(gate)"""
+        return F.gelu(source.chunk(2, dim=-1)[1])
+
     def make(self, source: Tensor) -> tuple[Tensor, Any]:
         """[..., 2·C] -> [..., C]"""
-        value, gate = source.chunk(2, dim=-1)
-        opened = F.gelu(gate)
-        return value * opened, opened
+        opened = self.known(source)
+        return source.chunk(2, dim=-1)[0] * opened, opened
 
     def grad(self, source: Tensor, known: Any, grad_x: Tensor) -> Tensor:
         """[..., C] -> [..., 2·C]"""
@@ -185,12 +205,14 @@ class GELU:
 
     quick: bool
 
+    def known(self, source: Tensor) -> Any:
+        """σ(1.702·x), if that is what it is made of."""
+        return torch.sigmoid(1.702 * source) if self.quick else None
+
     def make(self, source: Tensor) -> tuple[Tensor, Any]:
         """[...] -> [...]"""
-        if not self.quick:
-            return F.gelu(source), None
-        opened = torch.sigmoid(1.702 * source)
-        return source * opened, opened
+        opened = self.known(source)
+        return F.gelu(source) if opened is None else source * opened, opened
 
     def grad(self, source: Tensor, known: Any, grad_x: Tensor) -> Tensor:
         """[...] -> [...]"""

@@ -21,7 +21,7 @@ from lib_lora_train.errors import SettingError
 from lib_lora_train.model.architecture import Block, UNetConfig
 from lib_lora_train.model.layers import NO_ADAPTERS, Adapters, Layers, attention
 from lib_lora_train.model.recipes import GatedGELU
-from lib_lora_train.model.weights import is_nhwc_kernel
+from lib_lora_train.model.weights import Weight, is_nhwc_kernel
 
 # ldm's GroupNorm32 keeps torch's default; its spatial transformers choose their own.
 RESNET_EPS, TRANSFORMER_EPS = 1e-5, 1e-6
@@ -48,8 +48,8 @@ class UNet:
         self._layers = Layers(tensors)
 
     @property
-    def tensors(self) -> Mapping[str, Tensor]:
-        """The borrowed tensors by local name."""
+    def tensors(self) -> Mapping[str, Weight]:
+        """The borrowed tensors by local name, or what was put in their place."""
         return self._layers.tensors
 
     @property

@@ -17,16 +17,6 @@ class DenseOnDemand(Protocol):
         ...
 
     @property
-    def ndim(self) -> int:
-        """Of the dense tensor."""
-        ...
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the dense weight had before it was stored this way."""
-        ...
-
-    @property
     def device(self) -> torch.device:
         """Where it is stored and computed."""
         ...
@@ -34,6 +24,11 @@ class DenseOnDemand(Protocol):
     @property
     def nbytes(self) -> int:
         """Bytes that it takes as it is stored."""
+        ...
+
+    @property
+    def nhwc(self) -> bool:
+        """Whether the dense tensor is a convolution's kernel in NHWC order."""
         ...
 
     def to(self, device: torch.device | str) -> DenseOnDemand:
@@ -72,5 +67,4 @@ def is_nhwc(picture: Tensor) -> bool:
 
 def is_nhwc_kernel(weight: Weight) -> bool:
     """Whether a convolution's kernel lies in NHWC order, or comes in it."""
-    stored = weight if isinstance(weight, Tensor) else getattr(weight, "values", None)
-    return isinstance(stored, Tensor) and is_nhwc(stored)
+    return is_nhwc(weight) if isinstance(weight, Tensor) else weight.nhwc

@@ -1,7 +1,6 @@
 """One low-rank layer (LoRA, Hu et al. 2021, arXiv 2106.09685): h = W x + b + (alpha / r) · B A x.
 
-The frozen weight is passed in at each call and never held, so the layer owns nothing but A (`down`) and
-B (`up`). It computes the whole layer, frozen part included, so that the low-rank product is accumulated into the frozen one.
+It owns A (`down`) and B (`up`) and says what they add; `model.products` computes that together with the frozen layer.
 """
 
 from __future__ import annotations
@@ -11,16 +10,14 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lib_lora_train.model.convolution import frozen_conv2d, over_pixels
-from lib_lora_train.model.products import LowRank, frozen_linear, shared_linears
-from lib_lora_train.model.weights import Weight
+from lib_lora_train.model.products import LowRank
 
 
 class LoRALayer(nn.Module):
     """A [r, in] and B [out, r] in fp32; `multiplier` scales both (1 while training).
 
-    `linear`, `conv2d` and `low_rank` satisfy `model.layers.Adapter` and `LowRankAdapter`. `working` may hold (A, B) in the
-    dtype of the computation; whoever puts them there brings them up to date when A and B have changed.
+    `low_rank` makes it a `model.layers.LowRankAdapter`. `working` may hold (A, B) in the dtype of the computation; whoever
+    puts them there brings them up to date when A and B have changed.
 
     A starts uniform as kaiming_uniform(a=√5) makes it, B starts at zero, so a new layer changes nothing. `alpha` is a
     Python number: a tensor would have to be read back from the device at each step.
@@ -49,21 +46,3 @@ class LoRALayer(nn.Module):
     def low_rank(self) -> LowRank | None:
         """What is added to the frozen layer; None at multiplier 0, which is bit for bit the layer without a LoRA."""
         return LowRank(self.down, self.up, self.scale, self.working) if self.multiplier else None
-
-    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-        """x [..., in], weight [out, in] (or [out, in, 1, 1]) of any dtype -> [..., out], computed in the dtype of x."""
-        low_rank = self.low_rank()
-        if low_rank is None:
-            return frozen_linear(x, weight, bias)
-        return shared_linears(x, [(weight, bias)], [low_rank])[0]
-
-    def conv2d(self, x: Tensor, weight: Weight, bias: Tensor | None, *,
-               stride: int = 1, padding: int = 0) -> Tensor:
-        """x [B, in, h, w] -> [B, out, h', w'] for a 1x1 convolution; larger kernels are LoCon's.
-
-        Computed as a linear layer over the pixels, which reads an x in NHWC order where it lies.
-        """
-        assert weight.shape[2:] == (1, 1) and padding == 0, "only 1x1 convolutions are adapted"
-        if self.low_rank() is None:
-            return frozen_conv2d(x, weight, bias, stride=stride, padding=padding)
-        return over_pixels(x[:, :, ::stride, ::stride], lambda rows: self.linear(rows, weight, bias))

@@ -13,13 +13,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
-
-from torch import Tensor
 
 from lib_lora_train.errors import ModelError
-
-Kind = Literal["linear", "conv2d"]
+from lib_lora_train.model.weights import Weight
 
 _IN_A_TRANSFORMER = re.compile(
     r"(?P<block>(?:input_blocks|output_blocks)\.\d+\.1|middle_block\.1)"
@@ -36,7 +32,6 @@ class Target:
     component     "unet", "te" (SD1, SD2), "te1" or "te2" (SDXL)
     module        its name in our model, "input_blocks.1.1.proj_in"
     key           its name in the file, "lora_unet_down_blocks_0_attentions_0_proj_in"
-    kind          how the frozen layer computes: as the frozen weight has 2 or 4 dimensions
     as_conv       write the weights as 1x1 convolutions ([r, in, 1, 1]): kohya does so for `proj_in` and
                   `proj_out` of SD1 and SD2, even where SD2's frozen layer is linear
     """
@@ -44,26 +39,24 @@ class Target:
     component: str
     module: str
     key: str
-    kind: Kind
     in_features: int
     out_features: int
     as_conv: bool
 
 
 def find_targets(
-    components: Mapping[str, Mapping[str, Tensor | Sequence[int]]], *,
-    family: str, unet: bool = True, text_encoder: bool = True,
+    components: Mapping[str, Mapping[str, Weight | Sequence[int]]], *, family: str, text_encoder: bool = True,
 ) -> tuple[Target, ...]:
     """The layers to adapt, in an order that depends on their names alone.
 
-    `components` maps "unet", "te", "te1", "te2" to {local weight name: tensor or shape}; give all names, since
+    `components` maps "unet", "te", "te1", "te2" to {local weight name: weight or shape}; give all names, since
     the SD1/SD2 file names count the blocks by the down- and upsamplers between them. `family` is "sd1", "sd2"
     or "sdxl". SD2's last text layer is left out: its output is not used, and sd-scripts drops it.
 
     Raises ModelError when a wanted component is missing or has no layer of the expected name.
     """
-    wanted = [name for name in sorted(components) if (unet if name == "unet" else text_encoder)]
-    if unet and "unet" not in components:
+    wanted = [name for name in sorted(components) if name == "unet" or text_encoder]
+    if "unet" not in components:
         raise ModelError("The model has no UNet", remedy="choose a complete checkpoint")
     if text_encoder and all(name == "unet" for name in wanted):
         raise ModelError("The model has no text encoder", remedy="switch text encoder training off")
@@ -82,8 +75,7 @@ def find_targets(
 
 def _target(component: str, module: str, key: str, shape: tuple[int, ...], family: str) -> Target:
     return Target(
-        component=component, module=module, key=key, kind="conv2d" if len(shape) == 4 else "linear",
-        in_features=shape[1], out_features=shape[0],
+        component=component, module=module, key=key, in_features=shape[1], out_features=shape[0],
         as_conv=family != "sdxl" and module.endswith((".proj_in", ".proj_out")))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -12,18 +13,11 @@ from torch import Tensor
 from lib_lora_train.model import convolution, winograd
 from lib_lora_train.model.convolution import frozen_conv2d
 from lib_lora_train.model.layers import Layers
-
-
-def nhwc(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
-
+from tests.model import written_out
+from tests.model.written_out import nhwc
 
 ORDERS = {"NCHW": torch.Tensor.contiguous, "NHWC": nhwc}
-
-
-def draws(*shapes: tuple[int, ...]) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(shape, generator=generator) for shape in shapes]
+draws = functools.partial(written_out.draws, 1, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("way", ["columns", "winograd", "x turned over", "torch"])
@@ -51,12 +45,14 @@ def test_every_way_gives_torchs_numbers_in_the_order_of_picture_or_kernel(
     assert found.is_contiguous(memory_format=torch.channels_last if pictures == "NHWC" else torch.contiguous_format)
 
 
-def test_wide_kernels_meet_few_pixels_as_columns_and_others_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kernels", ORDERS)
+def test_wide_kernels_meet_few_pixels_as_columns_and_others_do_not(monkeypatch: pytest.MonkeyPatch, kernels: str) -> None:
     unfolded = []
     fold = F.unfold
     monkeypatch.setattr(convolution.F, "unfold", lambda x, *rest, **named: unfolded.append(x.shape) or fold(x, *rest, **named))
     for width, side in ((1280, 8), (1280, 24), (320, 8)):
-        frozen_conv2d(nhwc(torch.zeros(1, width, side, side)), torch.zeros(width, width, 3, 3), None, stride=1, padding=1)
+        kernel = ORDERS[kernels](torch.zeros(width, width, 3, 3))
+        frozen_conv2d(nhwc(torch.zeros(1, width, side, side)), kernel, None, stride=1, padding=1)
     assert unfolded == [(1, 1280, 8, 8)]
 
 

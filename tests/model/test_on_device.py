@@ -13,12 +13,9 @@ from lib_lora_train.model.products import LowRank, shared_linears
 from lib_lora_train.model.recipes import GroupNorm, LayerNorm, made
 from lib_lora_train.model.unet import UNet
 from tests.model.small_checkpoints import CONTEXT, HINTS, checkpoint
+from tests.model.written_out import lora, nhwc
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
-def nhwc(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 def near(ours: Tensor, exact: Tensor, *, bound: float) -> bool:
@@ -52,7 +49,7 @@ def test_a_fused_layer_in_fp16_is_near_the_exact_one() -> None:
     exact = [side.detach().double().cpu().requires_grad_() for side in given]
     low = LowRank(given[1], given[2], 0.5, (given[1].detach().half(), given[2].detach().half()))
     y = shared_linears(given[0], [(weight.half().cuda(), None)], [low])[0]
-    expected = F.linear(exact[0], weight.half().double() + 0.5 * exact[2] @ exact[1])
+    expected = lora(exact[0], weight.half().double(), None, exact[1], exact[2], 0.5)
     assert near(y, expected, bound=1e-2)
     found = torch.autograd.grad(y, given, direction.half().cuda())
     right = torch.autograd.grad(expected, exact, direction.half().double())

@@ -9,21 +9,15 @@ from torch import Tensor
 
 from lib_lora_train.model.products import LowRank, frozen_linear, shared_linears
 from lib_lora_train.model.recipes import GELU, GatedGELU, GroupNorm, LayerNorm, Recipe, made
-
-
-def draws(seed: int, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+from tests.model.written_out import draws, lora, nhwc
 
 
 def written_out(x: Tensor, weight: Tensor, bias: Tensor | None, low: LowRank | None) -> Tensor:
-    """y = x Wᵀ + b + s x Aᵀ Bᵀ (arXiv 2106.09685, eq. 3)."""
-    y = F.linear(x, weight, bias)
-    return y if low is None else y + low.scale * F.linear(F.linear(x, low.down), low.up)
+    return F.linear(x, weight, bias) if low is None else lora(x, weight, bias, low.down, low.up, low.scale)
 
 
 class Kept:
-    """What autograd keeps meanwhile."""
+    """What autograd saves meanwhile; `test_keeping.py` looks for what functions keep beside that."""
 
     def __enter__(self) -> list[Tensor]:
         self.tensors: list[Tensor] = []
@@ -135,8 +129,7 @@ class OnDemand:
 
     def __init__(self, weight: Tensor) -> None:
         self.weight, self.asked = weight, 0
-        self.shape, self.ndim, self.dtype, self.device = weight.shape, weight.ndim, torch.int8, weight.device
-        self.nbytes = weight.numel()
+        self.shape, self.device, self.nbytes, self.nhwc = weight.shape, weight.device, weight.numel(), False
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         self.asked += 1
@@ -157,10 +150,6 @@ def test_a_weight_that_is_dense_on_demand_is_made_for_each_product_and_never_kep
 
 
 # --- recipes ----------------------------------------------------------------------------------------------------------
-
-def nhwc(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
-
 
 SCALE, SHIFT = draws(6, (64,), (64,))
 RECIPES: dict[str, tuple[Recipe, tuple[int, ...]]] = {
@@ -200,6 +189,22 @@ def test_recipes_equal_plain_operations_and_keep_their_source_alone(name: str, o
     direction = draws(8, tuple(y.shape))[0]
     assert torch.allclose(y, expected, rtol=1e-10)
     assert torch.allclose(*(torch.autograd.grad(result, x, direction)[0] for result in (y, expected)), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_backward_does_not_finish_an_input_that_nobody_reads(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    recipe, shape = RECIPES[name]
+    x, expected = draws(7, shape)[0].requires_grad_(), by_torch(name, draws(7, shape)[0])
+    weight, down, up, direction = draws(9, (5, expected.shape[-1]), (2, expected.shape[-1]), (5, 2), (*expected.shape[:-1], 5))
+    low = LowRank(down, up.requires_grad_(), 0.5)
+    results = made(recipe, x) @ weight.t(), shared_linears(x, [(weight, None)], [low], recipe=recipe)[0]
+    monkeypatch.delattr(type(recipe), "make")
+    found = [torch.autograd.grad(y, x, direction, retain_graph=True)[0] for y in results]
+    plain = by_torch(name, x)
+    for ours, exact in zip(found, (plain @ weight.t(), written_out(plain, weight, None, low)), strict=True):
+        assert torch.allclose(ours, torch.autograd.grad(exact, x, direction, retain_graph=True)[0], rtol=1e-8, atol=1e-10)
+    right = torch.autograd.grad(written_out(plain, weight, None, low), up, direction)[0]
+    assert torch.allclose(torch.autograd.grad(results[1], up, direction)[0], right, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -11,6 +11,7 @@ from lib_lora_train.model import frozen, quantised
 from lib_lora_train.model.quantised import is_kernel, quantise, quantised_bytes
 from lib_lora_train.network.network import LoRANetwork
 from lib_lora_train.network.targets import find_targets
+from lib_lora_train.training.ledger import Ledger
 from tests.model.small_checkpoints import FAMILIES, HINTS, checkpoint, full_size, tokenizers
 
 KINDS = [pytest.param("int8"), pytest.param("fp8", marks=pytest.mark.skipif(
@@ -62,9 +63,23 @@ def test_half_precision_adds_only_its_own_rounding(kind, dtype):
 def test_it_looks_like_what_it_replaces(kind):
     exact = weights((16, 24, 3, 3)).to(torch.float16).contiguous(memory_format=torch.channels_last)
     kernel = quantise(exact, kind)
-    assert (kernel.shape, kernel.ndim, kernel.dtype, kernel.device) == (exact.shape, 4, torch.float16, exact.device)
+    assert (kernel.shape, kernel.device, kernel.nhwc) == (exact.shape, exact.device, True)
+    assert not quantise(exact.contiguous(), kind).nhwc and not quantise(exact.flatten(1), kind).nhwc
     assert kernel.nbytes == exact.numel() + 4 * 16 == quantised_bytes([exact.shape])
     assert kernel.dense(torch.float32).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
+def test_it_takes_one_fp32_copy_beside_the_result_and_leaves_the_lenders_weight_alone(kind, stored):
+    shapes = torch.empty(64, 512, 3, 3, dtype=stored, device="meta")
+    with Ledger("cpu") as ledger:
+        quantise(shapes, kind)
+    assert sum(ledger.peak.values()) <= 1.01 * shapes.numel() * (4 + 1)
+    lent = weights((48, 32)).to(stored)
+    before = lent.clone()
+    quantise(lent, kind)
+    assert torch.equal(lent, before)
 
 
 @pytest.mark.parametrize("kind, most", [("int8", 0.01), ("fp8", 0.04)])

@@ -27,6 +27,7 @@ from tests.model.small_checkpoints import (
     relative_error,
     tokenizers,
 )
+from tests.model.written_out import WrittenOut
 
 
 def tokens(pad: int = END) -> Tensor:
@@ -153,14 +154,6 @@ def test_nothing_below_the_first_trained_layer_is_kept() -> None:
 
 
 def test_fused_layers_give_the_gradients_of_those_written_out() -> None:
-    class WrittenOut:
-        def __init__(self, layer: LoRALayer) -> None:
-            self.layer = layer
-
-        def linear(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-            linear = torch.nn.functional.linear
-            return linear(x, weight, bias) + linear(linear(x, self.layer.down), self.layer.up) * 0.5
-
     ours = encoder_of(randomised(CLIPTextModel(clip_config())), "cond_stage_model.transformer.")
     generator = torch.Generator().manual_seed(1)
     layers = {
@@ -173,7 +166,7 @@ def test_fused_layers_give_the_gradients_of_those_written_out() -> None:
     factors = [factor for layer in layers.values() for factor in layer.parameters()]
     found, right = (
         torch.autograd.grad(ours(tokens(), adapters=adapters)[0].square().mean(), factors)
-        for adapters in (layers, {name: WrittenOut(layer) for name, layer in layers.items()}))
+        for adapters in (layers, {name: WrittenOut(layer.down, layer.up, 1 / 2) for name, layer in layers.items()}))
     for a, b in zip(found, right, strict=True):
         assert (a - b).abs().max() <= 1e-4 * b.abs().max()
 

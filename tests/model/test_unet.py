@@ -15,7 +15,8 @@ from lib_lora_train.errors import SettingError
 from lib_lora_train.model import convolution
 from lib_lora_train.model.components import unet_tensors
 from lib_lora_train.model.family import family_of, unet_config
-from lib_lora_train.model.layers import Layers, frozen_conv2d, frozen_linear
+from lib_lora_train.model.layers import Layers, frozen_linear
+from lib_lora_train.model.products import shared_linears
 from lib_lora_train.model.text import size_vector
 from lib_lora_train.model.unet import UNet, resnet, spatial_transformer
 from lib_lora_train.network.lora import LoRALayer
@@ -33,6 +34,7 @@ from tests.model.small_checkpoints import (
     randomised,
     relative_error,
 )
+from tests.model.written_out import WrittenOut
 
 SIZES = dict(original=(120, 200), crop=(3, 40), target=(96, 160))
 
@@ -143,14 +145,11 @@ class Scaled:
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return (1 + self.s) * frozen_linear(x, weight, bias)
 
-    def conv2d(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: int, padding: int) -> Tensor:
-        return (1 + self.s) * frozen_conv2d(x, weight, bias, stride=stride, padding=padding)
-
 
 def every_layer(tensors: dict[str, Tensor]) -> dict[str, Scaled]:
-    """An adapter for each linear and convolutional layer."""
+    """An adapter for each linear layer; those around the transformers may be stored as 1x1 convolutions."""
     return {name.removesuffix(".weight"): Scaled() for name, tensor in tensors.items()
-            if name.endswith(".weight") and tensor.ndim > 1}
+            if name.endswith(".weight") and (tensor.ndim == 2 or ".proj_" in name)}
 
 
 def gradients(unet: UNet, family: str, adapters: dict[str, Scaled], *,
@@ -164,7 +163,7 @@ def gradients(unet: UNet, family: str, adapters: dict[str, Scaled], *,
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_layer_can_be_adapted_and_its_gradient_is_ldms(family: str) -> None:
+def test_every_linear_layer_can_be_adapted_and_its_gradient_is_ldms(family: str) -> None:
     theirs = randomised(ldm_unet(family))
     unet = unet_of(theirs.state_dict(), family)
     adapters = every_layer(unet.tensors)
@@ -254,17 +253,6 @@ def trained_shapes(unet: UNet) -> dict[str, LoRALayer]:
     return LoRANetwork.build(targets, rank=2, alpha=1, seed=3).to("meta").adapters()["unet"]
 
 
-class WrittenOut:
-    """The same layer in plain operations, one layer at a time."""
-
-    def __init__(self, layer: LoRALayer) -> None:
-        self.layer = layer
-
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        low = F.linear(F.linear(x, self.layer.down), self.layer.up) * (self.layer.alpha / self.layer.rank)
-        return F.linear(x, weight.flatten(1), bias) + low
-
-
 def loss_and_gradients(unet: UNet, family: str, adapters: dict[str, object], layers: dict[str, LoRALayer], *,
                        recompute: Collection[str] = ()) -> list[Tensor]:
     x, t, context, pooled = inputs(family)
@@ -277,7 +265,8 @@ def test_fused_layers_give_the_gradients_of_those_written_out(family: str) -> No
     unet = unet_of(unet_tensors(checkpoint(family)), family)
     layers = trained(unet, family)
     ours = loss_and_gradients(unet, family, layers, layers)
-    theirs = loss_and_gradients(unet, family, {name: WrittenOut(layer) for name, layer in layers.items()}, layers)
+    plain = {name: WrittenOut(layer.down, layer.up, 1 / 2) for name, layer in layers.items()}  # alpha 1, rank 2
+    theirs = loss_and_gradients(unet, family, plain, layers)
     for a, b in zip(ours, theirs, strict=True):
         assert (a - b).abs().max() <= 1e-4 * b.abs().max()
 
@@ -355,7 +344,7 @@ def test_nothing_below_the_first_trained_layer_is_kept_or_differentiated(family:
     class Watched:
         def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             before.append(len(kept))
-            return layers[name].linear(x, weight, bias)
+            return shared_linears(x, [(weight, bias)], [layers[name].low_rank()])[0]
 
     with torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved) or saved, lambda saved: saved):
         loss = unet(x, t, context, vector(family, pooled), adapters={name: Watched()}).square().mean()

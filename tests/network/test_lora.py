@@ -1,3 +1,5 @@
+"""One LoRA layer, computed beside a frozen one as the model's `Layers` computes it."""
+
 from __future__ import annotations
 
 import math
@@ -6,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lib_lora_train.model.layers import Layers
 from lib_lora_train.network.lora import LoRALayer
 
 
@@ -15,6 +18,11 @@ def layer_with_weights(*, inputs: int = 12, outputs: int = 20, rank: int = 4, al
     with torch.no_grad():
         layer.up.normal_(generator=generator)
     return layer
+
+
+def computed(layer: LoRALayer, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    tensors = {"it.weight": weight} | ({} if bias is None else {"it.bias": bias})
+    return Layers(tensors, adapters={"it": layer}).linear("it", x, bias=bias is not None)
 
 
 def merged(layer: LoRALayer, weight: torch.Tensor) -> torch.Tensor:
@@ -33,22 +41,38 @@ def test_a_linear_layer_equals_the_merged_weight(weight_dtype: torch.dtype) -> N
     weight = torch.randn(20, 12, generator=generator).to(weight_dtype)
     bias = torch.randn(20, generator=generator).to(weight_dtype)
     expected = F.linear(x.double(), merged(layer, weight.double()), bias.double())
-    assert relative(layer.linear(x, weight, bias), expected) < 1e-6
+    assert relative(computed(layer, x, weight, bias), expected) < 1e-6
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-def test_a_1x1_convolution_equals_the_merged_weight(stride: int) -> None:
+def test_a_1x1_convolution_is_computed_over_the_pixels_and_equals_the_merged_weight() -> None:
     generator = torch.Generator().manual_seed(2)
     layer, x = layer_with_weights(), torch.randn(2, 12, 6, 5, generator=generator)
     weight = torch.randn(20, 12, 1, 1, generator=generator)
-    expected = F.conv2d(x.double(), merged(layer, weight.double()), stride=stride)
-    assert relative(layer.conv2d(x, weight, None, stride=stride, padding=0), expected) < 1e-6
+    expected = F.conv2d(x.double(), merged(layer, weight.double()))
+    assert relative(computed(layer, x.permute(0, 2, 3, 1), weight).permute(0, 3, 1, 2), expected) < 1e-6
+
+
+class Doubled:
+    """An adapter that computes the whole layer."""
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return 2 * F.linear(x, weight, bias)
+
+
+def test_layers_of_one_input_may_be_frozen_trained_or_somebody_elses() -> None:
+    generator = torch.Generator().manual_seed(4)
+    layer, x = layer_with_weights(), torch.randn(5, 12, generator=generator)
+    q, k, v = torch.randn(3, 20, 12, generator=generator)
+    layers = Layers({"q.weight": q, "k.weight": k, "v.weight": v}, adapters={"q": layer, "v": Doubled()})
+    expected = F.linear(x.double(), merged(layer, q.double())), F.linear(x, k), F.linear(x, 2 * v)
+    for ours, right in zip(layers.linears(["q", "k", "v"], x, bias=False), expected, strict=True):
+        assert relative(ours, right) < 1e-6
 
 
 def test_gradients_equal_those_of_the_merged_weight() -> None:
     generator = torch.Generator().manual_seed(3)
     layer, x, weight = layer_with_weights(), torch.randn(9, 12, generator=generator), torch.randn(20, 12)
-    layer.linear(x, weight, None).square().sum().backward()
+    computed(layer, x, weight).square().sum().backward()
     a, b = (side.detach().double().requires_grad_() for side in (layer.down, layer.up))
     F.linear(x.double(), weight.double() + 3.0 / 4 * b @ a).square().sum().backward()
     assert relative(layer.down.grad, a.grad) < 1e-5
@@ -68,12 +92,12 @@ def test_a_new_layer_changes_nothing_and_starts_within_kaimings_bound() -> None:
 def test_weight_zero_is_bit_for_bit_the_frozen_layer() -> None:
     layer, x, weight = layer_with_weights(), torch.randn(3, 12), torch.randn(20, 12)
     layer.multiplier = 0.0
-    assert torch.equal(layer.linear(x, weight, None), F.linear(x, weight))
+    assert torch.equal(computed(layer, x, weight), F.linear(x, weight))
 
 
 def test_half_precision_activations_train_fp32_weights() -> None:
     layer, x = layer_with_weights(), torch.randn(3, 12, dtype=torch.bfloat16)
-    result = layer.linear(x, torch.randn(20, 12, dtype=torch.bfloat16), None)
+    result = computed(layer, x, torch.randn(20, 12, dtype=torch.bfloat16))
     result.float().sum().backward()
     assert result.dtype == torch.bfloat16
     assert layer.down.grad.dtype == layer.up.grad.dtype == torch.float32
