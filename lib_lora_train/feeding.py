@@ -16,7 +16,7 @@ from lib_lora_train.cache.own_rows import OwnRows
 from lib_lora_train.cache.store import Spill
 from lib_lora_train.cache.text import TextCache
 from lib_lora_train.errors import Interrupted, translated
-from lib_lora_train.events import Report, Stage
+from lib_lora_train.events import Report, Stage, Warned
 from lib_lora_train.host.port import Borrowed
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.model.text import Conditioning, Tokens
@@ -26,9 +26,6 @@ from lib_lora_train.ranks import Ranks
 from lib_lora_train.settings import Settings
 from lib_lora_train.training.condition import CachedText, Condition, TrainedText
 from lib_lora_train.training.loop import Pause, Stop
-
-_CAPTIONS_AT_ONCE = 32
-"""Captions that a card encodes together: it takes hardly longer for them than for one."""
 
 
 def stage(name: str, report: Report, pause: Pause = lambda release: True) -> Callable[[int, int], None]:
@@ -46,14 +43,15 @@ def latents_of(settings: Settings, preparation: Preparation, model: FrozenModel,
     tensors of it; in `folder` lies what is too much for the memory, until the source is closed."""
     chosen = settings.dataset
     shared = {"flip_aug": chosen.flip_aug, "vae_batch_size": settings.memory.vae_batch_size, "device": model.device,
-              "on_progress": stage("Encoding pictures", report, pause), "should_stop": lambda: bool(stop()),
-              "ranks": ranks}
+              "should_stop": lambda: bool(stop()), "ranks": ranks}
     with translated("encoding the pictures"):
         if chosen.color_aug or chosen.random_crop:
             return FreshLatents.build(model.vae, preparation.dataset, preparation.placements, color_aug=chosen.color_aug,
-                                      random_crop=chosen.random_crop, **shared)
+                                      random_crop=chosen.random_crop, warn=lambda text: report(Warned(text)),
+                                      on_progress=stage("Checking pictures", report, pause), **shared)
         disk = LatentDisk(vae_fingerprint=encoder_fingerprint(vae)) if chosen.cache_latents_to_disk else None
-        return CachedLatents.build(model.vae, preparation.dataset, preparation.placements, disk=disk, folder=folder, **shared)
+        return CachedLatents.build(model.vae, preparation.dataset, preparation.placements, disk=disk, folder=folder,
+                                   on_progress=stage("Encoding pictures", report, pause), **shared)
 
 
 def batches_of(settings: Settings, source: LatentSource, ranks: Ranks) -> Batches:
@@ -114,7 +112,7 @@ def condition_of(settings: Settings, model: FrozenModel, borrowed: Borrowed, net
     cache = TextCache(Adapted, clip_skip=clip_skip, one_by_one=captions is not None, spill=spill, kept_as=dtype)
     if captions is not None and ahead:
         with translated("encoding the captions"):
-            cache.fill((*captions, ""), batch_size=_CAPTIONS_AT_ONCE, on_progress=stage("Encoding captions", report, pause),
+            cache.fill((*captions, ""), on_progress=stage("Encoding captions", report, pause),
                        should_stop=lambda: bool(stop()))
     soon = cache.encode_soon if captions is None and model.device.type == "cuda" else None
     return Text(CachedText(cache), captions is not None and cache.holds(captions), soon)
