@@ -43,6 +43,11 @@ class BusyHost(StandaloneHost):
             self._lent = {name: tensor.clone() for name, tensor in borrowed.tensors.items()}
             yield Borrowed(self._lent, borrowed.hints, borrowed.checkpoint, borrowed.device, borrowed.tokenizers)
 
+    def set_aside(self, parts):
+        return self._lent  # on the CPU all of it is aside, and all of it where it is lent
+
+    bring_back = set_aside
+
     def wanted(self) -> bool:
         self.asked += 1
         return self._wants(self.asked)

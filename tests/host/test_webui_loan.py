@@ -103,6 +103,7 @@ def on_card(webui: SimpleNamespace, card: Card) -> set[str]:
 def test_what_was_set_aside_is_home_at_the_end_and_while_others_have_the_model(webui, card):
     seen = []
     with (loan := new_loan(webui)).lent():
+        loan._device = CARD  # the WebUI takes its model, as torch does, to be on the CPU
         loan.set_aside({"vae", "text"})
         assert on_card(webui, card) == {"unet"}
         loan.bring_back({"vae"})
