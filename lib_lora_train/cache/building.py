@@ -91,7 +91,7 @@ class Building:
                     waiting = []
                     self._exchange(numbers)
                     self._watch.advance(len(numbers))
-                elif last or len(waiting) >= self._vae.at_once(bucket):
+                elif last or 0 < len(waiting) >= self._vae.at_once(bucket):
                     self._encode(waiting)
                     waiting = []
         for index in self._starved:

@@ -5,7 +5,7 @@ Here alone the cache touches the model, always in the thread that trains.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -16,11 +16,15 @@ from lib_lora_train.dataset.buckets import Size
 from lib_lora_train.dataset.folder import Example
 from lib_lora_train.errors import TrainingError, is_out_of_memory
 
-# What the encoder holds at its widest, for each pixel of a picture: 128 channels of fp32 at full size, five times (a block's
-# input, what is normed, activated and convolved of it, and the convolution's workspace), and a margin.
-_BYTES_A_PIXEL = 3000
+# What the encoder holds at its widest, for each pixel of a picture: 128 channels of fp32 at full size, seven times (a block's
+# input, what is normed, activated and convolved of it, and a convolution's two sides in another order).
+_BYTES_A_PIXEL = 3700
 _MOST_BYTES = 2 << 30  # a step of the training takes as much: encoding shall not be what a run's memory is measured by
 _MOST_AT_ONCE = 8  # more gains nothing: two pictures of 512² fill a card with work already
+
+
+Room = Callable[[int], int]
+"""Sees to it that so many bytes are free on the device, if it can. Returns how many may be taken."""
 
 
 class Encoder(Protocol):
@@ -33,20 +37,23 @@ class Encoder(Protocol):
 class VaeWork:
     """Encodes samples in parts that fit. `notes` says what the user should know of it."""
 
-    def __init__(self, vae: Encoder, *, device: torch.device, batch_size: int) -> None:
-        """`batch_size` 0 chooses by what is free on a CUDA device, and is 1 elsewhere."""
+    def __init__(self, vae: Encoder, *, device: torch.device, batch_size: int, room: Room | None = None) -> None:
+        """`batch_size` 0 chooses by what is free on a CUDA device, and is 1 elsewhere. `room` is asked before pictures of
+        a size are first encoded on a CUDA device; by default what is free may be taken."""
         self.device, self.batch_size, self.notes = device, batch_size, list[str]()
         self._vae = vae
         self._most: int | None = None  # known after the memory did not suffice
-        self._automatic: dict[Size, int] = {}
+        self._wanted: dict[Size, int] = {}
+        self._room = room
 
     def at_once(self, bucket: Size) -> int:
         """How many pictures of this size (width, height) are encoded together."""
-        wanted = self.batch_size
-        if not wanted:
-            if bucket not in self._automatic:
-                self._automatic[bucket] = automatic_batch(self.device, bucket)
-            wanted = self._automatic[bucket]
+        wanted = self._wanted.get(bucket)
+        if wanted is None:
+            free = None
+            if self._room is not None and self.device.type == "cuda":
+                free = self._room(encoding_bytes(bucket) * (self.batch_size or 1))
+            wanted = self._wanted[bucket] = self.batch_size or automatic_batch(self.device, bucket, free=free)
         return wanted if self._most is None else min(wanted, self._most)
 
     def encode(self, samples: Sequence[torch.Tensor], flips: Sequence[bool]) -> torch.Tensor:
@@ -104,14 +111,24 @@ class VaeWork:
         return staged.to(self.device, non_blocking=True)
 
 
-def automatic_batch(device: torch.device, bucket: Size) -> int:
-    """Pictures of this size (width, height) that 2 GiB hold, or half of a CUDA device's free memory where that is less: 1, 2,
-    4 or 8; 1 elsewhere."""
+def encoding_bytes(bucket: Size) -> int:
+    """What encoding a picture of this size (width, height) takes for a moment, beside the VAE's weights."""
+    return _BYTES_A_PIXEL * bucket[0] * bucket[1]
+
+
+def free_bytes(device: torch.device) -> int:
+    """What can be had on a CUDA device: from its driver, and of what torch keeps unused. Waits for nothing."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def automatic_batch(device: torch.device, bucket: Size, *, free: int | None = None) -> int:
+    """Pictures of this size (width, height) that 2 GiB hold, or half of a CUDA device's `free` memory (by default all of it)
+    where that is less: 1, 2, 4 or 8; 1 elsewhere."""
     if device.type != "cuda":
         return 1
-    free, _ = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own, unused
-    fitting = min(free // 2, _MOST_BYTES) // (_BYTES_A_PIXEL * bucket[0] * bucket[1])
+    free = free_bytes(device) if free is None else free
+    fitting = min(free // 2, _MOST_BYTES) // encoding_bytes(bucket)
     # A power of two: a little more or less memory in use should not change how the numbers are rounded.
     return 1 << max(0, min(int(fitting), _MOST_AT_ONCE).bit_length() - 1)
 

@@ -22,7 +22,7 @@ from PIL import ImageOps
 
 from lib_lora_train.cache.building import Building, check_pictures, decoded, decoding_bytes, latent_bytes
 from lib_lora_train.cache.disk import LatentDisk
-from lib_lora_train.cache.encoding import Encoder, VaeWork, check_finite
+from lib_lora_train.cache.encoding import Encoder, Room, VaeWork, check_finite
 from lib_lora_train.cache.exchange import shared_stop
 from lib_lora_train.cache.store import MOST_LATENT_BYTES, LatentStore
 from lib_lora_train.dataset.ahead import reading_threads
@@ -91,9 +91,9 @@ class CachedLatents:
         cls, vae: Encoder, dataset: Dataset, placements: Sequence[Placement], *, flip_aug: bool = False,
         vae_batch_size: int = 1, device: torch.device | str = "cpu", disk: LatentDisk | None = None,
         on_progress: Progress | None = None, should_stop: ShouldStop | None = None, threads: int | None = None,
-        max_bytes: int = MOST_LATENT_BYTES, folder: Path | None = None, ranks: Ranks = ALONE,
+        max_bytes: int = MOST_LATENT_BYTES, folder: Path | None = None, ranks: Ranks = ALONE, room: Room | None = None,
     ) -> CachedLatents:
-        """Encode every picture, bucket by bucket, in batches of `vae_batch_size` (0: see `VaeWork`).
+        """Encode every picture, bucket by bucket, in batches of `vae_batch_size` (0: see `VaeWork`, also for `room`).
 
         Pictures are read and decoded in `threads` (None: see `reading_threads`; 0: none) while the VAE works; the result
         does not depend on them. At most `max_bytes` of latents stay in memory; the others lie in the disk cache where
@@ -105,8 +105,8 @@ class CachedLatents:
         store = LatentStore(disk=disk, max_bytes=max_bytes, folder=folder)
         try:
             work = Building(
-                VaeWork(vae, device=torch.device(device), batch_size=vae_batch_size), dataset.examples, placements=placements,
-                flip_aug=flip_aug, store=store, ranks=ranks,
+                VaeWork(vae, device=torch.device(device), batch_size=vae_batch_size, room=room), dataset.examples,
+                placements=placements, flip_aug=flip_aug, store=store, ranks=ranks,
                 watch=Watch(len(dataset.examples), doing="the pictures were encoded", on_progress=on_progress,
                             should_stop=shared_stop(should_stop, ranks)))
             work.run(reading_threads() if threads is None else threads)
