@@ -12,11 +12,10 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-
 from lib_lora_train.diagnostics import bundle
 from lib_lora_train.errors import HostError, LoraFileError, printable
 from lib_lora_train.fence import confine
+from lib_lora_train.fitting import planned, planned_layers
 from lib_lora_train.host.port import Checkpoint, Host
 from lib_lora_train.job import output_folder, result_path
 from lib_lora_train.model.components import unet_tensors
@@ -28,9 +27,7 @@ from lib_lora_train.run_record import past_runs
 from lib_lora_train.runner import Runner
 from lib_lora_train.settings import AREAS, Settings, declarations, flat, parse
 from lib_lora_train.training.estimate import seconds
-from lib_lora_train.training.memory_plan import Wishes, attention_kernel, budget_of, choose, chunks_of, largest
 from lib_lora_train.training.precision import compute_dtype
-from lib_lora_train.training.rehearsal import Part, Scene, layers_for
 
 FAMILY_NAMES = {"sd1": "SD1", "sd2": "SD2", "sdxl": "SDXL"}
 
@@ -75,7 +72,7 @@ def plan(values: Mapping[str, object], *, host: Host, should_stop: Callable[[], 
     settings = parse(values)
     confine(settings, host.fence)
     found = prepare(settings, family=_family(host), fence=host.fence, should_stop=should_stop)
-    estimate, warning = _estimate(settings, found, host)
+    estimate, warning = _estimate(settings, found, host, should_stop=should_stop)
     return {
         "summary": found.summary,
         "pictures": found.dataset.pictures,
@@ -90,44 +87,21 @@ def plan(values: Mapping[str, object], *, host: Host, should_stop: Callable[[], 
     }
 
 
-def _estimate(settings: Settings, found: Preparation, host: Host) -> tuple[str, str]:
+def _estimate(settings: Settings, found: Preparation, host: Host, *, should_stop: Callable[[], bool] | None) -> tuple[str, str]:
     """ "about 9 min · about 5.1 of 8.0 GB of memory: …" and a warning, from the loaded model's shapes; "" while no model is
     loaded."""
     outline, checkpoint = host.outline(), host.checkpoint()
     if outline is None or checkpoint is None:
         return "", ""
-    network, optimizer, memory = settings.network, settings.optimizer, settings.memory
     architecture = detect(outline.tensors, outline.hints)
     stem = unet_tensors(outline.tensors)["input_blocks.0.0.weight"]
-    dtype = compute_dtype(memory.mixed_precision, outline.device, weights=stem.dtype)
-    # The largest bucket: it needs the most memory, and the resolution itself may be no bucket's size.
-    width, height = largest(found.plan.buckets)
-    trains_text = not network.network_train_unet_only and optimizer.text_encoder_lr > 0
-    scene = Scene(
-        width, height, dtype, layers_for(outline.tensors, architecture, rank=network.network_dim, text_encoder=trains_text),
-        device_type=outline.device.type, attention=attention_kernel(outline.device, dtype),
-        chunks=chunks_of(example.caption for example in found.dataset.examples),
-        min_snr_gamma=settings.loss.min_snr_gamma, text_recomputed=memory.gradient_checkpointing)
-    plan = choose(
-        outline.tensors, architecture, scene, batch=optimizer.train_batch_size, wishes=Wishes.of(memory),
-        budget=budget_of(memory.memory_budget, outline.device, ours=sum(map(_bytes, outline.tensors.values()))),
-        aside=_aside(settings) if outline.device.type == "cuda" else frozenset())
+    dtype = compute_dtype(settings.memory.mixed_precision, outline.device, weights=stem.dtype)
+    plan = planned(settings, found, tensors=outline.tensors, architecture=architecture, device=outline.device, dtype=dtype,
+                   layers=planned_layers(settings, outline.tensors, architecture), should_stop=should_stop)
     time = found.plan.steps * seconds(
-        plan.operations, plan.kernels, passes=plan.passes * optimizer.gradient_accumulation_steps, device=outline.device,
-        dtype=dtype, recorded=memory.cuda_graphs == "auto" and not plan.way.offload)
+        plan.operations, plan.kernels, passes=plan.passes * settings.optimizer.gradient_accumulation_steps,
+        device=outline.device, dtype=dtype, recorded=plan.recorded)
     return f"about {_duration(time)} · {plan.text}", plan.warning
-
-
-def _aside(settings: Settings) -> frozenset[Part]:
-    """Parts of the model that will be off the card while steps are made: what is cached needs nobody to make it."""
-    dataset, captions = settings.dataset, settings.captions
-    vae = not (dataset.color_aug or dataset.random_crop)
-    text = settings.network.network_train_unet_only and not (captions.shuffle_caption or captions.caption_tag_dropout_rate)
-    return frozenset({part for part, unneeded in (("vae", vae), ("text", text)) if unneeded})
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def _duration(seconds: float) -> str:

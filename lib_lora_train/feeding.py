@@ -10,6 +10,7 @@ import torch
 
 from lib_lora_train.cache.batches import Batches
 from lib_lora_train.cache.disk import LatentDisk
+from lib_lora_train.cache.encoding import Room
 from lib_lora_train.cache.fingerprint import encoder_fingerprint
 from lib_lora_train.cache.latents import CachedLatents, FreshLatents, LatentSource
 from lib_lora_train.cache.own_rows import OwnRows
@@ -38,20 +39,22 @@ def stage(name: str, report: Report, pause: Pause = lambda release: True) -> Cal
 
 
 def latents_of(settings: Settings, preparation: Preparation, model: FrozenModel, vae: Mapping[str, torch.Tensor],
-             ranks: Ranks, folder: Path | None, *, report: Report, stop: Stop, pause: Pause) -> LatentSource:
+               ranks: Ranks, folder: Path | None, *, room: Room, report: Report, stop: Stop, pause: Pause) -> LatentSource:
     """Encoded pictures: once and kept, or anew at each step where augmentations change the pixels. `vae` are the host's
     tensors of it; in `folder` lies what is too much for the memory, until the source is closed."""
-    chosen = settings.dataset
-    shared = {"flip_aug": chosen.flip_aug, "vae_batch_size": settings.memory.vae_batch_size, "device": model.device,
-              "should_stop": lambda: bool(stop()), "ranks": ranks}
+    chosen, at_once = settings.dataset, settings.memory.vae_batch_size
+    shared = {"flip_aug": chosen.flip_aug, "device": model.device, "should_stop": lambda: bool(stop()), "ranks": ranks}
     with translated("encoding the pictures"):
-        if chosen.color_aug or chosen.random_crop:
+        if settings.encodes_in_steps:
+            # The memory plan counts what is encoded beside a step, so it does not follow what is free.
             return FreshLatents.build(model.vae, preparation.dataset, preparation.placements, color_aug=chosen.color_aug,
-                                      random_crop=chosen.random_crop, warn=lambda text: report(Warned(text)),
-                                      on_progress=stage("Checking pictures", report, pause), **shared)
+                                      random_crop=chosen.random_crop, vae_batch_size=at_once or 1,
+                                      on_progress=stage("Checking pictures", report, pause),
+                                      warn=lambda text: report(Warned(text)), **shared)
         disk = LatentDisk(vae_fingerprint=encoder_fingerprint(vae)) if chosen.cache_latents_to_disk else None
         return CachedLatents.build(model.vae, preparation.dataset, preparation.placements, disk=disk, folder=folder,
-                                   on_progress=stage("Encoding pictures", report, pause), **shared)
+                                   vae_batch_size=at_once, room=room, on_progress=stage("Encoding pictures", report, pause),
+                                   **shared)
 
 
 def batches_of(settings: Settings, source: LatentSource, ranks: Ranks) -> Batches:
@@ -63,15 +66,6 @@ def batches_of(settings: Settings, source: LatentSource, ranks: Ranks) -> Batche
         prior_loss_weight=settings.dataset.prior_loss_weight, trigger_word=settings.dataset.trigger_word,
         shuffle_caption=captions.shuffle_caption, keep_tokens=captions.keep_tokens,
         caption_dropout_rate=captions.caption_dropout_rate, caption_tag_dropout_rate=captions.caption_tag_dropout_rate)
-
-
-def unneeded(settings: Settings, model: FrozenModel, source: LatentSource, batches: Batches) -> frozenset[str]:
-    """Parts of the model that no step computes with, once pictures and captions are encoded, and that take up a card's
-    memory until then."""
-    if model.device.type != "cuda":
-        return frozenset()
-    text = not settings.rates[1] and batches.fixed_captions() is not None
-    return frozenset({"vae"} if isinstance(source, CachedLatents) else ()) | frozenset({"text"} if text else ())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -24,9 +24,9 @@ from lib_lora_train.cache.store import Spill
 from lib_lora_train.errors import Interrupted, SettingError, translated
 from lib_lora_train.evaluation.loan import lent_model
 from lib_lora_train.events import Finished, Planned, Report, Warned
-from lib_lora_train.feeding import Text, batches_of, condition_of, latents_of, stage, unneeded
+from lib_lora_train.feeding import Text, batches_of, latents_of, stage
 from lib_lora_train.fence import Fence, confine
-from lib_lora_train.fitting import lay_out, memory_plan
+from lib_lora_train.fitting import memory_plan, room_for_encoding, settle
 from lib_lora_train.host.port import Borrowed, Host
 from lib_lora_train.model.components import vae_tensors
 from lib_lora_train.model.frozen import FrozenModel
@@ -95,28 +95,24 @@ def _on_loan(settings: Settings, host: Host, borrowed: Borrowed, preparation: Pr
         with translated("making the LoRA's layers"):
             network = _network(settings, model, weights.tensors, name=weights.name, report=report)
         source = leaving.enter_context(contextlib.closing(latents_of(
-            settings, preparation, model, vae_tensors(borrowed.tensors), ranks, folder, report=report, stop=stop, pause=pause)))
+            settings, preparation, model, vae_tensors(borrowed.tensors), ranks, folder, report=report, stop=stop, pause=pause,
+            room=room_for_encoding(settings, model, host, network))))
         preparation = preparation.without_damaged(settings, dataset=source.dataset, placements=source.placements)
         for warning in preparation.warnings:
             report(Warned(warning))
         batches = batches_of(settings, source, ranks)
-        aside = unneeded(settings, model, source, batches)
-        memory = memory_plan(settings, preparation, model, borrowed, network, aside, dtype=dtype,
-                             base=resume.base_of(point, settings) if point else "")
+        memory = memory_plan(settings, preparation, model, borrowed, network, dtype=dtype,
+                             remembered=resume.base_of(point, settings) if point else "",
+                             should_stop=lambda: ranks.world == 1 and bool(stop()))
         # Cards of different sizes may choose differently how, but not what is computed.
         agree(ranks, shown={"the model's number format in memory (base_weights)": memory.way.base}, digests={})
         if memory.warning:
             report(Warned(memory.warning))
         report(_planned(settings, preparation, borrowed, memory, done=point.step if point else 0))
 
-        if "vae" in aside:
-            model.take(host.set_aside({"vae"}))
         spill = leaving.enter_context(contextlib.closing(Spill(folder)))
-        text = condition_of(settings, model, borrowed, network, batches, spill, ahead="text" in aside, dtype=dtype,
-                          report=report, stop=stop, pause=pause)
-        if "text" in aside and text.known:
-            model.take(host.set_aside({"text"}))
-        lay_out(model, host, memory.way)
+        text = settle(settings, model, host, borrowed, network, batches, spill, memory.way, dtype=dtype, report=report,
+                      stop=stop, pause=pause)
         provenance = Provenance(settings, preparation, model, borrowed, network,
                                 started_at=point.started_at if point else time.time())
         keeper = _keeper(settings, preparation, known, provenance.started_at, point, folder, dtype=dtype,
@@ -240,6 +236,8 @@ def _ignored_by(model: FrozenModel, settings: Settings) -> list[str]:
         notes.append("clip_skip has no effect: only SD1 models read captions from a layer of choice.")
     if settings.memory.cpu_offload_checkpointing and model.device.type != "cuda":
         notes.append("cpu_offload_checkpointing has no effect: there is no card, and activations are in ordinary memory.")
+    if settings.memory.base_weights != "as they are" and model.device.type != "cuda":
+        notes.append("base_weights saves no memory without a card: its copies lie beside the model that is lent.")
     if model.architecture.zero_terminal_snr and model.schedule.prediction_type == "epsilon":
         notes.append("Zero terminal SNR suits models that predict v; one that predicts noise learns nothing from pure noise.")
     return notes

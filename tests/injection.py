@@ -41,7 +41,7 @@ PLACES = (
     Place("before encoding pictures", f"{P}.model.vae:VAE.encode"),
     Place("after encoding pictures", f"{P}.job:latents_of", "after"),
     Place("before encoding captions", f"{P}.model.text:TextConditioner.encode_ids"),
-    Place("after encoding captions", f"{P}.job:condition_of", "after"),
+    Place("after encoding captions", f"{P}.fitting:condition_of", "after"),
     Place("before the first step", f"{P}.training.loop:draw"),
     Place("in the first step", f"{P}.training.work:denoising_loss", "after"),
     Place("in the middle of a later step", f"{P}.training.work:denoising_loss", "after", 3, learnt=True),

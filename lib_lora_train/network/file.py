@@ -132,7 +132,17 @@ def load(path: Path) -> LoraFile:
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The metadata alone, without reading the weights; {} where there is none. Raises as `load` does."""
-    path = Path(path)
+    return dict(_header_of(Path(path)).get("__metadata__") or {})
+
+
+def read_ranks(path: Path) -> dict[str, int]:
+    """{layer's key: rank} of the layers of a LoRA, without reading the weights. Raises as `load` does."""
+    down, header = ".lora_down.weight", _header_of(Path(path))
+    return {key.removesuffix(down): int(entry["shape"][0]) for key, entry in header.items()
+            if key.endswith(down) and entry.get("shape")}
+
+
+def _header_of(path: Path) -> dict[str, dict]:
     try:
         with path.open("rb") as file:
             start = file.read(8)
@@ -141,7 +151,7 @@ def read_metadata(path: Path) -> dict[str, str]:
             data = start + file.read(length if length <= size else 0)
     except OSError as error:
         raise _unreadable(path, error) from error
-    return dict(_header(path, data, size=size).get("__metadata__") or {})
+    return _header(path, data, size=size)
 
 
 def inspect(path: Path) -> LoraInfo:

@@ -46,6 +46,11 @@ class Settings:
         text = 0.0 if self.network.network_train_unet_only else self.optimizer.text_encoder_lr
         return self.optimizer.unet_lr or self.optimizer.learning_rate, text
 
+    @property
+    def encodes_in_steps(self) -> bool:
+        """Whether pictures vary and are encoded anew at each step."""
+        return self.dataset.color_aug or self.dataset.random_crop
+
 
 AREAS: dict[str, type] = {field.name: type(field.default) for field in dataclasses.fields(Settings)}
 DECLARATIONS: dict[str, Declaration] = {
@@ -117,8 +122,10 @@ def ignored(settings: Settings) -> list[str]:
         notes.append("text_encoder_lr has no effect: only the UNet is trained (network_train_unet_only).")
     if dataset.prior_loss_weight != 1.0 and not dataset.reg_data_dir:
         notes.append("prior_loss_weight has no effect: there is no regularisation folder.")
-    if dataset.cache_latents_to_disk and (dataset.color_aug or dataset.random_crop):
+    if dataset.cache_latents_to_disk and settings.encodes_in_steps:
         notes.append("cache_latents_to_disk has no effect: with colour changes or random crop pictures are encoded anew.")
+    if settings.memory.memory_budget and settings.memory.memory_plan == "manual":
+        notes.append("memory_budget has no effect on the steps: they are made as was chosen (memory_plan).")
     if not settings.save.save_state and (
             settings.save.save_state_every_n_minutes != default.save.save_state_every_n_minutes):
         notes.append("save_state_every_n_minutes has no effect: no resume point is kept (save_state).")

@@ -41,9 +41,9 @@ def picture_cost(tensors: Mapping[str, Tensor], architecture: Architecture, *, w
     """The cost of one picture of this size (pixels) on a card, nothing recomputed. `tensors` are the checkpoint's, of which
     only shapes are used."""
     layers = layers_for(tensors, architecture, rank=rank, text_encoder=False)
-    outcome = rehearse(tensors, architecture, Scene(width, height, dtype, layers, min_snr_gamma=0.0), Way(batch=1))
-    parameters = sum(layer.rank * (layer.target.in_features + layer.target.out_features) for layer in layers)
-    return Cost(outcome.operations, outcome.kernels, outcome.kept.get("activations", 0), parameters)
+    scene = Scene(width, height, dtype, layers, min_snr_gamma=0.0)
+    outcome = rehearse(tensors, architecture, scene, Way(batch=1))
+    return Cost(outcome.operations, outcome.kernels, outcome.kept.get("activations", 0), scene.weights)
 
 
 def seconds(operations: float, kernels: int, *, passes: int, device: torch.device, dtype: torch.dtype,

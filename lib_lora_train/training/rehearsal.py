@@ -57,7 +57,11 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What a step's memory depends on and no plan changes. Sizes are pixels; `chunks` are those of the longest caption."""
+    """What a step's memory depends on and no plan changes. Sizes are pixels; `chunks` are those of the longest caption.
+
+    shapes     of inputs that occur in the run, of which this is the largest
+    encoded    pictures that the VAE encodes together in front of each step; 0 where latents are cached
+    """
 
     width: int
     height: int
@@ -68,6 +72,13 @@ class Scene:
     chunks: int = 1
     min_snr_gamma: float = 5.0
     text_recomputed: bool = False
+    shapes: int = 1
+    encoded: int = 0
+
+    @property
+    def weights(self) -> int:
+        """Of the LoRA."""
+        return sum(layer.rank * (layer.target.in_features + layer.target.out_features) for layer in self.layers)
 
     @property
     def text_trained(self) -> bool:
@@ -99,19 +110,15 @@ class Unit:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a step takes. `peak` and `kept` (when forward ends) are bytes by kind."""
+    """What a step takes. `peak` and `kept` (when forward ends) are bytes by kind; `again` are those of the operations that
+    are made a second time."""
 
     peak: Mapping[str, int]
     kept: Mapping[str, int]
     operations: float
+    again: float
     kernels: int
     units: tuple[Unit, ...]
-    copied_bytes: int
-
-    @property
-    def bytes(self) -> int:
-        """All of the peak."""
-        return sum(self.peak.values())
 
 
 def layers_of(network: LoRANetwork) -> tuple[Layer, ...]:
@@ -156,8 +163,7 @@ def rehearse(tensors: Mapping[str, Tensor], architecture: Architecture, scene: S
             if not _fused_adamw(scene.device_type):
                 # Two tensors of the weights' size are made on the way. Not run: it reads a number, which there is none of here.
                 ledger.work(2 * weights.values.nbytes)
-    return Outcome(dict(ledger.peak), watch.kept, ledger.operations, ledger.kernels, watch.units(),
-                   model.unet.layers.copied_bytes)
+    return Outcome(dict(ledger.peak), watch.kept, ledger.operations, watch.again, ledger.kernels, watch.units())
 
 
 def _model(tensors: Mapping[str, Tensor], architecture: Architecture, ledger: Ledger,
@@ -248,10 +254,11 @@ def _inputs(architecture: Architecture, scene: Scene, batch: int) -> StepInputs:
 
 
 class _Watch:
-    """Sees the units come and go in forward, and what is kept when it ends."""
+    """Sees the units come and go in forward, what is kept when it ends, and how many operations are made `again`."""
 
     def __init__(self, ledger: Ledger, attention: Attention) -> None:
         self.kept: Mapping[str, int] = {}
+        self.again = 0.0
         self._ledger, self._attention = ledger, attention
         self._seen: dict[str, tuple[int, int, float, int, int]] = {}
         self._units: tuple[Unit, ...] = ()
@@ -270,10 +277,14 @@ class _Watch:
 
         In backward the attention's mode is off, and is put in place again.
         """
-        def again(inputs: _Inputs) -> Tensor:
-            with self._attention:
-                return function(*inputs.all())
-        return checkpoint(again, _Inputs(arguments), use_reentrant=False, preserve_rng_state=False)
+        def unit(inputs: _Inputs) -> Tensor:
+            before, again = self._ledger.operations, inputs.met
+            try:
+                with self._attention:
+                    return function(*inputs.all())
+            finally:  # torch may leave it as soon as it has what it needs
+                self.again += self._ledger.operations - before if again else 0.0
+        return checkpoint(unit, _Inputs(arguments), use_reentrant=False, preserve_rng_state=False)
 
     def forward_ends(self) -> None:
         """To be called between forward and backward."""
@@ -294,6 +305,11 @@ class _Inputs:
         self._first: Sequence[Any] | None = arguments
         self._saved = _Saved.apply(torch.empty(0, requires_grad=True), *(a for a in arguments if isinstance(a, Tensor)))
         self._rest = [_Saved if isinstance(argument, Tensor) else argument for argument in arguments]
+
+    @property
+    def met(self) -> bool:
+        """Whether they were asked for before."""
+        return self._first is None
 
     def all(self) -> Sequence[Any]:
         """The arguments."""

@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
 
-from lib_lora_train.bench.true_size import true_size_shapes
+from lib_lora_train.bench.lender import RandomHost
+from lib_lora_train.cache.encoding import encoding_bytes
+from lib_lora_train.errors import Interrupted
+from lib_lora_train.model.components import vae_tensors
 from lib_lora_train.model.family import detect
+from lib_lora_train.model.vae import VAE
 from lib_lora_train.settings import parse
 from lib_lora_train.training import memory_plan
+from lib_lora_train.training.budget import attention_kernel, budget_of, chunks_of, largest, shapes_of
+from lib_lora_train.training.graph import MOST_SHAPES
+from lib_lora_train.training.ledger import Attention, Ledger
 from lib_lora_train.training.memory_plan import (
+    CONTEXT,
+    FRAGMENTS,
     GIGABYTE,
+    WORKSPACES,
     MemoryPlan,
     Wishes,
-    attention_kernel,
-    budget_of,
     choose,
     chosen_units,
-    chunks_of,
-    largest,
-    units_of,
 )
-from lib_lora_train.training.rehearsal import Scene, Unit, layers_for
+from lib_lora_train.training.rehearsal import Scene, Unit, Way, layers_for, rehearse
 
 CPU = torch.device("cpu")
 MEGABYTE = 1 << 20
@@ -32,9 +39,8 @@ PLAIN = Wishes(channels_last="off")
 
 
 @functools.cache
-def shapes(family: str, small: bool = True) -> dict[str, torch.Tensor]:
-    return {name: torch.empty(shape, dtype=torch.float16, device="meta")
-            for name, shape in true_size_shapes(family, small=small).items()}
+def shapes(family: str, small: bool = True) -> Mapping[str, torch.Tensor]:
+    return RandomHost(family, folder=Path(), device=CPU, dtype=torch.float16, small=small).outline().tensors
 
 
 @functools.cache
@@ -60,25 +66,52 @@ def ladder() -> tuple[MemoryPlan, ...]:
     return tuple(plan(free * share, batch=4) for share in (1.0, 0.85, 0.72, 0.66, 0.5))
 
 
-def test_a_plan_stays_within_its_budget_or_says_what_is_missing():
+def test_a_plan_fits_wherever_the_least_of_all_ways_does_and_else_is_that_way_and_says_what_is_missing():
+    # The least: one picture, all of it twice, activations and the lender's model off the card, eight bits.
+    way = Way(1, recompute=frozenset(ladder()[0].units), offload=True, base="int8", aside=frozenset({"unet", "vae", "text"}))
+    outcome = rehearse(shapes("sd1"), detect(shapes("sd1")), scene("sd1", 256), way)
+    moving = outcome.peak["activations"] + outcome.peak["working"]
+    least = sum(outcome.peak.values()) + int(FRAGMENTS * moving) + CONTEXT + WORKSPACES
+    budgets = [made.budget for made in ladder()]
+    assert min(budgets) < least < max(budgets)
     for made in ladder():
-        assert made.bytes <= made.budget or made.missing == made.bytes - made.budget > 0
-        assert bool(made.missing) == ("more than there is" in made.warning)
-    assert not ladder()[0].missing and ladder()[-1].missing
+        assert bool(made.missing) == (made.budget < least) == ("more than there is" in made.warning)
+        assert made.bytes <= made.budget if made.budget >= least else (made.way, made.bytes) == (way, least)
+
+
+def work(made: MemoryPlan, pictures: int = 4) -> float:
+    """Of so many pictures: operations, a kernel counted as some."""
+    return -(-pictures // made.way.batch) * (made.operations + 2e8 * made.kernels)
 
 
 def test_nothing_is_given_up_where_there_is_room_and_no_more_than_it_takes():
     first, *rest = ladder()
     assert first.way.recompute == frozenset() and first.way.batch == 4 and not first.way.offload and not first.way.base
-    assert "nothing has to be given up" in first.text and not first.warning
+    assert "nothing has to be given up" in first.text and not first.missing
     fitting = [made for made in rest if not made.missing]
-    assert fitting[0].way.recompute and set(fitting[0].way.recompute) < set(fitting[0].units) | _inner(fitting[0])
-    work = [made.operations * made.passes for made in (first, *fitting)]
-    assert work == sorted(work)
+    assert fitting[0].way != first.way
+    amounts = [work(made) for made in (first, *fitting)]
+    assert amounts == sorted(amounts)
 
 
-def _inner(made: MemoryPlan) -> set[str]:
-    return {unit for unit in units_of(detect(shapes("sd1"))) if unit.rpartition(".")[0] in made.units}
+def test_of_the_ways_that_fit_the_one_with_the_least_work_is_taken():
+    whole = [plan(None, batch=batch, wishes=dataclasses.replace(PLAIN, plan=False, recompute=recompute))
+             for batch in (4, 2, 1) for recompute in (False, True)]
+    for made in ladder():
+        rivals = [other for other in whole if other.bytes <= made.budget]
+        assert all(work(made) <= work(other) for other in rivals)
+        assert not rivals or not made.way.offload and not made.way.base
+
+
+def test_what_is_said_to_be_done_twice_is_what_is_done_beside_the_step_as_it_is():
+    free = plan(None)
+    some = plan((free.bytes - free.predicted["activations"] / 5) / MEGABYTE)
+    every = plan(None, wishes=dataclasses.replace(PLAIN, recompute=True))
+    for made in (some, every):
+        assert made.operations - made.again == pytest.approx(free.operations)
+    assert 0 < some.again < every.again and some.way.recompute
+    share = round(100 * (some.operations / free.operations - 1))
+    assert f" {max(1, share)} % of a step's work is done twice" in some.text
 
 
 def test_weights_are_touched_last_and_that_is_said():
@@ -89,14 +122,76 @@ def test_weights_are_touched_last_and_that_is_said():
         if made.way.base:
             assert "unet" in made.way.aside
             assert made.missing or "a little off" in made.warning
-    batches = [made.way.batch for made in ladder() if not made.way.base]
-    assert batches == sorted(batches, reverse=True)
+    smallest = plan(None, wishes=dataclasses.replace(PLAIN, plan=False, recompute=True, offload=True)).bytes
+    assert all(bool(made.way.base) == (made.budget < smallest) for made in ladder())
 
 
-def test_a_smaller_batch_comes_before_eight_bits():
-    tried = [name for name, _ in ladder()[-1].tried]
-    assert tried.index(next(name for name in tried if name.startswith("batch 1,"))) < tried.index(
-        next(name for name in tried if "int8" in name))
+def test_a_run_that_goes_on_in_eight_bits_is_told_so_and_no_more():
+    tensors = shapes("sd1")
+    made = choose(tensors, detect(tensors), scene("sd1", 256), batch=1, wishes=PLAIN, budget=100 * GIGABYTE, remembered="int8")
+    assert made.way.base == "int8" and "goes on" in made.warning and "a little off" not in made.warning
+    assert not dataclasses.replace(made, asked=dataclasses.replace(PLAIN, base="int8")).warning
+
+
+def test_what_is_lacking_is_never_told_as_nothing():
+    made = dataclasses.replace(plan(None), budget=plan(None).bytes - MEGABYTE)
+    assert "0.1 more than there is" in made.warning and "memory_plan" not in made.warning
+    by_hand = dataclasses.replace(made, asked=dataclasses.replace(PLAIN, plan=False))
+    assert "memory_plan = auto" in by_hand.warning
+
+
+def test_each_shape_that_is_recorded_is_counted_as_far_as_recordings_are_kept():
+    tensors = shapes("sd1")
+
+    def recordings(**changes: object) -> int:
+        planned = dataclasses.replace(scene("sd1", 256), **changes)
+        return choose(tensors, detect(tensors), planned, batch=1, wishes=PLAIN).predicted.get("recordings", 0)
+    one = recordings()
+    assert one > 1e6 and recordings(shapes=5) == 5 * one and recordings(shapes=100) == MOST_SHAPES * one
+    assert recordings(encoded=1) == 0  # such steps are not recorded
+
+
+def test_pictures_that_are_encoded_in_front_of_each_step_have_room():
+    tensors = shapes("sd1")
+    plain, encoding = (choose(tensors, detect(tensors), dataclasses.replace(scene("sd1", 256), encoded=encoded), batch=1,
+                              wishes=PLAIN) for encoded in (0, 2))
+    moving = sum(plain.predicted[kind] for kind in ("activations", "working"))
+    assert moving + encoding.predicted["encoding"] == 2 * encoding_bytes((256, 256)) > moving
+
+
+def test_the_vae_takes_what_is_assumed_of_it():
+    """Its own pass over shapes, followed by the ledger, which is compared with a real allocator elsewhere."""
+    tensors = shapes("sd1", small=False)
+    ledger = Ledger("cuda")
+    vae = VAE(vae_tensors(tensors), detect(tensors).vae)
+    with ledger, Attention(ledger, "fused"):
+        vae.encode(torch.empty(1, 3, 512, 512, device="meta"))
+    assert 0.6 < sum(ledger.peak.values()) / encoding_bytes((512, 512)) < 1
+
+
+def test_before_the_first_step_all_of_the_model_is_lent_and_a_picture_is_encoded_without_the_unet():
+    tensors = shapes("sd1", False)
+    lent = sum(2 * t.numel() for t in tensors.values())
+    vae = sum(2 * t.numel() for t in vae_tensors(tensors).values())
+    small, large = (plan(None, small=False, side=side) for side in (256, 1024))
+    assert small.before - lent == large.before - vae - encoding_bytes((1024, 1024)) > CONTEXT
+    tight = dataclasses.replace(large, budget=large.bytes, before=large.bytes + 1)
+    assert "Before the first step" in tight.warning and not tight.missing
+    assert not dataclasses.replace(tight, before=large.bytes).warning
+
+
+def test_where_nothing_fits_only_a_few_ways_are_looked_at(monkeypatch):
+    looked = []
+    monkeypatch.setattr(memory_plan, "_OUTCOMES", {})
+    monkeypatch.setattr(memory_plan, "rehearse", lambda *given: looked.append(given[-1]) or rehearse(*given))
+    assert plan(1, batch=8, side=64).missing and len(looked) <= 4
+
+
+def test_a_search_ends_when_it_is_told_to(monkeypatch):
+    monkeypatch.setattr(memory_plan, "_OUTCOMES", {})
+    monkeypatch.setattr(memory_plan, "rehearse", None)
+    with pytest.raises(Interrupted):
+        choose(shapes("sd1"), detect(shapes("sd1")), scene("sd1", 256), batch=1, wishes=PLAIN, should_stop=lambda: True)
 
 
 def test_what_is_ticked_is_done_and_nothing_else_where_the_plan_is_manual():
@@ -139,7 +234,7 @@ def test_a_block_replaces_what_is_inside_it():
     block = "input_blocks.1.1.transformer_blocks.0"
     inner = [Unit(f"{block}.attn1", 100, 1e9, 0), Unit(f"{block}.ff", 300, 1e9, 0)]
     units = [*inner, Unit(block, 500, 4e9, 0)]
-    assert chosen_units(units, 350) == ({f"{block}.ff", block} - {f"{block}.ff"}, 500)
+    assert chosen_units(units, 350) == ({block}, 500)
     assert chosen_units(units, 300) == ({f"{block}.ff"}, 300)
     for wanted in (1, 100, 301, 450, 500, 9999):
         chosen, _ = chosen_units(units, wanted)
@@ -155,7 +250,7 @@ def test_a_step_is_rehearsed_once(monkeypatch):
 @pytest.mark.parametrize("family, side, batch, budget", [("sd1", 512, 1, 4), ("sdxl", 1024, 1, 8)])
 def test_the_published_models_train_within_their_targets_on_paper(family, side, batch, budget):
     made = plan(budget * 1024, family=family, side=side, batch=batch, small=False, wishes=Wishes())
-    assert not made.missing and made.bytes <= budget * GIGABYTE
+    assert not made.missing and max(made.bytes, made.before) <= budget * GIGABYTE and not made.warning
     assert not made.way.base and not made.way.offload and made.way.batch == batch
     assert made.predicted["UNet"] == sum(
         2 * t.numel() for name, t in shapes(family, False).items() if name.startswith("model.diffusion_model."))
@@ -164,7 +259,9 @@ def test_the_published_models_train_within_their_targets_on_paper(family, side, 
 def test_budgets_attention_and_buckets():
     assert budget_of(0, CPU, ours=0) is None and budget_of(6, CPU, ours=0) == 6 * GIGABYTE
     assert attention_kernel(CPU, torch.float32) == "fused" and attention_kernel(torch.device("mps"), torch.float16) == "math"
-    assert largest([((512, 512), 3), ((768, 512), 1), ((448, 576), 9)]) == (768, 512)
+    buckets = [((512, 512), 3), ((768, 512), 1), ((448, 576), 9)]
+    assert largest(buckets) == (768, 512)
+    assert [shapes_of(buckets, batch) for batch in (1, 2, 3)] == [3, 5, 3]
 
 
 @pytest.mark.parametrize("caption, chunks", [

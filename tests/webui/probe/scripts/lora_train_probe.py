@@ -219,13 +219,13 @@ def watched() -> dict[str, Any]:
 
 def pretend_card() -> dict[str, str]:
     """From now on the model lies on a card, and the memory plan wants everything off it that a step does not need."""
-    from lib_lora_train import job
+    from lib_lora_train import fitting
     from lib_lora_train.host import aside
     from lib_lora_train.training import work
 
     card, loss = pretended_card.PretendedCard(), work.denoising_loss
     aside.device_of, aside.onto = card.device_of, card.onto
-    job.unneeded = lambda *arguments: frozenset({"vae", "text"})
+    fitting.unneeded = lambda *arguments: frozenset({"vae", "text"})
 
     def lies_where(doing: str) -> None:
         from lib_lora_train.host import webui_model
