@@ -106,8 +106,11 @@ def translated(doing: str) -> Iterator[None]:
 def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether an error says that the device's or the machine's memory is full."""
     text = str(error).lower()
-    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and (
-        "out of memory" in text or "can't allocate memory" in text)
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(words in text for words in _FULL)
+
+
+# Of CUDA and torch, of torch's allocator on Linux and on Windows, and of cuBLAS (…_STATUS_ALLOC_FAILED).
+_FULL = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
 
 
 def _out_of_memory(doing: str) -> TrainingError:

@@ -79,7 +79,7 @@ def train(model: FrozenModel, *, network: LoRANetwork, epoch_batches: EpochBatch
     model may be used by others, who call `release` first; False ends the run as `stop` does. Of each batch, one of
     several `ranks` trains its rows, and all add up their gradients.
     Raises TrainingError if the loss is no longer a number (the network then holds its last good weights) or if the memory
-    runs out with one picture at a time.
+    runs out with one picture at a time and all that can be recomputed.
     """
     device, recorder = model.device, recorder_for(model.device, wanted=options.cuda_graphs and not options.step.offload)
     weights = network.flatten(options.unet_lr, options.text_encoder_lr, dtype=options.step.dtype)

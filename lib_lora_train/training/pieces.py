@@ -3,15 +3,17 @@ of the whole.
 
 Random numbers, captions and shares belong to the whole batch, which is cut only when they are there: how it is cut changes
 nothing but the order in which numbers are added.
+
+Where the memory runs out, recordings are dropped first, then pieces become smaller, then activations are computed again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from lib_lora_train.errors import is_out_of_memory
 from lib_lora_train.events import Report, Warned
-from lib_lora_train.training.graph import Execution
+from lib_lora_train.training.graph import TOO_SMALL, Execution
 from lib_lora_train.training.step import StepInputs
 
 
@@ -38,26 +40,40 @@ class InPieces:
 
     def gradients(self, micro_batches: Sequence[StepInputs]) -> None:
         """Add up the gradients of all of them, from none. Raises the error of a full memory where one row is too much."""
-        while not self._fit(micro_batches):
+        while (make_room := self._fit(micro_batches)) is not None:
             # Outside of the except clause: the error held the frames, and these the tensors that filled the memory.
-            self._execution.let_go()
+            make_room()
             self._execution.clear()
+        if self._execution.suspended:  # without recordings it fitted
+            self._execution.record_no_more(TOO_SMALL)
 
-    def _fit(self, micro_batches: Sequence[StepInputs]) -> bool:
+    def _fit(self, micro_batches: Sequence[StepInputs]) -> Callable[[], None] | None:
+        """None where all of it is done, else what may help."""
         try:
             for inputs in micro_batches:
                 for part in pieces(inputs, self.most):
                     self._execution.gradients(part)
-            return True
+            return None
         except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if self._execution.crowded:
+                return self._execution.suspend
             largest = max((len(inputs) for inputs in micro_batches), default=0)
             now = min(self.most or largest, largest)
-            if not is_out_of_memory(error) or now <= 1:
-                raise
-            if not self._told:
-                self._told = True
-                self._report(Warned(
+            if now > 1:
+                self._tell_once(
                     f"The memory was too small for {now} pictures at once. The run goes on with fewer at a time and learns "
-                    "the same, but each step takes longer; a smaller batch or gradient checkpointing would avoid that."))
-            self.most = -(-now // 2)
-        return False
+                    "the same, but each step takes longer; a smaller batch or gradient checkpointing would avoid that.")
+                self.most = -(-now // 2)
+            elif self._execution.recompute():
+                self._report(Warned("The memory was too small for one picture. The run goes on with gradient checkpointing and "
+                                    "learns the same, but each step takes longer; a lower resolution would avoid that."))
+            else:
+                raise
+        return self._execution.resume
+
+    def _tell_once(self, message: str) -> None:
+        if not self._told:
+            self._told = True
+            self._report(Warned(message))

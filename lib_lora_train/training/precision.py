@@ -56,6 +56,13 @@ class LossScaler:
         self.scale = torch.full((), initial if enabled else 1.0, device=device)
         self.good_steps = torch.zeros((), device=device)
 
+    def restore(self, *, scale: torch.Tensor, good_steps: torch.Tensor) -> None:
+        """Go on where a scaler was that was kept. One that did not scale, as where the precision was another, knows nothing of
+        a good scale: then this one begins anew."""
+        if self.enabled and (scale != 1 or good_steps != 0):
+            self.scale.copy_(scale)
+            self.good_steps.copy_(good_steps)
+
     def scaled(self, loss: torch.Tensor) -> torch.Tensor:
         """The loss to call backward on."""
         return loss * self.scale if self.enabled else loss

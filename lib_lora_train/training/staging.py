@@ -50,7 +50,7 @@ class Staging:
         for view, tensor in zip(views, inputs.tensors(), strict=True):
             if tensor.device.type == "cpu":
                 view.copy_(tensor)
-        self._block.copy_(block, non_blocking=True)
+        self._block.copy_(block, non_blocking=self._pinned)  # without pinned memory nothing says when it may be written again
         for view, tensor in zip(self._views, inputs.tensors(), strict=True):
             if tensor.device.type != "cpu":  # latents that were encoded just now
                 view.copy_(tensor, non_blocking=True)

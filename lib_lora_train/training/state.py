@@ -86,8 +86,7 @@ def restore(state: TrainingState, *, stepper: Stepper, scaler: LossScaler) -> No
     for number, name, value in stepper.moments():
         if (number, name) in kept:  # a weight that had never had a gradient has none
             value.copy_(kept[number, name])
-    scaler.scale.copy_(state.scaler["scale"])
-    scaler.good_steps.copy_(state.scaler["good_steps"])
+    scaler.restore(scale=state.scaler["scale"], good_steps=state.scaler["good_steps"])
 
 
 def write(path: Path, state: TrainingState, facts: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ replayed (`graph.py`).
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -20,6 +21,9 @@ from lib_lora_train.training.offload import offloaded
 from lib_lora_train.training.optimizer import Stepper
 from lib_lora_train.training.precision import LossScaler
 from lib_lora_train.training.step import StepInputs, StepOptions, denoising_loss
+
+_MOST_COMPILED = 64
+"""Shapes for which torch.compile makes kernels, as torch 2.1 has it. Newer torch stops after 8, without a word."""
 
 
 class Work:
@@ -55,6 +59,14 @@ class Work:
         """Whether `finish` asks the device for an answer: where the optimiser has no kernel that is told of an overflow."""
         return not self._stepper.fused
 
+    def recompute(self) -> bool:
+        """From now on, let backward compute all of the UNet again that can be. False where it does."""
+        units = frozenset(self._model.unet.units)
+        if self._options.recompute == units:
+            return False
+        self._options = dataclasses.replace(self._options, recompute=units)
+        return True
+
     def gradients(self, inputs: StepInputs) -> None:
         """Add the gradients of these inputs' loss to those that are there, and the loss to `loss`.
 
@@ -67,7 +79,8 @@ class Work:
         gradient = self._stepper.weights.gradient
         before = None if shapes in self._met else (gradient.clone(), self.loss.clone())
         try:
-            self._backward(inputs, self._compiled)
+            with _many_shapes():
+                self._backward(inputs, self._compiled)
             self._met.add(shapes)
         except RuntimeError as error:
             if before is None or is_out_of_memory(error):
@@ -109,3 +122,9 @@ class Work:
         """Forget gradients and losses since the last `finish`."""
         self._stepper.weights.gradient.zero_()
         self.loss.zero_()
+
+
+def _many_shapes() -> contextlib.AbstractContextManager[None]:
+    from torch._dynamo import config  # takes seconds where nobody has compiled yet
+    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    return contextlib.nullcontext() if getattr(config, name) >= _MOST_COMPILED else config.patch({name: _MOST_COMPILED})

@@ -50,22 +50,32 @@ class Recording(TorchDispatchMode):
 
 
 class Emulator:
-    """A `Recorder`. `recorded` and `replayed` count; `refuse` is raised in place of recordings."""
+    """A `Recorder`. `recorded` and `replayed` count, `held` are recorded since `forget` was called; `recording` is whether it
+    is at it. `refuse` is raised in place of recordings, `stuck` where they are forgotten; `room` is there beside them."""
 
-    def __init__(self, refuse: Exception | None = None) -> None:
-        self.warmed = self.recorded = self.replayed = self.forgot = 0
-        self._refuse = refuse
+    def __init__(self, refuse: Exception | None = None, *, stuck: Exception | None = None, room: bool = True) -> None:
+        self.warmed = self.recorded = self.replayed = self.forgot = self.held = 0
+        self.recording = False
+        self._refuse, self._stuck, self._room = refuse, stuck, room
 
     def warm(self, function: Callable[[], None]) -> None:
         self.warmed += 1
         function()
 
+    def roomy(self) -> bool:
+        return self._room
+
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
         if self._refuse is not None:
             raise self._refuse
+        self.recording = True
+        try:
+            with Recording() as recording:
+                function()
+        finally:
+            self.recording = False
         self.recorded += 1
-        with Recording() as recording:
-            function()
+        self.held += 1
 
         def replay() -> None:
             self.replayed += 1
@@ -74,6 +84,9 @@ class Emulator:
 
     def forget(self) -> None:
         self.forgot += 1
+        self.held = 0
+        if self._stuck is not None:
+            raise self._stuck
 
 
 def _listed(results: Any) -> list[Any]:

@@ -59,6 +59,18 @@ def test_torchs_own_state_weight_by_weight_goes_on_in_one_buffer():
             assert torch.allclose(kept[number, name], value, rtol=1e-5) and kept[number, name].shape == value.shape
 
 
+@pytest.mark.parametrize("kept, expected", [
+    ((1.0, 0.0), (65536.0, 0.0)), ((1.0, 7.0), (1.0, 7.0)), ((512.0, 0.0), (512.0, 0.0))],
+    ids=["unscaled", "fallen to one", "scaled"])
+def test_a_scale_is_gone_on_with_unless_the_kept_run_had_none(kept, expected):
+    """As after a change of the precision from bf16 to fp16, which a run may go on with."""
+    stepper = Stepper(FlatWeights([{"name": "unet", "params": weights(), "lr": 0.1}]), weight_decay=0.0, max_grad_norm=0)
+    scale, good_steps = map(torch.tensor, kept)
+    scaler = LossScaler(CPU, enabled=True)
+    restore(TrainingState(3, {}, {}, {"scale": scale, "good_steps": good_steps}, (), 0), stepper=stepper, scaler=scaler)
+    assert (scaler.scale.item(), scaler.good_steps.item()) == expected
+
+
 @pytest.mark.parametrize("number, name, tensor", [
     (3, "exp_avg", torch.zeros(2, 1)), (0, "exp_avg", torch.zeros(3, 5)), (0, "step", torch.ones(5, 3)),
     (1, "step", torch.tensor(9.0))], ids=["too many", "another shape", "no number", "another step"])
