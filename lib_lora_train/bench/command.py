@@ -243,14 +243,14 @@ def _device(chosen: argparse.Namespace) -> torch.device:
     """The card, where there is one and nothing else was said; sets the number of threads too."""
     import torch
 
-    from lib_lora_train.errors import SettingError
+    from lib_lora_train.host.aside import indexed
 
     if chosen.device == "cuda" and not torch.cuda.is_available():
         raise SettingError("There is no card to measure on", why="torch finds no CUDA device")
     if chosen.threads > 0:
         torch.set_num_threads(chosen.threads)
         os.environ["OMP_NUM_THREADS"] = str(chosen.threads)  # for the programs that are started
-    return torch.device(chosen.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return indexed(torch.device(chosen.device or ("cuda" if torch.cuda.is_available() else "cpu")))
 
 
 def _say(text: str) -> None:
