@@ -176,11 +176,12 @@ class MemorySettings:
         0, "Encoding batch", "Pictures that the VAE encodes at once, before training. 0 takes what fits into 2 GB, or half of "
         "a card's free memory where that is less, and 1 without a card or where steps encode.", minimum=0, maximum=64)
     cuda_graphs: str = setting(
-        "auto", "CUDA graphs", "auto records a training step once for each shape and replays it, so that the card never waits "
-        "for Python; the numbers stay the same. off saves a little memory.", choices=("auto", "off"))
+        "auto", "CUDA graphs", "auto records a training step for each shape of pictures, up to 24, and replays it, so that the "
+        "card never waits for Python; the numbers stay the same. Not where pictures are encoded anew at each step. Recordings "
+        "have memory of their own: off saves that, which can be a gigabyte.", choices=("auto", "off"))
     torch_compile: bool = setting(
-        False, "Compile", "Let torch.compile make the step's kernels: minutes at the start for some speed in a long run. "
-        "Needs a compiler; where there is none, the run goes on without.")
+        False, "Compile", "Let torch.compile make the step's kernels: minutes for each shape of pictures, for some speed in a "
+        "long run. Needs a compiler; where there is none, the run goes on without.")
     yield_to_generations: bool = setting(
         True, "Let generations through", "Work of the WebUI that waits goes first, between two training steps; what is "
         "learnt stays the same. Off makes it wait until the training ends.")
