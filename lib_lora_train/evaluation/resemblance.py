@@ -16,7 +16,7 @@ from torch import Tensor
 from lib_lora_train.errors import ModelError
 from lib_lora_train.model.architecture import UNetConfig
 from lib_lora_train.model.frozen import FrozenModel
-from lib_lora_train.model.layers import frozen_conv2d, frozen_linear
+from lib_lora_train.model.layers import frozen_linear
 from lib_lora_train.model.text import size_vector
 
 TIMESTEP = 261
@@ -56,11 +56,6 @@ class _Probe:
         """x [1, h·w, C]."""
         self.seen = x[0].float().mean(dim=0)
         return frozen_linear(x, weight, bias)
-
-    def conv2d(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: int, padding: int) -> Tensor:
-        """x [1, C, h, w]."""
-        self.seen = x[0].float().mean(dim=(1, 2))
-        return frozen_conv2d(x, weight, bias, stride=stride, padding=padding)
 
 
 def _layer(unet: UNetConfig) -> str:

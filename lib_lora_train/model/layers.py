@@ -32,7 +32,7 @@ from lib_lora_train.model.refusals import incomplete
 from lib_lora_train.model.weights import Weight, borrowed
 
 __all__ = ["NO_ADAPTERS", "Adapter", "Adapters", "Layers", "LowRankAdapter", "Weight", "WholeLayer", "attention", "borrowed",
-           "frozen_conv2d", "frozen_linear"]
+           "frozen_linear"]
 
 
 class WholeLayer(Protocol):

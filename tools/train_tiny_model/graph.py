@@ -6,7 +6,7 @@ leaves with gradients, kept in fp32 and cast to the activations' dtype for each 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -15,14 +15,14 @@ from torch import Tensor
 
 from lib_lora_train.model import text_encoder, unet, vae
 from lib_lora_train.model.layers import Adapters, Layers
-
-Norm = Callable[[Tensor, Tensor, Tensor], Tensor]
+from lib_lora_train.model.recipes import Recipe
 
 
 class TrainedLayers(Layers):
-    """Layers over tensors that take part in autograd."""
+    """Layers over tensors that take part in autograd: all is computed by torch's own functions, which know how to."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__({})
         self.tensors = dict(tensors)
 
     def adapted(self, adapters: Adapters) -> Layers:
@@ -30,37 +30,48 @@ class TrainedLayers(Layers):
         assert not adapters
         return self
 
-    def linear(self, name: str, x: Tensor, *, bias: bool = True) -> Tensor:
-        """x [..., in] -> [..., out]."""
-        return F.linear(x, self.weight(name).to(x.dtype), self.bias(name).to(x.dtype) if bias else None)
+    def linears(self, names: Sequence[str], source: Tensor, *, bias: bool = True,
+                recipe: Recipe | None = None) -> tuple[Tensor, ...]:
+        """The outputs of several layers for one x; SD1's 1x1 convolutions are among them."""
+        x = source if recipe is None else recipe.make(source)[0]
+        return tuple(F.linear(x, self.weight(name).flatten(1).to(x.dtype), self.bias(name).to(x.dtype) if bias else None)
+                     for name in names)
 
     def conv2d(self, name: str, x: Tensor, *, stride: int = 1, padding: int = 0) -> Tensor:
         """x [B, in, h, w] -> [B, out, h', w']."""
         return F.conv2d(x, self.weight(name).to(x.dtype), self.bias(name).to(x.dtype), stride=stride, padding=padding)
 
-    def _norm(self, name: str, x: Tensor, norm: Norm) -> Tensor:
-        return norm(x.float(), self.weight(name), self.bias(name)).to(x.dtype)
+    def group_norm(self, name: str, x: Tensor, *, eps: float, silu: bool = False) -> Tensor:
+        """x [B, C, h, w] -> the same."""
+        return self.group_normed(name, eps=eps, silu=silu).make(x)[0]
+
+    def layer_norm(self, name: str, x: Tensor) -> Tensor:
+        """x [..., C] -> the same."""
+        return self.layer_normed(name).make(x)[0]
 
 
 class TrainedUNet(unet.UNet):
     """The UNet over trained tensors (local names)."""
 
     def __init__(self, frozen: unet.UNet, tensors: Mapping[str, Tensor]) -> None:
-        self.config, self._layers = frozen.config, TrainedLayers(tensors)
+        super().__init__({}, frozen.config)
+        self._layers = TrainedLayers(tensors)
 
 
 class TrainedTextEncoder(text_encoder.TextEncoder):
     """The text encoder over trained tensors (local names)."""
 
     def __init__(self, frozen: text_encoder.TextEncoder, tensors: Mapping[str, Tensor]) -> None:
-        self.config, self._layers = frozen.config, TrainedLayers(tensors)
+        super().__init__({}, frozen.config)
+        self._layers = TrainedLayers(tensors)
 
 
 class TrainedVAE(vae.VAE):
     """The autoencoder over trained tensors (local names); its encode and decode build a graph."""
 
     def __init__(self, frozen: vae.VAE, tensors: Mapping[str, Tensor]) -> None:
-        self.config, self._layers = frozen.config, TrainedLayers(tensors)
+        super().__init__({}, frozen.config)
+        self._layers = TrainedLayers(tensors)
 
     def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """As `encode`, with gradients."""
