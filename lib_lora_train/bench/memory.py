@@ -84,7 +84,8 @@ def run_memory(plan: MemoryPlanned, *, say: Say) -> str:
     parts, predicted = [machine_text(plan.device)], []
     if plan.predict:
         predicted = [(case, budget, _for_a_card(plan, case, budget, say)) for case in PUBLISHED for budget in plan.budgets]
-        parts += ["Predicted for a card, fp16, text encoders and VAE set aside, CUDA's own memory included (GB of 2^30 bytes):",
+        parts += ["Predicted for a card, fp16, CUDA's own memory included: before the first step, with all of the model there "
+                  "or a picture being encoded, and in steps, text encoders and VAE set aside (GB of 2^30 bytes):",
                   _predictions(predicted)]
     cuda = plan.device.type == "cuda"
     what = "in the steps, beside CUDA's own" if cuda else "within a step, beside model, LoRA and optimiser"
@@ -97,8 +98,8 @@ def run_memory(plan: MemoryPlanned, *, say: Say) -> str:
         write_whole(plan.output / "memory.md", text.encode("utf-8"))
         write_whole(plan.output / "memory.json", json.dumps({
             "machine": machine_text(plan.device),
-            "predicted": [{"case": case.name, "budget": budget, "bytes": made.bytes, "kinds": dict(made.predicted),
-                           "plan": made.text} for case, budget, made in predicted],
+            "predicted": [{"case": case.name, "budget": budget, "bytes": made.bytes, "before": made.before,
+                           "kinds": dict(made.predicted), "plan": made.text} for case, budget, made in predicted],
             "compared": [dataclasses.asdict(row) for row in compared]}, indent=1).encode("utf-8"))
     return text
 
@@ -198,9 +199,10 @@ def _shapes(family: str, dtype: torch.dtype, *, small: bool) -> dict[str, torch.
 
 
 def _predictions(rows: list[tuple[Case, int, MemoryPlan]]) -> str:
-    return grid(("case", "GB there are", "GB predicted", "fits", "plan"), [
-        (case.name, str(budget), gigabytes(made.bytes), "**no**" if made.missing else "yes",
-         made.text.partition(": ")[2]) for case, budget, made in rows])
+    return grid(("case", "GB there are", "GB before", "GB in steps", "fits", "plan"), [
+        (case.name, str(budget), gigabytes(made.before), gigabytes(made.bytes),
+         "**no**" if max(made.bytes, made.before) > budget * GIGABYTE else "yes", made.text.partition(": ")[2])
+        for case, budget, made in rows])
 
 
 def _comparisons(rows: list[Compared], *, cuda: bool) -> str:

@@ -14,7 +14,7 @@ it has learnt beside weights that are a little off, and is used with the true on
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 import torch
@@ -119,8 +119,3 @@ def quantised(tensors: Mapping[str, Tensor], kind: Kind, *, device: torch.device
             yield name, quantise(there, kind)
         elif there is not tensor:
             yield name, there
-
-
-def quantised_bytes(shapes: Iterable[torch.Size]) -> int:
-    """Bytes of kernels of these shapes: one a weight and an fp32 scale a channel."""
-    return sum(shape.numel() + 4 * shape[0] for shape in shapes)
