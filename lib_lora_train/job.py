@@ -287,7 +287,9 @@ def _train(settings: Settings, preparation: Preparation, model: FrozenModel, net
         max_grad_norm=optimizer.max_grad_norm, noise_offset=loss.noise_offset, unet_lr=unet_lr,
         text_encoder_lr=text_encoder_lr, seed=optimizer.seed, save_every_n_epochs=settings.save.save_every_n_epochs,
         save_every_n_steps=settings.save.save_every_n_steps,
-        cuda_graphs=memory.cuda_graphs == "auto", compiled=memory.torch_compile, rows_at_once=way.batch,
+        # A recording keeps its memory between two steps, where the VAE would need it.
+        cuda_graphs=memory.cuda_graphs == "auto" and not (settings.dataset.color_aug or settings.dataset.random_crop),
+        compiled=memory.torch_compile, rows_at_once=way.batch,
         step=StepOptions(dtype=dtype, min_snr_gamma=loss.min_snr_gamma, recompute=way.recompute, offload=way.offload))
     soon = text.encode_soon if ranks.world == 1 else None
     with Feeder(batches, last_epoch=options.epochs, encode_soon=soon) as feeder:
