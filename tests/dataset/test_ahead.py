@@ -83,21 +83,35 @@ def test_what_is_worked_on_and_what_waits_stays_within_the_bytes() -> None:
 
 
 def test_one_item_that_is_larger_than_all_bounds_is_done_alone() -> None:
-    lock, working, seen = threading.Lock(), [0], []
+    """What is begun is counted while a large one is next and small ones are held, and while a large one is worked on."""
+    sizes, places, small_may_end, counted = [1, 2, 5000, 3, 5000, 5000, 4], iter(range(7)), threading.Event(), []
+    looked = [threading.Event() for _ in sizes]
 
-    def work(size: int) -> int:
-        with lock:
-            working[0] += 1
-            if size == 5000:
-                seen.append(working[0])
-        with lock:
-            working[0] -= 1
+    def cost(item: tuple[int, int]) -> int:
+        looked[next(places)].set()  # asked once for each, in order
+        return item[1]
+
+    def begun_when_next_is(place: int) -> int:
+        """Counted once a thread has decided whether that one may begin: until then it has the lock."""
+        assert looked[place].wait(60)
+        with results._lock:
+            return results._begun
+
+    def work(item: tuple[int, int]) -> int:
+        place, size = item
+        if size == 5000:
+            counted.append((place, begun_when_next_is(place + 1)))
+        else:
+            assert small_may_end.wait(60)
         return size
 
-    sizes = [1, 2, 5000, 3, 5000, 5000, 4]
-    with ahead(sizes, work, most_bytes=10, cost=lambda size: size, kept=lambda size: size) as results:
+    results = ahead(enumerate(sizes), work, most_bytes=10, cost=cost, kept=lambda size: size)
+    with results:
+        beside_small_ones = begun_when_next_is(2)
+        small_may_end.set()
         assert list(results) == sizes
-    assert seen == [1, 1, 1]
+    assert beside_small_ones == 2
+    assert counted == [(2, 3), (4, 5), (5, 6)], "nothing is begun beside a large one"
 
 
 class Broken(Exception):
