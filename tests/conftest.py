@@ -23,7 +23,7 @@ torch.set_num_threads(1)  # where torch was built without OpenMP
 @pytest.fixture(scope="session")
 def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small SD1 checkpoint with random weights, its .yaml beside it."""
-    return tiny_checkpoint.write(tmp_path_factory.mktemp("checkpoint"))
+    return tiny_checkpoint.write(tmp_path_factory.mktemp("checkpoint"), size=tiny_checkpoint.SMALLEST)
 
 
 @pytest.fixture

@@ -91,7 +91,7 @@ def drive(action: str, pristine: Path, out: Path, *, first: int = 1, stride: int
     driver.write_text(DRIVER, encoding="utf-8")
     arguments = [action, str(pristine), str(out), str(first), str(stride), "torn" if torn else ""]
     done = subprocess.run([sys.executable, str(driver), *arguments], cwd=ROOT, text=True, capture_output=True, check=False,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     last = int(done.stdout)
     return [out / str(n) for n in range(first, last + 1, stride)]

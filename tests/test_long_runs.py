@@ -16,8 +16,6 @@ from lib_lora_train.runner import Runner
 from lib_lora_train.settings import parse
 from tests.fake_host import FakeHost
 
-SMALLEST = tiny_checkpoint.Size(32, (1, 1, 2, 2), 32, (1, 1, 1, 1), text_width=32, text_layers=1)
-
 
 def step(number: int, total: int) -> events.Step:
     return events.Step(number, total, 1, 1, 0.5, 0.5, 1e-4, 0.0, 2.0, 10.0)
@@ -36,7 +34,7 @@ def test_no_step_and_no_epoch_leaves_a_tensor_or_another_object_behind(tmp_path)
                 gc.collect()
                 known = gc.get_objects()
                 counts.append((sum(type(thing) is torch.Tensor for thing in known), len(known)))
-    host = CountingHost(tiny_checkpoint.write(tmp_path, size=SMALLEST), lora_folder=tmp_path / "loras",
+    host = CountingHost(tiny_checkpoint.write(tmp_path, size=tiny_checkpoint.SMALLEST), lora_folder=tmp_path / "loras",
                         runs_folder=tmp_path / "runs")
     one = Runner()
     one.start(parse({"train_data_dir": str(pictures), "output_name": "long", "resolution": "64", "min_bucket_reso": 64,

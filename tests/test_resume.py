@@ -238,7 +238,7 @@ def test_a_model_held_in_other_numbers_than_before_is_told(cut_off):
 @pytest.mark.parametrize("part", ["model.diffusion_model.out.2.bias", "first_stage_model.encoder.conv_in.weight"])
 def test_another_checkpoint_or_vae_is_refused_before_pictures_are_encoded(cut_off, host, tmp_path, part):
     chosen, folder = cut_off
-    changed_file = tiny_checkpoint.write(tmp_path / "changed")
+    changed_file = tiny_checkpoint.write(tmp_path / "changed", size=tiny_checkpoint.SMALLEST)
     tensors = load_file(changed_file)
     tensors[part] = tensors[part] + 0.01
     save_file(tensors, changed_file, metadata={"format": "pt"})

@@ -31,7 +31,6 @@ from lib_lora_train.events import Event, Step
 from lib_lora_train.host.standalone import StandaloneHost
 from lib_lora_train.runner import Runner
 
-SMALLEST = tiny_checkpoint.Size(32, (1, 1, 2, 2), 32, (1, 1, 1, 1), text_width=32, text_layers=1)
 PICTURES = 5
 
 
@@ -95,7 +94,7 @@ def run(folder: Path, *, steps: int, every: int) -> list[Sample]:
     for number in range(PICTURES):
         Image.new("RGB", (64, 64), (50 * number, 80, 120)).save(pictures / f"{number}.png")
         (pictures / f"{number}.txt").write_text(f"a photo, red cat, {number}", encoding="utf-8")
-    checkpoint = tiny_checkpoint.write(folder / "model", size=SMALLEST)
+    checkpoint = tiny_checkpoint.write(folder / "model", size=tiny_checkpoint.SMALLEST)
     host = WatchedHost(checkpoint, lora_folder=folder / "loras", runs_folder=folder / "runs", device=torch.device("cpu"))
     runner = Runner()
     host.watch(runner, every)

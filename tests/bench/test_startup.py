@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from lib_lora_train.bench import startup, stopwatch
+from lib_lora_train.bench import startup, stopwatch, true_size
 from lib_lora_train.bench.startup import PLACES, run_startup
 from lib_lora_train.bench.stopwatch import REST, Place, Spent, Stopwatch, find
+from lib_lora_train.bench.true_size import Model, Text
+from lib_lora_train.demo.shapes import UNetSize
 from lib_lora_train.errors import SettingError
 
 HERE = "tests.bench.test_startup"
@@ -79,7 +81,17 @@ def test_an_error_passes_and_its_time_counts(clock: Clock, monkeypatch: pytest.M
     assert watch.cut()["in"] == Spent(7, 14)
 
 
-def test_the_two_runs_pass_through_every_stage_but_those_that_are_remembered(tmp_path: Path) -> None:
+@pytest.fixture
+def smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of the same blocks with a tenth of the weights, and few pictures."""
+    size = Model(UNetSize(160, (1, 1, 2, 2), (1, 1, 1, 0), 1, 256), 128,
+                 (Text("cond_stage_model.transformer.text_model.", False, 256, 2),))
+    monkeypatch.setitem(true_size._PUBLISHED, "sd1", size)
+    monkeypatch.setitem(startup.SIDES, "small", {"cpu": 64, "cuda": 64})
+    monkeypatch.setattr(startup, "PICTURES", 3)
+
+
+def test_the_two_runs_pass_through_every_stage_but_those_that_are_remembered(smaller: None, tmp_path: Path) -> None:
     originals = [vars(find(place.target)[0])[find(place.target)[1]] for place in PLACES]
     text = run_startup(size="small", steps=2, output=tmp_path, say=lambda line: None)
     assert [vars(find(place.target)[0])[find(place.target)[1]] for place in PLACES] == originals

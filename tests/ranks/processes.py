@@ -13,11 +13,20 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+@contextlib.contextmanager
+def free_port() -> Iterator[int]:
+    """A port that nobody is given while the block runs, and that who asks for it by its number may listen on.
+
+    A port that is only looked up and let go may be another program's by the time a new process has imported torch.
+    """
+    with socket.socket() as held:
+        if sys.platform != "win32":
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # torch's store says so too: both may have it
+        held.bind(("127.0.0.1", 0))
+        port = held.getsockname()[1]
+        if sys.platform == "win32":  # there the store wants it for itself
+            held.close()
+        yield port
 
 
 def clean_environment() -> dict[str, str]:
@@ -25,6 +34,17 @@ def clean_environment() -> dict[str, str]:
     launchers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     return {**{name: value for name, value in os.environ.items() if name not in launchers}, "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+
+
+def close(process: subprocess.Popen[str]) -> None:
+    """End it if it still runs. A launcher, unlike one that is killed, takes along what it started."""
+    process.terminate()
+    try:
+        process.wait(60)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    process.stdout.close()
 
 
 class Processes:
@@ -62,12 +82,10 @@ class Processes:
 @contextlib.contextmanager
 def running(commands: Sequence[Sequence[object]], folder: Path, *, port: int | None = None, world: int | None = None
             ) -> Iterator[Processes]:
-    """Start them; whoever is left at the end is killed."""
-    started = Processes(commands, port=port or free_port(), world=world or len(commands), folder=folder)
-    try:
-        yield started
-    finally:
+    """Start them; whoever is left at the end is ended."""
+    with contextlib.ExitStack() as stack:
+        chosen = port or stack.enter_context(free_port())
+        started = Processes(commands, port=chosen, world=world or len(commands), folder=folder)
         for process in started.processes:
-            process.kill()
-            process.wait()
-            process.stdout.close()
+            stack.callback(close, process)
+        yield started

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,9 +18,10 @@ from lib_lora_train.events import Step
 from lib_lora_train.ranks import Lost
 from lib_lora_train.saver import Saver, StateKeeper
 from lib_lora_train.settings import SaveSettings
-from tests.ranks.processes import running
+from tests.ranks.processes import Processes, free_port, running
 
-# Joins, does what `sys.argv[1]` says and prints it; an error of ours is printed as its class and text.
+# Joins at each of the ports that are named after the patience, does what is said after it and prints it; an error of ours is
+# printed as its class and text.
 CHILD = """
 import json, os, signal, sys, torch
 from lib_lora_train.errors import Interrupted, LoraTrainError, TrainingError
@@ -28,12 +31,14 @@ from lib_lora_train.ranks.place import place_of
 def say(*values):
     print(json.dumps(values), flush=True)
 
-try:
-    with joined(place_of(os.environ), patience=float(sys.argv[2])) as ranks:
-        say("joined", ranks.rank, ranks.world)
-        exec(sys.argv[1])
-except LoraTrainError as error:
-    say(type(error).__name__, str(error))
+for port, what in zip(sys.argv[2::2], sys.argv[3::2]):
+    os.environ["MASTER_PORT"] = port
+    try:
+        with joined(place_of(os.environ), patience=float(sys.argv[1])) as ranks:
+            say("joined", ranks.rank, ranks.world)
+            exec(what)
+    except LoraTrainError as error:
+        say(type(error).__name__, str(error))
 """
 MEETINGS = """
 tensor = torch.arange(6.).view(2, 3) * (ranks.rank + 1)
@@ -55,26 +60,53 @@ if ranks.rank == 1:
     {how}
 ranks.any(False)
 """
+ENDINGS = {"fails": ONE_GOES.format(how="raise TrainingError('It burst', why='heat')"),
+           "is stopped": ONE_GOES.format(how="raise Interrupted('Enough')"), "is killed": MEETINGS}
 
 
-def told(started, rank: int) -> list[list]:
+def told(started: Processes, rank: int) -> list[list]:
     """What a process printed."""
     return [json.loads(line) for line in started.until("there is no such line", rank)]
 
 
-def pair(how: str, folder: Path, *, patience: float = 600.0, count: int = 2):
-    return running([["-c", CHILD, how, patience]] * count, folder)
+@contextlib.contextmanager
+def together(*what: str, folder: Path, patience: float = 600.0, count: int = 2, child: str = CHILD) -> Iterator[Processes]:
+    """`count` processes that meet for each of `what`, one after the other."""
+    with contextlib.ExitStack() as stack:
+        meetings = [(stack.enter_context(free_port()), one) for one in what]
+        words = ["-c", child, patience, *(part for meeting in meetings for part in meeting)]
+        yield stack.enter_context(running([words] * count, folder, port=meetings[0][0]))
 
 
-def test_all_hear_the_same_until_one_is_killed_and_the_others_end_by_themselves(tmp_path):
-    with pair(MEETINGS, tmp_path, count=3) as started:
-        for rank in (0, 2):
-            *before, (was, said) = told(started, rank)
-            assert before == [
-                ["joined", rank, 3], [[[0, 6, 12], [18, 24, 30]]], [True, False], [["", "naïve ü", "naïve ü" * 2]],
-                [[1, 1, 1]]]
-            assert was == "Lost" and said.startswith("Another of the 3 processes ended unexpectedly: it was killed")
+@pytest.fixture(scope="module")
+def heard(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[list]]]:
+    """{what became of process 1: what each of the three processes printed}."""
+    with together(*ENDINGS.values(), folder=tmp_path_factory.mktemp("three"), count=3) as started:
+        printed = [told(started, rank) for rank in range(3)]
         started.end()
+    found: dict[str, list[list[list]]] = {}
+    for lines in printed:
+        begins = [place for place, line in enumerate(lines) if line[0] == "joined"]
+        for how, begin, end in zip(ENDINGS, begins, [*begins[1:], None], strict=True):
+            found.setdefault(how, []).append(lines[begin:end])
+    return found
+
+
+def test_all_hear_the_same_until_one_is_killed_and_the_others_end_by_themselves(heard):
+    for rank in (0, 2):
+        *before, (was, said) = heard["is killed"][rank]
+        assert before == [
+            ["joined", rank, 3], [[[0, 6, 12], [18, 24, 30]]], [True, False], [["", "naïve ü", "naïve ü" * 2]],
+            [[1, 1, 1]]]
+        assert was == "Lost" and said.startswith("Another of the 3 processes ended unexpectedly: it was killed")
+
+
+@pytest.mark.parametrize("how, own, kind, text", [
+    ("fails", "TrainingError", "Lost", "Process 1 of 3 ended: It burst: heat."),
+    ("is stopped", "Interrupted", "Interrupted", "Process 1 of 3 was stopped: Enough.")])
+def test_one_that_fails_or_is_stopped_tells_the_others_why(heard, how, own, kind, text):
+    first, other, last = heard[how]
+    assert first[1:] == last[1:] == [[kind, text]] and other[-1][0] == own
 
 
 # As if there were cards, with gloo in NCCL's place.
@@ -94,24 +126,14 @@ def test_where_cards_are_summed_only_the_control_is_closed_and_weights_are_not_t
     child = CARDS + CHILD.replace("say(type(error)", "say(len(destroyed), destroyed[0], error.intact if hasattr(error, "
                                   "'intact') else None, type(error)")
     goes = ONE_GOES.format(how="raise TrainingError('It burst')")
-    with running([["-c", child, goes, 600]] * 2, tmp_path) as started:
+    with together(goes, folder=tmp_path, child=child) as started:
         assert told(started, 0)[-1] == [1, False, False, "Lost", "Process 1 of 2 ended: It burst."]
         assert told(started, 1)[-1] == [1, False, None, "TrainingError", "It burst."]
         assert started.end() == [0, 0]
 
 
-@pytest.mark.parametrize("how, kind, text", [
-    ("raise TrainingError('It burst', why='heat')", "Lost", "Process 1 of 2 ended: It burst: heat."),
-    ("raise Interrupted('Enough')", "Interrupted", "Process 1 of 2 was stopped: Enough.")])
-def test_one_that_fails_or_is_stopped_tells_the_others_why(tmp_path, how, kind, text):
-    with pair(ONE_GOES.format(how=how), tmp_path) as started:
-        (_, *_), heard = told(started, 0)
-        assert heard == [kind, text] and told(started, 1)[-1][0] == how[6:].split("(")[0]
-        started.end()
-
-
 def test_when_the_first_one_is_killed_the_others_end_by_themselves(tmp_path):
-    with pair("ranks.any(False)\nif ranks.rank == 0: os._exit(9)\nranks.any(False)", tmp_path) as started:
+    with together("ranks.any(False)\nif ranks.rank == 0: os._exit(9)\nranks.any(False)", folder=tmp_path) as started:
         _, (was, said) = told(started, 1)
         assert was == "Lost" and said.endswith("start all processes again with --resume.")
         assert started.end() == [9, 0]
@@ -120,7 +142,7 @@ def test_when_the_first_one_is_killed_the_others_end_by_themselves(tmp_path):
 @pytest.mark.skipif(sys.platform == "win32", reason="a process cannot be halted there")
 def test_one_that_no_longer_answers_is_given_up_after_the_patience(tmp_path):
     halts = ONE_GOES.format(how="os.kill(os.getpid(), signal.SIGSTOP)")
-    with pair(halts, tmp_path, patience=5) as started:
+    with together(halts, folder=tmp_path, patience=3) as started:
         _, (was, said) = told(started, 0)
         assert was == "Lost" and said.startswith("Another of the 2 processes does not answer any more")
         assert started.processes[0].wait(120) == 0
@@ -132,7 +154,7 @@ def test_a_port_that_is_taken_is_one_sentence(tmp_path):
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        with running([["-c", CHILD, "", 600]], tmp_path, port=port, world=2) as started:
+        with running([["-c", CHILD, 600, port, ""]], tmp_path, port=port, world=2) as started:
             (was, said), = told(started, 0)
     assert was == "HostError"
     assert said == (f"Process 0 of 2 cannot join the others at 127.0.0.1:{port}: another program uses this port; choose "

@@ -20,7 +20,7 @@ from lib_lora_train.job import run_job
 from lib_lora_train.network.file import inspect
 from lib_lora_train.run_record import past_runs
 from lib_lora_train.settings import parse
-from tests.ranks.processes import ROOT, clean_environment, running
+from tests.ranks.processes import ROOT, clean_environment, close, running
 
 SETTINGS = {"output_name": "zzk", "resolution": "64", "min_bucket_reso": 64, "network_dim": 2, "save_precision": "float",
             "learning_rate": 0.01, "text_encoder_lr": 0.01, "lr_scheduler": "constant", "max_train_steps": 4,
@@ -111,13 +111,17 @@ def test_two_processes_learn_what_one_learns_with_twice_the_batch(pictures, tiny
 def test_torchrun_trains_text_encoders_on_captions_of_any_length_and_fresh_pictures(pictures, tiny_file, tmp_path):
     chosen = {**SETTINGS, "train_data_dir": pictures, "network_train_unet_only": False, "color_aug": True, "random_crop": True,
               "caption_tag_dropout_rate": 0.2, "max_train_steps": 5}
-    done = subprocess.run(
+    launcher = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "lib_lora_train",
          *map(str, command({**chosen, "output_dir": tmp_path / "two"}, tiny_file))],
-        cwd=ROOT, env=clean_environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+        cwd=ROOT, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        output, errors = launcher.communicate()
+    finally:
+        close(launcher)
+    assert launcher.returncode == 0, errors
     weights, curve = alone({**chosen, "train_batch_size": 2}, tiny_file, tmp_path / "one")
-    assert losses(seen(done.stdout.splitlines())) == pytest.approx(curve, rel=1e-3)
+    assert losses(seen(output.splitlines())) == pytest.approx(curve, rel=1e-3)
     assert apart(load_file(tmp_path / "two" / "zzk.safetensors"), weights) < SAME
 
 

@@ -27,13 +27,10 @@ from tests.model import small_checkpoints
 SQUARE, WIDE = (8, 8), (8, 16)
 
 
-SMALLEST = tiny_checkpoint.Size(32, (1, 1, 2, 2), 32, (1, 1, 1, 1), text_width=32, text_layers=2)
-
-
 def tensors(family: str) -> dict[str, torch.Tensor]:
     """A checkpoint of the caller's own: the smallest where the family is SD1, else other people's code."""
     if family == "sd1":
-        return tiny_checkpoint.tensors(vocabulary=small_checkpoints.VOCABULARY, size=SMALLEST)
+        return tiny_checkpoint.tensors(vocabulary=small_checkpoints.VOCABULARY, size=tiny_checkpoint.SMALLEST)
     return {name: tensor.detach() for name, tensor in small_checkpoints.checkpoint(family).items()}
 
 

@@ -74,14 +74,19 @@ def running_out(monkeypatch, *, above: int, error: Exception) -> list[int]:
     return tried
 
 
+@pytest.fixture(scope="module")
+def unharmed() -> small_run.Result:
+    """What a run learns that has memory enough."""
+    return small_run.run("sd1", BATCHES, accumulation=2)
+
+
 @pytest.mark.parametrize("error, recorded", [
     (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True), (MemoryError(), False),
     (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
     (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."), False),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), False)],
     ids=["card", "python", "cuBLAS", "cpu on Windows", "cpu"])
-def test_where_memory_runs_out_the_run_goes_on_in_smaller_pieces_and_learns_the_same(monkeypatch, error, recorded):
-    unharmed = small_run.run("sd1", BATCHES, accumulation=2)
+def test_where_memory_runs_out_the_run_goes_on_in_smaller_pieces_and_learns_the_same(monkeypatch, unharmed, error, recorded):
     recorder = Emulator()
     if recorded:
         monkeypatch.setattr(loop, "recorder_for", lambda device, wanted: recorder)
