@@ -269,6 +269,18 @@ def test_a_full_memory_invalidates_no_capture_and_all_recorders_of_a_card_share_
     card.assert_fit_for_others()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_that_a_recording_still_names_is_not_given_back_a_second_time(monkeypatch, kind):
+    card = Card(monkeypatch, kind)
+    recorder = CudaRecorder(torch.device("cuda", 0))
+    kept = recorder.record(lambda: None)
+    recorder.forget()
+    kept()
+    assert sum(card.named.values()) == 1
+    del kept
+    card.assert_fit_for_others()
+
+
 def test_torch_compile_makes_kernels_for_more_shapes_than_newer_torch_does_by_itself():
     def twice(tensor: torch.Tensor) -> torch.Tensor:
         return tensor * 2
