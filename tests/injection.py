@@ -18,7 +18,8 @@ import torch
 class Place:
     """A function of the trainer ("module:owner.name") that fails `before` or `after` doing its work, at its n-th `call`.
 
-    `learnt`: whether steps were made that are worth keeping. `harmless`: the run goes on and says so in a warning.
+    `learnt`: whether steps were made that are worth keeping. `harmless`: the run goes on and says so in a warning. `retried`:
+    it does so where the memory is full, and makes the step in a way that needs less.
     """
 
     name: str
@@ -27,6 +28,11 @@ class Place:
     call: int = 1
     learnt: bool = False
     harmless: bool = False
+    retried: bool = False
+
+    def survives(self, fault: str) -> bool:
+        """Whether the run goes on after the fault of this name in `FAULTS`, which it only warns of."""
+        return self.harmless and fault != "an error nobody foresaw" or self.retried and fault.endswith("memory is full")
 
 
 P = "lib_lora_train"
@@ -43,8 +49,8 @@ PLACES = (
     Place("before encoding captions", f"{P}.model.text:TextConditioner.encode_ids"),
     Place("after encoding captions", f"{P}.fitting:condition_of", "after"),
     Place("before the first step", f"{P}.training.loop:draw"),
-    Place("in the first step", f"{P}.training.work:denoising_loss", "after"),
-    Place("in the middle of a later step", f"{P}.training.work:denoising_loss", "after", 3, learnt=True),
+    Place("in the first step", f"{P}.training.work:denoising_loss", "after", retried=True),
+    Place("in the middle of a later step", f"{P}.training.work:denoising_loss", "after", 3, learnt=True, retried=True),
     Place("before the optimiser", f"{P}.training.optimizer:Stepper.step", "before", 3, learnt=True),
     Place("after the optimiser", f"{P}.training.optimizer:Stepper.step", "after", 3, learnt=True),
     Place("in a report of a step", f"{P}.training.loop:Step", "before", 3, learnt=True),
