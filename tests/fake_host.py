@@ -10,13 +10,14 @@ from PIL import Image
 
 from lib_lora_train import events
 from lib_lora_train.host.port import Checkpoint, Host
+from lib_lora_train.host.undisturbed import Undisturbed
 from lib_lora_train.run_record import RunRecord
 from lib_lora_train.settings import Settings, flat
 from lib_lora_train.training import state
 
 
-class FakeHost:
-    """Holds an SD1 checkpoint by name only."""
+class FakeHost(Undisturbed):
+    """Holds an SD1 checkpoint by name only, lends nothing and is `busy` with other work where a test says so."""
 
     fence = None
 
@@ -30,38 +31,17 @@ class FakeHost:
     def taggers_folder(self) -> Path:
         return self.lora_folder / "taggers"
 
-    def captioners(self) -> tuple[()]:
-        return ()
-
     def checkpoint(self) -> Checkpoint:
         return Checkpoint("dreamshaper_8", "dreamshaper_8.safetensors", "sd1", sha256="879db523c3" + 54 * "0")
 
     def outline(self) -> None:
         return None
 
-    def wanted(self) -> bool:
-        return False
-
-    def hand_over(self, *, report, stop) -> None:
-        return None
-
-    def set_aside(self, parts) -> dict:
-        return {}
-
     def waiting(self) -> bool:
         return self.busy
 
     def give_up(self) -> None:
         self.given_up = True
-
-    def interrupted(self) -> bool:
-        return False
-
-    def report(self, event: events.Event) -> None:
-        pass
-
-    def refresh_loras(self) -> None:
-        pass
 
 
 class FakeJob:

@@ -145,17 +145,14 @@ def test_a_program_that_fails_says_what_it_said(tmp_path: Path) -> None:
         time_steps(shlex.join([sys.executable, str(script)]), values={}, steps=5)
 
 
-def test_the_most_memory_seen_while_a_program_ran_is_counted_from_what_was_taken_before(tmp_path: Path) -> None:
+def test_the_most_memory_seen_while_a_program_ran_is_counted_from_what_was_taken_before(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
 
     def taken() -> int:
         asked.append(1)
         return 100 if len(asked) == 1 else 350
 
-    monkeypatched = against._POLL_SECONDS
-    against._POLL_SECONDS = 0.001
-    try:
-        timing = time_steps(command(tmp_path, "a"), values={"output": tmp_path / "log"}, steps=6, card_bytes=taken)
-    finally:
-        against._POLL_SECONDS = monkeypatched
+    monkeypatch.setattr(against, "_POLL_SECONDS", 0.001)
+    timing = time_steps(command(tmp_path, "a"), values={"output": tmp_path / "log"}, steps=6, card_bytes=taken)
     assert timing.card_bytes == 250

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lib_lora_train.bench.memory import _Booked
 from lib_lora_train.training.ledger import Attention, Ledger
 
 META = torch.device("meta")
@@ -82,7 +83,7 @@ def test_operations_are_those_of_products_and_convolutions():
         assert ledger.operations == 2 * 7 * 5 * 3 + 2 * (2 * 4 * 8 * 8) * (6 * 3 * 3)
 
 
-def test_it_sees_as_much_as_the_allocator_gives_out(steps=3):
+def test_it_sees_as_much_as_the_allocator_gives_out():
     """A few layers, forward and backward, counted on shapes and by torch's own profiler."""
     def work(device: torch.device) -> None:
         x = torch.zeros(64, 256, device=device)
@@ -92,11 +93,7 @@ def test_it_sees_as_much_as_the_allocator_gives_out(steps=3):
         x.square().sum().backward()
     with Ledger("cpu") as ledger:
         work(META)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with _Booked() as booked:
+        booked.between(1)
         work(torch.device("cpu"))
-    now = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            peak = max(peak, now)
-    assert sum(ledger.peak.values()) == pytest.approx(peak, rel=0.02)
+    assert sum(ledger.peak.values()) == pytest.approx(booked.peak, rel=0.02)
