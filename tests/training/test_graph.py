@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.training import loop, work
 from lib_lora_train.training.graph import Execution
 from lib_lora_train.training.precision import LossScaler
@@ -77,8 +78,18 @@ def test_graphs_can_be_switched_off(monkeypatch):
     assert recorder.warmed == recorder.recorded == 0
 
 
+def lend_to_others(model: FrozenModel, lent: dict[str, torch.Tensor], release: Callable[[], None]) -> None:
+    """Others leave ruins where the weights were, and the weights lie elsewhere afterwards."""
+    release()
+    model.let_go()
+    moved = {name: tensor.clone() for name, tensor in lent.items()}
+    for tensor in lent.values():
+        tensor.fill_(torch.nan if tensor.is_floating_point() else 0)
+    lent.update(moved)
+    model.take(moved)
+
+
 def test_after_others_had_the_model_nothing_recorded_is_used_again(monkeypatch):
-    """Others leave ruins where the weights were, and the weights lie elsewhere."""
     batches = [batch(i) for i in range(8)]
     undisturbed = small_run.run("sd1", batches)
     lent = small_run.tensors("sd1")
@@ -88,13 +99,7 @@ def test_after_others_had_the_model_nothing_recorded_is_used_again(monkeypatch):
     def pause(release) -> bool:
         asked.append(recorder.forgot)
         if len(asked) % 4 == 0:
-            release()
-            own.let_go()
-            moved = {name: tensor.clone() for name, tensor in lent.items()}
-            for tensor in lent.values():
-                tensor.fill_(torch.nan if tensor.is_floating_point() else 0)
-            lent.update(moved)
-            own.take(moved)
+            lend_to_others(own, lent, release)
         return True
     disturbed = small_run.run("sd1", batches, pause=pause)
     assert_equal(disturbed, undisturbed)
@@ -141,7 +146,7 @@ def test_staged_inputs_are_those_of_the_last_fill_whatever_their_types():
     assert places == [tensor.data_ptr() for tensor in staging.inputs.tensors()]
 
 
-def test_compiled_steps_equal_those_that_are_not_or_say_that_they_are_not(monkeypatch):
+def test_where_nothing_can_be_compiled_the_run_goes_on_as_written_and_says_why_once(monkeypatch):
     """torch.compile with a backend that refuses: no compiler, or an operation that it does not know."""
     def refusing(function, dynamic):
         assert dynamic is False
@@ -155,10 +160,26 @@ def test_compiled_steps_equal_those_that_are_not_or_say_that_they_are_not(monkey
     refused = small_run.run("sd1", batches, accumulation=2, compiled=True)
     assert_equal(refused, plain, rtol=1e-6)
     assert refused.warnings == ["torch_compile has no effect here: Compiler: g++ is not found."]
-    monkeypatch.setattr(torch, "compile", lambda function, dynamic: partial(function))
-    compiled = small_run.run("sd1", batches, accumulation=2, compiled=True)
-    assert_equal(compiled, plain, rtol=1e-6)
-    assert compiled.warnings == []
+
+
+def test_where_it_can_be_compiled_the_loss_of_every_piece_is_that_of_the_compiled_function(monkeypatch):
+    """The setting's way to torch.compile and back; what a compiler makes of the function is torch's."""
+    given, called = [], []
+
+    def compiling(function, dynamic):
+        given.append((function, dynamic))
+
+        def compiled(*args, **kwargs):
+            called.append(kwargs["inputs"].share.numel())
+            return function(*args, **kwargs) * 2
+        return compiled
+    batches = mixed(5)
+    plain = small_run.run("sd1", batches)
+    monkeypatch.setattr(torch, "compile", compiling)
+    compiled = small_run.run("sd1", batches, compiled=True)
+    assert given == [(work.denoising_loss, False)]
+    assert called == [len(batch.indices) for batch in batches]
+    assert compiled.losses[0] == pytest.approx(2 * plain.losses[0], rel=1e-6) and compiled.warnings == []
 
 
 @cuda
@@ -183,13 +204,7 @@ def test_cuda_graphs_are_dropped_where_the_model_moves():
     model.take(lent)
 
     def pause(release) -> bool:
-        release()
-        model.let_go()
-        moved = {name: tensor.clone() for name, tensor in lent.items()}
-        for tensor in lent.values():
-            tensor.fill_(torch.nan if tensor.is_floating_point() else 0)
-        lent.update(moved)
-        model.take(moved)
+        lend_to_others(model, lent, release)
         return True
     disturbed = small_run.run("sd1", batches, device="cuda", pause=pause)
     small_run.model.cache_clear()
