@@ -67,7 +67,7 @@ def parse(values: Mapping[str, object]) -> Settings:
         if name not in DECLARATIONS:
             near = difflib.get_close_matches(name, DECLARATIONS, n=1)
             raise SettingError(f"There is no setting called {name!r}",
-                               remedy=f"did you mean {near[0]!r}" if near else "see the list of settings in the README")
+                               remedy=f"did you mean {near[0]!r}" if near else "`train --help` lists the settings")
     areas = {
         name: area(**{d.name: read(d, values[d.name]) for d in declarations(area) if d.name in values})
         for name, area in AREAS.items()}
