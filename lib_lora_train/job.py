@@ -105,10 +105,11 @@ def _on_loan(settings: Settings, host: Host, borrowed: Borrowed, preparation: Pr
                              remembered=resume.base_of(point, settings) if point else "",
                              should_stop=lambda: ranks.world == 1 and bool(stop()))
         # Cards of different sizes may choose differently how, but not what is computed.
-        agree(ranks, shown={"the model's number format in memory (base_weights)": memory.way.base}, digests={})
+        agree(ranks, shown={"the model's number format in memory (base_weights)": memory.way.base}, digests={},
+              remedy="set base_weights, or the same memory_budget, in all of them")
+        report(_planned(settings, preparation, borrowed, memory, done=point.step if point else 0))
         if memory.warning:
             report(Warned(memory.warning))
-        report(_planned(settings, preparation, borrowed, memory, done=point.step if point else 0))
 
         spill = leaving.enter_context(contextlib.closing(Spill(folder)))
         text = settle(settings, model, host, borrowed, network, batches, spill, memory.way, dtype=dtype, report=report,
@@ -288,7 +289,7 @@ def _train(settings: Settings, preparation: Preparation, model: FrozenModel, net
         text_encoder_lr=text_encoder_lr, seed=optimizer.seed, save_every_n_epochs=settings.save.save_every_n_epochs,
         save_every_n_steps=settings.save.save_every_n_steps,
         # A recording keeps its memory between two steps, where the VAE would need it.
-        cuda_graphs=memory.cuda_graphs == "auto" and not (settings.dataset.color_aug or settings.dataset.random_crop),
+        cuda_graphs=memory.cuda_graphs == "auto" and not settings.encodes_in_steps,
         compiled=memory.torch_compile, rows_at_once=way.batch,
         step=StepOptions(dtype=dtype, min_snr_gamma=loss.min_snr_gamma, recompute=way.recompute, offload=way.offload))
     soon = text.encode_soon if ranks.world == 1 else None
