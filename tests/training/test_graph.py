@@ -162,24 +162,29 @@ def test_where_nothing_can_be_compiled_the_run_goes_on_as_written_and_says_why_o
     assert refused.warnings == ["torch_compile has no effect here: Compiler: g++ is not found."]
 
 
-def test_where_it_can_be_compiled_the_loss_of_every_piece_is_that_of_the_compiled_function(monkeypatch):
-    """The setting's way to torch.compile and back; what a compiler makes of the function is torch's."""
-    given, called = [], []
+@pytest.mark.parametrize("wrong_from, warnings", [(0, 1), (1, 0)], ids=["wrong at once", "right where it is looked at"])
+def test_a_compiled_function_is_used_where_it_was_seen_to_do_the_same(monkeypatch, wrong_from, warnings):
+    """torch 2.1.2 compiles a loss that is some per cent off; here a stand-in's is, from one of its calls on."""
+    called = []
 
     def compiling(function, dynamic):
-        given.append((function, dynamic))
+        assert function is work.denoising_loss and dynamic is False
 
         def compiled(*args, **kwargs):
             called.append(kwargs["inputs"].share.numel())
-            return function(*args, **kwargs) * 2
+            return function(*args, **kwargs) * (1.03 if len(called) > wrong_from else 1.0)
         return compiled
-    batches = mixed(5)
+    batches = [batch(i) for i in range(4)]
     plain = small_run.run("sd1", batches)
     monkeypatch.setattr(torch, "compile", compiling)
     compiled = small_run.run("sd1", batches, compiled=True)
-    assert given == [(work.denoising_loss, False)]
-    assert called == [len(batch.indices) for batch in batches]
-    assert compiled.losses[0] == pytest.approx(2 * plain.losses[0], rel=1e-6) and compiled.warnings == []
+    assert compiled.losses[0] == pytest.approx(plain.losses[0], rel=1e-6) and len(compiled.warnings) == warnings
+    if warnings:
+        assert_equal(compiled, plain, rtol=1e-6)
+        assert "makes something else of the step" in compiled.warnings[0] and len(called) == 1
+    else:
+        assert called == [len(batch.indices) for batch in batches]
+        assert compiled.losses[1] == pytest.approx(1.03 * plain.losses[1], rel=1e-3)
 
 
 @cuda
