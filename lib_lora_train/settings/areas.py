@@ -181,7 +181,7 @@ class MemorySettings:
         "have memory of their own: off saves that, which can be a gigabyte.", choices=("auto", "off"))
     torch_compile: bool = setting(
         False, "Compile", "Let torch.compile make the step's kernels: minutes for each shape of pictures, for some speed in a "
-        "long run. Needs a compiler; where there is none, the run goes on without.")
+        "long run. Needs a compiler; where there is none, or it changes the numbers, the run goes on without.")
     yield_to_generations: bool = setting(
         True, "Let generations through", "Work of the WebUI that waits goes first, between two training steps; what is "
         "learnt stays the same. Off makes it wait until the training ends.")
