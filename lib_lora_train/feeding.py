@@ -79,7 +79,7 @@ class Text:
 
 
 def condition_of(settings: Settings, model: FrozenModel, borrowed: Borrowed, network: LoRANetwork, batches: Batches,
-               spill: Spill, *, ahead: bool, dtype: torch.dtype, report: Report, stop: Stop, pause: Pause) -> Text:
+                 spill: Spill, *, ahead: bool, dtype: torch.dtype, report: Report, stop: Stop, pause: Pause) -> Text:
     """How a batch's captions become the UNet's condition: looked up while the text encoders are frozen, else computed.
 
     With `ahead` all captions are encoded now; else each when it is met, so that the first step comes sooner. Captions that
@@ -91,7 +91,7 @@ def condition_of(settings: Settings, model: FrozenModel, borrowed: Borrowed, net
         for component, unused in model.text.unused_layers(clip_skip).items():
             network.freeze_below(component, unused)  # no gradient ever reaches them: nor must weight decay
         return Text(TrainedText(model.text, clip_skip=clip_skip, adapters=adapters, dtype=dtype,
-                                 checkpointing=settings.memory.gradient_checkpointing))
+                                checkpointing=settings.memory.gradient_checkpointing))
 
     class Adapted:
         """The text encoders with the frozen layers of a LoRA that is continued."""

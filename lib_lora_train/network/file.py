@@ -94,17 +94,9 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str],
         file.write(_behind_header(data))
 
 
-def file_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[str, str]:
-    """(`sshs_model_hash`, `sshs_legacy_hash`) of a file with these tensors, as sd-scripts computes them.
-
-    Both are taken of a serialisation that carries the `ss_*` metadata alone, so that editing a title or adding
-    the hashes themselves changes neither.
-    """
-    data = _hashed(tensors, metadata)
-    return _model_hash(data), _legacy_hash(data)
-
-
 def _hashed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """What sd-scripts takes the hashes of: it carries the `ss_*` metadata alone, so that editing a title or adding the hashes
+    themselves changes neither."""
     training_only = {key: value for key, value in metadata.items() if key.startswith("ss_")}
     return safetensors.torch.save(dict(tensors), training_only)
 
