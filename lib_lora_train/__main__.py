@@ -17,18 +17,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from lib_lora_train import events
-from lib_lora_train.bench.command import add_bench
 from lib_lora_train.errors import LoraTrainError, SettingError, UserError
 from lib_lora_train.events import Report
 from lib_lora_train.settings import AREAS, Settings, assignment, declarations, parse
 from lib_lora_train.settings.toml import read_toml
-from lib_lora_train.studio.check_command import add_check
-from lib_lora_train.studio.prepare_command import add_prepare
-from lib_lora_train.studio.tag_command import add_tag
-from lib_lora_train.studio.verify_command import add_verify
+from lib_lora_train.studio.commands.check import add_check
+from lib_lora_train.studio.commands.prepare import add_prepare
+from lib_lora_train.studio.commands.tag import add_tag
+from lib_lora_train.studio.commands.verify import add_verify
+from tools.bench.command import add_bench
 
 if TYPE_CHECKING:
-    from lib_lora_train.ranks.place import Place
+    from lib_lora_train.distributed.environment import Place
 
 RUNS_FOLDER = "runs"
 _SAME_CTRL_C = 2.0  # seconds
@@ -56,13 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(chosen: argparse.Namespace) -> int:
+    from lib_lora_train.distributed.environment import place_of
+    from lib_lora_train.distributed.process_group import joined
     from lib_lora_train.host.standalone import StandaloneHost, describe_file
-    from lib_lora_train.job import run_job
-    from lib_lora_train.output import checked_name
-    from lib_lora_train.ranks.joined import joined
-    from lib_lora_train.ranks.place import place_of
-    from lib_lora_train.run_record import RunRecord, new_folder
-    from lib_lora_train.runner import finish
+    from lib_lora_train.run.job import run_job
+    from lib_lora_train.run.output import checked_name
+    from lib_lora_train.run.record import RunRecord, new_folder
+    from lib_lora_train.run.runner import finish
 
     place = place_of(os.environ)
     first = place is None or place.rank == 0  # it alone records and prints
@@ -120,7 +120,7 @@ def _train(chosen: argparse.Namespace) -> int:
 
 def _refused_together(place: Place, error: LoraTrainError) -> NoReturn:
     """The end of one of several processes that cannot even begin: the others would wait for it, so that it tells them."""
-    from lib_lora_train.ranks.joined import joined
+    from lib_lora_train.distributed.process_group import joined
 
     try:
         with joined(place):
@@ -132,7 +132,7 @@ def _refused_together(place: Place, error: LoraTrainError) -> NoReturn:
 def _failed_together(place: Place, message: str, failure: LoraTrainError | None) -> NoReturn:
     """The end of one of several processes: what all of them know, the first one tells, and what one alone knows, that one. Of
     one that was lost without a word all others tell: it may have been the first."""
-    from lib_lora_train.ranks import Disagreement, Lost
+    from lib_lora_train.distributed import Disagreement, Lost
 
     if place.rank == 0:
         print(message, file=sys.stderr)
@@ -147,7 +147,7 @@ def _failed_together(place: Place, message: str, failure: LoraTrainError | None)
 def _train_settings(chosen: argparse.Namespace) -> Settings:
     """What the command line says, over the configuration file, over the run to go on with; the last one's `resume` is its
     folder."""
-    from lib_lora_train.resume import find, settings_of
+    from lib_lora_train.run.resume import find, settings_of
 
     values = read_toml(chosen.config) if chosen.config else {}
     values |= {name: value for name, value in (
@@ -163,7 +163,7 @@ def _train_settings(chosen: argparse.Namespace) -> Settings:
 
 
 def _runs(chosen: argparse.Namespace) -> int:
-    from lib_lora_train.run_record import past_runs
+    from lib_lora_train.run.record import past_runs
 
     found = past_runs(Path(chosen.output_dir) / RUNS_FOLDER)
     if chosen.json:
@@ -187,7 +187,7 @@ def _ui(chosen: argparse.Namespace) -> int:
 
 
 def _inspect(chosen: argparse.Namespace) -> int:
-    from lib_lora_train.network.file import inspect
+    from lib_lora_train.adapters.file import inspect
 
     info = inspect(chosen.file)
     data = {field.name: getattr(info, field.name) for field in dataclasses.fields(info)}
@@ -207,8 +207,8 @@ def _inspect(chosen: argparse.Namespace) -> int:
 
 
 def _diagnose(chosen: argparse.Namespace) -> int:
-    from lib_lora_train.diagnostics import bundle
-    from lib_lora_train.whole_file import write_whole
+    from lib_lora_train.run.diagnostics import bundle
+    from lib_lora_train.storage.atomic import write_whole
 
     run = chosen.run or next(iter(_latest_runs()), None)
     if run and not run.is_dir():

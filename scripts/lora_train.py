@@ -8,10 +8,10 @@ from typing import Any
 from modules.script_callbacks import on_app_started, on_script_unloaded, on_ui_settings, on_ui_tabs
 
 from lib_lora_train import api
-from lib_lora_train.host.webui import HOST, api_access, end_before_reload
-from lib_lora_train.host.webui_about import about
-from lib_lora_train.host.webui_fence import add_option
-from lib_lora_train.runner import RUNNER
+from lib_lora_train.host.a1111.about import about
+from lib_lora_train.host.a1111.allowed_paths import add_option
+from lib_lora_train.host.a1111.host import HOST, api_access, end_before_reload
+from lib_lora_train.run.runner import RUNNER
 from lib_lora_train.ui.layout import build_tab
 
 # Made anew whenever the page is built, and shown to that page only.

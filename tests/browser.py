@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import uvicorn
 
-from lib_lora_train.runner import Runner
+from lib_lora_train.run.runner import Runner
 from lib_lora_train.ui.standalone import listen, make_app
 from tests.fake_host import FakeHost
 

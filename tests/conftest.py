@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from lib_lora_train.demo import tiny_checkpoint
 from lib_lora_train.host.standalone import StandaloneHost
+from tools import tiny_checkpoint
 
 torch.set_num_threads(1)  # where torch was built without OpenMP
 

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 from lib_lora_train import events
+from lib_lora_train.host.exclusive import Undisturbed
 from lib_lora_train.host.port import Checkpoint, Host
-from lib_lora_train.host.undisturbed import Undisturbed
-from lib_lora_train.run_record import RunRecord
+from lib_lora_train.run.record import RunRecord
 from lib_lora_train.settings import Settings, flat
-from lib_lora_train.training import state
+from lib_lora_train.training import checkpoint as checkpoint_module
 
 
 class FakeHost(Undisturbed):
@@ -94,7 +94,7 @@ def interrupted_run(host: FakeHost, settings: Settings, *, step: int, total: int
         record.write(events.Step(number, total, 1, 10, 1 / number, 1 / number, 1e-4, 0.0, 2.0, 1.0))
     record.close()
     one = torch.ones(1)
-    state.write(folder / state.FILE_NAME, state.TrainingState(step, {"a": one}, {}, {"scale": one, "good_steps": one}, (), 0),
+    checkpoint_module.write(folder / checkpoint_module.FILE_NAME, checkpoint_module.TrainingState(step, {"a": one}, {}, {"scale": one, "good_steps": one}, (), 0),
                 {"settings": flat(settings), "started_at": 1.0, "steps": total, "dataset": "", "checkpoint": {}})
     return folder.name
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from lib_lora_train.dataset import book_save
-from lib_lora_train.dataset.book import CaptionBook
-from lib_lora_train.dataset.book_edits import SetCaption
 from lib_lora_train.errors import OutputError
+from lib_lora_train.studio.captions import save
+from lib_lora_train.studio.captions.edits import SetCaption
+from lib_lora_train.studio.captions.store import CaptionBook
 
 FINISHED = "A save that was interrupted was finished: 1 caption."
 
@@ -22,5 +22,5 @@ def interrupt_save(folder: Path, picture: str, caption: str, monkeypatch: pytest
     book = CaptionBook.open(folder)
     book.apply(SetCaption(caption), [[path.name for path in book.pictures].index(picture)])
     with monkeypatch.context() as patch, pytest.raises(OutputError, match="No space left"):
-        patch.setattr(book_save, "replace", full)
+        patch.setattr(save, "replace", full)
         book.save()

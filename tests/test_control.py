@@ -4,33 +4,33 @@ from __future__ import annotations
 
 import torch
 
-from lib_lora_train import control
+from lib_lora_train.api import service
 from lib_lora_train.host.port import Outline
-from lib_lora_train.training.estimate import Cost, picture_cost
+from lib_lora_train.memory.time_estimate import Cost, picture_cost
 
 
 def test_the_plan_of_a_loaded_model_tells_time_and_memory(pictures, host):
-    plan = control.plan({"train_data_dir": str(pictures), "resolution": "64", "min_bucket_reso": 64}, host=host)
+    plan = service.plan({"train_data_dir": str(pictures), "resolution": "64", "min_bucket_reso": 64}, host=host)
     assert plan["estimate"].startswith("about ") and plan["estimate"].endswith("GB of memory")
 
 
 def test_a_memory_budget_is_told_and_what_is_given_up_for_it(pictures, host):
     asked = {"train_data_dir": str(pictures), "resolution": "128", "min_bucket_reso": 64}
-    roomy = control.plan({**asked, "memory_budget": 4}, host=host)
+    roomy = service.plan({**asked, "memory_budget": 4}, host=host)
     assert "of 4.0 GB" in roomy["estimate"] and "nothing has to be given up" in roomy["estimate"]
-    tight = control.plan({**asked, "memory_budget": 0.01}, host=host)
+    tight = service.plan({**asked, "memory_budget": 0.01}, host=host)
     assert "every block is computed twice" in tight["estimate"]
     assert any("more than there is" in warning for warning in tight["warnings"]) and roomy["warnings"] != tight["warnings"]
 
 
 def test_a_resolution_between_two_bucket_sizes_is_planned_as_it_is_trained(pictures, host):
-    plan = control.plan({"train_data_dir": str(pictures), "resolution": "100", "min_bucket_reso": 64}, host=host)
+    plan = service.plan({"train_data_dir": str(pictures), "resolution": "100", "min_bucket_reso": 64}, host=host)
     assert plan["estimate"].startswith("about ") and plan["resolution"] == [100, 100]
 
 
 def test_without_a_model_nothing_is_guessed(pictures, host):
     host.checkpoint_file = None
-    plan = control.plan({"train_data_dir": str(pictures), "resolution": "64", "min_bucket_reso": 64}, host=host)
+    plan = service.plan({"train_data_dir": str(pictures), "resolution": "64", "min_bucket_reso": 64}, host=host)
     assert plan["estimate"] == "" and plan["steps"] > 0
 
 
@@ -50,9 +50,9 @@ def test_arithmetic_grows_with_the_picture_and_weights_do_not(host):
 
 def test_bytes_that_autograd_keeps_are_those_of_a_real_pass(host):
     """Counted on shapes against counted on numbers, with attention's own kernels."""
+    from lib_lora_train.adapters.network import LoRANetwork
+    from lib_lora_train.adapters.targets import find_targets
     from lib_lora_train.model import frozen
-    from lib_lora_train.network.network import LoRANetwork
-    from lib_lora_train.network.targets import find_targets
     with host.borrow() as lent:
         model = frozen.build(lent.tensors, hints=lent.hints, tokenizers=lent.tokenizers)
     targets = find_targets(model.components, family="sd1", text_encoder=False)

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from lib_lora_train import diagnostics, events
-from lib_lora_train import runner as runner_module
+from lib_lora_train import events
 from lib_lora_train.__main__ import main
-from lib_lora_train.diagnostics import Private, bundle, remember_log
 from lib_lora_train.errors import HostError
-from lib_lora_train.run_record import RunRecord
-from lib_lora_train.runner import Runner
+from lib_lora_train.run import diagnostics
+from lib_lora_train.run import runner as runner_module
+from lib_lora_train.run.diagnostics import Private, bundle, remember_log
+from lib_lora_train.run.record import RunRecord
+from lib_lora_train.run.runner import Runner
 from lib_lora_train.settings import parse
 from tests.fake_host import FakeHost, pictures
 
@@ -56,7 +57,7 @@ def failed_run(host: FakeHost, data: Path, monkeypatch: pytest.MonkeyPatch) -> P
         report(events.Warned(f"Skipped: The picture {data / '1 anna.png'} cannot be used: it is damaged."))
         report(events.Warned(f"2 picture(s) have no caption: anna.png, {USER}.jpg."))
         report(events.Saved(str(host.lora_folder / "zzk-000001.safetensors"), 1, 1, False))
-        log = logging.getLogger("lib_lora_train.cache")
+        log = logging.getLogger("lib_lora_train.inputs")
         log.warning("cannot write %s on %s as %s", data / ".lora_train_cache", COMPUTER, USER)
         raise OSError(28, "No space left on device", str(data / "1 anna.png"))
 

@@ -19,15 +19,15 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lib_lora_train import events
-from lib_lora_train.demo import tiny_checkpoint
 from lib_lora_train.host.standalone import StandaloneHost
-from lib_lora_train.job import run_job
 from lib_lora_train.model.frozen import FrozenModel
-from lib_lora_train.run_record import RunRecord, past_run, read_events
-from lib_lora_train.runner import Runner, finish
+from lib_lora_train.run.job import run_job
+from lib_lora_train.run.record import RunRecord, past_run, read_events
+from lib_lora_train.run.runner import Runner, finish
 from lib_lora_train.settings import parse
-from lib_lora_train.training import work
+from lib_lora_train.training import device_step
 from tests.injection import FAULTS, PLACES, Place, inject, on_shapes_alone
+from tools import tiny_checkpoint
 
 ORDINARY = {name: fault for name, fault in FAULTS.items() if name != "Ctrl+C"}
 
@@ -145,7 +145,7 @@ def test_a_second_ctrl_c_ends_at_once_and_leaves_the_host_as_it_was(
 def test_a_loss_that_is_no_number_at_any_step_leaves_the_host_as_it_was(
         step: int, host: StandaloneHost, place_of_work: Path, reference: dict[str, torch.Tensor],
         monkeypatch: pytest.MonkeyPatch) -> None:
-    original, calls = work.denoising_loss, []
+    original, calls = device_step.denoising_loss, []
 
     def poisoned(model: FrozenModel, **given: Any) -> torch.Tensor:
         if not on_shapes_alone(model):
@@ -153,7 +153,7 @@ def test_a_loss_that_is_no_number_at_any_step_leaves_the_host_as_it_was(
         return original(model, **given) * (math.nan if len(calls) == step else 1)
     before, runner = surroundings(host), Runner()
     with monkeypatch.context() as patch:
-        patch.setattr(work, "denoising_loss", poisoned)
+        patch.setattr(device_step, "denoising_loss", poisoned)
         runner.start(settings(place_of_work), host)
         assert runner.wait(120)
     finished = runner.status().finished

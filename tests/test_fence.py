@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lib_lora_train import control
+from lib_lora_train.api import service
 from lib_lora_train.errors import DatasetError, SettingError
-from lib_lora_train.fence import Fence, confine, inside
-from lib_lora_train.host.reach import is_loopback, reached_by_others
-from lib_lora_train.preparation import prepare
-from lib_lora_train.runner import Runner
+from lib_lora_train.host.exposure import is_loopback, reached_by_others
+from lib_lora_train.run.planning import prepare
+from lib_lora_train.run.runner import Runner
 from lib_lora_train.settings import DECLARATIONS, parse
+from lib_lora_train.settings.allowed_paths import Fence, confine, inside
 from tests.fake_host import FakeHost, pictures
 
 needs_links = pytest.mark.skipif(sys.platform == "win32", reason="making links wants a privilege there")
@@ -103,15 +103,15 @@ def test_page_and_api_start_plan_and_look_up_names_within_the_fence_only(fence: 
     host = FakeHost(tmp_path)
     secret = pictures(tmp_path / OUTSIDE / "secret")
     values = {"output_name": "zzk", "train_data_dir": str(secret)}
-    assert control.plan(values, host=host)["pictures"] == 3
+    assert service.plan(values, host=host)["pictures"] == 3
     host.fence, host.lora_folder = fence, tmp_path / INSIDE / "loras"
-    for refused in (lambda: control.plan(values, host=host), lambda: control.start(values, runner=Runner(), host=host),
-                    lambda: control.name_taken(parse({"output_name": "x", "output_dir": str(secret)}), host)):
+    for refused in (lambda: service.plan(values, host=host), lambda: service.start(values, runner=Runner(), host=host),
+                    lambda: service.name_taken(parse({"output_name": "x", "output_dir": str(secret)}), host)):
         with pytest.raises(SettingError, match="cannot be used"):
             refused()
     assert not (tmp_path / "runs").exists()
     good = pictures(tmp_path / INSIDE / "good")
-    assert control.plan({**values, "train_data_dir": str(good)}, host=host)["pictures"] == 3
+    assert service.plan({**values, "train_data_dir": str(good)}, host=host)["pictures"] == 3
 
 
 @needs_links

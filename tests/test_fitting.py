@@ -7,19 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from lib_lora_train import fitting
-from lib_lora_train.cache.encoding import VaeWork, encoding_bytes
-from lib_lora_train.control import plan
+from lib_lora_train.adapters import file
+from lib_lora_train.adapters.network import LoRANetwork
+from lib_lora_train.adapters.targets import find_targets
+from lib_lora_train.api.service import plan
 from lib_lora_train.events import Planned, Warned
-from lib_lora_train.fitting import planned_layers, room_for_encoding, unneeded
-from lib_lora_train.job import run_job
+from lib_lora_train.inputs.vae_batches import VaeWork, encoding_bytes
+from lib_lora_train.memory.budget import budget_of
 from lib_lora_train.model import frozen
 from lib_lora_train.model.family import detect
-from lib_lora_train.network import file
-from lib_lora_train.network.network import LoRANetwork
-from lib_lora_train.network.targets import find_targets
+from lib_lora_train.run import memory
+from lib_lora_train.run.job import run_job
+from lib_lora_train.run.memory import planned_layers, room_for_encoding, unneeded
 from lib_lora_train.settings import parse
-from lib_lora_train.training.budget import budget_of
 
 CARD = torch.device("cuda", 0)
 
@@ -63,7 +63,7 @@ def test_what_no_step_needs_is_what_is_cached_and_not_trained():
 
 def test_pictures_are_encoded_where_room_is_short_while_unet_and_text_encoders_wait(monkeypatch, host):
     free = [100]
-    monkeypatch.setattr(fitting, "free_bytes", lambda device: free[0])
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free[0])
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
 
     def moved(parts):
@@ -82,7 +82,7 @@ def test_pictures_are_encoded_where_room_is_short_while_unet_and_text_encoders_w
                          for t in part.values())
         most = room_for_encoding(parse({"memory_budget": 1}), model, host, LoRANetwork([], {}))
         free[0] = 1 << 40
-        assert most(1) == budget_of(1, torch.device("cpu"), ours=0) - everything - fitting.CONTEXT - fitting.WORKSPACES
+        assert most(1) == budget_of(1, torch.device("cpu"), ours=0) - everything - memory.CONTEXT - memory.WORKSPACES
 
 
 def test_eight_bits_without_a_card_are_said_to_save_nothing(pictures, host):
@@ -108,6 +108,6 @@ def test_parts_come_and_go_in_the_order_in_which_they_are_needed(monkeypatch, pi
         return lambda parts: moves.append((name, set(parts))) or original(parts)
     for name in ("set_aside", "bring_back"):
         monkeypatch.setattr(host, name, watched(name))
-    monkeypatch.setattr(fitting, "unneeded", lambda chosen, device: frozenset({"vae", "text"}))
+    monkeypatch.setattr(memory, "unneeded", lambda chosen, device: frozenset({"vae", "text"}))
     run_job(parse(settings(pictures)), host, report=lambda event: None, stop=lambda: "")
     assert moves == [("set_aside", {"vae"}), ("bring_back", {"text", "unet"}), ("set_aside", {"text"})]

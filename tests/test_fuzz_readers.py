@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from lib_lora_train.adapters import file
 from lib_lora_train.errors import LoraFileError, ModelError, SettingError
 from lib_lora_train.host.standalone import describe_file
-from lib_lora_train.network import file
 from lib_lora_train.settings.toml import read_toml
-from lib_lora_train.training import state
+from lib_lora_train.training import checkpoint
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "fuzz_readers.py"
 
@@ -71,7 +71,7 @@ def test_headers_and_settings_nested_beyond_reason_are_refused(tmp_path: Path):
     nested = b'{"__metadata__": ' + b"[" * 100_000
     path = tmp_path / "x.safetensors"
     path.write_bytes(struct.pack("<Q", len(nested)) + nested)
-    for reader in (file.load, file.read_metadata, file.inspect, state.read, state.read_facts):
+    for reader in (file.load, file.read_metadata, file.inspect, checkpoint.read, checkpoint.read_facts):
         with pytest.raises(LoraFileError):
             reader(path)
     for text in ("x = " + "[" * 5000, "x = " + "9" * 5000, "a." * 3000 + "b = 1", "x = 2021-99-99"):

@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 from lib_lora_train import events
+from lib_lora_train.adapters.flat import FlatWeights
+from lib_lora_train.adapters.lora import LoRALayer
 from lib_lora_train.errors import HostError, Interrupted
 from lib_lora_train.host.port import Borrowed
 from lib_lora_train.host.standalone import StandaloneHost
-from lib_lora_train.job import run_job
 from lib_lora_train.model.layers import Layers
-from lib_lora_train.network.flat import FlatWeights
-from lib_lora_train.network.lora import LoRALayer
+from lib_lora_train.run.job import run_job
 from lib_lora_train.settings import parse
 from lib_lora_train.training.optimizer import Stepper
 

@@ -12,13 +12,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from lib_lora_train import events, job
-from lib_lora_train.cache import feeder
+from lib_lora_train import events
+from lib_lora_train.adapters import file
 from lib_lora_train.errors import DatasetError, Interrupted, LoraFileError, ModelError, OutputError, SettingError, TrainingError
 from lib_lora_train.host import standalone
 from lib_lora_train.host.standalone import StandaloneHost
-from lib_lora_train.job import run_job
-from lib_lora_train.network import file
+from lib_lora_train.inputs import prefetcher
+from lib_lora_train.run import job
+from lib_lora_train.run.job import run_job
 from lib_lora_train.settings import parse
 from tests.injection import on_shapes_alone
 
@@ -160,14 +161,14 @@ def test_a_text_encoder_learnt_before_is_kept_when_only_the_unet_goes_on(picture
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_weights(pictures, host, monkeypatch):
-    from lib_lora_train.training import work
-    original, calls = work.denoising_loss, []
+    from lib_lora_train.training import device_step
+    original, calls = device_step.denoising_loss, []
 
     def poisoned(model, **given):
         if not on_shapes_alone(model):
             calls.append(1)
         return original(model, **given) * (math.nan if len(calls) == 4 else 1)
-    monkeypatch.setattr(work, "denoising_loss", poisoned)
+    monkeypatch.setattr(device_step, "denoising_loss", poisoned)
     seen: list[events.Event] = []
     with pytest.raises(TrainingError, match="step 4.*lower the learning rate.*zzk-step00000003"):
         run_job(settings(pictures), host, report=seen.append, stop=lambda: "")
@@ -202,7 +203,7 @@ def test_a_result_that_cannot_be_written_under_its_name_is_kept_under_another(pi
 
 
 def test_a_picture_that_vanishes_in_the_middle_does_not_cost_what_was_learnt(pictures, host, monkeypatch):
-    monkeypatch.setattr(feeder, "reading_threads", lambda: 0)  # those of the next steps would be ready before they go
+    monkeypatch.setattr(prefetcher, "reading_threads", lambda: 0)  # those of the next steps would be ready before they go
 
     def report(event: events.Event) -> None:
         if isinstance(event, events.Step) and event.step == 3:

@@ -14,11 +14,11 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-from lib_lora_train import control
+from lib_lora_train.adapters.file import inspect
+from lib_lora_train.api import service
 from lib_lora_train.host.standalone import StandaloneHost
-from lib_lora_train.network.file import inspect
-from lib_lora_train.run_record import past_runs
-from lib_lora_train.runner import Runner
+from lib_lora_train.run.record import past_runs
+from lib_lora_train.run.runner import Runner
 
 ROOT = Path(__file__).resolve().parent.parent
 STATE = "state.safetensors"
@@ -71,7 +71,7 @@ def straight(pictures, tiny_file, tmp_path_factory) -> dict:
     """What an uninterrupted run makes."""
     place = tmp_path_factory.mktemp("straight")
     host = StandaloneHost(tiny_file, lora_folder=place, runs_folder=place / "runs")
-    return load_file(train(host, lambda runner: control.start(
+    return load_file(train(host, lambda runner: service.start(
         {**SETTINGS, "train_data_dir": str(pictures)}, runner=runner, host=host)))
 
 
@@ -92,10 +92,10 @@ def test_killed_in_the_middle_of_a_save_nothing_is_torn_and_the_run_goes_on(
 
     def start(runner: Runner) -> None:
         if resumable is None:
-            control.start({**SETTINGS, "train_data_dir": str(pictures)}, runner=runner, host=host)
+            service.start({**SETTINGS, "train_data_dir": str(pictures)}, runner=runner, host=host)
         else:
-            assert control.resume(past.id, {}, runner=runner, host=host) == past.id
-            assert control.runs(runner=runner, host=host)[0]["outcome"] == "running"
+            assert service.resume(past.id, {}, runner=runner, host=host) == past.id
+            assert service.runs(runner=runner, host=host)[0]["outcome"] == "running"
     again = load_file(train(host, start))
     assert again.keys() == straight.keys() and all((again[key] == straight[key]).all() for key in straight)
     assert not list(tmp_path.glob(".*.part")), "what the killed process left is gone"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from lib_lora_train.dataset.book import CaptionBook
+from lib_lora_train.studio.captions.store import CaptionBook
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 DRIVER = """
 import itertools, os, shutil, signal, subprocess, sys
 from pathlib import Path
-from lib_lora_train.dataset.book import CaptionBook
-from lib_lora_train.dataset.book_edits import AddTags
+from lib_lora_train.studio.captions.store import CaptionBook
+from lib_lora_train.studio.captions.edits import AddTags
 
 def work(action, folder, n, torn):
     counter = itertools.count(1)

@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from lib_lora_train import events, runner
-from lib_lora_train.demo import tiny_checkpoint
+from lib_lora_train import events
 from lib_lora_train.host.standalone import StandaloneHost
-from lib_lora_train.run_record import RunRecord, read_events
-from lib_lora_train.runner import Runner
+from lib_lora_train.run import runner
+from lib_lora_train.run.record import RunRecord, read_events
+from lib_lora_train.run.runner import Runner
 from lib_lora_train.settings import parse
 from tests.fake_host import FakeHost
+from tools import tiny_checkpoint
 
 
 def step(number: int, total: int) -> events.Step:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from lib_lora_train import events
-from lib_lora_train.job import run_job
+from lib_lora_train.run.job import run_job
 from lib_lora_train.settings import parse
 
 SAME = 0.05  # of what is learnt: where a gradient is next to nothing, AdamW follows its rounding error

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from lib_lora_train.errors import OutputError
-from lib_lora_train.output import checked_name, destination, epoch_path, step_path
+from lib_lora_train.run.output import checked_name, destination, epoch_path, step_path
 
 
 @pytest.mark.parametrize("name", ["zzk", "my character v2", "日本語", "a.b", "it's_100%"])

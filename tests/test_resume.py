@@ -16,16 +16,18 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from lib_lora_train import events, job, resume, saver, whole_file
-from lib_lora_train.cache import feeder
-from lib_lora_train.demo import tiny_checkpoint
+from lib_lora_train import events
 from lib_lora_train.errors import Interrupted, LoraFileError, LoraTrainError, ModelError, OutputError, SettingError
 from lib_lora_train.host.standalone import StandaloneHost
-from lib_lora_train.job import run_job
-from lib_lora_train.saver import StateKeeper
+from lib_lora_train.inputs import prefetcher
+from lib_lora_train.run import job, resume, saver
+from lib_lora_train.run.job import run_job
+from lib_lora_train.run.saver import StateKeeper
 from lib_lora_train.settings import SaveSettings
-from lib_lora_train.training import state
+from lib_lora_train.storage import atomic
+from lib_lora_train.training import checkpoint as checkpoint_module
 from tests.test_job import metadata, of, settings
+from tools import tiny_checkpoint
 
 STATE = "state.safetensors"
 MAY_DIFFER = {"ss_training_finished_at", "modelspec.date"}
@@ -207,7 +209,7 @@ def test_other_pictures_or_captions_are_told_and_the_same_ones_elsewhere_are_not
 
 
 def test_a_picture_of_the_same_name_and_size_is_another_picture(pictures, host):
-    from lib_lora_train.preparation import prepare
+    from lib_lora_train.run.planning import prepare
     chosen = settings(pictures)
     first = resume.dataset_fingerprint(prepare(chosen, family="sd1"))
     assert resume.dataset_fingerprint(prepare(chosen, family="sd1")) == first
@@ -218,8 +220,8 @@ def test_a_picture_of_the_same_name_and_size_is_another_picture(pictures, host):
 def test_what_the_model_was_held_in_is_remembered(cut_off, host):
     # On a card on which nothing else fits the plan holds it in eight bits; here its choice is written into the state.
     chosen, folder = cut_off
-    held, facts = state.read(folder / STATE)
-    state.write(folder / STATE, held, {**facts, "base": "int8"})
+    held, facts = checkpoint_module.read(folder / STATE)
+    checkpoint_module.write(folder / STATE, held, {**facts, "base": "int8"})
     _, seen = run(going_on(chosen, folder), host, folder, stop_after=1)
     assert "held in int8" in of(events.Planned, seen)[0].memory
     note, = told(seen)
@@ -262,7 +264,7 @@ def test_a_drawn_seed_is_drawn_once(pictures, host):
 
 def full_disk(monkeypatch, refused) -> None:
     """From now on the disk is full for files whose name `refused` accepts, after the first kilobyte."""
-    original = whole_file.replacing
+    original = atomic.replacing
 
     class Full:
         def __init__(self, file):
@@ -279,7 +281,7 @@ def full_disk(monkeypatch, refused) -> None:
     def replacing(path, **options):
         with original(path, **options) as file:
             yield Full(file) if refused(path.name) else file
-    for module in (whole_file, resume.state):
+    for module in (atomic, resume.state):
         monkeypatch.setattr(module, "replacing", replacing)
 
 
@@ -304,7 +306,7 @@ def test_a_disk_that_fills_up_leaves_the_last_state_whole_and_is_told_once(cut_o
 
 def test_a_failure_between_steps_costs_no_step(pictures, host, monkeypatch):
     # The pictures of the last steps would be ready before they go.
-    monkeypatch.setattr(feeder, "reading_threads", lambda: 0)
+    monkeypatch.setattr(prefetcher, "reading_threads", lambda: 0)
     chosen = settings(pictures, **EXACT, color_aug=True)
     straight = load_file(run(chosen, host, None)[0].path)
     hidden = pictures.with_name("hidden")

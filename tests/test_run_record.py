@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from lib_lora_train import events, run_record
+from lib_lora_train import events
 from lib_lora_train.errors import HostError
-from lib_lora_train.run_mark import is_marked
-from lib_lora_train.run_record import RunRecord, past_run, past_runs, read_events
+from lib_lora_train.run import record as record_module
+from lib_lora_train.run.record import RunRecord, past_run, past_runs, read_events
 from lib_lora_train.settings import parse
+from lib_lora_train.storage.lock import is_marked
 
 SETTINGS = parse({"output_name": "zzk"})
 PLANNED = events.Planned(3, 1, 10, 10, 1500, "3 pictures", "64x64", "model", 42)
@@ -43,9 +44,9 @@ def test_a_run_is_running_while_its_process_lives_and_interrupted_afterwards(tmp
 
 
 def test_the_mark_of_another_process_is_seen_and_gone_when_it_is_killed(tmp_path):
-    script = ("import sys; from pathlib import Path; from lib_lora_train.run_mark import Mark\n"
+    script = ("import sys; from pathlib import Path; from lib_lora_train.storage.lock import Mark\n"
               "mark = Mark.take(Path(sys.argv[1])); print('taken', flush=True); sys.stdin.read()")
-    root = Path(run_record.__file__).resolve().parent.parent
+    root = Path(record_module.__file__).resolve().parent.parent
     process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], cwd=root, text=True,
                                stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     with process:
@@ -70,8 +71,8 @@ def test_the_next_run_removes_what_a_killed_one_left_half_written_and_nothing_el
 
 
 def test_a_run_that_is_under_way_cannot_be_resumed(tmp_path, monkeypatch):
-    from lib_lora_train import run_mark
-    monkeypatch.setattr(run_mark, "_PAUSE", 0.0)
+    from lib_lora_train.storage import lock
+    monkeypatch.setattr(lock, "_PAUSE", 0.0)
     first = RunRecord(tmp_path / "one", SETTINGS)
     with pytest.raises(HostError, match="one is under way"):
         RunRecord(tmp_path / "one", SETTINGS)
@@ -128,7 +129,7 @@ def test_a_disk_that_is_full_for_a_while_costs_no_later_line(tmp_path, monkeypat
         def write(self, text):
             self.file.write(text[:10])
             raise OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(run_record, "open", lambda *a, **k: Half(real(*a, **k)) if full[0] else real(*a, **k), raising=False)
+    monkeypatch.setattr(record_module, "open", lambda *a, **k: Half(real(*a, **k)) if full[0] else real(*a, **k), raising=False)
     record.write(events.Warned("lost"))
     full[0] = False
     record.write(events.Warned("kept"))

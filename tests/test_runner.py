@@ -8,10 +8,12 @@ import threading
 
 import pytest
 
-from lib_lora_train import control, events, runner
+from lib_lora_train import events
+from lib_lora_train.api import service
 from lib_lora_train.errors import HostError, OutputError, TrainingError, UserError
-from lib_lora_train.run_record import past_runs, read_events
-from lib_lora_train.runner import Runner
+from lib_lora_train.run import runner
+from lib_lora_train.run.record import past_runs, read_events
+from lib_lora_train.run.runner import Runner
 from lib_lora_train.settings import flat, parse
 from tests.fake_host import FakeHost, interrupted_run
 
@@ -56,9 +58,9 @@ def test_a_job_that_waits_for_its_host_is_shown_as_such_and_need_not_wait_on(mon
         return events.Finished("stopped", "given up", "", 0)
     fake.busy = True
     one = started(monkeypatch, fake, job)
-    assert control.status(runner=one, host=fake)["waiting"] is True
+    assert service.status(runner=one, host=fake)["waiting"] is True
     one.stop(save=True)
-    assert one.wait(30) and control.status(runner=one, host=fake)["waiting"] is False
+    assert one.wait(30) and service.status(runner=one, host=fake)["waiting"] is False
 
 
 def test_stopping_reaches_the_job_with_its_kind(monkeypatch, fake):
@@ -136,14 +138,14 @@ def test_a_picture_whose_name_is_no_text_is_trained_and_told(pictures, host):
     folder.mkdir()
     (pictures / "0.png").rename(folder / "\udc93\udcfa.png")
     one = Runner()
-    control.start({"train_data_dir": str(pictures), "resolution": "64", "min_bucket_reso": 64, "output_name": "zzk",
+    service.start({"train_data_dir": str(pictures), "resolution": "64", "min_bucket_reso": 64, "output_name": "zzk",
                    "max_train_steps": 1, "network_train_unet_only": False}, runner=one, host=host)
     assert one.wait(60) and one.status().finished.outcome == "done"
-    json.dumps(control.status(runner=one, host=host), ensure_ascii=False).encode()
+    json.dumps(service.status(runner=one, host=host), ensure_ascii=False).encode()
     assert past_runs(host.runs_folder)[0].outcome == "done"
     (folder / "\udc93\udcfa.png").write_bytes(b"")
     with pytest.raises(UserError) as caught:
-        control.plan({"train_data_dir": str(pictures)}, host=host)
+        service.plan({"train_data_dir": str(pictures)}, host=host)
     str(caught.value).encode()
 
 

@@ -6,9 +6,9 @@ import os
 
 import pytest
 
-from lib_lora_train import whole_file
 from lib_lora_train.errors import OutputError, translated
-from lib_lora_train.whole_file import replacing, write_whole
+from lib_lora_train.storage import atomic
+from lib_lora_train.storage.atomic import replacing, write_whole
 
 
 def test_a_failure_in_the_middle_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -29,8 +29,8 @@ def test_a_file_that_is_locked_for_a_moment_is_replaced(tmp_path, monkeypatch, t
         if left[0] >= 0:
             raise PermissionError(13, "The process cannot access the file because it is being used by another process")
         replace(source, target)
-    monkeypatch.setattr(whole_file.os, "replace", locked)
-    monkeypatch.setattr(whole_file, "RETRY_SECONDS", (0.0,) * 5)
+    monkeypatch.setattr(atomic.os, "replace", locked)
+    monkeypatch.setattr(atomic, "RETRY_SECONDS", (0.0,) * 5)
     write_whole(tmp_path / "a.bin", b"new")
     assert (tmp_path / "a.bin").read_bytes() == b"new"
 
@@ -39,8 +39,8 @@ def test_a_file_that_stays_locked_stays_whole_and_is_told_in_a_sentence(tmp_path
     def locked(source, target):
         raise PermissionError(13, "being used by another process", str(source), None, str(target))
     (tmp_path / "a.bin").write_bytes(b"old")
-    monkeypatch.setattr(whole_file.os, "replace", locked)
-    monkeypatch.setattr(whole_file, "RETRY_SECONDS", (0.0,) * 5)
+    monkeypatch.setattr(atomic.os, "replace", locked)
+    monkeypatch.setattr(atomic, "RETRY_SECONDS", (0.0,) * 5)
     with pytest.raises(OutputError, match="Access was denied while saving a.bin.*close programs that use the file"):
         with translated("saving a.bin"):
             write_whole(tmp_path / "a.bin", b"new")

@@ -19,9 +19,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
-from lib_lora_train.demo import tiny_checkpoint
 from lib_lora_train.settings import Settings, flat
-from lib_lora_train.training import state
+from lib_lora_train.training import checkpoint
+from tools import tiny_checkpoint
 
 ODD = ("", "\0", "\ud800", "\u202e", "NUL", "../" * 9, "<img src=x onerror=alert(1)>", "a" * 5000, "💥" * 99, "\r\n", "%s%n",
         "{0}", "nan", "1e999", "-0", "9" * 400, "true", "\\\\?\\C:\\", "file:///etc/passwd", " ", ",", ",," * 500)
@@ -216,7 +216,7 @@ def checkpoint_seeds() -> tuple[list[bytes], int]:
 
 def state_seeds() -> list[bytes]:
     """A training state as it is written, of one layer."""
-    facts = {"step": 3, "overflows": 0, "version": state.VERSION, "settings": flat(Settings()), "started_at": 1.5, "steps": 9,
+    facts = {"step": 3, "overflows": 0, "version": checkpoint.VERSION, "settings": flat(Settings()), "started_at": 1.5, "steps": 9,
              "dataset": "x", "checkpoint": {}}
     return [_ordered({"lora.a.lora_down.weight": torch.ones(2, 2), "optimizer.0.exp_avg": torch.ones(2, 2),
                   "scaler.scale": torch.tensor(1.0), "scaler.good_steps": torch.tensor(1), "recent": torch.ones(3)},

@@ -51,14 +51,14 @@ from fuzz_inputs import (
 )
 from PIL import Image
 
-from lib_lora_train.dataset import captions, folder, pictures
+from lib_lora_train.adapters import file as lora_file
+from lib_lora_train.dataset import captions, folder, images
 from lib_lora_train.errors import LoraTrainError, printable
 from lib_lora_train.host.standalone import StandaloneHost, describe_file
-from lib_lora_train.network import file as lora_file
-from lib_lora_train.output import checked_name, destination
+from lib_lora_train.run.output import checked_name, destination
 from lib_lora_train.settings import DECLARATIONS, Settings, flat, parse
 from lib_lora_train.settings.toml import read_toml, write_toml
-from lib_lora_train.training import state
+from lib_lora_train.training import checkpoint
 
 SECONDS = 30.0
 """What one input may take before it counts as a hang. The slowest measured is far below; a busy machine is not a fault."""
@@ -164,7 +164,7 @@ class _Server:
             from fastapi.testclient import TestClient
 
             from lib_lora_train import api
-            from lib_lora_train.runner import Runner
+            from lib_lora_train.run.runner import Runner
             app = FastAPI()
             host = StandaloneHost(None, lora_folder=place, runs_folder=place)
             self._data = Path(tempfile.mkdtemp(dir=place.parent))
@@ -208,16 +208,16 @@ def _checkpoint(data: bytes, place: Path, *, size: int) -> object:
 
 
 def _state(data: bytes, place: Path) -> object:
-    path = _written(data, place / state.FILE_NAME)
-    state.read_facts(path)
-    return state.read(path)
+    path = _written(data, place / checkpoint.FILE_NAME)
+    checkpoint.read_facts(path)
+    return checkpoint.read(path)
 
 
 def _picture(data: bytes, place: Path) -> object:
     path = _written(data, place / "x.png")
-    pictures.check_picture(path)
-    pictures.read_size(path)
-    return pictures.read_picture(path, max_pixels=4_000_000).getextrema()
+    images.check_picture(path)
+    images.read_size(path)
+    return images.read_picture(path, max_pixels=4_000_000).getextrema()
 
 
 _TINY = io.BytesIO()

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from fuzz_inputs import mutated, text
 
-from lib_lora_train.dataset.archive import Limits
-from lib_lora_train.dataset.book import CaptionBook
-from lib_lora_train.dataset.collect import collect
-from lib_lora_train.dataset.owned import OwnedDataset
 from lib_lora_train.errors import DatasetError
+from lib_lora_train.studio.captions.store import CaptionBook
+from lib_lora_train.studio.importing.archive import Limits
+from lib_lora_train.studio.importing.collect import collect
+from lib_lora_train.studio.importing.owned import OwnedDataset
 
 NAMES = ["a.png", "b.jpg", "sub/c.webp", "10_dog/d.png", "a.txt", "masks/a.png", "../e.png", "/f.png", "C:\\g.png", "A.PNG"]
 _LIMITS = Limits(entries=60, entry_bytes=4 << 20, total_bytes=8 << 20, always_bytes=8 << 20)

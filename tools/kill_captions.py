@@ -25,7 +25,7 @@ JOURNAL = Path(".studio", "captions.journal")
 
 CHILD = """
 import sys
-from lib_lora_train.dataset.book import CaptionBook
+from lib_lora_train.studio.captions.store import CaptionBook
 book = CaptionBook.open(sys.argv[1])
 generation = int(book.caption(0).rsplit(" ", 1)[1])
 while True:
@@ -68,7 +68,7 @@ def generations(folder: Path) -> list[int]:
 
 def examine(folder: Path, *, pictures: int, saved: int, begun: int, tally: Counter[str]) -> list[str]:
     """What is wrong after one kill; counts in `tally` where the process was."""
-    from lib_lora_train.dataset.book import CaptionBook
+    from lib_lora_train.studio.captions.store import CaptionBook
 
     before = generations(folder)
     mixed = len(set(before)) > 1

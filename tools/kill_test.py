@@ -123,7 +123,7 @@ class Place:
 
     def newest(self):
         """The newest run's record, None before the first."""
-        from lib_lora_train.run_record import past_runs
+        from lib_lora_train.run.record import past_runs
         found = past_runs(self.output / "runs", most=1)
         return found[0] if found else None
 
@@ -141,9 +141,9 @@ class Place:
 
 def examine(place: Place, trainer: Trainer, tally: Tally) -> None:
     """What lies there after a kill: every file whole, the record true, little lost."""
+    from lib_lora_train.adapters.file import inspect
     from lib_lora_train.errors import LoraTrainError
-    from lib_lora_train.network.file import inspect
-    from lib_lora_train.training import state
+    from lib_lora_train.training import checkpoint as checkpoint_module
 
     parts = [path for path in place.output.rglob("*.part")]
     tally.most_parts = max(tally.most_parts, len(parts))
@@ -161,11 +161,11 @@ def examine(place: Place, trainer: Trainer, tally: Tally) -> None:
         return  # killed before there was a record
     if past.outcome != "interrupted":
         tally.wrong.append(f"the record says {past.outcome!r} of a killed run")
-    file = place.output / "runs" / past.id / state.FILE_NAME
+    file = place.output / "runs" / past.id / checkpoint_module.FILE_NAME
     kept = 0
     if file.exists():
         try:
-            kept = state.read(file)[0].step
+            kept = checkpoint_module.read(file)[0].step
         except LoraTrainError as error:
             tally.wrong.append(str(error))
     if past.resume_step != (kept or None):
@@ -217,7 +217,7 @@ def prepare(folder: Path) -> tuple[Path, Path]:
     """(a small checkpoint, a folder of pictures)."""
     from PIL import Image
 
-    from lib_lora_train.demo import tiny_checkpoint
+    from tools import tiny_checkpoint
     pictures = folder / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
     for number, color in enumerate(("red", "blue", "orange", "green", "black")):

@@ -24,12 +24,12 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lib_lora_train import control
-from lib_lora_train.bench.cache import resident_bytes
-from lib_lora_train.demo import tiny_checkpoint
+from lib_lora_train.api import service
 from lib_lora_train.events import Event, Step
 from lib_lora_train.host.standalone import StandaloneHost
-from lib_lora_train.runner import Runner
+from lib_lora_train.run.runner import Runner
+from tools import tiny_checkpoint
+from tools.bench.cache import resident_bytes
 
 PICTURES = 5
 
@@ -65,7 +65,7 @@ class WatchedHost(StandaloneHost):
     def _sample(self, event: Step) -> Sample:
         gc.collect()
         known = gc.get_objects()
-        status = control.status(runner=self._runner, host=self)
+        status = service.status(runner=self._runner, host=self)
         return Sample(
             event.step, event.epoch, (resident_bytes() or 0) / 2**20, len(known),
             sum(type(thing) is torch.Tensor for thing in known),
@@ -99,11 +99,11 @@ def run(folder: Path, *, steps: int, every: int) -> list[Sample]:
     runner = Runner()
     host.watch(runner, every)
     # Captions that change at each step fill the cache of what the text encoder says, which has a bound of its own.
-    control.start({"train_data_dir": str(pictures), "output_name": "long", "resolution": "64", "min_bucket_reso": 64,
+    service.start({"train_data_dir": str(pictures), "output_name": "long", "resolution": "64", "min_bucket_reso": 64,
                    "num_repeats": 1, "max_train_steps": steps, "network_dim": 1, "shuffle_caption": True,
                    "save_every_n_steps": max(1, steps // 10), "save_state_every_n_minutes": 1}, runner=runner, host=host)
     runner.wait()
-    finished = control.status(runner=runner, host=host)["finished"]
+    finished = service.status(runner=runner, host=host)["finished"]
     print(finished["message"])
     return host.samples
 

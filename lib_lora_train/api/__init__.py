@@ -29,11 +29,11 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.responses import Response
 
-from lib_lora_train import control, diagnostics
-from lib_lora_train.api import studio
+from lib_lora_train.api import service, studio
 from lib_lora_train.api.gate import OUTDATED, PREFIX, TOKEN_HEADER, Door, Gate, LoggedIn, Refused, same_origin
 from lib_lora_train.host.port import Host
-from lib_lora_train.runner import Runner
+from lib_lora_train.run import diagnostics
+from lib_lora_train.run.runner import Runner
 from lib_lora_train.studio.session import studio_for
 
 __all__ = ["OUTDATED", "PREFIX", "TOKEN_HEADER", "LoggedIn", "install", "login_of", "parse_credentials", "same_origin"]
@@ -50,11 +50,11 @@ def install(app: FastAPI, *, runner: Runner, host: Host, token: str, credentials
     gate = Gate(token=token, credentials=dict(credentials), api_enabled=api_enabled, logged_in=logged_in or login_of(app))
     door = Door(app, gate)
     add = door.add
-    add("GET", "status", lambda query, _: control.status(runner=runner, host=host, after=_step(query)),
+    add("GET", "status", lambda query, _: service.status(runner=runner, host=host, after=_step(query)),
         "Where the current or last run is")
-    add("GET", "runs", lambda _, __: {"runs": control.runs(runner=runner, host=host)}, "Past runs, newest first")
-    add("GET", "settings", lambda _, __: {"settings": control.settings_list()}, "Every setting")
-    add("POST", "plan", lambda _, body: control.plan(_settings(body), host=host), "What a run would do")
+    add("GET", "runs", lambda _, __: {"runs": service.runs(runner=runner, host=host)}, "Past runs, newest first")
+    add("GET", "settings", lambda _, __: {"settings": service.settings_list()}, "Every setting")
+    add("POST", "plan", lambda _, body: service.plan(_settings(body), host=host), "What a run would do")
     add("POST", "start", lambda _, body: {"run": _start(body, runner=runner, host=host)}, "Start a run, or go on with one")
     add("POST", "stop", lambda _, body: {"stopping": runner.stop(save=_save(body))}, "Stop the run")
     add("GET", "report", lambda query, _: _report(query, host=host, program=program), "What a helper needs to know, as a zip")
@@ -62,7 +62,7 @@ def install(app: FastAPI, *, runner: Runner, host: Host, token: str, credentials
 
 
 def _report(query: Mapping[str, str], *, host: Host, program: str) -> Response:
-    made = control.report(query.get("run", ""), host=host, program=program)
+    made = service.report(query.get("run", ""), host=host, program=program)
     return Response(made, media_type="application/zip", headers={
         "Content-Disposition": 'attachment; filename="lora-train-report.zip"', "Cache-Control": "no-store"})
 
@@ -86,11 +86,11 @@ def login_of(app: Any) -> LoggedIn:
 
 def _start(body: Mapping[str, Any], *, runner: Runner, host: Host) -> str:
     if "resume" not in body:
-        return control.start(_settings(body), runner=runner, host=host)
+        return service.start(_settings(body), runner=runner, host=host)
     run = body["resume"]
     if not isinstance(run, str) or not run:
         raise Refused(400, '"resume" must be the id of a run.')
-    return control.resume(run, _settings(body) if "settings" in body else {}, runner=runner, host=host)
+    return service.resume(run, _settings(body) if "settings" in body else {}, runner=runner, host=host)
 
 
 def _settings(body: Mapping[str, Any]) -> dict[str, Any]:

@@ -51,7 +51,7 @@ from starlette.requests import ClientDisconnect
 
 from lib_lora_train.api.gate import Door, Refused
 from lib_lora_train.errors import LoraTrainError
-from lib_lora_train.studio import asked, shaping, thumbs, view, work, work_model
+from lib_lora_train.studio import model_operations, operations, requests, shaping, thumbs, view
 from lib_lora_train.studio.session import Studio
 from lib_lora_train.studio.uploads import Receiving
 
@@ -79,13 +79,13 @@ def add_routes(door: Door, studio: Studio) -> None:
 
 
 def _add_datasets(post: Callable[..., None], studio: Studio) -> None:
-    post("open", lambda body: {"notes": list(studio.open(asked.text(body, "name", required=True),
-                                                         discard=asked.switch(body, "discard")))}, "Open a dataset")
-    post("create", lambda body: _nothing(studio.create(asked.text(body, "name"), concept=asked.text(body, "concept"))),
+    post("open", lambda body: {"notes": list(studio.open(requests.text(body, "name", required=True),
+                                                         discard=requests.switch(body, "discard")))}, "Open a dataset")
+    post("create", lambda body: _nothing(studio.create(requests.text(body, "name"), concept=requests.text(body, "concept"))),
          "Make a dataset")
-    post("close", lambda body: _nothing(studio.close(discard=asked.switch(body, "discard"))), "Leave the dataset")
-    post("import", lambda body: {"id": work.import_paths(studio, asked.texts(body, "paths"))}, "Bring pictures in")
-    post("import-uploads", lambda body: {"id": work.import_uploads(studio, asked.batch_name(body.get("batch")))},
+    post("close", lambda body: _nothing(studio.close(discard=requests.switch(body, "discard"))), "Leave the dataset")
+    post("import", lambda body: {"id": operations.import_paths(studio, requests.texts(body, "paths"))}, "Bring pictures in")
+    post("import-uploads", lambda body: {"id": operations.import_uploads(studio, requests.batch_name(body.get("batch")))},
          "Bring in what was sent")
     post("use", lambda _: studio.use(), "Save and train with the dataset")
     post("stop-task", lambda _: {"stopping": studio.tasks.stop()}, "Stop the work under way")
@@ -93,65 +93,65 @@ def _add_datasets(post: Callable[..., None], studio: Studio) -> None:
 
 def _add_pictures(get: Callable[..., None], post: Callable[..., None], studio: Studio) -> None:
     post("pictures", lambda body: view.pictures(
-        studio, _filtered(body), offset=asked.whole_number(body, "offset", default=0, low=0, high=10**9),
-        limit=asked.whole_number(body, "limit", default=48, low=0, high=view.MOST_A_PAGE),
-        sort=asked.text(body, "sort") or "name"), "A page of the gallery")
+        studio, _filtered(body), offset=requests.whole_number(body, "offset", default=0, low=0, high=10**9),
+        limit=requests.whole_number(body, "limit", default=48, low=0, high=view.MOST_A_PAGE),
+        sort=requests.text(body, "sort") or "name"), "A page of the gallery")
     get("thumb", lambda query: _picture(studio.thumbnail(query.get("id", "")), keep=True), "A small picture")
     get("picture", lambda query: _picture(studio.picture(query.get("id", "")), keep=True), "A whole picture")
-    post("remove", lambda body: {"removed": studio.remove(asked.texts(body, "ids"))}, "Take pictures out")
+    post("remove", lambda body: {"removed": studio.remove(requests.texts(body, "ids"))}, "Take pictures out")
 
 
 def _add_captions(get: Callable[..., None], post: Callable[..., None], studio: Studio) -> None:
     post("tags", lambda body: view.tags(studio, _filtered(body)), "Tags by frequency")
-    post("edit", lambda body: {"changed": studio.edit(asked.table(body, "edit"), asked.selection(body))}, "Change captions")
-    post("caption", lambda body: {"changed": studio.caption(asked.text(body, "id"), asked.text(body, "text"))},
+    post("edit", lambda body: {"changed": studio.edit(requests.table(body, "edit"), requests.selection(body))}, "Change captions")
+    post("caption", lambda body: {"changed": studio.caption(requests.text(body, "id"), requests.text(body, "text"))},
          "Change one caption")
     post("undo", lambda _: {"label": studio.undo()}, "Take the last step back")
     post("redo", lambda _: {"label": studio.undo(again=True)}, "Do it again")
-    post("save", lambda body: studio.save(overwrite=asked.switch(body, "overwrite")), "Write the captions")
-    post("tokens", lambda body: dict(zip(("tokens", "chunks"), studio.tokens(asked.text(body, "text")), strict=True)),
+    post("save", lambda body: studio.save(overwrite=requests.switch(body, "overwrite")), "Write the captions")
+    post("tokens", lambda body: dict(zip(("tokens", "chunks"), studio.tokens(requests.text(body, "text")), strict=True)),
          "Count tokens")
     get("tag-options", lambda _: {"options": view.tag_options()}, "What can be chosen when captioning")
-    post("tag", lambda body: {"id": work.tag(studio, asked.text(body, "source", required=True), asked.table(body, "options"),
-                                             asked.selection(body))}, "Caption pictures")
+    post("tag", lambda body: {"id": operations.tag(studio, requests.text(body, "source", required=True), requests.table(body, "options"),
+                                             requests.selection(body))}, "Caption pictures")
 
 
 def _add_shapes(get: Callable[..., None], post: Callable[..., None], studio: Studio) -> None:
-    post("check", lambda body: {"id": work.check(studio, asked.table(body, "settings"))}, "Look at the pictures")
+    post("check", lambda body: {"id": operations.check(studio, requests.table(body, "settings"))}, "Look at the pictures")
     get("crops", lambda _: _picture(shaping.crops(studio), keep=False), "What crops lose")
     post("shape-preview", lambda body: _picture(
-        shaping.preview(studio, asked.text(body, "id"), asked.table(body, "shape")), keep=False), "What a shape would make")
-    post("shape", lambda body: {"id": work.shape(studio, asked.table(body, "shape"), asked.selection(body))},
+        shaping.preview(studio, requests.text(body, "id"), requests.table(body, "shape")), keep=False), "What a shape would make")
+    post("shape", lambda body: {"id": operations.shape(studio, requests.table(body, "shape"), requests.selection(body))},
          "Cut and scale pictures")
     post("crop", lambda body: _nothing(shaping.crop_by_hand(
-        studio, asked.text(body, "id"), asked.numbers(body, "box", count=4))), "Cut a picture by hand")
-    post("flip", lambda body: {"id": shaping.flip(studio, asked.text(body, "id"), copy=asked.switch(body, "copy"))}, "Mirror")
+        studio, requests.text(body, "id"), requests.numbers(body, "box", count=4))), "Cut a picture by hand")
+    post("flip", lambda body: {"id": shaping.flip(studio, requests.text(body, "id"), copy=requests.switch(body, "copy"))}, "Mirror")
     post("split", lambda body: {"ids": shaping.split(
-        studio, asked.text(body, "id"), tile=asked.whole_number(body, "tile", default=0, low=0, high=16384))}, "Split")
+        studio, requests.text(body, "id"), tile=requests.whole_number(body, "tile", default=0, low=0, high=16384))}, "Split")
     get("mask", lambda query: _picture(shaping.mask(studio, query.get("id", "")), keep=False), "What of a picture is learnt")
-    post("remove-mask", lambda body: _nothing(shaping.remove_mask(studio, asked.text(body, "id"))), "Learn all of a picture")
-    post("unshape", lambda body: shaping.unshape(studio, asked.texts(body, "ids")), "Bring pictures back as they were")
+    post("remove-mask", lambda body: _nothing(shaping.remove_mask(studio, requests.text(body, "id"))), "Learn all of a picture")
+    post("unshape", lambda body: shaping.unshape(studio, requests.texts(body, "ids")), "Bring pictures back as they were")
 
 
 def _add_model(get: Callable[..., None], post: Callable[..., None], studio: Studio) -> None:
-    post("check-captions", lambda body: {"id": work_model.check(
-        studio, asked.selection(body), seeds=asked.whole_number(body, "seeds", default=2, low=0, high=8),
-        steps=asked.whole_number(body, "steps", default=20, low=1, high=150),
-        worst=asked.whole_number(body, "worst", default=work_model.MOST_PAINTED, low=0, high=10**6),
-        values=asked.table(body, "settings"))}, "Are the captions right")
-    get("checked", lambda query: _picture(work_model.painted(
-        studio, query.get("id", ""), asked.number_text(query.get("n", "0"))), keep=False), "A picture painted from a caption")
-    post("class-pictures", lambda body: {"id": work_model.class_pictures(
-        studio, prompts=asked.texts(body, "prompts"), size=asked.size(body, "size", default=512),
-        count=asked.whole_number(body, "count", default=20, low=1, high=10_000),
-        steps=asked.whole_number(body, "steps", default=20, low=1, high=150),
-        cfg=float(asked.whole_number(body, "cfg", default=7, low=1, high=30)),
-        seed=asked.whole_number(body, "seed", default=1, low=0, high=2**32 - 1))}, "Paint preservation pictures")
+    post("check-captions", lambda body: {"id": model_operations.check(
+        studio, requests.selection(body), seeds=requests.whole_number(body, "seeds", default=2, low=0, high=8),
+        steps=requests.whole_number(body, "steps", default=20, low=1, high=150),
+        worst=requests.whole_number(body, "worst", default=model_operations.MOST_PAINTED, low=0, high=10**6),
+        values=requests.table(body, "settings"))}, "Are the captions right")
+    get("checked", lambda query: _picture(model_operations.painted(
+        studio, query.get("id", ""), requests.number_text(query.get("n", "0"))), keep=False), "A picture painted from a caption")
+    post("class-pictures", lambda body: {"id": model_operations.class_pictures(
+        studio, prompts=requests.texts(body, "prompts"), size=requests.size(body, "size", default=512),
+        count=requests.whole_number(body, "count", default=20, low=1, high=10_000),
+        steps=requests.whole_number(body, "steps", default=20, low=1, high=150),
+        cfg=float(requests.whole_number(body, "cfg", default=7, low=1, high=30)),
+        seed=requests.whole_number(body, "seed", default=1, low=0, high=2**32 - 1))}, "Paint preservation pictures")
 
 
 async def _upload(request: Request, studio: Studio) -> object:
     """One file of a heap."""
-    batch, name = asked.batch_name(request.query_params.get("batch")), request.query_params.get("name", "")
+    batch, name = requests.batch_name(request.query_params.get("batch")), request.query_params.get("name", "")
     if not name.strip():
         raise Refused(400, "The file has no name.")
     receiving = await _receive(request, studio, batch, name)
@@ -203,8 +203,8 @@ def _begin(studio: Studio, batch: str, name: str, size: int | None) -> Receiving
         return opened.uploads.begin(batch, name, size=size)
 
 
-def _filtered(body: Body) -> asked.Selection:
-    return asked.Selection(None, asked.table(body, "filter"))
+def _filtered(body: Body) -> requests.Selection:
+    return requests.Selection(None, requests.table(body, "filter"))
 
 
 def _picture(data: bytes, *, keep: bool) -> Response:

@@ -7,7 +7,7 @@ import math
 from PIL import Image, ImageDraw, ImageFont
 
 from lib_lora_train.dataset.findings import Examined, Report
-from lib_lora_train.dataset.pictures import read_picture
+from lib_lora_train.dataset.images import read_picture
 from lib_lora_train.errors import DatasetError, printable
 
 _CELL, _MARGIN, _LINE = 200, 14, 17

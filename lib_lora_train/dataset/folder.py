@@ -16,12 +16,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from lib_lora_train.dataset.ahead import Ahead, reading_threads
 from lib_lora_train.dataset.buckets import Buckets, Placement, Size
 from lib_lora_train.dataset.captions import find_captions, first_line, read_caption, split_tags, with_trigger_word
-from lib_lora_train.dataset.pictures import MAX_PIXELS, check_picture, is_picture_name
+from lib_lora_train.dataset.images import MAX_PIXELS, check_picture, is_picture_name
 from lib_lora_train.dataset.plan import balanced_repeats, plain_folder_repeats
-from lib_lora_train.dataset.watch import Progress, ShouldStop, Watch
+from lib_lora_train.dataset.prefetch import Ahead, reading_threads
+from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
 from lib_lora_train.errors import DatasetError, printable
 from lib_lora_train.settings import DECLARATIONS
 

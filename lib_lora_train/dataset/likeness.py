@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from lib_lora_train.dataset.watch import ShouldStop
+from lib_lora_train.dataset.progress import ShouldStop
 from lib_lora_train.errors import Interrupted
 
 Thumbnail = NDArray[np.uint8]  # [16, 16, 3]

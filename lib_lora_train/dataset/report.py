@@ -20,9 +20,9 @@ from lib_lora_train.dataset.captions import first_line, read_caption, split_tags
 from lib_lora_train.dataset.crop_sheet import crop_sheet
 from lib_lora_train.dataset.findings import Examined, Proposal, Report
 from lib_lora_train.dataset.folder import MayRead, Subset, find_pictures
-from lib_lora_train.dataset.pictures import read_picture
+from lib_lora_train.dataset.images import read_picture
 from lib_lora_train.dataset.plan import plain_folder_repeats, plan_run
-from lib_lora_train.dataset.watch import Progress, ShouldStop, Watch
+from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
 from lib_lora_train.errors import DatasetError, printable
 from lib_lora_train.settings import Settings
 

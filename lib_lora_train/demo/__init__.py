@@ -15,7 +15,7 @@ from lib_lora_train import events
 from lib_lora_train.demo import embedded
 from lib_lora_train.demo.sheet import draw_sheet, paint_rows
 from lib_lora_train.host.standalone import StandaloneHost
-from lib_lora_train.runner import RUNNER
+from lib_lora_train.run.runner import RUNNER
 from lib_lora_train.settings import parse
 from lib_lora_train.settings.field import Value
 

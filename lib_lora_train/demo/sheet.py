@@ -7,14 +7,14 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from lib_lora_train.dataset.pictures import read_picture
+from lib_lora_train.adapters import file
+from lib_lora_train.adapters.network import LoRANetwork
+from lib_lora_train.adapters.targets import find_targets
+from lib_lora_train.dataset.images import read_picture
 from lib_lora_train.evaluation.sampler import SampleRequest, sample_batch, to_picture
 from lib_lora_train.host.port import Host
 from lib_lora_train.model import frozen
 from lib_lora_train.model.layers import Adapter
-from lib_lora_train.network import file
-from lib_lora_train.network.network import LoRANetwork
-from lib_lora_train.network.targets import find_targets
 
 SIDE, STEPS, CFG_SCALE, SEED = 128, 20, 2.0, 1000
 DATASET = ("grapes", "cupcake", "tiger-face", "koala", "whale", "maple-leaf", "locomotive", "top-hat")

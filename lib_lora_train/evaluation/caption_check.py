@@ -30,10 +30,10 @@ from torch import Tensor
 
 from lib_lora_train.dataset.augment import scale_and_crop, to_tensor
 from lib_lora_train.dataset.buckets import Buckets, Placement, buckets_for
-from lib_lora_train.dataset.pictures import read_picture
-from lib_lora_train.dataset.watch import Progress, ShouldStop
+from lib_lora_train.dataset.images import read_picture
+from lib_lora_train.dataset.progress import Progress, ShouldStop
 from lib_lora_train.errors import DatasetError, Interrupted, translated
-from lib_lora_train.evaluation.loan import Loan, on_loan
+from lib_lora_train.evaluation.lease import Loan, on_loan
 from lib_lora_train.evaluation.resemblance import resemblance, subject_features
 from lib_lora_train.evaluation.sampler import SampleRequest, sample_latents, to_picture
 from lib_lora_train.host.port import Host

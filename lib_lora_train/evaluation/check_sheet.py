@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from lib_lora_train.dataset.pictures import read_picture
+from lib_lora_train.dataset.images import read_picture
 from lib_lora_train.errors import DatasetError, printable
 from lib_lora_train.evaluation.caption_check import Checked
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
-from lib_lora_train.cache.batches import Batch
+from lib_lora_train.inputs.batches import Batch
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.model.layers import Adapter
 from lib_lora_train.model.text import Conditioning

@@ -11,9 +11,9 @@ from typing import Protocol
 import torch
 
 from lib_lora_train.events import Event, Report
-from lib_lora_train.fence import Fence
 from lib_lora_train.model.family import Hints
 from lib_lora_train.model.tokens import Tokenizer
+from lib_lora_train.settings.allowed_paths import Fence
 from lib_lora_train.tagging.captioner import CaptionerSource
 
 

@@ -20,14 +20,14 @@ import yaml
 from safetensors.torch import load_file
 
 from lib_lora_train.errors import HostError, LoraTrainError, ModelError, translated
-from lib_lora_train.fence import Fence
-from lib_lora_train.host import aside
+from lib_lora_train.host import placement
+from lib_lora_train.host.exclusive import Undisturbed
+from lib_lora_train.host.exposure import is_loopback
 from lib_lora_train.host.port import Borrowed, Checkpoint, Outline
-from lib_lora_train.host.reach import is_loopback
-from lib_lora_train.host.undisturbed import Undisturbed
 from lib_lora_train.model.family import Hints, detect
 from lib_lora_train.model.hints_file import hints_from_yaml
 from lib_lora_train.model.tokens import Tokenizer, tokenizer_from_folder
+from lib_lora_train.settings.allowed_paths import Fence
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
            "I32": torch.int32, "U8": torch.uint8, "I8": torch.int8, "BOOL": torch.bool}
@@ -50,7 +50,7 @@ class StandaloneHost(Undisturbed):
         self.checkpoint_file, self.fence = checkpoint_file, fence
         self.lora_folder, self.runs_folder = lora_folder, runs_folder
         self.datasets_folder = runs_folder.with_name("datasets")
-        self._device = aside.indexed(device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        self._device = placement.indexed(device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         self._lock = threading.Lock()
         self._tensors: Mapping[str, torch.Tensor] | None = None
         self._tokenizers: Sequence[Tokenizer] | None = None
@@ -94,7 +94,7 @@ class StandaloneHost(Undisturbed):
                 self._tensors = _load(self.checkpoint_file, self._device)
             with translated("moving the model to the device"):
                 # What the last loan set aside; nobody needed it in between.
-                aside.move(self._tensors.values(), self._device)
+                placement.move(self._tensors.values(), self._device)
             yield Borrowed(self._tensors, known.hints, known.checkpoint, self._device, self._tokenizers)
         finally:
             self._lock.release()

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lib_lora_train.model import winograd
-from lib_lora_train.model.products import frozen_linear
+from lib_lora_train.model.linear import frozen_linear
 from lib_lora_train.model.weights import Weight, dense, is_nhwc
 
 NHWC, NCHW = torch.channels_last, torch.contiguous_format

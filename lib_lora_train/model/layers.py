@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lib_lora_train.model.attention import attention
 from lib_lora_train.model.convolution import frozen_conv2d
-from lib_lora_train.model.products import LowRank, frozen_linear, shared_linears
+from lib_lora_train.model.linear import LowRank, frozen_linear, shared_linears
 from lib_lora_train.model.recipes import GroupNorm, LayerNorm, Recipe, made
 from lib_lora_train.model.refusals import incomplete
 from lib_lora_train.model.weights import Weight, borrowed

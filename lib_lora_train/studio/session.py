@@ -14,19 +14,19 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lib_lora_train.dataset.book_edits import Edit, SetCaption, edit_from_dict
-from lib_lora_train.dataset.owned import OwnedDataset, list_datasets
 from lib_lora_train.dataset.plan import plain_folder_repeats
 from lib_lora_train.errors import DatasetError, HostError, SettingError
-from lib_lora_train.fence import inside
 from lib_lora_train.host.port import Host
 from lib_lora_train.model.text import split_into_chunks
 from lib_lora_train.model.tokens import Tokenizer, clip_tokenizer
-from lib_lora_train.runner import Runner
+from lib_lora_train.run.runner import Runner
 from lib_lora_train.settings import Settings
+from lib_lora_train.settings.allowed_paths import inside
 from lib_lora_train.studio import thumbs
-from lib_lora_train.studio.asked import Selection
-from lib_lora_train.studio.opened import Opened
+from lib_lora_train.studio.captions.edits import Edit, SetCaption, edit_from_dict
+from lib_lora_train.studio.dataset_session import Opened
+from lib_lora_train.studio.importing.owned import OwnedDataset, list_datasets
+from lib_lora_train.studio.requests import Selection
 from lib_lora_train.studio.tasks import Tasks
 
 _COMMA_BACKTRACK = 20  # the WebUI's default of the option "comma padding backtrack"

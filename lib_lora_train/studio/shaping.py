@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lib_lora_train.dataset import mask as masks
-from lib_lora_train.dataset import shape as shapes
 from lib_lora_train.dataset.buckets import DEFAULT_RESOLUTION
 from lib_lora_train.dataset.crop_sheet import crop_sheet
 from lib_lora_train.errors import DatasetError
 from lib_lora_train.studio import thumbs
-from lib_lora_train.studio.opened import Opened
+from lib_lora_train.studio.cropping import crop as shapes
+from lib_lora_train.studio.cropping import mask as masks
+from lib_lora_train.studio.dataset_session import Opened
 from lib_lora_train.studio.session import Studio
 
 

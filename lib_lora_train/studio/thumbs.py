@@ -12,9 +12,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from lib_lora_train.dataset.pictures import read_picture
+from lib_lora_train.dataset.images import read_picture
 from lib_lora_train.errors import DatasetError
-from lib_lora_train.whole_file import write_whole
+from lib_lora_train.storage.atomic import write_whole
 
 SIDE = 256
 MEDIA_TYPE = "image/jpeg"

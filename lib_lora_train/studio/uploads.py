@@ -9,9 +9,9 @@ import threading
 from pathlib import Path
 from typing import BinaryIO
 
-from lib_lora_train.dataset.collect import Upload
-from lib_lora_train.dataset.pictures import MAX_BYTES
+from lib_lora_train.dataset.images import MAX_BYTES
 from lib_lora_train.errors import DatasetError, OutputError
+from lib_lora_train.studio.importing.collect import Upload
 
 MOST_FILES = 20_000  # of one heap: pictures and their captions
 MOST_ARCHIVE = 8 << 30

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from lib_lora_train.errors import printable
 from lib_lora_train.settings.field import declarations
-from lib_lora_train.studio.asked import Selection
-from lib_lora_train.studio.opened import Opened
+from lib_lora_train.studio.dataset_session import Opened
+from lib_lora_train.studio.requests import Selection
 from lib_lora_train.studio.session import Studio
 from lib_lora_train.tagging.options import TagOptions
 from lib_lora_train.tagging.sources import sources

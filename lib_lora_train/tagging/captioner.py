@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from PIL import Image
 
-from lib_lora_train.dataset.watch import ShouldStop
+from lib_lora_train.dataset.progress import ShouldStop
 from lib_lora_train.tagging.options import TagOptions
 
 Category = Literal["general", "character", "rating"]

@@ -11,8 +11,8 @@ from typing import Literal
 
 import torch
 
-from lib_lora_train.dataset.pictures import read_texts
-from lib_lora_train.dataset.watch import ShouldStop
+from lib_lora_train.dataset.images import read_texts
+from lib_lora_train.dataset.progress import ShouldStop
 from lib_lora_train.errors import DatasetError, SettingError, printable
 from lib_lora_train.tagging.captioner import Description, FileCaptioner
 from lib_lora_train.tagging.options import TagOptions

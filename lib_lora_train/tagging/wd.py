@@ -28,8 +28,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from lib_lora_train.dataset.pictures import MAX_PIXELS
-from lib_lora_train.dataset.watch import ShouldStop
+from lib_lora_train.dataset.images import MAX_PIXELS
+from lib_lora_train.dataset.progress import ShouldStop
 from lib_lora_train.errors import ModelError, translated
 from lib_lora_train.tagging.captioner import Category, Description, Tag
 from lib_lora_train.tagging.options import TagOptions

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from lib_lora_train.cache.text import TextCache
+from lib_lora_train.inputs.text import TextCache
 from lib_lora_train.model.layers import Adapters
 from lib_lora_train.model.text import Conditioning, TextConditioner
 

@@ -13,22 +13,22 @@ from typing import Literal
 
 import torch
 
-from lib_lora_train.cache.batches import Batch
+from lib_lora_train.adapters.network import LoRANetwork
+from lib_lora_train.distributed import ALONE, Ranks, share
 from lib_lora_train.errors import TrainingError, translated
 from lib_lora_train.events import Report, Step
+from lib_lora_train.inputs.batches import Batch
 from lib_lora_train.model.frozen import FrozenModel
-from lib_lora_train.network.network import LoRANetwork
-from lib_lora_train.ranks import ALONE, Ranks, share
+from lib_lora_train.training.checkpoint import TrainingState, capture, restore
 from lib_lora_train.training.condition import Condition
-from lib_lora_train.training.graph import Execution, recorder_for
+from lib_lora_train.training.cuda_graph import Execution, recorder_for
+from lib_lora_train.training.device_step import Work
+from lib_lora_train.training.microbatches import InPieces, piece
 from lib_lora_train.training.noise import draw
 from lib_lora_train.training.optimizer import Stepper, learning_rate_factor
-from lib_lora_train.training.pieces import InPieces, piece
 from lib_lora_train.training.precision import LossScaler
 from lib_lora_train.training.progress import Arrived, LossLog, Speed
-from lib_lora_train.training.state import TrainingState, capture, restore
 from lib_lora_train.training.step import StepInputs, StepOptions, prepare
-from lib_lora_train.training.work import Work
 
 Stop = Callable[[], Literal["", "stop", "save"]]
 Release = Callable[[], None]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lib_lora_train.network.flat import FlatWeights
+from lib_lora_train.adapters.flat import FlatWeights
 
 
 def learning_rate_factor(schedule: str, step: int, *, total: int, warmup: int, cycles: int = 1) -> float:

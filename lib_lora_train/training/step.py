@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lib_lora_train.cache.batches import Batch
+from lib_lora_train.inputs.batches import Batch
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.model.layers import Adapter
 from lib_lora_train.model.text import Conditioning, size_vector

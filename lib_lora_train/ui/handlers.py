@@ -16,13 +16,12 @@ from typing import Any
 
 import gradio as gr
 
-from lib_lora_train import control
-from lib_lora_train.api import OUTDATED
+from lib_lora_train.api import OUTDATED, service
 from lib_lora_train.errors import Interrupted, LoraTrainError, OutputError
 from lib_lora_train.host.port import Host
-from lib_lora_train.presets import presets
-from lib_lora_train.runner import Runner
+from lib_lora_train.run.runner import Runner
 from lib_lora_train.settings import DECLARATIONS, Value, parse
+from lib_lora_train.settings.presets import presets
 from lib_lora_train.ui.fields import shown
 
 NO_PRESET = "Default"
@@ -111,7 +110,7 @@ class Handlers:
 
     def _summary(self, chosen: Mapping[str, object], outdated: Callable[[], bool]) -> str:
         try:
-            found = control.plan(chosen, host=self.host, should_stop=outdated)
+            found = service.plan(chosen, host=self.host, should_stop=outdated)
         except Interrupted:
             return ""
         except LoraTrainError as error:
@@ -125,7 +124,7 @@ class Handlers:
 
     def _start(self, chosen: dict[str, object]) -> tuple[Any, Any]:
         try:
-            control.start(chosen, runner=self.runner, host=self.host)
+            service.start(chosen, runner=self.runner, host=self.host)
         except LoraTrainError as error:
             taken = isinstance(error, OutputError) and self._taken(chosen)
             if taken:
@@ -135,7 +134,7 @@ class Handlers:
 
     def _taken(self, chosen: Mapping[str, object]) -> bool:
         try:
-            return control.name_taken(parse(chosen), self.host)
+            return service.name_taken(parse(chosen), self.host)
         except LoraTrainError:
             return False
 

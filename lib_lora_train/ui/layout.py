@@ -14,9 +14,9 @@ from typing import Any
 import gradio as gr
 
 from lib_lora_train.host.port import Host
-from lib_lora_train.presets import presets
-from lib_lora_train.runner import Runner
+from lib_lora_train.run.runner import Runner
 from lib_lora_train.settings import AREAS, DECLARATIONS, Declaration, Settings, Value, declarations, flat
+from lib_lora_train.settings.presets import presets
 from lib_lora_train.ui.fields import element_id, field, slides, unsaved
 from lib_lora_train.ui.handlers import NO_PRESET, Handlers, Latest
 

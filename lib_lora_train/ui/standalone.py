@@ -23,9 +23,9 @@ from fastapi.responses import Response
 
 from lib_lora_train import api
 from lib_lora_train.errors import HostError, SettingError
+from lib_lora_train.host.exposure import is_loopback
 from lib_lora_train.host.port import Host
-from lib_lora_train.host.reach import is_loopback
-from lib_lora_train.runner import RUNNER, Runner
+from lib_lora_train.run.runner import RUNNER, Runner
 from lib_lora_train.ui.layout import build_tab
 
 _ROOT = Path(__file__).resolve().parents[2]

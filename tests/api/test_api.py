@@ -13,9 +13,10 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from lib_lora_train import api, control, events
-from lib_lora_train import runner as runner_module
-from lib_lora_train.runner import Runner
+from lib_lora_train import api, events
+from lib_lora_train.api import service
+from lib_lora_train.run import runner as runner_module
+from lib_lora_train.run.runner import Runner
 from lib_lora_train.settings import DECLARATIONS, parse
 from tests.fake_host import FakeHost, FakeJob, interrupted_run, pictures
 
@@ -236,7 +237,7 @@ def test_a_loss_that_is_no_number_is_still_json(desk: Desk, monkeypatch: pytest.
 
 
 def test_a_defect_is_answered_with_a_sentence_and_logged(desk: Desk, monkeypatch: pytest.MonkeyPatch, caplog):
-    monkeypatch.setattr(control, "runs", lambda **_: 1 / 0)
+    monkeypatch.setattr(service, "runs", lambda **_: 1 / 0)
     answer = desk.get("runs", PAGE)
     assert answer.status_code == 500 and list(answer.json()) == ["error"]
     assert "ZeroDivisionError" not in answer.text and "ZeroDivisionError" in caplog.text
@@ -246,7 +247,7 @@ def test_a_defect_is_answered_with_a_sentence_and_logged(desk: Desk, monkeypatch
     ("/loras/zzk.safetensors", "<lora:zzk:1>"), (r"C:\loras\v1.2 b.safetensors", "<lora:v1.2 b:1>"),
     ("zzk-000010.safetensors", "<lora:zzk-000010:1>")])
 def test_the_lora_is_called_by_its_files_name(path: str, text: str):
-    assert control.lora_text(path) == text
+    assert service.lora_text(path) == text
 
 
 def test_the_status_before_the_first_run_has_the_shape_of_every_other(desk: Desk):

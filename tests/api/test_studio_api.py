@@ -14,12 +14,12 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from lib_lora_train import api
-from lib_lora_train import runner as runner_module
-from lib_lora_train.dataset.collect import Collected
 from lib_lora_train.errors import Interrupted
-from lib_lora_train.fence import Fence
-from lib_lora_train.runner import Runner
+from lib_lora_train.run import runner as runner_module
+from lib_lora_train.run.runner import Runner
+from lib_lora_train.settings.allowed_paths import Fence
 from lib_lora_train.studio import thumbs, uploads
+from lib_lora_train.studio.importing.collect import Collected
 from lib_lora_train.studio.session import studio_for
 from lib_lora_train.studio.tasks import Task
 from tests.fake_host import FakeHost, FakeJob
@@ -458,7 +458,7 @@ class Held:
 def held(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> Held:
     desk.filled()
     stand_in = Held()
-    monkeypatch.setattr("lib_lora_train.studio.work.collect", stand_in)
+    monkeypatch.setattr("lib_lora_train.studio.operations.collect", stand_in)
     assert desk.post("import", {"paths": [str(desk.folder / "sources")]}).status_code == 200
     assert stand_in.began.wait(60)
     return stand_in
@@ -494,7 +494,7 @@ def test_an_undo_that_would_move_pictures_waits_for_the_work(desk: Desk, monkeyp
     desk.filled()
     desk.post("remove", {"ids": ["red.png"]})
     stand_in = Held()
-    monkeypatch.setattr("lib_lora_train.studio.work.collect", stand_in)
+    monkeypatch.setattr("lib_lora_train.studio.operations.collect", stand_in)
     desk.post("import", {"paths": [str(desk.folder / "sources")]})
     assert stand_in.began.wait(60)
     assert desk.post("undo").status_code == 409 and len(desk.pictures()) == 2

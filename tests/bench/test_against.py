@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from lib_lora_train.bench import against
-from lib_lora_train.bench.against import Pair, Shown, Timing, filled, ratio_text, run_pairs, time_steps, words_of
 from lib_lora_train.errors import SettingError, TrainingError
+from tools.bench import against
+from tools.bench.against import Pair, Shown, Timing, filled, ratio_text, run_pairs, time_steps, words_of
 
 # Writes its name and step count to a log, shows the bar of another work that is as long as its steps, then its steps.
 TRAINER = """

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lib_lora_train.bench import cache
-from lib_lora_train.bench.cache import InstantVAE, make_dataset, random_vae, run_cache
-from lib_lora_train.cache.latents import CachedLatents
 from lib_lora_train.errors import SettingError
+from lib_lora_train.inputs.latents import CachedLatents
+from tools.bench import cache
+from tools.bench.cache import InstantVAE, make_dataset, random_vae, run_cache
 
 
 def test_the_figures_are_written_and_what_was_made_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

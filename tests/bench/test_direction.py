@@ -10,13 +10,13 @@ from collections.abc import Callable
 
 import pytest
 
-from lib_lora_train.bench.painter import Painter
-from lib_lora_train.bench.real_pictures import HELD_OUT, NOTO, TWEMOJI, load, read_dataset
-from lib_lora_train.bench.style import TRIGGER
-from lib_lora_train.bench.training import settings_of, train_lora
 from lib_lora_train.demo import STYLE
 from lib_lora_train.demo.embedded import CHECKPOINT
 from lib_lora_train.host.standalone import StandaloneHost
+from tools.bench.real_images import HELD_OUT, NOTO, TWEMOJI, load, read_dataset
+from tools.bench.sampler import Painter
+from tools.bench.style import TRIGGER
+from tools.bench.training import settings_of, train_lora
 
 STEPS, RATE = 60, 1e-3  # much is learnt soon, if not for good
 EVERY = 8

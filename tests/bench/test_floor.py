@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lib_lora_train.bench import floor as floor_module
-from lib_lora_train.bench.floor import Floor, Rates, measured_rates, moved_bytes, step_floor
-from lib_lora_train.bench.lender import RandomHost
-from lib_lora_train.bench.speed import Case, case_floor
+from tools.bench import roofline as floor_module
+from tools.bench.host import RandomHost
+from tools.bench.roofline import Floor, Rates, measured_rates, moved_bytes, step_floor
+from tools.bench.speed import Case, case_floor
 
 
 def test_bytes_that_must_move_are_counted_once_in_each_direction() -> None:

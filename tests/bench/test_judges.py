@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lib_lora_train.bench.judges import HandJudge, WordJudge, across_hands
-from lib_lora_train.bench.real_pictures import HANDS, HELD_OUT, NOTO, TWEMOJI, RealPictures, load
+from tools.bench.real_images import HANDS, HELD_OUT, NOTO, TWEMOJI, RealPictures, load
+from tools.bench.scorers import HandJudge, WordJudge, across_hands
 
 
 @pytest.fixture(scope="module")

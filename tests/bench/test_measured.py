@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lib_lora_train.bench import measured
-from lib_lora_train.bench.measured import Card, small_card
 from lib_lora_train.events import Planned, Step
-from lib_lora_train.training.memory_plan import CONTEXT
+from lib_lora_train.memory.plan import CONTEXT
+from tools.bench import measured
+from tools.bench.measured import Card, small_card
 
 CARD = torch.device("cuda", 0)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lib_lora_train.bench.measures import feature_distance, nearest_distance, nearest_place, psnr, ssim
+from tools.bench.measures import feature_distance, nearest_distance, nearest_place, psnr, ssim
 
 
 def _patterns() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lib_lora_train.bench import memory
-from lib_lora_train.bench.memory import Compared, MemoryPlanned, _Booked, planned, run_memory
-from lib_lora_train.bench.speed import PUBLISHED, Case
-from lib_lora_train.bench.true_size import true_size_shapes
+from tools.bench import memory
+from tools.bench.memory import Compared, MemoryPlanned, _Booked, planned, run_memory
+from tools.bench.speed import PUBLISHED, Case
+from tools.bench.true_size import true_size_shapes
 
 SMALL = Case("sd1", 128, 1)
 

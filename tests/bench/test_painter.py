@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from lib_lora_train.bench.painter import LOSS_TIMESTEPS, Painter
-from lib_lora_train.bench.real_pictures import RealPictures, load
-from lib_lora_train.bench.yardstick import loss_bands, shown_by_vae
+from lib_lora_train.adapters import file
+from lib_lora_train.adapters.network import LoRANetwork
+from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.host.standalone import StandaloneHost
 from lib_lora_train.model import frozen
-from lib_lora_train.network import file
-from lib_lora_train.network.network import LoRANetwork
-from lib_lora_train.network.targets import find_targets
+from tools.bench.real_images import RealPictures, load
+from tools.bench.sampler import LOSS_TIMESTEPS, Painter
+from tools.bench.yardstick import loss_bands, shown_by_vae
 
 
 @pytest.fixture(scope="module")

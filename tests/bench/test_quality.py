@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from lib_lora_train.__main__ import main
-from lib_lora_train.bench import quality, real_pictures
-from lib_lora_train.bench.quality import QualityPlan, run_quality
-from lib_lora_train.bench.yardstick import Effort
 from lib_lora_train.errors import DatasetError, SettingError
+from tools.bench import quality, real_images
+from tools.bench.quality import QualityPlan, run_quality
+from tools.bench.yardstick import Effort
 
 HASTE = Effort(texture=2, words=2, across=True, every=2, sampler_steps=1, paintings=1)
 
@@ -20,12 +20,12 @@ HASTE = Effort(texture=2, words=2, across=True, every=2, sampler_steps=1, painti
 @pytest.fixture
 def few(tmp_path, monkeypatch) -> dict[str, Path]:
     """Datasets of few pictures, and a sheet of eight words."""
-    real = real_pictures.load()
+    real = real_images.load()
     places = [0, 1, *real.places("held_out")[:4].tolist(), *real.places("other")[:2].tolist()]
-    thin = real_pictures.RealPictures(
+    thin = real_images.RealPictures(
         tuple(real.words[p] for p in places), tuple(real.splits[p] for p in places),
         {hand: pixels[places] for hand, pixels in real.pixels.items()})
-    monkeypatch.setattr(real_pictures, "load", lambda: thin)
+    monkeypatch.setattr(real_images, "load", lambda: thin)
     folders = {}
     for name, source, count in (("style", quality.STYLE, 2), ("subject", quality.SUBJECT, 4)):
         folders[name] = tmp_path / name

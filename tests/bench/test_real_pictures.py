@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from lib_lora_train.bench import quality
-from lib_lora_train.bench.real_pictures import (
+from tools.bench import quality
+from tools.bench.real_images import (
     FOLDER,
     HANDS,
     HELD_OUT,

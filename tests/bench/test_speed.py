@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from lib_lora_train.__main__ import main
-from lib_lora_train.bench import speed
-from lib_lora_train.bench.compared import compared_settings
-from lib_lora_train.bench.floor import Rates
-from lib_lora_train.bench.lender import make_pictures
-from lib_lora_train.bench.measured import Measured, measure_run
-from lib_lora_train.bench.pairing import our_command
-from lib_lora_train.bench.speed import PUBLISHED, Case, SpeedPlan, most_apart, run_speed
 from lib_lora_train.errors import SettingError, TrainingError
 from lib_lora_train.host.standalone import StandaloneHost
+from tools.bench import speed
+from tools.bench.compared import compared_settings
+from tools.bench.host import make_pictures
+from tools.bench.measured import Measured, measure_run
+from tools.bench.pairing import our_command
+from tools.bench.roofline import Rates
+from tools.bench.speed import PUBLISHED, Case, SpeedPlan, most_apart, run_speed
 
 CPU = torch.device("cpu")
 

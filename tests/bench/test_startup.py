@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from lib_lora_train.bench import startup, stopwatch, true_size
-from lib_lora_train.bench.startup import PLACES, run_startup
-from lib_lora_train.bench.stopwatch import REST, Place, Spent, Stopwatch, find
-from lib_lora_train.bench.true_size import Model, Text
-from lib_lora_train.demo.shapes import UNetSize
 from lib_lora_train.errors import SettingError
+from tools.bench import startup, stopwatch, true_size
+from tools.bench.startup import PLACES, run_startup
+from tools.bench.stopwatch import REST, Place, Spent, Stopwatch, find
+from tools.bench.true_size import Model, Text
+from tools.checkpoint_shapes import UNetSize
 
 HERE = "tests.bench.test_startup"
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from lib_lora_train.__main__ import main
-from lib_lora_train.bench.studio import Row, make_dataset, run_studio, table
-from lib_lora_train.dataset.book import CaptionBook
 from lib_lora_train.errors import SettingError
+from lib_lora_train.studio.captions.store import CaptionBook
+from tools.bench.studio import Row, make_dataset, run_studio, table
 
 
 def test_the_command_writes_a_table_and_figures_and_leaves_no_pictures(tmp_path: Path, capsys) -> None:

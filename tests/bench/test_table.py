@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from lib_lora_train.bench.style import StyleResult
-from lib_lora_train.bench.subject import SubjectResult
-from lib_lora_train.bench.table import WORTHLESS, judges_text, quality_text
-from lib_lora_train.bench.yardstick import Band, JudgeFigures, Memorised, Row
+from tools.bench.style import StyleResult
+from tools.bench.subject import SubjectResult
+from tools.bench.table import WORTHLESS, judges_text, quality_text
+from tools.bench.yardstick import Band, JudgeFigures, Memorised, Row
 
 JUDGES = JudgeFigures(hand=0.96875, hand_palette=0.9, hand_texture=0.85, hand_counts=True, word_noto=1.0, word_twemoji=0.98,
                       word_across=0.45)

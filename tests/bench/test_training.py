@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lib_lora_train.bench.training import FIXED, marks, settings_of
 from lib_lora_train.errors import SettingError
+from tools.bench.training import FIXED, marks, settings_of
 
 
 def test_the_reference_line_is_the_one_that_methods_are_compared_with():

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lib_lora_train.bench.true_size import FAMILIES, true_size_checkpoint, true_size_shapes, true_size_tensors
 from lib_lora_train.errors import SettingError
 from lib_lora_train.model.components import text_tensors, unet_tensors
 from lib_lora_train.model.frozen import build
+from tools.bench.true_size import FAMILIES, true_size_checkpoint, true_size_shapes, true_size_tensors
 
 _SPEC = importlib.util.spec_from_file_location("full_size", Path(__file__).parents[1] / "network" / "full_size.py")
 assert _SPEC and _SPEC.loader

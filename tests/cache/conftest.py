@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from lib_lora_train.cache.batches import Batch, Batches
-from lib_lora_train.cache.latents import Latents, LatentSource
 from lib_lora_train.dataset.buckets import Buckets, Placement
 from lib_lora_train.dataset.folder import Dataset, Example
+from lib_lora_train.inputs.batches import Batch, Batches
+from lib_lora_train.inputs.latents import Latents, LatentSource
 
 torch.set_num_threads(1)
 

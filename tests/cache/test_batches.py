@@ -7,10 +7,10 @@ from collections import Counter
 import pytest
 import torch
 
-from lib_lora_train.cache.batches import Batch, Batches
-from lib_lora_train.cache.latents import CachedLatents, FreshLatents
 from lib_lora_train.dataset.folder import visits_by_bucket
 from lib_lora_train.dataset.plan import plan_run
+from lib_lora_train.inputs.batches import Batch, Batches
+from lib_lora_train.inputs.latents import CachedLatents, FreshLatents
 
 from .conftest import FakeVAE, epoch_of
 

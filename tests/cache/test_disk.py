@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from lib_lora_train.cache import disk as disk_module
-from lib_lora_train.cache.disk import CACHE_FOLDER, LatentDisk, tensor_fingerprint
-from lib_lora_train.cache.latents import CachedLatents
 from lib_lora_train.dataset.buckets import Buckets
+from lib_lora_train.inputs import latent_files as disk_module
+from lib_lora_train.inputs.latent_files import CACHE_FOLDER, LatentDisk, tensor_fingerprint
+from lib_lora_train.inputs.latents import CachedLatents
 
 from .conftest import FakeVAE, drawn
 

@@ -8,11 +8,11 @@ import threading
 import pytest
 import torch
 
-from lib_lora_train.cache.batches import Batch, Batches
-from lib_lora_train.cache.disk import LatentDisk
-from lib_lora_train.cache.feeder import Feeder
-from lib_lora_train.cache.latents import CachedLatents, FreshLatents
 from lib_lora_train.errors import DatasetError
+from lib_lora_train.inputs.batches import Batch, Batches
+from lib_lora_train.inputs.latent_files import LatentDisk
+from lib_lora_train.inputs.latents import CachedLatents, FreshLatents
+from lib_lora_train.inputs.prefetcher import Feeder
 
 from .conftest import FakeVAE, epoch_of
 

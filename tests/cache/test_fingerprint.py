@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lib_lora_train.cache.fingerprint import encoder_fingerprint
+from lib_lora_train.inputs.fingerprint import encoder_fingerprint
 
 
 def vae() -> dict[str, torch.Tensor]:

@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from lib_lora_train.cache import building, store
-from lib_lora_train.cache.disk import LatentDisk
-from lib_lora_train.cache.encoding import automatic_batch
-from lib_lora_train.cache.latents import CachedLatents, FreshLatents
 from lib_lora_train.errors import DatasetError, Interrupted, TrainingError
+from lib_lora_train.inputs import latent_encoder, overflow
+from lib_lora_train.inputs.latent_files import LatentDisk
+from lib_lora_train.inputs.latents import CachedLatents, FreshLatents
+from lib_lora_train.inputs.vae_batches import automatic_batch
 
 from .conftest import FakeVAE, drawn, expected_mean
 
@@ -235,14 +235,14 @@ def test_threads_change_nothing_to_the_last_bit(make_dataset, threads: int, vae_
 @pytest.mark.parametrize("kind", [CachedLatents, FreshLatents])
 def test_a_picture_that_the_memory_does_not_suffice_for_beside_others_is_decoded_alone(make_dataset, monkeypatch, kind) -> None:
     dataset, placements = make_dataset(MANY)
-    original, large, enormous = building.read_picture, dataset.examples[3].path, dataset.examples[6].path
+    original, large, enormous = latent_encoder.read_picture, dataset.examples[3].path, dataset.examples[6].path
 
     def read_picture(path: Path) -> Image.Image:
         if path == enormous or path == large and ours():
             raise DatasetError(f"The picture {path} cannot be used", why="not enough memory") from MemoryError()
         return original(path)
     plain = CachedLatents.build(FakeVAE(), dataset, placements)
-    monkeypatch.setattr(building, "read_picture", read_picture)
+    monkeypatch.setattr(latent_encoder, "read_picture", read_picture)
     seen: list[tuple[int, int]] = []
     source = kind.build(FakeVAE(), dataset, placements, threads=2, on_progress=lambda *progress: seen.append(progress))
     assert [example.path for example in source.dataset.examples] == [
@@ -282,7 +282,7 @@ def test_no_thread_outlives_a_pass_that_ends_early(make_dataset, kind, end: str)
 def test_pictures_wait_as_bytes_within_a_bound(make_dataset, monkeypatch) -> None:
     """What is decoded and not yet encoded, counted as it comes and goes."""
     lock, waiting, most = threading.Lock(), [0], [0]
-    original = building.to_samples
+    original = latent_encoder.to_samples
 
     def counted(picture: Image.Image) -> torch.Tensor:
         samples = original(picture)
@@ -297,7 +297,7 @@ def test_pictures_wait_as_bytes_within_a_bound(make_dataset, monkeypatch) -> Non
             with lock:
                 waiting[0] -= len(pixels)
             return super().encode(pixels)
-    monkeypatch.setattr(building, "to_samples", counted)
+    monkeypatch.setattr(latent_encoder, "to_samples", counted)
     dataset, placements = make_dataset({f"{number}.png": (64, 64) for number in range(60)})
     CachedLatents.build(Counting(), dataset, placements, threads=2)
     assert waiting == [0]
@@ -410,7 +410,7 @@ def test_ranks_share_the_work_and_all_have_everything(make_dataset, kind, world:
 def test_what_the_disk_cache_has_of_the_other_ranks_is_not_written_a_second_time(make_dataset, monkeypatch) -> None:
     def refuse(dir, buffering):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(store.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(overflow.tempfile, "TemporaryFile", refuse)
     dataset, placements = make_dataset(MANY)
     alone = CachedLatents.build(FakeVAE(), dataset, placements, flip_aug=True)
     sources = in_ranks(2, lambda ranks: CachedLatents.build(

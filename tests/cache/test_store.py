@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lib_lora_train.cache import store as store_module
-from lib_lora_train.cache.disk import CACHE_FOLDER, LatentDisk
-from lib_lora_train.cache.latents import CachedLatents
-from lib_lora_train.cache.store import LatentStore, Spill
 from lib_lora_train.errors import TrainingError
+from lib_lora_train.inputs import overflow as store_module
+from lib_lora_train.inputs.latent_files import CACHE_FOLDER, LatentDisk
+from lib_lora_train.inputs.latents import CachedLatents
+from lib_lora_train.inputs.overflow import LatentStore, Spill
 
 from .conftest import FakeVAE, drawn
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from lib_lora_train.cache.store import Spill
-from lib_lora_train.cache.text import TextCache
 from lib_lora_train.errors import Interrupted
+from lib_lora_train.inputs.overflow import Spill
+from lib_lora_train.inputs.text import TextCache
 from lib_lora_train.model.text import Conditioning, Tokens
 
 CHUNK, WIDTH = 77, 6

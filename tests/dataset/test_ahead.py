@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from lib_lora_train.dataset.ahead import Ahead, reading_threads
+from lib_lora_train.dataset.prefetch import Ahead, reading_threads
 
 
 def ahead(items, work, *, threads: int = 3, most: int = 4, most_bytes: int = 1000, cost=lambda item: 1, kept=lambda result: 1):

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lib_lora_train.dataset import archive as archive_module
-from lib_lora_train.dataset.archive import Limits, open_archive
-from lib_lora_train.dataset.collect import Collected, collect
-from lib_lora_train.dataset.owned import OwnedDataset
 from lib_lora_train.errors import DatasetError
+from lib_lora_train.studio.importing import archive as archive_module
+from lib_lora_train.studio.importing.archive import Limits, open_archive
+from lib_lora_train.studio.importing.collect import Collected, collect
+from lib_lora_train.studio.importing.owned import OwnedDataset
 
 MIB = 1 << 20
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from lib_lora_train.dataset.book import CaptionBook
-from lib_lora_train.dataset.book_edits import AddTags, RemoveTags, ReplaceText, SetCaption, SortTags
-from lib_lora_train.dataset.book_filter import Filter
 from lib_lora_train.errors import DatasetError, Interrupted, SettingError
+from lib_lora_train.studio.captions.edits import AddTags, RemoveTags, ReplaceText, SetCaption, SortTags
+from lib_lora_train.studio.captions.filter import Filter
+from lib_lora_train.studio.captions.store import CaptionBook
 
 
 def make(folder: Path, captions: dict[str, str | bytes | None]) -> Path:

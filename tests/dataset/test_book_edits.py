@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lib_lora_train.dataset.book_edits import (
+from lib_lora_train.errors import SettingError
+from lib_lora_train.studio.captions.edits import (
     AddTags,
     Deduplicate,
     Edit,
@@ -17,7 +18,6 @@ from lib_lora_train.dataset.book_edits import (
     TruncateTokens,
     edit_from_dict,
 )
-from lib_lora_train.errors import SettingError
 
 
 class Words:

@@ -8,9 +8,9 @@ import itertools
 import pytest
 
 from lib_lora_train.dataset import patterns
-from lib_lora_train.dataset.book_filter import Filter, filter_from_dict
 from lib_lora_train.dataset.patterns import Pattern
 from lib_lora_train.errors import SettingError
+from lib_lora_train.studio.captions.filter import Filter, filter_from_dict
 
 CAPTIONS = ("1girl, Blue Eyes, smile", "1boy, blue hair", "", "a photo of a dog, blue eyes")
 

@@ -12,11 +12,11 @@ from time import gmtime, strftime
 
 import pytest
 
-from lib_lora_train.dataset import book_save
-from lib_lora_train.dataset.book import CaptionBook
-from lib_lora_train.dataset.book_edits import AddTags, SetCaption
-from lib_lora_train.dataset.book_save import BACKUPS_KEPT, Rewrite, recover
 from lib_lora_train.errors import OutputError
+from lib_lora_train.studio.captions import save
+from lib_lora_train.studio.captions.edits import AddTags, SetCaption
+from lib_lora_train.studio.captions.save import BACKUPS_KEPT, Rewrite, recover
+from lib_lora_train.studio.captions.store import CaptionBook
 
 JOURNAL = ".studio/captions.journal"
 
@@ -70,7 +70,7 @@ def test_the_last_ten_backups_are_kept_where_they_are_asked_for(
         folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: int) -> None:
     """Saved all within one second, and one a second."""
     clock = itertools.count(1_800_000_000, seconds)
-    monkeypatch.setattr(book_save.time, "strftime", lambda form: strftime(form, gmtime(next(clock))))
+    monkeypatch.setattr(save.time, "strftime", lambda form: strftime(form, gmtime(next(clock))))
     book, place = CaptionBook.open(folder), tmp_path / "elsewhere"
     place.mkdir()
     (place / "mine.zip").write_bytes(b"somebody's")
@@ -133,7 +133,7 @@ def failing_after(replaced: int, monkeypatch: pytest.MonkeyPatch) -> None:
         if Path(target).suffix == ".txt" and next(left, replaced) >= replaced:
             raise OSError(28, "No space left on device")
         replace(source, target)
-    monkeypatch.setattr(book_save.os, "replace", full)
+    monkeypatch.setattr(save.os, "replace", full)
 
 
 @pytest.mark.parametrize("replaced", [0, 1, 2])
@@ -218,9 +218,9 @@ def test_a_studio_folder_that_leads_elsewhere_is_refused(folder: Path, tmp_path:
 
 
 def test_recovering_twice_or_where_nothing_is_does_nothing(folder: Path) -> None:
-    assert recover(folder) == recover(folder) == book_save.Recovered()
-    book_save.write_captions(folder, [Rewrite(folder / "10_x" / "a.txt", "new", b"cat")])
-    assert recover(folder) == book_save.Recovered()
+    assert recover(folder) == recover(folder) == save.Recovered()
+    save.write_captions(folder, [Rewrite(folder / "10_x" / "a.txt", "new", b"cat")])
+    assert recover(folder) == save.Recovered()
 
 
 def test_many_captions_are_written_the_same_way_and_progress_is_told(tmp_path: Path) -> None:

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from lib_lora_train import whole_file
-from lib_lora_train.dataset.collect import Upload, collect
 from lib_lora_train.dataset.folder import scan
-from lib_lora_train.dataset.owned import OwnedDataset
-from lib_lora_train.dataset.pictures import read_picture
+from lib_lora_train.dataset.images import read_picture
 from lib_lora_train.errors import Interrupted, LoraTrainError
+from lib_lora_train.storage import atomic
+from lib_lora_train.studio.importing.collect import Upload, collect
+from lib_lora_train.studio.importing.owned import OwnedDataset
 from tests.mixed_pictures import ADDED, COUNT, mixed_pictures
 
 ORIENTATION = 0x0112
@@ -262,7 +262,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_whole_pictures(dataset: OwnedDatas
             raise OSError(28, "No space left on device")
         fsync(descriptor)
 
-    monkeypatch.setattr(whole_file.os, "fsync", full)
+    monkeypatch.setattr(atomic.os, "fsync", full)
     with pytest.raises(LoraTrainError, match="No space left"):
         collect(dataset, [source])
     monkeypatch.undo()

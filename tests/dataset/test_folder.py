@@ -11,7 +11,7 @@ from PIL import Image
 from lib_lora_train.dataset import folder as folder_module
 from lib_lora_train.dataset.buckets import Buckets
 from lib_lora_train.dataset.folder import Dataset, place, scan, visits_by_bucket
-from lib_lora_train.dataset.watch import Watch
+from lib_lora_train.dataset.progress import Watch
 from lib_lora_train.errors import DatasetError, Interrupted
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from PIL import Image, PngImagePlugin
 
-from lib_lora_train.dataset import pictures as pictures_module
+from lib_lora_train.dataset import images as pictures_module
 from lib_lora_train.dataset.folder import scan
-from lib_lora_train.dataset.pictures import check_picture, read_picture, read_size
+from lib_lora_train.dataset.images import check_picture, read_picture, read_size
 from lib_lora_train.errors import DatasetError
 
 READERS = (check_picture, read_size, read_picture)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 
+from lib_lora_train.dataset.images import is_picture_name, read_picture
 from lib_lora_train.dataset.likeness import BLURRED, NEAR, is_blurred, likeness, near_duplicates, sharpness, thumbnail
-from lib_lora_train.dataset.pictures import is_picture_name, read_picture
 from lib_lora_train.demo import STYLE, SUBJECT
 from lib_lora_train.errors import Interrupted
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lib_lora_train.dataset.mask import mask_from_file, put_mask, read_mask, remove_mask
-from lib_lora_train.dataset.owned import OwnedDataset
-from lib_lora_train.dataset.shape import Shape, apply_shape, flip, unshape
 from lib_lora_train.errors import DatasetError
+from lib_lora_train.studio.cropping.crop import Shape, apply_shape, flip, unshape
+from lib_lora_train.studio.cropping.mask import mask_from_file, put_mask, read_mask, remove_mask
+from lib_lora_train.studio.importing.owned import OwnedDataset
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from lib_lora_train.dataset.names import FreeNames, file_key, safe_stem
-from lib_lora_train.output import checked_name
+from lib_lora_train.run.output import checked_name
+from lib_lora_train.studio.importing.names import FreeNames, file_key, safe_stem
 
 # https://learn.microsoft.com/windows/win32/fileio/naming-a-file
 RESERVED = ["CON", "con", "PRN", "AUX", "NUL", "COM1", "com9", "LPT1", "COM¹", "NUL.txt", "con.a.b", "CONIN$"]

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lib_lora_train import whole_file
 from lib_lora_train.dataset.folder import scan
-from lib_lora_train.dataset.owned import OwnedDataset, list_datasets, one_line
 from lib_lora_train.errors import DatasetError, LoraTrainError
+from lib_lora_train.storage import atomic
+from lib_lora_train.studio.importing.owned import OwnedDataset, list_datasets, one_line
 
 
 def filled(folder: Path, *names: str, concept: str = "zzk girl") -> OwnedDataset:
@@ -181,7 +181,7 @@ def test_a_full_disk_leaves_the_notes_as_they_were(tmp_path: Path, monkeypatch: 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(whole_file.os, "replace", full)
+    monkeypatch.setattr(atomic.os, "replace", full)
     with pytest.raises(LoraTrainError, match="disk"):
         dataset.write_notes({"a.png": {"source": "y"}})
     monkeypatch.undo()

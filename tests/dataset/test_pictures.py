@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, ImageOps, PngImagePlugin
 
-from lib_lora_train.dataset.pictures import check_picture, is_picture_name, read_picture, read_size
+from lib_lora_train.dataset.images import check_picture, is_picture_name, read_picture, read_size
 from lib_lora_train.errors import DatasetError
 
 CORNERS = Image.fromarray(np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3))  # 7 wide, 5 high, no symmetry

@@ -15,7 +15,7 @@ from lib_lora_train.dataset.report import Examined, Report, crop_sheet, examine
 from lib_lora_train.dataset.tag_slips import respelt, typing_errors
 from lib_lora_train.demo import STYLE, SUBJECT
 from lib_lora_train.errors import DatasetError, Interrupted, SettingError
-from lib_lora_train.preparation import prepare
+from lib_lora_train.run.planning import prepare
 from lib_lora_train.settings import parse
 
 Draw = Callable[..., Path]

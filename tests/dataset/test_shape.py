@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, PngImagePlugin
 
-from lib_lora_train.dataset import shape as shape_module
 from lib_lora_train.dataset.augment import scale_and_crop
 from lib_lora_train.dataset.buckets import buckets_for
-from lib_lora_train.dataset.owned import OwnedDataset
-from lib_lora_train.dataset.pictures import read_picture, read_size
-from lib_lora_train.dataset.shape import (
+from lib_lora_train.dataset.images import read_picture, read_size
+from lib_lora_train.errors import DatasetError, Interrupted, SettingError
+from lib_lora_train.settings import Settings, parse
+from lib_lora_train.studio.cropping import crop as shape_module
+from lib_lora_train.studio.cropping.crop import (
     Shape,
     apply_shape,
     crop_by_hand,
@@ -25,8 +26,7 @@ from lib_lora_train.dataset.shape import (
     split,
     unshape,
 )
-from lib_lora_train.errors import DatasetError, Interrupted, SettingError
-from lib_lora_train.settings import Settings, parse
+from lib_lora_train.studio.importing.owned import OwnedDataset
 
 SIZES = [(1000, 1500), (1500, 1000), (512, 512), (513, 511), (3000, 400), (400, 3000), (640, 480), (1023, 769)]
 

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image, ImageDraw
 
 from lib_lora_train import demo
-from lib_lora_train.dataset import subject as subject_module
-from lib_lora_train.dataset.subject import drawn_box, face_box, salient_box, subject_box
+from lib_lora_train.studio.cropping import subject as subject_module
+from lib_lora_train.studio.cropping.subject import drawn_box, face_box, salient_box, subject_box
 
 DRAWINGS = sorted((Path(demo.__file__).parent / "style").glob("*.png"))
 

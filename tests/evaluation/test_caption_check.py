@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 from lib_lora_train import demo
-from lib_lora_train.bench import real_pictures
 from lib_lora_train.dataset.captions import read_caption
 from lib_lora_train.errors import HostError, Interrupted
 from lib_lora_train.evaluation import caption_check
@@ -19,6 +18,7 @@ from lib_lora_train.evaluation.check_sheet import draw_checks
 from lib_lora_train.evaluation.resemblance import resemblance, subject_features
 from lib_lora_train.model import frozen
 from lib_lora_train.settings import parse
+from tools.bench import real_images
 
 NAMES = ("avocado", "top-hat", "whale", "cherries")
 SMALL = parse({"resolution": "128", "min_bucket_reso": 64})
@@ -62,11 +62,11 @@ def test_right_captions_score_higher_than_wrong_ones(emoji):
 
 
 def test_of_pictures_like_those_it_learnt_the_model_knows_every_wrong_caption(emoji, tmp_path):
-    real = real_pictures.load()
+    real = real_images.load()
     words, listed = ("avocado", "whale", "top hat"), []
     for word in words:
         path = tmp_path / f"{word}.png"
-        real_pictures.to_image(real.pixels["noto"][real.words.index(word)]).save(path)
+        real_images.to_image(real.pixels["noto"][real.words.index(word)]).save(path)
         listed += [(path, word), (path, words[words.index(word) - 1])]
     rows = list(check_captions(emoji, listed, settings=SMALL, seeds=0))
     assert [row.path.stem == row.caption for row in rows] == [False] * 3 + [True] * 3

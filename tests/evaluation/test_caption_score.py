@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lib_lora_train.evaluation import loan
+from lib_lora_train.evaluation import lease
 from lib_lora_train.evaluation.caption_check import check_captions
 from lib_lora_train.host.port import Borrowed, Checkpoint
 from lib_lora_train.model.schedule import NoiseSchedule
@@ -63,7 +63,7 @@ def model_that_adds(share: float, prediction_type: str):
     ids=["all that is missing", "half of it", "far too much", "nothing", "the opposite"])
 def test_score_is_the_direction_and_gain_the_loss_taken_away(monkeypatch, tmp_path, share, score, gain, prediction_type):
     # (1 - share)² is left of the loss.
-    monkeypatch.setattr(loan.frozen, "build", lambda *_, **__: model_that_adds(share, prediction_type))
+    monkeypatch.setattr(lease.frozen, "build", lambda *_, **__: model_that_adds(share, prediction_type))
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     borrowed = Borrowed({}, SimpleNamespace(), Checkpoint("a", "a", "sd1"), torch.device("cpu"))
     row, = check_captions(LendingHost(borrowed), [(tmp_path / "a.png", "a cat")], settings=SMALL, seeds=0)

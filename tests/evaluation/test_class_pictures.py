@@ -10,7 +10,7 @@ from PIL import Image
 
 from lib_lora_train.dataset.folder import scan
 from lib_lora_train.errors import Interrupted, ModelError, SettingError
-from lib_lora_train.evaluation.class_pictures import ClassPictures, make_class_pictures
+from lib_lora_train.evaluation.class_images import ClassPictures, make_class_pictures
 from lib_lora_train.host.standalone import StandaloneHost
 
 PROMPTS = ("a red cat", "a blue cat")

@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lib_lora_train.bench import command
 from lib_lora_train.errors import TrainingError
-from lib_lora_train.host import aside, standalone
+from lib_lora_train.host import placement, standalone
 from lib_lora_train.host.standalone import StandaloneHost
+from tools.bench import command as bench_command
 from tests.pretended_card import CARD, CPU, PretendedCard
 
 Facts = tuple[str, torch.dtype, tuple[int, ...], bool, bool]
@@ -35,8 +35,8 @@ def host(card, tiny_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedCard]:
     pretended = PretendedCard()
-    monkeypatch.setattr(aside, "device_of", pretended.device_of)
-    monkeypatch.setattr(aside, "onto", pretended.onto)
+    monkeypatch.setattr(placement, "device_of", pretended.device_of)
+    monkeypatch.setattr(placement, "onto", pretended.onto)
     yield pretended
 
 
@@ -45,10 +45,10 @@ def facts(tensor: Tensor) -> Facts:
     return (hashlib.sha256(content).hexdigest(), tensor.dtype, tensor.stride(), tensor.requires_grad, tensor.is_inference())
 
 
-def put_aside(tensors: list[Tensor], strays: aside.Strays | None = None) -> AbstractContextManager[None]:
+def put_aside(tensors: list[Tensor], strays: placement.Strays | None = None) -> AbstractContextManager[None]:
     """Where they are now is where they are at home."""
-    homes = {tensor: aside.device_of(tensor) for tensor in tensors}
-    return aside.aside(homes, aside.Strays() if strays is None else strays)
+    homes = {tensor: placement.device_of(tensor) for tensor in tensors}
+    return placement.aside(homes, placement.Strays() if strays is None else strays)
 
 
 def refusing(card: PretendedCard, *, device: torch.device, after: int, times: int = 10**9) -> Callable[..., Tensor]:
@@ -88,7 +88,7 @@ def test_where_everything_is_on_the_cpu_already_nothing_moves():
     places = [tensor.data_ptr() for tensor in tensors]
     with put_aside(tensors):
         assert [tensor.data_ptr() for tensor in tensors] == places
-    aside.move(tensors, CPU)
+    placement.move(tensors, CPU)
     assert [tensor.data_ptr() for tensor in tensors] == places
 
 
@@ -114,7 +114,7 @@ def test_an_exception_inside_brings_everything_back(card):
 
 def test_where_there_is_no_room_nothing_has_moved(card):
     tensors = [torch.randn(3) for _ in range(4)]
-    aside.onto = refusing(card, device=CPU, after=2)
+    placement.onto = refusing(card, device=CPU, after=2)
     with pytest.raises(RuntimeError, match="out of memory"), put_aside(tensors):
         raise AssertionError("nothing runs")
     assert [card.device_of(tensor) for tensor in tensors] == [CARD] * 4
@@ -122,10 +122,10 @@ def test_where_there_is_no_room_nothing_has_moved(card):
 
 
 def test_what_finds_no_room_at_home_comes_at_the_next_try(card):
-    tensors, strays = [torch.randn(3) for _ in range(4)], aside.Strays()
+    tensors, strays = [torch.randn(3) for _ in range(4)], placement.Strays()
     tensors.append(torch.nn.Parameter(tensors[1]))
     before = [facts(tensor) for tensor in tensors]
-    aside.onto = refusing(card, device=CARD, after=1, times=1)
+    placement.onto = refusing(card, device=CARD, after=1, times=1)
     with put_aside(tensors, strays):
         pass
     assert [card.device_of(tensor) for tensor in tensors] == [CARD, CPU, CPU, CPU, CPU] and len(strays) == 4
@@ -136,13 +136,13 @@ def test_what_finds_no_room_at_home_comes_at_the_next_try(card):
 
 
 def test_a_stray_stays_one_as_long_as_there_is_no_room_and_its_owner_keeps_it(card):
-    kept, dropped, strays = torch.randn(3), torch.randn(3), aside.Strays()
-    aside.onto = refusing(card, device=CARD, after=0)
+    kept, dropped, strays = torch.randn(3), torch.randn(3), placement.Strays()
+    placement.onto = refusing(card, device=CARD, after=0)
     with put_aside([kept, dropped], strays):
         pass
     del dropped
     assert not strays.try_again() and len(strays) == 1 and card.device_of(kept) == CPU
-    aside.onto = card.onto
+    placement.onto = card.onto
     assert strays.try_again() and card.device_of(kept) == CARD
 
 
@@ -151,7 +151,7 @@ def test_another_failure_than_a_full_card_is_not_hidden(card):
         if device == CARD:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         return card.onto(tensor, device)
-    aside.onto = broken
+    placement.onto = broken
     with pytest.raises(RuntimeError, match="illegal"), put_aside([torch.randn(3)]):
         pass
 
@@ -179,7 +179,7 @@ def test_an_emptied_error_holds_nothing_and_still_tells_where_it_came_from():
         translates()
     except TrainingError as error:
         assert all(reference() is not None for reference in seen)
-        aside.emptied(error)
+        placement.emptied(error)
         told = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     assert [reference() for reference in seen] == [None, None]
     assert "in translates" in told and "in fails" in told
@@ -188,12 +188,12 @@ def test_an_emptied_error_holds_nothing_and_still_tells_where_it_came_from():
 def test_a_card_without_a_number_is_the_current_one(monkeypatch, tiny_file, tmp_path):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert [aside.indexed(torch.device(name)) for name in ("cuda", "cuda:1", "cpu")] == [
+    assert [placement.indexed(torch.device(name)) for name in ("cuda", "cuda:1", "cpu")] == [
         torch.device("cuda", 3), torch.device("cuda", 1), CPU]
     for device in (None, torch.device("cuda")):
         host = StandaloneHost(tiny_file, lora_folder=tmp_path, runs_folder=tmp_path / "runs", device=device)
         assert host.outline().device == torch.device("cuda", 3)
-    assert command._device(argparse.Namespace(device=None, threads=0)) == torch.device("cuda", 3)
+    assert bench_command._device(argparse.Namespace(device=None, threads=0)) == torch.device("cuda", 3)
 
 
 def test_tied_weights_stay_tied(card):
@@ -247,7 +247,7 @@ def test_a_full_machine_is_said_in_our_words_and_nothing_has_moved(card, host, f
         if full == CARD:
             host.set_aside({"vae"})
         before = {name: card.device_of(tensor) for name, tensor in borrowed.tensors.items()}
-        aside.onto = refusing(card, device=full, after=3)
+        placement.onto = refusing(card, device=full, after=3)
         with pytest.raises(TrainingError, match="moving parts of the model (off|back to) the device"):
             host.set_aside({"vae"}) if full == CPU else host.bring_back({"vae"})
         assert {name: card.device_of(tensor) for name, tensor in borrowed.tensors.items()} == before

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lib_lora_train import job
-from lib_lora_train.demo import tiny_checkpoint
 from lib_lora_train.host.standalone import StandaloneHost
-from lib_lora_train.job import run_job
+from lib_lora_train.run import job
+from lib_lora_train.run.job import run_job
 from lib_lora_train.settings import parse
+from tools import tiny_checkpoint
 
 
 @pytest.fixture

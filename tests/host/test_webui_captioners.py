@@ -18,7 +18,7 @@ from PIL import Image
 from lib_lora_train.errors import HostError, Interrupted
 from lib_lora_train.tagging.options import TagOptions
 
-NAME = "lib_lora_train.host.webui_captioners"
+NAME = "lib_lora_train.host.a1111.captioners"
 CPU = torch.device("cpu")
 PICTURE = Image.new("RGB", (64, 32), "red")
 

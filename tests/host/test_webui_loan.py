@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lib_lora_train.errors import HostError, TrainingError
 from lib_lora_train.events import Event, Warned
-from lib_lora_train.host import aside
+from lib_lora_train.host import placement
 from lib_lora_train.model.family import Hints
 from tests.pretended_card import CPU, PretendedCard
 
@@ -47,15 +47,15 @@ class Part(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.randn(3, 3)), nn.Parameter(torch.randn(3))
 
     def to(self, device: torch.device) -> Part:
-        aside.move(self.parameters(), device)
+        placement.move(self.parameters(), device)
         return self
 
 
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> Card:
     pretended = Card()
-    monkeypatch.setattr(aside, "device_of", pretended.device_of)
-    monkeypatch.setattr(aside, "onto", pretended.onto)
+    monkeypatch.setattr(placement, "device_of", pretended.device_of)
+    monkeypatch.setattr(placement, "onto", pretended.onto)
     return pretended
 
 
@@ -80,11 +80,11 @@ def webui(card: Card, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespa
         shared=SimpleNamespace(sd_model=sd_model, state=state,
                                opts=SimpleNamespace(CLIP_stop_at_last_layers=1, comma_padding_backtrack=20)))
     monkeypatch.setitem(sys.modules, "modules", modules)
-    loan = importlib.import_module("lib_lora_train.host.webui_loan")
+    loan = importlib.import_module("lib_lora_train.host.a1111.lease")
     monkeypatch.setattr(loan, "detect", nothing)  # it is no Stable Diffusion
     for name, answer in (("hints", Hints()), ("describe", None), ("tokenizers", None)):
         monkeypatch.setattr(loan.webui_model, name, lambda _, answer=answer: answer)
-    yield SimpleNamespace(loan=loan, sd_model=sd_model, devices=devices, lock=threading.Lock(), strays=aside.Strays())
+    yield SimpleNamespace(loan=loan, sd_model=sd_model, devices=devices, lock=threading.Lock(), strays=placement.Strays())
     for name in NAMES:
         del sys.modules[f"lib_lora_train.host.{name}"]
         delattr(sys.modules["lib_lora_train.host"], name)

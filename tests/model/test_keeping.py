@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lib_lora_train.model import convolution, products
+from lib_lora_train.model import convolution, linear
 from lib_lora_train.model.convolution import frozen_conv2d
-from lib_lora_train.model.products import LowRank, frozen_linear, shared_linears
+from lib_lora_train.model.linear import LowRank, frozen_linear, shared_linears
 from lib_lora_train.model.quantised import quantise
 from lib_lora_train.model.weights import Weight, dense
 from tests.model.written_out import draws, nhwc
@@ -50,7 +50,7 @@ def storages(monkeypatch: pytest.MonkeyPatch) -> Iterator[Storages]:
         made = dense(weight, dtype)
         return made if made is weight else found.watch(made)
 
-    for module in (products, convolution):
+    for module in (linear, convolution):
         monkeypatch.setattr(module, "dense", watched)
     yield found
     found.close()
@@ -101,7 +101,7 @@ def test_neither_the_input_nor_what_is_made_of_a_weight_outlives_forward(
 
 @pytest.mark.parametrize("what", ["input", "weight", "a view of the weight"])
 @pytest.mark.parametrize("way, function, module", [
-    ("linears", products._SharedInput, products), ("3x3", convolution._FrozenConv2d, convolution)])
+    ("linears", linear._SharedInput, linear), ("3x3", convolution._FrozenConv2d, convolution)])
 def test_what_a_function_keeps_as_an_attribute_is_noticed(
         monkeypatch: pytest.MonkeyPatch, storages: Storages, way: str, function: type[torch.autograd.Function],
         module: object, what: str) -> None:

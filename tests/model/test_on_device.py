@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lib_lora_train.model.components import unet_tensors
 from lib_lora_train.model.family import unet_config
-from lib_lora_train.model.products import LowRank, shared_linears
+from lib_lora_train.model.linear import LowRank, shared_linears
 from lib_lora_train.model.recipes import GroupNorm, LayerNorm, made
 from lib_lora_train.model.unet import UNet
 from tests.model.small_checkpoints import CONTEXT, HINTS, checkpoint

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lib_lora_train.adapters.network import LoRANetwork
+from lib_lora_train.adapters.targets import find_targets
+from lib_lora_train.memory.tracker import Ledger
 from lib_lora_train.model import frozen, quantised
 from lib_lora_train.model.quantised import is_kernel, quantise
-from lib_lora_train.network.network import LoRANetwork
-from lib_lora_train.network.targets import find_targets
-from lib_lora_train.training.ledger import Ledger
 from tests.model.small_checkpoints import FAMILIES, HINTS, checkpoint, full_size, tokenizers
 
 KINDS = [pytest.param("int8"), pytest.param("fp8", marks=pytest.mark.skipif(

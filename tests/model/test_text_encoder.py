@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from lib_lora_train.adapters.lora import LoRALayer
 from lib_lora_train.errors import SettingError
 from lib_lora_train.model.architecture import TextConfig
 from lib_lora_train.model.components import text_tensors
 from lib_lora_train.model.frozen import FrozenModel, build
 from lib_lora_train.model.text_encoder import TextEncoder
-from lib_lora_train.network.lora import LoRALayer
 from tests.model.small_checkpoints import (
     END,
     HINTS,

@@ -10,8 +10,8 @@ import safetensors
 import safetensors.torch
 import torch
 
+from lib_lora_train.adapters.file import SAVE_PRECISIONS, inspect, load, read_metadata, save
 from lib_lora_train.errors import LoraFileError, OutputError, TrainingError
-from lib_lora_train.network.file import SAVE_PRECISIONS, inspect, load, read_metadata, save
 
 
 def tensors(*, size: int = 16) -> dict[str, torch.Tensor]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lib_lora_train.adapters.network import LoRANetwork
+from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.model import frozen
-from lib_lora_train.network.network import LoRANetwork
-from lib_lora_train.network.targets import find_targets
 from tests.model import small_checkpoints
 from tests.network.test_network import equal, learnt, small_targets
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from lib_lora_train.network.metadata import FileFacts, FolderFacts, TrainingFacts, describe
+from lib_lora_train.adapters.metadata import FileFacts, FolderFacts, TrainingFacts, describe
 
 FACTS = TrainingFacts(
     family="sd1", v_prediction=False, zero_terminal_snr=False, resolution=(512, 768), dim=16, alpha=8.0,

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lib_lora_train.adapters.network import LoRANetwork
+from lib_lora_train.adapters.targets import Target, find_targets
 from lib_lora_train.errors import LoraFileError
-from lib_lora_train.network.network import LoRANetwork
-from lib_lora_train.network.targets import Target, find_targets
 from tests.network import full_size
 
 

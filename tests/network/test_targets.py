@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from lib_lora_train.adapters.network import LoRANetwork
+from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.errors import ModelError
-from lib_lora_train.network.network import LoRANetwork
-from lib_lora_train.network.targets import find_targets
 from tests.network import full_size
 
 # [key, shape of lora_down, shape of lora_up] of every layer that sd-scripts' own networks.lora makes (rank 8).

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from lib_lora_train.errors import SettingError
-from lib_lora_train.presets import presets, read_preset
 from lib_lora_train.settings import DECLARATIONS, ignored, parse, read
+from lib_lora_train.settings.presets import presets, read_preset
 
 PURPOSES = ("Character", "Style", "Object", "Quick try")
 

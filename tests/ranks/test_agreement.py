@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from lib_lora_train.__main__ import _failed_together
+from lib_lora_train.distributed import ALONE, Disagreement, Lost, agree, share
+from lib_lora_train.distributed.environment import Place, place_of
 from lib_lora_train.errors import SettingError
-from lib_lora_train.ranks import ALONE, Disagreement, Lost, agree, share
-from lib_lora_train.ranks.place import Place, place_of
-from lib_lora_train.resume import Point, compare_settings
+from lib_lora_train.run.resume import Point, compare_settings
 from lib_lora_train.settings import flat, parse
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "29500"}

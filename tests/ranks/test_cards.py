@@ -8,8 +8,8 @@ from tests.ranks.processes import running
 CHILD = """
 import os, torch, torch.distributed as dist
 from lib_lora_train.errors import HostError
-from lib_lora_train.ranks.joined import joined
-from lib_lora_train.ranks.place import place_of
+from lib_lora_train.distributed.process_group import joined
+from lib_lora_train.distributed.environment import place_of
 
 torch.cuda.is_available = dist.is_nccl_available = lambda: os.environ["RANK"] == "0"
 try:

@@ -14,9 +14,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lib_lora_train.distributed import Lost
 from lib_lora_train.events import Step
-from lib_lora_train.ranks import Lost
-from lib_lora_train.saver import Saver, StateKeeper
+from lib_lora_train.run.saver import Saver, StateKeeper
 from lib_lora_train.settings import SaveSettings
 from tests.ranks.processes import Processes, free_port, running
 
@@ -25,8 +25,8 @@ from tests.ranks.processes import Processes, free_port, running
 CHILD = """
 import json, os, signal, sys, torch
 from lib_lora_train.errors import Interrupted, LoraTrainError, TrainingError
-from lib_lora_train.ranks.joined import joined
-from lib_lora_train.ranks.place import place_of
+from lib_lora_train.distributed.process_group import joined
+from lib_lora_train.distributed.environment import place_of
 
 def say(*values):
     print(json.dumps(values), flush=True)
@@ -112,7 +112,7 @@ def test_one_that_fails_or_is_stopped_tells_the_others_why(heard, how, own, kind
 # As if there were cards, with gloo in NCCL's place.
 CARDS = """
 import torch, torch.distributed as dist
-from lib_lora_train.ranks import joined as module
+from lib_lora_train.distributed import joined as module
 torch.cuda.is_available = dist.is_nccl_available = lambda: True
 new_group = dist.new_group
 dist.new_group = lambda backend, timeout: new_group(backend="gloo", timeout=timeout)

@@ -15,13 +15,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lib_lora_train import events
-from lib_lora_train.demo import tiny_checkpoint
+from lib_lora_train.adapters.file import inspect
 from lib_lora_train.host.standalone import StandaloneHost
-from lib_lora_train.job import run_job
-from lib_lora_train.network.file import inspect
-from lib_lora_train.run_record import past_runs
+from lib_lora_train.run.job import run_job
+from lib_lora_train.run.record import past_runs
 from lib_lora_train.settings import parse
 from tests.ranks.processes import ROOT, clean_environment, close, running
+from tools import tiny_checkpoint
 
 SETTINGS = {"output_name": "zzk", "resolution": "64", "min_bucket_reso": 64, "network_dim": 2, "save_precision": "float",
             "learning_rate": 0.01, "text_encoder_lr": 0.01, "lr_scheduler": "constant", "max_train_steps": 4,
@@ -85,7 +85,7 @@ def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float
 SHORT_OF_MEMORY = """
 import os, sys
 from lib_lora_train.__main__ import main
-from lib_lora_train.training.graph import Execution
+from lib_lora_train.training.cuda_graph import Execution
 gradients = Execution.gradients
 def short(self, inputs):
     if os.environ["RANK"] == "1" and len(inputs) > 1:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from lib_lora_train.errors import SettingError
-from lib_lora_train.studio.verify_command import SOME_FAILED, add_verify
+from lib_lora_train.studio.commands.verify import SOME_FAILED, add_verify
 
 
 def run(*arguments: object) -> int:

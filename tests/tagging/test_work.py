@@ -13,9 +13,9 @@ from PIL import Image
 
 from lib_lora_train.errors import DatasetError, HostError, Interrupted
 from lib_lora_train.tagging.captioner import Description, Tag
+from lib_lora_train.tagging.loop import Row, tag_pictures
 from lib_lora_train.tagging.options import TagOptions
 from lib_lora_train.tagging.plain import PLAIN_SOURCES
-from lib_lora_train.tagging.work import Row, tag_pictures
 
 CPU = torch.device("cpu")
 

@@ -10,19 +10,19 @@ import pytest
 import torch
 
 from lib_lora_train import events
-from lib_lora_train.cache.batches import Batch
-from lib_lora_train.cache.text import TextCache
-from lib_lora_train.demo import tiny_checkpoint
+from lib_lora_train.adapters.network import LoRANetwork
+from lib_lora_train.adapters.targets import find_targets
+from lib_lora_train.distributed import ALONE
+from lib_lora_train.inputs.batches import Batch
+from lib_lora_train.inputs.text import TextCache
 from lib_lora_train.model import frozen
 from lib_lora_train.model.architecture import Hints
-from lib_lora_train.network.network import LoRANetwork
-from lib_lora_train.network.targets import find_targets
-from lib_lora_train.ranks import ALONE
+from lib_lora_train.training.checkpoint import TrainingState
 from lib_lora_train.training.condition import CachedText, TrainedText
 from lib_lora_train.training.loop import LoopOptions, train
-from lib_lora_train.training.state import TrainingState
 from lib_lora_train.training.step import StepOptions
 from tests.model import small_checkpoints
+from tools import tiny_checkpoint
 
 SQUARE, WIDE = (8, 8), (8, 16)
 

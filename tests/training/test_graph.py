@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lib_lora_train.model.frozen import FrozenModel
-from lib_lora_train.training import loop, work
-from lib_lora_train.training.graph import Execution
+from lib_lora_train.training import device_step, loop
+from lib_lora_train.training.cuda_graph import Execution
 from lib_lora_train.training.precision import LossScaler
 from lib_lora_train.training.staging import Staging, shapes_of
 from lib_lora_train.training.step import StepInputs
@@ -60,13 +60,13 @@ def test_accumulated_steps_in_half_precision_with_size_vector_and_overflows_are_
 
 
 def test_a_step_that_waits_for_the_device_cannot_be_recorded(monkeypatch):
-    original = work.denoising_loss
+    original = device_step.denoising_loss
 
     def waiting(*args, **kwargs):
         loss = original(*args, **kwargs)
         assert loss.item() > 0
         return loss
-    monkeypatch.setattr(work, "denoising_loss", waiting)
+    monkeypatch.setattr(device_step, "denoising_loss", waiting)
     emulated(monkeypatch)
     with pytest.raises(Waited):
         small_run.run("sd1", mixed(3))
@@ -168,7 +168,7 @@ def test_a_compiled_function_is_used_where_it_was_seen_to_do_the_same(monkeypatc
     called = []
 
     def compiling(function, dynamic):
-        assert function is work.denoising_loss and dynamic is False
+        assert function is device_step.denoising_loss and dynamic is False
 
         def compiled(*args, **kwargs):
             called.append(kwargs["inputs"].share.numel())
@@ -232,7 +232,7 @@ def test_pinned_buffers_are_not_written_while_they_are_read():
 
 @cuda
 def test_memory_that_runs_out_while_graphs_are_recorded_only_makes_the_pieces_smaller(monkeypatch):
-    original = work.denoising_loss
+    original = device_step.denoising_loss
 
     def hungry(*args, **kwargs):
         if len(kwargs["inputs"]) > 1:
@@ -240,7 +240,7 @@ def test_memory_that_runs_out_while_graphs_are_recorded_only_makes_the_pieces_sm
         return original(*args, **kwargs)
     batches = [batch(i, rows=3) for i in range(6)]
     plain = small_run.run("sd1", batches, device="cuda")
-    monkeypatch.setattr(work, "denoising_loss", hungry)
+    monkeypatch.setattr(device_step, "denoising_loss", hungry)
     pieced = small_run.run("sd1", batches, device="cuda")
     assert len(pieced.warnings) == 1
     assert_equal(pieced, plain, rtol=1e-3)

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lib_lora_train.bench.memory import _Booked
-from lib_lora_train.training.ledger import Attention, Ledger
+from lib_lora_train.memory.tracker import Attention, Ledger
+from tools.bench.memory import _Booked
 
 META = torch.device("meta")
 

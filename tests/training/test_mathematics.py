@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from lib_lora_train.network.flat import FlatWeights
+from lib_lora_train.adapters.flat import FlatWeights
 from lib_lora_train.training import optimizer
 from lib_lora_train.training.loss import min_snr_weight, weighted_losses
 from lib_lora_train.training.noise import draw, seed_of

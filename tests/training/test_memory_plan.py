@@ -10,18 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from lib_lora_train.bench.lender import RandomHost
-from lib_lora_train.cache.encoding import encoding_bytes
 from lib_lora_train.errors import Interrupted
-from lib_lora_train.model.components import vae_tensors
-from lib_lora_train.model.family import detect
-from lib_lora_train.model.vae import VAE
-from lib_lora_train.settings import parse
-from lib_lora_train.training import memory_plan
-from lib_lora_train.training.budget import attention_kernel, budget_of, chunks_of, largest, shapes_of
-from lib_lora_train.training.graph import MOST_SHAPES
-from lib_lora_train.training.ledger import Attention, Ledger
-from lib_lora_train.training.memory_plan import (
+from lib_lora_train.inputs.vae_batches import encoding_bytes
+from lib_lora_train.memory import plan as plan_module
+from lib_lora_train.memory.budget import attention_kernel, budget_of, chunks_of, largest, shapes_of
+from lib_lora_train.memory.dry_run import Scene, Unit, Way, layers_for, rehearse
+from lib_lora_train.memory.plan import (
     CONTEXT,
     FRAGMENTS,
     GIGABYTE,
@@ -31,7 +25,13 @@ from lib_lora_train.training.memory_plan import (
     choose,
     chosen_units,
 )
-from lib_lora_train.training.rehearsal import Scene, Unit, Way, layers_for, rehearse
+from lib_lora_train.memory.tracker import Attention, Ledger
+from lib_lora_train.model.components import vae_tensors
+from lib_lora_train.model.family import detect
+from lib_lora_train.model.vae import VAE
+from lib_lora_train.settings import parse
+from lib_lora_train.training.cuda_graph import MOST_SHAPES
+from tools.bench.host import RandomHost
 
 CPU = torch.device("cpu")
 MEGABYTE = 1 << 20
@@ -182,14 +182,14 @@ def test_before_the_first_step_all_of_the_model_is_lent_and_a_picture_is_encoded
 
 def test_where_nothing_fits_only_a_few_ways_are_looked_at(monkeypatch):
     looked = []
-    monkeypatch.setattr(memory_plan, "_OUTCOMES", {})
-    monkeypatch.setattr(memory_plan, "rehearse", lambda *given: looked.append(given[-1]) or rehearse(*given))
+    monkeypatch.setattr(plan_module, "_OUTCOMES", {})
+    monkeypatch.setattr(plan_module, "rehearse", lambda *given: looked.append(given[-1]) or rehearse(*given))
     assert plan(1, batch=8, side=64).missing and len(looked) <= 4
 
 
 def test_a_search_ends_when_it_is_told_to(monkeypatch):
-    monkeypatch.setattr(memory_plan, "_OUTCOMES", {})
-    monkeypatch.setattr(memory_plan, "rehearse", None)
+    monkeypatch.setattr(plan_module, "_OUTCOMES", {})
+    monkeypatch.setattr(plan_module, "rehearse", None)
     with pytest.raises(Interrupted):
         choose(shapes("sd1"), detect(shapes("sd1")), scene("sd1", 256), batch=1, wishes=PLAIN, should_stop=lambda: True)
 
@@ -243,7 +243,7 @@ def test_a_block_replaces_what_is_inside_it():
 
 def test_a_step_is_rehearsed_once(monkeypatch):
     plan(100_000)
-    monkeypatch.setattr(memory_plan, "rehearse", None)
+    monkeypatch.setattr(plan_module, "rehearse", None)
     assert plan(90_000).way == plan(100_000).way
 
 
@@ -274,7 +274,7 @@ def test_long_captions_are_told_by_their_words(caption, chunks):
 def test_a_budget_on_a_card_is_no_more_than_there_is():
     device = torch.device("cuda")
     _, total = torch.cuda.mem_get_info(device)
-    assert budget_of(10_000, device, ours=0) == budget_of(0, device, ours=0) <= total + memory_plan.CONTEXT
+    assert budget_of(10_000, device, ours=0) == budget_of(0, device, ours=0) <= total + plan_module.CONTEXT
     assert budget_of(1, device, ours=0) == GIGABYTE
 
 

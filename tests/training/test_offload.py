@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
+from lib_lora_train.adapters.network import LoRANetwork
+from lib_lora_train.adapters.targets import find_targets
+from lib_lora_train.memory import offload
+from lib_lora_train.memory.offload import offloaded
 from lib_lora_train.model import frozen
-from lib_lora_train.network.network import LoRANetwork
-from lib_lora_train.network.targets import find_targets
-from lib_lora_train.training import offload
-from lib_lora_train.training.offload import offloaded
 from tests.model.small_checkpoints import HINTS, tokenizers
 from tests.model.small_checkpoints import checkpoint as small_checkpoint
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lib_lora_train.adapters.network import LoRANetwork
+from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.errors import TrainingError
-from lib_lora_train.network.network import LoRANetwork
-from lib_lora_train.network.targets import find_targets
-from lib_lora_train.training import loop, work
+from lib_lora_train.training import device_step, loop
+from lib_lora_train.training.microbatches import piece, pieces
 from lib_lora_train.training.noise import draw
-from lib_lora_train.training.pieces import piece, pieces
 from lib_lora_train.training.step import StepInputs, StepOptions, denoising_loss, prepare
 from tests.training import small_run
 from tests.training.emulator import Emulator
@@ -63,14 +63,14 @@ def test_gradients_and_losses_of_the_rows_add_up_to_those_of_the_batch(rows):
 
 def running_out(monkeypatch, *, above: int, error: Exception) -> list[int]:
     """Let losses of more rows than that fail; the sizes that were tried."""
-    original, tried = work.denoising_loss, []
+    original, tried = device_step.denoising_loss, []
 
     def limited(*args, **kwargs):
         tried.append(len(kwargs["inputs"]))
         if tried[-1] > above:
             raise error
         return original(*args, **kwargs)
-    monkeypatch.setattr(work, "denoising_loss", limited)
+    monkeypatch.setattr(device_step, "denoising_loss", limited)
     return tried
 
 

@@ -10,8 +10,9 @@ from functools import partial
 import pytest
 import torch
 
-from lib_lora_train.training import graph, loop, work
-from lib_lora_train.training.graph import CudaRecorder, Execution
+from lib_lora_train.training import device_step, loop
+from lib_lora_train.training import cuda_graph
+from lib_lora_train.training.cuda_graph import CudaRecorder, Execution
 from lib_lora_train.training.staging import Shapes, shapes_of
 from tests.training import small_run
 from tests.training.emulator import Emulator
@@ -66,7 +67,7 @@ def test_shapes_beyond_those_that_are_kept_run_as_written_and_no_recording_is_dr
 
 def failing(monkeypatch, fails) -> list[int]:
     """Let the losses fail for which `fails(shapes of the inputs, options)` has an error; the rows of all that were tried."""
-    original, tried = work.denoising_loss, []
+    original, tried = device_step.denoising_loss, []
 
     def loss(*args, **kwargs):
         tried.append(len(kwargs["inputs"]))
@@ -74,7 +75,7 @@ def failing(monkeypatch, fails) -> list[int]:
         if error is not None:
             raise error
         return original(*args, **kwargs)
-    monkeypatch.setattr(work, "denoising_loss", loss)
+    monkeypatch.setattr(device_step, "denoising_loss", loss)
     return tried
 
 
@@ -172,7 +173,7 @@ class Card:
         zeros = torch.zeros
         for owner, replacements in (
                 (torch, {"zeros": lambda *size, device: zeros(*size)}),
-                (graph, {"_streams": {}, "_invalid": []}),
+                (cuda_graph, {"_streams": {}, "_invalid": []}),
                 (torch.cuda, {"device": lambda device: contextlib.nullcontext(), "current_device": lambda: 0,
                               "Stream": self.new_stream, "stream": self.on, "current_stream": lambda: self.streams[-1],
                               "set_stream": self.streams.append, "synchronize": lambda: None, "CUDAGraph": Graph,
@@ -292,7 +293,7 @@ def test_torch_compile_makes_kernels_for_more_shapes_than_newer_torch_does_by_it
         compiled, made = torch.compile(twice, dynamic=False, backend=backend), []
     except RuntimeError as error:
         pytest.skip(str(error))
-    with work._many_shapes():
+    with device_step._many_shapes():
         for size in range(1, 21):
             compiled(torch.zeros(size, 2))
     torch._dynamo.reset()
@@ -302,13 +303,13 @@ def test_torch_compile_makes_kernels_for_more_shapes_than_newer_torch_does_by_it
 @cuda
 def test_what_cannot_be_captured_leaves_the_card_fit_for_others(monkeypatch):
     batches = [batch(i) for i in range(4)]
-    plain, original = small_run.run("sd1", batches, device="cuda", graphs=False), work.denoising_loss
+    plain, original = small_run.run("sd1", batches, device="cuda", graphs=False), device_step.denoising_loss
 
     def waiting(*args, **kwargs):
         loss = original(*args, **kwargs)
         assert loss.item() > 0
         return loss
-    monkeypatch.setattr(work, "denoising_loss", waiting)
+    monkeypatch.setattr(device_step, "denoising_loss", waiting)
     refused = small_run.run("sd1", batches, device="cuda")
     assert_equal(refused, plain, rtol=1e-3)
     assert len(refused.warnings) == 1 and "without CUDA graphs" in refused.warnings[0]
@@ -317,7 +318,7 @@ def test_what_cannot_be_captured_leaves_the_card_fit_for_others(monkeypatch):
     torch.cuda.empty_cache()
     assert torch.isfinite(torch.randn(1, device="cuda")).all()
     assert [one for one in torch.cuda.memory_snapshot() if tuple(one["segment_pool_id"]) != (0, 0)] == []
-    monkeypatch.setattr(work, "denoising_loss", original)
+    monkeypatch.setattr(device_step, "denoising_loss", original)
     assert small_run.run("sd1", batches, device="cuda").warnings == []
 
 

@@ -10,22 +10,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from lib_lora_train.bench.true_size import true_size_shapes, true_size_tensors
+from lib_lora_train.adapters.network import LoRANetwork
+from lib_lora_train.memory.dry_run import META, Outcome, Scene, Way, layers_for, layers_of, rehearse
+from lib_lora_train.memory.plan import units_of
 from lib_lora_train.model import frozen
 from lib_lora_train.model.components import unet_tensors
 from lib_lora_train.model.family import detect
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.model.layers import Layers
 from lib_lora_train.model.quantised import quantised
-from lib_lora_train.network.network import LoRANetwork
 from lib_lora_train.training.condition import TrainedText
-from lib_lora_train.training.memory_plan import units_of
+from lib_lora_train.training.device_step import Work
 from lib_lora_train.training.optimizer import Stepper
 from lib_lora_train.training.precision import LossScaler
-from lib_lora_train.training.rehearsal import META, Outcome, Scene, Way, layers_for, layers_of, rehearse
 from lib_lora_train.training.step import StepInputs, StepOptions
-from lib_lora_train.training.work import Work
 from tests.model.small_checkpoints import SmallTokenizer
+from tools.bench.true_size import true_size_shapes, true_size_tensors
 
 SIDE = 256
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lib_lora_train.adapters.flat import FlatWeights
 from lib_lora_train.errors import LoraFileError
-from lib_lora_train.network.flat import FlatWeights
+from lib_lora_train.training.checkpoint import TrainingState, restore
 from lib_lora_train.training.optimizer import Stepper
 from lib_lora_train.training.precision import LossScaler
-from lib_lora_train.training.state import TrainingState, restore
 
 SHAPES = ((5, 3), (70,), (2, 1))
 CPU = torch.device("cpu")

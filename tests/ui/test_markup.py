@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 from lib_lora_train import events
-from lib_lora_train import runner as runner_module
 from lib_lora_train.host.port import Checkpoint
+from lib_lora_train.run import runner as runner_module
 from tests.browser import expect, needs_browser
 from tests.ui.test_page import Served, served  # noqa: F401 - the fixture
 

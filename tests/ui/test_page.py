@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from lib_lora_train import events
-from lib_lora_train import runner as runner_module
 from lib_lora_train.host.port import Checkpoint
+from lib_lora_train.run import runner as runner_module
 from lib_lora_train.settings import parse
 from tests.browser import ServedPage, expect, needs_browser, opened_page
 from tests.fake_host import FakeJob, interrupted_run, pictures

@@ -11,9 +11,9 @@ import pytest
 from fastapi.testclient import TestClient
 
 from lib_lora_train.errors import HostError, SettingError
-from lib_lora_train.host.reach import is_loopback
+from lib_lora_train.host.exposure import is_loopback
 from lib_lora_train.host.standalone import listening_fence
-from lib_lora_train.runner import Runner
+from lib_lora_train.run.runner import Runner
 from lib_lora_train.ui import standalone
 from lib_lora_train.ui.standalone import listen, make_app, parse_login
 from tests.fake_host import FakeHost

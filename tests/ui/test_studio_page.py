@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lib_lora_train import runner as runner_module
+from lib_lora_train.run import runner as runner_module
 from tests.browser import ServedPage, expect, needs_browser, opened_page
 from tests.fake_host import FakeJob
 from tests.interrupted_save import FINISHED, interrupt_save

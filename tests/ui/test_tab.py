@@ -8,10 +8,10 @@ from pathlib import Path
 import gradio as gr
 import pytest
 
-from lib_lora_train import runner as runner_module
-from lib_lora_train.presets import presets
-from lib_lora_train.runner import Runner
+from lib_lora_train.run import runner as runner_module
+from lib_lora_train.run.runner import Runner
 from lib_lora_train.settings import DECLARATIONS, Settings, flat, parse
+from lib_lora_train.settings.presets import presets
 from lib_lora_train.ui import handlers as handlers_module
 from lib_lora_train.ui.fields import element_id, field, shown
 from lib_lora_train.ui.handlers import NO_PRESET, Handlers, Latest

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lib_lora_train.demo import tiny_checkpoint
+from tools import tiny_checkpoint
 
 REPOSITORY = Path(__file__).parents[2]
 EXTENSION_PARTS = ("lib_lora_train", "scripts", "javascript", "localizations", "install.py", "style.css")

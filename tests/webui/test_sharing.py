@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from lib_lora_train.demo import tiny_checkpoint
 from tests.webui.running import WebUI, fill, running, until
 from tests.webui.test_training import MANY, PROMPT, assert_unchanged, ended, learning, start, status, train
+from tools import tiny_checkpoint
 
 STEPS = 60
 

@@ -13,7 +13,7 @@ from autoencoder import LatentStatistics
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lib_lora_train.demo import tiny_checkpoint
+from tools import tiny_checkpoint
 
 SIZE = tiny_checkpoint.Size(channels=64, multipliers=(1, 2), vae_channels=96, vae_multipliers=(1, 1, 1, 1), heads=2,
                             text_width=48, text_layers=2, text_heads=4)

@@ -53,7 +53,7 @@ def model() -> dict[str, Any]:
 
 def lent() -> dict[str, Any]:
     """What the host lends, and whether it is the WebUI's own memory."""
-    from lib_lora_train.host.webui import HOST
+    from lib_lora_train.host.a1111.host import HOST
 
     sd_model = sd_models.model_data.sd_model
     own = {_storage(tensor) for tensor in sd_model.state_dict(keep_vars=True).values()}
@@ -74,10 +74,10 @@ def lent() -> dict[str, Any]:
 
 def parity(name: str = Body(""), prompt: str = Body(""), multiplier: float = Body(1.0)) -> dict[str, float]:
     """Our prediction with a LoRA file's weights against the WebUI's with the same file; max|a-b| / max|b|."""
-    from lib_lora_train.host.webui import HOST
-    from lib_lora_train.network import file
-    from lib_lora_train.network.network import LoRANetwork
-    from lib_lora_train.network.targets import find_targets
+    from lib_lora_train.adapters import file
+    from lib_lora_train.adapters.network import LoRANetwork
+    from lib_lora_train.adapters.targets import find_targets
+    from lib_lora_train.host.a1111.host import HOST
 
     generator = torch.Generator().manual_seed(7)
     x = torch.randn(3, 4, 16, 24, generator=generator)
@@ -117,7 +117,7 @@ def sample(prompt: str = Body(""), negative_prompt: str = Body(""), width: int =
            steps: int = Body(4), cfg_scale: float = Body(7.0), seed: int = Body(1)) -> dict[str, str]:
     """A picture by our own sampler on the lent model, as base64 of a PNG."""
     from lib_lora_train.evaluation.sampler import SampleRequest, sample_latents, to_picture
-    from lib_lora_train.host.webui import HOST
+    from lib_lora_train.host.a1111.host import HOST
 
     request = SampleRequest(prompt, negative_prompt, width, height, steps, cfg_scale, seed)
     with HOST.borrow() as borrowed:
@@ -130,7 +130,7 @@ def sample(prompt: str = Body(""), negative_prompt: str = Body(""), width: int =
 
 def tokens(text: str = Body("", embed=True)) -> dict[str, Any]:
     """Our tokens of a text, and the WebUI's, chunk by chunk."""
-    from lib_lora_train.host.webui import HOST
+    from lib_lora_train.host.a1111.host import HOST
 
     with HOST.borrow() as borrowed:
         ours = _frozen(borrowed).text.tokenize(text).encoders[0]
@@ -140,26 +140,26 @@ def tokens(text: str = Body("", embed=True)) -> dict[str, Any]:
 
 def fail(step: int = Body(1, embed=True)) -> dict[str, str]:
     """Let the training loop meet an error of ours in its `step`-th loss from now."""
-    from lib_lora_train.training import work
+    from lib_lora_train.training import device_step
 
-    original, left = work.denoising_loss, [step]
+    original, left = device_step.denoising_loss, [step]
 
     def breaking(*args: Any, **kwargs: Any) -> torch.Tensor:
         if args[0].device.type == "meta":  # the step is rehearsed to know its memory
             return original(*args, **kwargs)
         left[0] -= 1
         if left[0] == 0:
-            work.denoising_loss = original
+            device_step.denoising_loss = original
             raise RuntimeError("the probe broke this step")
         return original(*args, **kwargs)
 
-    work.denoising_loss = breaking
+    device_step.denoising_loss = breaking
     return {}
 
 
 def inject(place: str = Body(""), fault: str = Body("")) -> dict[str, str]:
     """Let a place of tests/injection.py fail once, until `heal`."""
-    from lib_lora_train.host.webui import HOST
+    from lib_lora_train.host.a1111.host import HOST
 
     chosen = next(one for one in injection.PLACES if one.name == place)
     _healing.append(injection.inject(chosen, injection.FAULTS[fault], HOST))
@@ -193,7 +193,7 @@ def surroundings() -> dict[str, Any]:
 
 def watch() -> dict[str, str]:
     """From now on, remember which files the process opens and how much of a model that is trained on is not the WebUI's own."""
-    from lib_lora_train import job
+    from lib_lora_train.run import job
 
     global _opened
     if _opened is None:
@@ -219,27 +219,27 @@ def watched() -> dict[str, Any]:
 
 def pretend_card() -> dict[str, str]:
     """From now on the model lies on a card, and the memory plan wants everything off it that a step does not need."""
-    from lib_lora_train import fitting
-    from lib_lora_train.host import aside
-    from lib_lora_train.training import work
+    from lib_lora_train.host import placement
+    from lib_lora_train.run import memory
+    from lib_lora_train.training import device_step
 
-    card, loss = pretended_card.PretendedCard(), work.denoising_loss
-    aside.device_of, aside.onto = card.device_of, card.onto
-    fitting.unneeded = lambda *arguments: frozenset({"vae", "text"})
+    card, loss = pretended_card.PretendedCard(), device_step.denoising_loss
+    placement.device_of, placement.onto = card.device_of, card.onto
+    memory.unneeded = lambda *arguments: frozenset({"vae", "text"})
 
     def lies_where(doing: str) -> None:
-        from lib_lora_train.host import webui_model
+        from lib_lora_train.host.a1111 import model as model_module
 
-        tensors = webui_model.collect(sd_models.model_data.sd_model)
-        _places[doing].append([part for part in aside.PREFIXES if all(
-            card.device_of(tensor) == pretended_card.CPU for tensor in aside.tensors_of(tensors, {part}))])
+        tensors = model_module.collect(sd_models.model_data.sd_model)
+        _places[doing].append([part for part in placement.PREFIXES if all(
+            card.device_of(tensor) == pretended_card.CPU for tensor in placement.tensors_of(tensors, {part}))])
 
     def seen(*arguments: Any, **named: Any) -> torch.Tensor:
         if arguments[0].device.type != "meta":  # the step is rehearsed to know its memory
             lies_where("training")
         return loss(*arguments, **named)
 
-    work.denoising_loss = seen
+    device_step.denoising_loss = seen
     script_callbacks.on_cfg_denoiser(lambda _: lies_where("painting"))
     return {}
 
@@ -300,7 +300,7 @@ def put_back() -> dict[str, str]:
 
 def refresh() -> dict[str, str]:
     """Let the host renew the list of LoRAs, while nothing is lent."""
-    from lib_lora_train.host.webui import HOST
+    from lib_lora_train.host.a1111.host import HOST
 
     HOST.refresh_loras()
     return {}
@@ -321,7 +321,7 @@ def state() -> dict[str, bool]:
 def refusals() -> dict[str, str]:
     """What the host says to models and switches that it cannot train with, each pretended for a moment."""
     from lib_lora_train.errors import LoraTrainError
-    from lib_lora_train.host.webui import HOST
+    from lib_lora_train.host.a1111.host import HOST
 
     sd_model = sd_models.model_data.sd_model
     unet = sd_model.model.diffusion_model
@@ -352,7 +352,7 @@ def captioners() -> dict[str, Any]:
     """What the host captions with, what of it is missing, and where each of the WebUI's own models lies."""
     from modules import deepbooru
 
-    from lib_lora_train.host.webui import HOST
+    from lib_lora_train.host.a1111.host import HOST
     from lib_lora_train.tagging.sources import sources
 
     blip, danbooru = shared.interrogator.blip_model, deepbooru.model.model
@@ -364,7 +364,7 @@ def captioners() -> dict[str, Any]:
 def describe(name: str = Body(""), images: tuple[str, ...] = Body(()), threshold: float = Body(0.5)) -> dict[str, Any]:
     """What a captioner of the host says of pictures; `error` where it cannot be opened, `busy` for the queue meanwhile."""
     from lib_lora_train.errors import LoraTrainError
-    from lib_lora_train.host.webui import HOST
+    from lib_lora_train.host.a1111.host import HOST
     from lib_lora_train.tagging.options import TagOptions
     from lib_lora_train.tagging.sources import find_source, sources
 

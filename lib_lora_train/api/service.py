@@ -1,0 +1,234 @@
+"""What the page and the API ask for: start, plan, status and the lists, as plain data.
+
+Both are thin over these functions, so an outside program can do exactly what the page does. Refusals are the package's
+exceptions; how they are shown is the caller's matter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lib_lora_train.errors import HostError, LoraFileError, printable
+from lib_lora_train.host.port import Checkpoint, Host
+from lib_lora_train.memory.time_estimate import seconds
+from lib_lora_train.model.components import unet_tensors
+from lib_lora_train.model.family import detect
+from lib_lora_train.run.diagnostics import bundle
+from lib_lora_train.run.job import output_folder, result_path
+from lib_lora_train.run.memory import planned, planned_layers
+from lib_lora_train.run.output import checked_name
+from lib_lora_train.run.planning import Preparation, prepare
+from lib_lora_train.run.record import past_runs
+from lib_lora_train.run.resume import compare_settings, find, run_folder, settings_of
+from lib_lora_train.run.runner import Runner
+from lib_lora_train.settings import AREAS, Settings, declarations, flat, parse
+from lib_lora_train.settings.allowed_paths import confine
+from lib_lora_train.training.precision import compute_dtype
+
+FAMILY_NAMES = {"sd1": "SD1", "sd2": "SD2", "sdxl": "SDXL"}
+
+
+def start(values: Mapping[str, object], *, runner: Runner, host: Host) -> str:
+    """Start a run with settings by name and return its id.
+
+    The settings, the name, the output folder and the dataset are checked first, so that most refusals come at once and
+    leave no run behind. Raises UserError, and HostError while another run is under way.
+    """
+    settings = parse(values)
+    confine(settings, host.fence)
+    if runner.running():
+        raise HostError("A training is running already", remedy="wait for it or stop it first")
+    point = find(settings.save.resume, host.runs_folder) if settings.save.resume else None
+    result_path(settings, host, point)
+    found = prepare(settings, family=_family(host), fence=host.fence)
+    if point:
+        compare_settings(settings, point, steps=found.plan.steps)
+    return runner.start(settings, host)
+
+
+def resume(run: str, changes: Mapping[str, object], *, runner: Runner, host: Host) -> str:
+    """Go on with an interrupted or stopped run of the host (`run` as `runs` names it) and return its id.
+
+    Its settings are those it had, but for `changes`; a raised max_train_steps for example. Raises as `start` does, and
+    LoraFileError where the run has no state.
+    """
+    if run_folder(run, host.runs_folder) is None:
+        raise LoraFileError(f"There is no run called {run!r}", remedy="see the list of runs")
+    point = find(run, host.runs_folder)
+    return start({**flat(settings_of(point, changes)), "resume": run}, runner=runner, host=host)
+
+
+def plan(values: Mapping[str, object], *, host: Host, should_stop: Callable[[], bool] | None = None) -> dict[str, Any]:
+    """What a run with these settings would do; nothing is written and no picture is decoded.
+
+    Returns summary (one line), pictures, buckets, epochs, batches_per_epoch, steps, resolution [width, height],
+    warnings (sentences), name_taken (a LoRA of that name exists and would not be overwritten) and estimate ("" while
+    no model is loaded). Raises UserError, and Interrupted where `should_stop()` says so.
+    """
+    settings = parse(values)
+    confine(settings, host.fence)
+    found = prepare(settings, family=_family(host), fence=host.fence, should_stop=should_stop)
+    estimate, warning = _estimate(settings, found, host, should_stop=should_stop)
+    return {
+        "summary": found.summary,
+        "pictures": found.dataset.pictures,
+        "buckets": len(found.plan.buckets),
+        "epochs": found.plan.epochs,
+        "batches_per_epoch": found.plan.batches_per_epoch,
+        "steps": found.plan.steps,
+        "resolution": list(found.resolution),
+        "warnings": [*found.warnings, *filter(None, (warning,))],
+        "name_taken": name_taken(settings, host),
+        "estimate": estimate,
+    }
+
+
+def _estimate(settings: Settings, found: Preparation, host: Host, *, should_stop: Callable[[], bool] | None) -> tuple[str, str]:
+    """ "about 9 min · about 5.1 of 8.0 GB of memory: …" and a warning, from the loaded model's shapes; "" while no model is
+    loaded."""
+    outline, checkpoint = host.outline(), host.checkpoint()
+    if outline is None or checkpoint is None:
+        return "", ""
+    architecture = detect(outline.tensors, outline.hints)
+    stem = unet_tensors(outline.tensors)["input_blocks.0.0.weight"]
+    dtype = compute_dtype(settings.memory.mixed_precision, outline.device, weights=stem.dtype)
+    plan = planned(settings, found, tensors=outline.tensors, architecture=architecture, device=outline.device, dtype=dtype,
+                   layers=planned_layers(settings, outline.tensors, architecture), should_stop=should_stop)
+    time = found.plan.steps * seconds(
+        plan.operations, plan.kernels, passes=plan.passes * settings.optimizer.gradient_accumulation_steps,
+        device=outline.device, dtype=dtype, recorded=plan.recorded)
+    return f"about {_duration(time)} · {plan.text}", plan.warning
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds / 10)) * 10} s"
+    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def status(*, runner: Runner, host: Host, after: int = 0) -> dict[str, Any]:
+    """Everything a watcher shows, in one call; numbers that are not finite are None.
+
+        model           {name, title, family, text} of what the host holds, None if it holds nothing
+        run             id of the current or last run, "" before the first; name is its LoRA's name
+        running         whether it is under way; stopping is "", "stop" or "save"
+        started         seconds since 1970
+        planned         {pictures, buckets, batches_per_epoch, epochs, steps, summary, …} or None
+        waiting         whether it waits for other work of the host before it begins
+        stage           {name, done, total} of the work that is not a training step, or None
+        step            {step, total, epoch, epochs, loss, average_loss, learning_rate, steps_per_second, …} or None
+        fraction        0 to 1, of the steps; seconds_left is None until the speed is known
+        points          [step, loss, average loss] after the step `after`; every `every`-th step is kept. When `every`
+                        has changed, points that were sent before were dropped: ask again with after=0
+        warnings        sentences
+        saved           [{path, step, epoch, final, lora_text}] in the order they were written
+        finished        {outcome: "done"|"stopped"|"failed", message, path, steps} or None
+        lora_text       "<lora:name:1>" once the run's result is written, else ""
+        trigger_word    of the run, "" for none
+    """
+    state = runner.status(after=after)
+    answer: dict[str, Any] = {
+        "model": _model(host.checkpoint()), "run": "", "name": "", "running": False, "stopping": "", "waiting": False,
+        "started": None, "planned": None, "stage": None, "step": None, "fraction": 0.0, "seconds_left": None, "points": [],
+        "every": 1, "warnings": [], "saved": [], "finished": None, "lora_text": "", "trigger_word": ""}
+    if state is None:
+        return answer
+    result = state.finished.path if state.finished else ""
+    answer.update(
+        run=state.run, name=state.name, running=state.running, stopping=state.stopping,
+        waiting=state.running and host.waiting(), started=state.started,
+        planned=_plain(state.planned), stage=_plain(state.stage), step=_plain(state.step), fraction=state.fraction,
+        seconds_left=state.step.seconds_left if state.step and state.running else None,
+        points=[list(point) for point in state.points], every=state.every, warnings=list(state.warnings),
+        saved=[{**dataclasses.asdict(saved), "lora_text": lora_text(saved.path)} for saved in state.saved],
+        finished=_plain(state.finished), lora_text=lora_text(result) if result else "",
+        trigger_word=str(runner.settings().get("trigger_word", "")))
+    return _finite(answer)
+
+
+def runs(*, runner: Runner, host: Host) -> list[dict[str, Any]]:
+    """The host's past runs, newest first: id, name, outcome ("done", "stopped", "failed", "running", or "interrupted" for
+    one whose process ended before it did), message, path, steps, total, resume_step (None where it cannot be resumed)."""
+    return [dataclasses.asdict(run) for run in runner.runs(host.runs_folder)]
+
+
+def report(run: str, *, host: Host, program: str) -> bytes:
+    """A zip about that run of the host, "" for the newest, with nothing private in it.
+
+    Raises LoraFileError where there is no such run.
+    """
+    found = run_folder(run, host.runs_folder) if run else None
+    if run and found is None:
+        raise LoraFileError(f"There is no run called {run!r}", remedy="see the list of runs")
+    if found is None:
+        past = past_runs(host.runs_folder, most=1)
+        found = host.runs_folder / past[0].id if past else None
+    return bundle(found, host=host, program=program)
+
+
+def settings_list() -> list[dict[str, Any]]:
+    """Every setting: area, name, type ("bool", "int", "float", "str"), default, minimum, maximum, step, choices, label,
+    help, in_view (whether the page shows it above the fold), is_path."""
+    return [
+        {"area": area, **dataclasses.asdict(declaration), "type": declaration.type.__name__,
+         "choices": list(declaration.choices)}
+        for area, cls in AREAS.items() for declaration in declarations(cls)]
+
+
+def lora_text(path: str) -> str:
+    """What to write in a prompt to use the file."""
+    # A path of Windows read on another system would not be taken apart by Path; a run's folder may travel.
+    name = path.replace("\\", "/").rsplit("/", 1)[-1]
+    return f"<lora:{name.removesuffix('.safetensors')}:1>"
+
+
+def model_text(checkpoint: Checkpoint | None) -> str:
+    """One line: "base: dreamshaper_8 [879db523c3] · SD1 · VAE: baked"."""
+    if checkpoint is None:
+        return "No model is loaded"
+    short_hash = f" [{checkpoint.sha256[:10]}]" if checkpoint.sha256 else ""
+    family = FAMILY_NAMES.get(checkpoint.family, "this kind of model cannot be trained")
+    return f"base: {checkpoint.name}{short_hash} · {family} · VAE: {checkpoint.vae_name or 'baked'}"
+
+
+def name_taken(settings: Settings, host: Host) -> bool:
+    """Whether a LoRA of the name is there and may not be overwritten. A missing name is not taken, nor that of a run which
+    goes on (`start` knows whose file it is); raises OutputError for an impossible one, SettingError for a folder that is not
+    allowed."""
+    confine(settings, host.fence)
+    if settings.save.overwrite or settings.save.resume or not settings.save.output_name:
+        return False
+    return os.path.lexists(output_folder(settings, host) / f"{checked_name(settings.save.output_name)}.safetensors")
+
+
+def _family(host: Host) -> str:
+    checkpoint = host.checkpoint()
+    return checkpoint.family if checkpoint else ""
+
+
+def _model(checkpoint: Checkpoint | None) -> dict[str, str] | None:
+    if checkpoint is None:
+        return None
+    return {"name": checkpoint.name, "title": checkpoint.title, "family": checkpoint.family,
+            "text": model_text(checkpoint)}
+
+
+def _plain(event: object) -> dict[str, Any] | None:
+    return dataclasses.asdict(event) if event is not None else None  # type: ignore[call-overload]
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN, and a loss may be one; nor has it names of files that are no text."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_finite(entry) for entry in value]
+    return value

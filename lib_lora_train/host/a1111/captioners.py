@@ -1,0 +1,180 @@
+"""The WebUI's own BLIP and DeepDanbooru, with which it interrogates pictures beside img2img's prompt.
+
+Their weights are pickles: the WebUI opens them with its own code, as it does for those buttons. It also fetches them at
+first use; here nothing is fetched, and what is missing is said.
+
+A batch takes a turn in the WebUI's queue, like any work on its models: generations go on in between. As the WebUI does,
+the checkpoint's parts are sent to memory first under --medvram, and each captioner goes there at the end, unless
+Settings, Interrogate keeps it on the card.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from modules import call_queue, deepbooru, devices, images, lowvram, paths, shared
+from PIL import Image
+
+from lib_lora_train.dataset.progress import ShouldStop
+from lib_lora_train.errors import HostError, translated
+from lib_lora_train.host.a1111.queue import Turn
+from lib_lora_train.tagging.captioner import Captioner, CaptionerSource, Description, Tag
+from lib_lora_train.tagging.options import TagOptions
+
+_TOKENIZER = "bert-base-uncased"
+_SIDE = 512
+"""Of the pictures DeepDanbooru was trained on."""
+
+
+def captioners() -> Sequence[CaptionerSource]:
+    """Both, whether their files are there or not."""
+    return BlipSource(), DeepDanbooruSource()
+
+
+@dataclasses.dataclass(frozen=True)
+class BlipSource:
+    """BLIP writes a sentence. How long it is, is said in the WebUI's settings, Interrogate."""
+
+    name: str = "blip"
+    label: str = "BLIP (a sentence)"
+    reads: Literal["pixels"] = "pixels"
+
+    def missing(self) -> str:
+        """Its weights, its code or its tokenizer."""
+        if not _holds(folder := Path(paths.models_path) / "BLIP", ".pth"):
+            return (f"BLIP is not there; put model_base_caption_capfilt_large.pth into {folder}, or press Interrogate CLIP in "
+                    "img2img once, which fetches it.")
+        if "BLIP" not in paths.paths:
+            return "BLIP's code is not there; start the WebUI once without --skip-prepare-environment, which fetches it."
+        if not _tokenizer_is_there():
+            return (f"BLIP's tokenizer {_TOKENIZER} is not there; press Interrogate CLIP in img2img once, which fetches it "
+                    "from huggingface.co.")
+        return ""
+
+    @contextlib.contextmanager
+    def open(self, options: TagOptions, device: torch.device, *, should_stop: ShouldStop | None = None) -> Iterator[Captioner]:
+        """Where the WebUI wants it (--use-cpu interrogate), not on `device`."""
+        _refuse(self.missing())
+        interrogator, turn = shared.interrogator, _turn(should_stop)
+        dtype = interrogator.dtype
+        try:
+            with turn():
+                with translated("loading BLIP"):
+                    _load_blip()
+                # The interrogator's number format is that of its last model; alone, BLIP has to say its own.
+                interrogator.dtype = next(interrogator.blip_model.parameters()).dtype
+            yield _Turns(turn, _caption)
+        finally:
+            interrogator.dtype = dtype
+            interrogator.unload()
+
+
+@dataclasses.dataclass(frozen=True)
+class DeepDanbooruSource:
+    """DeepDanbooru finds tags. Thresholds and spelling are ours, not those of the WebUI's settings."""
+
+    name: str = "deepdanbooru"
+    label: str = "DeepDanbooru (tags)"
+    reads: Literal["pixels"] = "pixels"
+
+    def missing(self) -> str:
+        """Its weights."""
+        if _holds(folder := Path(paths.models_path) / "torch_deepdanbooru", ".pt"):
+            return ""
+        return (f"DeepDanbooru is not there; put model-resnet_custom_v3.pt into {folder}, or press Interrogate DeepBooru in "
+                "img2img once, which fetches it.")
+
+    @contextlib.contextmanager
+    def open(self, options: TagOptions, device: torch.device, *, should_stop: ShouldStop | None = None) -> Iterator[Captioner]:
+        """On the WebUI's device."""
+        _refuse(self.missing())
+        turn = _turn(should_stop)
+        try:
+            with turn(), translated("loading DeepDanbooru"):
+                deepbooru.model.start()
+            yield _Turns(turn, lambda pictures: _tags(pictures, floor=options.general_threshold))
+        finally:
+            if deepbooru.model.model is not None:
+                deepbooru.model.stop()
+
+
+class _Turns:
+    """A captioner that takes a turn in the queue for each batch."""
+
+    def __init__(self, turn: Callable[[], contextlib.AbstractContextManager[None]],
+                 describe: Callable[[Sequence[Image.Image]], list[Description]]) -> None:
+        self._turn, self._describe = turn, describe
+
+    def describe(self, pictures: Sequence[Image.Image]) -> list[Description]:
+        with self._turn():
+            return self._describe(pictures)
+
+
+def _turn(should_stop: ShouldStop | None) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    @contextlib.contextmanager
+    def turn() -> Iterator[None]:
+        with Turn(call_queue.queue_lock).held(stop=should_stop or (lambda: False)):
+            lowvram.send_everything_to_cpu()
+            yield
+    return turn
+
+
+def _load_blip() -> None:
+    """As `interrogate` loads it, without CLIP, which would rank styles that no caption needs."""
+    interrogator = shared.interrogator
+    if interrogator.blip_model is None:
+        interrogator.blip_model = interrogator.load_blip_model()
+        if not shared.cmd_opts.no_half and not interrogator.running_on_cpu:
+            interrogator.blip_model = interrogator.blip_model.half()
+    interrogator.blip_model = interrogator.blip_model.to(devices.device_interrogate)
+
+
+def _caption(pictures: Sequence[Image.Image]) -> list[Description]:
+    # A press of Interrogate meanwhile has sent it to memory.
+    shared.interrogator.blip_model.to(devices.device_interrogate)
+    return [Description(text=shared.interrogator.generate_caption(picture)) for picture in pictures]
+
+
+def _tags(pictures: Sequence[Image.Image], *, floor: float) -> list[Description]:
+    """Every tag from `floor` on, and the ratings. What `tag_multi` computes, before it writes its text."""
+    deepbooru.model.start()  # a press of Interrogate meanwhile has sent it to memory
+    # 2: fitted in, the rest filled from the picture's own edges.
+    squares = [np.asarray(images.resize_image(2, picture, _SIDE, _SIDE), dtype=np.float32) / 255 for picture in pictures]
+    with torch.no_grad(), devices.autocast():
+        batch = torch.from_numpy(np.stack(squares)).to(devices.device, devices.dtype)
+        scores = deepbooru.model.model(batch).float().cpu().numpy()
+    names = deepbooru.model.model.tags
+    return [_description(names, row, floor=floor) for row in scores]
+
+
+def _description(names: Sequence[str], scores: np.ndarray, *, floor: float) -> Description:
+    found = [Tag(name.removeprefix("rating:"), float(score), "rating") if name.startswith("rating:")
+             else Tag(name, float(score)) for name, score in zip(names, scores, strict=True)
+             if score >= floor or name.startswith("rating:")]
+    return Description(tuple(sorted(found, key=lambda tag: -tag.score)))
+
+
+def _holds(folder: Path, suffix: str) -> bool:
+    return any(path.is_file() for path in folder.rglob(f"*{suffix}"))
+
+
+def _tokenizer_is_there() -> bool:
+    """Whether transformers finds it without the network: where it keeps what it fetched, or in a folder of that name."""
+    from transformers.utils import cached_file
+
+    try:
+        return cached_file(_TOKENIZER, "vocab.txt", local_files_only=True) is not None
+    except (OSError, ValueError):
+        return False
+
+
+def _refuse(sentence: str) -> None:
+    if sentence:
+        what, _, remedy = sentence.partition("; ")
+        raise HostError(what, remedy=remedy)

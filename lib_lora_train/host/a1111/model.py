@@ -1,0 +1,282 @@
+"""What the WebUI lends: its tensors by reference under checkpoint names, and what their shapes cannot tell.
+
+The names of the WebUI's modules are those of the checkpoint, but for its wrappers around the text encoders
+("cond_stage_model.wrapped.transformer…") and around their token embeddings. No method of a module is called that
+computes anything, so none of the WebUI's patches of them matter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from modules import devices, lowvram, sd_models, shared
+from torch import Tensor, nn
+
+from lib_lora_train.errors import HostError, ModelError
+from lib_lora_train.host import placement
+from lib_lora_train.host.port import Checkpoint, Outline
+from lib_lora_train.model.architecture import Activation
+from lib_lora_train.model.family import Hints
+from lib_lora_train.model.refusals import SUPPORTED
+from lib_lora_train.model.tokens import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class HostTokenizer:
+    """The tokens that the WebUI itself makes of a text, by its wrapper around a text encoder."""
+
+    embedder: Any
+    start: int
+    end: int
+    comma: int | None
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.embedder.tokenize([text])[0])
+
+
+class Witness:
+    """Remembers a lent model to tell whether somebody changed it.
+
+    A switch of checkpoint may leave the module in place and copy other weights into the very tensors that were lent;
+    torch counts such changes of a tensor (`_version`). Moving a module between devices is no change: the lent tensors
+    keep their storage.
+    """
+
+    def __init__(self, sd_model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        self._sd_model, self._info = sd_model, sd_model.sd_checkpoint_info
+        self._tensors = [tensor for tensor in tensors.values() if not tensor.is_inference()]
+        self._versions = self._count()
+
+    def check(self) -> None:
+        """Raises HostError if the model is not the one that was lent, weight for weight."""
+        same = (sd_models.model_data.sd_model is self._sd_model and self._sd_model.sd_checkpoint_info is self._info
+                and self._count() == self._versions)
+        if not same:
+            raise changed()
+
+    def _count(self) -> list[int]:
+        return [tensor._version for tensor in self._tensors]
+
+
+class Seal:
+    """Tells, after others had the model, whether its weights are the ones that were lent: for every tensor of UNet, VAE and
+    text encoders its shape, dtype and a sum over its bits. Taken once, before the model is given to others.
+
+    What torch knows to be untouched (the same tensor at the same place, changed by nobody) is not read again. For that the
+    tensors of the last question must still be held by somebody when the next one is asked.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._untouched = {name: _touch(tensor) for name, tensor in tensors.items()}
+        self._sums = _sums(_weights(tensors))
+
+    def holds(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether these are the same weights, wherever they lie."""
+        weights = _weights(tensors)
+        if weights.keys() != self._sums.keys():
+            return False
+        doubtful = {name: tensor for name, tensor in weights.items()
+                    if _touch(tensor) is None or _touch(tensor) != self._untouched[name]}
+        same = all(self._sums[name] == told for name, told in _sums(doubtful).items())
+        if same:
+            self._untouched = {name: _touch(tensor) for name, tensor in tensors.items()}
+        return same
+
+
+def _weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without the noise schedule's buffers, which the WebUI makes anew at each generation."""
+    return {name: tensor for name, tensor in tensors.items()
+            if name.startswith(("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner."))}
+
+
+def _touch(tensor: Tensor) -> tuple[int, int, int] | None:
+    """What changes where a tensor is replaced, moved or written to; None where torch does not count."""
+    return None if tensor.is_inference() else (id(tensor), tensor.data_ptr(), tensor._version)
+
+
+def _sums(tensors: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], torch.dtype, int]]:
+    sums = {name: tensor.detach().view(_BITS[tensor.element_size()]).sum(dtype=torch.int64)
+            for name, tensor in tensors.items()}
+    # All are computed before the first is waited for; a copy of eight bytes each.
+    return {name: (tuple(tensors[name].shape), tensors[name].dtype, int(total)) for name, total in sums.items()}
+
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """Which checkpoint and VAE a model is made of: their files, "" for the checkpoint's own VAE."""
+
+    checkpoint: str
+    vae: str
+
+    @classmethod
+    def of(cls, sd_model: nn.Module) -> Identity:
+        """That of a loaded model."""
+        return cls(sd_model.sd_checkpoint_info.filename, getattr(sd_model, "loaded_vae_file", None) or "")
+
+    @property
+    def text(self) -> str:
+        """As a user knows it."""
+        return os.path.basename(self.checkpoint) + (f" with {os.path.basename(self.vae)}" if self.vae else "")
+
+    def fits(self, sd_model: nn.Module) -> bool:
+        """Whether a model is made of these files."""
+        return Identity.of(sd_model) == self
+
+    def only_left_behind(self, sd_model: nn.Module) -> bool:
+        """Whether the WebUI is set to this checkpoint and holds another one for no longer than until the next generation:
+        what a refiner or an API call with `override_settings` leaves behind."""
+        return (sd_model.sd_checkpoint_info.filename != self.checkpoint
+                and sd_models.select_checkpoint().filename == self.checkpoint)
+
+    def may_be_back(self) -> bool:
+        """Whether it is worth waiting in the queue for it. Asked without the lock, so the answer may be old."""
+        sd_model = sd_models.model_data.sd_model
+        return sd_model is not None and (self.fits(sd_model) or self.only_left_behind(sd_model))
+
+
+def changed() -> HostError:
+    """What to say of a model whose weights are not the lent ones any more."""
+    return HostError(
+        "The WebUI's model was changed while it was trained on",
+        why="another checkpoint, VAE or LoRA was put in its place",
+        remedy="choose its checkpoint and VAE again at the top of the page and resume the run")
+
+
+def refuse_lowvram() -> None:
+    """Raises HostError under --lowvram."""
+    if shared.cmd_opts.lowvram:
+        raise HostError(
+            "Training is not possible with --lowvram", why="it keeps the model in pieces outside the card's memory",
+            remedy="start the WebUI with --medvram, or without either")
+
+
+def refuse_kind(sd_model: nn.Module) -> None:
+    """Raises ModelError for kinds that names and shapes alone do not give away; `family.detect` knows the others."""
+    kind = ""
+    if getattr(sd_model, "is_sd3", False):
+        kind = "a Stable Diffusion 3 model"
+    elif getattr(sd_model, "is_ssd", False):
+        kind = "an SSD-1B model"
+    elif getattr(sd_model, "cond_stage_key", None) == "edit":
+        kind = "an instruct-pix2pix model"
+    if kind:
+        raise ModelError(f"The checkpoint is {kind}, which this trainer does not support", remedy=SUPPORTED)
+
+
+def describe(sd_model: nn.Module) -> Checkpoint:
+    """The loaded checkpoint by name. Hashes are those that the WebUI knows already."""
+    info = sd_model.sd_checkpoint_info
+    vae = getattr(sd_model, "loaded_vae_file", None)
+    return Checkpoint(
+        name=info.name_for_extra, title=info.title, family=_family(sd_model), sha256=info.sha256 or "",
+        legacy_hash=info.hash or "", vae_name=os.path.basename(vae) if vae else "")
+
+
+def outline(sd_model: nn.Module) -> Outline:
+    """The model's names and shapes, and the device it would be trained on; may be asked while it is painting."""
+    shapes = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+              for name, tensor in collect(sd_model).items()}
+    return Outline(shapes, hints(sd_model), torch.empty(0, device=devices.device).device)
+
+
+def collect(sd_model: nn.Module) -> dict[str, Tensor]:
+    """Every tensor of the model by reference, under its checkpoint's name. Raises HostError if one is nowhere."""
+    tensors = {}
+    sdxl = hasattr(sd_model, "conditioner")
+    for name, tensor in sd_model.state_dict(keep_vars=True).items():
+        # The WebUI calls SDXL's conditioner by SD1's name too.
+        if not (sdxl and name.startswith("cond_stage_model.")):
+            tensors[name.replace(".wrapped.", ".")] = tensor
+    if any(tensor.is_meta for tensor in tensors.values()):
+        raise HostError("The WebUI's model is not in memory", why="it was thrown away",
+                        remedy="choose the checkpoint again at the top of the page")
+    return tensors
+
+
+def hints(sd_model: nn.Module) -> Hints:
+    """Heads, activations, prediction and schedule as the WebUI's own modules and settings have them."""
+    heads, head_channels = _attention_heads(sd_model.model.diffusion_model)
+    encoders = [_text_encoder(embedder) for embedder in _embedders(sd_model)]
+    return Hints(
+        unet_heads=heads, unet_head_channels=head_channels,
+        text_heads=tuple(heads for heads, _ in encoders) or None,
+        text_activations=tuple(activation for _, activation in encoders) or None,
+        prediction_type="v_prediction" if sd_model.parameterization == "v" else "epsilon",
+        zero_terminal_snr=shared.opts.sd_noise_schedule == "Zero Terminal SNR",
+        # `alphas_cumprod` itself is rewritten, and may be rounded, at every generation.
+        alphas_cumprod=sd_model.alphas_cumprod_original.detach().float(),
+        latent_scale=float(sd_model.scale_factor))
+
+
+def tokenizers(sd_model: nn.Module) -> Sequence[Tokenizer]:
+    """One a text encoder: the WebUI's own."""
+    return [HostTokenizer(e, start=e.id_start, end=e.id_end, comma=e.comma_token) for e in _embedders(sd_model)]
+
+
+@contextlib.contextmanager
+def placed(sd_model: nn.Module) -> Iterator[tuple[torch.device, Mapping[str, torch.device]]]:
+    """The whole model on the WebUI's device, and back to where each part was at the end, whatever happens. That device, and
+    where each tensor is at home, by its checkpoint's name.
+
+    Only --medvram and an unloaded checkpoint keep parts elsewhere; for everybody else nothing moves.
+    """
+    device = torch.empty(0, device=devices.device).device
+    if getattr(sd_model, "lowvram", False):
+        # The WebUI remembers which one part it put on the card, and would not put it back a second time.
+        lowvram.send_everything_to_cpu()
+    homes = {name: placement.device_of(tensor) for name, tensor in collect(sd_model).items()}
+    text = sd_model.conditioner if hasattr(sd_model, "conditioner") else sd_model.cond_stage_model
+    moved: list[tuple[nn.Module, torch.device]] = []
+    try:
+        for part in (sd_model.model, sd_model.first_stage_model, text):
+            home = next((weight.device for weight in part.parameters() if weight.device != device), device)
+            if home != device:
+                moved.append((part, home))
+                part.to(device)
+        yield device, homes
+    finally:
+        for part, home in moved:
+            part.to(home)
+
+
+def _family(sd_model: nn.Module) -> str:
+    stem = getattr(getattr(getattr(sd_model, "model", None), "diffusion_model", None), "input_blocks", None)
+    if stem is None or stem[0][0].weight.shape[1] != 4 or getattr(sd_model, "is_ssd", False):
+        return ""
+    if getattr(sd_model, "is_sdxl", False):
+        return "sdxl" if len(_embedders(sd_model)) == 2 else ""
+    return "sd2" if getattr(sd_model, "is_sd2", False) else "sd1" if getattr(sd_model, "is_sd1", False) else ""
+
+
+def _embedders(sd_model: nn.Module) -> list[Any]:
+    """The WebUI's wrappers around the text encoders, in the order of the checkpoint."""
+    candidates = sd_model.conditioner.embedders if hasattr(sd_model, "conditioner") else [sd_model.cond_stage_model]
+    return [embedder for embedder in candidates if hasattr(embedder, "wrapped") and hasattr(embedder, "tokenize")]
+
+
+def _text_encoder(embedder: Any) -> tuple[int, Activation]:
+    """(heads, activation) of the transformer below a wrapper: Hugging Face's, or OpenCLIP's."""
+    if hasattr(embedder.wrapped, "transformer"):
+        config = embedder.wrapped.transformer.config
+        return config.num_attention_heads, "quick_gelu" if config.hidden_act == "quick_gelu" else "gelu"
+    block = embedder.wrapped.model.transformer.resblocks[0]
+    quick = type(block.mlp.gelu).__name__ == "QuickGELU"
+    return block.attn.num_heads, "quick_gelu" if quick else "gelu"
+
+
+def _attention_heads(unet: nn.Module) -> tuple[int | None, int | None]:
+    """(heads a layer, None) or (None, channels a head): whichever is the same in all of the UNet's attention layers."""
+    found = {(m.heads, m.to_q.weight.shape[0]) for m in unet.modules() if hasattr(m, "heads") and hasattr(m, "to_q")}
+    heads = {heads for heads, _ in found}
+    if len(heads) == 1:
+        return heads.pop(), None
+    widths = {channels // heads for heads, channels in found}
+    return None, widths.pop() if len(widths) == 1 else None

@@ -1,0 +1,145 @@
+"""What the VAE is asked: batches of pictures of one size, as many at once as the device holds.
+
+Here alone the cache touches the model, always in the thread that trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+
+from lib_lora_train.dataset.augment import to_network
+from lib_lora_train.dataset.buckets import Size
+from lib_lora_train.dataset.folder import Example
+from lib_lora_train.errors import TrainingError, is_out_of_memory
+from lib_lora_train.inputs.latent_files import MeanAndStd
+
+# What the encoder holds at its widest, for each pixel of a picture: 128 channels of fp32 at full size, seven times (a block's
+# input, what is normed, activated and convolved of it, and a convolution's two sides in another order).
+_BYTES_A_PIXEL = 3700
+_MOST_BYTES = 2 << 30  # a step of the training takes as much: encoding shall not be what a run's memory is measured by
+_MOST_AT_ONCE = 8  # more gains nothing: two pictures of 512² fill a card with work already
+
+
+Room = Callable[[int], int]
+"""Sees to it that so many bytes are free on the device, if it can. Returns how many may be taken."""
+
+
+class Encoder(Protocol):
+    """The part of the VAE that is needed here."""
+
+    def encode(self, pixels: torch.Tensor) -> MeanAndStd:
+        """pixels [B, 3, H, W] in [-1, 1] → (mean, std), each [B, 4, H/8, W/8], unscaled."""
+
+
+class VaeWork:
+    """Encodes samples in parts that fit. `notes` says what the user should know of it."""
+
+    def __init__(self, vae: Encoder, *, device: torch.device, batch_size: int, room: Room | None = None) -> None:
+        """`batch_size` 0 chooses by what is free on a CUDA device, and is 1 elsewhere. `room` is asked before pictures of
+        a size are first encoded on a CUDA device; by default what is free may be taken."""
+        self.device, self.batch_size, self.notes = device, batch_size, list[str]()
+        self._vae = vae
+        self._most: int | None = None  # known after the memory did not suffice
+        self._wanted: dict[Size, int] = {}
+        self._room = room
+
+    def at_once(self, bucket: Size) -> int:
+        """How many pictures of this size (width, height) are encoded together."""
+        wanted = self._wanted.get(bucket)
+        if wanted is None:
+            free = None
+            if self._room is not None and self.device.type == "cuda":
+                free = self._room(encoding_bytes(bucket) * (self.batch_size or 1))
+            wanted = self._wanted[bucket] = self.batch_size or automatic_batch(self.device, bucket, free=free)
+        return wanted if self._most is None else min(wanted, self._most)
+
+    def encode(self, samples: Sequence[torch.Tensor], flips: Sequence[bool]) -> torch.Tensor:
+        """samples [H, W, 3] uint8 each → [N, flips, 2, 4, h, w] fp32 on the device: mean, then standard deviation.
+
+        For each of `flips` once, mirrored where it is true (the VAE is not symmetric: a mirrored latent is another one).
+        Where the memory does not suffice, half as many are encoded at once, now and later.
+        """
+        done: list[torch.Tensor] = []
+        while samples:
+            part = samples[:self._most]
+            encoded = self._fitting(part, flips)
+            if encoded is not None:
+                done.append(encoded)
+                samples = samples[len(part):]
+                continue
+            self._most = len(part) // 2
+            self.notes.append(f"The memory does not suffice to encode {len(part)} pictures at once (vae_batch_size); it goes "
+                              f"on with {self._most}.")
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        return done[0] if len(done) == 1 else torch.cat(done)
+
+    def rest(self) -> None:
+        """All is encoded for now: what torch keeps of the device's memory for more of it is given back. The pieces are of
+        other sizes than those of a training step."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _fitting(self, part: Sequence[torch.Tensor], flips: Sequence[bool]) -> torch.Tensor | None:
+        """Their latents; None where more than one picture was too much. What the attempt held is free when this returns."""
+        try:
+            return self._encoded(part, flips)
+        except (MemoryError, RuntimeError) as error:
+            if len(part) > 1 and is_out_of_memory(error):
+                return None
+            raise
+
+    @torch.no_grad()
+    def _encoded(self, part: Sequence[torch.Tensor], flips: Sequence[bool]) -> torch.Tensor:
+        pixels = to_network(self._uploaded(part))
+        encoded = []
+        for flip in flips:
+            mean, std = self._vae.encode(pixels.flip(-1) if flip else pixels)
+            encoded.append(torch.stack([mean.to(torch.float32), std.to(torch.float32)], dim=1))
+        return torch.stack(encoded, dim=1)
+
+    def _uploaded(self, part: Sequence[torch.Tensor]) -> torch.Tensor:
+        """[B, H, W, 3] uint8 on the device. The copy runs while the next kernels are queued; torch keeps the pinned memory
+        until it has been read."""
+        if self.device.type != "cuda":
+            return torch.stack(list(part)).to(self.device)
+        staged = torch.empty((len(part), *part[0].shape), dtype=torch.uint8, pin_memory=True)
+        torch.stack(list(part), out=staged)
+        return staged.to(self.device, non_blocking=True)
+
+
+def encoding_bytes(bucket: Size) -> int:
+    """What encoding a picture of this size (width, height) takes for a moment, beside the VAE's weights."""
+    return _BYTES_A_PIXEL * bucket[0] * bucket[1]
+
+
+def free_bytes(device: torch.device) -> int:
+    """What can be had on a CUDA device: from its driver, and of what torch keeps unused. Waits for nothing."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def automatic_batch(device: torch.device, bucket: Size, *, free: int | None = None) -> int:
+    """Pictures of this size (width, height) that 2 GiB hold, or half of a CUDA device's `free` memory (by default all of it)
+    where that is less: 1, 2, 4 or 8; 1 elsewhere."""
+    if device.type != "cuda":
+        return 1
+    free = free_bytes(device) if free is None else free
+    fitting = min(free // 2, _MOST_BYTES) // encoding_bytes(bucket)
+    # A power of two: a little more or less memory in use should not change how the numbers are rounded.
+    return 1 << max(0, min(int(fitting), _MOST_AT_ONCE).bit_length() - 1)
+
+
+def check_finite(latents: torch.Tensor, examples: Sequence[Example]) -> None:
+    """Each picture [N, …] by itself: one bad picture in a batch would otherwise hide among the good ones.
+
+    Raises TrainingError. One synchronisation where the latents are on a device.
+    """
+    for example, fine in zip(examples, torch.isfinite(latents).flatten(1).all(dim=1).tolist(), strict=True):
+        if not fine:
+            raise TrainingError(
+                f"The VAE turns the picture {example.path} into numbers that are not finite",
+                why="the VAE's weights are damaged or overflow", remedy="choose another VAE, or remove this picture")

@@ -1,0 +1,193 @@
+"""A run's folder: its settings and its events, written as it goes and read back by whoever looks later.
+
+    <runs>/<name>-20261121-154501/
+        settings.toml       what it was started with
+        events.jsonl        one event a line; every tenth of the steps of a long run, all of the others
+        state.safetensors   what it needs to go on after an interruption (`training/state.py`)
+        error.txt           where the program failed, if it did
+        .lock               locked while a process works on it
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from lib_lora_train import events
+from lib_lora_train.errors import LoraTrainError, SettingError
+from lib_lora_train.settings import Settings, flat
+from lib_lora_train.settings.toml import read_toml, write_toml
+from lib_lora_train.storage.atomic import write_whole
+from lib_lora_train.storage.lock import Mark, is_abandoned, is_marked
+from lib_lora_train.training.checkpoint import FILE_NAME, read_facts
+
+log = logging.getLogger(__name__)
+FAILURE = "error.txt"
+_MOST_STEP_LINES = 2000
+
+
+class RunRecord:
+    """Writes one run's folder, and holds its mark while the process lives, so that others can tell a run that is under way
+    from one that was cut off. Failing to write is not worth a training: the log is told once.
+
+    `folder` may be that of an interrupted run, which then goes on there. Raises HostError if it is under way.
+    """
+
+    def __init__(self, folder: Path, settings: Settings) -> None:
+        self.folder = folder
+        self._settings = write_toml(flat(settings)).encode("utf-8", errors="replace")
+        self._failed = False
+        self._new_line = (folder / "events.jsonl").exists()  # its last line may be torn
+        self._mark: Mark | None = None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._mark = Mark.take(folder)
+            write_whole(folder / "settings.toml", self._settings)
+            _sweep(folder.parent)
+        except OSError as error:
+            self._complain(error)
+
+    def write(self, event: events.Event) -> None:
+        """Append an event. Of more than 2000 steps only every n-th is kept, so that the file stays small."""
+        if isinstance(event, events.Step):
+            every = -(-event.total // _MOST_STEP_LINES)
+            if event.step % every and event.step != event.total:
+                return
+        if isinstance(event, events.Stage) and event.done not in (0, event.total):
+            return
+        line = json.dumps({"time": round(time.time(), 3), **events.to_dict(event)}, ensure_ascii=False) + "\n"
+        try:
+            if not self.folder.is_dir():
+                # It vanished while the run went on: what is still to be told is told in a new one.
+                write_whole(self.folder / "settings.toml", self._settings)
+            # Opened anew for each event: no handle is left open on Windows, and a killed process loses nothing.
+            with open(self.folder / "events.jsonl", "a", encoding="utf-8", errors="replace") as file:
+                file.write("\n" + line if self._new_line else line)
+            self._new_line = False
+        except OSError as error:
+            self._new_line = True
+            self._complain(error)
+
+    def keep_failure(self, trace: str) -> None:
+        """Keep where the program failed, for a report of the problem."""
+        try:
+            stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+            write_whole(self.folder / FAILURE, f"{stamp}\n{trace}".encode("utf-8", errors="replace"))
+        except OSError as error:
+            self._complain(error)
+
+    def close(self) -> None:
+        """Take the mark away; to be called after the last event. The end of the process does the same."""
+        if self._mark is not None:
+            self._mark.release()
+            self._mark = None
+
+    def _complain(self, error: OSError) -> None:
+        if not self._failed:
+            log.warning("The record of this run in %s is incomplete: %s", self.folder, error)
+        self._failed = True
+
+
+@dataclasses.dataclass(frozen=True)
+class PastRun:
+    """A run as its folder tells it.
+
+    outcome     "done", "stopped", "failed", "running", or "interrupted" for one whose process ended before it did
+    steps       how far it got, of `total` (0 where that was not known yet)
+    resume_step the step it can be resumed from, None if it cannot
+    path        its newest file, "" for none
+    """
+
+    id: str
+    name: str
+    outcome: str
+    message: str
+    path: str
+    steps: int
+    total: int
+    resume_step: int | None
+
+
+def new_folder(runs: Path, name: str) -> Path:
+    """A folder for a run that starts now; its name sorts by time among runs of the same name."""
+    stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder, number = runs / stem, 2
+    while folder.exists():
+        folder, number = runs / f"{stem}-{number}", number + 1
+    return folder
+
+
+def _sweep(runs: Path) -> None:
+    """Remove what killed processes left half-written in the folders of other runs.
+
+    A run that was killed during its first state is never gone on with, so nobody else would come by.
+    """
+    for part in runs.glob("*/.*.part"):
+        if (part.parent / "settings.toml").is_file() and is_abandoned(part.parent):
+            with contextlib.suppress(OSError):
+                part.unlink()
+
+
+def read_events(folder: Path) -> Iterator[events.Event]:
+    """The events of a run's folder; a torn last line and lines of a newer version are passed over."""
+    try:
+        text = (folder / "events.jsonl").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return
+    for line in text.splitlines():
+        try:
+            yield events.from_dict(json.loads(line))
+        except (ValueError, KeyError, TypeError):
+            continue
+
+
+def past_runs(runs: Path, *, most: int = 100) -> list[PastRun]:
+    """The newest runs in `runs`, newest first."""
+    try:
+        folders = sorted((f for f in runs.iterdir() if (f / "settings.toml").is_file()),
+                         key=lambda f: f.stat().st_mtime, reverse=True)[:most]
+    except OSError:
+        return []
+    return [past_run(folder) for folder in folders]
+
+
+def past_run(folder: Path) -> PastRun:
+    """The run of this folder."""
+    try:
+        name = str(read_toml(folder / "settings.toml").get("output_name", ""))
+    except SettingError:
+        name = ""
+    outcome, message, path, steps, total = "", "", "", 0, 0
+    for event in read_events(folder):
+        if isinstance(event, events.Planned):
+            # It begins, or goes on; how an earlier part of it ended matters no more.
+            outcome, message, steps, total = "", "", event.resumed_at, event.steps
+        elif isinstance(event, events.Step):
+            outcome, steps, total = "", event.step, event.total
+        elif isinstance(event, events.Saved):
+            path, steps = event.path, max(steps, event.step)
+            if event.final and event.step == total:
+                # Cut off between its last save and its last word, a run is complete all the same.
+                outcome, message = "done", f"It is ready: {path}"
+        elif isinstance(event, events.Finished):
+            outcome, message, path, steps = event.outcome, event.message, event.path or path, event.steps or steps
+    resume_step = _resume_step(folder)
+    if is_marked(folder):
+        outcome, message = "running", ""
+    elif not outcome:
+        outcome, steps = "interrupted", max(steps, resume_step or 0)
+        message = f"Interrupted at step {steps} of {total}" if total else "Interrupted before the first step"
+        message += "." if resume_step is None else f"; it can be resumed from step {resume_step}."
+    return PastRun(folder.name, name, outcome, message, path, steps, total, resume_step)
+
+
+def _resume_step(folder: Path) -> int | None:
+    try:
+        return int(read_facts(folder / FILE_NAME)["step"])
+    except LoraTrainError:
+        return None

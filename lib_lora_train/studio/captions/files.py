@@ -1,0 +1,142 @@
+"""Which pictures and captions a folder holds, as the caption book sees them, and what one caption file says.
+
+The folders are those that training would use (`dataset/folder.py`): kohya's N_name folders, or else the folder itself.
+Unlike there, nothing is decoded, and a folder without a picture is no error: pictures may still be brought in.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from lib_lora_train.dataset.captions import CAPTION_SUFFIXES, find_captions, first_line, read_caption
+from lib_lora_train.dataset.folder import MOST_REPEATS, MayRead
+from lib_lora_train.dataset.images import is_picture_name
+from lib_lora_train.errors import DatasetError, printable
+
+MOST_BYTES = 1 << 20  # of one caption file: more is a book or a mistake, and is left alone
+_NUMBERED = re.compile(r"(\d+)_.*")
+# Where str.splitlines breaks a line, and what no text file should hold.
+_NO_TEXT = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
+
+
+class OnDisk(NamedTuple):
+    """What a caption file held when it was last looked at."""
+
+    text: str | None  # all of it, stripped; None: there is no such file, or none that can be read
+    problem: str = ""  # why it cannot be read, one sentence
+    mark: tuple[int, int] = (0, 0)  # (bytes, modification time) of a file that cannot be read
+
+    @property
+    def caption(self) -> str | None:
+        """The line that training uses; None where the file cannot be read."""
+        if self.text is None:
+            return None if self.problem else ""
+        return first_line(self.text)
+
+    @property
+    def rest(self) -> str:
+        """What follows that line. Training does not use it; it stays in the file."""
+        lines = (self.text or "").splitlines()
+        return (self.text or "")[len(lines[0]):] if len(lines) > 1 else ""
+
+
+NO_FILE = OnDisk(None)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A picture, the file of its caption (which may not exist yet), and caption files of the same name that do not count."""
+
+    picture: Path
+    caption: Path
+    passed_over: tuple[Path, ...] = ()
+
+
+def find_pictures(folder: Path, *, may_read: MayRead | None = None) -> list[Found]:
+    """The pictures that training would use, by name. `may_read` is asked about folders and links, which may lead elsewhere;
+    plain files lie where they lie. Raises DatasetError if the folder is missing or cannot be read."""
+    files, folders = _listing(folder, may_read)
+    numbered = [path for path in folders
+                if (match := _NUMBERED.fullmatch(path.name)) and 1 <= int(match[1]) <= MOST_REPEATS]
+    found = [entry for path in numbered for entry in _paired(_listing(path, may_read)[0])]
+    return found or _paired(files)
+
+
+def find_among(pictures: Sequence[Path], *, may_read: MayRead | None = None) -> list[Found]:
+    """Those of `pictures` that exist, with their captions; each folder is looked through once."""
+    result: list[Found] = []
+    for folder in dict.fromkeys(picture.parent for picture in pictures):
+        wanted = {picture.name for picture in pictures if picture.parent == folder}
+        result += [found for found in _paired(_listing(folder, may_read)[0]) if found.picture.name in wanted]
+    return result
+
+
+def is_forbidden(path: Path, may_read: MayRead | None) -> bool:
+    """Whether `path` is a link to where nothing may be read."""
+    return may_read is not None and path.is_symlink() and not may_read(path)
+
+
+def read_on_disk(path: Path, *, may_read: MayRead | None = None) -> OnDisk:
+    """What a caption file holds now. Never raises: a file that cannot be read is a problem of this one caption."""
+    if is_forbidden(path, may_read):
+        return OnDisk(None, printable(f"The caption file {path.name} is a link to a folder that is not allowed."))
+    try:
+        facts = path.stat()
+    except FileNotFoundError:
+        return NO_FILE
+    except OSError as error:
+        return OnDisk(None, printable(f"The caption file {path.name} cannot be read: {error.strerror or error}."))
+    mark = (facts.st_size, facts.st_mtime_ns)
+    if facts.st_size > MOST_BYTES:
+        return OnDisk(None, printable(f"The file {path.name} is too large for a caption ({facts.st_size >> 20} MiB)."), mark)
+    try:
+        return OnDisk(read_caption(path))
+    except DatasetError as error:
+        return OnDisk(None, str(error), mark)
+
+
+def one_line(text: str) -> str:
+    """`text` as one line that UTF-8 can hold: line breaks and control characters become a space."""
+    return _NO_TEXT.sub(" ", printable(text)).strip()
+
+
+def _paired(files: Sequence[Path]) -> list[Found]:
+    captions = find_captions(files)
+    result = []
+    for picture in files:
+        if is_picture_name(picture):
+            own = captions.get(picture.stem) or [picture.with_suffix(CAPTION_SUFFIXES[0])]
+            result.append(Found(picture, own[0], tuple(own[1:])))
+    return result
+
+
+def _listing(folder: Path, may_read: MayRead | None) -> tuple[list[Path], list[Path]]:
+    """(files, folders) by name, without hidden folders and without what may not be read."""
+    files, folders = [], []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                is_folder = entry.is_dir()
+                if (is_folder and entry.name.startswith(".")) or not (is_folder or entry.is_file()):
+                    continue
+                path = folder / entry.name
+                if may_read and (is_folder or entry.is_symlink()) and not may_read(path):
+                    continue
+                (folders if is_folder else files).append(path)
+    except FileNotFoundError as error:
+        raise DatasetError(f"The dataset folder {folder} does not exist", remedy="check the path") from error
+    except NotADirectoryError as error:
+        raise DatasetError(f"{folder} is a file", remedy="choose the folder that holds the pictures") from error
+    except OSError as error:
+        raise DatasetError(f"The dataset folder {folder} cannot be read", why=error.strerror or str(error),
+                           remedy="check that you may read it") from error
+    return sorted(files, key=_by_name), sorted(folders, key=_by_name)
+
+
+def _by_name(path: Path) -> tuple[str, str]:
+    return path.name.casefold(), path.name

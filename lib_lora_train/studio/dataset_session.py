@@ -1,0 +1,210 @@
+"""The open dataset: what is on the disk, the captions as they are edited, and what was found out about both.
+
+Not safe for two threads at once: the session holds its lock around every use.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lib_lora_train.dataset.images import read_size
+from lib_lora_train.errors import DatasetError, SettingError
+from lib_lora_train.settings.allowed_paths import Fence
+from lib_lora_train.studio import thumbs
+from lib_lora_train.studio.captions.filter import filter_from_dict
+from lib_lora_train.studio.captions.store import CaptionBook
+from lib_lora_train.studio.importing.owned import OwnedDataset
+from lib_lora_train.studio.requests import Selection, text
+from lib_lora_train.studio.uploads import Uploads
+
+if TYPE_CHECKING:
+    from lib_lora_train.dataset.findings import Report
+
+LIVE_CODES = frozenset({"no_caption", "empty_caption", "unreadable_caption"})
+"""What the captions as edited say better than a report of the files."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """How well a caption fits its picture, 0 to 100; for that very text. `painted` is how many pictures were painted,
+    `likeness` how near they come to it, 0 to 100, None where none was."""
+
+    caption: str
+    value: float
+    painted: int
+    likeness: float | None = None
+
+
+class Opened:
+    """One dataset with its captions. Pictures are called by their file's name, which is unique in it.
+
+    `content` grows with every change of captions and pictures, so that what was found out about them can be told to be old.
+    """
+
+    def __init__(self, dataset: OwnedDataset, *, fence: Fence | None) -> None:
+        self.dataset, self._fence = dataset, fence
+        self.report: Report | None = None
+        self._report_content = -1
+        self.scores: dict[str, Score] = {}
+        self._findings: dict[str, tuple[str, ...]] = {}
+        self._sizes: dict[tuple[str, str], tuple[int, int]] = {}
+        self._counted: tuple[object, Counter[str], int] | None = None
+        self.content = 0
+        self.uploads = Uploads(dataset.studio_folder / "uploads")
+        self._looked_up: tuple[object, object] | None = None
+        self._names: list[str] = []
+        self._index: dict[str, int] = {}
+        self.book = CaptionBook.open(dataset.folder, may_read=fence.may_read if fence else None)
+        self._look_up()
+
+    def renew(self) -> None:
+        """To be called whenever captions changed, or pictures came, went or changed."""
+        self.content += 1
+        self._look_up()
+
+    def _look_up(self) -> None:
+        pictures, folder = self.book.pictures, self.dataset.pictures_folder
+        if self._looked_up != (pictures, folder):
+            self._looked_up = (pictures, folder)
+            self._names = [_called(path, folder) for path in pictures]
+            self._index = {name: index for index, name in enumerate(self._names)}
+
+    def name(self, path: Path) -> str:
+        """What a picture is called; one in a folder that somebody put beside the dataset's own, with that folder's name."""
+        return _called(path, self.dataset.pictures_folder)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The pictures by name, in the book's order."""
+        return tuple(self._names)
+
+    def index(self, name: str) -> int:
+        """Where the book has the picture; raises DatasetError if it has none of that name."""
+        if name not in self._index:
+            raise DatasetError(f"There is no picture {name!r} in {self.dataset.name}", remedy="reload the page")
+        return self._index[name]
+
+    def path(self, name: str) -> Path:
+        """The picture's file, within the fence; raises DatasetError."""
+        path = self.book.pictures[self.index(name)]
+        if self._fence is not None and not self._fence.may_read(path):
+            raise DatasetError(f"The picture {name} cannot be used", why="it is a link to a folder that is not allowed")
+        return path
+
+    def chosen(self, selection: Selection) -> list[int]:
+        """The book's indices of what was selected; raises DatasetError where a name is none of them."""
+        if selection.names is not None:
+            return [self.index(name) for name in selection.names]
+        # What was found out about pictures is known here, not in the book.
+        code = text(selection.filter, "problem")
+        found = self.book.select(filter_from_dict({k: v for k, v in selection.filter.items() if k != "problem"}))
+        if code:
+            found = [i for i in found if code in self.problems(i) or (code == "any" and self.problems(i))]
+        return found
+
+    def chosen_names(self, selection: Selection) -> list[str]:
+        """The same as names; raises DatasetError where that is nothing."""
+        names = [self._names[index] for index in self.chosen(selection)]
+        if not names:
+            raise DatasetError("No picture is selected", remedy="select some or change the filter")
+        return names
+
+    def problems(self, index: int) -> list[str]:
+        """Codes of what is wrong with a picture: of the last report, and of its caption as it is now."""
+        found = self._findings.get(self._names[index], ())
+        codes = [code for code in found if code not in LIVE_CODES]
+        if self.book.problem(index):
+            codes.append("unreadable_caption")
+        elif not self.book.caption(index).strip():
+            codes.append("empty_caption" if "empty_caption" in found else "no_caption")
+        return codes
+
+    def take_report(self, report: Report, *, content: int) -> None:
+        """Remember what was found in the dataset as it was when `content` was read."""
+        self.report, self._report_content = report, content
+        self._findings = {self.name(examined.path): tuple(examined.problems) for examined in report.pictures}
+
+    @property
+    def fresh(self) -> bool:
+        """Whether there is a report, and of the captions and pictures as they are."""
+        return self.report is not None and self._report_content == self.content
+
+    def set_repeats(self, repeats: int) -> None:
+        """Show each picture that often an epoch; the pictures' folder is renamed."""
+        before = self.dataset.pictures_folder
+        self.dataset.set_repeats(repeats)
+        self.book.moved(before, self.dataset.pictures_folder)
+        self._look_up()
+
+    def counts(self) -> tuple[Counter[str], int]:
+        """(how many pictures have each problem, how many were shaped). Counted anew only after a change."""
+        key = (self.content, self._report_content, self.dataset.pictures_folder)
+        if self._counted is None or self._counted[0] != key:
+            codes = Counter(code for index in range(len(self.book.pictures)) for code in self.problems(index))
+            try:
+                shaped = {path.name for path in self.dataset.unshaped_folder.iterdir()}
+            except OSError:
+                shaped = set()  # not made yet
+            self._counted = (key, codes, sum(name in shaped for name in self._index))
+        return self._counted[1], self._counted[2]
+
+    def reshaped(self, names: Sequence[str]) -> None:
+        """These pictures look different now."""
+        self.forget_findings(names)
+        self.renew()
+
+    def forget_findings(self, names: Sequence[str]) -> None:
+        """These pictures were changed: what was found out about them no longer holds."""
+        for name in names:
+            self._findings.pop(name, None)
+            self.scores.pop(name, None)
+
+    def entry(self, index: int) -> dict[str, Any]:
+        """What the gallery shows of one picture. A file that cannot be read shows as such and has no size.
+
+        "caption_problem" is why its caption cannot be read, or else what is odd about the caption's file.
+        """
+        path = self.book.pictures[index]
+        name, problems = self._names[index], self.problems(index)
+        try:
+            mark = thumbs.stamp(path)
+            width, height = self._size(path, mark)
+        except DatasetError:
+            mark, width, height = "", 0, 0
+            problems = list(dict.fromkeys(["broken", *problems]))
+        return {"id": name, "name": path.name, "caption": self.book.caption(index), "width": width, "height": height,
+                "changed": self.book.is_changed(index), "problems": problems, "score": self.score(index),
+                "caption_problem": self.book.problem(index) or self.book.hint(index),
+                "masked": self.dataset.mask_path(name).is_file(),
+                "shaped": self.dataset.unshaped_path(name).is_file(), "stamp": mark,
+                "painted": self.scores[name].painted if name in self.scores else 0,
+                "likeness": self.scores[name].likeness if name in self.scores else None}
+
+    def score(self, index: int) -> float | None:
+        """The caption's score, None where it was not judged or changed since."""
+        score = self.scores.get(self._names[index])
+        return score.value if score is not None and score.caption == self.book.caption(index) else None
+
+    def sorted(self, indices: Sequence[int], by: str) -> list[int]:
+        """By name as the book has it, those with most problems first, or the worst scores first."""
+        if by == "name":
+            return list(indices)
+        if by == "problems":
+            return sorted(indices, key=lambda index: -len(self.problems(index)))
+        if by == "score":
+            return sorted(indices, key=lambda index: (self.score(index) is None, self.score(index) or 0.0))
+        raise SettingError(f"There is no order called {by!r}", remedy="choose name, problems or score")
+
+    def _size(self, path: Path, mark: str) -> tuple[int, int]:
+        key = (self.name(path), mark)
+        if key not in self._sizes:
+            self._sizes[key] = read_size(path)
+        return self._sizes[key]
+
+
+def _called(path: Path, folder: Path) -> str:
+    return path.name if path.parent == folder else f"{path.parent.name}/{path.name}"

@@ -1,0 +1,230 @@
+"""Pictures from anywhere into a dataset: folders, files, uploads, zip files; what is broken or there already is named.
+
+Originals are only read. A picture is turned upright once; what every program sees alike is copied byte for byte, with what
+generators wrote into it; anything else becomes a PNG. Transparency is laid on white, and kept as a mask.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+from PIL import Image
+
+from lib_lora_train.dataset.captions import first_line, read_caption
+from lib_lora_train.dataset.images import MAX_BYTES, Layers, read_layers
+from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
+from lib_lora_train.errors import DatasetError, printable, translated
+from lib_lora_train.storage.atomic import replacing, write_whole
+from lib_lora_train.studio.cropping.encode import encode
+from lib_lora_train.studio.importing.archive import Archive, Limits
+from lib_lora_train.studio.importing.names import FreeNames, safe_stem
+from lib_lora_train.studio.importing.owned import Note, OwnedDataset
+from lib_lora_train.studio.importing.sources import Found, Place, Source, Upload, list_sources, reason
+
+__all__ = ("Collected", "Upload", "collect")
+
+# Formats that kohya's tools open too, and the endings that go with them, the usual one first.
+_KEPT = {"PNG": (".png",), "JPEG": (".jpg", ".jpeg"), "MPO": (".jpg", ".jpeg"), "WEBP": (".webp",), "BMP": (".bmp",)}
+_MOST_CAPTION = 1 << 20
+_NOTES_EVERY = 200  # pictures between two writes of dataset.json
+
+
+@dataclasses.dataclass(frozen=True)
+class Collected:
+    """What came of it."""
+
+    added: tuple[Path, ...]
+    skipped: tuple[tuple[str, str], ...]  # (what it is called, why it was left out: one sentence)
+    notes: tuple[str, ...] = ()  # what else the user should know, one sentence each
+    sizes: tuple[tuple[int, int], ...] = ()  # (width, height) of `added`
+
+
+def collect(
+    dataset: OwnedDataset, sources: Sequence[Path | Upload], *, transparent: Literal["mask", "white"] = "mask",
+    dry_run: bool = False, limits: Limits | None = None, may_read: Callable[[Path], bool] | None = None,
+    on_progress: Progress | None = None, should_stop: ShouldStop | None = None,
+) -> Collected:
+    """Copy the pictures of `sources` into `dataset`, with the captions beside them.
+
+    A folder is read with the folders directly in it. `transparent="mask"` keeps transparency as a mask, "white" forgets it.
+    With `dry_run` nothing is written: `added` are the paths that would be. `may_read` is asked for every file and folder.
+    Raises Interrupted when `should_stop()` says so and OutputError if the disk refuses; what was added until then stays,
+    whole.
+    """
+    found = list_sources(sources, limits=limits, may_read=may_read)
+    watch = Watch(sum(len(source.pictures) for source in found.sources), doing="pictures were imported",
+                  on_progress=on_progress, should_stop=should_stop)
+    taker = _Taker(dataset, masks=transparent == "mask", dry_run=dry_run, skipped=list(found.skipped))
+    with translated("pictures were imported"):
+        taker.know_what_is_there()
+        try:
+            for source in found.sources:
+                _take_all(source, taker, limits=limits, watch=watch)
+        finally:
+            taker.write_notes()
+    return Collected(tuple(taker.added), tuple((printable(name), printable(why)) for name, why in taker.skipped),
+                     taker.notes(), tuple(taker.sizes))
+
+
+def _take_all(source: Source, taker: _Taker, *, limits: Limits | None, watch: Watch) -> None:
+    with contextlib.ExitStack() as stack:
+        try:
+            opened = stack.enter_context(source.opened(limits))
+        except DatasetError as error:  # it could be listed a moment ago
+            taker.skipped.append((source.name, reason(error)))
+            return
+        for found in source.pictures:
+            watch.check()
+            if opened is not None and opened.exhausted:
+                taker.skipped.append((source.name, "It unpacks to far more than its own size, so the rest of it was left out."))
+                return
+            try:
+                taker.take(found, opened)
+            except DatasetError as error:
+                taker.skipped.append((found.label, reason(error)))
+            watch.advance()
+
+
+class _Taker:
+    """Pictures into the dataset one by one, and the list of what happened."""
+
+    def __init__(self, dataset: OwnedDataset, *, masks: bool, dry_run: bool, skipped: list[tuple[str, str]]) -> None:
+        self.dataset, self.masks, self.dry_run, self.skipped = dataset, masks, dry_run, skipped
+        self.added: list[Path] = []
+        self.sizes: list[tuple[int, int]] = []
+        self._known: dict[str, str] = {}  # sha256 of a file as it was imported -> the picture's name
+        self._names = FreeNames(())
+        self._notes: dict[str, Note | None] = {}
+        self._counts: dict[str, int] = {}
+
+    def know_what_is_there(self) -> None:
+        """Read what the dataset holds, so that nothing comes twice and no name is given twice."""
+        notes = self.dataset.notes()
+        for path in self.dataset.pictures:
+            digest = notes.get(path.name, {}).get("sha256")
+            self._known[digest if isinstance(digest, str) else _sha256(path)] = path.name
+        self._names = FreeNames(self.dataset.taken_stems())
+        if not self.dry_run:
+            self.dataset.remove_parts()
+
+    def take(self, found: Found, opened: Archive | None) -> None:
+        """One picture. Raises DatasetError if it cannot be used; then nothing of it was written."""
+        with _on_disk(found.place, opened) as path:
+            if path.stat().st_size > MAX_BYTES:
+                read_layers(path)  # refuses it, and says why
+            digest = _sha256(path)
+            if digest in self._known:
+                self.skipped.append((found.label, f"It is the same file as {self._known[digest]}."))
+                return
+            layers = read_layers(path)
+            if layers.alpha is not None and layers.alpha.getextrema()[1] == 0:
+                raise DatasetError(found.label, why="it is transparent everywhere")
+            caption, mask = self._caption(found, opened), self._mask(found, layers, opened)
+            stem = self._names.take(safe_stem(Path(found.name).stem))
+            endings = _KEPT.get(layers.format, ()) if layers.as_stored else ()
+            suffix = Path(found.name).suffix.lower()
+            target = self.dataset.pictures_folder / f"{stem}{suffix if suffix in endings else (*endings, '.png')[0]}"
+            if not self.dry_run:
+                # The picture comes last: one that is there is complete.
+                if mask is not None:
+                    write_whole(self.dataset.mask_path(target.name), encode(mask, suffix=".png"), one_of_many=True)
+                if caption:
+                    write_whole(target.with_suffix(".txt"), caption.encode("utf-8"), one_of_many=True)
+                _write_picture(target, path, None if endings else layers)
+                self._note(target.name, {"source": printable(found.source), "sha256": digest})
+        self._known[digest] = target.name
+        self.added.append(target)
+        self.sizes.append(layers.picture.size)
+
+    def _caption(self, found: Found, opened: Archive | None) -> str:
+        if found.caption is None:
+            return ""
+        try:
+            if isinstance(found.caption, Path) and found.caption.stat().st_size > _MOST_CAPTION:
+                raise DatasetError("", why=f"it is larger than {_MOST_CAPTION >> 10} KiB")
+            with _on_disk(found.caption, opened) as path:
+                text = read_caption(path)
+        except (DatasetError, FileNotFoundError) as error:
+            why = reason(error) if isinstance(error, DatasetError) else "It is gone."
+            self.skipped.append((f"caption of {found.label}", f"{why} The picture was imported without it."))
+            return ""
+        if len([line for line in text.splitlines() if line.strip()]) > 1:
+            self._count("{} had a caption of several lines, of which training reads only the first; the first was taken.")
+        return first_line(text)
+
+    def _mask(self, found: Found, layers: Layers, opened: Archive | None) -> Image.Image | None:
+        if found.mask is not None:
+            try:
+                with _on_disk(found.mask, opened) as path:
+                    mask = read_layers(path).picture.convert("L")
+                if mask.size != layers.picture.size:
+                    raise DatasetError("", why="it is not of the picture's size")
+                return mask
+            except DatasetError as error:
+                self.skipped.append((f"mask of {found.label}", f"{reason(error)} The picture was imported without it."))
+        if layers.alpha is None:
+            return None
+        self._count("{} had transparent parts: they are white now" + (", and a mask that marks them is kept."
+                                                                      if self.masks else "."))
+        return layers.alpha if self.masks else None
+
+    def _count(self, text: str) -> None:
+        self._counts[text] = self._counts.get(text, 0) + 1
+
+    def notes(self) -> tuple[str, ...]:
+        """One sentence for each thing that happened to several pictures."""
+        return tuple(text.format(f"{count} picture{'' if count == 1 else 's'}") for text, count in self._counts.items())
+
+    def _note(self, name: str, note: Note) -> None:
+        self._notes[name] = note
+        if len(self._notes) >= _NOTES_EVERY:
+            self.write_notes()
+
+    def write_notes(self) -> None:
+        """Keep in dataset.json where the pictures came from."""
+        if self._notes:
+            self.dataset.write_notes(self._notes)
+            self._notes = {}
+
+
+def _write_picture(target: Path, path: Path, layers: Layers | None) -> None:
+    if layers is not None:
+        write_whole(target, encode(layers.picture, suffix=".png", layers=layers), one_of_many=True)
+        return
+    with path.open("rb") as source, replacing(target, one_of_many=True) as file:
+        shutil.copyfileobj(source, file, 1 << 20)
+
+
+@contextlib.contextmanager
+def _on_disk(place: Place, opened: Archive | None) -> Iterator[Path]:
+    """The file itself, or what an archive holds in a file of its own for as long as the block lasts."""
+    if isinstance(place, Path):
+        yield place
+        return
+    assert opened is not None
+    with tempfile.TemporaryDirectory(prefix="lora_train_") as folder:
+        # A name of our own; pictures and captions are told by what is in them.
+        path = Path(folder) / "unpacked"
+        with path.open("wb") as file:
+            opened.copy(place, file)
+        yield path
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    except FileNotFoundError as error:
+        raise DatasetError(f"The picture {path} cannot be used", why="the file is gone") from error
+    except OSError as error:
+        raise DatasetError(f"The picture {path} cannot be used", why=error.strerror or str(error)) from error
+    return digest.hexdigest()

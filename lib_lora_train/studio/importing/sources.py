@@ -1,0 +1,225 @@
+"""What there is to import: the pictures in folders, files, uploads and zip files, each with its caption and mask.
+
+Only names are read here, and the lists of contents of archives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from lib_lora_train.dataset.captions import CAPTION_SUFFIXES
+from lib_lora_train.dataset.folder import MASKS_FOLDER
+from lib_lora_train.dataset.images import is_picture_name
+from lib_lora_train.errors import DatasetError, printable
+from lib_lora_train.studio.importing.archive import Archive, Entry, Limits, open_archive
+from lib_lora_train.studio.importing.names import file_key
+
+Place = Path | Entry  # a file of its own, or in an archive
+MayRead = Callable[[Path], bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class Upload:
+    """A file that was sent: what its sender calls it, and where it was put. The name is never used as a path."""
+
+    name: str
+    path: Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """One picture to import."""
+
+    name: str  # the file's name
+    label: str  # what it is called when something is said about it
+    source: str  # where it came from, for dataset.json
+    place: Place
+    caption: Place | None = None
+    mask: Place | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Pictures that are opened together."""
+
+    name: str
+    pictures: tuple[Found, ...]
+    archive: Path | None = None
+
+    @contextlib.contextmanager
+    def opened(self, limits: Limits | None) -> Iterator[Archive | None]:
+        """The archive the pictures are in; None where they are files. Raises DatasetError if it cannot be opened."""
+        if self.archive is None:
+            yield None
+            return
+        with open_archive(self.archive, limits=limits) as archive:
+            yield archive
+
+
+@dataclasses.dataclass(frozen=True)
+class Sources:
+    """Everything that was found, and what cannot be opened: (name, one sentence)."""
+
+    sources: tuple[Source, ...]
+    skipped: tuple[tuple[str, str], ...]
+
+
+def list_sources(sources: Sequence[Path | Upload], *, limits: Limits | None, may_read: MayRead | None) -> Sources:
+    """What is in `sources`. Files and uploads are read as one lot, so that a caption among them finds its picture."""
+    listing = _Listing(limits, may_read)
+    for source in sources:
+        listing.add(source)
+    return listing.finished()
+
+
+def reason(error: DatasetError) -> str:
+    """Why, as a sentence that stands beside the name of what it is about."""
+    why = error.why or error.what
+    return f"{why[:1].upper()}{why[1:]}{f'; {error.remedy}' if error.remedy else ''}."
+
+
+@dataclasses.dataclass(frozen=True)
+class _File:
+    """A file by its name, wherever it is."""
+
+    folder: tuple[str, ...]
+    name: str
+    place: Place
+    label: str
+    source: str
+
+    @property
+    def stem(self) -> str:
+        return Path(self.name).stem
+
+    @property
+    def is_caption(self) -> bool:
+        return Path(self.name).suffix.lower() in CAPTION_SUFFIXES
+
+
+class _Listing:
+    """Goes through the sources in their order."""
+
+    def __init__(self, limits: Limits | None, may_read: MayRead | None) -> None:
+        self._limits, self._may_read = limits, may_read
+        self._found: list[Source] = []
+        self._skipped: list[tuple[str, str]] = []
+        self._files: list[_File] = []  # those that were named one by one
+
+    def add(self, source: Path | Upload) -> None:
+        name, path = (source.name, source.path) if isinstance(source, Upload) else (source.name or str(source), source)
+        try:
+            if not self._allowed(path):
+                self._skipped.append((name, "It is not in a folder that may be read."))
+            elif path.is_dir():
+                self._folder(path)
+            elif not path.is_file():
+                self._skipped.append((name, "It does not exist." if not path.exists() else "It is not a file."))
+            elif name.lower().endswith(".zip"):
+                self._archive(path, name)
+            else:
+                self._file(path, name, uploaded=isinstance(source, Upload))
+        except OSError as error:
+            self._skipped.append((name, f"It cannot be read: {error.strerror or error}."))
+
+    def finished(self) -> Sources:
+        pictures = _pictures(self._files)
+        with_picture = {(file.folder, file.stem) for file in self._files if is_picture_name(Path(file.name))}
+        for file in self._files:
+            if is_picture_name(Path(file.name)) or file.is_caption and (file.folder, file.stem) in with_picture:
+                continue
+            self._skipped.append((file.label, "There is no picture of this name with it." if file.is_caption else
+                                  "Its name does not end like a picture's."))
+        sources = (*self._found, *([Source("files", pictures)] if pictures else ()))
+        return Sources(sources, tuple((printable(name), printable(why)) for name, why in self._skipped))
+
+    def _allowed(self, path: Path) -> bool:
+        return self._may_read is None or self._may_read(path)
+
+    def _folder(self, folder: Path) -> None:
+        files = self._files_of(folder, ())
+        for below in _listed(folder):
+            if below.is_dir() and not below.name.startswith("."):
+                if self._allowed(below):
+                    files += self._files_of(below, (below.name,))
+                else:
+                    self._skipped.append((below.name, "It leads to a folder that may not be read."))
+        pictures = _pictures(files)
+        if pictures:
+            self._found.append(Source(folder.name or str(folder), pictures))
+        else:
+            self._skipped.append((folder.name or str(folder), "There is no picture in it, nor in the folders directly in it."))
+
+    def _files_of(self, folder: Path, named: tuple[str, ...]) -> list[_File]:
+        files = []
+        for path in _listed(folder):
+            file = _File(named, path.name, path, "/".join([*named, path.name]), str(path))
+            if not (is_picture_name(path) or file.is_caption) or not path.is_file():
+                continue
+            if self._allowed(path):
+                files.append(file)
+            else:
+                self._skipped.append((file.label, "It leads to a file that may not be read."))
+        return files
+
+    def _archive(self, path: Path, name: str) -> None:
+        try:
+            with open_archive(path, limits=self._limits) as archive:
+                entries = archive.entries()
+                refused = {entry: why for entry in entries if is_picture_name(Path(entry.name))
+                           and (why := archive.refusal(entry))}
+        except DatasetError as error:
+            self._skipped.append((name, reason(error)))
+            return
+        pictures = [entry for entry in entries if is_picture_name(Path(entry.name))]
+        if not pictures:
+            self._skipped.append((name, "There is no picture in it."))
+        elif len(refused) == len(pictures) and len(set(refused.values())) == 1:
+            self._skipped.append((name, f"Of every picture in it: {refused[pictures[0]]}."))
+        else:
+            self._skipped += [(f"{name}/{entry.label}", f"{why[:1].upper()}{why[1:]}.") for entry, why in refused.items()]
+            self._skipped += [(f"{name}/{entry.label}", "An archive inside an archive is not opened.")
+                              for entry in entries if entry.name.lower().endswith(".zip")]
+            files = [_File(entry.folder, entry.name, entry, f"{name}/{entry.label}", f"{name}/{entry.label}")
+                     for entry in entries if entry not in refused]
+            self._found.append(Source(name, _pictures(files), archive=path))
+
+    def _file(self, path: Path, name: str, *, uploaded: bool) -> None:
+        if uploaded:  # a browser may send the folder with the name
+            *folder, name = [part for part in name.replace("\\", "/").split("/") if part] or [path.name]
+            self._files.append(_File(("upload", *folder), name, path, name, name))
+            return
+        folder = (str(path.parent),)
+        self._files.append(_File(folder, name, path, name, str(path)))
+        if is_picture_name(path):
+            beside = [path.with_suffix(suffix) for suffix in CAPTION_SUFFIXES]
+            self._files += [_File(folder, caption.name, caption, caption.name, str(caption)) for caption in beside
+                            if caption.is_file() and self._allowed(caption)]
+
+
+def _pictures(files: Sequence[_File]) -> tuple[Found, ...]:
+    """The pictures among `files`, each with the caption beside it and its mask from a folder of masks."""
+    captions: dict[tuple[tuple[str, ...], str], Place] = {}
+    for suffix in CAPTION_SUFFIXES:
+        for file in files:
+            if Path(file.name).suffix.lower() == suffix:
+                captions.setdefault((file.folder, file.stem), file.place)
+    pictures = [file for file in files if is_picture_name(Path(file.name))]
+    masks: dict[str, Place] = {}
+    if not all(_is_mask(file) for file in pictures):
+        for file in filter(_is_mask, pictures):
+            masks.setdefault(file_key(file.stem), file.place)
+        pictures = [file for file in pictures if not _is_mask(file)]
+    return tuple(Found(file.name, file.label, file.source, file.place, captions.get((file.folder, file.stem)),
+                       masks.get(file_key(file.stem))) for file in pictures)
+
+
+def _is_mask(file: _File) -> bool:
+    return bool(file.folder) and file.folder[-1].casefold() == MASKS_FOLDER
+
+
+def _listed(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir(), key=lambda path: (path.name.casefold(), path.name))

@@ -1,0 +1,118 @@
+"""Long work of the studio that needs the host's model: are the captions right, and preservation pictures.
+
+Refused while a training has the model; the host's own work goes before it, between two pictures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from lib_lora_train.errors import DatasetError, HostError, Interrupted
+from lib_lora_train.evaluation.caption_check import Checked, check_captions
+from lib_lora_train.evaluation.class_images import make_class_pictures
+from lib_lora_train.settings import parse
+from lib_lora_train.storage.atomic import write_whole
+from lib_lora_train.studio import thumbs
+from lib_lora_train.studio.dataset_session import Opened, Score
+from lib_lora_train.studio.requests import Selection
+from lib_lora_train.studio.session import Studio
+from lib_lora_train.studio.tasks import Task, Work
+
+MOST_PAINTED = 48
+"""Captions that are painted from where more are checked: the worst of them."""
+
+
+def check(studio: Studio, selection: Selection, *, seeds: int, steps: int, worst: int, values: Mapping[str, object]) -> int:
+    """Judge the selected captions, as edited, and paint from the `worst` of them. Raises UserError, HostError."""
+    settings = parse(values)
+    with studio.using() as opened:
+        names = opened.chosen_names(selection)
+        captions = {opened.path(name): opened.book.caption(opened.index(name)) for name in names}
+        folder = _folder(opened)
+
+    def work(task: Task) -> str:
+        shutil.rmtree(folder, ignore_errors=True)
+        judged = []
+        checking = check_captions(studio.host, list(captions.items()), settings=settings, seeds=seeds, steps=steps,
+                                  worst=min(worst, len(captions)), on_progress=task.progress, should_stop=task.should_stop)
+        # Closed at once where putting down fails (a full disk): the model must not wait for Python's collector.
+        with contextlib.closing(checking):
+            for checked in checking:
+                if checked.problem or checked.score is None:
+                    task.problem(checked.path.name, checked.problem)
+                    continue
+                judged.append(_put_down(studio, opened, checked, folder))
+        task.result({"checked": len(judged)})
+        return f"{len(judged):,} caption{'' if len(judged) == 1 else 's'} checked; look at the lowest scores first."
+
+    return _start(studio, "Checking captions", work)
+
+
+def _put_down(studio: Studio, opened: Opened, checked: Checked, folder: Path) -> Score:
+    """One result, as soon as it is known: the worst come first."""
+    name = opened.name(checked.path)
+    for number, picture in enumerate(checked.pictures):
+        write_whole(_painted(folder, name, number), thumbs.jpeg(picture))
+    assert checked.score is not None
+    likeness = None if checked.similarity is None else round(100 * checked.similarity, 1)
+    score = Score(checked.caption, round(checked.score, 1), len(checked.pictures), likeness)
+    with studio.using():
+        opened.scores[name] = score
+        studio.changed()
+    return score
+
+
+def painted(studio: Studio, name: str, number: int) -> bytes:
+    """A picture that was painted from a caption, a JPEG. Raises DatasetError where there is none."""
+    with studio.using() as opened:
+        opened.index(name)
+        path = _painted(_folder(opened), name, number)
+    with contextlib.suppress(OSError):
+        return path.read_bytes()
+    raise DatasetError(f"Nothing was painted from the caption of {name}", remedy="check captions first")
+
+
+def class_pictures(studio: Studio, *, prompts: Sequence[str], count: int, size: tuple[int, int], steps: int, cfg: float,
+                   seed: int) -> int:
+    """Paint preservation pictures beside the dataset; the result names the folder to train with. Raises HostError."""
+    with studio.using() as opened:
+        folder = opened.dataset.folder.with_name(f"{opened.dataset.name}-reg")
+
+    def work(task: Task) -> str:
+        task.result({"reg_data_dir": str(folder)})
+        made = make_class_pictures(studio.host, prompts=prompts, count=count, folder=folder, size=size, steps=steps, cfg=cfg,
+                                   seed=seed, on_progress=task.progress, should_stop=task.should_stop)
+        task.result({"made": made.made, "found": made.found})
+        return f"{made.made:,} painted, {made.found:,} were there."
+
+    return _start(studio, "Painting class pictures", work)
+
+
+def _start(studio: Studio, name: str, work: Work) -> int:
+    if studio.runner.running():
+        raise HostError("The model is in use", why="a training is running", remedy="wait for it or stop it first")
+    if studio.host.checkpoint() is None:
+        raise HostError("No model is loaded", remedy="choose a checkpoint first")
+
+    def stopped_by_name(task: Task) -> str:
+        try:
+            return work(task)
+        except Interrupted as error:
+            raise Interrupted(f"{name} was stopped; what was done is kept") from error
+
+    # A wait for other work of the host has to be woken.
+    return studio.tasks.start(name, stopped_by_name, interrupted=studio.host.interrupted, on_stop=studio.host.give_up,
+                              with_model=True)
+
+
+def _folder(opened: Opened) -> Path:
+    return opened.dataset.studio_folder / "checked"
+
+
+def _painted(folder: Path, name: str, number: int) -> Path:
+    digits = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return folder / f"{digits}-{number}.jpg"

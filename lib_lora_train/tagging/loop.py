@@ -1,0 +1,147 @@
+"""The loop over the pictures: read, described a few at a time, composed into captions. Nothing is written here."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar, cast
+
+import torch
+from PIL import Image
+
+from lib_lora_train.dataset.images import read_picture
+from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
+from lib_lora_train.errors import DatasetError, Interrupted, LoraTrainError, is_out_of_memory, printable
+from lib_lora_train.tagging.captioner import Captioner, CaptionerSource, Description, FileCaptioner
+from lib_lora_train.tagging.options import TagOptions
+from lib_lora_train.tagging.rules import compose
+
+log = logging.getLogger(__name__)
+
+Row = tuple[Path, "str | None", str]
+"""A picture, its new caption (None: it keeps the one it has), and what went wrong ("": nothing)."""
+
+# What a foreign model raises on a picture it cannot take. A host's own classes of errors derive from one of these.
+_FOREIGN = (RuntimeError, OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, MemoryError)
+
+
+def tag_pictures(
+    pictures: Sequence[Path], source: CaptionerSource, *, options: TagOptions, existing: Callable[[Path], str],
+    device: torch.device, on_progress: Progress | None = None, should_stop: ShouldStop | None = None,
+) -> Iterator[Row]:
+    """A row for each picture, as soon as it is known; those that are left alone come first.
+
+    `existing` gives a picture's caption ("" for none); where it raises DatasetError, the picture is a row with that
+    problem, unless captions are overwritten. A picture that cannot be read or described is its own row and ends
+    nothing; full memory makes the batches smaller. Raises what opening the source raises, and Interrupted, after the
+    rows that were finished, when `should_stop` says so.
+    """
+    watch = Watch(len(pictures), doing="captions were made", on_progress=on_progress, should_stop=should_stop)
+    watch.check()
+    waiting: list[tuple[Path, str]] = []
+    for path in pictures:
+        caption, problem = _existing(path, existing, options)
+        if problem or (options.mode == "only_empty" and caption):
+            watch.advance()
+            yield path, None, problem
+        else:
+            waiting.append((path, caption))
+    if not waiting:
+        return
+    with source.open(options, device, should_stop=should_stop) as captioner:
+        if source.reads == "file":
+            describe: _Describe = _OneByOne(cast(FileCaptioner, captioner))
+        else:
+            describe = _InBatches(cast(Captioner, captioner), torch.device(device), most=options.batch_size)
+        for start in range(0, len(waiting), options.batch_size):
+            watch.check()
+            group = waiting[start:start + options.batch_size]
+            for (path, caption), found in zip(group, describe([path for path, _ in group]), strict=True):
+                watch.advance()
+                if isinstance(found, str):
+                    yield path, None, found
+                else:
+                    composed = compose(caption, found, options)
+                    yield path, None if composed == caption else composed, ""
+
+
+_Describe = Callable[[Sequence[Path]], "list[Description | str]"]
+"""A description for each picture, or the sentence that says why there is none."""
+
+
+def _existing(path: Path, existing: Callable[[Path], str], options: TagOptions) -> tuple[str, str]:
+    try:
+        return existing(path).strip(), ""
+    except DatasetError as error:
+        return "", "" if options.mode == "overwrite" else str(error)
+
+
+class _OneByOne:
+    def __init__(self, captioner: FileCaptioner) -> None:
+        self._captioner = captioner
+
+    def __call__(self, paths: Sequence[Path]) -> list[Description | str]:
+        return [_tried(lambda path=path: self._captioner.describe_file(path), path) for path in paths]
+
+
+class _InBatches:
+    """Describes pictures together; a batch that is too large for the memory is halved, and stays so."""
+
+    def __init__(self, captioner: Captioner, device: torch.device, *, most: int) -> None:
+        self._captioner, self._device, self._most = captioner, device, most
+
+    def __call__(self, paths: Sequence[Path]) -> list[Description | str]:
+        read = [_tried(lambda path=path: read_picture(path), path) for path in paths]
+        images = [(path, image) for path, image in zip(paths, read, strict=True) if not isinstance(image, str)]
+        found: list[Description | str] = []
+        while len(found) < len(images):
+            found += self._together(images[len(found):][:self._most])
+        described = iter(found)
+        return [image if isinstance(image, str) else next(described) for image in read]
+
+    def _together(self, part: Sequence[tuple[Path, Image.Image]]) -> list[Description | str]:
+        """One pass over several pictures; nothing where the memory was full for them, and fewer are to be tried."""
+        if len(part) == 1:
+            return [self._alone(*part[0])]
+        try:
+            return [*self._captioner.describe([image for _, image in part])]
+        except Interrupted:
+            raise
+        except (LoraTrainError, *_FOREIGN) as error:
+            full = is_out_of_memory(error)
+        # Only here, when the error and the tensors it holds are gone, is there memory to free.
+        self._free()
+        if full:
+            self._most = len(part) // 2
+            return []
+        return [self._alone(path, image) for path, image in part]
+
+    def _alone(self, path: Path, image: Image.Image) -> Description | str:
+        found = _tried(lambda: self._captioner.describe([image])[0], path)
+        if isinstance(found, str):
+            self._free()
+        return found
+
+    def _free(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+_Result = TypeVar("_Result")
+
+
+def _tried(work: Callable[[], _Result], path: Path) -> _Result | str:
+    """What `work` gives, or the sentence that says what was wrong with this picture."""
+    try:
+        return work()
+    except Interrupted:
+        raise
+    except LoraTrainError as error:
+        return str(error)
+    except _FOREIGN as error:
+        if is_out_of_memory(error):
+            return printable(f"The memory ran out while {path.name} was described, even alone.")
+        log.warning("Describing %s", path, exc_info=error)  # a foreign model's, or a defect of ours: the log keeps where
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        return printable(f"{path.name} could not be described: {reason.rstrip('.')}.")

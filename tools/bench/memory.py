@@ -1,0 +1,216 @@
+"""`bench memory`: what the memory plan predicts, for cards of several sizes and beside what was measured.
+
+The first table is computed from shapes alone and is the same on every machine: which plan fits SD1.5 and SDXL into 4 to 24
+GB, and what it is predicted to take. The second runs real steps under several plans. On a card it compares what is predicted
+beside CUDA's own memory with what torch had given out and had taken from the driver in the steps. On a processor it compares
+what a step adds to what lies there before it, since that alone is the plan's: a profiler books each allocation of one step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lib_lora_train.errors import TrainingError
+from lib_lora_train.memory.dry_run import Scene, layers_for
+from lib_lora_train.memory.plan import CONTEXT, GIGABYTE, MemoryPlan, Wishes, choose
+from lib_lora_train.model.family import detect
+from lib_lora_train.settings import parse
+from lib_lora_train.settings.field import Value
+from lib_lora_train.storage.atomic import write_whole
+from tools.bench.grid import gigabytes, grid
+from tools.bench.host import RandomHost, make_pictures
+from tools.bench.machine import machine_text
+from tools.bench.measured import measure_run
+from tools.bench.speed import PUBLISHED, Case, shared_settings
+from tools.bench.training import Say
+from tools.bench.true_size import dtype_of, true_size_shapes
+
+BUDGETS = (4, 6, 8, 12, 24)
+IN_A_STEP = ("activations", "working")
+"""The kinds of bytes that come and go within a step; the others lie there before it."""
+
+PLANS: Mapping[str, Mapping[str, Value]] = {
+    "nothing given up": {"memory_plan": "manual"},
+    "every block recomputed": {"memory_plan": "manual", "gradient_checkpointing": True},
+    "int8": {"memory_plan": "manual", "base_weights": "int8"},
+    "int8, every block recomputed": {"memory_plan": "manual", "base_weights": "int8", "gradient_checkpointing": True},
+}
+OFFLOADED: Mapping[str, Value] = {"memory_plan": "manual", "cpu_offload_checkpointing": True}
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlanned:
+    """What to predict and to measure; `budgets` in GB (2^30 bytes)."""
+
+    output: Path
+    device: torch.device
+    cases: tuple[Case, ...]
+    small: bool
+    precision: str
+    rank: int = 16
+    budgets: tuple[int, ...] = BUDGETS
+    predict: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """Bytes that a plan was predicted to take and that were measured; on a card these are the ones taken from the driver, of
+    which `allocated` were given out. A run that `failed` tells why and has no figures."""
+
+    case: Case
+    name: str
+    predicted: int
+    measured: int = 0
+    allocated: int = 0
+    failed: str = ""
+
+    @property
+    def error(self) -> float:
+        """The prediction's, relative to what was measured."""
+        return self.predicted / self.measured - 1
+
+
+def run_memory(plan: MemoryPlanned, *, say: Say) -> str:
+    """Predict and measure; write `memory.md` and `memory.json` into the plan's folder after each case, and return the tables.
+
+    A run that fails, as where the memory runs out, is told in its row.
+    """
+    parts, predicted = [machine_text(plan.device)], []
+    if plan.predict:
+        predicted = [(case, budget, _for_a_card(plan, case, budget, say)) for case in PUBLISHED for budget in plan.budgets]
+        parts += ["Predicted for a card, fp16, CUDA's own memory included: before the first step, with all of the model there "
+                  "or a picture being encoded, and in steps, text encoders and VAE set aside (GB of 2^30 bytes):",
+                  _predictions(predicted)]
+    cuda = plan.device.type == "cuda"
+    what = "in the steps, beside CUDA's own" if cuda else "within a step, beside model, LoRA and optimiser"
+    parts.append(f"Predicted and measured, {'narrow model, ' if plan.small else ''}precision {plan.precision}, {what}:")
+    compared, text = [], ""
+    for case in plan.cases:
+        compared += _compare(plan, case, say)
+        failures = [f"{row.case.name}, {row.name}: **failed.** {row.failed}" for row in compared if row.failed]
+        text = "\n\n".join([*parts, _comparisons(compared, cuda=cuda), *failures]) + "\n"
+        write_whole(plan.output / "memory.md", text.encode("utf-8"))
+        write_whole(plan.output / "memory.json", json.dumps({
+            "machine": machine_text(plan.device),
+            "predicted": [{"case": case.name, "budget": budget, "bytes": made.bytes, "before": made.before,
+                           "kinds": dict(made.predicted), "plan": made.text} for case, budget, made in predicted],
+            "compared": [dataclasses.asdict(row) for row in compared]}, indent=1).encode("utf-8"))
+    return text
+
+
+def planned(tensors: Mapping[str, torch.Tensor], case: Case, *, settings: Mapping[str, Value], device_type: str,
+            precision: str, rank: int, budget: int | None = None) -> MemoryPlan:
+    """What the memory plan says of a case on a model of these shapes, once text encoders and VAE are set aside (on a
+    card)."""
+    architecture = detect(tensors)
+    scene = Scene(width=case.resolution, height=case.resolution, dtype=dtype_of(precision),
+                  layers=layers_for(tensors, architecture, rank=rank, text_encoder=False), device_type=device_type,
+                  min_snr_gamma=0.0)
+    return choose(tensors, architecture, scene, batch=case.batch, wishes=Wishes.of(parse(settings).memory), budget=budget,
+                  aside=frozenset({"vae", "text"} if device_type == "cuda" else ()))
+
+
+def _for_a_card(plan: MemoryPlanned, case: Case, budget: int, say: Say) -> MemoryPlan:
+    made = planned(_shapes(case.family, torch.float16, small=False), case, settings={}, device_type="cuda", precision="fp16",
+                   rank=plan.rank, budget=budget * GIGABYTE)
+    say(f"{case.name} in {budget} GB: {made.text}")
+    return made
+
+
+def _compare(plan: MemoryPlanned, case: Case, say: Say) -> list[Compared]:
+    cuda = plan.device.type == "cuda"
+    host = RandomHost(case.family, folder=plan.output, device=plan.device, dtype=dtype_of(plan.precision), small=plan.small)
+    data = make_pictures(plan.output / f"pictures-{case.resolution}", side=case.resolution, count=max(4, case.batch))
+    plans = {**PLANS, **({"activations kept off the card": OFFLOADED} if cuda else {})}
+    if cuda and case.within:
+        plans[f"within {case.within:g} GB"] = {"memory_budget": case.within}
+    rows = []
+    for name, settings in plans.items():
+        budget = int(float(settings["memory_budget"]) * GIGABYTE) if "memory_budget" in settings else None
+        predicted = planned(host.outline().tensors, case, settings=settings, device_type=plan.device.type,
+                            precision=plan.precision, rank=plan.rank, budget=budget)
+        row = Compared(case, name, predicted.bytes - CONTEXT if cuda else
+                       sum(predicted.predicted.get(kind, 0) for kind in IN_A_STEP))
+        shared = shared_settings(case, rank=plan.rank, precision=plan.precision)
+        try:
+            row = _measured(plan, row, host, data, {**shared, **settings})
+            say(f"{case.name}, {name}: {gigabytes(row.predicted)} GB predicted, {gigabytes(row.measured)} GB measured")
+        except TrainingError as error:
+            row = dataclasses.replace(row, failed=str(error))
+            say(f"{case.name}, {name}: {error}")
+        rows.append(row)
+    return rows
+
+
+def _measured(plan: MemoryPlanned, row: Compared, host: RandomHost, data: Path, settings: Mapping[str, Value]) -> Compared:
+    """`row` with what one run took."""
+    if plan.device.type == "cuda":
+        run = measure_run(host, settings=settings, data=data, steps=20, warm_up=5, device=plan.device, stretch=10)
+        assert run.card is not None, "a run on a card tells its memory"
+        return dataclasses.replace(row, measured=run.card.steps_reserved, allocated=run.card.steps_allocated)
+    with _Booked() as booked:
+        measure_run(host, settings=settings, data=data, steps=2, warm_up=1, device=plan.device, each=booked.between)
+    return dataclasses.replace(row, measured=booked.peak)
+
+
+class _Booked:
+    """Books what a processor's allocator gives out and takes back in one step, the second; `peak` is the highest sum."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self._profile: Any = None
+
+    def __enter__(self) -> _Booked:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def between(self, step: int) -> None:
+        """To be called when `step` steps are done."""
+        if step == 1:
+            self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+            self._profile.__enter__()
+        elif step > 1:
+            self._end()
+
+    def _end(self) -> None:
+        if self._profile is None:
+            return
+        profile, self._profile = self._profile, None
+        profile.__exit__(None, None, None)
+        booked = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+        now = 0
+        # The name of its time changed with torch 2.2 or so; events of the same moment stay in order.
+        for event in sorted(booked, key=lambda event: event.start_ns() if hasattr(event, "start_ns") else event.start_us()):
+            now += event.nbytes()
+            self.peak = max(self.peak, now)
+
+
+def _shapes(family: str, dtype: torch.dtype, *, small: bool) -> dict[str, torch.Tensor]:
+    return {name: torch.empty(shape, dtype=dtype, device="meta")
+            for name, shape in true_size_shapes(family, small=small).items()}
+
+
+def _predictions(rows: list[tuple[Case, int, MemoryPlan]]) -> str:
+    return grid(("case", "GB there are", "GB before", "GB in steps", "fits", "plan"), [
+        (case.name, str(budget), gigabytes(made.before), gigabytes(made.bytes),
+         "**no**" if max(made.bytes, made.before) > budget * GIGABYTE else "yes", made.text.partition(": ")[2])
+        for case, budget, made in rows])
+
+
+def _comparisons(rows: list[Compared], *, cuda: bool) -> str:
+    head = ("case", "plan", "MB predicted", *(("MB allocated", "MB reserved") if cuda else ("MB measured",)), "error")
+    lines = []
+    for row in rows:
+        sizes = (row.predicted, *((row.allocated,) if cuda else ()), row.measured)
+        cells = [f"{size / 2**20:.1f}" for size in sizes]
+        error = "failed" if row.failed else f"{100 * row.error:+.1f} %"
+        lines.append((row.case.name, row.name, *(cells if not row.failed else [cells[0], *[""] * len(cells[1:])]), error))
+    return grid(head, lines)

@@ -1,0 +1,91 @@
+"""The model under test: pictures from prompts with a LoRA at a weight, real pictures as its VAE shows them, held-out loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from lib_lora_train.adapters import file
+from lib_lora_train.adapters.network import LoRANetwork
+from lib_lora_train.adapters.targets import find_targets
+from lib_lora_train.evaluation.fixed_loss import fixed_loss
+from lib_lora_train.evaluation.sampler import SampleRequest, sample_batch
+from lib_lora_train.host.port import Host
+from lib_lora_train.inputs.batches import Batch
+from lib_lora_train.model import frozen
+from lib_lora_train.model.layers import Adapter
+from tools.bench.real_images import SIDE
+
+Adapters = Mapping[str, Mapping[str, Adapter]]
+WITHOUT: Adapters = {}
+
+CFG_SCALE, FIRST_SEED = 2.0, 1000
+LOSS_TIMESTEPS = (50, 150, 250, 350, 450, 550, 650, 750, 850, 950)
+TOGETHER = 16
+"""Pictures painted at once: with more, a processor's cache no longer holds what it works on."""
+
+
+class Painter:
+    """Evaluates one checkpoint. All pictures are fp32 [N, 3, 128, 128] in [0, 1] on the CPU.
+
+    It holds an fp32 copy of the lent weights: casting an fp16 model anew for each of a thousand passes costs more than
+    the few megabytes of so small a model.
+    """
+
+    def __init__(self, host: Host, *, cfg_scale: float = CFG_SCALE, steps: int = 20) -> None:
+        with host.borrow() as lent:
+            tensors = {name: tensor.float() if tensor.is_floating_point() else tensor
+                       for name, tensor in lent.tensors.items()}
+            self._model = frozen.build(tensors, hints=lent.hints, tokenizers=lent.tokenizers)
+        self._cfg_scale, self._steps = cfg_scale, steps
+
+    @property
+    def vae_tensors(self) -> Mapping[str, torch.Tensor]:
+        """The VAE's weights by local name."""
+        return self._model.vae.tensors
+
+    def lora(self, path: Path, *, weight: float) -> Adapters:
+        """The LoRA of a file as `<lora:name:weight>` applies it."""
+        content = file.load(path)
+        targets = find_targets(self._model.components, family=self._model.architecture.family,
+                               text_encoder=any(key.startswith("lora_te") for key in content.tensors))
+        network = LoRANetwork.continued(targets, content.tensors, seed=0).to(self._model.device)
+        network.set_multiplier(weight)
+        return network.adapters()
+
+    def paint(self, prompts: Sequence[str], lora: Adapters = WITHOUT) -> torch.Tensor:
+        """One picture for each prompt; the seed is its place in the list, so all LoRAs start from the same noise."""
+        requests = [SampleRequest(prompt, width=SIDE, height=SIDE, steps=self._steps, cfg_scale=self._cfg_scale,
+                                  seed=FIRST_SEED + place) for place, prompt in enumerate(prompts)]
+        latents = [sample_batch(self._model, requests[start:start + TOGETHER], adapters=lora)
+                   for start in range(0, len(requests), TOGETHER)]
+        return self._shown(torch.cat(latents))
+
+    def through_vae(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The same pictures encoded and decoded again, as soft as painted ones."""
+        return self._shown(self._encoded(pixels)[0])
+
+    def held_out_loss(self, pixels: torch.Tensor, captions: Sequence[str], lora: Adapters = WITHOUT, *,
+                      seed: int = 1) -> dict[int, float]:
+        """{timestep: loss} on pictures that nobody trained on, with noise that depends on nothing but `seed`."""
+        mean, std = self._encoded(pixels)
+        sizes = torch.full((len(pixels), 2), SIDE)
+        batches = [Batch(indices=tuple(rows.tolist()), mean=mean[rows], std=std[rows],
+                         captions=tuple(captions[row] for row in rows), loss_weight=torch.ones(len(rows)),
+                         original_size=sizes[rows], crop=torch.zeros_like(sizes[rows]), target_size=sizes[rows])
+                   for rows in torch.arange(len(pixels)).split(TOGETHER)]
+        with torch.no_grad():
+            conditions = {batch.captions: self._model.text.encode(
+                [self._model.text.tokenize(caption) for caption in batch.captions], adapters=lora) for batch in batches}
+        return fixed_loss(self._model, batches, lambda batch: conditions[batch.captions], adapters=lora.get("unet", {}),
+                          seed=seed, timesteps=LOSS_TIMESTEPS)
+
+    def _encoded(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        parts = [self._model.vae.encode(2 * part.to(self._model.device) - 1) for part in pixels.split(TOGETHER)]
+        return torch.cat([mean for mean, _ in parts]), torch.cat([std for _, std in parts])
+
+    def _shown(self, latents: torch.Tensor) -> torch.Tensor:
+        decode: Callable[[torch.Tensor], torch.Tensor] = self._model.vae.decode
+        return torch.cat([(decode(part).clamp(-1, 1) + 1).cpu() / 2 for part in latents.split(TOGETHER)])

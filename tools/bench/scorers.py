@@ -1,0 +1,287 @@
+"""Small networks that say in whose hand a picture is painted and what it shows; fitted on the spot on real pictures.
+
+Everything they see, real or painted, came out of the same VAE, so that its softness decides nothing. They are seeded:
+the same pictures give the same judges on the same machine.
+
+- `HandJudge`: Noto or Twemoji? Two opinions are added: the *palette* (a logistic regression over the colours of what is
+  not paper; Twemoji has a small, fixed palette of flat colours) and the *texture* (a network that sees patches of 15
+  pixels of 64, never the whole shape). It has not seen the held-out words. It cannot tell a third hand from these two,
+  and a picture of nothing gets an answer too: read its share beside the prompt following.
+- `WordJudge`: which of the words? A network whose features are near for the same word in both hands. It is fitted on both
+  hands' pictures of all words, since there are no others, so its accuracy on them says only that it did not fail to
+  learn; `across_hands` is the honest figure for how far it recognises a drawing it never saw. It cannot tell a good
+  drawing from one that is merely nearer to its word than to the others.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tools.bench.real_images import HANDS, HELD_OUT, NOTO, OTHER, STYLE, TWEMOJI, RealPictures
+
+REQUIRED = 0.95
+"""A judge of hands that is right less often on real held-out pictures counts for nothing."""
+# Both chosen by cross-validation among the words the judge learns from (several weights did equally well).
+_COLOURS, _TEXTURE_WEIGHT = 16, 0.5
+_INK = 0.93
+Palette = tuple[torch.Tensor, torch.Tensor]
+"""The weights of colours [4096] and a bias []."""
+
+
+class HandJudge:
+    """Tells Twemoji from Noto. Make it with `fit`; `accuracy` is its share of right answers on real held-out words."""
+
+    def __init__(self, palette: Palette, texture: _Texture, scales: tuple[float, float]) -> None:
+        self._palette, self._texture, self._scales = palette, texture, scales
+        self.accuracy: dict[str, float] = {}
+
+    @classmethod
+    def fit(cls, pictures: dict[str, torch.Tensor], real: RealPictures, *, steps: int, seed: int) -> HandJudge:
+        """Fit on the words of "style" and "other" and measure on those of "held_out".
+
+        `pictures` are the real ones of each hand as the VAE shows them, [N, 3, 128, 128], in the order of `real`.
+        """
+        learnt, asked = real.places(STYLE, OTHER), real.places(HELD_OUT)
+        small = {hand: _small(pictures[hand]) for hand in HANDS}
+        pairs = small[NOTO][learnt], small[TWEMOJI][learnt]
+        judge = cls(_fit_palette(*pairs), _fit_texture(*pairs, steps=steps, seed=seed), (1.0, 1.0))
+        # In units of each opinion's mean size on what it was fitted on.
+        palette, texture = (1 / max(float(opinion.abs().mean()), 1e-9) for opinion in judge._opinions(torch.cat(pairs)))
+        judge._scales = (palette, _TEXTURE_WEIGHT * texture)
+        for name, place in (("both", None), ("palette", 0), ("texture", 1)):
+            right = [(judge._score(small[hand][asked], place) > 0) == (hand == TWEMOJI) for hand in HANDS]
+            judge.accuracy[name] = float(torch.cat(right).float().mean())
+        return judge
+
+    def twemoji(self, pixels: torch.Tensor, *, by: str = "both") -> torch.Tensor:
+        """bool [N]: whether each picture [N, 3, 128, 128] is in Twemoji's hand, by "both" opinions, or one of them."""
+        return self._score(_small(pixels), {"both": None, "palette": 0, "texture": 1}[by]) > 0
+
+    @property
+    def counts(self) -> bool:
+        """Whether it is right often enough for its verdicts to mean something."""
+        return self.accuracy["both"] >= REQUIRED
+
+    def _score(self, small: torch.Tensor, place: int | None) -> torch.Tensor:
+        opinions = [scale * opinion for scale, opinion in zip(self._scales, self._opinions(small), strict=True)]
+        return opinions[0] + opinions[1] if place is None else opinions[place]
+
+    @torch.no_grad()
+    def _opinions(self, small: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        texture = self._texture(small) + self._texture(small.flip(3))
+        weight, bias = self._palette
+        return _colours(small) @ weight + bias, texture
+
+
+class WordJudge:
+    """Tells what a picture shows, whoever painted it. Make it with `fit`."""
+
+    def __init__(self, network: _Words) -> None:
+        self._network = network
+
+    @classmethod
+    def fit(cls, pictures: torch.Tensor, labels: torch.Tensor, *, steps: int, seed: int) -> WordJudge:
+        """Fit on `pictures` [N, 3, 128, 128] of the words `labels` [N], numbered from 0."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = _Words(int(labels.max()) + 1)
+        small, generator = _small(pictures), torch.Generator().manual_seed(seed)
+
+        def loss() -> torch.Tensor:
+            rows = torch.randint(len(small), (96,), generator=generator)
+            varied = _varied(small[rows], generator, scale=(0.9, 1.2), shift=0.2, turn=0.15, colour=0.2, grey=0.2, noise=0.02)
+            return F.cross_entropy(network(varied), labels[rows], label_smoothing=0.05)
+
+        _fit(network, loss, steps=steps, rate=6e-3)
+        return cls(network)
+
+    @torch.no_grad()
+    def features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """[N, 64] of length 1; near for pictures of the same thing."""
+        return self._network.features(_small(pixels))
+
+    @torch.no_grad()
+    def word(self, pixels: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
+        """int64 [N]: the most likely word of each picture, as a place in `among` (the words' numbers)."""
+        return self._network(_small(pixels))[:, among].argmax(dim=1)
+
+    def accuracy(self, pixels: torch.Tensor, words: torch.Tensor) -> float:
+        """The share of `pixels` [n] that it takes for their own word among `words` [n], varied as it has not seen them."""
+        shown = _varied(_small(pixels), torch.Generator().manual_seed(1 << 40), scale=(0.95, 1.1), shift=0.1,
+                        turn=0.1, colour=0.1, grey=0.0, noise=0.02)
+        with torch.no_grad():
+            found = self._network(shown)[:, words].argmax(dim=1)
+        return float((found == torch.arange(len(words))).float().mean())
+
+
+def across_hands(pictures: dict[str, torch.Tensor], real: RealPictures, *, steps: int, seed: int) -> float:
+    """How often a judge of words knows the held-out words in Twemoji's hand that it was shown in Noto's hand only.
+
+    A judge of its own is fitted for this, on all pictures but those. Chance is one in the number of held-out words.
+    """
+    asked = real.places(HELD_OUT)
+    everything = torch.cat([pictures[hand] for hand in HANDS])
+    labels = torch.arange(len(real.words)).repeat(len(HANDS))
+    shown = torch.ones(len(labels), dtype=torch.bool)
+    shown[HANDS.index(TWEMOJI) * len(real.words) + asked] = False
+    judge = WordJudge.fit(everything[shown], labels[shown], steps=steps, seed=seed)
+    found = judge.word(pictures[TWEMOJI][asked], asked)
+    return float((found == torch.arange(len(asked))).float().mean())
+
+
+class _Texture(nn.Module):
+    """One number a picture [N, 3, 64, 64]: the mean over what is not paper of what each patch of 15 pixels says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*_layer(3, 24, 2), *_layer(24, 48, 2), *_layer(48, 64, 1), nn.Dropout2d(0.2))
+        self.out = nn.Conv2d(64, 1, 1)
+
+    def patches(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What each patch says [N, h, w], and how much it counts [N, h, w]; the latter sums to 1 in each picture."""
+        said = self.out(self.body(2 * x - 1))[:, 0]
+        ink = F.adaptive_avg_pool2d(_inked(x).float()[:, None], said.shape[1:])[:, 0]
+        return said, ink / (ink.sum(dim=(1, 2), keepdim=True) + 1e-3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        said, weight = self.patches(x)
+        return (said * weight).sum(dim=(1, 2))
+
+
+class _Words(nn.Module):
+    """Features [N, 64] of a picture [N, 3, 64, 64], and from their directions one score a word."""
+
+    def __init__(self, words: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*_layer(3, 24, 2), *_layer(24, 48, 2), *_layer(48, 96, 2), *_layer(96, 128, 2))
+        self.out = nn.Linear(128, 64)
+        self.words = nn.Parameter(torch.randn(words, 64))
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        return F.normalize(self.out(self.body(2 * x - 1).mean(dim=(2, 3))), dim=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 16 * self.features(x) @ F.normalize(self.words, dim=1).T
+
+
+def _layer(inside: int, outside: int, stride: int) -> list[nn.Module]:
+    return [nn.Conv2d(inside, outside, 3, stride, 1, bias=False), nn.BatchNorm2d(outside), nn.ReLU()]
+
+
+def _fit(network: nn.Module, loss: Callable[[], torch.Tensor], *, steps: int, rate: float) -> None:
+    """AdamW with a rate that rises and falls once; leaves the network in evaluation mode."""
+    optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+    network.train()
+    with torch.enable_grad():
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss().backward()
+            optimizer.step()
+            schedule.step()
+    network.eval()
+
+
+def _fit_texture(noto: torch.Tensor, twemoji: torch.Tensor, *, steps: int, seed: int) -> _Texture:
+    """Each batch holds the same words in both hands, so that what is shown tells nothing."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = _Texture()
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.cat([torch.full((32,), 0.05), torch.full((32,), 0.95)])
+
+    def loss() -> torch.Tensor:
+        rows = torch.randint(len(noto), (32,), generator=generator)
+        varied = _varied(torch.cat([noto[rows], twemoji[rows]]), generator, scale=(0.97, 1.06), shift=0.1, turn=0.05,
+                         colour=0.02, grey=0.0, noise=0.01)
+        said, weight = network.patches(varied)
+        whole = F.binary_cross_entropy_with_logits((said * weight).sum(dim=(1, 2)), labels)
+        each = F.binary_cross_entropy_with_logits(said, labels[:, None, None].expand_as(said), reduction="none")
+        return 0.5 * whole + 0.5 * (each * weight).sum(dim=(1, 2)).mean()
+
+    # Dropout draws from the global generator.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        _fit(network, loss, steps=steps, rate=8e-3)
+    return network
+
+
+def _fit_palette(noto: torch.Tensor, twemoji: torch.Tensor) -> Palette:
+    """Logistic regression over the colours of ink; convex, so nothing is drawn by chance."""
+    x = _colours(torch.cat([noto, twemoji]))
+    y = torch.cat([torch.zeros(len(noto)), torch.ones(len(twemoji))])
+    mean, deviation = x.mean(dim=0), x.std(dim=0) + 1e-3
+    x = (x - mean) / deviation
+    weight, bias = torch.zeros(x.shape[1], requires_grad=True), torch.zeros((), requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=100)
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = F.binary_cross_entropy_with_logits(x @ weight + bias, y) + 0.03 * weight.square().sum()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+    weight = weight.detach() / deviation
+    return weight, bias.detach() - weight @ mean
+
+
+def _colours(small: torch.Tensor) -> torch.Tensor:
+    """[N, 4096]: the root of the share of ink near each of 16×16×16 colours; a colour counts for the eight around it."""
+    ink = _inked(small).flatten(1).float()
+    level = small.clamp(0, 1) * (_COLOURS - 1)
+    low = level.floor().clamp(max=_COLOURS - 2)
+    above, low = (level - low).flatten(2), low.long().flatten(2)
+    shares = torch.zeros(len(small), _COLOURS ** 3)
+    for corner in itertools.product((0, 1), repeat=3):
+        near, place = ink, torch.zeros_like(low[:, 0])
+        for channel, up in enumerate(corner):
+            near = near * (above[:, channel] if up else 1 - above[:, channel])
+            place = place * _COLOURS + low[:, channel] + up
+        shares.scatter_add_(1, place, near)
+    return (shares / (ink.sum(dim=1, keepdim=True) + 1)).sqrt()
+
+
+def _inked(x: torch.Tensor) -> torch.Tensor:
+    """bool [N, h, w]: what is not white paper."""
+    return x.amin(dim=1) < _INK
+
+
+def _small(pixels: torch.Tensor) -> torch.Tensor:
+    """What the judges see: 64 pixels, about the size the pictures were drawn at."""
+    return F.avg_pool2d(pixels, pixels.shape[-1] // 64)
+
+
+def _varied(x: torch.Tensor, generator: torch.Generator, *, scale: tuple[float, float], shift: float, turn: float,
+            colour: float, grey: float, noise: float) -> torch.Tensor:
+    """Each picture moved, resized, mirrored, turned, tinted, blurred and roughened a little, by chance.
+
+    scale of what is seen (above 1 the thing looks smaller), shift in halves of the side, turn in radians, colour and noise
+    in brightness, grey the share that loses its colours.
+    """
+    count = len(x)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.rand(count, *shape, generator=generator)
+
+    size, angle = scale[0] + (scale[1] - scale[0]) * drawn(), (2 * drawn() - 1) * turn
+    mirror = (drawn() < 0.5).float() * 2 - 1
+    transform = torch.zeros(count, 2, 3)
+    transform[:, 0, 0], transform[:, 0, 1] = size * mirror * angle.cos(), -size * angle.sin()
+    transform[:, 1, 0], transform[:, 1, 1] = size * mirror * angle.sin(), size * angle.cos()
+    transform[:, :, 2] = (2 * drawn(2) - 1) * shift / 2
+    grid = F.affine_grid(transform, [*x.shape], align_corners=False)
+    x = 1 - F.grid_sample(1 - x, grid, align_corners=False)  # beyond the border the paper goes on
+    ink = (x < 0.99).float()
+    x = 1 - (1 - x) * (1 + (2 * drawn(1, 1, 1) - 1) * colour) + (drawn(3, 1, 1) - 0.5) * colour * ink
+    blurred, strength = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1), drawn(1, 1, 1) / 2
+    x = (1 - strength) * x + strength * blurred
+    pale = (drawn(1, 1, 1) < grey).float()
+    x = (1 - pale) * x + pale * x.mean(dim=1, keepdim=True)
+    return x + 2 * noise * drawn(1, 1, 1) * torch.randn(x.shape, generator=generator)

@@ -1,0 +1,277 @@
+"""`bench speed`: seconds a training step, for several settings in one run, each beside the step's floor.
+
+On a card the models have their true size and the three cases that others publish figures for; on a processor one narrow
+model, unless told otherwise. Settings that are compared are run in turn, as often as asked, so that a machine that becomes
+slower meanwhile slows them all. Losses are compared step by step, and judged where the settings should compute the same. What
+a case promises to fit into is all that torch gets for one more run, in which the pictures are encoded too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from lib_lora_train.errors import TrainingError
+from lib_lora_train.host.port import Host
+from lib_lora_train.host.standalone import StandaloneHost
+from lib_lora_train.memory.dry_run import Base
+from lib_lora_train.memory.plan import CONTEXT, GIGABYTE, Wishes
+from lib_lora_train.memory.time_estimate import picture_cost
+from lib_lora_train.model.components import unet_tensors
+from lib_lora_train.model.family import detect
+from lib_lora_train.settings import Settings, flat, parse
+from lib_lora_train.settings.field import Value
+from lib_lora_train.storage.atomic import write_whole
+from lib_lora_train.training.precision import compute_dtype
+from tools.bench.compared import HOW_ONLY
+from tools.bench.grid import gigabytes, grid
+from tools.bench.host import RandomHost, make_pictures
+from tools.bench.machine import machine_text
+from tools.bench.measured import Measured, measure_run, small_card
+from tools.bench.roofline import Floor, Rates, measured_rates, moved_bytes, step_floor
+from tools.bench.training import Say
+from tools.bench.true_size import dtype_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is trained: the family, the pictures' side in pixels, the batch, and GB of the card's memory that the promise
+    for it names (0: none)."""
+
+    family: str
+    resolution: int
+    batch: int
+    within: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """As "sd1 512² batch 1"."""
+        return f"{self.family} {self.resolution}² batch {self.batch}"
+
+
+PUBLISHED = (Case("sd1", 512, 1, within=4.0), Case("sd1", 512, 4), Case("sdxl", 1024, 1, within=8.0))
+NARROW = (Case("sd1", 256, 1),)
+
+SAME_LOSS = {"no": 1e-4, "fp16": 5e-3, "bf16": 5e-3}
+"""How far losses of the same step may lie apart, relative to the loss, to count as equal: float error over some dozens of
+steps, in which a difference in the last digit of a gradient becomes one of the weights."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeedPlan:
+    """What to measure. `compared` names settings beside each other; `changes` are settings of all of them."""
+
+    output: Path
+    device: torch.device
+    cases: tuple[Case, ...]
+    compared: Mapping[str, Mapping[str, Value]]
+    steps: int = 50
+    warm_up: int = 5
+    repeats: int = 1
+    rank: int = 16
+    precision: str = "no"
+    small: bool = False
+    checkpoint: Path | None = None
+    changes: Mapping[str, Value] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One setting of one case, all its repeats. `settings` are those of the runs, `failed` why they ended, if they did."""
+
+    case: Case
+    name: str
+    settings: Mapping[str, Value]
+    runs: tuple[Measured, ...]
+    floor: Floor
+    failed: str = ""
+
+    @property
+    def seconds(self) -> float:
+        """Median of the repeats' medians."""
+        return statistics.median(run.seconds for run in self.runs)
+
+
+def run_speed(plan: SpeedPlan, *, say: Say) -> str:
+    """Measure, write `speed.md` and `speed.json` into the plan's folder after each case, and return the table.
+
+    A run that fails, as where the memory runs out, is told in its row. Raises SettingError for settings that do not exist, and
+    what `run_job` raises besides TrainingError.
+    """
+    @functools.cache
+    def rates(dtype: torch.dtype) -> Rates:
+        return measured_rates(plan.device, dtype)
+
+    rows, said, text = [], [], ""
+    for case in plan.cases:
+        say(f"{case.name} …")
+        made = _measure_case(plan, case, rates, say)
+        rows += made
+        said += [*_failures(made), *_same_losses(made, plan.precision), *_within(made)]
+        known = rates(dtype_of(plan.precision))
+        text = "\n\n".join([machine_text(plan.device), _conditions(plan, known), _table(rows, plan.device),
+                            *filter(None, [_ratios(rows)]), *said]) + "\n"
+        write_whole(plan.output / "speed.md", text.encode("utf-8"))
+        write_whole(plan.output / "speed.json", json.dumps(
+            {"machine": machine_text(plan.device), "rates": dataclasses.asdict(known),
+             "rows": [dataclasses.asdict(row) for row in rows]}, indent=1).encode("utf-8"))
+    return text
+
+
+def shared_settings(case: Case, *, rank: int, precision: str) -> dict[str, Value]:
+    """The settings of every measured run of a case: those that an outside trainer has too."""
+    return {"train_batch_size": case.batch, "resolution": str(case.resolution), "network_dim": rank,
+            "network_alpha": float(rank), "mixed_precision": precision, "lr_scheduler": "constant",
+            "min_snr_gamma": 0.0, "seed": 42, "save_precision": "fp16", "cache_latents_to_disk": True}
+
+
+def pictures_of(plan: SpeedPlan, case: Case) -> Path:
+    """The folder of pictures that a case is trained on: few on a processor, which takes long to encode them."""
+    count = max(8 if plan.device.type == "cuda" else 2, 2 * case.batch)
+    return make_pictures(plan.output / f"pictures-{case.resolution}-{count}", side=case.resolution, count=count)
+
+
+def _measure_case(plan: SpeedPlan, case: Case, rates: Callable[[torch.dtype], Rates], say: Say) -> list[Row]:
+    host: Host = RandomHost(case.family, folder=plan.output, device=plan.device, dtype=dtype_of(plan.precision),
+                            small=plan.small)
+    if plan.checkpoint is not None:
+        host = StandaloneHost(plan.checkpoint, lora_folder=plan.output / "loras", runs_folder=plan.output / "runs",
+                              device=plan.device)
+    data = pictures_of(plan, case)
+    shared = {**shared_settings(case, rank=plan.rank, precision=plan.precision), **plan.changes}
+    compared = {name: {**shared, **changes} for name, changes in plan.compared.items()}
+    within = f"within {case.within:g} GB" if case.within and plan.device.type == "cuda" else ""
+    if within:  # the pictures are encoded in it too, so that nothing is read that earlier runs have kept
+        compared[within] = {**shared, "memory_budget": case.within, "cache_latents_to_disk": False}
+    rows = {name: Row(case, name, flat(parse(settings)), (), _row_floor(host, plan.device, case, parse(settings), rates))
+            for name, settings in compared.items()}
+    for number in range(plan.repeats):
+        for name, settings in compared.items():
+            row, turn = rows[name], f"  {number + 1}/{plan.repeats} {name:16}"
+            if row.failed:
+                continue
+            try:
+                with small_card(plan.device, case.within) if name == within else contextlib.nullcontext():
+                    run = measure_run(host, settings=settings, data=data, steps=plan.steps, warm_up=plan.warm_up,
+                                      device=plan.device, stretch=10 if plan.device.type == "cuda" else 1)
+            except TrainingError as error:
+                rows[name] = dataclasses.replace(row, failed=str(error))
+                say(f"{turn} {error}")
+                continue
+            for note in run.notes:
+                say(f"  note: {note}")
+            say(f"{turn} {run.seconds:.4f} s a step, {row.floor.times(run.seconds)}")
+            rows[name] = dataclasses.replace(row, runs=(*row.runs, run))
+    return list(rows.values())
+
+
+def _row_floor(host: Host, device: torch.device, case: Case, settings: Settings,
+               rates: Callable[[torch.dtype], Rates]) -> Floor:
+    """The floor of a step with a row's own batch, rank, number format and model in eight bits."""
+    outline = host.outline()
+    assert outline is not None, "the checkpoint was checked before"
+    stored = next(iter(unet_tensors(outline.tensors).values())).dtype
+    dtype = compute_dtype(settings.memory.mixed_precision, device, weights=stored)
+    own = dataclasses.replace(case, batch=settings.optimizer.train_batch_size)
+    return case_floor(host, own, rank=settings.network.network_dim, dtype=dtype, rates=rates(dtype),
+                      base=Wishes.of(settings.memory).base)
+
+
+def case_floor(host: Host, case: Case, *, rank: int, dtype: torch.dtype, rates: Rates, base: Base = "") -> Floor:
+    """The floor of a case's step on the host's model, held in eight bits where `base` says so."""
+    outline = host.outline()
+    assert outline is not None, "the checkpoint was checked before"
+    cost = picture_cost(outline.tensors, detect(outline.tensors, outline.hints), width=case.resolution,
+                        height=case.resolution, rank=rank, dtype=dtype)
+    weights = sum(t.numel() * (1 if base else t.element_size()) for t in unet_tensors(outline.tensors).values())
+    moved = moved_bytes(weights=weights, activations=cost.activation_bytes * case.batch, parameters=cost.parameters)
+    return step_floor(operations=cost.operations * case.batch, moved=moved, rates=rates)
+
+
+def _conditions(plan: SpeedPlan, rates: Rates) -> str:
+    model = plan.checkpoint.name if plan.checkpoint else f"random weights, {'narrow' if plan.small else 'true size'}"
+    changes = "".join(f", {name} {value}" for name, value in plan.changes.items())
+    return (f"Model: {model}; rank {plan.rank}, AdamW, latents and captions cached, UNet only, precision {plan.precision}"
+            f"{changes}. {plan.repeats} × {plan.steps} steps after {plan.warm_up} to warm up. The device reaches "
+            f"{rates.operations / 1e12:.3g} TFLOP/s in matrix products and {rates.bytes / 1e9:.3g} GB/s in copies. The floor "
+            "counts direct convolutions at that rate: faster algorithms (Winograd's, TF32 on cards in fp32) can go below it.")
+
+
+def _table(rows: Sequence[Row], device: torch.device) -> str:
+    head = ["case", "settings", "s a step", "from", "to", "steps a s", "processor s", "floor s", "× floor"]
+    head += ["GB allocated in steps", "reserved in steps", "reserved in all"] if device.type == "cuda" else []
+    lines = []
+    for row in rows:
+        if row.failed:
+            lines.append([row.case.name, row.name, "failed", *[""] * (len(head) - 3)])
+            continue
+        every = [seconds for run in row.runs for seconds in run.wall]
+        line = [row.case.name, row.name, f"{row.seconds:.4f}", f"{min(every):.4f}", f"{max(every):.4f}",
+                f"{1 / row.seconds:.3f}", f"{statistics.median(run.processor_seconds for run in row.runs):.4f}",
+                f"{row.floor.seconds:.4f}", f"{row.seconds / row.floor.seconds:.1f}"]
+        if device.type == "cuda":
+            cards = [run.card for run in row.runs if run.card]
+            line += [gigabytes(max(sizes)) for sizes in zip(*(
+                (card.steps_allocated, card.steps_reserved, card.run_reserved) for card in cards), strict=True)]
+        lines.append(line)
+    return grid(head, lines)
+
+
+def _ratios(rows: Sequence[Row]) -> str:
+    """Each setting's time relative to the first of its case, repeat by repeat."""
+    lines = []
+    for row in rows:
+        first = next((other for other in rows if other.case == row.case and not other.failed), row)
+        if row is first or row.failed:
+            continue
+        for kind, figure in (("clock", lambda run: run.seconds), ("processor", lambda run: run.processor_seconds)):
+            ratios = [figure(own) / figure(other) for own, other in zip(row.runs, first.runs, strict=True)]
+            lines.append((row.case.name, f"{row.name} ÷ {first.name}", kind, f"{statistics.median(ratios):.3f}",
+                          " ".join(f"{ratio:.3f}" for ratio in ratios)))
+    return grid(("case", "time of", "by the", "median", "run by run"), lines) if lines else ""
+
+
+def _failures(rows: Sequence[Row]) -> list[str]:
+    return [f"{row.case.name}, {row.name}: **failed.** {row.failed}" for row in rows if row.failed]
+
+
+def _same_losses(rows: Sequence[Row], precision: str) -> list[str]:
+    """How far the losses of a case's settings lie from those of its first, step by step; whether that is too far where the
+    settings differ in how a step is computed only."""
+    done, said = [row for row in rows if not row.failed], []
+    allowed = SAME_LOSS[precision]
+    for row in done[1:]:
+        first = done[0]
+        worst = most_apart(first.runs[0].losses, row.runs[0].losses)
+        verdict = ""
+        if {name for name, value in row.settings.items() if value != first.settings[name]} <= HOW_ONLY:
+            verdict = ": equal within float error" if worst <= allowed else f": **not equal: more than {allowed:g}**"
+        said.append(f"{row.case.name}: losses of {row.name} and {first.name} differ by at most {worst:.2g} of the loss in "
+                    f"{len(row.runs[0].losses)} steps{verdict}.")
+    return said
+
+
+def most_apart(a: Sequence[float], b: Sequence[float]) -> float:
+    """The largest difference between two sequences of losses, relative to the first's."""
+    assert len(a) == len(b), "runs of the same plan have the same steps"
+    return max(abs(x - y) / abs(x) for x, y in zip(a, b, strict=True))
+
+
+def _within(rows: Sequence[Row]) -> list[str]:
+    """Whether the runs that got no more memory than was promised did with it."""
+    said = []
+    for row in rows:
+        if row.case.within and row.name.startswith("within "):
+            cards = [run.card for run in row.runs if run.card]
+            took = f" ({gigabytes(max(card.run_reserved for card in cards))} GB of it at most)" if cards else ""
+            said.append(f"Target {row.case.name} inside {row.case.within:g} GB: {'**missed**' if row.failed else 'met'}. Torch "
+                        f"got {gigabytes(row.case.within * GIGABYTE - CONTEXT)} GB for the whole run{took}; the rest is left "
+                        "to CUDA itself.")
+    return said

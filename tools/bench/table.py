@@ -1,0 +1,71 @@
+"""The figures as text: Markdown whose columns also line up in a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from tools.bench.grid import grid, share
+from tools.bench.scorers import REQUIRED
+from tools.bench.style import StyleResult
+from tools.bench.subject import SubjectResult
+from tools.bench.yardstick import Band, JudgeFigures, Row
+
+WORTHLESS = "**The judge of hands is right too seldom: all Twemoji shares below count for nothing.**"
+_ROW = ("Twemoji", "by palette", "by texture", "shows the word", "PSNR dB", "SSIM", "feature distance")
+
+
+def quality_text(*, settings: Mapping[str, object], checkpoint: str, judges: JudgeFigures, style: StyleResult,
+                 subject: SubjectResult | None, thorough: bool, seconds: float) -> str:
+    """The whole report."""
+    chosen = ", ".join(f"{name} {value}" for name, value in settings.items())
+    parts = [f"Model {checkpoint}; {chosen}. Made in {seconds / 60:.1f} minutes.", judges_text(judges)]
+    if not thorough:
+        parts.insert(0, "**A quick run: few words and judges fitted in haste. Not to be quoted.**")
+    parts += [f"### Style: 24 Twemoji pictures, {style.steps} steps, asked for words it has not seen",
+              _rows("pictures", style.rows), _weight_0(style),
+              f"Asked for its own training captions again, {share(style.own)} of what it paints is taken for Twemoji: how "
+              "much of the style this model can show at all.",
+              "PSNR, SSIM and feature distance are to the real Twemoji of the same word (feature distance: 0 is equal).",
+              "### Steps to quality (one run, its saves at weight 1)", _rows("after", style.on_the_way),
+              "### Memorisation: RMS distance of pixels to the nearest training picture",
+              grid(("pictures", "mean", "least", "nearer than any real held-out one"),
+                    [(m.name, f"{m.mean:.3f}", f"{m.least:.3f}", share(m.suspicious)) for m in style.memorised]),
+              "### Loss on real held-out Twemoji, by timestep", _bands(style.loss)]
+    if subject is not None:
+        parts += [f"### Subject: nine pictures, {subject.steps} steps, {subject.pictures} paintings of new scenes",
+                  grid(("pictures", "nearest real picture is the subject"),
+                        [("base", share(subject.base)), ("LoRA at 1", share(subject.lora)),
+                         ("real ones of the subject", share(subject.real)),
+                         ("real emoji (mistaken)", share(subject.mistaken))]),
+                  "Loss on the three poses that were kept back:", _bands(subject.loss)]
+    return "\n\n".join(parts) + "\n"
+
+
+def judges_text(judges: JudgeFigures) -> str:
+    """How far the judges can be trusted; says plainly where they cannot."""
+    lines = [f"Judge of hands: right on {share(judges.hand)} of the real held-out pictures, which it never saw (palette "
+             f"alone {share(judges.hand_palette)}, texture alone {share(judges.hand_texture)}; "
+             f"required {share(REQUIRED)}).",
+             f"Judge of words: right on {share(judges.word_noto)} of Noto's and {share(judges.word_twemoji)} of Twemoji's "
+             "held-out words, on pictures it was fitted on, varied anew"
+             + ("." if judges.word_across is None else
+                f"; on {share(judges.word_across)} of Twemoji's where it was shown Noto's only.")]
+    return "\n".join([*([] if judges.hand_counts else [WORTHLESS]), *lines])
+
+
+def _weight_0(style: StyleResult) -> str:
+    if style.weight_0_is_base:
+        return "At weight 0 the pictures are the base model's, bit for bit (compared: the first sixteen)."
+    return "**At weight 0 the pictures are not the base model's: something is wrong.**"
+
+
+def _rows(first: str, rows: Sequence[Row]) -> str:
+    return grid((first, *_ROW), [
+        (row.name, share(row.style), share(row.palette), share(row.texture), share(row.word), f"{row.psnr:.2f}",
+         f"{row.ssim:.3f}", f"{row.feature:.3f}") for row in rows])
+
+
+def _bands(bands: Sequence[Band]) -> str:
+    return grid(("timesteps", "base", "LoRA", "change"), [
+        (band.timesteps, f"{band.base:.4f}", f"{band.lora:.4f}", f"{100 * (band.lora / band.base - 1):+.1f} %")
+        for band in bands])

@@ -1,0 +1,72 @@
+"""One LoRA trained the ordinary way (`run_job`), with saves on the way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from lib_lora_train import events
+from lib_lora_train.errors import SettingError, TrainingError
+from lib_lora_train.host.port import Host
+from lib_lora_train.run.job import run_job
+from lib_lora_train.settings import parse
+from lib_lora_train.settings.field import Value
+
+Say = Callable[[str], None]
+
+REFERENCE: dict[str, Value] = {
+    "optimizer_type": "AdamW", "learning_rate": 1e-4, "network_dim": 8, "network_alpha": 4.0, "lr_scheduler": "cosine",
+    "train_batch_size": 4, "seed": 42, "resolution": "128"}
+"""The line that other methods are compared with; what it does not name has its default."""
+FIXED = ("output_name", "output_dir", "overwrite", "train_data_dir", "trigger_word", "max_train_steps", "save_every_n_steps")
+"""What the yardstick sets itself."""
+
+
+def settings_of(changes: Mapping[str, object]) -> dict[str, object]:
+    """The reference line with `changes`. Raises SettingError for a setting that is the yardstick's own, or unknown."""
+    for name in FIXED:
+        if name in changes:
+            raise SettingError(f"{name} cannot be set here", why="the yardstick is only one as long as it stays the same",
+                               remedy="--steps sets the number of steps" if name == "max_train_steps" else "leave it out")
+    chosen = {**REFERENCE, **changes}
+    parse(chosen)
+    return chosen
+
+
+def marks(steps: int) -> tuple[int, ...]:
+    """The steps at which the LoRA is judged: 50, 100, 200, 400, … and the last; halves of it where it is below 100."""
+    first = 50 if steps > 50 else max(1, steps // 2)
+    found = []
+    while first < steps:
+        found.append(first)
+        first *= 2
+    return (*found, steps)
+
+
+def train_lora(host: Host, *, settings: Mapping[str, object], data: Path, trigger_word: str, name: str, steps: int,
+               wanted: tuple[int, ...], say: Say) -> dict[int, Path]:
+    """Train for `steps` steps; {step: file} for each of `wanted`, which holds the last step. Saves between are deleted.
+
+    All files come from one run, whose schedule is that of all its steps: a file at step 100 is what the run had learnt
+    by then, not what a run of 100 steps learns.
+    """
+    saved: dict[int, Path] = {}
+
+    def report(event: events.Event) -> None:
+        if isinstance(event, events.Saved):
+            saved[event.step] = Path(event.path)
+        elif isinstance(event, events.Step) and event.step % 50 == 0:
+            say(f"  step {event.step}/{event.total}   loss {event.average_loss:.3f}")
+        elif isinstance(event, events.Warned):
+            say(f"  note: {event.message}")
+
+    run_job(parse({
+        **settings, "output_name": name, "overwrite": True, "train_data_dir": str(data), "trigger_word": trigger_word,
+        "max_train_steps": steps, "save_every_n_steps": math.gcd(*wanted)}), host, report=report, stop=lambda: "")
+    missing = [step for step in wanted if step not in saved]
+    if missing:
+        raise TrainingError(f"The LoRA of step {missing[0]} was not kept", remedy="make room on the disk and start again")
+    for step in saved.keys() - set(wanted):
+        saved[step].unlink()
+    return {step: saved[step] for step in wanted}
