@@ -25,7 +25,6 @@ from lib_lora_train.studio.commands.check import add_check
 from lib_lora_train.studio.commands.prepare import add_prepare
 from lib_lora_train.studio.commands.tag import add_tag
 from lib_lora_train.studio.commands.verify import add_verify
-from tools.bench.command import add_bench
 
 if TYPE_CHECKING:
     from lib_lora_train.distributed.environment import Place
@@ -176,12 +175,12 @@ def _runs(chosen: argparse.Namespace) -> int:
 
 
 def _ui(chosen: argparse.Namespace) -> int:
-    from lib_lora_train.host.standalone import StandaloneHost, listening_fence
+    from lib_lora_train.host.standalone import StandaloneHost, listening_allowed_paths
     from lib_lora_train.ui.standalone import serve
 
     output = Path(chosen.output_dir)
     host = StandaloneHost(chosen.checkpoint, lora_folder=output, runs_folder=output / RUNS_FOLDER,
-                          fence=listening_fence(chosen.listen, output, *map(Path, chosen.allow)))
+                          allowed=listening_allowed_paths(chosen.listen, output, *map(Path, chosen.allow)))
     serve(host, port=chosen.port, address=chosen.listen, auth=chosen.auth)
     return 0
 
@@ -208,13 +207,13 @@ def _inspect(chosen: argparse.Namespace) -> int:
 
 def _diagnose(chosen: argparse.Namespace) -> int:
     from lib_lora_train.run.diagnostics import bundle
-    from lib_lora_train.storage.atomic import write_whole
+    from lib_lora_train.storage.atomic import write_atomic
 
     run = chosen.run or next(iter(_latest_runs()), None)
     if run and not run.is_dir():
         raise SettingError(f"There is no run's folder {run}", remedy="name the folder that holds its events.jsonl")
     out = chosen.out or Path("lora-train-report.zip")
-    write_whole(out, bundle(run, program="command line", paths=chosen.paths))
+    write_atomic(out, bundle(run, program="command line", paths=chosen.paths))
     print(f"{out}: {f'about the run {run.name}' if run else 'about this machine; no run was found'}")
     return 0
 
@@ -383,7 +382,6 @@ def _parser() -> argparse.ArgumentParser:
     _add_address(demo)
     demo.set_defaults(command=_demo)
 
-    add_bench(commands, assignment=assignment)
     return parser
 
 

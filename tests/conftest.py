@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # The models here are so small that a second thread costs more than it brings, above all where other tests run beside
 # these. Said here, before torch is there, it holds for the programs that tests start as well.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
 
 from lib_lora_train.host.standalone import StandaloneHost
 from tools import tiny_checkpoint
+
+MakePicture = Callable[..., Path]
 
 torch.set_num_threads(1)  # where torch was built without OpenMP
 
@@ -33,14 +36,14 @@ def host(tiny_file: Path, tmp_path: Path) -> StandaloneHost:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
+def images(tmp_path: Path) -> Path:
     """Four pictures, three square and one wide, three of them with captions."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     for index, (width, height) in enumerate([(64, 64), (64, 64), (64, 64), (192, 64)]):
-        picture = Image.new("RGB", (width, height), "white")
-        ImageDraw.Draw(picture).ellipse((8, 8, 56, 56), fill=["red", "blue", "orange", "green"][index])
-        picture.save(folder / f"{index}.png")
+        image = Image.new("RGB", (width, height), "white")
+        ImageDraw.Draw(image).ellipse((8, 8, 56, 56), fill=["red", "blue", "orange", "green"][index])
+        image.save(folder / f"{index}.png")
         if index < 3:
             (folder / f"{index}.txt").write_text(f"a photo, {['red', 'blue', 'orange'][index]} cat", encoding="utf-8")
     return folder
@@ -53,3 +56,20 @@ def browser() -> Iterator[object]:
 
     with launched() as running:
         yield running
+
+
+@pytest.fixture
+def make_picture(tmp_path: Path) -> MakePicture:
+    """make_picture("a/b.png", size=(64, 48), caption=None) -> path; smooth, different for each name."""
+
+    def make(name: str, size: tuple[int, int] = (64, 48), caption: str | None = None) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        across, down = np.meshgrid(np.linspace(0, 255, size[0]), np.linspace(0, 255, size[1]))
+        blue = np.full_like(across, sum(name.encode()) % 256)
+        Image.fromarray(np.stack([across, down, blue], axis=-1).astype(np.uint8)).save(path)
+        if caption is not None:
+            path.with_suffix(".txt").write_text(caption, encoding="utf-8")
+        return path
+
+    return make

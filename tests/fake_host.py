@@ -19,7 +19,7 @@ from lib_lora_train.training import checkpoint as checkpoint_module
 class FakeHost(Undisturbed):
     """Holds an SD1 checkpoint by name only, lends nothing and is `busy` with other work where a test says so."""
 
-    fence = None
+    allowed = None
 
     def __init__(self, folder: Path) -> None:
         self.lora_folder, self.runs_folder = folder / "loras", folder / "runs"
@@ -99,7 +99,7 @@ def interrupted_run(host: FakeHost, settings: Settings, *, step: int, total: int
     return folder.name
 
 
-def pictures(folder: Path, count: int = 3) -> Path:
+def images(folder: Path, count: int = 3) -> Path:
     """A new folder of plain pictures."""
     folder.mkdir()
     for number in range(count):

@@ -9,18 +9,18 @@ import pytest
 from lib_lora_train.errors import OutputError
 from lib_lora_train.studio.captions import save
 from lib_lora_train.studio.captions.edits import SetCaption
-from lib_lora_train.studio.captions.store import CaptionBook
+from lib_lora_train.studio.captions.store import CaptionStore
 
 FINISHED = "A save that was interrupted was finished: 1 caption."
 
 
-def interrupt_save(folder: Path, picture: str, caption: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def interrupt_save(folder: Path, image: str, caption: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Save a new caption of one picture of the dataset in `folder` until the disk is full: its file is still the old one."""
     def full(source: Path, target: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    book = CaptionBook.open(folder)
-    book.apply(SetCaption(caption), [[path.name for path in book.pictures].index(picture)])
+    store = CaptionStore.open(folder)
+    store.apply(SetCaption(caption), [[path.name for path in store.images].index(image)])
     with monkeypatch.context() as patch, pytest.raises(OutputError, match="No space left"):
         patch.setattr(save, "replace", full)
-        book.save()
+        store.save()

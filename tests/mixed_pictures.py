@@ -27,24 +27,24 @@ def mixed_pictures(folder: Path, *, scale: float = 1.0) -> Path:
     sources = sorted(_STYLE.glob("*.png"))
     random = np.random.default_rng(7)
     for number, source in enumerate(sources[:20]):
-        picture = _picture(source, _scaled(_SIZES[number % len(_SIZES)], scale), random)
+        image = _image(source, _scaled(_SIZES[number % len(_SIZES)], scale), random)
         if number in (4, 9):
             exif = Image.Exif()
             exif[0x0112] = _TURNED_RIGHT
             # As a camera stores it: lying, with a note to turn it.
-            picture.rotate(90, expand=True).save(folder / f"{source.stem}.jpg", quality=95, exif=exif)
+            image.rotate(90, expand=True).save(folder / f"{source.stem}.jpg", quality=95, exif=exif)
         elif number in (2, 7, 12):
-            _cut_out(picture).save(folder / f"{source.stem}.png")
+            _cut_out(image).save(folder / f"{source.stem}.png")
         else:
-            picture.save(folder / f"{source.stem}.png")
+            image.save(folder / f"{source.stem}.png")
     for source in sources[:7]:
         # The same drawings in another place and colour are other pictures.
-        picture = _picture(source, _scaled((720, 480), scale), random, mirrored=True)
-        picture.save(folder / f"big-{source.stem}.png")
+        image = _image(source, _scaled((720, 480), scale), random, mirrored=True)
+        image.save(folder / f"big-{source.stem}.png")
     first = folder / f"{sources[0].stem}.png"
     (folder / "copy-of-the-first.png").write_bytes(first.read_bytes())
-    with Image.open(first) as picture:
-        picture.convert("RGB").save(folder / "first-once-more.jpg", quality=80)
+    with Image.open(first) as image:
+        image.convert("RGB").save(folder / "first-once-more.jpg", quality=80)
     (folder / "broken.png").write_bytes(first.read_bytes()[:900])
     assert len(list(folder.iterdir())) == COUNT
     return folder
@@ -54,13 +54,13 @@ def _scaled(size: tuple[int, int], scale: float) -> tuple[int, int]:
     return round(size[0] * scale), round(size[1] * scale)
 
 
-def _picture(source: Path, size: tuple[int, int], random: np.random.Generator, *, mirrored: bool = False) -> Image.Image:
+def _image(source: Path, size: tuple[int, int], random: np.random.Generator, *, mirrored: bool = False) -> Image.Image:
     """The drawing large on a background of its own colours, with grain as a photograph has it."""
     width, height = size
     corners = random.integers(40, 230, (3, 3, 3), dtype=np.uint8)
     background = Image.fromarray(corners).resize(size, Image.Resampling.BICUBIC)
-    with Image.open(source) as opened:
-        drawing = opened.convert("RGBA").resize((int(min(size) * 0.7),) * 2, Image.Resampling.LANCZOS)
+    with Image.open(source) as session:
+        drawing = session.convert("RGBA").resize((int(min(size) * 0.7),) * 2, Image.Resampling.LANCZOS)
     if mirrored:
         drawing = drawing.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
     place = (int((width - drawing.width) * random.random()), int((height - drawing.height) * random.random()))
@@ -69,10 +69,10 @@ def _picture(source: Path, size: tuple[int, int], random: np.random.Generator, *
     return Image.fromarray(np.clip(np.asarray(background) + grain, 0, 255).astype(np.uint8))
 
 
-def _cut_out(picture: Image.Image) -> Image.Image:
+def _cut_out(image: Image.Image) -> Image.Image:
     """The picture with nothing around its middle."""
-    width, height = picture.size
-    alpha = Image.new("L", picture.size, 0)
+    width, height = image.size
+    alpha = Image.new("L", image.size, 0)
     alpha.paste(255, (width // 5, height // 5, width - width // 5, height - height // 5))
-    picture.putalpha(alpha)
-    return picture
+    image.putalpha(alpha)
+    return image

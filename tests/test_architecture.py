@@ -16,10 +16,8 @@ PACKAGE = "lib_lora_train"
 
 # Bottom-up: a room imports only from rooms above it in this list. What a host offers (the protocol) is known to the
 # job; the hosts themselves are not. A new room is added where it belongs.
-ROOMS = ("errors", "events", "whole_file", "settings", "presets", "fence", "ranks", "dataset", "tagging", "model", "network",
-         "cache", "training", "output", "preparation", "host.port", "evaluation", "provenance", "resume", "saver",
-         "agreements", "feeding", "fitting", "job", "run_mark", "run_record", "runner", "diagnostics", "control", "host",
-         "studio", "api", "ui", "demo", "bench", "__main__")
+ROOMS = ("errors", "events", "storage", "settings", "distributed", "dataset", "tagging", "model", "adapters", "inputs",
+         "training", "memory", "host.port", "host.placement", "evaluation", "run", "host", "studio", "api", "ui", "demo", "__main__")
 NOT_CORE = ("host", "ui", "api")
 
 FILES = sorted((ROOT / PACKAGE).rglob("*.py"))

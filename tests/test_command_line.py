@@ -41,8 +41,8 @@ def lines(output: str) -> list[events.Event]:
 
 
 @pytest.fixture
-def train(tiny_file: Path, pictures: Path, tmp_path: Path) -> list[object]:
-    return ["train", "--checkpoint", tiny_file, "--data", pictures, "--name", "zzk", "--output-dir", tmp_path / "out", *SMALL]
+def train(tiny_file: Path, images: Path, tmp_path: Path) -> list[object]:
+    return ["train", "--checkpoint", tiny_file, "--data", images, "--name", "zzk", "--output-dir", tmp_path / "out", *SMALL]
 
 
 def test_a_run_ends_with_0_a_file_and_nothing_but_events_on_stdout(run, train, tmp_path):

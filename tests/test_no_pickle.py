@@ -137,21 +137,21 @@ def test_a_pickle_under_any_name_is_refused_as_lora_and_as_checkpoint(tmp_path: 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_pickle_in_the_place_of_a_cached_picture_is_a_miss(tmp_path: Path, quiet: Path, kind: str):
-    picture = tmp_path / "1.png"
-    Image.new("RGB", (64, 64)).save(picture)
+    image = tmp_path / "1.png"
+    Image.new("RGB", (64, 64)).save(image)
     placement = Buckets((64, 64), enable_bucket=True, min_bucket_reso=64, max_bucket_reso=128, bucket_reso_steps=64,
                         bucket_no_upscale=False).assign(64, 64)
     disk = LatentDisk(vae_fingerprint="vae")
     latents = torch.ones(4, 8, 8), torch.zeros(4, 8, 8)
-    assert disk.store(picture, placement, flipped=False, latents=latents) is None
+    assert disk.store(image, placement, flipped=False, latents=latents) is None
     (cached,) = (tmp_path / CACHE_FOLDER).iterdir()
     cached.write_bytes(payloads(quiet)[kind])
     # kohya's own cache of the same picture is not even looked at.
     (tmp_path / "1.npz").write_bytes(payloads(quiet)["npz"])
-    assert LatentDisk(vae_fingerprint="vae").load(picture, placement, flipped=False) is None
+    assert LatentDisk(vae_fingerprint="vae").load(image, placement, flipped=False) is None
     assert len(scan(tmp_path, max_train_epochs=1).examples) == 1
-    assert disk.store(picture, placement, flipped=False, latents=latents) is None
-    mean, _ = LatentDisk(vae_fingerprint="vae").load(picture, placement, flipped=False)
+    assert disk.store(image, placement, flipped=False, latents=latents) is None
+    mean, _ = LatentDisk(vae_fingerprint="vae").load(image, placement, flipped=False)
     assert bool((mean == 1).all())
 
 

@@ -96,11 +96,11 @@ def readers() -> list[Reader]:
             rng, YAML_SEEDS)),
                lambda data, place: _checkpoint(data, place, size=size), share=1),
         Reader("training states", lambda rng: tensors_file(rng, states), _state),
-        Reader("pictures", lambda rng: picture_file(rng, png), _picture),
+        Reader("pictures", lambda rng: picture_file(rng, png), _image),
         Reader("folders", lambda rng: text(rng, ["1", "10_dog", ".png", ".txt"]).encode("utf-8", "surrogatepass"), _folder),
         Reader("zip files", lambda rng: fuzz_studio.zip_file(rng, png), fuzz_studio.read_zip, share=1),
         Reader("dataset folders", fuzz_studio.dataset_files,
-               lambda data, place: fuzz_studio.read_dataset(data, place, picture=_TINY.getvalue()), share=1),
+               lambda data, place: fuzz_studio.read_dataset(data, place, image=_TINY.getvalue()), share=1),
         Reader("LoRA names", lambda rng: text(rng, ["zzk", "my character", "CON"]).encode("utf-8", "surrogatepass"), _name),
     ]
 
@@ -213,11 +213,11 @@ def _state(data: bytes, place: Path) -> object:
     return checkpoint.read(path)
 
 
-def _picture(data: bytes, place: Path) -> object:
+def _image(data: bytes, place: Path) -> object:
     path = _written(data, place / "x.png")
-    images.check_picture(path)
+    images.check_image(path)
     images.read_size(path)
-    return images.read_picture(path, max_pixels=4_000_000).getextrema()
+    return images.read_image(path, max_pixels=4_000_000).getextrema()
 
 
 _TINY = io.BytesIO()
@@ -228,8 +228,8 @@ def _folder(data: bytes, place: Path) -> object:
     name = data.decode("utf-8", "surrogatepass").replace("/", "").replace("\0", "")[:60]
     top = place / "data"
     top.mkdir()
-    picture = _TINY.getvalue()
-    for child, content in ((f"{name}.png", picture), (f"{name}.txt", b"a, b"), (f"{name}", b""), ("1.png", picture)):
+    image = _TINY.getvalue()
+    for child, content in ((f"{name}.png", image), (f"{name}.txt", b"a, b"), (f"{name}", b""), ("1.png", image)):
         try:
             _written(content, top / child)
         except (OSError, ValueError):

@@ -14,7 +14,7 @@ from pathlib import Path
 from fuzz_inputs import mutated, text
 
 from lib_lora_train.errors import DatasetError
-from lib_lora_train.studio.captions.store import CaptionBook
+from lib_lora_train.studio.captions.store import CaptionStore
 from lib_lora_train.studio.importing.archive import Limits
 from lib_lora_train.studio.importing.collect import collect
 from lib_lora_train.studio.importing.owned import OwnedDataset
@@ -24,13 +24,13 @@ _LIMITS = Limits(entries=60, entry_bytes=4 << 20, total_bytes=8 << 20, always_by
 _CAPTION = b"zzk, blue"
 
 
-def zip_file(rng: random.Random, pictures: list[bytes]) -> bytes:
+def zip_file(rng: random.Random, images: list[bytes]) -> bytes:
     """A zip of up to six entries, sound or damaged inside, with names from anywhere; every second one is damaged as a whole."""
     held = io.BytesIO()
     with zipfile.ZipFile(held, "w", rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))) as made:
         for _ in range(rng.randrange(7)):
             name = rng.choice(NAMES) if rng.random() < 0.6 else text(rng, NAMES)
-            data = rng.choice(pictures) if rng.random() < 0.5 else mutated(rng, pictures)
+            data = rng.choice(images) if rng.random() < 0.5 else mutated(rng, images)
             # A name that zipfile would refuse to write never reaches a reader; damage to the whole brings such names.
             name = name.encode("utf-8", "replace").decode("utf-8").replace("\0", "")[:300] or "x.png"
             # Of a fixed date, or the clock would be in the input.
@@ -49,7 +49,7 @@ def read_zip(data: bytes, place: Path) -> object:
         collected = collect(dataset, [archive], limits=_LIMITS)
     finally:
         tempfile.tempdir = before
-    assert all(path.parent == dataset.pictures_folder and path.is_file() for path in collected.added)
+    assert all(path.parent == dataset.images_folder and path.is_file() for path in collected.added)
     assert {path.name for path in place.iterdir()} == {"x.zip", "datasets"}
     if not collected.added:
         raise DatasetError("; ".join(why for _, why in collected.skipped) or "nothing in it")
@@ -66,16 +66,16 @@ def dataset_files(rng: random.Random) -> bytes:
     return len(parts[0]).to_bytes(4, "big") + parts[0] + parts[1]
 
 
-def read_dataset(data: bytes, place: Path, *, picture: bytes) -> object:
+def read_dataset(data: bytes, place: Path, *, image: bytes) -> object:
     """Open such a folder as the studio does; the picture and the caption in it stay whatever the files beside them say."""
     length = int.from_bytes(data[:4], "big")
     dataset = OwnedDataset.create(place, "fuzz", concept="zzk")
-    (dataset.pictures_folder / "a.png").write_bytes(picture)
-    (dataset.pictures_folder / "a.txt").write_bytes(_CAPTION)
+    (dataset.images_folder / "a.png").write_bytes(image)
+    (dataset.images_folder / "a.txt").write_bytes(_CAPTION)
     dataset.studio_folder.mkdir(exist_ok=True)
     (dataset.folder / "dataset.json").write_bytes(data[4:4 + length])
     (dataset.studio_folder / "captions.journal").write_bytes(data[4 + length:])
-    opened = OwnedDataset.open(dataset.folder)
-    book = CaptionBook.open(opened.folder)
-    assert [path.name for path in book.pictures] == ["a.png"] and opened.pictures[0].read_bytes() == picture
-    return opened.notes(), book.caption(0)
+    session = OwnedDataset.open(dataset.folder)
+    store = CaptionStore.open(session.folder)
+    assert [path.name for path in store.images] == ["a.png"] and session.images[0].read_bytes() == image
+    return session.notes(), store.caption(0)

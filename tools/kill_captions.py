@@ -37,10 +37,10 @@ while True:
 """
 
 
-def prepare(folder: Path, pictures: int) -> None:
+def prepare(folder: Path, images: int) -> None:
     """A dataset whose captions are of generation 0."""
     (folder / "10_x").mkdir(parents=True)
-    for number in range(pictures):
+    for number in range(images):
         (folder / "10_x" / f"{number:04}.png").write_bytes(b"")
         (folder / "10_x" / f"{number:04}.txt").write_text(f"picture {number}, generation 0", encoding="utf-8")
 
@@ -66,18 +66,18 @@ def generations(folder: Path) -> list[int]:
     return found
 
 
-def examine(folder: Path, *, pictures: int, saved: int, begun: int, tally: Counter[str]) -> list[str]:
+def examine(folder: Path, *, images: int, saved: int, begun: int, tally: Counter[str]) -> list[str]:
     """What is wrong after one kill; counts in `tally` where the process was."""
-    from lib_lora_train.studio.captions.store import CaptionBook
+    from lib_lora_train.studio.captions.store import CaptionStore
 
     before = generations(folder)
     mixed = len(set(before)) > 1
     tally["  between two captions" if mixed else "  with all captions written or none"] += 1
     tally["a journal lay there"] += (folder / JOURNAL).exists()
     tally["temporary files lay there"] += any(folder.rglob("*.part"))
-    CaptionBook.open(folder)
+    CaptionStore.open(folder)
     after = generations(folder)
-    wrong = [] if len(before) == len(after) == pictures and -1 not in before + after else ["a caption is gone or torn"]
+    wrong = [] if len(before) == len(after) == images and -1 not in before + after else ["a caption is gone or torn"]
     if len(set(after)) != 1:
         wrong.append(f"generations {sorted(set(after))} after opening")
     if saved and not saved <= after[0] <= begun:
@@ -98,11 +98,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, help="where to work; a temporary folder unless named")
     chosen = parser.parse_args(arguments)
     folder = Path(tempfile.mkdtemp(prefix="kill-captions-", dir=chosen.folder))
-    prepare(folder, chosen.pictures)
+    prepare(folder, chosen.images)
     rng, tally, wrong = random.Random(chosen.seed), Counter[str](), []
     for _ in range(chosen.times):
         saved, begun = kill_once(folder, rng)
-        wrong += examine(folder, pictures=chosen.pictures, saved=saved, begun=begun, tally=tally)
+        wrong += examine(folder, images=chosen.images, saved=saved, begun=begun, tally=tally)
     rows = [("kills", chosen.times), *sorted(tally.items()), ("generations saved", max(generations(folder))),
             ("wrong", len(wrong))]
     for name, value in rows:

@@ -108,13 +108,13 @@ class Trainer:
 class Place:
     """The folder of one run: its output, its record, and how to start or resume it."""
 
-    def __init__(self, folder: Path, *, checkpoint: Path, pictures: Path, steps: int) -> None:
+    def __init__(self, folder: Path, *, checkpoint: Path, images: Path, steps: int) -> None:
         self.output = folder
         settings = {"resolution": 64, "min_bucket_reso": 64, "num_repeats": 1, "network_dim": 8, "max_train_steps": steps,
                     "save_every_n_steps": SAVE_EVERY, "shuffle_caption": True, "lr_warmup_steps": 5, "train_batch_size": 2,
                     "gradient_accumulation_steps": 2, "learning_rate": 1e-3, "save_precision": "float"}
         self._common = ["--checkpoint", str(checkpoint), "--output-dir", str(folder)]
-        self._first = ["--data", str(pictures), "--name", NAME]
+        self._first = ["--data", str(images), "--name", NAME]
         self._first += [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
 
     @property
@@ -218,12 +218,12 @@ def prepare(folder: Path) -> tuple[Path, Path]:
     from PIL import Image
 
     from tools import tiny_checkpoint
-    pictures = folder / "pictures"
-    pictures.mkdir(parents=True, exist_ok=True)
+    images = folder / "pictures"
+    images.mkdir(parents=True, exist_ok=True)
     for number, color in enumerate(("red", "blue", "orange", "green", "black")):
-        Image.new("RGB", (64 if number else 128, 64), color).save(pictures / f"{number}.png")
-        (pictures / f"{number}.txt").write_text(f"a photo, {color} cat, zzk", encoding="utf-8")
-    return tiny_checkpoint.write(folder / "model"), pictures
+        Image.new("RGB", (64 if number else 128, 64), color).save(images / f"{number}.png")
+        (images / f"{number}.txt").write_text(f"a photo, {color} cat, zzk", encoding="utf-8")
+    return tiny_checkpoint.write(folder / "model"), images
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -235,11 +235,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, help="where to work; a temporary folder unless named")
     chosen = parser.parse_args(arguments)
     folder = chosen.folder or Path(tempfile.mkdtemp(prefix="kill-test-"))
-    checkpoint, pictures = prepare(folder)
+    checkpoint, images = prepare(folder)
     begun = time.monotonic()
 
     def place(name: str) -> Place:
-        return Place(folder / name, checkpoint=checkpoint, pictures=pictures, steps=chosen.steps)
+        return Place(folder / name, checkpoint=checkpoint, images=images, steps=chosen.steps)
 
     straight = place("straight")
     trainer = straight.go_on()

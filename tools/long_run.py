@@ -89,17 +89,17 @@ def slope(samples: Sequence[Sample], name: str) -> float:
 
 def run(folder: Path, *, steps: int, every: int) -> list[Sample]:
     """Train in `folder`; the samples."""
-    pictures = folder / "pictures"
-    pictures.mkdir(parents=True)
+    images = folder / "pictures"
+    images.mkdir(parents=True)
     for number in range(PICTURES):
-        Image.new("RGB", (64, 64), (50 * number, 80, 120)).save(pictures / f"{number}.png")
-        (pictures / f"{number}.txt").write_text(f"a photo, red cat, {number}", encoding="utf-8")
+        Image.new("RGB", (64, 64), (50 * number, 80, 120)).save(images / f"{number}.png")
+        (images / f"{number}.txt").write_text(f"a photo, red cat, {number}", encoding="utf-8")
     checkpoint = tiny_checkpoint.write(folder / "model", size=tiny_checkpoint.SMALLEST)
     host = WatchedHost(checkpoint, lora_folder=folder / "loras", runs_folder=folder / "runs", device=torch.device("cpu"))
     runner = Runner()
     host.watch(runner, every)
     # Captions that change at each step fill the cache of what the text encoder says, which has a bound of its own.
-    service.start({"train_data_dir": str(pictures), "output_name": "long", "resolution": "64", "min_bucket_reso": 64,
+    service.start({"train_data_dir": str(images), "output_name": "long", "resolution": "64", "min_bucket_reso": 64,
                    "num_repeats": 1, "max_train_steps": steps, "network_dim": 1, "shuffle_caption": True,
                    "save_every_n_steps": max(1, steps // 10), "save_state_every_n_minutes": 1}, runner=runner, host=host)
     runner.wait()

@@ -127,7 +127,7 @@ def _run(facts: TrainingFacts, name: str) -> dict[str, object]:
 
 
 def _dataset(facts: TrainingFacts) -> dict[str, object]:
-    pictures = [folder for folder in facts.folders if not folder.is_regularisation]
+    images = [folder for folder in facts.folders if not folder.is_regularisation]
     regularisation = [folder for folder in facts.folders if folder.is_regularisation]
     buckets = None if facts.buckets is None else {
         "buckets": {str(index): {"resolution": list(size), "count": count}
@@ -135,11 +135,11 @@ def _dataset(facts: TrainingFacts) -> dict[str, object]:
         "mean_img_ar_error": facts.aspect_error}
     return {
         "ss_resolution": tuple(facts.resolution),
-        "ss_num_train_images": sum(folder.images * folder.repeats for folder in pictures),
+        "ss_num_train_images": sum(folder.images * folder.repeats for folder in images),
         "ss_num_reg_images": sum(folder.images * folder.repeats for folder in regularisation),
-        "ss_dataset_dirs": _folders_json(pictures),
+        "ss_dataset_dirs": _folders_json(images),
         "ss_reg_dataset_dirs": _folders_json(regularisation),
-        "ss_tag_frequency": json.dumps({folder.name: dict(folder.tags) for folder in pictures}),
+        "ss_tag_frequency": json.dumps({folder.name: dict(folder.tags) for folder in images}),
         "ss_bucket_info": json.dumps(buckets),
     }
 

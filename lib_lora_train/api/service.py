@@ -26,7 +26,7 @@ from lib_lora_train.run.record import past_runs
 from lib_lora_train.run.resume import compare_settings, find, run_folder, settings_of
 from lib_lora_train.run.runner import Runner
 from lib_lora_train.settings import AREAS, Settings, declarations, flat, parse
-from lib_lora_train.settings.allowed_paths import confine
+from lib_lora_train.settings.allowed_paths import check_allowed
 from lib_lora_train.training.precision import compute_dtype
 
 FAMILY_NAMES = {"sd1": "SD1", "sd2": "SD2", "sdxl": "SDXL"}
@@ -39,12 +39,12 @@ def start(values: Mapping[str, object], *, runner: Runner, host: Host) -> str:
     leave no run behind. Raises UserError, and HostError while another run is under way.
     """
     settings = parse(values)
-    confine(settings, host.fence)
+    check_allowed(settings, host.allowed)
     if runner.running():
         raise HostError("A training is running already", remedy="wait for it or stop it first")
     point = find(settings.save.resume, host.runs_folder) if settings.save.resume else None
     result_path(settings, host, point)
-    found = prepare(settings, family=_family(host), fence=host.fence)
+    found = prepare(settings, family=_family(host), allowed=host.allowed)
     if point:
         compare_settings(settings, point, steps=found.plan.steps)
     return runner.start(settings, host)
@@ -70,12 +70,12 @@ def plan(values: Mapping[str, object], *, host: Host, should_stop: Callable[[], 
     no model is loaded). Raises UserError, and Interrupted where `should_stop()` says so.
     """
     settings = parse(values)
-    confine(settings, host.fence)
-    found = prepare(settings, family=_family(host), fence=host.fence, should_stop=should_stop)
+    check_allowed(settings, host.allowed)
+    found = prepare(settings, family=_family(host), allowed=host.allowed, should_stop=should_stop)
     estimate, warning = _estimate(settings, found, host, should_stop=should_stop)
     return {
         "summary": found.summary,
-        "pictures": found.dataset.pictures,
+        "pictures": found.dataset.images,
         "buckets": len(found.plan.buckets),
         "epochs": found.plan.epochs,
         "batches_per_epoch": found.plan.batches_per_epoch,
@@ -199,7 +199,7 @@ def name_taken(settings: Settings, host: Host) -> bool:
     """Whether a LoRA of the name is there and may not be overwritten. A missing name is not taken, nor that of a run which
     goes on (`start` knows whose file it is); raises OutputError for an impossible one, SettingError for a folder that is not
     allowed."""
-    confine(settings, host.fence)
+    check_allowed(settings, host.allowed)
     if settings.save.overwrite or settings.save.resume or not settings.save.output_name:
         return False
     return os.path.lexists(output_folder(settings, host) / f"{checked_name(settings.save.output_name)}.safetensors")

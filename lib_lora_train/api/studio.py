@@ -1,6 +1,6 @@
 """The routes under /lora-train/v1/studio/: the dataset studio, as JSON and pictures. Guarded as every route is (`gate.py`).
 
-Pictures are called by "id", which `pictures` gives. "which" stands for {"ids": [...]} or {"filter": {...}}, with
+Pictures are called by "id", which `images` gives. "which" stands for {"ids": [...]} or {"filter": {...}}, with
 
     all_of, any_of, none_of (lists of tags), prefix, suffix, text, regex, changed_only, empty_only, problem (a code, or "any")
 
@@ -29,7 +29,7 @@ A filter {} is every picture. Work that takes long is answered with {"id": n}; `
     POST split            {"id", "tile"?} -> {"ids"}                     POST unshape {"ids"} -> {"done", "skipped"}
     GET  mask?id=         what of it is learnt     POST put-mask?id=   a picture of its size as the body; white is learnt
     POST remove-mask      {"id"}
-    POST check-captions   {which, "seeds"?, "steps"?, "worst"?, "settings"?}   work; scores are in `pictures` as they come
+    POST check-captions   {which, "seeds"?, "steps"?, "worst"?, "settings"?}   work; scores are in `images` as they come
     GET  checked?id=&n=   the n-th picture painted from the caption, from 0
     POST class-pictures   {"prompts": [...], "count", "size": side or [width, height], "steps"?, "cfg"?, "seed"?}   work;
                           the result holds reg_data_dir
@@ -70,7 +70,7 @@ def add_routes(door: Door, studio: Studio) -> None:
 
     get("state", lambda _: view.state(studio), "The open dataset and the work under way")
     _add_datasets(post, studio)
-    _add_pictures(get, post, studio)
+    _add_images(get, post, studio)
     _add_captions(get, post, studio)
     _add_shapes(get, post, studio)
     _add_model(get, post, studio)
@@ -91,13 +91,13 @@ def _add_datasets(post: Callable[..., None], studio: Studio) -> None:
     post("stop-task", lambda _: {"stopping": studio.tasks.stop()}, "Stop the work under way")
 
 
-def _add_pictures(get: Callable[..., None], post: Callable[..., None], studio: Studio) -> None:
-    post("pictures", lambda body: view.pictures(
-        studio, _filtered(body), offset=requests.whole_number(body, "offset", default=0, low=0, high=10**9),
-        limit=requests.whole_number(body, "limit", default=48, low=0, high=view.MOST_A_PAGE),
+def _add_images(get: Callable[..., None], post: Callable[..., None], studio: Studio) -> None:
+    post("pictures", lambda body: view.images(
+        studio, _filtered(body), offset=requests.integer(body, "offset", default=0, low=0, high=10**9),
+        limit=requests.integer(body, "limit", default=48, low=0, high=view.MOST_A_PAGE),
         sort=requests.text(body, "sort") or "name"), "A page of the gallery")
-    get("thumb", lambda query: _picture(studio.thumbnail(query.get("id", "")), keep=True), "A small picture")
-    get("picture", lambda query: _picture(studio.picture(query.get("id", "")), keep=True), "A whole picture")
+    get("thumb", lambda query: _image(studio.thumbnail(query.get("id", "")), keep=True), "A small picture")
+    get("picture", lambda query: _image(studio.image(query.get("id", "")), keep=True), "A whole picture")
     post("remove", lambda body: {"removed": studio.remove(requests.texts(body, "ids"))}, "Take pictures out")
 
 
@@ -118,35 +118,35 @@ def _add_captions(get: Callable[..., None], post: Callable[..., None], studio: S
 
 def _add_shapes(get: Callable[..., None], post: Callable[..., None], studio: Studio) -> None:
     post("check", lambda body: {"id": operations.check(studio, requests.table(body, "settings"))}, "Look at the pictures")
-    get("crops", lambda _: _picture(shaping.crops(studio), keep=False), "What crops lose")
-    post("shape-preview", lambda body: _picture(
+    get("crops", lambda _: _image(shaping.crops(studio), keep=False), "What crops lose")
+    post("shape-preview", lambda body: _image(
         shaping.preview(studio, requests.text(body, "id"), requests.table(body, "shape")), keep=False), "What a shape would make")
     post("shape", lambda body: {"id": operations.shape(studio, requests.table(body, "shape"), requests.selection(body))},
          "Cut and scale pictures")
-    post("crop", lambda body: _nothing(shaping.crop_by_hand(
+    post("crop", lambda body: _nothing(shaping.crop_to_box(
         studio, requests.text(body, "id"), requests.numbers(body, "box", count=4))), "Cut a picture by hand")
     post("flip", lambda body: {"id": shaping.flip(studio, requests.text(body, "id"), copy=requests.switch(body, "copy"))}, "Mirror")
     post("split", lambda body: {"ids": shaping.split(
-        studio, requests.text(body, "id"), tile=requests.whole_number(body, "tile", default=0, low=0, high=16384))}, "Split")
-    get("mask", lambda query: _picture(shaping.mask(studio, query.get("id", "")), keep=False), "What of a picture is learnt")
+        studio, requests.text(body, "id"), tile=requests.integer(body, "tile", default=0, low=0, high=16384))}, "Split")
+    get("mask", lambda query: _image(shaping.mask(studio, query.get("id", "")), keep=False), "What of a picture is learnt")
     post("remove-mask", lambda body: _nothing(shaping.remove_mask(studio, requests.text(body, "id"))), "Learn all of a picture")
     post("unshape", lambda body: shaping.unshape(studio, requests.texts(body, "ids")), "Bring pictures back as they were")
 
 
 def _add_model(get: Callable[..., None], post: Callable[..., None], studio: Studio) -> None:
     post("check-captions", lambda body: {"id": model_operations.check(
-        studio, requests.selection(body), seeds=requests.whole_number(body, "seeds", default=2, low=0, high=8),
-        steps=requests.whole_number(body, "steps", default=20, low=1, high=150),
-        worst=requests.whole_number(body, "worst", default=model_operations.MOST_PAINTED, low=0, high=10**6),
+        studio, requests.selection(body), seeds=requests.integer(body, "seeds", default=2, low=0, high=8),
+        steps=requests.integer(body, "steps", default=20, low=1, high=150),
+        worst=requests.integer(body, "worst", default=model_operations.MOST_GENERATED, low=0, high=10**6),
         values=requests.table(body, "settings"))}, "Are the captions right")
-    get("checked", lambda query: _picture(model_operations.painted(
+    get("checked", lambda query: _image(model_operations.generated(
         studio, query.get("id", ""), requests.number_text(query.get("n", "0"))), keep=False), "A picture painted from a caption")
-    post("class-pictures", lambda body: {"id": model_operations.class_pictures(
+    post("class-pictures", lambda body: {"id": model_operations.class_images(
         studio, prompts=requests.texts(body, "prompts"), size=requests.size(body, "size", default=512),
-        count=requests.whole_number(body, "count", default=20, low=1, high=10_000),
-        steps=requests.whole_number(body, "steps", default=20, low=1, high=150),
-        cfg=float(requests.whole_number(body, "cfg", default=7, low=1, high=30)),
-        seed=requests.whole_number(body, "seed", default=1, low=0, high=2**32 - 1))}, "Paint preservation pictures")
+        count=requests.integer(body, "count", default=20, low=1, high=10_000),
+        steps=requests.integer(body, "steps", default=20, low=1, high=150),
+        cfg=float(requests.integer(body, "cfg", default=7, low=1, high=30)),
+        seed=requests.integer(body, "seed", default=1, low=0, high=2**32 - 1))}, "Paint preservation pictures")
 
 
 async def _upload(request: Request, studio: Studio) -> object:
@@ -199,15 +199,15 @@ async def _receive(request: Request, studio: Studio, batch: str, name: str) -> R
 
 
 def _begin(studio: Studio, batch: str, name: str, size: int | None) -> Receiving:
-    with studio.using() as opened:
-        return opened.uploads.begin(batch, name, size=size)
+    with studio.using() as session:
+        return session.uploads.begin(batch, name, size=size)
 
 
 def _filtered(body: Body) -> requests.Selection:
     return requests.Selection(None, requests.table(body, "filter"))
 
 
-def _picture(data: bytes, *, keep: bool) -> Response:
+def _image(data: bytes, *, keep: bool) -> Response:
     """A picture of ours. Its address changes with it ("stamp"), so a browser may keep it for a while."""
     return Response(data, media_type=thumbs.MEDIA_TYPE, headers={
         "X-Content-Type-Options": "nosniff", "Content-Security-Policy": "default-src 'none'; sandbox",

@@ -12,11 +12,11 @@ from typing import Literal
 from lib_lora_train.dataset.captions import split_tags
 from lib_lora_train.dataset.findings import Examined, Report
 from lib_lora_train.dataset.folder import some_of
-from lib_lora_train.dataset.plan import MIN_VISITS, MIN_VISITS_PER_PICTURE
+from lib_lora_train.dataset.plan import MIN_VISITS, MIN_VISITS_PER_IMAGE
 from lib_lora_train.dataset.tag_slips import respelt, typing_errors
 from lib_lora_train.errors import printable
 
-MIN_PICTURES = 10
+MIN_IMAGES = 10
 LEAST_RESOLUTION = 256  # below it models of 512 paint nothing worth learning
 
 Weighted = tuple[float, str]
@@ -40,7 +40,7 @@ class Circumstances:
 
 def advise(report: Report, around: Circumstances) -> tuple[str, ...]:
     """The sentences, worst first; none if there is nothing to fix."""
-    weighted = [*_files(report), *_number(report), *_captions(report, around), *_pictures(report, around),
+    weighted = [*_files(report), *_number(report), *_captions(report, around), *_images(report, around),
                 *_length(report, around), *_tags(report, around)]
     weighted += [(4.0, text) for text in around.problems]
     return tuple(printable(text) for _, text in sorted(weighted, key=lambda item: -item[0]))
@@ -66,28 +66,28 @@ def _number(report: Report) -> Iterator[Weighted]:
                      "choose another folder.")
         return
     different = usable - len(_with(report, "duplicate"))
-    if different < MIN_PICTURES:
-        yield 100, (f"{_are_only(different)} here, and from fewer than {MIN_PICTURES} a LoRA mostly learns to copy: "
-                    f"add at least {MIN_PICTURES - different} more that differ in pose, light and background.")
+    if different < MIN_IMAGES:
+        yield 100, (f"{_are_only(different)} here, and from fewer than {MIN_IMAGES} a LoRA mostly learns to copy: "
+                    f"add at least {MIN_IMAGES - different} more that differ in pose, light and background.")
 
 
 def _captions(report: Report, around: Circumstances) -> Iterator[Weighted]:
     missing, empty = _with(report, "no_caption"), _with(report, "empty_caption")
-    for pictures, have in ((missing, "no caption file"), (empty, "an empty caption file")):
-        if not pictures:
+    for images, have in ((missing, "no caption file"), (empty, "an empty caption file")):
+        if not images:
             continue
-        start = f"{_count(pictures, 'picture')} {'has' if len(pictures) == 1 else 'have'} {have} ({_names(pictures)})"
+        start = f"{_count(images, 'picture')} {'has' if len(images) == 1 else 'have'} {have} ({_names(images)})"
         instead = around.trigger_word or " / ".join(around.concepts)
-        them = _them(pictures)
+        them = _them(images)
         if instead:
             why = (f" and would be trained on '{instead}' alone, so that clothes, pose and background become part of that "
                    f"word too: tag or caption {them}")
         else:
             why = (f" and no trigger word is set, so no word would call what is learnt from {them}: tag or caption {them}, or "
                    "set a trigger word")
-        yield 4 + (20 if instead else 30) * _share(pictures, report), start + why + (
+        yield 4 + (20 if instead else 30) * _share(images, report), start + why + (
             f" ({some_of(around.strays, 3)} {'looks' if len(around.strays) == 1 else 'look'} meant for that, but the text for "
-            "a.png must be called a.txt)." if pictures is missing and around.strays else ".")
+            "a.png must be called a.txt)." if images is missing and around.strays else ".")
     long = _with(report, "long_caption")
     if long:
         yield 5 * _share(long, report), (
@@ -103,7 +103,7 @@ def _captions(report: Report, around: Circumstances) -> Iterator[Weighted]:
                   "remove one of them.")
 
 
-def _pictures(report: Report, around: Circumstances) -> Iterator[Weighted]:
+def _images(report: Report, around: Circumstances) -> Iterator[Weighted]:
     twins = _with(report, "duplicate")
     if twins:
         pairs = [f"{group[1].name} like {group[0].name}" for group in report.duplicates]
@@ -118,12 +118,12 @@ def _pictures(report: Report, around: Circumstances) -> Iterator[Weighted]:
             "learns blur as readily as anything else: find sharper ones, unless softness is what you want.")
     narrow = _with(report, "narrow")
     if narrow:
-        out = sum(not picture.usable for picture in narrow)
+        out = sum(not image.usable for image in narrow)
         yield (3 if out else 2) + 12 * _share(narrow, report), (
             f"{_count(narrow, 'picture')} {_are(narrow)} more than 3 times as long as wide ({_names(narrow)}), a shape that "
             f"models paint badly{f' ({out} would even be left out)' if out else ''}: crop {_them(narrow)}, or split "
             f"{_them(narrow)} into squarer pieces.")
-    deep = sorted(_with(report, "deep_crop"), key=lambda picture: -picture.crop_loss)
+    deep = sorted(_with(report, "deep_crop"), key=lambda image: -image.crop_loss)
     if deep:
         buckets = "" if around.enable_bucket else ", or switch aspect buckets on, which crop far less"
         yield 2 + 12 * _share(deep, report), (
@@ -133,14 +133,14 @@ def _pictures(report: Report, around: Circumstances) -> Iterator[Weighted]:
 
 
 def _small(report: Report) -> Iterator[Weighted]:
-    small = sorted(_with(report, "small"), key=lambda picture: picture.width * picture.height)
+    small = sorted(_with(report, "small"), key=lambda image: image.width * image.height)
     if not small:
         return
     least = small[0]
     wanted = report.resolution[0] * report.resolution[1]
-    usual = sorted(p.width * p.height for p in report.pictures if p.width)
+    usual = sorted(p.width * p.height for p in report.images if p.width)
     side = int(usual[len(usual) // 4] ** 0.5) // 64 * 64  # what three quarters of the pictures reach
-    lower = f", or set the resolution to {side}" if 2 * len(small) > len(report.pictures) and side >= LEAST_RESOLUTION else ""
+    lower = f", or set the resolution to {side}" if 2 * len(small) > len(report.images) and side >= LEAST_RESOLUTION else ""
     yield 3 + 18 * _share(small, report), (
         f"{_count(small, 'picture')} {_are(small)} smaller than the training size {report.resolution[0]}×"
         f"{report.resolution[1]} (smallest: {least.path.name}, {least.width}×{least.height}, "
@@ -151,7 +151,7 @@ def _small(report: Report) -> Iterator[Weighted]:
 def _length(report: Report, around: Circumstances) -> Iterator[Weighted]:
     planned, usable = around.planned_visits, report.usable
     # A large folder is often seen less than a hundred times a picture, and learns; a fifth less is a choice, not a mistake.
-    wanted = min(max(MIN_VISITS, MIN_VISITS_PER_PICTURE * usable), 2 * MIN_VISITS)
+    wanted = min(max(MIN_VISITS, MIN_VISITS_PER_IMAGE * usable), 2 * MIN_VISITS)
     if planned is None or not usable or planned >= 0.8 * wanted:
         return
     proposal = report.proposal
@@ -162,8 +162,8 @@ def _length(report: Report, around: Circumstances) -> Iterator[Weighted]:
 
 
 def _tags(report: Report, around: Circumstances) -> Iterator[Weighted]:
-    captioned = [caption for caption, picture in zip(around.captions, report.pictures, strict=True)
-                 if not {"no_caption", "empty_caption", "unreadable_caption", "broken"} & set(picture.problems)]
+    captioned = [caption for caption, image in zip(around.captions, report.images, strict=True)
+                 if not {"no_caption", "empty_caption", "unreadable_caption", "broken"} & set(image.problems)]
     if around.layout == "kohya" and not around.trigger_word and len(around.concepts) == 1 and captioned:
         words = {tag.casefold() for tag in split_tags(around.concepts[0])}
         without = [caption for caption in captioned if not all(word in caption.casefold() for word in words)]
@@ -185,15 +185,15 @@ def _tags(report: Report, around: Circumstances) -> Iterator[Weighted]:
 
 
 def _with(report: Report, code: str) -> list[Examined]:
-    return [picture for picture in report.pictures if code in picture.problems]
+    return [image for image in report.images if code in image.problems]
 
 
-def _share(pictures: Sequence[Examined], report: Report) -> float:
-    return len(pictures) / len(report.pictures)
+def _share(images: Sequence[Examined], report: Report) -> float:
+    return len(images) / len(report.images)
 
 
-def _names(pictures: Sequence[Examined]) -> str:
-    return some_of([picture.path.name for picture in pictures], 3)
+def _names(images: Sequence[Examined]) -> str:
+    return some_of([image.path.name for image in images], 3)
 
 
 def _count(things: Sequence[object], word: str) -> str:

@@ -20,21 +20,21 @@ _HUE_SHIFT = 8 / 180  # of the whole circle
 _GAMMA = (0.95, 1.05)
 
 
-def scale_and_crop(picture: Image.Image, placement: Placement, *, crop: tuple[int, int] | None = None) -> Image.Image:
+def scale_and_crop(image: Image.Image, placement: Placement, *, crop: tuple[int, int] | None = None) -> Image.Image:
     """The picture at bucket size, cut at `crop` (left, top in the scaled picture; default: its centre).
 
     Only the part that is kept is computed: scaling a strip of 100000×10 to cover a bucket would
     otherwise take gigabytes.
     """
-    assert picture.size == placement.original, f"placed as {placement.original}, decoded as {picture.size}"
+    assert image.size == placement.original, f"placed as {placement.original}, decoded as {image.size}"
     left, top = placement.crop if crop is None else crop
     if placement.resized == placement.original:
-        return picture.crop((left, top, left + placement.bucket[0], top + placement.bucket[1]))
+        return image.crop((left, top, left + placement.bucket[0], top + placement.bucket[1]))
     across = placement.original[0] / placement.resized[0]
     down = placement.original[1] / placement.resized[1]
     right = min((left + placement.bucket[0]) * across, placement.original[0])
     bottom = min((top + placement.bucket[1]) * down, placement.original[1])
-    return picture.resize(
+    return image.resize(
         placement.bucket, Image.Resampling.LANCZOS, box=(left * across, top * down, right, bottom))
 
 
@@ -48,24 +48,24 @@ def draw_crop(placement: Placement, rng: random.Random) -> tuple[int, int]:
     return rng.randint(0, placement.slack[0]), rng.randint(0, placement.slack[1])
 
 
-def vary_colour(picture: Image.Image, rng: random.Random) -> Image.Image:
+def vary_colour(image: Image.Image, rng: random.Random) -> Image.Image:
     """In one of three visits a slightly different hue or gamma; otherwise the picture itself."""
     if rng.random() >= COLOUR_PROBABILITY:
-        return picture
+        return image
     if rng.random() < 0.5:
-        return _turn_hue(picture, rng.uniform(-_HUE_SHIFT, _HUE_SHIFT))
+        return _turn_hue(image, rng.uniform(-_HUE_SHIFT, _HUE_SHIFT))
     gamma = rng.uniform(*_GAMMA)
-    return picture.point([round(255 * (i / 255) ** gamma) for i in range(256)] * 3)
+    return image.point([round(255 * (i / 255) ** gamma) for i in range(256)] * 3)
 
 
-def to_tensor(picture: Image.Image) -> torch.Tensor:
+def to_tensor(image: Image.Image) -> torch.Tensor:
     """RGB picture → [3, H, W] float32 in [-1, 1]."""
-    return to_network(to_samples(picture))
+    return to_network(to_samples(image))
 
 
-def to_samples(picture: Image.Image) -> torch.Tensor:
+def to_samples(image: Image.Image) -> torch.Tensor:
     """RGB picture → [H, W, 3] uint8 on the CPU: a quarter of what the network's input takes while it waits."""
-    return torch.from_numpy(np.array(picture, dtype=np.uint8))
+    return torch.from_numpy(np.array(image, dtype=np.uint8))
 
 
 def to_network(samples: torch.Tensor) -> torch.Tensor:
@@ -74,8 +74,8 @@ def to_network(samples: torch.Tensor) -> torch.Tensor:
     return pixels.div_(127.5).sub_(1.0)
 
 
-def _turn_hue(picture: Image.Image, part_of_circle: float) -> Image.Image:
-    hue, saturation, value = picture.convert("HSV").split()
+def _turn_hue(image: Image.Image, part_of_circle: float) -> Image.Image:
+    hue, saturation, value = image.convert("HSV").split()
     shift = round(part_of_circle * 256)
     turned = hue.point([(i + shift) % 256 for i in range(256)])
     return Image.merge("HSV", (turned, saturation, value)).convert("RGB")

@@ -7,7 +7,7 @@ import math
 from PIL import Image, ImageDraw, ImageFont
 
 from lib_lora_train.dataset.findings import Examined, Report
-from lib_lora_train.dataset.images import read_picture
+from lib_lora_train.dataset.images import read_image
 from lib_lora_train.errors import DatasetError, printable
 
 _CELL, _MARGIN, _LINE = 200, 14, 17
@@ -27,13 +27,13 @@ def crop_sheet(report: Report, *, most: int = 48) -> Image.Image:
 
     Pictures that cannot be read, or that no training size takes, are left out. Raises DatasetError if none is left.
     """
-    chosen = sorted((picture for picture in report.pictures if picture.bucket != (0, 0)), key=lambda p: -p.crop_loss)
+    chosen = sorted((image for image in report.images if image.bucket != (0, 0)), key=lambda p: -p.crop_loss)
     cells = []
-    for picture in chosen:
+    for image in chosen:
         if len(cells) == most:
             break
         try:
-            cells.append(_cell(picture))
+            cells.append(_cell(image))
         except DatasetError:
             continue  # gone or damaged since the report
     if not cells:
@@ -46,25 +46,25 @@ def crop_sheet(report: Report, *, most: int = 48) -> Image.Image:
     return sheet
 
 
-def dimmed(picture: Image.Image, kept: tuple[float, float, float, float]) -> Image.Image:
+def dimmed(image: Image.Image, kept: tuple[float, float, float, float]) -> Image.Image:
     """The RGB picture with everything outside `kept` (left, top, right, bottom in pixels) greyed, and a frame around it."""
     box = tuple(round(number) for number in kept)
-    grey = Image.blend(Image.new("RGB", picture.size, (128, 128, 128)), picture.convert("L").convert("RGB"), _DIMMED)
-    grey.paste(picture.crop(box), box[:2])
-    if box != (0, 0, *picture.size):
+    grey = Image.blend(Image.new("RGB", image.size, (128, 128, 128)), image.convert("L").convert("RGB"), _DIMMED)
+    grey.paste(image.crop(box), box[:2])
+    if box != (0, 0, *image.size):
         ImageDraw.Draw(grey).rectangle((box[0], box[1], box[2] - 1, box[3] - 1), outline=_FRAME,
-                                       width=max(1, max(picture.size) // 100))
+                                       width=max(1, max(image.size) // 100))
     return grey
 
 
 def _cell(examined: Examined) -> Image.Image:
-    picture = read_picture(examined.path)
-    if picture.size != (examined.width, examined.height):
+    image = read_image(examined.path)
+    if image.size != (examined.width, examined.height):
         raise DatasetError(f"The picture {examined.path} has changed since it was examined")
-    scale = min(_CELL / picture.width, _CELL / picture.height)
-    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
-    small = picture.resize(size, Image.Resampling.LANCZOS)
-    across, down = size[0] / picture.width, size[1] / picture.height
+    scale = min(_CELL / image.width, _CELL / image.height)
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    small = image.resize(size, Image.Resampling.LANCZOS)
+    across, down = size[0] / image.width, size[1] / image.height
     left, top, right, bottom = examined.kept
     shown = dimmed(small, (left * across, top * down, right * across, bottom * down))
     cell = Image.new("RGB", (_CELL, _CELL + 2 * _LINE), _PAPER)

@@ -65,7 +65,7 @@ class Report:
     """A whole folder."""
 
     folder: Path
-    pictures: tuple[Examined, ...]
+    images: tuple[Examined, ...]
     duplicates: tuple[tuple[Path, ...], ...]  # groups, in each the best picture first
     sizes: tuple[tuple[Size, int], ...]  # ((width, height), pictures), most frequent first
     buckets: tuple[tuple[Size, int], ...]  # likewise, of the pictures a training takes
@@ -78,12 +78,12 @@ class Report:
     @property
     def counts(self) -> dict[str, int]:
         """Pictures with each problem, by code."""
-        return dict(Counter(code for picture in self.pictures for code in picture.problems))
+        return dict(Counter(code for image in self.images for code in image.problems))
 
     @property
     def usable(self) -> int:
         """Pictures that a training takes."""
-        return sum(picture.usable for picture in self.pictures)
+        return sum(image.usable for image in self.images)
 
     @property
     def trainable(self) -> bool:
@@ -93,14 +93,14 @@ class Report:
     @property
     def mean_crop_loss(self) -> float:
         """Share of the area that crops lose, 0…1, over the pictures a training takes."""
-        return sum(picture.crop_loss for picture in self.pictures if picture.usable) / max(1, self.usable)
+        return sum(image.crop_loss for image in self.images if image.usable) / max(1, self.usable)
 
     @property
     def summary(self) -> str:
         """One line: pictures, how many to look at, buckets, crops."""
-        look = sum(bool(picture.problems) for picture in self.pictures)
+        look = sum(bool(image.problems) for image in self.images)
         buckets = f"{len(self.buckets)} bucket{'' if len(self.buckets) == 1 else 's'}"
-        return (f"{len(self.pictures):,} picture{'' if len(self.pictures) == 1 else 's'}, "
+        return (f"{len(self.images):,} picture{'' if len(self.images) == 1 else 's'}, "
                 f"{f'{look:,} to look at' if look else 'none to look at'} · {buckets} at "
                 f"{_size(self.resolution)}, crops lose {_percent(self.mean_crop_loss)} on average")
 
@@ -113,10 +113,10 @@ class Report:
             "advice": list(self.advice), "counts": self.counts, "resolution": list(self.resolution),
             "mean_crop_loss": round(self.mean_crop_loss, 4),
             "pictures": [{
-                "path": name(picture.path), "width": picture.width, "height": picture.height,
-                "bucket": list(picture.bucket), "crop_loss": round(picture.crop_loss, 4),
-                "kept": [round(number, 1) for number in picture.kept], "sharpness": round(picture.sharpness, 3),
-                "tokens": picture.tokens, "problems": list(picture.problems)} for picture in self.pictures],
+                "path": name(image.path), "width": image.width, "height": image.height,
+                "bucket": list(image.bucket), "crop_loss": round(image.crop_loss, 4),
+                "kept": [round(number, 1) for number in image.kept], "sharpness": round(image.sharpness, 3),
+                "tokens": image.tokens, "problems": list(image.problems)} for image in self.images],
             "duplicates": [[name(path) for path in group] for group in self.duplicates],
             "sizes": [[*size, count] for size, count in self.sizes],
             "buckets": [[*size, count] for size, count in self.buckets],
@@ -143,11 +143,11 @@ class Report:
         return printable("\n".join([f"{self.folder}: {self.summary}", "", *lines, "", *figures]))
 
     def _crops(self) -> str:
-        losing = sorted((p for p in self.pictures if p.usable and p.crop_loss >= 0.005), key=lambda p: -p.crop_loss)
-        return some_of([f"{picture.path.name} loses {_percent(picture.crop_loss)}" for picture in losing])
+        losing = sorted((p for p in self.images if p.usable and p.crop_loss >= 0.005), key=lambda p: -p.crop_loss)
+        return some_of([f"{image.path.name} loses {_percent(image.crop_loss)}" for image in losing])
 
     def _tokens(self) -> str:
-        tokens = sorted(picture.tokens for picture in self.pictures if picture.tokens is not None)
+        tokens = sorted(image.tokens for image in self.images if image.tokens is not None)
         return f"{tokens[0]} to {tokens[-1]} a caption, half of them up to {tokens[len(tokens) // 2]}" if tokens else ""
 
 

@@ -18,9 +18,9 @@ from typing import Literal
 
 from lib_lora_train.dataset.buckets import Buckets, Placement, Size
 from lib_lora_train.dataset.captions import find_captions, first_line, read_caption, split_tags, with_trigger_word
-from lib_lora_train.dataset.images import MAX_PIXELS, check_picture, is_picture_name
+from lib_lora_train.dataset.images import MAX_PIXELS, check_image, is_image_name
 from lib_lora_train.dataset.plan import balanced_repeats, plain_folder_repeats
-from lib_lora_train.dataset.prefetch import Ahead, reading_threads
+from lib_lora_train.dataset.prefetch import Prefetch, reading_threads
 from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
 from lib_lora_train.errors import DatasetError, printable
 from lib_lora_train.settings import DECLARATIONS
@@ -29,7 +29,7 @@ MOST_REPEATS = DECLARATIONS["num_repeats"].maximum
 MASKS_FOLDER = "masks"  # beside the N_name folders, where the studio keeps them: no pictures to learn from
 MayRead = Callable[[Path], bool]
 _MANY = 100  # pictures from which on threads are worth their beginning
-_AHEAD_A_THREAD = 16  # files that may have been looked at, for each thread that does
+_PREFETCH_PER_THREAD = 16  # files that may have been looked at, for each thread that does
 _LARGE = 32 << 20  # bytes of a file, which checking may have in memory at once; of larger ones only one is checked at a time
 _REPEATS_AND_NAME = re.compile(r"(\d+)_(.*)")
 
@@ -69,7 +69,7 @@ class Dataset:
     problems: tuple[Problem, ...] = ()
 
     @property
-    def pictures(self) -> int:
+    def images(self) -> int:
         """Pictures to learn from, without regularisation."""
         return sum(not example.is_regularisation for example in self.examples)
 
@@ -113,14 +113,14 @@ def scan(
     Raises DatasetError (folder missing, empty, unreadable; no usable picture; captions not UTF-8) and
     Interrupted when `should_stop()` says so.
     """
-    subsets, layout, problems = find_pictures(Path(folder), what="dataset", may_read=may_read)
+    subsets, layout, problems = find_images(Path(folder), what="dataset", may_read=may_read)
     reg_subsets: list[Subset] = []
     if reg_data_dir:
         if _same(Path(reg_data_dir), Path(folder)):
             raise DatasetError("reg_data_dir is the dataset folder itself", remedy="choose another folder or none")
-        reg_subsets, _, reg_problems = find_pictures(Path(reg_data_dir), what="regularisation", may_read=may_read)
+        reg_subsets, _, reg_problems = find_images(Path(reg_data_dir), what="regularisation", may_read=may_read)
         problems += reg_problems
-    watch = Watch(sum(len(subset.pictures) for subset in subsets + reg_subsets), doing="the pictures were read",
+    watch = Watch(sum(len(subset.images) for subset in subsets + reg_subsets), doing="the pictures were read",
                   on_progress=on_progress, should_stop=should_stop)
     reader = _Reader(problems, watch=watch, max_pixels=max_pixels)
     examples = reader.read(subsets, trigger_word=trigger_word)
@@ -171,7 +171,7 @@ class Subset:
     path: Path
     repeats: int
     caption: str  # for pictures without a caption file
-    pictures: tuple[Path, ...]
+    images: tuple[Path, ...]
     captions: dict[str, list[Path]]
 
 
@@ -188,43 +188,43 @@ class _Reader:
 
     def read(self, subsets: Sequence[Subset], *, trigger_word: str) -> list[Example]:
         examples = []
-        places = [(subset, picture) for subset in subsets for picture in subset.pictures]
+        places = [(subset, image) for subset in subsets for image in subset.images]
         threads = reading_threads() if len(places) >= _MANY else 0
-        with Ahead([picture for _, picture in places], self._checked, threads=threads, most=_AHEAD_A_THREAD * max(1, threads),
-                   cost=lambda picture: 0, kept=lambda size: 0) as checked:
-            for subset, picture in places:
+        with Prefetch([image for _, image in places], self._checked, threads=threads, most=_PREFETCH_PER_THREAD * max(1, threads),
+                   cost=lambda image: 0, kept=lambda size: 0) as checked:
+            for subset, image in places:
                 self.watch.check()
-                example = self._example(picture, subset, size=next(checked), trigger_word=trigger_word)
+                example = self._example(image, subset, size=next(checked), trigger_word=trigger_word)
                 if example is not None:
                     examples.append(example)
                 self.watch.advance()
         return examples
 
-    def _checked(self, picture: Path) -> tuple[int, int] | DatasetError:
+    def _checked(self, image: Path) -> tuple[int, int] | DatasetError:
         """The picture's size, or why it cannot be used; in any thread."""
         try:
-            with self.one_large if _file_bytes(picture) > _LARGE else contextlib.nullcontext():
-                return check_picture(picture, max_pixels=self.max_pixels)
+            with self.one_large if _file_bytes(image) > _LARGE else contextlib.nullcontext():
+                return check_image(image, max_pixels=self.max_pixels)
         except DatasetError as error:
             return error
 
-    def _example(self, picture: Path, subset: Subset, *, size: tuple[int, int] | DatasetError, trigger_word: str
+    def _example(self, image: Path, subset: Subset, *, size: tuple[int, int] | DatasetError, trigger_word: str
                  ) -> Example | None:
         if isinstance(size, DatasetError):
-            self.problems.append(Problem(f"Skipped: {size}", picture, skipped=True))
+            self.problems.append(Problem(f"Skipped: {size}", image, skipped=True))
             return None
         width, height = size
-        caption = with_trigger_word(self._caption(picture, subset), trigger_word)
+        caption = with_trigger_word(self._caption(image, subset), trigger_word)
         if not caption:
-            self.empty.append(picture.name)
-        return Example(picture, caption, subset.repeats, subset.path.name, width, height)
+            self.empty.append(image.name)
+        return Example(image, caption, subset.repeats, subset.path.name, width, height)
 
-    def _caption(self, picture: Path, subset: Subset) -> str:
-        files = subset.captions.get(picture.stem, [])
+    def _caption(self, image: Path, subset: Subset) -> str:
+        files = subset.captions.get(image.stem, [])
         if not files:
             return subset.caption
         if len(files) > 1:
-            self.several_files.append(picture.name)
+            self.several_files.append(image.name)
         try:
             text = read_caption(files[0])
         except DatasetError as error:
@@ -251,7 +251,7 @@ class _Reader:
                 self.problems.append(Problem(f"{len(names)} picture(s) have {text}: {some_of(names)}."))
 
 
-def find_pictures(folder: Path, *, what: str,
+def find_images(folder: Path, *, what: str,
                   may_read: MayRead | None) -> tuple[list[Subset], Literal["kohya", "plain"], list[Problem]]:
     """Which folders hold the pictures, and in which layout; only names are read. `what` completes "The … folder".
 
@@ -259,7 +259,7 @@ def find_pictures(folder: Path, *, what: str,
     """
     problems: list[Problem] = []
     files, folders = _listing(folder, what, may_read=may_read, problems=problems)
-    loose = [file for file in files if is_picture_name(file)]
+    loose = [file for file in files if is_image_name(file)]
     numbered = [f for f in folders if _REPEATS_AND_NAME.fullmatch(f.name)]
     subsets = [s for f in numbered if (s := _subset(f, problems, may_read)) is not None]
     others = [f for f in folders if f not in numbered and f.name != MASKS_FOLDER]
@@ -278,10 +278,10 @@ def find_pictures(folder: Path, *, what: str,
         problems += _unused_folders(others, "only the pictures beside it are used")
         return [Subset(folder, 1, "", tuple(loose), find_captions(files))], "plain", problems
     why = " ".join(p.text for p in problems) or "no file in it has a picture's name"
-    with_pictures = [f.name for f in others if _picture_names(f)]
+    with_images = [f.name for f in others if _image_names(f)]
     remedy = "choose the folder that holds the pictures"
-    if with_pictures:
-        remedy = (f"choose one of its folders ({some_of(with_pictures)}), or put the number of repeats in front of "
+    if with_images:
+        remedy = (f"choose one of its folders ({some_of(with_images)}), or put the number of repeats in front of "
                   "their names, as in 10_name")
     raise DatasetError(f"The {what} folder {folder} holds no pictures", why=why, remedy=remedy)
 
@@ -291,21 +291,21 @@ def _subset(folder: Path, problems: list[Problem], may_read: MayRead | None) -> 
     match = _REPEATS_AND_NAME.fullmatch(folder.name)
     assert match is not None
     files, folders = _listing(folder, "dataset", may_read=may_read, problems=problems)
-    pictures = tuple(file for file in files if is_picture_name(file))
+    images = tuple(file for file in files if is_image_name(file))
     problems += _unused_folders(folders, f"folders inside {folder.name} are not searched")
     repeats = int(match[1])
     # 20240101_holiday is a date: read as repeats it would fill the memory with visits.
-    if not pictures or not 1 <= repeats <= MOST_REPEATS:
-        why = "it holds no pictures" if not pictures else f"it asks for {repeats} repeats, not 1 to {MOST_REPEATS:.0f}"
+    if not images or not 1 <= repeats <= MOST_REPEATS:
+        why = "it holds no pictures" if not images else f"it asks for {repeats} repeats, not 1 to {MOST_REPEATS:.0f}"
         problems.append(Problem(f"The folder {folder.name} is ignored: {why}."))
         return None
-    return Subset(folder, repeats, printable(match[2].strip()), pictures, find_captions(files))
+    return Subset(folder, repeats, printable(match[2].strip()), images, find_captions(files))
 
 
-def _file_bytes(picture: Path) -> int:
+def _file_bytes(image: Path) -> int:
     """Size of a file; 0 where it cannot be told."""
     try:
-        return picture.stat().st_size
+        return image.stat().st_size
     except OSError:
         return 0
 
@@ -341,16 +341,16 @@ def _listing(folder: Path, what: str, *, may_read: MayRead | None,
     return files, folders
 
 
-def _picture_names(folder: Path) -> list[str]:
+def _image_names(folder: Path) -> list[str]:
     try:
-        return [path.name for path in folder.iterdir() if is_picture_name(path)]
+        return [path.name for path in folder.iterdir() if is_image_name(path)]
     except OSError:
         return []  # only asked to word a message about a folder that is not used
 
 
 def _unused_folders(folders: Sequence[Path], why: str) -> list[Problem]:
     return [Problem(f"The pictures in the folder {folder.name} are ignored: {why}.", folder)
-            for folder in folders if _picture_names(folder)]
+            for folder in folders if _image_names(folder)]
 
 
 def _balance(examples: list[Example], *, visits: int, problems: list[Problem]) -> list[Example]:

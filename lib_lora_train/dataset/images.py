@@ -25,7 +25,7 @@ from lib_lora_train.errors import DatasetError
 
 # Whether Pillow reads the last few depends on its build and plug-ins: they are listed so that a
 # picture which cannot be read is named to the user and not overlooked.
-PICTURE_SUFFIXES = frozenset(
+IMAGE_SUFFIXES = frozenset(
     ".png .jpg .jpeg .jfif .webp .bmp .gif .tif .tiff .avif .heic .heif .jxl".split())
 
 # What may stand behind those names. Pillow goes by the content: for a PostScript file called x.png it would run Ghostscript.
@@ -53,18 +53,18 @@ _DECODER_ERRORS = (
     struct.error, zlib.error, Image.DecompressionBombError)
 
 
-def is_picture_name(path: Path) -> bool:
+def is_image_name(path: Path) -> bool:
     """Whether the name ends like a picture's, in upper or lower case; hidden files are not pictures."""
-    return path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith(".")
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 
 
-def read_picture(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode the whole picture: upright, mode RGB, transparency laid on white.
 
     Raises DatasetError, naming the file, if it is missing, unreadable, empty, truncated, no picture,
     or has more than `max_pixels` pixels.
     """
-    with _opened(path, max_pixels) as image:
+    with _open(path, max_pixels) as image:
         # Pillow turns a TIFF while decoding it, and only a TIFF.
         turn = None if image.format == "TIFF" else _UPRIGHT.get(_orientation(image, path))
         _load_whole(image)
@@ -73,9 +73,9 @@ def read_picture(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 @dataclass(frozen=True)
 class Layers:
-    """One picture with what `read_picture` leaves out."""
+    """One picture with what `read_image` leaves out."""
 
-    picture: Image.Image  # as `read_picture` gives it
+    image: Image.Image  # as `read_image` gives it
     alpha: Image.Image | None  # mode L, same size, 0 where nothing is; None for an opaque picture
     as_stored: bool  # a program that knows no orientation, transparency or frames sees the same in the file itself
     format: str  # by its content, as Pillow calls it: "PNG"
@@ -84,45 +84,45 @@ class Layers:
 
 
 def read_layers(path: Path, *, max_pixels: int = MAX_PIXELS) -> Layers:
-    """Decode the whole picture, keeping its transparency and its notes apart. Errors as in `read_picture`."""
-    with _opened(path, max_pixels) as image:
+    """Decode the whole picture, keeping its transparency and its notes apart. Errors as in `read_image`."""
+    with _open(path, max_pixels) as image:
         kind = image.format or ""
         turn = None if kind == "TIFF" else _UPRIGHT.get(_orientation(image, path))
         exif = b"" if kind == "TIFF" else _exif_of_upright(image)  # a TIFF's is about how its pixels lie
         _load_whole(image)
-        picture, alpha = _to_rgb(image, turn), _alpha(image)
+        rgb, alpha = _to_rgb(image, turn), _alpha(image)
         still = kind not in ("PNG", "WEBP") or not getattr(image, "is_animated", False)
         as_stored = turn is None and alpha is None and still and image.mode in ("RGB", "L", "P", "1", "RGBA", "LA")
         if turn is not None and alpha is not None:
             alpha = alpha.transpose(turn)
         text = image.info.get("parameters", "")
-        return Layers(picture, alpha, as_stored, kind, text if isinstance(text, str) else "", exif)
+        return Layers(rgb, alpha, as_stored, kind, text if isinstance(text, str) else "", exif)
 
 
 def read_size(path: Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(width, height) of the upright picture, from its header only. Errors as in `read_picture`."""
-    with _opened(path, max_pixels) as image:
+    """(width, height) of the upright picture, from its header only. Errors as in `read_image`."""
+    with _open(path, max_pixels) as image:
         return _upright_size(image, path)
 
 
-def check_picture(path: Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+def check_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """(width, height) like `read_size`, and the format's own check of the file where Pillow has one.
 
     That check finds damaged PNGs without decoding them; a truncated JPEG or WebP passes, and shows
-    only in `read_picture`, i.e. when its latents are computed.
+    only in `read_image`, i.e. when its latents are computed.
     """
-    with _opened(path, max_pixels) as image:
+    with _open(path, max_pixels) as image:
         size = _upright_size(image, path)
         image.verify()
         return size
 
 
 def read_texts(path: Path, *, max_pixels: int = MAX_PIXELS) -> dict[str, str]:
-    """The texts that a program kept inside the picture, by their keyword; pixels are not decoded. Errors as in `read_picture`.
+    """The texts that a program kept inside the picture, by their keyword; pixels are not decoded. Errors as in `read_image`.
 
     PNG's text chunks as they are called; a comment in EXIF (JPEG, WebP) as "UserComment", a GIF's as "comment".
     """
-    with _opened(path, max_pixels) as image:
+    with _open(path, max_pixels) as image:
         texts = {key: value for key, value in image.info.items() if isinstance(key, str) and isinstance(value, str)}
         comment = image.info.get("comment")
         if isinstance(comment, bytes):
@@ -153,7 +153,7 @@ def _user_comment(data: bytes) -> str:
 
 
 @contextlib.contextmanager
-def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
+def _open(path: Path, max_pixels: int) -> Iterator[Image.Image]:
     """The picture, opened lazily; every foreign error inside becomes a DatasetError naming the file."""
     _register_avif()
     try:
@@ -298,14 +298,14 @@ def _png_trailing_exif(path: Path) -> bytes | None:
 def _to_rgb(image: Image.Image, turn: Image.Transpose | None) -> Image.Image:
     """A new picture of mode RGB, with transparency on white, and turned. Samples deeper than 8 bits keep their high byte."""
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        picture = _deep_grey_to_rgb(image)
+        image = _deep_grey_to_rgb(image)
     elif _may_be_transparent(image):
-        picture = _joined(image.size, ((box, _on_white(part)) for box, part in _strips(image)))
+        image = _joined(image.size, ((box, _on_white(part)) for box, part in _strips(image)))
     elif image.mode == "RGB":
         return image.copy() if turn is None else image.transpose(turn)
     else:
-        picture = image.convert("RGB")
-    return picture if turn is None else picture.transpose(turn)
+        image = image.convert("RGB")
+    return image if turn is None else image.transpose(turn)
 
 
 _Box = tuple[int, int, int, int]  # left, top, right, bottom

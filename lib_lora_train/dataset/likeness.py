@@ -39,9 +39,9 @@ _ROWS, _COLUMNS, _PAIRS = 256, 8192, 4096  # bounds of what is held at once
 _TILE = 32
 
 
-def thumbnail(picture: Image.Image) -> Thumbnail:
+def thumbnail(image: Image.Image) -> Thumbnail:
     """What likeness is judged by: the upright RGB picture averaged to 16×16, uint8 [16, 16, 3]."""
-    return np.asarray(picture.resize((_SIDE, _SIDE), Image.Resampling.BOX), dtype=np.uint8)
+    return np.asarray(image.resize((_SIDE, _SIDE), Image.Resampling.BOX), dtype=np.uint8)
 
 
 def likeness(first: Thumbnail, second: Thumbnail) -> float:
@@ -59,12 +59,12 @@ def near_duplicates(thumbnails: Sequence[Thumbnail], *, should_stop: ShouldStop 
     """
     if len(thumbnails) < 2:
         return []
-    pictures = np.stack(list(thumbnails))
-    units = _units(pictures)
+    images = np.stack(list(thumbnails))
+    units = _units(images)
     codes = units @ _low_frequencies()
     # Sorted by their most telling number, only a window of the others can be near.
     order = np.argsort(codes[:, int(codes.var(axis=0).argmax())], kind="stable")
-    pictures, units, codes = pictures[order], units[order], codes[order]
+    images, units, codes = images[order], units[order], codes[order]
     ranked = codes[:, int(codes.var(axis=0).argmax())]
     joined = _Groups(len(order))
     for start in range(0, len(order), _ROWS):
@@ -78,11 +78,11 @@ def near_duplicates(thumbnails: Sequence[Thumbnail], *, should_stop: ShouldStop 
             if near.mean() > _CROWDED:  # a folder of screenshots: looking at each pair would take minutes
                 near &= _distances(units[start:end], units[left:right]) <= _APART + 1e-4
             rows, columns = np.nonzero(near)
-            _join_alike(joined, rows + start, columns + left, units=units, pictures=pictures)
+            _join_alike(joined, rows + start, columns + left, units=units, images=images)
     return sorted(tuple(sorted(int(order[place]) for place in group)) for group in joined.groups())
 
 
-def sharpness(picture: Image.Image, *, pixels: int) -> float:
+def sharpness(image: Image.Image, *, pixels: int) -> float:
     """How sharp the picture's edges are at `pixels` (width × height, the training size): 2 a hard edge, below 0.42 blurred.
 
     The variance of the Laplacian (Pech-Pacheco et al., "Diatom autofocusing in brightfield microscopy", ICPR 2000), divided
@@ -92,10 +92,10 @@ def sharpness(picture: Image.Image, *, pixels: int) -> float:
     background is sharp. Larger pictures are made smaller first, smaller ones are judged as they are. Grain and
     the shake of a camera in one direction go unseen. 0 for a picture without contrast.
     """
-    scale = min(1.0, (pixels / (picture.width * picture.height)) ** 0.5)
-    size = max(8, round(picture.width * scale)), max(8, round(picture.height * scale))
-    grey = np.asarray(picture.convert("L").resize(size, Image.Resampling.LANCZOS) if size != picture.size
-                      else picture.convert("L"), dtype=np.float32)
+    scale = min(1.0, (pixels / (image.width * image.height)) ** 0.5)
+    size = max(8, round(image.width * scale)), max(8, round(image.height * scale))
+    grey = np.asarray(image.convert("L").resize(size, Image.Resampling.LANCZOS) if size != image.size
+                      else image.convert("L"), dtype=np.float32)
     centre = grey[1:-1, 1:-1]
     right, below = grey[1:-1, 2:], grey[2:, 1:-1]
     laplacian = _tiles((grey[1:-1, :-2] + right + grey[:-2, 1:-1] + below - 4 * centre) ** 2)
@@ -123,9 +123,9 @@ def _tiles(values: NDArray[np.float32]) -> NDArray[np.float32]:
     return values[:rows * side, :columns * side].reshape(rows, side, columns, side).mean(axis=(1, 3)).ravel()
 
 
-def _units(pictures: Thumbnail) -> NDArray[np.float32]:
+def _units(images: Thumbnail) -> NDArray[np.float32]:
     """[n, 16, 16, 3] → [n, 768]: without brightness and contrast, of length 1 (less where there is next to no contrast)."""
-    flat = pictures.reshape(len(pictures), -1).astype(np.float32)
+    flat = images.reshape(len(images), -1).astype(np.float32)
     flat -= flat.mean(axis=1, keepdims=True)
     length = np.sqrt((flat ** 2).sum(axis=1, keepdims=True))
     return flat / np.maximum(length, np.float32(_FAINT))
@@ -181,7 +181,7 @@ class _Groups:
 
 
 def _join_alike(joined: _Groups, rows: NDArray[np.int64], columns: NDArray[np.int64], *, units: NDArray[np.float32],
-                pictures: Thumbnail) -> None:
+                images: Thumbnail) -> None:
     """Of the pairs that may be near, join those that are. Pairs of one group are not looked at again: a folder of one
     picture a thousand times has half a million of them."""
     while True:
@@ -193,7 +193,7 @@ def _join_alike(joined: _Groups, rows: NDArray[np.int64], columns: NDArray[np.in
         these, those = rows[:_PAIRS], columns[:_PAIRS]
         alike = ((units[these] - units[those]) ** 2).sum(axis=1) <= _APART
         these, those = these[alike], those[alike]
-        difference = pictures[these].astype(np.float32) - pictures[those]
+        difference = images[these].astype(np.float32) - images[those]
         close = (difference ** 2).mean(axis=(1, 2, 3)) <= _MOST_DIFFERENCE ** 2
         for first, second in zip(these[close].tolist(), those[close].tolist(), strict=True):
             joined.join(first, second)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from lib_lora_train.dataset.buckets import Size
 
-MIN_VISITS_PER_PICTURE = 100
+MIN_VISITS_PER_IMAGE = 100
 MIN_VISITS = 1500
 
 
@@ -27,14 +27,14 @@ class Plan:
     buckets: tuple[tuple[Size, int], ...]  # ((width, height), visits in an epoch), sorted by size
 
 
-def plain_folder_repeats(pictures: int, *, max_train_epochs: int, num_repeats: int = 0) -> int:
+def plain_folder_repeats(images: int, *, max_train_epochs: int, num_repeats: int = 0) -> int:
     """Repeats of each picture of a plain folder in one epoch.
 
     Over all epochs at least 100 visits a picture and 1500 visits in all, unless `num_repeats` (> 0) says so.
     """
     if num_repeats > 0:
         return num_repeats
-    visits_of_each = max(MIN_VISITS_PER_PICTURE, -(-MIN_VISITS // max(1, pictures)))
+    visits_of_each = max(MIN_VISITS_PER_IMAGE, -(-MIN_VISITS // max(1, images)))
     return -(-visits_of_each // max(1, max_train_epochs))
 
 

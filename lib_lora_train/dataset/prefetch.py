@@ -25,7 +25,7 @@ def reading_threads() -> int:
     return max(1, min(MOST_THREADS, allowed))
 
 
-class Ahead(Generic[Item, Result]):
+class Prefetch(Generic[Item, Result]):
     """`work(item)` for each of `items`, in their order; to be iterated over inside a `with` block.
 
     An exception of the work (or of `items`) is raised where its result would have come. Leaving the block ends the
@@ -50,7 +50,7 @@ class Ahead(Generic[Item, Result]):
         self._exhausted = self._closed = False
         self._threads = [threading.Thread(target=self._run, name=f"lora-train-ahead-{n}", daemon=True) for n in range(threads)]
 
-    def __enter__(self) -> Ahead[Item, Result]:
+    def __enter__(self) -> Prefetch[Item, Result]:
         threads, self._threads = self._threads, []
         try:
             for thread in threads:

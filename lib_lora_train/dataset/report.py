@@ -19,8 +19,8 @@ from lib_lora_train.dataset.buckets import Buckets, Placement, Size, buckets_for
 from lib_lora_train.dataset.captions import first_line, read_caption, split_tags, with_trigger_word
 from lib_lora_train.dataset.crop_sheet import crop_sheet
 from lib_lora_train.dataset.findings import Examined, Proposal, Report
-from lib_lora_train.dataset.folder import MayRead, Subset, find_pictures
-from lib_lora_train.dataset.images import read_picture
+from lib_lora_train.dataset.folder import MayRead, Subset, find_images
+from lib_lora_train.dataset.images import read_image
 from lib_lora_train.dataset.plan import plain_folder_repeats, plan_run
 from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
 from lib_lora_train.errors import DatasetError, printable
@@ -65,28 +65,28 @@ def examine(
     """
     folder = Path(folder)
     buckets = buckets_for(settings.dataset, family=family)
-    subsets, layout, found = find_pictures(folder, what="dataset", may_read=may_read)
-    watch = Watch(sum(len(subset.pictures) for subset in subsets), doing="the pictures were examined",
+    subsets, layout, found = find_images(folder, what="dataset", may_read=may_read)
+    watch = Watch(sum(len(subset.images) for subset in subsets), doing="the pictures were examined",
                   on_progress=on_progress, should_stop=should_stop)
     reader = _Reader(buckets, tokenizer=tokenizer, trigger_word=settings.dataset.trigger_word, unsaved=unsaved or {})
     for subset in subsets:
-        for path in subset.pictures:
+        for path in subset.images:
             watch.check()
             reader.read(path, subset)
             watch.advance()
-    pictures, twins = _compare(reader.pictures, reader.thumbnails, should_stop=should_stop)
+    images, twins = _compare(reader.images, reader.thumbnails, should_stop=should_stop)
     tags = _tags([caption.text or "" for caption in reader.captions])
-    placed = Counter(picture.bucket for picture in pictures if picture.usable)
+    placed = Counter(image.bucket for image in images if image.usable)
     report = Report(
-        folder=folder, pictures=tuple(pictures), duplicates=twins,
-        sizes=tuple(Counter((picture.width, picture.height) for picture in pictures if picture.width).most_common()),
+        folder=folder, images=tuple(images), duplicates=twins,
+        sizes=tuple(Counter((image.width, image.height) for image in images if image.width).most_common()),
         buckets=tuple(placed.most_common()), tags=tags, once=tuple(tag for tag, count in tags.items() if count == 1),
         proposal=_proposal(placed, settings), advice=(), resolution=buckets.resolution)
     return dataclasses.replace(report, advice=advise(report, Circumstances(
         layout=layout, trigger_word=settings.dataset.trigger_word, enable_bucket=settings.dataset.enable_bucket,
         concepts=tuple(dict.fromkeys(subset.caption for subset in subsets if subset.caption)),
         captions=tuple(caption.trained for caption in reader.captions),
-        planned_visits=_planned_visits(pictures, reader.repeats, layout=layout, settings=settings),
+        planned_visits=_planned_visits(images, reader.repeats, layout=layout, settings=settings),
         several_lines=tuple(reader.several_lines), several_files=tuple(reader.several_files), strays=_strays(subsets),
         problems=tuple(problem.text for problem in found))))
 
@@ -97,7 +97,7 @@ class _Reader:
     def __init__(self, buckets: Buckets, *, tokenizer: Tokenizer | None, trigger_word: str,
                  unsaved: Mapping[Path, str]) -> None:
         self._buckets, self._tokenizer, self._trigger_word, self._unsaved = buckets, tokenizer, trigger_word, unsaved
-        self.pictures: list[Examined] = []
+        self.images: list[Examined] = []
         self.captions: list[_Caption] = []
         self.repeats: list[int] = []
         self.thumbnails: dict[int, likeness.Thumbnail] = {}  # by place among the pictures; broken ones have none
@@ -109,8 +109,8 @@ class _Reader:
         caption = self._caption(path, subset)
         examined, thumbnail = _examine(path, caption, buckets=self._buckets, tokenizer=self._tokenizer)
         if thumbnail is not None:
-            self.thumbnails[len(self.pictures)] = thumbnail
-        self.pictures.append(examined)
+            self.thumbnails[len(self.images)] = thumbnail
+        self.images.append(examined)
         self.captions.append(caption)
         self.repeats.append(subset.repeats)
 
@@ -143,12 +143,12 @@ def _examine(path: Path, caption: _Caption, *, buckets: Buckets,
     if tokens is not None and tokens > LONG_CAPTION:
         problems.append("long_caption")
     try:
-        picture = read_picture(path)
+        image = read_image(path)
     except DatasetError:
         return Examined(path, 0, 0, (0, 0), 0.0, 0.0, tokens, ("broken", *problems)), None
-    width, height = picture.size
+    width, height = image.size
     pixels = buckets.resolution[0] * buckets.resolution[1]
-    examined = Examined(path, width, height, (0, 0), 0.0, likeness.sharpness(picture, pixels=pixels), tokens, ())
+    examined = Examined(path, width, height, (0, 0), 0.0, likeness.sharpness(image, pixels=pixels), tokens, ())
     narrow = max(width, height) > NARROW * min(width, height)
     try:
         placement = buckets.assign(width, height)
@@ -160,7 +160,7 @@ def _examine(path: Path, caption: _Caption, *, buckets: Buckets,
         problems[:0] = [code for code, applies in (
             ("small", pixels > ENLARGED ** 2 * width * height * (1 - loss)), ("narrow", narrow),
             ("deep_crop", loss > DEEP_CROP)) if applies]
-    return dataclasses.replace(examined, problems=tuple(problems)), likeness.thumbnail(picture)
+    return dataclasses.replace(examined, problems=tuple(problems)), likeness.thumbnail(image)
 
 
 def _kept(placement: Placement) -> tuple[float, float, float, float]:
@@ -170,27 +170,27 @@ def _kept(placement: Placement) -> tuple[float, float, float, float]:
     return (left * across, top * down, (left + placement.bucket[0]) * across, (top + placement.bucket[1]) * down)
 
 
-def _compare(pictures: Sequence[Examined], thumbnails: Mapping[int, likeness.Thumbnail], *,
+def _compare(images: Sequence[Examined], thumbnails: Mapping[int, likeness.Thumbnail], *,
              should_stop: ShouldStop | None) -> tuple[list[Examined], tuple[tuple[Path, ...], ...]]:
     """What shows only beside the others: twins, and pictures softer than the rest."""
     places = list(thumbnails)
-    result = list(pictures)
+    result = list(images)
 
     def mark(place: int, code: str) -> None:
         result[place] = dataclasses.replace(result[place], problems=(code, *result[place].problems))
 
     if places:
-        median = statistics.median(pictures[place].sharpness for place in places)
+        median = statistics.median(images[place].sharpness for place in places)
         for place in places:
-            if likeness.is_blurred(pictures[place].sharpness, median=median):
+            if likeness.is_blurred(images[place].sharpness, median=median):
                 mark(place, "blurry")
     groups = []
     for group in likeness.near_duplicates([thumbnails[place] for place in places], should_stop=should_stop):
         # The largest is the best; of equal ones the sharpest, then one with a caption.
         best_first = sorted((places[index] for index in group), key=lambda place: (
-            -pictures[place].width * pictures[place].height, -round(pictures[place].sharpness, 2),
-            len(pictures[place].problems), place))
-        groups.append(tuple(pictures[place].path for place in best_first))
+            -images[place].width * images[place].height, -round(images[place].sharpness, 2),
+            len(images[place].problems), place))
+        groups.append(tuple(images[place].path for place in best_first))
         for place in best_first[1:]:
             mark(place, "duplicate")
     return result, tuple(groups)
@@ -210,8 +210,8 @@ def _strays(subsets: Sequence[Subset]) -> tuple[str, ...]:
     """Caption files that miss their picture by a detail of the name: `a.png.txt`, or `A.txt` where case counts."""
     found = []
     for subset in subsets:
-        names = {path.name.casefold() for path in subset.pictures} | {path.stem.casefold() for path in subset.pictures}
-        stems = {path.stem for path in subset.pictures}
+        names = {path.name.casefold() for path in subset.images} | {path.stem.casefold() for path in subset.images}
+        stems = {path.stem for path in subset.images}
         found += [files[0].name for stem, files in sorted(subset.captions.items())
                   if stem not in stems and stem.casefold() in names]
     return tuple(found)
@@ -227,10 +227,10 @@ def _proposal(buckets: Mapping[Size, int], settings: Settings) -> Proposal:
     return Proposal(repeats, plan.epochs, plan.steps, optimizer.train_batch_size)
 
 
-def _planned_visits(pictures: Sequence[Examined], repeats: Sequence[int], *, layout: str, settings: Settings) -> int | None:
+def _planned_visits(images: Sequence[Examined], repeats: Sequence[int], *, layout: str, settings: Settings) -> int | None:
     """How often pictures are seen in all as things stand; None where the rule of the proposal decides."""
     optimizer = settings.optimizer
-    usable = [count for picture, count in zip(pictures, repeats, strict=True) if picture.usable]
+    usable = [count for image, count in zip(images, repeats, strict=True) if image.usable]
     if optimizer.max_train_steps > 0:
         return optimizer.max_train_steps * optimizer.train_batch_size * optimizer.gradient_accumulation_steps
     if layout == "plain":

@@ -13,7 +13,7 @@ import torch
 
 from lib_lora_train import events
 from lib_lora_train.demo import embedded
-from lib_lora_train.demo.sheet import draw_sheet, paint_rows
+from lib_lora_train.demo.sheet import draw_sheet, sample_rows
 from lib_lora_train.host.standalone import StandaloneHost
 from lib_lora_train.run.runner import RUNNER
 from lib_lora_train.settings import parse
@@ -52,9 +52,9 @@ def run_demo(folder: Path, *, page: bool, port: int, address: str, auth: str = "
     if finished.outcome != "done":
         return 1
     print("Painting words that it never saw, with and without it ...", flush=True)
-    picture = folder / "before-after.png"
-    draw_sheet(paint_rows(host, Path(finished.path), dataset=STYLE)).save(picture)
-    print(f"Before and after: {picture.resolve()}", flush=True)
+    image = folder / "before-after.png"
+    draw_sheet(sample_rows(host, Path(finished.path), dataset=STYLE)).save(image)
+    print(f"Before and after: {image.resolve()}", flush=True)
     if page:
         from lib_lora_train.ui.standalone import serve
         print("Now the page, with this run on it (Ctrl+C ends):", flush=True)

@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 from lib_lora_train.adapters import file
 from lib_lora_train.adapters.network import LoRANetwork
 from lib_lora_train.adapters.targets import find_targets
-from lib_lora_train.dataset.images import read_picture
-from lib_lora_train.evaluation.sampler import SampleRequest, sample_batch, to_picture
+from lib_lora_train.dataset.images import read_image
+from lib_lora_train.evaluation.sampler import SampleRequest, sample_batch, to_image
 from lib_lora_train.host.port import Host
 from lib_lora_train.model import frozen
 from lib_lora_train.model.layers import Adapter
@@ -29,10 +29,10 @@ class SheetRow:
 
     label: str
     words: tuple[str, ...]
-    pictures: tuple[Image.Image, ...]
+    images: tuple[Image.Image, ...]
 
 
-def paint_rows(host: Host, lora: Path, *, dataset: Path) -> list[SheetRow]:
+def sample_rows(host: Host, lora: Path, *, dataset: Path) -> list[SheetRow]:
     """Three rows: some of the dataset; the model's own paintings of other words; those with the LoRA, from the same noise."""
     with host.borrow() as borrowed:
         model = frozen.build(borrowed.tensors, hints=borrowed.hints, tokenizers=borrowed.tokenizers)
@@ -41,30 +41,30 @@ def paint_rows(host: Host, lora: Path, *, dataset: Path) -> list[SheetRow]:
                                text_encoder=any(key.startswith("lora_te") for key in content.tensors))
         adapters = LoRANetwork.continued(targets, content.tensors, seed=0).to(model.device).adapters()
 
-        def paint(prompts: list[str], chosen: dict[str, dict[str, Adapter]]) -> tuple[Image.Image, ...]:
+        def sample(prompts: list[str], chosen: dict[str, dict[str, Adapter]]) -> tuple[Image.Image, ...]:
             latents = sample_batch(model, [
                 SampleRequest(prompt, width=SIDE, height=SIDE, steps=STEPS, cfg_scale=CFG_SCALE, seed=SEED + place)
                 for place, prompt in enumerate(prompts)], adapters=chosen)
-            return tuple(to_picture(model, one[None]) for one in latents)
+            return tuple(to_image(model, one[None]) for one in latents)
 
         return [
             SheetRow("dataset (8 of 24)", tuple(name.replace("-", " ") for name in DATASET),
-                     tuple(read_picture(dataset / f"{name}.png").resize((SIDE, SIDE)) for name in DATASET)),
-            SheetRow("without LoRA", WORDS, paint(list(WORDS), {})),
-            SheetRow("with LoRA", WORDS, paint(list(WORDS), adapters))]
+                     tuple(read_image(dataset / f"{name}.png").resize((SIDE, SIDE)) for name in DATASET)),
+            SheetRow("without LoRA", WORDS, sample(list(WORDS), {})),
+            SheetRow("with LoRA", WORDS, sample(list(WORDS), adapters))]
 
 
 def draw_sheet(rows: list[SheetRow]) -> Image.Image:
     """The rows under each other on white, labels on the left, words below the pictures."""
     across, down = SIDE + _MARGIN, SIDE + 20 + _MARGIN
-    sheet = Image.new("RGB", (_LABEL + across * max(len(row.pictures) for row in rows), _MARGIN + down * len(rows)), "white")
+    sheet = Image.new("RGB", (_LABEL + across * max(len(row.images) for row in rows), _MARGIN + down * len(rows)), "white")
     pen, large, small = ImageDraw.Draw(sheet), _font(16), _font(13)
     for line, row in enumerate(rows):
         top = _MARGIN + line * down
         pen.text((_MARGIN, top + SIDE // 2 - 8), row.label, fill="black", font=large)
-        for column, (word, picture) in enumerate(zip(row.words, row.pictures, strict=True)):
+        for column, (word, image) in enumerate(zip(row.words, row.images, strict=True)):
             left = _LABEL + column * across
-            sheet.paste(picture, (left, top))
+            sheet.paste(image, (left, top))
             width = pen.textlength(word, font=small)
             pen.text((left + (SIDE - width) / 2, top + SIDE + 2), word, fill="black", font=small)
     return sheet

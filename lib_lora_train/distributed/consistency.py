@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from lib_lora_train.distributed.protocol import Ranks
+from lib_lora_train.distributed.protocol import ProcessGroup
 from lib_lora_train.errors import SettingError
 
 SAME_COMMAND = "start all of them with the same command, on the same files"
@@ -17,7 +17,7 @@ class Disagreement(SettingError):
     """The processes were started with different settings, pictures, models or resume points. All of them raise it."""
 
 
-def agree(ranks: Ranks, *, shown: Mapping[str, object], digests: Mapping[str, str], remedy: str = SAME_COMMAND) -> None:
+def agree(ranks: ProcessGroup, *, shown: Mapping[str, object], digests: Mapping[str, str], remedy: str = SAME_COMMAND) -> None:
     """Raise Disagreement with this `remedy` unless `shown` (values a user knows) and `digests` (of what is too long to tell)
     are the same everywhere. Values are compared as JSON has them."""
     if ranks.world == 1:

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from lib_lora_train.distributed.environment import Place
-from lib_lora_train.distributed.protocol import ALONE, Lost, Ranks
+from lib_lora_train.distributed.protocol import SINGLE_PROCESS, Lost, ProcessGroup
 from lib_lora_train.errors import HostError, Interrupted, LoraTrainError, is_out_of_memory
 
 PATIENCE = 1800.0
@@ -37,14 +37,14 @@ _T = TypeVar("_T")
 
 
 @contextlib.contextmanager
-def joined(place: Place | None, *, patience: float = PATIENCE) -> Iterator[Ranks]:
+def joined(place: Place | None, *, patience: float = PATIENCE) -> Iterator[ProcessGroup]:
     """The processes of `place` together, until the block is left; ALONE where `place` is None.
 
     All of them leave together. One that leaves with an exception tells the others what it says. Raises HostError where the
     processes do not find each other.
     """
     if place is None:
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     together = _join(place, patience)
     try:
@@ -56,8 +56,8 @@ def joined(place: Place | None, *, patience: float = PATIENCE) -> Iterator[Ranks
     together.leave()
 
 
-class Joined:
-    """`Ranks` over torch.distributed."""
+class TorchProcessGroup:
+    """`ProcessGroup` over torch.distributed."""
 
     def __init__(self, place: Place, store: dist.Store, *, control: dist.ProcessGroup, cards: dist.ProcessGroup | None) -> None:
         """`cards` is the group that sums what lies on a card, None where that goes over the CPU as all else does."""
@@ -67,7 +67,7 @@ class Joined:
         self._bereft = self._silent = False  # another one left; it does not even answer, and will not say goodbye
 
     def sum_(self, tensor: torch.Tensor) -> None:
-        """See `Ranks`. On cards the device waits, not the process."""
+        """See `ProcessGroup`. On cards the device waits, not the process."""
         assert tensor.is_contiguous()
         if tensor.device.type == "cpu":
             self._meet(lambda: dist.all_reduce(tensor, async_op=True, group=self._control))
@@ -79,13 +79,13 @@ class Joined:
             tensor.copy_(copy)
 
     def any(self, wanted: bool) -> bool:
-        """See `Ranks`."""
+        """See `ProcessGroup`."""
         count = torch.tensor([int(wanted)])
         self.sum_(count)
         return bool(count.item())
 
     def gather(self, text: str) -> tuple[str, ...]:
-        """See `Ranks`."""
+        """See `ProcessGroup`."""
         data = text.encode("utf-8", "surrogatepass")
         sizes = torch.zeros(self.world, dtype=torch.int64)
         sizes[self.rank] = len(data)
@@ -101,7 +101,7 @@ class Joined:
                      for end, size in zip(ends, sizes.tolist(), strict=True))
 
     def broadcast_(self, tensor: torch.Tensor, *, source: int) -> None:
-        """See `Ranks`."""
+        """See `ProcessGroup`."""
         assert tensor.is_contiguous() and tensor.device.type == "cpu"
         self._meet(lambda: dist.broadcast(tensor, src=source, async_op=True, group=self._control))
 
@@ -176,7 +176,7 @@ class Joined:
         _within(seconds + _HEARD, gone)
 
 
-def _join(place: Place, patience: float) -> Joined:
+def _join(place: Place, patience: float) -> TorchProcessGroup:
     """Find the others. Raises HostError."""
     if not dist.is_available():
         raise HostError(f"The {place.world} processes cannot train together", why="this torch was built without "
@@ -196,7 +196,7 @@ def _join(place: Place, patience: float) -> Joined:
             group = dist.new_group(backend="nccl", timeout=datetime.timedelta(seconds=patience))
     except (RuntimeError, ValueError, OSError) as error:
         raise _not_joined(place, error) from error
-    return Joined(place, store, control=control, cards=group)
+    return TorchProcessGroup(place, store, control=control, cards=group)
 
 
 def _all_have_cards(place: Place) -> bool:

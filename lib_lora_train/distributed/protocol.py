@@ -1,4 +1,4 @@
-"""The processes that train one LoRA together, as the rooms below see them: `Ranks`, and `ALONE` for a single one.
+"""The processes that train one LoRA together, as the rooms below see them: `ProcessGroup`, and `SINGLE_PROCESS` for a single one.
 
 Not here: how processes are started (torchrun, accelerate launch, plain environment variables) and joined.
 """
@@ -24,7 +24,7 @@ class Lost(TrainingError):
         self.intact, self.explained = intact, explained
 
 
-class Ranks(Protocol):
+class ProcessGroup(Protocol):
     """What processes that train together ask of each other. Each method is a meeting: all of them call it, in the same
     order, and where one does not come the others raise Lost (Interrupted where it left because its user stopped it)."""
 
@@ -49,7 +49,7 @@ class Ranks(Protocol):
         """Replace `tensor` (contiguous, on the CPU) in place by that of the process `source`; shapes and dtypes agree."""
 
 
-class _Alone:
+class _SingleProcess:
     """One process: nothing to agree on, nothing to add."""
 
     rank, world = 0, 1
@@ -69,10 +69,10 @@ class _Alone:
         """Nothing."""
 
 
-ALONE: Ranks = _Alone()
+SINGLE_PROCESS: ProcessGroup = _SingleProcess()
 
 
-def share(count: int, ranks: Ranks) -> slice:
+def share(count: int, ranks: ProcessGroup) -> slice:
     """Which of `count` rows are this process's: parts as equal as can be, in order, that cover all of them.
 
     Some are empty where there are fewer rows than processes. Of a full global batch each process has train_batch_size rows.

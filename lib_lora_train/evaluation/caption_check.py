@@ -30,12 +30,12 @@ from torch import Tensor
 
 from lib_lora_train.dataset.augment import scale_and_crop, to_tensor
 from lib_lora_train.dataset.buckets import Buckets, Placement, buckets_for
-from lib_lora_train.dataset.images import read_picture
+from lib_lora_train.dataset.images import read_image
 from lib_lora_train.dataset.progress import Progress, ShouldStop
 from lib_lora_train.errors import DatasetError, Interrupted, translated
-from lib_lora_train.evaluation.lease import Loan, on_loan
+from lib_lora_train.evaluation.lease import Lease, leased
 from lib_lora_train.evaluation.resemblance import resemblance, subject_features
-from lib_lora_train.evaluation.sampler import SampleRequest, sample_latents, to_picture
+from lib_lora_train.evaluation.sampler import SampleRequest, sample_latents, to_image
 from lib_lora_train.host.port import Host
 from lib_lora_train.model.text import Conditioning, size_vector
 from lib_lora_train.settings import Settings
@@ -63,7 +63,7 @@ class Checked:
     score: float | None = None
     gain: float | None = None
     similarity: float | None = None
-    pictures: tuple[Image.Image, ...] = ()
+    images: tuple[Image.Image, ...] = ()
     problem: str = ""
 
 
@@ -83,7 +83,7 @@ def check_captions(host: Host, items: Sequence[tuple[Path, str]], *, settings: S
     settings = settings or Settings()
     if not items:
         return
-    with on_loan(host, work="Checking captions", settings=settings, should_stop=should_stop) as loan, \
+    with leased(host, work="Checking captions", settings=settings, should_stop=should_stop) as loan, \
             translated("checking the captions"):
         check = _Check(loan, buckets_for(settings.dataset, family=loan.model.architecture.family), steps=steps, cfg=cfg,
                        seeds=seeds)
@@ -104,7 +104,7 @@ def check_captions(host: Host, items: Sequence[tuple[Path, str]], *, settings: S
             if one.features is not None and done < total and stopped is None:
                 try:
                     loan.between(done, total)
-                    one, done = check.paint(one, one.features), done + 1
+                    one, done = check.sample(one, one.features), done + 1
                     if on_progress:
                         on_progress(done, total)
                 except Interrupted as error:
@@ -132,7 +132,7 @@ def _order(one: _Measured) -> tuple[bool, float]:
 class _Check:
     """The work on single pictures, on a model that is lent."""
 
-    def __init__(self, loan: Loan, buckets: Buckets, *, steps: int, cfg: float, seeds: int) -> None:
+    def __init__(self, loan: Lease, buckets: Buckets, *, steps: int, cfg: float, seeds: int) -> None:
         self._loan, self._model, self._buckets = loan, loan.model, buckets
         self._steps, self._cfg, self._seeds = steps, cfg, seeds
 
@@ -141,9 +141,9 @@ class _Check:
         if not caption.strip():
             return _Measured(Checked(path, caption, problem="It has no caption."))
         try:
-            picture = read_picture(path)
-            placement = self._buckets.assign(*picture.size)
-            pixels = to_tensor(scale_and_crop(picture, placement))
+            image = read_image(path)
+            placement = self._buckets.assign(*image.size)
+            pixels = to_tensor(scale_and_crop(image, placement))
         except DatasetError as error:
             return _Measured(Checked(path, caption, problem=str(error)))
         # The middle of what the VAE says: its spread is far below the noise that is laid over it.
@@ -154,19 +154,19 @@ class _Check:
         return _Measured(Checked(path, caption, 100 * max(0.0, cosine), gain), placement.bucket, cosine,
                          self._features(mean) if self._seeds else None)
 
-    def paint(self, one: _Measured, features: Tensor) -> _Measured:
+    def sample(self, one: _Measured, features: Tensor) -> _Measured:
         """The same with pictures painted from the caption, compared with the original by its `features`."""
-        pictures, near = [], []
+        images, near = [], []
         for seed in range(FIRST_SEED, FIRST_SEED + self._seeds):
             request = SampleRequest(one.checked.caption, width=one.size[0], height=one.size[1], steps=self._steps,
                                     cfg_scale=self._cfg, seed=seed)
             # One by one: two at once take the memory of four, which a card may not have.
             latents = sample_latents(self._model, request, clip_skip=self._loan.clip_skip, dtype=self._loan.dtype,
                                      on_step=lambda *_: self._loan.check())
-            pictures.append(to_picture(self._model, latents))
+            images.append(to_image(self._model, latents))
             near.append(resemblance(features, self._features(latents)))
         return dataclasses.replace(one, checked=dataclasses.replace(
-            one.checked, pictures=tuple(pictures), similarity=sum(near) / len(near)))
+            one.checked, images=tuple(images), similarity=sum(near) / len(near)))
 
     def _features(self, latents: Tensor) -> Tensor:
         return subject_features(self._model, latents, clip_skip=self._loan.clip_skip, dtype=self._loan.dtype)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from lib_lora_train.dataset.images import read_picture
+from lib_lora_train.dataset.images import read_image
 from lib_lora_train.errors import DatasetError, printable
 from lib_lora_train.evaluation.caption_check import Checked
 
@@ -23,19 +23,19 @@ def draw_checks(checked: Sequence[Checked], *, most: int = 48) -> Image.Image:
     Pictures are shrunk to fit 160 pixels. Letters that no font of this machine has are drawn as boxes or question marks.
     """
     rows = checked[:most]
-    painted = max((len(row.pictures) for row in rows), default=0)
+    generated = max((len(row.images) for row in rows), default=0)
     across = _SIDE + _MARGIN
-    sheet = Image.new("RGB", (_MARGIN + across * (1 + painted) + _TEXT, _MARGIN + max(1, len(rows)) * across), "white")
+    sheet = Image.new("RGB", (_MARGIN + across * (1 + generated) + _TEXT, _MARGIN + max(1, len(rows)) * across), "white")
     pen, font = ImageDraw.Draw(sheet), _font(13)
     for line, row in enumerate(rows):
         top = _MARGIN + line * across
-        for column, picture in enumerate((_original(row), *row.pictures)):
-            small = picture.copy()
+        for column, image in enumerate((_original(row), *row.images)):
+            small = image.copy()
             small.thumbnail((_SIDE, _SIDE))
             sheet.paste(small, (_MARGIN + column * across + (_SIDE - small.width) // 2, top + (_SIDE - small.height) // 2))
         lines = [part for text in _texts(row) for part in _wrapped(text, pen, font)]
         for number, text in enumerate(lines[:_SIDE // _LINE]):
-            pen.text((_MARGIN + across * (1 + painted), top + number * _LINE), text, fill="black", font=font)
+            pen.text((_MARGIN + across * (1 + generated), top + number * _LINE), text, fill="black", font=font)
     return sheet
 
 
@@ -69,7 +69,7 @@ def _wrapped(text: str, pen: ImageDraw.ImageDraw, font: Font) -> list[str]:
 
 def _original(row: Checked) -> Image.Image:
     try:
-        return read_picture(row.path)
+        return read_image(row.path)
     except DatasetError:
         return Image.new("RGB", (_SIDE, _SIDE), "lightgrey")
 

@@ -17,21 +17,21 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from lib_lora_train.dataset.captions import read_caption
-from lib_lora_train.dataset.images import is_picture_name
+from lib_lora_train.dataset.images import is_image_name
 from lib_lora_train.dataset.progress import Progress, ShouldStop
 from lib_lora_train.errors import DatasetError, SettingError, translated
-from lib_lora_train.evaluation.lease import Loan, on_loan
-from lib_lora_train.evaluation.sampler import SampleRequest, sample_latents, to_picture
+from lib_lora_train.evaluation.lease import Lease, leased
+from lib_lora_train.evaluation.sampler import SampleRequest, sample_latents, to_image
 from lib_lora_train.host.port import Host
 from lib_lora_train.settings import Settings
-from lib_lora_train.storage.atomic import write_whole
+from lib_lora_train.storage.atomic import write_atomic
 
 SUBFOLDER = "1_class"
 MOST = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
-class ClassPictures:
+class ClassImages:
     """Where they are (what reg_data_dir names), how many were painted now, and how many were there before."""
 
     folder: Path
@@ -39,9 +39,9 @@ class ClassPictures:
     found: int
 
 
-def make_class_pictures(host: Host, *, prompts: Sequence[str], count: int, folder: Path, size: tuple[int, int], steps: int = 20,
+def make_class_images(host: Host, *, prompts: Sequence[str], count: int, folder: Path, size: tuple[int, int], steps: int = 20,
                         cfg: float = 7.0, seed: int = 1, negative_prompt: str = "", settings: Settings | None = None,
-                        on_progress: Progress | None = None, should_stop: ShouldStop | None = None) -> ClassPictures:
+                        on_progress: Progress | None = None, should_stop: ShouldStop | None = None) -> ClassImages:
     """Paint until `folder`/1_class holds `count` pictures of `prompts`, taken in turn; `size` is (width, height).
 
     What is there of these prompts counts, so a second call goes on where the first was stopped, and paints what it would
@@ -63,8 +63,8 @@ def make_class_pictures(host: Host, *, prompts: Sequence[str], count: int, folde
     if on_progress:
         on_progress(found, count)
     if not missing:
-        return ClassPictures(folder, 0, found)
-    with on_loan(host, work="Painting class pictures", settings=settings or Settings(), should_stop=should_stop) as loan, \
+        return ClassImages(folder, 0, found)
+    with leased(host, work="Painting class pictures", settings=settings or Settings(), should_stop=should_stop) as loan, \
             translated("painting class pictures"):
         _check_size(loan, size)
         number = 0
@@ -76,11 +76,11 @@ def make_class_pictures(host: Host, *, prompts: Sequence[str], count: int, folde
             latents = sample_latents(loan.model, request, clip_skip=loan.clip_skip, dtype=loan.dtype,
                                      on_step=lambda *_: loan.check())
             # The caption first: a picture without one would be trained on the folder's name.
-            write_whole(into / f"{number:06d}.txt", (prompt + "\n").encode("utf-8"))
-            write_whole(into / f"{number:06d}.png", _png(to_picture(loan.model, latents), request, loan.checkpoint))
+            write_atomic(into / f"{number:06d}.txt", (prompt + "\n").encode("utf-8"))
+            write_atomic(into / f"{number:06d}.png", _png(to_image(loan.model, latents), request, loan.checkpoint))
             if on_progress:
                 on_progress(done + 1, count)
-    return ClassPictures(folder, len(missing), found)
+    return ClassImages(folder, len(missing), found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,14 +92,14 @@ class _Here:
 
     @classmethod
     def of(cls, folder: Path) -> _Here:
-        pictures = [path for path in folder.iterdir() if is_picture_name(path)] if folder.is_dir() else []
+        images = [path for path in folder.iterdir() if is_image_name(path)] if folder.is_dir() else []
         captions: Counter[str] = Counter()
-        for path in pictures:
+        for path in images:
             try:
                 captions[read_caption(path.with_suffix(".txt"))] += 1
             except DatasetError:
                 continue  # no caption, or none of ours: not one of the pictures that are asked for
-        numbers = (path.stem for path in pictures)
+        numbers = (path.stem for path in images)
         return cls(captions, frozenset(int(stem) for stem in numbers if stem.isascii() and stem.isdigit()))
 
 
@@ -115,7 +115,7 @@ def _missing(prompts: Sequence[str], *, count: int, captions: Counter[str]) -> l
     return missing
 
 
-def _check_size(loan: Loan, size: tuple[int, int]) -> None:
+def _check_size(loan: Lease, size: tuple[int, int]) -> None:
     architecture = loan.model.architecture
     multiple = architecture.vae.factor * 2 ** architecture.unet.halvings
     if min(size) < multiple or size[0] % multiple or size[1] % multiple:
@@ -123,12 +123,12 @@ def _check_size(loan: Loan, size: tuple[int, int]) -> None:
                            why=f"its sizes are multiples of {multiple}")
 
 
-def _png(picture: Image.Image, request: SampleRequest, checkpoint: str) -> bytes:
+def _png(image: Image.Image, request: SampleRequest, checkpoint: str) -> bytes:
     """The file, with how it was made in the words of the WebUI, which can read them back."""
     negative = f"\nNegative prompt: {request.negative_prompt}" if request.negative_prompt else ""
     text = PngInfo()
     text.add_text("parameters", f"{request.prompt}{negative}\nSteps: {request.steps}, Sampler: Euler, CFG scale: "
                   f"{request.cfg_scale:g}, Seed: {request.seed}, Size: {request.width}x{request.height}, Model: {checkpoint}")
     file = io.BytesIO()
-    picture.save(file, "PNG", pnginfo=text)
+    image.save(file, "PNG", pnginfo=text)
     return file.getvalue()

@@ -29,7 +29,7 @@ def fixed_loss(model: FrozenModel, batches: Iterable[Batch], condition: Conditio
     `adapters` are the UNet's. The noise of a batch depends on `seed`, its place and the timestep.
     """
     options = StepOptions(dtype=torch.float32, min_snr_gamma=0.0, recompute=frozenset())
-    sums, pictures = dict.fromkeys(timesteps, 0.0), 0
+    sums, images = dict.fromkeys(timesteps, 0.0), 0
     for place, batch in enumerate(batches):
         conditioning, count = condition(batch), len(batch.indices)
         for t in timesteps:
@@ -38,5 +38,5 @@ def fixed_loss(model: FrozenModel, batches: Iterable[Batch], condition: Conditio
             # One synchronisation a timestep: this is a measurement, not a step.
             sums[t] += count * denoising_loss(model, inputs=prepare(batch, draws=draws, text=()), conditioning=conditioning,
                                               adapters=adapters, options=options).item()
-        pictures += count
-    return {t: total / pictures for t, total in sums.items()}
+        images += count
+    return {t: total / images for t, total in sums.items()}

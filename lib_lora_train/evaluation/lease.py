@@ -19,7 +19,7 @@ from lib_lora_train.training.precision import compute_dtype
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Loan:
+class Lease:
     """The model while it is lent. `work` names what is done with it ("Checking captions"), for the host's display.
 
     `dtype` is what to compute in; `checkpoint` is what the host calls the model.
@@ -47,15 +47,15 @@ class Loan:
         self._host.report(Stage(self.work, done, total))
         if done >= total or not self._host.wanted():
             return
-        self.model.let_go()
-        tensors = self._host.hand_over(report=self._host.report, stop=self._stop)
+        self.model.release()
+        tensors = self._host.yield_model(report=self._host.report, stop=self._stop)
         if tensors is None:
             raise Interrupted(f"{self.work} was stopped while other work used the model")
         self.model.take(tensors)
 
 
 @contextlib.contextmanager
-def on_loan(host: Host, *, work: str, settings: Settings, should_stop: ShouldStop | None) -> Iterator[Loan]:
+def leased(host: Host, *, work: str, settings: Settings, should_stop: ShouldStop | None) -> Iterator[Lease]:
     """Borrow the host's model until the block is left. `settings` say what the user knows better than the host: clip skip,
     v-prediction, zero terminal SNR.
 
@@ -66,12 +66,12 @@ def on_loan(host: Host, *, work: str, settings: Settings, should_stop: ShouldSto
         return bool(should_stop and should_stop()) or host.interrupted()
 
     with host.borrow() as borrowed:
-        model = lent_model(borrowed, settings)
-        yield Loan(model, work, compute_dtype(settings.memory.mixed_precision, model.device, weights=model.dtype),
+        model = frozen_model(borrowed, settings)
+        yield Lease(model, work, compute_dtype(settings.memory.mixed_precision, model.device, weights=model.dtype),
                    settings.captions.clip_skip or borrowed.clip_skip, borrowed.checkpoint.name, host, stop)
 
 
-def lent_model(borrowed: Borrowed, settings: Settings) -> FrozenModel:
+def frozen_model(borrowed: Borrowed, settings: Settings) -> FrozenModel:
     """The borrowed model, with what the user says about it above what the host says. Raises ModelError."""
     said = {"auto": None, "on": True, "off": False}
     v_prediction, zero_terminal_snr = said[settings.loss.v_parameterization], said[settings.loss.zero_terminal_snr]

@@ -90,7 +90,7 @@ def sample_batch(model: FrozenModel, requests: Sequence[SampleRequest], *, clip_
 
 
 @torch.no_grad()
-def to_picture(model: FrozenModel, latents: torch.Tensor) -> Image.Image:
+def to_image(model: FrozenModel, latents: torch.Tensor) -> Image.Image:
     """The first of `latents` [B,4,h,w] (the VAE's own scale) as an RGB picture."""
     pixels = model.vae.decode(latents[:1])[0].float().clamp(-1, 1)
     # Truncated and not rounded, as the WebUI does, so that its picture is ours.

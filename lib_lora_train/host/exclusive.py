@@ -28,18 +28,18 @@ class Undisturbed:
         """There is no other work here."""
         return False
 
-    def hand_over(self, *, report: Report, stop: Callable[[], bool]) -> Mapping[str, Tensor] | None:
+    def yield_model(self, *, report: Report, stop: Callable[[], bool]) -> Mapping[str, Tensor] | None:
         """Nobody takes the model meanwhile, so it is lent on as it is."""
         return self._tensors
 
-    def set_aside(self, parts: Collection[str]) -> Mapping[str, Tensor]:
+    def offload_parts(self, parts: Collection[str]) -> Mapping[str, Tensor]:
         """Move these parts to the CPU until they are lent again."""
         assert self._tensors is not None, "nothing is lent"
         with translated("moving parts of the model off the device"):
             placement.move(placement.tensors_of(self._tensors, parts), placement.CPU)
         return self._tensors
 
-    def bring_back(self, parts: Collection[str]) -> Mapping[str, Tensor]:
+    def reload_parts(self, parts: Collection[str]) -> Mapping[str, Tensor]:
         """Move these parts to where they are lent."""
         assert self._tensors is not None, "nothing is lent"
         with translated("moving parts of the model back to the device"):

@@ -13,7 +13,7 @@ import torch
 from lib_lora_train.events import Event, Report
 from lib_lora_train.model.family import Hints
 from lib_lora_train.model.tokens import Tokenizer
-from lib_lora_train.settings.allowed_paths import Fence
+from lib_lora_train.settings.allowed_paths import AllowedPaths
 from lib_lora_train.tagging.captioner import CaptionerSource
 
 
@@ -71,7 +71,7 @@ class Host(Protocol):
         """Where the dataset studio keeps the datasets it owns."""
 
     @property
-    def fence(self) -> Fence | None:
+    def allowed(self) -> AllowedPaths | None:
         """The folders a run may touch; None where only this machine's user reaches the host."""
 
     @property
@@ -100,7 +100,7 @@ class Host(Protocol):
     def wanted(self) -> bool:
         """Whether somebody waits for the model that is lent."""
 
-    def hand_over(self, *, report: Report, stop: Callable[[], bool]) -> Mapping[str, torch.Tensor] | None:
+    def yield_model(self, *, report: Report, stop: Callable[[], bool]) -> Mapping[str, torch.Tensor] | None:
         """Give the model back to the host for those who wait, and lend it again: the same weights, perhaps elsewhere in
         memory. None where `stop()` or `give_up` ended the wait; the model is not lent then.
 
@@ -110,10 +110,10 @@ class Host(Protocol):
         Raises HostError where the model is gone for good or its weights are not what they were.
         """
 
-    def set_aside(self, parts: Collection[str]) -> Mapping[str, torch.Tensor]:
+    def offload_parts(self, parts: Collection[str]) -> Mapping[str, torch.Tensor]:
         """Move these parts of the lent model ("unet", "vae", "text") off its device until they are brought back or the
         loan ends, in place: an object that was lent lies elsewhere afterwards. They are set aside again after each
-        `hand_over`; on the CPU nothing moves.
+        `yield_model`; on the CPU nothing moves.
 
         Returns all of the lent tensors as they lie now. To be called by the borrower, who takes them in the place of those
         he holds: the memory is free once nobody holds what lay there. The host puts them back itself; where there is
@@ -121,15 +121,15 @@ class Host(Protocol):
         Raises TrainingError where there is no room to move to; nothing has moved then.
         """
 
-    def bring_back(self, parts: Collection[str]) -> Mapping[str, torch.Tensor]:
+    def reload_parts(self, parts: Collection[str]) -> Mapping[str, torch.Tensor]:
         """Move those of these parts that are set aside to the loan's device again, in place; they stay there.
 
-        Returns all of the lent tensors as they lie now, and wants to be called, as `set_aside`. Raises TrainingError where
+        Returns all of the lent tensors as they lie now, and wants to be called, as `offload_parts`. Raises TrainingError where
         the device has no room; nothing has moved then.
         """
 
     def waiting(self) -> bool:
-        """Whether `borrow` or `hand_over` waits for other work of the host."""
+        """Whether `borrow` or `yield_model` waits for other work of the host."""
 
     def give_up(self) -> None:
         """End such a wait with Interrupted; without effect where nobody waits."""

@@ -27,7 +27,7 @@ from lib_lora_train.host.port import Borrowed, Checkpoint, Outline
 from lib_lora_train.model.family import Hints, detect
 from lib_lora_train.model.hints_file import hints_from_yaml
 from lib_lora_train.model.tokens import Tokenizer, tokenizer_from_folder
-from lib_lora_train.settings.allowed_paths import Fence
+from lib_lora_train.settings.allowed_paths import AllowedPaths
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
            "I32": torch.int32, "U8": torch.uint8, "I8": torch.int8, "BOOL": torch.bool}
@@ -46,8 +46,8 @@ class StandaloneHost(Undisturbed):
     """Lends the model of one `.safetensors` file. `checkpoint_file` None is a host with no model yet."""
 
     def __init__(self, checkpoint_file: Path | None, *, lora_folder: Path, runs_folder: Path,
-                 device: torch.device | None = None, fence: Fence | None = None) -> None:
-        self.checkpoint_file, self.fence = checkpoint_file, fence
+                 device: torch.device | None = None, allowed: AllowedPaths | None = None) -> None:
+        self.checkpoint_file, self.allowed = checkpoint_file, allowed
         self.lora_folder, self.runs_folder = lora_folder, runs_folder
         self.datasets_folder = runs_folder.with_name("datasets")
         self._device = placement.indexed(device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -105,12 +105,12 @@ class StandaloneHost(Undisturbed):
         return self._described
 
 
-def listening_fence(address: str, output: Path, *folders: Path) -> Fence | None:
+def listening_allowed_paths(address: str, output: Path, *folders: Path) -> AllowedPaths | None:
     """What a page at `address` may touch: its output folder, and `folders` for reading; None where it is one's own."""
     if is_loopback(address):
         return None
     loras, others = output.resolve(), [folder.resolve() for folder in folders]
-    return Fence((loras, *others), (loras,), "other folders are named with --allow when the page is started")
+    return AllowedPaths((loras, *others), (loras,), "other folders are named with --allow when the page is started")
 
 
 def describe_file(path: Path) -> Checkpoint:

@@ -102,8 +102,8 @@ class Batches:
     def prepare(self, epoch: int, position: int, *, indices: tuple[int, ...]) -> PreparedBatch:
         """What can be done without the model, in any thread, for the batch at this position of `order(epoch)`."""
         # Separate generators, so that switching one kind of variation on does not change the others.
-        picture_rngs = [self._rng("picture", epoch, position, slot) for slot in range(len(indices))]
-        return PreparedBatch(self._source.prepare(indices, picture_rngs), self._captions(epoch, position, indices))
+        image_rngs = [self._rng("picture", epoch, position, slot) for slot in range(len(indices))]
+        return PreparedBatch(self._source.prepare(indices, image_rngs), self._captions(epoch, position, indices))
 
     def captions(self, epoch: int, positions: range) -> list[str]:
         """All captions of these batches of an epoch, without anything else of them."""
@@ -125,9 +125,9 @@ class Batches:
             crop=torch.tensor(crops),
             target_size=torch.tensor([(p.bucket[1], p.bucket[0]) for p in placements]))
 
-    def burden(self, indices: tuple[int, ...]) -> int:
+    def size_of(self, indices: tuple[int, ...]) -> int:
         """Bytes that preparing such a batch takes; 0 where nothing is to be gained from doing it ahead."""
-        return self._source.burden(indices)
+        return self._source.size_of(indices)
 
     def _captions(self, epoch: int, position: int, indices: tuple[int, ...]) -> tuple[str, ...]:
         return tuple(

@@ -12,10 +12,10 @@ from PIL import Image
 from lib_lora_train.dataset.augment import scale_and_crop, to_samples
 from lib_lora_train.dataset.buckets import Placement, Size
 from lib_lora_train.dataset.folder import Example, Problem
-from lib_lora_train.dataset.images import read_picture
-from lib_lora_train.dataset.prefetch import Ahead
+from lib_lora_train.dataset.images import read_image
+from lib_lora_train.dataset.prefetch import Prefetch
 from lib_lora_train.dataset.progress import Watch
-from lib_lora_train.distributed import Ranks, share
+from lib_lora_train.distributed import ProcessGroup, share
 from lib_lora_train.errors import DatasetError
 from lib_lora_train.inputs.exchange import all_texts, exchange
 from lib_lora_train.inputs.overflow import LatentStore
@@ -25,7 +25,7 @@ from lib_lora_train.inputs.vae_batches import VaeWork, check_finite
 # upright. A progressive JPEG waits in its decoder with 6 more, a WebP with 12.
 _DECODER_BYTES = {".jpg": 10, ".jpeg": 10, ".jfif": 10, ".png": 10}
 _OTHER_DECODER_BYTES = 17
-_AHEAD_A_THREAD = 4  # pictures that may be ready, for each thread that makes them
+_PREFETCH_PER_THREAD = 4  # pictures that may be ready, for each thread that makes them
 _A_ROUND = 4  # pictures that each of several ranks encodes before they meet, where the batch size is left to the device
 
 
@@ -42,12 +42,12 @@ class _Found:
         return sum(tensor.nbytes for tensor in (self.samples, self.latents) if tensor is not None)
 
 
-class Building:
+class LatentEncoding:
     """The latents of all pictures into a store. Where there are several ranks, each encodes its share of every round: as
     many neighbours of one bucket as there are ranks times the batch size; the round ends with their exchange."""
 
     def __init__(self, vae: VaeWork, examples: Sequence[Example], *, placements: Sequence[Placement], flip_aug: bool,
-                 store: LatentStore, watch: Watch, ranks: Ranks) -> None:
+                 store: LatentStore, watch: Watch, ranks: ProcessGroup) -> None:
         self._lost: dict[int, str] = {}  # which pictures cannot be used, and why
         self._vae, self._examples, self._placements, self._store = vae, examples, placements, store
         self._flips = (False, True) if flip_aug else (False,)
@@ -75,7 +75,7 @@ class Building:
         """All of it, pictures being read in so many threads, which end with this call. Errors as `CachedLatents.build`."""
         rounds = list(self._rounds())
         own = [index for numbers in rounds for index in self._share(numbers)]
-        with Ahead(own, self._find, threads=threads, most=_AHEAD_A_THREAD * max(1, threads), cost=self._cost,
+        with Prefetch(own, self._find, threads=threads, most=_PREFETCH_PER_THREAD * max(1, threads), cost=self._cost,
                    kept=lambda found: found.bytes) as found:
             waiting: list[tuple[int, torch.Tensor]] = []
             for place, numbers in enumerate(rounds):
@@ -207,7 +207,7 @@ class Building:
             self._put(index, latents)
 
 
-def check_pictures(examples: Sequence[Example], placements: Sequence[Placement], *, watch: Watch, ranks: Ranks, threads: int
+def check_images(examples: Sequence[Example], placements: Sequence[Placement], *, watch: Watch, ranks: ProcessGroup, threads: int
                    ) -> dict[int, Problem]:
     """Decode every picture once, in so many threads, each rank its share; what is wrong with which, in their order."""
     def find(index: int) -> tuple[str, bool]:
@@ -220,7 +220,7 @@ def check_pictures(examples: Sequence[Example], placements: Sequence[Placement],
 
     found: dict[int, tuple[str, bool]] = {}
     own = range(ranks.rank, len(examples), ranks.world)
-    with Ahead(own, find, threads=threads, most=_AHEAD_A_THREAD * max(1, threads), kept=lambda text: 0,
+    with Prefetch(own, find, threads=threads, most=_PREFETCH_PER_THREAD * max(1, threads), kept=lambda text: 0,
                cost=lambda index: decoding_bytes(examples[index], placements[index])) as ahead:
         for start in range(0, len(examples), ranks.world):
             watch.check()
@@ -242,10 +242,10 @@ def by_bucket(placements: Sequence[Placement]) -> Iterator[tuple[Size, list[int]
 
 def decoded(example: Example, placement: Placement) -> Image.Image:
     """The picture; DatasetError if it is damaged, or no longer the one that was scanned."""
-    picture = read_picture(example.path)
-    if picture.size != placement.original:
+    image = read_image(example.path)
+    if image.size != placement.original:
         raise DatasetError(f"The picture {example.path} cannot be used", why="it changed after the run began")
-    return picture
+    return image
 
 
 def latent_bytes(placement: Placement) -> int:

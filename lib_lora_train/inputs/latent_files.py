@@ -70,11 +70,11 @@ class LatentDisk:
     def __init__(self, *, vae_fingerprint: str, now: Callable[[], int] = time.time_ns) -> None:
         """`now`: the time in nanoseconds since 1970."""
         self.vae_fingerprint, self._now = vae_fingerprint, now
-        self._pictures: dict[Path, _Known] = {}  # read once a run
+        self._images: dict[Path, _Known] = {}  # read once a run
         self._tidied: set[Path] = set()
         self._refused: dict[Path, str] = {}  # folders that nothing can be written to, and why
 
-    def load(self, picture: Path, placement: Placement, *, flipped: bool, renew: bool = False) -> torch.Tensor | None:
+    def load(self, image: Path, placement: Placement, *, flipped: bool, renew: bool = False) -> torch.Tensor | None:
         """[2, 4, h, w] fp32, mean and standard deviation; None if there is nothing valid on disk.
 
         With `renew` a valid file without the picture's stamp gets it. Raises OSError where what is there cannot be read now: a
@@ -84,10 +84,10 @@ class LatentDisk:
         width, height = placement.bucket
         try:
             # Bytes and not a memory map: on Windows a mapped file could not be replaced later.
-            data = self._path(picture, placement, flipped=flipped).read_bytes()
+            data = self._path(image, placement, flipped=flipped).read_bytes()
             length = struct.unpack("<Q", data[:8])[0]
             notes = json.loads(data[8:8 + length])["__metadata__"]
-            if not self._fits(notes, picture, placement, flipped=flipped):
+            if not self._fits(notes, image, placement, flipped=flipped):
                 return None
             tensors = load(data)
             latents = np.stack([tensors["mean"], tensors["std"]])
@@ -97,31 +97,31 @@ class LatentDisk:
         if not whole or notes.get(_SUM) != _sum(latents) or not np.isfinite(latents).all():
             return None
         found = torch.from_numpy(latents)
-        known = self._pictures[picture]
+        known = self._images[image]
         if renew and known.trusted and notes.get(_STAMP) != known.stamp:
-            self.store(picture, placement, flipped=flipped, latents=found)  # where it refuses, the next start asks again
+            self.store(image, placement, flipped=flipped, latents=found)  # where it refuses, the next start asks again
         return found
 
-    def observe(self, picture: Path) -> None:
+    def observe(self, image: Path) -> None:
         """Take note of what the picture is now, before it is decoded: `store` keeps nothing of one that changed since.
 
         Raises nothing: whoever decodes it finds out why it cannot be read.
         """
         with contextlib.suppress(OSError):
-            self._observed(picture)
+            self._observed(image)
 
-    def store(self, picture: Path, placement: Placement, *, flipped: bool, latents: torch.Tensor | MeanAndStd) -> str | None:
+    def store(self, image: Path, placement: Placement, *, flipped: bool, latents: torch.Tensor | MeanAndStd) -> str | None:
         """Write atomically. Returns None, or why it was not possible (the run goes on without). A folder that cannot be
         written to is not asked again; what one file meets (a program that holds it) is that file's alone."""
-        path = self._path(picture, placement, flipped=flipped)
+        path = self._path(image, placement, flipped=flipped)
         folder = path.parent
         if folder in self._refused:
             return self._refused[folder]
         # A name of its own each time: the same picture may be written by another thread or another machine.
         temporary = folder / f"{secrets.token_hex(8)}.tmp"
         try:
-            known = self._observed(picture)
-            if known.stamp != _stamp(picture):
+            known = self._observed(image)
+            if known.stamp != _stamp(image):
                 return None  # what was encoded is no longer there: nothing to be found again
             mean, std = (np.ascontiguousarray(tensor.numpy()) for tensor in latents)
             notes = {_KEY: self._key(known.content, placement, flipped=flipped), _SUM: _sum(np.stack([mean, std]))}
@@ -146,22 +146,22 @@ class LatentDisk:
                 self._refused[folder] = _why(folder, error)
             raise
 
-    def _fits(self, notes: Mapping[str, Any], picture: Path, placement: Placement, *, flipped: bool) -> bool:
+    def _fits(self, notes: Mapping[str, Any], image: Path, placement: Placement, *, flipped: bool) -> bool:
         """Whether a file with these notes was made from exactly this. Raises OSError where the picture cannot be read."""
         stored = json.loads(notes[_KEY])["picture"]
         if notes[_KEY] != self._key(stored, placement, flipped=flipped):
             return False
-        if picture not in self._pictures and notes.get(_STAMP) == (stamp := _stamp(picture)):
-            self._pictures[picture] = _Known(stamp, self._trusted(stamp), stored)
+        if image not in self._images and notes.get(_STAMP) == (stamp := _stamp(image)):
+            self._images[image] = _Known(stamp, self._trusted(stamp), stored)
         # The picture as the run began with it: one that changes meanwhile changes nothing, here as in memory.
-        return self._observed(picture).content == stored
+        return self._observed(image).content == stored
 
-    def _observed(self, picture: Path) -> _Known:
-        known = self._pictures.get(picture)
+    def _observed(self, image: Path) -> _Known:
+        known = self._images.get(image)
         if known is None:
-            stamp = _stamp(picture)
+            stamp = _stamp(image)
             trusted = self._trusted(stamp)  # asked now: a change after the file was read must show in the stamp
-            known = self._pictures[picture] = _Known(stamp, trusted, _digest(picture))
+            known = self._images[image] = _Known(stamp, trusted, _digest(image))
         return known
 
     def _trusted(self, stamp: str) -> bool:
@@ -177,12 +177,12 @@ class LatentDisk:
                 if self._now() / 1e9 - leftover.stat().st_mtime > _LEFT_BEHIND:
                     leftover.unlink()
 
-    def _path(self, picture: Path, placement: Placement, *, flipped: bool) -> Path:
+    def _path(self, image: Path, placement: Placement, *, flipped: bool) -> Path:
         """Where the latents lie. The name tells apart all that the key does, but for the picture's content."""
-        (width, height), name = placement.bucket, os.fsencode(picture.name)
-        shown = picture.name if len(name) <= _LONGEST_NAME else hashlib.sha256(name).hexdigest()[:32]
+        (width, height), name = placement.bucket, os.fsencode(image.name)
+        shown = image.name if len(name) <= _LONGEST_NAME else hashlib.sha256(name).hexdigest()[:32]
         made = hashlib.sha256(self._key("", placement, flipped=flipped).encode()).hexdigest()[:12]
-        return picture.parent / CACHE_FOLDER / f"{shown}.{width}x{height}.{made}.safetensors"
+        return image.parent / CACHE_FOLDER / f"{shown}.{width}x{height}.{made}.safetensors"
 
     def _key(self, content: str, placement: Placement, *, flipped: bool) -> str:
         return json.dumps({
@@ -195,16 +195,16 @@ def _why(folder: Path, error: OSError) -> str:
     return f"{folder}: {error.strerror or error}"
 
 
-def _stamp(picture: Path) -> str:
+def _stamp(image: Path) -> str:
     """What changes with the file's content, without reading it: size, and two times in nanoseconds."""
-    known = picture.stat()
+    known = image.stat()
     return f"{known.st_size} {known.st_mtime_ns} {known.st_ctime_ns}"
 
 
-def _digest(picture: Path) -> str:
+def _digest(image: Path) -> str:
     """sha256 of all its bytes; hashing and reading leave Python's lock to others."""
     digest = hashlib.sha256()
-    with picture.open("rb") as file:
+    with image.open("rb") as file:
         while part := file.read(1 << 20):
             digest.update(part)
     return digest.hexdigest()

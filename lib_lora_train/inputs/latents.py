@@ -25,10 +25,10 @@ from lib_lora_train.dataset.buckets import Placement
 from lib_lora_train.dataset.folder import Dataset, Problem
 from lib_lora_train.dataset.prefetch import reading_threads
 from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
-from lib_lora_train.distributed import ALONE, Ranks
+from lib_lora_train.distributed import SINGLE_PROCESS, ProcessGroup
 from lib_lora_train.errors import DatasetError
 from lib_lora_train.inputs.exchange import shared_stop
-from lib_lora_train.inputs.latent_encoder import Building, check_pictures, decoded, decoding_bytes, latent_bytes
+from lib_lora_train.inputs.latent_encoder import LatentEncoding, check_images, decoded, decoding_bytes, latent_bytes
 from lib_lora_train.inputs.latent_files import LatentDisk
 from lib_lora_train.inputs.overflow import MOST_LATENT_BYTES, LatentStore
 from lib_lora_train.inputs.vae_batches import Encoder, Room, VaeWork, check_finite
@@ -70,7 +70,7 @@ class LatentSource(Protocol):
     def finish(self, prepared: Prepared) -> Latents:
         """The rest, in the thread that trains."""
 
-    def burden(self, indices: Sequence[int]) -> int:
+    def size_of(self, indices: Sequence[int]) -> int:
         """Bytes that `prepare` takes at most, its result included; 0 where nothing is to be gained from doing it ahead."""
 
     def close(self) -> None:
@@ -91,20 +91,20 @@ class CachedLatents:
         cls, vae: Encoder, dataset: Dataset, placements: Sequence[Placement], *, flip_aug: bool = False,
         vae_batch_size: int = 1, device: torch.device | str = "cpu", disk: LatentDisk | None = None,
         on_progress: Progress | None = None, should_stop: ShouldStop | None = None, threads: int | None = None,
-        max_bytes: int = MOST_LATENT_BYTES, folder: Path | None = None, ranks: Ranks = ALONE, room: Room | None = None,
+        max_bytes: int = MOST_LATENT_BYTES, folder: Path | None = None, ranks: ProcessGroup = SINGLE_PROCESS, room: Room | None = None,
     ) -> CachedLatents:
         """Encode every picture, bucket by bucket, in batches of `vae_batch_size` (0: see `VaeWork`, also for `room`).
 
         Pictures are read and decoded in `threads` (None: see `reading_threads`; 0: none) while the VAE works; the result
         does not depend on them. At most `max_bytes` of latents stay in memory; the others lie in the disk cache where
-        there is one, else in a temporary file in `folder` (see `Spill`). With several `ranks` each process encodes its
+        there is one, else in a temporary file in `folder` (see `DiskOverflow`). With several `ranks` each process encodes its
         share and gets the others'; all of them must say the same dataset and settings.
         Raises TrainingError naming the picture whose latent is not finite, DatasetError if no picture can
         be decoded, Interrupted when `should_stop()` says so (asked before each picture). No thread outlives the call.
         """
         store = LatentStore(disk=disk, max_bytes=max_bytes, folder=folder)
         try:
-            work = Building(
+            work = LatentEncoding(
                 VaeWork(vae, device=torch.device(device), batch_size=vae_batch_size, room=room), dataset.examples,
                 placements=placements, flip_aug=flip_aug, store=store, ranks=ranks,
                 watch=Watch(len(dataset.examples), doing="the pictures were encoded", on_progress=on_progress,
@@ -130,8 +130,8 @@ class CachedLatents:
         return Latents(torch.stack([part[0] for part in prepared.parts]), torch.stack([part[1] for part in prepared.parts]),
                        prepared.flipped)
 
-    def burden(self, indices: Sequence[int]) -> int:
-        """See `LatentSource.burden`."""
+    def size_of(self, indices: Sequence[int]) -> int:
+        """See `LatentSource.size_of`."""
         return sum(latent_bytes(self.placements[index]) for index in indices
                    if not self._store.in_memory(self._numbers[index]))
 
@@ -157,14 +157,14 @@ class FreshLatents:
         cls, vae: Encoder, dataset: Dataset, placements: Sequence[Placement], *, flip_aug: bool = False,
         color_aug: bool = False, random_crop: bool = False, vae_batch_size: int = 1,
         device: torch.device | str = "cpu", on_progress: Progress | None = None,
-        should_stop: ShouldStop | None = None, threads: int | None = None, ranks: Ranks = ALONE,
+        should_stop: ShouldStop | None = None, threads: int | None = None, ranks: ProcessGroup = SINGLE_PROCESS,
         warn: Callable[[str], None] = lambda text: None,
     ) -> FreshLatents:
         """Decode every picture once, to find the damaged ones before training. Parameters and errors as in
         `CachedLatents.build`."""
         watch = Watch(len(dataset.examples), doing="the pictures were checked", on_progress=on_progress,
                       should_stop=shared_stop(should_stop, ranks))
-        problems = check_pictures(dataset.examples, placements, watch=watch, ranks=ranks,
+        problems = check_images(dataset.examples, placements, watch=watch, ranks=ranks,
                                   threads=reading_threads() if threads is None else threads)
         kept, kept_placements = _without(dataset, placements, problems=list(problems.values()), dropped=set(problems))
         return cls(vae, kept, kept_placements, flip_aug=flip_aug, color_aug=color_aug, random_crop=random_crop,
@@ -188,8 +188,8 @@ class FreshLatents:
         check_finite(latents, [self.dataset.examples[index] for index in prepared.indices])
         return Latents(latents[:, 0].contiguous(), latents[:, 1].contiguous(), prepared.flipped)
 
-    def burden(self, indices: Sequence[int]) -> int:
-        """See `LatentSource.burden`. One picture is decoded at a time; the samples of the others wait."""
+    def size_of(self, indices: Sequence[int]) -> int:
+        """See `LatentSource.size_of`. One picture is decoded at a time; the samples of the others wait."""
         placements = [self.placements[index] for index in indices]
         return max(decoding_bytes(self.dataset.examples[index], self.placements[index]) for index in indices) + sum(
             3 * placement.bucket[0] * placement.bucket[1] for placement in placements)
@@ -200,9 +200,9 @@ class FreshLatents:
     def _samples(self, index: int, rng: random.Random, *, flip: bool) -> torch.Tensor:
         placement = self.placements[index]
         crop = draw_crop(placement, rng) if self._random_crop else placement.crop
-        picture = scale_and_crop(decoded(self.dataset.examples[index], placement), placement, crop=crop)
-        picture = vary_colour(picture, rng) if self._color_aug else picture
-        return to_samples(ImageOps.mirror(picture) if flip else picture)
+        image = scale_and_crop(decoded(self.dataset.examples[index], placement), placement, crop=crop)
+        image = vary_colour(image, rng) if self._color_aug else image
+        return to_samples(ImageOps.mirror(image) if flip else image)
 
 
 def _without(dataset: Dataset, placements: Sequence[Placement], *, problems: Sequence[Problem], dropped: set[int]

@@ -37,11 +37,11 @@ class InFile:
 class _InCache:
     """Latents in the disk cache, as they were found or written there."""
 
-    picture: Path
+    image: Path
     placement: Placement
 
 
-class Spill:
+class DiskOverflow:
     """Tensors in one temporary file, which is gone when it is closed or this process ends, however it ends.
 
     `folder`: where it lies; None is the system's own place for such files. The file has no name that could be left
@@ -103,9 +103,9 @@ class LatentStore:
 
     def __init__(self, *, disk: LatentDisk | None = None, max_bytes: int = MOST_LATENT_BYTES,
                  folder: Path | None = None) -> None:
-        """At most `max_bytes` stay in memory. `folder`: where the temporary file lies, see `Spill`."""
+        """At most `max_bytes` stay in memory. `folder`: where the temporary file lies, see `DiskOverflow`."""
         self.disk, self._max_bytes = disk, max_bytes
-        self._spill = Spill(folder)
+        self._overflow = DiskOverflow(folder)
         self._entries: dict[int, torch.Tensor | InFile | _InCache] = {}
         self._bytes = 0
         self.failure = ""  # why latents stay in memory that should not
@@ -125,7 +125,7 @@ class LatentStore:
                 entry = _InCache(*cached)
             elif not self.failure:
                 try:
-                    entry = self._spill.write(latents)
+                    entry = self._overflow.write(latents)
                 except OSError as error:
                     self.failure = error.strerror or str(error)
         if isinstance(entry, torch.Tensor):
@@ -142,17 +142,17 @@ class LatentStore:
         if isinstance(entry, torch.Tensor):
             return entry[int(flipped)]
         if isinstance(entry, InFile):
-            return self._spill.read(entry, int(flipped))
+            return self._overflow.read(entry, int(flipped))
         return self._from_cache(entry, flipped=flipped)
 
     def _from_cache(self, entry: _InCache, *, flipped: bool) -> torch.Tensor:
         """Read with patience: one moment in which the disk does not answer shall not end a long run."""
         assert self.disk is not None
-        what, refused = f"The encoded picture of {entry.picture} can no longer be read", OSError()
+        what, refused = f"The encoded picture of {entry.image} can no longer be read", OSError()
         for pause in (0.0, *RETRY_SECONDS):
             time.sleep(pause)
             try:
-                latents = self.disk.load(entry.picture, entry.placement, flipped=flipped)
+                latents = self.disk.load(entry.image, entry.placement, flipped=flipped)
             except OSError as error:
                 refused = error
                 continue
@@ -166,4 +166,4 @@ class LatentStore:
         """Remove the temporary file and forget everything."""
         self._entries.clear()
         self._bytes = 0
-        self._spill.close()
+        self._overflow.close()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from lib_lora_train.dataset.prefetch import MOST_BYTES, Ahead, reading_threads
+from lib_lora_train.dataset.prefetch import MOST_BYTES, Prefetch, reading_threads
 from lib_lora_train.inputs.batches import Batch, Batches, PreparedBatch
 from lib_lora_train.inputs.text import CAPTIONS_AT_ONCE
 
@@ -17,27 +17,27 @@ _SPARE = 2  # batches ready beyond those in the making: a slow picture then hold
 _Place = tuple[int, int, tuple[int, ...]]  # epoch, position, indices
 
 
-class Feeder:
+class Prefetcher:
     """Batches of epoch after epoch, some of them ahead; to be used as a `with` block, whose end ends the threads.
 
     Where all latents are in memory there is nothing to do ahead, and no thread is started.
     """
 
     def __init__(self, batches: Batches, *, last_epoch: int, threads: int | None = None, most_bytes: int = MOST_BYTES,
-                 encode_soon: Callable[[Sequence[str]], None] | None = None, captions_at_once: int = CAPTIONS_AT_ONCE) -> None:
+                 encode_upcoming: Callable[[Sequence[str]], None] | None = None, captions_at_once: int = CAPTIONS_AT_ONCE) -> None:
         """Nothing is prepared beyond `last_epoch`. `threads`: None is `reading_threads`, 0 none. At most `most_bytes` wait
         or are in the making (one batch at least).
 
-        `encode_soon` is told, in the thread that asks for the batches, the captions of the next few of them: about
+        `encode_upcoming` is told, in the thread that asks for the batches, the captions of the next few of them: about
         `captions_at_once`, always the same ones together, wherever a run begins.
         """
         self._batches, self._last_epoch, self._most_bytes = batches, last_epoch, most_bytes
         self._threads = reading_threads() if threads is None else threads
-        self._encode_soon, self._captions_at_once = encode_soon, captions_at_once
-        self._ahead: Ahead[_Place, PreparedBatch] | None = None
+        self._encode_upcoming, self._captions_at_once = encode_upcoming, captions_at_once
+        self._ahead: Prefetch[_Place, PreparedBatch] | None = None
         self._next = (0, 0)  # epoch and position of what `_ahead` gives next
 
-    def __enter__(self) -> Feeder:
+    def __enter__(self) -> Prefetcher:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -63,16 +63,16 @@ class Feeder:
     def _tell(self, epoch: int, position: int, *, first: bool) -> None:
         """Of the batches in whose row this one stands, where it is the first of them that is asked for."""
         row = max(1, self._captions_at_once // self._batches.batch_size)
-        if self._encode_soon is not None and (first or position % row == 0):
+        if self._encode_upcoming is not None and (first or position % row == 0):
             begin = position // row * row
-            self._encode_soon(self._batches.captions(epoch, range(begin, min(begin + row, len(self._batches)))))
+            self._encode_upcoming(self._batches.captions(epoch, range(begin, min(begin + row, len(self._batches)))))
 
-    def _from(self, epoch: int, position: int) -> Ahead[_Place, PreparedBatch]:
-        worthwhile = any(self._batches.burden(indices) for indices in self._batches.order(epoch))
+    def _from(self, epoch: int, position: int) -> Prefetch[_Place, PreparedBatch]:
+        worthwhile = any(self._batches.size_of(indices) for indices in self._batches.order(epoch))
         threads = self._threads if worthwhile else 0
-        return Ahead(
+        return Prefetch(
             self._places(epoch, position), lambda place: self._batches.prepare(place[0], place[1], indices=place[2]),
-            threads=threads, most=threads + _SPARE, cost=lambda place: self._batches.burden(place[2]),
+            threads=threads, most=threads + _SPARE, cost=lambda place: self._batches.size_of(place[2]),
             kept=lambda prepared: prepared.bytes, most_bytes=self._most_bytes).__enter__()
 
     def _places(self, epoch: int, position: int) -> Iterator[_Place]:

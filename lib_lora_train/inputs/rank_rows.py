@@ -10,7 +10,7 @@ import torch
 
 from lib_lora_train.dataset.buckets import Placement
 from lib_lora_train.dataset.folder import Dataset
-from lib_lora_train.distributed import Ranks, share
+from lib_lora_train.distributed import ProcessGroup, share
 from lib_lora_train.inputs.latents import Latents, LatentSource, Prepared
 
 
@@ -20,7 +20,7 @@ class OwnRows:
     The others' rows are zeros: the step cuts them away. A `LatentSource`.
     """
 
-    def __init__(self, source: LatentSource, ranks: Ranks) -> None:
+    def __init__(self, source: LatentSource, ranks: ProcessGroup) -> None:
         self.dataset: Dataset = source.dataset
         self.placements: tuple[Placement, ...] = source.placements
         self._source, self._ranks = source, ranks
@@ -40,9 +40,9 @@ class OwnRows:
         mean[rows], std[rows], flipped[rows] = found.mean, found.std, found.flipped
         return Latents(mean, std, tuple(flipped))
 
-    def burden(self, indices: Sequence[int]) -> int:
-        """See `LatentSource.burden`."""
-        return self._source.burden(indices[self._rows(indices)])
+    def size_of(self, indices: Sequence[int]) -> int:
+        """See `LatentSource.size_of`."""
+        return self._source.size_of(indices[self._rows(indices)])
 
     def close(self) -> None:
         """See `LatentSource.close`."""

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 
 from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
-from lib_lora_train.inputs.overflow import InFile, Spill
+from lib_lora_train.inputs.overflow import DiskOverflow, InFile
 from lib_lora_train.model.text import Conditioning, Tokens
 
 DEFAULT_MAX_BYTES = 2 << 30
@@ -36,20 +36,20 @@ class TextCache:
     """Caption → Conditioning, on the CPU."""
 
     def __init__(self, conditioner: Conditioner, *, clip_skip: int = 1, dtype: torch.dtype = torch.float32,
-                 max_bytes: int = DEFAULT_MAX_BYTES, one_by_one: bool = False, spill: Spill | None = None,
+                 max_bytes: int = DEFAULT_MAX_BYTES, one_by_one: bool = False, overflow: DiskOverflow | None = None,
                  kept_as: torch.dtype | None = None) -> None:
         """`one_by_one`: what `get` does not know is encoded caption by caption. Slower than together, but then the last bits
         of a caption do not depend on those it was met with: for captions that are kept and met again, after a resume too.
-        `spill`: where `fill` puts what `max_bytes` has no room for; closing it is its owner's. `kept_as`: in which numbers
+        `overflow`: where `fill` puts what `max_bytes` has no room for; closing it is its owner's. `kept_as`: in which numbers
         conditions are kept and given (None: `dtype`, in which they are computed). Where the step computes in it anyway,
         nothing is lost, and twice as many fit."""
         self._conditioner, self._clip_skip, self._dtype, self._one_by_one = conditioner, clip_skip, dtype, one_by_one
-        self._kept_as, self._spill = kept_as or dtype, spill
+        self._kept_as, self._overflow = kept_as or dtype, overflow
         self._spilled: dict[str, tuple[InFile, InFile | None]] = {}
         self._max_bytes, self._bytes = max_bytes, 0
         self._known: OrderedDict[str, Conditioning] = OrderedDict()  # least recently used first; batch size 1 each
         self._empty: torch.Tensor | None = None  # [1, 77, C]: what the WebUI appends where chunks are missing
-        self._soon: list[frozenset[str]] = []  # what `encode_soon` was told, as far as it may still be asked for
+        self._soon: list[frozenset[str]] = []  # what `encode_upcoming` was told, as far as it may still be asked for
         self._asked = False  # since it was told
 
     def get(self, captions: Sequence[str]) -> Conditioning:
@@ -91,7 +91,7 @@ class TextCache:
                     return  # more would only push out what was just computed
                 watch.advance(len(part))
 
-    def encode_soon(self, captions: Sequence[str]) -> None:
+    def encode_upcoming(self, captions: Sequence[str]) -> None:
         """Encode what `get` will soon be asked for, all at once: for captions that vary from visit to visit.
 
         What is known already is encoded again, so that the last bits of a caption do not depend on what was met before. Of
@@ -147,20 +147,20 @@ class TextCache:
             for caption, one in part.items():
                 self._keep(caption, one)
             return True
-        if self._spill is None:
+        if self._overflow is None:
             return False
         try:
             for caption, one in part.items():
-                self._spilled[caption] = (self._spill.write(one.context),
-                                          None if one.pooled is None else self._spill.write(one.pooled))
+                self._spilled[caption] = (self._overflow.write(one.context),
+                                          None if one.pooled is None else self._overflow.write(one.pooled))
         except OSError:  # the disk is full: what is not there is encoded when it is met
             return False
         return True
 
     def _read(self, caption: str) -> Conditioning:
         context, pooled = self._spilled[caption]
-        assert self._spill is not None
-        return Conditioning(self._spill.read(context), None if pooled is None else self._spill.read(pooled))
+        assert self._overflow is not None
+        return Conditioning(self._overflow.read(context), None if pooled is None else self._overflow.read(pooled))
 
     def _filled(self, context: torch.Tensor, tokens: int) -> torch.Tensor:
         missing = tokens - context.shape[1]

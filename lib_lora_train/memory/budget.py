@@ -34,7 +34,7 @@ def largest(buckets: Iterable[tuple[tuple[int, int], int]]) -> tuple[int, int]:
 
 def shapes_of(buckets: Iterable[tuple[tuple[int, int], int]], batch: int) -> int:
     """Shapes of batches that occur: one for each bucket, and one for what is left of it when batches of so many are taken."""
-    return sum((pictures >= batch) + bool(pictures % batch) for _, pictures in buckets)
+    return sum((images >= batch) + bool(images % batch) for _, images in buckets)
 
 
 def chunks_of(captions: Iterable[str]) -> int:

@@ -36,7 +36,7 @@ class Cost:
     parameters: int
 
 
-def picture_cost(tensors: Mapping[str, Tensor], architecture: Architecture, *, width: int, height: int, rank: int,
+def image_cost(tensors: Mapping[str, Tensor], architecture: Architecture, *, width: int, height: int, rank: int,
                  dtype: torch.dtype) -> Cost:
     """The cost of one picture of this size (pixels) on a card, nothing recomputed. `tensors` are the checkpoint's, of which
     only shapes are used."""

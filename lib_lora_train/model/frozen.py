@@ -44,10 +44,10 @@ class FrozenModel:
         return {UNET_COMPONENT: self.unet.tensors,
                 **{encoder.config.component: encoder.tensors for encoder in self.text.encoders}}
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Hold none of the borrowed memory, so that its owner may move or free it; to be followed by `take`."""
         for part in (self.unet, self.vae, *self.text.encoders):
-            part.layers.let_go()
+            part.layers.release()
 
     def take(self, tensors: Mapping[str, Tensor]) -> None:
         """Compute on `tensors` (checkpoint names) from now on: the same weights on the same device, lent anew."""

@@ -70,7 +70,7 @@ class Layers:
         self.tensors: Mapping[str, Weight] = MappingProxyType(self._weights)
         self._adapters = adapters
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Hold none of the lender's memory and nothing on its device, until `take`; not to be computed with meanwhile."""
         for name in tuple(self._weights):
             if name in self._own:

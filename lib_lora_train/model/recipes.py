@@ -104,7 +104,7 @@ class GroupNorm:
 
     def known(self, source: Tensor) -> Any:
         """(what is computed on, normed as well, mean, 1/σ)"""
-        x, weight, bias = _wide(_dense_picture(source), source), _wide(self.weight, source), _wide(self.bias, source)
+        x, weight, bias = _wide(_dense_image(source), source), _wide(self.weight, source), _wide(self.bias, source)
         if is_nhwc(x) and not x.is_cpu:
             normed, mean, rstd = self._make_nhwc(x, weight, bias)  # torch's kernel would go to NCHW
         else:
@@ -185,8 +185,8 @@ class GatedGELU:
 
     def make(self, source: Tensor) -> tuple[Tensor, Any]:
         """[..., 2·C] -> [..., C]"""
-        opened = self.known(source)
-        return source.chunk(2, dim=-1)[0] * opened, opened
+        session = self.known(source)
+        return source.chunk(2, dim=-1)[0] * session, session
 
     def grad(self, source: Tensor, known: Any, grad_x: Tensor) -> Tensor:
         """[..., C] -> [..., 2·C]"""
@@ -211,8 +211,8 @@ class GELU:
 
     def make(self, source: Tensor) -> tuple[Tensor, Any]:
         """[...] -> [...]"""
-        opened = self.known(source)
-        return F.gelu(source) if opened is None else source * opened, opened
+        session = self.known(source)
+        return F.gelu(source) if session is None else source * session, session
 
     def grad(self, source: Tensor, known: Any, grad_x: Tensor) -> Tensor:
         """[...] -> [...]"""
@@ -226,7 +226,7 @@ def _wide(tensor: Tensor, x: Tensor) -> Tensor:
     return tensor.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
-def _dense_picture(x: Tensor) -> Tensor:
+def _dense_image(x: Tensor) -> Tensor:
     """x [B, C, h, w] without gaps, in NCHW or NHWC order, whichever it is nearer to."""
     if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
         return x

@@ -60,9 +60,9 @@ def borrowed(tensor: Tensor) -> Tensor:
     return plain.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
 
 
-def is_nhwc(picture: Tensor) -> bool:
+def is_nhwc(image: Tensor) -> bool:
     """Whether [B, C, h, w] has its channels side by side in memory, and not its pixels as well."""
-    return picture.is_contiguous(memory_format=torch.channels_last) and not picture.is_contiguous()
+    return image.is_contiguous(memory_format=torch.channels_last) and not image.is_contiguous()
 
 
 def is_nhwc_kernel(weight: Weight) -> bool:

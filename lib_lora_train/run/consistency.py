@@ -7,20 +7,20 @@ from collections.abc import Mapping
 import torch
 
 from lib_lora_train import __version__
-from lib_lora_train.distributed import Ranks, agree
+from lib_lora_train.distributed import ProcessGroup, agree
 from lib_lora_train.model.fingerprint import sampled_fingerprint
 from lib_lora_train.run import resume
 from lib_lora_train.run.planning import Preparation
 from lib_lora_train.settings import DECLARATIONS, Settings, flat
 
 
-def agree_on_settings(ranks: Ranks, settings: Settings) -> None:
+def agree_on_settings(ranks: ProcessGroup, settings: Settings) -> None:
     """Raises Disagreement where the processes were started with different settings. Their paths may differ, as machines do."""
     known = {d.name: bool(flat(settings)[d.name]) if d.is_path else flat(settings)[d.name] for d in DECLARATIONS.values()}
     agree(ranks, shown={**known, "the version": __version__}, digests={})
 
 
-def agree_on_data(ranks: Ranks, preparation: Preparation, checkpoint: Mapping[str, str], *, step: int,
+def agree_on_data(ranks: ProcessGroup, preparation: Preparation, checkpoint: Mapping[str, str], *, step: int,
                   weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
     """Raises Disagreement where the processes have different pictures, models or resume points: `step` and `weights` (none for
     new ones) are those that the run goes on from."""

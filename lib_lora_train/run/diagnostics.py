@@ -28,7 +28,7 @@ import torch
 
 from lib_lora_train import __version__
 from lib_lora_train.dataset.captions import CAPTION_SUFFIXES
-from lib_lora_train.dataset.images import PICTURE_SUFFIXES
+from lib_lora_train.dataset.images import IMAGE_SUFFIXES
 from lib_lora_train.errors import SettingError
 from lib_lora_train.host.port import Host
 from lib_lora_train.run.record import FAILURE
@@ -128,7 +128,7 @@ class Private:
         # A path of which nothing is known. Those that were replaced begin with a word in <>, and are left alone.
         start, step = r"(?<![\w<>/\\.:])(?:[A-Za-z]:[/\\]+|\\\\+|/)", r"[/\\]+"
         self._rules += [(re.compile(rf"{start}[^{_END}/\\]+(?:{step}[^{_END}]*)+"), "<path>")]
-        suffixes = "|".join(re.escape(s) for s in sorted({*PICTURE_SUFFIXES, *CAPTION_SUFFIXES}))
+        suffixes = "|".join(re.escape(s) for s in sorted({*IMAGE_SUFFIXES, *CAPTION_SUFFIXES}))
         self._rules += [(re.compile(rf"[^{_END}/\\]+({suffixes})(?![\w.])", re.IGNORECASE), r"<file>\1")]
         self._rules += [(re.compile(rf"(?<![^\W_]){re.escape(spelt)}(?![^\W_])", re.IGNORECASE), word)
                         for name, word in sorted(names.items(), key=lambda entry: -len(entry[0])) if len(name) > 1

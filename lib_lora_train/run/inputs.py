@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from lib_lora_train.adapters.network import LoRANetwork
-from lib_lora_train.distributed import Ranks
+from lib_lora_train.distributed import ProcessGroup
 from lib_lora_train.errors import Interrupted, translated
 from lib_lora_train.events import Report, Stage, Warned
 from lib_lora_train.host.port import Borrowed
@@ -17,7 +17,7 @@ from lib_lora_train.inputs.batches import Batches
 from lib_lora_train.inputs.fingerprint import encoder_fingerprint
 from lib_lora_train.inputs.latent_files import LatentDisk
 from lib_lora_train.inputs.latents import CachedLatents, FreshLatents, LatentSource
-from lib_lora_train.inputs.overflow import Spill
+from lib_lora_train.inputs.overflow import DiskOverflow
 from lib_lora_train.inputs.rank_rows import OwnRows
 from lib_lora_train.inputs.text import TextCache
 from lib_lora_train.inputs.vae_batches import Room
@@ -39,7 +39,7 @@ def stage(name: str, report: Report, pause: Pause = lambda release: True) -> Cal
 
 
 def latents_of(settings: Settings, preparation: Preparation, model: FrozenModel, vae: Mapping[str, torch.Tensor],
-               ranks: Ranks, folder: Path | None, *, room: Room, report: Report, stop: Stop, pause: Pause) -> LatentSource:
+               ranks: ProcessGroup, folder: Path | None, *, room: Room, report: Report, stop: Stop, pause: Pause) -> LatentSource:
     """Encoded pictures: once and kept, or anew at each step where augmentations change the pixels. `vae` are the host's
     tensors of it; in `folder` lies what is too much for the memory, until the source is closed."""
     chosen, at_once = settings.dataset, settings.memory.vae_batch_size
@@ -57,7 +57,7 @@ def latents_of(settings: Settings, preparation: Preparation, model: FrozenModel,
                                    **shared)
 
 
-def batches_of(settings: Settings, source: LatentSource, ranks: Ranks) -> Batches:
+def batches_of(settings: Settings, source: LatentSource, ranks: ProcessGroup) -> Batches:
     """The batches of all processes together; of their pictures, a process looks up those that fall to it."""
     captions = settings.captions
     return Batches(
@@ -75,11 +75,11 @@ class Text:
 
     condition: Condition
     known: bool = False
-    encode_soon: Callable[[Sequence[str]], None] | None = None
+    encode_upcoming: Callable[[Sequence[str]], None] | None = None
 
 
 def condition_of(settings: Settings, model: FrozenModel, borrowed: Borrowed, network: LoRANetwork, batches: Batches,
-                 spill: Spill, *, ahead: bool, dtype: torch.dtype, report: Report, stop: Stop, pause: Pause) -> Text:
+                 overflow: DiskOverflow, *, ahead: bool, dtype: torch.dtype, report: Report, stop: Stop, pause: Pause) -> Text:
     """How a batch's captions become the UNet's condition: looked up while the text encoders are frozen, else computed.
 
     With `ahead` all captions are encoded now; else each when it is met, so that the first step comes sooner. Captions that
@@ -103,10 +103,10 @@ def condition_of(settings: Settings, model: FrozenModel, borrowed: Borrowed, net
             return model.text.encode(batch, clip_skip=clip_skip, dtype=dtype, adapters=adapters)
 
     captions = batches.fixed_captions()
-    cache = TextCache(Adapted, clip_skip=clip_skip, one_by_one=captions is not None, spill=spill, kept_as=dtype)
+    cache = TextCache(Adapted, clip_skip=clip_skip, one_by_one=captions is not None, overflow=overflow, kept_as=dtype)
     if captions is not None and ahead:
         with translated("encoding the captions"):
             cache.fill((*captions, ""), on_progress=stage("Encoding captions", report, pause),
                        should_stop=lambda: bool(stop()))
-    soon = cache.encode_soon if captions is None and model.device.type == "cuda" else None
+    soon = cache.encode_upcoming if captions is None and model.device.type == "cuda" else None
     return Text(CachedText(cache), captions is not None and cache.holds(captions), soon)

@@ -19,14 +19,14 @@ import torch
 from lib_lora_train.adapters import file
 from lib_lora_train.adapters.network import LoRANetwork
 from lib_lora_train.adapters.targets import find_targets
-from lib_lora_train.distributed import ALONE, Ranks, agree
+from lib_lora_train.distributed import SINGLE_PROCESS, ProcessGroup, agree
 from lib_lora_train.errors import Interrupted, SettingError, translated
-from lib_lora_train.evaluation.lease import lent_model
+from lib_lora_train.evaluation.lease import frozen_model
 from lib_lora_train.events import Finished, Planned, Report, Warned
 from lib_lora_train.host.port import Borrowed, Host
 from lib_lora_train.inputs.batches import Batches
-from lib_lora_train.inputs.overflow import Spill
-from lib_lora_train.inputs.prefetcher import Feeder
+from lib_lora_train.inputs.overflow import DiskOverflow
+from lib_lora_train.inputs.prefetcher import Prefetcher
 from lib_lora_train.memory.dry_run import Base, Way
 from lib_lora_train.memory.plan import MemoryPlan
 from lib_lora_train.model.components import vae_tensors
@@ -38,9 +38,9 @@ from lib_lora_train.run.memory import memory_plan, room_for_encoding, settle
 from lib_lora_train.run.output import checked_name, destination
 from lib_lora_train.run.planning import Preparation, prepare
 from lib_lora_train.run.provenance import Provenance
-from lib_lora_train.run.saver import Onlooker, Saver, StateKeeper
+from lib_lora_train.run.saver import Checkpointer, Onlooker, Saver
 from lib_lora_train.settings import Settings
-from lib_lora_train.settings.allowed_paths import Fence, confine
+from lib_lora_train.settings.allowed_paths import AllowedPaths, check_allowed
 from lib_lora_train.training.checkpoint import TrainingState
 from lib_lora_train.training.loop import LoopOptions, Pause, Stop, train
 from lib_lora_train.training.precision import compute_dtype
@@ -48,7 +48,7 @@ from lib_lora_train.training.step import StepOptions
 
 
 def run_job(settings: Settings, host: Host, *, report: Report, stop: Stop, folder: Path | None = None,
-            ranks: Ranks = ALONE) -> Finished:
+            ranks: ProcessGroup = SINGLE_PROCESS) -> Finished:
     """Train the LoRA that `settings` describe on the model that `host` holds.
 
     `stop` is asked between steps and pictures: "" to go on, "stop" to end, "save" to end and keep what was learnt.
@@ -57,14 +57,14 @@ def run_job(settings: Settings, host: Host, *, report: Report, stop: Stop, folde
     The last event, `Finished`, is returned and left to the caller to report, who knows how failures end too.
     Raises UserError, HostError, TrainingError, and Interrupted where a stop came before the first step.
     """
-    confine(settings, host.fence)
+    check_allowed(settings, host.allowed)
     agree_on_settings(ranks, settings)
     point = resume.find(settings.save.resume, host.runs_folder) if settings.save.resume else None
     settings = _with_seed(settings, point, ranks)
     target = result_path(settings, host, point) if ranks.rank == 0 else Path(settings.save.output_name)
     weights = _weights(settings, point)
     checkpoint = host.checkpoint()
-    preparation = _prepared(settings, checkpoint.family if checkpoint else "", host.fence, ranks, report=report, stop=stop)
+    preparation = _prepared(settings, checkpoint.family if checkpoint else "", host.allowed, ranks, report=report, stop=stop)
 
     with host.borrow() as borrowed:
         return _on_loan(settings, host, borrowed, preparation, weights, point, family=checkpoint.family if checkpoint else "",
@@ -73,14 +73,14 @@ def run_job(settings: Settings, host: Host, *, report: Report, stop: Stop, folde
 
 def _on_loan(settings: Settings, host: Host, borrowed: Borrowed, preparation: Preparation, weights: _Weights,
              point: resume.Point | None, *, family: str, target: Path, report: Report, stop: Stop, folder: Path | None,
-             ranks: Ranks) -> Finished:
+             ranks: ProcessGroup) -> Finished:
     """The part of the road that needs the model. Whatever it makes dies with its frame, so that the model finds the device's
     memory free when it goes back."""
     with contextlib.ExitStack() as leaving:
-        model = lent_model(borrowed, settings)
+        model = frozen_model(borrowed, settings)
         if model.architecture.family != family:
             # The host had no model yet, or another one, when the folder was read.
-            preparation = _prepared(settings, model.architecture.family, host.fence, ranks, report=report, stop=stop)
+            preparation = _prepared(settings, model.architecture.family, host.allowed, ranks, report=report, stop=stop)
         known = resume.checkpoint_facts(borrowed) if point or folder or ranks.world > 1 else {}
         if point:
             resume.compare_checkpoint(known, point)
@@ -111,14 +111,14 @@ def _on_loan(settings: Settings, host: Host, borrowed: Borrowed, preparation: Pr
         if memory.warning:
             report(Warned(memory.warning))
 
-        spill = leaving.enter_context(contextlib.closing(Spill(folder)))
-        text = settle(settings, model, host, borrowed, network, batches, spill, memory.way, dtype=dtype, report=report,
+        overflow = leaving.enter_context(contextlib.closing(DiskOverflow(folder)))
+        text = settle(settings, model, host, borrowed, network, batches, overflow, memory.way, dtype=dtype, report=report,
                       stop=stop, pause=pause)
         provenance = Provenance(settings, preparation, model, borrowed, network,
                                 started_at=point.started_at if point else time.time())
-        keeper = _keeper(settings, preparation, known, provenance.started_at, point, folder, dtype=dtype,
+        checkpointer = _checkpointer(settings, preparation, known, provenance.started_at, point, folder, dtype=dtype,
                          base=memory.way.base, report=report)
-        saver = Onlooker(report) if ranks.rank else Saver(target, settings.save, network, provenance, keeper, report=report,
+        saver = Onlooker(report) if ranks.rank else Saver(target, settings.save, network, provenance, checkpointer, report=report,
                                                           spare=folder)
         with saver.rescue():
             steps = _train(settings, preparation, model, network, batches, text, memory.way, dtype=dtype, saver=saver,
@@ -130,7 +130,7 @@ def _on_loan(settings: Settings, host: Host, borrowed: Borrowed, preparation: Pr
 
 
 def _finished(preparation: Preparation, saver: Saver | Onlooker, steps: int, *, name: str, stop: Stop,
-              ranks: Ranks) -> Finished:
+              ranks: ProcessGroup) -> Finished:
     """The end of a run after `steps` steps, its result saved if it is complete, or was stopped to be saved. Raises Interrupted
     where nothing was ever saved."""
     complete, stopped = steps == preparation.plan.steps, f"Stopped after {steps} of {preparation.plan.steps} steps"
@@ -160,7 +160,7 @@ def result_path(settings: Settings, host: Host, point: resume.Point | None) -> P
     return destination(folder, name=name, overwrite=settings.save.overwrite or own)
 
 
-def _with_seed(settings: Settings, point: resume.Point | None, ranks: Ranks) -> Settings:
+def _with_seed(settings: Settings, point: resume.Point | None, ranks: ProcessGroup) -> Settings:
     """A seed is drawn where none was given, and only once in a run, for all of its processes."""
     if settings.optimizer.seed >= 0:
         return settings
@@ -188,8 +188,8 @@ def _weights(settings: Settings, point: resume.Point | None) -> _Weights:
     return _Weights()
 
 
-def _keeper(settings: Settings, preparation: Preparation, checkpoint: Mapping[str, str], started_at: float,
-            point: resume.Point | None, folder: Path | None, *, dtype: torch.dtype, base: Base, report: Report) -> StateKeeper:
+def _checkpointer(settings: Settings, preparation: Preparation, checkpoint: Mapping[str, str], started_at: float,
+            point: resume.Point | None, folder: Path | None, *, dtype: torch.dtype, base: Base, report: Report) -> Checkpointer:
     """Keeps the run's state. What it says of the data is compared with what was said when the run began."""
     wanted = folder is not None and (settings.save.save_state or settings.save.save_state_on_train_end)
     facts: dict[str, Any] = {}
@@ -198,12 +198,12 @@ def _keeper(settings: Settings, preparation: Preparation, checkpoint: Mapping[st
     if point:
         for warning in resume.compare_data(facts, point):
             report(Warned(warning))
-    return StateKeeper(folder, settings.save, facts, report)
+    return Checkpointer(folder, settings.save, facts, report)
 
 
-def _prepared(settings: Settings, family: str, fence: Fence | None, ranks: Ranks, *, report: Report,
+def _prepared(settings: Settings, family: str, allowed: AllowedPaths | None, ranks: ProcessGroup, *, report: Report,
               stop: Stop) -> Preparation:
-    return prepare(settings, family=family, fence=fence, processes=ranks.world, on_progress=stage("Reading pictures", report),
+    return prepare(settings, family=family, allowed=allowed, processes=ranks.world, on_progress=stage("Reading pictures", report),
                    should_stop=lambda: bool(stop()))
 
 
@@ -213,8 +213,8 @@ def _pause(settings: Settings, host: Host, model: FrozenModel, *, report: Report
         if not settings.memory.yield_to_generations or not host.wanted():
             return True
         release()
-        model.let_go()
-        tensors = host.hand_over(report=report, stop=lambda: bool(stop()))
+        model.release()
+        tensors = host.yield_model(report=report, stop=lambda: bool(stop()))
         if tensors is not None:
             model.take(tensors)
         return tensors is not None
@@ -271,14 +271,14 @@ def _network(settings: Settings, model: FrozenModel, tensors: Mapping[str, torch
 def _planned(settings: Settings, preparation: Preparation, borrowed: Borrowed, memory: MemoryPlan, *, done: int) -> Planned:
     plan, (width, height) = preparation.plan, preparation.resolution
     return Planned(
-        pictures=preparation.dataset.pictures, buckets=len(plan.buckets), batches_per_epoch=plan.batches_per_epoch,
+        pictures=preparation.dataset.images, buckets=len(plan.buckets), batches_per_epoch=plan.batches_per_epoch,
         epochs=plan.epochs, steps=plan.steps, summary=preparation.summary, resolution=f"{width}×{height}",
         checkpoint=borrowed.checkpoint.name, seed=settings.optimizer.seed, resumed_at=done, memory=memory.text)
 
 
 def _train(settings: Settings, preparation: Preparation, model: FrozenModel, network: LoRANetwork, batches: Batches,
            text: Text, way: Way, *, dtype: torch.dtype, saver: Saver | Onlooker, stop: Stop, pause: Pause,
-           resumed: TrainingState | None, ranks: Ranks) -> int:
+           resumed: TrainingState | None, ranks: ProcessGroup) -> int:
     optimizer, loss, memory = settings.optimizer, settings.loss, settings.memory
     unet_lr, text_encoder_lr = settings.rates
     options = LoopOptions(
@@ -292,8 +292,8 @@ def _train(settings: Settings, preparation: Preparation, model: FrozenModel, net
         cuda_graphs=memory.cuda_graphs == "auto" and not settings.encodes_in_steps,
         compiled=memory.torch_compile, rows_at_once=way.batch,
         step=StepOptions(dtype=dtype, min_snr_gamma=loss.min_snr_gamma, recompute=way.recompute, offload=way.offload))
-    soon = text.encode_soon if ranks.world == 1 else None
-    with Feeder(batches, last_epoch=options.epochs, encode_soon=soon) as feeder:
+    soon = text.encode_upcoming if ranks.world == 1 else None
+    with Prefetcher(batches, last_epoch=options.epochs, encode_upcoming=soon) as feeder:
         return train(model, network=network, epoch_batches=feeder.epoch, condition=text.condition, options=options,
                      save=saver.save_on_the_way, keep=saver.keep, report=saver.report, stop=stop, pause=pause, resumed=resumed,
                      ranks=ranks)

@@ -15,7 +15,7 @@ from lib_lora_train.errors import translated
 from lib_lora_train.events import Report
 from lib_lora_train.host.port import Borrowed, Host
 from lib_lora_train.inputs.batches import Batches
-from lib_lora_train.inputs.overflow import Spill
+from lib_lora_train.inputs.overflow import DiskOverflow
 from lib_lora_train.inputs.vae_batches import Room, free_bytes
 from lib_lora_train.memory.budget import attention_kernel, budget_of, chunks_of, largest, shapes_of
 from lib_lora_train.memory.dry_run import Base, Layer, Part, Scene, Way, layers_for, layers_of
@@ -95,28 +95,28 @@ def room_for_encoding(settings: Settings, model: FrozenModel, host: Host, networ
 
     def room(needed: int) -> int:
         if there() < needed:
-            model.take(host.set_aside({"unet", "text"}))
+            model.take(host.offload_parts({"unet", "text"}))
             torch.cuda.empty_cache()
         return there()
     return room
 
 
 def settle(settings: Settings, model: FrozenModel, host: Host, borrowed: Borrowed, network: LoRANetwork, batches: Batches,
-           spill: Spill, way: Way, *, dtype: torch.dtype, report: Report, stop: Stop, pause: Pause) -> Text:
+           overflow: DiskOverflow, way: Way, *, dtype: torch.dtype, report: Report, stop: Stop, pause: Pause) -> Text:
     """Bring the model to where the steps want it: the VAE goes, captions are encoded, the text encoders go where they can, and
     the UNet's weights are held as the plan says."""
     if "vae" in way.aside:
-        model.take(host.set_aside({"vae"}))
+        model.take(host.offload_parts({"vae"}))
     # What made room for encoding.
-    model.take(host.bring_back({"text", "unet"} - ({"unet"} & way.aside)))
-    text = condition_of(settings, model, borrowed, network, batches, spill, ahead="text" in way.aside, dtype=dtype,
+    model.take(host.reload_parts({"text", "unet"} - ({"unet"} & way.aside)))
+    text = condition_of(settings, model, borrowed, network, batches, overflow, ahead="text" in way.aside, dtype=dtype,
                         report=report, stop=stop, pause=pause)
     if "text" in way.aside and text.known:
-        model.take(host.set_aside({"text"}))
+        model.take(host.offload_parts({"text"}))
     if way.base:
         with translated("holding the model in eight bits"):
             if "unet" in way.aside:
-                model.take(host.set_aside({"unet"}))
+                model.take(host.offload_parts({"unet"}))
             model.unet.layers.replace(dict(quantised(model.unet.tensors, way.base, device=model.device,
                                                      channels_last=way.channels_last)))
     elif way.channels_last:

@@ -15,7 +15,7 @@ from lib_lora_train.dataset.plan import Plan, plan_run
 from lib_lora_train.errors import DatasetError
 from lib_lora_train.inputs.latent_files import CACHE_FOLDER
 from lib_lora_train.settings import Settings, ignored
-from lib_lora_train.settings.allowed_paths import Fence
+from lib_lora_train.settings.allowed_paths import AllowedPaths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,19 +52,19 @@ class Preparation:
         """One line: pictures, repeats, epochs, batches, steps."""
         repeats = sorted({e.repeats for e in self.dataset.examples if not e.is_regularisation})
         shown = str(repeats[0]) if len(repeats) == 1 else f"{repeats[0]} to {repeats[-1]}"
-        regularisation = len(self.dataset.examples) - self.dataset.pictures
+        regularisation = len(self.dataset.examples) - self.dataset.images
         with_reg = f" + {regularisation} regularisation pictures" if regularisation else ""
-        return (f"{_count(self.dataset.pictures, 'picture')} × {shown} repeats{with_reg}, {_count(self.plan.epochs, 'epoch')}, "
+        return (f"{_count(self.dataset.images, 'picture')} × {shown} repeats{with_reg}, {_count(self.plan.epochs, 'epoch')}, "
                 f"{_count(len(self.plan.buckets), 'bucket')} at {self.resolution[0]}×{self.resolution[1]} "
                 f"= {_count(self.plan.steps, 'step')}{f' of {self.processes} processes' if self.processes > 1 else ''}")
 
 
-def prepare(settings: Settings, *, family: str, fence: Fence | None = None,
+def prepare(settings: Settings, *, family: str, allowed: AllowedPaths | None = None,
             on_progress: Callable[[int, int], None] | None = None,
             should_stop: Callable[[], bool] | None = None, processes: int = 1) -> Preparation:
     """Read the dataset's folder and plan the run of so many processes for a model of `family` ("" plans as for SD1).
 
-    Within a `fence`, links that lead out of it are passed over; the folders themselves are the caller's to `confine`.
+    Within a `allowed`, links that lead out of it are passed over; the folders themselves are the caller's to `check_allowed`.
     Raises DatasetError and SettingError; nothing is written, no picture is decoded.
     """
     dataset_settings, optimizer = settings.dataset, settings.optimizer
@@ -75,9 +75,9 @@ def prepare(settings: Settings, *, family: str, fence: Fence | None = None,
         Path(dataset_settings.train_data_dir), max_train_epochs=optimizer.max_train_epochs,
         num_repeats=dataset_settings.num_repeats, trigger_word=dataset_settings.trigger_word,
         reg_data_dir=dataset_settings.reg_data_dir or None, on_progress=on_progress, should_stop=should_stop,
-        may_read=fence.may_read if fence else None)
-    if fence and dataset_settings.cache_latents_to_disk:
-        _check_caches(found, fence)
+        may_read=allowed.may_read if allowed else None)
+    if allowed and dataset_settings.cache_latents_to_disk:
+        _check_caches(found, allowed)
     dataset, placements = place(found, buckets)
     return Preparation(
         dataset=dataset, placements=placements, resolution=buckets.resolution, processes=processes,
@@ -85,10 +85,10 @@ def prepare(settings: Settings, *, family: str, fence: Fence | None = None,
         warnings=(*ignored(settings), *(problem.text for problem in dataset.problems)))
 
 
-def _check_caches(dataset: Dataset, fence: Fence) -> None:
+def _check_caches(dataset: Dataset, allowed: AllowedPaths) -> None:
     """The cache is written to; a link in its place would write elsewhere."""
     for folder in sorted({example.path.parent for example in dataset.examples}):
-        if not fence.may_read(folder / CACHE_FOLDER):
+        if not allowed.may_read(folder / CACHE_FOLDER):
             raise DatasetError(f"The cache {folder / CACHE_FOLDER} cannot be used", why="it is a link to a folder that is "
                                "not allowed", remedy="remove the link or switch cache_latents_to_disk off")
 

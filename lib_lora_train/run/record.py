@@ -22,8 +22,8 @@ from lib_lora_train import events
 from lib_lora_train.errors import LoraTrainError, SettingError
 from lib_lora_train.settings import Settings, flat
 from lib_lora_train.settings.toml import read_toml, write_toml
-from lib_lora_train.storage.atomic import write_whole
-from lib_lora_train.storage.lock import Mark, is_abandoned, is_marked
+from lib_lora_train.storage.atomic import write_atomic
+from lib_lora_train.storage.lock import RunLock, is_abandoned, is_locked
 from lib_lora_train.training.checkpoint import FILE_NAME, read_facts
 
 log = logging.getLogger(__name__)
@@ -43,11 +43,11 @@ class RunRecord:
         self._settings = write_toml(flat(settings)).encode("utf-8", errors="replace")
         self._failed = False
         self._new_line = (folder / "events.jsonl").exists()  # its last line may be torn
-        self._mark: Mark | None = None
+        self._mark: RunLock | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._mark = Mark.take(folder)
-            write_whole(folder / "settings.toml", self._settings)
+            self._mark = RunLock.take(folder)
+            write_atomic(folder / "settings.toml", self._settings)
             _sweep(folder.parent)
         except OSError as error:
             self._complain(error)
@@ -64,7 +64,7 @@ class RunRecord:
         try:
             if not self.folder.is_dir():
                 # It vanished while the run went on: what is still to be told is told in a new one.
-                write_whole(self.folder / "settings.toml", self._settings)
+                write_atomic(self.folder / "settings.toml", self._settings)
             # Opened anew for each event: no handle is left open on Windows, and a killed process loses nothing.
             with open(self.folder / "events.jsonl", "a", encoding="utf-8", errors="replace") as file:
                 file.write("\n" + line if self._new_line else line)
@@ -77,7 +77,7 @@ class RunRecord:
         """Keep where the program failed, for a report of the problem."""
         try:
             stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-            write_whole(self.folder / FAILURE, f"{stamp}\n{trace}".encode("utf-8", errors="replace"))
+            write_atomic(self.folder / FAILURE, f"{stamp}\n{trace}".encode("utf-8", errors="replace"))
         except OSError as error:
             self._complain(error)
 
@@ -177,7 +177,7 @@ def past_run(folder: Path) -> PastRun:
         elif isinstance(event, events.Finished):
             outcome, message, path, steps = event.outcome, event.message, event.path or path, event.steps or steps
     resume_step = _resume_step(folder)
-    if is_marked(folder):
+    if is_locked(folder):
         outcome, message = "running", ""
     elif not outcome:
         outcome, steps = "interrupted", max(steps, resume_step or 0)

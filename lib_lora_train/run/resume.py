@@ -135,9 +135,9 @@ def compare_settings(settings: Settings, point: Point, *, steps: int, processes:
             raise SettingError(f"The run cannot go on: {change} until step {point.step}",
                                remedy=f"set it back to {before!r}, or start anew")
         notes.append(f"{change} until step {point.step}: the result will not be that of an uninterrupted run.")
-    pictures, pictures_then = settings.optimizer.train_batch_size, then.get("train_batch_size", 1)
-    if processes != point.processes and pictures * processes != pictures_then * point.processes:
-        notes.append(f"A batch is now {pictures} × {processes} pictures (train_batch_size × processes) and was {pictures_then} "
+    images, images_then = settings.optimizer.train_batch_size, then.get("train_batch_size", 1)
+    if processes != point.processes and images * processes != images_then * point.processes:
+        notes.append(f"A batch is now {images} × {processes} pictures (train_batch_size × processes) and was {images_then} "
                      f"× {point.processes} until step {point.step}: the result will not be that of an uninterrupted run.")
     before = point.facts["steps"]
     schedule = settings.optimizer.lr_scheduler

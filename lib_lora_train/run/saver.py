@@ -26,7 +26,7 @@ from lib_lora_train.training.loop import Snapshot
 _LEAST_PAUSE = 50
 
 
-class StateKeeper:
+class Checkpointer:
     """Keeps the newest training state in the run's folder; with `folder` None, none."""
 
     def __init__(self, folder: Path | None, chosen: SaveSettings, facts: Mapping[str, Any], report: Report, *,
@@ -78,10 +78,10 @@ class StateKeeper:
 class Saver:
     """Writes the LoRA files of a run and reports each; passes the loop's events on and remembers the last step."""
 
-    def __init__(self, target: Path, chosen: SaveSettings, network: LoRANetwork, provenance: Provenance, keeper: StateKeeper,
+    def __init__(self, target: Path, chosen: SaveSettings, network: LoRANetwork, provenance: Provenance, checkpointer: Checkpointer,
                  *, report: Report, spare: Path | None) -> None:
         self._target, self._chosen, self._network = target, chosen, network
-        self._provenance, self._keeper, self._report, self._spare = provenance, keeper, report, spare
+        self._provenance, self._checkpointer, self._report, self._spare = provenance, checkpointer, report, spare
         self._last: Step | None = None
         self._snapshot: Snapshot | None = None
         self.saved: list[str] = []
@@ -106,12 +106,12 @@ class Saver:
             # A full disk, a full memory or a locked file may be free again when the result is due; the hours until then are
             # not lost.
             self._report(Warned(f"{path.name} was not kept. {error}"))
-        self._keeper.keep(snapshot)
+        self._checkpointer.keep(snapshot)
 
     def keep(self, step: int, epoch: int, snapshot: Snapshot) -> None:
         """The loop's `keep`."""
         self._snapshot = snapshot
-        self._keeper.keep_if_due(snapshot)
+        self._checkpointer.keep_if_due(snapshot)
 
     def save(self, path: Path, *, step: int, epoch: int, final: bool) -> str:
         """Write one file, whole or not at all."""
@@ -125,7 +125,7 @@ class Saver:
     def save_result(self, *, step: int, epoch: int, complete: bool) -> str:
         """The run's result under its name, and the state that belongs to it."""
         path = self.save(self._target, step=step, epoch=epoch, final=True)
-        self._keeper.end(self._snapshot, complete=complete)
+        self._checkpointer.end(self._snapshot, complete=complete)
         return path
 
     @contextlib.contextmanager
@@ -152,7 +152,7 @@ class Saver:
     def _kept(self) -> str:
         if self._snapshot is not None:
             with contextlib.suppress(LoraTrainError):  # the first failure says more than this one
-                self._keeper.keep(self._snapshot)
+                self._checkpointer.keep(self._snapshot)
         if self._last is None:
             return ""
         path = step_path(self._target, self._last.step)

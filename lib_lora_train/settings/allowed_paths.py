@@ -20,7 +20,7 @@ WRITTEN = frozenset({"output_dir"})
 
 
 @dataclasses.dataclass(frozen=True)
-class Fence:
+class AllowedPaths:
     """`reading` holds datasets and LoRAs to continue from, `writing` results; `advice` says how to allow another folder."""
 
     reading: tuple[Path, ...]
@@ -32,20 +32,20 @@ class Fence:
         return inside(str(path), self.reading)
 
 
-def confine(settings: Settings, fence: Fence | None) -> None:
+def check_allowed(settings: Settings, allowed: AllowedPaths | None) -> None:
     """Raise SettingError for the first path of `settings` outside the fence; the same whether or not it exists."""
-    if fence is None:
+    if allowed is None:
         return
     for name, value in flat(settings).items():
         declaration = DECLARATIONS[name]
         if name == "resume" and value not in (".", "..") and not set(str(value)) & set("/\\:"):
             continue  # the name of a run, which lies where runs are kept
-        folders = fence.writing if name in WRITTEN else fence.reading
+        folders = allowed.writing if name in WRITTEN else allowed.reading
         if declaration.is_path and value and not inside(str(value), folders):
             raise SettingError(
                 f"{declaration.label} {value} cannot be used",
                 why="others can reach this page, so it keeps to the folders it is allowed",
-                remedy=f"choose a folder in {' or '.join(map(str, folders))}; {fence.advice}")
+                remedy=f"choose a folder in {' or '.join(map(str, folders))}; {allowed.advice}")
 
 
 def inside(text: str, folders: Sequence[Path]) -> bool:

@@ -47,7 +47,7 @@ def replacing(path: Path, *, one_of_many: bool = False) -> Iterator[BinaryIO]:
             temporary.unlink(missing_ok=True)
 
 
-def write_whole(path: Path, data: bytes, *, one_of_many: bool = False) -> None:
+def write_atomic(path: Path, data: bytes, *, one_of_many: bool = False) -> None:
     """`data` becomes the file at `path`; raises OSError, and `path` is then what it was. `one_of_many` as for `replacing`."""
     with replacing(path, one_of_many=one_of_many) as file:
         file.write(data)

@@ -13,24 +13,24 @@ from pathlib import Path
 
 from lib_lora_train.errors import HostError
 
-MARK_NAME = ".lock"
+LOCK_NAME = ".lock"
 # Somebody who looks holds the lock for an instant.
 _TRIES, _PAUSE = 20, 0.05
 
 
-class Mark:
+class RunLock:
     """The lock, from `take` until `release` or the end of the process."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
 
     @classmethod
-    def take(cls, folder: Path) -> Mark | None:
+    def take(cls, folder: Path) -> RunLock | None:
         """Mark the folder's run as under way; None where the drive knows no locks.
 
         Raises HostError if another process, or this one, works on it; OSError where the folder cannot be written to.
         """
-        descriptor = os.open(folder / MARK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
         for left in reversed(range(_TRIES)):
             locked = _lock(descriptor)
             if locked:
@@ -49,7 +49,7 @@ class Mark:
         os.close(self._descriptor)
 
 
-def is_marked(folder: Path) -> bool:
+def is_locked(folder: Path) -> bool:
     """Whether some process, or this one, works on the folder's run."""
     return _could_lock(folder) is False
 
@@ -62,7 +62,7 @@ def is_abandoned(folder: Path) -> bool:
 def _could_lock(folder: Path) -> bool | None:
     """Whether the mark could be had; None where there is none, or the drive knows no locks."""
     try:
-        descriptor = os.open(folder / MARK_NAME, os.O_RDWR)
+        descriptor = os.open(folder / LOCK_NAME, os.O_RDWR)
     except OSError:
         return None
     try:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from lib_lora_train.dataset.images import read_size
 from lib_lora_train.errors import DatasetError, SettingError
-from lib_lora_train.settings.allowed_paths import Fence
+from lib_lora_train.settings.allowed_paths import AllowedPaths
 from lib_lora_train.studio import thumbs
 from lib_lora_train.studio.captions.filter import filter_from_dict
-from lib_lora_train.studio.captions.store import CaptionBook
+from lib_lora_train.studio.captions.store import CaptionStore
 from lib_lora_train.studio.importing.owned import OwnedDataset
 from lib_lora_train.studio.requests import Selection, text
 from lib_lora_train.studio.uploads import Uploads
@@ -30,23 +30,23 @@ LIVE_CODES = frozenset({"no_caption", "empty_caption", "unreadable_caption"})
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """How well a caption fits its picture, 0 to 100; for that very text. `painted` is how many pictures were painted,
+    """How well a caption fits its picture, 0 to 100; for that very text. `generated` is how many pictures were painted,
     `likeness` how near they come to it, 0 to 100, None where none was."""
 
     caption: str
     value: float
-    painted: int
+    generated: int
     likeness: float | None = None
 
 
-class Opened:
+class DatasetSession:
     """One dataset with its captions. Pictures are called by their file's name, which is unique in it.
 
     `content` grows with every change of captions and pictures, so that what was found out about them can be told to be old.
     """
 
-    def __init__(self, dataset: OwnedDataset, *, fence: Fence | None) -> None:
-        self.dataset, self._fence = dataset, fence
+    def __init__(self, dataset: OwnedDataset, *, allowed: AllowedPaths | None) -> None:
+        self.dataset, self._allowed = dataset, allowed
         self.report: Report | None = None
         self._report_content = -1
         self.scores: dict[str, Score] = {}
@@ -58,7 +58,7 @@ class Opened:
         self._looked_up: tuple[object, object] | None = None
         self._names: list[str] = []
         self._index: dict[str, int] = {}
-        self.book = CaptionBook.open(dataset.folder, may_read=fence.may_read if fence else None)
+        self.store = CaptionStore.open(dataset.folder, may_read=allowed.may_read if allowed else None)
         self._look_up()
 
     def renew(self) -> None:
@@ -67,15 +67,15 @@ class Opened:
         self._look_up()
 
     def _look_up(self) -> None:
-        pictures, folder = self.book.pictures, self.dataset.pictures_folder
-        if self._looked_up != (pictures, folder):
-            self._looked_up = (pictures, folder)
-            self._names = [_called(path, folder) for path in pictures]
+        images, folder = self.store.images, self.dataset.images_folder
+        if self._looked_up != (images, folder):
+            self._looked_up = (images, folder)
+            self._names = [_called(path, folder) for path in images]
             self._index = {name: index for index, name in enumerate(self._names)}
 
     def name(self, path: Path) -> str:
         """What a picture is called; one in a folder that somebody put beside the dataset's own, with that folder's name."""
-        return _called(path, self.dataset.pictures_folder)
+        return _called(path, self.dataset.images_folder)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -90,8 +90,8 @@ class Opened:
 
     def path(self, name: str) -> Path:
         """The picture's file, within the fence; raises DatasetError."""
-        path = self.book.pictures[self.index(name)]
-        if self._fence is not None and not self._fence.may_read(path):
+        path = self.store.images[self.index(name)]
+        if self._allowed is not None and not self._allowed.may_read(path):
             raise DatasetError(f"The picture {name} cannot be used", why="it is a link to a folder that is not allowed")
         return path
 
@@ -101,7 +101,7 @@ class Opened:
             return [self.index(name) for name in selection.names]
         # What was found out about pictures is known here, not in the book.
         code = text(selection.filter, "problem")
-        found = self.book.select(filter_from_dict({k: v for k, v in selection.filter.items() if k != "problem"}))
+        found = self.store.select(filter_from_dict({k: v for k, v in selection.filter.items() if k != "problem"}))
         if code:
             found = [i for i in found if code in self.problems(i) or (code == "any" and self.problems(i))]
         return found
@@ -117,16 +117,16 @@ class Opened:
         """Codes of what is wrong with a picture: of the last report, and of its caption as it is now."""
         found = self._findings.get(self._names[index], ())
         codes = [code for code in found if code not in LIVE_CODES]
-        if self.book.problem(index):
+        if self.store.problem(index):
             codes.append("unreadable_caption")
-        elif not self.book.caption(index).strip():
+        elif not self.store.caption(index).strip():
             codes.append("empty_caption" if "empty_caption" in found else "no_caption")
         return codes
 
     def take_report(self, report: Report, *, content: int) -> None:
         """Remember what was found in the dataset as it was when `content` was read."""
         self.report, self._report_content = report, content
-        self._findings = {self.name(examined.path): tuple(examined.problems) for examined in report.pictures}
+        self._findings = {self.name(examined.path): tuple(examined.problems) for examined in report.images}
 
     @property
     def fresh(self) -> bool:
@@ -135,16 +135,16 @@ class Opened:
 
     def set_repeats(self, repeats: int) -> None:
         """Show each picture that often an epoch; the pictures' folder is renamed."""
-        before = self.dataset.pictures_folder
+        before = self.dataset.images_folder
         self.dataset.set_repeats(repeats)
-        self.book.moved(before, self.dataset.pictures_folder)
+        self.store.moved(before, self.dataset.images_folder)
         self._look_up()
 
     def counts(self) -> tuple[Counter[str], int]:
         """(how many pictures have each problem, how many were shaped). Counted anew only after a change."""
-        key = (self.content, self._report_content, self.dataset.pictures_folder)
+        key = (self.content, self._report_content, self.dataset.images_folder)
         if self._counted is None or self._counted[0] != key:
-            codes = Counter(code for index in range(len(self.book.pictures)) for code in self.problems(index))
+            codes = Counter(code for index in range(len(self.store.images)) for code in self.problems(index))
             try:
                 shaped = {path.name for path in self.dataset.unshaped_folder.iterdir()}
             except OSError:
@@ -168,7 +168,7 @@ class Opened:
 
         "caption_problem" is why its caption cannot be read, or else what is odd about the caption's file.
         """
-        path = self.book.pictures[index]
+        path = self.store.images[index]
         name, problems = self._names[index], self.problems(index)
         try:
             mark = thumbs.stamp(path)
@@ -176,18 +176,18 @@ class Opened:
         except DatasetError:
             mark, width, height = "", 0, 0
             problems = list(dict.fromkeys(["broken", *problems]))
-        return {"id": name, "name": path.name, "caption": self.book.caption(index), "width": width, "height": height,
-                "changed": self.book.is_changed(index), "problems": problems, "score": self.score(index),
-                "caption_problem": self.book.problem(index) or self.book.hint(index),
+        return {"id": name, "name": path.name, "caption": self.store.caption(index), "width": width, "height": height,
+                "changed": self.store.is_changed(index), "problems": problems, "score": self.score(index),
+                "caption_problem": self.store.problem(index) or self.store.hint(index),
                 "masked": self.dataset.mask_path(name).is_file(),
                 "shaped": self.dataset.unshaped_path(name).is_file(), "stamp": mark,
-                "painted": self.scores[name].painted if name in self.scores else 0,
+                "painted": self.scores[name].generated if name in self.scores else 0,
                 "likeness": self.scores[name].likeness if name in self.scores else None}
 
     def score(self, index: int) -> float | None:
         """The caption's score, None where it was not judged or changed since."""
         score = self.scores.get(self._names[index])
-        return score.value if score is not None and score.caption == self.book.caption(index) else None
+        return score.value if score is not None and score.caption == self.store.caption(index) else None
 
     def sorted(self, indices: Sequence[int], by: str) -> list[int]:
         """By name as the book has it, those with most problems first, or the worst scores first."""

@@ -13,26 +13,26 @@ from pathlib import Path
 
 from lib_lora_train.errors import DatasetError, HostError, Interrupted
 from lib_lora_train.evaluation.caption_check import Checked, check_captions
-from lib_lora_train.evaluation.class_images import make_class_pictures
+from lib_lora_train.evaluation.class_images import make_class_images
 from lib_lora_train.settings import parse
-from lib_lora_train.storage.atomic import write_whole
+from lib_lora_train.storage.atomic import write_atomic
 from lib_lora_train.studio import thumbs
-from lib_lora_train.studio.dataset_session import Opened, Score
+from lib_lora_train.studio.dataset_session import DatasetSession, Score
 from lib_lora_train.studio.requests import Selection
 from lib_lora_train.studio.session import Studio
 from lib_lora_train.studio.tasks import Task, Work
 
-MOST_PAINTED = 48
+MOST_GENERATED = 48
 """Captions that are painted from where more are checked: the worst of them."""
 
 
 def check(studio: Studio, selection: Selection, *, seeds: int, steps: int, worst: int, values: Mapping[str, object]) -> int:
     """Judge the selected captions, as edited, and paint from the `worst` of them. Raises UserError, HostError."""
     settings = parse(values)
-    with studio.using() as opened:
-        names = opened.chosen_names(selection)
-        captions = {opened.path(name): opened.book.caption(opened.index(name)) for name in names}
-        folder = _folder(opened)
+    with studio.using() as session:
+        names = session.chosen_names(selection)
+        captions = {session.path(name): session.store.caption(session.index(name)) for name in names}
+        folder = _folder(session)
 
     def work(task: Task) -> str:
         shutil.rmtree(folder, ignore_errors=True)
@@ -45,46 +45,46 @@ def check(studio: Studio, selection: Selection, *, seeds: int, steps: int, worst
                 if checked.problem or checked.score is None:
                     task.problem(checked.path.name, checked.problem)
                     continue
-                judged.append(_put_down(studio, opened, checked, folder))
+                judged.append(_put_down(studio, session, checked, folder))
         task.result({"checked": len(judged)})
         return f"{len(judged):,} caption{'' if len(judged) == 1 else 's'} checked; look at the lowest scores first."
 
     return _start(studio, "Checking captions", work)
 
 
-def _put_down(studio: Studio, opened: Opened, checked: Checked, folder: Path) -> Score:
+def _put_down(studio: Studio, session: DatasetSession, checked: Checked, folder: Path) -> Score:
     """One result, as soon as it is known: the worst come first."""
-    name = opened.name(checked.path)
-    for number, picture in enumerate(checked.pictures):
-        write_whole(_painted(folder, name, number), thumbs.jpeg(picture))
+    name = session.name(checked.path)
+    for number, image in enumerate(checked.images):
+        write_atomic(_generated(folder, name, number), thumbs.jpeg(image))
     assert checked.score is not None
     likeness = None if checked.similarity is None else round(100 * checked.similarity, 1)
-    score = Score(checked.caption, round(checked.score, 1), len(checked.pictures), likeness)
+    score = Score(checked.caption, round(checked.score, 1), len(checked.images), likeness)
     with studio.using():
-        opened.scores[name] = score
+        session.scores[name] = score
         studio.changed()
     return score
 
 
-def painted(studio: Studio, name: str, number: int) -> bytes:
+def generated(studio: Studio, name: str, number: int) -> bytes:
     """A picture that was painted from a caption, a JPEG. Raises DatasetError where there is none."""
-    with studio.using() as opened:
-        opened.index(name)
-        path = _painted(_folder(opened), name, number)
+    with studio.using() as session:
+        session.index(name)
+        path = _generated(_folder(session), name, number)
     with contextlib.suppress(OSError):
         return path.read_bytes()
     raise DatasetError(f"Nothing was painted from the caption of {name}", remedy="check captions first")
 
 
-def class_pictures(studio: Studio, *, prompts: Sequence[str], count: int, size: tuple[int, int], steps: int, cfg: float,
+def class_images(studio: Studio, *, prompts: Sequence[str], count: int, size: tuple[int, int], steps: int, cfg: float,
                    seed: int) -> int:
     """Paint preservation pictures beside the dataset; the result names the folder to train with. Raises HostError."""
-    with studio.using() as opened:
-        folder = opened.dataset.folder.with_name(f"{opened.dataset.name}-reg")
+    with studio.using() as session:
+        folder = session.dataset.folder.with_name(f"{session.dataset.name}-reg")
 
     def work(task: Task) -> str:
         task.result({"reg_data_dir": str(folder)})
-        made = make_class_pictures(studio.host, prompts=prompts, count=count, folder=folder, size=size, steps=steps, cfg=cfg,
+        made = make_class_images(studio.host, prompts=prompts, count=count, folder=folder, size=size, steps=steps, cfg=cfg,
                                    seed=seed, on_progress=task.progress, should_stop=task.should_stop)
         task.result({"made": made.made, "found": made.found})
         return f"{made.made:,} painted, {made.found:,} were there."
@@ -109,10 +109,10 @@ def _start(studio: Studio, name: str, work: Work) -> int:
                               with_model=True)
 
 
-def _folder(opened: Opened) -> Path:
-    return opened.dataset.studio_folder / "checked"
+def _folder(session: DatasetSession) -> Path:
+    return session.dataset.studio_folder / "checked"
 
 
-def _painted(folder: Path, name: str, number: int) -> Path:
+def _generated(folder: Path, name: str, number: int) -> Path:
     digits = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:16]
     return folder / f"{digits}-{number}.jpg"

@@ -16,13 +16,13 @@ from lib_lora_train.errors import DatasetError, HostError, Interrupted
 from lib_lora_train.model.tokens import Tokenizer
 from lib_lora_train.settings import parse
 from lib_lora_train.studio.cropping.crop import Shape, apply_shape
-from lib_lora_train.studio.dataset_session import Opened
+from lib_lora_train.studio.dataset_session import DatasetSession
 from lib_lora_train.studio.importing.collect import Upload, collect
 from lib_lora_train.studio.importing.owned import DEFAULT_REPEATS
 from lib_lora_train.studio.requests import Selection
 from lib_lora_train.studio.session import Studio, proposed_repeats
 from lib_lora_train.studio.tasks import Task
-from lib_lora_train.tagging.loop import tag_pictures
+from lib_lora_train.tagging.loop import tag_images
 from lib_lora_train.tagging.options import parse_options
 from lib_lora_train.tagging.sources import find_source, sources
 
@@ -34,8 +34,8 @@ def import_paths(studio: Studio, paths: Sequence[str]) -> int:
 
 def import_uploads(studio: Studio, batch: str) -> int:
     """Take what a page sent into the dataset. Raises DatasetError where nothing was sent, HostError."""
-    with studio.using() as opened:
-        uploads, sent = opened.uploads, opened.uploads.take(batch)
+    with studio.using() as session:
+        uploads, sent = session.uploads, session.uploads.take(batch)
     try:
         return _import(studio, sent, uploads=sent)
     except BaseException:
@@ -44,17 +44,17 @@ def import_uploads(studio: Studio, batch: str) -> int:
 
 
 def _import(studio: Studio, from_where: Sequence[Path | Upload], *, uploads: list[Upload] | None) -> int:
-    with studio.changing("imported") as opened:
-        fence = studio.host.fence
+    with studio.changing("imported") as session:
+        allowed = studio.host.allowed
 
         def may_read(path: Path) -> bool:
             # What was sent lies where we put it.
-            return uploads is not None or fence is None or fence.may_read(path)
+            return uploads is not None or allowed is None or allowed.may_read(path)
 
         def work(task: Task) -> str:
-            before, stopped, notes = set(opened.dataset.pictures), "", ()
+            before, stopped, notes = set(session.dataset.images), "", ()
             try:
-                collected = collect(opened.dataset, from_where, may_read=may_read, on_progress=task.progress,
+                collected = collect(session.dataset, from_where, may_read=may_read, on_progress=task.progress,
                                     should_stop=task.should_stop)
                 notes = collected.notes
                 for name, why in collected.skipped:
@@ -63,30 +63,30 @@ def _import(studio: Studio, from_where: Sequence[Path | Upload], *, uploads: lis
                 stopped = "Stopped: "
             finally:
                 # Also where the disk gave up: what is in the folder is in the dataset.
-                new = [path for path in opened.dataset.pictures if path not in before]
+                new = [path for path in session.dataset.images if path not in before]
                 with studio.using():
-                    opened.book.add(new)
-                    _keep_repeats(opened, before=len(before))
-                    opened.renew()
+                    session.store.add(new)
+                    _keep_repeats(session, before=len(before))
+                    session.renew()
                     studio.changed()
             for note in notes:
                 task.problem("", note)
-            task.result({"added": [opened.name(path) for path in new[:1000]], "count": len(new)})
+            task.result({"added": [session.name(path) for path in new[:1000]], "count": len(new)})
             return f"{stopped}{_count(len(new), 'picture')} added."
 
         def ended() -> None:
             if uploads:
-                opened.uploads.drop(uploads)
+                session.uploads.drop(uploads)
 
         return studio.tasks.start("Importing pictures", work, ended=ended)
 
 
-def _keep_repeats(opened: Opened, *, before: int) -> None:
+def _keep_repeats(session: DatasetSession, *, before: int) -> None:
     """Repeats that fit the number of pictures again, unless somebody chose others."""
     usual = (DEFAULT_REPEATS, proposed_repeats(max(1, before)))
-    if opened.book.pictures and opened.dataset.repeats in usual:
+    if session.store.images and session.dataset.repeats in usual:
         with contextlib.suppress(DatasetError):  # a program holds the folder: "Use for training" will say so
-            opened.set_repeats(proposed_repeats(len(opened.book.pictures)))
+            session.set_repeats(proposed_repeats(len(session.store.images)))
 
 
 def tag(studio: Studio, source_name: str, values: Mapping[str, Any], selection: Selection) -> int:
@@ -94,23 +94,23 @@ def tag(studio: Studio, source_name: str, values: Mapping[str, Any], selection: 
     options, source = parse_options(values), find_source(source_name, sources(studio.host))
     if (missing := source.missing()) and not options.download:
         raise DatasetError(missing)
-    with studio.using() as opened:
-        names = opened.chosen_names(selection)
-        paths = {opened.path(name): name for name in names}
+    with studio.using() as session:
+        names = session.chosen_names(selection)
+        paths = {session.path(name): name for name in names}
 
     def work(task: Task) -> str:
         found: dict[str, str] = {}
 
         def existing(path: Path) -> str:
             with studio.using():
-                index = opened.index(paths[path])
-                if not opened.book.caption(index) and (problem := opened.book.problem(index)):
+                index = session.index(paths[path])
+                if not session.store.caption(index) and (problem := session.store.problem(index)):
                     raise DatasetError(problem)
-                return opened.book.caption(index)
+                return session.store.caption(index)
 
         stopped, changed = "", 0
         try:
-            for path, caption, problem in tag_pictures(
+            for path, caption, problem in tag_images(
                     list(paths), source, options=options, existing=existing, device=_device(), on_progress=task.progress,
                     should_stop=task.should_stop):
                 if problem:
@@ -122,9 +122,9 @@ def tag(studio: Studio, source_name: str, values: Mapping[str, Any], selection: 
         finally:
             with studio.using():
                 # A picture may have been taken out meanwhile.
-                there = {opened.index(name): text for name, text in found.items() if name in opened.names}
-                changed = opened.book.set_captions(there, f"Caption with {source.label}") if there else 0
-                opened.renew()
+                there = {session.index(name): text for name, text in found.items() if name in session.names}
+                changed = session.store.set_captions(there, f"Caption with {source.label}") if there else 0
+                session.renew()
                 studio.changed()
         task.result({"changed": changed})
         return f"{stopped}{_count(changed, 'caption')} changed, not saved yet."
@@ -135,10 +135,10 @@ def tag(studio: Studio, source_name: str, values: Mapping[str, Any], selection: 
 def check(studio: Studio, values: Mapping[str, object]) -> int:
     """Look at every picture and caption, as edited; the report is the dataset's afterwards. `values` are settings of the
     training. Raises UserError, HostError."""
-    with studio.using() as opened:
-        dataset, book, content = opened.dataset, opened.book, opened.content
+    with studio.using() as session:
+        dataset, store, content = session.dataset, session.store, session.content
         settings = parse({"trigger_word": dataset.concept, **values})
-        unsaved = {book.pictures[i]: book.caption(i) for i in range(len(book.pictures)) if book.is_changed(i)}
+        unsaved = {store.images[i]: store.caption(i) for i in range(len(store.images)) if store.is_changed(i)}
 
     def work(task: Task) -> str:
         try:
@@ -146,11 +146,11 @@ def check(studio: Studio, values: Mapping[str, object]) -> int:
         except HostError as error:
             tokenizer = None
             task.problem("", f"{error}")
-        fence = studio.host.fence
+        allowed = studio.host.allowed
         report = examine(dataset.folder, settings=settings, tokenizer=tokenizer, family=studio.family(), unsaved=unsaved,
-                         may_read=fence.may_read if fence else None, on_progress=task.progress, should_stop=task.should_stop)
+                         may_read=allowed.may_read if allowed else None, on_progress=task.progress, should_stop=task.should_stop)
         with studio.using():
-            opened.take_report(report, content=content)
+            session.take_report(report, content=content)
             studio.changed()
         return report.summary
 
@@ -160,14 +160,14 @@ def check(studio: Studio, values: Mapping[str, object]) -> int:
 def shape(studio: Studio, values: Mapping[str, Any], selection: Selection) -> int:
     """Cut and scale the selected pictures. Raises UserError, HostError."""
     wanted = Shape.from_dict(values)
-    with studio.changing("shaped") as opened:
-        names = opened.chosen_names(selection)
+    with studio.changing("shaped") as session:
+        names = session.chosen_names(selection)
         for name in names:
-            opened.path(name)
+            session.path(name)
 
         def work(task: Task) -> str:
             try:
-                shaped = apply_shape(opened.dataset, names, wanted, family=studio.family(),
+                shaped = apply_shape(session.dataset, names, wanted, family=studio.family(),
                                      models_folder=studio.host.models_folder, on_progress=task.progress,
                                      should_stop=task.should_stop)
                 for name, why in shaped.skipped:
@@ -179,7 +179,7 @@ def shape(studio: Studio, values: Mapping[str, Any], selection: Selection) -> in
             finally:
                 # Also where it was stopped: some are different now.
                 with studio.using():
-                    opened.reshaped(names)
+                    session.reshaped(names)
                     studio.changed()
 
         return studio.tasks.start("Shaping pictures", work)

@@ -58,7 +58,7 @@ def switch(values: Mapping[str, Any], name: str) -> bool:
     return value
 
 
-def whole_number(values: Mapping[str, Any], name: str, *, default: int, low: int, high: int) -> int:
+def integer(values: Mapping[str, Any], name: str, *, default: int, low: int, high: int) -> int:
     """A whole number within its bounds; raises SettingError."""
     value = values.get(name, default)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or not low <= value <= high \
@@ -72,7 +72,7 @@ def numbers(values: Mapping[str, Any], name: str, *, count: int) -> tuple[int, .
     value = values.get(name)
     if not isinstance(value, list) or len(value) != count:
         raise SettingError(f'"{name}" must be a list of {count} whole numbers')
-    return tuple(whole_number({name: one}, name, default=0, low=-10**6, high=10**6) for one in value)
+    return tuple(integer({name: one}, name, default=0, low=-10**6, high=10**6) for one in value)
 
 
 def number_text(text: str) -> int:
@@ -88,7 +88,7 @@ def size(values: Mapping[str, Any], name: str, *, default: int) -> tuple[int, in
     if isinstance(value, list):
         across, down = numbers(values, name, count=2)
     else:
-        across = down = whole_number(values, name, default=default, low=64, high=4096)
+        across = down = integer(values, name, default=default, low=64, high=4096)
     if not (64 <= across <= 4096 and 64 <= down <= 4096):
         raise SettingError(f'"{name}" must lie between 64 and 4096 pixels')
     return across, down

@@ -24,7 +24,7 @@ from lib_lora_train.settings import Settings
 from lib_lora_train.settings.allowed_paths import inside
 from lib_lora_train.studio import thumbs
 from lib_lora_train.studio.captions.edits import Edit, SetCaption, edit_from_dict
-from lib_lora_train.studio.dataset_session import Opened
+from lib_lora_train.studio.dataset_session import DatasetSession
 from lib_lora_train.studio.importing.owned import OwnedDataset, list_datasets
 from lib_lora_train.studio.requests import Selection
 from lib_lora_train.studio.tasks import Tasks
@@ -38,7 +38,7 @@ class Studio:
     def __init__(self, host: Host, runner: Runner) -> None:
         self.host, self.runner, self.tasks = host, runner, Tasks()
         self._lock = threading.RLock()
-        self._opened: Opened | None = None
+        self._session: DatasetSession | None = None
         self._version = 0
         self._listed: tuple[object, list[tuple[str, int]]] | None = None
         self._tokenizer: Tokenizer | None = None
@@ -47,23 +47,23 @@ class Studio:
     # ---- which dataset
 
     @contextlib.contextmanager
-    def using(self) -> Iterator[Opened]:
+    def using(self) -> Iterator[DatasetSession]:
         """The open dataset, for this thread alone. Not for long work. Raises DatasetError where none is open."""
         with self._lock:
-            if self._opened is None:
+            if self._session is None:
                 raise DatasetError("No dataset is open", remedy="open one or make a new one")
-            yield self._opened
+            yield self._session
 
     @contextlib.contextmanager
-    def changing(self, doing: str) -> Iterator[Opened]:
+    def changing(self, doing: str) -> Iterator[DatasetSession]:
         """The same for what writes, moves or removes pictures. `doing` completes "cannot be … now".
 
         Raises HostError while a training reads the dataset, or long work goes on in it.
         """
-        with self.using() as opened:
+        with self.using() as session:
             self.refuse_while_training(doing)
             self._refuse_while_busy(doing)
-            yield opened
+            yield session
             self.changed()
 
     def _refuse_while_busy(self, doing: str) -> None:
@@ -72,10 +72,10 @@ class Studio:
                             remedy="wait for it or stop it first")
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[Opened | None]:
+    def held(self) -> Iterator[DatasetSession | None]:
         """As `using`, None where nothing is open."""
         with self._lock:
-            yield self._opened
+            yield self._session
 
     @property
     def version(self) -> int:
@@ -94,8 +94,8 @@ class Studio:
             now = _marks(self.host.datasets_folder)
             if self._listed is None or (self._listed[0] != now and not self.tasks.running()):
                 self._listed = (now, list_datasets(self.host.datasets_folder))
-            here = self._opened
-            return [(name, len(here.book.pictures) if here is not None and name == here.dataset.name else count)
+            here = self._session
+            return [(name, len(here.store.images) if here is not None and name == here.dataset.name else count)
                     for name, count in self._listed[1]]
 
     def create(self, name: str, *, concept: str) -> None:
@@ -108,16 +108,16 @@ class Studio:
         """Open the dataset called `name`; returns what was mended meanwhile, such as a save that was interrupted, a sentence
         each. Captions of the open one that are not saved keep it open, unless `discard`."""
         with self._lock:
-            if self._opened is not None and self._opened.dataset.name == name and not discard:
+            if self._session is not None and self._session.dataset.name == name and not discard:
                 return ()
             # A name of the list, never a path.
             if name not in (known for known, _ in self.datasets()):
                 raise DatasetError(f"There is no dataset called {name!r}", remedy="see the list of datasets")
             folder = self.host.datasets_folder / name
-            if self.host.fence is not None and not self.host.fence.may_read(folder):
+            if self.host.allowed is not None and not self.host.allowed.may_read(folder):
                 raise DatasetError(f"The dataset {name} cannot be used", why="it is a link to a folder that is not allowed")
             self._leave(discard=discard)
-            return self._enter(OwnedDataset.open(folder)).book.notes
+            return self._enter(OwnedDataset.open(folder)).store.notes
 
     def close(self, *, discard: bool = False) -> None:
         """Leave the dataset. Refused as `open` refuses."""
@@ -125,22 +125,22 @@ class Studio:
             self._leave(discard=discard)
 
     def _leave(self, *, discard: bool) -> None:
-        if self._opened is None:
+        if self._session is None:
             return
         if self.tasks.running():
-            raise HostError(f"The dataset {self._opened.dataset.name} stays open",
+            raise HostError(f"The dataset {self._session.dataset.name} stays open",
                             why=f"the studio is busy ({self.tasks.name()})", remedy="wait for it or stop it first")
-        unsaved = self._opened.book.unsaved
+        unsaved = self._session.store.unsaved
         if unsaved and not discard:
             captions = "1 caption is" if unsaved == 1 else f"{unsaved} captions are"
-            raise HostError(f"{captions} not saved in {self._opened.dataset.name}", remedy="save or undo first")
-        self._opened = None
+            raise HostError(f"{captions} not saved in {self._session.dataset.name}", remedy="save or undo first")
+        self._session = None
         self.changed()
 
-    def _enter(self, dataset: OwnedDataset) -> Opened:
-        self._opened = opened = Opened(dataset, fence=self.host.fence)
+    def _enter(self, dataset: OwnedDataset) -> DatasetSession:
+        self._session = session = DatasetSession(dataset, allowed=self.host.allowed)
         self.changed()
-        return opened
+        return session
 
     # ---- captions
 
@@ -154,10 +154,10 @@ class Studio:
         return self._apply(SetCaption(text), Selection((name,)))
 
     def _apply(self, edit: Edit, selection: Selection) -> int:
-        with self.using() as opened:
-            changed = opened.book.apply(edit, opened.chosen(selection))
+        with self.using() as session:
+            changed = session.store.apply(edit, session.chosen(selection))
             if changed:
-                opened.renew()
+                session.renew()
                 self.changed()
             return changed
 
@@ -166,21 +166,21 @@ class Studio:
 
         Pictures that were removed come back with it, which waits for work and training as every change of pictures does.
         """
-        with self.using() as opened:
-            before = set(opened.names)
-            label = opened.book.redo() if again else opened.book.undo()
+        with self.using() as session:
+            before = set(session.names)
+            label = session.store.redo() if again else session.store.undo()
             if label:
-                opened.renew()
-                opened.forget_findings([name for name in before ^ set(opened.names)])
+                session.renew()
+                session.forget_findings([name for name in before ^ set(session.names)])
                 self.changed()
             return label
 
     def save(self, *, overwrite: bool = False) -> dict[str, Any]:
         """Write the changed captions: {"written": n, "conflicts": names}. Files that somebody else changed meanwhile are
         left alone and named, unless `overwrite`. Raises HostError while a training reads the dataset."""
-        with self.using() as opened:
+        with self.using() as session:
             self.refuse_while_training("saved")
-            saved = opened.book.save(opened.dataset.studio_folder / "backup", overwrite=overwrite)
+            saved = session.store.save(session.dataset.studio_folder / "backup", overwrite=overwrite)
             self.changed()
             return {"written": saved.written, "conflicts": [path.name for path in saved.conflicts]}
 
@@ -205,45 +205,45 @@ class Studio:
         """A small picture as JPEG."""
         def made(path: Path) -> bytes:
             return thumbs.thumbnail(path, kept)
-        with self.using() as opened:
-            kept = opened.dataset.studio_folder / "thumbs"
+        with self.using() as session:
+            kept = session.dataset.studio_folder / "thumbs"
         return self._read(name, made)
 
-    def picture(self, name: str) -> bytes:
+    def image(self, name: str) -> bytes:
         """A whole picture as JPEG."""
         return self._read(name, thumbs.whole)
 
     def _read(self, name: str, made: Callable[[Path], bytes]) -> bytes:
         """What `made` makes of a picture. Nothing is locked meanwhile, so the folder may get its new name in between."""
-        with self.using() as opened:
-            path = opened.path(name)
+        with self.using() as session:
+            path = session.path(name)
         try:
             return made(path)
         except DatasetError:
-            with self.using() as opened:
-                now = opened.path(name)
+            with self.using() as session:
+                now = session.path(name)
             if now == path:
                 raise
             return made(now)
 
     def remove(self, names: Sequence[str]) -> int:
         """Take pictures out; undo brings them back. How many there were."""
-        with self.changing("removed") as opened:
+        with self.changing("removed") as session:
             for name in names:
-                opened.index(name)
-            opened.dataset.remove(names)
-            return self.removed(opened, names)
+                session.index(name)
+            session.dataset.remove(names)
+            return self.removed(session, names)
 
-    def removed(self, opened: Opened, names: Sequence[str]) -> int:
+    def removed(self, session: DatasetSession, names: Sequence[str]) -> int:
         """These pictures were taken out of the folder: the book hears of it, and how to bring them back. How many."""
         def move(there: bool) -> None:
             self.refuse_while_training("moved")
             self._refuse_while_busy("moved")
-            (opened.dataset.restore if there else opened.dataset.remove)(names)
+            (session.dataset.restore if there else session.dataset.remove)(names)
 
-        count = opened.book.remove([opened.index(name) for name in names], bring_back=lambda: move(True),
+        count = session.store.remove([session.index(name) for name in names], reload_parts=lambda: move(True),
                                    take_away=lambda: move(False))
-        opened.renew()
+        session.renew()
         return count
 
     def family(self) -> str:
@@ -258,19 +258,19 @@ class Studio:
 
         Raises DatasetError for an empty dataset, HostError where captions were changed by somebody else, or as `changing`.
         """
-        with self.changing("used for a training") as opened:
-            if not opened.book.pictures:
+        with self.changing("used for a training") as session:
+            if not session.store.images:
                 raise DatasetError("There is no picture in the dataset", remedy="add pictures first")
             saved = self.save()
             if saved["conflicts"]:
                 raise HostError(f"Captions were changed by another program: {', '.join(saved['conflicts'][:5])}",
                                 remedy="save them once more, over what is there, or open the dataset anew")
-            proposal = opened.report.proposal if opened.report is not None and opened.fresh else None
-            repeats = proposal.repeats if proposal else proposed_repeats(len(opened.book.pictures))
+            proposal = session.report.proposal if session.report is not None and session.fresh else None
+            repeats = proposal.repeats if proposal else proposed_repeats(len(session.store.images))
             epochs = proposal.epochs if proposal else Settings().optimizer.max_train_epochs
-            opened.set_repeats(repeats)
+            session.set_repeats(repeats)
             # The folder's name says the repeats; the setting beside it would only be warned of.
-            return {"train_data_dir": str(opened.dataset.folder), "trigger_word": opened.dataset.concept,
+            return {"train_data_dir": str(session.dataset.folder), "trigger_word": session.dataset.concept,
                     "num_repeats": 0, "max_train_epochs": epochs, "repeats": repeats}
 
     def training_on(self, folder: Path) -> bool:
@@ -281,9 +281,9 @@ class Studio:
 
     def refuse_while_training(self, doing: str) -> None:
         """Raise HostError while a training reads the open dataset."""
-        with self.using() as opened:
-            if self.training_on(opened.dataset.folder):
-                raise HostError(f"The dataset {opened.dataset.name} cannot be {doing} now",
+        with self.using() as session:
+            if self.training_on(session.dataset.folder):
+                raise HostError(f"The dataset {session.dataset.name} cannot be {doing} now",
                                 why="a training is running on it", remedy="wait for it or stop it first")
 
     def refuse_training(self, settings: Settings) -> None:
@@ -291,9 +291,9 @@ class Studio:
         the studio has it."""
         if not self.tasks.running():
             return
-        with self.held() as opened:
+        with self.held() as session:
             read = (settings.dataset.train_data_dir, settings.dataset.reg_data_dir)
-            ours = opened is not None and any(path and _overlap(path, opened.dataset.folder) for path in read)
+            ours = session is not None and any(path and _overlap(path, session.dataset.folder) for path in read)
         if ours or self.tasks.with_model():
             raise HostError("The training cannot start now", why=f"the studio is busy ({self.tasks.name()})",
                             remedy="wait for it or stop it first")
@@ -305,18 +305,18 @@ class Studio:
         path = text.strip().strip('"')
         if not path or "\0" in path:
             raise SettingError("No folder was named", remedy="write the path of a folder, a picture or a zip file")
-        fence = self.host.fence
-        if fence is not None and not inside(path, fence.reading):
+        allowed = self.host.allowed
+        if allowed is not None and not inside(path, allowed.reading):
             raise SettingError(f"{path} cannot be used", why="others can reach this page, so it keeps to the folders it is "
-                               "allowed", remedy=f"choose a folder in {' or '.join(map(str, fence.reading))}; {fence.advice}")
+                               "allowed", remedy=f"choose a folder in {' or '.join(map(str, allowed.reading))}; {allowed.advice}")
         if not os.path.exists(path):
             raise DatasetError(f"{path} does not exist", remedy="check the path")
         return Path(path)
 
 
-def proposed_repeats(pictures: int) -> int:
+def proposed_repeats(images: int) -> int:
     """By the rule of plain folders: at least 100 times a picture and 1500 times in all, over the usual epochs."""
-    return plain_folder_repeats(pictures, max_train_epochs=Settings().optimizer.max_train_epochs)
+    return plain_folder_repeats(images, max_train_epochs=Settings().optimizer.max_train_epochs)
 
 
 def _marks(folder: Path) -> tuple[tuple[str, int], ...]:

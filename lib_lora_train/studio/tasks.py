@@ -52,12 +52,12 @@ class Task:
         """Whether somebody asked the work to end."""
         return self._stop.is_set() or self._interrupted()
 
-    def problem(self, picture: str, text: str) -> None:
+    def problem(self, image: str, text: str) -> None:
         """Something about one picture that the work goes on without; "" for the work as a whole."""
         with self._lock:
             kept = self._status.problems
             if len(kept) < _MOST_PROBLEMS:
-                self._status = dataclasses.replace(self._status, problems=(*kept, (printable(picture), printable(text))))
+                self._status = dataclasses.replace(self._status, problems=(*kept, (printable(image), printable(text))))
             else:
                 self._status = dataclasses.replace(self._status, more_problems=self._status.more_problems + 1)
 

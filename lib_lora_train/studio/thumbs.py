@@ -12,9 +12,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from lib_lora_train.dataset.images import read_picture
+from lib_lora_train.dataset.images import read_image
 from lib_lora_train.errors import DatasetError
-from lib_lora_train.storage.atomic import write_whole
+from lib_lora_train.storage.atomic import write_atomic
 
 SIDE = 256
 MEDIA_TYPE = "image/jpeg"
@@ -31,29 +31,29 @@ def stamp(path: Path) -> str:
 
 
 def thumbnail(path: Path, folder: Path) -> bytes:
-    """A JPEG of at most 256×256 pixels, from `folder` where it was made before. Raises DatasetError as `read_picture`."""
+    """A JPEG of at most 256×256 pixels, from `folder` where it was made before. Raises DatasetError as `read_image`."""
     kept = _place(path, folder)
     with contextlib.suppress(OSError):
         return kept.read_bytes()
-    picture = read_picture(path)
-    picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-    data = jpeg(picture, quality=85)
+    image = read_image(path)
+    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    data = jpeg(image, quality=85)
     with contextlib.suppress(OSError):  # a full disk costs speed, not the picture
         for older in kept.parent.glob(f"{kept.stem[:_NAME_DIGITS]}-*.jpg"):
             older.unlink(missing_ok=True)
-        write_whole(kept, data)
+        write_atomic(kept, data)
     return data
 
 
 def whole(path: Path) -> bytes:
-    """The picture upright and in full size, as a JPEG. Raises DatasetError as `read_picture`."""
-    return jpeg(read_picture(path), quality=92)
+    """The picture upright and in full size, as a JPEG. Raises DatasetError as `read_image`."""
+    return jpeg(read_image(path), quality=92)
 
 
-def jpeg(picture: Image.Image, *, quality: int = 90) -> bytes:
+def jpeg(image: Image.Image, *, quality: int = 90) -> bytes:
     """The picture's bytes as a JPEG."""
     held = io.BytesIO()
-    picture.convert("RGB").save(held, "JPEG", quality=quality)
+    image.convert("RGB").save(held, "JPEG", quality=quality)
     return held.getvalue()
 
 

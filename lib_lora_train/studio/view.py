@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lib_lora_train.errors import printable
 from lib_lora_train.settings.field import declarations
-from lib_lora_train.studio.dataset_session import Opened
+from lib_lora_train.studio.dataset_session import DatasetSession
 from lib_lora_train.studio.requests import Selection
 from lib_lora_train.studio.session import Studio
 from lib_lora_train.tagging.options import TagOptions
@@ -23,50 +23,50 @@ MOST_TAGS = 500
 def state(studio: Studio) -> dict[str, Any]:
     """Everything but the pictures themselves: the open dataset, the others, the work, what captions can come from."""
     task, datasets = studio.tasks.status(), studio.datasets()
-    with studio.held() as opened:
-        shown = None if opened is None else _dataset(opened)
+    with studio.held() as session:
+        shown = None if session is None else _dataset(session)
         version = studio.version
     return {
         "dataset": shown, "datasets": [{"name": printable(name), "pictures": count} for name, count in datasets],
         "task": None if task is None else {
             "id": task.id, "name": task.name, "done": task.done, "total": task.total, "running": task.running,
             "stopping": task.stopping, "outcome": task.outcome, "message": task.message,
-            "problems": [{"picture": picture, "text": text} for picture, text in task.problems],
+            "problems": [{"picture": image, "text": text} for image, text in task.problems],
             "more_problems": task.more_problems, "result": task.result},
         "sources": [{"name": source.name, "label": source.label, "missing": source.missing()}
                     for source in sources(studio.host)],
         "training": studio.runner.running(), "version": version}
 
 
-def _dataset(opened: Opened) -> dict[str, Any]:
-    dataset, book = opened.dataset, opened.book
-    counts, shaped = opened.counts()
+def _dataset(session: DatasetSession) -> dict[str, Any]:
+    dataset, store = session.dataset, session.store
+    counts, shaped = session.counts()
     return {
         "name": printable(dataset.name), "folder": printable(str(dataset.folder)), "concept": dataset.concept,
-        "repeats": dataset.repeats, "trigger_word": dataset.concept, "pictures": len(book.pictures),
-        "selected_total": len(book.pictures), "unsaved": book.unsaved, "can_undo": book.can_undo,
-        "can_redo": book.can_redo, "shaped": shaped,
-        "report": None if opened.report is None else {**_report(opened.report, opened), "counts": dict(counts)}}
+        "repeats": dataset.repeats, "trigger_word": dataset.concept, "pictures": len(store.images),
+        "selected_total": len(store.images), "unsaved": store.unsaved, "can_undo": store.can_undo,
+        "can_redo": store.can_redo, "shaped": shaped,
+        "report": None if session.report is None else {**_report(session.report, session), "counts": dict(counts)}}
 
 
-def _report(report: Report, opened: Opened) -> dict[str, Any]:
+def _report(report: Report, session: DatasetSession) -> dict[str, Any]:
     return {"advice": list(report.advice), "proposal": dataclasses.asdict(report.proposal),
-            "summary": report.summary, "fresh": opened.fresh,
-            "duplicates": [[opened.name(path) for path in group] for group in report.duplicates]}
+            "summary": report.summary, "fresh": session.fresh,
+            "duplicates": [[session.name(path) for path in group] for group in report.duplicates]}
 
 
-def pictures(studio: Studio, selection: Selection, *, offset: int, limit: int, sort: str) -> dict[str, Any]:
+def images(studio: Studio, selection: Selection, *, offset: int, limit: int, sort: str) -> dict[str, Any]:
     """One page of the gallery: {"total": how many the filter lets through, "pictures": […]}."""
-    with studio.using() as opened:
-        chosen = opened.sorted(opened.chosen(selection), sort)
-        shown = [opened.entry(index) for index in chosen[offset:offset + min(limit, MOST_A_PAGE)]]
+    with studio.using() as session:
+        chosen = session.sorted(session.chosen(selection), sort)
+        shown = [session.entry(index) for index in chosen[offset:offset + min(limit, MOST_A_PAGE)]]
         return {"total": len(chosen), "pictures": shown}
 
 
 def tags(studio: Studio, selection: Selection) -> dict[str, Any]:
     """The tags of the selected pictures, the most frequent first."""
-    with studio.using() as opened:
-        found = opened.book.tags(opened.chosen(selection))
+    with studio.using() as session:
+        found = session.store.tags(session.chosen(selection))
         return {"tags": [list(pair) for pair in found[:MOST_TAGS]], "total": len(found)}
 
 

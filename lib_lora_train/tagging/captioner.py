@@ -36,7 +36,7 @@ class Description:
 class Captioner(Protocol):
     """Looks at pictures."""
 
-    def describe(self, pictures: Sequence[Image.Image]) -> list[Description]:
+    def describe(self, images: Sequence[Image.Image]) -> list[Description]:
         """One description for each picture (upright, RGB), all of them looked at in one pass where that is possible."""
 
 

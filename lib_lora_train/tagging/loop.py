@@ -10,7 +10,7 @@ from typing import TypeVar, cast
 import torch
 from PIL import Image
 
-from lib_lora_train.dataset.images import read_picture
+from lib_lora_train.dataset.images import read_image
 from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
 from lib_lora_train.errors import DatasetError, Interrupted, LoraTrainError, is_out_of_memory, printable
 from lib_lora_train.tagging.captioner import Captioner, CaptionerSource, Description, FileCaptioner
@@ -26,8 +26,8 @@ Row = tuple[Path, "str | None", str]
 _FOREIGN = (RuntimeError, OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, MemoryError)
 
 
-def tag_pictures(
-    pictures: Sequence[Path], source: CaptionerSource, *, options: TagOptions, existing: Callable[[Path], str],
+def tag_images(
+    images: Sequence[Path], source: CaptionerSource, *, options: TagOptions, existing: Callable[[Path], str],
     device: torch.device, on_progress: Progress | None = None, should_stop: ShouldStop | None = None,
 ) -> Iterator[Row]:
     """A row for each picture, as soon as it is known; those that are left alone come first.
@@ -37,10 +37,10 @@ def tag_pictures(
     nothing; full memory makes the batches smaller. Raises what opening the source raises, and Interrupted, after the
     rows that were finished, when `should_stop` says so.
     """
-    watch = Watch(len(pictures), doing="captions were made", on_progress=on_progress, should_stop=should_stop)
+    watch = Watch(len(images), doing="captions were made", on_progress=on_progress, should_stop=should_stop)
     watch.check()
     waiting: list[tuple[Path, str]] = []
-    for path in pictures:
+    for path in images:
         caption, problem = _existing(path, existing, options)
         if problem or (options.mode == "only_empty" and caption):
             watch.advance()
@@ -92,7 +92,7 @@ class _InBatches:
         self._captioner, self._device, self._most = captioner, device, most
 
     def __call__(self, paths: Sequence[Path]) -> list[Description | str]:
-        read = [_tried(lambda path=path: read_picture(path), path) for path in paths]
+        read = [_tried(lambda path=path: read_image(path), path) for path in paths]
         images = [(path, image) for path, image in zip(paths, read, strict=True) if not isinstance(image, str)]
         found: list[Description | str] = []
         while len(found) < len(images):

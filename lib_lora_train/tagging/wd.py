@@ -124,14 +124,14 @@ class WDTagger:
         floors = {"general": options.general_threshold, "character": options.character_threshold, "rating": 0.0}
         self._floors = np.array([floors[category] for _, category in tags])
 
-    def describe(self, pictures: Sequence[Image.Image]) -> list[Description]:
+    def describe(self, images: Sequence[Image.Image]) -> list[Description]:
         """The tags that reach their threshold, and all ratings, the surest first."""
-        return [self._description(row) for row in self.scores(pictures)]
+        return [self._description(row) for row in self.scores(images)]
 
-    def scores(self, pictures: Sequence[Image.Image]) -> np.ndarray:
+    def scores(self, images: Sequence[Image.Image]) -> np.ndarray:
         """How sure the model is of every tag, 0…1: (pictures, tags), in the order of selected_tags.csv."""
         assert self._model is not None, "the tagger is closed"
-        batch = torch.from_numpy(np.stack([prepared(picture, self._config) for picture in pictures]))
+        batch = torch.from_numpy(np.stack([prepared(image, self._config) for image in images]))
         with torch.no_grad():
             # The one synchronisation of a batch: its scores come back.
             return self._model(batch.to(self._device)).float().sigmoid().cpu().numpy()
@@ -171,11 +171,11 @@ def read_config(path: Path) -> Config:
         with path.open("rb") as file:
             data = json.loads(file.read(_MOST_JSON).decode("utf-8-sig"))
         # timm's older layout has everything on one level (timm/models/_hub.py).
-        pictures = data.get("pretrained_cfg", data)
-        channels, height, width = (int(number) for number in pictures["input_size"])
-        mean, std = (tuple(float(n) for n in pictures.get(key) or (0.5, 0.5, 0.5)) for key in ("mean", "std"))
+        images = data.get("pretrained_cfg", data)
+        channels, height, width = (int(number) for number in images["input_size"])
+        mean, std = (tuple(float(n) for n in images.get(key) or (0.5, 0.5, 0.5)) for key in ("mean", "std"))
         config = Config(str(data["architecture"]), dict(data.get("model_args") or {}), (width, height), mean, std,
-                        _RESAMPLING[pictures.get("interpolation") or "bicubic"])
+                        _RESAMPLING[images.get("interpolation") or "bicubic"])
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ModelError(f"{path} is no description of a tagger", why=f"{type(error).__name__}: {error}",
                          remedy="fetch it again") from error
@@ -197,16 +197,16 @@ def read_tags(path: Path) -> list[tuple[str, Category]]:
     return rows
 
 
-def prepared(picture: Image.Image, config: Config) -> np.ndarray:
+def prepared(image: Image.Image, config: Config) -> np.ndarray:
     """One picture as the model wants it: float32 (3, height, width), blue first."""
-    side = max(picture.size)
+    side = max(image.size)
     if side * side > MAX_PIXELS:
         # Laid on a square, a long strip would fill the memory.
-        picture = picture.copy()
-        picture.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE), config.resampling)
-        side = max(picture.size)
+        image = image.copy()
+        image.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE), config.resampling)
+        side = max(image.size)
     square = Image.new("RGB", (side, side), (255, 255, 255))
-    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     values = np.asarray(square.resize(config.size, config.resampling), dtype=np.float32) / 255
     normal = (values - np.array(config.mean, np.float32)) / np.array(config.std, np.float32)
     return np.ascontiguousarray(normal[:, :, ::-1].transpose(2, 0, 1))

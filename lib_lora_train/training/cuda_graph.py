@@ -235,12 +235,12 @@ class Execution:
         """Drop recordings and make none, until `resume` or `record_no_more`."""
         self.suspended, self._overfull = True, False
         with contextlib.suppress(RuntimeError):  # what a device still refuses after a recording failed is no reason to stop
-            self.let_go()
+            self.release()
 
     def resume(self) -> None:
         """Let go of what there is, and record again."""
         self.suspended = False
-        self.let_go()
+        self.release()
 
     def record_no_more(self, why: str) -> None:
         """From now on all runs as it is written, which is reported; recordings are dropped."""
@@ -253,7 +253,7 @@ class Execution:
             if recorder is not None:
                 recorder.forget()
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Drop recordings and buffers: memory is needed, or what they were made of moves."""
         self._staging.clear()
         self._replays.clear()
@@ -304,7 +304,7 @@ class Execution:
             function()
         else:  # perhaps this shape has a first time of its own, and so will others
             self._first_runs_differ = True
-            self.let_go()
+            self.release()
             recorder.warm(function)
             self._warm.add(key)
 

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from lib_lora_train.adapters.network import LoRANetwork
-from lib_lora_train.distributed import ALONE, Ranks, share
+from lib_lora_train.distributed import SINGLE_PROCESS, ProcessGroup, share
 from lib_lora_train.errors import TrainingError, translated
 from lib_lora_train.events import Report, Step
 from lib_lora_train.inputs.batches import Batch
@@ -69,7 +69,7 @@ class LoopOptions:
 
 def train(model: FrozenModel, *, network: LoRANetwork, epoch_batches: EpochBatches, condition: Condition,
           options: LoopOptions, save: Save, keep: Save, report: Report, stop: Stop, pause: Pause = lambda release: True,
-          resumed: TrainingState | None = None, ranks: Ranks = ALONE) -> int:
+          resumed: TrainingState | None = None, ranks: ProcessGroup = SINGLE_PROCESS) -> int:
     """Train `network` on `model`; returns the number of steps made (all of them, unless `stop` said otherwise).
 
     `epoch_batches(epoch, start)` gives an epoch's batches from the position `start` on, `condition` their text.
@@ -115,7 +115,7 @@ def train(model: FrozenModel, *, network: LoRANetwork, epoch_batches: EpochBatch
 
     with torch.enable_grad(), translated("training"):
         for step, epoch, micro_batches in _steps(epoch_batches, options, begin=begin):
-            if ranks.any(bool(stop()) or not pause(execution.let_go)):
+            if ranks.any(bool(stop()) or not pause(execution.release)):
                 settle()
                 return step - 1
             stepper.set_factor(learning_rate_factor(
@@ -137,7 +137,7 @@ def train(model: FrozenModel, *, network: LoRANetwork, epoch_batches: EpochBatch
 
 
 def _inputs(micro_batches: Sequence[Batch], step: int, *, model: FrozenModel, condition: Condition, options: LoopOptions,
-            ranks: Ranks) -> list[StepInputs]:
+            ranks: ProcessGroup) -> list[StepInputs]:
     """What a step's losses depend on. Random numbers and text are the whole batch's, of which each process takes its rows."""
     result = []
     for micro, batch in enumerate(micro_batches):

@@ -61,8 +61,8 @@ def serve(host: Host, *, port: int, address: str = "127.0.0.1", auth: str = "", 
     sys.stdout.write(f"Train LoRA: {url}\n")
     if login and not auth:
         sys.stdout.write(f"User: {login[0]}   password: {login[1]}   (--auth USER:PASSWORD sets your own)\n")
-    if host.fence:
-        sys.stdout.write(f"Datasets may lie in {' or '.join(map(str, host.fence.reading))}; {host.fence.advice}\n")
+    if host.allowed:
+        sys.stdout.write(f"Datasets may lie in {' or '.join(map(str, host.allowed.reading))}; {host.allowed.advice}\n")
     sys.stdout.flush()
     if open_browser:
         webbrowser.open(url)

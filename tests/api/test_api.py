@@ -18,7 +18,7 @@ from lib_lora_train.api import service
 from lib_lora_train.run import runner as runner_module
 from lib_lora_train.run.runner import Runner
 from lib_lora_train.settings import DECLARATIONS, parse
-from tests.fake_host import FakeHost, FakeJob, interrupted_run, pictures
+from tests.fake_host import FakeHost, FakeJob, images, interrupted_run
 
 TOKEN = "page-token"
 PAGE = {"X-Lora-Train": TOKEN}
@@ -43,7 +43,7 @@ class Desk:
 
     def good(self, **more: object) -> dict[str, object]:
         folder = self.folder / "pictures"
-        data = folder if folder.is_dir() else pictures(folder)
+        data = folder if folder.is_dir() else images(folder)
         return {"settings": {"output_name": "zzk", "train_data_dir": str(data), **more}}
 
 

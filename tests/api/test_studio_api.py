@@ -17,7 +17,7 @@ from lib_lora_train import api
 from lib_lora_train.errors import Interrupted
 from lib_lora_train.run import runner as runner_module
 from lib_lora_train.run.runner import Runner
-from lib_lora_train.settings.allowed_paths import Fence
+from lib_lora_train.settings.allowed_paths import AllowedPaths
 from lib_lora_train.studio import thumbs, uploads
 from lib_lora_train.studio.importing.collect import Collected
 from lib_lora_train.studio.session import studio_for
@@ -58,7 +58,7 @@ class Desk:
         assert task["id"] == answer.json()["id"] and not task["running"]
         return task
 
-    def pictures(self, **body: object) -> list[dict]:
+    def images(self, **body: object) -> list[dict]:
         return self.post("pictures", body).json()["pictures"]
 
     def filled(self) -> Desk:
@@ -130,7 +130,7 @@ def test_pictures_and_captions_are_brought_in_and_the_originals_stay(desk: Desk)
     assert state["dataset"]["pictures"] == 3 and state["dataset"]["trigger_word"] == "zzk girl"
     assert state["datasets"] == [{"name": "zzk", "pictures": 3}]
     assert state["task"]["message"] == "3 pictures added." and state["task"]["done"] == state["task"]["total"] == 3
-    shown = desk.pictures()
+    shown = desk.images()
     assert [(p["name"], p["caption"], p["width"], p["height"]) for p in shown] == [
         (f"{colour}.png", f"{colour}, square", 320, 200) for colour in sorted(COLOURS)]
     assert {path.name: path.read_bytes() for path in (desk.folder / "sources").iterdir()} == {
@@ -147,7 +147,7 @@ def test_what_cannot_be_used_is_named_and_the_rest_is_taken(desk: Desk):
     desk.post("create", {"name": "a", "concept": "a"})
     task = desk.done(desk.post("import", {"paths": [str(folder)]}))
     assert {Path(problem["picture"]).name for problem in task["problems"]} >= {"broken.png"}
-    assert len(task["problems"]) == 2 and len(desk.pictures()) == 3
+    assert len(task["problems"]) == 2 and len(desk.images()) == 3
 
 
 @pytest.mark.parametrize("name", ["../x", "..", "/tmp/x", "a/b", "nowhere", "", r"C:\x", "zzk\0"])
@@ -194,14 +194,14 @@ def test_what_is_odd_about_a_captions_file_is_told_with_its_picture(desk: Desk):
     desk.post("open", {"name": "zzk"})
 
     def told() -> dict[str, tuple[str, list[str]]]:
-        return {p["id"]: (p["caption_problem"], p["problems"]) for p in desk.pictures()}
+        return {p["id"]: (p["caption_problem"], p["problems"]) for p in desk.images()}
 
     odd = {"green.png": ("Only the first line of green.txt is used.", []),
            "blue.png": ("blue.caption does not count, because there is blue.txt too.", [])}
     unreadable = told()["red.png"]
     assert told() == {**odd, "red.png": unreadable}
     assert "red.txt is not UTF-8" in unreadable[0] and unreadable[1] == ["unreadable_caption"]
-    assert [p["id"] for p in desk.pictures(filter={"problem": "any"})] == ["red.png"]
+    assert [p["id"] for p in desk.images(filter={"problem": "any"})] == ["red.png"]
     desk.post("caption", {"id": "red.png", "text": "red"})
     assert told() == {**odd, "red.png": ("", [])}
     # A caption that is taken away takes the lines below it along.
@@ -228,14 +228,14 @@ def test_edits_are_undone_and_redone_and_reach_the_disk_with_save_only(desk: Des
     assert desk.post("edit", edit).json() == {"changed": 1}
     state = desk.get("state").json()["dataset"]
     assert state["unsaved"] == 1 and "smile" in state["can_undo"] and state["can_redo"] == ""
-    assert [p["changed"] for p in desk.pictures(filter={"changed_only": True})] == [True]
+    assert [p["changed"] for p in desk.images(filter={"changed_only": True})] == [True]
     assert caption.read_text(encoding="utf-8") == "red, square"
     assert "smile" in desk.post("undo").json()["label"] and desk.get("state").json()["dataset"]["unsaved"] == 0
     assert "smile" in desk.post("redo").json()["label"]
     assert desk.post("save").json() == {"written": 1, "conflicts": []}
     assert caption.read_text(encoding="utf-8") == "red, square, smile"
     assert desk.post("caption", {"id": "red.png", "text": "one\ntwo"}).json() == {"changed": 1}
-    assert desk.pictures(filter={"text": "two"})[0]["caption"] == "one two"
+    assert desk.images(filter={"text": "two"})[0]["caption"] == "one two"
     assert desk.post("tags", {"filter": {}}).json() == {"tags": [["square", 2], ["blue", 1], ["green", 1], ["one two", 1]],
                                                         "total": 4}
 
@@ -267,25 +267,25 @@ def test_removed_pictures_come_back_with_undo(desk: Desk):
     desk.filled()
     desk.post("caption", {"id": "red.png", "text": "edited"})
     assert desk.post("remove", {"ids": ["red.png", "blue.png"]}).json() == {"removed": 2}
-    assert [p["name"] for p in desk.pictures()] == ["green.png"]
+    assert [p["name"] for p in desk.images()] == ["green.png"]
     assert not list(dataset_folder(desk).glob("*/red.*"))
     assert desk.get("thumb", id="red.png").status_code == 400
     assert "2 pictures" in desk.post("undo").json()["label"]
-    assert [(p["name"], p["caption"]) for p in desk.pictures()] == [
+    assert [(p["name"], p["caption"]) for p in desk.images()] == [
         ("blue.png", "blue, square"), ("green.png", "green, square"), ("red.png", "edited")]
     assert desk.get("thumb", id="red.png").status_code == 200
     desk.post("redo")
-    assert len(desk.pictures()) == 1
+    assert len(desk.images()) == 1
 
 
 def test_the_gallery_is_paged_and_sorted(desk: Desk):
     desk.filled()
-    assert [p["name"] for p in desk.pictures(offset=1, limit=1)] == ["green.png"]
+    assert [p["name"] for p in desk.images(offset=1, limit=1)] == ["green.png"]
     assert desk.post("pictures", {"offset": 1, "limit": 1}).json()["total"] == 3
     desk.post("caption", {"id": "red.png", "text": ""})
-    assert desk.pictures(sort="problems")[0]["name"] == "red.png"
-    assert [p["name"] for p in desk.pictures(filter={"problem": "no_caption"})] == ["red.png"]
-    assert [p["name"] for p in desk.pictures(sort="score")] == ["blue.png", "green.png", "red.png"]
+    assert desk.images(sort="problems")[0]["name"] == "red.png"
+    assert [p["name"] for p in desk.images(filter={"problem": "no_caption"})] == ["red.png"]
+    assert [p["name"] for p in desk.images(sort="score")] == ["blue.png", "green.png", "red.png"]
 
 
 @pytest.mark.parametrize(("name", "body"), [
@@ -319,7 +319,7 @@ def test_what_is_wrong_is_said_in_one_sentence_and_changes_nothing(desk: Desk, n
     assert refused.status_code == 400, refused.text
     sentence = refused.json()["error"]
     assert sentence.endswith(".") and "\n" not in sentence and "Traceback" not in sentence
-    assert desk.get("state").json()["version"] == before and len(desk.pictures()) == 3
+    assert desk.get("state").json()["version"] == before and len(desk.images()) == 3
 
 
 def test_thumbnails_are_small_made_once_and_anew_when_the_picture_changes(desk: Desk):
@@ -332,27 +332,27 @@ def test_thumbnails_are_small_made_once_and_anew_when_the_picture_changes(desk: 
     made, = kept.rglob("*.jpg")
     made.write_bytes(b"what is kept is what is sent")
     assert desk.get("thumb", id="red.png").content == b"what is kept is what is sent"
-    picture, = dataset_folder(desk).glob("*/red.png")
-    before = desk.pictures(filter={"all_of": ["red"]})[0]["stamp"]
-    picture.write_bytes(png("red", (64, 640)))
+    image, = dataset_folder(desk).glob("*/red.png")
+    before = desk.images(filter={"all_of": ["red"]})[0]["stamp"]
+    image.write_bytes(png("red", (64, 640)))
     assert Image.open(io.BytesIO(desk.get("thumb", id="red.png").content)).size == (26, 256)
-    assert len(list(kept.rglob("*.jpg"))) == 1 and desk.pictures(filter={"all_of": ["red"]})[0]["stamp"] != before
+    assert len(list(kept.rglob("*.jpg"))) == 1 and desk.images(filter={"all_of": ["red"]})[0]["stamp"] != before
     assert Image.open(io.BytesIO(desk.get("picture", id="red.png").content)).size == (64, 640)
 
 
 def test_no_byte_of_a_file_reaches_the_browser_as_it_is(desk: Desk):
     desk.filled()
-    picture, = dataset_folder(desk).glob("*/red.png")
+    image, = dataset_folder(desk).glob("*/red.png")
     script = b"<html><script>alert(1)</script>"
-    picture.write_bytes(png("red") + script)
+    image.write_bytes(png("red") + script)
     for name in ("thumb", "picture"):
         answer = desk.get(name, id="red.png")
         assert answer.status_code == 200 and script not in answer.content
         assert answer.headers["content-type"] == "image/jpeg" and "sandbox" in answer.headers["content-security-policy"]
-    picture.write_bytes(script)
+    image.write_bytes(script)
     for name in ("thumb", "picture"):
         assert desk.get(name, id="red.png").status_code == 400
-    assert desk.pictures(filter={"all_of": ["red"]})[0]["problems"] == ["broken"]
+    assert desk.images(filter={"all_of": ["red"]})[0]["problems"] == ["broken"]
 
 
 @pytest.mark.parametrize("name", ["../zzk", "..", "/etc/passwd", "dataset.json", "red.txt", "10_zzk girl/red.png", ""])
@@ -373,7 +373,7 @@ def test_uploads_come_in_together_and_leave_nothing_behind(desk: Desk):
         assert desk.upload(name, data).json() == {"received": count}
     task = desk.done(desk.post("import-uploads", {"batch": "one"}))
     assert task["problems"] == [] and task["result"]["count"] == 3
-    assert {p["name"]: p["caption"] for p in desk.pictures()}["red.png"] == "a caption"
+    assert {p["name"]: p["caption"] for p in desk.images()}["red.png"] == "a caption"
     assert not list((dataset_folder(desk) / ".studio" / "uploads").iterdir())
     assert sorted(path.name for path in desk.folder.iterdir()) == ["datasets", "loras"]
     assert desk.post("import-uploads", {"batch": "one"}).status_code == 400
@@ -414,7 +414,7 @@ def test_captions_made_land_unsaved_as_one_step(desk: Desk):
     desk.filled()
     task = desk.done(desk.post("tag", {"source": "filename", "filter": {}, "options": {"trigger_word": "zzk"}}))
     assert task["result"] == {"changed": 3} and "not saved" in task["message"]
-    assert [p["caption"] for p in desk.pictures()] == ["zzk, blue", "zzk, green", "zzk, red"]
+    assert [p["caption"] for p in desk.images()] == ["zzk, blue", "zzk, green", "zzk, red"]
     assert desk.get("state").json()["dataset"]["unsaved"] == 3
     desk.post("undo")
     assert desk.get("state").json()["dataset"]["unsaved"] == 0
@@ -425,7 +425,7 @@ def test_captions_made_land_unsaved_as_one_step(desk: Desk):
 def test_within_a_fence_nothing_outside_is_read(desk: Desk):
     inside, outside = desk.folder / "inside", sources(desk.folder / "outside")
     inside.mkdir()
-    desk.host.fence = Fence((desk.host.datasets_folder, inside), (desk.host.lora_folder,), "ask its owner")
+    desk.host.allowed = AllowedPaths((desk.host.datasets_folder, inside), (desk.host.lora_folder,), "ask its owner")
     desk.post("create", {"name": "a", "concept": "a"})
     refusals = [desk.post("import", {"paths": [str(path)]}).json()["error"].replace(str(path), "P")
                 for path in (outside, outside / "red.png", desk.folder / "nothing", inside / ".." / "outside")]
@@ -433,7 +433,7 @@ def test_within_a_fence_nothing_outside_is_read(desk: Desk):
     (inside / "link.png").symlink_to(outside / "red.png")
     (inside / "good.png").write_bytes(png("green"))
     desk.done(desk.post("import", {"paths": [str(inside)]}))
-    assert [p["name"] for p in desk.pictures()] == ["good.png"]
+    assert [p["name"] for p in desk.images()] == ["good.png"]
     (desk.host.datasets_folder / "leads-out").symlink_to(outside)
     (outside / "dataset.json").write_text("{}", encoding="utf-8")
     assert desk.post("open", {"name": "leads-out"}).status_code == 400
@@ -474,7 +474,7 @@ def test_a_second_task_is_refused_and_what_pictures_must_hold_still_for(desk: De
     # Captions can be edited and saved meanwhile: nothing is locked.
     assert desk.post("caption", {"id": "red.png", "text": "new"}).status_code == 200
     assert desk.post("save").json()["written"] == 1
-    assert len(desk.pictures()) == 3 and desk.get("thumb", id="red.png").status_code == 200
+    assert len(desk.images()) == 3 and desk.get("thumb", id="red.png").status_code == 200
     held.go_on.set()
     assert desk.studio.tasks.wait(60)
     task = desk.get("state").json()["task"]
@@ -497,10 +497,10 @@ def test_an_undo_that_would_move_pictures_waits_for_the_work(desk: Desk, monkeyp
     monkeypatch.setattr("lib_lora_train.studio.operations.collect", stand_in)
     desk.post("import", {"paths": [str(desk.folder / "sources")]})
     assert stand_in.began.wait(60)
-    assert desk.post("undo").status_code == 409 and len(desk.pictures()) == 2
+    assert desk.post("undo").status_code == 409 and len(desk.images()) == 2
     desk.post("stop-task")
     assert desk.studio.tasks.wait(60)
-    assert desk.post("undo").status_code == 200 and len(desk.pictures()) == 3
+    assert desk.post("undo").status_code == 200 and len(desk.images()) == 3
 
 
 def test_while_a_training_reads_the_dataset_nothing_is_written_to_it(desk: Desk, job: FakeJob):
@@ -574,7 +574,7 @@ def test_use_saves_and_gives_what_a_training_needs(desk: Desk, job: FakeJob):
         **{k: v for k, v in settings.items() if k != "repeats"}, "output_name": "x"}}).json()
     assert (plan["pictures"], plan["steps"]) == (3, 1500) and "num_repeats" not in " ".join(plan["warnings"])
     # The captions can be undone over the new name of their folder.
-    assert desk.post("undo").json()["label"] and desk.pictures(filter={"all_of": ["red"]})
+    assert desk.post("undo").json()["label"] and desk.images(filter={"all_of": ["red"]})
     assert desk.post("save").json() == {"written": 1, "conflicts": []}
 
 
@@ -602,7 +602,7 @@ def test_repeats_follow_the_number_of_pictures_unless_somebody_chose_them(desk: 
     desk.post("open", {"name": "zzk"})
     (more / "white.png").write_bytes(png("white"))
     desk.done(desk.post("import", {"paths": [str(more)]}))
-    assert desk.get("state").json()["dataset"]["repeats"] == 7 and len(desk.pictures()) == 5
+    assert desk.get("state").json()["dataset"]["repeats"] == 7 and len(desk.images()) == 5
 
 
 def test_a_picture_is_shown_while_its_folder_gets_another_name(desk: Desk, monkeypatch: pytest.MonkeyPatch):
@@ -639,7 +639,7 @@ def test_a_report_says_what_is_wrong_and_knows_when_it_is_old(desk: Desk):
     # 320×200 is too small for 512; captions count as they are edited, saved or not.
     assert report["counts"]["small"] == 3 and report["counts"]["empty_caption"] == 1
     assert report["proposal"] == {"repeats": 50, "epochs": 10, "steps": 1500, "batch": 1} and report["advice"]
-    assert [p["name"] for p in desk.pictures(filter={"problem": "empty_caption"})] == ["red.png"]
+    assert [p["name"] for p in desk.images(filter={"problem": "empty_caption"})] == ["red.png"]
     assert Image.open(io.BytesIO(desk.get("crops").content)).format == "JPEG"
     desk.post("caption", {"id": "red.png", "text": "red again"})
     report = desk.get("state").json()["dataset"]["report"]
@@ -656,7 +656,7 @@ def test_a_shape_is_seen_before_it_is_written_and_taken_off_again(desk: Desk):
     assert {path.name: path.read_bytes() for path in dataset_folder(desk).glob("*/*.png")} == before
     task = desk.done(desk.post("shape", {"ids": ["red.png", "green.png"], "shape": shape}))
     assert task["result"] == {"count": 2} and task["outcome"] == "done"
-    assert [(p["name"], p["width"], p["shaped"]) for p in desk.pictures()] == [
+    assert [(p["name"], p["width"], p["shaped"]) for p in desk.images()] == [
         ("blue.png", 320, False), ("green.png", 128, True), ("red.png", 128, True)]
     assert desk.get("state").json()["dataset"]["shaped"] == 2
     assert Image.open(io.BytesIO(desk.get("picture", id="red.png").content)).size == (128, 128)
@@ -667,26 +667,26 @@ def test_a_shape_is_seen_before_it_is_written_and_taken_off_again(desk: Desk):
 
 def test_one_picture_is_cut_mirrored_and_split(desk: Desk):
     desk.filled()
-    picture, = dataset_folder(desk).glob("*/red.png")
+    image, = dataset_folder(desk).glob("*/red.png")
     left_half = Image.new("RGB", (320, 200), "red")
     left_half.paste((0, 0, 255), (0, 0, 160, 200))
-    left_half.save(picture)
+    left_half.save(image)
     assert desk.post("crop", {"id": "red.png", "box": [0, 0, 200, 200]}).status_code == 200
-    assert Image.open(picture).size == (200, 200)
+    assert Image.open(image).size == (200, 200)
     assert desk.post("flip", {"id": "red.png"}).json() == {"id": "red.png"}
-    with Image.open(picture) as opened:
-        mirrored = opened.convert("RGB")
+    with Image.open(image) as session:
+        mirrored = session.convert("RGB")
     assert mirrored.getpixel((199, 0)) == (0, 0, 255) and mirrored.getpixel((0, 0)) == (255, 0, 0)
     copied = desk.post("flip", {"id": "green.png", "copy": True}).json()["id"]
     assert copied != "green.png" and desk.get("thumb", id=copied).status_code == 200
     desk.post("caption", {"id": "blue.png", "text": "edited, not saved"})
     tiles = desk.post("split", {"id": "blue.png", "tile": 200}).json()["ids"]
-    shown = {p["name"]: p for p in desk.pictures()}
+    shown = {p["name"]: p for p in desk.images()}
     assert set(shown) == {"red.png", "green.png", copied, *tiles} and len(tiles) == 2
     assert all((shown[tile]["width"], shown[tile]["height"], shown[tile]["caption"]) == (200, 200, "edited, not saved")
                for tile in tiles)
     desk.post("undo")
-    assert "blue.png" in {p["name"] for p in desk.pictures()}
+    assert "blue.png" in {p["name"] for p in desk.images()}
 
 
 @pytest.fixture
@@ -705,7 +705,7 @@ def test_captions_are_checked_with_the_loaded_model(model_desk: Desk):
     asked = {"filter": {}, "seeds": 1, "steps": 1, "worst": 2, "settings": SMALL}
     task = model_desk.done(model_desk.post("check-captions", asked))
     assert task["outcome"] == "done" and task["result"]["checked"] == 3, task
-    shown = model_desk.pictures(sort="score")
+    shown = model_desk.images(sort="score")
     scores = [p["score"] for p in shown]
     assert scores == sorted(scores) and all(0 <= score <= 100 for score in scores)
     assert [p["painted"] for p in shown] == [1, 1, 0]  # the worst are painted
@@ -717,9 +717,9 @@ def test_captions_are_checked_with_the_loaded_model(model_desk: Desk):
         assert model_desk.get("checked", **query).status_code == 400
     # A score is of the caption that was judged.
     model_desk.post("caption", {"id": shown[0]["id"], "text": "something else"})
-    assert [p["score"] for p in model_desk.pictures(filter={"text": "something else"})] == [None]
+    assert [p["score"] for p in model_desk.images(filter={"text": "something else"})] == [None]
     model_desk.post("undo")
-    assert [p["score"] for p in model_desk.pictures(sort="score")] == scores
+    assert [p["score"] for p in model_desk.images(sort="score")] == scores
 
 
 def test_preservation_pictures_are_painted_beside_the_dataset(model_desk: Desk):
@@ -753,7 +753,7 @@ def test_a_mask_is_kept_beside_its_picture(desk: Desk):
                                 headers={**PAGE, "Content-Type": "application/octet-stream"})
     assert desk.get("mask", id="red.png").status_code == 400
     assert send("red.png", held.getvalue()).status_code == 200
-    assert [p["masked"] for p in desk.pictures()] == [False, False, True]
+    assert [p["masked"] for p in desk.images()] == [False, False, True]
     kept = Image.open(dataset_folder(desk) / "masks" / "red.png")
     assert (kept.mode, kept.getpixel((0, 0)), kept.getpixel((319, 0))) == ("L", 255, 0)
     assert Image.open(io.BytesIO(desk.get("mask", id="red.png").content)).size == (320, 200)
@@ -762,4 +762,4 @@ def test_a_mask_is_kept_beside_its_picture(desk: Desk):
         assert send(name, data).status_code == 400
     assert not list((dataset_folder(desk) / ".studio" / "uploads").iterdir())
     assert desk.post("remove-mask", {"id": "red.png"}).status_code == 200
-    assert not any(p["masked"] for p in desk.pictures())
+    assert not any(p["masked"] for p in desk.images())

@@ -33,9 +33,9 @@ def test_scaling_only_what_is_kept_equals_scaling_all_and_cropping(size: tuple[i
 
 
 def test_a_tensor_is_channels_first_from_minus_one_to_one() -> None:
-    picture = noise(5, 3)
-    tensor = to_tensor(picture)
-    expected = np.array(picture, dtype=np.float64).transpose(2, 0, 1) / 255 * 2 - 1
+    image = noise(5, 3)
+    tensor = to_tensor(image)
+    expected = np.array(image, dtype=np.float64).transpose(2, 0, 1) / 255 * 2 - 1
     assert tensor.shape == (3, 3, 5) and tensor.dtype == torch.float32
     assert np.allclose(tensor, expected, atol=1e-6)
     assert tensor.min() >= -1 and tensor.max() <= 1
@@ -53,22 +53,22 @@ def test_a_random_crop_reaches_every_place_and_never_leaves_the_picture() -> Non
 
 
 def test_a_third_of_the_visits_change_colour_and_only_slightly() -> None:
-    rng, picture = random.Random(0), noise(16, 16)
-    before = np.array(picture, dtype=int)
+    rng, image = random.Random(0), noise(16, 16)
+    before = np.array(image, dtype=int)
     changed = 0
     for _ in range(600):
-        varied = vary_colour(picture, rng)
-        changed += not np.array_equal(varied, picture)
+        varied = vary_colour(image, rng)
+        changed += not np.array_equal(varied, image)
         value = np.array(varied, dtype=int).max(-1) - before.max(-1)  # hue keeps the value, gamma ±5 % moves it < 6
         assert np.abs(value).max() <= 6
     assert 0.25 < changed / 600 < 0.4
 
 
 def test_hue_moves_by_at_most_eight_of_180() -> None:
-    picture = Image.new("RGB", (1, 1), (200, 60, 60))  # red: hue 0
+    image = Image.new("RGB", (1, 1), (200, 60, 60))  # red: hue 0
     rng, hues = random.Random(0), []
     for _ in range(600):
-        red, green, blue = (channel / 255 for channel in vary_colour(picture, rng).getpixel((0, 0)))
+        red, green, blue = (channel / 255 for channel in vary_colour(image, rng).getpixel((0, 0)))
         hue = colorsys.rgb_to_hsv(red, green, blue)[0]
         hues.append(min(hue, 1 - hue))
     assert 0.03 < max(hues) <= 8 / 180 + 1 / 256

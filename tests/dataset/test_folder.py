@@ -32,7 +32,7 @@ def test_kohya_folders_give_repeats_and_captions(tmp_path: Path, make_picture) -
     assert captions(dataset) == {"a.png": "a dog, grass", "B.JPG": "sks dog", "c.webp": "cat_with_hat"}
     assert [example.repeats for example in dataset.examples] == [10, 10, 3]
     assert [(e.width, e.height) for e in dataset.examples] == [(64, 48)] * 3
-    assert (dataset.pictures, dataset.visits) == (3, 23)
+    assert (dataset.images, dataset.visits) == (3, 23)
     assert dataset.dataset_dirs() == {"10_sks dog": {"n_repeats": 10, "img_count": 2},
                                       "3_cat_with_hat": {"n_repeats": 3, "img_count": 1}}
     assert dataset.tag_frequency() == {"10_sks dog": {"a dog": 1, "grass": 1, "sks dog": 1},
@@ -132,9 +132,9 @@ def test_a_missing_an_empty_and_a_wrong_folder_are_refused(tmp_path: Path, make_
         scan(tmp_path / "nowhere", max_train_epochs=1)
     with pytest.raises(DatasetError, match="holds no pictures"):
         scan(tmp_path, max_train_epochs=1)
-    picture = make_picture("dogs/a.png")
+    image = make_picture("dogs/a.png")
     with pytest.raises(DatasetError, match="a.png is a file"):
-        scan(picture, max_train_epochs=1)
+        scan(image, max_train_epochs=1)
     with pytest.raises(DatasetError, match="holds no pictures.*dogs.*10_name"):
         scan(tmp_path, max_train_epochs=1)
     (tmp_path / "10_none").mkdir()
@@ -162,7 +162,7 @@ def test_regularisation_pictures_are_seen_as_often_as_the_others_without_the_tri
     reg = [example for example in dataset.examples if example.is_regularisation]
     assert [(e.path.name, e.repeats, e.caption) for e in reg] == [("x.png", 3, "dog"), ("y.png", 3, "dog"),
                                                                    ("z.png", 2, "dog")]
-    assert (dataset.pictures, dataset.visits) == (2, 16)
+    assert (dataset.images, dataset.visits) == (2, 16)
     assert dataset.dataset_dirs(regularisation=True)["1_dog"]["img_count"] == 3
     assert set(dataset.tag_frequency()) == {"4_sks dog"}
 
@@ -265,7 +265,7 @@ def test_large_files_are_checked_one_at_a_time_and_others_are_not(tmp_path: Path
     make_picture("a.png")
     reader = folder_module._Reader([], watch=Watch(1, doing="", on_progress=None, should_stop=None), max_pixels=1000)
     alone = []
-    monkeypatch.setattr(folder_module, "check_picture",
+    monkeypatch.setattr(folder_module, "check_image",
                         lambda path, max_pixels: alone.append(reader.one_large.locked()) or (1, 1))
     for most in (1 << 20, 1):
         monkeypatch.setattr(folder_module, "_LARGE", most)

@@ -15,10 +15,10 @@ from PIL import Image, PngImagePlugin
 
 from lib_lora_train.dataset import images as pictures_module
 from lib_lora_train.dataset.folder import scan
-from lib_lora_train.dataset.images import check_picture, read_picture, read_size
+from lib_lora_train.dataset.images import check_image, read_image, read_size
 from lib_lora_train.errors import DatasetError
 
-READERS = (check_picture, read_size, read_picture)
+READERS = (check_image, read_size, read_image)
 MIB = 1 << 20
 
 
@@ -111,11 +111,11 @@ def test_of_an_animation_only_the_first_picture_is_decoded(tmp_path: Path):
         path = tmp_path / f"many{suffix}"
         options = {"lossless": True} if suffix == ".webp" else {}
         frames[0].save(path, save_all=True, append_images=frames[1:], duration=10, **options)
-        assert read_picture(path).getpixel((3, 3)) == (0, 0, 0)
-        assert check_picture(path) == (32, 32)
+        assert read_image(path).getpixel((3, 3)) == (0, 0, 0)
+        assert check_image(path) == (32, 32)
     whole = (tmp_path / "many.gif").read_bytes()
     (tmp_path / "cut.gif").write_bytes(whole[: len(whole) // 2])
-    assert read_picture(tmp_path / "cut.gif").size == (32, 32)
+    assert read_image(tmp_path / "cut.gif").size == (32, 32)
 
 
 @pytest.mark.parametrize("content", [
@@ -138,7 +138,7 @@ def test_a_phones_jpeg_of_several_pictures_is_one_still(tmp_path: Path):
     first.save(path, format="MPO", save_all=True, append_images=[second])
     with Image.open(path) as image:
         assert image.format == "MPO"
-    assert read_picture(path).size == (16, 8) and read_picture(path).getpixel((2, 2))[0] > 200
+    assert read_image(path).size == (16, 8) and read_image(path).getpixel((2, 2))[0] > 200
 
 
 def test_hostile_pictures_are_skipped_by_name_and_the_others_trained(tmp_path: Path):

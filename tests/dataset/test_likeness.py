@@ -11,36 +11,36 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 
-from lib_lora_train.dataset.images import is_picture_name, read_picture
+from lib_lora_train.dataset.images import is_image_name, read_image
 from lib_lora_train.dataset.likeness import BLURRED, NEAR, is_blurred, likeness, near_duplicates, sharpness, thumbnail
 from lib_lora_train.demo import STYLE, SUBJECT
 from lib_lora_train.errors import Interrupted
 
-PATHS = [path for folder in (STYLE, SUBJECT) for path in sorted(folder.iterdir()) if is_picture_name(path)]
-DRAWINGS = [read_picture(path) for path in PATHS]
+PATHS = [path for folder in (STYLE, SUBJECT) for path in sorted(folder.iterdir()) if is_image_name(path)]
+DRAWINGS = [read_image(path) for path in PATHS]
 Change = Callable[[Image.Image], Image.Image]
 
 
-def compressed(picture: Image.Image, quality: int) -> Image.Image:
+def compressed(image: Image.Image, quality: int) -> Image.Image:
     encoded = io.BytesIO()
-    picture.save(encoded, "JPEG", quality=quality)
+    image.save(encoded, "JPEG", quality=quality)
     return Image.open(encoded).convert("RGB")
 
 
-def scaled(picture: Image.Image, factor: float) -> Image.Image:
-    return picture.resize((round(picture.width * factor), round(picture.height * factor)), Image.Resampling.LANCZOS)
+def scaled(image: Image.Image, factor: float) -> Image.Image:
+    return image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.LANCZOS)
 
 
 CHANGES: dict[str, Change] = {
-    "half as large": lambda picture: scaled(picture, 0.5),
-    "twice as large": lambda picture: scaled(picture, 2),
-    "a little narrower": lambda picture: picture.resize((picture.width - 3, picture.height)),
-    "JPEG of quality 60": lambda picture: compressed(picture, 60),
-    "a tenth brighter": lambda picture: ImageEnhance.Brightness(picture).enhance(1.1),
-    "a tenth darker": lambda picture: ImageEnhance.Brightness(picture).enhance(0.9),
-    "more contrast": lambda picture: ImageEnhance.Contrast(picture).enhance(1.15),
-    "smaller, brighter and compressed": lambda picture: compressed(
-        ImageEnhance.Brightness(scaled(picture, 0.7)).enhance(1.05), 75)}
+    "half as large": lambda image: scaled(image, 0.5),
+    "twice as large": lambda image: scaled(image, 2),
+    "a little narrower": lambda image: image.resize((image.width - 3, image.height)),
+    "JPEG of quality 60": lambda image: compressed(image, 60),
+    "a tenth brighter": lambda image: ImageEnhance.Brightness(image).enhance(1.1),
+    "a tenth darker": lambda image: ImageEnhance.Brightness(image).enhance(0.9),
+    "more contrast": lambda image: ImageEnhance.Contrast(image).enhance(1.15),
+    "smaller, brighter and compressed": lambda image: compressed(
+        ImageEnhance.Brightness(scaled(image, 0.7)).enhance(1.05), 75)}
 
 
 def texture(seed: int, size: tuple[int, int] = (160, 120)) -> Image.Image:
@@ -53,14 +53,14 @@ def texture(seed: int, size: tuple[int, int] = (160, 120)) -> Image.Image:
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
 def test_a_picture_saved_another_way_is_near_itself(change: Change) -> None:
-    pictures = [*DRAWINGS, *(texture(seed) for seed in range(10))]
-    for picture in pictures:
-        assert likeness(thumbnail(picture), thumbnail(change(picture))) >= NEAR
+    images = [*DRAWINGS, *(texture(seed) for seed in range(10))]
+    for image in images:
+        assert likeness(thumbnail(image), thumbnail(change(image))) >= NEAR
 
 
 def test_copies_are_found_among_pictures_of_the_same_kind_and_nothing_else_is() -> None:
-    pictures = [*DRAWINGS, *(change(DRAWINGS[place]) for place, change in enumerate(CHANGES.values()))]
-    groups = near_duplicates([thumbnail(picture) for picture in pictures])
+    images = [*DRAWINGS, *(change(DRAWINGS[place]) for place, change in enumerate(CHANGES.values()))]
+    groups = near_duplicates([thumbnail(image) for image in images])
     assert groups == [(place, len(DRAWINGS) + place) for place in range(len(CHANGES))]
 
 
@@ -69,14 +69,14 @@ def test_a_picture_turned_by_exif_is_near_the_one_that_was_turned_by_hand(tmp_pa
     exif[0x0112] = 6  # the camera was held upright: show it turned clockwise
     texture(1).save(tmp_path / "camera.jpg", exif=exif)
     texture(1).transpose(Image.Transpose.ROTATE_270).save(tmp_path / "hand.png")
-    camera, hand = (thumbnail(read_picture(tmp_path / name)) for name in ("camera.jpg", "hand.png"))
+    camera, hand = (thumbnail(read_image(tmp_path / name)) for name in ("camera.jpg", "hand.png"))
     assert near_duplicates([camera, hand, thumbnail(texture(1))]) == [(0, 1)]
 
 
 def heart(colour: str, background: str) -> Image.Image:
-    picture = Image.new("RGB", (64, 64), background)
-    ImageDraw.Draw(picture).polygon([(32, 58), (6, 24), (20, 8), (32, 20), (44, 8), (58, 24)], fill=colour)
-    return picture
+    image = Image.new("RGB", (64, 64), background)
+    ImageDraw.Draw(image).polygon([(32, 58), (6, 24), (20, 8), (32, 20), (44, 8), (58, 24)], fill=colour)
+    return image
 
 
 @pytest.mark.parametrize(("first", "second"), [
@@ -90,7 +90,7 @@ def test_what_differs_in_colour_light_or_direction_is_another_picture(first: Ima
 
 def test_blank_pictures_of_one_colour_are_the_same() -> None:
     blank = [Image.new("RGB", size, "white") for size in ((8, 8), (200, 90), (1, 1))]
-    assert near_duplicates([thumbnail(picture) for picture in [*blank, texture(0)]]) == [(0, 1, 2)]
+    assert near_duplicates([thumbnail(image) for image in [*blank, texture(0)]]) == [(0, 1, 2)]
 
 
 def in_pairs(thumbnails: list[np.ndarray]) -> list[tuple[int, ...]]:
@@ -119,9 +119,9 @@ def test_the_search_finds_exactly_what_comparing_every_pair_finds(noise: float) 
 def test_a_hundred_copies_among_ten_thousand_pictures_are_found() -> None:
     random = np.random.default_rng(0)
     coarse = random.integers(0, 256, (10_000, 4, 4, 3), dtype=np.uint8)
-    pictures = coarse.repeat(4, axis=1).repeat(4, axis=2)
-    copies = np.clip(pictures[:100].astype(int) + random.integers(-4, 5, pictures[:100].shape), 0, 255).astype(np.uint8)
-    groups = near_duplicates([*pictures, *copies])
+    images = coarse.repeat(4, axis=1).repeat(4, axis=2)
+    copies = np.clip(images[:100].astype(int) + random.integers(-4, 5, images[:100].shape), 0, 255).astype(np.uint8)
+    groups = near_duplicates([*images, *copies])
     assert groups == [(place, 10_000 + place) for place in range(100)]
 
 
@@ -156,19 +156,19 @@ def test_sharpness_does_not_depend_on_contrast_or_on_how_much_there_is_to_see() 
     assert sharpness(few, pixels=256 * 256) == pytest.approx(sharpness(many, pixels=256 * 256), rel=0.1)
 
 
-@pytest.mark.parametrize("picture", DRAWINGS, ids=[path.name for path in PATHS])
-def test_drawings_are_not_blurred_until_they_are(picture: Image.Image) -> None:
-    values = [sharpness(picture.filter(ImageFilter.GaussianBlur(radius)), pixels=256 * 256) for radius in (0, 1, 2, 4)]
+@pytest.mark.parametrize("image", DRAWINGS, ids=[path.name for path in PATHS])
+def test_drawings_are_not_blurred_until_they_are(image: Image.Image) -> None:
+    values = [sharpness(image.filter(ImageFilter.GaussianBlur(radius)), pixels=256 * 256) for radius in (0, 1, 2, 4)]
     assert values == sorted(values, reverse=True)
     assert values[0] > BLURRED > values[-2]
 
 
 def crowd() -> Image.Image:
     """16 drawings on 512×512."""
-    picture = Image.new("RGB", (512, 512))
+    image = Image.new("RGB", (512, 512))
     for place in range(16):
-        picture.paste(DRAWINGS[-1 - place % 12].resize((128, 128)), (place % 4 * 128, place // 4 * 128))
-    return picture
+        image.paste(DRAWINGS[-1 - place % 12].resize((128, 128)), (place % 4 * 128, place // 4 * 128))
+    return image
 
 
 def test_a_sharp_subject_before_a_soft_background_is_sharp() -> None:

@@ -7,15 +7,15 @@ import pytest
 from lib_lora_train.dataset.plan import balanced_repeats, plain_folder_repeats, plan_run
 
 
-@pytest.mark.parametrize(("pictures", "epochs", "repeats"), [
+@pytest.mark.parametrize(("images", "epochs", "repeats"), [
     (10, 10, 15),   # 1500 / 10 = 150 of each, over 10 epochs
     (15, 10, 10),   # exactly 100 of each
     (100, 10, 10),  # more pictures than needed: still 100 of each
     (1, 1, 1500), (7, 10, 22),  # ⌈1500/7⌉ = 215, ⌈215/10⌉ = 22
     (20, 1000, 1),
 ])
-def test_a_plain_folder_is_seen_100_times_a_picture_and_1500_times_in_all(pictures, epochs, repeats) -> None:
-    assert plain_folder_repeats(pictures, max_train_epochs=epochs) == repeats
+def test_a_plain_folder_is_seen_100_times_a_picture_and_1500_times_in_all(images, epochs, repeats) -> None:
+    assert plain_folder_repeats(images, max_train_epochs=epochs) == repeats
 
 
 def test_repeats_that_were_asked_for_are_taken() -> None:

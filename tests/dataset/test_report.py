@@ -30,11 +30,11 @@ def draw(tmp_path: Path) -> Draw:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         random = np.random.default_rng(list(name.encode()) if seed is None else seed)
-        picture = Image.new("RGB", (600, 600), tuple(random.integers(0, 256, 3)))
-        pen = ImageDraw.Draw(picture)
+        image = Image.new("RGB", (600, 600), tuple(random.integers(0, 256, 3)))
+        pen = ImageDraw.Draw(image)
         for _ in range(12):
             pen.polygon([tuple(random.integers(0, 600, 2)) for _ in range(3)], fill=tuple(random.integers(0, 256, 3)))
-        picture.resize(size, Image.Resampling.LANCZOS).filter(ImageFilter.GaussianBlur(blur)).save(path)
+        image.resize(size, Image.Resampling.LANCZOS).filter(ImageFilter.GaussianBlur(blur)).save(path)
         if caption is not None:
             path.with_suffix(".txt").write_text(caption, encoding="utf-8")
         return path
@@ -47,7 +47,7 @@ def look(folder: Path, tokenizer: object = None, family: str = "", **settings: o
 
 
 def codes(report: Report) -> dict[str, set[str]]:
-    return {picture.path.name: set(picture.problems) for picture in report.pictures if picture.problems}
+    return {image.path.name: set(image.problems) for image in report.images if image.problems}
 
 
 def advice(report: Report, *words: str) -> str:
@@ -61,7 +61,7 @@ def advice(report: Report, *words: str) -> str:
 def test_the_demos_pictures_have_nothing_to_fix(folder: Path) -> None:
     report = look(folder, resolution="128")
     assert (report.advice, report.counts, report.duplicates) == ((), {}, ())
-    assert report.trainable and report.usable == len(report.pictures) > 10
+    assert report.trainable and report.usable == len(report.images) > 10
     assert "Nothing to fix" in report.text()
 
 
@@ -136,7 +136,7 @@ def test_sizes_buckets_and_steps_are_those_of_the_training(tmp_path: Path, draw:
         draw(f"{i}.png", [(512, 512), (640, 480), (480, 720)][i % 3])
     report = look(tmp_path, train_batch_size=2)
     prepared = prepare(parse({"train_data_dir": str(tmp_path), "train_batch_size": 2}), family="")
-    assert [p.bucket for p in report.pictures] == [p.bucket for p in prepared.placements]
+    assert [p.bucket for p in report.images] == [p.bucket for p in prepared.placements]
     assert {size for size, _ in report.buckets} == {size for size, _ in prepared.plan.buckets}
     assert report.sizes[0] == ((512, 512), 4)
     assert (report.proposal.steps, report.proposal.epochs) == (prepared.plan.steps, prepared.plan.epochs)
@@ -144,10 +144,10 @@ def test_sizes_buckets_and_steps_are_those_of_the_training(tmp_path: Path, draw:
     assert look(tmp_path, family="sdxl").resolution == (1024, 1024)
 
 
-@pytest.mark.parametrize(("pictures", "batch", "repeats", "steps"), [(5, 1, 30, 1500), (12, 1, 13, 1560), (20, 4, 10, 500)])
+@pytest.mark.parametrize(("images", "batch", "repeats", "steps"), [(5, 1, 30, 1500), (12, 1, 13, 1560), (20, 4, 10, 500)])
 def test_the_proposal_is_a_hundred_times_a_picture_and_fifteen_hundred_in_all(
-        tmp_path: Path, draw: Draw, pictures: int, batch: int, repeats: int, steps: int) -> None:
-    for i in range(pictures):
+        tmp_path: Path, draw: Draw, images: int, batch: int, repeats: int, steps: int) -> None:
+    for i in range(images):
         draw(f"{i}.png", (64, 64))
     proposal = look(tmp_path, resolution="64", train_batch_size=batch).proposal
     assert (proposal.repeats, proposal.epochs, proposal.steps, proposal.batch) == (repeats, 10, steps, batch)
@@ -155,10 +155,10 @@ def test_the_proposal_is_a_hundred_times_a_picture_and_fifteen_hundred_in_all(
 
 def test_the_crop_is_what_is_cut_off_in_the_pictures_own_pixels(tmp_path: Path, draw: Draw) -> None:
     draw("a.png", (768, 512))
-    square, = look(tmp_path, enable_bucket=False).pictures
+    square, = look(tmp_path, enable_bucket=False).images
     assert square.crop_loss == pytest.approx(1 / 3) and square.kept == (128.0, 0.0, 640.0, 512.0)
     assert "deep_crop" in square.problems
-    bucketed, = look(tmp_path, resolution="512,768").pictures  # 768×512 is a bucket of that area
+    bucketed, = look(tmp_path, resolution="512,768").images  # 768×512 is a bucket of that area
     assert bucketed.crop_loss == 0 and bucketed.kept == (0, 0, 768, 512) and not bucketed.problems
 
 
@@ -173,7 +173,7 @@ def test_without_upscaling_what_no_bucket_takes_is_said_to_be_left_out(tmp_path:
     draw("strip.png", (1000, 40))
     draw("tiny.png", (40, 40))
     report = look(tmp_path, bucket_no_upscale=True)
-    assert [(p.path.name, p.usable, p.problems[0]) for p in report.pictures] == [
+    assert [(p.path.name, p.usable, p.problems[0]) for p in report.images] == [
         ("strip.png", False, "narrow"), ("tiny.png", False, "small")]
     assert "left out" in advice(report, "strip.png")
 
@@ -184,7 +184,7 @@ def test_duplicates_are_marked_but_for_the_best_so_that_removing_the_marked_leav
     draw("c.png", (900, 900), seed=5)
     report = look(tmp_path)
     assert [[path.name for path in group] for group in report.duplicates] == [["c.png", "a.png", "b.jpg"]]
-    assert [p.path.name for p in report.pictures if "duplicate" not in p.problems] == ["c.png"]
+    assert [p.path.name for p in report.images if "duplicate" not in p.problems] == ["c.png"]
 
 
 class Words:
@@ -198,9 +198,9 @@ def test_tokens_are_counted_of_the_caption_as_it_is_trained(tmp_path: Path, draw
     draw("a.png", caption="red hat, blue coat")
     draw("b.png", caption="word " * 226)
     report = look(tmp_path, tokenizer=Words(), trigger_word="sks")
-    assert [picture.tokens for picture in report.pictures] == [5, 227]
-    assert "long_caption" in report.pictures[1].problems and "227 tokens" in advice(report, "longer than 225 tokens")
-    assert look(tmp_path).pictures[0].tokens is None
+    assert [image.tokens for image in report.images] == [5, 227]
+    assert "long_caption" in report.images[1].problems and "227 tokens" in advice(report, "longer than 225 tokens")
+    assert look(tmp_path).images[0].tokens is None
 
 
 def test_tags_are_counted_once_a_caption_and_without_regard_to_case(tmp_path: Path, draw: Draw) -> None:
@@ -247,7 +247,7 @@ def test_the_folders_the_studio_keeps_beside_the_pictures_are_no_problem(tmp_pat
     draw("masks/0.png", caption=None)
     draw(".studio/thumbs/0.png", caption=None)
     (tmp_path / "dataset.json").write_text("{}", encoding="utf-8")
-    assert look(tmp_path).advice == () and len(look(tmp_path).pictures) == 10
+    assert look(tmp_path).advice == () and len(look(tmp_path).images) == 10
     draw("elsewhere/0.png")
     assert advice(look(tmp_path), "elsewhere", "ignored")
 
@@ -290,8 +290,8 @@ def test_slips_among_tags_are_advice(tmp_path: Path, draw: Draw) -> None:
 def test_the_report_as_json_names_pictures_within_the_folder(tmp_path: Path, draw: Draw) -> None:
     draw("5_猫/絵.png", (300, 200), caption="猫")
     data = json.loads(json.dumps(look(tmp_path).to_dict()))
-    picture, = data["pictures"]
-    assert picture["path"] == "5_猫/絵.png" and (picture["width"], picture["height"]) == (300, 200)
+    image, = data["pictures"]
+    assert image["path"] == "5_猫/絵.png" and (image["width"], image["height"]) == (300, 200)
     assert data["counts"] == {"small": 1} and data["tags"] == {"猫": 1} and data["advice"]
     assert set(data["proposal"]) == {"repeats", "epochs", "steps", "batch"}
 
@@ -310,7 +310,7 @@ def test_what_may_not_be_read_is_not(tmp_path: Path, draw: Draw) -> None:
     draw("a.png")
     draw("secret.png")
     report = examine(tmp_path, settings=parse({}), may_read=lambda path: "secret" not in path.name)
-    assert [picture.path.name for picture in report.pictures] == ["a.png"] and advice(report, "not allowed")
+    assert [image.path.name for image in report.images] == ["a.png"] and advice(report, "not allowed")
 
 
 def test_sizes_that_contradict_each_other_are_refused(tmp_path: Path, draw: Draw) -> None:
@@ -352,5 +352,5 @@ def test_a_name_in_any_script_and_of_any_length_fits_the_sheet(tmp_path: Path, d
 
 def test_a_broken_picture_has_no_size(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"no picture")
-    assert look(tmp_path).pictures == (
+    assert look(tmp_path).images == (
         Examined(tmp_path / "a.png", 0, 0, (0, 0), 0.0, 0.0, None, ("broken", "no_caption")),)

@@ -80,11 +80,11 @@ def test_what_is_painted_has_the_pictures_size_and_only_the_worst_are_painted(ho
     settings, progress = parse({"resolution": "128", "min_bucket_reso": 64}), []
     rows = by_name(list(check_captions(host, listed, settings=settings, seeds=2, steps=1,
                                           on_progress=lambda *of: progress.append(of))))
-    assert [picture.size for picture in rows["wide"].pictures] == [(256, 64)] * 2
-    assert [picture.size for picture in rows["square"].pictures] == [(128, 128)] * 2
+    assert [image.size for image in rows["wide"].images] == [(256, 64)] * 2
+    assert [image.size for image in rows["square"].images] == [(128, 128)] * 2
     assert progress == [(1, 4), (2, 4), (3, 4), (4, 4)]
     first, second = check_captions(host, listed, settings=settings, seeds=1, steps=1, worst=1)
-    assert (len(first.pictures), len(second.pictures)) == (1, 0)
+    assert (len(first.images), len(second.images)) == (1, 0)
     assert 0 <= first.similarity <= 1 and second.similarity is None
 
 
@@ -95,17 +95,17 @@ def test_what_cannot_be_checked_is_named_first_and_ends_nothing(host, tmp_path):
     rows = list(check_captions(host, [(tmp_path / "good.png", "blue"), (tmp_path / "broken.png", "red"),
                                       (tmp_path / "good.png", " ")], settings=TINY, seeds=1, steps=1, worst=1,
                                on_progress=lambda *of: progress.append(of)))
-    assert [(row.path.name, row.score is None, row.pictures == ()) for row in rows[:2]] == [
+    assert [(row.path.name, row.score is None, row.images == ()) for row in rows[:2]] == [
         ("broken.png", True, True), ("good.png", True, True)]
     assert "damaged" in rows[0].problem and "no caption" in rows[1].problem
-    assert rows[2].problem == "" and len(rows[2].pictures) == 1
+    assert rows[2].problem == "" and len(rows[2].images) == 1
     assert progress[-1] == (4, 4)
 
 
 @pytest.mark.parametrize("prediction", ["on", "off"])
-def test_the_same_picture_is_given_the_same_score(host, pictures, prediction):
+def test_the_same_picture_is_given_the_same_score(host, images, prediction):
     settings = parse({"resolution": "64", "min_bucket_reso": 64, "v_parameterization": prediction})
-    one, two = (list(check_captions(host, [(pictures / "0.png", "red cat")], settings=settings, seeds=0)) for _ in "ab")
+    one, two = (list(check_captions(host, [(images / "0.png", "red cat")], settings=settings, seeds=0)) for _ in "ab")
     assert (one[0].score, one[0].gain) == (two[0].score, two[0].gain)
 
 
@@ -124,13 +124,13 @@ class Watching:
     def interrupted(self) -> bool:
         return self.pressed
 
-    def hand_over(self, *, report, stop):
+    def yield_model(self, *, report, stop):
         self.handed += 1
-        return None if self.gone else self._host.hand_over(report=report, stop=stop)
+        return None if self.gone else self._host.yield_model(report=report, stop=stop)
 
 
-def test_others_get_the_model_between_two_pictures_and_the_result_is_the_same(host, pictures):
-    listed = [(pictures / f"{n}.png", "red cat") for n in range(2)]
+def test_others_get_the_model_between_two_pictures_and_the_result_is_the_same(host, images):
+    listed = [(images / f"{n}.png", "red cat") for n in range(2)]
     alone = list(check_captions(host, listed, settings=TINY, seeds=1, steps=1))
     shared = Watching(host)
     rows = list(check_captions(shared, listed, settings=TINY, seeds=1, steps=1))
@@ -138,42 +138,42 @@ def test_others_get_the_model_between_two_pictures_and_the_result_is_the_same(ho
     assert [(row.path, row.score, row.similarity) for row in rows] == [(row.path, row.score, row.similarity) for row in alone]
 
 
-def test_a_model_that_does_not_come_back_in_time_ends_the_check(host, pictures):
+def test_a_model_that_does_not_come_back_in_time_ends_the_check(host, images):
     shared = Watching(host)
     shared.gone = True
     with pytest.raises(Interrupted):
-        list(check_captions(shared, [(pictures / "0.png", "red")] * 2, settings=TINY, seeds=0))
+        list(check_captions(shared, [(images / "0.png", "red")] * 2, settings=TINY, seeds=0))
     with host.borrow():
         pass
 
 
 @pytest.mark.parametrize("way", ["asked", "the host's button"])
-def test_a_stop_while_painting_keeps_the_other_scores_and_gives_the_model_back(host, pictures, way):
+def test_a_stop_while_painting_keeps_the_other_scores_and_gives_the_model_back(host, images, way):
     watching, seen = Watching(host), []
-    rows = check_captions(watching, [(pictures / "0.png", "red"), (pictures / "1.png", "blue")], settings=TINY, seeds=1,
+    rows = check_captions(watching, [(images / "0.png", "red"), (images / "1.png", "blue")], settings=TINY, seeds=1,
                           steps=2, should_stop=lambda: way == "asked" and bool(seen))
     seen.append(next(rows))
     watching.pressed = way != "asked"
     seen.append(next(rows))
-    assert [len(row.pictures) for row in seen] == [1, 0] and seen[1].score is not None
+    assert [len(row.images) for row in seen] == [1, 0] and seen[1].score is not None
     with pytest.raises(Interrupted, match="Checking captions was stopped"):
         next(rows)
     with host.borrow():
         pass
 
 
-def test_a_stop_keeps_what_was_measured(host, pictures):
+def test_a_stop_keeps_what_was_measured(host, images):
     rows, done = [], []
     with pytest.raises(Interrupted):
-        for row in check_captions(host, [(pictures / f"{n}.png", "red") for n in range(3)], settings=TINY, seeds=1, steps=1,
+        for row in check_captions(host, [(images / f"{n}.png", "red") for n in range(3)], settings=TINY, seeds=1, steps=1,
                                   on_progress=lambda *of: done.append(of), should_stop=lambda: len(done) == 2):
             rows.append(row)
-    assert sorted((row.path.name, row.pictures) for row in rows) == [("0.png", ()), ("1.png", ())]
+    assert sorted((row.path.name, row.images) for row in rows) == [("0.png", ()), ("1.png", ())]
     assert all(row.score is not None for row in rows)
 
 
-def test_who_reads_only_the_first_rows_gives_the_model_back(host, pictures):
-    rows = check_captions(host, [(pictures / "0.png", "red"), (pictures / "1.png", "blue")], settings=TINY, seeds=1, steps=1)
+def test_who_reads_only_the_first_rows_gives_the_model_back(host, images):
+    rows = check_captions(host, [(images / "0.png", "red"), (images / "1.png", "blue")], settings=TINY, seeds=1, steps=1)
     next(rows)
     with pytest.raises(HostError), host.borrow():
         pass
@@ -187,11 +187,11 @@ def test_nothing_borrows_where_there_is_nothing_to_check(tmp_path):
     assert list(check_captions(nothing, [])) == []
 
 
-def test_checking_changes_neither_the_random_state_nor_the_weights(host, pictures):
+def test_checking_changes_neither_the_random_state_nor_the_weights(host, images):
     with host.borrow() as lent:
         before = {name: tensor.clone() for name, tensor in lent.tensors.items()}
     state = torch.get_rng_state()
-    list(check_captions(host, [(pictures / "0.png", "red")], settings=TINY, seeds=1, steps=1))
+    list(check_captions(host, [(images / "0.png", "red")], settings=TINY, seeds=1, steps=1))
     assert torch.equal(state, torch.get_rng_state()) and torch.is_grad_enabled()
     with host.borrow() as lent:
         assert all(torch.equal(tensor, before[name]) for name, tensor in lent.tensors.items())
@@ -202,10 +202,10 @@ def test_a_picture_resembles_itself_and_a_shifted_copy_more_than_another_one(emo
         model = frozen.build(lent.tensors, hints=lent.hints, tokenizers=lent.tokenizers)
 
     def features(name: str, *, shift: int = 0) -> torch.Tensor:
-        with Image.open(Path(demo.STYLE) / f"{name}.png") as opened:
-            picture = Image.new("RGB", (128, 128), "white")
-            picture.paste(opened.convert("RGB"), (shift, 0))
-        pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(128, 128, 3).permute(2, 0, 1)
+        with Image.open(Path(demo.STYLE) / f"{name}.png") as session:
+            image = Image.new("RGB", (128, 128), "white")
+            image.paste(session.convert("RGB"), (shift, 0))
+        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(128, 128, 3).permute(2, 0, 1)
         mean, _ = model.vae.encode(pixels[None].float() / 127.5 - 1)
         return subject_features(model, mean, clip_skip=1, dtype=torch.float32)
 
@@ -217,8 +217,8 @@ def test_a_picture_resembles_itself_and_a_shifted_copy_more_than_another_one(emo
 
 def test_the_sheet_has_a_row_for_each_picture_and_draws_any_caption(tmp_path):
     Image.new("RGB", (300, 100), "red").save(tmp_path / "a.png")
-    painted = tuple(Image.new("RGB", (64, 64), colour) for colour in ("lime", "blue"))
-    row = Checked(tmp_path / "a.png", "赤い帽子と青い空" * 20 + ", ярко", 81.0, 0.02, 0.7, painted)
+    generated = tuple(Image.new("RGB", (64, 64), colour) for colour in ("lime", "blue"))
+    row = Checked(tmp_path / "a.png", "赤い帽子と青い空" * 20 + ", ярко", 81.0, 0.02, 0.7, generated)
     two = draw_checks([row, Checked(tmp_path / "gone.png", "x", problem="The file is gone.")])
     one = draw_checks([row])
     assert two.width == one.width and two.height > one.height

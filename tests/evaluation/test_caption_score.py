@@ -80,4 +80,4 @@ def test_every_family_is_asked_and_paints(family, tmp_path):
                                steps=1))
     assert {row.caption for row in rows} == set(captions)
     assert all(0 <= row.score <= 100 and row.gain < 1 and 0 <= row.similarity <= 1 for row in rows)
-    assert all(picture.size == (64, 64) for row in rows for picture in row.pictures)
+    assert all(image.size == (64, 64) for row in rows for image in row.images)

@@ -10,14 +10,14 @@ from PIL import Image
 
 from lib_lora_train.dataset.folder import scan
 from lib_lora_train.errors import Interrupted, ModelError, SettingError
-from lib_lora_train.evaluation.class_images import ClassPictures, make_class_pictures
+from lib_lora_train.evaluation.class_images import ClassImages, make_class_images
 from lib_lora_train.host.standalone import StandaloneHost
 
 PROMPTS = ("a red cat", "a blue cat")
 
 
-def make(host, folder: Path, count: int, **changes) -> ClassPictures:
-    return make_class_pictures(host, **{"prompts": PROMPTS, "count": count, "folder": folder, "size": (64, 128), "steps": 1,
+def make(host, folder: Path, count: int, **changes) -> ClassImages:
+    return make_class_images(host, **{"prompts": PROMPTS, "count": count, "folder": folder, "size": (64, 128), "steps": 1,
                                         "seed": 5, **changes})
 
 
@@ -25,9 +25,9 @@ def contents(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted((folder / "1_class").iterdir())}
 
 
-def test_a_training_reads_them_as_regularisation_pictures(host, pictures, tmp_path):
-    assert make(host, tmp_path / "reg", 3) == ClassPictures(tmp_path / "reg", made=3, found=0)
-    found = scan(pictures, max_train_epochs=1, num_repeats=1, reg_data_dir=tmp_path / "reg")
+def test_a_training_reads_them_as_regularisation_pictures(host, images, tmp_path):
+    assert make(host, tmp_path / "reg", 3) == ClassImages(tmp_path / "reg", made=3, found=0)
+    found = scan(images, max_train_epochs=1, num_repeats=1, reg_data_dir=tmp_path / "reg")
     regularisation = [example for example in found.examples if example.is_regularisation]
     assert [(e.caption, e.folder, e.width, e.height) for e in regularisation] == [
         (prompt, "1_class", 64, 128) for prompt in (PROMPTS[0], PROMPTS[1], PROMPTS[0])]
@@ -50,7 +50,7 @@ def test_a_second_call_paints_what_one_call_would_have_painted(host, tmp_path):
 def test_nobody_is_asked_for_the_model_where_all_are_there(host, tmp_path):
     make(host, tmp_path, 2)
     nothing = StandaloneHost(None, lora_folder=tmp_path, runs_folder=tmp_path / "runs")
-    assert make(nothing, tmp_path, 2) == ClassPictures(tmp_path, made=0, found=2)
+    assert make(nothing, tmp_path, 2) == ClassImages(tmp_path, made=0, found=2)
 
 
 def test_pictures_of_other_prompts_stay_and_do_not_count(host, tmp_path):
@@ -67,14 +67,14 @@ def test_pictures_of_other_prompts_stay_and_do_not_count(host, tmp_path):
 def test_a_caption_whose_picture_was_never_written_counts_for_nothing(host, tmp_path):
     (tmp_path / "1_class").mkdir()
     (tmp_path / "1_class" / "000001.txt").write_text("a red cat", encoding="utf-8")
-    assert make(host, tmp_path, 1) == ClassPictures(tmp_path, made=1, found=0)
+    assert make(host, tmp_path, 1) == ClassImages(tmp_path, made=1, found=0)
     assert sorted(contents(tmp_path)) == ["000001.png", "000001.txt"]
 
 
 def test_a_picture_says_how_it_was_made(host, tmp_path):
     make(host, tmp_path, 2, cfg=3.5, negative_prompt="photo")
-    with Image.open(tmp_path / "1_class" / "000002.png") as picture:
-        assert picture.text["parameters"] == (
+    with Image.open(tmp_path / "1_class" / "000002.png") as image:
+        assert image.text["parameters"] == (
             "a blue cat\nNegative prompt: photo\nSteps: 1, Sampler: Euler, CFG scale: 3.5, Seed: 6, Size: 64x128, Model: tiny")
 
 

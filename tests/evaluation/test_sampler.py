@@ -64,9 +64,9 @@ def test_a_seed_gives_one_picture_and_another_seed_another():
 
 
 def test_a_scale_of_one_is_the_limit_of_scales_near_one():
-    def paint(scale: float) -> torch.Tensor:
+    def sample(scale: float) -> torch.Tensor:
         return sample_latents(_model("epsilon"), dataclasses.replace(REQUEST, cfg_scale=scale))
-    assert torch.allclose(paint(1.0), paint(1.0 + 1e-6), atol=1e-4)
+    assert torch.allclose(sample(1.0), sample(1.0 + 1e-6), atol=1e-4)
 
 
 def test_painting_leaves_the_global_random_state_alone():

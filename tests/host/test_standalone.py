@@ -22,19 +22,19 @@ def own(tmp_path: Path) -> StandaloneHost:
                           runs_folder=tmp_path / "runs")
 
 
-def run(host: StandaloneHost, pictures: Path, folder: Path) -> None:
+def run(host: StandaloneHost, images: Path, folder: Path) -> None:
     folder.mkdir(parents=True)
-    settings = parse({"train_data_dir": str(pictures), "output_name": "zzk", "resolution": "64", "min_bucket_reso": 64,
+    settings = parse({"train_data_dir": str(images), "output_name": "zzk", "resolution": "64", "min_bucket_reso": 64,
                       "max_train_steps": 2, "network_dim": 2, "cache_latents_to_disk": True, "overwrite": True})
     assert run_job(settings, host, report=lambda _: None, stop=lambda: "", folder=folder).outcome == "done"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows keeps files that are in use where they are")
-def test_a_second_run_needs_no_file_of_the_checkpoint(own: StandaloneHost, pictures: Path, tmp_path: Path) -> None:
-    run(own, pictures, tmp_path / "runs" / "first")
+def test_a_second_run_needs_no_file_of_the_checkpoint(own: StandaloneHost, images: Path, tmp_path: Path) -> None:
+    run(own, images, tmp_path / "runs" / "first")
     (tmp_path / "models").rename(tmp_path / "elsewhere")
     assert own.checkpoint() is not None and own.outline() is not None
-    run(own, pictures, tmp_path / "runs" / "second")
+    run(own, images, tmp_path / "runs" / "second")
 
 
 def test_before_the_first_loan_only_the_header_is_read(own: StandaloneHost, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,7 +47,7 @@ def test_before_the_first_loan_only_the_header_is_read(own: StandaloneHost, monk
 
 
 def test_what_is_trained_on_is_the_hosts_memory_to_the_last_byte(
-        own: StandaloneHost, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        own: StandaloneHost, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copied: list[int] = []
     original = job.train
 
@@ -60,5 +60,5 @@ def test_what_is_trained_on_is_the_hosts_memory_to_the_last_byte(
         copied.append(model.unet.layers.copied_bytes + model.vae.layers.copied_bytes)
         return steps
     monkeypatch.setattr(job, "train", watched)
-    run(own, pictures, tmp_path / "runs" / "first")
+    run(own, images, tmp_path / "runs" / "first")
     assert copied == [0, 0]

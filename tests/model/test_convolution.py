@@ -22,27 +22,27 @@ draws = functools.partial(written_out.draws, 1, dtype=torch.float32)
 
 @pytest.mark.parametrize("way", ["columns", "winograd", "x turned over", "torch"])
 @pytest.mark.parametrize("kernels", ORDERS)
-@pytest.mark.parametrize("pictures", ORDERS)
+@pytest.mark.parametrize("images", ORDERS)
 @pytest.mark.parametrize("pieces, stride, padding, size", [
     (1, 1, 1, 3), (3, 1, 1, 3), (2, 2, 1, 3), (1, 2, 0, 3), (2, 1, 0, 1)])
 def test_every_way_gives_torchs_numbers_in_the_order_of_picture_or_kernel(
-        monkeypatch: pytest.MonkeyPatch, way: str, kernels: str, pictures: str, pieces: int, stride: int, padding: int,
+        monkeypatch: pytest.MonkeyPatch, way: str, kernels: str, images: str, pieces: int, stride: int, padding: int,
         size: int) -> None:
     monkeypatch.setattr(convolution, "COLUMNS_FROM", 0 if way == "columns" else 2 ** 40)
     monkeypatch.setattr(convolution, "WINOGRAD_FROM", 0 if way == "winograd" else 2 ** 40)
     monkeypatch.setattr(convolution, "WINOGRAD_CHANNELS", 0)
     monkeypatch.setattr(convolution, "_turning_x_is_cheaper", lambda *_: way == "x turned over")
     x, weight, bias = draws((pieces, 6, 10, 8), (10, 6, size, size), (10,))
-    x, weight = ORDERS[pictures](x).requires_grad_(), ORDERS[kernels](weight)
+    x, weight = ORDERS[images](x).requires_grad_(), ORDERS[kernels](weight)
     expected = F.conv2d(x, weight, bias, stride=stride, padding=padding)
     ours = frozen_conv2d(x, weight, bias, stride=stride, padding=padding)
     assert torch.allclose(ours, expected, atol=1e-5)
-    direction = ORDERS[pictures](draws(tuple(ours.shape))[0])
+    direction = ORDERS[images](draws(tuple(ours.shape))[0])
     (found,), (right,) = (torch.autograd.grad(y, x, direction) for y in (ours, expected))
     assert torch.allclose(found, right, atol=1e-5)
-    turned = pictures == "NHWC" or kernels == "NHWC" and size > 1  # a 1x1 kernel has no order
+    turned = images == "NHWC" or kernels == "NHWC" and size > 1  # a 1x1 kernel has no order
     assert ours.is_contiguous(memory_format=torch.channels_last if turned else torch.contiguous_format)
-    assert found.is_contiguous(memory_format=torch.channels_last if pictures == "NHWC" else torch.contiguous_format)
+    assert found.is_contiguous(memory_format=torch.channels_last if images == "NHWC" else torch.contiguous_format)
 
 
 @pytest.mark.parametrize("kernels", ORDERS)
@@ -103,7 +103,7 @@ def test_what_was_replaced_stays_when_the_rest_is_let_go_and_lent_anew() -> None
     layers, lent = Layers(tensors()), tensors()
     own = torch.ones(5, 8)
     layers.replace({"matrix.weight": own})
-    layers.let_go()
+    layers.release()
     assert set(layers.tensors) == {"matrix.weight"} and layers.copied_bytes == own.nbytes
     layers.take(lent)
     assert layers.weight("matrix") is own and set(layers.tensors) == set(lent)
@@ -124,7 +124,7 @@ class OnACard:
 def test_what_replaced_the_lenders_leaves_the_card_with_it_and_comes_back() -> None:
     layers, lent = Layers(tensors()), tensors()
     layers.replace({"matrix.weight": OnACard()})
-    layers.let_go()
+    layers.release()
     assert layers.tensors == {"matrix.weight": OnACard(torch.device("cpu"))}
     layers.take(lent)
     assert layers.weight("matrix") == OnACard() and layers.copied_bytes == 40

@@ -90,9 +90,9 @@ def test_a_layers_output_is_off_by_a_percent_or_so(kind, most):
     linear, x = torch.randn(320, 640, generator=generator), torch.randn(77, 640, generator=generator)
     exact = F.linear(x, linear)
     assert (F.linear(x, quantise(linear, kind).dense(torch.float32)) - exact).norm() / exact.norm() < most
-    conv, picture = torch.randn(32, 64, 3, 3, generator=generator), torch.randn(2, 64, 8, 8, generator=generator)
-    exact = F.conv2d(picture, conv, padding=1)
-    assert (F.conv2d(picture, quantise(conv, kind).dense(torch.float32), padding=1) - exact).norm() / exact.norm() < most
+    conv, image = torch.randn(32, 64, 3, 3, generator=generator), torch.randn(2, 64, 8, 8, generator=generator)
+    exact = F.conv2d(image, conv, padding=1)
+    assert (F.conv2d(image, quantise(conv, kind).dense(torch.float32), padding=1) - exact).norm() / exact.norm() < most
 
 
 @pytest.mark.parametrize("family", FAMILIES)

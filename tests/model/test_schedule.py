@@ -17,7 +17,7 @@ def reference(**changes: object) -> DDPMScheduler:
     return DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", **changes)
 
 
-def pictures() -> tuple[torch.Tensor, torch.Tensor]:
+def images() -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return torch.randn(6, 4, 8, 8, generator=generator), torch.randn(6, 4, 8, 8, generator=generator)
 
@@ -32,7 +32,7 @@ def test_the_default_alphas_are_ldms() -> None:
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_noised_latents_and_targets_equal_diffusers(prediction_type: str) -> None:
-    x_0, noise = pictures()
+    x_0, noise = images()
     schedule, theirs = NoiseSchedule.build(prediction_type=prediction_type), reference()
     assert torch.allclose(schedule.add_noise(x_0, noise, T), theirs.add_noise(x_0, noise, T), atol=1e-5)
     expected = noise if prediction_type == "epsilon" else theirs.get_velocity(x_0, noise, T)
@@ -54,7 +54,7 @@ def test_zero_terminal_snr_equals_diffusers_and_ends_at_zero() -> None:
 
 
 def test_at_zero_snr_the_input_is_noise_and_v_is_the_picture_negated() -> None:
-    x_0, noise = pictures()
+    x_0, noise = images()
     schedule, last = NoiseSchedule.build(prediction_type="v_prediction", zero_terminal_snr=True), torch.full((6,), 999)
     assert torch.equal(schedule.add_noise(x_0, noise, last), noise)
     assert torch.equal(schedule.target(x_0, noise, last), -x_0)

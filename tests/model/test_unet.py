@@ -314,9 +314,9 @@ def test_off_processors_pictures_lie_as_the_kernels_do_and_are_not_copied_betwee
     unet = unet_of(lent, "sd1")
     x = torch.empty(2, 4, 16, 24, device="meta", dtype=torch.float16)
     context = torch.empty(2, 77, CONTEXT["sd1"], device="meta", dtype=torch.float16)
-    with Pictures() as pictures:
+    with Pictures() as images:
         unet(x, torch.zeros(2, device="meta"), context, adapters=trained_shapes(unet))
-    assert pictures.copied == 0
+    assert images.copied == 0
 
 
 class Backward(TorchDispatchMode):

@@ -44,20 +44,20 @@ def copied(tagger: tuple[Path, nn.Module], place: Path) -> Path:
     return Path(shutil.copytree(tagger[0], place / "mine"))
 
 
-def pictures() -> list[Image.Image]:
+def images() -> list[Image.Image]:
     """Noise, so that every pixel counts: higher, wider, and exactly as large as the model's own size."""
     random = np.random.default_rng(0)
     return [Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
             for width, height in ((70, 101), (150, 40), (64, 64), (31, 32))]
 
 
-def published_scores(model: nn.Module, picture: Image.Image, size: int) -> np.ndarray:
+def published_scores(model: nn.Module, image: Image.Image, size: int) -> np.ndarray:
     """The model cards' recipe with timm's own transform: white square, bicubic, RGB to BGR, sigmoid."""
     from timm.data import create_transform, resolve_data_config
 
-    side = max(picture.size)
+    side = max(image.size)
     canvas = Image.new("RGB", (side, side), (255, 255, 255))
-    canvas.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     transform = create_transform(**resolve_data_config({
         "input_size": (3, size, size), "interpolation": "bicubic", "crop_pct": 1.0, "mean": (0.5,) * 3, "std": (0.5,) * 3}))
     batch = transform(canvas).unsqueeze(0)[:, [2, 1, 0]]
@@ -70,8 +70,8 @@ def test_scores_are_those_of_timm_for_every_kind_of_model_whatever_the_pictures_
     model = write_tagger(tmp_path / "t", architecture)
     size = ARCHITECTURES[architecture].get("img_size", wd_files.SIZE)
     with WDSource(tmp_path / "t").open(ALL, CPU) as loaded:
-        ours = loaded.scores(pictures())
-    theirs = np.stack([published_scores(model, picture, size) for picture in pictures()])
+        ours = loaded.scores(images())
+    theirs = np.stack([published_scores(model, image, size) for image in images()])
     assert theirs.std(axis=0).min() > 1e-3  # or any picture would do
     np.testing.assert_allclose(ours, theirs, atol=2e-6)
 
@@ -85,10 +85,10 @@ def test_a_picture_is_prepared_as_published(tagger: tuple[Path, nn.Module]):
 
 
 def test_tags_come_with_names_and_categories_the_surest_first(tagger: tuple[Path, nn.Module]):
-    (picture, *_) = pictures()
-    scores = published_scores(tagger[1], picture, wd_files.SIZE)
+    (image, *_) = images()
+    scores = published_scores(tagger[1], image, wd_files.SIZE)
     with WDSource(tagger[0]).open(ALL, CPU) as loaded:
-        (found,) = loaded.describe([picture])
+        (found,) = loaded.describe([image])
     kinds = {0: "general", 4: "character", 9: "rating"}
     expected = sorted(((name, float(score), kinds[number]) for (name, number), score in zip(TAGS, scores, strict=True)),
                       key=lambda tag: -tag[1])
@@ -98,7 +98,7 @@ def test_tags_come_with_names_and_categories_the_surest_first(tagger: tuple[Path
 
 def test_what_is_below_its_threshold_is_left_out_but_ratings(tagger: tuple[Path, nn.Module]):
     with WDSource(tagger[0]).open(TagOptions(general_threshold=1, character_threshold=1), CPU) as loaded:
-        (found,) = loaded.describe(pictures()[:1])
+        (found,) = loaded.describe(images()[:1])
     assert {tag.name for tag in found.tags} == {"general", "sensitive", "questionable", "explicit"}
 
 
@@ -106,7 +106,7 @@ def test_the_model_is_let_go_also_when_the_work_fails(tagger: tuple[Path, nn.Mod
     with pytest.raises(ZeroDivisionError), WDSource(tagger[0]).open(ALL, CPU) as loaded:
         raise ZeroDivisionError
     with pytest.raises(AssertionError, match="closed"):
-        loaded.scores(pictures()[:1])
+        loaded.scores(images()[:1])
 
 
 def test_a_long_strip_does_not_fill_the_memory(tagger: tuple[Path, nn.Module]):
@@ -224,7 +224,7 @@ def test_surplus_buffers_of_older_versions_are_no_reason_to_refuse(tagger: tuple
     tensors = load_file(folder / "model.safetensors")
     save_file({**tensors, "layers.0.attn_mask": torch.zeros(2)}, folder / "model.safetensors")
     with WDSource(folder).open(ALL, CPU) as loaded:
-        assert len(loaded.describe(pictures()[:1])[0].tags) == len(TAGS)
+        assert len(loaded.describe(images()[:1])[0].tags) == len(TAGS)
 
 
 def test_an_answer_that_is_not_a_number_is_an_error(tagger: tuple[Path, nn.Module], tmp_path: Path):
@@ -233,7 +233,7 @@ def test_an_answer_that_is_not_a_number_is_an_error(tagger: tuple[Path, nn.Modul
     tensors["head.bias"][3] = float("nan")
     save_file(tensors, folder / "model.safetensors")
     with WDSource(folder).open(ALL, CPU) as loaded, pytest.raises(ModelError, match="not a number"):
-        loaded.describe(pictures()[:1])
+        loaded.describe(images()[:1])
 
 
 def test_the_taggers_that_are_there_are_found_else_one_is_recommended(

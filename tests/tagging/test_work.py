@@ -13,7 +13,7 @@ from PIL import Image
 
 from lib_lora_train.errors import DatasetError, HostError, Interrupted
 from lib_lora_train.tagging.captioner import Description, Tag
-from lib_lora_train.tagging.loop import Row, tag_pictures
+from lib_lora_train.tagging.loop import Row, tag_images
 from lib_lora_train.tagging.options import TagOptions
 from lib_lora_train.tagging.plain import PLAIN_SOURCES
 
@@ -27,21 +27,21 @@ class Colours:
 
     def __init__(self, fails: Callable[[list[int]], None] = lambda reds: None) -> None:
         self.batches: list[list[int]] = []
-        self.fails, self.opened, self.closed = fails, 0, 0
+        self.fails, self.session, self.closed = fails, 0, 0
 
     def missing(self) -> str:
         return ""
 
     @contextlib.contextmanager
     def open(self, options: TagOptions, device: torch.device, *, should_stop=None) -> Iterator[Colours]:
-        self.opened += 1
+        self.session += 1
         try:
             yield self
         finally:
             self.closed += 1
 
-    def describe(self, pictures: Sequence[Image.Image]) -> list[Description]:
-        reds = [int(np.asarray(picture)[0, 0, 0]) for picture in pictures]
+    def describe(self, images: Sequence[Image.Image]) -> list[Description]:
+        reds = [int(np.asarray(image)[0, 0, 0]) for image in images]
         self.batches.append(reds)
         self.fails(reds)
         return [Description((Tag(f"red_{red}", 0.9),)) for red in reds]
@@ -57,7 +57,7 @@ def paths(tmp_path: Path) -> list[Path]:
 
 
 def rows(paths: Sequence[Path], source, *, existing=lambda path: "", progress=None, stop=None, **options: object) -> list[Row]:
-    return list(tag_pictures(paths, source, options=TagOptions(**options), existing=existing, device=CPU, on_progress=progress,
+    return list(tag_images(paths, source, options=TagOptions(**options), existing=existing, device=CPU, on_progress=progress,
                              should_stop=stop))
 
 
@@ -69,7 +69,7 @@ def test_every_picture_is_a_row_in_batches_of_the_size_asked_for(paths: list[Pat
     source, seen = Colours(), []
     assert rows(paths, source, batch_size=4, progress=lambda *done: seen.append(done)) == right(paths)
     assert source.batches == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-    assert seen == [(number, 10) for number in range(1, 11)] and (source.opened, source.closed) == (1, 1)
+    assert seen == [(number, 10) for number in range(1, 11)] and (source.session, source.closed) == (1, 1)
 
 
 def test_a_picture_that_cannot_be_read_is_its_own_row(paths: list[Path]):
@@ -118,9 +118,9 @@ def test_only_empty_leaves_the_others_alone_and_loads_nothing_for_nothing(paths:
     captioned = {paths[1]: "a cat", paths[8]: "a dog"}
     found = rows(paths, source, mode="only_empty", existing=lambda path: captioned.get(path, ""))
     assert found[:2] == [(paths[1], None, ""), (paths[8], None, "")]
-    assert found[2:] == right([p for p in paths if p not in captioned]) and source.opened == 1
+    assert found[2:] == right([p for p in paths if p not in captioned]) and source.session == 1
     assert [caption for _, caption, _ in rows(paths, source, mode="only_empty", existing=lambda path: "x")] == [None] * 10
-    assert source.opened == 1
+    assert source.session == 1
 
 
 def test_a_caption_that_stays_as_it_is_is_no_new_one(paths: list[Path]):
@@ -141,7 +141,7 @@ def test_a_caption_that_cannot_be_read_is_added_to_by_nobody_but_may_be_replaced
 
 def test_stopping_keeps_the_rows_that_were_done_and_unloads(paths: list[Path]):
     source, found = Colours(), []
-    work = tag_pictures(paths, source, options=TagOptions(batch_size=4), existing=lambda path: "", device=CPU,
+    work = tag_images(paths, source, options=TagOptions(batch_size=4), existing=lambda path: "", device=CPU,
                         should_stop=lambda: len(found) >= 4)
     with pytest.raises(Interrupted):
         for row in work:
@@ -158,7 +158,7 @@ def test_an_interruption_inside_the_captioner_is_no_problem_of_a_picture(paths: 
 
 def test_who_looks_no_further_has_it_unloaded(paths: list[Path]):
     source = Colours()
-    work = tag_pictures(paths, source, options=TagOptions(), existing=lambda path: "", device=CPU)
+    work = tag_images(paths, source, options=TagOptions(), existing=lambda path: "", device=CPU)
     next(work)
     work.close()
     assert source.closed == 1

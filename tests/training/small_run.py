@@ -12,7 +12,7 @@ import torch
 from lib_lora_train import events
 from lib_lora_train.adapters.network import LoRANetwork
 from lib_lora_train.adapters.targets import find_targets
-from lib_lora_train.distributed import ALONE
+from lib_lora_train.distributed import SINGLE_PROCESS
 from lib_lora_train.inputs.batches import Batch
 from lib_lora_train.inputs.text import TextCache
 from lib_lora_train.model import frozen
@@ -93,7 +93,7 @@ def assert_equal(one: Result, other: Result, *, rtol: float = 1e-4, learnt: floa
 
 
 def run(family: str, batches: Sequence[Batch], *, accumulation: int = 1, text: bool = False, dtype: torch.dtype = torch.float32,
-        min_snr: float = 0.0, device: str = "cpu", pause=lambda release: True, ranks=ALONE, graphs: bool = True,
+        min_snr: float = 0.0, device: str = "cpu", pause=lambda release: True, ranks=SINGLE_PROCESS, graphs: bool = True,
         compiled: bool = False, learning_rate: float = 1e-3, checkpointing: bool = False) -> Result:
     """Train on `batches` in order. Text encoders are trained with `text`, else their answers are looked up."""
     frozen_model = model(family, device)

@@ -81,7 +81,7 @@ def test_graphs_can_be_switched_off(monkeypatch):
 def lend_to_others(model: FrozenModel, lent: dict[str, torch.Tensor], release: Callable[[], None]) -> None:
     """Others leave ruins where the weights were, and the weights lie elsewhere afterwards."""
     release()
-    model.let_go()
+    model.release()
     moved = {name: tensor.clone() for name, tensor in lent.items()}
     for tensor in lent.values():
         tensor.fill_(torch.nan if tensor.is_floating_point() else 0)

@@ -10,8 +10,7 @@ from functools import partial
 import pytest
 import torch
 
-from lib_lora_train.training import device_step, loop
-from lib_lora_train.training import cuda_graph
+from lib_lora_train.training import cuda_graph, device_step, loop
 from lib_lora_train.training.cuda_graph import CudaRecorder, Execution
 from lib_lora_train.training.staging import Shapes, shapes_of
 from tests.training import small_run

@@ -13,7 +13,7 @@ from lib_lora_train.host.port import Checkpoint
 from lib_lora_train.run import runner as runner_module
 from lib_lora_train.settings import parse
 from tests.browser import ServedPage, expect, needs_browser, opened_page
-from tests.fake_host import FakeJob, interrupted_run, pictures
+from tests.fake_host import FakeJob, images, interrupted_run
 
 pytestmark = needs_browser
 PATIENCE_MS = 20_000
@@ -42,7 +42,7 @@ class Served(ServedPage):
         folder = self.folder / "pictures"
         self.box("output_name").fill(name)
         self.box("trigger_word").fill(trigger)
-        self.box("train_data_dir").fill(str(folder if folder.is_dir() else pictures(folder)))
+        self.box("train_data_dir").fill(str(folder if folder.is_dir() else images(folder)))
         self.box("train_data_dir").blur()
         expect(self.line("summary")).to_contain_text("steps")
 
@@ -90,7 +90,7 @@ def test_a_run_is_started_watched_through_a_reload_and_stopped_with_its_result(s
 
 
 def test_an_interrupted_run_is_offered_and_goes_on_with_its_own_settings(served: Served):
-    data = pictures(served.folder / "pictures")
+    data = images(served.folder / "pictures")
     chosen = parse({"output_name": "broken", "train_data_dir": str(data), "max_train_steps": 100, "network_dim": 3})
     run = interrupted_run(served.host, chosen, step=10)
     served.open()

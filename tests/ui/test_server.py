@@ -12,7 +12,7 @@ from fastapi.testclient import TestClient
 
 from lib_lora_train.errors import HostError, SettingError
 from lib_lora_train.host.exposure import is_loopback
-from lib_lora_train.host.standalone import listening_fence
+from lib_lora_train.host.standalone import listening_allowed_paths
 from lib_lora_train.run.runner import Runner
 from lib_lora_train.ui import standalone
 from lib_lora_train.ui.standalone import listen, make_app, parse_login
@@ -122,7 +122,7 @@ def test_a_password_is_made_up_and_printed_where_none_is_given(tmp_path: Path, m
     host = FakeHost(tmp_path)
     standalone.serve(host, port=0)
     assert served.pop() is None and "password" not in capsys.readouterr().out
-    host.fence = listening_fence("0.0.0.0", tmp_path / "loras", tmp_path / "data")
+    host.allowed = listening_allowed_paths("0.0.0.0", tmp_path / "loras", tmp_path / "data")
     for _ in range(2):
         standalone.serve(host, port=0, address="0.0.0.0")
     printed = capsys.readouterr().out
@@ -132,11 +132,11 @@ def test_a_password_is_made_up_and_printed_where_none_is_given(tmp_path: Path, m
 
 
 def test_a_page_that_listens_keeps_to_its_folders(tmp_path: Path):
-    assert listening_fence("127.0.0.1", tmp_path) is None
-    fence = listening_fence("0.0.0.0", tmp_path / "loras", tmp_path / "data")
-    assert fence is not None and fence.writing == (tmp_path / "loras",)
-    assert fence.may_read(tmp_path / "data" / "x") and fence.may_read(tmp_path / "loras" / "runs")
-    assert not fence.may_read(tmp_path) and not fence.may_read(Path("/etc"))
+    assert listening_allowed_paths("127.0.0.1", tmp_path) is None
+    allowed = listening_allowed_paths("0.0.0.0", tmp_path / "loras", tmp_path / "data")
+    assert allowed is not None and allowed.writing == (tmp_path / "loras",)
+    assert allowed.may_read(tmp_path / "data" / "x") and allowed.may_read(tmp_path / "loras" / "runs")
+    assert not allowed.may_read(tmp_path) and not allowed.may_read(Path("/etc"))
 
 
 def test_what_is_a_loopback_address():

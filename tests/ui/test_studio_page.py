@@ -127,8 +127,8 @@ def test_thirty_mixed_pictures_become_a_captioned_and_cropped_dataset_and_a_trai
     shapes = set()
     for path in folder.glob("*_zzkmoji/*.*"):
         if path.suffix != ".txt":
-            with Image.open(path) as picture:
-                shapes.add(picture.width == picture.height)
+            with Image.open(path) as image:
+                shapes.add(image.width == image.height)
     assert shapes == {True}
     assert {path.name: path.read_bytes() for path in mixed.iterdir()} == before and len(before) == COUNT
 
@@ -359,11 +359,11 @@ def test_captions_are_filtered_by_any_tag_and_by_how_tags_begin_and_end(few: Stu
 
 
 def test_a_file_that_is_no_picture_does_not_keep_the_others_out(few: StudioPage, tmp_path: Path):
-    picture, program = tmp_path / "new.png", tmp_path / "setup.exe"
-    Image.linear_gradient("L").resize((400, 300)).save(picture)
+    image, program = tmp_path / "new.png", tmp_path / "setup.exe"
+    Image.linear_gradient("L").resize((400, 300)).save(image)
     program.write_bytes(b"MZ")
     few.part("step_add").click()
-    few.part("upload").set_input_files([program, picture])
+    few.part("upload").set_input_files([program, image])
     expect(few.tiles()).to_have_count(6)
     expect(few.page.locator("#lts")).to_contain_text("setup.exe")
     few.looked_at()

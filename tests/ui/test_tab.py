@@ -16,7 +16,7 @@ from lib_lora_train.ui import handlers as handlers_module
 from lib_lora_train.ui.fields import element_id, field, shown
 from lib_lora_train.ui.handlers import NO_PRESET, Handlers, Latest
 from lib_lora_train.ui.layout import build_tab
-from tests.fake_host import FakeHost, FakeJob, pictures
+from tests.fake_host import FakeHost, FakeJob, images
 
 NAMES = tuple(DECLARATIONS)
 TOKEN = "page-token"
@@ -98,7 +98,7 @@ def test_default_puts_back_everything_but_names_and_folders(handlers: Handlers):
 
 
 def test_the_summary_tells_the_steps_and_what_was_typed_is_remembered(handlers: Handlers, tmp_path: Path):
-    folder = pictures(tmp_path / "pictures")
+    folder = images(tmp_path / "pictures")
     chosen = values(train_data_dir=str(folder), num_repeats=2, max_train_epochs=3, overwrite=True, resume="zzk-1")
     summary, draft, *_ = plan(handlers, chosen)
     assert "= 18 steps" in summary
@@ -145,7 +145,7 @@ def test_a_taken_name_is_refused_and_the_button_to_overwrite_it_shows(handlers: 
     job = FakeJob()
     monkeypatch.setattr(runner_module, "run_job", job)
     (handlers.host.lora_folder / "zzk.safetensors").write_bytes(b"older")
-    chosen = values(output_name="zzk", train_data_dir=str(pictures(tmp_path / "pictures")))
+    chosen = values(output_name="zzk", train_data_dir=str(images(tmp_path / "pictures")))
     assert "already; Train will ask" in plan(handlers, chosen)[0]
     answer, button = handlers.start(TOKEN, Latest(), *chosen)
     assert "already" in answer and "or overwrite it." in answer and button["visible"] is True
@@ -161,7 +161,7 @@ def test_a_taken_name_is_refused_and_the_button_to_overwrite_it_shows(handlers: 
 def test_a_permission_to_overwrite_is_for_the_lora_it_was_given_for(handlers: Handlers, tmp_path: Path):
     for name in ("zzk", "precious"):
         (handlers.host.lora_folder / f"{name}.safetensors").write_bytes(b"older")
-    folder = str(pictures(tmp_path / "pictures"))
+    folder = str(images(tmp_path / "pictures"))
     answer, _ = handlers.start(TOKEN, Latest(), *values(output_name="zzk", train_data_dir=folder))
     answer, button = handlers.start_overwriting(TOKEN, Latest(), answer, *values(output_name="precious", train_data_dir=folder))
     assert "&#x27;precious&#x27; already" in answer and button["visible"] is True
@@ -169,7 +169,7 @@ def test_a_permission_to_overwrite_is_for_the_lora_it_was_given_for(handlers: Ha
 
 
 def test_a_refusal_goes_when_what_it_refused_is_changed(handlers: Handlers, tmp_path: Path):
-    refused = values(train_data_dir=str(pictures(tmp_path / "pictures")))
+    refused = values(train_data_dir=str(images(tmp_path / "pictures")))
     answer, _ = handlers.start(TOKEN, Latest(), *refused)
     assert "no name" in answer
     assert plan(handlers, refused, answer)[2:] == [gr.update(), gr.update()]
@@ -178,7 +178,7 @@ def test_a_refusal_goes_when_what_it_refused_is_changed(handlers: Handlers, tmp_
 
 
 def test_a_plan_that_took_long_does_not_take_a_newer_refusal_away(handlers: Handlers, monkeypatch, tmp_path: Path):
-    folder, page = str(pictures(tmp_path / "pictures")), Latest()
+    folder, page = str(images(tmp_path / "pictures")), Latest()
     older, _ = handlers.start(TOKEN, page, *values(train_data_dir=folder))
     while_planning = handlers_module.control.plan
 
@@ -207,7 +207,7 @@ def test_another_refusal_shows_no_button_to_overwrite(handlers: Handlers):
 def test_nothing_is_read_or_started_for_who_does_not_know_the_pages_token(handlers: Handlers, tmp_path: Path,
                                                                           monkeypatch: pytest.MonkeyPatch):
     # gradio answers any request that names a function by its number, also one that a foreign page made the browser send.
-    chosen = values(output_name="zzk", train_data_dir=str(pictures(tmp_path / "pictures")))
+    chosen = values(output_name="zzk", train_data_dir=str(images(tmp_path / "pictures")))
     monkeypatch.setattr(handlers_module.control, "prepare", lambda *_, **__: pytest.fail("a folder was read"))
     for token in ("", "guess", None, TOKEN[:-1], [TOKEN], "\ud800"):
         answers = (handlers.plan(token, Latest(), "", *chosen)[0], handlers.start(token, Latest(), *chosen)[0],

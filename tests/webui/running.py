@@ -88,7 +88,7 @@ class WebUI:
         finally:
             self.post("/sdapi/v1/options", {name: original})
 
-    def paint(self, prompt: str = "a photo of a cat", **settings: object) -> str:
+    def sample(self, prompt: str = "a photo of a cat", **settings: object) -> str:
         """txt2img by the WebUI's API with a fixed seed: the PNG as base64, its text left out by the WebUI's setting."""
         body = {"prompt": prompt, "negative_prompt": "red", "seed": 3, "steps": 4, "width": 64, "height": 64,
                 "cfg_scale": 3, "sampler_name": "Euler", "scheduler": "Automatic", **settings}

@@ -35,7 +35,7 @@ def test_while_lent_the_queue_is_locked_and_the_job_shown_and_both_end(webui: We
     lent = webui.get("/probe/lent")
     assert lent["locked"] and lent["job"].startswith("task(lora-train-")
     assert webui.get("/sdapi/v1/progress?skip_current_image=true")["state"]["job"] == ""
-    webui.paint()
+    webui.sample()
 
 
 def test_borrowing_changes_no_tensor(webui: WebUI) -> None:
@@ -78,7 +78,7 @@ def test_our_sampler_paints_the_webuis_picture(webui: WebUI) -> None:
     settings = {"prompt": "a photo of zzk", "negative_prompt": "blue", "width": 128, "height": 64, "steps": 6,
                 "cfg_scale": 5.0, "seed": 11}
     ours = _pixels(webui.post("/probe/sample", settings)["image"])
-    theirs = _pixels(webui.paint(**settings))
+    theirs = _pixels(webui.sample(**settings))
     difference = np.abs(ours - theirs)
     assert theirs.std() > 10
     # A value within float error of a whole number may fall on either side of it.

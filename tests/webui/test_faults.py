@@ -30,7 +30,7 @@ def webui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebUI]:
 @pytest.fixture(scope="module")
 def before(webui: WebUI, dataset: Path) -> dict[str, Any]:
     assert train(webui, dataset, "used", max_train_steps=2)["outcome"] == "done"
-    return {"with LoRA": webui.paint(f"{PROMPT} <lora:used:1>"), "picture": webui.paint(PROMPT),
+    return {"with LoRA": webui.sample(f"{PROMPT} <lora:used:1>"), "picture": webui.sample(PROMPT),
             "model": webui.get("/probe/model")}
 
 
@@ -45,7 +45,7 @@ def test_after_any_fault_the_webui_is_as_it_was_and_says_what_happened(
         webui.post("/probe/heal")
     assert webui.get("/probe/surroundings") == surroundings
     assert webui.get("/probe/model") == before["model"]
-    assert webui.paint(PROMPT) == before["picture"]
+    assert webui.sample(PROMPT) == before["picture"]
     expected = "done" if place.survives(fault) else "failed"
     assert finished["outcome"] == expected and finished["message"].count("\n") == 0, finished
     run = webui.get("/lora-train/v1/runs")["runs"][0]
@@ -55,5 +55,5 @@ def test_after_any_fault_the_webui_is_as_it_was_and_says_what_happened(
 def test_after_all_of_them_a_run_and_a_lora_are_as_good_as_ever(
         webui: WebUI, dataset: Path, before: dict[str, Any]) -> None:
     assert train(webui, dataset, "last", max_train_steps=2)["outcome"] == "done"
-    assert webui.paint(f"{PROMPT} <lora:used:1>") == before["with LoRA"] == webui.paint(f"{PROMPT} <lora:last:1>")
-    assert webui.paint(PROMPT) == before["picture"]
+    assert webui.sample(f"{PROMPT} <lora:used:1>") == before["with LoRA"] == webui.sample(f"{PROMPT} <lora:last:1>")
+    assert webui.sample(PROMPT) == before["picture"]

@@ -21,7 +21,7 @@ def webui(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def test_medvram_trains_and_paints_in_turns_and_lowvram_is_refused_with_the_reason(webui: WebUI, dataset: Path) -> None:
-    picture, model = webui.paint(PROMPT), webui.get("/probe/model")
+    image, model = webui.sample(PROMPT), webui.get("/probe/model")
     surroundings = webui.get("/probe/surroundings")
     assert surroundings["lowvram"], "the WebUI does not split its model"
     if "--lowvram" in webui.process.args:
@@ -32,9 +32,9 @@ def test_medvram_trains_and_paints_in_turns_and_lowvram_is_refused_with_the_reas
         assert webui.get("/probe/surroundings") == surroundings
         start(webui, dataset, "shared", max_train_steps=40)
         learning(webui, steps=1)
-        webui.paint(f"{PROMPT} <lora:alone:1>")
-        assert webui.paint(PROMPT) == picture
+        webui.sample(f"{PROMPT} <lora:alone:1>")
+        assert webui.sample(PROMPT) == image
         assert ended(webui)["outcome"] == "done"
         alone, shared = (load_file(webui.loras / f"{name}.safetensors") for name in ("alone", "shared"))
         assert alone.keys() == shared.keys() and all(alone[key].equal(shared[key]) for key in alone)
-    assert webui.paint(PROMPT) == picture and webui.get("/probe/model") == model
+    assert webui.sample(PROMPT) == image and webui.get("/probe/model") == model

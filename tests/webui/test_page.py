@@ -60,30 +60,30 @@ class Tab:
 @pytest.fixture
 def tab(webui: WebUI, browser: object) -> Iterator[Tab]:
     with opened_page(browser, patience_ms=PATIENCE_MS) as page:
-        opened = Tab(webui, page)
-        opened.open()
-        yield opened
+        session = Tab(webui, page)
+        session.open()
+        yield session
         webui.stop_training()
 
 
 def test_the_tab_trains_and_the_lora_is_painted_with_a_moment_later(webui: WebUI, dataset: Path, tab: Tab) -> None:
-    before = webui.paint(), webui.get("/probe/model")
+    before = webui.sample(), webui.get("/probe/model")
     expect(tab.part("model")).to_contain_text("base: tiny")
     tab.fill("from_page", dataset, steps=12)
     tab.part("start").click()
     expect(tab.part("live")).to_contain_text("from_page is ready")
-    assert (webui.paint(), webui.get("/probe/model")) == before
+    assert (webui.sample(), webui.get("/probe/model")) == before
 
     tab.part("send").click()
     prompt = tab.page.locator("#txt2img_prompt textarea")
     expect(prompt).to_be_visible()
     expect(prompt).to_have_value("zzk, <lora:from_page:1>")
     tab.page.locator("#txt2img_generate").click()
-    painted = tab.page.locator("#html_info_txt2img").first
-    expect(painted).to_contain_text("zzk, <lora:from_page:1>")
+    generated = tab.page.locator("#html_info_txt2img").first
+    expect(generated).to_contain_text("zzk, <lora:from_page:1>")
     with safe_open(webui.loras / "from_page.safetensors", "pt") as file:
         model_hash = file.metadata()["sshs_model_hash"]
-    expect(painted).to_contain_text(f"from_page: {model_hash[:12]}")
+    expect(generated).to_contain_text(f"from_page: {model_hash[:12]}")
     expect(tab.page.locator("#txt2img_gallery img").first).to_be_visible()
 
 
@@ -117,7 +117,7 @@ def test_another_browser_sees_the_job_too(webui: WebUI, dataset: Path, tab: Tab,
 
 
 def test_stop_ends_it_after_asking_and_changes_nothing(webui: WebUI, dataset: Path, tab: Tab) -> None:
-    before = webui.paint(), webui.get("/probe/model")
+    before = webui.sample(), webui.get("/probe/model")
     tab.fill("dropped", dataset, steps=MANY)
     tab.part("start").click()
     tab.at_step(2)
@@ -126,7 +126,7 @@ def test_stop_ends_it_after_asking_and_changes_nothing(webui: WebUI, dataset: Pa
     tab.part("stop").click()
     expect(tab.part("live")).to_contain_text("Stopped after")
     assert asked and not list(webui.loras.glob("dropped*"))
-    assert (webui.paint(), webui.get("/probe/model")) == before
+    assert (webui.sample(), webui.get("/probe/model")) == before
 
 
 def test_a_refusal_is_read_beside_the_button_and_starts_nothing(webui: WebUI, tab: Tab, tmp_path: Path) -> None:

@@ -31,15 +31,15 @@ def dataset(dataset: Path, webui: WebUI) -> Path:
 
 
 def test_reload_ui_ends_a_training_with_what_it_learnt_and_both_go_on_afterwards(webui: WebUI, dataset: Path) -> None:
-    picture = webui.paint()
+    image = webui.sample()
     start(webui, dataset, "cut", max_train_steps=MANY)
     learning(webui)
     webui.post("/probe/reload")
     webui.wait_for_start(2)
     finished = status(webui)["finished"]
     assert finished["outcome"] == "stopped" and Path(finished["path"]) == webui.loras / "cut.safetensors"
-    assert webui.paint() == picture
-    assert webui.paint("a photo of a cat <lora:cut:1>") != picture
+    assert webui.sample() == image
+    assert webui.sample("a photo of a cat <lora:cut:1>") != image
     assert train(webui, dataset, "after")["outcome"] == "done"
     assert "Traceback" not in webui.log
 

@@ -29,9 +29,9 @@ def webui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebUI]:
 @pytest.fixture(scope="module")
 def before(webui: WebUI, dataset: Path) -> dict[str, Any]:
     """The picture, every tensor, and a LoRA that was trained while nobody else did anything."""
-    found = {"picture": webui.paint(PROMPT), "model": webui.get("/probe/model")}
+    found = {"picture": webui.sample(PROMPT), "model": webui.get("/probe/model")}
     assert train(webui, dataset, "alone", max_train_steps=STEPS)["outcome"] == "done"
-    return {**found, "with LoRA": webui.paint(f"{PROMPT} <lora:alone:1>"), "option": chosen(webui)}
+    return {**found, "with LoRA": webui.sample(f"{PROMPT} <lora:alone:1>"), "option": chosen(webui)}
 
 
 def chosen(webui: WebUI) -> str:
@@ -56,10 +56,10 @@ def test_generations_are_let_through_and_neither_they_nor_the_training_notice(
         webui: WebUI, dataset: Path, before: dict[str, Any]) -> None:
     start(webui, dataset, "shared", max_train_steps=STEPS)
     learning(webui, steps=1)
-    pictures = [webui.paint(PROMPT), webui.paint(f"{PROMPT} <lora:alone:1>"), webui.paint(PROMPT)]
+    images = [webui.sample(PROMPT), webui.sample(f"{PROMPT} <lora:alone:1>"), webui.sample(PROMPT)]
     assert status(webui)["running"], "they did not wait for the end"
-    assert pictures == [before["picture"], before["with LoRA"], before["picture"]]
-    webui.paint(f"{PROMPT} <lora:alone:1>")  # its LoRA is still merged when the training goes on
+    assert images == [before["picture"], before["with LoRA"], before["picture"]]
+    webui.sample(f"{PROMPT} <lora:alone:1>")  # its LoRA is still merged when the training goes on
     assert ended(webui)["outcome"] == "done"
     assert_learnt_the_same(webui, "shared")
     assert_unchanged(webui, before)
@@ -69,7 +69,7 @@ def test_an_interrupt_of_a_generation_is_not_for_the_training(
         webui: WebUI, dataset: Path, before: dict[str, Any]) -> None:
     start(webui, dataset, "undisturbed", max_train_steps=STEPS)
     learning(webui, steps=1)
-    painter = threading.Thread(target=lambda: webui.paint(steps=150, width=256, height=256))
+    painter = threading.Thread(target=lambda: webui.sample(steps=150, width=256, height=256))
     painter.start()
     until(lambda: "txt2img" in webui.get("/sdapi/v1/progress?skip_current_image=true")["state"]["job"], what="it paints")
     assert status(webui)["waiting"]
@@ -83,7 +83,7 @@ def test_a_training_that_lets_somebody_paint_can_be_stopped_at_once(
         webui: WebUI, dataset: Path, before: dict[str, Any]) -> None:
     start(webui, dataset, "left", max_train_steps=MANY)
     learning(webui)
-    painter = threading.Thread(target=lambda: webui.paint(steps=150, width=256, height=256))
+    painter = threading.Thread(target=lambda: webui.sample(steps=150, width=256, height=256))
     painter.start()
     until(lambda: status(webui)["waiting"], what="the training waits")
     webui.post("/lora-train/v1/stop", {"save": False})
@@ -99,7 +99,7 @@ def test_another_checkpoint_makes_it_wait_and_the_old_one_go_on(
     learning(webui, steps=1)
     choose(webui, "other")
     waits_for_its_model(webui)
-    assert webui.paint(PROMPT) != before["picture"]  # with the other model, which the training leaves alone
+    assert webui.sample(PROMPT) != before["picture"]  # with the other model, which the training leaves alone
     at = status(webui)["step"]["step"]
     choose(webui, before["option"])
     assert ended(webui)["outcome"] == "done" and at < STEPS
@@ -127,7 +127,7 @@ def test_a_call_from_outside_that_brings_its_own_checkpoint_gets_it_and_the_trai
         webui: WebUI, dataset: Path, before: dict[str, Any]) -> None:
     start(webui, dataset, "outside", max_train_steps=STEPS)
     learning(webui, steps=1)
-    assert webui.paint(PROMPT, override_settings={"sd_model_checkpoint": "other"}) != before["picture"]
+    assert webui.sample(PROMPT, override_settings={"sd_model_checkpoint": "other"}) != before["picture"]
     assert ended(webui)["outcome"] == "done"
     assert_learnt_the_same(webui, "outside")
     assert_unchanged(webui, before)
@@ -171,7 +171,7 @@ def test_the_queue_and_the_progress_display_tell_who_waits_for_whom(
         webui: WebUI, dataset: Path, before: dict[str, Any]) -> None:
     start(webui, dataset, "listed", max_train_steps=MANY)
     learning(webui)
-    painter = threading.Thread(target=lambda: webui.paint(steps=150, width=256, height=256))
+    painter = threading.Thread(target=lambda: webui.sample(steps=150, width=256, height=256))
     painter.start()
     tasks = until(lambda: [task for task in webui.get("/internal/pending-tasks")["tasks"] if "lora-train" in task],
                   what="the training is listed as waiting")

@@ -27,10 +27,10 @@ def test_a_second_run_opens_no_file_of_the_checkpoint_and_copies_no_weight(webui
     finally:
         (webui.data / "elsewhere").rename(models)
     seen = webui.get("/probe/watched")
-    opened = [Path(name) for name in seen["opened"]]
-    assert any("warm" in path.parts[-2] for path in opened), "the watch sees nothing: not even the run's own folder"
-    assert any(".lora_train_cache" in path.parts for path in opened), "the latents were not read from their cache"
-    assert [path for path in opened if models in path.parents] == []
+    session = [Path(name) for name in seen["opened"]]
+    assert any("warm" in path.parts[-2] for path in session), "the watch sees nothing: not even the run's own folder"
+    assert any(".lora_train_cache" in path.parts for path in session), "the latents were not read from their cache"
+    assert [path for path in session if models in path.parents] == []
     # What was trained on is the WebUI's memory to the last byte.
     assert seen["copied"] == [0]
 
@@ -47,7 +47,7 @@ def small_card(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebUI]:
 
 @pytest.fixture(scope="module")
 def before(small_card: WebUI) -> dict[str, Any]:
-    found = {"picture": small_card.paint(PROMPT), "model": small_card.get("/probe/model")}
+    found = {"picture": small_card.sample(PROMPT), "model": small_card.get("/probe/model")}
     assert _all_at_home(small_card)
     return found
 
@@ -55,7 +55,7 @@ def before(small_card: WebUI) -> dict[str, Any]:
 def _all_at_home(webui: WebUI) -> bool:
     """Whether a generation finds all of the model on the card."""
     webui.get("/probe/places")
-    webui.paint(PROMPT)
+    webui.sample(PROMPT)
     painting = webui.get("/probe/places")["painting"]
     return bool(painting) and not any(painting)
 
@@ -67,7 +67,7 @@ def test_text_encoders_and_vae_lie_aside_while_it_learns_and_come_back(
     assert train(small_card, dataset, "alone", **frozen)["outcome"] == "done"
     assert small_card.get("/probe/places")["training"] == [["vae", "text"]] * STEPS
     assert _all_at_home(small_card)
-    assert small_card.paint(PROMPT) == before["picture"] and small_card.get("/probe/model") == before["model"]
+    assert small_card.sample(PROMPT) == before["picture"] and small_card.get("/probe/model") == before["model"]
 
 
 def test_a_generation_in_between_finds_them_at_home_and_they_lie_aside_again(
@@ -78,13 +78,13 @@ def test_a_generation_in_between_finds_them_at_home_and_they_lie_aside_again(
     small_card.get("/probe/places")
     start(small_card, dataset, "shared", **frozen)
     learning(small_card, steps=1)
-    pictures = [small_card.paint(PROMPT), small_card.paint(f"{PROMPT} <lora:alone:1>"), small_card.paint(PROMPT)]
+    images = [small_card.sample(PROMPT), small_card.sample(f"{PROMPT} <lora:alone:1>"), small_card.sample(PROMPT)]
     assert status(small_card)["running"], "they were painted at the end"
     assert ended(small_card)["outcome"] == "done"
     places = small_card.get("/probe/places")
     assert len(places["painting"]) == 12 and not any(places["painting"])
     assert places["training"] == [["vae", "text"]] * STEPS
-    assert pictures[0] == pictures[2] == before["picture"] != pictures[1]
+    assert images[0] == images[2] == before["picture"] != images[1]
     assert _all_at_home(small_card) and small_card.get("/probe/model") == before["model"]
     alone, shared = (load_file(small_card.loras / f"{name}.safetensors") for name in ("alone", "shared"))
     assert alone.keys() == shared.keys() and all(alone[key].equal(shared[key]) for key in alone)
@@ -101,4 +101,4 @@ def test_they_come_back_however_it_ends(small_card: WebUI, dataset: Path, before
     assert ended(small_card)["outcome"] == ("failed" if end == "failure" else "stopped")
     assert ["vae", "text"] in small_card.get("/probe/places")["training"]
     assert _all_at_home(small_card)
-    assert small_card.paint(PROMPT) == before["picture"] and small_card.get("/probe/model") == before["model"]
+    assert small_card.sample(PROMPT) == before["picture"] and small_card.get("/probe/model") == before["model"]

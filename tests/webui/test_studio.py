@@ -20,10 +20,10 @@ PATIENCE_MS = 120_000
 @pytest.fixture
 def page(webui: WebUI, browser: object) -> Iterator[object]:
     """The tab "Train LoRA", just opened."""
-    with opened_page(browser, patience_ms=PATIENCE_MS) as opened:
-        opened.goto(webui.url)
-        opened.get_by_role("button", name="Train LoRA", exact=True).click()
-        yield opened
+    with opened_page(browser, patience_ms=PATIENCE_MS) as session:
+        session.goto(webui.url)
+        session.get_by_role("button", name="Train LoRA", exact=True).click()
+        yield session
         webui.stop_training()
         webui.post("/lora-train/v1/studio/close", {"discard": True})
 
@@ -39,11 +39,11 @@ def field(page, name: str):
 def test_a_new_user_goes_from_thirty_mixed_pictures_to_a_training_without_leaving_the_tab(
         webui: WebUI, page, tmp_path: Path) -> None:
     write_tagger(webui.data / "models" / "lora_train" / "taggers" / "small-tagger")
-    pictures = mixed_pictures(tmp_path / "my pictures")
-    before = {path.name: path.read_bytes() for path in pictures.iterdir()}
+    images = mixed_pictures(tmp_path / "my pictures")
+    before = {path.name: path.read_bytes() for path in images.iterdir()}
     part(page, "new_name").fill("emoji")
     part(page, "new_trigger").fill("zzkmoji")
-    part(page, "upload").set_input_files(sorted(pictures.iterdir()))
+    part(page, "upload").set_input_files(sorted(images.iterdir()))
 
     # What stayed out, what is wrong, and one next step.
     expect(page.locator(".lts-summary")).to_contain_text(f"{ADDED} pictures")
@@ -93,11 +93,11 @@ def test_a_new_user_goes_from_thirty_mixed_pictures_to_a_training_without_leavin
     assert len(kept) == ADDED - 1
     known = {name.replace("_", " ") for name, _ in TAGS} | {name for name, _ in TAGS}
     for path in kept:
-        with Image.open(path) as picture:
-            assert picture.width == picture.height and picture.width in (480, 512), path.name
+        with Image.open(path) as image:
+            assert image.width == image.height and image.width in (480, 512), path.name
         first, *tags = path.with_suffix(".txt").read_text(encoding="utf-8").strip().split(", ")
         assert first == "zzkmoji" and set(tags) <= known
-    assert {path.name: path.read_bytes() for path in pictures.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in images.iterdir()} == before
 
 
 def test_pictures_just_painted_are_brought_in_by_one_press(webui: WebUI, page) -> None:

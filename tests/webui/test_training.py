@@ -20,7 +20,7 @@ MANY = 100_000
 @pytest.fixture(scope="module")
 def before(webui: WebUI) -> dict[str, Any]:
     """The picture of a fixed seed and every tensor of the model, before anything was trained in this module."""
-    return {"picture": webui.paint(PROMPT), "model": webui.get("/probe/model")}
+    return {"picture": webui.sample(PROMPT), "model": webui.get("/probe/model")}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def learning(webui: WebUI, *, steps: int = 2) -> None:
 
 
 def assert_unchanged(webui: WebUI, before: dict[str, Any]) -> None:
-    assert webui.paint(PROMPT) == before["picture"], "the picture of the same seed is another one"
+    assert webui.sample(PROMPT) == before["picture"], "the picture of the same seed is another one"
     assert webui.get("/probe/model") == before["model"], "a tensor, its dtype or its requires_grad changed"
 
 
@@ -69,8 +69,8 @@ def test_training_leaves_the_picture_and_every_tensor_as_they_were(
 
 
 def test_the_file_is_used_without_a_restart(webui: WebUI, before: dict[str, Any], trained: str) -> None:
-    assert webui.paint(f"{PROMPT} <lora:{trained}:1>") != before["picture"]
-    assert webui.paint(PROMPT) == before["picture"]
+    assert webui.sample(f"{PROMPT} <lora:{trained}:1>") != before["picture"]
+    assert webui.sample(PROMPT) == before["picture"]
 
 
 def test_every_key_of_the_file_finds_its_layer(webui: WebUI, trained: str) -> None:
@@ -82,7 +82,7 @@ def test_every_key_of_the_file_finds_its_layer(webui: WebUI, trained: str) -> No
 
 
 def test_weight_zero_equals_no_lora_byte_for_byte(webui: WebUI, before: dict[str, Any], trained: str) -> None:
-    assert webui.paint(f"{PROMPT} <lora:{trained}:0>") == before["picture"]
+    assert webui.sample(f"{PROMPT} <lora:{trained}:0>") == before["picture"]
 
 
 @pytest.mark.parametrize("multiplier", [1.0, 0.5, -1.0])
@@ -101,12 +101,12 @@ def test_a_lora_in_half_precision_is_used_as_well(webui: WebUI, dataset: Path, b
 
 def test_a_lora_that_is_active_is_not_trained_on(
         webui: WebUI, dataset: Path, before: dict[str, Any], trained: str) -> None:
-    with_lora = webui.paint(f"{PROMPT} <lora:{trained}:1>")
+    with_lora = webui.sample(f"{PROMPT} <lora:{trained}:1>")
     assert webui.get(f"/probe/lora?name={trained}")["merged"] > 0
     train(webui, dataset, "again")  # the settings and the seed of `trained`, which was made on the bare model
     first, again = (load_file(webui.loras / f"{name}.safetensors") for name in (trained, "again"))
     assert first.keys() == again.keys() and all(first[key].equal(again[key]) for key in first)
-    assert webui.paint(f"{PROMPT} <lora:{trained}:1>") == with_lora
+    assert webui.sample(f"{PROMPT} <lora:{trained}:1>") == with_lora
     assert_unchanged(webui, before)
 
 
@@ -125,12 +125,12 @@ def test_stop_and_save_keeps_what_was_learnt(webui: WebUI, dataset: Path, before
     webui.post("/lora-train/v1/stop", {"save": True})
     finished = ended(webui)
     assert finished["outcome"] == "stopped" and Path(finished["path"]) == webui.loras / "kept.safetensors"
-    assert webui.paint(f"{PROMPT} <lora:kept:1>") != before["picture"]
+    assert webui.sample(f"{PROMPT} <lora:kept:1>") != before["picture"]
     assert_unchanged(webui, before)
 
 
 def test_a_training_that_waits_for_a_generation_can_be_stopped_at_once(webui: WebUI, dataset: Path) -> None:
-    painting = threading.Thread(target=lambda: webui.paint(steps=150, width=256, height=256))
+    painting = threading.Thread(target=lambda: webui.sample(steps=150, width=256, height=256))
     painting.start()
     until(lambda: webui.get("/sdapi/v1/progress?skip_current_image=true")["state"]["job_count"] > 0, what="it paints")
     start(webui, dataset, "waiting")
@@ -178,28 +178,28 @@ def test_a_model_that_is_changed_meanwhile_ends_the_training(
 
 def test_an_overwritten_lora_is_used_with_its_new_weights(webui: WebUI, dataset: Path, trained: str) -> None:
     train(webui, dataset, "replaced")
-    old = webui.paint(f"{PROMPT} <lora:replaced:1>")
+    old = webui.sample(f"{PROMPT} <lora:replaced:1>")
     assert webui.get("/probe/state")["conditions"], "the WebUI keeps the condition of the last prompt"
     train(webui, dataset, "replaced", overwrite=True, seed=7)
-    new = webui.paint(f"{PROMPT} <lora:replaced:1>")
+    new = webui.sample(f"{PROMPT} <lora:replaced:1>")
     assert new != old
     # A file that the WebUI has never seen is read from the disk.
     shutil.move(webui.loras / "replaced.safetensors", webui.loras / "never-seen.safetensors")
-    assert webui.paint(f"{PROMPT} <lora:never-seen:1>") == new
+    assert webui.sample(f"{PROMPT} <lora:never-seen:1>") == new
     (webui.loras / "never-seen.safetensors").unlink()
     webui.post("/sdapi/v1/refresh-loras")
 
 
 def test_a_file_replaced_by_somebody_else_is_used_after_a_refresh(webui: WebUI, dataset: Path, trained: str) -> None:
     train(webui, dataset, "swapped", seed=8)
-    mine = webui.paint(f"{PROMPT} <lora:swapped:1>")
+    mine = webui.sample(f"{PROMPT} <lora:swapped:1>")
     # Older than what is loaded, so the time of the file says nothing.
     shutil.copy2(webui.loras / f"{trained}.safetensors", webui.loras / "swapped.safetensors")
     webui.post("/probe/refresh")
-    swapped = webui.paint(f"{PROMPT} <lora:swapped:1>")
+    swapped = webui.sample(f"{PROMPT} <lora:swapped:1>")
     (webui.loras / "swapped.safetensors").unlink()
     webui.post("/sdapi/v1/refresh-loras")
-    assert mine != swapped == webui.paint(f"{PROMPT} <lora:{trained}:1>")
+    assert mine != swapped == webui.sample(f"{PROMPT} <lora:{trained}:1>")
 
 
 def test_a_name_that_exists_is_refused_before_anything_starts(webui: WebUI, dataset: Path, trained: str) -> None:
@@ -225,12 +225,12 @@ def test_a_picture_waits_for_a_training_that_lets_nobody_through_and_is_painted_
         webui: WebUI, dataset: Path, before: dict[str, Any]) -> None:
     start(webui, dataset, "busy", max_train_steps=20, yield_to_generations=False)
     learning(webui, steps=1)
-    painted: list[str] = []
-    painter = threading.Thread(target=lambda: painted.append(webui.paint(PROMPT)))
+    generated: list[str] = []
+    painter = threading.Thread(target=lambda: generated.append(webui.sample(PROMPT)))
     painter.start()
     assert ended(webui)["outcome"] == "done"
     painter.join(60)
-    assert painted == [before["picture"]]
+    assert generated == [before["picture"]]
 
 
 def test_the_webuis_progress_display_tells_the_truth(webui: WebUI, dataset: Path) -> None:
@@ -256,4 +256,4 @@ def test_what_cannot_be_trained_on_is_refused_in_a_sentence_and_the_queue_goes_o
     assert "Stable Diffusion 3" in refused["sd3"] and "SSD-1B" in refused["ssd"]
     assert "instruct-pix2pix" in refused["edit"] and "inpainting" in refused["inpainting"]
     assert "quantised" in refused["fp8"]
-    assert webui.paint(PROMPT)
+    assert webui.sample(PROMPT)

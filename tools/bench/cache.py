@@ -28,12 +28,12 @@ from lib_lora_train.errors import SettingError, translated
 from lib_lora_train.inputs.batches import Batches
 from lib_lora_train.inputs.latent_files import CACHE_FOLDER, LatentDisk, MeanAndStd
 from lib_lora_train.inputs.latents import CachedLatents, FreshLatents
-from lib_lora_train.inputs.prefetcher import Feeder
+from lib_lora_train.inputs.prefetcher import Prefetcher
 from lib_lora_train.inputs.vae_batches import Encoder, automatic_batch
 from lib_lora_train.model.family import vae_config
 from lib_lora_train.model.vae import VAE
 from lib_lora_train.settings import resolution_of
-from lib_lora_train.storage.atomic import write_whole
+from lib_lora_train.storage.atomic import write_atomic
 from tools import checkpoint_shapes
 from tools.bench.grid import grid
 from tools.bench.machine import machine_text
@@ -52,7 +52,7 @@ class Rate:
     """Pictures per second of one kind of work, without threads and with them."""
 
     name: str
-    pictures: int
+    images: int
     without: float
     with_threads: float
 
@@ -62,7 +62,7 @@ class Grown:
     """What one pass over so many pictures took: bytes of memory beyond those before it (None where the system does not
     tell), of latents on disk, and seconds; and a second start's seconds."""
 
-    pictures: int
+    images: int
     latents: int
     memory: int | None
     seconds: float
@@ -79,7 +79,7 @@ class InstantVAE:
         return torch.zeros(count, 4, height // 8, width // 8), torch.ones(count, 4, height // 8, width // 8)
 
 
-def run_cache(*, pictures: int = PICTURES, size: str = "512", output: Path, say: Say,
+def run_cache(*, images: int = PICTURES, size: str = "512", output: Path, say: Say,
               device: torch.device | str | None = None) -> str:
     """Measure, write `cache.md` and `cache.json` into `output`, and return the table. What is made meanwhile is removed.
 
@@ -87,39 +87,39 @@ def run_cache(*, pictures: int = PICTURES, size: str = "512", output: Path, say:
     Raises SettingError for a size there is none of, OutputError where the disk refuses.
     """
     width, height = resolution_of(size, default=512)
-    if pictures < 1:
-        raise SettingError(f"--pictures {pictures} is not possible", why="there must be at least one")
+    if images < 1:
+        raise SettingError(f"--pictures {images} is not possible", why="there must be at least one")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     threads, folder = reading_threads(), output / f"cache-{os.getpid()}"
     with translated("measuring the cache"):
         try:
-            say(f"Making {pictures} pictures …")
-            dataset, placements = make_dataset(folder, pictures=pictures, size=(width, height))
+            say(f"Making {images} pictures …")
+            dataset, placements = make_dataset(folder, images=images, size=(width, height))
             rates = _rates(dataset, placements, threads=threads, device=place, say=say)
             grown = [_grown(dataset, placements, count, threads=threads, say=say)
-                     for count in dict.fromkeys((max(1, pictures // 10), pictures))]
+                     for count in dict.fromkeys((max(1, images // 10), images))]
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         text = table(rates, grown, size=f"{width}×{height}", threads=threads, device=place)
-        write_whole(output / "cache.md", text.encode("utf-8"))
+        write_atomic(output / "cache.md", text.encode("utf-8"))
         facts = {"size": [width, height], "threads": threads, "bound": BOUND, "machine": machine_text(place),
                  "rates": [dataclasses.asdict(rate) for rate in rates], "grown": [dataclasses.asdict(one) for one in grown]}
-        write_whole(output / "cache.json", json.dumps(facts, indent=1).encode("utf-8"))
+        write_atomic(output / "cache.json", json.dumps(facts, indent=1).encode("utf-8"))
     return text
 
 
-def make_dataset(folder: Path, *, pictures: int, size: tuple[int, int]) -> tuple[Dataset, tuple[Placement, ...]]:
+def make_dataset(folder: Path, *, images: int, size: tuple[int, int]) -> tuple[Dataset, tuple[Placement, ...]]:
     """JPEGs half as large again as `size` (width, height), whose files were last changed an hour ago."""
     folder.mkdir(parents=True)
     across, down = (side * 3 // 2 for side in size)
     generator, files = torch.Generator().manual_seed(0), []
-    for _ in range(min(_DIFFERENT, pictures)):
+    for _ in range(min(_DIFFERENT, images)):
         coarse = torch.randint(0, 256, (max(1, down // 24), max(1, across // 24), 3), generator=generator, dtype=torch.uint8)
         file = io.BytesIO()
         Image.fromarray(coarse.numpy()).resize((across, down), Image.Resampling.BICUBIC).save(file, "JPEG", quality=92)
         files.append(file.getvalue())
     examples, past = [], time.time() - 3600
-    for number in range(pictures):
+    for number in range(images):
         path = folder / f"{number:06}.jpg"
         path.write_bytes(files[number % len(files)] + number.to_bytes(8, "big"))  # after the picture's end: nobody reads it
         os.utime(path, (past, past))
@@ -147,12 +147,12 @@ def resident_bytes() -> int | None:
 
 def table(rates: list[Rate], grown: list[Grown], *, size: str, threads: int, device: torch.device) -> str:
     """All figures as Markdown."""
-    lines = [(rate.name, f"{rate.pictures:,}", f"{rate.without:.1f}", f"{rate.with_threads:.1f}",
+    lines = [(rate.name, f"{rate.images:,}", f"{rate.without:.1f}", f"{rate.with_threads:.1f}",
               f"{rate.with_threads / rate.without:.2f}") for rate in rates]
 
     def mebibytes(count: int | None) -> str:
         return "?" if count is None else f"{count / (1 << 20):,.0f}"
-    growth = [(f"{one.pictures:,}", mebibytes(one.latents), mebibytes(one.memory), f"{one.seconds:.1f}",
+    growth = [(f"{one.images:,}", mebibytes(one.latents), mebibytes(one.memory), f"{one.seconds:.1f}",
                mebibytes(one.memory_again), f"{one.seconds_again:.2f}") for one in grown]
     return "\n".join([
         f"Pictures trained at {size}, read from JPEGs half as large again; {threads} threads beside the one that encodes. "
@@ -191,7 +191,7 @@ def _rates(dataset: Dataset, placements: tuple[Placement, ...], *, threads: int,
     def epoch(count: int) -> None:
         source = FreshLatents(InstantVAE(), *shortened, flip_aug=True, color_aug=True, random_crop=True, vae_batch_size=0,
                               device=torch.device("cpu"))
-        with Feeder(Batches(source, train_batch_size=4, seed=0), last_epoch=1, threads=count) as feeder:
+        with Prefetcher(Batches(source, train_batch_size=4, seed=0), last_epoch=1, threads=count) as feeder:
             for _ in feeder.epoch(1):
                 pass
 

@@ -1,14 +1,16 @@
-"""`python -m lib_lora_train bench …`: its arguments, and what they start."""
+"""`python tools/bench …`: its arguments, and what they start."""
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lib_lora_train.errors import SettingError
+from lib_lora_train.errors import LoraTrainError, SettingError, UserError
+from lib_lora_train.settings import assignment
 from tools.bench.against import PLACEHOLDERS
 from tools.bench.compared import COMPARED, compared_settings
 
@@ -20,9 +22,18 @@ if TYPE_CHECKING:
 Assignment = Callable[[str], tuple[str, str]]
 
 
-def add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser], *, assignment: Assignment) -> None:
-    """Add `bench` with its own commands. `assignment` reads NAME=VALUE, as for `train`."""
-    bench = commands.add_parser("bench", help="measure how good, fast and frugal this is")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 1 failed, 2 bad input (one sentence on stderr)."""
+    chosen = _parser().parse_args(arguments)
+    try:
+        return chosen.command(chosen)
+    except LoraTrainError as error:
+        print(error, file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    bench = argparse.ArgumentParser(prog="python tools/bench", description="Measure how good, fast and frugal this is.")
     kinds = bench.add_subparsers(required=True, metavar="quality | speed | memory | cache | startup | model | studio")
     _add_quality(kinds, assignment)
     _add_speed(kinds, assignment)
@@ -44,6 +55,7 @@ def add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser], *, 
     studio.add_argument("--pictures", default="", metavar="N,N,…", help="how many (1000,2000,5000,10000)")
     _add_out(studio, "table and figures go, and the pictures meanwhile")
     studio.set_defaults(command=run_studio)
+    return bench
 
 
 def _add_out(parser: argparse.ArgumentParser, what: str) -> None:
@@ -204,7 +216,7 @@ def run_cache(chosen: argparse.Namespace) -> int:
     """`bench cache`; returns the exit code."""
     from tools.bench import cache
 
-    text = cache.run_cache(pictures=chosen.pictures, size=chosen.size, output=chosen.out, say=_say, device=_device(chosen))
+    text = cache.run_cache(images=chosen.images, size=chosen.size, output=chosen.out, say=_say, device=_device(chosen))
     print(f"\n{text}\nFigures: {chosen.out}")
     return 0
 
@@ -230,9 +242,9 @@ def run_studio(chosen: argparse.Namespace) -> int:
     from tools.bench import studio
 
     try:
-        sizes = tuple(map(int, chosen.pictures.split(","))) if chosen.pictures else studio.SIZES
+        sizes = tuple(map(int, chosen.images.split(","))) if chosen.images else studio.SIZES
     except ValueError as error:
-        raise SettingError(f"--pictures {chosen.pictures} is no list of numbers",
+        raise SettingError(f"--pictures {chosen.images} is no list of numbers",
                            remedy="write --pictures 1000,10000") from error
     text = studio.run_studio(sizes, output=chosen.out, say=_say)
     print(f"\n{text}\nFigures: {chosen.out / 'studio.json'}")

@@ -25,7 +25,7 @@ KOHYA_FOLDER = "1_cat"
 class RandomHost(Undisturbed):
     """Lends true-size random weights on `device`; they are drawn at the first loan."""
 
-    fence = None
+    allowed = None
 
     def __init__(self, family: str, *, folder: Path, device: torch.device, dtype: torch.dtype, small: bool = False) -> None:
         self.lora_folder, self.runs_folder = folder / "loras", folder / "runs"
@@ -56,16 +56,16 @@ class RandomHost(Undisturbed):
 
 def make_pictures(folder: Path, *, side: int, count: int = PICTURES) -> Path:
     """Write `count` square pictures of coloured discs on noise, with captions, into FOLDER/1_cat; returns `folder`."""
-    pictures, generator = folder / KOHYA_FOLDER, random.Random(side)
+    images, generator = folder / KOHYA_FOLDER, random.Random(side)
     with translated("writing the pictures to train on"):
-        pictures.mkdir(parents=True, exist_ok=True)
+        images.mkdir(parents=True, exist_ok=True)
         for index in range(count):
-            picture = Image.effect_noise((side, side), 60).convert("RGB")
-            draw = ImageDraw.Draw(picture)
+            image = Image.effect_noise((side, side), 60).convert("RGB")
+            draw = ImageDraw.Draw(image)
             for _ in range(12):
                 x, y = generator.randrange(side), generator.randrange(side)
                 colour = tuple(generator.randrange(256) for _ in range(3))
                 draw.ellipse((x, y, x + side // 4, y + side // 4), fill=colour)
-            picture.save(pictures / f"{index}.png")
-            (pictures / f"{index}.txt").write_text(f"a photo of a cat, number {index}", encoding="utf-8")
+            image.save(images / f"{index}.png")
+            (images / f"{index}.txt").write_text(f"a photo of a cat, number {index}", encoding="utf-8")
     return folder

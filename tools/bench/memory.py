@@ -22,7 +22,7 @@ from lib_lora_train.memory.plan import CONTEXT, GIGABYTE, MemoryPlan, Wishes, ch
 from lib_lora_train.model.family import detect
 from lib_lora_train.settings import parse
 from lib_lora_train.settings.field import Value
-from lib_lora_train.storage.atomic import write_whole
+from lib_lora_train.storage.atomic import write_atomic
 from tools.bench.grid import gigabytes, grid
 from tools.bench.host import RandomHost, make_pictures
 from tools.bench.machine import machine_text
@@ -95,8 +95,8 @@ def run_memory(plan: MemoryPlanned, *, say: Say) -> str:
         compared += _compare(plan, case, say)
         failures = [f"{row.case.name}, {row.name}: **failed.** {row.failed}" for row in compared if row.failed]
         text = "\n\n".join([*parts, _comparisons(compared, cuda=cuda), *failures]) + "\n"
-        write_whole(plan.output / "memory.md", text.encode("utf-8"))
-        write_whole(plan.output / "memory.json", json.dumps({
+        write_atomic(plan.output / "memory.md", text.encode("utf-8"))
+        write_atomic(plan.output / "memory.json", json.dumps({
             "machine": machine_text(plan.device),
             "predicted": [{"case": case.name, "budget": budget, "bytes": made.bytes, "before": made.before,
                            "kinds": dict(made.predicted), "plan": made.text} for case, budget, made in predicted],

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from lib_lora_train.errors import SettingError
-from lib_lora_train.storage.atomic import write_whole
+from lib_lora_train.storage.atomic import write_atomic
 from tools.bench.against import CardBytes, Pair, ratio_text, run_pairs
 from tools.bench.grid import gigabytes, grid
 from tools.bench.host import KOHYA_FOLDER
@@ -50,8 +50,8 @@ def run_against(plan: SpeedPlan, command: str, *, pairs: int, by_processor: bool
     parts.insert(2, f"Rank {plan.rank}, precision {plan.precision}, AdamW, UNet only, latents cached; {pairs} pairs of runs of "
                     f"{plan.steps} steps, the first {plan.warm_up} of each left out.")
     text = "\n\n".join(parts) + "\n"
-    write_whole(plan.output / "against.md", text.encode("utf-8"))
-    write_whole(plan.output / "against.json", json.dumps({"machine": machine_text(plan.device), "cases": figures},
+    write_atomic(plan.output / "against.md", text.encode("utf-8"))
+    write_atomic(plan.output / "against.json", json.dumps({"machine": machine_text(plan.device), "cases": figures},
                                                          indent=1).encode("utf-8"))
     return text
 

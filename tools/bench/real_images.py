@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from lib_lora_train.dataset.images import read_picture
+from lib_lora_train.dataset.images import read_image
 
 FOLDER = Path(__file__).parent / "pictures"
 NOTO, TWEMOJI = HANDS = ("noto", "twemoji")
@@ -75,8 +75,8 @@ def read_dataset(folder: Path) -> tuple[list[Path], list[str], torch.Tensor]:
     """The pictures of a dataset's folder by name: files, captions, pixels [N, 3, 128, 128] in [0, 1]."""
     files = sorted(folder.glob("*.png"))
     captions = [file.with_suffix(".txt").read_text(encoding="utf-8").strip() for file in files]
-    pictures = [np.asarray(_sized(read_picture(file))) for file in files]
-    pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255 if files else torch.empty(0, 3, SIDE, SIDE)
+    images = [np.asarray(_sized(read_image(file))) for file in files]
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255 if files else torch.empty(0, 3, SIDE, SIDE)
     return files, captions, pixels
 
 
@@ -88,15 +88,15 @@ def to_image(pixels: torch.Tensor) -> Image.Image:
 def _tiles(sheet: Path, count: int) -> torch.Tensor:
     """uint8 [count, 72, 72, 3]: each tile in the middle of its white paper."""
     papers, margin = [], (PAPER - TILE) // 2
-    with Image.open(sheet) as opened:
-        picture = opened.convert("RGBA")
+    with Image.open(sheet) as session:
+        image = session.convert("RGBA")
     for place in range(count):
         left, top = place % COLUMNS * TILE, place // COLUMNS * TILE
         paper = Image.new("RGBA", (PAPER, PAPER), "white")
-        paper.alpha_composite(picture.crop((left, top, left + TILE, top + TILE)), (margin, margin))
+        paper.alpha_composite(image.crop((left, top, left + TILE, top + TILE)), (margin, margin))
         papers.append(np.asarray(paper.convert("RGB")))
     return torch.from_numpy(np.stack(papers))
 
 
-def _sized(picture: Image.Image) -> Image.Image:
-    return picture if picture.size == (SIDE, SIDE) else picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+def _sized(image: Image.Image) -> Image.Image:
+    return image if image.size == (SIDE, SIDE) else image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)

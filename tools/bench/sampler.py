@@ -55,7 +55,7 @@ class Painter:
         network.set_multiplier(weight)
         return network.adapters()
 
-    def paint(self, prompts: Sequence[str], lora: Adapters = WITHOUT) -> torch.Tensor:
+    def sample(self, prompts: Sequence[str], lora: Adapters = WITHOUT) -> torch.Tensor:
         """One picture for each prompt; the seed is its place in the list, so all LoRAs start from the same noise."""
         requests = [SampleRequest(prompt, width=SIDE, height=SIDE, steps=self._steps, cfg_scale=self._cfg_scale,
                                   seed=FIRST_SEED + place) for place, prompt in enumerate(prompts)]

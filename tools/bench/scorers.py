@@ -41,13 +41,13 @@ class HandJudge:
         self.accuracy: dict[str, float] = {}
 
     @classmethod
-    def fit(cls, pictures: dict[str, torch.Tensor], real: RealPictures, *, steps: int, seed: int) -> HandJudge:
+    def fit(cls, images: dict[str, torch.Tensor], real: RealPictures, *, steps: int, seed: int) -> HandJudge:
         """Fit on the words of "style" and "other" and measure on those of "held_out".
 
-        `pictures` are the real ones of each hand as the VAE shows them, [N, 3, 128, 128], in the order of `real`.
+        `images` are the real ones of each hand as the VAE shows them, [N, 3, 128, 128], in the order of `real`.
         """
         learnt, asked = real.places(STYLE, OTHER), real.places(HELD_OUT)
-        small = {hand: _small(pictures[hand]) for hand in HANDS}
+        small = {hand: _small(images[hand]) for hand in HANDS}
         pairs = small[NOTO][learnt], small[TWEMOJI][learnt]
         judge = cls(_fit_palette(*pairs), _fit_texture(*pairs, steps=steps, seed=seed), (1.0, 1.0))
         # In units of each opinion's mean size on what it was fitted on.
@@ -85,12 +85,12 @@ class WordJudge:
         self._network = network
 
     @classmethod
-    def fit(cls, pictures: torch.Tensor, labels: torch.Tensor, *, steps: int, seed: int) -> WordJudge:
-        """Fit on `pictures` [N, 3, 128, 128] of the words `labels` [N], numbered from 0."""
+    def fit(cls, images: torch.Tensor, labels: torch.Tensor, *, steps: int, seed: int) -> WordJudge:
+        """Fit on `images` [N, 3, 128, 128] of the words `labels` [N], numbered from 0."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = _Words(int(labels.max()) + 1)
-        small, generator = _small(pictures), torch.Generator().manual_seed(seed)
+        small, generator = _small(images), torch.Generator().manual_seed(seed)
 
         def loss() -> torch.Tensor:
             rows = torch.randint(len(small), (96,), generator=generator)
@@ -119,18 +119,18 @@ class WordJudge:
         return float((found == torch.arange(len(words))).float().mean())
 
 
-def across_hands(pictures: dict[str, torch.Tensor], real: RealPictures, *, steps: int, seed: int) -> float:
+def across_hands(images: dict[str, torch.Tensor], real: RealPictures, *, steps: int, seed: int) -> float:
     """How often a judge of words knows the held-out words in Twemoji's hand that it was shown in Noto's hand only.
 
     A judge of its own is fitted for this, on all pictures but those. Chance is one in the number of held-out words.
     """
     asked = real.places(HELD_OUT)
-    everything = torch.cat([pictures[hand] for hand in HANDS])
+    everything = torch.cat([images[hand] for hand in HANDS])
     labels = torch.arange(len(real.words)).repeat(len(HANDS))
     shown = torch.ones(len(labels), dtype=torch.bool)
     shown[HANDS.index(TWEMOJI) * len(real.words) + asked] = False
     judge = WordJudge.fit(everything[shown], labels[shown], steps=steps, seed=seed)
-    found = judge.word(pictures[TWEMOJI][asked], asked)
+    found = judge.word(images[TWEMOJI][asked], asked)
     return float((found == torch.arange(len(asked))).float().mean())
 
 

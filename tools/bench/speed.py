@@ -23,12 +23,12 @@ from lib_lora_train.host.port import Host
 from lib_lora_train.host.standalone import StandaloneHost
 from lib_lora_train.memory.dry_run import Base
 from lib_lora_train.memory.plan import CONTEXT, GIGABYTE, Wishes
-from lib_lora_train.memory.time_estimate import picture_cost
+from lib_lora_train.memory.time_estimate import image_cost
 from lib_lora_train.model.components import unet_tensors
 from lib_lora_train.model.family import detect
 from lib_lora_train.settings import Settings, flat, parse
 from lib_lora_train.settings.field import Value
-from lib_lora_train.storage.atomic import write_whole
+from lib_lora_train.storage.atomic import write_atomic
 from lib_lora_train.training.precision import compute_dtype
 from tools.bench.compared import HOW_ONLY
 from tools.bench.grid import gigabytes, grid
@@ -118,8 +118,8 @@ def run_speed(plan: SpeedPlan, *, say: Say) -> str:
         known = rates(dtype_of(plan.precision))
         text = "\n\n".join([machine_text(plan.device), _conditions(plan, known), _table(rows, plan.device),
                             *filter(None, [_ratios(rows)]), *said]) + "\n"
-        write_whole(plan.output / "speed.md", text.encode("utf-8"))
-        write_whole(plan.output / "speed.json", json.dumps(
+        write_atomic(plan.output / "speed.md", text.encode("utf-8"))
+        write_atomic(plan.output / "speed.json", json.dumps(
             {"machine": machine_text(plan.device), "rates": dataclasses.asdict(known),
              "rows": [dataclasses.asdict(row) for row in rows]}, indent=1).encode("utf-8"))
     return text
@@ -188,7 +188,7 @@ def case_floor(host: Host, case: Case, *, rank: int, dtype: torch.dtype, rates: 
     """The floor of a case's step on the host's model, held in eight bits where `base` says so."""
     outline = host.outline()
     assert outline is not None, "the checkpoint was checked before"
-    cost = picture_cost(outline.tensors, detect(outline.tensors, outline.hints), width=case.resolution,
+    cost = image_cost(outline.tensors, detect(outline.tensors, outline.hints), width=case.resolution,
                         height=case.resolution, rank=rank, dtype=dtype)
     weights = sum(t.numel() * (1 if base else t.element_size()) for t in unet_tensors(outline.tensors).values())
     moved = moved_bytes(weights=weights, activations=cost.activation_bytes * case.batch, parameters=cost.parameters)

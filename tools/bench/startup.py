@@ -23,7 +23,7 @@ from lib_lora_train.events import Event, Finished, Saved, Step
 from lib_lora_train.host.standalone import StandaloneHost
 from lib_lora_train.run import runner
 from lib_lora_train.settings import Settings, parse
-from lib_lora_train.storage.atomic import write_whole
+from lib_lora_train.storage.atomic import write_atomic
 from lib_lora_train.training.cuda_graph import Execution
 from tools.bench.grid import grid, share
 from tools.bench.host import make_pictures
@@ -125,10 +125,10 @@ def run_startup(*, size: str, steps: int, output: Path, say: Say) -> str:
     first, again = runs[0], min(runs[1:], key=lambda run: _total(run.start).wall)
     about = f"{size}, {PICTURES} pictures of {side}×{side}, rank {settings.network.network_dim}; {machine_text(device)}"
     text = startup_text(first, again, about=about)
-    write_whole(output / "startup.md", text.encode("utf-8"))
+    write_atomic(output / "startup.md", text.encode("utf-8"))
     figures = {"size": size, "side": side, "steps": steps, "machine": machine_text(device),
                "first": dataclasses.asdict(first), "again": dataclasses.asdict(again)}
-    write_whole(output / "startup.json", json.dumps(figures, indent=1).encode("utf-8"))
+    write_atomic(output / "startup.json", json.dumps(figures, indent=1).encode("utf-8"))
     return text
 
 
@@ -158,8 +158,8 @@ def _total(stages: Mapping[str, Spent]) -> Spent:
     return sum(stages.values(), Spent())
 
 
-def _settings(pictures: Path, *, side: int, steps: int) -> Settings:
-    return parse({"train_data_dir": str(pictures), "output_name": "startup", "overwrite": True, "resolution": str(side),
+def _settings(images: Path, *, side: int, steps: int) -> Settings:
+    return parse({"train_data_dir": str(images), "output_name": "startup", "overwrite": True, "resolution": str(side),
                   "min_bucket_reso": side, "max_train_steps": steps, "network_dim": 16, "cache_latents_to_disk": True,
                   "seed": 1})
 

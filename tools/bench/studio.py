@@ -22,10 +22,10 @@ from pathlib import Path
 from PIL import Image
 
 from lib_lora_train.errors import SettingError
-from lib_lora_train.storage.atomic import write_whole
+from lib_lora_train.storage.atomic import write_atomic
 from lib_lora_train.studio.captions.edits import AddTags, Edit, ReplaceRegex, ReplaceTag, ReplaceText, SetCaption, SortTags
 from lib_lora_train.studio.captions.filter import Filter
-from lib_lora_train.studio.captions.store import CaptionBook
+from lib_lora_train.studio.captions.store import CaptionStore
 from tools.bench.grid import grid
 
 SIZES = (1000, 2000, 5000, 10_000)
@@ -54,7 +54,7 @@ def run_studio(sizes: Sequence[int], *, output: Path, times: int = TIMES, say: C
     columns = []
     for size in sizes:
         say(f"{size} pictures …")
-        folder = make_dataset(output / f"studio-{os.getpid()}-{size}", pictures=size)
+        folder = make_dataset(output / f"studio-{os.getpid()}-{size}", images=size)
         try:
             columns.append(measure(folder, times=times))
         finally:
@@ -63,12 +63,12 @@ def run_studio(sizes: Sequence[int], *, output: Path, times: int = TIMES, say: C
     text = table(rows, sizes)
     facts = {"pictures": list(sizes), "rows": [asdict(row) for row in rows], "python": platform.python_version(),
              "system": platform.platform(), "processors": os.cpu_count()}
-    write_whole(output / "studio.md", text.encode("utf-8"))
-    write_whole(output / "studio.json", json.dumps(facts, indent=1).encode("utf-8"))
+    write_atomic(output / "studio.md", text.encode("utf-8"))
+    write_atomic(output / "studio.json", json.dumps(facts, indent=1).encode("utf-8"))
     return text
 
 
-def make_dataset(folder: Path, *, pictures: int, seed: int = 0) -> Path:
+def make_dataset(folder: Path, *, images: int, seed: int = 0) -> Path:
     """A dataset in kohya's layout; the same for the same seed."""
     rng = random.Random(seed)
     tags = [f"tag {number}" for number in range(VOCABULARY)]
@@ -77,7 +77,7 @@ def make_dataset(folder: Path, *, pictures: int, seed: int = 0) -> Path:
     inside.mkdir(parents=True)
     file = io.BytesIO()
     Image.new("RGB", (16, 16), "orange").save(file, "PNG")
-    for number in range(pictures):
+    for number in range(images):
         (inside / f"{number:06}.png").write_bytes(file.getvalue())
         chosen = dict.fromkeys(rng.choices(tags, cum_weights=weights, k=2 * TAGS_EACH))
         (inside / f"{number:06}.txt").write_text(", ".join(list(chosen)[:TAGS_EACH]), encoding="utf-8")
@@ -86,29 +86,29 @@ def make_dataset(folder: Path, *, pictures: int, seed: int = 0) -> Path:
 
 def measure(folder: Path, *, times: int) -> dict[str, float]:
     """Seconds of each operation, the shortest of `times`."""
-    result = {"load the index": _shortest(lambda: CaptionBook.open(folder), times)}
-    book = CaptionBook.open(folder)
-    everything = range(len(book))
+    result = {"load the index": _shortest(lambda: CaptionStore.open(folder), times)}
+    store = CaptionStore.open(folder)
+    everything = range(len(store))
     for name, wanted in (("filter by tags", Filter(all_of=("tag 1",), any_of=("tag 2", "tag 3"), none_of=("tag 0",))),
                          ("filter by prefix and suffix", Filter(prefix="tag 1", suffix="9")),
                          ("filter by text", Filter(text="tag 17")),
                          ("filter by a regular expression", Filter(regex=r"tag 1\d\b.*tag 4"))):
-        result[name] = _shortest(lambda wanted=wanted: book.select(wanted), times)
-    result["tags by frequency"] = _shortest(book.tags, times)
+        result[name] = _shortest(lambda wanted=wanted: store.select(wanted), times)
+    result["tags by frequency"] = _shortest(store.tags, times)
     edits: tuple[tuple[str, Edit], ...] = (
         ("replace a tag", ReplaceTag("tag 0", "first")), ("replace a text", ReplaceText("tag ", "word ")),
         ("replace by a regular expression", ReplaceRegex(r"tag (\d+)", r"\1 times")), ("add a tag", AddTags(("zzk",), "start")),
         ("sort by frequency", SortTags("frequency")))
     for name, edit in edits:
-        result[name] = _shortest(lambda edit=edit: book.apply(edit, everything), times, after=book.undo)
-    book.apply(edits[1][1], everything)
-    result["undo and redo"] = _shortest(lambda: (book.undo(), book.redo()), times)
-    book.undo()
+        result[name] = _shortest(lambda edit=edit: store.apply(edit, everything), times, after=store.undo)
+    store.apply(edits[1][1], everything)
+    result["undo and redo"] = _shortest(lambda: (store.undo(), store.redo()), times)
+    store.undo()
     numbers = itertools.count()
     # A save writes only what changed, so each one is given new captions first.
     for name, places in zip(SAVING, (range(1), everything), strict=True):
-        result[name] = _shortest(book.save, min(times, 3),
-                                 before=lambda places=places: book.apply(SetCaption(f"caption {next(numbers)}"), places))
+        result[name] = _shortest(store.save, min(times, 3),
+                                 before=lambda places=places: store.apply(SetCaption(f"caption {next(numbers)}"), places))
     return result
 
 

@@ -49,27 +49,27 @@ def measure_style(host: Host, painter: Painter, yardstick: Yardstick, *, data: P
     last, prompts, real = files[steps], [f"{TRIGGER}, {word}" for word in yardstick.words], yardstick.shown
     half, full = (painter.lora(last, weight=weight) for weight in (0.5, 1.0))
 
-    def paint(what: str, lora: Adapters, asked: list[str]) -> torch.Tensor:
+    def sample(what: str, lora: Adapters, asked: list[str]) -> torch.Tensor:
         say(f"  painting {len(asked)} pictures: {what}")
-        return painter.paint(asked, lora)
+        return painter.sample(asked, lora)
 
-    base = paint("base", WITHOUT, prompts)
+    base = sample("base", WITHOUT, prompts)
     # The first that are painted together tell whether all are equal; then there is nothing to paint.
     none, first = painter.lora(last, weight=0.0), prompts[:TOGETHER]
-    same = torch.equal(paint("LoRA at 0", none, first), base[:TOGETHER])
-    zero = base if same else paint("LoRA at 0", none, prompts)
-    final = paint("LoRA at 1", full, prompts)
+    same = torch.equal(sample("LoRA at 0", none, first), base[:TOGETHER])
+    zero = base if same else sample("LoRA at 0", none, prompts)
+    final = sample("LoRA at 1", full, prompts)
     rows = [yardstick.row("real Noto", real[NOTO][yardstick.places]),
             yardstick.row("real Twemoji", real[TWEMOJI][yardstick.places]),
-            yardstick.row("base, the word alone", paint("base, the word alone", WITHOUT, yardstick.words)),
+            yardstick.row("base, the word alone", sample("base, the word alone", WITHOUT, yardstick.words)),
             yardstick.row("base", base), yardstick.row("LoRA at 0", zero),
-            yardstick.row("LoRA at 0.5", paint("LoRA at 0.5", half, prompts)), yardstick.row("LoRA at 1", final)]
+            yardstick.row("LoRA at 0.5", sample("LoRA at 0.5", half, prompts)), yardstick.row("LoRA at 1", final)]
     on_the_way = [yardstick.row(f"{step} steps", final if step == steps else
-                                paint(f"after {step} steps", painter.lora(file, weight=1.0), prompts))
+                                sample(f"after {step} steps", painter.lora(file, weight=1.0), prompts))
                   for step, file in files.items()]
 
     _, captions, training = read_dataset(data)
-    asked_again = paint("training captions", full, [f"{TRIGGER}, {caption}" for caption in captions])
+    asked_again = sample("training captions", full, [f"{TRIGGER}, {caption}" for caption in captions])
     memorised = yardstick.memorised({
         "base, held-out words": base, "LoRA at 1, held-out words": final, "LoRA at 1, training captions": asked_again,
     }, training=painter.through_vae(training))
@@ -85,7 +85,7 @@ def save_sheet(path: Path, rows: list[torch.Tensor], *, most: int = 16) -> None:
     count = min(most, len(rows[0]))
     chosen = [place * len(rows[0]) // count for place in range(count)]
     sheet = Image.new("RGB", (count * SIDE, len(rows) * SIDE), "white")
-    for line, pictures in enumerate(rows):
+    for line, images in enumerate(rows):
         for column, place in enumerate(chosen):
-            sheet.paste(to_image(pictures[place]), (column * SIDE, line * SIDE))
+            sheet.paste(to_image(images[place]), (column * SIDE, line * SIDE))
     sheet.save(path)

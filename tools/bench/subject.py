@@ -35,7 +35,7 @@ class SubjectResult:
     """
 
     steps: int
-    pictures: int
+    images: int
     base: float
     lora: float
     real: float
@@ -55,13 +55,13 @@ def measure_subject(host: Host, painter: Painter, yardstick: Yardstick, *, data:
     prompts = [f"{TRIGGER}, {scene}" for scene in (*(captions[place] for place in kept_back), *SCENES)
                for _ in range(yardstick.effort.paintings)]
     say(f"  painting {2 * len(prompts)} pictures, without and with the LoRA")
-    base, painted = painter.paint(prompts), painter.paint(prompts, full)
+    base, generated = painter.sample(prompts), painter.sample(prompts, full)
     gallery = _Gallery(yardstick, painter.through_vae(pixels))
     say("  the loss on the poses that were kept back")
     loss = loss_bands(painter, pixels[kept_back], [f"{TRIGGER}, {captions[place]}" for place in kept_back], full)
-    save_sheet(output / "subject.png", [base, painted])
+    save_sheet(output / "subject.png", [base, generated])
     return SubjectResult(
-        steps=steps, pictures=len(prompts), base=gallery.share(base), lora=gallery.share(painted), real=gallery.found(),
+        steps=steps, images=len(prompts), base=gallery.share(base), lora=gallery.share(generated), real=gallery.found(),
         mistaken=gallery.mistaken(), loss=loss)
 
 
@@ -74,9 +74,9 @@ class _Gallery:
         self._asked = yardstick.real.places(HELD_OUT)
         self._features = self._judge.features(torch.cat([subject, *(yardstick.shown[hand] for hand in HANDS)]))
 
-    def share(self, pictures: torch.Tensor) -> float:
-        """The share of `pictures` whose nearest is the subject."""
-        return mean(nearest_place(self._judge.features(pictures), self._features) < self._subjects)
+    def share(self, images: torch.Tensor) -> float:
+        """The share of `images` whose nearest is the subject."""
+        return mean(nearest_place(self._judge.features(images), self._features) < self._subjects)
 
     def found(self) -> float:
         """The share of the subject's own pictures whose nearest other picture is the subject."""

@@ -25,7 +25,7 @@ import autoencoder  # noqa: E402
 import export  # noqa: E402
 import painter  # noqa: E402
 from graph import plain_attention  # noqa: E402
-from pictures import gather  # noqa: E402
+from images import gather  # noqa: E402
 from sheet import paint_sheet  # noqa: E402
 
 from lib_lora_train.model import frozen  # noqa: E402
@@ -44,14 +44,14 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     packages = folder / "packages"
     # The autoencoder learns from all of them; the UNet has enough to do with fewer.
-    pictures, chosen = autoencoder.bank(gather(packages), packages), gather(packages, at_most=arguments.at_most)
+    images, chosen = autoencoder.bank(gather(packages), packages), gather(packages, at_most=arguments.at_most)
     model = frozen.build(export.untrained(vocabulary=export.END + 1, seed=arguments.seed),
                          hints=Hints(unet_heads=export.SIZE.heads, text_heads=(export.SIZE.text_heads,)))
     vae = {name: tensor.clone() for name, tensor in model.vae.tensors.items()}
-    autoencoder.fit_encoder(vae, pictures)
+    autoencoder.fit_encoder(vae, images)
     autoencoder.prepare_decoder(vae)
     encoder = VAE(vae, model.vae.config)
-    statistics = autoencoder.latent_statistics(encoder, pictures)
+    statistics = autoencoder.latent_statistics(encoder, images)
     weights = {part: {name: tensor.clone().to(device) for name, tensor in model.components[part].items()}
                for part in ("unet", "te")}
 
@@ -60,7 +60,7 @@ def main() -> None:
 
     with plain_attention():
         vae = autoencoder.train_decoder(
-            model.vae, {name: tensor.to(device) for name, tensor in vae.items()}, pictures, state_file=folder / "decoder.pt",
+            model.vae, {name: tensor.to(device) for name, tensor in vae.items()}, images, state_file=folder / "decoder.pt",
             minutes=minutes("decoder", arguments.decoder_minutes), seed=arguments.seed, device=device, dtype=dtype)
         if arguments.part == "decoder":
             return

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from graph import Average, TrainedVAE
-from pictures import FRAME, HELD_OUT, HUES, Emoji, enlarged, on_paper, open_rgba, turned_hue
+from images import FRAME, HELD_OUT, HUES, Emoji, enlarged, on_paper, open_rgba, turned_hue
 from torch import Tensor
 
 from lib_lora_train.model import vae
@@ -44,22 +44,22 @@ def bank(emoji: list[Emoji], folder: Path) -> Tensor:
         for hand in ("noto", "twemoji"):
             if hand == "twemoji" and one.label in HELD_OUT:
                 continue
-            picture = open_rgba(folder / hand / one.image)
-            rows.append(on_paper(picture))
+            image = open_rgba(folder / hand / one.image)
+            rows.append(on_paper(image))
             source, target = hues[place % len(hues)], hues[(place * 3 + 1 + len(hand)) % len(hues)]
             if source != target:
-                rows.append(on_paper(turned_hue(picture, source=source, target=target)))
+                rows.append(on_paper(turned_hue(image, source=source, target=target)))
     return torch.from_numpy(np.stack(rows))
 
 
-def at_64(pictures: Tensor) -> Tensor:
+def at_64(images: Tensor) -> Tensor:
     """uint8 [N, h, w, 3] -> fp32 [N, 3, 64, 64] in [-1, 1], as the encoder's first halving sees the 128-pixel picture."""
-    return F.avg_pool2d(enlarged(pictures), 2)
+    return F.avg_pool2d(enlarged(images), 2)
 
 
-def fit_encoder(tensors: dict[str, Tensor], pictures: Tensor) -> None:
-    """Make the encoder (local names, in place) give the four principal components of 4×4 blocks of `pictures`."""
-    some = at_64(pictures[torch.linspace(0, len(pictures) - 1, 512).long()]) - 1  # counted from white paper
+def fit_encoder(tensors: dict[str, Tensor], images: Tensor) -> None:
+    """Make the encoder (local names, in place) give the four principal components of 4×4 blocks of `images`."""
+    some = at_64(images[torch.linspace(0, len(images) - 1, 512).long()]) - 1  # counted from white paper
     blocks = F.unfold(some, 4, stride=4).transpose(1, 2).reshape(-1, 48)
     _, _, directions = torch.linalg.svd(blocks[::7] - blocks.mean(0), full_matrices=False)
     components = directions[:4] / (blocks @ directions[:4].T).std(0)[:, None]  # [4, (colour, row, column)]
@@ -119,7 +119,7 @@ _SMOOTH = torch.tensor([[1.0, 2.0, 1.0], [2.0, 4.0, 2.0], [1.0, 2.0, 1.0]]) / 16
 class DecoderAt64(TrainedVAE):
     """The decoder without its outermost level."""
 
-    def paint(self, latents: Tensor) -> Tensor:
+    def sample(self, latents: Tensor) -> Tensor:
         """Latents [B, 4, h, w] -> pixels [B, 3, 4h, 4w]; what the whole decoder paints, before it is doubled and smoothed."""
         layers = self._layers
         x = layers.conv2d("decoder.conv_in", layers.conv2d("post_quant_conv", latents), padding=1)
@@ -144,14 +144,14 @@ class LatentStatistics:
 
 
 @torch.no_grad()
-def latent_statistics(autoencoder: vae.VAE, pictures: Tensor) -> LatentStatistics:
-    """Over 512 of `pictures`, evenly spread."""
-    some = pictures[torch.linspace(0, len(pictures) - 1, 512).long()]
+def latent_statistics(autoencoder: vae.VAE, images: Tensor) -> LatentStatistics:
+    """Over 512 of `images`, evenly spread."""
+    some = images[torch.linspace(0, len(images) - 1, 512).long()]
     latents = torch.cat([encoded(autoencoder, enlarged(part)) for part in some.split(64)])
     return LatentStatistics(latents.mean((0, 2, 3), keepdim=True), latents.std((0, 2, 3), keepdim=True))
 
 
-def train_decoder(frozen: vae.VAE, weights: dict[str, Tensor], pictures: Tensor, *, state_file: Path, minutes: float,
+def train_decoder(frozen: vae.VAE, weights: dict[str, Tensor], images: Tensor, *, state_file: Path, minutes: float,
                   seed: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
     """Train the decoder in `weights` (in place) for `minutes`, going on from `state_file`; returns all weights, averaged."""
     fixed = (*IDENTITY_BLOCKS, "decoder.up.1.upsample")
@@ -172,14 +172,14 @@ def train_decoder(frozen: vae.VAE, weights: dict[str, Tensor], pictures: Tensor,
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / 100) * max(0.03, 1 - (elapsed / (minutes * 60)) ** 2)
-        pixels = draw(pictures, generator).to(device)
+        pixels = draw(images, generator).to(device)
         with torch.no_grad():
             latents = encoded(model, pixels)
         # A painter's latents are never quite those of a picture: the decoder is to forgive small errors.
         latents = latents + 0.03 * torch.randn(latents.shape, generator=generator).to(device)
-        painted = model.paint(latents.to(dtype))
-        loss, distance = _loss(painted, F.avg_pool2d(pixels, 2))
-        loss = loss + _rim(painted, weights["decoder.conv_out.bias"])
+        generated = model.sample(latents.to(dtype))
+        loss, distance = _loss(generated, F.avg_pool2d(pixels, 2))
+        loss = loss + _rim(generated, weights["decoder.conv_out.bias"])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
@@ -198,9 +198,9 @@ def train_decoder(frozen: vae.VAE, weights: dict[str, Tensor], pictures: Tensor,
     return {**{name: tensor.detach() for name, tensor in weights.items()}, **average.tensors}
 
 
-def draw(pictures: Tensor, generator: torch.Generator) -> Tensor:
+def draw(images: Tensor, generator: torch.Generator) -> Tensor:
     """A batch [BATCH, 3, 128, 128]: some mirrored, some shown smaller, on white."""
-    chosen = pictures[torch.randint(len(pictures), (BATCH,), generator=generator)]
+    chosen = images[torch.randint(len(images), (BATCH,), generator=generator)]
     if torch.rand((), generator=generator) < 0.5:
         chosen = chosen.flip(2)
     if torch.rand((), generator=generator) < 0.2:
@@ -227,19 +227,19 @@ def encoded(autoencoder: vae.VAE, pixels: Tensor) -> Tensor:
     return torch.cat(signals, 1)
 
 
-def _loss(painted: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    painted = painted.float()
-    distance = (painted - pixels).abs().mean()
-    edges = sum((painted.diff(dim=axis) - pixels.diff(dim=axis)).abs().mean() for axis in (2, 3))
-    return distance + (painted - pixels).square().mean() + edges, distance
+def _loss(generated: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    generated = generated.float()
+    distance = (generated - pixels).abs().mean()
+    edges = sum((generated.diff(dim=axis) - pixels.diff(dim=axis)).abs().mean() for axis in (2, 3))
+    return distance + (generated - pixels).square().mean() + edges, distance
 
 
-def _rim(painted: Tensor, bias: Tensor) -> Tensor:
+def _rim(generated: Tensor, bias: Tensor) -> Tensor:
     """How far the outermost pixels are from the last bias alone, which becomes the colour of paper.
 
     The convolution that smooths at full size sees zeros beyond the rim: only where it adds nothing is there no frame.
     """
-    added = painted - bias[:, None, None]
+    added = generated - bias[:, None, None]
     return sum(added[..., index, :].square().mean() + added[..., :, index].square().mean() for index in (0, 63))
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import random
 import string
 
-from pictures import HUES, Emoji, colours, shapes
+from images import HUES, Emoji, colours, shapes
 from PIL import Image
 
 COLOUR_WORDS = (*HUES, "brown", "black", "white", "grey")
@@ -26,15 +26,15 @@ class Facts:
     manner: tuple[str, ...] = ()
 
 
-def facts(emoji: Emoji, picture: Image.Image, *, turned_to: str | None = None, size: str = "",
+def facts(emoji: Emoji, image: Image.Image, *, turned_to: str | None = None, size: str = "",
           manner: tuple[str, ...] = ()) -> Facts:
-    """Of `emoji` as shown by `picture`; `turned_to` is the colour that its hues were turned to, `manner` the words for how it
+    """Of `emoji` as shown by `image`; `turned_to` is the colour that its hues were turned to, `manner` the words for how it
     is drawn, () for Noto's hand; both must be said."""
     name, tags = emoji.label, emoji.tags
     if turned_to:
         name = " ".join(word for word in name.split() if word not in COLOUR_WORDS) or name
         tags = tuple(tag for tag in tags if not set(tag.split()) & set(COLOUR_WORDS))
-    return Facts(name, tags, (turned_to,) if turned_to else tuple(colours(picture)), tuple(shapes(picture)), size,
+    return Facts(name, tags, (turned_to,) if turned_to else tuple(colours(image)), tuple(shapes(image)), size,
                  turned_to is not None, manner)
 
 

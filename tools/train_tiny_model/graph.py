@@ -77,7 +77,7 @@ class TrainedVAE(vae.VAE):
         """As `encode`, with gradients."""
         return vae.VAE.encode.__wrapped__(self, pixels, dtype=pixels.dtype)  # type: ignore[attr-defined]
 
-    def paint(self, latents: Tensor) -> Tensor:
+    def sample(self, latents: Tensor) -> Tensor:
         """As `decode`, with gradients."""
         return vae.VAE.decode.__wrapped__(self, latents, dtype=latents.dtype)  # type: ignore[attr-defined]
 

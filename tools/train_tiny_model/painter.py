@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from captions import Facts, caption, facts
 from graph import Average, TrainedTextEncoder, TrainedUNet
-from pictures import (
+from images import (
     ASKED,
     FRAME,
     HUES,
@@ -59,8 +59,8 @@ def prepare(emoji: list[Emoji], packages: Path, encode: Callable[[Tensor], Tenso
     said: list[Facts] = []
     weights: list[float] = []
     for place, one in enumerate(emoji):
-        picture = open_rgba(packages / "noto" / one.image)
-        variants = [*_variants(one, picture, place), *_manners(one, picture, packages)]
+        image = open_rgba(packages / "noto" / one.image)
+        variants = [*_variants(one, image, place), *_manners(one, image, packages)]
         weight = WEIGHT_OF_ASKED if one.label in ASKED else 1.0
         for shown, of, frame, share in variants:
             rows.append(np.asarray(Image.fromarray(on_paper(shown, frame)).resize((FRAME, FRAME), Image.Resampling.BICUBIC)))
@@ -70,25 +70,25 @@ def prepare(emoji: list[Emoji], packages: Path, encode: Callable[[Tensor], Tenso
     return Material(torch.cat(latents), tuple(said), torch.tensor(weights))
 
 
-def _variants(one: Emoji, picture: Image.Image, place: int) -> Iterator[tuple[Image.Image, Facts, int, float]]:
+def _variants(one: Emoji, image: Image.Image, place: int) -> Iterator[tuple[Image.Image, Facts, int, float]]:
     """What is shown, what can be said of it, the size of its paper, and how often it is drawn."""
-    yield picture, facts(one, picture), FRAME, 1.0
-    yield ImageOps.mirror(picture), facts(one, picture), FRAME, 0.15
-    yield picture, facts(one, picture, size="small"), SMALL_FRAME, 0.2
-    covering = [colour for colour in colours(picture) if colour in HUES]
+    yield image, facts(one, image), FRAME, 1.0
+    yield ImageOps.mirror(image), facts(one, image), FRAME, 0.15
+    yield image, facts(one, image, size="small"), SMALL_FRAME, 0.2
+    covering = [colour for colour in colours(image) if colour in HUES]
     if covering:
         hues = list(HUES)
         start = hues.index(covering[0])
         for turn in (1 + place % 3, 4 + place % 3):
             target = hues[(start + turn) % len(hues)]
-            shown = turned_hue(picture, source=covering[0], target=target)
+            shown = turned_hue(image, source=covering[0], target=target)
             if target != covering[0]:
                 yield shown, facts(one, shown, turned_to=target), FRAME, 0.25
 
 
-def _manners(one: Emoji, picture: Image.Image, packages: Path) -> Iterator[tuple[Image.Image, Facts, int, float]]:
+def _manners(one: Emoji, image: Image.Image, packages: Path) -> Iterator[tuple[Image.Image, Facts, int, float]]:
     """The same in other hands, and treated; the words for it must be said, so that a bare name stays Noto's."""
-    hands = {"": picture, **{hand: found for hand in OTHER_HANDS if (found := in_hand(packages, hand, one))}}
+    hands = {"": image, **{hand: found for hand in OTHER_HANDS if (found := in_hand(packages, hand, one))}}
     for hand, drawn in hands.items():
         if hand:
             yield drawn, facts(one, drawn, manner=(hand,)), FRAME, 0.5

@@ -117,8 +117,8 @@ def _read(path: Path) -> list[dict]:
 
 def open_rgba(path: Path) -> Image.Image:
     """The picture of `path` with its alpha, 64×64."""
-    with Image.open(path) as picture:
-        return picture.convert("RGBA").resize((64, 64), Image.Resampling.LANCZOS)
+    with Image.open(path) as image:
+        return image.convert("RGBA").resize((64, 64), Image.Resampling.LANCZOS)
 
 
 def in_hand(packages: Path, hand: str, emoji: Emoji) -> Image.Image | None:
@@ -131,80 +131,80 @@ def in_hand(packages: Path, hand: str, emoji: Emoji) -> Image.Image | None:
     return None
 
 
-def flat(picture: Image.Image) -> Image.Image:
+def flat(image: Image.Image) -> Image.Image:
     """In its five most important colours, without shades."""
-    few = picture.convert("RGB").quantize(5, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).convert("RGB")
-    few.putalpha(picture.getchannel("A"))
+    few = image.convert("RGB").quantize(5, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).convert("RGB")
+    few.putalpha(image.getchannel("A"))
     return few
 
 
-def pastel(picture: Image.Image) -> Image.Image:
+def pastel(image: Image.Image) -> Image.Image:
     """Halfway to white."""
-    return _mixed(picture, "white", 0.5)
+    return _mixed(image, "white", 0.5)
 
 
-def dark(picture: Image.Image) -> Image.Image:
+def dark(image: Image.Image) -> Image.Image:
     """Nearly halfway to black."""
-    return _mixed(picture, "black", 0.45)
+    return _mixed(image, "black", 0.45)
 
 
-def muted(picture: Image.Image) -> Image.Image:
+def muted(image: Image.Image) -> Image.Image:
     """With half of its colour."""
-    pale = ImageEnhance.Color(picture.convert("RGB")).enhance(0.4)
-    pale.putalpha(picture.getchannel("A"))
+    pale = ImageEnhance.Color(image.convert("RGB")).enhance(0.4)
+    pale.putalpha(image.getchannel("A"))
     return pale
 
 
-def outlined(picture: Image.Image) -> Image.Image:
+def outlined(image: Image.Image) -> Image.Image:
     """With a black line around it."""
-    alpha = picture.getchannel("A")
-    line = Image.new("RGBA", picture.size, "black")
+    alpha = image.getchannel("A")
+    line = Image.new("RGBA", image.size, "black")
     line.putalpha(alpha.filter(ImageFilter.MaxFilter(5)))
-    return Image.alpha_composite(line, picture)
+    return Image.alpha_composite(line, image)
 
 
 TREATMENTS = (flat, pastel, dark, muted, outlined)
 """Ways to draw anything; the function's name is the word for it."""
 
 
-def _mixed(picture: Image.Image, colour: str, share: float) -> Image.Image:
-    mixed = Image.blend(picture.convert("RGB"), Image.new("RGB", picture.size, colour), share)
-    mixed.putalpha(picture.getchannel("A"))
+def _mixed(image: Image.Image, colour: str, share: float) -> Image.Image:
+    mixed = Image.blend(image.convert("RGB"), Image.new("RGB", image.size, colour), share)
+    mixed.putalpha(image.getchannel("A"))
     return mixed
 
 
-def on_paper(picture: Image.Image, frame: int = FRAME) -> np.ndarray:
+def on_paper(image: Image.Image, frame: int = FRAME) -> np.ndarray:
     """A 64-pixel RGBA picture in the middle of a white square of `frame` pixels: uint8 [frame, frame, 3]."""
     paper = Image.new("RGBA", (frame, frame), "white")
-    paper.alpha_composite(picture, ((frame - picture.width) // 2, (frame - picture.height) // 2))
+    paper.alpha_composite(image, ((frame - image.width) // 2, (frame - image.height) // 2))
     return np.asarray(paper.convert("RGB"))
 
 
-def enlarged(pictures: torch.Tensor, side: int = SIDE) -> torch.Tensor:
+def enlarged(images: torch.Tensor, side: int = SIDE) -> torch.Tensor:
     """uint8 [N, h, w, 3] -> fp32 [N, 3, side, side] in [-1, 1], smoothly."""
-    pixels = pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
+    pixels = images.permute(0, 3, 1, 2).float() / 127.5 - 1
     return F.interpolate(pixels, size=(side, side), mode="bicubic", align_corners=False, antialias=True).clamp(-1, 1)
 
 
 HUES = {"red": 0.0, "orange": 0.08, "yellow": 0.15, "green": 0.33, "blue": 0.6, "purple": 0.77, "pink": 0.9}
 
 
-def turned_hue(picture: Image.Image, *, source: str, target: str) -> Image.Image:
-    """`picture` with every hue turned as far as `source` lies from `target`; greys stay grey."""
-    hue, saturation, value = (np.asarray(band) for band in picture.convert("RGB").convert("HSV").split())
+def turned_hue(image: Image.Image, *, source: str, target: str) -> Image.Image:
+    """`image` with every hue turned as far as `source` lies from `target`; greys stay grey."""
+    hue, saturation, value = (np.asarray(band) for band in image.convert("RGB").convert("HSV").split())
     shift = round((HUES[target] - HUES[source]) * 256)
     bands = (hue.astype(int) + shift).astype(np.uint8), saturation, value
     turned = Image.merge("HSV", [Image.fromarray(band) for band in bands]).convert("RGB")
-    turned.putalpha(picture.getchannel("A"))
+    turned.putalpha(image.getchannel("A"))
     return turned
 
 
-def colours(picture: Image.Image) -> list[str]:
+def colours(image: Image.Image) -> list[str]:
     """The names of the colours that cover at least a fifth of what is painted, the most frequent first."""
-    pixels = np.asarray(picture).reshape(-1, 4)
+    pixels = np.asarray(image).reshape(-1, 4)
     counts: dict[str, int] = {}
-    painted = pixels[pixels[:, 3] > 128][:, :3] / 255
-    for r, g, b in painted[::3]:
+    generated = pixels[pixels[:, 3] > 128][:, :3] / 255
+    for r, g, b in generated[::3]:
         counts[_colour(r, g, b)] = counts.get(_colour(r, g, b), 0) + 1
     return [name for name, count in sorted(counts.items(), key=lambda item: -item[1]) if count * 5 >= sum(counts.values())]
 
@@ -225,13 +225,13 @@ def _colour(r: float, g: float, b: float) -> str:
     return "pink"
 
 
-def shapes(picture: Image.Image) -> list[str]:
+def shapes(image: Image.Image) -> list[str]:
     """ "round", "square", "tall" or "wide", as far as the outline is one of them."""
-    painted = np.asarray(picture)[:, :, 3] > 128
-    rows, columns = np.flatnonzero(painted.any(1)), np.flatnonzero(painted.any(0))
+    generated = np.asarray(image)[:, :, 3] > 128
+    rows, columns = np.flatnonzero(generated.any(1)), np.flatnonzero(generated.any(0))
     if not len(rows):
         return []
-    box = painted[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+    box = generated[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
     height, width = box.shape
     if height > 1.35 * width:
         return ["tall"]

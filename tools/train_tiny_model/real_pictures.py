@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pictures import HELD_OUT, STYLE, enlarged, gather, on_paper, open_rgba
+from images import HELD_OUT, STYLE, enlarged, gather, on_paper, open_rgba
 from PIL import Image
 
 OTHERS, TILE, COLUMNS = 168, 64, 16
 PACKAGE = Path(__file__).resolve().parents[2] / "lib_lora_train"
-TARGET, STYLE_TARGET = PACKAGE / "bench" / "pictures", PACKAGE / "demo" / "style"
+TARGET, STYLE_TARGET = PACKAGE.parent / "tools" / "bench" / "pictures", PACKAGE / "demo" / "style"
 
 
 def main() -> None:
@@ -36,8 +36,8 @@ def main() -> None:
         rows = -(-len(words) // COLUMNS)
         sheet = Image.new("RGBA", (COLUMNS * TILE, rows * TILE))
         for place, entry in enumerate(words):
-            picture = open_rgba(packages / hand / emoji[entry["word"]].image)
-            sheet.paste(picture, (place % COLUMNS * TILE, place // COLUMNS * TILE))
+            image = open_rgba(packages / hand / emoji[entry["word"]].image)
+            sheet.paste(image, (place % COLUMNS * TILE, place // COLUMNS * TILE))
         sheet.save(TARGET / f"{hand}.png", optimize=True)
     text = ",\n ".join(json.dumps(entry, ensure_ascii=False) for entry in words)
     (TARGET / "words.json").write_text(f"[{text}]\n", encoding="utf-8")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from pictures import HELD_OUT
+from images import HELD_OUT
 from PIL import Image, ImageDraw, ImageFont
 
-from lib_lora_train.evaluation.sampler import SampleRequest, sample_batch, to_picture
+from lib_lora_train.evaluation.sampler import SampleRequest, sample_batch, to_image
 from lib_lora_train.host.standalone import StandaloneHost
 from lib_lora_train.model import frozen
 
@@ -31,7 +31,7 @@ def paint_sheet(checkpoint: Path, target: Path, *, words: tuple[str, ...] = HELD
                 for place, word in enumerate(row)])
             for column, (word, one) in enumerate(zip(row, latents, strict=True)):
                 x, y = column * SIDE, first // COLUMNS * (SIDE + CAPTION)
-                sheet.paste(to_picture(model, one[None]), (x, y))
+                sheet.paste(to_image(model, one[None]), (x, y))
                 _write(pen, word, middle=x + SIDE / 2, top=y + SIDE + 2)
     sheet.save(target, optimize=True)
     print(f"{target}: {len(words)} words", flush=True)

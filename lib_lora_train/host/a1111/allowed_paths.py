@@ -12,14 +12,14 @@ from pathlib import Path
 from modules import paths, shared
 
 from lib_lora_train.host.exposure import reached_by_others
-from lib_lora_train.settings.allowed_paths import Fence
+from lib_lora_train.settings.allowed_paths import AllowedPaths
 
 OPTION = "lora_train_folders"
 _OUTPUTS = ("outdir_samples", "outdir_txt2img_samples", "outdir_img2img_samples", "outdir_extras_samples", "outdir_grids",
             "outdir_txt2img_grids", "outdir_img2img_grids", "outdir_save", "outdir_init_images")
 
 
-def fence() -> Fence | None:
+def allowed() -> AllowedPaths | None:
     """None while only this machine's user reaches the WebUI."""
     flags = shared.cmd_opts
     if not reached_by_others(vars(flags), os.environ):
@@ -30,7 +30,7 @@ def fence() -> Fence | None:
         reading += [Path(folder) for name in _OUTPUTS if (folder := getattr(shared.opts, name, ""))]
     advice = "other folders are named in Settings, Train LoRA" if _editable() else (
         "its owner names other folders in Settings, Train LoRA, after a start without --listen or --share")
-    return Fence(tuple(dict.fromkeys(reading)), (loras,), advice)
+    return AllowedPaths(tuple(dict.fromkeys(reading)), (loras,), advice)
 
 
 def add_option() -> None:

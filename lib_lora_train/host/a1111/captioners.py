@@ -98,7 +98,7 @@ class DeepDanbooruSource:
         try:
             with turn(), translated("loading DeepDanbooru"):
                 deepbooru.model.start()
-            yield _Turns(turn, lambda pictures: _tags(pictures, floor=options.general_threshold))
+            yield _Turns(turn, lambda images: _tags(images, floor=options.general_threshold))
         finally:
             if deepbooru.model.model is not None:
                 deepbooru.model.stop()
@@ -111,9 +111,9 @@ class _Turns:
                  describe: Callable[[Sequence[Image.Image]], list[Description]]) -> None:
         self._turn, self._describe = turn, describe
 
-    def describe(self, pictures: Sequence[Image.Image]) -> list[Description]:
+    def describe(self, images: Sequence[Image.Image]) -> list[Description]:
         with self._turn():
-            return self._describe(pictures)
+            return self._describe(images)
 
 
 def _turn(should_stop: ShouldStop | None) -> Callable[[], contextlib.AbstractContextManager[None]]:
@@ -135,17 +135,17 @@ def _load_blip() -> None:
     interrogator.blip_model = interrogator.blip_model.to(devices.device_interrogate)
 
 
-def _caption(pictures: Sequence[Image.Image]) -> list[Description]:
+def _caption(images: Sequence[Image.Image]) -> list[Description]:
     # A press of Interrogate meanwhile has sent it to memory.
     shared.interrogator.blip_model.to(devices.device_interrogate)
-    return [Description(text=shared.interrogator.generate_caption(picture)) for picture in pictures]
+    return [Description(text=shared.interrogator.generate_caption(image)) for image in images]
 
 
-def _tags(pictures: Sequence[Image.Image], *, floor: float) -> list[Description]:
+def _tags(decoded: Sequence[Image.Image], *, floor: float) -> list[Description]:
     """Every tag from `floor` on, and the ratings. What `tag_multi` computes, before it writes its text."""
     deepbooru.model.start()  # a press of Interrogate meanwhile has sent it to memory
     # 2: fitted in, the rest filled from the picture's own edges.
-    squares = [np.asarray(images.resize_image(2, picture, _SIDE, _SIDE), dtype=np.float32) / 255 for picture in pictures]
+    squares = [np.asarray(images.resize_image(2, image, _SIDE, _SIDE), dtype=np.float32) / 255 for image in decoded]
     with torch.no_grad(), devices.autocast():
         batch = torch.from_numpy(np.stack(squares)).to(devices.device, devices.dtype)
         scores = deepbooru.model.model(batch).float().cpu().numpy()

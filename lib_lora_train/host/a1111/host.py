@@ -32,11 +32,11 @@ from lib_lora_train.events import Event, Report, Saved, Stage, Step
 from lib_lora_train.host import placement
 from lib_lora_train.host.a1111 import allowed_paths, loras, model
 from lib_lora_train.host.a1111 import captioners as captioners_module
-from lib_lora_train.host.a1111.lease import Loan
+from lib_lora_train.host.a1111.lease import Lease
 from lib_lora_train.host.a1111.queue import Turn
 from lib_lora_train.host.port import Borrowed, Checkpoint, Outline
 from lib_lora_train.run.runner import Runner
-from lib_lora_train.settings.allowed_paths import Fence
+from lib_lora_train.settings.allowed_paths import AllowedPaths
 from lib_lora_train.tagging.captioner import CaptionerSource
 
 RELOAD_PATIENCE = 60.0
@@ -48,7 +48,7 @@ class WebUIHost:
     """Lends the WebUI's loaded model. At most one loan at a time: the WebUI's own queue sees to that."""
 
     def __init__(self) -> None:
-        self._loan: Loan | None = None
+        self._loan: Lease | None = None
         self._strays = placement.Strays()
 
     @property
@@ -67,9 +67,9 @@ class WebUIHost:
         return Path(paths.data_path) / "lora_train_datasets"
 
     @property
-    def fence(self) -> Fence | None:
+    def allowed(self) -> AllowedPaths | None:
         """Where others reach the WebUI: its own folders, and those its owner added."""
-        return allowed_paths.fence()
+        return allowed_paths.allowed()
 
     @property
     def models_folder(self) -> Path:
@@ -104,7 +104,7 @@ class WebUIHost:
         model.refuse_lowvram()
         if self._loan is not None:
             raise HostError("The model is lent already", remedy="wait for the other job to end")
-        self._loan = loan = Loan(Turn(call_queue.queue_lock), self._strays)
+        self._loan = loan = Lease(Turn(call_queue.queue_lock), self._strays)
         try:
             with loan.lent() as borrowed:
                 yield borrowed
@@ -115,23 +115,23 @@ class WebUIHost:
         """Whether a generation, a change of checkpoint or other work waits in the WebUI's queue."""
         return self._loan is not None and self._loan.turn.wanted()
 
-    def hand_over(self, *, report: Report, stop: Callable[[], bool]) -> Mapping[str, torch.Tensor] | None:
+    def yield_model(self, *, report: Report, stop: Callable[[], bool]) -> Mapping[str, torch.Tensor] | None:
         """Let through what waits, in the queue's order, then take the model back, bare of what was merged meanwhile.
 
         If another checkpoint or VAE was chosen, it waits until the lent one is chosen again.
         """
         assert self._loan is not None, "nothing is lent"
-        return self._loan.hand_over(report=report, stop=stop)
+        return self._loan.yield_model(report=report, stop=stop)
 
-    def set_aside(self, parts: Collection[str]) -> Mapping[str, torch.Tensor]:
+    def offload_parts(self, parts: Collection[str]) -> Mapping[str, torch.Tensor]:
         """Move these parts of the loaded model to the CPU; generations that are let through find all of it in its place."""
         assert self._loan is not None, "nothing is lent"
-        return self._loan.set_aside(parts)
+        return self._loan.offload_parts(parts)
 
-    def bring_back(self, parts: Collection[str]) -> Mapping[str, torch.Tensor]:
+    def reload_parts(self, parts: Collection[str]) -> Mapping[str, torch.Tensor]:
         """Move these parts to the WebUI's device again."""
         assert self._loan is not None, "nothing is lent"
-        return self._loan.bring_back(parts)
+        return self._loan.reload_parts(parts)
 
     def waiting(self) -> bool:
         """Whether the borrower waits in the WebUI's queue, mostly behind a generation."""
@@ -139,7 +139,7 @@ class WebUIHost:
         return loan is not None and loan.turn.waiting()
 
     def give_up(self) -> None:
-        """End that wait: `borrow` raises Interrupted, `hand_over` returns None."""
+        """End that wait: `borrow` raises Interrupted, `yield_model` returns None."""
         loan = self._loan
         if loan is not None:
             loan.turn.give_up()
@@ -155,19 +155,19 @@ class WebUIHost:
         Raises HostError where the lent model is no longer what it was.
         """
         loan = self._loan
-        if loan is None or loan.witness is None:
+        if loan is None or loan.version_check is None:
             return
         loan.display.show(event)
         if isinstance(event, Saved):
             loras.refresh()
         # A few ways of changing the model do not wait in the queue. Better to end than to train on two models.
         if isinstance(event, (Step, Stage)):
-            loan.witness.check()
+            loan.version_check.check()
 
     def refresh_loras(self) -> None:
         """List the LoRA folder anew, and forget everything of the old contents of an overwritten file."""
         loan = self._loan
-        held = loan is not None and loan.witness is not None and loan.holder == threading.get_ident()
+        held = loan is not None and loan.version_check is not None and loan.holder == threading.get_ident()
         with contextlib.nullcontext() if held else call_queue.queue_lock:
             loras.refresh()
 

@@ -33,7 +33,7 @@ _LOOK_AGAIN = 0.25
 """Seconds between two looks at which model the WebUI holds, while it holds another one."""
 
 
-class Loan:
+class Lease:
     """One loan of the loaded model, from the first turn in the queue to the last.
 
     witness     of the model as it is lent now; None while others have it
@@ -43,14 +43,14 @@ class Loan:
     def __init__(self, turn: Turn, strays: placement.Strays) -> None:
         """`strays` are those of all loans."""
         self.turn, self.display, self._strays = turn, ProgressDisplay(), strays
-        self.witness: model.Witness | None = None
+        self.version_check: model.VersionCheck | None = None
         self.holder = threading.get_ident()
         self._setup = contextlib.ExitStack()
         self._tensors: Mapping[str, Tensor] = {}
         self._homes: Mapping[Tensor, torch.device] = {}
         self._aside: frozenset[str] = frozenset()
         self._device: torch.device | None = None
-        self._seal: model.Seal | None = None
+        self._checksum: model.Checksum | None = None
         self._identity: model.Identity | None = None
 
     @contextlib.contextmanager
@@ -77,10 +77,10 @@ class Loan:
                 clip_skip=int(shared.opts.CLIP_stop_at_last_layers),
                 comma_padding_backtrack=int(shared.opts.comma_padding_backtrack))
 
-    def hand_over(self, *, report: Report, stop: Callable[[], bool]) -> Mapping[str, Tensor] | None:
-        """See `Host.hand_over`."""
-        if self._seal is None:
-            self._seal = model.Seal(self._tensors)
+    def yield_model(self, *, report: Report, stop: Callable[[], bool]) -> Mapping[str, Tensor] | None:
+        """See `Host.yield_model`."""
+        if self._checksum is None:
+            self._checksum = model.Checksum(self._tensors)
         self._take_down()
         if self._strays:
             report(Warned(str(_astray())))
@@ -93,17 +93,17 @@ class Loan:
             return None
         return self._tensors
 
-    def set_aside(self, parts: Collection[str]) -> Mapping[str, Tensor]:
-        """See `Host.set_aside`."""
-        assert self.witness is not None, "nothing is lent"
+    def offload_parts(self, parts: Collection[str]) -> Mapping[str, Tensor]:
+        """See `Host.offload_parts`."""
+        assert self.version_check is not None, "nothing is lent"
         new = frozenset(parts) - self._aside
         self._put_aside(new)
         self._aside |= new
         return self._tensors
 
-    def bring_back(self, parts: Collection[str]) -> Mapping[str, Tensor]:
-        """See `Host.bring_back`. What set them aside leaves alone what it does not find where it put it."""
-        assert self.witness is not None and self._device is not None, "nothing is lent"
+    def reload_parts(self, parts: Collection[str]) -> Mapping[str, Tensor]:
+        """See `Host.reload_parts`. What set them aside leaves alone what it does not find where it put it."""
+        assert self.version_check is not None and self._device is not None, "nothing is lent"
         with translated("moving parts of the model back to the device"):
             placement.move(placement.tensors_of(self._tensors, self._aside & frozenset(parts)), self._device)
         self._aside -= frozenset(parts)
@@ -124,11 +124,11 @@ class Loan:
             device, homes = self._setup.enter_context(model.placed(sd_model))
         self._tensors, self._device = model.collect(sd_model), device
         self._homes = {tensor: homes[name] for name, tensor in self._tensors.items()}
-        self.witness = model.Witness(sd_model, self._tensors)
+        self.version_check = model.VersionCheck(sd_model, self._tensors)
         return device
 
     def _take_down(self) -> None:
-        lent, self.witness = self.witness is not None, None
+        lent, self.version_check = self.version_check is not None, None
         setup, self._setup = self._setup, contextlib.ExitStack()
         setup.close()
         # Parts that the WebUI keeps elsewhere have left the device by now; at the end of the loan all that is ours, too.
@@ -137,7 +137,7 @@ class Loan:
 
     def _came_back(self) -> bool:
         """Whether the WebUI holds the lent model, which is then lent again. With the lock held."""
-        assert self._identity is not None and self._seal is not None
+        assert self._identity is not None and self._checksum is not None
         self._setup.enter_context(self.display.running())
         sd_model = sd_models.model_data.sd_model
         if sd_model is not None and self._identity.only_left_behind(sd_model):
@@ -149,7 +149,7 @@ class Loan:
         if not self._identity.fits(sd_model):
             return False
         self._set_up(sd_model)
-        if not self._seal.holds(self._tensors):
+        if not self._checksum.holds(self._tensors):
             raise model.changed()
         self._put_aside(self._aside)
         return True

@@ -39,7 +39,7 @@ class HostTokenizer:
         return list(self.embedder.tokenize([text])[0])
 
 
-class Witness:
+class VersionCheck:
     """Remembers a lent model to tell whether somebody changed it.
 
     A switch of checkpoint may leave the module in place and copy other weights into the very tensors that were lent;
@@ -63,7 +63,7 @@ class Witness:
         return [tensor._version for tensor in self._tensors]
 
 
-class Seal:
+class Checksum:
     """Tells, after others had the model, whether its weights are the ones that were lent: for every tensor of UNet, VAE and
     text encoders its shape, dtype and a sum over its bits. Taken once, before the model is given to others.
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from lib_lora_train.dataset.captions import CAPTION_SUFFIXES, find_captions, first_line, read_caption
 from lib_lora_train.dataset.folder import MOST_REPEATS, MayRead
-from lib_lora_train.dataset.images import is_picture_name
+from lib_lora_train.dataset.images import is_image_name
 from lib_lora_train.errors import DatasetError, printable
 
 MOST_BYTES = 1 << 20  # of one caption file: more is a book or a mistake, and is left alone
@@ -52,12 +52,12 @@ NO_FILE = OnDisk(None)
 class Found:
     """A picture, the file of its caption (which may not exist yet), and caption files of the same name that do not count."""
 
-    picture: Path
+    image: Path
     caption: Path
     passed_over: tuple[Path, ...] = ()
 
 
-def find_pictures(folder: Path, *, may_read: MayRead | None = None) -> list[Found]:
+def find_images(folder: Path, *, may_read: MayRead | None = None) -> list[Found]:
     """The pictures that training would use, by name. `may_read` is asked about folders and links, which may lead elsewhere;
     plain files lie where they lie. Raises DatasetError if the folder is missing or cannot be read."""
     files, folders = _listing(folder, may_read)
@@ -67,12 +67,12 @@ def find_pictures(folder: Path, *, may_read: MayRead | None = None) -> list[Foun
     return found or _paired(files)
 
 
-def find_among(pictures: Sequence[Path], *, may_read: MayRead | None = None) -> list[Found]:
-    """Those of `pictures` that exist, with their captions; each folder is looked through once."""
+def find_among(images: Sequence[Path], *, may_read: MayRead | None = None) -> list[Found]:
+    """Those of `images` that exist, with their captions; each folder is looked through once."""
     result: list[Found] = []
-    for folder in dict.fromkeys(picture.parent for picture in pictures):
-        wanted = {picture.name for picture in pictures if picture.parent == folder}
-        result += [found for found in _paired(_listing(folder, may_read)[0]) if found.picture.name in wanted]
+    for folder in dict.fromkeys(image.parent for image in images):
+        wanted = {image.name for image in images if image.parent == folder}
+        result += [found for found in _paired(_listing(folder, may_read)[0]) if found.image.name in wanted]
     return result
 
 
@@ -108,10 +108,10 @@ def one_line(text: str) -> str:
 def _paired(files: Sequence[Path]) -> list[Found]:
     captions = find_captions(files)
     result = []
-    for picture in files:
-        if is_picture_name(picture):
-            own = captions.get(picture.stem) or [picture.with_suffix(CAPTION_SUFFIXES[0])]
-            result.append(Found(picture, own[0], tuple(own[1:])))
+    for image in files:
+        if is_image_name(image):
+            own = captions.get(image.stem) or [image.with_suffix(CAPTION_SUFFIXES[0])]
+            result.append(Found(image, own[0], tuple(own[1:])))
     return result
 
 

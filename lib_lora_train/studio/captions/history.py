@@ -17,7 +17,7 @@ class Step:
     label: str
     texts: Mapping[int, tuple[str | None, str | None]] = field(default_factory=dict)
     removed: frozenset[int] = frozenset()
-    bring_back: Callable[[], None] | None = None
+    reload_parts: Callable[[], None] | None = None
     take_away: Callable[[], None] | None = None
 
     @property

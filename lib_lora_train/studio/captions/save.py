@@ -29,7 +29,7 @@ from lib_lora_train.dataset.captions import CAPTION_SUFFIXES
 from lib_lora_train.dataset.folder import MayRead
 from lib_lora_train.dataset.progress import Progress, Watch
 from lib_lora_train.errors import OutputError, printable, translated
-from lib_lora_train.storage.atomic import keep_name, remove, replace, replacing, write_whole
+from lib_lora_train.storage.atomic import keep_name, remove, replace, replacing, write_atomic
 from lib_lora_train.studio.captions.files import MOST_BYTES
 
 STUDIO = ".studio"
@@ -79,7 +79,7 @@ def write_captions(folder: Path, rewrites: list[Rewrite], *, backup_folder: Path
     with translated("the captions were backed up"):
         backup = _back_up(folder, rewrites, backup_folder or studio / "backup")
         journal = studio / _JOURNAL
-        write_whole(journal, _journal_text(folder, rewrites))
+        write_atomic(journal, _journal_text(folder, rewrites))
     with translated("the captions were written; the rest is written with the next save, or when the folder is opened again"):
         _put({rewrite.path: rewrite.new.encode("utf-8") for rewrite in rewrites}, on_progress=on_progress)
         remove(journal)

@@ -1,6 +1,6 @@
 """The captions of a dataset in memory: filtered, edited, taken back, and written when asked, all or none.
 
-A picture is named by its place in `pictures`, which follows the folder's order and changes when pictures are taken out or
+A picture is named by its place in `images`, which follows the folder's order and changes when pictures are taken out or
 brought in. Nothing is written before `save`. Not for several threads at once: the studio holds one lock around it.
 """
 
@@ -21,7 +21,7 @@ from lib_lora_train.studio.captions.files import (
     Found,
     OnDisk,
     find_among,
-    find_pictures,
+    find_images,
     is_forbidden,
     one_line,
     read_on_disk,
@@ -40,7 +40,7 @@ class Saved:
     conflicts: tuple[Path, ...] = ()  # files that another program changed meanwhile: left alone, still unsaved
 
 
-class CaptionBook:
+class CaptionStore:
     """See the module. Made by `open`.
 
     Inside, pictures and caption files have numbers that never change; a picture's number leads to that of its caption
@@ -61,38 +61,38 @@ class CaptionBook:
         self._slots: dict[str, int] = {}
         self._changed: set[int] = set()
         self._shown: list[int] = []  # picture numbers, in order
-        self._pictures: tuple[Path, ...] = ()
+        self._images: tuple[Path, ...] = ()
         self._places: dict[Path, int] = {}
         self._shown_slots: set[int] = set()
         self._history = History()
 
     @classmethod
     def open(cls, folder: Path | str, *, may_read: MayRead | None = None, on_progress: Progress | None = None,
-             should_stop: ShouldStop | None = None) -> CaptionBook:
+             should_stop: ShouldStop | None = None) -> CaptionStore:
         """The captions of a dataset folder (ours, kohya's, or plain); a save that was interrupted is finished first.
 
         Raises DatasetError if the folder is missing or cannot be read, OutputError if that save cannot be finished,
         Interrupted when `should_stop()` says so.
         """
-        book = cls(Path(folder), may_read=may_read)
-        book._recover()
-        found = find_pictures(book.folder, may_read=may_read)
-        book._take(found, on_progress=on_progress, should_stop=should_stop)
-        return book
+        store = cls(Path(folder), may_read=may_read)
+        store._recover()
+        found = find_images(store.folder, may_read=may_read)
+        store._take(found, on_progress=on_progress, should_stop=should_stop)
+        return store
 
     # ---- reading
 
     @property
-    def pictures(self) -> tuple[Path, ...]:
+    def images(self) -> tuple[Path, ...]:
         """The pictures, by folder and name."""
-        return self._pictures
+        return self._images
 
     def __len__(self) -> int:
         return len(self._shown)
 
-    def index(self, picture: Path) -> int | None:
-        """The place of a picture; None if it is not among `pictures`."""
-        return self._places.get(picture)
+    def index(self, image: Path) -> int | None:
+        """The place of a picture; None if it is not among `images`."""
+        return self._places.get(image)
 
     def caption(self, index: int) -> str:
         """One line; "" where there is none, or none that can be read."""
@@ -176,8 +176,8 @@ class CaptionBook:
         if not self._history.done:
             return ""
         step = self._history.done[-1]
-        if step.bring_back is not None:
-            step.bring_back()
+        if step.reload_parts is not None:
+            step.reload_parts()
         self._set({slot: before for slot, (before, _) in step.texts.items()})
         self._show(set(self._shown) | step.removed)
         self._history.undone_last()
@@ -212,24 +212,24 @@ class CaptionBook:
 
     # ---- pictures that come and go
 
-    def add(self, pictures: Iterable[Path]) -> int:
+    def add(self, images: Iterable[Path]) -> int:
         """Pictures that lie in the folder now: known to the book from here on, with their captions. Not a step."""
-        wanted = [picture for picture in pictures if self.index(picture) is None]
-        known = {self._numbers[picture] for picture in wanted if picture in self._numbers}
+        wanted = [image for image in images if self.index(image) is None]
+        known = {self._numbers[image] for image in wanted if image in self._numbers}
         before = len(self)
         self._show(set(self._shown) | known)
-        self._take(find_among([picture for picture in wanted if picture not in self._numbers], may_read=self._may_read))
+        self._take(find_among([image for image in wanted if image not in self._numbers], may_read=self._may_read))
         return len(self) - before
 
-    def remove(self, indices: Iterable[int], *, bring_back: Callable[[], None] | None = None,
+    def remove(self, indices: Iterable[int], *, reload_parts: Callable[[], None] | None = None,
                take_away: Callable[[], None] | None = None) -> int:
-        """Pictures that the caller has moved out of the folder, as one step. `undo` calls `bring_back` first and `redo`
+        """Pictures that the caller has moved out of the folder, as one step. `undo` calls `reload_parts` first and `redo`
         `take_away`: what they raise leaves the book as it is. Captions not yet saved come back with them."""
         gone = frozenset(self._shown[index] for index in indices)
         if gone:
             self._show(set(self._shown) - gone)
             label = f"Remove {len(gone)} picture{'s' if len(gone) > 1 else ''}"
-            self._history.push(Step(label, removed=gone, bring_back=bring_back, take_away=take_away))
+            self._history.push(Step(label, removed=gone, reload_parts=reload_parts, take_away=take_away))
         return len(gone)
 
     def moved(self, old: Path, new: Path) -> None:
@@ -309,8 +309,8 @@ class CaptionBook:
                 self._texts.append(disk.caption)
                 if entry.passed_over:
                     self._passed_over[slot] = entry.passed_over
-            number = self._numbers[entry.picture] = len(self._all)
-            self._all.append(entry.picture)
+            number = self._numbers[entry.image] = len(self._all)
+            self._all.append(entry.image)
             self._slot.append(slot)
             shown.add(number)
             watch.advance()
@@ -318,8 +318,8 @@ class CaptionBook:
 
     def _show(self, numbers: set[int]) -> None:
         self._shown = sorted(numbers, key=self._order)
-        self._pictures = tuple(self._all[number] for number in self._shown)
-        self._places = {path: place for place, path in enumerate(self._pictures)}
+        self._images = tuple(self._all[number] for number in self._shown)
+        self._places = {path: place for place, path in enumerate(self._images)}
         self._shown_slots = {self._slot[number] for number in self._shown}
 
     def _order(self, number: int) -> tuple[str, str, str, str]:

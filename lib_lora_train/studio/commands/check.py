@@ -51,7 +51,7 @@ def run(chosen: argparse.Namespace) -> int:
     finally:
         bar.close()
     print(json.dumps(report.to_dict(), ensure_ascii=False, indent=1) if chosen.json else report.text())
-    if chosen.sheet is not None and any(picture.usable for picture in report.pictures):
+    if chosen.sheet is not None and any(image.usable for image in report.images):
         _write_sheet(report, chosen.sheet)
         if not chosen.json:
             print(f"{'crop sheet':12}{chosen.sheet}")
@@ -72,12 +72,12 @@ def _tokenizer() -> Tokenizer | None:
 def _write_sheet(report: Report, path: Path) -> None:
     from lib_lora_train.dataset.report import crop_sheet
     from lib_lora_train.errors import translated
-    from lib_lora_train.storage.atomic import write_whole
+    from lib_lora_train.storage.atomic import write_atomic
 
     encoded = io.BytesIO()
     crop_sheet(report).save(encoded, _SHEET_KINDS[path.suffix.lower()])
     with translated("the crop sheet was written"):
-        write_whole(path, encoded.getvalue())
+        write_atomic(path, encoded.getvalue())
 
 
 class _Bar:

@@ -73,14 +73,14 @@ def _real_run(chosen: argparse.Namespace, shape: Shape | None) -> int:
             found = collect(dataset, chosen.sources, transparent=chosen.transparent, on_progress=progress)
         _refuse_nothing(found, dataset)
     finally:
-        if is_new and not dataset.pictures:
+        if is_new and not dataset.images:
             _take_back(dataset)
     shaped = None
     if shape is not None:
         with _progress("Shaping", shown=not chosen.json) as progress:
             shaped = apply_shape(dataset, [path.name for path in found.added], shape, on_progress=progress)
     if is_new and chosen.repeats is None:
-        dataset.set_repeats(plain_folder_repeats(len(dataset.pictures), max_train_epochs=_EPOCHS))
+        dataset.set_repeats(plain_folder_repeats(len(dataset.images), max_train_epochs=_EPOCHS))
     return _say(chosen, dataset, found, _rows(dataset, found), shaped=shaped)
 
 
@@ -141,7 +141,7 @@ def _refuse_nothing(found: Collected, dataset: OwnedDataset) -> None:
     """An answer of nothing at all is an error: the sources were none."""
     from lib_lora_train.errors import DatasetError
 
-    if not found.added and not dataset.pictures:
+    if not found.added and not dataset.images:
         told = " | ".join(f"{name}: {why.rstrip('.')}" for name, why in found.skipped[:5])
         raise DatasetError("There is no picture to import", why=told + (" | …" if len(found.skipped) > 5 else ""))
 
@@ -151,7 +151,7 @@ def _take_back(dataset: OwnedDataset) -> None:
     from lib_lora_train.studio.importing.owned import FILE_NAME
 
     with contextlib.suppress(OSError):
-        dataset.pictures_folder.rmdir()
+        dataset.images_folder.rmdir()
         (dataset.folder / FILE_NAME).unlink()
         dataset.folder.rmdir()
 
@@ -169,7 +169,7 @@ def _rows(dataset: OwnedDataset, found: Collected) -> list[dict[str, Any]]:
 
     notes, rows = dataset.notes(), []
     for path, size in zip(found.added, found.sizes, strict=True):
-        done, now = done_to(notes.get(path.name, {})), dataset.pictures_folder / path.name
+        done, now = done_to(notes.get(path.name, {})), dataset.images_folder / path.name
         box = Box(*done.box, done.size) if done.box and done.size else None
         rows.append({**_row(path.name, size, box), "masked": dataset.mask_path(path.name).is_file(),
                      "captioned": now.with_suffix(".txt").is_file()})
@@ -197,7 +197,7 @@ def _say(chosen: argparse.Namespace, dataset: OwnedDataset, found: Collected, ro
         print(f"note: {note}")
     count = f"{len(rows)} picture{'' if len(rows) == 1 else 's'}"
     print(f"{count} would be added. Nothing was written." if chosen.dry_run else
-          f"{count} added to {dataset.pictures_folder}. Train with --data \"{dataset.folder}\".")
+          f"{count} added to {dataset.images_folder}. Train with --data \"{dataset.folder}\".")
     return SOME_LEFT_OUT if skipped else 0
 
 

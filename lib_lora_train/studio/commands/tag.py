@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from lib_lora_train.studio.captions.store import CaptionBook
+    from lib_lora_train.studio.captions.store import CaptionStore
     from lib_lora_train.tagging.captioner import CaptionerSource
     from lib_lora_train.tagging.loop import Row
 
@@ -52,26 +52,26 @@ def add_tag(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 def run(chosen: argparse.Namespace) -> int:
     """`tag`; returns the exit code. Raises UserError for bad input."""
     from lib_lora_train.errors import DatasetError
-    from lib_lora_train.studio.captions.store import CaptionBook
-    from lib_lora_train.tagging.loop import tag_pictures
+    from lib_lora_train.studio.captions.store import CaptionStore
+    from lib_lora_train.tagging.loop import tag_images
     from lib_lora_train.tagging.options import parse_options
 
     options = parse_options(_values(chosen))
     source, device = _source(chosen), _device(chosen.device)
-    book = CaptionBook.open(chosen.folder)
-    for note in book.notes:
+    store = CaptionStore.open(chosen.folder)
+    for note in store.notes:
         print(note, file=sys.stderr)
-    if not book.pictures:
+    if not store.images:
         raise DatasetError(f"There is no picture in {chosen.folder}")
     counter = _Counter(shown=not chosen.json and sys.stderr.isatty())
-    rows = tag_pictures(book.pictures, source, options=options, existing=lambda path: _existing(book, path), device=device,
+    rows = tag_images(store.images, source, options=options, existing=lambda path: _existing(store, path), device=device,
                         on_progress=counter)
     captions, problems, interrupted = _gathered(rows, as_json=chosen.json, quietly=not chosen.dry_run, counter=counter)
     if chosen.dry_run:
         if not chosen.json:
             print(f"{len(captions)} captions would be written, {problems} pictures have problems. Nothing was written.")
     else:
-        _write(book, captions, label=source.label, as_json=chosen.json)
+        _write(store, captions, label=source.label, as_json=chosen.json)
     return 130 if interrupted else SOME_FAILED if problems else 0
 
 
@@ -113,15 +113,15 @@ def _device(name: str) -> torch.device:
         raise SettingError(f"--device {name} is not possible", why=str(error).splitlines()[0]) from error
 
 
-def _existing(book: CaptionBook, path: Path) -> str:
+def _existing(store: CaptionStore, path: Path) -> str:
     """The caption that is there. Raises DatasetError for one that is no text, which nothing may be added to."""
     from lib_lora_train.dataset.captions import read_caption
 
-    index = book.index(path)
+    index = store.index(path)
     assert index is not None
-    if book.problem(index) and book.caption_file(index).is_file():
-        read_caption(book.caption_file(index))
-    return book.caption(index)
+    if store.problem(index) and store.caption_file(index).is_file():
+        read_caption(store.caption_file(index))
+    return store.caption(index)
 
 
 def _gathered(rows: Iterable[Row], *, as_json: bool, quietly: bool, counter: _Counter) -> tuple[dict[Path, str], int, bool]:
@@ -148,10 +148,10 @@ def _gathered(rows: Iterable[Row], *, as_json: bool, quietly: bool, counter: _Co
     return captions, problems, False
 
 
-def _write(book: CaptionBook, captions: dict[Path, str], *, label: str, as_json: bool) -> None:
-    places = {index: text for path, text in captions.items() if (index := book.index(path)) is not None}
-    book.set_captions(places, label)
-    saved = book.save()
+def _write(store: CaptionStore, captions: dict[Path, str], *, label: str, as_json: bool) -> None:
+    places = {index: text for path, text in captions.items() if (index := store.index(path)) is not None}
+    store.set_captions(places, label)
+    saved = store.save()
     for path in saved.conflicts:
         print(f"{path} was changed by another program meanwhile and is left as it is.", file=sys.stderr)
     if not as_json:

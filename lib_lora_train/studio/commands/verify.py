@@ -28,23 +28,23 @@ def add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     check.add_argument("--seeds", type=int, help="pictures to paint for each caption (2 with --sheet, else 0)")
     check.add_argument("--worst", type=int, default=24, help="paint for so many of the worst captions only")
     check.add_argument("--json", action="store_true", help="one JSON object a picture instead of text")
-    _add_painting(check)
+    _add_generated(check)
     check.add_argument("--resolution", default="auto", help="the size to look at: auto, 512, or 768,512")
     check.set_defaults(command=run_check)
 
-    pictures = commands.add_parser("class-pictures", help="paint preservation pictures (kohya's reg_data_dir) from prompts")
-    pictures.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="what the class is (a photo of a "
+    images = commands.add_parser("class-pictures", help="paint preservation pictures (kohya's reg_data_dir) from prompts")
+    images.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="what the class is (a photo of a "
                           "girl); may be repeated, they are taken in turn")
-    pictures.add_argument("--count", type=int, required=True, help="how many there are to be; those that are there count")
-    pictures.add_argument("--to", type=Path, required=True, metavar="DIR", help="they go into DIR/1_class; DIR is reg_data_dir")
-    pictures.add_argument("--resolution", default="auto", help="their size: auto, 512, or 768,512")
-    pictures.add_argument("--negative", default="", metavar="TEXT", help="the negative prompt")
-    pictures.add_argument("--seed", type=int, default=1, help="of the first picture; the others count on from it")
-    _add_painting(pictures)
-    pictures.set_defaults(command=run_class_pictures)
+    images.add_argument("--count", type=int, required=True, help="how many there are to be; those that are there count")
+    images.add_argument("--to", type=Path, required=True, metavar="DIR", help="they go into DIR/1_class; DIR is reg_data_dir")
+    images.add_argument("--resolution", default="auto", help="their size: auto, 512, or 768,512")
+    images.add_argument("--negative", default="", metavar="TEXT", help="the negative prompt")
+    images.add_argument("--seed", type=int, default=1, help="of the first picture; the others count on from it")
+    _add_generated(images)
+    images.set_defaults(command=run_class_images)
 
 
-def _add_painting(parser: argparse.ArgumentParser) -> None:
+def _add_generated(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, help="the model, a .safetensors file")
     parser.add_argument("--steps", type=int, default=20, help="steps a picture is painted in")
     parser.add_argument("--cfg", type=float, default=7.0, help="how strongly the text is followed while painting")
@@ -68,7 +68,7 @@ def run_check(chosen: argparse.Namespace) -> int:
     if chosen.sheet and rows:
         with translated("the sheet was written"), replacing(chosen.sheet) as file:
             # A picture can be seen anywhere; what was painted, only here.
-            draw_checks([row for row in rows if row.pictures or row.problem] or rows).save(file, "PNG")
+            draw_checks([row for row in rows if row.images or row.problem] or rows).save(file, "PNG")
         print(f"The sheet: {chosen.sheet}", file=sys.stderr)
     if not chosen.json:
         print("Score: how far the caption pushes the model towards this picture, of 100; 0 has nothing to do with it.\n"
@@ -82,25 +82,25 @@ def _checks(chosen: argparse.Namespace) -> Iterator[Checked]:
     from lib_lora_train.errors import DatasetError
     from lib_lora_train.evaluation.caption_check import Checked, check_captions
     from lib_lora_train.settings import parse
-    from lib_lora_train.studio.captions.store import CaptionBook
+    from lib_lora_train.studio.captions.store import CaptionStore
 
     settings, host = parse({"resolution": chosen.resolution}), _host(chosen, chosen.folder)
-    book = CaptionBook.open(chosen.folder)
-    if not book.pictures:
+    store = CaptionStore.open(chosen.folder)
+    if not store.images:
         raise DatasetError(f"There is no picture in {chosen.folder}")
-    unreadable = [index for index in range(len(book.pictures)) if book.problem(index)]
-    yield from (Checked(book.pictures[index], "", problem=book.problem(index)) for index in unreadable)
-    items = [(path, first_line(book.caption(index))) for index, path in enumerate(book.pictures) if index not in unreadable]
+    unreadable = [index for index in range(len(store.images)) if store.problem(index)]
+    yield from (Checked(store.images[index], "", problem=store.problem(index)) for index in unreadable)
+    items = [(path, first_line(store.caption(index))) for index, path in enumerate(store.images) if index not in unreadable]
     seeds = chosen.seeds if chosen.seeds is not None else 2 if chosen.sheet else 0
     with _Counter("checked and painted") as counter:
         yield from check_captions(host, items, settings=settings, seeds=seeds, steps=chosen.steps, cfg=chosen.cfg,
                                   worst=chosen.worst, on_progress=counter)
 
 
-def run_class_pictures(chosen: argparse.Namespace) -> int:
+def run_class_images(chosen: argparse.Namespace) -> int:
     """`class-pictures`; returns the exit code. Raises UserError for bad input."""
     from lib_lora_train.dataset.buckets import DEFAULT_RESOLUTION
-    from lib_lora_train.evaluation.class_images import make_class_pictures
+    from lib_lora_train.evaluation.class_images import make_class_images
     from lib_lora_train.settings import resolution_of
 
     _check_numbers(steps=(chosen.steps, 1))
@@ -109,7 +109,7 @@ def run_class_pictures(chosen: argparse.Namespace) -> int:
     size = resolution_of(chosen.resolution, default=DEFAULT_RESOLUTION[checkpoint.family if checkpoint else "sd1"])
     try:
         with _Counter("painted") as counter:
-            done = make_class_pictures(
+            done = make_class_images(
                 host, prompts=chosen.prompt, count=chosen.count, folder=chosen.to, size=size, steps=chosen.steps,
                 cfg=chosen.cfg, seed=chosen.seed, negative_prompt=chosen.negative, on_progress=counter)
     except KeyboardInterrupt:

@@ -18,11 +18,11 @@ from typing import Any
 from PIL import Image
 
 from lib_lora_train.dataset.captions import CAPTION_SUFFIXES
-from lib_lora_train.dataset.images import read_layers, read_picture, read_size
+from lib_lora_train.dataset.images import read_image, read_layers, read_size
 from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
 from lib_lora_train.errors import DatasetError, SettingError, translated
 from lib_lora_train.settings import Settings
-from lib_lora_train.storage.atomic import replacing, write_whole
+from lib_lora_train.storage.atomic import replacing, write_atomic
 from lib_lora_train.studio.cropping.crop_plan import Box, Edges, Shape, find_subject, plan_shape, preview, render
 from lib_lora_train.studio.cropping.encode import WRITTEN_SUFFIXES, encode
 from lib_lora_train.studio.importing.names import FreeNames
@@ -78,12 +78,12 @@ def apply_shape(
     plan_shape((shape.side, shape.side), shape, settings, family=family)  # a contradiction is told once, before any work
     small, enlarged = 0, 0.0
 
-    def change(before: Done, picture: Image.Image, mask: Image.Image | None) -> Done:
+    def change(before: Done, image: Image.Image, mask: Image.Image | None) -> Done:
         nonlocal small, enlarged
-        subject = find_subject(picture, shape, mask=mask, models_folder=models_folder)
-        box = plan_shape(picture, shape, settings, subject=subject, region=before.hand, family=family)
+        subject = find_subject(image, shape, mask=mask, models_folder=models_folder)
+        box = plan_shape(image, shape, settings, subject=subject, region=before.hand, family=family)
         asked = box if shape.mode == "keep" else plan_shape(
-            picture, dataclasses.replace(shape, enlarge=True), settings, region=before.hand, family=family)
+            image, dataclasses.replace(shape, enlarge=True), settings, region=before.hand, family=family)
         if asked.enlarged > 1.005:
             small, enlarged = small + 1, max(enlarged, asked.enlarged)
         return dataclasses.replace(before, shape=shape, box=box.edges, size=box.size)
@@ -92,9 +92,9 @@ def apply_shape(
     done, skipped = _each(dataset, names, watch=watch, work=lambda name, notes: _change(dataset, name, notes, change))
     notes = []
     if small and shape.enlarge:
-        notes.append(f"{_pictures(small)} had to be enlarged, up to {enlarged:.1f} times: they have less detail than it seems.")
+        notes.append(f"{_images(small)} had to be enlarged, up to {enlarged:.1f} times: they have less detail than it seems.")
     elif small:
-        notes.append(f"{_pictures(small)} {'is' if small == 1 else 'are'} smaller than asked for (up to {enlarged:.1f} "
+        notes.append(f"{_images(small)} {'is' if small == 1 else 'are'} smaller than asked for (up to {enlarged:.1f} "
                      "times), and not enlarged.")
     return Shaped(done, skipped, tuple(notes))
 
@@ -103,10 +103,10 @@ def preview_shape(dataset: OwnedDataset, name: str, shape: Shape, *, settings: S
                   models_folder: Path | None = None) -> Image.Image:
     """The picture as `apply_shape` would make it; nothing is written. Raises DatasetError and SettingError."""
     before, source, mask = _before(dataset, name, dataset.notes())
-    picture = read_picture(source)
-    subject = find_subject(picture, shape, mask=mask, models_folder=models_folder)
-    box = plan_shape(picture, shape, settings, subject=subject, region=before.hand, family=family)
-    return render(picture, box, flip=dataclasses.replace(before, shape=shape).flip)
+    image = read_image(source)
+    subject = find_subject(image, shape, mask=mask, models_folder=models_folder)
+    box = plan_shape(image, shape, settings, subject=subject, region=before.hand, family=family)
+    return render(image, box, flip=dataclasses.replace(before, shape=shape).flip)
 
 
 def unshape(dataset: OwnedDataset, names: Sequence[str], *, on_progress: Progress | None = None,
@@ -119,17 +119,17 @@ def unshape(dataset: OwnedDataset, names: Sequence[str], *, on_progress: Progres
     return Shaped(done, skipped)
 
 
-def crop_by_hand(dataset: OwnedDataset, name: str, box: Sequence[float]) -> None:
+def crop_to_box(dataset: OwnedDataset, name: str, box: Sequence[float]) -> None:
     """Keep only `box` (left, top, right, bottom, in pixels of the picture as it is now) of a picture.
 
     What was cut before stays cut; the result is made from the unshaped picture, at most of the area that its shape allowed.
     Raises DatasetError for a box that holds too little or lies outside.
     """
 
-    def change(before: Done, picture: Image.Image, mask: Image.Image | None) -> Done:
-        hand = _in_unshaped(before, _checked_box(box, before.size or picture.size), picture.size)
+    def change(before: Done, image: Image.Image, mask: Image.Image | None) -> Done:
+        hand = _in_unshaped(before, _checked_box(box, before.size or image.size), image.size)
         keep = Shape(mode="keep", side=before.shape.side, flip=before.shape.flip) if before.shape else None
-        made = plan_shape(picture, keep, region=hand) if keep else _native(hand)
+        made = plan_shape(image, keep, region=hand) if keep else _native(hand)
         return dataclasses.replace(before, hand=made.edges, shape=keep, box=made.edges, size=made.size)
 
     _one(dataset, name, change)
@@ -138,11 +138,11 @@ def crop_by_hand(dataset: OwnedDataset, name: str, box: Sequence[float]) -> None
 def flip(dataset: OwnedDataset, name: str, *, copy: bool = False) -> str:
     """Mirror a picture with its mask, or with `copy` add a mirrored one beside it; the name of the mirrored one."""
     if not copy:
-        _one(dataset, name, lambda before, picture, mask: dataclasses.replace(
-            before, mirrored=not before.mirrored, box=before.box or (0.0, 0.0, *map(float, picture.size)),
-            size=before.size or picture.size))
+        _one(dataset, name, lambda before, image, mask: dataclasses.replace(
+            before, mirrored=not before.mirrored, box=before.box or (0.0, 0.0, *map(float, image.size)),
+            size=before.size or image.size))
         return name
-    path = dataset.picture(name)
+    path = dataset.image(name)
     with translated("a picture was mirrored"):
         return _add_parts(dataset, path, [Box(0, 0, *map(float, read_size(path)), read_size(path))], flip=True,
                           endings=["flipped"])[0]
@@ -157,7 +157,7 @@ def split(dataset: OwnedDataset, name: str, *, tile: int, overlap: float = 0.25)
     if not SMALLEST_CROP <= tile <= 16384 or not 0 <= overlap <= 0.9:
         raise SettingError(f"Tiles of {tile} pixels that share {overlap} are not possible",
                            remedy=f"choose {SMALLEST_CROP} to 16384 pixels, and a share of 0 to 0.9")
-    path = dataset.picture(name)
+    path = dataset.image(name)
     width, height = read_size(path)
     rows, columns = _tiles(height, tile, overlap), _tiles(width, tile, overlap)
     count = len(rows) * len(columns)
@@ -194,7 +194,7 @@ def in_step(dataset: OwnedDataset, name: str, notes: Mapping[str, Note]) -> Done
     Raises DatasetError if it is not, because another program changed it, or this one was killed before it made its note:
     then places on the picture cannot be told on the unshaped one.
     """
-    now, kept = dataset.picture(name), dataset.unshaped_path(name)
+    now, kept = dataset.image(name), dataset.unshaped_path(name)
     if not kept.is_file():
         return Done()
     done = done_to(notes.get(name, {}))
@@ -211,11 +211,11 @@ Change = Callable[[Done, Image.Image, "Image.Image | None"], Done]
 
 def _before(dataset: OwnedDataset, name: str, notes: Mapping[str, Note]) -> tuple[Done, Path, Image.Image | None]:
     """(what was done to it, the picture to make it from, that one's mask)."""
-    now, kept = dataset.picture(name), dataset.unshaped_path(name)
+    now, kept = dataset.image(name), dataset.unshaped_path(name)
     shaped = kept.is_file()
     before = done_to(notes.get(name, {})) if shaped else Done()
     mask = dataset.unshaped_mask_path(name) if shaped else dataset.mask_path(name)
-    return before, kept if shaped else now, read_picture(mask).convert("L") if mask.is_file() else None
+    return before, kept if shaped else now, read_image(mask).convert("L") if mask.is_file() else None
 
 
 def _one(dataset: OwnedDataset, name: str, change: Change) -> None:
@@ -227,15 +227,15 @@ def _one(dataset: OwnedDataset, name: str, change: Change) -> None:
 
 def _change(dataset: OwnedDataset, name: str, notes: Mapping[str, Note], change: Change) -> Note:
     """Make the picture anew as `change` says; its new note. The unshaped one is there before anything is replaced."""
-    path = dataset.picture(name)
+    path = dataset.image(name)
     if path.suffix.lower() not in WRITTEN_SUFFIXES:
         encode(Image.new("RGB", (1, 1)), suffix=path.suffix.lower())  # refuses it, and says why
     before, source, mask = _before(dataset, name, notes)
     layers = read_layers(source)
-    after = change(before, layers.picture, mask)
+    after = change(before, layers.image, mask)
     assert after.box is not None and after.size is not None
     box, note = Box(*after.box, after.size), dict(notes.get(name, {}))
-    whole = after.box == (0, 0, *layers.picture.size) and after.size == layers.picture.size and not after.flip
+    whole = after.box == (0, 0, *layers.image.size) and after.size == layers.image.size and not after.flip
     if whole:  # nothing is done to it, or nothing any more
         return note if source == path else _unshaped(dataset, name, note)
     if source == path:
@@ -243,15 +243,15 @@ def _change(dataset: OwnedDataset, name: str, notes: Mapping[str, Note], change:
         if mask is not None:
             _copy(dataset.mask_path(name), dataset.unshaped_mask_path(name))
     if mask is not None:
-        write_whole(dataset.mask_path(name), encode(render(mask, box, flip=after.flip), suffix=".png"), one_of_many=True)
-    made = render(layers.picture, box, flip=after.flip)
-    write_whole(path, encode(made, suffix=path.suffix.lower(), layers=layers), one_of_many=True)
+        write_atomic(dataset.mask_path(name), encode(render(mask, box, flip=after.flip), suffix=".png"), one_of_many=True)
+    made = render(layers.image, box, flip=after.flip)
+    write_atomic(path, encode(made, suffix=path.suffix.lower(), layers=layers), one_of_many=True)
     return {**note, "shaped": after.to_note()}
 
 
 def _unshaped(dataset: OwnedDataset, name: str, note: Note) -> Note:
     """The picture and its mask as they were imported; the note without what was done."""
-    now = dataset.picture(name)
+    now = dataset.image(name)
     for kept, place in ((dataset.unshaped_mask_path(name), dataset.mask_path(name)), (dataset.unshaped_path(name), now)):
         if kept.is_file():
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -288,17 +288,17 @@ def _add_parts(dataset: OwnedDataset, path: Path, boxes: Sequence[Box], *, flip:
                endings: Sequence[str]) -> tuple[str, ...]:
     """New pictures from parts of one, each with its caption and its part of the mask; their names."""
     layers, mask_path = read_layers(path), dataset.mask_path(path.name)
-    mask = read_picture(mask_path).convert("L") if mask_path.is_file() else None
+    mask = read_image(mask_path).convert("L") if mask_path.is_file() else None
     names, made, notes = FreeNames(dataset.taken_stems()), [], {}
     suffix = path.suffix.lower() if path.suffix.lower() in WRITTEN_SUFFIXES else ".png"
     for box, ending in zip(boxes, endings, strict=True):
         new = path.with_name(f"{names.take(f'{path.stem}_{ending}')}{suffix}")
         if mask is not None:
-            write_whole(dataset.mask_path(new.name), encode(render(mask, box, flip=flip), suffix=".png"), one_of_many=True)
+            write_atomic(dataset.mask_path(new.name), encode(render(mask, box, flip=flip), suffix=".png"), one_of_many=True)
         for caption in (path.with_suffix(caption) for caption in CAPTION_SUFFIXES):
             if caption.is_file():
                 _copy(caption, new.with_suffix(caption.suffix))
-        write_whole(new, encode(render(layers.picture, box, flip=flip), suffix=suffix, layers=layers), one_of_many=True)
+        write_atomic(new, encode(render(layers.image, box, flip=flip), suffix=suffix, layers=layers), one_of_many=True)
         made.append(new.name)
         notes[new.name] = {"source": f"{path.name} {'mirrored' if flip else f'at {box.left:.0f}, {box.top:.0f}'}"}
     dataset.write_notes(notes)
@@ -357,5 +357,5 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copyfileobj(read, file, 1 << 20)
 
 
-def _pictures(count: int) -> str:
+def _images(count: int) -> str:
     return f"{count} picture{'' if count == 1 else 's'}"

@@ -97,7 +97,7 @@ class Box:
         return max(0.0, 1 - (self.right - self.left) * (self.bottom - self.top) / (size[0] * size[1]))
 
 
-def plan_shape(picture: Image.Image | tuple[int, int], shape: Shape, settings: Settings | None = None, *,
+def plan_shape(image: Image.Image | tuple[int, int], shape: Shape, settings: Settings | None = None, *,
                subject: SubjectBox | None = None, region: Edges | None = None, family: str = "") -> Box:
     """What `shape` cuts of a picture, or of one of that (width, height).
 
@@ -105,7 +105,7 @@ def plan_shape(picture: Image.Image | tuple[int, int], shape: Shape, settings: S
     taken of a mere size. Within `region`, if there is one, the rest is as if it were the picture. Bucket bounds are those of
     `settings`; `family` is the model's. Raises SettingError for contradictory settings, DatasetError if nothing is left.
     """
-    size = picture if isinstance(picture, tuple) else picture.size
+    size = image if isinstance(image, tuple) else image.size
     left, top, right, bottom = region or (0.0, 0.0, float(size[0]), float(size[1]))
     width, height = max(1, round(right - left)), max(1, round(bottom - top))
     if shape.mode == "keep":
@@ -116,8 +116,8 @@ def plan_shape(picture: Image.Image | tuple[int, int], shape: Shape, settings: S
     across, down = (right - left) / placement.resized[0], (bottom - top) / placement.resized[1]
     crop_left, crop_top = placement.crop
     if shape.focus != "centre":
-        if shape.focus == "subject" and subject is None and not isinstance(picture, tuple):
-            subject = subject_box(picture)
+        if shape.focus == "subject" and subject is None and not isinstance(image, tuple):
+            subject = subject_box(image)
         at = _focus_point(shape.focus, subject, (left, top, right, bottom))
         if at is not None:
             crop_left = _centred((at[0] - left) / across, placement.bucket[0], slack=placement.slack[0])
@@ -134,32 +134,32 @@ def plan_shape(picture: Image.Image | tuple[int, int], shape: Shape, settings: S
     return Box(float(whole_left), float(whole_top), float(whole_left + whole[0]), float(whole_top + whole[1]), whole)
 
 
-def preview(picture: Image.Image, shape: Shape, settings: Settings | None = None, *, mask: Image.Image | None = None,
+def preview(image: Image.Image, shape: Shape, settings: Settings | None = None, *, mask: Image.Image | None = None,
             region: Edges | None = None, models_folder: Path | None = None, family: str = "") -> Image.Image:
-    """What `shape` would make of `picture` (mode RGB). `mask` and `models_folder` help to find the subject. Errors as
+    """What `shape` would make of `image` (mode RGB). `mask` and `models_folder` help to find the subject. Errors as
     `plan_shape`."""
-    subject = find_subject(picture, shape, mask=mask, models_folder=models_folder)
-    box = plan_shape(picture, shape, settings, subject=subject, region=region, family=family)
-    return render(picture, box, flip=shape.flip)
+    subject = find_subject(image, shape, mask=mask, models_folder=models_folder)
+    box = plan_shape(image, shape, settings, subject=subject, region=region, family=family)
+    return render(image, box, flip=shape.flip)
 
 
-def find_subject(picture: Image.Image, shape: Shape, *, mask: Image.Image | None = None,
+def find_subject(image: Image.Image, shape: Shape, *, mask: Image.Image | None = None,
                  models_folder: Path | None = None) -> SubjectBox | None:
     """The subject's box where `shape` needs it."""
     if shape.focus != "subject" or shape.mode == "keep":
         return None
-    return subject_box(picture, mask=mask, models_folder=models_folder)
+    return subject_box(image, mask=mask, models_folder=models_folder)
 
 
-def render(picture: Image.Image, box: Box, *, flip: bool) -> Image.Image:
-    """The part of `picture` that `box` says at its size, mirrored with `flip`; Lanczos for colours, softer for masks."""
+def render(image: Image.Image, box: Box, *, flip: bool) -> Image.Image:
+    """The part of `image` that `box` says at its size, mirrored with `flip`; Lanczos for colours, softer for masks."""
     whole = tuple(map(round, box.edges))
     if whole == box.edges and (whole[2] - whole[0], whole[3] - whole[1]) == box.size:
-        made = picture.crop(whole)
+        made = image.crop(whole)
     else:
         # Lanczos swings over at hard edges: a mask would get a grey rim.
-        smooth = Image.Resampling.BILINEAR if picture.mode == "L" else Image.Resampling.LANCZOS
-        made = picture.resize(box.size, smooth, box=box.edges)
+        smooth = Image.Resampling.BILINEAR if image.mode == "L" else Image.Resampling.LANCZOS
+        made = image.resize(box.size, smooth, box=box.edges)
     return made.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else made
 
 

@@ -13,8 +13,8 @@ JPEG_QUALITY = 95  # with colours at full resolution: what is lost is below what
 WRITTEN_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
-def encode(picture: Image.Image, *, suffix: str, layers: Layers | None = None) -> bytes:
-    """`picture` (mode RGB or L) as the file that `suffix` says, upright; `layers` gives the notes to keep.
+def encode(image: Image.Image, *, suffix: str, layers: Layers | None = None) -> bytes:
+    """`image` (mode RGB or L) as the file that `suffix` says, upright; `layers` gives the notes to keep.
 
     JPEG and WebP are written at high quality, not without loss. Raises DatasetError for other kinds.
     """
@@ -24,13 +24,13 @@ def encode(picture: Image.Image, *, suffix: str, layers: Layers | None = None) -
         text = PngImagePlugin.PngInfo()
         if layers is not None and layers.parameters:
             text.add_itxt("parameters", layers.parameters)
-        picture.save(buffer, "PNG", pnginfo=text, exif=exif)
+        image.save(buffer, "PNG", pnginfo=text, exif=exif)
     elif suffix in (".jpg", ".jpeg"):
-        picture.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0, exif=exif)
+        image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0, exif=exif)
     elif suffix == ".webp":
-        picture.save(buffer, "WEBP", quality=JPEG_QUALITY, method=4, exif=exif)
+        image.save(buffer, "WEBP", quality=JPEG_QUALITY, method=4, exif=exif)
     elif suffix == ".bmp":
-        picture.save(buffer, "BMP")
+        image.save(buffer, "BMP")
     else:
         raise DatasetError(f"A picture cannot be written as {suffix}", why="training tools do not all read that kind",
                            remedy="import it into a dataset, which makes it a PNG")

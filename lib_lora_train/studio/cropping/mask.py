@@ -9,9 +9,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from lib_lora_train.dataset.images import read_layers, read_picture, read_size
+from lib_lora_train.dataset.images import read_image, read_layers, read_size
 from lib_lora_train.errors import DatasetError, translated
-from lib_lora_train.storage.atomic import write_whole
+from lib_lora_train.storage.atomic import write_atomic
 from lib_lora_train.studio.cropping.crop import in_step
 from lib_lora_train.studio.cropping.encode import encode
 from lib_lora_train.studio.importing.owned import OwnedDataset
@@ -19,17 +19,17 @@ from lib_lora_train.studio.importing.owned import OwnedDataset
 
 def read_mask(dataset: OwnedDataset, name: str) -> Image.Image | None:
     """The mask of the picture `name` (mode L); None if all of it is learnt. Raises DatasetError if it is damaged."""
-    path = dataset.mask_path(dataset.picture(name).name)
-    return read_picture(path).convert("L") if path.is_file() else None
+    path = dataset.mask_path(dataset.image(name).name)
+    return read_image(path).convert("L") if path.is_file() else None
 
 
 def mask_from_file(path: Path) -> Image.Image:
     """A mask that somebody painted, mode L: how opaque each place is if anything is transparent, else how bright.
 
-    Raises DatasetError as `read_picture`.
+    Raises DatasetError as `read_image`.
     """
     layers = read_layers(path)
-    return layers.alpha if layers.alpha is not None else layers.picture.convert("L")
+    return layers.alpha if layers.alpha is not None else layers.image.convert("L")
 
 
 def put_mask(dataset: OwnedDataset, name: str, mask: Image.Image) -> None:
@@ -38,7 +38,7 @@ def put_mask(dataset: OwnedDataset, name: str, mask: Image.Image) -> None:
     Of a shaped picture the unshaped one gets it too, where it lies in it; what was cut off keeps its mask, or is learnt.
     Raises DatasetError if the size is another.
     """
-    path = dataset.picture(name)
+    path = dataset.image(name)
     size = read_size(path)
     if mask.size != size:
         raise DatasetError(f"The mask does not fit {name}", why=f"it is {mask.width}×{mask.height} pixels large, the picture "
@@ -48,17 +48,17 @@ def put_mask(dataset: OwnedDataset, name: str, mask: Image.Image) -> None:
         unshaped = dataset.unshaped_path(name)
         if unshaped.is_file():
             done, kept = in_step(dataset, name, dataset.notes()), dataset.unshaped_mask_path(name)
-            whole = read_picture(kept).convert("L") if kept.is_file() else Image.new("L", read_size(unshaped), 255)
+            whole = read_image(kept).convert("L") if kept.is_file() else Image.new("L", read_size(unshaped), 255)
             left, top, right, bottom = map(round, done.box or (0, 0, *whole.size))
             part = mask.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if done.flip else mask
             whole.paste(part.resize((max(1, right - left), max(1, bottom - top)), Image.Resampling.BILINEAR), (left, top))
-            write_whole(kept, encode(whole, suffix=".png"))
-        write_whole(dataset.mask_path(name), encode(mask, suffix=".png"))
+            write_atomic(kept, encode(whole, suffix=".png"))
+        write_atomic(dataset.mask_path(name), encode(mask, suffix=".png"))
 
 
 def remove_mask(dataset: OwnedDataset, name: str) -> None:
     """Learn all of a picture again."""
-    dataset.picture(name)
+    dataset.image(name)
     with translated("a mask was removed"):
         dataset.mask_path(name).unlink(missing_ok=True)
         dataset.unshaped_mask_path(name).unlink(missing_ok=True)

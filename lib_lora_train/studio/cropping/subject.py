@@ -33,27 +33,27 @@ _GROUND_DISTANCE = 24  # of 255 in any colour: what JPEG and a soft shadow make 
 _GROUND_SHARE = 0.9  # of the picture's edge must be background
 
 
-def subject_box(picture: Image.Image, *, mask: Image.Image | None = None, models_folder: Path | None = None) -> SubjectBox:
+def subject_box(image: Image.Image, *, mask: Image.Image | None = None, models_folder: Path | None = None) -> SubjectBox:
     """The box around the subject, inside the picture; the whole picture where nothing stands out.
 
     `mask` (mode L, same size) says it outright where it leaves something out. `models_folder` is the host's, where YuNet's
     file may be.
     """
-    if mask is not None and mask.size == picture.size and (drawn := mask.point(lambda v: 255 if v > 127 else 0).getbbox()):
-        if drawn != (0, 0, *picture.size):
+    if mask is not None and mask.size == image.size and (drawn := mask.point(lambda v: 255 if v > 127 else 0).getbbox()):
+        if drawn != (0, 0, *image.size):
             return drawn
-    return face_box(picture, models_folder=models_folder) or drawn_box(picture) or salient_box(picture)
+    return face_box(image, models_folder=models_folder) or drawn_box(image) or salient_box(image)
 
 
-def face_box(picture: Image.Image, *, models_folder: Path | None = None) -> SubjectBox | None:
+def face_box(image: Image.Image, *, models_folder: Path | None = None) -> SubjectBox | None:
     """The box around the head or heads of a picture in mode RGB; None where no face is found, or no OpenCV."""
     try:
         import cv2
     except ImportError:
         return None
-    scale = min(1.0, _FACE_SIDE / max(picture.size))
-    small = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))),
-                           Image.Resampling.BILINEAR) if scale < 1 else picture
+    scale = min(1.0, _FACE_SIDE / max(image.size))
+    small = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))),
+                           Image.Resampling.BILINEAR) if scale < 1 else image
     if min(small.size) < 40:
         return None
     try:
@@ -67,14 +67,14 @@ def face_box(picture: Image.Image, *, models_folder: Path | None = None) -> Subj
     largest = max(width * height for _, _, width, height in faces)
     heads = [_head(face) for face in faces if face[2] * face[3] * 4 > largest]
     box = (min(h[0] for h in heads), min(h[1] for h in heads), max(h[2] for h in heads), max(h[3] for h in heads))
-    return _inside(tuple(edge / scale for edge in box), picture.size)
+    return _inside(tuple(edge / scale for edge in box), image.size)
 
 
-def drawn_box(picture: Image.Image) -> SubjectBox | None:
+def drawn_box(image: Image.Image) -> SubjectBox | None:
     """The box around all that differs from a background of one colour; None if the picture has no such background."""
-    scale = min(1.0, _GROUND_SIDE / max(picture.size))
-    size = (max(2, round(picture.width * scale)), max(2, round(picture.height * scale)))
-    pixels = np.asarray(picture.convert("RGB").resize(size, Image.Resampling.BOX), dtype=np.int16)
+    scale = min(1.0, _GROUND_SIDE / max(image.size))
+    size = (max(2, round(image.width * scale)), max(2, round(image.height * scale)))
+    pixels = np.asarray(image.convert("RGB").resize(size, Image.Resampling.BOX), dtype=np.int16)
     edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     ground = np.median(edge, axis=0)
     differs = np.abs(pixels - ground).max(axis=-1) > _GROUND_DISTANCE
@@ -83,30 +83,30 @@ def drawn_box(picture: Image.Image) -> SubjectBox | None:
         return None
     left, right = _extent(differs.sum(axis=0), tail=_SPECKS)
     top, bottom = _extent(differs.sum(axis=1), tail=_SPECKS)
-    across, down = picture.width / size[0], picture.height / size[1]
-    return _inside((left * across, top * down, right * across, bottom * down), picture.size)
+    across, down = image.width / size[0], image.height / size[1]
+    return _inside((left * across, top * down, right * across, bottom * down), image.size)
 
 
-def salient_box(picture: Image.Image) -> SubjectBox:
+def salient_box(image: Image.Image) -> SubjectBox:
     """The box around what stands out; the whole picture if nothing does."""
-    salient = saliency(picture)
+    salient = saliency(image)
     salient = np.where(salient > _STANDS_OUT * salient.mean(), salient, 0.0)
     if not salient.any():
-        return (0, 0, *picture.size)
+        return (0, 0, *image.size)
     left, right = _grown(*_extent(salient.sum(axis=0), tail=_TAIL), limit=salient.shape[1])
     top, bottom = _grown(*_extent(salient.sum(axis=1), tail=_TAIL), limit=salient.shape[0])
-    across, down = picture.width / salient.shape[1], picture.height / salient.shape[0]
-    return _inside((left * across, top * down, right * across, bottom * down), picture.size)
+    across, down = image.width / salient.shape[1], image.height / salient.shape[0]
+    return _inside((left * across, top * down, right * across, bottom * down), image.size)
 
 
-def saliency(picture: Image.Image) -> np.ndarray:
+def saliency(image: Image.Image) -> np.ndarray:
     """How much each place stands out: [rows, columns] float64 >= 0, the longer side 64, colours counted alike.
 
     Equations 5 to 9 of Hou & Zhang: what the log spectrum has beyond its own local average, brought back to the picture.
     """
-    scale = _MAP_SIDE / max(picture.size)
-    size = (max(4, round(picture.width * scale)), max(4, round(picture.height * scale)))
-    pixels = np.asarray(picture.convert("RGB").resize(size, Image.Resampling.BOX), dtype=np.float64) / 255
+    scale = _MAP_SIDE / max(image.size)
+    size = (max(4, round(image.width * scale)), max(4, round(image.height * scale)))
+    pixels = np.asarray(image.convert("RGB").resize(size, Image.Resampling.BOX), dtype=np.float64) / 255
     found = np.zeros(pixels.shape[:2])
     for channel in np.moveaxis(pixels, -1, 0):
         if np.ptp(channel) < 1 / 255:
@@ -147,21 +147,21 @@ def _grown(start: float, end: float, *, limit: float) -> tuple[float, float]:
     return middle - half, middle + half
 
 
-def _yunet(cv2: Any, picture: Image.Image, models_folder: Path) -> list[tuple[float, float, float, float]] | None:
+def _yunet(cv2: Any, image: Image.Image, models_folder: Path) -> list[tuple[float, float, float, float]] | None:
     """(left, top, width, height) of each face; None if its file is not there or cannot be used."""
     for path in (models_folder / name for name in YUNET_FILES):
         if not path.is_file():
             continue
         try:
-            detector = cv2.FaceDetectorYN.create(str(path), "", picture.size, _YUNET_SCORE, 0.3, 50)
-            _, found = detector.detect(np.ascontiguousarray(np.asarray(picture)[:, :, ::-1]))
+            detector = cv2.FaceDetectorYN.create(str(path), "", image.size, _YUNET_SCORE, 0.3, 50)
+            _, found = detector.detect(np.ascontiguousarray(np.asarray(image)[:, :, ::-1]))
         except cv2.error:
             continue  # made for another version of OpenCV, or damaged
         return [] if found is None else [tuple(float(v) for v in face[:4]) for face in found]
     return None
 
 
-def _cascade(cv2: Any, picture: Image.Image) -> list[tuple[float, float, float, float]]:
+def _cascade(cv2: Any, image: Image.Image) -> list[tuple[float, float, float, float]]:
     """(left, top, width, height) of each face, by the cascade inside OpenCV."""
     path = Path(cv2.data.haarcascades) / _CASCADE
     if not path.is_file():
@@ -172,8 +172,8 @@ def _cascade(cv2: Any, picture: Image.Image) -> list[tuple[float, float, float, 
     if not classifier.read(storage.getFirstTopLevelNode()):
         return []
     # Not equalised over the whole picture: the cascade evens out each window by itself.
-    grey = np.asarray(picture.convert("L"))
-    smallest = max(20, round(min(picture.size) * _SMALLEST_FACE))
+    grey = np.asarray(image.convert("L"))
+    smallest = max(20, round(min(image.size) * _SMALLEST_FACE))
     found = classifier.detectMultiScale(grey, scaleFactor=1.1, minNeighbors=_NEIGHBOURS, minSize=(smallest, smallest))
     return [tuple(float(v) for v in face) for face in found]
 

@@ -21,7 +21,7 @@ from lib_lora_train.dataset.captions import first_line, read_caption
 from lib_lora_train.dataset.images import MAX_BYTES, Layers, read_layers
 from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
 from lib_lora_train.errors import DatasetError, printable, translated
-from lib_lora_train.storage.atomic import replacing, write_whole
+from lib_lora_train.storage.atomic import replacing, write_atomic
 from lib_lora_train.studio.cropping.encode import encode
 from lib_lora_train.studio.importing.archive import Archive, Limits
 from lib_lora_train.studio.importing.names import FreeNames, safe_stem
@@ -59,7 +59,7 @@ def collect(
     whole.
     """
     found = list_sources(sources, limits=limits, may_read=may_read)
-    watch = Watch(sum(len(source.pictures) for source in found.sources), doing="pictures were imported",
+    watch = Watch(sum(len(source.images) for source in found.sources), doing="pictures were imported",
                   on_progress=on_progress, should_stop=should_stop)
     taker = _Taker(dataset, masks=transparent == "mask", dry_run=dry_run, skipped=list(found.skipped))
     with translated("pictures were imported"):
@@ -76,17 +76,17 @@ def collect(
 def _take_all(source: Source, taker: _Taker, *, limits: Limits | None, watch: Watch) -> None:
     with contextlib.ExitStack() as stack:
         try:
-            opened = stack.enter_context(source.opened(limits))
+            session = stack.enter_context(source.session(limits))
         except DatasetError as error:  # it could be listed a moment ago
             taker.skipped.append((source.name, reason(error)))
             return
-        for found in source.pictures:
+        for found in source.images:
             watch.check()
-            if opened is not None and opened.exhausted:
+            if session is not None and session.exhausted:
                 taker.skipped.append((source.name, "It unpacks to far more than its own size, so the rest of it was left out."))
                 return
             try:
-                taker.take(found, opened)
+                taker.take(found, session)
             except DatasetError as error:
                 taker.skipped.append((found.label, reason(error)))
             watch.advance()
@@ -107,16 +107,16 @@ class _Taker:
     def know_what_is_there(self) -> None:
         """Read what the dataset holds, so that nothing comes twice and no name is given twice."""
         notes = self.dataset.notes()
-        for path in self.dataset.pictures:
+        for path in self.dataset.images:
             digest = notes.get(path.name, {}).get("sha256")
             self._known[digest if isinstance(digest, str) else _sha256(path)] = path.name
         self._names = FreeNames(self.dataset.taken_stems())
         if not self.dry_run:
             self.dataset.remove_parts()
 
-    def take(self, found: Found, opened: Archive | None) -> None:
+    def take(self, found: Found, session: Archive | None) -> None:
         """One picture. Raises DatasetError if it cannot be used; then nothing of it was written."""
-        with _on_disk(found.place, opened) as path:
+        with _on_disk(found.place, session) as path:
             if path.stat().st_size > MAX_BYTES:
                 read_layers(path)  # refuses it, and says why
             digest = _sha256(path)
@@ -126,30 +126,30 @@ class _Taker:
             layers = read_layers(path)
             if layers.alpha is not None and layers.alpha.getextrema()[1] == 0:
                 raise DatasetError(found.label, why="it is transparent everywhere")
-            caption, mask = self._caption(found, opened), self._mask(found, layers, opened)
+            caption, mask = self._caption(found, session), self._mask(found, layers, session)
             stem = self._names.take(safe_stem(Path(found.name).stem))
             endings = _KEPT.get(layers.format, ()) if layers.as_stored else ()
             suffix = Path(found.name).suffix.lower()
-            target = self.dataset.pictures_folder / f"{stem}{suffix if suffix in endings else (*endings, '.png')[0]}"
+            target = self.dataset.images_folder / f"{stem}{suffix if suffix in endings else (*endings, '.png')[0]}"
             if not self.dry_run:
                 # The picture comes last: one that is there is complete.
                 if mask is not None:
-                    write_whole(self.dataset.mask_path(target.name), encode(mask, suffix=".png"), one_of_many=True)
+                    write_atomic(self.dataset.mask_path(target.name), encode(mask, suffix=".png"), one_of_many=True)
                 if caption:
-                    write_whole(target.with_suffix(".txt"), caption.encode("utf-8"), one_of_many=True)
-                _write_picture(target, path, None if endings else layers)
+                    write_atomic(target.with_suffix(".txt"), caption.encode("utf-8"), one_of_many=True)
+                _write_image(target, path, None if endings else layers)
                 self._note(target.name, {"source": printable(found.source), "sha256": digest})
         self._known[digest] = target.name
         self.added.append(target)
-        self.sizes.append(layers.picture.size)
+        self.sizes.append(layers.image.size)
 
-    def _caption(self, found: Found, opened: Archive | None) -> str:
+    def _caption(self, found: Found, session: Archive | None) -> str:
         if found.caption is None:
             return ""
         try:
             if isinstance(found.caption, Path) and found.caption.stat().st_size > _MOST_CAPTION:
                 raise DatasetError("", why=f"it is larger than {_MOST_CAPTION >> 10} KiB")
-            with _on_disk(found.caption, opened) as path:
+            with _on_disk(found.caption, session) as path:
                 text = read_caption(path)
         except (DatasetError, FileNotFoundError) as error:
             why = reason(error) if isinstance(error, DatasetError) else "It is gone."
@@ -159,12 +159,12 @@ class _Taker:
             self._count("{} had a caption of several lines, of which training reads only the first; the first was taken.")
         return first_line(text)
 
-    def _mask(self, found: Found, layers: Layers, opened: Archive | None) -> Image.Image | None:
+    def _mask(self, found: Found, layers: Layers, session: Archive | None) -> Image.Image | None:
         if found.mask is not None:
             try:
-                with _on_disk(found.mask, opened) as path:
-                    mask = read_layers(path).picture.convert("L")
-                if mask.size != layers.picture.size:
+                with _on_disk(found.mask, session) as path:
+                    mask = read_layers(path).image.convert("L")
+                if mask.size != layers.image.size:
                     raise DatasetError("", why="it is not of the picture's size")
                 return mask
             except DatasetError as error:
@@ -194,26 +194,26 @@ class _Taker:
             self._notes = {}
 
 
-def _write_picture(target: Path, path: Path, layers: Layers | None) -> None:
+def _write_image(target: Path, path: Path, layers: Layers | None) -> None:
     if layers is not None:
-        write_whole(target, encode(layers.picture, suffix=".png", layers=layers), one_of_many=True)
+        write_atomic(target, encode(layers.image, suffix=".png", layers=layers), one_of_many=True)
         return
     with path.open("rb") as source, replacing(target, one_of_many=True) as file:
         shutil.copyfileobj(source, file, 1 << 20)
 
 
 @contextlib.contextmanager
-def _on_disk(place: Place, opened: Archive | None) -> Iterator[Path]:
+def _on_disk(place: Place, session: Archive | None) -> Iterator[Path]:
     """The file itself, or what an archive holds in a file of its own for as long as the block lasts."""
     if isinstance(place, Path):
         yield place
         return
-    assert opened is not None
+    assert session is not None
     with tempfile.TemporaryDirectory(prefix="lora_train_") as folder:
         # A name of our own; pictures and captions are told by what is in them.
         path = Path(folder) / "unpacked"
         with path.open("wb") as file:
-            opened.copy(place, file)
+            session.copy(place, file)
         yield path
 
 

@@ -21,9 +21,9 @@ from typing import Any
 
 from lib_lora_train.dataset.captions import CAPTION_SUFFIXES
 from lib_lora_train.dataset.folder import MASKS_FOLDER, MOST_REPEATS
-from lib_lora_train.dataset.images import is_picture_name
+from lib_lora_train.dataset.images import is_image_name
 from lib_lora_train.errors import DatasetError, printable, translated
-from lib_lora_train.storage.atomic import remove_parts, write_whole
+from lib_lora_train.storage.atomic import remove_parts, write_atomic
 from lib_lora_train.studio.importing.names import file_key, safe_stem
 
 VERSION = 1
@@ -96,7 +96,7 @@ class OwnedDataset:
         return int(_NUMBERED.fullmatch(self._numbered)[1])
 
     @property
-    def pictures_folder(self) -> Path:
+    def images_folder(self) -> Path:
         """The N_concept folder. It gets another name with `set_repeats`."""
         return self.folder / self._numbered
 
@@ -121,16 +121,16 @@ class OwnedDataset:
         return self.studio_folder / "removed"
 
     @property
-    def pictures(self) -> tuple[Path, ...]:
+    def images(self) -> tuple[Path, ...]:
         """The pictures by name; read from the disk at each call."""
         with translated(f"the pictures of {self.name} were listed"):
-            found = [path for path in self.pictures_folder.iterdir() if is_picture_name(path) and path.is_file()]
+            found = [path for path in self.images_folder.iterdir() if is_image_name(path) and path.is_file()]
         return tuple(sorted(found, key=lambda path: (path.name.casefold(), path.name)))
 
-    def picture(self, name: str) -> Path:
+    def image(self, name: str) -> Path:
         """The picture called `name` ("a.png"). Raises DatasetError if there is none; no path is taken for a name."""
-        path = self.pictures_folder / name
-        if name != path.name or not is_picture_name(path) or not path.is_file():
+        path = self.images_folder / name
+        if name != path.name or not is_image_name(path) or not path.is_file():
             raise DatasetError(f"There is no picture {name!r} in {self.name}")
         return path
 
@@ -149,12 +149,12 @@ class OwnedDataset:
     def taken_stems(self) -> set[str]:
         """Stems that a new picture must not get: of pictures, of what was removed and could come back, and of captions and
         masks without a picture, which it would otherwise inherit."""
-        folders = (self.pictures_folder, self.masks_folder, self.unshaped_folder, self.removed_folder)
+        folders = (self.images_folder, self.masks_folder, self.unshaped_folder, self.removed_folder)
         return {path.stem for folder in folders for path in _entries(folder)}
 
     def remove_parts(self) -> None:
         """Clear away what a killed process left half-written, before many files are written as ones of many."""
-        for folder in (self.pictures_folder, self.masks_folder, self.unshaped_folder, self.unshaped_folder / MASKS_FOLDER):
+        for folder in (self.images_folder, self.masks_folder, self.unshaped_folder, self.unshaped_folder / MASKS_FOLDER):
             remove_parts(folder)
 
     # ---- notes
@@ -177,7 +177,7 @@ class OwnedDataset:
             self._write({**kept, "version": VERSION, "concept": self.concept, "pictures": notes})
 
     def _write(self, data: Mapping[str, Any]) -> None:
-        write_whole(self.folder / FILE_NAME, json.dumps(data, ensure_ascii=False, indent=1).encode("utf-8", "replace"))
+        write_atomic(self.folder / FILE_NAME, json.dumps(data, ensure_ascii=False, indent=1).encode("utf-8", "replace"))
 
     # ---- changes
 
@@ -199,11 +199,11 @@ class OwnedDataset:
         with translated(f"the pictures' folder of {self.name} was renamed"):
             if numbered != self._numbered:
                 target = self.folder / numbered
-                if target.is_dir() and not target.samefile(self.pictures_folder):  # the same: another case of one name
+                if target.is_dir() and not target.samefile(self.images_folder):  # the same: another case of one name
                     if any(target.iterdir()):
                         raise DatasetError(f"The folder {target} is there already", remedy="move its pictures elsewhere")
                     target.rmdir()
-                self.pictures_folder.rename(target)
+                self.images_folder.rename(target)
                 self._numbered = numbered
             if concept != self.concept:
                 self.concept = concept
@@ -224,8 +224,8 @@ class OwnedDataset:
     def _places(self, name: str) -> list[tuple[Path, Path]]:
         """(where it is, where it goes when removed) of everything that belongs to a picture, the picture first."""
         stem, away = Path(name).stem, self.removed_folder
-        return [(self.pictures_folder / name, away / name),
-                *((self.pictures_folder / f"{stem}{suffix}", away / f"{stem}{suffix}") for suffix in CAPTION_SUFFIXES),
+        return [(self.images_folder / name, away / name),
+                *((self.images_folder / f"{stem}{suffix}", away / f"{stem}{suffix}") for suffix in CAPTION_SUFFIXES),
                 (self.mask_path(name), away / MASKS_FOLDER / f"{stem}.png"),
                 (self.unshaped_path(name), away / "unshaped" / name),
                 (self.unshaped_mask_path(name), away / "unshaped" / MASKS_FOLDER / f"{stem}.png")]
@@ -234,7 +234,7 @@ class OwnedDataset:
         moved = []
         with translated(f"pictures of {self.name} were moved"):
             for name in names:
-                if name != Path(name).name or not is_picture_name(Path(name)):
+                if name != Path(name).name or not is_image_name(Path(name)):
                     raise DatasetError(f"There is no picture {name!r} in {self.name}")
                 places = self._places(name)
                 # Back, the picture comes last, so that it is never there without its caption.
@@ -255,7 +255,7 @@ class OwnedDataset:
 
 def list_datasets(datasets_folder: Path) -> list[tuple[str, int]]:
     """(name, pictures) of each dataset below `datasets_folder`, by name; [] where the folder is not there."""
-    return [(entry.name, sum(is_picture_name(path) for name in _numbered_folders(entry) for path in _entries(entry / name)))
+    return [(entry.name, sum(is_image_name(path) for name in _numbered_folders(entry) for path in _entries(entry / name)))
             for entry in sorted(_entries(datasets_folder), key=lambda path: (path.name.casefold(), path.name))
             if (entry / FILE_NAME).is_file()]
 
@@ -283,8 +283,8 @@ def _entries(folder: Path) -> Iterable[Path]:
 
 
 def _notes(kept: Mapping[str, Any]) -> dict[str, Note]:
-    pictures = kept.get("pictures")
-    return {name: note for name, note in pictures.items() if isinstance(note, dict)} if isinstance(pictures, dict) else {}
+    images = kept.get("pictures")
+    return {name: note for name, note in images.items() if isinstance(note, dict)} if isinstance(images, dict) else {}
 
 
 def _read(path: Path) -> dict[str, Any]:

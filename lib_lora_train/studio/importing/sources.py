@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lib_lora_train.dataset.captions import CAPTION_SUFFIXES
 from lib_lora_train.dataset.folder import MASKS_FOLDER
-from lib_lora_train.dataset.images import is_picture_name
+from lib_lora_train.dataset.images import is_image_name
 from lib_lora_train.errors import DatasetError, printable
 from lib_lora_train.studio.importing.archive import Archive, Entry, Limits, open_archive
 from lib_lora_train.studio.importing.names import file_key
@@ -46,11 +46,11 @@ class Source:
     """Pictures that are opened together."""
 
     name: str
-    pictures: tuple[Found, ...]
+    images: tuple[Found, ...]
     archive: Path | None = None
 
     @contextlib.contextmanager
-    def opened(self, limits: Limits | None) -> Iterator[Archive | None]:
+    def session(self, limits: Limits | None) -> Iterator[Archive | None]:
         """The archive the pictures are in; None where they are files. Raises DatasetError if it cannot be opened."""
         if self.archive is None:
             yield None
@@ -126,14 +126,14 @@ class _Listing:
             self._skipped.append((name, f"It cannot be read: {error.strerror or error}."))
 
     def finished(self) -> Sources:
-        pictures = _pictures(self._files)
-        with_picture = {(file.folder, file.stem) for file in self._files if is_picture_name(Path(file.name))}
+        images = _images(self._files)
+        with_image = {(file.folder, file.stem) for file in self._files if is_image_name(Path(file.name))}
         for file in self._files:
-            if is_picture_name(Path(file.name)) or file.is_caption and (file.folder, file.stem) in with_picture:
+            if is_image_name(Path(file.name)) or file.is_caption and (file.folder, file.stem) in with_image:
                 continue
             self._skipped.append((file.label, "There is no picture of this name with it." if file.is_caption else
                                   "Its name does not end like a picture's."))
-        sources = (*self._found, *([Source("files", pictures)] if pictures else ()))
+        sources = (*self._found, *([Source("files", images)] if images else ()))
         return Sources(sources, tuple((printable(name), printable(why)) for name, why in self._skipped))
 
     def _allowed(self, path: Path) -> bool:
@@ -147,9 +147,9 @@ class _Listing:
                     files += self._files_of(below, (below.name,))
                 else:
                     self._skipped.append((below.name, "It leads to a folder that may not be read."))
-        pictures = _pictures(files)
-        if pictures:
-            self._found.append(Source(folder.name or str(folder), pictures))
+        images = _images(files)
+        if images:
+            self._found.append(Source(folder.name or str(folder), images))
         else:
             self._skipped.append((folder.name or str(folder), "There is no picture in it, nor in the folders directly in it."))
 
@@ -157,7 +157,7 @@ class _Listing:
         files = []
         for path in _listed(folder):
             file = _File(named, path.name, path, "/".join([*named, path.name]), str(path))
-            if not (is_picture_name(path) or file.is_caption) or not path.is_file():
+            if not (is_image_name(path) or file.is_caption) or not path.is_file():
                 continue
             if self._allowed(path):
                 files.append(file)
@@ -169,23 +169,23 @@ class _Listing:
         try:
             with open_archive(path, limits=self._limits) as archive:
                 entries = archive.entries()
-                refused = {entry: why for entry in entries if is_picture_name(Path(entry.name))
+                refused = {entry: why for entry in entries if is_image_name(Path(entry.name))
                            and (why := archive.refusal(entry))}
         except DatasetError as error:
             self._skipped.append((name, reason(error)))
             return
-        pictures = [entry for entry in entries if is_picture_name(Path(entry.name))]
-        if not pictures:
+        images = [entry for entry in entries if is_image_name(Path(entry.name))]
+        if not images:
             self._skipped.append((name, "There is no picture in it."))
-        elif len(refused) == len(pictures) and len(set(refused.values())) == 1:
-            self._skipped.append((name, f"Of every picture in it: {refused[pictures[0]]}."))
+        elif len(refused) == len(images) and len(set(refused.values())) == 1:
+            self._skipped.append((name, f"Of every picture in it: {refused[images[0]]}."))
         else:
             self._skipped += [(f"{name}/{entry.label}", f"{why[:1].upper()}{why[1:]}.") for entry, why in refused.items()]
             self._skipped += [(f"{name}/{entry.label}", "An archive inside an archive is not opened.")
                               for entry in entries if entry.name.lower().endswith(".zip")]
             files = [_File(entry.folder, entry.name, entry, f"{name}/{entry.label}", f"{name}/{entry.label}")
                      for entry in entries if entry not in refused]
-            self._found.append(Source(name, _pictures(files), archive=path))
+            self._found.append(Source(name, _images(files), archive=path))
 
     def _file(self, path: Path, name: str, *, uploaded: bool) -> None:
         if uploaded:  # a browser may send the folder with the name
@@ -194,27 +194,27 @@ class _Listing:
             return
         folder = (str(path.parent),)
         self._files.append(_File(folder, name, path, name, str(path)))
-        if is_picture_name(path):
+        if is_image_name(path):
             beside = [path.with_suffix(suffix) for suffix in CAPTION_SUFFIXES]
             self._files += [_File(folder, caption.name, caption, caption.name, str(caption)) for caption in beside
                             if caption.is_file() and self._allowed(caption)]
 
 
-def _pictures(files: Sequence[_File]) -> tuple[Found, ...]:
+def _images(files: Sequence[_File]) -> tuple[Found, ...]:
     """The pictures among `files`, each with the caption beside it and its mask from a folder of masks."""
     captions: dict[tuple[tuple[str, ...], str], Place] = {}
     for suffix in CAPTION_SUFFIXES:
         for file in files:
             if Path(file.name).suffix.lower() == suffix:
                 captions.setdefault((file.folder, file.stem), file.place)
-    pictures = [file for file in files if is_picture_name(Path(file.name))]
+    images = [file for file in files if is_image_name(Path(file.name))]
     masks: dict[str, Place] = {}
-    if not all(_is_mask(file) for file in pictures):
-        for file in filter(_is_mask, pictures):
+    if not all(_is_mask(file) for file in images):
+        for file in filter(_is_mask, images):
             masks.setdefault(file_key(file.stem), file.place)
-        pictures = [file for file in pictures if not _is_mask(file)]
+        images = [file for file in images if not _is_mask(file)]
     return tuple(Found(file.name, file.label, file.source, file.place, captions.get((file.folder, file.stem)),
-                       masks.get(file_key(file.stem))) for file in pictures)
+                       masks.get(file_key(file.stem))) for file in images)
 
 
 def _is_mask(file: _File) -> bool:

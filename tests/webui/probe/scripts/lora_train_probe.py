@@ -37,7 +37,7 @@ pretended_card = _beside("pretended_card")
 _healing: list[Callable[[], None]] = []
 _held = threading.Event()
 _discarded: list[Any] = []
-_opened: list[str] | None = None
+_session: list[str] | None = None
 _copied: list[int] = []
 _places: dict[str, list[list[str]]] = {"training": [], "painting": []}
 
@@ -116,15 +116,15 @@ def lora(name: str) -> dict[str, Any]:
 def sample(prompt: str = Body(""), negative_prompt: str = Body(""), width: int = Body(64), height: int = Body(64),
            steps: int = Body(4), cfg_scale: float = Body(7.0), seed: int = Body(1)) -> dict[str, str]:
     """A picture by our own sampler on the lent model, as base64 of a PNG."""
-    from lib_lora_train.evaluation.sampler import SampleRequest, sample_latents, to_picture
+    from lib_lora_train.evaluation.sampler import SampleRequest, sample_latents, to_image
     from lib_lora_train.host.a1111.host import HOST
 
     request = SampleRequest(prompt, negative_prompt, width, height, steps, cfg_scale, seed)
     with HOST.borrow() as borrowed:
         model = _frozen(borrowed)
-        picture = to_picture(model, sample_latents(model, request, clip_skip=borrowed.clip_skip))
+        image = to_image(model, sample_latents(model, request, clip_skip=borrowed.clip_skip))
     content = io.BytesIO()
-    picture.save(content, "PNG")
+    image.save(content, "PNG")
     return {"image": base64.b64encode(content.getvalue()).decode()}
 
 
@@ -195,9 +195,9 @@ def watch() -> dict[str, str]:
     """From now on, remember which files the process opens and how much of a model that is trained on is not the WebUI's own."""
     from lib_lora_train.run import job
 
-    global _opened
-    if _opened is None:
-        sys.addaudithook(lambda event, arguments: _opened.append(str(arguments[0])) if event == "open" else None)
+    global _session
+    if _session is None:
+        sys.addaudithook(lambda event, arguments: _session.append(str(arguments[0])) if event == "open" else None)
         original = job.train
 
         def watched(model: Any, *arguments: Any, **named: Any) -> Any:
@@ -207,14 +207,14 @@ def watch() -> dict[str, str]:
                 _copied.append(_bytes_of_ours(model))
 
         job.train = watched
-    _opened = []
+    _session = []
     _copied.clear()
     return {}
 
 
 def watched() -> dict[str, Any]:
     """What was seen since `watch`."""
-    return {"opened": _opened, "copied": _copied}
+    return {"opened": _session, "copied": _copied}
 
 
 def pretend_card() -> dict[str, str]:
@@ -361,21 +361,21 @@ def captioners() -> dict[str, Any]:
             "deepdanbooru": danbooru and str(next(danbooru.parameters()).device)}
 
 
-def describe(name: str = Body(""), images: tuple[str, ...] = Body(()), threshold: float = Body(0.5)) -> dict[str, Any]:
+def describe(name: str = Body(""), pictures: tuple[str, ...] = Body(()), threshold: float = Body(0.5)) -> dict[str, Any]:
     """What a captioner of the host says of pictures; `error` where it cannot be opened, `busy` for the queue meanwhile."""
     from lib_lora_train.errors import LoraTrainError
     from lib_lora_train.host.a1111.host import HOST
     from lib_lora_train.tagging.options import TagOptions
     from lib_lora_train.tagging.sources import find_source, sources
 
-    pictures = [Image.open(io.BytesIO(base64.b64decode(image))).convert("RGB") for image in images]
+    images = [Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB") for data in pictures]
     try:
         source = find_source(name, sources(HOST))
         with source.open(TagOptions(general_threshold=threshold), devices.device) as captioner:
             busy = not call_queue.queue_lock.acquire(blocking=False)
             if not busy:
                 call_queue.queue_lock.release()
-            found = captioner.describe(pictures)
+            found = captioner.describe(images)
     except LoraTrainError as error:
         return {"error": str(error)}
     return {"busy": busy, "texts": [one.text for one in found], "tags": [[list(tag) for tag in one.tags] for one in found]}

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import gzip
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from lib_lora_train.adapters.network import LoRANetwork
+from lib_lora_train.adapters.targets import find_targets
+from lib_lora_train.errors import ModelError
+from tests.adapters import full_size
+
+# [key, shape of lora_down, shape of lora_up] of every layer that sd-scripts' own networks.lora makes (rank 8).
+KOHYA = json.loads(gzip.decompress((Path(__file__).parent / "data" / "kohya_keys_rank8.json.gz").read_bytes()))
+
+
+@pytest.mark.parametrize(("family", "layers"), [("sd1", 264), ("sd2", 330), ("sdxl", 986)])
+def test_a_full_size_model_gets_exactly_the_layers_that_sd_scripts_makes(family: str, layers: int) -> None:
+    targets = find_targets(full_size.model(family), family=family)
+    ours = {target.key: [
+        [8, target.in_features, 1, 1] if target.as_conv else [8, target.in_features],
+        [target.out_features, 8, 1, 1] if target.as_conv else [target.out_features, 8]] for target in targets}
+    assert ours == {key: [down, up] for key, down, up in KOHYA[family]}
+    assert len(targets) == layers
+
+
+def test_the_tensors_of_the_file_have_the_keys_and_shapes_of_sd_scripts() -> None:
+    network = LoRANetwork.build(find_targets(full_size.model("sd1"), family="sd1"), rank=8, alpha=4, seed=0)
+    expected = {}
+    for key, down, up in KOHYA["sd1"]:
+        expected |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": []}
+    assert {key: list(tensor.shape) for key, tensor in network.state_dict().items()} == expected
+
+
+@pytest.mark.parametrize(("family", "unet", "text"), [("sd1", 192, 72), ("sd2", 192, 138), ("sdxl", 722, 264)])
+def test_unet_and_text_encoder_are_chosen_separately(family: str, unet: int, text: int) -> None:
+    model = full_size.model(family)
+    assert len(find_targets(model, family=family, text_encoder=False)) == unet
+    both = find_targets(model, family=family)
+    assert Counter(target.component == "unet" for target in both) == {True: unet, False: text}
+    assert len(find_targets({"unet": model["unet"]}, family=family, text_encoder=False)) == unet
+
+
+def test_the_written_architecture_has_the_names_and_shapes_of_ldm() -> None:
+    openaimodel = pytest.importorskip("ldm.modules.diffusionmodules.openaimodel")
+    with torch.device("meta"):
+        unet = openaimodel.UNetModel(
+            image_size=32, in_channels=4, out_channels=4, model_channels=320, attention_resolutions=[4, 2, 1],
+            num_res_blocks=2, channel_mult=[1, 2, 4, 4], num_heads=8, use_spatial_transformer=True,
+            transformer_depth=1, context_dim=768, use_checkpoint=False, legacy=False)
+    theirs = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items() if name.endswith(".weight")}
+    assert full_size.unet(context=768) == theirs
+
+
+def test_block_names_follow_the_number_of_blocks_that_the_model_has() -> None:
+    shapes = full_size.unet(context=32, channels=32, multipliers=(1, 2), depths=(1, 1), blocks=3)
+    keys = {target.key for target in find_targets({"unet": shapes}, family="sd1", text_encoder=False)}
+    blocks = {key.split("_proj_in")[0].removeprefix("lora_unet_") for key in keys if key.endswith("_proj_in")}
+    assert blocks == {
+        *(f"down_blocks_{level}_attentions_{place}" for level in (0, 1) for place in range(3)),
+        *(f"up_blocks_{level}_attentions_{place}" for level in (0, 1) for place in range(4)),
+        "mid_block_attentions_0"}
+
+
+def test_the_order_does_not_depend_on_the_order_of_the_names() -> None:
+    shapes = full_size.unet(context=2048, multipliers=(1, 2, 4), depths=(0, 2, 10), linear=True)
+    backwards = dict(reversed(list(shapes.items())))
+    forth = find_targets({"unet": shapes}, family="sdxl", text_encoder=False)
+    assert forth == find_targets({"unet": backwards}, family="sdxl", text_encoder=False)
+    assert [target.module for target in forth if target.module.endswith("proj_in")][:3] == [
+        "input_blocks.4.1.proj_in", "input_blocks.5.1.proj_in", "input_blocks.7.1.proj_in"]
+
+
+@pytest.mark.parametrize("components", [{}, {"unet": {}}, {"unet": {"transformer.x.weight": (8, 8)}}])
+def test_a_model_without_known_layers_is_refused(components: dict) -> None:
+    with pytest.raises(ModelError):
+        find_targets(components, family="sd1", text_encoder=False)
+
+
+def test_a_model_without_a_text_encoder_is_refused_where_that_is_trained() -> None:
+    with pytest.raises(ModelError, match="text encoder"):
+        find_targets({"unet": full_size.model("sd1")["unet"]}, family="sd1")

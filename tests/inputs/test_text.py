@@ -1,0 +1,205 @@
+"""Cached conditions equal those of the whole batch, and the cache stays within its bounds."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from lib_lora_train.errors import Interrupted
+from lib_lora_train.inputs.overflow import DiskOverflow
+from lib_lora_train.inputs.text import TextCache
+from lib_lora_train.model.text import Conditioning, Tokens
+
+CHUNK, WIDTH = 77, 6
+
+
+class FakeConditioner:
+    """A chunk of 75 words becomes numbers that depend on nothing but the chunk; fills up batches as the WebUI does."""
+
+    def __init__(self, *, pooled: bool = True) -> None:
+        self.pooled = pooled
+        self.encoded: list[int] = []  # captions of each call
+
+    def tokenize(self, caption: str) -> Tokens:
+        ids = [int.from_bytes(hashlib.sha256(word.encode()).digest()[:2], "big") for word in caption.split()]
+        chunks = [ids[i:i + 75] for i in range(0, len(ids), 75)] or [[]]
+        return Tokens((tuple(tuple([1, *chunk] + [2] * (76 - len(chunk))) for chunk in chunks),))
+
+    def encode(self, batch: Sequence[Tokens], *, clip_skip: int, dtype: torch.dtype) -> Conditioning:
+        assert not torch.is_grad_enabled()
+        self.encoded.append(len(batch))
+        empty = self.tokenize("").encoders[0][0]
+        count = max(len(tokens) for tokens in batch)
+        rows = []
+        for tokens in batch:
+            chunks = [*tokens.encoders[0], *[empty] * (count - len(tokens))]
+            ids = torch.tensor(chunks, dtype=dtype).reshape(1, -1, 1)
+            rows.append((ids * torch.arange(1, WIDTH + 1) + clip_skip).sin())
+        context = torch.cat(rows)
+        return Conditioning(context, context[:, :CHUNK].sum(1) if self.pooled else None)
+
+
+def words(count: int, name: str) -> str:
+    return " ".join(f"{name}{i}" for i in range(count))
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_a_batch_from_the_cache_equals_the_batch_encoded_together(pooled: bool) -> None:
+    captions = [words(3, "a"), words(100, "b"), "", words(160, "c"), words(3, "a")]
+    reference = FakeConditioner(pooled=pooled)
+    with torch.no_grad():
+        expected = reference.encode([reference.tokenize(c) for c in captions], clip_skip=2, dtype=torch.float32)
+    cache = TextCache(FakeConditioner(pooled=pooled), clip_skip=2)
+    for _ in range(2):  # computed, then known
+        got = cache.get(captions)
+        assert got.context.shape == (5, 3 * CHUNK, WIDTH)
+        assert torch.equal(got.context, expected.context)
+        assert (got.pooled is None) if expected.pooled is None else torch.equal(got.pooled, expected.pooled)
+
+
+def test_each_caption_is_encoded_once() -> None:
+    conditioner = FakeConditioner()
+    cache = TextCache(conditioner)
+    cache.fill(["a", "b", "a", "c"], batch_size=2)
+    assert sum(conditioner.encoded) == 3
+    cache.get(["c", "a"])
+    cache.get(["b", "b"])
+    assert sum(conditioner.encoded) == 3
+    cache.get(["d", "d"])
+    assert sum(conditioner.encoded) == 4
+
+
+def test_the_cache_stays_within_its_bytes_and_forgets_the_least_recently_used() -> None:
+    one = CHUNK * WIDTH * 4
+    conditioner = FakeConditioner(pooled=False)
+    cache = TextCache(conditioner, max_bytes=2 * one)
+    cache.get(["a"]), cache.get(["b"]), cache.get(["a"]), cache.get(["c"])  # b is the oldest
+    assert (list(cache._known), cache._bytes) == (["a", "c"], 2 * one)
+    before = sum(conditioner.encoded)
+    cache.get(["a", "c"])
+    assert sum(conditioner.encoded) == before
+    cache.get(["b"])
+    assert sum(conditioner.encoded) == before + 1
+
+
+def test_a_batch_larger_than_the_cache_is_still_right() -> None:
+    captions = [words(3, name) for name in "abcdef"]
+    reference = FakeConditioner(pooled=False)
+    with torch.no_grad():
+        expected = reference.encode([reference.tokenize(c) for c in captions], clip_skip=1, dtype=torch.float32).context
+    for max_bytes in (0, 3 * CHUNK * WIDTH * 4):
+        cache = TextCache(FakeConditioner(pooled=False), max_bytes=max_bytes)
+        for _ in range(3):
+            assert torch.equal(cache.get(captions).context, expected)
+            assert cache._bytes <= max_bytes
+
+
+def test_filling_ends_where_the_cache_is_full() -> None:
+    conditioner = FakeConditioner(pooled=False)
+    cache = TextCache(conditioner, max_bytes=3 * CHUNK * WIDTH * 4)
+    cache.fill([str(i) for i in range(100)], batch_size=1)
+    assert len(cache._known) == 3 and sum(conditioner.encoded) == 4
+
+
+def test_progress_is_told_and_a_stop_is_heard() -> None:
+    seen: list[tuple[int, int]] = []
+    TextCache(FakeConditioner()).fill(
+        ["a", "b", "c"], batch_size=2, on_progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(2, 3), (3, 3)]
+    with pytest.raises(Interrupted):
+        TextCache(FakeConditioner()).fill(["a"], should_stop=lambda: True)
+
+
+def one_by_one(captions: Sequence[str], conditioner: FakeConditioner) -> dict[str, Conditioning]:
+    with torch.no_grad():
+        return {c: conditioner.encode([conditioner.tokenize(c)], clip_skip=1, dtype=torch.float32) for c in captions}
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_captions_that_are_too_many_for_the_memory_come_back_from_the_temporary_file(pooled: bool) -> None:
+    captions = [words(3 + 90 * (n % 3), f"w{n}-") for n in range(30)] + [""]
+    expected, conditioner, overflow = one_by_one(captions, FakeConditioner(pooled=pooled)), FakeConditioner(pooled=pooled), DiskOverflow()
+    cache = TextCache(conditioner, max_bytes=10 * CHUNK * WIDTH * 4, overflow=overflow)
+    cache.fill(captions, batch_size=4)
+    assert cache.holds(captions) and cache._bytes <= 10 * CHUNK * WIDTH * 4 and cache._spilled
+    encoded = sum(conditioner.encoded)
+    assert encoded == 31
+    for _ in range(2):
+        for caption in reversed(captions):
+            got = cache.get([caption])
+            assert torch.equal(got.context, expected[caption].context)
+            assert (got.pooled is None) if not pooled else torch.equal(got.pooled, expected[caption].pooled)
+    mixed = cache.get([captions[0], captions[2]])  # one chunk and three: the empty ones come from the file, too
+    empty = expected[""].context
+    assert torch.equal(mixed.context[0], torch.cat([expected[captions[0]].context, empty, empty], dim=1)[0])
+    assert sum(conditioner.encoded) == encoded and cache._bytes <= 10 * CHUNK * WIDTH * 4
+    overflow.close()
+
+
+def test_captions_of_one_length_are_encoded_together() -> None:
+    conditioner = FakeConditioner()
+    TextCache(conditioner).fill([words(3 if n % 2 else 100, f"w{n}-") for n in range(20)], batch_size=5)
+    assert conditioner.encoded == [5, 5, 5, 5]
+
+
+def test_where_the_disk_is_full_the_rest_is_encoded_when_it_is_met(monkeypatch) -> None:
+    captions = [words(3, f"w{n}-") for n in range(6)]
+    conditioner, overflow, room = FakeConditioner(pooled=False), DiskOverflow(), [2]
+    original = overflow.write
+
+    def write(tensor: torch.Tensor):
+        room[0] -= 1
+        if room[0] < 0:
+            raise OSError(28, "No space left on device")
+        return original(tensor)
+    monkeypatch.setattr(overflow, "write", write)
+    cache = TextCache(conditioner, max_bytes=0, overflow=overflow)
+    cache.fill(captions, batch_size=1)
+    assert not cache.holds(captions)
+    expected = one_by_one(captions, FakeConditioner(pooled=False))
+    assert all(torch.equal(cache.get([caption]).context, expected[caption].context) for caption in captions)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_kept_in_the_numbers_of_the_step_the_step_sees_the_same(dtype: torch.dtype) -> None:
+    captions = [words(3, "a"), words(100, "b"), ""]
+    plain, half = TextCache(FakeConditioner()), TextCache(FakeConditioner(), kept_as=dtype)
+    for _ in range(2):
+        one, other = plain.get(captions), half.get(captions)
+        assert other.context.dtype == other.pooled.dtype == dtype
+        assert torch.equal(one.context.to(dtype), other.context) and torch.equal(one.pooled.to(dtype), other.pooled)
+    assert half._bytes * 2 == plain._bytes
+
+
+def test_captions_that_vary_are_encoded_for_several_batches_at_once() -> None:
+    conditioner = FakeConditioner()
+    cache = TextCache(conditioner)
+    soon = [words(3, f"w{n}-") for n in range(8)]
+    cache.encode_upcoming([*soon, soon[0]])
+    assert conditioner.encoded == [8]
+    expected = one_by_one(soon, FakeConditioner())
+    for start in range(0, 8, 2):
+        assert torch.equal(cache.get(soon[start:start + 2]).context[1], expected[soon[start + 1]].context[0])
+    assert conditioner.encoded == [8]
+    cache.encode_upcoming(soon[:2])  # known, and still the same two together
+    assert conditioner.encoded == [8, 2]
+
+
+def test_of_captions_that_vary_only_what_may_still_be_asked_for_is_kept() -> None:
+    """Several rows may be told before the first of them is asked for, and a row may be asked for in parts."""
+    conditioner = FakeConditioner()
+    cache = TextCache(conditioner)
+    rows = [[words(3, f"row{row}-{n}-") for n in range(4)] for row in range(6)]
+    cache.get([words(100, "long"), ""])  # the empty caption is needed again wherever lengths differ
+    known = len(conditioner.encoded)
+    cache.encode_upcoming(rows[0]), cache.encode_upcoming(rows[1])
+    cache.get(rows[0][:4] + rows[1][:2])
+    cache.encode_upcoming(rows[2]), cache.encode_upcoming(rows[3])
+    cache.get(rows[1][2:] + rows[2] + rows[3][:1])
+    cache.encode_upcoming(rows[4])
+    cache.get(rows[3][1:])
+    assert conditioner.encoded[known:] == [4] * 5  # each row once, and nothing when it was asked for
+    assert set(cache._known) == {"", *rows[3], *rows[4]}

@@ -1,0 +1,113 @@
+"""What the plan is told of a run, on the page and in the run, and how the lent model makes room for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lib_lora_train.adapters import file
+from lib_lora_train.adapters.network import LoRANetwork
+from lib_lora_train.adapters.targets import find_targets
+from lib_lora_train.api.service import plan
+from lib_lora_train.events import Planned, Warned
+from lib_lora_train.inputs.vae_batches import VaeWork, encoding_bytes
+from lib_lora_train.memory.budget import budget_of
+from lib_lora_train.model import frozen
+from lib_lora_train.model.family import detect
+from lib_lora_train.run import memory
+from lib_lora_train.run.job import run_job
+from lib_lora_train.run.memory import planned_layers, room_for_encoding, unneeded
+from lib_lora_train.settings import parse
+
+CARD = torch.device("cuda", 0)
+
+
+def settings(images: Path, **changes: object) -> dict[str, object]:
+    return {"train_data_dir": str(images), "output_name": "zzk", "resolution": "64", "min_bucket_reso": 64, "num_repeats": 1,
+            "max_train_steps": 1, "network_dim": 4, "save_state": False, **changes}
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"network_train_unet_only": False}, {"network_train_unet_only": False, "text_encoder_lr": 0.0}, {"random_crop": True}],
+    ids=["plain", "text trained", "text with no rate", "encoded in steps"])
+def test_the_page_and_the_run_make_the_same_plan(images, host, changes):
+    values = settings(images, memory_budget=4, **changes)
+    said = plan(values, host=host)["estimate"].partition(" · ")[2]
+    seen: list[object] = []
+    run_job(parse(values), host, report=seen.append, stop=lambda: "")
+    assert [event.memory for event in seen if isinstance(event, Planned)] == [said]
+
+
+def test_a_lora_that_is_continued_is_planned_with_the_ranks_of_its_file(host, tmp_path):
+    with host.borrow() as lent:
+        model = frozen.build(lent.tensors, hints=lent.hints, tokenizers=lent.tokenizers)
+    network = LoRANetwork.build(find_targets(model.components, family="sd1", text_encoder=True), rank=7, alpha=1, seed=0)
+    path = tmp_path / "before.safetensors"
+    file.save(path, network.state_dict(), {}, dtype=torch.float32)
+    chosen = parse({"network_weights": str(path), "network_dim": 4})
+    outline = host.outline()
+    layers = planned_layers(chosen, outline.tensors, detect(outline.tensors, outline.hints))
+    assert {layer.target.key: layer.rank for layer in layers} == {target.key: 7 for target in network.targets}
+
+
+def test_what_no_step_needs_is_what_is_cached_and_not_trained():
+    def parts(**changes: object) -> set[str]:
+        return set(unneeded(parse(changes), CARD))
+    assert parts() == {"vae", "text"} and parts(shuffle_caption=True) == {"vae"} == parts(network_train_unet_only=False)
+    assert parts(network_train_unet_only=False, text_encoder_lr=0.0) == {"vae", "text"}
+    assert parts(color_aug=True) == parts(random_crop=True) == {"text"}
+    assert unneeded(parse({}), torch.device("cpu")) == frozenset()
+
+
+def test_pictures_are_encoded_where_room_is_short_while_unet_and_text_encoders_wait(monkeypatch, host):
+    free = [100]
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free[0])
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+    def moved(parts):
+        free[0] += 1000
+        return host._tensors
+    with host.borrow() as lent:
+        model = frozen.build(lent.tensors, hints=lent.hints, tokenizers=lent.tokenizers)
+        asked: list[set[str]] = []
+        monkeypatch.setattr(host, "offload_parts", lambda parts: asked.append(set(parts)) or moved(parts))
+        room = room_for_encoding(parse({}), model, host, LoRANetwork([], {}))
+        assert room(100) == 100 and asked == []
+        assert room(101) == 1100 and asked == [{"unet", "text"}]
+        # A budget that the model alone fills leaves nothing.
+        assert room_for_encoding(parse({"memory_budget": 0.47}), model, host, LoRANetwork([], {}))(1) == 0
+        everything = sum(t.numel() * t.element_size() for part in (*model.components.values(), model.vae.tensors)
+                         for t in part.values())
+        most = room_for_encoding(parse({"memory_budget": 1}), model, host, LoRANetwork([], {}))
+        free[0] = 1 << 40
+        assert most(1) == budget_of(1, torch.device("cpu"), ours=0) - everything - memory.CONTEXT - memory.WORKSPACES
+
+
+def test_eight_bits_without_a_card_are_said_to_save_nothing(images, host):
+    seen: list[object] = []
+    run_job(parse(settings(images, base_weights="int8")), host, report=seen.append, stop=lambda: "")
+    assert any("saves no memory" in event.message for event in seen if isinstance(event, Warned))
+
+
+def test_room_is_asked_for_once_for_each_size_of_pictures_that_a_card_encodes():
+    asked: list[int] = []
+    work = VaeWork(None, device=CARD, batch_size=0, room=lambda needed: asked.append(needed) or 1 << 40)
+    assert [work.at_once(size) for size in ((256, 256), (512, 512), (256, 256))] == [8, 2, 8]
+    assert asked == [encoding_bytes((256, 256)), encoding_bytes((512, 512))]
+    VaeWork(None, device=CARD, batch_size=4, room=lambda needed: asked.append(needed) or 0).at_once((256, 256))
+    assert asked[2] == 4 * encoding_bytes((256, 256))
+
+
+def test_parts_come_and_go_in_the_order_in_which_they_are_needed(monkeypatch, images, host):
+    moves: list[tuple[str, set[str]]] = []
+
+    def watched(name: str):
+        original = getattr(host, name)
+        return lambda parts: moves.append((name, set(parts))) or original(parts)
+    for name in ("set_aside", "bring_back"):
+        monkeypatch.setattr(host, name, watched(name))
+    monkeypatch.setattr(memory, "unneeded", lambda chosen, device: frozenset({"vae", "text"}))
+    run_job(parse(settings(images)), host, report=lambda event: None, stop=lambda: "")
+    assert moves == [("set_aside", {"vae"}), ("bring_back", {"text", "unet"}), ("set_aside", {"text"})]

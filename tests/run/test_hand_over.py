@@ -1,0 +1,192 @@
+"""The model is given to others between two steps, and what is learnt does not depend on it."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lib_lora_train import events
+from lib_lora_train.adapters.flat import FlatWeights
+from lib_lora_train.adapters.lora import LoRALayer
+from lib_lora_train.errors import HostError, Interrupted
+from lib_lora_train.host.port import Borrowed
+from lib_lora_train.host.standalone import StandaloneHost
+from lib_lora_train.model.layers import Layers
+from lib_lora_train.run.job import run_job
+from lib_lora_train.settings import parse
+from lib_lora_train.training.optimizer import Stepper
+
+
+class BusyHost(StandaloneHost):
+    """A host whose model others want, too: before each piece of work that `wants` names by its number.
+
+    Others leave ruins: what was lent before holds no numbers afterwards, and the model lies elsewhere in memory.
+    """
+
+    def __init__(self, checkpoint: Path, folder: Path, *, wants: Callable[[int], bool] = lambda _: True) -> None:
+        super().__init__(checkpoint, lora_folder=folder / "loras", runs_folder=folder / "runs")
+        self.asked = self.handed = 0
+        self.after: Callable[[], None] = lambda: None
+        self._wants = wants
+        self._lent: dict[str, torch.Tensor] = {}
+
+    @contextlib.contextmanager
+    def borrow(self) -> Iterator[Borrowed]:
+        with super().borrow() as borrowed:
+            self._lent = {name: tensor.clone() for name, tensor in borrowed.tensors.items()}
+            yield Borrowed(self._lent, borrowed.hints, borrowed.checkpoint, borrowed.device, borrowed.tokenizers)
+
+    def offload_parts(self, parts):
+        return self._lent  # on the CPU all of it is aside, and all of it where it is lent
+
+    reload_parts = offload_parts
+
+    def wanted(self) -> bool:
+        self.asked += 1
+        return self._wants(self.asked)
+
+    def yield_model(self, *, report, stop):
+        self.handed += 1
+        moved = {name: tensor.clone() for name, tensor in self._lent.items()}
+        for tensor in self._lent.values():
+            tensor.fill_(torch.nan if tensor.is_floating_point() else 0)
+        self._lent = moved
+        torch.rand(3), torch.set_grad_enabled(True)
+        self.after()
+        return None if stop() else self._lent
+
+
+def settings(images: Path, name: str = "zzk", **changes: object):
+    return parse({"train_data_dir": str(images), "output_name": name, "resolution": "64", "min_bucket_reso": 64,
+                  "num_repeats": 1, "max_train_steps": 4, "network_dim": 4, "save_precision": "float", "learning_rate": 1e-3,
+                  **changes})
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"network_train_unet_only": False, "train_batch_size": 2}, {"color_aug": True, "shuffle_caption": True},
+    {"base_weights": "int8"}, {"channels_last": "on"}],
+    ids=["cached", "with text encoder", "encoded anew", "on copies in eight bits", "on copies laid out anew"])
+def test_the_result_is_byte_for_byte_that_of_a_run_nobody_interrupted(images, tiny_file, tmp_path, changes):
+    # The same host, since a processor computes in another order where tensors begin at another multiple of 64 bytes.
+    quiet = BusyHost(tiny_file, tmp_path / "quiet", wants=lambda _: False)
+    alone = load_file(run_job(settings(images, **changes), quiet, report=lambda _: None, stop=lambda: "").path)
+    busy = BusyHost(tiny_file, tmp_path / "busy")
+    finished = run_job(settings(images, **changes), busy, report=lambda _: None, stop=lambda: "")
+    shared = load_file(finished.path)
+    # Before each of at least four steps, and between the pictures that are encoded before.
+    assert finished.outcome == "done" and busy.handed > 4
+    assert alone.keys() == shared.keys()
+    assert all(torch.equal(alone[key], shared[key]) for key in alone)
+
+
+def test_nobody_is_asked_where_the_user_refuses(images, tiny_file, tmp_path):
+    busy = BusyHost(tiny_file, tmp_path)
+    run_job(settings(images, yield_to_generations=False), busy, report=lambda _: None, stop=lambda: "")
+    assert busy.handed == 0
+
+
+def test_who_stops_while_others_have_the_model_keeps_what_was_learnt(images, tiny_file, tmp_path):
+    busy, stopped, seen = BusyHost(tiny_file, tmp_path, wants=lambda _: learnt() == 3), [], []
+
+    def learnt() -> int:
+        return sum(isinstance(event, events.Step) for event in seen)
+    busy.after = lambda: stopped.append("save")
+    finished = run_job(settings(images), busy, report=seen.append, stop=lambda: "".join(stopped))
+    assert (finished.outcome, finished.steps) == ("stopped", 3)
+    whole = run_job(settings(images, "whole", max_train_steps=3, lr_scheduler="constant"), busy, report=lambda _: None,
+                    stop=lambda: "")
+    # The schedule differs with the length of the run; the names and shapes are what a file of three steps has.
+    assert load_file(finished.path).keys() == load_file(whole.path).keys()
+
+
+def test_who_stops_while_pictures_are_encoded_leaves_nothing_behind(images, tiny_file, tmp_path):
+    busy, stopped = BusyHost(tiny_file, tmp_path), []
+    busy.after = lambda: stopped.append("save")
+    with pytest.raises(Interrupted):
+        run_job(settings(images), busy, report=lambda _: None, stop=lambda: "".join(stopped))
+    assert not list(busy.lora_folder.iterdir())
+
+
+def test_a_model_that_does_not_come_back_ends_the_run_with_what_was_learnt(images, tiny_file, tmp_path):
+    seen = []
+    busy = BusyHost(tiny_file, tmp_path, wants=lambda _: sum(isinstance(event, events.Step) for event in seen) == 3)
+
+    def unload() -> None:
+        raise HostError("The WebUI's model was unloaded", remedy="choose it again")
+    busy.after = unload
+    with pytest.raises(HostError, match="was unloaded.*zzk-step00000003"):
+        run_job(settings(images), busy, report=seen.append, stop=lambda: "")
+    kept, = busy.lora_folder.iterdir()
+    assert all(torch.isfinite(tensor).all() for tensor in load_file(kept).values())
+
+
+def test_nothing_of_the_lent_memory_is_held_while_others_have_it(images, tiny_file, tmp_path):
+    """What the trainer kept a view of could not be freed by a host that moves its model away to make room."""
+    class Watched(torch.Tensor):
+        """A tensor that can be watched; every view of it is one, too."""
+
+    lent: set[int] = set()
+    alive: list[int] = []
+
+    class WatchingHost(BusyHost):
+        @contextlib.contextmanager
+        def borrow(self):
+            with super().borrow() as borrowed:
+                tensors = {name: tensor.as_subclass(Watched) for name, tensor in borrowed.tensors.items()}
+                lent.update(map(id, tensors.values()))
+                yield Borrowed(tensors, borrowed.hints, borrowed.checkpoint, borrowed.device, borrowed.tokenizers)
+
+        def yield_model(self, *, report, stop):
+            gc.collect()
+            # What is computed from watched tensors is watched, too; here it is about the lent memory.
+            memory = {tensor.untyped_storage().data_ptr() for tensor in self._lent.values()}
+            alive.append(sum(type(thing) is Watched and id(thing) not in lent
+                             and thing.untyped_storage().data_ptr() in memory for thing in gc.get_objects()))
+            return super().yield_model(report=report, stop=stop)
+    host = WatchingHost(tiny_file, tmp_path, wants=lambda asked: asked == 4)
+    run_job(settings(images, max_train_steps=2), host, report=lambda _: None, stop=lambda: "")
+    assert alive == [0]
+
+
+@pytest.mark.parametrize("changes", [{}, {"base_weights": "int8"}], ids=["", "with copies of its own"])
+def test_nothing_of_a_run_is_held_when_the_model_goes_back(images, tiny_file, tmp_path, changes):
+    """The parts that lie aside need the room of the LoRA, its moments and our own copies."""
+    def held() -> set[int]:
+        gc.collect()
+        return {id(thing) for thing in gc.get_objects() if type(thing) in (Layers, LoRALayer, FlatWeights, Stepper)}
+
+    left: list[set[int]] = []
+
+    class LenderHost(BusyHost):
+        @contextlib.contextmanager
+        def borrow(self):
+            with super().borrow() as borrowed:
+                before = held()
+                yield borrowed
+                left.append(held() - before)
+
+        def yield_model(self, *, report, stop):
+            assert held(), "the watch sees nothing"
+            return super().yield_model(report=report, stop=stop)
+    host = LenderHost(tiny_file, tmp_path, wants=lambda asked: asked == 4)
+    run_job(settings(images, **changes), host, report=lambda _: None, stop=lambda: "")
+    assert host.handed == 1 and left == [set()]
+
+
+def test_the_tensors_that_were_lent_first_are_left_as_others_made_them(images, tiny_file, tmp_path):
+    busy = BusyHost(tiny_file, tmp_path, wants=lambda asked: asked % 2 == 0)
+    with busy.borrow() as borrowed:
+        before = {name: digest(tensor) for name, tensor in borrowed.tensors.items()}
+    run_job(settings(images), busy, report=lambda _: None, stop=lambda: "")
+    assert {name: digest(tensor) for name, tensor in busy._lent.items()} == before
+
+
+def digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()

@@ -1,0 +1,327 @@
+"""The whole road, on a small model: what a run promises whoever starts it."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from lib_lora_train import events
+from lib_lora_train.adapters import file
+from lib_lora_train.errors import DatasetError, Interrupted, LoraFileError, ModelError, OutputError, SettingError, TrainingError
+from lib_lora_train.host import standalone
+from lib_lora_train.host.standalone import StandaloneHost
+from lib_lora_train.inputs import prefetcher
+from lib_lora_train.run import job
+from lib_lora_train.run.job import run_job
+from lib_lora_train.settings import parse
+from tests.injection import on_shapes_alone
+
+
+def settings(images: Path, **changes: object):
+    return parse({"train_data_dir": str(images), "output_name": "zzk", "resolution": "64", "num_repeats": 1,
+                  "max_train_epochs": 2, "min_bucket_reso": 64, "network_dim": 4, "network_alpha": 2, "save_precision": "float",
+                  "learning_rate": 1e-3, "trigger_word": "zzk", **changes})
+
+
+def run(chosen, host, stop=lambda: ""):
+    seen: list[events.Event] = []
+    finished = run_job(chosen, host, report=seen.append, stop=stop)
+    return finished, seen
+
+
+def of(kind, seen):
+    return [event for event in seen if isinstance(event, kind)]
+
+
+def metadata(path: str) -> dict[str, str]:
+    with safe_open(path, framework="pt") as session:
+        return session.metadata()
+
+
+def test_exactly_the_planned_steps_run_and_the_file_is_where_the_last_event_says(images, host):
+    finished, seen = run(settings(images, resolution="128"), host)
+    planned, = of(events.Planned, seen)
+    # Three pictures in the square bucket and one in a wide one, batch 1: 4 batches an epoch, 2 epochs.
+    assert (planned.pictures, planned.buckets, planned.batches_per_epoch, planned.steps) == (4, 2, 4, 8)
+    assert [(s.step, s.epoch) for s in of(events.Step, seen)] == [(i, 1 + (i > 4)) for i in range(1, 9)]
+    assert finished == events.Finished("done", finished.message, str(host.lora_folder / "zzk.safetensors"), 8)
+    assert Path(finished.path).is_file()
+    assert of(events.Saved, seen) == [events.Saved(finished.path, 8, 2, True)]
+
+
+@pytest.mark.parametrize("batch, accumulation, steps", [(2, 1, 3), (1, 3, 2), (2, 2, 2), (4, 1, 2)])
+def test_steps_follow_kohyas_formula(images, host, batch, accumulation, steps):
+    chosen = settings(images, train_batch_size=batch, gradient_accumulation_steps=accumulation, max_train_epochs=1,
+                      resolution="128")
+    assert steps == math.ceil((math.ceil(3 / batch) + math.ceil(1 / batch)) / accumulation)
+    finished, seen = run(chosen, host)
+    assert finished.steps == steps == len(of(events.Step, seen))
+
+
+def test_the_same_seed_gives_byte_identical_tensors_and_another_seed_others(images, host):
+    changes = {"network_train_unet_only": False, "shuffle_caption": True, "caption_tag_dropout_rate": 0.3, "flip_aug": True}
+    first = load_file(run(settings(images, **changes), host)[0].path)
+    again = load_file(run(settings(images, **changes, overwrite=True), host)[0].path)
+    other = load_file(run(settings(images, **changes, overwrite=True, seed=7), host)[0].path)
+    assert first.keys() == again.keys() and all(torch.equal(first[key], again[key]) for key in first)
+    assert any(not torch.equal(first[key], other[key]) for key in first if key.endswith("lora_up.weight"))
+
+
+def test_every_layer_learns_and_text_layers_are_there_only_when_asked_for(images, host):
+    both = load_file(run(settings(images, network_train_unet_only=False), host)[0].path)
+    ups = [key for key in both if key.endswith("lora_up.weight")]
+    # 16 transformers of 12 layers each, and 2 text layers of 6.
+    assert len([key for key in ups if key.startswith("lora_unet_")]) == 192
+    assert len([key for key in ups if key.startswith("lora_te_")]) == 12
+    assert all(both[key].abs().max() > 0 for key in ups)
+    unet_only = load_file(run(settings(images, overwrite=True), host)[0].path)
+    assert not [key for key in unet_only if key.startswith("lora_te")]
+
+
+def test_the_lent_tensors_come_back_as_they_were(images, host):
+    with host.borrow() as borrowed:
+        lent = borrowed.tensors
+        for tensor in lent.values():
+            if tensor.is_floating_point():
+                tensor.requires_grad_(True)
+        before = {name: hashlib.sha256(t.detach().numpy().tobytes()).digest() for name, t in lent.items()}
+    run(settings(images, network_train_unet_only=False, gradient_checkpointing=True), host)
+    for name, tensor in lent.items():
+        assert hashlib.sha256(tensor.detach().numpy().tobytes()).digest() == before[name], name
+        assert tensor.grad is None and tensor.requires_grad == tensor.is_floating_point(), name
+
+
+def test_the_global_random_state_is_left_alone(images, host):
+    state = torch.get_rng_state()
+    run(settings(images), host)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(images, host):
+    changes = {"network_train_unet_only": False, "max_train_epochs": 1}
+    plain = load_file(run(settings(images, **changes), host)[0].path)
+    saving = load_file(run(settings(images, **changes, overwrite=True, gradient_checkpointing=True), host)[0].path)
+    assert all(torch.allclose(plain[key], saving[key], atol=1e-5) for key in plain)
+
+
+@pytest.mark.parametrize("kind", ["stop", "save"])
+def test_stopping_ends_within_one_step_and_keeps_what_was_learnt_if_asked(images, host, kind):
+    seen: list[events.Event] = []
+    chosen, stop = settings(images), lambda: kind if len(of(events.Step, seen)) >= 3 else ""
+    if kind == "stop":
+        with pytest.raises(Interrupted):
+            run_job(chosen, host, report=seen.append, stop=stop)
+        assert not list(host.lora_folder.iterdir())
+    else:
+        finished = run_job(chosen, host, report=seen.append, stop=stop)
+        assert (finished.outcome, finished.steps) == ("stopped", 3)
+        assert metadata(finished.path)["ss_steps"] == "3"
+    assert len(of(events.Step, seen)) == 3
+
+
+def test_a_stop_while_pictures_are_read_leaves_nothing_behind(images, host):
+    with pytest.raises(Interrupted):
+        run(settings(images), host, stop=lambda: "save")
+    assert not list(host.lora_folder.iterdir())
+
+
+def test_saves_on_the_way_have_kohyas_names_and_say_how_far_they_are(images, host):
+    finished, seen = run(settings(images, save_every_n_epochs=1, save_every_n_steps=3, max_train_epochs=3), host)
+    saved = [(Path(s.path).name, s.step) for s in of(events.Saved, seen)]
+    assert saved == [("zzk-step00000003.safetensors", 3), ("zzk-000001.safetensors", 4), ("zzk-step00000006.safetensors", 6),
+                     ("zzk-000002.safetensors", 8), ("zzk-step00000009.safetensors", 9), ("zzk.safetensors", 12)]
+    early = metadata(str(host.lora_folder / "zzk-000001.safetensors"))
+    assert (early["ss_output_name"], early["ss_epoch"], early["ss_steps"]) == ("zzk-000001", "1", "4")
+
+
+def test_continuing_from_a_lora_begins_where_it_ended_and_takes_its_rank(images, host):
+    first = run(settings(images, network_dim=6, network_alpha=3), host)[0].path
+    # With a learning rate of almost zero the continued file must hold what the first one held.
+    second = run(settings(images, output_name="next", network_weights=first, learning_rate=1e-12), host)[0].path
+    before, after = load_file(first), load_file(second)
+    assert before.keys() == after.keys()
+    assert all(torch.allclose(before[key], after[key], atol=1e-6) for key in before)
+    assert metadata(second)["ss_network_dim"] == "6"
+
+
+def test_a_text_encoder_learnt_before_is_kept_when_only_the_unet_goes_on(images, host):
+    first = run(settings(images, network_train_unet_only=False), host)[0].path
+    second = run(settings(images, output_name="next", network_weights=first), host)[0].path
+    before, after = load_file(first), load_file(second)
+    text = [key for key in before if key.startswith("lora_te_")]
+    assert text and all(torch.equal(before[key], after[key]) for key in text)
+    assert any(not torch.equal(before[key], after[key]) for key in before if key.startswith("lora_unet_"))
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_weights(images, host, monkeypatch):
+    from lib_lora_train.training import device_step
+    original, calls = device_step.denoising_loss, []
+
+    def poisoned(model, **given):
+        if not on_shapes_alone(model):
+            calls.append(1)
+        return original(model, **given) * (math.nan if len(calls) == 4 else 1)
+    monkeypatch.setattr(device_step, "denoising_loss", poisoned)
+    seen: list[events.Event] = []
+    with pytest.raises(TrainingError, match="step 4.*lower the learning rate.*zzk-step00000003"):
+        run_job(settings(images), host, report=seen.append, stop=lambda: "")
+    kept = load_file(host.lora_folder / "zzk-step00000003.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in kept.values())
+    assert not (host.lora_folder / "zzk.safetensors").exists()
+
+
+def refusing(monkeypatch, refused):
+    """Writing a file whose name `refused` accepts fails, as on a full disk."""
+    original = file.replacing
+
+    def replacing(path: Path):
+        if refused(path.name):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(path)
+    monkeypatch.setattr(file, "replacing", replacing)
+
+
+def test_a_save_on_the_way_that_fails_is_told_and_does_not_end_the_run(images, host, monkeypatch):
+    refusing(monkeypatch, lambda name: "step" in name)
+    finished, seen = run(settings(images, save_every_n_steps=3), host)
+    assert finished.outcome == "done" and Path(finished.path).is_file()
+    assert any("zzk-step00000003" in w.message and "No space left" in w.message for w in of(events.Warned, seen))
+
+
+def test_a_result_that_cannot_be_written_under_its_name_is_kept_under_another(images, host, monkeypatch):
+    refusing(monkeypatch, lambda name: name == "zzk.safetensors")
+    with pytest.raises(OutputError, match="No space left.*zzk-step00000008"):
+        run(settings(images), host)
+    assert metadata(str(host.lora_folder / "zzk-step00000008.safetensors"))["ss_steps"] == "8"
+
+
+def test_a_picture_that_vanishes_in_the_middle_does_not_cost_what_was_learnt(images, host, monkeypatch):
+    monkeypatch.setattr(prefetcher, "reading_threads", lambda: 0)  # those of the next steps would be ready before they go
+
+    def report(event: events.Event) -> None:
+        if isinstance(event, events.Step) and event.step == 3:
+            for image in images.glob("*.png"):
+                image.unlink()
+    with pytest.raises(DatasetError, match=r"\.png.*zzk-step00000003"):
+        run_job(settings(images, color_aug=True), host, report=report, stop=lambda: "")
+    assert (host.lora_folder / "zzk-step00000003.safetensors").is_file()
+
+
+def test_why_a_run_failed_is_told_although_nothing_can_be_saved(images, host, monkeypatch):
+    def report(event: events.Event) -> None:
+        if isinstance(event, events.Step) and event.step == 3:
+            raise TrainingError("The card fell out")
+    refusing(monkeypatch, lambda name: True)
+    with pytest.raises(TrainingError, match=r"^The card fell out\.$"):
+        run_job(settings(images), host, report=report, stop=lambda: "")
+
+
+def test_memory_that_runs_out_before_the_first_step_is_told_as_such(images, host, monkeypatch):
+    def no_room(*args, **kwargs):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    monkeypatch.setattr(job.LoRANetwork, "to", no_room)
+    with pytest.raises(TrainingError, match="memory ran out"):
+        run(settings(images), host)
+    monkeypatch.setattr(standalone, "load_file", no_room)
+    with pytest.raises(TrainingError, match="memory ran out while loading"):
+        run(settings(images), StandaloneHost(host.checkpoint_file, lora_folder=host.lora_folder,
+                                               runs_folder=host.runs_folder))
+
+
+def test_latents_that_are_no_numbers_are_found_before_training_and_name_the_picture(images, tiny_file, tmp_path):
+    host = StandaloneHost(tiny_file, lora_folder=tmp_path / "loras", runs_folder=tmp_path / "runs")
+    with host.borrow() as borrowed:
+        borrowed.tensors["first_stage_model.encoder.conv_in.bias"].fill_(math.nan)
+    with pytest.raises(TrainingError, match=r"0\.png"):
+        run(settings(images), host)
+
+
+def test_a_picture_that_breaks_off_is_named_and_the_rest_is_trained(images, host):
+    whole = images / "big.jpg"
+    from PIL import Image
+    Image.effect_noise((64, 64), 90).convert("RGB").save(whole, quality=95)
+    whole.write_bytes(whole.read_bytes()[:900])
+    finished, seen = run(settings(images), host)
+    assert finished.outcome == "done"
+    assert any("big.jpg" in warning.message for warning in of(events.Warned, seen))
+    assert of(events.Planned, seen)[0].images == 4
+
+
+@pytest.mark.parametrize("changes, error", [
+    ({"train_data_dir": ""}, DatasetError),
+    ({"train_data_dir": "does/not/exist"}, DatasetError),
+    ({"output_name": "a/b"}, OutputError),
+    ({"output_name": ""}, OutputError),
+    ({"resolution": "96", "bucket_reso_steps": 32}, SettingError),
+    ({"network_weights": "missing.safetensors"}, LoraFileError),
+    ({"mixed_precision": "fp16"}, SettingError),
+    ({"learning_rate": 0}, SettingError),
+])
+def test_bad_settings_are_refused_in_one_sentence_before_anything_is_encoded(images, host, changes, error):
+    seen: list[events.Event] = []
+    with pytest.raises(error) as caught:
+        run_job(settings(images, **changes), host, report=seen.append, stop=lambda: "")
+    assert "\n" not in str(caught.value)
+    assert not [s for s in of(events.Stage, seen) if s.name.startswith("Encoding")]
+
+
+def test_an_existing_lora_is_refused_before_the_pictures_are_read(images, host):
+    host.lora_folder.mkdir()
+    (host.lora_folder / "zzk.safetensors").write_bytes(b"precious")
+    seen: list[events.Event] = []
+    with pytest.raises(OutputError, match="already"):
+        run_job(settings(images), host, report=seen.append, stop=lambda: "")
+    assert not seen and (host.lora_folder / "zzk.safetensors").read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("name, reason", [("model.ckpt", "pickled"), ("model.safetensors", "does not exist"),
+                                          ("model.txt", "not a checkpoint")])
+def test_a_checkpoint_that_cannot_be_used_is_refused_with_the_reason(images, tmp_path, name, reason):
+    host = StandaloneHost(tmp_path / name, lora_folder=tmp_path / "loras", runs_folder=tmp_path / "runs")
+    with pytest.raises(ModelError, match=reason):
+        run(settings(images), host)
+
+
+def test_a_checkpoint_that_breaks_off_is_refused(images, tiny_file, tmp_path):
+    torn = tmp_path / "torn.safetensors"
+    torn.write_bytes(tiny_file.read_bytes()[:100_000])
+    host = StandaloneHost(torn, lora_folder=tmp_path / "loras", runs_folder=tmp_path / "runs")
+    with pytest.raises(ModelError, match="torn"):
+        run(settings(images), host)
+
+
+def test_latents_kept_on_disk_give_the_same_lora(images, host):
+    first = load_file(run(settings(images, cache_latents_to_disk=True), host)[0].path)
+    assert list(images.rglob("*.safetensors"))
+    again = load_file(run(settings(images, cache_latents_to_disk=True, overwrite=True), host)[0].path)
+    assert all(torch.equal(first[key], again[key]) for key in first)
+
+
+def test_pictures_varied_at_each_step_train_too(images, host):
+    finished, _ = run(settings(images, color_aug=True, random_crop=True, flip_aug=True), host)
+    assert finished.outcome == "done"
+
+
+def test_ignored_settings_are_told(images, host):
+    _, seen = run(settings(images, keep_tokens=2), host)
+    assert any("keep_tokens" in warning.message for warning in of(events.Warned, seen))
+
+
+def test_the_model_is_given_back_when_the_run_fails(images, host, monkeypatch):
+    monkeypatch.setattr(job, "train", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("broken")))
+    with pytest.raises(RuntimeError, match="broken"):
+        run(settings(images), host)
+    with host.borrow():
+        pass
+
+
+def test_v_prediction_said_by_the_user_is_written_into_the_file(images, host):
+    path = run(settings(images, v_parameterization="on"), host)[0].path
+    assert metadata(path)["modelspec.prediction_type"] == "v"

@@ -1,0 +1,309 @@
+"""Pictures brought into a dataset: upright, named, once; originals untouched; what is left out is told."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin
+
+from lib_lora_train.dataset.folder import scan
+from lib_lora_train.dataset.images import read_image
+from lib_lora_train.errors import Interrupted, LoraTrainError
+from lib_lora_train.storage import atomic
+from lib_lora_train.studio.importing.collect import Upload, collect
+from lib_lora_train.studio.importing.owned import OwnedDataset
+from tests.mixed_pictures import ADDED, COUNT, mixed_pictures
+
+ORIENTATION = 0x0112
+
+
+def noise(seed: int, size: tuple[int, int] = (40, 30), channels: int = 3) -> Image.Image:
+    shape = (size[1], size[0], channels) if channels > 1 else (size[1], size[0])
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
+
+
+def with_orientation(value: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[ORIENTATION] = value
+    return exif
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> OwnedDataset:
+    return OwnedDataset.create(tmp_path / "datasets", "d", concept="zzk")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    (tmp_path / "source").mkdir()
+    return tmp_path / "source"
+
+
+def contents(folder: Path) -> dict[str, tuple[str, int]]:
+    return {path.relative_to(folder).as_posix(): (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
+            for path in folder.rglob("*") if path.is_file()}
+
+
+def test_thirty_mixed_pictures_come_in_and_the_originals_stay_as_they_were(tmp_path: Path, dataset: OwnedDataset):
+    heap = mixed_pictures(tmp_path / "heap", scale=0.25)
+    before = contents(heap)
+    seen = []
+    collected = collect(dataset, [heap], on_progress=lambda done, total: seen.append((done, total)))
+    assert contents(heap) == before
+    assert len(collected.added) == ADDED == len(dataset.images)
+    told = dict(collected.skipped)
+    assert set(told) == {"broken.png", "copy-of-the-first.png"}
+    assert "damaged" in told["broken.png"] and "same file as" in told["copy-of-the-first.png"]
+    assert seen == [(i + 1, COUNT) for i in range(COUNT)]
+    assert len(list(dataset.masks_folder.iterdir())) == 3
+    by_source = {note["source"]: dataset.images_folder / name for name, note in dataset.notes().items()}
+    assert len(by_source) == ADDED
+    for original, (_, _) in before.items():
+        if str(heap / original) in by_source:
+            taken = by_source[str(heap / original)]
+            assert np.array_equal(read_image(heap / original), read_image(taken)), original
+            with Image.open(taken) as plain:  # as a program sees it that knows nothing of EXIF
+                assert plain.size == read_image(heap / original).size and "A" not in plain.mode
+    assert len(scan(dataset.folder, max_train_epochs=1).examples) == ADDED
+    again = collect(dataset, [heap])
+    assert again.added == () and len(dataset.images) == ADDED  # nothing comes twice
+
+
+def test_what_every_program_sees_alike_is_copied_byte_for_byte(dataset: OwnedDataset, source: Path):
+    text = PngImagePlugin.PngInfo()
+    text.add_text("parameters", "a cat\nSteps: 20")
+    noise(1).save(source / "a.png", pnginfo=text)
+    noise(2).save(source / "b.JPG", quality=90)
+    noise(3).save(source / "c.webp")
+    noise(4, channels=1).save(source / "d.bmp")
+    noise(5).convert("P").save(source / "e.png")
+    collected = collect(dataset, [source])
+    assert [path.name for path in collected.added] == ["a.png", "b.jpg", "c.webp", "d.bmp", "e.png"]
+    for path, original in zip(collected.added, sorted(source.iterdir(), key=lambda p: p.name.casefold()), strict=True):
+        assert path.read_bytes() == original.read_bytes()
+
+
+@pytest.mark.parametrize(("name", "image"), [
+    ("a.tif", noise(1)), ("a.gif", noise(1).convert("P")), ("a.jpg", noise(1).convert("CMYK")),
+    ("a.png", Image.fromarray((np.arange(1200).reshape(30, 40) * 50).astype(np.uint16)))])
+def test_what_other_tools_would_see_otherwise_becomes_a_png(dataset: OwnedDataset, source: Path, name: str, image: Image.Image):
+    image.save(source / name)
+    (path,) = collect(dataset, [source]).added
+    assert path.name == "a.png"
+    with Image.open(path) as plain:
+        assert plain.mode == "RGB" and np.array_equal(plain, read_image(source / name))
+
+
+def test_a_picture_called_otherwise_than_it_is_gets_its_own_ending(dataset: OwnedDataset, source: Path):
+    noise(1).save(source / "a.jpg", format="PNG")
+    noise(2).save(source / "b.jfif", format="JPEG")
+    assert [path.name for path in collect(dataset, [source]).added] == ["a.png", "b.jpg"]
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_a_lying_photograph_stands_upright_for_everybody(dataset: OwnedDataset, source: Path, orientation: int):
+    from PIL import ImageOps
+
+    noise(orientation).save(source / "a.jpg", exif=with_orientation(orientation), quality=90)
+    (path,) = collect(dataset, [source]).added
+    with Image.open(path) as plain, Image.open(source / "a.jpg") as lying:
+        assert plain.getexif().get(ORIENTATION, 1) == 1
+        assert np.array_equal(plain, ImageOps.exif_transpose(lying))
+
+
+def test_the_prompt_inside_a_picture_survives_its_turning(dataset: OwnedDataset, source: Path):
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt("parameters", "eine Katze, 猫\nSteps: 20")
+    noise(1).save(source / "a.png", pnginfo=text, exif=with_orientation(6))
+    (path,) = collect(dataset, [source]).added
+    with Image.open(path) as plain:
+        assert plain.size == (30, 40) and plain.info["parameters"] == "eine Katze, 猫\nSteps: 20"
+
+
+def test_transparency_becomes_white_and_a_mask(dataset: OwnedDataset, source: Path):
+    image = noise(1).convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize((40, 30)))
+    image.save(source / "a.png", exif=with_orientation(6))
+    collected = collect(dataset, [source])
+    (path,) = collected.added
+    assert np.array_equal(read_image(path), read_image(source / "a.png"))
+    with Image.open(path) as plain, Image.open(dataset.mask_path(path.name)) as mask:
+        assert plain.mode == "RGB" and mask.mode == "L" and mask.size == plain.size == (30, 40)
+        assert np.array_equal(mask, image.getchannel("A").transpose(Image.Transpose.ROTATE_270))
+    assert "1 picture had transparent parts" in collected.notes[0]
+
+
+def test_transparency_can_be_forgotten_and_opaque_pictures_get_no_mask(dataset: OwnedDataset, source: Path):
+    image = noise(1).convert("RGBA")
+    image.save(source / "opaque.png")
+    image.putalpha(100)
+    image.save(source / "half.png")
+    image.putalpha(0)
+    image.save(source / "nothing.png")
+    collected = collect(dataset, [source], transparent="white")
+    assert [path.name for path in collected.added] == ["half.png", "opaque.png"]
+    assert collected.skipped == (("nothing.png", "It is transparent everywhere."),)
+    assert not dataset.masks_folder.exists()
+
+
+def test_captions_come_along_as_one_line_of_utf8(dataset: OwnedDataset, source: Path):
+    for seed, name in enumerate(("a", "b", "c", "d", "e")):
+        noise(seed).save(source / f"{name}.png")
+    (source / "a.txt").write_bytes("\ufeff\n  猫, tag \nsecond line\n".encode())
+    (source / "b.caption").write_text("from caption", encoding="utf-8")
+    (source / "c.txt").write_bytes("Käse".encode("latin-1"))
+    (source / "d.TXT").write_text("", encoding="utf-8")
+    (source / "e.txt").write_bytes(b"x" * (2 << 20))
+    collected = collect(dataset, [source])
+    assert len(collected.added) == 5
+    assert {path.name: path.read_bytes() for path in dataset.images_folder.glob("*.txt")} == {
+        "a.txt": "猫, tag".encode(), "b.txt": b"from caption"}
+    assert sorted(name for name, _ in collected.skipped) == ["caption of c.png", "caption of e.png"]
+    assert any("several lines" in note for note in collected.notes)
+
+
+def test_folders_are_read_one_level_deep_with_their_masks(dataset: OwnedDataset, tmp_path: Path):
+    kohya = tmp_path / "kohya"
+    for seed, place in enumerate(("10_a/1.png", "5_b/1.png", "masks/1.png", ".hidden/x.png", "10_a/deep/y.png", "top.png")):
+        (kohya / place).parent.mkdir(parents=True, exist_ok=True)
+        noise(seed).save(kohya / place)
+    (kohya / "5_b" / "1.txt").write_text("b one", encoding="utf-8")
+    collected = collect(dataset, [kohya])
+    assert [path.name for path in collected.added] == ["top.png", "1.png", "1_2.png"]
+    assert (dataset.images_folder / "1_2.txt").read_text("utf-8") == "b one"
+    with Image.open(dataset.mask_path("1.png")) as mask:
+        assert np.array_equal(mask, read_image(kohya / "masks" / "1.png").convert("L"))
+
+
+def test_a_dataset_of_ours_can_be_brought_into_another(dataset: OwnedDataset, source: Path, tmp_path: Path):
+    image = noise(1).convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize((40, 30)))
+    image.save(source / "a.png")
+    (source / "a.txt").write_text("tag", encoding="utf-8")
+    collect(dataset, [source])
+    other = OwnedDataset.create(tmp_path / "datasets", "other")
+    assert len(collect(other, [dataset.folder]).added) == 1
+    assert other.mask_path("a.png").read_bytes() == dataset.mask_path("a.png").read_bytes()
+    assert (other.images_folder / "a.txt").read_text("utf-8") == "tag"
+
+
+def test_files_come_with_what_lies_beside_them_and_uploads_with_each_other(dataset: OwnedDataset, source: Path, tmp_path: Path):
+    for seed, name in enumerate(("a.png", "b.png")):
+        noise(seed).save(source / name)
+    (source / "a.txt").write_text("beside", encoding="utf-8")
+    sent = tmp_path / "sent"
+    sent.mkdir()
+    noise(7).save(sent / "0001", format="PNG")
+    (sent / "0002").write_text("sent", encoding="utf-8")
+    (sent / "0003").write_text("x", encoding="utf-8")
+    uploads = [Upload("../../鳥.PNG", sent / "0001"), Upload("../../鳥.txt", sent / "0002"), Upload("run.exe", sent / "0003"),
+               Upload("lone.txt", sent / "0003")]
+    collected = collect(dataset, [source / "a.png", *uploads, source / "gone.png"])
+    assert [path.name for path in collected.added] == ["a.png", "鳥.png"]
+    assert [(dataset.images_folder / name).read_text("utf-8") for name in ("a.txt", "鳥.txt")] == ["beside", "sent"]
+    assert dict(collected.skipped) == {
+        "run.exe": "Its name does not end like a picture's.", "lone.txt": "There is no picture of this name with it.",
+        "gone.png": "It does not exist."}
+
+
+def test_a_fence_is_asked_for_every_file(dataset: OwnedDataset, source: Path, tmp_path: Path):
+    noise(1).save(source / "a.png")
+    (tmp_path / "secret").mkdir()
+    noise(2).save(tmp_path / "secret" / "b.png")
+    try:
+        os.symlink(tmp_path / "secret" / "b.png", source / "b.png")
+        os.symlink(tmp_path / "secret", source / "below")
+    except OSError:
+        pytest.skip("no links here")
+
+    def may_read(path: Path) -> bool:
+        return source.resolve() in (path.resolve(), *path.resolve().parents)
+
+    collected = collect(dataset, [source, tmp_path / "secret"], may_read=may_read)
+    assert [path.name for path in collected.added] == ["a.png"]
+    assert sorted(name for name, _ in collected.skipped) == ["b.png", "below", "secret"]
+
+
+def test_a_new_picture_inherits_nothing_from_one_that_was_removed(dataset: OwnedDataset, source: Path):
+    noise(1).save(source / "a.png")
+    (source / "a.txt").write_text("old", encoding="utf-8")
+    collect(dataset, [source])
+    dataset.remove(["a.png"])
+    (source / "a.txt").unlink()
+    (path,) = collect(dataset, [source]).added  # what was removed may be brought in again
+    assert path.name == "a_2.png" and not path.with_suffix(".txt").exists()
+    assert dataset.restore(["a.png"]) == ("a.png",)
+
+
+def test_stopping_keeps_what_was_brought_in(dataset: OwnedDataset, source: Path):
+    for seed in range(5):
+        noise(seed).save(source / f"{seed}.png")
+    done = []
+    with pytest.raises(Interrupted, match="imported"):
+        collect(dataset, [source], on_progress=lambda n, _: done.append(n), should_stop=lambda: len(done) == 2)
+    assert len(dataset.images) == 2 == len(dataset.notes())
+    assert len(collect(dataset, [source]).added) == 3
+
+
+def test_a_full_disk_is_a_sentence_and_leaves_whole_pictures(dataset: OwnedDataset, source: Path,
+                                                             monkeypatch: pytest.MonkeyPatch):
+    for seed in range(3):
+        noise(seed).save(source / f"{seed}.png")
+    whole, fsync = [], os.fsync
+
+    def full(descriptor: int) -> None:
+        whole.append(descriptor)
+        if len(whole) == 2:  # in the second picture
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(atomic.os, "fsync", full)
+    with pytest.raises(LoraTrainError, match="No space left"):
+        collect(dataset, [source])
+    monkeypatch.undo()
+    assert all(read_image(path).size == (40, 30) for path in dataset.images)
+    assert not list(dataset.folder.rglob("*.part"))
+    collect(dataset, [source])
+    assert len(dataset.images) == 3
+
+
+def test_what_a_killed_import_left_behind_is_cleared_away(dataset: OwnedDataset, source: Path):
+    noise(1).save(source / "a.png")
+    for name in (".b.1.part", f".c.{os.getpid()}.part", "mine.part"):  # another process's, this one's, nobody's of ours
+        (dataset.images_folder / name).write_bytes(b"x")
+    collect(dataset, [source])
+    assert sorted(os.listdir(dataset.images_folder)) == sorted([f".c.{os.getpid()}.part", "a.png", "mine.part"])
+
+
+def test_a_dry_run_says_the_same_and_writes_nothing(tmp_path: Path, dataset: OwnedDataset):
+    heap = mixed_pictures(tmp_path / "heap", scale=0.1)
+    before = contents(dataset.folder)
+    dry = collect(dataset, [heap], dry_run=True)
+    assert contents(dataset.folder) == before
+    assert dry == collect(dataset, [heap])
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="their names are always text")
+def test_names_that_are_no_text_are_taken_and_told(dataset: OwnedDataset, source: Path):
+    noise(1).save(source / "good.png")
+    (source / os.fsdecode(b"\xff\xfebad.png")).write_bytes((source / "good.png").read_bytes()[:50])
+    (source / os.fsdecode(b"\xffother.png")).write_bytes(b"")
+    noise(2).save(source / os.fsdecode(b"\xffthird.png"))
+    collected = collect(dataset, [source])
+    assert sorted(path.name for path in collected.added) == ["_third.png", "good.png"]
+    assert all(name.encode() and why.encode() for name, why in collected.skipped) and len(collected.skipped) == 2
+    assert (dataset.folder / "dataset.json").read_text("utf-8")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo") or sys.platform == "win32", reason="no such files there")
+def test_what_is_no_plain_file_is_not_waited_for(dataset: OwnedDataset, source: Path):
+    os.mkfifo(source / "endless.png")
+    noise(1).save(source / "a.png")
+    os.mkfifo(source / "a.txt")
+    assert [path.name for path in collect(dataset, [source]).added] == ["a.png"]
+    assert collect(dataset, [source / "endless.png"]).skipped == (("endless.png", "It is not a file."),)

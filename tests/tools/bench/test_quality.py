@@ -1,0 +1,80 @@
+"""The whole road on a model that has learnt nothing and on few pictures: what is written, refused and repeated."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lib_lora_train.errors import DatasetError, SettingError
+from tools.bench import quality, real_images
+from tools.bench.command import main
+from tools.bench.quality import QualityPlan, run_quality
+from tools.bench.yardstick import Effort
+
+HASTE = Effort(texture=2, words=2, across=True, every=2, sampler_steps=1, paintings=1)
+
+
+@pytest.fixture
+def few(tmp_path, monkeypatch) -> dict[str, Path]:
+    """Datasets of few pictures, and a sheet of eight words."""
+    real = real_images.load()
+    places = [0, 1, *real.places("held_out")[:4].tolist(), *real.places("other")[:2].tolist()]
+    thin = real_images.RealPictures(
+        tuple(real.words[p] for p in places), tuple(real.splits[p] for p in places),
+        {hand: pixels[places] for hand, pixels in real.pixels.items()})
+    monkeypatch.setattr(real_images, "load", lambda: thin)
+    folders = {}
+    for name, source, count in (("style", quality.STYLE, 2), ("subject", quality.SUBJECT, 4)):
+        folders[name] = tmp_path / name
+        folders[name].mkdir()
+        for image in sorted(source.glob("*.png"))[:count]:
+            for part in (image, image.with_suffix(".txt")):
+                shutil.copy(part, folders[name])
+    return folders
+
+
+def test_a_run_writes_its_table_its_figures_and_its_sheets(few, host, tmp_path):
+    said: list[str] = []
+    plan = QualityPlan(tmp_path / "out", steps=2, subject_steps=1, effort=HASTE, changes={"network_dim": "2"}, **few)
+    done = run_quality(plan, host, say=said.append)
+    assert [row.name for row in done.style.rows] == [
+        "real Noto", "real Twemoji", "base, the word alone", "base", "LoRA at 0", "LoRA at 0.5", "LoRA at 1"]
+    assert [row.name for row in done.style.on_the_way] == ["1 steps", "2 steps"]
+    assert done.style.weight_0_is_base
+    real = done.style.rows[1]
+    assert real.feature == pytest.approx(0, abs=1e-5)  # the same pictures through the same VAE
+    assert done.style.memorised[0].suspicious == 0
+    # The pose that is kept back is not trained on.
+    assert sorted(path.stem for path in (tmp_path / "out" / "subject").glob("*.png")) == sorted(
+        path.stem for path in few["subject"].glob("*.png"))[:3]
+    figures = json.loads((tmp_path / "out" / "quality.json").read_text(encoding="utf-8"))
+    assert figures["settings"]["network_dim"] == "2" and figures["style"]["rows"][3]["style"] == done.style.rows[3].style
+    assert figures["thorough"] is False
+    assert "Not to be quoted" in (tmp_path / "out" / "quality.md").read_text(encoding="utf-8")
+    assert (tmp_path / "out" / "style.png").is_file() and (tmp_path / "out" / "subject.png").is_file()
+    judged = next(place for place, line in enumerate(said) if "Judge of hands" in line)
+    assert not any("step" in line and "/" in line for line in said[:judged])
+
+
+def test_a_missing_dataset_is_told_before_anything_is_fitted(host, tmp_path, few):
+    with pytest.raises(DatasetError, match="nothing-here"):
+        run_quality(QualityPlan(tmp_path / "out", style=tmp_path / "nothing-here", subject=None), host, say=lambda text: None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_setting_of_the_yardsticks_own_is_refused_before_anything_is_read(host, tmp_path):
+    with pytest.raises(SettingError, match="seed_of_nothing"):
+        run_quality(QualityPlan(tmp_path / "out", changes={"seed_of_nothing": 1}), host, say=lambda text: None)
+
+
+@pytest.mark.parametrize("more, word", [
+    (["--checkpoint", "nowhere.safetensors"], "nowhere"), (["--set", "max_train_steps=3"], "--steps"),
+    (["--set", "rank"], "name=value"), (["--steps", "0"], "--steps 0")])
+def test_bad_input_is_one_sentence_and_2(more, word, tiny_file, tmp_path, capsys):
+    arguments = ["--checkpoint", str(tiny_file), "--out", str(tmp_path / "out"), *more]
+    assert main(["quality", *arguments]) == 2
+    told = capsys.readouterr()
+    assert word in told.err and told.err.strip().count("\n") == 0 and told.out == ""

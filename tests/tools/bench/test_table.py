@@ -1,0 +1,51 @@
+"""The table says what counts for nothing before it says anything else."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from tools.bench.style import StyleResult
+from tools.bench.subject import SubjectResult
+from tools.bench.table import WORTHLESS, judges_text, quality_text
+from tools.bench.yardstick import Band, JudgeFigures, Memorised, Row
+
+JUDGES = JudgeFigures(hand=0.96875, hand_palette=0.9, hand_texture=0.85, hand_counts=True, word_noto=1.0, word_twemoji=0.98,
+                      word_across=0.45)
+STYLE = StyleResult(
+    steps=800, rows=[Row("base", 0.03125, 0.1, 0.2, 0.75, 12.345, 0.5, 0.25), Row("LoRA at 1", 0.9, 1, 1, 0.7, 14.0, 0.6, 0.2)],
+    weight_0_is_base=True, own=0.5, on_the_way=[Row("50 steps", 0.5, 1, 1, 0.7, 14.0, 0.6, 0.2)],
+    memorised=[Memorised("real held-out Twemoji", 0.2, 0.1, 0.0)], loss=[Band("0-199", 0.5, 0.4)], training_seconds=9.0)
+SUBJECT = SubjectResult(steps=400, images=16, base=0.0, lora=0.75, real=0.9, mistaken=0.01, loss=[Band("0-199", 0.5, 0.6)])
+
+
+def text(judges: JudgeFigures = JUDGES, style: StyleResult = STYLE, *, thorough: bool = True) -> str:
+    return quality_text(settings={"network_dim": 8}, checkpoint="emoji", judges=judges, style=style, subject=SUBJECT,
+                        thorough=thorough, seconds=600.0)
+
+
+def test_a_judge_that_is_right_too_seldom_is_named_before_its_verdicts():
+    poor = dataclasses.replace(JUDGES, hand=0.93, hand_counts=False)
+    assert judges_text(poor).startswith(WORTHLESS) and text(poor).index(WORTHLESS) < text(poor).index("| base")
+    assert WORTHLESS not in text()
+
+
+def test_the_judges_own_accuracy_comes_before_all_shares():
+    assert text().index("96.9 %") < text().index("| base")
+
+
+def test_every_row_of_a_table_has_as_many_cells_as_its_head_and_they_line_up():
+    for block in text().split("\n\n"):
+        lines = block.splitlines()
+        if lines[0].startswith("|"):
+            assert len({line.count("|") for line in lines}) == 1 and len({len(line) for line in lines}) == 1
+
+
+def test_figures_are_shown_with_their_signs_and_units():
+    shown = text()
+    assert "3.1 %" in shown and "12.35" in shown  # a share and a PSNR
+    assert "-20.0 %" in shown and "+20.0 %" in shown  # a loss that fell, and one that rose
+
+
+def test_a_quick_run_and_a_weight_0_that_changes_something_are_told():
+    assert "Not to be quoted" in text(thorough=False) and "Not to be quoted" not in text()
+    assert "something is wrong" in text(style=dataclasses.replace(STYLE, weight_0_is_base=False))
