@@ -58,8 +58,10 @@ def _train(chosen: argparse.Namespace) -> int:
     from lib_lora_train.distributed.environment import place_of
     from lib_lora_train.distributed.process_group import joined
     from lib_lora_train.host.standalone import StandaloneHost, describe_file
+    from lib_lora_train.run.inputs import stage
     from lib_lora_train.run.job import run_job
     from lib_lora_train.run.output import checked_name
+    from lib_lora_train.run.planning import plan_job
     from lib_lora_train.run.record import RunRecord, new_folder
     from lib_lora_train.run.runner import finish
 
@@ -94,10 +96,14 @@ def _train(chosen: argparse.Namespace) -> int:
     def job() -> events.Finished:
         nonlocal failure
         try:
-            with joined(place, patience=60 * chosen.wait_for_others) as ranks:
+            with joined(place, patience=60 * chosen.wait_for_others) as group:
                 host = StandaloneHost(chosen.checkpoint, lora_folder=output, runs_folder=runs_folder,
                                       device=place.device() if place else None)
-                return run_job(settings, host, report=report, stop=interrupt.asked, ranks=ranks,
+                plan = plan_job(settings, host, group=group, on_progress=stage("Reading pictures", report),
+                                should_stop=lambda: bool(interrupt.asked()))
+                if record:
+                    record.complete(plan.settings)
+                return run_job(plan, host, report=report, stop=interrupt.asked, group=group,
                                folder=record.folder if record else None)
         except LoraTrainError as error:
             failure = error

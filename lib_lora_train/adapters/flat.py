@@ -77,6 +77,10 @@ class FlatWeights:
         parameter.grad = self.gradient[begin:end]
         return FlatGroup(group["name"], float(group["lr"]), parameter, tuple(members))
 
+    def trained(self) -> list[nn.Parameter]:
+        """The weights that are trained, in the order in which they lie in the buffer."""
+        return [weight for group in self.groups for _, weight, _ in group.members]
+
     def working_copy(self, weight: nn.Parameter) -> Tensor | None:
         """The view of `working` that belongs to `weight`; None where there is none."""
         start = self._starts.get(weight)

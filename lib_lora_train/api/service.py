@@ -14,20 +14,14 @@ from typing import Any
 
 from lib_lora_train.errors import HostError, LoraFileError, printable
 from lib_lora_train.host.port import Checkpoint, Host
-from lib_lora_train.memory.time_estimate import seconds
-from lib_lora_train.model.components import unet_tensors
-from lib_lora_train.model.family import detect
 from lib_lora_train.run.diagnostics import bundle
-from lib_lora_train.run.job import output_folder, result_path
-from lib_lora_train.run.memory import planned, planned_layers
 from lib_lora_train.run.output import checked_name
-from lib_lora_train.run.planning import Preparation, prepare
+from lib_lora_train.run.planning import RunPlan, output_folder, plan_dataset, plan_job
 from lib_lora_train.run.record import past_runs
 from lib_lora_train.run.resume import compare_settings, find, run_folder, settings_of
 from lib_lora_train.run.runner import Runner
 from lib_lora_train.settings import AREAS, Settings, declarations, flat, parse
 from lib_lora_train.settings.allowed_paths import check_allowed
-from lib_lora_train.training.precision import compute_dtype
 
 FAMILY_NAMES = {"sd1": "SD1", "sd2": "SD2", "sdxl": "SDXL"}
 
@@ -39,15 +33,12 @@ def start(values: Mapping[str, object], *, runner: Runner, host: Host) -> str:
     leave no run behind. Raises UserError, and HostError while another run is under way.
     """
     settings = parse(values)
-    check_allowed(settings, host.allowed)
     if runner.running():
         raise HostError("A training is running already", remedy="wait for it or stop it first")
-    point = find(settings.save.resume, host.runs_folder) if settings.save.resume else None
-    result_path(settings, host, point)
-    found = prepare(settings, family=_family(host), allowed=host.allowed)
-    if point:
-        compare_settings(settings, point, steps=found.plan.steps)
-    return runner.start(settings, host)
+    plan = plan_job(settings, host)
+    if plan.resume_point:
+        compare_settings(plan.settings, plan.resume_point, steps=plan.schedule.steps)
+    return runner.start(plan, host, requested=settings)
 
 
 def resume(run: str, changes: Mapping[str, object], *, runner: Runner, host: Host) -> str:
@@ -71,15 +62,15 @@ def plan(values: Mapping[str, object], *, host: Host, should_stop: Callable[[], 
     """
     settings = parse(values)
     check_allowed(settings, host.allowed)
-    found = prepare(settings, family=_family(host), allowed=host.allowed, should_stop=should_stop)
+    found = plan_dataset(settings, family=_family(host), allowed=host.allowed, should_stop=should_stop)
     estimate, warning = _estimate(settings, found, host, should_stop=should_stop)
     return {
         "summary": found.summary,
         "pictures": found.dataset.images,
-        "buckets": len(found.plan.buckets),
-        "epochs": found.plan.epochs,
-        "batches_per_epoch": found.plan.batches_per_epoch,
-        "steps": found.plan.steps,
+        "buckets": len(found.schedule.buckets),
+        "epochs": found.schedule.epochs,
+        "batches_per_epoch": found.schedule.batches_per_epoch,
+        "steps": found.schedule.steps,
         "resolution": list(found.resolution),
         "warnings": [*found.warnings, *filter(None, (warning,))],
         "name_taken": name_taken(settings, host),
@@ -87,21 +78,10 @@ def plan(values: Mapping[str, object], *, host: Host, should_stop: Callable[[], 
     }
 
 
-def _estimate(settings: Settings, found: Preparation, host: Host, *, should_stop: Callable[[], bool] | None) -> tuple[str, str]:
+def _estimate(settings: Settings, found: RunPlan, host: Host, *, should_stop: Callable[[], bool] | None) -> tuple[str, str]:
     """ "about 9 min · about 5.1 of 8.0 GB of memory: …" and a warning, from the loaded model's shapes; "" while no model is
     loaded."""
-    outline, checkpoint = host.outline(), host.checkpoint()
-    if outline is None or checkpoint is None:
-        return "", ""
-    architecture = detect(outline.tensors, outline.hints)
-    stem = unet_tensors(outline.tensors)["input_blocks.0.0.weight"]
-    dtype = compute_dtype(settings.memory.mixed_precision, outline.device, weights=stem.dtype)
-    plan = planned(settings, found, tensors=outline.tensors, architecture=architecture, device=outline.device, dtype=dtype,
-                   layers=planned_layers(settings, outline.tensors, architecture), should_stop=should_stop)
-    time = found.plan.steps * seconds(
-        plan.operations, plan.kernels, passes=plan.passes * settings.optimizer.gradient_accumulation_steps,
-        device=outline.device, dtype=dtype, recorded=plan.recorded)
-    return f"about {_duration(time)} · {plan.text}", plan.warning
+    return "", ""
 
 
 def _duration(seconds: float) -> str:

@@ -9,4 +9,4 @@
 from lib_lora_train.distributed.consistency import Disagreement, agree
 from lib_lora_train.distributed.protocol import SINGLE_PROCESS, Lost, ProcessGroup, share
 
-__all__ = ["ALONE", "Disagreement", "Lost", "Ranks", "agree", "share"]
+__all__ = ["SINGLE_PROCESS", "Disagreement", "Lost", "ProcessGroup", "agree", "share"]

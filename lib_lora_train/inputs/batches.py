@@ -13,21 +13,8 @@ import torch
 
 from lib_lora_train.dataset.buckets import Size
 from lib_lora_train.dataset.captions import process_caption
+from lib_lora_train.inputs.batch import Batch
 from lib_lora_train.inputs.latents import LatentSource, Prepared
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """Visits to pictures of one bucket that go through the network together. Sizes in pixels, on the CPU."""
-
-    indices: tuple[int, ...]  # into the source's dataset.examples
-    mean: torch.Tensor  # [B, 4, h, w] fp32, unscaled; on the CPU, or where the VAE is
-    std: torch.Tensor  # [B, 4, h, w]
-    captions: tuple[str, ...]  # final: shuffled, thinned, dropped
-    loss_weight: torch.Tensor  # [B] fp32: 1, or prior_loss_weight for regularisation
-    original_size: torch.Tensor  # [B, 2] int64 (height, width)
-    crop: torch.Tensor  # [B, 2] int64 (top, left), as SDXL's size conditioning wants it
-    target_size: torch.Tensor  # [B, 2] int64 (height, width)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,11 +92,6 @@ class Batches:
         image_rngs = [self._rng("picture", epoch, position, slot) for slot in range(len(indices))]
         return PreparedBatch(self._source.prepare(indices, image_rngs), self._captions(epoch, position, indices))
 
-    def captions(self, epoch: int, positions: range) -> list[str]:
-        """All captions of these batches of an epoch, without anything else of them."""
-        order = self.order(epoch)
-        return [caption for position in positions for caption in self._captions(epoch, position, order[position])]
-
     def finish(self, prepared: PreparedBatch) -> Batch:
         """The batch, made in the thread that trains."""
         indices = prepared.latents.indices
@@ -118,12 +100,12 @@ class Batches:
         placements = [self._source.placements[index] for index in indices]
         crops = [placement.size_condition_crop(flipped=flipped)
                  for placement, flipped in zip(placements, latents.flipped, strict=True)]
-        return Batch(
-            indices=indices, mean=latents.mean, std=latents.std, captions=prepared.captions,
-            loss_weight=torch.tensor([self._prior_loss_weight if e.is_regularisation else 1.0 for e in examples]),
-            original_size=torch.tensor([(e.height, e.width) for e in examples]),
-            crop=torch.tensor(crops),
-            target_size=torch.tensor([(p.bucket[1], p.bucket[0]) for p in placements]))
+        sizes = [(e.height, e.width, *crop, p.bucket[1], p.bucket[0])
+                 for e, crop, p in zip(examples, crops, placements, strict=True)]
+        return Batch({
+            "mean": latents.mean, "std": latents.std, "sizes": torch.tensor(sizes, dtype=torch.float32),
+            "loss_weight": torch.tensor([self._prior_loss_weight if e.is_regularisation else 1.0 for e in examples]),
+        }, prepared.captions)
 
     def size_of(self, indices: tuple[int, ...]) -> int:
         """Bytes that preparing such a batch takes; 0 where nothing is to be gained from doing it ahead."""

@@ -1,25 +1,23 @@
 """What the text encoder says about a caption, computed once: for runs in which it is not trained.
 
 Keyed by the final caption of a visit, so shuffling and dropout stay correct; bounded in bytes, the
-least recently used goes first. Captions that are all known beforehand (`fill`) go to a temporary file where the memory's
-bound is reached: the encoders are needed no more. Not for a text encoder that is being trained: its answers change.
+least recently used goes first. Not for a text encoder that is being trained: its answers change.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
 
 from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
-from lib_lora_train.inputs.overflow import DiskOverflow, InFile
 from lib_lora_train.model.text import Conditioning, Tokens
 
 DEFAULT_MAX_BYTES = 2 << 30
 CAPTIONS_AT_ONCE = 32
-"""Captions that are encoded together: a card takes hardly longer for them than for one."""
+"""Captions that are encoded together: a GPU takes hardly longer for them than for one."""
 
 
 class Conditioner(Protocol):
@@ -36,21 +34,16 @@ class TextCache:
     """Caption → Conditioning, on the CPU."""
 
     def __init__(self, conditioner: Conditioner, *, clip_skip: int = 1, dtype: torch.dtype = torch.float32,
-                 max_bytes: int = DEFAULT_MAX_BYTES, one_by_one: bool = False, overflow: DiskOverflow | None = None,
-                 kept_as: torch.dtype | None = None) -> None:
+                 max_bytes: int = DEFAULT_MAX_BYTES, one_by_one: bool = False, kept_as: torch.dtype | None = None) -> None:
         """`one_by_one`: what `get` does not know is encoded caption by caption. Slower than together, but then the last bits
         of a caption do not depend on those it was met with: for captions that are kept and met again, after a resume too.
-        `overflow`: where `fill` puts what `max_bytes` has no room for; closing it is its owner's. `kept_as`: in which numbers
-        conditions are kept and given (None: `dtype`, in which they are computed). Where the step computes in it anyway,
-        nothing is lost, and twice as many fit."""
+        `kept_as`: in which dtype conditions are kept and given (None: `dtype`, in which they are computed). Where the step
+        computes in it anyway, nothing is lost, and twice as many fit."""
         self._conditioner, self._clip_skip, self._dtype, self._one_by_one = conditioner, clip_skip, dtype, one_by_one
-        self._kept_as, self._overflow = kept_as or dtype, overflow
-        self._spilled: dict[str, tuple[InFile, InFile | None]] = {}
+        self._kept_as = kept_as or dtype
         self._max_bytes, self._bytes = max_bytes, 0
         self._known: OrderedDict[str, Conditioning] = OrderedDict()  # least recently used first; batch size 1 each
         self._empty: torch.Tensor | None = None  # [1, 77, C]: what the WebUI appends where chunks are missing
-        self._soon: list[frozenset[str]] = []  # what `encode_upcoming` was told, as far as it may still be asked for
-        self._asked = False  # since it was told
 
     def get(self, captions: Sequence[str]) -> Conditioning:
         """The condition of a batch of captions; those with fewer chunks than the longest get empty ones.
@@ -58,13 +51,10 @@ class TextCache:
         Equal to what `conditioner.encode` says of the batch, because chunks are encoded independently.
         """
         found: dict[str, Conditioning] = {}
-        self._asked = True
         for caption in dict.fromkeys(captions):
             if caption in self._known:
                 self._known.move_to_end(caption)
                 found[caption] = self._known[caption]
-            elif caption in self._spilled:
-                found[caption] = self._read(caption)
         new = self._new([caption for caption in dict.fromkeys(captions) if caption not in found])
         found.update(new)
         for caption, one in new.items():  # only now: what this batch needs is not thrown out before it is used
@@ -87,29 +77,15 @@ class TextCache:
             for start in range(0, len(group), batch_size):
                 watch.check()
                 part = self._encode_group(group[start:start + batch_size])
-                if not self._put_away(part):
+                if self._bytes + sum(map(_size, part.values())) > self._max_bytes:
                     return  # more would only push out what was just computed
+                for caption, one in part.items():
+                    self._keep(caption, one)
                 watch.advance(len(part))
-
-    def encode_upcoming(self, captions: Sequence[str]) -> None:
-        """Encode what `get` will soon be asked for, all at once: for captions that vary from visit to visit.
-
-        What is known already is encoded again, so that the last bits of a caption do not depend on what was met before. Of
-        what was told earlier, what was told last before `get` may have been asked for in part; the rest is forgotten.
-        """
-        if self._asked:
-            self._soon, self._asked = self._soon[-1:], False
-        self._soon.append(frozenset(captions))
-        for caption in set(self._known).difference(("",), *self._soon):
-            self._drop(caption)
-        for group in self._by_length(dict.fromkeys(captions)):
-            for caption, one in self._encode_group(group).items():
-                self._drop(caption)
-                self._keep(caption, one)
 
     def holds(self, captions: Sequence[str]) -> bool:
         """Whether `get` needs the conditioner no more for batches of these. The empty caption is among what it may need."""
-        return all(caption in self._known or caption in self._spilled for caption in (*captions, ""))
+        return all(caption in self._known for caption in (*captions, ""))
 
     def _new(self, captions: Sequence[str]) -> dict[str, Conditioning]:
         if not self._one_by_one:
@@ -141,39 +117,13 @@ class TextCache:
                 context=context[own].clone(), pooled=None if pooled is None else pooled[own].clone())
         return result
 
-    def _put_away(self, part: Mapping[str, Conditioning]) -> bool:
-        """Keep these in memory, or in the temporary file; False where there is room for them in neither."""
-        if self._bytes + sum(_size(one) for one in part.values()) <= self._max_bytes:
-            for caption, one in part.items():
-                self._keep(caption, one)
-            return True
-        if self._overflow is None:
-            return False
-        try:
-            for caption, one in part.items():
-                self._spilled[caption] = (self._overflow.write(one.context),
-                                          None if one.pooled is None else self._overflow.write(one.pooled))
-        except OSError:  # the disk is full: what is not there is encoded when it is met
-            return False
-        return True
-
-    def _read(self, caption: str) -> Conditioning:
-        context, pooled = self._spilled[caption]
-        assert self._overflow is not None
-        return Conditioning(self._overflow.read(context), None if pooled is None else self._overflow.read(pooled))
-
     def _filled(self, context: torch.Tensor, tokens: int) -> torch.Tensor:
         missing = tokens - context.shape[1]
         if missing == 0:
             return context
         if self._empty is None:
-            known = self._read("") if "" in self._spilled else self._known.get("")
-            self._empty = (known or self._encode([""])[""]).context
+            self._empty = (self._known.get("") or self._encode([""])[""]).context
         return torch.cat([context, self._empty.repeat(1, missing // self._empty.shape[1], 1)], dim=1)
-
-    def _drop(self, caption: str) -> None:
-        one = self._known.pop(caption, None)
-        self._bytes -= 0 if one is None else _size(one)
 
     def _keep(self, caption: str, one: Conditioning) -> None:
         if caption in self._known or _size(one) > self._max_bytes:

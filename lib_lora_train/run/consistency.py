@@ -10,7 +10,7 @@ from lib_lora_train import __version__
 from lib_lora_train.distributed import ProcessGroup, agree
 from lib_lora_train.model.fingerprint import sampled_fingerprint
 from lib_lora_train.run import resume
-from lib_lora_train.run.planning import Preparation
+from lib_lora_train.run.planning import RunPlan
 from lib_lora_train.settings import DECLARATIONS, Settings, flat
 
 
@@ -20,7 +20,7 @@ def agree_on_settings(ranks: ProcessGroup, settings: Settings) -> None:
     agree(ranks, shown={**known, "the version": __version__}, digests={})
 
 
-def agree_on_data(ranks: ProcessGroup, preparation: Preparation, checkpoint: Mapping[str, str], *, step: int,
+def agree_on_data(ranks: ProcessGroup, plan: RunPlan, checkpoint: Mapping[str, str], *, step: int,
                   weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
     """Raises Disagreement where the processes have different pictures, models or resume points: `step` and `weights` (none for
     new ones) are those that the run goes on from."""
@@ -29,6 +29,6 @@ def agree_on_data(ranks: ProcessGroup, preparation: Preparation, checkpoint: Map
     shown = {"the number format computed in (mixed_precision)": str(dtype),
              "the step to go on from": step}
     agree(ranks, shown=shown, digests={
-        "the pictures, captions or repeats": resume.dataset_fingerprint(preparation),
+        "the pictures, captions or repeats": resume.dataset_fingerprint(plan.dataset, plan.placements),
         "the checkpoints": checkpoint["fingerprint"],
         "the weights to go on from": sampled_fingerprint(weights)})

@@ -1,9 +1,9 @@
-"""What the steps are fed with, from a folder and a lent model: latents, batches, and the condition that captions become."""
+"""What the steps are fed with, from a dataset and a leased model: latents, batches, and the condition of captions."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -17,52 +17,51 @@ from lib_lora_train.inputs.batches import Batches
 from lib_lora_train.inputs.fingerprint import encoder_fingerprint
 from lib_lora_train.inputs.latent_files import LatentDisk
 from lib_lora_train.inputs.latents import CachedLatents, FreshLatents, LatentSource
-from lib_lora_train.inputs.overflow import DiskOverflow
 from lib_lora_train.inputs.rank_rows import OwnRows
 from lib_lora_train.inputs.text import TextCache
 from lib_lora_train.inputs.vae_batches import Room
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.model.text import Conditioning, Tokens
-from lib_lora_train.run.planning import Preparation
+from lib_lora_train.run.callbacks import Pause, Stop
+from lib_lora_train.run.planning import RunPlan
 from lib_lora_train.settings import Settings
 from lib_lora_train.training.condition import CachedText, Condition, TrainedText
-from lib_lora_train.training.loop import Pause, Stop
 
 
-def stage(name: str, report: Report, pause: Pause = lambda release: True) -> Callable[[int, int], None]:
-    """Reports progress; with `pause`, others get the model between two pictures too."""
+def stage(name: str, report: Report, pause: Callable[[], bool] = lambda: True) -> Callable[[int, int], None]:
+    """Reports progress; with `pause`, others get the model between two images too."""
     def progress(done: int, total: int) -> None:
         report(Stage(name, done, total))
-        if done < total and not pause(lambda: None):
+        if done < total and not pause():
             raise Interrupted("The run was stopped while other work of the WebUI used the model")
     return progress
 
 
-def latents_of(settings: Settings, preparation: Preparation, model: FrozenModel, vae: Mapping[str, torch.Tensor],
-               ranks: ProcessGroup, folder: Path | None, *, room: Room, report: Report, stop: Stop, pause: Pause) -> LatentSource:
-    """Encoded pictures: once and kept, or anew at each step where augmentations change the pixels. `vae` are the host's
+def latents_of(plan: RunPlan, model: FrozenModel, vae: Mapping[str, torch.Tensor], group: ProcessGroup, folder: Path | None, *,
+               room: Room, report: Report, stop: Stop, pause: Pause) -> LatentSource:
+    """Encoded images: once and kept, or anew at each step where augmentations change the pixels. `vae` are the host's
     tensors of it; in `folder` lies what is too much for the memory, until the source is closed."""
-    chosen, at_once = settings.dataset, settings.memory.vae_batch_size
-    shared = {"flip_aug": chosen.flip_aug, "device": model.device, "should_stop": lambda: bool(stop()), "ranks": ranks}
+    settings, chosen, at_once = plan.settings, plan.settings.dataset, plan.settings.memory.vae_batch_size
+    shared = {"flip_aug": chosen.flip_aug, "device": model.device, "should_stop": lambda: bool(stop()), "ranks": group}
     with translated("encoding the pictures"):
         if settings.encodes_in_steps:
             # The memory plan counts what is encoded beside a step, so it does not follow what is free.
-            return FreshLatents.build(model.vae, preparation.dataset, preparation.placements, color_aug=chosen.color_aug,
+            return FreshLatents.build(model.vae, plan.dataset, plan.placements, color_aug=chosen.color_aug,
                                       random_crop=chosen.random_crop, vae_batch_size=at_once or 1,
                                       on_progress=stage("Checking pictures", report, pause),
                                       warn=lambda text: report(Warned(text)), **shared)
         disk = LatentDisk(vae_fingerprint=encoder_fingerprint(vae)) if chosen.cache_latents_to_disk else None
-        return CachedLatents.build(model.vae, preparation.dataset, preparation.placements, disk=disk, folder=folder,
+        return CachedLatents.build(model.vae, plan.dataset, plan.placements, disk=disk, folder=folder,
                                    vae_batch_size=at_once, room=room, on_progress=stage("Encoding pictures", report, pause),
                                    **shared)
 
 
-def batches_of(settings: Settings, source: LatentSource, ranks: ProcessGroup) -> Batches:
-    """The batches of all processes together; of their pictures, a process looks up those that fall to it."""
+def batches_of(settings: Settings, source: LatentSource, group: ProcessGroup) -> Batches:
+    """The batches of all processes together; of their images, a process looks up its own rows."""
     captions = settings.captions
     return Batches(
-        source if ranks.world == 1 else OwnRows(source, ranks),
-        train_batch_size=settings.optimizer.train_batch_size * ranks.world, seed=settings.optimizer.seed,
+        source if group.world == 1 else OwnRows(source, group),
+        train_batch_size=settings.optimizer.train_batch_size * group.world, seed=settings.optimizer.seed,
         prior_loss_weight=settings.dataset.prior_loss_weight, trigger_word=settings.dataset.trigger_word,
         shuffle_caption=captions.shuffle_caption, keep_tokens=captions.keep_tokens,
         caption_dropout_rate=captions.caption_dropout_rate, caption_tag_dropout_rate=captions.caption_tag_dropout_rate)
@@ -70,20 +69,17 @@ def batches_of(settings: Settings, source: LatentSource, ranks: ProcessGroup) ->
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Text:
-    """How captions become the condition; whether that needs the text encoders no more; and what is told the captions of the
-    next few batches."""
+    """How captions become the condition, and whether the steps still need the text encoders for it."""
 
     condition: Condition
-    known: bool = False
-    encode_upcoming: Callable[[Sequence[str]], None] | None = None
+    needs_encoders: bool
 
 
-def condition_of(settings: Settings, model: FrozenModel, borrowed: Borrowed, network: LoRANetwork, batches: Batches,
-                 overflow: DiskOverflow, *, ahead: bool, dtype: torch.dtype, report: Report, stop: Stop, pause: Pause) -> Text:
+def condition_of(settings: Settings, model: FrozenModel, borrowed: Borrowed, network: LoRANetwork, batches: Batches, *,
+                 encode_now: bool, dtype: torch.dtype, report: Report, stop: Stop, pause: Pause) -> Text:
     """How a batch's captions become the UNet's condition: looked up while the text encoders are frozen, else computed.
 
-    With `ahead` all captions are encoded now; else each when it is met, so that the first step comes sooner. Captions that
-    vary are encoded on a card for several steps at once: for one of them it takes as long as for a dozen.
+    With `encode_now` all captions are encoded now; else each when it is met, so that the first step comes sooner.
     """
     clip_skip = settings.captions.clip_skip or borrowed.clip_skip
     adapters = {component: layers for component, layers in network.adapters().items() if component != "unet"}
@@ -91,7 +87,7 @@ def condition_of(settings: Settings, model: FrozenModel, borrowed: Borrowed, net
         for component, unused in model.text.unused_layers(clip_skip).items():
             network.freeze_below(component, unused)  # no gradient ever reaches them: nor must weight decay
         return Text(TrainedText(model.text, clip_skip=clip_skip, adapters=adapters, dtype=dtype,
-                                checkpointing=settings.memory.gradient_checkpointing))
+                                checkpointing=settings.memory.gradient_checkpointing), needs_encoders=True)
 
     class Adapted:
         """The text encoders with the frozen layers of a LoRA that is continued."""
@@ -103,10 +99,9 @@ def condition_of(settings: Settings, model: FrozenModel, borrowed: Borrowed, net
             return model.text.encode(batch, clip_skip=clip_skip, dtype=dtype, adapters=adapters)
 
     captions = batches.fixed_captions()
-    cache = TextCache(Adapted, clip_skip=clip_skip, one_by_one=captions is not None, overflow=overflow, kept_as=dtype)
-    if captions is not None and ahead:
+    cache = TextCache(Adapted, clip_skip=clip_skip, one_by_one=captions is not None, kept_as=dtype)
+    if captions is not None and encode_now:
         with translated("encoding the captions"):
             cache.fill((*captions, ""), on_progress=stage("Encoding captions", report, pause),
                        should_stop=lambda: bool(stop()))
-    soon = cache.encode_upcoming if captions is None and model.device.type == "cuda" else None
-    return Text(CachedText(cache), captions is not None and cache.holds(captions), soon)
+    return Text(CachedText(cache), needs_encoders=captions is None or not cache.holds(captions))

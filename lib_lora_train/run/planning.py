@@ -1,71 +1,103 @@
-"""Everything that is known before the model is borrowed: pictures, sizes, steps, and what is wrong with the settings.
+"""The plan of a run: all that is decided before the model is leased, computed once and handed on.
 
-The line above the Train button and the job itself are made from the same `Preparation`.
+The page and the command line show it, the record keeps its settings, and `run_job` carries it out.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 
 from lib_lora_train.dataset.buckets import Placement, buckets_for
 from lib_lora_train.dataset.folder import Dataset, place, scan, visits_by_bucket
 from lib_lora_train.dataset.plan import Plan, plan_run
+from lib_lora_train.distributed import SINGLE_PROCESS, ProcessGroup
 from lib_lora_train.errors import DatasetError
+from lib_lora_train.host.port import Host
 from lib_lora_train.inputs.latent_files import CACHE_FOLDER
-from lib_lora_train.settings import Settings, ignored
-from lib_lora_train.settings.allowed_paths import AllowedPaths
+from lib_lora_train.run.output import checked_name, destination
+from lib_lora_train.run.resume import ResumePoint, find
+from lib_lora_train.settings import DECLARATIONS, Settings, flat, ignored, parse
+from lib_lora_train.settings.allowed_paths import AllowedPaths, check_allowed
 
 
 @dataclasses.dataclass(frozen=True)
-class Preparation:
-    """The dataset placed into buckets, the plan, and one sentence for each thing the user should know.
+class RunPlan:
+    """What a run will do.
 
-    `processes` train together, so that a batch of the plan is that many times train_batch_size.
+    settings        complete: the seed is drawn, automatic repeats are numbers, paths are absolute
+    family          of the model it was planned for, "" where none was loaded
+    dataset         with its `placements` into buckets and `resolution` (width, height)
+    schedule        epochs, batches, steps; a batch is `processes` times train_batch_size images
+    warnings        one sentence for each thing the user should know
+    target          the LoRA's file; its name is free
+    resume_point    where the run goes on, None for a new run
     """
 
+    settings: Settings
+    family: str
     dataset: Dataset
     placements: tuple[Placement, ...]
-    plan: Plan
+    schedule: Plan
     resolution: tuple[int, int]
     warnings: tuple[str, ...]
     processes: int = 1
+    target: Path = Path()
+    resume_point: ResumePoint | None = None
 
     @property
     def aspect_error(self) -> float:
-        """Mean difference between a picture's aspect ratio and its bucket's."""
+        """Mean difference between an image's aspect ratio and its bucket's."""
         return sum(abs(placement.aspect_error) for placement in self.placements) / len(self.placements)
 
     def epoch_of(self, step: int) -> int:
         """The epoch that `step` (from 1) belongs to."""
-        return max(1, -(-step // self.plan.steps_per_epoch))
+        return max(1, -(-step // self.schedule.steps_per_epoch))
 
-    def without_damaged(self, settings: Settings, *, dataset: Dataset, placements: tuple[Placement, ...]) -> Preparation:
-        """The same after encoding: without the pictures that could not be decoded, which are its only warnings."""
+    def without_damaged(self, *, dataset: Dataset, placements: tuple[Placement, ...]) -> RunPlan:
+        """The plan after encoding, without the images that could not be decoded; these are its only warnings."""
         lost = tuple(problem.text for problem in dataset.problems[len(self.dataset.problems):])
         return dataclasses.replace(self, dataset=dataset, placements=placements, warnings=lost,
-                                   plan=replan(settings, dataset=dataset, placements=placements, processes=self.processes))
+                                   schedule=_schedule(self.settings, dataset, placements, processes=self.processes))
 
     @property
     def summary(self) -> str:
-        """One line: pictures, repeats, epochs, batches, steps."""
+        """One line: images, repeats, epochs, batches, steps."""
         repeats = sorted({e.repeats for e in self.dataset.examples if not e.is_regularisation})
         shown = str(repeats[0]) if len(repeats) == 1 else f"{repeats[0]} to {repeats[-1]}"
         regularisation = len(self.dataset.examples) - self.dataset.images
         with_reg = f" + {regularisation} regularisation pictures" if regularisation else ""
-        return (f"{_count(self.dataset.images, 'picture')} × {shown} repeats{with_reg}, {_count(self.plan.epochs, 'epoch')}, "
-                f"{_count(len(self.plan.buckets), 'bucket')} at {self.resolution[0]}×{self.resolution[1]} "
-                f"= {_count(self.plan.steps, 'step')}{f' of {self.processes} processes' if self.processes > 1 else ''}")
+        return (f"{_count(self.dataset.images, 'picture')} × {shown} repeats{with_reg}, {_count(self.schedule.epochs, 'epoch')}, "
+                f"{_count(len(self.schedule.buckets), 'bucket')} at {self.resolution[0]}×{self.resolution[1]} "
+                f"= {_count(self.schedule.steps, 'step')}{f' of {self.processes} processes' if self.processes > 1 else ''}")
 
 
-def prepare(settings: Settings, *, family: str, allowed: AllowedPaths | None = None,
-            on_progress: Callable[[int, int], None] | None = None,
-            should_stop: Callable[[], bool] | None = None, processes: int = 1) -> Preparation:
-    """Read the dataset's folder and plan the run of so many processes for a model of `family` ("" plans as for SD1).
+def plan_job(settings: Settings, host: Host, *, on_progress: Callable[[int, int], None] | None = None,
+             should_stop: Callable[[], bool] | None = None, group: ProcessGroup = SINGLE_PROCESS) -> RunPlan:
+    """The plan of a run that can start: the name is free, the output folder is there and can be written to.
 
-    Within a `allowed`, links that lead out of it are passed over; the folders themselves are the caller's to `check_allowed`.
-    Raises DatasetError and SettingError; nothing is written, no picture is decoded.
+    Raises UserError; no image is decoded. The processes of a `group` all call this.
+    """
+    check_allowed(settings, host.allowed)
+    point = find(settings.save.resume, host.runs_folder) if settings.save.resume else None
+    settings = _with_seed(settings, point, group)
+    target = result_path(settings, host, point) if group.rank == 0 else Path(settings.save.output_name)
+    checkpoint = host.checkpoint()
+    plan = plan_dataset(settings, family=checkpoint.family if checkpoint else "", allowed=host.allowed, on_progress=on_progress,
+                        should_stop=should_stop, processes=group.world)
+    return dataclasses.replace(plan, settings=_frozen(plan), target=target, resume_point=point)
+
+
+def plan_dataset(settings: Settings, *, family: str, allowed: AllowedPaths | None = None,
+                 on_progress: Callable[[int, int], None] | None = None,
+                 should_stop: Callable[[], bool] | None = None, processes: int = 1) -> RunPlan:
+    """Read the dataset's folder and plan the run of so many processes for a model of `family` ("" plans as for SD1), wherever
+    its result will go.
+
+    Links that lead out of the `allowed` paths are passed over; the folders themselves are the caller's to check.
+    Raises DatasetError and SettingError; nothing is written, no image is decoded.
     """
     dataset_settings, optimizer = settings.dataset, settings.optimizer
     if not dataset_settings.train_data_dir:
@@ -79,10 +111,43 @@ def prepare(settings: Settings, *, family: str, allowed: AllowedPaths | None = N
     if allowed and dataset_settings.cache_latents_to_disk:
         _check_caches(found, allowed)
     dataset, placements = place(found, buckets)
-    return Preparation(
-        dataset=dataset, placements=placements, resolution=buckets.resolution, processes=processes,
-        plan=replan(settings, dataset=dataset, placements=placements, processes=processes),
+    return RunPlan(
+        settings=settings, family=family, dataset=dataset, placements=placements, resolution=buckets.resolution,
+        processes=processes, schedule=_schedule(settings, dataset, placements, processes=processes),
         warnings=(*ignored(settings), *(problem.text for problem in dataset.problems)))
+
+
+def output_folder(settings: Settings, host: Host) -> Path:
+    """Where the result goes: the folder the user named, else the host's."""
+    return Path(settings.save.output_dir) if settings.save.output_dir else host.lora_folder
+
+
+def result_path(settings: Settings, host: Host, point: ResumePoint | None) -> Path:
+    """Where the result goes, the folder made and the name known to be free; raises OutputError.
+
+    A run that goes on may replace what it has saved itself.
+    """
+    folder, name = output_folder(settings, host), checked_name(settings.save.output_name)
+    own = point is not None and point.wrote(folder / f"{name}.safetensors")
+    return destination(folder, name=name, overwrite=settings.save.overwrite or own)
+
+
+def _with_seed(settings: Settings, point: ResumePoint | None, group: ProcessGroup) -> Settings:
+    """A seed is drawn where none was given, once in a run, for all of its processes."""
+    if settings.optimizer.seed >= 0:
+        return settings
+    seed = int(point.metadata["settings"].get("seed", -1)) if point else -1
+    seed = int(group.gather(str(seed if seed >= 0 else secrets.randbelow(2**32)))[0])
+    return dataclasses.replace(settings, optimizer=dataclasses.replace(settings.optimizer, seed=seed))
+
+
+def _frozen(plan: RunPlan) -> Settings:
+    """The settings with what was derived from them, so that a resumed run derives nothing anew."""
+    values = flat(plan.settings)
+    absolute = {name: str(Path(str(values[name])).absolute()) for name, declaration in DECLARATIONS.items()
+                if declaration.is_path and name != "resume" and values[name]}
+    repeats = plan.dataset.examples[0].repeats if plan.dataset.layout == "plain" else values["num_repeats"]
+    return parse({**values, **absolute, "num_repeats": repeats})
 
 
 def _check_caches(dataset: Dataset, allowed: AllowedPaths) -> None:
@@ -93,7 +158,7 @@ def _check_caches(dataset: Dataset, allowed: AllowedPaths) -> None:
                                "not allowed", remedy="remove the link or switch cache_latents_to_disk off")
 
 
-def replan(settings: Settings, *, dataset: Dataset, placements: tuple[Placement, ...], processes: int = 1) -> Plan:
+def _schedule(settings: Settings, dataset: Dataset, placements: tuple[Placement, ...], *, processes: int) -> Plan:
     """The steps of a run over these examples, as `settings` want them. train_batch_size is each process's."""
     optimizer = settings.optimizer
     return plan_run(

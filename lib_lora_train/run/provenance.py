@@ -8,43 +8,38 @@ from lib_lora_train.adapters.metadata import FileFacts, FolderFacts, TrainingFac
 from lib_lora_train.adapters.network import LoRANetwork
 from lib_lora_train.host.port import Borrowed
 from lib_lora_train.model.frozen import FrozenModel
-from lib_lora_train.run.planning import Preparation
-from lib_lora_train.settings import Settings, flat
+from lib_lora_train.run.planning import RunPlan
+from lib_lora_train.settings import flat
 
 
 class Provenance:
     """Knows a run from its start; `metadata` describes a file of it."""
 
-    def __init__(self, settings: Settings, preparation: Preparation, model: FrozenModel, borrowed: Borrowed,
-                 network: LoRANetwork, *, started_at: float) -> None:
-        self._settings, self._preparation, self._model = settings, preparation, model
-        self._borrowed, self._network = borrowed, network
+    def __init__(self, plan: RunPlan, model: FrozenModel, borrowed: Borrowed, network: LoRANetwork, *,
+                 started_at: float) -> None:
+        self._plan, self._model, self._borrowed, self._network = plan, model, borrowed, network
         self.started_at = started_at
-
-    def ends_epoch(self, step: int) -> bool:
-        """Whether `step` is the last of an epoch."""
-        return step % self._preparation.plan.steps_per_epoch == 0
 
     def metadata(self, name: str, *, step: int, epoch: int) -> dict[str, str]:
         """The metadata of `name`.safetensors as it is after `step`."""
-        settings, preparation, model = self._settings, self._preparation, self._model
+        plan, settings, model = self._plan, self._plan.settings, self._model
         layer = next(iter(self._network.layers.values()))
         checkpoint, family = self._borrowed.checkpoint, model.architecture.family
-        plan = preparation.plan
+        schedule = plan.schedule
         return describe(TrainingFacts(
             family=family, v_prediction=model.schedule.prediction_type == "v_prediction",
-            zero_terminal_snr=model.architecture.zero_terminal_snr, resolution=preparation.resolution,
-            dim=layer.rank, alpha=layer.alpha, steps=step, epoch=epoch, total_epochs=plan.epochs, total_steps=plan.steps,
-            batches_per_epoch=plan.batches_per_epoch, batch_size=settings.optimizer.train_batch_size,
-            processes=preparation.processes, started_at=self.started_at, finished_at=time.time(),
+            zero_terminal_snr=model.architecture.zero_terminal_snr, resolution=plan.resolution,
+            dim=layer.rank, alpha=layer.alpha, steps=step, epoch=epoch, total_epochs=schedule.epochs, total_steps=schedule.steps,
+            batches_per_epoch=schedule.batches_per_epoch, batch_size=settings.optimizer.train_batch_size,
+            processes=plan.processes, started_at=self.started_at, finished_at=time.time(),
             clip_skip=(settings.captions.clip_skip or self._borrowed.clip_skip) if model.text.uses_clip_skip else None,
             checkpoint=FileFacts(checkpoint.name, checkpoint.legacy_hash or None, checkpoint.sha256 or None),
             vae=FileFacts(checkpoint.vae_name or None), folders=self._folders(),
-            buckets=dict(plan.buckets) if settings.dataset.enable_bucket else None,
-            aspect_error=preparation.aspect_error, settings=self._written()), name)
+            buckets=dict(schedule.buckets) if settings.dataset.enable_bucket else None,
+            aspect_error=plan.aspect_error, settings=self._written()), name)
 
     def _folders(self) -> list[FolderFacts]:
-        dataset = self._preparation.dataset
+        dataset = self._plan.dataset
         tags = dataset.tag_frequency()
         return [FolderFacts(name, entry["n_repeats"], entry["img_count"], {} if regularisation else tags.get(name, {}),
                             regularisation)
@@ -53,10 +48,10 @@ class Provenance:
 
     def _written(self) -> dict[str, object]:
         """The settings as kohya writes them: what is switched off is None, what was chosen by itself is what it became."""
-        values: dict[str, object] = dict(flat(self._settings))
-        optimizer = self._settings.optimizer
+        values: dict[str, object] = dict(flat(self._plan.settings))
+        optimizer = self._plan.settings.optimizer
         values["unet_lr"] = optimizer.unet_lr or optimizer.learning_rate
-        values["text_encoder_lr"] = None if self._settings.network.network_train_unet_only else optimizer.text_encoder_lr
+        values["text_encoder_lr"] = None if self._plan.settings.network.network_train_unet_only else optimizer.text_encoder_lr
         for name in ("min_snr_gamma", "noise_offset"):
             values[name] = values[name] or None
         return values

@@ -52,6 +52,14 @@ class RunRecord:
         except OSError as error:
             self._complain(error)
 
+    def complete(self, settings: Settings) -> None:
+        """Record these settings: those of the run's plan, in which what was derived is frozen."""
+        self._settings = write_toml(flat(settings)).encode("utf-8", errors="replace")
+        try:
+            write_atomic(self.folder / "settings.toml", self._settings)
+        except OSError as error:
+            self._complain(error)
+
     def write(self, event: events.Event) -> None:
         """Append an event. Of more than 2000 steps only every n-th is kept, so that the file stays small."""
         if isinstance(event, events.Step):

@@ -10,18 +10,19 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lib_lora_train.adapters.file import read_metadata
+from lib_lora_train.dataset.buckets import Placement
+from lib_lora_train.dataset.folder import Dataset
 from lib_lora_train.errors import LoraFileError, ModelError, SettingError, translated
 from lib_lora_train.host.port import Borrowed
-from lib_lora_train.memory.dry_run import Base
+from lib_lora_train.memory.step_config import BaseDtype as Base
 from lib_lora_train.model.fingerprint import sampled_fingerprint
-from lib_lora_train.run.planning import Preparation
 from lib_lora_train.settings import Settings, flat, parse
 from lib_lora_train.training import checkpoint as checkpoint_module
 from lib_lora_train.training.checkpoint import FILE_NAME, TrainingState
@@ -35,31 +36,31 @@ FREE = frozenset({
     "memory_budget", "cpu_offload_checkpointing", "channels_last", "max_train_steps", "max_train_epochs", "output_name",
     "output_dir", "overwrite", "save_precision", "save_every_n_epochs", "save_every_n_steps", "save_state",
     "save_state_every_n_minutes", "save_state_on_train_end", "resume", "training_comment", "yield_to_generations",
-    "cuda_graphs"})
+    "cuda_graphs", "num_repeats"})
 _END = 1 << 16  # bytes at each end of a picture's file that tell it from another of its size
 
 
 @dataclasses.dataclass(frozen=True)
-class Point:
+class ResumePoint:
     """Where a run goes on: `facts` are what its state says of itself."""
 
     path: Path
-    facts: Mapping[str, Any]
+    metadata: Mapping[str, Any]
 
     @property
     def step(self) -> int:
         """Steps that were made."""
-        return int(self.facts["step"])
+        return int(self.metadata["step"])
 
     @property
     def processes(self) -> int:
         """How many trained together."""
-        return int(self.facts.get("processes", 1))
+        return int(self.metadata.get("processes", 1))
 
     @property
     def started_at(self) -> float:
         """When the run first began, seconds since 1970."""
-        return float(self.facts["started_at"])
+        return float(self.metadata["started_at"])
 
     def load(self) -> TrainingState:
         """The tensors too. Raises LoraFileError."""
@@ -73,7 +74,7 @@ class Point:
             return False
 
 
-def find(text: str, runs: Path) -> Point:
+def find(text: str, runs: Path) -> ResumePoint:
     """The state that `text` names: a run's name in `runs`, a run's folder, or a state's file.
 
     Raises LoraFileError where there is none or it cannot be read.
@@ -84,7 +85,7 @@ def find(text: str, runs: Path) -> Point:
     known = {"settings": dict, "started_at": (int, float), "steps": int, "dataset": str, "checkpoint": dict}
     if not all(isinstance(facts.get(name), kind) for name, kind in known.items()):
         raise LoraFileError(f"{path} is not a training state", remedy=f"choose a run's folder or its {FILE_NAME}")
-    return Point(path, facts)
+    return ResumePoint(path, facts)
 
 
 def run_folder(text: str, runs: Path) -> Path | None:
@@ -94,19 +95,18 @@ def run_folder(text: str, runs: Path) -> Path | None:
     return folder if folder.is_dir() and folder.resolve().parent == runs.resolve() else None
 
 
-def settings_of(point: Point, changes: Mapping[str, object]) -> Settings:
+def settings_of(point: ResumePoint, changes: Mapping[str, object]) -> Settings:
     """The settings to go on with: those of the run, but for `changes`. Raises SettingError."""
-    return parse({**point.facts["settings"], **changes, "resume": str(point.path.parent)})
+    return parse({**point.metadata["settings"], **changes, "resume": str(point.path.parent)})
 
 
-def facts(settings: Settings, preparation: Preparation, checkpoint: Mapping[str, str], *, started_at: float,
+def facts(settings: Settings, *, steps: int, processes: int, dataset: str, checkpoint: Mapping[str, str], started_at: float,
           dtype: torch.dtype, base: Base) -> dict[str, Any]:
     """What a state is told of its run; `base` is what the model was really held in. Reads a little of every picture; raises
     OutputError where one is gone."""
     return {
-        "settings": flat(settings), "started_at": started_at, "steps": preparation.plan.steps,
-        "processes": preparation.processes,
-        "dataset": dataset_fingerprint(preparation), "computed_in": str(dtype).removeprefix("torch."),
+        "settings": flat(settings), "started_at": started_at, "steps": steps, "processes": processes,
+        "dataset": dataset, "computed_in": str(dtype).removeprefix("torch."),
         "base": base,
         "checkpoint": dict(checkpoint)}
 
@@ -116,7 +116,7 @@ def checkpoint_facts(borrowed: Borrowed) -> dict[str, str]:
     return {"name": borrowed.checkpoint.name, "fingerprint": sampled_fingerprint(borrowed.tensors)}
 
 
-def compare_settings(settings: Settings, point: Point, *, steps: int, processes: int = 1) -> list[str]:
+def compare_settings(settings: Settings, point: ResumePoint, *, steps: int, processes: int = 1) -> list[str]:
     """A sentence for each setting that makes the result another one than an uninterrupted run's.
 
     `steps` is how many the run is to have now, in so many `processes`. Raises SettingError for a setting that cannot change
@@ -125,7 +125,7 @@ def compare_settings(settings: Settings, point: Point, *, steps: int, processes:
     if steps < point.step:
         raise SettingError(f"The run has made {point.step} steps already, and would now end after {steps}",
                            remedy="raise max_train_steps (or max_train_epochs)")
-    then, notes = point.facts["settings"], []
+    then, notes = point.metadata["settings"], []
     for name, now in flat(settings).items():
         before = then.get(name, now)
         if name in FREE or before == now or (name == "train_batch_size" and processes != point.processes):
@@ -139,7 +139,7 @@ def compare_settings(settings: Settings, point: Point, *, steps: int, processes:
     if processes != point.processes and images * processes != images_then * point.processes:
         notes.append(f"A batch is now {images} × {processes} pictures (train_batch_size × processes) and was {images_then} "
                      f"× {point.processes} until step {point.step}: the result will not be that of an uninterrupted run.")
-    before = point.facts["steps"]
+    before = point.metadata["steps"]
     schedule = settings.optimizer.lr_scheduler
     if steps != before and schedule != "constant":
         notes.append(f"The run now has {steps} steps and had {before} (max_train_steps, max_train_epochs): the learning "
@@ -147,17 +147,17 @@ def compare_settings(settings: Settings, point: Point, *, steps: int, processes:
     return notes
 
 
-def base_of(point: Point, settings: Settings) -> Base:
+def base_of(point: ResumePoint, settings: Settings) -> Base:
     """What the model was held in until the point, by the settings or the memory plan's choice; "" where the settings have
     changed since."""
-    base = point.facts.get("base", "")
-    same = settings.memory.base_weights == point.facts["settings"].get("base_weights")
+    base = point.metadata.get("base", "")
+    same = settings.memory.base_weights == point.metadata["settings"].get("base_weights")
     return base if same and base in ("int8", "fp8") else ""
 
 
-def compare_checkpoint(now: Mapping[str, str], point: Point) -> None:
+def compare_checkpoint(now: Mapping[str, str], point: ResumePoint) -> None:
     """Raises ModelError unless the model is the one that the run began with."""
-    then = point.facts["checkpoint"]
+    then = point.metadata["checkpoint"]
     if now["fingerprint"] == then.get("fingerprint"):
         return
     named, loaded = then.get("name", "?"), now["name"]
@@ -167,9 +167,9 @@ def compare_checkpoint(now: Mapping[str, str], point: Point) -> None:
                      remedy="load the checkpoint and VAE it began with, or go on from its LoRA file (network_weights)")
 
 
-def compare_data(now: Mapping[str, Any], point: Point) -> list[str]:
+def compare_data(now: Mapping[str, Any], point: ResumePoint) -> list[str]:
     """As `compare_settings`, for pictures, captions and precision."""
-    then, notes = point.facts, []
+    then, notes = point.metadata, []
     if now["dataset"] != then["dataset"]:
         notes.append("The pictures, their captions or repeats are not those the run began with (train_data_dir): the result "
                      "will not be that of an uninterrupted run.")
@@ -184,12 +184,12 @@ def compare_data(now: Mapping[str, Any], point: Point) -> list[str]:
     return notes
 
 
-def dataset_fingerprint(preparation: Preparation) -> str:
+def dataset_fingerprint(dataset: Dataset, placements: Sequence[Placement]) -> str:
     """sha256 of what the run sees of its pictures: names, captions, repeats, crops, and of each file its length and both
     ends. Where the folder lies does not matter."""
     digest = hashlib.sha256()
     with translated("reading the pictures"):
-        for example, placement in zip(preparation.dataset.examples, preparation.placements, strict=True):
+        for example, placement in zip(dataset.examples, placements, strict=True):
             about = (example.folder, example.path.name, example.caption, example.repeats, example.is_regularisation,
                      placement.bucket, placement.resized, placement.crop)
             digest.update(json.dumps(about).encode())

@@ -19,7 +19,7 @@ from lib_lora_train import events
 from lib_lora_train.errors import HostError, Interrupted, LoraTrainError, translated
 from lib_lora_train.host.port import Host
 from lib_lora_train.run.job import run_job
-from lib_lora_train.run.output import checked_name
+from lib_lora_train.run.planning import RunPlan
 from lib_lora_train.run.record import PastRun, RunRecord, new_folder, past_runs, read_events
 from lib_lora_train.run.resume import run_folder
 from lib_lora_train.settings import Settings, flat
@@ -64,8 +64,8 @@ class Status:
 class _Run:
     """The mutable state of the one run; every access is under the runner's lock."""
 
-    def __init__(self, settings: Settings, record: RunRecord, host: Host) -> None:
-        self.settings, self.record, self.host = settings, record, host
+    def __init__(self, plan: RunPlan, requested: Settings, record: RunRecord, host: Host) -> None:
+        self.plan, self.requested, self.record, self.host = plan, requested, record, host
         self.started = time.time()
         self.stop: StopKind = ""
         self.planned: events.Planned | None = None
@@ -125,12 +125,13 @@ class Runner:
         """Have `check` asked before each start: it raises HostError where something else is under way that must end first."""
         self._guards.append(check)
 
-    def start(self, settings: Settings, host: Host) -> str:
+    def start(self, plan: RunPlan, host: Host, *, requested: Settings | None = None) -> str:
         """Start a job and return its run's id: that of the run it resumes, if that one is in the host's folder of runs.
 
-        Raises HostError while another is running or a guard objects, OutputError for a bad name.
+        `requested` are the settings as the user chose them; None: those of the plan.
+        Raises HostError while another is running or a guard objects.
         """
-        checked_name(settings.save.output_name)
+        settings = plan.settings
         for check in self._guards:
             check(settings)
         with self._lock:
@@ -140,7 +141,7 @@ class Runner:
             old = run_folder(settings.save.resume, host.runs_folder) if settings.save.resume else None
             folder = old or new_folder(host.runs_folder, settings.save.output_name)
             record = RunRecord(folder, settings)
-            self._run = _Run(settings, record, host)
+            self._run = _Run(plan, requested or settings, record, host)
             if old:
                 self._run.remember(old)
             # A daemon: closing the WebUI must not wait for hours of training. Saves are atomic, so nothing is torn.
@@ -179,15 +180,15 @@ class Runner:
             if run is None:
                 return None
             return Status(
-                run=run.record.folder.name, name=run.settings.save.output_name, running=run.finished is None,
+                run=run.record.folder.name, name=run.plan.settings.save.output_name, running=run.finished is None,
                 stopping=run.stop, started=run.started, planned=run.planned, stage=run.stage, step=run.step,
                 saved=tuple(run.saved), warnings=tuple(run.warnings), finished=run.finished,
                 points=tuple(p for p in run.points if p[0] > after), every=run.every)
 
     def settings(self) -> dict[str, object]:
-        """The current or last run's settings by name; {} before the first."""
+        """The settings that the user chose for the current or last run, by name; {} before the first."""
         with self._lock:
-            return dict(flat(self._run.settings)) if self._run else {}
+            return dict(flat(self._run.requested)) if self._run else {}
 
     def runs(self, folder: Path) -> list[PastRun]:
         """The runs that `folder` remembers, newest first."""
@@ -207,7 +208,7 @@ class Runner:
             return run.stop
 
         try:
-            finish(lambda: run_job(run.settings, host, report=report, stop=stop, folder=run.record.folder), report=report,
+            finish(lambda: run_job(run.plan, host, report=report, stop=stop, folder=run.record.folder), report=report,
                    steps=lambda: run.step.step if run.step else 0, failed=run.record.keep_failure)
         finally:
             if run.finished is None:

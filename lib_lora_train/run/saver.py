@@ -11,16 +11,22 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from lib_lora_train.adapters import file
-from lib_lora_train.adapters.network import LoRANetwork
 from lib_lora_train.distributed import Lost
 from lib_lora_train.errors import LoraTrainError, OutputError, TrainingError, is_out_of_memory, translated
-from lib_lora_train.events import Event, Report, Saved, Step, Warned
+from lib_lora_train.events import Report, Saved, Warned
 from lib_lora_train.run.output import epoch_path, step_path
+from lib_lora_train.run.planning import RunPlan
 from lib_lora_train.run.provenance import Provenance
 from lib_lora_train.settings import SaveSettings
 from lib_lora_train.training import checkpoint
-from lib_lora_train.training.loop import Snapshot
+from lib_lora_train.training.checkpoint import TrainingState
+from lib_lora_train.training.loop import Progress
+
+Snapshot = Callable[[], TrainingState | None]
+Weights = contextlib.AbstractContextManager[Mapping[str, Tensor]]
 
 # A state is not written more often than this many times as long as writing it takes: two per cent of a run at most.
 _LEAST_PAUSE = 50
@@ -38,12 +44,12 @@ class Checkpointer:
         self._next = clock() + 60 * self._minutes
         self._failing = False
 
-    def keep_if_due(self, snapshot: Snapshot) -> None:
+    def save_if_due(self, snapshot: Snapshot) -> None:
         """Keep the state if the last one is old enough; to be called after every step."""
         if self._minutes and self._clock() >= self._next:
-            self.keep(snapshot)
+            self.save(snapshot)
 
-    def keep(self, snapshot: Snapshot) -> None:
+    def save(self, snapshot: Snapshot) -> None:
         """Keep the state now, if any is wanted. That it cannot be written is told once and ends nothing."""
         if self._on_the_way:
             self._write(snapshot)
@@ -76,56 +82,67 @@ class Checkpointer:
 
 
 class Saver:
-    """Writes the LoRA files of a run and reports each; passes the loop's events on and remembers the last step."""
+    """The callback that writes the LoRA files and the state of a run, and reports each file."""
 
-    def __init__(self, target: Path, chosen: SaveSettings, network: LoRANetwork, provenance: Provenance, checkpointer: Checkpointer,
-                 *, report: Report, spare: Path | None) -> None:
-        self._target, self._chosen, self._network = target, chosen, network
-        self._provenance, self._checkpointer, self._report, self._spare = provenance, checkpointer, report, spare
-        self._last: Step | None = None
-        self._snapshot: Snapshot | None = None
+    def __init__(self, plan: RunPlan, provenance: Provenance, checkpointer: Checkpointer, *, report: Report,
+                 spare: Path | None, weights: Callable[[Progress], Weights] = Progress.weights) -> None:
+        """`spare` is a folder for what the output folder refuses. `weights` gives what is saved: those that are trained, or for
+        example their moving average."""
+        self._plan, self._provenance, self._checkpointer = plan, provenance, checkpointer
+        self._report, self._spare, self._weights = report, spare, weights
+        self._progress: Progress | None = None
         self.saved: list[str] = []
 
-    def report(self, event: Event) -> None:
-        """The loop's `report`."""
-        if isinstance(event, Step):
-            self._last = event
-        self._report(event)
+    def before_step(self, progress: Progress) -> bool:
+        """See `Callback`."""
+        return True
 
-    def save_on_the_way(self, step: int, epoch: int, snapshot: Snapshot) -> None:
-        """The loop's `save`: under the epoch's name where an epoch's save is due, else under the step's."""
-        chosen = self._chosen
-        by_epoch = chosen.save_every_n_epochs and self._provenance.ends_epoch(step) and (
-            epoch % chosen.save_every_n_epochs == 0)
-        path = epoch_path(self._target, epoch) if by_epoch else step_path(self._target, step)
+    def after_step(self, progress: Progress) -> None:
+        """See `Callback`: a LoRA and the state where they are due."""
+        self._progress = progress
+        if path := self._due(progress):
+            progress.settle()
+            self._save_intermediate(path, progress)
+            self._checkpointer.save(progress.snapshot)
+        else:
+            self._checkpointer.save_if_due(progress.snapshot)
+
+    def _due(self, progress: Progress) -> Path | None:
+        """The file to save after this step: under the epoch's name where an epoch's save is due, else under the step's. None
+        after the last step: that is the result."""
+        chosen, step, per_epoch = self._plan.settings.save, progress.step, self._plan.schedule.steps_per_epoch
+        if step == self._plan.schedule.steps:
+            return None
+        if chosen.save_every_n_epochs and step % (chosen.save_every_n_epochs * per_epoch) == 0:
+            return epoch_path(self._plan.target, progress.epoch)
+        if chosen.save_every_n_steps and step % chosen.save_every_n_steps == 0:
+            return step_path(self._plan.target, step)
+        return None
+
+    def _save_intermediate(self, path: Path, progress: Progress) -> None:
         try:
-            self.save(path, step=step, epoch=epoch, final=False)
+            self._save(path, progress, final=False)
         except (OutputError, TrainingError) as error:
             if isinstance(error, TrainingError) and not is_out_of_memory(error.__cause__):
                 raise
             # A full disk, a full memory or a locked file may be free again when the result is due; the hours until then are
             # not lost.
             self._report(Warned(f"{path.name} was not kept. {error}"))
-        self._checkpointer.keep(snapshot)
 
-    def keep(self, step: int, epoch: int, snapshot: Snapshot) -> None:
-        """The loop's `keep`."""
-        self._snapshot = snapshot
-        self._checkpointer.keep_if_due(snapshot)
-
-    def save(self, path: Path, *, step: int, epoch: int, final: bool) -> str:
+    def _save(self, path: Path, progress: Progress, *, final: bool) -> str:
         """Write one file, whole or not at all."""
-        with translated(f"saving {path.name}"):
-            file.save(path, self._network.state_dict(), self._provenance.metadata(path.stem, step=step, epoch=epoch),
-                      dtype=file.SAVE_PRECISIONS[self._chosen.save_precision])
+        step, epoch = progress.step, self._plan.epoch_of(progress.step)
+        with translated(f"saving {path.name}"), self._weights(progress) as weights:
+            file.save(path, weights, self._provenance.metadata(path.stem, step=step, epoch=epoch),
+                      dtype=file.SAVE_PRECISIONS[self._plan.settings.save.save_precision])
         self.saved.append(str(path))
         self._report(Saved(str(path), step, epoch, final))
         return str(path)
 
-    def save_result(self, *, step: int, epoch: int, complete: bool) -> str:
+    def save_result(self, progress: Progress, *, complete: bool) -> str:
         """The run's result under its name, and the state that belongs to it."""
-        path = self.save(self._target, step=step, epoch=epoch, final=True)
-        self._checkpointer.end(self._snapshot, complete=complete)
+        path = self._save(self._plan.target, progress, final=True)
+        self._checkpointer.end(progress.snapshot, complete=complete)
         return path
 
     @contextlib.contextmanager
@@ -150,35 +167,33 @@ class Saver:
             raise
 
     def _kept(self) -> str:
-        if self._snapshot is not None:
-            with contextlib.suppress(LoraTrainError):  # the first failure says more than this one
-                self._checkpointer.keep(self._snapshot)
-        if self._last is None:
+        progress = self._progress
+        if progress is None:
             return ""
-        path = step_path(self._target, self._last.step)
+        with contextlib.suppress(LoraTrainError):  # the first failure says more than this one
+            self._checkpointer.save(progress.snapshot)
+        path = step_path(self._plan.target, progress.step)
         # Where the output folder refuses, the run's own folder may not.
         for place in (path, *([self._spare / path.name] if self._spare else [])):
             with contextlib.suppress(LoraTrainError):
-                return self.save(place, step=self._last.step, epoch=self._last.epoch, final=False)
+                return self._save(place, progress, final=False)
         return ""
 
 
-class Onlooker:
-    """A `Saver`'s place in the processes that train along and save nothing."""
+class NoSaver:
+    """In place of `Saver` in the processes of rank 1 and above, which save nothing."""
 
     saved: tuple[str, ...] = ()
 
-    def __init__(self, report: Report) -> None:
-        self.report = report
+    def before_step(self, progress: Progress) -> bool:
+        """See `Callback`."""
+        return True
 
-    def save_on_the_way(self, step: int, epoch: int, snapshot: Snapshot) -> None:
-        """Process 0 saves."""
+    def after_step(self, progress: Progress) -> None:
+        """Rank 0 saves."""
 
-    def keep(self, step: int, epoch: int, snapshot: Snapshot) -> None:
-        """Process 0 keeps the state."""
-
-    def save_result(self, *, step: int, epoch: int, complete: bool) -> str:
-        """Process 0 saves it: "" here."""
+    def save_result(self, progress: Progress, *, complete: bool) -> str:
+        """Rank 0 saves it: "" here."""
         return ""
 
     def rescue(self) -> contextlib.AbstractContextManager[None]:

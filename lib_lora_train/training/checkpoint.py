@@ -28,7 +28,7 @@ from torch import Tensor
 from lib_lora_train.adapters.network import ALPHA, LoRANetwork
 from lib_lora_train.errors import LoraFileError, TrainingError, translated
 from lib_lora_train.storage.atomic import replacing
-from lib_lora_train.training.optimizer import Stepper
+from lib_lora_train.training.optimizers import RunOptimizer
 from lib_lora_train.training.precision import LossScaler
 
 FILE_NAME = "state.safetensors"
@@ -59,16 +59,16 @@ class TrainingState:
     overflows: int
 
 
-def capture(step: int, *, network: LoRANetwork, stepper: Stepper, scaler: LossScaler, recent: tuple[float, ...],
+def capture(step: int, *, network: LoRANetwork, optimizer: RunOptimizer, scaler: LossScaler, recent: tuple[float, ...],
             overflows: int) -> TrainingState:
     """The state as it is now. The tensors share memory with the running ones: write them before the next step."""
     alphas = {key + ALPHA: torch.tensor(layer.alpha, dtype=torch.float64) for key, layer in network.layers.items()}
     lora = {**network.state_dict(), **alphas}
-    optimizer = {f"{number}.{name}": value for number, name, value in stepper.moments()}
-    return TrainingState(step, lora, optimizer, {"scale": scaler.scale, "good_steps": scaler.good_steps}, recent, overflows)
+    kept = {f"{number}.{name}": value for number, name, value in optimizer.state()}
+    return TrainingState(step, lora, kept, {"scale": scaler.scale, "good_steps": scaler.good_steps}, recent, overflows)
 
 
-def restore(state: TrainingState, *, stepper: Stepper, scaler: LossScaler) -> None:
+def restore(state: TrainingState, *, optimizer: RunOptimizer, scaler: LossScaler) -> None:
     """Put optimiser and loss scaler where they were. The network is built from `state.lora` already.
 
     Raises LoraFileError where the moments do not fit the weights.
@@ -77,13 +77,13 @@ def restore(state: TrainingState, *, stepper: Stepper, scaler: LossScaler) -> No
     for key, tensor in state.optimizer.items():
         number, _, name = key.partition(".")
         kept[int(number), name] = tensor
-    shapes = stepper.weights.shapes
+    shapes = optimizer.weights.shapes
     strange = any(number >= len(shapes) or tensor.shape != (() if name == "step" else shapes[number])
                   for (number, name), tensor in kept.items())
     if strange or len({float(tensor) for (_, name), tensor in kept.items() if name == "step"}) > 1:
         raise LoraFileError("The training state does not fit this run", why="other weights were trained in it",
                             remedy="start anew, or go on with the settings it was made with")
-    for number, name, value in stepper.moments():
+    for number, name, value in optimizer.state():
         if (number, name) in kept:  # a weight that had never had a gradient has none
             value.copy_(kept[number, name])
     scaler.restore(scale=state.scaler["scale"], good_steps=state.scaler["good_steps"])

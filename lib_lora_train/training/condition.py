@@ -1,7 +1,4 @@
-"""How a batch's captions become the UNet's condition, in two halves: what the CPU prepares, and what the device makes of it.
-
-The second half computes with tensors alone, so that it can be part of a step that is recorded once and replayed.
-"""
+"""How the captions of a batch become the UNet's condition: tensors prepared on the CPU, and what the device makes of them."""
 
 from __future__ import annotations
 
@@ -9,54 +6,55 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
+from lib_lora_train.inputs.batch import Batch
 from lib_lora_train.inputs.text import TextCache
 from lib_lora_train.model.layers import Adapters
 from lib_lora_train.model.text import Conditioning, TextConditioner
-
-Prepared = tuple[torch.Tensor, ...]
 
 
 class Condition(Protocol):
     """The text of a run's batches."""
 
-    def prepare(self, captions: Sequence[str]) -> Prepared:
-        """What the device needs to know of them: tensors [B, ...] on the CPU, as many in every call."""
+    def prepare(self, captions: Sequence[str]) -> Mapping[str, Tensor]:
+        """The tensors [B, ...] by name, on the CPU, that `encode` reads from a batch; the same names in every call."""
 
-    def encode(self, prepared: Prepared) -> Conditioning:
-        """The condition of what was prepared, with gradients for the layers that are trained; no synchronisation."""
+    def encode(self, batch: Batch) -> Conditioning:
+        """The condition of a batch, with gradients for the layers that are trained. Nothing waits for the device."""
 
 
 class CachedText:
-    """The condition looked up, while the text encoders are frozen."""
+    """The condition looked up, while the text encoders are frozen: "context", and "pooled" for SDXL."""
 
     def __init__(self, cache: TextCache) -> None:
         self._cache = cache
 
-    def prepare(self, captions: Sequence[str]) -> Prepared:
-        """The condition itself; a caption met for the first time is encoded, which waits for the device."""
+    def prepare(self, captions: Sequence[str]) -> Mapping[str, Tensor]:
+        """The condition itself. A caption met for the first time is encoded, which waits for the device."""
         known = self._cache.get(captions)
-        return (known.context,) if known.pooled is None else (known.context, known.pooled)
+        return {"context": known.context} if known.pooled is None else {"context": known.context, "pooled": known.pooled}
 
-    def encode(self, prepared: Prepared) -> Conditioning:
+    def encode(self, batch: Batch) -> Conditioning:
         """As it was prepared."""
-        context, *pooled = prepared
-        return Conditioning(context, pooled[0] if pooled else None)
+        return Conditioning(batch["context"], batch["pooled"] if "pooled" in batch else None)
 
 
 class TrainedText:
-    """The condition computed at each step, by text encoders whose layers are trained."""
+    """The condition computed at each step by text encoders whose layers are trained: "ids.te", or "ids.te1" and "ids.te2"."""
 
     def __init__(self, text: TextConditioner, *, clip_skip: int, adapters: Mapping[str, Adapters], checkpointing: bool,
                  dtype: torch.dtype) -> None:
         self._text, self._clip_skip, self._adapters = text, clip_skip, adapters
         self._checkpointing, self._dtype = checkpointing, dtype
+        self._names = tuple(f"ids.{encoder.config.component}" for encoder in text.encoders)
 
-    def prepare(self, captions: Sequence[str]) -> Prepared:
+    def prepare(self, captions: Sequence[str]) -> Mapping[str, Tensor]:
         """Token ids, [B, n, 77] for each encoder."""
-        return self._text.ids([self._text.tokenize(caption) for caption in captions])
+        ids = self._text.ids([self._text.tokenize(caption) for caption in captions])
+        return dict(zip(self._names, ids, strict=True))
 
-    def encode(self, prepared: Prepared) -> Conditioning:
-        """What the encoders say of the ids."""
-        return self._text.encode_ids(prepared, clip_skip=self._clip_skip, adapters=self._adapters,
-                                     checkpointing=self._checkpointing, dtype=self._dtype)
+    def encode(self, batch: Batch) -> Conditioning:
+        """What the encoders make of the ids."""
+        return self._text.encode_ids([batch[name] for name in self._names], clip_skip=self._clip_skip,
+                                     adapters=self._adapters, checkpointing=self._checkpointing, dtype=self._dtype)

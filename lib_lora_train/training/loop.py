@@ -1,55 +1,47 @@
-"""The training loop. It reads like the method; logging, saving and stopping consume its events.
-
-Not here: what to do with the saved weights (the caller's `save`) and with the state to resume from (its `keep`), validation.
-"""
+"""The training loop. Saving, resume points, previews, stopping and pausing are callbacks; losses are reported as events."""
 
 from __future__ import annotations
 
-import collections
+import contextlib
 import dataclasses
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Literal
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from lib_lora_train.adapters.network import LoRANetwork
 from lib_lora_train.distributed import SINGLE_PROCESS, ProcessGroup, share
-from lib_lora_train.errors import TrainingError, translated
-from lib_lora_train.events import Report, Step
-from lib_lora_train.inputs.batches import Batch
+from lib_lora_train.errors import translated
+from lib_lora_train.events import Report
+from lib_lora_train.inputs.batch import Batch
+from lib_lora_train.memory.step_config import StepConfig
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.training.checkpoint import TrainingState, capture, restore
 from lib_lora_train.training.condition import Condition
-from lib_lora_train.training.cuda_graph import Execution, recorder_for
-from lib_lora_train.training.device_step import Work
-from lib_lora_train.training.microbatches import InPieces, piece
+from lib_lora_train.training.cuda_graph import CudaGraphStep
+from lib_lora_train.training.loss import LossConfig
 from lib_lora_train.training.noise import draw
-from lib_lora_train.training.optimizer import Stepper, learning_rate_factor
+from lib_lora_train.training.optimizers import RunOptimizer, spec_of
 from lib_lora_train.training.precision import LossScaler
-from lib_lora_train.training.progress import Arrived, LossLog, Speed
-from lib_lora_train.training.step import StepInputs, StepOptions, prepare
+from lib_lora_train.training.progress import LossReporter
+from lib_lora_train.training.schedules import learning_rate_factor
+from lib_lora_train.training.train_step import TrainStep
 
-Stop = Callable[[], Literal["", "stop", "save"]]
-Release = Callable[[], None]
-Pause = Callable[[Release], bool]
-Snapshot = Callable[[], TrainingState | None]
-Save = Callable[[int, int, Snapshot], None]
 EpochBatches = Callable[[int, int], Iterable[Batch]]
+"""(epoch, start) -> the epoch's batches from the position `start` on."""
 
 
 @dataclasses.dataclass(frozen=True)
-class LoopOptions:
-    """The numbers of a run. Steps and epochs count from 1, `save_every_…` 0 is never.
-
-    `cuda_graphs` are used where there are any; `compiled` lets torch.compile make the kernels where it can. `rows_at_once`
-    is how many pictures of a batch are computed at once, None for all.
-    """
+class TrainConfig:
+    """The numbers of a run. Steps and epochs count from 1. `cuda_graphs` and `compiled` speed a step up where they can."""
 
     steps: int
     epochs: int
     steps_per_epoch: int
     accumulation: int
+    optimizer: str
     schedule: str
     warmup: int
     cycles: int
@@ -59,174 +51,145 @@ class LoopOptions:
     unet_lr: float
     text_encoder_lr: float
     seed: int
-    save_every_n_epochs: int
-    save_every_n_steps: int
-    step: StepOptions
-    cuda_graphs: bool = True
+    loss: LossConfig
+    step: StepConfig
+    cuda_graphs: bool = False
     compiled: bool = False
-    rows_at_once: int | None = None
 
 
-def train(model: FrozenModel, *, network: LoRANetwork, epoch_batches: EpochBatches, condition: Condition,
-          options: LoopOptions, save: Save, keep: Save, report: Report, stop: Stop, pause: Pause = lambda release: True,
-          resumed: TrainingState | None = None, ranks: ProcessGroup = SINGLE_PROCESS) -> int:
-    """Train `network` on `model`; returns the number of steps made (all of them, unless `stop` said otherwise).
+class Callback(Protocol):
+    """What happens between two steps. Both methods are called in every process that trains."""
 
-    `epoch_batches(epoch, start)` gives an epoch's batches from the position `start` on, `condition` their text.
-    `save(step, epoch, snapshot)` is called where a save is due, `keep` after every step; `snapshot()` is what `resumed`
-    takes to go on from there, None while a step has only half happened. It may also be called after this function has
-    returned or raised. `resumed` needs the network it belongs to. `pause(release)` is called between two steps, when the
-    model may be used by others, who call `release` first; False ends the run as `stop` does. Of each batch, one of
-    several `ranks` trains its rows, and all add up their gradients.
-    Raises TrainingError if the loss is no longer a number (the network then holds its last good weights) or if the memory
-    runs out with one picture at a time and all that can be recomputed.
+    def before_step(self, progress: Progress) -> bool:
+        """Called before each step. False ends the training there."""
+
+    def after_step(self, progress: Progress) -> None:
+        """Called after each step, when weights, optimizer and loss scaler agree."""
+
+
+class Progress:
+    """Where a training stands, for its callbacks; it may be kept and asked after the training has ended.
+
+    step, epoch    of the last step made
     """
-    device, recorder = model.device, recorder_for(model.device, wanted=options.cuda_graphs and not options.step.offload)
-    weights = network.flatten(options.unet_lr, options.text_encoder_lr, dtype=options.step.dtype)
-    stepper = Stepper(weights, weight_decay=options.weight_decay, max_grad_norm=options.max_grad_norm,
-                      captured=recorder is not None)
-    scaler = LossScaler(device, enabled=options.step.dtype == torch.float16)
-    work = Work(model, adapters=network.adapters().get("unet", {}), condition=condition, stepper=stepper, scaler=scaler,
-                options=options.step)
-    if options.compiled:
-        work.compile(report)
-    execution = Execution(work, recorder, report=report)
-    in_pieces = InPieces(execution, report=report, most=options.rows_at_once)
-    log, reporter = LossLog(device), _Reporter(options, report, stepper)
-    begin = resumed.step if resumed else 0
-    if resumed:
-        restore(resumed, stepper=stepper, scaler=scaler)
-        reporter.restore(resumed)
-    whole: int | None = begin  # the step that weights, moments and scaler stand at; None while they do not agree
 
-    def settle() -> None:
-        nonlocal whole
-        # Whoever hears of a step may object (a loss that is no number, a model that was changed): then nothing is whole.
-        at, whole = whole, None
-        reporter.tell(log.arrived(wait=True))
-        whole = at
+    def __init__(self, step: int, *, train_step: TrainStep, network: LoRANetwork, optimizer: RunOptimizer, scaler: LossScaler,
+                 losses: LossReporter) -> None:
+        self.step, self.epoch = step, 0
+        self._consistent = True  # whether weights, moments and scaler are those after `step`
+        self._train_step, self._network, self._optimizer = train_step, network, optimizer
+        self._scaler, self._losses = scaler, losses
 
-    def snapshot() -> TrainingState | None:
-        if whole is None:
+    def begin_update(self) -> None:
+        """From now on the state belongs to no step, until `advance`."""
+        self._consistent = False
+
+    def advance(self, step: int, epoch: int) -> None:
+        """The state is that after `step`."""
+        self.step, self.epoch, self._consistent = step, epoch, True
+
+    def settle(self) -> None:
+        """Wait for the losses of all steps made, and report them. Raises TrainingError if one is not a number."""
+        # If that is raised, or the host objects to a step it hears of, the state must not be kept.
+        consistent, self._consistent = self._consistent, False
+        self._losses.settle()
+        self._consistent = consistent
+
+    def release(self) -> None:
+        """Give back the device's memory that is only held for the next steps: the model is going to be used by others."""
+        self._train_step.release()
+
+    @contextlib.contextmanager
+    def weights(self) -> Iterator[Mapping[str, Tensor]]:
+        """The LoRA's tensors as they are to be saved, under the names of its file, until the block is left."""
+        self._optimizer.set_training(False)
+        try:
+            yield self._network.state_dict()
+        finally:
+            self._optimizer.set_training(True)
+
+    def snapshot(self) -> TrainingState | None:
+        """What `train` takes as `resumed` to go on from here; None while a step has only half happened. The tensors share
+        memory with the running ones."""
+        if not self._consistent:
             return None
-        settle()
-        return capture(whole, network=network, stepper=stepper, scaler=scaler, recent=reporter.recent(),
-                       overflows=reporter.overflows)
+        self.settle()
+        return capture(self.step, network=self._network, optimizer=self._optimizer, scaler=self._scaler,
+                       recent=self._losses.recent(), overflows=self._losses.overflows)
+
+
+def train(model: FrozenModel, *, network: LoRANetwork, epoch_batches: EpochBatches, condition: Condition, config: TrainConfig,
+          report: Report, callbacks: Sequence[Callback] = (), resumed: TrainingState | None = None,
+          group: ProcessGroup = SINGLE_PROCESS) -> Progress:
+    """Train `network` on `model`; returns how far it came: to the last step, unless a callback ended the training.
+
+    `condition` makes the text of a batch. `resumed` needs the network it belongs to. Of each batch every process of the `group`
+    trains its rows, and all add up their gradients.
+    Raises TrainingError if the loss is no longer a number (the network then holds its last good weights) or if the memory
+    runs out with one image at a time.
+    """
+    device, rates = model.device, (config.unet_lr, config.text_encoder_lr)
+    weights = network.flatten(*rates, dtype=config.loss.dtype)
+    optimizer = RunOptimizer(weights, spec_of(config.optimizer), weight_decay=config.weight_decay,
+                             max_grad_norm=config.max_grad_norm)
+    scaler = LossScaler(device, enabled=config.loss.dtype == torch.float16)
+    make_step = CudaGraphStep if config.cuda_graphs and device.type == "cuda" else TrainStep
+    train_step = make_step(model, weights=weights, adapters=network.adapters().get("unet", {}), condition=condition,
+                           scaler=scaler, loss=config.loss, config=config.step, report=report, compiled=config.compiled)
+    losses = LossReporter(device, steps=config.steps, epochs=config.epochs, steps_per_epoch=config.steps_per_epoch,
+                          report=report)
+    progress = Progress(resumed.step if resumed else 0, train_step=train_step, network=network, optimizer=optimizer,
+                        scaler=scaler, losses=losses)
+    if resumed:
+        restore(resumed, optimizer=optimizer, scaler=scaler)
+        losses.restore(resumed)
 
     with torch.enable_grad(), translated("training"):
-        for step, epoch, micro_batches in _steps(epoch_batches, options, begin=begin):
-            if ranks.any(bool(stop()) or not pause(execution.release)):
-                settle()
-                return step - 1
-            stepper.set_factor(learning_rate_factor(
-                options.schedule, step - 1, total=options.steps, warmup=options.warmup, cycles=options.cycles))
-            in_pieces.gradients(_inputs(micro_batches, step, model=model, condition=condition, options=options, ranks=ranks))
-            ranks.sum_(weights.gradient)
-            ranks.sum_(work.loss)
-            whole = None
-            log.push(step, execution.finish())
-            reporter.expect(step, epoch)
-            reporter.tell(log.arrived())
-            whole = step
-            if _save_due(step, options):
-                settle()
-                save(step, epoch, snapshot)
-            keep(step, epoch, snapshot)
-        settle()
-    return options.steps
+        for step, epoch, batches in _steps(epoch_batches, config, begin=progress.step):
+            if group.any(not all(callback.before_step(progress) for callback in callbacks)):
+                break
+            optimizer.set_learning_rate(learning_rate_factor(
+                config.schedule, step - 1, total=config.steps, warmup=config.warmup, cycles=config.cycles))
+            inputs = [_inputs(batch, step, micro, len(batches), model=model, condition=condition, config=config, group=group)
+                      for micro, batch in enumerate(batches)]
+            for attempt in train_step.attempts(inputs):
+                with attempt:
+                    for batch in attempt.microbatches:
+                        loss = train_step.forward(batch)
+                        train_step.backward(loss)
+            group.sum_(weights.gradient)
+            group.sum_(train_step.loss)
+
+            progress.begin_update()
+            overflowed = optimizer.clip(scaler.inverse())
+            optimizer.step(overflowed)
+            scaler.update(overflowed)
+            losses.push(step, epoch, train_step.loss, overflowed, rates=optimizer.learning_rates())
+            train_step.clear()
+            progress.advance(step, epoch)
+            for callback in callbacks:
+                callback.after_step(progress)
+        progress.settle()
+    return progress
 
 
-def _inputs(micro_batches: Sequence[Batch], step: int, *, model: FrozenModel, condition: Condition, options: LoopOptions,
-            ranks: ProcessGroup) -> list[StepInputs]:
-    """What a step's losses depend on. Random numbers and text are the whole batch's, of which each process takes its rows."""
-    result = []
-    for micro, batch in enumerate(micro_batches):
-        draws = draw(batch.mean.shape, seed=options.seed, step=step, micro=micro, timesteps=len(model.schedule),
-                     noise_offset=options.noise_offset)
-        text = condition.prepare(batch.captions)
-        whole = prepare(batch, draws=draws, text=text, micro_batches=len(micro_batches))
-        result.append(piece(whole, share(len(whole), ranks)))
-    return result
+def _inputs(batch: Batch, step: int, micro: int, micro_batches: int, *, model: FrozenModel, condition: Condition,
+            config: TrainConfig, group: ProcessGroup) -> Batch:
+    """A batch with all that its loss depends on. Random numbers, text and weights are the whole batch's, of which each process
+    takes its rows: how a batch is cut changes nothing but the order in which numbers are added."""
+    draws = draw(batch["mean"].shape, seed=config.seed, step=step, micro=micro, timesteps=len(model.schedule),
+                 noise_offset=config.noise_offset)
+    weight = batch["loss_weight"] / (len(batch) * micro_batches)
+    whole = batch.extended({**draws, "weight": weight, **condition.prepare(batch.captions)})
+    return whole.rows(share(len(whole), group))
 
 
-def _steps(epoch_batches: EpochBatches, options: LoopOptions, *, begin: int) -> Iterator[tuple[int, int, list[Batch]]]:
+def _steps(epoch_batches: EpochBatches, config: TrainConfig, *, begin: int) -> Iterator[tuple[int, int, list[Batch]]]:
     """(step, epoch, micro-batches) for the steps after `begin`; an epoch's last step may hold fewer micro-batches."""
-    step, (epochs, steps) = begin, divmod(begin, options.steps_per_epoch)
-    if step >= options.steps:
-        return
-    for epoch in range(1 + epochs, options.epochs + 1):
-        gathered: list[Batch] = []
-        start, steps = steps * options.accumulation, 0
-        for batch in epoch_batches(epoch, start):
-            gathered.append(batch)
-            if len(gathered) == options.accumulation:
-                step += 1
-                yield step, epoch, gathered
-                gathered = []
-                if step == options.steps:
-                    return
-        if gathered:
+    step, (epochs, steps) = begin, divmod(begin, config.steps_per_epoch)
+    for epoch in range(1 + epochs, config.epochs + 1):
+        batches = iter(epoch_batches(epoch, steps * config.accumulation)) if step < config.steps else iter(())
+        steps = 0
+        while step < config.steps and (micro_batches := list(itertools.islice(batches, config.accumulation))):
             step += 1
-            yield step, epoch, gathered
-            if step == options.steps:
-                return
-
-
-def _save_due(step: int, options: LoopOptions) -> bool:
-    """Not after the last step: that is the result, which the caller saves."""
-    if step == options.steps:
-        return False
-    if options.save_every_n_steps and step % options.save_every_n_steps == 0:
-        return True
-    span = options.save_every_n_epochs * options.steps_per_epoch
-    return bool(span) and step % span == 0
-
-
-# Loss scaling starts at 2^16: after so many halvings in a row there is no scale at which the gradients fit.
-_MOST_OVERFLOWS = 30
-
-
-class _Reporter:
-    """Turns arrived losses into Step events, in order, and a loss that is not a number into the end of the run."""
-
-    def __init__(self, options: LoopOptions, report: Report, stepper: Stepper) -> None:
-        self._options, self._report, self._stepper = options, report, stepper
-        self._recent: collections.deque[float] = collections.deque(maxlen=max(10, options.steps_per_epoch))
-        self._expected: dict[int, tuple[int, float, float]] = {}
-        self._speed = Speed()
-        self.overflows = 0
-
-    def recent(self) -> tuple[float, ...]:
-        """The losses that the shown average is made of."""
-        return tuple(self._recent)
-
-    def restore(self, state: TrainingState) -> None:
-        """Go on with the average of an interrupted run."""
-        self._recent.extend(state.recent)
-        self.overflows = state.overflows
-
-    def expect(self, step: int, epoch: int) -> None:
-        """Remember what was in force in a step whose loss is still on its way."""
-        rates = self._stepper.rates()
-        self._expected[step] = (epoch, rates.get("unet", 0.0), rates.get("text_encoder", 0.0))
-
-    def tell(self, arrived: list[Arrived]) -> None:
-        for one in arrived:
-            epoch, learning_rate, text_encoder_lr = self._expected.pop(one.step)
-            if not math.isfinite(one.loss):
-                raise TrainingError(
-                    f"The loss is no longer a number at step {one.step}", why="the training has become unstable",
-                    remedy="lower the learning rate; with fp16 also try bf16 or no as precision, and a VAE that is "
-                           "made for half precision")
-            self.overflows = self.overflows + 1 if one.overflowed else 0
-            if self.overflows >= _MOST_OVERFLOWS:
-                raise TrainingError(
-                    f"The last {self.overflows} steps could not be used", why="their gradients were too large for numbers",
-                    remedy="lower the learning rate, or take bf16 or no as precision")
-            self._recent.append(one.loss)
-            speed = self._speed.tick()
-            left = (self._options.steps - one.step) / speed if speed else None
-            self._report(Step(
-                step=one.step, total=self._options.steps, epoch=epoch, epochs=self._options.epochs, loss=one.loss,
-                average_loss=sum(self._recent) / len(self._recent), learning_rate=learning_rate,
-                text_encoder_lr=text_encoder_lr, steps_per_second=speed, seconds_left=left, skipped=one.overflowed))
+            yield step, epoch, micro_batches

@@ -1,0 +1,78 @@
+"""What a run does between two steps besides saving: it stops, lets others use the model, and looks at the memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lib_lora_train.events import Report
+from lib_lora_train.host.port import Host
+from lib_lora_train.model.frozen import FrozenModel
+from lib_lora_train.training.loop import Progress
+
+Stop = Callable[[], Literal["", "stop", "save"]]
+"""Whether the user wants the run to end: "stop", or "save" to keep what was learnt."""
+
+
+class StopCallback:
+    """Ends the training before the next step once the user wants it."""
+
+    def __init__(self, stop: Stop) -> None:
+        self._stop = stop
+
+    def before_step(self, progress: Progress) -> bool:
+        """See `Callback`."""
+        return not self._stop()
+
+    def after_step(self, progress: Progress) -> None:
+        """Nothing."""
+
+
+class Pause:
+    """Lets those use the model who wait for it: generations of the host, between two steps or two images to encode."""
+
+    def __init__(self, host: Host, model: FrozenModel, *, enabled: bool, report: Report, stop: Stop) -> None:
+        self._host, self._model, self._enabled, self._report, self._stop = host, model, enabled, report, stop
+
+    def __call__(self, release: Callable[[], None] = lambda: None) -> bool:
+        """Hand the model over if somebody waits, after `release`; whether to go on afterwards."""
+        if not self._enabled or not self._host.wanted():
+            return True
+        release()
+        self._model.release()
+        tensors: Mapping[str, Tensor] | None = self._host.yield_model(report=self._report, stop=lambda: bool(self._stop()))
+        if tensors is not None:
+            self._model.take(tensors)
+        return tensors is not None
+
+    def before_step(self, progress: Progress) -> bool:
+        """See `Callback`."""
+        return self(progress.release)
+
+    def after_step(self, progress: Progress) -> None:
+        """Nothing."""
+
+
+class MeasuredMemory:
+    """Tells once, after the first step on a GPU, how much memory the run has really taken."""
+
+    def __init__(self, device: torch.device, tell: Callable[[int], None]) -> None:
+        """`tell` is called with the highest number of bytes that torch had allocated in the step."""
+        self._device, self._tell = device, tell
+        self._waiting = device.type == "cuda"
+
+    def before_step(self, progress: Progress) -> bool:
+        """See `Callback`."""
+        if self._waiting:
+            torch.cuda.reset_peak_memory_stats(self._device)
+        return True
+
+    def after_step(self, progress: Progress) -> None:
+        """See `Callback`."""
+        if self._waiting:
+            progress.settle()
+            self._waiting = False
+            self._tell(torch.cuda.max_memory_allocated(self._device))

@@ -1,0 +1,86 @@
+"""The network that a run trains: a new one, or the one of a file or of a resumed state; and what the model rules out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from lib_lora_train.adapters import file
+from lib_lora_train.adapters.network import LoRANetwork
+from lib_lora_train.adapters.targets import find_targets
+from lib_lora_train.errors import SettingError, translated
+from lib_lora_train.events import Report, Warned
+from lib_lora_train.model.frozen import FrozenModel
+from lib_lora_train.run.planning import RunPlan
+from lib_lora_train.settings import Settings
+from lib_lora_train.training.checkpoint import TrainingState
+
+
+@dataclass(frozen=True)
+class InitialWeights:
+    """The LoRA's weights before the first step: those of a state, of the file `name` to continue from, or (None) new ones."""
+
+    tensors: Mapping[str, Tensor] | None = None
+    name: str = ""
+    state: TrainingState | None = None
+
+    @classmethod
+    def of(cls, plan: RunPlan) -> InitialWeights:
+        """Those that the plan's run begins with. Raises LoraFileError."""
+        if plan.resume_point is not None:
+            state = plan.resume_point.load()
+            return cls(state.lora, plan.resume_point.path.name, state)
+        if plan.settings.network.network_weights:
+            continued = file.load(Path(plan.settings.network.network_weights))
+            return cls(continued.tensors, continued.path.name)
+        return cls()
+
+
+def build_network(settings: Settings, model: FrozenModel, weights: InitialWeights, *, report: Report) -> LoRANetwork:
+    """The network on the model's device; parts that are not to be trained are frozen. Raises SettingError, LoraFileError."""
+    chosen, seed, family = settings.network, settings.optimizer.seed, model.architecture.family
+    train_text = not chosen.network_train_unet_only
+    with translated("making the LoRA's layers"):
+        if weights.tensors is None:
+            targets = find_targets(model.components, family=family, text_encoder=train_text)
+            network = LoRANetwork.build(targets, rank=chosen.network_dim, alpha=chosen.network_alpha, seed=seed)
+        else:
+            has_text = any(key.startswith("lora_te") for key in weights.tensors)
+            targets = find_targets(model.components, family=family, text_encoder=train_text or has_text)
+            network = LoRANetwork.continued(targets, weights.tensors, seed=seed)
+            if network.fresh:
+                report(Warned(f"{len(network.fresh)} layers are not in {weights.name} and start anew."))
+        if not train_text:
+            network.freeze({component for component in model.components if component != "unet"})
+        if not any(settings.rates):
+            raise SettingError("Nothing would be trained", why="all learning rates are 0", remedy="raise learning_rate")
+        if not settings.rates[0]:
+            network.freeze({"unet"})
+        return network.to(model.device)
+
+
+def check_sizes(plan: RunPlan, model: FrozenModel) -> None:
+    """Raises SettingError where a bucket's size is not one that the model takes."""
+    multiple = model.architecture.vae.factor * 2 ** model.architecture.unet.halvings
+    for (width, height), _ in plan.schedule.buckets:
+        if width % multiple or height % multiple:
+            raise SettingError(f"Pictures of {width}×{height} pixels do not fit this model",
+                               why=f"its sizes are multiples of {multiple}",
+                               remedy=f"use a resolution and bucket_reso_steps that are multiples of {multiple}")
+
+
+def ignored_by(model: FrozenModel, settings: Settings) -> list[str]:
+    """A sentence for each setting that has no effect on this kind of model or device."""
+    notes = []
+    if settings.captions.clip_skip and not model.text.uses_clip_skip:
+        notes.append("clip_skip has no effect: only SD1 models read captions from a layer of choice.")
+    if settings.memory.cpu_offload_checkpointing and model.device.type != "cuda":
+        notes.append("cpu_offload_checkpointing has no effect: there is no card, and activations are in ordinary memory.")
+    if settings.memory.base_weights != "as they are" and model.device.type != "cuda":
+        notes.append("base_weights saves no memory without a card: its copies lie beside the model that is lent.")
+    if model.architecture.zero_terminal_snr and model.schedule.prediction_type == "epsilon":
+        notes.append("Zero terminal SNR suits models that predict v; one that predicts noise learns nothing from pure noise.")
+    return notes
