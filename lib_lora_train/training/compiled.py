@@ -23,7 +23,7 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 
 
 class CompiledLoss:
-    """Called as `denoising_loss`. What cannot be compiled, or computes something else, runs as written; that is reported once."""
+    """Called as `denoising_loss`. What cannot be compiled, or computes something else, runs as written, which is reported."""
 
     def __init__(self, report: Report) -> None:
         self._report, self._checked = report, set[tuple[torch.Size, ...]]()

@@ -21,7 +21,7 @@ _MOST_OVERFLOWS = 30
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Pending:
-    """A step whose loss is on its way: `result` is (loss, 1 if the gradients overflowed), and `arrived` tells when it is there."""
+    """A step whose loss is on its way: `result` is (loss, 1 if the gradients overflowed), readable once `arrived` is passed."""
 
     step: int
     epoch: int

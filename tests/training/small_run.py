@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -12,15 +12,16 @@ import torch
 from lib_lora_train import events
 from lib_lora_train.adapters.network import LoRANetwork
 from lib_lora_train.adapters.targets import find_targets
-from lib_lora_train.distributed import SINGLE_PROCESS
-from lib_lora_train.inputs.batches import Batch
+from lib_lora_train.distributed import SINGLE_PROCESS, ProcessGroup
+from lib_lora_train.inputs.batch import Batch
 from lib_lora_train.inputs.text import TextCache
+from lib_lora_train.memory.step_config import StepConfig
 from lib_lora_train.model import frozen
 from lib_lora_train.model.architecture import Hints
 from lib_lora_train.training.checkpoint import TrainingState
 from lib_lora_train.training.condition import CachedText, TrainedText
-from lib_lora_train.training.loop import LoopOptions, train
-from lib_lora_train.training.step import StepOptions
+from lib_lora_train.training.loop import Progress, TrainConfig, train
+from lib_lora_train.training.loss import LossConfig, LossFunction, mse
 from tests.model import small_checkpoints
 from tools import tiny_checkpoint
 
@@ -48,11 +49,11 @@ def batch(number: int, *, rows: int = 1, shape: tuple[int, int] = SQUARE, captio
     """Random latents [rows, 4, *shape]; sizes, crops and weights differ from row to row."""
     generator = torch.Generator().manual_seed(number)
     row = torch.arange(rows)[:, None]
-    return Batch(
-        indices=tuple(range(rows)), mean=torch.randn(rows, 4, *shape, generator=generator),
-        std=torch.rand(rows, 4, *shape, generator=generator), captions=tuple(f"{caption} {i}" for i in range(rows)),
-        loss_weight=1 / (1 + row[:, 0].float()), original_size=torch.tensor([[70, 64]]) + row,
-        crop=row * torch.tensor([[1, 2]]), target_size=8 * torch.tensor([shape]).expand(rows, 2))
+    sizes = torch.cat([torch.tensor([[70, 64]]) + row, row * torch.tensor([[1, 2]]),
+                       8 * torch.tensor([shape]).expand(rows, 2)], dim=1)
+    return Batch({
+        "mean": torch.randn(rows, 4, *shape, generator=generator), "std": torch.rand(rows, 4, *shape, generator=generator),
+        "loss_weight": 1 / (1 + row[:, 0].float()), "sizes": sizes.float()}, tuple(f"{caption} {i}" for i in range(rows)))
 
 
 @dataclasses.dataclass
@@ -92,9 +93,26 @@ def assert_equal(one: Result, other: Result, *, rtol: float = 1e-4, learnt: floa
     assert other.learnt().any() and (one.learnt() - other.learnt()).norm() < learnt * other.learnt().norm()
 
 
+class Watching:
+    """A callback that calls `before` in front of each step and keeps the training's progress."""
+
+    progress: Progress | None = None
+
+    def __init__(self, before: Callable[[Progress], bool]) -> None:
+        self._before = before
+
+    def before_step(self, progress: Progress) -> bool:
+        self.progress = progress
+        return self._before(progress)
+
+    def after_step(self, progress: Progress) -> None:
+        assert progress is self.progress
+
+
 def run(family: str, batches: Sequence[Batch], *, accumulation: int = 1, text: bool = False, dtype: torch.dtype = torch.float32,
-        min_snr: float = 0.0, device: str = "cpu", pause=lambda release: True, ranks=SINGLE_PROCESS, graphs: bool = True,
-        compiled: bool = False, learning_rate: float = 1e-3, checkpointing: bool = False) -> Result:
+        min_snr: float = 0.0, device: str = "cpu", before_step: Callable[[Progress], bool] = lambda progress: True,
+        group: ProcessGroup = SINGLE_PROCESS, graphs: bool = False, compiled: bool = False, learning_rate: float = 1e-3,
+        checkpointing: bool = False, microbatch: int = 64, optimizer: str = "AdamW", loss: LossFunction = mse) -> Result:
     """Train on `batches` in order. Text encoders are trained with `text`, else their answers are looked up."""
     frozen_model = model(family, device)
     targets = find_targets(frozen_model.components, family=family, text_encoder=text)
@@ -103,16 +121,14 @@ def run(family: str, batches: Sequence[Batch], *, accumulation: int = 1, text: b
     condition = TrainedText(frozen_model.text, clip_skip=1, adapters=adapters, checkpointing=checkpointing, dtype=dtype) \
         if text else CachedText(TextCache(frozen_model.text))
     steps = -(-len(batches) // accumulation)
-    options = LoopOptions(
-        steps=steps, epochs=1, steps_per_epoch=steps, accumulation=accumulation, schedule="cosine", warmup=2, cycles=1,
-        weight_decay=0.01, max_grad_norm=1.0, noise_offset=0.05, unet_lr=learning_rate,
-        text_encoder_lr=learning_rate / 2 if text else 0.0, seed=3, save_every_n_epochs=0, save_every_n_steps=0,
-        cuda_graphs=graphs, compiled=compiled,
-        step=StepOptions(dtype=dtype, min_snr_gamma=min_snr,
-                         recompute=frozenset(frozen_model.unet.units if checkpointing else ())))
+    config = TrainConfig(
+        steps=steps, epochs=1, steps_per_epoch=steps, accumulation=accumulation, optimizer=optimizer, schedule="cosine",
+        warmup=2, cycles=1, weight_decay=0.01, max_grad_norm=1.0, noise_offset=0.05, unet_lr=learning_rate,
+        text_encoder_lr=learning_rate / 2 if text else 0.0, seed=3, cuda_graphs=graphs, compiled=compiled,
+        loss=LossConfig(dtype=dtype, min_snr_gamma=min_snr, function=loss),
+        step=StepConfig(microbatch=microbatch,
+                        checkpointed=frozenset(frozen_model.unet.units if checkpointing else ())))
     seen: list[events.Event] = []
-    kept: list = [lambda: None]
-    made = train(frozen_model, network=network, epoch_batches=lambda epoch, start: batches[start:], condition=condition,
-                 options=options, save=lambda *_: None, keep=lambda step, epoch, snapshot: kept.__setitem__(0, snapshot),
-                 report=seen.append, stop=lambda: "", pause=pause, ranks=ranks)
-    return Result(network, seen, made, kept[0]())
+    progress = train(frozen_model, network=network, epoch_batches=lambda epoch, start: batches[start:], condition=condition,
+                     config=config, report=seen.append, callbacks=[Watching(before_step)], group=group)
+    return Result(network, seen, progress.step, progress.snapshot())
