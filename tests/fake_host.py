@@ -11,6 +11,7 @@ from PIL import Image
 from lib_lora_train import events
 from lib_lora_train.host.exclusive import Undisturbed
 from lib_lora_train.host.port import Checkpoint, Host
+from lib_lora_train.run.planning import RunPlan
 from lib_lora_train.run.record import RunRecord
 from lib_lora_train.settings import Settings, flat
 from lib_lora_train.training import checkpoint as checkpoint_module
@@ -63,8 +64,8 @@ class FakeJob:
         for _ in range(steps):
             self._steps.put(1)
 
-    def __call__(self, settings: Settings, host: Host, *, report: events.Report, stop, folder=None) -> events.Finished:
-        self.seen = settings
+    def __call__(self, plan: RunPlan, host: Host, *, report: events.Report, stop, folder=None) -> events.Finished:
+        self.seen = settings = plan.settings
         report(events.Planned(3, 1, 10, 10, self.TOTAL, "3 pictures", "64x64", "dreamshaper_8", 42))
         report(self.stage)
         if self.warning:

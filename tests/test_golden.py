@@ -42,8 +42,8 @@ from safetensors.torch import load_file, save_file
 
 # All that is used of the project: its command line, and what makes small checkpoints.
 from lib_lora_train.__main__ import main
-from tools import tiny_checkpoint
 from tests.model import small_checkpoints
+from tools import tiny_checkpoint
 
 ROOT = Path(sys.modules[main.__module__].__file__).resolve().parent.parent
 GOLDEN = Path(__file__).with_name("golden.json")

@@ -34,7 +34,7 @@ from lib_lora_train.run.provenance import Provenance
 from lib_lora_train.run.saver import Checkpointer, NoSaver, Saver
 from lib_lora_train.settings import Settings
 from lib_lora_train.training.loop import Progress, TrainConfig, train
-from lib_lora_train.training.loss import LossConfig
+from lib_lora_train.training.loss import LOSSES, LossConfig
 from lib_lora_train.training.precision import compute_dtype
 
 
@@ -158,7 +158,7 @@ def _train_config(plan: RunPlan, memory: MemoryPlan, *, dtype: torch.dtype) -> T
         schedule=optimizer.lr_scheduler, warmup=optimizer.lr_warmup_steps, cycles=optimizer.lr_scheduler_num_cycles,
         weight_decay=optimizer.weight_decay, max_grad_norm=optimizer.max_grad_norm, noise_offset=loss.noise_offset,
         unet_lr=unet_lr, text_encoder_lr=text_encoder_lr, seed=optimizer.seed,
-        loss=LossConfig(dtype=dtype, min_snr_gamma=loss.min_snr_gamma), step=memory.config,
+        loss=LossConfig(dtype=dtype, min_snr_gamma=loss.min_snr_gamma, function=LOSSES["l2"]), step=memory.config,
         cuda_graphs=_cuda_graphs(settings), compiled=settings.memory.torch_compile)
 
 

@@ -19,6 +19,7 @@ from lib_lora_train import events
 from lib_lora_train.errors import HostError, Interrupted, LoraTrainError, translated
 from lib_lora_train.host.port import Host
 from lib_lora_train.run.job import run_job
+from lib_lora_train.run.output import checked_name
 from lib_lora_train.run.planning import RunPlan
 from lib_lora_train.run.record import PastRun, RunRecord, new_folder, past_runs, read_events
 from lib_lora_train.run.resume import run_folder
@@ -129,9 +130,10 @@ class Runner:
         """Start a job and return its run's id: that of the run it resumes, if that one is in the host's folder of runs.
 
         `requested` are the settings as the user chose them; None: those of the plan.
-        Raises HostError while another is running or a guard objects.
+        Raises HostError while another is running or a guard objects, OutputError for a bad name.
         """
         settings = plan.settings
+        checked_name(settings.save.output_name)  # it names the run's folder
         for check in self._guards:
             check(settings)
         with self._lock:

@@ -79,8 +79,8 @@ class TrainStep:
             return False
         if config.microbatch < self.config.microbatch and self.config.microbatch >= largest:
             self._report(Warned(f"The memory was too small for {largest} pictures at once. The run goes on with fewer at a "
-                                "time and learns the same, but each step takes longer; a smaller batch or gradient checkpointing "
-                                "would avoid that."))
+                                "time and learns the same, but each step takes longer; a smaller batch or gradient "
+                                "checkpointing would avoid that."))
         elif config.microbatch == self.config.microbatch:
             means = "activations in ordinary memory" if config.offload else "gradient checkpointing"
             self._report(Warned(f"The memory was too small for one picture. The run goes on with {means} and learns the same, "

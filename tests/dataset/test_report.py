@@ -15,7 +15,7 @@ from lib_lora_train.dataset.report import Examined, Report, crop_sheet, examine
 from lib_lora_train.dataset.tag_slips import respelt, typing_errors
 from lib_lora_train.demo import STYLE, SUBJECT
 from lib_lora_train.errors import DatasetError, Interrupted, SettingError
-from lib_lora_train.run.planning import prepare
+from lib_lora_train.run.planning import plan_dataset
 from lib_lora_train.settings import parse
 
 Draw = Callable[..., Path]
@@ -97,7 +97,7 @@ def test_what_would_keep_a_training_from_starting_comes_first(tmp_path: Path, dr
     assert "UTF-8" in report.advice[0] and "Only 3 different pictures" in report.advice[1]
     assert not report.trainable and codes(report)["1.png"] == {"unreadable_caption", "small"}
     with pytest.raises(DatasetError, match="UTF-8"):
-        prepare(parse({"train_data_dir": str(tmp_path)}), family="")
+        plan_dataset(parse({"train_data_dir": str(tmp_path)}), family="")
 
 
 def test_a_problem_of_most_pictures_comes_before_one_of_a_few(tmp_path: Path, draw: Draw) -> None:
@@ -135,11 +135,11 @@ def test_sizes_buckets_and_steps_are_those_of_the_training(tmp_path: Path, draw:
     for i in range(10):
         draw(f"{i}.png", [(512, 512), (640, 480), (480, 720)][i % 3])
     report = look(tmp_path, train_batch_size=2)
-    prepared = prepare(parse({"train_data_dir": str(tmp_path), "train_batch_size": 2}), family="")
+    prepared = plan_dataset(parse({"train_data_dir": str(tmp_path), "train_batch_size": 2}), family="")
     assert [p.bucket for p in report.images] == [p.bucket for p in prepared.placements]
-    assert {size for size, _ in report.buckets} == {size for size, _ in prepared.plan.buckets}
+    assert {size for size, _ in report.buckets} == {size for size, _ in prepared.schedule.buckets}
     assert report.sizes[0] == ((512, 512), 4)
-    assert (report.proposal.steps, report.proposal.epochs) == (prepared.plan.steps, prepared.plan.epochs)
+    assert (report.proposal.steps, report.proposal.epochs) == (prepared.schedule.steps, prepared.schedule.epochs)
     assert report.proposal.repeats == prepared.dataset.examples[0].repeats
     assert look(tmp_path, family="sdxl").resolution == (1024, 1024)
 

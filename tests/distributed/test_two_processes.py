@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from lib_lora_train import events
 from lib_lora_train.adapters.file import inspect
 from lib_lora_train.host.standalone import StandaloneHost
-from lib_lora_train.run.job import run_job
 from lib_lora_train.run.record import past_runs
 from lib_lora_train.settings import parse
 from tests.distributed.processes import ROOT, clean_environment, close, running
+from tests.jobs import run_settings
 from tools import tiny_checkpoint
 
 SETTINGS = {"output_name": "zzk", "resolution": "64", "min_bucket_reso": 64, "network_dim": 2, "save_precision": "float",
@@ -69,7 +69,7 @@ def alone(settings: dict, checkpoint: Path, folder: Path) -> tuple[dict[str, tor
     told: list[events.Event] = []
     host = StandaloneHost(checkpoint, lora_folder=folder, runs_folder=folder / "runs")
     chosen = parse({**settings, "output_dir": str(folder)})
-    return load_file(run_job(chosen, host, report=told.append, stop=lambda: "").path), losses(told)
+    return load_file(run_settings(chosen, host, report=told.append, stop=lambda: "").path), losses(told)
 
 
 def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:

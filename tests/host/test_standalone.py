@@ -10,8 +10,8 @@ import torch
 
 from lib_lora_train.host.standalone import StandaloneHost
 from lib_lora_train.run import job
-from lib_lora_train.run.job import run_job
 from lib_lora_train.settings import parse
+from tests.jobs import run_settings
 from tools import tiny_checkpoint
 
 
@@ -26,7 +26,7 @@ def run(host: StandaloneHost, images: Path, folder: Path) -> None:
     folder.mkdir(parents=True)
     settings = parse({"train_data_dir": str(images), "output_name": "zzk", "resolution": "64", "min_bucket_reso": 64,
                       "max_train_steps": 2, "network_dim": 2, "cache_latents_to_disk": True, "overwrite": True})
-    assert run_job(settings, host, report=lambda _: None, stop=lambda: "", folder=folder).outcome == "done"
+    assert run_settings(settings, host, report=lambda _: None, stop=lambda: "", folder=folder).outcome == "done"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows keeps files that are in use where they are")

@@ -14,7 +14,8 @@ from PIL import Image
 
 from lib_lora_train.dataset.buckets import Buckets, Placement
 from lib_lora_train.dataset.folder import Dataset, Example
-from lib_lora_train.inputs.batches import Batch, Batches
+from lib_lora_train.inputs.batch import Batch
+from lib_lora_train.inputs.batches import Batches
 from lib_lora_train.inputs.latents import Latents, LatentSource
 
 torch.set_num_threads(1)

@@ -9,7 +9,8 @@ import torch
 
 from lib_lora_train.dataset.folder import visits_by_bucket
 from lib_lora_train.dataset.plan import plan_run
-from lib_lora_train.inputs.batches import Batch, Batches
+from lib_lora_train.inputs.batch import Batch
+from lib_lora_train.inputs.batches import Batches
 from lib_lora_train.inputs.latents import CachedLatents, FreshLatents
 
 from .conftest import FakeVAE, epoch_of
@@ -18,9 +19,8 @@ SIZES = {"a.png": (64, 64), "b.png": (80, 48), "c.png": (64, 64), "d.png": (48, 
 
 
 def same(one: Batch, other: Batch) -> bool:
-    return (one.indices, one.captions) == (other.indices, other.captions) and all(
-        torch.equal(getattr(one, name), getattr(other, name))
-        for name in ("mean", "std", "loss_weight", "original_size", "crop", "target_size"))
+    return one.captions == other.captions and one.tensors.keys() == other.tensors.keys() and all(
+        torch.equal(tensor, other[name]) for name, tensor in one.tensors.items())
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
@@ -65,10 +65,9 @@ def test_the_same_seed_gives_the_same_batches_from_any_position(make_dataset, va
 def test_batches_carry_the_sizes_that_sdxl_is_told(make_dataset, vae: FakeVAE) -> None:
     dataset, placements = make_dataset({"wide.png": (192, 108)})  # 16:9, an eighth of 1536×864; bucket 80×48
     (batch,) = epoch_of(Batches(CachedLatents.build(vae, dataset, placements), train_batch_size=1, seed=0), 0)
-    assert batch.original_size.tolist() == [[108, 192]]
-    assert batch.target_size.tolist() == [[48, 80]]
-    assert batch.crop.tolist() == [[1, 0]]  # fitted inside: 80×45, 1.5 rows above, cut to 1
-    assert batch.mean.shape == batch.std.shape == (1, 4, 6, 10)
+    # Fitted inside: 80×45, 1.5 rows above, cut to 1.
+    assert batch["sizes"].tolist() == [[108, 192, 1, 0, 48, 80]] and batch["sizes"].dtype == torch.float32
+    assert batch["mean"].shape == batch["std"].shape == (1, 4, 6, 10)
 
 
 def test_regularisation_is_weighted_and_gets_no_trigger_word(make_dataset, vae: FakeVAE) -> None:
@@ -76,10 +75,9 @@ def test_regularisation_is_weighted_and_gets_no_trigger_word(make_dataset, vae: 
     batches = Batches(CachedLatents.build(vae, dataset, placements), train_batch_size=2, seed=0, prior_loss_weight=0.25,
                       trigger_word="sks")
     (batch,) = epoch_of(batches, 0)
-    by_index = dict(zip(batch.indices, zip(batch.loss_weight.tolist(), batch.captions, strict=True), strict=False))
-    assert by_index == {0: (1.0, "sks, caption of a.png, tag one, tag two"),
-                        1: (0.25, "caption of reg.png, tag one, tag two")}
-    assert batch.loss_weight.dtype == torch.float32
+    by_caption = dict(zip(batch.captions, batch["loss_weight"].tolist(), strict=True))
+    assert by_caption == {"sks, caption of a.png, tag one, tag two": 1.0, "caption of reg.png, tag one, tag two": 0.25}
+    assert batch["loss_weight"].dtype == torch.float32
 
 
 def test_captions_vary_from_visit_to_visit_and_vary_nothing_else(make_dataset, vae: FakeVAE) -> None:
@@ -87,8 +85,7 @@ def test_captions_vary_from_visit_to_visit_and_vary_nothing_else(make_dataset, v
     source = CachedLatents.build(vae, dataset, placements, flip_aug=True)
     plain = list(epoch_of(Batches(source, train_batch_size=2, seed=0), 0))
     varied = list(epoch_of(Batches(source, train_batch_size=2, seed=0, shuffle_caption=True, keep_tokens=1), 0))
-    assert [b.indices for b in plain] == [b.indices for b in varied]
-    assert all(torch.equal(one.mean, other.mean) for one, other in zip(plain, varied, strict=True))
+    assert all(torch.equal(one["mean"], other["mean"]) for one, other in zip(plain, varied, strict=True))
     captions = {caption for batch in varied for caption in batch.captions}
     orders = ("tag one, tag two", "tag two, tag one")
     assert captions == {f"caption of {name}, {tags}" for name in SIZES for tags in orders}

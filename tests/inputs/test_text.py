@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from lib_lora_train.errors import Interrupted
-from lib_lora_train.inputs.overflow import DiskOverflow
 from lib_lora_train.inputs.text import TextCache
 from lib_lora_train.model.text import Conditioning, Tokens
 
@@ -118,49 +117,10 @@ def one_by_one(captions: Sequence[str], conditioner: FakeConditioner) -> dict[st
         return {c: conditioner.encode([conditioner.tokenize(c)], clip_skip=1, dtype=torch.float32) for c in captions}
 
 
-@pytest.mark.parametrize("pooled", [True, False])
-def test_captions_that_are_too_many_for_the_memory_come_back_from_the_temporary_file(pooled: bool) -> None:
-    captions = [words(3 + 90 * (n % 3), f"w{n}-") for n in range(30)] + [""]
-    expected, conditioner, overflow = one_by_one(captions, FakeConditioner(pooled=pooled)), FakeConditioner(pooled=pooled), DiskOverflow()
-    cache = TextCache(conditioner, max_bytes=10 * CHUNK * WIDTH * 4, overflow=overflow)
-    cache.fill(captions, batch_size=4)
-    assert cache.holds(captions) and cache._bytes <= 10 * CHUNK * WIDTH * 4 and cache._spilled
-    encoded = sum(conditioner.encoded)
-    assert encoded == 31
-    for _ in range(2):
-        for caption in reversed(captions):
-            got = cache.get([caption])
-            assert torch.equal(got.context, expected[caption].context)
-            assert (got.pooled is None) if not pooled else torch.equal(got.pooled, expected[caption].pooled)
-    mixed = cache.get([captions[0], captions[2]])  # one chunk and three: the empty ones come from the file, too
-    empty = expected[""].context
-    assert torch.equal(mixed.context[0], torch.cat([expected[captions[0]].context, empty, empty], dim=1)[0])
-    assert sum(conditioner.encoded) == encoded and cache._bytes <= 10 * CHUNK * WIDTH * 4
-    overflow.close()
-
-
 def test_captions_of_one_length_are_encoded_together() -> None:
     conditioner = FakeConditioner()
     TextCache(conditioner).fill([words(3 if n % 2 else 100, f"w{n}-") for n in range(20)], batch_size=5)
     assert conditioner.encoded == [5, 5, 5, 5]
-
-
-def test_where_the_disk_is_full_the_rest_is_encoded_when_it_is_met(monkeypatch) -> None:
-    captions = [words(3, f"w{n}-") for n in range(6)]
-    conditioner, overflow, room = FakeConditioner(pooled=False), DiskOverflow(), [2]
-    original = overflow.write
-
-    def write(tensor: torch.Tensor):
-        room[0] -= 1
-        if room[0] < 0:
-            raise OSError(28, "No space left on device")
-        return original(tensor)
-    monkeypatch.setattr(overflow, "write", write)
-    cache = TextCache(conditioner, max_bytes=0, overflow=overflow)
-    cache.fill(captions, batch_size=1)
-    assert not cache.holds(captions)
-    expected = one_by_one(captions, FakeConditioner(pooled=False))
-    assert all(torch.equal(cache.get([caption]).context, expected[caption].context) for caption in captions)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -172,34 +132,3 @@ def test_kept_in_the_numbers_of_the_step_the_step_sees_the_same(dtype: torch.dty
         assert other.context.dtype == other.pooled.dtype == dtype
         assert torch.equal(one.context.to(dtype), other.context) and torch.equal(one.pooled.to(dtype), other.pooled)
     assert half._bytes * 2 == plain._bytes
-
-
-def test_captions_that_vary_are_encoded_for_several_batches_at_once() -> None:
-    conditioner = FakeConditioner()
-    cache = TextCache(conditioner)
-    soon = [words(3, f"w{n}-") for n in range(8)]
-    cache.encode_upcoming([*soon, soon[0]])
-    assert conditioner.encoded == [8]
-    expected = one_by_one(soon, FakeConditioner())
-    for start in range(0, 8, 2):
-        assert torch.equal(cache.get(soon[start:start + 2]).context[1], expected[soon[start + 1]].context[0])
-    assert conditioner.encoded == [8]
-    cache.encode_upcoming(soon[:2])  # known, and still the same two together
-    assert conditioner.encoded == [8, 2]
-
-
-def test_of_captions_that_vary_only_what_may_still_be_asked_for_is_kept() -> None:
-    """Several rows may be told before the first of them is asked for, and a row may be asked for in parts."""
-    conditioner = FakeConditioner()
-    cache = TextCache(conditioner)
-    rows = [[words(3, f"row{row}-{n}-") for n in range(4)] for row in range(6)]
-    cache.get([words(100, "long"), ""])  # the empty caption is needed again wherever lengths differ
-    known = len(conditioner.encoded)
-    cache.encode_upcoming(rows[0]), cache.encode_upcoming(rows[1])
-    cache.get(rows[0][:4] + rows[1][:2])
-    cache.encode_upcoming(rows[2]), cache.encode_upcoming(rows[3])
-    cache.get(rows[1][2:] + rows[2] + rows[3][:1])
-    cache.encode_upcoming(rows[4])
-    cache.get(rows[3][1:])
-    assert conditioner.encoded[known:] == [4] * 5  # each row once, and nothing when it was asked for
-    assert set(cache._known) == {"", *rows[3], *rows[4]}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lib_lora_train.memory.budget import budget_of
 
 from lib_lora_train.adapters import file
 from lib_lora_train.adapters.network import LoRANetwork
@@ -13,13 +14,12 @@ from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.api.service import plan
 from lib_lora_train.events import Planned, Warned
 from lib_lora_train.inputs.vae_batches import VaeWork, encoding_bytes
-from lib_lora_train.memory.budget import budget_of
 from lib_lora_train.model import frozen
 from lib_lora_train.model.family import detect
 from lib_lora_train.run import memory
-from lib_lora_train.run.job import run_job
 from lib_lora_train.run.memory import planned_layers, room_for_encoding, unneeded
 from lib_lora_train.settings import parse
+from tests.jobs import run_settings
 
 CARD = torch.device("cuda", 0)
 
@@ -36,7 +36,7 @@ def test_the_page_and_the_run_make_the_same_plan(images, host, changes):
     values = settings(images, memory_budget=4, **changes)
     said = plan(values, host=host)["estimate"].partition(" · ")[2]
     seen: list[object] = []
-    run_job(parse(values), host, report=seen.append, stop=lambda: "")
+    run_settings(parse(values), host, report=seen.append, stop=lambda: "")
     assert [event.memory for event in seen if isinstance(event, Planned)] == [said]
 
 
@@ -87,7 +87,7 @@ def test_pictures_are_encoded_where_room_is_short_while_unet_and_text_encoders_w
 
 def test_eight_bits_without_a_card_are_said_to_save_nothing(images, host):
     seen: list[object] = []
-    run_job(parse(settings(images, base_weights="int8")), host, report=seen.append, stop=lambda: "")
+    run_settings(parse(settings(images, base_weights="int8")), host, report=seen.append, stop=lambda: "")
     assert any("saves no memory" in event.message for event in seen if isinstance(event, Warned))
 
 
@@ -109,5 +109,5 @@ def test_parts_come_and_go_in_the_order_in_which_they_are_needed(monkeypatch, im
     for name in ("set_aside", "bring_back"):
         monkeypatch.setattr(host, name, watched(name))
     monkeypatch.setattr(memory, "unneeded", lambda chosen, device: frozenset({"vae", "text"}))
-    run_job(parse(settings(images)), host, report=lambda event: None, stop=lambda: "")
+    run_settings(parse(settings(images)), host, report=lambda event: None, stop=lambda: "")
     assert moves == [("set_aside", {"vae"}), ("bring_back", {"text", "unet"}), ("set_aside", {"text"})]

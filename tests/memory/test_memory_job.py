@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from lib_lora_train import events
-from lib_lora_train.run.job import run_job
 from lib_lora_train.settings import parse
+from tests.jobs import run_settings
 
 SAME = 0.05  # of what is learnt: where a gradient is next to nothing, AdamW follows its rounding error
 
@@ -27,7 +27,7 @@ class Ran(NamedTuple):
 
 def run(images: Path, host, name: str, **changes: object) -> Ran:
     seen: list[events.Event] = []
-    finished = run_job(parse({
+    finished = run_settings(parse({
         "train_data_dir": str(images), "output_name": name, "resolution": "64", "min_bucket_reso": 64, "num_repeats": 1,
         "max_train_steps": 3, "network_dim": 4, "network_alpha": 2, "save_precision": "float", "learning_rate": 1e-3,
         "save_state": False, **changes}), host, report=seen.append, stop=lambda: "")

@@ -25,6 +25,7 @@ from lib_lora_train.run.record import RunRecord
 from lib_lora_train.run.runner import Runner
 from lib_lora_train.settings import parse
 from tests.fake_host import FakeHost, images
+from tests.jobs import plan_of
 
 USER, COMPUTER, SECRET = "annelies77", "annes-laptop", "my secret dataset"
 
@@ -63,9 +64,9 @@ def failed_run(host: FakeHost, data: Path, monkeypatch: pytest.MonkeyPatch) -> P
 
     monkeypatch.setattr(runner_module, "run_job", job)
     runner = Runner()
-    run = runner.start(parse({
+    run = runner.start(plan_of(parse({
         "output_name": "zzk", "train_data_dir": str(data), "reg_data_dir": "/mnt/other disk/reg", "trigger_word": "zzk girl",
-        "network_weights": "D:\\Loras\\Old One\\a.safetensors", "training_comment": "for aunt Marta's birthday"}), host)
+        "network_weights": "D:\\Loras\\Old One\\a.safetensors", "training_comment": "for aunt Marta's birthday"})), host)
     assert runner.wait(10)
     return host.runs_folder / run
 
@@ -149,7 +150,7 @@ def test_our_own_refusals_keep_where_they_came_from_too(tmp_path: Path, monkeypa
         raise HostError("The model is gone")
     monkeypatch.setattr(runner_module, "run_job", job)
     host, runner = FakeHost(tmp_path), Runner()
-    run = runner.start(parse({"output_name": "zzk"}), host)
+    run = runner.start(plan_of(parse({"output_name": "zzk"})), host)
     assert runner.wait(10)
     assert "HostError: The model is gone" in (host.runs_folder / run / "error.txt").read_text(encoding="utf-8")
 

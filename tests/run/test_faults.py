@@ -20,13 +20,15 @@ from safetensors.torch import load_file
 
 from lib_lora_train import events
 from lib_lora_train.host.standalone import StandaloneHost
+from lib_lora_train.inputs.batch import Batch
 from lib_lora_train.model.frozen import FrozenModel
-from lib_lora_train.run.job import run_job
+from lib_lora_train.run.planning import plan_job
 from lib_lora_train.run.record import RunRecord, past_run, read_events
 from lib_lora_train.run.runner import Runner, finish
 from lib_lora_train.settings import parse
-from lib_lora_train.training import device_step
-from tests.injection import FAULTS, PLACES, Place, inject, on_shapes_alone
+from lib_lora_train.training import train_step
+from tests.injection import FAULTS, PLACES, Place, inject
+from tests.jobs import run_settings
 from tools import tiny_checkpoint
 
 ORDINARY = {name: fault for name, fault in FAULTS.items() if name != "Ctrl+C"}
@@ -57,7 +59,7 @@ def reference(place_of_work: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """What a run learns that nothing disturbs."""
     folder = tmp_path_factory.mktemp("reference")
     undisturbed = StandaloneHost(place_of_work / "tiny.safetensors", lora_folder=folder, runs_folder=folder / "runs")
-    finished = run_job(settings(place_of_work), undisturbed, report=lambda _: None, stop=lambda: "")
+    finished = run_settings(settings(place_of_work), undisturbed, report=lambda _: None, stop=lambda: "")
     return load_file(finished.path)
 
 
@@ -81,7 +83,7 @@ def surroundings(host: StandaloneHost) -> dict[str, Any]:
 
 def assert_the_next_run_is_good(host: StandaloneHost, place_of_work: Path, reference: dict[str, torch.Tensor]) -> None:
     runner = Runner()
-    runner.start(settings(place_of_work), host)
+    runner.start(plan_job(settings(place_of_work), host), host)
     assert runner.wait(120) and runner.status().finished.outcome == "done"
     learnt = load_file(runner.status().finished.path)
     assert learnt.keys() == reference.keys() and all(torch.equal(learnt[key], reference[key]) for key in learnt)
@@ -95,7 +97,7 @@ def test_after_any_fault_the_host_is_as_it_was_and_the_next_run_is_good(
         runner = Runner()
         undo = inject(place, fault, host)
         try:
-            runner.start(settings(place_of_work), host)
+            runner.start(plan_job(settings(place_of_work), host), host)
             assert runner.wait(120)
         finally:
             undo()
@@ -132,7 +134,7 @@ def test_a_second_ctrl_c_ends_at_once_and_leaves_the_host_as_it_was(
     undo = inject(place, FAULTS["Ctrl+C"], host)
     try:
         with pytest.raises(KeyboardInterrupt):
-            finish(lambda: run_job(chosen, host, report=record.write, stop=lambda: "", folder=record.folder),
+            finish(lambda: run_settings(chosen, host, report=record.write, stop=lambda: "", folder=record.folder),
                    report=record.write, steps=lambda: 0)
     finally:
         undo()
@@ -145,16 +147,15 @@ def test_a_second_ctrl_c_ends_at_once_and_leaves_the_host_as_it_was(
 def test_a_loss_that_is_no_number_at_any_step_leaves_the_host_as_it_was(
         step: int, host: StandaloneHost, place_of_work: Path, reference: dict[str, torch.Tensor],
         monkeypatch: pytest.MonkeyPatch) -> None:
-    original, calls = device_step.denoising_loss, []
+    original, calls = train_step.denoising_loss, []
 
-    def poisoned(model: FrozenModel, **given: Any) -> torch.Tensor:
-        if not on_shapes_alone(model):
-            calls.append(1)
-        return original(model, **given) * (math.nan if len(calls) == step else 1)
+    def poisoned(model: FrozenModel, batch: Batch, **given: Any) -> torch.Tensor:
+        calls.append(1)
+        return original(model, batch, **given) * (math.nan if len(calls) == step else 1)
     before, runner = surroundings(host), Runner()
     with monkeypatch.context() as patch:
-        patch.setattr(device_step, "denoising_loss", poisoned)
-        runner.start(settings(place_of_work), host)
+        patch.setattr(train_step, "denoising_loss", poisoned)
+        runner.start(plan_job(settings(place_of_work), host), host)
         assert runner.wait(120)
     finished = runner.status().finished
     assert finished.outcome == "failed" and f"The loss is no longer a number at step {step}" in finished.message

@@ -19,9 +19,9 @@ from lib_lora_train.errors import HostError, Interrupted
 from lib_lora_train.host.port import Borrowed
 from lib_lora_train.host.standalone import StandaloneHost
 from lib_lora_train.model.layers import Layers
-from lib_lora_train.run.job import run_job
 from lib_lora_train.settings import parse
-from lib_lora_train.training.optimizer import Stepper
+from lib_lora_train.training.optimizers import RunOptimizer
+from tests.jobs import run_settings
 
 
 class BusyHost(StandaloneHost):
@@ -76,9 +76,9 @@ def settings(images: Path, name: str = "zzk", **changes: object):
 def test_the_result_is_byte_for_byte_that_of_a_run_nobody_interrupted(images, tiny_file, tmp_path, changes):
     # The same host, since a processor computes in another order where tensors begin at another multiple of 64 bytes.
     quiet = BusyHost(tiny_file, tmp_path / "quiet", wants=lambda _: False)
-    alone = load_file(run_job(settings(images, **changes), quiet, report=lambda _: None, stop=lambda: "").path)
+    alone = load_file(run_settings(settings(images, **changes), quiet, report=lambda _: None, stop=lambda: "").path)
     busy = BusyHost(tiny_file, tmp_path / "busy")
-    finished = run_job(settings(images, **changes), busy, report=lambda _: None, stop=lambda: "")
+    finished = run_settings(settings(images, **changes), busy, report=lambda _: None, stop=lambda: "")
     shared = load_file(finished.path)
     # Before each of at least four steps, and between the pictures that are encoded before.
     assert finished.outcome == "done" and busy.handed > 4
@@ -88,7 +88,7 @@ def test_the_result_is_byte_for_byte_that_of_a_run_nobody_interrupted(images, ti
 
 def test_nobody_is_asked_where_the_user_refuses(images, tiny_file, tmp_path):
     busy = BusyHost(tiny_file, tmp_path)
-    run_job(settings(images, yield_to_generations=False), busy, report=lambda _: None, stop=lambda: "")
+    run_settings(settings(images, yield_to_generations=False), busy, report=lambda _: None, stop=lambda: "")
     assert busy.handed == 0
 
 
@@ -98,9 +98,9 @@ def test_who_stops_while_others_have_the_model_keeps_what_was_learnt(images, tin
     def learnt() -> int:
         return sum(isinstance(event, events.Step) for event in seen)
     busy.after = lambda: stopped.append("save")
-    finished = run_job(settings(images), busy, report=seen.append, stop=lambda: "".join(stopped))
+    finished = run_settings(settings(images), busy, report=seen.append, stop=lambda: "".join(stopped))
     assert (finished.outcome, finished.steps) == ("stopped", 3)
-    whole = run_job(settings(images, "whole", max_train_steps=3, lr_scheduler="constant"), busy, report=lambda _: None,
+    whole = run_settings(settings(images, "whole", max_train_steps=3, lr_scheduler="constant"), busy, report=lambda _: None,
                     stop=lambda: "")
     # The schedule differs with the length of the run; the names and shapes are what a file of three steps has.
     assert load_file(finished.path).keys() == load_file(whole.path).keys()
@@ -110,7 +110,7 @@ def test_who_stops_while_pictures_are_encoded_leaves_nothing_behind(images, tiny
     busy, stopped = BusyHost(tiny_file, tmp_path), []
     busy.after = lambda: stopped.append("save")
     with pytest.raises(Interrupted):
-        run_job(settings(images), busy, report=lambda _: None, stop=lambda: "".join(stopped))
+        run_settings(settings(images), busy, report=lambda _: None, stop=lambda: "".join(stopped))
     assert not list(busy.lora_folder.iterdir())
 
 
@@ -122,7 +122,7 @@ def test_a_model_that_does_not_come_back_ends_the_run_with_what_was_learnt(image
         raise HostError("The WebUI's model was unloaded", remedy="choose it again")
     busy.after = unload
     with pytest.raises(HostError, match="was unloaded.*zzk-step00000003"):
-        run_job(settings(images), busy, report=seen.append, stop=lambda: "")
+        run_settings(settings(images), busy, report=seen.append, stop=lambda: "")
     kept, = busy.lora_folder.iterdir()
     assert all(torch.isfinite(tensor).all() for tensor in load_file(kept).values())
 
@@ -151,7 +151,7 @@ def test_nothing_of_the_lent_memory_is_held_while_others_have_it(images, tiny_fi
                              and thing.untyped_storage().data_ptr() in memory for thing in gc.get_objects()))
             return super().yield_model(report=report, stop=stop)
     host = WatchingHost(tiny_file, tmp_path, wants=lambda asked: asked == 4)
-    run_job(settings(images, max_train_steps=2), host, report=lambda _: None, stop=lambda: "")
+    run_settings(settings(images, max_train_steps=2), host, report=lambda _: None, stop=lambda: "")
     assert alive == [0]
 
 
@@ -160,7 +160,7 @@ def test_nothing_of_a_run_is_held_when_the_model_goes_back(images, tiny_file, tm
     """The parts that lie aside need the room of the LoRA, its moments and our own copies."""
     def held() -> set[int]:
         gc.collect()
-        return {id(thing) for thing in gc.get_objects() if type(thing) in (Layers, LoRALayer, FlatWeights, Stepper)}
+        return {id(thing) for thing in gc.get_objects() if type(thing) in (Layers, LoRALayer, FlatWeights, RunOptimizer)}
 
     left: list[set[int]] = []
 
@@ -176,7 +176,7 @@ def test_nothing_of_a_run_is_held_when_the_model_goes_back(images, tiny_file, tm
             assert held(), "the watch sees nothing"
             return super().yield_model(report=report, stop=stop)
     host = LenderHost(tiny_file, tmp_path, wants=lambda asked: asked == 4)
-    run_job(settings(images, **changes), host, report=lambda _: None, stop=lambda: "")
+    run_settings(settings(images, **changes), host, report=lambda _: None, stop=lambda: "")
     assert host.handed == 1 and left == [set()]
 
 
@@ -184,7 +184,7 @@ def test_the_tensors_that_were_lent_first_are_left_as_others_made_them(images, t
     busy = BusyHost(tiny_file, tmp_path, wants=lambda asked: asked % 2 == 0)
     with busy.borrow() as borrowed:
         before = {name: digest(tensor) for name, tensor in borrowed.tensors.items()}
-    run_job(settings(images), busy, report=lambda _: None, stop=lambda: "")
+    run_settings(settings(images), busy, report=lambda _: None, stop=lambda: "")
     assert {name: digest(tensor) for name, tensor in busy._lent.items()} == before
 
 

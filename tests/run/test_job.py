@@ -14,14 +14,15 @@ from safetensors.torch import load_file
 
 from lib_lora_train import events
 from lib_lora_train.adapters import file
+from lib_lora_train.adapters.network import LoRANetwork
 from lib_lora_train.errors import DatasetError, Interrupted, LoraFileError, ModelError, OutputError, SettingError, TrainingError
 from lib_lora_train.host import standalone
 from lib_lora_train.host.standalone import StandaloneHost
 from lib_lora_train.inputs import prefetcher
 from lib_lora_train.run import job
-from lib_lora_train.run.job import run_job
 from lib_lora_train.settings import parse
-from tests.injection import on_shapes_alone
+from lib_lora_train.training import train_step
+from tests.jobs import run_settings
 
 
 def settings(images: Path, **changes: object):
@@ -32,7 +33,7 @@ def settings(images: Path, **changes: object):
 
 def run(chosen, host, stop=lambda: ""):
     seen: list[events.Event] = []
-    finished = run_job(chosen, host, report=seen.append, stop=stop)
+    finished = run_settings(chosen, host, report=seen.append, stop=stop)
     return finished, seen
 
 
@@ -117,10 +118,10 @@ def test_stopping_ends_within_one_step_and_keeps_what_was_learnt_if_asked(images
     chosen, stop = settings(images), lambda: kind if len(of(events.Step, seen)) >= 3 else ""
     if kind == "stop":
         with pytest.raises(Interrupted):
-            run_job(chosen, host, report=seen.append, stop=stop)
+            run_settings(chosen, host, report=seen.append, stop=stop)
         assert not list(host.lora_folder.iterdir())
     else:
-        finished = run_job(chosen, host, report=seen.append, stop=stop)
+        finished = run_settings(chosen, host, report=seen.append, stop=stop)
         assert (finished.outcome, finished.steps) == ("stopped", 3)
         assert metadata(finished.path)["ss_steps"] == "3"
     assert len(of(events.Step, seen)) == 3
@@ -161,17 +162,15 @@ def test_a_text_encoder_learnt_before_is_kept_when_only_the_unet_goes_on(images,
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_weights(images, host, monkeypatch):
-    from lib_lora_train.training import device_step
-    original, calls = device_step.denoising_loss, []
+    original, calls = train_step.denoising_loss, []
 
-    def poisoned(model, **given):
-        if not on_shapes_alone(model):
-            calls.append(1)
-        return original(model, **given) * (math.nan if len(calls) == 4 else 1)
-    monkeypatch.setattr(device_step, "denoising_loss", poisoned)
+    def poisoned(model, batch, **given):
+        calls.append(1)
+        return original(model, batch, **given) * (math.nan if len(calls) == 4 else 1)
+    monkeypatch.setattr(train_step, "denoising_loss", poisoned)
     seen: list[events.Event] = []
     with pytest.raises(TrainingError, match="step 4.*lower the learning rate.*zzk-step00000003"):
-        run_job(settings(images), host, report=seen.append, stop=lambda: "")
+        run_settings(settings(images), host, report=seen.append, stop=lambda: "")
     kept = load_file(host.lora_folder / "zzk-step00000003.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in kept.values())
     assert not (host.lora_folder / "zzk.safetensors").exists()
@@ -210,7 +209,7 @@ def test_a_picture_that_vanishes_in_the_middle_does_not_cost_what_was_learnt(ima
             for image in images.glob("*.png"):
                 image.unlink()
     with pytest.raises(DatasetError, match=r"\.png.*zzk-step00000003"):
-        run_job(settings(images, color_aug=True), host, report=report, stop=lambda: "")
+        run_settings(settings(images, color_aug=True), host, report=report, stop=lambda: "")
     assert (host.lora_folder / "zzk-step00000003.safetensors").is_file()
 
 
@@ -220,13 +219,13 @@ def test_why_a_run_failed_is_told_although_nothing_can_be_saved(images, host, mo
             raise TrainingError("The card fell out")
     refusing(monkeypatch, lambda name: True)
     with pytest.raises(TrainingError, match=r"^The card fell out\.$"):
-        run_job(settings(images), host, report=report, stop=lambda: "")
+        run_settings(settings(images), host, report=report, stop=lambda: "")
 
 
 def test_memory_that_runs_out_before_the_first_step_is_told_as_such(images, host, monkeypatch):
     def no_room(*args, **kwargs):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-    monkeypatch.setattr(job.LoRANetwork, "to", no_room)
+    monkeypatch.setattr(LoRANetwork, "to", no_room)
     with pytest.raises(TrainingError, match="memory ran out"):
         run(settings(images), host)
     monkeypatch.setattr(standalone, "load_file", no_room)
@@ -251,7 +250,7 @@ def test_a_picture_that_breaks_off_is_named_and_the_rest_is_trained(images, host
     finished, seen = run(settings(images), host)
     assert finished.outcome == "done"
     assert any("big.jpg" in warning.message for warning in of(events.Warned, seen))
-    assert of(events.Planned, seen)[0].images == 4
+    assert of(events.Planned, seen)[0].pictures == 4
 
 
 @pytest.mark.parametrize("changes, error", [
@@ -267,7 +266,7 @@ def test_a_picture_that_breaks_off_is_named_and_the_rest_is_trained(images, host
 def test_bad_settings_are_refused_in_one_sentence_before_anything_is_encoded(images, host, changes, error):
     seen: list[events.Event] = []
     with pytest.raises(error) as caught:
-        run_job(settings(images, **changes), host, report=seen.append, stop=lambda: "")
+        run_settings(settings(images, **changes), host, report=seen.append, stop=lambda: "")
     assert "\n" not in str(caught.value)
     assert not [s for s in of(events.Stage, seen) if s.name.startswith("Encoding")]
 
@@ -277,7 +276,7 @@ def test_an_existing_lora_is_refused_before_the_pictures_are_read(images, host):
     (host.lora_folder / "zzk.safetensors").write_bytes(b"precious")
     seen: list[events.Event] = []
     with pytest.raises(OutputError, match="already"):
-        run_job(settings(images), host, report=seen.append, stop=lambda: "")
+        run_settings(settings(images), host, report=seen.append, stop=lambda: "")
     assert not seen and (host.lora_folder / "zzk.safetensors").read_bytes() == b"precious"
 
 

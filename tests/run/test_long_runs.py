@@ -11,10 +11,12 @@ from PIL import Image
 from lib_lora_train import events
 from lib_lora_train.host.standalone import StandaloneHost
 from lib_lora_train.run import runner
+from lib_lora_train.run.planning import plan_job
 from lib_lora_train.run.record import RunRecord, read_events
 from lib_lora_train.run.runner import Runner
 from lib_lora_train.settings import parse
 from tests.fake_host import FakeHost
+from tests.jobs import plan_of
 from tools import tiny_checkpoint
 
 
@@ -38,8 +40,9 @@ def test_no_step_and_no_epoch_leaves_a_tensor_or_another_object_behind(tmp_path)
     host = CountingHost(tiny_checkpoint.write(tmp_path, size=tiny_checkpoint.SMALLEST), lora_folder=tmp_path / "loras",
                         runs_folder=tmp_path / "runs")
     one = Runner()
-    one.start(parse({"train_data_dir": str(images), "output_name": "long", "resolution": "64", "min_bucket_reso": 64,
-                     "num_repeats": 1, "max_train_steps": 20, "network_dim": 1}), host)
+    settings = parse({"train_data_dir": str(images), "output_name": "long", "resolution": "64", "min_bucket_reso": 64,
+                      "num_repeats": 1, "max_train_steps": 20, "network_dim": 1})
+    one.start(plan_job(settings, host), host)
     assert one.wait(120) and one.status().finished.outcome == "done"
     tensors, objects = zip(*counts[1:], strict=True)
     assert set(tensors) == {tensors[0]}
@@ -66,7 +69,7 @@ def test_what_a_watcher_is_sent_stays_short_however_much_happens(monkeypatch, tm
     monkeypatch.setattr(runner, "run_job", job)
     monkeypatch.setattr(RunRecord, "write", lambda *_: None)
     one = Runner()
-    one.start(parse({"output_name": "long"}), FakeHost(tmp_path))
+    one.start(plan_of(parse({"output_name": "long"})), FakeHost(tmp_path))
     assert one.wait(60)
     status = one.status()
     assert len(status.points) <= 1000 and len(status.warnings) <= 50 and len(status.saved) <= 201

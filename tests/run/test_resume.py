@@ -21,11 +21,12 @@ from lib_lora_train.errors import Interrupted, LoraFileError, LoraTrainError, Mo
 from lib_lora_train.host.standalone import StandaloneHost
 from lib_lora_train.inputs import prefetcher
 from lib_lora_train.run import job, resume, saver
-from lib_lora_train.run.job import run_job
+from lib_lora_train.run.planning import RunPlan, plan_dataset
 from lib_lora_train.run.saver import Checkpointer
 from lib_lora_train.settings import SaveSettings
 from lib_lora_train.storage import atomic
 from lib_lora_train.training import checkpoint as checkpoint_module
+from tests.jobs import run_settings
 from tests.run.test_job import metadata, of, settings
 from tools import tiny_checkpoint
 
@@ -41,7 +42,7 @@ def run(chosen, host, folder: Path | None, stop_after: int = 0):
     def stop() -> str:
         return "stop" if stop_after and len(of(events.Step, seen)) >= stop_after else ""
     try:
-        return run_job(chosen, host, report=seen.append, stop=stop, folder=folder), seen
+        return run_settings(chosen, host, report=seen.append, stop=stop, folder=folder), seen
     except Interrupted:
         return None, seen
 
@@ -138,7 +139,7 @@ def test_more_steps_can_be_asked_for_and_fewer_than_made_cannot(images, host):
 def test_stop_and_save_leaves_a_point_to_go_on_from_and_its_file_may_be_replaced(images, host):
     chosen = settings(images, max_train_steps=4)
     folder, seen = host.runs_folder / "zzk-1", []
-    first = run_job(chosen, host, report=seen.append, folder=folder,
+    first = run_settings(chosen, host, report=seen.append, folder=folder,
                     stop=lambda: "save" if len(of(events.Step, seen)) >= 2 else "")
     assert (first.outcome, first.steps) == ("stopped", 2)
     finished, seen = run(going_on(chosen, folder), host, folder)
@@ -208,13 +209,16 @@ def test_other_pictures_or_captions_are_told_and_the_same_ones_elsewhere_are_not
     assert len(said) == 1 and "train_data_dir" in said[0]
 
 
+def fingerprint(plan: RunPlan) -> str:
+    return resume.dataset_fingerprint(plan.dataset, plan.placements)
+
+
 def test_a_picture_of_the_same_name_and_size_is_another_picture(images, host):
-    from lib_lora_train.run.planning import prepare
     chosen = settings(images)
-    first = resume.dataset_fingerprint(prepare(chosen, family="sd1"))
-    assert resume.dataset_fingerprint(prepare(chosen, family="sd1")) == first
+    first = fingerprint(plan_dataset(chosen, family="sd1"))
+    assert fingerprint(plan_dataset(chosen, family="sd1")) == first
     Image.new("RGB", (64, 64), "black").save(images / "1.png")
-    assert resume.dataset_fingerprint(prepare(chosen, family="sd1")) != first
+    assert fingerprint(plan_dataset(chosen, family="sd1")) != first
 
 
 def test_what_the_model_was_held_in_is_remembered(cut_off, host):
@@ -247,7 +251,7 @@ def test_another_checkpoint_or_vae_is_refused_before_pictures_are_encoded(cut_of
     other = StandaloneHost(changed_file, lora_folder=host.lora_folder, runs_folder=host.runs_folder)
     seen: list[events.Event] = []
     with pytest.raises(ModelError, match="cannot go on with this checkpoint"):
-        run_job(going_on(chosen, folder), other, report=seen.append, stop=lambda: "", folder=folder)
+        run_settings(going_on(chosen, folder), other, report=seen.append, stop=lambda: "", folder=folder)
     assert not [s for s in of(events.Stage, seen) if s.name.startswith("Encoding")]
 
 
@@ -296,7 +300,7 @@ def test_a_disk_that_fills_up_leaves_the_last_state_whole_and_is_told_once(cut_o
                 raise SettingError("cut off")
         seen: list[events.Event] = []
         chosen = changed(chosen, folder, save_every_n_steps=1)
-        run_job(chosen, host, report=report, stop=lambda: "", folder=folder)
+        run_settings(chosen, host, report=report, stop=lambda: "", folder=folder)
     assert (folder / STATE).read_bytes() == before
     assert sum("No resume point was kept at step 3" in w.message for w in of(events.Warned, seen)) == 1
     assert sum("resume point" in w.message for w in of(events.Warned, seen)) == 1
@@ -316,7 +320,7 @@ def test_a_failure_between_steps_costs_no_step(images, host, monkeypatch):
         if isinstance(event, events.Step) and event.step == 3:
             images.rename(hidden)
     with pytest.raises(LoraTrainError):
-        run_job(chosen, host, report=report, stop=lambda: "", folder=folder)
+        run_settings(chosen, host, report=report, stop=lambda: "", folder=folder)
     hidden.rename(images)
     finished, seen = run(going_on(chosen, folder), host, folder)
     assert [s.step for s in of(events.Step, seen)] == [4, 5]
@@ -328,7 +332,7 @@ def test_a_result_whose_folder_vanished_is_still_written(images, host):
     def report(event: events.Event) -> None:
         if isinstance(event, events.Step) and event.step == 3:
             shutil.rmtree(host.lora_folder)
-    finished = run_job(settings(images, max_train_steps=4), host, report=report, stop=lambda: "")
+    finished = run_settings(settings(images, max_train_steps=4), host, report=report, stop=lambda: "")
     assert finished.outcome == "done" and Path(finished.path).is_file()
 
 
@@ -340,7 +344,7 @@ def test_what_the_output_folder_refuses_is_kept_beside_the_record(images, host, 
             shutil.rmtree(host.lora_folder)
             host.lora_folder.write_text("a file where the folder was")
     with pytest.raises(OutputError, match="zzk-step00000002"):
-        run_job(chosen, host, report=report, stop=lambda: "", folder=folder)
+        run_settings(chosen, host, report=report, stop=lambda: "", folder=folder)
     assert metadata(str(folder / "zzk-step00000002.safetensors"))["ss_steps"] == "2"
     host.lora_folder.unlink()
     finished, seen = run(going_on(chosen, folder), host, folder)
@@ -394,7 +398,7 @@ def test_states_are_kept_by_the_clock_and_less_often_where_writing_is_slow(tmp_p
     def write(path, state, facts):
         kept.append(now[0])
         now[0] += cost
-    monkeypatch.setattr(saver.state, "write", write)
+    monkeypatch.setattr(saver.checkpoint, "write", write)
     checkpointer = Checkpointer(tmp_path, SaveSettings(save_state_every_n_minutes=5), {}, lambda event: None, clock=lambda: now[0])
     while now[0] < 1000:
         checkpointer.keep_if_due(lambda: SimpleNamespace(step=1))

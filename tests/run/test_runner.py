@@ -16,6 +16,7 @@ from lib_lora_train.run.record import past_runs, read_events
 from lib_lora_train.run.runner import Runner
 from lib_lora_train.settings import flat, parse
 from tests.fake_host import FakeHost, interrupted_run
+from tests.jobs import plan_of
 
 SETTINGS = parse({"output_name": "zzk", "trigger_word": "zzk"})
 
@@ -32,7 +33,7 @@ def fake(tmp_path):
 def started(monkeypatch, fake, job) -> Runner:
     monkeypatch.setattr(runner, "run_job", job)
     one = Runner()
-    one.start(SETTINGS, fake)
+    one.start(plan_of(SETTINGS), fake)
     return one
 
 
@@ -44,10 +45,10 @@ def test_a_second_start_is_refused_while_the_first_runs(monkeypatch, fake):
         return events.Finished("done", "ready", "zzk.safetensors", 1)
     one = started(monkeypatch, fake, job)
     with pytest.raises(HostError, match="already"):
-        one.start(SETTINGS, fake)
+        one.start(plan_of(SETTINGS), fake)
     go.set()
     assert one.wait(30) and one.status().finished.outcome == "done"
-    one.start(SETTINGS, fake)
+    one.start(plan_of(SETTINGS), fake)
     assert one.wait(30)
 
 
@@ -128,7 +129,7 @@ def test_a_run_that_was_cut_off_and_a_torn_line_are_read_as_far_as_they_go(monke
 
 def test_a_name_that_cannot_be_a_file_starts_nothing(fake):
     with pytest.raises(OutputError):
-        Runner().start(parse({"output_name": "a/b"}), fake)
+        Runner().start(plan_of(parse({"output_name": "a/b"})), fake)
     assert not fake.runs_folder.exists()
 
 
@@ -171,5 +172,5 @@ def test_the_curve_of_a_resumed_run_begins_where_the_run_began(monkeypatch, fake
         return events.Finished("stopped", "enough", "", 11)
     monkeypatch.setattr(runner, "run_job", job)
     one = Runner()
-    one.start(parse({**flat(chosen), "resume": run}), fake)
+    one.start(plan_of(parse({**flat(chosen), "resume": run})), fake)
     assert one.wait(30) and [point[0] for point in one.status().points] == list(range(1, 12))

@@ -12,7 +12,7 @@ from PIL import Image
 from lib_lora_train.api import service
 from lib_lora_train.errors import DatasetError, SettingError
 from lib_lora_train.host.exposure import is_loopback, reached_by_others
-from lib_lora_train.run.planning import prepare
+from lib_lora_train.run.planning import plan_dataset
 from lib_lora_train.run.runner import Runner
 from lib_lora_train.settings import DECLARATIONS, parse
 from lib_lora_train.settings.allowed_paths import AllowedPaths, check_allowed, inside
@@ -124,13 +124,13 @@ def test_links_inside_a_dataset_that_lead_out_are_passed_over_and_told(allowed: 
     (folder / "theirs.png").symlink_to(outside / "theirs.png")
     (folder / "own.txt").symlink_to(outside / "secret")
     settings = parse({"train_data_dir": str(folder), "output_name": "x"})
-    found = prepare(settings, family="sd1", allowed=allowed)
+    found = plan_dataset(settings, family="sd1", allowed=allowed)
     assert [(e.path.name, e.caption) for e in found.dataset.examples] == [("own.png", "")]
     assert any("links to folders that are not allowed" in warning for warning in found.warnings)
-    assert {e.path.name for e in prepare(settings, family="sd1").dataset.examples} == {"own.png", "theirs.png"}
+    assert {e.path.name for e in plan_dataset(settings, family="sd1").dataset.examples} == {"own.png", "theirs.png"}
     (folder / ".lora_train_cache").symlink_to(outside)
     with pytest.raises(DatasetError, match="link"):
-        prepare(parse({"train_data_dir": str(folder), "cache_latents_to_disk": True}), family="sd1", allowed=allowed)
+        plan_dataset(parse({"train_data_dir": str(folder), "cache_latents_to_disk": True}), family="sd1", allowed=allowed)
 
 
 @pytest.mark.parametrize("flags", [

@@ -17,6 +17,7 @@ from lib_lora_train.ui.fields import element_id, field, shown
 from lib_lora_train.ui.handlers import NO_PRESET, Handlers, Latest
 from lib_lora_train.ui.layout import build_tab
 from tests.fake_host import FakeHost, FakeJob, images
+from tests.jobs import plan_of
 
 NAMES = tuple(DECLARATIONS)
 TOKEN = "page-token"
@@ -126,7 +127,7 @@ def test_a_late_answer_to_the_pages_first_question_changes_no_field(handlers: Ha
 def test_without_a_memory_the_running_jobs_settings_come_back(handlers: Handlers, monkeypatch, tmp_path: Path):
     job = FakeJob()
     monkeypatch.setattr(runner_module, "run_job", job)
-    handlers.runner.start(parse({"output_name": "zzk", "network_dim": 5}), handlers.host)
+    handlers.runner.start(plan_of(parse({"output_name": "zzk", "network_dim": 5})), handlers.host)
     handlers.runner.stop(save=False)
     assert handlers.runner.wait(10)
     kept = changed(handlers.restore(Latest(), "")[1:])

@@ -10,6 +10,7 @@ from lib_lora_train import events
 from lib_lora_train.errors import SettingError, TrainingError
 from lib_lora_train.host.port import Host
 from lib_lora_train.run.job import run_job
+from lib_lora_train.run.planning import plan_job
 from lib_lora_train.settings import parse
 from lib_lora_train.settings.field import Value
 
@@ -61,9 +62,10 @@ def train_lora(host: Host, *, settings: Mapping[str, object], data: Path, trigge
         elif isinstance(event, events.Warned):
             say(f"  note: {event.message}")
 
-    run_job(parse({
+    chosen = parse({
         **settings, "output_name": name, "overwrite": True, "train_data_dir": str(data), "trigger_word": trigger_word,
-        "max_train_steps": steps, "save_every_n_steps": math.gcd(*wanted)}), host, report=report, stop=lambda: "")
+        "max_train_steps": steps, "save_every_n_steps": math.gcd(*wanted)})
+    run_job(plan_job(chosen, host), host, report=report, stop=lambda: "")
     missing = [step for step in wanted if step not in saved]
     if missing:
         raise TrainingError(f"The LoRA of step {missing[0]} was not kept", remedy="make room on the disk and start again")
