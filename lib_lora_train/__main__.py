@@ -63,7 +63,7 @@ def _train(chosen: argparse.Namespace) -> int:
     from lib_lora_train.run.output import checked_name
     from lib_lora_train.run.planning import plan_job
     from lib_lora_train.run.record import RunRecord, new_folder
-    from lib_lora_train.run.runner import finish
+    from lib_lora_train.run.runner import reported
 
     place = place_of(os.environ)
     first = place is None or place.rank == 0  # it alone records and prints
@@ -93,8 +93,8 @@ def _train(chosen: argparse.Namespace) -> int:
             record.write(event)
         show(event)
 
-    def job() -> events.Finished:
-        nonlocal failure
+    with _Interrupt(place) as interrupt, reported(report=report, steps=lambda: latest,
+                                                  failed=record.keep_failure if record else lambda trace: None) as ending:
         try:
             with joined(place, patience=60 * chosen.wait_for_others) as group:
                 host = StandaloneHost(chosen.checkpoint, lora_folder=output, runs_folder=runs_folder,
@@ -103,15 +103,12 @@ def _train(chosen: argparse.Namespace) -> int:
                                 should_stop=lambda: bool(interrupt.asked()))
                 if record:
                     record.complete(plan.settings)
-                return run_job(plan, host, report=report, stop=interrupt.asked, group=group,
-                               folder=record.folder if record else None)
+                ending.finished = run_job(plan, host, report=report, stop=interrupt.asked, group=group,
+                                          folder=record.folder if record else None)
         except LoraTrainError as error:
             failure = error
             raise
-
-    with _Interrupt(place) as interrupt:
-        finished = finish(job, report=report, steps=lambda: latest,
-                          failed=record.keep_failure if record else lambda trace: None)
+    finished = ending.finished
     if record:
         record.close()
     if finished.outcome == "failed":

@@ -6,12 +6,13 @@ gone; the state is here and is read back by asking. It knows nothing of pages an
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -209,36 +210,51 @@ class Runner:
                 run.stop = "save"
             return run.stop
 
+        def steps() -> int:
+            return run.step.step if run.step else 0
+
         try:
-            finish(lambda: run_job(run.plan, host, report=report, stop=stop, folder=run.record.folder), report=report,
-                   steps=lambda: run.step.step if run.step else 0, failed=run.record.keep_failure)
+            with reported(report=report, steps=steps, failed=run.record.keep_failure) as ending:
+                ending.finished = run_job(run.plan, host, report=report, stop=stop, folder=run.record.folder)
         finally:
             if run.finished is None:
                 # Something asked this very thread to end; nobody must wait for the run any more.
-                report(events.Finished("failed", "The training was ended from outside.", "", run.step.step if run.step else 0))
+                report(events.Finished("failed", "The training was ended from outside.", "", steps()))
             run.record.close()
 
 
-def finish(job: Callable[[], events.Finished], *, report: events.Report, steps: Callable[[], int],
-           failed: Callable[[str], None] = lambda trace: None) -> events.Finished:
-    """Run `job` and report how it ended, whatever happens. Our own errors become their sentence; anything else is a
-    defect of ours, and its traceback goes to the log. `failed` is told where either came from."""
+@dataclasses.dataclass
+class Ending:
+    """How a job ended; None until it has."""
+
+    finished: events.Finished | None = None
+
+
+@contextlib.contextmanager
+def reported(*, report: events.Report, steps: Callable[[], int],
+             failed: Callable[[str], None] = lambda trace: None) -> Iterator[Ending]:
+    """Report how the block ended, whatever happens; the block puts what its job returned into the `Ending`.
+
+    Our own errors become their sentence; anything else is a defect of ours, and its traceback goes to the log. `failed` is
+    told where either came from.
+    """
+    ending = Ending()
     try:
         with translated("training"):
-            finished = job()
+            yield ending
     except Interrupted as error:
-        finished = events.Finished("stopped", str(error), "", steps())
+        ending.finished = events.Finished("stopped", str(error), "", steps())
     except LoraTrainError as error:
         failed(traceback.format_exc())
-        finished = events.Finished("failed", str(error), "", steps())
+        ending.finished = events.Finished("failed", str(error), "", steps())
     except Exception as error:  # noqa: BLE001 - the last line of defence of the thread: without it the page would wait for ever
         log.error("The training ended unexpectedly\n%s", traceback.format_exc())
         failed(traceback.format_exc())
-        finished = events.Finished(
+        ending.finished = events.Finished(
             "failed", f"The training ended unexpectedly: {type(error).__name__}: {error}. The log has the details.", "",
             steps())
-    report(finished)
-    return finished
+    assert ending.finished is not None, "a job returns how it ended"
+    report(ending.finished)
 
 
 RUNNER = Runner()
