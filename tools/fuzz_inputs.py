@@ -146,7 +146,7 @@ def _sound(rng: random.Random, header: dict[str, Any]) -> bytes:
 
 
 def picture_file(rng: random.Random, seeds: list[bytes]) -> bytes:
-    """A damaged picture; half of the PNGs get their checksums put right, so that the damage is looked at."""
+    """A damaged image; half of the PNGs get their checksums put right, so that the damage is looked at."""
     data = mutated(rng, seeds)
     return _with_checksums(data) if data[:4] == b"\x89PNG" and rng.random() < 0.5 else data
 
@@ -166,7 +166,7 @@ def _with_checksums(data: bytes) -> bytes:
 # ---- seeds ----------------------------------------------------------------------------------------------------------
 
 def picture_seeds() -> list[bytes]:
-    """A small picture in each format, with metadata, transparency, a palette, frames."""
+    """A small image in each format, with metadata, transparency, a palette, frames."""
     rgb = Image.effect_mandelbrot((24, 18), (-2, -1, 1, 1), 40).convert("RGB")
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -216,8 +216,8 @@ def checkpoint_seeds() -> tuple[list[bytes], int]:
 
 def state_seeds() -> list[bytes]:
     """A training state as it is written, of one layer."""
-    facts = {"step": 3, "overflows": 0, "version": checkpoint.VERSION, "settings": flat(Settings()), "started_at": 1.5, "steps": 9,
-             "dataset": "x", "checkpoint": {}}
+    facts = {"step": 3, "overflows": 0, "version": checkpoint.VERSION, "settings": flat(Settings()), "started_at": 1.5,
+             "steps": 9, "dataset": "x", "checkpoint": {}}
     return [_ordered({"lora.a.lora_down.weight": torch.ones(2, 2), "optimizer.0.exp_avg": torch.ones(2, 2),
                   "scaler.scale": torch.tensor(1.0), "scaler.good_steps": torch.tensor(1), "recent": torch.ones(3)},
                  {"lora_train_state": json.dumps(facts)})]

@@ -40,7 +40,7 @@ def zip_file(rng: random.Random, images: list[bytes]) -> bytes:
 
 
 def read_zip(data: bytes, place: Path) -> object:
-    """Import the zip. Raises DatasetError where nothing was taken; asserts that all lies where pictures belong."""
+    """Import the zip. Raises DatasetError where nothing was taken; asserts that all lies where images belong."""
     archive = place / "x.zip"
     archive.write_bytes(data)
     dataset = OwnedDataset.create(place / "datasets", "fuzz", concept="zzk")
@@ -67,7 +67,7 @@ def dataset_files(rng: random.Random) -> bytes:
 
 
 def read_dataset(data: bytes, place: Path, *, image: bytes) -> object:
-    """Open such a folder as the studio does; the picture and the caption in it stay whatever the files beside them say."""
+    """Open such a folder as the studio does; the image and the caption in it stay whatever the files beside them say."""
     length = int.from_bytes(data[:4], "big")
     dataset = OwnedDataset.create(place, "fuzz", concept="zzk")
     (dataset.images_folder / "a.png").write_bytes(image)

@@ -214,7 +214,7 @@ def tensors_of(path: Path) -> bytes:
 
 
 def prepare(folder: Path) -> tuple[Path, Path]:
-    """(a small checkpoint, a folder of pictures)."""
+    """(a small checkpoint, a folder of images)."""
     from PIL import Image
 
     from tools import tiny_checkpoint

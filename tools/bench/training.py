@@ -24,7 +24,7 @@ FIXED = ("output_name", "output_dir", "overwrite", "train_data_dir", "trigger_wo
 
 
 def settings_of(changes: Mapping[str, object]) -> dict[str, object]:
-    """The reference line with `changes`. Raises SettingError for a setting that is the yardstick's own, or unknown."""
+    """The reference line with `changes`. Raises SettingError for a setting that is the benchmark's own, or unknown."""
     for name in FIXED:
         if name in changes:
             raise SettingError(f"{name} cannot be set here", why="the yardstick is only one as long as it stays the same",
@@ -34,8 +34,8 @@ def settings_of(changes: Mapping[str, object]) -> dict[str, object]:
     return chosen
 
 
-def marks(steps: int) -> tuple[int, ...]:
-    """The steps at which the LoRA is judged: 50, 100, 200, 400, … and the last; halves of it where it is below 100."""
+def measured_steps(steps: int) -> tuple[int, ...]:
+    """The steps at which the LoRA is scored: 50, 100, 200, 400, … and the last; halves of it where it is below 100."""
     first = 50 if steps > 50 else max(1, steps // 2)
     found = []
     while first < steps:

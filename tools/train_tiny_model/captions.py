@@ -1,4 +1,4 @@
-"""What the model is told of a picture: its name or a keyword, and colour, shape and size where the picture has them."""
+"""What the model is told of a image: its name or a keyword, and colour, shape and size where the image has them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Facts:
 def facts(emoji: Emoji, image: Image.Image, *, turned_to: str | None = None, size: str = "",
           manner: tuple[str, ...] = ()) -> Facts:
     """Of `emoji` as shown by `image`; `turned_to` is the colour that its hues were turned to, `manner` the words for how it
-    is drawn, () for Noto's hand; both must be said."""
+    is drawn, () for Noto's style; both must be said."""
     name, tags = emoji.label, emoji.tags
     if turned_to:
         name = " ".join(word for word in name.split() if word not in COLOUR_WORDS) or name

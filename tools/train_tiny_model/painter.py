@@ -35,7 +35,7 @@ from lib_lora_train.model.tokens import Tokenizer, clip_tokenizer
 
 LEARNING_RATE, WARM_UP, BATCH, DECAY = 1.3e-3, 300, 32, 0.9995
 # ε-loss divided by ᾱ is v-loss. A small network that is to be done soon needs more of it at high noise, where it is
-# decided what is painted; but not hundredfold.
+# decided what is generated; but not hundredfold.
 HIGHEST_WEIGHT = 8.0
 # The words that sheet and yardstick ask for are shown oftener than the rest.
 WEIGHT_OF_ASKED = 3.0
@@ -51,7 +51,7 @@ class Material:
 
 
 def prepare(emoji: list[Emoji], packages: Path, encode: Callable[[Tensor], Tensor]) -> Material:
-    """Encode every emoji: as it is, mirrored, small, in other colours where one colour is most of it, in other hands.
+    """Encode every emoji: as it is, mirrored, small, in other colours where one colour is most of it, in other styles.
 
     encode: pixels [B, 3, 128, 128] to latents of unit size.
     """
@@ -87,7 +87,7 @@ def _variants(one: Emoji, image: Image.Image, place: int) -> Iterator[tuple[Imag
 
 
 def _manners(one: Emoji, image: Image.Image, packages: Path) -> Iterator[tuple[Image.Image, Facts, int, float]]:
-    """The same in other hands, and treated; the words for it must be said, so that a bare name stays Noto's."""
+    """The same in other styles, and treated; the words for it must be said, so that a bare name stays Noto's."""
     hands = {"": image, **{hand: found for hand in OTHER_HANDS if (found := in_hand(packages, hand, one))}}
     for hand, drawn in hands.items():
         if hand:

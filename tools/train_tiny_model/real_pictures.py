@@ -1,5 +1,5 @@
-"""The yardstick's real pictures, the same words in both hands, as two sheets of 64-pixel tiles and a list of words; and the
-demo's style dataset, twenty-four of them in Twemoji's hand, with captions, as the model paints: 128 pixels on white paper.
+"""The benchmark's real images, the same words in both styles, as two sheets of 64-pixel tiles and a list of words; and the
+demo's style dataset, twenty-four of them in Twemoji's style, with captions, as the model samples: 128 pixels on white paper.
 
     python tools/train_tiny_model/real_pictures.py --packages FOLDER
 """

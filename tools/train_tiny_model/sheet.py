@@ -1,4 +1,4 @@
-"""The model card's picture: what the model paints for the 64 words that the yardstick asks for."""
+"""The model GPU's image: what the model samples for the 64 words that the yardstick asks for."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SEED, STEPS, CFG_SCALE = 1, 20, 4.0
 
 
 def paint_sheet(checkpoint: Path, target: Path, *, words: tuple[str, ...] = HELD_OUT) -> None:
-    """One picture a word, eight a row, the word below it."""
+    """One image a word, eight a row, the word below it."""
     host = StandaloneHost(checkpoint, lora_folder=target.parent, runs_folder=target.parent, device=torch.device("cpu"))
     rows = -(-len(words) // COLUMNS)
     sheet = Image.new("RGB", (COLUMNS * SIDE, rows * (SIDE + CAPTION)), "white")
@@ -38,7 +38,7 @@ def paint_sheet(checkpoint: Path, target: Path, *, words: tuple[str, ...] = HELD
 
 
 def _write(pen: ImageDraw.ImageDraw, word: str, *, middle: float, top: float) -> None:
-    """The word below its picture; in two lines where it is wider than that."""
+    """The word below its image; in two lines where it is wider than that."""
     font = ImageFont.load_default()
     lines = [word]
     if pen.textlength(word, font=font) > SIDE - 4:
