@@ -127,7 +127,7 @@ def run_quality(chosen: argparse.Namespace) -> int:
     from lib_lora_train.demo.embedded import CHECKPOINT
     from lib_lora_train.host.standalone import StandaloneHost, describe_file
     from tools.bench import quality
-    from tools.bench.yardstick import QUICK, THOROUGH
+    from tools.bench.evaluator import QUICK, THOROUGH
 
     steps = chosen.steps if chosen.steps is not None else 60 if chosen.quick else quality.STEPS
     if steps < 1:

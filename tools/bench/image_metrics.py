@@ -1,4 +1,4 @@
-"""Distances between images. Pixels are [N, 3, h, w] in [0, 1]; each function gives one number a image, [N]."""
+"""Distances between images. Pixels are [N, 3, h, w] in [0, 1]; each function gives one number an image, [N]."""
 
 from __future__ import annotations
 

@@ -13,12 +13,12 @@ from lib_lora_train.demo import STYLE, SUBJECT
 from lib_lora_train.errors import DatasetError, translated
 from lib_lora_train.host.port import Host
 from tools.bench import real_images, table
+from tools.bench.evaluator import THOROUGH, Effort, Evaluator, ScorerFigures
 from tools.bench.report import write_report
 from tools.bench.sampler import Sampler
 from tools.bench.style import StyleResult, measure_style
 from tools.bench.subject import SubjectResult, measure_subject
 from tools.bench.training import Say, settings_of
-from tools.bench.yardstick import THOROUGH, Effort, ScorerFigures, Yardstick
 
 STEPS, SUBJECT_STEPS = 400, 200
 
@@ -65,20 +65,20 @@ def run_quality(plan: QualityPlan, host: Host, *, say: Say) -> Quality:
         plan.output.mkdir(parents=True, exist_ok=True)
     say("Fitting the scorers on real pictures as the model's VAE shows them ...")
     sampler = Sampler(host, steps=plan.effort.sampler_steps)
-    yardstick = Yardstick(sampler, real_images.load(), effort=plan.effort, kept=plan.output)
-    say(table.scorers_text(yardstick.figures))
+    evaluator = Evaluator(sampler, real_images.load(), effort=plan.effort, kept=plan.output)
+    say(table.scorers_text(evaluator.figures))
     say(f"Training a style for {plan.steps} steps ...")
-    style = measure_style(host, sampler, yardstick, data=plan.style, output=plan.output, settings=settings,
+    style = measure_style(host, sampler, evaluator, data=plan.style, output=plan.output, settings=settings,
                           steps=plan.steps, say=say)
     subject = None
     if plan.subject is not None:
         say(f"Training a subject for {plan.subject_steps} steps ...")
-        subject = measure_subject(host, sampler, yardstick, data=plan.subject, output=plan.output, settings=settings,
+        subject = measure_subject(host, sampler, evaluator, data=plan.subject, output=plan.output, settings=settings,
                                   steps=plan.subject_steps, say=say)
     checkpoint = host.checkpoint()
     quality = Quality(
         checkpoint=checkpoint.title if checkpoint else "", settings=dict(settings), thorough=plan.effort == THOROUGH,
-        torch=torch.__version__, seconds=time.monotonic() - begin, scorers=yardstick.figures, style=style, subject=subject)
+        torch=torch.__version__, seconds=time.monotonic() - begin, scorers=evaluator.figures, style=style, subject=subject)
     write_report(plan.output, "quality", table.quality_text(
         settings=quality.settings, checkpoint=quality.checkpoint, scorers=quality.scorers, style=style, subject=subject,
         thorough=quality.thorough, seconds=quality.seconds), dataclasses.asdict(quality))

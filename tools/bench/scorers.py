@@ -1,4 +1,4 @@
-"""Small networks that say in which style a image is generated and what it shows; fitted on the spot on real images.
+"""Small networks that say in which style an image is generated and what it shows; fitted on the spot on real images.
 
 Everything they see, real or generated, came out of the same VAE, so that its softness decides nothing. They are seeded:
 the same images give the same scorers on the same machine.
@@ -6,7 +6,7 @@ the same images give the same scorers on the same machine.
 - `HandJudge`: Noto or Twemoji? Two opinions are added: the *palette* (a logistic regression over the colours of what is
   not paper; Twemoji has a small, fixed palette of flat colours) and the *texture* (a network that sees patches of 15
   pixels of 64, never the whole shape). It has not seen the held-out words. It cannot tell a third style from these two,
-  and a image of nothing gets an answer too: read its share beside the prompt following.
+  and an image of nothing gets an answer too: read its share beside the prompt following.
 - `WordJudge`: which of the words? A network whose features are near for the same word in both styles. It is fitted on both
   styles' images of all words, since there are no others, so its accuracy on them says only that it did not fail to
   learn; `across_hands` is the honest figure for how far it recognises a drawing it never saw. It cannot tell a good
@@ -79,7 +79,7 @@ class StyleScorer:
 
 
 class WordScorer:
-    """Tells what a image shows, whoever generated it. Make it with `fit`."""
+    """Tells what an image shows, whoever generated it. Make it with `fit`."""
 
     def __init__(self, network: _Words) -> None:
         self._network = network
@@ -135,7 +135,7 @@ def across_styles(images: dict[str, torch.Tensor], real: RealImages, *, steps: i
 
 
 class _Texture(nn.Module):
-    """One number a image [N, 3, 64, 64]: the mean over what is not paper of what each patch of 15 pixels says."""
+    """One number an image [N, 3, 64, 64]: the mean over what is not paper of what each patch of 15 pixels says."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ class _Texture(nn.Module):
 
 
 class _Words(nn.Module):
-    """Features [N, 64] of a image [N, 3, 64, 64], and from their directions one score a word."""
+    """Features [N, 64] of an image [N, 3, 64, 64], and from their directions one score a word."""
 
     def __init__(self, words: int) -> None:
         super().__init__()

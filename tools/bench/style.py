@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from lib_lora_train.host.port import Host
+from tools.bench.evaluator import Band, Evaluator, Memorised, Row, loss_bands
 from tools.bench.real_images import NOTO, SIDE, TWEMOJI, read_dataset, to_image
 from tools.bench.sampler import TOGETHER, WITHOUT, Adapters, Sampler
 from tools.bench.training import Say, measured_steps, train_lora
-from tools.bench.yardstick import Band, Memorised, Row, Yardstick, loss_bands
 
 TRIGGER = "twemoji"
 
@@ -36,7 +36,7 @@ class StyleResult:
     training_seconds: float
 
 
-def measure_style(host: Host, sampler: Sampler, yardstick: Yardstick, *, data: Path, output: Path,
+def measure_style(host: Host, sampler: Sampler, evaluator: Evaluator, *, data: Path, output: Path,
                   settings: Mapping[str, object], steps: int, say: Say) -> StyleResult:
     """Train on the folder `data`, sample the held-out words, and write a sheet of some of them to `output`/style.png.
 
@@ -46,7 +46,7 @@ def measure_style(host: Host, sampler: Sampler, yardstick: Yardstick, *, data: P
     files = train_lora(host, settings=settings, data=data, trigger_word=TRIGGER, name="bench-style", steps=steps,
                        wanted=measured_steps(steps), say=say)
     training_seconds = time.monotonic() - begin
-    last, prompts, real = files[steps], [f"{TRIGGER}, {word}" for word in yardstick.words], yardstick.shown
+    last, prompts, real = files[steps], [f"{TRIGGER}, {word}" for word in evaluator.words], evaluator.shown
     half, full = (sampler.lora(last, weight=weight) for weight in (0.5, 1.0))
 
     def sample(what: str, lora: Adapters, prompts: list[str]) -> torch.Tensor:
@@ -59,24 +59,24 @@ def measure_style(host: Host, sampler: Sampler, yardstick: Yardstick, *, data: P
     same = torch.equal(sample("LoRA at 0", none, first), base[:TOGETHER])
     zero = base if same else sample("LoRA at 0", none, prompts)
     final = sample("LoRA at 1", full, prompts)
-    rows = [yardstick.row("real Noto", real[NOTO][yardstick.indices]),
-            yardstick.row("real Twemoji", real[TWEMOJI][yardstick.indices]),
-            yardstick.row("base, the word alone", sample("base, the word alone", WITHOUT, yardstick.words)),
-            yardstick.row("base", base), yardstick.row("LoRA at 0", zero),
-            yardstick.row("LoRA at 0.5", sample("LoRA at 0.5", half, prompts)), yardstick.row("LoRA at 1", final)]
-    on_the_way = [yardstick.row(f"{step} steps", final if step == steps else
+    rows = [evaluator.row("real Noto", real[NOTO][evaluator.indices]),
+            evaluator.row("real Twemoji", real[TWEMOJI][evaluator.indices]),
+            evaluator.row("base, the word alone", sample("base, the word alone", WITHOUT, evaluator.words)),
+            evaluator.row("base", base), evaluator.row("LoRA at 0", zero),
+            evaluator.row("LoRA at 0.5", sample("LoRA at 0.5", half, prompts)), evaluator.row("LoRA at 1", final)]
+    on_the_way = [evaluator.row(f"{step} steps", final if step == steps else
                                 sample(f"after {step} steps", sampler.lora(file, weight=1.0), prompts))
                   for step, file in files.items()]
 
     _, captions, training = read_dataset(data)
     asked_again = sample("training captions", full, [f"{TRIGGER}, {caption}" for caption in captions])
-    memorised = yardstick.memorised({
+    memorised = evaluator.memorised({
         "base, held-out words": base, "LoRA at 1, held-out words": final, "LoRA at 1, training captions": asked_again,
     }, training=sampler.through_vae(training))
     say("  the loss on held-out pictures")
-    loss = loss_bands(sampler, yardstick.real.pixels[TWEMOJI][yardstick.indices], prompts, full)
-    save_sheet(output / "style.png", [base, final, real[TWEMOJI][yardstick.indices]])
-    return StyleResult(steps=steps, rows=rows, weight_0_is_base=same, own=yardstick.style_share(asked_again),
+    loss = loss_bands(sampler, evaluator.real.pixels[TWEMOJI][evaluator.indices], prompts, full)
+    save_sheet(output / "style.png", [base, final, real[TWEMOJI][evaluator.indices]])
+    return StyleResult(steps=steps, rows=rows, weight_0_is_base=same, own=evaluator.style_share(asked_again),
                        on_the_way=on_the_way, memorised=memorised, loss=loss, training_seconds=training_seconds)
 
 

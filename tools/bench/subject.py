@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 
 from lib_lora_train.host.port import Host
+from tools.bench.evaluator import Band, Evaluator, loss_bands, mean
 from tools.bench.image_metrics import nearest_index
 from tools.bench.real_images import HELD_OUT, STYLES, read_dataset
 from tools.bench.sampler import Sampler
 from tools.bench.scorers import WordScorer
 from tools.bench.style import save_sheet
 from tools.bench.training import Say, train_lora
-from tools.bench.yardstick import Band, Yardstick, loss_bands, mean
 
 TRIGGER = "zorbi"
 SCENES = ("reading a book", "playing a guitar", "eating a banana", "with a red heart", "in the snow")
@@ -43,7 +43,7 @@ class SubjectResult:
     loss: list[Band]
 
 
-def measure_subject(host: Host, sampler: Sampler, yardstick: Yardstick, *, data: Path, output: Path,
+def measure_subject(host: Host, sampler: Sampler, evaluator: Evaluator, *, data: Path, output: Path,
                     settings: Mapping[str, object], steps: int, say: Say) -> SubjectResult:
     """Train on `data` without every fourth image, copied to `output`/subject, and sample scenes of the trigger word."""
     files, captions, pixels = read_dataset(data)
@@ -53,10 +53,10 @@ def measure_subject(host: Host, sampler: Sampler, yardstick: Yardstick, *, data:
                       wanted=(steps,), say=say)[steps]
     full = sampler.lora(lora, weight=1.0)
     prompts = [f"{TRIGGER}, {scene}" for scene in (*(captions[index] for index in kept_back), *SCENES)
-               for _ in range(yardstick.effort.paintings)]
+               for _ in range(evaluator.effort.paintings)]
     say(f"  sampling {2 * len(prompts)} pictures, without and with the LoRA")
     base, generated = sampler.sample(prompts), sampler.sample(prompts, full)
-    gallery = _Gallery(yardstick, sampler.through_vae(pixels))
+    gallery = _Gallery(evaluator, sampler.through_vae(pixels))
     say("  the loss on the poses that were kept back")
     loss = loss_bands(sampler, pixels[kept_back], [f"{TRIGGER}, {captions[index]}" for index in kept_back], full)
     save_sheet(output / "subject.png", [base, generated])
@@ -68,11 +68,11 @@ def measure_subject(host: Host, sampler: Sampler, yardstick: Yardstick, *, data:
 class _Gallery:
     """Features of the subject's images, then of all real emoji in both styles."""
 
-    def __init__(self, yardstick: Yardstick, subject: torch.Tensor) -> None:
-        self._scorer: WordScorer = yardstick.word
-        self._subjects, self._words = len(subject), len(yardstick.real.words)
-        self._held_out = yardstick.real.indices(HELD_OUT)
-        self._features = self._scorer.features(torch.cat([subject, *(yardstick.shown[style] for style in STYLES)]))
+    def __init__(self, evaluator: Evaluator, subject: torch.Tensor) -> None:
+        self._scorer: WordScorer = evaluator.word
+        self._subjects, self._words = len(subject), len(evaluator.real.words)
+        self._held_out = evaluator.real.indices(HELD_OUT)
+        self._features = self._scorer.features(torch.cat([subject, *(evaluator.shown[style] for style in STYLES)]))
 
     def share(self, images: torch.Tensor) -> float:
         """The share of `images` whose nearest is the subject."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from tools.bench.evaluator import Band, Row, ScorerFigures
 from tools.bench.report import grid, share
 from tools.bench.scorers import REQUIRED
 from tools.bench.style import StyleResult
 from tools.bench.subject import SubjectResult
-from tools.bench.yardstick import Band, Row, ScorerFigures
 
 WORTHLESS = "**The style scorer is right too seldom: all Twemoji shares below count for nothing.**"
 _ROW = ("Twemoji", "by palette", "by texture", "shows the word", "PSNR dB", "SSIM", "feature distance")

@@ -20,14 +20,14 @@ REFERENCE: dict[str, Value] = {
     "train_batch_size": 4, "seed": 42, "resolution": "128"}
 """The line that other methods are compared with; what it does not name has its default."""
 FIXED = ("output_name", "output_dir", "overwrite", "train_data_dir", "trigger_word", "max_train_steps", "save_every_n_steps")
-"""What the yardstick sets itself."""
+"""What the benchmark sets itself."""
 
 
 def settings_of(changes: Mapping[str, object]) -> dict[str, object]:
     """The reference line with `changes`. Raises SettingError for a setting that is the benchmark's own, or unknown."""
     for name in FIXED:
         if name in changes:
-            raise SettingError(f"{name} cannot be set here", why="the yardstick is only one as long as it stays the same",
+            raise SettingError(f"{name} cannot be set here", why="the benchmark always uses its own value",
                                remedy="--steps sets the number of steps" if name == "max_train_steps" else "leave it out")
     chosen = {**REFERENCE, **changes}
     parse(chosen)

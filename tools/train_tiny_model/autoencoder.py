@@ -40,13 +40,13 @@ def bank(emoji: list[Emoji], folder: Path) -> Tensor:
     """uint8 [N, 72, 72, 3]: every Noto image, every Twemoji image that is not held out, and some in other hues."""
     rows = []
     hues = list(HUES)
-    for place, one in enumerate(emoji):
-        for hand in ("noto", "twemoji"):
-            if hand == "twemoji" and one.label in HELD_OUT:
+    for index, one in enumerate(emoji):
+        for style in ("noto", "twemoji"):
+            if style == "twemoji" and one.label in HELD_OUT:
                 continue
-            image = open_rgba(folder / hand / one.image)
+            image = open_rgba(folder / style / one.image)
             rows.append(on_paper(image))
-            source, target = hues[place % len(hues)], hues[(place * 3 + 1 + len(hand)) % len(hues)]
+            source, target = hues[index % len(hues)], hues[(index * 3 + 1 + len(style)) % len(hues)]
             if source != target:
                 rows.append(on_paper(turned_hue(image, source=source, target=target)))
     return torch.from_numpy(np.stack(rows))
@@ -74,19 +74,19 @@ def fit_encoder(tensors: dict[str, Tensor], images: Tensor) -> None:
         tensors["encoder.conv_in.bias"][colour] = -1.0
         for row, column in quarter:
             tensors["encoder.down.0.downsample.conv.weight"][colour, colour, row, column] = 0.25
-    for place, (row, column) in enumerate(quarter):  # every pixel of a 2×2 block into a channel of its own
+    for index, (row, column) in enumerate(quarter):  # every pixel of a 2×2 block into a channel of its own
         for colour in range(3):
-            tensors["encoder.down.1.downsample.conv.weight"][3 * place + colour, colour, row, column] = 1.0
+            tensors["encoder.down.1.downsample.conv.weight"][3 * index + colour, colour, row, column] = 1.0
     last, bias = tensors["encoder.down.2.downsample.conv.weight"], tensors["encoder.down.2.downsample.conv.bias"]
     norm, norm_bias = tensors["encoder.norm_out.weight"], tensors["encoder.norm_out.bias"]
     out, out_bias = tensors["encoder.conv_out.weight"], tensors["encoder.conv_out.bias"]
     out.zero_()
     for signal in range(4):
         channel = 3 * signal  # its group of three: itself, K, −K
-        for place, (row, column) in enumerate(quarter):
+        for index, (row, column) in enumerate(quarter):
             for colour in range(3):
                 for y, x in quarter:
-                    last[channel, 3 * place + colour, y, x] = components[signal, colour, 2 * y + row, 2 * x + column]
+                    last[channel, 3 * index + colour, y, x] = components[signal, colour, 2 * y + row, 2 * x + column]
         bias[channel + 1], bias[channel + 2] = CONSTANT, -CONSTANT
         norm[channel], norm_bias[channel] = CONSTANT * math.sqrt(2 / 3), SHIFT
         out[signal, channel, 1, 1] = 1.0
@@ -175,7 +175,7 @@ def train_decoder(frozen: vae.VAE, weights: dict[str, Tensor], images: Tensor, *
         pixels = draw(images, generator).to(device)
         with torch.no_grad():
             latents = encoded(model, pixels)
-        # A sampler's latents are never quite those of a image: the decoder is to forgive small errors.
+        # A sampler's latents are never quite those of an image: the decoder is to forgive small errors.
         latents = latents + 0.03 * torch.randn(latents.shape, generator=generator).to(device)
         generated = model.sample(latents.to(dtype))
         loss, distance = _loss(generated, F.avg_pool2d(pixels, 2))

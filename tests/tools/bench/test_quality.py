@@ -11,8 +11,8 @@ import pytest
 from lib_lora_train.errors import DatasetError, SettingError
 from tools.bench import quality, real_images
 from tools.bench.command import main
+from tools.bench.evaluator import Effort
 from tools.bench.quality import QualityPlan, run_quality
-from tools.bench.yardstick import Effort
 
 HASTE = Effort(texture=2, words=2, across=True, every=2, sampler_steps=1, paintings=1)
 
@@ -65,7 +65,7 @@ def test_a_missing_dataset_is_told_before_anything_is_fitted(host, tmp_path, few
     assert not (tmp_path / "out").exists()
 
 
-def test_a_setting_of_the_yardsticks_own_is_refused_before_anything_is_read(host, tmp_path):
+def test_a_setting_of_the_benchmarks_own_is_refused_before_anything_is_read(host, tmp_path):
     with pytest.raises(SettingError, match="seed_of_nothing"):
         run_quality(QualityPlan(tmp_path / "out", changes={"seed_of_nothing": 1}), host, say=lambda text: None)
 

@@ -1,4 +1,4 @@
-"""What the yardstick samples and measures with: a LoRA at a weight, images that depend on their place alone."""
+"""What the benchmark samples and measures with: a LoRA at a weight, images that depend on their place alone."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from lib_lora_train.adapters.network import LoRANetwork
 from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.host.standalone import StandaloneHost
 from lib_lora_train.model import frozen
+from tools.bench.evaluator import loss_bands, shown_by_vae
 from tools.bench.real_images import RealImages, load
 from tools.bench.sampler import LOSS_TIMESTEPS, Sampler
-from tools.bench.yardstick import loss_bands, shown_by_vae
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+from tools.bench.evaluator import Band, Memorised, Row, ScorerFigures
 from tools.bench.style import StyleResult
 from tools.bench.subject import SubjectResult
 from tools.bench.table import WORTHLESS, quality_text, scorers_text
-from tools.bench.yardstick import Band, Memorised, Row, ScorerFigures
 
 SCORERS = ScorerFigures(style=0.96875, style_palette=0.9, style_texture=0.85, style_counts=True, word_noto=1.0,
                         word_twemoji=0.98, word_across=0.45)

@@ -1,4 +1,4 @@
-"""What the yardstick trains: the reference line, changes to it, and the steps at which it looks."""
+"""What the benchmark trains: the reference line, changes to it, and the steps at which it looks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_a_change_replaces_one_setting_and_leaves_the_others():
 
 
 @pytest.mark.parametrize("name", FIXED)
-def test_what_the_yardstick_sets_itself_cannot_be_set(name):
+def test_what_the_benchmark_sets_itself_cannot_be_set(name):
     with pytest.raises(SettingError, match=name):
         settings_of({name: "1"})
 

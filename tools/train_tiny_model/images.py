@@ -4,7 +4,7 @@ Images: the same emoji in four styles. `emoji-datasource-google` holds Noto Emoj
 "blobs" that Google drew before; `@lobehub/fluent-emoji-3d` holds Microsoft's Fluent Emoji (MIT); `emoji-datasource-twitter`
 Twemoji (CC-BY 4.0). Words: `emojibase-data` (MIT, after Unicode's CLDR). All of them are npm packages.
 The UNet sees all styles but Twemoji's, which a LoRA is to teach it; the autoencoder sees Noto's and Twemoji's, but no Twemoji
-of a word that the yardstick holds out.
+of a word that the benchmark holds out.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from PIL import Image, ImageEnhance, ImageFilter
 PACKAGES = {"noto": "emoji-datasource-google@16.0.0", "twemoji": "emoji-datasource-twitter@16.0.0",
             "words": "emojibase-data@17.0.0", "blob": "emoji-datasource-google@3.0.0",
             "fluent": "@lobehub/fluent-emoji-3d@1.1.0"}
-OTHER_HANDS = ("blob", "fluent")
+OTHER_STYLES = ("blob", "fluent")
 """What the model is taught beside Noto's, so that what is shown and how it is drawn are two things to it."""
 SIDE, FRAME, SMALL_FRAME = 128, 72, 112
 """The model's images; the white paper a 64-pixel emoji is laid on; the paper that makes it "small"."""
@@ -39,7 +39,7 @@ SUBCATEGORIES = frozenset((
     "place-building", "place-geographic", "sky & weather", "sport", "game", "event", "award-medal", "arts & crafts",
     "clothing", "musical-instrument", "music", "tool", "computer", "light & video", "household", "writing", "science",
     "phone", "lock", "book-paper", "geometric"))
-# What the model GPU's sheet asks for, and what the yardstick holds out: concrete, and told apart at a glance.
+# What the model card's sheet asks for, and what the benchmark holds out: concrete, and told apart at a glance.
 HELD_OUT = (
     "red apple", "banana", "strawberry", "watermelon", "pineapple", "carrot", "mushroom", "hamburger", "pizza", "doughnut",
     "ice cream", "birthday cake", "cookie", "hot beverage", "beer mug", "fried shrimp", "cat face", "dog face", "panda",
@@ -48,7 +48,7 @@ HELD_OUT = (
     "full moon", "house", "automobile", "bus", "bicycle", "sailboat", "rocket", "airplane", "soccer ball", "basketball",
     "trophy", "guitar", "drum", "umbrella", "crown", "light bulb", "key", "wrench", "hammer", "red heart", "ghost", "robot",
     "smiling face with sunglasses")
-# What the style LoRA of the demo and of the yardstick is trained on, in Twemoji's style.
+# What the style LoRA of the demo and of the benchmark is trained on, in Twemoji's style.
 STYLE = (
     "grapes", "lemon", "cherries", "avocado", "bread", "cheese wedge", "cupcake", "teapot", "tiger face", "rabbit face",
     "koala", "chicken", "whale", "crab", "honeybee", "cherry blossom", "maple leaf", "sun with face", "locomotive",
@@ -68,7 +68,7 @@ class Emoji:
 def gather(folder: Path, *, at_most: int | None = None) -> list[Emoji]:
     """The chosen emoji, in Unicode's order; packages are fetched with npm and unpacked into `folder` once.
 
-    at_most: how many of a subcategory; those that sheet and yardstick ask for come in addition.
+    at_most: how many of a subcategory; those that sheet and benchmark ask for come in addition.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, package in PACKAGES.items():
@@ -121,11 +121,11 @@ def open_rgba(path: Path) -> Image.Image:
         return image.convert("RGBA").resize((64, 64), Image.Resampling.LANCZOS)
 
 
-def in_hand(packages: Path, hand: str, emoji: Emoji) -> Image.Image | None:
+def in_style(packages: Path, style: str, emoji: Emoji) -> Image.Image | None:
     """The emoji as one of OTHER_HANDS draws it; None where it does not."""
     stem = emoji.image.removesuffix(".png")
     for name in (stem, stem.replace("-fe0f", "")):
-        for path in (packages / hand / f"{name}.png", packages / hand / f"{name}.webp"):
+        for path in (packages / style / f"{name}.png", packages / style / f"{name}.webp"):
             if path.is_file():
                 return open_rgba(path)
     return None

@@ -104,7 +104,7 @@ class Band:
     lora: float
 
 
-class Yardstick:
+class Evaluator:
     """Fits the scorers on real images as the sampler's VAE shows them.
 
     real, shown   the real images, as they are and as the VAE shows them {hand: [N, 3, 128, 128]}
