@@ -68,7 +68,7 @@ class Sampler:
         return self._shown(self._encoded(pixels)[0])
 
     def held_out_loss(self, pixels: torch.Tensor, captions: Sequence[str], lora: Adapters = WITHOUT, *,
-                      seed: int = 1) -> dict[int, float]:
+                      seed: int = 1, timesteps: Sequence[int] = LOSS_TIMESTEPS) -> dict[int, float]:
         """{timestep: loss} on images that nobody trained on, with noise that depends on nothing but `seed`."""
         mean, std = self._encoded(pixels)
         sizes = torch.full((len(pixels), 2), SIDE)
@@ -80,7 +80,7 @@ class Sampler:
             conditions = {batch.captions: self._model.text.encode(
                 [self._model.text.tokenize(caption) for caption in batch.captions], adapters=lora) for batch in batches}
         return fixed_loss(self._model, batches, lambda batch: conditions[batch.captions], adapters=lora.get("unet", {}),
-                          seed=seed, timesteps=LOSS_TIMESTEPS)
+                          seed=seed, timesteps=timesteps)
 
     def _encoded(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         parts = [self._model.vae.encode(2 * part.to(self._model.device) - 1) for part in pixels.split(TOGETHER)]

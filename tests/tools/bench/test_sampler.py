@@ -14,6 +14,7 @@ from lib_lora_train.host.standalone import StandaloneHost
 from lib_lora_train.model import frozen
 from tools.bench.evaluator import loss_bands, shown_by_vae
 from tools.bench.real_images import RealImages, load
+from tools.bench import sampler as sampler_module
 from tools.bench.sampler import LOSS_TIMESTEPS, Sampler
 
 
@@ -52,16 +53,17 @@ def test_half_the_weight_is_half_the_alpha(sampler, lora, tmp_path):
     assert torch.allclose(by_weight, by_alpha, atol=1e-5)
 
 
-def test_an_image_depends_on_its_prompt_and_its_place_alone(sampler):
-    many = sampler.sample(["red cat"] * 17)  # more than are generated together
+def test_an_image_depends_on_its_prompt_and_its_position_alone(sampler, monkeypatch):
+    monkeypatch.setattr(sampler_module, "TOGETHER", 2)
+    many = sampler.sample(["red cat"] * 3)  # more than are sampled together
     assert torch.allclose(many[:1], sampler.sample(["red cat"]), atol=1e-4)
-    assert (many[0] - many[16]).abs().max() > 0.01  # another place, another noise
+    assert (many[0] - many[2]).abs().max() > 0.01  # another position, another noise
 
 
 def test_the_held_out_loss_follows_the_lora_and_nothing_else(sampler, lora):
-    pixels, captions = torch.rand(3, 3, 128, 128, generator=torch.Generator().manual_seed(1)), ["red", "blue", "cat"]
+    pixels, captions = torch.rand(2, 3, 128, 128, generator=torch.Generator().manual_seed(1)), ["red", "cat"]
     base = sampler.held_out_loss(pixels, captions)
-    assert tuple(base) == LOSS_TIMESTEPS and base == sampler.held_out_loss(pixels, captions)
+    assert tuple(base) == LOSS_TIMESTEPS
     assert base == sampler.held_out_loss(pixels, captions, sampler.lora(lora, weight=0.0))
     bands = loss_bands(sampler, pixels, captions, sampler.lora(lora, weight=1.0))
     assert [band.timesteps for band in bands] == ["0-199", "200-399", "400-599", "600-799", "800-999"]

@@ -16,7 +16,7 @@ def real() -> RealImages:
 
 @pytest.fixture(scope="module")
 def scorer(real) -> StyleScorer:
-    return StyleScorer.fit(real.pixels, real, steps=40, seed=0)
+    return StyleScorer.fit(real.pixels, real, steps=24, seed=0)
 
 
 def test_the_hand_is_known_on_words_the_scorer_never_saw(scorer, real):
@@ -33,7 +33,7 @@ def test_a_mirrored_image_is_in_the_same_style(scorer, real):
 @pytest.fixture(scope="module")
 def thinned(real) -> RealImages:
     """Enough where fits are only compared."""
-    return real.thinned(3)
+    return real.thinned(6)
 
 
 def test_two_styles_that_are_one_are_told_apart_by_chance_only_and_count_for_nothing(thinned):
@@ -59,7 +59,7 @@ def few(real) -> RealImages:
 
 def test_words_are_known_in_both_styles_and_their_features_are_near(few):
     images = torch.cat([few.pixels[style] for style in STYLES])
-    scorer = WordScorer.fit(images, torch.arange(16).repeat(2), steps=40, seed=0)
+    scorer = WordScorer.fit(images, torch.arange(16).repeat(2), steps=36, seed=0)
     among = few.indices(HELD_OUT)
     assert scorer.accuracy(few.pixels[TWEMOJI][among], among) > 0.8
     assert scorer.word(few.pixels[NOTO][among].flip(0), among).tolist() == [7, 6, 5, 4, 3, 2, 1, 0]
