@@ -18,8 +18,7 @@ PACKAGE = "lib_lora_train"
 
 # A package imports only from those above it in this list.
 ORDER = ("errors", "events", "storage", "settings", "distributed", "dataset", "tagging", "model", "adapters", "inputs",
-         "memory", "training", "host.port", "host.placement", "evaluation", "run", "host", "studio", "api", "ui", "demo",
-         "__main__")
+         "memory", "training", "host", "evaluation", "run", "studio", "api", "ui", "demo", "__main__")
 NOT_CORE = ("host", "ui", "api")
 FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
@@ -49,15 +48,14 @@ def named(path: Path) -> str:
 
 
 def module_name(path: Path) -> str:
-    """lib_lora_train/model/unet.py -> "lib_lora_train.model.unet"; a package is named without __init__."""
+    """lib_lora_train/model/sd/unet.py -> "lib_lora_train.model.sd.unet"; a package is named without __init__."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def part_of(module: str) -> str:
-    """lib_lora_train.model.unet -> "model"; "" for the package itself."""
-    parts = module.split(".")[1:]
-    return ".".join(parts[:2]) if ".".join(parts[:2]) in ORDER else (parts[0] if parts else "")
+    """lib_lora_train.model.sd.unet -> "model"; "" for the package itself."""
+    return "".join(module.split(".")[1:2])
 
 
 @cache
@@ -84,7 +82,7 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def core_files() -> list[Path]:
-    return [path for path in FILES if part_of(module_name(path)).split(".")[0] not in NOT_CORE]
+    return [path for path in FILES if part_of(module_name(path)) not in NOT_CORE]
 
 
 def no(offenders: list[str]) -> None:
@@ -110,7 +108,7 @@ def test_a_package_imports_only_from_those_above_it() -> None:
 def test_only_the_hosts_know_the_webui_and_only_the_page_knows_gradio() -> None:
     found = []
     for path in [*FILES, *SCRIPTS]:
-        own = "scripts" if path in SCRIPTS else part_of(module_name(path)).split(".")[0]
+        own = "scripts" if path in SCRIPTS else part_of(module_name(path))
         for line, name in imports(path):
             top = name.split(".")[0]
             door = own == "scripts" and name.startswith("modules.script_callbacks")
@@ -219,7 +217,8 @@ def test_what_is_private_of_torch_is_found() -> None:
                    "x.untyped_storage()._cdata", "import torch\ngetattr(torch.cuda, '_sleep', None)",
                    "from torch.utils._python_dispatch import Mode"):
         assert len(list(private_of_torch(ast.parse(source)))) == 1, source
-    for source in ("from torch import nn\nclass A(nn.Module):\n    def f(self): self._version", "import torch\ntorch.nn.Linear"):
+    for source in ("from torch import nn\nclass A(nn.Module):\n    def f(self): self._version",
+                   "import torch\ntorch.nn.Linear"):
         assert not list(private_of_torch(ast.parse(source))), source
 
 

@@ -19,6 +19,7 @@ from lib_lora_train.host.standalone import describe_file
 from lib_lora_train.settings.toml import read_toml
 from lib_lora_train.training import checkpoint
 
+INPUTS = 1000
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "fuzz_readers.py"
 
 
@@ -32,10 +33,10 @@ def fuzz() -> ModuleType:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_two_thousand_damaged_inputs_end_in_a_value_or_a_refusal(fuzz: ModuleType, tmp_path: Path):
-    tallies = fuzz.run(2000, seed=5, root=tmp_path)
+def test_damaged_inputs_end_in_a_value_or_a_refusal(fuzz: ModuleType, tmp_path: Path):
+    tallies = fuzz.run(INPUTS, seed=5, root=tmp_path)
     assert [failure for tally in tallies.values() for failure in tally.failures] == []
-    assert sum(tally.inputs for tally in tallies.values()) == 2000
+    assert sum(tally.inputs for tally in tallies.values()) == INPUTS
     # Both ends are met, or the damage would be too much or none.
     assert all(tally.refusals for name, tally in tallies.items() if name not in ("folders", "dataset folders"))
     assert all(tally.values for name, tally in tallies.items())

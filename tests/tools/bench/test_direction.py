@@ -30,8 +30,8 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> Losses:
     """The loss on some images by timestep, without what was learnt and with it."""
     folder = tmp_path_factory.mktemp("direction")
     host = StandaloneHost(CHECKPOINT, lora_folder=folder / "loras", runs_folder=folder / "runs")
-    file = train_lora(host, settings=settings_of({"learning_rate": RATE, "train_batch_size": 2}), data=STYLE, trigger_word=TRIGGER, name="direction",
-                      steps=STEPS, wanted=(STEPS,), say=lambda text: None)[STEPS]
+    file = train_lora(host, settings=settings_of({"learning_rate": RATE, "train_batch_size": 2}), data=STYLE,
+                      trigger_word=TRIGGER, name="direction", steps=STEPS, wanted=(STEPS,), say=lambda text: None)[STEPS]
     sampler = Sampler(host)
     lora = sampler.lora(file, weight=1.0)
 

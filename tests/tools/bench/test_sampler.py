@@ -12,9 +12,9 @@ from lib_lora_train.adapters.network import LoRANetwork
 from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.host.standalone import StandaloneHost
 from lib_lora_train.model import frozen
+from tools.bench import sampler as sampler_module
 from tools.bench.evaluator import loss_bands, shown_by_vae
 from tools.bench.real_images import RealImages, load
-from tools.bench import sampler as sampler_module
 from tools.bench.sampler import LOSS_TIMESTEPS, Sampler
 
 
