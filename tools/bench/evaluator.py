@@ -1,4 +1,4 @@
-"""The scorers and the real images, made ready once; and the figures they give for any images of the held-out words."""
+"""The fitted scorers with the real images, and the figures that they give for images of the held-out words."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ BANDS = 5
 
 @dataclasses.dataclass(frozen=True)
 class Effort:
-    """What time is spent on.
+    """How much work a measurement does.
 
     texture, words   steps the scorers are fitted for
-    across           whether the word scorer is also tried on a style it has not seen
-    every, others    every n-th of the held-out words is asked for, every n-th of the "other" words is looked at
+    across           whether the word scorer is also tested on a style that it was not fitted on
+    every, others    every n-th of the held-out words is sampled, every n-th of the "other" words is used for fitting
     sampler_steps    for each generated image
     samples        of each scene of the subject
     """
@@ -48,12 +48,12 @@ QUICK = Effort(texture=100, words=150, across=False, every=8, others=3, sampler_
 
 @dataclasses.dataclass(frozen=True)
 class ScorerFigures:
-    """How far the scorers can be trusted, as shares of right answers on real images as the VAE shows them.
+    """The scorers' accuracy, as shares of right answers on real images after the VAE.
 
-    hand, hand_palette, hand_texture  Noto or Twemoji, on the held-out words, which it never saw: by both opinions, by each
-    hand_counts                       whether `hand` reaches 95 %; otherwise no style share means anything
-    word_noto, word_twemoji           which of the held-out words, on images it was fitted on, varied anew
-    word_across                       the same in Twemoji's style where it knew Noto's only; None if not measured
+    style, style_palette, style_texture  Noto or Twemoji, on the held-out words: by the sum of both scores, by each alone
+    style_counts                         whether `style` reaches 95 %; otherwise no style share means anything
+    word_noto, word_twemoji              which of the held-out words, on augmented images of the scorer's own training set
+    word_across                          the same in Twemoji's style, fitted on Noto's only; None if not measured
     """
 
     style: float
@@ -69,7 +69,7 @@ class ScorerFigures:
 class Row:
     """One image for each held-out word, all from one source.
 
-    style, palette, texture   share that the style scorer calls Twemoji: by both opinions, and by each
+    style, palette, texture   share that the style scorer calls Twemoji: by the sum of both scores, and by each
     word                      share that shows its word, says the word scorer
     psnr, ssim, feature       to the real Twemoji of the same word: dB, 1 is equal, 0 is equal; means
     """
@@ -107,16 +107,16 @@ class Band:
 class Evaluator:
     """Fits the scorers on real images as the sampler's VAE shows them.
 
-    real, shown   the real images, as they are and as the VAE shows them {hand: [N, 3, 128, 128]}
-    effort        what time is spent on
+    real, shown   the real images, as they are and after the VAE {style: [N, 3, 128, 128]}
+    effort        how much work a measurement does
     word          the word scorer
-    figures       how far the scorers can be trusted
-    positions        where the words that are asked for stand in `real`
+    figures       the scorers' accuracy
+    indices       positions of the sampled words in `real`
     words         these words
     """
 
     def __init__(self, sampler: Sampler, real: RealImages, *, effort: Effort = THOROUGH, kept: Path | None = None) -> None:
-        """`kept` is a folder where the VAE's images are kept for the next time; they take longer than the scorers."""
+        """`kept` is a folder that caches the images after the VAE, which take longer than fitting the scorers."""
         self.real, self.effort = real.thinned(effort.others), effort
         real = self.real
         self.shown = shown_by_vae(sampler, real, kept=kept)

@@ -1,9 +1,9 @@
-"""An outside trainer beside this one: both run in turn as whole programs, A B A B …, and are watched in the same way.
+"""Two trainers timed as whole programs that run in turn, A B A B …
 
-Where a program shows its steps as tqdm does (`| 3/20 [`), each step's end is taken down as it is printed: start, model and
-caches drop out, and so do the first steps, which warm up. Where it does not, it runs twice, for N and for 2 N steps, and the
-difference is N steps' time. CPU seconds (user and system) of the program and of all it starts are taken down at the
-same moments; on a machine that does other work they tell more than the clock.
+Where a program shows its steps as tqdm does (`| 3/20 [`), the end of each step is timed when it is printed: loading, caching and
+the first steps (warm-up) are not counted. Where it does not, it runs twice, for N and for 2 N steps, and the difference is the
+time of N steps. CPU seconds (user and system) of the program and its children are read at the same moments; on a machine that
+does other work they are more exact than the clock.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _POLL_SECONDS = 0.05
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Seconds a step of one run: by the clock and by the CPU (None where the system does not tell), and the most
-    memory of the GPU that was taken meanwhile (None without a GPU)."""
+    """Seconds a step of one run: wall clock, CPU (None where the system does not count them), and the peak of the GPU's memory
+    during the run in bytes (None without a GPU)."""
 
     wall: float
     cpu: float | None
@@ -63,7 +63,7 @@ def run_pairs(ours: Command, theirs: Command, *, values: Mapping[str, object], s
               say: Callable[[str], None], warm_up: int = 1, gpu_bytes: GpuBytes | None = None) -> list[Pair]:
     """Run both commands in turn `pairs` times, each for `steps` steps, of which the first `warm_up` are not timed.
 
-    Commands may hold the PLACEHOLDERS in braces. `card_bytes` tells how much memory of the GPU is taken now, by whomever.
+    Commands may hold the PLACEHOLDERS in braces. `gpu_bytes` returns the bytes of GPU memory that are in use now, by all programs.
     Raises SettingError for a command with an unknown placeholder or too few steps, TrainingError for a command that fails,
     and where our own does not show its steps.
     """
@@ -148,9 +148,9 @@ def ratio_text(pairs: Sequence[Pair], *, cpu: bool) -> str:
 
 
 class Shown:
-    """When each step's end was first shown, by the last of a program's progress bars that are as long as there are steps.
+    """The time when the end of each step was first shown, by the last progress bar whose length is the number of steps.
 
-    Images and captions are often as many as steps; where numbers fall, another bar has begun.
+    There may be as many images or captions as steps: when the number falls, another bar has begun.
     """
 
     def __init__(self, steps: int, *, now: Callable[[], tuple[float, float | None]]) -> None:
@@ -158,7 +158,7 @@ class Shown:
         self.at: dict[int, tuple[float, float | None]] = {}
 
     def read(self, chunk: bytes) -> None:
-        """What the program has just printed."""
+        """Read a chunk of the program's output."""
         self._rest, read = self._rest + chunk, 0
         for match in _SHOWN.finditer(self._rest):
             read, number = match.end(), int(match[1])
@@ -181,7 +181,7 @@ class _Watched:
 
 
 def _watched(words: Sequence[str], *, steps: int, gpu_bytes: GpuBytes | None) -> _Watched:
-    """Run to the end; when each step was shown, the whole run's seconds, and the most of the GPU's memory."""
+    """Run the program to its end; returns when each step was shown, the run's seconds, and the peak of the GPU's memory."""
     before, begin, latest = _children_seconds(), time.perf_counter(), b""
     idle = gpu_bytes() if gpu_bytes else 0
     with translated(f"starting {words[0]}"):
@@ -206,7 +206,7 @@ def _watched(words: Sequence[str], *, steps: int, gpu_bytes: GpuBytes | None) ->
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill the program and what it has started."""
+    """Kill the program and its children."""
     if os.name == "nt":
         process.kill()
         return
@@ -215,7 +215,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 class _Peak:
-    """The most that `now` says while the block runs, asked every few milliseconds by a thread."""
+    """The maximum of `now` while the block runs, sampled by a thread every `_POLL_SECONDS`."""
 
     def __init__(self, now: GpuBytes | None) -> None:
         self._now, self.most, self._done = now, 0, threading.Event()

@@ -29,7 +29,7 @@ PAPER, SIDE = 72, 128
 class RealImages:
     """All words with their split, and their images in each style, in the same order.
 
-    pixels    {hand: [N, 3, 128, 128]}, fp32 in [0, 1], on white
+    pixels    {style: [N, 3, 128, 128]}, fp32 in [0, 1], on white
     """
 
     words: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""The roofline of a training step, an estimate: how long arithmetic and memory traffic take at the device's best rates.
+"""The roofline of a training step: an estimate of the time of arithmetic and memory traffic at the device's best rates.
 
     arithmetic    operations of forward and backward ÷ the matrix rate that the device reaches in this dtype
     traffic       bytes that must move ÷ the bandwidth that the device reaches
@@ -6,8 +6,8 @@
 The longer of the two is the roofline. Nothing is counted that is recomputed. Convolutions are counted as direct ones: a faster
 algorithm can go below the roofline (Winograd's takes 4/9 of the multiplications of a 3×3 kernel; GPUs that compute convolutions
 in TF32 do more of them a second than fp32 products). The bytes are each frozen weight read once forward and once backward,
-each activation that is kept written once and read once, and the LoRA with its optimiser (see `moved_bytes`). What a
-CPU's cache saves of that, and what lies between kernels and is not kept, is left out.
+each activation that is kept written once and read once, and the LoRA with its optimiser (see `moved_bytes`). Savings
+by a CPU's cache, and tensors between kernels that are not kept, are left out.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class Sampler:
         return network.adapters()
 
     def sample(self, prompts: Sequence[str], lora: Adapters = WITHOUT) -> torch.Tensor:
-        """One image for each prompt; the seed is its place in the list, so all LoRAs start from the same noise."""
+        """One image for each prompt; the seed is its position in the list, so all LoRAs start from the same noise."""
         requests = [SampleRequest(prompt, width=SIDE, height=SIDE, steps=self._steps, cfg_scale=self._cfg_scale,
                                   seed=FIRST_SEED + index) for index, prompt in enumerate(prompts)]
         latents = [sample_batch(self._model, requests[start:start + TOGETHER], adapters=lora)

@@ -1,16 +1,16 @@
-"""Small networks that say in which style an image is generated and what it shows; fitted on the spot on real images.
+"""Small networks that classify the style and the content of an image; fitted at each start on real images.
 
-Everything they see, real or generated, came out of the same VAE, so that its softness decides nothing. They are seeded:
-the same images give the same scorers on the same machine.
+All images, real and generated, pass through the same VAE, so that its blur has no influence. The networks are seeded: the same
+images give the same scorers on the same machine.
 
-- `HandJudge`: Noto or Twemoji? Two opinions are added: the *palette* (a logistic regression over the colours of what is
-  not paper; Twemoji has a small, fixed palette of flat colours) and the *texture* (a network that sees patches of 15
-  pixels of 64, never the whole shape). It has not seen the held-out words. It cannot tell a third style from these two,
-  and an image of nothing gets an answer too: read its share beside the prompt following.
-- `WordJudge`: which of the words? A network whose features are near for the same word in both styles. It is fitted on both
-  styles' images of all words, since there are no others, so its accuracy on them says only that it did not fail to
-  learn; `across_hands` is the honest figure for how far it recognises a drawing it never saw. It cannot tell a good
-  drawing from one that is merely nearer to its word than to the others.
+- `StyleScorer`: Noto or Twemoji? The sum of two scores: the *palette* (a logistic regression over the colours of the ink;
+  Twemoji has a small, fixed palette of flat colours) and the *texture* (a network that sees patches of 15 of 64 pixels, never
+  the whole shape). It is not fitted on the held-out words. It knows no third style, and it also classifies images that show
+  nothing: read its share together with the prompt following.
+- `WordScorer`: which of the words? A network with near features for the same word in both styles. It is fitted on both styles'
+  images of all words, since there are no others, so its accuracy on them shows only that the fit worked; `across_styles`
+  measures how well it recognises a drawing that it was not fitted on. It cannot tell a good drawing from one that is only
+  nearer to its word than to the others.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import nn
 from tools.bench.real_images import HELD_OUT, NOTO, OTHER, STYLE, STYLES, TWEMOJI, RealImages
 
 REQUIRED = 0.95
-"""A style scorer that is right less often on real held-out images counts for nothing."""
+"""Least accuracy on real held-out images; below it the style shares mean nothing."""
 # Both chosen by cross-validation among the words the scorer learns from (several weights did equally well).
 _COLOURS, _TEXTURE_WEIGHT = 16, 0.5
 _INK = 0.93
@@ -34,7 +34,7 @@ Palette = tuple[torch.Tensor, torch.Tensor]
 
 
 class StyleScorer:
-    """Tells Twemoji from Noto. Make it with `fit`; `accuracy` is its share of right answers on real held-out words."""
+    """Classifies Twemoji and Noto. Make it with `fit`; `accuracy` is its share of right answers on real held-out words."""
 
     def __init__(self, palette: Palette, texture: _Texture, scales: tuple[float, float]) -> None:
         self._palette, self._texture, self._scales = palette, texture, scales
@@ -50,8 +50,8 @@ class StyleScorer:
         small = {style: _small(images[style]) for style in STYLES}
         pairs = small[NOTO][learnt], small[TWEMOJI][learnt]
         scorer = cls(_fit_palette(*pairs), _fit_texture(*pairs, steps=steps, seed=seed), (1.0, 1.0))
-        # In units of each opinion's mean size on what it was fitted on.
-        palette, texture = (1 / max(float(opinion.abs().mean()), 1e-9) for opinion in scorer._opinions(torch.cat(pairs)))
+        # In units of each score's mean size on what it was fitted on.
+        palette, texture = (1 / max(float(score.abs().mean()), 1e-9) for score in scorer._scores(torch.cat(pairs)))
         scorer._scales = (palette, _TEXTURE_WEIGHT * texture)
         for name, index in (("both", None), ("palette", 0), ("texture", 1)):
             right = [(scorer._score(small[style][held_out], index) > 0) == (style == TWEMOJI) for style in STYLES]
@@ -59,27 +59,27 @@ class StyleScorer:
         return scorer
 
     def twemoji(self, pixels: torch.Tensor, *, by: str = "both") -> torch.Tensor:
-        """bool [N]: whether each image [N, 3, 128, 128] is in Twemoji's style, by "both" opinions, or one of them."""
+        """bool [N]: whether each image [N, 3, 128, 128] is in Twemoji's style, by "both" scores, or one of them."""
         return self._score(_small(pixels), {"both": None, "palette": 0, "texture": 1}[by]) > 0
 
     @property
     def counts(self) -> bool:
-        """Whether it is right often enough for its verdicts to mean something."""
+        """Whether its accuracy reaches `REQUIRED`."""
         return self.accuracy["both"] >= REQUIRED
 
     def _score(self, small: torch.Tensor, index: int | None) -> torch.Tensor:
-        opinions = [scale * opinion for scale, opinion in zip(self._scales, self._opinions(small), strict=True)]
-        return opinions[0] + opinions[1] if index is None else opinions[index]
+        scores = [scale * score for scale, score in zip(self._scales, self._scores(small), strict=True)]
+        return scores[0] + scores[1] if index is None else scores[index]
 
     @torch.no_grad()
-    def _opinions(self, small: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _scores(self, small: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         texture = self._texture(small) + self._texture(small.flip(3))
         weight, bias = self._palette
         return _colours(small) @ weight + bias, texture
 
 
 class WordScorer:
-    """Tells what an image shows, whoever generated it. Make it with `fit`."""
+    """Classifies what an image shows, in either style. Make it with `fit`."""
 
     def __init__(self, network: _Words) -> None:
         self._network = network
@@ -107,7 +107,7 @@ class WordScorer:
 
     @torch.no_grad()
     def word(self, pixels: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
-        """int64 [N]: the most likely word of each image, as a place in `among` (the words' numbers)."""
+        """int64 [N]: the most likely word of each image, as a position in `among` (the words' numbers)."""
         return self._network(_small(pixels))[:, among].argmax(dim=1)
 
     def accuracy(self, pixels: torch.Tensor, words: torch.Tensor) -> float:
@@ -135,7 +135,7 @@ def across_styles(images: dict[str, torch.Tensor], real: RealImages, *, steps: i
 
 
 class _Texture(nn.Module):
-    """One number an image [N, 3, 64, 64]: the mean over what is not paper of what each patch of 15 pixels says."""
+    """One score for each image [N, 3, 64, 64]: the mean over the ink of the scores of all patches of 15 pixels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -143,7 +143,7 @@ class _Texture(nn.Module):
         self.out = nn.Conv2d(64, 1, 1)
 
     def patches(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What each patch says [N, h, w], and how much it counts [N, h, w]; the latter sums to 1 in each image."""
+        """The score of each patch [N, h, w] and its weight [N, h, w]; weights sum to 1 in each image."""
         said = self.out(self.body(2 * x - 1))[:, 0]
         ink = F.adaptive_avg_pool2d(_inked(x).float()[:, None], said.shape[1:])[:, 0]
         return said, ink / (ink.sum(dim=(1, 2), keepdim=True) + 1e-3)
@@ -188,7 +188,7 @@ def _fit(network: nn.Module, loss: Callable[[], torch.Tensor], *, steps: int, ra
 
 
 def _fit_texture(noto: torch.Tensor, twemoji: torch.Tensor, *, steps: int, seed: int) -> _Texture:
-    """Each batch holds the same words in both styles, so that what is shown tells nothing."""
+    """Each batch has the same words in both styles, so that the content does not help."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = _Texture()
@@ -212,7 +212,7 @@ def _fit_texture(noto: torch.Tensor, twemoji: torch.Tensor, *, steps: int, seed:
 
 
 def _fit_palette(noto: torch.Tensor, twemoji: torch.Tensor) -> Palette:
-    """Logistic regression over the colours of ink; convex, so nothing is drawn by chance."""
+    """Logistic regression over the colours of ink; convex, so it needs no random start."""
     x = _colours(torch.cat([noto, twemoji]))
     y = torch.cat([torch.zeros(len(noto)), torch.ones(len(twemoji))])
     mean, deviation = x.mean(dim=0), x.std(dim=0) + 1e-3
@@ -249,18 +249,18 @@ def _colours(small: torch.Tensor) -> torch.Tensor:
 
 
 def _inked(x: torch.Tensor) -> torch.Tensor:
-    """bool [N, h, w]: what is not white paper."""
+    """bool [N, h, w]: the ink, all that is not white paper."""
     return x.amin(dim=1) < _INK
 
 
 def _small(pixels: torch.Tensor) -> torch.Tensor:
-    """What the scorers see: 64 pixels, about the size the images were drawn at."""
+    """The scorers' input: 64 pixels, about the size at which the images were drawn."""
     return F.avg_pool2d(pixels, pixels.shape[-1] // 64)
 
 
 def _varied(x: torch.Tensor, generator: torch.Generator, *, scale: tuple[float, float], shift: float, turn: float,
             colour: float, grey: float, noise: float) -> torch.Tensor:
-    """Each image moved, resized, mirrored, turned, tinted, blurred and roughened a little, by chance.
+    """Random augmentation: each image moved, resized, mirrored, rotated, tinted, blurred and with noise.
 
     scale of what is seen (above 1 the thing looks smaller), shift in halves of the side, turn in radians, colour and noise
     in brightness, grey the share that loses its colours.

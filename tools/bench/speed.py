@@ -1,9 +1,9 @@
 """`bench speed`: seconds a training step, for several settings in one run, each beside the step's roofline.
 
-On a GPU the models have their true size and the three cases that others publish figures for; on a CPU one narrow
-model, unless told otherwise. Settings that are compared are run in turn, as often as asked, so that a machine that becomes
-slower meanwhile slows them all. Losses are compared step by step, and scored where the settings should compute the same. What
-a case promises to fit into is all that torch gets for one more run, in which the images are encoded too.
+On a GPU the default is the true model size and the three cases that others publish figures for, on a CPU one narrow model.
+Compared settings run in turn, so that a machine that becomes slower slows them all. Losses are compared step by step, with a
+verdict where the settings should compute the same. On a GPU each case with a memory target runs once more with torch limited to
+it, the encoding of the images included.
 """
 
 from __future__ import annotations
@@ -39,8 +39,7 @@ from tools.bench.variants import HOW_ONLY
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is trained: the family, the images' side in pixels, the batch, and GB of the GPU's memory that the promise
-    for it names (0: none)."""
+    """What is trained: the family, the images' side in pixels, the batch, and the target for the GPU's memory in GB (0: none)."""
 
     family: str
     resolution: int
@@ -57,8 +56,8 @@ PUBLISHED = (Case("sd1", 512, 1, within=4.0), Case("sd1", 512, 4), Case("sdxl", 
 NARROW = (Case("sd1", 256, 1),)
 
 SAME_LOSS = {"no": 1e-4, "fp16": 5e-3, "bf16": 5e-3}
-"""How far losses of the same step may lie apart, relative to the loss, to count as equal: float error over some dozens of
-steps, in which a difference in the last digit of a gradient becomes one of the weights."""
+"""The largest difference between losses of the same step, relative to the loss, that counts as equal: the float error of some
+dozens of steps, in which differences of gradients in the last digit become differences of weights."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +98,7 @@ class Row:
 def run_speed(plan: SpeedPlan, *, say: Say) -> str:
     """Measure, write `speed.md` and `speed.json` into the plan's folder after each case, and return the table.
 
-    A run that fails, as where the memory runs out, is told in its row. Raises SettingError for settings that do not exist, and
+    A run that fails, for example without enough memory, is reported in its row. Raises SettingError for settings that do not exist, and
     what `run_job` raises besides TrainingError.
     """
     @functools.cache
@@ -121,14 +120,14 @@ def run_speed(plan: SpeedPlan, *, say: Say) -> str:
 
 
 def shared_settings(case: Case, *, rank: int, precision: str) -> dict[str, Value]:
-    """The settings of every measured run of a case: those that an outside trainer has too."""
+    """The settings of every measured run of a case, which other trainers have too."""
     return {"train_batch_size": case.batch, "resolution": str(case.resolution), "network_dim": rank,
             "network_alpha": float(rank), "mixed_precision": precision, "lr_scheduler": "constant",
             "min_snr_gamma": 0.0, "seed": 42, "save_precision": "fp16", "cache_latents_to_disk": True}
 
 
 def images_of(plan: SpeedPlan, case: Case) -> Path:
-    """The folder of images that a case is trained on: few on a CPU, which takes long to encode them."""
+    """The folder of images that a case is trained on; few on a CPU, where encoding is slow."""
     count = max(8 if plan.device.type == "cuda" else 2, 2 * case.batch)
     return make_images(plan.output / f"pictures-{case.resolution}-{count}", side=case.resolution, count=count)
 
@@ -176,16 +175,16 @@ def _row_roofline(host: Host, device: torch.device, case: Case, settings: Settin
     dtype = compute_dtype(settings.memory.mixed_precision, device, weights=stored)
     own = dataclasses.replace(case, batch=settings.optimizer.train_batch_size)
     return case_roofline(host, own, rank=settings.network.network_dim, dtype=dtype, rates=rates(dtype),
-                      base=Wishes.of(settings.memory).base)
+                      base_dtype=Wishes.of(settings.memory).base)
 
 
-def case_roofline(host: Host, case: Case, *, rank: int, dtype: torch.dtype, rates: Rates, base: Base = "") -> Roofline:
-    """The roofline of a case's step on the host's model, held in eight bits where `base` says so."""
+def case_roofline(host: Host, case: Case, *, rank: int, dtype: torch.dtype, rates: Rates, base_dtype: Base = "") -> Roofline:
+    """The roofline of a case's step on the host's model, held in eight bits where `base_dtype` says so."""
     outline = host.outline()
     assert outline is not None, "the checkpoint was checked before"
     cost = image_cost(outline.tensors, detect(outline.tensors, outline.hints), width=case.resolution,
                         height=case.resolution, rank=rank, dtype=dtype)
-    weights = sum(t.numel() * (1 if base else t.element_size()) for t in unet_tensors(outline.tensors).values())
+    weights = sum(t.numel() * (1 if base_dtype else t.element_size()) for t in unet_tensors(outline.tensors).values())
     moved = moved_bytes(weights=weights, activations=cost.activation_bytes * case.batch, parameters=cost.parameters)
     return step_roofline(operations=cost.operations * case.batch, moved=moved, rates=rates)
 
@@ -261,7 +260,7 @@ def most_apart(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def _within(rows: Sequence[Row]) -> list[str]:
-    """Whether the runs that got no more memory than was promised did with it."""
+    """Whether the runs within a case's memory target ended."""
     said = []
     for row in rows:
         if row.case.within and row.name.startswith("within "):

@@ -1,4 +1,4 @@
-"""What `bench speed --compare` puts beside each other, by name; known without torch, since the help tells the names."""
+"""The named settings of `bench speed --compare`. Imports no torch, since the help lists the names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the benchmark samples and measures with: a LoRA at a weight, images that depend on their place alone."""
+"""What the benchmark samples and measures with: a LoRA at a weight, images that depend on their position alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scorers on real images: right where there is something to tell, and without an opinion where there is not."""
+"""The scorers on real images: accurate where the styles differ, at chance where they do not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def scorer(real) -> StyleScorer:
     return StyleScorer.fit(real.pixels, real, steps=24, seed=0)
 
 
-def test_the_hand_is_known_on_words_the_scorer_never_saw(scorer, real):
+def test_the_style_is_known_on_words_the_scorer_never_saw(scorer, real):
     assert scorer.accuracy["palette"] > 0.93 and scorer.accuracy["both"] > 0.93
     noto, twemoji = (scorer.twemoji(real.pixels_of(style, HELD_OUT)).float().mean().item() for style in STYLES)
     assert (1 - noto + twemoji) / 2 == pytest.approx(scorer.accuracy["both"])
