@@ -1,7 +1,7 @@
 """Two trainers timed as whole programs that run in turn, A B A B …
 
-Where a program shows its steps as tqdm does (`| 3/20 [`), the end of each step is timed when it is printed: loading, caching and
-the first steps (warm-up) are not counted. Where it does not, it runs twice, for N and for 2 N steps, and the difference is the
+Where a program shows its steps as tqdm does (`| 3/20 [`), the end of each step is timed when it is printed: loading, caching
+and the first steps (warm-up) are not counted. Where it does not, it runs twice, for N and for 2 N steps, and the difference is the
 time of N steps. CPU seconds (user and system) of the program and its children are read at the same moments; on a machine that
 does other work they are more exact than the clock.
 """
@@ -63,7 +63,7 @@ def run_pairs(ours: Command, theirs: Command, *, values: Mapping[str, object], s
               say: Callable[[str], None], warm_up: int = 1, gpu_bytes: GpuBytes | None = None) -> list[Pair]:
     """Run both commands in turn `pairs` times, each for `steps` steps, of which the first `warm_up` are not timed.
 
-    Commands may hold the PLACEHOLDERS in braces. `gpu_bytes` returns the bytes of GPU memory that are in use now, by all programs.
+    Commands may hold the PLACEHOLDERS in braces. `gpu_bytes` returns the bytes of GPU memory in use now, by all programs.
     Raises SettingError for a command with an unknown placeholder or too few steps, TrainingError for a command that fails,
     and where our own does not show its steps.
     """

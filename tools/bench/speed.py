@@ -39,7 +39,8 @@ from tools.bench.variants import HOW_ONLY
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is trained: the family, the images' side in pixels, the batch, and the target for the GPU's memory in GB (0: none)."""
+    """What is trained: the family, the images' side in pixels, the batch, and the target for the GPU's memory in GB (0:
+    none)."""
 
     family: str
     resolution: int
@@ -98,8 +99,8 @@ class Row:
 def run_speed(plan: SpeedPlan, *, say: Say) -> str:
     """Measure, write `speed.md` and `speed.json` into the plan's folder after each case, and return the table.
 
-    A run that fails, for example without enough memory, is reported in its row. Raises SettingError for settings that do not exist, and
-    what `run_job` raises besides TrainingError.
+    A run that fails, for example without enough memory, is reported in its row.
+    Raises SettingError for settings that do not exist, and what `run_job` raises besides TrainingError.
     """
     @functools.cache
     def rates(dtype: torch.dtype) -> Rates:
