@@ -23,11 +23,10 @@ from lib_lora_train.host.port import Host
 from lib_lora_train.host.standalone import StandaloneHost
 from lib_lora_train.run import runner
 from lib_lora_train.settings import Settings, parse
-from lib_lora_train.training.loop import Stop
 from tools.bench.host import make_images
 from tools.bench.report import grid, machine_text, share, write_report
 from tools.bench.stopwatch import Spent, Stopwatch, WatchedFunction
-from tools.bench.training import Say
+from tools.bench.training import Say, Stop
 from tools.bench.true_size import true_size_checkpoint
 
 IMAGES = 20
@@ -171,9 +170,9 @@ def _timed(host: _TimedHost, settings: Settings, number: int) -> Phases:
         host.step_done()
         return result
 
-    def followed(settings: Settings, host: Host, *, report: Report, stop: Stop, folder: Path | None = None) -> Finished:
+    def followed(plan: object, host: Host, *, report: Report, stop: Stop, folder: Path | None = None) -> Finished:
         watch.follow()  # the runner's thread is the one to watch
-        return run_job(settings, host, report=report, stop=stop, folder=folder)
+        return run_job(plan, host, report=report, stop=stop, folder=folder)
 
     with mock.patch.object(owner, name, finished), watch.watching(WATCHED), mock.patch.object(runner, "run_job", followed):
         host.begin(watch)

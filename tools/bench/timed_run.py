@@ -17,8 +17,7 @@ from lib_lora_train import events
 from lib_lora_train.errors import TrainingError
 from lib_lora_train.host.port import Host
 from lib_lora_train.memory.plan import CONTEXT, GIGABYTE
-from lib_lora_train.run.job import run_job
-from lib_lora_train.settings import parse
+from tools.bench.training import run_training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +70,8 @@ def measure_run(host: Host, *, settings: Mapping[str, object], data: Path, steps
         gc.collect()  # what an earlier run has left would count as this one's
         _empty_cache(device)
     watch = _Watch(device, total=warm_up + steps, stretch=stretch, each=each)
-    run_job(parse({**settings, "train_data_dir": str(data), "max_train_steps": warm_up + steps, "output_name": "measured",
-                   "overwrite": True, "save_state": False}), host, report=watch.report, stop=watch.stop)
+    run_training({**settings, "train_data_dir": str(data), "max_train_steps": warm_up + steps, "output_name": "measured",
+                  "overwrite": True, "save_state": False}, host, report=watch.report, stop=watch.stop)
     wall, cpu = watch.stretches(warm_up)
     return Measured(wall, cpu, tuple(watch.losses), tuple(watch.notes), watch.gpu())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Literal
 
 from lib_lora_train import events
 from lib_lora_train.errors import SettingError, TrainingError
@@ -14,6 +15,7 @@ from lib_lora_train.settings import parse
 from lib_lora_train.settings.field import Value
 
 Say = Callable[[str], None]
+Stop = Callable[[], Literal["", "stop", "save"]]
 
 REFERENCE: dict[str, Value] = {
     "optimizer_type": "AdamW", "learning_rate": 1e-4, "network_dim": 8, "network_alpha": 4.0, "lr_scheduler": "cosine",
@@ -44,6 +46,11 @@ def measured_steps(steps: int) -> tuple[int, ...]:
     return (*found, steps)
 
 
+def run_training(settings: Mapping[str, object], host: Host, *, report: events.Report, stop: Stop = lambda: "") -> events.Finished:
+    """One ordinary run, as a user starts it; raises what `run_job` raises."""
+    return run_job(parse(settings), host, report=report, stop=stop)
+
+
 def train_lora(host: Host, *, settings: Mapping[str, object], data: Path, trigger_word: str, name: str, steps: int,
                wanted: tuple[int, ...], say: Say) -> dict[int, Path]:
     """Train for `steps` steps; {step: file} for each of `wanted`, which holds the last step. Saves between are deleted.
@@ -61,9 +68,9 @@ def train_lora(host: Host, *, settings: Mapping[str, object], data: Path, trigge
         elif isinstance(event, events.Warned):
             say(f"  note: {event.message}")
 
-    run_job(parse({
+    run_training({
         **settings, "output_name": name, "overwrite": True, "train_data_dir": str(data), "trigger_word": trigger_word,
-        "max_train_steps": steps, "save_every_n_steps": math.gcd(*wanted)}), host, report=report, stop=lambda: "")
+        "max_train_steps": steps, "save_every_n_steps": math.gcd(*wanted)}, host, report=report)
     missing = [step for step in wanted if step not in saved]
     if missing:
         raise TrainingError(f"The LoRA of step {missing[0]} was not kept", remedy="make room on the disk and start again")
