@@ -2,8 +2,8 @@
 
 Where a program shows its steps as tqdm does (`| 3/20 [`), the end of each step is timed when it is printed: loading, caching
 and the first steps (warm-up) are not counted. Where it does not, it runs twice, for N and for 2 N steps, and the difference is
-the time of N steps. CPU seconds (user and system) of the program and its children are read at the same moments; on a machine that
-does other work they are more exact than the clock.
+the time of N steps. CPU seconds (user and system) of the program and its children are read at the same moments; on a machine
+that does other work they are more exact than the clock.
 """
 
 from __future__ import annotations

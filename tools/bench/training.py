@@ -46,7 +46,8 @@ def measured_steps(steps: int) -> tuple[int, ...]:
     return (*found, steps)
 
 
-def run_training(settings: Mapping[str, object], host: Host, *, report: events.Report, stop: Stop = lambda: "") -> events.Finished:
+def run_training(settings: Mapping[str, object], host: Host, *, report: events.Report,
+                 stop: Stop = lambda: "") -> events.Finished:
     """One ordinary run, as a user starts it; raises what `run_job` raises."""
     return run_job(parse(settings), host, report=report, stop=stop)
 
