@@ -115,7 +115,8 @@ class Average:
         """Move towards `tensors`; in the first updates faster, so that the random beginning is soon forgotten."""
         self._updates += 1
         weight = 1 - min(self._decay, (1 + self._updates) / (10 + self._updates))
-        torch._foreach_lerp_(list(self.tensors.values()), list(tensors.values()), weight)
+        for average, tensor in zip(self.tensors.values(), tensors.values(), strict=True):
+            average.lerp_(tensor, weight)
 
     def state(self) -> dict[str, object]:
         """What `restore` needs."""
