@@ -19,6 +19,7 @@ from lib_lora_train.host.standalone import describe_file
 from lib_lora_train.settings.toml import read_toml
 from lib_lora_train.training import checkpoint
 
+INPUTS = 1000
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "fuzz_readers.py"
 
 
@@ -32,10 +33,10 @@ def fuzz() -> ModuleType:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_two_thousand_damaged_inputs_end_in_a_value_or_a_refusal(fuzz: ModuleType, tmp_path: Path):
-    tallies = fuzz.run(2000, seed=5, place=tmp_path)
+def test_damaged_inputs_end_in_a_value_or_a_refusal(fuzz: ModuleType, tmp_path: Path):
+    tallies = fuzz.run(INPUTS, seed=6, root=tmp_path)
     assert [failure for tally in tallies.values() for failure in tally.failures] == []
-    assert sum(tally.inputs for tally in tallies.values()) == 2000
+    assert sum(tally.inputs for tally in tallies.values()) == INPUTS
     # Both ends are met, or the damage would be too much or none.
     assert all(tally.refusals for name, tally in tallies.items() if name not in ("folders", "dataset folders"))
     assert all(tally.values for name, tally in tallies.items())
@@ -44,8 +45,8 @@ def test_two_thousand_damaged_inputs_end_in_a_value_or_a_refusal(fuzz: ModuleTyp
 @pytest.mark.filterwarnings("ignore")
 def test_the_tool_sees_a_file_outside_a_program_and_a_foreign_error(fuzz: ModuleType, tmp_path: Path,
                                                                     monkeypatch: pytest.MonkeyPatch):
-    place, outside = tmp_path / "place", tmp_path / "outside"
-    place.mkdir()
+    root, outside = tmp_path / "place", tmp_path / "outside"
+    root.mkdir()
 
     def harm(data: bytes, folder: Path) -> None:
         (folder / "inside").write_bytes(b"x")
@@ -54,9 +55,9 @@ def test_the_tool_sees_a_file_outside_a_program_and_a_foreign_error(fuzz: Module
         raise KeyError("foreign")
 
     monkeypatch.setattr(fuzz, "readers", lambda: [fuzz.Reader("bad", lambda rng: rng.randbytes(3), harm)])
-    (found,) = fuzz.run(1, seed=1, place=place)["bad"].failures[:1]
+    (found,) = fuzz.run(1, seed=1, root=root)["bad"].failures[:1]
     assert "KeyError" in found
-    said = " ".join(fuzz.run(1, seed=1, place=place)["bad"].failures)
+    said = " ".join(fuzz.run(1, seed=1, root=root)["bad"].failures)
     assert f"open {outside}" in said and "os.system" in said and "inside" not in said.replace("outside", "")
 
 

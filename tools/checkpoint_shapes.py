@@ -132,7 +132,7 @@ def openclip_text(*, vocabulary: int, width: int, layers: int) -> Shapes:
 
 def scaled(name: str, noise: torch.Tensor) -> torch.Tensor:
     """Standard normal `noise` made the tensor `name` of a checkpoint (its full name), so that activations, latents and
-    pictures are of ordinary size: they stay finite in fp16 too. Changed in place."""
+    images are of ordinary size: they stay finite in fp16 too. Changed in place."""
     mean, log_variance = slice(0, 4), slice(4, 8)
     if noise.ndim < 2:  # norms: weights about 1; biases about 0
         noise.mul_(0.05)

@@ -272,7 +272,7 @@ def eating_an_apple() -> Canvas:
         *((oval(x, y, r + 6, r + 6), "#fff3cf") for x, y, r in bites)])
     mask = Image.new("1", canvas.image.size)
     for x, y, r in bites:
-        ImageDraw.Draw(mask).polygon([apple.place(point) for point in oval(x, y, r, r)], fill=1)
+        ImageDraw.Draw(mask).polygon([apple.transform(point) for point in oval(x, y, r, r)], fill=1)
     canvas.image.paste(behind, mask=mask)
     apple.stroke(curve([(0, -24), (2, -34), (8, -42)]), "#5b3a1e", 5)
     apple.fill(curve([(4, -32), (18, -44), (34, -40), (22, -30)], closed=True), "#6cc644", line="#2c6b17", width=3)

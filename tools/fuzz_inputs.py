@@ -38,29 +38,29 @@ def mutated(rng: random.Random, seeds: list[bytes]) -> bytes:
     for _ in range(rng.choice((1, 1, 1, 2, 3, 8))):
         if not data:
             break
-        place = rng.randrange(len(data)) if rng.random() < 0.6 else rng.randrange(min(len(data), 64))
-        end = min(len(data), place + rng.choice((1, 2, 4, 8, 40, 400)))
+        position = rng.randrange(len(data)) if rng.random() < 0.6 else rng.randrange(min(len(data), 64))
+        end = min(len(data), position + rng.choice((1, 2, 4, 8, 40, 400)))
         action = rng.randrange(8)
         if action == 0:
-            data[place] ^= 1 << rng.randrange(8)
+            data[position] ^= 1 << rng.randrange(8)
         elif action == 1:
-            data[place:end] = rng.randbytes(end - place)
+            data[position:end] = rng.randbytes(end - position)
         elif action == 2:
-            del data[place:end]
+            del data[position:end]
         elif action == 3:
-            data[place:place] = rng.randbytes(end - place)
+            data[position:position] = rng.randbytes(end - position)
         elif action == 4:
-            del data[place:]
+            del data[position:]
         elif action == 5:
-            data[place:end] = data[place:end] * rng.choice((2, 3, 50))
+            data[position:end] = data[position:end] * rng.choice((2, 3, 50))
         elif action == 6:
             width, order = rng.choice((1, 2, 4, 8)), rng.choice(("little", "big"))
             number = rng.choice((0, 1, 127, 128, 255, 256, 65535, 2**31 - 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1))
-            data[place:place + width] = (number % 256 ** width).to_bytes(width, order)
+            data[position:position + width] = (number % 256 ** width).to_bytes(width, order)
         else:
             other = rng.choice(seeds)
             start = rng.randrange(len(other) or 1)
-            data[place:place] = other[start:start + end - place]
+            data[position:position] = other[start:start + end - position]
     return bytes(data[:1 << 20])
 
 
@@ -145,8 +145,8 @@ def _sound(rng: random.Random, header: dict[str, Any]) -> bytes:
     return struct.pack("<Q", len(body)) + body + (rng.randbytes(end) if end < 10_000 else b"")
 
 
-def picture_file(rng: random.Random, seeds: list[bytes]) -> bytes:
-    """A damaged picture; half of the PNGs get their checksums put right, so that the damage is looked at."""
+def image_file(rng: random.Random, seeds: list[bytes]) -> bytes:
+    """A damaged image; half of the PNGs get their checksums put right, so that the damage is looked at."""
     data = mutated(rng, seeds)
     return _with_checksums(data) if data[:4] == b"\x89PNG" and rng.random() < 0.5 else data
 
@@ -165,8 +165,8 @@ def _with_checksums(data: bytes) -> bytes:
 
 # ---- seeds ----------------------------------------------------------------------------------------------------------
 
-def picture_seeds() -> list[bytes]:
-    """A small picture in each format, with metadata, transparency, a palette, frames."""
+def image_seeds() -> list[bytes]:
+    """A small image in each format, with metadata, transparency, a palette, frames."""
     rgb = Image.effect_mandelbrot((24, 18), (-2, -1, 1, 1), 40).convert("RGB")
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -216,11 +216,11 @@ def checkpoint_seeds() -> tuple[list[bytes], int]:
 
 def state_seeds() -> list[bytes]:
     """A training state as it is written, of one layer."""
-    facts = {"step": 3, "overflows": 0, "version": checkpoint.VERSION, "settings": flat(Settings()), "started_at": 1.5, "steps": 9,
-             "dataset": "x", "checkpoint": {}}
+    state = {"step": 3, "overflows": 0, "version": checkpoint.VERSION, "settings": flat(Settings()), "started_at": 1.5,
+             "steps": 9, "dataset": "x", "checkpoint": {}}
     return [_ordered({"lora.a.lora_down.weight": torch.ones(2, 2), "optimizer.0.exp_avg": torch.ones(2, 2),
                   "scaler.scale": torch.tensor(1.0), "scaler.good_steps": torch.tensor(1), "recent": torch.ones(3)},
-                 {"lora_train_state": json.dumps(facts)})]
+                 {"lora_train_state": json.dumps(state)})]
 
 
 YAML_SEEDS = [b"model:\n  params:\n    scale_factor: 0.18215\n    linear_start: 0.00085\n    linear_end: 0.0120\n"

@@ -40,11 +40,11 @@ from fuzz_inputs import (
     YAML_SEEDS,
     anything,
     checkpoint_seeds,
+    image_file,
+    image_seeds,
     json_text,
     lora_seeds,
     mutated,
-    picture_file,
-    picture_seeds,
     state_seeds,
     tensors_file,
     text,
@@ -84,7 +84,7 @@ def readers() -> list[Reader]:
             b"[a]\nnetwork_dim = 16\nlearning_rate = 1e-4\n[b]\ntrigger_word = '''x\n'''\n",
             b'"quoted" = [1, {a = 2}]\n[[t]]\nx = 0x10\n']
     words = [b"a photo of zzk, red hair\nsecond line", "日本語, タグ, 猫".encode(), b"\xef\xbb\xbftag, tag,, TAG"]
-    png, loras, states = picture_seeds(), lora_seeds(), state_seeds()
+    png, loras, states = image_seeds(), lora_seeds(), state_seeds()
     models, size = checkpoint_seeds()
     return [
         Reader("captions", lambda rng: mutated(rng, words), _caption),
@@ -94,13 +94,13 @@ def readers() -> list[Reader]:
         Reader("LoRA files", lambda rng: tensors_file(rng, loras), _lora),
         Reader("checkpoints", lambda rng: _pair(tensors_file(rng, models), b"" if rng.random() < 0.6 else mutated(
             rng, YAML_SEEDS)),
-               lambda data, place: _checkpoint(data, place, size=size), share=1),
+               lambda data, root: _checkpoint(data, root, size=size), share=1),
         Reader("training states", lambda rng: tensors_file(rng, states), _state),
-        Reader("pictures", lambda rng: picture_file(rng, png), _image),
+        Reader("pictures", lambda rng: image_file(rng, png), _image),
         Reader("folders", lambda rng: text(rng, ["1", "10_dog", ".png", ".txt"]).encode("utf-8", "surrogatepass"), _folder),
         Reader("zip files", lambda rng: fuzz_studio.zip_file(rng, png), fuzz_studio.read_zip, share=1),
         Reader("dataset folders", fuzz_studio.dataset_files,
-               lambda data, place: fuzz_studio.read_dataset(data, place, image=_TINY.getvalue()), share=1),
+               lambda data, root: fuzz_studio.read_dataset(data, root, image=_TINY.getvalue()), share=1),
         Reader("LoRA names", lambda rng: text(rng, ["zzk", "my character", "CON"]).encode("utf-8", "surrogatepass"), _name),
     ]
 
@@ -110,14 +110,14 @@ def _written(data: bytes, path: Path) -> Path:
     return path
 
 
-def _caption(data: bytes, place: Path) -> object:
-    caption = captions.read_caption(_written(data, place / "1.txt"))
+def _caption(data: bytes, root: Path) -> object:
+    caption = captions.read_caption(_written(data, root / "1.txt"))
     return captions.process_caption(captions.first_line(caption), rng=random.Random(1), trigger_word="zzk, girl",
                                     shuffle_caption=True, keep_tokens=1, caption_tag_dropout_rate=0.2)
 
 
-def _toml(data: bytes, place: Path) -> object:
-    return parse(read_toml(_written(data, place / "run.toml")))
+def _toml(data: bytes, root: Path) -> object:
+    return parse(read_toml(_written(data, root / "run.toml")))
 
 
 def _settings(rng: random.Random) -> bytes:
@@ -132,10 +132,10 @@ def _settings(rng: random.Random) -> bytes:
     return json.dumps(chosen).encode("utf-8", "surrogatepass")
 
 
-def _parsed(data: bytes, place: Path) -> object:
+def _parsed(data: bytes, root: Path) -> object:
     settings = parse(json.loads(data))
     # What was accepted can be kept in a run's folder and read back as it was.
-    path = place / "settings.toml"
+    path = root / "settings.toml"
     path.write_text(write_toml(flat(settings)), encoding="utf-8", errors="replace")
     kept = parse(read_toml(path))
     as_text = {name: printable(value) if isinstance(value, str) else value for name, value in flat(settings).items()}
@@ -158,7 +158,7 @@ class _Server:
         self._client: Any = None
         self._data = Path()
 
-    def __call__(self, data: bytes, place: Path) -> object:
+    def __call__(self, data: bytes, root: Path) -> object:
         if self._client is None:
             from fastapi import FastAPI
             from fastapi.testclient import TestClient
@@ -166,8 +166,8 @@ class _Server:
             from lib_lora_train import api
             from lib_lora_train.run.runner import Runner
             app = FastAPI()
-            host = StandaloneHost(None, lora_folder=place, runs_folder=place)
-            self._data = Path(tempfile.mkdtemp(dir=place.parent))
+            host = StandaloneHost(None, lora_folder=root, runs_folder=root)
+            self._data = Path(tempfile.mkdtemp(dir=root.parent))
             _written(_TINY.getvalue(), self._data / "1.png")
             api.install(app, runner=Runner(), host=host, token="t", credentials={}, api_enabled=True)
             self._client = TestClient(app, base_url="http://localhost")
@@ -180,8 +180,8 @@ class _Server:
         raise LoraTrainError(sentence)
 
 
-def _lora(data: bytes, place: Path) -> object:
-    path = _written(data, place / "x.safetensors")
+def _lora(data: bytes, root: Path) -> object:
+    path = _written(data, root / "x.safetensors")
     lora_file.read_metadata(path)
     return lora_file.inspect(path)
 
@@ -190,31 +190,31 @@ def _pair(data: bytes, yaml: bytes) -> bytes:
     return struct.pack("<I", len(yaml)) + yaml + data
 
 
-def _checkpoint(data: bytes, place: Path, *, size: int) -> object:
+def _checkpoint(data: bytes, root: Path, *, size: int) -> object:
     length = struct.unpack_from("<I", data)[0]
     if length:
-        _written(data[4:4 + length], place / "x.yaml")
-    path = _written(data[4 + length:], place / "x.safetensors")
+        _written(data[4:4 + length], root / "x.yaml")
+    path = _written(data[4 + length:], root / "x.safetensors")
     with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         header = path.read_bytes()
         start = 8 + int.from_bytes(header[:8], "little")
         size = start + max(entry["data_offsets"][1] for entry in json.loads(header[8:start]).values() if "dtype" in entry)
     with path.open("r+b") as file:
         file.truncate(min(max(size, len(data)), 1 << 30))  # a hole in place of the weights
-    host = StandaloneHost(path, lora_folder=place, runs_folder=place, device=torch.device("cpu"))
+    host = StandaloneHost(path, lora_folder=root, runs_folder=root, device=torch.device("cpu"))
     host.checkpoint()
     host.outline()
     return describe_file(path)
 
 
-def _state(data: bytes, place: Path) -> object:
-    path = _written(data, place / checkpoint.FILE_NAME)
+def _state(data: bytes, root: Path) -> object:
+    path = _written(data, root / checkpoint.FILE_NAME)
     checkpoint.read_facts(path)
     return checkpoint.read(path)
 
 
-def _image(data: bytes, place: Path) -> object:
-    path = _written(data, place / "x.png")
+def _image(data: bytes, root: Path) -> object:
+    path = _written(data, root / "x.png")
     images.check_image(path)
     images.read_size(path)
     return images.read_image(path, max_pixels=4_000_000).getextrema()
@@ -224,9 +224,9 @@ _TINY = io.BytesIO()
 Image.new("RGB", (64, 64)).save(_TINY, "PNG")
 
 
-def _folder(data: bytes, place: Path) -> object:
+def _folder(data: bytes, root: Path) -> object:
     name = data.decode("utf-8", "surrogatepass").replace("/", "").replace("\0", "")[:60]
-    top = place / "data"
+    top = root / "data"
     top.mkdir()
     image = _TINY.getvalue()
     for child, content in ((f"{name}.png", image), (f"{name}.txt", b"a, b"), (f"{name}", b""), ("1.png", image)):
@@ -237,11 +237,11 @@ def _folder(data: bytes, place: Path) -> object:
     return folder.scan(top, max_train_epochs=1, trigger_word=name.replace("\ud800", ""))
 
 
-def _name(data: bytes, place: Path) -> object:
+def _name(data: bytes, root: Path) -> object:
     name = data.decode("utf-8", "surrogatepass")
-    path = destination(place / "loras", name=name, overwrite=False)
+    path = destination(root / "loras", name=name, overwrite=False)
     path.write_bytes(b"x")
-    assert path.resolve().parent == (place / "loras").resolve() and [path.name] == os.listdir(place / "loras")
+    assert path.resolve().parent == (root / "loras").resolve() and [path.name] == os.listdir(root / "loras")
     return checked_name(name)
 
 
@@ -259,10 +259,10 @@ class Tally:
 
 
 class Watch:
-    """Notes whatever is written, started or connected outside of `place` while an input is read."""
+    """Notes whatever is written, started or connected outside of `root` while an input is read."""
 
-    def __init__(self, place: Path) -> None:
-        self.place, self.on, self.seen = str(place.resolve()), False, []
+    def __init__(self, root: Path) -> None:
+        self.root, self.on, self.seen = str(root.resolve()), False, []
         sys.addaudithook(self._look)
 
     def _look(self, event: str, arguments: tuple[Any, ...]) -> None:
@@ -277,7 +277,7 @@ class Watch:
             path = arguments[1] if event in ("os.rename", "os.link", "os.symlink") else arguments[0]
         if isinstance(path, (str, bytes, os.PathLike)):
             real = os.path.realpath(os.path.join(_folder_of(event, arguments), os.fsdecode(path)))
-            if real != os.devnull and not (real + os.sep).startswith(self.place + os.sep):
+            if real != os.devnull and not (real + os.sep).startswith(self.root + os.sep):
                 self.seen.append(f"{event} {real}"[:200])
 
 
@@ -289,18 +289,18 @@ def _folder_of(event: str, arguments: tuple[Any, ...]) -> str:
     return ""
 
 
-def run(inputs: int, *, seed: int, place: Path, first: int = 0, only: str = "", seconds: float = SECONDS) -> dict[str, Tally]:
+def run(inputs: int, *, seed: int, root: Path, first: int = 0, only: str = "", seconds: float = SECONDS) -> dict[str, Tally]:
     """Read `inputs` inputs, shared out among the readers (checkpoints take the longest and get fewer).
 
-    `place` is a folder that may be filled and emptied.
+    `root` is a folder that may be filled and emptied.
     """
     chosen = [reader for reader in readers() for _ in range(reader.share) if only in ("", reader.name)]
-    tallies, watch = {reader.name: Tally() for reader in chosen}, Watch(place)
+    tallies, watch = {reader.name: Tally() for reader in chosen}, Watch(root)
     for number in range(first, first + inputs):
         reader = chosen[number % len(chosen)]
         data = reader.make(random.Random(f"{seed} {reader.name} {number}"))
-        _written(data, place / "input")  # what is left if the interpreter dies
-        folder_of_one = Path(tempfile.mkdtemp(dir=place))
+        _written(data, root / "input")  # what is left if the interpreter dies
+        folder_of_one = Path(tempfile.mkdtemp(dir=root))
         tally = tallies[reader.name]
         tally.inputs += 1
         faulthandler.dump_traceback_later(seconds, exit=True)
@@ -330,13 +330,13 @@ def _where(error: BaseException) -> str:
     return f"{Path(own[-1].filename).name}:{own[-1].lineno}"
 
 
-def _empty(place: Path) -> None:
-    for path in sorted(place.rglob("*"), key=lambda path: -len(path.parts)):
+def _empty(root: Path) -> None:
+    for path in sorted(root.rglob("*"), key=lambda path: -len(path.parts)):
         if path.is_dir() and not path.is_symlink():
             path.rmdir()
         else:
             path.unlink()
-    place.rmdir()
+    root.rmdir()
 
 
 def table(tallies: dict[str, Tally], *, grown: int) -> Iterator[str]:
@@ -370,11 +370,11 @@ def main() -> int:
     torch.set_num_threads(1)
     faulthandler.enable()
     warnings.simplefilter("ignore")  # Pillow tells of every damaged TIFF
-    with tempfile.TemporaryDirectory(prefix="fuzz-") as place:
-        print(f"Inputs are read in {place}; seed {chosen.seed}", flush=True)
-        run(40, seed=0, place=Path(place), only=chosen.only)  # what is loaded once must not count as growth
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as root:
+        print(f"Inputs are read in {root}; seed {chosen.seed}", flush=True)
+        run(40, seed=0, root=Path(root), only=chosen.only)  # what is loaded once must not count as growth
         before = peak()
-        tallies = run(chosen.inputs, seed=chosen.seed, place=Path(place), first=chosen.first, only=chosen.only)
+        tallies = run(chosen.inputs, seed=chosen.seed, root=Path(root), first=chosen.first, only=chosen.only)
         grown = peak() - before
     print(*table(tallies, grown=grown), sep="\n")
     failures = [failure for tally in tallies.values() for failure in tally.failures]

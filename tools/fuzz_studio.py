@@ -39,18 +39,18 @@ def zip_file(rng: random.Random, images: list[bytes]) -> bytes:
     return whole if rng.random() < 0.5 else mutated(rng, [whole])
 
 
-def read_zip(data: bytes, place: Path) -> object:
-    """Import the zip. Raises DatasetError where nothing was taken; asserts that all lies where pictures belong."""
-    archive = place / "x.zip"
+def read_zip(data: bytes, root: Path) -> object:
+    """Import the zip. Raises DatasetError where nothing was taken; asserts that all lies where images belong."""
+    archive = root / "x.zip"
     archive.write_bytes(data)
-    dataset = OwnedDataset.create(place / "datasets", "fuzz", concept="zzk")
-    before, tempfile.tempdir = tempfile.tempdir, str(place)  # entries are unpacked there; it must be as empty as before
+    dataset = OwnedDataset.create(root / "datasets", "fuzz", concept="zzk")
+    before, tempfile.tempdir = tempfile.tempdir, str(root)  # entries are unpacked there; it must be as empty as before
     try:
         collected = collect(dataset, [archive], limits=_LIMITS)
     finally:
         tempfile.tempdir = before
     assert all(path.parent == dataset.images_folder and path.is_file() for path in collected.added)
-    assert {path.name for path in place.iterdir()} == {"x.zip", "datasets"}
+    assert {path.name for path in root.iterdir()} == {"x.zip", "datasets"}
     if not collected.added:
         raise DatasetError("; ".join(why for _, why in collected.skipped) or "nothing in it")
     return collected
@@ -66,10 +66,10 @@ def dataset_files(rng: random.Random) -> bytes:
     return len(parts[0]).to_bytes(4, "big") + parts[0] + parts[1]
 
 
-def read_dataset(data: bytes, place: Path, *, image: bytes) -> object:
-    """Open such a folder as the studio does; the picture and the caption in it stay whatever the files beside them say."""
+def read_dataset(data: bytes, root: Path, *, image: bytes) -> object:
+    """Open such a folder as the studio does; the image and the caption in it stay whatever the files beside them say."""
     length = int.from_bytes(data[:4], "big")
-    dataset = OwnedDataset.create(place, "fuzz", concept="zzk")
+    dataset = OwnedDataset.create(root, "fuzz", concept="zzk")
     (dataset.images_folder / "a.png").write_bytes(image)
     (dataset.images_folder / "a.txt").write_bytes(_CAPTION)
     dataset.studio_folder.mkdir(exist_ok=True)

@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,7 +106,7 @@ class Trainer:
         return self._said
 
 
-class Place:
+class RunFolder:
     """The folder of one run: its output, its record, and how to start or resume it."""
 
     def __init__(self, folder: Path, *, checkpoint: Path, images: Path, steps: int) -> None:
@@ -139,29 +140,29 @@ class Place:
         return Trainer([*self._common, "--resume", past.id])
 
 
-def examine(place: Place, trainer: Trainer, tally: Tally) -> None:
+def examine(run: RunFolder, trainer: Trainer, tally: Tally) -> None:
     """What lies there after a kill: every file whole, the record true, little lost."""
     from lib_lora_train.adapters.file import inspect
     from lib_lora_train.errors import LoraTrainError
     from lib_lora_train.training import checkpoint as checkpoint_module
 
-    parts = [path for path in place.output.rglob("*.part")]
+    parts = [path for path in run.output.rglob("*.part")]
     tally.most_parts = max(tally.most_parts, len(parts))
     if len({(path.parent, path.name.rsplit(".", 2)[0]) for path in parts}) < len(parts):
         tally.wrong.append(f"several leftovers of one file: {sorted(path.name for path in parts)}")
-    for path in place.output.glob("*.safetensors"):
+    for path in run.output.glob("*.safetensors"):
         tally.files_examined += 1
         try:
             if inspect(path).hash_ok is not True:
                 tally.wrong.append(f"{path.name}: its hash is not that of its metadata")
         except LoraTrainError as error:
             tally.wrong.append(str(error))
-    past = place.newest()
+    past = run.newest()
     if past is None:
         return  # killed before there was a record
     if past.outcome != "interrupted":
         tally.wrong.append(f"the record says {past.outcome!r} of a killed run")
-    file = place.output / "runs" / past.id / checkpoint_module.FILE_NAME
+    file = run.output / "runs" / past.id / checkpoint_module.FILE_NAME
     kept = 0
     if file.exists():
         try:
@@ -178,9 +179,9 @@ def examine(place: Place, trainer: Trainer, tally: Tally) -> None:
         tally.wrong.append(f"{lost} steps lost at step {trainer.step}: the state is at {kept}")
 
 
-def kill_once(place: Place, rng: random.Random, tally: Tally) -> bool:
+def kill_once(run: RunFolder, rng: random.Random, tally: Tally) -> bool:
     """Start or resume, kill, examine. Returns whether the run came to its end before it could be killed."""
-    trainer = place.go_on(tally)
+    trainer = run.go_on(tally)
     aim = rng.random()
     if aim < 0.1:
         time.sleep(rng.uniform(0, 5))  # while it starts
@@ -193,7 +194,7 @@ def kill_once(place: Place, rng: random.Random, tally: Tally) -> bool:
         trainer.wait_for(lambda: trainer.step - trainer.resumed_at >= steps)
         time.sleep(rng.uniform(0, 0.2))
     trainer.kill()
-    past = place.newest()
+    past = run.newest()
     if trainer.finished not in ("", "done"):
         tally.wrong.append(f"a process ended by itself: {trainer.finished}")
     if trainer.finished or (past is not None and past.outcome == "done"):
@@ -201,9 +202,9 @@ def kill_once(place: Place, rng: random.Random, tally: Tally) -> bool:
     if trainer.ended_by_itself:
         tally.wrong.append(f"a process refused: {trainer.errors}")
     tally.steps += trainer.step - trainer.resumed_at
-    writing = any(place.output.rglob("*.part"))
+    writing = any(run.output.rglob("*.part"))
     tally.kills["writing" if writing else "training" if trainer.step > trainer.resumed_at else "starting"] += 1
-    examine(place, trainer, tally)
+    examine(run, trainer, tally)
     return False
 
 
@@ -214,7 +215,7 @@ def tensors_of(path: Path) -> bytes:
 
 
 def prepare(folder: Path) -> tuple[Path, Path]:
-    """(a small checkpoint, a folder of pictures)."""
+    """(a small checkpoint, a folder of images)."""
     from PIL import Image
 
     from tools import tiny_checkpoint
@@ -238,10 +239,10 @@ def main(arguments: list[str] | None = None) -> int:
     checkpoint, images = prepare(folder)
     begun = time.monotonic()
 
-    def place(name: str) -> Place:
-        return Place(folder / name, checkpoint=checkpoint, images=images, steps=chosen.steps)
+    def new_run(name: str) -> RunFolder:
+        return RunFolder(folder / name, checkpoint=checkpoint, images=images, steps=chosen.steps)
 
-    straight = place("straight")
+    straight = new_run("straight")
     trainer = straight.go_on()
     errors = trainer.end()
     if trainer.finished != "done":
@@ -249,11 +250,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     expected = tensors_of(straight.result)
 
-    rng, tally, run = random.Random(chosen.seed), Tally(), place("run-1")
+    rng, tally, run = random.Random(chosen.seed), Tally(), new_run("run-1")
     try:
         while sum(tally.kills.values()) < chosen.times and len(tally.wrong) < 20:
             if kill_once(run, rng, tally):
-                run = finish(run, expected, tally, place)
+                run = finish(run, expected, tally, new_run)
             kills = sum(tally.kills.values())
             if kills % 20 == 0:
                 print(f"{kills} kills, {tally.complete} runs complete, {len(tally.wrong)} wrong, worst loss {tally.worst}",
@@ -262,7 +263,7 @@ def main(arguments: list[str] | None = None) -> int:
         errors = last.end()
         if last.finished != "done":
             tally.wrong.append(f"the last run did not finish: {errors}")
-        finish(run, expected, tally, place)
+        finish(run, expected, tally, new_run)
     except KeyboardInterrupt:
         print("Ended early; the last run was not finished.")
     show(tally, seconds=time.monotonic() - begun)
@@ -271,8 +272,8 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if tally.wrong else 0
 
 
-def finish(run: Place, expected: bytes, tally: Tally, place) -> Place:
-    """A run came to its end: compare it, tidy up, and give the place of the next."""
+def finish(run: RunFolder, expected: bytes, tally: Tally, new_run: Callable[[str], RunFolder]) -> RunFolder:
+    """A run came to its end: compare it, tidy up, and give the folder of the next."""
     tally.complete += 1
     if not run.result.is_file() or tensors_of(run.result) != expected:
         tally.wrong.append(f"{run.output.name} is not what an uninterrupted run makes")
@@ -282,7 +283,7 @@ def finish(run: Place, expected: bytes, tally: Tally, place) -> Place:
     if run.newest().outcome != "done":
         tally.wrong.append(f"the record of a complete run says {run.newest().outcome!r}")
     shutil.rmtree(run.output, ignore_errors=True)
-    return place(f"run-{tally.complete + 1}")
+    return new_run(f"run-{tally.complete + 1}")
 
 
 def show(tally: Tally, *, seconds: float) -> None:

@@ -1,13 +1,13 @@
-"""A small Stable Diffusion 1 checkpoint made on the spot, complete enough for the WebUI to paint with.
+"""A small Stable Diffusion 1 checkpoint made on the spot, complete enough for the WebUI to sample with.
 
-Names and shapes follow CompVis' v1-inference.yaml at a smaller size (`shapes.py`). Beside the `.safetensors` lie the
+Names and shapes follow CompVis' v1-inference.yaml at a smaller size (`checkpoint_shapes.py`). Beside the `.safetensors` lie the
 `.yaml` that the WebUI reads and a folder with the text encoder's configuration and a vocabulary of single characters and
 a few words.
 
-All weights are random: it paints noise, but it paints. The model that paints pictures is `embedded.py`'s.
+All weights are random, so its images are noise. The model that samples images is the demo's.
 
-Eight heads, or 64 channels a text head, would be right by the family's rule; here both are others, so that whoever
-ignores the host's word on them fails.
+By the family's rule it would have eight heads and 64 channels a text head. Here both differ, so that code that ignores the
+host's numbers fails.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from tools import checkpoint_shapes
+from tools import checkpoint_shapes as shapes
 
 VAE_RES_BLOCKS = 1
 WORDS = ("cat", "a", "of", "photo", "red", "blue", "zzk")
@@ -58,21 +58,21 @@ def write(folder: Path, *, name: str = "tiny", seed: int = 0, size: Size = RANDO
 
 
 def tensors(*, vocabulary: int, seed: int = 0, size: Size = RANDOM) -> dict[str, torch.Tensor]:
-    """The checkpoint's fp32 tensors, scaled so that activations, latents and pictures are of ordinary size."""
+    """The checkpoint's fp32 tensors, scaled so that activations, latents and images are of ordinary size."""
     generator = torch.Generator().manual_seed(seed)
     parts = {
-        "model.diffusion_model": checkpoint_shapes.unet(_unet_size(size)),
-        "first_stage_model": checkpoint_shapes.vae(channels=size.vae_channels, multipliers=size.vae_multipliers, blocks=VAE_RES_BLOCKS),
-        "cond_stage_model.transformer.text_model": checkpoint_shapes.clip_text(
+        "model.diffusion_model": shapes.unet(_unet_size(size)),
+        "first_stage_model": shapes.vae(channels=size.vae_channels, multipliers=size.vae_multipliers, blocks=VAE_RES_BLOCKS),
+        "cond_stage_model.transformer.text_model": shapes.clip_text(
             vocabulary=vocabulary, width=size.text_width, layers=size.text_layers)}
-    return {f"{part}.{name}": checkpoint_shapes.scaled(f"{part}.{name}", torch.randn(shape, generator=generator))
+    return {f"{part}.{name}": shapes.scaled(f"{part}.{name}", torch.randn(shape, generator=generator))
             for part, names in parts.items() for name, shape in names}
 
 
-def _unet_size(size: Size) -> checkpoint_shapes.UNetSize:
+def _unet_size(size: Size) -> shapes.UNetSize:
     """Transformers on the first three levels, one block each."""
     depths = tuple(int(level < 3) for level in range(len(size.multipliers)))
-    return checkpoint_shapes.UNetSize(channels=size.channels, multipliers=size.multipliers, depths=depths, middle_depth=1,
+    return shapes.UNetSize(channels=size.channels, multipliers=size.multipliers, depths=depths, middle_depth=1,
                            context=size.text_width)
 
 
@@ -123,7 +123,7 @@ def configuration(text_folder: str, size: Size) -> dict[str, object]:
         "scale_factor": 0.18215, "use_ema": False,
         "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": {
             "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": size.channels,
-            "attention_resolutions": [4, 2, 1], "num_res_blocks": checkpoint_shapes.RES_BLOCKS, "channel_mult": list(size.multipliers),
+            "attention_resolutions": [4, 2, 1], "num_res_blocks": shapes.RES_BLOCKS, "channel_mult": list(size.multipliers),
             "num_heads": size.heads, "use_spatial_transformer": True, "transformer_depth": 1, "context_dim": size.text_width,
             "use_checkpoint": False, "legacy": False}},
         "first_stage_config": {"target": "ldm.models.autoencoder.AutoencoderKL", "params": {

@@ -55,15 +55,15 @@ def moved(points: Points, x: float, y: float) -> list[Point]:
 class Canvas:
     """A picture and the place in it where the next shapes go."""
 
-    def __init__(self, image: Image.Image, *, place: Callable[[Point], Point], unit: float) -> None:
-        self.image, self.place, self.unit = image, place, unit
+    def __init__(self, image: Image.Image, *, transform: Callable[[Point], Point], scale: float) -> None:
+        self.image, self.transform, self.scale = image, transform, scale
         self.pen = ImageDraw.Draw(image)
 
     @classmethod
     def blank(cls, colour: str) -> Canvas:
         """An empty frame of 256 × 256 units."""
         side = SIZE * LARGER
-        return cls(Image.new("RGB", (side, side), colour), place=lambda p: (p[0] * LARGER, p[1] * LARGER), unit=LARGER)
+        return cls(Image.new("RGB", (side, side), colour), transform=lambda p: (p[0] * LARGER, p[1] * LARGER), scale=LARGER)
 
     def at(self, x: float, y: float, *, scale: float = 1, turned: float = 0, slim: float = 1, bend: float = 0) -> Canvas:
         """The same picture with its origin at (x, y).
@@ -73,32 +73,32 @@ class Canvas:
         """
         cos, sin = scale * math.cos(math.radians(turned)), scale * math.sin(math.radians(turned))
 
-        def place(point: Point) -> Point:
-            px = (point[0] + bend * max(0.0, -point[1] / 150) ** 2) / slim
-            py = point[1] * slim
-            return self.place((x + cos * px - sin * py, y + sin * px + cos * py))
+        def transform(position: Point) -> Point:
+            px = (position[0] + bend * max(0.0, -position[1] / 150) ** 2) / slim
+            py = position[1] * slim
+            return self.transform((x + cos * px - sin * py, y + sin * px + cos * py))
 
-        return Canvas(self.image, place=place, unit=self.unit * scale)
+        return Canvas(self.image, transform=transform, scale=self.scale * scale)
 
     def fill(self, points: Points, colour: str, *, line: str = "", width: float = 3.6,
              inside: Sequence[tuple[Points, str]] = ()) -> None:
         """A filled outline, with what lies `inside` it cut off at its edge, and a line around it."""
-        pixels = [self.place(point) for point in points]
+        pixels = [self.transform(position) for position in points]
         self.pen.polygon(pixels, fill=colour)
         if inside:
             mask = Image.new("1", self.image.size)
             ImageDraw.Draw(mask).polygon(pixels, fill=1)
             layer = self.image.copy()
             for shape, shape_colour in inside:
-                ImageDraw.Draw(layer).polygon([self.place(point) for point in shape], fill=shape_colour)
+                ImageDraw.Draw(layer).polygon([self.transform(position) for position in shape], fill=shape_colour)
             self.image.paste(layer, mask=mask)
         if line:
             self.stroke([*points, points[0]], line, width)
 
     def stroke(self, points: Points, colour: str, width: float, *, round_ends: bool = True) -> None:
         """A line along the points; one that ends where it begins is closed."""
-        radius = width * self.unit / 2
-        pixels = [self.place(point) for point in points]
+        radius = width * self.scale / 2
+        pixels = [self.transform(position) for position in points]
         pixels = [pixels[0], *(b for a, b in zip(pixels, pixels[1:], strict=False) if math.dist(a, b) > 0.01)]
         closed = math.dist(pixels[0], pixels[-1]) < 0.01
         steps = [((x1 - x0) / math.dist((x0, y0), (x1, y1)), (y1 - y0) / math.dist((x0, y0), (x1, y1)))

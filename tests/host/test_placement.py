@@ -193,7 +193,7 @@ def test_a_card_without_a_number_is_the_current_one(monkeypatch, tiny_file, tmp_
     for device in (None, torch.device("cuda")):
         host = StandaloneHost(tiny_file, lora_folder=tmp_path, runs_folder=tmp_path / "runs", device=device)
         assert host.outline().device == torch.device("cuda", 3)
-    assert bench_command._device(argparse.Namespace(device=None, threads=0)) == torch.device("cuda", 3)
+    assert bench_command.device_of(argparse.Namespace(device=None, threads=0)) == torch.device("cuda", 3)
 
 
 def test_tied_weights_stay_tied(card):

@@ -1,1 +1,1 @@
-"""The yardstick: how good the LoRAs are that this tool trains, in numbers that can be made again on any machine."""
+"""`python tools/bench`: quality, speed and memory of this trainer, in numbers that can be measured again on any machine."""

@@ -1,270 +1,128 @@
-"""An outside trainer beside this one: both run in turn as whole programs, A B A B …, and are watched in the same way.
-
-Where a program shows its steps as tqdm does (`| 3/20 [`), each step's end is taken down as it is printed: start, model and
-caches drop out, and so do the first steps, which warm up. Where it does not, it runs twice, for N and for 2 N steps, and the
-difference is N steps' time. Processor seconds (user and system) of the program and of all it starts are taken down at the
-same moments; on a machine that does other work they tell more than the clock.
-"""
+"""`bench speed --against CMD`: this trainer and an outside one on the same model, images and settings, run by run."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
-import re
-import shlex
-import signal
+import functools
 import statistics
-import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from lib_lora_train.errors import SettingError, TrainingError, translated
+import torch
 
-PLACEHOLDERS = ("checkpoint", "data", "steps", "batch", "resolution", "rank", "precision", "output", "family")
-_SHOWN = re.compile(rb"\|\s*(\d+)/(\d+) \[")
-_LONGEST = 64  # bytes that such a mark may have, and be cut in two by the pipe
-_POLL_SECONDS = 0.05
+from lib_lora_train.errors import SettingError
+from tools.bench.host import KOHYA_FOLDER
+from tools.bench.programs import GpuBytes, Pair, ratio_text, run_pairs
+from tools.bench.report import gigabytes, grid, machine_text, write_report
+from tools.bench.speed import Case, SpeedPlan, images_of, shared_settings
+from tools.bench.timed_run import gpu_memory_used
+from tools.bench.training import Say
+from tools.bench.true_size import dtype_of, true_size_checkpoint
 
-
-@dataclasses.dataclass(frozen=True)
-class Timing:
-    """Seconds a step of one run: by the clock and by the processor (None where the system does not tell), and the most
-    memory of the card that was taken meanwhile (None without a card)."""
-
-    wall: float
-    processor: float | None
-    card_bytes: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Pair:
-    """Two runs that followed each other."""
-
-    ours: Timing
-    theirs: Timing
-
-    def ratio(self, *, processor: bool) -> float:
-        """Our time per step divided by theirs: less than 1 is faster."""
-        ours, theirs = ((run.processor if processor else run.wall) for run in (self.ours, self.theirs))
-        assert ours is not None and theirs is not None, "asked for processor seconds where there are none"
-        return ours / theirs
+GPU_TIMES = {("sd1", 512, 1): 4.0, ("sd1", 512, 4): 2.0, ("sdxl", 1024, 1): 3.0}
+CPU_SHARE, GPU_MEMORY_SHARE = 0.9, 0.7
+"""What is promised: so many times the steps per second on a GPU at no more than this share of the memory; on a CPU
+at most this share of the time per step."""
+_START = "import runpy, sys; sys.path.insert(0, {root!r}); runpy.run_module('lib_lora_train', run_name='__main__')"
+"""`python -m lib_lora_train` from whatever folder the measuring was started in."""
 
 
-CardBytes = Callable[[], int]
-Command = str | Sequence[str]
-"""A command line as a user writes it, or its words."""
+def run_against(plan: SpeedPlan, command: str, *, pairs: int, by_cpu: bool, say: Say) -> str:
+    """Run both trainers in turn for each case, write `against.md` and `against.json`, and return the table.
 
-
-def run_pairs(ours: Command, theirs: Command, *, values: Mapping[str, object], steps: int, pairs: int,
-              say: Callable[[str], None], warm_up: int = 1, card_bytes: CardBytes | None = None) -> list[Pair]:
-    """Run both commands in turn `pairs` times, each for `steps` steps, of which the first `warm_up` are not timed.
-
-    Commands may hold the PLACEHOLDERS in braces. `card_bytes` tells how much memory of the card is taken now, by whomever.
-    Raises SettingError for a command with an unknown placeholder or too few steps, TrainingError for a command that fails,
-    and where our own does not show its steps.
+    `by_cpu` compares CPU seconds instead of the clock, for machines that do other work.
+    Raises SettingError for a command that cannot be filled in, TrainingError where a trainer fails.
     """
-    if steps < warm_up + 2:
-        raise SettingError(f"--steps {steps} is too small to compare", why=f"the first {warm_up} are left out",
-                           remedy=f"take at least {warm_up + 2}, or a smaller --warm-up")
-    for command in (ours, theirs):
-        filled(command, {**values, "steps": steps})
-    made = []
-    for number in range(pairs):
-        timings = []
-        for name, command in (("ours", ours), ("theirs", theirs)):
-            timing = time_steps(command, values=values, steps=steps, warm_up=warm_up, must_show=name == "ours",
-                                card_bytes=card_bytes)
-            say(f"  {number + 1}/{pairs} {name:6} {timing.wall:9.4f} s a step"
-                + (f", {timing.processor:.4f} s of processor" if timing.processor is not None else ""))
-            timings.append(timing)
-        made.append(Pair(*timings))
-    return made
+    parts, figures = [machine_text(plan.device), f"Outside trainer: `{command}`"], []
+    lines = []
+    for case in plan.cases:
+        say(f"{case.name} …")
+        made = _case_pairs(plan, case, command, pairs=pairs, say=say)
+        _check_cpu_seconds(made, by_cpu)
+        lines.append(_line(case, made, by_cpu))
+        parts += [f"{case.name}, {kind}" for kind in _kinds(made)] + [_verdict(case, made, plan.device, by_cpu)]
+        figures.append({"case": dataclasses.asdict(case), "pairs": [dataclasses.asdict(pair) for pair in made]})
+    kind = "CPU s a step" if by_cpu else "s a step"
+    head = ("case", f"ours, {kind}", f"theirs, {kind}", "ours ÷ theirs", "from", "to", "GB of the GPU, ours", "theirs")
+    parts.insert(2, grid(head, lines))
+    parts.insert(2, f"Rank {plan.rank}, precision {plan.precision}, AdamW, UNet only, latents cached; {pairs} pairs of runs of "
+                    f"{plan.steps} steps, the first {plan.warm_up} of each left out.")
+    return write_report(plan.output, "against", "\n\n".join(parts) + "\n",
+                        {"machine": machine_text(plan.device), "cases": figures})
 
 
-def time_steps(command: Command, *, values: Mapping[str, object], steps: int, warm_up: int = 1, must_show: bool = False,
-               card_bytes: CardBytes | None = None) -> Timing:
-    """One run's seconds a step after the first `warm_up`, by the steps it shows, else by the difference between N and 2 N
-    steps, in which what the first ones cost drops out.
-
-    Raises TrainingError where 2 N steps take no longer than N: start and end vary by more than the steps take. So it does
-    where a program that `must_show` its steps did not.
-    """
-    first = _watched(filled(command, {**values, "steps": steps}), steps=steps, card_bytes=card_bytes)
-    shown = sorted(step for step in first.shown if step >= warm_up)
-    if len(shown) < 2 and must_show:
-        raise TrainingError("This trainer's own run showed too few of its steps to be timed",
-                            why="its progress bar is drawn ten times a second at most", remedy="take more --steps")
-    if len(shown) >= 2:
-        (wall, processor), (last_wall, last_processor) = first.shown[shown[0]], first.shown[shown[-1]]
-        return _timing(last_wall - wall, _less(last_processor, processor), shown[-1] - shown[0], first.card_bytes)
-    second = _watched(filled(command, {**values, "steps": 2 * steps}), steps=2 * steps, card_bytes=card_bytes)
-    if second.wall <= first.wall:
-        raise TrainingError("These steps are too short to be told from the program's start",
-                            why=f"{2 * steps} of them took no longer than {steps}, and it shows none as it goes",
-                            remedy="take more --steps")
-    return _timing(second.wall - first.wall, _less(second.processor, first.processor), steps, second.card_bytes)
+def our_command(plan: SpeedPlan, case: Case, *, data: Path, checkpoint: Path) -> list[str]:
+    """The words of this trainer's own command line with what `run_pairs` fills in left open."""
+    settings = {**shared_settings(case, rank=plan.rank, precision=plan.precision), **plan.changes,
+                "max_train_steps": "{steps}", "overwrite": "true"}
+    settings.pop("cache_latents_to_disk")  # as the outside trainer: encoded anew at each start
+    start = _START.format(root=str(Path(__file__).parents[2]))
+    words = [sys.executable, "-c", start, "train", "--checkpoint", str(checkpoint), "--data", str(data / KOHYA_FOLDER),
+             "--name", "ours", "--output-dir", str(plan.output / "loras"), "--no-record"]
+    for name, value in settings.items():
+        words += ["--set", f"{name}={value}"]
+    return words
 
 
-def words_of(command: str, *, windows: bool = os.name == "nt") -> list[str]:
-    """The words of a command line; quotes hold words together. On Windows a backslash is a part of a path and nothing else.
-
-    Raises SettingError for a quote that is not closed.
-    """
-    reader = shlex.shlex(command, posix=True, punctuation_chars=False)
-    reader.whitespace_split, reader.commenters = True, ""
-    if windows:
-        reader.escape = ""
-    try:
-        return list(reader)
-    except ValueError as error:
-        raise SettingError("The command of --against cannot be read", why=str(error).lower(),
-                           remedy="close its quotes") from error
+def _case_pairs(plan: SpeedPlan, case: Case, command: str, *, pairs: int, say: Say) -> list[Pair]:
+    data = images_of(plan, case)
+    checkpoint = plan.checkpoint or true_size_checkpoint(
+        case.family, plan.output, dtype=dtype_of(plan.precision), small=plan.small)
+    values = {"checkpoint": checkpoint, "data": data, "batch": case.batch, "resolution": case.resolution, "rank": plan.rank,
+              "precision": plan.precision, "output": plan.output / "theirs", "family": case.family}
+    values = {name: value.resolve() if isinstance(value, Path) else value for name, value in values.items()}
+    ours = our_command(plan, case, data=data.resolve(), checkpoint=checkpoint.resolve())
+    return run_pairs(ours, command, values=values, steps=plan.steps, pairs=pairs, say=say, warm_up=plan.warm_up,
+                     gpu_bytes=_gpu_bytes(plan.device))
 
 
-def filled(command: Command, values: Mapping[str, object]) -> list[str]:
-    """The command's words with the placeholders filled in. Raises SettingError for one that is unknown."""
-    words = words_of(command) if isinstance(command, str) else command
-    if not words:
-        raise SettingError("--against names no command", remedy="write the outside trainer's command line")
-
-    def fill(match: re.Match[str]) -> str:
-        if match[1] not in values:
-            raise SettingError(f"{{{match[1]}}} is unknown in --against",
-                               remedy=f"write {', '.join('{' + name + '}' for name in PLACEHOLDERS)}")
-        return str(values[match[1]])
-
-    return [re.sub(r"\{(\w+)\}", fill, word) for word in words]
+def _gpu_bytes(device: torch.device) -> GpuBytes | None:
+    return functools.partial(gpu_memory_used, device) if device.type == "cuda" else None
 
 
-def ratio_text(pairs: Sequence[Pair], *, processor: bool) -> str:
-    """The ratios run by run, their median and range."""
-    ratios = [pair.ratio(processor=processor) for pair in pairs]
-    return (f"ours ÷ theirs ({'processor' if processor else 'clock'}): {', '.join(f'{ratio:.3f}' for ratio in ratios)}; "
-            f"median {statistics.median(ratios):.3f}, from {min(ratios):.3f} to {max(ratios):.3f}")
+def _check_cpu_seconds(pairs: list[Pair], by_cpu: bool) -> None:
+    if by_cpu and not _counted(pairs):
+        raise SettingError("CPU seconds are not to be had", why="this system does not count those of other programs, or "
+                           "the runs were too short", remedy="leave out --cpu-time")
 
 
-class Shown:
-    """When each step's end was first shown, by the last of a program's progress bars that are as long as there are steps.
-
-    Pictures and captions are often as many as steps; where numbers fall, another bar has begun.
-    """
-
-    def __init__(self, steps: int, *, now: Callable[[], tuple[float, float | None]]) -> None:
-        self._steps, self._now, self._rest = steps, now, b""
-        self.at: dict[int, tuple[float, float | None]] = {}
-
-    def read(self, chunk: bytes) -> None:
-        """What the program has just printed."""
-        self._rest, read = self._rest + chunk, 0
-        for match in _SHOWN.finditer(self._rest):
-            read, number = match.end(), int(match[1])
-            if int(match[2]) != self._steps:
-                continue
-            if number < max(self.at, default=0):
-                self.at = {}
-            # The same step is drawn again when its loss is known; its end is the first time.
-            if number and number not in self.at:
-                self.at[number] = self._now()
-        self._rest = self._rest[read:][-_LONGEST:]
+def _kinds(pairs: list[Pair]) -> list[str]:
+    return [ratio_text(pairs, cpu=cpu) for cpu in ((False, True) if _counted(pairs) else (False,))]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Watched:
-    shown: dict[int, tuple[float, float | None]]
-    wall: float
-    processor: float | None
-    card_bytes: int | None
+def _counted(pairs: list[Pair]) -> bool:
+    """Whether CPU seconds were to be had; none at all is none that a clock tick could count."""
+    return all(run.cpu for pair in pairs for run in (pair.ours, pair.theirs))
 
 
-def _watched(words: Sequence[str], *, steps: int, card_bytes: CardBytes | None) -> _Watched:
-    """Run to the end; when each step was shown, the whole run's seconds, and the most of the card's memory."""
-    before, begin, latest = _children_seconds(), time.perf_counter(), b""
-    idle = card_bytes() if card_bytes else 0
-    with translated(f"starting {words[0]}"):
-        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                                   start_new_session=os.name != "nt", env={**os.environ, "PYTHONUNBUFFERED": "1"})
-    assert process.stdout is not None
-    shown = Shown(steps, now=lambda: (time.perf_counter(), _session_seconds(process.pid)))
-    with process, _Peak(card_bytes) as peak:
-        try:
-            while chunk := os.read(process.stdout.fileno(), 65536):
-                latest = (latest + chunk)[-65536:]
-                shown.read(chunk)
-        except BaseException:
-            _end(process)
-            raise
-    if process.returncode:
-        raise TrainingError(f"The command {words[0]} ended with {process.returncode}",
-                            why=latest[-600:].decode("utf-8", "replace").strip() or "it printed nothing",
-                            remedy="see that it runs by itself")
-    return _Watched(shown.at, time.perf_counter() - begin, _less(_children_seconds(), before),
-                    peak.most - idle if card_bytes else None)
+def _line(case: Case, pairs: list[Pair], by_cpu: bool) -> list[str]:
+    ratios = [pair.ratio(cpu=by_cpu) for pair in pairs]
+    line = [case.name]
+    for runs in ([pair.ours for pair in pairs], [pair.theirs for pair in pairs]):
+        line.append(f"{statistics.median((run.cpu or 0.0) if by_cpu else run.wall for run in runs):.4f}")
+    line += [f"{statistics.median(ratios):.3f}", f"{min(ratios):.3f}", f"{max(ratios):.3f}"]
+    for runs in ([pair.ours for pair in pairs], [pair.theirs for pair in pairs]):
+        gpus = [run.gpu_bytes for run in runs if run.gpu_bytes is not None]
+        line.append(gigabytes(max(gpus)) if gpus else "-")
+    return line
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill the program and what it has started."""
-    if os.name == "nt":
-        process.kill()
-        return
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+def _verdict(case: Case, pairs: list[Pair], device: torch.device, by_cpu: bool) -> str:
+    """Whether what is promised for this case was seen."""
+    ratio = statistics.median(pair.ratio(cpu=by_cpu) for pair in pairs)
+    if device.type != "cuda":
+        return f"Target at most {CPU_SHARE:g} of the time per step: {_met(ratio <= CPU_SHARE)} ({ratio:.3f})."
+    said = []
+    times = GPU_TIMES.get((case.family, case.resolution, case.batch))
+    if times:
+        said.append(f"Target {times:g} times the steps per second: {_met(1 / ratio >= times)} ({1 / ratio:.2f}).")
+    ours, theirs = (max(run.gpu_bytes or 0 for run in runs) for runs in zip(
+        *((pair.ours, pair.theirs) for pair in pairs), strict=True))
+    if theirs:
+        said.append(f"Target at most {GPU_MEMORY_SHARE:g} of the memory: {_met(ours <= GPU_MEMORY_SHARE * theirs)} "
+                    f"({ours / theirs:.2f}).")
+    return " ".join(said) or "No target is set for this case."
 
 
-class _Peak:
-    """The most that `now` says while the block runs, asked every few milliseconds by a thread."""
-
-    def __init__(self, now: CardBytes | None) -> None:
-        self._now, self.most, self._done = now, 0, threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> _Peak:
-        if self._now:
-            self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        if self._now:
-            self._thread.join()
-
-    def _watch(self) -> None:
-        assert self._now is not None
-        while not self._done.wait(_POLL_SECONDS):
-            self.most = max(self.most, self._now())
-
-
-def _timing(wall: float, processor: float | None, steps: int, card_bytes: int | None) -> Timing:
-    return Timing(wall / steps, None if processor is None else processor / steps, card_bytes)
-
-
-def _less(later: float | None, earlier: float | None) -> float | None:
-    return None if later is None or earlier is None else later - earlier
-
-
-def _children_seconds() -> float | None:
-    """Processor seconds of all children that have ended; None where the system does not count them."""
-    if sys.platform == "win32":
-        return None
-    times = os.times()
-    return times.children_user + times.children_system
-
-
-def _session_seconds(leader: int) -> float | None:
-    """Processor seconds so far of the processes of a session, None where there is no /proc."""
-    processes = Path("/proc")
-    if not (processes / "self" / "stat").is_file():
-        return None
-    ticks = 0
-    for stat in processes.glob("[0-9]*/stat"):
-        try:
-            # After the name, which is in brackets and may hold anything: state, parent, group, session, …, user, system.
-            fields = stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-        except OSError:
-            continue  # it has just ended
-        if int(fields[3]) == leader:
-            ticks += sum(map(int, fields[11:15]))  # its own, and those of its children that have ended
-    return ticks / os.sysconf("SC_CLK_TCK")
+def _met(met: bool) -> str:
+    return "met" if met else "**missed**"

@@ -1,6 +1,6 @@
-"""`bench cache`: pictures per second on their way to latents, a second start, and the memory that many pictures take.
+"""`bench cache`: images per second on their way to latents, a second start, and the memory that many images take.
 
-The pictures are made here: JPEGs, one and a half times as wide and high as they are trained, twenty different ones in many
+The images are made here: JPEGs, one and a half times as wide and high as they are trained, twenty different ones in many
 copies that differ in their last bytes, so that each has its own fingerprint. Every figure is measured without threads and
 with them, twice in turn, and the better of each is printed. The files have just been written: the system holds them in
 memory. "Without a VAE" means one that answers at once: what is left is reading, decoding, scaling and keeping.
@@ -9,9 +9,9 @@ memory. "Without a VAE" means one that answers at once: what is left is reading,
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import io
-import json
 import os
 import shutil
 import time
@@ -33,15 +33,14 @@ from lib_lora_train.inputs.vae_batches import Encoder, automatic_batch
 from lib_lora_train.model.family import vae_config
 from lib_lora_train.model.vae import VAE
 from lib_lora_train.settings import resolution_of
-from lib_lora_train.storage.atomic import write_atomic
-from tools import checkpoint_shapes
-from tools.bench.grid import grid
-from tools.bench.machine import machine_text
+from tools import checkpoint_shapes as shapes
+from tools.bench.report import grid, machine_text, write_report
+from tools.bench.stopwatch import shortest
 from tools.bench.training import Say
 
-PICTURES = 10_000
+IMAGES = 10_000
 BOUND = 256 << 20  # bytes of latents that stay in memory while it is measured; a run keeps 2 GiB
-MOST_TIMED = 500  # pictures that the rates are measured with
+MOST_TIMED = 500  # images that the rates are measured with
 MOST_ENCODED = {"cpu": 4, "cuda": 200}  # and those with the VAE
 _DIFFERENT = 20
 _PUBLISHED_CHANNELS, _NARROW_CHANNELS = 128, 32
@@ -49,7 +48,7 @@ _PUBLISHED_CHANNELS, _NARROW_CHANNELS = 128, 32
 
 @dataclasses.dataclass(frozen=True)
 class Rate:
-    """Pictures per second of one kind of work, without threads and with them."""
+    """Images per second of one kind of work, without threads and with them."""
 
     name: str
     images: int
@@ -59,7 +58,7 @@ class Rate:
 
 @dataclasses.dataclass(frozen=True)
 class Grown:
-    """What one pass over so many pictures took: bytes of memory beyond those before it (None where the system does not
+    """What one pass over so many images took: bytes of memory beyond those before it (None where the system does not
     tell), of latents on disk, and seconds; and a second start's seconds."""
 
     images: int
@@ -79,33 +78,31 @@ class InstantVAE:
         return torch.zeros(count, 4, height // 8, width // 8), torch.ones(count, 4, height // 8, width // 8)
 
 
-def run_cache(*, images: int = PICTURES, size: str = "512", output: Path, say: Say,
+def run_cache(*, images: int = IMAGES, size: str = "512", output: Path, say: Say,
               device: torch.device | str | None = None) -> str:
     """Measure, write `cache.md` and `cache.json` into `output`, and return the table. What is made meanwhile is removed.
 
-    The VAE has the published size on a card and a quarter of its width on a processor, and random weights.
+    The VAE has the published size on a GPU and a quarter of its width on a CPU, and random weights.
     Raises SettingError for a size there is none of, OutputError where the disk refuses.
     """
     width, height = resolution_of(size, default=512)
     if images < 1:
         raise SettingError(f"--pictures {images} is not possible", why="there must be at least one")
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     threads, folder = reading_threads(), output / f"cache-{os.getpid()}"
     with translated("measuring the cache"):
         try:
             say(f"Making {images} pictures …")
             dataset, placements = make_dataset(folder, images=images, size=(width, height))
-            rates = _rates(dataset, placements, threads=threads, device=place, say=say)
+            rates = _rates(dataset, placements, threads=threads, device=device, say=say)
             grown = [_grown(dataset, placements, count, threads=threads, say=say)
                      for count in dict.fromkeys((max(1, images // 10), images))]
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        text = table(rates, grown, size=f"{width}×{height}", threads=threads, device=place)
-        write_atomic(output / "cache.md", text.encode("utf-8"))
-        facts = {"size": [width, height], "threads": threads, "bound": BOUND, "machine": machine_text(place),
+        text = table(rates, grown, size=f"{width}×{height}", threads=threads, device=device)
+        figures = {"size": [width, height], "threads": threads, "bound": BOUND, "machine": machine_text(device),
                  "rates": [dataclasses.asdict(rate) for rate in rates], "grown": [dataclasses.asdict(one) for one in grown]}
-        write_atomic(output / "cache.json", json.dumps(facts, indent=1).encode("utf-8"))
-    return text
+    return write_report(output, "cache", text, figures)
 
 
 def make_dataset(folder: Path, *, images: int, size: tuple[int, int]) -> tuple[Dataset, tuple[Placement, ...]]:
@@ -121,7 +118,7 @@ def make_dataset(folder: Path, *, images: int, size: tuple[int, int]) -> tuple[D
     examples, past = [], time.time() - 3600
     for number in range(images):
         path = folder / f"{number:06}.jpg"
-        path.write_bytes(files[number % len(files)] + number.to_bytes(8, "big"))  # after the picture's end: nobody reads it
+        path.write_bytes(files[number % len(files)] + number.to_bytes(8, "big"))  # after the image's end: nobody reads it
         os.utime(path, (past, past))
         examples.append(Example(path, f"picture {number}", 1, folder.name, across, down))
     buckets = Buckets(size, enable_bucket=False, min_bucket_reso=min(size), max_bucket_reso=max(size), bucket_reso_steps=8,
@@ -132,8 +129,8 @@ def make_dataset(folder: Path, *, images: int, size: tuple[int, int]) -> tuple[D
 def random_vae(channels: int, device: torch.device) -> VAE:
     """An autoencoder of the published structure; its published width is 128 channels."""
     generator = torch.Generator().manual_seed(0)
-    tensors = {name: checkpoint_shapes.scaled(f"first_stage_model.{name}", torch.randn(shape, generator=generator)).to(device)
-               for name, shape in checkpoint_shapes.vae(channels=channels, multipliers=(1, 2, 4, 4), blocks=2)}
+    tensors = {name: shapes.scaled(f"first_stage_model.{name}", torch.randn(shape, generator=generator)).to(device)
+               for name, shape in shapes.vae(channels=channels, multipliers=(1, 2, 4, 4), blocks=2)}
     return VAE(tensors, vae_config(tensors))
 
 
@@ -168,7 +165,7 @@ def _rates(dataset: Dataset, placements: tuple[Placement, ...], *, threads: int,
     few = min(len(dataset.examples), MOST_TIMED)
     shortened = dataclasses.replace(dataset, examples=dataset.examples[:few]), placements[:few]
     fewest = min(few, MOST_ENCODED.get(device.type, MOST_ENCODED["cpu"]))
-    shortest = dataclasses.replace(dataset, examples=dataset.examples[:fewest]), placements[:fewest]
+    fewest_data = dataclasses.replace(dataset, examples=dataset.examples[:fewest]), placements[:fewest]
     channels = _PUBLISHED_CHANNELS if device.type == "cuda" else _NARROW_CHANNELS
     vae = random_vae(channels, device)
     batch = automatic_batch(device, placements[0].bucket)
@@ -191,25 +188,25 @@ def _rates(dataset: Dataset, placements: tuple[Placement, ...], *, threads: int,
     def epoch(count: int) -> None:
         source = FreshLatents(InstantVAE(), *shortened, flip_aug=True, color_aug=True, random_crop=True, vae_batch_size=0,
                               device=torch.device("cpu"))
-        with Prefetcher(Batches(source, train_batch_size=4, seed=0), last_epoch=1, threads=count) as feeder:
-            for _ in feeder.epoch(1):
+        with Prefetcher(Batches(source, train_batch_size=4, seed=0), last_epoch=1, threads=count) as prefetcher:
+            for _ in prefetcher.epoch(1):
                 pass
 
     cpu, instant = torch.device("cpu"), InstantVAE()
     kinds: tuple[tuple[str, int, Callable[[int], None], Callable[[], None]], ...] = (
         ("decoded and scaled, without a VAE", few, encoded(shortened, instant, False, cpu), anew),
-        (f"encoded by a VAE of {channels} channels, batch {batch}", fewest, encoded(shortest, vae, False, device), anew),
+        (f"encoded by a VAE of {channels} channels, batch {batch}", fewest, encoded(fewest_data, vae, False, device), anew),
         ("written to the disk cache, without a VAE", few, encoded(shortened, instant, True, cpu), anew),
         ("found in the disk cache", few, encoded(shortened, instant, True, cpu), lambda: None),
         ("found there, the pictures' times changed", few, encoded(shortened, instant, True, cpu), touched),
         ("decoded and varied at each visit, without a VAE", few, epoch, anew))
     rates = []
-    for name, count, work, before in kinds:
+    for name, count, function, before in kinds:
         say(f"{name} …")
         times: dict[int, list[float]] = {0: [], threads: []}
         for used in (0, threads, threads, 0):
             before()
-            times[used].append(_seconds(lambda work=work, used=used: work(used)))
+            times[used].append(shortest(functools.partial(function, used)))
         rates.append(Rate(name, count, count / min(times[0]), count / min(times[threads])))
     anew()
     return rates
@@ -229,7 +226,7 @@ def _grown(dataset: Dataset, placements: tuple[Placement, ...], count: int, *, t
         def look(done: int, total: int, most: list[int] = most) -> None:
             if done % 20 == 0 or done == total:
                 most[0] = max(most[0], resident_bytes() or 0)
-        seconds = _seconds(lambda look=look: CachedLatents.build(
+        seconds = shortest(lambda look=look: CachedLatents.build(
             InstantVAE(), *data, threads=threads, max_bytes=BOUND, on_progress=look,
             disk=LatentDisk(vae_fingerprint="bench", now=_later)).close())
         figures.append((None if before is None else most[0] - before, seconds))
@@ -237,12 +234,6 @@ def _grown(dataset: Dataset, placements: tuple[Placement, ...], count: int, *, t
     return Grown(count, latents, *figures[0], *figures[1])
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
-
-
 def _later() -> int:
-    # The pictures were made a moment ago, and their stamps would be too young to be trusted.
+    # The images were made a moment ago, and their stamps would be too young to be trusted.
     return time.time_ns() + 10**10

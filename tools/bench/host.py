@@ -1,4 +1,4 @@
-"""A host that lends a model of random weights from memory, and pictures to train on: what a measured run needs."""
+"""A host that lends a model of random weights from memory, and images to train on: what a measured run needs."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from lib_lora_train.host.port import Borrowed, Checkpoint, Outline
 from lib_lora_train.model.family import NO_HINTS
 from tools.bench.true_size import true_size_shapes, true_size_tensors
 
-PICTURES = 8
+IMAGES = 8
 KOHYA_FOLDER = "1_cat"
-"""How kohya's scripts want pictures to lie: a folder in the folder, its name begins with the number of repeats."""
+"""How kohya's scripts want images to lie: a folder in the folder, its name begins with the number of repeats."""
 
 
 class RandomHost(Undisturbed):
-    """Lends true-size random weights on `device`; they are drawn at the first loan."""
+    """Lends true-size random weights on `device`; they are drawn at the first lease."""
 
     allowed = None
 
@@ -54,8 +54,8 @@ class RandomHost(Undisturbed):
         yield Borrowed(self._tensors, NO_HINTS, self.checkpoint(), self._device)
 
 
-def make_pictures(folder: Path, *, side: int, count: int = PICTURES) -> Path:
-    """Write `count` square pictures of coloured discs on noise, with captions, into FOLDER/1_cat; returns `folder`."""
+def make_images(folder: Path, *, side: int, count: int = IMAGES) -> Path:
+    """Write `count` square images of coloured discs on noise, with captions, into FOLDER/1_cat; returns `folder`."""
     images, generator = folder / KOHYA_FOLDER, random.Random(side)
     with translated("writing the pictures to train on"):
         images.mkdir(parents=True, exist_ok=True)

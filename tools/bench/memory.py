@@ -9,7 +9,6 @@ what a step adds to what lies there before it, since that alone is the plan's: a
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,10 @@ from lib_lora_train.memory.plan import CONTEXT, GIGABYTE, MemoryPlan, Wishes, ch
 from lib_lora_train.model.family import detect
 from lib_lora_train.settings import parse
 from lib_lora_train.settings.field import Value
-from lib_lora_train.storage.atomic import write_atomic
-from tools.bench.grid import gigabytes, grid
-from tools.bench.host import RandomHost, make_pictures
-from tools.bench.machine import machine_text
-from tools.bench.measured import measure_run
+from tools.bench.host import RandomHost, make_images
+from tools.bench.report import gigabytes, grid, machine_text, write_report
 from tools.bench.speed import PUBLISHED, Case, shared_settings
+from tools.bench.timed_run import measure_run
 from tools.bench.training import Say
 from tools.bench.true_size import dtype_of, true_size_shapes
 
@@ -83,7 +80,7 @@ def run_memory(plan: MemoryPlanned, *, say: Say) -> str:
     """
     parts, predicted = [machine_text(plan.device)], []
     if plan.predict:
-        predicted = [(case, budget, _for_a_card(plan, case, budget, say)) for case in PUBLISHED for budget in plan.budgets]
+        predicted = [(case, budget, _for_a_gpu(plan, case, budget, say)) for case in PUBLISHED for budget in plan.budgets]
         parts += ["Predicted for a card, fp16, CUDA's own memory included: before the first step, with all of the model there "
                   "or a picture being encoded, and in steps, text encoders and VAE set aside (GB of 2^30 bytes):",
                   _predictions(predicted)]
@@ -95,12 +92,11 @@ def run_memory(plan: MemoryPlanned, *, say: Say) -> str:
         compared += _compare(plan, case, say)
         failures = [f"{row.case.name}, {row.name}: **failed.** {row.failed}" for row in compared if row.failed]
         text = "\n\n".join([*parts, _comparisons(compared, cuda=cuda), *failures]) + "\n"
-        write_atomic(plan.output / "memory.md", text.encode("utf-8"))
-        write_atomic(plan.output / "memory.json", json.dumps({
+        write_report(plan.output, "memory", text, {
             "machine": machine_text(plan.device),
             "predicted": [{"case": case.name, "budget": budget, "bytes": made.bytes, "before": made.before,
                            "kinds": dict(made.predicted), "plan": made.text} for case, budget, made in predicted],
-            "compared": [dataclasses.asdict(row) for row in compared]}, indent=1).encode("utf-8"))
+            "compared": [dataclasses.asdict(row) for row in compared]})
     return text
 
 
@@ -116,7 +112,7 @@ def planned(tensors: Mapping[str, torch.Tensor], case: Case, *, settings: Mappin
                   aside=frozenset({"vae", "text"} if device_type == "cuda" else ()))
 
 
-def _for_a_card(plan: MemoryPlanned, case: Case, budget: int, say: Say) -> MemoryPlan:
+def _for_a_gpu(plan: MemoryPlanned, case: Case, budget: int, say: Say) -> MemoryPlan:
     made = planned(_shapes(case.family, torch.float16, small=False), case, settings={}, device_type="cuda", precision="fp16",
                    rank=plan.rank, budget=budget * GIGABYTE)
     say(f"{case.name} in {budget} GB: {made.text}")
@@ -126,7 +122,7 @@ def _for_a_card(plan: MemoryPlanned, case: Case, budget: int, say: Say) -> Memor
 def _compare(plan: MemoryPlanned, case: Case, say: Say) -> list[Compared]:
     cuda = plan.device.type == "cuda"
     host = RandomHost(case.family, folder=plan.output, device=plan.device, dtype=dtype_of(plan.precision), small=plan.small)
-    data = make_pictures(plan.output / f"pictures-{case.resolution}", side=case.resolution, count=max(4, case.batch))
+    data = make_images(plan.output / f"pictures-{case.resolution}", side=case.resolution, count=max(4, case.batch))
     plans = {**PLANS, **({"activations kept off the card": OFFLOADED} if cuda else {})}
     if cuda and case.within:
         plans[f"within {case.within:g} GB"] = {"memory_budget": case.within}
@@ -152,8 +148,8 @@ def _measured(plan: MemoryPlanned, row: Compared, host: RandomHost, data: Path, 
     """`row` with what one run took."""
     if plan.device.type == "cuda":
         run = measure_run(host, settings=settings, data=data, steps=20, warm_up=5, device=plan.device, stretch=10)
-        assert run.card is not None, "a run on a card tells its memory"
-        return dataclasses.replace(row, measured=run.card.steps_reserved, allocated=run.card.steps_allocated)
+        assert run.gpu is not None, "a run on a card tells its memory"
+        return dataclasses.replace(row, measured=run.gpu.steps_reserved, allocated=run.gpu.steps_allocated)
     with _Booked() as booked:
         measure_run(host, settings=settings, data=data, steps=2, warm_up=1, device=plan.device, each=booked.between)
     return dataclasses.replace(row, measured=booked.peak)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,11 +13,12 @@ from lib_lora_train.demo import STYLE, SUBJECT
 from lib_lora_train.errors import DatasetError, translated
 from lib_lora_train.host.port import Host
 from tools.bench import real_images, table
-from tools.bench.sampler import Painter
+from tools.bench.evaluator import THOROUGH, Effort, Evaluator, ScorerFigures
+from tools.bench.report import write_report
+from tools.bench.sampler import Sampler
 from tools.bench.style import StyleResult, measure_style
 from tools.bench.subject import SubjectResult, measure_subject
 from tools.bench.training import Say, settings_of
-from tools.bench.yardstick import THOROUGH, Effort, JudgeFigures, Yardstick
 
 STEPS, SUBJECT_STEPS = 400, 200
 
@@ -46,7 +46,7 @@ class Quality:
     thorough: bool
     torch: str
     seconds: float
-    judges: JudgeFigures
+    scorers: ScorerFigures
     style: StyleResult
     subject: SubjectResult | None
 
@@ -63,26 +63,23 @@ def run_quality(plan: QualityPlan, host: Host, *, say: Say) -> Quality:
             raise DatasetError(f"There are no pictures in {folder}", remedy="install the extension anew, with its demo")
     with translated("making the folder of the results"):
         plan.output.mkdir(parents=True, exist_ok=True)
-    say("Fitting the judges on real pictures as the model's VAE shows them ...")
-    painter = Painter(host, steps=plan.effort.sampler_steps)
-    yardstick = Yardstick(painter, real_images.load(), effort=plan.effort, kept=plan.output)
-    say(table.judges_text(yardstick.figures))
+    say("Fitting the scorers on real pictures as the model's VAE shows them ...")
+    sampler = Sampler(host, steps=plan.effort.sampler_steps)
+    evaluator = Evaluator(sampler, real_images.load(), effort=plan.effort, kept=plan.output)
+    say(table.scorers_text(evaluator.figures))
     say(f"Training a style for {plan.steps} steps ...")
-    style = measure_style(host, painter, yardstick, data=plan.style, output=plan.output, settings=settings,
+    style = measure_style(host, sampler, evaluator, data=plan.style, output=plan.output, settings=settings,
                           steps=plan.steps, say=say)
     subject = None
     if plan.subject is not None:
         say(f"Training a subject for {plan.subject_steps} steps ...")
-        subject = measure_subject(host, painter, yardstick, data=plan.subject, output=plan.output, settings=settings,
+        subject = measure_subject(host, sampler, evaluator, data=plan.subject, output=plan.output, settings=settings,
                                   steps=plan.subject_steps, say=say)
     checkpoint = host.checkpoint()
     quality = Quality(
         checkpoint=checkpoint.title if checkpoint else "", settings=dict(settings), thorough=plan.effort == THOROUGH,
-        torch=torch.__version__, seconds=time.monotonic() - begin, judges=yardstick.figures, style=style, subject=subject)
-    with translated("writing the results"):
-        (plan.output / "quality.json").write_text(
-            json.dumps(dataclasses.asdict(quality), indent=1, default=str) + "\n", encoding="utf-8")
-        (plan.output / "quality.md").write_text(table.quality_text(
-            settings=quality.settings, checkpoint=quality.checkpoint, judges=quality.judges, style=style, subject=subject,
-            thorough=quality.thorough, seconds=quality.seconds), encoding="utf-8")
+        torch=torch.__version__, seconds=time.monotonic() - begin, scorers=evaluator.figures, style=style, subject=subject)
+    write_report(plan.output, "quality", table.quality_text(
+        settings=quality.settings, checkpoint=quality.checkpoint, scorers=quality.scorers, style=style, subject=subject,
+        thorough=quality.thorough, seconds=quality.seconds), dataclasses.asdict(quality))
     return quality

@@ -1,7 +1,7 @@
-"""The same 256 words in two hands, Noto's and Twemoji's, as the model's pictures would show them.
+"""The same 256 words in two styles, Noto's and Twemoji's, as the model's images would show them.
 
 Split by word, fixed: "style" is what the style LoRA is trained on, "held_out" is asked for in the test and trained on by
-nobody (the model knows Noto's pictures of these words and not Twemoji's), "other" is for the judges to learn from.
+nobody (the model knows Noto's images of these words and not Twemoji's), "other" is for the scorers to learn from.
 """
 
 from __future__ import annotations
@@ -18,51 +18,51 @@ from PIL import Image
 from lib_lora_train.dataset.images import read_image
 
 FOLDER = Path(__file__).parent / "pictures"
-NOTO, TWEMOJI = HANDS = ("noto", "twemoji")
+NOTO, TWEMOJI = STYLES = ("noto", "twemoji")
 STYLE, HELD_OUT, OTHER = SPLITS = ("style", "held_out", "other")
 TILE, COLUMNS = 64, 16
 PAPER, SIDE = 72, 128
-"""The white paper a tile of 64 pixels is laid on, and what that is enlarged to: the size of the model's pictures."""
+"""The white paper a tile of 64 pixels is laid on, and what that is enlarged to: the size of the model's images."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class RealPictures:
-    """All words with their split, and their pictures in each hand, in the same order.
+class RealImages:
+    """All words with their split, and their images in each style, in the same order.
 
-    pixels    {hand: [N, 3, 128, 128]}, fp32 in [0, 1], on white
+    pixels    {style: [N, 3, 128, 128]}, fp32 in [0, 1], on white
     """
 
     words: tuple[str, ...]
     splits: tuple[str, ...]
     pixels: dict[str, torch.Tensor]
 
-    def places(self, *splits: str) -> torch.Tensor:
+    def indices(self, *splits: str) -> torch.Tensor:
         """int64 [n]: where the words of these splits stand, in the order of the list."""
-        return torch.tensor([place for place, split in enumerate(self.splits) if split in splits])
+        return torch.tensor([index for index, split in enumerate(self.splits) if split in splits])
 
     def words_of(self, split: str) -> list[str]:
         """The words of one split, in the order of `pixels_of`."""
         return [word for word, own in zip(self.words, self.splits, strict=True) if own == split]
 
-    def pixels_of(self, hand: str, split: str) -> torch.Tensor:
-        """[n, 3, 128, 128] in [0, 1]: the pictures of one split in one hand."""
-        return self.pixels[hand][self.places(split)]
+    def pixels_of(self, style: str, split: str) -> torch.Tensor:
+        """[n, 3, 128, 128] in [0, 1]: the images of one split in one style."""
+        return self.pixels[style][self.indices(split)]
 
-    def thinned(self, others: int) -> RealPictures:
+    def thinned(self, others: int) -> RealImages:
         """With every n-th of the "other" words only."""
         if others == 1:
             return self
-        kept = torch.cat([self.places(STYLE, HELD_OUT), self.places(OTHER)[::others]]).tolist()
-        return RealPictures(tuple(self.words[place] for place in kept), tuple(self.splits[place] for place in kept),
-                            {hand: pixels[kept] for hand, pixels in self.pixels.items()})
+        kept = torch.cat([self.indices(STYLE, HELD_OUT), self.indices(OTHER)[::others]]).tolist()
+        return RealImages(tuple(self.words[index] for index in kept), tuple(self.splits[index] for index in kept),
+                            {style: pixels[kept] for style, pixels in self.pixels.items()})
 
 
-def load(folder: Path = FOLDER) -> RealPictures:
+def load(folder: Path = FOLDER) -> RealImages:
     """The sheets noto.png and twemoji.png (tiles of 64 pixels, 16 in a row) and words.json, which lie in `folder`."""
     entries = json.loads((folder / "words.json").read_text(encoding="utf-8"))
-    return RealPictures(
+    return RealImages(
         words=tuple(entry["word"] for entry in entries), splits=tuple(entry["split"] for entry in entries),
-        pixels={hand: enlarged(_tiles(folder / f"{hand}.png", len(entries))) for hand in HANDS})
+        pixels={style: enlarged(_tiles(folder / f"{style}.png", len(entries))) for style in STYLES})
 
 
 def enlarged(papers: torch.Tensor) -> torch.Tensor:
@@ -72,7 +72,7 @@ def enlarged(papers: torch.Tensor) -> torch.Tensor:
 
 
 def read_dataset(folder: Path) -> tuple[list[Path], list[str], torch.Tensor]:
-    """The pictures of a dataset's folder by name: files, captions, pixels [N, 3, 128, 128] in [0, 1]."""
+    """The images of a dataset's folder by name: files, captions, pixels [N, 3, 128, 128] in [0, 1]."""
     files = sorted(folder.glob("*.png"))
     captions = [file.with_suffix(".txt").read_text(encoding="utf-8").strip() for file in files]
     images = [np.asarray(_sized(read_image(file))) for file in files]
@@ -81,7 +81,7 @@ def read_dataset(folder: Path) -> tuple[list[Path], list[str], torch.Tensor]:
 
 
 def to_image(pixels: torch.Tensor) -> Image.Image:
-    """[3, h, w] in [0, 1] as an RGB picture."""
+    """[3, h, w] in [0, 1] as an RGB image."""
     return Image.fromarray((pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy())
 
 
@@ -90,8 +90,8 @@ def _tiles(sheet: Path, count: int) -> torch.Tensor:
     papers, margin = [], (PAPER - TILE) // 2
     with Image.open(sheet) as session:
         image = session.convert("RGBA")
-    for place in range(count):
-        left, top = place % COLUMNS * TILE, place // COLUMNS * TILE
+    for index in range(count):
+        left, top = index % COLUMNS * TILE, index // COLUMNS * TILE
         paper = Image.new("RGBA", (PAPER, PAPER), "white")
         paper.alpha_composite(image.crop((left, top, left + TILE, top + TILE)), (margin, margin))
         papers.append(np.asarray(paper.convert("RGB")))

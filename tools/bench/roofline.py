@@ -1,22 +1,23 @@
-"""The floor of a training step, an estimate: how long arithmetic and memory traffic take at the device's best rates.
+"""The roofline of a training step: an estimate of the time of arithmetic and memory traffic at the device's best rates.
 
     arithmetic    operations of forward and backward ÷ the matrix rate that the device reaches in this dtype
     traffic       bytes that must move ÷ the bandwidth that the device reaches
 
-The longer of the two is the floor. Nothing is counted that is recomputed. Convolutions are counted as direct ones: a faster
-algorithm can go below the floor (Winograd's takes 4/9 of the multiplications of a 3×3 kernel; cards that compute convolutions
+The longer of the two is the roofline. Nothing is counted that is recomputed. Convolutions are counted as direct ones: a faster
+algorithm can go below the roofline (Winograd's takes 4/9 of the multiplications of a 3×3 kernel; GPUs that compute convolutions
 in TF32 do more of them a second than fp32 products). The bytes are each frozen weight read once forward and once backward,
-each activation that is kept written once and read once, and the LoRA with its optimiser (see `moved_bytes`). What a
-processor's cache saves of that, and what lies between kernels and is not kept, is left out.
+each activation that is kept written once and read once, and the LoRA with its optimiser (see `moved_bytes`). Savings
+by a CPU's cache, and tensors between kernels that are not kept, are left out.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable
 
 import torch
+
+from tools.bench.stopwatch import shortest
 
 BYTES_A_PARAMETER = 4 * (2 + 1 + 3 + 3)
 """A LoRA weight in fp32: read forward and backward, its gradient written; then AdamW reads the gradient and two moments and
@@ -33,7 +34,7 @@ class Rates:
 
 
 @dataclasses.dataclass(frozen=True)
-class Floor:
+class Roofline:
     """Seconds that arithmetic and traffic of a step take, each at the device's best rate."""
 
     arithmetic: float
@@ -45,8 +46,8 @@ class Floor:
         return max(self.arithmetic, self.traffic)
 
     def times(self, seconds: float) -> str:
-        """How often the floor fits into a measured step, in words."""
-        return f"{seconds / self.seconds:.1f} times the floor"
+        """How often the roofline fits into a measured step, in words."""
+        return f"{seconds / self.seconds:.1f} times the roofline"
 
 
 def moved_bytes(*, weights: int, activations: int, parameters: int) -> int:
@@ -55,9 +56,9 @@ def moved_bytes(*, weights: int, activations: int, parameters: int) -> int:
     return 2 * weights + 2 * activations + BYTES_A_PARAMETER * parameters
 
 
-def step_floor(*, operations: float, moved: int, rates: Rates) -> Floor:
-    """The floor of a step of so many operations (multiply and add are two) that moves so many bytes."""
-    return Floor(operations / rates.operations, moved / rates.bytes)
+def step_roofline(*, operations: float, moved: int, rates: Rates) -> Roofline:
+    """The roofline of a step of so many operations (multiply and add are two) that moves so many bytes."""
+    return Roofline(operations / rates.operations, moved / rates.bytes)
 
 
 def measured_rates(device: torch.device, dtype: torch.dtype) -> Rates:
@@ -72,17 +73,9 @@ def measured_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     return Rates(operations, 2 * length / _shortest(lambda: target.copy_(source), device))
 
 
-def _shortest(work: Callable[[], object], device: torch.device) -> float:
-    best = float("inf")
-    for _ in range(TIMES):
-        _wait(device)
-        begin = time.perf_counter()
-        work()
-        _wait(device)
-        best = min(best, time.perf_counter() - begin)
-    return best
+def _shortest(function: Callable[[], object], device: torch.device) -> float:
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)  # a measurement, before any step
+    return shortest(lambda: (function(), wait()), TIMES, before=wait)

@@ -1,4 +1,4 @@
-"""The model under test: pictures from prompts with a LoRA at a weight, real pictures as its VAE shows them, held-out loss."""
+"""The model under test: images from prompts with a LoRA at a weight, real images as its VAE shows them, held-out loss."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ WITHOUT: Adapters = {}
 CFG_SCALE, FIRST_SEED = 2.0, 1000
 LOSS_TIMESTEPS = (50, 150, 250, 350, 450, 550, 650, 750, 850, 950)
 TOGETHER = 16
-"""Pictures painted at once: with more, a processor's cache no longer holds what it works on."""
+"""Images generated at once: with more, a CPU's cache no longer holds what it works on."""
 
 
-class Painter:
-    """Evaluates one checkpoint. All pictures are fp32 [N, 3, 128, 128] in [0, 1] on the CPU.
+class Sampler:
+    """Evaluates one checkpoint. All images are fp32 [N, 3, 128, 128] in [0, 1] on the CPU.
 
-    It holds an fp32 copy of the lent weights: casting an fp16 model anew for each of a thousand passes costs more than
+    It holds an fp32 copy of the leased weights: casting an fp16 model anew for each of a thousand passes costs more than
     the few megabytes of so small a model.
     """
 
     def __init__(self, host: Host, *, cfg_scale: float = CFG_SCALE, steps: int = 20) -> None:
-        with host.borrow() as lent:
+        with host.borrow() as leased:
             tensors = {name: tensor.float() if tensor.is_floating_point() else tensor
-                       for name, tensor in lent.tensors.items()}
-            self._model = frozen.build(tensors, hints=lent.hints, tokenizers=lent.tokenizers)
+                       for name, tensor in leased.tensors.items()}
+            self._model = frozen.build(tensors, hints=leased.hints, tokenizers=leased.tokenizers)
         self._cfg_scale, self._steps = cfg_scale, steps
 
     @property
@@ -56,20 +56,20 @@ class Painter:
         return network.adapters()
 
     def sample(self, prompts: Sequence[str], lora: Adapters = WITHOUT) -> torch.Tensor:
-        """One picture for each prompt; the seed is its place in the list, so all LoRAs start from the same noise."""
+        """One image for each prompt; the seed is its position in the list, so all LoRAs start from the same noise."""
         requests = [SampleRequest(prompt, width=SIDE, height=SIDE, steps=self._steps, cfg_scale=self._cfg_scale,
-                                  seed=FIRST_SEED + place) for place, prompt in enumerate(prompts)]
+                                  seed=FIRST_SEED + index) for index, prompt in enumerate(prompts)]
         latents = [sample_batch(self._model, requests[start:start + TOGETHER], adapters=lora)
                    for start in range(0, len(requests), TOGETHER)]
         return self._shown(torch.cat(latents))
 
     def through_vae(self, pixels: torch.Tensor) -> torch.Tensor:
-        """The same pictures encoded and decoded again, as soft as painted ones."""
+        """The same images encoded and decoded again, as soft as generated ones."""
         return self._shown(self._encoded(pixels)[0])
 
     def held_out_loss(self, pixels: torch.Tensor, captions: Sequence[str], lora: Adapters = WITHOUT, *,
-                      seed: int = 1) -> dict[int, float]:
-        """{timestep: loss} on pictures that nobody trained on, with noise that depends on nothing but `seed`."""
+                      seed: int = 1, timesteps: Sequence[int] = LOSS_TIMESTEPS) -> dict[int, float]:
+        """{timestep: loss} on images that nobody trained on, with noise that depends on nothing but `seed`."""
         mean, std = self._encoded(pixels)
         sizes = torch.full((len(pixels), 2), SIDE)
         batches = [Batch(indices=tuple(rows.tolist()), mean=mean[rows], std=std[rows],
@@ -80,7 +80,7 @@ class Painter:
             conditions = {batch.captions: self._model.text.encode(
                 [self._model.text.tokenize(caption) for caption in batch.captions], adapters=lora) for batch in batches}
         return fixed_loss(self._model, batches, lambda batch: conditions[batch.captions], adapters=lora.get("unet", {}),
-                          seed=seed, timesteps=LOSS_TIMESTEPS)
+                          seed=seed, timesteps=timesteps)
 
     def _encoded(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         parts = [self._model.vae.encode(2 * part.to(self._model.device) - 1) for part in pixels.split(TOGETHER)]

@@ -1,16 +1,16 @@
-"""Small networks that say in whose hand a picture is painted and what it shows; fitted on the spot on real pictures.
+"""Small networks that classify the style and the content of an image; fitted at each start on real images.
 
-Everything they see, real or painted, came out of the same VAE, so that its softness decides nothing. They are seeded:
-the same pictures give the same judges on the same machine.
+All images, real and generated, pass through the same VAE, so that its blur has no influence. The networks are seeded: the same
+images give the same scorers on the same machine.
 
-- `HandJudge`: Noto or Twemoji? Two opinions are added: the *palette* (a logistic regression over the colours of what is
-  not paper; Twemoji has a small, fixed palette of flat colours) and the *texture* (a network that sees patches of 15
-  pixels of 64, never the whole shape). It has not seen the held-out words. It cannot tell a third hand from these two,
-  and a picture of nothing gets an answer too: read its share beside the prompt following.
-- `WordJudge`: which of the words? A network whose features are near for the same word in both hands. It is fitted on both
-  hands' pictures of all words, since there are no others, so its accuracy on them says only that it did not fail to
-  learn; `across_hands` is the honest figure for how far it recognises a drawing it never saw. It cannot tell a good
-  drawing from one that is merely nearer to its word than to the others.
+- `StyleScorer`: Noto or Twemoji? The sum of two scores: the *palette* (a logistic regression over the colours of the ink;
+  Twemoji has a small, fixed palette of flat colours) and the *texture* (a network that sees patches of 15 of 64 pixels, never
+  the whole shape). It is not fitted on the held-out words. It knows no third style, and it also classifies images that show
+  nothing: read its share together with the prompt following.
+- `WordScorer`: which of the words? A network with near features for the same word in both styles. It is fitted on both styles'
+  images of all words, since there are no others, so its accuracy on them shows only that the fit worked; `across_styles`
+  measures how well it recognises a drawing that it was not fitted on. It cannot tell a good drawing from one that is only
+  nearer to its word than to the others.
 """
 
 from __future__ import annotations
@@ -22,70 +22,70 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tools.bench.real_images import HANDS, HELD_OUT, NOTO, OTHER, STYLE, TWEMOJI, RealPictures
+from tools.bench.real_images import HELD_OUT, NOTO, OTHER, STYLE, STYLES, TWEMOJI, RealImages
 
 REQUIRED = 0.95
-"""A judge of hands that is right less often on real held-out pictures counts for nothing."""
-# Both chosen by cross-validation among the words the judge learns from (several weights did equally well).
+"""Least accuracy on real held-out images; below it the style shares mean nothing."""
+# Both chosen by cross-validation among the words the scorer learns from (several weights did equally well).
 _COLOURS, _TEXTURE_WEIGHT = 16, 0.5
 _INK = 0.93
 Palette = tuple[torch.Tensor, torch.Tensor]
 """The weights of colours [4096] and a bias []."""
 
 
-class HandJudge:
-    """Tells Twemoji from Noto. Make it with `fit`; `accuracy` is its share of right answers on real held-out words."""
+class StyleScorer:
+    """Classifies Twemoji and Noto. Make it with `fit`; `accuracy` is its share of right answers on real held-out words."""
 
     def __init__(self, palette: Palette, texture: _Texture, scales: tuple[float, float]) -> None:
         self._palette, self._texture, self._scales = palette, texture, scales
         self.accuracy: dict[str, float] = {}
 
     @classmethod
-    def fit(cls, images: dict[str, torch.Tensor], real: RealPictures, *, steps: int, seed: int) -> HandJudge:
+    def fit(cls, images: dict[str, torch.Tensor], real: RealImages, *, steps: int, seed: int) -> StyleScorer:
         """Fit on the words of "style" and "other" and measure on those of "held_out".
 
-        `images` are the real ones of each hand as the VAE shows them, [N, 3, 128, 128], in the order of `real`.
+        `images` are the real ones of each style as the VAE shows them, [N, 3, 128, 128], in the order of `real`.
         """
-        learnt, asked = real.places(STYLE, OTHER), real.places(HELD_OUT)
-        small = {hand: _small(images[hand]) for hand in HANDS}
+        learnt, held_out = real.indices(STYLE, OTHER), real.indices(HELD_OUT)
+        small = {style: _small(images[style]) for style in STYLES}
         pairs = small[NOTO][learnt], small[TWEMOJI][learnt]
-        judge = cls(_fit_palette(*pairs), _fit_texture(*pairs, steps=steps, seed=seed), (1.0, 1.0))
-        # In units of each opinion's mean size on what it was fitted on.
-        palette, texture = (1 / max(float(opinion.abs().mean()), 1e-9) for opinion in judge._opinions(torch.cat(pairs)))
-        judge._scales = (palette, _TEXTURE_WEIGHT * texture)
-        for name, place in (("both", None), ("palette", 0), ("texture", 1)):
-            right = [(judge._score(small[hand][asked], place) > 0) == (hand == TWEMOJI) for hand in HANDS]
-            judge.accuracy[name] = float(torch.cat(right).float().mean())
-        return judge
+        scorer = cls(_fit_palette(*pairs), _fit_texture(*pairs, steps=steps, seed=seed), (1.0, 1.0))
+        # In units of each score's mean size on what it was fitted on.
+        palette, texture = (1 / max(float(score.abs().mean()), 1e-9) for score in scorer._scores(torch.cat(pairs)))
+        scorer._scales = (palette, _TEXTURE_WEIGHT * texture)
+        for name, index in (("both", None), ("palette", 0), ("texture", 1)):
+            right = [(scorer._score(small[style][held_out], index) > 0) == (style == TWEMOJI) for style in STYLES]
+            scorer.accuracy[name] = float(torch.cat(right).float().mean())
+        return scorer
 
     def twemoji(self, pixels: torch.Tensor, *, by: str = "both") -> torch.Tensor:
-        """bool [N]: whether each picture [N, 3, 128, 128] is in Twemoji's hand, by "both" opinions, or one of them."""
+        """bool [N]: whether each image [N, 3, 128, 128] is in Twemoji's style, by "both" scores, or one of them."""
         return self._score(_small(pixels), {"both": None, "palette": 0, "texture": 1}[by]) > 0
 
     @property
     def counts(self) -> bool:
-        """Whether it is right often enough for its verdicts to mean something."""
+        """Whether its accuracy reaches `REQUIRED`."""
         return self.accuracy["both"] >= REQUIRED
 
-    def _score(self, small: torch.Tensor, place: int | None) -> torch.Tensor:
-        opinions = [scale * opinion for scale, opinion in zip(self._scales, self._opinions(small), strict=True)]
-        return opinions[0] + opinions[1] if place is None else opinions[place]
+    def _score(self, small: torch.Tensor, index: int | None) -> torch.Tensor:
+        scores = [scale * score for scale, score in zip(self._scales, self._scores(small), strict=True)]
+        return scores[0] + scores[1] if index is None else scores[index]
 
     @torch.no_grad()
-    def _opinions(self, small: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _scores(self, small: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         texture = self._texture(small) + self._texture(small.flip(3))
         weight, bias = self._palette
         return _colours(small) @ weight + bias, texture
 
 
-class WordJudge:
-    """Tells what a picture shows, whoever painted it. Make it with `fit`."""
+class WordScorer:
+    """Classifies what an image shows, in either style. Make it with `fit`."""
 
     def __init__(self, network: _Words) -> None:
         self._network = network
 
     @classmethod
-    def fit(cls, images: torch.Tensor, labels: torch.Tensor, *, steps: int, seed: int) -> WordJudge:
+    def fit(cls, images: torch.Tensor, labels: torch.Tensor, *, steps: int, seed: int) -> WordScorer:
         """Fit on `images` [N, 3, 128, 128] of the words `labels` [N], numbered from 0."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -102,12 +102,12 @@ class WordJudge:
 
     @torch.no_grad()
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[N, 64] of length 1; near for pictures of the same thing."""
+        """[N, 64] of length 1; near for images of the same thing."""
         return self._network.features(_small(pixels))
 
     @torch.no_grad()
     def word(self, pixels: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
-        """int64 [N]: the most likely word of each picture, as a place in `among` (the words' numbers)."""
+        """int64 [N]: the most likely word of each image, as a position in `among` (the words' numbers)."""
         return self._network(_small(pixels))[:, among].argmax(dim=1)
 
     def accuracy(self, pixels: torch.Tensor, words: torch.Tensor) -> float:
@@ -119,23 +119,23 @@ class WordJudge:
         return float((found == torch.arange(len(words))).float().mean())
 
 
-def across_hands(images: dict[str, torch.Tensor], real: RealPictures, *, steps: int, seed: int) -> float:
-    """How often a judge of words knows the held-out words in Twemoji's hand that it was shown in Noto's hand only.
+def across_styles(images: dict[str, torch.Tensor], real: RealImages, *, steps: int, seed: int) -> float:
+    """How often a word scorer knows the held-out words in Twemoji's style that it was shown in Noto's style only.
 
-    A judge of its own is fitted for this, on all pictures but those. Chance is one in the number of held-out words.
+    A scorer of its own is fitted for this, on all images but those. Chance is one in the number of held-out words.
     """
-    asked = real.places(HELD_OUT)
-    everything = torch.cat([images[hand] for hand in HANDS])
-    labels = torch.arange(len(real.words)).repeat(len(HANDS))
+    held_out = real.indices(HELD_OUT)
+    everything = torch.cat([images[style] for style in STYLES])
+    labels = torch.arange(len(real.words)).repeat(len(STYLES))
     shown = torch.ones(len(labels), dtype=torch.bool)
-    shown[HANDS.index(TWEMOJI) * len(real.words) + asked] = False
-    judge = WordJudge.fit(everything[shown], labels[shown], steps=steps, seed=seed)
-    found = judge.word(images[TWEMOJI][asked], asked)
-    return float((found == torch.arange(len(asked))).float().mean())
+    shown[STYLES.index(TWEMOJI) * len(real.words) + held_out] = False
+    scorer = WordScorer.fit(everything[shown], labels[shown], steps=steps, seed=seed)
+    found = scorer.word(images[TWEMOJI][held_out], held_out)
+    return float((found == torch.arange(len(held_out))).float().mean())
 
 
 class _Texture(nn.Module):
-    """One number a picture [N, 3, 64, 64]: the mean over what is not paper of what each patch of 15 pixels says."""
+    """One score for each image [N, 3, 64, 64]: the mean over the ink of the scores of all patches of 15 pixels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -143,7 +143,7 @@ class _Texture(nn.Module):
         self.out = nn.Conv2d(64, 1, 1)
 
     def patches(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What each patch says [N, h, w], and how much it counts [N, h, w]; the latter sums to 1 in each picture."""
+        """The score of each patch [N, h, w] and its weight [N, h, w]; weights sum to 1 in each image."""
         said = self.out(self.body(2 * x - 1))[:, 0]
         ink = F.adaptive_avg_pool2d(_inked(x).float()[:, None], said.shape[1:])[:, 0]
         return said, ink / (ink.sum(dim=(1, 2), keepdim=True) + 1e-3)
@@ -154,7 +154,7 @@ class _Texture(nn.Module):
 
 
 class _Words(nn.Module):
-    """Features [N, 64] of a picture [N, 3, 64, 64], and from their directions one score a word."""
+    """Features [N, 64] of an image [N, 3, 64, 64], and from their directions one score a word."""
 
     def __init__(self, words: int) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ def _fit(network: nn.Module, loss: Callable[[], torch.Tensor], *, steps: int, ra
 
 
 def _fit_texture(noto: torch.Tensor, twemoji: torch.Tensor, *, steps: int, seed: int) -> _Texture:
-    """Each batch holds the same words in both hands, so that what is shown tells nothing."""
+    """Each batch has the same words in both styles, so that the content does not help."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = _Texture()
@@ -212,7 +212,7 @@ def _fit_texture(noto: torch.Tensor, twemoji: torch.Tensor, *, steps: int, seed:
 
 
 def _fit_palette(noto: torch.Tensor, twemoji: torch.Tensor) -> Palette:
-    """Logistic regression over the colours of ink; convex, so nothing is drawn by chance."""
+    """Logistic regression over the colours of ink; convex, so it needs no random start."""
     x = _colours(torch.cat([noto, twemoji]))
     y = torch.cat([torch.zeros(len(noto)), torch.ones(len(twemoji))])
     mean, deviation = x.mean(dim=0), x.std(dim=0) + 1e-3
@@ -240,27 +240,27 @@ def _colours(small: torch.Tensor) -> torch.Tensor:
     above, low = (level - low).flatten(2), low.long().flatten(2)
     shares = torch.zeros(len(small), _COLOURS ** 3)
     for corner in itertools.product((0, 1), repeat=3):
-        near, place = ink, torch.zeros_like(low[:, 0])
+        near, index = ink, torch.zeros_like(low[:, 0])
         for channel, up in enumerate(corner):
             near = near * (above[:, channel] if up else 1 - above[:, channel])
-            place = place * _COLOURS + low[:, channel] + up
-        shares.scatter_add_(1, place, near)
+            index = index * _COLOURS + low[:, channel] + up
+        shares.scatter_add_(1, index, near)
     return (shares / (ink.sum(dim=1, keepdim=True) + 1)).sqrt()
 
 
 def _inked(x: torch.Tensor) -> torch.Tensor:
-    """bool [N, h, w]: what is not white paper."""
+    """bool [N, h, w]: the ink, all that is not white paper."""
     return x.amin(dim=1) < _INK
 
 
 def _small(pixels: torch.Tensor) -> torch.Tensor:
-    """What the judges see: 64 pixels, about the size the pictures were drawn at."""
+    """The scorers' input: 64 pixels, about the size at which the images were drawn."""
     return F.avg_pool2d(pixels, pixels.shape[-1] // 64)
 
 
 def _varied(x: torch.Tensor, generator: torch.Generator, *, scale: tuple[float, float], shift: float, turn: float,
             colour: float, grey: float, noise: float) -> torch.Tensor:
-    """Each picture moved, resized, mirrored, turned, tinted, blurred and roughened a little, by chance.
+    """Random augmentation: each image moved, resized, mirrored, rotated, tinted, blurred and with noise.
 
     scale of what is seen (above 1 the thing looks smaller), shift in halves of the side, turn in radians, colour and noise
     in brightness, grey the share that loses its colours.

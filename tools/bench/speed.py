@@ -1,9 +1,9 @@
-"""`bench speed`: seconds a training step, for several settings in one run, each beside the step's floor.
+"""`bench speed`: seconds a training step, for several settings in one run, each beside the step's roofline.
 
-On a card the models have their true size and the three cases that others publish figures for; on a processor one narrow
-model, unless told otherwise. Settings that are compared are run in turn, as often as asked, so that a machine that becomes
-slower meanwhile slows them all. Losses are compared step by step, and judged where the settings should compute the same. What
-a case promises to fit into is all that torch gets for one more run, in which the pictures are encoded too.
+On a GPU the default is the true model size and the three cases that others publish figures for, on a CPU one narrow model.
+Compared settings run in turn, so that a machine that becomes slower slows them all. Losses are compared step by step, with a
+verdict where the settings should compute the same. On a GPU each case with a memory target runs once more with torch limited to
+it, the encoding of the images included.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,22 +27,20 @@ from lib_lora_train.model.components import unet_tensors
 from lib_lora_train.model.family import detect
 from lib_lora_train.settings import Settings, flat, parse
 from lib_lora_train.settings.field import Value
-from lib_lora_train.storage.atomic import write_atomic
 from lib_lora_train.training.precision import compute_dtype
-from tools.bench.compared import HOW_ONLY
-from tools.bench.grid import gigabytes, grid
-from tools.bench.host import RandomHost, make_pictures
-from tools.bench.machine import machine_text
-from tools.bench.measured import Measured, measure_run, small_card
-from tools.bench.roofline import Floor, Rates, measured_rates, moved_bytes, step_floor
+from tools.bench.host import RandomHost, make_images
+from tools.bench.report import gigabytes, grid, machine_text, write_report
+from tools.bench.roofline import Rates, Roofline, measured_rates, moved_bytes, step_roofline
+from tools.bench.timed_run import Measured, limited_gpu, measure_run
 from tools.bench.training import Say
 from tools.bench.true_size import dtype_of
+from tools.bench.variants import HOW_ONLY
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is trained: the family, the pictures' side in pixels, the batch, and GB of the card's memory that the promise
-    for it names (0: none)."""
+    """What is trained: the family, the images' side in pixels, the batch, and the target for the GPU's memory in GB (0:
+    none)."""
 
     family: str
     resolution: int
@@ -60,8 +57,8 @@ PUBLISHED = (Case("sd1", 512, 1, within=4.0), Case("sd1", 512, 4), Case("sdxl", 
 NARROW = (Case("sd1", 256, 1),)
 
 SAME_LOSS = {"no": 1e-4, "fp16": 5e-3, "bf16": 5e-3}
-"""How far losses of the same step may lie apart, relative to the loss, to count as equal: float error over some dozens of
-steps, in which a difference in the last digit of a gradient becomes one of the weights."""
+"""The largest difference between losses of the same step, relative to the loss, that counts as equal: the float error of some
+dozens of steps, in which differences of gradients in the last digit become differences of weights."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +87,7 @@ class Row:
     name: str
     settings: Mapping[str, Value]
     runs: tuple[Measured, ...]
-    floor: Floor
+    roofline: Roofline
     failed: str = ""
 
     @property
@@ -102,8 +99,8 @@ class Row:
 def run_speed(plan: SpeedPlan, *, say: Say) -> str:
     """Measure, write `speed.md` and `speed.json` into the plan's folder after each case, and return the table.
 
-    A run that fails, as where the memory runs out, is told in its row. Raises SettingError for settings that do not exist, and
-    what `run_job` raises besides TrainingError.
+    A run that fails, for example without enough memory, is reported in its row.
+    Raises SettingError for settings that do not exist, and what `run_job` raises besides TrainingError.
     """
     @functools.cache
     def rates(dtype: torch.dtype) -> Rates:
@@ -118,24 +115,22 @@ def run_speed(plan: SpeedPlan, *, say: Say) -> str:
         known = rates(dtype_of(plan.precision))
         text = "\n\n".join([machine_text(plan.device), _conditions(plan, known), _table(rows, plan.device),
                             *filter(None, [_ratios(rows)]), *said]) + "\n"
-        write_atomic(plan.output / "speed.md", text.encode("utf-8"))
-        write_atomic(plan.output / "speed.json", json.dumps(
-            {"machine": machine_text(plan.device), "rates": dataclasses.asdict(known),
-             "rows": [dataclasses.asdict(row) for row in rows]}, indent=1).encode("utf-8"))
+        write_report(plan.output, "speed", text, {"machine": machine_text(plan.device), "rates": dataclasses.asdict(known),
+                                                  "rows": [dataclasses.asdict(row) for row in rows]})
     return text
 
 
 def shared_settings(case: Case, *, rank: int, precision: str) -> dict[str, Value]:
-    """The settings of every measured run of a case: those that an outside trainer has too."""
+    """The settings of every measured run of a case, which other trainers have too."""
     return {"train_batch_size": case.batch, "resolution": str(case.resolution), "network_dim": rank,
             "network_alpha": float(rank), "mixed_precision": precision, "lr_scheduler": "constant",
             "min_snr_gamma": 0.0, "seed": 42, "save_precision": "fp16", "cache_latents_to_disk": True}
 
 
-def pictures_of(plan: SpeedPlan, case: Case) -> Path:
-    """The folder of pictures that a case is trained on: few on a processor, which takes long to encode them."""
+def images_of(plan: SpeedPlan, case: Case) -> Path:
+    """The folder of images that a case is trained on; few on a CPU, where encoding is slow."""
     count = max(8 if plan.device.type == "cuda" else 2, 2 * case.batch)
-    return make_pictures(plan.output / f"pictures-{case.resolution}-{count}", side=case.resolution, count=count)
+    return make_images(plan.output / f"pictures-{case.resolution}-{count}", side=case.resolution, count=count)
 
 
 def _measure_case(plan: SpeedPlan, case: Case, rates: Callable[[torch.dtype], Rates], say: Say) -> list[Row]:
@@ -144,13 +139,13 @@ def _measure_case(plan: SpeedPlan, case: Case, rates: Callable[[torch.dtype], Ra
     if plan.checkpoint is not None:
         host = StandaloneHost(plan.checkpoint, lora_folder=plan.output / "loras", runs_folder=plan.output / "runs",
                               device=plan.device)
-    data = pictures_of(plan, case)
+    data = images_of(plan, case)
     shared = {**shared_settings(case, rank=plan.rank, precision=plan.precision), **plan.changes}
     compared = {name: {**shared, **changes} for name, changes in plan.compared.items()}
     within = f"within {case.within:g} GB" if case.within and plan.device.type == "cuda" else ""
-    if within:  # the pictures are encoded in it too, so that nothing is read that earlier runs have kept
+    if within:  # the images are encoded in it too, so that nothing is read that earlier runs have kept
         compared[within] = {**shared, "memory_budget": case.within, "cache_latents_to_disk": False}
-    rows = {name: Row(case, name, flat(parse(settings)), (), _row_floor(host, plan.device, case, parse(settings), rates))
+    rows = {name: Row(case, name, flat(parse(settings)), (), _row_roofline(host, plan.device, case, parse(settings), rates))
             for name, settings in compared.items()}
     for number in range(plan.repeats):
         for name, settings in compared.items():
@@ -158,7 +153,7 @@ def _measure_case(plan: SpeedPlan, case: Case, rates: Callable[[torch.dtype], Ra
             if row.failed:
                 continue
             try:
-                with small_card(plan.device, case.within) if name == within else contextlib.nullcontext():
+                with limited_gpu(plan.device, case.within) if name == within else contextlib.nullcontext():
                     run = measure_run(host, settings=settings, data=data, steps=plan.steps, warm_up=plan.warm_up,
                                       device=plan.device, stretch=10 if plan.device.type == "cuda" else 1)
             except TrainingError as error:
@@ -167,32 +162,32 @@ def _measure_case(plan: SpeedPlan, case: Case, rates: Callable[[torch.dtype], Ra
                 continue
             for note in run.notes:
                 say(f"  note: {note}")
-            say(f"{turn} {run.seconds:.4f} s a step, {row.floor.times(run.seconds)}")
+            say(f"{turn} {run.seconds:.4f} s a step, {row.roofline.times(run.seconds)}")
             rows[name] = dataclasses.replace(row, runs=(*row.runs, run))
     return list(rows.values())
 
 
-def _row_floor(host: Host, device: torch.device, case: Case, settings: Settings,
-               rates: Callable[[torch.dtype], Rates]) -> Floor:
-    """The floor of a step with a row's own batch, rank, number format and model in eight bits."""
+def _row_roofline(host: Host, device: torch.device, case: Case, settings: Settings,
+               rates: Callable[[torch.dtype], Rates]) -> Roofline:
+    """The roofline of a step with a row's own batch, rank, number format and model in eight bits."""
     outline = host.outline()
     assert outline is not None, "the checkpoint was checked before"
     stored = next(iter(unet_tensors(outline.tensors).values())).dtype
     dtype = compute_dtype(settings.memory.mixed_precision, device, weights=stored)
     own = dataclasses.replace(case, batch=settings.optimizer.train_batch_size)
-    return case_floor(host, own, rank=settings.network.network_dim, dtype=dtype, rates=rates(dtype),
-                      base=Wishes.of(settings.memory).base)
+    return case_roofline(host, own, rank=settings.network.network_dim, dtype=dtype, rates=rates(dtype),
+                      base_dtype=Wishes.of(settings.memory).base)
 
 
-def case_floor(host: Host, case: Case, *, rank: int, dtype: torch.dtype, rates: Rates, base: Base = "") -> Floor:
-    """The floor of a case's step on the host's model, held in eight bits where `base` says so."""
+def case_roofline(host: Host, case: Case, *, rank: int, dtype: torch.dtype, rates: Rates, base_dtype: Base = "") -> Roofline:
+    """The roofline of a case's step on the host's model, held in eight bits where `base_dtype` says so."""
     outline = host.outline()
     assert outline is not None, "the checkpoint was checked before"
     cost = image_cost(outline.tensors, detect(outline.tensors, outline.hints), width=case.resolution,
                         height=case.resolution, rank=rank, dtype=dtype)
-    weights = sum(t.numel() * (1 if base else t.element_size()) for t in unet_tensors(outline.tensors).values())
+    weights = sum(t.numel() * (1 if base_dtype else t.element_size()) for t in unet_tensors(outline.tensors).values())
     moved = moved_bytes(weights=weights, activations=cost.activation_bytes * case.batch, parameters=cost.parameters)
-    return step_floor(operations=cost.operations * case.batch, moved=moved, rates=rates)
+    return step_roofline(operations=cost.operations * case.batch, moved=moved, rates=rates)
 
 
 def _conditions(plan: SpeedPlan, rates: Rates) -> str:
@@ -200,12 +195,13 @@ def _conditions(plan: SpeedPlan, rates: Rates) -> str:
     changes = "".join(f", {name} {value}" for name, value in plan.changes.items())
     return (f"Model: {model}; rank {plan.rank}, AdamW, latents and captions cached, UNet only, precision {plan.precision}"
             f"{changes}. {plan.repeats} × {plan.steps} steps after {plan.warm_up} to warm up. The device reaches "
-            f"{rates.operations / 1e12:.3g} TFLOP/s in matrix products and {rates.bytes / 1e9:.3g} GB/s in copies. The floor "
-            "counts direct convolutions at that rate: faster algorithms (Winograd's, TF32 on cards in fp32) can go below it.")
+            f"{rates.operations / 1e12:.3g} TFLOP/s in matrix products and {rates.bytes / 1e9:.3g} GB/s in copies. "
+            "The roofline counts direct convolutions at that rate: faster algorithms (Winograd's, TF32 on GPUs in fp32) can go "
+            "below it.")
 
 
 def _table(rows: Sequence[Row], device: torch.device) -> str:
-    head = ["case", "settings", "s a step", "from", "to", "steps a s", "processor s", "floor s", "× floor"]
+    head = ["case", "settings", "s a step", "from", "to", "steps a s", "CPU s", "roofline s", "× roofline"]
     head += ["GB allocated in steps", "reserved in steps", "reserved in all"] if device.type == "cuda" else []
     lines = []
     for row in rows:
@@ -214,12 +210,12 @@ def _table(rows: Sequence[Row], device: torch.device) -> str:
             continue
         every = [seconds for run in row.runs for seconds in run.wall]
         line = [row.case.name, row.name, f"{row.seconds:.4f}", f"{min(every):.4f}", f"{max(every):.4f}",
-                f"{1 / row.seconds:.3f}", f"{statistics.median(run.processor_seconds for run in row.runs):.4f}",
-                f"{row.floor.seconds:.4f}", f"{row.seconds / row.floor.seconds:.1f}"]
+                f"{1 / row.seconds:.3f}", f"{statistics.median(run.cpu_seconds for run in row.runs):.4f}",
+                f"{row.roofline.seconds:.4f}", f"{row.seconds / row.roofline.seconds:.1f}"]
         if device.type == "cuda":
-            cards = [run.card for run in row.runs if run.card]
+            gpus = [run.gpu for run in row.runs if run.gpu]
             line += [gigabytes(max(sizes)) for sizes in zip(*(
-                (card.steps_allocated, card.steps_reserved, card.run_reserved) for card in cards), strict=True)]
+                (gpu.steps_allocated, gpu.steps_reserved, gpu.run_reserved) for gpu in gpus), strict=True)]
         lines.append(line)
     return grid(head, lines)
 
@@ -231,7 +227,7 @@ def _ratios(rows: Sequence[Row]) -> str:
         first = next((other for other in rows if other.case == row.case and not other.failed), row)
         if row is first or row.failed:
             continue
-        for kind, figure in (("clock", lambda run: run.seconds), ("processor", lambda run: run.processor_seconds)):
+        for kind, figure in (("clock", lambda run: run.seconds), ("CPU", lambda run: run.cpu_seconds)):
             ratios = [figure(own) / figure(other) for own, other in zip(row.runs, first.runs, strict=True)]
             lines.append((row.case.name, f"{row.name} ÷ {first.name}", kind, f"{statistics.median(ratios):.3f}",
                           " ".join(f"{ratio:.3f}" for ratio in ratios)))
@@ -265,12 +261,12 @@ def most_apart(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def _within(rows: Sequence[Row]) -> list[str]:
-    """Whether the runs that got no more memory than was promised did with it."""
+    """Whether the runs within a case's memory target ended."""
     said = []
     for row in rows:
         if row.case.within and row.name.startswith("within "):
-            cards = [run.card for run in row.runs if run.card]
-            took = f" ({gigabytes(max(card.run_reserved for card in cards))} GB of it at most)" if cards else ""
+            gpus = [run.gpu for run in row.runs if run.gpu]
+            took = f" ({gigabytes(max(gpu.run_reserved for gpu in gpus))} GB of it at most)" if gpus else ""
             said.append(f"Target {row.case.name} inside {row.case.within:g} GB: {'**missed**' if row.failed else 'met'}. Torch "
                         f"got {gigabytes(row.case.within * GIGABYTE - CONTEXT)} GB for the whole run{took}; the rest is left "
                         "to CUDA itself.")

@@ -1,63 +1,60 @@
 """`bench startup`: seconds from the click to the first step, and from the last step to a file that can be used, by stage.
 
 The run is started as the page starts it, by the runner, on a host that lends a checkpoint's file: once with nothing read and
-nothing cached, and then again, as in a WebUI that holds its model and has seen the pictures before (the shorter of two). The
+nothing cached, and then again, as in a WebUI that holds its model and has seen the images before (the shorter of two). The
 checkpoint has random weights of the true size. The programs are imported and the file has just been written: the system may
-hold it in memory. On a processor the pictures are small, so that the step's own arithmetic does not hide all else; it stands
+hold it in memory. On a CPU the images are small, so that the step's own arithmetic does not hide all else; it stands
 in a line of its own.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from unittest import mock
 
 import torch
 
 from lib_lora_train.errors import SettingError, TrainingError
-from lib_lora_train.events import Event, Finished, Saved, Step
+from lib_lora_train.events import Event, Finished, Report, Saved, Step
+from lib_lora_train.host.port import Host
 from lib_lora_train.host.standalone import StandaloneHost
 from lib_lora_train.run import runner
 from lib_lora_train.settings import Settings, parse
-from lib_lora_train.storage.atomic import write_atomic
-from lib_lora_train.training.cuda_graph import Execution
-from tools.bench.grid import grid, share
-from tools.bench.host import make_pictures
-from tools.bench.machine import machine_text
-from tools.bench.stopwatch import Place, Spent, Stopwatch
-from tools.bench.training import Say
+from tools.bench.host import make_images
+from tools.bench.report import grid, machine_text, share, write_report
+from tools.bench.stopwatch import Spent, Stopwatch, WatchedFunction
+from tools.bench.training import Say, Stop
 from tools.bench.true_size import true_size_checkpoint
 
-PICTURES = 20
+IMAGES = 20
 SIZES = {"small": ("sd1", True), "sd15": ("sd1", False), "sdxl": ("sdxl", False)}
 SIDES = {"small": {"cpu": 128, "cuda": 512}, "sd15": {"cpu": 128, "cuda": 512}, "sdxl": {"cpu": 128, "cuda": 1024}}
 ARITHMETIC = "the step itself"
 
-_P = "lib_lora_train"
-PLACES = (
-    Place("making the run's folder", f"{_P}.run_record:RunRecord.__init__"),
-    Place("writing down what happens", f"{_P}.run_record:RunRecord.write"),
-    Place("reading the folder of pictures", f"{_P}.job:_prepared"),
-    Place("reading the checkpoint", f"{_P}.host.standalone:_describe"),
-    Place("reading the checkpoint", f"{_P}.host.standalone:_load"),
-    Place("reading the tokenizer", f"{_P}.model.frozen:clip_tokenizer"),
-    Place("the model over the lent tensors", f"{_P}.job:lent_model"),
-    Place("which checkpoint and VAE it is", f"{_P}.resume:checkpoint_facts"),
-    Place("which checkpoint and VAE it is", f"{_P}.feeding:encoder_fingerprint"),
-    Place("the LoRA's layers", f"{_P}.job:_network"),
-    Place("latents", f"{_P}.job:latents_of"),
-    Place("the memory plan", f"{_P}.job:memory_plan"),
-    Place("which pictures they are", f"{_P}.job:_keeper"),
-    Place("captions", f"{_P}.cache.text:TextCache._encode"),
-    Place(ARITHMETIC, f"{_P}.training.graph:Execution.gradients"),
-    Place(ARITHMETIC, f"{_P}.training.graph:Execution.finish"),
-    Place("the metadata", f"{_P}.provenance:Provenance.metadata"),
-    Place("the file", f"{_P}.network.file:save"),
-)
+WATCHED = tuple(WatchedFunction(stage, f"lib_lora_train.{target}") for stage, target in (
+    ("making the run's folder", "run.record:RunRecord.__init__"),
+    ("writing down what happens", "run.record:RunRecord.write"),
+    ("reading the folder of pictures", "run.job:_prepared"),
+    ("reading the checkpoint", "host.standalone:_describe"),
+    ("reading the checkpoint", "host.standalone:_load"),
+    ("reading the tokenizer", "model.frozen:clip_tokenizer"),
+    ("the model on the leased tensors", "run.job:frozen_model"),
+    ("which checkpoint and VAE it is", "run.resume:checkpoint_facts"),
+    ("which checkpoint and VAE it is", "run.inputs:encoder_fingerprint"),
+    ("the LoRA's layers", "run.job:_network"),
+    ("latents", "run.job:latents_of"),
+    ("the memory plan", "run.job:memory_plan"),
+    ("which pictures they are", "run.job:_checkpointer"),
+    ("captions", "inputs.text:TextCache._encode"),
+    (ARITHMETIC, "training.cuda_graph:Execution.gradients"),
+    (ARITHMETIC, "training.cuda_graph:Execution.finish"),
+    ("the metadata", "run.provenance:Provenance.metadata"),
+    ("the file", "adapters.file:save")))
+STEP_END = WatchedFunction(ARITHMETIC, "lib_lora_train.training.cuda_graph:Execution.finish")
+"""Its return ends a step's computation."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +66,7 @@ class Phases:
     end: Mapping[str, Spent]
 
 
-class _Watched(StandaloneHost):
+class _TimedHost(StandaloneHost):
     """A host that cuts the time where the first step ends, and where the run tells of its last and its file."""
 
     watch: Stopwatch
@@ -79,7 +76,7 @@ class _Watched(StandaloneHost):
         self.watch, self.cuts = watch, []
 
     def step_done(self) -> None:
-        """A step has been computed. On a card the run hears of its loss a step or two later, and waits for nothing."""
+        """A step has been computed. On a GPU the run hears of its loss a step or two later, and waits for nothing."""
         if not self.cuts:
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)  # once a run, and only a measurement waits here
@@ -108,50 +105,49 @@ def run_startup(*, size: str, steps: int, output: Path, say: Say) -> str:
         raise SettingError(f"{steps} steps are too few", why="the first and the last one are looked at")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     family, small = SIZES[size]
-    work = output / "startup-work"
-    shutil.rmtree(work, ignore_errors=True)
+    scratch = output / "startup-scratch"
+    shutil.rmtree(scratch, ignore_errors=True)
     try:
         say("Making a checkpoint of random weights …")
-        checkpoint = true_size_checkpoint(family, work, dtype=torch.float16, small=small)
+        checkpoint = true_size_checkpoint(family, scratch, dtype=torch.float16, small=small)
         side = SIDES[size][device.type]
-        host = _Watched(checkpoint, lora_folder=work / "loras", runs_folder=work / "runs", device=device)
-        settings = _settings(make_pictures(work / "pictures", side=side, count=PICTURES), side=side, steps=steps)
+        host = _TimedHost(checkpoint, lora_folder=scratch / "loras", runs_folder=scratch / "runs", device=device)
+        settings = _settings(make_images(scratch / "pictures", side=side, count=IMAGES), side=side, steps=steps)
         runs = []
         for number, name in enumerate(("Nothing read, nothing cached", "Again", "Once more")):
             say(f"{name} …")
             runs.append(_timed(host, settings, number))
     finally:
-        shutil.rmtree(work, ignore_errors=True)
-    first, again = runs[0], min(runs[1:], key=lambda run: _total(run.start).wall)
-    about = f"{size}, {PICTURES} pictures of {side}×{side}, rank {settings.network.network_dim}; {machine_text(device)}"
-    text = startup_text(first, again, about=about)
-    write_atomic(output / "startup.md", text.encode("utf-8"))
-    figures = {"size": size, "side": side, "steps": steps, "machine": machine_text(device),
-               "first": dataclasses.asdict(first), "again": dataclasses.asdict(again)}
-    write_atomic(output / "startup.json", json.dumps(figures, indent=1).encode("utf-8"))
-    return text
+        shutil.rmtree(scratch, ignore_errors=True)
+    first, repeated = runs[0], min(runs[1:], key=lambda run: _total(run.start).wall)
+    about = f"{size}, {IMAGES} pictures of {side}×{side}, rank {settings.network.network_dim}; {machine_text(device)}"
+    text = startup_text(first, repeated, about=about)
+    return write_report(output, "startup", text, {
+        "size": size, "side": side, "steps": steps, "machine": machine_text(device),
+        "first": dataclasses.asdict(first), "again": dataclasses.asdict(repeated)})
 
 
-def startup_text(first: Phases, again: Phases, *, about: str) -> str:
+def startup_text(first: Phases, repeated: Phases, *, about: str) -> str:
     """Both tables and what they come to."""
-    started, saved = _total(again.start), _total(again.end)
-    apart = started.wall - again.start.get(ARITHMETIC, Spent()).wall
+    started, saved = _total(repeated.start), _total(repeated.end)
+    apart = started.wall - repeated.start.get(ARITHMETIC, Spent()).wall
     return "\n\n".join([
-        f"{about}.", "### From the click to the first step", _stages(first.start, again.start),
+        f"{about}.", "### From the click to the first step", _stages(first.start, repeated.start),
         f"With the model held and the latents cached: {started.wall:.2f} s, of which {apart:.2f} s before and beside the "
         "step's own arithmetic.",
-        "### From the last step to the file", _stages(first.end, again.end),
+        "### From the last step to the file", _stages(first.end, repeated.end),
         f"The file can be used {saved.wall:.2f} s after the last step."]) + "\n"
 
 
-def _stages(first: Mapping[str, Spent], again: Mapping[str, Spent]) -> str:
-    one, two = _total(first).wall, _total(again).wall
+def _stages(first: Mapping[str, Spent], repeated: Mapping[str, Spent]) -> str:
+    one, two = _total(first).wall, _total(repeated).wall
     nothing = Spent()
-    lines = [(stage, *(cell for spent, total in ((first.get(stage, nothing), one), (again.get(stage, nothing), two))
-                       for cell in (f"{spent.wall:.3f}", f"{spent.processor:.3f}", share(spent.wall / total if total else 0))))
-             for stage in sorted({*first, *again}, key=lambda s: -max(again.get(s, nothing).wall, first.get(s, nothing).wall))]
-    sums = ("all", f"{one:.3f}", f"{_total(first).processor:.3f}", "", f"{two:.3f}", f"{_total(again).processor:.3f}", "")
-    return grid(("stage", "first run s", "processor s", "share", "again s", "processor s", "share"), [*lines, sums])
+    lines = [(stage, *(cell for spent, total in ((first.get(stage, nothing), one), (repeated.get(stage, nothing), two))
+                       for cell in (f"{spent.wall:.3f}", f"{spent.cpu:.3f}", share(spent.wall / total if total else 0))))
+             for stage in sorted({*first, *repeated}, key=lambda stage: -max(
+                 spent.get(stage, nothing).wall for spent in (first, repeated)))]
+    sums = ("all", f"{one:.3f}", f"{_total(first).cpu:.3f}", "", f"{two:.3f}", f"{_total(repeated).cpu:.3f}", "")
+    return grid(("stage", "first run s", "CPU s", "share", "again s", "CPU s", "share"), [*lines, sums])
 
 
 def _total(stages: Mapping[str, Spent]) -> Spent:
@@ -164,10 +160,21 @@ def _settings(images: Path, *, side: int, steps: int) -> Settings:
                   "seed": 1})
 
 
-def _timed(host: _Watched, settings: Settings, number: int) -> Phases:
-    own = runner.Runner()
-    watch = Stopwatch()
-    with _ending_steps(host.step_done), watch.watching(PLACES), _followed(watch):
+def _timed(host: _TimedHost, settings: Settings, number: int) -> Phases:
+    own, watch = runner.Runner(), Stopwatch()
+    owner, name = STEP_END.find()
+    finish, run_job = getattr(owner, name), runner.run_job
+
+    def finished(*arguments: object) -> object:
+        result = finish(*arguments)
+        host.step_done()
+        return result
+
+    def followed(plan: object, host: Host, *, report: Report, stop: Stop, folder: Path | None = None) -> Finished:
+        watch.follow()  # the runner's thread is the one to watch
+        return run_job(plan, host, report=report, stop=stop, folder=folder)
+
+    with mock.patch.object(owner, name, finished), watch.watching(WATCHED), mock.patch.object(runner, "run_job", followed):
         host.begin(watch)
         own.start(settings, host)
         own.wait()
@@ -176,34 +183,3 @@ def _timed(host: _Watched, settings: Settings, number: int) -> Phases:
     if ended is None or ended.outcome != "done":
         raise TrainingError(f"Run {number + 1} did not end as it should", why=ended.message if ended else "")
     return host.phases()
-
-
-@contextlib.contextmanager
-def _ending_steps(done: Callable[[], None]) -> Iterator[None]:
-    """`done` is called within each step's last function."""
-    original = Execution.finish
-
-    def finish(self: Execution) -> torch.Tensor:
-        result = original(self)
-        done()
-        return result
-    Execution.finish = finish
-    try:
-        yield
-    finally:
-        Execution.finish = original
-
-
-@contextlib.contextmanager
-def _followed(watch: Stopwatch) -> Iterator[None]:
-    """The runner's thread is the one that is watched, once it runs."""
-    @contextlib.contextmanager
-    def following() -> Iterator[None]:
-        watch.follow()
-        yield
-    original = runner.run_job
-    runner.run_job = following()(original)
-    try:
-        yield
-    finally:
-        runner.run_job = original

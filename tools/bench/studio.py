@@ -1,6 +1,6 @@
 """How long the dataset studio takes for a large dataset: reading the captions, filtering, editing and saving them.
 
-The dataset is made here: pictures of a few pixels (nothing decodes them), captions of twenty tags out of a vocabulary of
+The dataset is made here: images of a few pixels (nothing decodes them), captions of twenty tags out of a vocabulary of
 2000 whose frequencies fall like those of words (Zipf's law). Each figure is the shortest of several; the files have just been
 written, so the system still holds them in memory. Not covered: thumbnails, which are made when they are looked at.
 """
@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import io
 import itertools
-import json
 import os
 import platform
 import random
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,14 +20,14 @@ from pathlib import Path
 from PIL import Image
 
 from lib_lora_train.errors import SettingError
-from lib_lora_train.storage.atomic import write_atomic
 from lib_lora_train.studio.captions.edits import AddTags, Edit, ReplaceRegex, ReplaceTag, ReplaceText, SetCaption, SortTags
 from lib_lora_train.studio.captions.filter import Filter
 from lib_lora_train.studio.captions.store import CaptionStore
-from tools.bench.grid import grid
+from tools.bench.report import grid, write_report
+from tools.bench.stopwatch import shortest
 
 SIZES = (1000, 2000, 5000, 10_000)
-MOST_SECONDS = 2.0  # promised for 10,000 pictures of everything but saving
+MOST_SECONDS = 2.0  # promised for 10,000 images of everything but saving
 TIMES = 5
 TAGS_EACH, VOCABULARY = 20, 2000
 SAVING = ("save one caption", "save all captions")
@@ -37,13 +35,13 @@ SAVING = ("save one caption", "save all captions")
 
 @dataclass(frozen=True)
 class Row:
-    """One operation; seconds for each number of pictures."""
+    """One operation; seconds for each number of images."""
 
     name: str
     seconds: tuple[float, ...]
 
     def growth(self, sizes: Sequence[int]) -> float:
-        """Time per picture with the most pictures, relative to that with the fewest: 1 is linear, less is better."""
+        """Time per image with the most images, relative to that with the fewest: 1 is linear, less is better."""
         return (self.seconds[-1] / sizes[-1]) / (self.seconds[0] / sizes[0])
 
 
@@ -61,11 +59,9 @@ def run_studio(sizes: Sequence[int], *, output: Path, times: int = TIMES, say: C
             shutil.rmtree(folder)
     rows = [Row(name, tuple(column[name] for column in columns)) for name in columns[0]]
     text = table(rows, sizes)
-    facts = {"pictures": list(sizes), "rows": [asdict(row) for row in rows], "python": platform.python_version(),
+    figures = {"pictures": list(sizes), "rows": [asdict(row) for row in rows], "python": platform.python_version(),
              "system": platform.platform(), "processors": os.cpu_count()}
-    write_atomic(output / "studio.md", text.encode("utf-8"))
-    write_atomic(output / "studio.json", json.dumps(facts, indent=1).encode("utf-8"))
-    return text
+    return write_report(output, "studio", text, figures)
 
 
 def make_dataset(folder: Path, *, images: int, seed: int = 0) -> Path:
@@ -86,29 +82,29 @@ def make_dataset(folder: Path, *, images: int, seed: int = 0) -> Path:
 
 def measure(folder: Path, *, times: int) -> dict[str, float]:
     """Seconds of each operation, the shortest of `times`."""
-    result = {"load the index": _shortest(lambda: CaptionStore.open(folder), times)}
+    result = {"load the index": shortest(lambda: CaptionStore.open(folder), times)}
     store = CaptionStore.open(folder)
     everything = range(len(store))
     for name, wanted in (("filter by tags", Filter(all_of=("tag 1",), any_of=("tag 2", "tag 3"), none_of=("tag 0",))),
                          ("filter by prefix and suffix", Filter(prefix="tag 1", suffix="9")),
                          ("filter by text", Filter(text="tag 17")),
                          ("filter by a regular expression", Filter(regex=r"tag 1\d\b.*tag 4"))):
-        result[name] = _shortest(lambda wanted=wanted: store.select(wanted), times)
-    result["tags by frequency"] = _shortest(store.tags, times)
+        result[name] = shortest(lambda wanted=wanted: store.select(wanted), times)
+    result["tags by frequency"] = shortest(store.tags, times)
     edits: tuple[tuple[str, Edit], ...] = (
         ("replace a tag", ReplaceTag("tag 0", "first")), ("replace a text", ReplaceText("tag ", "word ")),
         ("replace by a regular expression", ReplaceRegex(r"tag (\d+)", r"\1 times")), ("add a tag", AddTags(("zzk",), "start")),
         ("sort by frequency", SortTags("frequency")))
     for name, edit in edits:
-        result[name] = _shortest(lambda edit=edit: store.apply(edit, everything), times, after=store.undo)
+        result[name] = shortest(lambda edit=edit: store.apply(edit, everything), times, after=store.undo)
     store.apply(edits[1][1], everything)
-    result["undo and redo"] = _shortest(lambda: (store.undo(), store.redo()), times)
+    result["undo and redo"] = shortest(lambda: (store.undo(), store.redo()), times)
     store.undo()
     numbers = itertools.count()
     # A save writes only what changed, so each one is given new captions first.
-    for name, places in zip(SAVING, (range(1), everything), strict=True):
-        result[name] = _shortest(store.save, min(times, 3),
-                                 before=lambda places=places: store.apply(SetCaption(f"caption {next(numbers)}"), places))
+    for name, indices in zip(SAVING, (range(1), everything), strict=True):
+        result[name] = shortest(store.save, min(times, 3),
+                                 before=lambda indices=indices: store.apply(SetCaption(f"caption {next(numbers)}"), indices))
     return result
 
 
@@ -121,17 +117,3 @@ def table(rows: Sequence[Row], sizes: Sequence[int]) -> str:
         f"Everything but saving takes less than {MOST_SECONDS:.0f} s with {sizes[-1]:,} pictures."
     return "\n".join([grid(head, lines), "", verdict,
                       "Growth: time per picture with the most pictures relative to that with the fewest; 1 is linear.", ""])
-
-
-def _shortest(work: Callable[[], object], times: int, *, before: Callable[[], object] | None = None,
-              after: Callable[[], object] | None = None) -> float:
-    shortest = float("inf")
-    for _ in range(times):
-        if before is not None:
-            before()
-        began = time.perf_counter()
-        work()
-        shortest = min(shortest, time.perf_counter() - began)
-        if after is not None:
-            after()
-    return shortest

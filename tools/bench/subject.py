@@ -1,4 +1,4 @@
-"""What a subject LoRA learnt: nine pictures of one character to train on, three poses kept back, new scenes to paint."""
+"""What a subject LoRA learnt: nine images of one character to train on, three poses kept back, new scenes to sample."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 
 from lib_lora_train.host.port import Host
-from tools.bench.measures import nearest_place
-from tools.bench.real_images import HANDS, HELD_OUT, read_dataset
-from tools.bench.sampler import Painter
-from tools.bench.scorers import WordJudge
+from tools.bench.evaluator import Band, Evaluator, loss_bands, mean
+from tools.bench.image_metrics import nearest_index
+from tools.bench.real_images import HELD_OUT, STYLES, read_dataset
+from tools.bench.sampler import Sampler
+from tools.bench.scorers import WordScorer
 from tools.bench.style import save_sheet
 from tools.bench.training import Say, train_lora
-from tools.bench.yardstick import Band, Yardstick, loss_bands, mean
 
 TRIGGER = "zorbi"
 SCENES = ("reading a book", "playing a guitar", "eating a banana", "with a red heart", "in the snow")
@@ -26,10 +26,10 @@ KEPT_BACK = slice(3, None, 4)
 
 @dataclasses.dataclass(frozen=True)
 class SubjectResult:
-    """Shares of pictures whose nearest real picture, in the word judge's features, shows the subject.
+    """Shares of images whose nearest real image, in the word scorer's features, shows the subject.
 
-    base, lora    painted pictures, the same prompts and noise, without and with the LoRA at weight 1
-    real          real pictures of the subject, each compared with all others: how well the measure finds it
+    base, lora    generated images, the same prompts and noise, without and with the LoRA at weight 1
+    real          real images of the subject, each compared with all others: how well the measure finds it
     mistaken      real emoji of held-out words, each compared with all other words: how often it finds it wrongly
     loss          on the poses that were kept back
     """
@@ -43,22 +43,22 @@ class SubjectResult:
     loss: list[Band]
 
 
-def measure_subject(host: Host, painter: Painter, yardstick: Yardstick, *, data: Path, output: Path,
+def measure_subject(host: Host, sampler: Sampler, evaluator: Evaluator, *, data: Path, output: Path,
                     settings: Mapping[str, object], steps: int, say: Say) -> SubjectResult:
-    """Train on `data` without every fourth picture, copied to `output`/subject, and paint scenes of the trigger word."""
+    """Train on `data` without every fourth image, copied to `output`/subject, and sample scenes of the trigger word."""
     files, captions, pixels = read_dataset(data)
     kept_back = list(range(len(files)))[KEPT_BACK]
-    trained_on = _copied([file for place, file in enumerate(files) if place not in kept_back], output / "subject")
+    trained_on = _copied([file for index, file in enumerate(files) if index not in kept_back], output / "subject")
     lora = train_lora(host, settings=settings, data=trained_on, trigger_word=TRIGGER, name="bench-subject", steps=steps,
                       wanted=(steps,), say=say)[steps]
-    full = painter.lora(lora, weight=1.0)
-    prompts = [f"{TRIGGER}, {scene}" for scene in (*(captions[place] for place in kept_back), *SCENES)
-               for _ in range(yardstick.effort.paintings)]
-    say(f"  painting {2 * len(prompts)} pictures, without and with the LoRA")
-    base, generated = painter.sample(prompts), painter.sample(prompts, full)
-    gallery = _Gallery(yardstick, painter.through_vae(pixels))
+    full = sampler.lora(lora, weight=1.0)
+    prompts = [f"{TRIGGER}, {scene}" for scene in (*(captions[index] for index in kept_back), *SCENES)
+               for _ in range(evaluator.effort.paintings)]
+    say(f"  sampling {2 * len(prompts)} pictures, without and with the LoRA")
+    base, generated = sampler.sample(prompts), sampler.sample(prompts, full)
+    gallery = _Gallery(evaluator, sampler.through_vae(pixels))
     say("  the loss on the poses that were kept back")
-    loss = loss_bands(painter, pixels[kept_back], [f"{TRIGGER}, {captions[place]}" for place in kept_back], full)
+    loss = loss_bands(sampler, pixels[kept_back], [f"{TRIGGER}, {captions[index]}" for index in kept_back], full)
     save_sheet(output / "subject.png", [base, generated])
     return SubjectResult(
         steps=steps, images=len(prompts), base=gallery.share(base), lora=gallery.share(generated), real=gallery.found(),
@@ -66,37 +66,37 @@ def measure_subject(host: Host, painter: Painter, yardstick: Yardstick, *, data:
 
 
 class _Gallery:
-    """Features of the subject's pictures, then of all real emoji in both hands."""
+    """Features of the subject's images, then of all real emoji in both styles."""
 
-    def __init__(self, yardstick: Yardstick, subject: torch.Tensor) -> None:
-        self._judge: WordJudge = yardstick.word
-        self._subjects, self._words = len(subject), len(yardstick.real.words)
-        self._asked = yardstick.real.places(HELD_OUT)
-        self._features = self._judge.features(torch.cat([subject, *(yardstick.shown[hand] for hand in HANDS)]))
+    def __init__(self, evaluator: Evaluator, subject: torch.Tensor) -> None:
+        self._scorer: WordScorer = evaluator.word
+        self._subjects, self._words = len(subject), len(evaluator.real.words)
+        self._held_out = evaluator.real.indices(HELD_OUT)
+        self._features = self._scorer.features(torch.cat([subject, *(evaluator.shown[style] for style in STYLES)]))
 
     def share(self, images: torch.Tensor) -> float:
         """The share of `images` whose nearest is the subject."""
-        return mean(nearest_place(self._judge.features(images), self._features) < self._subjects)
+        return mean(nearest_index(self._scorer.features(images), self._features) < self._subjects)
 
     def found(self) -> float:
-        """The share of the subject's own pictures whose nearest other picture is the subject."""
-        return mean(torch.stack([self._nearest_but(place, [place]) < self._subjects for place in range(self._subjects)]))
+        """The share of the subject's own images whose nearest other image is the subject."""
+        return mean(torch.stack([self._nearest_but(index, [index]) < self._subjects for index in range(self._subjects)]))
 
     def mistaken(self) -> float:
-        """The share of real held-out emoji whose nearest picture of another word is the subject."""
+        """The share of real held-out emoji whose nearest image of another word is the subject."""
         return mean(torch.stack([
-            self._nearest_but(self._subjects + hand * self._words + place, [
-                self._subjects + other * self._words + place for other in range(len(HANDS))]) < self._subjects
-            for hand in range(len(HANDS)) for place in self._asked.tolist()]))
+            self._nearest_but(self._subjects + style * self._words + index, [
+                self._subjects + other * self._words + index for other in range(len(STYLES))]) < self._subjects
+            for style in range(len(STYLES)) for index in self._held_out.tolist()]))
 
-    def _nearest_but(self, place: int, left_out: list[int]) -> torch.Tensor:
-        likeness = self._features @ self._features[place]
+    def _nearest_but(self, index: int, left_out: list[int]) -> torch.Tensor:
+        likeness = self._features @ self._features[index]
         likeness[left_out] = -torch.inf
         return likeness.argmax()
 
 
 def _copied(files: list[Path], folder: Path) -> Path:
-    """These pictures and their captions in a folder of their own, which holds nothing else."""
+    """These images and their captions in a folder of their own, which holds nothing else."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for file in files:

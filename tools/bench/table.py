@@ -4,26 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from tools.bench.grid import grid, share
+from tools.bench.evaluator import Band, Row, ScorerFigures
+from tools.bench.report import grid, share
 from tools.bench.scorers import REQUIRED
 from tools.bench.style import StyleResult
 from tools.bench.subject import SubjectResult
-from tools.bench.yardstick import Band, JudgeFigures, Row
 
-WORTHLESS = "**The judge of hands is right too seldom: all Twemoji shares below count for nothing.**"
+WORTHLESS = "**The style scorer is right too seldom: all Twemoji shares below count for nothing.**"
 _ROW = ("Twemoji", "by palette", "by texture", "shows the word", "PSNR dB", "SSIM", "feature distance")
 
 
-def quality_text(*, settings: Mapping[str, object], checkpoint: str, judges: JudgeFigures, style: StyleResult,
+def quality_text(*, settings: Mapping[str, object], checkpoint: str, scorers: ScorerFigures, style: StyleResult,
                  subject: SubjectResult | None, thorough: bool, seconds: float) -> str:
     """The whole report."""
     chosen = ", ".join(f"{name} {value}" for name, value in settings.items())
-    parts = [f"Model {checkpoint}; {chosen}. Made in {seconds / 60:.1f} minutes.", judges_text(judges)]
+    parts = [f"Model {checkpoint}; {chosen}. Made in {seconds / 60:.1f} minutes.", scorers_text(scorers)]
     if not thorough:
-        parts.insert(0, "**A quick run: few words and judges fitted in haste. Not to be quoted.**")
+        parts.insert(0, "**A quick run: few words, and scorers fitted with few steps. Not to be quoted.**")
     parts += [f"### Style: 24 Twemoji pictures, {style.steps} steps, asked for words it has not seen",
               _rows("pictures", style.rows), _weight_0(style),
-              f"Asked for its own training captions again, {share(style.own)} of what it paints is taken for Twemoji: how "
+              f"Asked for its own training captions again, {share(style.own)} of its images are taken for Twemoji: how "
               "much of the style this model can show at all.",
               "PSNR, SSIM and feature distance are to the real Twemoji of the same word (feature distance: 0 is equal).",
               "### Steps to quality (one run, its saves at weight 1)", _rows("after", style.on_the_way),
@@ -32,7 +32,7 @@ def quality_text(*, settings: Mapping[str, object], checkpoint: str, judges: Jud
                     [(m.name, f"{m.mean:.3f}", f"{m.least:.3f}", share(m.suspicious)) for m in style.memorised]),
               "### Loss on real held-out Twemoji, by timestep", _bands(style.loss)]
     if subject is not None:
-        parts += [f"### Subject: nine pictures, {subject.steps} steps, {subject.pictures} paintings of new scenes",
+        parts += [f"### Subject: nine pictures, {subject.steps} steps, {subject.images} images of new scenes",
                   grid(("pictures", "nearest real picture is the subject"),
                         [("base", share(subject.base)), ("LoRA at 1", share(subject.lora)),
                          ("real ones of the subject", share(subject.real)),
@@ -41,16 +41,16 @@ def quality_text(*, settings: Mapping[str, object], checkpoint: str, judges: Jud
     return "\n\n".join(parts) + "\n"
 
 
-def judges_text(judges: JudgeFigures) -> str:
-    """How far the judges can be trusted; says plainly where they cannot."""
-    lines = [f"Judge of hands: right on {share(judges.hand)} of the real held-out pictures, which it never saw (palette "
-             f"alone {share(judges.hand_palette)}, texture alone {share(judges.hand_texture)}; "
+def scorers_text(scorers: ScorerFigures) -> str:
+    """How far the scorers can be trusted; says plainly where they cannot."""
+    lines = [f"Style scorer: right on {share(scorers.style)} of the real held-out pictures, which it was not fitted on "
+             f"(palette alone {share(scorers.style_palette)}, texture alone {share(scorers.style_texture)}; "
              f"required {share(REQUIRED)}).",
-             f"Judge of words: right on {share(judges.word_noto)} of Noto's and {share(judges.word_twemoji)} of Twemoji's "
-             "held-out words, on pictures it was fitted on, varied anew"
-             + ("." if judges.word_across is None else
-                f"; on {share(judges.word_across)} of Twemoji's where it was shown Noto's only.")]
-    return "\n".join([*([] if judges.hand_counts else [WORTHLESS]), *lines])
+             f"Word scorer: right on {share(scorers.word_noto)} of Noto's and {share(scorers.word_twemoji)} of Twemoji's "
+             "held-out words, on augmented images of its own training set"
+             + ("." if scorers.word_across is None else
+                f"; on {share(scorers.word_across)} of Twemoji's where it was shown Noto's only.")]
+    return "\n".join([*([] if scorers.style_counts else [WORTHLESS]), *lines])
 
 
 def _weight_0(style: StyleResult) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Literal
 
 from lib_lora_train import events
 from lib_lora_train.errors import SettingError, TrainingError
@@ -15,34 +16,41 @@ from lib_lora_train.settings import parse
 from lib_lora_train.settings.field import Value
 
 Say = Callable[[str], None]
+Stop = Callable[[], Literal["", "stop", "save"]]
 
 REFERENCE: dict[str, Value] = {
     "optimizer_type": "AdamW", "learning_rate": 1e-4, "network_dim": 8, "network_alpha": 4.0, "lr_scheduler": "cosine",
     "train_batch_size": 4, "seed": 42, "resolution": "128"}
 """The line that other methods are compared with; what it does not name has its default."""
 FIXED = ("output_name", "output_dir", "overwrite", "train_data_dir", "trigger_word", "max_train_steps", "save_every_n_steps")
-"""What the yardstick sets itself."""
+"""What the benchmark sets itself."""
 
 
 def settings_of(changes: Mapping[str, object]) -> dict[str, object]:
-    """The reference line with `changes`. Raises SettingError for a setting that is the yardstick's own, or unknown."""
+    """The reference line with `changes`. Raises SettingError for a setting that is the benchmark's own, or unknown."""
     for name in FIXED:
         if name in changes:
-            raise SettingError(f"{name} cannot be set here", why="the yardstick is only one as long as it stays the same",
+            raise SettingError(f"{name} cannot be set here", why="the benchmark always uses its own value",
                                remedy="--steps sets the number of steps" if name == "max_train_steps" else "leave it out")
     chosen = {**REFERENCE, **changes}
     parse(chosen)
     return chosen
 
 
-def marks(steps: int) -> tuple[int, ...]:
-    """The steps at which the LoRA is judged: 50, 100, 200, 400, … and the last; halves of it where it is below 100."""
+def measured_steps(steps: int) -> tuple[int, ...]:
+    """The steps at which the LoRA is scored: 50, 100, 200, 400, … and the last; halves of it where it is below 100."""
     first = 50 if steps > 50 else max(1, steps // 2)
     found = []
     while first < steps:
         found.append(first)
         first *= 2
     return (*found, steps)
+
+
+def run_training(settings: Mapping[str, object], host: Host, *, report: events.Report,
+                 stop: Stop = lambda: "") -> events.Finished:
+    """One ordinary run, as a user starts it; raises what `run_job` raises."""
+    return run_job(plan_job(parse(settings), host), host, report=report, stop=stop)
 
 
 def train_lora(host: Host, *, settings: Mapping[str, object], data: Path, trigger_word: str, name: str, steps: int,
@@ -62,10 +70,9 @@ def train_lora(host: Host, *, settings: Mapping[str, object], data: Path, trigge
         elif isinstance(event, events.Warned):
             say(f"  note: {event.message}")
 
-    chosen = parse({
+    run_training({
         **settings, "output_name": name, "overwrite": True, "train_data_dir": str(data), "trigger_word": trigger_word,
-        "max_train_steps": steps, "save_every_n_steps": math.gcd(*wanted)})
-    run_job(plan_job(chosen, host), host, report=report, stop=lambda: "")
+        "max_train_steps": steps, "save_every_n_steps": math.gcd(*wanted)}, host, report=report)
     missing = [step for step in wanted if step not in saved]
     if missing:
         raise TrainingError(f"The LoRA of step {missing[0]} was not kept", remedy="make room on the disk and start again")

@@ -1,7 +1,7 @@
 """Checkpoints of the published sizes with random weights, made on the spot: what speed and memory are measured on.
 
 A step takes the same time and memory whatever the weights are, so nothing is downloaded. Weights are scaled so that
-activations stay of ordinary size, in fp16 too. "Small" is the same structure, narrower: for processors.
+activations stay of ordinary size, in fp16 too. "Small" is the same structure, narrower: for CPUs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from lib_lora_train.errors import SettingError, translated
 from lib_lora_train.storage.atomic import replacing
-from tools import checkpoint_shapes
+from tools import checkpoint_shapes as shapes
 
 FAMILIES = ("sd1", "sd2", "sdxl")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -40,18 +40,18 @@ class Text:
 class Model:
     """All parts of a checkpoint."""
 
-    unet: checkpoint_shapes.UNetSize
+    unet: shapes.UNetSize
     vae_channels: int
     text: tuple[Text, ...]
 
 
 _CLIP, _OPENCLIP = "transformer.text_model.", "model."
 _PUBLISHED = {
-    "sd1": Model(checkpoint_shapes.UNetSize(320, (1, 2, 4, 4), (1, 1, 1, 0), 1, 768), 128,
+    "sd1": Model(shapes.UNetSize(320, (1, 2, 4, 4), (1, 1, 1, 0), 1, 768), 128,
                  (Text(f"cond_stage_model.{_CLIP}", False, 768, 12),)),
-    "sd2": Model(checkpoint_shapes.UNetSize(320, (1, 2, 4, 4), (1, 1, 1, 0), 1, 1024, linear=True), 128,
+    "sd2": Model(shapes.UNetSize(320, (1, 2, 4, 4), (1, 1, 1, 0), 1, 1024, linear=True), 128,
                  (Text(f"cond_stage_model.{_OPENCLIP}", True, 1024, 24),)),
-    "sdxl": Model(checkpoint_shapes.UNetSize(320, (1, 2, 4), (0, 2, 10), 10, 2048, linear=True, vector=1280 + _SIZE_VECTOR), 128,
+    "sdxl": Model(shapes.UNetSize(320, (1, 2, 4), (0, 2, 10), 10, 2048, linear=True, vector=1280 + _SIZE_VECTOR), 128,
                   (Text(f"conditioner.embedders.0.{_CLIP}", False, 768, 12),
                    Text(f"conditioner.embedders.1.{_OPENCLIP}", True, 1280, 32))),
 }
@@ -82,10 +82,10 @@ def model_of(family: str, *, small: bool = False) -> Model:
 def true_size_shapes(family: str, *, small: bool = False) -> dict[str, tuple[int, ...]]:
     """{checkpoint name: shape} of UNet, VAE and text encoders."""
     model = model_of(family, small=small)
-    parts = [("model.diffusion_model.", checkpoint_shapes.unet(model.unet)),
-             ("first_stage_model.", checkpoint_shapes.vae(channels=model.vae_channels, multipliers=(1, 2, 4, 4), blocks=2))]
+    parts = [("model.diffusion_model.", shapes.unet(model.unet)),
+             ("first_stage_model.", shapes.vae(channels=model.vae_channels, multipliers=(1, 2, 4, 4), blocks=2))]
     for text in model.text:
-        make = checkpoint_shapes.openclip_text if text.openclip else checkpoint_shapes.clip_text
+        make = shapes.openclip_text if text.openclip else shapes.clip_text
         parts.append((text.prefix, make(vocabulary=VOCABULARY, width=text.width, layers=text.layers)))
     return {f"{prefix}{name}": shape for prefix, names in parts for name, shape in names}
 
@@ -123,7 +123,7 @@ def _drawn(family: str, *, dtype: torch.dtype, device: torch.device, small: bool
     generator = torch.Generator(device).manual_seed(seed)
     for name, shape in true_size_shapes(family, small=small).items():
         noise = torch.randn(shape, generator=generator, device=device)
-        yield name, checkpoint_shapes.scaled(name, noise).to(dtype)
+        yield name, shapes.scaled(name, noise).to(dtype)
 
 
 def _header(names: dict[str, tuple[int, ...]], dtype: torch.dtype, metadata: dict[str, str]) -> tuple[bytes, int]:

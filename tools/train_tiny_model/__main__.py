@@ -1,12 +1,12 @@
-"""Train the model of the demo and of the yardstick from nothing: autoencoder, text encoder and UNet.
+"""Train the model of the demo and of the benchmark from nothing: autoencoder, text encoder and UNet.
 
     python tools/train_tiny_model --folder tiny-model --decoder-minutes 70 --painter-minutes 80
 
 One command, in a folder of its own, that can be ended and given again: both parts go on where their last save (every few
 minutes) left them, and longer times than before go on from what is there. They do not need each other: on a machine with two
 cores `--part decoder --threads 1` and `--part painter --threads 1` may run side by side, then `--part export`.
-Pictures and words come with `npm pack`. At the end the checkpoint, its `.yaml` and the text encoder's configuration are
-written to the folder that the demo reads, and a sheet of 64 prompts is painted. Everything drawn is seeded; but the learning
+Images and words come with `npm pack`. At the end the checkpoint, its `.yaml` and the text encoder's configuration are
+written to the folder that the demo reads, and a sheet of 64 prompts is generated. Everything drawn is seeded; but the learning
 rate follows the clock, so another machine comes to other weights.
 """
 
@@ -22,11 +22,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
 import autoencoder  # noqa: E402
+import denoiser  # noqa: E402
 import export  # noqa: E402
-import painter  # noqa: E402
 from graph import plain_attention  # noqa: E402
 from images import gather  # noqa: E402
-from sheet import paint_sheet  # noqa: E402
+from sheet import write_sheet  # noqa: E402
 
 from lib_lora_train.model import frozen  # noqa: E402
 from lib_lora_train.model.architecture import Hints  # noqa: E402
@@ -36,7 +36,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def main() -> None:
-    """Train, export, paint the sheet."""
+    """Train, export, sample the sheet."""
     arguments = _arguments()
     folder, device, dtype = arguments.folder, torch.device(arguments.device), DTYPES[arguments.precision]
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,16 +64,16 @@ def main() -> None:
             minutes=minutes("decoder", arguments.decoder_minutes), seed=arguments.seed, device=device, dtype=dtype)
         if arguments.part == "decoder":
             return
-        material = painter.prepare(chosen, packages, lambda pixels: (
+        material = denoiser.prepare(chosen, packages, lambda pixels: (
             autoencoder.encoded(encoder, pixels) - statistics.mean) / statistics.deviation)
-        weights = painter.train(model, weights, material, state_file=folder / "painter.pt",
+        weights = denoiser.train(model, weights, material, state_file=folder / "painter.pt",
                                 minutes=minutes("painter", arguments.painter_minutes), seed=arguments.seed, device=device,
                                 dtype=dtype)
         if arguments.part == "painter":
             return
     checkpoint = export.write(arguments.out, vae=vae, statistics=statistics, weights=weights)
     print(f"{checkpoint}: {checkpoint.stat().st_size / 1e6:.1f} MB", flush=True)
-    paint_sheet(checkpoint, checkpoint.with_name("sheet.png"))
+    write_sheet(checkpoint, checkpoint.with_name("sheet.png"))
 
 
 def _arguments() -> argparse.Namespace:
@@ -88,7 +88,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=sorted(DTYPES), default="bf16", help="of activations; weights are kept in fp32")
-    parser.add_argument("--threads", type=int, help="processor threads (torch's choice by default)")
+    parser.add_argument("--threads", type=int, help="CPU threads (torch's choice by default)")
     return parser.parse_args()
 
 

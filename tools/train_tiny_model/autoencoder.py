@@ -1,16 +1,16 @@
 """The autoencoder: a linear encoder that is fitted in closed form, and a decoder that is trained to undo it.
 
-Emoji have 64 pixels, the model's pictures 128, latents 16. So the outermost level of the autoencoder does nothing but halve
+Emoji have 64 pixels, the model's images 128, latents 16. So the outermost level of the autoencoder does nothing but halve
 and double; what is in between shrinks by four:
 
-- The encoder takes the four principal components of 4×4 blocks (of the 64-pixel picture): the three colours' means and a
+- The encoder takes the four principal components of 4×4 blocks (of the 64-pixel image): the three colours' means and a
   gradient. ldm's layers are made to pass them through: residual blocks and attention add zero; the last group norm is made
   nearly linear by constants that share a signal's group and are much larger than it (K and −K: then the deviation is K·√⅔
-  whatever the picture, and a third of the signal's mean is lost, which is linear too); a shift keeps SiLU where it is straight.
+  whatever the image, and a third of the signal's mean is lost, which is linear too); a shift keeps SiLU where it is straight.
 - The decoder is trained at 64 pixels. Its last 3×3 convolution is a 1×1 one until it is exported: there it gets the kernel
   that smooths the doubled pixels, and the norm before it does not see the doubling, which keeps mean and deviation.
 
-Why not train both halves? On two processor cores there is no time for it, and latents that look like the picture are what
+Why not train both halves? On two CPU cores there is no time for it, and latents that look like the image are what
 a small UNet learns soonest.
 """
 
@@ -37,23 +37,23 @@ IDENTITY_BLOCKS = ("decoder.up.1.block.1", "decoder.up.0.block.0", "decoder.up.0
 
 
 def bank(emoji: list[Emoji], folder: Path) -> Tensor:
-    """uint8 [N, 72, 72, 3]: every Noto picture, every Twemoji picture that is not held out, and some in other hues."""
+    """uint8 [N, 72, 72, 3]: every Noto image, every Twemoji image that is not held out, and some in other hues."""
     rows = []
     hues = list(HUES)
-    for place, one in enumerate(emoji):
-        for hand in ("noto", "twemoji"):
-            if hand == "twemoji" and one.label in HELD_OUT:
+    for index, one in enumerate(emoji):
+        for style in ("noto", "twemoji"):
+            if style == "twemoji" and one.label in HELD_OUT:
                 continue
-            image = open_rgba(folder / hand / one.image)
+            image = open_rgba(folder / style / one.image)
             rows.append(on_paper(image))
-            source, target = hues[place % len(hues)], hues[(place * 3 + 1 + len(hand)) % len(hues)]
+            source, target = hues[index % len(hues)], hues[(index * 3 + 1 + len(style)) % len(hues)]
             if source != target:
                 rows.append(on_paper(turned_hue(image, source=source, target=target)))
     return torch.from_numpy(np.stack(rows))
 
 
 def at_64(images: Tensor) -> Tensor:
-    """uint8 [N, h, w, 3] -> fp32 [N, 3, 64, 64] in [-1, 1], as the encoder's first halving sees the 128-pixel picture."""
+    """uint8 [N, h, w, 3] -> fp32 [N, 3, 64, 64] in [-1, 1], as the encoder's first halving sees the 128-pixel image."""
     return F.avg_pool2d(enlarged(images), 2)
 
 
@@ -74,19 +74,19 @@ def fit_encoder(tensors: dict[str, Tensor], images: Tensor) -> None:
         tensors["encoder.conv_in.bias"][colour] = -1.0
         for row, column in quarter:
             tensors["encoder.down.0.downsample.conv.weight"][colour, colour, row, column] = 0.25
-    for place, (row, column) in enumerate(quarter):  # every pixel of a 2×2 block into a channel of its own
+    for index, (row, column) in enumerate(quarter):  # every pixel of a 2×2 block into a channel of its own
         for colour in range(3):
-            tensors["encoder.down.1.downsample.conv.weight"][3 * place + colour, colour, row, column] = 1.0
+            tensors["encoder.down.1.downsample.conv.weight"][3 * index + colour, colour, row, column] = 1.0
     last, bias = tensors["encoder.down.2.downsample.conv.weight"], tensors["encoder.down.2.downsample.conv.bias"]
     norm, norm_bias = tensors["encoder.norm_out.weight"], tensors["encoder.norm_out.bias"]
     out, out_bias = tensors["encoder.conv_out.weight"], tensors["encoder.conv_out.bias"]
     out.zero_()
     for signal in range(4):
         channel = 3 * signal  # its group of three: itself, K, −K
-        for place, (row, column) in enumerate(quarter):
+        for index, (row, column) in enumerate(quarter):
             for colour in range(3):
                 for y, x in quarter:
-                    last[channel, 3 * place + colour, y, x] = components[signal, colour, 2 * y + row, 2 * x + column]
+                    last[channel, 3 * index + colour, y, x] = components[signal, colour, 2 * y + row, 2 * x + column]
         bias[channel + 1], bias[channel + 2] = CONSTANT, -CONSTANT
         norm[channel], norm_bias[channel] = CONSTANT * math.sqrt(2 / 3), SHIFT
         out[signal, channel, 1, 1] = 1.0
@@ -120,7 +120,7 @@ class DecoderAt64(TrainedVAE):
     """The decoder without its outermost level."""
 
     def sample(self, latents: Tensor) -> Tensor:
-        """Latents [B, 4, h, w] -> pixels [B, 3, 4h, 4w]; what the whole decoder paints, before it is doubled and smoothed."""
+        """Latents [B, 4, h, w] -> pixels [B, 3, 4h, 4w]; what the whole decoder samples, before it is doubled and smoothed."""
         layers = self._layers
         x = layers.conv2d("decoder.conv_in", layers.conv2d("post_quant_conv", latents), padding=1)
         x = self._middle("decoder", x)
@@ -137,7 +137,7 @@ class DecoderAt64(TrainedVAE):
 
 @dataclasses.dataclass(frozen=True)
 class LatentStatistics:
-    """Mean and standard deviation of each latent channel, [1, 4, 1, 1], over the pictures that were learnt."""
+    """Mean and standard deviation of each latent channel, [1, 4, 1, 1], over the images that were learnt."""
 
     mean: Tensor
     deviation: Tensor
@@ -175,7 +175,7 @@ def train_decoder(frozen: vae.VAE, weights: dict[str, Tensor], images: Tensor, *
         pixels = draw(images, generator).to(device)
         with torch.no_grad():
             latents = encoded(model, pixels)
-        # A painter's latents are never quite those of a picture: the decoder is to forgive small errors.
+        # A sampler's latents are never quite those of an image: the decoder is to forgive small errors.
         latents = latents + 0.03 * torch.randn(latents.shape, generator=generator).to(device)
         generated = model.sample(latents.to(dtype))
         loss, distance = _loss(generated, F.avg_pool2d(pixels, 2))

@@ -1,4 +1,4 @@
-"""What the model is told of a picture: its name or a keyword, and colour, shape and size where the picture has them."""
+"""What the model is told of an image: its name or a keyword, and colour, shape and size where the image has them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NO_CAPTION, NAMED, COLOURED, SHAPED, WITH_TAGS, WITH_UNKNOWN = 0.1, 0.92, 0.2, 0
 
 
 @dataclasses.dataclass(frozen=True)
-class Facts:
+class Description:
     """What can be said of one variant of an emoji."""
 
     name: str
@@ -26,19 +26,19 @@ class Facts:
     manner: tuple[str, ...] = ()
 
 
-def facts(emoji: Emoji, image: Image.Image, *, turned_to: str | None = None, size: str = "",
-          manner: tuple[str, ...] = ()) -> Facts:
+def describe(emoji: Emoji, image: Image.Image, *, turned_to: str | None = None, size: str = "",
+          manner: tuple[str, ...] = ()) -> Description:
     """Of `emoji` as shown by `image`; `turned_to` is the colour that its hues were turned to, `manner` the words for how it
-    is drawn, () for Noto's hand; both must be said."""
+    is drawn, () for Noto's style; both must be said."""
     name, tags = emoji.label, emoji.tags
     if turned_to:
         name = " ".join(word for word in name.split() if word not in COLOUR_WORDS) or name
         tags = tuple(tag for tag in tags if not set(tag.split()) & set(COLOUR_WORDS))
-    return Facts(name, tags, (turned_to,) if turned_to else tuple(colours(image)), tuple(shapes(image)), size,
+    return Description(name, tags, (turned_to,) if turned_to else tuple(colours(image)), tuple(shapes(image)), size,
                  turned_to is not None, manner)
 
 
-def caption(of: Facts, draw: random.Random) -> str:
+def caption(of: Description, draw: random.Random) -> str:
     """One way to say it; empty now and then, for classifier-free guidance.
 
     Now and then a word that means nothing comes first, so that a trigger word which is yet to be learnt does no harm.

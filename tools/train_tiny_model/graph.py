@@ -1,6 +1,6 @@
 """The product's own UNet, autoencoder and text encoder, with weights that can be trained.
 
-The graph is the one that trains LoRAs, so what is learnt here is painted alike there. Only the layers differ: these are
+The graph is the one that trains LoRAs, so what is learnt here is generated alike there. Only the layers differ: these are
 leaves with gradients, kept in fp32 and cast to the activations' dtype for each call.
 """
 
@@ -104,7 +104,7 @@ def plain_attention() -> Iterator[None]:
 
 
 class Average:
-    """An exponential moving average of weights, which paints better than the weights of the last step."""
+    """An exponential moving average of weights, which samples better than the weights of the last step."""
 
     def __init__(self, tensors: Mapping[str, Tensor], decay: float) -> None:
         self.tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}
@@ -115,7 +115,8 @@ class Average:
         """Move towards `tensors`; in the first updates faster, so that the random beginning is soon forgotten."""
         self._updates += 1
         weight = 1 - min(self._decay, (1 + self._updates) / (10 + self._updates))
-        torch._foreach_lerp_(list(self.tensors.values()), list(tensors.values()), weight)
+        for average, tensor in zip(self.tensors.values(), tensors.values(), strict=True):
+            average.lerp_(tensor, weight)
 
     def state(self) -> dict[str, object]:
         """What `restore` needs."""

@@ -1,4 +1,4 @@
-"""The whole road on a model that has learnt nothing and on few pictures: what is written, refused and repeated."""
+"""The whole road on a model that has learnt nothing and on few images: what is written, refused and repeated."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import pytest
 from lib_lora_train.errors import DatasetError, SettingError
 from tools.bench import quality, real_images
 from tools.bench.command import main
+from tools.bench.evaluator import Effort
 from tools.bench.quality import QualityPlan, run_quality
-from tools.bench.yardstick import Effort
 
 HASTE = Effort(texture=2, words=2, across=True, every=2, sampler_steps=1, paintings=1)
 
 
 @pytest.fixture
 def few(tmp_path, monkeypatch) -> dict[str, Path]:
-    """Datasets of few pictures, and a sheet of eight words."""
+    """Datasets of few images, and a sheet of eight words."""
     real = real_images.load()
-    places = [0, 1, *real.places("held_out")[:4].tolist(), *real.places("other")[:2].tolist()]
-    thin = real_images.RealPictures(
-        tuple(real.words[p] for p in places), tuple(real.splits[p] for p in places),
-        {hand: pixels[places] for hand, pixels in real.pixels.items()})
+    indices = [0, 1, *real.indices("held_out")[:4].tolist(), *real.indices("other")[:2].tolist()]
+    thin = real_images.RealImages(
+        tuple(real.words[p] for p in indices), tuple(real.splits[p] for p in indices),
+        {style: pixels[indices] for style, pixels in real.pixels.items()})
     monkeypatch.setattr(real_images, "load", lambda: thin)
     folders = {}
     for name, source, count in (("style", quality.STYLE, 2), ("subject", quality.SUBJECT, 4)):
@@ -45,7 +45,7 @@ def test_a_run_writes_its_table_its_figures_and_its_sheets(few, host, tmp_path):
     assert [row.name for row in done.style.on_the_way] == ["1 steps", "2 steps"]
     assert done.style.weight_0_is_base
     real = done.style.rows[1]
-    assert real.feature == pytest.approx(0, abs=1e-5)  # the same pictures through the same VAE
+    assert real.feature == pytest.approx(0, abs=1e-5)  # the same images through the same VAE
     assert done.style.memorised[0].suspicious == 0
     # The pose that is kept back is not trained on.
     assert sorted(path.stem for path in (tmp_path / "out" / "subject").glob("*.png")) == sorted(
@@ -55,7 +55,7 @@ def test_a_run_writes_its_table_its_figures_and_its_sheets(few, host, tmp_path):
     assert figures["thorough"] is False
     assert "Not to be quoted" in (tmp_path / "out" / "quality.md").read_text(encoding="utf-8")
     assert (tmp_path / "out" / "style.png").is_file() and (tmp_path / "out" / "subject.png").is_file()
-    judged = next(place for place, line in enumerate(said) if "Judge of hands" in line)
+    judged = next(index for index, line in enumerate(said) if "Style scorer" in line)
     assert not any("step" in line and "/" in line for line in said[:judged])
 
 
@@ -65,7 +65,7 @@ def test_a_missing_dataset_is_told_before_anything_is_fitted(host, tmp_path, few
     assert not (tmp_path / "out").exists()
 
 
-def test_a_setting_of_the_yardsticks_own_is_refused_before_anything_is_read(host, tmp_path):
+def test_a_setting_of_the_benchmarks_own_is_refused_before_anything_is_read(host, tmp_path):
     with pytest.raises(SettingError, match="seed_of_nothing"):
         run_quality(QualityPlan(tmp_path / "out", changes={"seed_of_nothing": 1}), host, say=lambda text: None)
 

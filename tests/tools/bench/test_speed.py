@@ -1,4 +1,4 @@
-"""`bench speed`: what it measures and compares; no figure of time is judged."""
+"""`bench speed`: what it measures and compares; no figure of time is scored."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 from lib_lora_train.errors import SettingError, TrainingError
 from lib_lora_train.host.standalone import StandaloneHost
 from tools.bench import speed
+from tools.bench.against import our_command
 from tools.bench.command import main
-from tools.bench.compared import compared_settings
-from tools.bench.host import make_pictures
-from tools.bench.measured import Measured, measure_run
-from tools.bench.pairing import our_command
+from tools.bench.host import make_images
 from tools.bench.roofline import Rates
 from tools.bench.speed import PUBLISHED, Case, SpeedPlan, most_apart, run_speed
+from tools.bench.timed_run import Measured, measure_run
+from tools.bench.variants import variants_of
 
 CPU = torch.device("cpu")
 
@@ -29,22 +29,22 @@ def known_rates(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def plan(folder: Path, checkpoint: Path, *compared: str) -> SpeedPlan:
-    return SpeedPlan(output=folder, device=CPU, cases=(Case("sd1", 64, 1),), compared=compared_settings(compared), steps=3,
+    return SpeedPlan(output=folder, device=CPU, cases=(Case("sd1", 64, 1),), compared=variants_of(compared), steps=3,
                      warm_up=2, rank=2, checkpoint=checkpoint,
                      changes={"min_bucket_reso": 64, "enable_bucket": False})
 
 
 def test_each_step_after_the_warm_up_has_a_figure(host: StandaloneHost, tmp_path: Path) -> None:
-    data = make_pictures(tmp_path / "made", side=64, count=3)
+    data = make_images(tmp_path / "made", side=64, count=3)
     run = measure_run(host, settings={"resolution": "64", "min_bucket_reso": 64, "network_dim": 2}, data=data, steps=4,
                       warm_up=2, device=CPU)
-    assert len(run.wall) == len(run.processor) == 4
+    assert len(run.wall) == len(run.cpu) == 4
     assert len(run.losses) == 6
     assert min(run.wall) > 0
 
 
 def test_stretches_of_several_steps_are_of_so_many_steps(host: StandaloneHost, tmp_path: Path) -> None:
-    data = make_pictures(tmp_path / "made", side=64, count=3)
+    data = make_images(tmp_path / "made", side=64, count=3)
     run = measure_run(host, settings={"resolution": "64", "min_bucket_reso": 64, "network_dim": 2}, data=data, steps=9,
                       warm_up=3, device=CPU, stretch=4)
     assert 2 <= len(run.wall) <= 3  # nine steps, a mark at every fourth question, the end
@@ -53,13 +53,13 @@ def test_stretches_of_several_steps_are_of_so_many_steps(host: StandaloneHost, t
 def test_the_same_settings_twice_have_equal_losses(tiny_file: Path, tmp_path: Path) -> None:
     text = run_speed(plan(tmp_path, tiny_file, "defaults", "again:noise_offset=0"), say=lambda line: None)
     assert "differ by at most 0 of the loss in 5 steps: equal within float error" in text
-    assert "times the floor" not in text and "× floor" in text
+    assert "times the roofline" not in text and "× roofline" in text
     written = json.loads((tmp_path / "speed.json").read_text(encoding="utf-8"))
     assert [row["name"] for row in written["rows"]] == ["defaults", "again"]
     assert (tmp_path / "speed.md").read_text(encoding="utf-8") == text
 
 
-def test_losses_are_judged_only_where_the_settings_compute_the_same_and_a_run_that_fails_costs_no_others_figures(
+def test_losses_are_scored_only_where_the_settings_compute_the_same_and_a_run_that_fails_costs_no_others_figures(
         tiny_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def measured(host: object, *, settings: dict[str, object], **_: object) -> Measured:
         if settings["train_batch_size"] == "64":
@@ -74,9 +74,9 @@ def test_losses_are_judged_only_where_the_settings_compute_the_same_and_a_run_th
     assert "losses of rank and defaults differ by at most 0.2 of the loss in 1 steps.\n" in text
     rows = json.loads((tmp_path / "speed.json").read_text(encoding="utf-8"))["rows"]
     assert [len(row["runs"]) for row in rows] == [1, 0, 1, 1] and "large ÷ defaults" not in text
-    # Arithmetic of 64 times the pictures; more of it with a higher rank.
-    floors = [row["floor"]["arithmetic"] for row in rows]
-    assert floors[1] == pytest.approx(64 * floors[0]) and floors[3] > floors[0] == floors[2]
+    # Arithmetic of 64 times the images; more of it with a higher rank.
+    rooflines = [row["roofline"]["arithmetic"] for row in rows]
+    assert rooflines[1] == pytest.approx(64 * rooflines[0]) and rooflines[3] > rooflines[0] == rooflines[2]
 
 
 def test_losses_apart_are_measured_relative_to_the_first() -> None:
@@ -84,10 +84,10 @@ def test_losses_apart_are_measured_relative_to_the_first() -> None:
 
 
 def test_what_to_compare_is_a_known_name_or_settings() -> None:
-    assert compared_settings(["eager", "x:train_batch_size=2,seed=3"]) == {
+    assert variants_of(["eager", "x:train_batch_size=2,seed=3"]) == {
         "eager": {"cuda_graphs": "off"}, "x": {"train_batch_size": "2", "seed": "3"}}
     with pytest.raises(SettingError, match="nothing called 'fast'"):
-        compared_settings(["fast"])
+        variants_of(["fast"])
 
 
 def test_the_published_cases_are_those_that_targets_are_set_for() -> None:

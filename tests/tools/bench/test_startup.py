@@ -1,4 +1,4 @@
-"""`bench startup`: every moment counts for one stage, and the trainer is afterwards what it was; no time is judged."""
+"""`bench startup`: every moment counts for one stage, and the trainer is afterwards what it was; no time is scored."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pytest
 
 from lib_lora_train.errors import SettingError
 from tools.bench import startup, stopwatch, true_size
-from tools.bench.startup import PLACES, run_startup
-from tools.bench.stopwatch import REST, Place, Spent, Stopwatch, find
+from tools.bench.startup import WATCHED, run_startup
+from tools.bench.stopwatch import REST, Spent, Stopwatch, WatchedFunction
 from tools.bench.true_size import Model, Text
 from tools.checkpoint_shapes import UNetSize
 
-HERE = "tests.bench.test_startup"
+HERE = "tests.tools.bench.test_startup"
 
 
 class Clock:
@@ -57,8 +57,8 @@ class Worker:
 def test_each_moment_counts_for_the_innermost_stage_and_nothing_is_lost(clock: Clock) -> None:
     watch, worker = Stopwatch(), Worker(clock)
     before = dict(vars(Worker))
-    with watch.watching([Place("out", f"{HERE}:Worker.outer"), Place("in", f"{HERE}:Worker.inner"),
-                         Place("still", f"{HERE}:Worker.still")]):
+    with watch.watching([WatchedFunction("out", f"{HERE}:Worker.outer"), WatchedFunction("in", f"{HERE}:Worker.inner"),
+                         WatchedFunction("still", f"{HERE}:Worker.still")]):
         clock.now += 100
         assert worker.outer() == "outer's result"
         Worker.still(clock)
@@ -75,7 +75,7 @@ def test_an_error_passes_and_its_time_counts(clock: Clock, monkeypatch: pytest.M
         raise ZeroDivisionError
     monkeypatch.setattr(Worker, "inner", failing)
     watch = Stopwatch()
-    with pytest.raises(ZeroDivisionError), watch.watching([Place("in", f"{HERE}:Worker.inner")]):
+    with pytest.raises(ZeroDivisionError), watch.watching([WatchedFunction("in", f"{HERE}:Worker.inner")]):
         Worker(clock).inner()
     assert Worker.inner is failing
     assert watch.cut()["in"] == Spent(7, 14)
@@ -83,24 +83,27 @@ def test_an_error_passes_and_its_time_counts(clock: Clock, monkeypatch: pytest.M
 
 @pytest.fixture
 def smaller(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model of the same blocks with a tenth of the weights, and few pictures."""
+    """A model of the same blocks with a tenth of the weights, and few images."""
     size = Model(UNetSize(160, (1, 1, 2, 2), (1, 1, 1, 0), 1, 256), 128,
                  (Text("cond_stage_model.transformer.text_model.", False, 256, 2),))
     monkeypatch.setitem(true_size._PUBLISHED, "sd1", size)
     monkeypatch.setitem(startup.SIDES, "small", {"cpu": 64, "cuda": 64})
-    monkeypatch.setattr(startup, "PICTURES", 3)
+    monkeypatch.setattr(startup, "IMAGES", 3)
 
 
 def test_the_two_runs_pass_through_every_stage_but_those_that_are_remembered(smaller: None, tmp_path: Path) -> None:
-    originals = [vars(find(place.target)[0])[find(place.target)[1]] for place in PLACES]
+    def functions() -> list[object]:
+        return [vars(owner)[name] for owner, name in (watched.find() for watched in WATCHED)]
+
+    originals = functions()
     text = run_startup(size="small", steps=2, output=tmp_path, say=lambda line: None)
-    assert [vars(find(place.target)[0])[find(place.target)[1]] for place in PLACES] == originals
+    assert functions() == originals
     figures = json.loads((tmp_path / "startup.json").read_text(encoding="utf-8"))
-    stages = {place.stage for place in PLACES}
+    stages = {watched.stage for watched in WATCHED}
     at_first = set(figures["first"]["start"]) | set(figures["first"]["end"])
-    again = set(figures["again"]["start"]) | set(figures["again"]["end"])
+    repeated = set(figures["again"]["start"]) | set(figures["again"]["end"])
     assert at_first - {REST} == stages
-    assert at_first - again == {"reading the checkpoint"}
+    assert at_first - repeated == {"reading the checkpoint"}
     assert (tmp_path / "startup.md").read_text(encoding="utf-8") == text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["startup.json", "startup.md"]
 
@@ -113,7 +116,7 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path, wrong: dict[str, obj
 
 def test_watching_ends_with_the_block_also_where_a_place_does_not_exist() -> None:
     with pytest.raises(AttributeError), Stopwatch().watching([
-            Place("in", f"{HERE}:Worker.inner"), Place("none", f"{HERE}:Worker.absent")]):
+            WatchedFunction("in", f"{HERE}:Worker.inner"), WatchedFunction("none", f"{HERE}:Worker.absent")]):
         raise AssertionError("nothing runs")
     assert Worker.inner.__qualname__ == "Worker.inner" and not hasattr(Worker.inner, "__wrapped__")
-    assert stopwatch.REST not in {place.stage for place in startup.PLACES}
+    assert stopwatch.REST not in {watched.stage for watched in startup.WATCHED}

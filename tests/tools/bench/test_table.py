@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
+from tools.bench.evaluator import Band, Memorised, Row, ScorerFigures
 from tools.bench.style import StyleResult
 from tools.bench.subject import SubjectResult
-from tools.bench.table import WORTHLESS, judges_text, quality_text
-from tools.bench.yardstick import Band, JudgeFigures, Memorised, Row
+from tools.bench.table import WORTHLESS, quality_text, scorers_text
 
-JUDGES = JudgeFigures(hand=0.96875, hand_palette=0.9, hand_texture=0.85, hand_counts=True, word_noto=1.0, word_twemoji=0.98,
-                      word_across=0.45)
+SCORERS = ScorerFigures(style=0.96875, style_palette=0.9, style_texture=0.85, style_counts=True, word_noto=1.0,
+                        word_twemoji=0.98, word_across=0.45)
 STYLE = StyleResult(
     steps=800, rows=[Row("base", 0.03125, 0.1, 0.2, 0.75, 12.345, 0.5, 0.25), Row("LoRA at 1", 0.9, 1, 1, 0.7, 14.0, 0.6, 0.2)],
     weight_0_is_base=True, own=0.5, on_the_way=[Row("50 steps", 0.5, 1, 1, 0.7, 14.0, 0.6, 0.2)],
@@ -18,18 +18,18 @@ STYLE = StyleResult(
 SUBJECT = SubjectResult(steps=400, images=16, base=0.0, lora=0.75, real=0.9, mistaken=0.01, loss=[Band("0-199", 0.5, 0.6)])
 
 
-def text(judges: JudgeFigures = JUDGES, style: StyleResult = STYLE, *, thorough: bool = True) -> str:
-    return quality_text(settings={"network_dim": 8}, checkpoint="emoji", judges=judges, style=style, subject=SUBJECT,
+def text(scorers: ScorerFigures = SCORERS, style: StyleResult = STYLE, *, thorough: bool = True) -> str:
+    return quality_text(settings={"network_dim": 8}, checkpoint="emoji", scorers=scorers, style=style, subject=SUBJECT,
                         thorough=thorough, seconds=600.0)
 
 
-def test_a_judge_that_is_right_too_seldom_is_named_before_its_verdicts():
-    poor = dataclasses.replace(JUDGES, hand=0.93, hand_counts=False)
-    assert judges_text(poor).startswith(WORTHLESS) and text(poor).index(WORTHLESS) < text(poor).index("| base")
+def test_a_scorer_that_is_right_too_seldom_is_named_before_its_verdicts():
+    poor = dataclasses.replace(SCORERS, style=0.93, style_counts=False)
+    assert scorers_text(poor).startswith(WORTHLESS) and text(poor).index(WORTHLESS) < text(poor).index("| base")
     assert WORTHLESS not in text()
 
 
-def test_the_judges_own_accuracy_comes_before_all_shares():
+def test_the_scorers_own_accuracy_comes_before_all_shares():
     assert text().index("96.9 %") < text().index("| base")
 
 

@@ -1,11 +1,11 @@
-"""What the yardstick trains: the reference line, changes to it, and the steps at which it looks."""
+"""What the benchmark trains: the reference line, changes to it, and the steps at which it looks."""
 
 from __future__ import annotations
 
 import pytest
 
 from lib_lora_train.errors import SettingError
-from tools.bench.training import FIXED, marks, settings_of
+from tools.bench.training import FIXED, measured_steps, settings_of
 
 
 def test_the_reference_line_is_the_one_that_methods_are_compared_with():
@@ -22,7 +22,7 @@ def test_a_change_replaces_one_setting_and_leaves_the_others():
 
 
 @pytest.mark.parametrize("name", FIXED)
-def test_what_the_yardstick_sets_itself_cannot_be_set(name):
+def test_what_the_benchmark_sets_itself_cannot_be_set(name):
     with pytest.raises(SettingError, match=name):
         settings_of({name: "1"})
 
@@ -36,4 +36,4 @@ def test_settings_are_checked_before_anything_is_done(changes):
 @pytest.mark.parametrize("steps, expected", [
     (800, (50, 100, 200, 400, 800)), (500, (50, 100, 200, 400, 500)), (60, (50, 60)), (50, (25, 50)), (2, (1, 2)), (1, (1,))])
 def test_quality_is_looked_at_after_50_steps_and_each_time_they_have_doubled(steps, expected):
-    assert marks(steps) == expected
+    assert measured_steps(steps) == expected

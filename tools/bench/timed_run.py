@@ -17,15 +17,12 @@ from lib_lora_train import events
 from lib_lora_train.errors import TrainingError
 from lib_lora_train.host.port import Host
 from lib_lora_train.memory.plan import CONTEXT, GIGABYTE
-from lib_lora_train.run.job import run_job
-from lib_lora_train.run.planning import plan_job
-from lib_lora_train.settings import parse
-from tools.bench.machine import taken
+from tools.bench.training import run_training
 
 
 @dataclasses.dataclass(frozen=True)
-class Card:
-    """Bytes of the card's memory that torch had given out, and had taken from the driver, at most: in the whole run, and in
+class GpuMemory:
+    """Bytes of the GPU's memory that torch had given out, and had taken from the driver, at most: in the whole run, and in
     the steps alone, from the first one's loss on. `outside` is what was taken besides, before the run began: CUDA's own, and
     other programs' where there are any."""
 
@@ -40,16 +37,16 @@ class Card:
 class Measured:
     """What one run took.
 
-    wall, processor    seconds a step, a figure for each stretch of steps after the warm-up
+    wall, CPU    seconds a step, a figure for each stretch of steps after the warm-up
     losses             of all steps
     notes              what the run warned of
     """
 
     wall: tuple[float, ...]
-    processor: tuple[float, ...]
+    cpu: tuple[float, ...]
     losses: tuple[float, ...]
     notes: tuple[str, ...]
-    card: Card | None = None
+    gpu: GpuMemory | None = None
 
     @property
     def seconds(self) -> float:
@@ -57,9 +54,9 @@ class Measured:
         return statistics.median(self.wall)
 
     @property
-    def processor_seconds(self) -> float:
-        """The median of `processor`."""
-        return statistics.median(self.processor)
+    def cpu_seconds(self) -> float:
+        """The median of `cpu`."""
+        return statistics.median(self.cpu)
 
 
 def measure_run(host: Host, *, settings: Mapping[str, object], data: Path, steps: int, warm_up: int,
@@ -71,18 +68,17 @@ def measure_run(host: Host, *, settings: Mapping[str, object], data: Path, steps
     """
     if device.type == "cuda":
         gc.collect()  # what an earlier run has left would count as this one's
-        _give_back(device)
+        _empty_cache(device)
     watch = _Watch(device, total=warm_up + steps, stretch=stretch, each=each)
-    chosen = parse({**settings, "train_data_dir": str(data), "max_train_steps": warm_up + steps, "output_name": "measured",
-                    "overwrite": True, "save_state": False})
-    run_job(plan_job(chosen, host), host, report=watch.report, stop=watch.stop)
-    wall, processor = watch.stretches(warm_up)
-    return Measured(wall, processor, tuple(watch.losses), tuple(watch.notes), watch.card())
+    run_training({**settings, "train_data_dir": str(data), "max_train_steps": warm_up + steps, "output_name": "measured",
+                  "overwrite": True, "save_state": False}, host, report=watch.report, stop=watch.stop)
+    wall, cpu = watch.stretches(warm_up)
+    return Measured(wall, cpu, tuple(watch.losses), tuple(watch.notes), watch.gpu())
 
 
 @contextlib.contextmanager
-def small_card(device: torch.device, gigabytes: float) -> Iterator[None]:
-    """As if the card had so many GB: torch gets what CUDA itself leaves of them (`memory_plan.CONTEXT`), and no byte more."""
+def limited_gpu(device: torch.device, gigabytes: float) -> Iterator[None]:
+    """As if the GPU had so many GB: torch gets what CUDA itself leaves of them (`memory_plan.CONTEXT`), and no byte more."""
     own = device.index if device.index is not None else torch.cuda.current_device()
     there = torch.cuda.get_device_properties(own).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, (gigabytes * GIGABYTE - CONTEXT) / there), own)
@@ -92,7 +88,13 @@ def small_card(device: torch.device, gigabytes: float) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0, own)
 
 
-def _give_back(device: torch.device) -> None:
+def gpu_memory_used(device: torch.device) -> int:
+    """Bytes of a GPU's memory that are in use, by all programs together."""
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free
+
+
+def _empty_cache(device: torch.device) -> None:
     """Give the driver what torch holds and does not use, and count the peaks from here."""
     with torch.cuda.device(device):
         torch.cuda.empty_cache()
@@ -100,10 +102,10 @@ def _give_back(device: torch.device) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Mark:
+class _Timestamp:
     calls: int
     wall: float
-    processor: float
+    cpu: float
 
 
 class _Watch:
@@ -112,18 +114,18 @@ class _Watch:
     def __init__(self, device: torch.device, *, total: int, stretch: int, each: Callable[[int], None]) -> None:
         self._each = each
         self._device, self._total, self._stretch, self._calls = device, total, stretch, 0
-        self._marks: list[_Mark] = []
-        self._end: _Mark | None = None
+        self._timestamps: list[_Timestamp] = []
+        self._end: _Timestamp | None = None
         self._peaks: list[tuple[int, int]] = []
-        self._outside = taken(device) - torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
+        self._outside = gpu_memory_used(device) - torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
         self.losses: list[float] = []
         self.notes: list[str] = []
 
     def stop(self) -> Literal["", "stop", "save"]:
-        """Asked before each step, and before pictures and captions are encoded; those calls are told apart at the end."""
+        """Asked before each step, and before images and captions are encoded; those calls are told apart at the end."""
         self._calls += 1
         if self._calls % self._stretch == 0:
-            self._marks.append(self._now())
+            self._timestamps.append(self._now())
         return ""
 
     def report(self, event: events.Event) -> None:
@@ -132,40 +134,40 @@ class _Watch:
             self.notes.append(event.message)
         elif isinstance(event, events.Step):
             if not self.losses:
-                self._take_peak()  # all but the steps is behind: what it has left would count as theirs
+                self._read_peak()  # all but the steps is behind: what it has left would count as theirs
             self.losses.append(event.loss)
             self._each(event.step)
             if event.step == self._total:
                 self._end = self._now()
-                self._take_peak()
+                self._read_peak()
 
     def stretches(self, warm_up: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Seconds a step by the clock and by the processor, for each stretch that begins after the warm-up."""
+        """Seconds a step by the clock and by the CPU, for each stretch that begins after the warm-up."""
         if self._end is None:
             raise TrainingError("The measured run ended before its last step")
         # The last question came before the last step, the one before that a step earlier, and so on.
-        done = {mark: self._total - 1 - (self._end.calls - mark.calls) for mark in self._marks}
-        marks = [*(mark for mark in self._marks if warm_up <= done[mark] < self._total), self._end]
+        done = {timestamp: self._total - 1 - (self._end.calls - timestamp.calls) for timestamp in self._timestamps}
+        timestamps = [*(timestamp for timestamp in self._timestamps if warm_up <= done[timestamp] < self._total), self._end]
         done[self._end] = self._total
-        pairs = [(a, b, done[b] - done[a]) for a, b in zip(marks, marks[1:], strict=False)]
+        pairs = [(a, b, done[b] - done[a]) for a, b in zip(timestamps, timestamps[1:], strict=False)]
         if not pairs:
             raise TrainingError("The measured run was too short", remedy="measure more steps")
         return (tuple((b.wall - a.wall) / steps for a, b, steps in pairs),
-                tuple((b.processor - a.processor) / steps for a, b, steps in pairs))
+                tuple((b.cpu - a.cpu) / steps for a, b, steps in pairs))
 
-    def card(self) -> Card | None:
-        """The card's memory, None without a card."""
+    def gpu(self) -> GpuMemory | None:
+        """The GPU's memory, None without a GPU."""
         if self._device.type != "cuda" or len(self._peaks) < 2:
             return None
         run, steps = tuple(map(max, zip(*self._peaks, strict=True))), self._peaks[-1]
-        return Card(*run, *steps, self._outside)
+        return GpuMemory(*run, *steps, self._outside)
 
-    def _now(self) -> _Mark:
+    def _now(self) -> _Timestamp:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # only a measurement waits here
-        return _Mark(self._calls, time.perf_counter(), time.process_time())
+        return _Timestamp(self._calls, time.perf_counter(), time.process_time())
 
-    def _take_peak(self) -> None:
+    def _read_peak(self) -> None:
         if self._device.type == "cuda":
             self._peaks.append((torch.cuda.max_memory_allocated(self._device), torch.cuda.max_memory_reserved(self._device)))
-            _give_back(self._device)
+            _empty_cache(self._device)

@@ -1,7 +1,7 @@
-"""The yardstick's real pictures, the same words in both hands, as two sheets of 64-pixel tiles and a list of words; and the
-demo's style dataset, twenty-four of them in Twemoji's hand, with captions, as the model paints: 128 pixels on white paper.
+"""The benchmark's real images, the same words in both styles, as two sheets of 64-pixel tiles and a list of words; and the
+demo's style dataset, twenty-four of them in Twemoji's style, with captions, as the model samples: 128 pixels on white paper.
 
-    python tools/train_tiny_model/real_pictures.py --packages FOLDER
+    python tools/train_tiny_model/real_images.py --packages FOLDER
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ def main() -> None:
     emoji = {one.label: one for one in gather(packages)}
     others = [label for label in emoji if label not in HELD_OUT and label not in STYLE]
     # Evenly spread over Unicode's order, which is by subject.
-    others = [others[place * len(others) // OTHERS] for place in range(OTHERS)]
+    others = [others[index * len(others) // OTHERS] for index in range(OTHERS)]
     words = [{"word": word, "split": split} for split, labels in (("style", STYLE), ("held_out", HELD_OUT), ("other", others))
              for word in labels]
     TARGET.mkdir(parents=True, exist_ok=True)
-    for hand in ("noto", "twemoji"):
+    for style in ("noto", "twemoji"):
         rows = -(-len(words) // COLUMNS)
         sheet = Image.new("RGBA", (COLUMNS * TILE, rows * TILE))
-        for place, entry in enumerate(words):
-            image = open_rgba(packages / hand / emoji[entry["word"]].image)
-            sheet.paste(image, (place % COLUMNS * TILE, place // COLUMNS * TILE))
-        sheet.save(TARGET / f"{hand}.png", optimize=True)
+        for index, entry in enumerate(words):
+            image = open_rgba(packages / style / emoji[entry["word"]].image)
+            sheet.paste(image, (index % COLUMNS * TILE, index // COLUMNS * TILE))
+        sheet.save(TARGET / f"{style}.png", optimize=True)
     text = ",\n ".join(json.dumps(entry, ensure_ascii=False) for entry in words)
     (TARGET / "words.json").write_text(f"[{text}]\n", encoding="utf-8")
     STYLE_TARGET.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""What `bench speed --compare` puts beside each other, by name; known without torch, since the help tells the names."""
+"""The named settings of `bench speed --compare`. Imports no torch, since the help lists the names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from lib_lora_train.errors import SettingError
 from lib_lora_train.settings.field import Value
 
-COMPARED: Mapping[str, Mapping[str, Value]] = {
+VARIANTS: Mapping[str, Mapping[str, Value]] = {
     "defaults": {},
     "eager": {"cuda_graphs": "off"},
     "graphs": {"cuda_graphs": "auto"},
@@ -28,8 +28,8 @@ HOW_ONLY = frozenset({"cuda_graphs", "torch_compile", "channels_last", "gradient
 """Settings that change how a step is computed and not what: losses of runs that differ in nothing else should be equal."""
 
 
-def compared_settings(names: Sequence[str]) -> dict[str, dict[str, Value]]:
-    """{name: settings} for what `--compare` was given: names of COMPARED, or NAME:SETTING=VALUE,SETTING=VALUE.
+def variants_of(names: Sequence[str]) -> dict[str, dict[str, Value]]:
+    """{name: settings} for what `--compare` was given: names of VARIANTS, or NAME:SETTING=VALUE,SETTING=VALUE.
 
     Raises SettingError for an unknown name.
     """
@@ -39,9 +39,9 @@ def compared_settings(names: Sequence[str]) -> dict[str, dict[str, Value]]:
         if changes:
             pairs = [part.partition("=") for part in changes.split(",")]
             chosen[name] = {key.strip(): value.strip() for key, _, value in pairs}
-        elif name in COMPARED:
-            chosen[name] = dict(COMPARED[name])
+        elif name in VARIANTS:
+            chosen[name] = dict(VARIANTS[name])
         else:
             raise SettingError(f"There is nothing called '{name}' to compare",
-                               remedy=f"write one of {', '.join(COMPARED)}, or NAME:SETTING=VALUE")
+                               remedy=f"write one of {', '.join(VARIANTS)}, or NAME:SETTING=VALUE")
     return chosen

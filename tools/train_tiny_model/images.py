@@ -1,10 +1,10 @@
-"""The emoji pictures the tiny model learns from, and the words that go with them.
+"""The emoji images the tiny model learns from, and the words that go with them.
 
-Pictures: the same emoji in four hands. `emoji-datasource-google` holds Noto Emoji (Apache-2.0), in its version 3 still the
+Images: the same emoji in four styles. `emoji-datasource-google` holds Noto Emoji (Apache-2.0), in its version 3 still the
 "blobs" that Google drew before; `@lobehub/fluent-emoji-3d` holds Microsoft's Fluent Emoji (MIT); `emoji-datasource-twitter`
 Twemoji (CC-BY 4.0). Words: `emojibase-data` (MIT, after Unicode's CLDR). All of them are npm packages.
-The UNet sees all hands but Twemoji's, which a LoRA is to teach it; the autoencoder sees Noto's and Twemoji's, but no Twemoji
-of a word that the yardstick holds out.
+The UNet sees all styles but Twemoji's, which a LoRA is to teach it; the autoencoder sees Noto's and Twemoji's, but no Twemoji
+of a word that the benchmark holds out.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from PIL import Image, ImageEnhance, ImageFilter
 PACKAGES = {"noto": "emoji-datasource-google@16.0.0", "twemoji": "emoji-datasource-twitter@16.0.0",
             "words": "emojibase-data@17.0.0", "blob": "emoji-datasource-google@3.0.0",
             "fluent": "@lobehub/fluent-emoji-3d@1.1.0"}
-OTHER_HANDS = ("blob", "fluent")
+OTHER_STYLES = ("blob", "fluent")
 """What the model is taught beside Noto's, so that what is shown and how it is drawn are two things to it."""
 SIDE, FRAME, SMALL_FRAME = 128, 72, 112
-"""The model's pictures; the white paper a 64-pixel emoji is laid on; the paper that makes it "small"."""
+"""The model's images; the white paper a 64-pixel emoji is laid on; the paper that makes it "small"."""
 
 # Things one can draw and name. Flags, keycaps, people and the subtler faces are left out: a small model has better uses.
 SUBCATEGORIES = frozenset((
@@ -39,7 +39,7 @@ SUBCATEGORIES = frozenset((
     "place-building", "place-geographic", "sky & weather", "sport", "game", "event", "award-medal", "arts & crafts",
     "clothing", "musical-instrument", "music", "tool", "computer", "light & video", "household", "writing", "science",
     "phone", "lock", "book-paper", "geometric"))
-# What the model card's sheet asks for, and what the yardstick holds out: concrete, and told apart at a glance.
+# What the model card's sheet asks for, and what the benchmark holds out: concrete, and told apart at a glance.
 HELD_OUT = (
     "red apple", "banana", "strawberry", "watermelon", "pineapple", "carrot", "mushroom", "hamburger", "pizza", "doughnut",
     "ice cream", "birthday cake", "cookie", "hot beverage", "beer mug", "fried shrimp", "cat face", "dog face", "panda",
@@ -48,7 +48,7 @@ HELD_OUT = (
     "full moon", "house", "automobile", "bus", "bicycle", "sailboat", "rocket", "airplane", "soccer ball", "basketball",
     "trophy", "guitar", "drum", "umbrella", "crown", "light bulb", "key", "wrench", "hammer", "red heart", "ghost", "robot",
     "smiling face with sunglasses")
-# What the style LoRA of the demo and of the yardstick is trained on, in Twemoji's hand.
+# What the style LoRA of the demo and of the benchmark is trained on, in Twemoji's style.
 STYLE = (
     "grapes", "lemon", "cherries", "avocado", "bread", "cheese wedge", "cupcake", "teapot", "tiger face", "rabbit face",
     "koala", "chicken", "whale", "crab", "honeybee", "cherry blossom", "maple leaf", "sun with face", "locomotive",
@@ -68,7 +68,7 @@ class Emoji:
 def gather(folder: Path, *, at_most: int | None = None) -> list[Emoji]:
     """The chosen emoji, in Unicode's order; packages are fetched with npm and unpacked into `folder` once.
 
-    at_most: how many of a subcategory; those that sheet and yardstick ask for come in addition.
+    at_most: how many of a subcategory; those that sheet and benchmark ask for come in addition.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, package in PACKAGES.items():
@@ -116,16 +116,16 @@ def _read(path: Path) -> list[dict]:
 
 
 def open_rgba(path: Path) -> Image.Image:
-    """The picture of `path` with its alpha, 64×64."""
+    """The image of `path` with its alpha, 64×64."""
     with Image.open(path) as image:
         return image.convert("RGBA").resize((64, 64), Image.Resampling.LANCZOS)
 
 
-def in_hand(packages: Path, hand: str, emoji: Emoji) -> Image.Image | None:
+def in_style(packages: Path, style: str, emoji: Emoji) -> Image.Image | None:
     """The emoji as one of OTHER_HANDS draws it; None where it does not."""
     stem = emoji.image.removesuffix(".png")
     for name in (stem, stem.replace("-fe0f", "")):
-        for path in (packages / hand / f"{name}.png", packages / hand / f"{name}.webp"):
+        for path in (packages / style / f"{name}.png", packages / style / f"{name}.webp"):
             if path.is_file():
                 return open_rgba(path)
     return None
@@ -174,7 +174,7 @@ def _mixed(image: Image.Image, colour: str, share: float) -> Image.Image:
 
 
 def on_paper(image: Image.Image, frame: int = FRAME) -> np.ndarray:
-    """A 64-pixel RGBA picture in the middle of a white square of `frame` pixels: uint8 [frame, frame, 3]."""
+    """A 64-pixel RGBA image in the middle of a white square of `frame` pixels: uint8 [frame, frame, 3]."""
     paper = Image.new("RGBA", (frame, frame), "white")
     paper.alpha_composite(image, ((frame - image.width) // 2, (frame - image.height) // 2))
     return np.asarray(paper.convert("RGB"))
@@ -200,7 +200,7 @@ def turned_hue(image: Image.Image, *, source: str, target: str) -> Image.Image:
 
 
 def colours(image: Image.Image) -> list[str]:
-    """The names of the colours that cover at least a fifth of what is painted, the most frequent first."""
+    """The names of the colours that cover at least a fifth of what is generated, the most frequent first."""
     pixels = np.asarray(image).reshape(-1, 4)
     counts: dict[str, int] = {}
     generated = pixels[pixels[:, 3] > 128][:, :3] / 255

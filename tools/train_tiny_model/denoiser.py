@@ -10,19 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from captions import Facts, caption, facts
+from captions import Description, caption, describe
 from graph import Average, TrainedTextEncoder, TrainedUNet
 from images import (
     ASKED,
     FRAME,
     HUES,
-    OTHER_HANDS,
+    OTHER_STYLES,
     SMALL_FRAME,
     TREATMENTS,
     Emoji,
     colours,
     enlarged,
-    in_hand,
+    in_style,
     on_paper,
     open_rgba,
     turned_hue,
@@ -35,9 +35,9 @@ from lib_lora_train.model.tokens import Tokenizer, clip_tokenizer
 
 LEARNING_RATE, WARM_UP, BATCH, DECAY = 1.3e-3, 300, 32, 0.9995
 # ε-loss divided by ᾱ is v-loss. A small network that is to be done soon needs more of it at high noise, where it is
-# decided what is painted; but not hundredfold.
+# decided what is generated; but not hundredfold.
 HIGHEST_WEIGHT = 8.0
-# The words that sheet and yardstick ask for are shown oftener than the rest.
+# The words of the sheet and of the benchmark are shown more often than the rest.
 WEIGHT_OF_ASKED = 3.0
 
 
@@ -46,21 +46,21 @@ class Material:
     """What is learnt: latents [N, 4, 16, 16] of unit size, what each row shows, how often it is drawn."""
 
     latents: Tensor
-    facts: tuple[Facts, ...]
+    descriptions: tuple[Description, ...]
     weights: Tensor
 
 
 def prepare(emoji: list[Emoji], packages: Path, encode: Callable[[Tensor], Tensor]) -> Material:
-    """Encode every emoji: as it is, mirrored, small, in other colours where one colour is most of it, in other hands.
+    """Encode every emoji: as it is, mirrored, small, in other colours where one colour is most of it, in other styles.
 
     encode: pixels [B, 3, 128, 128] to latents of unit size.
     """
     rows: list[np.ndarray] = []
-    said: list[Facts] = []
+    said: list[Description] = []
     weights: list[float] = []
-    for place, one in enumerate(emoji):
+    for index, one in enumerate(emoji):
         image = open_rgba(packages / "noto" / one.image)
-        variants = [*_variants(one, image, place), *_manners(one, image, packages)]
+        variants = [*_variants(one, image, index), *_manners(one, image, packages)]
         weight = WEIGHT_OF_ASKED if one.label in ASKED else 1.0
         for shown, of, frame, share in variants:
             rows.append(np.asarray(Image.fromarray(on_paper(shown, frame)).resize((FRAME, FRAME), Image.Resampling.BICUBIC)))
@@ -70,33 +70,33 @@ def prepare(emoji: list[Emoji], packages: Path, encode: Callable[[Tensor], Tenso
     return Material(torch.cat(latents), tuple(said), torch.tensor(weights))
 
 
-def _variants(one: Emoji, image: Image.Image, place: int) -> Iterator[tuple[Image.Image, Facts, int, float]]:
+def _variants(one: Emoji, image: Image.Image, index: int) -> Iterator[tuple[Image.Image, Description, int, float]]:
     """What is shown, what can be said of it, the size of its paper, and how often it is drawn."""
-    yield image, facts(one, image), FRAME, 1.0
-    yield ImageOps.mirror(image), facts(one, image), FRAME, 0.15
-    yield image, facts(one, image, size="small"), SMALL_FRAME, 0.2
+    yield image, describe(one, image), FRAME, 1.0
+    yield ImageOps.mirror(image), describe(one, image), FRAME, 0.15
+    yield image, describe(one, image, size="small"), SMALL_FRAME, 0.2
     covering = [colour for colour in colours(image) if colour in HUES]
     if covering:
         hues = list(HUES)
         start = hues.index(covering[0])
-        for turn in (1 + place % 3, 4 + place % 3):
+        for turn in (1 + index % 3, 4 + index % 3):
             target = hues[(start + turn) % len(hues)]
             shown = turned_hue(image, source=covering[0], target=target)
             if target != covering[0]:
-                yield shown, facts(one, shown, turned_to=target), FRAME, 0.25
+                yield shown, describe(one, shown, turned_to=target), FRAME, 0.25
 
 
-def _manners(one: Emoji, image: Image.Image, packages: Path) -> Iterator[tuple[Image.Image, Facts, int, float]]:
-    """The same in other hands, and treated; the words for it must be said, so that a bare name stays Noto's."""
-    hands = {"": image, **{hand: found for hand in OTHER_HANDS if (found := in_hand(packages, hand, one))}}
-    for hand, drawn in hands.items():
-        if hand:
-            yield drawn, facts(one, drawn, manner=(hand,)), FRAME, 0.5
-            yield ImageOps.mirror(drawn), facts(one, drawn, manner=(hand,)), FRAME, 0.1
+def _manners(one: Emoji, image: Image.Image, packages: Path) -> Iterator[tuple[Image.Image, Description, int, float]]:
+    """The same in other styles, and treated; the words for it must be said, so that a bare name stays Noto's."""
+    hands = {"": image, **{style: found for style in OTHER_STYLES if (found := in_style(packages, style, one))}}
+    for style, drawn in hands.items():
+        if style:
+            yield drawn, describe(one, drawn, manner=(style,)), FRAME, 0.5
+            yield ImageOps.mirror(drawn), describe(one, drawn, manner=(style,)), FRAME, 0.1
         for treatment in TREATMENTS:
             shown = treatment(drawn)
-            words = (treatment.__name__, hand) if hand else (treatment.__name__,)
-            yield shown, facts(one, shown, manner=words), FRAME, 0.12 if hand == "" else 0.05
+            words = (treatment.__name__, style) if style else (treatment.__name__,)
+            yield shown, describe(one, shown, manner=words), FRAME, 0.12 if style == "" else 0.05
 
 
 def train(frozen: FrozenModel, weights: dict[str, dict[str, Tensor]], material: Material, *, state_file: Path, minutes: float,
@@ -153,7 +153,7 @@ def _loss(unet: TrainedUNet, text: TrainedTextEncoder, material: Material, alpha
     t = ((torch.arange(BATCH) + torch.rand(BATCH, generator=generator)) * (len(alphas) / BATCH)).long().to(device)
     alpha = alphas[t][:, None, None, None]
     x_t = alpha.sqrt() * x_0 + (1 - alpha).sqrt() * noise
-    captions = [caption(material.facts[row], draw) for row in rows.tolist()]
+    captions = [caption(material.descriptions[row], draw) for row in rows.tolist()]
     context, _ = text(tokens(captions, tokenizer).to(device))
     eps = unet(x_t.to(dtype), t, context)
     each = (eps.float() - noise).square().mean((1, 2, 3))

@@ -1,4 +1,4 @@
-"""Distances between pictures. Pixels are [N, 3, h, w] in [0, 1]; each function gives one number a picture, [N]."""
+"""Distances between images. Pixels are [N, 3, h, w] in [0, 1]; each function gives one number an image, [N]."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ _C1, _C2 = 0.01 ** 2, 0.03 ** 2
 
 
 def psnr(pixels: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio in dB, 10·log10(1 / mean squared difference); infinite for equal pictures."""
+    """Peak signal-to-noise ratio in dB, 10·log10(1 / mean squared difference); infinite for equal images."""
     return -10 * (pixels - reference).square().mean(dim=(1, 2, 3)).log10()
 
 
 def ssim(pixels: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Structural similarity (Wang et al. 2004, IEEE TIP 13(4)): 1 for equal pictures.
+    """Structural similarity (Wang et al. 2004, IEEE TIP 13(4)): 1 for equal images.
 
     As in the paper: a Gaussian window of 11×11 pixels with σ = 1.5, K1 = 0.01, K2 = 0.03, where it fits whole; the mean
-    over places and the three channels.
+    over positions and the three channels.
     """
     x, y = pixels.double(), reference.double()
     mean_x, mean_y = _blurred(x), _blurred(y)
@@ -37,12 +37,12 @@ def feature_distance(features: torch.Tensor, reference: torch.Tensor) -> torch.T
 
 
 def nearest_distance(pixels: torch.Tensor, gallery: torch.Tensor) -> torch.Tensor:
-    """The RMS difference of pixels to the nearest picture of `gallery` [M, 3, h, w]."""
+    """The RMS difference of pixels to the nearest image of `gallery` [M, 3, h, w]."""
     size = pixels[0].numel()
     return torch.cdist(pixels.flatten(1).double(), gallery.flatten(1).double()).amin(dim=1).float() / math.sqrt(size)
 
 
-def nearest_place(features: torch.Tensor, gallery: torch.Tensor) -> torch.Tensor:
+def nearest_index(features: torch.Tensor, gallery: torch.Tensor) -> torch.Tensor:
     """int64 [N]: which row of `gallery` [M, D] points most nearly in the direction of each of `features` [N, D]."""
     return (F.normalize(features, dim=1) @ F.normalize(gallery, dim=1).T).argmax(dim=1)
 

@@ -1,4 +1,4 @@
-"""Two programs in turn: small ones that show steps as trainers do, and spend a known share of processor time."""
+"""Two programs in turn: small ones that show steps as trainers do, and spend a known share of CPU time."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from lib_lora_train.errors import SettingError, TrainingError
-from tools.bench import against
-from tools.bench.against import Pair, Shown, Timing, filled, ratio_text, run_pairs, time_steps, words_of
+from tools.bench import programs
+from tools.bench.programs import Pair, Shown, Timing, filled, ratio_text, run_pairs, time_steps, words_of
 
 # Writes its name and step count to a log, shows the bar of another work that is as long as its steps, then its steps.
 TRAINER = """
@@ -54,7 +54,7 @@ def test_the_two_programs_run_in_turn(tmp_path: Path) -> None:
 def test_steps_that_are_shown_are_timed_within_one_run(tmp_path: Path) -> None:
     timing = time_steps(command(tmp_path, "a"), values={"output": tmp_path / "log"}, steps=6)
     assert ran(tmp_path) == ["a 6"]
-    assert timing.wall > 0 and timing.card_bytes is None
+    assert timing.wall > 0 and timing.gpu_bytes is None
 
 
 def test_a_program_that_shows_nothing_runs_for_twice_the_steps_too(tmp_path: Path) -> None:
@@ -64,12 +64,12 @@ def test_a_program_that_shows_nothing_runs_for_twice_the_steps_too(tmp_path: Pat
 
 
 def test_the_first_step_and_what_came_before_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Steps 1, 2, 5 were seen at 10, 12 and 18 seconds, with 5, 6 and 11 seconds of processor: 8 and 6 s for 4 steps.
-    seen = against._Watched({1: (10.0, 5.0), 2: (12.0, 6.0), 5: (18.0, 11.0)}, wall=99.0, processor=50.0, card_bytes=7)
-    monkeypatch.setattr(against, "_watched", lambda words, *, steps, card_bytes: seen)
-    assert time_steps("trainer", values={}, steps=5) == Timing(wall=2.0, processor=1.5, card_bytes=7)
+    # Steps 1, 2, 5 were seen at 10, 12 and 18 seconds, with 5, 6 and 11 seconds of CPU: 8 and 6 s for 4 steps.
+    seen = programs._Watched({1: (10.0, 5.0), 2: (12.0, 6.0), 5: (18.0, 11.0)}, wall=99.0, cpu=50.0, gpu_bytes=7)
+    monkeypatch.setattr(programs, "_watched", lambda words, *, steps, gpu_bytes: seen)
+    assert time_steps("trainer", values={}, steps=5) == Timing(wall=2.0, cpu=1.5, gpu_bytes=7)
     # Without the first two: 6 and 5 s for 3 steps.
-    assert time_steps("trainer", values={}, steps=5, warm_up=2) == Timing(wall=2.0, processor=5 / 3, card_bytes=7)
+    assert time_steps("trainer", values={}, steps=5, warm_up=2) == Timing(wall=2.0, cpu=5 / 3, gpu_bytes=7)
 
 
 def test_of_several_bars_that_are_as_long_as_the_steps_the_last_one_counts() -> None:
@@ -85,8 +85,8 @@ def test_of_several_bars_that_are_as_long_as_the_steps_the_last_one_counts() -> 
 
 
 def test_our_own_run_must_show_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    silent = against._Watched({}, wall=30.0, processor=15.0, card_bytes=None)
-    monkeypatch.setattr(against, "_watched", lambda words, *, steps, card_bytes: silent)
+    silent = programs._Watched({}, wall=30.0, cpu=15.0, gpu_bytes=None)
+    monkeypatch.setattr(programs, "_watched", lambda words, *, steps, gpu_bytes: silent)
     with pytest.raises(TrainingError, match=r"own run showed too few of its steps.*take more --steps"):
         run_pairs(["ours"], "theirs", values={}, steps=5, pairs=1, say=lambda line: None)
 
@@ -97,16 +97,16 @@ def test_fewer_steps_than_are_left_out_and_two_more_are_refused() -> None:
 
 
 def test_the_difference_of_two_runs_is_the_steps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    # 30 s to start and 2 s a step; half of it on the processor.
-    monkeypatch.setattr(against, "_watched", lambda words, *, steps, card_bytes: against._Watched(
-        {}, wall=30.0 + 2.0 * steps, processor=15.0 + 1.0 * steps, card_bytes=None))
-    assert time_steps("trainer {steps}", values={}, steps=5) == Timing(wall=2.0, processor=1.0)
+    # 30 s to start and 2 s a step; half of it on the CPU.
+    monkeypatch.setattr(programs, "_watched", lambda words, *, steps, gpu_bytes: programs._Watched(
+        {}, wall=30.0 + 2.0 * steps, cpu=15.0 + 1.0 * steps, gpu_bytes=None))
+    assert time_steps("trainer {steps}", values={}, steps=5) == Timing(wall=2.0, cpu=1.0)
 
 
 def test_steps_that_drown_in_the_start_are_no_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     # 3.1 s for N steps and 3.0 s for 2 N: by the difference a step would have taken less than nothing.
-    monkeypatch.setattr(against, "_watched", lambda words, *, steps, card_bytes: against._Watched(
-        {}, wall=3.1 if steps == 5 else 3.0, processor=None, card_bytes=None))
+    monkeypatch.setattr(programs, "_watched", lambda words, *, steps, gpu_bytes: programs._Watched(
+        {}, wall=3.1 if steps == 5 else 3.0, cpu=None, gpu_bytes=None))
     with pytest.raises(TrainingError, match=r"too short.*take more --steps"):
         time_steps("trainer {steps}", values={}, steps=5)
 
@@ -114,10 +114,10 @@ def test_steps_that_drown_in_the_start_are_no_measurement(monkeypatch: pytest.Mo
 def test_ratios_are_ours_by_theirs_run_by_run() -> None:
     pairs = [Pair(Timing(1.0, 3.0), Timing(2.0, 4.0)), Pair(Timing(3.0, 1.0), Timing(4.0, 4.0)),
              Pair(Timing(9.0, 2.0), Timing(10.0, 4.0))]
-    assert ratio_text(pairs, processor=False) == (
+    assert ratio_text(pairs, cpu=False) == (
         "ours ÷ theirs (clock): 0.500, 0.750, 0.900; median 0.750, from 0.500 to 0.900")
-    assert ratio_text(pairs, processor=True) == (
-        "ours ÷ theirs (processor): 0.750, 0.250, 0.500; median 0.500, from 0.250 to 0.750")
+    assert ratio_text(pairs, cpu=True) == (
+        "ours ÷ theirs (CPU): 0.750, 0.250, 0.500; median 0.500, from 0.250 to 0.750")
 
 
 def test_placeholders_are_filled_in_word_by_word() -> None:
@@ -149,10 +149,10 @@ def test_the_most_memory_seen_while_a_program_ran_is_counted_from_what_was_taken
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
 
-    def taken() -> int:
+    def gpu_memory_used() -> int:
         asked.append(1)
         return 100 if len(asked) == 1 else 350
 
-    monkeypatch.setattr(against, "_POLL_SECONDS", 0.001)
-    timing = time_steps(command(tmp_path, "a"), values={"output": tmp_path / "log"}, steps=6, card_bytes=taken)
-    assert timing.card_bytes == 250
+    monkeypatch.setattr(programs, "_POLL_SECONDS", 0.001)
+    timing = time_steps(command(tmp_path, "a"), values={"output": tmp_path / "log"}, steps=6, gpu_bytes=gpu_memory_used)
+    assert timing.gpu_bytes == 250
