@@ -29,13 +29,13 @@ def named(path: Path) -> str:
 
 
 def module_name(path: Path) -> str:
-    """lib_lora_train/model/unet.py -> "lib_lora_train.model.unet"; a package is named without __init__."""
+    """lib_lora_train/model/sd/unet.py -> "lib_lora_train.model.sd.unet"; a package is named without __init__."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def room(module: str) -> str:
-    """lib_lora_train.model.unet -> "model"; "" for the package itself."""
+    """lib_lora_train.model.sd.unet -> "model"; "" for the package itself."""
     parts = module.split(".")[1:]
     return ".".join(parts[:2]) if ".".join(parts[:2]) in ROOMS else (parts[0] if parts else "")
 

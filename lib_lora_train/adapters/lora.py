@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lib_lora_train.model.linear import LowRank
+from lib_lora_train.model.ops.linear import LowRank
 
 
 class LoRALayer(nn.Module):

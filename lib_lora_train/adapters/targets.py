@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from lib_lora_train.errors import ModelError
-from lib_lora_train.model.weights import Weight
+from lib_lora_train.model.ops.weights import Weight
 
 _IN_A_TRANSFORMER = re.compile(
     r"(?P<block>(?:input_blocks|output_blocks)\.\d+\.1|middle_block\.1)"

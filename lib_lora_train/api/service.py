@@ -15,8 +15,8 @@ from typing import Any
 from lib_lora_train.errors import HostError, LoraFileError, printable
 from lib_lora_train.host.port import Checkpoint, Host
 from lib_lora_train.memory.time_estimate import seconds
-from lib_lora_train.model.components import unet_tensors
 from lib_lora_train.model.family import detect
+from lib_lora_train.model.sd.components import unet_tensors
 from lib_lora_train.run.diagnostics import bundle
 from lib_lora_train.run.job import output_folder, result_path
 from lib_lora_train.run.memory import planned, planned_layers

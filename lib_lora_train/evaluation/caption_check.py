@@ -37,7 +37,7 @@ from lib_lora_train.evaluation.lease import Lease, leased
 from lib_lora_train.evaluation.resemblance import resemblance, subject_features
 from lib_lora_train.evaluation.sampler import SampleRequest, sample_latents, to_image
 from lib_lora_train.host.port import Host
-from lib_lora_train.model.text import Conditioning, size_vector
+from lib_lora_train.model.sd.text import Conditioning, size_vector
 from lib_lora_train.settings import Settings
 from lib_lora_train.training.noise import seed_of
 

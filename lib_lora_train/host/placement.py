@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lib_lora_train.errors import is_out_of_memory
-from lib_lora_train.model.components import SDXL_TEXT_PREFIXES, TEXT_PREFIXES, UNET_PREFIX, VAE_PREFIX
+from lib_lora_train.model.sd.components import SDXL_TEXT_PREFIXES, TEXT_PREFIXES, UNET_PREFIX, VAE_PREFIX
 
 CPU = torch.device("cpu")
 PREFIXES: Mapping[str, tuple[str, ...]] = {

@@ -12,7 +12,7 @@ import torch
 
 from lib_lora_train.events import Event, Report
 from lib_lora_train.model.family import Hints
-from lib_lora_train.model.tokens import Tokenizer
+from lib_lora_train.model.sd.tokens import Tokenizer
 from lib_lora_train.settings.allowed_paths import AllowedPaths
 from lib_lora_train.tagging.captioner import CaptionerSource
 

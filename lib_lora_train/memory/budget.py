@@ -10,7 +10,7 @@ import torch
 from lib_lora_train.inputs.vae_batches import free_bytes
 from lib_lora_train.memory.plan import CONTEXT, GIGABYTE
 from lib_lora_train.memory.tracker import AttentionKernel
-from lib_lora_train.model.text import CHUNK
+from lib_lora_train.model.sd.text import CHUNK
 
 
 def budget_of(wanted: float, device: torch.device, *, ours: int) -> int | None:

@@ -23,16 +23,16 @@ from lib_lora_train.adapters.targets import Target, find_targets
 from lib_lora_train.inputs.text import TextCache
 from lib_lora_train.memory.tracker import Attention, AttentionKernel, Ledger
 from lib_lora_train.model.architecture import Architecture
-from lib_lora_train.model.components import text_tensors, unet_tensors, vae_tensors
 from lib_lora_train.model.family import text_prefixes
 from lib_lora_train.model.frozen import FrozenModel
-from lib_lora_train.model.layers import Layers
-from lib_lora_train.model.quantised import quantised
-from lib_lora_train.model.schedule import NoiseSchedule
-from lib_lora_train.model.text import SIZE_EMBEDDING, TextConditioner
-from lib_lora_train.model.text_encoder import TextEncoder, transformer_layer
-from lib_lora_train.model.unet import DIRECTLY, Run, UNet
-from lib_lora_train.model.vae import VAE
+from lib_lora_train.model.ops.layers import Layers
+from lib_lora_train.model.ops.quantised import quantised
+from lib_lora_train.model.sd.components import text_tensors, unet_tensors, vae_tensors
+from lib_lora_train.model.sd.schedule import NoiseSchedule
+from lib_lora_train.model.sd.text import SIZE_EMBEDDING, TextConditioner
+from lib_lora_train.model.sd.text_encoder import TextEncoder, transformer_layer
+from lib_lora_train.model.sd.unet import DIRECTLY, Run, UNet
+from lib_lora_train.model.sd.vae import VAE
 from lib_lora_train.training.condition import CachedText, Condition, TrainedText
 from lib_lora_train.training.device_step import Work
 from lib_lora_train.training.optimizer import Stepper

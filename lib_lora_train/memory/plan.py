@@ -28,8 +28,8 @@ from lib_lora_train.errors import Interrupted
 from lib_lora_train.inputs.vae_batches import encoding_bytes
 from lib_lora_train.memory.dry_run import Base, Outcome, Part, Scene, Unit, Way, rehearse
 from lib_lora_train.model.architecture import Architecture
-from lib_lora_train.model.components import UNET_PREFIX, vae_tensors
-from lib_lora_train.model.unet import UNet
+from lib_lora_train.model.sd.components import UNET_PREFIX, vae_tensors
+from lib_lora_train.model.sd.unet import UNet
 from lib_lora_train.settings import MemorySettings
 from lib_lora_train.training.cuda_graph import MOST_SHAPES
 

@@ -32,7 +32,7 @@ from lib_lora_train.model.architecture import (
     UNetConfig,
     VAEConfig,
 )
-from lib_lora_train.model.components import (
+from lib_lora_train.model.sd.components import (
     SDXL_TEXT_PREFIXES,
     TEXT_PREFIXES,
     below,
@@ -41,8 +41,8 @@ from lib_lora_train.model.components import (
     unet_tensors,
     vae_tensors,
 )
-from lib_lora_train.model.hints_file import hints_from_yaml
-from lib_lora_train.model.refusals import SUPPORTED, incomplete, refuse_other_kinds
+from lib_lora_train.model.sd.hints_file import hints_from_yaml
+from lib_lora_train.model.sd.refusals import SUPPORTED, incomplete, refuse_other_kinds
 
 __all__ = ["Architecture", "Family", "Hints", "detect", "family_of", "hints_from_yaml", "text_prefixes", "unet_config",
            "vae_config"]

@@ -11,15 +11,15 @@ from torch import Tensor
 
 from lib_lora_train.errors import LoraTrainError, ModelError
 from lib_lora_train.model.architecture import NO_HINTS, UNET_COMPONENT, Architecture
-from lib_lora_train.model.components import text_tensors, unet_tensors, vae_tensors
 from lib_lora_train.model.family import Hints, detect, text_prefixes
-from lib_lora_train.model.schedule import NoiseSchedule
-from lib_lora_train.model.text import TextConditioner
-from lib_lora_train.model.text_encoder import TextEncoder
-from lib_lora_train.model.tokens import Tokenizer, clip_tokenizer
-from lib_lora_train.model.unet import UNet
-from lib_lora_train.model.vae import VAE
-from lib_lora_train.model.weights import Weight
+from lib_lora_train.model.ops.weights import Weight
+from lib_lora_train.model.sd.components import text_tensors, unet_tensors, vae_tensors
+from lib_lora_train.model.sd.schedule import NoiseSchedule
+from lib_lora_train.model.sd.text import TextConditioner
+from lib_lora_train.model.sd.text_encoder import TextEncoder
+from lib_lora_train.model.sd.tokens import Tokenizer, clip_tokenizer
+from lib_lora_train.model.sd.unet import UNet
+from lib_lora_train.model.sd.vae import VAE
 
 _Shapes = tuple[tuple[str, torch.Size, torch.dtype], ...]
 

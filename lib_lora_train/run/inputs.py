@@ -22,7 +22,7 @@ from lib_lora_train.inputs.rank_rows import OwnRows
 from lib_lora_train.inputs.text import TextCache
 from lib_lora_train.inputs.vae_batches import Room
 from lib_lora_train.model.frozen import FrozenModel
-from lib_lora_train.model.text import Conditioning, Tokens
+from lib_lora_train.model.sd.text import Conditioning, Tokens
 from lib_lora_train.run.planning import Preparation
 from lib_lora_train.settings import Settings
 from lib_lora_train.training.condition import CachedText, Condition, TrainedText

@@ -29,8 +29,8 @@ from lib_lora_train.inputs.overflow import DiskOverflow
 from lib_lora_train.inputs.prefetcher import Prefetcher
 from lib_lora_train.memory.dry_run import Base, Way
 from lib_lora_train.memory.plan import MemoryPlan
-from lib_lora_train.model.components import vae_tensors
 from lib_lora_train.model.frozen import FrozenModel
+from lib_lora_train.model.sd.components import vae_tensors
 from lib_lora_train.run import resume
 from lib_lora_train.run.consistency import agree_on_data, agree_on_settings
 from lib_lora_train.run.inputs import Text, batches_of, latents_of, stage

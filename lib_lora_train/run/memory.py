@@ -22,7 +22,7 @@ from lib_lora_train.memory.dry_run import Base, Layer, Part, Scene, Way, layers_
 from lib_lora_train.memory.plan import CONTEXT, GIGABYTE, WORKSPACES, MemoryPlan, Wishes, choose
 from lib_lora_train.model.architecture import Architecture
 from lib_lora_train.model.frozen import FrozenModel
-from lib_lora_train.model.quantised import quantised
+from lib_lora_train.model.ops.quantised import quantised
 from lib_lora_train.run.inputs import Text, condition_of
 from lib_lora_train.run.planning import Preparation
 from lib_lora_train.settings import Settings

@@ -13,7 +13,7 @@ from typing import Any
 
 from lib_lora_train.dataset.report import examine
 from lib_lora_train.errors import DatasetError, HostError, Interrupted
-from lib_lora_train.model.tokens import Tokenizer
+from lib_lora_train.model.sd.tokens import Tokenizer
 from lib_lora_train.settings import parse
 from lib_lora_train.studio.cropping.crop import Shape, apply_shape
 from lib_lora_train.studio.dataset_session import DatasetSession

@@ -11,8 +11,8 @@ from typing import Protocol
 import torch
 
 from lib_lora_train.inputs.text import TextCache
-from lib_lora_train.model.layers import Adapters
-from lib_lora_train.model.text import Conditioning, TextConditioner
+from lib_lora_train.model.ops.layers import Adapters
+from lib_lora_train.model.sd.text import Conditioning, TextConditioner
 
 Prepared = tuple[torch.Tensor, ...]
 

@@ -16,7 +16,7 @@ from lib_lora_train.errors import is_out_of_memory
 from lib_lora_train.events import Report, Warned
 from lib_lora_train.memory.offload import offloaded
 from lib_lora_train.model.frozen import FrozenModel
-from lib_lora_train.model.layers import Adapter
+from lib_lora_train.model.ops.layers import Adapter
 from lib_lora_train.training.condition import Condition
 from lib_lora_train.training.optimizer import Stepper
 from lib_lora_train.training.precision import LossScaler

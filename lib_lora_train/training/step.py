@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lib_lora_train.inputs.batches import Batch
 from lib_lora_train.model.frozen import FrozenModel
-from lib_lora_train.model.layers import Adapter
-from lib_lora_train.model.text import Conditioning, size_vector
+from lib_lora_train.model.ops.layers import Adapter
+from lib_lora_train.model.sd.text import Conditioning, size_vector
 from lib_lora_train.training.loss import min_snr_weight, weighted_losses
 from lib_lora_train.training.noise import Draws
 

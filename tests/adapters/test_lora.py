@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from lib_lora_train.adapters.lora import LoRALayer
-from lib_lora_train.model.layers import Layers
+from lib_lora_train.model.ops.layers import Layers
 
 
 def layer_with_weights(*, inputs: int = 12, outputs: int = 20, rank: int = 4, alpha: float = 3.0) -> LoRALayer:

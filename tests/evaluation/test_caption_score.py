@@ -12,8 +12,8 @@ from PIL import Image
 from lib_lora_train.evaluation import lease
 from lib_lora_train.evaluation.caption_check import check_captions
 from lib_lora_train.host.port import Borrowed, Checkpoint
-from lib_lora_train.model.schedule import NoiseSchedule
-from lib_lora_train.model.text import Conditioning
+from lib_lora_train.model.sd.schedule import NoiseSchedule
+from lib_lora_train.model.sd.text import Conditioning
 from lib_lora_train.settings import parse
 from tests.model.small_checkpoints import FAMILIES, HINTS, checkpoint, tokenizers
 

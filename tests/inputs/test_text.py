@@ -11,7 +11,7 @@ import torch
 from lib_lora_train.errors import Interrupted
 from lib_lora_train.inputs.overflow import DiskOverflow
 from lib_lora_train.inputs.text import TextCache
-from lib_lora_train.model.text import Conditioning, Tokens
+from lib_lora_train.model.sd.text import Conditioning, Tokens
 
 CHUNK, WIDTH = 77, 6
 

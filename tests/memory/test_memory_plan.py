@@ -26,9 +26,9 @@ from lib_lora_train.memory.plan import (
     chosen_units,
 )
 from lib_lora_train.memory.tracker import Attention, Ledger
-from lib_lora_train.model.components import vae_tensors
 from lib_lora_train.model.family import detect
-from lib_lora_train.model.vae import VAE
+from lib_lora_train.model.sd.components import vae_tensors
+from lib_lora_train.model.sd.vae import VAE
 from lib_lora_train.settings import parse
 from lib_lora_train.training.cuda_graph import MOST_SHAPES
 from tools.bench.host import RandomHost

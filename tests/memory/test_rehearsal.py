@@ -14,11 +14,11 @@ from lib_lora_train.adapters.network import LoRANetwork
 from lib_lora_train.memory.dry_run import META, Outcome, Scene, Way, layers_for, layers_of, rehearse
 from lib_lora_train.memory.plan import units_of
 from lib_lora_train.model import frozen
-from lib_lora_train.model.components import unet_tensors
 from lib_lora_train.model.family import detect
 from lib_lora_train.model.frozen import FrozenModel
-from lib_lora_train.model.layers import Layers
-from lib_lora_train.model.quantised import quantised
+from lib_lora_train.model.ops.layers import Layers
+from lib_lora_train.model.ops.quantised import quantised
+from lib_lora_train.model.sd.components import unet_tensors
 from lib_lora_train.training.condition import TrainedText
 from lib_lora_train.training.device_step import Work
 from lib_lora_train.training.optimizer import Stepper
@@ -91,7 +91,7 @@ class _Given:
         raise AssertionError
 
     def encode(self, given):
-        from lib_lora_train.model.text import Conditioning
+        from lib_lora_train.model.sd.text import Conditioning
         return Conditioning(given[0], given[1] if len(given) > 1 else None)
 
 

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lib_lora_train.adapters.lora import LoRALayer
-from lib_lora_train.model.convolution import frozen_conv2d
 from lib_lora_train.model.frozen import FrozenModel, build
-from lib_lora_train.model.layers import borrowed, frozen_linear
-from lib_lora_train.model.text import size_vector
+from lib_lora_train.model.ops.convolution import frozen_conv2d
+from lib_lora_train.model.ops.layers import borrowed, frozen_linear
+from lib_lora_train.model.sd.text import size_vector
 from tests.model.small_checkpoints import CONTEXT, FAMILIES, HINTS, POOLED, checkpoint, tokenizers
 
 

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib_lora_train.model import convolution, winograd
-from lib_lora_train.model.convolution import frozen_conv2d
-from lib_lora_train.model.layers import Layers
+from lib_lora_train.model.ops import convolution, winograd
+from lib_lora_train.model.ops.convolution import frozen_conv2d
+from lib_lora_train.model.ops.layers import Layers
 from tests.model import written_out
 from tests.model.written_out import nhwc
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from lib_lora_train.errors import ModelError
 from lib_lora_train.model.architecture import Hints
 from lib_lora_train.model.frozen import FrozenModel, build
-from lib_lora_train.model.schedule import rescaled_to_zero_terminal_snr, scaled_linear_alphas_cumprod
+from lib_lora_train.model.sd.schedule import rescaled_to_zero_terminal_snr, scaled_linear_alphas_cumprod
 from tests.model.small_checkpoints import FAMILIES, HINTS, checkpoint, full_size, tokenizers
 
 

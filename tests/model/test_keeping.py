@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lib_lora_train.model import convolution, linear
-from lib_lora_train.model.convolution import frozen_conv2d
-from lib_lora_train.model.linear import LowRank, frozen_linear, shared_linears
-from lib_lora_train.model.quantised import quantise
-from lib_lora_train.model.weights import Weight, dense
+from lib_lora_train.model.ops import convolution, linear
+from lib_lora_train.model.ops.convolution import frozen_conv2d
+from lib_lora_train.model.ops.linear import LowRank, frozen_linear, shared_linears
+from lib_lora_train.model.ops.quantised import quantise
+from lib_lora_train.model.ops.weights import Weight, dense
 from tests.model.written_out import draws, nhwc
 
 

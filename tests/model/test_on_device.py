@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib_lora_train.model.components import unet_tensors
 from lib_lora_train.model.family import unet_config
-from lib_lora_train.model.linear import LowRank, shared_linears
-from lib_lora_train.model.recipes import GroupNorm, LayerNorm, made
-from lib_lora_train.model.unet import UNet
+from lib_lora_train.model.ops.linear import LowRank, shared_linears
+from lib_lora_train.model.ops.recipes import GroupNorm, LayerNorm, made
+from lib_lora_train.model.sd.components import unet_tensors
+from lib_lora_train.model.sd.unet import UNet
 from tests.model.small_checkpoints import CONTEXT, HINTS, checkpoint
 from tests.model.written_out import lora, nhwc
 

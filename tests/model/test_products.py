@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib_lora_train.model.linear import LowRank, frozen_linear, shared_linears
-from lib_lora_train.model.recipes import GELU, GatedGELU, GroupNorm, LayerNorm, Recipe, made
+from lib_lora_train.model.ops.linear import LowRank, frozen_linear, shared_linears
+from lib_lora_train.model.ops.recipes import GELU, GatedGELU, GroupNorm, LayerNorm, Recipe, made
 from tests.model.written_out import draws, lora, nhwc
 
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from lib_lora_train.adapters.network import LoRANetwork
 from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.memory.tracker import Ledger
-from lib_lora_train.model import frozen, quantised
-from lib_lora_train.model.quantised import is_kernel, quantise
+from lib_lora_train.model import frozen
+from lib_lora_train.model.ops import quantised
+from lib_lora_train.model.ops.quantised import is_kernel, quantise
 from tests.model.small_checkpoints import FAMILIES, HINTS, checkpoint, full_size, tokenizers
 
 KINDS = [pytest.param("int8"), pytest.param("fp8", marks=pytest.mark.skipif(

@@ -10,9 +10,9 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from lib_lora_train.adapters.lora import LoRALayer
 from lib_lora_train.errors import SettingError
 from lib_lora_train.model.architecture import TextConfig
-from lib_lora_train.model.components import text_tensors
 from lib_lora_train.model.frozen import FrozenModel, build
-from lib_lora_train.model.text_encoder import TextEncoder
+from lib_lora_train.model.sd.components import text_tensors
+from lib_lora_train.model.sd.text_encoder import TextEncoder
 from tests.model.small_checkpoints import (
     END,
     HINTS,

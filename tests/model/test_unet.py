@@ -15,13 +15,13 @@ from lib_lora_train.adapters.lora import LoRALayer
 from lib_lora_train.adapters.network import LoRANetwork
 from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.errors import SettingError
-from lib_lora_train.model import convolution
-from lib_lora_train.model.components import unet_tensors
 from lib_lora_train.model.family import family_of, unet_config
-from lib_lora_train.model.layers import Layers, frozen_linear
-from lib_lora_train.model.linear import shared_linears
-from lib_lora_train.model.text import size_vector
-from lib_lora_train.model.unet import UNet, resnet, spatial_transformer
+from lib_lora_train.model.ops import convolution
+from lib_lora_train.model.ops.layers import Layers, frozen_linear
+from lib_lora_train.model.ops.linear import shared_linears
+from lib_lora_train.model.sd.components import unet_tensors
+from lib_lora_train.model.sd.text import size_vector
+from lib_lora_train.model.sd.unet import UNet, resnet, spatial_transformer
 from tests.model.small_checkpoints import (
     CONTEXT,
     FAMILIES,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lib_lora_train.model.family import unet_config
-from lib_lora_train.model.unet import UNet
+from lib_lora_train.model.sd.unet import UNet
 from tests.model.small_checkpoints import CONTEXT, HINTS, ldm_unet, randomised, relative_error
 
 GRAPH = Path(__file__).resolve().parents[2] / "tools" / "train_tiny_model" / "graph.py"

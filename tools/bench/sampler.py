@@ -15,7 +15,7 @@ from lib_lora_train.evaluation.sampler import SampleRequest, sample_batch
 from lib_lora_train.host.port import Host
 from lib_lora_train.inputs.batches import Batch
 from lib_lora_train.model import frozen
-from lib_lora_train.model.layers import Adapter
+from lib_lora_train.model.ops.layers import Adapter
 from tools.bench.real_images import SIDE
 
 Adapters = Mapping[str, Mapping[str, Adapter]]

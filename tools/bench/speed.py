@@ -24,8 +24,8 @@ from lib_lora_train.host.standalone import StandaloneHost
 from lib_lora_train.memory.dry_run import Base
 from lib_lora_train.memory.plan import CONTEXT, GIGABYTE, Wishes
 from lib_lora_train.memory.time_estimate import image_cost
-from lib_lora_train.model.components import unet_tensors
 from lib_lora_train.model.family import detect
+from lib_lora_train.model.sd.components import unet_tensors
 from lib_lora_train.settings import Settings, flat, parse
 from lib_lora_train.settings.field import Value
 from lib_lora_train.storage.atomic import write_atomic

@@ -22,8 +22,8 @@ from lib_lora_train.host import placement
 from lib_lora_train.host.port import Checkpoint, Outline
 from lib_lora_train.model.architecture import Activation
 from lib_lora_train.model.family import Hints
-from lib_lora_train.model.refusals import SUPPORTED
-from lib_lora_train.model.tokens import Tokenizer
+from lib_lora_train.model.sd.refusals import SUPPORTED
+from lib_lora_train.model.sd.tokens import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

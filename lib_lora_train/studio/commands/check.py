@@ -60,7 +60,7 @@ def run(chosen: argparse.Namespace) -> int:
 
 def _tokenizer() -> Tokenizer | None:
     """CLIP's, or none where open_clip is missing: the report then counts no tokens."""
-    from lib_lora_train.model.tokens import clip_tokenizer
+    from lib_lora_train.model.sd.tokens import clip_tokenizer
 
     try:
         return clip_tokenizer()

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from lib_lora_train.errors import SettingError
-from lib_lora_train.model.components import text_tensors, unet_tensors
 from lib_lora_train.model.frozen import build
+from lib_lora_train.model.sd.components import text_tensors, unet_tensors
 from tools.bench.true_size import FAMILIES, true_size_checkpoint, true_size_shapes, true_size_tensors
 
 _SPEC = importlib.util.spec_from_file_location("full_size", Path(__file__).parents[2] / "adapters" / "full_size.py")

@@ -419,7 +419,7 @@ def _frozen(borrowed: Any) -> Any:
 
 
 def _predict(model: Any, prompt: str, x: torch.Tensor, t: torch.Tensor, adapters: Any, clip_skip: int) -> Any:
-    from lib_lora_train.model.text import size_vector
+    from lib_lora_train.model.sd.text import size_vector
 
     condition = model.text.encode([model.text.tokenize(prompt)] * len(x), clip_skip=clip_skip, adapters=adapters)
     size = (1024, 1024)  # what the WebUI assumes for a prompt alone

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lib_lora_train.model.recipes import Recipe
-from lib_lora_train.model.weights import Weight, dense
+from lib_lora_train.model.ops.recipes import Recipe
+from lib_lora_train.model.ops.weights import Weight, dense
 
 
 @dataclass(frozen=True, eq=False)

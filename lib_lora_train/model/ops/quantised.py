@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lib_lora_train.errors import SettingError
-from lib_lora_train.model.weights import Weight, is_nhwc
+from lib_lora_train.model.ops.weights import Weight, is_nhwc
 
 Kind = Literal["int8", "fp8"]
 

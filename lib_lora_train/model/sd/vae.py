@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lib_lora_train.errors import SettingError
 from lib_lora_train.model.architecture import VAEConfig
-from lib_lora_train.model.layers import Layers, attention
+from lib_lora_train.model.ops.layers import Layers, attention
 
 EPS = 1e-6
 LOG_VARIANCE_RANGE = (-30.0, 20.0)

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lib_lora_train.errors import SettingError
 from lib_lora_train.model.architecture import TextConfig
-from lib_lora_train.model.layers import NO_ADAPTERS, Adapters, Layers, attention
-from lib_lora_train.model.recipes import GELU
+from lib_lora_train.model.ops.layers import NO_ADAPTERS, Adapters, Layers, attention
+from lib_lora_train.model.ops.recipes import GELU
 
 
 class TextEncoder:

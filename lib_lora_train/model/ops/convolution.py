@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lib_lora_train.model import winograd
-from lib_lora_train.model.linear import frozen_linear
-from lib_lora_train.model.weights import Weight, dense, is_nhwc
+from lib_lora_train.model.ops import winograd
+from lib_lora_train.model.ops.linear import frozen_linear
+from lib_lora_train.model.ops.weights import Weight, dense, is_nhwc
 
 NHWC, NCHW = torch.channels_last, torch.contiguous_format
 COLUMNS_UP_TO, COLUMNS_FROM = 400, 2 ** 23

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lib_lora_train.model.weights import is_nhwc
+from lib_lora_train.model.ops.weights import is_nhwc
 
 
 class Recipe(Protocol):

@@ -19,9 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lib_lora_train.errors import SettingError
 from lib_lora_train.model.architecture import Block, UNetConfig
-from lib_lora_train.model.layers import NO_ADAPTERS, Adapters, Layers, attention
-from lib_lora_train.model.recipes import GatedGELU
-from lib_lora_train.model.weights import Weight, is_nhwc_kernel
+from lib_lora_train.model.ops.layers import NO_ADAPTERS, Adapters, Layers, attention
+from lib_lora_train.model.ops.recipes import GatedGELU
+from lib_lora_train.model.ops.weights import Weight, is_nhwc_kernel
 
 # ldm's GroupNorm32 keeps torch's default; its spatial transformers choose their own.
 RESNET_EPS, TRANSFORMER_EPS = 1e-5, 1e-6

@@ -24,12 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib_lora_train.model.attention import attention
-from lib_lora_train.model.convolution import frozen_conv2d
-from lib_lora_train.model.linear import LowRank, frozen_linear, shared_linears
-from lib_lora_train.model.recipes import GroupNorm, LayerNorm, Recipe, made
-from lib_lora_train.model.refusals import incomplete
-from lib_lora_train.model.weights import Weight, borrowed
+from lib_lora_train.model.ops.attention import attention
+from lib_lora_train.model.ops.convolution import frozen_conv2d
+from lib_lora_train.model.ops.linear import LowRank, frozen_linear, shared_linears
+from lib_lora_train.model.ops.recipes import GroupNorm, LayerNorm, Recipe, made
+from lib_lora_train.model.ops.weights import Weight, borrowed
+from lib_lora_train.model.sd.refusals import incomplete
 
 __all__ = ["NO_ADAPTERS", "Adapter", "Adapters", "Layers", "LowRankAdapter", "Weight", "WholeLayer", "attention", "borrowed",
            "frozen_linear"]

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from lib_lora_train.model.architecture import TextConfig
-from lib_lora_train.model.layers import NO_ADAPTERS, Adapters
-from lib_lora_train.model.text_encoder import TextEncoder
-from lib_lora_train.model.tokens import Tokenizer
-from lib_lora_train.model.unet import timestep_embedding
+from lib_lora_train.model.ops.layers import NO_ADAPTERS, Adapters
+from lib_lora_train.model.sd.text_encoder import TextEncoder
+from lib_lora_train.model.sd.tokens import Tokenizer
+from lib_lora_train.model.sd.unet import timestep_embedding
 
 CHUNK = 75
 OPENCLIP_PAD = 0
