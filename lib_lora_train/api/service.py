@@ -15,7 +15,7 @@ from typing import Any
 from lib_lora_train.errors import HostError, LoraFileError, printable
 from lib_lora_train.host.port import Checkpoint, Host
 from lib_lora_train.memory.time_estimate import seconds
-from lib_lora_train.model.family import detect
+from lib_lora_train.model.family import FAMILIES, detect
 from lib_lora_train.model.sd.components import unet_tensors
 from lib_lora_train.run.diagnostics import bundle
 from lib_lora_train.run.job import output_folder, result_path
@@ -28,8 +28,6 @@ from lib_lora_train.run.runner import Runner
 from lib_lora_train.settings import AREAS, Settings, declarations, flat, parse
 from lib_lora_train.settings.allowed_paths import check_allowed
 from lib_lora_train.training.precision import compute_dtype
-
-FAMILY_NAMES = {"sd1": "SD1", "sd2": "SD2", "sdxl": "SDXL"}
 
 
 def start(values: Mapping[str, object], *, runner: Runner, host: Host) -> str:
@@ -191,7 +189,8 @@ def model_text(checkpoint: Checkpoint | None) -> str:
     if checkpoint is None:
         return "No model is loaded"
     short_hash = f" [{checkpoint.sha256[:10]}]" if checkpoint.sha256 else ""
-    family = FAMILY_NAMES.get(checkpoint.family, "this kind of model cannot be trained")
+    known = FAMILIES.get(checkpoint.family)
+    family = known.title if known else "this kind of model cannot be trained"
     return f"base: {checkpoint.name}{short_hash} · {family} · VAE: {checkpoint.vae_name or 'baked'}"
 
 

@@ -85,7 +85,7 @@ def check_captions(host: Host, items: Sequence[tuple[Path, str]], *, settings: S
         return
     with leased(host, work="Checking captions", settings=settings, should_stop=should_stop) as loan, \
             translated("checking the captions"):
-        check = _Check(loan, buckets_for(settings.dataset, family=loan.model.architecture.family), steps=steps, cfg=cfg,
+        check = _Check(loan, buckets_for(settings.dataset, sizes=loan.model.architecture.family.sizes), steps=steps, cfg=cfg,
                        seeds=seeds)
         most = (len(items) if worst is None else worst) if seeds else 0
         total, measured = len(items) + min(most, len(items)), []

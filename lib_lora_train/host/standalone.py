@@ -122,7 +122,7 @@ def _describe(path: Path) -> _Described:
     shapes = _header(path)
     hints = _hints_beside(path)
     return _Described(
-        Checkpoint(name=path.stem, title=path.name, family=detect(shapes, hints).family, legacy_hash=_legacy_hash(path)),
+        Checkpoint(name=path.stem, title=path.name, family=detect(shapes, hints).family.name, legacy_hash=_legacy_hash(path)),
         shapes, hints)
 
 

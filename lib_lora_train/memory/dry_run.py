@@ -18,16 +18,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lib_lora_train.adapters.lora import LoRALayer
-from lib_lora_train.adapters.network import LoRANetwork
+from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.adapters.targets import Target, find_targets
 from lib_lora_train.inputs.text import TextCache
 from lib_lora_train.memory.tracker import Attention, AttentionKernel, Ledger
 from lib_lora_train.model.architecture import Architecture
-from lib_lora_train.model.family import text_prefixes
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.model.ops.layers import Layers
 from lib_lora_train.model.ops.quantised import quantised
-from lib_lora_train.model.sd.components import text_tensors, unet_tensors, vae_tensors
 from lib_lora_train.model.sd.schedule import NoiseSchedule
 from lib_lora_train.model.sd.text import SIZE_EMBEDDING, TextConditioner
 from lib_lora_train.model.sd.text_encoder import TextEncoder, transformer_layer
@@ -121,7 +119,7 @@ class Outcome:
     units: tuple[Unit, ...]
 
 
-def layers_of(network: LoRANetwork) -> tuple[Layer, ...]:
+def layers_of(network: AdapterNetwork) -> tuple[Layer, ...]:
     """The layers of a network that is there."""
     return tuple(Layer(target, network.layers[target.key].rank, network.layers[target.key].down.requires_grad)
                  for target in network.targets)
@@ -130,9 +128,8 @@ def layers_of(network: LoRANetwork) -> tuple[Layer, ...]:
 def layers_for(tensors: Mapping[str, Tensor], architecture: Architecture, *, rank: int,
                text_encoder: bool) -> tuple[Layer, ...]:
     """The layers of a new network of one rank; of `tensors` (checkpoint names) only shapes are used."""
-    components = {"unet": unet_tensors(tensors)}
-    for config, prefix in zip(architecture.text, text_prefixes(architecture.family), strict=True):
-        components[config.component] = text_tensors(tensors, prefix)
+    unet, _, texts = architecture.family.parts(tensors)
+    components = {"unet": unet, **dict(zip(architecture.components[1:], texts, strict=True))}
     return tuple(Layer(target, rank) for target in find_targets(components, family=architecture.family,
                                                                  text_encoder=text_encoder))
 
@@ -170,16 +167,16 @@ def _model(tensors: Mapping[str, Tensor], architecture: Architecture, ledger: Le
            attention: Attention) -> tuple[FrozenModel, _Watch]:
     shapes = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device=META) for name, tensor in tensors.items()}
     watch = _Watch(ledger, attention)
-    unet = _WatchedUNet(unet_tensors(shapes), architecture.unet)
+    unet_shapes, vae_shapes, texts = architecture.family.parts(shapes)
+    unet = _WatchedUNet(unet_shapes, architecture.unet)
     unet.watch = watch
-    encoders = [_WatchedEncoder(text_tensors(shapes, prefix), config)
-                for config, prefix in zip(architecture.text, text_prefixes(architecture.family), strict=True)]
+    encoders = [_WatchedEncoder(text, config) for text, config in zip(texts, architecture.text, strict=True)]
     for encoder in encoders:
         encoder.watch = watch
     schedule = NoiseSchedule.build(prediction_type=architecture.prediction_type, alphas_cumprod=None,
                                    zero_terminal_snr=architecture.zero_terminal_snr).to(META)
     stem = unet.tensors["input_blocks.0.0.weight"]
-    return FrozenModel(architecture=architecture, unet=unet, vae=VAE(vae_tensors(shapes), architecture.vae),
+    return FrozenModel(architecture=architecture, unet=unet, vae=VAE(vae_shapes, architecture.vae),
                        text=TextConditioner(encoders, [_NoTokenizer()] * len(encoders)), schedule=schedule, device=META,
                        dtype=stem.dtype), watch
 
@@ -220,20 +217,18 @@ def _dense(layers: Layers) -> list[Tensor]:
     return [weight for weight in layers.tensors.values() if isinstance(weight, Tensor)]
 
 
-def _network(layers: Sequence[Layer]) -> LoRANetwork:
+def _network(layers: Sequence[Layer]) -> AdapterNetwork:
     """The network without a number in it."""
     made = {}
     for layer in layers:
-        target, empty = layer.target, LoRALayer.__new__(LoRALayer)
-        nn.Module.__init__(empty)
-        empty.down = nn.Parameter(torch.empty(layer.rank, target.in_features, device=META), requires_grad=layer.trained)
-        empty.up = nn.Parameter(torch.empty(target.out_features, layer.rank, device=META), requires_grad=layer.trained)
-        empty.alpha, empty.multiplier, empty.working = 1.0, 1.0, None
-        made[target.key] = empty
-    return LoRANetwork([layer.target for layer in layers], made)
+        target = layer.target
+        made[target.key] = LoRALayer(torch.empty(layer.rank, target.in_features, device=META),
+                                     torch.empty(target.out_features, layer.rank, device=META), alpha=1.0)
+        made[target.key].requires_grad_(layer.trained)
+    return AdapterNetwork([layer.target for layer in layers], made)
 
 
-def _condition(model: FrozenModel, network: LoRANetwork, scene: Scene) -> Condition:
+def _condition(model: FrozenModel, network: AdapterNetwork, scene: Scene) -> Condition:
     if not scene.text_trained:
         return CachedText(TextCache(model.text))  # only asked to hand on what was prepared
     return TrainedText(model.text, clip_skip=1, adapters=network.adapters(), checkpointing=scene.text_recomputed,
@@ -338,10 +333,10 @@ class _WatchedRun(Run):
     watch: _Watch
 
     def __call__(self, name: str, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-        return self.watch.run(name, function, arguments, recompute=name in self.units)
+        return self.watch.run(name, function, arguments, recompute=name in self.checkpointed)
 
     def inside(self, name: str) -> Run:
-        return DIRECTLY if name in self.units else self
+        return DIRECTLY if name in self.checkpointed else self
 
 
 class _WatchedUNet(UNet):

@@ -351,7 +351,7 @@ def _size(tensors: Iterable[Tensor]) -> int:
 
 def units_of(architecture: Architecture) -> tuple[str, ...]:
     """The UNet's units, which are known without its tensors."""
-    return UNet({}, architecture.unet).units
+    return UNet({}, architecture.unet).checkpointable
 
 
 def _outer(unit: str, units: Collection[str]) -> str | None:

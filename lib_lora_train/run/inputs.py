@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from lib_lora_train.adapters.network import LoRANetwork
+from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.distributed import ProcessGroup
 from lib_lora_train.errors import Interrupted, translated
 from lib_lora_train.events import Report, Stage, Warned
@@ -78,7 +78,7 @@ class Text:
     encode_upcoming: Callable[[Sequence[str]], None] | None = None
 
 
-def condition_of(settings: Settings, model: FrozenModel, borrowed: Borrowed, network: LoRANetwork, batches: Batches,
+def condition_of(settings: Settings, model: FrozenModel, borrowed: Borrowed, network: AdapterNetwork, batches: Batches,
                  overflow: DiskOverflow, *, ahead: bool, dtype: torch.dtype, report: Report, stop: Stop, pause: Pause) -> Text:
     """How a batch's captions become the UNet's condition: looked up while the text encoders are frozen, else computed.
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from lib_lora_train.adapters import file
-from lib_lora_train.adapters.network import LoRANetwork
+from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.distributed import SINGLE_PROCESS, ProcessGroup, agree
 from lib_lora_train.errors import Interrupted, SettingError, translated
@@ -78,9 +78,9 @@ def _on_loan(settings: Settings, host: Host, borrowed: Borrowed, preparation: Pr
     memory free when it goes back."""
     with contextlib.ExitStack() as leaving:
         model = frozen_model(borrowed, settings)
-        if model.architecture.family != family:
+        if model.architecture.family.name != family:
             # The host had no model yet, or another one, when the folder was read.
-            preparation = _prepared(settings, model.architecture.family, host.allowed, ranks, report=report, stop=stop)
+            preparation = _prepared(settings, model.architecture.family.name, host.allowed, ranks, report=report, stop=stop)
         known = resume.checkpoint_facts(borrowed) if point or folder or ranks.world > 1 else {}
         if point:
             resume.compare_checkpoint(known, point)
@@ -216,7 +216,7 @@ def _pause(settings: Settings, host: Host, model: FrozenModel, *, report: Report
         model.release()
         tensors = host.yield_model(report=report, stop=lambda: bool(stop()))
         if tensors is not None:
-            model.take(tensors)
+            model.rebind(tensors)
         return tensors is not None
     return pause
 
@@ -245,17 +245,17 @@ def _ignored_by(model: FrozenModel, settings: Settings) -> list[str]:
 
 
 def _network(settings: Settings, model: FrozenModel, tensors: Mapping[str, torch.Tensor] | None, *, name: str,
-             report: Report) -> LoRANetwork:
+             report: Report) -> AdapterNetwork:
     """A new network, or the one that `tensors` of the file `name` hold; parts that are not to be trained are frozen."""
     chosen, seed, family = settings.network, settings.optimizer.seed, model.architecture.family
     train_text = not chosen.network_train_unet_only
     if tensors is None:
         targets = find_targets(model.components, family=family, text_encoder=train_text)
-        network = LoRANetwork.build(targets, rank=chosen.network_dim, alpha=chosen.network_alpha, seed=seed)
+        network = AdapterNetwork.build(targets, rank=chosen.network_dim, alpha=chosen.network_alpha, seed=seed)
     else:
         has_text = any(key.startswith("lora_te") for key in tensors)
         targets = find_targets(model.components, family=family, text_encoder=train_text or has_text)
-        network = LoRANetwork.continued(targets, tensors, seed=seed)
+        network = AdapterNetwork.continued(targets, tensors, seed=seed)
         if network.fresh:
             report(Warned(f"{len(network.fresh)} layers are not in {name} and start anew."))
     if not train_text:
@@ -276,7 +276,7 @@ def _planned(settings: Settings, preparation: Preparation, borrowed: Borrowed, m
         checkpoint=borrowed.checkpoint.name, seed=settings.optimizer.seed, resumed_at=done, memory=memory.text)
 
 
-def _train(settings: Settings, preparation: Preparation, model: FrozenModel, network: LoRANetwork, batches: Batches,
+def _train(settings: Settings, preparation: Preparation, model: FrozenModel, network: AdapterNetwork, batches: Batches,
            text: Text, way: Way, *, dtype: torch.dtype, saver: Saver | Onlooker, stop: Stop, pause: Pause,
            resumed: TrainingState | None, ranks: ProcessGroup) -> int:
     optimizer, loss, memory = settings.optimizer, settings.loss, settings.memory

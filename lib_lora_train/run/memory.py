@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from lib_lora_train.adapters.file import read_ranks
-from lib_lora_train.adapters.network import LoRANetwork
+from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.dataset.progress import ShouldStop
 from lib_lora_train.errors import translated
 from lib_lora_train.events import Report
@@ -29,8 +29,8 @@ from lib_lora_train.settings import Settings
 from lib_lora_train.training.loop import Pause, Stop
 
 
-def memory_plan(settings: Settings, preparation: Preparation, model: FrozenModel, borrowed: Borrowed, network: LoRANetwork, *,
-                dtype: torch.dtype, remembered: Base, should_stop: ShouldStop | None) -> MemoryPlan:
+def memory_plan(settings: Settings, preparation: Preparation, model: FrozenModel, borrowed: Borrowed, network: AdapterNetwork,
+                *, dtype: torch.dtype, remembered: Base, should_stop: ShouldStop | None) -> MemoryPlan:
     """How the steps on the lent model are made so that they fit into the memory there is; `remembered` is what a run that goes
     on has computed on. Raises Interrupted."""
     return planned(settings, preparation, tensors=borrowed.tensors, architecture=model.architecture,
@@ -82,7 +82,7 @@ def unneeded(settings: Settings, device: torch.device) -> frozenset[Part]:
     return frozenset(part for part, idle in parts.items() if idle)
 
 
-def room_for_encoding(settings: Settings, model: FrozenModel, host: Host, network: LoRANetwork) -> Room:
+def room_for_encoding(settings: Settings, model: FrozenModel, host: Host, network: AdapterNetwork) -> Room:
     """What encoding pictures may take of a card: what is free, or what the memory budget leaves. Where that is less than it
     needs, UNet and text encoders wait off the card until `settle`."""
     def there() -> int:
@@ -95,28 +95,28 @@ def room_for_encoding(settings: Settings, model: FrozenModel, host: Host, networ
 
     def room(needed: int) -> int:
         if there() < needed:
-            model.take(host.offload_parts({"unet", "text"}))
+            model.rebind(host.offload_parts({"unet", "text"}))
             torch.cuda.empty_cache()
         return there()
     return room
 
 
-def settle(settings: Settings, model: FrozenModel, host: Host, borrowed: Borrowed, network: LoRANetwork, batches: Batches,
+def settle(settings: Settings, model: FrozenModel, host: Host, borrowed: Borrowed, network: AdapterNetwork, batches: Batches,
            overflow: DiskOverflow, way: Way, *, dtype: torch.dtype, report: Report, stop: Stop, pause: Pause) -> Text:
     """Bring the model to where the steps want it: the VAE goes, captions are encoded, the text encoders go where they can, and
     the UNet's weights are held as the plan says."""
     if "vae" in way.aside:
-        model.take(host.offload_parts({"vae"}))
+        model.rebind(host.offload_parts({"vae"}))
     # What made room for encoding.
-    model.take(host.reload_parts({"text", "unet"} - ({"unet"} & way.aside)))
+    model.rebind(host.reload_parts({"text", "unet"} - ({"unet"} & way.aside)))
     text = condition_of(settings, model, borrowed, network, batches, overflow, ahead="text" in way.aside, dtype=dtype,
                         report=report, stop=stop, pause=pause)
     if "text" in way.aside and text.known:
-        model.take(host.offload_parts({"text"}))
+        model.rebind(host.offload_parts({"text"}))
     if way.base:
         with translated("holding the model in eight bits"):
             if "unet" in way.aside:
-                model.take(host.offload_parts({"unet"}))
+                model.rebind(host.offload_parts({"unet"}))
             model.unet.layers.replace(dict(quantised(model.unet.tensors, way.base, device=model.device,
                                                      channels_last=way.channels_last)))
     elif way.channels_last:

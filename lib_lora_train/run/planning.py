@@ -14,6 +14,7 @@ from lib_lora_train.dataset.folder import Dataset, place, scan, visits_by_bucket
 from lib_lora_train.dataset.plan import Plan, plan_run
 from lib_lora_train.errors import DatasetError
 from lib_lora_train.inputs.latent_files import CACHE_FOLDER
+from lib_lora_train.model.family import training_sizes
 from lib_lora_train.settings import Settings, ignored
 from lib_lora_train.settings.allowed_paths import AllowedPaths
 
@@ -70,7 +71,7 @@ def prepare(settings: Settings, *, family: str, allowed: AllowedPaths | None = N
     dataset_settings, optimizer = settings.dataset, settings.optimizer
     if not dataset_settings.train_data_dir:
         raise DatasetError("No dataset folder was given", remedy="choose a folder of pictures")
-    buckets = buckets_for(dataset_settings, family=family)
+    buckets = buckets_for(dataset_settings, sizes=training_sizes(family))
     found = scan(
         Path(dataset_settings.train_data_dir), max_train_epochs=optimizer.max_train_epochs,
         num_repeats=dataset_settings.num_repeats, trigger_word=dataset_settings.trigger_word,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lib_lora_train.adapters import file
-from lib_lora_train.adapters.network import LoRANetwork
+from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.distributed import Lost
 from lib_lora_train.errors import LoraTrainError, OutputError, TrainingError, is_out_of_memory, translated
 from lib_lora_train.events import Event, Report, Saved, Step, Warned
@@ -78,8 +78,8 @@ class Checkpointer:
 class Saver:
     """Writes the LoRA files of a run and reports each; passes the loop's events on and remembers the last step."""
 
-    def __init__(self, target: Path, chosen: SaveSettings, network: LoRANetwork, provenance: Provenance, checkpointer: Checkpointer,
-                 *, report: Report, spare: Path | None) -> None:
+    def __init__(self, target: Path, chosen: SaveSettings, network: AdapterNetwork, provenance: Provenance,
+                 checkpointer: Checkpointer, *, report: Report, spare: Path | None) -> None:
         self._target, self._chosen, self._network = target, chosen, network
         self._provenance, self._checkpointer, self._report, self._spare = provenance, checkpointer, report, spare
         self._last: Step | None = None

@@ -64,7 +64,7 @@ class Work:
 
     def recompute(self) -> bool:
         """From now on, let backward compute all of the UNet again that can be. False where it does."""
-        units = frozenset(self._model.unet.units)
+        units = frozenset(self._model.unet.checkpointable)
         if self._options.recompute == units:
             return False
         self._options = dataclasses.replace(self._options, recompute=units)

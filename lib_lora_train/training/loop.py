@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from lib_lora_train.adapters.network import LoRANetwork
+from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.distributed import SINGLE_PROCESS, ProcessGroup, share
 from lib_lora_train.errors import TrainingError, translated
 from lib_lora_train.events import Report, Step
@@ -67,7 +67,7 @@ class LoopOptions:
     rows_at_once: int | None = None
 
 
-def train(model: FrozenModel, *, network: LoRANetwork, epoch_batches: EpochBatches, condition: Condition,
+def train(model: FrozenModel, *, network: AdapterNetwork, epoch_batches: EpochBatches, condition: Condition,
           options: LoopOptions, save: Save, keep: Save, report: Report, stop: Stop, pause: Pause = lambda release: True,
           resumed: TrainingState | None = None, ranks: ProcessGroup = SINGLE_PROCESS) -> int:
     """Train `network` on `model`; returns the number of steps made (all of them, unless `stop` said otherwise).

@@ -23,8 +23,8 @@ from lib_lora_train.training.noise import Draws
 class StepOptions:
     """What a step needs to know beside its inputs. `min_snr_gamma` 0 is off.
 
-    `recompute` names the units of the UNet (`UNet.units`) that backward computes again instead of keeping their activations;
-    `offload` keeps activations in the CPU's memory until backward.
+    `recompute` names the units of the UNet (`UNet.checkpointable`) that backward computes again instead of keeping their
+    activations; `offload` keeps activations in the CPU's memory until backward.
     """
 
     dtype: torch.dtype
@@ -94,7 +94,7 @@ def denoising_loss(model: FrozenModel, *, inputs: StepInputs, conditioning: Cond
         original, crop, target = sizes.split(2, dim=1)
         y = size_vector(conditioning.pooled.to(device), original=original, crop=crop, target=target).to(dtype)
     prediction = model.unet(schedule.add_noise(x_0, noise, t).to(dtype), t, conditioning.context.to(device, dtype), y,
-                            adapters=adapters, recompute=options.recompute)
+                            adapters=adapters, checkpointed=options.recompute)
 
     snr_weight = None
     if options.min_snr_gamma:

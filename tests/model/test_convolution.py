@@ -105,7 +105,7 @@ def test_what_was_replaced_stays_when_the_rest_is_let_go_and_lent_anew() -> None
     layers.replace({"matrix.weight": own})
     layers.release()
     assert set(layers.tensors) == {"matrix.weight"} and layers.copied_bytes == own.nbytes
-    layers.take(lent)
+    layers.rebind(lent)
     assert layers.weight("matrix") is own and set(layers.tensors) == set(lent)
     assert layers.weight("wide").data_ptr() == lent["wide.weight"].data_ptr()
 
@@ -126,7 +126,7 @@ def test_what_replaced_the_lenders_leaves_the_card_with_it_and_comes_back() -> N
     layers.replace({"matrix.weight": OnACard()})
     layers.release()
     assert layers.tensors == {"matrix.weight": OnACard(torch.device("cpu"))}
-    layers.take(lent)
+    layers.rebind(lent)
     assert layers.weight("matrix") == OnACard() and layers.copied_bytes == 40
 
 

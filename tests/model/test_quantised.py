@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib_lora_train.adapters.network import LoRANetwork
+from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.memory.tracker import Ledger
 from lib_lora_train.model import frozen
@@ -108,12 +108,14 @@ def test_nearly_all_of_a_published_unet_is_replaced_and_no_norm_bias_or_embeddin
             ("input_blocks.0.0.", "out.2.", "time_embed.", "label_emb."))}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize(("family", "kind"), [
+    ("sd1", "int8"), pytest.param("sdxl", "fp8", marks=pytest.mark.skipif(
+        not hasattr(torch, "float8_e4m3fn"), reason="this torch has no fp8"))])
 def test_a_lora_learns_on_a_quantised_base_and_serves_the_ordinary_one(family, kind):
     model = frozen.build(checkpoint(family), hints=HINTS[family], tokenizers=tokenizers(family))
     true = dict(model.unet.tensors)
-    network = LoRANetwork.build(find_targets(model.components, family=family, text_encoder=False), rank=4, alpha=4.0, seed=0)
+    targets = find_targets(model.components, family=model.architecture.family, text_encoder=False)
+    network = AdapterNetwork.build(targets, rank=4, alpha=4.0, seed=0)
     config = model.architecture.unet
     generator = torch.Generator().manual_seed(0)
     x, target = (torch.randn(2, 4, 8, 8, generator=generator) for _ in range(2))
@@ -127,9 +129,9 @@ def test_a_lora_learns_on_a_quantised_base_and_serves_the_ordinary_one(family, k
     copies = dict(quantised.quantised(model.unet.tensors, kind, device=torch.device("cpu")))
     model.unet.layers.replace(copies)
     assert model.unet.layers.copied_bytes == sum(true[name].numel() + 4 * len(true[name]) for name in copies)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=5e-3)
     losses = []
-    for _ in range(25):
+    for _ in range(15):
         losses.append(loss())
         losses[-1].backward()
         optimizer.step()

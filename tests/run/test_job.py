@@ -226,7 +226,7 @@ def test_why_a_run_failed_is_told_although_nothing_can_be_saved(images, host, mo
 def test_memory_that_runs_out_before_the_first_step_is_told_as_such(images, host, monkeypatch):
     def no_room(*args, **kwargs):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-    monkeypatch.setattr(job.LoRANetwork, "to", no_room)
+    monkeypatch.setattr(job.AdapterNetwork, "to", no_room)
     with pytest.raises(TrainingError, match="memory ran out"):
         run(settings(images), host)
     monkeypatch.setattr(standalone, "load_file", no_room)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lib_lora_train import events
-from lib_lora_train.adapters.network import LoRANetwork
+from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.distributed import SINGLE_PROCESS
 from lib_lora_train.inputs.batches import Batch
@@ -59,7 +59,7 @@ def batch(number: int, *, rows: int = 1, shape: tuple[int, int] = SQUARE, captio
 class Result:
     """What a run said and left."""
 
-    network: LoRANetwork
+    network: AdapterNetwork
     seen: list[events.Event]
     steps: int
     state: TrainingState | None
@@ -97,8 +97,8 @@ def run(family: str, batches: Sequence[Batch], *, accumulation: int = 1, text: b
         compiled: bool = False, learning_rate: float = 1e-3, checkpointing: bool = False) -> Result:
     """Train on `batches` in order. Text encoders are trained with `text`, else their answers are looked up."""
     frozen_model = model(family, device)
-    targets = find_targets(frozen_model.components, family=family, text_encoder=text)
-    network = LoRANetwork.build(targets, rank=2, alpha=2, seed=0).to(device)
+    targets = find_targets(frozen_model.components, family=frozen_model.architecture.family, text_encoder=text)
+    network = AdapterNetwork.build(targets, rank=2, alpha=2, seed=0).to(device)
     adapters = {name: layers for name, layers in network.adapters().items() if name != "unet"}
     condition = TrainedText(frozen_model.text, clip_skip=1, adapters=adapters, checkpointing=checkpointing, dtype=dtype) \
         if text else CachedText(TextCache(frozen_model.text))
@@ -109,7 +109,7 @@ def run(family: str, batches: Sequence[Batch], *, accumulation: int = 1, text: b
         text_encoder_lr=learning_rate / 2 if text else 0.0, seed=3, save_every_n_epochs=0, save_every_n_steps=0,
         cuda_graphs=graphs, compiled=compiled,
         step=StepOptions(dtype=dtype, min_snr_gamma=min_snr,
-                         recompute=frozenset(frozen_model.unet.units if checkpointing else ())))
+                         recompute=frozenset(frozen_model.unet.checkpointable if checkpointing else ())))
     seen: list[events.Event] = []
     kept: list = [lambda: None]
     made = train(frozen_model, network=network, epoch_batches=lambda epoch, start: batches[start:], condition=condition,

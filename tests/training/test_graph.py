@@ -86,7 +86,7 @@ def lend_to_others(model: FrozenModel, lent: dict[str, torch.Tensor], release: C
     for tensor in lent.values():
         tensor.fill_(torch.nan if tensor.is_floating_point() else 0)
     lent.update(moved)
-    model.take(moved)
+    model.rebind(moved)
 
 
 def test_after_others_had_the_model_nothing_recorded_is_used_again(monkeypatch):
@@ -206,7 +206,7 @@ def test_cuda_graphs_are_dropped_where_the_model_moves():
     batches = [batch(i) for i in range(12)]
     undisturbed = small_run.run("sd1", batches, device="cuda")
     lent = {name: tensor.to("cuda") for name, tensor in small_run.tensors("sd1").items()}
-    model.take(lent)
+    model.rebind(lent)
 
     def pause(release) -> bool:
         lend_to_others(model, lent, release)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lib_lora_train.adapters.network import LoRANetwork
+from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.errors import TrainingError
 from lib_lora_train.training import device_step, loop
@@ -43,7 +43,7 @@ def test_gradients_and_losses_of_the_rows_add_up_to_those_of_the_batch(rows):
     model, whole = small_run.model("sdxl"), inputs(5)
 
     def gradients(parts: list[StepInputs]) -> tuple[torch.Tensor, float]:
-        network = LoRANetwork.build(find_targets(model.components, family="sdxl", text_encoder=True), rank=2, alpha=2, seed=0)
+        network = AdapterNetwork.build(find_targets(model.components, family=model.architecture.family, text_encoder=True), rank=2, alpha=2, seed=0)
         for layer in network.layers.values():
             layer.up.data.normal_(std=0.02, generator=torch.Generator().manual_seed(1))
         weights, total = network.flatten(1e-3, 1e-3), 0.0

@@ -89,7 +89,7 @@ def test_where_only_recordings_fill_the_memory_they_are_given_up_and_the_batch_s
 
 
 def test_one_picture_too_much_is_tried_again_with_all_that_can_be_recomputed(monkeypatch):
-    batches, units = [batch(i) for i in range(3)], frozenset(small_run.model("sd1").unet.units)
+    batches, units = [batch(i) for i in range(3)], frozenset(small_run.model("sd1").unet.checkpointable)
     plain = small_run.run("sd1", batches)
     tried = failing(monkeypatch, lambda shapes, options: None if options.recompute == units else FULL)
     recomputed = small_run.run("sd1", batches)

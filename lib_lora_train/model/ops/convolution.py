@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lib_lora_train.model.ops import winograd
-from lib_lora_train.model.ops.linear import frozen_linear
+from lib_lora_train.model.ops.linear import LoRADelta, frozen_linear
 from lib_lora_train.model.ops.weights import Weight, dense, is_nhwc
 
 NHWC, NCHW = torch.channels_last, torch.contiguous_format
@@ -37,6 +37,15 @@ def frozen_conv2d(x: Tensor, weight: Weight, bias: Tensor | None, *, stride: int
     if tuple(weight.shape[2:]) == (1, 1) and padding == 0 and stride == 1 and is_nhwc(x):
         return frozen_linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
     return _FrozenConv2d.apply(x, weight, bias, stride, padding)
+
+
+def conv2d_delta(x: Tensor, delta: LoRADelta, *, stride: int, padding: int) -> Tensor:
+    """What a LoRA adds to a convolution of x [B, in, h, w]: down [r, in] or [r, in, k, k] with that convolution's stride and
+    padding, up [out, r] on each pixel. Gradients for x and both factors; autograd keeps x."""
+    down, up = delta.factors(x.dtype)
+    down = down if down.ndim == 4 else down[:, :, None, None]
+    projected = F.conv2d(x, down, stride=stride, padding=padding)
+    return F.conv2d(projected, up[:, :, None, None]) * delta.scale
 
 
 class _FrozenConv2d(torch.autograd.Function):

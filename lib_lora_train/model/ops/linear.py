@@ -27,9 +27,10 @@ from lib_lora_train.model.ops.weights import Weight, dense
 
 
 @dataclass(frozen=True, eq=False)
-class LowRank:
+class LoRADelta:
     """A trained product: `scale` · up · down, with down [r, in] and up [out, r], whose gradients have their dtype.
 
+    For a convolution above 1x1, `down` is [r, in, k, k].
     `working` are the same numbers in another dtype, used by activations of that dtype in place of a cast.
     """
 
@@ -55,7 +56,7 @@ def frozen_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     return shared_linears(x, [(weight, bias)], [None])[0]
 
 
-def shared_linears(source: Tensor, frozen: Sequence[Frozen], trained: Sequence[LowRank | None], *,
+def shared_linears(source: Tensor, frozen: Sequence[Frozen], trained: Sequence[LoRADelta | None], *,
                    recipe: Recipe | None = None) -> tuple[Tensor, ...]:
     """The outputs [..., out_i] of several layers for one x [..., in], in x's dtype.
 
@@ -63,7 +64,7 @@ def shared_linears(source: Tensor, frozen: Sequence[Frozen], trained: Sequence[L
     frozen: (weight [out_i, in] or [out_i, in, 1, 1], bias [out_i]) of each layer, in any dtype.
     trained: what is added to each, or None.
     """
-    factors = [factor for low in trained if low is not None for factor in (low.down, low.up)]
+    factors = [factor for delta in trained if delta is not None for factor in (delta.down, delta.up)]
     return _SharedInput.apply(source, recipe, tuple(frozen), tuple(trained), *factors)
 
 
@@ -79,44 +80,44 @@ class _SharedInput(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, source: Tensor, recipe: Recipe | None, frozen: tuple[Frozen, ...],
-                trained: tuple[LowRank | None, ...], *factors: Tensor) -> tuple[Tensor, ...]:
+                trained: tuple[LoRADelta | None, ...], *factors: Tensor) -> tuple[Tensor, ...]:
         x = source if recipe is None else recipe.make(source)[0]
-        rows, pairs = _rows(x), [None if low is None else low.factors(x.dtype) for low in trained]
-        narrow = rows @ _stacked(pairs).t() if factors else None
+        rows, pairs = _rows(x), [None if delta is None else delta.factors(x.dtype) for delta in trained]
+        projected = rows @ _stacked(pairs).t() if factors else None
         results, start = [], 0
-        for (weight, bias), low, pair in zip(frozen, trained, pairs, strict=True):
+        for (weight, bias), delta, pair in zip(frozen, trained, pairs, strict=True):
             y = F.linear(rows, _matrix(weight, x.dtype), None if bias is None else bias.to(x.dtype))
             if pair is not None:
                 end = start + pair[0].shape[0]
-                y.addmm_(narrow[:, start:end], pair[1].t(), alpha=low.scale)
+                y.addmm_(projected[:, start:end], pair[1].t(), alpha=delta.scale)
                 start = end
             results.append(y.view(*x.shape[:-1], y.shape[-1]))
         wanted = ctx.needs_input_grad[_FACTORS:]  # a down and an up of each trained layer
         needs_source = any(wanted[::2]) or (recipe is not None and ctx.needs_input_grad[0])
-        ctx.save_for_backward(source if needs_source else None, narrow if any(wanted[1::2]) else None)
+        ctx.save_for_backward(source if needs_source else None, projected if any(wanted[1::2]) else None)
         ctx.recipe, ctx.frozen, ctx.trained, ctx.shape, ctx.dtype = recipe, frozen, trained, x.shape, x.dtype
         return tuple(results)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        source, narrow = ctx.saved_tensors
-        x, known = _made_again(source, ctx.recipe, finished=any(ctx.needs_input_grad[_FACTORS::2]))
+        source, projected = ctx.saved_tensors
+        x, known = _rebuilt(source, ctx.recipe, finished=any(ctx.needs_input_grad[_FACTORS::2]))
         grads = tuple(map(_rows, grads))
-        pairs = [None if low is None else low.factors(ctx.dtype) for low in ctx.trained]
-        ups, narrow_grads, start = [], [], 0
-        for grad, low, pair in zip(grads, ctx.trained, pairs, strict=True):
+        pairs = [None if delta is None else delta.factors(ctx.dtype) for delta in ctx.trained]
+        ups, projected_grads, start = [], [], 0
+        for grad, delta, pair in zip(grads, ctx.trained, pairs, strict=True):
             if pair is None:
                 continue
             end = start + pair[0].shape[0]
             wanted = ctx.needs_input_grad[_FACTORS + 1 + 2 * len(ups)]
-            ups.append(_scaled(grad.t() @ narrow[:, start:end], low).to(low.up.dtype) if wanted else None)
-            narrow_grads.append(_scaled(grad @ pair[1], low))
+            ups.append(_scaled(grad.t() @ projected[:, start:end], delta).to(delta.up.dtype) if wanted else None)
+            projected_grads.append(_scaled(grad @ pair[1], delta))
             start = end
-        narrow_grad = _joined(narrow_grads, dim=1) if narrow_grads else None
+        projected_grad = _concatenated(projected_grads, dim=1) if projected_grads else None
         downs = [None] * len(ups) if x is None else [
-            grad.to(low.down.dtype) if wanted else None for grad, low, wanted in zip(
-                (narrow_grad.t() @ _rows(x)).split([grad.shape[1] for grad in narrow_grads]),
+            grad.to(delta.down.dtype) if wanted else None for grad, delta, wanted in zip(
+                (projected_grad.t() @ _rows(x)).split([grad.shape[1] for grad in projected_grads]),
                 filter(None, ctx.trained), ctx.needs_input_grad[_FACTORS::2], strict=True)]
 
         grad_source = grad_x = None
@@ -124,15 +125,15 @@ class _SharedInput(torch.autograd.Function):
             for grad, (weight, _) in zip(grads, ctx.frozen, strict=True):
                 matrix = _matrix(weight, ctx.dtype)
                 grad_x = grad @ matrix if grad_x is None else grad_x.addmm_(grad, matrix)
-            if narrow_grad is not None:
-                grad_x.addmm_(narrow_grad, _stacked(pairs))
+            if projected_grad is not None:
+                grad_x.addmm_(projected_grad, _stacked(pairs))
             grad_source = grad_x.view(ctx.shape)
             if ctx.recipe is not None:
                 grad_source = ctx.recipe.grad(source, known, grad_source)
         return grad_source, None, None, None, *(side for pair in zip(downs, ups, strict=True) for side in pair)
 
 
-def _made_again(source: Tensor | None, recipe: Recipe | None, *, finished: bool) -> tuple[Tensor | None, Any]:
+def _rebuilt(source: Tensor | None, recipe: Recipe | None, *, finished: bool) -> tuple[Tensor | None, Any]:
     """x, where it is wanted `finished`, and what the recipe's gradient wants to know."""
     if source is None or recipe is None:
         return source if finished else None, None
@@ -143,8 +144,8 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _scaled(product: Tensor, low: LowRank) -> Tensor:
-    return product if low.scale == 1 else product.mul_(low.scale)
+def _scaled(product: Tensor, delta: LoRADelta) -> Tensor:
+    return product if delta.scale == 1 else product.mul_(delta.scale)
 
 
 def _matrix(weight: Weight, dtype: torch.dtype) -> Tensor:
@@ -154,8 +155,8 @@ def _matrix(weight: Weight, dtype: torch.dtype) -> Tensor:
 
 def _stacked(pairs: Sequence[tuple[Tensor, Tensor] | None]) -> Tensor:
     """All A below each other, [sum of ranks, in]."""
-    return _joined([pair[0] for pair in pairs if pair is not None], dim=0)
+    return _concatenated([pair[0] for pair in pairs if pair is not None], dim=0)
 
 
-def _joined(tensors: Sequence[Tensor], *, dim: int) -> Tensor:
+def _concatenated(tensors: Sequence[Tensor], *, dim: int) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=dim)

@@ -32,7 +32,7 @@ class TextEncoder:
 
     @property
     def layers(self) -> Layers:
-        """What computes on them; to let go of the tensors and to take them again."""
+        """The layers over them, to release and rebind the tensors."""
         return self._layers
 
     @property

@@ -37,7 +37,7 @@ class VAE:
 
     @property
     def layers(self) -> Layers:
-        """What computes on them; to let go of the tensors and to take them again."""
+        """The layers over them, to release and rebind the tensors."""
         return self._layers
 
     @torch.no_grad()
