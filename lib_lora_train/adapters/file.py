@@ -71,13 +71,13 @@ class LoraInfo:
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, dtype: torch.dtype) -> None:
-    """Write `tensors` (kohya's keys, any device) as `dtype`, all at once: whoever reads meets the old file or the new.
+    """Write `tensors` (kohya's keys, any device) as `dtype`, atomically: readers see the old file or the new one.
 
     Adds `sshs_model_hash` and `sshs_legacy_hash`. `ss_output_name` must be the file's stem, or the WebUI lists the
-    LoRA under a name that is not its file's. The temporary file lies beside the result under a name that no
-    program takes for a model; it is gone afterwards, whatever happened.
+    LoRA under a name that is not its file's. The temporary file beside the result has a name that no program
+    takes for a model, and is removed in any case.
 
-    Raises TrainingError if a weight is not finite in `dtype` (the file that is there stays), OutputError if the
+    Raises TrainingError if a weight is not finite in `dtype` (an existing file stays), OutputError if the
     folder refuses.
     """
     path = Path(path)
@@ -92,7 +92,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str],
     data = _hashed(weights, metadata)
     hashes = {"sshs_model_hash": _model_hash(data), "sshs_legacy_hash": _legacy_hash(data)}
     with translated(f"saving {path.name}"), replacing(path) as file:
-        # The tensors lie as they lay when they were hashed; only the header is another one.
+        # The bytes that were hashed, behind another header.
         file.write(_with_metadata(data, {**metadata, **hashes}))
         file.write(_behind_header(data))
 

@@ -1,4 +1,4 @@
-"""Facts about a run -> the metadata of its LoRA file. Every value is a string, as safetensors demands.
+"""The metadata of a LoRA file, from what is known of its run. Every value is a string, as safetensors demands.
 
 The names are those of kohya-ss/sd-scripts (`ss_…`), which the WebUI's Lora card and the usual viewers read, and
 of Stability's ModelSpec (`modelspec.…`). Folders are written by name and never by path: a LoRA is published.
@@ -54,11 +54,11 @@ class TrainingMetadata:
     network_module  kohya's name of the kind of adapter
     dim, alpha      the adapters' rank and alpha
     steps, epoch    done when this file is written
-    batch_size      pictures in one pass, on one device; `processes` of them train together
+    batch_size      images in one pass, on one device; `processes` of them train together
     started_at      seconds since 1970, as `finished_at`
-    clip_skip       None where it does not apply (SDXL) or is not known
-    buckets         (width, height) -> pictures with their repeats, None without buckets
-    aspect_error    mean difference between a picture's and its bucket's width/height
+    clip_skip       None where it does not apply or is not known
+    buckets         (width, height) -> images with their repeats, None without buckets
+    aspect_error    mean difference between an image's and its bucket's width/height
     settings        the run's settings under kohya's names; those in `SETTINGS` are written
     """
 
@@ -92,7 +92,7 @@ def describe(run: TrainingMetadata, name: str) -> dict[str, str]:
     """The metadata of the file `name`.safetensors.
 
     `name` is the file's stem: it becomes `ss_output_name`, the alias under which the WebUI lists the LoRA.
-    A setting or fact that is None is written as kohya writes it, "None".
+    A value that is None is written as kohya writes it, "None".
     """
     assert not name.endswith(".safetensors"), "the stem of the file, not its name"
     written = {setting: run.settings[setting] for setting in SETTINGS if setting in run.settings}

@@ -100,7 +100,7 @@ SD1 = Family(
 SD2 = Family(
     name="sd2", title="SD2", sizes=TrainingSizes(768), latent_scale=0.18215, head_channels=64,
     text=(TextEncoderSpec("te", "cond_stage_model.", openclip=True, skip=2),), text_width=1024,
-    lora_prefixes=lora_keys.DIFFUSERS_PREFIXES, lora_keys=lora_keys.sd2_keys, recognises=detection.has_openclip_alone,
+    lora_prefixes=lora_keys.DIFFUSERS_PREFIXES, lora_keys=lora_keys.sd2_keys, recognises=detection.has_openclip,
     metadata=MetadataNames(("sd_v2", "sd_v2_v"), ("stable-diffusion-v2-512", "stable-diffusion-v2-768-v"), v2=True))
 
 SDXL = Family(

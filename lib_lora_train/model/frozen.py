@@ -1,4 +1,4 @@
-"""The whole frozen model in one object, built from a flat dict of somebody else's tensors."""
+"""The whole frozen model in one object, built from a flat dict of borrowed tensors."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class FrozenModel:
             part.layers.release()
 
     def rebind(self, tensors: Mapping[str, Tensor]) -> None:
-        """Compute on `tensors` (checkpoint names) from now on: the same weights on the same device, lent anew."""
+        """Compute on `tensors` (checkpoint names) from now on: the same weights on the same device."""
         unet, vae, texts = self.architecture.family.parts(tensors)
         for part, local in zip((self.unet, self.vae, *self.text.encoders), (unet, vae, *texts), strict=True):
             part.layers.rebind(local)
@@ -100,9 +100,9 @@ def _shapes(tensors: Mapping[str, Tensor]) -> _Shapes:
 
 @lru_cache(maxsize=4)
 def _dry_run(architecture: Architecture, unet: _Shapes, vae: _Shapes, texts: tuple[_Shapes, ...]) -> None:
-    """Run every part on the meta device: a tensor that is missing or misshapen is found now, not in an hour.
+    """Run every part on the meta device, so that a missing or misshapen tensor is found before the training.
 
-    It takes a second, and once for all models of the same shapes: one that failed is tried again.
+    It takes a second, and is done once for all models of the same shapes; one that failed is not remembered.
     """
     def shapes(part: _Shapes) -> dict[str, Tensor]:
         return {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape, dtype in part}

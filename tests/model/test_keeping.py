@@ -18,7 +18,7 @@ from lib_lora_train.model.ops.convolution import frozen_conv2d
 from lib_lora_train.model.ops.linear import LoRADelta, frozen_linear, shared_linears
 from lib_lora_train.model.ops.quantised import quantise
 from lib_lora_train.model.ops.weights import Weight, dense
-from tests.model.written_out import draws, nhwc
+from tests.model.plain_lora import draws, nhwc
 
 
 class OnArray(torch.autograd.Function):

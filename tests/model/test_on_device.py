@@ -13,8 +13,8 @@ from lib_lora_train.model.ops.recipes import GroupNorm, LayerNorm, made
 from lib_lora_train.model.sd.components import unet_tensors
 from lib_lora_train.model.sd.detection import unet_config
 from lib_lora_train.model.sd.unet import UNet
+from tests.model.plain_lora import lora, nhwc
 from tests.model.small_checkpoints import CONTEXT, HINTS, checkpoint
-from tests.model.written_out import lora, nhwc
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -13,6 +13,7 @@ from lib_lora_train.model.architecture import TextConfig
 from lib_lora_train.model.frozen import FrozenModel, build
 from lib_lora_train.model.sd.components import text_tensors
 from lib_lora_train.model.sd.text_encoder import TextEncoder
+from tests.model.plain_lora import WrittenOut
 from tests.model.small_checkpoints import (
     END,
     HINTS,
@@ -27,7 +28,6 @@ from tests.model.small_checkpoints import (
     relative_error,
     tokenizers,
 )
-from tests.model.written_out import WrittenOut
 
 
 def tokens(pad: int = END) -> Tensor:

@@ -23,6 +23,7 @@ from lib_lora_train.model.sd.components import unet_tensors
 from lib_lora_train.model.sd.detection import unet_config
 from lib_lora_train.model.sd.text import size_vector
 from lib_lora_train.model.sd.unet import UNet, resnet, spatial_transformer
+from tests.model.plain_lora import WrittenOut
 from tests.model.small_checkpoints import (
     CONTEXT,
     FAMILIES,
@@ -35,7 +36,6 @@ from tests.model.small_checkpoints import (
     randomised,
     relative_error,
 )
-from tests.model.written_out import WrittenOut
 
 SIZES = dict(original=(120, 200), crop=(3, 40), target=(96, 160))
 
@@ -294,8 +294,8 @@ def test_kernels_that_lie_in_nhwc_order_give_the_same_prediction_where_they_lie(
     assert all(ours.tensors[name].data_ptr() == tensor.data_ptr() for name, tensor in turned.items())
 
 
-class Pictures(TorchDispatchMode):
-    """Counts copies of pictures [B, C, h, w]."""
+class ImageCopies(TorchDispatchMode):
+    """Counts copies of images [B, C, h, w]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -309,13 +309,13 @@ class Pictures(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
-def test_off_processors_pictures_lie_as_the_kernels_do_and_are_not_copied_between_layers(order: torch.memory_format) -> None:
+def test_off_the_cpu_images_lie_as_the_kernels_do_and_are_not_copied_between_layers(order: torch.memory_format) -> None:
     lent = {name: tensor.detach().to("meta", torch.float16) for name, tensor in unet_tensors(checkpoint("sd1")).items()}
     lent = {name: tensor.contiguous(memory_format=order) if tensor.ndim == 4 else tensor for name, tensor in lent.items()}
     unet = unet_of(lent, "sd1")
     x = torch.empty(2, 4, 16, 24, device="meta", dtype=torch.float16)
     context = torch.empty(2, 77, CONTEXT["sd1"], device="meta", dtype=torch.float16)
-    with Pictures() as images:
+    with ImageCopies() as images:
         unet(x, torch.zeros(2, device="meta"), context, adapters=trained_shapes(unet))
     assert images.copied == 0
 

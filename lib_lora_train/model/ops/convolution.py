@@ -1,9 +1,9 @@
 """Convolutions with frozen kernels, in NCHW or NHWC order.
 
-Processors: torch brings a kernel into its own order at each call, which for the widest layers takes longer than the
-convolution of their few pixels. There the kernel is multiplied where it lies, as a matrix, with the columns of its input.
-Many pixels under a wide kernel are convolved with fewer multiplications (`winograd.py`). Where neither is so, and x is in
-NHWC order and the kernel is not, torch would first copy the kernel; if x is smaller, x is turned over instead.
+On the CPU torch reorders a kernel at each call, which for the widest layers takes longer than the convolution of their few
+pixels. There the kernel is multiplied as it is, as a matrix, with the columns of its input. Many pixels under a wide kernel
+are convolved with fewer multiplications (`winograd.py`). Elsewhere, where x is in NHWC order and the kernel is not, torch
+would copy the kernel; if x is smaller, x is reordered instead.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class _FrozenConv2d(torch.autograd.Function):
             return y if ctx.nhwc or nhwc else y.contiguous()
         if ctx.nhwc and _by_winograd(x, kernel, stride, padding):
             return winograd.convolved(x.permute(0, 2, 3, 1), kernel, bias).permute(0, 3, 1, 2)
-        if ctx.nhwc and _turning_x_is_cheaper(x, kernel, size):
+        if ctx.nhwc and reordering_x_is_cheaper(x, kernel, size):
             return F.conv2d(x.contiguous(), kernel, bias, stride=stride, padding=padding).contiguous(memory_format=NHWC)
         return F.conv2d(x, kernel, bias, stride=stride, padding=padding)
 
@@ -80,7 +80,7 @@ class _FrozenConv2d(torch.autograd.Function):
         kernel, order = dense(ctx.weight, grad.dtype), NHWC if ctx.nhwc else NCHW
         if _as_columns(grad, kernel, grad.shape[2:]):
             (matrix, nhwc), grads = _matrix(kernel), grad.flatten(2)
-            # One picture's columns come out in the order that is asked for.
+            # One image's columns are made in the layout that `fold` needs.
             columns = (matrix.t() @ grads[0])[None] if len(grads) == 1 else (grads.mT @ matrix).mT
             if nhwc:
                 columns = columns.unflatten(1, (-1, kernel.shape[1])).transpose(1, 2).flatten(1, 2)  # [B, in·k·k, pixels]
@@ -89,10 +89,10 @@ class _FrozenConv2d(torch.autograd.Function):
         if ctx.nhwc and _by_winograd(grad, kernel, ctx.stride, ctx.padding):
             rows = grad.contiguous(memory_format=NHWC).permute(0, 2, 3, 1)
             return winograd.differentiated(rows, kernel).permute(0, 3, 1, 2), None, None, None, None
-        turned = ctx.nhwc and _turning_x_is_cheaper(grad, kernel, ctx.shape[2:])
+        reordered = ctx.nhwc and reordering_x_is_cheaper(grad, kernel, ctx.shape[2:])
         shape_only = grad.new_empty(1).expand(ctx.shape)
         grad_x, _, _ = torch.ops.aten.convolution_backward(
-            grad.contiguous(memory_format=NCHW if turned else order), shape_only, kernel, None, (ctx.stride,) * 2,
+            grad.contiguous(memory_format=NCHW if reordered else order), shape_only, kernel, None, (ctx.stride,) * 2,
             (ctx.padding,) * 2, (1, 1), False, (0, 0), 1, (True, False, False))
         return grad_x.contiguous(memory_format=order), None, None, None, None
 
@@ -103,7 +103,7 @@ def _size(shape: torch.Size, kernel: Tensor, stride: int, padding: int) -> tuple
 
 
 def _matrix(kernel: Tensor) -> tuple[Tensor, bool]:
-    """The kernel where it lies: [out, in·k·k], or [out, k·k·in] and True where it is in NHWC order."""
+    """The kernel without a copy: [out, in·k·k], or [out, k·k·in] and True where it is in NHWC order."""
     nhwc = is_nhwc(kernel)
     return (kernel.permute(0, 2, 3, 1) if nhwc else kernel).flatten(1), nhwc
 
@@ -114,12 +114,12 @@ def _as_columns(x: Tensor, kernel: Tensor, size: torch.Size | tuple[int, int]) -
 
 
 def _by_winograd(x: Tensor, kernel: Tensor, stride: int, padding: int) -> bool:
-    pieces, _, height, width = x.shape
+    images, _, height, width = x.shape
     return x.is_cpu and x.dtype == torch.float32 and kernel.shape[2:] == (3, 3) and stride == padding == 1 and \
-        height % 2 == width % 2 == 0 and pieces * height * width >= WINOGRAD_FROM and \
+        height % 2 == width % 2 == 0 and images * height * width >= WINOGRAD_FROM and \
         min(kernel.shape[:2]) >= WINOGRAD_CHANNELS
 
 
-def _turning_x_is_cheaper(x: Tensor, kernel: Tensor, size: torch.Size | tuple[int, int]) -> bool:
+def reordering_x_is_cheaper(x: Tensor, kernel: Tensor, size: torch.Size | tuple[int, int]) -> bool:
     pixels = x.shape[0] * size[0] * size[1]
     return x.is_cpu and kernel.is_contiguous() and kernel.numel() > x.numel() + pixels * max(kernel.shape[:2])

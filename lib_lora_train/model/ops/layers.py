@@ -1,21 +1,19 @@
-"""Frozen layers over borrowed tensors.
+"""Frozen layers over borrowed tensors, and the adapters that change them.
 
-A `Layers` computes `F.linear`, `F.conv2d` and the norms on somebody else's tensors, addressed by name.
-The three promises to the lender:
+A `Layers` computes `F.linear`, `F.conv2d` and the norms on the host's tensors, addressed by name:
 
-- No copy, unless one was asked for (`replace`, `lay_out_channels_last`), and then `copied_bytes` tells. A weight is used
-  where it lies. Where its dtype differs from the activation's it is cast for one call, and the cast is dropped at once:
-  autograd keeps the borrowed tensor and casts it again in backward.
-- No gradient. The tensors are detached views, so `requires_grad` of the lender's parameters neither matters
-  nor changes.
-- No surprise. No method of the lender's modules runs, so none of the host's patches do.
+- It copies no weight, except in `replace` and `lay_out_channels_last`. A weight whose dtype differs from the
+  activation's is cast for one call: autograd keeps the borrowed tensor, and backward casts it once more.
+- It computes no gradient of a weight. The tensors are detached views, so `requires_grad` of the host's parameters
+  neither matters nor changes.
+- It runs no method of the host's modules, hence none of the host's patches.
 
-Gradients flow to the activations only. Do not call this under autocast: the caller chooses the dtype of the
-computation by the dtype of the activations.
+Do not call it under autocast: the dtype of the activations is that of the computation.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Protocol, runtime_checkable
@@ -38,7 +36,7 @@ __all__ = ["NO_ADAPTERS", "Adapter", "Adapters", "DeltaAdapter", "LayerAdapter",
 class LayerAdapter(Protocol):
     """An adapter that computes the whole adapted layer.
 
-    `weight` and `bias` are the borrowed tensors in the lender's dtype, which may differ from `x.dtype`: use
+    `weight` and `bias` are the borrowed tensors in their own dtype, which may differ from `x.dtype`: use
     `frozen_linear` and `frozen_conv2d`, which deal with that. The results have `x.dtype`.
     """
 
@@ -70,12 +68,12 @@ class Layers:
 
     def __init__(self, tensors: Mapping[str, Tensor], *, adapters: Adapters = NO_ADAPTERS) -> None:
         self._weights: dict[str, Weight] = {name: borrowed(tensor) for name, tensor in tensors.items()}
-        self._own: dict[str, torch.device] = {}  # where our copies belong
+        self._own: dict[str, torch.device] = {}  # the devices of our copies
         self.tensors: Mapping[str, Weight] = MappingProxyType(self._weights)
         self._adapters = adapters
 
     def release(self) -> None:
-        """Hold none of the lender's memory and nothing on its device, until `rebind`; not to be computed with meanwhile."""
+        """Hold none of the host's memory and nothing on its device until `rebind`; nothing can be computed meanwhile."""
         for name in tuple(self._weights):
             if name in self._own:
                 self._weights[name] = self._weights[name].to("cpu")
@@ -83,23 +81,20 @@ class Layers:
                 del self._weights[name]
 
     def rebind(self, tensors: Mapping[str, Tensor]) -> None:
-        """Compute on these tensors from now on: the same weights, where they lie now. What was replaced stays so."""
+        """Compute on these tensors from now on: the same weights at their present place. What was replaced stays so."""
         for name, device in self._own.items():
             self._weights[name] = self._weights[name].to(device)
         self._weights.update({name: borrowed(tensor) for name, tensor in tensors.items() if name not in self._own})
 
     def replace(self, weights: Mapping[str, Weight]) -> None:
-        """Compute with these in the place of the lender's tensors of the same names, which are held no longer.
-
-        Ours from now on, whatever is lent later. For copies of the same weights in another form (quantised, another
-        memory layout) only.
-        """
+        """Compute with these copies (quantised, or of another memory layout) of the borrowed tensors of the same names,
+        which are held no longer and which `rebind` does not bring back."""
         assert weights.keys() <= self._weights.keys(), "only weights that are there can be replaced"
         self._weights.update(weights)
         self._own.update({name: weight.device for name, weight in weights.items()})
 
     def lay_out_channels_last(self) -> None:
-        """Put copies in NHWC order in the place of convolutions' kernels above 1x1 that lie otherwise."""
+        """Replace convolutions' kernels above 1x1 by copies in NHWC order, where they are not in it."""
         kernels = {name: weight for name, weight in self._weights.items()
                    if isinstance(weight, Tensor) and weight.ndim == 4 and weight.shape[2:] != (1, 1)}
         self.replace({name: kernel.contiguous(memory_format=torch.channels_last) for name, kernel in kernels.items()
@@ -107,13 +102,13 @@ class Layers:
 
     @property
     def copied_bytes(self) -> int:
-        """Bytes of weights that are not the lender's: 0 unless something was replaced."""
+        """Bytes of the weights that were replaced by copies."""
         return sum(self._weights[name].nbytes for name in self._own)
 
     def adapted(self, adapters: Adapters) -> Layers:
         """The same tensors, with `adapters` by module name on their layers."""
-        other = Layers.__new__(Layers)
-        other.tensors, other._weights, other._own, other._adapters = self.tensors, self._weights, self._own, adapters
+        other = copy.copy(self)
+        other._adapters = adapters
         return other
 
     def has(self, name: str) -> bool:

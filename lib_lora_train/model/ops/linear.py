@@ -1,14 +1,14 @@
-"""Products of activations with frozen matrices, and the trained low-rank products that are added into them.
+"""Frozen linear layers fused with the LoRA deltas that are added to them.
 
 One autograd function computes all layers that read the same x (q, k and v of an attention):
-y_i = x W_iᵀ + b_i + s_i x A_iᵀ B_iᵀ (LoRA, Hu et al. 2021, arXiv 2106.09685, eq. 3). Written out in plain operations each
-layer makes three products and two more passes over its output. Here
+y_i = x W_iᵀ + b_i + s_i x A_iᵀ B_iᵀ (LoRA, Hu et al. 2021, arXiv 2106.09685, eq. 3). In plain operations each layer makes
+three products and two more passes over its output. Here
 
 - x A_iᵀ of all layers is one product with the stacked A_i, and B_i's product is accumulated into the frozen one by BLAS;
 - backward accumulates all contributions to x's gradient into one buffer likewise;
-- autograd keeps x only where an A is trained and x A_iᵀ (as wide as the ranks) only where a B is, never a weight: those are
-  the lender's, and one of another dtype is cast again in backward;
-- where x was made by a recipe (a norm, a gate), what is kept in its place is what it was made of.
+- autograd keeps x only where an A is trained, x A_iᵀ (as wide as the ranks) only where a B is, and never a cast of a
+  weight: backward casts it once more;
+- where x is made by a recipe (a norm, a gate), the recipe's source is kept in its place.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ Frozen = tuple[Weight, "Tensor | None"]
 def frozen_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """x [..., in] @ weight [out, in].T + bias, in `x.dtype`; a gradient for x only."""
     if isinstance(weight, Tensor) and weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype):
-        return F.linear(x, weight.flatten(1), bias)  # keeps nothing but the weight, which is the lender's
+        return F.linear(x, weight.flatten(1), bias)  # keeps nothing but the borrowed weight
     return shared_linears(x, [(weight, bias)], [None])[0]
 
 
@@ -74,7 +74,7 @@ _FACTORS = 4  # the first of `_SharedInput`'s arguments that is a trained factor
 class _SharedInput(torch.autograd.Function):
     """Several frozen products of one input, with low-rank ones accumulated into them.
 
-    Weights are kept as attributes, not among the saved tensors: hooks on those (recomputing, offloading) are for
+    Weights are kept as attributes, not among the saved tensors: hooks on those (checkpointing, offloading) are for
     activations.
     """
 
@@ -134,7 +134,7 @@ class _SharedInput(torch.autograd.Function):
 
 
 def _rebuilt(source: Tensor | None, recipe: Recipe | None, *, finished: bool) -> tuple[Tensor | None, Any]:
-    """x, where it is wanted `finished`, and what the recipe's gradient wants to know."""
+    """x where `finished`, and the intermediate results for the recipe's gradient."""
     if source is None or recipe is None:
         return source if finished else None, None
     return recipe.make(source) if finished else (None, recipe.known(source))

@@ -1,8 +1,8 @@
-"""What is computed elementwise between two products, kept for backward as what it was made of and made again there.
+"""Norms, activations and gates that backward recomputes from their input.
 
-A norm, an activation or a gate costs next to nothing beside the products around it, but plain autograd keeps the result
-of each. A recipe keeps its source only: SiLU after a group norm, the normed input of q, k and v, the gated half of a
-feed-forward are made a second time in backward. Norms are computed in fp32 where x has fewer bits.
+They cost next to nothing beside the matrix products around them, but plain autograd keeps the result of each. A recipe
+says how such an input x of a layer is made of its source, so that autograd keeps the source only. Norms are computed in
+fp32 where x has fewer bits.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from lib_lora_train.model.ops.weights import is_nhwc
 
 
 class Recipe(Protocol):
-    """How x is made of its source, and what x's gradient means for the source."""
+    """A function of one tensor, the source, and its gradient."""
 
     def known(self, source: Tensor) -> Any:
-        """What `grad` wants to know beside the source: x is made of it, but not made here."""
+        """The intermediate results that `make` and `grad` share."""
         ...
 
     def make(self, source: Tensor) -> tuple[Tensor, Any]:
@@ -90,9 +90,9 @@ class LayerNorm:
 
 @dataclass(frozen=True, eq=False)
 class GroupNorm:
-    """Thirty-two groups of the channels of a picture [B, C, h, w] (ldm's GroupNorm32), with or without a SiLU after it.
+    """Over groups of the channels of an image [B, C, h, w] (ldm's GroupNorm32), with or without a SiLU after it.
 
-    In NHWC order pictures stay in it. `rows` turns them into [B, h·w, C], which is a view there.
+    The memory layout stays. `rows` returns [B, h·w, C], which is a view of an NHWC image.
     """
 
     weight: Tensor
@@ -106,7 +106,7 @@ class GroupNorm:
         """(what is computed on, normed as well, mean, 1/σ)"""
         x, weight, bias = _wide(_dense_image(source), source), _wide(self.weight, source), _wide(self.bias, source)
         if is_nhwc(x) and not x.is_cpu:
-            normed, mean, rstd = self._make_nhwc(x, weight, bias)  # torch's kernel would go to NCHW
+            normed, mean, rstd = group_norm_nhwc(x, weight, bias, self.eps, self.groups)  # torch's kernel returns NCHW
         else:
             normed, mean, rstd = torch.native_group_norm(
                 x, weight, bias, x.shape[0], x.shape[1], x[0, 0].numel(), self.groups, self.eps)
@@ -138,17 +138,8 @@ class GroupNorm:
             [True, False, False])
         return grad_source.to(source.dtype)
 
-    def _make_nhwc(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        rows = x.permute(0, 2, 3, 1).flatten(1, 2)
-        variance, mean = torch.var_mean(rows.unflatten(2, (self.groups, -1)), dim=(1, 3), unbiased=False)
-        rstd = (variance + self.eps).rsqrt()
-        scale = self._by_channel(rstd, x) * weight
-        shift = torch.addcmul(bias, self._by_channel(mean, x), scale, value=-1)
-        normed = torch.addcmul(shift[:, None], rows, scale[:, None])
-        return normed.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2), mean, rstd
-
     def _grad_nhwc(self, x: Tensor, mean: Tensor, rstd: Tensor, grad: Tensor) -> Tensor:
-        """torch's kernel for this order is several times slower on processors, and goes to NCHW on GPUs.
+        """torch's kernel for this layout is several times slower on the CPU, and returns NCHW on GPUs.
 
         With g the gradient times the weight, m and r the group's moments and N its size: r·g - r/N·(Σg + x̂·Σg·x̂),
         which is scale·grad + slope·x + shift for each channel.
@@ -161,18 +152,30 @@ class GroupNorm:
         along = (sum_gx - mean * sum_g) * rstd  # Σ g·x̂
         slope = -rstd.square() / size * along
         shift = -rstd / size * sum_g - mean * slope
-        scale = self._by_channel(rstd, x) * weight
-        result = torch.addcmul(self._by_channel(shift, x)[:, None], rows, self._by_channel(slope, x)[:, None])
-        result.addcmul_(grads, scale[:, None])
+        scale, shift, slope = (_by_channel(numbers, x) for numbers in (rstd, shift, slope))
+        result = torch.addcmul(shift[:, None], rows, slope[:, None])
+        result.addcmul_(grads, (scale * weight)[:, None])
         return result.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
-
-    def _by_channel(self, of_groups: Tensor, x: Tensor) -> Tensor:
-        """[B, groups] -> [B, C]"""
-        return of_groups.repeat_interleave(x.shape[1] // self.groups, dim=1)
 
     def _by_group(self, of_channels: Tensor) -> Tensor:
         """[B, C] -> [B, groups], added up."""
         return of_channels.unflatten(1, (self.groups, -1)).sum(dim=2)
+
+
+def group_norm_nhwc(x: Tensor, weight: Tensor, bias: Tensor, eps: float, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Group norm of x [B, C, h, w] in NHWC order, which it keeps; with mean and 1/σ [B, groups]."""
+    rows = x.permute(0, 2, 3, 1).flatten(1, 2)
+    variance, mean = torch.var_mean(rows.unflatten(2, (groups, -1)), dim=(1, 3), unbiased=False)
+    rstd = (variance + eps).rsqrt()
+    scale = _by_channel(rstd, x) * weight
+    shift = torch.addcmul(bias, _by_channel(mean, x), scale, value=-1)
+    normed = torch.addcmul(shift[:, None], rows, scale[:, None])
+    return normed.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2), mean, rstd
+
+
+def _by_channel(of_groups: Tensor, x: Tensor) -> Tensor:
+    """[B, groups] -> [B, C]"""
+    return of_groups.repeat_interleave(x.shape[1] // of_groups.shape[1], dim=1)
 
 
 @dataclass(frozen=True)
@@ -185,8 +188,8 @@ class GatedGELU:
 
     def make(self, source: Tensor) -> tuple[Tensor, Any]:
         """[..., 2·C] -> [..., C]"""
-        session = self.known(source)
-        return source.chunk(2, dim=-1)[0] * session, session
+        known = self.known(source)
+        return source.chunk(2, dim=-1)[0] * known, known
 
     def grad(self, source: Tensor, known: Any, grad_x: Tensor) -> Tensor:
         """[..., C] -> [..., 2·C]"""
@@ -211,8 +214,8 @@ class GELU:
 
     def make(self, source: Tensor) -> tuple[Tensor, Any]:
         """[...] -> [...]"""
-        session = self.known(source)
-        return F.gelu(source) if session is None else source * session, session
+        known = self.known(source)
+        return F.gelu(source) if known is None else source * known, known
 
     def grad(self, source: Tensor, known: Any, grad_x: Tensor) -> Tensor:
         """[...] -> [...]"""

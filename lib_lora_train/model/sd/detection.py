@@ -44,7 +44,7 @@ def has_unet(tensors: Mapping[str, Tensor]) -> bool:
     return f"{UNET_PREFIX}input_blocks.0.0.weight" in tensors
 
 
-def has_openclip_alone(tensors: Mapping[str, Tensor]) -> bool:
+def has_openclip(tensors: Mapping[str, Tensor]) -> bool:
     """Whether its text encoder is OpenCLIP's, as SD2's is."""
     # Hosts that rename OpenCLIP's tensors leave one trace: projections of the UNet that are not convolutions.
     linear = any(tensor.ndim == 2 and name.startswith(UNET_PREFIX) and name.endswith(".proj_in.weight")

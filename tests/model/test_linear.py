@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lib_lora_train.model.ops.linear import LoRADelta, frozen_linear, shared_linears
-from lib_lora_train.model.ops.recipes import GELU, GatedGELU, GroupNorm, LayerNorm, Recipe, made
-from tests.model.written_out import draws, lora, nhwc
+from lib_lora_train.model.ops.recipes import GELU, GatedGELU, GroupNorm, LayerNorm, Recipe, group_norm_nhwc, made
+from tests.model.plain_lora import draws, lora, nhwc
 
 
 def written_out(x: Tensor, weight: Tensor, bias: Tensor | None, low: LoRADelta | None) -> Tensor:
@@ -221,9 +221,8 @@ def test_recipes_of_half_precision_activations_are_near_the_exact_ones(name: str
 
 
 def test_the_norm_that_torch_lacks_on_gpus_in_nhwc_order_equals_torchs() -> None:
-    recipe, shape = RECIPES["group norm"]
-    x = nhwc(draws(7, shape)[0])
-    normed, mean, rstd = recipe._make_nhwc(x, SCALE, SHIFT)
+    x = nhwc(draws(7, RECIPES["group norm"][1])[0])
+    normed, mean, rstd = group_norm_nhwc(x, SCALE, SHIFT, 1e-5, 32)
     expected = torch.native_group_norm(x.contiguous(), SCALE, SHIFT, 2, 64, 6, 32, 1e-5)
     for a, b in zip((normed, mean, rstd), expected, strict=True):
         assert torch.allclose(a, b, rtol=1e-10)
