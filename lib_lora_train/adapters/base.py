@@ -7,7 +7,7 @@ convolutions in the place of the frozen ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,31 +22,15 @@ WorkingCopy = Callable[[nn.Parameter], "Tensor | None"]
 
 
 class Adapter(Protocol):
-    """The trained weights beside one frozen layer: an `nn.Module` whose parameters are fp32.
+    """The trained weights beside one frozen layer: an `nn.Module` whose parameters, in a fixed order, are fp32.
 
     rank, alpha   what the file's metadata say of it
     multiplier    the weight in `<lora:name:weight>`: 1 while training, 0 for the layer without the adapter
     """
 
+    rank: int
     alpha: float
     multiplier: float
-
-    @property
-    def rank(self) -> int:
-        """As in the metadata."""
-        ...
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """The trained weights in a fixed order."""
-        ...
-
-    def requires_grad_(self, requires_grad: bool) -> object:
-        """Train it, or keep it as it is."""
-        ...
-
-    def to(self, device: torch.device | str) -> object:
-        """Move the weights, in place."""
-        ...
 
     def use_working_copies(self, copy: WorkingCopy) -> None:
         """Compute with the copies of the weights in place of a cast; whoever made them keeps them up to date."""

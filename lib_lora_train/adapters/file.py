@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lib_lora_train.errors import LoraFileError, TrainingError, translated
+from lib_lora_train.model.architecture import UNET_COMPONENT
 from lib_lora_train.model.family import FAMILIES
 from lib_lora_train.storage.atomic import replacing
 
@@ -89,27 +90,17 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str],
             raise TrainingError(
                 f"The LoRA was not saved to {path.name}", why=f"{key} holds values that are not numbers",
                 remedy="lower the learning rate, or save as float if it was saved as fp16")
-    data = _hashed(weights, metadata)
-    hashes = {"sshs_model_hash": _model_hash(data), "sshs_legacy_hash": _legacy_hash(data)}
-    with translated(f"saving {path.name}"), replacing(path) as file:
-        # The bytes that were hashed, behind another header.
-        file.write(_with_metadata(data, {**metadata, **hashes}))
-        file.write(_behind_header(data))
-
-
-def _hashed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """What sd-scripts takes the hashes of: it carries the `ss_*` metadata alone, so that editing a title or adding the hashes
-    themselves changes neither."""
-    training_only = {key: value for key, value in metadata.items() if key.startswith("ss_")}
-    return safetensors.torch.save(dict(tensors), training_only)
-
-
-def _with_metadata(data: bytes, metadata: Mapping[str, str]) -> bytes:
-    """The header of the file `data`, its length before it, with other metadata."""
-    header = {**_header(data), "__metadata__": dict(metadata)}
+    # sd-scripts takes the hashes of a file with the `ss_*` metadata alone, so that editing a title or adding the hashes
+    # themselves changes neither.
+    data = safetensors.torch.save(weights, {key: value for key, value in metadata.items() if key.startswith("ss_")})
+    header, body = _split(data)
+    header["__metadata__"] = {**metadata, "sshs_model_hash": _sha256(body),
+                              "sshs_legacy_hash": _sha256(data[0x100000:0x110000])[:8]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of eight bytes
-    return len(text).to_bytes(8, "little") + text
+    with translated(f"saving {path.name}"), replacing(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(body)
 
 
 def load(path: Path) -> LoraFile:
@@ -117,7 +108,8 @@ def load(path: Path) -> LoraFile:
     path = Path(path)
     with _refusing(path):
         data = path.read_bytes()
-        return LoraFile(path, safetensors.torch.load(data), _header(data).get("__metadata__") or {}, _model_hash(data))
+        tensors, (header, body) = safetensors.torch.load(data), _split(data)
+        return LoraFile(path, tensors, header.get("__metadata__") or {}, _sha256(body))
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -190,23 +182,14 @@ def _refusing(path: Path) -> Iterator[None]:
         raise LoraFileError(f"{path.name} is damaged", why=str(error), remedy="copy or download it again") from error
 
 
-def _header(data: bytes) -> dict[str, Any]:
-    """The JSON header of a file's bytes, which safetensors offers for a path only."""
-    return json.loads(data[8:8 + int.from_bytes(data[:8], "little")])
+def _split(data: bytes) -> tuple[dict[str, Any], memoryview]:
+    """(JSON header, the bytes behind it) of a file, which safetensors offers for a path only."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    return json.loads(data[8:start]), memoryview(data)[start:]
 
 
-def _model_hash(data: bytes) -> str:
-    """sha256 of all bytes behind the header."""
-    return hashlib.sha256(_behind_header(data)).hexdigest()
-
-
-def _legacy_hash(data: bytes) -> str:
-    """sha256 of 64 KiB at 1 MiB, 8 digits."""
-    return hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8]
-
-
-def _behind_header(data: bytes) -> memoryview:
-    return memoryview(data)[8 + int.from_bytes(data[:8], "little"):]
+def _sha256(data: bytes | memoryview) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _kind(tensors: Mapping[str, Tensor]) -> str:
@@ -217,5 +200,6 @@ def _kind(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _component(layer: str) -> str:
+    known = {UNET_COMPONENT, *(spec.component for family in FAMILIES.values() for spec in family.text)}
     parts = layer.split("_")
-    return parts[1] if len(parts) > 2 and parts[1] in ("unet", "te", "te1", "te2") else "other"
+    return parts[1] if len(parts) > 2 and parts[1] in known else "other"

@@ -121,5 +121,6 @@ def _by_winograd(x: Tensor, kernel: Tensor, stride: int, padding: int) -> bool:
 
 
 def reordering_x_is_cheaper(x: Tensor, kernel: Tensor, size: torch.Size | tuple[int, int]) -> bool:
+    """Whether x and the result [., ., *size] have fewer numbers than an NCHW kernel that torch would copy."""
     pixels = x.shape[0] * size[0] * size[1]
     return x.is_cpu and kernel.is_contiguous() and kernel.numel() > x.numel() + pixels * max(kernel.shape[:2])
