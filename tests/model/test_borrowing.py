@@ -150,8 +150,7 @@ def bytes_kept(function: Callable[[], object], lent: dict[str, Tensor]) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-@pytest.mark.parametrize("family, stored", [
-    ("sd1", torch.float16), ("sd2", torch.bfloat16), ("sdxl", torch.float16), ("sdxl", torch.bfloat16)])
+@pytest.mark.parametrize("family, stored", [("sd2", torch.bfloat16), ("sdxl", torch.float16)])
 def test_casts_of_weights_are_not_kept_for_backward(family: str, stored: torch.dtype) -> None:
     exact = {name: tensor.detach() for name, tensor in checkpoint(family).items()}
     halves = {name: tensor.to(stored) if tensor.is_floating_point() else tensor for name, tensor in exact.items()}
@@ -183,9 +182,8 @@ def test_the_gradient_through_a_frozen_convolution_is_torchs(stored: torch.dtype
     assert torch.allclose(*(torch.autograd.grad(y, x, direction)[0] for y in (ours, expected)), atol=1e-5)
 
 
-@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
-def test_gradients_with_half_weights_are_those_of_the_same_weights_in_fp32(stored: torch.dtype) -> None:
-    halves = {name: tensor.detach().to(stored) if tensor.is_floating_point() else tensor.detach()
+def test_gradients_with_half_weights_are_those_of_the_same_weights_in_fp32() -> None:
+    halves = {name: tensor.detach().half() if tensor.is_floating_point() else tensor.detach()
               for name, tensor in checkpoint("sdxl").items()}
     exact = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in halves.items()}
     context, pooled = torch.randn(1, 77, CONTEXT["sdxl"]), torch.randn(1, POOLED)

@@ -179,9 +179,9 @@ def test_every_linear_layer_can_be_adapted_and_its_gradient_is_ldms(family: str)
     assert relative_error(ours, expected) <= 1e-4
 
 
-@pytest.mark.parametrize("ends", [("",), (".attn1",), (".attn1", ".attn2", ".ff")], ids="+".join)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_recomputing_changes_neither_prediction_nor_gradients(family: str, ends: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("ends", [("",), (".attn1", ".attn2", ".ff")], ids="+".join)
+def test_recomputing_changes_neither_prediction_nor_gradients(ends: tuple[str, ...]) -> None:
+    family = "sd1"
     unet = unet_of(unet_tensors(checkpoint(family)), family)
     adapters = every_layer(unet.tensors)
     plain, plain_gradients = gradients(unet, family, adapters)
@@ -210,7 +210,7 @@ def test_what_is_recomputed_as_a_whole_is_not_recomputed_in_parts() -> None:
     assert len(calls) == 2  # forward, and once in backward
 
 
-def test_more_units_keep_fewer_activations() -> None:
+def test_more_checkpointed_blocks_keep_fewer_activations() -> None:
     unet = unet_of(unet_tensors(checkpoint("sd1")), "sd1")
     adapters = every_layer(unet.tensors)
 
@@ -261,7 +261,7 @@ def loss_and_gradients(unet: UNet, family: str, adapters: dict[str, object], lay
     return [loss.detach(), *torch.autograd.grad(loss, [factor for layer in layers.values() for factor in layer.parameters()])]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_fused_layers_give_the_gradients_of_those_written_out(family: str) -> None:
     unet = unet_of(unet_tensors(checkpoint(family)), family)
     layers = trained(unet, family)
@@ -273,8 +273,8 @@ def test_fused_layers_give_the_gradients_of_those_written_out(family: str) -> No
 
 
 @pytest.mark.parametrize("ends", [("",), (".attn1",), (".attn2", ".ff")], ids="+".join)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_recomputing_changes_no_gradient_of_the_lora(family: str, ends: tuple[str, ...]) -> None:
+def test_recomputing_changes_no_gradient_of_the_lora(ends: tuple[str, ...]) -> None:
+    family = "sdxl"
     unet = unet_of(unet_tensors(checkpoint(family)), family)
     layers = trained(unet, family)
     plain = loss_and_gradients(unet, family, layers, layers)

@@ -81,7 +81,7 @@ class _SharedInput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, source: Tensor, recipe: Recipe | None, frozen: tuple[Frozen, ...],
                 trained: tuple[LoRADelta | None, ...], *factors: Tensor) -> tuple[Tensor, ...]:
-        x = source if recipe is None else recipe.make(source)[0]
+        x = source if recipe is None else recipe.finish(source, recipe.known(source))
         rows, pairs = _rows(x), [None if delta is None else delta.factors(x.dtype) for delta in trained]
         projected = rows @ _stacked(pairs).t() if factors else None
         results, start = [], 0
@@ -102,7 +102,10 @@ class _SharedInput(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         source, projected = ctx.saved_tensors
-        x, known = _rebuilt(source, ctx.recipe, finished=any(ctx.needs_input_grad[_FACTORS::2]))
+        known = None if source is None or ctx.recipe is None else ctx.recipe.known(source)
+        x = None
+        if any(ctx.needs_input_grad[_FACTORS::2]):
+            x = source if ctx.recipe is None else ctx.recipe.finish(source, known)
         grads = tuple(map(_rows, grads))
         pairs = [None if delta is None else delta.factors(ctx.dtype) for delta in ctx.trained]
         ups, projected_grads, start = [], [], 0
@@ -131,13 +134,6 @@ class _SharedInput(torch.autograd.Function):
             if ctx.recipe is not None:
                 grad_source = ctx.recipe.grad(source, known, grad_source)
         return grad_source, None, None, None, *(side for pair in zip(downs, ups, strict=True) for side in pair)
-
-
-def _rebuilt(source: Tensor | None, recipe: Recipe | None, *, finished: bool) -> tuple[Tensor | None, Any]:
-    """x where `finished`, and the intermediate results for the recipe's gradient."""
-    if source is None or recipe is None:
-        return source if finished else None, None
-    return recipe.make(source) if finished else (None, recipe.known(source))
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -22,11 +22,11 @@ class Recipe(Protocol):
     """A function of one tensor, the source, and its gradient."""
 
     def known(self, source: Tensor) -> Any:
-        """The intermediate results that `make` and `grad` share."""
+        """The intermediate results that `finish` and `grad` share."""
         ...
 
-    def make(self, source: Tensor) -> tuple[Tensor, Any]:
-        """x, and what is `known`."""
+    def finish(self, source: Tensor, known: Any) -> Tensor:
+        """x."""
         ...
 
     def grad(self, source: Tensor, known: Any, grad_x: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class _Made(torch.autograd.Function):
     def forward(ctx: Any, source: Tensor, recipe: Recipe) -> Tensor:
         ctx.save_for_backward(source)
         ctx.recipe = recipe
-        return recipe.make(source)[0]
+        return recipe.finish(source, recipe.known(source))
 
     @staticmethod
     @once_differentiable
@@ -62,30 +62,23 @@ class LayerNorm:
     eps: float = 1e-5
 
     def known(self, source: Tensor) -> Any:
-        """(what is computed on, mean, 1/σ)"""
-        return self._normed(source)[1]
+        """(the norm's input, weight and bias in the dtype it is computed in; its output, mean, 1/σ)"""
+        if source.is_cuda and source.dtype == self.weight.dtype == self.bias.dtype:
+            given = source, self.weight, self.bias  # the kernel computes in fp32 by itself, moments included
+        else:
+            given = _wide(source, source), _wide(self.weight, source), _wide(self.bias, source)
+        return given, *torch.native_layer_norm(given[0], given[1].shape, given[1], given[2], self.eps)
 
-    def make(self, source: Tensor) -> tuple[Tensor, Any]:
+    def finish(self, source: Tensor, known: Any) -> Tensor:
         """[..., C] -> [..., C] in its dtype."""
-        normed, known = self._normed(source)
-        return normed.to(source.dtype), known
+        return known[1].to(source.dtype)
 
     def grad(self, source: Tensor, known: Any, grad_x: Tensor) -> Tensor:
         """Of the source's dtype."""
-        (x, weight, bias), mean, rstd = known
+        (x, weight, bias), _, mean, rstd = known
         grad_source, _, _ = torch.ops.aten.native_layer_norm_backward(
             grad_x.to(x.dtype).contiguous(), x, weight.shape, mean, rstd, weight, bias, [True, False, False])
         return grad_source.to(source.dtype)
-
-    def _normed(self, source: Tensor) -> tuple[Tensor, Any]:
-        given = self._widened(source)
-        normed, mean, rstd = torch.native_layer_norm(given[0], given[1].shape, given[1], given[2], self.eps)
-        return normed, (given, mean, rstd)
-
-    def _widened(self, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if source.is_cuda and source.dtype == self.weight.dtype == self.bias.dtype:
-            return source, self.weight, self.bias  # the kernel computes in fp32 by itself, moments included
-        return _wide(source, source), _wide(self.weight, source), _wide(self.bias, source)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +96,7 @@ class GroupNorm:
     groups: int = 32
 
     def known(self, source: Tensor) -> Any:
-        """(what is computed on, normed as well, mean, 1/σ)"""
+        """(the norm's input in the dtype it is computed in; its output, mean, 1/σ)"""
         x, weight, bias = _wide(_dense_image(source), source), _wide(self.weight, source), _wide(self.bias, source)
         if is_nhwc(x) and not x.is_cpu:
             normed, mean, rstd = group_norm_nhwc(x, weight, bias, self.eps, self.groups)  # torch's kernel returns NCHW
@@ -112,14 +105,10 @@ class GroupNorm:
                 x, weight, bias, x.shape[0], x.shape[1], x[0, 0].numel(), self.groups, self.eps)
         return x, normed, mean, rstd
 
-    def make(self, source: Tensor) -> tuple[Tensor, Any]:
+    def finish(self, source: Tensor, known: Any) -> Tensor:
         """[B, C, h, w] -> [B, C, h, w] or [B, h·w, C], in its dtype."""
-        known = self.known(source)
-        normed = known[1]
-        result = (F.silu(normed) if self.silu else normed).to(source.dtype)
-        if self.rows:
-            result = result.permute(0, 2, 3, 1).flatten(1, 2)
-        return result, known
+        result = (F.silu(known[1]) if self.silu else known[1]).to(source.dtype)
+        return result.permute(0, 2, 3, 1).flatten(1, 2) if self.rows else result
 
     def grad(self, source: Tensor, known: Any, grad_x: Tensor) -> Tensor:
         """Of the source's dtype and memory layout."""
@@ -186,10 +175,9 @@ class GatedGELU:
         """gelu(gate)"""
         return F.gelu(source.chunk(2, dim=-1)[1])
 
-    def make(self, source: Tensor) -> tuple[Tensor, Any]:
+    def finish(self, source: Tensor, known: Any) -> Tensor:
         """[..., 2·C] -> [..., C]"""
-        known = self.known(source)
-        return source.chunk(2, dim=-1)[0] * known, known
+        return source.chunk(2, dim=-1)[0] * known
 
     def grad(self, source: Tensor, known: Any, grad_x: Tensor) -> Tensor:
         """[..., C] -> [..., 2·C]"""
@@ -212,10 +200,9 @@ class GELU:
         """σ(1.702·x), if that is what it is made of."""
         return torch.sigmoid(1.702 * source) if self.quick else None
 
-    def make(self, source: Tensor) -> tuple[Tensor, Any]:
+    def finish(self, source: Tensor, known: Any) -> Tensor:
         """[...] -> [...]"""
-        known = self.known(source)
-        return F.gelu(source) if known is None else source * known, known
+        return F.gelu(source) if known is None else source * known
 
     def grad(self, source: Tensor, known: Any, grad_x: Tensor) -> Tensor:
         """[...] -> [...]"""
