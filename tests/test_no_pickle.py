@@ -22,8 +22,8 @@ from lib_lora_train.dataset.folder import scan
 from lib_lora_train.errors import LoraTrainError
 from lib_lora_train.host.standalone import StandaloneHost, describe_file
 from lib_lora_train.inputs.latent_files import CACHE_FOLDER, LatentDisk
-from lib_lora_train.model.hints_file import hints_from_yaml
-from lib_lora_train.model.tokens import tokenizer_from_folder
+from lib_lora_train.model.sd.hints_file import hints_from_yaml
+from lib_lora_train.model.sd.tokens import tokenizer_from_folder
 from lib_lora_train.settings.toml import read_toml
 
 ROOT = Path(__file__).resolve().parent.parent

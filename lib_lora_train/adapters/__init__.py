@@ -1,11 +1,12 @@
-"""What is trained: which layers, the low-rank weights beside them, and the file they end up in.
+"""What is trained, and the file it is saved to.
 
-    targets.py    the layers that kohya's default adapts, and the key each has in the file
-    lora.py       one low-rank layer: its two matrices, its scale, how it begins
-    network.py    all of them together: build, continue, freeze, parameters for the optimiser, tensors for the file
+    base.py       what any adapter offers
+    lora.py       LoRA, the one kind there is
+    targets.py    the layers that are adapted, and their keys in the file
+    network.py    all adapters of a run, and the registry of kinds
     flat.py       all weights in one buffer and all gradients in another
-    metadata.py   facts about a run -> the strings that a LoRA file carries
+    metadata.py   a run's description -> the strings that a LoRA file carries
     file.py       the file: atomic save, hashes, load, inspect
 
-Not here: LoCon, LoHa, LoKr and DoRA. `network.py` and `file.py` know the tensors of plain LoRA only.
+LoCon, LoHa, LoKr and DoRA are not there yet.
 """

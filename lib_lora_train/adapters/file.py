@@ -1,17 +1,19 @@
 """The LoRA file: saved atomically, with the hashes that others look it up by; loaded and inspected with clear refusals.
 
-The format is safetensors with kohya's keys. Files are read whole into memory and never mapped, so that on Windows
-no open handle keeps a file from being replaced.
+The format is safetensors with kohya's keys. Weights are read whole into memory and never stay mapped, so that on
+Windows no open handle keeps a file from being replaced.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -19,6 +21,8 @@ import torch
 from torch import Tensor
 
 from lib_lora_train.errors import LoraFileError, TrainingError, translated
+from lib_lora_train.model.architecture import UNET_COMPONENT
+from lib_lora_train.model.family import FAMILIES
 from lib_lora_train.storage.atomic import replacing
 
 SAVE_PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "float": torch.float32}
@@ -42,7 +46,7 @@ class LoraFile:
 class LoraInfo:
     """What `inspect` finds out about a LoRA file.
 
-    family       "sd1", "sd2", "sdxl", or None where neither keys, metadata nor sizes tell
+    family       by name, "sd1"; None where neither keys, metadata nor sizes tell
     kind         "LoRA", "LoCon", "LoHa", "LoKr", "DoRA", or "unknown"
     rank, alpha  the most common ones; None where the kind has none
     components   layers by component: {"unet": 192, "te": 72}
@@ -68,13 +72,13 @@ class LoraInfo:
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, dtype: torch.dtype) -> None:
-    """Write `tensors` (kohya's keys, any device) as `dtype`, all at once: whoever reads meets the old file or the new.
+    """Write `tensors` (kohya's keys, any device) as `dtype`, atomically: readers see the old file or the new one.
 
     Adds `sshs_model_hash` and `sshs_legacy_hash`. `ss_output_name` must be the file's stem, or the WebUI lists the
-    LoRA under a name that is not its file's. The temporary file lies beside the result under a name that no
-    program takes for a model; it is gone afterwards, whatever happened.
+    LoRA under a name that is not its file's. The temporary file beside the result has a name that no program
+    takes for a model, and is removed in any case.
 
-    Raises TrainingError if a weight is not finite in `dtype` (the file that is there stays), OutputError if the
+    Raises TrainingError if a weight is not finite in `dtype` (an existing file stays), OutputError if the
     folder refuses.
     """
     path = Path(path)
@@ -86,64 +90,39 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str],
             raise TrainingError(
                 f"The LoRA was not saved to {path.name}", why=f"{key} holds values that are not numbers",
                 remedy="lower the learning rate, or save as float if it was saved as fp16")
-    data = _hashed(weights, metadata)
-    hashes = {"sshs_model_hash": _model_hash(data), "sshs_legacy_hash": _legacy_hash(data)}
-    with translated(f"saving {path.name}"), replacing(path) as file:
-        # The tensors lie as they lay when they were hashed; only the header is another one.
-        file.write(_with_metadata(data, {**metadata, **hashes}))
-        file.write(_behind_header(data))
-
-
-def _hashed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """What sd-scripts takes the hashes of: it carries the `ss_*` metadata alone, so that editing a title or adding the hashes
-    themselves changes neither."""
-    training_only = {key: value for key, value in metadata.items() if key.startswith("ss_")}
-    return safetensors.torch.save(dict(tensors), training_only)
-
-
-def _with_metadata(data: bytes, metadata: Mapping[str, str]) -> bytes:
-    """The header of the file `data`, its length before it, with other metadata."""
-    header = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])
-    header["__metadata__"] = dict(metadata)
+    # sd-scripts takes the hashes of a file with the `ss_*` metadata alone, so that editing a title or adding the hashes
+    # themselves changes neither.
+    data = safetensors.torch.save(weights, {key: value for key, value in metadata.items() if key.startswith("ss_")})
+    header, body = _split(data)
+    header["__metadata__"] = {**metadata, "sshs_model_hash": _sha256(body),
+                              "sshs_legacy_hash": _sha256(data[0x100000:0x110000])[:8]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of eight bytes
-    return len(text).to_bytes(8, "little") + text
+    with translated(f"saving {path.name}"), replacing(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(body)
 
 
 def load(path: Path) -> LoraFile:
     """Read a LoRA file of any kind. Raises LoraFileError if it is not there, not safetensors, or damaged."""
     path = Path(path)
-    data = _read(path)
-    header = _header(path, data)
-    try:
-        tensors = safetensors.torch.load(data)
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise _damaged(path, str(error)) from error
-    return LoraFile(path, tensors, header.get("__metadata__") or {}, _model_hash(data))
+    with _refusing(path):
+        data = path.read_bytes()
+        tensors, (header, body) = safetensors.torch.load(data), _split(data)
+        return LoraFile(path, tensors, header.get("__metadata__") or {}, _sha256(body))
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The metadata alone, without reading the weights; {} where there is none. Raises as `load` does."""
-    return dict(_header_of(Path(path)).get("__metadata__") or {})
+    with _refusing(Path(path)), safetensors.safe_open(path, "pt") as file:
+        return file.metadata() or {}
 
 
 def read_ranks(path: Path) -> dict[str, int]:
     """{layer's key: rank} of the layers of a LoRA, without reading the weights. Raises as `load` does."""
-    down, header = ".lora_down.weight", _header_of(Path(path))
-    return {key.removesuffix(down): int(entry["shape"][0]) for key, entry in header.items()
-            if key.endswith(down) and entry.get("shape")}
-
-
-def _header_of(path: Path) -> dict[str, dict]:
-    try:
-        with path.open("rb") as file:
-            start = file.read(8)
-            length = int.from_bytes(start, "little")
-            size = path.stat().st_size
-            data = start + file.read(length if length <= size else 0)
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    return _header(path, data, size=size)
+    with _refusing(Path(path)), safetensors.safe_open(path, "pt") as file:
+        shapes = {key: file.get_slice(key).get_shape() for key in file.keys() if key.endswith(".lora_down.weight")}
+    return {key.removesuffix(".lora_down.weight"): shape[0] for key, shape in shapes.items() if shape}
 
 
 def inspect(path: Path) -> LoraInfo:
@@ -167,72 +146,50 @@ def inspect(path: Path) -> LoraInfo:
 
 
 def recognise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str | None:
-    """The family a LoRA was made for: "sd1", "sd2", "sdxl", or None.
+    """The name of the family a LoRA was made for, or None.
 
-    SDXL shows in the keys. SD1 and SD2 share theirs; the metadata tells them apart, else the context width of
-    full-size models (768 and 1024).
+    Families of one layout (SD1 and SD2) share their keys: the metadata tells them apart, else the width of the text
+    condition in full-size models.
     """
-    prefixes = ("lora_te1_", "lora_te2_",
-                "lora_unet_input_blocks_", "lora_unet_middle_block_", "lora_unet_output_blocks_")
-    if any(key.startswith(prefixes) for key in tensors):
-        return "sdxl"
-    if not any(key.startswith(("lora_te_", "lora_unet_")) for key in tensors):
-        return None
-    version = metadata.get("ss_base_model_version", "")
-    if version.startswith(("sd_v1", "sd_v2")):
-        return "sd2" if version.startswith("sd_v2") else "sd1"
-    if metadata.get("ss_v2") in ("True", "False"):
-        return "sd2" if metadata["ss_v2"] == "True" else "sd1"
-    reads_text = ("attn2_to_k.lora_down.weight", "self_attn_q_proj.lora_down.weight")
-    widths = {tensor.shape[1] for key, tensor in tensors.items() if key.endswith(reads_text) and tensor.ndim > 1}
-    return {768: "sd1", 1024: "sd2"}.get(widths.pop()) if len(widths) == 1 else None
+    families = [family for family in FAMILIES.values() if any(key.startswith(family.lora_prefixes) for key in tensors)]
+    if len(families) > 1:
+        version, v2 = metadata.get("ss_base_model_version", ""), metadata.get("ss_v2")
+        ends = ("attn2_to_k.lora_down.weight", "self_attn_q_proj.lora_down.weight")
+        widths = {tensor.shape[1] for key, tensor in tensors.items() if key.endswith(ends) and tensor.ndim > 1}
+        told = ([family for family in families if version.startswith(family.metadata.base_version)]
+                or [family for family in families if v2 == str(family.metadata.v2)])
+        families = told or [family for family in families if widths == {family.text_width}]
+    return families[0].name if len(families) == 1 else None
 
 
-def _read(path: Path) -> bytes:
+@contextlib.contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    """Errors of reading `path` as the LoraFileError that tells what it is."""
     try:
-        return path.read_bytes()
+        yield
     except OSError as error:
-        raise _unreadable(path, error) from error
-
-
-def _header(path: Path, data: bytes, *, size: int | None = None) -> dict[str, dict]:
-    """The JSON header of a file whose first bytes are `data` (all of them, unless `size` tells its length)."""
-    size = len(data) if size is None else size
-    length = int.from_bytes(data[:8], "little")
-    if size < 10 or data[8:9] != b"{":
-        if data[:2] in (b"PK", b"\x80\x02"):
+        why = "there is no such file" if isinstance(error, FileNotFoundError) else (error.strerror or str(error))
+        raise LoraFileError(f"{path} cannot be read", why=why, remedy="choose another file") from error
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        with path.open("rb") as file:
+            start = file.read(9)
+        if start[:2] in (b"PK", b"\x80\x02"):
             raise LoraFileError(
                 f"{path.name} is a pickled file", why="loading one can run any program that is hidden in it",
-                remedy="choose a .safetensors file")
-        raise LoraFileError(f"{path.name} is not a safetensors file", remedy="choose another file")
-    if 8 + length > size:
-        raise _damaged(path, "it ends within its header")
-    try:
-        header = json.loads(data[8:8 + length])
-        metadata = header.get("__metadata__") or {}
-        if not all(isinstance(text, str) for text in (*metadata.keys(), *metadata.values())):
-            raise TypeError("metadata is text")
-        ends = (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
-        end = 8 + length + max(ends, default=0)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
-        raise _damaged(path, "its header cannot be read") from error
-    if end != size:
-        raise _damaged(path, f"it has {size} bytes where {end} are announced")
-    return header
+                remedy="choose a .safetensors file") from error
+        if start[8:] != b"{":
+            raise LoraFileError(f"{path.name} is not a safetensors file", remedy="choose another file") from error
+        raise LoraFileError(f"{path.name} is damaged", why=str(error), remedy="copy or download it again") from error
 
 
-def _model_hash(data: bytes) -> str:
-    """sha256 of all bytes behind the header."""
-    return hashlib.sha256(_behind_header(data)).hexdigest()
+def _split(data: bytes) -> tuple[dict[str, Any], memoryview]:
+    """(JSON header, the bytes behind it) of a file, which safetensors offers for a path only."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    return json.loads(data[8:start]), memoryview(data)[start:]
 
 
-def _legacy_hash(data: bytes) -> str:
-    """sha256 of 64 KiB at 1 MiB, 8 digits."""
-    return hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8]
-
-
-def _behind_header(data: bytes) -> memoryview:
-    return memoryview(data)[8 + int.from_bytes(data[:8], "little"):]
+def _sha256(data: bytes | memoryview) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _kind(tensors: Mapping[str, Tensor]) -> str:
@@ -243,14 +200,6 @@ def _kind(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _component(layer: str) -> str:
+    known = {UNET_COMPONENT, *(spec.component for family in FAMILIES.values() for spec in family.text)}
     parts = layer.split("_")
-    return parts[1] if len(parts) > 2 and parts[1] in ("unet", "te", "te1", "te2") else "other"
-
-
-def _damaged(path: Path, why: str) -> LoraFileError:
-    return LoraFileError(f"{path.name} is damaged", why=why, remedy="copy or download it again")
-
-
-def _unreadable(path: Path, error: OSError) -> LoraFileError:
-    why = "there is no such file" if isinstance(error, FileNotFoundError) else (error.strerror or str(error))
-    return LoraFileError(f"{path} cannot be read", why=why, remedy="choose another file")
+    return parts[1] if len(parts) > 2 and parts[1] in known else "other"

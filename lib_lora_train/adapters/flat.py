@@ -49,7 +49,7 @@ class FlatWeights:
         self.shapes = tuple(weight.shape for group in groups for weight in group["params"])
         trained = [weight for group in groups for weight in group["params"] if weight.requires_grad]
         assert trained and all(weight.dtype == torch.float32 for weight in trained), "nothing to train, or not in fp32"
-        self.values = torch.zeros(sum(map(_room, trained)), device=trained[0].device)
+        self.values = torch.zeros(sum(map(_padded, trained)), device=trained[0].device)
         self.gradient = torch.zeros_like(self.values)
         self.working = None if dtype == torch.float32 else torch.zeros_like(self.values, dtype=dtype)
         self._starts: dict[nn.Parameter, int] = {}
@@ -64,7 +64,7 @@ class FlatWeights:
 
     def _group(self, group: Mapping[str, Any], numbered: Sequence[tuple[int, nn.Parameter]]) -> FlatGroup:
         """Move the weights into the buffers, behind those that are there already."""
-        begin = end = sum(map(_room, self._starts))
+        begin = end = sum(map(_padded, self._starts))
         members = []
         for number, weight in numbered:
             view, gradient = (flat[end:end + weight.numel()].view(weight.shape) for flat in (self.values, self.gradient))
@@ -72,7 +72,7 @@ class FlatWeights:
             weight.data, weight.grad = view, gradient
             members.append((number, weight, end - begin))
             self._starts[weight] = end
-            end += _room(weight)
+            end += _padded(weight)
         parameter = nn.Parameter(self.values[begin:end])
         parameter.grad = self.gradient[begin:end]
         return FlatGroup(group["name"], float(group["lr"]), parameter, tuple(members))
@@ -94,6 +94,6 @@ class FlatWeights:
             self.working.copy_(self.values)
 
 
-def _room(weight: Tensor) -> int:
-    """Numbers from the beginning of a weight to that of the next."""
+def _padded(weight: Tensor) -> int:
+    """Numbers from the start of a weight to that of the next."""
     return -(-weight.numel() // _ALIGNMENT) * _ALIGNMENT

@@ -1,37 +1,38 @@
-"""One low-rank layer (LoRA, Hu et al. 2021, arXiv 2106.09685): h = W x + b + (alpha / r) · B A x.
+"""LoRA beside one layer (Hu et al. 2021, arXiv 2106.09685): h = W x + b + (alpha / r) · B A x.
 
-It owns A (`down`) and B (`up`) and says what they add; `model.products` computes that together with the frozen layer.
+The layer owns A (`down`) and B (`up`); `model.ops` computes what they add together with the frozen layer.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from lib_lora_train.model.linear import LowRank
+from lib_lora_train.adapters.base import Cost, WorkingCopy, misfit
+from lib_lora_train.adapters.targets import Target
+from lib_lora_train.errors import LoraFileError
+from lib_lora_train.model.ops.linear import LoRADelta
+
+DOWN, UP, ALPHA = "lora_down.weight", "lora_up.weight", "alpha"
 
 
 class LoRALayer(nn.Module):
-    """A [r, in] and B [out, r] in fp32; `multiplier` scales both (1 while training).
+    """A [r, in] and B [out, r] in fp32; a `DeltaAdapter`. For a convolution above 1x1, A is [r, in, k, k].
 
-    `low_rank` makes it a `model.layers.LowRankAdapter`. `working` may hold (A, B) in the dtype of the computation; whoever
-    puts them there brings them up to date when A and B have changed.
-
-    A starts uniform as kaiming_uniform(a=√5) makes it, B starts at zero, so a new layer changes nothing. `alpha` is a
-    Python number: a tensor would have to be read back from the device at each step.
+    `alpha` is a Python number: a tensor would have to be read back from the device at each step.
     """
 
-    def __init__(self, *, in_features: int, out_features: int, rank: int, alpha: float,
-                 generator: torch.Generator) -> None:
+    def __init__(self, down: Tensor, up: Tensor, *, alpha: float, as_conv: bool = False) -> None:
+        """`as_conv` writes A and B of a linear layer as 1x1 convolutions."""
         super().__init__()
-        bound = 1 / math.sqrt(in_features)          # kaiming_uniform: gain(√5) · √3 / √fan_in, gain = √(1/3)
-        self.down = nn.Parameter(torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator))
-        self.up = nn.Parameter(torch.zeros(out_features, rank))
+        self.down, self.up = nn.Parameter(down), nn.Parameter(up)
         self.alpha = float(alpha)
         self.multiplier = 1.0
-        self.working: tuple[Tensor, Tensor] | None = None
+        self.as_conv = as_conv or down.ndim == 4
+        self._working: tuple[Tensor, Tensor] | None = None
 
     @property
     def rank(self) -> int:
@@ -43,6 +44,56 @@ class LoRALayer(nn.Module):
         """alpha / r, times the multiplier."""
         return self.multiplier * self.alpha / self.rank
 
-    def low_rank(self) -> LowRank | None:
+    def delta(self) -> LoRADelta | None:
         """What is added to the frozen layer; None at multiplier 0, which is bit for bit the layer without a LoRA."""
-        return LowRank(self.down, self.up, self.scale, self.working) if self.multiplier else None
+        return LoRADelta(self.down, self.up, self.scale, self._working) if self.multiplier else None
+
+    def use_working_copies(self, copy: WorkingCopy) -> None:
+        """Compute with copies of A and B, where there are both."""
+        down, up = copy(self.down), copy(self.up)
+        self._working = None if down is None or up is None else (down, up)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """A, B and alpha as kohya's files have them."""
+        down, up = (side[:, :, None, None] if self.as_conv and side.ndim == 2 else side
+                    for side in (self.down.detach(), self.up.detach()))
+        return {DOWN: down, UP: up, ALPHA: torch.tensor(self.alpha)}
+
+
+class LoRA:
+    """The `AdapterKind` of plain LoRA."""
+
+    network_module = "networks.lora"
+    tensor_names = (DOWN, UP, ALPHA)
+
+    def build(self, target: Target, *, rank: int, alpha: float, generator: torch.Generator) -> LoRALayer:
+        """A uniform as kaiming_uniform(a=√5) makes it, B zero."""
+        shape = (target.in_features, *target.kernel)
+        bound = 1 / math.sqrt(math.prod(shape))     # kaiming_uniform: gain(√5) · √3 / √fan_in, gain = √(1/3)
+        down = torch.empty(rank, *shape).uniform_(-bound, bound, generator=generator)
+        return LoRALayer(down, torch.zeros(target.out_features, rank), alpha=alpha, as_conv=target.as_conv)
+
+    def load(self, target: Target, tensors: Mapping[str, Tensor]) -> LoRALayer:
+        """Without an alpha it is the rank, as old files mean it."""
+        for name in (DOWN, UP):
+            if name not in tensors:
+                raise LoraFileError("The LoRA file is incomplete", why=f"{target.key}.{name} is missing")
+        down, up = tensors[DOWN], tensors[UP]
+        kernel = down.shape[2:] if down.shape[2:].numel() != 1 else ()
+        if any(side.ndim not in (2, 4) for side in (down, up)) or kernel != target.kernel or up.shape[2:].numel() != 1:
+            raise LoraFileError(
+                f"The layer {target.key} is a {tuple(down.shape)} convolution",
+                why="LoRAs with convolutions (LoCon) cannot be continued yet", remedy="choose a plain LoRA")
+        rank = down.shape[0]
+        if (down.shape[1], up.shape[0], up.shape[1]) != (target.in_features, target.out_features, rank):
+            raise misfit(f"{target.key} is {down.shape[1]} -> {rank}/{up.shape[1]} -> {up.shape[0]} in the file and "
+                         f"{target.in_features} -> {target.out_features} in the model")
+        alpha = float(tensors[ALPHA]) if ALPHA in tensors else float(rank)
+        down, up = (side.detach().to(torch.float32, copy=True) for side in (down, up))
+        return LoRALayer(down.reshape(rank, target.in_features, *target.kernel), up.flatten(1), alpha=alpha,
+                         as_conv=target.as_conv)
+
+    def cost(self, target: Target, *, rank: int) -> Cost:
+        """A and B, each a multiplication and an addition a number."""
+        parameters = rank * (target.in_features * math.prod(target.kernel) + target.out_features)
+        return Cost(parameters, 2 * parameters)

@@ -1,4 +1,4 @@
-"""Facts about a run -> the metadata of its LoRA file. Every value is a string, as safetensors demands.
+"""The metadata of a LoRA file, from what is known of its run. Every value is a string, as safetensors demands.
 
 The names are those of kohya-ss/sd-scripts (`ss_…`), which the WebUI's Lora card and the usual viewers read, and
 of Stability's ModelSpec (`modelspec.…`). Folders are written by name and never by path: a LoRA is published.
@@ -13,6 +13,8 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from lib_lora_train.model.family import Family
+
 # The settings that kohya writes, under kohya's names; each becomes "ss_" + name. Others (paths above all) stay out.
 SETTINGS = (
     "learning_rate", "unet_lr", "text_encoder_lr", "lr_scheduler", "lr_warmup_steps", "lr_scheduler_num_cycles",
@@ -23,11 +25,9 @@ SETTINGS = (
     "caption_tag_dropout_rate", "shuffle_caption", "keep_tokens", "color_aug", "flip_aug", "random_crop",
     "enable_bucket", "bucket_no_upscale", "min_bucket_reso", "max_bucket_reso", "training_comment")
 
-ARCHITECTURES = {"sd1": "stable-diffusion-v1", "sd2": "stable-diffusion-v2-512", "sdxl": "stable-diffusion-xl-v1-base"}
-
 
 @dataclass(frozen=True)
-class FolderFacts:
+class FolderMetadata:
     """One dataset folder: `tags` counts how many captions hold each tag."""
 
     name: str
@@ -38,7 +38,7 @@ class FolderFacts:
 
 
 @dataclass(frozen=True)
-class FileFacts:
+class ModelFile:
     """A checkpoint or VAE: its file name, the old 8-digit hash and the full sha256, each None where unknown."""
 
     name: str | None = None
@@ -47,22 +47,22 @@ class FileFacts:
 
 
 @dataclass(frozen=True)
-class TrainingFacts:
+class TrainingMetadata:
     """What is known of a run when one of its files is written.
 
-    family          "sd1", "sd2" or "sdxl"
     resolution      (width, height) in pixels
-    dim, alpha      the LoRA's rank and alpha
+    network_module  kohya's name of the kind of adapter
+    dim, alpha      the adapters' rank and alpha
     steps, epoch    done when this file is written
-    batch_size      pictures in one pass, on one device; `processes` of them train together
+    batch_size      images in one pass, on one device; `processes` of them train together
     started_at      seconds since 1970, as `finished_at`
-    clip_skip       None where it does not apply (SDXL) or is not known
-    buckets         (width, height) -> pictures with their repeats, None without buckets
-    aspect_error    mean difference between a picture's and its bucket's width/height
+    clip_skip       None where it does not apply or is not known
+    buckets         (width, height) -> images with their repeats, None without buckets
+    aspect_error    mean difference between an image's and its bucket's width/height
     settings        the run's settings under kohya's names; those in `SETTINGS` are written
     """
 
-    family: str
+    family: Family
     v_prediction: bool
     zero_terminal_snr: bool
     resolution: tuple[int, int]
@@ -78,63 +78,57 @@ class TrainingFacts:
     finished_at: float | None = None
     processes: int = 1
     clip_skip: int | None = None
-    checkpoint: FileFacts = FileFacts()
-    vae: FileFacts = FileFacts()
-    folders: Sequence[FolderFacts] = ()
+    checkpoint: ModelFile = ModelFile()
+    vae: ModelFile = ModelFile()
+    folders: Sequence[FolderMetadata] = ()
     buckets: Mapping[tuple[int, int], int] | None = None
     aspect_error: float = 0.0
+    network_module: str = "networks.lora"
     optimizer: str = "torch.optim.adamw.AdamW"
     settings: Mapping[str, object] = field(default_factory=dict)
 
 
-def describe(facts: TrainingFacts, name: str) -> dict[str, str]:
+def describe(run: TrainingMetadata, name: str) -> dict[str, str]:
     """The metadata of the file `name`.safetensors.
 
     `name` is the file's stem: it becomes `ss_output_name`, the alias under which the WebUI lists the LoRA.
-    A setting or fact that is None is written as kohya writes it, "None".
+    A value that is None is written as kohya writes it, "None".
     """
     assert not name.endswith(".safetensors"), "the stem of the file, not its name"
-    written = {setting: facts.settings[setting] for setting in SETTINGS if setting in facts.settings}
+    written = {setting: run.settings[setting] for setting in SETTINGS if setting in run.settings}
     values = {f"ss_{setting}": value for setting, value in written.items()}
-    values |= _run(facts, name) | _dataset(facts) | _model(facts) | _modelspec(facts, name)
+    values |= _run(run, name) | _dataset(run) | _model(run) | _modelspec(run, name)
     return {key: str(value) for key, value in values.items()}
 
 
-def base_model_version(family: str, *, v_prediction: bool) -> str:
-    """kohya's name of the family: "sd_v1", "sd_v2" (and "_v" for v-prediction), or "sdxl_base_v1-0" as it is."""
-    if family == "sdxl":
-        return "sdxl_base_v1-0"
-    return {"sd1": "sd_v1", "sd2": "sd_v2"}[family] + ("_v" if v_prediction else "")
-
-
-def _run(facts: TrainingFacts, name: str) -> dict[str, object]:
+def _run(run: TrainingMetadata, name: str) -> dict[str, object]:
     return {
         "ss_output_name": name,
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": facts.dim,
-        "ss_network_alpha": facts.alpha,
-        "ss_optimizer": facts.optimizer,
-        "ss_steps": facts.steps,
-        "ss_epoch": facts.epoch,
-        "ss_num_epochs": facts.total_epochs,
-        "ss_max_train_steps": facts.total_steps,
-        "ss_num_batches_per_epoch": facts.batches_per_epoch,
-        "ss_batch_size_per_device": facts.batch_size,
-        "ss_total_batch_size": facts.batch_size * facts.processes,
-        "ss_training_started_at": facts.started_at,
-        "ss_training_finished_at": facts.finished_at,
+        "ss_network_module": run.network_module,
+        "ss_network_dim": run.dim,
+        "ss_network_alpha": run.alpha,
+        "ss_optimizer": run.optimizer,
+        "ss_steps": run.steps,
+        "ss_epoch": run.epoch,
+        "ss_num_epochs": run.total_epochs,
+        "ss_max_train_steps": run.total_steps,
+        "ss_num_batches_per_epoch": run.batches_per_epoch,
+        "ss_batch_size_per_device": run.batch_size,
+        "ss_total_batch_size": run.batch_size * run.processes,
+        "ss_training_started_at": run.started_at,
+        "ss_training_finished_at": run.finished_at,
     }
 
 
-def _dataset(facts: TrainingFacts) -> dict[str, object]:
-    images = [folder for folder in facts.folders if not folder.is_regularisation]
-    regularisation = [folder for folder in facts.folders if folder.is_regularisation]
-    buckets = None if facts.buckets is None else {
+def _dataset(run: TrainingMetadata) -> dict[str, object]:
+    images = [folder for folder in run.folders if not folder.is_regularisation]
+    regularisation = [folder for folder in run.folders if folder.is_regularisation]
+    buckets = None if run.buckets is None else {
         "buckets": {str(index): {"resolution": list(size), "count": count}
-                    for index, (size, count) in enumerate(facts.buckets.items())},
-        "mean_img_ar_error": facts.aspect_error}
+                    for index, (size, count) in enumerate(run.buckets.items())},
+        "mean_img_ar_error": run.aspect_error}
     return {
-        "ss_resolution": tuple(facts.resolution),
+        "ss_resolution": tuple(run.resolution),
         "ss_num_train_images": sum(folder.images * folder.repeats for folder in images),
         "ss_num_reg_images": sum(folder.images * folder.repeats for folder in regularisation),
         "ss_dataset_dirs": _folders_json(images),
@@ -144,39 +138,34 @@ def _dataset(facts: TrainingFacts) -> dict[str, object]:
     }
 
 
-def _folders_json(folders: Sequence[FolderFacts]) -> str:
+def _folders_json(folders: Sequence[FolderMetadata]) -> str:
     return json.dumps({folder.name: {"n_repeats": folder.repeats, "img_count": folder.images} for folder in folders})
 
 
-def _model(facts: TrainingFacts) -> dict[str, object]:
+def _model(run: TrainingMetadata) -> dict[str, object]:
     values: dict[str, object] = {
-        "ss_v2": facts.family == "sd2",
-        "ss_base_model_version": base_model_version(facts.family, v_prediction=facts.v_prediction),
-        "ss_clip_skip": facts.clip_skip,
-        "ss_zero_terminal_snr": facts.zero_terminal_snr,
+        "ss_v2": run.family.metadata.v2,
+        "ss_base_model_version": run.family.metadata.base_version[run.v_prediction],
+        "ss_clip_skip": run.clip_skip,
+        "ss_zero_terminal_snr": run.zero_terminal_snr,
     }
-    for part, file in (("sd_model", facts.checkpoint), ("vae", facts.vae)):
+    for part, file in (("sd_model", run.checkpoint), ("vae", run.vae)):
         known = {f"ss_{part}_name": file.name, f"ss_{part}_hash": file.legacy_hash, f"ss_new_{part}_hash": file.sha256}
         values |= {key: value for key, value in known.items() if value is not None}
     return values
 
 
-def _modelspec(facts: TrainingFacts, name: str) -> dict[str, object]:
-    architecture = ARCHITECTURES[facts.family]
-    if facts.family == "sd2" and facts.v_prediction:
-        architecture = "stable-diffusion-v2-768-v"
-    written_at = facts.started_at if facts.finished_at is None else facts.finished_at
+def _modelspec(run: TrainingMetadata, name: str) -> dict[str, object]:
+    written_at = run.started_at if run.finished_at is None else run.finished_at
     values: dict[str, object] = {
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{architecture}/lora",
-        # Which naming the keys follow: sgm's for SDXL, Diffusers' otherwise.
-        "modelspec.implementation":
-            "https://github.com/Stability-AI/generative-models" if facts.family == "sdxl" else "diffusers",
+        "modelspec.architecture": f"{run.family.metadata.architecture[run.v_prediction]}/lora",
+        "modelspec.implementation": run.family.metadata.implementation,
         "modelspec.title": name,
-        "modelspec.resolution": "{}x{}".format(*facts.resolution),
+        "modelspec.resolution": "{}x{}".format(*run.resolution),
         "modelspec.date": datetime.datetime.fromtimestamp(int(written_at), datetime.timezone.utc).isoformat(),
-        "modelspec.prediction_type": "v" if facts.v_prediction else "epsilon",
+        "modelspec.prediction_type": "v" if run.v_prediction else "epsilon",
     }
-    if facts.clip_skip is not None:
-        values["modelspec.encoder_layer"] = facts.clip_skip
+    if run.clip_skip is not None:
+        values["modelspec.encoder_layer"] = run.clip_skip
     return values

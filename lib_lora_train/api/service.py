@@ -14,6 +14,7 @@ from typing import Any
 
 from lib_lora_train.errors import HostError, LoraFileError, printable
 from lib_lora_train.host.port import Checkpoint, Host
+from lib_lora_train.model.family import FAMILIES
 from lib_lora_train.run.diagnostics import bundle
 from lib_lora_train.run.output import checked_name
 from lib_lora_train.run.planning import RunPlan, output_folder, plan_dataset, plan_job
@@ -22,8 +23,6 @@ from lib_lora_train.run.resume import compare_settings, find, run_folder, settin
 from lib_lora_train.run.runner import Runner
 from lib_lora_train.settings import AREAS, Settings, declarations, flat, parse
 from lib_lora_train.settings.allowed_paths import check_allowed
-
-FAMILY_NAMES = {"sd1": "SD1", "sd2": "SD2", "sdxl": "SDXL"}
 
 
 def start(values: Mapping[str, object], *, runner: Runner, host: Host) -> str:
@@ -171,7 +170,8 @@ def model_text(checkpoint: Checkpoint | None) -> str:
     if checkpoint is None:
         return "No model is loaded"
     short_hash = f" [{checkpoint.sha256[:10]}]" if checkpoint.sha256 else ""
-    family = FAMILY_NAMES.get(checkpoint.family, "this kind of model cannot be trained")
+    known = FAMILIES.get(checkpoint.family)
+    family = known.title if known else "this kind of model cannot be trained"
     return f"base: {checkpoint.name}{short_hash} · {family} · VAE: {checkpoint.vae_name or 'baked'}"
 
 

@@ -14,9 +14,19 @@ from lib_lora_train.settings import DatasetSettings, resolution_of
 
 Size = tuple[int, int]
 
-DEFAULT_RESOLUTION = {"sd1": 512, "sd2": 768, "sdxl": 1024}
-# Every SDXL resolution has a bucket only up to here; kohya's scripts ask their users to raise the bound by hand.
-SDXL_MAX_BUCKET = 2048
+
+@dataclass(frozen=True)
+class TrainingSizes:
+    """What a model's family says about training sizes, in pixels.
+
+    default        the resolution where the settings leave it open
+    largest_side   up to which there are buckets at least, whatever `max_bucket_reso` says
+    multiple       both sides are multiples of it: the pixels a latent element
+    """
+
+    default: int = 512
+    largest_side: int = 0
+    multiple: int = 8
 
 
 @dataclass(frozen=True)
@@ -77,17 +87,18 @@ class Buckets:
     `enable_bucket=False`: one fixed size, scale to cover and centre crop. `bucket_no_upscale`: pictures
     are only made smaller; the size is the picture's own, cut down to multiples of `bucket_reso_steps`
     (then `min_bucket_reso` and `max_bucket_reso` play no part, as in kohya's trainer).
-    Raises SettingError for contradictory settings.
+    Both sides are multiples of `multiple`. Raises SettingError for contradictory settings.
     """
 
     def __init__(
         self, resolution: Size, *, enable_bucket: bool, min_bucket_reso: int, max_bucket_reso: int,
-        bucket_reso_steps: int, bucket_no_upscale: bool,
+        bucket_reso_steps: int, bucket_no_upscale: bool, multiple: int = 8,
     ) -> None:
         self.resolution = resolution
         self.steps = bucket_reso_steps
         self.no_upscale = enable_bucket and bucket_no_upscale
-        _check(self.resolution, step=bucket_reso_steps if enable_bucket else 8, enable_bucket=enable_bucket)
+        _check(self.resolution, step=bucket_reso_steps if enable_bucket else multiple, enable_bucket=enable_bucket,
+               multiple=multiple)
         if not enable_bucket:
             self.sizes: tuple[Size, ...] = (self.resolution,)
             return
@@ -144,29 +155,31 @@ class Buckets:
         return int(length + 0.5) // self.steps * self.steps
 
 
-def buckets_for(settings: DatasetSettings, *, family: str) -> Buckets:
-    """The buckets that `settings` ask for with a model of `family` ("" as for SD1); SettingError as `Buckets`."""
-    resolution = resolution_of(settings.resolution, default=DEFAULT_RESOLUTION.get(family, 512))
+def buckets_for(settings: DatasetSettings, *, sizes: TrainingSizes) -> Buckets:
+    """The buckets that `settings` ask for with a model of these sizes; SettingError as `Buckets`."""
+    resolution = resolution_of(settings.resolution, default=sizes.default)
     return Buckets(
         resolution, enable_bucket=settings.enable_bucket,
         min_bucket_reso=min(settings.min_bucket_reso, *resolution),
-        max_bucket_reso=max(settings.max_bucket_reso, *resolution, SDXL_MAX_BUCKET if family == "sdxl" else 0),
-        bucket_reso_steps=settings.bucket_reso_steps, bucket_no_upscale=settings.bucket_no_upscale)
+        max_bucket_reso=max(settings.max_bucket_reso, *resolution, sizes.largest_side),
+        bucket_reso_steps=settings.bucket_reso_steps, bucket_no_upscale=settings.bucket_no_upscale,
+        multiple=sizes.multiple)
 
 
 def _aspect_error(width: int, height: int, aspect: float) -> float:
     return abs(width / height - aspect) if height > 0 else math.inf
 
 
-def _check(resolution: Size, *, step: int, enable_bucket: bool) -> None:
-    if step <= 0 or step % 8:
+def _check(resolution: Size, *, step: int, enable_bucket: bool, multiple: int) -> None:
+    if step <= 0 or step % multiple:
         raise SettingError(
-            f"bucket_reso_steps is {step}", why="the VAE works on blocks of 8 pixels", remedy="take 64")
+            f"bucket_reso_steps is {step}", why=f"the VAE works on blocks of {multiple} pixels", remedy="take 64")
     if enable_bucket and min(resolution) < step:
         raise SettingError(
             f"resolution {resolution[0]}×{resolution[1]} is smaller than bucket_reso_steps {step}",
             remedy="raise the resolution or lower bucket_reso_steps")
-    if not enable_bucket and (resolution[0] % 8 or resolution[1] % 8):
+    if not enable_bucket and (resolution[0] % multiple or resolution[1] % multiple):
         raise SettingError(
-            f"resolution {resolution[0]}×{resolution[1]} is not a multiple of 8", why="the VAE works on blocks of 8",
+            f"resolution {resolution[0]}×{resolution[1]} is not a multiple of {multiple}",
+            why=f"the VAE works on blocks of {multiple}",
             remedy="take a multiple of 64, or switch enable_bucket on")

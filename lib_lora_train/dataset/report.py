@@ -15,7 +15,7 @@ from typing import Protocol
 
 from lib_lora_train.dataset import likeness
 from lib_lora_train.dataset.advice import Circumstances, advise
-from lib_lora_train.dataset.buckets import Buckets, Placement, Size, buckets_for
+from lib_lora_train.dataset.buckets import Buckets, Placement, Size, TrainingSizes, buckets_for
 from lib_lora_train.dataset.captions import first_line, read_caption, split_tags, with_trigger_word
 from lib_lora_train.dataset.crop_sheet import crop_sheet
 from lib_lora_train.dataset.findings import Examined, Proposal, Report
@@ -52,19 +52,19 @@ class _Caption:
 
 
 def examine(
-    folder: Path | str, *, settings: Settings, tokenizer: Tokenizer | None = None, family: str = "",
+    folder: Path | str, *, settings: Settings, tokenizer: Tokenizer | None = None, sizes: TrainingSizes = TrainingSizes(),
     on_progress: Progress | None = None, should_stop: ShouldStop | None = None, may_read: MayRead | None = None,
     unsaved: Mapping[Path, str] | None = None,
 ) -> Report:
     """Look at every picture and caption of `folder` (kohya's layout or a plain one) as `settings` would train them.
 
-    `family` ("sd1", "sd2", "sdxl", "" as SD1) decides the training size where the settings leave it open. `unsaved` are
+    `sizes` are those of the model's family, where the settings leave them open. `unsaved` are
     captions that were edited and are not in their files yet. `settings.dataset.train_data_dir` is not looked at.
     Raises DatasetError for a folder that is missing, unreadable or without a picture's name, SettingError for sizes that
     contradict each other, Interrupted when `should_stop()` says so. Damaged pictures and captions are part of the report.
     """
     folder = Path(folder)
-    buckets = buckets_for(settings.dataset, family=family)
+    buckets = buckets_for(settings.dataset, sizes=sizes)
     subsets, layout, found = find_images(folder, what="dataset", may_read=may_read)
     watch = Watch(sum(len(subset.images) for subset in subsets), doing="the pictures were examined",
                   on_progress=on_progress, should_stop=should_stop)

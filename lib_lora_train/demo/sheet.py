@@ -8,13 +8,13 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from lib_lora_train.adapters import file
-from lib_lora_train.adapters.network import LoRANetwork
+from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.dataset.images import read_image
 from lib_lora_train.evaluation.sampler import SampleRequest, sample_batch, to_image
 from lib_lora_train.host.port import Host
 from lib_lora_train.model import frozen
-from lib_lora_train.model.layers import Adapter
+from lib_lora_train.model.ops.layers import Adapter
 
 SIDE, STEPS, CFG_SCALE, SEED = 128, 20, 2.0, 1000
 DATASET = ("grapes", "cupcake", "tiger-face", "koala", "whale", "maple-leaf", "locomotive", "top-hat")
@@ -39,7 +39,7 @@ def sample_rows(host: Host, lora: Path, *, dataset: Path) -> list[SheetRow]:
         content = file.load(lora)
         targets = find_targets(model.components, family=model.architecture.family,
                                text_encoder=any(key.startswith("lora_te") for key in content.tensors))
-        adapters = LoRANetwork.continued(targets, content.tensors, seed=0).to(model.device).adapters()
+        adapters = AdapterNetwork.continued(targets, content.tensors, seed=0).to(model.device).adapters()
 
         def sample(prompts: list[str], chosen: dict[str, dict[str, Adapter]]) -> tuple[Image.Image, ...]:
             latents = sample_batch(model, [

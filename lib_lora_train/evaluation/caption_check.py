@@ -37,7 +37,7 @@ from lib_lora_train.evaluation.lease import Lease, leased
 from lib_lora_train.evaluation.resemblance import resemblance, subject_features
 from lib_lora_train.evaluation.sampler import SampleRequest, sample_latents, to_image
 from lib_lora_train.host.port import Host
-from lib_lora_train.model.text import Conditioning, size_vector
+from lib_lora_train.model.sd.text import Conditioning, size_vector
 from lib_lora_train.settings import Settings
 from lib_lora_train.training.noise import seed_of
 
@@ -85,7 +85,7 @@ def check_captions(host: Host, items: Sequence[tuple[Path, str]], *, settings: S
         return
     with leased(host, work="Checking captions", settings=settings, should_stop=should_stop) as loan, \
             translated("checking the captions"):
-        check = _Check(loan, buckets_for(settings.dataset, family=loan.model.architecture.family), steps=steps, cfg=cfg,
+        check = _Check(loan, buckets_for(settings.dataset, sizes=loan.model.architecture.family.sizes), steps=steps, cfg=cfg,
                        seeds=seeds)
         most = (len(items) if worst is None else worst) if seeds else 0
         total, measured = len(items) + min(most, len(items)), []

@@ -12,8 +12,8 @@ import torch
 
 from lib_lora_train.inputs.batch import Batch
 from lib_lora_train.model.frozen import FrozenModel
-from lib_lora_train.model.layers import Adapter
-from lib_lora_train.model.text import Conditioning
+from lib_lora_train.model.ops.layers import Adapter
+from lib_lora_train.model.sd.text import Conditioning
 from lib_lora_train.training.loss import LossConfig, denoising_loss
 from lib_lora_train.training.noise import draw
 

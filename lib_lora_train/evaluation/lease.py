@@ -51,7 +51,7 @@ class Lease:
         tensors = self._host.yield_model(report=self._host.report, stop=self._stop)
         if tensors is None:
             raise Interrupted(f"{self.work} was stopped while other work used the model")
-        self.model.take(tensors)
+        self.model.rebind(tensors)
 
 
 @contextlib.contextmanager

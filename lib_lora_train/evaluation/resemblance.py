@@ -16,8 +16,8 @@ from torch import Tensor
 from lib_lora_train.errors import ModelError
 from lib_lora_train.model.architecture import UNetConfig
 from lib_lora_train.model.frozen import FrozenModel
-from lib_lora_train.model.layers import frozen_linear
-from lib_lora_train.model.text import size_vector
+from lib_lora_train.model.ops.layers import frozen_linear
+from lib_lora_train.model.sd.text import size_vector
 
 TIMESTEP = 261
 _SEED = 261

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from lib_lora_train.model.frozen import FrozenModel
-from lib_lora_train.model.layers import Adapter
-from lib_lora_train.model.text import Conditioning, size_vector
+from lib_lora_train.model.ops.layers import Adapter
+from lib_lora_train.model.sd.text import Conditioning, size_vector
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from lib_lora_train.errors import is_out_of_memory
-from lib_lora_train.model.components import SDXL_TEXT_PREFIXES, TEXT_PREFIXES, UNET_PREFIX, VAE_PREFIX
+from lib_lora_train.model.family import FAMILIES
+from lib_lora_train.model.sd.components import UNET_PREFIX, VAE_PREFIX
 
 CPU = torch.device("cpu")
 PREFIXES: Mapping[str, tuple[str, ...]] = {
-    "unet": (UNET_PREFIX,), "vae": (VAE_PREFIX,), "text": (*TEXT_PREFIXES, *SDXL_TEXT_PREFIXES)}
+    "unet": (UNET_PREFIX,), "vae": (VAE_PREFIX,),
+    "text": tuple({spec.prefix for family in FAMILIES.values() for spec in family.text})}
 """How the names of a part's tensors begin."""
 
 

@@ -12,14 +12,14 @@ import torch
 
 from lib_lora_train.events import Event, Report
 from lib_lora_train.model.family import Hints
-from lib_lora_train.model.tokens import Tokenizer
+from lib_lora_train.model.sd.tokens import Tokenizer
 from lib_lora_train.settings.allowed_paths import AllowedPaths
 from lib_lora_train.tagging.captioner import CaptionerSource
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """Which model a host holds. `family` is "sd1", "sd2" or "sdxl", "" where it is none of them; hashes are "" where
+    """Which model a host holds. `family` is a name in `model.family.FAMILIES`, "" where it is none of them; hashes are "" where
     the host has not computed them. `legacy_hash` is the sha256 of 64 KiB at 1 MiB, 8 digits."""
 
     name: str

@@ -25,8 +25,8 @@ from lib_lora_train.host.exclusive import Undisturbed
 from lib_lora_train.host.exposure import is_loopback
 from lib_lora_train.host.port import Borrowed, Checkpoint, Outline
 from lib_lora_train.model.family import Hints, detect
-from lib_lora_train.model.hints_file import hints_from_yaml
-from lib_lora_train.model.tokens import Tokenizer, tokenizer_from_folder
+from lib_lora_train.model.sd.hints_file import hints_from_yaml
+from lib_lora_train.model.sd.tokens import Tokenizer, tokenizer_from_folder
 from lib_lora_train.settings.allowed_paths import AllowedPaths
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -122,7 +122,7 @@ def _describe(path: Path) -> _Described:
     shapes = _header(path)
     hints = _hints_beside(path)
     return _Described(
-        Checkpoint(name=path.stem, title=path.name, family=detect(shapes, hints).family, legacy_hash=_legacy_hash(path)),
+        Checkpoint(name=path.stem, title=path.name, family=detect(shapes, hints).family.name, legacy_hash=_legacy_hash(path)),
         shapes, hints)
 
 

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
-from lib_lora_train.model.text import Conditioning, Tokens
+from lib_lora_train.model.sd.text import Conditioning, Tokens
 
 DEFAULT_MAX_BYTES = 2 << 30
 CAPTIONS_AT_ONCE = 32

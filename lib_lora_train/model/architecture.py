@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
 from lib_lora_train.errors import ModelError
 
-Family = Literal["sd1", "sd2", "sdxl"]
+if TYPE_CHECKING:
+    from lib_lora_train.model.family import Family
+
 PredictionType = Literal["epsilon", "v_prediction"]
 Activation = Literal["quick_gelu", "gelu"]
 
@@ -34,7 +36,7 @@ class UNetConfig:
     model_channels: int
     context_dim: int
     adm_channels: int | None
-    """Width of the vector condition `y` (SDXL: pooled + 1536), None where there is none."""
+    """Width of the vector condition `y` (pooled text + 1536), None where there is none."""
     num_heads: int | None
     head_channels: int | None
     input_blocks: tuple[tuple[Block, ...], ...]
@@ -78,11 +80,31 @@ class VAEConfig:
 
 
 @dataclass(frozen=True)
+class TextEncoderSpec:
+    """What a family fixes of one of its text encoders, beside the sizes that are read.
+
+    component   the part's name for what is adapted, "te"
+    prefix      how the names of its tensors begin in a checkpoint
+    openclip    whether it was trained by OpenCLIP: gelu, and chunks filled with token 0; else CLIP's quick_gelu
+    skip, final_norm, pooled   as in `TextConfig`
+    label       which of several it is, for messages: "first "
+    """
+
+    component: str
+    prefix: str
+    openclip: bool
+    skip: int
+    final_norm: bool = True
+    pooled: bool = False
+    label: str = ""
+
+
+@dataclass(frozen=True)
 class TextConfig:
     """One text encoder: its sizes, and which of its outputs its family conditions on."""
 
     component: str
-    """"te" (SD1, SD2), "te1" or "te2" (SDXL)."""
+    """The part's name for what is adapted, "te"."""
     layers: int
     width: int
     heads: int
@@ -91,7 +113,7 @@ class TextConfig:
     projection: int | None
     """Width of the projected pooled vector, None where the checkpoint has no projection."""
     skip: int
-    """The hidden state that is used: 1 is the last layer's, 2 the one before. SD1's clip skip replaces it."""
+    """The hidden state that is used: 1 is the last layer's, which clip skip may replace; 2 is always the one before."""
     final_norm: bool
     """Whether the final layer norm is applied to that hidden state."""
     pooled: bool
@@ -115,7 +137,7 @@ class Architecture:
 
     @property
     def components(self) -> tuple[str, ...]:
-        """The parts that can be adapted: "unet", then "te", or "te1" and "te2"."""
+        """The parts that can be adapted: "unet", then the text encoders."""
         return (UNET_COMPONENT, *(text.component for text in self.text))
 
 

@@ -1,4 +1,4 @@
-"""The whole frozen model in one object, built from a flat dict of somebody else's tensors."""
+"""The whole frozen model in one object, built from a flat dict of borrowed tensors."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ import torch
 from torch import Tensor
 
 from lib_lora_train.errors import LoraTrainError, ModelError
-from lib_lora_train.model.architecture import NO_HINTS, UNET_COMPONENT, Architecture
-from lib_lora_train.model.components import text_tensors, unet_tensors, vae_tensors
-from lib_lora_train.model.family import Hints, detect, text_prefixes
-from lib_lora_train.model.schedule import NoiseSchedule
-from lib_lora_train.model.text import TextConditioner
-from lib_lora_train.model.text_encoder import TextEncoder
-from lib_lora_train.model.tokens import Tokenizer, clip_tokenizer
-from lib_lora_train.model.unet import UNet
-from lib_lora_train.model.vae import VAE
-from lib_lora_train.model.weights import Weight
+from lib_lora_train.model.architecture import NO_HINTS, UNET_COMPONENT, Architecture, Hints
+from lib_lora_train.model.family import detect
+from lib_lora_train.model.ops.weights import Weight
+from lib_lora_train.model.sd.schedule import NoiseSchedule
+from lib_lora_train.model.sd.text import TextConditioner
+from lib_lora_train.model.sd.tokens import Tokenizer, clip_tokenizer
+from lib_lora_train.model.sd.unet import UNet
+from lib_lora_train.model.sd.vae import VAE
 
 _Shapes = tuple[tuple[str, torch.Size, torch.dtype], ...]
 
@@ -40,21 +38,20 @@ class FrozenModel:
 
     @property
     def components(self) -> Mapping[str, Mapping[str, Weight]]:
-        """What can be adapted: "unet", then "te" or "te1" and "te2", each its weights by local name."""
+        """What can be adapted, the UNet and the text encoders: each its weights by local name."""
         return {UNET_COMPONENT: self.unet.tensors,
                 **{encoder.config.component: encoder.tensors for encoder in self.text.encoders}}
 
     def release(self) -> None:
-        """Hold none of the borrowed memory, so that its owner may move or free it; to be followed by `take`."""
+        """Hold none of the borrowed memory, so that its owner may move or free it; to be followed by `rebind`."""
         for part in (self.unet, self.vae, *self.text.encoders):
             part.layers.release()
 
-    def take(self, tensors: Mapping[str, Tensor]) -> None:
-        """Compute on `tensors` (checkpoint names) from now on: the same weights on the same device, lent anew."""
-        self.unet.layers.take(unet_tensors(tensors))
-        self.vae.layers.take(vae_tensors(tensors))
-        for encoder, prefix in zip(self.text.encoders, text_prefixes(self.architecture.family), strict=True):
-            encoder.layers.take(text_tensors(tensors, prefix))
+    def rebind(self, tensors: Mapping[str, Tensor]) -> None:
+        """Compute on `tensors` (checkpoint names) from now on: the same weights on the same device."""
+        unet, vae, texts = self.architecture.family.parts(tensors)
+        for part, local in zip((self.unet, self.vae, *self.text.encoders), (unet, vae, *texts), strict=True):
+            part.layers.rebind(local)
 
 
 def build(tensors: Mapping[str, Tensor], *, hints: Hints = NO_HINTS, tokenizers: Sequence[Tokenizer] | None = None,
@@ -68,21 +65,20 @@ def build(tensors: Mapping[str, Tensor], *, hints: Hints = NO_HINTS, tokenizers:
     is run once on shapes alone, which takes no memory and no weights.
     """
     architecture = detect(tensors, hints)
-    prefixes = text_prefixes(architecture.family)
-    parts = unet_tensors(tensors), vae_tensors(tensors), [text_tensors(tensors, prefix) for prefix in prefixes]
-    tokenizers = [clip_tokenizer()] * len(prefixes) if tokenizers is None else tokenizers
-    _rehearse(architecture, _shapes(parts[0]), _shapes(parts[1]), tuple(map(_shapes, parts[2])))
+    family, (unet, vae, texts) = architecture.family, architecture.family.parts(tensors)
+    tokenizers = [clip_tokenizer()] * len(texts) if tokenizers is None else tokenizers
+    _dry_run(architecture, _shapes(unet), _shapes(vae), tuple(map(_shapes, texts)))
 
-    stem = parts[0]["input_blocks.0.0.weight"]
-    schedule = NoiseSchedule.build(
+    stem = unet["input_blocks.0.0.weight"]
+    schedule = family.schedule(
         prediction_type=architecture.prediction_type, zero_terminal_snr=architecture.zero_terminal_snr,
         alphas_cumprod=_alphas_cumprod(tensors, hints))
     return FrozenModel(
         architecture=architecture,
-        unet=UNet(parts[0], architecture.unet),
-        vae=VAE(parts[1], architecture.vae),
-        text=TextConditioner(
-            [TextEncoder(text, config) for text, config in zip(parts[2], architecture.text, strict=True)], tokenizers,
+        unet=family.unet(unet, architecture.unet),
+        vae=family.vae(vae, architecture.vae),
+        text=family.conditioner(
+            [family.text_encoder(text, config) for text, config in zip(texts, architecture.text, strict=True)], tokenizers,
             comma_padding_backtrack=comma_padding_backtrack),
         schedule=schedule.to(stem.device),
         device=stem.device,
@@ -103,25 +99,25 @@ def _shapes(tensors: Mapping[str, Tensor]) -> _Shapes:
 
 
 @lru_cache(maxsize=4)
-def _rehearse(architecture: Architecture, unet: _Shapes, vae: _Shapes, texts: tuple[_Shapes, ...]) -> None:
-    """Run every part on the meta device: a tensor that is missing or misshapen is found now, not in an hour.
+def _dry_run(architecture: Architecture, unet: _Shapes, vae: _Shapes, texts: tuple[_Shapes, ...]) -> None:
+    """Run every part on the meta device, so that a missing or misshapen tensor is found before the training.
 
-    It takes a second, and once for all models of the same shapes: one that failed is tried again.
+    It takes a second, and is done once for all models of the same shapes; one that failed is not remembered.
     """
     def shapes(part: _Shapes) -> dict[str, Tensor]:
         return {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape, dtype in part}
 
-    side = 2 ** architecture.unet.halvings
+    family, side = architecture.family, 2 ** architecture.unet.halvings
     zeros = torch.zeros(1, architecture.unet.in_channels, side, side, device="meta")
     vector = architecture.unet.adm_channels
     try:
-        autoencoder = VAE(shapes(vae), architecture.vae)
+        autoencoder = family.vae(shapes(vae), architecture.vae)
         autoencoder.encode(autoencoder.decode(zeros))
         for tensors, config in zip(texts, architecture.text, strict=True):
             tokens = torch.zeros(1, config.positions, dtype=torch.long, device="meta")
-            TextEncoder(shapes(tensors), config)(tokens, pooled=config.pooled)
+            family.text_encoder(shapes(tensors), config)(tokens, pooled=config.pooled)
         with torch.no_grad():
-            UNet(shapes(unet), architecture.unet)(
+            family.unet(shapes(unet), architecture.unet)(
                 zeros, torch.zeros(1, device="meta"),
                 torch.zeros(1, 77, architecture.unet.context_dim, device="meta"),
                 None if vector is None else torch.zeros(1, vector, device="meta"))

@@ -45,7 +45,7 @@ class Pause:
         self._model.release()
         tensors: Mapping[str, Tensor] | None = self._host.yield_model(report=self._report, stop=lambda: bool(self._stop()))
         if tensors is not None:
-            self._model.take(tensors)
+            self._model.rebind(tensors)
         return tensors is not None
 
     def before_step(self, progress: Progress) -> bool:

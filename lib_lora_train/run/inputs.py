@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from lib_lora_train.adapters.network import LoRANetwork
+from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.distributed import ProcessGroup
 from lib_lora_train.errors import Interrupted, translated
 from lib_lora_train.events import Report, Stage, Warned
@@ -21,7 +21,7 @@ from lib_lora_train.inputs.rank_rows import OwnRows
 from lib_lora_train.inputs.text import TextCache
 from lib_lora_train.inputs.vae_batches import Room
 from lib_lora_train.model.frozen import FrozenModel
-from lib_lora_train.model.text import Conditioning, Tokens
+from lib_lora_train.model.sd.text import Conditioning, Tokens
 from lib_lora_train.run.callbacks import Pause, Stop
 from lib_lora_train.run.planning import RunPlan
 from lib_lora_train.settings import Settings
@@ -75,7 +75,7 @@ class Text:
     needs_encoders: bool
 
 
-def condition_of(settings: Settings, model: FrozenModel, borrowed: Borrowed, network: LoRANetwork, batches: Batches, *,
+def condition_of(settings: Settings, model: FrozenModel, borrowed: Borrowed, network: AdapterNetwork, batches: Batches, *,
                  encode_now: bool, dtype: torch.dtype, report: Report, stop: Stop, pause: Pause) -> Text:
     """How a batch's captions become the UNet's condition: looked up while the text encoders are frozen, else computed.
 

@@ -22,7 +22,7 @@ from lib_lora_train.events import Finished, Planned, Report, Warned
 from lib_lora_train.host.port import Borrowed, Host
 from lib_lora_train.inputs.prefetcher import Prefetcher
 from lib_lora_train.memory.plan import MemoryPlan
-from lib_lora_train.model.components import vae_tensors
+from lib_lora_train.model.sd.components import vae_tensors
 from lib_lora_train.run import resume
 from lib_lora_train.run.callbacks import MeasuredMemory, Pause, Stop, StopCallback
 from lib_lora_train.run.consistency import agree_on_data, agree_on_settings
@@ -59,9 +59,9 @@ def _with_model(plan: RunPlan, host: Host, leased: Borrowed, weights: InitialWei
     """What needs the model. All that is made here is freed before the model goes back, so that it finds its memory free."""
     with contextlib.ExitStack() as at_end:
         model, settings, point = frozen_model(leased, plan.settings), plan.settings, plan.resume_point
-        if model.architecture.family != plan.family:
+        if model.architecture.family.name != plan.family:
             # The host had no model yet, or another one, when the plan was made.
-            again = plan_dataset(settings, family=model.architecture.family, allowed=host.allowed, processes=group.world,
+            again = plan_dataset(settings, family=model.architecture.family.name, allowed=host.allowed, processes=group.world,
                                  on_progress=stage("Reading pictures", report), should_stop=lambda: bool(stop()))
             plan = dataclasses.replace(again, target=plan.target, resume_point=point)
         identity = resume.checkpoint_facts(leased) if point or folder or group.world > 1 else {}

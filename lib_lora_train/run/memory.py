@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-from lib_lora_train.adapters.network import LoRANetwork
+from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.errors import translated
 from lib_lora_train.events import Report
 from lib_lora_train.host.port import Borrowed, Host
@@ -14,7 +14,7 @@ from lib_lora_train.inputs.batches import Batches
 from lib_lora_train.inputs.vae_batches import Room, free_bytes
 from lib_lora_train.memory.step_config import Part, StepConfig
 from lib_lora_train.model.frozen import FrozenModel
-from lib_lora_train.model.quantised import quantised
+from lib_lora_train.model.ops.quantised import quantised
 from lib_lora_train.run.callbacks import Pause, Stop
 from lib_lora_train.run.inputs import condition_of
 from lib_lora_train.settings import Settings
@@ -34,7 +34,7 @@ def parts_not_needed(settings: Settings, device: torch.device) -> frozenset[Part
     return frozenset(part for part, idle in parts.items() if idle)
 
 
-def room_for_encoding(settings: Settings, model: FrozenModel, host: Host, network: LoRANetwork) -> Room:
+def room_for_encoding(settings: Settings, model: FrozenModel, host: Host, network: AdapterNetwork) -> Room:
     """What encoding images may take of a GPU: what is free, or what the memory budget leaves. Where that is less than it
     needs, UNet and text encoders wait on the CPU until `place_model`."""
     def available() -> int:
@@ -47,28 +47,28 @@ def room_for_encoding(settings: Settings, model: FrozenModel, host: Host, networ
 
     def room(needed: int) -> int:
         if available() < needed:
-            model.take(host.offload_parts({"unet", "text"}))
+            model.rebind(host.offload_parts({"unet", "text"}))
             torch.cuda.empty_cache()
         return available()
     return room
 
 
-def place_model(settings: Settings, model: FrozenModel, host: Host, leased: Borrowed, network: LoRANetwork, batches: Batches,
+def place_model(settings: Settings, model: FrozenModel, host: Host, leased: Borrowed, network: AdapterNetwork, batches: Batches,
                 config: StepConfig, *, dtype: torch.dtype, report: Report, stop: Stop, pause: Pause) -> Condition:
     """Bring the model to where the steps want it: the VAE leaves the device, captions are encoded, the text encoders leave it
     where they can, and the UNet's weights are held as `config` says. Returns the condition of the captions."""
     if "vae" in config.parts_on_cpu:
-        model.take(host.offload_parts({"vae"}))
+        model.rebind(host.offload_parts({"vae"}))
     # What made room for encoding.
-    model.take(host.reload_parts({"text", "unet"} - ({"unet"} & config.parts_on_cpu)))
+    model.rebind(host.reload_parts({"text", "unet"} - ({"unet"} & config.parts_on_cpu)))
     text = condition_of(settings, model, leased, network, batches, encode_now="text" in config.parts_on_cpu, dtype=dtype,
                         report=report, stop=stop, pause=pause)
     if "text" in config.parts_on_cpu and not text.needs_encoders:
-        model.take(host.offload_parts({"text"}))
+        model.rebind(host.offload_parts({"text"}))
     if config.base_dtype:
         with translated("holding the model in eight bits"):
             if "unet" in config.parts_on_cpu:
-                model.take(host.offload_parts({"unet"}))
+                model.rebind(host.offload_parts({"unet"}))
             model.unet.layers.replace(dict(quantised(model.unet.tensors, config.base_dtype, device=model.device,
                                                      channels_last=config.channels_last)))
     elif config.channels_last:
@@ -91,4 +91,4 @@ def memory_plan(plan, model, leased, network, *, dtype):
     base = {"as they are": "", "int8": "int8", "fp8": "fp8"}[s.memory.base_weights]
     return _Stub(StepConfig(microbatch=s.optimizer.train_batch_size, base_dtype=base, parts_on_cpu=parts_not_needed(s, model.device),
                  channels_last=s.memory.channels_last == "on",
-                 checkpointed=frozenset(u for u in model.unet.units if u.rpartition(".")[0] not in model.unet.units) if s.memory.gradient_checkpointing else frozenset()))
+                 checkpointed=frozenset(u for u in model.unet.checkpointable if u.rpartition(".")[0] not in model.unet.checkpointable) if s.memory.gradient_checkpointing else frozenset()))

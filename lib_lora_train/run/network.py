@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lib_lora_train.adapters import file
-from lib_lora_train.adapters.network import LoRANetwork
+from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.errors import SettingError, translated
 from lib_lora_train.events import Report, Warned
@@ -39,18 +39,18 @@ class InitialWeights:
         return cls()
 
 
-def build_network(settings: Settings, model: FrozenModel, weights: InitialWeights, *, report: Report) -> LoRANetwork:
+def build_network(settings: Settings, model: FrozenModel, weights: InitialWeights, *, report: Report) -> AdapterNetwork:
     """The network on the model's device; parts that are not to be trained are frozen. Raises SettingError, LoraFileError."""
     chosen, seed, family = settings.network, settings.optimizer.seed, model.architecture.family
     train_text = not chosen.network_train_unet_only
     with translated("making the LoRA's layers"):
         if weights.tensors is None:
             targets = find_targets(model.components, family=family, text_encoder=train_text)
-            network = LoRANetwork.build(targets, rank=chosen.network_dim, alpha=chosen.network_alpha, seed=seed)
+            network = AdapterNetwork.build(targets, rank=chosen.network_dim, alpha=chosen.network_alpha, seed=seed)
         else:
             has_text = any(key.startswith("lora_te") for key in weights.tensors)
             targets = find_targets(model.components, family=family, text_encoder=train_text or has_text)
-            network = LoRANetwork.continued(targets, weights.tensors, seed=seed)
+            network = AdapterNetwork.continued(targets, weights.tensors, seed=seed)
             if network.fresh:
                 report(Warned(f"{len(network.fresh)} layers are not in {weights.name} and start anew."))
         if not train_text:

@@ -17,6 +17,7 @@ from lib_lora_train.distributed import SINGLE_PROCESS, ProcessGroup
 from lib_lora_train.errors import DatasetError
 from lib_lora_train.host.port import Host
 from lib_lora_train.inputs.latent_files import CACHE_FOLDER
+from lib_lora_train.model.family import training_sizes
 from lib_lora_train.run.output import checked_name, destination
 from lib_lora_train.run.resume import ResumePoint, find
 from lib_lora_train.settings import DECLARATIONS, Settings, flat, ignored, parse
@@ -102,7 +103,7 @@ def plan_dataset(settings: Settings, *, family: str, allowed: AllowedPaths | Non
     dataset_settings, optimizer = settings.dataset, settings.optimizer
     if not dataset_settings.train_data_dir:
         raise DatasetError("No dataset folder was given", remedy="choose a folder of pictures")
-    buckets = buckets_for(dataset_settings, family=family)
+    buckets = buckets_for(dataset_settings, sizes=training_sizes(family))
     found = scan(
         Path(dataset_settings.train_data_dir), max_train_epochs=optimizer.max_train_epochs,
         num_repeats=dataset_settings.num_repeats, trigger_word=dataset_settings.trigger_word,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 
-from lib_lora_train.adapters.metadata import FileFacts, FolderFacts, TrainingFacts, describe
-from lib_lora_train.adapters.network import LoRANetwork
+from lib_lora_train.adapters.metadata import FolderMetadata, ModelFile, TrainingMetadata, describe
+from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.host.port import Borrowed
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.run.planning import RunPlan
@@ -15,7 +15,7 @@ from lib_lora_train.settings import flat
 class Provenance:
     """Knows a run from its start; `metadata` describes a file of it."""
 
-    def __init__(self, plan: RunPlan, model: FrozenModel, borrowed: Borrowed, network: LoRANetwork, *,
+    def __init__(self, plan: RunPlan, model: FrozenModel, borrowed: Borrowed, network: AdapterNetwork, *,
                  started_at: float) -> None:
         self._plan, self._model, self._borrowed, self._network = plan, model, borrowed, network
         self.started_at = started_at
@@ -26,22 +26,23 @@ class Provenance:
         layer = next(iter(self._network.layers.values()))
         checkpoint, family = self._borrowed.checkpoint, model.architecture.family
         schedule = plan.schedule
-        return describe(TrainingFacts(
+        return describe(TrainingMetadata(
             family=family, v_prediction=model.schedule.prediction_type == "v_prediction",
             zero_terminal_snr=model.architecture.zero_terminal_snr, resolution=plan.resolution,
-            dim=layer.rank, alpha=layer.alpha, steps=step, epoch=epoch, total_epochs=schedule.epochs, total_steps=schedule.steps,
+            dim=layer.rank, alpha=layer.alpha, network_module=self._network.kind.network_module,
+            steps=step, epoch=epoch, total_epochs=schedule.epochs, total_steps=schedule.steps,
             batches_per_epoch=schedule.batches_per_epoch, batch_size=settings.optimizer.train_batch_size,
             processes=plan.processes, started_at=self.started_at, finished_at=time.time(),
             clip_skip=(settings.captions.clip_skip or self._borrowed.clip_skip) if model.text.uses_clip_skip else None,
-            checkpoint=FileFacts(checkpoint.name, checkpoint.legacy_hash or None, checkpoint.sha256 or None),
-            vae=FileFacts(checkpoint.vae_name or None), folders=self._folders(),
+            checkpoint=ModelFile(checkpoint.name, checkpoint.legacy_hash or None, checkpoint.sha256 or None),
+            vae=ModelFile(checkpoint.vae_name or None), folders=self._folders(),
             buckets=dict(schedule.buckets) if settings.dataset.enable_bucket else None,
             aspect_error=plan.aspect_error, settings=self._written()), name)
 
-    def _folders(self) -> list[FolderFacts]:
+    def _folders(self) -> list[FolderMetadata]:
         dataset = self._plan.dataset
         tags = dataset.tag_frequency()
-        return [FolderFacts(name, entry["n_repeats"], entry["img_count"], {} if regularisation else tags.get(name, {}),
+        return [FolderMetadata(name, entry["n_repeats"], entry["img_count"], {} if regularisation else tags.get(name, {}),
                             regularisation)
                 for regularisation in (False, True)
                 for name, entry in dataset.dataset_dirs(regularisation=regularisation).items()]

@@ -13,7 +13,8 @@ from typing import Any
 
 from lib_lora_train.dataset.report import examine
 from lib_lora_train.errors import DatasetError, HostError, Interrupted
-from lib_lora_train.model.tokens import Tokenizer
+from lib_lora_train.model.family import training_sizes
+from lib_lora_train.model.sd.tokens import Tokenizer
 from lib_lora_train.settings import parse
 from lib_lora_train.studio.cropping.crop import Shape, apply_shape
 from lib_lora_train.studio.dataset_session import DatasetSession
@@ -147,8 +148,8 @@ def check(studio: Studio, values: Mapping[str, object]) -> int:
             tokenizer = None
             task.problem("", f"{error}")
         allowed = studio.host.allowed
-        report = examine(dataset.folder, settings=settings, tokenizer=tokenizer, family=studio.family(), unsaved=unsaved,
-                         may_read=allowed.may_read if allowed else None, on_progress=task.progress, should_stop=task.should_stop)
+        report = examine(dataset.folder, settings=settings, tokenizer=tokenizer, sizes=training_sizes(studio.family()),
+                         unsaved=unsaved, may_read=allowed.may_read if allowed else None, on_progress=task.progress, should_stop=task.should_stop)
         with studio.using():
             session.take_report(report, content=content)
             studio.changed()

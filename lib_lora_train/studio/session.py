@@ -17,8 +17,8 @@ from typing import Any
 from lib_lora_train.dataset.plan import plain_folder_repeats
 from lib_lora_train.errors import DatasetError, HostError, SettingError
 from lib_lora_train.host.port import Host
-from lib_lora_train.model.text import split_into_chunks
-from lib_lora_train.model.tokens import Tokenizer, clip_tokenizer
+from lib_lora_train.model.sd.text import split_into_chunks
+from lib_lora_train.model.sd.tokens import Tokenizer, clip_tokenizer
 from lib_lora_train.run.runner import Runner
 from lib_lora_train.settings import Settings
 from lib_lora_train.settings.allowed_paths import inside

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lib_lora_train.dataset.buckets import DEFAULT_RESOLUTION
 from lib_lora_train.dataset.crop_sheet import crop_sheet
 from lib_lora_train.errors import DatasetError
+from lib_lora_train.model.family import training_sizes
 from lib_lora_train.studio import thumbs
 from lib_lora_train.studio.cropping import crop as shapes
 from lib_lora_train.studio.cropping import mask as masks
@@ -53,7 +53,7 @@ def split(studio: Studio, name: str, *, tile: int = 0) -> list[str]:
     undo brings it back beside them."""
     with studio.changing("split") as session:
         session.path(name)
-        made = list(shapes.split(session.dataset, name, tile=tile or DEFAULT_RESOLUTION.get(studio.family(), 512)))
+        made = list(shapes.split(session.dataset, name, tile=tile or training_sizes(studio.family()).default))
         _add(session, name, made)
         studio.removed(session, [name])
         session.reshaped(made)

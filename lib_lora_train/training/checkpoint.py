@@ -25,7 +25,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from lib_lora_train.adapters.network import ALPHA, LoRANetwork
+from lib_lora_train.adapters.lora import ALPHA
+from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.errors import LoraFileError, TrainingError, translated
 from lib_lora_train.storage.atomic import replacing
 from lib_lora_train.training.optimizers import RunOptimizer
@@ -59,10 +60,10 @@ class TrainingState:
     overflows: int
 
 
-def capture(step: int, *, network: LoRANetwork, optimizer: RunOptimizer, scaler: LossScaler, recent: tuple[float, ...],
+def capture(step: int, *, network: AdapterNetwork, optimizer: RunOptimizer, scaler: LossScaler, recent: tuple[float, ...],
             overflows: int) -> TrainingState:
     """The state as it is now. The tensors share memory with the running ones: write them before the next step."""
-    alphas = {key + ALPHA: torch.tensor(layer.alpha, dtype=torch.float64) for key, layer in network.layers.items()}
+    alphas = {f"{key}.{ALPHA}": torch.tensor(layer.alpha, dtype=torch.float64) for key, layer in network.layers.items()}
     lora = {**network.state_dict(), **alphas}
     kept = {f"{number}.{name}": value for number, name, value in optimizer.state()}
     return TrainingState(step, lora, kept, {"scale": scaler.scale, "good_steps": scaler.good_steps}, recent, overflows)

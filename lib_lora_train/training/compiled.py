@@ -14,8 +14,8 @@ from torch import Tensor
 from lib_lora_train.events import Report, Warned
 from lib_lora_train.inputs.batch import Batch
 from lib_lora_train.model.frozen import FrozenModel
-from lib_lora_train.model.layers import Adapter
-from lib_lora_train.model.text import Conditioning
+from lib_lora_train.model.ops.layers import Adapter
+from lib_lora_train.model.sd.text import Conditioning
 from lib_lora_train.training.loss import LossConfig, denoising_loss
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}

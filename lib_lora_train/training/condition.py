@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lib_lora_train.inputs.batch import Batch
 from lib_lora_train.inputs.text import TextCache
-from lib_lora_train.model.layers import Adapters
-from lib_lora_train.model.text import Conditioning, TextConditioner
+from lib_lora_train.model.ops.layers import Adapters
+from lib_lora_train.model.sd.text import Conditioning, TextConditioner
 
 
 class Condition(Protocol):

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lib_lora_train.adapters.network import LoRANetwork
+from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.distributed import SINGLE_PROCESS, ProcessGroup, share
 from lib_lora_train.errors import translated
 from lib_lora_train.events import Report
@@ -73,7 +73,7 @@ class Progress:
     step, epoch    of the last step made
     """
 
-    def __init__(self, step: int, *, train_step: TrainStep, network: LoRANetwork, optimizer: RunOptimizer, scaler: LossScaler,
+    def __init__(self, step: int, *, train_step: TrainStep, network: AdapterNetwork, optimizer: RunOptimizer, scaler: LossScaler,
                  losses: LossReporter) -> None:
         self.step, self.epoch = step, 0
         self._consistent = True  # whether weights, moments and scaler are those after `step`
@@ -118,7 +118,7 @@ class Progress:
                        recent=self._losses.recent(), overflows=self._losses.overflows)
 
 
-def train(model: FrozenModel, *, network: LoRANetwork, epoch_batches: EpochBatches, condition: Condition, config: TrainConfig,
+def train(model: FrozenModel, *, network: AdapterNetwork, epoch_batches: EpochBatches, condition: Condition, config: TrainConfig,
           report: Report, callbacks: Sequence[Callback] = (), resumed: TrainingState | None = None,
           group: ProcessGroup = SINGLE_PROCESS) -> Progress:
     """Train `network` on `model`; returns how far it came: to the last step, unless a callback ended the training.

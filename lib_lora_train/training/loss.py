@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lib_lora_train.inputs.batch import Batch
 from lib_lora_train.model.frozen import FrozenModel
-from lib_lora_train.model.layers import Adapter
-from lib_lora_train.model.text import Conditioning, size_vector
+from lib_lora_train.model.ops.layers import Adapter
+from lib_lora_train.model.sd.text import Conditioning, size_vector
 
 LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(prediction, target, timesteps) -> the loss of each element: [B, C, h, w] fp32 each, timesteps [B] int64."""
@@ -56,7 +56,7 @@ def denoising_loss(model: FrozenModel, batch: Batch, *, conditioning: Conditioni
         original, crop, target_size = batch["sizes"].split(2, dim=1)
         y = size_vector(conditioning.pooled, original=original, crop=crop, target=target_size).to(config.dtype)
     prediction = model.unet(schedule.add_noise(x_0, noise, t).to(config.dtype), t, conditioning.context.to(config.dtype), y,
-                            adapters=adapters, recompute=checkpointed)
+                            adapters=adapters, checkpointed=checkpointed)
 
     loss = config.function(prediction.float(), schedule.target(x_0, noise, t).float(), t)
     if "mask" in batch:

@@ -15,7 +15,7 @@ from lib_lora_train.events import Report, Warned
 from lib_lora_train.inputs.batch import Batch
 from lib_lora_train.memory.step_config import StepConfig, offloaded
 from lib_lora_train.model.frozen import FrozenModel
-from lib_lora_train.model.layers import Adapter
+from lib_lora_train.model.ops.layers import Adapter
 from lib_lora_train.training.compiled import CompiledLoss
 from lib_lora_train.training.condition import Condition
 from lib_lora_train.training.loss import LossConfig, denoising_loss
@@ -74,7 +74,7 @@ class TrainStep:
 
     def step_down(self, largest: int) -> bool:
         """Take less memory from now on, which is reported. False where nothing is left to give up."""
-        config = self.config.step_down(largest=largest, blocks=self.model.unet.units, device_type=self.model.device.type)
+        config = self.config.step_down(largest=largest, blocks=self.model.unet.checkpointable, device_type=self.model.device.type)
         if config is None:
             return False
         if config.microbatch < self.config.microbatch and self.config.microbatch >= largest:

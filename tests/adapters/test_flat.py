@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lib_lora_train.adapters.network import LoRANetwork
+from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.model import frozen
 from tests.adapters.test_network import equal, learnt, small_targets
@@ -48,16 +48,14 @@ def test_copies_to_compute_with_follow_the_weights_by_one_copy() -> None:
     def follow() -> bool:
         return all(torch.equal(copy, weight.detach().bfloat16()) and copy.dtype == torch.bfloat16
                    for layer in network.layers.values()
-                   for copy, weight in zip(layer.working, (layer.down, layer.up), strict=True))
+                   for copy, weight in zip(layer.delta().working, (layer.down, layer.up), strict=True))
     assert follow()
     weights.values.mul_(1.5)
     assert not follow()
     weights.refresh()
     assert follow()
-    network.load_state_dict({key: tensor.clone() * 2 for key, tensor in network.state_dict().items()})
-    assert follow()
     network.flatten(1e-3, 1e-4)
-    assert all(layer.working is None for layer in network.layers.values())
+    assert all(layer.delta().working is None for layer in network.layers.values())
 
 
 def test_what_is_frozen_stays_out_of_the_buffer_and_keeps_its_number() -> None:
@@ -78,7 +76,8 @@ def test_what_is_frozen_stays_out_of_the_buffer_and_keeps_its_number() -> None:
 def test_the_layers_that_clip_skip_leaves_out_are_those_that_get_no_gradient(family, skip, expected) -> None:
     lent = {name: tensor.detach() for name, tensor in small_checkpoints.checkpoint(family).items()}
     model = frozen.build(lent, hints=small_checkpoints.HINTS[family], tokenizers=small_checkpoints.tokenizers(family))
-    network = LoRANetwork.build(find_targets(model.components, family=family, text_encoder=True), rank=2, alpha=2, seed=0)
+    targets = find_targets(model.components, family=model.architecture.family.name, text_encoder=True)
+    network = AdapterNetwork.build(targets, rank=2, alpha=2, seed=0)
     told = model.text.encode([model.text.tokenize("a cat")], clip_skip=skip, adapters={
         name: layers for name, layers in network.adapters().items() if name != "unet"})
     (told.context.sum() + (0 if told.pooled is None else told.pooled.sum())).backward()

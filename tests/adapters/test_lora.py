@@ -8,13 +8,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lib_lora_train.adapters.lora import LoRALayer
-from lib_lora_train.model.layers import Layers
+from lib_lora_train.adapters.base import Cost
+from lib_lora_train.adapters.lora import LoRA, LoRALayer
+from lib_lora_train.adapters.targets import Target
+from lib_lora_train.model.ops.layers import Layers
+
+
+def target(shape: tuple[int, ...]) -> Target:
+    """A layer whose frozen weight has this shape."""
+    return Target("unet", "it", "lora_unet_it", shape[1], shape[0], as_conv=False, kernel=shape[2:])
 
 
 def layer_with_weights(*, inputs: int = 12, outputs: int = 20, rank: int = 4, alpha: float = 3.0) -> LoRALayer:
     generator = torch.Generator().manual_seed(7)
-    layer = LoRALayer(in_features=inputs, out_features=outputs, rank=rank, alpha=alpha, generator=generator)
+    layer = LoRA().build(target((outputs, inputs)), rank=rank, alpha=alpha, generator=generator)
     with torch.no_grad():
         layer.up.normal_(generator=generator)
     return layer
@@ -52,6 +59,33 @@ def test_a_1x1_convolution_is_computed_over_the_pixels_and_equals_the_merged_wei
     assert relative(computed(layer, x.permute(0, 2, 3, 1), weight).permute(0, 3, 1, 2), expected) < 1e-6
 
 
+@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (3, 1), (3, 2)])
+def test_a_convolution_and_its_gradients_equal_the_merged_kernel(kernel: int, stride: int) -> None:
+    generator = torch.Generator().manual_seed(5)
+    shape = (20, 12, kernel, kernel)
+    layer = LoRA().build(target(shape if kernel > 1 else shape[:2]), rank=4, alpha=3.0, generator=generator)
+    with torch.no_grad():
+        layer.up.normal_(generator=generator)
+    x, weight, bias = (torch.randn(size, generator=generator) for size in ((2, 12, 6, 8), shape, (20,)))
+    x.requires_grad_()
+    layers = Layers({"it.weight": weight, "it.bias": bias}, adapters={"it": layer})
+    y = layers.conv2d("it", x, stride=stride, padding=kernel // 2)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (x, layer.down, layer.up)]
+    kernels = weight.double() + 3.0 / 4 * torch.einsum("or,r...->o...", exact[2], exact[1]).reshape(shape)
+    expected = F.conv2d(exact[0], kernels, bias.double(), stride=stride, padding=kernel // 2)
+    assert relative(y, expected) < 1e-5
+    found = torch.autograd.grad(y.square().sum(), (x, layer.down, layer.up))
+    right = torch.autograd.grad(expected.square().sum(), exact)
+    assert all(relative(a, b) < 1e-5 for a, b in zip(found, right, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(8, 400), (8, 40, 3, 3)])
+def test_the_cost_is_the_number_of_weights_and_a_product_and_a_sum_with_each(shape: tuple[int, ...]) -> None:
+    layer = LoRA().build(target(shape), rank=16, alpha=1, generator=torch.Generator())
+    weights = sum(weight.numel() for weight in layer.parameters())
+    assert LoRA().cost(target(shape), rank=16) == Cost(parameters=weights, flops=2 * weights)
+
+
 class Doubled:
     """An adapter that computes the whole layer."""
 
@@ -80,7 +114,7 @@ def test_gradients_equal_those_of_the_merged_weight() -> None:
 
 
 def test_a_new_layer_changes_nothing_and_starts_within_kaimings_bound() -> None:
-    layer = LoRALayer(in_features=400, out_features=8, rank=16, alpha=1, generator=torch.Generator().manual_seed(0))
+    layer = LoRA().build(target((8, 400)), rank=16, alpha=1, generator=torch.Generator().manual_seed(0))
     reference = torch.empty(16, 400)
     torch.nn.init.kaiming_uniform_(reference, a=math.sqrt(5))
     assert not layer.up.any()

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lib_lora_train.adapters.network import LoRANetwork
+from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.errors import ModelError
+from lib_lora_train.model.family import FAMILIES
 from tests.adapters import full_size
 
 # [key, shape of lora_down, shape of lora_up] of every layer that sd-scripts' own networks.lora makes (rank 8).
@@ -19,7 +20,7 @@ KOHYA = json.loads(gzip.decompress((Path(__file__).parent / "data" / "kohya_keys
 
 @pytest.mark.parametrize(("family", "layers"), [("sd1", 264), ("sd2", 330), ("sdxl", 986)])
 def test_a_full_size_model_gets_exactly_the_layers_that_sd_scripts_makes(family: str, layers: int) -> None:
-    targets = find_targets(full_size.model(family), family=family)
+    targets = find_targets(full_size.model(family), family=FAMILIES[family])
     ours = {target.key: [
         [8, target.in_features, 1, 1] if target.as_conv else [8, target.in_features],
         [target.out_features, 8, 1, 1] if target.as_conv else [target.out_features, 8]] for target in targets}
@@ -28,7 +29,7 @@ def test_a_full_size_model_gets_exactly_the_layers_that_sd_scripts_makes(family:
 
 
 def test_the_tensors_of_the_file_have_the_keys_and_shapes_of_sd_scripts() -> None:
-    network = LoRANetwork.build(find_targets(full_size.model("sd1"), family="sd1"), rank=8, alpha=4, seed=0)
+    network = AdapterNetwork.build(find_targets(full_size.model("sd1"), family=FAMILIES["sd1"]), rank=8, alpha=4, seed=0)
     expected = {}
     for key, down, up in KOHYA["sd1"]:
         expected |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": []}
@@ -38,10 +39,10 @@ def test_the_tensors_of_the_file_have_the_keys_and_shapes_of_sd_scripts() -> Non
 @pytest.mark.parametrize(("family", "unet", "text"), [("sd1", 192, 72), ("sd2", 192, 138), ("sdxl", 722, 264)])
 def test_unet_and_text_encoder_are_chosen_separately(family: str, unet: int, text: int) -> None:
     model = full_size.model(family)
-    assert len(find_targets(model, family=family, text_encoder=False)) == unet
-    both = find_targets(model, family=family)
+    assert len(find_targets(model, family=FAMILIES[family], text_encoder=False)) == unet
+    both = find_targets(model, family=FAMILIES[family])
     assert Counter(target.component == "unet" for target in both) == {True: unet, False: text}
-    assert len(find_targets({"unet": model["unet"]}, family=family, text_encoder=False)) == unet
+    assert len(find_targets({"unet": model["unet"]}, family=FAMILIES[family], text_encoder=False)) == unet
 
 
 def test_the_written_architecture_has_the_names_and_shapes_of_ldm() -> None:
@@ -57,7 +58,7 @@ def test_the_written_architecture_has_the_names_and_shapes_of_ldm() -> None:
 
 def test_block_names_follow_the_number_of_blocks_that_the_model_has() -> None:
     shapes = full_size.unet(context=32, channels=32, multipliers=(1, 2), depths=(1, 1), blocks=3)
-    keys = {target.key for target in find_targets({"unet": shapes}, family="sd1", text_encoder=False)}
+    keys = {target.key for target in find_targets({"unet": shapes}, family=FAMILIES["sd1"], text_encoder=False)}
     blocks = {key.split("_proj_in")[0].removeprefix("lora_unet_") for key in keys if key.endswith("_proj_in")}
     assert blocks == {
         *(f"down_blocks_{level}_attentions_{place}" for level in (0, 1) for place in range(3)),
@@ -68,8 +69,8 @@ def test_block_names_follow_the_number_of_blocks_that_the_model_has() -> None:
 def test_the_order_does_not_depend_on_the_order_of_the_names() -> None:
     shapes = full_size.unet(context=2048, multipliers=(1, 2, 4), depths=(0, 2, 10), linear=True)
     backwards = dict(reversed(list(shapes.items())))
-    forth = find_targets({"unet": shapes}, family="sdxl", text_encoder=False)
-    assert forth == find_targets({"unet": backwards}, family="sdxl", text_encoder=False)
+    forth = find_targets({"unet": shapes}, family=FAMILIES["sdxl"], text_encoder=False)
+    assert forth == find_targets({"unet": backwards}, family=FAMILIES["sdxl"], text_encoder=False)
     assert [target.module for target in forth if target.module.endswith("proj_in")][:3] == [
         "input_blocks.4.1.proj_in", "input_blocks.5.1.proj_in", "input_blocks.7.1.proj_in"]
 
@@ -77,9 +78,9 @@ def test_the_order_does_not_depend_on_the_order_of_the_names() -> None:
 @pytest.mark.parametrize("components", [{}, {"unet": {}}, {"unet": {"transformer.x.weight": (8, 8)}}])
 def test_a_model_without_known_layers_is_refused(components: dict) -> None:
     with pytest.raises(ModelError):
-        find_targets(components, family="sd1", text_encoder=False)
+        find_targets(components, family=FAMILIES["sd1"], text_encoder=False)
 
 
 def test_a_model_without_a_text_encoder_is_refused_where_that_is_trained() -> None:
     with pytest.raises(ModelError, match="text encoder"):
-        find_targets({"unet": full_size.model("sd1")["unet"]}, family="sd1")
+        find_targets({"unet": full_size.model("sd1")["unet"]}, family=FAMILIES["sd1"])

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
+from lib_lora_train.memory.time_estimate import Cost, image_cost
 
 from lib_lora_train.api import service
 from lib_lora_train.host.port import Outline
-from lib_lora_train.memory.time_estimate import Cost, image_cost
 
 
 def test_the_plan_of_a_loaded_model_tells_time_and_memory(images, host):
@@ -50,13 +50,13 @@ def test_arithmetic_grows_with_the_picture_and_weights_do_not(host):
 
 def test_bytes_that_autograd_keeps_are_those_of_a_real_pass(host):
     """Counted on shapes against counted on numbers, with attention's own kernels."""
-    from lib_lora_train.adapters.network import LoRANetwork
+    from lib_lora_train.adapters.network import AdapterNetwork
     from lib_lora_train.adapters.targets import find_targets
     from lib_lora_train.model import frozen
     with host.borrow() as lent:
         model = frozen.build(lent.tensors, hints=lent.hints, tokenizers=lent.tokenizers)
-    targets = find_targets(model.components, family="sd1", text_encoder=False)
-    network = LoRANetwork.build(targets, rank=4, alpha=1, seed=0)
+    targets = find_targets(model.components, family=model.architecture.family.name, text_encoder=False)
+    network = AdapterNetwork.build(targets, rank=4, alpha=1, seed=0)
     own = {t.untyped_storage().data_ptr() for t in (*model.unet.tensors.values(), *network.parameters())}
     kept: dict[int, torch.Tensor] = {}
 

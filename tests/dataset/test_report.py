@@ -15,6 +15,7 @@ from lib_lora_train.dataset.report import Examined, Report, crop_sheet, examine
 from lib_lora_train.dataset.tag_slips import respelt, typing_errors
 from lib_lora_train.demo import STYLE, SUBJECT
 from lib_lora_train.errors import DatasetError, Interrupted, SettingError
+from lib_lora_train.model.family import training_sizes
 from lib_lora_train.run.planning import plan_dataset
 from lib_lora_train.settings import parse
 
@@ -43,7 +44,7 @@ def draw(tmp_path: Path) -> Draw:
 
 
 def look(folder: Path, tokenizer: object = None, family: str = "", **settings: object) -> Report:
-    return examine(folder, settings=parse(settings), tokenizer=tokenizer, family=family)
+    return examine(folder, settings=parse(settings), tokenizer=tokenizer, sizes=training_sizes(family))
 
 
 def codes(report: Report) -> dict[str, set[str]]:

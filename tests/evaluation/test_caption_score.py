@@ -12,8 +12,9 @@ from PIL import Image
 from lib_lora_train.evaluation import lease
 from lib_lora_train.evaluation.caption_check import check_captions
 from lib_lora_train.host.port import Borrowed, Checkpoint
-from lib_lora_train.model.schedule import NoiseSchedule
-from lib_lora_train.model.text import Conditioning
+from lib_lora_train.model.family import SD1
+from lib_lora_train.model.sd.schedule import NoiseSchedule
+from lib_lora_train.model.sd.text import Conditioning
 from lib_lora_train.settings import parse
 from tests.model.small_checkpoints import FAMILIES, HINTS, checkpoint, tokenizers
 
@@ -54,7 +55,7 @@ def model_that_adds(share: float, prediction_type: str):
         vae=SimpleNamespace(encode=lambda pixels: (torch.zeros(1, 4, 8, 8), torch.ones(1, 4, 8, 8))),
         text=SimpleNamespace(tokenize=lambda text: text, encode=lambda texts, **_: Conditioning(
             torch.tensor([float(bool(text)) for text in texts])[:, None, None], None)),
-        architecture=SimpleNamespace(latent_scale=0.18215, family="sd1"))
+        architecture=SimpleNamespace(latent_scale=0.18215, family=SD1))
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])

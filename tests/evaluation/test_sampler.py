@@ -9,14 +9,14 @@ from diffusers import EulerDiscreteScheduler
 
 from lib_lora_train.evaluation.sampler import SampleRequest, sample_batch, sample_latents, sigmas
 from lib_lora_train.model import frozen
-from lib_lora_train.model.schedule import NoiseSchedule
-from lib_lora_train.model.text import Conditioning
+from lib_lora_train.model.sd.schedule import NoiseSchedule
+from lib_lora_train.model.sd.text import Conditioning
 
 REQUEST = SampleRequest("a", width=64, height=64, steps=28, cfg_scale=3.0, seed=5)
 # 28 steps fall on whole timesteps (999 = 27 · 37), where it does not matter that diffusers interpolates σ and we log σ.
 
 
-def _network(x, t, context, y=None, *, adapters=None, recompute=frozenset()):
+def _network(x, t, context, y=None, *, adapters=None, checkpointed=frozenset()):
     """Depends on everything a UNet depends on, smoothly and not linearly."""
     return torch.tanh(x * 0.7 + context.mean(dim=(1, 2))[:, None, None, None]) + t.float()[:, None, None, None] / 2000
 

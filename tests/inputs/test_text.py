@@ -10,7 +10,7 @@ import torch
 
 from lib_lora_train.errors import Interrupted
 from lib_lora_train.inputs.text import TextCache
-from lib_lora_train.model.text import Conditioning, Tokens
+from lib_lora_train.model.sd.text import Conditioning, Tokens
 
 CHUNK, WIDTH = 77, 6
 

@@ -9,7 +9,7 @@ import torch
 from lib_lora_train.memory.budget import budget_of
 
 from lib_lora_train.adapters import file
-from lib_lora_train.adapters.network import LoRANetwork
+from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.api.service import plan
 from lib_lora_train.events import Planned, Warned
@@ -43,7 +43,7 @@ def test_the_page_and_the_run_make_the_same_plan(images, host, changes):
 def test_a_lora_that_is_continued_is_planned_with_the_ranks_of_its_file(host, tmp_path):
     with host.borrow() as lent:
         model = frozen.build(lent.tensors, hints=lent.hints, tokenizers=lent.tokenizers)
-    network = LoRANetwork.build(find_targets(model.components, family="sd1", text_encoder=True), rank=7, alpha=1, seed=0)
+    network = AdapterNetwork.build(find_targets(model.components, family=model.architecture.family.name, text_encoder=True), rank=7, alpha=1, seed=0)
     path = tmp_path / "before.safetensors"
     file.save(path, network.state_dict(), {}, dtype=torch.float32)
     chosen = parse({"network_weights": str(path), "network_dim": 4})
@@ -73,14 +73,14 @@ def test_pictures_are_encoded_where_room_is_short_while_unet_and_text_encoders_w
         model = frozen.build(lent.tensors, hints=lent.hints, tokenizers=lent.tokenizers)
         asked: list[set[str]] = []
         monkeypatch.setattr(host, "offload_parts", lambda parts: asked.append(set(parts)) or moved(parts))
-        room = room_for_encoding(parse({}), model, host, LoRANetwork([], {}))
+        room = room_for_encoding(parse({}), model, host, AdapterNetwork([], {}))
         assert room(100) == 100 and asked == []
         assert room(101) == 1100 and asked == [{"unet", "text"}]
         # A budget that the model alone fills leaves nothing.
-        assert room_for_encoding(parse({"memory_budget": 0.47}), model, host, LoRANetwork([], {}))(1) == 0
+        assert room_for_encoding(parse({"memory_budget": 0.47}), model, host, AdapterNetwork([], {}))(1) == 0
         everything = sum(t.numel() * t.element_size() for part in (*model.components.values(), model.vae.tensors)
                          for t in part.values())
-        most = room_for_encoding(parse({"memory_budget": 1}), model, host, LoRANetwork([], {}))
+        most = room_for_encoding(parse({"memory_budget": 1}), model, host, AdapterNetwork([], {}))
         free[0] = 1 << 40
         assert most(1) == budget_of(1, torch.device("cpu"), ours=0) - everything - memory.CONTEXT - memory.WORKSPACES
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-
 from lib_lora_train.memory.tracker import Attention, Ledger
+
 from tools.bench.memory import _Booked
 
 META = torch.device("meta")

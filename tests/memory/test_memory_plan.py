@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from lib_lora_train.memory.budget import attention_kernel, budget_of, chunks_of, largest, shapes_of
+from lib_lora_train.memory.dry_run import Scene, Unit, Way, layers_for, rehearse
+from lib_lora_train.memory.tracker import Attention, Ledger
 
 from lib_lora_train.errors import Interrupted
 from lib_lora_train.inputs.vae_batches import encoding_bytes
 from lib_lora_train.memory import plan as plan_module
-from lib_lora_train.memory.budget import attention_kernel, budget_of, chunks_of, largest, shapes_of
-from lib_lora_train.memory.dry_run import Scene, Unit, Way, layers_for, rehearse
 from lib_lora_train.memory.plan import (
     CONTEXT,
     FRAGMENTS,
@@ -25,10 +26,9 @@ from lib_lora_train.memory.plan import (
     choose,
     chosen_units,
 )
-from lib_lora_train.memory.tracker import Attention, Ledger
-from lib_lora_train.model.components import vae_tensors
 from lib_lora_train.model.family import detect
-from lib_lora_train.model.vae import VAE
+from lib_lora_train.model.sd.components import vae_tensors
+from lib_lora_train.model.sd.vae import VAE
 from lib_lora_train.settings import parse
 from lib_lora_train.training.cuda_graph import MOST_SHAPES
 from tools.bench.host import RandomHost

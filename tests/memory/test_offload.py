@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from lib_lora_train.memory.offload import offloaded
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
-from lib_lora_train.adapters.network import LoRANetwork
+from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.memory import offload
-from lib_lora_train.memory.offload import offloaded
 from lib_lora_train.model import frozen
 from tests.model.small_checkpoints import HINTS, tokenizers
 from tests.model.small_checkpoints import checkpoint as small_checkpoint
@@ -123,7 +123,7 @@ def test_after_an_error_the_next_step_is_right():
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_a_lora_gets_the_same_gradients(family, units):
     model = frozen.build(small_checkpoint(family), hints=HINTS[family], tokenizers=tokenizers(family))
-    network = LoRANetwork.build(find_targets(model.components, family=family, text_encoder=False), rank=2, alpha=2.0, seed=0)
+    network = AdapterNetwork.build(find_targets(model.components, family=model.architecture.family.name, text_encoder=False), rank=2, alpha=2.0, seed=0)
     for layer in network.layers.values():
         nn.init.normal_(layer.up, std=0.1)
     config, generator = model.architecture.unet, torch.Generator().manual_seed(0)
@@ -134,7 +134,7 @@ def test_a_lora_gets_the_same_gradients(family, units):
         for parameter in network.parameters():
             parameter.grad = None
         model.unet(x, torch.tensor([500]), context, y, adapters=network.adapters()["unet"],
-                   recompute=model.unet.units if units == "all" else ()).square().sum().backward()
+                   checkpointed=model.unet.checkpointable if units == "all" else ()).square().sum().backward()
         return [parameter.grad for parameter in network.parameters()]
 
     expected = grads()

@@ -8,22 +8,22 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from torch import Tensor
-
-from lib_lora_train.adapters.network import LoRANetwork
 from lib_lora_train.memory.dry_run import META, Outcome, Scene, Way, layers_for, layers_of, rehearse
-from lib_lora_train.memory.plan import units_of
-from lib_lora_train.model import frozen
-from lib_lora_train.model.components import unet_tensors
-from lib_lora_train.model.family import detect
-from lib_lora_train.model.frozen import FrozenModel
-from lib_lora_train.model.layers import Layers
-from lib_lora_train.model.quantised import quantised
-from lib_lora_train.training.condition import TrainedText
 from lib_lora_train.training.device_step import Work
 from lib_lora_train.training.optimizer import Stepper
-from lib_lora_train.training.precision import LossScaler
 from lib_lora_train.training.step import StepInputs, StepOptions
+from torch import Tensor
+
+from lib_lora_train.adapters.network import AdapterNetwork
+from lib_lora_train.memory.plan import units_of
+from lib_lora_train.model import frozen
+from lib_lora_train.model.family import detect
+from lib_lora_train.model.frozen import FrozenModel
+from lib_lora_train.model.ops.layers import Layers
+from lib_lora_train.model.ops.quantised import quantised
+from lib_lora_train.model.sd.components import unet_tensors
+from lib_lora_train.training.condition import TrainedText
+from lib_lora_train.training.precision import LossScaler
 from tests.model.small_checkpoints import SmallTokenizer
 from tools.bench.true_size import true_size_shapes, true_size_tensors
 
@@ -65,7 +65,7 @@ def prepared(family: str, way: Way, planned: Scene, device: torch.device) -> tup
     """A real model of these shapes with random weights, and a step's work on it."""
     model = frozen.build(real(family, device), tokenizers=[SmallTokenizer()] * (2 if family == "sdxl" else 1))
     furnish(model.unet.layers, way, device)
-    network = LoRANetwork.build([layer.target for layer in planned.layers], rank=8, alpha=1.0, seed=0).to(device)
+    network = AdapterNetwork.build([layer.target for layer in planned.layers], rank=8, alpha=1.0, seed=0).to(device)
     weights = network.flatten(1e-4, 1e-4, dtype=planned.dtype)
     stepper = Stepper(weights, weight_decay=0.0, max_grad_norm=1.0)
     text = planned.text_trained
@@ -91,7 +91,7 @@ class _Given:
         raise AssertionError
 
     def encode(self, given):
-        from lib_lora_train.model.text import Conditioning
+        from lib_lora_train.model.sd.text import Conditioning
         return Conditioning(given[0], given[1] if len(given) > 1 else None)
 
 
@@ -160,7 +160,7 @@ def test_recomputing_keeps_less_and_computes_more_and_offloading_keeps_less_stil
 def test_the_layers_of_a_network_are_those_that_were_planned():
     tensors = shapes("sd1")
     layers = layers_for(tensors, detect(tensors), rank=8, text_encoder=True)
-    network = LoRANetwork.build([layer.target for layer in layers], rank=8, alpha=1.0, seed=0)
+    network = AdapterNetwork.build([layer.target for layer in layers], rank=8, alpha=1.0, seed=0)
     assert layers_of(network) == layers
     network.freeze({"te"})
     assert {layer.trained for layer in layers_of(network) if layer.target.component == "te"} == {False}

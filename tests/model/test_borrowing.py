@@ -10,19 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lib_lora_train.adapters.lora import LoRALayer
-from lib_lora_train.model.convolution import frozen_conv2d
 from lib_lora_train.model.frozen import FrozenModel, build
-from lib_lora_train.model.layers import borrowed, frozen_linear
-from lib_lora_train.model.text import size_vector
+from lib_lora_train.model.ops.convolution import frozen_conv2d
+from lib_lora_train.model.ops.layers import borrowed, frozen_linear
+from lib_lora_train.model.sd.text import size_vector
 from tests.model.small_checkpoints import CONTEXT, FAMILIES, HINTS, POOLED, checkpoint, tokenizers
 
 
 def trained_layer(weight: Tensor) -> LoRALayer:
     """One of rank 1 that changes something."""
     generator = torch.Generator().manual_seed(0)
-    layer = LoRALayer(in_features=weight.shape[1], out_features=weight.shape[0], rank=1, alpha=1.0, generator=generator)
-    torch.nn.init.normal_(layer.up, std=0.1)
-    return layer
+    down, up = torch.empty(1, weight.shape[1]), torch.empty(weight.shape[0], 1)
+    return LoRALayer(down.uniform_(-1, 1, generator=generator).mul_(weight.shape[1] ** -0.5), up.normal_(std=0.1), alpha=1.0)
 
 
 def adapters_of(model: FrozenModel) -> dict[str, dict[str, LoRALayer]]:
@@ -46,7 +45,7 @@ def loss_of(model: FrozenModel, adapters: dict[str, dict[str, LoRALayer]], *, dt
     y = None if text.pooled is None else size_vector(text.pooled, original=(64, 64), crop=(0, 0), target=(64, 64))
     x = torch.randn(1, 4, 8, 16).to(dtype)
     prediction = model.unet(x, torch.tensor([500]), text.context, y, adapters=adapters["unet"],
-                            recompute=model.unet.units if checkpointing else ())
+                            checkpointed=model.unet.checkpointable if checkpointing else ())
     return prediction.float().square().mean()
 
 
@@ -90,12 +89,12 @@ def test_every_tensor_of_the_text_encoders_lies_inside_a_borrowed_storage(family
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_step_leaves_no_gradient_and_no_flag_behind(family: str, checkpointing: bool) -> None:
     tensors = checkpoint(family)
-    flags = {name: (tensor.requires_grad, tensor._version) for name, tensor in tensors.items()}
+    flags = {name: tensor.requires_grad for name, tensor in tensors.items()}
     values = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-    assert any(requires_grad for requires_grad, _ in flags.values())
+    assert any(flags.values())
     step(model_of(family, tensors), checkpointing=checkpointing)
     for name, tensor in tensors.items():
-        assert tensor.grad is None and (tensor.requires_grad, tensor._version) == flags[name]
+        assert tensor.grad is None and tensor.requires_grad == flags[name]
         assert torch.equal(tensor, values[name])
 
 
@@ -151,8 +150,7 @@ def bytes_kept(function: Callable[[], object], lent: dict[str, Tensor]) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-@pytest.mark.parametrize("family, stored", [
-    ("sd1", torch.float16), ("sd2", torch.bfloat16), ("sdxl", torch.float16), ("sdxl", torch.bfloat16)])
+@pytest.mark.parametrize("family, stored", [("sd2", torch.bfloat16), ("sdxl", torch.float16)])
 def test_casts_of_weights_are_not_kept_for_backward(family: str, stored: torch.dtype) -> None:
     exact = {name: tensor.detach() for name, tensor in checkpoint(family).items()}
     halves = {name: tensor.to(stored) if tensor.is_floating_point() else tensor for name, tensor in exact.items()}
@@ -184,9 +182,8 @@ def test_the_gradient_through_a_frozen_convolution_is_torchs(stored: torch.dtype
     assert torch.allclose(*(torch.autograd.grad(y, x, direction)[0] for y in (ours, expected)), atol=1e-5)
 
 
-@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
-def test_gradients_with_half_weights_are_those_of_the_same_weights_in_fp32(stored: torch.dtype) -> None:
-    halves = {name: tensor.detach().to(stored) if tensor.is_floating_point() else tensor.detach()
+def test_gradients_with_half_weights_are_those_of_the_same_weights_in_fp32() -> None:
+    halves = {name: tensor.detach().half() if tensor.is_floating_point() else tensor.detach()
               for name, tensor in checkpoint("sdxl").items()}
     exact = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in halves.items()}
     context, pooled = torch.randn(1, 77, CONTEXT["sdxl"]), torch.randn(1, POOLED)

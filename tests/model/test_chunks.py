@@ -11,8 +11,8 @@ import torch
 
 from lib_lora_train.errors import ModelError
 from lib_lora_train.model.frozen import build
-from lib_lora_train.model.text import TextConditioner, size_vector, split_into_chunks
-from lib_lora_train.model.tokens import clip_tokenizer, tokenizer_from_folder
+from lib_lora_train.model.sd.text import TextConditioner, size_vector, split_into_chunks
+from lib_lora_train.model.sd.tokens import clip_tokenizer, tokenizer_from_folder
 from tests.model.small_checkpoints import COMMA, END, HINTS, START, checkpoint, tokenizers
 
 

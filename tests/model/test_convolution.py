@@ -10,29 +10,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib_lora_train.model import convolution, winograd
-from lib_lora_train.model.convolution import frozen_conv2d
-from lib_lora_train.model.layers import Layers
-from tests.model import written_out
-from tests.model.written_out import nhwc
+from lib_lora_train.model.ops import convolution, winograd
+from lib_lora_train.model.ops.convolution import frozen_conv2d
+from lib_lora_train.model.ops.layers import Layers
+from tests.model import plain_lora
+from tests.model.plain_lora import nhwc
 
 ORDERS = {"NCHW": torch.Tensor.contiguous, "NHWC": nhwc}
-draws = functools.partial(written_out.draws, 1, dtype=torch.float32)
+draws = functools.partial(plain_lora.draws, 1, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("way", ["columns", "winograd", "x turned over", "torch"])
+@pytest.mark.parametrize("way", ["columns", "winograd", "x reordered", "torch"])
 @pytest.mark.parametrize("kernels", ORDERS)
 @pytest.mark.parametrize("images", ORDERS)
-@pytest.mark.parametrize("pieces, stride, padding, size", [
+@pytest.mark.parametrize("images_at_once, stride, padding, size", [
     (1, 1, 1, 3), (3, 1, 1, 3), (2, 2, 1, 3), (1, 2, 0, 3), (2, 1, 0, 1)])
-def test_every_way_gives_torchs_numbers_in_the_order_of_picture_or_kernel(
-        monkeypatch: pytest.MonkeyPatch, way: str, kernels: str, images: str, pieces: int, stride: int, padding: int,
+def test_every_way_gives_torchs_numbers_in_the_order_of_image_or_kernel(
+        monkeypatch: pytest.MonkeyPatch, way: str, kernels: str, images: str, images_at_once: int, stride: int, padding: int,
         size: int) -> None:
     monkeypatch.setattr(convolution, "COLUMNS_FROM", 0 if way == "columns" else 2 ** 40)
     monkeypatch.setattr(convolution, "WINOGRAD_FROM", 0 if way == "winograd" else 2 ** 40)
     monkeypatch.setattr(convolution, "WINOGRAD_CHANNELS", 0)
-    monkeypatch.setattr(convolution, "_turning_x_is_cheaper", lambda *_: way == "x turned over")
-    x, weight, bias = draws((pieces, 6, 10, 8), (10, 6, size, size), (10,))
+    monkeypatch.setattr(convolution, "reordering_x_is_cheaper", lambda *_: way == "x reordered")
+    x, weight, bias = draws((images_at_once, 6, 10, 8), (10, 6, size, size), (10,))
     x, weight = ORDERS[images](x).requires_grad_(), ORDERS[kernels](weight)
     expected = F.conv2d(x, weight, bias, stride=stride, padding=padding)
     ours = frozen_conv2d(x, weight, bias, stride=stride, padding=padding)
@@ -45,23 +45,22 @@ def test_every_way_gives_torchs_numbers_in_the_order_of_picture_or_kernel(
     assert found.is_contiguous(memory_format=torch.channels_last if images == "NHWC" else torch.contiguous_format)
 
 
-@pytest.mark.parametrize("kernels", ORDERS)
-def test_wide_kernels_meet_few_pixels_as_columns_and_others_do_not(monkeypatch: pytest.MonkeyPatch, kernels: str) -> None:
+def test_wide_kernels_meet_few_pixels_as_columns_and_others_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     unfolded = []
     fold = F.unfold
     monkeypatch.setattr(convolution.F, "unfold", lambda x, *rest, **named: unfolded.append(x.shape) or fold(x, *rest, **named))
     for width, side in ((1280, 8), (1280, 24), (320, 8)):
-        kernel = ORDERS[kernels](torch.zeros(width, width, 3, 3))
+        kernel = torch.zeros(width, width, 3, 3)
         frozen_conv2d(nhwc(torch.zeros(1, width, side, side)), kernel, None, stride=1, padding=1)
     assert unfolded == [(1, 1280, 8, 8)]
 
 
 @pytest.mark.parametrize("height, width", [(2, 2), (4, 6), (10, 34), (64, 8)])
-@pytest.mark.parametrize("room", [1, 2 ** 24])
+@pytest.mark.parametrize("kernel_numbers", [1, 2 ** 24])
 def test_fewer_multiplications_give_the_exact_numbers_within_rounding(
-        monkeypatch: pytest.MonkeyPatch, height: int, width: int, room: int) -> None:
-    monkeypatch.setattr(winograd, "_KERNEL_BYTES", room * 16 * 4)  # of one channel a piece, or of all of them
-    monkeypatch.setattr(winograd, "_TILES_A_BAND", 40)
+        monkeypatch: pytest.MonkeyPatch, height: int, width: int, kernel_numbers: int) -> None:
+    monkeypatch.setattr(winograd, "KERNEL_BYTES", kernel_numbers * 16 * 4)  # of one channel a piece, or of all of them
+    monkeypatch.setattr(winograd, "TILES_A_BAND", 40)
     x, kernel, bias, direction = draws((2, 5, height, width), (7, 5, 3, 3), (7,), (2, 7, height, width))
     exact = x.double().requires_grad_()
     expected = F.conv2d(exact, kernel.double(), bias.double(), padding=1)
@@ -105,29 +104,29 @@ def test_what_was_replaced_stays_when_the_rest_is_let_go_and_lent_anew() -> None
     layers.replace({"matrix.weight": own})
     layers.release()
     assert set(layers.tensors) == {"matrix.weight"} and layers.copied_bytes == own.nbytes
-    layers.take(lent)
+    layers.rebind(lent)
     assert layers.weight("matrix") is own and set(layers.tensors) == set(lent)
     assert layers.weight("wide").data_ptr() == lent["wide.weight"].data_ptr()
 
 
 @dataclasses.dataclass(frozen=True)
-class OnACard:
-    """A weight that says it lies on a card, of which this machine may have none."""
+class OnGPU:
+    """A weight that says it is on a GPU, of which this machine may have none."""
 
     device: torch.device = torch.device("cuda", 1)
     nbytes: int = 40
 
-    def to(self, device: torch.device | str) -> OnACard:
-        return OnACard(torch.device(device))
+    def to(self, device: torch.device | str) -> OnGPU:
+        return OnGPU(torch.device(device))
 
 
-def test_what_replaced_the_lenders_leaves_the_card_with_it_and_comes_back() -> None:
+def test_what_replaced_the_lenders_leaves_the_gpu_with_it_and_comes_back() -> None:
     layers, lent = Layers(tensors()), tensors()
-    layers.replace({"matrix.weight": OnACard()})
+    layers.replace({"matrix.weight": OnGPU()})
     layers.release()
-    assert layers.tensors == {"matrix.weight": OnACard(torch.device("cpu"))}
-    layers.take(lent)
-    assert layers.weight("matrix") == OnACard() and layers.copied_bytes == 40
+    assert layers.tensors == {"matrix.weight": OnGPU(torch.device("cpu"))}
+    layers.rebind(lent)
+    assert layers.weight("matrix") == OnGPU() and layers.copied_bytes == 40
 
 
 def test_what_is_replaced_is_no_longer_held() -> None:

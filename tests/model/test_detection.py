@@ -39,7 +39,7 @@ def test_the_published_models_are_recognised_by_shapes_alone(family: str) -> Non
     tensors = full_size(family)
     assert all(tensor.is_meta for tensor in tensors.values())
     found = detect(tensors)
-    assert (found.family, found.prediction_type, found.zero_terminal_snr) == (family, "epsilon", False)
+    assert (found.family.name, found.prediction_type, found.zero_terminal_snr) == (family, "epsilon", False)
     assert found.latent_scale == LATENT_SCALE[family]
     assert {name: getattr(found.unet, name) for name in UNET[family]} == UNET[family]
     assert {width: found.unet.heads(width) for width in HEADS[family]} == HEADS[family]
@@ -54,7 +54,7 @@ def test_the_published_models_are_recognised_by_shapes_alone(family: str) -> Non
 @pytest.mark.parametrize("family", FAMILIES)
 def test_small_models_of_the_same_layout_are_recognised(family: str) -> None:
     found = detect(checkpoint(family), HINTS[family])
-    assert (found.family, found.unet.model_channels, found.unet.context_dim) == (family, 32, CONTEXT[family])
+    assert (found.family.name, found.unet.model_channels, found.unet.context_dim) == (family, 32, CONTEXT[family])
     assert found.components == (("unet", "te1", "te2") if family == "sdxl" else ("unet", "te"))
     assert found.unet.heads(64) == (8 if family == "sd1" else 4)
     assert [text.heads for text in found.text] == list(HINTS[family].text_heads)
@@ -86,14 +86,14 @@ def test_sd2_is_known_by_its_linear_projections_where_a_host_renamed_the_text_en
     renamed = {name.replace("conditioner.embedders.0.", "cond_stage_model."): torch.empty(
         [1024 if size == 768 else size for size in tensor.shape], device="meta") for name, tensor in clip.items()}
     found = detect({**without("sd2", "cond_stage_model."), **renamed})
-    assert (found.family, found.text[0].activation, found.text[0].pad_with_end) == ("sd2", "gelu", False)
+    assert (found.family.name, found.text[0].activation, found.text[0].pad_with_end) == ("sd2", "gelu", False)
 
 
 def test_ema_weights_and_training_leftovers_do_no_harm() -> None:
     extra = {"model_ema.decay": torch.tensor(0.9), "model_ema.num_updates": torch.tensor(3),
              "betas": torch.zeros(1000), "cond_stage_model.transformer.text_model.embeddings.position_ids":
              torch.arange(77)[None]}
-    assert detect({**checkpoint("sd1"), **extra}, HINTS["sd1"]).family == "sd1"
+    assert detect({**checkpoint("sd1"), **extra}, HINTS["sd1"]).family.name == "sd1"
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from torch import Tensor
 from lib_lora_train.errors import ModelError
 from lib_lora_train.model.architecture import Hints
 from lib_lora_train.model.frozen import FrozenModel, build
-from lib_lora_train.model.schedule import rescaled_to_zero_terminal_snr, scaled_linear_alphas_cumprod
+from lib_lora_train.model.sd.schedule import rescaled_to_zero_terminal_snr, scaled_linear_alphas_cumprod
 from tests.model.small_checkpoints import FAMILIES, HINTS, checkpoint, full_size, tokenizers
 
 
@@ -20,7 +20,7 @@ def built(family: str, tensors: dict[str, Tensor]) -> FrozenModel:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_full_size_checkpoint_fits_itself(family: str) -> None:
     model = build(full_size(family), tokenizers=tokenizers(family))
-    assert model.architecture.family == family
+    assert model.architecture.family.name == family
     assert model.dtype == torch.float32 and model.device.type == "meta"
 
 

@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib_lora_train.model.components import unet_tensors
-from lib_lora_train.model.family import unet_config
-from lib_lora_train.model.linear import LowRank, shared_linears
-from lib_lora_train.model.recipes import GroupNorm, LayerNorm, made
-from lib_lora_train.model.unet import UNet
+from lib_lora_train.model.family import SD1
+from lib_lora_train.model.ops.linear import LoRADelta, shared_linears
+from lib_lora_train.model.ops.recipes import GroupNorm, LayerNorm, made
+from lib_lora_train.model.sd.components import unet_tensors
+from lib_lora_train.model.sd.detection import unet_config
+from lib_lora_train.model.sd.unet import UNet
+from tests.model.plain_lora import lora, nhwc
 from tests.model.small_checkpoints import CONTEXT, HINTS, checkpoint
-from tests.model.written_out import lora, nhwc
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -47,7 +48,7 @@ def test_a_fused_layer_in_fp16_is_near_the_exact_one() -> None:
         (2, 9, 32), (24, 32), (4, 32), (24, 4), (2, 9, 24)))
     given = [x.half().cuda().requires_grad_(), *(side.cuda().requires_grad_() for side in (down, up))]
     exact = [side.detach().double().cpu().requires_grad_() for side in given]
-    low = LowRank(given[1], given[2], 0.5, (given[1].detach().half(), given[2].detach().half()))
+    low = LoRADelta(given[1], given[2], 0.5, (given[1].detach().half(), given[2].detach().half()))
     y = shared_linears(given[0], [(weight.half().cuda(), None)], [low])[0]
     expected = lora(exact[0], weight.half().double(), None, exact[1], exact[2], 0.5)
     assert near(y, expected, bound=1e-2)
@@ -59,7 +60,7 @@ def test_a_fused_layer_in_fp16_is_near_the_exact_one() -> None:
 @pytest.mark.parametrize("order", [torch.Tensor.contiguous, nhwc], ids=["NCHW", "NHWC"])
 def test_the_unet_predicts_the_same_on_either_device_and_with_kernels_in_either_order(order: object) -> None:
     tensors = {name: tensor.detach() for name, tensor in unet_tensors(checkpoint("sd1")).items()}
-    config = unet_config(tensors, family="sd1", hints=HINTS["sd1"])
+    config = unet_config(tensors, family=SD1, hints=HINTS["sd1"])
     there = {name: order(tensor.cuda()) if tensor.ndim == 4 else tensor.cuda() for name, tensor in tensors.items()}
     x, t, context = torch.randn(2, 4, 16, 16), torch.tensor([3, 900]), torch.randn(2, 77, CONTEXT["sd1"])
     expected = UNet(tensors, config)(x, t, context).double()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from lib_lora_train.memory.tracker import Ledger
 from torch import Tensor
 
-from lib_lora_train.adapters.network import LoRANetwork
+from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.adapters.targets import find_targets
-from lib_lora_train.memory.tracker import Ledger
-from lib_lora_train.model import frozen, quantised
-from lib_lora_train.model.quantised import is_kernel, quantise
+from lib_lora_train.model import frozen
+from lib_lora_train.model.ops import quantised
+from lib_lora_train.model.ops.quantised import is_kernel, quantise
 from tests.model.small_checkpoints import FAMILIES, HINTS, checkpoint, full_size, tokenizers
 
 KINDS = [pytest.param("int8"), pytest.param("fp8", marks=pytest.mark.skipif(
@@ -107,12 +108,14 @@ def test_nearly_all_of_a_published_unet_is_replaced_and_no_norm_bias_or_embeddin
             ("input_blocks.0.0.", "out.2.", "time_embed.", "label_emb."))}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize(("family", "kind"), [
+    ("sd1", "int8"), pytest.param("sdxl", "fp8", marks=pytest.mark.skipif(
+        not hasattr(torch, "float8_e4m3fn"), reason="this torch has no fp8"))])
 def test_a_lora_learns_on_a_quantised_base_and_serves_the_ordinary_one(family, kind):
     model = frozen.build(checkpoint(family), hints=HINTS[family], tokenizers=tokenizers(family))
     true = dict(model.unet.tensors)
-    network = LoRANetwork.build(find_targets(model.components, family=family, text_encoder=False), rank=4, alpha=4.0, seed=0)
+    targets = find_targets(model.components, family=model.architecture.family.name, text_encoder=False)
+    network = AdapterNetwork.build(targets, rank=4, alpha=4.0, seed=0)
     config = model.architecture.unet
     generator = torch.Generator().manual_seed(0)
     x, target = (torch.randn(2, 4, 8, 8, generator=generator) for _ in range(2))
@@ -126,9 +129,9 @@ def test_a_lora_learns_on_a_quantised_base_and_serves_the_ordinary_one(family, k
     copies = dict(quantised.quantised(model.unet.tensors, kind, device=torch.device("cpu")))
     model.unet.layers.replace(copies)
     assert model.unet.layers.copied_bytes == sum(true[name].numel() + 4 * len(true[name]) for name in copies)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
     losses = []
-    for _ in range(25):
+    for _ in range(8):
         losses.append(loss())
         losses[-1].backward()
         optimizer.step()

@@ -8,7 +8,7 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 from ldm.modules.diffusionmodules.util import make_beta_schedule
 
-from lib_lora_train.model.schedule import NoiseSchedule, rescaled_to_zero_terminal_snr, scaled_linear_alphas_cumprod
+from lib_lora_train.model.sd.schedule import NoiseSchedule, rescaled_to_zero_terminal_snr, scaled_linear_alphas_cumprod
 
 T = torch.tensor([0, 1, 250, 500, 998, 999])
 

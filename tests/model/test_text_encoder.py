@@ -10,9 +10,10 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from lib_lora_train.adapters.lora import LoRALayer
 from lib_lora_train.errors import SettingError
 from lib_lora_train.model.architecture import TextConfig
-from lib_lora_train.model.components import text_tensors
 from lib_lora_train.model.frozen import FrozenModel, build
-from lib_lora_train.model.text_encoder import TextEncoder
+from lib_lora_train.model.sd.components import text_tensors
+from lib_lora_train.model.sd.text_encoder import TextEncoder
+from tests.model.plain_lora import WrittenOut
 from tests.model.small_checkpoints import (
     END,
     HINTS,
@@ -27,7 +28,6 @@ from tests.model.small_checkpoints import (
     relative_error,
     tokenizers,
 )
-from tests.model.written_out import WrittenOut
 
 
 def tokens(pad: int = END) -> Tensor:
@@ -158,11 +158,9 @@ def test_fused_layers_give_the_gradients_of_those_written_out() -> None:
     generator = torch.Generator().manual_seed(1)
     layers = {
         name.removesuffix(".weight"): LoRALayer(
-            in_features=tensor.shape[1], out_features=tensor.shape[0], rank=2, alpha=1, generator=generator)
+            torch.randn(2, tensor.shape[1], generator=generator).div_(tensor.shape[1] ** 0.5),
+            torch.randn(tensor.shape[0], 2, generator=generator).mul_(0.1), alpha=1)
         for name, tensor in ours.tensors.items() if tensor.ndim == 2 and ".layers." in name}
-    with torch.no_grad():
-        for layer in layers.values():
-            layer.up.normal_(std=0.1, generator=generator)
     factors = [factor for layer in layers.values() for factor in layer.parameters()]
     found, right = (
         torch.autograd.grad(ours(tokens(), adapters=adapters)[0].square().mean(), factors)

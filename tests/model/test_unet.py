@@ -12,16 +12,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib_lora_train.adapters.lora import LoRALayer
-from lib_lora_train.adapters.network import LoRANetwork
+from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.errors import SettingError
-from lib_lora_train.model import convolution
-from lib_lora_train.model.components import unet_tensors
-from lib_lora_train.model.family import family_of, unet_config
-from lib_lora_train.model.layers import Layers, frozen_linear
-from lib_lora_train.model.linear import shared_linears
-from lib_lora_train.model.text import size_vector
-from lib_lora_train.model.unet import UNet, resnet, spatial_transformer
+from lib_lora_train.model import family as families
+from lib_lora_train.model.ops import convolution
+from lib_lora_train.model.ops.layers import Layers, frozen_linear
+from lib_lora_train.model.ops.linear import shared_linears
+from lib_lora_train.model.sd.components import unet_tensors
+from lib_lora_train.model.sd.detection import unet_config
+from lib_lora_train.model.sd.text import size_vector
+from lib_lora_train.model.sd.unet import UNet, resnet, spatial_transformer
+from tests.model.plain_lora import WrittenOut
 from tests.model.small_checkpoints import (
     CONTEXT,
     FAMILIES,
@@ -34,14 +36,12 @@ from tests.model.small_checkpoints import (
     randomised,
     relative_error,
 )
-from tests.model.written_out import WrittenOut
 
 SIZES = dict(original=(120, 200), crop=(3, 40), target=(96, 160))
 
 
 def unet_of(tensors: dict[str, Tensor], family: str) -> UNet:
-    config = unet_config(tensors, family=family, hints=HINTS[family])
-    assert family_of({}, tensors) == family
+    config = unet_config(tensors, family=families.FAMILIES[family], hints=HINTS[family])
     return UNet(tensors, config)
 
 
@@ -153,10 +153,10 @@ def every_layer(tensors: dict[str, Tensor]) -> dict[str, Scaled]:
 
 
 def gradients(unet: UNet, family: str, adapters: dict[str, Scaled], *,
-              recompute: Collection[str] = ()) -> tuple[Tensor, Tensor]:
+              checkpointed: Collection[str] = ()) -> tuple[Tensor, Tensor]:
     """The prediction, and the gradient of a fixed sum of it for each adapter."""
     x, t, context, pooled = inputs(family)
-    prediction = unet(x, t, context, vector(family, pooled), adapters=adapters, recompute=recompute)
+    prediction = unet(x, t, context, vector(family, pooled), adapters=adapters, checkpointed=checkpointed)
     weights = torch.randn(prediction.shape, generator=torch.Generator().manual_seed(9))
     found = torch.autograd.grad((prediction * weights).sum(), [adapter.s for adapter in adapters.values()])
     return prediction.detach(), torch.stack(found)
@@ -179,23 +179,23 @@ def test_every_linear_layer_can_be_adapted_and_its_gradient_is_ldms(family: str)
     assert relative_error(ours, expected) <= 1e-4
 
 
-@pytest.mark.parametrize("ends", [("",), (".attn1",), (".attn1", ".attn2", ".ff")], ids="+".join)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_recomputing_changes_neither_prediction_nor_gradients(family: str, ends: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("ends", [("",), (".attn1", ".attn2", ".ff")], ids="+".join)
+def test_recomputing_changes_neither_prediction_nor_gradients(ends: tuple[str, ...]) -> None:
+    family = "sd1"
     unet = unet_of(unet_tensors(checkpoint(family)), family)
     adapters = every_layer(unet.tensors)
     plain, plain_gradients = gradients(unet, family, adapters)
-    units = [unit for unit in unet.units if unit.endswith(ends)]
-    again, again_gradients = gradients(unet, family, adapters, recompute=units)
+    blocks = [block for block in unet.checkpointable if block.endswith(ends)]
+    again, again_gradients = gradients(unet, family, adapters, checkpointed=blocks)
     assert torch.equal(plain, again)
     assert torch.equal(plain_gradients, again_gradients)
 
 
-def test_units_are_the_blocks_and_what_is_inside_the_transformer_blocks() -> None:
-    units = unet_of(unet_tensors(checkpoint("sd1")), "sd1").units
+def test_checkpointable_are_the_blocks_and_what_is_inside_the_transformer_blocks() -> None:
+    blocks = unet_of(unet_tensors(checkpoint("sd1")), "sd1").checkpointable
     block = "middle_block.1.transformer_blocks.0"
-    assert len(set(units)) == len(units) == 22 + 4 * 16  # SD1 has 22 residual and 16 transformer blocks
-    assert [unit for unit in units if unit.startswith("middle_block")] == [
+    assert len(set(blocks)) == len(blocks) == 22 + 4 * 16  # SD1 has 22 residual and 16 transformer blocks
+    assert [block for block in blocks if block.startswith("middle_block")] == [
         "middle_block.0", block, f"{block}.attn1", f"{block}.attn2", f"{block}.ff", "middle_block.2"]
 
 
@@ -206,11 +206,11 @@ def test_what_is_recomputed_as_a_whole_is_not_recomputed_in_parts() -> None:
     name = "middle_block.1.transformer_blocks.0.ff.net.2"
     frozen = adapters[name].linear
     adapters[name].linear = lambda *given: calls.append(1) or frozen(*given)
-    gradients(unet, "sd1", adapters, recompute=unet.units)
+    gradients(unet, "sd1", adapters, checkpointed=unet.checkpointable)
     assert len(calls) == 2  # forward, and once in backward
 
 
-def test_more_units_keep_fewer_activations() -> None:
+def test_more_checkpointed_blocks_keep_fewer_activations() -> None:
     unet = unet_of(unet_tensors(checkpoint("sd1")), "sd1")
     adapters = every_layer(unet.tensors)
 
@@ -218,7 +218,8 @@ def test_more_units_keep_fewer_activations() -> None:
         sizes = []
         x, t, context, _ = inputs("sd1")
         with torch.autograd.graph.saved_tensors_hooks(lambda saved: sizes.append(saved.numel()) or saved, lambda s: s):
-            unet(x, t, context, adapters=adapters, recompute=[unit for unit in unet.units if unit.endswith(ends)])
+            chosen = [block for block in unet.checkpointable if block.endswith(ends)]
+            unet(x, t, context, adapters=adapters, checkpointed=chosen)
         return sum(sizes)
 
     nothing, attention, every = kept(), kept(".attn1"), kept("")
@@ -238,8 +239,8 @@ def test_half_precision_activations_give_a_close_prediction_in_their_dtype() -> 
 
 def trained(unet: UNet, family: str) -> dict[str, LoRALayer]:
     """The layers that a run trains, with numbers in them."""
-    targets = find_targets({"unet": unet.tensors}, family=family, text_encoder=False)
-    layers = LoRANetwork.build(targets, rank=2, alpha=1, seed=3).adapters()["unet"]
+    targets = find_targets({"unet": unet.tensors}, family=families.FAMILIES[family], text_encoder=False)
+    layers = AdapterNetwork.build(targets, rank=2, alpha=1, seed=3).adapters()["unet"]
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for layer in layers.values():
@@ -249,18 +250,18 @@ def trained(unet: UNet, family: str) -> dict[str, LoRALayer]:
 
 def trained_shapes(unet: UNet) -> dict[str, LoRALayer]:
     """The same on the meta device."""
-    targets = find_targets({"unet": unet.tensors}, family="sd1", text_encoder=False)
-    return LoRANetwork.build(targets, rank=2, alpha=1, seed=3).to("meta").adapters()["unet"]
+    targets = find_targets({"unet": unet.tensors}, family=families.SD1, text_encoder=False)
+    return AdapterNetwork.build(targets, rank=2, alpha=1, seed=3).to("meta").adapters()["unet"]
 
 
 def loss_and_gradients(unet: UNet, family: str, adapters: dict[str, object], layers: dict[str, LoRALayer], *,
-                       recompute: Collection[str] = ()) -> list[Tensor]:
+                       checkpointed: Collection[str] = ()) -> list[Tensor]:
     x, t, context, pooled = inputs(family)
-    loss = unet(x, t, context, vector(family, pooled), adapters=adapters, recompute=recompute).square().mean()
+    loss = unet(x, t, context, vector(family, pooled), adapters=adapters, checkpointed=checkpointed).square().mean()
     return [loss.detach(), *torch.autograd.grad(loss, [factor for layer in layers.values() for factor in layer.parameters()])]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_fused_layers_give_the_gradients_of_those_written_out(family: str) -> None:
     unet = unet_of(unet_tensors(checkpoint(family)), family)
     layers = trained(unet, family)
@@ -272,13 +273,13 @@ def test_fused_layers_give_the_gradients_of_those_written_out(family: str) -> No
 
 
 @pytest.mark.parametrize("ends", [("",), (".attn1",), (".attn2", ".ff")], ids="+".join)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_recomputing_changes_no_gradient_of_the_lora(family: str, ends: tuple[str, ...]) -> None:
+def test_recomputing_changes_no_gradient_of_the_lora(ends: tuple[str, ...]) -> None:
+    family = "sdxl"
     unet = unet_of(unet_tensors(checkpoint(family)), family)
     layers = trained(unet, family)
     plain = loss_and_gradients(unet, family, layers, layers)
-    units = [unit for unit in unet.units if unit.endswith(ends)]
-    again = loss_and_gradients(unet, family, layers, layers, recompute=units)
+    blocks = [block for block in unet.checkpointable if block.endswith(ends)]
+    again = loss_and_gradients(unet, family, layers, layers, checkpointed=blocks)
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
@@ -293,8 +294,8 @@ def test_kernels_that_lie_in_nhwc_order_give_the_same_prediction_where_they_lie(
     assert all(ours.tensors[name].data_ptr() == tensor.data_ptr() for name, tensor in turned.items())
 
 
-class Pictures(TorchDispatchMode):
-    """Counts copies of pictures [B, C, h, w]."""
+class ImageCopies(TorchDispatchMode):
+    """Counts copies of images [B, C, h, w]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -308,13 +309,13 @@ class Pictures(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
-def test_off_processors_pictures_lie_as_the_kernels_do_and_are_not_copied_between_layers(order: torch.memory_format) -> None:
+def test_off_the_cpu_images_lie_as_the_kernels_do_and_are_not_copied_between_layers(order: torch.memory_format) -> None:
     lent = {name: tensor.detach().to("meta", torch.float16) for name, tensor in unet_tensors(checkpoint("sd1")).items()}
     lent = {name: tensor.contiguous(memory_format=order) if tensor.ndim == 4 else tensor for name, tensor in lent.items()}
     unet = unet_of(lent, "sd1")
     x = torch.empty(2, 4, 16, 24, device="meta", dtype=torch.float16)
     context = torch.empty(2, 77, CONTEXT["sd1"], device="meta", dtype=torch.float16)
-    with Pictures() as images:
+    with ImageCopies() as images:
         unet(x, torch.zeros(2, device="meta"), context, adapters=trained_shapes(unet))
     assert images.copied == 0
 
@@ -344,7 +345,7 @@ def test_nothing_below_the_first_trained_layer_is_kept_or_differentiated(family:
     class Watched:
         def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             before.append(len(kept))
-            return shared_linears(x, [(weight, bias)], [layers[name].low_rank()])[0]
+            return shared_linears(x, [(weight, bias)], [layers[name].delta()])[0]
 
     with torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved) or saved, lambda saved: saved):
         loss = unet(x, t, context, vector(family, pooled), adapters={name: Watched()}).square().mean()

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from lib_lora_train.errors import SettingError
-from lib_lora_train.model.family import vae_config
-from lib_lora_train.model.vae import VAE
+from lib_lora_train.model.sd.detection import vae_config
+from lib_lora_train.model.sd.vae import VAE
 from tests.model.small_checkpoints import ldm_names_of_vae, ldm_vae, randomised, relative_error
 
 

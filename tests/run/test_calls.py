@@ -53,8 +53,8 @@ def test_from_run_job_to_the_loss_function_it_is_five_calls(images, host, at_the
 
 
 def test_from_the_buttons_handler_to_the_loss_function_it_is_ten_calls(images, host, at_the_loss, monkeypatch):
-    from tests.run.test_job import settings
     from lib_lora_train.settings import DECLARATIONS, flat
+    from tests.run.test_job import settings
     started: list[Frames] = []
     thread = runner_module.threading.Thread
 

@@ -18,7 +18,7 @@ from lib_lora_train.adapters.lora import LoRALayer
 from lib_lora_train.errors import HostError, Interrupted
 from lib_lora_train.host.port import Borrowed
 from lib_lora_train.host.standalone import StandaloneHost
-from lib_lora_train.model.layers import Layers
+from lib_lora_train.model.ops.layers import Layers
 from lib_lora_train.settings import parse
 from lib_lora_train.training.optimizers import RunOptimizer
 from tests.jobs import run_settings

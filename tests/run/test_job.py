@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from lib_lora_train import events
 from lib_lora_train.adapters import file
-from lib_lora_train.adapters.network import LoRANetwork
+from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.errors import DatasetError, Interrupted, LoraFileError, ModelError, OutputError, SettingError, TrainingError
 from lib_lora_train.host import standalone
 from lib_lora_train.host.standalone import StandaloneHost
@@ -225,7 +225,7 @@ def test_why_a_run_failed_is_told_although_nothing_can_be_saved(images, host, mo
 def test_memory_that_runs_out_before_the_first_step_is_told_as_such(images, host, monkeypatch):
     def no_room(*args, **kwargs):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-    monkeypatch.setattr(LoRANetwork, "to", no_room)
+    monkeypatch.setattr(AdapterNetwork, "to", no_room)
     with pytest.raises(TrainingError, match="memory ran out"):
         run(settings(images), host)
     monkeypatch.setattr(standalone, "load_file", no_room)

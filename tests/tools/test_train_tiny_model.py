@@ -9,8 +9,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from lib_lora_train.model.family import unet_config
-from lib_lora_train.model.unet import UNet
+from lib_lora_train.model.family import SD1
+from lib_lora_train.model.sd.detection import unet_config
+from lib_lora_train.model.sd.unet import UNet
 from tests.model.small_checkpoints import CONTEXT, HINTS, ldm_unet, randomised, relative_error
 
 GRAPH = Path(__file__).resolve().parents[2] / "tools" / "train_tiny_model" / "graph.py"
@@ -29,7 +30,7 @@ def graph() -> ModuleType:
 def test_every_weight_has_ldms_gradient(graph: ModuleType, plain: bool) -> None:
     theirs = randomised(ldm_unet("sd1"))
     weights = {name: tensor.detach().clone().requires_grad_() for name, tensor in theirs.named_parameters()}
-    config = unet_config(dict(weights), family="sd1", hints=HINTS["sd1"])
+    config = unet_config(dict(weights), family=SD1, hints=HINTS["sd1"])
     ours = graph.TrainedUNet(UNet({}, config), weights)
     generator = torch.Generator().manual_seed(3)
     x, context = torch.randn(2, 4, 8, 16, generator=generator), torch.randn(2, 77, CONTEXT["sd1"], generator=generator)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lib_lora_train import events
-from lib_lora_train.adapters.network import LoRANetwork
+from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.distributed import SINGLE_PROCESS, ProcessGroup
 from lib_lora_train.inputs.batch import Batch
@@ -60,7 +60,7 @@ def batch(number: int, *, rows: int = 1, shape: tuple[int, int] = SQUARE, captio
 class Result:
     """What a run said and left."""
 
-    network: LoRANetwork
+    network: AdapterNetwork
     seen: list[events.Event]
     steps: int
     state: TrainingState | None
@@ -115,8 +115,8 @@ def run(family: str, batches: Sequence[Batch], *, accumulation: int = 1, text: b
         checkpointing: bool = False, microbatch: int = 64, optimizer: str = "AdamW", loss: LossFunction = mse) -> Result:
     """Train on `batches` in order. Text encoders are trained with `text`, else their answers are looked up."""
     frozen_model = model(family, device)
-    targets = find_targets(frozen_model.components, family=family, text_encoder=text)
-    network = LoRANetwork.build(targets, rank=2, alpha=2, seed=0).to(device)
+    targets = find_targets(frozen_model.components, family=frozen_model.architecture.family, text_encoder=text)
+    network = AdapterNetwork.build(targets, rank=2, alpha=2, seed=0).to(device)
     adapters = {name: layers for name, layers in network.adapters().items() if name != "unet"}
     condition = TrainedText(frozen_model.text, clip_skip=1, adapters=adapters, checkpointing=checkpointing, dtype=dtype) \
         if text else CachedText(TextCache(frozen_model.text))
@@ -127,7 +127,7 @@ def run(family: str, batches: Sequence[Batch], *, accumulation: int = 1, text: b
         text_encoder_lr=learning_rate / 2 if text else 0.0, seed=3, cuda_graphs=graphs, compiled=compiled,
         loss=LossConfig(dtype=dtype, min_snr_gamma=min_snr, function=loss),
         step=StepConfig(microbatch=microbatch,
-                        checkpointed=frozenset(frozen_model.unet.units if checkpointing else ())))
+                        checkpointed=frozenset(frozen_model.unet.checkpointable if checkpointing else ())))
     seen: list[events.Event] = []
     progress = train(frozen_model, network=network, epoch_batches=lambda epoch, start: batches[start:], condition=condition,
                      config=config, report=seen.append, callbacks=[Watching(before_step)], group=group)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lib_lora_train.adapters.network import LoRANetwork
+from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.errors import TrainingError
 from lib_lora_train.inputs.batch import Batch
@@ -46,7 +46,7 @@ def test_gradients_and_losses_of_the_rows_add_up_to_those_of_the_batch(rows):
     model, whole = small_run.model("sdxl"), complete(5)
 
     def gradients(parts: list[Batch]) -> tuple[torch.Tensor, float]:
-        network = LoRANetwork.build(find_targets(model.components, family="sdxl", text_encoder=True), rank=2, alpha=2, seed=0)
+        network = AdapterNetwork.build(find_targets(model.components, family="sdxl", text_encoder=True), rank=2, alpha=2, seed=0)
         for layer in network.layers.values():
             layer.up.data.normal_(std=0.02, generator=torch.Generator().manual_seed(1))
         weights, total, adapters = network.flatten(1e-3, 1e-3), 0.0, network.adapters()
@@ -98,7 +98,7 @@ def test_where_memory_runs_out_the_run_goes_on_with_smaller_microbatches_and_lea
 
 
 def test_one_image_too_much_is_tried_again_with_activation_checkpointing(monkeypatch, unharmed):
-    blocks = frozenset(small_run.model("sd1").unet.units)
+    blocks = frozenset(small_run.model("sd1").unet.checkpointable)
     running_out(monkeypatch, MemoryError(), above=0, unless=blocks)
     result = small_run.run("sd1", BATCHES, accumulation=2)
     small_run.assert_equal(result, unharmed)

@@ -30,8 +30,8 @@ from lib_lora_train.inputs.latent_files import CACHE_FOLDER, LatentDisk, MeanAnd
 from lib_lora_train.inputs.latents import CachedLatents, FreshLatents
 from lib_lora_train.inputs.prefetcher import Prefetcher
 from lib_lora_train.inputs.vae_batches import Encoder, automatic_batch
-from lib_lora_train.model.family import vae_config
-from lib_lora_train.model.vae import VAE
+from lib_lora_train.model.sd.detection import vae_config
+from lib_lora_train.model.sd.vae import VAE
 from lib_lora_train.settings import resolution_of
 from tools import checkpoint_shapes as shapes
 from tools.bench.report import grid, machine_text, write_report

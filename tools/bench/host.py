@@ -14,7 +14,7 @@ from lib_lora_train.errors import translated
 from lib_lora_train.host import placement
 from lib_lora_train.host.exclusive import Undisturbed
 from lib_lora_train.host.port import Borrowed, Checkpoint, Outline
-from lib_lora_train.model.family import NO_HINTS
+from lib_lora_train.model.architecture import NO_HINTS
 from tools.bench.true_size import true_size_shapes, true_size_tensors
 
 IMAGES = 8

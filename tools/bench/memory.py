@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lib_lora_train.memory.dry_run import Scene, layers_for
 
 from lib_lora_train.errors import TrainingError
-from lib_lora_train.memory.dry_run import Scene, layers_for
 from lib_lora_train.memory.plan import CONTEXT, GIGABYTE, MemoryPlan, Wishes, choose
 from lib_lora_train.model.family import detect
 from lib_lora_train.settings import parse

@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 
 from lib_lora_train.adapters import file
-from lib_lora_train.adapters.network import LoRANetwork
+from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.evaluation.fixed_loss import fixed_loss
 from lib_lora_train.evaluation.sampler import SampleRequest, sample_batch
 from lib_lora_train.host.port import Host
 from lib_lora_train.inputs.batches import Batch
 from lib_lora_train.model import frozen
-from lib_lora_train.model.layers import Adapter
+from lib_lora_train.model.ops.layers import Adapter
 from tools.bench.real_images import SIDE
 
 Adapters = Mapping[str, Mapping[str, Adapter]]
@@ -51,7 +51,7 @@ class Sampler:
         content = file.load(path)
         targets = find_targets(self._model.components, family=self._model.architecture.family,
                                text_encoder=any(key.startswith("lora_te") for key in content.tensors))
-        network = LoRANetwork.continued(targets, content.tensors, seed=0).to(self._model.device)
+        network = AdapterNetwork.continued(targets, content.tensors, seed=0).to(self._model.device)
         network.set_multiplier(weight)
         return network.adapters()
 

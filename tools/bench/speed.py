@@ -16,15 +16,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from lib_lora_train.memory.dry_run import Base
+from lib_lora_train.memory.time_estimate import image_cost
 
 from lib_lora_train.errors import TrainingError
 from lib_lora_train.host.port import Host
 from lib_lora_train.host.standalone import StandaloneHost
-from lib_lora_train.memory.dry_run import Base
 from lib_lora_train.memory.plan import CONTEXT, GIGABYTE, Wishes
-from lib_lora_train.memory.time_estimate import image_cost
-from lib_lora_train.model.components import unet_tensors
 from lib_lora_train.model.family import detect
+from lib_lora_train.model.sd.components import unet_tensors
 from lib_lora_train.settings import Settings, flat, parse
 from lib_lora_train.settings.field import Value
 from lib_lora_train.training.precision import compute_dtype

@@ -30,7 +30,7 @@ from sheet import write_sheet  # noqa: E402
 
 from lib_lora_train.model import frozen  # noqa: E402
 from lib_lora_train.model.architecture import Hints  # noqa: E402
-from lib_lora_train.model.vae import VAE  # noqa: E402
+from lib_lora_train.model.sd.vae import VAE  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

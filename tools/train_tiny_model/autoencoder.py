@@ -28,7 +28,7 @@ from graph import Average, TrainedVAE
 from images import FRAME, HELD_OUT, HUES, Emoji, enlarged, on_paper, open_rgba, turned_hue
 from torch import Tensor
 
-from lib_lora_train.model import vae
+from lib_lora_train.model.sd import vae
 
 LEARNING_RATE, BATCH, DECAY = 1.5e-3, 8, 0.998
 CONSTANT, SHIFT, LOG_VARIANCE = 60.0, 12.0, -9.0

@@ -31,7 +31,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from lib_lora_train.model.frozen import FrozenModel
-from lib_lora_train.model.tokens import Tokenizer, clip_tokenizer
+from lib_lora_train.model.sd.tokens import Tokenizer, clip_tokenizer
 
 LEARNING_RATE, WARM_UP, BATCH, DECAY = 1.3e-3, 300, 32, 0.9995
 # ε-loss divided by ᾱ is v-loss. A small network that is to be done soon needs more of it at high noise, where it is

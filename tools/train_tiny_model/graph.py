@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib_lora_train.model import text_encoder, unet, vae
-from lib_lora_train.model.layers import Adapters, Layers
-from lib_lora_train.model.recipes import Recipe
+from lib_lora_train.model.ops.layers import Adapters, Layers
+from lib_lora_train.model.ops.recipes import Recipe
+from lib_lora_train.model.sd import text_encoder, unet, vae
 
 
 class TrainedLayers(Layers):

@@ -21,9 +21,9 @@ from lib_lora_train.errors import HostError, ModelError
 from lib_lora_train.host import placement
 from lib_lora_train.host.port import Checkpoint, Outline
 from lib_lora_train.model.architecture import Activation
-from lib_lora_train.model.family import Hints
-from lib_lora_train.model.refusals import SUPPORTED
-from lib_lora_train.model.tokens import Tokenizer
+from lib_lora_train.model.family import FAMILIES, Hints
+from lib_lora_train.model.sd.refusals import SUPPORTED
+from lib_lora_train.model.sd.tokens import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,9 +251,11 @@ def _family(sd_model: nn.Module) -> str:
     stem = getattr(getattr(getattr(sd_model, "model", None), "diffusion_model", None), "input_blocks", None)
     if stem is None or stem[0][0].weight.shape[1] != 4 or getattr(sd_model, "is_ssd", False):
         return ""
-    if getattr(sd_model, "is_sdxl", False):
-        return "sdxl" if len(_embedders(sd_model)) == 2 else ""
-    return "sd2" if getattr(sd_model, "is_sd2", False) else "sd1" if getattr(sd_model, "is_sd1", False) else ""
+    for family in reversed(FAMILIES.values()):
+        if getattr(sd_model, f"is_{family.name}", False):  # the WebUI's own flags
+            several = len(family.text) > 1
+            return "" if several and len(_embedders(sd_model)) != len(family.text) else family.name
+    return ""
 
 
 def _embedders(sd_model: nn.Module) -> list[Any]:

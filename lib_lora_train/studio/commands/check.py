@@ -26,17 +26,26 @@ def add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     check.add_argument("folder", type=Path, metavar="DIR", help="the pictures, or a folder of folders named like 10_name")
     check.add_argument("--json", action="store_true", help="everything that was found, as JSON")
     check.add_argument("--sheet", type=Path, metavar="FILE", help="a picture of what the crops lose, as PNG, JPEG or WebP")
-    check.add_argument("--family", choices=("sd1", "sd2", "sdxl"), default="", help="the kind of model that will be trained: "
-                       "512, 768 or 1024 pixels; sd1 unless told otherwise")
+    check.add_argument("--family", type=_family, default="", help="the kind of model that will be trained, sd1, sd2 or "
+                       "sdxl: 512, 768 or 1024 pixels; sd1 unless told otherwise")
     check.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the training, such as "
                        "resolution=768; may be repeated")
     check.set_defaults(command=run)
+
+
+def _family(name: str) -> str:
+    from lib_lora_train.model.family import FAMILIES
+
+    if name not in FAMILIES:
+        raise argparse.ArgumentTypeError(f"choose from {', '.join(FAMILIES)}")
+    return name
 
 
 def run(chosen: argparse.Namespace) -> int:
     """`check`; returns the exit code. Raises UserError for a folder without pictures and for settings that do not exist."""
     from lib_lora_train.dataset.report import examine
     from lib_lora_train.errors import SettingError
+    from lib_lora_train.model.family import training_sizes
     from lib_lora_train.settings import assignment, parse
 
     settings = parse(dict(assignment(text) for text in chosen.set))
@@ -44,7 +53,7 @@ def run(chosen: argparse.Namespace) -> int:
         raise SettingError(f"The crop sheet {chosen.sheet} cannot be written", why="its name must end in .png, .jpg or .webp")
     bar = _Bar()
     try:
-        report = examine(chosen.folder, settings=settings, tokenizer=_tokenizer(), family=chosen.family,
+        report = examine(chosen.folder, settings=settings, tokenizer=_tokenizer(), sizes=training_sizes(chosen.family),
                          on_progress=bar.advance)
     except KeyboardInterrupt:
         return INTERRUPTED  # nothing was changed, so there is nothing to say
@@ -60,7 +69,7 @@ def run(chosen: argparse.Namespace) -> int:
 
 def _tokenizer() -> Tokenizer | None:
     """CLIP's, or none where open_clip is missing: the report then counts no tokens."""
-    from lib_lora_train.model.tokens import clip_tokenizer
+    from lib_lora_train.model.sd.tokens import clip_tokenizer
 
     try:
         return clip_tokenizer()

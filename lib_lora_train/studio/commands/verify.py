@@ -99,14 +99,14 @@ def _checks(chosen: argparse.Namespace) -> Iterator[Checked]:
 
 def run_class_images(chosen: argparse.Namespace) -> int:
     """`class-pictures`; returns the exit code. Raises UserError for bad input."""
-    from lib_lora_train.dataset.buckets import DEFAULT_RESOLUTION
     from lib_lora_train.evaluation.class_images import make_class_images
+    from lib_lora_train.model.family import training_sizes
     from lib_lora_train.settings import resolution_of
 
     _check_numbers(steps=(chosen.steps, 1))
     host = _host(chosen, chosen.to)
     checkpoint = host.checkpoint()
-    size = resolution_of(chosen.resolution, default=DEFAULT_RESOLUTION[checkpoint.family if checkpoint else "sd1"])
+    size = resolution_of(chosen.resolution, default=training_sizes(checkpoint.family if checkpoint else "").default)
     try:
         with _Counter("painted") as counter:
             done = make_class_images(

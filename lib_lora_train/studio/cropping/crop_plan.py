@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from lib_lora_train.dataset.buckets import Buckets, buckets_for
+from lib_lora_train.dataset.buckets import Buckets, TrainingSizes, buckets_for
 from lib_lora_train.errors import SettingError
+from lib_lora_train.model.family import FAMILIES, training_sizes
 from lib_lora_train.settings import Settings
 from lib_lora_train.studio.cropping.subject import SubjectBox, subject_box
 
@@ -164,11 +165,12 @@ def render(image: Image.Image, box: Box, *, flip: bool) -> Image.Image:
 
 
 def _buckets(shape: Shape, settings: Settings | None, family: str) -> Buckets:
-    # From 1024 on it is SDXL's buckets that are meant, unless somebody says otherwise.
-    family = family or ("sdxl" if shape.side >= 1024 else "")
+    # Where no model is known, the side tells whose buckets are meant.
+    known = [training_sizes(family)] if family else [one.sizes for one in FAMILIES.values() if one.sizes.default <= shape.side]
+    sizes = max(known, key=lambda one: one.default, default=TrainingSizes())
     declared = dataclasses.replace((settings or Settings()).dataset, resolution=str(shape.side),
                                    enable_bucket=shape.mode == "buckets")
-    return buckets_for(declared, family=family)
+    return buckets_for(declared, sizes=sizes)
 
 
 def _focus_point(focus: Focus, subject: SubjectBox | None, region: Edges) -> tuple[float, float] | None:

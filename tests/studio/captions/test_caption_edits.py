@@ -66,7 +66,7 @@ def test_edits(edit: Edit, before: str, after: str) -> None:
 
 
 def test_clips_own_tokens_are_counted() -> None:
-    from lib_lora_train.model.tokens import clip_tokenizer
+    from lib_lora_train.model.sd.tokens import clip_tokenizer
     tokenizer = clip_tokenizer()
     caption = ", ".join(f"tag number {number}" for number in range(100))
     cut = done(TruncateTokens(75, tokenizer), caption)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from lib_lora_train.demo import STYLE
 from lib_lora_train.errors import DatasetError, SettingError
-from lib_lora_train.model.tokens import clip_tokenizer
+from lib_lora_train.model.sd.tokens import clip_tokenizer
 from lib_lora_train.studio.commands import check as check_command
 from lib_lora_train.studio.commands.check import add_check
 

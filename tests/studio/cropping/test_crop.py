@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageDraw, PngImagePlugin
 
 from lib_lora_train.dataset.augment import scale_and_crop
-from lib_lora_train.dataset.buckets import buckets_for
+from lib_lora_train.dataset.buckets import TrainingSizes, buckets_for
 from lib_lora_train.dataset.images import read_image, read_size
 from lib_lora_train.errors import DatasetError, Interrupted, SettingError
 from lib_lora_train.settings import Settings, parse
@@ -66,12 +66,12 @@ def contents(dataset: OwnedDataset) -> dict[str, bytes]:
 def test_a_centred_shape_is_what_training_would_cut_itself(size: tuple[int, int], mode: str, side: int):
     image = smooth(size)
     settings = parse({"resolution": str(side), "enable_bucket": mode == "buckets"})
-    placement = buckets_for(settings.dataset, family="").assign(*size)
+    placement = buckets_for(settings.dataset, sizes=TrainingSizes()).assign(*size)
     made = preview(image, Shape(mode, side, enlarge=True))
     assert made.size == placement.bucket
     assert np.array_equal(made, scale_and_crop(image, placement))
     # Training then finds a picture of its own size: nothing more is cut.
-    assert buckets_for(settings.dataset, family="").assign(*made.size).bucket == made.size
+    assert buckets_for(settings.dataset, sizes=TrainingSizes()).assign(*made.size).bucket == made.size
 
 
 @pytest.mark.parametrize("size", SIZES)

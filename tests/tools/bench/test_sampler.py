@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lib_lora_train.adapters import file
-from lib_lora_train.adapters.network import LoRANetwork
+from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.host.standalone import StandaloneHost
 from lib_lora_train.model import frozen
@@ -29,7 +29,7 @@ def lora(tiny_file: Path) -> Path:
     host = StandaloneHost(tiny_file, lora_folder=tiny_file.parent, runs_folder=tiny_file.parent)
     with host.borrow() as leased:
         model = frozen.build(leased.tensors, hints=leased.hints, tokenizers=leased.tokenizers)
-    network = LoRANetwork.build(find_targets(model.components, family="sd1", text_encoder=True), rank=2, alpha=2, seed=0)
+    network = AdapterNetwork.build(find_targets(model.components, family="sd1", text_encoder=True), rank=2, alpha=2, seed=0)
     generator = torch.Generator().manual_seed(3)
     tensors = {key: torch.randn(tensor.shape, generator=generator) * 0.3 if key.endswith("lora_up.weight") else tensor
                for key, tensor in network.state_dict().items()}

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from lib_lora_train.errors import SettingError
-from lib_lora_train.model.components import text_tensors, unet_tensors
 from lib_lora_train.model.frozen import build
+from lib_lora_train.model.sd.components import text_tensors, unet_tensors
 from tools.bench.true_size import FAMILIES, true_size_checkpoint, true_size_shapes, true_size_tensors
 
 _SPEC = importlib.util.spec_from_file_location("full_size", Path(__file__).parents[2] / "adapters" / "full_size.py")
@@ -60,7 +60,7 @@ def test_a_small_one_is_the_same_structure_narrower(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_is_built_on_it_and_its_activations_stay_of_ordinary_size(family: str) -> None:
     model = build(true_size_tensors(family, dtype=torch.float32, small=True))
-    assert model.architecture.family == family
+    assert model.architecture.family.name == family
     config, generator = model.architecture.unet, torch.Generator().manual_seed(0)
     y = None if config.adm_channels is None else torch.randn(1, config.adm_channels, generator=generator)
     with torch.no_grad():

@@ -61,7 +61,7 @@ def lent() -> dict[str, Any]:
         model = _frozen(borrowed)
         functional = [t for component in (*model.components.values(), model.vae.tensors) for t in component.values()]
         return {
-            "names": sorted(borrowed.tensors), "family": model.architecture.family,
+            "names": sorted(borrowed.tensors), "family": model.architecture.family.name,
             "checkpoint": vars(borrowed.checkpoint), "clip_skip": borrowed.clip_skip,
             "unet_heads": borrowed.hints.unet_heads, "text_heads": borrowed.hints.text_heads,
             "prediction_type": borrowed.hints.prediction_type, "latent_scale": borrowed.hints.latent_scale,
@@ -75,7 +75,7 @@ def lent() -> dict[str, Any]:
 def parity(name: str = Body(""), prompt: str = Body(""), multiplier: float = Body(1.0)) -> dict[str, float]:
     """Our prediction with a LoRA file's weights against the WebUI's with the same file; max|a-b| / max|b|."""
     from lib_lora_train.adapters import file
-    from lib_lora_train.adapters.network import LoRANetwork
+    from lib_lora_train.adapters.network import AdapterNetwork
     from lib_lora_train.adapters.targets import find_targets
     from lib_lora_train.host.a1111.host import HOST
 
@@ -88,9 +88,9 @@ def parity(name: str = Body(""), prompt: str = Body(""), multiplier: float = Bod
         ours = base
         if name:
             tensors = file.load(HOST.lora_folder / f"{name}.safetensors").tensors
-            targets = find_targets(model.components, family=model.architecture.family,
+            targets = find_targets(model.components, family=model.architecture.family.name,
                                    text_encoder=any(".text_model" in k or "lora_te" in k for k in tensors))
-            network = LoRANetwork.continued(targets, tensors, seed=0)
+            network = AdapterNetwork.continued(targets, tensors, seed=0)
             network.set_multiplier(multiplier)
             ours = _predict(model, prompt, x, t, network.adapters(), borrowed.clip_skip)
     with call_queue.queue_lock, torch.no_grad(), devices.autocast():
@@ -419,7 +419,7 @@ def _frozen(borrowed: Any) -> Any:
 
 
 def _predict(model: Any, prompt: str, x: torch.Tensor, t: torch.Tensor, adapters: Any, clip_skip: int) -> Any:
-    from lib_lora_train.model.text import size_vector
+    from lib_lora_train.model.sd.text import size_vector
 
     condition = model.text.encode([model.text.tokenize(prompt)] * len(x), clip_skip=clip_skip, adapters=adapters)
     size = (1024, 1024)  # what the WebUI assumes for a prompt alone

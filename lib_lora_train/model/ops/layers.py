@@ -1,21 +1,19 @@
-"""Frozen layers over borrowed tensors.
+"""Frozen layers over borrowed tensors, and the adapters that change them.
 
-A `Layers` computes `F.linear`, `F.conv2d` and the norms on somebody else's tensors, addressed by name.
-The three promises to the lender:
+A `Layers` computes `F.linear`, `F.conv2d` and the norms on the host's tensors, addressed by name:
 
-- No copy, unless one was asked for (`replace`, `lay_out_channels_last`), and then `copied_bytes` tells. A weight is used
-  where it lies. Where its dtype differs from the activation's it is cast for one call, and the cast is dropped at once:
-  autograd keeps the borrowed tensor and casts it again in backward.
-- No gradient. The tensors are detached views, so `requires_grad` of the lender's parameters neither matters
-  nor changes.
-- No surprise. No method of the lender's modules runs, so none of the host's patches do.
+- It copies no weight, except in `replace` and `lay_out_channels_last`. A weight whose dtype differs from the
+  activation's is cast for one call: autograd keeps the borrowed tensor, and backward casts it once more.
+- It computes no gradient of a weight. The tensors are detached views, so `requires_grad` of the host's parameters
+  neither matters nor changes.
+- It runs no method of the host's modules, hence none of the host's patches.
 
-Gradients flow to the activations only. Do not call this under autocast: the caller chooses the dtype of the
-computation by the dtype of the activations.
+Do not call it under autocast: the dtype of the activations is that of the computation.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Protocol, runtime_checkable
@@ -24,39 +22,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib_lora_train.model.attention import attention
-from lib_lora_train.model.convolution import frozen_conv2d
-from lib_lora_train.model.linear import LowRank, frozen_linear, shared_linears
-from lib_lora_train.model.recipes import GroupNorm, LayerNorm, Recipe, made
-from lib_lora_train.model.refusals import incomplete
-from lib_lora_train.model.weights import Weight, borrowed
+from lib_lora_train.model.ops.attention import attention
+from lib_lora_train.model.ops.convolution import conv2d_delta, frozen_conv2d
+from lib_lora_train.model.ops.linear import LoRADelta, frozen_linear, shared_linears
+from lib_lora_train.model.ops.recipes import GroupNorm, LayerNorm, Recipe, made
+from lib_lora_train.model.ops.weights import Weight, borrowed
+from lib_lora_train.model.sd.refusals import incomplete
 
-__all__ = ["NO_ADAPTERS", "Adapter", "Adapters", "Layers", "LowRankAdapter", "Weight", "WholeLayer", "attention", "borrowed",
+__all__ = ["NO_ADAPTERS", "Adapter", "Adapters", "DeltaAdapter", "LayerAdapter", "Layers", "Weight", "attention", "borrowed",
            "frozen_linear"]
 
 
-class WholeLayer(Protocol):
-    """An adapter that computes the whole layer in the place of the frozen one.
+class LayerAdapter(Protocol):
+    """An adapter that computes the whole adapted layer.
 
-    `weight` and `bias` are the borrowed tensors in the lender's dtype, which may differ from `x.dtype`: use
-    `frozen_linear`, which deals with that. The result has `x.dtype`.
+    `weight` and `bias` are the borrowed tensors in their own dtype, which may differ from `x.dtype`: use
+    `frozen_linear` and `frozen_conv2d`, which deal with that. The results have `x.dtype`.
     """
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         """x [..., in], weight [out, in] or [out, in, 1, 1], bias [out] -> [..., out]."""
         ...
 
+    def conv2d(self, x: Tensor, weight: Weight, bias: Tensor | None, *, stride: int, padding: int) -> Tensor:
+        """x [B, in, h, w], weight [out, in, k, k], bias [out] -> [B, out, h', w']."""
+        ...
+
 
 @runtime_checkable
-class LowRankAdapter(Protocol):
-    """An adapter that says what it adds to the frozen layer: both are computed here, together for layers of one input."""
+class DeltaAdapter(Protocol):
+    """An adapter that adds a low-rank product to the frozen layer; layers of one input are then computed together."""
 
-    def low_rank(self) -> LowRank | None:
+    def delta(self) -> LoRADelta | None:
         """What is added to the frozen layer; None for nothing."""
         ...
 
 
-Adapter = WholeLayer | LowRankAdapter
+Adapter = DeltaAdapter | LayerAdapter
 Adapters = Mapping[str, Adapter]
 NO_ADAPTERS: Adapters = MappingProxyType({})
 
@@ -66,36 +68,33 @@ class Layers:
 
     def __init__(self, tensors: Mapping[str, Tensor], *, adapters: Adapters = NO_ADAPTERS) -> None:
         self._weights: dict[str, Weight] = {name: borrowed(tensor) for name, tensor in tensors.items()}
-        self._own: dict[str, torch.device] = {}  # where our copies belong
+        self._own: dict[str, torch.device] = {}  # the devices of our copies
         self.tensors: Mapping[str, Weight] = MappingProxyType(self._weights)
         self._adapters = adapters
 
     def release(self) -> None:
-        """Hold none of the lender's memory and nothing on its device, until `take`; not to be computed with meanwhile."""
+        """Hold none of the host's memory and nothing on its device until `rebind`; nothing can be computed meanwhile."""
         for name in tuple(self._weights):
             if name in self._own:
                 self._weights[name] = self._weights[name].to("cpu")
             else:
                 del self._weights[name]
 
-    def take(self, tensors: Mapping[str, Tensor]) -> None:
-        """Compute on these tensors from now on: the same weights, where they lie now. What was replaced stays so."""
+    def rebind(self, tensors: Mapping[str, Tensor]) -> None:
+        """Compute on these tensors from now on: the same weights at their present place. What was replaced stays so."""
         for name, device in self._own.items():
             self._weights[name] = self._weights[name].to(device)
         self._weights.update({name: borrowed(tensor) for name, tensor in tensors.items() if name not in self._own})
 
     def replace(self, weights: Mapping[str, Weight]) -> None:
-        """Compute with these in the place of the lender's tensors of the same names, which are held no longer.
-
-        Ours from now on, whatever is lent later. For copies of the same weights in another form (quantised, another
-        memory layout) only.
-        """
+        """Compute with these copies (quantised, or of another memory layout) of the borrowed tensors of the same names,
+        which are held no longer and which `rebind` does not bring back."""
         assert weights.keys() <= self._weights.keys(), "only weights that are there can be replaced"
         self._weights.update(weights)
         self._own.update({name: weight.device for name, weight in weights.items()})
 
     def lay_out_channels_last(self) -> None:
-        """Put copies in NHWC order in the place of convolutions' kernels above 1x1 that lie otherwise."""
+        """Replace convolutions' kernels above 1x1 by copies in NHWC order, where they are not in it."""
         kernels = {name: weight for name, weight in self._weights.items()
                    if isinstance(weight, Tensor) and weight.ndim == 4 and weight.shape[2:] != (1, 1)}
         self.replace({name: kernel.contiguous(memory_format=torch.channels_last) for name, kernel in kernels.items()
@@ -103,13 +102,13 @@ class Layers:
 
     @property
     def copied_bytes(self) -> int:
-        """Bytes of weights that are not the lender's: 0 unless something was replaced."""
+        """Bytes of the weights that were replaced by copies."""
         return sum(self._weights[name].nbytes for name in self._own)
 
     def adapted(self, adapters: Adapters) -> Layers:
-        """The same tensors, with `adapters` (by module name) computing their layers."""
-        other = Layers.__new__(Layers)
-        other.tensors, other._weights, other._own, other._adapters = self.tensors, self._weights, self._own, adapters
+        """The same tensors, with `adapters` by module name on their layers."""
+        other = copy.copy(self)
+        other._adapters = adapters
         return other
 
     def has(self, name: str) -> bool:
@@ -135,31 +134,35 @@ class Layers:
                 recipe: Recipe | None = None) -> tuple[Tensor, ...]:
         """The outputs of several layers for one x, which is kept once and whose gradient is added up in one buffer.
 
-        Where an adapter computes a whole layer, each is computed by itself.
+        Where a `LayerAdapter` computes one of them, each is computed by itself.
         """
         adapters = [self._adapters.get(name) for name in names]
         frozen = [(self.weight(name), self.bias(name) if bias else None) for name in names]
-        shares = [adapter is None or isinstance(adapter, LowRankAdapter) for adapter in adapters]
-        low_ranks = [adapter.low_rank() if adapter is not None and share else None
-                     for adapter, share in zip(adapters, shares, strict=True)]
-        if not all(shares):
+        deltas = [adapter.delta() if isinstance(adapter, DeltaAdapter) else None for adapter in adapters]
+        whole = [adapter is not None and not isinstance(adapter, DeltaAdapter) for adapter in adapters]
+        if any(whole):
             x = source if recipe is None else made(recipe, source)
-            return tuple(shared_linears(x, [layer], [low_rank])[0] if share else adapter.linear(x, *layer)
-                         for layer, adapter, low_rank, share in zip(frozen, adapters, low_ranks, shares, strict=True))
-        if recipe is None and low_ranks == [None]:
+            return tuple(adapter.linear(x, *layer) if alone else shared_linears(x, [layer], [delta])[0]
+                         for layer, adapter, delta, alone in zip(frozen, adapters, deltas, whole, strict=True))
+        if recipe is None and deltas == [None]:
             return (frozen_linear(source, *frozen[0]),)
-        return shared_linears(source, frozen, low_ranks, recipe=recipe)
+        return shared_linears(source, frozen, deltas, recipe=recipe)
 
     def conv2d(self, name: str, x: Tensor, *, stride: int = 1, padding: int = 0) -> Tensor:
-        """x [B, in, h, w] -> [B, out, h', w']; no adapter changes it."""
-        return frozen_conv2d(x, self.weight(name), self.bias(name), stride=stride, padding=padding)
+        """x [B, in, h, w] -> [B, out, h', w']."""
+        weight, bias, adapter = self.weight(name), self.bias(name), self._adapters.get(name)
+        if adapter is not None and not isinstance(adapter, DeltaAdapter):
+            return adapter.conv2d(x, weight, bias, stride=stride, padding=padding)
+        y = frozen_conv2d(x, weight, bias, stride=stride, padding=padding)
+        delta = None if adapter is None else adapter.delta()
+        return y if delta is None else y + conv2d_delta(x, delta, stride=stride, padding=padding)
 
     def layer_normed(self, name: str) -> LayerNorm:
         """The layer norm `name` as a recipe for `linear` and `linears`."""
         return LayerNorm(self.weight(name), self.bias(name))
 
     def group_normed(self, name: str, *, eps: float, silu: bool = False, rows: bool = False) -> GroupNorm:
-        """The group norm `name` as a recipe; `rows` makes [B, h·w, C] of its picture."""
+        """The group norm `name` as a recipe; `rows` makes [B, h·w, C] of its image."""
         return GroupNorm(self.weight(name), self.bias(name), eps, silu=silu, rows=rows)
 
     def group_norm(self, name: str, x: Tensor, *, eps: float, silu: bool = False) -> Tensor:

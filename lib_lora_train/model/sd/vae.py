@@ -1,6 +1,6 @@
 """The autoencoder (ldm's `AutoencoderKL`, arXiv 2112.10752) as functions over borrowed tensors.
 
-Used to encode the dataset once and to paint previews; it is never trained, so no graph is built.
+Used to encode images and to decode samples; it is never trained, so no graph is built.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from torch import Tensor
 
 from lib_lora_train.errors import SettingError
 from lib_lora_train.model.architecture import VAEConfig
-from lib_lora_train.model.layers import Layers, attention
+from lib_lora_train.model.ops.layers import Layers, attention
 
 EPS = 1e-6
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
 
 
 class VAE:
-    """Pictures to the mean and standard deviation of latents, and latents to pictures.
+    """Images to the mean and standard deviation of latents, and latents to images.
 
     Computes in fp32 whatever the weights' dtype (SDXL's VAE overflows in fp16); `dtype` may ask for bf16 instead.
     """
@@ -37,14 +37,14 @@ class VAE:
 
     @property
     def layers(self) -> Layers:
-        """What computes on them; to let go of the tensors and to take them again."""
+        """The layers over them, to release and rebind the tensors."""
         return self._layers
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, *, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """pixels [B, 3, H, W] in [-1, 1] -> (mean, standard deviation), each [B, 4, H/8, W/8] fp32, unscaled.
 
-        A sample is `mean + std * noise`; the UNet wants it times `architecture.latent_scale`. NaN is not looked for.
+        A sample is `mean + std * noise`; the UNet takes it times `architecture.latent_scale`. NaN is not checked for.
         Raises SettingError where height or width is not a multiple of 8.
         """
         height, width = pixels.shape[-2:]

@@ -7,8 +7,8 @@ Each output channel has a scale of its own, so that one large weight does not co
            |w - s·q| ≤ |w|/16 (s/1024 where w is below s/64), an error that is small where the weight is
 
 Only the kernels of linear layers and convolutions are replaced, which are nearly all of a UNet's bytes; norms, biases and
-the few layers by which everything enters and leaves stay as they are. What is trained on such a base is an ordinary LoRA:
-it has learnt beside weights that are a little off, and is used with the true ones.
+the few input and output layers stay as they are. A LoRA trained on such a base is an ordinary one: it is used with the
+exact weights.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from lib_lora_train.errors import SettingError
-from lib_lora_train.model.weights import Weight, is_nhwc
+from lib_lora_train.model.ops.weights import Weight, is_nhwc
 
 Kind = Literal["int8", "fp8"]
 
-# Where everything enters and leaves: the first and the last convolution, timestep and vector condition. Their error would
+# The input and output layers: the first and the last convolution, timestep and vector condition. Their error would
 # reach every layer, and all of them together are below one percent of the bytes.
 _KEPT = ("input_blocks.0.0.", "out.", "time_embed.", "label_emb.")
 _LARGEST = {"int8": 127.0, "fp8": 448.0}
@@ -35,7 +35,7 @@ _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Quantised:
-    """A kernel as `values · scale`: a `DenseOnDemand`. It holds no gradient and shares no memory with anybody.
+    """A kernel as `values · scale`: a `DenseOnDemand`. It holds no gradient and shares no memory.
 
     values   int8 or float8_e4m3fn, of the kernel's shape [out, …] and memory layout
     scale    fp32 [out, 1, …]
@@ -51,13 +51,13 @@ class Quantised:
 
     @property
     def device(self) -> torch.device:
-        """Where values and scale lie."""
+        """Of values and scale."""
         return self.values.device
 
     @property
     def nbytes(self) -> int:
         """Of values and scale."""
-        return sum(t.numel() * t.element_size() for t in (self.values, self.scale))
+        return self.values.nbytes + self.scale.nbytes
 
     @property
     def nhwc(self) -> bool:
@@ -65,7 +65,7 @@ class Quantised:
         return is_nhwc(self.values)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """The kernel in `dtype`, new at each call: on a card one elementwise kernel from int8, two from fp8.
+        """The kernel in `dtype`, new at each call: on a GPU one elementwise kernel from int8, two from fp8.
 
         The product is made in fp32 and rounded once; a scale rounded to fp16 would add an error of its own.
         """
@@ -108,7 +108,7 @@ def quantised(tensors: Mapping[str, Tensor], kind: Kind, *, device: torch.device
               channels_last: bool = False) -> Iterator[tuple[str, Weight]]:
     """A UNet's tensors (local names) for `Layers.replace`: kernels in eight bits, and a copy of what is not on `device` yet.
 
-    Kernels are made on `device` one after another, wherever they lie: no more than one of them is there in full.
+    Kernels are made on `device` one after another: no more than one of them is there in full.
     `channels_last` lays those of convolutions out as NHWC, which costs nothing here.
     """
     for name, tensor in tensors.items():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lib_lora_train.errors import ModelError
-from lib_lora_train.model.components import UNET_PREFIX
+from lib_lora_train.model.sd.components import UNET_PREFIX
 
 SUPPORTED = "choose a Stable Diffusion 1.x, 2.x or SDXL base checkpoint"
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

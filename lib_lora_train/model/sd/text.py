@@ -1,13 +1,12 @@
 """Captions to the UNet's condition, exactly as the WebUI makes it from a prompt.
 
-What is trained on must be what is seen at inference: chunks of 75 tokens, each with a start and an end token of its
-own, encoded apart and laid end to end; a chunk that is full and has a comma near its end is cut after that comma.
-A caption is plain text: `saber_(fate)` is not emphasis.
+Captions are cut into chunks of 75 tokens, each with its own start and end token, encoded separately and concatenated; a
+full chunk with a comma near its end is cut after that comma. A caption is plain text: `saber_(fate)` is not emphasis.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -15,10 +14,10 @@ import torch
 from torch import Tensor
 
 from lib_lora_train.model.architecture import TextConfig
-from lib_lora_train.model.layers import NO_ADAPTERS, Adapters
-from lib_lora_train.model.text_encoder import TextEncoder
-from lib_lora_train.model.tokens import Tokenizer
-from lib_lora_train.model.unet import timestep_embedding
+from lib_lora_train.model.ops.layers import NO_ADAPTERS, Adapters
+from lib_lora_train.model.sd.text_encoder import TextEncoder
+from lib_lora_train.model.sd.tokens import Tokenizer
+from lib_lora_train.model.sd.unet import timestep_embedding
 
 CHUNK = 75
 OPENCLIP_PAD = 0
@@ -41,20 +40,14 @@ class Tokens:
 
 @dataclass(frozen=True, eq=False)
 class Conditioning:
-    """What the UNet is told about the text."""
+    """The text condition: context [B, 77·n, C], and pooled [B, P] where the family has one."""
 
     context: Tensor
-    """[B, 77·n, C]"""
     pooled: Tensor | None
-    """[B, P] for SDXL, else None."""
 
 
 class TextConditioner:
-    """Tokenizers and text encoders of a model, joined by the rule of its family.
-
-    SD1 uses the last hidden state (clip skip chooses an earlier one), normed. SD2 uses the last but one, normed.
-    SDXL joins the last but one of both encoders, neither normed, and the second's pooled vector of the first chunk.
-    """
+    """Tokenizers and text encoders of a model. Their hidden states are concatenated; a pooled vector is the first chunk's."""
 
     def __init__(self, encoders: Sequence[TextEncoder], tokenizers: Sequence[Tokenizer], *,
                  comma_padding_backtrack: int = 20) -> None:
@@ -66,7 +59,7 @@ class TextConditioner:
 
     @property
     def uses_clip_skip(self) -> bool:
-        """Whether `clip_skip` has an effect: only in SD1. Elsewhere the family fixes the layer, as in the WebUI."""
+        """Whether `clip_skip` has an effect. Most families fix the layer, as the WebUI does."""
         return len(self.encoders) == 1 and self.encoders[0].config.skip == 1
 
     def tokenize(self, caption: str) -> Tokens:
@@ -81,8 +74,8 @@ class TextConditioner:
                checkpointing: bool = False, dtype: torch.dtype = torch.float32) -> Conditioning:
         """The condition of a batch of captions; captions with fewer chunks than the longest get empty ones.
 
-        clip_skip: 1 is the last layer; has an effect in SD1 only (see `uses_clip_skip`).
-        adapters: for each component ("te", or "te1" and "te2") the trained layers by module name.
+        clip_skip: 1 is the last layer; see `uses_clip_skip`.
+        adapters: for each component the adapters by module name.
         Gradients reach the adapters unless the caller says `torch.no_grad()`.
         """
         return self.encode_ids(self.ids(batch), clip_skip=clip_skip, adapters=adapters, checkpointing=checkpointing,
@@ -95,13 +88,14 @@ class TextConditioner:
         result = []
         for index, (encoder, tokenizer) in enumerate(zip(self.encoders, self.tokenizers, strict=True)):
             empty = _framed((), tokenizer, encoder.config)
-            result.append(torch.tensor([list(_filled(tokens.encoders[index], count, empty)) for tokens in batch]))
+            chunks = [tokens.encoders[index] for tokens in batch]
+            result.append(torch.tensor([[*caption, *[empty] * (count - len(caption))] for caption in chunks]))
         return tuple(result)
 
     def encode_ids(self, ids: Sequence[Tensor], *, clip_skip: int = 1,
                    adapters: Mapping[str, Adapters] = MappingProxyType({}),
                    checkpointing: bool = False, dtype: torch.dtype = torch.float32) -> Conditioning:
-        """The condition of a batch given as `ids`: with ids on the encoders' device, nothing waits for that device."""
+        """The condition of a batch given as `ids`: with ids on the encoders' device there is no synchronisation."""
         contexts, pooled = [], None
         for encoder, numbers in zip(self.encoders, ids, strict=True):
             config, (captions, count, _) = encoder.config, numbers.shape
@@ -149,7 +143,7 @@ def split_into_chunks(tokens: Sequence[int], *, comma: int | None, backtrack: in
 def size_vector(pooled: Tensor, *, original: Size, crop: Size, target: Size) -> Tensor:
     """SDXL's vector condition y [B, P + 6·256] (arXiv 2307.01952, section 2.2; sgm's ConcatTimestepEmbedderND).
 
-    pooled [B, P]. original (height, width) of the picture, crop (top, left), target (height, width), in pixels: one
+    pooled [B, P]. original (height, width) of the image, crop (top, left), target (height, width), in pixels: one
     pair for the whole batch, or B pairs.
     """
     pairs = [torch.as_tensor(pair, dtype=torch.float32, device=pooled.device).expand(pooled.shape[0], 2)
@@ -166,9 +160,3 @@ def _framed(chunk: Sequence[int], tokenizer: Tokenizer, config: TextConfig) -> C
         first_end = framed.index(tokenizer.end)
         framed[first_end + 1:] = [OPENCLIP_PAD] * (len(framed) - first_end - 1)
     return tuple(framed)
-
-
-def _filled(chunks: Sequence[Chunk], count: int, empty: Chunk) -> Iterator[Chunk]:
-    yield from chunks
-    for _ in range(count - len(chunks)):
-        yield empty

@@ -1,4 +1,4 @@
-"""The noise schedule: how much of the picture is left at each timestep, and what the network is asked to predict.
+"""The noise schedule: how much signal is left at each timestep, and what the network predicts.
 
 Ho et al. 2020 (arXiv 2006.11239) for x_t; Salimans & Ho 2022 (arXiv 2202.00512) for v; Lin et al. 2023
 (arXiv 2305.08891) for zero terminal SNR.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from lib_lora_train.errors import ModelError
 
@@ -24,35 +25,24 @@ class Tokenizer(Protocol):
 
 
 @dataclass(frozen=True)
-class _OpenCLIPTokenizer:
-    tokenizer: Any
+class _Tokenizer:
+    tokens: Callable[[str], list[int]]
     start: int
     end: int
     comma: int | None
 
     def encode(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text))
-
-
-@dataclass(frozen=True)
-class _HuggingFaceTokenizer:
-    tokenizer: Any
-    start: int
-    end: int
-    comma: int | None
-
-    def encode(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, truncation=False, add_special_tokens=False)["input_ids"])
+        return list(self.tokens(text))
 
 
 @lru_cache(maxsize=1)
 def clip_tokenizer() -> Tokenizer:
-    """CLIP's own vocabulary of 49408 tokens, which SD1, SD2 and SDXL share; open_clip carries it, no download."""
+    """CLIP's own vocabulary of 49408 tokens, which all Stable Diffusion models share; open_clip carries it, no download."""
     from open_clip.tokenizer import SimpleTokenizer  # imported late: it takes seconds and may not be needed
 
     tokenizer = SimpleTokenizer()
     ids = tokenizer.encoder
-    return _OpenCLIPTokenizer(tokenizer, start=ids["<start_of_text>"], end=ids["<end_of_text>"], comma=ids[",</w>"])
+    return _Tokenizer(tokenizer.encode, start=ids["<start_of_text>"], end=ids["<end_of_text>"], comma=ids[",</w>"])
 
 
 def tokenizer_from_folder(path: str | Path) -> Tokenizer:
@@ -69,5 +59,5 @@ def tokenizer_from_folder(path: str | Path) -> Tokenizer:
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ModelError(f"The tokenizer in the folder '{path}' cannot be read", why=" ".join(str(error).split()),
                          remedy="copy or download it again") from error
-    return _HuggingFaceTokenizer(tokenizer, start=tokenizer.bos_token_id, end=tokenizer.eos_token_id,
-                                 comma=tokenizer.get_vocab().get(",</w>"))
+    return _Tokenizer(lambda text: tokenizer(text, truncation=False, add_special_tokens=False)["input_ids"],
+                      start=tokenizer.bos_token_id, end=tokenizer.eos_token_id, comma=tokenizer.get_vocab().get(",</w>"))

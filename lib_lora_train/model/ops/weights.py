@@ -1,4 +1,4 @@
-"""What a frozen layer multiplies with: a borrowed tensor where it lies, or something that becomes one for a moment."""
+"""What a frozen layer multiplies with: a borrowed tensor, or a weight that is stored in fewer bytes."""
 
 from __future__ import annotations
 
@@ -9,27 +9,18 @@ from torch import Tensor
 
 
 class DenseOnDemand(Protocol):
-    """A weight that is stored in fewer bytes than it is computed with (`model.quantised`)."""
+    """A weight that is stored in fewer bytes than it is computed with (`model.ops.quantised`).
 
-    @property
-    def shape(self) -> torch.Size:
-        """As the dense tensor's."""
-        ...
+    shape    the dense tensor's
+    device   where it is stored and computed
+    nbytes   as it is stored
+    nhwc     whether the dense tensor is a convolution's kernel in NHWC order
+    """
 
-    @property
-    def device(self) -> torch.device:
-        """Where it is stored and computed."""
-        ...
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that it takes as it is stored."""
-        ...
-
-    @property
-    def nhwc(self) -> bool:
-        """Whether the dense tensor is a convolution's kernel in NHWC order."""
-        ...
+    shape: torch.Size
+    device: torch.device
+    nbytes: int
+    nhwc: bool
 
     def to(self, device: torch.device | str) -> DenseOnDemand:
         """The same on another device."""
@@ -44,7 +35,7 @@ Weight = Tensor | DenseOnDemand
 
 
 def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """The weight as a tensor in `dtype`: itself where it is one already. Whoever calls keeps no copy of it."""
+    """The weight as a tensor in `dtype`, itself where it is one already. The caller keeps no copy of it."""
     return weight.to(dtype) if isinstance(weight, Tensor) else weight.dense(dtype)
 
 
@@ -66,5 +57,5 @@ def is_nhwc(image: Tensor) -> bool:
 
 
 def is_nhwc_kernel(weight: Weight) -> bool:
-    """Whether a convolution's kernel lies in NHWC order, or comes in it."""
+    """Whether a convolution's kernel is in NHWC order, or is made in it."""
     return is_nhwc(weight) if isinstance(weight, Tensor) else weight.nhwc

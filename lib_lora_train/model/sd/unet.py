@@ -2,7 +2,7 @@
 
 Structure and names are those of ldm's `UNetModel` (Rombach et al. 2022, arXiv 2112.10752) and of sgm's, its successor
 in SDXL (Podell et al. 2023, arXiv 2307.01952): residual blocks that are told the timestep, spatial transformers that
-attend to the text, skip connections from the way down to the way up.
+attend to the text, skip connections from the downward to the upward half.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lib_lora_train.errors import SettingError
 from lib_lora_train.model.architecture import Block, UNetConfig
-from lib_lora_train.model.layers import NO_ADAPTERS, Adapters, Layers, attention
-from lib_lora_train.model.recipes import GatedGELU
-from lib_lora_train.model.weights import Weight, is_nhwc_kernel
+from lib_lora_train.model.ops.layers import NO_ADAPTERS, Adapters, Layers, attention
+from lib_lora_train.model.ops.recipes import GatedGELU
+from lib_lora_train.model.ops.weights import Weight, is_nhwc_kernel
 
 # ldm's GroupNorm32 keeps torch's default; its spatial transformers choose their own.
 RESNET_EPS, TRANSFORMER_EPS = 1e-5, 1e-6
@@ -41,8 +41,8 @@ class UNet:
     def __init__(self, tensors: Mapping[str, Tensor], config: UNetConfig) -> None:
         """`tensors` under local names, without "model.diffusion_model."."""
         self.config = config
-        self.units = tuple(_units(config))
-        """Names of what can be recomputed in backward: residual blocks ("input_blocks.1.0"), transformer blocks
+        self.checkpointable = tuple(_checkpointable(config))
+        """Names of the blocks that can be recomputed in backward: residual blocks ("input_blocks.1.0"), transformer blocks
         ("input_blocks.1.1.transformer_blocks.0"), and of those the attentions (".attn1", ".attn2") and the feed-forward
         (".ff")."""
         self._layers = Layers(tensors)
@@ -54,26 +54,26 @@ class UNet:
 
     @property
     def layers(self) -> Layers:
-        """What computes on them; to let go of the tensors and to take them again."""
+        """The layers over them, to release and rebind the tensors."""
         return self._layers
 
     def __call__(self, x: Tensor, timesteps: Tensor, context: Tensor, y: Tensor | None = None, *,
-                 adapters: Adapters = NO_ADAPTERS, recompute: Collection[str] = frozenset()) -> Tensor:
+                 adapters: Adapters = NO_ADAPTERS, checkpointed: Collection[str] = frozenset()) -> Tensor:
         """The prediction, of x's shape and dtype; everything is computed in x's dtype, norms in fp32.
 
         x: noisy latents [B, 4, h, w], scaled, h and w multiples of `2 ** config.halvings`.
         timesteps: [B] in 0…999, int or float.
         context: text condition [B, 77·n, config.context_dim].
-        y: vector condition [B, config.adm_channels], for SDXL only.
+        y: vector condition [B, config.adm_channels], None where the model has none.
         adapters: trained layers by local module name ("input_blocks.1.1.transformer_blocks.0.attn1.to_q").
-        recompute: those of `units` that are computed again in backward instead of keeping their activations. One that
-            lies inside another of them is not computed a third time.
+        checkpointed: those of `checkpointable` that are recomputed in backward instead of keeping their activations.
+            A block inside another one of them is not checkpointed once more.
         Raises SettingError for a height or width that does not survive the halvings.
         """
         self._check(x, y)
         layers = self._layers.adapted(adapters)
-        assert set(recompute) <= set(self.units), "only units can be recomputed"
-        run = self.runner(frozenset(recompute)) if torch.is_grad_enabled() else DIRECTLY
+        assert set(checkpointed) <= set(self.checkpointable), "only these blocks can be recomputed"
+        run = self.runner(frozenset(checkpointed)) if torch.is_grad_enabled() else DIRECTLY
         context = context.to(x.dtype)
         emb = self._time_and_vector(layers, timesteps, y, dtype=x.dtype)
 
@@ -91,13 +91,13 @@ class UNet:
         x = layers.conv2d("out.2", layers.group_norm("out.0", x, eps=RESNET_EPS, silu=True), padding=1)
         return x.contiguous()
 
-    def runner(self, recompute: frozenset[str]) -> Run:
-        """What runs the parts while gradients are wanted; whoever rehearses a step watches them here."""
-        return Run(recompute)
+    def runner(self, checkpointed: frozenset[str]) -> Run:
+        """What runs the blocks while gradients are wanted; a dry run overrides it to watch them."""
+        return Run(checkpointed)
 
     def _order(self, x: Tensor) -> torch.memory_format:
-        """How pictures lie between the layers. NHWC spares copies around each transformer. On processors kernels of either
-        order are used as they lie; elsewhere torch would copy those in NCHW order at each call, so pictures follow them."""
+        """The memory layout of images between the layers. NHWC spares copies around each transformer. On the CPU kernels of
+        either layout are used as they are; a GPU would copy NCHW kernels at each call, so images follow them."""
         nhwc = x.is_cpu or is_nhwc_kernel(self._layers.weight("input_blocks.1.0.in_layers.2"))
         return torch.channels_last if nhwc else torch.contiguous_format
 
@@ -108,7 +108,7 @@ class UNet:
                 f"A picture of {width * 8}x{height * 8} pixels does not fit this model",
                 why=f"its UNet halves both sides {self.config.halvings} times",
                 remedy=f"use widths and heights that are multiples of {step * 8}")
-        assert (y is None) == (self.config.adm_channels is None), "y is for SDXL, and SDXL needs it"
+        assert (y is None) == (self.config.adm_channels is None), "y belongs to models with a vector condition"
 
     def _time_and_vector(self, layers: Layers, timesteps: Tensor, y: Tensor | None, *, dtype: torch.dtype) -> Tensor:
         """What every residual block is told, [B, 4·model_channels], already through the SiLU they all begin with."""
@@ -132,28 +132,28 @@ class UNet:
 
 @dataclass(frozen=True)
 class Run:
-    """Runs the parts of a UNet: `units` by recomputing them in backward, others directly."""
+    """Runs the blocks of a UNet, those in `checkpointed` by recomputing them in backward."""
 
-    units: frozenset[str]
+    checkpointed: frozenset[str]
 
     def __call__(self, name: str, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-        """`function(*arguments)`, which is the unit `name`."""
-        if name not in self.units:
+        """`function(*arguments)`, which is the block `name`."""
+        if name not in self.checkpointed:
             return function(*arguments)
         # Reentrant checkpointing would lose the gradients of adapters where no input requires one. Nothing here is
         # random, and reading the generator's state would forbid CUDA graphs.
         return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
     def inside(self, name: str) -> Run:
-        """What runs the units inside the unit `name`: directly, where it is recomputed as a whole."""
-        return DIRECTLY if name in self.units else self
+        """What runs the blocks inside the block `name`: directly, where that is recomputed as a whole."""
+        return DIRECTLY if name in self.checkpointed else self
 
 
 DIRECTLY = Run(frozenset())
 
 
-def _units(config: UNetConfig) -> Iterator[str]:
-    """In the order of computation, each unit before those inside it."""
+def _checkpointable(config: UNetConfig) -> Iterator[str]:
+    """In the order of computation, each block before those inside it."""
     for block in (*(block for blocks in config.input_blocks for block in blocks), *config.middle_block,
                   *(block for blocks in config.output_blocks for block in blocks)):
         if block.kind == "resnet":
@@ -180,7 +180,7 @@ def spatial_transformer(layers: Layers, block: Block, x: Tensor, context: Tensor
     """Transformer layers over the pixels of x [B, C, h, w], between two projections and beside a skip connection.
 
     The projections are 1x1 convolutions in SD1 and linear layers in SD2 and SDXL, which is the same over rows of pixels.
-    In NHWC order a picture is such rows already.
+    In NHWC order an image is such rows already.
     """
     height, norm = x.shape[-2], layers.group_normed(f"{block.name}.norm", eps=TRANSFORMER_EPS, rows=True)
     h = layers.linear(f"{block.name}.proj_in", x, recipe=norm)
@@ -199,14 +199,14 @@ def transformer_block(layers: Layers, name: str, x: Tensor, context: Tensor, hea
 
 
 def self_attention(layers: Layers, block: str, x: Tensor, heads: int) -> Tensor:
-    """x plus what its pixels [B, n, C] have to say to each other, after a norm."""
+    """x plus attention among its pixels [B, n, C], after a norm."""
     name, norm = f"{block}.attn1", layers.layer_normed(f"{block}.norm1")
     q, k, v = layers.linears([f"{name}.to_q", f"{name}.to_k", f"{name}.to_v"], x, bias=False, recipe=norm)
     return x + layers.linear(f"{name}.to_out.0", attention(q, k, v, heads=heads))
 
 
 def cross_attention(layers: Layers, block: str, x: Tensor, context: Tensor, heads: int) -> Tensor:
-    """x plus what the text [B, m, D] has to say to its pixels [B, n, C], after a norm."""
+    """x plus attention of its pixels [B, n, C] to the text [B, m, D], after a norm."""
     name, norm = f"{block}.attn2", layers.layer_normed(f"{block}.norm2")
     q = layers.linear(f"{name}.to_q", x, bias=False, recipe=norm)
     k, v = layers.linears([f"{name}.to_k", f"{name}.to_v"], context, bias=False)

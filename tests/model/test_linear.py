@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib_lora_train.model.linear import LowRank, frozen_linear, shared_linears
-from lib_lora_train.model.recipes import GELU, GatedGELU, GroupNorm, LayerNorm, Recipe, made
-from tests.model.written_out import draws, lora, nhwc
+from lib_lora_train.model.ops.linear import LoRADelta, frozen_linear, shared_linears
+from lib_lora_train.model.ops.recipes import GELU, GatedGELU, GroupNorm, LayerNorm, Recipe, group_norm_nhwc, made
+from tests.model.plain_lora import draws, lora, nhwc
 
 
-def written_out(x: Tensor, weight: Tensor, bias: Tensor | None, low: LowRank | None) -> Tensor:
+def written_out(x: Tensor, weight: Tensor, bias: Tensor | None, low: LoRADelta | None) -> Tensor:
     return F.linear(x, weight, bias) if low is None else lora(x, weight, bias, low.down, low.up, low.scale)
 
 
@@ -38,21 +38,21 @@ def three_layers(seed: int = 1) -> tuple[Tensor, list[tuple[Tensor, Tensor | Non
     return x, [(w1, b1), (w2, None), (w3, b3)], [a1, u1, a3, u3]
 
 
-def low_ranks(factors: list[Tensor]) -> list[LowRank | None]:
+def deltas(factors: list[Tensor]) -> list[LoRADelta | None]:
     a1, u1, a3, u3 = factors
-    return [LowRank(a1, u1, 0.5), None, LowRank(a3, u3, 2.0)]
+    return [LoRADelta(a1, u1, 0.5), None, LoRADelta(a3, u3, 2.0)]
 
 
 def test_the_gradients_of_layers_that_share_an_input_are_right() -> None:
     x, frozen, factors = three_layers()
     given = [tensor.requires_grad_() for tensor in (x, *factors)]
-    assert torch.autograd.gradcheck(lambda x, *factors: shared_linears(x, frozen, low_ranks(list(factors))), given)
+    assert torch.autograd.gradcheck(lambda x, *factors: shared_linears(x, frozen, deltas(list(factors))), given)
 
 
 def test_layers_that_share_an_input_equal_the_written_out_formula() -> None:
     x, frozen, factors = three_layers()
-    ours = shared_linears(x, frozen, low_ranks(factors))
-    for y, (weight, bias), low in zip(ours, frozen, low_ranks(factors), strict=True):
+    ours = shared_linears(x, frozen, deltas(factors))
+    for y, (weight, bias), low in zip(ours, frozen, deltas(factors), strict=True):
         assert torch.allclose(y, written_out(x, weight, bias, low), rtol=1e-12)
 
 
@@ -61,7 +61,7 @@ def test_a_factor_that_is_frozen_gets_no_gradient_and_the_other_the_right_one(wa
     x, weight, down, up = draws(2, (4, 6), (5, 6), (2, 6), (5, 2))
     down.requires_grad_(wanted[0])
     up.requires_grad_(wanted[1])
-    low = LowRank(down, up, 0.5)
+    low = LoRADelta(down, up, 0.5)
     shared_linears(x, [(weight, None)], [low])[0].square().sum().backward()
     given, expected = (down, up)[wanted[1]], written_out(x, weight, None, low).square().sum()
     assert (down.grad is None, up.grad is None) == (not wanted[0], not wanted[1])
@@ -75,9 +75,9 @@ def test_every_dtype_of_weights_and_activations_is_near_the_exact_numbers(stored
     x, weight, bias = x.to(computed), weight.to(stored), bias.to(stored)
     down, up = down.float(), up.float()
     exact = [t.double().requires_grad_() for t in (x, down, up)]
-    expected = written_out(exact[0], weight.double(), bias.double(), LowRank(*exact[1:], 0.5))
+    expected = written_out(exact[0], weight.double(), bias.double(), LoRADelta(*exact[1:], 0.5))
     ours = [t.requires_grad_() for t in (x, down, up)]
-    y = shared_linears(x, [(weight, bias)], [LowRank(down, up, 0.5)])[0]
+    y = shared_linears(x, [(weight, bias)], [LoRADelta(down, up, 0.5)])[0]
     assert y.dtype == computed
     found = torch.autograd.grad(y, ours, direction.to(computed))
     right = torch.autograd.grad(expected, exact, direction.to(computed).double())
@@ -89,10 +89,10 @@ def test_every_dtype_of_weights_and_activations_is_near_the_exact_numbers(stored
 
 def test_working_copies_are_used_by_activations_of_their_dtype_only() -> None:
     x, weight, down, up, twin_down, twin_up = draws(4, (3, 6), (5, 6), (2, 6), (5, 2), (2, 6), (5, 2), dtype=torch.float32)
-    low = LowRank(down, up, 1.0, (twin_down.bfloat16(), twin_up.bfloat16()))
+    low = LoRADelta(down, up, 1.0, (twin_down.bfloat16(), twin_up.bfloat16()))
     assert torch.allclose(shared_linears(x, [(weight, None)], [low])[0], written_out(x, weight, None, low), atol=1e-5)
     half = shared_linears(x.bfloat16(), [(weight, None)], [low])[0].float()
-    twin = written_out(x, weight, None, LowRank(twin_down, twin_up, 1.0))
+    twin = written_out(x, weight, None, LoRADelta(twin_down, twin_up, 1.0))
     assert F.cosine_similarity(half.flatten(), twin.flatten(), dim=0) > 0.999
 
 
@@ -104,7 +104,7 @@ def test_trained_layers_keep_their_input_once_and_the_narrow_product() -> None:
     for factor in factors:
         factor.requires_grad_()
     with Kept() as kept:
-        shared_linears(source, frozen, low_ranks(factors))
+        shared_linears(source, frozen, deltas(factors))
     assert sorted(tuple(tensor.shape) for tensor in kept) == [(2, 5, 6), (10, 5)]  # ranks 2 and 3, side by side
     assert any(tensor.data_ptr() == source.data_ptr() for tensor in kept)
 
@@ -141,7 +141,7 @@ def test_a_weight_that_is_dense_on_demand_is_made_for_each_product_and_never_kep
     stored = OnDemand(weight)
     x.requires_grad_()
     with Kept() as kept:
-        y = shared_linears(x, [(stored, None)], [LowRank(down, up.requires_grad_(), 1.0)])[0]
+        y = shared_linears(x, [(stored, None)], [LoRADelta(down, up.requires_grad_(), 1.0)])[0]
         plain = frozen_linear(x, stored, None)
     assert stored.asked == 2 and not any(tensor.shape == weight.shape for tensor in kept)
     assert torch.allclose(plain, F.linear(x, weight))
@@ -196,9 +196,9 @@ def test_backward_does_not_finish_an_input_that_nobody_reads(monkeypatch: pytest
     recipe, shape = RECIPES[name]
     x, expected = draws(7, shape)[0].requires_grad_(), by_torch(name, draws(7, shape)[0])
     weight, down, up, direction = draws(9, (5, expected.shape[-1]), (2, expected.shape[-1]), (5, 2), (*expected.shape[:-1], 5))
-    low = LowRank(down, up.requires_grad_(), 0.5)
+    low = LoRADelta(down, up.requires_grad_(), 0.5)
     results = made(recipe, x) @ weight.t(), shared_linears(x, [(weight, None)], [low], recipe=recipe)[0]
-    monkeypatch.delattr(type(recipe), "make")
+    monkeypatch.delattr(type(recipe), "finish")
     found = [torch.autograd.grad(y, x, direction, retain_graph=True)[0] for y in results]
     plain = by_torch(name, x)
     for ours, exact in zip(found, (plain @ weight.t(), written_out(plain, weight, None, low)), strict=True):
@@ -221,9 +221,8 @@ def test_recipes_of_half_precision_activations_are_near_the_exact_ones(name: str
 
 
 def test_the_norm_that_torch_lacks_on_gpus_in_nhwc_order_equals_torchs() -> None:
-    recipe, shape = RECIPES["group norm"]
-    x = nhwc(draws(7, shape)[0])
-    normed, mean, rstd = recipe._make_nhwc(x, SCALE, SHIFT)
+    x = nhwc(draws(7, RECIPES["group norm"][1])[0])
+    normed, mean, rstd = group_norm_nhwc(x, SCALE, SHIFT, 1e-5, 32)
     expected = torch.native_group_norm(x.contiguous(), SCALE, SHIFT, 2, 64, 6, 32, 1e-5)
     for a, b in zip((normed, mean, rstd), expected, strict=True):
         assert torch.allclose(a, b, rtol=1e-10)
@@ -235,7 +234,7 @@ def test_a_layer_keeps_what_its_input_was_made_of(name: str) -> None:
     source = draws(7, shape)[0].requires_grad_()
     width = by_torch(name, source).shape[-1]
     weight, down, up = draws(9, (5, width), (2, width), (5, 2))
-    low = LowRank(down.requires_grad_(), up.requires_grad_(), 0.5)
+    low = LoRADelta(down.requires_grad_(), up.requires_grad_(), 0.5)
     with Kept() as kept:
         y = shared_linears(source, [(weight, None)], [low], recipe=recipe)[0]
     assert sorted(tensor.numel() for tensor in kept) == sorted([source.numel(), y.numel() // 5 * 2])

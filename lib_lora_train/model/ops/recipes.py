@@ -1,8 +1,8 @@
-"""What is computed elementwise between two products, kept for backward as what it was made of and made again there.
+"""Norms, activations and gates that backward recomputes from their input.
 
-A norm, an activation or a gate costs next to nothing beside the products around it, but plain autograd keeps the result
-of each. A recipe keeps its source only: SiLU after a group norm, the normed input of q, k and v, the gated half of a
-feed-forward are made a second time in backward. Norms are computed in fp32 where x has fewer bits.
+They cost next to nothing beside the matrix products around them, but plain autograd keeps the result of each. A recipe
+says how such an input x of a layer is made of its source, so that autograd keeps the source only. Norms are computed in
+fp32 where x has fewer bits.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lib_lora_train.model.weights import is_nhwc
+from lib_lora_train.model.ops.weights import is_nhwc
 
 
 class Recipe(Protocol):
-    """How x is made of its source, and what x's gradient means for the source."""
+    """A function of one tensor, the source, and its gradient."""
 
     def known(self, source: Tensor) -> Any:
-        """What `grad` wants to know beside the source: x is made of it, but not made here."""
+        """The intermediate results that `finish` and `grad` share."""
         ...
 
-    def make(self, source: Tensor) -> tuple[Tensor, Any]:
-        """x, and what is `known`."""
+    def finish(self, source: Tensor, known: Any) -> Tensor:
+        """x."""
         ...
 
     def grad(self, source: Tensor, known: Any, grad_x: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class _Made(torch.autograd.Function):
     def forward(ctx: Any, source: Tensor, recipe: Recipe) -> Tensor:
         ctx.save_for_backward(source)
         ctx.recipe = recipe
-        return recipe.make(source)[0]
+        return recipe.finish(source, recipe.known(source))
 
     @staticmethod
     @once_differentiable
@@ -62,37 +62,30 @@ class LayerNorm:
     eps: float = 1e-5
 
     def known(self, source: Tensor) -> Any:
-        """(what is computed on, mean, 1/σ)"""
-        return self._normed(source)[1]
+        """(the norm's input, weight and bias in the dtype it is computed in; its output, mean, 1/σ)"""
+        if source.is_cuda and source.dtype == self.weight.dtype == self.bias.dtype:
+            given = source, self.weight, self.bias  # the kernel computes in fp32 by itself, moments included
+        else:
+            given = _wide(source, source), _wide(self.weight, source), _wide(self.bias, source)
+        return given, *torch.native_layer_norm(given[0], given[1].shape, given[1], given[2], self.eps)
 
-    def make(self, source: Tensor) -> tuple[Tensor, Any]:
+    def finish(self, source: Tensor, known: Any) -> Tensor:
         """[..., C] -> [..., C] in its dtype."""
-        normed, known = self._normed(source)
-        return normed.to(source.dtype), known
+        return known[1].to(source.dtype)
 
     def grad(self, source: Tensor, known: Any, grad_x: Tensor) -> Tensor:
         """Of the source's dtype."""
-        (x, weight, bias), mean, rstd = known
+        (x, weight, bias), _, mean, rstd = known
         grad_source, _, _ = torch.ops.aten.native_layer_norm_backward(
             grad_x.to(x.dtype).contiguous(), x, weight.shape, mean, rstd, weight, bias, [True, False, False])
         return grad_source.to(source.dtype)
 
-    def _normed(self, source: Tensor) -> tuple[Tensor, Any]:
-        given = self._widened(source)
-        normed, mean, rstd = torch.native_layer_norm(given[0], given[1].shape, given[1], given[2], self.eps)
-        return normed, (given, mean, rstd)
-
-    def _widened(self, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if source.is_cuda and source.dtype == self.weight.dtype == self.bias.dtype:
-            return source, self.weight, self.bias  # the kernel computes in fp32 by itself, moments included
-        return _wide(source, source), _wide(self.weight, source), _wide(self.bias, source)
-
 
 @dataclass(frozen=True, eq=False)
 class GroupNorm:
-    """Thirty-two groups of the channels of a picture [B, C, h, w] (ldm's GroupNorm32), with or without a SiLU after it.
+    """Over groups of the channels of an image [B, C, h, w] (ldm's GroupNorm32), with or without a SiLU after it.
 
-    In NHWC order pictures stay in it. `rows` turns them into [B, h·w, C], which is a view there.
+    The memory layout stays. `rows` returns [B, h·w, C], which is a view of an NHWC image.
     """
 
     weight: Tensor
@@ -103,23 +96,19 @@ class GroupNorm:
     groups: int = 32
 
     def known(self, source: Tensor) -> Any:
-        """(what is computed on, normed as well, mean, 1/σ)"""
+        """(the norm's input in the dtype it is computed in; its output, mean, 1/σ)"""
         x, weight, bias = _wide(_dense_image(source), source), _wide(self.weight, source), _wide(self.bias, source)
         if is_nhwc(x) and not x.is_cpu:
-            normed, mean, rstd = self._make_nhwc(x, weight, bias)  # torch's kernel would go to NCHW
+            normed, mean, rstd = group_norm_nhwc(x, weight, bias, self.eps, self.groups)  # torch's kernel returns NCHW
         else:
             normed, mean, rstd = torch.native_group_norm(
                 x, weight, bias, x.shape[0], x.shape[1], x[0, 0].numel(), self.groups, self.eps)
         return x, normed, mean, rstd
 
-    def make(self, source: Tensor) -> tuple[Tensor, Any]:
+    def finish(self, source: Tensor, known: Any) -> Tensor:
         """[B, C, h, w] -> [B, C, h, w] or [B, h·w, C], in its dtype."""
-        known = self.known(source)
-        normed = known[1]
-        result = (F.silu(normed) if self.silu else normed).to(source.dtype)
-        if self.rows:
-            result = result.permute(0, 2, 3, 1).flatten(1, 2)
-        return result, known
+        result = (F.silu(known[1]) if self.silu else known[1]).to(source.dtype)
+        return result.permute(0, 2, 3, 1).flatten(1, 2) if self.rows else result
 
     def grad(self, source: Tensor, known: Any, grad_x: Tensor) -> Tensor:
         """Of the source's dtype and memory layout."""
@@ -138,17 +127,8 @@ class GroupNorm:
             [True, False, False])
         return grad_source.to(source.dtype)
 
-    def _make_nhwc(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        rows = x.permute(0, 2, 3, 1).flatten(1, 2)
-        variance, mean = torch.var_mean(rows.unflatten(2, (self.groups, -1)), dim=(1, 3), unbiased=False)
-        rstd = (variance + self.eps).rsqrt()
-        scale = self._by_channel(rstd, x) * weight
-        shift = torch.addcmul(bias, self._by_channel(mean, x), scale, value=-1)
-        normed = torch.addcmul(shift[:, None], rows, scale[:, None])
-        return normed.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2), mean, rstd
-
     def _grad_nhwc(self, x: Tensor, mean: Tensor, rstd: Tensor, grad: Tensor) -> Tensor:
-        """torch's kernel for this order is several times slower on processors, and goes to NCHW on GPUs.
+        """torch's kernel for this layout is several times slower on the CPU, and returns NCHW on GPUs.
 
         With g the gradient times the weight, m and r the group's moments and N its size: r·g - r/N·(Σg + x̂·Σg·x̂),
         which is scale·grad + slope·x + shift for each channel.
@@ -161,18 +141,30 @@ class GroupNorm:
         along = (sum_gx - mean * sum_g) * rstd  # Σ g·x̂
         slope = -rstd.square() / size * along
         shift = -rstd / size * sum_g - mean * slope
-        scale = self._by_channel(rstd, x) * weight
-        result = torch.addcmul(self._by_channel(shift, x)[:, None], rows, self._by_channel(slope, x)[:, None])
-        result.addcmul_(grads, scale[:, None])
+        scale, shift, slope = (_by_channel(numbers, x) for numbers in (rstd, shift, slope))
+        result = torch.addcmul(shift[:, None], rows, slope[:, None])
+        result.addcmul_(grads, (scale * weight)[:, None])
         return result.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
-
-    def _by_channel(self, of_groups: Tensor, x: Tensor) -> Tensor:
-        """[B, groups] -> [B, C]"""
-        return of_groups.repeat_interleave(x.shape[1] // self.groups, dim=1)
 
     def _by_group(self, of_channels: Tensor) -> Tensor:
         """[B, C] -> [B, groups], added up."""
         return of_channels.unflatten(1, (self.groups, -1)).sum(dim=2)
+
+
+def group_norm_nhwc(x: Tensor, weight: Tensor, bias: Tensor, eps: float, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Group norm of x [B, C, h, w] in NHWC order, which it keeps; with mean and 1/σ [B, groups]."""
+    rows = x.permute(0, 2, 3, 1).flatten(1, 2)
+    variance, mean = torch.var_mean(rows.unflatten(2, (groups, -1)), dim=(1, 3), unbiased=False)
+    rstd = (variance + eps).rsqrt()
+    scale = _by_channel(rstd, x) * weight
+    shift = torch.addcmul(bias, _by_channel(mean, x), scale, value=-1)
+    normed = torch.addcmul(shift[:, None], rows, scale[:, None])
+    return normed.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2), mean, rstd
+
+
+def _by_channel(of_groups: Tensor, x: Tensor) -> Tensor:
+    """[B, groups] -> [B, C]"""
+    return of_groups.repeat_interleave(x.shape[1] // of_groups.shape[1], dim=1)
 
 
 @dataclass(frozen=True)
@@ -183,10 +175,9 @@ class GatedGELU:
         """gelu(gate)"""
         return F.gelu(source.chunk(2, dim=-1)[1])
 
-    def make(self, source: Tensor) -> tuple[Tensor, Any]:
+    def finish(self, source: Tensor, known: Any) -> Tensor:
         """[..., 2·C] -> [..., C]"""
-        session = self.known(source)
-        return source.chunk(2, dim=-1)[0] * session, session
+        return source.chunk(2, dim=-1)[0] * known
 
     def grad(self, source: Tensor, known: Any, grad_x: Tensor) -> Tensor:
         """[..., C] -> [..., 2·C]"""
@@ -209,10 +200,9 @@ class GELU:
         """σ(1.702·x), if that is what it is made of."""
         return torch.sigmoid(1.702 * source) if self.quick else None
 
-    def make(self, source: Tensor) -> tuple[Tensor, Any]:
+    def finish(self, source: Tensor, known: Any) -> Tensor:
         """[...] -> [...]"""
-        session = self.known(source)
-        return F.gelu(source) if session is None else source * session, session
+        return F.gelu(source) if known is None else source * known
 
     def grad(self, source: Tensor, known: Any, grad_x: Tensor) -> Tensor:
         """[...] -> [...]"""

@@ -19,8 +19,6 @@ from torch import Tensor
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
-TEXT_PREFIXES = ("cond_stage_model.",)
-SDXL_TEXT_PREFIXES = ("conditioner.embedders.0.", "conditioner.embedders.1.")
 
 # Where the encoder proper may sit below its prefix: `transformer.` is ldm's FrozenCLIPEmbedder,
 # `model.` ldm's FrozenOpenCLIPEmbedder, `model.transformer.` a Hugging Face model where OpenCLIP's used to be.

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lib_lora_train.errors import SettingError
 from lib_lora_train.model.architecture import TextConfig
-from lib_lora_train.model.layers import NO_ADAPTERS, Adapters, Layers, attention
-from lib_lora_train.model.recipes import GELU
+from lib_lora_train.model.ops.layers import NO_ADAPTERS, Adapters, Layers, attention
+from lib_lora_train.model.ops.recipes import GELU
 
 
 class TextEncoder:
@@ -32,7 +32,7 @@ class TextEncoder:
 
     @property
     def layers(self) -> Layers:
-        """What computes on them; to let go of the tensors and to take them again."""
+        """The layers over them, to release and rebind the tensors."""
         return self._layers
 
     @property
@@ -45,7 +45,7 @@ class TextEncoder:
                  dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor | None]:
         """tokens [B, n ≤ 77] -> hidden states [B, n, C] and the pooled vector [B, P] or None, in `dtype`.
 
-        skip: which layer's output: 1 the last, 2 the one before, …; layers that nobody asked for are not run.
+        skip: which layer's output: 1 the last, 2 the one before, …; layers behind it are not run unless `pooled` needs them.
         final_norm: whether the final layer norm is applied to it.
         pooled: whether to run all layers and project the normed state at the end token, which is the largest id.
         checkpointing: recompute each layer in backward instead of keeping its activations.
@@ -62,18 +62,14 @@ class TextEncoder:
 
         hidden = x
         for index in range(self.config.layers if pooled else used):
-            x = self._layer(layers, index, x, checkpointing=checkpointing and torch.is_grad_enabled())
+            arguments = layers, f"text_model.encoder.layers.{index}", x, self.config
+            x = checkpoint(transformer_layer, *arguments, use_reentrant=False, preserve_rng_state=False) \
+                if checkpointing and torch.is_grad_enabled() else transformer_layer(*arguments)
             if index + 1 == used:
                 hidden = x
         if final_norm:
             hidden = layers.layer_norm("text_model.final_layer_norm", hidden)
         return hidden, self._pool(layers, x, tokens) if pooled else None
-
-    def _layer(self, layers: Layers, index: int, x: Tensor, *, checkpointing: bool) -> Tensor:
-        name = f"text_model.encoder.layers.{index}"
-        if checkpointing:
-            return checkpoint(transformer_layer, layers, name, x, self.config, use_reentrant=False, preserve_rng_state=False)
-        return transformer_layer(layers, name, x, self.config)
 
     def _pool(self, layers: Layers, last: Tensor, tokens: Tensor) -> Tensor:
         at_end = last[torch.arange(last.shape[0], device=last.device), tokens.argmax(dim=-1)]

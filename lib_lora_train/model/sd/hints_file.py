@@ -12,7 +12,7 @@ import yaml
 
 from lib_lora_train.errors import ModelError
 from lib_lora_train.model.architecture import Hints
-from lib_lora_train.model.schedule import scaled_linear_alphas_cumprod
+from lib_lora_train.model.sd.schedule import scaled_linear_alphas_cumprod
 
 
 def hints_from_yaml(path: str | Path) -> Hints:

@@ -1,9 +1,9 @@
 """Convolutions with frozen kernels, in NCHW or NHWC order.
 
-Processors: torch brings a kernel into its own order at each call, which for the widest layers takes longer than the
-convolution of their few pixels. There the kernel is multiplied where it lies, as a matrix, with the columns of its input.
-Many pixels under a wide kernel are convolved with fewer multiplications (`winograd.py`). Where neither is so, and x is in
-NHWC order and the kernel is not, torch would first copy the kernel; if x is smaller, x is turned over instead.
+On the CPU torch reorders a kernel at each call, which for the widest layers takes longer than the convolution of their few
+pixels. There the kernel is multiplied as it is, as a matrix, with the columns of its input. Many pixels under a wide kernel
+are convolved with fewer multiplications (`winograd.py`). Elsewhere, where x is in NHWC order and the kernel is not, torch
+would copy the kernel; if x is smaller, x is reordered instead.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lib_lora_train.model import winograd
-from lib_lora_train.model.linear import frozen_linear
-from lib_lora_train.model.weights import Weight, dense, is_nhwc
+from lib_lora_train.model.ops import winograd
+from lib_lora_train.model.ops.linear import LoRADelta, frozen_linear
+from lib_lora_train.model.ops.weights import Weight, dense, is_nhwc
 
 NHWC, NCHW = torch.channels_last, torch.contiguous_format
 COLUMNS_UP_TO, COLUMNS_FROM = 400, 2 ** 23
@@ -37,6 +37,15 @@ def frozen_conv2d(x: Tensor, weight: Weight, bias: Tensor | None, *, stride: int
     if tuple(weight.shape[2:]) == (1, 1) and padding == 0 and stride == 1 and is_nhwc(x):
         return frozen_linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
     return _FrozenConv2d.apply(x, weight, bias, stride, padding)
+
+
+def conv2d_delta(x: Tensor, delta: LoRADelta, *, stride: int, padding: int) -> Tensor:
+    """What a LoRA adds to a convolution of x [B, in, h, w]: down [r, in] or [r, in, k, k] with that convolution's stride and
+    padding, up [out, r] on each pixel. Gradients for x and both factors; autograd keeps x."""
+    down, up = delta.factors(x.dtype)
+    down = down if down.ndim == 4 else down[:, :, None, None]
+    projected = F.conv2d(x, down, stride=stride, padding=padding)
+    return F.conv2d(projected, up[:, :, None, None]) * delta.scale
 
 
 class _FrozenConv2d(torch.autograd.Function):
@@ -61,7 +70,7 @@ class _FrozenConv2d(torch.autograd.Function):
             return y if ctx.nhwc or nhwc else y.contiguous()
         if ctx.nhwc and _by_winograd(x, kernel, stride, padding):
             return winograd.convolved(x.permute(0, 2, 3, 1), kernel, bias).permute(0, 3, 1, 2)
-        if ctx.nhwc and _turning_x_is_cheaper(x, kernel, size):
+        if ctx.nhwc and reordering_x_is_cheaper(x, kernel, size):
             return F.conv2d(x.contiguous(), kernel, bias, stride=stride, padding=padding).contiguous(memory_format=NHWC)
         return F.conv2d(x, kernel, bias, stride=stride, padding=padding)
 
@@ -71,7 +80,7 @@ class _FrozenConv2d(torch.autograd.Function):
         kernel, order = dense(ctx.weight, grad.dtype), NHWC if ctx.nhwc else NCHW
         if _as_columns(grad, kernel, grad.shape[2:]):
             (matrix, nhwc), grads = _matrix(kernel), grad.flatten(2)
-            # One picture's columns come out in the order that is asked for.
+            # One image's columns are made in the layout that `fold` needs.
             columns = (matrix.t() @ grads[0])[None] if len(grads) == 1 else (grads.mT @ matrix).mT
             if nhwc:
                 columns = columns.unflatten(1, (-1, kernel.shape[1])).transpose(1, 2).flatten(1, 2)  # [B, in·k·k, pixels]
@@ -80,10 +89,10 @@ class _FrozenConv2d(torch.autograd.Function):
         if ctx.nhwc and _by_winograd(grad, kernel, ctx.stride, ctx.padding):
             rows = grad.contiguous(memory_format=NHWC).permute(0, 2, 3, 1)
             return winograd.differentiated(rows, kernel).permute(0, 3, 1, 2), None, None, None, None
-        turned = ctx.nhwc and _turning_x_is_cheaper(grad, kernel, ctx.shape[2:])
+        reordered = ctx.nhwc and reordering_x_is_cheaper(grad, kernel, ctx.shape[2:])
         shape_only = grad.new_empty(1).expand(ctx.shape)
         grad_x, _, _ = torch.ops.aten.convolution_backward(
-            grad.contiguous(memory_format=NCHW if turned else order), shape_only, kernel, None, (ctx.stride,) * 2,
+            grad.contiguous(memory_format=NCHW if reordered else order), shape_only, kernel, None, (ctx.stride,) * 2,
             (ctx.padding,) * 2, (1, 1), False, (0, 0), 1, (True, False, False))
         return grad_x.contiguous(memory_format=order), None, None, None, None
 
@@ -94,7 +103,7 @@ def _size(shape: torch.Size, kernel: Tensor, stride: int, padding: int) -> tuple
 
 
 def _matrix(kernel: Tensor) -> tuple[Tensor, bool]:
-    """The kernel where it lies: [out, in·k·k], or [out, k·k·in] and True where it is in NHWC order."""
+    """The kernel without a copy: [out, in·k·k], or [out, k·k·in] and True where it is in NHWC order."""
     nhwc = is_nhwc(kernel)
     return (kernel.permute(0, 2, 3, 1) if nhwc else kernel).flatten(1), nhwc
 
@@ -105,12 +114,13 @@ def _as_columns(x: Tensor, kernel: Tensor, size: torch.Size | tuple[int, int]) -
 
 
 def _by_winograd(x: Tensor, kernel: Tensor, stride: int, padding: int) -> bool:
-    pieces, _, height, width = x.shape
+    images, _, height, width = x.shape
     return x.is_cpu and x.dtype == torch.float32 and kernel.shape[2:] == (3, 3) and stride == padding == 1 and \
-        height % 2 == width % 2 == 0 and pieces * height * width >= WINOGRAD_FROM and \
+        height % 2 == width % 2 == 0 and images * height * width >= WINOGRAD_FROM and \
         min(kernel.shape[:2]) >= WINOGRAD_CHANNELS
 
 
-def _turning_x_is_cheaper(x: Tensor, kernel: Tensor, size: torch.Size | tuple[int, int]) -> bool:
+def reordering_x_is_cheaper(x: Tensor, kernel: Tensor, size: torch.Size | tuple[int, int]) -> bool:
+    """Whether x and the result [., ., *size] have fewer numbers than an NCHW kernel that torch would copy."""
     pixels = x.shape[0] * size[0] * size[1]
     return x.is_cpu and kernel.is_contiguous() and kernel.numel() > x.numel() + pixels * max(kernel.shape[:2])

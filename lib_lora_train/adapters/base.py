@@ -1,0 +1,83 @@
+"""What any adapter offers to the container around the adapters, to the optimizer and to the LoRA file.
+
+An adapter is the trained weights beside one frozen layer. For the computation it is also one of the two kinds that
+`model.ops.layers` knows: a `DeltaAdapter` adds a low-rank product, a `LayerAdapter` computes linear layers and
+convolutions in the place of the frozen ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lib_lora_train.adapters.targets import Target
+from lib_lora_train.errors import LoraFileError
+
+WorkingCopy = Callable[[nn.Parameter], "Tensor | None"]
+"""A weight -> the same numbers in the dtype of the computation, None where there is no copy."""
+
+
+class Adapter(Protocol):
+    """The trained weights beside one frozen layer: an `nn.Module` whose parameters, in a fixed order, are fp32.
+
+    rank, alpha   what the file's metadata say of it
+    multiplier    the weight in `<lora:name:weight>`: 1 while training, 0 for the layer without the adapter
+    """
+
+    rank: int
+    alpha: float
+    multiplier: float
+
+    def use_working_copies(self, copy: WorkingCopy) -> None:
+        """Compute with the copies of the weights in place of a cast; whoever made them keeps them up to date."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by the last part of their keys in the file ("alpha"), fp32, sharing memory with the weights."""
+        ...
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an adapter takes.
+
+    parameters   trained numbers
+    flops        floating-point operations of one forward pass, for one row (a token, or an output pixel) of its layer
+    """
+
+    parameters: int
+    flops: int
+
+
+class AdapterKind(Protocol):
+    """One kind of adapter: makes adapters for targets."""
+
+    network_module: str
+    """kohya's name of the kind in a file's metadata, "networks.lora"."""
+    tensor_names: Collection[str]
+    """The last parts of the keys that its files hold."""
+
+    def build(self, target: Target, *, rank: int, alpha: float, generator: torch.Generator) -> Adapter:
+        """A new one, which changes nothing yet."""
+        ...
+
+    def load(self, target: Target, tensors: Mapping[str, Tensor]) -> Adapter:
+        """The one that a file's `tensors` (as `Adapter.tensors`, in any dtype) hold.
+
+        Raises LoraFileError where they are incomplete or do not fit the target.
+        """
+        ...
+
+    def cost(self, target: Target, *, rank: int) -> Cost:
+        """What one of that rank takes."""
+        ...
+
+
+def misfit(why: str) -> LoraFileError:
+    """The error for a layer of a file that does not fit the model's."""
+    return LoraFileError("The LoRA file does not fit the model", why=why,
+                         remedy="choose a LoRA that was made for this kind of model")

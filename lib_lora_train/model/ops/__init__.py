@@ -1,0 +1,1 @@
+"""Frozen layers and the operations they are made of."""

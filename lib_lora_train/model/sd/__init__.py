@@ -1,0 +1,1 @@
+"""Stable Diffusion 1, 2 and XL: UNet, VAE, text encoders and noise schedule over borrowed tensors."""

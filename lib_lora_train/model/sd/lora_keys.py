@@ -1,0 +1,89 @@
+"""Which layers of Stable Diffusion kohya's LoRA adapts, and what each is called in the file.
+
+Choice and keys are those of kohya-ss/sd-scripts (`networks.lora` without `conv_dim`): every linear or 1x1 layer inside
+the UNet's transformers, and the attention and MLP layers of the text encoders. Convolutions outside the transformers
+(LoCon) are not among them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+
+LoRAKey = tuple[str, str, bool]
+"""A layer's module name, its key in the file, and whether its weights are written as 1x1 convolutions."""
+Shapes = Mapping[str, tuple[int, ...]]
+
+DIFFUSERS_PREFIXES = ("lora_te_", "lora_unet_down_blocks_", "lora_unet_mid_block_", "lora_unet_up_blocks_")
+SGM_PREFIXES = ("lora_te1_", "lora_te2_", "lora_unet_input_blocks_", "lora_unet_middle_block_", "lora_unet_output_blocks_")
+
+_IN_A_TRANSFORMER = re.compile(
+    r"(?P<block>(?:input_blocks|output_blocks)\.\d+\.1|middle_block\.1)"
+    r"\.(?P<rest>proj_in|proj_out|transformer_blocks\.\d+\."
+    r"(?:attn[12]\.(?:to_q|to_k|to_v|to_out\.0)|ff\.net\.(?:0\.proj|2)))")
+_IN_A_TEXT_LAYER = re.compile(
+    r"text_model\.encoder\.layers\.(?P<layer>\d+)\.(?:self_attn\.(?:q|k|v|out)_proj|mlp\.fc[12])")
+
+
+def sd1_keys(component: str, shapes: Shapes) -> Iterator[LoRAKey]:
+    """SD1's: the UNet's blocks are called as in Diffusers."""
+    return _unet_keys(shapes, blocks=_diffusers_blocks(shapes)) if component == "unet" else _text_keys(component, shapes)
+
+
+def sd2_keys(component: str, shapes: Shapes) -> Iterator[LoRAKey]:
+    """SD2's: as SD1's, but without the last text layer: its output is not used, and sd-scripts drops it."""
+    if component == "unet":
+        return _unet_keys(shapes, blocks=_diffusers_blocks(shapes))
+    layers = [int(match["layer"]) for match in map(_IN_A_TEXT_LAYER.fullmatch, _modules(shapes)) if match]
+    return _text_keys(component, shapes, unused=max(layers, default=-1))
+
+
+def sdxl_keys(component: str, shapes: Shapes) -> Iterator[LoRAKey]:
+    """SDXL's: the UNet's blocks are called as in sgm, and no layer is written as a convolution."""
+    return _unet_keys(shapes, blocks=None) if component == "unet" else _text_keys(component, shapes)
+
+
+def _text_keys(component: str, shapes: Shapes, *, unused: int = -1) -> Iterator[LoRAKey]:
+    for match in map(_IN_A_TEXT_LAYER.fullmatch, _modules(shapes)):
+        if match and int(match["layer"]) != unused:
+            yield match[0], f"lora_{component}_" + match[0].replace(".", "_"), False
+
+
+def _unet_keys(shapes: Shapes, *, blocks: Mapping[str, str] | None) -> Iterator[LoRAKey]:
+    """With Diffusers' names of the blocks kohya writes `proj_in` and `proj_out` as convolutions, also SD2's linear ones."""
+    for match in map(_IN_A_TRANSFORMER.fullmatch, _modules(shapes)):
+        if match:
+            block = match["block"] if blocks is None else blocks[match["block"]]
+            key = f"lora_unet_{block}_{match['rest']}".replace(".", "_")
+            yield match[0], key, blocks is not None and match["rest"] in ("proj_in", "proj_out")
+
+
+def _diffusers_blocks(shapes: Shapes) -> dict[str, str]:
+    """ldm's name of each transformer -> Diffusers' name of it, as SD1 and SD2 files use.
+
+    ldm numbers the blocks through ("input_blocks.4.1"), Diffusers counts inside each resolution
+    ("down_blocks.1.attentions.0"). A resolution ends at its down- or upsampler.
+    """
+    names = {"middle_block.1": "mid_block.attentions.0"}
+    level = place = 0
+    for index in _indices(shapes, "input_blocks")[1:]:              # block 0 is the first convolution
+        if f"input_blocks.{index}.0.op.weight" in shapes:
+            level, place = level + 1, 0
+        else:
+            names[f"input_blocks.{index}.1"] = f"down_blocks.{level}.attentions.{place}"
+            place += 1
+    level = place = 0
+    for index in _indices(shapes, "output_blocks"):
+        names[f"output_blocks.{index}.1"] = f"up_blocks.{level}.attentions.{place}"
+        place += 1
+        if any(f"output_blocks.{index}.{last}.conv.weight" in shapes for last in (1, 2)):
+            level, place = level + 1, 0
+    return names
+
+
+def _indices(shapes: Shapes, blocks: str) -> list[int]:
+    return sorted({int(name.split(".")[1]) for name in shapes if name.startswith(f"{blocks}.")})
+
+
+def _modules(shapes: Shapes) -> Iterator[str]:
+    return (name[:-len(".weight")] for name in shapes if name.endswith(".weight"))
