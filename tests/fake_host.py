@@ -40,7 +40,7 @@ class FakeHost(Undisturbed):
     def waiting(self) -> bool:
         return self.busy
 
-    def give_up(self) -> None:
+    def stop_waiting(self) -> None:
         self.given_up = True
 
 

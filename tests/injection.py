@@ -39,7 +39,7 @@ P = "lib_lora_train"
 PLACES = (
     Place("before reading pictures", f"{P}.job:prepare"),
     Place("after reading pictures", f"{P}.job:prepare", "after"),
-    Place("before borrowing", "HOST:borrow"),
+    Place("before borrowing", "HOST:lease"),
     Place("after borrowing", f"{P}.job:lent_model"),
     Place("after building the model", f"{P}.job:lent_model", "after"),
     Place("before building the network", f"{P}.job:_network"),
@@ -60,7 +60,7 @@ PLACES = (
     Place("before saving the result", f"{P}.network.file:save", "before", 2, learnt=True),
     Place("after saving the result", f"{P}.network.file:save", "after", 2, learnt=True),
     Place("in refreshing the list of LoRAs", "HOST:refresh_loras", learnt=True),
-    Place("after giving the model back", "HOST:borrow", "after", learnt=True),
+    Place("after giving the model back", "HOST:lease", "after", learnt=True),
 )
 
 FAULTS: dict[str, Callable[[], BaseException]] = {
@@ -116,5 +116,5 @@ def inject(place: Place, fault: Callable[[], BaseException], host: Any) -> Calla
         if fails:
             raise fault()
 
-    setattr(owner, name, failing_block if name == "borrow" else failing)
+    setattr(owner, name, failing_block if name == "lease" else failing)
     return lambda: setattr(owner, name, original)

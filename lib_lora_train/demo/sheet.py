@@ -34,7 +34,7 @@ class SheetRow:
 
 def sample_rows(host: Host, lora: Path, *, dataset: Path) -> list[SheetRow]:
     """Three rows: some of the dataset; the model's own paintings of other words; those with the LoRA, from the same noise."""
-    with host.borrow() as borrowed:
+    with host.lease() as borrowed:
         model = frozen.build(borrowed.tensors, hints=borrowed.hints, tokenizers=borrowed.tokenizers)
         content = file.load(lora)
         targets = find_targets(model.components, family=model.architecture.family,

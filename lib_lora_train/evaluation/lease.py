@@ -11,7 +11,7 @@ import torch
 from lib_lora_train.dataset.progress import ShouldStop
 from lib_lora_train.errors import Interrupted
 from lib_lora_train.events import Stage
-from lib_lora_train.host.port import Borrowed, Host
+from lib_lora_train.host.port import Host, LeasedModel
 from lib_lora_train.model import frozen
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.settings import Settings
@@ -45,7 +45,7 @@ class Lease:
         """
         self.check()
         self._host.report(Stage(self.work, done, total))
-        if done >= total or not self._host.wanted():
+        if done >= total or not self._host.others_waiting():
             return
         self.model.release()
         tensors = self._host.yield_model(report=self._host.report, stop=self._stop)
@@ -65,13 +65,13 @@ def leased(host: Host, *, work: str, settings: Settings, should_stop: ShouldStop
     def stop() -> bool:
         return bool(should_stop and should_stop()) or host.interrupted()
 
-    with host.borrow() as borrowed:
+    with host.lease() as borrowed:
         model = frozen_model(borrowed, settings)
         yield Lease(model, work, compute_dtype(settings.memory.mixed_precision, model.device, weights=model.dtype),
                    settings.captions.clip_skip or borrowed.clip_skip, borrowed.checkpoint.name, host, stop)
 
 
-def frozen_model(borrowed: Borrowed, settings: Settings) -> FrozenModel:
+def frozen_model(borrowed: LeasedModel, settings: Settings) -> FrozenModel:
     """The borrowed model, with what the user says about it above what the host says. Raises ModelError."""
     said = {"auto": None, "on": True, "off": False}
     v_prediction, zero_terminal_snr = said[settings.loss.v_parameterization], said[settings.loss.zero_terminal_snr]

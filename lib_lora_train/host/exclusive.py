@@ -24,7 +24,7 @@ class Undisturbed:
         """There are none but ours here."""
         return ()
 
-    def wanted(self) -> bool:
+    def others_waiting(self) -> bool:
         """There is no other work here."""
         return False
 
@@ -50,7 +50,7 @@ class Undisturbed:
         """There is no other work here."""
         return False
 
-    def give_up(self) -> None:
+    def stop_waiting(self) -> None:
         """Nobody waits here."""
 
     def interrupted(self) -> bool:

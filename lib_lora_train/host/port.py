@@ -31,7 +31,7 @@ class Checkpoint:
 
 
 @dataclasses.dataclass(frozen=True)
-class Borrowed:
+class LeasedModel:
     """The host's model while it is lent: tensors by reference under checkpoint names, and what shapes cannot tell.
 
     `clip_skip` is what the host paints with; `device` is where to compute, and where the tensors lie.
@@ -91,18 +91,18 @@ class Host(Protocol):
     def outline(self) -> Outline | None:
         """The shapes of what is loaded now, None if nothing is or it is no model of ours; never loads, never waits."""
 
-    def borrow(self) -> AbstractContextManager[Borrowed]:
+    def lease(self) -> AbstractContextManager[LeasedModel]:
         """Lend the model, clean of active LoRAs and locked against everybody else, and take it back in any case.
 
         Raises HostError if there is none, ModelError if it is of a kind that cannot be trained.
         """
 
-    def wanted(self) -> bool:
+    def others_waiting(self) -> bool:
         """Whether somebody waits for the model that is lent."""
 
     def yield_model(self, *, report: Report, stop: Callable[[], bool]) -> Mapping[str, torch.Tensor] | None:
         """Give the model back to the host for those who wait, and lend it again: the same weights, perhaps elsewhere in
-        memory. None where `stop()` or `give_up` ended the wait; the model is not lent then.
+        memory. None where `stop()` or `stop_waiting` ended the wait; the model is not lent then.
 
         To be called between two pieces of work, by the borrower, who holds none of the tensors meanwhile and whose own
         copies of them have left the device. What he trains may stay there: up to 18 bytes a weight. If the host
@@ -131,7 +131,7 @@ class Host(Protocol):
     def waiting(self) -> bool:
         """Whether `borrow` or `yield_model` waits for other work of the host."""
 
-    def give_up(self) -> None:
+    def stop_waiting(self) -> None:
         """End such a wait with Interrupted; without effect where nobody waits."""
 
     def interrupted(self) -> bool:

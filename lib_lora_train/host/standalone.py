@@ -23,7 +23,7 @@ from lib_lora_train.errors import HostError, LoraTrainError, ModelError, transla
 from lib_lora_train.host import placement
 from lib_lora_train.host.exclusive import Undisturbed
 from lib_lora_train.host.exposure import is_loopback
-from lib_lora_train.host.port import Borrowed, Checkpoint, Outline
+from lib_lora_train.host.port import Checkpoint, LeasedModel, Outline
 from lib_lora_train.model.family import Hints, detect
 from lib_lora_train.model.hints_file import hints_from_yaml
 from lib_lora_train.model.tokens import Tokenizer, tokenizer_from_folder
@@ -81,7 +81,7 @@ class StandaloneHost(Undisturbed):
         return Outline(known.shapes, known.hints, self._device)
 
     @contextlib.contextmanager
-    def borrow(self) -> Iterator[Borrowed]:
+    def lease(self) -> Iterator[LeasedModel]:
         """The file's tensors on the device; read at the first time."""
         if self.checkpoint_file is None:
             raise HostError("No model is loaded", remedy="name a checkpoint file (--checkpoint)")
@@ -95,7 +95,7 @@ class StandaloneHost(Undisturbed):
             with translated("moving the model to the device"):
                 # What the last loan set aside; nobody needed it in between.
                 placement.move(self._tensors.values(), self._device)
-            yield Borrowed(self._tensors, known.hints, known.checkpoint, self._device, self._tokenizers)
+            yield LeasedModel(self._tensors, known.hints, known.checkpoint, self._device, self._tokenizers)
         finally:
             self._lock.release()
 

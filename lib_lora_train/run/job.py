@@ -23,7 +23,7 @@ from lib_lora_train.distributed import SINGLE_PROCESS, ProcessGroup, agree
 from lib_lora_train.errors import Interrupted, SettingError, translated
 from lib_lora_train.evaluation.lease import frozen_model
 from lib_lora_train.events import Finished, Planned, Report, Warned
-from lib_lora_train.host.port import Borrowed, Host
+from lib_lora_train.host.port import Host, LeasedModel
 from lib_lora_train.inputs.batches import Batches
 from lib_lora_train.inputs.overflow import DiskOverflow
 from lib_lora_train.inputs.prefetcher import Prefetcher
@@ -66,12 +66,12 @@ def run_job(settings: Settings, host: Host, *, report: Report, stop: Stop, folde
     checkpoint = host.checkpoint()
     preparation = _prepared(settings, checkpoint.family if checkpoint else "", host.allowed, ranks, report=report, stop=stop)
 
-    with host.borrow() as borrowed:
+    with host.lease() as borrowed:
         return _on_loan(settings, host, borrowed, preparation, weights, point, family=checkpoint.family if checkpoint else "",
                         target=target, report=report, stop=stop, folder=folder, ranks=ranks)
 
 
-def _on_loan(settings: Settings, host: Host, borrowed: Borrowed, preparation: Preparation, weights: _Weights,
+def _on_loan(settings: Settings, host: Host, borrowed: LeasedModel, preparation: Preparation, weights: _Weights,
              point: resume.Point | None, *, family: str, target: Path, report: Report, stop: Stop, folder: Path | None,
              ranks: ProcessGroup) -> Finished:
     """The part of the road that needs the model. Whatever it makes dies with its frame, so that the model finds the device's
@@ -210,7 +210,7 @@ def _prepared(settings: Settings, family: str, allowed: AllowedPaths | None, ran
 def _pause(settings: Settings, host: Host, model: FrozenModel, *, report: Report, stop: Stop) -> Pause:
     """What is called between two pieces of work: those who wait for the model get it. Whether to go on afterwards."""
     def pause(release: Callable[[], None]) -> bool:
-        if not settings.memory.yield_to_generations or not host.wanted():
+        if not settings.memory.yield_to_generations or not host.others_waiting():
             return True
         release()
         model.release()
@@ -268,7 +268,7 @@ def _network(settings: Settings, model: FrozenModel, tensors: Mapping[str, torch
     return network.to(model.device)
 
 
-def _planned(settings: Settings, preparation: Preparation, borrowed: Borrowed, memory: MemoryPlan, *, done: int) -> Planned:
+def _planned(settings: Settings, preparation: Preparation, borrowed: LeasedModel, memory: MemoryPlan, *, done: int) -> Planned:
     plan, (width, height) = preparation.plan, preparation.resolution
     return Planned(
         pictures=preparation.dataset.images, buckets=len(plan.buckets), batches_per_epoch=plan.batches_per_epoch,

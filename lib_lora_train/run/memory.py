@@ -13,7 +13,7 @@ from lib_lora_train.adapters.network import LoRANetwork
 from lib_lora_train.dataset.progress import ShouldStop
 from lib_lora_train.errors import translated
 from lib_lora_train.events import Report
-from lib_lora_train.host.port import Borrowed, Host
+from lib_lora_train.host.port import Host, LeasedModel
 from lib_lora_train.inputs.batches import Batches
 from lib_lora_train.inputs.overflow import DiskOverflow
 from lib_lora_train.inputs.vae_batches import Room, free_bytes
@@ -29,7 +29,7 @@ from lib_lora_train.settings import Settings
 from lib_lora_train.training.loop import Pause, Stop
 
 
-def memory_plan(settings: Settings, preparation: Preparation, model: FrozenModel, borrowed: Borrowed, network: LoRANetwork, *,
+def memory_plan(settings: Settings, preparation: Preparation, model: FrozenModel, borrowed: LeasedModel, network: LoRANetwork, *,
                 dtype: torch.dtype, remembered: Base, should_stop: ShouldStop | None) -> MemoryPlan:
     """How the steps on the lent model are made so that they fit into the memory there is; `remembered` is what a run that goes
     on has computed on. Raises Interrupted."""
@@ -101,7 +101,7 @@ def room_for_encoding(settings: Settings, model: FrozenModel, host: Host, networ
     return room
 
 
-def settle(settings: Settings, model: FrozenModel, host: Host, borrowed: Borrowed, network: LoRANetwork, batches: Batches,
+def settle(settings: Settings, model: FrozenModel, host: Host, borrowed: LeasedModel, network: LoRANetwork, batches: Batches,
            overflow: DiskOverflow, way: Way, *, dtype: torch.dtype, report: Report, stop: Stop, pause: Pause) -> Text:
     """Bring the model to where the steps want it: the VAE goes, captions are encoded, the text encoders go where they can, and
     the UNet's weights are held as the plan says."""

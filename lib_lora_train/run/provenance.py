@@ -6,7 +6,7 @@ import time
 
 from lib_lora_train.adapters.metadata import FileFacts, FolderFacts, TrainingFacts, describe
 from lib_lora_train.adapters.network import LoRANetwork
-from lib_lora_train.host.port import Borrowed
+from lib_lora_train.host.port import LeasedModel
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.run.planning import Preparation
 from lib_lora_train.settings import Settings, flat
@@ -15,7 +15,7 @@ from lib_lora_train.settings import Settings, flat
 class Provenance:
     """Knows a run from its start; `metadata` describes a file of it."""
 
-    def __init__(self, settings: Settings, preparation: Preparation, model: FrozenModel, borrowed: Borrowed,
+    def __init__(self, settings: Settings, preparation: Preparation, model: FrozenModel, borrowed: LeasedModel,
                  network: LoRANetwork, *, started_at: float) -> None:
         self._settings, self._preparation, self._model = settings, preparation, model
         self._borrowed, self._network = borrowed, network

@@ -118,7 +118,7 @@ class Watching:
     def __getattr__(self, name: str):
         return getattr(self._host, name)
 
-    def wanted(self) -> bool:
+    def others_waiting(self) -> bool:
         return True
 
     def interrupted(self) -> bool:
@@ -143,7 +143,7 @@ def test_a_model_that_does_not_come_back_in_time_ends_the_check(host, images):
     shared.gone = True
     with pytest.raises(Interrupted):
         list(check_captions(shared, [(images / "0.png", "red")] * 2, settings=TINY, seeds=0))
-    with host.borrow():
+    with host.lease():
         pass
 
 
@@ -158,7 +158,7 @@ def test_a_stop_while_painting_keeps_the_other_scores_and_gives_the_model_back(h
     assert [len(row.images) for row in seen] == [1, 0] and seen[1].score is not None
     with pytest.raises(Interrupted, match="Checking captions was stopped"):
         next(rows)
-    with host.borrow():
+    with host.lease():
         pass
 
 
@@ -175,10 +175,10 @@ def test_a_stop_keeps_what_was_measured(host, images):
 def test_who_reads_only_the_first_rows_gives_the_model_back(host, images):
     rows = check_captions(host, [(images / "0.png", "red"), (images / "1.png", "blue")], settings=TINY, seeds=1, steps=1)
     next(rows)
-    with pytest.raises(HostError), host.borrow():
+    with pytest.raises(HostError), host.lease():
         pass
     rows.close()
-    with host.borrow():
+    with host.lease():
         pass
 
 
@@ -188,17 +188,17 @@ def test_nothing_borrows_where_there_is_nothing_to_check(tmp_path):
 
 
 def test_checking_changes_neither_the_random_state_nor_the_weights(host, images):
-    with host.borrow() as lent:
+    with host.lease() as lent:
         before = {name: tensor.clone() for name, tensor in lent.tensors.items()}
     state = torch.get_rng_state()
     list(check_captions(host, [(images / "0.png", "red")], settings=TINY, seeds=1, steps=1))
     assert torch.equal(state, torch.get_rng_state()) and torch.is_grad_enabled()
-    with host.borrow() as lent:
+    with host.lease() as lent:
         assert all(torch.equal(tensor, before[name]) for name, tensor in lent.tensors.items())
 
 
 def test_a_picture_resembles_itself_and_a_shifted_copy_more_than_another_one(emoji):
-    with emoji.borrow() as lent:
+    with emoji.lease() as lent:
         model = frozen.build(lent.tensors, hints=lent.hints, tokenizers=lent.tokenizers)
 
     def features(name: str, *, shift: int = 0) -> torch.Tensor:

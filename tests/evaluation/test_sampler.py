@@ -88,7 +88,7 @@ def test_pictures_painted_together_are_those_painted_one_by_one(prediction_type,
 
 
 def test_a_real_model_paints_the_same_pictures_together_and_one_by_one(host):
-    with host.borrow() as lent:
+    with host.lease() as lent:
         model = frozen.build(lent.tensors, hints=lent.hints, tokenizers=lent.tokenizers)
     requests = [SampleRequest(prompt, width=64, height=64, steps=3, cfg_scale=4.0, seed=seed, negative_prompt=negative)
                 for prompt, seed, negative in (("red cat", 1, ""), ("blue", 2, "photo"), ("red cat", 3, ""))]

@@ -217,20 +217,20 @@ def test_what_others_place_meanwhile_stays_where_they_put_it(card):
 
 
 def test_the_stand_alone_host_lends_what_it_set_aside_where_it_belongs_again(card, host):
-    with host.borrow() as borrowed:
+    with host.lease() as borrowed:
         before = {name: facts(tensor) for name, tensor in borrowed.tensors.items()}
         now = host.offload_parts({"vae", "text"})
         assert now.keys() == before.keys()
         away = {name for name, tensor in now.items() if card.device_of(tensor) == CPU}
         assert away == {name for name in before if name.startswith(("first_stage_model.", "cond_stage_model."))}
         assert all(borrowed.tensors[name].data_ptr() == now[name].data_ptr() for name in before), "the old place is held"
-    with host.borrow() as borrowed:
+    with host.lease() as borrowed:
         assert all(card.device_of(tensor) == CARD for tensor in borrowed.tensors.values())
         assert {name: facts(tensor) for name, tensor in borrowed.tensors.items()} == before
 
 
 def test_what_was_set_aside_can_be_brought_back_and_set_aside_again(card, host):
-    with host.borrow() as borrowed:
+    with host.lease() as borrowed:
         before = {name: facts(tensor) for name, tensor in borrowed.tensors.items()}
         host.offload_parts({"unet", "text"})
         now = host.reload_parts({"unet", "vae"})
@@ -243,7 +243,7 @@ def test_what_was_set_aside_can_be_brought_back_and_set_aside_again(card, host):
 
 @pytest.mark.parametrize("full", [CPU, CARD])
 def test_a_full_machine_is_said_in_our_words_and_nothing_has_moved(card, host, full):
-    with host.borrow() as borrowed:
+    with host.lease() as borrowed:
         if full == CARD:
             host.offload_parts({"vae"})
         before = {name: card.device_of(tensor) for name, tensor in borrowed.tensors.items()}

@@ -32,7 +32,7 @@ def test_a_wait_that_is_given_up_ends_at_once_and_keeps_nothing():
     waiter = threading.Thread(target=wait)
     waiter.start()
     assert turn.waiting()
-    turn.give_up()
+    turn.stop_waiting()
     waiter.join(10)
     assert ended == ["given up"] and not turn.waiting()
     # The helper hands back what comes too late.
@@ -46,7 +46,7 @@ def test_a_turn_comes_when_the_lock_is_released_and_cannot_be_given_up_then():
     turn = Turn(lock)
     threading.Timer(0.05, lock.release).start()
     with turn.held():
-        turn.give_up()
+        turn.stop_waiting()
         assert lock.locked() and not turn.waiting()
     assert not lock.locked()
 
@@ -106,12 +106,12 @@ def test_those_who_wait_go_first_in_their_order_and_who_comes_later_waits_for_th
         threads.append(worker(lock, "late", order))
         lock.wait_for_queue(3)  # behind "second" and the trainer
     with turn.held():
-        assert not turn.wanted()
+        assert not turn.others_waiting()
         threads.append(worker(lock, "first", order, then=come_late))
         lock.wait_for_queue(1)
         threads.append(worker(lock, "second", order))
         lock.wait_for_queue(2)
-        assert turn.wanted()
+        assert turn.others_waiting()
         turn.pass_on(stop=lambda: False)
         assert order == ["first", "second"] and lock.locked()
     for thread in threads:
@@ -119,12 +119,12 @@ def test_those_who_wait_go_first_in_their_order_and_who_comes_later_waits_for_th
     assert order == ["first", "second", "late"] and not lock.locked()
 
 
-@pytest.mark.parametrize("how", ["give_up", "stop"])
+@pytest.mark.parametrize("how", ["stop_waiting", "stop"])
 def test_who_no_longer_wants_it_back_gets_no_lock_and_releases_none(how):
     lock, go = Queue(), threading.Event()
     turn, order = Turn(lock), []
     with pytest.raises(Interrupted), turn.held():
-        other = worker(lock, "other", order, before=go, then=turn.give_up if how == "give_up" else lambda: None)
+        other = worker(lock, "other", order, before=go, then=turn.stop_waiting if how == "stop_waiting" else lambda: None)
         lock.wait_for_queue(1)
         turn.pass_on(stop=lambda: how == "stop" and bool(order))
     assert lock.locked() and turn.given_up() and not turn.waiting()

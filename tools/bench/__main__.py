@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tools.bench.command import main  # noqa: E402 - the repository's root is on the path only now
+from tools.bench.command import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from lib_lora_train.errors import translated
 from lib_lora_train.host import placement
 from lib_lora_train.host.exclusive import Undisturbed
-from lib_lora_train.host.port import Borrowed, Checkpoint, Outline
+from lib_lora_train.host.port import Checkpoint, LeasedModel, Outline
 from lib_lora_train.model.family import NO_HINTS
 from tools.bench.true_size import true_size_shapes, true_size_tensors
 
@@ -45,13 +45,13 @@ class RandomHost(Undisturbed):
                        NO_HINTS, self._device)
 
     @contextlib.contextmanager
-    def borrow(self) -> Iterator[Borrowed]:
+    def lease(self) -> Iterator[LeasedModel]:
         """The tensors on the device."""
         with translated("making a model of random weights"):
             if self._tensors is None:
                 self._tensors = true_size_tensors(self._family, dtype=self._dtype, device=self._device, small=self._small)
             placement.move(self._tensors.values(), self._device)
-        yield Borrowed(self._tensors, NO_HINTS, self.checkpoint(), self._device)
+        yield LeasedModel(self._tensors, NO_HINTS, self.checkpoint(), self._device)
 
 
 def make_pictures(folder: Path, *, side: int, count: int = PICTURES) -> Path:

@@ -35,7 +35,7 @@ class Painter:
     """
 
     def __init__(self, host: Host, *, cfg_scale: float = CFG_SCALE, steps: int = 20) -> None:
-        with host.borrow() as lent:
+        with host.lease() as lent:
             tensors = {name: tensor.float() if tensor.is_floating_point() else tensor
                        for name, tensor in lent.tensors.items()}
             self._model = frozen.build(tensors, hints=lent.hints, tokenizers=lent.tokenizers)

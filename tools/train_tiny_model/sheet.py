@@ -22,7 +22,7 @@ def paint_sheet(checkpoint: Path, target: Path, *, words: tuple[str, ...] = HELD
     rows = -(-len(words) // COLUMNS)
     sheet = Image.new("RGB", (COLUMNS * SIDE, rows * (SIDE + CAPTION)), "white")
     pen = ImageDraw.Draw(sheet)
-    with host.borrow() as borrowed:
+    with host.lease() as borrowed:
         model = frozen.build(borrowed.tensors, hints=borrowed.hints, tokenizers=borrowed.tokenizers)
         for first in range(0, len(words), COLUMNS):
             row = words[first:first + COLUMNS]

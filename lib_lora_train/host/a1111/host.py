@@ -34,7 +34,7 @@ from lib_lora_train.host.a1111 import allowed_paths, loras, model
 from lib_lora_train.host.a1111 import captioners as captioners_module
 from lib_lora_train.host.a1111.lease import Lease
 from lib_lora_train.host.a1111.queue import Turn
-from lib_lora_train.host.port import Borrowed, Checkpoint, Outline
+from lib_lora_train.host.port import Checkpoint, LeasedModel, Outline
 from lib_lora_train.run.runner import Runner
 from lib_lora_train.settings.allowed_paths import AllowedPaths
 from lib_lora_train.tagging.captioner import CaptionerSource
@@ -96,7 +96,7 @@ class WebUIHost:
         return None if sd_model is None or not model.describe(sd_model).family else model.outline(sd_model)
 
     @contextlib.contextmanager
-    def borrow(self) -> Iterator[Borrowed]:
+    def lease(self) -> Iterator[LeasedModel]:
         """Wait in the WebUI's queue, then lend the model, without LoRAs and on the device, until the block is left.
 
         LoRAs that were merged are not merged again at the end: the WebUI does so itself at the next generation.
@@ -111,9 +111,9 @@ class WebUIHost:
         finally:
             self._loan = None
 
-    def wanted(self) -> bool:
+    def others_waiting(self) -> bool:
         """Whether a generation, a change of checkpoint or other work waits in the WebUI's queue."""
-        return self._loan is not None and self._loan.turn.wanted()
+        return self._loan is not None and self._loan.turn.others_waiting()
 
     def yield_model(self, *, report: Report, stop: Callable[[], bool]) -> Mapping[str, torch.Tensor] | None:
         """Let through what waits, in the queue's order, then take the model back, bare of what was merged meanwhile.
@@ -138,11 +138,11 @@ class WebUIHost:
         loan = self._loan
         return loan is not None and loan.turn.waiting()
 
-    def give_up(self) -> None:
+    def stop_waiting(self) -> None:
         """End that wait: `borrow` raises Interrupted, `yield_model` returns None."""
         loan = self._loan
         if loan is not None:
-            loan.turn.give_up()
+            loan.turn.stop_waiting()
 
     def interrupted(self) -> bool:
         """Whether Interrupt, Stop or Reload UI was pressed while the model was lent."""

@@ -24,7 +24,7 @@ from lib_lora_train.host import placement
 from lib_lora_train.host.a1111 import loras, model
 from lib_lora_train.host.a1111.progress import ProgressDisplay
 from lib_lora_train.host.a1111.queue import Turn
-from lib_lora_train.host.port import Borrowed
+from lib_lora_train.host.port import LeasedModel
 from lib_lora_train.model.family import detect
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class Lease:
         self._identity: model.Identity | None = None
 
     @contextlib.contextmanager
-    def lent(self) -> Iterator[Borrowed]:
+    def lent(self) -> Iterator[LeasedModel]:
         """Wait in the queue, and lend until the block is left. Raises HostError, ModelError and Interrupted."""
         with contextlib.ExitStack() as at_the_end:
             at_the_end.callback(self.turn.leave)
@@ -72,7 +72,7 @@ class Lease:
             hints = model.hints(sd_model)
             detect(self._tensors, hints)
             self._identity = model.Identity.of(sd_model)
-            yield Borrowed(
+            yield LeasedModel(
                 self._tensors, hints, model.describe(sd_model), device, model.tokenizers(sd_model),
                 clip_skip=int(shared.opts.CLIP_stop_at_last_layers),
                 comma_padding_backtrack=int(shared.opts.comma_padding_backtrack))

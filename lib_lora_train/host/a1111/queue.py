@@ -43,7 +43,7 @@ class Turn:
             self.leave()
 
     def take(self, *, stop: Callable[[], bool] = lambda: False) -> None:
-        """Wait for the lock. Raises Interrupted, holding nothing, where `give_up` came first or `stop()` says so."""
+        """Wait for the lock. Raises Interrupted, holding nothing, where `stop_waiting` came first or `stop()` says so."""
         self._ask_anew()
         self._wait(stop)
 
@@ -67,7 +67,7 @@ class Turn:
         self._lock.release()
         self._wait(stop)
 
-    def wanted(self) -> bool:
+    def others_waiting(self) -> bool:
         """Whether others wait for the lock; locks that do not tell are never wanted."""
         return bool(getattr(self._lock, "_pending_threads", ()))
 
@@ -79,7 +79,7 @@ class Turn:
         """Whether the lock is asked for and has neither come nor been given up."""
         return not self._settled.is_set()
 
-    def give_up(self) -> None:
+    def stop_waiting(self) -> None:
         """End the wait, and every later one; without effect while the lock is held."""
         self._settle("given up", self._attempt)
 
@@ -103,7 +103,7 @@ class Turn:
     def _wait(self, stop: Callable[[], bool]) -> None:
         while not self._settled.wait(_LOOK_AGAIN):
             if stop():
-                self.give_up()
+                self.stop_waiting()
         if self._outcome == "given up":
             raise Interrupted("The run was stopped while it waited for other work")
 

@@ -26,7 +26,7 @@ def painter(tiny_file: Path) -> Painter:
 def lora(tiny_file: Path) -> Path:
     """A LoRA file for UNet and text encoder that changes much."""
     host = StandaloneHost(tiny_file, lora_folder=tiny_file.parent, runs_folder=tiny_file.parent)
-    with host.borrow() as lent:
+    with host.lease() as lent:
         model = frozen.build(lent.tensors, hints=lent.hints, tokenizers=lent.tokenizers)
     network = LoRANetwork.build(find_targets(model.components, family="sd1", text_encoder=True), rank=2, alpha=2, seed=0)
     generator = torch.Generator().manual_seed(3)

@@ -57,7 +57,7 @@ def lent() -> dict[str, Any]:
 
     sd_model = sd_models.model_data.sd_model
     own = {_storage(tensor) for tensor in sd_model.state_dict(keep_vars=True).values()}
-    with HOST.borrow() as borrowed:
+    with HOST.lease() as borrowed:
         model = _frozen(borrowed)
         functional = [t for component in (*model.components.values(), model.vae.tensors) for t in component.values()]
         return {
@@ -82,7 +82,7 @@ def parity(name: str = Body(""), prompt: str = Body(""), multiplier: float = Bod
     generator = torch.Generator().manual_seed(7)
     x = torch.randn(3, 4, 16, 24, generator=generator)
     t = torch.tensor([5, 400, 980])
-    with HOST.borrow() as borrowed, torch.no_grad():
+    with HOST.lease() as borrowed, torch.no_grad():
         model = _frozen(borrowed)
         base = _predict(model, prompt, x, t, {}, borrowed.clip_skip)
         ours = base
@@ -120,7 +120,7 @@ def sample(prompt: str = Body(""), negative_prompt: str = Body(""), width: int =
     from lib_lora_train.host.a1111.host import HOST
 
     request = SampleRequest(prompt, negative_prompt, width, height, steps, cfg_scale, seed)
-    with HOST.borrow() as borrowed:
+    with HOST.lease() as borrowed:
         model = _frozen(borrowed)
         image = to_image(model, sample_latents(model, request, clip_skip=borrowed.clip_skip))
     content = io.BytesIO()
@@ -132,7 +132,7 @@ def tokens(text: str = Body("", embed=True)) -> dict[str, Any]:
     """Our tokens of a text, and the WebUI's, chunk by chunk."""
     from lib_lora_train.host.a1111.host import HOST
 
-    with HOST.borrow() as borrowed:
+    with HOST.lease() as borrowed:
         ours = _frozen(borrowed).text.tokenize(text).encoders[0]
     chunks, _ = shared.sd_model.cond_stage_model.tokenize_line(text)
     return {"ours": [list(chunk) for chunk in ours], "theirs": [chunk.tokens for chunk in chunks]}
@@ -339,7 +339,7 @@ def refusals() -> dict[str, str]:
         original = getattr(owner, name)
         setattr(owner, name, value)
         try:
-            with HOST.borrow():
+            with HOST.lease():
                 said[case] = ""
         except LoraTrainError as error:
             said[case] = str(error)
