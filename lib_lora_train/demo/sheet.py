@@ -11,10 +11,10 @@ from lib_lora_train.adapters import file
 from lib_lora_train.adapters.network import LoRANetwork
 from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.dataset.images import read_image
-from lib_lora_train.evaluation.sampler import SampleRequest, sample_batch, to_image
 from lib_lora_train.host.port import Host
 from lib_lora_train.model import frozen
 from lib_lora_train.model.layers import Adapter
+from lib_lora_train.model.sampler import SampleRequest, sample_batch, to_image
 
 SIDE, STEPS, CFG_SCALE, SEED = 128, 20, 2.0, 1000
 DATASET = ("grapes", "cupcake", "tiger-face", "koala", "whale", "maple-leaf", "locomotive", "top-hat")

@@ -1,7 +1,6 @@
-"""The loss on fixed pictures, timesteps and noise: a number that falls when something is learnt, and only then.
+"""The loss on fixed images, timesteps and noise, for comparing two models, or one with and without its LoRA.
 
-A training loss jumps with every draw of timestep and noise; with those fixed, two models, or one with and without its
-LoRA, can be compared.
+A training loss varies with every draw of timestep and noise.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ TIMESTEPS = (100, 300, 500, 700, 900)
 @torch.no_grad()
 def fixed_loss(model: FrozenModel, batches: Iterable[Batch], condition: Condition, *, adapters: Mapping[str, Adapter],
                seed: int, timesteps: tuple[int, ...] = TIMESTEPS) -> dict[int, float]:
-    """The plain denoising loss (no SNR weight) at each timestep, averaged over the pictures of `batches`.
+    """The plain denoising loss (no SNR weight) at each timestep, averaged over the images of `batches`.
 
     `adapters` are the UNet's. The noise of a batch depends on `seed`, its place and the timestep.
     """

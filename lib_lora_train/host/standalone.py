@@ -1,7 +1,7 @@
 """A host without a WebUI: the model comes from a checkpoint file.
 
 The file is read once and kept, as the WebUI keeps its model: its header when somebody asks what it is, its weights at the
-first loan. A `.yaml` of the same name beside it says what shapes cannot tell, as it does for the WebUI and for kohya's
+first lease. A `.yaml` of the same name beside it says what shapes cannot tell, as it does for the WebUI and for kohya's
 scripts; it is read as often, and the tokenizers with the weights.
 """
 
@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from lib_lora_train.errors import HostError, LoraTrainError, ModelError, translated
 from lib_lora_train.host import placement
-from lib_lora_train.host.exclusive import Undisturbed
+from lib_lora_train.host.exclusive import ExclusiveHost
 from lib_lora_train.host.exposure import is_loopback
 from lib_lora_train.host.port import Checkpoint, LeasedModel, Outline
 from lib_lora_train.model.family import Hints, detect
@@ -42,8 +42,8 @@ class _Described:
     hints: Hints
 
 
-class StandaloneHost(Undisturbed):
-    """Lends the model of one `.safetensors` file. `checkpoint_file` None is a host with no model yet."""
+class StandaloneHost(ExclusiveHost):
+    """Leases the model of one `.safetensors` file. `checkpoint_file` None is a host with no model yet."""
 
     def __init__(self, checkpoint_file: Path | None, *, lora_folder: Path, runs_folder: Path,
                  device: torch.device | None = None, allowed: AllowedPaths | None = None) -> None:
@@ -93,7 +93,7 @@ class StandaloneHost(Undisturbed):
                 self._tokenizers = _tokenizers_beside(self.checkpoint_file)
                 self._tensors = _load(self.checkpoint_file, self._device)
             with translated("moving the model to the device"):
-                # What the last loan set aside; nobody needed it in between.
+                # What the last lease offloaded; nobody needed it in between.
                 placement.move(self._tensors.values(), self._device)
             yield LeasedModel(self._tensors, known.hints, known.checkpoint, self._device, self._tokenizers)
         finally:

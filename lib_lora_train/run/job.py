@@ -21,8 +21,8 @@ from lib_lora_train.adapters.network import LoRANetwork
 from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.distributed import SINGLE_PROCESS, ProcessGroup, agree
 from lib_lora_train.errors import Interrupted, SettingError, translated
-from lib_lora_train.evaluation.lease import frozen_model
 from lib_lora_train.events import Finished, Planned, Report, Warned
+from lib_lora_train.host.lease import frozen_model
 from lib_lora_train.host.port import Host, LeasedModel
 from lib_lora_train.inputs.batches import Batches
 from lib_lora_train.inputs.overflow import DiskOverflow

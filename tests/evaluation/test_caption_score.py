@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from lib_lora_train.evaluation import lease
 from lib_lora_train.evaluation.caption_check import check_captions
+from lib_lora_train.host import lease
 from lib_lora_train.host.port import Checkpoint, LeasedModel
 from lib_lora_train.model.schedule import NoiseSchedule
 from lib_lora_train.model.text import Conditioning

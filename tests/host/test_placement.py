@@ -36,7 +36,7 @@ def host(card, tiny_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedCard]:
     pretended = PretendedCard()
     monkeypatch.setattr(placement, "device_of", pretended.device_of)
-    monkeypatch.setattr(placement, "onto", pretended.onto)
+    monkeypatch.setattr(placement, "copy_to", pretended.copy_to)
     yield pretended
 
 
@@ -45,14 +45,14 @@ def facts(tensor: Tensor) -> Facts:
     return (hashlib.sha256(content).hexdigest(), tensor.dtype, tensor.stride(), tensor.requires_grad, tensor.is_inference())
 
 
-def put_aside(tensors: list[Tensor], strays: placement.Strays | None = None) -> AbstractContextManager[None]:
+def put_aside(tensors: list[Tensor], strays: placement.MisplacedTensors | None = None) -> AbstractContextManager[None]:
     """Where they are now is where they are at home."""
     homes = {tensor: placement.device_of(tensor) for tensor in tensors}
-    return placement.aside(homes, placement.Strays() if strays is None else strays)
+    return placement.offloaded(homes, placement.MisplacedTensors() if strays is None else strays)
 
 
 def refusing(card: PretendedCard, *, device: torch.device, after: int, times: int = 10**9) -> Callable[..., Tensor]:
-    """In the place of `card.onto`: `device` takes `after` more tensors and refuses the next `times`."""
+    """In the place of `card.copy_to`: `device` takes `after` more tensors and refuses the next `times`."""
     left = [after, times]
 
     def onto(tensor: Tensor, place: torch.device) -> Tensor:
@@ -61,7 +61,7 @@ def refusing(card: PretendedCard, *, device: torch.device, after: int, times: in
             raise torch.cuda.OutOfMemoryError(f"{device} out of memory")
         if place == device and left[0]:
             left[0] -= 1
-        return card.onto(tensor, place)
+        return card.copy_to(tensor, place)
     return onto
 
 
@@ -114,7 +114,7 @@ def test_an_exception_inside_brings_everything_back(card):
 
 def test_where_there_is_no_room_nothing_has_moved(card):
     tensors = [torch.randn(3) for _ in range(4)]
-    placement.onto = refusing(card, device=CPU, after=2)
+    placement.copy_to = refusing(card, device=CPU, after=2)
     with pytest.raises(RuntimeError, match="out of memory"), put_aside(tensors):
         raise AssertionError("nothing runs")
     assert [card.device_of(tensor) for tensor in tensors] == [CARD] * 4
@@ -122,36 +122,36 @@ def test_where_there_is_no_room_nothing_has_moved(card):
 
 
 def test_what_finds_no_room_at_home_comes_at_the_next_try(card):
-    tensors, strays = [torch.randn(3) for _ in range(4)], placement.Strays()
+    tensors, strays = [torch.randn(3) for _ in range(4)], placement.MisplacedTensors()
     tensors.append(torch.nn.Parameter(tensors[1]))
     before = [facts(tensor) for tensor in tensors]
-    placement.onto = refusing(card, device=CARD, after=1, times=1)
+    placement.copy_to = refusing(card, device=CARD, after=1, times=1)
     with put_aside(tensors, strays):
         pass
     assert [card.device_of(tensor) for tensor in tensors] == [CARD, CPU, CPU, CPU, CPU] and len(strays) == 4
-    assert strays.try_again() and len(strays) == 0
+    assert strays.retry() and len(strays) == 0
     assert [card.device_of(tensor) for tensor in tensors] == [CARD] * 5
     assert [facts(tensor) for tensor in tensors] == before
     assert tensors[1].data_ptr() == tensors[4].data_ptr(), "they were tied"
 
 
 def test_a_stray_stays_one_as_long_as_there_is_no_room_and_its_owner_keeps_it(card):
-    kept, dropped, strays = torch.randn(3), torch.randn(3), placement.Strays()
-    placement.onto = refusing(card, device=CARD, after=0)
+    kept, dropped, strays = torch.randn(3), torch.randn(3), placement.MisplacedTensors()
+    placement.copy_to = refusing(card, device=CARD, after=0)
     with put_aside([kept, dropped], strays):
         pass
     del dropped
-    assert not strays.try_again() and len(strays) == 1 and card.device_of(kept) == CPU
-    placement.onto = card.onto
-    assert strays.try_again() and card.device_of(kept) == CARD
+    assert not strays.retry() and len(strays) == 1 and card.device_of(kept) == CPU
+    placement.copy_to = card.copy_to
+    assert strays.retry() and card.device_of(kept) == CARD
 
 
 def test_another_failure_than_a_full_card_is_not_hidden(card):
     def broken(tensor: Tensor, device: torch.device) -> Tensor:
         if device == CARD:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
-        return card.onto(tensor, device)
-    placement.onto = broken
+        return card.copy_to(tensor, device)
+    placement.copy_to = broken
     with pytest.raises(RuntimeError, match="illegal"), put_aside([torch.randn(3)]):
         pass
 
@@ -179,7 +179,7 @@ def test_an_emptied_error_holds_nothing_and_still_tells_where_it_came_from():
         translates()
     except TrainingError as error:
         assert all(reference() is not None for reference in seen)
-        placement.emptied(error)
+        placement.clear_frames(error)
         told = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     assert [reference() for reference in seen] == [None, None]
     assert "in translates" in told and "in fails" in told
@@ -211,7 +211,7 @@ def test_tied_weights_stay_tied(card):
 def test_what_others_place_meanwhile_stays_where_they_put_it(card):
     mine, theirs = torch.randn(3), torch.randn(3)
     with put_aside([mine, theirs]):
-        theirs.data = on_card = card.onto(theirs.data, CARD)
+        theirs.data = on_card = card.copy_to(theirs.data, CARD)
     assert theirs.data_ptr() == on_card.data_ptr()
     assert card.device_of(mine) == CARD
 
@@ -247,7 +247,7 @@ def test_a_full_machine_is_said_in_our_words_and_nothing_has_moved(card, host, f
         if full == CARD:
             host.offload_parts({"vae"})
         before = {name: card.device_of(tensor) for name, tensor in borrowed.tensors.items()}
-        placement.onto = refusing(card, device=full, after=3)
+        placement.copy_to = refusing(card, device=full, after=3)
         with pytest.raises(TrainingError, match="moving parts of the model (off|back to) the device"):
             host.offload_parts({"vae"}) if full == CPU else host.reload_parts({"vae"})
         assert {name: card.device_of(tensor) for name, tensor in borrowed.tensors.items()} == before

@@ -1,4 +1,4 @@
-"""A host that lends a model of random weights from memory, and pictures to train on: what a measured run needs."""
+"""A host that leases a model of random weights from memory, and pictures to train on: what a measured run needs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from lib_lora_train.errors import translated
 from lib_lora_train.host import placement
-from lib_lora_train.host.exclusive import Undisturbed
+from lib_lora_train.host.exclusive import ExclusiveHost
 from lib_lora_train.host.port import Checkpoint, LeasedModel, Outline
 from lib_lora_train.model.family import NO_HINTS
 from tools.bench.true_size import true_size_shapes, true_size_tensors
@@ -22,8 +22,8 @@ KOHYA_FOLDER = "1_cat"
 """How kohya's scripts want pictures to lie: a folder in the folder, its name begins with the number of repeats."""
 
 
-class RandomHost(Undisturbed):
-    """Lends true-size random weights on `device`; they are drawn at the first loan."""
+class RandomHost(ExclusiveHost):
+    """Leases true-size random weights on `device`; they are drawn at the first lease."""
 
     allowed = None
 

@@ -23,7 +23,7 @@ from PIL import Image
 
 from lib_lora_train.dataset.progress import ShouldStop
 from lib_lora_train.errors import HostError, translated
-from lib_lora_train.host.a1111.queue import Turn
+from lib_lora_train.host.a1111.queue import QueueLock
 from lib_lora_train.tagging.captioner import Captioner, CaptionerSource, Description, Tag
 from lib_lora_train.tagging.options import TagOptions
 
@@ -119,7 +119,7 @@ class _Turns:
 def _turn(should_stop: ShouldStop | None) -> Callable[[], contextlib.AbstractContextManager[None]]:
     @contextlib.contextmanager
     def turn() -> Iterator[None]:
-        with Turn(call_queue.queue_lock).held(stop=should_stop or (lambda: False)):
+        with QueueLock(call_queue.queue_lock).held(stop=should_stop or (lambda: False)):
             lowvram.send_everything_to_cpu()
             yield
     return turn

@@ -116,8 +116,8 @@ def lora(name: str) -> dict[str, Any]:
 def sample(prompt: str = Body(""), negative_prompt: str = Body(""), width: int = Body(64), height: int = Body(64),
            steps: int = Body(4), cfg_scale: float = Body(7.0), seed: int = Body(1)) -> dict[str, str]:
     """A picture by our own sampler on the lent model, as base64 of a PNG."""
-    from lib_lora_train.evaluation.sampler import SampleRequest, sample_latents, to_image
     from lib_lora_train.host.a1111.host import HOST
+    from lib_lora_train.model.sampler import SampleRequest, sample_latents, to_image
 
     request = SampleRequest(prompt, negative_prompt, width, height, steps, cfg_scale, seed)
     with HOST.lease() as borrowed:
@@ -224,7 +224,7 @@ def pretend_card() -> dict[str, str]:
     from lib_lora_train.training import device_step
 
     card, loss = pretended_card.PretendedCard(), device_step.denoising_loss
-    placement.device_of, placement.onto = card.device_of, card.onto
+    placement.device_of, placement.copy_to = card.device_of, card.copy_to
     memory.unneeded = lambda *arguments: frozenset({"vae", "text"})
 
     def lies_where(doing: str) -> None:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
 
-from lib_lora_train.evaluation.sampler import SampleRequest, sample_batch, sample_latents, sigmas
 from lib_lora_train.model import frozen
+from lib_lora_train.model.sampler import SampleRequest, sample_batch, sample_latents, sigmas
 from lib_lora_train.model.schedule import NoiseSchedule
 from lib_lora_train.model.text import Conditioning
 

@@ -1,4 +1,4 @@
-"""The WebUI's model comes home at the end of a loan, on stand-ins for its modules; tests/webui asks the real ones."""
+"""The WebUI's model is restored at the end of a lease, on stand-ins for its modules; tests/webui asks the real ones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.pretended_card import CPU, PretendedCard
 
 CARD = torch.device("meta")  # a device that torch can name on any machine
 PARTS = {"unet": "model.diffusion_model", "vae": "first_stage_model", "text": "cond_stage_model"}
-NAMES = ("webui_loan", "webui_loras", "webui_model", "webui_progress")
+NAMES = ("lease", "loras", "model", "progress", "render")
 
 
 class Card(PretendedCard):
@@ -33,10 +33,10 @@ class Card(PretendedCard):
     def device_of(self, tensor: Tensor) -> torch.device:
         return CPU if tensor.data_ptr() in self.on_cpu else CARD
 
-    def onto(self, tensor: Tensor, device: torch.device) -> Tensor:
+    def copy_to(self, tensor: Tensor, device: torch.device) -> Tensor:
         if device == CARD and self.full():
             raise RuntimeError("CUDA out of memory")
-        return super().onto(tensor, device)
+        return super().copy_to(tensor, device)
 
 
 class Part(nn.Module):
@@ -55,13 +55,13 @@ class Part(nn.Module):
 def card(monkeypatch: pytest.MonkeyPatch) -> Card:
     pretended = Card()
     monkeypatch.setattr(placement, "device_of", pretended.device_of)
-    monkeypatch.setattr(placement, "onto", pretended.onto)
+    monkeypatch.setattr(placement, "copy_to", pretended.copy_to)
     return pretended
 
 
 @pytest.fixture
 def webui(card: Card, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """A WebUI with a loaded model: `.loan` is the module under test, `.lock` the queue's."""
+    """A WebUI with a loaded model: `.lease` is the module under test, `.lock` the queue's."""
     sd_model = nn.Module()
     sd_model.model = Part()
     del sd_model.model.weight, sd_model.model.bias
@@ -80,18 +80,18 @@ def webui(card: Card, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespa
         shared=SimpleNamespace(sd_model=sd_model, state=state,
                                opts=SimpleNamespace(CLIP_stop_at_last_layers=1, comma_padding_backtrack=20)))
     monkeypatch.setitem(sys.modules, "modules", modules)
-    loan = importlib.import_module("lib_lora_train.host.a1111.lease")
-    monkeypatch.setattr(loan, "detect", nothing)  # it is no Stable Diffusion
+    lease = importlib.import_module("lib_lora_train.host.a1111.lease")
+    monkeypatch.setattr(lease, "detect", nothing)  # it is no Stable Diffusion
     for name, answer in (("hints", Hints()), ("describe", None), ("tokenizers", None)):
-        monkeypatch.setattr(loan.webui_model, name, lambda _, answer=answer: answer)
-    yield SimpleNamespace(loan=loan, sd_model=sd_model, devices=devices, lock=threading.Lock(), strays=placement.Strays())
+        monkeypatch.setattr(lease.model, name, lambda _, answer=answer: answer)
+    yield SimpleNamespace(lease=lease, sd_model=sd_model, devices=devices, lock=threading.Lock(), misplaced=placement.MisplacedTensors())
     for name in NAMES:
-        del sys.modules[f"lib_lora_train.host.{name}"]
-        delattr(sys.modules["lib_lora_train.host"], name)
+        sys.modules.pop(f"lib_lora_train.host.a1111.{name}", None)
+        vars(sys.modules["lib_lora_train.host.a1111"]).pop(name, None)
 
 
-def new_loan(webui: SimpleNamespace):
-    return webui.loan.Lease(webui.loan.Turn(webui.lock), webui.strays)
+def new_lease(webui: SimpleNamespace):
+    return webui.lease.WebUILease(webui.lease.QueueLock(webui.lock), webui.misplaced)
 
 
 def on_card(webui: SimpleNamespace, card: Card) -> set[str]:
@@ -102,15 +102,15 @@ def on_card(webui: SimpleNamespace, card: Card) -> set[str]:
 
 def test_what_was_set_aside_is_home_at_the_end_and_while_others_have_the_model(webui, card):
     seen = []
-    with (loan := new_loan(webui)).lent():
-        loan._device = CARD  # the WebUI takes its model, as torch does, to be on the CPU
-        loan.offload_parts({"vae", "text"})
+    with (lease := new_lease(webui)).leased():
+        lease._device = CARD  # the WebUI takes its model, as torch does, to be on the CPU
+        lease.offload_parts({"vae", "text"})
         assert on_card(webui, card) == {"unet"}
-        loan.reload_parts({"vae"})
+        lease.reload_parts({"vae"})
         assert on_card(webui, card) == {"unet", "vae"}
-        loan.offload_parts({"vae"})
-        loan.turn.pass_on = lambda stop: seen.append(on_card(webui, card))
-        assert loan.yield_model(report=lambda _: None, stop=lambda: False) is not None
+        lease.offload_parts({"vae"})
+        lease.queue.yield_to_others = lambda stop: seen.append(on_card(webui, card))
+        assert lease.yield_model(report=lambda _: None, stop=lambda: False) is not None
         assert on_card(webui, card) == {"unet"}
     assert seen == [set(PARTS)] and on_card(webui, card) == set(PARTS) and not webui.lock.locked()
 
@@ -120,9 +120,9 @@ def test_parts_that_the_webui_keeps_off_the_card_do_not_go_home_by_way_of_it(web
     for name in PARTS.values():
         webui.sd_model.get_submodule(name).to(CPU)
     card.moves.clear()
-    with (loan := new_loan(webui)).lent():
+    with (lease := new_lease(webui)).leased():
         assert on_card(webui, card) == set(PARTS) and card.moves == [CARD] * 6
-        loan.offload_parts({"vae", "text"})
+        lease.offload_parts({"vae", "text"})
     assert on_card(webui, card) == set() and card.moves == [CARD] * 6 + [CPU] * 6
 
 
@@ -138,31 +138,31 @@ def test_what_a_failed_work_held_is_gone_before_the_model_needs_its_room(webui, 
         alive.append(weakref.ref(large))
         raise TrainingError("The memory ran out")
 
-    with pytest.raises(TrainingError), (loan := new_loan(webui)).lent():
-        loan.offload_parts({"vae", "text"})
+    with pytest.raises(TrainingError), (lease := new_lease(webui)).leased():
+        lease.offload_parts({"vae", "text"})
         work()
-    assert alive and on_card(webui, card) == set(PARTS) and len(webui.strays) == 0
+    assert alive and on_card(webui, card) == set(PARTS) and len(webui.misplaced) == 0
 
 
-def test_a_model_that_finds_no_room_is_told_once_and_comes_home_with_the_next_loan(webui, card, caplog):
-    with caplog.at_level(logging.WARNING), (loan := new_loan(webui)).lent():
-        loan.offload_parts({"vae", "text"})
+def test_a_model_that_finds_no_room_is_told_once_and_comes_home_with_the_next_lease(webui, card, caplog):
+    with caplog.at_level(logging.WARNING), (lease := new_lease(webui)).leased():
+        lease.offload_parts({"vae", "text"})
         card.full = lambda: True
     said, = caplog.messages
     assert "not on the card" in said and "Load SD checkpoint to VRAM" in said
     assert on_card(webui, card) == {"unet"} and not webui.lock.locked()
-    with pytest.raises(HostError, match="not on the card"), new_loan(webui).lent():
-        raise AssertionError("nothing is lent")
+    with pytest.raises(HostError, match="not on the card"), new_lease(webui).leased():
+        raise AssertionError("nothing is leased")
     card.full = lambda: False
-    with new_loan(webui).lent():
+    with new_lease(webui).leased():
         assert on_card(webui, card) == set(PARTS)
 
 
 def test_who_trains_is_told_that_others_find_no_whole_model(webui, card):
     seen: list[Event] = []
-    with (loan := new_loan(webui)).lent():
-        loan.offload_parts({"vae"})
+    with (lease := new_lease(webui)).leased():
+        lease.offload_parts({"vae"})
         card.full = lambda: not seen
-        loan.turn.pass_on = lambda stop: None
-        loan.yield_model(report=seen.append, stop=lambda: False)
+        lease.queue.yield_to_others = lambda stop: None
+        lease.yield_model(report=seen.append, stop=lambda: False)
     assert [type(event) for event in seen] == [Warned] and on_card(webui, card) == set(PARTS)
