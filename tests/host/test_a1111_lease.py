@@ -14,15 +14,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lib_lora_train.errors import HostError, TrainingError
+from lib_lora_train.errors import HostError, Interrupted, TrainingError
 from lib_lora_train.events import Event, Warned
 from lib_lora_train.host import placement
+from lib_lora_train.host.port import RenderRequest
 from lib_lora_train.model.family import Hints
 from tests.pretended_card import CPU, PretendedCard
 
 CARD = torch.device("meta")  # a device that torch can name on any machine
 PARTS = {"unet": "model.diffusion_model", "vae": "first_stage_model", "text": "cond_stage_model"}
-NAMES = ("lease", "loras", "model", "progress", "render")
+NAMES = ("host", "lease", "loras", "model", "progress", "render")
 
 
 class Card(PretendedCard):
@@ -51,6 +52,16 @@ class Part(nn.Module):
         return self
 
 
+class Generation:
+    """modules.processing.StableDiffusionProcessingTxt2Img."""
+
+    def __init__(self, seed: int, sampler_name: str, **others: object) -> None:
+        self.seed = seed
+
+    def close(self) -> None:
+        """Nothing is kept."""
+
+
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> Card:
     pretended = Card()
@@ -61,20 +72,23 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Card:
 
 @pytest.fixture
 def webui(card: Card, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """A WebUI with a loaded model: `.lease` is the module under test, `.lock` the queue's."""
+    """A WebUI with a loaded model: `.lease` is the module under test, `.lock` the queue's, `.shown()` whether a job is."""
     sd_model = nn.Module()
     sd_model.model = Part()
     del sd_model.model.weight, sd_model.model.bias
     sd_model.model.diffusion_model, sd_model.first_stage_model, sd_model.cond_stage_model = Part(), Part(), Part()
     sd_model.sd_checkpoint_info, sd_model.lowvram = SimpleNamespace(filename="tiny"), False
-    nothing, devices = (lambda *_, **__: None), SimpleNamespace(device=CPU)
-    state = SimpleNamespace(begin=nothing, end=nothing, interrupted=False, stopping_generation=False)
+    nothing, devices, lock = (lambda *_, **__: None), SimpleNamespace(device=CPU), threading.Lock()
+    state = SimpleNamespace(job="", interrupted=False, stopping_generation=False)
+    state.begin, state.end = lambda job: setattr(state, "job", job), lambda: setattr(state, "job", "")
+    pending, running, processing = {}, [], SimpleNamespace(StableDiffusionProcessingTxt2Img=Generation)
     modules = ModuleType("modules")
     vars(modules).update(
-        devices=devices, lowvram=SimpleNamespace(send_everything_to_cpu=nothing), processing=SimpleNamespace(),
+        devices=devices, lowvram=SimpleNamespace(send_everything_to_cpu=nothing), processing=processing,
+        call_queue=SimpleNamespace(queue_lock=lock), sd_samplers=SimpleNamespace(all_samplers_map={"Euler": None}),
         extra_networks=SimpleNamespace(extra_network_registry={}),
-        progress=SimpleNamespace(add_task_to_queue=nothing, finished_tasks=[], pending_tasks={}, start_task=nothing,
-                                 finish_task=nothing),
+        progress=SimpleNamespace(add_task_to_queue=lambda task: pending.update({task: 0}), finished_tasks=[],
+                                 pending_tasks=pending, start_task=running.append, finish_task=running.remove),
         sd_models=SimpleNamespace(model_data=SimpleNamespace(sd_model=sd_model),
                                   select_checkpoint=lambda: sd_model.sd_checkpoint_info),
         shared=SimpleNamespace(sd_model=sd_model, state=state,
@@ -84,7 +98,8 @@ def webui(card: Card, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespa
     monkeypatch.setattr(lease, "detect", nothing)  # it is no Stable Diffusion
     for name, answer in (("hints", Hints()), ("describe", None), ("tokenizers", None)):
         monkeypatch.setattr(lease.model, name, lambda _, answer=answer: answer)
-    yield SimpleNamespace(lease=lease, sd_model=sd_model, devices=devices, lock=threading.Lock(), misplaced=placement.MisplacedTensors())
+    yield SimpleNamespace(lease=lease, sd_model=sd_model, devices=devices, lock=lock, processing=processing, state=state,
+                          misplaced=placement.MisplacedTensors(), shown=lambda: bool(state.job or pending or running))
     for name in NAMES:
         sys.modules.pop(f"lib_lora_train.host.a1111.{name}", None)
         vars(sys.modules["lib_lora_train.host.a1111"]).pop(name, None)
@@ -166,3 +181,80 @@ def test_who_trains_is_told_that_others_find_no_whole_model(webui, card):
         lease.queue.yield_to_others = lambda stop: None
         lease.yield_model(report=seen.append, stop=lambda: False)
     assert [type(event) for event in seen] == [Warned] and on_card(webui, card) == set(PARTS)
+
+
+def test_a_weight_that_is_written_in_place_is_noticed_and_one_that_is_moved_is_not(webui, card):
+    with (lease := new_lease(webui)).leased():
+        lease.version_check.check()
+        lease.offload_parts({"vae"})
+        lease.version_check.check()
+        with torch.no_grad():
+            webui.sd_model.first_stage_model.bias.add_(0)
+        with pytest.raises(HostError):
+            lease.version_check.check()
+
+
+def test_weights_that_others_changed_are_not_trained_on(webui, card):
+    def change(stop: object) -> None:
+        with torch.no_grad():
+            webui.sd_model.model.diffusion_model.weight[0, 0] += 1
+
+    with pytest.raises(HostError), (lease := new_lease(webui)).leased():
+        lease.queue.yield_to_others = change
+        lease.yield_model(report=lambda _: None, stop=lambda: False)
+    assert not webui.lock.locked() and not webui.shown()
+
+
+@pytest.mark.parametrize("block", ["queued", "running"])
+def test_an_exception_takes_a_job_off_the_display(webui, block):
+    display = webui.lease.ProgressDisplay()
+    with pytest.raises(ZeroDivisionError), getattr(display, block)():
+        assert webui.shown()
+        raise ZeroDivisionError
+    assert not webui.shown()
+
+
+def test_an_exception_brings_a_model_back_that_was_moved_to_the_device(webui, card):
+    webui.sd_model.lowvram, webui.devices.device = True, CARD  # --medvram
+    for name in PARTS.values():
+        webui.sd_model.get_submodule(name).to(CPU)
+    with pytest.raises(ZeroDivisionError), webui.lease.model.on_device(webui.sd_model):
+        assert on_card(webui, card) == set(PARTS)
+        raise ZeroDivisionError
+    assert on_card(webui, card) == set()
+
+
+@pytest.fixture
+def host(webui, monkeypatch):
+    monkeypatch.setattr(sys.modules["modules"], "paths", SimpleNamespace(), raising=False)
+    monkeypatch.setattr(sys.modules["modules"].shared, "cmd_opts", SimpleNamespace(lowvram=False), raising=False)
+    for name in ("allowed_paths", "captioners"):
+        monkeypatch.setitem(sys.modules, f"lib_lora_train.host.a1111.{name}", ModuleType(name))
+    return importlib.import_module("lib_lora_train.host.a1111.host").WebUIHost()
+
+
+def test_rendering_is_a_generation_in_the_queue(webui, host):
+    def process(generation: Generation) -> SimpleNamespace:
+        assert webui.lock.locked() and webui.shown()
+        return SimpleNamespace(images=[generation.seed])
+    webui.processing.process_images = process
+    assert host.render(RenderRequest("a", seed=5, count=2)) == [5, 6]
+    assert not webui.lock.locked() and not webui.shown()
+    with pytest.raises(HostError):
+        host.render(RenderRequest("a", sampler="none"))
+    with pytest.raises(HostError), host.lease():
+        host.render(RenderRequest("a"))  # its lock would never come
+
+
+@pytest.mark.parametrize("how", ["it fails", "no memory", "interrupted", "stop"])
+def test_a_rendering_that_ends_early_leaves_the_webui_as_it_was(webui, host, how):
+    def process(generation: Generation) -> SimpleNamespace:
+        if how in ("it fails", "no memory"):
+            raise ZeroDivisionError if how == "it fails" else MemoryError
+        webui.state.interrupted = how == "interrupted"
+        return SimpleNamespace(images=[None])
+    webui.processing.process_images = process
+    expected = {"it fails": ZeroDivisionError, "no memory": TrainingError}.get(how, Interrupted)
+    with pytest.raises(expected):
+        host.render(RenderRequest("a", count=3), stop=lambda: how == "stop")
+    assert not webui.lock.locked() and not webui.shown() and not webui.state.interrupted

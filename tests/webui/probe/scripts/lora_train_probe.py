@@ -123,9 +123,23 @@ def sample(prompt: str = Body(""), negative_prompt: str = Body(""), width: int =
     with HOST.lease() as borrowed:
         model = _frozen(borrowed)
         image = to_image(model, sample_latents(model, request, clip_skip=borrowed.clip_skip))
-    content = io.BytesIO()
-    image.save(content, "PNG")
-    return {"image": base64.b64encode(content.getvalue()).decode()}
+    return {"image": _png(image)}
+
+
+def render(prompt: str = Body(""), negative_prompt: str = Body(""), width: int = Body(64), height: int = Body(64),
+           steps: int = Body(4), cfg_scale: float = Body(7.0), seed: int = Body(1), sampler: str = Body("Euler"),
+           count: int = Body(1), leased: bool = Body(False)) -> dict[str, Any]:
+    """What the host renders, as base64 of PNGs; `error` where it refuses. `leased`: while the model is leased."""
+    from lib_lora_train.errors import LoraTrainError
+    from lib_lora_train.host.a1111.host import HOST
+    from lib_lora_train.host.port import RenderRequest
+
+    request = RenderRequest(prompt, negative_prompt, width, height, steps, cfg_scale, seed, sampler, count)
+    try:
+        with HOST.lease() if leased else contextlib.nullcontext():
+            return {"images": [_png(image) for image in HOST.render(request)]}
+    except LoraTrainError as error:
+        return {"error": type(error).__name__}
 
 
 def tokens(text: str = Body("", embed=True)) -> dict[str, Any]:
@@ -384,9 +398,15 @@ def describe(name: str = Body(""), pictures: tuple[str, ...] = Body(()), thresho
 def install(_: Any, app: FastAPI) -> None:
     for function in (model, lent, lora, state, refusals, surroundings, captioners, watched, places):
         app.add_api_route(f"/probe/{function.__name__}", function, methods=["GET"])
-    for function in (parity, sample, tokens, fail, hold, release, change_weights, reload,
+    for function in (parity, sample, render, tokens, fail, hold, release, change_weights, reload,
                      refresh, discard, put_back, inject, heal, describe, watch, pretend_card):
         app.add_api_route(f"/probe/{function.__name__}", function, methods=["POST"])
+
+
+def _png(image: Image.Image) -> str:
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    return base64.b64encode(content.getvalue()).decode()
 
 
 def _digest(tensor: torch.Tensor) -> str:
