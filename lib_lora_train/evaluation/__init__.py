@@ -1,1 +1,1 @@
-"""What the model makes of images and captions: the caption check, class images, the loss on fixed noise."""
+"""What the model makes of images and captions: the caption check and class images."""

@@ -32,10 +32,10 @@ def emoji(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def quick(request, monkeypatch):
-    """Where the numbers themselves do not matter, one timestep is asked and not ten."""
+    """One noise a timestep; where the numbers themselves do not matter, one timestep."""
+    monkeypatch.setattr(caption_check, "NOISES", 1)
     if "emoji" not in request.fixturenames:
         monkeypatch.setattr(caption_check, "TIMESTEPS", (550,))
-        monkeypatch.setattr(caption_check, "NOISES", 1)
 
 
 def items(*, wrong: bool = False) -> list[tuple[Path, str]]:

@@ -10,12 +10,12 @@ import torch
 from lib_lora_train.adapters import file
 from lib_lora_train.adapters.network import LoRANetwork
 from lib_lora_train.adapters.targets import find_targets
-from lib_lora_train.evaluation.fixed_loss import fixed_loss
 from lib_lora_train.host.port import Host
 from lib_lora_train.inputs.batches import Batch
 from lib_lora_train.model import frozen
 from lib_lora_train.model.layers import Adapter
 from lib_lora_train.model.sampler import SampleRequest, sample_batch
+from tools.bench.fixed_loss import fixed_loss
 from tools.bench.real_images import SIDE
 
 Adapters = Mapping[str, Mapping[str, Adapter]]

@@ -124,12 +124,11 @@ class WebUIHost:
         return self._lease.yield_model(report=report, stop=stop)
 
     def offload_parts(self, parts: Collection[str]) -> Mapping[str, torch.Tensor]:
-        """Move these parts of the loaded model to the CPU; generations that are let through find all of it in its place."""
+        """Generations that are let through find all of the model in its place."""
         assert self._lease is not None, "nothing is leased"
         return self._lease.offload_parts(parts)
 
     def reload_parts(self, parts: Collection[str]) -> Mapping[str, torch.Tensor]:
-        """Move these parts to the WebUI's device again."""
         assert self._lease is not None, "nothing is leased"
         return self._lease.reload_parts(parts)
 

@@ -87,7 +87,7 @@ class WebUILease:
         try:
             with self.display.queued():
                 self.queue.yield_to_others(stop=stop)
-            while not self._lease_again():
+            while not self._resume():
                 self._wait_for_model(report=report, stop=stop)
         except Interrupted:
             return None
@@ -134,7 +134,7 @@ class WebUILease:
         if self.queue.holding() and not self._misplaced.retry() and leased:
             log.warning("%s", _misplaced_error())
 
-    def _lease_again(self) -> bool:
+    def _resume(self) -> bool:
         """Whether the WebUI holds the leased model, which is then leased again. With the lock held."""
         assert self._identity is not None and self._checksum is not None
         self._setup.enter_context(self.display.running())
