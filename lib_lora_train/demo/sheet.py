@@ -11,7 +11,7 @@ from lib_lora_train.adapters import file
 from lib_lora_train.adapters.network import LoRANetwork
 from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.dataset.images import read_image
-from lib_lora_train.host.port import Host
+from lib_lora_train.host.port import ModelSource
 from lib_lora_train.model import frozen
 from lib_lora_train.model.layers import Adapter
 from lib_lora_train.model.sampler import SampleRequest, sample_batch, to_image
@@ -32,7 +32,7 @@ class SheetRow:
     images: tuple[Image.Image, ...]
 
 
-def sample_rows(host: Host, lora: Path, *, dataset: Path) -> list[SheetRow]:
+def sample_rows(host: ModelSource, lora: Path, *, dataset: Path) -> list[SheetRow]:
     """Three rows: some of the dataset; the model's own paintings of other words; those with the LoRA, from the same noise."""
     with host.lease() as borrowed:
         model = frozen.build(borrowed.tensors, hints=borrowed.hints, tokenizers=borrowed.tokenizers)

@@ -182,24 +182,24 @@ def test_who_reads_only_the_first_rows_gives_the_model_back(host, images):
         pass
 
 
-def test_nothing_borrows_where_there_is_nothing_to_check(tmp_path):
+def test_nothing_leases_where_there_is_nothing_to_check(tmp_path):
     nothing = demo.StandaloneHost(None, lora_folder=tmp_path / "loras", runs_folder=tmp_path / "runs")
     assert list(check_captions(nothing, [])) == []
 
 
 def test_checking_changes_neither_the_random_state_nor_the_weights(host, images):
-    with host.lease() as lent:
-        before = {name: tensor.clone() for name, tensor in lent.tensors.items()}
+    with host.lease() as leased:
+        before = {name: tensor.clone() for name, tensor in leased.tensors.items()}
     state = torch.get_rng_state()
     list(check_captions(host, [(images / "0.png", "red")], settings=TINY, seeds=1, steps=1))
     assert torch.equal(state, torch.get_rng_state()) and torch.is_grad_enabled()
-    with host.lease() as lent:
-        assert all(torch.equal(tensor, before[name]) for name, tensor in lent.tensors.items())
+    with host.lease() as leased:
+        assert all(torch.equal(tensor, before[name]) for name, tensor in leased.tensors.items())
 
 
 def test_a_picture_resembles_itself_and_a_shifted_copy_more_than_another_one(emoji):
-    with emoji.lease() as lent:
-        model = frozen.build(lent.tensors, hints=lent.hints, tokenizers=lent.tokenizers)
+    with emoji.lease() as leased:
+        model = frozen.build(leased.tensors, hints=leased.hints, tokenizers=leased.tokenizers)
 
     def features(name: str, *, shift: int = 0) -> torch.Tensor:
         with Image.open(Path(demo.STYLE) / f"{name}.png") as session:

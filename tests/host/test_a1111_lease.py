@@ -78,7 +78,7 @@ def webui(card: Card, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespa
     del sd_model.model.weight, sd_model.model.bias
     sd_model.model.diffusion_model, sd_model.first_stage_model, sd_model.cond_stage_model = Part(), Part(), Part()
     sd_model.sd_checkpoint_info, sd_model.lowvram = SimpleNamespace(filename="tiny"), False
-    nothing, devices, lock = (lambda *_, **__: None), SimpleNamespace(device=CPU), threading.Lock()
+    nothing, devices, lock = (lambda *_, **__: None), SimpleNamespace(device=CARD), threading.Lock()
     state = SimpleNamespace(job="", interrupted=False, stopping_generation=False)
     state.begin, state.end = lambda job: setattr(state, "job", job), lambda: setattr(state, "job", "")
     pending, running, processing = {}, [], SimpleNamespace(StableDiffusionProcessingTxt2Img=Generation)
@@ -98,7 +98,7 @@ def webui(card: Card, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespa
     monkeypatch.setattr(lease, "detect", nothing)  # it is no Stable Diffusion
     for name, answer in (("hints", Hints()), ("describe", None), ("tokenizers", None)):
         monkeypatch.setattr(lease.model, name, lambda _, answer=answer: answer)
-    yield SimpleNamespace(lease=lease, sd_model=sd_model, devices=devices, lock=lock, processing=processing, state=state,
+    yield SimpleNamespace(lease=lease, sd_model=sd_model, lock=lock, processing=processing, state=state,
                           misplaced=placement.MisplacedTensors(), shown=lambda: bool(state.job or pending or running))
     for name in NAMES:
         sys.modules.pop(f"lib_lora_train.host.a1111.{name}", None)
@@ -115,10 +115,9 @@ def on_card(webui: SimpleNamespace, card: Card) -> set[str]:
             if all(card.device_of(tensor) == CARD for tensor in webui.sd_model.get_submodule(name).parameters())}
 
 
-def test_what_was_set_aside_is_home_at_the_end_and_while_others_have_the_model(webui, card):
+def test_what_was_offloaded_is_back_at_the_end_and_while_others_have_the_model(webui, card):
     seen = []
     with (lease := new_lease(webui)).leased():
-        lease._device = CARD  # the WebUI takes its model, as torch does, to be on the CPU
         lease.offload_parts({"vae", "text"})
         assert on_card(webui, card) == {"unet"}
         lease.reload_parts({"vae"})
@@ -130,8 +129,8 @@ def test_what_was_set_aside_is_home_at_the_end_and_while_others_have_the_model(w
     assert seen == [set(PARTS)] and on_card(webui, card) == set(PARTS) and not webui.lock.locked()
 
 
-def test_parts_that_the_webui_keeps_off_the_card_do_not_go_home_by_way_of_it(webui, card):
-    webui.sd_model.lowvram, webui.devices.device = True, CARD  # --medvram
+def test_parts_that_the_webui_keeps_off_the_card_do_not_return_by_way_of_it(webui, card):
+    webui.sd_model.lowvram = True  # --medvram
     for name in PARTS.values():
         webui.sd_model.get_submodule(name).to(CPU)
     card.moves.clear()
@@ -159,7 +158,7 @@ def test_what_a_failed_work_held_is_gone_before_the_model_needs_its_room(webui, 
     assert alive and on_card(webui, card) == set(PARTS) and len(webui.misplaced) == 0
 
 
-def test_a_model_that_finds_no_room_is_told_once_and_comes_home_with_the_next_lease(webui, card, caplog):
+def test_a_model_that_finds_no_room_is_told_once_and_comes_back_with_the_next_lease(webui, card, caplog):
     with caplog.at_level(logging.WARNING), (lease := new_lease(webui)).leased():
         lease.offload_parts({"vae", "text"})
         card.full = lambda: True
@@ -215,7 +214,7 @@ def test_an_exception_takes_a_job_off_the_display(webui, block):
 
 
 def test_an_exception_brings_a_model_back_that_was_moved_to_the_device(webui, card):
-    webui.sd_model.lowvram, webui.devices.device = True, CARD  # --medvram
+    webui.sd_model.lowvram = True  # --medvram
     for name in PARTS.values():
         webui.sd_model.get_submodule(name).to(CPU)
     with pytest.raises(ZeroDivisionError), webui.lease.model.on_device(webui.sd_model):

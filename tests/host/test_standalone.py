@@ -54,13 +54,13 @@ def test_what_is_trained_on_is_the_hosts_memory_to_the_last_byte(
         own: StandaloneHost, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copied: list[int] = []
     original = job.train
+    with own.lease() as leased:
+        memory = {tensor.untyped_storage().data_ptr() for tensor in leased.tensors.values()}
 
     def watched(model, *arguments, **named):
         steps = original(model, *arguments, **named)
-        assert own._tensors is not None
-        lent = {tensor.untyped_storage().data_ptr() for tensor in own._tensors.values()}
         used: list[torch.Tensor] = [t for part in (*model.components.values(), model.vae.tensors) for t in part.values()]
-        copied.append(sum(t.nbytes for t in used if t.untyped_storage().data_ptr() not in lent))
+        copied.append(sum(t.nbytes for t in used if t.untyped_storage().data_ptr() not in memory))
         copied.append(model.unet.layers.copied_bytes + model.vae.layers.copied_bytes)
         return steps
     monkeypatch.setattr(job, "train", watched)
