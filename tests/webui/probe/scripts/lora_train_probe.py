@@ -375,21 +375,21 @@ def captioners() -> dict[str, Any]:
             "deepdanbooru": danbooru and str(next(danbooru.parameters()).device)}
 
 
-def describe(name: str = Body(""), pictures: tuple[str, ...] = Body(()), threshold: float = Body(0.5)) -> dict[str, Any]:
-    """What a captioner of the host says of pictures; `error` where it cannot be opened, `busy` for the queue meanwhile."""
+def describe(name: str = Body(""), images: tuple[str, ...] = Body(()), threshold: float = Body(0.5)) -> dict[str, Any]:
+    """What a captioner of the host says of images; `error` where it cannot be opened, `busy` for the queue meanwhile."""
     from lib_lora_train.errors import LoraTrainError
     from lib_lora_train.host.a1111.host import HOST
     from lib_lora_train.tagging.options import TagOptions
     from lib_lora_train.tagging.sources import find_source, sources
 
-    images = [Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB") for data in pictures]
+    decoded = [Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB") for data in images]
     try:
         source = find_source(name, sources(HOST))
         with source.open(TagOptions(general_threshold=threshold), devices.device) as captioner:
             busy = not call_queue.queue_lock.acquire(blocking=False)
             if not busy:
                 call_queue.queue_lock.release()
-            found = captioner.describe(images)
+            found = captioner.describe(decoded)
     except LoraTrainError as error:
         return {"error": str(error)}
     return {"busy": busy, "texts": [one.text for one in found], "tags": [[list(tag) for tag in one.tags] for one in found]}
