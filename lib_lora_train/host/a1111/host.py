@@ -23,7 +23,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from modules import call_queue, paths, sd_models, shared
+from modules import call_queue, launch_utils, paths, sd_models, shared
 from PIL import Image
 
 from lib_lora_train.errors import HostError
@@ -85,7 +85,6 @@ class WebUIHost:
         return None if sd_model is None else model.describe(sd_model)
 
     def outline(self) -> Outline | None:
-        """The shapes of what is loaded now; None for a model of another kind."""
         sd_model = sd_models.model_data.sd_model
         return None if sd_model is None or not model.describe(sd_model).family else model.outline(sd_model)
 
@@ -133,12 +132,10 @@ class WebUIHost:
         return self._lease.reload_parts(parts)
 
     def waiting(self) -> bool:
-        """Whether a lease waits in the WebUI's queue, mostly behind a generation."""
         lease = self._lease
         return lease is not None and lease.queue.waiting()
 
     def stop_waiting(self) -> None:
-        """End that wait: `lease` raises Interrupted, `yield_model` returns None."""
         lease = self._lease
         if lease is not None:
             lease.queue.stop_waiting()
@@ -180,6 +177,17 @@ def api_access() -> tuple[bool, str]:
     The WebUI checks them for its own routes only.
     """
     return bool(shared.cmd_opts.api or shared.cmd_opts.nowebui), shared.cmd_opts.api_auth or ""
+
+
+# What changes how a model is held or computed; no names, no passwords.
+_FLAGS = ("medvram", "medvram_sdxl", "lowvram", "no_half", "no_half_vae", "upcast_sampling", "precision", "use_cpu", "xformers",
+          "opt_sdp_attention", "disable_model_loading_ram_optimization", "api", "listen", "share")
+
+
+def about() -> str:
+    """Which WebUI this is, for a report of a problem: "AUTOMATIC1111 v1.10.1 medvram=True"."""
+    flags = {name: value for name in _FLAGS if (value := getattr(shared.cmd_opts, name, None))}
+    return " ".join([f"AUTOMATIC1111 {launch_utils.git_tag()}", *(f"{name}={value}" for name, value in flags.items())])
 
 
 HOST = WebUIHost()

@@ -50,7 +50,7 @@ class WebUILease:
         self._originals: Mapping[Tensor, torch.device] = {}
         self._offloaded: frozenset[str] = frozenset()
         self._device = placement.CPU
-        self._checksum: model.Checksum | None = None
+        self._checksums: Mapping[str, object] = {}
         self._identity: model.Identity | None = None
 
     @contextlib.contextmanager
@@ -79,8 +79,7 @@ class WebUILease:
 
     def yield_model(self, *, report: Report, stop: Callable[[], bool]) -> Mapping[str, Tensor] | None:
         """See `ModelSource.yield_model`."""
-        if self._checksum is None:
-            self._checksum = model.Checksum(self._tensors)
+        self._checksums = self._checksums or model.checksums(self._tensors)
         self._restore()
         if self._misplaced:
             report(Warned(str(_misplaced_error())))
@@ -136,7 +135,7 @@ class WebUILease:
 
     def _resume(self) -> bool:
         """Whether the WebUI holds the leased model, which is then leased again. With the lock held."""
-        assert self._identity is not None and self._checksum is not None
+        assert self._identity is not None
         self._setup.enter_context(self.display.running())
         sd_model = sd_models.model_data.sd_model
         if sd_model is not None and self._identity.will_return(sd_model):
@@ -145,10 +144,10 @@ class WebUILease:
         if sd_model is None:
             raise HostError("The WebUI's model was unloaded while others used it",
                             remedy="choose the checkpoint again at the top of the page and resume the run")
-        if not self._identity.matches(sd_model):
+        if model.Identity.of(sd_model) != self._identity:
             return False
         self._set_up(sd_model)
-        if not self._checksum.matches(self._tensors):
+        if model.checksums(self._tensors) != self._checksums:
             raise model.model_changed()
         self._offload(self._offloaded)
         return True

@@ -80,19 +80,9 @@ class _Saved(torch.autograd.Function):
         return gradient, None
 
 
-class Checksum:
-    """Tells, after others had the model, whether its weights are still the same, wherever they are: for every tensor of
-    UNet, VAE and text encoders its shape, dtype and a sum over its bits."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._sums = _sums(tensors)
-
-    def matches(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Whether these are the same weights."""
-        return _sums(tensors) == self._sums
-
-
-def _sums(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype, int]]:
+def checksums(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype, int]]:
+    """For every tensor of UNet, VAE and text encoders its shape, dtype and a sum over its bits: the same for the same
+    weights, wherever they are."""
     # Without the noise schedule's buffers, which the WebUI makes anew at each generation.
     weights = {name: tensor for name, tensor in tensors.items()
                if name.startswith(("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner."))}
@@ -121,10 +111,6 @@ class Identity:
         """As a user knows it."""
         return os.path.basename(self.checkpoint) + (f" with {os.path.basename(self.vae)}" if self.vae else "")
 
-    def matches(self, sd_model: nn.Module) -> bool:
-        """Whether a model is made of these files."""
-        return Identity.of(sd_model) == self
-
     def will_return(self, sd_model: nn.Module) -> bool:
         """Whether the WebUI is set to this checkpoint and holds another one only until the next generation, as after a
         refiner or an API call with `override_settings`."""
@@ -134,7 +120,7 @@ class Identity:
     def may_be_back(self) -> bool:
         """Whether it is worth waiting in the queue for it. Asked without the lock, so the answer may be old."""
         sd_model = sd_models.model_data.sd_model
-        return sd_model is not None and (self.matches(sd_model) or self.will_return(sd_model))
+        return sd_model is not None and (Identity.of(sd_model) == self or self.will_return(sd_model))
 
 
 def model_changed() -> HostError:
@@ -155,14 +141,10 @@ def refuse_lowvram() -> None:
 
 def refuse_kind(sd_model: nn.Module) -> None:
     """Raises ModelError for kinds that names and shapes alone do not give away; `family.detect` knows the others."""
-    kind = ""
-    if getattr(sd_model, "is_sd3", False):
-        kind = "a Stable Diffusion 3 model"
-    elif getattr(sd_model, "is_ssd", False):
-        kind = "an SSD-1B model"
-    elif getattr(sd_model, "cond_stage_key", None) == "edit":
-        kind = "an instruct-pix2pix model"
-    if kind:
+    kinds = {"a Stable Diffusion 3 model": getattr(sd_model, "is_sd3", False),
+             "an SSD-1B model": getattr(sd_model, "is_ssd", False),
+             "an instruct-pix2pix model": getattr(sd_model, "cond_stage_key", None) == "edit"}
+    for kind in (name for name, found in kinds.items() if found):
         raise ModelError(f"The checkpoint is {kind}, which this trainer does not support", remedy=SUPPORTED)
 
 
