@@ -8,9 +8,8 @@ from typing import Any
 from modules.script_callbacks import on_app_started, on_script_unloaded, on_ui_settings, on_ui_tabs
 
 from lib_lora_train import api
-from lib_lora_train.host.a1111.about import about
 from lib_lora_train.host.a1111.allowed_paths import add_option
-from lib_lora_train.host.a1111.host import HOST, api_access, end_before_reload
+from lib_lora_train.host.a1111.host import HOST, about, api_access
 from lib_lora_train.run.runner import RUNNER
 from lib_lora_train.ui.layout import build_tab
 
@@ -33,4 +32,5 @@ def routes(_: Any, app: Any) -> None:
 on_ui_settings(add_option)
 on_ui_tabs(tabs)
 on_app_started(routes)
-on_script_unloaded(lambda: end_before_reload(RUNNER))
+# "Reload UI" waits, at most 60 seconds, until a running job has saved and ended; a step and a save take less.
+on_script_unloaded(lambda: RUNNER.stop(save=True) and RUNNER.wait(60.0))

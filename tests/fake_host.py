@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from lib_lora_train import events
-from lib_lora_train.host.exclusive import Undisturbed
+from lib_lora_train.host.exclusive import ExclusiveHost
 from lib_lora_train.host.port import Checkpoint, Host
 from lib_lora_train.run.planning import RunPlan
 from lib_lora_train.run.record import RunRecord
@@ -17,7 +17,7 @@ from lib_lora_train.settings import Settings, flat
 from lib_lora_train.training import checkpoint as checkpoint_module
 
 
-class FakeHost(Undisturbed):
+class FakeHost(ExclusiveHost):
     """Holds an SD1 checkpoint by name only, lends nothing and is `busy` with other work where a test says so."""
 
     allowed = None
@@ -41,7 +41,7 @@ class FakeHost(Undisturbed):
     def waiting(self) -> bool:
         return self.busy
 
-    def give_up(self) -> None:
+    def stop_waiting(self) -> None:
         self.given_up = True
 
 

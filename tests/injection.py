@@ -38,7 +38,7 @@ class Place:
 P = "lib_lora_train"
 PLACES = (
     Place("at the beginning", f"{P}.run.job:agree_on_settings"),
-    Place("before borrowing", "HOST:borrow"),
+    Place("before borrowing", "HOST:lease"),
     Place("after borrowing", f"{P}.run.job:frozen_model"),
     Place("after building the model", f"{P}.run.job:frozen_model", "after"),
     Place("before building the network", f"{P}.run.job:build_network"),
@@ -59,7 +59,7 @@ PLACES = (
     Place("before saving the result", f"{P}.adapters.file:save", "before", 2, learnt=True),
     Place("after saving the result", f"{P}.adapters.file:save", "after", 2, learnt=True),
     Place("in refreshing the list of LoRAs", "HOST:refresh_loras", learnt=True),
-    Place("after giving the model back", "HOST:borrow", "after", learnt=True),
+    Place("after giving the model back", "HOST:lease", "after", learnt=True),
 )
 
 FAULTS: dict[str, Callable[[], BaseException]] = {
@@ -115,5 +115,5 @@ def inject(place: Place, fault: Callable[[], BaseException], host: Any) -> Calla
         if fails:
             raise fault()
 
-    setattr(owner, name, failing_block if name == "borrow" else failing)
+    setattr(owner, name, failing_block if name == "lease" else failing)
     return lambda: setattr(owner, name, original)

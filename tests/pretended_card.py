@@ -18,11 +18,11 @@ class PretendedCard:
         self.room = 10**9
 
     def device_of(self, tensor: Tensor) -> torch.device:
-        """In the place of `host.aside.device_of`."""
+        """In the place of `host.placement.device_of`."""
         return CPU if tensor.data_ptr() in self.on_cpu else CARD
 
-    def onto(self, tensor: Tensor, device: torch.device) -> Tensor:
-        """In the place of `host.aside.onto`."""
+    def copy_to(self, tensor: Tensor, device: torch.device) -> Tensor:
+        """In the place of `host.placement.copy_to`."""
         if self.room == 0:
             raise RuntimeError(f"{device} out of memory")
         self.room -= 1

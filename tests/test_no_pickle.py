@@ -128,7 +128,7 @@ def test_a_pickle_under_any_name_is_refused_as_lora_and_as_checkpoint(tmp_path: 
     host = StandaloneHost(path, lora_folder=tmp_path, runs_folder=tmp_path)
     readers: list[Callable[[], object]] = [
         lambda: file.load(path), lambda: file.read_metadata(path), lambda: file.inspect(path), lambda: describe_file(path),
-        lambda: host.borrow().__enter__()]
+        lambda: host.lease().__enter__()]
     for reader in readers:
         with pytest.raises(LoraTrainError) as refused:
             reader()

@@ -11,10 +11,10 @@ from lib_lora_train.adapters import file
 from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.dataset.images import read_image
-from lib_lora_train.evaluation.sampler import SampleRequest, sample_batch, to_image
-from lib_lora_train.host.port import Host
+from lib_lora_train.host.port import ModelSource
 from lib_lora_train.model import frozen
 from lib_lora_train.model.ops.layers import Adapter
+from lib_lora_train.model.sampler import SampleRequest, sample_batch, to_image
 
 SIDE, STEPS, CFG_SCALE, SEED = 128, 20, 2.0, 1000
 DATASET = ("grapes", "cupcake", "tiger-face", "koala", "whale", "maple-leaf", "locomotive", "top-hat")
@@ -32,9 +32,9 @@ class SheetRow:
     images: tuple[Image.Image, ...]
 
 
-def sample_rows(host: Host, lora: Path, *, dataset: Path) -> list[SheetRow]:
+def sample_rows(host: ModelSource, lora: Path, *, dataset: Path) -> list[SheetRow]:
     """Three rows: some of the dataset; the model's own paintings of other words; those with the LoRA, from the same noise."""
-    with host.borrow() as borrowed:
+    with host.lease() as borrowed:
         model = frozen.build(borrowed.tensors, hints=borrowed.hints, tokenizers=borrowed.tokenizers)
         content = file.load(lora)
         targets = find_targets(model.components, family=model.architecture.family,

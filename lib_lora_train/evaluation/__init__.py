@@ -1,1 +1,1 @@
-"""Looking at what was learnt: a sampler on the borrowed model. Not here yet: held-out loss, diagnosis, grids, reports."""
+"""What the model makes of images and captions: the caption check and class images."""

@@ -1,4 +1,4 @@
-"""The caption check as one picture: originals on the left, beside them what the model paints from their captions."""
+"""The caption check as one image: originals on the left, beside them samples of the model from their captions."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
 
 def draw_checks(checked: Sequence[Checked], *, most: int = 48) -> Image.Image:
-    """The first `most` rows under each other on white: the original, the painted pictures, score and caption.
+    """The first `most` rows under each other on white: the original, the samples, score and caption.
 
-    Pictures are shrunk to fit 160 pixels. Letters that no font of this machine has are drawn as boxes or question marks.
+    Images are shrunk to fit 160 pixels. Letters that no font of this machine has are drawn as boxes or question marks.
     """
     rows = checked[:most]
     generated = max((len(row.images) for row in rows), default=0)
     across = _SIDE + _MARGIN
     sheet = Image.new("RGB", (_MARGIN + across * (1 + generated) + _TEXT, _MARGIN + max(1, len(rows)) * across), "white")
-    pen, font = ImageDraw.Draw(sheet), _font(13)
+    draw, font = ImageDraw.Draw(sheet), _font(13)
     for line, row in enumerate(rows):
         top = _MARGIN + line * across
         for column, image in enumerate((_original(row), *row.images)):
             small = image.copy()
             small.thumbnail((_SIDE, _SIDE))
             sheet.paste(small, (_MARGIN + column * across + (_SIDE - small.width) // 2, top + (_SIDE - small.height) // 2))
-        lines = [part for text in _texts(row) for part in _wrapped(text, pen, font)]
+        lines = [part for text in _texts(row) for part in _wrapped(text, draw, font)]
         for number, text in enumerate(lines[:_SIDE // _LINE]):
-            pen.text((_MARGIN + across * (1 + generated), top + number * _LINE), text, fill="black", font=font)
+            draw.text((_MARGIN + across * (1 + generated), top + number * _LINE), text, fill="black", font=font)
     return sheet
 
 
@@ -49,7 +49,7 @@ def _texts(row: Checked) -> list[str]:
     return [row.path.name, *facts, row.caption]
 
 
-def _wrapped(text: str, pen: ImageDraw.ImageDraw, font: Font) -> list[str]:
+def _wrapped(text: str, draw: ImageDraw.ImageDraw, font: Font) -> list[str]:
     """`text` in lines that fit the column: cut at spaces where there are some, as Chinese and Japanese have none."""
     if not isinstance(font, ImageFont.FreeTypeFont):  # Pillow's own small font knows Latin-1 only
         text = text.encode("latin-1", "replace").decode("latin-1")
@@ -58,7 +58,7 @@ def _wrapped(text: str, pen: ImageDraw.ImageDraw, font: Font) -> list[str]:
     lines, line = [], ""
     for letter in printable(" ".join(text.split()))[:_LONGEST]:
         if letter not in widths:
-            widths[letter] = pen.textlength(letter, font=font)
+            widths[letter] = draw.textlength(letter, font=font)
         if sum(map(widths.__getitem__, line)) + widths[letter] > _TEXT - _MARGIN:
             head, space, tail = line.rpartition(" ")
             lines.append(head if space else line)

@@ -1,10 +1,10 @@
-"""Whether two pictures show the same kind of thing, judged by the diffusion model itself.
+"""Whether two images show the same kind of thing, by the diffusion model's own features.
 
-The model's own features are compared, as in DIFT (Tang et al. 2023, "Emergent Correspondence from Image Diffusion",
-arXiv 2306.03881): a picture is noised to timestep 261, shown to the UNet with an empty text, and what the coarsest
-layers of its way up make of it is kept; here averaged over the picture, so that a subject may stand elsewhere in it.
-Nothing has to be downloaded, and a model judges what it knows: of the demo's emoji, its own painting of a word is nearer to
-the word's picture than to another one's in all cases, and in 92 of 100 where another hand drew that picture.
+As in DIFT (Tang et al. 2023, "Emergent Correspondence from Image Diffusion", arXiv 2306.03881), an image is noised to
+timestep 261 and shown to the UNet with an empty text; the features are the input of the coarsest level's last transformer
+on the way up, here averaged over the image, so that a subject may be elsewhere in it.
+Nothing has to be downloaded, and a model judges what it knows: of the demo's emoji, its own sample of a word is nearer to
+the word's image than to another one's in all cases, and in 92 of 100 where another artist drew that image.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SEED = 261
 
 @torch.no_grad()
 def subject_features(model: FrozenModel, latents: Tensor, *, clip_skip: int, dtype: torch.dtype) -> Tensor:
-    """[C] fp32 on the CPU: the features of one picture, latents [1, 4, h, w] in the VAE's own scale."""
+    """[C] fp32 on the CPU: the features of one image, latents [1, 4, h, w] in the VAE's own scale."""
     t = torch.full((1,), TIMESTEP, device=model.device)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(_SEED)).to(model.device)
     x_t = model.schedule.add_noise(latents.to(model.device) * model.architecture.latent_scale, noise, t)
@@ -42,12 +42,12 @@ def subject_features(model: FrozenModel, latents: Tensor, *, clip_skip: int, dty
 
 
 def resemblance(features: Tensor, others: Tensor) -> float:
-    """The cosine between two pictures' features [C], not below 0: 1 is the same; unrelated pictures have about a half."""
+    """The cosine between two images' features [C], not below 0: 1 is the same; unrelated images have about a half."""
     return max(0.0, float(F.cosine_similarity(features, others, dim=0)))
 
 
 class _Probe:
-    """Stands in a layer's place, computes the very same, and remembers what went in: its mean over the picture, [C]."""
+    """An adapter that changes nothing and keeps the layer's input, averaged over the image, [C]."""
 
     def __init__(self) -> None:
         self.seen: Tensor | None = None

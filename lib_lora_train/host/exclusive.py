@@ -1,64 +1,55 @@
-"""What a host says that holds its model for itself: nobody else waits for it, takes it or interrupts."""
+"""What a host does that holds its model for itself: nobody else waits for it, uses it or interrupts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from lib_lora_train.errors import translated
-from lib_lora_train.events import Event, Report
+from lib_lora_train.errors import HostError, translated
+from lib_lora_train.events import Report
 from lib_lora_train.host import placement
-from lib_lora_train.tagging.captioner import CaptionerSource
+from lib_lora_train.host.lease import lease_for
+from lib_lora_train.host.port import Display, ModelSource, Renderer, RenderRequest
+from lib_lora_train.model.sampler import to_image
+from lib_lora_train.settings import Settings
 
 
-class Undisturbed:
-    """The part of `host.port.Host` that needs others. `_tensors` are the lent ones, None before the first loan."""
+class ExclusiveHost(ModelSource, Display, Renderer):
+    """The part of `host.port.Host` that is the same for every such host, but for `checkpoint`, `outline` and `lease`."""
 
     _tensors: Mapping[str, Tensor] | None = None
+    """The leased ones, None before the first lease."""
     _device: torch.device
-    """Where they are lent."""
+    """Where they are leased."""
 
-    def captioners(self) -> Sequence[CaptionerSource]:
-        """There are none but ours here."""
-        return ()
-
-    def wanted(self) -> bool:
-        """There is no other work here."""
-        return False
+    def render(self, request: RenderRequest, *, stop: Callable[[], bool] = lambda: False) -> list[Image.Image]:
+        """By our own sampler, which knows no LoRA in a prompt."""
+        if request.sampler != "Euler":
+            raise HostError(f"There is no sampler {request.sampler!r} here", remedy="use Euler")
+        if "<lora:" in request.prompt:
+            raise HostError("A LoRA in a prompt is not possible here", remedy="use it in the WebUI")
+        with lease_for(self, "Rendering", settings=Settings(), should_stop=stop) as lease, translated("rendering"):
+            return [to_image(lease.model, lease.sample(dataclasses.replace(request, seed=request.seed + index)))
+                    for index in range(request.count)]
 
     def yield_model(self, *, report: Report, stop: Callable[[], bool]) -> Mapping[str, Tensor] | None:
-        """Nobody takes the model meanwhile, so it is lent on as it is."""
+        """Nobody uses the model meanwhile, so it stays leased as it is."""
         return self._tensors
 
     def offload_parts(self, parts: Collection[str]) -> Mapping[str, Tensor]:
-        """Move these parts to the CPU until they are lent again."""
-        assert self._tensors is not None, "nothing is lent"
-        with translated("moving parts of the model off the device"):
-            placement.move(placement.tensors_of(self._tensors, parts), placement.CPU)
-        return self._tensors
+        """Move these parts to the CPU until the next lease."""
+        return self._move(parts, placement.CPU, "off the device")
 
     def reload_parts(self, parts: Collection[str]) -> Mapping[str, Tensor]:
-        """Move these parts to where they are lent."""
-        assert self._tensors is not None, "nothing is lent"
-        with translated("moving parts of the model back to the device"):
-            placement.move(placement.tensors_of(self._tensors, parts), self._device)
+        """Move these parts to where they are leased."""
+        return self._move(parts, self._device, "back to the device")
+
+    def _move(self, parts: Collection[str], device: torch.device, where: str) -> Mapping[str, Tensor]:
+        assert self._tensors is not None, "nothing is leased"
+        with translated(f"moving parts of the model {where}"):
+            placement.move(placement.tensors_of(self._tensors, parts), device)
         return self._tensors
-
-    def waiting(self) -> bool:
-        """There is no other work here."""
-        return False
-
-    def give_up(self) -> None:
-        """Nobody waits here."""
-
-    def interrupted(self) -> bool:
-        """Nobody else can interrupt here."""
-        return False
-
-    def report(self, event: Event) -> None:
-        """There is no other progress display to keep true."""
-
-    def refresh_loras(self) -> None:
-        """There is no list of LoRAs to refresh."""

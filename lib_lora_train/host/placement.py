@@ -1,8 +1,8 @@
-"""Parts of a lent model set aside: moved to the CPU while they are not needed, and back.
+"""Moving parts of a leased model off its device while they are not needed, and back.
 
 A tensor is moved in place: the object stays, its storage becomes another one, so that whoever holds the object (a module
-of the host, the mapping that was lent) sees the new place and nobody keeps the old one alive. Its dtype, its strides, whether
-it wants a gradient and whether it is an inference tensor stay what they were; tensors that shared their memory share it
+of the host, the leased mapping) sees the new place and nobody keeps the old one alive. Its dtype, its strides, whether
+it requires a gradient and whether it is an inference tensor stay what they were; tensors that shared their memory share it
 afterwards.
 """
 
@@ -35,106 +35,107 @@ def tensors_of(tensors: Mapping[str, Tensor], parts: Collection[str]) -> list[Te
 
 
 def device_of(tensor: Tensor) -> torch.device:
-    """Where a tensor lies. Here and in `onto` only a device is asked about or moved to."""
+    """The device of a tensor. Only here and in `copy_to` torch is asked about devices, so that a test can replace both."""
     return tensor.device
 
 
-def onto(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor's numbers on another device: a copy, of the same strides."""
+def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy of the tensor on another device, of the same strides."""
     return tensor.to(device)
 
 
 def indexed(device: torch.device) -> torch.device:
-    """A card with its number: the current one's where there is none. Older torch is not told of a card's memory without."""
+    """A GPU with its index, by default the current one's: older torch does not tell a GPU's memory without."""
     return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" and device.index is None else device
 
 
 def move(tensors: Iterable[Tensor], device: torch.device) -> None:
-    """Move those of the tensors that lie elsewhere to `device`, in place.
+    """Move the tensors to `device`, in place.
 
     Raises what torch raises where the device has no room; nothing has moved then.
     """
-    were = {tensor: device_of(tensor) for tensor in tensors}
-    with contextlib.ExitStack() as otherwise:
-        otherwise.callback(_each_to, were)
-        _each_to(dict.fromkeys(were, device))
-        otherwise.pop_all()
+    originals = {tensor: device_of(tensor) for tensor in tensors}
+    with contextlib.ExitStack() as on_error:
+        on_error.callback(_move_each, originals)
+        _move_each(dict.fromkeys(originals, device))
+        on_error.pop_all()
 
 
-class Strays:
-    """Tensors that found no room at home. Nobody keeps them for this: their owner may drop them."""
+class MisplacedTensors:
+    """Tensors for which their original device had no room, with that device. Only weak references: their owner may drop
+    them."""
 
     def __init__(self) -> None:
-        self._homes: list[tuple[weakref.ref[Tensor], torch.device]] = []
+        self._originals: list[tuple[weakref.ref[Tensor], torch.device]] = []
 
     def __len__(self) -> int:
-        return len(self._homes)
+        return len(self._originals)
 
-    def send_home(self, homes: Mapping[Tensor, torch.device]) -> None:
-        """Move each home; those for which there is no room are strays afterwards."""
+    def restore(self, originals: Mapping[Tensor, torch.device]) -> None:
+        """Move each tensor to its original device; those for which there is no room are kept here."""
         try:
-            _each_to(homes)
+            _move_each(originals)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            self._homes += [(weakref.ref(tensor), home) for tensor, home in homes.items() if not _lies(tensor, home)]
+            self._originals += [(weakref.ref(tensor), device) for tensor, device in originals.items()
+                                if not _is_on(tensor, device)]
 
-    def try_again(self) -> bool:
-        """Send home those there are, all memory collected that nobody uses. Whether none is left."""
-        found = [(reference(), home) for reference, home in self._homes]
-        self._homes.clear()
-        homes = {tensor: home for tensor, home in found if tensor is not None}
-        if homes:
+    def retry(self) -> bool:
+        """Restore those there are, after unused memory is freed. Whether none is left."""
+        found = [(reference(), device) for reference, device in self._originals]
+        self._originals.clear()
+        originals = {tensor: device for tensor, device in found if tensor is not None}
+        if originals:
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            self.send_home(homes)
-        return not self._homes
+            self.restore(originals)
+        return not self._originals
 
 
 @contextlib.contextmanager
-def aside(homes: Mapping[Tensor, torch.device], strays: Strays) -> Iterator[None]:
-    """The tensors on the CPU until the block is left, then each at its home, whatever happens, or among the strays.
+def offloaded(originals: Mapping[Tensor, torch.device], misplaced: MisplacedTensors) -> Iterator[None]:
+    """Keep the tensors on the CPU inside the block; afterwards, also on an exception, each is on its original device or
+    among the misplaced ones.
 
-    Who moved one of them meanwhile has placed it himself: it stays where it is now. Raises as `move` before the block.
+    A tensor that somebody else moved inside the block stays where it is then. Raises as `move` before the block.
     """
-    move(homes, CPU)
+    move(originals, CPU)
     try:
         yield
     finally:
-        strays.send_home({tensor: home for tensor, home in homes.items() if _lies(tensor, CPU)})
+        misplaced.restore({tensor: device for tensor, device in originals.items() if _is_on(tensor, CPU)})
 
 
-def emptied(error: BaseException) -> None:
-    """Empty the frames that an error and those it came of have left: until it is forgotten, these hold all that was in their
-    variables. Where it came from can still be told."""
-    left: list[BaseException | None] = [error]
+def clear_frames(error: BaseException) -> None:
+    """Free the local variables that an error and its causes keep alive through their tracebacks, which still print."""
+    pending: list[BaseException | None] = [error]
     seen: set[int] = set()
-    while left:
-        one = left.pop()
+    while pending:
+        one = pending.pop()
         if one is not None and id(one) not in seen:
             seen.add(id(one))
-            traceback.clear_frames(one.__traceback__)  # passes over those that are not left yet
-            left += [one.__cause__, one.__context__]
+            traceback.clear_frames(one.__traceback__)  # skips frames that still run
+            pending += [one.__cause__, one.__context__]
 
 
-def _each_to(places: Mapping[Tensor, torch.device]) -> None:
+def _move_each(devices: Mapping[Tensor, torch.device]) -> None:
     # Tied weights are several objects over one memory, and stay so.
     tied: dict[tuple[object, ...], list[Tensor]] = {}
-    for tensor, device in places.items():
-        if not _lies(tensor, device):
+    for tensor, device in devices.items():
+        if not _is_on(tensor, device):
             memory = (device_of(tensor), tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, device)
             tied.setdefault(memory, []).append(tensor)
     for (*_, device), tensors in tied.items():
         moved = None
         for tensor in tensors:
             with torch.inference_mode(tensor.is_inference()):
-                if moved is None:
-                    moved = onto(tensor.data, device)
+                moved = copy_to(tensor.data, device) if moved is None else moved
                 tensor.data = moved
 
 
-def _lies(tensor: Tensor, device: torch.device) -> bool:
-    """Whether a tensor lies on a device; "cuda" without a number is whichever card it is on."""
-    at = device_of(tensor)
-    return at.type == device.type and (device.index is None or at.index == device.index)
+def _is_on(tensor: Tensor, device: torch.device) -> bool:
+    """Whether a tensor is on a device; "cuda" without an index is whichever GPU it is on."""
+    current = device_of(tensor)
+    return current.type == device.type and (device.index is None or current.index == device.index)

@@ -1,4 +1,7 @@
-"""What a host offers to a job, and nothing more."""
+"""What a host offers: a model to lease, folders, a display, and its own text-to-image.
+
+`Host` is all of it; a function takes the part it needs. What is written out here holds for a host that nobody else uses.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,11 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from PIL import Image
 
 from lib_lora_train.events import Event, Report
 from lib_lora_train.model.family import Hints
+from lib_lora_train.model.sampler import SampleRequest
 from lib_lora_train.model.sd.tokens import Tokenizer
 from lib_lora_train.settings.allowed_paths import AllowedPaths
 from lib_lora_train.tagging.captioner import CaptionerSource
@@ -19,7 +24,7 @@ from lib_lora_train.tagging.captioner import CaptionerSource
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """Which model a host holds. `family` is a name in `model.family.FAMILIES`, "" where it is none of them; hashes are "" where
+    """Which model a host holds. `family` is "sd1", "sd2" or "sdxl", "" where it is none of them; hashes are "" where
     the host has not computed them. `legacy_hash` is the sha256 of 64 KiB at 1 MiB, 8 digits."""
 
     name: str
@@ -31,10 +36,10 @@ class Checkpoint:
 
 
 @dataclasses.dataclass(frozen=True)
-class Borrowed:
-    """The host's model while it is lent: tensors by reference under checkpoint names, and what shapes cannot tell.
+class LeasedModel:
+    """The host's model while it is leased: tensors by reference under checkpoint names, and what shapes cannot tell.
 
-    `clip_skip` is what the host paints with; `device` is where to compute, and where the tensors lie.
+    `clip_skip` is what the host generates with; `device` is where to compute, and where the tensors are.
     """
 
     tensors: Mapping[str, torch.Tensor]
@@ -55,8 +60,16 @@ class Outline:
     device: torch.device
 
 
-class Host(Protocol):
-    """A place that holds a model: the WebUI, or a checkpoint file."""
+@dataclasses.dataclass(frozen=True)
+class RenderRequest(SampleRequest):
+    """What the host generates: image k of `count` has the seed `seed` + k. `sampler` is the host's name of it."""
+
+    sampler: str = "Euler"
+    count: int = 1
+
+
+class Paths(Protocol):
+    """The folders of a host."""
 
     @property
     def lora_folder(self) -> Path:
@@ -71,10 +84,6 @@ class Host(Protocol):
         """Where the dataset studio keeps the datasets it owns."""
 
     @property
-    def allowed(self) -> AllowedPaths | None:
-        """The folders a run may touch; None where only this machine's user reaches the host."""
-
-    @property
     def models_folder(self) -> Path:
         """Where models of all kinds are, each kind in a folder of its own; only read, for detectors that are there."""
 
@@ -82,63 +91,94 @@ class Host(Protocol):
     def taggers_folder(self) -> Path:
         """Where each tagger has a folder of its own."""
 
-    def captioners(self) -> Sequence[CaptionerSource]:
-        """What the host itself captions pictures with, there or not; nothing is loaded."""
+    @property
+    def allowed(self) -> AllowedPaths | None:
+        """The folders a run may touch; None where only this machine's user reaches the host."""
+
+
+class ModelSource(Protocol):
+    """A model that can be leased."""
 
     def checkpoint(self) -> Checkpoint | None:
         """What is loaded now, None if nothing is; never loads, never waits."""
 
     def outline(self) -> Outline | None:
-        """The shapes of what is loaded now, None if nothing is or it is no model of ours; never loads, never waits."""
+        """The shapes of what is loaded now, None if nothing is or it cannot be trained; never loads, never waits."""
 
-    def borrow(self) -> AbstractContextManager[Borrowed]:
-        """Lend the model, clean of active LoRAs and locked against everybody else, and take it back in any case.
+    def lease(self) -> AbstractContextManager[LeasedModel]:
+        """The model inside the block, without active LoRAs and locked against everybody else; released in any case.
 
         Raises HostError if there is none, ModelError if it is of a kind that cannot be trained.
         """
 
-    def wanted(self) -> bool:
-        """Whether somebody waits for the model that is lent."""
+    def others_waiting(self) -> bool:
+        """Whether somebody else waits for the leased model."""
+        return False
 
     def yield_model(self, *, report: Report, stop: Callable[[], bool]) -> Mapping[str, torch.Tensor] | None:
-        """Give the model back to the host for those who wait, and lend it again: the same weights, perhaps elsewhere in
-        memory. None where `stop()` or `give_up` ended the wait; the model is not lent then.
+        """Release the model to those who wait, and lease it again: the same weights, perhaps elsewhere in memory. None
+        where `stop()` or `stop_waiting` ended the wait; the model is not leased then.
 
-        To be called between two pieces of work, by the borrower, who holds none of the tensors meanwhile and whose own
-        copies of them have left the device. What he trains may stay there: up to 18 bytes a weight. If the host
-        holds another model afterwards, it waits for this one to come back and reports so.
+        The caller holds none of its tensors meanwhile, and has no copy of them on the device. What it trains may stay
+        there: up to 18 bytes a weight. If the host holds another model afterwards, this waits for the leased one to come
+        back and reports so.
         Raises HostError where the model is gone for good or its weights are not what they were.
         """
 
     def offload_parts(self, parts: Collection[str]) -> Mapping[str, torch.Tensor]:
-        """Move these parts of the lent model ("unet", "vae", "text") off its device until they are brought back or the
-        loan ends, in place: an object that was lent lies elsewhere afterwards. They are set aside again after each
+        """Move these parts of the leased model ("unet", "vae", "text") to the CPU until they are reloaded or the lease
+        ends, in place: the same tensor objects are elsewhere afterwards. They are offloaded again after each
         `yield_model`; on the CPU nothing moves.
 
-        Returns all of the lent tensors as they lie now. To be called by the borrower, who takes them in the place of those
-        he holds: the memory is free once nobody holds what lay there. The host puts them back itself; where there is
-        no room it says so, and tries again after the loan and before the next one.
+        Returns all leased tensors as they are now, to be used in place of the former ones: the memory is free once nobody
+        holds what was there. The host moves the parts back itself; where there is no room it says so, and tries again
+        after the lease and before the next one.
         Raises TrainingError where there is no room to move to; nothing has moved then.
         """
 
     def reload_parts(self, parts: Collection[str]) -> Mapping[str, torch.Tensor]:
-        """Move those of these parts that are set aside to the loan's device again, in place; they stay there.
+        """Move those of these parts that are offloaded to the lease's device again, in place; they stay there.
 
-        Returns all of the lent tensors as they lie now, and wants to be called, as `offload_parts`. Raises TrainingError where
-        the device has no room; nothing has moved then.
+        Returns all leased tensors as they are now, as `offload_parts`. Raises TrainingError where the device has no room;
+        nothing has moved then.
         """
 
     def waiting(self) -> bool:
-        """Whether `borrow` or `yield_model` waits for other work of the host."""
+        """Whether `lease` or `yield_model` waits for other work of the host."""
+        return False
 
-    def give_up(self) -> None:
+    def stop_waiting(self) -> None:
         """End such a wait with Interrupted; without effect where nobody waits."""
 
-    def interrupted(self) -> bool:
-        """Whether the user pressed the host's own stop button."""
+
+class Display(Protocol):
+    """What a host shows of a job, and its stop button."""
 
     def report(self, event: Event) -> None:
         """See an event of the running job, to keep the host's own progress display true."""
 
+    def interrupted(self) -> bool:
+        """Whether the user pressed the host's own stop button."""
+        return False
+
     def refresh_loras(self) -> None:
         """Make a new or overwritten LoRA file known to the host."""
+
+
+class Renderer(Protocol):
+    """A host's own models besides the training: text-to-image, and captioners."""
+
+    def render(self, request: RenderRequest, *, stop: Callable[[], bool] = ...) -> list[Image.Image]:
+        """The images that a user of the host gets for this request, RGB; not saved anywhere.
+
+        Not to be called while the caller leases the model. Raises HostError (no model, an unknown sampler, a model that is
+        leased), TrainingError where the memory ran out, and Interrupted where `stop()` or the host's own stop button ended it.
+        """
+
+    def captioners(self) -> Sequence[CaptionerSource]:
+        """What the host itself captions images with, whether it is installed or not; nothing is loaded."""
+        return ()
+
+
+class Host(ModelSource, Paths, Display, Renderer, Protocol):
+    """A place that holds a model: the WebUI, or a checkpoint file."""

@@ -1,14 +1,13 @@
 """A host without a WebUI: the model comes from a checkpoint file.
 
 The file is read once and kept, as the WebUI keeps its model: its header when somebody asks what it is, its weights at the
-first loan. A `.yaml` of the same name beside it says what shapes cannot tell, as it does for the WebUI and for kohya's
+first lease. A `.yaml` of the same name beside it says what shapes cannot tell, as it does for the WebUI and for kohya's
 scripts; it is read as often, and the tokenizers with the weights.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,9 +20,9 @@ from safetensors.torch import load_file
 
 from lib_lora_train.errors import HostError, LoraTrainError, ModelError, translated
 from lib_lora_train.host import placement
-from lib_lora_train.host.exclusive import Undisturbed
+from lib_lora_train.host.exclusive import ExclusiveHost
 from lib_lora_train.host.exposure import is_loopback
-from lib_lora_train.host.port import Borrowed, Checkpoint, Outline
+from lib_lora_train.host.port import Checkpoint, LeasedModel, Outline
 from lib_lora_train.model.family import Hints, detect
 from lib_lora_train.model.sd.hints_file import hints_from_yaml
 from lib_lora_train.model.sd.tokens import Tokenizer, tokenizer_from_folder
@@ -33,17 +32,8 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
            "I32": torch.int32, "U8": torch.uint8, "I8": torch.int8, "BOOL": torch.bool}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Described:
-    """What a file's header and the `.yaml` beside it say. `shapes` are tensors on the meta device."""
-
-    checkpoint: Checkpoint
-    shapes: Mapping[str, torch.Tensor]
-    hints: Hints
-
-
-class StandaloneHost(Undisturbed):
-    """Lends the model of one `.safetensors` file. `checkpoint_file` None is a host with no model yet."""
+class StandaloneHost(ExclusiveHost):
+    """Leases the model of one `.safetensors` file. `checkpoint_file` None is a host with no model yet."""
 
     def __init__(self, checkpoint_file: Path | None, *, lora_folder: Path, runs_folder: Path,
                  device: torch.device | None = None, allowed: AllowedPaths | None = None) -> None:
@@ -54,7 +44,7 @@ class StandaloneHost(Undisturbed):
         self._lock = threading.Lock()
         self._tensors: Mapping[str, torch.Tensor] | None = None
         self._tokenizers: Sequence[Tokenizer] | None = None
-        self._described: _Described | None = None
+        self._description: tuple[Checkpoint, Outline] | None = None
 
     @property
     def models_folder(self) -> Path:
@@ -69,40 +59,37 @@ class StandaloneHost(Undisturbed):
     def checkpoint(self) -> Checkpoint | None:
         """The file's name, family and old hash, read from its header; None where there is none or it is unusable."""
         try:
-            return None if self.checkpoint_file is None else self._description(self.checkpoint_file).checkpoint
+            return None if self.checkpoint_file is None else self._described(self.checkpoint_file)[0]
         except LoraTrainError:
             return None
 
     def outline(self) -> Outline | None:
         """What the file's header says; None where there is no usable file."""
-        if self.checkpoint_file is None or self.checkpoint() is None:
-            return None
-        known = self._description(self.checkpoint_file)
-        return Outline(known.shapes, known.hints, self._device)
+        return None if self.checkpoint_file is None or self.checkpoint() is None else self._described(self.checkpoint_file)[1]
 
     @contextlib.contextmanager
-    def borrow(self) -> Iterator[Borrowed]:
+    def lease(self) -> Iterator[LeasedModel]:
         """The file's tensors on the device; read at the first time."""
         if self.checkpoint_file is None:
             raise HostError("No model is loaded", remedy="name a checkpoint file (--checkpoint)")
         if not self._lock.acquire(blocking=False):
             raise HostError("The model is in use", remedy="wait for the other job to end")
         try:
-            known = self._description(self.checkpoint_file)
+            checkpoint, outline = self._described(self.checkpoint_file)
             if self._tensors is None:
                 self._tokenizers = _tokenizers_beside(self.checkpoint_file)
                 self._tensors = _load(self.checkpoint_file, self._device)
             with translated("moving the model to the device"):
-                # What the last loan set aside; nobody needed it in between.
+                # What the last lease offloaded; nobody needed it in between.
                 placement.move(self._tensors.values(), self._device)
-            yield Borrowed(self._tensors, known.hints, known.checkpoint, self._device, self._tokenizers)
+            yield LeasedModel(self._tensors, outline.hints, checkpoint, self._device, self._tokenizers)
         finally:
             self._lock.release()
 
-    def _description(self, path: Path) -> _Described:
-        if self._described is None:
-            self._described = _describe(path)
-        return self._described
+    def _described(self, path: Path) -> tuple[Checkpoint, Outline]:
+        if self._description is None:
+            self._description = _describe(path, self._device)
+        return self._description
 
 
 def listening_allowed_paths(address: str, output: Path, *folders: Path) -> AllowedPaths | None:
@@ -115,15 +102,13 @@ def listening_allowed_paths(address: str, output: Path, *folders: Path) -> Allow
 
 def describe_file(path: Path) -> Checkpoint:
     """What the header of a checkpoint file says; no weights are read. Raises ModelError."""
-    return _describe(path).checkpoint
+    return _describe(path, placement.CPU)[0]
 
 
-def _describe(path: Path) -> _Described:
-    shapes = _header(path)
-    hints = _hints_beside(path)
-    return _Described(
-        Checkpoint(name=path.stem, title=path.name, family=detect(shapes, hints).family.name, legacy_hash=_legacy_hash(path)),
-        shapes, hints)
+def _describe(path: Path, device: torch.device) -> tuple[Checkpoint, Outline]:
+    outline = Outline(_header(path), _hints_beside(path), device)
+    family = detect(outline.tensors, outline.hints).family
+    return Checkpoint(path.stem, path.name, family, legacy_hash=_legacy_hash(path)), outline
 
 
 def _check_suffix(path: Path) -> None:

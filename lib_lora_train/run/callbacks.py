@@ -39,7 +39,7 @@ class Pause:
 
     def __call__(self, release: Callable[[], None] = lambda: None) -> bool:
         """Hand the model over if somebody waits, after `release`; whether to go on afterwards."""
-        if not self._enabled or not self._host.wanted():
+        if not self._enabled or not self._host.others_waiting():
             return True
         release()
         self._model.release()

@@ -12,7 +12,7 @@ from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.distributed import ProcessGroup
 from lib_lora_train.errors import Interrupted, translated
 from lib_lora_train.events import Report, Stage, Warned
-from lib_lora_train.host.port import Borrowed
+from lib_lora_train.host.port import LeasedModel
 from lib_lora_train.inputs.batches import Batches
 from lib_lora_train.inputs.fingerprint import encoder_fingerprint
 from lib_lora_train.inputs.latent_files import LatentDisk
@@ -75,7 +75,7 @@ class Text:
     needs_encoders: bool
 
 
-def condition_of(settings: Settings, model: FrozenModel, borrowed: Borrowed, network: AdapterNetwork, batches: Batches, *,
+def condition_of(settings: Settings, model: FrozenModel, borrowed: LeasedModel, network: AdapterNetwork, batches: Batches, *,
                  encode_now: bool, dtype: torch.dtype, report: Report, stop: Stop, pause: Pause) -> Text:
     """How a batch's captions become the UNet's condition: looked up while the text encoders are frozen, else computed.
 

@@ -17,9 +17,9 @@ import torch
 
 from lib_lora_train.distributed import SINGLE_PROCESS, ProcessGroup, agree
 from lib_lora_train.errors import Interrupted
-from lib_lora_train.evaluation.lease import frozen_model
 from lib_lora_train.events import Finished, Planned, Report, Warned
-from lib_lora_train.host.port import Borrowed, Host
+from lib_lora_train.host.lease import frozen_model
+from lib_lora_train.host.port import Host, LeasedModel
 from lib_lora_train.inputs.prefetcher import Prefetcher
 from lib_lora_train.memory.plan import MemoryPlan
 from lib_lora_train.model.sd.components import vae_tensors
@@ -50,11 +50,11 @@ def run_job(plan: RunPlan, host: Host, *, report: Report, stop: Stop, folder: Pa
     """
     agree_on_settings(group, plan.settings)
     weights = InitialWeights.of(plan)
-    with host.borrow() as leased:
+    with host.lease() as leased:
         return _with_model(plan, host, leased, weights, report=report, stop=stop, folder=folder, group=group)
 
 
-def _with_model(plan: RunPlan, host: Host, leased: Borrowed, weights: InitialWeights, *, report: Report, stop: Stop,
+def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: InitialWeights, *, report: Report, stop: Stop,
                 folder: Path | None, group: ProcessGroup) -> Finished:
     """What needs the model. All that is made here is freed before the model goes back, so that it finds its memory free."""
     with contextlib.ExitStack() as at_end:
@@ -139,7 +139,7 @@ def _checkpointer(plan: RunPlan, identity: Mapping[str, str], started_at: float,
     return Checkpointer(folder, chosen, metadata, report)
 
 
-def _planned(plan: RunPlan, leased: Borrowed, memory: MemoryPlan) -> Planned:
+def _planned(plan: RunPlan, leased: LeasedModel, memory: MemoryPlan) -> Planned:
     schedule, (width, height) = plan.schedule, plan.resolution
     return Planned(
         pictures=plan.dataset.images, buckets=len(schedule.buckets), batches_per_epoch=schedule.batches_per_epoch,

@@ -9,7 +9,7 @@ import torch
 from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.errors import translated
 from lib_lora_train.events import Report
-from lib_lora_train.host.port import Borrowed, Host
+from lib_lora_train.host.port import Host, LeasedModel
 from lib_lora_train.inputs.batches import Batches
 from lib_lora_train.inputs.vae_batches import Room, free_bytes
 from lib_lora_train.memory.step_config import Part, StepConfig
@@ -53,7 +53,7 @@ def room_for_encoding(settings: Settings, model: FrozenModel, host: Host, networ
     return room
 
 
-def place_model(settings: Settings, model: FrozenModel, host: Host, leased: Borrowed, network: AdapterNetwork, batches: Batches,
+def place_model(settings: Settings, model: FrozenModel, host: Host, leased: LeasedModel, network: AdapterNetwork, batches: Batches,
                 config: StepConfig, *, dtype: torch.dtype, report: Report, stop: Stop, pause: Pause) -> Condition:
     """Bring the model to where the steps want it: the VAE leaves the device, captions are encoded, the text encoders leave it
     where they can, and the UNet's weights are held as `config` says. Returns the condition of the captions."""

@@ -6,7 +6,7 @@ import time
 
 from lib_lora_train.adapters.metadata import FolderMetadata, ModelFile, TrainingMetadata, describe
 from lib_lora_train.adapters.network import AdapterNetwork
-from lib_lora_train.host.port import Borrowed
+from lib_lora_train.host.port import LeasedModel
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.run.planning import RunPlan
 from lib_lora_train.settings import flat
@@ -15,7 +15,7 @@ from lib_lora_train.settings import flat
 class Provenance:
     """Knows a run from its start; `metadata` describes a file of it."""
 
-    def __init__(self, plan: RunPlan, model: FrozenModel, borrowed: Borrowed, network: AdapterNetwork, *,
+    def __init__(self, plan: RunPlan, model: FrozenModel, borrowed: LeasedModel, network: AdapterNetwork, *,
                  started_at: float) -> None:
         self._plan, self._model, self._borrowed, self._network = plan, model, borrowed, network
         self.started_at = started_at

@@ -20,7 +20,7 @@ from lib_lora_train.adapters.file import read_metadata
 from lib_lora_train.dataset.buckets import Placement
 from lib_lora_train.dataset.folder import Dataset
 from lib_lora_train.errors import LoraFileError, ModelError, SettingError, translated
-from lib_lora_train.host.port import Borrowed
+from lib_lora_train.host.port import LeasedModel
 from lib_lora_train.memory.step_config import BaseDtype as Base
 from lib_lora_train.model.fingerprint import sampled_fingerprint
 from lib_lora_train.settings import Settings, flat, parse
@@ -111,7 +111,7 @@ def facts(settings: Settings, *, steps: int, processes: int, dataset: str, check
         "checkpoint": dict(checkpoint)}
 
 
-def checkpoint_facts(borrowed: Borrowed) -> dict[str, str]:
+def checkpoint_facts(borrowed: LeasedModel) -> dict[str, str]:
     """What a state is told of the model."""
     return {"name": borrowed.checkpoint.name, "fingerprint": sampled_fingerprint(borrowed.tensors)}
 

@@ -160,7 +160,7 @@ class Runner:
             self._run.stop = "save" if save else "stop"
             host = self._run.host
         # It may not even have the model yet, and nobody would ask it to stop.
-        host.give_up()
+        host.stop_waiting()
         return True
 
     def running(self) -> bool:

@@ -105,7 +105,7 @@ def _start(studio: Studio, name: str, work: Work) -> int:
             raise Interrupted(f"{name} was stopped; what was done is kept") from error
 
     # A wait for other work of the host has to be woken.
-    return studio.tasks.start(name, stopped_by_name, interrupted=studio.host.interrupted, on_stop=studio.host.give_up,
+    return studio.tasks.start(name, stopped_by_name, interrupted=studio.host.interrupted, on_stop=studio.host.stop_waiting,
                               with_model=True)
 
 

@@ -53,7 +53,7 @@ def test_bytes_that_autograd_keeps_are_those_of_a_real_pass(host):
     from lib_lora_train.adapters.network import AdapterNetwork
     from lib_lora_train.adapters.targets import find_targets
     from lib_lora_train.model import frozen
-    with host.borrow() as lent:
+    with host.lease() as lent:
         model = frozen.build(lent.tensors, hints=lent.hints, tokenizers=lent.tokenizers)
     targets = find_targets(model.components, family=model.architecture.family.name, text_encoder=False)
     network = AdapterNetwork.build(targets, rank=4, alpha=1, seed=0)

@@ -32,10 +32,10 @@ def emoji(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def quick(request, monkeypatch):
-    """Where the numbers themselves do not matter, one timestep is asked and not ten."""
+    """One noise a timestep; where the numbers themselves do not matter, one timestep."""
+    monkeypatch.setattr(caption_check, "NOISES", 1)
     if "emoji" not in request.fixturenames:
         monkeypatch.setattr(caption_check, "TIMESTEPS", (550,))
-        monkeypatch.setattr(caption_check, "NOISES", 1)
 
 
 def items(*, wrong: bool = False) -> list[tuple[Path, str]]:
@@ -118,7 +118,7 @@ class Watching:
     def __getattr__(self, name: str):
         return getattr(self._host, name)
 
-    def wanted(self) -> bool:
+    def others_waiting(self) -> bool:
         return True
 
     def interrupted(self) -> bool:
@@ -143,7 +143,7 @@ def test_a_model_that_does_not_come_back_in_time_ends_the_check(host, images):
     shared.gone = True
     with pytest.raises(Interrupted):
         list(check_captions(shared, [(images / "0.png", "red")] * 2, settings=TINY, seeds=0))
-    with host.borrow():
+    with host.lease():
         pass
 
 
@@ -158,7 +158,7 @@ def test_a_stop_while_painting_keeps_the_other_scores_and_gives_the_model_back(h
     assert [len(row.images) for row in seen] == [1, 0] and seen[1].score is not None
     with pytest.raises(Interrupted, match="Checking captions was stopped"):
         next(rows)
-    with host.borrow():
+    with host.lease():
         pass
 
 
@@ -175,31 +175,31 @@ def test_a_stop_keeps_what_was_measured(host, images):
 def test_who_reads_only_the_first_rows_gives_the_model_back(host, images):
     rows = check_captions(host, [(images / "0.png", "red"), (images / "1.png", "blue")], settings=TINY, seeds=1, steps=1)
     next(rows)
-    with pytest.raises(HostError), host.borrow():
+    with pytest.raises(HostError), host.lease():
         pass
     rows.close()
-    with host.borrow():
+    with host.lease():
         pass
 
 
-def test_nothing_borrows_where_there_is_nothing_to_check(tmp_path):
+def test_nothing_leases_where_there_is_nothing_to_check(tmp_path):
     nothing = demo.StandaloneHost(None, lora_folder=tmp_path / "loras", runs_folder=tmp_path / "runs")
     assert list(check_captions(nothing, [])) == []
 
 
 def test_checking_changes_neither_the_random_state_nor_the_weights(host, images):
-    with host.borrow() as lent:
-        before = {name: tensor.clone() for name, tensor in lent.tensors.items()}
+    with host.lease() as leased:
+        before = {name: tensor.clone() for name, tensor in leased.tensors.items()}
     state = torch.get_rng_state()
     list(check_captions(host, [(images / "0.png", "red")], settings=TINY, seeds=1, steps=1))
     assert torch.equal(state, torch.get_rng_state()) and torch.is_grad_enabled()
-    with host.borrow() as lent:
-        assert all(torch.equal(tensor, before[name]) for name, tensor in lent.tensors.items())
+    with host.lease() as leased:
+        assert all(torch.equal(tensor, before[name]) for name, tensor in leased.tensors.items())
 
 
 def test_a_picture_resembles_itself_and_a_shifted_copy_more_than_another_one(emoji):
-    with emoji.borrow() as lent:
-        model = frozen.build(lent.tensors, hints=lent.hints, tokenizers=lent.tokenizers)
+    with emoji.lease() as leased:
+        model = frozen.build(leased.tensors, hints=leased.hints, tokenizers=leased.tokenizers)
 
     def features(name: str, *, shift: int = 0) -> torch.Tensor:
         with Image.open(Path(demo.STYLE) / f"{name}.png") as session:

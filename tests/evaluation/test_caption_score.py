@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from lib_lora_train.evaluation import lease
 from lib_lora_train.evaluation.caption_check import check_captions
-from lib_lora_train.host.port import Borrowed, Checkpoint
+from lib_lora_train.host import lease
+from lib_lora_train.host.port import Checkpoint, LeasedModel
 from lib_lora_train.model.family import SD1
 from lib_lora_train.model.sd.schedule import NoiseSchedule
 from lib_lora_train.model.sd.text import Conditioning
@@ -21,17 +21,17 @@ from tests.model.small_checkpoints import FAMILIES, HINTS, checkpoint, tokenizer
 SMALL = parse({"resolution": "64", "min_bucket_reso": 64})
 
 
-class LendingHost:
-    """Lends what it is given; nobody else is there."""
+class LeasingHost:
+    """Leases what it is given; nobody else is there."""
 
-    def __init__(self, borrowed: Borrowed) -> None:
-        self._borrowed = borrowed
+    def __init__(self, leased: LeasedModel) -> None:
+        self._leased = leased
 
     @contextlib.contextmanager
-    def borrow(self):
-        yield self._borrowed
+    def lease(self):
+        yield self._leased
 
-    def wanted(self) -> bool:
+    def others_waiting(self) -> bool:
         return False
 
     def interrupted(self) -> bool:
@@ -66,8 +66,8 @@ def test_score_is_the_direction_and_gain_the_loss_taken_away(monkeypatch, tmp_pa
     # (1 - share)² is left of the loss.
     monkeypatch.setattr(lease.frozen, "build", lambda *_, **__: model_that_adds(share, prediction_type))
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
-    borrowed = Borrowed({}, SimpleNamespace(), Checkpoint("a", "a", "sd1"), torch.device("cpu"))
-    row, = check_captions(LendingHost(borrowed), [(tmp_path / "a.png", "a cat")], settings=SMALL, seeds=0)
+    leased = LeasedModel({}, SimpleNamespace(), Checkpoint("a", "a", "sd1"), torch.device("cpu"))
+    row, = check_captions(LeasingHost(leased), [(tmp_path / "a.png", "a cat")], settings=SMALL, seeds=0)
     assert row.score == pytest.approx(score, abs=1e-3)
     assert row.gain == pytest.approx(gain, abs=1e-3)
 
@@ -75,9 +75,9 @@ def test_score_is_the_direction_and_gain_the_loss_taken_away(monkeypatch, tmp_pa
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_asked_and_paints(family, tmp_path):
     Image.new("RGB", (130, 60), "red").save(tmp_path / "a.png")
-    lent = Borrowed(checkpoint(family), HINTS[family], Checkpoint("a", "a", family), torch.device("cpu"), tokenizers(family))
+    lent = LeasedModel(checkpoint(family), HINTS[family], Checkpoint("a", "a", family), torch.device("cpu"), tokenizers(family))
     captions = ["a red thing", ", ".join(["a long caption of more than one chunk"] * 12)]
-    rows = list(check_captions(LendingHost(lent), [(tmp_path / "a.png", text) for text in captions], settings=SMALL, seeds=1,
+    rows = list(check_captions(LeasingHost(lent), [(tmp_path / "a.png", text) for text in captions], settings=SMALL, seeds=1,
                                steps=1))
     assert {row.caption for row in rows} == set(captions)
     assert all(0 <= row.score <= 100 and row.gain < 1 and 0 <= row.similarity <= 1 for row in rows)

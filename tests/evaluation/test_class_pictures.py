@@ -43,7 +43,7 @@ def test_a_second_call_paints_what_one_call_would_have_painted(host, tmp_path):
     done = make(host, tmp_path / "parts", 3, on_progress=lambda *of: progress.append(of))
     assert (done.made, done.found, progress) == (2, 1, [(1, 3), (2, 3), (3, 3)])
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
-    with host.borrow():
+    with host.lease():
         pass
 
 

@@ -90,7 +90,7 @@ def webui(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNam
     yield SimpleNamespace(captioners=captioners, done=done, lock=lock, models=tmp_path, interrogator=interrogator,
                           danbooru=danbooru, paths=stand_ins["paths"])
     del sys.modules[NAME]
-    del sys.modules["lib_lora_train.host"].webui_captioners
+    del sys.modules["lib_lora_train.host.a1111"].captioners
 
 
 @pytest.fixture(params=[0, 1], ids=["blip", "deepdanbooru"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import gc
 import hashlib
 import traceback
@@ -13,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lib_lora_train.errors import TrainingError
 from lib_lora_train.host import placement, standalone
 from lib_lora_train.host.standalone import StandaloneHost
 from tests.pretended_card import CARD, CPU, PretendedCard
-from tools.bench import command as bench_command
 
 Facts = tuple[str, torch.dtype, tuple[int, ...], bool, bool]
 
@@ -27,8 +26,7 @@ Facts = tuple[str, torch.dtype, tuple[int, ...], bool, bool]
 @pytest.fixture
 def host(card, tiny_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StandaloneHost:
     """It trains on the card, where its file's weights lie once they are read."""
-    load = standalone._load
-    monkeypatch.setattr(standalone, "_load", lambda path, device: load(path, CPU))
+    monkeypatch.setattr(standalone, "load_file", lambda path, device: load_file(path))
     return StandaloneHost(tiny_file, lora_folder=tmp_path, runs_folder=tmp_path / "runs", device=CARD)
 
 
@@ -36,7 +34,7 @@ def host(card, tiny_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedCard]:
     pretended = PretendedCard()
     monkeypatch.setattr(placement, "device_of", pretended.device_of)
-    monkeypatch.setattr(placement, "onto", pretended.onto)
+    monkeypatch.setattr(placement, "copy_to", pretended.copy_to)
     yield pretended
 
 
@@ -45,14 +43,14 @@ def facts(tensor: Tensor) -> Facts:
     return (hashlib.sha256(content).hexdigest(), tensor.dtype, tensor.stride(), tensor.requires_grad, tensor.is_inference())
 
 
-def put_aside(tensors: list[Tensor], strays: placement.Strays | None = None) -> AbstractContextManager[None]:
-    """Where they are now is where they are at home."""
-    homes = {tensor: placement.device_of(tensor) for tensor in tensors}
-    return placement.aside(homes, placement.Strays() if strays is None else strays)
+def offload(tensors: list[Tensor], misplaced: placement.MisplacedTensors | None = None) -> AbstractContextManager[None]:
+    """Where they are now is their original device."""
+    originals = {tensor: placement.device_of(tensor) for tensor in tensors}
+    return placement.offloaded(originals, placement.MisplacedTensors() if misplaced is None else misplaced)
 
 
 def refusing(card: PretendedCard, *, device: torch.device, after: int, times: int = 10**9) -> Callable[..., Tensor]:
-    """In the place of `card.onto`: `device` takes `after` more tensors and refuses the next `times`."""
+    """In the place of `card.copy_to`: `device` takes `after` more tensors and refuses the next `times`."""
     left = [after, times]
 
     def onto(tensor: Tensor, place: torch.device) -> Tensor:
@@ -61,7 +59,7 @@ def refusing(card: PretendedCard, *, device: torch.device, after: int, times: in
             raise torch.cuda.OutOfMemoryError(f"{device} out of memory")
         if place == device and left[0]:
             left[0] -= 1
-        return card.onto(tensor, place)
+        return card.copy_to(tensor, place)
     return onto
 
 
@@ -73,10 +71,10 @@ def some_tensors() -> list[Tensor]:
             torch.arange(7), inference, torch.empty(0)]
 
 
-def test_aside_each_lies_elsewhere_and_afterwards_everything_is_as_it_was(card):
+def test_offloaded_tensors_are_elsewhere_and_afterwards_as_they_were(card):
     tensors = some_tensors()
     before = [facts(tensor) for tensor in tensors]
-    with put_aside(tensors):
+    with offload(tensors):
         assert [card.device_of(tensor) for tensor in tensors[:-1]] == [CPU] * 4
         assert [facts(tensor) for tensor in tensors] == before
     assert [card.device_of(tensor) for tensor in tensors[:-1]] == [CARD] * 4
@@ -86,19 +84,19 @@ def test_aside_each_lies_elsewhere_and_afterwards_everything_is_as_it_was(card):
 def test_where_everything_is_on_the_cpu_already_nothing_moves():
     tensors = some_tensors()
     places = [tensor.data_ptr() for tensor in tensors]
-    with put_aside(tensors):
+    with offload(tensors):
         assert [tensor.data_ptr() for tensor in tensors] == places
     placement.move(tensors, CPU)
     assert [tensor.data_ptr() for tensor in tensors] == places
 
 
-def test_the_memory_is_free_once_the_tensors_are_aside(card):
+def test_the_memory_is_free_once_the_tensors_are_offloaded(card):
     class Watched(Tensor):
         """A tensor whose views can be found."""
 
     tensor = torch.randn(3).as_subclass(Watched)
     was = tensor.data_ptr()
-    with put_aside([tensor]):
+    with offload([tensor]):
         gc.collect()
         assert not [thing for thing in gc.get_objects() if type(thing) is Watched and thing.data_ptr() == was]
 
@@ -106,7 +104,7 @@ def test_the_memory_is_free_once_the_tensors_are_aside(card):
 def test_an_exception_inside_brings_everything_back(card):
     tensors = some_tensors()
     before = [facts(tensor) for tensor in tensors]
-    with pytest.raises(ZeroDivisionError), put_aside(tensors):
+    with pytest.raises(ZeroDivisionError), offload(tensors):
         raise ZeroDivisionError
     assert [facts(tensor) for tensor in tensors] == before
     assert [card.device_of(tensor) for tensor in tensors[:-1]] == [CARD] * 4
@@ -114,49 +112,49 @@ def test_an_exception_inside_brings_everything_back(card):
 
 def test_where_there_is_no_room_nothing_has_moved(card):
     tensors = [torch.randn(3) for _ in range(4)]
-    placement.onto = refusing(card, device=CPU, after=2)
-    with pytest.raises(RuntimeError, match="out of memory"), put_aside(tensors):
+    placement.copy_to = refusing(card, device=CPU, after=2)
+    with pytest.raises(RuntimeError, match="out of memory"), offload(tensors):
         raise AssertionError("nothing runs")
     assert [card.device_of(tensor) for tensor in tensors] == [CARD] * 4
     assert card.moves == [CPU, CPU, CARD, CARD]
 
 
-def test_what_finds_no_room_at_home_comes_at_the_next_try(card):
-    tensors, strays = [torch.randn(3) for _ in range(4)], placement.Strays()
+def test_what_finds_no_room_on_its_device_comes_at_the_next_try(card):
+    tensors, misplaced = [torch.randn(3) for _ in range(4)], placement.MisplacedTensors()
     tensors.append(torch.nn.Parameter(tensors[1]))
     before = [facts(tensor) for tensor in tensors]
-    placement.onto = refusing(card, device=CARD, after=1, times=1)
-    with put_aside(tensors, strays):
+    placement.copy_to = refusing(card, device=CARD, after=1, times=1)
+    with offload(tensors, misplaced):
         pass
-    assert [card.device_of(tensor) for tensor in tensors] == [CARD, CPU, CPU, CPU, CPU] and len(strays) == 4
-    assert strays.try_again() and len(strays) == 0
+    assert [card.device_of(tensor) for tensor in tensors] == [CARD, CPU, CPU, CPU, CPU] and len(misplaced) == 4
+    assert misplaced.retry() and len(misplaced) == 0
     assert [card.device_of(tensor) for tensor in tensors] == [CARD] * 5
     assert [facts(tensor) for tensor in tensors] == before
     assert tensors[1].data_ptr() == tensors[4].data_ptr(), "they were tied"
 
 
-def test_a_stray_stays_one_as_long_as_there_is_no_room_and_its_owner_keeps_it(card):
-    kept, dropped, strays = torch.randn(3), torch.randn(3), placement.Strays()
-    placement.onto = refusing(card, device=CARD, after=0)
-    with put_aside([kept, dropped], strays):
+def test_a_misplaced_tensor_stays_one_as_long_as_there_is_no_room_and_its_owner_keeps_it(card):
+    kept, dropped, misplaced = torch.randn(3), torch.randn(3), placement.MisplacedTensors()
+    placement.copy_to = refusing(card, device=CARD, after=0)
+    with offload([kept, dropped], misplaced):
         pass
     del dropped
-    assert not strays.try_again() and len(strays) == 1 and card.device_of(kept) == CPU
-    placement.onto = card.onto
-    assert strays.try_again() and card.device_of(kept) == CARD
+    assert not misplaced.retry() and len(misplaced) == 1 and card.device_of(kept) == CPU
+    placement.copy_to = card.copy_to
+    assert misplaced.retry() and card.device_of(kept) == CARD
 
 
 def test_another_failure_than_a_full_card_is_not_hidden(card):
     def broken(tensor: Tensor, device: torch.device) -> Tensor:
         if device == CARD:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
-        return card.onto(tensor, device)
-    placement.onto = broken
-    with pytest.raises(RuntimeError, match="illegal"), put_aside([torch.randn(3)]):
+        return card.copy_to(tensor, device)
+    placement.copy_to = broken
+    with pytest.raises(RuntimeError, match="illegal"), offload([torch.randn(3)]):
         pass
 
 
-def test_an_emptied_error_holds_nothing_and_still_tells_where_it_came_from():
+def test_an_error_with_cleared_frames_holds_nothing_and_still_tells_where_it_came_from():
     class Large:
         """Something whose end can be seen."""
 
@@ -179,7 +177,7 @@ def test_an_emptied_error_holds_nothing_and_still_tells_where_it_came_from():
         translates()
     except TrainingError as error:
         assert all(reference() is not None for reference in seen)
-        placement.emptied(error)
+        placement.clear_frames(error)
         told = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     assert [reference() for reference in seen] == [None, None]
     assert "in translates" in told and "in fails" in told
@@ -193,13 +191,12 @@ def test_a_card_without_a_number_is_the_current_one(monkeypatch, tiny_file, tmp_
     for device in (None, torch.device("cuda")):
         host = StandaloneHost(tiny_file, lora_folder=tmp_path, runs_folder=tmp_path / "runs", device=device)
         assert host.outline().device == torch.device("cuda", 3)
-    assert bench_command.device_of(argparse.Namespace(device=None, threads=0)) == torch.device("cuda", 3)
 
 
 def test_tied_weights_stay_tied(card):
     weight = torch.nn.Parameter(torch.randn(4, 4))
     other = torch.nn.Parameter(weight.data)
-    with put_aside([weight, other, weight]):
+    with offload([weight, other, weight]):
         assert weight.data_ptr() == other.data_ptr()
         assert card.moves == [CPU]
     assert weight.data_ptr() == other.data_ptr()
@@ -210,28 +207,28 @@ def test_tied_weights_stay_tied(card):
 
 def test_what_others_place_meanwhile_stays_where_they_put_it(card):
     mine, theirs = torch.randn(3), torch.randn(3)
-    with put_aside([mine, theirs]):
-        theirs.data = on_card = card.onto(theirs.data, CARD)
+    with offload([mine, theirs]):
+        theirs.data = on_card = card.copy_to(theirs.data, CARD)
     assert theirs.data_ptr() == on_card.data_ptr()
     assert card.device_of(mine) == CARD
 
 
-def test_the_stand_alone_host_lends_what_it_set_aside_where_it_belongs_again(card, host):
-    with host.borrow() as borrowed:
-        before = {name: facts(tensor) for name, tensor in borrowed.tensors.items()}
+def test_the_stand_alone_host_leases_what_it_offloaded_on_its_device_again(card, host):
+    with host.lease() as leased:
+        before = {name: facts(tensor) for name, tensor in leased.tensors.items()}
         now = host.offload_parts({"vae", "text"})
         assert now.keys() == before.keys()
         away = {name for name, tensor in now.items() if card.device_of(tensor) == CPU}
         assert away == {name for name in before if name.startswith(("first_stage_model.", "cond_stage_model."))}
-        assert all(borrowed.tensors[name].data_ptr() == now[name].data_ptr() for name in before), "the old place is held"
-    with host.borrow() as borrowed:
-        assert all(card.device_of(tensor) == CARD for tensor in borrowed.tensors.values())
-        assert {name: facts(tensor) for name, tensor in borrowed.tensors.items()} == before
+        assert all(leased.tensors[name].data_ptr() == now[name].data_ptr() for name in before), "the old place is held"
+    with host.lease() as leased:
+        assert all(card.device_of(tensor) == CARD for tensor in leased.tensors.values())
+        assert {name: facts(tensor) for name, tensor in leased.tensors.items()} == before
 
 
-def test_what_was_set_aside_can_be_brought_back_and_set_aside_again(card, host):
-    with host.borrow() as borrowed:
-        before = {name: facts(tensor) for name, tensor in borrowed.tensors.items()}
+def test_what_was_offloaded_can_be_reloaded_and_offloaded_again(card, host):
+    with host.lease() as leased:
+        before = {name: facts(tensor) for name, tensor in leased.tensors.items()}
         host.offload_parts({"unet", "text"})
         now = host.reload_parts({"unet", "vae"})
         away = {name for name, tensor in now.items() if card.device_of(tensor) == CPU}
@@ -243,11 +240,11 @@ def test_what_was_set_aside_can_be_brought_back_and_set_aside_again(card, host):
 
 @pytest.mark.parametrize("full", [CPU, CARD])
 def test_a_full_machine_is_said_in_our_words_and_nothing_has_moved(card, host, full):
-    with host.borrow() as borrowed:
+    with host.lease() as leased:
         if full == CARD:
             host.offload_parts({"vae"})
-        before = {name: card.device_of(tensor) for name, tensor in borrowed.tensors.items()}
-        placement.onto = refusing(card, device=full, after=3)
+        before = {name: card.device_of(tensor) for name, tensor in leased.tensors.items()}
+        placement.copy_to = refusing(card, device=full, after=3)
         with pytest.raises(TrainingError, match="moving parts of the model (off|back to) the device"):
             host.offload_parts({"vae"}) if full == CPU else host.reload_parts({"vae"})
-        assert {name: card.device_of(tensor) for name, tensor in borrowed.tensors.items()} == before
+        assert {name: card.device_of(tensor) for name, tensor in leased.tensors.items()} == before

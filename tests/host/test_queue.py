@@ -1,4 +1,4 @@
-"""A turn in somebody's queue: got, or given up."""
+"""A place in the WebUI's queue: the lock is got, or the wait for it ended."""
 
 from __future__ import annotations
 
@@ -7,51 +7,52 @@ import threading
 import pytest
 
 from lib_lora_train.errors import Interrupted
-from lib_lora_train.host.a1111.queue import Turn
+from lib_lora_train.host.a1111.queue import QueueLock
 
 
 def test_a_free_lock_is_held_inside_and_free_afterwards_whatever_happens():
     lock = threading.Lock()
-    with pytest.raises(ZeroDivisionError), Turn(lock).held():
+    with pytest.raises(ZeroDivisionError), QueueLock(lock).held():
         assert lock.locked()
         _ = 1 / 0
     assert not lock.locked()
 
 
 def test_a_wait_that_is_given_up_ends_at_once_and_keeps_nothing():
-    lock, turn, ended = threading.Lock(), None, []
+    lock, ended = threading.Lock(), []
     lock.acquire()
-    turn = Turn(lock)
+    queue_lock = QueueLock(lock)
 
     def wait() -> None:
         try:
-            with turn.held():
+            with queue_lock.held():
                 ended.append("held")
         except Interrupted:
             ended.append("given up")
     waiter = threading.Thread(target=wait)
     waiter.start()
-    assert turn.waiting()
-    turn.give_up()
+    while not queue_lock.waiting():
+        assert waiter.is_alive()
+    queue_lock.stop_waiting()
     waiter.join(10)
-    assert ended == ["given up"] and not turn.waiting()
+    assert ended == ["given up"] and not queue_lock.waiting()
     # The helper hands back what comes too late.
     lock.release()
     assert lock.acquire(timeout=10)
 
 
-def test_a_turn_comes_when_the_lock_is_released_and_cannot_be_given_up_then():
+def test_a_lock_comes_when_the_lock_is_released_and_cannot_be_given_up_then():
     lock = threading.Lock()
     lock.acquire()
-    turn = Turn(lock)
+    queue_lock = QueueLock(lock)
     threading.Timer(0.05, lock.release).start()
-    with turn.held():
-        turn.give_up()
-        assert lock.locked() and not turn.waiting()
+    with queue_lock.held():
+        queue_lock.stop_waiting()
+        assert lock.locked() and not queue_lock.waiting()
     assert not lock.locked()
 
 
-class Queue:
+class FIFOLock:
     """A lock that is handed on in the order in which it was asked for, and shows how many ask: as the WebUI's."""
 
     def __init__(self) -> None:
@@ -84,7 +85,7 @@ class Queue:
             assert self._changed.wait_for(lambda: len(self._pending_threads) == length, 30)
 
 
-def worker(lock: Queue, name: str, order: list[str], before: threading.Event | None = None, *,
+def worker(lock: FIFOLock, name: str, order: list[str], before: threading.Event | None = None, *,
            then=lambda: None) -> threading.Thread:
     def work() -> None:
         lock.acquire()
@@ -99,49 +100,49 @@ def worker(lock: Queue, name: str, order: list[str], before: threading.Event | N
 
 
 def test_those_who_wait_go_first_in_their_order_and_who_comes_later_waits_for_the_next_time():
-    lock, order, threads = Queue(), [], []
-    turn = Turn(lock)
+    lock, order, threads = FIFOLock(), [], []
+    queue_lock = QueueLock(lock)
 
     def come_late() -> None:
         threads.append(worker(lock, "late", order))
         lock.wait_for_queue(3)  # behind "second" and the trainer
-    with turn.held():
-        assert not turn.wanted()
+    with queue_lock.held():
+        assert not queue_lock.others_waiting()
         threads.append(worker(lock, "first", order, then=come_late))
         lock.wait_for_queue(1)
         threads.append(worker(lock, "second", order))
         lock.wait_for_queue(2)
-        assert turn.wanted()
-        turn.pass_on(stop=lambda: False)
+        assert queue_lock.others_waiting()
+        queue_lock.yield_to_others(stop=lambda: False)
         assert order == ["first", "second"] and lock.locked()
     for thread in threads:
         thread.join(30)
     assert order == ["first", "second", "late"] and not lock.locked()
 
 
-@pytest.mark.parametrize("how", ["give_up", "stop"])
+@pytest.mark.parametrize("how", ["stop_waiting", "stop"])
 def test_who_no_longer_wants_it_back_gets_no_lock_and_releases_none(how):
-    lock, go = Queue(), threading.Event()
-    turn, order = Turn(lock), []
-    with pytest.raises(Interrupted), turn.held():
-        other = worker(lock, "other", order, before=go, then=turn.give_up if how == "give_up" else lambda: None)
+    lock, go = FIFOLock(), threading.Event()
+    queue_lock, order = QueueLock(lock), []
+    with pytest.raises(Interrupted), queue_lock.held():
+        other = worker(lock, "other", order, before=go, then=queue_lock.stop_waiting if how == "stop_waiting" else lambda: None)
         lock.wait_for_queue(1)
-        turn.pass_on(stop=lambda: how == "stop" and bool(order))
-    assert lock.locked() and turn.given_up() and not turn.waiting()
+        queue_lock.yield_to_others(stop=lambda: how == "stop" and bool(order))
+    assert lock.locked() and queue_lock.cancelled() and not queue_lock.waiting()
     go.set()
     other.join(30)
     assert lock.acquire() and order == ["other"]
     lock.release()  # for the helper that still stands in the queue, who hands it back
     with pytest.raises(Interrupted):
-        turn.take()
+        queue_lock.acquire()
 
 
 def test_it_can_be_left_and_taken_again():
-    lock = Queue()
-    turn = Turn(lock)
-    with turn.held():
-        turn.leave()
+    lock = FIFOLock()
+    queue_lock = QueueLock(lock)
+    with queue_lock.held():
+        queue_lock.release()
         assert not lock.locked()
-        turn.take()
+        queue_lock.acquire()
         assert lock.locked()
     assert not lock.locked()

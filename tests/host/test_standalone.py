@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from lib_lora_train.errors import HostError, Interrupted, SettingError
+from lib_lora_train.host.port import RenderRequest
 from lib_lora_train.host.standalone import StandaloneHost
+from lib_lora_train.model import frozen
+from lib_lora_train.model.sampler import SampleRequest, sample_latents, to_image
 from lib_lora_train.run import job
 from lib_lora_train.settings import parse
 from tests.jobs import run_settings
@@ -37,7 +41,7 @@ def test_a_second_run_needs_no_file_of_the_checkpoint(own: StandaloneHost, image
     run(own, images, tmp_path / "runs" / "second")
 
 
-def test_before_the_first_loan_only_the_header_is_read(own: StandaloneHost, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_before_the_first_lease_only_the_header_is_read(own: StandaloneHost, monkeypatch: pytest.MonkeyPatch) -> None:
     from lib_lora_train.host import standalone
 
     monkeypatch.setattr(standalone, "load_file", lambda *arguments, device: pytest.fail("the weights were read"))
@@ -50,15 +54,42 @@ def test_what_is_trained_on_is_the_hosts_memory_to_the_last_byte(
         own: StandaloneHost, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copied: list[int] = []
     original = job.train
+    with own.lease() as leased:
+        memory = {tensor.untyped_storage().data_ptr() for tensor in leased.tensors.values()}
 
     def watched(model, *arguments, **named):
         steps = original(model, *arguments, **named)
-        assert own._tensors is not None
-        lent = {tensor.untyped_storage().data_ptr() for tensor in own._tensors.values()}
         used: list[torch.Tensor] = [t for part in (*model.components.values(), model.vae.tensors) for t in part.values()]
-        copied.append(sum(t.nbytes for t in used if t.untyped_storage().data_ptr() not in lent))
+        copied.append(sum(t.nbytes for t in used if t.untyped_storage().data_ptr() not in memory))
         copied.append(model.unet.layers.copied_bytes + model.vae.layers.copied_bytes)
         return steps
     monkeypatch.setattr(job, "train", watched)
     run(own, images, tmp_path / "runs" / "first")
     assert copied == [0, 0]
+
+
+def test_it_renders_what_its_sampler_samples_from_consecutive_seeds(host: StandaloneHost) -> None:
+    rendered = host.render(RenderRequest("red", width=128, height=64, steps=2, seed=3, count=2))
+    with host.lease() as leased:
+        model = frozen.build(leased.tensors, hints=leased.hints, tokenizers=leased.tokenizers)
+    for seed, image in zip((3, 4), rendered, strict=True):
+        request = SampleRequest("red", width=128, height=64, steps=2, seed=seed)
+        assert image.tobytes() == to_image(model, sample_latents(model, request)).tobytes()
+    assert rendered[0].size == (128, 64) and rendered[0].tobytes() != rendered[1].tobytes()
+
+
+@pytest.mark.parametrize(("request_", "error"), [
+    (RenderRequest("a", sampler="DDIM"), HostError), (RenderRequest("a <lora:b:1>"), HostError),
+    (RenderRequest("a", width=100), SettingError)], ids=["sampler", "LoRA", "size"])
+def test_what_it_cannot_render_is_refused(host: StandaloneHost, request_: RenderRequest, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        host.render(request_)
+    with host.lease():
+        pass
+
+
+def test_a_rendering_ends_within_a_step_and_needs_a_free_model(host: StandaloneHost) -> None:
+    with pytest.raises(Interrupted):
+        host.render(RenderRequest("a", width=64, height=64, steps=10_000), stop=lambda: True)
+    with host.lease(), pytest.raises(HostError):
+        host.render(RenderRequest("a", width=64, height=64))

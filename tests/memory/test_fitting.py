@@ -41,7 +41,7 @@ def test_the_page_and_the_run_make_the_same_plan(images, host, changes):
 
 
 def test_a_lora_that_is_continued_is_planned_with_the_ranks_of_its_file(host, tmp_path):
-    with host.borrow() as lent:
+    with host.lease() as lent:
         model = frozen.build(lent.tensors, hints=lent.hints, tokenizers=lent.tokenizers)
     network = AdapterNetwork.build(find_targets(model.components, family=model.architecture.family.name, text_encoder=True), rank=7, alpha=1, seed=0)
     path = tmp_path / "before.safetensors"
@@ -69,7 +69,7 @@ def test_pictures_are_encoded_where_room_is_short_while_unet_and_text_encoders_w
     def moved(parts):
         free[0] += 1000
         return host._tensors
-    with host.borrow() as lent:
+    with host.lease() as lent:
         model = frozen.build(lent.tensors, hints=lent.hints, tokenizers=lent.tokenizers)
         asked: list[set[str]] = []
         monkeypatch.setattr(host, "offload_parts", lambda parts: asked.append(set(parts)) or moved(parts))

@@ -59,7 +59,7 @@ def test_on_weights_in_eight_bits_it_is_nearly_the_same_and_the_lenders_are_unto
     if kind == "fp8" and not hasattr(torch, "float8_e4m3fn"):
         pytest.skip("this torch has no fp8")
     free = run(images, host, "free")
-    with host.borrow() as lent:
+    with host.lease() as lent:
         before = {name: tensor.clone() for name, tensor in lent.tensors.items()}
     held = run(images, host, "held", base_weights=kind)
     assert f"held in {kind}" in held.memory
@@ -70,7 +70,7 @@ def test_on_weights_in_eight_bits_it_is_nearly_the_same_and_the_lenders_are_unto
     # the last of three places / √12, which over all mantissas is 0.21 / 8.
     error = {"int8": 3.5 / 127 / 12 ** 0.5, "fp8": 0.21 / 8}[kind]
     assert held.losses == pytest.approx(free.losses, rel=error) and held.losses != free.losses
-    with host.borrow() as lent:
+    with host.lease() as lent:
         assert all(torch.equal(tensor, before[name]) for name, tensor in lent.tensors.items())
 
 

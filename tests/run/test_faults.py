@@ -48,7 +48,7 @@ def place_of_work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def host(place_of_work: Path, tmp_path: Path) -> StandaloneHost:
     host = StandaloneHost(place_of_work / "tiny.safetensors", lora_folder=tmp_path / "loras", runs_folder=tmp_path / "runs")
-    with host.borrow() as borrowed:  # some tensors as the WebUI has them
+    with host.lease() as borrowed:  # some tensors as the WebUI has them
         for tensor in list(borrowed.tensors.values())[::2]:
             tensor.requires_grad_(tensor.is_floating_point())
     return host
@@ -71,7 +71,7 @@ def settings(place_of_work: Path, **changes: object):
 
 def surroundings(host: StandaloneHost) -> dict[str, Any]:
     """All that a run must leave as it was: the model, and what belongs to the whole process or thread."""
-    with host.borrow() as borrowed:  # and it can be lent: no lock is left behind
+    with host.lease() as borrowed:  # and it can be lent: no lock is left behind
         tensors = {name: (id(t), hashlib.sha256(t.detach().numpy().tobytes()).hexdigest(), t.dtype, t.device, t.requires_grad,
                           t.grad is None, len(t._backward_hooks or ())) for name, t in borrowed.tensors.items()}
     return {

@@ -16,7 +16,7 @@ from lib_lora_train import events
 from lib_lora_train.adapters.flat import FlatWeights
 from lib_lora_train.adapters.lora import LoRALayer
 from lib_lora_train.errors import HostError, Interrupted
-from lib_lora_train.host.port import Borrowed
+from lib_lora_train.host.port import LeasedModel
 from lib_lora_train.host.standalone import StandaloneHost
 from lib_lora_train.model.ops.layers import Layers
 from lib_lora_train.settings import parse
@@ -38,17 +38,17 @@ class BusyHost(StandaloneHost):
         self._lent: dict[str, torch.Tensor] = {}
 
     @contextlib.contextmanager
-    def borrow(self) -> Iterator[Borrowed]:
-        with super().borrow() as borrowed:
+    def lease(self) -> Iterator[LeasedModel]:
+        with super().lease() as borrowed:
             self._lent = {name: tensor.clone() for name, tensor in borrowed.tensors.items()}
-            yield Borrowed(self._lent, borrowed.hints, borrowed.checkpoint, borrowed.device, borrowed.tokenizers)
+            yield LeasedModel(self._lent, borrowed.hints, borrowed.checkpoint, borrowed.device, borrowed.tokenizers)
 
     def offload_parts(self, parts):
         return self._lent  # on the CPU all of it is aside, and all of it where it is lent
 
     reload_parts = offload_parts
 
-    def wanted(self) -> bool:
+    def others_waiting(self) -> bool:
         self.asked += 1
         return self._wants(self.asked)
 
@@ -137,11 +137,11 @@ def test_nothing_of_the_lent_memory_is_held_while_others_have_it(images, tiny_fi
 
     class WatchingHost(BusyHost):
         @contextlib.contextmanager
-        def borrow(self):
-            with super().borrow() as borrowed:
+        def lease(self):
+            with super().lease() as borrowed:
                 tensors = {name: tensor.as_subclass(Watched) for name, tensor in borrowed.tensors.items()}
                 lent.update(map(id, tensors.values()))
-                yield Borrowed(tensors, borrowed.hints, borrowed.checkpoint, borrowed.device, borrowed.tokenizers)
+                yield LeasedModel(tensors, borrowed.hints, borrowed.checkpoint, borrowed.device, borrowed.tokenizers)
 
         def yield_model(self, *, report, stop):
             gc.collect()
@@ -166,8 +166,8 @@ def test_nothing_of_a_run_is_held_when_the_model_goes_back(images, tiny_file, tm
 
     class LenderHost(BusyHost):
         @contextlib.contextmanager
-        def borrow(self):
-            with super().borrow() as borrowed:
+        def lease(self):
+            with super().lease() as borrowed:
                 before = held()
                 yield borrowed
                 left.append(held() - before)
@@ -182,7 +182,7 @@ def test_nothing_of_a_run_is_held_when_the_model_goes_back(images, tiny_file, tm
 
 def test_the_tensors_that_were_lent_first_are_left_as_others_made_them(images, tiny_file, tmp_path):
     busy = BusyHost(tiny_file, tmp_path, wants=lambda asked: asked % 2 == 0)
-    with busy.borrow() as borrowed:
+    with busy.lease() as borrowed:
         before = {name: digest(tensor) for name, tensor in borrowed.tensors.items()}
     run_settings(settings(images), busy, report=lambda _: None, stop=lambda: "")
     assert {name: digest(tensor) for name, tensor in busy._lent.items()} == before

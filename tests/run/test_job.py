@@ -87,7 +87,7 @@ def test_every_layer_learns_and_text_layers_are_there_only_when_asked_for(images
 
 
 def test_the_lent_tensors_come_back_as_they_were(images, host):
-    with host.borrow() as borrowed:
+    with host.lease() as borrowed:
         lent = borrowed.tensors
         for tensor in lent.values():
             if tensor.is_floating_point():
@@ -236,7 +236,7 @@ def test_memory_that_runs_out_before_the_first_step_is_told_as_such(images, host
 
 def test_latents_that_are_no_numbers_are_found_before_training_and_name_the_picture(images, tiny_file, tmp_path):
     host = StandaloneHost(tiny_file, lora_folder=tmp_path / "loras", runs_folder=tmp_path / "runs")
-    with host.borrow() as borrowed:
+    with host.lease() as borrowed:
         borrowed.tensors["first_stage_model.encoder.conv_in.bias"].fill_(math.nan)
     with pytest.raises(TrainingError, match=r"0\.png"):
         run(settings(images), host)
@@ -317,7 +317,7 @@ def test_the_model_is_given_back_when_the_run_fails(images, host, monkeypatch):
     monkeypatch.setattr(job, "train", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("broken")))
     with pytest.raises(RuntimeError, match="broken"):
         run(settings(images), host)
-    with host.borrow():
+    with host.lease():
         pass
 
 

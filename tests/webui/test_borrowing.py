@@ -85,5 +85,25 @@ def test_our_sampler_paints_the_webuis_picture(webui: WebUI) -> None:
     assert difference.max() <= 1 and (difference > 0).mean() < 0.01, (difference.max(), (difference > 0).mean())
 
 
+def test_the_host_renders_what_txt2img_paints(webui: WebUI) -> None:
+    settings = {"prompt": "a photo of zzk", "width": 128, "steps": 3, "cfg_scale": 3}
+    model, surroundings = webui.get("/probe/model"), webui.get("/probe/surroundings")
+    rendered = webui.post("/probe/render", {**settings, "negative_prompt": "red", "seed": 3, "count": 2})["images"]
+    now = webui.get("/probe/surroundings")
+    # A generation of the user draws random numbers, too.
+    assert webui.get("/probe/model") == model
+    assert {name for name, value in surroundings.items() if now[name] != value} <= {"random", "torch", "numpy"}
+    for seed, image in zip((3, 4), rendered, strict=True):
+        assert np.array_equal(_pixels(image), _pixels(webui.sample(**settings, seed=seed)))
+    other = webui.post("/probe/render", {**settings, "negative_prompt": "red", "seed": 3, "sampler": "DDIM"})["images"]
+    assert np.array_equal(_pixels(other[0]), _pixels(webui.sample(**settings, sampler_name="DDIM")))
+
+
+@pytest.mark.parametrize("request_", [{"sampler": "none"}, {"leased": True}], ids=str)
+def test_an_unknown_sampler_and_a_model_that_is_leased_are_refused(webui: WebUI, request_: dict[str, object]) -> None:
+    assert webui.post("/probe/render", request_) == {"error": "HostError"}
+    webui.sample()
+
+
 def _pixels(image: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(image))).convert("RGB"), dtype=np.int16)

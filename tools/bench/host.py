@@ -12,8 +12,8 @@ from PIL import Image, ImageDraw
 
 from lib_lora_train.errors import translated
 from lib_lora_train.host import placement
-from lib_lora_train.host.exclusive import Undisturbed
-from lib_lora_train.host.port import Borrowed, Checkpoint, Outline
+from lib_lora_train.host.exclusive import ExclusiveHost
+from lib_lora_train.host.port import Checkpoint, LeasedModel, Outline
 from lib_lora_train.model.architecture import NO_HINTS
 from tools.bench.true_size import true_size_shapes, true_size_tensors
 
@@ -22,7 +22,7 @@ KOHYA_FOLDER = "1_cat"
 """How kohya's scripts want images to lie: a folder in the folder, its name begins with the number of repeats."""
 
 
-class RandomHost(Undisturbed):
+class RandomHost(ExclusiveHost):
     """Lends true-size random weights on `device`; they are drawn at the first lease."""
 
     allowed = None
@@ -45,13 +45,13 @@ class RandomHost(Undisturbed):
                        NO_HINTS, self._device)
 
     @contextlib.contextmanager
-    def borrow(self) -> Iterator[Borrowed]:
+    def borrow(self) -> Iterator[LeasedModel]:
         """The tensors on the device."""
         with translated("making a model of random weights"):
             if self._tensors is None:
                 self._tensors = true_size_tensors(self._family, dtype=self._dtype, device=self._device, small=self._small)
             placement.move(self._tensors.values(), self._device)
-        yield Borrowed(self._tensors, NO_HINTS, self.checkpoint(), self._device)
+        yield LeasedModel(self._tensors, NO_HINTS, self.checkpoint(), self._device)
 
 
 def make_images(folder: Path, *, side: int, count: int = IMAGES) -> Path:

@@ -10,12 +10,12 @@ import torch
 from lib_lora_train.adapters import file
 from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.adapters.targets import find_targets
-from lib_lora_train.evaluation.fixed_loss import fixed_loss
-from lib_lora_train.evaluation.sampler import SampleRequest, sample_batch
 from lib_lora_train.host.port import Host
 from lib_lora_train.inputs.batches import Batch
 from lib_lora_train.model import frozen
 from lib_lora_train.model.ops.layers import Adapter
+from lib_lora_train.model.sampler import SampleRequest, sample_batch
+from tools.bench.fixed_loss import fixed_loss
 from tools.bench.real_images import SIDE
 
 Adapters = Mapping[str, Mapping[str, Adapter]]
@@ -35,7 +35,7 @@ class Sampler:
     """
 
     def __init__(self, host: Host, *, cfg_scale: float = CFG_SCALE, steps: int = 20) -> None:
-        with host.borrow() as leased:
+        with host.lease() as leased:
             tensors = {name: tensor.float() if tensor.is_floating_point() else tensor
                        for name, tensor in leased.tensors.items()}
             self._model = frozen.build(tensors, hints=leased.hints, tokenizers=leased.tokenizers)

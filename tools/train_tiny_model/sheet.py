@@ -8,9 +8,9 @@ import torch
 from images import HELD_OUT
 from PIL import Image, ImageDraw, ImageFont
 
-from lib_lora_train.evaluation.sampler import SampleRequest, sample_batch, to_image
 from lib_lora_train.host.standalone import StandaloneHost
 from lib_lora_train.model import frozen
+from lib_lora_train.model.sampler import SampleRequest, sample_batch, to_image
 
 SIDE, CAPTION, COLUMNS = 128, 27, 8
 SEED, STEPS, CFG_SCALE = 1, 20, 4.0
@@ -22,7 +22,7 @@ def write_sheet(checkpoint: Path, target: Path, *, words: tuple[str, ...] = HELD
     rows = -(-len(words) // COLUMNS)
     sheet = Image.new("RGB", (COLUMNS * SIDE, rows * (SIDE + CAPTION)), "white")
     pen = ImageDraw.Draw(sheet)
-    with host.borrow() as borrowed:
+    with host.lease() as borrowed:
         model = frozen.build(borrowed.tensors, hints=borrowed.hints, tokenizers=borrowed.tokenizers)
         for first in range(0, len(words), COLUMNS):
             row = words[first:first + COLUMNS]

@@ -36,7 +36,7 @@ def allowed() -> AllowedPaths | None:
 def add_option() -> None:
     """The page "Train LoRA" of the WebUI's settings. For `on_ui_settings`.
 
-    While others reach the WebUI they must not widen the fence themselves: the WebUI refuses to change what is not
+    While others reach the WebUI they must not add to the allowed paths themselves: the WebUI refuses to change what is not
     visible. Who may install extensions there (--enable-insecure-extension-access) may do anything already.
     """
     shared.opts.add_option(OPTION, shared.OptionInfo(

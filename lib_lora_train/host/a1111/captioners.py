@@ -1,17 +1,18 @@
-"""The WebUI's own BLIP and DeepDanbooru, with which it interrogates pictures beside img2img's prompt.
+"""The WebUI's own BLIP and DeepDanbooru, with which it interrogates images beside img2img's prompt.
 
-Their weights are pickles: the WebUI opens them with its own code, as it does for those buttons. It also fetches them at
-first use; here nothing is fetched, and what is missing is said.
+Their weights are pickles: the WebUI opens them with its own code, as for those buttons. It also downloads them at
+first use; here nothing is downloaded, and what is missing is said.
 
-A batch takes a turn in the WebUI's queue, like any work on its models: generations go on in between. As the WebUI does,
-the checkpoint's parts are sent to memory first under --medvram, and each captioner goes there at the end, unless
-Settings, Interrogate keeps it on the card.
+Each batch waits in the WebUI's queue, like any work on its models: generations go on in between. As in the WebUI,
+the checkpoint's parts are moved to the CPU first under --medvram, and each captioner at the end, unless
+Settings, Interrogate keeps it on the GPU.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -23,7 +24,7 @@ from PIL import Image
 
 from lib_lora_train.dataset.progress import ShouldStop
 from lib_lora_train.errors import HostError, translated
-from lib_lora_train.host.a1111.queue import Turn
+from lib_lora_train.host.a1111.queue import QueueLock
 from lib_lora_train.tagging.captioner import Captioner, CaptionerSource, Description, Tag
 from lib_lora_train.tagging.options import TagOptions
 
@@ -61,7 +62,7 @@ class BlipSource:
     def open(self, options: TagOptions, device: torch.device, *, should_stop: ShouldStop | None = None) -> Iterator[Captioner]:
         """Where the WebUI wants it (--use-cpu interrogate), not on `device`."""
         _refuse(self.missing())
-        interrogator, turn = shared.interrogator, _turn(should_stop)
+        interrogator, turn = shared.interrogator, functools.partial(_turn, should_stop)
         dtype = interrogator.dtype
         try:
             with turn():
@@ -69,7 +70,7 @@ class BlipSource:
                     _load_blip()
                 # The interrogator's number format is that of its last model; alone, BLIP has to say its own.
                 interrogator.dtype = next(interrogator.blip_model.parameters()).dtype
-            yield _Turns(turn, _caption)
+            yield _Queued(turn, _caption)
         finally:
             interrogator.dtype = dtype
             interrogator.unload()
@@ -94,35 +95,33 @@ class DeepDanbooruSource:
     def open(self, options: TagOptions, device: torch.device, *, should_stop: ShouldStop | None = None) -> Iterator[Captioner]:
         """On the WebUI's device."""
         _refuse(self.missing())
-        turn = _turn(should_stop)
+        turn = functools.partial(_turn, should_stop)
         try:
             with turn(), translated("loading DeepDanbooru"):
                 deepbooru.model.start()
-            yield _Turns(turn, lambda images: _tags(images, floor=options.general_threshold))
+            yield _Queued(turn, lambda images: _tags(images, threshold=options.general_threshold))
         finally:
             if deepbooru.model.model is not None:
                 deepbooru.model.stop()
 
 
-class _Turns:
-    """A captioner that takes a turn in the queue for each batch."""
+@dataclasses.dataclass(frozen=True)
+class _Queued:
+    """A captioner that waits in the queue for each batch."""
 
-    def __init__(self, turn: Callable[[], contextlib.AbstractContextManager[None]],
-                 describe: Callable[[Sequence[Image.Image]], list[Description]]) -> None:
-        self._turn, self._describe = turn, describe
+    turn: Callable[[], contextlib.AbstractContextManager[None]]
+    caption: Callable[[Sequence[Image.Image]], list[Description]]
 
     def describe(self, images: Sequence[Image.Image]) -> list[Description]:
-        with self._turn():
-            return self._describe(images)
+        with self.turn():
+            return self.caption(images)
 
 
-def _turn(should_stop: ShouldStop | None) -> Callable[[], contextlib.AbstractContextManager[None]]:
-    @contextlib.contextmanager
-    def turn() -> Iterator[None]:
-        with Turn(call_queue.queue_lock).held(stop=should_stop or (lambda: False)):
-            lowvram.send_everything_to_cpu()
-            yield
-    return turn
+@contextlib.contextmanager
+def _turn(should_stop: ShouldStop | None) -> Iterator[None]:
+    with QueueLock(call_queue.queue_lock).held(stop=should_stop or (lambda: False)):
+        lowvram.send_everything_to_cpu()
+        yield
 
 
 def _load_blip() -> None:
@@ -136,27 +135,27 @@ def _load_blip() -> None:
 
 
 def _caption(images: Sequence[Image.Image]) -> list[Description]:
-    # A press of Interrogate meanwhile has sent it to memory.
+    # A press of Interrogate meanwhile has moved it to the CPU.
     shared.interrogator.blip_model.to(devices.device_interrogate)
     return [Description(text=shared.interrogator.generate_caption(image)) for image in images]
 
 
-def _tags(decoded: Sequence[Image.Image], *, floor: float) -> list[Description]:
-    """Every tag from `floor` on, and the ratings. What `tag_multi` computes, before it writes its text."""
-    deepbooru.model.start()  # a press of Interrogate meanwhile has sent it to memory
-    # 2: fitted in, the rest filled from the picture's own edges.
+def _tags(decoded: Sequence[Image.Image], *, threshold: float) -> list[Description]:
+    """Every tag from `threshold` on, and the ratings: what `tag_multi` computes, before it writes its text."""
+    deepbooru.model.start()  # a press of Interrogate meanwhile has moved it to the CPU
+    # 2: fitted in, the rest filled from the image's own edges.
     squares = [np.asarray(images.resize_image(2, image, _SIDE, _SIDE), dtype=np.float32) / 255 for image in decoded]
     with torch.no_grad(), devices.autocast():
         batch = torch.from_numpy(np.stack(squares)).to(devices.device, devices.dtype)
         scores = deepbooru.model.model(batch).float().cpu().numpy()
     names = deepbooru.model.model.tags
-    return [_description(names, row, floor=floor) for row in scores]
+    return [_description(names, row, threshold=threshold) for row in scores]
 
 
-def _description(names: Sequence[str], scores: np.ndarray, *, floor: float) -> Description:
+def _description(names: Sequence[str], scores: np.ndarray, *, threshold: float) -> Description:
     found = [Tag(name.removeprefix("rating:"), float(score), "rating") if name.startswith("rating:")
              else Tag(name, float(score)) for name, score in zip(names, scores, strict=True)
-             if score >= floor or name.startswith("rating:")]
+             if score >= threshold or name.startswith("rating:")]
     return Description(tuple(sorted(found, key=lambda tag: -tag.score)))
 
 

@@ -1,20 +1,18 @@
-"""The host that AUTOMATIC1111's WebUI is: the model comes from its memory, the result goes to its LoRA folder.
+"""AUTOMATIC1111's WebUI as the host: the model comes from its memory, the result goes to its LoRA folder.
 
-    webui.py            the host: what is loaded, who may borrow it
-    webui_loan.py       one loan: set up, handed over to others in between, taken back
-    webui_model.py      what is lent: tensors by reference, hints, tokenizers; where they lie; whether they changed
-    aside.py            parts of it moved off the device while they are not needed
-    webui_loras.py      the built-in Lora extension: its merged LoRAs taken out, its list renewed
-    webui_fence.py      the folders a run may touch while others reach the WebUI
-    webui_captioners.py the WebUI's own BLIP and DeepDanbooru
-    webui_queue.py      a turn in the WebUI's queue
-    webui_progress.py   the WebUI's own progress display and stop buttons
+    host.py           the host: what is loaded, its folders, its display
+    lease.py          one lease: set up, yielded to others in between, released
+    model.py          the model: tensors by reference, hints, tokenizers; on which device; whether it changed
+    loras.py          the built-in Lora extension: its LoRAs out of the weights, its list renewed
+    render.py         the WebUI's own text-to-image
+    allowed_paths.py  the folders a run may touch while others reach the WebUI
+    captioners.py     the WebUI's own BLIP and DeepDanbooru
+    queue.py          a place in the WebUI's queue
+    progress.py       the WebUI's own progress display and stop buttons
 
 Importable inside the WebUI only. Written for v1.10.1.
 
-"Reload UI" presses the WebUI's own stop button, so a training ends within a step and keeps what it learnt, as every
-other work of the WebUI does; `end_before_reload` waits for it. The runner and this host stay in `sys.modules`, so the
-rebuilt page still shows how that run ended.
+The host stays in `sys.modules` when "Reload UI" runs the scripts again.
 """
 
 from __future__ import annotations
@@ -25,31 +23,27 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from modules import call_queue, paths, sd_models, shared
+from modules import call_queue, launch_utils, paths, sd_models, shared
+from PIL import Image
 
 from lib_lora_train.errors import HostError
 from lib_lora_train.events import Event, Report, Saved, Stage, Step
 from lib_lora_train.host import placement
-from lib_lora_train.host.a1111 import allowed_paths, loras, model
+from lib_lora_train.host.a1111 import allowed_paths, loras, model, render
 from lib_lora_train.host.a1111 import captioners as captioners_module
-from lib_lora_train.host.a1111.lease import Lease
-from lib_lora_train.host.a1111.queue import Turn
-from lib_lora_train.host.port import Borrowed, Checkpoint, Outline
-from lib_lora_train.run.runner import Runner
+from lib_lora_train.host.a1111.lease import WebUILease
+from lib_lora_train.host.a1111.queue import QueueLock
+from lib_lora_train.host.port import Checkpoint, LeasedModel, Outline, RenderRequest
 from lib_lora_train.settings.allowed_paths import AllowedPaths
 from lib_lora_train.tagging.captioner import CaptionerSource
 
-RELOAD_PATIENCE = 60.0
-"""Seconds that "Reload UI" waits for a run to save and end. A step and a save take less; if not, the run goes on and
-ends by itself, which harms nothing."""
-
 
 class WebUIHost:
-    """Lends the WebUI's loaded model. At most one loan at a time: the WebUI's own queue sees to that."""
+    """Leases the WebUI's loaded model. At most one lease at a time: the WebUI's own queue sees to that."""
 
     def __init__(self) -> None:
-        self._loan: Lease | None = None
-        self._strays = placement.Strays()
+        self._lease: WebUILease | None = None
+        self._misplaced = placement.MisplacedTensors()
 
     @property
     def lora_folder(self) -> Path:
@@ -91,92 +85,90 @@ class WebUIHost:
         return None if sd_model is None else model.describe(sd_model)
 
     def outline(self) -> Outline | None:
-        """The shapes of what is loaded now; None for a model of another kind."""
         sd_model = sd_models.model_data.sd_model
         return None if sd_model is None or not model.describe(sd_model).family else model.outline(sd_model)
 
     @contextlib.contextmanager
-    def borrow(self) -> Iterator[Borrowed]:
-        """Wait in the WebUI's queue, then lend the model, without LoRAs and on the device, until the block is left.
+    def lease(self) -> Iterator[LeasedModel]:
+        """Wait in the WebUI's queue, then lease the model, without LoRAs and on the device, until the block is left.
 
         LoRAs that were merged are not merged again at the end: the WebUI does so itself at the next generation.
         """
         model.refuse_lowvram()
-        if self._loan is not None:
-            raise HostError("The model is lent already", remedy="wait for the other job to end")
-        self._loan = loan = Lease(Turn(call_queue.queue_lock), self._strays)
+        if self._lease is not None:
+            raise HostError("The model is in use", remedy="wait for the other job to end")
+        self._lease = lease = WebUILease(QueueLock(call_queue.queue_lock), self._misplaced)
         try:
-            with loan.lent() as borrowed:
-                yield borrowed
+            with lease.leased() as leased:
+                yield leased
         finally:
-            self._loan = None
+            self._lease = None
 
-    def wanted(self) -> bool:
+    def render(self, request: RenderRequest, *, stop: Callable[[], bool] = lambda: False) -> list[Image.Image]:
+        """As a generation of the user, which waits in the queue."""
+        if self._leased_here():
+            raise HostError("The model is in use", why="this job trains on it", remedy="render before or after it")
+        return render.render(request, stop=stop)
+
+    def others_waiting(self) -> bool:
         """Whether a generation, a change of checkpoint or other work waits in the WebUI's queue."""
-        return self._loan is not None and self._loan.turn.wanted()
+        return self._lease is not None and self._lease.queue.others_waiting()
 
     def yield_model(self, *, report: Report, stop: Callable[[], bool]) -> Mapping[str, torch.Tensor] | None:
-        """Let through what waits, in the queue's order, then take the model back, bare of what was merged meanwhile.
+        """Let through what waits, in the queue's order, then lease the model again, without what was merged meanwhile.
 
-        If another checkpoint or VAE was chosen, it waits until the lent one is chosen again.
+        If another checkpoint or VAE was chosen, it waits until the leased one is chosen again.
         """
-        assert self._loan is not None, "nothing is lent"
-        return self._loan.yield_model(report=report, stop=stop)
+        assert self._lease is not None, "nothing is leased"
+        return self._lease.yield_model(report=report, stop=stop)
 
     def offload_parts(self, parts: Collection[str]) -> Mapping[str, torch.Tensor]:
-        """Move these parts of the loaded model to the CPU; generations that are let through find all of it in its place."""
-        assert self._loan is not None, "nothing is lent"
-        return self._loan.offload_parts(parts)
+        """Generations that are let through find all of the model in its place."""
+        assert self._lease is not None, "nothing is leased"
+        return self._lease.offload_parts(parts)
 
     def reload_parts(self, parts: Collection[str]) -> Mapping[str, torch.Tensor]:
-        """Move these parts to the WebUI's device again."""
-        assert self._loan is not None, "nothing is lent"
-        return self._loan.reload_parts(parts)
+        assert self._lease is not None, "nothing is leased"
+        return self._lease.reload_parts(parts)
 
     def waiting(self) -> bool:
-        """Whether the borrower waits in the WebUI's queue, mostly behind a generation."""
-        loan = self._loan
-        return loan is not None and loan.turn.waiting()
+        lease = self._lease
+        return lease is not None and lease.queue.waiting()
 
-    def give_up(self) -> None:
-        """End that wait: `borrow` raises Interrupted, `yield_model` returns None."""
-        loan = self._loan
-        if loan is not None:
-            loan.turn.give_up()
+    def stop_waiting(self) -> None:
+        lease = self._lease
+        if lease is not None:
+            lease.queue.stop_waiting()
 
     def interrupted(self) -> bool:
-        """Whether Interrupt, Stop or Reload UI was pressed while the model was lent."""
-        loan = self._loan
-        return loan is not None and loan.display.interrupted()
+        """Whether Interrupt, Stop or Reload UI was pressed while the model was leased."""
+        lease = self._lease
+        return lease is not None and lease.display.interrupted()
 
     def report(self, event: Event) -> None:
         """Keep the WebUI's progress display and list of LoRAs true.
 
-        Raises HostError where the lent model is no longer what it was.
+        Raises HostError where the leased model is no longer what it was.
         """
-        loan = self._loan
-        if loan is None or loan.version_check is None:
+        lease = self._lease
+        if lease is None or lease.version_check is None:
             return
-        loan.display.show(event)
+        lease.display.show(event)
         if isinstance(event, Saved):
             loras.refresh()
         # A few ways of changing the model do not wait in the queue. Better to end than to train on two models.
         if isinstance(event, (Step, Stage)):
-            loan.version_check.check()
+            lease.version_check.check()
 
     def refresh_loras(self) -> None:
         """List the LoRA folder anew, and forget everything of the old contents of an overwritten file."""
-        loan = self._loan
-        held = loan is not None and loan.version_check is not None and loan.holder == threading.get_ident()
-        with contextlib.nullcontext() if held else call_queue.queue_lock:
+        with contextlib.nullcontext() if self._leased_here() else call_queue.queue_lock:
             loras.refresh()
 
-
-def end_before_reload(runner: Runner) -> None:
-    """Ask a running job to keep what it learnt and end, and wait for it, so that the page is rebuilt around a quiet
-    WebUI. For `on_script_unloaded`."""
-    if runner.stop(save=True):
-        runner.wait(RELOAD_PATIENCE)
+    def _leased_here(self) -> bool:
+        """Whether the calling thread has the model leased now, and with it the queue's lock."""
+        lease = self._lease
+        return lease is not None and lease.version_check is not None and lease.thread == threading.get_ident()
 
 
 def api_access() -> tuple[bool, str]:
@@ -187,5 +179,16 @@ def api_access() -> tuple[bool, str]:
     return bool(shared.cmd_opts.api or shared.cmd_opts.nowebui), shared.cmd_opts.api_auth or ""
 
 
+# What changes how a model is held or computed; no names, no passwords.
+_FLAGS = ("medvram", "medvram_sdxl", "lowvram", "no_half", "no_half_vae", "upcast_sampling", "precision", "use_cpu", "xformers",
+          "opt_sdp_attention", "disable_model_loading_ram_optimization", "api", "listen", "share")
+
+
+def about() -> str:
+    """Which WebUI this is, for a report of a problem: "AUTOMATIC1111 v1.10.1 medvram=True"."""
+    flags = {name: value for name in _FLAGS if (value := getattr(shared.cmd_opts, name, None))}
+    return " ".join([f"AUTOMATIC1111 {launch_utils.git_tag()}", *(f"{name}={value}" for name, value in flags.items())])
+
+
 HOST = WebUIHost()
-"""The one host. Like the runner it outlives a reload of the page: the scripts are run again, the package is not."""
+"""The one host."""

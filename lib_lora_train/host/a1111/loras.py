@@ -1,4 +1,4 @@
-"""The WebUI's built-in Lora extension, as far as training has to do with it.
+"""The WebUI's built-in Lora extension: its LoRAs out of the weights, and its files read again.
 
 It adds active LoRAs into the very weights and leaves them there after a generation; it keeps what it read of a file,
 and the WebUI keeps the text condition of the last prompt. All of that would be stale after an overwrite: the file's
@@ -17,8 +17,8 @@ from torch import nn
 from lib_lora_train.errors import HostError
 
 
-def take_out(sd_model: nn.Module) -> None:
-    """Put every layer back to the checkpoint's own weights. To be called with the queue's lock held.
+def unmerge(sd_model: nn.Module) -> None:
+    """Give every layer the checkpoint's own weights again. To be called with the queue's lock held.
 
     Raises HostError if a layer is still changed afterwards.
     """
@@ -37,7 +37,7 @@ def take_out(sd_model: nn.Module) -> None:
 
 
 def refresh() -> None:
-    """Read the LoRA folder again and forget what was read, merged or computed before. Lock as for `take_out`."""
+    """Read the LoRA folder again and forget what was read, merged or computed before. Lock as for `unmerge`."""
     networks = _extension()
     if networks is None:
         return
@@ -45,7 +45,7 @@ def refresh() -> None:
     networks.networks_in_memory.clear()
     sd_model = sd_models.model_data.sd_model
     if sd_model is not None:
-        take_out(sd_model)
+        unmerge(sd_model)
     for owner, names in ((processing.StableDiffusionProcessing, ("cached_c", "cached_uc")),
                          (processing.StableDiffusionProcessingTxt2Img, ("cached_hr_c", "cached_hr_uc"))):
         for name in names:

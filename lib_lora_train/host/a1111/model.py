@@ -1,4 +1,4 @@
-"""What the WebUI lends: its tensors by reference under checkpoint names, and what their shapes cannot tell.
+"""The WebUI's loaded model: its tensors by reference under checkpoint names, and what their shapes cannot tell.
 
 The names of the WebUI's modules are those of the checkpoint, but for its wrappers around the text encoders
 ("cond_stage_model.wrapped.transformer…") and around their token embeddings. No method of a module is called that
@@ -40,70 +40,56 @@ class HostTokenizer:
 
 
 class VersionCheck:
-    """Remembers a lent model to tell whether somebody changed it.
+    """Detects whether somebody changed a leased model.
 
-    A switch of checkpoint may leave the module in place and copy other weights into the very tensors that were lent;
-    torch counts such changes of a tensor (`_version`). Moving a module between devices is no change: the lent tensors
-    keep their storage.
+    A switch of checkpoint may leave the module in place and copy other weights into the very tensors that are leased.
+    torch counts such in-place changes for its own check of tensors that are saved for backward
+    (https://pytorch.org/docs/stable/notes/autograd.html#in-place-correctness-checks), which is asked here: the weights
+    are saved by a graph of one scalar. Moving a tensor between devices is no change. Inference tensors are not counted.
     """
 
     def __init__(self, sd_model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         self._sd_model, self._info = sd_model, sd_model.sd_checkpoint_info
-        self._tensors = [tensor for tensor in tensors.values() if not tensor.is_inference()]
-        self._versions = self._count()
+        self._scalar = torch.zeros((), requires_grad=True)
+        with torch.enable_grad():
+            self._graph = _Saved.apply(self._scalar, [tensor for tensor in tensors.values() if not tensor.is_inference()])
 
     def check(self) -> None:
-        """Raises HostError if the model is not the one that was lent, weight for weight."""
-        same = (sd_models.model_data.sd_model is self._sd_model and self._sd_model.sd_checkpoint_info is self._info
-                and self._count() == self._versions)
-        if not same:
-            raise changed()
-
-    def _count(self) -> list[int]:
-        return [tensor._version for tensor in self._tensors]
-
-
-class Checksum:
-    """Tells, after others had the model, whether its weights are the ones that were lent: for every tensor of UNet, VAE and
-    text encoders its shape, dtype and a sum over its bits. Taken once, before the model is given to others.
-
-    What torch knows to be untouched (the same tensor at the same place, changed by nobody) is not read again. For that the
-    tensors of the last question must still be held by somebody when the next one is asked.
-    """
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._untouched = {name: _touch(tensor) for name, tensor in tensors.items()}
-        self._sums = _sums(_weights(tensors))
-
-    def holds(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Whether these are the same weights, wherever they lie."""
-        weights = _weights(tensors)
-        if weights.keys() != self._sums.keys():
-            return False
-        doubtful = {name: tensor for name, tensor in weights.items()
-                    if _touch(tensor) is None or _touch(tensor) != self._untouched[name]}
-        same = all(self._sums[name] == told for name, told in _sums(doubtful).items())
+        """Raises HostError if the model is not the leased one any more, weight for weight."""
+        same = sd_models.model_data.sd_model is self._sd_model and self._sd_model.sd_checkpoint_info is self._info
         if same:
-            self._untouched = {name: _touch(tensor) for name, tensor in tensors.items()}
-        return same
+            try:
+                torch.autograd.grad(self._graph, self._scalar, retain_graph=True)
+            except RuntimeError:  # "modified by an inplace operation"; there is nothing else in this graph
+                same = False
+        if not same:
+            raise model_changed()
 
 
-def _weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without the noise schedule's buffers, which the WebUI makes anew at each generation."""
-    return {name: tensor for name, tensor in tensors.items()
-            if name.startswith(("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner."))}
+class _Saved(torch.autograd.Function):
+    """The identity of a scalar, whose backward asks for `tensors` as they were."""
+
+    @staticmethod
+    def forward(ctx: Any, scalar: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return scalar.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        _ = ctx.saved_tensors
+        return gradient, None
 
 
-def _touch(tensor: Tensor) -> tuple[int, int, int] | None:
-    """What changes where a tensor is replaced, moved or written to; None where torch does not count."""
-    return None if tensor.is_inference() else (id(tensor), tensor.data_ptr(), tensor._version)
-
-
-def _sums(tensors: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], torch.dtype, int]]:
+def checksums(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype, int]]:
+    """For every tensor of UNet, VAE and text encoders its shape, dtype and a sum over its bits: the same for the same
+    weights, wherever they are."""
+    # Without the noise schedule's buffers, which the WebUI makes anew at each generation.
+    weights = {name: tensor for name, tensor in tensors.items()
+               if name.startswith(("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner."))}
     sums = {name: tensor.detach().view(_BITS[tensor.element_size()]).sum(dtype=torch.int64)
-            for name, tensor in tensors.items()}
+            for name, tensor in weights.items()}
     # All are computed before the first is waited for; a copy of eight bytes each.
-    return {name: (tuple(tensors[name].shape), tensors[name].dtype, int(total)) for name, total in sums.items()}
+    return {name: (weights[name].shape, weights[name].dtype, int(total)) for name, total in sums.items()}
 
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -121,29 +107,24 @@ class Identity:
         """That of a loaded model."""
         return cls(sd_model.sd_checkpoint_info.filename, getattr(sd_model, "loaded_vae_file", None) or "")
 
-    @property
-    def text(self) -> str:
+    def __str__(self) -> str:
         """As a user knows it."""
         return os.path.basename(self.checkpoint) + (f" with {os.path.basename(self.vae)}" if self.vae else "")
 
-    def fits(self, sd_model: nn.Module) -> bool:
-        """Whether a model is made of these files."""
-        return Identity.of(sd_model) == self
-
-    def only_left_behind(self, sd_model: nn.Module) -> bool:
-        """Whether the WebUI is set to this checkpoint and holds another one for no longer than until the next generation:
-        what a refiner or an API call with `override_settings` leaves behind."""
+    def will_return(self, sd_model: nn.Module) -> bool:
+        """Whether the WebUI is set to this checkpoint and holds another one only until the next generation, as after a
+        refiner or an API call with `override_settings`."""
         return (sd_model.sd_checkpoint_info.filename != self.checkpoint
                 and sd_models.select_checkpoint().filename == self.checkpoint)
 
     def may_be_back(self) -> bool:
         """Whether it is worth waiting in the queue for it. Asked without the lock, so the answer may be old."""
         sd_model = sd_models.model_data.sd_model
-        return sd_model is not None and (self.fits(sd_model) or self.only_left_behind(sd_model))
+        return sd_model is not None and (Identity.of(sd_model) == self or self.will_return(sd_model))
 
 
-def changed() -> HostError:
-    """What to say of a model whose weights are not the lent ones any more."""
+def model_changed() -> HostError:
+    """The error for a model whose weights are not the leased ones any more."""
     return HostError(
         "The WebUI's model was changed while it was trained on",
         why="another checkpoint, VAE or LoRA was put in its place",
@@ -160,14 +141,10 @@ def refuse_lowvram() -> None:
 
 def refuse_kind(sd_model: nn.Module) -> None:
     """Raises ModelError for kinds that names and shapes alone do not give away; `family.detect` knows the others."""
-    kind = ""
-    if getattr(sd_model, "is_sd3", False):
-        kind = "a Stable Diffusion 3 model"
-    elif getattr(sd_model, "is_ssd", False):
-        kind = "an SSD-1B model"
-    elif getattr(sd_model, "cond_stage_key", None) == "edit":
-        kind = "an instruct-pix2pix model"
-    if kind:
+    kinds = {"a Stable Diffusion 3 model": getattr(sd_model, "is_sd3", False),
+             "an SSD-1B model": getattr(sd_model, "is_ssd", False),
+             "an instruct-pix2pix model": getattr(sd_model, "cond_stage_key", None) == "edit"}
+    for kind in (name for name, found in kinds.items() if found):
         raise ModelError(f"The checkpoint is {kind}, which this trainer does not support", remedy=SUPPORTED)
 
 
@@ -181,10 +158,10 @@ def describe(sd_model: nn.Module) -> Checkpoint:
 
 
 def outline(sd_model: nn.Module) -> Outline:
-    """The model's names and shapes, and the device it would be trained on; may be asked while it is painting."""
+    """The model's names and shapes, and the device it would be trained on; also during a generation."""
     shapes = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
               for name, tensor in collect(sd_model).items()}
-    return Outline(shapes, hints(sd_model), torch.empty(0, device=devices.device).device)
+    return Outline(shapes, hints(sd_model), _device())
 
 
 def collect(sd_model: nn.Module) -> dict[str, Tensor]:
@@ -222,29 +199,30 @@ def tokenizers(sd_model: nn.Module) -> Sequence[Tokenizer]:
 
 
 @contextlib.contextmanager
-def placed(sd_model: nn.Module) -> Iterator[tuple[torch.device, Mapping[str, torch.device]]]:
-    """The whole model on the WebUI's device, and back to where each part was at the end, whatever happens. That device, and
-    where each tensor is at home, by its checkpoint's name.
+def on_device(sd_model: nn.Module) -> Iterator[tuple[torch.device, Mapping[str, torch.device]]]:
+    """The whole model on the WebUI's device, and each part where it was at the end, also on an exception. Gives that device
+    and the original device of each tensor, by its checkpoint's name.
 
     Only --medvram and an unloaded checkpoint keep parts elsewhere; for everybody else nothing moves.
     """
-    device = torch.empty(0, device=devices.device).device
+    device = _device()
     if getattr(sd_model, "lowvram", False):
         # The WebUI remembers which one part it put on the card, and would not put it back a second time.
         lowvram.send_everything_to_cpu()
-    homes = {name: placement.device_of(tensor) for name, tensor in collect(sd_model).items()}
+    originals = {name: placement.device_of(tensor) for name, tensor in collect(sd_model).items()}
     text = sd_model.conditioner if hasattr(sd_model, "conditioner") else sd_model.cond_stage_model
-    moved: list[tuple[nn.Module, torch.device]] = []
-    try:
+    with contextlib.ExitStack() as at_the_end:
         for part in (sd_model.model, sd_model.first_stage_model, text):
-            home = next((weight.device for weight in part.parameters() if weight.device != device), device)
-            if home != device:
-                moved.append((part, home))
+            original = next((at for at in map(placement.device_of, part.parameters()) if at != device), device)
+            if original != device:
+                at_the_end.callback(part.to, original)
                 part.to(device)
-        yield device, homes
-    finally:
-        for part, home in moved:
-            part.to(home)
+        yield device, originals
+
+
+def _device() -> torch.device:
+    """The WebUI's, with its index."""
+    return torch.empty(0, device=devices.device).device
 
 
 def _family(sd_model: nn.Module) -> str:

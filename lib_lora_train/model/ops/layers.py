@@ -64,7 +64,7 @@ NO_ADAPTERS: Adapters = MappingProxyType({})
 
 
 class Layers:
-    """Borrowed tensors by local name ("input_blocks.1.0.in_layers.2.weight"), and the layers made of them."""
+    """LeasedModel tensors by local name ("input_blocks.1.0.in_layers.2.weight"), and the layers made of them."""
 
     def __init__(self, tensors: Mapping[str, Tensor], *, adapters: Adapters = NO_ADAPTERS) -> None:
         self._weights: dict[str, Weight] = {name: borrowed(tensor) for name, tensor in tensors.items()}

@@ -27,7 +27,7 @@ def sampler(tiny_file: Path) -> Sampler:
 def lora(tiny_file: Path) -> Path:
     """A LoRA file for UNet and text encoder that changes much."""
     host = StandaloneHost(tiny_file, lora_folder=tiny_file.parent, runs_folder=tiny_file.parent)
-    with host.borrow() as leased:
+    with host.lease() as leased:
         model = frozen.build(leased.tensors, hints=leased.hints, tokenizers=leased.tokenizers)
     network = AdapterNetwork.build(find_targets(model.components, family="sd1", text_encoder=True), rank=2, alpha=2, seed=0)
     generator = torch.Generator().manual_seed(3)

@@ -57,7 +57,7 @@ def lent() -> dict[str, Any]:
 
     sd_model = sd_models.model_data.sd_model
     own = {_storage(tensor) for tensor in sd_model.state_dict(keep_vars=True).values()}
-    with HOST.borrow() as borrowed:
+    with HOST.lease() as borrowed:
         model = _frozen(borrowed)
         functional = [t for component in (*model.components.values(), model.vae.tensors) for t in component.values()]
         return {
@@ -82,7 +82,7 @@ def parity(name: str = Body(""), prompt: str = Body(""), multiplier: float = Bod
     generator = torch.Generator().manual_seed(7)
     x = torch.randn(3, 4, 16, 24, generator=generator)
     t = torch.tensor([5, 400, 980])
-    with HOST.borrow() as borrowed, torch.no_grad():
+    with HOST.lease() as borrowed, torch.no_grad():
         model = _frozen(borrowed)
         base = _predict(model, prompt, x, t, {}, borrowed.clip_skip)
         ours = base
@@ -116,23 +116,37 @@ def lora(name: str) -> dict[str, Any]:
 def sample(prompt: str = Body(""), negative_prompt: str = Body(""), width: int = Body(64), height: int = Body(64),
            steps: int = Body(4), cfg_scale: float = Body(7.0), seed: int = Body(1)) -> dict[str, str]:
     """A picture by our own sampler on the lent model, as base64 of a PNG."""
-    from lib_lora_train.evaluation.sampler import SampleRequest, sample_latents, to_image
     from lib_lora_train.host.a1111.host import HOST
+    from lib_lora_train.model.sampler import SampleRequest, sample_latents, to_image
 
     request = SampleRequest(prompt, negative_prompt, width, height, steps, cfg_scale, seed)
-    with HOST.borrow() as borrowed:
+    with HOST.lease() as borrowed:
         model = _frozen(borrowed)
         image = to_image(model, sample_latents(model, request, clip_skip=borrowed.clip_skip))
-    content = io.BytesIO()
-    image.save(content, "PNG")
-    return {"image": base64.b64encode(content.getvalue()).decode()}
+    return {"image": _png(image)}
+
+
+def render(prompt: str = Body(""), negative_prompt: str = Body(""), width: int = Body(64), height: int = Body(64),
+           steps: int = Body(4), cfg_scale: float = Body(7.0), seed: int = Body(1), sampler: str = Body("Euler"),
+           count: int = Body(1), leased: bool = Body(False)) -> dict[str, Any]:
+    """What the host renders, as base64 of PNGs; `error` where it refuses. `leased`: while the model is leased."""
+    from lib_lora_train.errors import LoraTrainError
+    from lib_lora_train.host.a1111.host import HOST
+    from lib_lora_train.host.port import RenderRequest
+
+    request = RenderRequest(prompt, negative_prompt, width, height, steps, cfg_scale, seed, sampler, count)
+    try:
+        with HOST.lease() if leased else contextlib.nullcontext():
+            return {"images": [_png(image) for image in HOST.render(request)]}
+    except LoraTrainError as error:
+        return {"error": type(error).__name__}
 
 
 def tokens(text: str = Body("", embed=True)) -> dict[str, Any]:
     """Our tokens of a text, and the WebUI's, chunk by chunk."""
     from lib_lora_train.host.a1111.host import HOST
 
-    with HOST.borrow() as borrowed:
+    with HOST.lease() as borrowed:
         ours = _frozen(borrowed).text.tokenize(text).encoders[0]
     chunks, _ = shared.sd_model.cond_stage_model.tokenize_line(text)
     return {"ours": [list(chunk) for chunk in ours], "theirs": [chunk.tokens for chunk in chunks]}
@@ -224,7 +238,7 @@ def pretend_card() -> dict[str, str]:
     from lib_lora_train.training import device_step
 
     card, loss = pretended_card.PretendedCard(), device_step.denoising_loss
-    placement.device_of, placement.onto = card.device_of, card.onto
+    placement.device_of, placement.copy_to = card.device_of, card.copy_to
     memory.unneeded = lambda *arguments: frozenset({"vae", "text"})
 
     def lies_where(doing: str) -> None:
@@ -339,7 +353,7 @@ def refusals() -> dict[str, str]:
         original = getattr(owner, name)
         setattr(owner, name, value)
         try:
-            with HOST.borrow():
+            with HOST.lease():
                 said[case] = ""
         except LoraTrainError as error:
             said[case] = str(error)
@@ -361,21 +375,21 @@ def captioners() -> dict[str, Any]:
             "deepdanbooru": danbooru and str(next(danbooru.parameters()).device)}
 
 
-def describe(name: str = Body(""), pictures: tuple[str, ...] = Body(()), threshold: float = Body(0.5)) -> dict[str, Any]:
-    """What a captioner of the host says of pictures; `error` where it cannot be opened, `busy` for the queue meanwhile."""
+def describe(name: str = Body(""), images: tuple[str, ...] = Body(()), threshold: float = Body(0.5)) -> dict[str, Any]:
+    """What a captioner of the host says of images; `error` where it cannot be opened, `busy` for the queue meanwhile."""
     from lib_lora_train.errors import LoraTrainError
     from lib_lora_train.host.a1111.host import HOST
     from lib_lora_train.tagging.options import TagOptions
     from lib_lora_train.tagging.sources import find_source, sources
 
-    images = [Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB") for data in pictures]
+    decoded = [Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB") for data in images]
     try:
         source = find_source(name, sources(HOST))
         with source.open(TagOptions(general_threshold=threshold), devices.device) as captioner:
             busy = not call_queue.queue_lock.acquire(blocking=False)
             if not busy:
                 call_queue.queue_lock.release()
-            found = captioner.describe(images)
+            found = captioner.describe(decoded)
     except LoraTrainError as error:
         return {"error": str(error)}
     return {"busy": busy, "texts": [one.text for one in found], "tags": [[list(tag) for tag in one.tags] for one in found]}
@@ -384,9 +398,15 @@ def describe(name: str = Body(""), pictures: tuple[str, ...] = Body(()), thresho
 def install(_: Any, app: FastAPI) -> None:
     for function in (model, lent, lora, state, refusals, surroundings, captioners, watched, places):
         app.add_api_route(f"/probe/{function.__name__}", function, methods=["GET"])
-    for function in (parity, sample, tokens, fail, hold, release, change_weights, reload,
+    for function in (parity, sample, render, tokens, fail, hold, release, change_weights, reload,
                      refresh, discard, put_back, inject, heal, describe, watch, pretend_card):
         app.add_api_route(f"/probe/{function.__name__}", function, methods=["POST"])
+
+
+def _png(image: Image.Image) -> str:
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    return base64.b64encode(content.getvalue()).decode()
 
 
 def _digest(tensor: torch.Tensor) -> str:

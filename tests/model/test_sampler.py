@@ -7,8 +7,8 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
 
-from lib_lora_train.evaluation.sampler import SampleRequest, sample_batch, sample_latents, sigmas
 from lib_lora_train.model import frozen
+from lib_lora_train.model.sampler import SampleRequest, sample_batch, sample_latents, sigmas
 from lib_lora_train.model.sd.schedule import NoiseSchedule
 from lib_lora_train.model.sd.text import Conditioning
 
@@ -16,7 +16,7 @@ REQUEST = SampleRequest("a", width=64, height=64, steps=28, cfg_scale=3.0, seed=
 # 28 steps fall on whole timesteps (999 = 27 · 37), where it does not matter that diffusers interpolates σ and we log σ.
 
 
-def _network(x, t, context, y=None, *, adapters=None, checkpointed=frozenset()):
+def _network(x, t, context, y=None, *, adapters=None, recompute=frozenset()):
     """Depends on everything a UNet depends on, smoothly and not linearly."""
     return torch.tanh(x * 0.7 + context.mean(dim=(1, 2))[:, None, None, None]) + t.float()[:, None, None, None] / 2000
 
@@ -57,7 +57,7 @@ def test_latents_are_those_of_diffusers_euler(prediction_type):
     assert ((ours - x / 0.5).abs().max() / x.abs().max()).item() < 1e-4
 
 
-def test_a_seed_gives_one_picture_and_another_seed_another():
+def test_a_seed_gives_one_image_and_another_seed_another():
     one = sample_latents(_model("epsilon"), REQUEST)
     assert torch.equal(one, sample_latents(_model("epsilon"), REQUEST))
     assert not torch.equal(one, sample_latents(_model("epsilon"), SampleRequest("a", width=64, height=64, seed=6)))
@@ -69,7 +69,7 @@ def test_a_scale_of_one_is_the_limit_of_scales_near_one():
     assert torch.allclose(sample(1.0), sample(1.0 + 1e-6), atol=1e-4)
 
 
-def test_painting_leaves_the_global_random_state_alone():
+def test_sampling_leaves_the_global_random_state_alone():
     before = torch.get_rng_state()
     sample_latents(_model("epsilon"), REQUEST)
     assert torch.equal(before, torch.get_rng_state())
@@ -77,7 +77,7 @@ def test_painting_leaves_the_global_random_state_alone():
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_pictures_painted_together_are_those_painted_one_by_one(prediction_type, scale):
+def test_images_sampled_together_are_those_sampled_one_by_one(prediction_type, scale):
     model = _model(prediction_type)
     requests = [dataclasses.replace(REQUEST, prompt=prompt, seed=seed, cfg_scale=scale)
                 for prompt, seed in (("a", 5), ("", 6), ("a", 7), ("a", 5))]
@@ -87,9 +87,9 @@ def test_pictures_painted_together_are_those_painted_one_by_one(prediction_type,
     assert torch.allclose(together[0], together[3], atol=1e-5) and not torch.allclose(together[0], together[2], atol=1e-2)
 
 
-def test_a_real_model_paints_the_same_pictures_together_and_one_by_one(host):
-    with host.borrow() as lent:
-        model = frozen.build(lent.tensors, hints=lent.hints, tokenizers=lent.tokenizers)
+def test_a_real_model_samples_the_same_images_together_and_one_by_one(host):
+    with host.lease() as leased:
+        model = frozen.build(leased.tensors, hints=leased.hints, tokenizers=leased.tokenizers)
     requests = [SampleRequest(prompt, width=64, height=64, steps=3, cfg_scale=4.0, seed=seed, negative_prompt=negative)
                 for prompt, seed, negative in (("red cat", 1, ""), ("blue", 2, "photo"), ("red cat", 3, ""))]
     one_by_one = torch.cat([sample_latents(model, request) for request in requests])
@@ -97,6 +97,6 @@ def test_a_real_model_paints_the_same_pictures_together_and_one_by_one(host):
     assert (together - one_by_one).abs().max() < 1e-5 * one_by_one.abs().max()
 
 
-def test_requests_of_different_sizes_are_not_painted_together():
+def test_requests_of_different_sizes_are_not_sampled_together():
     with pytest.raises(AssertionError):
         sample_batch(_model("epsilon"), [REQUEST, dataclasses.replace(REQUEST, width=128)])

@@ -1,7 +1,6 @@
-"""The loss on fixed pictures, timesteps and noise: a number that falls when something is learnt, and only then.
+"""The loss on fixed images, timesteps and noise, for comparing two models, or one with and without its LoRA.
 
-A training loss jumps with every draw of timestep and noise; with those fixed, two models, or one with and without its
-LoRA, can be compared.
+A training loss varies with every draw of timestep and noise.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Pictures from the borrowed model, with or without a LoRA in training.
+"""Sampling images from the frozen model, with or without a LoRA in training.
 
 Euler's method on the probability-flow ODE with the parametrisation of Karras et al. 2022 (arXiv 2206.00364, algorithm 2
 without churn), sigmas evenly spaced in timesteps: what the WebUI calls "Euler" with the schedule "Automatic".
@@ -20,7 +20,7 @@ from lib_lora_train.model.sd.text import Conditioning, size_vector
 
 @dataclasses.dataclass(frozen=True)
 class SampleRequest:
-    """What to paint. Sizes in pixels, multiples of 8 times the UNet's deepest stride."""
+    """What to sample. Sizes in pixels, multiples of 8 times the UNet's deepest stride."""
 
     prompt: str
     negative_prompt: str = ""
@@ -52,7 +52,7 @@ def sample_latents(model: FrozenModel, request: SampleRequest, *, clip_skip: int
 def sample_batch(model: FrozenModel, requests: Sequence[SampleRequest], *, clip_skip: int = 1,
                  dtype: torch.dtype = torch.float32, adapters: Mapping[str, Mapping[str, Adapter]] | None = None,
                  on_step: Callable[[int, int], None] | None = None) -> torch.Tensor:
-    """Latents [B,4,h,w] in the VAE's own scale, one for each request, as `sample_latents` paints them one by one.
+    """Latents [B,4,h,w] in the VAE's own scale, one for each request, as `sample_latents` gives them one by one.
 
     The requests may differ in prompts and seeds only. Where their prompts differ in length by whole chunks of 75 tokens,
     the shorter ones get empty chunks, as a negative prompt does beside a longer one.
@@ -60,7 +60,7 @@ def sample_batch(model: FrozenModel, requests: Sequence[SampleRequest], *, clip_
     first, adapters, device = requests[0], adapters or {}, model.device
     assert all(dataclasses.replace(r, prompt="", negative_prompt="", seed=0)
                == dataclasses.replace(first, prompt="", negative_prompt="", seed=0) for r in requests)
-    # At a scale of 1 the negative prompt has no say, and half of the work can be left out.
+    # At a scale of 1 the negative prompt has no effect, and half of the computation can be left out.
     prompts = [request.prompt for request in requests]
     if first.cfg_scale != 1:
         prompts = [*(request.negative_prompt for request in requests), *prompts]
@@ -91,15 +91,15 @@ def sample_batch(model: FrozenModel, requests: Sequence[SampleRequest], *, clip_
 
 @torch.no_grad()
 def to_image(model: FrozenModel, latents: torch.Tensor) -> Image.Image:
-    """The first of `latents` [B,4,h,w] (the VAE's own scale) as an RGB picture."""
+    """The first of `latents` [B,4,h,w] (the VAE's own scale) as an RGB image."""
     pixels = model.vae.decode(latents[:1])[0].float().clamp(-1, 1)
-    # Truncated and not rounded, as the WebUI does, so that its picture is ours.
+    # Truncated and not rounded, as the WebUI does, so that its image is ours.
     array = ((pixels + 1) * 127.5).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(np.ascontiguousarray(array), "RGB")
 
 
 def _all_sigmas(alphas_cumprod: torch.Tensor) -> torch.Tensor:
-    """σ = √((1−ᾱ)/ᾱ); with zero terminal SNR the last is infinite, so ᾱ is kept from zero as the WebUI keeps it."""
+    """σ = √((1−ᾱ)/ᾱ); with zero terminal SNR the last is infinite, so ᾱ is clamped above zero as in the WebUI."""
     alphas_cumprod = alphas_cumprod.float().clamp(min=4.8973451890853435e-08)
     return ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
 
@@ -122,7 +122,7 @@ def _encoded(model: FrozenModel, prompts: Sequence[str], *, clip_skip: int,
 
 
 def _start_noise(requests: Sequence[SampleRequest]) -> torch.Tensor:
-    """[B,4,h,w] on the CPU; a picture's noise depends on its own seed alone."""
+    """[B,4,h,w] on the CPU; an image's noise depends on its own seed alone."""
     shape = (1, 4, requests[0].height // 8, requests[0].width // 8)
     return torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(r.seed)) for r in requests])
 

@@ -1,0 +1,44 @@
+"""The WebUI's own text-to-image, as a generation of its user: in the queue, with its settings, `<lora:…>` in the prompt."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+from modules import call_queue, processing, sd_samplers, shared
+from PIL import Image
+
+from lib_lora_train.errors import HostError, Interrupted, translated
+from lib_lora_train.host.a1111.progress import ProgressDisplay
+from lib_lora_train.host.a1111.queue import QueueLock
+from lib_lora_train.host.port import RenderRequest
+
+
+def render(request: RenderRequest, *, stop: Callable[[], bool]) -> list[Image.Image]:
+    """See `Renderer.render`. Scripts of extensions do not run, nothing is saved."""
+    if request.sampler not in sd_samplers.all_samplers_map:  # the WebUI would take another one
+        raise HostError(f"The WebUI has no sampler {request.sampler!r}", remedy="use one of txt2img's")
+    display, images = ProgressDisplay(), []
+    with contextlib.ExitStack() as generation:
+        with display.queued():
+            generation.enter_context(QueueLock(call_queue.queue_lock).held(stop=stop))
+        generation.enter_context(display.running())
+        generation.enter_context(translated("rendering"))
+        shared.state.job_count = request.count
+        for index in range(request.count):
+            images.append(_image(request, seed=request.seed + index))
+            if stop() or display.interrupted():
+                raise Interrupted("Rendering was stopped")
+    return images
+
+
+def _image(request: RenderRequest, *, seed: int) -> Image.Image:
+    # May load the model, or wait for the thread that loads it at the start.
+    if shared.sd_model is None:
+        raise HostError("No model is loaded", remedy="choose a checkpoint at the top of the page")
+    generation = processing.StableDiffusionProcessingTxt2Img(
+        sd_model=shared.sd_model, prompt=request.prompt, negative_prompt=request.negative_prompt, seed=seed,
+        steps=request.steps, width=request.width, height=request.height, cfg_scale=request.cfg_scale,
+        sampler_name=request.sampler, do_not_save_samples=True, do_not_save_grid=True)
+    with contextlib.closing(generation):
+        return processing.process_images(generation).images[0]

@@ -1,0 +1,260 @@
+"""The WebUI's model is restored at the end of a lease, on stand-ins for its modules; tests/webui asks the real ones."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lib_lora_train.errors import HostError, Interrupted, TrainingError
+from lib_lora_train.events import Event, Warned
+from lib_lora_train.host import placement
+from lib_lora_train.host.port import RenderRequest
+from lib_lora_train.model.family import Hints
+from tests.pretended_card import CPU, PretendedCard
+
+CARD = torch.device("meta")  # a device that torch can name on any machine
+PARTS = {"unet": "model.diffusion_model", "vae": "first_stage_model", "text": "cond_stage_model"}
+NAMES = ("host", "lease", "loras", "model", "progress", "render")
+
+
+class Card(PretendedCard):
+    """`full` says when it takes nothing."""
+
+    full: Callable[[], bool] = staticmethod(lambda: False)
+
+    def device_of(self, tensor: Tensor) -> torch.device:
+        return CPU if tensor.data_ptr() in self.on_cpu else CARD
+
+    def copy_to(self, tensor: Tensor, device: torch.device) -> Tensor:
+        if device == CARD and self.full():
+            raise RuntimeError("CUDA out of memory")
+        return super().copy_to(tensor, device)
+
+
+class Part(nn.Module):
+    """A part of the model, which moves as a module does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(3, 3)), nn.Parameter(torch.randn(3))
+
+    def to(self, device: torch.device) -> Part:
+        placement.move(self.parameters(), device)
+        return self
+
+
+class Generation:
+    """modules.processing.StableDiffusionProcessingTxt2Img."""
+
+    def __init__(self, seed: int, sampler_name: str, **others: object) -> None:
+        self.seed = seed
+
+    def close(self) -> None:
+        """Nothing is kept."""
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Card:
+    pretended = Card()
+    monkeypatch.setattr(placement, "device_of", pretended.device_of)
+    monkeypatch.setattr(placement, "copy_to", pretended.copy_to)
+    return pretended
+
+
+@pytest.fixture
+def webui(card: Card, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """A WebUI with a loaded model: `.lease` is the module under test, `.lock` the queue's, `.shown()` whether a job is."""
+    sd_model = nn.Module()
+    sd_model.model = Part()
+    del sd_model.model.weight, sd_model.model.bias
+    sd_model.model.diffusion_model, sd_model.first_stage_model, sd_model.cond_stage_model = Part(), Part(), Part()
+    sd_model.sd_checkpoint_info, sd_model.lowvram = SimpleNamespace(filename="tiny"), False
+    nothing, devices, lock = (lambda *_, **__: None), SimpleNamespace(device=CARD), threading.Lock()
+    state = SimpleNamespace(job="", interrupted=False, stopping_generation=False)
+    state.begin, state.end = lambda job: setattr(state, "job", job), lambda: setattr(state, "job", "")
+    pending, running, processing = {}, [], SimpleNamespace(StableDiffusionProcessingTxt2Img=Generation)
+    modules = ModuleType("modules")
+    vars(modules).update(
+        devices=devices, lowvram=SimpleNamespace(send_everything_to_cpu=nothing), processing=processing,
+        call_queue=SimpleNamespace(queue_lock=lock), sd_samplers=SimpleNamespace(all_samplers_map={"Euler": None}),
+        extra_networks=SimpleNamespace(extra_network_registry={}),
+        progress=SimpleNamespace(add_task_to_queue=lambda task: pending.update({task: 0}), finished_tasks=[],
+                                 pending_tasks=pending, start_task=running.append, finish_task=running.remove),
+        sd_models=SimpleNamespace(model_data=SimpleNamespace(sd_model=sd_model),
+                                  select_checkpoint=lambda: sd_model.sd_checkpoint_info),
+        shared=SimpleNamespace(sd_model=sd_model, state=state,
+                               opts=SimpleNamespace(CLIP_stop_at_last_layers=1, comma_padding_backtrack=20)))
+    monkeypatch.setitem(sys.modules, "modules", modules)
+    lease = importlib.import_module("lib_lora_train.host.a1111.lease")
+    monkeypatch.setattr(lease, "detect", nothing)  # it is no Stable Diffusion
+    for name, answer in (("hints", Hints()), ("describe", None), ("tokenizers", None)):
+        monkeypatch.setattr(lease.model, name, lambda _, answer=answer: answer)
+    yield SimpleNamespace(lease=lease, sd_model=sd_model, lock=lock, processing=processing, state=state,
+                          misplaced=placement.MisplacedTensors(), shown=lambda: bool(state.job or pending or running))
+    for name in NAMES:
+        sys.modules.pop(f"lib_lora_train.host.a1111.{name}", None)
+        vars(sys.modules["lib_lora_train.host.a1111"]).pop(name, None)
+
+
+def new_lease(webui: SimpleNamespace):
+    return webui.lease.WebUILease(webui.lease.QueueLock(webui.lock), webui.misplaced)
+
+
+def on_card(webui: SimpleNamespace, card: Card) -> set[str]:
+    """Parts that lie there wholly."""
+    return {part for part, name in PARTS.items()
+            if all(card.device_of(tensor) == CARD for tensor in webui.sd_model.get_submodule(name).parameters())}
+
+
+def test_what_was_offloaded_is_back_at_the_end_and_while_others_have_the_model(webui, card):
+    seen = []
+    with (lease := new_lease(webui)).leased():
+        lease.offload_parts({"vae", "text"})
+        assert on_card(webui, card) == {"unet"}
+        lease.reload_parts({"vae"})
+        assert on_card(webui, card) == {"unet", "vae"}
+        lease.offload_parts({"vae"})
+        lease.queue.yield_to_others = lambda stop: seen.append(on_card(webui, card))
+        assert lease.yield_model(report=lambda _: None, stop=lambda: False) is not None
+        assert on_card(webui, card) == {"unet"}
+    assert seen == [set(PARTS)] and on_card(webui, card) == set(PARTS) and not webui.lock.locked()
+
+
+def test_parts_that_the_webui_keeps_off_the_card_do_not_return_by_way_of_it(webui, card):
+    webui.sd_model.lowvram = True  # --medvram
+    for name in PARTS.values():
+        webui.sd_model.get_submodule(name).to(CPU)
+    card.moves.clear()
+    with (lease := new_lease(webui)).leased():
+        assert on_card(webui, card) == set(PARTS) and card.moves == [CARD] * 6
+        lease.offload_parts({"vae", "text"})
+    assert on_card(webui, card) == set() and card.moves == [CARD] * 6 + [CPU] * 6
+
+
+def test_what_a_failed_work_held_is_gone_before_the_model_needs_its_room(webui, card):
+    class Large:
+        """What fills the card until it is forgotten."""
+
+    alive: list[weakref.ref[Large]] = []
+    card.full = lambda: any(reference() is not None for reference in alive)
+
+    def work() -> None:
+        large = Large()
+        alive.append(weakref.ref(large))
+        raise TrainingError("The memory ran out")
+
+    with pytest.raises(TrainingError), (lease := new_lease(webui)).leased():
+        lease.offload_parts({"vae", "text"})
+        work()
+    assert alive and on_card(webui, card) == set(PARTS) and len(webui.misplaced) == 0
+
+
+def test_a_model_that_finds_no_room_is_told_once_and_comes_back_with_the_next_lease(webui, card, caplog):
+    with caplog.at_level(logging.WARNING), (lease := new_lease(webui)).leased():
+        lease.offload_parts({"vae", "text"})
+        card.full = lambda: True
+    said, = caplog.messages
+    assert "not on the card" in said and "Load SD checkpoint to VRAM" in said
+    assert on_card(webui, card) == {"unet"} and not webui.lock.locked()
+    with pytest.raises(HostError, match="not on the card"), new_lease(webui).leased():
+        raise AssertionError("nothing is leased")
+    card.full = lambda: False
+    with new_lease(webui).leased():
+        assert on_card(webui, card) == set(PARTS)
+
+
+def test_who_trains_is_told_that_others_find_no_whole_model(webui, card):
+    seen: list[Event] = []
+    with (lease := new_lease(webui)).leased():
+        lease.offload_parts({"vae"})
+        card.full = lambda: not seen
+        lease.queue.yield_to_others = lambda stop: None
+        lease.yield_model(report=seen.append, stop=lambda: False)
+    assert [type(event) for event in seen] == [Warned] and on_card(webui, card) == set(PARTS)
+
+
+def test_a_weight_that_is_written_in_place_is_noticed_and_one_that_is_moved_is_not(webui, card):
+    with (lease := new_lease(webui)).leased():
+        lease.version_check.check()
+        lease.offload_parts({"vae"})
+        lease.version_check.check()
+        with torch.no_grad():
+            webui.sd_model.first_stage_model.bias.add_(0)
+        with pytest.raises(HostError):
+            lease.version_check.check()
+
+
+def test_weights_that_others_changed_are_not_trained_on(webui, card):
+    def change(stop: object) -> None:
+        with torch.no_grad():
+            webui.sd_model.model.diffusion_model.weight[0, 0] += 1
+
+    with pytest.raises(HostError), (lease := new_lease(webui)).leased():
+        lease.queue.yield_to_others = change
+        lease.yield_model(report=lambda _: None, stop=lambda: False)
+    assert not webui.lock.locked() and not webui.shown()
+
+
+@pytest.mark.parametrize("block", ["queued", "running"])
+def test_an_exception_takes_a_job_off_the_display(webui, block):
+    display = webui.lease.ProgressDisplay()
+    with pytest.raises(ZeroDivisionError), getattr(display, block)():
+        assert webui.shown()
+        raise ZeroDivisionError
+    assert not webui.shown()
+
+
+def test_an_exception_brings_a_model_back_that_was_moved_to_the_device(webui, card):
+    webui.sd_model.lowvram = True  # --medvram
+    for name in PARTS.values():
+        webui.sd_model.get_submodule(name).to(CPU)
+    with pytest.raises(ZeroDivisionError), webui.lease.model.on_device(webui.sd_model):
+        assert on_card(webui, card) == set(PARTS)
+        raise ZeroDivisionError
+    assert on_card(webui, card) == set()
+
+
+@pytest.fixture
+def host(webui, monkeypatch):
+    for name in ("paths", "launch_utils"):
+        monkeypatch.setattr(sys.modules["modules"], name, SimpleNamespace(), raising=False)
+    monkeypatch.setattr(sys.modules["modules"].shared, "cmd_opts", SimpleNamespace(lowvram=False), raising=False)
+    for name in ("allowed_paths", "captioners"):
+        monkeypatch.setitem(sys.modules, f"lib_lora_train.host.a1111.{name}", ModuleType(name))
+    return importlib.import_module("lib_lora_train.host.a1111.host").WebUIHost()
+
+
+def test_rendering_is_a_generation_in_the_queue(webui, host):
+    def process(generation: Generation) -> SimpleNamespace:
+        assert webui.lock.locked() and webui.shown()
+        return SimpleNamespace(images=[generation.seed])
+    webui.processing.process_images = process
+    assert host.render(RenderRequest("a", seed=5, count=2)) == [5, 6]
+    assert not webui.lock.locked() and not webui.shown()
+    with pytest.raises(HostError):
+        host.render(RenderRequest("a", sampler="none"))
+    with pytest.raises(HostError), host.lease():
+        host.render(RenderRequest("a"))  # its lock would never come
+
+
+@pytest.mark.parametrize("how", ["it fails", "no memory", "interrupted", "stop"])
+def test_a_rendering_that_ends_early_leaves_the_webui_as_it_was(webui, host, how):
+    def process(generation: Generation) -> SimpleNamespace:
+        if how in ("it fails", "no memory"):
+            raise ZeroDivisionError if how == "it fails" else MemoryError
+        webui.state.interrupted = how == "interrupted"
+        return SimpleNamespace(images=[None])
+    webui.processing.process_images = process
+    expected = {"it fails": ZeroDivisionError, "no memory": TrainingError}.get(how, Interrupted)
+    with pytest.raises(expected):
+        host.render(RenderRequest("a", count=3), stop=lambda: how == "stop")
+    assert not webui.lock.locked() and not webui.shown() and not webui.state.interrupted
