@@ -107,7 +107,7 @@ def describe_file(path: Path) -> Checkpoint:
 
 def _describe(path: Path, device: torch.device) -> tuple[Checkpoint, Outline]:
     outline = Outline(_header(path), _hints_beside(path), device)
-    family = detect(outline.tensors, outline.hints).family
+    family = detect(outline.tensors, outline.hints).family.name
     return Checkpoint(path.stem, path.name, family, legacy_hash=_legacy_hash(path)), outline
 
 

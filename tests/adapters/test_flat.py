@@ -76,7 +76,7 @@ def test_what_is_frozen_stays_out_of_the_buffer_and_keeps_its_number() -> None:
 def test_the_layers_that_clip_skip_leaves_out_are_those_that_get_no_gradient(family, skip, expected) -> None:
     lent = {name: tensor.detach() for name, tensor in small_checkpoints.checkpoint(family).items()}
     model = frozen.build(lent, hints=small_checkpoints.HINTS[family], tokenizers=small_checkpoints.tokenizers(family))
-    targets = find_targets(model.components, family=model.architecture.family.name, text_encoder=True)
+    targets = find_targets(model.components, family=model.architecture.family, text_encoder=True)
     network = AdapterNetwork.build(targets, rank=2, alpha=2, seed=0)
     told = model.text.encode([model.text.tokenize("a cat")], clip_skip=skip, adapters={
         name: layers for name, layers in network.adapters().items() if name != "unet"})

@@ -74,7 +74,7 @@ def with_convolutions(targets: tuple[Target, ...], unet: Mapping[str, Weight]) -
 @pytest.mark.parametrize("flat", [False, True])
 def test_it_trains_is_saved_and_loaded(tmp_path: Path, kind: AdapterKind, flat: bool) -> None:
     model = frozen.build(checkpoint("sd1"), hints=HINTS["sd1"], tokenizers=tokenizers("sd1"))
-    found = find_targets(model.components, family=model.architecture.family.name, text_encoder=False)
+    found = find_targets(model.components, family=model.architecture.family, text_encoder=False)
     targets = with_convolutions(found, model.unet.tensors)
     network = AdapterNetwork.build(targets, rank=1, alpha=1, seed=0, kind=kind)
     generator = torch.Generator().manual_seed(0)

@@ -55,7 +55,7 @@ def test_bytes_that_autograd_keeps_are_those_of_a_real_pass(host):
     from lib_lora_train.model import frozen
     with host.lease() as lent:
         model = frozen.build(lent.tensors, hints=lent.hints, tokenizers=lent.tokenizers)
-    targets = find_targets(model.components, family=model.architecture.family.name, text_encoder=False)
+    targets = find_targets(model.components, family=model.architecture.family, text_encoder=False)
     network = AdapterNetwork.build(targets, rank=4, alpha=1, seed=0)
     own = {t.untyped_storage().data_ptr() for t in (*model.unet.tensors.values(), *network.parameters())}
     kept: dict[int, torch.Tensor] = {}

@@ -43,7 +43,7 @@ def test_the_page_and_the_run_make_the_same_plan(images, host, changes):
 def test_a_lora_that_is_continued_is_planned_with_the_ranks_of_its_file(host, tmp_path):
     with host.lease() as lent:
         model = frozen.build(lent.tensors, hints=lent.hints, tokenizers=lent.tokenizers)
-    network = AdapterNetwork.build(find_targets(model.components, family=model.architecture.family.name, text_encoder=True), rank=7, alpha=1, seed=0)
+    network = AdapterNetwork.build(find_targets(model.components, family=model.architecture.family, text_encoder=True), rank=7, alpha=1, seed=0)
     path = tmp_path / "before.safetensors"
     file.save(path, network.state_dict(), {}, dtype=torch.float32)
     chosen = parse({"network_weights": str(path), "network_dim": 4})

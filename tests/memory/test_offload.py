@@ -123,7 +123,7 @@ def test_after_an_error_the_next_step_is_right():
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_a_lora_gets_the_same_gradients(family, units):
     model = frozen.build(small_checkpoint(family), hints=HINTS[family], tokenizers=tokenizers(family))
-    network = AdapterNetwork.build(find_targets(model.components, family=model.architecture.family.name, text_encoder=False), rank=2, alpha=2.0, seed=0)
+    network = AdapterNetwork.build(find_targets(model.components, family=model.architecture.family, text_encoder=False), rank=2, alpha=2.0, seed=0)
     for layer in network.layers.values():
         nn.init.normal_(layer.up, std=0.1)
     config, generator = model.architecture.unet, torch.Generator().manual_seed(0)

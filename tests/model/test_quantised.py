@@ -114,7 +114,7 @@ def test_nearly_all_of_a_published_unet_is_replaced_and_no_norm_bias_or_embeddin
 def test_a_lora_learns_on_a_quantised_base_and_serves_the_ordinary_one(family, kind):
     model = frozen.build(checkpoint(family), hints=HINTS[family], tokenizers=tokenizers(family))
     true = dict(model.unet.tensors)
-    targets = find_targets(model.components, family=model.architecture.family.name, text_encoder=False)
+    targets = find_targets(model.components, family=model.architecture.family, text_encoder=False)
     network = AdapterNetwork.build(targets, rank=4, alpha=4.0, seed=0)
     config = model.architecture.unet
     generator = torch.Generator().manual_seed(0)
