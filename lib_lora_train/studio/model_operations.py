@@ -20,7 +20,7 @@ from lib_lora_train.studio import thumbs
 from lib_lora_train.studio.dataset_session import DatasetSession, Score
 from lib_lora_train.studio.requests import Selection
 from lib_lora_train.studio.session import Studio
-from lib_lora_train.studio.tasks import Task, Work
+from lib_lora_train.studio.tasks import Task, TaskFunction
 
 MOST_GENERATED = 48
 """Captions that are painted from where more are checked: the worst of them."""
@@ -34,7 +34,7 @@ def check(studio: Studio, selection: Selection, *, seeds: int, steps: int, worst
         captions = {session.path(name): session.store.caption(session.index(name)) for name in names}
         folder = _folder(session)
 
-    def work(task: Task) -> str:
+    def run(task: Task) -> str:
         shutil.rmtree(folder, ignore_errors=True)
         judged = []
         checking = check_captions(studio.host, list(captions.items()), settings=settings, seeds=seeds, steps=steps,
@@ -49,7 +49,7 @@ def check(studio: Studio, selection: Selection, *, seeds: int, steps: int, worst
         task.result({"checked": len(judged)})
         return f"{len(judged):,} caption{'' if len(judged) == 1 else 's'} checked; look at the lowest scores first."
 
-    return _start(studio, "Checking captions", work)
+    return _start(studio, "Checking captions", run)
 
 
 def _put_down(studio: Studio, session: DatasetSession, checked: Checked, folder: Path) -> Score:
@@ -82,17 +82,17 @@ def class_images(studio: Studio, *, prompts: Sequence[str], count: int, size: tu
     with studio.using() as session:
         folder = session.dataset.folder.with_name(f"{session.dataset.name}-reg")
 
-    def work(task: Task) -> str:
+    def run(task: Task) -> str:
         task.result({"reg_data_dir": str(folder)})
         made = make_class_images(studio.host, prompts=prompts, count=count, folder=folder, size=size, steps=steps, cfg=cfg,
                                    seed=seed, on_progress=task.progress, should_stop=task.should_stop)
         task.result({"made": made.made, "found": made.found})
         return f"{made.made:,} painted, {made.found:,} were there."
 
-    return _start(studio, "Painting class pictures", work)
+    return _start(studio, "Painting class pictures", run)
 
 
-def _start(studio: Studio, name: str, work: Work) -> int:
+def _start(studio: Studio, name: str, function: TaskFunction) -> int:
     if studio.runner.running():
         raise HostError("The model is in use", why="a training is running", remedy="wait for it or stop it first")
     if studio.host.checkpoint() is None:
@@ -100,7 +100,7 @@ def _start(studio: Studio, name: str, work: Work) -> int:
 
     def stopped_by_name(task: Task) -> str:
         try:
-            return work(task)
+            return function(task)
         except Interrupted as error:
             raise Interrupted(f"{name} was stopped; what was done is kept") from error
 

@@ -51,7 +51,7 @@ def _import(studio: Studio, from_where: Sequence[Path | Upload], *, uploads: lis
             # What was sent lies where we put it.
             return uploads is not None or allowed is None or allowed.may_read(path)
 
-        def work(task: Task) -> str:
+        def run(task: Task) -> str:
             before, stopped, notes = set(session.dataset.images), "", ()
             try:
                 collected = collect(session.dataset, from_where, may_read=may_read, on_progress=task.progress,
@@ -78,7 +78,7 @@ def _import(studio: Studio, from_where: Sequence[Path | Upload], *, uploads: lis
             if uploads:
                 session.uploads.drop(uploads)
 
-        return studio.tasks.start("Importing pictures", work, ended=ended)
+        return studio.tasks.start("Importing pictures", run, ended=ended)
 
 
 def _keep_repeats(session: DatasetSession, *, before: int) -> None:
@@ -98,7 +98,7 @@ def tag(studio: Studio, source_name: str, values: Mapping[str, Any], selection: 
         names = session.chosen_names(selection)
         paths = {session.path(name): name for name in names}
 
-    def work(task: Task) -> str:
+    def run(task: Task) -> str:
         found: dict[str, str] = {}
 
         def existing(path: Path) -> str:
@@ -129,7 +129,7 @@ def tag(studio: Studio, source_name: str, values: Mapping[str, Any], selection: 
         task.result({"changed": changed})
         return f"{stopped}{_count(changed, 'caption')} changed, not saved yet."
 
-    return studio.tasks.start("Captioning", work)
+    return studio.tasks.start("Captioning", run)
 
 
 def check(studio: Studio, values: Mapping[str, object]) -> int:
@@ -140,7 +140,7 @@ def check(studio: Studio, values: Mapping[str, object]) -> int:
         settings = parse({"trigger_word": dataset.concept, **values})
         unsaved = {store.images[i]: store.caption(i) for i in range(len(store.images)) if store.is_changed(i)}
 
-    def work(task: Task) -> str:
+    def run(task: Task) -> str:
         try:
             tokenizer: Tokenizer | None = studio.tokenizer()
         except HostError as error:
@@ -154,7 +154,7 @@ def check(studio: Studio, values: Mapping[str, object]) -> int:
             studio.changed()
         return report.summary
 
-    return studio.tasks.start("Looking at pictures", work)
+    return studio.tasks.start("Looking at pictures", run)
 
 
 def shape(studio: Studio, values: Mapping[str, Any], selection: Selection) -> int:
@@ -165,7 +165,7 @@ def shape(studio: Studio, values: Mapping[str, Any], selection: Selection) -> in
         for name in names:
             session.path(name)
 
-        def work(task: Task) -> str:
+        def run(task: Task) -> str:
             try:
                 shaped = apply_shape(session.dataset, names, wanted, family=studio.family(),
                                      models_folder=studio.host.models_folder, on_progress=task.progress,
@@ -182,7 +182,7 @@ def shape(studio: Studio, values: Mapping[str, Any], selection: Selection) -> in
                     session.reshaped(names)
                     studio.changed()
 
-        return studio.tasks.start("Shaping pictures", work)
+        return studio.tasks.start("Shaping pictures", run)
 
 
 def _device() -> Any:
