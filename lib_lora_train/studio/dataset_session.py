@@ -18,7 +18,7 @@ from lib_lora_train.studio import thumbs
 from lib_lora_train.studio.captions.filter import filter_from_dict
 from lib_lora_train.studio.captions.store import CaptionStore
 from lib_lora_train.studio.importing.owned import OwnedDataset
-from lib_lora_train.studio.requests import Selection, text
+from lib_lora_train.studio.requests import Selection
 from lib_lora_train.studio.uploads import Uploads
 
 if TYPE_CHECKING:
@@ -99,11 +99,10 @@ class DatasetSession:
         """The book's indices of what was selected; raises DatasetError where a name is none of them."""
         if selection.names is not None:
             return [self.index(name) for name in selection.names]
-        # What was found out about pictures is known here, not in the book.
-        code = text(selection.filter, "problem")
-        found = self.store.select(filter_from_dict({k: v for k, v in selection.filter.items() if k != "problem"}))
-        if code:
-            found = [i for i in found if code in self.problems(i) or (code == "any" and self.problems(i))]
+        wanted = filter_from_dict(selection.filter)
+        found = self.store.select(wanted)
+        if wanted.problem:  # what was found out about images is known here, not to the store
+            found = [i for i in found if wanted.problem in self.problems(i) or (wanted.problem == "any" and self.problems(i))]
         return found
 
     def chosen_names(self, selection: Selection) -> list[str]:

@@ -24,6 +24,7 @@ from lib_lora_train.settings import Settings
 from lib_lora_train.settings.allowed_paths import inside
 from lib_lora_train.studio import thumbs
 from lib_lora_train.studio.captions.edits import Edit, SetCaption, edit_from_dict
+from lib_lora_train.studio.captions.store import CaptionStore
 from lib_lora_train.studio.dataset_session import DatasetSession
 from lib_lora_train.studio.importing.owned import OwnedDataset, list_datasets
 from lib_lora_train.studio.requests import Selection
@@ -161,14 +162,19 @@ class Studio:
                 self.changed()
             return changed
 
-    def undo(self, *, again: bool = False) -> str:
-        """Take the last step back, or with `again` do it again; its label, "" where there is none.
+    def undo(self) -> str:
+        """Take the last step back; its label, "" where there is none. Removed images come back with it, which is refused
+        while a task or a training uses them, as every change of images is."""
+        return self._step(lambda store: store.undo())
 
-        Pictures that were removed come back with it, which waits for work and training as every change of pictures does.
-        """
+    def redo(self) -> str:
+        """Apply the step that was taken back last once more; its label, "" where there is none. Refused as `undo` is."""
+        return self._step(lambda store: store.redo())
+
+    def _step(self, step: Callable[[CaptionStore], str]) -> str:
         with self.using() as session:
             before = set(session.names)
-            label = session.store.redo() if again else session.store.undo()
+            label = step(session.store)
             if label:
                 session.renew()
                 session.forget_findings([name for name in before ^ set(session.names)])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lib_lora_train.errors import printable
 from lib_lora_train.settings.field import declarations
 from lib_lora_train.studio.dataset_session import DatasetSession
-from lib_lora_train.studio.requests import Selection
+from lib_lora_train.studio.requests import MOST_A_PAGE, Selection
 from lib_lora_train.studio.session import Studio
 from lib_lora_train.tagging.options import TagOptions
 from lib_lora_train.tagging.sources import sources
@@ -16,7 +16,6 @@ from lib_lora_train.tagging.sources import sources
 if TYPE_CHECKING:
     from lib_lora_train.dataset.findings import Report
 
-MOST_A_PAGE = 500
 MOST_TAGS = 500
 
 

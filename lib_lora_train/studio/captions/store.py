@@ -16,7 +16,7 @@ from lib_lora_train.dataset.captions import split_tags
 from lib_lora_train.dataset.folder import MayRead
 from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
 from lib_lora_train.errors import SettingError, printable, translated
-from lib_lora_train.studio.captions.edits import MOST_CHARACTERS, Edit
+from lib_lora_train.studio.captions.edits import Edit
 from lib_lora_train.studio.captions.files import (
     Found,
     OnDisk,
@@ -29,6 +29,7 @@ from lib_lora_train.studio.captions.files import (
 from lib_lora_train.studio.captions.filter import Filter
 from lib_lora_train.studio.captions.history import History, Step
 from lib_lora_train.studio.captions.save import STUDIO, Rewrite, content_of, recover, write_captions
+from lib_lora_train.studio.requests import MOST_CHARACTERS
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ class CaptionStore:
         for slot in slots:
             watch.check()
             text = self._texts[slot]
-            if text is not None or edit.whole:
+            if text is not None or edit.replaces_unreadable:
                 texts[slot] = _checked(change(text or ""), before=text or "")
             watch.advance()
         return self._do(edit.label, texts)

@@ -28,7 +28,7 @@ from lib_lora_train.studio.cropping.encode import WRITTEN_SUFFIXES, encode
 from lib_lora_train.studio.importing.names import FreeNames
 from lib_lora_train.studio.importing.owned import Note, OwnedDataset
 
-__all__ = ("Box", "Done", "Shape", "Shaped", "apply_shape", "crop_by_hand", "done_to", "flip", "in_step", "plan_shape",
+__all__ = ("Box", "Done", "Shape", "Shaped", "apply_shape", "crop_to_box", "done_to", "flip", "in_step", "plan_shape",
            "preview", "preview_shape", "split", "unshape")
 
 SMALLEST_CROP = 16  # pixels of a side

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[3]
 DRIVER = """
 import itertools, os, shutil, signal, subprocess, sys
 from pathlib import Path
-from lib_lora_train.studio.captions.store import CaptionBook
+from lib_lora_train.studio.captions.store import CaptionStore
 from lib_lora_train.studio.captions.edits import AddTags
 
 def work(action, folder, n, torn):
@@ -38,12 +38,12 @@ def work(action, folder, n, torn):
             os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
     if action == "open":
         sys.addaudithook(watch)
-        CaptionBook.open(folder)
+        CaptionStore.open(folder)
     else:
-        book = CaptionBook.open(folder)
-        book.apply(AddTags(("new",)), range(len(book)))
+        store = CaptionStore.open(folder)
+        store.apply(AddTags(("new",)), range(len(store)))
         sys.addaudithook(watch)
-        book.save()
+        store.save()
 
 def killed(action, folder, n, torn):
     if not hasattr(os, "fork"):
