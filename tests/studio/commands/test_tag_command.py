@@ -12,7 +12,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from lib_lora_train.errors import UserError
-from lib_lora_train.studio.commands.tag import SOME_FAILED, add_tag
+from lib_lora_train.studio.commands.arguments import add_tag
+from lib_lora_train.studio.commands.tag import SOME_FAILED
 from tests.interrupted_save import FINISHED, interrupt_save
 
 

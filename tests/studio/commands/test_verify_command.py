@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from lib_lora_train.errors import SettingError
-from lib_lora_train.studio.commands.verify import SOME_FAILED, add_verify
+from lib_lora_train.studio.commands.arguments import add_verify
+from lib_lora_train.studio.commands.verify import SOME_FAILED
 
 
 def run(*arguments: object) -> int:
