@@ -9,9 +9,8 @@ on a text that nobody wrote.
 from __future__ import annotations
 
 import contextlib
-import re
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -19,19 +18,16 @@ from typing import Literal
 from lib_lora_train.dataset.buckets import Buckets, Placement, Size
 from lib_lora_train.dataset.captions import find_captions, first_line, read_caption, split_tags, with_trigger_word
 from lib_lora_train.dataset.images import MAX_PIXELS, check_image, is_image_name
+from lib_lora_train.dataset.listing import MOST_REPEATS, MayRead, is_subset_name, list_folder, repeats_and_name
 from lib_lora_train.dataset.plan import balanced_repeats, plain_folder_repeats
 from lib_lora_train.dataset.prefetch import Prefetch, reading_threads
 from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
 from lib_lora_train.errors import DatasetError, printable
-from lib_lora_train.settings import DECLARATIONS
 
-MOST_REPEATS = DECLARATIONS["num_repeats"].maximum
 MASKS_FOLDER = "masks"  # beside the N_name folders, where the studio keeps them: no pictures to learn from
-MayRead = Callable[[Path], bool]
 _MANY = 100  # pictures from which on threads are worth their beginning
 _PREFETCH_PER_THREAD = 16  # files that may have been looked at, for each thread that does
 _LARGE = 32 << 20  # bytes of a file, which checking may have in memory at once; of larger ones only one is checked at a time
-_REPEATS_AND_NAME = re.compile(r"(\d+)_(.*)")
 
 
 @dataclass(frozen=True)
@@ -188,11 +184,11 @@ class _Reader:
 
     def read(self, subsets: Sequence[Subset], *, trigger_word: str) -> list[Example]:
         examples = []
-        places = [(subset, image) for subset in subsets for image in subset.images]
-        threads = reading_threads() if len(places) >= _MANY else 0
-        with Prefetch([image for _, image in places], self._checked, threads=threads, most=_PREFETCH_PER_THREAD * max(1, threads),
-                   cost=lambda image: 0, kept=lambda size: 0) as checked:
-            for subset, image in places:
+        images = [(subset, image) for subset in subsets for image in subset.images]
+        threads = reading_threads() if len(images) >= _MANY else 0
+        with Prefetch([image for _, image in images], self._checked, threads=threads, cost=lambda image: 0,
+                      kept=lambda size: 0, most=_PREFETCH_PER_THREAD * max(1, threads)) as checked:
+            for subset, image in images:
                 self.watch.check()
                 example = self._example(image, subset, size=next(checked), trigger_word=trigger_word)
                 if example is not None:
@@ -258,9 +254,9 @@ def find_images(folder: Path, *, what: str,
     Raises DatasetError if the folder is missing, unreadable or without pictures.
     """
     problems: list[Problem] = []
-    files, folders = _listing(folder, what, may_read=may_read, problems=problems)
+    files, folders = _list(folder, what, may_read=may_read, problems=problems)
     loose = [file for file in files if is_image_name(file)]
-    numbered = [f for f in folders if _REPEATS_AND_NAME.fullmatch(f.name)]
+    numbered = [f for f in folders if repeats_and_name(f.name)]
     subsets = [s for f in numbered if (s := _subset(f, problems, may_read)) is not None]
     others = [f for f in folders if f not in numbered and f.name != MASKS_FOLDER]
     if subsets:
@@ -271,10 +267,10 @@ def find_images(folder: Path, *, what: str,
         problems += _unused_folders(others, "its name has no number of repeats in front (N_name)")
         return subsets, "kohya", problems
     if loose:
-        if match := _REPEATS_AND_NAME.fullmatch(folder.name):
+        if named := repeats_and_name(folder.name):
             problems.append(Problem(
-                f"{folder.name} was chosen itself, so its name is not read as {match[1]} repeats of "
-                f"'{match[2]}'; choose the folder above it for that."))
+                f"{folder.name} was chosen itself, so its name is not read as {named[0]} repeats of "
+                f"'{named[1]}'; choose the folder above it for that."))
         problems += _unused_folders(others, "only the pictures beside it are used")
         return [Subset(folder, 1, "", tuple(loose), find_captions(files))], "plain", problems
     why = " ".join(p.text for p in problems) or "no file in it has a picture's name"
@@ -288,18 +284,15 @@ def find_images(folder: Path, *, what: str,
 
 def _subset(folder: Path, problems: list[Problem], may_read: MayRead | None) -> Subset | None:
     """An N_name folder with pictures; otherwise None, with the reason among the problems."""
-    match = _REPEATS_AND_NAME.fullmatch(folder.name)
-    assert match is not None
-    files, folders = _listing(folder, "dataset", may_read=may_read, problems=problems)
+    repeats, name = repeats_and_name(folder.name) or (0, "")
+    files, folders = _list(folder, "dataset", may_read=may_read, problems=problems)
     images = tuple(file for file in files if is_image_name(file))
     problems += _unused_folders(folders, f"folders inside {folder.name} are not searched")
-    repeats = int(match[1])
-    # 20240101_holiday is a date: read as repeats it would fill the memory with visits.
-    if not images or not 1 <= repeats <= MOST_REPEATS:
-        why = "it holds no pictures" if not images else f"it asks for {repeats} repeats, not 1 to {MOST_REPEATS:.0f}"
+    if not images or not is_subset_name(folder.name):
+        why = "it holds no pictures" if not images else f"it asks for {repeats} repeats, not 1 to {MOST_REPEATS}"
         problems.append(Problem(f"The folder {folder.name} is ignored: {why}."))
         return None
-    return Subset(folder, repeats, printable(match[2].strip()), images, find_captions(files))
+    return Subset(folder, repeats, printable(name.strip()), images, find_captions(files))
 
 
 def _file_bytes(image: Path) -> int:
@@ -317,28 +310,13 @@ def _same(one: Path, other: Path) -> bool:
         return False
 
 
-def _listing(folder: Path, what: str, *, may_read: MayRead | None,
-             problems: list[Problem]) -> tuple[list[Path], list[Path]]:
-    """(files, folders) of a folder by name, without hidden folders (caches live there)."""
-    try:
-        if not folder.exists():
-            raise DatasetError(f"The {what} folder {folder} does not exist", remedy="check the path")
-        if not folder.is_dir():
-            raise DatasetError(f"{folder} is a file", remedy=f"choose the {what} folder that holds the pictures")
-        entries = sorted(folder.iterdir(), key=lambda path: (path.name.casefold(), path.name))
-        if may_read:
-            outside = [path for path in entries if not may_read(path)]
-            entries = [path for path in entries if path not in outside]
-            if outside:
-                problems.append(Problem(f"{len(outside)} entries of {folder} are ignored, because they are links to folders "
-                                        f"that are not allowed: {some_of([path.name for path in outside])}."))
-        files = [path for path in entries if path.is_file()]
-        folders = [path for path in entries if path.is_dir() and not path.name.startswith(".")]
-    except OSError as error:
-        raise DatasetError(
-            f"The {what} folder {folder} cannot be read", why=error.strerror or str(error),
-            remedy="check that you may read it") from error
-    return files, folders
+def _list(folder: Path, what: str, *, may_read: MayRead | None, problems: list[Problem]) -> tuple[list[Path], list[Path]]:
+    """(files, folders) of a folder; what may not be read becomes one of `problems`."""
+    listing = list_folder(folder, what=what, may_read=may_read)
+    if listing.refused:
+        problems.append(Problem(f"{len(listing.refused)} entries of {folder} are ignored, because they are links to folders "
+                                f"that are not allowed: {some_of([path.name for path in listing.refused])}."))
+    return listing.files, listing.folders
 
 
 def _image_names(folder: Path) -> list[str]:

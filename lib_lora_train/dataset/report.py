@@ -19,8 +19,9 @@ from lib_lora_train.dataset.buckets import Buckets, Placement, Size, buckets_for
 from lib_lora_train.dataset.captions import first_line, read_caption, split_tags, with_trigger_word
 from lib_lora_train.dataset.crop_sheet import crop_sheet
 from lib_lora_train.dataset.findings import Examined, Proposal, Report
-from lib_lora_train.dataset.folder import MayRead, Subset, find_images
+from lib_lora_train.dataset.folder import Subset, find_images
 from lib_lora_train.dataset.images import read_image
+from lib_lora_train.dataset.listing import MayRead
 from lib_lora_train.dataset.plan import plain_folder_repeats, plan_run
 from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
 from lib_lora_train.errors import DatasetError, printable

@@ -148,7 +148,8 @@ def check(studio: Studio, values: Mapping[str, object]) -> int:
             task.problem("", f"{error}")
         allowed = studio.host.allowed
         report = examine(dataset.folder, settings=settings, tokenizer=tokenizer, family=studio.family(), unsaved=unsaved,
-                         may_read=allowed.may_read if allowed else None, on_progress=task.progress, should_stop=task.should_stop)
+                         may_read=allowed.may_read if allowed else None, on_progress=task.progress,
+                         should_stop=task.should_stop)
         with studio.using():
             session.take_report(report, content=content)
             studio.changed()

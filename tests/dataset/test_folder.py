@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from lib_lora_train.dataset import folder as folder_module
+from lib_lora_train.dataset import listing
 from lib_lora_train.dataset.buckets import Buckets
 from lib_lora_train.dataset.folder import Dataset, place, scan, visits_by_bucket
 from lib_lora_train.dataset.progress import Watch
@@ -143,10 +144,10 @@ def test_a_missing_an_empty_and_a_wrong_folder_are_refused(tmp_path: Path, make_
 
 
 def test_an_unreadable_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: Path) -> None:
-        raise PermissionError(13, "Permission denied", str(self))
+    def refuse(folder: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(folder))
 
-    monkeypatch.setattr(Path, "iterdir", refuse)
+    monkeypatch.setattr(listing.os, "scandir", refuse)
     with pytest.raises(DatasetError, match="cannot be read: Permission denied"):
         scan(tmp_path, max_train_epochs=1)
 

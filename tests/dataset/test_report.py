@@ -308,7 +308,7 @@ def test_progress_counts_every_picture_and_stopping_ends_the_work(tmp_path: Path
 
 def test_what_may_not_be_read_is_not(tmp_path: Path, draw: Draw) -> None:
     draw("a.png")
-    draw("secret.png")
+    draw("10_secret/b.png")
     report = examine(tmp_path, settings=parse({}), may_read=lambda path: "secret" not in path.name)
     assert [image.path.name for image in report.images] == ["a.png"] and advice(report, "not allowed")
 

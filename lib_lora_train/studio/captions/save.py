@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib_lora_train.dataset.captions import CAPTION_SUFFIXES
-from lib_lora_train.dataset.folder import MayRead
+from lib_lora_train.dataset.listing import MayRead
 from lib_lora_train.dataset.progress import Progress, Watch
 from lib_lora_train.errors import OutputError, printable, translated
 from lib_lora_train.storage.atomic import keep_name, remove, replace, replacing, write_atomic

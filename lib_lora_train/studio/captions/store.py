@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib_lora_train.dataset.captions import split_tags
-from lib_lora_train.dataset.folder import MayRead
+from lib_lora_train.dataset.listing import MayRead
 from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
 from lib_lora_train.errors import SettingError, printable, translated
 from lib_lora_train.studio.captions.edits import Edit

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lib_lora_train.dataset.captions import CAPTION_SUFFIXES
-from lib_lora_train.dataset.folder import MASKS_FOLDER, MOST_REPEATS
+from lib_lora_train.dataset.folder import MASKS_FOLDER
 from lib_lora_train.dataset.images import is_image_name
+from lib_lora_train.dataset.listing import MOST_REPEATS, by_name, is_subset_name, repeats_and_name
 from lib_lora_train.errors import DatasetError, printable, translated
 from lib_lora_train.storage.atomic import remove_parts, write_atomic
 from lib_lora_train.studio.importing.names import file_key, safe_stem
@@ -30,7 +30,6 @@ VERSION = 1
 FILE_NAME = "dataset.json"
 STUDIO_FOLDER = ".studio"
 DEFAULT_REPEATS = 10
-_NUMBERED = re.compile(r"(\d+)_(.*)")
 _MOST_BYTES = 256 << 20  # of dataset.json; one picture takes about 200
 
 Note = dict[str, Any]  # what dataset.json says of one picture
@@ -75,12 +74,12 @@ class OwnedDataset:
             kept = _read(folder / FILE_NAME)
             concept, numbered = kept.get("concept"), _numbered_folders(folder)
             wanted = _folder_text(concept) if isinstance(concept, str) else None
-            fitting = [name for name in numbered if _NUMBERED.fullmatch(name)[2] == wanted] or numbered
+            fitting = [name for name in numbered if repeats_and_name(name)[1] == wanted] or numbered
             if not fitting:
                 fitting = [f"{DEFAULT_REPEATS}_{wanted or _folder_text(folder.name)}"]
                 (folder / fitting[0]).mkdir()
             if not isinstance(concept, str):  # a damaged file: the folder's name says it too
-                concept = _NUMBERED.fullmatch(fitting[0])[2]
+                concept = repeats_and_name(fitting[0])[1]
             return cls(folder, concept=one_line(concept), numbered=fitting[0])
 
     # ---- where things are
@@ -93,7 +92,7 @@ class OwnedDataset:
     @property
     def repeats(self) -> int:
         """How often each picture is shown in an epoch: the number in front of the folder's name."""
-        return int(_NUMBERED.fullmatch(self._numbered)[1])
+        return repeats_and_name(self._numbered)[0]
 
     @property
     def images_folder(self) -> Path:
@@ -125,7 +124,7 @@ class OwnedDataset:
         """The pictures by name; read from the disk at each call."""
         with translated(f"the pictures of {self.name} were listed"):
             found = [path for path in self.images_folder.iterdir() if is_image_name(path) and path.is_file()]
-        return tuple(sorted(found, key=lambda path: (path.name.casefold(), path.name)))
+        return tuple(sorted(found, key=by_name))
 
     def image(self, name: str) -> Path:
         """The picture called `name` ("a.png"). Raises DatasetError if there is none; no path is taken for a name."""
@@ -256,7 +255,7 @@ class OwnedDataset:
 def list_datasets(datasets_folder: Path) -> list[tuple[str, int]]:
     """(name, pictures) of each dataset below `datasets_folder`, by name; [] where the folder is not there."""
     return [(entry.name, sum(is_image_name(path) for name in _numbered_folders(entry) for path in _entries(entry / name)))
-            for entry in sorted(_entries(datasets_folder), key=lambda path: (path.name.casefold(), path.name))
+            for entry in sorted(_entries(datasets_folder), key=by_name)
             if (entry / FILE_NAME).is_file()]
 
 
@@ -271,8 +270,7 @@ def _folder_text(concept: str) -> str:
 
 def _numbered_folders(folder: Path) -> list[str]:
     """Those that training reads; a date such as 20240101_holiday is none."""
-    return sorted(path.name for path in _entries(folder) if (match := _NUMBERED.fullmatch(path.name))
-                  and 1 <= int(match[1]) <= MOST_REPEATS and path.is_dir())
+    return sorted(path.name for path in _entries(folder) if is_subset_name(path.name) and path.is_dir())
 
 
 def _entries(folder: Path) -> Iterable[Path]:
@@ -306,4 +304,4 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _check_repeats(repeats: int) -> None:
     if not 1 <= repeats <= MOST_REPEATS:
-        raise DatasetError(f"{repeats} repeats are not possible", remedy=f"choose 1 to {MOST_REPEATS:.0f}")
+        raise DatasetError(f"{repeats} repeats are not possible", remedy=f"choose 1 to {MOST_REPEATS}")

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lib_lora_train.dataset.captions import CAPTION_SUFFIXES
 from lib_lora_train.dataset.folder import MASKS_FOLDER
 from lib_lora_train.dataset.images import is_image_name
+from lib_lora_train.dataset.listing import MayRead, by_name
 from lib_lora_train.errors import DatasetError, printable
 from lib_lora_train.studio.importing.archive import Archive, Entry, Limits, open_archive
 from lib_lora_train.studio.importing.names import file_key
 
 Place = Path | Entry  # a file of its own, or in an archive
-MayRead = Callable[[Path], bool]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +141,7 @@ class _Listing:
 
     def _folder(self, folder: Path) -> None:
         files = self._files_of(folder, ())
-        for below in _listed(folder):
+        for below in sorted(folder.iterdir(), key=by_name):
             if below.is_dir() and not below.name.startswith("."):
                 if self._allowed(below):
                     files += self._files_of(below, (below.name,))
@@ -155,7 +155,7 @@ class _Listing:
 
     def _files_of(self, folder: Path, named: tuple[str, ...]) -> list[_File]:
         files = []
-        for path in _listed(folder):
+        for path in sorted(folder.iterdir(), key=by_name):
             file = _File(named, path.name, path, "/".join([*named, path.name]), str(path))
             if not (is_image_name(path) or file.is_caption) or not path.is_file():
                 continue
@@ -219,7 +219,3 @@ def _images(files: Sequence[_File]) -> tuple[Found, ...]:
 
 def _is_mask(file: _File) -> bool:
     return bool(file.folder) and file.folder[-1].casefold() == MASKS_FOLDER
-
-
-def _listed(folder: Path) -> list[Path]:
-    return sorted(folder.iterdir(), key=lambda path: (path.name.casefold(), path.name))
