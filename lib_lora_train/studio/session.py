@@ -247,8 +247,8 @@ class Studio:
             self._refuse_while_busy("moved")
             (session.dataset.restore if there else session.dataset.remove)(names)
 
-        count = session.store.remove([session.index(name) for name in names], reload_parts=lambda: move(True),
-                                   take_away=lambda: move(False))
+        count = session.store.remove([session.index(name) for name in names], before_undo=lambda: move(True),
+                                     before_redo=lambda: move(False))
         session.renew()
         return count
 

@@ -17,8 +17,8 @@ class Step:
     label: str
     texts: Mapping[int, tuple[str | None, str | None]] = field(default_factory=dict)
     removed: frozenset[int] = frozenset()
-    reload_parts: Callable[[], None] | None = None
-    take_away: Callable[[], None] | None = None
+    before_undo: Callable[[], None] | None = None
+    before_redo: Callable[[], None] | None = None
 
     @property
     def size(self) -> int:

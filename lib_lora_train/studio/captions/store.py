@@ -14,7 +14,6 @@ from pathlib import Path
 
 from lib_lora_train.dataset.captions import split_tags
 from lib_lora_train.dataset.listing import MayRead
-from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
 from lib_lora_train.errors import SettingError, printable, translated
 from lib_lora_train.studio.captions.edits import Edit
 from lib_lora_train.studio.captions.files import (
@@ -68,17 +67,14 @@ class CaptionStore:
         self._history = History()
 
     @classmethod
-    def open(cls, folder: Path | str, *, may_read: MayRead | None = None, on_progress: Progress | None = None,
-             should_stop: ShouldStop | None = None) -> CaptionStore:
+    def open(cls, folder: Path | str, *, may_read: MayRead | None = None) -> CaptionStore:
         """The captions of a dataset folder (ours, kohya's, or plain); a save that was interrupted is finished first.
 
-        Raises DatasetError if the folder is missing or cannot be read, OutputError if that save cannot be finished,
-        Interrupted when `should_stop()` says so.
+        Raises DatasetError if the folder is missing or cannot be read, OutputError if that save cannot be finished.
         """
         store = cls(Path(folder), may_read=may_read)
         store._recover()
-        found = find_images(store.folder, may_read=may_read)
-        store._take(found, on_progress=on_progress, should_stop=should_stop)
+        store._add(find_images(store.folder, may_read=may_read))
         return store
 
     # ---- reading
@@ -120,16 +116,14 @@ class CaptionStore:
             return f"{printable(self._passed_over[slot][0].name)} does not count, because there is {name} too."
         return f"Only the first line of {name} is used." if self._disk[slot].rest.strip() else ""
 
-    def select(self, wanted: Filter, among: Sequence[int] | None = None) -> list[int]:
-        """The places of those that `wanted` takes, of all or of `among`, in that order.
+    def select(self, wanted: Filter) -> list[int]:
+        """The indices of the images that `wanted` accepts.
 
         Raises SettingError for a regular expression that is wrong or takes too long.
         """
         accepts = wanted.accepts()
-        places = range(len(self)) if among is None else among
-        if wanted.changed_only:
-            places = [place for place in places if self.is_changed(place)]
-        return [place for place in places if accepts(self.caption(place))]
+        return [index for index in range(len(self))
+                if (self.is_changed(index) or not wanted.changed_only) and accepts(self.caption(index))]
 
     def tags(self, indices: Iterable[int] | None = None) -> list[tuple[str, int]]:
         """(tag, pictures that carry it), the most frequent first, then by name.
@@ -148,23 +142,13 @@ class CaptionStore:
 
     # ---- editing
 
-    def apply(self, edit: Edit, indices: Iterable[int], *, on_progress: Progress | None = None,
-              should_stop: ShouldStop | None = None) -> int:
+    def apply(self, edit: Edit, indices: Iterable[int]) -> int:
         """One edit of these captions as one step; returns how many it changed. Captions that cannot be read are passed over
-        unless the edit replaces them whole.
-
-        Raises SettingError (then nothing is changed) and Interrupted (likewise).
+        unless the edit replaces them. Raises SettingError; then nothing is changed.
         """
-        slots = self._slots_of(indices)
         change = edit.change(lambda: (self._texts[slot] or "" for slot in self._shown_slots))
-        watch = Watch(len(slots), doing="captions were edited", on_progress=on_progress, should_stop=should_stop)
-        texts = {}
-        for slot in slots:
-            watch.check()
-            text = self._texts[slot]
-            if text is not None or edit.replaces_unreadable:
-                texts[slot] = _checked(change(text or ""), before=text or "")
-            watch.advance()
+        texts = {slot: _checked(change(text or ""), before=text or "") for slot in self._slots_of(indices)
+                 if (text := self._texts[slot]) is not None or edit.replaces_unreadable}
         return self._do(edit.label, texts)
 
     def set_captions(self, captions: Mapping[int, str], label: str) -> int:
@@ -177,8 +161,8 @@ class CaptionStore:
         if not self._history.done:
             return ""
         step = self._history.done[-1]
-        if step.reload_parts is not None:
-            step.reload_parts()
+        if step.before_undo is not None:
+            step.before_undo()
         self._set({slot: before for slot, (before, _) in step.texts.items()})
         self._show(set(self._shown) | step.removed)
         self._history.undone_last()
@@ -189,8 +173,8 @@ class CaptionStore:
         if not self._history.undone:
             return ""
         step = self._history.undone[-1]
-        if step.take_away is not None:
-            step.take_away()
+        if step.before_redo is not None:
+            step.before_redo()
         self._set({slot: after for slot, (_, after) in step.texts.items()})
         self._show(set(self._shown) - step.removed)
         self._history.redone_last()
@@ -219,18 +203,18 @@ class CaptionStore:
         known = {self._numbers[image] for image in wanted if image in self._numbers}
         before = len(self)
         self._show(set(self._shown) | known)
-        self._take(find_among([image for image in wanted if image not in self._numbers], may_read=self._may_read))
+        self._add(find_among([image for image in wanted if image not in self._numbers], may_read=self._may_read))
         return len(self) - before
 
-    def remove(self, indices: Iterable[int], *, reload_parts: Callable[[], None] | None = None,
-               take_away: Callable[[], None] | None = None) -> int:
-        """Pictures that the caller has moved out of the folder, as one step. `undo` calls `reload_parts` first and `redo`
-        `take_away`: what they raise leaves the book as it is. Captions not yet saved come back with them."""
+    def remove(self, indices: Iterable[int], *, before_undo: Callable[[], None] | None = None,
+               before_redo: Callable[[], None] | None = None) -> int:
+        """Pictures that the caller has moved out of the folder, as one step. `undo` calls `before_undo` first and `redo`
+        `before_redo`: what they raise leaves the book as it is. Captions not yet saved come back with them."""
         gone = frozenset(self._shown[index] for index in indices)
         if gone:
             self._show(set(self._shown) - gone)
             label = f"Remove {len(gone)} picture{'s' if len(gone) > 1 else ''}"
-            self._history.push(Step(label, removed=gone, reload_parts=reload_parts, take_away=take_away))
+            self._history.push(Step(label, removed=gone, before_undo=before_undo, before_redo=before_redo))
         return len(gone)
 
     def moved(self, old: Path, new: Path) -> None:
@@ -246,8 +230,7 @@ class CaptionStore:
 
     # ---- the disk
 
-    def save(self, backup_folder: Path | None = None, *, overwrite: bool = False,
-             on_progress: Progress | None = None) -> Saved:
+    def save(self, backup_folder: Path | None = None, *, overwrite: bool = False) -> Saved:
         """Write what changed, all or none (see `book_save`). What stood there goes into a zip in `backup_folder`, by default
         .studio/backup of the dataset; the last ten are kept.
 
@@ -270,8 +253,7 @@ class CaptionStore:
                     slots.append(slot)
         if not rewrites:
             return Saved(0, None, tuple(conflicts))
-        backup = write_captions(self.folder, rewrites, backup_folder=backup_folder, may_read=self._may_read,
-                                on_progress=on_progress)
+        backup = write_captions(self.folder, rewrites, backup_folder=backup_folder, may_read=self._may_read)
         for slot, rewrite in zip(slots, rewrites, strict=True):
             self._now_on_disk(slot, OnDisk(rewrite.new.strip()))
         return Saved(len(rewrites), backup, tuple(conflicts))
@@ -294,12 +276,9 @@ class CaptionStore:
             self.notes += (f"An interrupted save could not be finished for {_captions(len(done.conflicts))} that another "
                            f"program changed since; what was to be written is kept in {kept}.",)
 
-    def _take(self, found: Sequence[Found], *, on_progress: Progress | None = None,
-              should_stop: ShouldStop | None = None) -> None:
-        watch = Watch(len(found), doing="the captions were read", on_progress=on_progress, should_stop=should_stop)
+    def _add(self, found: Sequence[Found]) -> None:
         shown = set(self._shown)
         for entry in found:
-            watch.check()
             key = _file_key(entry.caption)
             slot = self._slots.get(key)
             if slot is None:
@@ -314,7 +293,6 @@ class CaptionStore:
             self._all.append(entry.image)
             self._slot.append(slot)
             shown.add(number)
-            watch.advance()
         self._show(shown)
 
     def _show(self, numbers: set[int]) -> None:

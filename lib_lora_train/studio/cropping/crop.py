@@ -21,15 +21,11 @@ from lib_lora_train.dataset.captions import CAPTION_SUFFIXES
 from lib_lora_train.dataset.images import read_image, read_layers, read_size
 from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
 from lib_lora_train.errors import DatasetError, SettingError, translated
-from lib_lora_train.settings import Settings
 from lib_lora_train.storage.atomic import replacing, write_atomic
-from lib_lora_train.studio.cropping.crop_plan import Box, Edges, Shape, find_subject, plan_shape, preview, render
+from lib_lora_train.studio.cropping.crop_plan import Box, Edges, Shape, find_subject, plan_shape, render
 from lib_lora_train.studio.cropping.encode import WRITTEN_SUFFIXES, encode
 from lib_lora_train.studio.importing.names import FreeNames
 from lib_lora_train.studio.importing.owned import Note, OwnedDataset
-
-__all__ = ("Box", "Done", "Shape", "Shaped", "apply_shape", "crop_to_box", "done_to", "flip", "in_step", "plan_shape",
-           "preview", "preview_shape", "split", "unshape")
 
 SMALLEST_CROP = 16  # pixels of a side
 _MOST_TILES = 400
@@ -67,29 +63,28 @@ class Done:
 
 
 def apply_shape(
-    dataset: OwnedDataset, names: Sequence[str], shape: Shape, *, settings: Settings | None = None, family: str = "",
-    models_folder: Path | None = None, on_progress: Progress | None = None, should_stop: ShouldStop | None = None,
+    dataset: OwnedDataset, names: Sequence[str], shape: Shape, *, family: str = "", models_folder: Path | None = None,
+    on_progress: Progress | None = None, should_stop: ShouldStop | None = None,
 ) -> Shaped:
     """Give pictures a shape, made from the unshaped ones within what was cut by hand.
 
-    Raises SettingError for contradictory settings, Interrupted when `should_stop()` says so (what was shaped stays, each
-    picture whole) and OutputError if the disk refuses.
+    Raises Interrupted when `should_stop()` says so (what was shaped stays, each image complete) and OutputError if the disk
+    refuses.
     """
-    plan_shape((shape.side, shape.side), shape, settings, family=family)  # a contradiction is told once, before any work
     small, enlarged = 0, 0.0
 
     def change(before: Done, image: Image.Image, mask: Image.Image | None) -> Done:
         nonlocal small, enlarged
         subject = find_subject(image, shape, mask=mask, models_folder=models_folder)
-        box = plan_shape(image, shape, settings, subject=subject, region=before.hand, family=family)
-        asked = box if shape.mode == "keep" else plan_shape(
-            image, dataclasses.replace(shape, enlarge=True), settings, region=before.hand, family=family)
-        if asked.enlarged > 1.005:
-            small, enlarged = small + 1, max(enlarged, asked.enlarged)
+        box = plan_shape(image.size, shape, subject=subject, region=before.hand, family=family)
+        full_size = box if shape.mode == "keep" else plan_shape(
+            image.size, dataclasses.replace(shape, enlarge=True), region=before.hand, family=family)
+        if full_size.enlarged > 1.005:
+            small, enlarged = small + 1, max(enlarged, full_size.enlarged)
         return dataclasses.replace(before, shape=shape, box=box.edges, size=box.size)
 
     watch = Watch(len(names), doing="pictures were shaped", on_progress=on_progress, should_stop=should_stop)
-    done, skipped = _each(dataset, names, watch=watch, work=lambda name, notes: _change(dataset, name, notes, change))
+    done, skipped = _each(dataset, names, watch=watch, change=lambda name, notes: _change_image(dataset, name, notes, change))
     notes = []
     if small and shape.enlarge:
         notes.append(f"{_images(small)} had to be enlarged, up to {enlarged:.1f} times: they have less detail than it seems.")
@@ -99,23 +94,21 @@ def apply_shape(
     return Shaped(done, skipped, tuple(notes))
 
 
-def preview_shape(dataset: OwnedDataset, name: str, shape: Shape, *, settings: Settings | None = None, family: str = "",
+def preview_shape(dataset: OwnedDataset, name: str, shape: Shape, *, family: str = "",
                   models_folder: Path | None = None) -> Image.Image:
     """The picture as `apply_shape` would make it; nothing is written. Raises DatasetError and SettingError."""
     before, source, mask = _before(dataset, name, dataset.notes())
     image = read_image(source)
     subject = find_subject(image, shape, mask=mask, models_folder=models_folder)
-    box = plan_shape(image, shape, settings, subject=subject, region=before.hand, family=family)
+    box = plan_shape(image.size, shape, subject=subject, region=before.hand, family=family)
     return render(image, box, flip=dataclasses.replace(before, shape=shape).flip)
 
 
-def unshape(dataset: OwnedDataset, names: Sequence[str], *, on_progress: Progress | None = None,
-            should_stop: ShouldStop | None = None) -> Shaped:
-    """Bring pictures back as they were imported, with their masks; those that were never shaped stay as they are."""
-
-    watch = Watch(len(names), doing="pictures were brought back", on_progress=on_progress, should_stop=should_stop)
+def unshape(dataset: OwnedDataset, names: Sequence[str]) -> Shaped:
+    """Bring images back as they were imported, with their masks; those that were never shaped stay as they are."""
+    watch = Watch(len(names), doing="pictures were brought back", on_progress=None, should_stop=None)
     done, skipped = _each(dataset, names, watch=watch,
-                          work=lambda name, notes: _unshaped(dataset, name, notes.get(name, {})))
+                          change=lambda name, notes: _unshaped(dataset, name, notes.get(name, {})))
     return Shaped(done, skipped)
 
 
@@ -129,7 +122,7 @@ def crop_to_box(dataset: OwnedDataset, name: str, box: Sequence[float]) -> None:
     def change(before: Done, image: Image.Image, mask: Image.Image | None) -> Done:
         hand = _in_unshaped(before, _checked_box(box, before.size or image.size), image.size)
         keep = Shape(mode="keep", side=before.shape.side, flip=before.shape.flip) if before.shape else None
-        made = plan_shape(image, keep, region=hand) if keep else _native(hand)
+        made = plan_shape(image.size, keep, region=hand) if keep else _native(hand)
         return dataclasses.replace(before, hand=made.edges, shape=keep, box=made.edges, size=made.size)
 
     _one(dataset, name, change)
@@ -222,10 +215,10 @@ def _one(dataset: OwnedDataset, name: str, change: Change) -> None:
     with translated("a picture was shaped"):
         notes = dataset.notes()
         in_step(dataset, name, notes)
-        dataset.write_notes({name: _change(dataset, name, notes, change)})
+        dataset.write_notes({name: _change_image(dataset, name, notes, change)})
 
 
-def _change(dataset: OwnedDataset, name: str, notes: Mapping[str, Note], change: Change) -> Note:
+def _change_image(dataset: OwnedDataset, name: str, notes: Mapping[str, Note], change: Change) -> Note:
     """Make the picture anew as `change` says; its new note. The unshaped one is there before anything is replaced."""
     path = dataset.image(name)
     if path.suffix.lower() not in WRITTEN_SUFFIXES:
@@ -235,8 +228,8 @@ def _change(dataset: OwnedDataset, name: str, notes: Mapping[str, Note], change:
     after = change(before, layers.image, mask)
     assert after.box is not None and after.size is not None
     box, note = Box(*after.box, after.size), dict(notes.get(name, {}))
-    whole = after.box == (0, 0, *layers.image.size) and after.size == layers.image.size and not after.flip
-    if whole:  # nothing is done to it, or nothing any more
+    unchanged = after.box == (0, 0, *layers.image.size) and after.size == layers.image.size and not after.flip
+    if unchanged:
         return note if source == path else _unshaped(dataset, name, note)
     if source == path:
         _copy(path, dataset.unshaped_path(name))
@@ -252,16 +245,16 @@ def _change(dataset: OwnedDataset, name: str, notes: Mapping[str, Note], change:
 def _unshaped(dataset: OwnedDataset, name: str, note: Note) -> Note:
     """The picture and its mask as they were imported; the note without what was done."""
     now = dataset.image(name)
-    for kept, place in ((dataset.unshaped_mask_path(name), dataset.mask_path(name)), (dataset.unshaped_path(name), now)):
+    for kept, path in ((dataset.unshaped_mask_path(name), dataset.mask_path(name)), (dataset.unshaped_path(name), now)):
         if kept.is_file():
-            place.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(kept, place)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(kept, path)
     return {key: value for key, value in note.items() if key != "shaped"}
 
 
 def _each(dataset: OwnedDataset, names: Sequence[str], *, watch: Watch,
-          work: Callable[[str, Mapping[str, Note]], Note]) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
-    """`work` on each picture; (those done, those left out and why). Notes are kept now and then, and at the end."""
+          change: Callable[[str, Mapping[str, Note]], Note]) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
+    """`change` each image; (those done, those left out and why). Notes are written now and then, and at the end."""
     done, skipped, changed = [], [], {}
     with translated("pictures were shaped"):
         dataset.remove_parts()
@@ -270,7 +263,7 @@ def _each(dataset: OwnedDataset, names: Sequence[str], *, watch: Watch,
             for name in dict.fromkeys(names):
                 watch.check()
                 try:
-                    changed[name] = work(name, notes)
+                    changed[name] = change(name, notes)
                     done.append(name)
                 except DatasetError as error:
                     skipped.append((name, str(error)))

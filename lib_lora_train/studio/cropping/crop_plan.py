@@ -15,7 +15,7 @@ from PIL import Image
 
 from lib_lora_train.dataset.buckets import Buckets, buckets_for
 from lib_lora_train.errors import SettingError
-from lib_lora_train.settings import Settings
+from lib_lora_train.settings import DatasetSettings
 from lib_lora_train.studio.cropping.subject import SubjectBox, subject_box
 
 SMALLEST_SIDE, LARGEST_SIDE = 64, 4096
@@ -97,27 +97,23 @@ class Box:
         return max(0.0, 1 - (self.right - self.left) * (self.bottom - self.top) / (size[0] * size[1]))
 
 
-def plan_shape(image: Image.Image | tuple[int, int], shape: Shape, settings: Settings | None = None, *,
-               subject: SubjectBox | None = None, region: Edges | None = None, family: str = "") -> Box:
-    """What `shape` cuts of a picture, or of one of that (width, height).
+def plan_shape(size: tuple[int, int], shape: Shape, *, subject: SubjectBox | None = None, region: Edges | None = None,
+               family: str = "") -> Box:
+    """What `shape` cuts of an image of (width, height) `size`.
 
-    `subject` is where its subject is; with the focus on it and None given, it is looked for in the picture, and the centre
-    taken of a mere size. Within `region`, if there is one, the rest is as if it were the picture. Bucket bounds are those of
-    `settings`; `family` is the model's. Raises SettingError for contradictory settings, DatasetError if nothing is left.
+    `subject` is where its subject is (see `find_subject`); the centre is used where it is None. With a `region`, the cut is
+    made within it, as if it were the image. `family` is the model's. Raises DatasetError if nothing is left.
     """
-    size = image if isinstance(image, tuple) else image.size
     left, top, right, bottom = region or (0.0, 0.0, float(size[0]), float(size[1]))
     width, height = max(1, round(right - left)), max(1, round(bottom - top))
     if shape.mode == "keep":
         scale = shape.side / math.sqrt(width * height)
         scale = scale if shape.enlarge else min(1.0, scale)
         return Box(left, top, right, bottom, (max(1, round(width * scale)), max(1, round(height * scale))))
-    placement = _buckets(shape, settings, family).assign(width, height)
+    placement = _buckets(shape, family).assign(width, height)
     across, down = (right - left) / placement.resized[0], (bottom - top) / placement.resized[1]
     crop_left, crop_top = placement.crop
     if shape.focus != "centre":
-        if shape.focus == "subject" and subject is None and not isinstance(image, tuple):
-            subject = subject_box(image)
         at = _focus_point(shape.focus, subject, (left, top, right, bottom))
         if at is not None:
             crop_left = _centred((at[0] - left) / across, placement.bucket[0], slack=placement.slack[0])
@@ -132,15 +128,6 @@ def plan_shape(image: Image.Image | tuple[int, int], shape: Shape, settings: Set
     whole_left, whole_top = (min(math.floor(start + 0.5), limit - side) for start, limit, side in
                              ((cut[0], math.floor(right), whole[0]), (cut[1], math.floor(bottom), whole[1])))
     return Box(float(whole_left), float(whole_top), float(whole_left + whole[0]), float(whole_top + whole[1]), whole)
-
-
-def preview(image: Image.Image, shape: Shape, settings: Settings | None = None, *, mask: Image.Image | None = None,
-            region: Edges | None = None, models_folder: Path | None = None, family: str = "") -> Image.Image:
-    """What `shape` would make of `image` (mode RGB). `mask` and `models_folder` help to find the subject. Errors as
-    `plan_shape`."""
-    subject = find_subject(image, shape, mask=mask, models_folder=models_folder)
-    box = plan_shape(image, shape, settings, subject=subject, region=region, family=family)
-    return render(image, box, flip=shape.flip)
 
 
 def find_subject(image: Image.Image, shape: Shape, *, mask: Image.Image | None = None,
@@ -163,12 +150,11 @@ def render(image: Image.Image, box: Box, *, flip: bool) -> Image.Image:
     return made.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else made
 
 
-def _buckets(shape: Shape, settings: Settings | None, family: str) -> Buckets:
-    # From 1024 on it is SDXL's buckets that are meant, unless somebody says otherwise.
+def _buckets(shape: Shape, family: str) -> Buckets:
+    # From 1024 on, SDXL's buckets are meant, unless a model says otherwise.
     family = family or ("sdxl" if shape.side >= 1024 else "")
-    declared = dataclasses.replace((settings or Settings()).dataset, resolution=str(shape.side),
-                                   enable_bucket=shape.mode == "buckets")
-    return buckets_for(declared, family=family)
+    settings = DatasetSettings(resolution=str(shape.side), enable_bucket=shape.mode == "buckets")
+    return buckets_for(settings, family=family)
 
 
 def _focus_point(focus: Focus, subject: SubjectBox | None, region: Edges) -> tuple[float, float] | None:

@@ -106,14 +106,6 @@ class Archive:
                                        f"{self._total >> 20} MiB in all")
                 file.write(piece)
 
-    def read(self, entry: Entry, *, most: int) -> bytes:
-        """The entry's contents if they are at most `most` bytes. Raises DatasetError as `copy`."""
-        if entry.bytes > most:
-            raise DatasetError(f"{entry.label} in {self._path.name} cannot be used", why=f"it is larger than {most >> 10} KiB")
-        buffer = io.BytesIO()
-        self.copy(entry, buffer)
-        return buffer.getvalue()
-
 
 @contextlib.contextmanager
 def open_archive(path: Path, *, limits: Limits | None = None) -> Iterator[Archive]:

@@ -261,7 +261,7 @@ def test_damaged_archives_end_in_a_value_or_a_sentence(tmp_path: Path):
         try:
             with open_archive(tmp_path / "f.zip") as session:
                 for entry in session.entries():
-                    session.read(entry, most=MIB)
+                    session.copy(entry, io.BytesIO())
             ended["value"] += 1
         except DatasetError as error:
             assert "\n" not in str(error)
