@@ -230,22 +230,18 @@ def _built(config: Config, *, outputs: int, path: Path) -> nn.Module:
 
 
 def _fill(model: nn.Module, path: Path) -> None:
+    own = model.state_dict()
     try:
         tensors = load_file(path)
-        problem = ""
-        with contextlib.suppress(StopIteration):
-            own = model.state_dict()
-            problem = next(f"{name} is missing" if name not in tensors else f"{name} has another shape"
-                           for name, tensor in own.items()
-                           if name not in tensors or tensors[name].shape != tensor.shape)
-        if not problem:
-            # Surplus names are buffers that older versions of timm kept, which are computed now (attn_mask and the like).
-            model.load_state_dict({name: tensors[name] for name in own})
     except (safetensors.SafetensorError, OSError) as error:
         raise ModelError(f"The tagger's weights {path} cannot be read", why=str(error), remedy="fetch them again") from error
-    if problem:
-        raise ModelError(f"The tagger's weights {path} do not fit its config.json and selected_tags.csv", why=problem,
-                         remedy="take all three files from the same place")
+    for name, tensor in own.items():
+        if name not in tensors or tensors[name].shape != tensor.shape:
+            raise ModelError(f"The tagger's weights {path} do not fit its config.json and selected_tags.csv",
+                             why=f"{name} {'has another shape' if name in tensors else 'is missing'}",
+                             remedy="take all three files from the same place")
+    # Surplus names are buffers that older versions of timm kept, which are computed now (attn_mask and the like).
+    model.load_state_dict({name: tensors[name] for name in own})
 
 
 def _cached(model: str) -> Path | None:
