@@ -25,7 +25,8 @@ def run(chosen: argparse.Namespace) -> int:
     """`prepare`; returns the exit code. Raises UserError for bad input."""
     shape = None
     if chosen.side:
-        shape = Shape("square" if chosen.square else "buckets", side=chosen.side, focus=chosen.focus, enlarge=chosen.enlarge)
+        shape = Shape.from_dict({"mode": "square" if chosen.square else "buckets", "side": chosen.side, "focus": chosen.focus,
+                                 "enlarge": chosen.enlarge})
     try:
         return _dry_run(chosen, shape) if chosen.dry_run else _real_run(chosen, shape)
     except KeyboardInterrupt:

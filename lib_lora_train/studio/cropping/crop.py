@@ -15,7 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pydantic.dataclasses
 from PIL import Image
+from pydantic import StrictBool, ValidationError, confloat
 
 from lib_lora_train.dataset.captions import CAPTION_SUFFIXES
 from lib_lora_train.dataset.images import read_image, read_layers, read_size
@@ -28,6 +30,8 @@ from lib_lora_train.studio.importing.names import FreeNames
 from lib_lora_train.studio.importing.owned import Note, OwnedDataset
 
 SMALLEST_CROP = 16  # pixels of a side
+_FARTHEST = 1e9  # pixels
+Pixel = confloat(ge=-_FARTHEST, le=_FARTHEST)
 _MOST_TILES = 400
 _NOTES_EVERY = 100
 
@@ -41,25 +45,20 @@ class Shaped:
     notes: tuple[str, ...] = ()  # what else the user should know, one sentence each
 
 
-@dataclasses.dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True)
 class Done:
-    """What was done to one picture so far."""
+    """What was done to one image so far, as dataset.json has it; edges are in pixels of the unshaped image."""
 
-    hand: Edges | None = None  # what was cut by hand, in pixels of the unshaped picture
-    mirrored: bool = False
+    hand: tuple[Pixel, Pixel, Pixel, Pixel] | None = None  # what was cut by hand
+    mirrored: StrictBool = False
     shape: Shape | None = None
-    box: Edges | None = None  # what of the unshaped picture is seen; None: all
+    box: tuple[Pixel, Pixel, Pixel, Pixel] | None = None  # what of the unshaped image is seen; None: all
     size: tuple[int, int] | None = None
 
     @property
     def flip(self) -> bool:
         """Whether it is seen mirrored: twice is not at all."""
         return self.mirrored != (self.shape is not None and self.shape.flip)
-
-    def to_note(self) -> dict[str, Any]:
-        """As dataset.json has it."""
-        return {"hand": self.hand, "mirrored": self.mirrored, "shape": self.shape.to_dict() if self.shape else None,
-                "box": self.box, "size": self.size}
 
 
 def apply_shape(
@@ -169,15 +168,9 @@ def split(dataset: OwnedDataset, name: str, *, tile: int, overlap: float = 0.25)
 
 def done_to(note: Mapping[str, Any]) -> Done:
     """What dataset.json's note on a picture says was done to it; a damaged one says nothing."""
-    kept = note.get("shaped")
-    if not isinstance(kept, dict):
-        return Done()
     try:
-        shape = Shape.from_dict(kept["shape"]) if isinstance(kept.get("shape"), dict) else None
-        size = kept.get("size")
-        return Done(hand=_edges(kept.get("hand")), mirrored=kept.get("mirrored") is True, shape=shape,
-                    box=_edges(kept.get("box")), size=(int(size[0]), int(size[1])) if size else None)
-    except (SettingError, TypeError, ValueError, LookupError, OverflowError):
+        return Done(**note["shaped"])
+    except (ValidationError, TypeError, KeyError):
         return Done()
 
 
@@ -239,7 +232,7 @@ def _change_image(dataset: OwnedDataset, name: str, notes: Mapping[str, Note], c
         write_atomic(dataset.mask_path(name), encode(render(mask, box, flip=after.flip), suffix=".png"), one_of_many=True)
     made = render(layers.image, box, flip=after.flip)
     write_atomic(path, encode(made, suffix=path.suffix.lower(), layers=layers), one_of_many=True)
-    return {**note, "shaped": after.to_note()}
+    return {**note, "shaped": dataclasses.asdict(after)}
 
 
 def _unshaped(dataset: OwnedDataset, name: str, note: Note) -> Note:
@@ -301,23 +294,14 @@ def _add_parts(dataset: OwnedDataset, path: Path, boxes: Sequence[Box], *, flip:
 # ---- numbers
 
 def _checked_box(box: Sequence[float], size: tuple[int, int]) -> Edges:
-    edges = _edges(box)
-    if edges is None:
+    if len(box) != 4 or not all(isinstance(edge, (int, float)) and abs(edge) < _FARTHEST for edge in box):
         raise DatasetError(f"{list(box)!r} is not a box", remedy="give left, top, right and bottom in pixels")
-    left, top = max(0.0, edges[0]), max(0.0, edges[1])
-    right, bottom = min(float(size[0]), edges[2]), min(float(size[1]), edges[3])
+    left, top = max(0.0, box[0]), max(0.0, box[1])
+    right, bottom = min(float(size[0]), box[2]), min(float(size[1]), box[3])
     if right - left < SMALLEST_CROP or bottom - top < SMALLEST_CROP:
         raise DatasetError("The crop holds too little of the picture", why=f"a side must be at least {SMALLEST_CROP} pixels",
                            remedy="draw a larger box")
     return left, top, right, bottom
-
-
-def _edges(values: object) -> Edges | None:
-    if not isinstance(values, (list, tuple)) or len(values) != 4:
-        return None
-    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < 1e9 for v in values):
-        return None
-    return tuple(map(float, values))
 
 
 def _in_unshaped(before: Done, box: Edges, size: tuple[int, int]) -> Edges:

@@ -11,61 +11,42 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import pydantic.dataclasses
 from PIL import Image
+from pydantic import StrictBool, confloat, conint
 
 from lib_lora_train.dataset.buckets import Buckets, buckets_for
 from lib_lora_train.errors import SettingError
 from lib_lora_train.settings import DatasetSettings
 from lib_lora_train.studio.cropping.subject import SubjectBox, subject_box
+from lib_lora_train.studio.requests import validated
 
-SMALLEST_SIDE, LARGEST_SIDE = 64, 4096
-MODES = ("buckets", "square", "keep")
-Focus = Literal["centre", "subject"] | tuple[float, float]
+Share = confloat(ge=0, le=1)
 Edges = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
 
-@dataclasses.dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True)
 class Shape:
-    """How a picture is to be shaped. Raises SettingError for what cannot be.
+    """How an image is to be shaped.
 
     mode "buckets": cut to the training size of its own proportions whose area is about `side` squared; "square": to `side`
     by `side`; "keep": nothing is cut, it is only made smaller to that area. `focus` says what a cut keeps: the centre, the
-    subject, or a point (across, down) as shares of the picture. Small pictures are cut, but enlarged only with `enlarge`.
+    subject, or a point (across, down) as shares of the image. Small images are cut, but enlarged only with `enlarge`.
     """
 
     mode: Literal["buckets", "square", "keep"] = "buckets"
-    side: int = 512
-    focus: Focus = "centre"
-    flip: bool = False
-    enlarge: bool = False
-
-    def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise SettingError(f"There is no shape called {self.mode!r}", remedy=f"choose {', '.join(MODES)}")
-        side_fits = isinstance(self.side, int) and not isinstance(self.side, bool)
-        if not side_fits or not SMALLEST_SIDE <= self.side <= LARGEST_SIDE or self.side % 8:
-            raise SettingError(f"A side of {self.side} pixels is not possible", remedy=f"choose a multiple of 8 from "
-                               f"{SMALLEST_SIDE} to {LARGEST_SIDE}")
-        if self.focus in ("centre", "subject"):
-            return
-        point = self.focus
-        if not (isinstance(point, (tuple, list)) and len(point) == 2 and all(
-                isinstance(v, (int, float)) and not isinstance(v, bool) and 0 <= v <= 1 for v in point)):
-            raise SettingError(f"The focus {point!r} is not possible",
-                               remedy="choose centre, subject or two numbers from 0 to 1")
-        object.__setattr__(self, "focus", (float(point[0]), float(point[1])))
+    side: conint(strict=True, ge=64, le=4096, multiple_of=8) = 512
+    focus: Literal["centre", "subject"] | tuple[Share, Share] = "centre"
+    flip: StrictBool = False
+    enlarge: StrictBool = False
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Shape:
         """A shape as JSON has it. Raises SettingError for names and values that are none."""
         names = [field.name for field in dataclasses.fields(cls)]
-        unknown = sorted(set(map(str, values)) - set(names))
-        if unknown:
+        if unknown := sorted(set(map(str, values)) - set(names)):
             raise SettingError(f"A shape has no {unknown[0]!r}", remedy=f"it has {', '.join(names)}")
-        for name in ("flip", "enlarge"):
-            if not isinstance(values.get(name, False), bool):
-                raise SettingError(f"{name} is {values[name]!r}", remedy="it is true or false")
-        return cls(**values)
+        return validated(cls, values, what="shape")
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -114,7 +95,7 @@ def plan_shape(size: tuple[int, int], shape: Shape, *, subject: SubjectBox | Non
     across, down = (right - left) / placement.resized[0], (bottom - top) / placement.resized[1]
     crop_left, crop_top = placement.crop
     if shape.focus != "centre":
-        at = _focus_point(shape.focus, subject, (left, top, right, bottom))
+        at = _cut_centre(shape.focus, subject, (left, top, right, bottom))
         if at is not None:
             crop_left = _centred((at[0] - left) / across, placement.bucket[0], slack=placement.slack[0])
             crop_top = _centred((at[1] - top) / down, placement.bucket[1], slack=placement.slack[1])
@@ -124,10 +105,10 @@ def plan_shape(size: tuple[int, int], shape: Shape, *, subject: SubjectBox | Non
     if shape.enlarge or max(1 / across, 1 / down) <= 1:
         return Box(*cut, placement.bucket)
     # Whole pixels: cut, and otherwise left as it is.
-    whole = (max(1, round(cut[2] - cut[0])), max(1, round(cut[3] - cut[1])))
-    whole_left, whole_top = (min(math.floor(start + 0.5), limit - side) for start, limit, side in
-                             ((cut[0], math.floor(right), whole[0]), (cut[1], math.floor(bottom), whole[1])))
-    return Box(float(whole_left), float(whole_top), float(whole_left + whole[0]), float(whole_top + whole[1]), whole)
+    size = (max(1, round(cut[2] - cut[0])), max(1, round(cut[3] - cut[1])))
+    left, top = (min(math.floor(start + 0.5), limit - side) for start, limit, side in
+                 ((cut[0], math.floor(right), size[0]), (cut[1], math.floor(bottom), size[1])))
+    return Box(float(left), float(top), float(left + size[0]), float(top + size[1]), size)
 
 
 def find_subject(image: Image.Image, shape: Shape, *, mask: Image.Image | None = None,
@@ -140,9 +121,9 @@ def find_subject(image: Image.Image, shape: Shape, *, mask: Image.Image | None =
 
 def render(image: Image.Image, box: Box, *, flip: bool) -> Image.Image:
     """The part of `image` that `box` says at its size, mirrored with `flip`; Lanczos for colours, softer for masks."""
-    whole = tuple(map(round, box.edges))
-    if whole == box.edges and (whole[2] - whole[0], whole[3] - whole[1]) == box.size:
-        made = image.crop(whole)
+    pixels = tuple(map(round, box.edges))
+    if pixels == box.edges and (pixels[2] - pixels[0], pixels[3] - pixels[1]) == box.size:
+        made = image.crop(pixels)
     else:
         # Lanczos swings over at hard edges: a mask would get a grey rim.
         smooth = Image.Resampling.BILINEAR if image.mode == "L" else Image.Resampling.LANCZOS
@@ -157,13 +138,13 @@ def _buckets(shape: Shape, family: str) -> Buckets:
     return buckets_for(settings, family=family)
 
 
-def _focus_point(focus: Focus, subject: SubjectBox | None, region: Edges) -> tuple[float, float] | None:
+def _cut_centre(focus: str | tuple[float, float], subject: SubjectBox | None, region: Edges) -> tuple[float, float] | None:
     """The point that comes to the middle of the cut as far as possible, in pixels of the picture; None is the centre."""
     if isinstance(focus, tuple):
         return region[0] + focus[0] * (region[2] - region[0]), region[1] + focus[1] * (region[3] - region[1])
     return None if subject is None else ((subject[0] + subject[2]) / 2, (subject[1] + subject[3]) / 2)
 
 
-def _centred(point: float, length: int, *, slack: int) -> float:
-    """Where a cut of `length` begins that has `point` in its middle, within 0 to `slack`."""
-    return min(max(point - length / 2, 0.0), float(slack))
+def _centred(middle: float, length: int, *, slack: int) -> float:
+    """Where a cut of `length` around `middle` begins, within 0 to `slack`."""
+    return min(max(middle - length / 2, 0.0), float(slack))
