@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from lib_lora_train.errors import DatasetError
@@ -39,6 +40,26 @@ def read_caption(path: Path) -> str:
             f"The caption file {path} is not UTF-8 text", why="it holds zero bytes",
             remedy="save it again with the encoding UTF-8")
     return text.strip()
+
+
+@dataclass(frozen=True)
+class CaptionFile:
+    """What training uses of a caption file, and what is odd about it."""
+
+    file: Path
+    line: str  # the first that is not empty; "" where the file cannot be read
+    several_lines: bool = False
+    several_files: bool = False  # the image has a .txt and a .caption; the .txt is used
+    error: DatasetError | None = None
+
+
+def read_caption_file(path: Path, *, several_files: bool) -> CaptionFile:
+    """The caption that `path` holds; an error of reading it is part of the result."""
+    try:
+        lines = [line.strip() for line in read_caption(path).splitlines() if line.strip()]
+    except DatasetError as error:
+        return CaptionFile(path, "", several_files=several_files, error=error)
+    return CaptionFile(path, lines[0] if lines else "", several_lines=len(lines) > 1, several_files=several_files)
 
 
 def first_line(text: str) -> str:

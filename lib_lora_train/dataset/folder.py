@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from lib_lora_train.dataset.buckets import Buckets, Placement, Size
-from lib_lora_train.dataset.captions import find_captions, first_line, read_caption, split_tags, with_trigger_word
+from lib_lora_train.dataset.captions import CaptionFile, find_captions, read_caption_file, split_tags, with_trigger_word
 from lib_lora_train.dataset.images import MAX_PIXELS, check_image, is_image_name
 from lib_lora_train.dataset.listing import MOST_REPEATS, MayRead, is_subset_name, list_folder, repeats_and_name
 from lib_lora_train.dataset.plan import balanced_repeats, plain_folder_repeats
@@ -170,6 +170,11 @@ class Subset:
     images: tuple[Path, ...]
     captions: dict[str, list[Path]]
 
+    def caption_of(self, image: Path) -> CaptionFile | None:
+        """The caption file of one of `images`; None where it has none. Nothing is raised for one that is no text."""
+        files = self.captions.get(image.stem)
+        return read_caption_file(files[0], several_files=len(files) > 1) if files else None
+
 
 class _Reader:
     """Subsets → examples, collecting what is wrong so that the user hears it once and not per picture."""
@@ -216,19 +221,17 @@ class _Reader:
         return Example(image, caption, subset.repeats, subset.path.name, width, height)
 
     def _caption(self, image: Path, subset: Subset) -> str:
-        files = subset.captions.get(image.stem, [])
-        if not files:
+        found = subset.caption_of(image)
+        if found is None:
             return subset.caption
-        if len(files) > 1:
+        if found.several_files:
             self.several_files.append(image.name)
-        try:
-            text = read_caption(files[0])
-        except DatasetError as error:
-            self.not_text.append((files[0].name, error))
+        if found.error:
+            self.not_text.append((found.file.name, found.error))
             return ""
-        if len([line for line in text.splitlines() if line.strip()]) > 1:
-            self.several_lines.append(files[0].name)
-        return first_line(text) or subset.caption
+        if found.several_lines:
+            self.several_lines.append(found.file.name)
+        return found.line or subset.caption
 
     def finish(self) -> None:
         """Turn what was collected into one sentence a kind."""

@@ -67,7 +67,7 @@ def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     with _open(path, max_pixels) as image:
         # Pillow turns a TIFF while decoding it, and only a TIFF.
         turn = None if image.format == "TIFF" else _UPRIGHT.get(_orientation(image, path))
-        _load_whole(image)
+        _load(image)
         return _to_rgb(image, turn)
 
 
@@ -89,7 +89,7 @@ def read_layers(path: Path, *, max_pixels: int = MAX_PIXELS) -> Layers:
         kind = image.format or ""
         turn = None if kind == "TIFF" else _UPRIGHT.get(_orientation(image, path))
         exif = b"" if kind == "TIFF" else _exif_of_upright(image)  # a TIFF's is about how its pixels lie
-        _load_whole(image)
+        _load(image)
         rgb, alpha = _to_rgb(image, turn), _alpha(image)
         still = kind not in ("PNG", "WEBP") or not getattr(image, "is_animated", False)
         as_stored = turn is None and alpha is None and still and image.mode in ("RGB", "L", "P", "1", "RGBA", "LA")
@@ -154,48 +154,48 @@ def _user_comment(data: bytes) -> str:
 
 @contextlib.contextmanager
 def _open(path: Path, max_pixels: int) -> Iterator[Image.Image]:
-    """The picture, opened lazily; every foreign error inside becomes a DatasetError naming the file."""
+    """The image, opened lazily; every foreign error inside becomes a DatasetError naming the file."""
     _register_avif()
+    why, remedy = "", ""
     try:
         size = path.stat().st_size
         if size == 0:
-            raise DatasetError(f"The picture {path} cannot be used", why="the file is empty (zero bytes)")
-        if size > MAX_BYTES:
-            raise DatasetError(f"The picture {path} cannot be used", why=f"its file is enormous ({size >> 20} MiB, the "
-                               f"limit is {MAX_BYTES >> 20})", remedy="save it again as JPEG, PNG or WebP")
-        with Image.open(path, formats=_known_formats()) as image:
-            pixels = image.width * image.height
-            if pixels > max_pixels:
-                raise DatasetError(
-                    f"The picture {path} cannot be used",
-                    why=f"it is enormous ({image.width}×{image.height}, the limit is {max_pixels / 1e6:.0f} million "
-                        "pixels)", remedy="make it smaller")
-            yield image
+            why = "the file is empty (zero bytes)"
+        elif size > MAX_BYTES:
+            why, remedy = (f"its file is enormous ({size >> 20} MiB, the limit is {MAX_BYTES >> 20})",
+                           "save it again as JPEG, PNG or WebP")
+        else:
+            with Image.open(path, formats=_known_formats()) as image:
+                if image.width * image.height <= max_pixels:
+                    yield image
+                    return
+                why, remedy = (f"it is enormous ({image.width}×{image.height}, the limit is {max_pixels / 1e6:.0f} million "
+                               "pixels)", "make it smaller")
     except DatasetError:
         raise
-    except FileNotFoundError as error:
-        raise DatasetError(f"The picture {path} cannot be used", why="the file is gone") from error
-    except PermissionError as error:
-        raise DatasetError(f"The picture {path} cannot be used", why="access was denied") from error
-    except Image.DecompressionBombError as error:
+    except (MemoryError, *_DECODER_ERRORS) as error:
+        why, remedy = _reason(error)
+        raise DatasetError(f"The picture {path} cannot be used", why=why, remedy=remedy) from error
+    raise DatasetError(f"The picture {path} cannot be used", why=why, remedy=remedy)
+
+
+def _reason(error: BaseException) -> tuple[str, str]:
+    """(why an image cannot be used, what to do)."""
+    if isinstance(error, FileNotFoundError):
+        return "the file is gone", ""
+    if isinstance(error, PermissionError):
+        return "access was denied", ""
+    if isinstance(error, Image.DecompressionBombError):
         # Pillow refuses at twice the size at which it warns, and calls the file an attack.
-        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
-        raise DatasetError(
-            f"The picture {path} cannot be used", why=f"it is enormous (more than {limit:.0f} million pixels)",
-            remedy="make it smaller") from error
-    except Image.UnidentifiedImageError as error:
-        why = "it is damaged, no picture, or of a kind that this version of Pillow does not read"
-        raise DatasetError(f"The picture {path} cannot be used", why=why) from error
-    except MemoryError as error:
-        raise DatasetError(
-            f"The picture {path} cannot be used", why="there is not enough memory to decode it",
-            remedy="make it smaller") from error
-    except _DECODER_ERRORS as error:
-        if "MAX_TEXT" in str(error) or "decompressed data too large" in str(error).lower():
-            # A little that unpacks to very much: an attack, or a program that keeps its whole workflow in the picture.
-            raise DatasetError(f"The picture {path} cannot be used", why="the text inside it is enormous",
-                               remedy="save it again without its metadata") from error
-        raise DatasetError(f"The picture {path} cannot be used", why=f"it is damaged ({error})") from error
+        return f"it is enormous (more than {2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} million pixels)", "make it smaller"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "it is damaged, no picture, or of a kind that this version of Pillow does not read", ""
+    if isinstance(error, MemoryError):
+        return "there is not enough memory to decode it", "make it smaller"
+    if "MAX_TEXT" in str(error) or "decompressed data too large" in str(error).lower():
+        # A little that unpacks to very much: an attack, or a program that keeps its whole workflow in the image.
+        return "the text inside it is enormous", "save it again without its metadata"
+    return f"it is damaged ({error})", ""
 
 
 def _known_formats() -> list[str]:
@@ -239,7 +239,7 @@ class _Intolerance:
 _INTOLERANT = _Intolerance()
 
 
-def _load_whole(image: Image.Image) -> None:
+def _load(image: Image.Image) -> None:
     """Decode all of it, or raise what Pillow raises for a file that ends too soon."""
     with _INTOLERANT:
         image.load()
@@ -300,7 +300,7 @@ def _to_rgb(image: Image.Image, turn: Image.Transpose | None) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         image = _deep_grey_to_rgb(image)
     elif _may_be_transparent(image):
-        image = _joined(image.size, ((box, _on_white(part)) for box, part in _strips(image)))
+        image = _from_strips(image.size, ((box, _on_white(part)) for box, part in _strips(image)))
     elif image.mode == "RGB":
         return image.copy() if turn is None else image.transpose(turn)
     else:
@@ -318,12 +318,12 @@ def _strips(image: Image.Image) -> Iterator[tuple[_Box, Image.Image]]:
         yield box, image.crop(box)
 
 
-def _joined(size: tuple[int, int], parts: Iterable[tuple[_Box, Image.Image]]) -> Image.Image:
-    """What was made of the strips of a picture, mode RGB, as one."""
-    whole = Image.new("RGB", size)
+def _from_strips(size: tuple[int, int], parts: Iterable[tuple[_Box, Image.Image]]) -> Image.Image:
+    """The strips, mode RGB, as one image."""
+    image = Image.new("RGB", size)
     for box, part in parts:
-        whole.paste(part, box)
-    return whole
+        image.paste(part, box)
+    return image
 
 
 def _on_white(image: Image.Image) -> Image.Image:
@@ -359,7 +359,7 @@ def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
         elif top > 255:
             grey = grey // 256 if top <= 65535 else grey * (255 / top)
         return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
-    return _joined(image.size, ((box, to_rgb(part)) for box, part in _strips(image)))
+    return _from_strips(image.size, ((box, to_rgb(part)) for box, part in _strips(image)))
 
 
 def _finite(grey: Image.Image) -> np.ndarray:

@@ -16,7 +16,7 @@ from typing import Protocol
 from lib_lora_train.dataset import likeness
 from lib_lora_train.dataset.advice import Circumstances, advise
 from lib_lora_train.dataset.buckets import Buckets, Placement, Size, buckets_for
-from lib_lora_train.dataset.captions import first_line, read_caption, split_tags, with_trigger_word
+from lib_lora_train.dataset.captions import first_line, split_tags, with_trigger_word
 from lib_lora_train.dataset.crop_sheet import crop_sheet
 from lib_lora_train.dataset.findings import Examined, Proposal, Report
 from lib_lora_train.dataset.folder import Subset, find_images
@@ -117,20 +117,16 @@ class _Reader:
 
     def _caption(self, path: Path, subset: Subset) -> _Caption:
         """The caption as `folder.scan` takes it."""
-        files = subset.captions.get(path.stem, [])
-        if len(files) > 1:
+        found = subset.caption_of(path)
+        if found and found.several_files:
             self.several_files.append(path.name)
-        text: str | None = None
+        text = found.line if found else None
         if path in self._unsaved:
             text = first_line(self._unsaved[path])
-        elif files:
-            try:
-                whole = read_caption(files[0])
-            except DatasetError:
-                return _Caption(None, "", error=True)
-            text = first_line(whole)
-            if len([line for line in whole.splitlines() if line.strip()]) > 1:
-                self.several_lines.append(files[0].name)
+        elif found and found.error:
+            return _Caption(None, "", error=True)
+        elif found and found.several_lines:
+            self.several_lines.append(found.file.name)
         return _Caption(None if text is None else printable(text),
                         with_trigger_word(text or subset.caption, self._trigger_word))
 
