@@ -1,20 +1,20 @@
-"""The routes under /lora-train/v1/: what `control` offers, as JSON.
+"""The routes under /lora-train/v1/: what `service.py` offers, as JSON.
 
-    GET  status?after=N     where the run is (`control.status`); points of the curve after step N
+    GET  status?after=N     where the run is (`service.status`); points of the curve after step N
     GET  runs               {"runs": [...]}, newest first
     GET  settings           {"settings": [...]}: every setting with its type, default, range, label and help
     POST plan               {"settings": {...}} -> what such a run would do
     POST start              {"settings": {...}} -> {"run": id}; with {"resume": id}, that run goes on with what it was
                             set to, but for "settings", which may then be left out
     POST stop               {"save": true|false} -> {"stopping": whether something was running}
-    GET  report?run=ID      a zip for whoever helps (`diagnostics`), about that run or the newest; nothing private
+    GET  report?run=ID      a zip for support (`run/diagnostics.py`), about that run or the newest; nothing private
 
 Those under /lora-train/v1/studio/ are in `studio.py`.
 
 A refusal is {"error": one sentence} with 400 (something given is wrong), 409 (the host or the runner is busy), 401,
 403, 413 or 415.
 
-Who may ask: the page, which shows the token it was given inside its own configuration, so whoever may load the page may
+Who may ask: the page, which shows the token it was given inside its own configuration, so whoever can load the page can
 use it; and outside programs, where the host's API is switched on, with the host's API user and password where it has
 them. Where the page asks for a login (--gradio-auth), both need it: the page's requests carry the session's cookie, and a
 program without the API's password is refused without one. No other web page may ask at all: it is known by

@@ -1,20 +1,20 @@
 """The routes under /lora-train/v1/studio/: the dataset studio, as JSON and pictures. Guarded as every route is (`gate.py`).
 
-Pictures are called by "id", which `images` gives. "which" stands for {"ids": [...]} or {"filter": {...}}, with
+Pictures are called by "id", which `pictures` gives. "which" stands for {"ids": [...]} or {"filter": {...}}, with
 
     all_of, any_of, none_of (lists of tags), prefix, suffix, text, regex, changed_only, empty_only, problem (a code, or "any")
 
-A filter {} is every picture. Work that takes long is answered with {"id": n}; `state` tells how it goes on.
+A filter {} is every picture. A background task is answered with {"id": n}; `state` tells its progress.
 
-    GET  state            the open dataset, the others, the work under way, what captions can come from
+    GET  state            the open dataset, the others, the task under way, the captioners
     POST open             {"name", "discard"?} -> {"notes": [what was mended while it was opened, a sentence each]};
                           refused (409) while captions are unsaved, unless "discard"
     POST create           {"name", "concept"}      POST close  {"discard"?}
-    POST import           {"paths": [...]}         work; folders, pictures, zips of the server
+    POST import           {"paths": [...]}         task; folders, pictures, zips of the server
     POST upload?name=&batch=   one file as the body, application/octet-stream -> {"received": files of the batch}
-    POST import-uploads   {"batch"}                work
+    POST import-uploads   {"batch"}                task
     POST pictures         {"filter", "offset", "limit", "sort": "name"|"problems"|"score"} -> {"total", "pictures": [...]}
-    GET  thumb?id=        a small JPEG             GET picture?id=   the whole one
+    GET  thumb?id=        a small JPEG             GET picture?id=   the full size
     POST tags             {"filter"} -> {"tags": [[tag, count], ...], "total"}
     POST edit             {"edit": {"kind": ...}, which} -> {"changed": n}
     POST caption          {"id", "text"} -> {"changed": 0 or 1}
@@ -22,18 +22,18 @@ A filter {} is every picture. Work that takes long is answered with {"id": n}; `
     POST save             {"overwrite"?} -> {"written", "conflicts": [names of captions that others changed]}
     POST tokens           {"text"} -> {"tokens", "chunks"}
     POST remove           {"ids"} -> {"removed": n}; undo brings them back
-    POST check            {"settings"?} -> work; the report is in `state` afterwards     GET crops   its crops, a JPEG
+    POST check            {"settings"?} -> task; the report is in `state` afterwards     GET crops   its crops, a JPEG
     POST shape-preview    {"id", "shape": {"mode", "side", "focus", "flip", "enlarge"}} -> a JPEG
-    POST shape            {"shape", which}         work
+    POST shape            {"shape", which}         task
     POST crop             {"id", "box": [left, top, right, bottom]}      POST flip   {"id", "copy"?} -> {"id"}
     POST split            {"id", "tile"?} -> {"ids"}                     POST unshape {"ids"} -> {"done", "skipped"}
     GET  mask?id=         what of it is learnt     POST put-mask?id=   a picture of its size as the body; white is learnt
     POST remove-mask      {"id"}
-    POST check-captions   {which, "seeds"?, "steps"?, "worst"?, "settings"?}   work; scores are in `images` as they come
+    POST check-captions   {which, "seeds"?, "steps"?, "worst"?, "settings"?}   task; scores are in `pictures` as they come
     GET  checked?id=&n=   the n-th picture painted from the caption, from 0
-    POST class-pictures   {"prompts": [...], "count", "size": side or [width, height], "steps"?, "cfg"?, "seed"?}   work;
+    POST class-pictures   {"prompts": [...], "count", "size": side or [width, height], "steps"?, "cfg"?, "seed"?}   task;
                           the result holds reg_data_dir
-    GET  tag-options      {"options": [...]}       POST tag  {"source", "options": {...}, which}   work
+    GET  tag-options      {"options": [...]}       POST tag  {"source", "options": {...}, which}   task
     POST use              {} -> the settings to train with
     POST stop-task        {} -> {"stopping": whether something was running}
 """
@@ -140,7 +140,7 @@ def _add_model(get: Callable[..., None], post: Callable[..., None], studio: Stud
 
 
 async def _upload(request: Request, studio: Studio) -> object:
-    """One file of a heap."""
+    """One file of a batch."""
     batch, name = batch_name(request.query_params.get("batch")), request.query_params.get("name", "")
     if not name.strip():
         raise Refused(400, "The file has no name.")

@@ -1,4 +1,4 @@
-"""Captions: found beside the picture, and varied from step to step in kohya's order."""
+"""Captions: found beside the image, and varied from step to step in kohya's order."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CAPTION_SUFFIXES = (".txt", ".caption")
 
 
 def find_captions(files: Sequence[Path]) -> dict[str, list[Path]]:
-    """Caption files by the stem they share with their picture; `.txt` comes before `.caption`."""
+    """Caption files by the stem they share with their image; `.txt` comes before `.caption`."""
     found: dict[str, list[Path]] = {}
     for suffix in CAPTION_SUFFIXES:
         for file in files:
@@ -23,7 +23,7 @@ def find_captions(files: Sequence[Path]) -> dict[str, list[Path]]:
 
 
 def read_caption(path: Path) -> str:
-    """The whole text of a caption file, stripped; a byte order mark is accepted.
+    """The text of a caption file, stripped; a byte order mark is accepted.
 
     Raises DatasetError naming the file if it is not UTF-8 text or cannot be read.
     """
@@ -89,7 +89,7 @@ def process_caption(
 ) -> str:
     """The caption of one visit, varied in kohya's order (sd-scripts, `process_caption`).
 
-    trigger word → dropout of the whole caption → split at commas → `keep_tokens` → shuffle → dropout
+    trigger word → dropout of the caption → split at commas → `keep_tokens` → shuffle → dropout
     of single tags → join. Beyond kohya, the tags of the trigger word are protected: never dropped
     singly, and where they open the caption, never shuffled (as if `keep_tokens` counted them).
     A caption that is neither shuffled nor thinned is returned as written. Same rng state, same result.

@@ -1,9 +1,9 @@
-"""A folder of pictures → examples. Everything that can be found wrong before a run is found here.
+"""A folder of images → examples. Everything that can be found wrong before a run is found here.
 
 Two layouts: kohya's `parent/N_name/` (N repeats, `name` is the caption where there is no file), and a
-plain folder of pictures. A picture that cannot be used is skipped and named in a Problem; only a folder
-without a usable picture, and captions that are not UTF-8, are refused: the rest could be trained, but
-on a text that nobody wrote.
+plain folder of images. An image that cannot be used is skipped and named in a Problem; only a folder
+without a usable image, and captions that are not UTF-8, are refused: the rest could be trained, but
+on a text without meaning.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from lib_lora_train.dataset.prefetch import Prefetch, reading_threads
 from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
 from lib_lora_train.errors import DatasetError, printable
 
-MASKS_FOLDER = "masks"  # beside the N_name folders, where the studio keeps them: no pictures to learn from
-_MANY = 100  # pictures from which on threads are worth their beginning
+MASKS_FOLDER = "masks"  # beside the N_name folders, where the studio keeps them: no images to learn from
+_MANY = 100  # images from which on threads are worth their beginning
 _PREFETCH_PER_THREAD = 16  # files that may have been looked at, for each thread that does
 _LARGE = 32 << 20  # bytes of a file, which checking may have in memory at once; of larger ones only one is checked at a time
 
@@ -36,7 +36,7 @@ class Problem:
 
     text: str  # a sentence
     path: Path | None = None  # the one file it is about, if it is one
-    skipped: bool = False  # True: this picture is not trained
+    skipped: bool = False  # True: this image is not trained
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "text", printable(self.text))
@@ -44,7 +44,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Example:
-    """One usable picture and how it is trained."""
+    """One usable image and how it is trained."""
 
     path: Path
     caption: str  # with the trigger word; before shuffling and dropout
@@ -83,7 +83,7 @@ class Dataset:
         return result
 
     def tag_frequency(self) -> dict[str, dict[str, int]]:
-        """kohya's `ss_tag_frequency`: {folder: {tag in lower case: pictures that carry it}}."""
+        """kohya's `ss_tag_frequency`: {folder: {tag in lower case: images that carry it}}."""
         result: dict[str, dict[str, int]] = {}
         for example in self._of(False):
             tags = result.setdefault(example.folder, {})
@@ -103,10 +103,10 @@ def scan(
     """Read names, captions and headers; check each file as far as its format allows without decoding it.
 
     `max_train_epochs` and `num_repeats` (0 = choose) set the repeats of a plain folder. Regularisation
-    pictures get repeats such that they are visited as often as the others together; they never get
-    the trigger word. Order: by name, the same on every system. `may_read` is asked for every file and folder; what
+    images get repeats such that they are visited as often as the others together; they never get
+    the trigger word. Order: by name, the same on every system. `may_read` is asked for folders and links; what
     it refuses is passed over and counted in a Problem.
-    Raises DatasetError (folder missing, empty, unreadable; no usable picture; captions not UTF-8) and
+    Raises DatasetError (folder missing, empty, unreadable; no usable image; captions not UTF-8) and
     Interrupted when `should_stop()` says so.
     """
     subsets, layout, problems = find_images(Path(folder), what="dataset", may_read=may_read)
@@ -135,10 +135,10 @@ def scan(
     return Dataset(Path(folder), layout, (*examples, *balanced), tuple(problems))
 
 
-def place(dataset: Dataset, buckets: Buckets) -> tuple[Dataset, tuple[Placement, ...]]:
+def assign_buckets(dataset: Dataset, buckets: Buckets) -> tuple[Dataset, tuple[Placement, ...]]:
     """A training size for each example; `placements[i]` belongs to `dataset.examples[i]` of the result.
 
-    Pictures that no bucket takes are dropped from the result and named. Raises DatasetError if none is left.
+    Images that fit no bucket are dropped from the result and named. Raises DatasetError if none is left.
     """
     examples, placements, problems = [], [], list(dataset.problems)
     for example in dataset.examples:
@@ -162,11 +162,11 @@ def visits_by_bucket(examples: Sequence[Example], placements: Sequence[Placement
 
 @dataclass(frozen=True)
 class Subset:
-    """One folder whose pictures are used."""
+    """One folder whose images are used."""
 
     path: Path
     repeats: int
-    caption: str  # for pictures without a caption file
+    caption: str  # for images without a caption file
     images: tuple[Path, ...]
     captions: dict[str, list[Path]]
 
@@ -177,7 +177,7 @@ class Subset:
 
 
 class _Reader:
-    """Subsets → examples, collecting what is wrong so that the user hears it once and not per picture."""
+    """Subsets → examples, collecting what is wrong so that the user hears it once and not per image."""
 
     def __init__(self, problems: list[Problem], *, watch: Watch, max_pixels: int) -> None:
         self.problems, self.watch, self.max_pixels = problems, watch, max_pixels
@@ -202,7 +202,7 @@ class _Reader:
         return examples
 
     def _checked(self, image: Path) -> tuple[int, int] | DatasetError:
-        """The picture's size, or why it cannot be used; in any thread."""
+        """The image's size, or why it cannot be used; in any thread."""
         try:
             with self.one_large if _file_bytes(image) > _LARGE else contextlib.nullcontext():
                 return check_image(image, max_pixels=self.max_pixels)
@@ -252,9 +252,9 @@ class _Reader:
 
 def find_images(folder: Path, *, what: str,
                   may_read: MayRead | None) -> tuple[list[Subset], Literal["kohya", "plain"], list[Problem]]:
-    """Which folders hold the pictures, and in which layout; only names are read. `what` completes "The … folder".
+    """Which folders hold the images, and in which layout; only names are read. `what` completes "The … folder".
 
-    Raises DatasetError if the folder is missing, unreadable or without pictures.
+    Raises DatasetError if the folder is missing, unreadable or without images.
     """
     problems: list[Problem] = []
     files, folders = _list(folder, what, may_read=may_read, problems=problems)
@@ -286,7 +286,7 @@ def find_images(folder: Path, *, what: str,
 
 
 def _subset(folder: Path, problems: list[Problem], may_read: MayRead | None) -> Subset | None:
-    """An N_name folder with pictures; otherwise None, with the reason among the problems."""
+    """An N_name folder with images; otherwise None, with the reason among the problems."""
     repeats, name = repeats_and_name(folder.name) or (0, "")
     files, folders = _list(folder, "dataset", may_read=may_read, problems=problems)
     images = tuple(file for file in files if is_image_name(file))
@@ -299,7 +299,7 @@ def _subset(folder: Path, problems: list[Problem], may_read: MayRead | None) -> 
 
 
 def _file_bytes(image: Path) -> int:
-    """Size of a file; 0 where it cannot be told."""
+    """Size of a file; 0 where it cannot be read."""
     try:
         return image.stat().st_size
     except OSError:

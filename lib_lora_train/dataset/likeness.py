@@ -1,9 +1,9 @@
 """How alike two images are, and how sharp one is. numpy and Pillow only.
 
 Likeness is a perceptual hash's idea without its last step. pHash (Zauner, "Implementation and benchmarking of perceptual
-image hash functions", 2010) keeps the signs of the low frequencies of a picture made small; where a drawing is symmetric
+image hash functions", 2010) keeps the signs of the low frequencies of an image made small; where a drawing is symmetric
 those frequencies are zero and their signs are chance, so here the numbers themselves are kept. Rescaling, compression and a
-little light change them hardly; another pose or another colour does. A shifted crop of a picture is another picture.
+little light change them hardly; another pose or another colour does. A shifted crop of an image is another image.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from lib_lora_train.errors import Interrupted
 Thumbnail = NDArray[np.uint8]  # [16, 16, 3]
 
 NEAR = 0.975
-"""From this likeness on two pictures are near-duplicates. Photographs and emoji scaled by 0.5 to 2, saved as JPEG of quality
+"""From this likeness on two images are near-duplicates. Photographs and emoji scaled by 0.5 to 2, saved as JPEG of quality
 60, or made brighter or darker by a tenth stay above it; what it pairs among 7572 different emoji are shades of one figure."""
 
 BLURRED = 0.42
-"""Below this sharpness a picture is blurred by itself: an edge takes about three pixels of the training size. Photographs
-measure 1 to 4, drawings 1.2 to 3.4, pictures enlarged twice 0.5 to 1.2, four times 0.2 to 0.4."""
+"""Below this sharpness an image is blurred by itself: an edge takes about three pixels of the training size. Photographs
+measure 1 to 4, drawings 1.2 to 3.4, images enlarged twice 0.5 to 1.2, four times 0.2 to 0.4."""
 SOFTER_THAN_OTHERS = 0.3  # of the folder's median, where that also is below …
 SOFT = 0.7
 
 _SIDE = 16
-_FAINT = 4.0 * np.sqrt(3 * _SIDE ** 2)  # contrast of 4 levels: below, a picture counts as blank
+_FAINT = 4.0 * np.sqrt(3 * _SIDE ** 2)  # contrast of 4 levels: below, an image counts as blank
 _MOST_DIFFERENCE = 40.0  # levels (0…255), root mean square: a black heart is like a white one but for this
 _APART = 2 * (1 - NEAR)  # of two unit vectors: |a - b|² = 2 (1 - likeness)
 _ROWS = 256  # images that are compared with all others at once
@@ -38,13 +38,13 @@ _TILE = 32
 
 
 def thumbnail(image: Image.Image) -> Thumbnail:
-    """What likeness is judged by: the upright RGB picture averaged to 16×16, uint8 [16, 16, 3]."""
+    """What likeness is computed from: the upright RGB image averaged to 16×16, uint8 [16, 16, 3]."""
     return np.asarray(image.resize((_SIDE, _SIDE), Image.Resampling.BOX), dtype=np.uint8)
 
 
 def likeness(first: Thumbnail, second: Thumbnail) -> float:
-    """Correlation of two pictures' pixels, -1 to 1; 1 is the same but for brightness and contrast. `NEAR` is the bound."""
-    one, two = _units(np.stack([first, second]))
+    """Correlation of two images' pixels, -1 to 1; 1 is the same but for brightness and contrast. `NEAR` is the bound."""
+    one, two = _normalised(np.stack([first, second]))
     return float(one @ two)
 
 
@@ -57,7 +57,7 @@ def near_duplicates(thumbnails: Sequence[Thumbnail], *, should_stop: ShouldStop 
     if len(thumbnails) < 2:
         return []
     images = np.stack(list(thumbnails))
-    units = _units(images)
+    units = _normalised(images)
     squares = (units ** 2).sum(axis=1)
     group = np.arange(len(images))  # the smallest index of each image's group
     for start in range(0, len(images), _ROWS):
@@ -80,14 +80,14 @@ def near_duplicates(thumbnails: Sequence[Thumbnail], *, should_stop: ShouldStop 
 
 
 def sharpness(image: Image.Image, *, pixels: int) -> float:
-    """How sharp the picture's edges are at `pixels` (width × height, the training size): 2 a hard edge, below 0.42 blurred.
+    """How sharp the image's edges are at `pixels` (width × height, the training size): 2 a hard edge, below 0.42 blurred.
 
     The variance of the Laplacian (Pech-Pacheco et al., "Diatom autofocusing in brightfield microscopy", ICPR 2000), divided
     by that of the gradient. The plain variance counts how many edges there are and how strong, so a flat drawing looks
     blurred; the quotient knows only their width: for an edge smoothed by a Gaussian σ it falls as 1/(2σ²). It is taken in
     tiles, and the answer is the one below which three quarters of the contrast lie, so that a sharp subject before a soft
-    background is sharp. Larger pictures are made smaller first, smaller ones are judged as they are. Grain and
-    the shake of a camera in one direction go unseen. 0 for a picture without contrast.
+    background is sharp. Larger images are made smaller first, smaller ones stay as they are. Grain and
+    the shake of a camera in one direction go unseen. 0 for an image without contrast.
     """
     scale = min(1.0, (pixels / (image.width * image.height)) ** 0.5)
     size = max(8, round(image.width * scale)), max(8, round(image.height * scale))
@@ -109,18 +109,18 @@ def sharpness(image: Image.Image, *, pixels: int) -> float:
 
 
 def is_blurred(value: float, *, median: float) -> bool:
-    """Whether a picture of sharpness `value` is worth a look, by itself or beside a folder of that median."""
+    """Whether an image of sharpness `value` is worth a look, by itself or beside a folder of that median."""
     return value < BLURRED or value < min(SOFT, SOFTER_THAN_OTHERS * median)
 
 
 def _tiles(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Means over tiles of 32×32 (smaller in small pictures), flat."""
+    """Means over tiles of 32×32 (smaller in small images), flat."""
     side = max(2, min(_TILE, min(values.shape) // 4))
     rows, columns = values.shape[0] // side, values.shape[1] // side
     return values[:rows * side, :columns * side].reshape(rows, side, columns, side).mean(axis=(1, 3)).ravel()
 
 
-def _units(images: Thumbnail) -> NDArray[np.float32]:
+def _normalised(images: Thumbnail) -> NDArray[np.float32]:
     """[n, 16, 16, 3] → [n, 768]: without brightness and contrast, of length 1 (less where there is next to no contrast)."""
     flat = images.reshape(len(images), -1).astype(np.float32)
     flat -= flat.mean(axis=1, keepdims=True)

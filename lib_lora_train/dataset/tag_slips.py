@@ -43,12 +43,12 @@ def typing_errors(tags: Mapping[str, int]) -> list[tuple[str, str]]:
 
 def _one_less(word: str) -> Iterator[str]:
     """`word` without one of its letters; digits stay, for 1girl and 11girls are no slip of each other."""
-    return (word[:place] + word[place + 1:] for place, letter in enumerate(word) if letter.isalpha())
+    return (word[:i] + word[i + 1:] for i, letter in enumerate(word) if letter.isalpha())
 
 
 def _swapped(word: str) -> Iterator[str]:
-    return (word[:place] + word[place + 1] + word[place] + word[place + 2:] for place in range(len(word) - 1)
-            if word[place].isalpha() and word[place + 1].isalpha() and word[place] != word[place + 1])
+    return (word[:i] + word[i + 1] + word[i] + word[i + 2:] for i in range(len(word) - 1)
+            if word[i].isalpha() and word[i + 1].isalpha() and word[i] != word[i + 1])
 
 
 def _is_plural(one: str, other: str) -> bool:

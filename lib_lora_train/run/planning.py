@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lib_lora_train.dataset.buckets import Placement, buckets_for
-from lib_lora_train.dataset.folder import Dataset, place, scan, visits_by_bucket
+from lib_lora_train.dataset.folder import Dataset, assign_buckets, scan, visits_by_bucket
 from lib_lora_train.dataset.plan import Plan, plan_run
 from lib_lora_train.errors import DatasetError
 from lib_lora_train.inputs.latent_files import CACHE_FOLDER
@@ -78,7 +78,7 @@ def prepare(settings: Settings, *, family: str, allowed: AllowedPaths | None = N
         may_read=allowed.may_read if allowed else None)
     if allowed and dataset_settings.cache_latents_to_disk:
         _check_caches(found, allowed)
-    dataset, placements = place(found, buckets)
+    dataset, placements = assign_buckets(found, buckets)
     return Preparation(
         dataset=dataset, placements=placements, resolution=buckets.resolution, processes=processes,
         plan=replan(settings, dataset=dataset, placements=placements, processes=processes),

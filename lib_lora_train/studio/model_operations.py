@@ -1,6 +1,6 @@
-"""Long work of the studio that needs the host's model: are the captions right, and preservation pictures.
+"""Background tasks of the studio that need the host's model: caption scores and class (preservation) images.
 
-Refused while a training has the model; the host's own work goes before it, between two pictures.
+Refused while a training uses the model; the host's own generation comes first, between two images.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from lib_lora_train.studio.session import Studio
 from lib_lora_train.studio.tasks import Task, TaskFunction
 
 MOST_GENERATED = 48
-"""Captions that are painted from where more are checked: the worst of them."""
+"""Most captions that images are generated from: the worst of those that are checked."""
 
 
 def check(studio: Studio, selection: Selection, *, seeds: int, steps: int, worst: int, values: Mapping[str, object]) -> int:
-    """Judge the selected captions, as edited, and paint from the `worst` of them. Raises UserError, HostError."""
+    """Score the selected captions, as edited, and generate images from the `worst` of them. Raises UserError, HostError."""
     settings = parse(values)
     with studio.using() as session:
         names = session.chosen_names(selection)
@@ -39,7 +39,7 @@ def check(studio: Studio, selection: Selection, *, seeds: int, steps: int, worst
         judged = []
         checking = check_captions(studio.host, list(captions.items()), settings=settings, seeds=seeds, steps=steps,
                                   worst=min(worst, len(captions)), on_progress=task.progress, should_stop=task.should_stop)
-        # Closed at once where putting down fails (a full disk): the model must not wait for Python's collector.
+        # Closed at once where storing a result fails (a full disk): the model must not wait for Python's collector.
         with contextlib.closing(checking):
             for checked in checking:
                 if checked.problem or checked.score is None:
@@ -67,7 +67,7 @@ def _put_down(studio: Studio, session: DatasetSession, checked: Checked, folder:
 
 
 def generated(studio: Studio, name: str, number: int) -> bytes:
-    """A picture that was painted from a caption, a JPEG. Raises DatasetError where there is none."""
+    """An image that was generated from a caption, a JPEG. Raises DatasetError where there is none."""
     with studio.using() as session:
         session.index(name)
         path = _generated(_folder(session), name, number)
@@ -78,7 +78,7 @@ def generated(studio: Studio, name: str, number: int) -> bytes:
 
 def class_images(studio: Studio, *, prompts: Sequence[str], count: int, size: tuple[int, int], steps: int, cfg: float,
                    seed: int) -> int:
-    """Paint preservation pictures beside the dataset; the result names the folder to train with. Raises HostError."""
+    """Paint preservation images beside the dataset; the result names the folder to train with. Raises HostError."""
     with studio.using() as session:
         folder = session.dataset.folder.with_name(f"{session.dataset.name}-reg")
 
@@ -104,7 +104,7 @@ def _start(studio: Studio, name: str, function: TaskFunction) -> int:
         except Interrupted as error:
             raise Interrupted(f"{name} was stopped; what was done is kept") from error
 
-    # A wait for other work of the host has to be woken.
+    # A wait for the host's own generation has to be ended.
     return studio.tasks.start(name, stopped_by_name, interrupted=studio.host.interrupted, on_stop=studio.host.give_up,
                               with_model=True)
 

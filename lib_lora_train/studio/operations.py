@@ -1,7 +1,7 @@
-"""Long work of the studio: importing, captioning, … Each function starts it and returns the task's number.
+"""Background tasks of the studio: importing, captioning, checking, shaping. Each function starts one and returns its number.
 
-While it goes on nothing is locked. What it found is put down at the end, under the session's lock; what was done until
-somebody stopped it stays.
+Nothing is locked while a task runs. Its results are stored at the end, under the session's lock; what was done until it was
+stopped stays.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from lib_lora_train.tagging.sources import find_source, sources
 
 
 def import_paths(studio: Studio, paths: Sequence[str]) -> int:
-    """Copy pictures from folders, files and zips of this machine into the dataset. Raises UserError, HostError."""
+    """Copy images from folders, files and zips of this machine into the dataset. Raises UserError, HostError."""
     return _import(studio, [studio.allowed(path) for path in paths], uploads=None)
 
 
 def import_uploads(studio: Studio, batch: str) -> int:
     """Take what a page sent into the dataset. Raises DatasetError where nothing was sent, HostError."""
     with studio.using() as session:
-        uploads, sent = session.uploads, session.uploads.take(batch)
+        uploads, sent = session.uploads, session.uploads.pop(batch)
     try:
         return _import(studio, sent, uploads=sent)
     except BaseException:
@@ -48,7 +48,7 @@ def _import(studio: Studio, from_where: Sequence[Path | Upload], *, uploads: lis
         allowed = studio.host.allowed
 
         def may_read(path: Path) -> bool:
-            # What was sent lies where we put it.
+            # What was sent is in our own folder.
             return uploads is not None or allowed is None or allowed.may_read(path)
 
         def run(task: Task) -> str:
@@ -82,7 +82,7 @@ def _import(studio: Studio, from_where: Sequence[Path | Upload], *, uploads: lis
 
 
 def _keep_repeats(session: DatasetSession, *, before: int) -> None:
-    """Repeats that fit the number of pictures again, unless somebody chose others."""
+    """Adapt the repeats to the number of images, unless the user chose others."""
     usual = (DEFAULT_REPEATS, proposed_repeats(max(1, before)))
     if session.store.images and session.dataset.repeats in usual:
         with contextlib.suppress(DatasetError):  # a program holds the folder: "Use for training" will say so
@@ -90,7 +90,7 @@ def _keep_repeats(session: DatasetSession, *, before: int) -> None:
 
 
 def tag(studio: Studio, source_name: str, values: Mapping[str, Any], selection: Selection) -> int:
-    """Caption the selected pictures; the captions land unsaved, as one step to undo. Raises UserError, HostError."""
+    """Caption the selected images; the captions land unsaved, as one step to undo. Raises UserError, HostError."""
     options, source = parse_options(values), find_source(source_name, sources(studio.host))
     if (missing := source.missing()) and not options.download:
         raise DatasetError(missing)
@@ -121,7 +121,7 @@ def tag(studio: Studio, source_name: str, values: Mapping[str, Any], selection: 
             stopped = "Stopped: "
         finally:
             with studio.using():
-                # A picture may have been taken out meanwhile.
+                # An image may have been removed meanwhile.
                 there = {session.index(name): text for name, text in found.items() if name in session.names}
                 changed = session.store.set_captions(there, f"Caption with {source.label}") if there else 0
                 session.renew()
@@ -133,7 +133,7 @@ def tag(studio: Studio, source_name: str, values: Mapping[str, Any], selection: 
 
 
 def check(studio: Studio, values: Mapping[str, object]) -> int:
-    """Look at every picture and caption, as edited; the report is the dataset's afterwards. `values` are settings of the
+    """Look at every image and caption, as edited; the report is the dataset's afterwards. `values` are settings of the
     training. Raises UserError, HostError."""
     with studio.using() as session:
         dataset, store, content = session.dataset, session.store, session.content
@@ -151,7 +151,7 @@ def check(studio: Studio, values: Mapping[str, object]) -> int:
                          may_read=allowed.may_read if allowed else None, on_progress=task.progress,
                          should_stop=task.should_stop)
         with studio.using():
-            session.take_report(report, content=content)
+            session.set_report(report, content=content)
             studio.changed()
         return report.summary
 
@@ -159,7 +159,7 @@ def check(studio: Studio, values: Mapping[str, object]) -> int:
 
 
 def shape(studio: Studio, values: Mapping[str, Any], selection: Selection) -> int:
-    """Cut and scale the selected pictures. Raises UserError, HostError."""
+    """Cut and scale the selected images. Raises UserError, HostError."""
     wanted = Shape.from_dict(values)
     with studio.changing("shaped") as session:
         names = session.chosen_names(selection)

@@ -20,7 +20,7 @@ MOST_TAGS = 500
 
 
 def state(studio: Studio) -> dict[str, Any]:
-    """Everything but the pictures themselves: the open dataset, the others, the work, what captions can come from."""
+    """Everything but the images themselves: the open dataset, the others, the task, the captioners."""
     task, datasets = studio.tasks.status(), studio.datasets()
     with studio.held() as session:
         shown = None if session is None else _dataset(session)
@@ -63,14 +63,14 @@ def images(studio: Studio, selection: Selection, *, offset: int, limit: int, sor
 
 
 def tags(studio: Studio, selection: Selection) -> dict[str, Any]:
-    """The tags of the selected pictures, the most frequent first."""
+    """The tags of the selected images, the most frequent first."""
     with studio.using() as session:
         found = session.store.tags(session.chosen(selection))
         return {"tags": [list(pair) for pair in found[:MOST_TAGS]], "total": len(found)}
 
 
 def tag_options() -> list[dict[str, Any]]:
-    """What can be chosen when pictures are captioned, as `control.settings_list` lists settings."""
+    """What can be chosen when images are captioned, as `control.settings_list` lists settings."""
     return [{"name": d.name, "type": d.type.__name__, "default": d.default, "minimum": d.minimum, "maximum": d.maximum,
              "step": d.step, "choices": list(d.choices), "label": d.label, "help": d.help, "in_view": d.in_view}
             for d in declarations(TagOptions)]

@@ -1,4 +1,4 @@
-"""Captions that need no model: the prompt inside the picture, the words of its name, a template."""
+"""Captions that need no model: the prompt inside the image, the words of its name, a template."""
 
 from __future__ import annotations
 

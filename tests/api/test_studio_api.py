@@ -610,17 +610,17 @@ def test_repeats_follow_the_number_of_pictures_unless_somebody_chose_them(desk: 
 
 def test_a_picture_is_shown_while_its_folder_gets_another_name(desk: Desk, monkeypatch: pytest.MonkeyPatch):
     desk.filled()
-    whole, once = thumbs.whole, []
+    full_size, once = thumbs.full_size, []
 
     def renamed_meanwhile(path: Path) -> bytes:
         if not once:
             once.append(desk.post("use"))
-        return whole(path)
+        return full_size(path)
     dataset = desk.get("state").json()["dataset"]
     folder, = (desk.host.datasets_folder / "zzk").glob("50_*")
     folder.rename(folder.with_name("7_zzk girl"))
     desk.post("close"), desk.post("open", {"name": "zzk"})
-    monkeypatch.setattr(thumbs, "whole", renamed_meanwhile)
+    monkeypatch.setattr(thumbs, "full_size", renamed_meanwhile)
     assert desk.get("picture", id="red.png").status_code == 200 and once[0].status_code == 200
     assert dataset["repeats"] == desk.get("state").json()["dataset"]["repeats"] == 50
 

@@ -78,7 +78,7 @@ class AddTags(Edit):
 
 @dataclass(frozen=True)
 class RemoveTags(Edit):
-    """Removes these tags wherever they stand."""
+    """Removes these tags wherever they are."""
 
     tags: tuple[Text, ...]
 
@@ -92,7 +92,7 @@ class RemoveTags(Edit):
 
 @dataclass(frozen=True)
 class ReplaceTag(Edit):
-    """Puts `new` (one tag, several, or none) where the tag `old` stands; a `new` that is there twice then is kept once."""
+    """Puts `new` (one tag, several, or none) in place of the tag `old`; a `new` that would then occur twice is kept once."""
 
     old: Text
     new: Text
@@ -122,7 +122,7 @@ class ReplaceTag(Edit):
 
 @dataclass(frozen=True)
 class ReplaceText(Edit):
-    """Replaces a piece of text wherever it stands, inside tags too."""
+    """Replaces a text wherever it occurs, inside tags too."""
 
     old: Text
     new: Text
@@ -133,7 +133,7 @@ class ReplaceText(Edit):
     def _change(self, captions: Captions) -> Change:
         if not self.old:
             raise SettingError("There is no text to look for", remedy="write what is to be replaced")
-        pattern = re.compile(re.escape(self.old), re.IGNORECASE)  # a plain text: it cannot run away
+        pattern = re.compile(re.escape(self.old), re.IGNORECASE)  # a plain text: it cannot take long
         return lambda caption: pattern.sub(lambda _: self.new, caption)
 
 
@@ -179,7 +179,7 @@ class SortTags(Edit):
 
 @dataclass(frozen=True)
 class Deduplicate(Edit):
-    """Keeps the first of tags that stand twice, and leaves out empty ones."""
+    """Keeps the first of tags that occur twice, and leaves out empty ones."""
 
 
     def _label(self) -> str:
@@ -228,7 +228,7 @@ class TruncateTokens(Edit):
 
 @dataclass(frozen=True)
 class SetCaption(Edit):
-    """Replaces the whole caption."""
+    """Replaces the caption."""
 
     text: Text
     replaces_unreadable: ClassVar[bool] = True

@@ -1,7 +1,7 @@
-"""Which pictures and captions a folder holds, as the caption book sees them, and what one caption file says.
+"""Which images and captions a folder holds, as the caption store sees them, and what one caption file holds.
 
 The folders are those that training would use (`dataset/folder.py`): kohya's N_name folders, or else the folder itself.
-Unlike there, nothing is decoded, and a folder without a picture is no error: pictures may still be brought in.
+Unlike there, nothing is decoded, and a folder without an image is no error: images may still be brought in.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lib_lora_train.dataset.images import is_image_name
 from lib_lora_train.dataset.listing import MayRead, is_subset_name, list_folder
 from lib_lora_train.errors import DatasetError, printable
 
-MOST_BYTES = 1 << 20  # of one caption file: more is a book or a mistake, and is left alone
+MOST_BYTES = 1 << 20  # of one caption file: a larger one is a mistake and stays as it is
 # Where str.splitlines breaks a line, and what no text file should hold.
 _NO_TEXT = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 
@@ -27,7 +27,7 @@ class OnDisk(NamedTuple):
 
     text: str | None  # all of it, stripped; None: there is no such file, or none that can be read
     problem: str = ""  # why it cannot be read, one sentence
-    mark: tuple[int, int] = (0, 0)  # (bytes, modification time) of a file that cannot be read
+    stamp: tuple[int, int] = (0, 0)  # (bytes, modification time) of a file that cannot be read
 
     @property
     def caption(self) -> str | None:
@@ -48,7 +48,7 @@ NO_FILE = OnDisk(None)
 
 @dataclass(frozen=True)
 class Found:
-    """A picture, the file of its caption (which may not exist yet), and caption files of the same name that do not count."""
+    """An image, the file of its caption (which may not exist yet), and caption files of the same name that do not count."""
 
     image: Path
     caption: Path
@@ -56,8 +56,8 @@ class Found:
 
 
 def find_images(folder: Path, *, may_read: MayRead | None = None) -> list[Found]:
-    """The pictures that training would use, by name. `may_read` is asked about folders and links, which may lead elsewhere;
-    plain files lie where they lie. Raises DatasetError if the folder is missing or cannot be read."""
+    """The images that training would use, by name. `may_read` is asked about folders and links, which may lead elsewhere;
+    Raises DatasetError if the folder is missing or cannot be read."""
     listing = list_folder(folder, may_read=may_read)
     found = [entry for path in listing.folders if is_subset_name(path.name)
              for entry in _paired(list_folder(path, may_read=may_read).files)]
@@ -88,13 +88,13 @@ def read_on_disk(path: Path, *, may_read: MayRead | None = None) -> OnDisk:
         return NO_FILE
     except OSError as error:
         return OnDisk(None, printable(f"The caption file {path.name} cannot be read: {error.strerror or error}."))
-    mark = (facts.st_size, facts.st_mtime_ns)
+    stamp = (facts.st_size, facts.st_mtime_ns)
     if facts.st_size > MOST_BYTES:
-        return OnDisk(None, printable(f"The file {path.name} is too large for a caption ({facts.st_size >> 20} MiB)."), mark)
+        return OnDisk(None, printable(f"The file {path.name} is too large for a caption ({facts.st_size >> 20} MiB)."), stamp)
     try:
         return OnDisk(read_caption(path))
     except DatasetError as error:
-        return OnDisk(None, str(error), mark)
+        return OnDisk(None, str(error), stamp)
 
 
 def one_line(text: str) -> str:

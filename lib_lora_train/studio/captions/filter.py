@@ -17,7 +17,7 @@ from lib_lora_train.studio.requests import Text, validated
 
 @dataclass(frozen=True)
 class Filter:
-    """Every condition that is given must hold; an empty filter takes everything."""
+    """Every condition that is given must hold; an empty filter accepts everything."""
 
     all_of: tuple[Text, ...] = ()  # carries each of these tags
     any_of: tuple[Text, ...] = ()  # carries at least one

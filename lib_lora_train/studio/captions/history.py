@@ -41,13 +41,13 @@ class History:
         self._keep(step)
 
     def undone_last(self) -> None:
-        """The newest step was taken back."""
+        """The newest step was undone."""
         step = self.done.pop()
         self._size -= step.size
         self.undone.append(step)
 
     def redone_last(self) -> None:
-        """The step taken back last was applied once more."""
+        """The step undone last was redone."""
         self._keep(self.undone.pop())
 
     def _keep(self, step: Step) -> None:

@@ -1,13 +1,13 @@
 """Captions onto the disk, all of them or none, whatever ends the process in between.
 
     1. a backup of the captions that will be replaced, as they are: .studio/backup/captions-….zip
-    2. the journal, .studio/captions.journal: every new caption, and what stood there before; whole and on the disk
-    3. every new caption beside its place, all flushed to the disk, then each into its place in one step
+    2. the journal, .studio/captions.journal: every new caption, and the checksum of what the file held before
+    3. every new caption in a file beside its own, all flushed to the disk, then each renamed in one step
     4. the journal is removed
 
 A process killed before 2 has changed nothing. After it, `recover` (which opening the folder calls) does 3 and 4 from the
-journal. At any moment each caption file is the old one or the new one. A caption that somebody else changed between the
-kill and the recovery is left as it is, and the journal is put among the backups.
+journal. At any moment each caption file is the old one or the new one. A caption that another program changed between the
+kill and the recovery stays as it is, and the journal is moved to the backups.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class Rewrite:
 
 @dataclass(frozen=True)
 class Recovered:
-    """What an interrupted save left to do: files that now hold the new caption, and those that were somebody else's by then."""
+    """What an interrupted save left to do: files that now hold the new caption, and those that another program had
+    changed by then."""
 
     written: tuple[Path, ...] = ()
     conflicts: tuple[Path, ...] = ()
@@ -70,7 +71,7 @@ def studio_folder(folder: Path, may_read: MayRead | None) -> Path:
 
 def write_captions(folder: Path, rewrites: list[Rewrite], *, backup_folder: Path | None = None,
                    may_read: MayRead | None = None) -> Path:
-    """All of `rewrites` onto the disk as above; returns the backup. The files lie in `folder` or in a folder of it.
+    """Write all of `rewrites` as above; returns the backup. The files lie in `folder` or in a folder of it.
 
     Raises OutputError if the disk refuses. Then either nothing is changed, or the journal stays and `recover` goes on.
     """
@@ -194,7 +195,7 @@ def _is_plain_name(part: str) -> bool:
 
 
 def _put(contents: Mapping[Path, bytes]) -> None:
-    """Each file whole, in one step, and on the disk when this returns. What is not in its place is removed on an error."""
+    """Write each file atomically; all are on the disk when this returns. On an error, what was not renamed yet is removed."""
     singly = len(contents) <= _FLUSHED_SINGLY or not hasattr(os, "sync")
     parts = {path: path.with_name(f".caption-{os.getpid()}-{number}.part") for number, path in enumerate(contents)}
 

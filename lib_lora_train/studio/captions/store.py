@@ -37,7 +37,7 @@ class Saved:
 
     written: int  # caption files
     backup: Path | None  # a zip of what they held before; None where nothing was written
-    conflicts: tuple[Path, ...] = ()  # files that another program changed meanwhile: left alone, still unsaved
+    conflicts: tuple[Path, ...] = ()  # files that another program changed meanwhile: not written, still unsaved
 
 
 @dataclass(eq=False)
@@ -145,7 +145,7 @@ class CaptionStore:
                 if (self.is_changed(index) or not wanted.changed_only) and accepts(self.caption(index))]
 
     def tags(self, indices: Iterable[int] | None = None) -> list[tuple[str, int]]:
-        """(tag, pictures that carry it), the most frequent first, then by name.
+        """(tag, images that carry it), the most frequent first, then by name.
 
         Spellings that differ in case only are one tag, shown as it is written most often.
         """
@@ -175,7 +175,7 @@ class CaptionStore:
         return self._do(label, {self._shown[index].caption: _checked(text, before="") for index, text in captions.items()})
 
     def undo(self) -> str:
-        """Take the last step back; returns its label, "" where there is none."""
+        """Revert the last step; returns its label, "" where there is none."""
         if not self._history.done:
             return ""
         step = self._history.done[-1]
@@ -188,7 +188,7 @@ class CaptionStore:
         return step.label
 
     def redo(self) -> str:
-        """Apply the step that was taken back last; returns its label, "" where there is none."""
+        """Redo the step that was undone last; returns its label, "" where there is none."""
         if not self._history.undone:
             return ""
         step = self._history.undone[-1]
@@ -202,7 +202,7 @@ class CaptionStore:
 
     @property
     def can_undo(self) -> str:
-        """The label of the step that `undo` takes back, or ""."""
+        """The label of the step that `undo` reverts, or ""."""
         return self._history.done[-1].label if self._history.done else ""
 
     @property
@@ -218,7 +218,7 @@ class CaptionStore:
     # ---- images that come and go
 
     def add(self, images: Iterable[Path]) -> int:
-        """Images that lie in the folder now: known from here on, with their captions. Not a step. Returns how many are new."""
+        """Images that are in the folder now: known from here on, with their captions. Not a step. Returns how many are new."""
         before, images = len(self), list(images)
         self._show([*self._shown, *(self._known[image] for image in images if image in self._known)])
         self._add(find_among([image for image in images if image not in self._known], may_read=self._may_read))

@@ -66,7 +66,7 @@ def add_prepare(commands: Commands) -> None:
 
 
 def add_tag(commands: Commands) -> None:
-    """Add `tag`. Exit codes: 0 done, 2 bad input, 3 done but for pictures that were named, 130 interrupted (what was found
+    """Add `tag`. Exit codes: 0 done, 2 bad input, 3 done but for images that were named, 130 interrupted (what was found
     until then is written)."""
     names = "\n".join(f"  {option.name} = {option.default!r}\n      {option.help}" for option in OPTIONS.values())
     tag = commands.add_parser("tag", help="caption a folder of pictures",
@@ -91,8 +91,8 @@ def add_tag(commands: Commands) -> None:
 
 
 def add_verify(commands: Commands) -> None:
-    """Add `check-captions` and `class-pictures`. Exit codes: 0 done, 2 bad input, 3 checked but for pictures that were
-    named, 130 interrupted (pictures painted until then stay)."""
+    """Add `check-captions` and `class-pictures`. Exit codes: 0 done, 2 bad input, 3 checked but for images that were
+    named, 130 interrupted (images generated until then stay)."""
     check = commands.add_parser("check-captions", help="ask the model whether captions describe their pictures; worst first")
     check.add_argument("folder", type=Path, metavar="DIR", help="the pictures, or a folder of folders named like 10_name")
     check.add_argument("--sheet", type=Path, metavar="FILE.png", help="paint from the captions too, and draw originals and "

@@ -1,4 +1,4 @@
-"""`python -m lib_lora_train check DIR`: what is in a folder of pictures, and what to fix before training on it."""
+"""`python -m lib_lora_train check DIR`: what is in a folder of images, and what to fix before training on it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SHEET_KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
 def run(chosen: argparse.Namespace) -> int:
-    """`check`; returns the exit code. Raises UserError for a folder without pictures and for settings that do not exist."""
+    """`check`; returns the exit code. Raises UserError for a folder without images and for settings that do not exist."""
     settings = parse(dict(assignment(text) for text in chosen.set))
     if chosen.sheet is not None and chosen.sheet.suffix.lower() not in _SHEET_KINDS:
         raise SettingError(f"The crop sheet {chosen.sheet} cannot be written", why="its name must end in .png, .jpg or .webp")

@@ -1,4 +1,4 @@
-"""`python -m lib_lora_train prepare SOURCE… --to DIR`: pictures from anywhere into a dataset, cut to size."""
+"""`python -m lib_lora_train prepare SOURCE… --to DIR`: images from anywhere into a dataset, cut to size."""
 
 from __future__ import annotations
 

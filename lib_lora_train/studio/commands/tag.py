@@ -1,4 +1,4 @@
-"""`python -m lib_lora_train tag DIR --with …`: captions for a folder of pictures, all written at the end or none."""
+"""`python -m lib_lora_train tag DIR --with …`: captions for a folder of images, all written at the end or none."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _existing(store: CaptionStore, path: Path) -> str:
 
 
 def _gathered(rows: Iterable[Row], *, as_json: bool, quietly: bool) -> tuple[dict[Path, str], int, bool]:
-    """The new captions, how many pictures had problems, and whether Ctrl+C ended it."""
+    """The new captions, how many images had problems, and whether Ctrl+C ended it."""
     captions: dict[Path, str] = {}
     problems = 0
     try:

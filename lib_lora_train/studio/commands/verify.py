@@ -1,4 +1,4 @@
-"""`python -m lib_lora_train check-captions DIR` and `class-pictures`: what the model itself says and paints."""
+"""`python -m lib_lora_train check-captions DIR` and `class-pictures`: how well captions fit by the model, and class images."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run_check(chosen: argparse.Namespace) -> int:
         interrupted = True
     if chosen.sheet and rows:
         with translated("the sheet was written"), replacing(chosen.sheet) as file:
-            # A picture can be seen anywhere; what was painted, only here.
+            # An image can be seen anywhere; what was generated, only here.
             draw_checks([row for row in rows if row.images or row.problem] or rows).save(file, "PNG")
         print(f"The sheet: {chosen.sheet}", file=sys.stderr)
     if not chosen.json:
@@ -49,7 +49,7 @@ def run_check(chosen: argparse.Namespace) -> int:
 
 
 def _checks(chosen: argparse.Namespace) -> Iterator[Checked]:
-    """The rows: pictures whose captions cannot be read, then those that the model was asked about."""
+    """The rows: images whose captions cannot be read, then those that the model checked."""
     settings, host = parse({"resolution": chosen.resolution}), _host(chosen, chosen.folder)
     store = CaptionStore.open(chosen.folder)
     if not store.images:

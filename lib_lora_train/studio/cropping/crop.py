@@ -1,9 +1,9 @@
-"""Shapes put on the pictures of a dataset, and taken off again.
+"""Shapes given to the images of a dataset, and reverted.
 
-A picture that is shaped for the first time is kept as it was in .studio/unshaped. Whatever is done later, crops by hand,
-mirrors, another size, is made from that one anew, so nothing gets worse by being done twice, and its mask goes the same way.
+An image that is shaped for the first time is kept as it was in .studio/unshaped. Whatever is done later, crops by hand,
+mirrors, another size, is made from that one, so that nothing gets worse by being done twice; its mask is treated alike.
 dataset.json says what was done: {"hand": edges | null, "mirrored": bool, "shape": {…} | null, "box": edges, "size": [w, h]},
-edges in pixels of the unshaped picture.
+edges in pixels of the unshaped image.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ _NOTES_EVERY = 100
 
 @dataclasses.dataclass(frozen=True)
 class Shaped:
-    """What came of shaping several pictures."""
+    """What came of shaping several images."""
 
-    done: tuple[str, ...]  # names of the pictures that have the shape now
+    done: tuple[str, ...]  # names of the images that have the shape now
     skipped: tuple[tuple[str, str], ...]  # (name, why: one sentence)
     notes: tuple[str, ...] = ()  # what else the user should know, one sentence each
 
@@ -65,7 +65,7 @@ def apply_shape(
     dataset: OwnedDataset, names: Sequence[str], shape: Shape, *, family: str = "", models_folder: Path | None = None,
     on_progress: Progress | None = None, should_stop: ShouldStop | None = None,
 ) -> Shaped:
-    """Give pictures a shape, made from the unshaped ones within what was cut by hand.
+    """Give images a shape, made from the unshaped ones within what was cut by hand.
 
     Raises Interrupted when `should_stop()` says so (what was shaped stays, each image complete) and OutputError if the disk
     refuses.
@@ -95,7 +95,7 @@ def apply_shape(
 
 def preview_shape(dataset: OwnedDataset, name: str, shape: Shape, *, family: str = "",
                   models_folder: Path | None = None) -> Image.Image:
-    """The picture as `apply_shape` would make it; nothing is written. Raises DatasetError and SettingError."""
+    """The image as `apply_shape` would make it; nothing is written. Raises DatasetError and SettingError."""
     before, source, mask = _before(dataset, name, dataset.notes())
     image = read_image(source)
     subject = find_subject(image, shape, mask=mask, models_folder=models_folder)
@@ -112,10 +112,10 @@ def unshape(dataset: OwnedDataset, names: Sequence[str]) -> Shaped:
 
 
 def crop_to_box(dataset: OwnedDataset, name: str, box: Sequence[float]) -> None:
-    """Keep only `box` (left, top, right, bottom, in pixels of the picture as it is now) of a picture.
+    """Keep only `box` (left, top, right, bottom, in pixels of the image as it is now) of an image.
 
-    What was cut before stays cut; the result is made from the unshaped picture, at most of the area that its shape allowed.
-    Raises DatasetError for a box that holds too little or lies outside.
+    What was cut before stays cut; the result is made from the unshaped image, at most of the area that its shape allowed.
+    Raises DatasetError for a box that is too small or outside.
     """
 
     def change(before: Done, image: Image.Image, mask: Image.Image | None) -> Done:
@@ -128,7 +128,7 @@ def crop_to_box(dataset: OwnedDataset, name: str, box: Sequence[float]) -> None:
 
 
 def flip(dataset: OwnedDataset, name: str, *, copy: bool = False) -> str:
-    """Mirror a picture with its mask, or with `copy` add a mirrored one beside it; the name of the mirrored one."""
+    """Mirror an image with its mask, or with `copy` add a mirrored one beside it; the name of the mirrored one."""
     if not copy:
         _one(dataset, name, lambda before, image, mask: dataclasses.replace(
             before, mirrored=not before.mirrored, box=before.box or (0.0, 0.0, *map(float, image.size)),
@@ -141,9 +141,9 @@ def flip(dataset: OwnedDataset, name: str, *, copy: bool = False) -> str:
 
 
 def split(dataset: OwnedDataset, name: str, *, tile: int, overlap: float = 0.25) -> tuple[str, ...]:
-    """Cut a large picture into tiles of at most `tile` pixels a side that share at least `overlap` of it; their names.
+    """Cut a large image into tiles of at most `tile` pixels a side that share at least `overlap` of it; their names.
 
-    Each gets the caption and its part of the mask. The picture itself is removed, and can be restored. Raises DatasetError
+    Each gets the caption and its part of the mask. The image itself is removed, and can be restored. Raises DatasetError
     if it is no larger than a tile, SettingError for a tile or overlap that cannot be.
     """
     if not SMALLEST_CROP <= tile <= 16384 or not 0 <= overlap <= 0.9:
@@ -167,7 +167,7 @@ def split(dataset: OwnedDataset, name: str, *, tile: int, overlap: float = 0.25)
 
 
 def done_to(note: Mapping[str, Any]) -> Done:
-    """What dataset.json's note on a picture says was done to it; a damaged one says nothing."""
+    """What dataset.json's note on an image says was done to it; a damaged one says nothing."""
     try:
         return Done(**note["shaped"])
     except (ValidationError, TypeError, KeyError):
@@ -175,10 +175,10 @@ def done_to(note: Mapping[str, Any]) -> Done:
 
 
 def in_step(dataset: OwnedDataset, name: str, notes: Mapping[str, Note]) -> Done:
-    """What was done to a picture, known to be what the file shows.
+    """What was done to an image, known to be what the file shows.
 
     Raises DatasetError if it is not, because another program changed it, or this one was killed before it made its note:
-    then places on the picture cannot be told on the unshaped one.
+    then positions on it cannot be mapped to the unshaped one.
     """
     now, kept = dataset.image(name), dataset.unshaped_path(name)
     if not kept.is_file():
@@ -190,13 +190,13 @@ def in_step(dataset: OwnedDataset, name: str, notes: Mapping[str, Note]) -> Done
     return done
 
 
-# ---- one picture
+# ---- one image
 
 Change = Callable[[Done, Image.Image, "Image.Image | None"], Done]
 
 
 def _before(dataset: OwnedDataset, name: str, notes: Mapping[str, Note]) -> tuple[Done, Path, Image.Image | None]:
-    """(what was done to it, the picture to make it from, that one's mask)."""
+    """(what was done to it, the image to make it from, that one's mask)."""
     now, kept = dataset.image(name), dataset.unshaped_path(name)
     shaped = kept.is_file()
     before = done_to(notes.get(name, {})) if shaped else Done()
@@ -212,7 +212,7 @@ def _one(dataset: OwnedDataset, name: str, change: Change) -> None:
 
 
 def _change_image(dataset: OwnedDataset, name: str, notes: Mapping[str, Note], change: Change) -> Note:
-    """Make the picture anew as `change` says; its new note. The unshaped one is there before anything is replaced."""
+    """Make the image anew as `change` says; its new note. The unshaped one is there before anything is replaced."""
     path = dataset.image(name)
     if path.suffix.lower() not in WRITTEN_SUFFIXES:
         encode(Image.new("RGB", (1, 1)), suffix=path.suffix.lower())  # refuses it, and says why
@@ -236,7 +236,7 @@ def _change_image(dataset: OwnedDataset, name: str, notes: Mapping[str, Note], c
 
 
 def _unshaped(dataset: OwnedDataset, name: str, note: Note) -> Note:
-    """The picture and its mask as they were imported; the note without what was done."""
+    """The image and its mask as they were imported; the note without what was done."""
     now = dataset.image(name)
     for kept, path in ((dataset.unshaped_mask_path(name), dataset.mask_path(name)), (dataset.unshaped_path(name), now)):
         if kept.is_file():
@@ -272,13 +272,13 @@ def _each(dataset: OwnedDataset, names: Sequence[str], *, watch: Watch,
 
 def _add_parts(dataset: OwnedDataset, path: Path, boxes: Sequence[Box], *, flip: bool,
                endings: Sequence[str]) -> tuple[str, ...]:
-    """New pictures from parts of one, each with its caption and its part of the mask; their names."""
+    """New images from parts of one, each with its caption and its part of the mask; their names."""
     layers, mask_path = read_layers(path), dataset.mask_path(path.name)
     mask = read_image(mask_path).convert("L") if mask_path.is_file() else None
     names, made, notes = FreeNames(dataset.taken_stems()), [], {}
     suffix = path.suffix.lower() if path.suffix.lower() in WRITTEN_SUFFIXES else ".png"
     for box, ending in zip(boxes, endings, strict=True):
-        new = path.with_name(f"{names.take(f'{path.stem}_{ending}')}{suffix}")
+        new = path.with_name(f"{names.claim(f'{path.stem}_{ending}')}{suffix}")
         if mask is not None:
             write_atomic(dataset.mask_path(new.name), encode(render(mask, box, flip=flip), suffix=".png"), one_of_many=True)
         for caption in (path.with_suffix(caption) for caption in CAPTION_SUFFIXES):
@@ -305,7 +305,7 @@ def _checked_box(box: Sequence[float], size: tuple[int, int]) -> Edges:
 
 
 def _in_unshaped(before: Done, box: Edges, size: tuple[int, int]) -> Edges:
-    """A box on the picture as it is now, on the unshaped one of (width, height) `size`."""
+    """A box on the image as it is now, on the unshaped one of (width, height) `size`."""
     seen, now = before.box or (0.0, 0.0, *map(float, size)), before.size or size
     left, top, right, bottom = box
     if before.flip:

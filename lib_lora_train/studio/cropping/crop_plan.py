@@ -1,6 +1,6 @@
-"""Cropping, scaling, mirroring: what is cut of a picture, and what comes of it, before anything is written.
+"""What is cut of an image and how it is scaled and mirrored, computed before anything is written.
 
-With the focus on the centre a picture is cut exactly as the trainer would cut it. Nothing here writes; `shape` does.
+With the focus on the centre an image is cut exactly as the trainer would cut it. Nothing here writes; `crop.py` does.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Box:
-    """What is cut out of the upright picture, in its pixels and parts of them, and the size it is then given."""
+    """What is cut out of the upright image, in its pixels and parts of them, and the size it is then given."""
 
     left: float
     top: float
@@ -74,7 +74,7 @@ class Box:
         return max(self.size[0] / (self.right - self.left), self.size[1] / (self.bottom - self.top))
 
     def lost(self, size: tuple[int, int]) -> float:
-        """Which share of the area of a picture of `size` is cut off, 0 to 1."""
+        """Which share of the area of an image of `size` is cut off, 0 to 1."""
         return max(0.0, 1 - (self.right - self.left) * (self.bottom - self.top) / (size[0] * size[1]))
 
 
@@ -139,7 +139,7 @@ def _buckets(shape: Shape, family: str) -> Buckets:
 
 
 def _cut_centre(focus: str | tuple[float, float], subject: SubjectBox | None, region: Edges) -> tuple[float, float] | None:
-    """The point that comes to the middle of the cut as far as possible, in pixels of the picture; None is the centre."""
+    """The point that comes to the middle of the cut as far as possible, in pixels of the image; None is the centre."""
     if isinstance(focus, tuple):
         return region[0] + focus[0] * (region[2] - region[0]), region[1] + focus[1] * (region[3] - region[1])
     return None if subject is None else ((subject[0] + subject[2]) / 2, (subject[1] + subject[3]) / 2)
