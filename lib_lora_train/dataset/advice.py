@@ -86,8 +86,8 @@ def _captions(report: Report, around: Circumstances) -> Iterator[Weighted]:
             why = (f" and no trigger word is set, so no word would call what is learnt from {them}: tag or caption {them}, or "
                    "set a trigger word")
         yield 4 + (20 if instead else 30) * _share(images, report), start + why + (
-            f" ({some_of(around.misnamed, 3)} {'looks' if len(around.misnamed) == 1 else 'look'} meant for that, but the text for "
-            "a.png must be called a.txt)." if images is missing and around.misnamed else ".")
+            f" ({some_of(around.misnamed, 3)} {'looks' if len(around.misnamed) == 1 else 'look'} meant for that, but the text "
+            "for a.png must be called a.txt)." if images is missing and around.misnamed else ".")
     long = _with(report, "long_caption")
     if long:
         yield 5 * _share(long, report), (

@@ -15,7 +15,7 @@ from typing import Any
 from lib_lora_train.errors import SettingError
 
 MOST_SECONDS = 1.0  # beyond what is free, for one pass over all captions; `regex` may notice two or three times as late
-_FREE = 200e-6  # seconds a caption: ten times what an ordinary pattern needs, so that many captions by themselves do not exceed it
+_FREE = 200e-6  # seconds a caption: ten times what an ordinary pattern needs, so that many captions do not exceed it
 MOST_CHARACTERS = 1000  # of a pattern
 
 
