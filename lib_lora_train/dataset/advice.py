@@ -6,18 +6,20 @@ Worst is how bad a thing is times the share of the images it touches; what keeps
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 from lib_lora_train.dataset.captions import split_tags
 from lib_lora_train.dataset.findings import Examined, Report
 from lib_lora_train.dataset.folder import some_of
 from lib_lora_train.dataset.plan import MIN_VISITS, MIN_VISITS_PER_IMAGE
-from lib_lora_train.dataset.tag_slips import respelt, typing_errors
 from lib_lora_train.errors import printable
 
 MIN_IMAGES = 10
 LEAST_RESOLUTION = 256  # below it there is too little for a model of 512 to learn
+
+_SHORTEST = 6  # letters of a tag with a typing error; shorter words have too many neighbours that are words
+_USUAL = 5  # captions: so often a tag must occur for a rare one to be measured by it
 
 Weighted = tuple[float, str]
 
@@ -182,6 +184,52 @@ def _tags(report: Report, around: Circumstances) -> Iterator[Weighted]:
         errors = "a typing error" if len(pairs) == 1 else "typing errors"
         yield 0, (f"{_plural(len(pairs), 'tag')} of a single caption may be {errors} ({some_of(pairs, 3)}), and a word seen "
                   "once is not learnt: correct it where it is one.")
+
+
+def respelt(tags: Mapping[str, int]) -> list[tuple[str, str]]:
+    """(rarer, usual) spellings that differ in underscores, hyphens, spaces and escaping only; `tags` are frequencies."""
+    usual: dict[str, str] = {}
+    found = []
+    for tag in sorted(tags, key=lambda tag: (-tags[tag], tag)):
+        plain = " ".join(tag.casefold().replace("\\", "").replace("_", " ").replace("-", " ").split())
+        if plain not in usual:
+            usual[plain] = tag
+        elif plain:
+            found.append((tag, usual[plain]))
+    return found
+
+
+def typing_errors(tags: Mapping[str, int]) -> list[tuple[str, str]]:
+    """(tag of one caption, frequent tag) where a letter more, a letter less or two swapped letters make one the other.
+
+    Not an exchanged letter: `pink shirt` and `pink skirt` are two things.
+    """
+    frequent = {tag.casefold(): tag for tag, count in tags.items() if count >= _USUAL and len(tag) >= _SHORTEST}
+    with_one_less = {shorter: tag for key, tag in frequent.items() for shorter in _one_less(key)}
+    found = []
+    for tag, count in tags.items():
+        key = tag.casefold()
+        if count != 1 or len(key) < _SHORTEST:
+            continue
+        meant = with_one_less.get(key) or next(
+            (frequent[other] for other in (*_one_less(key), *_swapped(key)) if other in frequent), None)
+        if meant is not None and not _is_plural(key, meant.casefold()):
+            found.append((tag, meant))
+    return found
+
+
+def _one_less(word: str) -> Iterator[str]:
+    """`word` without one of its letters; digits stay, for 1girl and 11girls are no slip of each other."""
+    return (word[:i] + word[i + 1:] for i, letter in enumerate(word) if letter.isalpha())
+
+
+def _swapped(word: str) -> Iterator[str]:
+    return (word[:i] + word[i + 1] + word[i] + word[i + 2:] for i in range(len(word) - 1)
+            if word[i].isalpha() and word[i + 1].isalpha() and word[i] != word[i + 1])
+
+
+def _is_plural(one: str, other: str) -> bool:
+    return one + "s" == other or other + "s" == one
 
 
 def _with(report: Report, code: str) -> list[Examined]:

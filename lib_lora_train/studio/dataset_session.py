@@ -55,38 +55,31 @@ class DatasetSession:
         self._counted: tuple[object, Counter[str], int] | None = None
         self.content = 0
         self.uploads = Uploads(dataset.studio_folder / "uploads")
-        self._looked_up: tuple[object, object] | None = None
-        self._names: list[str] = []
-        self._index: dict[str, int] = {}
         self.store = CaptionStore.open(dataset.folder, may_read=allowed.may_read if allowed else None)
-        self._look_up()
 
     def renew(self) -> None:
         """To be called whenever captions changed, or images came, went or changed."""
         self.content += 1
-        self._look_up()
-
-    def _look_up(self) -> None:
-        images, folder = self.store.images, self.dataset.images_folder
-        if self._looked_up != (images, folder):
-            self._looked_up = (images, folder)
-            self._names = [_called(path, folder) for path in images]
-            self._index = {name: index for index, name in enumerate(self._names)}
 
     def name(self, path: Path) -> str:
         """What an image is called; one in another folder of the dataset has that folder's name before it."""
-        return _called(path, self.dataset.images_folder)
+        return path.name if path.parent == self.dataset.images_folder else f"{path.parent.name}/{path.name}"
 
     @property
     def names(self) -> tuple[str, ...]:
         """The images by name, in the store's order."""
-        return tuple(self._names)
+        return tuple(map(self.name, self.store.images))
+
+    def find(self, name: str) -> int | None:
+        """The image's index in the store; None if there is none of that name."""
+        return self.store.index((self.dataset.folder if "/" in name else self.dataset.images_folder) / name)
 
     def index(self, name: str) -> int:
         """The image's index in the store; raises DatasetError if there is none of that name."""
-        if name not in self._index:
+        index = self.find(name)
+        if index is None:
             raise DatasetError(f"There is no picture {name!r} in {self.dataset.name}", remedy="reload the page")
-        return self._index[name]
+        return index
 
     def path(self, name: str) -> Path:
         """The image's file; raises DatasetError."""
@@ -107,14 +100,14 @@ class DatasetSession:
 
     def chosen_names(self, selection: Selection) -> list[str]:
         """The same as names; raises DatasetError where that is nothing."""
-        names = [self._names[index] for index in self.chosen(selection)]
+        names = [self.name(self.store.images[index]) for index in self.chosen(selection)]
         if not names:
             raise DatasetError("No picture is selected", remedy="select some or change the filter")
         return names
 
     def problems(self, index: int) -> list[str]:
         """Codes of what is wrong with an image: of the last report, and of its caption as it is now."""
-        found = self._findings.get(self._names[index], ())
+        found = self._findings.get(self.name(self.store.images[index]), ())
         codes = [code for code in found if code not in LIVE_CODES]
         if self.store.problem(index):
             codes.append("unreadable_caption")
@@ -137,7 +130,6 @@ class DatasetSession:
         before = self.dataset.images_folder
         self.dataset.set_repeats(repeats)
         self.store.moved(before, self.dataset.images_folder)
-        self._look_up()
 
     def counts(self) -> tuple[Counter[str], int]:
         """(how many images have each problem, how many were shaped). Counted anew only after a change."""
@@ -148,7 +140,7 @@ class DatasetSession:
                 shaped = {path.name for path in self.dataset.unshaped_folder.iterdir()}
             except OSError:
                 shaped = set()  # not made yet
-            self._counted = (key, codes, sum(name in shaped for name in self._index))
+            self._counted = (key, codes, sum(name in shaped for name in self.names))
         return self._counted[1], self._counted[2]
 
     def reshaped(self, names: Sequence[str]) -> None:
@@ -168,7 +160,7 @@ class DatasetSession:
         "caption_problem" is why its caption cannot be read, or else what is odd about the caption's file.
         """
         path = self.store.images[index]
-        name, problems = self._names[index], self.problems(index)
+        name, problems = self.name(path), self.problems(index)
         try:
             stamp = thumbs.stamp(path)
             width, height = self._size(path, stamp)
@@ -185,7 +177,7 @@ class DatasetSession:
 
     def score(self, index: int) -> float | None:
         """The caption's score, None where it was not scored or changed since."""
-        score = self.scores.get(self._names[index])
+        score = self.scores.get(self.name(self.store.images[index]))
         return score.value if score is not None and score.caption == self.store.caption(index) else None
 
     def sorted(self, indices: Sequence[int], by: str) -> list[int]:
@@ -203,7 +195,3 @@ class DatasetSession:
         if key not in self._sizes:
             self._sizes[key] = read_size(path)
         return self._sizes[key]
-
-
-def _called(path: Path, folder: Path) -> str:
-    return path.name if path.parent == folder else f"{path.parent.name}/{path.name}"

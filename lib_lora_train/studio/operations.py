@@ -122,7 +122,7 @@ def tag(studio: Studio, source_name: str, values: Mapping[str, Any], selection: 
         finally:
             with studio.using():
                 # An image may have been removed meanwhile.
-                there = {session.index(name): text for name, text in found.items() if name in session.names}
+                there = {index: text for name, text in found.items() if (index := session.find(name)) is not None}
                 changed = session.store.set_captions(there, f"Caption with {source.label}") if there else 0
                 session.renew()
                 studio.changed()
