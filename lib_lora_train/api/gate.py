@@ -133,12 +133,9 @@ class Door:
                 return answered if isinstance(answered, Response) else JSONResponse(answered)
             except Refused as refused:
                 return JSONResponse({"error": str(refused)}, refused.code, refused.headers)
-            except UserError as error:
-                return JSONResponse({"error": str(error)}, 400)
-            except HostError as error:
-                return JSONResponse({"error": str(error)}, 409)
             except LoraTrainError as error:
-                return JSONResponse({"error": str(error)}, 500)
+                status = 400 if isinstance(error, UserError) else 409 if isinstance(error, HostError) else 500
+                return JSONResponse({"error": str(error)}, status)
             except Exception:  # the last line of defence: a program that waits for JSON must not get a traceback
                 log.exception("%s %s failed", method, name)
                 return JSONResponse({"error": "Something went wrong inside; the log has the details."}, 500)

@@ -6,10 +6,19 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from lib_lora_train.errors import DatasetError
 
 CAPTION_SUFFIXES = (".txt", ".caption")
+
+
+class Tokenizer(Protocol):
+    """What counts a caption's tokens; `model.tokens.clip_tokenizer()` is one."""
+
+    def encode(self, text: str) -> Sequence[int]:
+        """The tokens of `text`."""
+        ...
 
 
 def find_captions(files: Sequence[Path]) -> dict[str, list[Path]]:

@@ -11,12 +11,11 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 from lib_lora_train.dataset import likeness
 from lib_lora_train.dataset.advice import Circumstances, advise
 from lib_lora_train.dataset.buckets import Buckets, Placement, Size, buckets_for
-from lib_lora_train.dataset.captions import first_line, split_tags, with_trigger_word
+from lib_lora_train.dataset.captions import Tokenizer, first_line, split_tags, with_trigger_word
 from lib_lora_train.dataset.crop_sheet import crop_sheet
 from lib_lora_train.dataset.findings import Examined, Proposal, Report
 from lib_lora_train.dataset.folder import Subset, find_images
@@ -33,14 +32,6 @@ ENLARGED = 1.1  # more than this many times as long at the training size: small
 NARROW = 3.0  # longer side / shorter side; beyond it models generate things twice
 DEEP_CROP = 0.15  # of the area
 LONG_CAPTION = 225  # tokens: the most that kohya's trainer can read
-
-
-class Tokenizer(Protocol):
-    """What counts a caption's tokens; `model.tokens.clip_tokenizer()` is one."""
-
-    def encode(self, text: str) -> Sequence[int]:
-        """The tokens of `text`."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)

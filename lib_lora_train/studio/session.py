@@ -56,14 +56,15 @@ class Studio:
             yield self._session
 
     @contextlib.contextmanager
-    def changing(self, doing: str) -> Iterator[DatasetSession]:
-        """The same for what writes, moves or removes images. `doing` completes "cannot be … now".
-
-        Raises HostError while a training reads the dataset, or a task works on it.
+    def changing(self, doing: str, *, names: Sequence[str] = ()) -> Iterator[DatasetSession]:
+        """The same for what writes, moves or removes images, of which `names` must be there. `doing` completes "cannot be …
+        now". Raises HostError while a training reads the dataset, or a task works on it, DatasetError for a wrong name.
         """
         with self.using() as session:
             self.refuse_while_training(doing)
             self._refuse_while_busy(doing)
+            for name in names:
+                session.path(name)
             yield session
             self.changed()
 
@@ -236,7 +237,7 @@ class Studio:
         """Take images out; undo brings them back. How many there were."""
         with self.changing("removed") as session:
             for name in names:
-                session.index(name)
+                session.index(name)  # also of a link that may not be read
             session.dataset.remove(names)
             return self.removed(session, names)
 

@@ -31,16 +31,14 @@ def preview(studio: Studio, name: str, values: Mapping[str, Any]) -> bytes:
 
 def crop_to_box(studio: Studio, name: str, box: Sequence[float]) -> None:
     """Keep only `box` (left, top, right, bottom in pixels of the image as it is)."""
-    with studio.changing("cropped") as session:
-        session.path(name)
+    with studio.changing("cropped", names=[name]) as session:
         shapes.crop_to_box(session.dataset, name, box)
         session.reshaped([name])
 
 
 def flip(studio: Studio, name: str, *, copy: bool) -> str:
     """Mirror an image, or with `copy` add a mirrored one beside it; the name of the mirrored one."""
-    with studio.changing("mirrored") as session:
-        session.path(name)
+    with studio.changing("mirrored", names=[name]) as session:
         made = shapes.flip(session.dataset, name, copy=copy)
         if copy:
             _add(session, name, [made])
@@ -51,8 +49,7 @@ def flip(studio: Studio, name: str, *, copy: bool) -> str:
 def split(studio: Studio, name: str, *, tile: int = 0) -> list[str]:
     """Cut a large image into tiles of at most `tile` pixels a side (0: the training's size), which replace it;
     undo brings it back beside them."""
-    with studio.changing("split") as session:
-        session.path(name)
+    with studio.changing("split", names=[name]) as session:
         made = list(shapes.split(session.dataset, name, tile=tile or DEFAULT_RESOLUTION.get(studio.family(), 512)))
         _add(session, name, made)
         studio.removed(session, [name])
@@ -62,9 +59,7 @@ def split(studio: Studio, name: str, *, tile: int = 0) -> list[str]:
 
 def unshape(studio: Studio, names: Sequence[str]) -> dict[str, Any]:
     """Bring images back as they were imported: {"done": how many, "skipped": [[name, sentence], …]}."""
-    with studio.changing("brought back") as session:
-        for name in names:
-            session.path(name)
+    with studio.changing("brought back", names=names) as session:
         shaped = shapes.unshape(session.dataset, names)
         session.reshaped(shaped.done)
         return {"done": len(shaped.done), "skipped": [list(pair) for pair in shaped.skipped]}
@@ -84,16 +79,14 @@ def mask(studio: Studio, name: str) -> bytes:
 def put_mask(studio: Studio, name: str, sent: Path) -> None:
     """Keep the image in `sent` as the mask of an image; of its size, white is learnt."""
     generated = masks.mask_from_file(sent)
-    with studio.changing("masked") as session:
-        session.path(name)
+    with studio.changing("masked", names=[name]) as session:
         masks.put_mask(session.dataset, name, generated)
         session.renew()
 
 
 def remove_mask(studio: Studio, name: str) -> None:
     """Remove an image's mask: all of it is learnt."""
-    with studio.changing("unmasked") as session:
-        session.path(name)
+    with studio.changing("unmasked", names=[name]) as session:
         masks.remove_mask(session.dataset, name)
         session.renew()
 

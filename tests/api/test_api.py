@@ -210,7 +210,7 @@ def test_a_name_that_exists_is_refused_before_anything_starts(desk: Desk):
 
 def test_the_plan_counts_what_the_run_will_do(desk: Desk):
     plan = desk.post("plan", desk.good(num_repeats=4, max_train_epochs=5, train_batch_size=2), PAGE).json()
-    # 3 pictures × 4 repeats in one bucket of 512×512, two at a time: 6 batches an epoch.
+    # 3 images × 4 repeats in one bucket of 512×512, two at a time: 6 batches an epoch.
     assert (plan["pictures"], plan["buckets"], plan["batches_per_epoch"], plan["steps"]) == (3, 1, 6, 30)
     assert plan["resolution"] == [512, 512] and plan["summary"].endswith("= 30 steps")
 

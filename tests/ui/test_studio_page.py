@@ -1,4 +1,4 @@
-"""The page "1 Dataset" in a real browser, with the real studio behind it: from a folder of mixed pictures to training."""
+"""The page "1 Dataset" in a real browser, with the real studio behind it: from a folder of mixed images to training."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class StudioPage(ServedPage):
         expect(self.page.locator(".lts-summary")).to_be_hidden()
 
     def captions(self, name: str = "emoji") -> dict[str, str]:
-        """What is on the disk, by the picture's name."""
+        """What is on the disk, by the image's name."""
         found = (self.host.datasets_folder / name).glob("*_*/*.txt")
         return {path.stem: path.read_text(encoding="utf-8").strip() for path in found}
 
@@ -95,7 +95,7 @@ def studio(shared: StudioPage, tmp_path: Path) -> StudioPage:
 
 @pytest.fixture
 def few(studio: StudioPage, tmp_path: Path) -> StudioPage:
-    """Five small pictures with captions, opened."""
+    """Five small images with captions, opened."""
     folder = tmp_path / "few"
     folder.mkdir()
     for number, caption in enumerate(("zzk, red, smile", "zzk, red", "zzk, blue, smile", EVIL, "")):
@@ -356,7 +356,7 @@ def test_a_crop_by_hand_keeps_what_is_inside_the_frame(few: StudioPage):
     expect(few.page.locator(".lts-editor")).to_contain_text("300×200")
 
 
-def test_a_painted_mask_lies_beside_the_picture_and_can_be_taken_away(few: StudioPage):
+def test_a_painted_mask_lies_beside_the_image_and_can_be_taken_away(few: StudioPage):
     few.tiles().first.click()
     few.part("mask").click()
     few.page.get_by_role("button", name="Broad").click()
@@ -391,7 +391,7 @@ def test_captions_are_filtered_by_any_tag_and_by_how_tags_begin_and_end(few: Stu
     expect(few.said()).to_have_class(re.compile("lts-problem"))
 
 
-def test_a_file_that_is_no_picture_does_not_keep_the_others_out(few: StudioPage, tmp_path: Path):
+def test_a_file_that_is_no_image_does_not_keep_the_others_out(few: StudioPage, tmp_path: Path):
     image, program = tmp_path / "new.png", tmp_path / "setup.exe"
     Image.linear_gradient("L").resize((400, 300)).save(image)
     program.write_bytes(b"MZ")

@@ -10,25 +10,17 @@ import dataclasses
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
-from lib_lora_train.dataset.captions import split_tags
+from lib_lora_train.dataset.captions import Tokenizer, split_tags
 from lib_lora_train.dataset.patterns import Pattern
 from lib_lora_train.errors import SettingError
 from lib_lora_train.studio.requests import Count, Text, validated
 
 Change = Callable[[str], str]
 Captions = Callable[[], Iterable[str]]
-
-
-class Encoder(Protocol):
-    """The one thing needed of a tokenizer: how many tokens a text has."""
-
-    def encode(self, text: str) -> Sequence[int]:
-        """The tokens of `text`."""
-        ...
 
 
 class Edit:
@@ -199,7 +191,7 @@ class TruncateTokens(Edit):
     """Leaves out tags at the end until at most `n` tokens are left; a single longer tag loses words at its end."""
 
     n: Count
-    tokenizer: Any  # an Encoder
+    tokenizer: Any  # a Tokenizer
 
     def _label(self) -> str:
         return f"Cut to {self.n} tokens"
@@ -246,7 +238,7 @@ _KINDS: dict[str, type] = {
     "set_caption": SetCaption}
 
 
-def edit_from_dict(values: Mapping[str, object], *, tokenizer: Encoder | None = None) -> Edit:
+def edit_from_dict(values: Mapping[str, object], *, tokenizer: Tokenizer | None = None) -> Edit:
     """An edit from JSON: {"kind": "add_tags", "tags": ["smile"], "at": "end"}; the names are those of the classes' fields.
 
     `truncate_tokens` needs the tokenizer. Raises SettingError naming what is wrong.

@@ -68,7 +68,7 @@ else:
 
 
 def dataset(folder: Path, *, images: int) -> Path:
-    """Captions in two folders; the last picture of each has none."""
+    """Captions in two folders; the last image of each has none."""
     for name in ("10_x", "2_y"):
         (folder / name).mkdir(parents=True)
         for number in range(images):
@@ -79,7 +79,7 @@ def dataset(folder: Path, *, images: int) -> Path:
 
 
 def texts(folder: Path) -> dict[str, str | None]:
-    """What each picture's caption file holds, None where there is none."""
+    """What each image's caption file holds, None where there is none."""
     files = {path.relative_to(folder).as_posix(): path.with_suffix(".txt") for path in sorted(folder.glob("*/*.png"))}
     return {name: path.read_text(encoding="utf-8") if path.exists() else None for name, path in files.items()}
 

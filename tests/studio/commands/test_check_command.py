@@ -47,7 +47,7 @@ def test_a_folder_that_cannot_be_trained_on_ends_with_two_but_is_reported(
     assert not (tmp_path / "sheet.png").exists()
 
 
-def test_a_folder_without_pictures_is_one_sentence(tmp_path: Path) -> None:
+def test_a_folder_without_images_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="holds no pictures"):
         check(tmp_path)
 

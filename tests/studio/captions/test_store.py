@@ -1,4 +1,4 @@
-"""The caption book: reading a folder, steps and their undoing, pictures that come and go."""
+"""The caption book: reading a folder, steps and their undoing, images that come and go."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lib_lora_train.studio.captions.store import CaptionStore
 
 
 def make(folder: Path, captions: dict[str, str | bytes | None]) -> Path:
-    """A folder with a picture (nobody decodes it) and perhaps a caption for each name; a name may hold one folder."""
+    """A folder with an image (nobody decodes it) and perhaps a caption for each name; a name may hold one folder."""
     for name, caption in captions.items():
         image = folder / name
         image.parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,7 @@ def test_of_kohyas_layout_the_numbered_folders_are_read_and_no_others(tmp_path: 
     assert [path.relative_to(tmp_path).as_posix() for path in store.images] == ["10_zzk girl/a.png", "2_bg/b.png"]
 
 
-def test_a_folder_without_pictures_is_an_empty_book_and_one_that_is_missing_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_images_is_an_empty_store_and_one_that_is_missing_is_refused(tmp_path: Path) -> None:
     (tmp_path / "10_new").mkdir()
     assert CaptionStore.open(tmp_path).images == ()
     with pytest.raises(DatasetError, match="does not exist"):
@@ -81,7 +81,7 @@ def test_an_enormous_file_is_no_caption(tmp_path: Path) -> None:
     assert "too large" in CaptionStore.open(tmp_path).problem(0)
 
 
-def test_pictures_of_one_name_share_their_caption(tmp_path: Path) -> None:
+def test_images_of_one_name_share_their_caption(tmp_path: Path) -> None:
     make(tmp_path, {"a.png": "one", "a.jpg": "one"})
     store = CaptionStore.open(tmp_path)
     assert store.apply(AddTags(("two",)), [0]) == 1
@@ -152,7 +152,7 @@ def test_a_caption_is_one_line_of_text_whatever_was_sent(tmp_path: Path) -> None
     assert CaptionStore.open(tmp_path).caption(0) == store.caption(0) == "one two three four?"
 
 
-def test_tags_are_counted_once_a_picture_and_without_regard_to_case(tmp_path: Path) -> None:
+def test_tags_are_counted_once_an_image_and_without_regard_to_case(tmp_path: Path) -> None:
     store = CaptionStore.open(make(tmp_path, {"a.png": "Smile, cat, cat", "b.png": "smile", "c.png": "smile, dog"}))
     assert store.tags() == [("smile", 3), ("cat", 1), ("dog", 1)]
     assert store.tags([0]) == [("Smile", 1), ("cat", 1)] or store.tags([0]) == [("cat", 1), ("Smile", 1)]
@@ -172,7 +172,7 @@ def test_selecting_goes_on_from_a_selection(tmp_path: Path) -> None:
     assert store.select(Filter(changed_only=True)) == [1, 2]
 
 
-def test_removed_pictures_come_back_with_what_was_not_saved(tmp_path: Path) -> None:
+def test_removed_images_come_back_with_what_was_not_saved(tmp_path: Path) -> None:
     store = CaptionStore.open(make(tmp_path, {"a.png": "cat", "b.png": "dog", "c.png": "cow"}))
     store.apply(AddTags(("x",)), [1])
     calls = []
@@ -186,7 +186,7 @@ def test_removed_pictures_come_back_with_what_was_not_saved(tmp_path: Path) -> N
     assert calls == ["back", "away"] and len(store) == 2
 
 
-def test_a_removal_that_cannot_be_undone_leaves_the_book_as_it_is(tmp_path: Path) -> None:
+def test_a_removal_that_cannot_be_undone_leaves_the_store_as_it_is(tmp_path: Path) -> None:
     store = CaptionStore.open(make(tmp_path, {"a.png": "cat"}))
 
     def refuse() -> None:
@@ -197,7 +197,7 @@ def test_a_removal_that_cannot_be_undone_leaves_the_book_as_it_is(tmp_path: Path
     assert store.images == () and store.can_undo == "Remove 1 picture"
 
 
-def test_new_pictures_take_their_place_and_older_steps_still_fit(tmp_path: Path) -> None:
+def test_new_images_take_their_place_and_older_steps_still_fit(tmp_path: Path) -> None:
     store = CaptionStore.open(make(tmp_path, {"b.png": "cat", "d.png": "dog"}))
     store.apply(AddTags(("x",)), [0, 1])
     make(tmp_path, {"a.png": "new", "c.png": None})

@@ -23,7 +23,7 @@ JOURNAL = ".studio/captions.journal"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A dataset of three pictures; the third has no caption."""
+    """A dataset of three images; the third has no caption."""
     place = tmp_path / "data"
     (place / "10_x").mkdir(parents=True)
     for name, text in (("a", "cat"), ("b", "dog"), ("c", None)):
@@ -202,7 +202,7 @@ def test_a_journal_made_to_write_elsewhere_writes_nothing(folder: Path, file: st
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff", b"null", b'{"version": 1}', b'{"version": 1, "captions": [3]}',
                                      b'{"version": 2, "captions": []}', b'{"version": 1, "captions": [{"file": 3}]}'])
-def test_a_journal_that_is_none_is_put_aside(folder: Path, content: bytes) -> None:
+def test_a_journal_that_is_none_is_moved_to_the_backups(folder: Path, content: bytes) -> None:
     (folder / ".studio").mkdir()
     (folder / JOURNAL).write_bytes(content)
     assert [CaptionStore.open(folder).caption(index) for index in range(3)] == ["cat", "dog", ""]
