@@ -21,10 +21,7 @@ from lib_lora_train.errors import LoraTrainError, SettingError, UserError
 from lib_lora_train.events import Report
 from lib_lora_train.settings import AREAS, Settings, assignment, declarations, parse
 from lib_lora_train.settings.toml import read_toml
-from lib_lora_train.studio.commands.check import add_check
-from lib_lora_train.studio.commands.prepare import add_prepare
-from lib_lora_train.studio.commands.tag import add_tag
-from lib_lora_train.studio.commands.verify import add_verify
+from lib_lora_train.studio.commands.arguments import add_check, add_prepare, add_tag, add_verify
 
 if TYPE_CHECKING:
     from lib_lora_train.distributed.environment import Place

@@ -79,9 +79,9 @@ class ServedPage:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.page.close()
         self.runner.stop(save=False)
-        assert self.runner.wait(10)
+        assert self.runner.wait(60)
         self._server.should_exit = True
-        self._thread.join(20)
+        self._thread.join(60)
         assert [url for url in self._asked if not url.startswith((self.url, "data:", "blob:"))] == []
 
     def part(self, name: str) -> Any:

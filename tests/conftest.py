@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 from lib_lora_train.host.standalone import StandaloneHost
 from tools import tiny_checkpoint
 
-MakePicture = Callable[..., Path]
+MakeImage = Callable[..., Path]
 
 torch.set_num_threads(1)  # where torch was built without OpenMP
 
@@ -59,8 +59,8 @@ def browser() -> Iterator[object]:
 
 
 @pytest.fixture
-def make_picture(tmp_path: Path) -> MakePicture:
-    """make_picture("a/b.png", size=(64, 48), caption=None) -> path; smooth, different for each name."""
+def make_image(tmp_path: Path) -> MakeImage:
+    """make_image("a/b.png", size=(64, 48), caption=None) -> path; smooth, different for each name."""
 
     def make(name: str, size: tuple[int, int] = (64, 48), caption: str | None = None) -> Path:
         path = tmp_path / name

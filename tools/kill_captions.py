@@ -25,14 +25,14 @@ JOURNAL = Path(".studio", "captions.journal")
 
 CHILD = """
 import sys
-from lib_lora_train.studio.captions.store import CaptionBook
-book = CaptionBook.open(sys.argv[1])
-generation = int(book.caption(0).rsplit(" ", 1)[1])
+from lib_lora_train.studio.captions.store import CaptionStore
+store = CaptionStore.open(sys.argv[1])
+generation = int(store.caption(0).rsplit(" ", 1)[1])
 while True:
     generation += 1
-    book.set_captions({index: f"picture {index}, generation {generation}" for index in range(len(book))}, "next")
+    store.set_captions({index: f"picture {index}, generation {generation}" for index in range(len(store))}, "next")
     print("saving", generation, flush=True)
-    book.save()
+    store.save()
     print("saved", generation, flush=True)
 """
 

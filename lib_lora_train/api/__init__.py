@@ -1,20 +1,20 @@
-"""The routes under /lora-train/v1/: what `control` offers, as JSON.
+"""The routes under /lora-train/v1/: what `service.py` offers, as JSON.
 
-    GET  status?after=N     where the run is (`control.status`); points of the curve after step N
+    GET  status?after=N     where the run is (`service.status`); points of the curve after step N
     GET  runs               {"runs": [...]}, newest first
     GET  settings           {"settings": [...]}: every setting with its type, default, range, label and help
     POST plan               {"settings": {...}} -> what such a run would do
     POST start              {"settings": {...}} -> {"run": id}; with {"resume": id}, that run goes on with what it was
                             set to, but for "settings", which may then be left out
     POST stop               {"save": true|false} -> {"stopping": whether something was running}
-    GET  report?run=ID      a zip for whoever helps (`diagnostics`), about that run or the newest; nothing private
+    GET  report?run=ID      a zip for support (`run/diagnostics.py`), about that run or the newest; nothing private
 
 Those under /lora-train/v1/studio/ are in `studio.py`.
 
 A refusal is {"error": one sentence} with 400 (something given is wrong), 409 (the host or the runner is busy), 401,
 403, 413 or 415.
 
-Who may ask: the page, which shows the token it was given inside its own configuration, so whoever may load the page may
+Who may ask: the page, which shows the token it was given inside its own configuration, so whoever can load the page can
 use it; and outside programs, where the host's API is switched on, with the host's API user and password where it has
 them. Where the page asks for a login (--gradio-auth), both need it: the page's requests carry the session's cookie, and a
 program without the API's password is refused without one. No other web page may ask at all: it is known by
@@ -23,17 +23,20 @@ Sec-Fetch-Site and Origin, which a program outside of browsers does not send, an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import Response
+from pydantic import BaseModel, StrictBool, StrictStr, conint, constr
 
 from lib_lora_train.api import service, studio
-from lib_lora_train.api.gate import OUTDATED, PREFIX, TOKEN_HEADER, Door, Gate, LoggedIn, Refused, same_origin
+from lib_lora_train.api.gate import OUTDATED, PREFIX, TOKEN_HEADER, Door, Gate, LoggedIn, same_origin
+from lib_lora_train.errors import SettingError
 from lib_lora_train.host.port import Host
 from lib_lora_train.run import diagnostics
 from lib_lora_train.run.runner import Runner
+from lib_lora_train.studio.requests import validated
 from lib_lora_train.studio.session import studio_for
 
 __all__ = ["OUTDATED", "PREFIX", "TOKEN_HEADER", "LoggedIn", "install", "login_of", "parse_credentials", "same_origin"]
@@ -49,15 +52,18 @@ def install(app: FastAPI, *, runner: Runner, host: Host, token: str, credentials
     diagnostics.remember_log()
     gate = Gate(token=token, credentials=dict(credentials), api_enabled=api_enabled, logged_in=logged_in or login_of(app))
     door = Door(app, gate)
-    add = door.add
-    add("GET", "status", lambda query, _: service.status(runner=runner, host=host, after=_step(query)),
-        "Where the current or last run is")
-    add("GET", "runs", lambda _, __: {"runs": service.runs(runner=runner, host=host)}, "Past runs, newest first")
-    add("GET", "settings", lambda _, __: {"settings": service.settings_list()}, "Every setting")
-    add("POST", "plan", lambda _, body: service.plan(_settings(body), host=host), "What a run would do")
-    add("POST", "start", lambda _, body: {"run": _start(body, runner=runner, host=host)}, "Start a run, or go on with one")
-    add("POST", "stop", lambda _, body: {"stopping": runner.stop(save=_save(body))}, "Stop the run")
-    add("GET", "report", lambda query, _: _report(query, host=host, program=program), "What a helper needs to know, as a zip")
+
+    def add(method: str, name: str, answer: Callable[[RunRequest], object], about: str) -> None:
+        door.add(method, name, lambda query, body: answer(validated(RunRequest, body or query)), about)
+
+    add("GET", "status", lambda r: service.status(runner=runner, host=host, after=r.after), "Where the current or last run is")
+    add("GET", "runs", lambda _: {"runs": service.runs(runner=runner, host=host)}, "Past runs, newest first")
+    add("GET", "settings", lambda _: {"settings": service.settings_list()}, "Every setting")
+    add("POST", "plan", lambda r: service.plan(r.named_settings(), host=host), "What a run would do")
+    add("POST", "start", lambda r: {"run": _start(r, runner=runner, host=host)}, "Start a run, or go on with one")
+    add("POST", "stop", lambda r: {"stopping": runner.stop(save=r.save)}, "Stop the run")
+    door.add("GET", "report", lambda query, _: _report(query, host=host, program=program),
+             "What a helper needs to know, as a zip")
     studio.add_routes(door, studio_for(host, runner))
 
 
@@ -84,31 +90,22 @@ def login_of(app: Any) -> LoggedIn:
     return logged_in
 
 
-def _start(body: Mapping[str, Any], *, runner: Runner, host: Host) -> str:
-    if "resume" not in body:
-        return service.start(_settings(body), runner=runner, host=host)
-    run = body["resume"]
-    if not isinstance(run, str) or not run:
-        raise Refused(400, '"resume" must be the id of a run.')
-    return service.resume(run, _settings(body) if "settings" in body else {}, runner=runner, host=host)
+class RunRequest(BaseModel):
+    """What `plan`, `start`, `stop` and `status` are sent."""
+
+    settings: dict[StrictStr, Any] | None = None
+    resume: constr(strict=True, min_length=1) = ""
+    save: StrictBool = False
+    after: conint(ge=0, lt=10**18) = 0
+
+    def named_settings(self) -> dict[str, Any]:
+        """The settings; raises SettingError where the request holds none."""
+        if self.settings is None:
+            raise SettingError('The request must hold an object "settings": names of settings and their values')
+        return self.settings
 
 
-def _settings(body: Mapping[str, Any]) -> dict[str, Any]:
-    settings = body.get("settings")
-    if not isinstance(settings, dict):
-        raise Refused(400, 'The request must hold an object "settings": names of settings and their values.')
-    return settings
-
-
-def _save(body: Mapping[str, Any]) -> bool:
-    save = body.get("save", False)
-    if not isinstance(save, bool):
-        raise Refused(400, '"save" must be true or false.')
-    return save
-
-
-def _step(query: Mapping[str, str]) -> int:
-    text = query.get("after", "0")
-    if not (text.isascii() and text.isdigit() and len(text) < 19):
-        raise Refused(400, "after must be the number of a step.")
-    return int(text)
+def _start(request: RunRequest, *, runner: Runner, host: Host) -> str:
+    if request.resume:
+        return service.resume(request.resume, request.settings or {}, runner=runner, host=host)
+    return service.start(request.named_settings(), runner=runner, host=host)

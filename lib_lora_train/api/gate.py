@@ -1,4 +1,4 @@
-"""Who may ask, and how a request becomes an answer or a refusal. Knows nothing of what is asked."""
+"""Which requests are accepted, and how one becomes an answer or a refusal, whatever the route."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TOKEN_HEADER = "X-Lora-Train"
 OUTDATED = "This page is older than the server behind it; reload the page."
 _LARGEST_BODY = 1 << 20
 LoggedIn = Callable[[Mapping[str, str]], bool]
-"""Whether a request's cookies are of somebody who may see the page."""
+"""Whether a request's cookies belong to a logged-in user of the page."""
 Answer = Callable[[Mapping[str, str], dict[str, Any]], object]
 """From the query and the body to plain data, or to a Response."""
 Receive = Callable[[Request], Awaitable[object]]
@@ -41,7 +41,7 @@ class Refused(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Gate:
-    """Decides who may ask."""
+    """Accepts or refuses requests."""
 
     token: str = dataclasses.field(repr=False)
     credentials: Mapping[str, str] = dataclasses.field(repr=False)
@@ -113,32 +113,29 @@ class Door:
     def add(self, method: str, name: str, answer: Answer, about: str, *, largest: int = _LARGEST_BODY) -> None:
         """A route that takes JSON of at most `largest` bytes (or nothing) and gives JSON or a Response. `answer` runs on a
         thread of its own."""
-        async def work(request: Request) -> object:
+        async def handler(request: Request) -> object:
             self.gate.check(request)
             body = await _body(request, largest) if method == "POST" else {}
             return await run_in_threadpool(answer, request.query_params, body)
-        self._add(method, name, work, about)
+        self._add(method, name, handler, about)
 
     def add_upload(self, name: str, receive: Receive, about: str) -> None:
         """A route that takes one file as the body."""
-        async def work(request: Request) -> object:
+        async def handler(request: Request) -> object:
             self.gate.check_upload(request)
             return await receive(request)
-        self._add("POST", name, work, about)
+        self._add("POST", name, handler, about)
 
-    def _add(self, method: str, name: str, work: Receive, about: str) -> None:
+    def _add(self, method: str, name: str, handler: Receive, about: str) -> None:
         async def route(request: Request) -> Response:
             try:
-                answered = await work(request)
+                answered = await handler(request)
                 return answered if isinstance(answered, Response) else JSONResponse(answered)
             except Refused as refused:
                 return JSONResponse({"error": str(refused)}, refused.code, refused.headers)
-            except UserError as error:
-                return JSONResponse({"error": str(error)}, 400)
-            except HostError as error:
-                return JSONResponse({"error": str(error)}, 409)
             except LoraTrainError as error:
-                return JSONResponse({"error": str(error)}, 500)
+                status = 400 if isinstance(error, UserError) else 409 if isinstance(error, HostError) else 500
+                return JSONResponse({"error": str(error)}, status)
             except Exception:  # the last line of defence: a program that waits for JSON must not get a traceback
                 log.exception("%s %s failed", method, name)
                 return JSONResponse({"error": "Something went wrong inside; the log has the details."}, 500)

@@ -97,12 +97,12 @@ def status(*, runner: Runner, host: Host, after: int = 0) -> dict[str, Any]:
         running         whether it is under way; stopping is "", "stop" or "save"
         started         seconds since 1970
         planned         {pictures, buckets, batches_per_epoch, epochs, steps, summary, …} or None
-        waiting         whether it waits for other work of the host before it begins
+        waiting         whether it waits for the host's own generation before it begins
         stage           {name, done, total} of the work that is not a training step, or None
         step            {step, total, epoch, epochs, loss, average_loss, learning_rate, steps_per_second, …} or None
         fraction        0 to 1, of the steps; seconds_left is None until the speed is known
         points          [step, loss, average loss] after the step `after`; every `every`-th step is kept. When `every`
-                        has changed, points that were sent before were dropped: ask again with after=0
+                        has changed, points that were sent before were dropped: request once more with after=0
         warnings        sentences
         saved           [{path, step, epoch, final, lora_text}] in the order they were written
         finished        {outcome: "done"|"stopped"|"failed", message, path, steps} or None

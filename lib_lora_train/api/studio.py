@@ -1,20 +1,20 @@
 """The routes under /lora-train/v1/studio/: the dataset studio, as JSON and pictures. Guarded as every route is (`gate.py`).
 
-Pictures are called by "id", which `images` gives. "which" stands for {"ids": [...]} or {"filter": {...}}, with
+Pictures are called by "id", which `pictures` gives. "which" stands for {"ids": [...]} or {"filter": {...}}, with
 
     all_of, any_of, none_of (lists of tags), prefix, suffix, text, regex, changed_only, empty_only, problem (a code, or "any")
 
-A filter {} is every picture. Work that takes long is answered with {"id": n}; `state` tells how it goes on.
+A filter {} is every picture. A background task is answered with {"id": n}; `state` tells its progress.
 
-    GET  state            the open dataset, the others, the work under way, what captions can come from
+    GET  state            the open dataset, the others, the task under way, the captioners
     POST open             {"name", "discard"?} -> {"notes": [what was mended while it was opened, a sentence each]};
                           refused (409) while captions are unsaved, unless "discard"
     POST create           {"name", "concept"}      POST close  {"discard"?}
-    POST import           {"paths": [...]}         work; folders, pictures, zips of the server
+    POST import           {"paths": [...]}         task; folders, pictures, zips of the server
     POST upload?name=&batch=   one file as the body, application/octet-stream -> {"received": files of the batch}
-    POST import-uploads   {"batch"}                work
+    POST import-uploads   {"batch"}                task
     POST pictures         {"filter", "offset", "limit", "sort": "name"|"problems"|"score"} -> {"total", "pictures": [...]}
-    GET  thumb?id=        a small JPEG             GET picture?id=   the whole one
+    GET  thumb?id=        a small JPEG             GET picture?id=   the full size
     POST tags             {"filter"} -> {"tags": [[tag, count], ...], "total"}
     POST edit             {"edit": {"kind": ...}, which} -> {"changed": n}
     POST caption          {"id", "text"} -> {"changed": 0 or 1}
@@ -22,18 +22,18 @@ A filter {} is every picture. Work that takes long is answered with {"id": n}; `
     POST save             {"overwrite"?} -> {"written", "conflicts": [names of captions that others changed]}
     POST tokens           {"text"} -> {"tokens", "chunks"}
     POST remove           {"ids"} -> {"removed": n}; undo brings them back
-    POST check            {"settings"?} -> work; the report is in `state` afterwards     GET crops   its crops, a JPEG
+    POST check            {"settings"?} -> task; the report is in `state` afterwards     GET crops   its crops, a JPEG
     POST shape-preview    {"id", "shape": {"mode", "side", "focus", "flip", "enlarge"}} -> a JPEG
-    POST shape            {"shape", which}         work
+    POST shape            {"shape", which}         task
     POST crop             {"id", "box": [left, top, right, bottom]}      POST flip   {"id", "copy"?} -> {"id"}
     POST split            {"id", "tile"?} -> {"ids"}                     POST unshape {"ids"} -> {"done", "skipped"}
     GET  mask?id=         what of it is learnt     POST put-mask?id=   a picture of its size as the body; white is learnt
     POST remove-mask      {"id"}
-    POST check-captions   {which, "seeds"?, "steps"?, "worst"?, "settings"?}   work; scores are in `images` as they come
+    POST check-captions   {which, "seeds"?, "steps"?, "worst"?, "settings"?}   task; scores are in `pictures` as they come
     GET  checked?id=&n=   the n-th picture painted from the caption, from 0
-    POST class-pictures   {"prompts": [...], "count", "size": side or [width, height], "steps"?, "cfg"?, "seed"?}   work;
+    POST class-pictures   {"prompts": [...], "count", "size": side or [width, height], "steps"?, "cfg"?, "seed"?}   task;
                           the result holds reg_data_dir
-    GET  tag-options      {"options": [...]}       POST tag  {"source", "options": {...}, which}   work
+    GET  tag-options      {"options": [...]}       POST tag  {"source", "options": {...}, which}   task
     POST use              {} -> the settings to train with
     POST stop-task        {} -> {"stopping": whether something was running}
 """
@@ -41,8 +41,7 @@ A filter {} is every picture. Work that takes long is answered with {"id": n}; `
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
@@ -51,24 +50,27 @@ from starlette.requests import ClientDisconnect
 
 from lib_lora_train.api.gate import Door, Refused
 from lib_lora_train.errors import LoraTrainError
-from lib_lora_train.studio import model_operations, operations, requests, shaping, thumbs, view
+from lib_lora_train.studio import model_operations, operations, shaping, thumbs, view
+from lib_lora_train.studio.requests import StudioRequest, batch_name, some, validated
 from lib_lora_train.studio.session import Studio
 from lib_lora_train.studio.uploads import Receiving
 
-_PIECE = 1 << 20
-_LARGEST_BODY = 16 << 20  # ids of a hundred thousand pictures
-Body = Mapping[str, Any]
+_CHUNK = 1 << 20
+_LARGEST_BODY = 16 << 20  # ids of a hundred thousand images
+Answer = Callable[[StudioRequest], object]
 
 
 def add_routes(door: Door, studio: Studio) -> None:
-    """Everything the page of the studio asks for."""
-    def get(name: str, answer: Callable[[Mapping[str, str]], object], about: str) -> None:
-        door.add("GET", f"studio/{name}", lambda query, _: answer(query), about)
+    """Every route of the studio's page."""
+    def get(name: str, answer: Answer, about: str) -> None:
+        door.add("GET", f"studio/{name}", lambda query, _: answer(validated(StudioRequest, query)), about)
 
-    def post(name: str, answer: Callable[[Body], object], about: str) -> None:
-        door.add("POST", f"studio/{name}", lambda _, body: answer(body), about, largest=_LARGEST_BODY)
+    def post(name: str, answer: Answer, about: str) -> None:
+        # A function that returns nothing is answered with {}.
+        door.add("POST", f"studio/{name}", lambda _, body: answer(validated(StudioRequest, body)) or {}, about,
+                 largest=_LARGEST_BODY)
 
-    get("state", lambda _: view.state(studio), "The open dataset and the work under way")
+    get("state", lambda _: view.state(studio), "The open dataset and the task under way")
     _add_datasets(post, studio)
     _add_images(get, post, studio)
     _add_captions(get, post, studio)
@@ -79,79 +81,67 @@ def add_routes(door: Door, studio: Studio) -> None:
 
 
 def _add_datasets(post: Callable[..., None], studio: Studio) -> None:
-    post("open", lambda body: {"notes": list(studio.open(requests.text(body, "name", required=True),
-                                                         discard=requests.switch(body, "discard")))}, "Open a dataset")
-    post("create", lambda body: _nothing(studio.create(requests.text(body, "name"), concept=requests.text(body, "concept"))),
-         "Make a dataset")
-    post("close", lambda body: _nothing(studio.close(discard=requests.switch(body, "discard"))), "Leave the dataset")
-    post("import", lambda body: {"id": operations.import_paths(studio, requests.texts(body, "paths"))}, "Bring pictures in")
-    post("import-uploads", lambda body: {"id": operations.import_uploads(studio, requests.batch_name(body.get("batch")))},
-         "Bring in what was sent")
+    post("open", lambda r: {"notes": list(studio.open(r.name, discard=r.discard))}, "Open a dataset")
+    post("create", lambda r: studio.create(r.name, concept=r.concept), "Make a dataset")
+    post("close", lambda r: studio.close(discard=r.discard), "Leave the dataset")
+    post("import", lambda r: {"id": operations.import_paths(studio, some(r.paths, "paths"))},
+         "Bring pictures in")
+    post("import-uploads", lambda r: {"id": operations.import_uploads(studio, batch_name(r.batch))}, "Bring in what was sent")
     post("use", lambda _: studio.use(), "Save and train with the dataset")
-    post("stop-task", lambda _: {"stopping": studio.tasks.stop()}, "Stop the work under way")
+    post("stop-task", lambda _: {"stopping": studio.tasks.stop()}, "Stop the task under way")
 
 
 def _add_images(get: Callable[..., None], post: Callable[..., None], studio: Studio) -> None:
-    post("pictures", lambda body: view.images(
-        studio, _filtered(body), offset=requests.integer(body, "offset", default=0, low=0, high=10**9),
-        limit=requests.integer(body, "limit", default=48, low=0, high=view.MOST_A_PAGE),
-        sort=requests.text(body, "sort") or "name"), "A page of the gallery")
-    get("thumb", lambda query: _image(studio.thumbnail(query.get("id", "")), keep=True), "A small picture")
-    get("picture", lambda query: _image(studio.image(query.get("id", "")), keep=True), "A whole picture")
-    post("remove", lambda body: {"removed": studio.remove(requests.texts(body, "ids"))}, "Take pictures out")
+    post("pictures", lambda r: view.images(
+        studio, r.filtered(), offset=r.offset, limit=r.limit, sort=r.sort or "name"), "A page of the gallery")
+    get("thumb", lambda r: _image(studio.thumbnail(r.id), keep=True), "A small picture")
+    get("picture", lambda r: _image(studio.image(r.id), keep=True), "A whole picture")
+    post("remove", lambda r: {"removed": studio.remove(some(r.ids, "ids"))}, "Take pictures out")
 
 
 def _add_captions(get: Callable[..., None], post: Callable[..., None], studio: Studio) -> None:
-    post("tags", lambda body: view.tags(studio, _filtered(body)), "Tags by frequency")
-    post("edit", lambda body: {"changed": studio.edit(requests.table(body, "edit"), requests.selection(body))}, "Change captions")
-    post("caption", lambda body: {"changed": studio.caption(requests.text(body, "id"), requests.text(body, "text"))},
-         "Change one caption")
+    post("tags", lambda r: view.tags(studio, r.filtered()), "Tags by frequency")
+    post("edit", lambda r: {"changed": studio.edit(r.edit, r.selection())}, "Change captions")
+    post("caption", lambda r: {"changed": studio.caption(r.id, r.text)}, "Change one caption")
     post("undo", lambda _: {"label": studio.undo()}, "Take the last step back")
-    post("redo", lambda _: {"label": studio.undo(again=True)}, "Do it again")
-    post("save", lambda body: studio.save(overwrite=requests.switch(body, "overwrite")), "Write the captions")
-    post("tokens", lambda body: dict(zip(("tokens", "chunks"), studio.tokens(requests.text(body, "text")), strict=True)),
+    post("redo", lambda _: {"label": studio.redo()}, "Do it again")
+    post("save", lambda r: studio.save(overwrite=r.overwrite), "Write the captions")
+    post("tokens", lambda r: dict(zip(("tokens", "chunks"), studio.tokens(r.text), strict=True)),
          "Count tokens")
     get("tag-options", lambda _: {"options": view.tag_options()}, "What can be chosen when captioning")
-    post("tag", lambda body: {"id": operations.tag(studio, requests.text(body, "source", required=True), requests.table(body, "options"),
-                                             requests.selection(body))}, "Caption pictures")
+    post("tag", lambda r: {"id": operations.tag(studio, r.source, r.options, r.selection())},
+         "Caption pictures")
 
 
 def _add_shapes(get: Callable[..., None], post: Callable[..., None], studio: Studio) -> None:
-    post("check", lambda body: {"id": operations.check(studio, requests.table(body, "settings"))}, "Look at the pictures")
+    post("check", lambda r: {"id": operations.check(studio, r.settings)}, "Look at the pictures")
     get("crops", lambda _: _image(shaping.crops(studio), keep=False), "What crops lose")
-    post("shape-preview", lambda body: _image(
-        shaping.preview(studio, requests.text(body, "id"), requests.table(body, "shape")), keep=False), "What a shape would make")
-    post("shape", lambda body: {"id": operations.shape(studio, requests.table(body, "shape"), requests.selection(body))},
+    post("shape-preview", lambda r: _image(shaping.preview(studio, r.id, r.shape), keep=False),
+         "What a shape would make")
+    post("shape", lambda r: {"id": operations.shape(studio, r.shape, r.selection())},
          "Cut and scale pictures")
-    post("crop", lambda body: _nothing(shaping.crop_to_box(
-        studio, requests.text(body, "id"), requests.numbers(body, "box", count=4))), "Cut a picture by hand")
-    post("flip", lambda body: {"id": shaping.flip(studio, requests.text(body, "id"), copy=requests.switch(body, "copy"))}, "Mirror")
-    post("split", lambda body: {"ids": shaping.split(
-        studio, requests.text(body, "id"), tile=requests.integer(body, "tile", default=0, low=0, high=16384))}, "Split")
-    get("mask", lambda query: _image(shaping.mask(studio, query.get("id", "")), keep=False), "What of a picture is learnt")
-    post("remove-mask", lambda body: _nothing(shaping.remove_mask(studio, requests.text(body, "id"))), "Learn all of a picture")
-    post("unshape", lambda body: shaping.unshape(studio, requests.texts(body, "ids")), "Bring pictures back as they were")
+    post("crop", lambda r: shaping.crop_to_box(studio, r.id, r.box or ()), "Cut a picture by hand")
+    post("flip", lambda r: {"id": shaping.flip(studio, r.id, copy=r.copied)}, "Mirror")
+    post("split", lambda r: {"ids": shaping.split(studio, r.id, tile=r.tile)}, "Split")
+    get("mask", lambda r: _image(shaping.mask(studio, r.id), keep=False), "What of a picture is learnt")
+    post("remove-mask", lambda r: shaping.remove_mask(studio, r.id), "Learn all of a picture")
+    post("unshape", lambda r: shaping.unshape(studio, some(r.ids, "ids")),
+         "Bring pictures back as they were")
 
 
 def _add_model(get: Callable[..., None], post: Callable[..., None], studio: Studio) -> None:
-    post("check-captions", lambda body: {"id": model_operations.check(
-        studio, requests.selection(body), seeds=requests.integer(body, "seeds", default=2, low=0, high=8),
-        steps=requests.integer(body, "steps", default=20, low=1, high=150),
-        worst=requests.integer(body, "worst", default=model_operations.MOST_GENERATED, low=0, high=10**6),
-        values=requests.table(body, "settings"))}, "Are the captions right")
-    get("checked", lambda query: _image(model_operations.generated(
-        studio, query.get("id", ""), requests.number_text(query.get("n", "0"))), keep=False), "A picture painted from a caption")
-    post("class-pictures", lambda body: {"id": model_operations.class_images(
-        studio, prompts=requests.texts(body, "prompts"), size=requests.size(body, "size", default=512),
-        count=requests.integer(body, "count", default=20, low=1, high=10_000),
-        steps=requests.integer(body, "steps", default=20, low=1, high=150),
-        cfg=float(requests.integer(body, "cfg", default=7, low=1, high=30)),
-        seed=requests.integer(body, "seed", default=1, low=0, high=2**32 - 1))}, "Paint preservation pictures")
+    post("check-captions", lambda r: {"id": model_operations.check(
+        studio, r.selection(), seeds=r.seeds, steps=r.steps, worst=r.worst, values=r.settings)}, "Are the captions right")
+    get("checked", lambda r: _image(model_operations.generated(studio, r.id, r.n), keep=False),
+        "A picture painted from a caption")
+    post("class-pictures", lambda r: {"id": model_operations.class_images(
+        studio, prompts=some(r.prompts, "prompts"), size=(r.size, r.size) if isinstance(r.size, int) else r.size,
+        count=r.count, steps=r.steps, cfg=float(r.cfg), seed=r.seed)}, "Paint preservation pictures")
 
 
 async def _upload(request: Request, studio: Studio) -> object:
-    """One file of a heap."""
-    batch, name = requests.batch_name(request.query_params.get("batch")), request.query_params.get("name", "")
+    """One file of a batch."""
+    batch, name = batch_name(request.query_params.get("batch")), request.query_params.get("name", "")
     if not name.strip():
         raise Refused(400, "The file has no name.")
     receiving = await _receive(request, studio, batch, name)
@@ -180,7 +170,7 @@ async def _receive(request: Request, studio: Studio, batch: str, name: str) -> R
         waiting = bytearray()
         async for part in parts:
             waiting += part
-            if len(waiting) >= _PIECE:
+            if len(waiting) >= _CHUNK:
                 await run_in_threadpool(receiving.write, bytes(waiting))
                 waiting.clear()
         await run_in_threadpool(receiving.write, bytes(waiting))
@@ -203,16 +193,8 @@ def _begin(studio: Studio, batch: str, name: str, size: int | None) -> Receiving
         return session.uploads.begin(batch, name, size=size)
 
 
-def _filtered(body: Body) -> requests.Selection:
-    return requests.Selection(None, requests.table(body, "filter"))
-
-
 def _image(data: bytes, *, keep: bool) -> Response:
     """A picture of ours. Its address changes with it ("stamp"), so a browser may keep it for a while."""
     return Response(data, media_type=thumbs.MEDIA_TYPE, headers={
         "X-Content-Type-Options": "nosniff", "Content-Security-Policy": "default-src 'none'; sandbox",
         "Cache-Control": "private, max-age=3600" if keep else "no-store"})
-
-
-def _nothing(_: None) -> dict[str, Any]:
-    return {}

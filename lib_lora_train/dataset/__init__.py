@@ -1,1 +1,1 @@
-"""From a folder of pictures to examples, buckets and a plan; nothing here touches the model."""
+"""From a folder of images to examples, buckets and a plan; nothing here touches the model."""

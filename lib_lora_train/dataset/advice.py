@@ -1,23 +1,25 @@
 """What to fix first: findings in plain sentences, worst first. Each says how many, why it matters and what to do.
 
-Worst is how bad a thing is times the share of the pictures it touches; what keeps a training from starting comes first.
+Worst is how bad a thing is times the share of the images it touches; what keeps a training from starting comes first.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 from lib_lora_train.dataset.captions import split_tags
 from lib_lora_train.dataset.findings import Examined, Report
 from lib_lora_train.dataset.folder import some_of
 from lib_lora_train.dataset.plan import MIN_VISITS, MIN_VISITS_PER_IMAGE
-from lib_lora_train.dataset.tag_slips import respelt, typing_errors
 from lib_lora_train.errors import printable
 
 MIN_IMAGES = 10
-LEAST_RESOLUTION = 256  # below it models of 512 paint nothing worth learning
+LEAST_RESOLUTION = 256  # below it there is too little for a model of 512 to learn
+
+_SHORTEST = 6  # letters of a tag with a typing error; shorter words have too many neighbours that are words
+_USUAL = 5  # captions: so often a tag must occur for a rare one to be measured by it
 
 Weighted = tuple[float, str]
 
@@ -30,11 +32,11 @@ class Circumstances:
     trigger_word: str
     enable_bucket: bool
     concepts: tuple[str, ...]  # the names of kohya's folders
-    captions: tuple[str, ...]  # of each picture, as it is trained
-    planned_visits: int | None  # of all pictures over the run; None where the proposal's rule decides
+    captions: tuple[str, ...]  # of each image, as it is trained
+    planned_visits: int | None  # of all images over the run; None where the proposal's rule decides
     several_lines: tuple[str, ...]  # caption files of more than one line
-    several_files: tuple[str, ...]  # pictures with a .txt and a .caption
-    strays: tuple[str, ...]  # text files whose name is nearly that of a picture without one
+    several_files: tuple[str, ...]  # images with a .txt and a .caption
+    misnamed: tuple[str, ...]  # text files whose name is nearly that of an image without one
     problems: tuple[str, ...]  # sentences of the folder's layout
 
 
@@ -86,8 +88,8 @@ def _captions(report: Report, around: Circumstances) -> Iterator[Weighted]:
             why = (f" and no trigger word is set, so no word would call what is learnt from {them}: tag or caption {them}, or "
                    "set a trigger word")
         yield 4 + (20 if instead else 30) * _share(images, report), start + why + (
-            f" ({some_of(around.strays, 3)} {'looks' if len(around.strays) == 1 else 'look'} meant for that, but the text for "
-            "a.png must be called a.txt)." if images is missing and around.strays else ".")
+            f" ({some_of(around.misnamed, 3)} {'looks' if len(around.misnamed) == 1 else 'look'} meant for that, but the text "
+            "for a.png must be called a.txt)." if images is missing and around.misnamed else ".")
     long = _with(report, "long_caption")
     if long:
         yield 5 * _share(long, report), (
@@ -139,7 +141,7 @@ def _small(report: Report) -> Iterator[Weighted]:
     least = small[0]
     wanted = report.resolution[0] * report.resolution[1]
     usual = sorted(p.width * p.height for p in report.images if p.width)
-    side = int(usual[len(usual) // 4] ** 0.5) // 64 * 64  # what three quarters of the pictures reach
+    side = int(usual[len(usual) // 4] ** 0.5) // 64 * 64  # what three quarters of the images reach
     lower = f", or set the resolution to {side}" if 2 * len(small) > len(report.images) and side >= LEAST_RESOLUTION else ""
     yield 3 + 18 * _share(small, report), (
         f"{_count(small, 'picture')} {_are(small)} smaller than the training size {report.resolution[0]}×"
@@ -150,7 +152,7 @@ def _small(report: Report) -> Iterator[Weighted]:
 
 def _length(report: Report, around: Circumstances) -> Iterator[Weighted]:
     planned, usable = around.planned_visits, report.usable
-    # A large folder is often seen less than a hundred times a picture, and learns; a fifth less is a choice, not a mistake.
+    # A large folder is often seen less than a hundred times an image, and learns; a fifth less is a choice, not a mistake.
     wanted = min(max(MIN_VISITS, MIN_VISITS_PER_IMAGE * usable), 2 * MIN_VISITS)
     if planned is None or not usable or planned >= 0.8 * wanted:
         return
@@ -182,6 +184,52 @@ def _tags(report: Report, around: Circumstances) -> Iterator[Weighted]:
         errors = "a typing error" if len(pairs) == 1 else "typing errors"
         yield 0, (f"{_plural(len(pairs), 'tag')} of a single caption may be {errors} ({some_of(pairs, 3)}), and a word seen "
                   "once is not learnt: correct it where it is one.")
+
+
+def respelt(tags: Mapping[str, int]) -> list[tuple[str, str]]:
+    """(rarer, usual) spellings that differ in underscores, hyphens, spaces and escaping only; `tags` are frequencies."""
+    usual: dict[str, str] = {}
+    found = []
+    for tag in sorted(tags, key=lambda tag: (-tags[tag], tag)):
+        plain = " ".join(tag.casefold().replace("\\", "").replace("_", " ").replace("-", " ").split())
+        if plain not in usual:
+            usual[plain] = tag
+        elif plain:
+            found.append((tag, usual[plain]))
+    return found
+
+
+def typing_errors(tags: Mapping[str, int]) -> list[tuple[str, str]]:
+    """(tag of one caption, frequent tag) where a letter more, a letter less or two swapped letters make one the other.
+
+    Not an exchanged letter: `pink shirt` and `pink skirt` are two things.
+    """
+    frequent = {tag.casefold(): tag for tag, count in tags.items() if count >= _USUAL and len(tag) >= _SHORTEST}
+    with_one_less = {shorter: tag for key, tag in frequent.items() for shorter in _one_less(key)}
+    found = []
+    for tag, count in tags.items():
+        key = tag.casefold()
+        if count != 1 or len(key) < _SHORTEST:
+            continue
+        meant = with_one_less.get(key) or next(
+            (frequent[other] for other in (*_one_less(key), *_swapped(key)) if other in frequent), None)
+        if meant is not None and not _is_plural(key, meant.casefold()):
+            found.append((tag, meant))
+    return found
+
+
+def _one_less(word: str) -> Iterator[str]:
+    """`word` without one of its letters; digits stay, for 1girl and 11girls are no slip of each other."""
+    return (word[:i] + word[i + 1:] for i, letter in enumerate(word) if letter.isalpha())
+
+
+def _swapped(word: str) -> Iterator[str]:
+    return (word[:i] + word[i + 1] + word[i] + word[i + 2:] for i in range(len(word) - 1)
+            if word[i].isalpha() and word[i + 1].isalpha() and word[i] != word[i + 1])
+
+
+def _is_plural(one: str, other: str) -> bool:
+    return one + "s" == other or other + "s" == one
 
 
 def _with(report: Report, code: str) -> list[Examined]:

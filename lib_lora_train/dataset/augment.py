@@ -1,4 +1,4 @@
-"""From a decoded picture to the network's input: scaling, crop, colour, tensor. Randomness is passed in.
+"""From a decoded image to the network's input: scaling, crop, colour, tensor. Randomness is passed in.
 
 The strengths are kohya's (sd-scripts, `AugHelper`): flip 0.5; colour 0.33, of which half hue ±8 of 180
 and half gamma 0.95…1.05.
@@ -21,7 +21,7 @@ _GAMMA = (0.95, 1.05)
 
 
 def scale_and_crop(image: Image.Image, placement: Placement, *, crop: tuple[int, int] | None = None) -> Image.Image:
-    """The picture at bucket size, cut at `crop` (left, top in the scaled picture; default: its centre).
+    """The image at bucket size, cut at `crop` (left, top in the scaled image; default: its centre).
 
     Only the part that is kept is computed: scaling a strip of 100000×10 to cover a bucket would
     otherwise take gigabytes.
@@ -39,17 +39,17 @@ def scale_and_crop(image: Image.Image, placement: Placement, *, crop: tuple[int,
 
 
 def draw_flip(rng: random.Random) -> bool:
-    """Whether this visit sees the picture mirrored."""
+    """Whether this visit sees the image mirrored."""
     return rng.random() < FLIP_PROBABILITY
 
 
 def draw_crop(placement: Placement, rng: random.Random) -> tuple[int, int]:
-    """(left, top) anywhere the bucket fits inside the scaled picture."""
+    """(left, top) anywhere the bucket fits inside the scaled image."""
     return rng.randint(0, placement.slack[0]), rng.randint(0, placement.slack[1])
 
 
 def vary_colour(image: Image.Image, rng: random.Random) -> Image.Image:
-    """In one of three visits a slightly different hue or gamma; otherwise the picture itself."""
+    """In one of three visits a slightly different hue or gamma; otherwise the image itself."""
     if rng.random() >= COLOUR_PROBABILITY:
         return image
     if rng.random() < 0.5:
@@ -59,12 +59,12 @@ def vary_colour(image: Image.Image, rng: random.Random) -> Image.Image:
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
-    """RGB picture → [3, H, W] float32 in [-1, 1]."""
+    """RGB image → [3, H, W] float32 in [-1, 1]."""
     return to_network(to_samples(image))
 
 
 def to_samples(image: Image.Image) -> torch.Tensor:
-    """RGB picture → [H, W, 3] uint8 on the CPU: a quarter of what the network's input takes while it waits."""
+    """RGB image → [H, W, 3] uint8 on the CPU: a quarter of the size of the network's input."""
     return torch.from_numpy(np.array(image, dtype=np.uint8))
 
 

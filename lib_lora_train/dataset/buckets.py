@@ -1,4 +1,4 @@
-"""Aspect buckets: each picture is scaled and cropped to one of a few sizes, as kohya's trainer does it.
+"""Aspect buckets: each image is scaled and cropped to one of a few sizes, as kohya's trainer does it.
 
 The sizes and the choice follow sd-scripts (`make_bucket_resolutions`, `BucketManager.select_bucket`),
 so a folder falls into the same buckets here as there. All sizes are (width, height) in pixels.
@@ -31,12 +31,12 @@ class TrainingSizes:
 
 @dataclass(frozen=True)
 class Placement:
-    """How one picture becomes one training size: scale to `resized`, cut `bucket` at `crop`."""
+    """How one image becomes one training size: scale to `resized`, cut `bucket` at `crop`."""
 
     bucket: Size  # (width, height), what the network sees
     resized: Size  # (width, height) after scaling, covers the bucket
     crop: tuple[int, int]  # (left, top) of the centre crop inside `resized`
-    original: Size  # (width, height) of the upright picture
+    original: Size  # (width, height) of the upright image
 
     @property
     def slack(self) -> tuple[int, int]:
@@ -45,13 +45,13 @@ class Placement:
 
     @property
     def aspect_error(self) -> float:
-        """Aspect ratio of the bucket minus that of the picture."""
+        """Aspect ratio of the bucket minus that of the image."""
         return self.bucket[0] / self.bucket[1] - self.original[0] / self.original[1]
 
     def size_condition_crop(self, *, flipped: bool = False) -> tuple[int, int]:
         """(top, left) for SDXL's size conditioning, as sd-scripts computes it (`get_crop_ltrb`).
 
-        It describes the picture fitted *inside* the bucket, not the crop that was cut: 1920×1080 in
+        It describes the image fitted *inside* the bucket, not the crop that was cut: 1920×1080 in
         640×384 gives top 12 although nothing is cut there. Kept because every SDXL LoRA trained with
         kohya's trainer has learnt these numbers. A random crop does not change them there, nor here.
         """
@@ -82,10 +82,10 @@ def bucket_sizes(resolution: Size, *, min_bucket_reso: int, max_bucket_reso: int
 
 
 class Buckets:
-    """Chooses the training size of a picture. Settings carry kohya's names; `resolution` is (width, height).
+    """Chooses the training size of an image. Settings carry kohya's names; `resolution` is (width, height).
 
-    `enable_bucket=False`: one fixed size, scale to cover and centre crop. `bucket_no_upscale`: pictures
-    are only made smaller; the size is the picture's own, cut down to multiples of `bucket_reso_steps`
+    `enable_bucket=False`: one fixed size, scale to cover and centre crop. `bucket_no_upscale`: images
+    are only made smaller; the size is the image's own, cut down to multiples of `bucket_reso_steps`
     (then `min_bucket_reso` and `max_bucket_reso` play no part, as in kohya's trainer).
     Both sides are multiples of `multiple`. Raises SettingError for contradictory settings.
     """
@@ -102,7 +102,7 @@ class Buckets:
         if not enable_bucket:
             self.sizes: tuple[Size, ...] = (self.resolution,)
             return
-        # Bounds are widened to whole steps, as sd-scripts does, or the square bucket could fall outside.
+        # Bounds are widened to multiples of the step, as sd-scripts does, or the square bucket could fall outside.
         smallest = min_bucket_reso // self.steps * self.steps
         largest = -(-max_bucket_reso // self.steps) * self.steps
         if not self.no_upscale and not 0 < smallest <= min(self.resolution) <= max(self.resolution) <= largest:
@@ -114,7 +114,7 @@ class Buckets:
             self.resolution, min_bucket_reso=smallest, max_bucket_reso=largest, bucket_reso_steps=self.steps)
 
     def assign(self, width: int, height: int) -> Placement:
-        """Where a picture of this upright size goes. Raises DatasetError if nothing of it would be left."""
+        """The training size of an image of this upright size. Raises DatasetError if nothing of it would be left."""
         bucket, resized = self._shrunk(width, height) if self.no_upscale else self._covering(width, height)
         if min(bucket) <= 0:
             raise DatasetError(
@@ -135,23 +135,23 @@ class Buckets:
         return bucket, (int(width * scale + 0.5), int(height * scale + 0.5))
 
     def _shrunk(self, width: int, height: int) -> tuple[Size, Size]:
-        """Shrunk to the area if larger, with one side a whole number of steps; then cut down to whole steps."""
+        """Shrunk to the area if larger, with one side a multiple of the step; then cut to multiples of the step."""
         area = self.resolution[0] * self.resolution[1]
         resized = (width, height)
         if width * height > area:
             aspect = width / height
             ideal_width = math.sqrt(area * aspect)
-            by_width = self._whole_steps(ideal_width)
-            by_height = self._whole_steps(area / ideal_width)
-            width_error = _aspect_error(by_width, self._whole_steps(by_width / aspect), aspect)
-            height_error = _aspect_error(self._whole_steps(by_height * aspect), by_height, aspect)
+            by_width = self._round_to_steps(ideal_width)
+            by_height = self._round_to_steps(area / ideal_width)
+            width_error = _aspect_error(by_width, self._round_to_steps(by_width / aspect), aspect)
+            height_error = _aspect_error(self._round_to_steps(by_height * aspect), by_height, aspect)
             if width_error < height_error:
                 resized = (by_width, int(by_width / aspect + 0.5))
             else:
                 resized = (int(by_height * aspect + 0.5), by_height)
         return (resized[0] // self.steps * self.steps, resized[1] // self.steps * self.steps), resized
 
-    def _whole_steps(self, length: float) -> int:
+    def _round_to_steps(self, length: float) -> int:
         return int(length + 0.5) // self.steps * self.steps
 
 

@@ -1,18 +1,28 @@
-"""Captions: found beside the picture, and varied from step to step in kohya's order."""
+"""Captions: found beside the image, and varied from step to step in kohya's order."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from lib_lora_train.errors import DatasetError
 
 CAPTION_SUFFIXES = (".txt", ".caption")
 
 
+class Tokenizer(Protocol):
+    """What counts a caption's tokens; `model.tokens.clip_tokenizer()` is one."""
+
+    def encode(self, text: str) -> Sequence[int]:
+        """The tokens of `text`."""
+        ...
+
+
 def find_captions(files: Sequence[Path]) -> dict[str, list[Path]]:
-    """Caption files by the stem they share with their picture; `.txt` comes before `.caption`."""
+    """Caption files by the stem they share with their image; `.txt` comes before `.caption`."""
     found: dict[str, list[Path]] = {}
     for suffix in CAPTION_SUFFIXES:
         for file in files:
@@ -22,7 +32,7 @@ def find_captions(files: Sequence[Path]) -> dict[str, list[Path]]:
 
 
 def read_caption(path: Path) -> str:
-    """The whole text of a caption file, stripped; a byte order mark is accepted.
+    """The text of a caption file, stripped; a byte order mark is accepted.
 
     Raises DatasetError naming the file if it is not UTF-8 text or cannot be read.
     """
@@ -39,6 +49,26 @@ def read_caption(path: Path) -> str:
             f"The caption file {path} is not UTF-8 text", why="it holds zero bytes",
             remedy="save it again with the encoding UTF-8")
     return text.strip()
+
+
+@dataclass(frozen=True)
+class CaptionFile:
+    """What training uses of a caption file, and what is odd about it."""
+
+    file: Path
+    line: str  # the first that is not empty; "" where the file cannot be read
+    several_lines: bool = False
+    several_files: bool = False  # the image has a .txt and a .caption; the .txt is used
+    error: DatasetError | None = None
+
+
+def read_caption_file(path: Path, *, several_files: bool) -> CaptionFile:
+    """The caption that `path` holds; an error of reading it is part of the result."""
+    try:
+        lines = [line.strip() for line in read_caption(path).splitlines() if line.strip()]
+    except DatasetError as error:
+        return CaptionFile(path, "", several_files=several_files, error=error)
+    return CaptionFile(path, lines[0] if lines else "", several_lines=len(lines) > 1, several_files=several_files)
 
 
 def first_line(text: str) -> str:
@@ -68,7 +98,7 @@ def process_caption(
 ) -> str:
     """The caption of one visit, varied in kohya's order (sd-scripts, `process_caption`).
 
-    trigger word → dropout of the whole caption → split at commas → `keep_tokens` → shuffle → dropout
+    trigger word → dropout of the caption → split at commas → `keep_tokens` → shuffle → dropout
     of single tags → join. Beyond kohya, the tags of the trigger word are protected: never dropped
     singly, and where they open the caption, never shuffled (as if `keep_tokens` counted them).
     A caption that is neither shuffled nor thinned is returned as written. Same rng state, same result.

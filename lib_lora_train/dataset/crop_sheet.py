@@ -1,4 +1,4 @@
-"""One picture that shows what training would cut off: each picture of a report, with the part it loses dimmed."""
+"""One image that shows what training would cut off: each image of a report, with the part it loses dimmed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lib_lora_train.errors import DatasetError, printable
 _CELL, _MARGIN, _LINE = 200, 14, 17
 _MOST_ACROSS = 8
 _PAPER, _INK, _FRAME = (255, 255, 255), (32, 32, 32), (214, 40, 40)
-_DIMMED = 0.4  # of the picture is left to be seen where it is lost; the rest is grey
+_DIMMED = 0.4  # of the image is left to be seen where it is lost; the rest is grey
 _FONTS = ("DejaVuSans.ttf", "arial.ttf", "Arial.ttf")
 # Names in every script; Windows, macOS, Linux.
 _WIDE_FONTS = ("meiryo.ttc", "msyh.ttc", "malgun.ttf", "Hiragino Sans GB.ttc", "PingFang.ttc", "Arial Unicode.ttf",
@@ -23,9 +23,9 @@ _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def crop_sheet(report: Report, *, most: int = 48) -> Image.Image:
-    """Up to `most` pictures, those that lose most first; below each its name, its sizes and its loss.
+    """Up to `most` images, those that lose most first; below each its name, its sizes and its loss.
 
-    Pictures that cannot be read, or that no training size takes, are left out. Raises DatasetError if none is left.
+    Images that cannot be read, or that no training size takes, are left out. Raises DatasetError if none is left.
     """
     chosen = sorted((image for image in report.images if image.bucket != (0, 0)), key=lambda p: -p.crop_loss)
     cells = []
@@ -41,13 +41,13 @@ def crop_sheet(report: Report, *, most: int = 48) -> Image.Image:
     across = min(_MOST_ACROSS, len(cells), math.ceil(math.sqrt(len(cells) * 1.3)))
     width, height = _CELL + _MARGIN, _CELL + 2 * _LINE + _MARGIN
     sheet = Image.new("RGB", (_MARGIN + across * width, _MARGIN + math.ceil(len(cells) / across) * height), _PAPER)
-    for place, cell in enumerate(cells):
-        sheet.paste(cell, (_MARGIN + place % across * width, _MARGIN + place // across * height))
+    for number, cell in enumerate(cells):
+        sheet.paste(cell, (_MARGIN + number % across * width, _MARGIN + number // across * height))
     return sheet
 
 
 def dimmed(image: Image.Image, kept: tuple[float, float, float, float]) -> Image.Image:
-    """The RGB picture with everything outside `kept` (left, top, right, bottom in pixels) greyed, and a frame around it."""
+    """The RGB image with everything outside `kept` (left, top, right, bottom in pixels) greyed, and a frame around it."""
     box = tuple(round(number) for number in kept)
     grey = Image.blend(Image.new("RGB", image.size, (128, 128, 128)), image.convert("L").convert("RGB"), _DIMMED)
     grey.paste(image.crop(box), box[:2])
@@ -77,17 +77,17 @@ def _cell(examined: Examined) -> Image.Image:
     return cell
 
 
-def _write(pen: ImageDraw.ImageDraw, place: tuple[int, int], text: str) -> None:
+def _write(pen: ImageDraw.ImageDraw, corner: tuple[int, int], text: str) -> None:
     """`text` in one line as wide as a cell, its middle left out where it is longer."""
     font = _font(wide=any(ord(letter) >= 0x2E80 for letter in text))
     text = printable(text)
     if isinstance(font, ImageFont.ImageFont):
         text = text.replace("→", ">").encode("latin-1", "replace").decode("latin-1")  # Pillow's own font has no more
-    whole, half = text, len(text) // 2
+    full, half = text, len(text) // 2
     while half > 3 and pen.textlength(text, font=font) > _CELL:
         half -= 1
-        text = f"{whole[:half]}..{whole[-half:]}"
-    pen.text(place, text, fill=_INK, font=font)
+        text = f"{full[:half]}..{full[-half:]}"
+    pen.text(corner, text, fill=_INK, font=font)
 
 
 def _font(*, wide: bool) -> _Font:

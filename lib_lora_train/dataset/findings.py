@@ -1,13 +1,13 @@
 """What an examination of a dataset found: values that a page, a terminal or a program can show. Made by `report.examine`.
 
-Problems are codes, so that each place can show them its own way:
+Problems are codes, so that each reader can show them in its own way:
 
-    broken              cannot be opened as a picture; nothing else is known of it
+    broken              cannot be opened as an image; nothing else is known of it
     unreadable_caption  its caption file is no UTF-8 text; a training would refuse to start
     small               has to be enlarged to the training size
     narrow              so long and thin that no training size fits
     blurry              soft, by itself or beside the others
-    duplicate           nearly the same as a better picture of the folder (of each group all but the best are marked)
+    duplicate           nearly the same as a better image of the folder (of each group all but the best are marked)
     no_caption          has no caption file
     empty_caption       has one without text
     long_caption        longer than other trainers read
@@ -32,7 +32,7 @@ _WIDTH = 110
 
 @dataclasses.dataclass(frozen=True)
 class Examined:
-    """One picture. A broken one has the size (0, 0); one that no training size takes has the bucket (0, 0)."""
+    """One image. A broken one has the size (0, 0); one that fits no training size has the bucket (0, 0)."""
 
     path: Path
     width: int  # upright
@@ -46,13 +46,13 @@ class Examined:
 
     @property
     def usable(self) -> bool:
-        """Whether a training takes it."""
+        """Whether training uses it."""
         return self.bucket != (0, 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Proposal:
-    """How long to train: at least 100 times a picture and 1500 times in all."""
+    """How long to train: at least 100 times an image and 1500 times in all."""
 
     repeats: int
     epochs: int
@@ -62,13 +62,13 @@ class Proposal:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """A whole folder."""
+    """What an examination found in a folder."""
 
     folder: Path
     images: tuple[Examined, ...]
-    duplicates: tuple[tuple[Path, ...], ...]  # groups, in each the best picture first
-    sizes: tuple[tuple[Size, int], ...]  # ((width, height), pictures), most frequent first
-    buckets: tuple[tuple[Size, int], ...]  # likewise, of the pictures a training takes
+    duplicates: tuple[tuple[Path, ...], ...]  # groups, in each the best image first
+    sizes: tuple[tuple[Size, int], ...]  # ((width, height), images), most frequent first
+    buckets: tuple[tuple[Size, int], ...]  # likewise, of the images that training uses
     tags: dict[str, int]  # in how many captions; most frequent first
     once: tuple[str, ...]  # tags of a single caption
     proposal: Proposal
@@ -82,7 +82,7 @@ class Report:
 
     @property
     def usable(self) -> int:
-        """Pictures that a training takes."""
+        """Images that training uses."""
         return sum(image.usable for image in self.images)
 
     @property
@@ -92,12 +92,12 @@ class Report:
 
     @property
     def mean_crop_loss(self) -> float:
-        """Share of the area that crops lose, 0…1, over the pictures a training takes."""
+        """Share of the area that crops lose, 0…1, over the images that training uses."""
         return sum(image.crop_loss for image in self.images if image.usable) / max(1, self.usable)
 
     @property
     def summary(self) -> str:
-        """One line: pictures, how many to look at, buckets, crops."""
+        """One line: images, how many to look at, buckets, crops."""
         look = sum(bool(image.problems) for image in self.images)
         buckets = f"{len(self.buckets)} bucket{'' if len(self.buckets) == 1 else 's'}"
         return (f"{len(self.images):,} picture{'' if len(self.images) == 1 else 's'}, "
@@ -105,7 +105,7 @@ class Report:
                 f"{_size(self.resolution)}, crops lose {_percent(self.mean_crop_loss)} on average")
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it for JSON: paths as text, relative to the folder where they lie in it."""
+        """All of it for JSON: paths as text, relative to the folder where they are in it."""
         def name(path: Path) -> str:
             return printable((path.relative_to(self.folder) if path.is_relative_to(self.folder) else path).as_posix())
         return {

@@ -1,37 +1,33 @@
-"""A folder of pictures → examples. Everything that can be found wrong before a run is found here.
+"""A folder of images → examples. Everything that can be found wrong before a run is found here.
 
 Two layouts: kohya's `parent/N_name/` (N repeats, `name` is the caption where there is no file), and a
-plain folder of pictures. A picture that cannot be used is skipped and named in a Problem; only a folder
-without a usable picture, and captions that are not UTF-8, are refused: the rest could be trained, but
-on a text that nobody wrote.
+plain folder of images. An image that cannot be used is skipped and named in a Problem; only a folder
+without a usable image, and captions that are not UTF-8, are refused: the rest could be trained, but
+on a text without meaning.
 """
 
 from __future__ import annotations
 
 import contextlib
-import re
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from lib_lora_train.dataset.buckets import Buckets, Placement, Size
-from lib_lora_train.dataset.captions import find_captions, first_line, read_caption, split_tags, with_trigger_word
+from lib_lora_train.dataset.captions import CaptionFile, find_captions, read_caption_file, split_tags, with_trigger_word
 from lib_lora_train.dataset.images import MAX_PIXELS, check_image, is_image_name
+from lib_lora_train.dataset.listing import MOST_REPEATS, MayRead, is_subset_name, list_folder, repeats_and_name
 from lib_lora_train.dataset.plan import balanced_repeats, plain_folder_repeats
 from lib_lora_train.dataset.prefetch import Prefetch, reading_threads
 from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
 from lib_lora_train.errors import DatasetError, printable
-from lib_lora_train.settings import DECLARATIONS
 
-MOST_REPEATS = DECLARATIONS["num_repeats"].maximum
-MASKS_FOLDER = "masks"  # beside the N_name folders, where the studio keeps them: no pictures to learn from
-MayRead = Callable[[Path], bool]
-_MANY = 100  # pictures from which on threads are worth their beginning
+MASKS_FOLDER = "masks"  # beside the N_name folders, where the studio keeps them: no images to learn from
+_MANY = 100  # images from which on threads are worth their beginning
 _PREFETCH_PER_THREAD = 16  # files that may have been looked at, for each thread that does
 _LARGE = 32 << 20  # bytes of a file, which checking may have in memory at once; of larger ones only one is checked at a time
-_REPEATS_AND_NAME = re.compile(r"(\d+)_(.*)")
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,7 @@ class Problem:
 
     text: str  # a sentence
     path: Path | None = None  # the one file it is about, if it is one
-    skipped: bool = False  # True: this picture is not trained
+    skipped: bool = False  # True: this image is not trained
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "text", printable(self.text))
@@ -48,7 +44,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Example:
-    """One usable picture and how it is trained."""
+    """One usable image and how it is trained."""
 
     path: Path
     caption: str  # with the trigger word; before shuffling and dropout
@@ -87,7 +83,7 @@ class Dataset:
         return result
 
     def tag_frequency(self) -> dict[str, dict[str, int]]:
-        """kohya's `ss_tag_frequency`: {folder: {tag in lower case: pictures that carry it}}."""
+        """kohya's `ss_tag_frequency`: {folder: {tag in lower case: images that carry it}}."""
         result: dict[str, dict[str, int]] = {}
         for example in self._of(False):
             tags = result.setdefault(example.folder, {})
@@ -107,10 +103,10 @@ def scan(
     """Read names, captions and headers; check each file as far as its format allows without decoding it.
 
     `max_train_epochs` and `num_repeats` (0 = choose) set the repeats of a plain folder. Regularisation
-    pictures get repeats such that they are visited as often as the others together; they never get
-    the trigger word. Order: by name, the same on every system. `may_read` is asked for every file and folder; what
+    images get repeats such that they are visited as often as the others together; they never get
+    the trigger word. Order: by name, the same on every system. `may_read` is asked for folders and links; what
     it refuses is passed over and counted in a Problem.
-    Raises DatasetError (folder missing, empty, unreadable; no usable picture; captions not UTF-8) and
+    Raises DatasetError (folder missing, empty, unreadable; no usable image; captions not UTF-8) and
     Interrupted when `should_stop()` says so.
     """
     subsets, layout, problems = find_images(Path(folder), what="dataset", may_read=may_read)
@@ -139,10 +135,10 @@ def scan(
     return Dataset(Path(folder), layout, (*examples, *balanced), tuple(problems))
 
 
-def place(dataset: Dataset, buckets: Buckets) -> tuple[Dataset, tuple[Placement, ...]]:
+def assign_buckets(dataset: Dataset, buckets: Buckets) -> tuple[Dataset, tuple[Placement, ...]]:
     """A training size for each example; `placements[i]` belongs to `dataset.examples[i]` of the result.
 
-    Pictures that no bucket takes are dropped from the result and named. Raises DatasetError if none is left.
+    Images that fit no bucket are dropped from the result and named. Raises DatasetError if none is left.
     """
     examples, placements, problems = [], [], list(dataset.problems)
     for example in dataset.examples:
@@ -166,17 +162,22 @@ def visits_by_bucket(examples: Sequence[Example], placements: Sequence[Placement
 
 @dataclass(frozen=True)
 class Subset:
-    """One folder whose pictures are used."""
+    """One folder whose images are used."""
 
     path: Path
     repeats: int
-    caption: str  # for pictures without a caption file
+    caption: str  # for images without a caption file
     images: tuple[Path, ...]
     captions: dict[str, list[Path]]
 
+    def caption_of(self, image: Path) -> CaptionFile | None:
+        """The caption file of one of `images`; None where it has none. Nothing is raised for one that is no text."""
+        files = self.captions.get(image.stem)
+        return read_caption_file(files[0], several_files=len(files) > 1) if files else None
+
 
 class _Reader:
-    """Subsets → examples, collecting what is wrong so that the user hears it once and not per picture."""
+    """Subsets → examples, collecting what is wrong so that the user hears it once and not per image."""
 
     def __init__(self, problems: list[Problem], *, watch: Watch, max_pixels: int) -> None:
         self.problems, self.watch, self.max_pixels = problems, watch, max_pixels
@@ -188,11 +189,11 @@ class _Reader:
 
     def read(self, subsets: Sequence[Subset], *, trigger_word: str) -> list[Example]:
         examples = []
-        places = [(subset, image) for subset in subsets for image in subset.images]
-        threads = reading_threads() if len(places) >= _MANY else 0
-        with Prefetch([image for _, image in places], self._checked, threads=threads, most=_PREFETCH_PER_THREAD * max(1, threads),
-                   cost=lambda image: 0, kept=lambda size: 0) as checked:
-            for subset, image in places:
+        images = [(subset, image) for subset in subsets for image in subset.images]
+        threads = reading_threads() if len(images) >= _MANY else 0
+        with Prefetch([image for _, image in images], self._checked, threads=threads, cost=lambda image: 0,
+                      kept=lambda size: 0, most=_PREFETCH_PER_THREAD * max(1, threads)) as checked:
+            for subset, image in images:
                 self.watch.check()
                 example = self._example(image, subset, size=next(checked), trigger_word=trigger_word)
                 if example is not None:
@@ -201,7 +202,7 @@ class _Reader:
         return examples
 
     def _checked(self, image: Path) -> tuple[int, int] | DatasetError:
-        """The picture's size, or why it cannot be used; in any thread."""
+        """The image's size, or why it cannot be used; in any thread."""
         try:
             with self.one_large if _file_bytes(image) > _LARGE else contextlib.nullcontext():
                 return check_image(image, max_pixels=self.max_pixels)
@@ -220,19 +221,17 @@ class _Reader:
         return Example(image, caption, subset.repeats, subset.path.name, width, height)
 
     def _caption(self, image: Path, subset: Subset) -> str:
-        files = subset.captions.get(image.stem, [])
-        if not files:
+        found = subset.caption_of(image)
+        if found is None:
             return subset.caption
-        if len(files) > 1:
+        if found.several_files:
             self.several_files.append(image.name)
-        try:
-            text = read_caption(files[0])
-        except DatasetError as error:
-            self.not_text.append((files[0].name, error))
+        if found.error:
+            self.not_text.append((found.file.name, found.error))
             return ""
-        if len([line for line in text.splitlines() if line.strip()]) > 1:
-            self.several_lines.append(files[0].name)
-        return first_line(text) or subset.caption
+        if found.several_lines:
+            self.several_lines.append(found.file.name)
+        return found.line or subset.caption
 
     def finish(self) -> None:
         """Turn what was collected into one sentence a kind."""
@@ -253,14 +252,14 @@ class _Reader:
 
 def find_images(folder: Path, *, what: str,
                   may_read: MayRead | None) -> tuple[list[Subset], Literal["kohya", "plain"], list[Problem]]:
-    """Which folders hold the pictures, and in which layout; only names are read. `what` completes "The … folder".
+    """Which folders hold the images, and in which layout; only names are read. `what` completes "The … folder".
 
-    Raises DatasetError if the folder is missing, unreadable or without pictures.
+    Raises DatasetError if the folder is missing, unreadable or without images.
     """
     problems: list[Problem] = []
-    files, folders = _listing(folder, what, may_read=may_read, problems=problems)
+    files, folders = _list(folder, what, may_read=may_read, problems=problems)
     loose = [file for file in files if is_image_name(file)]
-    numbered = [f for f in folders if _REPEATS_AND_NAME.fullmatch(f.name)]
+    numbered = [f for f in folders if repeats_and_name(f.name)]
     subsets = [s for f in numbered if (s := _subset(f, problems, may_read)) is not None]
     others = [f for f in folders if f not in numbered and f.name != MASKS_FOLDER]
     if subsets:
@@ -271,10 +270,10 @@ def find_images(folder: Path, *, what: str,
         problems += _unused_folders(others, "its name has no number of repeats in front (N_name)")
         return subsets, "kohya", problems
     if loose:
-        if match := _REPEATS_AND_NAME.fullmatch(folder.name):
+        if named := repeats_and_name(folder.name):
             problems.append(Problem(
-                f"{folder.name} was chosen itself, so its name is not read as {match[1]} repeats of "
-                f"'{match[2]}'; choose the folder above it for that."))
+                f"{folder.name} was chosen itself, so its name is not read as {named[0]} repeats of "
+                f"'{named[1]}'; choose the folder above it for that."))
         problems += _unused_folders(others, "only the pictures beside it are used")
         return [Subset(folder, 1, "", tuple(loose), find_captions(files))], "plain", problems
     why = " ".join(p.text for p in problems) or "no file in it has a picture's name"
@@ -287,23 +286,20 @@ def find_images(folder: Path, *, what: str,
 
 
 def _subset(folder: Path, problems: list[Problem], may_read: MayRead | None) -> Subset | None:
-    """An N_name folder with pictures; otherwise None, with the reason among the problems."""
-    match = _REPEATS_AND_NAME.fullmatch(folder.name)
-    assert match is not None
-    files, folders = _listing(folder, "dataset", may_read=may_read, problems=problems)
+    """An N_name folder with images; otherwise None, with the reason among the problems."""
+    repeats, name = repeats_and_name(folder.name) or (0, "")
+    files, folders = _list(folder, "dataset", may_read=may_read, problems=problems)
     images = tuple(file for file in files if is_image_name(file))
     problems += _unused_folders(folders, f"folders inside {folder.name} are not searched")
-    repeats = int(match[1])
-    # 20240101_holiday is a date: read as repeats it would fill the memory with visits.
-    if not images or not 1 <= repeats <= MOST_REPEATS:
-        why = "it holds no pictures" if not images else f"it asks for {repeats} repeats, not 1 to {MOST_REPEATS:.0f}"
+    if not images or not is_subset_name(folder.name):
+        why = "it holds no pictures" if not images else f"it asks for {repeats} repeats, not 1 to {MOST_REPEATS}"
         problems.append(Problem(f"The folder {folder.name} is ignored: {why}."))
         return None
-    return Subset(folder, repeats, printable(match[2].strip()), images, find_captions(files))
+    return Subset(folder, repeats, printable(name.strip()), images, find_captions(files))
 
 
 def _file_bytes(image: Path) -> int:
-    """Size of a file; 0 where it cannot be told."""
+    """Size of a file; 0 where it cannot be read."""
     try:
         return image.stat().st_size
     except OSError:
@@ -317,28 +313,13 @@ def _same(one: Path, other: Path) -> bool:
         return False
 
 
-def _listing(folder: Path, what: str, *, may_read: MayRead | None,
-             problems: list[Problem]) -> tuple[list[Path], list[Path]]:
-    """(files, folders) of a folder by name, without hidden folders (caches live there)."""
-    try:
-        if not folder.exists():
-            raise DatasetError(f"The {what} folder {folder} does not exist", remedy="check the path")
-        if not folder.is_dir():
-            raise DatasetError(f"{folder} is a file", remedy=f"choose the {what} folder that holds the pictures")
-        entries = sorted(folder.iterdir(), key=lambda path: (path.name.casefold(), path.name))
-        if may_read:
-            outside = [path for path in entries if not may_read(path)]
-            entries = [path for path in entries if path not in outside]
-            if outside:
-                problems.append(Problem(f"{len(outside)} entries of {folder} are ignored, because they are links to folders "
-                                        f"that are not allowed: {some_of([path.name for path in outside])}."))
-        files = [path for path in entries if path.is_file()]
-        folders = [path for path in entries if path.is_dir() and not path.name.startswith(".")]
-    except OSError as error:
-        raise DatasetError(
-            f"The {what} folder {folder} cannot be read", why=error.strerror or str(error),
-            remedy="check that you may read it") from error
-    return files, folders
+def _list(folder: Path, what: str, *, may_read: MayRead | None, problems: list[Problem]) -> tuple[list[Path], list[Path]]:
+    """(files, folders) of a folder; what may not be read becomes one of `problems`."""
+    listing = list_folder(folder, what=what, may_read=may_read)
+    if listing.refused:
+        problems.append(Problem(f"{len(listing.refused)} entries of {folder} are ignored, because they are links to folders "
+                                f"that are not allowed: {some_of([path.name for path in listing.refused])}."))
+    return listing.files, listing.folders
 
 
 def _image_names(folder: Path) -> list[str]:

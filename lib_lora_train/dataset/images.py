@@ -1,4 +1,4 @@
-"""Opening one picture the way a person would see it: upright, in RGB, on white.
+"""Opening one image the way a person would see it: upright, in RGB, on white.
 
 Handles EXIF orientation, greyscale, palette, CMYK, 16-bit and float samples, transparency (laid on
 white) and the first frame of an animation. Not covered: colour profiles (as in kohya's trainer, the
@@ -24,19 +24,19 @@ from PIL import Image, ImageFile
 from lib_lora_train.errors import DatasetError
 
 # Whether Pillow reads the last few depends on its build and plug-ins: they are listed so that a
-# picture which cannot be read is named to the user and not overlooked.
+# image which cannot be read is named to the user and not overlooked.
 IMAGE_SUFFIXES = frozenset(
     ".png .jpg .jpeg .jfif .webp .bmp .gif .tif .tiff .avif .heic .heif .jxl".split())
 
-# What may stand behind those names. Pillow goes by the content: for a PostScript file called x.png it would run Ghostscript.
+# The formats behind those names. Pillow goes by the content: for a PostScript file called x.png it would run Ghostscript.
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "HEIF", "JXL")
 
 # Twice Pillow's own warning threshold: about 0.5 GB decoded as RGB.
 MAX_PIXELS = 178_956_970
-# Pillow reads the pieces of a file whole, pixels or not; no picture of so many pixels needs more.
+# Pillow reads the chunks of a file completely, pixels or not; no image of so many pixels needs more.
 MAX_BYTES = 256 << 20
 _MOST_CHUNKS = 100_000
-_STRIP = 64  # rows that are made RGB together where that takes several copies of them
+_STRIP = 64  # rows converted to RGB together where the conversion needs several copies
 _MOST_EXIF = 65_000  # what fits into a JPEG
 
 _ORIENTATION_TAG = 0x0112
@@ -54,29 +54,29 @@ _DECODER_ERRORS = (
 
 
 def is_image_name(path: Path) -> bool:
-    """Whether the name ends like a picture's, in upper or lower case; hidden files are not pictures."""
+    """Whether the name ends like an image's, in upper or lower case; hidden files are not images."""
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 
 
 def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode the whole picture: upright, mode RGB, transparency laid on white.
+    """Decode the image: upright, mode RGB, transparency laid on white.
 
-    Raises DatasetError, naming the file, if it is missing, unreadable, empty, truncated, no picture,
+    Raises DatasetError, naming the file, if it is missing, unreadable, empty, truncated, no image,
     or has more than `max_pixels` pixels.
     """
     with _open(path, max_pixels) as image:
         # Pillow turns a TIFF while decoding it, and only a TIFF.
         turn = None if image.format == "TIFF" else _UPRIGHT.get(_orientation(image, path))
-        _load_whole(image)
+        _load(image)
         return _to_rgb(image, turn)
 
 
 @dataclass(frozen=True)
 class Layers:
-    """One picture with what `read_image` leaves out."""
+    """One image with what `read_image` leaves out."""
 
     image: Image.Image  # as `read_image` gives it
-    alpha: Image.Image | None  # mode L, same size, 0 where nothing is; None for an opaque picture
+    alpha: Image.Image | None  # mode L, same size, 0 where nothing is; None for an opaque image
     as_stored: bool  # a program that knows no orientation, transparency or frames sees the same in the file itself
     format: str  # by its content, as Pillow calls it: "PNG"
     parameters: str  # the text that generators put into PNG files; "" for none
@@ -84,12 +84,12 @@ class Layers:
 
 
 def read_layers(path: Path, *, max_pixels: int = MAX_PIXELS) -> Layers:
-    """Decode the whole picture, keeping its transparency and its notes apart. Errors as in `read_image`."""
+    """Decode the image, keeping its transparency and its notes apart. Errors as in `read_image`."""
     with _open(path, max_pixels) as image:
         kind = image.format or ""
         turn = None if kind == "TIFF" else _UPRIGHT.get(_orientation(image, path))
-        exif = b"" if kind == "TIFF" else _exif_of_upright(image)  # a TIFF's is about how its pixels lie
-        _load_whole(image)
+        exif = b"" if kind == "TIFF" else _exif_of_upright(image)  # a TIFF's describes the layout of its pixels
+        _load(image)
         rgb, alpha = _to_rgb(image, turn), _alpha(image)
         still = kind not in ("PNG", "WEBP") or not getattr(image, "is_animated", False)
         as_stored = turn is None and alpha is None and still and image.mode in ("RGB", "L", "P", "1", "RGBA", "LA")
@@ -100,7 +100,7 @@ def read_layers(path: Path, *, max_pixels: int = MAX_PIXELS) -> Layers:
 
 
 def read_size(path: Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(width, height) of the upright picture, from its header only. Errors as in `read_image`."""
+    """(width, height) of the upright image, from its header only. Errors as in `read_image`."""
     with _open(path, max_pixels) as image:
         return _upright_size(image, path)
 
@@ -118,7 +118,7 @@ def check_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
 
 
 def read_texts(path: Path, *, max_pixels: int = MAX_PIXELS) -> dict[str, str]:
-    """The texts that a program kept inside the picture, by their keyword; pixels are not decoded. Errors as in `read_image`.
+    """The texts that a program kept inside the image, by their keyword; pixels are not decoded. Errors as in `read_image`.
 
     PNG's text chunks as they are called; a comment in EXIF (JPEG, WebP) as "UserComment", a GIF's as "comment".
     """
@@ -154,48 +154,48 @@ def _user_comment(data: bytes) -> str:
 
 @contextlib.contextmanager
 def _open(path: Path, max_pixels: int) -> Iterator[Image.Image]:
-    """The picture, opened lazily; every foreign error inside becomes a DatasetError naming the file."""
+    """The image, opened lazily; every foreign error inside becomes a DatasetError naming the file."""
     _register_avif()
+    why, remedy = "", ""
     try:
         size = path.stat().st_size
         if size == 0:
-            raise DatasetError(f"The picture {path} cannot be used", why="the file is empty (zero bytes)")
-        if size > MAX_BYTES:
-            raise DatasetError(f"The picture {path} cannot be used", why=f"its file is enormous ({size >> 20} MiB, the "
-                               f"limit is {MAX_BYTES >> 20})", remedy="save it again as JPEG, PNG or WebP")
-        with Image.open(path, formats=_known_formats()) as image:
-            pixels = image.width * image.height
-            if pixels > max_pixels:
-                raise DatasetError(
-                    f"The picture {path} cannot be used",
-                    why=f"it is enormous ({image.width}×{image.height}, the limit is {max_pixels / 1e6:.0f} million "
-                        "pixels)", remedy="make it smaller")
-            yield image
+            why = "the file is empty (zero bytes)"
+        elif size > MAX_BYTES:
+            why, remedy = (f"its file is enormous ({size >> 20} MiB, the limit is {MAX_BYTES >> 20})",
+                           "save it again as JPEG, PNG or WebP")
+        else:
+            with Image.open(path, formats=_known_formats()) as image:
+                if image.width * image.height <= max_pixels:
+                    yield image
+                    return
+                why, remedy = (f"it is enormous ({image.width}×{image.height}, the limit is {max_pixels / 1e6:.0f} million "
+                               "pixels)", "make it smaller")
     except DatasetError:
         raise
-    except FileNotFoundError as error:
-        raise DatasetError(f"The picture {path} cannot be used", why="the file is gone") from error
-    except PermissionError as error:
-        raise DatasetError(f"The picture {path} cannot be used", why="access was denied") from error
-    except Image.DecompressionBombError as error:
+    except (MemoryError, *_DECODER_ERRORS) as error:
+        why, remedy = _reason(error)
+        raise DatasetError(f"The picture {path} cannot be used", why=why, remedy=remedy) from error
+    raise DatasetError(f"The picture {path} cannot be used", why=why, remedy=remedy)
+
+
+def _reason(error: BaseException) -> tuple[str, str]:
+    """(why an image cannot be used, what to do)."""
+    if isinstance(error, FileNotFoundError):
+        return "the file is gone", ""
+    if isinstance(error, PermissionError):
+        return "access was denied", ""
+    if isinstance(error, Image.DecompressionBombError):
         # Pillow refuses at twice the size at which it warns, and calls the file an attack.
-        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
-        raise DatasetError(
-            f"The picture {path} cannot be used", why=f"it is enormous (more than {limit:.0f} million pixels)",
-            remedy="make it smaller") from error
-    except Image.UnidentifiedImageError as error:
-        why = "it is damaged, no picture, or of a kind that this version of Pillow does not read"
-        raise DatasetError(f"The picture {path} cannot be used", why=why) from error
-    except MemoryError as error:
-        raise DatasetError(
-            f"The picture {path} cannot be used", why="there is not enough memory to decode it",
-            remedy="make it smaller") from error
-    except _DECODER_ERRORS as error:
-        if "MAX_TEXT" in str(error) or "decompressed data too large" in str(error).lower():
-            # A little that unpacks to very much: an attack, or a program that keeps its whole workflow in the picture.
-            raise DatasetError(f"The picture {path} cannot be used", why="the text inside it is enormous",
-                               remedy="save it again without its metadata") from error
-        raise DatasetError(f"The picture {path} cannot be used", why=f"it is damaged ({error})") from error
+        return f"it is enormous (more than {2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} million pixels)", "make it smaller"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "it is damaged, no picture, or of a kind that this version of Pillow does not read", ""
+    if isinstance(error, MemoryError):
+        return "there is not enough memory to decode it", "make it smaller"
+    if "MAX_TEXT" in str(error) or "decompressed data too large" in str(error).lower():
+        # A little that unpacks to very much: an attack, or a program that keeps its whole workflow in the image.
+        return "the text inside it is enormous", "save it again without its metadata"
+    return f"it is damaged ({error})", ""
 
 
 def _known_formats() -> list[str]:
@@ -213,10 +213,10 @@ def _register_avif() -> None:
 
 
 class _Intolerance:
-    """While a picture is decoded, a truncated file is an error even where somebody switched Pillow's tolerance on.
+    """While an image is decoded, a truncated file is an error even where Pillow's tolerance was switched on.
 
-    BLIP, which the WebUI loads for captions, sets that switch for the whole process; pictures would then come with a grey
-    lower half. Several threads decode at once: the first one in keeps what the switch was, the last one out puts it back.
+    BLIP, which the WebUI loads for captions, sets that switch for the whole process; images would then come with a grey
+    lower half. Several threads decode at once: the first one stores the switch, the last one restores it.
     """
 
     def __init__(self) -> None:
@@ -239,7 +239,7 @@ class _Intolerance:
 _INTOLERANT = _Intolerance()
 
 
-def _load_whole(image: Image.Image) -> None:
+def _load(image: Image.Image) -> None:
     """Decode all of it, or raise what Pillow raises for a file that ends too soon."""
     with _INTOLERANT:
         image.load()
@@ -296,11 +296,11 @@ def _png_trailing_exif(path: Path) -> bytes | None:
 
 
 def _to_rgb(image: Image.Image, turn: Image.Transpose | None) -> Image.Image:
-    """A new picture of mode RGB, with transparency on white, and turned. Samples deeper than 8 bits keep their high byte."""
+    """A new image of mode RGB, with transparency on white, and turned. Samples deeper than 8 bits keep their high byte."""
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         image = _deep_grey_to_rgb(image)
     elif _may_be_transparent(image):
-        image = _joined(image.size, ((box, _on_white(part)) for box, part in _strips(image)))
+        image = _from_strips(image.size, ((box, _on_white(part)) for box, part in _strips(image)))
     elif image.mode == "RGB":
         return image.copy() if turn is None else image.transpose(turn)
     else:
@@ -312,18 +312,18 @@ _Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
 def _strips(image: Image.Image) -> Iterator[tuple[_Box, Image.Image]]:
-    """The picture from top to bottom in parts, of which only one is in memory at a time."""
+    """The image from top to bottom in parts, of which only one is in memory at a time."""
     for top in range(0, image.height, _STRIP):
         box = (0, top, image.width, min(top + _STRIP, image.height))
         yield box, image.crop(box)
 
 
-def _joined(size: tuple[int, int], parts: Iterable[tuple[_Box, Image.Image]]) -> Image.Image:
-    """What was made of the strips of a picture, mode RGB, as one."""
-    whole = Image.new("RGB", size)
+def _from_strips(size: tuple[int, int], parts: Iterable[tuple[_Box, Image.Image]]) -> Image.Image:
+    """The strips, mode RGB, as one image."""
+    image = Image.new("RGB", size)
     for box, part in parts:
-        whole.paste(part, box)
-    return whole
+        image.paste(part, box)
+    return image
 
 
 def _on_white(image: Image.Image) -> Image.Image:
@@ -359,7 +359,7 @@ def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
         elif top > 255:
             grey = grey // 256 if top <= 65535 else grey * (255 / top)
         return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
-    return _joined(image.size, ((box, to_rgb(part)) for box, part in _strips(image)))
+    return _from_strips(image.size, ((box, to_rgb(part)) for box, part in _strips(image)))
 
 
 def _finite(grey: Image.Image) -> np.ndarray:

@@ -1,9 +1,9 @@
-"""How alike two pictures are, and how sharp one is: what the report knows of pixels. numpy and Pillow only.
+"""How alike two images are, and how sharp one is. numpy and Pillow only.
 
 Likeness is a perceptual hash's idea without its last step. pHash (Zauner, "Implementation and benchmarking of perceptual
-image hash functions", 2010) keeps the signs of the low frequencies of a picture made small; where a drawing is symmetric
+image hash functions", 2010) keeps the signs of the low frequencies of an image made small; where a drawing is symmetric
 those frequencies are zero and their signs are chance, so here the numbers themselves are kept. Rescaling, compression and a
-little light change them hardly; another pose or another colour does. A shifted crop of a picture is another picture.
+little light change them hardly; another pose or another colour does. A shifted crop of an image is another image.
 """
 
 from __future__ import annotations
@@ -20,77 +20,74 @@ from lib_lora_train.errors import Interrupted
 Thumbnail = NDArray[np.uint8]  # [16, 16, 3]
 
 NEAR = 0.975
-"""From this likeness on two pictures are near-duplicates. Photographs and emoji scaled by 0.5 to 2, saved as JPEG of quality
+"""From this likeness on two images are near-duplicates. Photographs and emoji scaled by 0.5 to 2, saved as JPEG of quality
 60, or made brighter or darker by a tenth stay above it; what it pairs among 7572 different emoji are shades of one figure."""
 
 BLURRED = 0.42
-"""Below this sharpness a picture is blurred by itself: an edge takes about three pixels of the training size. Photographs
-measure 1 to 4, drawings 1.2 to 3.4, pictures enlarged twice 0.5 to 1.2, four times 0.2 to 0.4."""
+"""Below this sharpness an image is blurred by itself: an edge takes about three pixels of the training size. Photographs
+measure 1 to 4, drawings 1.2 to 3.4, images enlarged twice 0.5 to 1.2, four times 0.2 to 0.4."""
 SOFTER_THAN_OTHERS = 0.3  # of the folder's median, where that also is below …
 SOFT = 0.7
 
 _SIDE = 16
-_LOW, _LOW_COLOUR = 4, 3  # frequencies a side, in brightness and in each of two colour axes
-_FAINT = 4.0 * np.sqrt(3 * _SIDE ** 2)  # contrast of 4 levels: below, a picture counts as blank
+_FAINT = 4.0 * np.sqrt(3 * _SIDE ** 2)  # contrast of 4 levels: below, an image counts as blank
 _MOST_DIFFERENCE = 40.0  # levels (0…255), root mean square: a black heart is like a white one but for this
 _APART = 2 * (1 - NEAR)  # of two unit vectors: |a - b|² = 2 (1 - likeness)
-_CROWDED = 0.05
-_ROWS, _COLUMNS, _PAIRS = 256, 8192, 4096  # bounds of what is held at once
+_ROWS = 256  # images that are compared with all others at once
 _TILE = 32
 
 
 def thumbnail(image: Image.Image) -> Thumbnail:
-    """What likeness is judged by: the upright RGB picture averaged to 16×16, uint8 [16, 16, 3]."""
+    """What likeness is computed from: the upright RGB image averaged to 16×16, uint8 [16, 16, 3]."""
     return np.asarray(image.resize((_SIDE, _SIDE), Image.Resampling.BOX), dtype=np.uint8)
 
 
 def likeness(first: Thumbnail, second: Thumbnail) -> float:
-    """Correlation of two pictures' pixels, -1 to 1; 1 is the same but for brightness and contrast. `NEAR` is the bound."""
-    one, two = _units(np.stack([first, second]))
+    """Correlation of two images' pixels, -1 to 1; 1 is the same but for brightness and contrast. `NEAR` is the bound."""
+    one, two = _normalised(np.stack([first, second]))
     return float(one @ two)
 
 
 def near_duplicates(thumbnails: Sequence[Thumbnail], *, should_stop: ShouldStop | None = None) -> list[tuple[int, ...]]:
-    """Groups of two and more indices whose pictures are alike, directly or through others of the group.
+    """Groups of two and more indices whose images are alike, directly or through others of the group.
 
-    Every pair at least as like as `NEAR` is found: distances in the low frequencies never exceed those of the whole, so
-    they only rule out. Compared in blocks by matrix products: 10,000 pictures take about half a second. Raises
-    Interrupted when `should_stop()` says so.
+    Every pair is compared, in blocks by matrix products: 10,000 images take a few seconds. Raises Interrupted when
+    `should_stop()` says so.
     """
     if len(thumbnails) < 2:
         return []
     images = np.stack(list(thumbnails))
-    units = _units(images)
-    codes = units @ _low_frequencies()
-    # Sorted by their most telling number, only a window of the others can be near.
-    order = np.argsort(codes[:, int(codes.var(axis=0).argmax())], kind="stable")
-    images, units, codes = images[order], units[order], codes[order]
-    ranked = codes[:, int(codes.var(axis=0).argmax())]
-    joined = _Groups(len(order))
-    for start in range(0, len(order), _ROWS):
+    units = _normalised(images)
+    squares = (units ** 2).sum(axis=1)
+    group = np.arange(len(images))  # the smallest index of each image's group
+    for start in range(0, len(images), _ROWS):
         if should_stop is not None and should_stop():
             raise Interrupted("The search for near-duplicates was stopped")
-        end = min(start + _ROWS, len(order))
-        last = int(np.searchsorted(ranked, ranked[end - 1] + np.sqrt(_APART), side="right"))
-        for left in range(start, last, _COLUMNS):
-            right = min(left + _COLUMNS, last)
-            near = _distances(codes[start:end], codes[left:right]) <= _APART + 1e-4
-            if near.mean() > _CROWDED:  # a folder of screenshots: looking at each pair would take minutes
-                near &= _distances(units[start:end], units[left:right]) <= _APART + 1e-4
-            rows, columns = np.nonzero(near)
-            _join_alike(joined, rows + start, columns + left, units=units, images=images)
-    return sorted(tuple(sorted(int(order[place]) for place in group)) for group in joined.groups())
+        rows = slice(start, start + _ROWS)
+        # |a - b|² = |a|² + |b|² - 2ab, which rounding moves by about 1e-6; what comes near is computed exactly below.
+        near = squares[rows, None] + squares[None, start:] - 2 * (units[rows] @ units[start:].T) <= _APART + 1e-4
+        for row in np.flatnonzero(near.sum(axis=1) > 1):
+            first, others = start + row, start + np.flatnonzero(near[row])
+            others = others[group[others] != group[first]]
+            others = others[((units[others] - units[first]) ** 2).sum(axis=1) <= _APART]
+            difference = images[others].astype(np.float32) - images[first]
+            others = others[(difference ** 2).mean(axis=(1, 2, 3)) <= _MOST_DIFFERENCE ** 2]
+            joined = np.unique(group[[first, *others]])
+            if len(joined) > 1:
+                group[np.isin(group, joined)] = joined[0]
+    return [tuple(np.flatnonzero(group == smallest).tolist()) for smallest, count in zip(*np.unique(group, return_counts=True),
+                                                                                        strict=True) if count > 1]
 
 
 def sharpness(image: Image.Image, *, pixels: int) -> float:
-    """How sharp the picture's edges are at `pixels` (width × height, the training size): 2 a hard edge, below 0.42 blurred.
+    """How sharp the image's edges are at `pixels` (width × height, the training size): 2 a hard edge, below 0.42 blurred.
 
     The variance of the Laplacian (Pech-Pacheco et al., "Diatom autofocusing in brightfield microscopy", ICPR 2000), divided
     by that of the gradient. The plain variance counts how many edges there are and how strong, so a flat drawing looks
     blurred; the quotient knows only their width: for an edge smoothed by a Gaussian σ it falls as 1/(2σ²). It is taken in
     tiles, and the answer is the one below which three quarters of the contrast lie, so that a sharp subject before a soft
-    background is sharp. Larger pictures are made smaller first, smaller ones are judged as they are. Grain and
-    the shake of a camera in one direction go unseen. 0 for a picture without contrast.
+    background is sharp. Larger images are made smaller first, smaller ones stay as they are. Grain and
+    the shake of a camera in one direction go unseen. 0 for an image without contrast.
     """
     scale = min(1.0, (pixels / (image.width * image.height)) ** 0.5)
     size = max(8, round(image.width * scale)), max(8, round(image.height * scale))
@@ -112,89 +109,20 @@ def sharpness(image: Image.Image, *, pixels: int) -> float:
 
 
 def is_blurred(value: float, *, median: float) -> bool:
-    """Whether a picture of sharpness `value` is worth a look, by itself or beside a folder of that median."""
+    """Whether an image of sharpness `value` is worth a look, by itself or beside a folder of that median."""
     return value < BLURRED or value < min(SOFT, SOFTER_THAN_OTHERS * median)
 
 
 def _tiles(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Means over tiles of 32×32 (smaller in small pictures), flat."""
+    """Means over tiles of 32×32 (smaller in small images), flat."""
     side = max(2, min(_TILE, min(values.shape) // 4))
     rows, columns = values.shape[0] // side, values.shape[1] // side
     return values[:rows * side, :columns * side].reshape(rows, side, columns, side).mean(axis=(1, 3)).ravel()
 
 
-def _units(images: Thumbnail) -> NDArray[np.float32]:
+def _normalised(images: Thumbnail) -> NDArray[np.float32]:
     """[n, 16, 16, 3] → [n, 768]: without brightness and contrast, of length 1 (less where there is next to no contrast)."""
     flat = images.reshape(len(images), -1).astype(np.float32)
     flat -= flat.mean(axis=1, keepdims=True)
     length = np.sqrt((flat ** 2).sum(axis=1, keepdims=True))
     return flat / np.maximum(length, np.float32(_FAINT))
-
-
-def _distances(these: NDArray[np.float32], those: NDArray[np.float32]) -> NDArray[np.float32]:
-    """[n, d], [m, d] → squared distances [n, m]."""
-    squares = (these ** 2).sum(axis=1)[:, None] + (those ** 2).sum(axis=1)[None, :]
-    return squares - 2 * (these @ those.T)
-
-
-def _low_frequencies() -> NDArray[np.float32]:
-    """[768, 34] with orthonormal columns: the discrete cosine transform's low frequencies of brightness and two colours."""
-    place = np.arange(_SIDE)
-    waves = np.cos(np.pi * (2 * place[:, None] + 1) * np.arange(_LOW)[None, :] / (2 * _SIDE))  # [16, 4]
-    waves /= np.sqrt((waves ** 2).sum(axis=0))
-    axes = np.array([[1, 1, 1], [1, -1, 0], [1, 1, -2]]) / np.sqrt([[3], [2], [6]])
-    columns = [np.einsum("y,x,c->yxc", waves[:, down], waves[:, across], axis).ravel()
-               for axis, low in zip(axes, (_LOW, _LOW_COLOUR, _LOW_COLOUR), strict=True)
-               for down in range(low) for across in range(low)]
-    return np.stack(columns, axis=1).astype(np.float32)
-
-
-class _Groups:
-    """Disjoint sets of 0…n-1."""
-
-    def __init__(self, count: int) -> None:
-        self._parent = np.arange(count)
-
-    def roots(self) -> NDArray[np.int64]:
-        """For each its group's smallest member."""
-        while True:
-            above = self._parent[self._parent]
-            if (above == self._parent).all():
-                return self._parent
-            self._parent = above
-
-    def join(self, first: int, second: int) -> None:
-        """The groups of both become one."""
-        parent = self._parent
-        while parent[first] != first:
-            first = parent[first]
-        while parent[second] != second:
-            second = parent[second]
-        parent[max(first, second)] = min(first, second)
-
-    def groups(self) -> list[list[int]]:
-        """Those of two and more."""
-        roots = self.roots()
-        order = np.argsort(roots, kind="stable")
-        pieces = np.split(order, np.flatnonzero(np.diff(roots[order])) + 1)
-        return [piece.tolist() for piece in pieces if len(piece) > 1]
-
-
-def _join_alike(joined: _Groups, rows: NDArray[np.int64], columns: NDArray[np.int64], *, units: NDArray[np.float32],
-                images: Thumbnail) -> None:
-    """Of the pairs that may be near, join those that are. Pairs of one group are not looked at again: a folder of one
-    picture a thousand times has half a million of them."""
-    while True:
-        roots = joined.roots()
-        apart = roots[rows] != roots[columns]
-        rows, columns = rows[apart], columns[apart]
-        if not len(rows):
-            return
-        these, those = rows[:_PAIRS], columns[:_PAIRS]
-        alike = ((units[these] - units[those]) ** 2).sum(axis=1) <= _APART
-        these, those = these[alike], those[alike]
-        difference = images[these].astype(np.float32) - images[those]
-        close = (difference ** 2).mean(axis=(1, 2, 3)) <= _MOST_DIFFERENCE ** 2
-        for first, second in zip(these[close].tolist(), those[close].tolist(), strict=True):
-            joined.join(first, second)
-        rows, columns = rows[_PAIRS:], columns[_PAIRS:]

@@ -1,8 +1,8 @@
 """Regular expressions that a user typed, kept from running forever.
 
-Python's own `re` can neither be interrupted nor told a time limit: (a+)+b on a long caption would hold the whole WebUI.
-The `regex` package, which open_clip and transformers need anyway, takes the same patterns, gives up when told to, and lets
-other threads work meanwhile. What only it understands is refused: patterns that call themselves fill the memory first.
+Python's own `re` can neither be interrupted nor given a time limit: (a+)+b on a long caption would hold the whole WebUI.
+The `regex` package, which open_clip and transformers need anyway, accepts the same patterns, has a timeout, and lets
+other threads run meanwhile. What only it understands is refused: recursive patterns fill the memory first.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from lib_lora_train.errors import SettingError
 
 MOST_SECONDS = 1.0  # beyond what is free, for one pass over all captions; `regex` may notice two or three times as late
-_FREE = 200e-6  # seconds a caption: ten times what an ordinary pattern needs, so that many captions alone use up nothing
+_FREE = 200e-6  # seconds a caption: ten times what an ordinary pattern needs, so that many captions do not exceed it
 MOST_CHARACTERS = 1000  # of a pattern
 
 
@@ -44,12 +44,12 @@ class Pattern:
             raise SettingError(f"The replacement {new} cannot be used", why=str(error),
                                remedy=r"write \1 only for a group that the expression has, and \\ for a backslash") from error
 
-    def _timed(self, work: Callable[[], Any]) -> Any:
+    def _timed(self, search: Callable[[], Any]) -> Any:
         if self._left <= 0:
             raise self._too_slow()
         began = time.thread_time()
         try:
-            return work()
+            return search()
         except (TimeoutError, MemoryError) as error:
             raise self._too_slow() from error
         finally:

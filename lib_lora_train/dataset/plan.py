@@ -1,6 +1,6 @@
-"""Arithmetic of a run: how often each picture is seen, and how many steps that makes. Pure functions.
+"""Arithmetic of a run: how often each image is seen, and how many steps that makes. Pure functions.
 
-A *visit* is one picture in one batch; a *batch* goes through the network at once; a *step* is one
+A *visit* is one image in one batch; a *batch* goes through the network at once; a *step* is one
 update of the weights, after `gradient_accumulation_steps` batches.
 """
 
@@ -28,9 +28,9 @@ class Plan:
 
 
 def plain_folder_repeats(images: int, *, max_train_epochs: int, num_repeats: int = 0) -> int:
-    """Repeats of each picture of a plain folder in one epoch.
+    """Repeats of each image of a plain folder in one epoch.
 
-    Over all epochs at least 100 visits a picture and 1500 visits in all, unless `num_repeats` (> 0) says so.
+    Over all epochs at least 100 visits an image and 1500 visits in all, unless `num_repeats` (> 0) says so.
     """
     if num_repeats > 0:
         return num_repeats
@@ -39,11 +39,11 @@ def plain_folder_repeats(images: int, *, max_train_epochs: int, num_repeats: int
 
 
 def balanced_repeats(repeats: Sequence[int], *, visits: int) -> tuple[int, ...]:
-    """Repeats of the regularisation pictures so that they are visited as often as the others.
+    """Repeats of the regularisation images so that they are visited as often as the others.
 
-    As sd-scripts does it: pictures are taken in order with their own repeats until `visits` is reached
+    As sd-scripts does it: images are used in order with their own repeats until `visits` is reached
     (those after that get 0), and while too few, each gets one more in turn. Unlike there, the last one
-    taken is cut so that the sum is exactly `visits`.
+    used is cut so that the sum is exactly `visits`.
     """
     result, left = [], visits
     for count in repeats:

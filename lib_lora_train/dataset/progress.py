@@ -1,4 +1,4 @@
-"""Progress and stopping of work that goes picture by picture."""
+"""Progress and stopping of operations that go image by image."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ ShouldStop = Callable[[], bool]
 
 
 class Watch:
-    """Counts what is done, reports it, and ends the work when told to. `doing` completes "stopped while …"."""
+    """Counts what is done, reports it, and stops when told to. `doing` completes "stopped while …"."""
 
     def __init__(self, total: int, *, doing: str, on_progress: Progress | None, should_stop: ShouldStop | None) -> None:
         self._total, self._doing, self._done = total, doing, 0
         self._on_progress, self._should_stop = on_progress, should_stop
 
     def check(self) -> None:
-        """Raises Interrupted if somebody asked to stop. To be called between two pieces of work."""
+        """Raises Interrupted if a stop was requested. To be called between two images."""
         if self._should_stop is not None and self._should_stop():
             raise Interrupted(f"The run was stopped while {self._doing}")
 
     def advance(self, count: int = 1) -> None:
-        """`count` more pieces are done."""
+        """`count` more images are done."""
         self._done += count
         if self._on_progress is not None:
             self._on_progress(self._done, self._total)

@@ -1,7 +1,7 @@
-"""A folder of pictures → what is in it, what is wrong with it, what to fix first. Nothing is written, no model is needed.
+"""A folder of images → what is in it, what is wrong with it, what to fix first. Nothing is written, no model is needed.
 
-Every picture is decoded, so this takes as long as reading them: a second for some forty photographs. What a training would
-only warn of when it starts, or never see (twins, blur, tags spelt in two ways), is found here.
+Every image is decoded, so this takes as long as reading them: a second for some forty photographs. What a training would
+only warn of when it starts, or never see (duplicates, blur, tags spelt in two ways), is found here.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 from lib_lora_train.dataset import likeness
 from lib_lora_train.dataset.advice import Circumstances, advise
 from lib_lora_train.dataset.buckets import Buckets, Placement, Size, TrainingSizes, buckets_for
-from lib_lora_train.dataset.captions import first_line, read_caption, split_tags, with_trigger_word
+from lib_lora_train.dataset.captions import Tokenizer, first_line, split_tags, with_trigger_word
 from lib_lora_train.dataset.crop_sheet import crop_sheet
 from lib_lora_train.dataset.findings import Examined, Proposal, Report
-from lib_lora_train.dataset.folder import MayRead, Subset, find_images
+from lib_lora_train.dataset.folder import Subset, find_images
 from lib_lora_train.dataset.images import read_image
+from lib_lora_train.dataset.listing import MayRead
 from lib_lora_train.dataset.plan import plain_folder_repeats, plan_run
 from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
 from lib_lora_train.errors import DatasetError, printable
@@ -29,25 +29,17 @@ from lib_lora_train.settings import Settings
 __all__ = ["Examined", "Proposal", "Report", "Tokenizer", "crop_sheet", "examine"]
 
 ENLARGED = 1.1  # more than this many times as long at the training size: small
-NARROW = 3.0  # longer side / shorter side; beyond it models paint things twice
+NARROW = 3.0  # longer side / shorter side; beyond it models generate things twice
 DEEP_CROP = 0.15  # of the area
-LONG_CAPTION = 225  # tokens: the most that kohya's trainer can be told to read
-
-
-class Tokenizer(Protocol):
-    """What counts a caption's tokens; `model.tokens.clip_tokenizer()` is one."""
-
-    def encode(self, text: str) -> Sequence[int]:
-        """The tokens of `text`."""
-        ...
+LONG_CAPTION = 225  # tokens: the most that kohya's trainer can read
 
 
 @dataclasses.dataclass(frozen=True)
 class _Caption:
-    """What stands beside one picture; `text` is None where there is no file."""
+    """The caption of one image; `text` is None where there is no file."""
 
     text: str | None
-    trained: str  # with trigger word, or what stands in for it
+    trained: str  # with trigger word, or what replaces it
     error: bool = False
 
 
@@ -56,12 +48,12 @@ def examine(
     on_progress: Progress | None = None, should_stop: ShouldStop | None = None, may_read: MayRead | None = None,
     unsaved: Mapping[Path, str] | None = None,
 ) -> Report:
-    """Look at every picture and caption of `folder` (kohya's layout or a plain one) as `settings` would train them.
+    """Look at every image and caption of `folder` (kohya's layout or a plain one) as `settings` would train them.
 
     `sizes` are those of the model's family, where the settings leave them open. `unsaved` are
     captions that were edited and are not in their files yet. `settings.dataset.train_data_dir` is not looked at.
-    Raises DatasetError for a folder that is missing, unreadable or without a picture's name, SettingError for sizes that
-    contradict each other, Interrupted when `should_stop()` says so. Damaged pictures and captions are part of the report.
+    Raises DatasetError for a folder that is missing, unreadable or without an image's name, SettingError for sizes that
+    contradict each other, Interrupted when `should_stop()` says so. Damaged images and captions are part of the report.
     """
     folder = Path(folder)
     buckets = buckets_for(settings.dataset, sizes=sizes)
@@ -76,23 +68,23 @@ def examine(
             watch.advance()
     images, twins = _compare(reader.images, reader.thumbnails, should_stop=should_stop)
     tags = _tags([caption.text or "" for caption in reader.captions])
-    placed = Counter(image.bucket for image in images if image.usable)
+    by_bucket = Counter(image.bucket for image in images if image.usable)
     report = Report(
         folder=folder, images=tuple(images), duplicates=twins,
         sizes=tuple(Counter((image.width, image.height) for image in images if image.width).most_common()),
-        buckets=tuple(placed.most_common()), tags=tags, once=tuple(tag for tag, count in tags.items() if count == 1),
-        proposal=_proposal(placed, settings), advice=(), resolution=buckets.resolution)
+        buckets=tuple(by_bucket.most_common()), tags=tags, once=tuple(tag for tag, count in tags.items() if count == 1),
+        proposal=_proposal(by_bucket, settings), advice=(), resolution=buckets.resolution)
     return dataclasses.replace(report, advice=advise(report, Circumstances(
         layout=layout, trigger_word=settings.dataset.trigger_word, enable_bucket=settings.dataset.enable_bucket,
         concepts=tuple(dict.fromkeys(subset.caption for subset in subsets if subset.caption)),
         captions=tuple(caption.trained for caption in reader.captions),
         planned_visits=_planned_visits(images, reader.repeats, layout=layout, settings=settings),
-        several_lines=tuple(reader.several_lines), several_files=tuple(reader.several_files), strays=_strays(subsets),
+        several_lines=tuple(reader.several_lines), several_files=tuple(reader.several_files), misnamed=_misnamed(subsets),
         problems=tuple(problem.text for problem in found))))
 
 
 class _Reader:
-    """Reads one picture after the other, and gathers what is found."""
+    """Reads one image after the other, and gathers what is found."""
 
     def __init__(self, buckets: Buckets, *, tokenizer: Tokenizer | None, trigger_word: str,
                  unsaved: Mapping[Path, str]) -> None:
@@ -100,12 +92,12 @@ class _Reader:
         self.images: list[Examined] = []
         self.captions: list[_Caption] = []
         self.repeats: list[int] = []
-        self.thumbnails: dict[int, likeness.Thumbnail] = {}  # by place among the pictures; broken ones have none
+        self.thumbnails: dict[int, likeness.Thumbnail] = {}  # by index among the images; broken ones have none
         self.several_lines: list[str] = []
         self.several_files: list[str] = []
 
     def read(self, path: Path, subset: Subset) -> None:
-        """One more picture."""
+        """One more image."""
         caption = self._caption(path, subset)
         examined, thumbnail = _examine(path, caption, buckets=self._buckets, tokenizer=self._tokenizer)
         if thumbnail is not None:
@@ -115,28 +107,24 @@ class _Reader:
         self.repeats.append(subset.repeats)
 
     def _caption(self, path: Path, subset: Subset) -> _Caption:
-        """The caption as `folder.scan` takes it."""
-        files = subset.captions.get(path.stem, [])
-        if len(files) > 1:
+        """The caption as `folder.scan` reads it."""
+        found = subset.caption_of(path)
+        if found and found.several_files:
             self.several_files.append(path.name)
-        text: str | None = None
+        text = found.line if found else None
         if path in self._unsaved:
             text = first_line(self._unsaved[path])
-        elif files:
-            try:
-                whole = read_caption(files[0])
-            except DatasetError:
-                return _Caption(None, "", error=True)
-            text = first_line(whole)
-            if len([line for line in whole.splitlines() if line.strip()]) > 1:
-                self.several_lines.append(files[0].name)
+        elif found and found.error:
+            return _Caption(None, "", error=True)
+        elif found and found.several_lines:
+            self.several_lines.append(found.file.name)
         return _Caption(None if text is None else printable(text),
                         with_trigger_word(text or subset.caption, self._trigger_word))
 
 
 def _examine(path: Path, caption: _Caption, *, buckets: Buckets,
              tokenizer: Tokenizer | None) -> tuple[Examined, likeness.Thumbnail | None]:
-    """Everything that one picture says by itself."""
+    """Everything that one image says by itself."""
     problems = ["unreadable_caption"] if caption.error else [] if caption.text else [
         "no_caption" if caption.text is None else "empty_caption"]
     tokens = None if tokenizer is None or caption.error else len(tokenizer.encode(caption.trained))
@@ -172,27 +160,27 @@ def _kept(placement: Placement) -> tuple[float, float, float, float]:
 
 def _compare(images: Sequence[Examined], thumbnails: Mapping[int, likeness.Thumbnail], *,
              should_stop: ShouldStop | None) -> tuple[list[Examined], tuple[tuple[Path, ...], ...]]:
-    """What shows only beside the others: twins, and pictures softer than the rest."""
-    places = list(thumbnails)
+    """What only the comparison shows: duplicates, and images softer than the rest."""
+    readable = list(thumbnails)
     result = list(images)
 
-    def mark(place: int, code: str) -> None:
-        result[place] = dataclasses.replace(result[place], problems=(code, *result[place].problems))
+    def add_problem(index: int, code: str) -> None:
+        result[index] = dataclasses.replace(result[index], problems=(code, *result[index].problems))
 
-    if places:
-        median = statistics.median(images[place].sharpness for place in places)
-        for place in places:
-            if likeness.is_blurred(images[place].sharpness, median=median):
-                mark(place, "blurry")
+    if readable:
+        median = statistics.median(images[index].sharpness for index in readable)
+        for index in readable:
+            if likeness.is_blurred(images[index].sharpness, median=median):
+                add_problem(index, "blurry")
     groups = []
-    for group in likeness.near_duplicates([thumbnails[place] for place in places], should_stop=should_stop):
+    for group in likeness.near_duplicates([thumbnails[index] for index in readable], should_stop=should_stop):
         # The largest is the best; of equal ones the sharpest, then one with a caption.
-        best_first = sorted((places[index] for index in group), key=lambda place: (
-            -images[place].width * images[place].height, -round(images[place].sharpness, 2),
-            len(images[place].problems), place))
-        groups.append(tuple(images[place].path for place in best_first))
-        for place in best_first[1:]:
-            mark(place, "duplicate")
+        best_first = sorted((readable[number] for number in group), key=lambda index: (
+            -images[index].width * images[index].height, -round(images[index].sharpness, 2),
+            len(images[index].problems), index))
+        groups.append(tuple(images[index].path for index in best_first))
+        for index in best_first[1:]:
+            add_problem(index, "duplicate")
     return result, tuple(groups)
 
 
@@ -206,8 +194,8 @@ def _tags(captions: Sequence[str]) -> dict[str, int]:
     return dict(sorted(counts, key=lambda item: (-item[1], item[0])))
 
 
-def _strays(subsets: Sequence[Subset]) -> tuple[str, ...]:
-    """Caption files that miss their picture by a detail of the name: `a.png.txt`, or `A.txt` where case counts."""
+def _misnamed(subsets: Sequence[Subset]) -> tuple[str, ...]:
+    """Caption files that miss their image by a detail of the name: `a.png.txt`, or `A.txt` where case counts."""
     found = []
     for subset in subsets:
         names = {path.name.casefold() for path in subset.images} | {path.stem.casefold() for path in subset.images}
@@ -228,7 +216,7 @@ def _proposal(buckets: Mapping[Size, int], settings: Settings) -> Proposal:
 
 
 def _planned_visits(images: Sequence[Examined], repeats: Sequence[int], *, layout: str, settings: Settings) -> int | None:
-    """How often pictures are seen in all as things stand; None where the rule of the proposal decides."""
+    """How often images are seen in all with these settings; None where the rule of the proposal decides."""
     optimizer = settings.optimizer
     usable = [count for image, count in zip(images, repeats, strict=True) if image.usable]
     if optimizer.max_train_steps > 0:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lib_lora_train.dataset.buckets import Placement, buckets_for
-from lib_lora_train.dataset.folder import Dataset, place, scan, visits_by_bucket
+from lib_lora_train.dataset.folder import Dataset, assign_buckets, scan, visits_by_bucket
 from lib_lora_train.dataset.plan import Plan, plan_run
 from lib_lora_train.distributed import SINGLE_PROCESS, ProcessGroup
 from lib_lora_train.errors import DatasetError
@@ -111,7 +111,7 @@ def plan_dataset(settings: Settings, *, family: str, allowed: AllowedPaths | Non
         may_read=allowed.may_read if allowed else None)
     if allowed and dataset_settings.cache_latents_to_disk:
         _check_caches(found, allowed)
-    dataset, placements = place(found, buckets)
+    dataset, placements = assign_buckets(found, buckets)
     return RunPlan(
         settings=settings, family=family, dataset=dataset, placements=placements, resolution=buckets.resolution,
         processes=processes, schedule=_schedule(settings, dataset, placements, processes=processes),

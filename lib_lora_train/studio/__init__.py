@@ -1,14 +1,15 @@
-"""The dataset studio: pictures brought in, looked at, shaped, captioned and edited, on a folder it owns.
+"""The dataset studio: images imported, inspected, shaped, captioned and edited, in a dataset folder that it owns.
 
-    session.py    the one open dataset and everything quick that can be done to it, under one lock
-    opened.py     that dataset: files, captions as edited, what was found out about them
-    work.py       long work: importing, looking at pictures, shaping, captioning
-    work_model.py long work with the host's model: are captions right, preservation pictures
-    shaping.py    one picture cut, mirrored, split; previews
-    tasks.py      one piece of it at a time, on a thread of its own, with progress and stop
-    uploads.py    files a page sends, on their way in
-    thumbs.py     pictures for a browser, small ones kept
-    view.py       what a page shows, as plain data
-    asked.py      what a page asks, checked
-    *_command.py  the same from the command line
+    session.py           the one open dataset and every quick operation on it, under one lock
+    dataset_session.py   that dataset: its files, its captions as edited, its report and its scores
+    operations.py        background tasks: importing, captioning, checking, shaping
+    model_operations.py  background tasks with the host's model: caption scores, class images
+    shaping.py           operations on single images: crop, flip, split, masks, previews
+    tasks.py             the one background task, with progress, problems and stop
+    requests.py          what the routes are sent, validated
+    view.py              what the page shows, as plain data
+    uploads.py           files that a page sends, until they are imported
+    thumbs.py            images for a browser
+    captions/            the caption store; importing/ and cropping/: what works on the dataset's files
+    commands/            the same operations from the command line
 """

@@ -18,7 +18,7 @@ from lib_lora_train.studio import thumbs
 from lib_lora_train.studio.captions.filter import filter_from_dict
 from lib_lora_train.studio.captions.store import CaptionStore
 from lib_lora_train.studio.importing.owned import OwnedDataset
-from lib_lora_train.studio.requests import Selection, text
+from lib_lora_train.studio.requests import Selection
 from lib_lora_train.studio.uploads import Uploads
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ LIVE_CODES = frozenset({"no_caption", "empty_caption", "unreadable_caption"})
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """How well a caption fits its picture, 0 to 100; for that very text. `generated` is how many pictures were painted,
+    """How well a caption fits its image, 0 to 100; for that very text. `generated` is how many images were generated,
     `likeness` how near they come to it, 0 to 100, None where none was."""
 
     caption: str
@@ -40,9 +40,9 @@ class Score:
 
 
 class DatasetSession:
-    """One dataset with its captions. Pictures are called by their file's name, which is unique in it.
+    """One dataset with its captions. Images are called by their file's name, which is unique in it.
 
-    `content` grows with every change of captions and pictures, so that what was found out about them can be told to be old.
+    `content` grows with every change of captions and images, so that what was found out about older ones can be recognised.
     """
 
     def __init__(self, dataset: OwnedDataset, *, allowed: AllowedPaths | None) -> None:
@@ -55,67 +55,59 @@ class DatasetSession:
         self._counted: tuple[object, Counter[str], int] | None = None
         self.content = 0
         self.uploads = Uploads(dataset.studio_folder / "uploads")
-        self._looked_up: tuple[object, object] | None = None
-        self._names: list[str] = []
-        self._index: dict[str, int] = {}
         self.store = CaptionStore.open(dataset.folder, may_read=allowed.may_read if allowed else None)
-        self._look_up()
 
     def renew(self) -> None:
-        """To be called whenever captions changed, or pictures came, went or changed."""
+        """To be called whenever captions changed, or images came, went or changed."""
         self.content += 1
-        self._look_up()
-
-    def _look_up(self) -> None:
-        images, folder = self.store.images, self.dataset.images_folder
-        if self._looked_up != (images, folder):
-            self._looked_up = (images, folder)
-            self._names = [_called(path, folder) for path in images]
-            self._index = {name: index for index, name in enumerate(self._names)}
 
     def name(self, path: Path) -> str:
-        """What a picture is called; one in a folder that somebody put beside the dataset's own, with that folder's name."""
-        return _called(path, self.dataset.images_folder)
+        """What an image is called; one in another folder of the dataset has that folder's name before it."""
+        return path.name if path.parent == self.dataset.images_folder else f"{path.parent.name}/{path.name}"
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The pictures by name, in the book's order."""
-        return tuple(self._names)
+        """The images by name, in the store's order."""
+        return tuple(map(self.name, self.store.images))
+
+    def find(self, name: str) -> int | None:
+        """The image's index in the store; None if there is none of that name."""
+        return self.store.index((self.dataset.folder if "/" in name else self.dataset.images_folder) / name)
 
     def index(self, name: str) -> int:
-        """Where the book has the picture; raises DatasetError if it has none of that name."""
-        if name not in self._index:
+        """The image's index in the store; raises DatasetError if there is none of that name."""
+        index = self.find(name)
+        if index is None:
             raise DatasetError(f"There is no picture {name!r} in {self.dataset.name}", remedy="reload the page")
-        return self._index[name]
+        return index
 
     def path(self, name: str) -> Path:
-        """The picture's file, within the fence; raises DatasetError."""
+        """The image's file; raises DatasetError."""
         path = self.store.images[self.index(name)]
         if self._allowed is not None and not self._allowed.may_read(path):
             raise DatasetError(f"The picture {name} cannot be used", why="it is a link to a folder that is not allowed")
         return path
 
     def chosen(self, selection: Selection) -> list[int]:
-        """The book's indices of what was selected; raises DatasetError where a name is none of them."""
+        """The store's indices of what was selected; raises DatasetError where a name is none of them."""
         if selection.names is not None:
             return [self.index(name) for name in selection.names]
-        # What was found out about pictures is known here, not in the book.
-        code = text(selection.filter, "problem")
-        found = self.store.select(filter_from_dict({k: v for k, v in selection.filter.items() if k != "problem"}))
-        if code:
-            found = [i for i in found if code in self.problems(i) or (code == "any" and self.problems(i))]
+        wanted = filter_from_dict(selection.filter)
+        found = self.store.select(wanted)
+        if wanted.problem:  # what was found out about images is known here, not to the store
+            found = [i for i in found if wanted.problem in self.problems(i) or (wanted.problem == "any" and self.problems(i))]
         return found
 
     def chosen_names(self, selection: Selection) -> list[str]:
         """The same as names; raises DatasetError where that is nothing."""
-        names = [self._names[index] for index in self.chosen(selection)]
+        names = [self.name(self.store.images[index]) for index in self.chosen(selection)]
         if not names:
             raise DatasetError("No picture is selected", remedy="select some or change the filter")
         return names
 
     def problems(self, index: int) -> list[str]:
-        """Codes of what is wrong with a picture: of the last report, and of its caption as it is now."""
-        found = self._findings.get(self._names[index], ())
+        """Codes of what is wrong with an image: of the last report, and of its caption as it is now."""
+        found = self._findings.get(self.name(self.store.images[index]), ())
         codes = [code for code in found if code not in LIVE_CODES]
         if self.store.problem(index):
             codes.append("unreadable_caption")
@@ -123,25 +115,24 @@ class DatasetSession:
             codes.append("empty_caption" if "empty_caption" in found else "no_caption")
         return codes
 
-    def take_report(self, report: Report, *, content: int) -> None:
+    def set_report(self, report: Report, *, content: int) -> None:
         """Remember what was found in the dataset as it was when `content` was read."""
         self.report, self._report_content = report, content
         self._findings = {self.name(examined.path): tuple(examined.problems) for examined in report.images}
 
     @property
     def fresh(self) -> bool:
-        """Whether there is a report, and of the captions and pictures as they are."""
+        """Whether there is a report, and of the captions and images as they are."""
         return self.report is not None and self._report_content == self.content
 
     def set_repeats(self, repeats: int) -> None:
-        """Show each picture that often an epoch; the pictures' folder is renamed."""
+        """Show each image that often an epoch; the images' folder is renamed."""
         before = self.dataset.images_folder
         self.dataset.set_repeats(repeats)
         self.store.moved(before, self.dataset.images_folder)
-        self._look_up()
 
     def counts(self) -> tuple[Counter[str], int]:
-        """(how many pictures have each problem, how many were shaped). Counted anew only after a change."""
+        """(how many images have each problem, how many were shaped). Counted anew only after a change."""
         key = (self.content, self._report_content, self.dataset.images_folder)
         if self._counted is None or self._counted[0] != key:
             codes = Counter(code for index in range(len(self.store.images)) for code in self.problems(index))
@@ -149,48 +140,48 @@ class DatasetSession:
                 shaped = {path.name for path in self.dataset.unshaped_folder.iterdir()}
             except OSError:
                 shaped = set()  # not made yet
-            self._counted = (key, codes, sum(name in shaped for name in self._index))
+            self._counted = (key, codes, sum(name in shaped for name in self.names))
         return self._counted[1], self._counted[2]
 
     def reshaped(self, names: Sequence[str]) -> None:
-        """These pictures look different now."""
+        """These images look different now."""
         self.forget_findings(names)
         self.renew()
 
     def forget_findings(self, names: Sequence[str]) -> None:
-        """These pictures were changed: what was found out about them no longer holds."""
+        """These images were changed: what was found out about them no longer holds."""
         for name in names:
             self._findings.pop(name, None)
             self.scores.pop(name, None)
 
     def entry(self, index: int) -> dict[str, Any]:
-        """What the gallery shows of one picture. A file that cannot be read shows as such and has no size.
+        """What the gallery shows of one image. A file that cannot be read shows as such and has no size.
 
         "caption_problem" is why its caption cannot be read, or else what is odd about the caption's file.
         """
         path = self.store.images[index]
-        name, problems = self._names[index], self.problems(index)
+        name, problems = self.name(path), self.problems(index)
         try:
-            mark = thumbs.stamp(path)
-            width, height = self._size(path, mark)
+            stamp = thumbs.stamp(path)
+            width, height = self._size(path, stamp)
         except DatasetError:
-            mark, width, height = "", 0, 0
+            stamp, width, height = "", 0, 0
             problems = list(dict.fromkeys(["broken", *problems]))
         return {"id": name, "name": path.name, "caption": self.store.caption(index), "width": width, "height": height,
                 "changed": self.store.is_changed(index), "problems": problems, "score": self.score(index),
                 "caption_problem": self.store.problem(index) or self.store.hint(index),
                 "masked": self.dataset.mask_path(name).is_file(),
-                "shaped": self.dataset.unshaped_path(name).is_file(), "stamp": mark,
+                "shaped": self.dataset.unshaped_path(name).is_file(), "stamp": stamp,
                 "painted": self.scores[name].generated if name in self.scores else 0,
                 "likeness": self.scores[name].likeness if name in self.scores else None}
 
     def score(self, index: int) -> float | None:
-        """The caption's score, None where it was not judged or changed since."""
-        score = self.scores.get(self._names[index])
+        """The caption's score, None where it was not scored or changed since."""
+        score = self.scores.get(self.name(self.store.images[index]))
         return score.value if score is not None and score.caption == self.store.caption(index) else None
 
     def sorted(self, indices: Sequence[int], by: str) -> list[int]:
-        """By name as the book has it, those with most problems first, or the worst scores first."""
+        """By name as the store has it, those with most problems first, or the worst scores first."""
         if by == "name":
             return list(indices)
         if by == "problems":
@@ -199,12 +190,8 @@ class DatasetSession:
             return sorted(indices, key=lambda index: (self.score(index) is None, self.score(index) or 0.0))
         raise SettingError(f"There is no order called {by!r}", remedy="choose name, problems or score")
 
-    def _size(self, path: Path, mark: str) -> tuple[int, int]:
-        key = (self.name(path), mark)
+    def _size(self, path: Path, stamp: str) -> tuple[int, int]:
+        key = (self.name(path), stamp)
         if key not in self._sizes:
             self._sizes[key] = read_size(path)
         return self._sizes[key]
-
-
-def _called(path: Path, folder: Path) -> str:
-    return path.name if path.parent == folder else f"{path.parent.name}/{path.name}"

@@ -1,6 +1,6 @@
-"""Long work of the studio that needs the host's model: are the captions right, and preservation pictures.
+"""Background tasks of the studio that need the host's model: caption scores and class (preservation) images.
 
-Refused while a training has the model; the host's own work goes before it, between two pictures.
+Refused while a training uses the model; the host's own generation comes first, between two images.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from lib_lora_train.studio import thumbs
 from lib_lora_train.studio.dataset_session import DatasetSession, Score
 from lib_lora_train.studio.requests import Selection
 from lib_lora_train.studio.session import Studio
-from lib_lora_train.studio.tasks import Task, Work
+from lib_lora_train.studio.tasks import Task, TaskFunction
 
 MOST_GENERATED = 48
-"""Captions that are painted from where more are checked: the worst of them."""
+"""Most captions that images are generated from: the worst of those that are checked."""
 
 
 def check(studio: Studio, selection: Selection, *, seeds: int, steps: int, worst: int, values: Mapping[str, object]) -> int:
-    """Judge the selected captions, as edited, and paint from the `worst` of them. Raises UserError, HostError."""
+    """Score the selected captions, as edited, and generate images from the `worst` of them. Raises UserError, HostError."""
     settings = parse(values)
     with studio.using() as session:
         names = session.chosen_names(selection)
         captions = {session.path(name): session.store.caption(session.index(name)) for name in names}
         folder = _folder(session)
 
-    def work(task: Task) -> str:
+    def run(task: Task) -> str:
         shutil.rmtree(folder, ignore_errors=True)
         judged = []
         checking = check_captions(studio.host, list(captions.items()), settings=settings, seeds=seeds, steps=steps,
                                   worst=min(worst, len(captions)), on_progress=task.progress, should_stop=task.should_stop)
-        # Closed at once where putting down fails (a full disk): the model must not wait for Python's collector.
+        # Closed at once where storing a result fails (a full disk): the model must not wait for Python's collector.
         with contextlib.closing(checking):
             for checked in checking:
                 if checked.problem or checked.score is None:
@@ -49,7 +49,7 @@ def check(studio: Studio, selection: Selection, *, seeds: int, steps: int, worst
         task.result({"checked": len(judged)})
         return f"{len(judged):,} caption{'' if len(judged) == 1 else 's'} checked; look at the lowest scores first."
 
-    return _start(studio, "Checking captions", work)
+    return _start(studio, "Checking captions", run)
 
 
 def _put_down(studio: Studio, session: DatasetSession, checked: Checked, folder: Path) -> Score:
@@ -67,7 +67,7 @@ def _put_down(studio: Studio, session: DatasetSession, checked: Checked, folder:
 
 
 def generated(studio: Studio, name: str, number: int) -> bytes:
-    """A picture that was painted from a caption, a JPEG. Raises DatasetError where there is none."""
+    """An image that was generated from a caption, a JPEG. Raises DatasetError where there is none."""
     with studio.using() as session:
         session.index(name)
         path = _generated(_folder(session), name, number)
@@ -78,21 +78,21 @@ def generated(studio: Studio, name: str, number: int) -> bytes:
 
 def class_images(studio: Studio, *, prompts: Sequence[str], count: int, size: tuple[int, int], steps: int, cfg: float,
                    seed: int) -> int:
-    """Paint preservation pictures beside the dataset; the result names the folder to train with. Raises HostError."""
+    """Paint preservation images beside the dataset; the result names the folder to train with. Raises HostError."""
     with studio.using() as session:
         folder = session.dataset.folder.with_name(f"{session.dataset.name}-reg")
 
-    def work(task: Task) -> str:
+    def run(task: Task) -> str:
         task.result({"reg_data_dir": str(folder)})
         made = make_class_images(studio.host, prompts=prompts, count=count, folder=folder, size=size, steps=steps, cfg=cfg,
                                    seed=seed, on_progress=task.progress, should_stop=task.should_stop)
         task.result({"made": made.made, "found": made.found})
         return f"{made.made:,} painted, {made.found:,} were there."
 
-    return _start(studio, "Painting class pictures", work)
+    return _start(studio, "Painting class pictures", run)
 
 
-def _start(studio: Studio, name: str, work: Work) -> int:
+def _start(studio: Studio, name: str, function: TaskFunction) -> int:
     if studio.runner.running():
         raise HostError("The model is in use", why="a training is running", remedy="wait for it or stop it first")
     if studio.host.checkpoint() is None:
@@ -100,11 +100,11 @@ def _start(studio: Studio, name: str, work: Work) -> int:
 
     def stopped_by_name(task: Task) -> str:
         try:
-            return work(task)
+            return function(task)
         except Interrupted as error:
             raise Interrupted(f"{name} was stopped; what was done is kept") from error
 
-    # A wait for other work of the host has to be woken.
+    # A wait for the host's own generation has to be ended.
     return studio.tasks.start(name, stopped_by_name, interrupted=studio.host.interrupted, on_stop=studio.host.stop_waiting,
                               with_model=True)
 

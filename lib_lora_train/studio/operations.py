@@ -1,7 +1,7 @@
-"""Long work of the studio: importing, captioning, … Each function starts it and returns the task's number.
+"""Background tasks of the studio: importing, captioning, checking, shaping. Each function starts one and returns its number.
 
-While it goes on nothing is locked. What it found is put down at the end, under the session's lock; what was done until
-somebody stopped it stays.
+Nothing is locked while a task runs. Its results are stored at the end, under the session's lock; what was done until it was
+stopped stays.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from lib_lora_train.tagging.sources import find_source, sources
 
 
 def import_paths(studio: Studio, paths: Sequence[str]) -> int:
-    """Copy pictures from folders, files and zips of this machine into the dataset. Raises UserError, HostError."""
+    """Copy images from folders, files and zips of this machine into the dataset. Raises UserError, HostError."""
     return _import(studio, [studio.allowed(path) for path in paths], uploads=None)
 
 
 def import_uploads(studio: Studio, batch: str) -> int:
     """Take what a page sent into the dataset. Raises DatasetError where nothing was sent, HostError."""
     with studio.using() as session:
-        uploads, sent = session.uploads, session.uploads.take(batch)
+        uploads, sent = session.uploads, session.uploads.pop(batch)
     try:
         return _import(studio, sent, uploads=sent)
     except BaseException:
@@ -49,10 +49,10 @@ def _import(studio: Studio, from_where: Sequence[Path | Upload], *, uploads: lis
         allowed = studio.host.allowed
 
         def may_read(path: Path) -> bool:
-            # What was sent lies where we put it.
+            # What was sent is in our own folder.
             return uploads is not None or allowed is None or allowed.may_read(path)
 
-        def work(task: Task) -> str:
+        def run(task: Task) -> str:
             before, stopped, notes = set(session.dataset.images), "", ()
             try:
                 collected = collect(session.dataset, from_where, may_read=may_read, on_progress=task.progress,
@@ -79,11 +79,11 @@ def _import(studio: Studio, from_where: Sequence[Path | Upload], *, uploads: lis
             if uploads:
                 session.uploads.drop(uploads)
 
-        return studio.tasks.start("Importing pictures", work, ended=ended)
+        return studio.tasks.start("Importing pictures", run, ended=ended)
 
 
 def _keep_repeats(session: DatasetSession, *, before: int) -> None:
-    """Repeats that fit the number of pictures again, unless somebody chose others."""
+    """Adapt the repeats to the number of images, unless the user chose others."""
     usual = (DEFAULT_REPEATS, proposed_repeats(max(1, before)))
     if session.store.images and session.dataset.repeats in usual:
         with contextlib.suppress(DatasetError):  # a program holds the folder: "Use for training" will say so
@@ -91,7 +91,7 @@ def _keep_repeats(session: DatasetSession, *, before: int) -> None:
 
 
 def tag(studio: Studio, source_name: str, values: Mapping[str, Any], selection: Selection) -> int:
-    """Caption the selected pictures; the captions land unsaved, as one step to undo. Raises UserError, HostError."""
+    """Caption the selected images; the captions land unsaved, as one step to undo. Raises UserError, HostError."""
     options, source = parse_options(values), find_source(source_name, sources(studio.host))
     if (missing := source.missing()) and not options.download:
         raise DatasetError(missing)
@@ -99,7 +99,7 @@ def tag(studio: Studio, source_name: str, values: Mapping[str, Any], selection: 
         names = session.chosen_names(selection)
         paths = {session.path(name): name for name in names}
 
-    def work(task: Task) -> str:
+    def run(task: Task) -> str:
         found: dict[str, str] = {}
 
         def existing(path: Path) -> str:
@@ -122,26 +122,26 @@ def tag(studio: Studio, source_name: str, values: Mapping[str, Any], selection: 
             stopped = "Stopped: "
         finally:
             with studio.using():
-                # A picture may have been taken out meanwhile.
-                there = {session.index(name): text for name, text in found.items() if name in session.names}
+                # An image may have been removed meanwhile.
+                there = {index: text for name, text in found.items() if (index := session.find(name)) is not None}
                 changed = session.store.set_captions(there, f"Caption with {source.label}") if there else 0
                 session.renew()
                 studio.changed()
         task.result({"changed": changed})
         return f"{stopped}{_count(changed, 'caption')} changed, not saved yet."
 
-    return studio.tasks.start("Captioning", work)
+    return studio.tasks.start("Captioning", run)
 
 
 def check(studio: Studio, values: Mapping[str, object]) -> int:
-    """Look at every picture and caption, as edited; the report is the dataset's afterwards. `values` are settings of the
+    """Look at every image and caption, as edited; the report is the dataset's afterwards. `values` are settings of the
     training. Raises UserError, HostError."""
     with studio.using() as session:
         dataset, store, content = session.dataset, session.store, session.content
         settings = parse({"trigger_word": dataset.concept, **values})
         unsaved = {store.images[i]: store.caption(i) for i in range(len(store.images)) if store.is_changed(i)}
 
-    def work(task: Task) -> str:
+    def run(task: Task) -> str:
         try:
             tokenizer: Tokenizer | None = studio.tokenizer()
         except HostError as error:
@@ -149,24 +149,26 @@ def check(studio: Studio, values: Mapping[str, object]) -> int:
             task.problem("", f"{error}")
         allowed = studio.host.allowed
         report = examine(dataset.folder, settings=settings, tokenizer=tokenizer, sizes=training_sizes(studio.family()),
-                         unsaved=unsaved, may_read=allowed.may_read if allowed else None, on_progress=task.progress, should_stop=task.should_stop)
+                         unsaved=unsaved,
+                         may_read=allowed.may_read if allowed else None, on_progress=task.progress,
+                         should_stop=task.should_stop)
         with studio.using():
-            session.take_report(report, content=content)
+            session.set_report(report, content=content)
             studio.changed()
         return report.summary
 
-    return studio.tasks.start("Looking at pictures", work)
+    return studio.tasks.start("Looking at pictures", run)
 
 
 def shape(studio: Studio, values: Mapping[str, Any], selection: Selection) -> int:
-    """Cut and scale the selected pictures. Raises UserError, HostError."""
+    """Cut and scale the selected images. Raises UserError, HostError."""
     wanted = Shape.from_dict(values)
     with studio.changing("shaped") as session:
         names = session.chosen_names(selection)
         for name in names:
             session.path(name)
 
-        def work(task: Task) -> str:
+        def run(task: Task) -> str:
             try:
                 shaped = apply_shape(session.dataset, names, wanted, family=studio.family(),
                                      models_folder=studio.host.models_folder, on_progress=task.progress,
@@ -183,7 +185,7 @@ def shape(studio: Studio, values: Mapping[str, Any], selection: Selection) -> in
                     session.reshaped(names)
                     studio.changed()
 
-        return studio.tasks.start("Shaping pictures", work)
+        return studio.tasks.start("Shaping pictures", run)
 
 
 def _device() -> Any:

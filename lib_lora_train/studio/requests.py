@@ -1,109 +1,111 @@
-"""What a page or a program asks of the studio, read from JSON: checked here, so that nothing deeper meets a wrong type."""
+"""What the studio's routes are sent, as one pydantic model; the subset that pydantic 1.10 and 2 share."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, Field, StrictBool, StrictFloat, StrictInt, StrictStr, ValidationError, conint, constr
 
 from lib_lora_train.errors import SettingError
 
-_LONGEST_TEXT = 10_000
+MOST_CHARACTERS = 10_000
+MOST_A_PAGE = 500
 _BATCH = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
+Text = constr(strict=True, max_length=MOST_CHARACTERS)
+Count = conint(strict=True, ge=0)
+Side = conint(strict=True, ge=64, le=4096)
+Pixels = StrictInt | StrictFloat
+Table = dict[StrictStr, Any]
+Model = TypeVar("Model")
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclass(frozen=True)
 class Selection:
-    """Pictures by name, or those that a filter lets through."""
+    """Images by name, or those that a filter accepts."""
 
     names: tuple[str, ...] | None
-    filter: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    filter: Mapping[str, Any] = field(default_factory=dict)
 
 
-def selection(body: Mapping[str, Any]) -> Selection:
-    """From {"ids": [...]} or {"filter": {...}}; raises SettingError where there is neither."""
-    if isinstance(body.get("ids"), list):
-        names = body["ids"]
-        if not all(isinstance(name, str) for name in names):
-            raise SettingError('"ids" must be a list of names')
-        return Selection(tuple(dict.fromkeys(names)))
-    if isinstance(body.get("filter"), dict):
-        return Selection(None, body["filter"])
-    raise SettingError("No picture was named", why='the request holds neither "ids" nor "filter"')
+class StudioRequest(BaseModel):
+    """Every value that a request may hold, under the API's name; which route reads which is written in `api/studio.py`.
+
+    Values that no route knows are passed over.
+    """
+
+    name: Text = ""
+    concept: Text = ""
+    discard: StrictBool = False
+    paths: list[Text] = []
+    batch: Text = ""
+
+    id: Text = ""
+    ids: list[Text] | None = None
+    filter: Table | None = None
+    offset: Count = 0
+    limit: conint(strict=True, ge=0, le=MOST_A_PAGE) = 48
+    sort: Text = "name"
+
+    text: Text = ""
+    edit: Table = {}
+    overwrite: StrictBool = False
+    source: Text = ""
+    options: Table = {}
+
+    settings: Table = {}
+    shape: Table = {}
+    box: tuple[Pixels, Pixels, Pixels, Pixels] | None = None
+    copied: StrictBool = Field(False, alias="copy")
+    tile: conint(strict=True, ge=0, le=16384) = 0
+
+    n: conint(ge=0, le=999) = 0
+    seeds: conint(strict=True, ge=0, le=8) = 2
+    steps: conint(strict=True, ge=1, le=150) = 20
+    worst: Count = 48
+    prompts: list[Text] = []
+    count: conint(strict=True, ge=1, le=10_000) = 20
+    size: Side | tuple[Side, Side] = 512
+    cfg: conint(strict=True, ge=1, le=30) = 7
+    seed: conint(strict=True, ge=0, le=2**32 - 1) = 1
+
+    def selection(self) -> Selection:
+        """The images of "ids", or else those of "filter"; raises SettingError where the request holds neither."""
+        if self.ids is not None:
+            return Selection(tuple(dict.fromkeys(self.ids)))
+        if self.filter is None:
+            raise SettingError("No picture was named", why='the request holds neither "ids" nor "filter"')
+        return Selection(None, self.filter)
+
+    def filtered(self) -> Selection:
+        """The images of "filter", by default all."""
+        return Selection(None, self.filter or {})
 
 
-def text(values: Mapping[str, Any], name: str, *, required: bool = False) -> str:
-    """A text of the request, "" where it is left out; raises SettingError for anything else."""
-    value = values.get(name, "")
-    if not isinstance(value, str) or len(value) > _LONGEST_TEXT or (required and not value.strip()):
-        raise SettingError(f'"{name}" must be {"a text that is not empty" if required else "a text"}',
-                           why=f"at most {_LONGEST_TEXT} letters" if isinstance(value, str) and value.strip() else "")
-    return value
+def validated(model: type[Model], values: Mapping[str, Any], *, what: str = "request") -> Model:
+    """`model` from JSON. Raises SettingError naming the first value that does not fit; `what` completes "of the …"."""
+    # JSON's 20.0 is the integer 20.
+    exact = {name: int(value) if isinstance(value, float) and value.is_integer() else value for name, value in values.items()}
+    try:
+        return model(**exact)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"] if part != "__root__")
+        raise SettingError(f'"{name}" of the {what} cannot be used', why=first["msg"]) from error
 
 
-def texts(values: Mapping[str, Any], name: str) -> list[str]:
-    """A list of texts of the request, not empty; raises SettingError."""
-    value = values.get(name)
-    if not isinstance(value, list) or not value or not all(isinstance(one, str) and one.strip() for one in value):
+def some(values: Sequence[str] | None, name: str) -> Sequence[str]:
+    """A list of texts that a route needs; raises SettingError where it is left out or holds an empty text."""
+    if not values or not all(value.strip() for value in values):
         raise SettingError(f'"{name}" must be a list of texts')
-    return list(value)
+    return values
 
 
-def switch(values: Mapping[str, Any], name: str) -> bool:
-    """True or false, false where it is left out; raises SettingError."""
-    value = values.get(name, False)
-    if not isinstance(value, bool):
-        raise SettingError(f'"{name}" must be true or false')
-    return value
-
-
-def integer(values: Mapping[str, Any], name: str, *, default: int, low: int, high: int) -> int:
-    """A whole number within its bounds; raises SettingError."""
-    value = values.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or not low <= value <= high \
-            or value != int(value):
-        raise SettingError(f'"{name}" must be a whole number between {low} and {high}')
-    return int(value)
-
-
-def numbers(values: Mapping[str, Any], name: str, *, count: int) -> tuple[int, ...]:
-    """Exactly `count` whole numbers; raises SettingError."""
-    value = values.get(name)
-    if not isinstance(value, list) or len(value) != count:
-        raise SettingError(f'"{name}" must be a list of {count} whole numbers')
-    return tuple(integer({name: one}, name, default=0, low=-10**6, high=10**6) for one in value)
-
-
-def number_text(text: str) -> int:
-    """A small number in an address; raises SettingError."""
-    if not (text.isascii() and text.isdigit() and len(text) < 4):
-        raise SettingError("That is not the number of a picture")
-    return int(text)
-
-
-def size(values: Mapping[str, Any], name: str, *, default: int) -> tuple[int, int]:
-    """(width, height) from one number or two; raises SettingError."""
-    value = values.get(name, default)
-    if isinstance(value, list):
-        across, down = numbers(values, name, count=2)
-    else:
-        across = down = integer(values, name, default=default, low=64, high=4096)
-    if not (64 <= across <= 4096 and 64 <= down <= 4096):
-        raise SettingError(f'"{name}" must lie between 64 and 4096 pixels')
-    return across, down
-
-
-def table(values: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """An object of the request, {} where it is left out; raises SettingError."""
-    value = values.get(name, {})
-    if not isinstance(value, dict):
-        raise SettingError(f'"{name}" must be an object')
-    return value
-
-
-def batch_name(value: object) -> str:
-    """What the page calls one heap of uploads; it becomes a folder's name."""
-    if not isinstance(value, str) or not _BATCH.fullmatch(value):
+def batch_name(value: str | None) -> str:
+    """What the page calls files that are imported together; it becomes a folder's name. Raises SettingError."""
+    if not _BATCH.fullmatch(value or ""):
         raise SettingError('"batch" must be up to 64 letters, digits, dashes and underscores')
-    return value
+    return value or ""

@@ -1,8 +1,8 @@
-"""The studio: one open dataset, its captions as they are edited, and one piece of long work at a time.
+"""The studio: one open dataset, its captions as edited, and one background task at a time.
 
 Everything a page or a program does to a dataset goes through here, so that two pages see the same and nothing is written
-twice. It outlives the page, as the runner does. Quick things are done under one lock; long work (`work.py`) takes the lock
-only to put down what it found. Paths that come from outside are compared with the host's fence here and nowhere deeper.
+twice. It outlives the page, as the runner does. Quick operations hold one lock; background tasks (`operations.py`) hold it only
+to store their results. Paths that come from outside are checked against the host's allowed folders here and nowhere deeper.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from lib_lora_train.settings import Settings
 from lib_lora_train.settings.allowed_paths import inside
 from lib_lora_train.studio import thumbs
 from lib_lora_train.studio.captions.edits import Edit, SetCaption, edit_from_dict
+from lib_lora_train.studio.captions.store import CaptionStore
 from lib_lora_train.studio.dataset_session import DatasetSession
 from lib_lora_train.studio.importing.owned import OwnedDataset, list_datasets
 from lib_lora_train.studio.requests import Selection
@@ -48,21 +49,22 @@ class Studio:
 
     @contextlib.contextmanager
     def using(self) -> Iterator[DatasetSession]:
-        """The open dataset, for this thread alone. Not for long work. Raises DatasetError where none is open."""
+        """The open dataset, locked for this thread. Not for anything slow. Raises DatasetError where none is open."""
         with self._lock:
             if self._session is None:
                 raise DatasetError("No dataset is open", remedy="open one or make a new one")
             yield self._session
 
     @contextlib.contextmanager
-    def changing(self, doing: str) -> Iterator[DatasetSession]:
-        """The same for what writes, moves or removes pictures. `doing` completes "cannot be … now".
-
-        Raises HostError while a training reads the dataset, or long work goes on in it.
+    def changing(self, doing: str, *, names: Sequence[str] = ()) -> Iterator[DatasetSession]:
+        """The same for what writes, moves or removes images, of which `names` must be there. `doing` completes "cannot be …
+        now". Raises HostError while a training reads the dataset, or a task works on it, DatasetError for a wrong name.
         """
         with self.using() as session:
             self.refuse_while_training(doing)
             self._refuse_while_busy(doing)
+            for name in names:
+                session.path(name)
             yield session
             self.changed()
 
@@ -79,7 +81,7 @@ class Studio:
 
     @property
     def version(self) -> int:
-        """Grows whenever something that a page shows has changed, but for the progress of work."""
+        """Grows whenever something that a page shows has changed, but for the progress of a task."""
         return self._version
 
     def changed(self) -> None:
@@ -88,8 +90,8 @@ class Studio:
             self._version += 1
 
     def datasets(self) -> list[tuple[str, int]]:
-        """(name, pictures) of each dataset there is. A page asks every second: they are counted anew only when a folder has
-        changed, and not while work changes them all the time."""
+        """(name, images) of each dataset there is. A page asks every second: they are counted anew only when a folder has
+        changed, and not while a task changes them all the time."""
         with self._lock:
             now = _marks(self.host.datasets_folder)
             if self._listed is None or (self._listed[0] != now and not self.tasks.running()):
@@ -99,7 +101,7 @@ class Studio:
                     for name, count in self._listed[1]]
 
     def create(self, name: str, *, concept: str) -> None:
-        """A new, empty dataset, which is opened. Raises DatasetError; HostError while work goes on."""
+        """A new, empty dataset, which is opened. Raises DatasetError; HostError while a task runs."""
         with self._lock:
             self._leave(discard=False)
             self._enter(OwnedDataset.create(self.host.datasets_folder, name, concept=concept))
@@ -161,14 +163,19 @@ class Studio:
                 self.changed()
             return changed
 
-    def undo(self, *, again: bool = False) -> str:
-        """Take the last step back, or with `again` do it again; its label, "" where there is none.
+    def undo(self) -> str:
+        """Undo the last step; its label, "" where there is none. Removed images come back with it, which is refused
+        while a task or a training uses them, as every change of images is."""
+        return self._step(lambda store: store.undo())
 
-        Pictures that were removed come back with it, which waits for work and training as every change of pictures does.
-        """
+    def redo(self) -> str:
+        """Redo the step that was undone last; its label, "" where there is none. Refused as `undo` is."""
+        return self._step(lambda store: store.redo())
+
+    def _step(self, step: Callable[[CaptionStore], str]) -> str:
         with self.using() as session:
             before = set(session.names)
-            label = session.store.redo() if again else session.store.undo()
+            label = step(session.store)
             if label:
                 session.renew()
                 session.forget_findings([name for name in before ^ set(session.names)])
@@ -176,8 +183,8 @@ class Studio:
             return label
 
     def save(self, *, overwrite: bool = False) -> dict[str, Any]:
-        """Write the changed captions: {"written": n, "conflicts": names}. Files that somebody else changed meanwhile are
-        left alone and named, unless `overwrite`. Raises HostError while a training reads the dataset."""
+        """Write the changed captions: {"written": n, "conflicts": names}. Files that another program changed meanwhile are
+        not written but named, unless `overwrite`. Raises HostError while a training reads the dataset."""
         with self.using() as session:
             self.refuse_while_training("saved")
             saved = session.store.save(session.dataset.studio_folder / "backup", overwrite=overwrite)
@@ -199,10 +206,10 @@ class Studio:
                 raise HostError("Tokens cannot be counted", why=f"open_clip cannot be loaded ({error})") from error
         return self._tokenizer
 
-    # ---- pictures
+    # ---- images
 
     def thumbnail(self, name: str) -> bytes:
-        """A small picture as JPEG."""
+        """A small image as JPEG."""
         def made(path: Path) -> bytes:
             return thumbs.thumbnail(path, kept)
         with self.using() as session:
@@ -210,11 +217,11 @@ class Studio:
         return self._read(name, made)
 
     def image(self, name: str) -> bytes:
-        """A whole picture as JPEG."""
-        return self._read(name, thumbs.whole)
+        """An image in full size as JPEG."""
+        return self._read(name, thumbs.full_size)
 
     def _read(self, name: str, made: Callable[[Path], bytes]) -> bytes:
-        """What `made` makes of a picture. Nothing is locked meanwhile, so the folder may get its new name in between."""
+        """What `made` makes of an image. Nothing is locked meanwhile, so the folder may get its new name in between."""
         with self.using() as session:
             path = session.path(name)
         try:
@@ -227,22 +234,22 @@ class Studio:
             return made(now)
 
     def remove(self, names: Sequence[str]) -> int:
-        """Take pictures out; undo brings them back. How many there were."""
+        """Take images out; undo brings them back. How many there were."""
         with self.changing("removed") as session:
             for name in names:
-                session.index(name)
+                session.index(name)  # also of a link that may not be read
             session.dataset.remove(names)
             return self.removed(session, names)
 
     def removed(self, session: DatasetSession, names: Sequence[str]) -> int:
-        """These pictures were taken out of the folder: the book hears of it, and how to bring them back. How many."""
+        """These images were moved out of the folder: tell the store, and how to bring them back. Returns how many."""
         def move(there: bool) -> None:
             self.refuse_while_training("moved")
             self._refuse_while_busy("moved")
             (session.dataset.restore if there else session.dataset.remove)(names)
 
-        count = session.store.remove([session.index(name) for name in names], reload_parts=lambda: move(True),
-                                   take_away=lambda: move(False))
+        count = session.store.remove([session.index(name) for name in names], before_undo=lambda: move(True),
+                                     before_redo=lambda: move(False))
         session.renew()
         return count
 
@@ -256,7 +263,7 @@ class Studio:
     def use(self) -> dict[str, Any]:
         """Save the captions, set the repeats as proposed, and return the settings to train with.
 
-        Raises DatasetError for an empty dataset, HostError where captions were changed by somebody else, or as `changing`.
+        Raises DatasetError for an empty dataset, HostError where captions were changed by another program, or as `changing`.
         """
         with self.changing("used for a training") as session:
             if not session.store.images:
@@ -287,8 +294,8 @@ class Studio:
                                 why="a training is running on it", remedy="wait for it or stop it first")
 
     def refuse_training(self, settings: Settings) -> None:
-        """Raise HostError for a training that would read the open dataset while work goes on in it, or want the model while
-        the studio has it."""
+        """Raise HostError for a training that would read the open dataset while a task works on it, or needs the model while
+        a task uses it."""
         if not self.tasks.running():
             return
         with self.held() as session:
@@ -301,26 +308,27 @@ class Studio:
     # ---- paths from outside
 
     def allowed(self, text: str) -> Path:
-        """The file or folder at `text`, within the fence; the refusal is the same whether or not it exists."""
+        """The file or folder at `text`, within the allowed folders; the refusal is the same whether or not it exists."""
         path = text.strip().strip('"')
         if not path or "\0" in path:
             raise SettingError("No folder was named", remedy="write the path of a folder, a picture or a zip file")
         allowed = self.host.allowed
         if allowed is not None and not inside(path, allowed.reading):
             raise SettingError(f"{path} cannot be used", why="others can reach this page, so it keeps to the folders it is "
-                               "allowed", remedy=f"choose a folder in {' or '.join(map(str, allowed.reading))}; {allowed.advice}")
+                               "allowed", remedy=f"choose a folder in {' or '.join(map(str, allowed.reading))}; "
+                               f"{allowed.advice}")
         if not os.path.exists(path):
             raise DatasetError(f"{path} does not exist", remedy="check the path")
         return Path(path)
 
 
 def proposed_repeats(images: int) -> int:
-    """By the rule of plain folders: at least 100 times a picture and 1500 times in all, over the usual epochs."""
+    """By the rule of plain folders: at least 100 times an image and 1500 times in all, over the usual epochs."""
     return plain_folder_repeats(images, max_train_epochs=Settings().optimizer.max_train_epochs)
 
 
 def _marks(folder: Path) -> tuple[tuple[str, int], ...]:
-    """What changes when a dataset comes, goes, or gets or loses a file: times of its folder and of those in it."""
+    """What changes when a dataset is added or removed, or gets or loses a file: times of its folder and of those in it."""
     found = []
     with contextlib.suppress(OSError):
         for dataset in sorted(folder.iterdir()):
@@ -339,7 +347,7 @@ _ONE_LOCK = threading.Lock()
 
 
 def studio_for(host: Host, runner: Runner) -> Studio:
-    """The process's one studio: the same again for the same host and runner, however often the page is built anew."""
+    """The process's one studio: the same for the same host and runner, however often the page is rebuilt."""
     with _ONE_LOCK:
         if not _ONE or _ONE[0].host is not host or _ONE[0].runner is not runner:
             _ONE[:] = [Studio(host, runner)]

@@ -1,6 +1,6 @@
-"""What is done to single pictures at once: cut by hand, mirrored, split, brought back as they were; and previews.
+"""Operations on single images: cropped by hand, mirrored, split, brought back as imported, masks, and previews.
 
-Shaping many is long work: see `work.py`.
+Shaping many images is a background task: see `operations.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lib_lora_train.studio.session import Studio
 
 
 def preview(studio: Studio, name: str, values: Mapping[str, Any]) -> bytes:
-    """The picture as a shape would make it, a JPEG; nothing is written. Raises UserError."""
+    """The image as a shape would make it, a JPEG; nothing is written. Raises UserError."""
     shape = shapes.Shape.from_dict(values)
     with studio.using() as session:
         session.path(name)
@@ -30,17 +30,15 @@ def preview(studio: Studio, name: str, values: Mapping[str, Any]) -> bytes:
 
 
 def crop_to_box(studio: Studio, name: str, box: Sequence[float]) -> None:
-    """Keep only `box` (left, top, right, bottom in pixels of the picture as it is)."""
-    with studio.changing("cropped") as session:
-        session.path(name)
+    """Keep only `box` (left, top, right, bottom in pixels of the image as it is)."""
+    with studio.changing("cropped", names=[name]) as session:
         shapes.crop_to_box(session.dataset, name, box)
         session.reshaped([name])
 
 
 def flip(studio: Studio, name: str, *, copy: bool) -> str:
-    """Mirror a picture, or with `copy` add a mirrored one beside it; the name of the mirrored one."""
-    with studio.changing("mirrored") as session:
-        session.path(name)
+    """Mirror an image, or with `copy` add a mirrored one beside it; the name of the mirrored one."""
+    with studio.changing("mirrored", names=[name]) as session:
         made = shapes.flip(session.dataset, name, copy=copy)
         if copy:
             _add(session, name, [made])
@@ -49,10 +47,9 @@ def flip(studio: Studio, name: str, *, copy: bool) -> str:
 
 
 def split(studio: Studio, name: str, *, tile: int = 0) -> list[str]:
-    """Cut a large picture into tiles of at most `tile` pixels a side (0: the training's size), which take its place;
+    """Cut a large image into tiles of at most `tile` pixels a side (0: the training's size), which replace it;
     undo brings it back beside them."""
-    with studio.changing("split") as session:
-        session.path(name)
+    with studio.changing("split", names=[name]) as session:
         made = list(shapes.split(session.dataset, name, tile=tile or training_sizes(studio.family()).default))
         _add(session, name, made)
         studio.removed(session, [name])
@@ -61,17 +58,15 @@ def split(studio: Studio, name: str, *, tile: int = 0) -> list[str]:
 
 
 def unshape(studio: Studio, names: Sequence[str]) -> dict[str, Any]:
-    """Bring pictures back as they were imported: {"done": how many, "skipped": [[name, sentence], …]}."""
-    with studio.changing("brought back") as session:
-        for name in names:
-            session.path(name)
+    """Bring images back as they were imported: {"done": how many, "skipped": [[name, sentence], …]}."""
+    with studio.changing("brought back", names=names) as session:
         shaped = shapes.unshape(session.dataset, names)
         session.reshaped(shaped.done)
         return {"done": len(shaped.done), "skipped": [list(pair) for pair in shaped.skipped]}
 
 
 def mask(studio: Studio, name: str) -> bytes:
-    """What of a picture is learnt (white), a JPEG of its size. Raises DatasetError where it has no mask."""
+    """What of an image is learnt (white), a JPEG of its size. Raises DatasetError where it has no mask."""
     with studio.using() as session:
         session.path(name)
         dataset = session.dataset
@@ -82,18 +77,16 @@ def mask(studio: Studio, name: str) -> bytes:
 
 
 def put_mask(studio: Studio, name: str, sent: Path) -> None:
-    """Keep the picture in `sent` as the mask of a picture; of its size, white is learnt."""
+    """Keep the image in `sent` as the mask of an image; of its size, white is learnt."""
     generated = masks.mask_from_file(sent)
-    with studio.changing("masked") as session:
-        session.path(name)
+    with studio.changing("masked", names=[name]) as session:
         masks.put_mask(session.dataset, name, generated)
         session.renew()
 
 
 def remove_mask(studio: Studio, name: str) -> None:
-    """Learn all of a picture again."""
-    with studio.changing("unmasked") as session:
-        session.path(name)
+    """Remove an image's mask: all of it is learnt."""
+    with studio.changing("unmasked", names=[name]) as session:
         masks.remove_mask(session.dataset, name)
         session.renew()
 
@@ -108,7 +101,7 @@ def crops(studio: Studio) -> bytes:
 
 
 def _add(session: DatasetSession, name: str, made: Sequence[str]) -> None:
-    """New pictures made from one: known to the book, with its caption as it is edited."""
+    """Tell the store of new images made from `name`, with its caption as edited."""
     folder, caption = session.dataset.images_folder, session.store.caption(session.index(name))
     session.store.add([folder / new for new in made])
     session.renew()

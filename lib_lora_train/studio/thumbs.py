@@ -1,6 +1,6 @@
-"""Pictures as a browser takes them: small ones made when they are asked for and kept, whole ones encoded anew.
+"""Images for a browser: thumbnails that are made once and kept, and images in full size.
 
-Nothing of a file reaches the browser as it is: whatever stands in it, what is sent was painted here.
+No byte of a file reaches the browser as it is: every image is decoded and encoded anew.
 """
 
 from __future__ import annotations
@@ -32,32 +32,32 @@ def stamp(path: Path) -> str:
 
 def thumbnail(path: Path, folder: Path) -> bytes:
     """A JPEG of at most 256×256 pixels, from `folder` where it was made before. Raises DatasetError as `read_image`."""
-    kept = _place(path, folder)
+    kept = _cached(path, folder)
     with contextlib.suppress(OSError):
         return kept.read_bytes()
     image = read_image(path)
     image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     data = jpeg(image, quality=85)
-    with contextlib.suppress(OSError):  # a full disk costs speed, not the picture
+    with contextlib.suppress(OSError):  # a full disk costs speed, not the image
         for older in kept.parent.glob(f"{kept.stem[:_NAME_DIGITS]}-*.jpg"):
             older.unlink(missing_ok=True)
         write_atomic(kept, data)
     return data
 
 
-def whole(path: Path) -> bytes:
-    """The picture upright and in full size, as a JPEG. Raises DatasetError as `read_image`."""
+def full_size(path: Path) -> bytes:
+    """The image upright and in full size, as a JPEG. Raises DatasetError as `read_image`."""
     return jpeg(read_image(path), quality=92)
 
 
 def jpeg(image: Image.Image, *, quality: int = 90) -> bytes:
-    """The picture's bytes as a JPEG."""
+    """The image's bytes as a JPEG."""
     held = io.BytesIO()
     image.convert("RGB").save(held, "JPEG", quality=quality)
     return held.getvalue()
 
 
-def _place(path: Path, folder: Path) -> Path:
-    # Spread over folders, so that looking for older ones of a picture stays quick with thousands of them.
+def _cached(path: Path, folder: Path) -> Path:
+    # Spread over folders, so that looking for older ones of an image stays quick with thousands of them.
     digits = hashlib.sha256(path.name.encode("utf-8", "surrogatepass")).hexdigest()[:_NAME_DIGITS]
     return folder / digits[:2] / f"{digits}-{stamp(path)}.jpg"

@@ -1,5 +1,5 @@
-"""Files that a page sends, on their way into the dataset: streamed to the disk, counted and weighed, never named by their
-sender there."""
+"""Files that a page sends, on their way into the dataset: streamed to the disk within limits, and
+never named by their sender there."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from lib_lora_train.dataset.images import MAX_BYTES
 from lib_lora_train.errors import DatasetError, OutputError
 from lib_lora_train.studio.importing.collect import Upload
 
-MOST_FILES = 20_000  # of one heap: pictures and their captions
+MOST_FILES = 20_000  # of one batch: images and their captions
 MOST_ARCHIVE = 8 << 30
 MOST_TOGETHER = 16 << 30
-MOST_HEAPS = 16
+MOST_BATCHES = 16
 SPARE = 256 << 20
 """Bytes that stay free on the disk, so that captions can still be saved."""
 
 
 class Uploads:
-    """The files sent so far, in heaps ("batches") that are imported together."""
+    """The files sent so far, in batch ("batches") that are imported together."""
 
     def __init__(self, folder: Path) -> None:
         """`folder` is emptied: what an earlier session was sent and did not import is of no use."""
         self._folder, self._lock = folder, threading.Lock()
-        self._heaps: dict[str, list[Upload]] = {}
+        self._batches: dict[str, list[Upload]] = {}
         self._count, self._bytes = 0, 0
         shutil.rmtree(folder, ignore_errors=True)
 
     def begin(self, batch: str, name: str, *, size: int | None = None) -> Receiving:
-        """A place for one file of the heap `batch`; `size` is what the sender says, if it says so.
+        """Begin to receive one file of `batch`; `size` is what the sender says, if it says so.
 
         Raises DatasetError for a file that is no use or too much, OutputError if the disk refuses.
         """
@@ -40,9 +40,9 @@ class Uploads:
         if size is not None and size > limit:
             raise _too_large(name, limit)
         with self._lock:
-            if batch not in self._heaps and len(self._heaps) >= MOST_HEAPS:
+            if batch not in self._batches and len(self._batches) >= MOST_BATCHES:
                 raise DatasetError("Too many uploads are waiting to be imported", remedy="reload the page and try again")
-            if len(self._heaps.get(batch, ())) >= MOST_FILES:
+            if len(self._batches.get(batch, ())) >= MOST_FILES:
                 raise DatasetError(f"More than {MOST_FILES} files were sent at once", remedy="send them as several lots, or "
                                    "name the folder they are in")
             self._count += 1
@@ -63,24 +63,24 @@ class Uploads:
             raise OutputError("The disk is full", remedy="free some space")
 
     def shrink(self, size: int) -> None:
-        """`size` bytes were removed again."""
+        """`size` bytes were removed."""
         with self._lock:
             self._bytes -= size
 
     def keep(self, batch: str, upload: Upload) -> int:
-        """The file has arrived whole; how many the heap holds now."""
+        """The file has arrived completely; how many the batch holds now."""
         with self._lock:
-            heap = self._heaps.setdefault(batch, [])
-            heap.append(upload)
-            return len(heap)
+            files = self._batches.setdefault(batch, [])
+            files.append(upload)
+            return len(files)
 
-    def take(self, batch: str) -> list[Upload]:
-        """The files of a heap, which are the caller's to `drop` afterwards. Raises DatasetError where there are none."""
+    def pop(self, batch: str) -> list[Upload]:
+        """The files of a batch, which are the caller's to `drop` afterwards. Raises DatasetError where there are none."""
         with self._lock:
-            heap = self._heaps.pop(batch, None)
-        if not heap:
+            files = self._batches.pop(batch, None)
+        if not files:
             raise DatasetError("No file was sent", remedy="choose pictures or a zip file")
-        return heap
+        return files
 
     def drop(self, uploads: list[Upload]) -> None:
         """Remove the files; one that a program holds open is left for the next session to remove."""
@@ -111,7 +111,7 @@ class Receiving:
 
     @property
     def path(self) -> Path:
-        """Where it lies."""
+        """The file it is written to."""
         return self._upload.path
 
     def flush(self) -> None:
@@ -122,7 +122,7 @@ class Receiving:
             raise _disk(error) from error
 
     def done(self) -> int:
-        """It is all there; how many files the heap holds now."""
+        """It is all there; how many files the batch holds now."""
         self.flush()
         return self._uploads.keep(self._batch, self._upload)
 

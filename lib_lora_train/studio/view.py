@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lib_lora_train.errors import printable
 from lib_lora_train.settings.field import declarations
 from lib_lora_train.studio.dataset_session import DatasetSession
-from lib_lora_train.studio.requests import Selection
+from lib_lora_train.studio.requests import MOST_A_PAGE, Selection
 from lib_lora_train.studio.session import Studio
 from lib_lora_train.tagging.options import TagOptions
 from lib_lora_train.tagging.sources import sources
@@ -16,12 +16,11 @@ from lib_lora_train.tagging.sources import sources
 if TYPE_CHECKING:
     from lib_lora_train.dataset.findings import Report
 
-MOST_A_PAGE = 500
 MOST_TAGS = 500
 
 
 def state(studio: Studio) -> dict[str, Any]:
-    """Everything but the pictures themselves: the open dataset, the others, the work, what captions can come from."""
+    """Everything but the images themselves: the open dataset, the others, the task, the captioners."""
     task, datasets = studio.tasks.status(), studio.datasets()
     with studio.held() as session:
         shown = None if session is None else _dataset(session)
@@ -64,14 +63,14 @@ def images(studio: Studio, selection: Selection, *, offset: int, limit: int, sor
 
 
 def tags(studio: Studio, selection: Selection) -> dict[str, Any]:
-    """The tags of the selected pictures, the most frequent first."""
+    """The tags of the selected images, the most frequent first."""
     with studio.using() as session:
         found = session.store.tags(session.chosen(selection))
         return {"tags": [list(pair) for pair in found[:MOST_TAGS]], "total": len(found)}
 
 
 def tag_options() -> list[dict[str, Any]]:
-    """What can be chosen when pictures are captioned, as `control.settings_list` lists settings."""
+    """What can be chosen when images are captioned, as `control.settings_list` lists settings."""
     return [{"name": d.name, "type": d.type.__name__, "default": d.default, "minimum": d.minimum, "maximum": d.maximum,
              "step": d.step, "choices": list(d.choices), "label": d.label, "help": d.help, "in_view": d.in_view}
             for d in declarations(TagOptions)]

@@ -1,4 +1,4 @@
-"""What a captioner offers. Two kinds: those that look at a picture, and those that look at its file."""
+"""What a captioner offers. Two kinds: those that look at an image, and those that look at its file."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ class Tag(NamedTuple):
 
 @dataclass(frozen=True)
 class Description:
-    """What was found for one picture: tags, the surest first, or plain text, or both."""
+    """What was found for one image: tags, the surest first, or plain text, or both."""
 
     tags: tuple[Tag, ...] = ()
     text: str = ""
 
 
 class Captioner(Protocol):
-    """Looks at pictures."""
+    """Looks at images."""
 
     def describe(self, images: Sequence[Image.Image]) -> list[Description]:
-        """One description for each picture (upright, RGB), all of them looked at in one pass where that is possible."""
+        """One description for each image (upright, RGB), all of them looked at in one pass where that is possible."""
 
 
 class FileCaptioner(Protocol):
-    """Looks at what the file says and not at the picture."""
+    """Looks at what the file says and not at the image."""
 
     def describe_file(self, path: Path) -> Description:
         """Raises DatasetError, naming the file, where it says nothing."""
@@ -63,7 +63,7 @@ class CaptionerSource(Protocol):
         """"pixels": a Captioner; "file": a FileCaptioner."""
 
     def missing(self) -> str:
-        """"" where it can be opened as it is, else one sentence: what is missing, and where it goes. Never loads."""
+        """"" where it can be opened as it is, else one sentence: what is missing, and where it belongs. Never loads."""
 
     def open(self, options: TagOptions, device: torch.device, *,
              should_stop: ShouldStop | None = None) -> AbstractContextManager[Captioner | FileCaptioner]:

@@ -1,11 +1,11 @@
-"""The loop over the pictures: read, described a few at a time, composed into captions. Nothing is written here."""
+"""The loop over the images: read, described a few at a time, composed into captions. Nothing is written here."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 from PIL import Image
@@ -20,9 +20,9 @@ from lib_lora_train.tagging.rules import compose
 log = logging.getLogger(__name__)
 
 Row = tuple[Path, "str | None", str]
-"""A picture, its new caption (None: it keeps the one it has), and what went wrong ("": nothing)."""
+"""An image, its new caption (None: it keeps the one it has), and what went wrong ("": nothing)."""
 
-# What a foreign model raises on a picture it cannot take. A host's own classes of errors derive from one of these.
+# What a foreign model raises on an image it cannot use. A host's own classes of errors derive from one of these.
 _FOREIGN = (RuntimeError, OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, MemoryError)
 
 
@@ -30,12 +30,12 @@ def tag_images(
     images: Sequence[Path], source: CaptionerSource, *, options: TagOptions, existing: Callable[[Path], str],
     device: torch.device, on_progress: Progress | None = None, should_stop: ShouldStop | None = None,
 ) -> Iterator[Row]:
-    """A row for each picture, as soon as it is known; those that are left alone come first.
+    """A row for each image, as soon as it is known; those that keep their caption come first.
 
-    `existing` gives a picture's caption ("" for none); where it raises DatasetError, the picture is a row with that
-    problem, unless captions are overwritten. A picture that cannot be read or described is its own row and ends
-    nothing; full memory makes the batches smaller. Raises what opening the source raises, and Interrupted, after the
-    rows that were finished, when `should_stop` says so.
+    `existing` gives an image's caption ("" for none); where it raises DatasetError, the image is a row with that problem,
+    unless captions are overwritten. An image that cannot be read or described is a row with a problem, and the loop goes on;
+    full memory makes the batches smaller. Raises what opening the source raises, and Interrupted, after the rows that were
+    finished, when `should_stop` says so.
     """
     watch = Watch(len(images), doing="captions were made", on_progress=on_progress, should_stop=should_stop)
     watch.check()
@@ -50,10 +50,8 @@ def tag_images(
     if not waiting:
         return
     with source.open(options, device, should_stop=should_stop) as captioner:
-        if source.reads == "file":
-            describe: _Describe = _OneByOne(cast(FileCaptioner, captioner))
-        else:
-            describe = _InBatches(cast(Captioner, captioner), torch.device(device), most=options.batch_size)
+        batches = _Batches(captioner, torch.device(device), batch_size=options.batch_size)
+        describe = batches.describe if source.reads == "pixels" else _file_describer(captioner)
         for start in range(0, len(waiting), options.batch_size):
             watch.check()
             group = waiting[start:start + options.batch_size]
@@ -66,10 +64,6 @@ def tag_images(
                     yield path, None if composed == caption else composed, ""
 
 
-_Describe = Callable[[Sequence[Path]], "list[Description | str]"]
-"""A description for each picture, or the sentence that says why there is none."""
-
-
 def _existing(path: Path, existing: Callable[[Path], str], options: TagOptions) -> tuple[str, str]:
     try:
         return existing(path).strip(), ""
@@ -77,50 +71,46 @@ def _existing(path: Path, existing: Callable[[Path], str], options: TagOptions) 
         return "", "" if options.mode == "overwrite" else str(error)
 
 
-class _OneByOne:
-    def __init__(self, captioner: FileCaptioner) -> None:
-        self._captioner = captioner
-
-    def __call__(self, paths: Sequence[Path]) -> list[Description | str]:
-        return [_tried(lambda path=path: self._captioner.describe_file(path), path) for path in paths]
+def _file_describer(captioner: FileCaptioner) -> Callable[[Sequence[Path]], list[Description | str]]:
+    return lambda paths: [_tried(lambda path=path: captioner.describe_file(path), path) for path in paths]
 
 
-class _InBatches:
-    """Describes pictures together; a batch that is too large for the memory is halved, and stays so."""
+class _Batches:
+    """Describes images together; a batch that is too large for the memory is halved, and stays so."""
 
-    def __init__(self, captioner: Captioner, device: torch.device, *, most: int) -> None:
-        self._captioner, self._device, self._most = captioner, device, most
+    def __init__(self, captioner: Captioner, device: torch.device, *, batch_size: int) -> None:
+        self._captioner, self._device, self._batch_size = captioner, device, batch_size
 
-    def __call__(self, paths: Sequence[Path]) -> list[Description | str]:
+    def describe(self, paths: Sequence[Path]) -> list[Description | str]:
+        """A description for each image, or the sentence that says why there is none."""
         read = [_tried(lambda path=path: read_image(path), path) for path in paths]
         images = [(path, image) for path, image in zip(paths, read, strict=True) if not isinstance(image, str)]
         found: list[Description | str] = []
         while len(found) < len(images):
-            found += self._together(images[len(found):][:self._most])
+            found += self._together(images[len(found):][:self._batch_size])
         described = iter(found)
         return [image if isinstance(image, str) else next(described) for image in read]
 
-    def _together(self, part: Sequence[tuple[Path, Image.Image]]) -> list[Description | str]:
-        """One pass over several pictures; nothing where the memory was full for them, and fewer are to be tried."""
-        if len(part) == 1:
-            return [self._alone(*part[0])]
-        try:
-            return [*self._captioner.describe([image for _, image in part])]
-        except Interrupted:
-            raise
-        except (LoraTrainError, *_FOREIGN) as error:
-            full = is_out_of_memory(error)
-        # Only here, when the error and the tensors it holds are gone, is there memory to free.
-        self._free()
-        if full:
-            self._most = len(part) // 2
-            return []
-        return [self._alone(path, image) for path, image in part]
-
-    def _alone(self, path: Path, image: Image.Image) -> Description | str:
-        found = _tried(lambda: self._captioner.describe([image])[0], path)
-        if isinstance(found, str):
+    def _together(self, batch: Sequence[tuple[Path, Image.Image]]) -> list[Description | str]:
+        """One pass over several images; [] where the memory was full and fewer are to be tried."""
+        full = False
+        if len(batch) > 1:
+            try:
+                return [*self._captioner.describe([image for _, image in batch])]
+            except Interrupted:
+                raise
+            except (LoraTrainError, *_FOREIGN) as error:
+                full = is_out_of_memory(error)
+            # Only here, when the error and the tensors it holds are gone, is there memory to free.
             self._free()
+        if full:
+            self._batch_size = len(batch) // 2
+            return []
+        found = []
+        for path, image in batch:
+            found.append(_tried(lambda image=image: self._captioner.describe([image])[0], path))
+            if isinstance(found[-1], str):
+                self._free()
         return found
 
     def _free(self) -> None:
@@ -131,10 +121,10 @@ class _InBatches:
 _Result = TypeVar("_Result")
 
 
-def _tried(work: Callable[[], _Result], path: Path) -> _Result | str:
-    """What `work` gives, or the sentence that says what was wrong with this picture."""
+def _tried(function: Callable[[], _Result], path: Path) -> _Result | str:
+    """What `function` returns, or the sentence that says what was wrong with this image."""
     try:
-        return work()
+        return function()
     except Interrupted:
         raise
     except LoraTrainError as error:

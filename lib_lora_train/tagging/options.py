@@ -1,4 +1,4 @@
-"""What the user chooses when pictures are captioned. Names are those of kohya's tagger script where it has the option."""
+"""What the user chooses when images are captioned. Names are those of kohya's tagger script where it has the option."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MODES = ("overwrite", "prepend", "append", "only_empty")
 
 @dataclasses.dataclass(frozen=True)
 class TagOptions:
-    """How pictures are captioned, and what becomes of the captions they have."""
+    """How images are captioned, and what becomes of the captions they have."""
 
     mode: str = setting(
         "overwrite", "Existing captions", "overwrite replaces them, prepend and append keep them and add what is new, "

@@ -1,13 +1,13 @@
-r"""The prompt inside a picture, as words.
+r"""The prompt inside an image, as words.
 
-Programs that paint write what they were told into the file; AUTOMATIC1111's WebUI so:
+Image generators write the prompt into the file; AUTOMATIC1111's WebUI so:
 
     a cat, (blue eyes:1.2) <lora:fluff:0.8>
     Negative prompt: blurry
     Steps: 20, Sampler: Euler a, …
 
 A caption is plain text: emphasis, editing, LoRAs and the words BREAK and AND are instructions to the program, not to the
-model, and are taken out. `\(` means a bracket.
+model, and are removed. `\(` means a bracket.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _MEANT = str.maketrans({"\ue000": "\\", "\ue001": "(", "\ue002": ")", "\ue003": 
 
 
 def positive_prompt(parameters: str) -> str:
-    """The prompt alone, of a text as the WebUI keeps it: what stands before the negative prompt and the parameters."""
+    """The prompt alone, of a text as the WebUI keeps it: what is before the negative prompt and the parameters."""
     lines = []
     for line in parameters.strip().splitlines():
         if line.startswith("Negative prompt:") or _PARAMETERS.match(line):
@@ -40,7 +40,7 @@ def positive_prompt(parameters: str) -> str:
 def plain_words(prompt: str) -> str:
     """A prompt without what only the WebUI understands, in one line; "" where nothing else was there.
 
-    `[from:to:when]` becomes what the picture was finished with, `[a|b]` both.
+    `[from:to:when]` becomes what the image was finished with, `[a|b]` both.
     """
     text = _EXTRA_NETWORK.sub(" ", prompt)
     for written, mark in _MARKED.items():

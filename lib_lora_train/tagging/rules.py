@@ -13,9 +13,9 @@ _UNESCAPED = ((r"\\", "\\"), (r"\(", "("), (r"\)", ")"))
 
 
 def compose(existing: str, found: Description, options: TagOptions) -> str:
-    """The caption of a picture that has the caption `existing` ("" for none) and for which `found` was found.
+    """The caption of an image that has the caption `existing` ("" for none) and for which `found` was found.
 
-    Every tag stands once, compared without regard to case, underscores and escapes; which spelling stays is that of the
+    Every tag occurs once, compared without regard to case, underscores and escapes; which spelling stays is that of the
     earlier one. What the user wrote is otherwise kept as it is: unwanted tags are those that would be added. Captions are
     one line each.
     """
@@ -33,14 +33,14 @@ def compose(existing: str, found: Description, options: TagOptions) -> str:
 def chosen(tags: Iterable[Tag], options: TagOptions) -> list[Tag]:
     """The tags that the options let through: the surest first, characters' names before all if so wished.
 
-    Of the ratings only the surest can be chosen, whatever the thresholds: a picture has exactly one.
+    Of the ratings only the surest can be chosen, whatever the thresholds: an image has exactly one.
     """
     ranked = sorted(tags, key=lambda tag: -tag.score)
     rating = next((tag for tag in ranked if tag.category == "rating"), None)
     characters = [tag for tag in ranked if tag.category == "character" and tag.score >= options.character_threshold]
     general = [tag for tag in ranked if tag.category == "general" and tag.score >= options.general_threshold]
     named = characters if options.character_tags else []
-    # A rating is about the whole picture: it does not compete with what is in it.
+    # A rating describes the image as such: it does not compete with the tags of its contents.
     ending = [rating] if rating is not None and options.use_rating_tags else []
     if options.character_tags_first:
         return named + general + ending

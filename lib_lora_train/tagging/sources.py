@@ -15,11 +15,11 @@ _RECOMMENDED = PUBLISHED[0]
 
 
 class OffersCaptioners(Protocol):
-    """The part of a host that is asked here."""
+    """The part of a host that is used here."""
 
     @property
     def taggers_folder(self) -> Path:
-        """A folder for each tagger lies in it."""
+        """It holds a folder for each tagger."""
 
     def captioners(self) -> Sequence[CaptionerSource]:
         """What the host brings itself."""

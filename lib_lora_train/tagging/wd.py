@@ -1,7 +1,7 @@
 """SmilingWolf's WD v3 taggers, from a folder with their three files as they are on huggingface.co.
 
     model.safetensors   timm's weights
-    config.json         timm's architecture, its arguments, and the size and range of pictures it wants
+    config.json         timm's architecture, its arguments, and the size and range of images it wants
     selected_tags.csv   tag_id, name, category, count: one line for each of the model's outputs, in their order
 
 Weights in any other format are not opened: pickles can run programs. timm comes with open_clip, which the WebUI has.
@@ -39,7 +39,7 @@ AUTHOR = "SmilingWolf"
 PUBLISHED = ("wd-vit-tagger-v3", "wd-swinv2-tagger-v3", "wd-convnext-tagger-v3", "wd-vit-large-tagger-v3",
              "wd-eva02-large-tagger-v3")
 _CATEGORIES: dict[str, Category] = {"4": "character", "9": "rating"}
-"""Danbooru's numbers of the kinds of tags; the others are said about the picture in general."""
+"""Danbooru's numbers of the kinds of tags; the others are said about the image in general."""
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR,
                "lanczos": Image.Resampling.LANCZOS}
 _LONGEST_SIDE = 4096
@@ -76,7 +76,7 @@ class WDSource:
         return f"WD tagger ({self.folder.name})"
 
     def missing(self) -> str:
-        """What is not there, and where it goes. Asks the disk only."""
+        """What is not there, and where it belongs. Reads the disk only."""
         if importlib.util.find_spec("timm") is None:
             return "The WD taggers need the Python package timm, which is not installed; install it with: pip install timm."
         if self._where() is not None:
@@ -115,7 +115,7 @@ class WDSource:
 
 
 class WDTagger:
-    """A loaded tagger: looks at several pictures in one pass."""
+    """A loaded tagger: looks at several images in one pass."""
 
     def __init__(self, model: nn.Module, config: Config, tags: Sequence[tuple[str, Category]], *, options: TagOptions,
                  device: torch.device) -> None:
@@ -129,7 +129,7 @@ class WDTagger:
         return [self._description(row) for row in self.scores(images)]
 
     def scores(self, images: Sequence[Image.Image]) -> np.ndarray:
-        """How sure the model is of every tag, 0…1: (pictures, tags), in the order of selected_tags.csv."""
+        """How sure the model is of every tag, 0…1: (images, tags), in the order of selected_tags.csv."""
         assert self._model is not None, "the tagger is closed"
         batch = torch.from_numpy(np.stack([prepared(image, self._config) for image in images]))
         with torch.no_grad():
@@ -137,7 +137,7 @@ class WDTagger:
             return self._model(batch.to(self._device)).float().sigmoid().cpu().numpy()
 
     def close(self) -> None:
-        """Let the weights go."""
+        """Release the weights."""
         self._model = None
 
     def _description(self, scores: np.ndarray) -> Description:
@@ -198,7 +198,7 @@ def read_tags(path: Path) -> list[tuple[str, Category]]:
 
 
 def prepared(image: Image.Image, config: Config) -> np.ndarray:
-    """One picture as the model wants it: float32 (3, height, width), blue first."""
+    """One image as the model wants it: float32 (3, height, width), blue first."""
     side = max(image.size)
     if side * side > MAX_PIXELS:
         # Laid on a square, a long strip would fill the memory.
@@ -230,26 +230,22 @@ def _built(config: Config, *, outputs: int, path: Path) -> nn.Module:
 
 
 def _fill(model: nn.Module, path: Path) -> None:
+    own = model.state_dict()
     try:
         tensors = load_file(path)
-        problem = ""
-        with contextlib.suppress(StopIteration):
-            own = model.state_dict()
-            problem = next(f"{name} is missing" if name not in tensors else f"{name} has another shape"
-                           for name, tensor in own.items()
-                           if name not in tensors or tensors[name].shape != tensor.shape)
-        if not problem:
-            # Surplus names are buffers that older versions of timm kept, which are computed now (attn_mask and the like).
-            model.load_state_dict({name: tensors[name] for name in own})
     except (safetensors.SafetensorError, OSError) as error:
         raise ModelError(f"The tagger's weights {path} cannot be read", why=str(error), remedy="fetch them again") from error
-    if problem:
-        raise ModelError(f"The tagger's weights {path} do not fit its config.json and selected_tags.csv", why=problem,
-                         remedy="take all three files from the same place")
+    for name, tensor in own.items():
+        if name not in tensors or tensors[name].shape != tensor.shape:
+            raise ModelError(f"The tagger's weights {path} do not fit its config.json and selected_tags.csv",
+                             why=f"{name} {'has another shape' if name in tensors else 'is missing'}",
+                             remedy="take all three files from the same place")
+    # Surplus names are buffers that older versions of timm kept, which are computed now (attn_mask and the like).
+    model.load_state_dict({name: tensors[name] for name in own})
 
 
 def _cached(model: str) -> Path | None:
-    """Where the Hugging Face libraries keep a published tagger, if somebody fetched it."""
+    """Where the Hugging Face libraries keep a published tagger, if it was fetched before."""
     if importlib.util.find_spec("huggingface_hub") is None:
         return None
     from huggingface_hub import try_to_load_from_cache
@@ -264,7 +260,7 @@ def _fetched(model: str) -> Path:
     from huggingface_hub.utils import HfHubHTTPError
 
     try:
-        # The large one last: what stands in the way shows at once.
+        # The large one last: an obstacle shows at once.
         paths = [Path(hf_hub_download(f"{AUTHOR}/{model}", name)) for name in reversed(FILES)]
     except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]

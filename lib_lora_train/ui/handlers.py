@@ -47,16 +47,16 @@ class Handlers:
     defaults: Mapping[str, Value]
     token: str = dataclasses.field(repr=False)
 
-    def plan(self, token: str, asked: Latest, answer: str, *values: object) -> tuple[Any, Any, Any, Any]:
+    def plan(self, token: str, page: Latest, answer: str, *values: object) -> tuple[Any, Any, Any, Any]:
         """(the summary as HTML, the fields as JSON for the browser to remember, the refusal, the button "Overwrite it").
 
-        `answer` is what stands beside the button: a refusal of other values than these is taken away, button and all.
+        `answer` is the refusal beside the button; one of other values than these is removed together with the button.
         """
         if not self._ours(token):
             return _problem(OUTDATED), gr.update(), gr.update(), gr.update()
         chosen = self._by_name(values)
         draft = json.dumps({name: value for name, value in chosen.items() if name not in ONCE})
-        outdated = asked.ask()
+        outdated = page.ask()
         summary = self._summary(chosen, outdated)
         if outdated():
             # A newer question is being answered, or a refusal came that this plan knows nothing of.
@@ -65,19 +65,19 @@ class Handlers:
             return summary, draft, gr.update(), gr.update()
         return summary, draft, "", gr.update(visible=False)
 
-    def start(self, token: str, asked: Latest, *values: object) -> tuple[Any, Any]:
+    def start(self, token: str, page: Latest, *values: object) -> tuple[Any, Any]:
         """(a refusal as HTML or nothing, whether the button "Overwrite it" shows)."""
         if not self._ours(token):
             return _problem(OUTDATED), gr.update(visible=False)
-        # The page plans again afterwards; an older plan would come too late.
-        asked.ask()
+        # The page plans once more afterwards; an older plan would come too late.
+        page.ask()
         return self._start(self._by_name(values))
 
-    def start_overwriting(self, token: str, asked: Latest, answer: str, *values: object) -> tuple[Any, Any]:
+    def start_overwriting(self, token: str, page: Latest, answer: str, *values: object) -> tuple[Any, Any]:
         """As `start`, replacing a LoRA of the name, this once: the one that `answer`, the refusal, spoke of."""
         if not self._ours(token):
             return _problem(OUTDATED), gr.update(visible=False)
-        asked.ask()
+        page.ask()
         chosen = self._by_name(values)
         return self._start({**chosen, "overwrite": True} if _answers(answer, chosen) else chosen)
 
@@ -90,11 +90,11 @@ class Handlers:
             about, changed = preset.description, dict(preset.values)
         return [_note(about), *self._updates(changed)]
 
-    def restore(self, asked: Latest, draft: str) -> list[Any]:
+    def restore(self, page: Latest, draft: str) -> list[Any]:
         """[a summary for the time being; an update for each field: what the browser remembers, else the settings of
-        the current or last run]. The script takes the summary for a sign that gradio has begun to listen, and asks until it
+        the current or last run]. The script reads the summary as the sign that gradio has begun to listen, and calls until it
         sees one: only the first answer fills the fields, or a late one would undo what was typed meanwhile."""
-        if not asked.first():
+        if not page.first():
             return [gr.update(), *self._updates({})]
         try:
             remembered = json.loads(draft or "{}")
@@ -164,13 +164,13 @@ class Latest:
         return lambda: mine != self._number
 
 
-def _mark(values: Mapping[str, object]) -> str:
+def _digest(values: Mapping[str, object]) -> str:
     """What a refusal carries to be known as the answer to these values."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _answers(answer: str, values: Mapping[str, object]) -> bool:
-    return f'data-values="{_mark(values)}"' in (answer or "")
+    return f'data-values="{_digest(values)}"' in (answer or "")
 
 
 def _plan_text(found: Mapping[str, Any], *, taken: str) -> str:
@@ -189,5 +189,5 @@ def _note(text: str) -> str:
 
 
 def _problem(text: str, *, values: Mapping[str, object] | None = None) -> str:
-    mark = "" if values is None else f' data-values="{_mark(values)}"'
-    return f'<div class="lora-train-problem" role="alert"{mark}>{html.escape(text)}</div>'
+    attribute = "" if values is None else f' data-values="{_digest(values)}"'
+    return f'<div class="lora-train-problem" role="alert"{attribute}>{html.escape(text)}</div>'

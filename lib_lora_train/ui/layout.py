@@ -1,4 +1,4 @@
-"""The tab: what stands where.
+"""The layout of the tab.
 
 Two pages: "1 Dataset", which the scripts draw, and "2 Train": left the settings, right what happens with them: the summary,
 the buttons, the running job and its result. Labels are short English literals, so that the WebUI's localisation files can
@@ -64,20 +64,20 @@ def build_tab(*, runner: Runner, host: Host, defaults: Mapping[str, Value], toke
 
         handlers = Handlers(runner=runner, host=host, names=tuple(fields), defaults=first, token=token)
         inputs = list(fields.values())
-        # No handler waits for another: the queue is for pictures.
+        # No handler waits for another: the queue is for images.
         quiet: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_name": False}
-        asked = gr.State(Latest())
-        planning = {"fn": handlers.plan, "inputs": [key, asked, answer, *inputs],
+        page = gr.State(Latest())
+        planning = {"fn": handlers.plan, "inputs": [key, page, answer, *inputs],
                     "outputs": [summary, draft, answer, overwrite], **quiet}
         plan.click(**planning)
-        restore.click(handlers.restore, inputs=[asked, draft], outputs=[summary, *inputs], **quiet).then(**planning)
+        restore.click(handlers.restore, inputs=[page, draft], outputs=[summary, *inputs], **quiet).then(**planning)
         preset.input(handlers.apply_preset, inputs=[preset], outputs=[about_preset, *inputs], **quiet).then(**planning)
         for name in fields:
             if DECLARATIONS[name].choices:
                 # Typed fields tell the script that they changed; a drop-down does not.
                 fields[name].input(**planning)
-        start.click(handlers.start, inputs=[key, asked, *inputs], outputs=[answer, overwrite], **quiet).then(**planning)
-        overwrite.click(handlers.start_overwriting, inputs=[key, asked, answer, *inputs], outputs=[answer, overwrite],
+        start.click(handlers.start, inputs=[key, page, *inputs], outputs=[answer, overwrite], **quiet).then(**planning)
+        overwrite.click(handlers.start_overwriting, inputs=[key, page, answer, *inputs], outputs=[answer, overwrite],
                         **quiet).then(**planning)
     return tab
 
@@ -124,7 +124,7 @@ def _folded_rows(folded: Iterable[Declaration], fields: dict[str, Any], first: M
 
 
 def _run_column() -> tuple[Any, Any, Any, Any]:
-    """The summary, the buttons, and the places that the script draws into, the result's buttons between them."""
+    """The summary, the buttons, and the elements that the script draws into, with the result's buttons between them."""
     summary = gr.HTML("", elem_id="lora_train_summary")
     with gr.Row(elem_id="lora_train_buttons"):
         start = unsaved(gr.Button("Train", variant="primary", elem_id="lora_train_start", min_width=90, scale=3))

@@ -36,10 +36,10 @@ SCRIPTS = tuple(_ROOT / "javascript" / f"lora_train{part}.js" for part in (
 STYLES = (_ROOT / "style.css", Path(__file__).with_name("standalone.css"))
 _OUR_HEAD = (f'<link rel="stylesheet" href=".{api.PREFIX}/page.css">'
              f'<script src=".{api.PREFIX}/page.js" defer></script>').encode()
-# gradio's page asks other servers for fonts and for a script that is of use in somebody else's frame.
+# gradio's page asks other servers for fonts and for a script that is only of use inside a frame.
 _OUTSIDE = re.compile(rb'<script\b[^>]*\bsrc="https?://[^>]*>\s*</script>|<link\b[^>]*\bhref="https?://[^>]*>')
 _POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'"
-# Paths of gradio that hand out or take files; this page needs neither.
+# Paths of gradio that serve or receive files; this page needs neither.
 _CLOSED = ("/file", "/upload", "/stream", "/proxy")
 
 _Message = MutableMapping[str, Any]
@@ -48,7 +48,7 @@ _Application = Callable[[_Message, Callable[[], Awaitable[_Message]], Callable[[
 
 
 def serve(host: Host, *, port: int, address: str = "127.0.0.1", auth: str = "", open_browser: bool = False) -> None:
-    """Serve the page until the process is interrupted; port 0 takes a free one.
+    """Serve the page until the process is interrupted; port 0 chooses a free one.
 
     `auth` is user:password; without one a password is made up and printed where other machines reach `address`.
     Raises HostError if the port is taken, SettingError for an `auth` that is none.
@@ -141,7 +141,7 @@ def _theme() -> gr.themes.Base:
 
 
 class _Guard:
-    """Refuses requests that a foreign web page makes, and keeps ours from asking anybody else.
+    """Refuses requests that a foreign web page makes, and keeps our page from contacting other servers.
 
     A name of the attacker's own that resolves to 127.0.0.1 shows in Host; a page of another origin shows in Origin,
     which gradio by itself lets pass.
@@ -174,7 +174,7 @@ class _Guard:
 
 
 class _Rewriter:
-    """Puts our script and style into HTML pages, takes what is loaded from elsewhere out, and forbids it besides."""
+    """Puts our script and style into HTML pages, and removes and forbids what is loaded from elsewhere."""
 
     def __init__(self, send: Callable[[_Message], Awaitable[None]]) -> None:
         self._send = send

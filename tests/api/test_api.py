@@ -210,7 +210,7 @@ def test_a_name_that_exists_is_refused_before_anything_starts(desk: Desk):
 
 def test_the_plan_counts_what_the_run_will_do(desk: Desk):
     plan = desk.post("plan", desk.good(num_repeats=4, max_train_epochs=5, train_batch_size=2), PAGE).json()
-    # 3 pictures × 4 repeats in one bucket of 512×512, two at a time: 6 batches an epoch.
+    # 3 images × 4 repeats in one bucket of 512×512, two at a time: 6 batches an epoch.
     assert (plan["pictures"], plan["buckets"], plan["batches_per_epoch"], plan["steps"]) == (3, 1, 6, 30)
     assert plan["resolution"] == [512, 512] and plan["summary"].endswith("= 30 steps")
 
@@ -275,7 +275,7 @@ def test_an_interrupted_run_is_listed_and_goes_on_with_what_it_was_set_to(desk: 
 
 
 @pytest.mark.parametrize("body, word", [
-    ({"resume": "nobody"}, "no run called"), ({"resume": ""}, "id of a run"), ({"resume": 3}, "id of a run"),
+    ({"resume": "nobody"}, "no run called"), ({"resume": ""}, "resume"), ({"resume": 3}, "resume"),
     ({"resume": ".."}, "no run called"), ({"resume": "../runs/../pictures"}, "no run called"),
     ({"resume": "zzk-20261121-120000", "settings": {"network_dim": 4}}, "network_dim is 4 and was 3"),
     ({"resume": "zzk-20261121-120000", "settings": {"max_train_steps": 5}}, "10 steps already"),

@@ -40,7 +40,7 @@ def _cost(outline: Outline, side: int) -> Cost:
                         dtype=torch.float32)
 
 
-def test_arithmetic_grows_with_the_picture_and_weights_do_not(host):
+def test_arithmetic_grows_with_the_image_and_weights_do_not(host):
     small, large = _cost(host.outline(), 64), _cost(host.outline(), 128)
     # Convolutions and linear layers grow fourfold, attention sixteenfold; text and time do not grow.
     assert 3 < large.operations / small.operations < 16

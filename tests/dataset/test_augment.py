@@ -46,7 +46,7 @@ def test_half_of_the_visits_are_flipped() -> None:
     assert abs(sum(draw_flip(rng) for _ in range(4000)) / 4000 - 0.5) < 0.03
 
 
-def test_a_random_crop_reaches_every_place_and_never_leaves_the_picture() -> None:
+def test_a_random_crop_reaches_every_place_and_never_leaves_the_image() -> None:
     placement = Placement(bucket=(64, 32), resized=(67, 32), crop=(1, 0), original=(134, 64))
     rng = random.Random(0)
     assert {draw_crop(placement, rng) for _ in range(200)} == {(0, 0), (1, 0), (2, 0), (3, 0)}

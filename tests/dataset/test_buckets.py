@@ -36,7 +36,7 @@ def test_full_hd_goes_where_kohya_puts_it() -> None:
     assert placement.slack == (43, 0)
 
 
-def test_sdxl_crop_is_that_of_the_picture_fitted_inside_the_bucket() -> None:
+def test_sdxl_crop_is_that_of_the_image_fitted_inside_the_bucket() -> None:
     # 1920×1080 fitted into 640×384 is 640×360: 12 rows above. 1080×1920 in 384×640: 360 wide, 12 left.
     assert buckets().assign(1920, 1080).size_condition_crop() == (12, 0)
     assert buckets().assign(1080, 1920).size_condition_crop() == (0, 12)
@@ -68,12 +68,12 @@ def test_the_closest_aspect_ratio_wins_and_the_first_of_equals() -> None:
         assert 0 in placement.slack
 
 
-def test_without_upscaling_a_small_picture_keeps_its_size_but_for_the_crop() -> None:
+def test_without_upscaling_a_small_image_keeps_its_size_but_for_the_crop() -> None:
     placement = buckets(bucket_no_upscale=True).assign(500, 300)
     assert (placement.resized, placement.bucket, placement.crop) == ((500, 300), (448, 256), (26, 22))
 
 
-def test_without_upscaling_a_large_picture_shrinks_to_the_area() -> None:
+def test_without_upscaling_a_large_image_shrinks_to_the_area() -> None:
     # √(512²·16/9) = 682.67 × 384. Width in steps 640 → height 360 → 320: ratio 2.0, off by 0.222.
     # Height in steps 384 → width 682.67 → 640: ratio 1.667, off by 0.111: the height decides.
     placement = buckets(bucket_no_upscale=True).assign(1920, 1080)
@@ -83,13 +83,13 @@ def test_without_upscaling_a_large_picture_shrinks_to_the_area() -> None:
     assert (placement.resized, placement.bucket) == ((576, 384), (576, 384))
 
 
-def test_without_upscaling_a_picture_narrower_than_a_step_is_refused() -> None:
+def test_without_upscaling_an_image_narrower_than_a_step_is_refused() -> None:
     with pytest.raises(DatasetError, match="100×63.*too small"):
         buckets(bucket_no_upscale=True).assign(100, 63)
     assert buckets().assign(100, 63).bucket == (640, 384)  # 1.587: 640/384 is 1.667, 576/448 is 1.286
 
 
-def test_without_buckets_every_picture_is_centre_cropped_to_the_one_resolution() -> None:
+def test_without_buckets_every_image_is_centre_cropped_to_the_one_resolution() -> None:
     fixed = buckets((768, 512), enable_bucket=False)
     wide, tall = fixed.assign(1920, 1080), fixed.assign(500, 1000)
     assert (wide.bucket, wide.resized, wide.crop) == ((768, 512), (910, 512), (71, 0))

@@ -1,4 +1,4 @@
-"""What a folder of pictures becomes, and what is said about the pictures that are left out."""
+"""What a folder of images becomes, and what is said about the images that are left out."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from lib_lora_train.dataset import folder as folder_module
+from lib_lora_train.dataset import listing
 from lib_lora_train.dataset.buckets import Buckets
-from lib_lora_train.dataset.folder import Dataset, place, scan, visits_by_bucket
+from lib_lora_train.dataset.folder import Dataset, assign_buckets, scan, visits_by_bucket
 from lib_lora_train.dataset.progress import Watch
 from lib_lora_train.errors import DatasetError, Interrupted
 
@@ -23,10 +24,10 @@ def captions(dataset: Dataset) -> dict[str, str]:
     return {example.path.name: example.caption for example in dataset.examples}
 
 
-def test_kohya_folders_give_repeats_and_captions(tmp_path: Path, make_picture) -> None:
-    make_picture("10_sks dog/a.png", (64, 48), caption="a dog, grass")
-    make_picture("10_sks dog/B.JPG")
-    make_picture("3_cat_with_hat/c.webp")
+def test_kohya_folders_give_repeats_and_captions(tmp_path: Path, make_image) -> None:
+    make_image("10_sks dog/a.png", (64, 48), caption="a dog, grass")
+    make_image("10_sks dog/B.JPG")
+    make_image("3_cat_with_hat/c.webp")
     dataset = scan(tmp_path, max_train_epochs=10)
     assert dataset.layout == "kohya" and not dataset.problems
     assert captions(dataset) == {"a.png": "a dog, grass", "B.JPG": "sks dog", "c.webp": "cat_with_hat"}
@@ -39,10 +40,10 @@ def test_kohya_folders_give_repeats_and_captions(tmp_path: Path, make_picture) -
                                        "3_cat_with_hat": {"cat_with_hat": 1}}
 
 
-def test_what_lies_beside_kohya_folders_is_ignored_and_said(tmp_path: Path, make_picture) -> None:
-    make_picture("10_dog/a.png")
+def test_what_lies_beside_kohya_folders_is_ignored_and_said(tmp_path: Path, make_image) -> None:
+    make_image("10_dog/a.png")
     for extra in ("loose.png", "notes/b.png", "0_off/c.png", "10_dog/deeper/d.png"):
-        make_picture(extra)
+        make_image(extra)
     (tmp_path / "5_empty").mkdir()
     (tmp_path / ".lora_train_cache").mkdir()
     dataset = scan(tmp_path, max_train_epochs=1, num_repeats=4)
@@ -53,27 +54,27 @@ def test_what_lies_beside_kohya_folders_is_ignored_and_said(tmp_path: Path, make
     assert dataset.examples[0].repeats == 10
 
 
-def test_a_plain_folder_computes_its_repeats_from_the_pictures_that_can_be_used(tmp_path: Path, make_picture) -> None:
+def test_a_plain_folder_computes_its_repeats_from_the_images_that_can_be_used(tmp_path: Path, make_image) -> None:
     for i in range(10):
-        make_picture(f"{i}.png", caption="x")
+        make_image(f"{i}.png", caption="x")
     (tmp_path / "broken.png").write_bytes(b"")
     dataset = scan(tmp_path, max_train_epochs=10)
     assert dataset.layout == "plain"
-    assert {example.repeats for example in dataset.examples} == {15}  # 1500 visits / 10 pictures / 10 epochs
+    assert {example.repeats for example in dataset.examples} == {15}  # 1500 visits / 10 images / 10 epochs
     assert {e.repeats for e in scan(tmp_path, max_train_epochs=10, num_repeats=2).examples} == {2}
 
 
-def test_a_numbered_folder_chosen_itself_is_a_plain_folder_and_says_so(tmp_path: Path, make_picture) -> None:
-    make_picture("10_dog/a.png", caption="a")
+def test_a_numbered_folder_chosen_itself_is_a_plain_folder_and_says_so(tmp_path: Path, make_image) -> None:
+    make_image("10_dog/a.png", caption="a")
     dataset = scan(tmp_path / "10_dog", max_train_epochs=1, num_repeats=1)
     assert (dataset.layout, dataset.examples[0].repeats) == ("plain", 1)
     assert "10_dog" in texts(dataset) and "folder above" in texts(dataset)
 
 
-def test_a_missing_caption_is_the_trigger_word_or_empty_with_a_warning(tmp_path: Path, make_picture) -> None:
-    make_picture("a.png", caption="smile")
-    make_picture("b.png")
-    make_picture("c.png", caption="  ")
+def test_a_missing_caption_is_the_trigger_word_or_empty_with_a_warning(tmp_path: Path, make_image) -> None:
+    make_image("a.png", caption="smile")
+    make_image("b.png")
+    make_image("c.png", caption="  ")
     with_trigger = scan(tmp_path, max_train_epochs=1, trigger_word="sks")
     assert captions(with_trigger) == {"a.png": "sks, smile", "b.png": "sks", "c.png": "sks"}
     assert not with_trigger.problems
@@ -82,20 +83,20 @@ def test_a_missing_caption_is_the_trigger_word_or_empty_with_a_warning(tmp_path:
     assert "2 picture(s)" in texts(without) and "b.png, c.png" in texts(without)
 
 
-def test_captions_of_several_lines_or_files_are_warned_about(tmp_path: Path, make_picture) -> None:
-    make_picture("a.png", caption="first\nsecond")
-    make_picture("b.png", caption="from txt")
+def test_captions_of_several_lines_or_files_are_warned_about(tmp_path: Path, make_image) -> None:
+    make_image("a.png", caption="first\nsecond")
+    make_image("b.png", caption="from txt")
     (tmp_path / "b.caption").write_text("from caption")
-    make_picture("c.png")
+    make_image("c.png")
     (tmp_path / "c.caption").write_text("only caption")
     dataset = scan(tmp_path, max_train_epochs=1)
     assert captions(dataset) == {"a.png": "first", "b.png": "from txt", "c.png": "only caption"}
     assert "a.txt" in texts(dataset) and "b.png" in texts(dataset)
 
 
-def test_captions_that_are_not_utf_8_are_refused_all_at_once(tmp_path: Path, make_picture) -> None:
+def test_captions_that_are_not_utf_8_are_refused_all_at_once(tmp_path: Path, make_image) -> None:
     for name in ("a", "b", "c"):
-        make_picture(f"{name}.png", caption="fine")
+        make_image(f"{name}.png", caption="fine")
     (tmp_path / "a.txt").write_bytes("café".encode("latin-1"))
     with pytest.raises(DatasetError, match=r"a\.txt is not UTF-8"):
         scan(tmp_path, max_train_epochs=1)
@@ -104,12 +105,12 @@ def test_captions_that_are_not_utf_8_are_refused_all_at_once(tmp_path: Path, mak
         scan(tmp_path, max_train_epochs=1)
 
 
-def test_bad_pictures_are_skipped_by_name_and_the_rest_is_used(tmp_path: Path, make_picture) -> None:
-    make_picture("good.png", caption="x")
+def test_bad_images_are_skipped_by_name_and_the_rest_is_used(tmp_path: Path, make_image) -> None:
+    make_image("good.png", caption="x")
     (tmp_path / "zero.jpg").write_bytes(b"")
     (tmp_path / "text.png").write_text("hello")
-    make_picture("large.png", (200, 200))
-    damaged = make_picture("damaged.png", (64, 64))
+    make_image("large.png", (200, 200))
+    damaged = make_image("damaged.png", (64, 64))
     data = bytearray(damaged.read_bytes())
     data[len(data) // 2] ^= 0xFF
     damaged.write_bytes(data)
@@ -121,18 +122,18 @@ def test_bad_pictures_are_skipped_by_name_and_the_rest_is_used(tmp_path: Path, m
     assert "zero bytes" in skipped["zero.jpg"] and "200×200" in skipped["large.png"]
 
 
-def test_a_folder_without_one_usable_picture_is_refused_with_the_reasons(tmp_path: Path) -> None:
+def test_a_folder_without_one_usable_image_is_refused_with_the_reasons(tmp_path: Path) -> None:
     (tmp_path / "zero.jpg").write_bytes(b"")
     with pytest.raises(DatasetError, match=r"No picture.*zero\.jpg.*zero bytes"):
         scan(tmp_path, max_train_epochs=1)
 
 
-def test_a_missing_an_empty_and_a_wrong_folder_are_refused(tmp_path: Path, make_picture) -> None:
+def test_a_missing_an_empty_and_a_wrong_folder_are_refused(tmp_path: Path, make_image) -> None:
     with pytest.raises(DatasetError, match="nowhere does not exist"):
         scan(tmp_path / "nowhere", max_train_epochs=1)
     with pytest.raises(DatasetError, match="holds no pictures"):
         scan(tmp_path, max_train_epochs=1)
-    image = make_picture("dogs/a.png")
+    image = make_image("dogs/a.png")
     with pytest.raises(DatasetError, match="a.png is a file"):
         scan(image, max_train_epochs=1)
     with pytest.raises(DatasetError, match="holds no pictures.*dogs.*10_name"):
@@ -143,21 +144,21 @@ def test_a_missing_an_empty_and_a_wrong_folder_are_refused(tmp_path: Path, make_
 
 
 def test_an_unreadable_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: Path) -> None:
-        raise PermissionError(13, "Permission denied", str(self))
+    def refuse(folder: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(folder))
 
-    monkeypatch.setattr(Path, "iterdir", refuse)
+    monkeypatch.setattr(listing.os, "scandir", refuse)
     with pytest.raises(DatasetError, match="cannot be read: Permission denied"):
         scan(tmp_path, max_train_epochs=1)
 
 
-def test_regularisation_pictures_are_seen_as_often_as_the_others_without_the_trigger(
-    tmp_path: Path, make_picture,
+def test_regularisation_images_are_seen_as_often_as_the_others_without_the_trigger(
+    tmp_path: Path, make_image,
 ) -> None:
     for name in ("a", "b"):
-        make_picture(f"train/4_sks dog/{name}.png")
+        make_image(f"train/4_sks dog/{name}.png")
     for name in ("x", "y", "z"):
-        make_picture(f"reg/1_dog/{name}.png")
+        make_image(f"reg/1_dog/{name}.png")
     dataset = scan(tmp_path / "train", max_train_epochs=1, trigger_word="sks", reg_data_dir=tmp_path / "reg")
     reg = [example for example in dataset.examples if example.is_regularisation]
     assert [(e.path.name, e.repeats, e.caption) for e in reg] == [("x.png", 3, "dog"), ("y.png", 3, "dog"),
@@ -167,17 +168,17 @@ def test_regularisation_pictures_are_seen_as_often_as_the_others_without_the_tri
     assert set(dataset.tag_frequency()) == {"4_sks dog"}
 
 
-def test_regularisation_pictures_beyond_the_visits_are_left_out_and_named(tmp_path: Path, make_picture) -> None:
-    make_picture("train/1_dog/a.png")
+def test_regularisation_images_beyond_the_visits_are_left_out_and_named(tmp_path: Path, make_image) -> None:
+    make_image("train/1_dog/a.png")
     for name in ("x", "y"):
-        make_picture(f"reg/1_dog/{name}.png")
+        make_image(f"reg/1_dog/{name}.png")
     dataset = scan(tmp_path / "train", max_train_epochs=1, reg_data_dir=tmp_path / "reg")
     assert [e.path.name for e in dataset.examples] == ["a.png", "x.png"]
     assert "y.png" in texts(dataset)
 
 
-def test_a_regularisation_folder_is_checked_like_the_other(tmp_path: Path, make_picture) -> None:
-    make_picture("train/1_dog/a.png")
+def test_a_regularisation_folder_is_checked_like_the_other(tmp_path: Path, make_image) -> None:
+    make_image("train/1_dog/a.png")
     (tmp_path / "reg").mkdir()
     for folder, words in (("nowhere", "does not exist"), ("reg", "regularisation.*holds no pictures"),
                           ("train", "is the dataset folder itself")):
@@ -188,16 +189,16 @@ def test_a_regularisation_folder_is_checked_like_the_other(tmp_path: Path, make_
         scan(tmp_path / "train", max_train_epochs=1, reg_data_dir=tmp_path / "reg")
 
 
-def test_a_regularisation_folder_that_no_system_can_name_is_refused(tmp_path: Path, make_picture) -> None:
-    make_picture("train/1_dog/a.png")
+def test_a_regularisation_folder_that_no_system_can_name_is_refused(tmp_path: Path, make_image) -> None:
+    make_image("train/1_dog/a.png")
     for name in ("\ud800", "\0"):
         with pytest.raises(DatasetError):
             scan(tmp_path / "train", max_train_epochs=1, reg_data_dir=name)
 
 
-def test_progress_is_told_and_a_stop_is_heard_between_pictures(tmp_path: Path, make_picture) -> None:
+def test_progress_is_told_and_a_stop_is_heard_between_images(tmp_path: Path, make_image) -> None:
     for name in ("a", "b", "c"):
-        make_picture(f"{name}.png")
+        make_image(f"{name}.png")
     seen: list[tuple[int, int]] = []
     scan(tmp_path, max_train_epochs=1, on_progress=lambda done, total: seen.append((done, total)))
     assert seen == [(1, 3), (2, 3), (3, 3)]
@@ -208,31 +209,31 @@ def test_progress_is_told_and_a_stop_is_heard_between_pictures(tmp_path: Path, m
     assert len(seen) == 2
 
 
-def test_turned_pictures_are_placed_upright_and_too_narrow_ones_are_skipped(tmp_path: Path, make_picture) -> None:
+def test_turned_images_are_placed_upright_and_too_narrow_ones_are_skipped(tmp_path: Path, make_image) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (192, 108)).save(tmp_path / "turned.jpg", exif=exif)
-    make_picture("thin.png", (300, 40))
+    make_image("thin.png", (300, 40))
     buckets = Buckets((512, 512), enable_bucket=True, min_bucket_reso=256, max_bucket_reso=1024, bucket_reso_steps=64,
                       bucket_no_upscale=True)
-    dataset, placements = place(scan(tmp_path, max_train_epochs=10), buckets)
+    dataset, placements = assign_buckets(scan(tmp_path, max_train_epochs=10), buckets)
     assert [(e.path.name, e.width, e.height) for e in dataset.examples] == [("turned.jpg", 108, 192)]
     assert [placement.bucket for placement in placements] == [(64, 192)]
     assert any(problem.skipped and "thin.png" in problem.text for problem in dataset.problems)
     assert visits_by_bucket(dataset.examples, placements) == {(64, 192): dataset.examples[0].repeats}
 
 
-def test_a_dataset_of_which_no_picture_can_be_placed_is_refused(tmp_path: Path, make_picture) -> None:
-    make_picture("thin.png", (300, 40))
+def test_a_dataset_of_which_no_image_can_be_placed_is_refused(tmp_path: Path, make_image) -> None:
+    make_image("thin.png", (300, 40))
     buckets = Buckets((512, 512), enable_bucket=True, min_bucket_reso=256, max_bucket_reso=1024, bucket_reso_steps=64,
                       bucket_no_upscale=True)
     with pytest.raises(DatasetError, match=r"No picture.*thin\.png"):
-        place(scan(tmp_path, max_train_epochs=10), buckets)
+        assign_buckets(scan(tmp_path, max_train_epochs=10), buckets)
 
 
-def test_a_folder_named_by_its_date_is_not_read_as_millions_of_repeats(tmp_path: Path, make_picture) -> None:
-    make_picture("20240101_holiday/a.png")
-    make_picture("2_dog/b.png")
+def test_a_folder_named_by_its_date_is_not_read_as_millions_of_repeats(tmp_path: Path, make_image) -> None:
+    make_image("20240101_holiday/a.png")
+    make_image("2_dog/b.png")
     dataset = scan(tmp_path, max_train_epochs=1)
     assert [example.path.name for example in dataset.examples] == ["b.png"]
     assert any("20240101" in problem.text and "repeats" in problem.text for problem in dataset.problems)
@@ -261,8 +262,8 @@ def test_a_large_folder_read_in_threads_is_what_it_is_read_in_turn(tmp_path: Pat
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("lora-train-ahead")]
 
 
-def test_large_files_are_checked_one_at_a_time_and_others_are_not(tmp_path: Path, make_picture, monkeypatch) -> None:
-    make_picture("a.png")
+def test_large_files_are_checked_one_at_a_time_and_others_are_not(tmp_path: Path, make_image, monkeypatch) -> None:
+    make_image("a.png")
     reader = folder_module._Reader([], watch=Watch(1, doing="", on_progress=None, should_stop=None), max_pixels=1000)
     alone = []
     monkeypatch.setattr(folder_module, "check_image",

@@ -52,7 +52,7 @@ def test_orientation_written_after_the_pixels_of_a_png_counts(tmp_path: Path) ->
     assert np.array_equal(read_image(path), expected)
 
 
-def test_a_broken_exif_block_does_not_lose_the_picture(tmp_path: Path) -> None:
+def test_a_broken_exif_block_does_not_lose_the_image(tmp_path: Path) -> None:
     path = tmp_path / "picture.png"
     CORNERS.save(path, exif=b"Exif\0\0not a tiff header")
     assert np.array_equal(read_image(path), CORNERS)
@@ -161,7 +161,7 @@ def test_an_upper_case_suffix_is_opened(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"not a picture at all", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0\0\x10JFIF"])
 @pytest.mark.parametrize("reader", [read_image, read_size, check_image])
-def test_what_is_no_picture_is_refused_by_name(tmp_path: Path, content: bytes, reader) -> None:
+def test_what_is_no_image_is_refused_by_name(tmp_path: Path, content: bytes, reader) -> None:
     path = tmp_path / "broken.png"
     path.write_bytes(content)
     with pytest.raises(DatasetError, match=r"broken\.png"):
@@ -170,7 +170,7 @@ def test_what_is_no_picture_is_refused_by_name(tmp_path: Path, content: bytes, r
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".bmp", ".tif"])
 @pytest.mark.parametrize("tolerant", [False, True])
-def test_a_truncated_picture_is_refused_even_where_pillow_was_told_to_tolerate_it(
+def test_a_truncated_image_is_refused_even_where_pillow_was_told_to_tolerate_it(
     tmp_path: Path, suffix: str, tolerant: bool, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = tmp_path / f"cut{suffix}"
@@ -235,7 +235,7 @@ def test_a_damaged_png_is_found_without_decoding(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("reader", [read_image, read_size, check_image])
-def test_an_enormous_picture_is_refused_from_its_header(tmp_path: Path, reader) -> None:
+def test_an_enormous_image_is_refused_from_its_header(tmp_path: Path, reader) -> None:
     path = tmp_path / "huge.png"
     header = struct.pack(">IIBBBBB", 40000, 30000, 8, 2, 0, 0, 0)
     body = struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
@@ -253,7 +253,7 @@ def test_the_pixel_limit_is_exact(tmp_path: Path) -> None:
         read_image(path, max_pixels=34)
 
 
-def test_a_missing_picture_and_a_forbidden_one_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_image_and_a_forbidden_one_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DatasetError, match="gone"):
         read_image(tmp_path / "nothing.png")
     CORNERS.save(tmp_path / "locked.png")

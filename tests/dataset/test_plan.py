@@ -10,11 +10,11 @@ from lib_lora_train.dataset.plan import balanced_repeats, plain_folder_repeats, 
 @pytest.mark.parametrize(("images", "epochs", "repeats"), [
     (10, 10, 15),   # 1500 / 10 = 150 of each, over 10 epochs
     (15, 10, 10),   # exactly 100 of each
-    (100, 10, 10),  # more pictures than needed: still 100 of each
+    (100, 10, 10),  # more images than needed: still 100 of each
     (1, 1, 1500), (7, 10, 22),  # ⌈1500/7⌉ = 215, ⌈215/10⌉ = 22
     (20, 1000, 1),
 ])
-def test_a_plain_folder_is_seen_100_times_a_picture_and_1500_times_in_all(images, epochs, repeats) -> None:
+def test_a_plain_folder_is_seen_100_times_an_image_and_1500_times_in_all(images, epochs, repeats) -> None:
     assert plain_folder_repeats(images, max_train_epochs=epochs) == repeats
 
 
@@ -46,5 +46,5 @@ def test_max_train_steps_overrides_the_epochs_exactly(max_train_steps: int, epoc
     ((2, 1), 6, (4, 2)),         # 2, 1, then +1, +1, +1
     ((), 5, ()),
 ])
-def test_regularisation_is_visited_as_often_as_the_pictures(repeats, visits, balanced) -> None:
+def test_regularisation_is_visited_as_often_as_the_images(repeats, visits, balanced) -> None:
     assert balanced_repeats(repeats, visits=visits) == balanced

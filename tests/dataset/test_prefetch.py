@@ -155,7 +155,7 @@ def test_an_exception_of_the_caller_ends_the_threads_and_the_work(threads: int) 
         next(results)
 
 
-def test_a_piece_in_hand_is_waited_for() -> None:
+def test_an_item_under_way_is_waited_for() -> None:
     """Whoever leaves the block may remove what the work reads."""
     begun, may_end, ended = threading.Event(), threading.Event(), []
 

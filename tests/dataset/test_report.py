@@ -1,4 +1,4 @@
-"""What is found in a folder of pictures, and what is said to fix first."""
+"""What is found in a folder of images, and what is said to fix first."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
+from lib_lora_train.dataset.advice import respelt, typing_errors
 from lib_lora_train.dataset.crop_sheet import dimmed
 from lib_lora_train.dataset.report import Examined, Report, crop_sheet, examine
-from lib_lora_train.dataset.tag_slips import respelt, typing_errors
 from lib_lora_train.demo import STYLE, SUBJECT
 from lib_lora_train.errors import DatasetError, Interrupted, SettingError
 from lib_lora_train.model.family import training_sizes
@@ -59,14 +59,14 @@ def advice(report: Report, *words: str) -> str:
 
 
 @pytest.mark.parametrize("folder", [STYLE, SUBJECT], ids=["style", "subject"])
-def test_the_demos_pictures_have_nothing_to_fix(folder: Path) -> None:
+def test_the_demos_images_have_nothing_to_fix(folder: Path) -> None:
     report = look(folder, resolution="128")
     assert (report.advice, report.counts, report.duplicates) == ((), {}, ())
     assert report.trainable and report.usable == len(report.images) > 10
     assert "Nothing to fix" in report.text()
 
 
-def test_each_problem_is_marked_at_its_picture_and_said_in_a_sentence(tmp_path: Path, draw: Draw) -> None:
+def test_each_problem_is_marked_at_its_image_and_said_in_a_sentence(tmp_path: Path, draw: Draw) -> None:
     for i in range(12):
         draw(f"good{i}.png")
     draw("small.png", (300, 200))
@@ -101,7 +101,7 @@ def test_what_would_keep_a_training_from_starting_comes_first(tmp_path: Path, dr
         plan_dataset(parse({"train_data_dir": str(tmp_path)}), family="")
 
 
-def test_a_problem_of_most_pictures_comes_before_one_of_a_few(tmp_path: Path, draw: Draw) -> None:
+def test_a_problem_of_most_images_comes_before_one_of_a_few(tmp_path: Path, draw: Draw) -> None:
     for i in range(10):
         draw(f"{i}.png", blur=6 if i else 0)
     draw("small.png", (200, 200))
@@ -112,14 +112,14 @@ def test_a_problem_of_most_pictures_comes_before_one_of_a_few(tmp_path: Path, dr
     assert "blurred" in few_small[0] and "smaller" in few_blurred[0]
 
 
-def test_a_picture_cut_short_is_found_although_its_header_is_fine(tmp_path: Path, draw: Draw) -> None:
+def test_an_image_cut_short_is_found_although_its_header_is_fine(tmp_path: Path, draw: Draw) -> None:
     draw("a.jpg")
     whole = draw("b.jpg").read_bytes()
     (tmp_path / "b.jpg").write_bytes(whole[:len(whole) // 2])
     assert codes(look(tmp_path)) == {"b.jpg": {"broken"}}
 
 
-def test_a_folder_of_broken_pictures_is_reported_and_one_without_pictures_refused(tmp_path: Path) -> None:
+def test_a_folder_of_broken_images_is_reported_and_one_without_images_refused(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"")
     report = look(tmp_path)
     assert not report.trainable and "No picture of this folder can be trained on" in report.advice[0]
@@ -146,7 +146,7 @@ def test_sizes_buckets_and_steps_are_those_of_the_training(tmp_path: Path, draw:
 
 
 @pytest.mark.parametrize(("images", "batch", "repeats", "steps"), [(5, 1, 30, 1500), (12, 1, 13, 1560), (20, 4, 10, 500)])
-def test_the_proposal_is_a_hundred_times_a_picture_and_fifteen_hundred_in_all(
+def test_the_proposal_is_a_hundred_times_an_image_and_fifteen_hundred_in_all(
         tmp_path: Path, draw: Draw, images: int, batch: int, repeats: int, steps: int) -> None:
     for i in range(images):
         draw(f"{i}.png", (64, 64))
@@ -154,7 +154,7 @@ def test_the_proposal_is_a_hundred_times_a_picture_and_fifteen_hundred_in_all(
     assert (proposal.repeats, proposal.epochs, proposal.steps, proposal.batch) == (repeats, 10, steps, batch)
 
 
-def test_the_crop_is_what_is_cut_off_in_the_pictures_own_pixels(tmp_path: Path, draw: Draw) -> None:
+def test_the_crop_is_what_is_cut_off_in_the_images_own_pixels(tmp_path: Path, draw: Draw) -> None:
     draw("a.png", (768, 512))
     square, = look(tmp_path, enable_bucket=False).images
     assert square.crop_loss == pytest.approx(1 / 3) and square.kept == (128.0, 0.0, 640.0, 512.0)
@@ -218,7 +218,7 @@ def test_captions_that_are_not_saved_yet_count_instead_of_their_files(tmp_path: 
     assert report.tags == {"new": 1} and codes(report) == {"written.png": {"empty_caption"}}
 
 
-def test_a_caption_file_named_after_the_whole_picture_is_pointed_out(tmp_path: Path, draw: Draw) -> None:
+def test_a_caption_file_named_after_the_whole_image_is_pointed_out(tmp_path: Path, draw: Draw) -> None:
     draw("a.png", caption=None)
     (tmp_path / "a.png.txt").write_text("a hat", encoding="utf-8")
     (tmp_path / "LICENSE.txt").write_text("free", encoding="utf-8")
@@ -242,7 +242,7 @@ def test_too_few_repeats_are_said_with_the_folders_new_name(tmp_path: Path, draw
     assert look(tmp_path).advice == ()
 
 
-def test_the_folders_the_studio_keeps_beside_the_pictures_are_no_problem(tmp_path: Path, draw: Draw) -> None:
+def test_the_folders_the_studio_keeps_beside_the_images_are_no_problem(tmp_path: Path, draw: Draw) -> None:
     for i in range(10):
         draw(f"15_zzk girl/{i}.png", caption="zzk girl, hat")
     draw("masks/0.png", caption=None)
@@ -288,7 +288,7 @@ def test_slips_among_tags_are_advice(tmp_path: Path, draw: Draw) -> None:
     assert advice(report, "'long hiar' beside 'long hair' 8") and advice(report, "'long_hair' 1 beside 'long hair' 8")
 
 
-def test_the_report_as_json_names_pictures_within_the_folder(tmp_path: Path, draw: Draw) -> None:
+def test_the_report_as_json_names_images_within_the_folder(tmp_path: Path, draw: Draw) -> None:
     draw("5_猫/絵.png", (300, 200), caption="猫")
     data = json.loads(json.dumps(look(tmp_path).to_dict()))
     image, = data["pictures"]
@@ -297,7 +297,7 @@ def test_the_report_as_json_names_pictures_within_the_folder(tmp_path: Path, dra
     assert set(data["proposal"]) == {"repeats", "epochs", "steps", "batch"}
 
 
-def test_progress_counts_every_picture_and_stopping_ends_the_work(tmp_path: Path, draw: Draw) -> None:
+def test_progress_counts_every_image_and_stopping_ends_the_work(tmp_path: Path, draw: Draw) -> None:
     for i in range(4):
         draw(f"{i}.png", (64, 64))
     seen: list[tuple[int, int]] = []
@@ -309,7 +309,7 @@ def test_progress_counts_every_picture_and_stopping_ends_the_work(tmp_path: Path
 
 def test_what_may_not_be_read_is_not(tmp_path: Path, draw: Draw) -> None:
     draw("a.png")
-    draw("secret.png")
+    draw("10_secret/b.png")
     report = examine(tmp_path, settings=parse({}), may_read=lambda path: "secret" not in path.name)
     assert [image.path.name for image in report.images] == ["a.png"] and advice(report, "not allowed")
 
@@ -351,7 +351,7 @@ def test_a_name_in_any_script_and_of_any_length_fits_the_sheet(tmp_path: Path, d
     assert crop_sheet(look(tmp_path)).size == (14 + 2 * 214, 14 + 248)
 
 
-def test_a_broken_picture_has_no_size(tmp_path: Path) -> None:
+def test_a_broken_image_has_no_size(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"no picture")
     assert look(tmp_path).images == (
         Examined(tmp_path / "a.png", 0, 0, (0, 0), 0.0, 0.0, None, ("broken", "no_caption")),)

@@ -71,7 +71,7 @@ def test_the_hosts_own_stop_button_counts():
 
 
 def test_what_the_work_raises_is_one_sentence(caplog: pytest.LogCaptureFixture):
-    def bad_picture(task: Task) -> str:
+    def bad_image(task: Task) -> str:
         raise DatasetError("The picture is damaged")
 
     def full_disk(task: Task) -> str:
@@ -79,7 +79,7 @@ def test_what_the_work_raises_is_one_sentence(caplog: pytest.LogCaptureFixture):
 
     def defect(task: Task) -> str:
         raise ZeroDivisionError("oops")
-    assert (ended(bad_picture).outcome, ended(bad_picture).message) == ("failed", "The picture is damaged.")
+    assert (ended(bad_image).outcome, ended(bad_image).message) == ("failed", "The picture is damaged.")
     assert "No space left" in ended(full_disk).message and "The disk refused" in ended(full_disk).message
     assert "Traceback" not in caplog.text
     status = ended(defect)

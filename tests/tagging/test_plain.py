@@ -15,7 +15,7 @@ from lib_lora_train.tagging.plain import PLAIN_SOURCES
 
 PARAMETERS = "a cat, (blue eyes:1.2) <lora:fluff:1>, 猫\nNegative prompt: blurry\nSteps: 20, Sampler: Euler a, Seed: 1"
 CAPTION = "a cat, blue eyes, 猫"
-PICTURE = Image.new("RGB", (8, 8), "red")
+IMAGE = Image.new("RGB", (8, 8), "red")
 
 
 def said(source: str, path: Path, **options: object) -> str:
@@ -38,12 +38,12 @@ def test_the_prompt_is_read_from_every_format_in_which_the_webui_keeps_it(tmp_pa
     if suffix == ".png":
         info = PngInfo()
         info.add_text("parameters", PARAMETERS)
-        PICTURE.save(path, pnginfo=info)
+        IMAGE.save(path, pnginfo=info)
     else:
         # As the WebUI does (modules/images.py).
         piexif = pytest.importorskip("piexif")
         comment = pytest.importorskip("piexif.helper").UserComment.dump(PARAMETERS, encoding="unicode")
-        PICTURE.save(path)
+        IMAGE.save(path)
         piexif.insert(piexif.dump({"Exif": {piexif.ExifIFD.UserComment: comment}}), str(path))
     assert said("infotext", path) == CAPTION
 
@@ -53,7 +53,7 @@ def test_the_prompt_is_read_from_every_format_in_which_the_webui_keeps_it(tmp_pa
     b"UNICODE\0" + PARAMETERS.encode("utf-16"), b"\0\0\0\0\0\0\0\0" + PARAMETERS.encode(), b"ASCII\0\0\0" + PARAMETERS.encode(),
     PARAMETERS.encode()], ids=["big", "little", "marked", "undefined", "ascii", "bare"])
 def test_a_comment_is_read_however_its_program_spelt_it(tmp_path: Path, comment: bytes):
-    PICTURE.save(tmp_path / "a.jpg", exif=exif(comment))
+    IMAGE.save(tmp_path / "a.jpg", exif=exif(comment))
     assert said("infotext", tmp_path / "a.jpg") == CAPTION
 
 
@@ -61,14 +61,14 @@ def test_novelais_description_is_its_prompt(tmp_path: Path):
     info = PngInfo()
     for name, text in (("Software", "NovelAI"), ("Description", "a cat, {blue eyes}"), ("Comment", "{}")):
         info.add_text(name, text)
-    PICTURE.save(tmp_path / "a.png", pnginfo=info)
+    IMAGE.save(tmp_path / "a.png", pnginfo=info)
     assert said("infotext", tmp_path / "a.png") == "a cat, {blue eyes}"
 
 
-def test_a_picture_without_a_prompt_is_named(tmp_path: Path):
-    PICTURE.save(tmp_path / "a.png")
+def test_an_image_without_a_prompt_is_named(tmp_path: Path):
+    IMAGE.save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"no picture")
-    PICTURE.save(tmp_path / "c.jpg", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
+    IMAGE.save(tmp_path / "c.jpg", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
     for name in ("a.png", "b.png", "c.jpg"):
         with pytest.raises(DatasetError, match=name):
             said("infotext", tmp_path / name)

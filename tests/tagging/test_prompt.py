@@ -1,4 +1,4 @@
-"""A prompt as words: what only the program understands is gone, what the picture shows is not."""
+"""A prompt as words: what only the program understands is gone, what the image shows is not."""
 
 from __future__ import annotations
 

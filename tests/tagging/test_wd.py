@@ -66,18 +66,18 @@ def published_scores(model: nn.Module, image: Image.Image, size: int) -> np.ndar
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_scores_are_those_of_timm_for_every_kind_of_model_whatever_the_pictures_shape(tmp_path: Path, architecture: str):
+def test_scores_are_those_of_timm_for_every_kind_of_model_whatever_the_images_shape(tmp_path: Path, architecture: str):
     model = write_tagger(tmp_path / "t", architecture)
     size = ARCHITECTURES[architecture].get("img_size", wd_files.SIZE)
     with WDSource(tmp_path / "t").open(ALL, CPU) as loaded:
         ours = loaded.scores(images())
     theirs = np.stack([published_scores(model, image, size) for image in images()])
-    assert theirs.std(axis=0).min() > 1e-3  # or any picture would do
+    assert theirs.std(axis=0).min() > 1e-3  # or any image would do
     np.testing.assert_allclose(ours, theirs, atol=2e-6)
 
 
-def test_a_picture_is_prepared_as_published(tagger: tuple[Path, nn.Module]):
-    # By hand: a red picture twice as wide as high stands between two white quarters; blue comes first, -1 to 1.
+def test_an_image_is_prepared_as_published(tagger: tuple[Path, nn.Module]):
+    # By hand: a red image twice as wide as high stands between two white quarters; blue comes first, -1 to 1.
     values = prepared(Image.new("RGB", (128, 64), (255, 0, 0)), read_config(tagger[0] / "config.json"))
     assert values.shape == (3, 64, 64) and values.dtype == np.float32
     assert (values[:, 32, 32] == (-1, -1, 1)).all() and (values[:, 2, 32] == 1).all() and (values[:, 61, 32] == 1).all()

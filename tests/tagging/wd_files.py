@@ -29,7 +29,7 @@ ARCHITECTURES = {
 
 
 def make_model(architecture: str, *, seed: int = 0) -> nn.Module:
-    """By timm's own public function, spread out so that scores lie between 0 and 1 and differ from picture to picture."""
+    """By timm's own public function, spread out so that scores lie between 0 and 1 and differ from image to image."""
     torch.manual_seed(seed)
     arguments = {name: value for name, value in ARCHITECTURES[architecture].items() if value is not None}
     model = timm.create_model(architecture, pretrained=False, num_classes=len(TAGS), **arguments).eval()

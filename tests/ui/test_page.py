@@ -16,7 +16,7 @@ from tests.browser import ServedPage, expect, needs_browser, opened_page
 from tests.fake_host import FakeJob, images, interrupted_run
 
 pytestmark = needs_browser
-PATIENCE_MS = 20_000
+PATIENCE_MS = 90_000
 
 
 class Served(ServedPage):
@@ -172,10 +172,9 @@ def test_control_and_enter_start_and_the_summary_follows_a_preset(served: Served
     assert served.job.seen is not None and served.job.seen.optimizer.max_train_steps == 200
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_on_a_phone_nothing_is_wider_than_the_screen(served: Served, theme: str):
+def test_on_a_phone_nothing_is_wider_than_the_screen(served: Served):
     served.page.set_viewport_size({"width": 390, "height": 800})
-    served.open(f"?__theme={theme}")
+    served.open("?__theme=dark")
     served.fill()
     for fold in served.page.locator(".lora-train-fold").all():
         fold.click(position={"x": 20, "y": 15})

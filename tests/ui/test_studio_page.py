@@ -1,8 +1,9 @@
-"""The page "1 Dataset" in a real browser, with the real studio behind it: from a folder of mixed pictures to training."""
+"""The page "1 Dataset" in a real browser, with the real studio behind it: from a folder of mixed images to training."""
 
 from __future__ import annotations
 
 import re
+import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,14 +11,16 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from lib_lora_train import api
 from lib_lora_train.run import runner as runner_module
+from lib_lora_train.studio.session import studio_for
 from tests.browser import ServedPage, expect, needs_browser, opened_page
 from tests.fake_host import FakeJob
 from tests.interrupted_save import FINISHED, interrupt_save
 from tests.mixed_pictures import ADDED, COUNT, mixed_pictures
 
 pytestmark = needs_browser
-PATIENCE_MS = 30_000
+PATIENCE_MS = 90_000
 EVIL = "<img src=x onerror=window.evil=1>"
 
 
@@ -27,6 +30,17 @@ class StudioPage(ServedPage):
     def open(self, query: str = "") -> None:
         self.page.goto(self.url + query)
         expect(self.part("choose").or_(self.part("dataset")).first).to_be_visible()
+
+    def forget(self) -> None:
+        """As on the first visit of a new server."""
+        studio = studio_for(self.host, self.runner)
+        studio.tasks.stop()
+        assert studio.tasks.wait(60)
+        studio.close(discard=True)
+        shutil.rmtree(self.host.datasets_folder, ignore_errors=True)
+        self.page.set_viewport_size({"width": 1280, "height": 900})
+        self.page.goto(f"{self.url.rstrip('/')}{api.PREFIX}/page.css")  # of the page's origin, and without its script
+        self.page.evaluate("localStorage.clear(); sessionStorage.clear()")
 
     def tiles(self):
         return self.page.locator(".lts-tile")
@@ -48,7 +62,7 @@ class StudioPage(ServedPage):
         expect(self.page.locator(".lts-summary")).to_be_hidden()
 
     def captions(self, name: str = "emoji") -> dict[str, str]:
-        """What is on the disk, by the picture's name."""
+        """What is on the disk, by the image's name."""
         found = (self.host.datasets_folder / name).glob("*_*/*.txt")
         return {path.stem: path.read_text(encoding="utf-8").strip() for path in found}
 
@@ -59,14 +73,29 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def studio(browser: object, tmp_path: Path) -> Iterator[StudioPage]:
+def fresh(browser: object, tmp_path: Path) -> Iterator[StudioPage]:
+    """A server and a page of the test's own."""
     with opened_page(browser, patience_ms=PATIENCE_MS) as page, StudioPage(tmp_path, page) as made:
         yield made
 
 
+@pytest.fixture(scope="module")
+def shared(browser: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StudioPage]:
+    with opened_page(browser, patience_ms=PATIENCE_MS) as page, StudioPage(tmp_path_factory.mktemp("studio"), page) as made:
+        yield made
+
+
+@pytest.fixture
+def studio(shared: StudioPage, tmp_path: Path) -> StudioPage:
+    """The module's server and page, without a dataset and with nothing remembered."""
+    shared.forget()
+    shared.folder = tmp_path
+    return shared
+
+
 @pytest.fixture
 def few(studio: StudioPage, tmp_path: Path) -> StudioPage:
-    """Five small pictures with captions, opened."""
+    """Five small images with captions, opened."""
     folder = tmp_path / "few"
     folder.mkdir()
     for number, caption in enumerate(("zzk, red, smile", "zzk, red", "zzk, blue, smile", EVIL, "")):
@@ -79,8 +108,8 @@ def few(studio: StudioPage, tmp_path: Path) -> StudioPage:
 
 
 def test_thirty_mixed_pictures_become_a_captioned_and_cropped_dataset_and_a_training(
-        studio: StudioPage, mixed: Path, monkeypatch: pytest.MonkeyPatch):
-    job = FakeJob()
+        fresh: StudioPage, mixed: Path, monkeypatch: pytest.MonkeyPatch):
+    job, studio = FakeJob(), fresh
     monkeypatch.setattr(runner_module, "run_job", job)
     before = {path.name: path.read_bytes() for path in mixed.iterdir()}
     studio.open()
@@ -220,8 +249,11 @@ def test_one_caption_is_written_counted_and_saved_with_the_keyboard(few: StudioP
 
 def test_each_dataset_keeps_its_own_trigger_word_and_unsaved_captions_are_asked_about(few: StudioPage, tmp_path: Path):
     answers = []
-    few.page.on("dialog", lambda dialog: (answers.append(dialog.message), dialog.accept() if len(answers) > 1 else
-                                          dialog.dismiss()))
+
+    def answer(dialog) -> None:
+        answers.append(dialog.message)
+        (dialog.accept if len(answers) > 1 else dialog.dismiss)()
+    few.page.on("dialog", answer)
     few.part("step_caption").click()
     expect(few.part("tag_trigger_word")).to_have_value("zzk")
     # Some have captions: those are not written over unless that is asked for.
@@ -233,6 +265,7 @@ def test_each_dataset_keeps_its_own_trigger_word_and_unsaved_captions_are_asked_
     expect(few.part("dataset")).to_have_value("emoji")
     few.part("dataset").select_option("New dataset")
     few.bring_in(tmp_path / "few", name="second", trigger="qqx")
+    few.page.remove_listener("dialog", answer)
     assert len(answers) == 2 and "1 changed caption" in answers[0]
     few.part("step_caption").click()
     expect(few.part("tag_trigger_word")).to_have_value("qqx")
@@ -323,7 +356,7 @@ def test_a_crop_by_hand_keeps_what_is_inside_the_frame(few: StudioPage):
     expect(few.page.locator(".lts-editor")).to_contain_text("300×200")
 
 
-def test_a_painted_mask_lies_beside_the_picture_and_can_be_taken_away(few: StudioPage):
+def test_a_painted_mask_lies_beside_the_image_and_can_be_taken_away(few: StudioPage):
     few.tiles().first.click()
     few.part("mask").click()
     few.page.get_by_role("button", name="Broad").click()
@@ -358,7 +391,7 @@ def test_captions_are_filtered_by_any_tag_and_by_how_tags_begin_and_end(few: Stu
     expect(few.said()).to_have_class(re.compile("lts-problem"))
 
 
-def test_a_file_that_is_no_picture_does_not_keep_the_others_out(few: StudioPage, tmp_path: Path):
+def test_a_file_that_is_no_image_does_not_keep_the_others_out(few: StudioPage, tmp_path: Path):
     image, program = tmp_path / "new.png", tmp_path / "setup.exe"
     Image.linear_gradient("L").resize((400, 300)).save(image)
     program.write_bytes(b"MZ")
@@ -384,10 +417,9 @@ def test_the_pages_remember_which_was_open(few: StudioPage):
     expect(few.tiles()).to_have_count(5)
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_on_a_phone_nothing_is_wider_than_the_screen(few: StudioPage, theme: str):
+def test_on_a_phone_nothing_is_wider_than_the_screen(few: StudioPage):
     few.page.set_viewport_size({"width": 390, "height": 800})
-    few.open(f"?__theme={theme}")
+    few.open("?__theme=dark")
     for step in ("add", "check", "shape", "caption", "train"):
         few.part(f"step_{step}").click()
         expect(few.page.locator(f"[data-panel={step}]")).to_be_visible()

@@ -181,13 +181,13 @@ def test_a_refusal_goes_when_what_it_refused_is_changed(handlers: Handlers, tmp_
 def test_a_plan_that_took_long_does_not_take_a_newer_refusal_away(handlers: Handlers, monkeypatch, tmp_path: Path):
     folder, page = str(images(tmp_path / "pictures")), Latest()
     older, _ = handlers.start(TOKEN, page, *values(train_data_dir=folder))
-    while_planning = handlers_module.control.plan
+    while_planning = handlers_module.service.plan
 
     def slow(chosen, **others):
         found = while_planning(chosen, **others)
         handlers.start(TOKEN, page, *values(train_data_dir=folder, output_name="a/b"))
         return found
-    monkeypatch.setattr(handlers_module.control, "plan", slow)
+    monkeypatch.setattr(handlers_module.service, "plan", slow)
     assert list(handlers.plan(TOKEN, page, older, *values(train_data_dir=folder, network_dim=4))) == [gr.update()] * 4
 
 
@@ -209,7 +209,7 @@ def test_nothing_is_read_or_started_for_who_does_not_know_the_pages_token(handle
                                                                           monkeypatch: pytest.MonkeyPatch):
     # gradio answers any request that names a function by its number, also one that a foreign page made the browser send.
     chosen = values(output_name="zzk", train_data_dir=str(images(tmp_path / "pictures")))
-    monkeypatch.setattr(handlers_module.control, "prepare", lambda *_, **__: pytest.fail("a folder was read"))
+    monkeypatch.setattr(handlers_module.service, "prepare", lambda *_, **__: pytest.fail("a folder was read"))
     for token in ("", "guess", None, TOKEN[:-1], [TOKEN], "\ud800"):
         answers = (handlers.plan(token, Latest(), "", *chosen)[0], handlers.start(token, Latest(), *chosen)[0],
                    handlers.start_overwriting(token, Latest(), "", *chosen)[0])

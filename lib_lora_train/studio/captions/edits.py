@@ -10,56 +10,54 @@ import dataclasses
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
-from lib_lora_train.dataset.captions import split_tags
+from pydantic.dataclasses import dataclass
+
+from lib_lora_train.dataset.captions import Tokenizer, split_tags
 from lib_lora_train.dataset.patterns import Pattern
 from lib_lora_train.errors import SettingError
+from lib_lora_train.studio.requests import Count, Text, validated
 
-MOST_CHARACTERS = 10_000  # of a caption that an edit makes: a replacement must not fill the memory
 Change = Callable[[str], str]
 Captions = Callable[[], Iterable[str]]
 
 
-class Encoder(Protocol):
-    """The one thing needed of a tokenizer: how many tokens a text has."""
+class Edit:
+    """One kind of change to captions: what all kinds share."""
 
-    def encode(self, text: str) -> Sequence[int]:
-        """The tokens of `text`."""
-        ...
-
-
-class Edit(Protocol):
-    """One kind of change. `whole`: it also replaces captions that cannot be read."""
-
-    whole: ClassVar[bool]
+    replaces_unreadable: ClassVar[bool] = False  # whether it also replaces captions that cannot be read
 
     @property
     def label(self) -> str:
-        """What the undo button says."""
-        ...
+        """The text of the undo button."""
+        return self._label()
 
     def change(self, captions: Captions) -> Change:
-        """The function for one pass; `captions()` gives every caption of the dataset, for edits that count."""
-        ...
+        """The function for one pass; `captions()` gives every caption of the dataset, for edits that count.
+
+        It and this raise SettingError for an edit that cannot be done.
+        """
+        return self._change(captions)
+
+    def _label(self) -> str:
+        raise NotImplementedError
+
+    def _change(self, captions: Captions) -> Change:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class AddTags:
+class AddTags(Edit):
     """Adds the tags a caption does not have yet, in front or behind."""
 
-    tags: tuple[str, ...]
+    tags: tuple[Text, ...]
     at: Literal["start", "end"] = "end"
-    whole: ClassVar[bool] = False
 
-    @property
-    def label(self) -> str:
-        """What the undo button says."""
+    def _label(self) -> str:
         return f"Add {_named(self.tags)}"
 
-    def change(self, captions: Captions) -> Change:
-        """The function for one pass."""
+    def _change(self, captions: Captions) -> Change:
         tags = list({_key(tag): tag for tag in _split(self.tags)}.values())
 
         def change(caption: str) -> str:
@@ -71,38 +69,30 @@ class AddTags:
 
 
 @dataclass(frozen=True)
-class RemoveTags:
-    """Removes these tags wherever they stand."""
+class RemoveTags(Edit):
+    """Removes these tags wherever they are."""
 
-    tags: tuple[str, ...]
-    whole: ClassVar[bool] = False
+    tags: tuple[Text, ...]
 
-    @property
-    def label(self) -> str:
-        """What the undo button says."""
+    def _label(self) -> str:
         return f"Remove {_named(self.tags)}"
 
-    def change(self, captions: Captions) -> Change:
-        """The function for one pass."""
+    def _change(self, captions: Captions) -> Change:
         gone = set(map(_key, _split(self.tags)))
-        return lambda caption: _joined(caption, [tag for tag in split_tags(caption) if _key(tag) not in gone])
+        return lambda caption: _with_tags(caption, [tag for tag in split_tags(caption) if _key(tag) not in gone])
 
 
 @dataclass(frozen=True)
-class ReplaceTag:
-    """Puts `new` (one tag, several, or none) where the tag `old` stands; a `new` that is there twice then is kept once."""
+class ReplaceTag(Edit):
+    """Puts `new` (one tag, several, or none) in place of the tag `old`; a `new` that would then occur twice is kept once."""
 
-    old: str
-    new: str
-    whole: ClassVar[bool] = False
+    old: Text
+    new: Text
 
-    @property
-    def label(self) -> str:
-        """What the undo button says."""
+    def _label(self) -> str:
         return f"Replace {_short(self.old)} by {_short(self.new)}"
 
-    def change(self, captions: Captions) -> Change:
-        """The function for one pass."""
+    def _change(self, captions: Captions) -> Change:
         old, new = _key(self.old), split_tags(self.new)
         once = set(map(_key, new))
 
@@ -123,41 +113,33 @@ class ReplaceTag:
 
 
 @dataclass(frozen=True)
-class ReplaceText:
-    """Replaces a piece of text wherever it stands, inside tags too."""
+class ReplaceText(Edit):
+    """Replaces a text wherever it occurs, inside tags too."""
 
-    old: str
-    new: str
-    whole: ClassVar[bool] = False
+    old: Text
+    new: Text
 
-    @property
-    def label(self) -> str:
-        """What the undo button says."""
+    def _label(self) -> str:
         return f"Replace the text {_short(self.old)} by {_short(self.new)}"
 
-    def change(self, captions: Captions) -> Change:
-        """The function for one pass; raises SettingError where there is nothing to look for."""
+    def _change(self, captions: Captions) -> Change:
         if not self.old:
             raise SettingError("There is no text to look for", remedy="write what is to be replaced")
-        pattern = re.compile(re.escape(self.old), re.IGNORECASE)  # a plain text: it cannot run away
+        pattern = re.compile(re.escape(self.old), re.IGNORECASE)  # a plain text: it cannot take long
         return lambda caption: pattern.sub(lambda _: self.new, caption)
 
 
 @dataclass(frozen=True)
-class ReplaceRegex:
+class ReplaceRegex(Edit):
     r"""Replaces every match of a regular expression; `new` may name its groups (\1)."""
 
-    pattern: str
-    new: str
-    whole: ClassVar[bool] = False
+    pattern: Text
+    new: Text
 
-    @property
-    def label(self) -> str:
-        """What the undo button says."""
+    def _label(self) -> str:
         return f"Replace {_short(self.pattern)} by {_short(self.new)}"
 
-    def change(self, captions: Captions) -> Change:
-        """The function for one pass; it and this raise SettingError for a pattern that is wrong or takes too long."""
+    def _change(self, captions: Captions) -> Change:
         if not self.pattern:
             raise SettingError("There is no regular expression", remedy="write what is to be replaced")
         pattern = Pattern(self.pattern)
@@ -165,20 +147,16 @@ class ReplaceRegex:
 
 
 @dataclass(frozen=True)
-class SortTags:
+class SortTags(Edit):
     """Sorts the tags by name, or the most frequent of the dataset first; the first `keep` stay where they are."""
 
     by: Literal["name", "frequency"] = "name"
-    keep: int = 0
-    whole: ClassVar[bool] = False
+    keep: Count = 0
 
-    @property
-    def label(self) -> str:
-        """What the undo button says."""
+    def _label(self) -> str:
         return f"Sort tags by {self.by}"
 
-    def change(self, captions: Captions) -> Change:
-        """The function for one pass."""
+    def _change(self, captions: Captions) -> Change:
         counts: Counter[str] = Counter()
         if self.by == "frequency":
             for caption in captions():
@@ -187,23 +165,19 @@ class SortTags:
         def change(caption: str) -> str:
             tags = split_tags(caption)
             order = sorted(tags[self.keep:], key=lambda tag: (-counts[_key(tag)], _key(tag)))
-            return _joined(caption, tags[:self.keep] + order)
+            return _with_tags(caption, tags[:self.keep] + order)
         return change
 
 
 @dataclass(frozen=True)
-class Deduplicate:
-    """Keeps the first of tags that stand twice, and leaves out empty ones."""
+class Deduplicate(Edit):
+    """Keeps the first of tags that occur twice, and leaves out empty ones."""
 
-    whole: ClassVar[bool] = False
 
-    @property
-    def label(self) -> str:
-        """What the undo button says."""
+    def _label(self) -> str:
         return "Remove double tags"
 
-    def change(self, captions: Captions) -> Change:
-        """The function for one pass."""
+    def _change(self, captions: Captions) -> Change:
         def change(caption: str) -> str:
             first: dict[str, str] = {}
             for tag in split_tags(caption):
@@ -213,20 +187,16 @@ class Deduplicate:
 
 
 @dataclass(frozen=True)
-class TruncateTokens:
+class TruncateTokens(Edit):
     """Leaves out tags at the end until at most `n` tokens are left; a single longer tag loses words at its end."""
 
-    n: int
-    tokenizer: Encoder
-    whole: ClassVar[bool] = False
+    n: Count
+    tokenizer: Any  # a Tokenizer
 
-    @property
-    def label(self) -> str:
-        """What the undo button says."""
+    def _label(self) -> str:
         return f"Cut to {self.n} tokens"
 
-    def change(self, captions: Captions) -> Change:
-        """The function for one pass; raises SettingError for less than one token."""
+    def _change(self, captions: Captions) -> Change:
         if self.n < 1:
             raise SettingError(f"A caption cannot be cut to {self.n} tokens", remedy="ask for at least one")
 
@@ -249,19 +219,16 @@ class TruncateTokens:
 
 
 @dataclass(frozen=True)
-class SetCaption:
-    """Replaces the whole caption."""
+class SetCaption(Edit):
+    """Replaces the caption."""
 
-    text: str
-    whole: ClassVar[bool] = True
+    text: Text
+    replaces_unreadable: ClassVar[bool] = True
 
-    @property
-    def label(self) -> str:
-        """What the undo button says."""
+    def _label(self) -> str:
         return "Edit caption"
 
-    def change(self, captions: Captions) -> Change:
-        """The function for one pass."""
+    def _change(self, captions: Captions) -> Change:
         return lambda _: self.text
 
 
@@ -269,10 +236,9 @@ _KINDS: dict[str, type] = {
     "add_tags": AddTags, "remove_tags": RemoveTags, "replace_tag": ReplaceTag, "replace_text": ReplaceText,
     "replace_regex": ReplaceRegex, "sort_tags": SortTags, "deduplicate": Deduplicate, "truncate_tokens": TruncateTokens,
     "set_caption": SetCaption}
-_CHOICES = {"at": ("start", "end"), "by": ("name", "frequency")}
 
 
-def edit_from_dict(values: Mapping[str, object], *, tokenizer: Encoder | None = None) -> Edit:
+def edit_from_dict(values: Mapping[str, object], *, tokenizer: Tokenizer | None = None) -> Edit:
     """An edit from JSON: {"kind": "add_tags", "tags": ["smile"], "at": "end"}; the names are those of the classes' fields.
 
     `truncate_tokens` needs the tokenizer. Raises SettingError naming what is wrong.
@@ -284,35 +250,15 @@ def edit_from_dict(values: Mapping[str, object], *, tokenizer: Encoder | None = 
     given = {name: value for name, value in values.items() if name != "kind"}
     if unknown := sorted(set(given) - set(fields)):
         raise SettingError(f"The edit {values['kind']} has no {unknown[0]}", remedy=f"use {', '.join(fields) or 'nothing'}")
-    absent = [name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in given]
-    if absent:
+    if absent := [name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in given]:
         raise SettingError(f"The edit {values['kind']} needs {absent[0]}")
-    arguments = {name: _checked(name, value) for name, value in given.items()}
+    if isinstance(given.get("tags"), str):
+        given["tags"] = split_tags(given["tags"])
     if kind is TruncateTokens:
         if tokenizer is None:
             raise SettingError("Captions cannot be cut by tokens", why="there is no tokenizer")
-        arguments["tokenizer"] = tokenizer
-    return kind(**arguments)
-
-
-def _checked(name: str, value: object) -> object:
-    """A field's value of the right kind; the field's name decides."""
-    if name == "tags":
-        if isinstance(value, str):
-            return tuple(split_tags(value))
-        if isinstance(value, (list, tuple)) and all(isinstance(tag, str) for tag in value):
-            return tuple(value)
-        raise SettingError("tags of an edit is a list of tags")
-    if name in ("n", "keep"):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise SettingError(f"{name} of an edit is a whole number")
-    elif not isinstance(value, str):
-        raise SettingError(f"{name} of an edit is a text")
-    elif name in _CHOICES and value not in _CHOICES[name]:
-        raise SettingError(f"{name} of an edit is {' or '.join(_CHOICES[name])}, not {value}")
-    elif len(value) > MOST_CHARACTERS:
-        raise SettingError(f"{name} of an edit is longer than {MOST_CHARACTERS} characters", remedy="shorten it")
-    return value
+        given["tokenizer"] = tokenizer
+    return validated(kind, given, what=f"edit {values['kind']}")
 
 
 def _key(tag: str) -> str:
@@ -324,7 +270,7 @@ def _split(tags: Iterable[str]) -> list[str]:
     return [part for tag in tags for part in split_tags(tag)]
 
 
-def _joined(caption: str, tags: list[str]) -> str:
+def _with_tags(caption: str, tags: list[str]) -> str:
     """The tags as a caption; the caption itself where they are its own."""
     return caption if tags == split_tags(caption) else ", ".join(tags)
 

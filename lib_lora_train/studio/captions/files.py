@@ -1,12 +1,11 @@
-"""Which pictures and captions a folder holds, as the caption book sees them, and what one caption file says.
+"""Which images and captions a folder holds, as the caption store sees them, and what one caption file holds.
 
 The folders are those that training would use (`dataset/folder.py`): kohya's N_name folders, or else the folder itself.
-Unlike there, nothing is decoded, and a folder without a picture is no error: pictures may still be brought in.
+Unlike there, nothing is decoded, and a folder without an image is no error: images may still be brought in.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,12 +13,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lib_lora_train.dataset.captions import CAPTION_SUFFIXES, find_captions, first_line, read_caption
-from lib_lora_train.dataset.folder import MOST_REPEATS, MayRead
 from lib_lora_train.dataset.images import is_image_name
+from lib_lora_train.dataset.listing import MayRead, is_subset_name, list_folder
 from lib_lora_train.errors import DatasetError, printable
 
-MOST_BYTES = 1 << 20  # of one caption file: more is a book or a mistake, and is left alone
-_NUMBERED = re.compile(r"(\d+)_.*")
+MOST_BYTES = 1 << 20  # of one caption file: a larger one is a mistake and stays as it is
 # Where str.splitlines breaks a line, and what no text file should hold.
 _NO_TEXT = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 
@@ -29,7 +27,7 @@ class OnDisk(NamedTuple):
 
     text: str | None  # all of it, stripped; None: there is no such file, or none that can be read
     problem: str = ""  # why it cannot be read, one sentence
-    mark: tuple[int, int] = (0, 0)  # (bytes, modification time) of a file that cannot be read
+    stamp: tuple[int, int] = (0, 0)  # (bytes, modification time) of a file that cannot be read
 
     @property
     def caption(self) -> str | None:
@@ -50,7 +48,7 @@ NO_FILE = OnDisk(None)
 
 @dataclass(frozen=True)
 class Found:
-    """A picture, the file of its caption (which may not exist yet), and caption files of the same name that do not count."""
+    """An image, the file of its caption (which may not exist yet), and caption files of the same name that do not count."""
 
     image: Path
     caption: Path
@@ -58,13 +56,12 @@ class Found:
 
 
 def find_images(folder: Path, *, may_read: MayRead | None = None) -> list[Found]:
-    """The pictures that training would use, by name. `may_read` is asked about folders and links, which may lead elsewhere;
-    plain files lie where they lie. Raises DatasetError if the folder is missing or cannot be read."""
-    files, folders = _listing(folder, may_read)
-    numbered = [path for path in folders
-                if (match := _NUMBERED.fullmatch(path.name)) and 1 <= int(match[1]) <= MOST_REPEATS]
-    found = [entry for path in numbered for entry in _paired(_listing(path, may_read)[0])]
-    return found or _paired(files)
+    """The images that training would use, by name. `may_read` is asked about folders and links, which may lead elsewhere;
+    Raises DatasetError if the folder is missing or cannot be read."""
+    listing = list_folder(folder, may_read=may_read)
+    found = [entry for path in listing.folders if is_subset_name(path.name)
+             for entry in _paired(list_folder(path, may_read=may_read).files)]
+    return found or _paired(listing.files)
 
 
 def find_among(images: Sequence[Path], *, may_read: MayRead | None = None) -> list[Found]:
@@ -72,7 +69,7 @@ def find_among(images: Sequence[Path], *, may_read: MayRead | None = None) -> li
     result: list[Found] = []
     for folder in dict.fromkeys(image.parent for image in images):
         wanted = {image.name for image in images if image.parent == folder}
-        result += [found for found in _paired(_listing(folder, may_read)[0]) if found.image.name in wanted]
+        result += [found for found in _paired(list_folder(folder, may_read=may_read).files) if found.image.name in wanted]
     return result
 
 
@@ -91,13 +88,13 @@ def read_on_disk(path: Path, *, may_read: MayRead | None = None) -> OnDisk:
         return NO_FILE
     except OSError as error:
         return OnDisk(None, printable(f"The caption file {path.name} cannot be read: {error.strerror or error}."))
-    mark = (facts.st_size, facts.st_mtime_ns)
+    stamp = (facts.st_size, facts.st_mtime_ns)
     if facts.st_size > MOST_BYTES:
-        return OnDisk(None, printable(f"The file {path.name} is too large for a caption ({facts.st_size >> 20} MiB)."), mark)
+        return OnDisk(None, printable(f"The file {path.name} is too large for a caption ({facts.st_size >> 20} MiB)."), stamp)
     try:
         return OnDisk(read_caption(path))
     except DatasetError as error:
-        return OnDisk(None, str(error), mark)
+        return OnDisk(None, str(error), stamp)
 
 
 def one_line(text: str) -> str:
@@ -113,30 +110,3 @@ def _paired(files: Sequence[Path]) -> list[Found]:
             own = captions.get(image.stem) or [image.with_suffix(CAPTION_SUFFIXES[0])]
             result.append(Found(image, own[0], tuple(own[1:])))
     return result
-
-
-def _listing(folder: Path, may_read: MayRead | None) -> tuple[list[Path], list[Path]]:
-    """(files, folders) by name, without hidden folders and without what may not be read."""
-    files, folders = [], []
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                is_folder = entry.is_dir()
-                if (is_folder and entry.name.startswith(".")) or not (is_folder or entry.is_file()):
-                    continue
-                path = folder / entry.name
-                if may_read and (is_folder or entry.is_symlink()) and not may_read(path):
-                    continue
-                (folders if is_folder else files).append(path)
-    except FileNotFoundError as error:
-        raise DatasetError(f"The dataset folder {folder} does not exist", remedy="check the path") from error
-    except NotADirectoryError as error:
-        raise DatasetError(f"{folder} is a file", remedy="choose the folder that holds the pictures") from error
-    except OSError as error:
-        raise DatasetError(f"The dataset folder {folder} cannot be read", why=error.strerror or str(error),
-                           remedy="check that you may read it") from error
-    return sorted(files, key=_by_name), sorted(folders, key=_by_name)
-
-
-def _by_name(path: Path) -> tuple[str, str]:
-    return path.name.casefold(), path.name

@@ -5,29 +5,33 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+
+from pydantic import StrictBool
+from pydantic.dataclasses import dataclass
 
 from lib_lora_train.dataset.captions import split_tags
 from lib_lora_train.dataset.patterns import Pattern
 from lib_lora_train.errors import SettingError
+from lib_lora_train.studio.requests import Text, validated
 
 
 @dataclass(frozen=True)
 class Filter:
-    """Every condition that is given must hold; an empty filter takes everything."""
+    """Every condition that is given must hold; an empty filter accepts everything."""
 
-    all_of: tuple[str, ...] = ()  # carries each of these tags
-    any_of: tuple[str, ...] = ()  # carries at least one
-    none_of: tuple[str, ...] = ()  # carries none
-    prefix: str = ""  # a tag begins so
-    suffix: str = ""  # a tag ends so
-    text: str = ""  # the caption holds it anywhere
-    regex: str = ""  # the caption matches it anywhere
-    changed_only: bool = False  # not saved yet (the book knows)
-    empty_only: bool = False  # no caption
+    all_of: tuple[Text, ...] = ()  # carries each of these tags
+    any_of: tuple[Text, ...] = ()  # carries at least one
+    none_of: tuple[Text, ...] = ()  # carries none
+    prefix: Text = ""  # a tag begins so
+    suffix: Text = ""  # a tag ends so
+    text: Text = ""  # the caption holds it anywhere
+    regex: Text = ""  # the caption matches it anywhere
+    changed_only: StrictBool = False  # not saved yet (the store knows)
+    empty_only: StrictBool = False  # no caption
+    problem: Text = ""  # a code of the last report, or "any" (the dataset's session knows)
 
     def accepts(self) -> Callable[[str], bool]:
-        """A function of the caption, for one pass; `changed_only` is not its business.
+        """A function of the caption, for one pass; `changed_only` and `problem` are left to the caller.
 
         Raises SettingError for a bad regular expression; the function raises it for one that takes too long.
         """
@@ -58,20 +62,10 @@ class Filter:
 
 def filter_from_dict(values: Mapping[str, object]) -> Filter:
     """A Filter from JSON; raises SettingError naming what does not belong there."""
-    kinds = {field.name: field.default for field in dataclasses.fields(Filter)}
-    checked: dict[str, object] = {}
-    for name, value in values.items():
-        if name not in kinds:
-            raise SettingError(f"A filter has no {name}", remedy=f"use {', '.join(kinds)}")
-        if isinstance(kinds[name], tuple):
-            if not isinstance(value, (list, tuple)) or not all(isinstance(tag, str) for tag in value):
-                raise SettingError(f"{name} of a filter is a list of tags")
-            checked[name] = tuple(value)
-        elif type(value) is not type(kinds[name]):
-            raise SettingError(f"{name} of a filter is {'true or false' if isinstance(kinds[name], bool) else 'a text'}")
-        else:
-            checked[name] = value
-    return Filter(**checked)  # type: ignore[arg-type]
+    names = [field.name for field in dataclasses.fields(Filter)]
+    if unknown := sorted(set(values) - set(names)):
+        raise SettingError(f"A filter has no {unknown[0]}", remedy=f"use {', '.join(names)}")
+    return validated(Filter, values, what="filter")
 
 
 def _key(tag: str) -> str:

@@ -1,10 +1,11 @@
-"""What was done and can be taken back."""
+"""The steps that can be undone and redone."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 MOST_STEPS = 200
 MOST_CHARACTERS = 64 << 20  # of all texts kept; the oldest steps go first, the newest always stays
@@ -12,13 +13,13 @@ MOST_CHARACTERS = 64 << 20  # of all texts kept; the oldest steps go first, the 
 
 @dataclass(frozen=True)
 class Step:
-    """One change: captions before and after (by their number in the book), or pictures that were taken out."""
+    """One change: captions before and after, or images that were removed; both are the store's own objects."""
 
     label: str
-    texts: Mapping[int, tuple[str | None, str | None]] = field(default_factory=dict)
-    removed: frozenset[int] = frozenset()
-    reload_parts: Callable[[], None] | None = None
-    take_away: Callable[[], None] | None = None
+    texts: Mapping[Any, tuple[str | None, str | None]] = field(default_factory=dict)
+    removed: frozenset[Any] = frozenset()
+    before_undo: Callable[[], None] | None = None
+    before_redo: Callable[[], None] | None = None
 
     @property
     def size(self) -> int:
@@ -35,18 +36,18 @@ class History:
         self._size = 0
 
     def push(self, step: Step) -> None:
-        """A new step; what had been undone cannot be redone any more."""
+        """A new step; what had been undone can no longer be redone."""
         self.undone.clear()
         self._keep(step)
 
     def undone_last(self) -> None:
-        """The newest step was taken back."""
+        """The newest step was undone."""
         step = self.done.pop()
         self._size -= step.size
         self.undone.append(step)
 
     def redone_last(self) -> None:
-        """The step taken back last was done again."""
+        """The step undone last was redone."""
         self._keep(self.undone.pop())
 
     def _keep(self, step: Step) -> None:

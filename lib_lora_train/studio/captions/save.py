@@ -1,13 +1,13 @@
 """Captions onto the disk, all of them or none, whatever ends the process in between.
 
     1. a backup of the captions that will be replaced, as they are: .studio/backup/captions-….zip
-    2. the journal, .studio/captions.journal: every new caption, and what stood there before; whole and on the disk
-    3. every new caption beside its place, all flushed to the disk, then each into its place in one step
+    2. the journal, .studio/captions.journal: every new caption, and the checksum of what the file held before
+    3. every new caption in a file beside its own, all flushed to the disk, then each renamed in one step
     4. the journal is removed
 
 A process killed before 2 has changed nothing. After it, `recover` (which opening the folder calls) does 3 and 4 from the
-journal. At any moment each caption file is the old one or the new one. A caption that somebody else changed between the
-kill and the recovery is left as it is, and the journal is put among the backups.
+journal. At any moment each caption file is the old one or the new one. A caption that another program changed between the
+kill and the recovery stays as it is, and the journal is moved to the backups.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib_lora_train.dataset.captions import CAPTION_SUFFIXES
-from lib_lora_train.dataset.folder import MayRead
-from lib_lora_train.dataset.progress import Progress, Watch
+from lib_lora_train.dataset.listing import MayRead
 from lib_lora_train.errors import OutputError, printable, translated
 from lib_lora_train.storage.atomic import keep_name, remove, replace, replacing, write_atomic
 from lib_lora_train.studio.captions.files import MOST_BYTES
@@ -54,7 +53,8 @@ class Rewrite:
 
 @dataclass(frozen=True)
 class Recovered:
-    """What an interrupted save left to do: files that now hold the new caption, and those that were somebody else's by then."""
+    """What an interrupted save left to do: files that now hold the new caption, and those that another program had
+    changed by then."""
 
     written: tuple[Path, ...] = ()
     conflicts: tuple[Path, ...] = ()
@@ -62,16 +62,16 @@ class Recovered:
 
 def studio_folder(folder: Path, may_read: MayRead | None) -> Path:
     """The dataset's own hidden folder; raises OutputError where it is a link that leads out of the allowed folders."""
-    place = folder / STUDIO
-    if may_read and not may_read(place):
-        raise OutputError(f"The folder {place} cannot be used", why="it leads to a folder that is not allowed",
+    studio = folder / STUDIO
+    if may_read and not may_read(studio):
+        raise OutputError(f"The folder {studio} cannot be used", why="it leads to a folder that is not allowed",
                           remedy="remove that link")
-    return place
+    return studio
 
 
 def write_captions(folder: Path, rewrites: list[Rewrite], *, backup_folder: Path | None = None,
-                   may_read: MayRead | None = None, on_progress: Progress | None = None) -> Path:
-    """All of `rewrites` onto the disk as above; returns the backup. The files lie in `folder` or in a folder of it.
+                   may_read: MayRead | None = None) -> Path:
+    """Write all of `rewrites` as above; returns the backup. The files lie in `folder` or in a folder of it.
 
     Raises OutputError if the disk refuses. Then either nothing is changed, or the journal stays and `recover` goes on.
     """
@@ -81,7 +81,7 @@ def write_captions(folder: Path, rewrites: list[Rewrite], *, backup_folder: Path
         journal = studio / _JOURNAL
         write_atomic(journal, _journal_text(folder, rewrites))
     with translated("the captions were written; the rest is written with the next save, or when the folder is opened again"):
-        _put({rewrite.path: rewrite.new.encode("utf-8") for rewrite in rewrites}, on_progress=on_progress)
+        _put({rewrite.path: rewrite.new.encode("utf-8") for rewrite in rewrites})
         remove(journal)
     _forget_old_backups(backup)
     return backup
@@ -100,7 +100,7 @@ def recover(folder: Path, *, may_read: MayRead | None = None) -> Recovered:
         try:
             entries = _read_journal(folder, journal.read_bytes(), may_read)
         except (ValueError, TypeError, KeyError, AttributeError):
-            _put_aside(journal, studio / "backup")  # not ours, or damaged: the captions are what they are
+            _move_to_backups(journal, studio / "backup")  # not ours, or damaged: the captions are what they are
             return Recovered()
         todo, conflicts, done = {}, [], []
         for path, new, old in entries:
@@ -114,9 +114,9 @@ def recover(folder: Path, *, may_read: MayRead | None = None) -> Recovered:
             else:
                 conflicts.append(path)
         _remove_parts({path.parent for path, _, _ in entries if path.parent.is_dir()})
-        _put(todo, on_progress=None)
+        _put(todo)
         if conflicts:
-            _put_aside(journal, studio / "backup")
+            _move_to_backups(journal, studio / "backup")
         else:
             remove(journal)
     return Recovered((*done, *todo), tuple(conflicts))
@@ -130,14 +130,14 @@ def content_of(path: Path) -> bytes | None:
         return None
 
 
-def _back_up(folder: Path, rewrites: list[Rewrite], place: Path) -> Path:
+def _back_up(folder: Path, rewrites: list[Rewrite], backups: Path) -> Path:
     """The files as they are, under their names within the dataset; one that does not exist yet as an empty one."""
-    place.mkdir(parents=True, exist_ok=True)
-    for path in place.iterdir():
+    backups.mkdir(parents=True, exist_ok=True)
+    for path in backups.iterdir():
         if _BACKUP_PART.fullmatch(path.name):  # of a process that was killed here
             with contextlib.suppress(OSError):
                 path.unlink()
-    backup = _unused(place, "captions", ".zip")
+    backup = _unused(backups, "captions", ".zip")
     with replacing(backup) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for rewrite in rewrites:
             archive.writestr(printable(rewrite.path.relative_to(folder).as_posix()), rewrite.old or b"")
@@ -152,11 +152,11 @@ def _forget_old_backups(newest: Path) -> None:
                 path.unlink()
 
 
-def _unused(place: Path, kind: str, suffix: str) -> Path:
+def _unused(folder: Path, kind: str, suffix: str) -> Path:
     """A name made of the time; sorted by name, they are sorted by age, also those of one second whose first are gone."""
     stamp = time.strftime(f"{kind}-%Y%m%d-%H%M%S")
-    taken = [int(path.stem[-3:]) for path in place.glob(f"{stamp}-[0-9][0-9][0-9]{suffix}")]
-    return place / f"{stamp}-{max(taken, default=0) + 1:03}{suffix}"
+    taken = [int(path.stem[-3:]) for path in folder.glob(f"{stamp}-[0-9][0-9][0-9]{suffix}")]
+    return folder / f"{stamp}-{max(taken, default=0) + 1:03}{suffix}"
 
 
 def _journal_text(folder: Path, rewrites: Iterable[Rewrite]) -> bytes:
@@ -194,9 +194,8 @@ def _is_plain_name(part: str) -> bool:
     return bool(part) and not part.startswith(".") and not set(part) & set('\\:\0')
 
 
-def _put(contents: Mapping[Path, bytes], *, on_progress: Progress | None) -> None:
-    """Each file whole, in one step, and on the disk when this returns. What is not in its place is removed on an error."""
-    watch = Watch(2 * len(contents), doing="the captions were written", on_progress=on_progress, should_stop=None)
+def _put(contents: Mapping[Path, bytes]) -> None:
+    """Write each file atomically; all are on the disk when this returns. On an error, what was not renamed yet is removed."""
     singly = len(contents) <= _FLUSHED_SINGLY or not hasattr(os, "sync")
     parts = {path: path.with_name(f".caption-{os.getpid()}-{number}.part") for number, path in enumerate(contents)}
 
@@ -209,12 +208,10 @@ def _put(contents: Mapping[Path, bytes], *, on_progress: Progress | None) -> Non
 
     try:
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            for _ in pool.map(write_part, contents):
-                watch.advance()
+            list(pool.map(write_part, contents))  # a list: it raises what a thread raised
             if not singly:
                 os.sync()  # the bytes are on the disk before the names are
-            for _ in pool.map(lambda path: replace(parts[path], path), contents):
-                watch.advance()
+            list(pool.map(lambda path: replace(parts[path], path), contents))
         for folder in {path.parent for path in contents}:
             keep_name(folder)
     except BaseException:
@@ -224,9 +221,9 @@ def _put(contents: Mapping[Path, bytes], *, on_progress: Progress | None) -> Non
         raise
 
 
-def _put_aside(journal: Path, place: Path) -> None:
-    place.mkdir(parents=True, exist_ok=True)
-    os.replace(journal, _unused(place, "interrupted", ".json"))
+def _move_to_backups(journal: Path, backups: Path) -> None:
+    backups.mkdir(parents=True, exist_ok=True)
+    os.replace(journal, _unused(backups, "interrupted", ".json"))
 
 
 def _remove_parts(folders: Iterable[Path]) -> None:

@@ -1,7 +1,7 @@
-"""The captions of a dataset in memory: filtered, edited, taken back, and written when asked, all or none.
+"""The captions of a dataset in memory: filtered, edited, undone and redone, and written when told to, all or none.
 
-A picture is named by its place in `images`, which follows the folder's order and changes when pictures are taken out or
-brought in. Nothing is written before `save`. Not for several threads at once: the studio holds one lock around it.
+An image is named by its index in `images`, which follows the folder's order and changes when images are removed or added.
+Nothing is written before `save`. Not for several threads at once: the studio holds one lock around it.
 """
 
 from __future__ import annotations
@@ -9,14 +9,13 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lib_lora_train.dataset.captions import split_tags
-from lib_lora_train.dataset.folder import MayRead
-from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
+from lib_lora_train.dataset.listing import MayRead, by_name
 from lib_lora_train.errors import SettingError, printable, translated
-from lib_lora_train.studio.captions.edits import MOST_CHARACTERS, Edit
+from lib_lora_train.studio.captions.edits import Edit
 from lib_lora_train.studio.captions.files import (
     Found,
     OnDisk,
@@ -29,6 +28,7 @@ from lib_lora_train.studio.captions.files import (
 from lib_lora_train.studio.captions.filter import Filter
 from lib_lora_train.studio.captions.history import History, Step
 from lib_lora_train.studio.captions.save import STUDIO, Rewrite, content_of, recover, write_captions
+from lib_lora_train.studio.requests import MOST_CHARACTERS
 
 
 @dataclass(frozen=True)
@@ -37,101 +37,115 @@ class Saved:
 
     written: int  # caption files
     backup: Path | None  # a zip of what they held before; None where nothing was written
-    conflicts: tuple[Path, ...] = ()  # files that another program changed meanwhile: left alone, still unsaved
+    conflicts: tuple[Path, ...] = ()  # files that another program changed meanwhile: not written, still unsaved
+
+
+@dataclass(eq=False)
+class _Caption:
+    """One caption file; two images of one name (a.png, a.jpg) share it."""
+
+    file: Path
+    disk: OnDisk
+    passed_over: tuple[Path, ...]
+    text: str | None = field(init=False)  # None: the file cannot be read
+    saved: str | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.text = self.saved = self.disk.caption
+
+    def on_disk(self, disk: OnDisk) -> None:
+        """The file holds something else now."""
+        self.disk, self.saved = disk, disk.caption
+
+
+@dataclass(eq=False)
+class _Image:
+    """An image that is or was in the folder."""
+
+    path: Path
+    caption: _Caption
+
+    @property
+    def order(self) -> tuple[str, str, str, str]:
+        return self.path.parent.name.casefold(), self.path.parent.name, *by_name(self.path)
 
 
 class CaptionStore:
-    """See the module. Made by `open`.
-
-    Inside, pictures and caption files have numbers that never change; a picture's number leads to that of its caption
-    file, which two pictures of one name (a.png, a.jpg) share.
-    """
+    """See the module. Made by `open`."""
 
     def __init__(self, folder: Path, *, may_read: MayRead | None = None) -> None:
         self.folder = folder
         self.notes: tuple[str, ...] = ()  # what happened while opening, a sentence each
         self._may_read = may_read
-        self._all: list[Path] = []  # by picture number
-        self._slot: list[int] = []  # picture number -> caption number
-        self._numbers: dict[Path, int] = {}
-        self._files: list[Path] = []  # by caption number, and so are the next three
-        self._passed_over: dict[int, tuple[Path, ...]] = {}
-        self._disk: list[OnDisk] = []
-        self._texts: list[str | None] = []  # None: the file cannot be read
-        self._slots: dict[str, int] = {}
-        self._changed: set[int] = set()
-        self._shown: list[int] = []  # picture numbers, in order
+        self._known: dict[Path, _Image] = {}  # also those that were removed
+        self._captions: dict[str, _Caption] = {}  # by `_file_key`
+        self._shown: list[_Image] = []
         self._images: tuple[Path, ...] = ()
-        self._places: dict[Path, int] = {}
-        self._shown_slots: set[int] = set()
+        self._index: dict[Path, int] = {}
         self._history = History()
 
     @classmethod
-    def open(cls, folder: Path | str, *, may_read: MayRead | None = None, on_progress: Progress | None = None,
-             should_stop: ShouldStop | None = None) -> CaptionStore:
+    def open(cls, folder: Path | str, *, may_read: MayRead | None = None) -> CaptionStore:
         """The captions of a dataset folder (ours, kohya's, or plain); a save that was interrupted is finished first.
 
-        Raises DatasetError if the folder is missing or cannot be read, OutputError if that save cannot be finished,
-        Interrupted when `should_stop()` says so.
+        Raises DatasetError if the folder is missing or cannot be read, OutputError if that save cannot be finished.
         """
         store = cls(Path(folder), may_read=may_read)
         store._recover()
-        found = find_images(store.folder, may_read=may_read)
-        store._take(found, on_progress=on_progress, should_stop=should_stop)
+        store._add(find_images(store.folder, may_read=may_read))
         return store
 
     # ---- reading
 
     @property
     def images(self) -> tuple[Path, ...]:
-        """The pictures, by folder and name."""
+        """The images, by folder and name."""
         return self._images
 
     def __len__(self) -> int:
         return len(self._shown)
 
     def index(self, image: Path) -> int | None:
-        """The place of a picture; None if it is not among `images`."""
-        return self._places.get(image)
+        """The index of an image; None if it is not among `images`."""
+        return self._index.get(image)
 
     def caption(self, index: int) -> str:
         """One line; "" where there is none, or none that can be read."""
-        return self._texts[self._slot[self._shown[index]]] or ""
+        return self._shown[index].caption.text or ""
 
     def caption_file(self, index: int) -> Path:
         """The file the caption is kept in, whether or not it exists yet."""
-        return self._files[self._slot[self._shown[index]]]
+        return self._shown[index].caption.file
 
     def is_changed(self, index: int) -> bool:
         """Whether the caption differs from what is saved."""
-        return self._slot[self._shown[index]] in self._changed
+        caption = self._shown[index].caption
+        return caption.text != caption.saved
 
     def problem(self, index: int) -> str:
         """Why the caption's file cannot be read, one sentence, or "". Such a file stays as it is until its caption is set."""
-        slot = self._slot[self._shown[index]]
-        return self._disk[slot].problem if self._texts[slot] is None else ""
+        caption = self._shown[index].caption
+        return caption.disk.problem if caption.text is None else ""
 
     def hint(self, index: int) -> str:
         """What is odd about a caption's file that can be read, one sentence, or ""."""
-        slot = self._slot[self._shown[index]]
-        name = printable(self._files[slot].name)
-        if self._passed_over.get(slot):
-            return f"{printable(self._passed_over[slot][0].name)} does not count, because there is {name} too."
-        return f"Only the first line of {name} is used." if self._disk[slot].rest.strip() else ""
+        caption = self._shown[index].caption
+        name = printable(caption.file.name)
+        if caption.passed_over:
+            return f"{printable(caption.passed_over[0].name)} does not count, because there is {name} too."
+        return f"Only the first line of {name} is used." if caption.disk.rest.strip() else ""
 
-    def select(self, wanted: Filter, among: Sequence[int] | None = None) -> list[int]:
-        """The places of those that `wanted` takes, of all or of `among`, in that order.
+    def select(self, wanted: Filter) -> list[int]:
+        """The indices of the images that `wanted` accepts.
 
         Raises SettingError for a regular expression that is wrong or takes too long.
         """
         accepts = wanted.accepts()
-        places = range(len(self)) if among is None else among
-        if wanted.changed_only:
-            places = [place for place in places if self.is_changed(place)]
-        return [place for place in places if accepts(self.caption(place))]
+        return [index for index in range(len(self))
+                if (self.is_changed(index) or not wanted.changed_only) and accepts(self.caption(index))]
 
     def tags(self, indices: Iterable[int] | None = None) -> list[tuple[str, int]]:
-        """(tag, pictures that carry it), the most frequent first, then by name.
+        """(tag, images that carry it), the most frequent first, then by name.
 
         Spellings that differ in case only are one tag, shown as it is written most often.
         """
@@ -147,132 +161,121 @@ class CaptionStore:
 
     # ---- editing
 
-    def apply(self, edit: Edit, indices: Iterable[int], *, on_progress: Progress | None = None,
-              should_stop: ShouldStop | None = None) -> int:
+    def apply(self, edit: Edit, indices: Iterable[int]) -> int:
         """One edit of these captions as one step; returns how many it changed. Captions that cannot be read are passed over
-        unless the edit replaces them whole.
-
-        Raises SettingError (then nothing is changed) and Interrupted (likewise).
+        unless the edit replaces them. Raises SettingError; then nothing is changed.
         """
-        slots = self._slots_of(indices)
-        change = edit.change(lambda: (self._texts[slot] or "" for slot in self._shown_slots))
-        watch = Watch(len(slots), doing="captions were edited", on_progress=on_progress, should_stop=should_stop)
-        texts = {}
-        for slot in slots:
-            watch.check()
-            text = self._texts[slot]
-            if text is not None or edit.whole:
-                texts[slot] = _checked(change(text or ""), before=text or "")
-            watch.advance()
+        change = edit.change(lambda: (caption.text or "" for caption in self._captions_of(range(len(self)))))
+        texts = {caption: _checked(change(caption.text or ""), before=caption.text or "")
+                 for caption in self._captions_of(indices) if caption.text is not None or edit.replaces_unreadable}
         return self._do(edit.label, texts)
 
     def set_captions(self, captions: Mapping[int, str], label: str) -> int:
-        """New captions for these places as one step; returns how many changed. Raises SettingError for an endless one."""
-        texts = {slot: _checked(text, before="") for index, text in captions.items() for slot in self._slots_of([index])}
-        return self._do(label, texts)
+        """New captions by index as one step; returns how many changed. Raises SettingError for one that is too long."""
+        return self._do(label, {self._shown[index].caption: _checked(text, before="") for index, text in captions.items()})
 
     def undo(self) -> str:
-        """Take the last step back; returns its label, "" where there is none."""
+        """Revert the last step; returns its label, "" where there is none."""
         if not self._history.done:
             return ""
         step = self._history.done[-1]
-        if step.reload_parts is not None:
-            step.reload_parts()
-        self._set({slot: before for slot, (before, _) in step.texts.items()})
-        self._show(set(self._shown) | step.removed)
+        if step.before_undo is not None:
+            step.before_undo()
+        for caption, (before, _) in step.texts.items():
+            caption.text = before
+        self._show([*self._shown, *step.removed])
         self._history.undone_last()
         return step.label
 
     def redo(self) -> str:
-        """Do again what was taken back; returns its label, "" where there is none."""
+        """Redo the step that was undone last; returns its label, "" where there is none."""
         if not self._history.undone:
             return ""
         step = self._history.undone[-1]
-        if step.take_away is not None:
-            step.take_away()
-        self._set({slot: after for slot, (_, after) in step.texts.items()})
+        if step.before_redo is not None:
+            step.before_redo()
+        for caption, (_, after) in step.texts.items():
+            caption.text = after
         self._show(set(self._shown) - step.removed)
         self._history.redone_last()
         return step.label
 
     @property
     def can_undo(self) -> str:
-        """The label of the step that `undo` takes back, or ""."""
+        """The label of the step that `undo` reverts, or ""."""
         return self._history.done[-1].label if self._history.done else ""
 
     @property
     def can_redo(self) -> str:
-        """The label of the step that `redo` does again, or ""."""
+        """The label of the step that `redo` applies, or ""."""
         return self._history.undone[-1].label if self._history.undone else ""
 
     @property
     def unsaved(self) -> int:
         """How many captions differ from what is saved."""
-        return len(self._changed & self._shown_slots)
+        return len(self._unsaved())
 
-    # ---- pictures that come and go
+    # ---- images that come and go
 
     def add(self, images: Iterable[Path]) -> int:
-        """Pictures that lie in the folder now: known to the book from here on, with their captions. Not a step."""
-        wanted = [image for image in images if self.index(image) is None]
-        known = {self._numbers[image] for image in wanted if image in self._numbers}
-        before = len(self)
-        self._show(set(self._shown) | known)
-        self._take(find_among([image for image in wanted if image not in self._numbers], may_read=self._may_read))
+        """Images that are in the folder now: known from here on, with their captions. Not a step. Returns how many are new."""
+        before, images = len(self), list(images)
+        self._show([*self._shown, *(self._known[image] for image in images if image in self._known)])
+        self._add(find_among([image for image in images if image not in self._known], may_read=self._may_read))
         return len(self) - before
 
-    def remove(self, indices: Iterable[int], *, reload_parts: Callable[[], None] | None = None,
-               take_away: Callable[[], None] | None = None) -> int:
-        """Pictures that the caller has moved out of the folder, as one step. `undo` calls `reload_parts` first and `redo`
-        `take_away`: what they raise leaves the book as it is. Captions not yet saved come back with them."""
+    def remove(self, indices: Iterable[int], *, before_undo: Callable[[], None] | None = None,
+               before_redo: Callable[[], None] | None = None) -> int:
+        """Images that the caller has moved out of the folder, as one step. `undo` and `redo` call `before_undo` and
+        `before_redo`: what they raise leaves the captions as they are. Captions not yet saved come back with them."""
         gone = frozenset(self._shown[index] for index in indices)
         if gone:
             self._show(set(self._shown) - gone)
             label = f"Remove {len(gone)} picture{'s' if len(gone) > 1 else ''}"
-            self._history.push(Step(label, removed=gone, reload_parts=reload_parts, take_away=take_away))
+            self._history.push(Step(label, removed=gone, before_undo=before_undo, before_redo=before_redo))
         return len(gone)
 
     def moved(self, old: Path, new: Path) -> None:
-        """A folder that holds pictures (or the dataset itself) was renamed; everything else stays."""
+        """A folder that holds images (or the dataset itself) was renamed; everything else stays."""
         def there(path: Path) -> Path:
             return new / path.relative_to(old) if old in path.parents else path
         self.folder = new if self.folder == old else there(self.folder)
-        self._all, self._files = list(map(there, self._all)), list(map(there, self._files))
-        self._passed_over = {slot: tuple(map(there, paths)) for slot, paths in self._passed_over.items()}
-        self._numbers = {path: number for number, path in enumerate(self._all)}
-        self._slots = {_file_key(path): slot for slot, path in enumerate(self._files)}
-        self._show(set(self._shown))
+        for image in self._known.values():
+            image.path = there(image.path)
+        for caption in self._captions.values():
+            caption.file, caption.passed_over = there(caption.file), tuple(map(there, caption.passed_over))
+        self._known = {image.path: image for image in self._known.values()}
+        self._captions = {_file_key(caption.file): caption for caption in self._captions.values()}
+        self._show(self._shown)
 
     # ---- the disk
 
-    def save(self, backup_folder: Path | None = None, *, overwrite: bool = False,
-             on_progress: Progress | None = None) -> Saved:
-        """Write what changed, all or none (see `book_save`). What stood there goes into a zip in `backup_folder`, by default
+    def save(self, backup_folder: Path | None = None, *, overwrite: bool = False) -> Saved:
+        """Write what changed, all or none (see `save.py`). What the files held goes into a zip in `backup_folder`, by default
         .studio/backup of the dataset; the last ten are kept.
 
         A caption file that another program changed since it was read is not overwritten, unless told to, and named.
-        Raises OutputError if the disk refuses; saving again, or opening the folder again, then goes on.
+        Raises OutputError if the disk refuses; saving once more, or opening the folder once more, then goes on.
         """
         self._recover()
-        rewrites, slots, conflicts = [], [], []
+        rewrites: dict[_Caption, Rewrite] = {}
+        conflicts = []
         with translated("the captions were compared with the disk"):
-            for slot in sorted(self._changed & self._shown_slots):
-                path, disk = self._files[slot], self._read(self._files[slot])
-                text = (self._texts[slot] or "") + (self._disk[slot].rest if self._texts[slot] else "")
-                if disk.text == text:  # somebody wrote the same
-                    self._now_on_disk(slot, disk)
+            for caption in self._unsaved():
+                path, disk = caption.file, self._read(caption.file)
+                text = (caption.text or "") + (caption.disk.rest if caption.text else "")
+                if disk.text == text:  # another program wrote the same
+                    caption.on_disk(disk)
                 elif (is_forbidden(path, self._may_read) or not path.parent.is_dir()
-                      or (not overwrite and disk != self._disk[slot])):
+                      or (not overwrite and disk != caption.disk)):
                     conflicts.append(path)
                 else:
-                    rewrites.append(Rewrite(path, text, content_of(path)))
-                    slots.append(slot)
+                    rewrites[caption] = Rewrite(path, text, content_of(path))
         if not rewrites:
             return Saved(0, None, tuple(conflicts))
-        backup = write_captions(self.folder, rewrites, backup_folder=backup_folder, may_read=self._may_read,
-                                on_progress=on_progress)
-        for slot, rewrite in zip(slots, rewrites, strict=True):
-            self._now_on_disk(slot, OnDisk(rewrite.new.strip()))
+        backup = write_captions(self.folder, list(rewrites.values()), backup_folder=backup_folder, may_read=self._may_read)
+        for caption, rewrite in rewrites.items():
+            caption.on_disk(OnDisk(rewrite.new.strip()))
         return Saved(len(rewrites), backup, tuple(conflicts))
 
     # ---- inside
@@ -283,69 +286,42 @@ class CaptionStore:
     def _recover(self) -> None:
         done = recover(self.folder, may_read=self._may_read)
         for path in done.written:
-            slot = self._slots.get(_file_key(path))
-            if slot is not None:
-                self._now_on_disk(slot, self._read(path))
-        if done.written and not self._files:
-            self.notes += (f"A save that was interrupted was finished: {_captions(len(done.written))}.",)
+            if caption := self._captions.get(_file_key(path)):
+                caption.on_disk(self._read(path))
+        if done.written and not self._captions:
+            self.notes += (f"A save that was interrupted was finished: {_count(len(done.written))}.",)
         if done.conflicts:
             kept = printable(str(self.folder / STUDIO / "backup"))
-            self.notes += (f"An interrupted save could not be finished for {_captions(len(done.conflicts))} that another "
+            self.notes += (f"An interrupted save could not be finished for {_count(len(done.conflicts))} that another "
                            f"program changed since; what was to be written is kept in {kept}.",)
 
-    def _take(self, found: Sequence[Found], *, on_progress: Progress | None = None,
-              should_stop: ShouldStop | None = None) -> None:
-        watch = Watch(len(found), doing="the captions were read", on_progress=on_progress, should_stop=should_stop)
-        shown = set(self._shown)
+    def _add(self, found: Sequence[Found]) -> None:
         for entry in found:
-            watch.check()
             key = _file_key(entry.caption)
-            slot = self._slots.get(key)
-            if slot is None:
-                slot = self._slots[key] = len(self._files)
-                disk = self._read(entry.caption)
-                self._files.append(entry.caption)
-                self._disk.append(disk)
-                self._texts.append(disk.caption)
-                if entry.passed_over:
-                    self._passed_over[slot] = entry.passed_over
-            number = self._numbers[entry.image] = len(self._all)
-            self._all.append(entry.image)
-            self._slot.append(slot)
-            shown.add(number)
-            watch.advance()
-        self._show(shown)
+            if key not in self._captions:
+                self._captions[key] = _Caption(entry.caption, self._read(entry.caption), entry.passed_over)
+            self._known[entry.image] = _Image(entry.image, self._captions[key])
+        self._show([*self._shown, *(self._known[entry.image] for entry in found)])
 
-    def _show(self, numbers: set[int]) -> None:
-        self._shown = sorted(numbers, key=self._order)
-        self._images = tuple(self._all[number] for number in self._shown)
-        self._places = {path: place for place, path in enumerate(self._images)}
-        self._shown_slots = {self._slot[number] for number in self._shown}
+    def _show(self, images: Iterable[_Image]) -> None:
+        self._shown = sorted(set(images), key=lambda image: image.order)
+        self._images = tuple(image.path for image in self._shown)
+        self._index = {path: index for index, path in enumerate(self._images)}
 
-    def _order(self, number: int) -> tuple[str, str, str, str]:
-        path = self._all[number]
-        parent = path.parent.name
-        return parent.casefold(), parent, path.name.casefold(), path.name
+    def _captions_of(self, indices: Iterable[int]) -> list[_Caption]:
+        return list(dict.fromkeys(self._shown[index].caption for index in indices))
 
-    def _slots_of(self, indices: Iterable[int]) -> list[int]:
-        return list(dict.fromkeys(self._slot[self._shown[index]] for index in indices))
+    def _unsaved(self) -> list[_Caption]:
+        return [caption for caption in self._captions_of(range(len(self))) if caption.text != caption.saved]
 
-    def _do(self, label: str, texts: Mapping[int, str | None]) -> int:
+    def _do(self, label: str, texts: Mapping[_Caption, str]) -> int:
         """One step from what really changes; nothing changed, no step."""
-        changed = {slot: (self._texts[slot], text) for slot, text in texts.items() if text != self._texts[slot]}
+        changed = {caption: (caption.text, text) for caption, text in texts.items() if text != caption.text}
+        for caption, (_, after) in changed.items():
+            caption.text = after
         if changed:
-            self._set({slot: after for slot, (_, after) in changed.items()})
             self._history.push(Step(label, changed))
         return len(changed)
-
-    def _set(self, texts: Mapping[int, str | None]) -> None:
-        for slot, text in texts.items():
-            self._texts[slot] = text
-            (self._changed.discard if text == self._disk[slot].caption else self._changed.add)(slot)
-
-    def _now_on_disk(self, slot: int, disk: OnDisk) -> None:
-        self._disk[slot] = disk
-        self._set({slot: self._texts[slot]})
 
 
 def _checked(text: str, *, before: str) -> str:
@@ -354,11 +330,10 @@ def _checked(text: str, *, before: str) -> str:
     return one_line(text)
 
 
-def _captions(number: int) -> str:
-    return "1 caption" if number == 1 else f"{number} captions"
+def _count(captions: int) -> str:
+    return "1 caption" if captions == 1 else f"{captions} captions"
 
 
 def _file_key(path: Path) -> str:
     """The same for two spellings of one file on Windows."""
     return os.path.normcase(path)
-

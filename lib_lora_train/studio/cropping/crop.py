@@ -1,9 +1,9 @@
-"""Shapes put on the pictures of a dataset, and taken off again.
+"""Shapes given to the images of a dataset, and reverted.
 
-A picture that is shaped for the first time is kept as it was in .studio/unshaped. Whatever is done later, crops by hand,
-mirrors, another size, is made from that one anew, so nothing gets worse by being done twice, and its mask goes the same way.
+An image that is shaped for the first time is kept as it was in .studio/unshaped. Whatever is done later, crops by hand,
+mirrors, another size, is made from that one, so that nothing gets worse by being done twice; its mask is treated alike.
 dataset.json says what was done: {"hand": edges | null, "mirrored": bool, "shape": {…} | null, "box": edges, "size": [w, h]},
-edges in pixels of the unshaped picture.
+edges in pixels of the unshaped image.
 """
 
 from __future__ import annotations
@@ -15,44 +15,44 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pydantic.dataclasses
 from PIL import Image
+from pydantic import StrictBool, ValidationError, confloat
 
 from lib_lora_train.dataset.captions import CAPTION_SUFFIXES
 from lib_lora_train.dataset.images import read_image, read_layers, read_size
 from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
 from lib_lora_train.errors import DatasetError, SettingError, translated
-from lib_lora_train.settings import Settings
 from lib_lora_train.storage.atomic import replacing, write_atomic
-from lib_lora_train.studio.cropping.crop_plan import Box, Edges, Shape, find_subject, plan_shape, preview, render
+from lib_lora_train.studio.cropping.crop_plan import Box, Edges, Shape, find_subject, plan_shape, render
 from lib_lora_train.studio.cropping.encode import WRITTEN_SUFFIXES, encode
 from lib_lora_train.studio.importing.names import FreeNames
 from lib_lora_train.studio.importing.owned import Note, OwnedDataset
 
-__all__ = ("Box", "Done", "Shape", "Shaped", "apply_shape", "crop_to_box", "done_to", "flip", "in_step", "plan_shape",
-           "preview", "preview_shape", "split", "unshape")
-
 SMALLEST_CROP = 16  # pixels of a side
+_FARTHEST = 1e9  # pixels
+Pixel = confloat(ge=-_FARTHEST, le=_FARTHEST)
 _MOST_TILES = 400
 _NOTES_EVERY = 100
 
 
 @dataclasses.dataclass(frozen=True)
 class Shaped:
-    """What came of shaping several pictures."""
+    """What came of shaping several images."""
 
-    done: tuple[str, ...]  # names of the pictures that have the shape now
+    done: tuple[str, ...]  # names of the images that have the shape now
     skipped: tuple[tuple[str, str], ...]  # (name, why: one sentence)
     notes: tuple[str, ...] = ()  # what else the user should know, one sentence each
 
 
-@dataclasses.dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True)
 class Done:
-    """What was done to one picture so far."""
+    """What was done to one image so far, as dataset.json has it; edges are in pixels of the unshaped image."""
 
-    hand: Edges | None = None  # what was cut by hand, in pixels of the unshaped picture
-    mirrored: bool = False
+    hand: tuple[Pixel, Pixel, Pixel, Pixel] | None = None  # what was cut by hand
+    mirrored: StrictBool = False
     shape: Shape | None = None
-    box: Edges | None = None  # what of the unshaped picture is seen; None: all
+    box: tuple[Pixel, Pixel, Pixel, Pixel] | None = None  # what of the unshaped image is seen; None: all
     size: tuple[int, int] | None = None
 
     @property
@@ -60,36 +60,30 @@ class Done:
         """Whether it is seen mirrored: twice is not at all."""
         return self.mirrored != (self.shape is not None and self.shape.flip)
 
-    def to_note(self) -> dict[str, Any]:
-        """As dataset.json has it."""
-        return {"hand": self.hand, "mirrored": self.mirrored, "shape": self.shape.to_dict() if self.shape else None,
-                "box": self.box, "size": self.size}
-
 
 def apply_shape(
-    dataset: OwnedDataset, names: Sequence[str], shape: Shape, *, settings: Settings | None = None, family: str = "",
-    models_folder: Path | None = None, on_progress: Progress | None = None, should_stop: ShouldStop | None = None,
+    dataset: OwnedDataset, names: Sequence[str], shape: Shape, *, family: str = "", models_folder: Path | None = None,
+    on_progress: Progress | None = None, should_stop: ShouldStop | None = None,
 ) -> Shaped:
-    """Give pictures a shape, made from the unshaped ones within what was cut by hand.
+    """Give images a shape, made from the unshaped ones within what was cut by hand.
 
-    Raises SettingError for contradictory settings, Interrupted when `should_stop()` says so (what was shaped stays, each
-    picture whole) and OutputError if the disk refuses.
+    Raises Interrupted when `should_stop()` says so (what was shaped stays, each image complete) and OutputError if the disk
+    refuses.
     """
-    plan_shape((shape.side, shape.side), shape, settings, family=family)  # a contradiction is told once, before any work
     small, enlarged = 0, 0.0
 
     def change(before: Done, image: Image.Image, mask: Image.Image | None) -> Done:
         nonlocal small, enlarged
         subject = find_subject(image, shape, mask=mask, models_folder=models_folder)
-        box = plan_shape(image, shape, settings, subject=subject, region=before.hand, family=family)
-        asked = box if shape.mode == "keep" else plan_shape(
-            image, dataclasses.replace(shape, enlarge=True), settings, region=before.hand, family=family)
-        if asked.enlarged > 1.005:
-            small, enlarged = small + 1, max(enlarged, asked.enlarged)
+        box = plan_shape(image.size, shape, subject=subject, region=before.hand, family=family)
+        full_size = box if shape.mode == "keep" else plan_shape(
+            image.size, dataclasses.replace(shape, enlarge=True), region=before.hand, family=family)
+        if full_size.enlarged > 1.005:
+            small, enlarged = small + 1, max(enlarged, full_size.enlarged)
         return dataclasses.replace(before, shape=shape, box=box.edges, size=box.size)
 
     watch = Watch(len(names), doing="pictures were shaped", on_progress=on_progress, should_stop=should_stop)
-    done, skipped = _each(dataset, names, watch=watch, work=lambda name, notes: _change(dataset, name, notes, change))
+    done, skipped = _each(dataset, names, watch=watch, change=lambda name, notes: _change_image(dataset, name, notes, change))
     notes = []
     if small and shape.enlarge:
         notes.append(f"{_images(small)} had to be enlarged, up to {enlarged:.1f} times: they have less detail than it seems.")
@@ -99,44 +93,42 @@ def apply_shape(
     return Shaped(done, skipped, tuple(notes))
 
 
-def preview_shape(dataset: OwnedDataset, name: str, shape: Shape, *, settings: Settings | None = None, family: str = "",
+def preview_shape(dataset: OwnedDataset, name: str, shape: Shape, *, family: str = "",
                   models_folder: Path | None = None) -> Image.Image:
-    """The picture as `apply_shape` would make it; nothing is written. Raises DatasetError and SettingError."""
+    """The image as `apply_shape` would make it; nothing is written. Raises DatasetError and SettingError."""
     before, source, mask = _before(dataset, name, dataset.notes())
     image = read_image(source)
     subject = find_subject(image, shape, mask=mask, models_folder=models_folder)
-    box = plan_shape(image, shape, settings, subject=subject, region=before.hand, family=family)
+    box = plan_shape(image.size, shape, subject=subject, region=before.hand, family=family)
     return render(image, box, flip=dataclasses.replace(before, shape=shape).flip)
 
 
-def unshape(dataset: OwnedDataset, names: Sequence[str], *, on_progress: Progress | None = None,
-            should_stop: ShouldStop | None = None) -> Shaped:
-    """Bring pictures back as they were imported, with their masks; those that were never shaped stay as they are."""
-
-    watch = Watch(len(names), doing="pictures were brought back", on_progress=on_progress, should_stop=should_stop)
+def unshape(dataset: OwnedDataset, names: Sequence[str]) -> Shaped:
+    """Bring images back as they were imported, with their masks; those that were never shaped stay as they are."""
+    watch = Watch(len(names), doing="pictures were brought back", on_progress=None, should_stop=None)
     done, skipped = _each(dataset, names, watch=watch,
-                          work=lambda name, notes: _unshaped(dataset, name, notes.get(name, {})))
+                          change=lambda name, notes: _unshaped(dataset, name, notes.get(name, {})))
     return Shaped(done, skipped)
 
 
 def crop_to_box(dataset: OwnedDataset, name: str, box: Sequence[float]) -> None:
-    """Keep only `box` (left, top, right, bottom, in pixels of the picture as it is now) of a picture.
+    """Keep only `box` (left, top, right, bottom, in pixels of the image as it is now) of an image.
 
-    What was cut before stays cut; the result is made from the unshaped picture, at most of the area that its shape allowed.
-    Raises DatasetError for a box that holds too little or lies outside.
+    What was cut before stays cut; the result is made from the unshaped image, at most of the area that its shape allowed.
+    Raises DatasetError for a box that is too small or outside.
     """
 
     def change(before: Done, image: Image.Image, mask: Image.Image | None) -> Done:
         hand = _in_unshaped(before, _checked_box(box, before.size or image.size), image.size)
         keep = Shape(mode="keep", side=before.shape.side, flip=before.shape.flip) if before.shape else None
-        made = plan_shape(image, keep, region=hand) if keep else _native(hand)
+        made = plan_shape(image.size, keep, region=hand) if keep else _native(hand)
         return dataclasses.replace(before, hand=made.edges, shape=keep, box=made.edges, size=made.size)
 
     _one(dataset, name, change)
 
 
 def flip(dataset: OwnedDataset, name: str, *, copy: bool = False) -> str:
-    """Mirror a picture with its mask, or with `copy` add a mirrored one beside it; the name of the mirrored one."""
+    """Mirror an image with its mask, or with `copy` add a mirrored one beside it; the name of the mirrored one."""
     if not copy:
         _one(dataset, name, lambda before, image, mask: dataclasses.replace(
             before, mirrored=not before.mirrored, box=before.box or (0.0, 0.0, *map(float, image.size)),
@@ -149,9 +141,9 @@ def flip(dataset: OwnedDataset, name: str, *, copy: bool = False) -> str:
 
 
 def split(dataset: OwnedDataset, name: str, *, tile: int, overlap: float = 0.25) -> tuple[str, ...]:
-    """Cut a large picture into tiles of at most `tile` pixels a side that share at least `overlap` of it; their names.
+    """Cut a large image into tiles of at most `tile` pixels a side that share at least `overlap` of it; their names.
 
-    Each gets the caption and its part of the mask. The picture itself is removed, and can be restored. Raises DatasetError
+    Each gets the caption and its part of the mask. The image itself is removed, and can be restored. Raises DatasetError
     if it is no larger than a tile, SettingError for a tile or overlap that cannot be.
     """
     if not SMALLEST_CROP <= tile <= 16384 or not 0 <= overlap <= 0.9:
@@ -175,24 +167,18 @@ def split(dataset: OwnedDataset, name: str, *, tile: int, overlap: float = 0.25)
 
 
 def done_to(note: Mapping[str, Any]) -> Done:
-    """What dataset.json's note on a picture says was done to it; a damaged one says nothing."""
-    kept = note.get("shaped")
-    if not isinstance(kept, dict):
-        return Done()
+    """What dataset.json's note on an image says was done to it; a damaged one says nothing."""
     try:
-        shape = Shape.from_dict(kept["shape"]) if isinstance(kept.get("shape"), dict) else None
-        size = kept.get("size")
-        return Done(hand=_edges(kept.get("hand")), mirrored=kept.get("mirrored") is True, shape=shape,
-                    box=_edges(kept.get("box")), size=(int(size[0]), int(size[1])) if size else None)
-    except (SettingError, TypeError, ValueError, LookupError, OverflowError):
+        return Done(**note["shaped"])
+    except (ValidationError, TypeError, KeyError):
         return Done()
 
 
 def in_step(dataset: OwnedDataset, name: str, notes: Mapping[str, Note]) -> Done:
-    """What was done to a picture, known to be what the file shows.
+    """What was done to an image, known to be what the file shows.
 
     Raises DatasetError if it is not, because another program changed it, or this one was killed before it made its note:
-    then places on the picture cannot be told on the unshaped one.
+    then positions on it cannot be mapped to the unshaped one.
     """
     now, kept = dataset.image(name), dataset.unshaped_path(name)
     if not kept.is_file():
@@ -204,13 +190,13 @@ def in_step(dataset: OwnedDataset, name: str, notes: Mapping[str, Note]) -> Done
     return done
 
 
-# ---- one picture
+# ---- one image
 
 Change = Callable[[Done, Image.Image, "Image.Image | None"], Done]
 
 
 def _before(dataset: OwnedDataset, name: str, notes: Mapping[str, Note]) -> tuple[Done, Path, Image.Image | None]:
-    """(what was done to it, the picture to make it from, that one's mask)."""
+    """(what was done to it, the image to make it from, that one's mask)."""
     now, kept = dataset.image(name), dataset.unshaped_path(name)
     shaped = kept.is_file()
     before = done_to(notes.get(name, {})) if shaped else Done()
@@ -222,11 +208,11 @@ def _one(dataset: OwnedDataset, name: str, change: Change) -> None:
     with translated("a picture was shaped"):
         notes = dataset.notes()
         in_step(dataset, name, notes)
-        dataset.write_notes({name: _change(dataset, name, notes, change)})
+        dataset.write_notes({name: _change_image(dataset, name, notes, change)})
 
 
-def _change(dataset: OwnedDataset, name: str, notes: Mapping[str, Note], change: Change) -> Note:
-    """Make the picture anew as `change` says; its new note. The unshaped one is there before anything is replaced."""
+def _change_image(dataset: OwnedDataset, name: str, notes: Mapping[str, Note], change: Change) -> Note:
+    """Make the image anew as `change` says; its new note. The unshaped one is there before anything is replaced."""
     path = dataset.image(name)
     if path.suffix.lower() not in WRITTEN_SUFFIXES:
         encode(Image.new("RGB", (1, 1)), suffix=path.suffix.lower())  # refuses it, and says why
@@ -235,8 +221,8 @@ def _change(dataset: OwnedDataset, name: str, notes: Mapping[str, Note], change:
     after = change(before, layers.image, mask)
     assert after.box is not None and after.size is not None
     box, note = Box(*after.box, after.size), dict(notes.get(name, {}))
-    whole = after.box == (0, 0, *layers.image.size) and after.size == layers.image.size and not after.flip
-    if whole:  # nothing is done to it, or nothing any more
+    unchanged = after.box == (0, 0, *layers.image.size) and after.size == layers.image.size and not after.flip
+    if unchanged:
         return note if source == path else _unshaped(dataset, name, note)
     if source == path:
         _copy(path, dataset.unshaped_path(name))
@@ -246,22 +232,22 @@ def _change(dataset: OwnedDataset, name: str, notes: Mapping[str, Note], change:
         write_atomic(dataset.mask_path(name), encode(render(mask, box, flip=after.flip), suffix=".png"), one_of_many=True)
     made = render(layers.image, box, flip=after.flip)
     write_atomic(path, encode(made, suffix=path.suffix.lower(), layers=layers), one_of_many=True)
-    return {**note, "shaped": after.to_note()}
+    return {**note, "shaped": dataclasses.asdict(after)}
 
 
 def _unshaped(dataset: OwnedDataset, name: str, note: Note) -> Note:
-    """The picture and its mask as they were imported; the note without what was done."""
+    """The image and its mask as they were imported; the note without what was done."""
     now = dataset.image(name)
-    for kept, place in ((dataset.unshaped_mask_path(name), dataset.mask_path(name)), (dataset.unshaped_path(name), now)):
+    for kept, path in ((dataset.unshaped_mask_path(name), dataset.mask_path(name)), (dataset.unshaped_path(name), now)):
         if kept.is_file():
-            place.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(kept, place)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(kept, path)
     return {key: value for key, value in note.items() if key != "shaped"}
 
 
 def _each(dataset: OwnedDataset, names: Sequence[str], *, watch: Watch,
-          work: Callable[[str, Mapping[str, Note]], Note]) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
-    """`work` on each picture; (those done, those left out and why). Notes are kept now and then, and at the end."""
+          change: Callable[[str, Mapping[str, Note]], Note]) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
+    """`change` each image; (those done, those left out and why). Notes are written now and then, and at the end."""
     done, skipped, changed = [], [], {}
     with translated("pictures were shaped"):
         dataset.remove_parts()
@@ -270,7 +256,7 @@ def _each(dataset: OwnedDataset, names: Sequence[str], *, watch: Watch,
             for name in dict.fromkeys(names):
                 watch.check()
                 try:
-                    changed[name] = work(name, notes)
+                    changed[name] = change(name, notes)
                     done.append(name)
                 except DatasetError as error:
                     skipped.append((name, str(error)))
@@ -286,13 +272,13 @@ def _each(dataset: OwnedDataset, names: Sequence[str], *, watch: Watch,
 
 def _add_parts(dataset: OwnedDataset, path: Path, boxes: Sequence[Box], *, flip: bool,
                endings: Sequence[str]) -> tuple[str, ...]:
-    """New pictures from parts of one, each with its caption and its part of the mask; their names."""
+    """New images from parts of one, each with its caption and its part of the mask; their names."""
     layers, mask_path = read_layers(path), dataset.mask_path(path.name)
     mask = read_image(mask_path).convert("L") if mask_path.is_file() else None
     names, made, notes = FreeNames(dataset.taken_stems()), [], {}
     suffix = path.suffix.lower() if path.suffix.lower() in WRITTEN_SUFFIXES else ".png"
     for box, ending in zip(boxes, endings, strict=True):
-        new = path.with_name(f"{names.take(f'{path.stem}_{ending}')}{suffix}")
+        new = path.with_name(f"{names.claim(f'{path.stem}_{ending}')}{suffix}")
         if mask is not None:
             write_atomic(dataset.mask_path(new.name), encode(render(mask, box, flip=flip), suffix=".png"), one_of_many=True)
         for caption in (path.with_suffix(caption) for caption in CAPTION_SUFFIXES):
@@ -308,27 +294,18 @@ def _add_parts(dataset: OwnedDataset, path: Path, boxes: Sequence[Box], *, flip:
 # ---- numbers
 
 def _checked_box(box: Sequence[float], size: tuple[int, int]) -> Edges:
-    edges = _edges(box)
-    if edges is None:
+    if len(box) != 4 or not all(isinstance(edge, (int, float)) and abs(edge) < _FARTHEST for edge in box):
         raise DatasetError(f"{list(box)!r} is not a box", remedy="give left, top, right and bottom in pixels")
-    left, top = max(0.0, edges[0]), max(0.0, edges[1])
-    right, bottom = min(float(size[0]), edges[2]), min(float(size[1]), edges[3])
+    left, top = max(0.0, box[0]), max(0.0, box[1])
+    right, bottom = min(float(size[0]), box[2]), min(float(size[1]), box[3])
     if right - left < SMALLEST_CROP or bottom - top < SMALLEST_CROP:
         raise DatasetError("The crop holds too little of the picture", why=f"a side must be at least {SMALLEST_CROP} pixels",
                            remedy="draw a larger box")
     return left, top, right, bottom
 
 
-def _edges(values: object) -> Edges | None:
-    if not isinstance(values, (list, tuple)) or len(values) != 4:
-        return None
-    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < 1e9 for v in values):
-        return None
-    return tuple(map(float, values))
-
-
 def _in_unshaped(before: Done, box: Edges, size: tuple[int, int]) -> Edges:
-    """A box on the picture as it is now, on the unshaped one of (width, height) `size`."""
+    """A box on the image as it is now, on the unshaped one of (width, height) `size`."""
     seen, now = before.box or (0.0, 0.0, *map(float, size)), before.size or size
     left, top, right, bottom = box
     if before.flip:

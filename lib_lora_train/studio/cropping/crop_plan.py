@@ -1,6 +1,6 @@
-"""Cropping, scaling, mirroring: what is cut of a picture, and what comes of it, before anything is written.
+"""What is cut of an image and how it is scaled and mirrored, computed before anything is written.
 
-With the focus on the centre a picture is cut exactly as the trainer would cut it. Nothing here writes; `shape` does.
+With the focus on the centre an image is cut exactly as the trainer would cut it. Nothing here writes; `crop.py` does.
 """
 
 from __future__ import annotations
@@ -11,62 +11,43 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import pydantic.dataclasses
 from PIL import Image
+from pydantic import StrictBool, confloat, conint
 
 from lib_lora_train.dataset.buckets import Buckets, TrainingSizes, buckets_for
 from lib_lora_train.errors import SettingError
 from lib_lora_train.model.family import FAMILIES, training_sizes
-from lib_lora_train.settings import Settings
+from lib_lora_train.settings import DatasetSettings
 from lib_lora_train.studio.cropping.subject import SubjectBox, subject_box
+from lib_lora_train.studio.requests import validated
 
-SMALLEST_SIDE, LARGEST_SIDE = 64, 4096
-MODES = ("buckets", "square", "keep")
-Focus = Literal["centre", "subject"] | tuple[float, float]
+Share = confloat(ge=0, le=1)
 Edges = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
 
-@dataclasses.dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True)
 class Shape:
-    """How a picture is to be shaped. Raises SettingError for what cannot be.
+    """How an image is to be shaped.
 
     mode "buckets": cut to the training size of its own proportions whose area is about `side` squared; "square": to `side`
     by `side`; "keep": nothing is cut, it is only made smaller to that area. `focus` says what a cut keeps: the centre, the
-    subject, or a point (across, down) as shares of the picture. Small pictures are cut, but enlarged only with `enlarge`.
+    subject, or a point (across, down) as shares of the image. Small images are cut, but enlarged only with `enlarge`.
     """
 
     mode: Literal["buckets", "square", "keep"] = "buckets"
-    side: int = 512
-    focus: Focus = "centre"
-    flip: bool = False
-    enlarge: bool = False
-
-    def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise SettingError(f"There is no shape called {self.mode!r}", remedy=f"choose {', '.join(MODES)}")
-        side_fits = isinstance(self.side, int) and not isinstance(self.side, bool)
-        if not side_fits or not SMALLEST_SIDE <= self.side <= LARGEST_SIDE or self.side % 8:
-            raise SettingError(f"A side of {self.side} pixels is not possible", remedy=f"choose a multiple of 8 from "
-                               f"{SMALLEST_SIDE} to {LARGEST_SIDE}")
-        if self.focus in ("centre", "subject"):
-            return
-        point = self.focus
-        if not (isinstance(point, (tuple, list)) and len(point) == 2 and all(
-                isinstance(v, (int, float)) and not isinstance(v, bool) and 0 <= v <= 1 for v in point)):
-            raise SettingError(f"The focus {point!r} is not possible",
-                               remedy="choose centre, subject or two numbers from 0 to 1")
-        object.__setattr__(self, "focus", (float(point[0]), float(point[1])))
+    side: conint(strict=True, ge=64, le=4096, multiple_of=8) = 512
+    focus: Literal["centre", "subject"] | tuple[Share, Share] = "centre"
+    flip: StrictBool = False
+    enlarge: StrictBool = False
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Shape:
         """A shape as JSON has it. Raises SettingError for names and values that are none."""
         names = [field.name for field in dataclasses.fields(cls)]
-        unknown = sorted(set(map(str, values)) - set(names))
-        if unknown:
+        if unknown := sorted(set(map(str, values)) - set(names)):
             raise SettingError(f"A shape has no {unknown[0]!r}", remedy=f"it has {', '.join(names)}")
-        for name in ("flip", "enlarge"):
-            if not isinstance(values.get(name, False), bool):
-                raise SettingError(f"{name} is {values[name]!r}", remedy="it is true or false")
-        return cls(**values)
+        return validated(cls, values, what="shape")
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -75,7 +56,7 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Box:
-    """What is cut out of the upright picture, in its pixels and parts of them, and the size it is then given."""
+    """What is cut out of the upright image, in its pixels and parts of them, and the size it is then given."""
 
     left: float
     top: float
@@ -94,32 +75,28 @@ class Box:
         return max(self.size[0] / (self.right - self.left), self.size[1] / (self.bottom - self.top))
 
     def lost(self, size: tuple[int, int]) -> float:
-        """Which share of the area of a picture of `size` is cut off, 0 to 1."""
+        """Which share of the area of an image of `size` is cut off, 0 to 1."""
         return max(0.0, 1 - (self.right - self.left) * (self.bottom - self.top) / (size[0] * size[1]))
 
 
-def plan_shape(image: Image.Image | tuple[int, int], shape: Shape, settings: Settings | None = None, *,
-               subject: SubjectBox | None = None, region: Edges | None = None, family: str = "") -> Box:
-    """What `shape` cuts of a picture, or of one of that (width, height).
+def plan_shape(size: tuple[int, int], shape: Shape, *, subject: SubjectBox | None = None, region: Edges | None = None,
+               family: str = "") -> Box:
+    """What `shape` cuts of an image of (width, height) `size`.
 
-    `subject` is where its subject is; with the focus on it and None given, it is looked for in the picture, and the centre
-    taken of a mere size. Within `region`, if there is one, the rest is as if it were the picture. Bucket bounds are those of
-    `settings`; `family` is the model's. Raises SettingError for contradictory settings, DatasetError if nothing is left.
+    `subject` is where its subject is (see `find_subject`); the centre is used where it is None. With a `region`, the cut is
+    made within it, as if it were the image. `family` is the model's. Raises DatasetError if nothing is left.
     """
-    size = image if isinstance(image, tuple) else image.size
     left, top, right, bottom = region or (0.0, 0.0, float(size[0]), float(size[1]))
     width, height = max(1, round(right - left)), max(1, round(bottom - top))
     if shape.mode == "keep":
         scale = shape.side / math.sqrt(width * height)
         scale = scale if shape.enlarge else min(1.0, scale)
         return Box(left, top, right, bottom, (max(1, round(width * scale)), max(1, round(height * scale))))
-    placement = _buckets(shape, settings, family).assign(width, height)
+    placement = _buckets(shape, family).assign(width, height)
     across, down = (right - left) / placement.resized[0], (bottom - top) / placement.resized[1]
     crop_left, crop_top = placement.crop
     if shape.focus != "centre":
-        if shape.focus == "subject" and subject is None and not isinstance(image, tuple):
-            subject = subject_box(image)
-        at = _focus_point(shape.focus, subject, (left, top, right, bottom))
+        at = _cut_centre(shape.focus, subject, (left, top, right, bottom))
         if at is not None:
             crop_left = _centred((at[0] - left) / across, placement.bucket[0], slack=placement.slack[0])
             crop_top = _centred((at[1] - top) / down, placement.bucket[1], slack=placement.slack[1])
@@ -129,19 +106,10 @@ def plan_shape(image: Image.Image | tuple[int, int], shape: Shape, settings: Set
     if shape.enlarge or max(1 / across, 1 / down) <= 1:
         return Box(*cut, placement.bucket)
     # Whole pixels: cut, and otherwise left as it is.
-    whole = (max(1, round(cut[2] - cut[0])), max(1, round(cut[3] - cut[1])))
-    whole_left, whole_top = (min(math.floor(start + 0.5), limit - side) for start, limit, side in
-                             ((cut[0], math.floor(right), whole[0]), (cut[1], math.floor(bottom), whole[1])))
-    return Box(float(whole_left), float(whole_top), float(whole_left + whole[0]), float(whole_top + whole[1]), whole)
-
-
-def preview(image: Image.Image, shape: Shape, settings: Settings | None = None, *, mask: Image.Image | None = None,
-            region: Edges | None = None, models_folder: Path | None = None, family: str = "") -> Image.Image:
-    """What `shape` would make of `image` (mode RGB). `mask` and `models_folder` help to find the subject. Errors as
-    `plan_shape`."""
-    subject = find_subject(image, shape, mask=mask, models_folder=models_folder)
-    box = plan_shape(image, shape, settings, subject=subject, region=region, family=family)
-    return render(image, box, flip=shape.flip)
+    size = (max(1, round(cut[2] - cut[0])), max(1, round(cut[3] - cut[1])))
+    left, top = (min(math.floor(start + 0.5), limit - side) for start, limit, side in
+                 ((cut[0], math.floor(right), size[0]), (cut[1], math.floor(bottom), size[1])))
+    return Box(float(left), float(top), float(left + size[0]), float(top + size[1]), size)
 
 
 def find_subject(image: Image.Image, shape: Shape, *, mask: Image.Image | None = None,
@@ -154,9 +122,9 @@ def find_subject(image: Image.Image, shape: Shape, *, mask: Image.Image | None =
 
 def render(image: Image.Image, box: Box, *, flip: bool) -> Image.Image:
     """The part of `image` that `box` says at its size, mirrored with `flip`; Lanczos for colours, softer for masks."""
-    whole = tuple(map(round, box.edges))
-    if whole == box.edges and (whole[2] - whole[0], whole[3] - whole[1]) == box.size:
-        made = image.crop(whole)
+    pixels = tuple(map(round, box.edges))
+    if pixels == box.edges and (pixels[2] - pixels[0], pixels[3] - pixels[1]) == box.size:
+        made = image.crop(pixels)
     else:
         # Lanczos swings over at hard edges: a mask would get a grey rim.
         smooth = Image.Resampling.BILINEAR if image.mode == "L" else Image.Resampling.LANCZOS
@@ -164,22 +132,21 @@ def render(image: Image.Image, box: Box, *, flip: bool) -> Image.Image:
     return made.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else made
 
 
-def _buckets(shape: Shape, settings: Settings | None, family: str) -> Buckets:
+def _buckets(shape: Shape, family: str) -> Buckets:
     # Where no model is known, the side tells whose buckets are meant.
     known = [training_sizes(family)] if family else [one.sizes for one in FAMILIES.values() if one.sizes.default <= shape.side]
     sizes = max(known, key=lambda one: one.default, default=TrainingSizes())
-    declared = dataclasses.replace((settings or Settings()).dataset, resolution=str(shape.side),
-                                   enable_bucket=shape.mode == "buckets")
-    return buckets_for(declared, sizes=sizes)
+    settings = DatasetSettings(resolution=str(shape.side), enable_bucket=shape.mode == "buckets")
+    return buckets_for(settings, sizes=sizes)
 
 
-def _focus_point(focus: Focus, subject: SubjectBox | None, region: Edges) -> tuple[float, float] | None:
-    """The point that comes to the middle of the cut as far as possible, in pixels of the picture; None is the centre."""
+def _cut_centre(focus: str | tuple[float, float], subject: SubjectBox | None, region: Edges) -> tuple[float, float] | None:
+    """The point that comes to the middle of the cut as far as possible, in pixels of the image; None is the centre."""
     if isinstance(focus, tuple):
         return region[0] + focus[0] * (region[2] - region[0]), region[1] + focus[1] * (region[3] - region[1])
     return None if subject is None else ((subject[0] + subject[2]) / 2, (subject[1] + subject[3]) / 2)
 
 
-def _centred(point: float, length: int, *, slack: int) -> float:
-    """Where a cut of `length` begins that has `point` in its middle, within 0 to `slack`."""
-    return min(max(point - length / 2, 0.0), float(slack))
+def _centred(middle: float, length: int, *, slack: int) -> float:
+    """Where a cut of `length` around `middle` begins, within 0 to `slack`."""
+    return min(max(middle - length / 2, 0.0), float(slack))

@@ -1,4 +1,4 @@
-"""A picture back into a file of a given kind, with what generators and cameras wrote into the one it came from."""
+"""An image back into a file of a given kind, with what generators and cameras wrote into the one it came from."""
 
 from __future__ import annotations
 

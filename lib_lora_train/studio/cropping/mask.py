@@ -1,6 +1,6 @@
-"""Masks: which parts of a picture are learnt (white) and which are not (black), beside the picture for masked loss.
+"""Masks: which parts of an image are learnt (white) and which are not (black), beside the image for masked loss.
 
-They lie in masks/<stem>.png, mode L, of the picture's size, as kohya's trainer takes them from its conditioning_data_dir.
+They are masks/<stem>.png, mode L, of the image's size, as kohya's trainer takes them from its conditioning_data_dir.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from lib_lora_train.studio.importing.owned import OwnedDataset
 
 
 def read_mask(dataset: OwnedDataset, name: str) -> Image.Image | None:
-    """The mask of the picture `name` (mode L); None if all of it is learnt. Raises DatasetError if it is damaged."""
+    """The mask of the image `name` (mode L); None if all of it is learnt. Raises DatasetError if it is damaged."""
     path = dataset.mask_path(dataset.image(name).name)
     return read_image(path).convert("L") if path.is_file() else None
 
 
 def mask_from_file(path: Path) -> Image.Image:
-    """A mask that somebody painted, mode L: how opaque each place is if anything is transparent, else how bright.
+    """A mask from a file, mode L: how opaque each pixel is if anything is transparent, else how bright.
 
     Raises DatasetError as `read_image`.
     """
@@ -33,9 +33,9 @@ def mask_from_file(path: Path) -> Image.Image:
 
 
 def put_mask(dataset: OwnedDataset, name: str, mask: Image.Image) -> None:
-    """Keep `mask` (mode L, size of the picture as it is now) beside a picture, in place of the one it had.
+    """Keep `mask` (mode L, size of the image as it is now) beside an image and replace the one it had.
 
-    Of a shaped picture the unshaped one gets it too, where it lies in it; what was cut off keeps its mask, or is learnt.
+    Of a shaped image the unshaped one gets it too, in the part that was cut; what was cut off keeps its mask, or is learnt.
     Raises DatasetError if the size is another.
     """
     path = dataset.image(name)
@@ -57,7 +57,7 @@ def put_mask(dataset: OwnedDataset, name: str, mask: Image.Image) -> None:
 
 
 def remove_mask(dataset: OwnedDataset, name: str) -> None:
-    """Learn all of a picture again."""
+    """Remove an image's mask: all of it is learnt."""
     dataset.image(name)
     with translated("a mask was removed"):
         dataset.mask_path(name).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Where a picture's subject is: a face if one is found, else what is not background, else what stands out.
+"""Where an image's subject is: a face if one is found, else what is not background, else what stands out.
 
 Faces: OpenCV's YuNet if its file is there (the WebUI keeps it in models/opencv once its own cropping was used), else the
 cascade that comes inside OpenCV (Viola & Jones 2001). Without OpenCV, or without a face: whatever differs from a background
@@ -21,20 +21,20 @@ YUNET_FILES = ("opencv/face_detection_yunet_2023mar.onnx", "opencv/face_detectio
 _CASCADE = "haarcascade_frontalface_alt2.xml"
 _FACE_SIDE = 800  # longest side that faces are looked for in, pixels
 _YUNET_SCORE = 0.8
-_SMALLEST_FACE = 1 / 14  # of the shorter side; smaller ones are not what a picture is of, and mostly no faces
+_SMALLEST_FACE = 1 / 14  # of the shorter side; smaller ones are not what an image is of, and mostly no faces
 _NEIGHBOURS = 12  # detections that must agree: faces measured 13 to 41, blobs of noise and foliage up to 11
 _MAP_SIDE = 64  # the paper's scale
 _SIGMA = 2.5  # of the smoothing, in pixels of the map (the authors' code)
 _STANDS_OUT = 1.5  # times the mean of the map; the paper's 3 finds the brightest spot of a thing, we want the thing
-_TAIL = 0.3  # of what stands out on each side: the background's own structure, which draws the box to the picture's middle
+_TAIL = 0.3  # of what stands out on each side: the background's own structure, which draws the box to the image's middle
 _SPECKS = 0.002  # the same on a background of one colour: dust
 _GROUND_SIDE = 256  # longest side at which a plain background is looked for, pixels
 _GROUND_DISTANCE = 24  # of 255 in any colour: what JPEG and a soft shadow make of one colour stays below
-_GROUND_SHARE = 0.9  # of the picture's edge must be background
+_GROUND_SHARE = 0.9  # of the image's edge must be background
 
 
 def subject_box(image: Image.Image, *, mask: Image.Image | None = None, models_folder: Path | None = None) -> SubjectBox:
-    """The box around the subject, inside the picture; the whole picture where nothing stands out.
+    """The box around the subject, inside the image; the whole image where nothing stands out.
 
     `mask` (mode L, same size) says it outright where it leaves something out. `models_folder` is the host's, where YuNet's
     file may be.
@@ -46,7 +46,7 @@ def subject_box(image: Image.Image, *, mask: Image.Image | None = None, models_f
 
 
 def face_box(image: Image.Image, *, models_folder: Path | None = None) -> SubjectBox | None:
-    """The box around the head or heads of a picture in mode RGB; None where no face is found, or no OpenCV."""
+    """The box around the head or heads of an image in mode RGB; None where no face is found, or no OpenCV."""
     try:
         import cv2
     except ImportError:
@@ -71,7 +71,7 @@ def face_box(image: Image.Image, *, models_folder: Path | None = None) -> Subjec
 
 
 def drawn_box(image: Image.Image) -> SubjectBox | None:
-    """The box around all that differs from a background of one colour; None if the picture has no such background."""
+    """The box around all that differs from a background of one colour; None if the image has no such background."""
     scale = min(1.0, _GROUND_SIDE / max(image.size))
     size = (max(2, round(image.width * scale)), max(2, round(image.height * scale)))
     pixels = np.asarray(image.convert("RGB").resize(size, Image.Resampling.BOX), dtype=np.int16)
@@ -88,7 +88,7 @@ def drawn_box(image: Image.Image) -> SubjectBox | None:
 
 
 def salient_box(image: Image.Image) -> SubjectBox:
-    """The box around what stands out; the whole picture if nothing does."""
+    """The box around what stands out; the whole image if nothing does."""
     salient = saliency(image)
     salient = np.where(salient > _STANDS_OUT * salient.mean(), salient, 0.0)
     if not salient.any():
@@ -100,9 +100,9 @@ def salient_box(image: Image.Image) -> SubjectBox:
 
 
 def saliency(image: Image.Image) -> np.ndarray:
-    """How much each place stands out: [rows, columns] float64 >= 0, the longer side 64, colours counted alike.
+    """How much each pixel stands out: [rows, columns] float64 >= 0, the longer side 64, colours counted alike.
 
-    Equations 5 to 9 of Hou & Zhang: what the log spectrum has beyond its own local average, brought back to the picture.
+    Equations 5 to 9 of Hou & Zhang: what the log spectrum has beyond its own local average, brought back to the image.
     """
     scale = _MAP_SIDE / max(image.size)
     size = (max(4, round(image.width * scale)), max(4, round(image.height * scale)))
@@ -171,7 +171,7 @@ def _cascade(cv2: Any, image: Image.Image) -> list[tuple[float, float, float, fl
     classifier = cv2.CascadeClassifier()
     if not classifier.read(storage.getFirstTopLevelNode()):
         return []
-    # Not equalised over the whole picture: the cascade evens out each window by itself.
+    # Not equalised over the whole image: the cascade evens out each window by itself.
     grey = np.asarray(image.convert("L"))
     smallest = max(20, round(min(image.size) * _SMALLEST_FACE))
     found = classifier.detectMultiScale(grey, scaleFactor=1.1, minNeighbors=_NEIGHBOURS, minSize=(smallest, smallest))

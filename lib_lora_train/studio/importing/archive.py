@@ -1,4 +1,4 @@
-"""Zip files from anybody: what is in them, one piece at a time, in bounded time, memory and disk.
+"""Zip files from any source: what is in them, one entry at a time, in bounded time, memory and disk.
 
 No name inside an archive is ever used as a path. Limits are on what really comes out, because what the archive says of
 itself may be a lie. Not covered: other kinds of archives, archives inside archives, passwords.
@@ -27,9 +27,9 @@ _ZIP_ERRORS = (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, OSError, EO
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2)
 _ENCRYPTED = 0x1
 _UTF8 = 0x800
-_PIECE = 1 << 20
+_CHUNK = 1 << 20
 _MOST_DIRECTORY = 16 << 20
-"""Bytes that zipfile may read at once: the archive's list of contents, which it reads whole before anybody can count."""
+"""Bytes that zipfile may read at once: the archive's list of contents, which it reads before any limit can be checked."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +37,9 @@ class Limits:
     """What one archive may hold."""
 
     entries: int = 20_000
-    entry_bytes: int = 256 << 20  # as large as a picture may be
+    entry_bytes: int = 256 << 20  # as large as an image may be
     total_bytes: int = 32 << 30  # of all entries unpacked, one after the other
-    expansion: int = 100  # how many times the archive's own size; pictures hardly pack
+    expansion: int = 100  # how many times the archive's own size; images hardly pack
     always_bytes: int = 2 << 30  # so much may come out of a small one too
 
 
@@ -97,27 +97,19 @@ class Archive:
             raise DatasetError(what, why=why)
         left = min(self._limits.entry_bytes, self._left)
         with _damage(what), self._packed.open(entry.info) as packed:
-            while piece := packed.read(_PIECE):
-                left -= len(piece)
-                self._left -= len(piece)
+            while chunk := packed.read(_CHUNK):
+                left -= len(chunk)
+                self._left -= len(chunk)
                 if left < 0:
                     raise DatasetError(what, why=f"it unpacks to more than {self._limits.entry_bytes >> 20} MiB"
                                        if self._left >= 0 else "the archive unpacks to more than "
                                        f"{self._total >> 20} MiB in all")
-                file.write(piece)
-
-    def read(self, entry: Entry, *, most: int) -> bytes:
-        """The entry's contents if they are at most `most` bytes. Raises DatasetError as `copy`."""
-        if entry.bytes > most:
-            raise DatasetError(f"{entry.label} in {self._path.name} cannot be used", why=f"it is larger than {most >> 10} KiB")
-        buffer = io.BytesIO()
-        self.copy(entry, buffer)
-        return buffer.getvalue()
+                file.write(chunk)
 
 
 @contextlib.contextmanager
 def open_archive(path: Path, *, limits: Limits | None = None) -> Iterator[Archive]:
-    """The zip file at `path`, closed again afterwards. Raises DatasetError if it is none, or damaged."""
+    """The zip file at `path`, open inside the block. Raises DatasetError if it is none, or damaged."""
     what = f"The archive {path.name} cannot be used"
     with contextlib.ExitStack() as stack:
         with _damage(what):
@@ -128,7 +120,7 @@ def open_archive(path: Path, *, limits: Limits | None = None) -> Iterator[Archiv
 
 
 class _Bounded(io.RawIOBase):
-    """A file of which nobody reads very much at once."""
+    """A file that refuses to read very much at once."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -181,7 +173,7 @@ def _entry(info: zipfile.ZipInfo) -> Entry | None:
 
 
 def _decoded(info: zipfile.ZipInfo) -> str:
-    """The name as whoever packed it saw it. Without the mark for UTF-8 the format leaves open what the bytes mean.
+    """The name as its author saw it. Without the flag for UTF-8 the format leaves open what the bytes mean.
 
     zipfile reads those as DOS did (cp437). Many are UTF-8 all the same; Japanese Windows writes its own code (cp932).
     """

@@ -1,6 +1,6 @@
 """Pictures from anywhere into a dataset: folders, files, uploads, zip files; what is broken or there already is named.
 
-Originals are only read. A picture is turned upright once; what every program sees alike is copied byte for byte, with what
+Originals are only read. An image is turned upright once; what every program sees alike is copied byte for byte, with what
 generators wrote into it; anything else becomes a PNG. Transparency is laid on white, and kept as a mask.
 """
 
@@ -26,14 +26,14 @@ from lib_lora_train.studio.cropping.encode import encode
 from lib_lora_train.studio.importing.archive import Archive, Limits
 from lib_lora_train.studio.importing.names import FreeNames, safe_stem
 from lib_lora_train.studio.importing.owned import Note, OwnedDataset
-from lib_lora_train.studio.importing.sources import Found, Place, Source, Upload, list_sources, reason
+from lib_lora_train.studio.importing.sources import Found, Location, Source, Upload, list_sources, reason
 
 __all__ = ("Collected", "Upload", "collect")
 
 # Formats that kohya's tools open too, and the endings that go with them, the usual one first.
 _KEPT = {"PNG": (".png",), "JPEG": (".jpg", ".jpeg"), "MPO": (".jpg", ".jpeg"), "WEBP": (".webp",), "BMP": (".bmp",)}
 _MOST_CAPTION = 1 << 20
-_NOTES_EVERY = 200  # pictures between two writes of dataset.json
+_NOTES_EVERY = 200  # images between two writes of dataset.json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ def collect(
     dry_run: bool = False, limits: Limits | None = None, may_read: Callable[[Path], bool] | None = None,
     on_progress: Progress | None = None, should_stop: ShouldStop | None = None,
 ) -> Collected:
-    """Copy the pictures of `sources` into `dataset`, with the captions beside them.
+    """Copy the images of `sources` into `dataset`, with the captions beside them.
 
     A folder is read with the folders directly in it. `transparent="mask"` keeps transparency as a mask, "white" forgets it.
     With `dry_run` nothing is written: `added` are the paths that would be. `may_read` is asked for every file and folder.
@@ -61,50 +61,51 @@ def collect(
     found = list_sources(sources, limits=limits, may_read=may_read)
     watch = Watch(sum(len(source.images) for source in found.sources), doing="pictures were imported",
                   on_progress=on_progress, should_stop=should_stop)
-    taker = _Taker(dataset, masks=transparent == "mask", dry_run=dry_run, skipped=list(found.skipped))
+    collector = _Collector(dataset, masks=transparent == "mask", dry_run=dry_run, skipped=list(found.skipped))
     with translated("pictures were imported"):
-        taker.know_what_is_there()
+        collector.read_dataset()
         try:
             for source in found.sources:
-                _take_all(source, taker, limits=limits, watch=watch)
+                _collect_source(source, collector, limits=limits, watch=watch)
         finally:
-            taker.write_notes()
-    return Collected(tuple(taker.added), tuple((printable(name), printable(why)) for name, why in taker.skipped),
-                     taker.notes(), tuple(taker.sizes))
+            collector.write_notes()
+    return Collected(tuple(collector.added), tuple((printable(name), printable(why)) for name, why in collector.skipped),
+                     collector.notes(), tuple(collector.sizes))
 
 
-def _take_all(source: Source, taker: _Taker, *, limits: Limits | None, watch: Watch) -> None:
+def _collect_source(source: Source, collector: _Collector, *, limits: Limits | None, watch: Watch) -> None:
     with contextlib.ExitStack() as stack:
         try:
             session = stack.enter_context(source.session(limits))
         except DatasetError as error:  # it could be listed a moment ago
-            taker.skipped.append((source.name, reason(error)))
+            collector.skipped.append((source.name, reason(error)))
             return
         for found in source.images:
             watch.check()
             if session is not None and session.exhausted:
-                taker.skipped.append((source.name, "It unpacks to far more than its own size, so the rest of it was left out."))
+                collector.skipped.append((source.name, "It unpacks to far more than its own size, so the rest of it was left "
+                                          "out."))
                 return
             try:
-                taker.take(found, session)
+                collector.add(found, session)
             except DatasetError as error:
-                taker.skipped.append((found.label, reason(error)))
+                collector.skipped.append((found.label, reason(error)))
             watch.advance()
 
 
-class _Taker:
+class _Collector:
     """Pictures into the dataset one by one, and the list of what happened."""
 
     def __init__(self, dataset: OwnedDataset, *, masks: bool, dry_run: bool, skipped: list[tuple[str, str]]) -> None:
         self.dataset, self.masks, self.dry_run, self.skipped = dataset, masks, dry_run, skipped
         self.added: list[Path] = []
         self.sizes: list[tuple[int, int]] = []
-        self._known: dict[str, str] = {}  # sha256 of a file as it was imported -> the picture's name
+        self._known: dict[str, str] = {}  # sha256 of a file as it was imported -> the image's name
         self._names = FreeNames(())
         self._notes: dict[str, Note | None] = {}
         self._counts: dict[str, int] = {}
 
-    def know_what_is_there(self) -> None:
+    def read_dataset(self) -> None:
         """Read what the dataset holds, so that nothing comes twice and no name is given twice."""
         notes = self.dataset.notes()
         for path in self.dataset.images:
@@ -114,9 +115,9 @@ class _Taker:
         if not self.dry_run:
             self.dataset.remove_parts()
 
-    def take(self, found: Found, session: Archive | None) -> None:
-        """One picture. Raises DatasetError if it cannot be used; then nothing of it was written."""
-        with _on_disk(found.place, session) as path:
+    def add(self, found: Found, session: Archive | None) -> None:
+        """One image. Raises DatasetError if it cannot be used; then nothing of it was written."""
+        with _on_disk(found.location, session) as path:
             if path.stat().st_size > MAX_BYTES:
                 read_layers(path)  # refuses it, and says why
             digest = _sha256(path)
@@ -127,12 +128,12 @@ class _Taker:
             if layers.alpha is not None and layers.alpha.getextrema()[1] == 0:
                 raise DatasetError(found.label, why="it is transparent everywhere")
             caption, mask = self._caption(found, session), self._mask(found, layers, session)
-            stem = self._names.take(safe_stem(Path(found.name).stem))
+            stem = self._names.claim(safe_stem(Path(found.name).stem))
             endings = _KEPT.get(layers.format, ()) if layers.as_stored else ()
             suffix = Path(found.name).suffix.lower()
             target = self.dataset.images_folder / f"{stem}{suffix if suffix in endings else (*endings, '.png')[0]}"
             if not self.dry_run:
-                # The picture comes last: one that is there is complete.
+                # The image comes last: one that is there is complete.
                 if mask is not None:
                     write_atomic(self.dataset.mask_path(target.name), encode(mask, suffix=".png"), one_of_many=True)
                 if caption:
@@ -179,7 +180,7 @@ class _Taker:
         self._counts[text] = self._counts.get(text, 0) + 1
 
     def notes(self) -> tuple[str, ...]:
-        """One sentence for each thing that happened to several pictures."""
+        """One sentence for each thing that happened to several images."""
         return tuple(text.format(f"{count} picture{'' if count == 1 else 's'}") for text, count in self._counts.items())
 
     def _note(self, name: str, note: Note) -> None:
@@ -188,7 +189,7 @@ class _Taker:
             self.write_notes()
 
     def write_notes(self) -> None:
-        """Keep in dataset.json where the pictures came from."""
+        """Keep in dataset.json where the images came from."""
         if self._notes:
             self.dataset.write_notes(self._notes)
             self._notes = {}
@@ -203,17 +204,17 @@ def _write_image(target: Path, path: Path, layers: Layers | None) -> None:
 
 
 @contextlib.contextmanager
-def _on_disk(place: Place, session: Archive | None) -> Iterator[Path]:
+def _on_disk(location: Location, session: Archive | None) -> Iterator[Path]:
     """The file itself, or what an archive holds in a file of its own for as long as the block lasts."""
-    if isinstance(place, Path):
-        yield place
+    if isinstance(location, Path):
+        yield location
         return
     assert session is not None
     with tempfile.TemporaryDirectory(prefix="lora_train_") as folder:
-        # A name of our own; pictures and captions are told by what is in them.
+        # A name of our own; the kind of a file is told by its content.
         path = Path(folder) / "unpacked"
         with path.open("wb") as file:
-            session.copy(place, file)
+            session.copy(location, file)
         yield path
 
 
@@ -221,8 +222,8 @@ def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
-            while piece := file.read(1 << 20):
-                digest.update(piece)
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
     except FileNotFoundError as error:
         raise DatasetError(f"The picture {path} cannot be used", why="the file is gone") from error
     except OSError as error:

@@ -1,4 +1,4 @@
-"""File names that every system takes, made from what people, cameras and other systems call their pictures.
+"""File names that every system accepts, made from what people, cameras and other systems call their images.
 
 Letters of every script stay. What `output.checked_name` would refuse is replaced, so that a dataset can be moved to any
 disk, packed, and opened by other tools.
@@ -15,7 +15,7 @@ _RESERVED = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$", "CLOCK$",
 _FORBIDDEN = frozenset('<>:"/\\|?*')
 _MODEL_ENDINGS = (".safetensors", ".pt", ".ckpt")
 _LONGEST = 100
-"""Bytes of UTF-8: leaves room for a number, an ending and the temporary name within what file systems take (255), and for
+"""Bytes of UTF-8: leaves space for a number, an ending and the temporary name within what file systems take (255), and for
 the folders before it within Windows' 260 letters."""
 
 
@@ -29,7 +29,7 @@ def safe_stem(text: str, *, otherwise: str = "picture") -> str:
     before = ""
     while kept != before:  # what one of these leaves may be something for another
         before, kept = kept, _shortened(kept.strip(" .").lstrip("-"))
-        if kept.lower().endswith(_MODEL_ENDINGS):  # no program shall take a picture's name for a model's
+        if kept.lower().endswith(_MODEL_ENDINGS):  # no program shall mistake an image's name for a model's
             kept = kept.rpartition(".")[0]
         if unicodedata.normalize("NFKC", kept.split(".")[0]).upper().strip() in _RESERVED:
             kept = f"_{kept}"
@@ -37,20 +37,20 @@ def safe_stem(text: str, *, otherwise: str = "picture") -> str:
 
 
 def file_key(stem: str) -> str:
-    """What two names share that some system takes for one: regardless of case and of how accents are written."""
+    """What two names share that some system treats as one: regardless of case and of how accents are written."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", stem).casefold())
 
 
 class FreeNames:
-    """Hands out stems, each once; a taken one gets a number: a, a_2, a_3."""
+    """Gives each stem once; one that is used gets a number: a, a_2, a_3."""
 
     def __init__(self, taken: Iterable[str]) -> None:
         """`taken`: stems that are there already."""
         self._taken = {file_key(stem) for stem in taken}
         self._latest: dict[str, int] = {}
 
-    def take(self, stem: str) -> str:
-        """`stem`, or the first numbered one that is free; it is taken from now on. Thousands of one name stay fast."""
+    def claim(self, stem: str) -> str:
+        """`stem`, or the first numbered one that is free; it is used from now on. Thousands of one name stay fast."""
         key = file_key(stem)
         free, number = stem, self._latest.get(key, 1)
         while file_key(free) in self._taken:

@@ -1,12 +1,12 @@
 """A dataset folder that this program owns, in kohya's layout.
 
-    <name>/dataset.json                     concept, and where each picture came from and how it was shaped
-           10_<concept>/a.png  a.txt        pictures as they will be trained, and their captions
-           masks/a.png                      what of a picture is learnt (white), where not all of it is
-           .studio/unshaped/a.png           the picture as it was imported, once it was shaped; its mask in masks/
-           .studio/removed/a.png  a.txt     what was taken out and can come back
+    <name>/dataset.json                     concept, and where each image came from and how it was shaped
+           10_<concept>/a.png  a.txt        images as they will be trained, and their captions
+           masks/a.png                      what of an image is learnt (white), where not all of it is
+           .studio/unshaped/a.png           the image as it was imported, once it was shaped; its mask in masks/
+           .studio/removed/a.png  a.txt     what was removed and can be restored
 
-The pictures and captions are the truth: dataset.json only adds to them, and a dataset without it, or with a damaged one,
+The images and captions are the truth: dataset.json only adds to them, and a dataset without it, or with a damaged one,
 loses nothing but those notes. Its users are one at a time: two that write at once are not kept apart.
 """
 
@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lib_lora_train.dataset.captions import CAPTION_SUFFIXES
-from lib_lora_train.dataset.folder import MASKS_FOLDER, MOST_REPEATS
+from lib_lora_train.dataset.folder import MASKS_FOLDER
 from lib_lora_train.dataset.images import is_image_name
+from lib_lora_train.dataset.listing import MOST_REPEATS, by_name, is_subset_name, repeats_and_name
 from lib_lora_train.errors import DatasetError, printable, translated
 from lib_lora_train.storage.atomic import remove_parts, write_atomic
 from lib_lora_train.studio.importing.names import file_key, safe_stem
@@ -30,10 +30,9 @@ VERSION = 1
 FILE_NAME = "dataset.json"
 STUDIO_FOLDER = ".studio"
 DEFAULT_REPEATS = 10
-_NUMBERED = re.compile(r"(\d+)_(.*)")
-_MOST_BYTES = 256 << 20  # of dataset.json; one picture takes about 200
+_MOST_BYTES = 256 << 20  # of dataset.json; one image takes about 200
 
-Note = dict[str, Any]  # what dataset.json says of one picture
+Note = dict[str, Any]  # what dataset.json says of one image
 
 
 class OwnedDataset:
@@ -46,7 +45,7 @@ class OwnedDataset:
     def create(cls, datasets_folder: Path, name: str, *, concept: str = "", repeats: int = DEFAULT_REPEATS) -> OwnedDataset:
         """A new, empty dataset below `datasets_folder`, which is made where it is missing.
 
-        `name` is made safe; `concept`, one line, is what the pictures show (by default the name). Raises DatasetError if
+        `name` is made safe; `concept`, one line, is what the images show (by default the name). Raises DatasetError if
         there is something of that name, compared without regard to case, or if the disk refuses.
         """
         stem, concept = safe_stem(name, otherwise=""), one_line(concept)
@@ -75,12 +74,12 @@ class OwnedDataset:
             kept = _read(folder / FILE_NAME)
             concept, numbered = kept.get("concept"), _numbered_folders(folder)
             wanted = _folder_text(concept) if isinstance(concept, str) else None
-            fitting = [name for name in numbered if _NUMBERED.fullmatch(name)[2] == wanted] or numbered
+            fitting = [name for name in numbered if repeats_and_name(name)[1] == wanted] or numbered
             if not fitting:
                 fitting = [f"{DEFAULT_REPEATS}_{wanted or _folder_text(folder.name)}"]
                 (folder / fitting[0]).mkdir()
             if not isinstance(concept, str):  # a damaged file: the folder's name says it too
-                concept = _NUMBERED.fullmatch(fitting[0])[2]
+                concept = repeats_and_name(fitting[0])[1]
             return cls(folder, concept=one_line(concept), numbered=fitting[0])
 
     # ---- where things are
@@ -92,8 +91,8 @@ class OwnedDataset:
 
     @property
     def repeats(self) -> int:
-        """How often each picture is shown in an epoch: the number in front of the folder's name."""
-        return int(_NUMBERED.fullmatch(self._numbered)[1])
+        """How often each image is shown in an epoch: the number in front of the folder's name."""
+        return repeats_and_name(self._numbered)[0]
 
     @property
     def images_folder(self) -> Path:
@@ -117,29 +116,29 @@ class OwnedDataset:
 
     @property
     def removed_folder(self) -> Path:
-        """What was taken out."""
+        """What was removed."""
         return self.studio_folder / "removed"
 
     @property
     def images(self) -> tuple[Path, ...]:
-        """The pictures by name; read from the disk at each call."""
+        """The images by name; read from the disk at each call."""
         with translated(f"the pictures of {self.name} were listed"):
             found = [path for path in self.images_folder.iterdir() if is_image_name(path) and path.is_file()]
-        return tuple(sorted(found, key=lambda path: (path.name.casefold(), path.name)))
+        return tuple(sorted(found, key=by_name))
 
     def image(self, name: str) -> Path:
-        """The picture called `name` ("a.png"). Raises DatasetError if there is none; no path is taken for a name."""
+        """The image called `name` ("a.png"). Raises DatasetError if there is none; a path is not accepted as a name."""
         path = self.images_folder / name
         if name != path.name or not is_image_name(path) or not path.is_file():
             raise DatasetError(f"There is no picture {name!r} in {self.name}")
         return path
 
     def mask_path(self, name: str) -> Path:
-        """Where the mask of the picture `name` is, if it has one."""
+        """Where the mask of the image `name` is, if it has one."""
         return self.masks_folder / f"{Path(name).stem}.png"
 
     def unshaped_path(self, name: str) -> Path:
-        """Where the picture is kept as it was imported, once it was shaped."""
+        """Where the image is kept as it was imported, once it was shaped."""
         return self.unshaped_folder / name
 
     def unshaped_mask_path(self, name: str) -> Path:
@@ -147,25 +146,25 @@ class OwnedDataset:
         return self.unshaped_folder / MASKS_FOLDER / f"{Path(name).stem}.png"
 
     def taken_stems(self) -> set[str]:
-        """Stems that a new picture must not get: of pictures, of what was removed and could come back, and of captions and
-        masks without a picture, which it would otherwise inherit."""
+        """Stems that a new image must not get: of images, of what was removed and could come back, and of captions and
+        masks without an image, which it would otherwise inherit."""
         folders = (self.images_folder, self.masks_folder, self.unshaped_folder, self.removed_folder)
         return {path.stem for folder in folders for path in _entries(folder)}
 
     def remove_parts(self) -> None:
-        """Clear away what a killed process left half-written, before many files are written as ones of many."""
+        """Clear away what a killed process left half-written, before many files are written."""
         for folder in (self.images_folder, self.masks_folder, self.unshaped_folder, self.unshaped_folder / MASKS_FOLDER):
             remove_parts(folder)
 
     # ---- notes
 
     def notes(self) -> dict[str, Note]:
-        """What dataset.json says of each picture: {"a.png": {"source": …, "sha256": …, "shaped": …}}; {} if damaged."""
+        """What dataset.json says of each image: {"a.png": {"source": …, "sha256": …, "shaped": …}}; {} if damaged."""
         with translated(f"the notes of {self.name} were read"):
             return _notes(_read(self.folder / FILE_NAME))
 
     def write_notes(self, changes: Mapping[str, Note | None]) -> None:
-        """Replace the notes of these pictures (None: forget them) in one step; the others stay."""
+        """Replace the notes of these images (None: forget them) in one step; the others stay."""
         with translated(f"the notes of {self.name} were written"):
             kept = _read(self.folder / FILE_NAME)
             notes = _notes(kept)
@@ -182,16 +181,16 @@ class OwnedDataset:
     # ---- changes
 
     def set_repeats(self, repeats: int) -> None:
-        """Show each picture `repeats` times an epoch: the folder gets its new name in one step.
+        """Show each image `repeats` times an epoch: the folder gets its new name in one step.
 
-        Paths of pictures change with it. Raises DatasetError if the number is none of 1 to the most there may be, or if a
+        Paths of images change with it. Raises DatasetError if the number is none of 1 to the most there may be, or if a
         program keeps the folder open (Windows).
         """
         _check_repeats(repeats)
         self._rename(f"{repeats}_{_folder_text(self.concept)}", concept=self.concept)
 
     def set_concept(self, concept: str) -> None:
-        """Say anew what the pictures show: the folder is renamed. Raises DatasetError as `set_repeats`."""
+        """Say anew what the images show: the folder is renamed. Raises DatasetError as `set_repeats`."""
         concept = one_line(concept) or self.name
         self._rename(f"{self.repeats}_{_folder_text(concept)}", concept=concept)
 
@@ -210,19 +209,19 @@ class OwnedDataset:
                 self.write_notes({})
 
     def remove(self, names: Sequence[str]) -> tuple[str, ...]:
-        """Take pictures out, with captions and masks, so that `restore` can bring them back; the names that were there.
+        """Take images out, with captions and masks, so that `restore` can bring them back; the names that were there.
 
-        The picture goes first: killed in between, its caption stays beside where it was, and `restore` joins them again.
+        The image goes first: killed in between, its caption stays beside where it was, and `restore` brings both back.
         Raises DatasetError if the disk refuses; what was moved before that stays moved.
         """
         return self._move(names, back=False)
 
     def restore(self, names: Sequence[str]) -> tuple[str, ...]:
-        """Bring removed pictures back, with captions and masks; the names that came back. Errors as `remove`."""
+        """Bring removed images back, with captions and masks; the names that came back. Errors as `remove`."""
         return self._move(names, back=True)
 
     def _places(self, name: str) -> list[tuple[Path, Path]]:
-        """(where it is, where it goes when removed) of everything that belongs to a picture, the picture first."""
+        """(where it is, where it goes when removed) of everything that belongs to an image, the image first."""
         stem, away = Path(name).stem, self.removed_folder
         return [(self.images_folder / name, away / name),
                 *((self.images_folder / f"{stem}{suffix}", away / f"{stem}{suffix}") for suffix in CAPTION_SUFFIXES),
@@ -237,7 +236,7 @@ class OwnedDataset:
                 if name != Path(name).name or not is_image_name(Path(name)):
                     raise DatasetError(f"There is no picture {name!r} in {self.name}")
                 places = self._places(name)
-                # Back, the picture comes last, so that it is never there without its caption.
+                # Back, the image comes last, so that it is never there without its caption.
                 moves = [(there, here) for here, there in reversed(places)] if back else places
                 old, new = moves[-1 if back else 0]
                 if not old.is_file():
@@ -254,9 +253,9 @@ class OwnedDataset:
 
 
 def list_datasets(datasets_folder: Path) -> list[tuple[str, int]]:
-    """(name, pictures) of each dataset below `datasets_folder`, by name; [] where the folder is not there."""
+    """(name, images) of each dataset below `datasets_folder`, by name; [] where the folder is not there."""
     return [(entry.name, sum(is_image_name(path) for name in _numbered_folders(entry) for path in _entries(entry / name)))
-            for entry in sorted(_entries(datasets_folder), key=lambda path: (path.name.casefold(), path.name))
+            for entry in sorted(_entries(datasets_folder), key=by_name)
             if (entry / FILE_NAME).is_file()]
 
 
@@ -271,8 +270,7 @@ def _folder_text(concept: str) -> str:
 
 def _numbered_folders(folder: Path) -> list[str]:
     """Those that training reads; a date such as 20240101_holiday is none."""
-    return sorted(path.name for path in _entries(folder) if (match := _NUMBERED.fullmatch(path.name))
-                  and 1 <= int(match[1]) <= MOST_REPEATS and path.is_dir())
+    return sorted(path.name for path in _entries(folder) if is_subset_name(path.name) and path.is_dir())
 
 
 def _entries(folder: Path) -> Iterable[Path]:
@@ -288,7 +286,7 @@ def _notes(kept: Mapping[str, Any]) -> dict[str, Note]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What the file says; {} if it is damaged, because the pictures are worth more than the notes on them."""
+    """What the file says; {} if it is damaged, because the images are worth more than the notes on them."""
     try:
         if path.stat().st_size > _MOST_BYTES:
             return {}
@@ -306,4 +304,4 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _check_repeats(repeats: int) -> None:
     if not 1 <= repeats <= MOST_REPEATS:
-        raise DatasetError(f"{repeats} repeats are not possible", remedy=f"choose 1 to {MOST_REPEATS:.0f}")
+        raise DatasetError(f"{repeats} repeats are not possible", remedy=f"choose 1 to {MOST_REPEATS}")

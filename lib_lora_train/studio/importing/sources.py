@@ -1,4 +1,4 @@
-"""What there is to import: the pictures in folders, files, uploads and zip files, each with its caption and mask.
+"""What there is to import: the images in folders, files, uploads and zip files, each with its caption and mask.
 
 Only names are read here, and the lists of contents of archives.
 """
@@ -7,23 +7,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lib_lora_train.dataset.captions import CAPTION_SUFFIXES
 from lib_lora_train.dataset.folder import MASKS_FOLDER
 from lib_lora_train.dataset.images import is_image_name
+from lib_lora_train.dataset.listing import MayRead, by_name
 from lib_lora_train.errors import DatasetError, printable
 from lib_lora_train.studio.importing.archive import Archive, Entry, Limits, open_archive
 from lib_lora_train.studio.importing.names import file_key
 
-Place = Path | Entry  # a file of its own, or in an archive
-MayRead = Callable[[Path], bool]
+Location = Path | Entry  # a file of its own, or in an archive
 
 
 @dataclasses.dataclass(frozen=True)
 class Upload:
-    """A file that was sent: what its sender calls it, and where it was put. The name is never used as a path."""
+    """A file that was sent: what its sender calls it, and where it was stored. The name is never used as a path."""
 
     name: str
     path: Path
@@ -31,14 +31,14 @@ class Upload:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """One picture to import."""
+    """One image to import."""
 
     name: str  # the file's name
     label: str  # what it is called when something is said about it
     source: str  # where it came from, for dataset.json
-    place: Place
-    caption: Place | None = None
-    mask: Place | None = None
+    location: Location
+    caption: Location | None = None
+    mask: Location | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Source:
 
     @contextlib.contextmanager
     def session(self, limits: Limits | None) -> Iterator[Archive | None]:
-        """The archive the pictures are in; None where they are files. Raises DatasetError if it cannot be opened."""
+        """The archive the images are in; None where they are files. Raises DatasetError if it cannot be opened."""
         if self.archive is None:
             yield None
             return
@@ -68,7 +68,7 @@ class Sources:
 
 
 def list_sources(sources: Sequence[Path | Upload], *, limits: Limits | None, may_read: MayRead | None) -> Sources:
-    """What is in `sources`. Files and uploads are read as one lot, so that a caption among them finds its picture."""
+    """What is in `sources`. Files and uploads are read together, so that a caption among them finds its image."""
     listing = _Listing(limits, may_read)
     for source in sources:
         listing.add(source)
@@ -87,7 +87,7 @@ class _File:
 
     folder: tuple[str, ...]
     name: str
-    place: Place
+    location: Location
     label: str
     source: str
 
@@ -141,7 +141,7 @@ class _Listing:
 
     def _folder(self, folder: Path) -> None:
         files = self._files_of(folder, ())
-        for below in _listed(folder):
+        for below in sorted(folder.iterdir(), key=by_name):
             if below.is_dir() and not below.name.startswith("."):
                 if self._allowed(below):
                     files += self._files_of(below, (below.name,))
@@ -155,7 +155,7 @@ class _Listing:
 
     def _files_of(self, folder: Path, named: tuple[str, ...]) -> list[_File]:
         files = []
-        for path in _listed(folder):
+        for path in sorted(folder.iterdir(), key=by_name):
             file = _File(named, path.name, path, "/".join([*named, path.name]), str(path))
             if not (is_image_name(path) or file.is_caption) or not path.is_file():
                 continue
@@ -201,25 +201,21 @@ class _Listing:
 
 
 def _images(files: Sequence[_File]) -> tuple[Found, ...]:
-    """The pictures among `files`, each with the caption beside it and its mask from a folder of masks."""
-    captions: dict[tuple[tuple[str, ...], str], Place] = {}
+    """The images among `files`, each with the caption beside it and its mask from a folder of masks."""
+    captions: dict[tuple[tuple[str, ...], str], Location] = {}
     for suffix in CAPTION_SUFFIXES:
         for file in files:
             if Path(file.name).suffix.lower() == suffix:
-                captions.setdefault((file.folder, file.stem), file.place)
+                captions.setdefault((file.folder, file.stem), file.location)
     images = [file for file in files if is_image_name(Path(file.name))]
-    masks: dict[str, Place] = {}
+    masks: dict[str, Location] = {}
     if not all(_is_mask(file) for file in images):
         for file in filter(_is_mask, images):
-            masks.setdefault(file_key(file.stem), file.place)
+            masks.setdefault(file_key(file.stem), file.location)
         images = [file for file in images if not _is_mask(file)]
-    return tuple(Found(file.name, file.label, file.source, file.place, captions.get((file.folder, file.stem)),
+    return tuple(Found(file.name, file.label, file.source, file.location, captions.get((file.folder, file.stem)),
                        masks.get(file_key(file.stem))) for file in images)
 
 
 def _is_mask(file: _File) -> bool:
     return bool(file.folder) and file.folder[-1].casefold() == MASKS_FOLDER
-
-
-def _listed(folder: Path) -> list[Path]:
-    return sorted(folder.iterdir(), key=lambda path: (path.name.casefold(), path.name))

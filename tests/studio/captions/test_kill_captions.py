@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[3]
 DRIVER = """
 import itertools, os, shutil, signal, subprocess, sys
 from pathlib import Path
-from lib_lora_train.studio.captions.store import CaptionBook
+from lib_lora_train.studio.captions.store import CaptionStore
 from lib_lora_train.studio.captions.edits import AddTags
 
 def work(action, folder, n, torn):
@@ -38,12 +38,12 @@ def work(action, folder, n, torn):
             os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
     if action == "open":
         sys.addaudithook(watch)
-        CaptionBook.open(folder)
+        CaptionStore.open(folder)
     else:
-        book = CaptionBook.open(folder)
-        book.apply(AddTags(("new",)), range(len(book)))
+        store = CaptionStore.open(folder)
+        store.apply(AddTags(("new",)), range(len(store)))
         sys.addaudithook(watch)
-        book.save()
+        store.save()
 
 def killed(action, folder, n, torn):
     if not hasattr(os, "fork"):
@@ -68,7 +68,7 @@ else:
 
 
 def dataset(folder: Path, *, images: int) -> Path:
-    """Captions in two folders; the last picture of each has none."""
+    """Captions in two folders; the last image of each has none."""
     for name in ("10_x", "2_y"):
         (folder / name).mkdir(parents=True)
         for number in range(images):
@@ -79,7 +79,7 @@ def dataset(folder: Path, *, images: int) -> Path:
 
 
 def texts(folder: Path) -> dict[str, str | None]:
-    """What each picture's caption file holds, None where there is none."""
+    """What each image's caption file holds, None where there is none."""
     files = {path.relative_to(folder).as_posix(): path.with_suffix(".txt") for path in sorted(folder.glob("*/*.png"))}
     return {name: path.read_text(encoding="utf-8") if path.exists() else None for name, path in files.items()}
 

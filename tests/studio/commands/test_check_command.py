@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from lib_lora_train.demo import STYLE
 from lib_lora_train.errors import DatasetError, SettingError
 from lib_lora_train.model.sd.tokens import clip_tokenizer
 from lib_lora_train.studio.commands import check as check_command
-from lib_lora_train.studio.commands.check import add_check
+from lib_lora_train.studio.commands.arguments import add_check
 
 
 def check(*arguments: object) -> int:
@@ -46,7 +47,7 @@ def test_a_folder_that_cannot_be_trained_on_ends_with_two_but_is_reported(
     assert not (tmp_path / "sheet.png").exists()
 
 
-def test_a_folder_without_pictures_is_one_sentence(tmp_path: Path) -> None:
+def test_a_folder_without_images_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="holds no pictures"):
         check(tmp_path)
 
@@ -84,5 +85,5 @@ def test_an_interrupted_check_ends_as_interrupted(monkeypatch: pytest.MonkeyPatc
     def interrupt(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(check_command, "_Bar", lambda: argparse.Namespace(advance=interrupt, close=lambda: None))
+    monkeypatch.setattr(check_command, "progress_bar", lambda doing: contextlib.nullcontext(interrupt))
     assert check(STYLE, "--json") == 130

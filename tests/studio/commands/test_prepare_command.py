@@ -1,4 +1,4 @@
-"""`prepare`: a heap of pictures into a dataset that training takes, from the command line."""
+"""`prepare`: a heap of images into a dataset that training takes, from the command line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from PIL import Image
 
 from lib_lora_train.dataset.folder import scan
 from lib_lora_train.errors import UserError
-from lib_lora_train.studio.commands.prepare import SOME_LEFT_OUT, add_prepare
+from lib_lora_train.studio.commands.arguments import add_prepare
+from lib_lora_train.studio.commands.prepare import SOME_LEFT_OUT
 from lib_lora_train.studio.importing.owned import OwnedDataset
 from tests.mixed_pictures import ADDED, mixed_pictures
 
@@ -43,7 +44,7 @@ def test_thirty_mixed_pictures_become_a_dataset_that_training_takes(heap: Path, 
     assert found.layout == "kohya" and len(found.examples) == ADDED
     assert {(e.path.name, e.width, e.height) for e in found.examples} == {
         (row["name"], row["width"], row["height"]) for row in said["pictures"]}
-    # Areas of about 192 squared, and each picture about in its own proportions.
+    # Areas of about 192 squared, and each image about in its own proportions.
     for row in said["pictures"]:
         assert row["width"] % 64 == 0 and row["height"] % 64 == 0 and row["width"] * row["height"] <= 192 ** 2
         assert row["cut"] < 0.35
@@ -69,14 +70,14 @@ def test_a_dry_run_says_what_would_come_of_it_and_writes_nothing(heap: Path, tmp
     assert names(to) == before  # of one that is there
 
 
-def test_pictures_are_added_to_a_dataset_that_is_there(heap: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_images_are_added_to_a_dataset_that_is_there(heap: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     with zipfile.ZipFile(tmp_path / "z.zip", "w") as packed:
         packed.write(next(heap.glob("big-*.png")), "../x/new.png")
         packed.writestr("../x/new.txt", "a new tag")
     assert prepare(tmp_path / "z.zip", "--to", tmp_path / "set", "--side", 0) == 0
     assert "--data" in capsys.readouterr().out
     dataset = OwnedDataset.open(tmp_path / "set")
-    assert dataset.repeats == 150  # one picture: 1500 visits over 10 epochs
+    assert dataset.repeats == 150  # one image: 1500 visits over 10 epochs
     assert (dataset.images_folder / "new.txt").read_text("utf-8") == "a new tag"
     more = ("--to", tmp_path / "set", "--side", 0, "--repeats", 7, "--name", "b")
     assert prepare(tmp_path / "z.zip", heap, *more) == SOME_LEFT_OUT
@@ -100,7 +101,7 @@ def test_bad_numbers_are_refused_before_anything_is_made(heap: Path, tmp_path: P
     assert not (tmp_path / "set").exists()
 
 
-def test_sources_without_a_picture_leave_no_dataset_behind(tmp_path: Path):
+def test_sources_without_an_image_leave_no_dataset_behind(tmp_path: Path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "x.zip").write_bytes(b"no zip")
     with pytest.raises(UserError, match="no picture to import.*empty.*gone.*x.zip"):

@@ -12,7 +12,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from lib_lora_train.errors import UserError
-from lib_lora_train.studio.commands.tag import SOME_FAILED, add_tag
+from lib_lora_train.studio.commands.arguments import add_tag
+from lib_lora_train.studio.commands.tag import SOME_FAILED
 from tests.interrupted_save import FINISHED, interrupt_save
 
 
@@ -25,7 +26,7 @@ def tag(*arguments: object) -> int:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """kohya's layout: three pictures with prompts inside, one of them captioned."""
+    """kohya's layout: three images with prompts inside, one of them captioned."""
     place = tmp_path / "data" / "10_zzk girl"
     place.mkdir(parents=True)
     noise = np.random.default_rng(0)
@@ -55,7 +56,7 @@ def test_a_wd_tagger_captions_a_folder(folder: Path, tmp_path: Path):
         assert first == "zzk" and set(others) == expected
 
 
-def test_prompts_inside_the_pictures_become_captions_and_what_was_there_is_kept_aside(
+def test_prompts_inside_the_images_become_captions_and_what_was_there_is_kept_in_a_backup(
         folder: Path, capsys: pytest.CaptureFixture[str]):
     assert tag(folder, "--with", "infotext", "--mode", "prepend") == 0
     assert captions(folder) == {"red_cat": "a red_cat, an old caption", "blue_dog": "a blue_dog", "猫": "a 猫"}
@@ -78,7 +79,7 @@ def test_a_dry_run_shows_everything_and_writes_nothing(folder: Path, capsys: pyt
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
-def test_json_has_a_line_for_every_picture(folder: Path, capsys: pytest.CaptureFixture[str]):
+def test_json_has_a_line_for_every_image(folder: Path, capsys: pytest.CaptureFixture[str]):
     (folder / "10_zzk girl" / "broken.png").write_bytes(b"no picture")
     assert tag(folder, "--with", "infotext", "--json") == SOME_FAILED
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -125,7 +126,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(folder: Path, argument
     assert captions(folder) == {"red_cat": "an old caption"}
 
 
-def test_a_folder_without_pictures_is_told(tmp_path: Path):
+def test_a_folder_without_images_is_told(tmp_path: Path):
     with pytest.raises(UserError, match="no picture"):
         tag(tmp_path, "--with", "filename")
     with pytest.raises(UserError, match="does not exist"):

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from lib_lora_train.errors import SettingError
-from lib_lora_train.studio.commands.verify import SOME_FAILED, add_verify
+from lib_lora_train.studio.commands.arguments import add_verify
+from lib_lora_train.studio.commands.verify import SOME_FAILED
 
 
 def run(*arguments: object) -> int:
@@ -20,7 +21,7 @@ def run(*arguments: object) -> int:
     return chosen.command(chosen)
 
 
-def test_every_picture_has_a_line_and_those_that_could_not_be_checked_a_sentence(tiny_file, images, tmp_path, capsys):
+def test_every_image_has_a_line_and_those_that_could_not_be_checked_a_sentence(tiny_file, images, tmp_path, capsys):
     (images / "0.txt").write_bytes(b"caf\xe9")  # not UTF-8
     sheet = tmp_path / "sheet.png"
     code = run("check-captions", images, "--checkpoint", tiny_file, "--resolution", 64, "--json", "--sheet", sheet,
@@ -42,7 +43,7 @@ def test_without_a_sheet_nothing_is_painted(tiny_file, images, capsys):
     assert "red cat" in out and "similarity" not in out
 
 
-def test_class_pictures_go_on_where_they_were(tiny_file, tmp_path, capsys):
+def test_class_images_go_on_where_they_were(tiny_file, tmp_path, capsys):
     command = ("class-pictures", "--checkpoint", tiny_file, "--prompt", "a cat", "--to", tmp_path, "--resolution", "64",
                "--steps", 1, "--count")
     assert run(*command, 1) == 0 and run(*command, 2) == 0

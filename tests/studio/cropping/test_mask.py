@@ -1,4 +1,4 @@
-"""Masks beside pictures: of their size, kept through shaping, painted on what is seen."""
+"""Masks beside images: of their size, kept through shaping, painted on what is seen."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_mask_of_another_size_is_a_sentence(dataset: OwnedDataset):
         put_mask(dataset, "../a.png", left_half((400, 200)))
 
 
-def test_a_mask_painted_on_a_shaped_and_mirrored_picture_lies_there_on_the_unshaped_one(dataset: OwnedDataset):
+def test_a_mask_painted_on_a_shaped_and_mirrored_image_lies_there_on_the_unshaped_one(dataset: OwnedDataset):
     apply_shape(dataset, ["a.png"], Shape("square", 96))  # the middle: 100 to 300
     flip(dataset, "a.png")
     put_mask(dataset, "a.png", left_half((96, 96)))

@@ -63,13 +63,13 @@ def test_a_cut_on_the_subject_loses_far_less_of_it_than_one_on_the_centre():
     assert np.mean(lost["centre"]) > 0.15 and np.mean(lost["subject"]) < 0.02
 
 
-def test_where_nothing_stands_out_it_is_the_whole_picture():
+def test_where_nothing_stands_out_it_is_the_whole_image():
     for image in (Image.new("RGB", (300, 200), "grey"), Image.new("RGB", (1, 1)), Image.new("RGB", (3000, 2))):
         assert subject_box(image) == (0, 0, *image.size)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (5, 900), (900, 5), (64, 64), (333, 99)])
-def test_a_box_lies_in_its_picture_and_holds_something(size: tuple[int, int]):
+def test_a_box_lies_in_its_image_and_holds_something(size: tuple[int, int]):
     for seed in range(3):
         left, top, right, bottom = subject_box(textured(size, seed))
         assert 0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]

@@ -99,7 +99,7 @@ def test_what_other_tools_would_see_otherwise_becomes_a_png(dataset: OwnedDatase
         assert plain.mode == "RGB" and np.array_equal(plain, read_image(source / name))
 
 
-def test_a_picture_called_otherwise_than_it_is_gets_its_own_ending(dataset: OwnedDataset, source: Path):
+def test_an_image_called_otherwise_than_it_is_gets_its_own_ending(dataset: OwnedDataset, source: Path):
     noise(1).save(source / "a.jpg", format="PNG")
     noise(2).save(source / "b.jfif", format="JPEG")
     assert [path.name for path in collect(dataset, [source]).added] == ["a.png", "b.jpg"]
@@ -116,7 +116,7 @@ def test_a_lying_photograph_stands_upright_for_everybody(dataset: OwnedDataset, 
         assert np.array_equal(plain, ImageOps.exif_transpose(lying))
 
 
-def test_the_prompt_inside_a_picture_survives_its_turning(dataset: OwnedDataset, source: Path):
+def test_the_prompt_inside_an_image_survives_its_turning(dataset: OwnedDataset, source: Path):
     text = PngImagePlugin.PngInfo()
     text.add_itxt("parameters", "eine Katze, 猫\nSteps: 20")
     noise(1).save(source / "a.png", pnginfo=text, exif=with_orientation(6))
@@ -138,7 +138,7 @@ def test_transparency_becomes_white_and_a_mask(dataset: OwnedDataset, source: Pa
     assert "1 picture had transparent parts" in collected.notes[0]
 
 
-def test_transparency_can_be_forgotten_and_opaque_pictures_get_no_mask(dataset: OwnedDataset, source: Path):
+def test_transparency_can_be_forgotten_and_opaque_images_get_no_mask(dataset: OwnedDataset, source: Path):
     image = noise(1).convert("RGBA")
     image.save(source / "opaque.png")
     image.putalpha(100)
@@ -211,7 +211,7 @@ def test_files_come_with_what_lies_beside_them_and_uploads_with_each_other(datas
         "gone.png": "It does not exist."}
 
 
-def test_a_fence_is_asked_for_every_file(dataset: OwnedDataset, source: Path, tmp_path: Path):
+def test_allowed_paths_are_checked_for_every_file(dataset: OwnedDataset, source: Path, tmp_path: Path):
     noise(1).save(source / "a.png")
     (tmp_path / "secret").mkdir()
     noise(2).save(tmp_path / "secret" / "b.png")
@@ -229,7 +229,7 @@ def test_a_fence_is_asked_for_every_file(dataset: OwnedDataset, source: Path, tm
     assert sorted(name for name, _ in collected.skipped) == ["b.png", "below", "secret"]
 
 
-def test_a_new_picture_inherits_nothing_from_one_that_was_removed(dataset: OwnedDataset, source: Path):
+def test_a_new_image_inherits_nothing_from_one_that_was_removed(dataset: OwnedDataset, source: Path):
     noise(1).save(source / "a.png")
     (source / "a.txt").write_text("old", encoding="utf-8")
     collect(dataset, [source])
@@ -250,7 +250,7 @@ def test_stopping_keeps_what_was_brought_in(dataset: OwnedDataset, source: Path)
     assert len(collect(dataset, [source]).added) == 3
 
 
-def test_a_full_disk_is_a_sentence_and_leaves_whole_pictures(dataset: OwnedDataset, source: Path,
+def test_a_full_disk_is_a_sentence_and_leaves_whole_images(dataset: OwnedDataset, source: Path,
                                                              monkeypatch: pytest.MonkeyPatch):
     for seed in range(3):
         noise(seed).save(source / f"{seed}.png")
@@ -258,7 +258,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_whole_pictures(dataset: OwnedDatas
 
     def full(descriptor: int) -> None:
         whole.append(descriptor)
-        if len(whole) == 2:  # in the second picture
+        if len(whole) == 2:  # in the second image
             raise OSError(28, "No space left on device")
         fsync(descriptor)
 

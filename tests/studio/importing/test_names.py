@@ -44,11 +44,11 @@ def test_any_text_becomes_a_name_that_is_accepted_as_a_loras():
 
 def test_names_differ_without_regard_to_case_and_to_how_accents_are_written():
     names = FreeNames(["Katze", "é"])
-    assert [names.take(name) for name in ("katze", "KATZE", "e\u0301", "hund", "hund_2", "hund")] == [
+    assert [names.claim(name) for name in ("katze", "KATZE", "e\u0301", "hund", "hund_2", "hund")] == [
         "katze_2", "KATZE_3", "e\u0301_2", "hund", "hund_2", "hund_3"]
 
 
-def test_ten_thousand_pictures_of_one_name_get_names_of_their_own():
+def test_ten_thousand_images_of_one_name_get_names_of_their_own():
     names = FreeNames(())
-    given = [names.take("image" if i % 2 else "IMAGE") for i in range(10_000)]
+    given = [names.claim("image" if i % 2 else "IMAGE") for i in range(10_000)]
     assert len({file_key(name) for name in given}) == 10_000 and given[-1].endswith("_10000")

@@ -139,7 +139,7 @@ def test_restoring_covers_nothing_up(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["../dataset.json", "../../outside.png", "/etc/x.png", "a.txt", ""])
-def test_only_pictures_of_the_dataset_are_moved(tmp_path: Path, name: str):
+def test_only_images_of_the_dataset_are_moved(tmp_path: Path, name: str):
     dataset = filled(tmp_path, "a.png")
     Image.new("RGB", (8, 8)).save(tmp_path / "outside.png")
     for action in (dataset.remove, dataset.restore, lambda names: dataset.image(names[0])):

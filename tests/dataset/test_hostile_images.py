@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, PngImagePlugin
 
-from lib_lora_train.dataset import images as pictures_module
+from lib_lora_train.dataset import images as images_module
 from lib_lora_train.dataset.folder import scan
 from lib_lora_train.dataset.images import check_image, read_image, read_size
 from lib_lora_train.errors import DatasetError
@@ -99,13 +99,13 @@ def test_many_texts_that_add_up_are_limited(tmp_path: Path, monkeypatch: pytest.
 def test_an_enormous_file_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "big.png"
     with path.open("wb") as file:
-        file.seek(pictures_module.MAX_BYTES)  # a hole: no disk is used
+        file.seek(images_module.MAX_BYTES)  # a hole: no disk is used
         file.write(b"x")
     monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("it was opened"))
     assert all("256" in text for text in refused(path))
 
 
-def test_of_an_animation_only_the_first_picture_is_decoded(tmp_path: Path):
+def test_of_an_animation_only_the_first_image_is_decoded(tmp_path: Path):
     frames = [Image.new("RGB", (32, 32), (red, 0, 0)) for red in range(0, 250, 5)]
     for suffix in (".gif", ".webp", ".png"):
         path = tmp_path / f"many{suffix}"
@@ -124,7 +124,7 @@ def test_of_an_animation_only_the_first_picture_is_decoded(tmp_path: Path):
     b"8BPS\x00\x01" + bytes(30), b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'/>",
     b"\xd7\xcd\xc6\x9a" + bytes(40), b"PK\x03\x04" + bytes(40)])
 @pytest.mark.parametrize("name", ["x.png", "x.jpg"])
-def test_only_pictures_stand_behind_a_pictures_name(tmp_path: Path, content: bytes, name: str,
+def test_only_images_stand_behind_an_images_name(tmp_path: Path, content: bytes, name: str,
                                                     monkeypatch: pytest.MonkeyPatch):
     # Pillow goes by the content, and would start Ghostscript for PostScript.
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program was started"))
@@ -132,7 +132,7 @@ def test_only_pictures_stand_behind_a_pictures_name(tmp_path: Path, content: byt
     refused(tmp_path / name)
 
 
-def test_a_phones_jpeg_of_several_pictures_is_one_still(tmp_path: Path):
+def test_a_phones_jpeg_of_several_images_is_one_still(tmp_path: Path):
     path = tmp_path / "phone.jpg"
     first, second = Image.new("RGB", (16, 8), "red"), Image.new("RGB", (16, 8), "blue")
     first.save(path, format="MPO", save_all=True, append_images=[second])
@@ -141,7 +141,7 @@ def test_a_phones_jpeg_of_several_pictures_is_one_still(tmp_path: Path):
     assert read_image(path).size == (16, 8) and read_image(path).getpixel((2, 2))[0] > 200
 
 
-def test_hostile_pictures_are_skipped_by_name_and_the_others_trained(tmp_path: Path):
+def test_hostile_images_are_skipped_by_name_and_the_others_trained(tmp_path: Path):
     Image.new("RGB", (64, 64)).save(tmp_path / "good.png")
     (tmp_path / "pixels.png").write_bytes(png(50_000, 50_000))
     (tmp_path / "text.png").write_bytes(png(8, 8, chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(9 * MIB)))))

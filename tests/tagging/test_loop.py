@@ -1,4 +1,4 @@
-"""The loop: a row for every picture whatever happens to it, in batches that fit, stopped between two of them."""
+"""The loop: a row for every image whatever happens to it, in batches that fit, stopped between two of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 class Colours:
-    """Says how red each picture is, so that a mix-up of pictures shows. `fails` may raise for a batch of red values."""
+    """Says how red each image is, so that a mix-up of images shows. `fails` may raise for a batch of red values."""
 
     name, label, reads = "colours", "Colours", "pixels"
 
@@ -49,7 +49,7 @@ class Colours:
 
 @pytest.fixture
 def paths(tmp_path: Path) -> list[Path]:
-    """Ten pictures: the n-th has n of red."""
+    """Ten images: the n-th has n of red."""
     found = [tmp_path / f"{number}.png" for number in range(10)]
     for number, path in enumerate(found):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(path)
@@ -65,14 +65,14 @@ def right(paths: Sequence[Path]) -> list[Row]:
     return [(path, f"red {path.stem}", "") for path in paths]
 
 
-def test_every_picture_is_a_row_in_batches_of_the_size_asked_for(paths: list[Path]):
+def test_every_image_is_a_row_in_batches_of_the_size_asked_for(paths: list[Path]):
     source, seen = Colours(), []
     assert rows(paths, source, batch_size=4, progress=lambda *done: seen.append(done)) == right(paths)
     assert source.batches == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert seen == [(number, 10) for number in range(1, 11)] and (source.session, source.closed) == (1, 1)
 
 
-def test_a_picture_that_cannot_be_read_is_its_own_row(paths: list[Path]):
+def test_an_image_that_cannot_be_read_is_its_own_row(paths: list[Path]):
     paths[2].write_bytes(b"no picture")
     paths[5].unlink()
     found = rows(paths, Colours(), batch_size=4)
@@ -83,7 +83,7 @@ def test_a_picture_that_cannot_be_read_is_its_own_row(paths: list[Path]):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shape\nmismatch"), ValueError(), HostError("It is gone"), IndexError()])
-def test_a_picture_that_the_model_chokes_on_spoils_no_other(paths: list[Path], error: Exception):
+def test_an_image_that_the_model_chokes_on_spoils_no_other(paths: list[Path], error: Exception):
     def fails(reds: list[int]) -> None:
         if 6 in reds:
             raise error
@@ -104,7 +104,7 @@ def test_full_memory_halves_the_batch_and_it_stays_so(paths: list[Path], full: B
     assert [len(batch) for batch in source.batches] == [8, 4, 2, 2, 2, 2, 2]
 
 
-def test_a_picture_that_does_not_even_fit_alone_is_named(paths: list[Path]):
+def test_an_image_that_does_not_even_fit_alone_is_named(paths: list[Path]):
     def fails(reds: list[int]) -> None:
         if 3 in reds:
             raise MemoryError
@@ -149,7 +149,7 @@ def test_stopping_keeps_the_rows_that_were_done_and_unloads(paths: list[Path]):
     assert found == right(paths[:4]) and source.closed == 1
 
 
-def test_an_interruption_inside_the_captioner_is_no_problem_of_a_picture(paths: list[Path]):
+def test_an_interruption_inside_the_captioner_is_no_problem_of_an_image(paths: list[Path]):
     def fails(reds: list[int]) -> None:
         raise Interrupted("The run was stopped while it waited")
     with pytest.raises(Interrupted):

@@ -1,0 +1,101 @@
+"""One job at a time on a daemon thread, watched, stopped and waited for from any other thread."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, Literal, TypeVar
+
+from lib_lora_train.errors import HostError, Interrupted, LoraTrainError, translated
+
+log = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How a job ended that returned nothing: `message` is one sentence, `trace` the traceback, "" of one that was stopped."""
+
+    outcome: Literal["stopped", "failed"]
+    message: str
+    trace: str = ""
+
+
+def run_guarded(job: Callable[[], Result], *, name: str, doing: str) -> Result | Failure:
+    """What `job` returns, or why it returned nothing. The package's own errors become their sentence; any other error is a
+    defect, and its traceback goes to the log. `name` begins "… ended unexpectedly", `doing` completes "while …"."""
+    try:
+        with translated(doing):
+            return job()
+    except Interrupted as error:
+        return Failure("stopped", str(error))
+    except LoraTrainError as error:
+        return Failure("failed", str(error), traceback.format_exc())
+    except Exception as error:  # noqa: BLE001 - the thread's last handler: without it, watchers would wait for ever
+        log.error("%s ended unexpectedly\n%s", name, traceback.format_exc())
+        return Failure("failed", f"{name} ended unexpectedly: {type(error).__name__}: {error}. The log has the details.",
+                       traceback.format_exc())
+
+
+class TaskRunner(Generic[Result]):
+    """Starts, stops and waits for one job."""
+
+    def __init__(self, thread_name: str) -> None:
+        self._thread_name, self._lock = thread_name, threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._number, self._stopping, self._running = 0, "", False
+        self._ending: Result | Failure | None = None
+
+    def start(self, job: Callable[[], Result], *, name: str, doing: str, busy: str) -> int:
+        """Run `job` and return its number, counted from 1; `name` and `doing` as in `run_guarded`.
+
+        Raises HostError with the sentence `busy` while another job runs.
+        """
+        with self._lock:
+            if self._running:
+                raise HostError(busy, remedy="wait for it or stop it first")
+            self._number, self._stopping, self._running, self._ending = self._number + 1, "", True, None
+            # A daemon: closing the WebUI must not wait for it. Files are written atomically, so none is torn.
+            self._thread = threading.Thread(target=self._run, args=(job, name, doing), name=self._thread_name, daemon=True)
+            self._thread.start()
+            return self._number
+
+    def _run(self, job: Callable[[], Result], name: str, doing: str) -> None:
+        ending: Result | Failure = Failure("failed", f"{name} was ended from outside.")
+        try:
+            ending = run_guarded(job, name=name, doing=doing)
+        finally:
+            with self._lock:
+                self._ending, self._running = ending, False
+
+    def stop(self, kind: str = "stop") -> bool:
+        """Ask the running job to end, which it sees as `stopping`; False if none runs."""
+        with self._lock:
+            if self._running:
+                self._stopping = kind
+            return self._running
+
+    @property
+    def stopping(self) -> str:
+        """The kind of stop that the current job was asked for, "" for none."""
+        return self._stopping
+
+    @property
+    def running(self) -> bool:
+        """Whether a job is under way."""
+        return self._running
+
+    @property
+    def ending(self) -> Result | Failure | None:
+        """What the last job returned, or why it returned nothing; None while one runs and before the first."""
+        return self._ending
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for the job's thread to end, at most `timeout` seconds; whether it has."""
+        thread = self._thread
+        if thread is not None:
+            thread.join(timeout)
+        return thread is None or not thread.is_alive()
