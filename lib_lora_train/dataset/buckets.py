@@ -29,6 +29,9 @@ class TrainingSizes:
     multiple: int = 8
 
 
+DEFAULT_SIZES = TrainingSizes()
+
+
 @dataclass(frozen=True)
 class Placement:
     """How one image becomes one training size: scale to `resized`, cut `bucket` at `crop`."""

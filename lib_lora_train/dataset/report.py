@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lib_lora_train.dataset import likeness
 from lib_lora_train.dataset.advice import Circumstances, advise
-from lib_lora_train.dataset.buckets import Buckets, Placement, Size, TrainingSizes, buckets_for
+from lib_lora_train.dataset.buckets import DEFAULT_SIZES, Buckets, Placement, Size, TrainingSizes, buckets_for
 from lib_lora_train.dataset.captions import Tokenizer, first_line, split_tags, with_trigger_word
 from lib_lora_train.dataset.crop_sheet import crop_sheet
 from lib_lora_train.dataset.findings import Examined, Proposal, Report
@@ -44,7 +44,7 @@ class _Caption:
 
 
 def examine(
-    folder: Path | str, *, settings: Settings, tokenizer: Tokenizer | None = None, sizes: TrainingSizes = TrainingSizes(),
+    folder: Path | str, *, settings: Settings, tokenizer: Tokenizer | None = None, sizes: TrainingSizes = DEFAULT_SIZES,
     on_progress: Progress | None = None, should_stop: ShouldStop | None = None, may_read: MayRead | None = None,
     unsaved: Mapping[Path, str] | None = None,
 ) -> Report:
