@@ -19,11 +19,13 @@ from lib_lora_train.settings import Settings
 def run_settings(settings: Settings, host: Host, *, report: Report, stop: Stop, folder: Path | None = None,
                  group: ProcessGroup = SINGLE_PROCESS) -> Finished:
     """Plan the run that `settings` describe, and carry it out."""
-    plan = plan_job(settings, host, group=group, on_progress=stage("Reading pictures", report), should_stop=lambda: bool(stop()))
+    plan = plan_job(settings, host, group=group, on_progress=stage("Reading pictures", report),
+                    should_stop=lambda: bool(stop()))
     return run_job(plan, host, report=report, stop=stop, folder=folder, group=group)
 
 
 def plan_of(settings: Settings) -> RunPlan:
     """A plan without a dataset, for runners whose job is a stand-in."""
+    schedule = Plan(visits_per_epoch=1, batches_per_epoch=1, steps_per_epoch=1, epochs=1, steps=1, buckets=())
     return RunPlan(settings=settings, family="", dataset=Dataset(Path(), "plain", ()), placements=(), resolution=(64, 64),
-                   schedule=Plan(visits_per_epoch=1, batches_per_epoch=1, steps_per_epoch=1, epochs=1, steps=1, buckets=()), warnings=())
+                   schedule=schedule, warnings=())

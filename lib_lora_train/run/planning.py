@@ -70,9 +70,10 @@ class RunPlan:
         shown = str(repeats[0]) if len(repeats) == 1 else f"{repeats[0]} to {repeats[-1]}"
         regularisation = len(self.dataset.examples) - self.dataset.images
         with_reg = f" + {regularisation} regularisation pictures" if regularisation else ""
-        return (f"{_count(self.dataset.images, 'picture')} × {shown} repeats{with_reg}, {_count(self.schedule.epochs, 'epoch')}, "
-                f"{_count(len(self.schedule.buckets), 'bucket')} at {self.resolution[0]}×{self.resolution[1]} "
-                f"= {_count(self.schedule.steps, 'step')}{f' of {self.processes} processes' if self.processes > 1 else ''}")
+        schedule, (width, height) = self.schedule, self.resolution
+        return (f"{_count(self.dataset.images, 'picture')} × {shown} repeats{with_reg}, {_count(schedule.epochs, 'epoch')}, "
+                f"{_count(len(schedule.buckets), 'bucket')} at {width}×{height} "
+                f"= {_count(schedule.steps, 'step')}{f' of {self.processes} processes' if self.processes > 1 else ''}")
 
 
 def plan_job(settings: Settings, host: Host, *, on_progress: Callable[[int, int], None] | None = None,

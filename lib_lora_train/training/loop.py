@@ -73,8 +73,8 @@ class Progress:
     step, epoch    of the last step made
     """
 
-    def __init__(self, step: int, *, train_step: TrainStep, network: AdapterNetwork, optimizer: RunOptimizer, scaler: LossScaler,
-                 losses: LossReporter) -> None:
+    def __init__(self, step: int, *, train_step: TrainStep, network: AdapterNetwork, optimizer: RunOptimizer,
+                 scaler: LossScaler, losses: LossReporter) -> None:
         self.step, self.epoch = step, 0
         self._consistent = True  # whether weights, moments and scaler are those after `step`
         self._train_step, self._network, self._optimizer = train_step, network, optimizer
@@ -118,8 +118,8 @@ class Progress:
                        recent=self._losses.recent(), overflows=self._losses.overflows)
 
 
-def train(model: FrozenModel, *, network: AdapterNetwork, epoch_batches: EpochBatches, condition: Condition, config: TrainConfig,
-          report: Report, callbacks: Sequence[Callback] = (), resumed: TrainingState | None = None,
+def train(model: FrozenModel, *, network: AdapterNetwork, epoch_batches: EpochBatches, condition: Condition,
+          config: TrainConfig, report: Report, callbacks: Sequence[Callback] = (), resumed: TrainingState | None = None,
           group: ProcessGroup = SINGLE_PROCESS) -> Progress:
     """Train `network` on `model`; returns how far it came: to the last step, unless a callback ended the training.
 

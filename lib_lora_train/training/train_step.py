@@ -74,7 +74,8 @@ class TrainStep:
 
     def step_down(self, largest: int) -> bool:
         """Take less memory from now on, which is reported. False where nothing is left to give up."""
-        config = self.config.step_down(largest=largest, blocks=self.model.unet.checkpointable, device_type=self.model.device.type)
+        config = self.config.step_down(largest=largest, blocks=self.model.unet.checkpointable,
+                                       device_type=self.model.device.type)
         if config is None:
             return False
         if config.microbatch < self.config.microbatch and self.config.microbatch >= largest:

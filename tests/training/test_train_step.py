@@ -46,7 +46,8 @@ def test_gradients_and_losses_of_the_rows_add_up_to_those_of_the_batch(rows):
     model, whole = small_run.model("sdxl"), complete(5)
 
     def gradients(parts: list[Batch]) -> tuple[torch.Tensor, float]:
-        network = AdapterNetwork.build(find_targets(model.components, family=model.architecture.family, text_encoder=True), rank=2, alpha=2, seed=0)
+        targets = find_targets(model.components, family=model.architecture.family, text_encoder=True)
+        network = AdapterNetwork.build(targets, rank=2, alpha=2, seed=0)
         for layer in network.layers.values():
             layer.up.data.normal_(std=0.02, generator=torch.Generator().manual_seed(1))
         weights, total, adapters = network.flatten(1e-3, 1e-3), 0.0, network.adapters()
