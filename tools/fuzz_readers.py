@@ -209,7 +209,7 @@ def _checkpoint(data: bytes, place: Path, *, size: int) -> object:
 
 def _state(data: bytes, place: Path) -> object:
     path = _written(data, place / checkpoint.FILE_NAME)
-    checkpoint.read_facts(path)
+    checkpoint.read_metadata(path)
     return checkpoint.read(path)
 
 

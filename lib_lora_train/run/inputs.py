@@ -18,7 +18,7 @@ from lib_lora_train.inputs.fingerprint import encoder_fingerprint
 from lib_lora_train.inputs.latent_files import LatentDisk
 from lib_lora_train.inputs.latents import CachedLatents, FreshLatents, LatentSource
 from lib_lora_train.inputs.overflow import DiskOverflow
-from lib_lora_train.inputs.rank_rows import OwnRows
+from lib_lora_train.inputs.sharding import OwnRows
 from lib_lora_train.inputs.text import TextCache
 from lib_lora_train.inputs.vae_batches import Room
 from lib_lora_train.model.frozen import FrozenModel
@@ -39,11 +39,12 @@ def stage(name: str, report: Report, pause: Pause = lambda release: True) -> Cal
 
 
 def latents_of(settings: Settings, preparation: Preparation, model: FrozenModel, vae: Mapping[str, torch.Tensor],
-               ranks: ProcessGroup, folder: Path | None, *, room: Room, report: Report, stop: Stop, pause: Pause) -> LatentSource:
+               group: ProcessGroup, folder: Path | None, *, room: Room, report: Report, stop: Stop,
+               pause: Pause) -> LatentSource:
     """Encoded pictures: once and kept, or anew at each step where augmentations change the pixels. `vae` are the host's
     tensors of it; in `folder` lies what is too much for the memory, until the source is closed."""
     chosen, at_once = settings.dataset, settings.memory.vae_batch_size
-    shared = {"flip_aug": chosen.flip_aug, "device": model.device, "should_stop": lambda: bool(stop()), "ranks": ranks}
+    shared = {"flip_aug": chosen.flip_aug, "device": model.device, "should_stop": lambda: bool(stop()), "group": group}
     with translated("encoding the pictures"):
         if settings.encodes_in_steps:
             # The memory plan counts what is encoded beside a step, so it does not follow what is free.
@@ -57,12 +58,12 @@ def latents_of(settings: Settings, preparation: Preparation, model: FrozenModel,
                                    **shared)
 
 
-def batches_of(settings: Settings, source: LatentSource, ranks: ProcessGroup) -> Batches:
+def batches_of(settings: Settings, source: LatentSource, group: ProcessGroup) -> Batches:
     """The batches of all processes together; of their pictures, a process looks up those that fall to it."""
     captions = settings.captions
     return Batches(
-        source if ranks.world == 1 else OwnRows(source, ranks),
-        train_batch_size=settings.optimizer.train_batch_size * ranks.world, seed=settings.optimizer.seed,
+        source if group.world_size == 1 else OwnRows(source, group),
+        train_batch_size=settings.optimizer.train_batch_size * group.world_size, seed=settings.optimizer.seed,
         prior_loss_weight=settings.dataset.prior_loss_weight, trigger_word=settings.dataset.trigger_word,
         shuffle_caption=captions.shuffle_caption, keep_tokens=captions.keep_tokens,
         caption_dropout_rate=captions.caption_dropout_rate, caption_tag_dropout_rate=captions.caption_tag_dropout_rate)

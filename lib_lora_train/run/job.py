@@ -19,7 +19,7 @@ import torch
 from lib_lora_train.adapters import file
 from lib_lora_train.adapters.network import LoRANetwork
 from lib_lora_train.adapters.targets import find_targets
-from lib_lora_train.distributed import SINGLE_PROCESS, ProcessGroup, agree
+from lib_lora_train.distributed import SINGLE_PROCESS, ProcessGroup
 from lib_lora_train.errors import Interrupted, SettingError, translated
 from lib_lora_train.evaluation.lease import frozen_model
 from lib_lora_train.events import Finished, Planned, Report, Warned
@@ -32,7 +32,7 @@ from lib_lora_train.memory.plan import MemoryPlan
 from lib_lora_train.model.components import vae_tensors
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.run import resume
-from lib_lora_train.run.consistency import agree_on_data, agree_on_settings
+from lib_lora_train.run.consistency import agree_on_data, agree_on_settings, require_equal
 from lib_lora_train.run.inputs import Text, batches_of, latents_of, stage
 from lib_lora_train.run.memory import memory_plan, room_for_encoding, settle
 from lib_lora_train.run.output import checked_name, destination
@@ -48,65 +48,66 @@ from lib_lora_train.training.step import StepOptions
 
 
 def run_job(settings: Settings, host: Host, *, report: Report, stop: Stop, folder: Path | None = None,
-            ranks: ProcessGroup = SINGLE_PROCESS) -> Finished:
+            group: ProcessGroup = SINGLE_PROCESS) -> Finished:
     """Train the LoRA that `settings` describe on the model that `host` holds.
 
     `stop` is asked between steps and pictures: "" to go on, "stop" to end, "save" to end and keep what was learnt.
     `folder` is the run's, where the state to resume from is kept; None keeps none.
-    With several `ranks` all of them call this, on the same files; the first alone saves, and the others' path is "".
+    All processes of `group` call this, on the same files; process 0 alone saves, and the others' path is "".
     The last event, `Finished`, is returned and left to the caller to report, who knows how failures end too.
     Raises UserError, HostError, TrainingError, and Interrupted where a stop came before the first step.
     """
     check_allowed(settings, host.allowed)
-    agree_on_settings(ranks, settings)
+    agree_on_settings(group, settings)
     point = resume.find(settings.save.resume, host.runs_folder) if settings.save.resume else None
-    settings = _with_seed(settings, point, ranks)
-    target = result_path(settings, host, point) if ranks.rank == 0 else Path(settings.save.output_name)
+    settings = _with_seed(settings, point, group)
+    target = result_path(settings, host, point) if group.rank == 0 else Path(settings.save.output_name)
     weights = _weights(settings, point)
     checkpoint = host.checkpoint()
-    preparation = _prepared(settings, checkpoint.family if checkpoint else "", host.allowed, ranks, report=report, stop=stop)
+    preparation = _prepared(settings, checkpoint.family if checkpoint else "", host.allowed, group, report=report, stop=stop)
 
     with host.borrow() as borrowed:
         return _on_loan(settings, host, borrowed, preparation, weights, point, family=checkpoint.family if checkpoint else "",
-                        target=target, report=report, stop=stop, folder=folder, ranks=ranks)
+                        target=target, report=report, stop=stop, folder=folder, group=group)
 
 
 def _on_loan(settings: Settings, host: Host, borrowed: Borrowed, preparation: Preparation, weights: _Weights,
-             point: resume.Point | None, *, family: str, target: Path, report: Report, stop: Stop, folder: Path | None,
-             ranks: ProcessGroup) -> Finished:
+             point: resume.ResumePoint | None, *, family: str, target: Path, report: Report, stop: Stop, folder: Path | None,
+             group: ProcessGroup) -> Finished:
     """The part of the road that needs the model. Whatever it makes dies with its frame, so that the model finds the device's
     memory free when it goes back."""
     with contextlib.ExitStack() as leaving:
         model = frozen_model(borrowed, settings)
         if model.architecture.family != family:
             # The host had no model yet, or another one, when the folder was read.
-            preparation = _prepared(settings, model.architecture.family, host.allowed, ranks, report=report, stop=stop)
-        known = resume.checkpoint_facts(borrowed) if point or folder or ranks.world > 1 else {}
+            preparation = _prepared(settings, model.architecture.family, host.allowed, group, report=report, stop=stop)
+        known = resume.describe_checkpoint(borrowed) if point or folder or group.world_size > 1 else {}
         if point:
             resume.compare_checkpoint(known, point)
         pause = _pause(settings, host, model, report=report, stop=stop)
         dtype = compute_dtype(settings.memory.mixed_precision, model.device, weights=model.dtype)
         _check_sizes(preparation, model)
-        agree_on_data(ranks, preparation, known, step=weights.state.step if weights.state else 0, weights=weights.tensors or {},
+        agree_on_data(group, preparation, known, step=weights.state.step if weights.state else 0, weights=weights.tensors or {},
                       dtype=dtype)
-        changed = resume.compare_settings(settings, point, steps=preparation.plan.steps, processes=ranks.world) if point else []
+        changed = [] if point is None else resume.compare_settings(
+            settings, point, steps=preparation.plan.steps, processes=group.world_size)
         for warning in (*preparation.warnings, *_ignored_by(model, settings), *changed):
             report(Warned(warning))
         with translated("making the LoRA's layers"):
             network = _network(settings, model, weights.tensors, name=weights.name, report=report)
         source = leaving.enter_context(contextlib.closing(latents_of(
-            settings, preparation, model, vae_tensors(borrowed.tensors), ranks, folder, report=report, stop=stop, pause=pause,
+            settings, preparation, model, vae_tensors(borrowed.tensors), group, folder, report=report, stop=stop, pause=pause,
             room=room_for_encoding(settings, model, host, network))))
         preparation = preparation.without_damaged(settings, dataset=source.dataset, placements=source.placements)
         for warning in preparation.warnings:
             report(Warned(warning))
-        batches = batches_of(settings, source, ranks)
+        batches = batches_of(settings, source, group)
         memory = memory_plan(settings, preparation, model, borrowed, network, dtype=dtype,
-                             remembered=resume.base_of(point, settings) if point else "",
-                             should_stop=lambda: ranks.world == 1 and bool(stop()))
+                             remembered=resume.quantized_base(point, settings) if point else "",
+                             should_stop=lambda: group.world_size == 1 and bool(stop()))
         # Cards of different sizes may choose differently how, but not what is computed.
-        agree(ranks, shown={"the model's number format in memory (base_weights)": memory.way.base}, digests={},
-              remedy="set base_weights, or the same memory_budget, in all of them")
+        require_equal(group, {"the model's number format in memory (base_weights)": memory.way.base},
+                      remedy="set base_weights, or the same memory_budget, in all of them")
         report(_planned(settings, preparation, borrowed, memory, done=point.step if point else 0))
         if memory.warning:
             report(Warned(memory.warning))
@@ -118,29 +119,29 @@ def _on_loan(settings: Settings, host: Host, borrowed: Borrowed, preparation: Pr
                                 started_at=point.started_at if point else time.time())
         checkpointer = _checkpointer(settings, preparation, known, provenance.started_at, point, folder, dtype=dtype,
                          base=memory.way.base, report=report)
-        saver = Onlooker(report) if ranks.rank else Saver(target, settings.save, network, provenance, checkpointer, report=report,
+        saver = Onlooker(report) if group.rank else Saver(target, settings.save, network, provenance, checkpointer, report=report,
                                                           spare=folder)
         with saver.rescue():
             steps = _train(settings, preparation, model, network, batches, text, memory.way, dtype=dtype, saver=saver,
-                           stop=stop, pause=pause, resumed=weights.state, ranks=ranks)
-        finished = _finished(preparation, saver, steps, name=target.stem, stop=stop, ranks=ranks)
+                           stop=stop, pause=pause, resumed=weights.state, group=group)
+        finished = _finished(preparation, saver, steps, name=target.stem, stop=stop, group=group)
         # While the model is still ours: a host that had merged an older file of this name must forget it.
         host.refresh_loras()
         return finished
 
 
 def _finished(preparation: Preparation, saver: Saver | Onlooker, steps: int, *, name: str, stop: Stop,
-              ranks: ProcessGroup) -> Finished:
+              group: ProcessGroup) -> Finished:
     """The end of a run after `steps` steps, its result saved if it is complete, or was stopped to be saved. Raises Interrupted
     where nothing was ever saved."""
     complete, stopped = steps == preparation.plan.steps, f"Stopped after {steps} of {preparation.plan.steps} steps"
-    if complete or (steps and ranks.any(stop() == "save")):
+    if complete or (steps and group.any(stop() == "save")):
         with saver.rescue():
             path = saver.save_result(step=steps, epoch=preparation.epoch_of(steps), complete=complete)
         if complete:
             return Finished("done", f"{name} is ready: {path}", path, steps)
         return Finished("stopped", f"{stopped}; saved {path}", path, steps)
-    if ranks.any(bool(saver.saved)):
+    if group.any(bool(saver.saved)):
         return Finished("stopped", f"{stopped}.", saver.saved[-1] if saver.saved else "", steps)
     raise Interrupted(f"{stopped}; nothing was saved")
 
@@ -150,7 +151,7 @@ def output_folder(settings: Settings, host: Host) -> Path:
     return Path(settings.save.output_dir) if settings.save.output_dir else host.lora_folder
 
 
-def result_path(settings: Settings, host: Host, point: resume.Point | None) -> Path:
+def result_path(settings: Settings, host: Host, point: resume.ResumePoint | None) -> Path:
     """Where the result goes, the folder made and the name known to be free; raises OutputError.
 
     A run that goes on may replace what it has saved itself.
@@ -160,12 +161,12 @@ def result_path(settings: Settings, host: Host, point: resume.Point | None) -> P
     return destination(folder, name=name, overwrite=settings.save.overwrite or own)
 
 
-def _with_seed(settings: Settings, point: resume.Point | None, ranks: ProcessGroup) -> Settings:
+def _with_seed(settings: Settings, point: resume.ResumePoint | None, group: ProcessGroup) -> Settings:
     """A seed is drawn where none was given, and only once in a run, for all of its processes."""
     if settings.optimizer.seed >= 0:
         return settings
-    seed = int(point.facts["settings"].get("seed", -1)) if point else -1
-    seed = int(ranks.gather(str(seed if seed >= 0 else secrets.randbelow(2**32)))[0])
+    seed = int(point.metadata["settings"].get("seed", -1)) if point else -1
+    seed = group.all_gather(seed if seed >= 0 else secrets.randbelow(2**32))[0]
     return dataclasses.replace(settings, optimizer=dataclasses.replace(settings.optimizer, seed=seed))
 
 
@@ -178,7 +179,7 @@ class _Weights:
     state: TrainingState | None = None
 
 
-def _weights(settings: Settings, point: resume.Point | None) -> _Weights:
+def _weights(settings: Settings, point: resume.ResumePoint | None) -> _Weights:
     if point is not None:
         state = point.load()
         return _Weights(state.lora, point.path.name, state)
@@ -189,22 +190,22 @@ def _weights(settings: Settings, point: resume.Point | None) -> _Weights:
 
 
 def _checkpointer(settings: Settings, preparation: Preparation, checkpoint: Mapping[str, str], started_at: float,
-            point: resume.Point | None, folder: Path | None, *, dtype: torch.dtype, base: Base, report: Report) -> Checkpointer:
+            point: resume.ResumePoint | None, folder: Path | None, *, dtype: torch.dtype, base: Base, report: Report) -> Checkpointer:
     """Keeps the run's state. What it says of the data is compared with what was said when the run began."""
     wanted = folder is not None and (settings.save.save_state or settings.save.save_state_on_train_end)
     facts: dict[str, Any] = {}
     if wanted or point:
-        facts = resume.facts(settings, preparation, checkpoint, started_at=started_at, dtype=dtype, base=base)
+        facts = resume.describe(settings, preparation, checkpoint, started_at=started_at, dtype=dtype, base=base)
     if point:
         for warning in resume.compare_data(facts, point):
             report(Warned(warning))
     return Checkpointer(folder, settings.save, facts, report)
 
 
-def _prepared(settings: Settings, family: str, allowed: AllowedPaths | None, ranks: ProcessGroup, *, report: Report,
+def _prepared(settings: Settings, family: str, allowed: AllowedPaths | None, group: ProcessGroup, *, report: Report,
               stop: Stop) -> Preparation:
-    return prepare(settings, family=family, allowed=allowed, processes=ranks.world, on_progress=stage("Reading pictures", report),
-                   should_stop=lambda: bool(stop()))
+    return prepare(settings, family=family, allowed=allowed, processes=group.world_size,
+                   on_progress=stage("Reading pictures", report), should_stop=lambda: bool(stop()))
 
 
 def _pause(settings: Settings, host: Host, model: FrozenModel, *, report: Report, stop: Stop) -> Pause:
@@ -278,7 +279,7 @@ def _planned(settings: Settings, preparation: Preparation, borrowed: Borrowed, m
 
 def _train(settings: Settings, preparation: Preparation, model: FrozenModel, network: LoRANetwork, batches: Batches,
            text: Text, way: Way, *, dtype: torch.dtype, saver: Saver | Onlooker, stop: Stop, pause: Pause,
-           resumed: TrainingState | None, ranks: ProcessGroup) -> int:
+           resumed: TrainingState | None, group: ProcessGroup) -> int:
     optimizer, loss, memory = settings.optimizer, settings.loss, settings.memory
     unet_lr, text_encoder_lr = settings.rates
     options = LoopOptions(
@@ -292,8 +293,8 @@ def _train(settings: Settings, preparation: Preparation, model: FrozenModel, net
         cuda_graphs=memory.cuda_graphs == "auto" and not settings.encodes_in_steps,
         compiled=memory.torch_compile, rows_at_once=way.batch,
         step=StepOptions(dtype=dtype, min_snr_gamma=loss.min_snr_gamma, recompute=way.recompute, offload=way.offload))
-    soon = text.encode_upcoming if ranks.world == 1 else None
+    soon = text.encode_upcoming if group.world_size == 1 else None
     with Prefetcher(batches, last_epoch=options.epochs, encode_upcoming=soon) as feeder:
         return train(model, network=network, epoch_batches=feeder.epoch, condition=text.condition, options=options,
                      save=saver.save_on_the_way, keep=saver.keep, report=saver.report, stop=stop, pause=pause, resumed=resumed,
-                     ranks=ranks)
+                     group=group)

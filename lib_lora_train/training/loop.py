@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from lib_lora_train.adapters.network import LoRANetwork
-from lib_lora_train.distributed import SINGLE_PROCESS, ProcessGroup, share
+from lib_lora_train.distributed import SINGLE_PROCESS, ProcessGroup, rows_of
 from lib_lora_train.errors import TrainingError, translated
 from lib_lora_train.events import Report, Step
 from lib_lora_train.inputs.batches import Batch
@@ -69,15 +69,15 @@ class LoopOptions:
 
 def train(model: FrozenModel, *, network: LoRANetwork, epoch_batches: EpochBatches, condition: Condition,
           options: LoopOptions, save: Save, keep: Save, report: Report, stop: Stop, pause: Pause = lambda release: True,
-          resumed: TrainingState | None = None, ranks: ProcessGroup = SINGLE_PROCESS) -> int:
+          resumed: TrainingState | None = None, group: ProcessGroup = SINGLE_PROCESS) -> int:
     """Train `network` on `model`; returns the number of steps made (all of them, unless `stop` said otherwise).
 
     `epoch_batches(epoch, start)` gives an epoch's batches from the position `start` on, `condition` their text.
     `save(step, epoch, snapshot)` is called where a save is due, `keep` after every step; `snapshot()` is what `resumed`
     takes to go on from there, None while a step has only half happened. It may also be called after this function has
     returned or raised. `resumed` needs the network it belongs to. `pause(release)` is called between two steps, when the
-    model may be used by others, who call `release` first; False ends the run as `stop` does. Of each batch, one of
-    several `ranks` trains its rows, and all add up their gradients.
+    model may be used by others, who call `release` first; False ends the run as `stop` does. Each process
+    of `group` trains its rows of a batch, and their gradients are summed.
     Raises TrainingError if the loss is no longer a number (the network then holds its last good weights) or if the memory
     runs out with one picture at a time and all that can be recomputed.
     """
@@ -115,14 +115,14 @@ def train(model: FrozenModel, *, network: LoRANetwork, epoch_batches: EpochBatch
 
     with torch.enable_grad(), translated("training"):
         for step, epoch, micro_batches in _steps(epoch_batches, options, begin=begin):
-            if ranks.any(bool(stop()) or not pause(execution.release)):
+            if group.any(bool(stop()) or not pause(execution.release)):
                 settle()
                 return step - 1
             stepper.set_factor(learning_rate_factor(
                 options.schedule, step - 1, total=options.steps, warmup=options.warmup, cycles=options.cycles))
-            in_pieces.gradients(_inputs(micro_batches, step, model=model, condition=condition, options=options, ranks=ranks))
-            ranks.sum_(weights.gradient)
-            ranks.sum_(work.loss)
+            in_pieces.gradients(_inputs(micro_batches, step, model=model, condition=condition, options=options, group=group))
+            group.all_reduce_(weights.gradient)
+            group.all_reduce_(work.loss)
             whole = None
             log.push(step, execution.finish())
             reporter.expect(step, epoch)
@@ -137,7 +137,7 @@ def train(model: FrozenModel, *, network: LoRANetwork, epoch_batches: EpochBatch
 
 
 def _inputs(micro_batches: Sequence[Batch], step: int, *, model: FrozenModel, condition: Condition, options: LoopOptions,
-            ranks: ProcessGroup) -> list[StepInputs]:
+            group: ProcessGroup) -> list[StepInputs]:
     """What a step's losses depend on. Random numbers and text are the whole batch's, of which each process takes its rows."""
     result = []
     for micro, batch in enumerate(micro_batches):
@@ -145,7 +145,7 @@ def _inputs(micro_batches: Sequence[Batch], step: int, *, model: FrozenModel, co
                      noise_offset=options.noise_offset)
         text = condition.prepare(batch.captions)
         whole = prepare(batch, draws=draws, text=text, micro_batches=len(micro_batches))
-        result.append(piece(whole, share(len(whole), ranks)))
+        result.append(piece(whole, rows_of(len(whole), group)))
     return result
 
 

@@ -46,7 +46,7 @@ PLACES = (
     Place("reading the checkpoint", f"{_P}.host.standalone:_load"),
     Place("reading the tokenizer", f"{_P}.model.frozen:clip_tokenizer"),
     Place("the model over the lent tensors", f"{_P}.job:lent_model"),
-    Place("which checkpoint and VAE it is", f"{_P}.resume:checkpoint_facts"),
+    Place("which checkpoint and VAE it is", f"{_P}.resume:describe_checkpoint"),
     Place("which checkpoint and VAE it is", f"{_P}.feeding:encoder_fingerprint"),
     Place("the LoRA's layers", f"{_P}.job:_network"),
     Place("latents", f"{_P}.job:latents_of"),

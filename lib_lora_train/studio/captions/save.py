@@ -29,7 +29,7 @@ from lib_lora_train.dataset.captions import CAPTION_SUFFIXES
 from lib_lora_train.dataset.folder import MayRead
 from lib_lora_train.dataset.progress import Progress, Watch
 from lib_lora_train.errors import OutputError, printable, translated
-from lib_lora_train.storage.atomic import keep_name, remove, replace, replacing, write_atomic
+from lib_lora_train.storage.atomic import remove, replace, replacing, sync_folder, write_atomic
 from lib_lora_train.studio.captions.files import MOST_BYTES
 
 STUDIO = ".studio"
@@ -216,7 +216,7 @@ def _put(contents: Mapping[Path, bytes], *, on_progress: Progress | None) -> Non
             for _ in pool.map(lambda path: replace(parts[path], path), contents):
                 watch.advance()
         for folder in {path.parent for path in contents}:
-            keep_name(folder)
+            sync_folder(folder)
     except BaseException:
         for part in parts.values():
             with contextlib.suppress(OSError):
