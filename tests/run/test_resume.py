@@ -377,7 +377,8 @@ def test_states_are_kept_by_the_clock_and_less_often_where_writing_is_slow(tmp_p
         kept.append(now[0])
         now[0] += cost
     monkeypatch.setattr(saver.checkpoint, "write", write)
-    checkpointer = Checkpointer(tmp_path, SaveSettings(save_state_every_n_minutes=5), {}, lambda event: None, clock=lambda: now[0])
+    checkpointer = Checkpointer(tmp_path, SaveSettings(save_state_every_n_minutes=5), {}, lambda event: None,
+                                clock=lambda: now[0])
     while now[0] < 1000:
         checkpointer.keep_if_due(lambda: SimpleNamespace(step=1))
         now[0] += 10
