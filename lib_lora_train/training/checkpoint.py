@@ -3,9 +3,8 @@
 It holds no random state: order, captions, timesteps and noise are functions of (seed, epoch, position, step). It holds the
 LoRA's fp32 weights, the optimizer's moments and step counts, the loss scaler, the step, and the last losses.
 
-The file is safetensors with JSON in its metadata, so that nothing in it can run a program. Writing and reading hold copies of
-the state in memory: one while it is written, two while it is read. It is read whole and never mapped, since on Windows a
-mapped file cannot be replaced.
+The file is safetensors with JSON in its metadata, so that nothing in it can run a program. Writing holds a second copy of the
+state in memory. Reading copies each tensor out of the mapped file, since on Windows a mapped file cannot be replaced.
 
 Not here: the settings, images and checkpoint the state belongs to (`run/resume.py` adds them to the metadata), when a state
 is due and what happens if it cannot be written (`run/saver.py`).
@@ -103,7 +102,7 @@ def write(path: Path, state: TrainingState, metadata: Mapping[str, Any]) -> None
     with replacing(path) as file:
         try:
             safetensors.torch.save_file(tensors, file.name, {_KEY: text})
-        except SafetensorError as error:  # its words for a full disk
+        except (SafetensorError, UnicodeEncodeError) as error:  # a full disk; a folder whose name is not UTF-8
             raise OSError(str(error)) from error
 
 
@@ -112,8 +111,9 @@ def read(path: Path) -> tuple[TrainingState, dict[str, Any]]:
     metadata = read_metadata(path)
     with translated(f"reading {path}"):
         try:
-            tensors = safetensors.torch.load(path.read_bytes())
-        except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch does not have
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+        except SafetensorError as error:
             raise _damaged(path, str(error)) from error
     parts = {part: {name.removeprefix(part): tensor for name, tensor in tensors.items() if name.startswith(part)}
              for part in ("lora.", "optimizer.", "scaler.")}
