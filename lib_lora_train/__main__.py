@@ -24,7 +24,7 @@ from lib_lora_train.settings.toml import read_toml
 from lib_lora_train.studio.commands.arguments import add_check, add_prepare, add_tag, add_verify
 
 if TYPE_CHECKING:
-    from lib_lora_train.distributed.environment import Place
+    from lib_lora_train.distributed import LaunchEnvironment
 
 RUNS_FOLDER = "runs"
 _SAME_CTRL_C = 2.0  # seconds
@@ -52,8 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(chosen: argparse.Namespace) -> int:
-    from lib_lora_train.distributed.environment import place_of
-    from lib_lora_train.distributed.process_group import joined
+    from lib_lora_train.distributed import LaunchEnvironment, process_group
     from lib_lora_train.host.standalone import StandaloneHost, describe_file
     from lib_lora_train.run.inputs import stage
     from lib_lora_train.run.job import run_job
@@ -62,15 +61,15 @@ def _train(chosen: argparse.Namespace) -> int:
     from lib_lora_train.run.record import RunRecord, new_folder
     from lib_lora_train.run.runner import reported
 
-    place = place_of(os.environ)
-    first = place is None or place.rank == 0  # it alone records and prints
+    launch = LaunchEnvironment.read(os.environ)
+    first = launch is None or launch.rank == 0  # it alone records and prints
     try:
         settings = _train_settings(chosen)
         checked_name(settings.save.output_name)  # it names the record's folder too
         describe_file(chosen.checkpoint)  # a wrong one is refused before anything is read
     except LoraTrainError as error:
-        if place is not None:
-            _refused_together(place, error)
+        if launch is not None:
+            _refused_together(launch, error)
         raise
     output = Path(settings.save.output_dir or ".")
     resumed = Path(settings.save.resume) if settings.save.resume else None
@@ -79,7 +78,7 @@ def _train(chosen: argparse.Namespace) -> int:
     if chosen.record and first:
         record = RunRecord(resumed or new_folder(runs_folder, settings.save.output_name), settings)
 
-    show: Report = _Aside(place.rank) if place and not first else _show_json if chosen.json else _Bar()
+    show: Report = _QuietOutput(launch.rank) if launch and not first else _show_json if chosen.json else _Bar()
     latest = 0
     failure: LoraTrainError | None = None
 
@@ -90,12 +89,12 @@ def _train(chosen: argparse.Namespace) -> int:
             record.write(event)
         show(event)
 
-    with _Interrupt(place) as interrupt, reported(report=report, steps=lambda: latest,
+    with _Interrupt(launch) as interrupt, reported(report=report, steps=lambda: latest,
                                                   failed=record.keep_failure if record else lambda trace: None) as ending:
         try:
-            with joined(place, patience=60 * chosen.wait_for_others) as group:
+            with process_group(launch, timeout=60 * chosen.wait_for_others) as group:
                 host = StandaloneHost(chosen.checkpoint, lora_folder=output, runs_folder=runs_folder,
-                                      device=place.device() if place else None)
+                                      device=launch.device() if launch else None)
                 plan = plan_job(settings, host, group=group, on_progress=stage("Reading pictures", report),
                                 should_stop=lambda: bool(interrupt.asked()))
                 if record:
@@ -109,34 +108,35 @@ def _train(chosen: argparse.Namespace) -> int:
     if record:
         record.close()
     if finished.outcome == "failed":
-        if place is not None:
-            _failed_together(place, finished.message, failure)
+        if launch is not None:
+            _failed_together(launch, finished.message, failure)
         print(finished.message, file=sys.stderr)
         return 2 if isinstance(failure, UserError) else 1
     # The first one's exit code says how it ended; to a launcher another's would be a failure, which ends the first one too.
     return 130 if finished.outcome == "stopped" and first else 0
 
 
-def _refused_together(place: Place, error: LoraTrainError) -> NoReturn:
+def _refused_together(launch: LaunchEnvironment, error: LoraTrainError) -> NoReturn:
     """The end of one of several processes that cannot even begin: the others would wait for it, so that it tells them."""
-    from lib_lora_train.distributed.process_group import joined
+    from lib_lora_train.distributed import process_group
 
     try:
-        with joined(place):
+        with process_group(launch):
             raise error
     except LoraTrainError:
-        _failed_together(place, str(error), error)
+        _failed_together(launch, str(error), error)
 
 
-def _failed_together(place: Place, message: str, failure: LoraTrainError | None) -> NoReturn:
+def _failed_together(launch: LaunchEnvironment, message: str, failure: LoraTrainError | None) -> NoReturn:
     """The end of one of several processes: what all of them know, the first one tells, and what one alone knows, that one. Of
     one that was lost without a word all others tell: it may have been the first."""
-    from lib_lora_train.distributed import Disagreement, Lost
+    from lib_lora_train.distributed import ProcessLost
+    from lib_lora_train.run.consistency import ProcessesDiffer
 
-    if place.rank == 0:
+    if launch.rank == 0:
         print(message, file=sys.stderr)
-    elif not (isinstance(failure, Disagreement) or isinstance(failure, Lost) and failure.explained):
-        print(f"Process {place.rank}: {message}", file=sys.stderr)
+    elif not (isinstance(failure, ProcessesDiffer) or isinstance(failure, ProcessLost) and failure.explained):
+        print(f"Process {launch.rank}: {message}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     # At once: a card may wait for ever for a process that is gone, and what tidies up would wait for the card.
@@ -241,8 +241,8 @@ class _Interrupt:
     One of several processes is told twice of the same Ctrl+C, by the terminal and by what launched it.
     """
 
-    def __init__(self, place: Place | None) -> None:
-        self._asked, self._place, self._since = False, place, 0.0
+    def __init__(self, launch: LaunchEnvironment | None) -> None:
+        self._asked, self._launch, self._since = False, launch, 0.0
 
     def asked(self) -> str:
         """What the loop's `stop` is asked at each step."""
@@ -257,11 +257,11 @@ class _Interrupt:
 
     def _handle(self, *_: object) -> None:
         if self._asked:
-            if self._place is None or time.monotonic() - self._since > _SAME_CTRL_C:
+            if self._launch is None or time.monotonic() - self._since > _SAME_CTRL_C:
                 raise KeyboardInterrupt
             return
         self._asked, self._since = True, time.monotonic()
-        if self._place is None or self._place.rank == 0:
+        if self._launch is None or self._launch.rank == 0:
             print("\nStopping after this step; what was learnt is saved. Ctrl+C again ends at once.", file=sys.stderr)
 
 
@@ -269,7 +269,7 @@ def _show_json(event: events.Event) -> None:
     print(json.dumps(events.to_dict(event), ensure_ascii=False), flush=True)
 
 
-class _Aside:
+class _QuietOutput:
     """What another than the first of several processes tells: the first one says all that they have in common."""
 
     def __init__(self, rank: int) -> None:

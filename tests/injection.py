@@ -37,7 +37,7 @@ class Place:
 
 P = "lib_lora_train"
 PLACES = (
-    Place("at the beginning", f"{P}.run.job:agree_on_settings"),
+    Place("at the beginning", f"{P}.run.job:check_sizes"),
     Place("before borrowing", "HOST:lease"),
     Place("after borrowing", f"{P}.run.job:frozen_model"),
     Place("after building the model", f"{P}.run.job:frozen_model", "after"),

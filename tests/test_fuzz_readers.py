@@ -72,7 +72,7 @@ def test_headers_and_settings_nested_beyond_reason_are_refused(tmp_path: Path):
     nested = b'{"__metadata__": ' + b"[" * 100_000
     path = tmp_path / "x.safetensors"
     path.write_bytes(struct.pack("<Q", len(nested)) + nested)
-    for reader in (file.load, file.read_metadata, file.inspect, checkpoint.read, checkpoint.read_facts):
+    for reader in (file.load, file.read_metadata, file.inspect, checkpoint.read, checkpoint.read_metadata):
         with pytest.raises(LoraFileError):
             reader(path)
     for text in ("x = " + "[" * 5000, "x = " + "9" * 5000, "a." * 3000 + "b = 1", "x = 2021-99-99"):

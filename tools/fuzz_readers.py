@@ -209,7 +209,7 @@ def _checkpoint(data: bytes, root: Path, *, size: int) -> object:
 
 def _state(data: bytes, root: Path) -> object:
     path = _written(data, root / checkpoint.FILE_NAME)
-    checkpoint.read_facts(path)
+    checkpoint.read_metadata(path)
     return checkpoint.read(path)
 
 

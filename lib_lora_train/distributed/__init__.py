@@ -1,12 +1,10 @@
-"""Several processes that train one LoRA together: what they ask of each other, where they stand, how they find each other.
+"""Several processes that train one LoRA together through torch.distributed.
 
-    protocol.py    `ProcessGroup`, `SINGLE_PROCESS` for a single process, which rows of a batch are whose
-    place.py       rank, world and address, as torchrun, accelerate or a user's own script set them
-    joined.py      the processes joined by torch.distributed, and what happens when one of them is lost
-    agreement.py   whether all of them are about to train the same thing
+    launch.py          this process's rank, as torchrun, accelerate or a user's own script set it in the environment
+    process_group.py   what the processes ask of each other, and what happens when one of them is lost
 """
 
-from lib_lora_train.distributed.consistency import Disagreement, agree
-from lib_lora_train.distributed.protocol import SINGLE_PROCESS, Lost, ProcessGroup, share
+from lib_lora_train.distributed.launch import LaunchEnvironment
+from lib_lora_train.distributed.process_group import SINGLE_PROCESS, ProcessGroup, ProcessLost, process_group, rows_of
 
-__all__ = ["SINGLE_PROCESS", "Disagreement", "Lost", "ProcessGroup", "agree", "share"]
+__all__ = ["SINGLE_PROCESS", "LaunchEnvironment", "ProcessGroup", "ProcessLost", "process_group", "rows_of"]

@@ -1,249 +1,199 @@
-"""The processes joined by torch.distributed: gloo between processors, NCCL between cards.
+"""What processes that train together ask of each other: `ProcessGroup`, over torch.distributed or for a single process.
 
-Two channels: what is agreed on and said goes over the CPU (`control`), the gradients of cards over NCCL where torch has it.
-A killed process closes its connections, and the others hear of it at the next meeting; a machine that vanished is missed
-after `patience`. A process that fails says why before it goes, and process 0 is given time to keep what was learnt.
+Values and CPU tensors go over gloo, gradients on GPUs over NCCL where torch has it. The end of a process closes its gloo
+connections, so that the others' next collective fails; a machine that vanished is noticed after the timeout. A process that
+fails says why in the store first, and lets process 0 save what was learnt before it exits.
 
-Not here: ranks that come and go while the training runs. Whoever restarts lost processes has them resume.
+Not covered: processes that come and go during a run. Whoever restarts lost processes has them resume.
 """
 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import json
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from lib_lora_train.distributed.environment import Place
-from lib_lora_train.distributed.protocol import SINGLE_PROCESS, Lost, ProcessGroup
-from lib_lora_train.errors import HostError, Interrupted, LoraTrainError, is_out_of_memory
+from lib_lora_train.distributed.launch import LaunchEnvironment
+from lib_lora_train.errors import HostError, Interrupted, LoraTrainError, TrainingError, is_out_of_memory
 
-PATIENCE = 1800.0
-"""Seconds after which a process that does not come to a meeting is lost: more than one rank's part of encoding the pictures
-may take longer than another's, less than a night."""
-_GATHERING = 300.0  # seconds for all processes to be started in
-_FAREWELL = 60.0  # seconds that the others give process 0 to keep what was learnt, before a launcher sees them gone
-_HEARD = 3.0  # seconds that process 0, where the others read why it ended, waits for them
+TIMEOUT = 1800.0
+"""Seconds after which a process that joins no collective is lost: one may encode images for longer than another."""
+_JOINING = timedelta(seconds=300)  # for all processes to be started in
+_SAVING = timedelta(seconds=60)  # that the others give process 0 to save: a launcher ends all soon after the first one
+_ANSWER = timedelta(seconds=3)  # for a message from or to processes that still run
 
-_T = TypeVar("_T")
+T = TypeVar("T")
 
 
-@contextlib.contextmanager
-def joined(place: Place | None, *, patience: float = PATIENCE) -> Iterator[ProcessGroup]:
-    """The processes of `place` together, until the block is left; ALONE where `place` is None.
+class ProcessLost(TrainingError):
+    """Another process ended or does not answer: the training cannot go on.
 
-    All of them leave together. One that leaves with an exception tells the others what it says. Raises HostError where the
-    processes do not find each other.
+    `intact` False: the weights must not be saved, the last gradient may be summed in part. `explained`: the process that
+    ended said why, to its user too.
     """
-    if place is None:
-        yield SINGLE_PROCESS
-        return
-    together = _join(place, patience)
-    try:
-        yield together
-        together.any(False)  # whoever is done waits for the others: to a launcher an early end looks like a failure
-    except (Exception, KeyboardInterrupt) as error:
-        together.fail(error)
-        raise
-    together.leave()
+
+    def __init__(self, what: str, *, why: str = "", remedy: str = "", intact: bool = True, explained: bool = False) -> None:
+        super().__init__(what, why=why, remedy=remedy)
+        self.intact, self.explained = intact, explained
 
 
-class TorchProcessGroup:
-    """`ProcessGroup` over torch.distributed."""
+class ProcessGroup:
+    """The processes that train one LoRA: `rank` is this one's number, from 0, of `world_size`. Number 0 saves and prints.
 
-    def __init__(self, place: Place, store: dist.Store, *, control: dist.ProcessGroup, cards: dist.ProcessGroup | None) -> None:
-        """`cards` is the group that sums what lies on a card, None where that goes over the CPU as all else does."""
-        self.rank, self.world = place.rank, place.world
-        self._store, self._cards = dist.PrefixStore("lora_train", store), cards
-        self._control: dist.ProcessGroup | None = control
-        self._bereft = self._silent = False  # another one left; it does not even answer, and will not say goodbye
+    The methods are collectives: all processes call them in the same order. Where one process is lost, the others raise
+    ProcessLost, or Interrupted if its user stopped it.
+    """
 
-    def sum_(self, tensor: torch.Tensor) -> None:
-        """See `ProcessGroup`. On cards the device waits, not the process."""
-        assert tensor.is_contiguous()
+    def __init__(self, rank: int = 0, world_size: int = 1, *, store: dist.Store | None = None,
+                 gloo: dist.ProcessGroup | None = None, nccl: dist.ProcessGroup | None = None) -> None:
+        """`nccl` sums tensors on GPUs, None over the CPU; `gloo` does all else. A single process needs none of them."""
+        self.rank, self.world_size = rank, world_size
+        self._store, self._gloo, self._nccl = store, gloo, nccl
+        self._lost = self._silent = False  # another process ended; it timed out
+
+    def all_reduce_(self, tensor: torch.Tensor) -> None:
+        """Replace a contiguous tensor, on any device, by its sum over all processes. With NCCL the device alone waits."""
+        if self.world_size == 1:
+            return
         if tensor.device.type == "cpu":
-            self._meet(lambda: dist.all_reduce(tensor, async_op=True, group=self._control))
-        elif tensor.device.type == "cuda" and self._cards is not None:
-            self._meet(lambda: dist.all_reduce(tensor, group=self._cards))
+            self._collective(lambda: dist.all_reduce(tensor, group=self._gloo, async_op=True))
+        elif self._nccl is not None:
+            self._collective(lambda: dist.all_reduce(tensor, group=self._nccl))
         else:
-            copy = tensor.cpu()  # a synchronisation: torch has nothing that connects these devices
-            self.sum_(copy)
+            copy = tensor.cpu()
+            self.all_reduce_(copy)
             tensor.copy_(copy)
 
-    def any(self, wanted: bool) -> bool:
-        """See `ProcessGroup`."""
-        count = torch.tensor([int(wanted)])
-        self.sum_(count)
-        return bool(count.item())
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true in any process."""
+        count = torch.tensor([int(flag)])
+        self.all_reduce_(count)
+        return bool(count)
 
-    def gather(self, text: str) -> tuple[str, ...]:
-        """See `ProcessGroup`."""
-        data = text.encode("utf-8", "surrogatepass")
-        sizes = torch.zeros(self.world, dtype=torch.int64)
-        sizes[self.rank] = len(data)
-        self.sum_(sizes)
-        ends = sizes.cumsum(0).tolist()
-        # Each fills its own part of zeros: the sum is all parts side by side.
-        together = torch.zeros(max(1, ends[-1]), dtype=torch.uint8)
-        if data:
-            together[ends[self.rank] - len(data):ends[self.rank]] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        self.sum_(together)
-        whole = bytes(together.tolist())
-        return tuple(whole[end - size:end].decode("utf-8", "surrogatepass")
-                     for end, size in zip(ends, sizes.tolist(), strict=True))
+    def all_gather(self, value: T) -> list[T]:
+        """The value of each process, in the order of their ranks; anything that can be pickled."""
+        values: list[Any] = [value] * self.world_size
+        if self.world_size > 1:
+            self._collective(lambda: dist.all_gather_object(values, value, group=self._gloo))
+        return values
 
-    def broadcast_(self, tensor: torch.Tensor, *, source: int) -> None:
-        """See `ProcessGroup`."""
-        assert tensor.is_contiguous() and tensor.device.type == "cpu"
-        self._meet(lambda: dist.broadcast(tensor, src=source, async_op=True, group=self._control))
-
-    def leave(self) -> None:
-        """The end of a run that went well, after the last meeting."""
-        self._control, self._cards = None, None
-        dist.destroy_process_group()
-        self._goodbye(wait_for=tuple(range(1, self.world)) if self.rank == 0 else (), seconds=_HEARD)
-
-    def fail(self, error: BaseException) -> None:
-        """Tell the others why this process ends, let them notice, and let process 0 keep what was learnt first."""
-        if not self._bereft:
+    def abort(self, error: BaseException) -> None:
+        """Tell the others why this process ends, end their collectives, and wait until process 0 has saved."""
+        if not self._lost:
             what = str(error) if isinstance(error, LoraTrainError) else f"{type(error).__name__}: {error}"
-            interrupted = isinstance(error, (Interrupted, KeyboardInterrupt))
-            why = json.dumps({"rank": self.rank, "what": what.rstrip("."), "interrupted": interrupted})
-            _within(_HEARD, lambda: (self._store.set("why", why), self._store.add("failed", 1)))
-        if isinstance(error, KeyboardInterrupt):
-            # A meeting may be under way, and closing the connections would wait for it.
+            self._store.set("failed", json.dumps({
+                "rank": self.rank, "what": what, "interrupted": isinstance(error, (Interrupted, KeyboardInterrupt))}))
+        if isinstance(error, KeyboardInterrupt):  # closing the connections would wait for a collective under way
             sys.stderr.flush()
             os._exit(130)
-        # The others hear of it by the connection that is closed. What a card still computes may wait for a process that is
-        # gone, so that nothing of NCCL is touched: the end of the process takes it along.
-        control, cards, self._control, self._cards = self._control, self._cards, None, None
+        # With NCCL only gloo's group: NCCL's may wait for the lost process for ever, and ends with this process.
+        closed, self._gloo = (self._gloo if self._nccl else None), None
         with contextlib.suppress(RuntimeError):
-            dist.destroy_process_group(control if cards is not None else None)
-        del control
-        if self.rank == 0:
-            self._goodbye(wait_for=tuple(range(1, self.world)), seconds=_HEARD)
-        else:
-            self._goodbye(wait_for=(0,), seconds=_HEARD if self._silent else _FAREWELL)
+            dist.destroy_process_group(closed)
+        del closed
+        if self._silent:  # process 0, which may hold the store, may be the one that does not answer
+            time.sleep(_ANSWER.total_seconds())
+            return
+        with contextlib.suppress(RuntimeError):
+            if self.rank == 0:  # it may hold the store, and leaves last
+                self._store.set("saved", "")
+                self._store.wait([f"left {rank}" for rank in range(1, self.world_size)], _ANSWER)
+            else:
+                self._store.wait(["saved"], _SAVING)
+                self._store.set(f"left {self.rank}", "")
 
-    def _meet(self, begin: Callable[[], dist.Work | None]) -> None:
+    def _collective(self, call: Callable[[], dist.Work | None]) -> None:
         try:
-            work = begin()
+            work = call()
+            while work is not None and not work.is_completed():
+                time.sleep(0.0005)  # `work.wait()` alone would not hear Ctrl+C
             if work is not None:
-                _wait(work)
+                work.wait()
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
-            raise self._lost(error) from error
+            raise self._reason(error) from error
 
-    def _lost(self, error: RuntimeError) -> LoraTrainError:
-        """Why a meeting failed: what the one who left says, or that it said nothing."""
-        self._bereft = True
-        why = _within(_HEARD, lambda: self._store.get("why") if self._store.add("failed", 0) else b"")
-        if why:
-            told = json.loads(why)
-            if told["interrupted"]:
-                return Interrupted(f"Process {told['rank']} of {self.world} was stopped: {told['what']}")
-            return Lost(f"Process {told['rank']} of {self.world} ended: {told['what']}", intact=self._cards is None,
-                        explained=True)
-        silent = self._silent = "timed out" in str(error).lower()
-        return Lost(
-            f"Another of the {self.world} processes " + ("does not answer any more" if silent else "ended unexpectedly"),
-            why="it was stopped, or its machine cannot be reached" if silent else "it was killed, or its machine was lost",
-            remedy="the last save and the resume point are whole: start all processes again with --resume",
-            intact=self._cards is None)
-
-    def _goodbye(self, *, wait_for: tuple[int, ...], seconds: float) -> None:
-        """Say that this process is leaving, and stay until those have said so too, at most so long.
-
-        Process 0, which may keep the store, says it first and leaves last.
-        """
-        def gone() -> None:
-            if self.rank == 0:
-                self._store.add("left 0", 1)
-            until = time.monotonic() + seconds
-            while time.monotonic() < until and not all(self._store.add(f"left {rank}", 0) for rank in wait_for):
-                time.sleep(0.05)
-            if self.rank:
-                self._store.add(f"left {self.rank}", 1)
-        _within(seconds + _HEARD, gone)
-
-
-def _join(place: Place, patience: float) -> TorchProcessGroup:
-    """Find the others. Raises HostError."""
-    if not dist.is_available():
-        raise HostError(f"The {place.world} processes cannot train together", why="this torch was built without "
-                        "torch.distributed", remedy="install torch's ordinary packages, or train in one process")
-    if sys.platform == "win32":
-        os.environ.setdefault("USE_LIBUV", "0")  # torch's packages for Windows are built without it, and ask for it
-    gathering = datetime.timedelta(seconds=_GATHERING)
-    try:
-        # `Place` was read from the variables that this reads again; with torchrun the store lives in its agent.
-        store, _, _ = next(dist.rendezvous("env://", timeout=gathering))
-        dist.init_process_group("gloo", store=store, rank=place.rank, world_size=place.world,
-                                timeout=datetime.timedelta(seconds=patience))
-        control, group = dist.group.WORLD, None
-        if _all_have_cards(place):
-            # A control of its own: it can be closed while NCCL still waits for somebody.
-            control = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=patience))
-            group = dist.new_group(backend="nccl", timeout=datetime.timedelta(seconds=patience))
-    except (RuntimeError, ValueError, OSError) as error:
-        raise _not_joined(place, error) from error
-    return TorchProcessGroup(place, store, control=control, cards=group)
-
-
-def _all_have_cards(place: Place) -> bool:
-    """Whether gradients are summed between cards, which a process cannot know by itself. Raises HostError in all of them where
-    some have a card and others none: each would wait for the others in another way."""
-    have = torch.zeros(place.world, dtype=torch.int64)
-    have[place.rank] = int(torch.cuda.is_available() and dist.is_nccl_available())
-    dist.all_reduce(have)
-    without = [str(rank) for rank, one in enumerate(have.tolist()) if not one]
-    if 0 < len(without) < place.world:
-        raise HostError(f"The {place.world} processes cannot train together",
-                        why=f"torch finds no card, or no NCCL, in process {', '.join(without)}, and in the others it does",
-                        remedy="start processes only where there is a card, or hide the cards from all of them "
-                        "(CUDA_VISIBLE_DEVICES)")
-    return not without
-
-
-def _not_joined(place: Place, error: Exception) -> HostError:
-    text = str(error).lower()
-    what = f"Process {place.rank} of {place.world} cannot join the others at {place.address}:{place.port}"
-    if "eaddrinuse" in text or "already in use" in text:
-        return HostError(what, why="another program uses this port", remedy="choose another MASTER_PORT")
-    if "timed out" in text or "timeout" in text:
-        return HostError(what, why=f"not all of them came within {_GATHERING:.0f} seconds",
-                         remedy="start all of them, with the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE, and let the "
-                         "machines reach each other")
-    return HostError(what, why=str(error).splitlines()[0] if str(error) else type(error).__name__,
-                     remedy="check MASTER_ADDR and MASTER_PORT")
-
-
-def _wait(work: dist.Work) -> None:
-    """Wait as `work.wait()` does, but so that Ctrl+C is heard. Raises RuntimeError where it failed."""
-    pause = 0.00005
-    while not work.is_completed():
-        time.sleep(pause)
-        pause = min(0.005, pause * 1.2)
-    work.wait()
-
-
-def _within(seconds: float, call: Callable[[], _T]) -> _T | None:
-    """What `call` returns; None where it fails or takes longer: a store whose process is stopped never answers."""
-    answers: list[_T] = []
-
-    def ask() -> None:
+    def _reason(self, error: RuntimeError) -> LoraTrainError:
+        """Why a collective failed: what the process that ended says in the store, or that it said nothing."""
+        self._lost, self._silent = True, "timed out" in str(error).lower()
         with contextlib.suppress(RuntimeError):
-            answers.append(call())
-    thread = threading.Thread(target=ask, name="lora-train-store", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return answers[0] if answers else None
+            if not self._silent:
+                self._store.wait(["failed"], _ANSWER)
+                told = json.loads(self._store.get("failed"))
+                if told["interrupted"]:
+                    return Interrupted(f"Process {told['rank']} of {self.world_size} was stopped: {told['what']}")
+                return ProcessLost(f"Process {told['rank']} of {self.world_size} ended: {told['what']}",
+                                   intact=self._nccl is None, explained=True)
+        what, why = (("does not answer any more", "it was stopped, or its machine cannot be reached") if self._silent else
+                     ("ended unexpectedly", "it was killed, or its machine was lost"))
+        return ProcessLost(
+            f"Another of the {self.world_size} processes {what}", why=why, intact=self._nccl is None,
+            remedy="the last save and the resume point are whole: start all processes again with --resume")
+
+
+SINGLE_PROCESS = ProcessGroup()
+
+
+def rows_of(count: int, group: ProcessGroup) -> slice:
+    """This process's part of `count` rows: consecutive parts, equal but for one row, some empty if there are few rows."""
+    return slice(count * group.rank // group.world_size, count * (group.rank + 1) // group.world_size)
+
+
+@contextlib.contextmanager
+def process_group(launch: LaunchEnvironment | None, *, timeout: float = TIMEOUT) -> Iterator[ProcessGroup]:
+    """The group of all launched processes until the block ends, in all of them at once; `SINGLE_PROCESS` for None.
+
+    An exception in one process ends the block in all of them. Raises HostError where they cannot connect.
+    """
+    if launch is None:
+        yield SINGLE_PROCESS
+        return
+    group = _connect(launch, timedelta(seconds=timeout))
+    try:
+        yield group
+        group.any(False)  # a launcher takes a process that ends before the others for a failure
+    except (Exception, KeyboardInterrupt) as error:
+        group.abort(error)
+        raise
+    dist.destroy_process_group()
+
+
+def _connect(launch: LaunchEnvironment, timeout: timedelta) -> ProcessGroup:
+    """Connect to the other processes. Raises HostError."""
+    if not dist.is_available():
+        raise HostError("This torch was built without torch.distributed",
+                        remedy="install torch's ordinary packages, or train in one process")
+    if sys.platform == "win32":
+        os.environ.setdefault("USE_LIBUV", "0")  # torch's packages for Windows ask for libuv and are built without it
+    have_nccl: list[Any] = [None] * launch.world_size
+    try:
+        # It reads the variables that `launch` was read from. Under torchrun the store is in torchrun's own process.
+        store, _, _ = next(dist.rendezvous("env://", timeout=_JOINING))
+        dist.init_process_group("gloo", store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
+        gloo, nccl = dist.group.WORLD, None
+        dist.all_gather_object(have_nccl, torch.cuda.is_available() and dist.is_nccl_available())
+        if all(have_nccl):
+            gloo = dist.new_group(backend="gloo", timeout=timeout)  # can be closed while NCCL waits for a lost process
+            nccl = dist.new_group(backend="nccl", timeout=timeout)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise HostError(
+            f"Process {launch.rank} of {launch.world_size} cannot join the others at {launch.address}:{launch.port}",
+            why=str(error).partition("\n")[0],
+            remedy=f"start all of them within {_JOINING.total_seconds():.0f} seconds, with the same MASTER_ADDR, MASTER_PORT "
+            "and WORLD_SIZE; let the machines reach each other, and choose a port that no other program uses") from error
+    if any(have_nccl) and nccl is None:
+        without = ", ".join(str(rank) for rank, has in enumerate(have_nccl) if not has)
+        raise HostError(f"The {launch.world_size} processes cannot train together",
+                        why=f"torch finds no GPU, or no NCCL, in process {without}, and in the others it does",
+                        remedy="start processes only where there is a GPU, or hide the GPUs from all of them "
+                        "(CUDA_VISIBLE_DEVICES)")
+    return ProcessGroup(launch.rank, launch.world_size, store=dist.PrefixStore("lora_train", store), gloo=gloo, nccl=nccl)

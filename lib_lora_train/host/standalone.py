@@ -140,7 +140,7 @@ def _load(path: Path, device: torch.device) -> Mapping[str, torch.Tensor]:
 def _readable(path: Path) -> Iterator[None]:
     try:
         yield
-    except (safetensors.SafetensorError, OSError) as error:
+    except (safetensors.SafetensorError, OSError, UnicodeEncodeError) as error:
         raise ModelError(f"The checkpoint {path.name} cannot be read", why=str(error),
                          remedy="download it again") from error
 

@@ -15,9 +15,9 @@ from lib_lora_train.dataset.folder import Example, Problem
 from lib_lora_train.dataset.images import read_image
 from lib_lora_train.dataset.prefetch import Prefetch
 from lib_lora_train.dataset.progress import Watch
-from lib_lora_train.distributed import ProcessGroup, share
+from lib_lora_train.distributed import ProcessGroup, rows_of
 from lib_lora_train.errors import DatasetError
-from lib_lora_train.inputs.exchange import all_texts, exchange
+from lib_lora_train.inputs.exchange import merged
 from lib_lora_train.inputs.overflow import LatentStore
 from lib_lora_train.inputs.vae_batches import VaeWork, check_finite
 
@@ -26,7 +26,7 @@ from lib_lora_train.inputs.vae_batches import VaeWork, check_finite
 _DECODER_BYTES = {".jpg": 10, ".jpeg": 10, ".jfif": 10, ".png": 10}
 _OTHER_DECODER_BYTES = 17
 _PREFETCH_PER_THREAD = 4  # pictures that may be ready, for each thread that makes them
-_A_ROUND = 4  # pictures that each of several ranks encodes before they meet, where the batch size is left to the device
+_A_ROUND = 4  # images that each of several processes encodes before an exchange, where the device decides the batch size
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,15 +43,15 @@ class _Found:
 
 
 class LatentEncoding:
-    """The latents of all pictures into a store. Where there are several ranks, each encodes its share of every round: as
-    many neighbours of one bucket as there are ranks times the batch size; the round ends with their exchange."""
+    """The latents of all pictures into a store. With several processes each encodes its part of every
+    round: as many images of one bucket as there are processes times the batch size; the round ends with their exchange."""
 
     def __init__(self, vae: VaeWork, examples: Sequence[Example], *, placements: Sequence[Placement], flip_aug: bool,
-                 store: LatentStore, watch: Watch, ranks: ProcessGroup) -> None:
+                 store: LatentStore, watch: Watch, group: ProcessGroup) -> None:
         self._lost: dict[int, str] = {}  # which pictures cannot be used, and why
         self._vae, self._examples, self._placements, self._store = vae, examples, placements, store
         self._flips = (False, True) if flip_aug else (False,)
-        self._watch, self._ranks = watch, ranks
+        self._watch, self._group = watch, group
         self._starved: list[int] = []  # pictures that the memory did not suffice for beside others
         self._unkept: dict[str, int] = {}  # why pictures are not in the disk cache, and how many
 
@@ -86,7 +86,7 @@ class LatentEncoding:
                         waiting.append((index, samples))
                 bucket = self._placements[numbers[0]].bucket
                 last = place + 1 == len(rounds) or self._placements[rounds[place + 1][0]].bucket != bucket
-                if self._ranks.world > 1:
+                if self._group.world_size > 1:
                     self._encode(waiting, advance=False)
                     waiting = []
                     self._exchange(numbers)
@@ -98,21 +98,21 @@ class LatentEncoding:
             self._watch.check()
             samples = self._settle(index, self._find(index), alone=True)
             self._encode([] if samples is None else [(index, samples)])
-        self._lost = all_texts(self._ranks, self._lost)
+        self._lost = merged(self._group, self._lost)
         self._vae.rest()
 
     def _rounds(self) -> Iterator[list[int]]:
         """Pictures of one bucket that are dealt with between two questions whether to stop."""
         for _, numbers in by_bucket(self._placements):
             step = 1
-            if self._ranks.world > 1:
-                # Not what is free on this card: all ranks must count the same rounds.
-                step = self._ranks.world * (self._vae.batch_size or _A_ROUND)
+            if self._group.world_size > 1:
+                # Not what is free on this GPU: all processes must count the same rounds.
+                step = self._group.world_size * (self._vae.batch_size or _A_ROUND)
             yield from (numbers[start:start + step] for start in range(0, len(numbers), step))
 
     def _share(self, numbers: Sequence[int]) -> Sequence[int]:
         """This process's pictures of a round."""
-        return numbers[share(len(numbers), self._ranks)]
+        return numbers[rows_of(len(numbers), self._group)]
 
     def _cost(self, index: int) -> int:
         return decoding_bytes(self._examples[index], self._placements[index])
@@ -147,7 +147,7 @@ class LatentEncoding:
     def _settle(self, index: int, found: _Found, *, alone: bool = False) -> torch.Tensor | None:
         """Keep what was found; the samples where they must be encoded."""
         if starved(found.error) and not alone:
-            if self._ranks.world == 1:
+            if self._group.world_size == 1:
                 self._starved.append(index)  # its turn comes when no thread is at work
                 return None
             found = self._find(index)  # the others wait for this round
@@ -157,7 +157,7 @@ class LatentEncoding:
             self._lost[index] = str(found.error)
         elif found.latents is not None:
             self._store.put(index, found.latents, cached=(self._examples[index].path, self._placements[index]))
-        if self._ranks.world == 1:
+        if self._group.world_size == 1:
             self._watch.advance()
         return None
 
@@ -198,17 +198,16 @@ class LatentEncoding:
         self._store.put(index, latents, cached=cached)
 
     def _exchange(self, numbers: Sequence[int]) -> None:
-        """Every rank gets the latents of the round; which pictures cannot be used, all know at the end."""
-        width, height = self._placements[numbers[0]].bucket
+        """Every process gets the latents of the round; which images cannot be used, all know at the end."""
         own = {index: torch.stack([self._store.take(index, flipped=flip) for flip in self._flips])
                for index in self._share(numbers) if index not in self._lost}
-        shape = (len(self._flips), 2, 4, height // 8, width // 8)
-        for index, latents in exchange(self._ranks, numbers, own, shape=shape).items():
-            self._put(index, latents)
+        for index, latents in merged(self._group, own).items():
+            if index not in own:
+                self._put(index, latents)
 
 
-def check_images(examples: Sequence[Example], placements: Sequence[Placement], *, watch: Watch, ranks: ProcessGroup, threads: int
-                   ) -> dict[int, Problem]:
+def check_images(examples: Sequence[Example], placements: Sequence[Placement], *, watch: Watch, group: ProcessGroup,
+                 threads: int) -> dict[int, Problem]:
     """Decode every picture once, in so many threads, each rank its share; what is wrong with which, in their order."""
     def find(index: int) -> tuple[str, bool]:
         """What is wrong with it ("": nothing), and whether it is only that the memory did not suffice."""
@@ -219,17 +218,17 @@ def check_images(examples: Sequence[Example], placements: Sequence[Placement], *
         return "", False
 
     found: dict[int, tuple[str, bool]] = {}
-    own = range(ranks.rank, len(examples), ranks.world)
+    own = range(group.rank, len(examples), group.world_size)
     with Prefetch(own, find, threads=threads, most=_PREFETCH_PER_THREAD * max(1, threads), kept=lambda text: 0,
                cost=lambda index: decoding_bytes(examples[index], placements[index])) as ahead:
-        for start in range(0, len(examples), ranks.world):
+        for start in range(0, len(examples), group.world_size):
             watch.check()
-            if start + ranks.rank < len(examples):
-                found[start + ranks.rank] = next(ahead)
-            watch.advance(min(ranks.world, len(examples) - start))
+            if start + group.rank < len(examples):
+                found[start + group.rank] = next(ahead)
+            watch.advance(min(group.world_size, len(examples) - start))
     found |= {index: find(index) for index, (_, hungry) in found.items() if hungry}  # alone now
     lost = {index: text for index, (text, _) in found.items() if text}
-    return {index: skipped(examples[index], text) for index, text in all_texts(ranks, lost).items()}
+    return {index: skipped(examples[index], text) for index, text in merged(group, lost).items()}
 
 
 def by_bucket(placements: Sequence[Placement]) -> Iterator[tuple[Size, list[int]]]:

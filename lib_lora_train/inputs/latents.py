@@ -27,7 +27,7 @@ from lib_lora_train.dataset.prefetch import reading_threads
 from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
 from lib_lora_train.distributed import SINGLE_PROCESS, ProcessGroup
 from lib_lora_train.errors import DatasetError
-from lib_lora_train.inputs.exchange import shared_stop
+from lib_lora_train.inputs.exchange import stop_of_any
 from lib_lora_train.inputs.latent_encoder import LatentEncoding, check_images, decoded, decoding_bytes, latent_bytes
 from lib_lora_train.inputs.latent_files import LatentDisk
 from lib_lora_train.inputs.overflow import MOST_LATENT_BYTES, LatentStore
@@ -91,13 +91,13 @@ class CachedLatents:
         cls, vae: Encoder, dataset: Dataset, placements: Sequence[Placement], *, flip_aug: bool = False,
         vae_batch_size: int = 1, device: torch.device | str = "cpu", disk: LatentDisk | None = None,
         on_progress: Progress | None = None, should_stop: ShouldStop | None = None, threads: int | None = None,
-        max_bytes: int = MOST_LATENT_BYTES, folder: Path | None = None, ranks: ProcessGroup = SINGLE_PROCESS, room: Room | None = None,
-    ) -> CachedLatents:
+        max_bytes: int = MOST_LATENT_BYTES, folder: Path | None = None, group: ProcessGroup = SINGLE_PROCESS,
+        room: Room | None = None) -> CachedLatents:
         """Encode every picture, bucket by bucket, in batches of `vae_batch_size` (0: see `VaeWork`, also for `room`).
 
         Pictures are read and decoded in `threads` (None: see `reading_threads`; 0: none) while the VAE works; the result
         does not depend on them. At most `max_bytes` of latents stay in memory; the others lie in the disk cache where
-        there is one, else in a temporary file in `folder` (see `DiskOverflow`). With several `ranks` each process encodes its
+        there is one, else in a temporary file in `folder` (see `DiskOverflow`). With several processes each encodes its
         share and gets the others'; all of them must say the same dataset and settings.
         Raises TrainingError naming the picture whose latent is not finite, DatasetError if no picture can
         be decoded, Interrupted when `should_stop()` says so (asked before each picture). No thread outlives the call.
@@ -106,9 +106,9 @@ class CachedLatents:
         try:
             work = LatentEncoding(
                 VaeWork(vae, device=torch.device(device), batch_size=vae_batch_size, room=room), dataset.examples,
-                placements=placements, flip_aug=flip_aug, store=store, ranks=ranks,
+                placements=placements, flip_aug=flip_aug, store=store, group=group,
                 watch=Watch(len(dataset.examples), doing="the pictures were encoded", on_progress=on_progress,
-                            should_stop=shared_stop(should_stop, ranks)))
+                            should_stop=stop_of_any(should_stop, group)))
             work.run(reading_threads() if threads is None else threads)
             problems = work.problems
             kept, kept_placements = _without(dataset, placements, problems=problems, dropped=work.dropped)
@@ -157,14 +157,14 @@ class FreshLatents:
         cls, vae: Encoder, dataset: Dataset, placements: Sequence[Placement], *, flip_aug: bool = False,
         color_aug: bool = False, random_crop: bool = False, vae_batch_size: int = 1,
         device: torch.device | str = "cpu", on_progress: Progress | None = None,
-        should_stop: ShouldStop | None = None, threads: int | None = None, ranks: ProcessGroup = SINGLE_PROCESS,
+        should_stop: ShouldStop | None = None, threads: int | None = None, group: ProcessGroup = SINGLE_PROCESS,
         warn: Callable[[str], None] = lambda text: None,
     ) -> FreshLatents:
         """Decode every picture once, to find the damaged ones before training. Parameters and errors as in
         `CachedLatents.build`."""
         watch = Watch(len(dataset.examples), doing="the pictures were checked", on_progress=on_progress,
-                      should_stop=shared_stop(should_stop, ranks))
-        problems = check_images(dataset.examples, placements, watch=watch, ranks=ranks,
+                      should_stop=stop_of_any(should_stop, group))
+        problems = check_images(dataset.examples, placements, watch=watch, group=group,
                                   threads=reading_threads() if threads is None else threads)
         kept, kept_placements = _without(dataset, placements, problems=list(problems.values()), dropped=set(problems))
         return cls(vae, kept, kept_placements, flip_aug=flip_aug, color_aug=color_aug, random_crop=random_crop,

@@ -1,8 +1,8 @@
-"""What somebody who is to help needs to know, as one zip: versions, machine, settings, events, the failure, the log.
+"""The report of a problem, as one zip: versions, machine, settings, events, the traceback, the log.
 
-Private are folders, user names, computer names, picture names and the comment. They are replaced in every text unless the
-user agrees to show them; what stays are the names of the LoRA, the checkpoint and the trigger word, and the sentences
-themselves. A path that nothing else is known of is taken out as far as it can be told from text: up to a space.
+Folders, the names of users, computers and image files, and the comment are private: they are replaced in every text unless
+the user agrees to show them. The names of the LoRA and the checkpoint, the trigger word and the sentences stay. Other paths
+are recognised in the text, up to a space.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from lib_lora_train.settings.toml import read_toml
 PACKAGES = ("torch", "torchvision", "safetensors", "transformers", "open_clip_torch", "Pillow", "pillow-avif-plugin", "numpy",
             "gradio", "fastapi", "xformers", "bitsandbytes")
 _PARTS = ("settings.toml", "events.jsonl", FAILURE)
-_MOST = 1 << 20  # bytes of each part: its end
+_MOST = 1 << 20  # bytes of the end of each part
 _LINES = 500
-_ROOT = Path(__file__).resolve().parents[1]
+_ROOT = Path(__file__).resolve().parents[2]
 _END = r"\s\"'`|,;:()<>\[\]{}"  # what ends a path in a text
 
 ABOUT = """What this zip holds, to be given to whoever helps:
@@ -59,7 +59,7 @@ _AGREED = "You agreed to show folders and names: nothing has been replaced."
 
 
 class LogTail(logging.Handler):
-    """Keeps the last lines of this package's log, to be read when something went wrong."""
+    """A log handler that keeps the last lines of this package's log."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,12 +74,12 @@ class LogTail(logging.Handler):
             logging.lastResort.handle(record)
 
     def text(self) -> str:
-        """What is kept, oldest first."""
+        """The lines, oldest first."""
         return "\n".join(list(self._lines))
 
 
 def remember_log() -> LogTail:
-    """The process's one tail of the log; it begins with the first call."""
+    """The process's one `LogTail`; the first call installs it."""
     logger = logging.getLogger("lib_lora_train")
     for handler in logger.handlers:
         # Compared by name: the WebUI may have read this module anew.
@@ -91,9 +91,9 @@ def remember_log() -> LogTail:
 
 
 def bundle(run: Path | None, *, host: Host | None = None, program: str = "", paths: bool = False) -> bytes:
-    """The zip about a run's folder (None: about the machine alone).
+    """The zip about the run of this folder; None is about the machine alone.
 
-    `program` names what this runs in; `paths` True replaces nothing.
+    `program` names what this runs in; with `paths` nothing private is replaced.
     """
     settings = _settings(run)
     texts = {"about.txt": ABOUT.format(privacy=_AGREED if paths else _REPLACED), "report.json": _report(run, host, program),
@@ -110,22 +110,21 @@ def bundle(run: Path | None, *, host: Host | None = None, program: str = "", pat
 
 
 class Private:
-    """What must not be read in a text, and the words that take its place."""
+    """Replaces what is private in a text by words in <>."""
 
-    def __init__(self, *, folders: Mapping[str, str], places: Mapping[str, str], names: Mapping[str, str],
+    def __init__(self, *, folders: Mapping[str, str], code_folders: Mapping[str, str], names: Mapping[str, str],
                  texts: Iterable[str] = ()) -> None:
-        """`folders` are replaced with all that lies below them, `places` without (code, whose lines tell something),
-        `names` where they are words of their own, `texts` anywhere."""
+        """Replace `folders` with the rest of the path, `code_folders` without, `names` as whole words, `texts` anywhere."""
         flags = re.IGNORECASE if os.name == "nt" else 0
         below, whole = rf"(?:[/\\]+[^{_END}]*|(?!\w))", r"(?!\w)"
         paths = [(spelt, word, below) for path, word in folders.items() for spelt in _spellings(path)]
-        paths += [(spelt, word, whole) for path, word in places.items() for spelt in _spellings(path)]
+        paths += [(spelt, word, whole) for path, word in code_folders.items() for spelt in _spellings(path)]
         paths.sort(key=lambda entry: -len(entry[0]))
         self._rules = [(re.compile(re.escape(spelt) + rest, flags), word)
                        for spelt, word, rest in paths]
         self._rules += [(re.compile(re.escape(spelt)), "<text>") for text in texts if text.strip()
                         for spelt in _spellings(text)]
-        # A path of which nothing is known. Those that were replaced begin with a word in <>, and are left alone.
+        # Any other path. Those that were replaced begin with a word in <> and do not match.
         start, step = r"(?<![\w<>/\\.:])(?:[A-Za-z]:[/\\]+|\\\\+|/)", r"[/\\]+"
         self._rules += [(re.compile(rf"{start}[^{_END}/\\]+(?:{step}[^{_END}]*)+"), "<path>")]
         suffixes = "|".join(re.escape(s) for s in sorted({*IMAGE_SUFFIXES, *CAPTION_SUFFIXES}))
@@ -136,7 +135,7 @@ class Private:
 
     @classmethod
     def of(cls, settings: Mapping[str, object], *, host: Host | None, run: Path | None) -> Private:
-        """This machine's, and those of a run."""
+        """What is private on this machine and in a run."""
         folders = {str(Path.home()): "<home>", os.getcwd(): "<current folder>", tempfile.gettempdir(): "<temporary folder>"}
         if host is not None:
             folders |= {str(host.lora_folder): "<LoRA folder>", str(host.runs_folder): "<runs>"}
@@ -146,8 +145,9 @@ class Private:
                     if value and name in DECLARATIONS and DECLARATIONS[name].is_path and set(str(value)) & set("/\\")}
         folders |= {os.path.realpath(path): word for path, word in folders.items()}
         folders = {path: word for path, word in folders.items() if len(path) > 3}  # not "/", "C:\\"
-        places = {str(_ROOT): "<extension>", sys.prefix: "<python>", sys.base_prefix: "<python>"}
-        return cls(folders=folders, places=places, names=_names(), texts=[str(settings.get("training_comment", ""))])
+        code_folders = {str(_ROOT): "<extension>", sys.prefix: "<python>", sys.base_prefix: "<python>"}
+        return cls(folders=folders, code_folders=code_folders, names=_names(),
+                   texts=[str(settings.get("training_comment", ""))])
 
     def replaced(self, text: str) -> str:
         """`text` without anything private."""
@@ -157,7 +157,7 @@ class Private:
 
 
 def _names() -> dict[str, str]:
-    """The user's and the computer's, as far as the system tells them."""
+    """The names of the user and the computer, as far as the system tells them."""
     users = {os.environ.get(name, "") for name in ("USER", "USERNAME", "LOGNAME", "SUDO_USER")} | {Path.home().name}
     try:
         users.add(getpass.getuser())
@@ -170,7 +170,7 @@ def _names() -> dict[str, str]:
 
 
 def _spellings(text: str) -> set[str]:
-    """`text` as it may stand in a log, in JSON, in TOML, or in another system's manner."""
+    """How `text` may be spelled in a log, in JSON, in TOML, or by another system."""
     trimmed = text.rstrip("/\\") or text
     plain = {trimmed, trimmed.replace("\\", "/"), trimmed.replace("/", "\\")}
     plain |= {unicodedata.normalize(form, spelt) for spelt in plain for form in ("NFC", "NFD")}
@@ -186,7 +186,7 @@ def _report(run: Path | None, host: Host | None, program: str) -> str:
         "python": sys.version, "system": platform.platform(), "processor": platform.processor() or platform.machine(),
         "processors": os.cpu_count(),
         "packages": {name: version for name in PACKAGES if (version := _package(name))},
-        "cards": _cards(), "cuda": torch.version.cuda, "threads": torch.get_num_threads(),
+        "cards": _gpus(), "cuda": torch.version.cuda, "threads": torch.get_num_threads(),
         "checkpoint": {"name": checkpoint.name, "family": checkpoint.family, "sha256": checkpoint.sha256[:10],
                        "vae": checkpoint.vae_name} if checkpoint else None,
     }, indent=1, ensure_ascii=False)
@@ -199,11 +199,11 @@ def _package(name: str) -> str:
         return ""
 
 
-def _cards() -> list[dict[str, object]]:
+def _gpus() -> list[dict[str, object]]:
     if not torch.cuda.is_available():
         return []
-    found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-    return [{"name": card.name, "memory": card.total_memory, "capability": f"{card.major}.{card.minor}"} for card in found]
+    return [{"name": gpu.name, "memory": gpu.total_memory, "capability": f"{gpu.major}.{gpu.minor}"}
+            for gpu in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))]
 
 
 def _settings(run: Path | None) -> dict[str, object]:

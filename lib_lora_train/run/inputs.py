@@ -17,7 +17,7 @@ from lib_lora_train.inputs.batches import Batches
 from lib_lora_train.inputs.fingerprint import encoder_fingerprint
 from lib_lora_train.inputs.latent_files import LatentDisk
 from lib_lora_train.inputs.latents import CachedLatents, FreshLatents, LatentSource
-from lib_lora_train.inputs.rank_rows import OwnRows
+from lib_lora_train.inputs.sharding import OwnRows
 from lib_lora_train.inputs.text import TextCache
 from lib_lora_train.inputs.vae_batches import Room
 from lib_lora_train.model.frozen import FrozenModel
@@ -42,7 +42,7 @@ def latents_of(plan: RunPlan, model: FrozenModel, vae: Mapping[str, torch.Tensor
     """Encoded images: once and kept, or anew at each step where augmentations change the pixels. `vae` are the host's
     tensors of it; in `folder` lies what is too much for the memory, until the source is closed."""
     settings, chosen, at_once = plan.settings, plan.settings.dataset, plan.settings.memory.vae_batch_size
-    shared = {"flip_aug": chosen.flip_aug, "device": model.device, "should_stop": lambda: bool(stop()), "ranks": group}
+    shared = {"flip_aug": chosen.flip_aug, "device": model.device, "should_stop": lambda: bool(stop()), "group": group}
     with translated("encoding the pictures"):
         if settings.encodes_in_steps:
             # The memory plan counts what is encoded beside a step, so it does not follow what is free.
@@ -60,8 +60,8 @@ def batches_of(settings: Settings, source: LatentSource, group: ProcessGroup) ->
     """The batches of all processes together; of their images, a process looks up its own rows."""
     captions = settings.captions
     return Batches(
-        source if group.world == 1 else OwnRows(source, group),
-        train_batch_size=settings.optimizer.train_batch_size * group.world, seed=settings.optimizer.seed,
+        source if group.world_size == 1 else OwnRows(source, group),
+        train_batch_size=settings.optimizer.train_batch_size * group.world_size, seed=settings.optimizer.seed,
         prior_loss_weight=settings.dataset.prior_loss_weight, trigger_word=settings.dataset.trigger_word,
         shuffle_caption=captions.shuffle_caption, keep_tokens=captions.keep_tokens,
         caption_dropout_rate=captions.caption_dropout_rate, caption_tag_dropout_rate=captions.caption_tag_dropout_rate)

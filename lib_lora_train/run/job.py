@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from lib_lora_train.distributed import SINGLE_PROCESS, ProcessGroup, agree
+from lib_lora_train.distributed import SINGLE_PROCESS, ProcessGroup
 from lib_lora_train.errors import Interrupted
 from lib_lora_train.events import Finished, Planned, Report, Warned
 from lib_lora_train.host.lease import frozen_model
@@ -25,7 +25,7 @@ from lib_lora_train.memory.plan import MemoryPlan
 from lib_lora_train.model.sd.components import vae_tensors
 from lib_lora_train.run import resume
 from lib_lora_train.run.callbacks import MeasuredMemory, Pause, Stop, StopCallback
-from lib_lora_train.run.consistency import agree_on_data, agree_on_settings
+from lib_lora_train.run.consistency import agree_on_data, require_equal
 from lib_lora_train.run.inputs import batches_of, latents_of, stage
 from lib_lora_train.run.memory import memory_plan, place_model, room_for_encoding
 from lib_lora_train.run.network import InitialWeights, build_network, check_sizes, ignored_by
@@ -48,7 +48,6 @@ def run_job(plan: RunPlan, host: Host, *, report: Report, stop: Stop, folder: Pa
     The last event, `Finished`, is returned and left to the caller to report, who knows how failures end too.
     Raises UserError, HostError, TrainingError, and Interrupted where a stop came before the first step.
     """
-    agree_on_settings(group, plan.settings)
     weights = InitialWeights.of(plan)
     with host.lease() as leased:
         return _with_model(plan, host, leased, weights, report=report, stop=stop, folder=folder, group=group)
@@ -61,16 +60,19 @@ def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: Initial
         model, settings, point = frozen_model(leased, plan.settings), plan.settings, plan.resume_point
         if model.architecture.family.name != plan.family:
             # The host had no model yet, or another one, when the plan was made.
-            again = plan_dataset(settings, family=model.architecture.family.name, allowed=host.allowed, processes=group.world,
+            again = plan_dataset(settings, family=model.architecture.family.name, allowed=host.allowed, processes=group.world_size,
                                  on_progress=stage("Reading pictures", report), should_stop=lambda: bool(stop()))
             plan = dataclasses.replace(again, target=plan.target, resume_point=point)
-        identity = resume.checkpoint_facts(leased) if point or folder or group.world > 1 else {}
+        identity = resume.describe_checkpoint(leased) if point or folder or group.world_size > 1 else {}
         if point:
             resume.compare_checkpoint(identity, point)
         dtype = compute_dtype(settings.memory.mixed_precision, model.device, weights=model.dtype)
         check_sizes(plan, model)
-        agree_on_data(group, plan, identity, step=point.step if point else 0, weights=weights.tensors or {}, dtype=dtype)
-        changed = resume.compare_settings(settings, point, steps=plan.schedule.steps, processes=group.world) if point else []
+        if group.world_size > 1:
+            agree_on_data(group, dataset=resume.dataset_fingerprint(plan.dataset, plan.placements),
+                          checkpoint=identity["fingerprint"], step=point.step if point else 0, weights=weights.tensors or {},
+                          dtype=dtype)
+        changed = resume.compare_settings(settings, point, steps=plan.schedule.steps, processes=group.world_size) if point else []
         _warn((*plan.warnings, *ignored_by(model, settings), *changed), report)
 
         network = build_network(settings, model, weights, report=report)
@@ -84,8 +86,8 @@ def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: Initial
 
         memory = memory_plan(plan, model, leased, network, dtype=dtype)
         # GPUs of different sizes may choose differently how to compute, but not what.
-        agree(group, shown={"the model's number format in memory (base_weights)": memory.config.base_dtype}, digests={},
-              remedy="set base_weights, or the same memory_budget, in all of them")
+        require_equal(group, {"the model's number format in memory (base_weights)": memory.config.base_dtype},
+                      remedy="set base_weights, or the same memory_budget, in all of them")
         planned = _planned(plan, leased, memory)
         report(planned)
         _warn(filter(None, [memory.warning]), report)
@@ -131,7 +133,7 @@ def _checkpointer(plan: RunPlan, identity: Mapping[str, str], started_at: float,
     """Keeps the run's state. What it says of the data is compared with what was said when the run began."""
     chosen, point, metadata = plan.settings.save, plan.resume_point, dict[str, Any]()
     if point or (folder is not None and (chosen.save_state or chosen.save_state_on_train_end)):
-        metadata = resume.facts(
+        metadata = resume.describe(
             plan.settings, steps=plan.schedule.steps, processes=plan.processes, checkpoint=identity, started_at=started_at,
             dataset=resume.dataset_fingerprint(plan.dataset, plan.placements), dtype=dtype, base=memory.config.base_dtype)
     if point:

@@ -18,6 +18,7 @@ from lib_lora_train.errors import DatasetError
 from lib_lora_train.host.port import Host
 from lib_lora_train.inputs.latent_files import CACHE_FOLDER
 from lib_lora_train.model.family import training_sizes
+from lib_lora_train.run.consistency import agree_on_settings
 from lib_lora_train.run.output import checked_name, destination
 from lib_lora_train.run.resume import ResumePoint, find
 from lib_lora_train.settings import DECLARATIONS, Settings, flat, ignored, parse
@@ -80,15 +81,16 @@ def plan_job(settings: Settings, host: Host, *, on_progress: Callable[[int, int]
              should_stop: Callable[[], bool] | None = None, group: ProcessGroup = SINGLE_PROCESS) -> RunPlan:
     """The plan of a run that can start: the name is free, the output folder is there and can be written to.
 
-    Raises UserError; no image is decoded. The processes of a `group` all call this.
+    Raises UserError; no image is decoded. All processes of a `group` call this, and are refused where their settings differ.
     """
     check_allowed(settings, host.allowed)
+    agree_on_settings(group, settings)
     point = find(settings.save.resume, host.runs_folder) if settings.save.resume else None
     settings = _with_seed(settings, point, group)
     target = result_path(settings, host, point) if group.rank == 0 else Path(settings.save.output_name)
     checkpoint = host.checkpoint()
     plan = plan_dataset(settings, family=checkpoint.family if checkpoint else "", allowed=host.allowed, on_progress=on_progress,
-                        should_stop=should_stop, processes=group.world)
+                        should_stop=should_stop, processes=group.world_size)
     return dataclasses.replace(plan, settings=_frozen(plan), target=target, resume_point=point)
 
 
@@ -139,7 +141,7 @@ def _with_seed(settings: Settings, point: ResumePoint | None, group: ProcessGrou
     if settings.optimizer.seed >= 0:
         return settings
     seed = int(point.metadata["settings"].get("seed", -1)) if point else -1
-    seed = int(group.gather(str(seed if seed >= 0 else secrets.randbelow(2**32)))[0])
+    seed = group.all_gather(seed if seed >= 0 else secrets.randbelow(2**32))[0]
     return dataclasses.replace(settings, optimizer=dataclasses.replace(settings.optimizer, seed=seed))
 
 

@@ -1,10 +1,10 @@
-"""A run's folder: its settings and its events, written as it goes and read back by whoever looks later.
+"""The record of a run: the folder of its settings and events, written as it goes and read back later.
 
     <runs>/<name>-20261121-154501/
         settings.toml       what it was started with
-        events.jsonl        one event a line; every tenth of the steps of a long run, all of the others
-        state.safetensors   what it needs to go on after an interruption (`training/state.py`)
-        error.txt           where the program failed, if it did
+        events.jsonl        one event a line; of the steps of a long run every n-th
+        state.safetensors   what it needs to go on after an interruption (`training/checkpoint.py`)
+        error.txt           the traceback of a failure
         .lock               locked while a process works on it
 """
 
@@ -24,7 +24,7 @@ from lib_lora_train.settings import Settings, flat
 from lib_lora_train.settings.toml import read_toml, write_toml
 from lib_lora_train.storage.atomic import write_atomic
 from lib_lora_train.storage.lock import RunLock, is_abandoned, is_locked
-from lib_lora_train.training.checkpoint import FILE_NAME, read_facts
+from lib_lora_train.training.checkpoint import FILE_NAME, read_metadata
 
 log = logging.getLogger(__name__)
 FAILURE = "error.txt"
@@ -32,10 +32,9 @@ _MOST_STEP_LINES = 2000
 
 
 class RunRecord:
-    """Writes one run's folder, and holds its mark while the process lives, so that others can tell a run that is under way
-    from one that was cut off. Failing to write is not worth a training: the log is told once.
+    """Writes one run's folder, and holds its lock until `close`. A disk that refuses ends no training: it is logged once.
 
-    `folder` may be that of an interrupted run, which then goes on there. Raises HostError if it is under way.
+    `folder` may be that of an interrupted run, which then goes on there. Raises HostError if a process works on it.
     """
 
     def __init__(self, folder: Path, settings: Settings) -> None:
@@ -43,14 +42,14 @@ class RunRecord:
         self._settings = write_toml(flat(settings)).encode("utf-8", errors="replace")
         self._failed = False
         self._new_line = (folder / "events.jsonl").exists()  # its last line may be torn
-        self._mark: RunLock | None = None
+        self._lock: RunLock | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._mark = RunLock.take(folder)
+            self._lock = RunLock.acquire(folder)
             write_atomic(folder / "settings.toml", self._settings)
-            _sweep(folder.parent)
+            _remove_parts(folder.parent)
         except OSError as error:
-            self._complain(error)
+            self._warn(error)
 
     def complete(self, settings: Settings) -> None:
         """Record these settings: those of the run's plan, in which what was derived is frozen."""
@@ -71,7 +70,7 @@ class RunRecord:
         line = json.dumps({"time": round(time.time(), 3), **events.to_dict(event)}, ensure_ascii=False) + "\n"
         try:
             if not self.folder.is_dir():
-                # It vanished while the run went on: what is still to be told is told in a new one.
+                # It vanished while the run went on: the rest is written to a new one.
                 write_atomic(self.folder / "settings.toml", self._settings)
             # Opened anew for each event: no handle is left open on Windows, and a killed process loses nothing.
             with open(self.folder / "events.jsonl", "a", encoding="utf-8", errors="replace") as file:
@@ -79,23 +78,23 @@ class RunRecord:
             self._new_line = False
         except OSError as error:
             self._new_line = True
-            self._complain(error)
+            self._warn(error)
 
     def keep_failure(self, trace: str) -> None:
-        """Keep where the program failed, for a report of the problem."""
+        """Write the traceback of a failure, for a report of the problem."""
         try:
             stamp = time.strftime("%Y-%m-%d %H:%M:%S")
             write_atomic(self.folder / FAILURE, f"{stamp}\n{trace}".encode("utf-8", errors="replace"))
         except OSError as error:
-            self._complain(error)
+            self._warn(error)
 
     def close(self) -> None:
-        """Take the mark away; to be called after the last event. The end of the process does the same."""
-        if self._mark is not None:
-            self._mark.release()
-            self._mark = None
+        """Release the lock, after the last event. The end of the process does the same."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
-    def _complain(self, error: OSError) -> None:
+    def _warn(self, error: OSError) -> None:
         if not self._failed:
             log.warning("The record of this run in %s is incomplete: %s", self.folder, error)
         self._failed = True
@@ -103,7 +102,7 @@ class RunRecord:
 
 @dataclasses.dataclass(frozen=True)
 class PastRun:
-    """A run as its folder tells it.
+    """A past or running run, as its folder tells it.
 
     outcome     "done", "stopped", "failed", "running", or "interrupted" for one whose process ended before it did
     steps       how far it got, of `total` (0 where that was not known yet)
@@ -130,19 +129,20 @@ def new_folder(runs: Path, name: str) -> Path:
     return folder
 
 
-def _sweep(runs: Path) -> None:
-    """Remove what killed processes left half-written in the folders of other runs.
+def _remove_parts(runs: Path) -> None:
+    """Remove the temporary files that killed processes left in the folders of other runs.
 
-    A run that was killed during its first state is never gone on with, so nobody else would come by.
+    A run that was killed during its first save is never resumed, so that nothing else would remove them.
     """
-    for part in runs.glob("*/.*.part"):
-        if (part.parent / "settings.toml").is_file() and is_abandoned(part.parent):
-            with contextlib.suppress(OSError):
-                part.unlink()
+    for folder in {part.parent for part in runs.glob("*/.*.part")}:
+        if (folder / "settings.toml").is_file() and is_abandoned(folder):
+            for part in folder.glob(".*.part"):
+                with contextlib.suppress(OSError):
+                    part.unlink()
 
 
 def read_events(folder: Path) -> Iterator[events.Event]:
-    """The events of a run's folder; a torn last line and lines of a newer version are passed over."""
+    """The events of a run's folder, without a torn last line and lines of a newer version."""
     try:
         text = (folder / "events.jsonl").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -173,14 +173,14 @@ def past_run(folder: Path) -> PastRun:
     outcome, message, path, steps, total = "", "", "", 0, 0
     for event in read_events(folder):
         if isinstance(event, events.Planned):
-            # It begins, or goes on; how an earlier part of it ended matters no more.
+            # The run begins or is resumed; how an earlier part of it ended no longer matters.
             outcome, message, steps, total = "", "", event.resumed_at, event.steps
         elif isinstance(event, events.Step):
             outcome, steps, total = "", event.step, event.total
         elif isinstance(event, events.Saved):
             path, steps = event.path, max(steps, event.step)
             if event.final and event.step == total:
-                # Cut off between its last save and its last word, a run is complete all the same.
+                # Killed between its last save and its last event, a run is complete all the same.
                 outcome, message = "done", f"It is ready: {path}"
         elif isinstance(event, events.Finished):
             outcome, message, path, steps = event.outcome, event.message, event.path or path, event.steps or steps
@@ -196,6 +196,6 @@ def past_run(folder: Path) -> PastRun:
 
 def _resume_step(folder: Path) -> int | None:
     try:
-        return int(read_facts(folder / FILE_NAME)["step"])
+        return int(read_metadata(folder / FILE_NAME)["step"])
     except LoraTrainError:
         return None

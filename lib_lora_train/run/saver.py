@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from lib_lora_train.adapters import file
-from lib_lora_train.distributed import Lost
+from lib_lora_train.distributed import ProcessLost
 from lib_lora_train.errors import LoraTrainError, OutputError, TrainingError, is_out_of_memory, translated
 from lib_lora_train.events import Report, Saved, Warned
 from lib_lora_train.run.output import epoch_path, step_path
@@ -155,7 +155,7 @@ class Saver:
         try:
             yield
         except LoraTrainError as error:
-            kept = "" if isinstance(error, Lost) and not error.intact else self._kept()
+            kept = "" if isinstance(error, ProcessLost) and not error.intact else self._kept()
             if not kept:
                 raise
             remedy = f"{error.remedy}; " if error.remedy else ""

@@ -11,7 +11,7 @@ import dataclasses
 import math
 from typing import Any
 
-from lib_lora_train.errors import SettingError
+from lib_lora_train.errors import SettingError, printable
 
 Value = bool | int | float | str
 
@@ -53,6 +53,8 @@ def read(declaration: Declaration, value: object) -> Value:
     converted = _CONVERT[declaration.type](declaration, value)
     if declaration.choices and converted not in declaration.choices:
         raise _refused(declaration, value, f"it must be one of {', '.join(declaration.choices)}")
+    if isinstance(converted, str) and not declaration.is_path and converted != printable(converted):
+        raise _refused(declaration, value, "it is not text in UTF-8")
     if isinstance(converted, (int, float)) and not isinstance(converted, bool):
         low, high = declaration.minimum, declaration.maximum
         if not math.isfinite(converted) or (low is not None and converted < low) or (

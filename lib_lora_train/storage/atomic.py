@@ -1,12 +1,13 @@
-"""Files that are there whole or not at all.
+"""Atomic writes: after a kill, a power cut or a full disk a file is the old one or the new one, never a part.
 
-What is written goes to a name beside the file that no program takes for a model, reaches the disk, and takes the file's
-place in one step. A kill, a power cut or a full disk leaves the old file or the new one, never a part.
+The data goes to a temporary file beside the target (".<stem>.<process>.part", which no program takes for a model), reaches
+the disk, and replaces the target in one step.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import sys
@@ -16,46 +17,48 @@ from pathlib import Path
 from typing import BinaryIO
 
 RETRY_SECONDS = (0.05, 0.1, 0.2, 0.4, 0.8)
-"""Pauses before a file that is locked is tried again. On Windows a virus scanner or a program that reads the file keeps
-it from being replaced, mostly for a moment."""
+"""Pauses before a locked file is tried again. On Windows a virus scanner or a program that reads the file keeps it from being
+replaced, mostly for a moment."""
+_NO_FSYNC = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
 
 @contextlib.contextmanager
 def replacing(path: Path, *, one_of_many: bool = False) -> Iterator[BinaryIO]:
-    """An open file whose contents become `path` when the block is left without an exception.
+    """Yield an open temporary file that replaces `path` when the block ends without an exception.
 
-    The folder is made again if it has vanished. What an earlier process of ours, killed in the middle of this very file,
-    left behind is removed. Raises OSError as the disk does; `path` is then what it was.
-
-    Where thousands of files go into one folder, going through the folder for each of them takes longer than writing it:
-    with `one_of_many` that is left to one `remove_parts` before the first.
+    A missing folder is created, and what killed processes left half-written of this file is removed. Raises OSError; `path`
+    is then unchanged. `one_of_many` skips the two scans and flushes of the folder that cost more than writing a small file:
+    for thousands of files in one folder, call `remove_parts` once instead.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if not one_of_many:
-        _remove_leftovers(path)
+        remove_parts(path.parent, stem=path.stem)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.part")
     try:
         with temporary.open("wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())  # the bytes are on the disk before the name is
+            _fsync(file.fileno())  # the data is on the disk before the name is
         replace(temporary, path)
         if not one_of_many:
-            keep_name(path.parent)
+            sync_folder(path.parent)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
 def write_atomic(path: Path, data: bytes, *, one_of_many: bool = False) -> None:
-    """`data` becomes the file at `path`; raises OSError, and `path` is then what it was. `one_of_many` as for `replacing`."""
+    """Write `data` to `path`. Raises OSError; `path` is then unchanged. `one_of_many` as for `replacing`."""
     with replacing(path, one_of_many=one_of_many) as file:
         file.write(data)
 
 
-def remove_parts(folder: Path) -> None:
-    """Remove what other processes of ours left half-written in a folder that nobody else writes to; this one's own stay."""
-    part = re.compile(rf"\..+\.(?!{os.getpid()}\.)\d+\.part", re.DOTALL)
+def remove_parts(folder: Path, *, stem: str = "") -> None:
+    """Remove the temporary files that other processes left in `folder`: those of files called `stem`, by default all.
+
+    Should such a process be alive after all, its own write fails loudly and no file is damaged.
+    """
+    part = re.compile(rf"\.{re.escape(stem) or '.+'}\.(?!{os.getpid()}\.)\d+\.part", re.DOTALL)
     with contextlib.suppress(FileNotFoundError):
         for leftover in [entry for entry in folder.iterdir() if part.fullmatch(entry.name)]:
             with contextlib.suppress(OSError):
@@ -63,17 +66,29 @@ def remove_parts(folder: Path) -> None:
 
 
 def replace(temporary: Path, path: Path) -> None:
-    """`temporary` takes the place of `path`, with patience for a program that holds it for a moment. Raises OSError."""
-    _patiently(lambda: os.replace(temporary, path))
+    """Rename `temporary` to `path`, and try again while another program holds `path` open. Raises OSError."""
+    _retrying(lambda: os.replace(temporary, path))
 
 
 def remove(path: Path) -> None:
-    """The file is gone, also after a power cut; likewise with patience. Raises OSError."""
-    _patiently(lambda: path.unlink(missing_ok=True))
-    keep_name(path.parent)
+    """Remove the file for good, also after a power cut, and try again while another program holds it. Raises OSError."""
+    _retrying(lambda: path.unlink(missing_ok=True))
+    sync_folder(path.parent)
 
 
-def _patiently(act: Callable[[], None]) -> None:
+def sync_folder(folder: Path) -> None:
+    """Flush the folder's entries to the disk. Windows has no such call and needs none."""
+    if sys.platform == "win32":
+        return
+    with contextlib.suppress(OSError):  # some network drives refuse; the file itself is safe
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _retrying(act: Callable[[], None]) -> None:
     for pause in RETRY_SECONDS:
         try:
             act()
@@ -83,22 +98,11 @@ def _patiently(act: Callable[[], None]) -> None:
     act()
 
 
-def _remove_leftovers(path: Path) -> None:
-    """Parts of this file by processes that ended too soon. Should one be alive after all, its own write fails loudly and
-    nothing is torn."""
-    part = re.compile(rf"\.{re.escape(path.stem)}\.\d+\.part")
-    for leftover in (entry for entry in path.parent.iterdir() if part.fullmatch(entry.name)):
-        with contextlib.suppress(OSError):
-            leftover.unlink()
-
-
-def keep_name(folder: Path) -> None:
-    """Have the folder's entries on the disk too. Windows has no such call and needs none."""
-    if sys.platform == "win32":
-        return
-    with contextlib.suppress(OSError):  # some network drives refuse; the file itself is safe
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _fsync(descriptor: int) -> None:
+    """Flush a file to the disk. Passed over on drives that do not offer it (some FUSE and network drives); a full or failing
+    disk raises OSError."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FSYNC:
+            raise

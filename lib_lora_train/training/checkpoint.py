@@ -1,28 +1,26 @@
-"""What a run must remember to go on as if it had never been interrupted: the training state, and its file.
+"""The resume state of a run: what it needs to go on as if it had never been interrupted, and its file.
 
-There is no random state in it: order, captions, timesteps and noise are functions of (seed, epoch, position, step). What
-is left are the LoRA's fp32 weights, the optimiser's moments and step counts, the loss scaler, the step, and the losses
-that the shown average is made of.
+It holds no random state: order, captions, timesteps and noise are functions of (seed, epoch, position, step). It holds the
+LoRA's fp32 weights, the optimizer's moments and step counts, the loss scaler, the step, and the last losses.
 
-The file is safetensors, its facts as JSON in the metadata: nothing in it can run a program. It is written tensor by tensor,
-since for a large LoRA it takes gigabytes that a machine in use may not have twice, and it is read in the same way, never
-mapped, so that on Windows no open handle keeps it from being replaced.
+The file is safetensors with JSON in its metadata, so that nothing in it can run a program. Writing holds a second copy of the
+state in memory. Reading copies each tensor out of the mapped file, since on Windows a mapped file cannot be replaced.
 
-Not here: which settings, pictures and checkpoint the state belongs to (`resume.py` puts them among the facts), when a
-state is due and what happens if it cannot be written (`saver.py`).
+Not here: the settings, images and checkpoint the state belongs to (`run/resume.py` adds them to the metadata), when a state
+is due and what happens if it cannot be written (`run/saver.py`).
 """
 
 from __future__ import annotations
 
 import json
-import math
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+import safetensors.torch
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lib_lora_train.adapters.lora import ALPHA
@@ -34,11 +32,8 @@ from lib_lora_train.training.precision import LossScaler
 
 FILE_NAME = "state.safetensors"
 VERSION = 1  # raise when an older file can no longer be understood
-_FACTS = "lora_train_state"
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-           "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_LARGEST_HEADER = 64 << 20
+_KEY = "lora_train_state"  # of the JSON in the file's metadata
+_ANEW = "go on from the run's LoRA file with network_weights, or start anew"
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +41,7 @@ class TrainingState:
     """The state after `step` steps.
 
     lora        the weights under kohya's keys, fp32; alphas fp64, since they are Python numbers where they are used
-    optimizer   {"3.exp_avg": tensor}: what the optimiser keeps of its n-th weight
+    optimizer   {"3.exp_avg": tensor}: the moments of the optimizer's n-th weight
     scaler      {"scale", "good_steps"}, 0-d each
     recent      the losses of the shown average, oldest first
     overflows   steps in a row that overflowed
@@ -62,15 +57,15 @@ class TrainingState:
 
 def capture(step: int, *, network: AdapterNetwork, optimizer: RunOptimizer, scaler: LossScaler, recent: tuple[float, ...],
             overflows: int) -> TrainingState:
-    """The state as it is now. The tensors share memory with the running ones: write them before the next step."""
+    """The present state. Its tensors share memory with those being trained: write them before the next step."""
     alphas = {f"{key}.{ALPHA}": torch.tensor(layer.alpha, dtype=torch.float64) for key, layer in network.layers.items()}
     lora = {**network.state_dict(), **alphas}
-    kept = {f"{number}.{name}": value for number, name, value in optimizer.state()}
-    return TrainingState(step, lora, kept, {"scale": scaler.scale, "good_steps": scaler.good_steps}, recent, overflows)
+    moments = {f"{number}.{name}": value for number, name, value in optimizer.state()}
+    return TrainingState(step, lora, moments, {"scale": scaler.scale, "good_steps": scaler.good_steps}, recent, overflows)
 
 
 def restore(state: TrainingState, *, optimizer: RunOptimizer, scaler: LossScaler) -> None:
-    """Put optimiser and loss scaler where they were. The network is built from `state.lora` already.
+    """Set the optimizer's moments and the loss scaler. The network was built from `state.lora` already.
 
     Raises LoraFileError where the moments do not fit the weights.
     """
@@ -90,109 +85,72 @@ def restore(state: TrainingState, *, optimizer: RunOptimizer, scaler: LossScaler
     scaler.restore(scale=state.scaler["scale"], good_steps=state.scaler["good_steps"])
 
 
-def write(path: Path, state: TrainingState, facts: Mapping[str, Any]) -> None:
-    """Write the state's file, whole or not at all; `facts` are plain data.
+def write(path: Path, state: TrainingState, metadata: Mapping[str, Any]) -> None:
+    """Write the state's file atomically; `metadata` is anything JSON can hold.
 
-    Raises OSError, and TrainingError if a weight is no number; the file that is there stays.
+    Raises OSError, and TrainingError if a weight is not a finite number; the file that is there stays.
     """
     tensors = {**{f"lora.{key}": tensor for key, tensor in state.lora.items()},
                **{f"optimizer.{key}": tensor for key, tensor in state.optimizer.items()},
                **{f"scaler.{key}": tensor for key, tensor in state.scaler.items()},
                "recent": torch.tensor(state.recent, dtype=torch.float64)}
-    told = {**facts, "version": VERSION, "step": state.step, "overflows": state.overflows}
-    header: dict[str, Any] = {"__metadata__": {_FACTS: json.dumps(told)}}
-    end = 0
-    # The widest numbers first, as safetensors has them, so that each begins at a multiple of its own size.
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    for name in names:
-        start, end = end, end + tensors[name].numel() * tensors[name].element_size()
-        header[name] = {"dtype": _NAMES[tensors[name].dtype], "shape": list(tensors[name].shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    if name := _not_finite(state.lora):
+        raise TrainingError("The training state was not kept", why=f"{name} holds values that are not numbers",
+                            remedy="lower the learning rate")
+    # The step counts of all weights are one tensor; safetensors refuses those that share memory.
+    tensors = {name: (tensor.contiguous() if tensor.ndim else tensor.clone()).detach() for name, tensor in tensors.items()}
+    text = json.dumps({**metadata, "version": VERSION, "step": state.step, "overflows": state.overflows})
     with replacing(path) as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name in names:
-            # One copy to the CPU at a time: a synchronisation each, at a save only.
-            tensor = tensors[name].detach().cpu().contiguous()
-            if name.startswith("lora.") and not bool(torch.isfinite(tensor).all()):
-                raise TrainingError("The training state was not kept", why=f"{name} holds values that are not numbers",
-                                    remedy="lower the learning rate")
-            file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        try:
+            safetensors.torch.save_file(tensors, file.name, {_KEY: text})
+        except (SafetensorError, UnicodeEncodeError) as error:  # a full disk; a folder whose name is not UTF-8
+            raise OSError(str(error)) from error
 
 
 def read(path: Path) -> tuple[TrainingState, dict[str, Any]]:
-    """The state and its facts. Raises LoraFileError for a file that is not there, not a state, or damaged."""
+    """The state and its metadata. Raises LoraFileError for a file that is missing, no state, or damaged."""
+    metadata = read_metadata(path)
     with translated(f"reading {path}"):
         try:
-            with path.open("rb") as file:
-                header, facts = _header(path, file)
-                tensors = {name: _tensor(path, file, entry) for name, entry in header.items()}
-        except FileNotFoundError:
-            raise _missing(path) from None
-        parts: dict[str, dict[str, Tensor]] = {"lora": {}, "optimizer": {}, "scaler": {}}
-        for name, tensor in tensors.items():
-            room, dot, key = name.partition(".")
-            if dot and room in parts:
-                parts[room][key] = tensor
-            if room == "lora" and not bool(torch.isfinite(tensor).all()):
-                raise _damaged(path, f"{name} holds values that are not numbers")
-        listed = "recent" in tensors and tensors["recent"].ndim == 1
-        if not listed or set(parts["scaler"]) != {"scale", "good_steps"} or not parts["lora"]:
-            raise _damaged(path, "a part of it is missing")
-        recent = tuple(tensors["recent"].tolist())
-        return TrainingState(facts["step"], **parts, recent=recent, overflows=facts["overflows"]), facts
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+        except SafetensorError as error:
+            raise _damaged(path, str(error)) from error
+    parts = {part: {name.removeprefix(part): tensor for name, tensor in tensors.items() if name.startswith(part)}
+             for part in ("lora.", "optimizer.", "scaler.")}
+    lora, optimizer, scaler = parts.values()
+    recent = tensors.get("recent", torch.empty(()))
+    if recent.ndim != 1 or scaler.keys() != {"scale", "good_steps"} or not lora:
+        raise _damaged(path, "a part of it is missing")
+    if name := _not_finite(lora):
+        raise _damaged(path, f"{name} holds values that are not numbers")
+    return TrainingState(metadata["step"], lora, optimizer, scaler, tuple(recent.tolist()), metadata["overflows"]), metadata
 
 
-def read_facts(path: Path) -> dict[str, Any]:
-    """What the state says of itself, without its tensors. Raises as `read` does."""
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What the state's file says of itself, without its tensors. Raises LoraFileError as `read` does."""
+    if not path.is_file():
+        raise LoraFileError(f"There is no training state at {path}", why="the run kept none, or it was removed", remedy=_ANEW)
     with translated(f"reading {path}"):
         try:
-            with path.open("rb") as file:
-                return _header(path, file)[1]
-        except FileNotFoundError:
-            raise _missing(path) from None
-
-
-def _header(path: Path, file: BinaryIO) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """(the tensors' entries in the order they lie, the facts); the file then stands at the first tensor."""
-    size = path.stat().st_size
-    try:
-        length = struct.unpack("<Q", file.read(8))[0]
-        if length > min(size, _LARGEST_HEADER):
-            raise ValueError("too long")
-        header = json.loads(file.read(length))
-        facts = json.loads(header.pop("__metadata__")[_FACTS])
-        ordered = dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"]))
-        sound = isinstance(facts["step"], int) and isinstance(facts["overflows"], int) and isinstance(facts["version"], int)
-        end = 0
-        for entry in ordered.values():
-            start, stop = entry["data_offsets"]
-            width = torch.empty((), dtype=_DTYPES[entry["dtype"]]).element_size()
-            sound = sound and start == end and stop - start == math.prod(entry["shape"]) * width
-            end = stop
-    except (ValueError, LookupError, TypeError, AttributeError, struct.error, RecursionError) as error:
-        raise LoraFileError(f"{path} is not a training state", remedy=f"choose a run's folder or its {FILE_NAME}") from error
-    if not sound or 8 + length + end != size:
-        raise _damaged(path, "its length is not what it announces")
-    if facts["version"] > VERSION:
+            with safe_open(path, framework="numpy") as file:
+                metadata = json.loads((file.metadata() or {})[_KEY])
+            if not all(isinstance(metadata[name], int) for name in ("version", "step", "overflows")):
+                raise ValueError("no counts")
+        except SafetensorError as error:
+            raise _damaged(path, str(error)) from error
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise LoraFileError(f"{path} is not a training state",
+                                remedy=f"choose a run's folder or its {FILE_NAME}") from error
+    if metadata["version"] > VERSION:
         raise LoraFileError(f"{path} was written by a newer version", remedy="update the extension")
-    return ordered, facts
+    return metadata
 
 
-def _tensor(path: Path, file: BinaryIO, entry: Mapping[str, Any]) -> Tensor:
-    start, end = entry["data_offsets"]
-    data = bytearray(end - start)
-    if file.readinto(data) != len(data):
-        raise _damaged(path, "it ends too soon")
-    dtype = _DTYPES[entry["dtype"]]
-    return torch.frombuffer(data, dtype=dtype).reshape(entry["shape"]) if data else torch.empty(entry["shape"], dtype=dtype)
-
-
-def _missing(path: Path) -> LoraFileError:
-    return LoraFileError(f"There is no training state at {path}", why="the run kept none, or it was removed",
-                         remedy="go on from its LoRA file with network_weights, or start anew")
+def _not_finite(tensors: Mapping[str, Tensor]) -> str:
+    """The name of the first tensor that holds an infinity or a NaN; "" for none."""
+    return next((name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())), "")
 
 
 def _damaged(path: Path, why: str) -> LoraFileError:
-    return LoraFileError(f"The training state {path} is damaged", why=why,
-                         remedy="go on from the run's LoRA file with network_weights, or start anew")
+    return LoraFileError(f"The training state {path} cannot be read", why=f"it is damaged or no state ({why})", remedy=_ANEW)

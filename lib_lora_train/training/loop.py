@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lib_lora_train.adapters.network import AdapterNetwork
-from lib_lora_train.distributed import SINGLE_PROCESS, ProcessGroup, share
+from lib_lora_train.distributed import SINGLE_PROCESS, ProcessGroup, rows_of
 from lib_lora_train.errors import translated
 from lib_lora_train.events import Report
 from lib_lora_train.inputs.batch import Batch
@@ -157,8 +157,8 @@ def train(model: FrozenModel, *, network: AdapterNetwork, epoch_batches: EpochBa
                     for batch in attempt.microbatches:
                         loss = train_step.forward(batch)
                         train_step.backward(loss)
-            group.sum_(weights.gradient)
-            group.sum_(train_step.loss)
+            group.all_reduce_(weights.gradient)
+            group.all_reduce_(train_step.loss)
 
             progress.begin_update()
             overflowed = optimizer.clip(scaler.inverse())
@@ -181,7 +181,7 @@ def _inputs(batch: Batch, step: int, micro: int, micro_batches: int, *, model: F
                  noise_offset=config.noise_offset)
     weight = batch["loss_weight"] / (len(batch) * micro_batches)
     whole = batch.extended({**draws, "weight": weight, **condition.prepare(batch.captions)})
-    return whole.rows(share(len(whole), group))
+    return whole.rows(rows_of(len(whole), group))
 
 
 def _steps(epoch_batches: EpochBatches, config: TrainConfig, *, begin: int) -> Iterator[tuple[int, int, list[Batch]]]:

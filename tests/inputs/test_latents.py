@@ -335,10 +335,10 @@ def test_a_card_gives_the_latents_of_the_processor(make_dataset) -> None:
 
 
 class Meeting:
-    """Several ranks in one process, a thread each; they meet in sums and in texts."""
+    """Several process groups in one process, a thread each, whose collectives meet at a barrier."""
 
     def __init__(self, world: int) -> None:
-        self.world, self._barrier, self._put = world, threading.Barrier(world, timeout=60), [None] * world
+        self.world_size, self._barrier, self._put = world, threading.Barrier(world, timeout=60), [None] * world
 
     def rank(self, number: int) -> Rank:
         return Rank(self, number)
@@ -353,19 +353,16 @@ class Meeting:
 
 class Rank:
     def __init__(self, meeting: Meeting, rank: int) -> None:
-        self._meeting, self.rank, self.world = meeting, rank, meeting.world
+        self._meeting, self.rank, self.world_size = meeting, rank, meeting.world_size
 
-    def sum_(self, tensor: torch.Tensor) -> None:
+    def all_reduce_(self, tensor: torch.Tensor) -> None:
         tensor.copy_(sum(self._meeting.all(self.rank, tensor.clone())))
 
     def any(self, wanted: bool) -> bool:
         return any(self._meeting.all(self.rank, wanted))
 
-    def gather(self, text: str) -> tuple[str, ...]:
-        return tuple(self._meeting.all(self.rank, text))
-
-    def broadcast_(self, tensor: torch.Tensor, *, source: int) -> None:
-        tensor.copy_(self._meeting.all(self.rank, tensor.clone())[source])
+    def all_gather(self, value: object) -> list:
+        return self._meeting.all(self.rank, value)
 
 
 def in_ranks(world: int, work) -> list:
@@ -396,8 +393,8 @@ def test_ranks_share_the_work_and_all_have_everything(make_dataset, kind, world:
         path.write_bytes(path.read_bytes()[:300])
     alone = CachedLatents.build(FakeVAE(), dataset, placements, flip_aug=True)
     vaes = [FakeVAE() for _ in range(world)]
-    sources = in_ranks(world, lambda ranks: kind.build(vaes[ranks.rank], dataset, placements, flip_aug=True, threads=2,
-                                                       ranks=ranks, **options))
+    sources = in_ranks(world, lambda group: kind.build(vaes[group.rank], dataset, placements, flip_aug=True, threads=2,
+                                                       group=group, **options))
     encoded = [sum(shape[0] for shape in vae.batches) for vae in vaes]
     assert sum(encoded) == (2 * 12 if kind is CachedLatents else 0) and max(encoded) <= 2 * 12 * 2 // world
     for source in sources:
@@ -413,8 +410,8 @@ def test_what_the_disk_cache_has_of_the_other_ranks_is_not_written_a_second_time
     monkeypatch.setattr(overflow.tempfile, "TemporaryFile", refuse)
     dataset, placements = make_dataset(MANY)
     alone = CachedLatents.build(FakeVAE(), dataset, placements, flip_aug=True)
-    sources = in_ranks(2, lambda ranks: CachedLatents.build(
-        FakeVAE(), dataset, placements, flip_aug=True, ranks=ranks, max_bytes=0, disk=LatentDisk(vae_fingerprint="v")))
+    sources = in_ranks(2, lambda group: CachedLatents.build(
+        FakeVAE(), dataset, placements, flip_aug=True, group=group, max_bytes=0, disk=LatentDisk(vae_fingerprint="v")))
     for source in sources:
         assert source.dataset.problems == () and all(source.size_of([index]) for index in range(14))
         for index in range(14):
@@ -423,6 +420,6 @@ def test_what_the_disk_cache_has_of_the_other_ranks_is_not_written_a_second_time
 
 def test_a_stop_that_one_rank_hears_ends_all_of_them(make_dataset) -> None:
     dataset, placements = make_dataset(MANY)
-    ended = in_ranks(2, lambda ranks: CachedLatents.build(
-        FakeVAE(), dataset, placements, ranks=ranks, should_stop=lambda: ranks.rank == 1))
+    ended = in_ranks(2, lambda group: CachedLatents.build(
+        FakeVAE(), dataset, placements, group=group, should_stop=lambda: group.rank == 1))
     assert all(isinstance(one, Interrupted) for one in ended) and ours() == []

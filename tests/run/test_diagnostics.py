@@ -123,13 +123,13 @@ def test_what_was_agreed_to_is_shown(home: Path, monkeypatch: pytest.MonkeyPatch
     ("C:/DATA-2/x", "<path>"), ("2 pictures: dog.png, Émile.JPG", "2 pictures: <file>.png, <file>.JPG"),
     ("/code/lora/job.py:7", "<extension>/job.py:7"), ("keep 1.5 of 8 and 10:30", "keep 1.5 of 8 and 10:30")])
 def test_paths_and_names_are_found_in_text(text: str, expected: str):
-    private = Private(folders={"/data/x": "<dataset>"}, places={"/code/lora": "<extension>"}, names={"bob": "<user>"})
+    private = Private(folders={"/data/x": "<dataset>"}, code_folders={"/code/lora": "<extension>"}, names={"bob": "<user>"})
     assert private.replaced(text) == expected
 
 
 def test_folders_are_found_as_json_toml_and_another_system_spell_them():
     folder = "/Users/josé/bilder"
-    private = Private(folders={folder: "<x>"}, places={}, names={})
+    private = Private(folders={folder: "<x>"}, code_folders={}, names={})
     for spelt in (folder, json.dumps(folder)[1:-1], folder.replace("/", "\\"), folder.replace("/", "\\\\"),
                   "/Users/jose\u0301/bilder", repr(folder)[1:-1]):
         assert private.replaced(f"a {spelt} b {spelt}/c/d.txt!") == "a <x> b <x>", spelt

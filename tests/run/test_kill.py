@@ -28,7 +28,7 @@ SETTINGS = {"output_name": "zzk", "resolution": "64", "min_bucket_reso": 64, "nu
 # Trains, and kills itself when a file called NAME is about to take its place for the COUNT-th time.
 CHILD = """
 import os, signal, sys
-from lib_lora_train import whole_file
+from lib_lora_train.storage import atomic
 from lib_lora_train.__main__ import main
 moment, name, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
 replace, left = os.replace, [count]
@@ -43,7 +43,7 @@ def dying(source, target):
     if moment == "after":
         replace(source, target)
     die()
-whole_file.os.replace = dying
+atomic.os.replace = dying
 main(sys.argv[4:])
 """
 

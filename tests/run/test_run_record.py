@@ -43,10 +43,10 @@ def test_a_run_is_running_while_its_process_lives_and_interrupted_afterwards(tmp
     assert past.message == "Interrupted at step 412 of 1500."
 
 
-def test_the_mark_of_another_process_is_seen_and_gone_when_it_is_killed(tmp_path):
-    script = ("import sys; from pathlib import Path; from lib_lora_train.storage.lock import Mark\n"
-              "mark = Mark.take(Path(sys.argv[1])); print('taken', flush=True); sys.stdin.read()")
-    root = Path(record_module.__file__).resolve().parent.parent
+def test_the_lock_of_another_process_is_seen_and_gone_when_it_is_killed(tmp_path):
+    script = ("import sys; from pathlib import Path; from lib_lora_train.storage.lock import RunLock\n"
+              "lock = RunLock.acquire(Path(sys.argv[1])); print('taken', flush=True); sys.stdin.read()")
+    root = Path(__file__).resolve().parents[2]
     process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], cwd=root, text=True,
                                stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     with process:
@@ -72,7 +72,7 @@ def test_the_next_run_removes_what_a_killed_one_left_half_written_and_nothing_el
 
 def test_a_run_that_is_under_way_cannot_be_resumed(tmp_path, monkeypatch):
     from lib_lora_train.storage import lock
-    monkeypatch.setattr(lock, "_PAUSE", 0.0)
+    monkeypatch.setattr(lock, "_WAIT", 0.0)
     first = RunRecord(tmp_path / "one", SETTINGS)
     with pytest.raises(HostError, match="one is under way"):
         RunRecord(tmp_path / "one", SETTINGS)

@@ -123,3 +123,10 @@ def test_what_is_not_toml_is_refused_by_file_name(tmp_path, content):
     file.write_bytes(content)
     with pytest.raises(SettingError, match="broken.toml"):
         read_toml(file)
+
+
+def test_text_that_is_not_utf8_is_refused_and_such_a_path_is_not():
+    """On Linux an argument or a file's name may be any bytes; Python makes lone surrogates of those that are not UTF-8."""
+    with pytest.raises(SettingError, match="trigger_word"):
+        settings.parse({"trigger_word": "caf\udce9"})
+    assert settings.parse({"train_data_dir": "10_caf\udce9"}).dataset.train_data_dir == "10_caf\udce9"

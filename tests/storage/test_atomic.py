@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 
 import pytest
@@ -57,3 +59,15 @@ def test_what_a_killed_process_left_of_a_file_is_removed_and_of_others_is_not(tm
 def test_a_folder_that_vanished_is_made_again(tmp_path):
     write_atomic(tmp_path / "gone" / "a.bin", b"new")
     assert (tmp_path / "gone" / "a.bin").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("number, kept", [(errno.ENOTSUP, True), (errno.EINVAL, True), (errno.ENOSYS, True), (errno.EIO, False),
+                                          (errno.ENOSPC, False)])
+def test_a_drive_without_fsync_loses_no_file_and_one_that_fails_leaves_the_old_one(tmp_path, monkeypatch, number, kept):
+    def refuse(descriptor):
+        raise OSError(number, os.strerror(number))
+    (tmp_path / "a.bin").write_bytes(b"old")
+    monkeypatch.setattr(atomic.os, "fsync", refuse)
+    with contextlib.nullcontext() if kept else pytest.raises(OSError):
+        write_atomic(tmp_path / "a.bin", b"new")
+    assert (tmp_path / "a.bin").read_bytes() == (b"new" if kept else b"old") and os.listdir(tmp_path) == ["a.bin"]

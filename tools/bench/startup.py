@@ -37,23 +37,24 @@ ARITHMETIC = "the step itself"
 WATCHED = tuple(WatchedFunction(stage, f"lib_lora_train.{target}") for stage, target in (
     ("making the run's folder", "run.record:RunRecord.__init__"),
     ("writing down what happens", "run.record:RunRecord.write"),
-    ("reading the folder of pictures", "run.job:_prepared"),
+    ("reading the folder of pictures", "run.planning:plan_dataset"),
     ("reading the checkpoint", "host.standalone:_describe"),
     ("reading the checkpoint", "host.standalone:_load"),
     ("reading the tokenizer", "model.frozen:clip_tokenizer"),
     ("the model on the leased tensors", "run.job:frozen_model"),
-    ("which checkpoint and VAE it is", "run.resume:checkpoint_facts"),
+    ("which checkpoint and VAE it is", "run.resume:describe_checkpoint"),
     ("which checkpoint and VAE it is", "run.inputs:encoder_fingerprint"),
-    ("the LoRA's layers", "run.job:_network"),
+    ("the LoRA's layers", "run.job:build_network"),
     ("latents", "run.job:latents_of"),
     ("the memory plan", "run.job:memory_plan"),
     ("which pictures they are", "run.job:_checkpointer"),
     ("captions", "inputs.text:TextCache._encode"),
-    (ARITHMETIC, "training.cuda_graph:Execution.gradients"),
-    (ARITHMETIC, "training.cuda_graph:Execution.finish"),
+    (ARITHMETIC, "training.train_step:TrainStep.forward"),
+    (ARITHMETIC, "training.train_step:TrainStep.backward"),
+    (ARITHMETIC, "training.optimizers:RunOptimizer.step"),
     ("the metadata", "run.provenance:Provenance.metadata"),
     ("the file", "adapters.file:save")))
-STEP_END = WatchedFunction(ARITHMETIC, "lib_lora_train.training.cuda_graph:Execution.finish")
+STEP_END = WatchedFunction(ARITHMETIC, "lib_lora_train.training.optimizers:RunOptimizer.step")
 """Its return ends a step's computation."""
 
 

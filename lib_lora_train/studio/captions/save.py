@@ -28,7 +28,7 @@ from pathlib import Path
 from lib_lora_train.dataset.captions import CAPTION_SUFFIXES
 from lib_lora_train.dataset.listing import MayRead
 from lib_lora_train.errors import OutputError, printable, translated
-from lib_lora_train.storage.atomic import keep_name, remove, replace, replacing, write_atomic
+from lib_lora_train.storage.atomic import remove, replace, replacing, sync_folder, write_atomic
 from lib_lora_train.studio.captions.files import MOST_BYTES
 
 STUDIO = ".studio"
@@ -213,7 +213,7 @@ def _put(contents: Mapping[Path, bytes]) -> None:
                 os.sync()  # the bytes are on the disk before the names are
             list(pool.map(lambda path: replace(parts[path], path), contents))
         for folder in {path.parent for path in contents}:
-            keep_name(folder)
+            sync_folder(folder)
     except BaseException:
         for part in parts.values():
             with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""The rows of a global batch that are this process's: the others' are neither encoded nor looked up."""
+"""The inputs of a process that trains together with others: its rows of each batch, and what the others have encoded."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import torch
 
 from lib_lora_train.dataset.buckets import Placement
 from lib_lora_train.dataset.folder import Dataset
-from lib_lora_train.distributed import ProcessGroup, share
+from lib_lora_train.distributed import ProcessGroup, rows_of
 from lib_lora_train.inputs.latents import Latents, LatentSource, Prepared
 
 
 class OwnRows:
-    """A source that is asked for whole global batches and looks up, or encodes, this process's rows of them alone.
+    """A `LatentSource` of whole global batches that looks up, or encodes, only this process's rows.
 
-    The others' rows are zeros: the step cuts them away. A `LatentSource`.
+    The other rows are zeros; the training step drops them.
     """
 
-    def __init__(self, source: LatentSource, ranks: ProcessGroup) -> None:
+    def __init__(self, source: LatentSource, group: ProcessGroup) -> None:
         self.dataset: Dataset = source.dataset
         self.placements: tuple[Placement, ...] = source.placements
-        self._source, self._ranks = source, ranks
+        self._source, self._group = source, group
 
     def prepare(self, indices: Sequence[int], rngs: Sequence[random.Random]) -> Prepared:
         """See `LatentSource.prepare`."""
@@ -49,6 +49,6 @@ class OwnRows:
         self._source.close()
 
     def _rows(self, indices: Sequence[int]) -> slice:
-        rows = share(len(indices), self._ranks)
-        # Where nothing of this batch is this process's, one picture tells the shape.
+        rows = rows_of(len(indices), self._group)
+        # Where no row is this process's, the first image gives the shape.
         return slice(0, 1) if rows.start == rows.stop else rows
