@@ -75,9 +75,10 @@ def test_score_is_the_direction_and_gain_the_loss_taken_away(monkeypatch, tmp_pa
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_asked_and_paints(family, tmp_path):
     Image.new("RGB", (130, 60), "red").save(tmp_path / "a.png")
-    lent = LeasedModel(checkpoint(family), HINTS[family], Checkpoint("a", "a", family), torch.device("cpu"), tokenizers(family))
+    leased = LeasedModel(checkpoint(family), HINTS[family], Checkpoint("a", "a", family), torch.device("cpu"),
+                         tokenizers(family))
     captions = ["a red thing", ", ".join(["a long caption of more than one chunk"] * 12)]
-    rows = list(check_captions(LeasingHost(lent), [(tmp_path / "a.png", text) for text in captions], settings=SMALL, seeds=1,
+    rows = list(check_captions(LeasingHost(leased), [(tmp_path / "a.png", text) for text in captions], settings=SMALL, seeds=1,
                                steps=1))
     assert {row.caption for row in rows} == set(captions)
     assert all(0 <= row.score <= 100 and row.gain < 1 and 0 <= row.similarity <= 1 for row in rows)

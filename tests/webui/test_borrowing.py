@@ -15,25 +15,25 @@ LONG = "a photo of a red cat, " * 9 + "zzk (blue:1.3), [cat] " * 5
 
 
 def test_the_lent_tensors_are_the_webuis_own_memory(webui: WebUI) -> None:
-    lent = webui.get("/probe/lent")
-    assert lent["foreign"] == 0
-    assert not [name for name in lent["names"] if "wrapped" in name]
-    assert "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight" in lent["names"]
+    leased = webui.get("/probe/lent")
+    assert leased["foreign"] == 0
+    assert not [name for name in leased["names"] if "wrapped" in name]
+    assert "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight" in leased["names"]
 
 
 def test_what_shapes_cannot_tell_comes_from_the_webuis_modules(webui: WebUI) -> None:
-    lent = webui.get("/probe/lent")
+    leased = webui.get("/probe/lent")
     # lib_lora_train/demo/tiny_checkpoint.py has these; by the family's rule they would be 8 and 1.
-    assert (lent["unet_heads"], lent["text_heads"]) == (4, [2])
-    assert (lent["family"], lent["prediction_type"], lent["latent_scale"]) == ("sd1", "epsilon", 0.18215)
-    assert lent["checkpoint"]["name"] == "tiny"
-    assert lent["checkpoint"]["title"] == webui.get("/sdapi/v1/options")["sd_model_checkpoint"]
-    assert len(lent["checkpoint"]["sha256"]) == 64
+    assert (leased["unet_heads"], leased["text_heads"]) == (4, [2])
+    assert (leased["family"], leased["prediction_type"], leased["latent_scale"]) == ("sd1", "epsilon", 0.18215)
+    assert leased["checkpoint"]["name"] == "tiny"
+    assert leased["checkpoint"]["title"] == webui.get("/sdapi/v1/options")["sd_model_checkpoint"]
+    assert len(leased["checkpoint"]["sha256"]) == 64
 
 
 def test_while_lent_the_queue_is_locked_and_the_job_shown_and_both_end(webui: WebUI) -> None:
-    lent = webui.get("/probe/lent")
-    assert lent["locked"] and lent["job"].startswith("task(lora-train-")
+    leased = webui.get("/probe/lent")
+    assert leased["locked"] and leased["job"].startswith("task(lora-train-")
     assert webui.get("/sdapi/v1/progress?skip_current_image=true")["state"]["job"] == ""
     webui.sample()
 
@@ -62,10 +62,10 @@ def test_clip_skip_is_the_webuis(webui: WebUI) -> None:
 @pytest.mark.parametrize("schedule", ["Default", "Zero Terminal SNR"])
 def test_the_noise_schedule_is_the_webuis(webui: WebUI, schedule: str) -> None:
     with webui.option("sd_noise_schedule", schedule):
-        lent = webui.get("/probe/lent")
-    assert lent["zero_terminal_snr"] == (schedule != "Default")
+        leased = webui.get("/probe/lent")
+    assert leased["zero_terminal_snr"] == (schedule != "Default")
     # The WebUI keeps the last one of a zero-terminal-SNR schedule a little above zero.
-    assert lent["schedule_difference"] <= 1e-6
+    assert leased["schedule_difference"] <= 1e-6
 
 
 def test_captions_are_cut_into_the_chunks_that_the_webui_makes(webui: WebUI) -> None:

@@ -115,7 +115,7 @@ def lora(name: str) -> dict[str, Any]:
 
 def sample(prompt: str = Body(""), negative_prompt: str = Body(""), width: int = Body(64), height: int = Body(64),
            steps: int = Body(4), cfg_scale: float = Body(7.0), seed: int = Body(1)) -> dict[str, str]:
-    """A picture by our own sampler on the lent model, as base64 of a PNG."""
+    """A picture by our own sampler on the leased model, as base64 of a PNG."""
     from lib_lora_train.host.a1111.host import HOST
     from lib_lora_train.model.sampler import SampleRequest, sample_latents, to_image
 
