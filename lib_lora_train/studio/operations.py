@@ -104,10 +104,7 @@ def tag(studio: Studio, source_name: str, values: Mapping[str, Any], selection: 
 
         def existing(path: Path) -> str:
             with studio.using():
-                index = session.index(paths[path])
-                if not session.store.caption(index) and (problem := session.store.problem(index)):
-                    raise DatasetError(problem)
-                return session.store.caption(index)
+                return session.store.readable_caption(session.index(paths[path]))
 
         stopped, changed = "", 0
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,6 @@ from lib_lora_train.dataset import folder as folder_module
 from lib_lora_train.dataset import listing
 from lib_lora_train.dataset.buckets import Buckets
 from lib_lora_train.dataset.folder import Dataset, assign_buckets, scan, visits_by_bucket
-from lib_lora_train.dataset.progress import Watch
 from lib_lora_train.errors import DatasetError, Interrupted
 
 
@@ -262,13 +262,20 @@ def test_a_large_folder_read_in_threads_is_what_it_is_read_in_turn(tmp_path: Pat
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("lora-train-ahead")]
 
 
-def test_large_files_are_checked_one_at_a_time_and_others_are_not(tmp_path: Path, make_image, monkeypatch) -> None:
-    make_image("a.png")
-    reader = folder_module._Reader([], watch=Watch(1, doing="", on_progress=None, should_stop=None), max_pixels=1000)
-    alone = []
-    monkeypatch.setattr(folder_module, "check_image",
-                        lambda path, max_pixels: alone.append(reader.one_large.locked()) or (1, 1))
-    for most in (1 << 20, 1):
-        monkeypatch.setattr(folder_module, "_LARGE", most)
-        assert reader._checked(tmp_path / "a.png") == (1, 1)
-    assert alone == [False, True]
+def test_large_files_are_checked_one_at_a_time(tmp_path: Path, make_image, monkeypatch) -> None:
+    for number in range(8):
+        make_image(f"{number}.png")
+    lock, active, most = threading.Lock(), [0], [0]
+
+    def check(path: Path, max_pixels: int) -> tuple[int, int]:
+        with lock:
+            active[0] += 1
+            most[0] = max(most[0], active[0])
+        time.sleep(0.01)  # time for the other threads, if they could
+        with lock:
+            active[0] -= 1
+        return 64, 48
+
+    for name, value in (("check_image", check), ("_MANY", 1), ("_LARGE", 1), ("reading_threads", lambda: 4)):
+        monkeypatch.setattr(folder_module, name, value)
+    assert scan(tmp_path, max_train_epochs=1).images == 8 and most == [1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 
@@ -82,36 +83,23 @@ def test_what_is_worked_on_and_what_waits_stays_within_the_bytes() -> None:
     assert alive == [0] and most[0] <= 420 + 40
 
 
-def test_one_item_that_is_larger_than_all_bounds_is_done_alone() -> None:
-    """What is begun is counted while a large one is next and small ones are held, and while a large one is worked on."""
-    sizes, places, small_may_end, counted = [1, 2, 5000, 3, 5000, 5000, 4], iter(range(7)), threading.Event(), []
-    looked = [threading.Event() for _ in sizes]
+def test_one_item_that_is_larger_than_all_bounds_is_computed_by_itself() -> None:
+    lock, active, beside_large = threading.Lock(), [0], []
 
-    def cost(item: tuple[int, int]) -> int:
-        looked[next(places)].set()  # asked once for each, in order
-        return item[1]
-
-    def begun_when_next_is(place: int) -> int:
-        """Counted once a thread has decided whether that one may begin: until then it has the lock."""
-        assert looked[place].wait(60)
-        with results._lock:
-            return results._begun
-
-    def work(item: tuple[int, int]) -> int:
-        place, size = item
+    def work(size: int) -> int:
+        with lock:
+            active[0] += 1
         if size == 5000:
-            counted.append((place, begun_when_next_is(place + 1)))
-        else:
-            assert small_may_end.wait(60)
+            time.sleep(0.05)  # time for the other threads to begin something, if they could
+            beside_large.append(active[0])
+        with lock:
+            active[0] -= 1
         return size
 
-    results = ahead(enumerate(sizes), work, most_bytes=10, cost=cost, kept=lambda size: size)
-    with results:
-        beside_small_ones = begun_when_next_is(2)
-        small_may_end.set()
+    sizes = [1, 2, 5000, 3, 5000, 5000, 4]
+    with ahead(sizes, work, most_bytes=10, cost=lambda size: size, kept=lambda size: size) as results:
         assert list(results) == sizes
-    assert beside_small_ones == 2
-    assert counted == [(2, 3), (4, 5), (5, 6)], "nothing is begun beside a large one"
+    assert beside_large == [1, 1, 1]
 
 
 class Broken(Exception):

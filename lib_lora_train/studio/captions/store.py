@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lib_lora_train.dataset.captions import split_tags
 from lib_lora_train.dataset.listing import MayRead, by_name
-from lib_lora_train.errors import SettingError, printable, translated
+from lib_lora_train.errors import DatasetError, SettingError, printable, translated
 from lib_lora_train.studio.captions.edits import Edit
 from lib_lora_train.studio.captions.files import (
     Found,
@@ -112,6 +112,12 @@ class CaptionStore:
     def caption(self, index: int) -> str:
         """One line; "" where there is none, or none that can be read."""
         return self._shown[index].caption.text or ""
+
+    def readable_caption(self, index: int) -> str:
+        """The same; raises DatasetError for one that cannot be read."""
+        if problem := self.problem(index):
+            raise DatasetError(problem)
+        return self.caption(index)
 
     def caption_file(self, index: int) -> Path:
         """The file the caption is kept in, whether or not it exists yet."""

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from lib_lora_train.dataset.captions import read_caption
 from lib_lora_train.errors import DatasetError, SettingError
 from lib_lora_train.settings import assignment
 from lib_lora_train.studio.captions.store import CaptionStore
@@ -34,9 +33,10 @@ def run(chosen: argparse.Namespace) -> int:
         print(note, file=sys.stderr)
     if not store.images:
         raise DatasetError(f"There is no picture in {chosen.folder}")
+    index = {path: index for index, path in enumerate(store.images)}
     with progress_bar("Captioning", shown=not chosen.json) as progress:
-        rows = tag_images(store.images, source, options=options, existing=lambda path: _existing(store, path), device=device,
-                          on_progress=progress)
+        rows = tag_images(store.images, source, options=options, existing=lambda path: store.readable_caption(index[path]),
+                          device=device, on_progress=progress)
         captions, problems, interrupted = _gathered(rows, as_json=chosen.json, quietly=not chosen.dry_run)
     if chosen.dry_run:
         if not chosen.json:
@@ -69,15 +69,6 @@ def _device(name: str) -> torch.device:
         raise SettingError(f"--device {name} is not possible", why=str(error).splitlines()[0]) from error
 
 
-def _existing(store: CaptionStore, path: Path) -> str:
-    """The caption that is there. Raises DatasetError for one that is no text, which nothing may be added to."""
-    index = store.index(path)
-    assert index is not None
-    if store.problem(index) and store.caption_file(index).is_file():
-        read_caption(store.caption_file(index))
-    return store.caption(index)
-
-
 def _gathered(rows: Iterable[Row], *, as_json: bool, quietly: bool) -> tuple[dict[Path, str], int, bool]:
     """The new captions, how many images had problems, and whether Ctrl+C ended it."""
     captions: dict[Path, str] = {}
@@ -101,8 +92,7 @@ def _gathered(rows: Iterable[Row], *, as_json: bool, quietly: bool) -> tuple[dic
 
 
 def _write(store: CaptionStore, captions: dict[Path, str], *, label: str, as_json: bool) -> None:
-    changed = {index: text for path, text in captions.items() if (index := store.index(path)) is not None}
-    store.set_captions(changed, label)
+    store.set_captions({index: captions[path] for index, path in enumerate(store.images) if path in captions}, label)
     saved = store.save()
     for path in saved.conflicts:
         print(f"{path} was changed by another program meanwhile and is left as it is.", file=sys.stderr)

@@ -149,17 +149,22 @@ def _damage(what: str) -> Iterator[None]:
         yield
     except DatasetError:
         raise
-    except FileNotFoundError as error:
-        raise DatasetError(what, why="the file is gone") from error
-    except PermissionError as error:
-        raise DatasetError(what, why="access was denied") from error
-    except MemoryError as error:
-        raise DatasetError(what, why="there is not enough memory to unpack it") from error
-    except UnicodeDecodeError as error:
-        raise DatasetError(what, why="a name in it is not the text that it says it is",
-                           remedy="unpack it and choose the folder") from error
-    except _ZIP_ERRORS as error:
-        raise DatasetError(what, why=f"it is damaged or no zip file ({error})") from error
+    except (MemoryError, *_ZIP_ERRORS) as error:
+        why, remedy = _reason(error)
+        raise DatasetError(what, why=why, remedy=remedy) from error
+
+
+def _reason(error: BaseException) -> tuple[str, str]:
+    """(why an archive cannot be used, what to do)."""
+    if isinstance(error, FileNotFoundError):
+        return "the file is gone", ""
+    if isinstance(error, PermissionError):
+        return "access was denied", ""
+    if isinstance(error, MemoryError):
+        return "there is not enough memory to unpack it", ""
+    if isinstance(error, UnicodeDecodeError):
+        return "a name in it is not the text that it says it is", "unpack it and choose the folder"
+    return f"it is damaged or no zip file ({error})", ""
 
 
 def _entry(info: zipfile.ZipInfo) -> Entry | None:
