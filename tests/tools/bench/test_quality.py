@@ -14,7 +14,7 @@ from tools.bench.command import main
 from tools.bench.evaluator import Effort
 from tools.bench.quality import QualityPlan, run_quality
 
-HASTE = Effort(texture=2, words=2, across=True, every=2, sampler_steps=1, paintings=1)
+HASTE = Effort(texture=2, words=2, across=True, every=4, sampler_steps=1, paintings=1)
 
 
 @pytest.fixture

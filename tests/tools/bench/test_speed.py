@@ -34,20 +34,12 @@ def plan(folder: Path, checkpoint: Path, *compared: str) -> SpeedPlan:
                      changes={"min_bucket_reso": 64, "enable_bucket": False})
 
 
-def test_each_step_after_the_warm_up_has_a_figure(host: StandaloneHost, tmp_path: Path) -> None:
-    data = make_images(tmp_path / "made", side=64, count=3)
-    run = measure_run(host, settings={"resolution": "64", "min_bucket_reso": 64, "network_dim": 2}, data=data, steps=4,
-                      warm_up=2, device=CPU)
-    assert len(run.wall) == len(run.cpu) == 4
-    assert len(run.losses) == 6
-    assert min(run.wall) > 0
-
-
 def test_stretches_of_several_steps_are_of_so_many_steps(host: StandaloneHost, tmp_path: Path) -> None:
     data = make_images(tmp_path / "made", side=64, count=3)
     run = measure_run(host, settings={"resolution": "64", "min_bucket_reso": 64, "network_dim": 2}, data=data, steps=9,
                       warm_up=3, device=CPU, stretch=4)
-    assert 2 <= len(run.wall) <= 3  # nine steps, a mark at every fourth question, the end
+    assert 2 <= len(run.wall) <= 3  # nine steps, a timestamp at every fourth call, the end
+    assert len(run.cpu) == len(run.wall) and min(run.wall) > 0 and len(run.losses) == 12
 
 
 def test_the_same_settings_twice_have_equal_losses(tiny_file: Path, tmp_path: Path) -> None:
@@ -56,6 +48,7 @@ def test_the_same_settings_twice_have_equal_losses(tiny_file: Path, tmp_path: Pa
     assert "times the roofline" not in text and "× roofline" in text
     written = json.loads((tmp_path / "speed.json").read_text(encoding="utf-8"))
     assert [row["name"] for row in written["rows"]] == ["defaults", "again"]
+    assert [len(run["wall"]) for row in written["rows"] for run in row["runs"]] == [3, 3]  # each step after the warm-up
     assert (tmp_path / "speed.md").read_text(encoding="utf-8") == text
 
 
