@@ -14,8 +14,10 @@ from typing import Any
 
 from lib_lora_train.errors import HostError, LoraFileError, printable
 from lib_lora_train.host.port import Checkpoint, Host
-from lib_lora_train.model.family import FAMILIES
+from lib_lora_train.memory.device import seconds_per_step
+from lib_lora_train.model.family import FAMILIES, detect
 from lib_lora_train.run.diagnostics import bundle
+from lib_lora_train.run.memory import plan_for, planned_layers
 from lib_lora_train.run.output import checked_name
 from lib_lora_train.run.planning import RunPlan, output_folder, plan_dataset, plan_job
 from lib_lora_train.run.record import past_runs
@@ -23,6 +25,7 @@ from lib_lora_train.run.resume import compare_settings, find, run_folder, settin
 from lib_lora_train.run.runner import Runner
 from lib_lora_train.settings import AREAS, Settings, declarations, flat, parse
 from lib_lora_train.settings.allowed_paths import check_allowed
+from lib_lora_train.training.precision import compute_dtype
 
 
 def start(values: Mapping[str, object], *, runner: Runner, host: Host) -> str:
@@ -80,7 +83,18 @@ def plan(values: Mapping[str, object], *, host: Host, should_stop: Callable[[], 
 def _estimate(settings: Settings, found: RunPlan, host: Host, *, should_stop: Callable[[], bool] | None) -> tuple[str, str]:
     """ "about 9 min · about 5.1 of 8.0 GB of memory: …" and a warning, from the loaded model's shapes; "" while no model is
     loaded."""
-    return "", ""
+    outline, checkpoint = host.outline(), host.checkpoint()
+    if outline is None or checkpoint is None:
+        return "", ""
+    architecture = detect(outline.tensors, outline.hints)
+    stored = next(iter(architecture.family.parts(outline.tensors)[0].values())).dtype
+    dtype = compute_dtype(settings.memory.mixed_precision, outline.device, weights=stored)
+    memory = plan_for(found, tensors=outline.tensors, architecture=architecture, device=outline.device, dtype=dtype,
+                      layers=planned_layers(settings, outline.tensors, architecture), should_stop=should_stop)
+    time = found.schedule.steps * seconds_per_step(
+        memory.flops, blocks=len(memory.blocks), passes=memory.passes * settings.optimizer.gradient_accumulation_steps,
+        device=outline.device, dtype=dtype)
+    return f"about {_duration(time)} · {memory.text}", memory.warning
 
 
 def _duration(seconds: float) -> str:

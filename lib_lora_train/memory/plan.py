@@ -1,1 +1,231 @@
-class MemoryPlan: pass
+"""How a run's steps fit into the memory there is: the first rung of an ordered ladder that fits is taken.
+
+1. As the settings wish it.
+2. The UNet's blocks are checkpointed (computed again in backward instead of keeping what is inside), those that keep the most
+   first, and no more than it takes.
+3. A batch is computed in microbatches of a half, a quarter, …: the same gradients from more kernels.
+4. On a GPU, what autograd still keeps lies in the CPU's memory.
+5. On a GPU, the UNet's weights are held in int8, and 1 to 4 again. It comes last because it changes what is learnt.
+
+What is predicted is the highest sum of bytes in use at any moment of a step, and that before the first step. `corrected` puts
+in its place what the first step really took. The constants stand for what no shape tells.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lib_lora_train.dataset.progress import ShouldStop
+from lib_lora_train.errors import Interrupted
+from lib_lora_train.inputs.vae_batches import encoding_bytes
+from lib_lora_train.memory.estimate import Block, Workload, blocks_of, peak_bytes
+from lib_lora_train.memory.step_config import BaseDtype, Part, StepConfig
+from lib_lora_train.model.architecture import Architecture
+from lib_lora_train.model.ops.quantised import is_kernel
+from lib_lora_train.model.sd.components import unet_tensors, vae_tensors
+from lib_lora_train.settings import MemorySettings
+
+GIGABYTE = 1 << 30
+CONTEXT = 420 << 20
+"""CUDA's context with torch's kernels, cuDNN and cuBLAS loaded; taken before anything is computed."""
+WORKSPACES = 64 << 20
+"""cuBLAS's workspaces (8 to 32 MiB for each stream that computes) and cuDNN's."""
+FRAGMENTS = 0.05
+"""Share of activations and of what kernels take that the allocator loses between blocks."""
+
+_BASE_DTYPE: Mapping[str, BaseDtype] = {"as they are": "", "int8": "int8", "fp8": "fp8"}
+_HALF = GIGABYTE // 20 - 1  # of a tenth of a GB: what is missing is rounded up
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """How the run's steps are made, and what that takes.
+
+    batch          images that the user wants in a batch
+    predicted      bytes by kind at the highest moment of a step: the host's parts, "copies" of ours, "LoRA and optimiser",
+                   "activations" that are kept for backward, "working" for what else comes and goes, "encoding" by the
+                   VAE where latents are not cached, "fragments" and "context" of CUDA
+    before         bytes at the highest moment before the first step
+    budget         bytes that may be taken; None where nobody said
+    flops          of `config.microbatch` images; `checkpointed_flops` are those that are computed a second time
+    blocks         all blocks that can be checkpointed
+    settings       what the user asked for; `resumed_base_dtype` is what a run that goes on has held the model in
+    measured       bytes that the first step really took; 0 before it
+    """
+
+    config: StepConfig
+    batch: int
+    predicted: Mapping[str, int]
+    before: int
+    budget: int | None
+    flops: float
+    checkpointed_flops: float
+    blocks: frozenset[str]
+    settings: MemorySettings
+    resumed_base_dtype: BaseDtype = ""
+    measured: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """All that a step takes: as measured, or predicted."""
+        return self.measured or sum(self.predicted.values())
+
+    @property
+    def missing(self) -> int:
+        """Bytes that the budget lacks in a step, 0 where it suffices."""
+        return max(0, self.bytes - self.budget) if self.budget is not None else 0
+
+    @property
+    def passes(self) -> int:
+        """Microbatches that a batch is computed in."""
+        return -(-self.batch // self.config.microbatch)
+
+    @property
+    def text(self) -> str:
+        """One sentence: how much, and by what means."""
+        of = "" if self.budget is None else f" of {gigabytes(self.budget)}"
+        means = self._means() or ("nothing has to be given up for it" if self.budget is not None else "")
+        amount = (f"{gigabytes(self.measured)}{of} GB of memory, measured in the first step" if self.measured else
+                  f"about {gigabytes(max(self.bytes, self.before))}{of} GB of memory")
+        return amount + (f": {means}" if means else "")
+
+    @property
+    def warning(self) -> str:
+        """What the user should know before the start; "" for nothing."""
+        said, budget, base = [], self.budget or 0, self.config.base_dtype
+        if self.missing:
+            manual = self.settings.memory_plan == "manual"
+            said.append(f"The training needs about {gigabytes(self.bytes)} GB of memory, {gigabytes(self.missing + _HALF)} "
+                        "more than there is: it may fail or become very slow. A smaller resolution, rank or batch needs less"
+                        f"{', and memory_plan = auto looks for a way that fits' if manual else ''}.")
+        elif self.budget is not None and self.before > budget:
+            said.append("Before the first step, while the whole model is on the device and its pictures are encoded, about "
+                        f"{gigabytes(self.before)} GB of memory are taken, {gigabytes(self.before - budget + _HALF)} too much: "
+                        "it may fail or become very slow there. The steps fit.")
+        if base and not _BASE_DTYPE[self.settings.base_weights]:
+            said.append(
+                f"The run goes on with the model held in {base}, as its memory plan had chosen when it began."
+                if base == self.resumed_base_dtype else
+                f"The model is held in eight bits ({base}) while it is trained on, because nothing else fits into "
+                f"{gigabytes(budget)} GB: the LoRA learns beside weights that are a little off. A smaller resolution or a "
+                "larger memory budget avoids that.")
+        return " ".join(said)
+
+    def corrected(self, allocated: int) -> MemoryPlan:
+        """The plan with what the first step took: so many bytes that torch gave out at most, and CUDA's context."""
+        return dataclasses.replace(self, measured=allocated + CONTEXT)
+
+    def _means(self) -> str:
+        config = self.config
+        share = max(1, round(100 * self.checkpointed_flops / (self.flops - self.checkpointed_flops)))
+        means = {
+            "the convolutions' weights are laid out anew": config.channels_last and not config.base_dtype,
+            "every block is computed twice": config.checkpointed == self.blocks,
+            f"{share} % of a step's work is done twice": config.checkpointed and config.checkpointed != self.blocks,
+            "activations wait in ordinary memory": config.offload,
+            f"each batch is computed in {self.passes} parts": self.passes > 1,
+            f"the UNet's weights are held in {config.base_dtype}": config.base_dtype}
+        return ", ".join(text for text, used in means.items() if used)
+
+
+def plan_memory(tensors: Mapping[str, Tensor], architecture: Architecture, workload: Workload, *, batch: int,
+                memory: MemorySettings, budget: int | None = None, parts_on_cpu: frozenset[Part] = frozenset(),
+                resumed_base_dtype: BaseDtype = "", should_stop: ShouldStop | None = None) -> MemoryPlan:
+    """The first rung of the ladder that fits into `budget` bytes, or the last; the first, without a budget or a plan.
+
+    Of `tensors` (checkpoint names) only shapes and dtypes are used. `parts_on_cpu` will not lie on the device in any case;
+    `resumed_base_dtype` is what a run that goes on has held the model in. Raises Interrupted where `should_stop()` says so.
+    """
+    if should_stop is not None and should_stop():
+        raise Interrupted("It was stopped while the memory was planned")
+    cuda, blocks = workload.device_type == "cuda", blocks_of(tensors, architecture, workload)
+    by_size = [block.name for block in sorted(blocks, key=lambda block: block.inputs - block.kept) if block.name]
+    wished = _with_base_dtype(StepConfig(
+        microbatch=batch, checkpointed=frozenset(by_size if memory.gradient_checkpointing else ()),
+        offload=memory.cpu_offload_checkpointing and cuda, channels_last=memory.channels_last == "on",
+        parts_on_cpu=parts_on_cpu), _BASE_DTYPE[memory.base_weights] or resumed_base_dtype, cuda=cuda)
+    for config in ladder(wished, by_size, cuda=cuda) if memory.memory_plan == "auto" else [wished]:
+        if budget is None or sum(_predicted(tensors, workload, blocks, config).values()) <= budget:
+            break
+    twice = sum(block.forward for block in blocks if block.name in config.checkpointed)
+    return MemoryPlan(
+        config=config, batch=batch, predicted=_predicted(tensors, workload, blocks, config), before=_before(tensors, workload),
+        budget=budget, flops=config.microbatch * (twice + sum(block.forward + block.backward for block in blocks)),
+        checkpointed_flops=config.microbatch * twice, blocks=frozenset(by_size), settings=memory,
+        resumed_base_dtype=resumed_base_dtype)
+
+
+def ladder(wished: StepConfig, blocks: Sequence[str], *, cuda: bool) -> Iterator[StepConfig]:
+    """Ways to make a step, each for less memory than those before; `blocks` are to be checkpointed in this order."""
+    config = wished
+    yield config
+    for count in range(1, len(blocks) + 1):
+        if not config.checkpointed.issuperset(blocks[:count]):
+            config = dataclasses.replace(config, checkpointed=config.checkpointed | frozenset(blocks[:count]))
+            yield config
+    while config.microbatch > 1:
+        config = dataclasses.replace(config, microbatch=-(-config.microbatch // 2))
+        yield config
+    if cuda and not config.offload:
+        yield dataclasses.replace(config, offload=True)
+    if cuda and not wished.base_dtype:
+        yield from ladder(_with_base_dtype(wished, "int8", cuda=cuda), blocks, cuda=cuda)
+
+
+def gigabytes(size: float) -> str:
+    """ "5.1" for a number of bytes."""
+    return f"{size / GIGABYTE:.1f}"
+
+
+def _with_base_dtype(config: StepConfig, dtype: BaseDtype, *, cuda: bool) -> StepConfig:
+    """With the UNet's weights held in `dtype`; on a GPU the host's own are then moved to the CPU."""
+    parts: frozenset[Part] = frozenset({"unet"}) if dtype and cuda else frozenset()
+    return dataclasses.replace(config, base_dtype=dtype, parts_on_cpu=config.parts_on_cpu | parts)
+
+
+def _predicted(tensors: Mapping[str, Tensor], workload: Workload, blocks: Sequence[Block],
+               config: StepConfig) -> dict[str, int]:
+    """Bytes by kind at the highest moment of a step."""
+    unet, vae = unet_tensors(tensors), vae_tensors(tensors)
+    parts: dict[Part, tuple[str, int]] = {"unet": ("UNet", _size(unet.values())), "vae": ("VAE", _size(vae.values()))}
+    parts["text"] = ("text encoders", _size(tensors.values()) - parts["unet"][1] - parts["vae"][1])
+    predicted = {name: size for part, (name, size) in parts.items() if part not in config.parts_on_cpu}
+    predicted["copies"] = _copies(unet, config)
+    weight = 16 + (0 if workload.dtype == torch.float32 else workload.dtype.itemsize)
+    predicted["LoRA and optimiser"] = weight * workload.parameters  # weight, gradient, two moments in fp32, and a copy
+    stem = unet["input_blocks.0.0.weight"]
+    peak, kept = peak_bytes(blocks, images=config.microbatch, checkpointed=config.checkpointed, offload=config.offload,
+                             casts=bool(config.base_dtype) or stem.dtype != workload.dtype)
+    # AdamW makes two tensors of the weights' size where it is not one kernel: on a CPU before torch 2.4.
+    moving = peak if workload.device_type == "cuda" else max(peak, 8 * workload.parameters)
+    predicted["activations"] = min(moving, kept)
+    predicted["working"] = moving - predicted["activations"]
+    predicted["encoding"] = max(0, workload.encoded * encoding_bytes((workload.width, workload.height)) - moving)
+    if workload.device_type == "cuda":
+        predicted["fragments"] = int(FRAGMENTS * moving)
+        predicted["context"] = CONTEXT + WORKSPACES
+    return {kind: size for kind, size in predicted.items() if size}
+
+
+def _copies(unet: Mapping[str, Tensor], config: StepConfig) -> int:
+    """Bytes of the UNet's weights in another form or layout, beside or in the place of the host's."""
+    if config.base_dtype:
+        quantised = {name: t for name, t in unet.items() if is_kernel(name, t.ndim)}
+        moved = _size(t for name, t in unet.items() if name not in quantised) if "unet" in config.parts_on_cpu else 0
+        return moved + sum(t.numel() + 4 * t.shape[0] for t in quantised.values())
+    return _size(t for t in unet.values() if t.ndim == 4 and t.shape[2:].numel() > 1) if config.channels_last else 0
+
+
+def _before(tensors: Mapping[str, Tensor], workload: Workload) -> int:
+    """The highest sum of bytes before the first step: the whole model, or its VAE (on a GPU alone) that encodes an image."""
+    whole, vae, cuda = _size(tensors.values()), _size(vae_tensors(tensors).values()), workload.device_type == "cuda"
+    encoding = (vae if cuda else whole) + (0 if workload.encoded else encoding_bytes((workload.width, workload.height)))
+    return max(whole, encoding) + 4 * workload.parameters + (CONTEXT + WORKSPACES if cuda else 0)
+
+
+def _size(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

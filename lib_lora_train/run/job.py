@@ -99,7 +99,8 @@ def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: Initial
             plan, Provenance(plan, model, leased, network, started_at=started_at),
             _checkpointer(plan, identity, started_at, folder, dtype=dtype, memory=memory, report=report),
             report=report, spare=folder)
-        measured = MeasuredMemory(model.device, lambda size: report(dataclasses.replace(planned, memory=memory.measured(size))))
+        measured = MeasuredMemory(
+            model.device, lambda size: report(dataclasses.replace(planned, memory=memory.corrected(size).text)))
         prefetcher = at_end.enter_context(Prefetcher(batches, last_epoch=plan.schedule.epochs))
         with saver.rescue():
             progress = train(

@@ -2,25 +2,100 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from lib_lora_train.adapters.file import read_ranks
 from lib_lora_train.adapters.network import AdapterNetwork
+from lib_lora_train.adapters.targets import find_targets
+from lib_lora_train.dataset.progress import ShouldStop
 from lib_lora_train.errors import translated
 from lib_lora_train.events import Report
 from lib_lora_train.host.port import Host, LeasedModel
 from lib_lora_train.inputs.batches import Batches
 from lib_lora_train.inputs.vae_batches import Room, free_bytes
-from lib_lora_train.memory.step_config import Part, StepConfig
+from lib_lora_train.memory.device import attention_kernel, budget_of
+from lib_lora_train.memory.estimate import Layer, Workload
+from lib_lora_train.memory.plan import CONTEXT, GIGABYTE, WORKSPACES, MemoryPlan, plan_memory
+from lib_lora_train.memory.step_config import BaseDtype, Part, StepConfig
+from lib_lora_train.model.architecture import UNET_COMPONENT, Architecture
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.model.ops.quantised import quantised
+from lib_lora_train.model.sd.text import CHUNK
 from lib_lora_train.run.callbacks import Pause, Stop
 from lib_lora_train.run.inputs import condition_of
+from lib_lora_train.run.planning import RunPlan
+from lib_lora_train.run.resume import base_of
 from lib_lora_train.settings import Settings
 from lib_lora_train.training.condition import Condition
 
-CONTEXT, WORKSPACES, GIGABYTE = 420 << 20, 64 << 20, 1 << 30
+
+def memory_plan(plan: RunPlan, model: FrozenModel, leased: LeasedModel, network: AdapterNetwork, *,
+                dtype: torch.dtype) -> MemoryPlan:
+    """How the steps on the leased model are made so that they fit into the memory there is."""
+    resumed = base_of(plan.resume_point, plan.settings) if plan.resume_point else ""
+    return plan_for(plan, tensors=leased.tensors, architecture=model.architecture, device=model.device, dtype=dtype,
+                    layers=layers_of(network), ours=network.parameters(), resumed_base_dtype=resumed)
+
+
+def plan_for(plan: RunPlan, *, tensors: Mapping[str, Tensor], architecture: Architecture, device: torch.device,
+             dtype: torch.dtype, layers: Sequence[Layer], ours: Sequence[Tensor] = (), resumed_base_dtype: BaseDtype = "",
+             should_stop: ShouldStop | None = None) -> MemoryPlan:
+    """The plan for a model of these `tensors` (checkpoint names), leased or on the meta device; `ours` is what is on the device
+    already for the LoRA. Raises Interrupted."""
+    settings, memory = plan.settings, plan.settings.memory
+    batch, rates = settings.optimizer.train_batch_size, settings.rates
+    # The largest bucket: it needs the most memory, and the resolution itself may be no bucket's size.
+    width, height = max((size for size, _ in plan.schedule.buckets), key=lambda size: (size[0] * size[1], size))
+    workload = Workload(
+        width, height, dtype, device_type=device.type, attention=attention_kernel(device, dtype),
+        layers=tuple(dataclasses.replace(layer, trained=layer.trained and bool(rates[layer.target.component != UNET_COMPONENT]))
+                     for layer in layers),
+        chunks=chunks_in_longest(example.caption for example in plan.dataset.examples),
+        text_checkpointed=memory.gradient_checkpointing,
+        encoded=min(memory.vae_batch_size or 1, batch) if settings.encodes_in_steps else 0)
+    on_device = [t for t in (*tensors.values(), *ours) if t.device.type in (device.type, "meta")]
+    return plan_memory(tensors, architecture, workload, batch=batch, memory=memory,
+                       budget=budget_of(memory.memory_budget, device, ours=_size(on_device)),
+                       parts_on_cpu=parts_not_needed(settings, device), resumed_base_dtype=resumed_base_dtype,
+                       should_stop=should_stop)
+
+
+def chunks_in_longest(captions: Iterable[str]) -> int:
+    """Chunks of 75 tokens that the longest of the captions takes, without a tokenizer: about four tokens for three words or
+    marks."""
+    longest = max(captions, key=len, default="")
+    return 1 + len(re.findall(r"\w+|[^\w\s]", longest)) * 4 // 3 // CHUNK
+
+
+def layers_of(network: AdapterNetwork) -> tuple[Layer, ...]:
+    """The layers of a network that exists."""
+    return tuple(Layer(target, layer.rank, any(weight.requires_grad for weight in layer.parameters()))
+                 for target, layer in zip(network.targets, network.layers.values(), strict=True))
+
+
+def layers_for(tensors: Mapping[str, Tensor], architecture: Architecture, *, rank: int,
+               text_encoder: bool) -> tuple[Layer, ...]:
+    """The layers of a new network of one rank; of `tensors` (checkpoint names) only shapes are used."""
+    unet, _, texts = architecture.family.parts(tensors)
+    components = dict(zip(architecture.components, (unet, *texts), strict=True))
+    targets = find_targets(components, family=architecture.family, text_encoder=text_encoder)
+    return tuple(Layer(target, rank) for target in targets)
+
+
+def planned_layers(settings: Settings, tensors: Mapping[str, Tensor], architecture: Architecture) -> tuple[Layer, ...]:
+    """The layers that a run with these settings will have, those of a LoRA that is continued with the file's ranks. Raises
+    LoraFileError."""
+    network = settings.network
+    ranks = read_ranks(Path(network.network_weights)) if network.network_weights else {}
+    text = not network.network_train_unet_only or any(key.startswith("lora_te") for key in ranks)
+    layers = layers_for(tensors, architecture, rank=network.network_dim, text_encoder=text)
+    return tuple(dataclasses.replace(layer, rank=ranks.get(layer.target.key, layer.rank)) for layer in layers)
 
 
 def parts_not_needed(settings: Settings, device: torch.device) -> frozenset[Part]:
@@ -53,8 +128,9 @@ def room_for_encoding(settings: Settings, model: FrozenModel, host: Host, networ
     return room
 
 
-def place_model(settings: Settings, model: FrozenModel, host: Host, leased: LeasedModel, network: AdapterNetwork, batches: Batches,
-                config: StepConfig, *, dtype: torch.dtype, report: Report, stop: Stop, pause: Pause) -> Condition:
+def place_model(settings: Settings, model: FrozenModel, host: Host, leased: LeasedModel, network: AdapterNetwork,
+                batches: Batches, config: StepConfig, *, dtype: torch.dtype, report: Report, stop: Stop,
+                pause: Pause) -> Condition:
     """Bring the model to where the steps want it: the VAE leaves the device, captions are encoded, the text encoders leave it
     where they can, and the UNet's weights are held as `config` says. Returns the condition of the captions."""
     if "vae" in config.parts_on_cpu:
@@ -76,19 +152,5 @@ def place_model(settings: Settings, model: FrozenModel, host: Host, leased: Leas
     return text.condition
 
 
-def _size(tensors: Iterable[torch.Tensor]) -> int:
+def _size(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-class _Stub:
-    warning, text = "", ""
-    def __init__(self, config): self.config = config
-    def measured(self, size): return ""
-
-
-def memory_plan(plan, model, leased, network, *, dtype):
-    s = plan.settings
-    base = {"as they are": "", "int8": "int8", "fp8": "fp8"}[s.memory.base_weights]
-    return _Stub(StepConfig(microbatch=s.optimizer.train_batch_size, base_dtype=base, parts_on_cpu=parts_not_needed(s, model.device),
-                 channels_last=s.memory.channels_last == "on",
-                 checkpointed=frozenset(u for u in model.unet.checkpointable if u.rpartition(".")[0] not in model.unet.checkpointable) if s.memory.gradient_checkpointing else frozenset()))

@@ -21,7 +21,7 @@ from lib_lora_train.dataset.buckets import Placement
 from lib_lora_train.dataset.folder import Dataset
 from lib_lora_train.errors import LoraFileError, ModelError, SettingError, translated
 from lib_lora_train.host.port import LeasedModel
-from lib_lora_train.memory.plan import BaseDtype as Base
+from lib_lora_train.memory.step_config import BaseDtype
 from lib_lora_train.model.fingerprint import sampled_fingerprint
 from lib_lora_train.settings import Settings, flat, parse
 from lib_lora_train.training import checkpoint as checkpoint_module
@@ -102,7 +102,7 @@ def settings_of(resume_point: ResumePoint, changes: Mapping[str, object]) -> Set
 
 
 def describe(settings: Settings, *, steps: int, processes: int, dataset: str, checkpoint: Mapping[str, str], started_at: float,
-             dtype: torch.dtype, base: Base) -> dict[str, Any]:
+             dtype: torch.dtype, base: BaseDtype) -> dict[str, Any]:
     """The metadata of a run's states; `dataset` is a `dataset_fingerprint`, `base` the quantized base in use."""
     return {
         "settings": flat(settings), "started_at": started_at, "steps": steps, "processes": processes, "dataset": dataset,
@@ -143,7 +143,7 @@ def compare_settings(settings: Settings, resume_point: ResumePoint, *, steps: in
     return warnings
 
 
-def quantized_base(resume_point: ResumePoint, settings: Settings) -> Base:
+def quantized_base(resume_point: ResumePoint, settings: Settings) -> BaseDtype:
     """The quantized base that the run used, by its settings or its memory plan; "" where base_weights has changed since."""
     base = resume_point.metadata.get("base", "")
     same = settings.memory.base_weights == resume_point.metadata["settings"].get("base_weights")

@@ -153,8 +153,9 @@ class MemorySettings:
         "auto", "Precision", "What the model computes in; the LoRA itself is always trained in full precision. auto takes "
         "what the model is stored in, and no (fp32) without a card.", choices=("auto", "no", "fp16", "bf16"))
     memory_plan: str = setting(
-        "auto", "Memory plan", "auto takes, of the ways of training that fit into the card's free memory, the one that costs "
-        "the least time; manual takes only what is chosen below.", choices=("auto", "manual"))
+        "auto", "Memory plan", "auto tries, in this order, what is chosen below, gradient checkpointing, smaller passes, "
+        "activations off the card and int8 base weights, and takes the first that fits into the card's free memory; manual "
+        "takes only what is chosen below.", choices=("auto", "manual"))
     memory_budget: float = setting(
         0.0, "Memory budget", "Gigabytes that a training may take, encoding pictures included. 0 is what the card has free "
         "when it begins; without a card a plan is made only where a number stands here.", minimum=0, maximum=1024, step=0.5)
@@ -163,22 +164,23 @@ class MemorySettings:
         "memory for about a third more time. The memory plan does so by itself, for as many blocks as it must.")
     cpu_offload_checkpointing: bool = setting(
         False, "Keep activations off the card", "What backward needs waits in ordinary memory: less memory on the card, "
-        "slower, and without CUDA graphs.")
+        "slower, and without CUDA graphs. Nobody has measured it yet.")
     base_weights: str = setting(
         "as they are", "Base weights", "Hold the model that is trained on in eight bits: on a card half the memory of fp16, "
         "without one more than before. The LoRA learns beside weights that are a little off; fp8 is off by a share of each "
         "weight, int8 by one of the largest.",
         choices=("as they are", "fp8", "int8"))
     channels_last: str = setting(
-        "auto", "Channels last", "Lay the convolutions' weights out as kernels like them best, which takes a copy of them. "
-        "auto does so on a card where there is room, if the memory plan is auto too.", choices=("auto", "off", "on"))
+        "auto", "Channels last", "Lay the convolutions' weights out as a card's kernels may like them best, which takes a "
+        "copy of them. auto is off: nobody has measured it on a card yet.", choices=("auto", "off", "on"))
     vae_batch_size: int = setting(
         0, "Encoding batch", "Pictures that the VAE encodes at once, before training. 0 takes what fits into 2 GB, or half of "
         "a card's free memory where that is less, and 1 without a card or where steps encode.", minimum=0, maximum=64)
     cuda_graphs: str = setting(
-        "auto", "CUDA graphs", "auto records a training step for each shape of pictures, up to 24, and replays it, so that the "
-        "card never waits for Python; the numbers stay the same. Not where pictures are encoded anew at each step. Recordings "
-        "have memory of their own: off saves that, which can be a gigabyte.", choices=("auto", "off"))
+        "off", "CUDA graphs", "on captures a training step for each shape of pictures, up to 24, and replays it, so that the "
+        "card never waits for Python; the numbers stay the same. Not where pictures are encoded anew at each step. Captured "
+        "steps have memory of their own, which can be a gigabyte. Off by default: nobody has measured it on a card yet.",
+        choices=("off", "on"))
     torch_compile: bool = setting(
         False, "Compile", "Let torch.compile make the step's kernels: minutes for each shape of pictures, for some speed in a "
         "long run. Needs a compiler; where there is none, or it changes the numbers, the run goes on without.")

@@ -15,6 +15,9 @@ from lib_lora_train.errors import SettingError, printable
 
 Value = bool | int | float | str
 
+_OLD_CHOICES: dict[tuple[str, Value], Value] = {("cuda_graphs", "auto"): "off"}
+"""(name, value) that older files hold -> what it is read as."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Declaration:
@@ -51,6 +54,7 @@ def declarations(area: type) -> tuple[Declaration, ...]:
 def read(declaration: Declaration, value: object) -> Value:
     """`value` as the setting's type, within its bounds; raises SettingError that names the setting and its range."""
     converted = _CONVERT[declaration.type](declaration, value)
+    converted = _OLD_CHOICES.get((declaration.name, converted), converted)
     if declaration.choices and converted not in declaration.choices:
         raise _refused(declaration, value, f"it must be one of {', '.join(declaration.choices)}")
     if isinstance(converted, str) and not declaration.is_path and converted != printable(converted):

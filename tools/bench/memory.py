@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lib_lora_train.memory.dry_run import Scene, layers_for
 
 from lib_lora_train.errors import TrainingError
-from lib_lora_train.memory.plan import CONTEXT, GIGABYTE, MemoryPlan, Wishes, choose
+from lib_lora_train.memory.estimate import Workload
+from lib_lora_train.memory.plan import CONTEXT, GIGABYTE, MemoryPlan, plan_memory
 from lib_lora_train.model.family import detect
+from lib_lora_train.run.memory import layers_for
 from lib_lora_train.settings import parse
 from lib_lora_train.settings.field import Value
 from tools.bench.host import RandomHost, make_images
@@ -105,11 +106,10 @@ def planned(tensors: Mapping[str, torch.Tensor], case: Case, *, settings: Mappin
     """What the memory plan says of a case on a model of these shapes, once text encoders and VAE are set aside (on a
     card)."""
     architecture = detect(tensors)
-    scene = Scene(width=case.resolution, height=case.resolution, dtype=dtype_of(precision),
-                  layers=layers_for(tensors, architecture, rank=rank, text_encoder=False), device_type=device_type,
-                  min_snr_gamma=0.0)
-    return choose(tensors, architecture, scene, batch=case.batch, wishes=Wishes.of(parse(settings).memory), budget=budget,
-                  aside=frozenset({"vae", "text"} if device_type == "cuda" else ()))
+    workload = Workload(width=case.resolution, height=case.resolution, dtype=dtype_of(precision), device_type=device_type,
+                        layers=layers_for(tensors, architecture, rank=rank, text_encoder=False))
+    return plan_memory(tensors, architecture, workload, batch=case.batch, memory=parse(settings).memory, budget=budget,
+                       parts_on_cpu=frozenset({"vae", "text"} if device_type == "cuda" else ()))
 
 
 def _for_a_gpu(plan: MemoryPlanned, case: Case, budget: int, say: Say) -> MemoryPlan:

@@ -16,15 +16,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from lib_lora_train.memory.dry_run import Base
-from lib_lora_train.memory.time_estimate import image_cost
 
 from lib_lora_train.errors import TrainingError
 from lib_lora_train.host.port import Host
 from lib_lora_train.host.standalone import StandaloneHost
-from lib_lora_train.memory.plan import CONTEXT, GIGABYTE, Wishes
+from lib_lora_train.memory.estimate import Workload, blocks_of
+from lib_lora_train.memory.plan import CONTEXT, GIGABYTE
 from lib_lora_train.model.family import detect
 from lib_lora_train.model.sd.components import unet_tensors
+from lib_lora_train.run.memory import layers_for
 from lib_lora_train.settings import Settings, flat, parse
 from lib_lora_train.settings.field import Value
 from lib_lora_train.training.precision import compute_dtype
@@ -176,18 +176,22 @@ def _row_roofline(host: Host, device: torch.device, case: Case, settings: Settin
     dtype = compute_dtype(settings.memory.mixed_precision, device, weights=stored)
     own = dataclasses.replace(case, batch=settings.optimizer.train_batch_size)
     return case_roofline(host, own, rank=settings.network.network_dim, dtype=dtype, rates=rates(dtype),
-                      base_dtype=Wishes.of(settings.memory).base)
+                      quantized=settings.memory.base_weights != "as they are")
 
 
-def case_roofline(host: Host, case: Case, *, rank: int, dtype: torch.dtype, rates: Rates, base_dtype: Base = "") -> Roofline:
-    """The roofline of a case's step on the host's model, held in eight bits where `base_dtype` says so."""
+def case_roofline(host: Host, case: Case, *, rank: int, dtype: torch.dtype, rates: Rates, quantized: bool = False) -> Roofline:
+    """The roofline of a case's step on the host's model, held in eight bits where it is `quantized`."""
     outline = host.outline()
     assert outline is not None, "the checkpoint was checked before"
-    cost = image_cost(outline.tensors, detect(outline.tensors, outline.hints), width=case.resolution,
-                        height=case.resolution, rank=rank, dtype=dtype)
-    weights = sum(t.numel() * (1 if base_dtype else t.element_size()) for t in unet_tensors(outline.tensors).values())
-    moved = moved_bytes(weights=weights, activations=cost.activation_bytes * case.batch, parameters=cost.parameters)
-    return step_roofline(operations=cost.operations * case.batch, moved=moved, rates=rates)
+    tensors, architecture = outline.tensors, detect(outline.tensors, outline.hints)
+    workload = Workload(width=case.resolution, height=case.resolution, dtype=dtype,
+                        layers=layers_for(tensors, architecture, rank=rank, text_encoder=False))
+    blocks = blocks_of(tensors, architecture, workload)
+    weights = sum(t.numel() * (1 if quantized else t.element_size()) for t in unet_tensors(tensors).values())
+    moved = moved_bytes(weights=weights, activations=case.batch * sum(block.kept for block in blocks),
+                        parameters=workload.parameters)
+    return step_roofline(operations=case.batch * sum(block.forward + block.backward for block in blocks), moved=moved,
+                         rates=rates)
 
 
 def _conditions(plan: SpeedPlan, rates: Rates) -> str:

@@ -10,7 +10,7 @@ from lib_lora_train.settings.field import Value
 VARIANTS: Mapping[str, Mapping[str, Value]] = {
     "defaults": {},
     "eager": {"cuda_graphs": "off"},
-    "graphs": {"cuda_graphs": "auto"},
+    "graphs": {"cuda_graphs": "on"},
     "compiled": {"torch_compile": True, "cuda_graphs": "off"},
     "channels_last": {"channels_last": "on"},
     "channels_first": {"channels_last": "off"},

@@ -40,5 +40,5 @@ def test_the_roofline_of_true_size_sd1_is_that_of_its_published_arithmetic(tmp_p
     roofline = case_roofline(host, case, rank=16, dtype=torch.float16, rates=rates)
     assert 1.6 < roofline.arithmetic < 2.0
     # 859,520,964 weights are read forward and backward, in two bytes each or in one.
-    eight_bits = case_roofline(host, case, rank=16, dtype=torch.float16, rates=rates, base_dtype="int8")
+    eight_bits = case_roofline(host, case, rank=16, dtype=torch.float16, rates=rates, quantized=True)
     assert roofline.traffic - eight_bits.traffic == pytest.approx(2 * 859_520_964 / 1e9)

@@ -1,4 +1,4 @@
-"""What the plan is told of a run, on the page and in the run, and how the lent model makes room for it."""
+"""What the plan is told of a run, on the page and in the run, and how the leased model makes room for it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from lib_lora_train.memory.budget import budget_of
 
 from lib_lora_train.adapters import file
 from lib_lora_train.adapters.network import AdapterNetwork
@@ -14,14 +13,15 @@ from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.api.service import plan
 from lib_lora_train.events import Planned, Warned
 from lib_lora_train.inputs.vae_batches import VaeWork, encoding_bytes
+from lib_lora_train.memory.device import budget_of
 from lib_lora_train.model import frozen
 from lib_lora_train.model.family import detect
 from lib_lora_train.run import memory
-from lib_lora_train.run.memory import planned_layers, room_for_encoding, unneeded
+from lib_lora_train.run.memory import parts_not_needed, planned_layers, room_for_encoding
 from lib_lora_train.settings import parse
 from tests.jobs import run_settings
 
-CARD = torch.device("cuda", 0)
+GPU = torch.device("cuda", 0)
 
 
 def settings(images: Path, **changes: object) -> dict[str, object]:
@@ -41,9 +41,10 @@ def test_the_page_and_the_run_make_the_same_plan(images, host, changes):
 
 
 def test_a_lora_that_is_continued_is_planned_with_the_ranks_of_its_file(host, tmp_path):
-    with host.lease() as lent:
-        model = frozen.build(lent.tensors, hints=lent.hints, tokenizers=lent.tokenizers)
-    network = AdapterNetwork.build(find_targets(model.components, family=model.architecture.family, text_encoder=True), rank=7, alpha=1, seed=0)
+    with host.lease() as leased:
+        model = frozen.build(leased.tensors, hints=leased.hints, tokenizers=leased.tokenizers)
+    network = AdapterNetwork.build(
+        find_targets(model.components, family=model.architecture.family, text_encoder=True), rank=7, alpha=1, seed=0)
     path = tmp_path / "before.safetensors"
     file.save(path, network.state_dict(), {}, dtype=torch.float32)
     chosen = parse({"network_weights": str(path), "network_dim": 4})
@@ -54,11 +55,11 @@ def test_a_lora_that_is_continued_is_planned_with_the_ranks_of_its_file(host, tm
 
 def test_what_no_step_needs_is_what_is_cached_and_not_trained():
     def parts(**changes: object) -> set[str]:
-        return set(unneeded(parse(changes), CARD))
+        return set(parts_not_needed(parse(changes), GPU))
     assert parts() == {"vae", "text"} and parts(shuffle_caption=True) == {"vae"} == parts(network_train_unet_only=False)
     assert parts(network_train_unet_only=False, text_encoder_lr=0.0) == {"vae", "text"}
     assert parts(color_aug=True) == parts(random_crop=True) == {"text"}
-    assert unneeded(parse({}), torch.device("cpu")) == frozenset()
+    assert parts_not_needed(parse({}), torch.device("cpu")) == frozenset()
 
 
 def test_pictures_are_encoded_where_room_is_short_while_unet_and_text_encoders_wait(monkeypatch, host):
@@ -69,8 +70,8 @@ def test_pictures_are_encoded_where_room_is_short_while_unet_and_text_encoders_w
     def moved(parts):
         free[0] += 1000
         return host._tensors
-    with host.lease() as lent:
-        model = frozen.build(lent.tensors, hints=lent.hints, tokenizers=lent.tokenizers)
+    with host.lease() as leased:
+        model = frozen.build(leased.tensors, hints=leased.hints, tokenizers=leased.tokenizers)
         asked: list[set[str]] = []
         monkeypatch.setattr(host, "offload_parts", lambda parts: asked.append(set(parts)) or moved(parts))
         room = room_for_encoding(parse({}), model, host, AdapterNetwork([], {}))
@@ -93,10 +94,10 @@ def test_eight_bits_without_a_card_are_said_to_save_nothing(images, host):
 
 def test_room_is_asked_for_once_for_each_size_of_pictures_that_a_card_encodes():
     asked: list[int] = []
-    work = VaeWork(None, device=CARD, batch_size=0, room=lambda needed: asked.append(needed) or 1 << 40)
+    work = VaeWork(None, device=GPU, batch_size=0, room=lambda needed: asked.append(needed) or 1 << 40)
     assert [work.at_once(size) for size in ((256, 256), (512, 512), (256, 256))] == [8, 2, 8]
     assert asked == [encoding_bytes((256, 256)), encoding_bytes((512, 512))]
-    VaeWork(None, device=CARD, batch_size=4, room=lambda needed: asked.append(needed) or 0).at_once((256, 256))
+    VaeWork(None, device=GPU, batch_size=4, room=lambda needed: asked.append(needed) or 0).at_once((256, 256))
     assert asked[2] == 4 * encoding_bytes((256, 256))
 
 
@@ -106,8 +107,8 @@ def test_parts_come_and_go_in_the_order_in_which_they_are_needed(monkeypatch, im
     def watched(name: str):
         original = getattr(host, name)
         return lambda parts: moves.append((name, set(parts))) or original(parts)
-    for name in ("set_aside", "bring_back"):
+    for name in ("offload_parts", "reload_parts"):
         monkeypatch.setattr(host, name, watched(name))
-    monkeypatch.setattr(memory, "unneeded", lambda chosen, device: frozenset({"vae", "text"}))
+    monkeypatch.setattr(memory, "parts_not_needed", lambda chosen, device: frozenset({"vae", "text"}))
     run_settings(parse(settings(images)), host, report=lambda event: None, stop=lambda: "")
-    assert moves == [("set_aside", {"vae"}), ("bring_back", {"text", "unet"}), ("set_aside", {"text"})]
+    assert moves == [("offload_parts", {"vae"}), ("reload_parts", {"text", "unet"}), ("offload_parts", {"text"})]
