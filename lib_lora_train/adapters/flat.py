@@ -7,6 +7,7 @@ allocated tensor would, so that kernels find the alignment they are fast with; w
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -46,36 +47,35 @@ class FlatWeights:
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], *, dtype: torch.dtype = torch.float32) -> None:
         """`groups` are torch's, with a "name" and an "lr" each; their weights are fp32, on one device, and now views."""
-        self.shapes = tuple(weight.shape for group in groups for weight in group["params"])
-        trained = [weight for group in groups for weight in group["params"] if weight.requires_grad]
+        weights = [weight for group in groups for weight in group["params"]]
+        trained = [weight for weight in weights if weight.requires_grad]
         assert trained and all(weight.dtype == torch.float32 for weight in trained), "nothing to train, or not in fp32"
+        self.shapes = tuple(weight.shape for weight in weights)
+        self._starts = dict(zip(trained, itertools.accumulate(map(_padded, trained), initial=0), strict=False))
         self.values = torch.zeros(sum(map(_padded, trained)), device=trained[0].device)
         self.gradient = torch.zeros_like(self.values)
         self.working = None if dtype == torch.float32 else torch.zeros_like(self.values, dtype=dtype)
-        self._starts: dict[nn.Parameter, int] = {}
-        made, number = [], 0
-        for group in groups:
-            numbered = list(enumerate(group["params"], start=number))
-            number += len(numbered)
-            if any(weight.requires_grad for _, weight in numbered):
-                made.append(self._group(group, [(n, weight) for n, weight in numbered if weight.requires_grad]))
-        self.groups = tuple(made)
+        for weight in trained:
+            view, gradient = self._view(self.values, weight), self._view(self.gradient, weight)
+            view.copy_(weight.detach())
+            weight.data, weight.grad = view, gradient
+        numbers = {weight: number for number, weight in enumerate(weights)}
+        self.groups = tuple(
+            self._group(group, [(numbers[weight], weight) for weight in group["params"] if weight.requires_grad])
+            for group in groups if any(weight.requires_grad for weight in group["params"]))
         self.refresh()
 
     def _group(self, group: Mapping[str, Any], numbered: Sequence[tuple[int, nn.Parameter]]) -> FlatGroup:
-        """Move the weights into the buffers, behind those that are there already."""
-        begin = end = sum(map(_padded, self._starts))
-        members = []
-        for number, weight in numbered:
-            view, gradient = (flat[end:end + weight.numel()].view(weight.shape) for flat in (self.values, self.gradient))
-            view.copy_(weight.detach())
-            weight.data, weight.grad = view, gradient
-            members.append((number, weight, end - begin))
-            self._starts[weight] = end
-            end += _padded(weight)
+        begin = self._starts[numbered[0][1]]
+        end = self._starts[numbered[-1][1]] + _padded(numbered[-1][1])
         parameter = nn.Parameter(self.values[begin:end])
         parameter.grad = self.gradient[begin:end]
-        return FlatGroup(group["name"], float(group["lr"]), parameter, tuple(members))
+        return FlatGroup(group["name"], float(group["lr"]), parameter,
+                         tuple((number, weight, self._starts[weight] - begin) for number, weight in numbered))
+
+    def _view(self, flat: Tensor, weight: nn.Parameter) -> Tensor:
+        start = self._starts[weight]
+        return flat[start:start + weight.numel()].view(weight.shape)
 
     def trained(self) -> list[nn.Parameter]:
         """The weights that are trained, in the order in which they lie in the buffer."""
@@ -83,10 +83,7 @@ class FlatWeights:
 
     def working_copy(self, weight: nn.Parameter) -> Tensor | None:
         """The view of `working` that belongs to `weight`; None where there is none."""
-        start = self._starts.get(weight)
-        if self.working is None or start is None:
-            return None
-        return self.working[start:start + weight.numel()].view(weight.shape)
+        return None if self.working is None or weight not in self._starts else self._view(self.working, weight)
 
     def refresh(self) -> None:
         """Bring `working` up to date: one copy, after each change of the weights."""

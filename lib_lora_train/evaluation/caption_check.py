@@ -36,7 +36,6 @@ from lib_lora_train.errors import DatasetError, Interrupted, translated
 from lib_lora_train.evaluation.resemblance import resemblance, subject_features
 from lib_lora_train.host.lease import LeaseHost, ModelLease, lease_for
 from lib_lora_train.model.sampler import SampleRequest, to_image
-from lib_lora_train.model.sd.text import Conditioning, size_vector
 from lib_lora_train.settings import Settings
 from lib_lora_train.training.noise import seed_of
 
@@ -170,7 +169,8 @@ class _Check:
         model, dtype, device = self._model, self._lease.dtype, self._model.device
         texts = [model.text.tokenize(""), model.text.tokenize(caption)]
         conditioning = model.text.encode(texts, clip_skip=self._lease.clip_skip)
-        context, y = conditioning.context.to(device, dtype), _size_vector(conditioning, placement)
+        context, (width, height), (across, down) = conditioning.context.to(device, dtype), placement.original, placement.bucket
+        y = conditioning.vector(original=(height, width), crop=placement.size_condition_crop(), target=(down, across))
         x_0 = mean * model.architecture.latent_scale
         cosines, log_gains = [], []
         for timestep in TIMESTEPS:
@@ -191,12 +191,3 @@ class _Check:
         # One synchronisation an image. Relative losses are averaged, or only the low timesteps would count.
         cosine, log_gain = torch.stack([torch.stack(cosines).mean(), torch.stack(log_gains).mean()]).tolist()
         return cosine, 1 - math.exp(-log_gain)
-
-
-def _size_vector(conditioning: Conditioning, placement: Placement) -> Tensor | None:
-    """SDXL's sizes as a training on this image has them; None for other families."""
-    if conditioning.pooled is None:
-        return None
-    (width, height), (across, down) = placement.original, placement.bucket
-    return size_vector(conditioning.pooled, original=(height, width), crop=placement.size_condition_crop(),
-                       target=(down, across))

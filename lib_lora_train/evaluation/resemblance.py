@@ -17,7 +17,6 @@ from lib_lora_train.errors import ModelError
 from lib_lora_train.model.architecture import UNetConfig
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.model.ops.layers import frozen_linear
-from lib_lora_train.model.sd.text import size_vector
 
 TIMESTEP = 261
 _SEED = 261
@@ -30,12 +29,10 @@ def subject_features(model: FrozenModel, latents: Tensor, *, clip_skip: int, dty
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(_SEED)).to(model.device)
     x_t = model.schedule.add_noise(latents.to(model.device) * model.architecture.latent_scale, noise, t)
     empty = model.text.encode([model.text.tokenize("")], clip_skip=clip_skip)
-    y = None
-    if empty.pooled is not None:
-        size = (latents.shape[2] * 8, latents.shape[3] * 8)
-        y = size_vector(empty.pooled, original=size, crop=(0, 0), target=size).to(model.device, dtype)
+    height, width = (side * model.architecture.vae.factor for side in latents.shape[2:])
+    y = empty.vector(original=(height, width), crop=(0, 0), target=(height, width))
     probe = _Probe()
-    model.unet(x_t.to(dtype), t, empty.context.to(model.device, dtype), y,
+    model.unet(x_t.to(dtype), t, empty.context.to(model.device, dtype), None if y is None else y.to(model.device, dtype),
                adapters={_layer(model.architecture.unet): probe})
     assert probe.seen is not None
     return probe.seen.cpu()

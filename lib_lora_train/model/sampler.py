@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from lib_lora_train.model.architecture import VAEConfig
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.model.ops.layers import Adapter
-from lib_lora_train.model.sd.text import Conditioning, size_vector
+from lib_lora_train.model.sd.text import Conditioning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,11 +66,12 @@ def sample_batch(model: FrozenModel, requests: Sequence[SampleRequest], *, clip_
     if first.cfg_scale != 1:
         prompts = [*(request.negative_prompt for request in requests), *prompts]
     conditioning = _encoded(model, prompts, clip_skip=clip_skip, adapters=adapters)
-    y = _size_vector(conditioning, first)
+    size = (first.height, first.width)
+    y = conditioning.vector(original=size, crop=(0, 0), target=size)
     levels = sigmas(model.schedule.alphas_cumprod, first.steps).to(device)
     log_sigmas = _all_sigmas(model.schedule.alphas_cumprod).log().to(device)
 
-    x = _start_noise(requests).to(device) * levels[0]
+    x = _start_noise(requests, model.architecture.vae).to(device) * levels[0]
     for i in range(first.steps):
         sigma = levels[i]
         t = _timestep(sigma, log_sigmas).expand(len(prompts))
@@ -121,14 +123,7 @@ def _encoded(model: FrozenModel, prompts: Sequence[str], *, clip_skip: int,
     return Conditioning(conditioning.context[rows], None if conditioning.pooled is None else conditioning.pooled[rows])
 
 
-def _start_noise(requests: Sequence[SampleRequest]) -> torch.Tensor:
-    """[B,4,h,w] on the CPU; an image's noise depends on its own seed alone."""
-    shape = (1, 4, requests[0].height // 8, requests[0].width // 8)
+def _start_noise(requests: Sequence[SampleRequest], vae: VAEConfig) -> torch.Tensor:
+    """[B, C, h, w] on the CPU; an image's noise depends on its own seed alone."""
+    shape = (1, vae.latent_channels, requests[0].height // vae.factor, requests[0].width // vae.factor)
     return torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(r.seed)) for r in requests])
-
-
-def _size_vector(conditioning: Conditioning, request: SampleRequest) -> torch.Tensor | None:
-    if conditioning.pooled is None:
-        return None
-    size = torch.tensor([[request.height, request.width]], dtype=torch.float32).expand(len(conditioning.pooled), -1)
-    return size_vector(conditioning.pooled, original=size, crop=torch.zeros_like(size), target=size)

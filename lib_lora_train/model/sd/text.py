@@ -45,6 +45,10 @@ class Conditioning:
     context: Tensor
     pooled: Tensor | None
 
+    def vector(self, *, original: Size, crop: Size, target: Size) -> Tensor | None:
+        """The UNet's vector condition (see `size_vector`); None where the family has none."""
+        return None if self.pooled is None else size_vector(self.pooled, original=original, crop=crop, target=target)
+
 
 class TextConditioner:
     """Tokenizers and text encoders of a model. Their hidden states are concatenated; a pooled vector is the first chunk's."""

@@ -29,7 +29,8 @@ def lora(tiny_file: Path) -> Path:
     host = StandaloneHost(tiny_file, lora_folder=tiny_file.parent, runs_folder=tiny_file.parent)
     with host.lease() as leased:
         model = frozen.build(leased.tensors, hints=leased.hints, tokenizers=leased.tokenizers)
-    network = AdapterNetwork.build(find_targets(model.components, family="sd1", text_encoder=True), rank=2, alpha=2, seed=0)
+    targets = find_targets(model.components, family=model.architecture.family)
+    network = AdapterNetwork.build(targets, rank=2, alpha=2, seed=0)
     generator = torch.Generator().manual_seed(3)
     tensors = {key: torch.randn(tensor.shape, generator=generator) * 0.3 if key.endswith("lora_up.weight") else tensor
                for key, tensor in network.state_dict().items()}

@@ -88,7 +88,7 @@ def parity(name: str = Body(""), prompt: str = Body(""), multiplier: float = Bod
         ours = base
         if name:
             tensors = file.load(HOST.lora_folder / f"{name}.safetensors").tensors
-            targets = find_targets(model.components, family=model.architecture.family.name,
+            targets = find_targets(model.components, family=model.architecture.family,
                                    text_encoder=any(".text_model" in k or "lora_te" in k for k in tensors))
             network = AdapterNetwork.continued(targets, tensors, seed=0)
             network.set_multiplier(multiplier)
