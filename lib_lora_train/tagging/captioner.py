@@ -48,19 +48,11 @@ class FileCaptioner(Protocol):
 
 
 class CaptionerSource(Protocol):
-    """Something to caption with, not loaded yet. `reads` tells which of the two kinds `open` gives."""
+    """A captioner that is not loaded yet."""
 
-    @property
-    def name(self) -> str:
-        """What a program calls it: "wd:wd-vit-tagger-v3", "infotext"."""
-
-    @property
-    def label(self) -> str:
-        """What the user reads."""
-
-    @property
-    def reads(self) -> Literal["pixels", "file"]:
-        """"pixels": a Captioner; "file": a FileCaptioner."""
+    name: str  # for programs: "wd:wd-vit-tagger-v3", "infotext"
+    label: str  # for users
+    reads: Literal["pixels", "file"]  # whether `open` gives a Captioner or a FileCaptioner
 
     def missing(self) -> str:
         """"" where it can be opened as it is, else one sentence: what is missing, and where it belongs. Never loads."""

@@ -58,14 +58,14 @@ def collect(
     Raises Interrupted when `should_stop()` says so and OutputError if the disk refuses; what was added until then stays,
     whole.
     """
-    found = list_sources(sources, limits=limits, may_read=may_read)
-    watch = Watch(sum(len(source.images) for source in found.sources), doing="pictures were imported",
+    found, skipped = list_sources(sources, limits=limits, may_read=may_read)
+    watch = Watch(sum(len(source.images) for source in found), doing="pictures were imported",
                   on_progress=on_progress, should_stop=should_stop)
-    collector = _Collector(dataset, masks=transparent == "mask", dry_run=dry_run, skipped=list(found.skipped))
+    collector = _Collector(dataset, masks=transparent == "mask", dry_run=dry_run, skipped=skipped)
     with translated("pictures were imported"):
         collector.read_dataset()
         try:
-            for source in found.sources:
+            for source in found:
                 _collect_source(source, collector, limits=limits, watch=watch)
         finally:
             collector.write_notes()

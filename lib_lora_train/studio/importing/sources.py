@@ -52,23 +52,16 @@ class Source:
     @contextlib.contextmanager
     def session(self, limits: Limits | None) -> Iterator[Archive | None]:
         """The archive the images are in; None where they are files. Raises DatasetError if it cannot be opened."""
-        if self.archive is None:
-            yield None
-            return
-        with open_archive(self.archive, limits=limits) as archive:
+        with open_archive(self.archive, limits=limits) if self.archive else contextlib.nullcontext() as archive:
             yield archive
 
 
-@dataclasses.dataclass(frozen=True)
-class Sources:
-    """Everything that was found, and what cannot be opened: (name, one sentence)."""
+def list_sources(sources: Sequence[Path | Upload], *, limits: Limits | None, may_read: MayRead | None
+                 ) -> tuple[list[Source], list[tuple[str, str]]]:
+    """(what is in `sources`, what cannot be used: its name and one sentence).
 
-    sources: tuple[Source, ...]
-    skipped: tuple[tuple[str, str], ...]
-
-
-def list_sources(sources: Sequence[Path | Upload], *, limits: Limits | None, may_read: MayRead | None) -> Sources:
-    """What is in `sources`. Files and uploads are read together, so that a caption among them finds its image."""
+    Files and uploads are read together, so that a caption among them finds its image.
+    """
     listing = _Listing(limits, may_read)
     for source in sources:
         listing.add(source)
@@ -125,7 +118,7 @@ class _Listing:
         except OSError as error:
             self._skipped.append((name, f"It cannot be read: {error.strerror or error}."))
 
-    def finished(self) -> Sources:
+    def finished(self) -> tuple[list[Source], list[tuple[str, str]]]:
         images = _images(self._files)
         with_image = {(file.folder, file.stem) for file in self._files if is_image_name(Path(file.name))}
         for file in self._files:
@@ -133,8 +126,8 @@ class _Listing:
                 continue
             self._skipped.append((file.label, "There is no picture of this name with it." if file.is_caption else
                                   "Its name does not end like a picture's."))
-        sources = (*self._found, *([Source("files", images)] if images else ()))
-        return Sources(sources, tuple((printable(name), printable(why)) for name, why in self._skipped))
+        sources = [*self._found, *([Source("files", images)] if images else ())]
+        return sources, [(printable(name), printable(why)) for name, why in self._skipped]
 
     def _allowed(self, path: Path) -> bool:
         return self._may_read is None or self._may_read(path)
