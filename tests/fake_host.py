@@ -95,8 +95,9 @@ def interrupted_run(host: FakeHost, settings: Settings, *, step: int, total: int
         record.write(events.Step(number, total, 1, 10, 1 / number, 1 / number, 1e-4, 0.0, 2.0, 1.0))
     record.close()
     one = torch.ones(1)
-    checkpoint_module.write(folder / checkpoint_module.FILE_NAME, checkpoint_module.TrainingState(step, {"a": one}, {}, {"scale": one, "good_steps": one}, (), 0),
-                {"settings": flat(settings), "started_at": 1.0, "steps": total, "dataset": "", "checkpoint": {}})
+    state = checkpoint_module.TrainingState(step, {"a": one}, {}, {"scale": one, "good_steps": one}, (), 0)
+    checkpoint_module.write(folder / checkpoint_module.FILE_NAME, state, {
+                 "settings": flat(settings), "started_at": 1.0, "steps": total, "dataset": "", "checkpoint": {}})
     return folder.name
 
 
