@@ -8,6 +8,7 @@ import torch
 from diffusers import EulerDiscreteScheduler
 
 from lib_lora_train.model import frozen
+from lib_lora_train.model.architecture import VAEConfig
 from lib_lora_train.model.sampler import SampleRequest, sample_batch, sample_latents, sigmas
 from lib_lora_train.model.sd.schedule import NoiseSchedule
 from lib_lora_train.model.sd.text import Conditioning
@@ -27,7 +28,7 @@ def _model(prediction_type):
         encode=lambda texts, **_: Conditioning(torch.tensor([0.3 if t else -0.2 for t in texts])[:, None, None], None))
     return SimpleNamespace(
         unet=_network, text=text, device=torch.device("cpu"), schedule=NoiseSchedule.build(prediction_type=prediction_type),
-        architecture=SimpleNamespace(latent_scale=0.5))
+        architecture=SimpleNamespace(latent_scale=0.5, vae=VAEConfig(4, (1,) * 4, (1,) * 4)))
 
 
 def _scheduler(prediction_type):
