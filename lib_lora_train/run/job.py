@@ -60,8 +60,9 @@ def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: Initial
         model, settings, point = frozen_model(leased, plan.settings), plan.settings, plan.resume_point
         if model.architecture.family.name != plan.family:
             # The host had no model yet, or another one, when the plan was made.
-            again = plan_dataset(settings, family=model.architecture.family.name, allowed=host.allowed, processes=group.world_size,
-                                 on_progress=stage("Reading pictures", report), should_stop=lambda: bool(stop()))
+            again = plan_dataset(
+                settings, family=model.architecture.family.name, allowed=host.allowed, processes=group.world_size,
+                on_progress=stage("Reading pictures", report), should_stop=lambda: bool(stop()))
             plan = dataclasses.replace(again, target=plan.target, resume_point=point)
         identity = resume.describe_checkpoint(leased) if point or folder or group.world_size > 1 else {}
         if point:
@@ -72,7 +73,8 @@ def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: Initial
             agree_on_data(group, dataset=resume.dataset_fingerprint(plan.dataset, plan.placements),
                           checkpoint=identity["fingerprint"], step=point.step if point else 0, weights=weights.tensors or {},
                           dtype=dtype)
-        changed = resume.compare_settings(settings, point, steps=plan.schedule.steps, processes=group.world_size) if point else []
+        changed = [] if point is None else resume.compare_settings(
+            settings, point, steps=plan.schedule.steps, processes=group.world_size)
         _warn((*plan.warnings, *ignored_by(model, settings), *changed), report)
 
         network = build_network(settings, model, weights, report=report)
