@@ -89,8 +89,9 @@ class ProcessGroup:
         """Tell the others why this process ends, end their collectives, and wait until process 0 has saved."""
         if not self._lost:
             what = str(error) if isinstance(error, LoraTrainError) else f"{type(error).__name__}: {error}"
-            self._store.set("failed", json.dumps({
-                "rank": self.rank, "what": what, "interrupted": isinstance(error, (Interrupted, KeyboardInterrupt))}))
+            told = {"rank": self.rank, "what": what, "interrupted": isinstance(error, (Interrupted, KeyboardInterrupt))}
+            with contextlib.suppress(RuntimeError):
+                self._store.set("failed", json.dumps(told))
         if isinstance(error, KeyboardInterrupt):  # closing the connections would wait for a collective under way
             sys.stderr.flush()
             os._exit(130)

@@ -30,7 +30,7 @@ from lib_lora_train.model.sd.text import CHUNK
 from lib_lora_train.run.callbacks import Pause, Stop
 from lib_lora_train.run.inputs import condition_of
 from lib_lora_train.run.planning import RunPlan
-from lib_lora_train.run.resume import quantized_base
+from lib_lora_train.run.resume import quantized_dtype
 from lib_lora_train.settings import Settings
 from lib_lora_train.training.condition import Condition
 
@@ -38,7 +38,7 @@ from lib_lora_train.training.condition import Condition
 def memory_plan(plan: RunPlan, model: FrozenModel, leased: LeasedModel, network: AdapterNetwork, *,
                 dtype: torch.dtype) -> MemoryPlan:
     """How the steps on the leased model are made so that they fit into the memory there is."""
-    resumed = quantized_base(plan.resume_point, plan.settings) if plan.resume_point else ""
+    resumed = quantized_dtype(plan.resume_point, plan.settings) if plan.resume_point else ""
     return plan_for(plan, tensors=leased.tensors, architecture=model.architecture, device=model.device, dtype=dtype,
                     layers=layers_of(network), ours=network.parameters(), resumed_base_dtype=resumed)
 

@@ -39,25 +39,24 @@ class RunRecord:
 
     def __init__(self, folder: Path, settings: Settings) -> None:
         self.folder = folder
-        self._settings = write_toml(flat(settings)).encode("utf-8", errors="replace")
         self._failed = False
         self._new_line = (folder / "events.jsonl").exists()  # its last line may be torn
         self._lock: RunLock | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = RunLock.acquire(folder)
-            write_atomic(folder / "settings.toml", self._settings)
             _remove_parts(folder.parent)
         except OSError as error:
             self._warn(error)
+        self.complete(settings)
 
     def complete(self, settings: Settings) -> None:
-        """Record these settings: those of the run's plan, in which what was derived is frozen."""
+        """Write the settings: at first those given, later those of the run's plan, with what was derived from them."""
         self._settings = write_toml(flat(settings)).encode("utf-8", errors="replace")
         try:
             write_atomic(self.folder / "settings.toml", self._settings)
         except OSError as error:
-            self._complain(error)
+            self._warn(error)
 
     def write(self, event: events.Event) -> None:
         """Append an event. Of more than 2000 steps only every n-th is kept, so that the file stays small."""

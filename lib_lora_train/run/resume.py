@@ -102,11 +102,11 @@ def settings_of(resume_point: ResumePoint, changes: Mapping[str, object]) -> Set
 
 
 def describe(settings: Settings, *, steps: int, processes: int, dataset: str, checkpoint: Mapping[str, str], started_at: float,
-             dtype: torch.dtype, base: BaseDtype) -> dict[str, Any]:
-    """The metadata of a run's states; `dataset` is a `dataset_fingerprint`, `base` the quantized base in use."""
+             dtype: torch.dtype, base_dtype: BaseDtype) -> dict[str, Any]:
+    """The metadata of a run's states; `dataset` is a `dataset_fingerprint`, `base_dtype` what the model is held in."""
     return {
         "settings": flat(settings), "started_at": started_at, "steps": steps, "processes": processes, "dataset": dataset,
-        "computed_in": str(dtype).removeprefix("torch."), "base": base, "checkpoint": dict(checkpoint)}
+        "computed_in": str(dtype).removeprefix("torch."), "base": base_dtype, "checkpoint": dict(checkpoint)}
 
 
 def describe_checkpoint(leased: LeasedModel) -> dict[str, str]:
@@ -143,8 +143,8 @@ def compare_settings(settings: Settings, resume_point: ResumePoint, *, steps: in
     return warnings
 
 
-def quantized_base(resume_point: ResumePoint, settings: Settings) -> BaseDtype:
-    """The quantized base that the run used, by its settings or its memory plan; "" where base_weights has changed since."""
+def quantized_dtype(resume_point: ResumePoint, settings: Settings) -> BaseDtype:
+    """The eight-bit dtype that the model was held in; "" for none, or where base_weights has changed since."""
     base = resume_point.metadata.get("base", "")
     same = settings.memory.base_weights == resume_point.metadata["settings"].get("base_weights")
     return base if same and base in ("int8", "fp8") else ""
@@ -180,7 +180,7 @@ def compare_data(now: Mapping[str, Any], resume_point: ResumePoint) -> list[str]
 
 def dataset_fingerprint(dataset: Dataset, placements: Sequence[Placement]) -> str:
     """The sha256 of the dataset as the run sees it: names, captions, repeats, crops, and the length and both ends of each
-    image file. Its folder's path does not matter."""
+    image file. Its folder's path does not matter. Raises OutputError where a file is gone."""
     digest = hashlib.sha256()
     with translated("reading the pictures"):
         for example, placement in zip(dataset.examples, placements, strict=True):

@@ -35,12 +35,12 @@ _LEAST_PAUSE = 50
 class Checkpointer:
     """Keeps the newest training state in the run's folder; with `folder` None, none."""
 
-    def __init__(self, folder: Path | None, chosen: SaveSettings, facts: Mapping[str, Any], report: Report, *,
+    def __init__(self, folder: Path | None, chosen: SaveSettings, metadata: Mapping[str, Any], report: Report, *,
                  clock: Callable[[], float] = time.monotonic) -> None:
         self._path = None if folder is None else folder / checkpoint.FILE_NAME
         self._on_the_way, self._minutes = chosen.save_state, chosen.save_state_every_n_minutes
         self._at_the_end = chosen.save_state_on_train_end
-        self._facts, self._report, self._clock = facts, report, clock
+        self._metadata, self._report, self._clock = metadata, report, clock
         self._next = clock() + 60 * self._minutes
         self._failing = False
 
@@ -71,7 +71,7 @@ class Checkpointer:
             return
         try:
             with translated("keeping the resume point"):
-                checkpoint.write(self._path, current, self._facts)
+                checkpoint.write(self._path, current, self._metadata)
             self._failing = False
         except LoraTrainError as error:
             if not self._failing:

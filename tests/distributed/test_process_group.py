@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from lib_lora_train.distributed import ProcessLost
-from lib_lora_train.events import Step
 from lib_lora_train.run.saver import Checkpointer, Saver
 from lib_lora_train.settings import SaveSettings
 from tests.distributed.processes import Processes, free_port, running
@@ -164,13 +163,17 @@ def test_all_processes_are_told_which_of_them_has_no_gpu(tmp_path):
 
 @pytest.mark.parametrize("intact", [True, False])
 def test_what_was_learnt_is_kept_only_where_the_last_sum_is_known_to_be_whole(tmp_path, intact):
-    asked = []
-    network = SimpleNamespace(state_dict=lambda: asked.append("weights") or {"a.lora_up.weight": torch.ones(2, 2)})
-    provenance = SimpleNamespace(metadata=lambda name, step, epoch: {"ss_steps": str(step)})
-    chosen = SaveSettings(save_state=False)
-    saver = Saver(tmp_path / "zzk.safetensors", chosen, network, provenance, Checkpointer(None, chosen, {}, lambda event: None),
-                  report=lambda event: None, spare=None)
-    saver.report(Step(3, 9, 1, 3, 0.5, 0.5, 0.1, 0.0, None, None))
-    with pytest.raises(ProcessLost, match="zzk-step00000003" if intact else r"It is gone\.$"), saver.rescue():
+    def weights(progress):
+        asked.append("weights")
+        return contextlib.nullcontext({"a.lora_up.weight": torch.ones(2, 2)})
+
+    asked, settings = [], SaveSettings(save_state=False)
+    plan = SimpleNamespace(
+        target=tmp_path / "zzk.safetensors", settings=SimpleNamespace(save=settings), epoch_of=lambda step: 1,
+        schedule=SimpleNamespace(steps=9, steps_per_epoch=3))
+    saver = Saver(plan, SimpleNamespace(metadata=lambda name, step, epoch: {"ss_steps": str(step)}),
+                  Checkpointer(None, settings, {}, lambda event: None), report=lambda event: None, spare=None, weights=weights)
+    saver.after_step(SimpleNamespace(step=3, epoch=1, snapshot=lambda: None))
+    with pytest.raises(ProcessLost) as caught, saver.rescue():
         raise ProcessLost("It is gone", intact=intact)
-    assert asked == (["weights"] if intact else [])
+    assert ("zzk-step00000003" in caught.value.remedy) == intact and asked == (["weights"] if intact else [])

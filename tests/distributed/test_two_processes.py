@@ -81,17 +81,17 @@ def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float
     return float((a - b).norm() / b.norm())
 
 
-# Process 1 has no memory for two pictures at once: it halves its part by itself, and nobody waits for ever.
+# Process 1 has no memory for two images at once: it halves its microbatch alone, and no process hangs.
 SHORT_OF_MEMORY = """
 import os, sys
 from lib_lora_train.__main__ import main
-from lib_lora_train.training.cuda_graph import Execution
-gradients = Execution.gradients
-def short(self, inputs):
-    if os.environ["RANK"] == "1" and len(inputs) > 1:
+from lib_lora_train.training.train_step import TrainStep
+forward = TrainStep.forward
+def short(self, batch):
+    if os.environ["RANK"] == "1" and len(batch) > 1:
         raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
-    gradients(self, inputs)
-Execution.gradients = short
+    return forward(self, batch)
+TrainStep.forward = short
 sys.exit(main(sys.argv[1:]))
 """
 

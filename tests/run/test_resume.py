@@ -62,15 +62,14 @@ def going_on(chosen, folder: Path, **changes: object):
 
 
 @pytest.mark.parametrize("changes, steps_an_epoch", [
-    ({}, 4),
-    # Three square pictures and a wide one in batches of two: 3 batches, 2 steps an epoch, the second of one batch only.
-    ({"resolution": "128", "train_batch_size": 2, "gradient_accumulation_steps": 2}, 2),
-    ({"network_train_unet_only": False, "shuffle_caption": True, "caption_tag_dropout_rate": 0.4, "flip_aug": True,
-      "caption_dropout_rate": 0.3, "network_alpha": 0.1}, 4),
+    # Three square images and a wide one in batches of two: 3 batches, 2 steps an epoch, the second of one batch only.
+    ({"resolution": "128", "train_batch_size": 2, "gradient_accumulation_steps": 2, "network_train_unet_only": False,
+      "shuffle_caption": True, "caption_tag_dropout_rate": 0.4, "flip_aug": True, "caption_dropout_rate": 0.3,
+      "network_alpha": 0.1}, 2),
     ({"lr_scheduler": "cosine_with_restarts", "lr_scheduler_num_cycles": 2, "lr_warmup_steps": 3, "noise_offset": 0.1,
-      "color_aug": True, "random_crop": True}, 4),
-    ({"lr_scheduler": "linear", "mixed_precision": "bf16", "gradient_checkpointing": True, "weight_decay": 0.1}, 4),
-], ids=["plain", "accumulation and buckets", "text encoder and captions", "warmup and fresh pictures", "bf16"])
+      "color_aug": True, "random_crop": True, "mixed_precision": "bf16", "gradient_checkpointing": True,
+      "weight_decay": 0.1}, 4),
+], ids=["accumulation, buckets, text encoder", "warmup, fresh images, bf16"])
 def test_interrupted_and_resumed_equals_the_straight_run_byte_for_byte(images, host, changes, steps_an_epoch):
     chosen = settings(images, **EXACT, **changes)
     finished, seen = run(chosen, host, None)
@@ -114,7 +113,7 @@ def test_a_run_may_be_cut_off_again_and_again(images, host):
     chosen = settings(images, **{**EXACT, "save_every_n_steps": 1})
     straight = load_file(run(chosen, host, None)[0].path)
     folder = interrupted(chosen, host, after=1)
-    for _ in range(3):
+    for _ in range(2):
         run(going_on(chosen, folder), host, folder, stop_after=1)
     again = load_file(run(going_on(chosen, folder), host, folder)[0].path)
     assert all(torch.equal(straight[key], again[key]) for key in straight)
@@ -228,7 +227,7 @@ def test_what_the_model_was_held_in_is_remembered(cut_off, host):
     assert "held in int8" in of(events.Planned, seen)[0].memory
     note, = told(seen)
     assert "goes on with the model held in int8" in note
-    assert resume.quantized_base(resume.find(str(folder), folder.parent), changed(chosen, folder, base_weights="fp8")) == ""
+    assert resume.quantized_dtype(resume.find(str(folder), folder.parent), changed(chosen, folder, base_weights="fp8")) == ""
 
 
 def test_a_model_held_in_other_numbers_than_before_is_told(cut_off):
@@ -384,7 +383,7 @@ def test_states_are_kept_by_the_clock_and_less_often_where_writing_is_slow(tmp_p
     checkpointer = Checkpointer(tmp_path, SaveSettings(save_state_every_n_minutes=5), {}, lambda event: None,
                                 clock=lambda: now[0])
     while now[0] < 1000:
-        checkpointer.keep_if_due(lambda: SimpleNamespace(step=1))
+        checkpointer.save_if_due(lambda: SimpleNamespace(step=1))
         now[0] += 10
     assert kept == times
 
