@@ -20,8 +20,8 @@ def test_no_script_of_ours_makes_markup_of_text(path: Path):
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
 def test_what_python_puts_into_html_is_escaped(path: Path):
-    """Every f-string with a tag in it holds only what was escaped, a list of such, or a mark of our own."""
+    """Every f-string with a tag in it holds only what was escaped, a list of such, or an attribute of our own."""
     for line in path.read_text(encoding="utf-8").splitlines():
         if re.search(r"f(['\"]).*<(div|ul|li|span|b|p)\b.*\{", line):
             for inserted in re.findall(r"\{([^{}]+)\}", line):
-                assert inserted.startswith("html.escape(") or inserted in ("items", "mark"), f"{path.name}: {line.strip()}"
+                assert inserted.startswith("html.escape(") or inserted in ("items", "attribute"), f"{path.name}: {line.strip()}"
