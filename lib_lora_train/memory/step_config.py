@@ -39,7 +39,8 @@ class StepConfig:
         images = min(self.microbatch, largest)
         if images > 1:
             return dataclasses.replace(self, microbatch=-(-images // 2))
-        if self.checkpointed != frozenset(blocks):
+        # A block inside a checkpointed one is computed again with it.
+        if not all(self.checkpointed & {block, block.rpartition(".")[0]} for block in blocks):
             return dataclasses.replace(self, checkpointed=frozenset(blocks))
         if device_type == "cuda" and not self.offload:
             return dataclasses.replace(self, offload=True)

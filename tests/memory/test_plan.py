@@ -83,6 +83,7 @@ def test_out_of_memory_steps_down_to_the_end(device_type, steps):
     assert [one.microbatch for one in seen[:3]] == [3, 2, 1]
     assert seen[3] == StepConfig(1, checkpointed=frozenset({"a", "b"}))
     assert len(seen) == steps and (steps == 4 or seen[4] == dataclasses.replace(seen[3], offload=True))
+    assert StepConfig(1, frozenset({"a"})).step_down(largest=1, blocks={"a", "a.ff"}, device_type="cpu") is None
     assert StepConfig(1, base_dtype="fp8").step_down(largest=1, blocks={"a"}, device_type="cpu").base_dtype == "fp8"
 
 

@@ -24,6 +24,10 @@ def test_every_default_is_one_of_its_own_possible_values():
         assert settings.read(d, d.default) == d.default
 
 
+def test_values_of_older_files_are_still_read():
+    assert settings.parse({"cuda_graphs": "auto"}).memory.cuda_graphs == "off"
+
+
 def test_flat_is_the_inverse_of_parse():
     changed = {"network_dim": 32, "resolution": "768,512", "flip_aug": True, "learning_rate": 3e-5, "output_name": "zzk"}
     flat = settings.flat(settings.parse(changed))

@@ -45,7 +45,7 @@ class RandomHost(ExclusiveHost):
                        NO_HINTS, self._device)
 
     @contextlib.contextmanager
-    def borrow(self) -> Iterator[LeasedModel]:
+    def lease(self) -> Iterator[LeasedModel]:
         """The tensors on the device."""
         with translated("making a model of random weights"):
             if self._tensors is None:

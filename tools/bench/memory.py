@@ -1,4 +1,4 @@
-"""`bench memory`: what the memory plan predicts, for cards of several sizes and beside what was measured.
+"""`bench memory`: what the memory plan predicts, for GPUs of several sizes and compared with what was measured.
 
 The first table is computed from shapes alone and is the same on every machine: which plan fits SD1.5 and SDXL into 4 to 24
 GB, and what it is predicted to take. The second runs real steps under several plans. On a card it compares what is predicted
@@ -82,8 +82,8 @@ def run_memory(plan: MemoryPlanned, *, say: Say) -> str:
     parts, predicted = [machine_text(plan.device)], []
     if plan.predict:
         predicted = [(case, budget, _for_a_gpu(plan, case, budget, say)) for case in PUBLISHED for budget in plan.budgets]
-        parts += ["Predicted for a card, fp16, CUDA's own memory included: before the first step, with all of the model there "
-                  "or a picture being encoded, and in steps, text encoders and VAE set aside (GB of 2^30 bytes):",
+        parts += ["Predicted for a GPU, fp16, CUDA's own memory included: before the first step, with the whole model there "
+                  "or a picture being encoded, and in steps, text encoders and VAE on the CPU (GB of 2^30 bytes):",
                   _predictions(predicted)]
     cuda = plan.device.type == "cuda"
     what = "in the steps, beside CUDA's own" if cuda else "within a step, beside model, LoRA and optimiser"
@@ -103,8 +103,8 @@ def run_memory(plan: MemoryPlanned, *, say: Say) -> str:
 
 def planned(tensors: Mapping[str, torch.Tensor], case: Case, *, settings: Mapping[str, Value], device_type: str,
             precision: str, rank: int, budget: int | None = None) -> MemoryPlan:
-    """What the memory plan says of a case on a model of these shapes, once text encoders and VAE are set aside (on a
-    card)."""
+    """What the memory plan says of a case on a model of these shapes, once text encoders and VAE are on the CPU (on a
+    GPU)."""
     architecture = detect(tensors)
     workload = Workload(width=case.resolution, height=case.resolution, dtype=dtype_of(precision), device_type=device_type,
                         layers=layers_for(tensors, architecture, rank=rank, text_encoder=False))
@@ -123,7 +123,7 @@ def _compare(plan: MemoryPlanned, case: Case, say: Say) -> list[Compared]:
     cuda = plan.device.type == "cuda"
     host = RandomHost(case.family, folder=plan.output, device=plan.device, dtype=dtype_of(plan.precision), small=plan.small)
     data = make_images(plan.output / f"pictures-{case.resolution}", side=case.resolution, count=max(4, case.batch))
-    plans = {**PLANS, **({"activations kept off the card": OFFLOADED} if cuda else {})}
+    plans = {**PLANS, **({"activations offloaded": OFFLOADED} if cuda else {})}
     if cuda and case.within:
         plans[f"within {case.within:g} GB"] = {"memory_budget": case.within}
     rows = []
@@ -148,7 +148,7 @@ def _measured(plan: MemoryPlanned, row: Compared, host: RandomHost, data: Path, 
     """`row` with what one run took."""
     if plan.device.type == "cuda":
         run = measure_run(host, settings=settings, data=data, steps=20, warm_up=5, device=plan.device, stretch=10)
-        assert run.gpu is not None, "a run on a card tells its memory"
+        assert run.gpu is not None, "a run on a GPU tells its memory"
         return dataclasses.replace(row, measured=run.gpu.steps_reserved, allocated=run.gpu.steps_allocated)
     with _Booked() as booked:
         measure_run(host, settings=settings, data=data, steps=2, warm_up=1, device=plan.device, each=booked.between)

@@ -78,7 +78,7 @@ def measure_run(host: Host, *, settings: Mapping[str, object], data: Path, steps
 
 @contextlib.contextmanager
 def limited_gpu(device: torch.device, gigabytes: float) -> Iterator[None]:
-    """As if the GPU had so many GB: torch gets what CUDA itself leaves of them (`memory_plan.CONTEXT`), and no byte more."""
+    """As if the GPU had so many GB: torch gets what CUDA itself leaves of them (`memory.plan.CONTEXT`), and no byte more."""
     own = device.index if device.index is not None else torch.cuda.current_device()
     there = torch.cuda.get_device_properties(own).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, (gigabytes * GIGABYTE - CONTEXT) / there), own)

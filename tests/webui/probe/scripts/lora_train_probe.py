@@ -239,7 +239,7 @@ def pretend_card() -> dict[str, str]:
 
     card, loss = pretended_card.PretendedCard(), device_step.denoising_loss
     placement.device_of, placement.copy_to = card.device_of, card.copy_to
-    memory.unneeded = lambda *arguments: frozenset({"vae", "text"})
+    memory.parts_not_needed = lambda *arguments: frozenset({"vae", "text"})
 
     def lies_where(doing: str) -> None:
         from lib_lora_train.host.a1111 import model as model_module
