@@ -42,7 +42,7 @@ def add_check(commands: Commands) -> None:
 def _family(name: str) -> str:
     from lib_lora_train.model.family import FAMILIES
 
-    if name not in FAMILIES:
+    if name and name not in FAMILIES:  # argparse reads the default "" as well
         raise argparse.ArgumentTypeError(f"choose from {', '.join(FAMILIES)}")
     return name
 
