@@ -94,8 +94,8 @@ def interrupted_run(host: FakeHost, settings: Settings, *, step: int, total: int
     for number in range(1, step + 3):
         record.write(events.Step(number, total, 1, 10, 1 / number, 1 / number, 1e-4, 0.0, 2.0, 1.0))
     record.close()
-    one = torch.ones(1)
-    state = checkpoint_module.TrainingState(step, {"a": one}, {}, {"scale": one, "good_steps": one}, (), 0)
+    scaler = {"scale": torch.ones(1), "good_steps": torch.ones(1)}
+    state = checkpoint_module.TrainingState(step, {"a": torch.ones(1)}, {}, scaler, (), 0)
     checkpoint_module.write(folder / checkpoint_module.FILE_NAME, state, {
                  "settings": flat(settings), "started_at": 1.0, "steps": total, "dataset": "", "checkpoint": {}})
     return folder.name

@@ -209,7 +209,8 @@ def test_nothing_is_read_or_started_for_who_does_not_know_the_pages_token(handle
                                                                           monkeypatch: pytest.MonkeyPatch):
     # gradio answers any request that names a function by its number, also one that a foreign page made the browser send.
     chosen = values(output_name="zzk", train_data_dir=str(images(tmp_path / "pictures")))
-    monkeypatch.setattr(handlers_module.service, "prepare", lambda *_, **__: pytest.fail("a folder was read"))
+    for name in ("plan_dataset", "plan_job"):
+        monkeypatch.setattr(handlers_module.service, name, lambda *_, **__: pytest.fail("a folder was read"))
     for token in ("", "guess", None, TOKEN[:-1], [TOKEN], "\ud800"):
         answers = (handlers.plan(token, Latest(), "", *chosen)[0], handlers.start(token, Latest(), *chosen)[0],
                    handlers.start_overwriting(token, Latest(), "", *chosen)[0])
