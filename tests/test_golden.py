@@ -50,8 +50,9 @@ GOLDEN = Path(__file__).with_name("golden.json")
 THREADS = int(os.environ["OMP_NUM_THREADS"])
 NUMBERS = ("lora_up", "lora_down", "losses")
 
-CLOSE = 2e-3
-"""The relative tolerance of losses and norms on machines that round differently."""
+CLOSE = 5e-4
+"""The relative tolerance of losses and norms on machines that round differently. Two threads, AVX2 and CPUs without AVX, as far
+as they can be pretended, were within 4e-5, and bf16 within 2e-3."""
 
 
 # --- what is trained on -----------------------------------------------------------------------------------------------
@@ -202,7 +203,7 @@ def run_in_two_processes(arguments: list[str]) -> list[tuple[int, float]]:
             stderr=subprocess.PIPE, env={**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)})
             for rank in range(2)]
         try:
-            told = [process.communicate(timeout=300) for process in processes]
+            told = [process.communicate(timeout=500) for process in processes]
         finally:
             for process in processes:
                 process.kill()
@@ -239,8 +240,8 @@ def interrupted(case: Case, material: Material, output: Path) -> list[tuple[int,
 
 
 def lengthened(case: Case, material: Material, output: Path) -> list[tuple[int, float]]:
-    """A run of three steps that keeps its resume point, and is then asked for as many as the settings say."""
-    begun = run_here(case.command(material, output, max_train_steps=3, save_state_on_train_end=True))
+    """A run of two steps that keeps its resume point, and is then asked for as many as the settings say."""
+    begun = run_here(case.command(material, output, max_train_steps=2, save_state_on_train_end=True))
     return begun + run_here(case.resume(material, output, max_train_steps=case.all_settings["max_train_steps"]))
 
 
@@ -277,12 +278,13 @@ class Case:
 
 
 COMMON = {"network_dim": 4, "network_alpha": 2, "learning_rate": 0.005, "text_encoder_lr": 0.002, "lr_scheduler": "constant",
-          "max_train_steps": 5, "min_bucket_reso": 64, "save_precision": "float", "seed": 1234}
-OF_DATA = {"plain": {"resolution": 64, "num_repeats": 1}, "shapes": {"resolution": 128}}
+          "max_train_steps": 4, "min_bucket_reso": 64, "save_precision": "float", "seed": 1234}
+# 128 and not 64: of a single pixel in the middle of the UNet attention has no gradient but rounding, which AdamW would follow.
+OF_DATA = {"plain": {"resolution": 128, "num_repeats": 1}, "shapes": {"resolution": 128}}
 TEXT = {"network_train_unet_only": False}
 CAPTIONS = {"shuffle_caption": True, "keep_tokens": 1, "caption_tag_dropout_rate": 0.3, "caption_dropout_rate": 0.2}
 FRESH = {"flip_aug": True, "color_aug": True, "random_crop": True}
-RICH = {**TEXT, **CAPTIONS, "flip_aug": True, "lr_scheduler": "cosine", "lr_warmup_steps": 2, "max_train_steps": 7,
+RICH = {**TEXT, **CAPTIONS, "flip_aug": True, "lr_scheduler": "cosine", "lr_warmup_steps": 2, "max_train_steps": 6,
         "train_batch_size": 2, "gradient_accumulation_steps": 2}
 
 CASES = {
@@ -294,21 +296,21 @@ CASES = {
     "sdxl with text encoders": Case("sdxl", "shapes", {**TEXT, "train_batch_size": 2}),
     "gradient accumulation": Case("sd1", "plain", {
         "gradient_accumulation_steps": 3, "weight_decay": 0.2, "max_grad_norm": 0.05}),
-    "captions": Case("sd1", "plain", {**CAPTIONS, "max_train_steps": 8}),
-    "captions with text encoder": Case("sd1", "plain", {**TEXT, **CAPTIONS, "train_batch_size": 2, "max_train_steps": 6}),
+    "captions": Case("sd1", "plain", {**CAPTIONS, "max_train_steps": 6}),
+    "captions with text encoder": Case("sd1", "plain", {**TEXT, **CAPTIONS, "train_batch_size": 2}),
     "noise": Case("sd1", "plain", {"noise_offset": 0.1, "min_snr_gamma": 2}),
     "fresh images": Case("sd1", "shapes", {**FRESH, "train_batch_size": 2}),
     "buckets and repeats": Case("sd1", "shapes", {"train_batch_size": 2, "max_train_epochs": 2, "max_train_steps": 0}),
     "no upscaling": Case("sd1", "shapes", {"bucket_no_upscale": True, "min_bucket_reso": 256, "cache_latents_to_disk": True}),
     "one size": Case("sd1", "plain", {"enable_bucket": False, "resolution": "128,64"}),
     "regularisation": Case("sd1", "shapes", {"reg_data_dir": "class", "prior_loss_weight": 0.4, "train_batch_size": 2}),
-    "bf16": Case("sd1", "plain", {**TEXT, "mixed_precision": "bf16"}, tolerance=2e-2),
+    "bf16": Case("sd1", "plain", {**TEXT, "mixed_precision": "bf16"}, tolerance=1e-2),
     "gradient checkpointing": Case("sd1", "plain", {**TEXT, "gradient_checkpointing": True}),
     "int8": Case("sd1", "plain", {"base_weights": "int8"}),
     "fp8": Case("sdxl", "plain", {"base_weights": "fp8"}),
     "channels last": Case("sd1", "shapes", {"channels_last": "on"}),
     "warm-up and restarts": Case("sd1", "plain", {
-        "lr_scheduler": "cosine_with_restarts", "lr_scheduler_num_cycles": 2, "lr_warmup_steps": 2, "max_train_steps": 8}),
+        "lr_scheduler": "cosine_with_restarts", "lr_scheduler_num_cycles": 2, "lr_warmup_steps": 2, "max_train_steps": 7}),
     "linear, no min-snr": Case("sd1", "plain", {
         "lr_scheduler": "linear", "unet_lr": 0.01, "min_snr_gamma": 0, "save_precision": "bf16"}),
     "network_weights": Case("sd1", "plain", TEXT, on_from_a_file),
@@ -353,7 +355,7 @@ def outcome(case: Case, material: Material) -> dict[str, object]:
 
 def machine() -> dict[str, object]:
     """What the bytes of a run depend on beside its settings."""
-    return {"torch": torch.__version__.partition("+")[0], "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    return {"torch": torch.__version__, "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "cpu": cpu_name(), "threads": THREADS, "numpy": np.__version__, "pillow": PIL.__version__}
 
 
@@ -446,7 +448,7 @@ def test_a_run_gives_what_was_recorded(golden, material, made, name):
     found = made[name] = outcome(case, material)
     for number in NUMBERS:
         assert found[number] == pytest.approx(expected[number], rel=case.tolerance), (
-            f"{number} of '{name}' differs from golden.json by more than {case.tolerance}; {explained(recorded)}")
+            f"'{name}' differs from golden.json in {number} by more than {case.tolerance}; {explained(recorded)}")
     if same_kernels(recorded):
         assert found["sha256"] == expected["sha256"], (
             f"the tensors of '{name}' are no longer byte for byte those of golden.json; {explained(recorded)}")
