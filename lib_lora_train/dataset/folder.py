@@ -8,8 +8,6 @@ on a text without meaning.
 
 from __future__ import annotations
 
-import contextlib
-import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +25,6 @@ from lib_lora_train.errors import DatasetError, printable
 MASKS_FOLDER = "masks"  # beside the N_name folders, where the studio keeps them: no images to learn from
 _MANY = 100  # images from which on threads are worth their beginning
 _PREFETCH_PER_THREAD = 16  # files that may have been looked at, for each thread that does
-_LARGE = 32 << 20  # bytes of a file, which checking may have in memory at once; of larger ones only one is checked at a time
 
 
 @dataclass(frozen=True)
@@ -181,7 +178,6 @@ class _Reader:
 
     def __init__(self, problems: list[Problem], *, watch: Watch, max_pixels: int) -> None:
         self.problems, self.watch, self.max_pixels = problems, watch, max_pixels
-        self.one_large = threading.Lock()
         self.not_text: list[tuple[str, DatasetError]] = []
         self.empty: list[str] = []
         self.several_lines: list[str] = []
@@ -191,7 +187,8 @@ class _Reader:
         examples = []
         images = [(subset, image) for subset in subsets for image in subset.images]
         threads = reading_threads() if len(images) >= _MANY else 0
-        with Prefetch([image for _, image in images], self._checked, threads=threads, cost=lambda image: 0,
+        # A file may be in memory at once while it is checked.
+        with Prefetch([image for _, image in images], self._checked, threads=threads, cost=_file_bytes,
                       kept=lambda size: 0, most=_PREFETCH_PER_THREAD * max(1, threads)) as checked:
             for subset, image in images:
                 self.watch.check()
@@ -204,8 +201,7 @@ class _Reader:
     def _checked(self, image: Path) -> tuple[int, int] | DatasetError:
         """The image's size, or why it cannot be used; in any thread."""
         try:
-            with self.one_large if _file_bytes(image) > _LARGE else contextlib.nullcontext():
-                return check_image(image, max_pixels=self.max_pixels)
+            return check_image(image, max_pixels=self.max_pixels)
         except DatasetError as error:
             return error
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -260,22 +259,3 @@ def test_a_large_folder_read_in_threads_is_what_it_is_read_in_turn(tmp_path: Pat
     with pytest.raises(Interrupted):
         scan(tmp_path, max_train_epochs=1, should_stop=lambda: True)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("lora-train-ahead")]
-
-
-def test_large_files_are_checked_one_at_a_time(tmp_path: Path, make_image, monkeypatch) -> None:
-    for number in range(8):
-        make_image(f"{number}.png")
-    lock, active, most = threading.Lock(), [0], [0]
-
-    def check(path: Path, max_pixels: int) -> tuple[int, int]:
-        with lock:
-            active[0] += 1
-            most[0] = max(most[0], active[0])
-        time.sleep(0.01)  # time for the other threads, if they could
-        with lock:
-            active[0] -= 1
-        return 64, 48
-
-    for name, value in (("check_image", check), ("_MANY", 1), ("_LARGE", 1), ("reading_threads", lambda: 4)):
-        monkeypatch.setattr(folder_module, name, value)
-    assert scan(tmp_path, max_train_epochs=1).images == 8 and most == [1]
