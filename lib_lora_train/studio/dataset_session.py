@@ -15,10 +15,10 @@ from lib_lora_train.dataset.images import read_size
 from lib_lora_train.errors import DatasetError, SettingError
 from lib_lora_train.settings.allowed_paths import AllowedPaths
 from lib_lora_train.studio import thumbs
-from lib_lora_train.studio.captions.filter import filter_from_dict
+from lib_lora_train.studio.captions.filter import Filter
 from lib_lora_train.studio.captions.store import CaptionStore
 from lib_lora_train.studio.importing.owned import OwnedDataset
-from lib_lora_train.studio.requests import Selection
+from lib_lora_train.studio.requests import Selection, validated
 from lib_lora_train.studio.uploads import Uploads
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class DatasetSession:
         """The store's indices of what was selected; raises DatasetError where a name is none of them."""
         if selection.names is not None:
             return [self.index(name) for name in selection.names]
-        wanted = filter_from_dict(selection.filter)
+        wanted = validated(Filter, selection.filter, what="filter")
         found = self.store.select(wanted)
         if wanted.problem:  # what was found out about images is known here, not to the store
             found = [i for i in found if wanted.problem in self.problems(i) or (wanted.problem == "any" and self.problems(i))]

@@ -20,7 +20,7 @@ from lib_lora_train.studio.cropping.crop import Shape, apply_shape
 from lib_lora_train.studio.dataset_session import DatasetSession
 from lib_lora_train.studio.importing.collect import Upload, collect
 from lib_lora_train.studio.importing.owned import DEFAULT_REPEATS
-from lib_lora_train.studio.requests import Selection
+from lib_lora_train.studio.requests import Selection, validated
 from lib_lora_train.studio.session import Studio, proposed_repeats
 from lib_lora_train.studio.tasks import Task
 from lib_lora_train.tagging.loop import tag_images
@@ -159,7 +159,7 @@ def check(studio: Studio, values: Mapping[str, object]) -> int:
 
 def shape(studio: Studio, values: Mapping[str, Any], selection: Selection) -> int:
     """Cut and scale the selected images. Raises UserError, HostError."""
-    wanted = Shape.from_dict(values)
+    wanted = validated(Shape, values, what="shape")
     with studio.changing("shaped") as session:
         names = session.chosen_names(selection)
         for name in names:

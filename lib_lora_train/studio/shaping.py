@@ -16,12 +16,13 @@ from lib_lora_train.studio import thumbs
 from lib_lora_train.studio.cropping import crop as shapes
 from lib_lora_train.studio.cropping import mask as masks
 from lib_lora_train.studio.dataset_session import DatasetSession
+from lib_lora_train.studio.requests import validated
 from lib_lora_train.studio.session import Studio
 
 
 def preview(studio: Studio, name: str, values: Mapping[str, Any]) -> bytes:
     """The image as a shape would make it, a JPEG; nothing is written. Raises UserError."""
-    shape = shapes.Shape.from_dict(values)
+    shape = validated(shapes.Shape, values, what="shape")
     with studio.using() as session:
         session.path(name)
         dataset = session.dataset

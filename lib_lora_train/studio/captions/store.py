@@ -174,7 +174,7 @@ class CaptionStore:
         change = edit.change(lambda: (caption.text or "" for caption in self._captions_of(range(len(self)))))
         texts = {caption: _checked(change(caption.text or ""), before=caption.text or "")
                  for caption in self._captions_of(indices) if caption.text is not None or edit.replaces_unreadable}
-        return self._do(edit.label, texts)
+        return self._do(edit.label(), texts)
 
     def set_captions(self, captions: Mapping[int, str], label: str) -> int:
         """New captions by index as one step; returns how many changed. Raises SettingError for one that is too long."""

@@ -17,6 +17,7 @@ from lib_lora_train.studio.commands.progress import progress_bar
 from lib_lora_train.studio.cropping.crop import Box, Shape, Shaped, apply_shape, done_to, plan_shape
 from lib_lora_train.studio.importing.collect import Collected, collect
 from lib_lora_train.studio.importing.owned import DEFAULT_REPEATS, FILE_NAME, OwnedDataset
+from lib_lora_train.studio.requests import validated
 
 SOME_LEFT_OUT = 3
 
@@ -25,8 +26,8 @@ def run(chosen: argparse.Namespace) -> int:
     """`prepare`; returns the exit code. Raises UserError for bad input."""
     shape = None
     if chosen.side:
-        shape = Shape.from_dict({"mode": "square" if chosen.square else "buckets", "side": chosen.side, "focus": chosen.focus,
-                                 "enlarge": chosen.enlarge})
+        shape = validated(Shape, {"mode": "square" if chosen.square else "buckets", "side": chosen.side,
+                                  "focus": chosen.focus, "enlarge": chosen.enlarge}, what="shape")
     try:
         return _dry_run(chosen, shape) if chosen.dry_run else _real_run(chosen, shape)
     except KeyboardInterrupt:

@@ -7,20 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pydantic.dataclasses
 from PIL import Image
 from pydantic import StrictBool, confloat, conint
 
 from lib_lora_train.dataset.buckets import Buckets, TrainingSizes, buckets_for
-from lib_lora_train.errors import SettingError
 from lib_lora_train.model.family import FAMILIES, training_sizes
 from lib_lora_train.settings import DatasetSettings
 from lib_lora_train.studio.cropping.subject import SubjectBox, subject_box
-from lib_lora_train.studio.requests import validated
 
 Share = confloat(ge=0, le=1)
 Edges = tuple[float, float, float, float]  # left, top, right, bottom in pixels
@@ -40,18 +37,6 @@ class Shape:
     focus: Literal["centre", "subject"] | tuple[Share, Share] = "centre"
     flip: StrictBool = False
     enlarge: StrictBool = False
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Shape:
-        """A shape as JSON has it. Raises SettingError for names and values that are none."""
-        names = [field.name for field in dataclasses.fields(cls)]
-        if unknown := sorted(set(map(str, values)) - set(names)):
-            raise SettingError(f"A shape has no {unknown[0]!r}", remedy=f"it has {', '.join(names)}")
-        return validated(cls, values, what="shape")
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
-        return dataclasses.asdict(self)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from lib_lora_train.studio.cropping.crop import (
 )
 from lib_lora_train.studio.cropping.crop_plan import Box, find_subject, plan_shape, render
 from lib_lora_train.studio.importing.owned import OwnedDataset
+from lib_lora_train.studio.requests import validated
 
 SIZES = [(1000, 1500), (1500, 1000), (512, 512), (513, 511), (3000, 400), (400, 3000), (640, 480), (1023, 769)]
 
@@ -130,13 +132,13 @@ def test_a_side_of_1024_has_the_buckets_of_sdxl():
     {"focus": [float("nan"), 0]}, {"flip": "yes"}, {"enlarge": 1}, {"unknown": 1}, {"mode": None}])
 def test_what_is_no_shape_is_a_sentence(values: dict[str, object]):
     with pytest.raises(SettingError):
-        Shape.from_dict(values)
+        validated(Shape, values)
 
 
 def test_a_shape_is_the_same_after_json():
     for shape in (Shape(), Shape("square", 768, focus=(0.25, 1), flip=True, enlarge=True), Shape("keep", focus="subject")):
-        assert Shape.from_dict(shape.to_dict()) == shape
-    assert Shape.from_dict({"focus": [0, 1]}) == Shape(focus=(0.0, 1.0))
+        assert validated(Shape, dataclasses.asdict(shape)) == shape
+    assert validated(Shape, {"focus": [0, 1]}) == Shape(focus=(0.0, 1.0))
 
 
 def test_images_and_masks_get_the_shape_and_come_back_byte_for_byte(dataset: OwnedDataset):
