@@ -7,12 +7,11 @@ Nothing is written before `save`. Not for several threads at once: the studio ho
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lib_lora_train.dataset.captions import split_tags
+from lib_lora_train.dataset.captions import count_tags
 from lib_lora_train.dataset.listing import MayRead, by_name
 from lib_lora_train.errors import DatasetError, SettingError, printable, translated
 from lib_lora_train.studio.captions.edits import Edit
@@ -119,10 +118,6 @@ class CaptionStore:
             raise DatasetError(problem)
         return self.caption(index)
 
-    def caption_file(self, index: int) -> Path:
-        """The file the caption is kept in, whether or not it exists yet."""
-        return self._shown[index].caption.file
-
     def is_changed(self, index: int) -> bool:
         """Whether the caption differs from what is saved."""
         caption = self._shown[index].caption
@@ -151,19 +146,9 @@ class CaptionStore:
                 if (self.is_changed(index) or not wanted.changed_only) and accepts(self.caption(index))]
 
     def tags(self, indices: Iterable[int] | None = None) -> list[tuple[str, int]]:
-        """(tag, images that carry it), the most frequent first, then by name.
-
-        Spellings that differ in case only are one tag, shown as it is written most often.
-        """
-        spellings: Counter[str] = Counter()
-        for index in range(len(self)) if indices is None else indices:
-            spellings.update({tag.casefold(): tag for tag in split_tags(self.caption(index))}.values())
-        counts: Counter[str] = Counter()
-        shown: dict[str, str] = {}
-        for tag, count in sorted(spellings.items(), key=lambda item: (-item[1], item[0])):
-            counts[tag.casefold()] += count
-            shown.setdefault(tag.casefold(), tag)
-        return [(shown[key], count) for key, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
+        """(tag, images that carry it), the most frequent first, then by name."""
+        chosen = range(len(self)) if indices is None else indices
+        return list(count_tags(map(self.caption, chosen)).items())
 
     # ---- editing
 
