@@ -14,7 +14,7 @@ import contextlib
 import struct
 import threading
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -155,7 +155,6 @@ def _user_comment(data: bytes) -> str:
 @contextlib.contextmanager
 def _open(path: Path, max_pixels: int) -> Iterator[Image.Image]:
     """The image, opened lazily; every foreign error inside becomes a DatasetError naming the file."""
-    _register_avif()
     why, remedy = "", ""
     try:
         size = path.stat().st_size
@@ -199,17 +198,12 @@ def _reason(error: BaseException) -> tuple[str, str]:
 
 
 def _known_formats() -> list[str]:
-    """Those of ours that this Pillow and its plug-ins read."""
-    if any(name not in Image.OPEN for name in _FORMATS[:8]):
-        Image.init()
-    return [name for name in _FORMATS if name in Image.OPEN]
-
-
-def _register_avif() -> None:
-    """The WebUI ships AVIF as a plug-in of Pillow that only an import switches on."""
-    if ".avif" not in Image.registered_extensions():
+    """Those of ours that this Pillow and its plug-ins read. The WebUI ships AVIF as one that only an import switches on."""
+    Image.init()
+    if "AVIF" not in Image.OPEN:
         with contextlib.suppress(ImportError):
             import pillow_avif  # noqa: F401
+    return [name for name in _FORMATS if name in Image.OPEN]
 
 
 class _Intolerance:
@@ -300,7 +294,7 @@ def _to_rgb(image: Image.Image, turn: Image.Transpose | None) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         image = _deep_grey_to_rgb(image)
     elif _may_be_transparent(image):
-        image = _from_strips(image.size, ((box, _on_white(part)) for box, part in _strips(image)))
+        image = _in_strips(image, _on_white)
     elif image.mode == "RGB":
         return image.copy() if turn is None else image.transpose(turn)
     else:
@@ -308,22 +302,13 @@ def _to_rgb(image: Image.Image, turn: Image.Transpose | None) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-_Box = tuple[int, int, int, int]  # left, top, right, bottom
-
-
-def _strips(image: Image.Image) -> Iterator[tuple[_Box, Image.Image]]:
-    """The image from top to bottom in parts, of which only one is in memory at a time."""
+def _in_strips(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """The RGB image that `convert` makes, a strip at a time, so that only a strip of its copies is in memory."""
+    made = Image.new("RGB", image.size)
     for top in range(0, image.height, _STRIP):
         box = (0, top, image.width, min(top + _STRIP, image.height))
-        yield box, image.crop(box)
-
-
-def _from_strips(size: tuple[int, int], parts: Iterable[tuple[_Box, Image.Image]]) -> Image.Image:
-    """The strips, mode RGB, as one image."""
-    image = Image.new("RGB", size)
-    for box, part in parts:
-        image.paste(part, box)
-    return image
+        made.paste(convert(image.crop(box)), box)
+    return made
 
 
 def _on_white(image: Image.Image) -> Image.Image:
@@ -350,17 +335,16 @@ def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
     they fit, otherwise its own maximum.
     """
     sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
-    top = 65535.0 if sixteen else max(float(_finite(part).max(initial=0.0)) for _, part in _strips(image))
+    top = 65535.0
+    if not sixteen:
+        samples = np.asarray(image)
+        top = float(samples.max(where=np.isfinite(samples), initial=0))
 
     def to_rgb(part: Image.Image) -> Image.Image:
-        grey = _finite(part)
+        grey = np.nan_to_num(np.asarray(part).astype(np.float64), posinf=0.0, neginf=0.0)
         if image.mode == "F" and top <= 1.0:
             grey = grey * 255 + 0.5
         elif top > 255:
             grey = grey // 256 if top <= 65535 else grey * (255 / top)
         return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
-    return _from_strips(image.size, ((box, to_rgb(part)) for box, part in _strips(image)))
-
-
-def _finite(grey: Image.Image) -> np.ndarray:
-    return np.nan_to_num(np.asarray(grey).astype(np.float64), posinf=0.0, neginf=0.0)
+    return _in_strips(image, to_rgb)

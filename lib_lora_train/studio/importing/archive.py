@@ -113,34 +113,18 @@ def open_archive(path: Path, *, limits: Limits | None = None) -> Iterator[Archiv
     what = f"The archive {path.name} cannot be used"
     with contextlib.ExitStack() as stack:
         with _damage(what):
-            file = stack.enter_context(path.open("rb"))
-            packed = stack.enter_context(zipfile.ZipFile(_Bounded(file)))
+            packed = stack.enter_context(zipfile.ZipFile(stack.enter_context(_Bounded(path))))
             archive = Archive(packed, path, limits or Limits())
         yield archive
 
 
-class _Bounded(io.RawIOBase):
+class _Bounded(io.FileIO):
     """A file that refuses to read very much at once."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
 
     def read(self, size: int = -1) -> bytes:
         if size > _MOST_DIRECTORY:
             raise zipfile.BadZipFile("its list of contents is enormous")
-        return self._file.read(size if size >= 0 else _MOST_DIRECTORY)
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
+        return super().read(size if size >= 0 else _MOST_DIRECTORY)
 
 
 @contextlib.contextmanager
