@@ -243,13 +243,12 @@ class Studio:
 
     def removed(self, session: DatasetSession, names: Sequence[str]) -> int:
         """These images were moved out of the folder: tell the store, and how to bring them back. Returns how many."""
-        def move(there: bool) -> None:
+        def move(back: bool) -> None:
             self.refuse_while_training("moved")
             self._refuse_while_busy("moved")
-            (session.dataset.restore if there else session.dataset.remove)(names)
+            (session.dataset.restore if back else session.dataset.remove)(names)
 
-        count = session.store.remove([session.index(name) for name in names], before_undo=lambda: move(True),
-                                     before_redo=lambda: move(False))
+        count = session.store.remove([session.index(name) for name in names], move=move)
         session.renew()
         return count
 
@@ -330,12 +329,10 @@ def proposed_repeats(images: int) -> int:
 def _marks(folder: Path) -> tuple[tuple[str, int], ...]:
     """What changes when a dataset is added or removed, or gets or loses a file: times of its folder and of those in it."""
     found = []
-    with contextlib.suppress(OSError):
-        for dataset in sorted(folder.iterdir()):
-            with contextlib.suppress(OSError):  # gone meanwhile, or not for us
-                found += [(entry.path, entry.stat().st_mtime_ns) for entry in os.scandir(dataset)]
-                found.append((str(dataset), dataset.stat().st_mtime_ns))
-    return tuple(found)
+    for path in (*folder.glob("*"), *folder.glob("*/*")):
+        with contextlib.suppress(OSError):  # gone meanwhile, or not for us
+            found.append((str(path), path.stat().st_mtime_ns))
+    return tuple(sorted(found))
 
 
 def _overlap(path: str, folder: Path) -> bool:

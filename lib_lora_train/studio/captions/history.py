@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 MOST_STEPS = 200
@@ -18,10 +18,9 @@ class Step:
     label: str
     texts: Mapping[Any, tuple[str | None, str | None]] = field(default_factory=dict)
     removed: frozenset[Any] = frozenset()
-    before_undo: Callable[[], None] | None = None
-    before_redo: Callable[[], None] | None = None
+    move: Callable[[bool], None] = lambda back: None  # called before the images come back (True) or go once more (False)
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Characters it keeps in memory."""
         return sum(len(before or "") + len(after or "") for before, after in self.texts.values())
@@ -31,27 +30,12 @@ class History:
     """Two stacks of steps."""
 
     def __init__(self) -> None:
-        self.done: deque[Step] = deque()
+        self.done: list[Step] = []
         self.undone: list[Step] = []
-        self._size = 0
 
     def push(self, step: Step) -> None:
         """A new step; what had been undone can no longer be redone."""
         self.undone.clear()
-        self._keep(step)
-
-    def undone_last(self) -> None:
-        """The newest step was undone."""
-        step = self.done.pop()
-        self._size -= step.size
-        self.undone.append(step)
-
-    def redone_last(self) -> None:
-        """The step undone last was redone."""
-        self._keep(self.undone.pop())
-
-    def _keep(self, step: Step) -> None:
         self.done.append(step)
-        self._size += step.size
-        while len(self.done) > 1 and (len(self.done) > MOST_STEPS or self._size > MOST_CHARACTERS):
-            self._size -= self.done.popleft().size
+        while len(self.done) > 1 and (len(self.done) > MOST_STEPS or sum(step.size for step in self.done) > MOST_CHARACTERS):
+            del self.done[0]

@@ -18,7 +18,6 @@ from lib_lora_train.studio.captions.edits import Edit
 from lib_lora_train.studio.captions.files import (
     Found,
     OnDisk,
-    find_among,
     find_images,
     is_forbidden,
     one_line,
@@ -167,28 +166,22 @@ class CaptionStore:
 
     def undo(self) -> str:
         """Revert the last step; returns its label, "" where there is none."""
-        if not self._history.done:
-            return ""
-        step = self._history.done[-1]
-        if step.before_undo is not None:
-            step.before_undo()
-        for caption, (before, _) in step.texts.items():
-            caption.text = before
-        self._show([*self._shown, *step.removed])
-        self._history.undone_last()
-        return step.label
+        return self._move(self._history.done, self._history.undone, back=True)
 
     def redo(self) -> str:
         """Redo the step that was undone last; returns its label, "" where there is none."""
-        if not self._history.undone:
+        return self._move(self._history.undone, self._history.done, back=False)
+
+    def _move(self, steps: list[Step], onto: list[Step], *, back: bool) -> str:
+        if not steps:
             return ""
-        step = self._history.undone[-1]
-        if step.before_redo is not None:
-            step.before_redo()
-        for caption, (_, after) in step.texts.items():
-            caption.text = after
-        self._show(set(self._shown) - step.removed)
-        self._history.redone_last()
+        step = steps[-1]
+        if step.removed:
+            step.move(back)
+        for caption, texts in step.texts.items():
+            caption.text = texts[0 if back else 1]
+        self._show([*self._shown, *step.removed] if back else set(self._shown) - step.removed)
+        onto.append(steps.pop())
         return step.label
 
     @property
@@ -210,20 +203,19 @@ class CaptionStore:
 
     def add(self, images: Iterable[Path]) -> int:
         """Images that are in the folder now: known from here on, with their captions. Not a step. Returns how many are new."""
-        before, images = len(self), list(images)
-        self._show([*self._shown, *(self._known[image] for image in images if image in self._known)])
-        self._add(find_among([image for image in images if image not in self._known], may_read=self._may_read))
+        before, wanted = len(self), set(images)
+        self._show([*self._shown, *(self._known[image] for image in wanted if image in self._known)])
+        self._add([found for found in find_images(self.folder, may_read=self._may_read)
+                   if found.image in wanted and found.image not in self._known])
         return len(self) - before
 
-    def remove(self, indices: Iterable[int], *, before_undo: Callable[[], None] | None = None,
-               before_redo: Callable[[], None] | None = None) -> int:
-        """Images that the caller has moved out of the folder, as one step. `undo` and `redo` call `before_undo` and
-        `before_redo`: what they raise leaves the captions as they are. Captions not yet saved come back with them."""
+    def remove(self, indices: Iterable[int], *, move: Callable[[bool], None]) -> int:
+        """Images that the caller has moved out of the folder, as one step. `undo` calls `move(True)`, which moves them back,
+        and `redo` `move(False)`: what it raises leaves the captions as they are. Captions not yet saved come back too."""
         gone = frozenset(self._shown[index] for index in indices)
         if gone:
             self._show(set(self._shown) - gone)
-            label = f"Remove {len(gone)} picture{'s' if len(gone) > 1 else ''}"
-            self._history.push(Step(label, removed=gone, before_undo=before_undo, before_redo=before_redo))
+            self._history.push(Step(f"Remove {len(gone)} picture{'s' if len(gone) > 1 else ''}", removed=gone, move=move))
         return len(gone)
 
     def moved(self, old: Path, new: Path) -> None:
