@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lib_lora_train.dataset.captions import count_tags
 from lib_lora_train.dataset.listing import MayRead, by_name
-from lib_lora_train.errors import DatasetError, SettingError, printable, translated
+from lib_lora_train.errors import DatasetError, SettingError, counted, printable, translated
 from lib_lora_train.studio.captions.edits import Edit
 from lib_lora_train.studio.captions.files import (
     Found,
@@ -215,7 +215,7 @@ class CaptionStore:
         gone = frozenset(self._shown[index] for index in indices)
         if gone:
             self._show(set(self._shown) - gone)
-            self._history.push(Step(f"Remove {len(gone)} picture{'s' if len(gone) > 1 else ''}", removed=gone, move=move))
+            self._history.push(Step(f"Remove {counted(len(gone), 'picture')}", removed=gone, move=move))
         return len(gone)
 
     def moved(self, old: Path, new: Path) -> None:
@@ -272,11 +272,11 @@ class CaptionStore:
             if caption := self._captions.get(_file_key(path)):
                 caption.on_disk(self._read(path))
         if done.written and not self._captions:
-            self.notes += (f"A save that was interrupted was finished: {_count(len(done.written))}.",)
+            self.notes += (f"A save that was interrupted was finished: {counted(len(done.written), 'caption')}.",)
         if done.conflicts:
             kept = printable(str(self.folder / STUDIO / "backup"))
-            self.notes += (f"An interrupted save could not be finished for {_count(len(done.conflicts))} that another "
-                           f"program changed since; what was to be written is kept in {kept}.",)
+            self.notes += (f"An interrupted save could not be finished for {counted(len(done.conflicts), 'caption')} that "
+                           f"another program changed since; what was to be written is kept in {kept}.",)
 
     def _add(self, found: Sequence[Found]) -> None:
         for entry in found:
@@ -311,10 +311,6 @@ def _checked(text: str, *, before: str) -> str:
     if len(text) > max(MOST_CHARACTERS, len(before)):
         raise SettingError(f"A caption would be longer than {MOST_CHARACTERS} characters", remedy="replace with less")
     return one_line(text)
-
-
-def _count(captions: int) -> str:
-    return "1 caption" if captions == 1 else f"{captions} captions"
 
 
 def _file_key(path: Path) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lib_lora_train.dataset.plan import plain_folder_repeats
-from lib_lora_train.errors import DatasetError, translated
+from lib_lora_train.errors import DatasetError, counted, translated
 from lib_lora_train.studio.commands.arguments import USUAL_EPOCHS
 from lib_lora_train.studio.commands.progress import progress_bar
 from lib_lora_train.studio.cropping.crop import Box, Shape, Shaped, apply_shape, done_to, plan_shape
@@ -149,7 +149,7 @@ def _report(chosen: argparse.Namespace, dataset: OwnedDataset, found: Collected,
         print(f"left out {name}: {why}")
     for note in notes:
         print(f"note: {note}")
-    count = f"{len(rows)} picture{'' if len(rows) == 1 else 's'}"
+    count = counted(len(rows), "picture")
     print(f"{count} would be added. Nothing was written." if chosen.dry_run else
           f"{count} added to {dataset.images_folder}. Train with --data \"{dataset.folder}\".")
     return SOME_LEFT_OUT if skipped else 0

@@ -22,7 +22,7 @@ from pydantic import StrictBool, ValidationError, confloat
 from lib_lora_train.dataset.captions import CAPTION_SUFFIXES
 from lib_lora_train.dataset.images import read_image, read_layers, read_size
 from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
-from lib_lora_train.errors import DatasetError, SettingError, translated
+from lib_lora_train.errors import DatasetError, SettingError, counted, translated
 from lib_lora_train.storage.atomic import replacing, write_atomic
 from lib_lora_train.studio.cropping.crop_plan import Box, Edges, Shape, find_subject, plan_shape, render
 from lib_lora_train.studio.cropping.encode import WRITTEN_SUFFIXES, encode
@@ -86,10 +86,11 @@ def apply_shape(
     done, skipped = _each(dataset, names, watch=watch, change=lambda name, notes: _change_image(dataset, name, notes, change))
     notes = []
     if small and shape.enlarge:
-        notes.append(f"{_images(small)} had to be enlarged, up to {enlarged:.1f} times: they have less detail than it seems.")
+        notes.append(f"{counted(small, 'picture')} had to be enlarged, up to {enlarged:.1f} times: they have less detail than "
+                     "it seems.")
     elif small:
-        notes.append(f"{_images(small)} {'is' if small == 1 else 'are'} smaller than asked for (up to {enlarged:.1f} "
-                     "times), and not enlarged.")
+        notes.append(f"{counted(small, 'picture')} {'is' if small == 1 else 'are'} smaller than asked for (up to "
+                     f"{enlarged:.1f} times), and not enlarged.")
     return Shaped(done, skipped, tuple(notes))
 
 
@@ -332,7 +333,3 @@ def _tiles(length: int, tile: int, overlap: float) -> list[tuple[int, int]]:
 def _copy(source: Path, target: Path) -> None:
     with source.open("rb") as read, replacing(target, one_of_many=True) as file:
         shutil.copyfileobj(read, file, 1 << 20)
-
-
-def _images(count: int) -> str:
-    return f"{count} picture{'' if count == 1 else 's'}"

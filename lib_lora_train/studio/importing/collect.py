@@ -20,10 +20,10 @@ from PIL import Image
 from lib_lora_train.dataset.captions import first_line, read_caption
 from lib_lora_train.dataset.images import MAX_BYTES, Layers, read_layers
 from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
-from lib_lora_train.errors import DatasetError, printable, translated
+from lib_lora_train.errors import DatasetError, counted, printable, translated
 from lib_lora_train.storage.atomic import replacing, write_atomic
 from lib_lora_train.studio.cropping.encode import encode
-from lib_lora_train.studio.importing.archive import Archive, Limits
+from lib_lora_train.studio.importing.archive import Archive, Limits, open_archive
 from lib_lora_train.studio.importing.names import FreeNames, safe_stem
 from lib_lora_train.studio.importing.owned import Note, OwnedDataset
 from lib_lora_train.studio.importing.sources import Found, Location, Source, Upload, list_sources, reason
@@ -76,7 +76,8 @@ def collect(
 def _collect_source(source: Source, collector: _Collector, *, limits: Limits | None, watch: Watch) -> None:
     with contextlib.ExitStack() as stack:
         try:
-            session = stack.enter_context(source.session(limits))
+            session = stack.enter_context(
+                open_archive(source.archive, limits=limits) if source.archive else contextlib.nullcontext())
         except DatasetError as error:  # it could be listed a moment ago
             collector.skipped.append((source.name, reason(error)))
             return
@@ -181,7 +182,7 @@ class _Collector:
 
     def notes(self) -> tuple[str, ...]:
         """One sentence for each thing that happened to several images."""
-        return tuple(text.format(f"{count} picture{'' if count == 1 else 's'}") for text, count in self._counts.items())
+        return tuple(text.format(counted(count, "picture")) for text, count in self._counts.items())
 
     def _note(self, name: str, note: Note) -> None:
         self._notes[name] = note
