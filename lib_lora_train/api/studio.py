@@ -103,8 +103,8 @@ def _add_captions(get: Callable[..., None], post: Callable[..., None], studio: S
     post("tags", lambda r: view.tags(studio, r.filtered()), "Tags by frequency")
     post("edit", lambda r: {"changed": studio.edit(r.edit, r.selection())}, "Change captions")
     post("caption", lambda r: {"changed": studio.caption(r.id, r.text)}, "Change one caption")
-    post("undo", lambda _: {"label": studio.undo()}, "Take the last step back")
-    post("redo", lambda _: {"label": studio.redo()}, "Do it again")
+    post("undo", lambda _: {"label": studio.step(back=True)}, "Take the last step back")
+    post("redo", lambda _: {"label": studio.step(back=False)}, "Do it again")
     post("save", lambda r: studio.save(overwrite=r.overwrite), "Write the captions")
     post("tokens", lambda r: dict(zip(("tokens", "chunks"), studio.tokens(r.text), strict=True)),
          "Count tokens")

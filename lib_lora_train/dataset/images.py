@@ -1,4 +1,4 @@
-"""Opening one image the way a person would see it: upright, in RGB, on white.
+"""Opening one image the way a person would see it: upright, in RGB, on white; and one back into a file.
 
 Handles EXIF orientation, greyscale, palette, CMYK, 16-bit and float samples, transparency (laid on
 white) and the first frame of an animation. Not covered: colour profiles (as in kohya's trainer, the
@@ -11,6 +11,7 @@ that names the file here, and nowhere else.
 from __future__ import annotations
 
 import contextlib
+import io
 import struct
 import threading
 import zlib
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, PngImagePlugin
 
 from lib_lora_train.errors import DatasetError
 
@@ -38,6 +39,8 @@ MAX_BYTES = 256 << 20
 _MOST_CHUNKS = 100_000
 _STRIP = 64  # rows converted to RGB together where the conversion needs several copies
 _MOST_EXIF = 65_000  # what fits into a JPEG
+JPEG_QUALITY = 95  # with colours at full resolution: what is lost is below what the VAE sees
+WRITTEN_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 _ORIENTATION_TAG = 0x0112
 _EXIF_TAG, _USER_COMMENT_TAG = 0x8769, 0x9286
@@ -58,13 +61,13 @@ def is_image_name(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 
 
-def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def read_image(path: Path) -> Image.Image:
     """Decode the image: upright, mode RGB, transparency laid on white.
 
     Raises DatasetError, naming the file, if it is missing, unreadable, empty, truncated, no image,
-    or has more than `max_pixels` pixels.
+    or has more than `MAX_PIXELS` pixels.
     """
-    with _open(path, max_pixels) as image:
+    with _open(path) as image:
         # Pillow turns a TIFF while decoding it, and only a TIFF.
         turn = None if image.format == "TIFF" else _UPRIGHT.get(_orientation(image, path))
         _load(image)
@@ -83,9 +86,9 @@ class Layers:
     exif: bytes  # without the orientation, for a file with these pixels; b"" for none
 
 
-def read_layers(path: Path, *, max_pixels: int = MAX_PIXELS) -> Layers:
+def read_layers(path: Path) -> Layers:
     """Decode the image, keeping its transparency and its notes apart. Errors as in `read_image`."""
-    with _open(path, max_pixels) as image:
+    with _open(path) as image:
         kind = image.format or ""
         turn = None if kind == "TIFF" else _UPRIGHT.get(_orientation(image, path))
         exif = b"" if kind == "TIFF" else _exif_of_upright(image)  # a TIFF's describes the layout of its pixels
@@ -99,30 +102,54 @@ def read_layers(path: Path, *, max_pixels: int = MAX_PIXELS) -> Layers:
         return Layers(rgb, alpha, as_stored, kind, text if isinstance(text, str) else "", exif)
 
 
-def read_size(path: Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+def encode_image(image: Image.Image, *, suffix: str, layers: Layers | None = None) -> bytes:
+    """`image` (mode RGB or L) as the file that `suffix` says, upright, with what generators and cameras wrote into `layers`.
+
+    JPEG and WebP are written at high quality, not without loss. Raises DatasetError for other kinds.
+    """
+    exif = layers.exif if layers is not None else b""
+    buffer = io.BytesIO()
+    if suffix == ".png":
+        text = PngImagePlugin.PngInfo()
+        if layers is not None and layers.parameters:
+            text.add_itxt("parameters", layers.parameters)
+        image.save(buffer, "PNG", pnginfo=text, exif=exif)
+    elif suffix in (".jpg", ".jpeg"):
+        image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0, exif=exif)
+    elif suffix == ".webp":
+        image.save(buffer, "WEBP", quality=JPEG_QUALITY, method=4, exif=exif)
+    elif suffix == ".bmp":
+        image.save(buffer, "BMP")
+    else:
+        raise DatasetError(f"A picture cannot be written as {suffix}", why="training tools do not all read that kind",
+                           remedy="import it into a dataset, which makes it a PNG")
+    return buffer.getvalue()
+
+
+def read_size(path: Path) -> tuple[int, int]:
     """(width, height) of the upright image, from its header only. Errors as in `read_image`."""
-    with _open(path, max_pixels) as image:
+    with _open(path) as image:
         return _upright_size(image, path)
 
 
-def check_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+def check_image(path: Path) -> tuple[int, int]:
     """(width, height) like `read_size`, and the format's own check of the file where Pillow has one.
 
     That check finds damaged PNGs without decoding them; a truncated JPEG or WebP passes, and shows
     only in `read_image`, i.e. when its latents are computed.
     """
-    with _open(path, max_pixels) as image:
+    with _open(path) as image:
         size = _upright_size(image, path)
         image.verify()
         return size
 
 
-def read_texts(path: Path, *, max_pixels: int = MAX_PIXELS) -> dict[str, str]:
+def read_texts(path: Path) -> dict[str, str]:
     """The texts that a program kept inside the image, by their keyword; pixels are not decoded. Errors as in `read_image`.
 
     PNG's text chunks as they are called; a comment in EXIF (JPEG, WebP) as "UserComment", a GIF's as "comment".
     """
-    with _open(path, max_pixels) as image:
+    with _open(path) as image:
         texts = {key: value for key, value in image.info.items() if isinstance(key, str) and isinstance(value, str)}
         comment = image.info.get("comment")
         if isinstance(comment, bytes):
@@ -153,7 +180,7 @@ def _user_comment(data: bytes) -> str:
 
 
 @contextlib.contextmanager
-def _open(path: Path, max_pixels: int) -> Iterator[Image.Image]:
+def _open(path: Path) -> Iterator[Image.Image]:
     """The image, opened lazily; every foreign error inside becomes a DatasetError naming the file."""
     why, remedy = "", ""
     try:
@@ -165,10 +192,10 @@ def _open(path: Path, max_pixels: int) -> Iterator[Image.Image]:
                            "save it again as JPEG, PNG or WebP")
         else:
             with Image.open(path, formats=_known_formats()) as image:
-                if image.width * image.height <= max_pixels:
+                if image.width * image.height <= MAX_PIXELS:
                     yield image
                     return
-                why, remedy = (f"it is enormous ({image.width}×{image.height}, the limit is {max_pixels / 1e6:.0f} million "
+                why, remedy = (f"it is enormous ({image.width}×{image.height}, the limit is {MAX_PIXELS / 1e6:.0f} million "
                                "pixels)", "make it smaller")
     except DatasetError:
         raise

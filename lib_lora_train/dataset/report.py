@@ -16,7 +16,6 @@ from lib_lora_train.dataset import likeness
 from lib_lora_train.dataset.advice import Circumstances, advise
 from lib_lora_train.dataset.buckets import DEFAULT_SIZES, Buckets, Placement, Size, TrainingSizes, buckets_for
 from lib_lora_train.dataset.captions import Tokenizer, count_tags, first_line, with_trigger_word
-from lib_lora_train.dataset.crop_sheet import crop_sheet
 from lib_lora_train.dataset.findings import Examined, Proposal, Report
 from lib_lora_train.dataset.folder import Subset, find_images
 from lib_lora_train.dataset.images import read_image
@@ -25,8 +24,6 @@ from lib_lora_train.dataset.plan import plain_folder_repeats, plan_run
 from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
 from lib_lora_train.errors import DatasetError, printable
 from lib_lora_train.settings import Settings
-
-__all__ = ["Examined", "Proposal", "Report", "Tokenizer", "crop_sheet", "examine"]
 
 ENLARGED = 1.1  # more than this many times as long at the training size: small
 NARROW = 3.0  # longer side / shorter side; beyond it models generate things twice

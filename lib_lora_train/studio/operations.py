@@ -80,7 +80,7 @@ def _import(studio: Studio, from_where: Sequence[Path | Upload], *, uploads: lis
                     studio.changed()
             for note in notes:
                 task.problem("", note)
-            task.result({"added": [session.name(path) for path in new[:1000]], "count": len(new)})
+            task.add_result({"added": [session.name(path) for path in new[:1000]], "count": len(new)})
             return f"{stopped}{counted(len(new), 'picture')} added."
 
         def ended() -> None:
@@ -132,7 +132,7 @@ def tag(studio: Studio, source_name: str, values: Mapping[str, Any], selection: 
                 changed = session.store.set_captions(there, f"Caption with {source.label}") if there else 0
                 session.renew()
                 studio.changed()
-        task.result({"changed": changed})
+        task.add_result({"changed": changed})
         return f"{stopped}{counted(changed, 'caption')} changed, not saved yet."
 
     return studio.tasks.start("Captioning", run)
@@ -182,7 +182,7 @@ def shape(studio: Studio, values: Mapping[str, Any], selection: Selection) -> in
                     task.problem(name, why)
                 for note in shaped.notes:
                     task.problem("", note)
-                task.result({"count": len(shaped.done)})
+                task.add_result({"count": len(shaped.done)})
                 return f"{counted(len(shaped.done), 'picture')} shaped."
             finally:
                 # Also where it was stopped: some are different now.
@@ -218,7 +218,7 @@ def check_captions(studio: Studio, selection: Selection, *, seeds: int, steps: i
                     continue
                 _store_score(studio, session, checked, folder)
                 count += 1
-        task.result({"checked": count})
+        task.add_result({"checked": count})
         return f"{counted(count, 'caption')} checked; look at the lowest scores first."
 
     return _start_with_model(studio, "Checking captions", run)
@@ -253,10 +253,10 @@ def class_images(studio: Studio, *, prompts: Sequence[str], count: int, size: tu
         folder = session.dataset.folder.with_name(f"{session.dataset.name}-reg")
 
     def run(task: Task) -> str:
-        task.result({"reg_data_dir": str(folder)})
+        task.add_result({"reg_data_dir": str(folder)})
         made = make_class_images(studio.host, prompts=prompts, count=count, folder=folder, size=size, steps=steps, cfg=cfg,
                                  seed=seed, on_progress=task.progress, should_stop=task.should_stop)
-        task.result({"made": made.made, "found": made.found})
+        task.add_result({"made": made.made, "found": made.found})
         return f"{made.made:,} painted, {made.found:,} were there."
 
     return _start_with_model(studio, "Painting class pictures", run)

@@ -24,7 +24,6 @@ from lib_lora_train.settings import Settings
 from lib_lora_train.settings.allowed_paths import inside
 from lib_lora_train.studio import thumbs
 from lib_lora_train.studio.captions.edits import Edit, SetCaption, edit_from_dict
-from lib_lora_train.studio.captions.store import CaptionStore
 from lib_lora_train.studio.dataset_session import DatasetSession
 from lib_lora_train.studio.importing.owned import OwnedDataset, list_datasets
 from lib_lora_train.studio.requests import Selection
@@ -40,7 +39,7 @@ class Studio:
         self.host, self.runner, self.tasks = host, runner, Tasks()
         self._lock = threading.RLock()
         self._session: DatasetSession | None = None
-        self._version = 0
+        self.version = 0  # grows whenever something that a page shows has changed, but for the progress of a task
         self._listed: tuple[object, list[tuple[str, int]]] | None = None
         self._tokenizer: Tokenizer | None = None
         runner.guard(self.refuse_training)
@@ -79,15 +78,10 @@ class Studio:
         with self._lock:
             yield self._session
 
-    @property
-    def version(self) -> int:
-        """Grows whenever something that a page shows has changed, but for the progress of a task."""
-        return self._version
-
     def changed(self) -> None:
         """Something that a page shows is different now."""
         with self._lock:
-            self._version += 1
+            self.version += 1
 
     def datasets(self) -> list[tuple[str, int]]:
         """(name, images) of each dataset there is. A page asks every second: they are counted anew only when a folder has
@@ -163,19 +157,12 @@ class Studio:
                 self.changed()
             return changed
 
-    def undo(self) -> str:
-        """Undo the last step; its label, "" where there is none. Removed images come back with it, which is refused
-        while a task or a training uses them, as every change of images is."""
-        return self._step(lambda store: store.undo())
-
-    def redo(self) -> str:
-        """Redo the step that was undone last; its label, "" where there is none. Refused as `undo` is."""
-        return self._step(lambda store: store.redo())
-
-    def _step(self, step: Callable[[CaptionStore], str]) -> str:
+    def step(self, *, back: bool) -> str:
+        """Undo the last step, or redo the one that was undone last; its label, "" where there is none. Removed images come
+        back with it, or go, which is refused while a task or a training uses them, as every change of images is."""
         with self.using() as session:
             before = set(session.names)
-            label = step(session.store)
+            label = session.store.undo() if back else session.store.redo()
             if label:
                 session.renew()
                 session.forget_findings([name for name in before ^ set(session.names)])
@@ -210,11 +197,9 @@ class Studio:
 
     def thumbnail(self, name: str) -> bytes:
         """A small image as JPEG."""
-        def made(path: Path) -> bytes:
-            return thumbs.thumbnail(path, kept)
         with self.using() as session:
             kept = session.dataset.studio_folder / "thumbs"
-        return self._read(name, made)
+        return self._read(name, lambda path: thumbs.thumbnail(path, kept))
 
     def image(self, name: str) -> bytes:
         """An image in full size as JPEG."""
@@ -279,16 +264,12 @@ class Studio:
             return {"train_data_dir": str(session.dataset.folder), "trigger_word": session.dataset.concept,
                     "num_repeats": 0, "max_train_epochs": epochs, "repeats": repeats}
 
-    def training_on(self, folder: Path) -> bool:
-        """Whether the run under way reads `folder` or something in it."""
-        settings = self.runner.settings() if self.runner.running() else {}
-        read = [str(settings.get(name, "")) for name in ("train_data_dir", "reg_data_dir")]
-        return any(path and _overlap(path, folder) for path in read)
-
     def refuse_while_training(self, doing: str) -> None:
-        """Raise HostError while a training reads the open dataset."""
+        """Raise HostError while a training reads the open dataset, or something in it."""
+        settings = self.runner.settings() if self.runner.running() else {}
         with self.using() as session:
-            if self.training_on(session.dataset.folder):
+            read = [str(settings.get(name, "")) for name in ("train_data_dir", "reg_data_dir")]
+            if any(path and _overlap(path, session.dataset.folder) for path in read):
                 raise HostError(f"The dataset {session.dataset.name} cannot be {doing} now",
                                 why="a training is running on it", remedy="wait for it or stop it first")
 

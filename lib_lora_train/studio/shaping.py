@@ -14,7 +14,6 @@ from lib_lora_train.errors import DatasetError
 from lib_lora_train.model.family import training_sizes
 from lib_lora_train.studio import thumbs
 from lib_lora_train.studio.cropping import crop as shapes
-from lib_lora_train.studio.cropping import mask as masks
 from lib_lora_train.studio.dataset_session import DatasetSession
 from lib_lora_train.studio.requests import validated
 from lib_lora_train.studio.session import Studio
@@ -71,7 +70,7 @@ def mask(studio: Studio, name: str) -> bytes:
     with studio.using() as session:
         session.path(name)
         dataset = session.dataset
-    found = masks.read_mask(dataset, name)
+    found = shapes.read_mask(dataset, name)
     if found is None:
         raise DatasetError(f"{name} has no mask", why="all of it is learnt")
     return thumbs.jpeg(found)
@@ -79,16 +78,16 @@ def mask(studio: Studio, name: str) -> bytes:
 
 def put_mask(studio: Studio, name: str, sent: Path) -> None:
     """Keep the image in `sent` as the mask of an image; of its size, white is learnt."""
-    generated = masks.mask_from_file(sent)
+    generated = shapes.mask_from_file(sent)
     with studio.changing("masked", names=[name]) as session:
-        masks.put_mask(session.dataset, name, generated)
+        shapes.put_mask(session.dataset, name, generated)
         session.renew()
 
 
 def remove_mask(studio: Studio, name: str) -> None:
     """Remove an image's mask: all of it is learnt."""
     with studio.changing("unmasked", names=[name]) as session:
-        masks.remove_mask(session.dataset, name)
+        shapes.remove_mask(session.dataset, name)
         session.renew()
 
 

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from lib_lora_train.dataset import folder as folder_module
+from lib_lora_train.dataset import images as images_module
 from lib_lora_train.dataset import listing
 from lib_lora_train.dataset.buckets import Buckets
 from lib_lora_train.dataset.folder import Dataset, assign_buckets, scan, visits_by_bucket
@@ -104,7 +105,7 @@ def test_captions_that_are_not_utf_8_are_refused_all_at_once(tmp_path: Path, mak
         scan(tmp_path, max_train_epochs=1)
 
 
-def test_bad_images_are_skipped_by_name_and_the_rest_is_used(tmp_path: Path, make_image) -> None:
+def test_bad_images_are_skipped_by_name_and_the_rest_is_used(tmp_path: Path, make_image, monkeypatch) -> None:
     make_image("good.png", caption="x")
     (tmp_path / "zero.jpg").write_bytes(b"")
     (tmp_path / "text.png").write_text("hello")
@@ -113,7 +114,8 @@ def test_bad_images_are_skipped_by_name_and_the_rest_is_used(tmp_path: Path, mak
     data = bytearray(damaged.read_bytes())
     data[len(data) // 2] ^= 0xFF
     damaged.write_bytes(data)
-    dataset = scan(tmp_path, max_train_epochs=1, max_pixels=10_000)
+    monkeypatch.setattr(images_module, "MAX_PIXELS", 10_000)
+    dataset = scan(tmp_path, max_train_epochs=1)
     assert list(captions(dataset)) == ["good.png"]
     skipped = {problem.path.name: problem.text for problem in dataset.problems if problem.skipped}
     assert set(skipped) == {"zero.jpg", "text.png", "large.png", "damaged.png"}

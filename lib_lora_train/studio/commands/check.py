@@ -8,7 +8,10 @@ import json
 import sys
 from pathlib import Path
 
-from lib_lora_train.dataset.report import Report, Tokenizer, crop_sheet, examine
+from lib_lora_train.dataset.captions import Tokenizer
+from lib_lora_train.dataset.crop_sheet import crop_sheet
+from lib_lora_train.dataset.findings import Report
+from lib_lora_train.dataset.report import examine
 from lib_lora_train.errors import SettingError, translated
 from lib_lora_train.model.family import training_sizes
 from lib_lora_train.model.sd.tokens import clip_tokenizer

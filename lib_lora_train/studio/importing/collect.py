@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,11 +17,10 @@ from typing import Literal
 from PIL import Image
 
 from lib_lora_train.dataset.captions import first_line, read_caption
-from lib_lora_train.dataset.images import MAX_BYTES, Layers, read_layers
+from lib_lora_train.dataset.images import MAX_BYTES, Layers, encode_image, read_layers
 from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
 from lib_lora_train.errors import DatasetError, counted, printable, translated
-from lib_lora_train.storage.atomic import replacing, write_atomic
-from lib_lora_train.studio.cropping.encode import encode
+from lib_lora_train.storage.atomic import copy_atomic, write_atomic
 from lib_lora_train.studio.importing.archive import Archive, Limits, open_archive
 from lib_lora_train.studio.importing.names import FreeNames, safe_stem
 from lib_lora_train.studio.importing.owned import Note, OwnedDataset
@@ -136,10 +134,13 @@ class _Collector:
             if not self.dry_run:
                 # The image comes last: one that is there is complete.
                 if mask is not None:
-                    write_atomic(self.dataset.mask_path(target.name), encode(mask, suffix=".png"), one_of_many=True)
+                    write_atomic(self.dataset.mask_path(target.name), encode_image(mask, suffix=".png"), one_of_many=True)
                 if caption:
                     write_atomic(target.with_suffix(".txt"), caption.encode("utf-8"), one_of_many=True)
-                _write_image(target, path, None if endings else layers)
+                if endings:
+                    copy_atomic(path, target, one_of_many=True)
+                else:
+                    write_atomic(target, encode_image(layers.image, suffix=".png", layers=layers), one_of_many=True)
                 self._note(target.name, {"source": printable(found.source), "sha256": digest})
         self._known[digest] = target.name
         self.added.append(target)
@@ -196,14 +197,6 @@ class _Collector:
             self._notes = {}
 
 
-def _write_image(target: Path, path: Path, layers: Layers | None) -> None:
-    if layers is not None:
-        write_atomic(target, encode(layers.image, suffix=".png", layers=layers), one_of_many=True)
-        return
-    with path.open("rb") as source, replacing(target, one_of_many=True) as file:
-        shutil.copyfileobj(source, file, 1 << 20)
-
-
 @contextlib.contextmanager
 def _on_disk(location: Location, session: Archive | None) -> Iterator[Path]:
     """The file itself, or what an archive holds in a file of its own for as long as the block lasts."""
@@ -225,8 +218,7 @@ def _sha256(path: Path) -> str:
         with path.open("rb") as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
-    except FileNotFoundError as error:
-        raise DatasetError(f"The picture {path} cannot be used", why="the file is gone") from error
     except OSError as error:
-        raise DatasetError(f"The picture {path} cannot be used", why=error.strerror or str(error)) from error
+        why = "the file is gone" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
+        raise DatasetError(f"The picture {path} cannot be used", why=why) from error
     return digest.hexdigest()
