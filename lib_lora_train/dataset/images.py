@@ -70,7 +70,8 @@ def read_image(path: Path) -> Image.Image:
     with _open(path) as image:
         # Pillow turns a TIFF while decoding it, and only a TIFF.
         turn = None if image.format == "TIFF" else _UPRIGHT.get(_orientation(image, path))
-        _load(image)
+        with _INTOLERANT:
+            image.load()
         return _to_rgb(image, turn)
 
 
@@ -92,7 +93,8 @@ def read_layers(path: Path) -> Layers:
         kind = image.format or ""
         turn = None if kind == "TIFF" else _UPRIGHT.get(_orientation(image, path))
         exif = b"" if kind == "TIFF" else _exif_of_upright(image)  # a TIFF's describes the layout of its pixels
-        _load(image)
+        with _INTOLERANT:
+            image.load()
         rgb, alpha = _to_rgb(image, turn), _alpha(image)
         still = kind not in ("PNG", "WEBP") or not getattr(image, "is_animated", False)
         as_stored = turn is None and alpha is None and still and image.mode in ("RGB", "L", "P", "1", "RGBA", "LA")
@@ -258,12 +260,6 @@ class _Intolerance:
 
 
 _INTOLERANT = _Intolerance()
-
-
-def _load(image: Image.Image) -> None:
-    """Decode all of it, or raise what Pillow raises for a file that ends too soon."""
-    with _INTOLERANT:
-        image.load()
 
 
 def _upright_size(image: Image.Image, path: Path) -> tuple[int, int]:

@@ -8,6 +8,7 @@ to store their results. Paths that come from outside are checked against the hos
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -320,13 +321,7 @@ def _overlap(path: str, folder: Path) -> bool:
     return inside(path, (folder,)) or inside(str(folder), (Path(path),))
 
 
-_ONE: list[Studio] = []
-_ONE_LOCK = threading.Lock()
-
-
+@functools.lru_cache(maxsize=1)
 def studio_for(host: Host, runner: Runner) -> Studio:
     """The process's one studio: the same for the same host and runner, however often the page is rebuilt."""
-    with _ONE_LOCK:
-        if not _ONE or _ONE[0].host is not host or _ONE[0].runner is not runner:
-            _ONE[:] = [Studio(host, runner)]
-        return _ONE[0]
+    return Studio(host, runner)

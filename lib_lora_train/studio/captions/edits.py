@@ -50,11 +50,11 @@ class AddTags(Edit):
         return f"Add {_named(self.tags)}"
 
     def change(self, captions: Captions) -> Change:
-        tags = list({_key(tag): tag for tag in _split(self.tags)}.values())
+        tags = list({tag_key(tag): tag for tag in _split(self.tags)}.values())
 
         def change(caption: str) -> str:
-            present = set(map(_key, split_tags(caption)))
-            missing = [tag for tag in tags if _key(tag) not in present]
+            present = set(map(tag_key, split_tags(caption)))
+            missing = [tag for tag in tags if tag_key(tag) not in present]
             own = [caption.strip(" ,")] if present else []
             return ", ".join([*missing, *own] if self.at == "start" else [*own, *missing]) if missing else caption
         return change
@@ -70,8 +70,8 @@ class RemoveTags(Edit):
         return f"Remove {_named(self.tags)}"
 
     def change(self, captions: Captions) -> Change:
-        gone = set(map(_key, _split(self.tags)))
-        return lambda caption: _with_tags(caption, [tag for tag in split_tags(caption) if _key(tag) not in gone])
+        gone = set(map(tag_key, _split(self.tags)))
+        return lambda caption: _with_tags(caption, [tag for tag in split_tags(caption) if tag_key(tag) not in gone])
 
 
 @dataclass(frozen=True)
@@ -85,20 +85,20 @@ class ReplaceTag(Edit):
         return f"Replace {_short(self.old)} by {_short(self.new)}"
 
     def change(self, captions: Captions) -> Change:
-        old, new = _key(self.old), split_tags(self.new)
-        once = set(map(_key, new))
+        old, new = tag_key(self.old), split_tags(self.new)
+        once = set(map(tag_key, new))
 
         def change(caption: str) -> str:
             tags = split_tags(caption)
-            if old not in map(_key, tags):
+            if old not in map(tag_key, tags):
                 return caption
             result: list[str] = []
             seen: set[str] = set()
             for tag in tags:
-                for part in new if _key(tag) == old else [tag]:
-                    if _key(part) in once and _key(part) in seen:
+                for part in new if tag_key(tag) == old else [tag]:
+                    if tag_key(part) in once and tag_key(part) in seen:
                         continue
-                    seen.add(_key(part))
+                    seen.add(tag_key(part))
                     result.append(part)
             return ", ".join(result)
         return change
@@ -152,11 +152,11 @@ class SortTags(Edit):
         counts: Counter[str] = Counter()
         if self.by == "frequency":
             for caption in captions():
-                counts.update(set(map(_key, split_tags(caption))))
+                counts.update(set(map(tag_key, split_tags(caption))))
 
         def change(caption: str) -> str:
             tags = split_tags(caption)
-            order = sorted(tags[self.keep:], key=lambda tag: (-counts[_key(tag)], _key(tag)))
+            order = sorted(tags[self.keep:], key=lambda tag: (-counts[tag_key(tag)], tag_key(tag)))
             return _with_tags(caption, tags[:self.keep] + order)
         return change
 
@@ -172,7 +172,7 @@ class Deduplicate(Edit):
         def change(caption: str) -> str:
             first: dict[str, str] = {}
             for tag in split_tags(caption):
-                first.setdefault(_key(tag), tag)
+                first.setdefault(tag_key(tag), tag)
             return ", ".join(first.values()) if len(first) < len(caption.split(",")) else caption
         return change
 
@@ -247,7 +247,8 @@ def edit_from_dict(values: Mapping[str, object], *, tokenizer: Tokenizer | None 
     return validated(kind, given, what=f"edit {values['kind']}")
 
 
-def _key(tag: str) -> str:
+def tag_key(tag: str) -> str:
+    """What two spellings of a tag share."""
     return tag.strip().casefold()
 
 

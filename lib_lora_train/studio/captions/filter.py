@@ -10,6 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from lib_lora_train.dataset.captions import split_tags
 from lib_lora_train.dataset.patterns import Pattern
+from lib_lora_train.studio.captions.edits import tag_key
 from lib_lora_train.studio.requests import Text
 
 
@@ -33,7 +34,7 @@ class Filter:
 
         Raises SettingError for a bad regular expression; the function raises it for one that takes too long.
         """
-        all_of, any_of, none_of = (frozenset(map(_key, tags)) - {""} for tags in (self.all_of, self.any_of, self.none_of))
+        all_of, any_of, none_of = (frozenset(map(tag_key, tags)) - {""} for tags in (self.all_of, self.any_of, self.none_of))
         prefix, suffix, text = self.prefix.lstrip().casefold(), self.suffix.rstrip().casefold(), self.text.casefold()
         pattern = Pattern(self.regex) if self.regex else None
         by_tag = bool(all_of or any_of or none_of or prefix or suffix)
@@ -56,7 +57,3 @@ class Filter:
                     and (not suffix or any(tag.endswith(suffix) for tag in tags)))
 
         return accepts
-
-
-def _key(tag: str) -> str:
-    return tag.strip().casefold()

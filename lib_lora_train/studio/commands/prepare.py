@@ -124,7 +124,7 @@ def _rows(dataset: OwnedDataset, found: Collected) -> list[dict[str, Any]]:
     notes, rows = dataset.notes(), []
     for path, size in zip(found.added, found.sizes, strict=True):
         done, now = done_to(notes.get(path.name, {})), dataset.images_folder / path.name
-        box = Box(*done.box, done.size) if done.box and done.size else None
+        box = Box(done.box, done.size) if done.box and done.size else None
         rows.append({**_row(path.name, size, box), "masked": dataset.mask_path(path.name).is_file(),
                      "captioned": now.with_suffix(".txt").is_file()})
     return rows

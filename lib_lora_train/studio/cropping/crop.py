@@ -135,7 +135,7 @@ def flip(dataset: OwnedDataset, name: str, *, copy: bool = False) -> str:
         return name
     path = dataset.image(name)
     with translated("a picture was mirrored"):
-        return _add_parts(dataset, path, [Box(0, 0, *map(float, read_size(path)), read_size(path))], flip=True,
+        return _add_parts(dataset, path, [Box((0.0, 0.0, *map(float, read_size(path))), read_size(path))], flip=True,
                           endings=["flipped"])[0]
 
 
@@ -157,7 +157,7 @@ def split(dataset: OwnedDataset, name: str, *, tile: int, overlap: float = 0.25)
                            remedy="choose smaller tiles")
     if count > _MOST_TILES:
         raise DatasetError(f"{name} cannot be split", why=f"that would make {count} pictures", remedy="choose larger tiles")
-    boxes = [Box(float(x), float(y), float(x + across), float(y + down), (across, down))
+    boxes = [Box((float(x), float(y), float(x + across), float(y + down)), (across, down))
              for y, down in rows for x, across in columns]
     with translated("a picture was split"):
         made = _add_parts(dataset, path, boxes, flip=False, endings=[str(i + 1) for i in range(count)])
@@ -268,7 +268,7 @@ def _change_image(dataset: OwnedDataset, name: str, notes: Mapping[str, Note], c
     layers = read_layers(source)
     after = change(before, layers.image, mask)
     assert after.box is not None and after.size is not None
-    box, note = Box(*after.box, after.size), dict(notes.get(name, {}))
+    box, note = Box(after.box, after.size), dict(notes.get(name, {}))
     unchanged = after.box == (0, 0, *layers.image.size) and after.size == layers.image.size and not after.flip
     if unchanged:
         return note if source == path else _unshaped(dataset, name, note)
@@ -335,7 +335,7 @@ def _add_parts(dataset: OwnedDataset, path: Path, boxes: Sequence[Box], *, flip:
                 copy_atomic(caption, new.with_suffix(caption.suffix), one_of_many=True)
         write_atomic(new, encode_image(render(layers.image, box, flip=flip), suffix=suffix, layers=layers), one_of_many=True)
         made.append(new.name)
-        notes[new.name] = {"source": f"{path.name} {'mirrored' if flip else f'at {box.left:.0f}, {box.top:.0f}'}"}
+        notes[new.name] = {"source": f"{path.name} {'mirrored' if flip else f'at {box.edges[0]:.0f}, {box.edges[1]:.0f}'}"}
     dataset.write_notes(notes)
     return tuple(made)
 
@@ -367,7 +367,7 @@ def _in_unshaped(before: Done, box: Edges, size: tuple[int, int]) -> Edges:
 def _native(edges: Edges) -> Box:
     """The same part in whole pixels, neither enlarged nor made smaller."""
     left, top, right, bottom = map(round, edges)
-    return Box(float(left), float(top), float(right), float(bottom), (right - left, bottom - top))
+    return Box((float(left), float(top), float(right), float(bottom)), (right - left, bottom - top))
 
 
 def _tiles(length: int, tile: int, overlap: float) -> list[tuple[int, int]]:

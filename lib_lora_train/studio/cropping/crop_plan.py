@@ -43,25 +43,19 @@ class Shape:
 class Box:
     """What is cut out of the upright image, in its pixels and parts of them, and the size it is then given."""
 
-    left: float
-    top: float
-    right: float
-    bottom: float
+    edges: Edges
     size: tuple[int, int]  # (width, height) of the result
-
-    @property
-    def edges(self) -> Edges:
-        """(left, top, right, bottom)."""
-        return self.left, self.top, self.right, self.bottom
 
     @property
     def enlarged(self) -> float:
         """How many times larger it is made; at most 1 where it is not."""
-        return max(self.size[0] / (self.right - self.left), self.size[1] / (self.bottom - self.top))
+        left, top, right, bottom = self.edges
+        return max(self.size[0] / (right - left), self.size[1] / (bottom - top))
 
     def lost(self, size: tuple[int, int]) -> float:
         """Which share of the area of an image of `size` is cut off, 0 to 1."""
-        return max(0.0, 1 - (self.right - self.left) * (self.bottom - self.top) / (size[0] * size[1]))
+        left, top, right, bottom = self.edges
+        return max(0.0, 1 - (right - left) * (bottom - top) / (size[0] * size[1]))
 
 
 def plan_shape(size: tuple[int, int], shape: Shape, *, subject: SubjectBox | None = None, region: Edges | None = None,
@@ -76,7 +70,7 @@ def plan_shape(size: tuple[int, int], shape: Shape, *, subject: SubjectBox | Non
     if shape.mode == "keep":
         scale = shape.side / math.sqrt(width * height)
         scale = scale if shape.enlarge else min(1.0, scale)
-        return Box(left, top, right, bottom, (max(1, round(width * scale)), max(1, round(height * scale))))
+        return Box((left, top, right, bottom), (max(1, round(width * scale)), max(1, round(height * scale))))
     placement = _buckets(shape, family).assign(width, height)
     across, down = (right - left) / placement.resized[0], (bottom - top) / placement.resized[1]
     crop_left, crop_top = placement.crop
@@ -89,12 +83,12 @@ def plan_shape(size: tuple[int, int], shape: Shape, *, subject: SubjectBox | Non
            min(right, left + (crop_left + placement.bucket[0]) * across),
            min(bottom, top + (crop_top + placement.bucket[1]) * down))
     if shape.enlarge or max(1 / across, 1 / down) <= 1:
-        return Box(*cut, placement.bucket)
+        return Box(cut, placement.bucket)
     # Whole pixels: cut, and otherwise left as it is.
     size = (max(1, round(cut[2] - cut[0])), max(1, round(cut[3] - cut[1])))
     left, top = (min(math.floor(start + 0.5), limit - side) for start, limit, side in
                  ((cut[0], math.floor(right), size[0]), (cut[1], math.floor(bottom), size[1])))
-    return Box(float(left), float(top), float(left + size[0]), float(top + size[1]), size)
+    return Box((float(left), float(top), float(left + size[0]), float(top + size[1])), size)
 
 
 def find_subject(image: Image.Image, shape: Shape, *, mask: Image.Image | None = None,

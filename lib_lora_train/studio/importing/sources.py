@@ -12,7 +12,7 @@ from pathlib import Path
 from lib_lora_train.dataset.captions import CAPTION_SUFFIXES
 from lib_lora_train.dataset.folder import MASKS_FOLDER
 from lib_lora_train.dataset.images import is_image_name
-from lib_lora_train.dataset.listing import MayRead, by_name
+from lib_lora_train.dataset.listing import MayRead, list_folder
 from lib_lora_train.errors import DatasetError, printable
 from lib_lora_train.studio.importing.archive import Entry, Limits, open_archive
 from lib_lora_train.studio.importing.names import file_key
@@ -105,6 +105,8 @@ class _Listing:
                 self._archive(path, name)
             else:
                 self._file(path, name, uploaded=isinstance(source, Upload))
+        except DatasetError as error:
+            self._skipped.append((name, reason(error)))
         except OSError as error:
             self._skipped.append((name, f"It cannot be read: {error.strerror or error}."))
 
@@ -123,30 +125,24 @@ class _Listing:
         return self._may_read is None or self._may_read(path)
 
     def _folder(self, folder: Path) -> None:
-        files = self._files_of(folder, ())
-        for below in sorted(folder.iterdir(), key=by_name):
-            if below.is_dir() and not below.name.startswith("."):
-                if self._allowed(below):
-                    files += self._files_of(below, (below.name,))
-                else:
-                    self._skipped.append((below.name, "It leads to a folder that may not be read."))
-        images = _images(files)
-        if images:
+        files, folders = self._files_of(folder, ())
+        for below in folders:
+            files += self._files_of(below, (below.name,))[0]
+        if images := _images(files):
             self._found.append(Source(folder.name or str(folder), images))
         else:
             self._skipped.append((folder.name or str(folder), "There is no picture in it, nor in the folders directly in it."))
 
-    def _files_of(self, folder: Path, named: tuple[str, ...]) -> list[Found]:
-        files = []
-        for path in sorted(folder.iterdir(), key=by_name):
-            file = Found(named, path.name, path, "/".join([*named, path.name]), str(path))
-            if not (is_image_name(path) or file.is_caption) or not path.is_file():
-                continue
-            if self._allowed(path):
-                files.append(file)
-            else:
-                self._skipped.append((file.label, "It leads to a file that may not be read."))
-        return files
+    def _files_of(self, folder: Path, named: tuple[str, ...]) -> tuple[list[Found], list[Path]]:
+        """(images and captions, folders) of a folder."""
+        files, folders, refused = list_folder(folder, may_read=self._may_read)
+        found = {path: Found(named, path.name, path, "/".join([*named, path.name]), str(path)) for path in (*files, *refused)}
+        for path in refused:
+            if found[path].is_image or found[path].is_caption:
+                self._skipped.append((found[path].label, "It leads to a file that may not be read."))
+            elif not named and path.is_dir():
+                self._skipped.append((path.name, "It leads to a folder that may not be read."))
+        return [found[path] for path in files if found[path].is_image or found[path].is_caption], folders
 
     def _archive(self, path: Path, name: str) -> None:
         try:

@@ -90,8 +90,9 @@ def test_a_cut_is_as_large_as_the_image_allows_and_keeps_proportions(size: tuple
     image = smooth(size)
     for side, enlarge in itertools.product((256, 1024), (False, True)):
         box = planned(image, Shape(mode, side, focus=focus, enlarge=enlarge))
-        width, height = box.right - box.left, box.bottom - box.top
-        assert 0 <= box.left < box.right <= size[0] and 0 <= box.top < box.bottom <= size[1]
+        left, top, right, bottom = box.edges
+        width, height = right - left, bottom - top
+        assert 0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]
         assert width > size[0] - 2 or height > size[1] - 2  # one side is whole
         assert (width / height) / (box.size[0] / box.size[1]) == pytest.approx(1, abs=0.02)
         assert enlarge or box.enlarged <= 1.01
@@ -103,7 +104,8 @@ def test_small_images_are_cut_to_whole_pixels_and_not_touched_otherwise(size: tu
     image = smooth(size)
     box = planned(image, Shape("square", 4096, focus=(0.9, 0.9)))
     side = min(size)
-    assert box.size == (side, side) and (box.right - box.left, box.bottom - box.top) == (side, side)
+    left, top, right, bottom = box.edges
+    assert box.size == (side, side) and (right - left, bottom - top) == (side, side)
     made = preview(image, Shape("square", 4096, focus=(0.9, 0.9)))
     assert np.array_equal(made, image.crop(tuple(map(int, box.edges))))
 
