@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from lib_lora_train.dataset.captions import count_tags
@@ -24,9 +25,11 @@ from lib_lora_train.studio.captions.files import (
     read_on_disk,
 )
 from lib_lora_train.studio.captions.filter import Filter
-from lib_lora_train.studio.captions.history import History, Step
 from lib_lora_train.studio.captions.save import STUDIO, Rewrite, content_of, recover, write_captions
 from lib_lora_train.studio.requests import MOST_CHARACTERS
+
+_MOST_STEPS = 200  # that can be undone
+_MOST_KEPT = 64 << 20  # characters of all their texts; the oldest steps go first, the newest always stays
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,21 @@ class _Image:
         return self.path.parent.name.casefold(), self.path.parent.name, *by_name(self.path)
 
 
+@dataclass(frozen=True)
+class _Step:
+    """One change that can be undone: captions before and after, or images that were removed."""
+
+    label: str
+    texts: Mapping[_Caption, tuple[str | None, str | None]] = field(default_factory=dict)
+    removed: frozenset[_Image] = frozenset()
+    move: Callable[[bool], None] = lambda back: None  # called before the images come back (True) or go once more (False)
+
+    @cached_property
+    def size(self) -> int:
+        """Characters it keeps in memory."""
+        return sum(len(before or "") + len(after or "") for before, after in self.texts.values())
+
+
 class CaptionStore:
     """See the module. Made by `open`."""
 
@@ -80,7 +98,8 @@ class CaptionStore:
         self._shown: list[_Image] = []
         self._images: tuple[Path, ...] = ()
         self._index: dict[Path, int] = {}
-        self._history = History()
+        self._done: list[_Step] = []
+        self._undone: list[_Step] = []
 
     @classmethod
     def open(cls, folder: Path | str, *, may_read: MayRead | None = None) -> CaptionStore:
@@ -166,13 +185,13 @@ class CaptionStore:
 
     def undo(self) -> str:
         """Revert the last step; returns its label, "" where there is none."""
-        return self._move(self._history.done, self._history.undone, back=True)
+        return self._move(self._done, self._undone, back=True)
 
     def redo(self) -> str:
         """Redo the step that was undone last; returns its label, "" where there is none."""
-        return self._move(self._history.undone, self._history.done, back=False)
+        return self._move(self._undone, self._done, back=False)
 
-    def _move(self, steps: list[Step], onto: list[Step], *, back: bool) -> str:
+    def _move(self, steps: list[_Step], onto: list[_Step], *, back: bool) -> str:
         if not steps:
             return ""
         step = steps[-1]
@@ -187,12 +206,12 @@ class CaptionStore:
     @property
     def can_undo(self) -> str:
         """The label of the step that `undo` reverts, or ""."""
-        return self._history.done[-1].label if self._history.done else ""
+        return self._done[-1].label if self._done else ""
 
     @property
     def can_redo(self) -> str:
         """The label of the step that `redo` applies, or ""."""
-        return self._history.undone[-1].label if self._history.undone else ""
+        return self._undone[-1].label if self._undone else ""
 
     @property
     def unsaved(self) -> int:
@@ -215,7 +234,7 @@ class CaptionStore:
         gone = frozenset(self._shown[index] for index in indices)
         if gone:
             self._show(set(self._shown) - gone)
-            self._history.push(Step(f"Remove {counted(len(gone), 'picture')}", removed=gone, move=move))
+            self._push(_Step(f"Remove {counted(len(gone), 'picture')}", removed=gone, move=move))
         return len(gone)
 
     def moved(self, old: Path, new: Path) -> None:
@@ -297,13 +316,20 @@ class CaptionStore:
     def _unsaved(self) -> list[_Caption]:
         return [caption for caption in self._captions_of(range(len(self))) if caption.text != caption.saved]
 
+    def _push(self, step: _Step) -> None:
+        """A new step; what had been undone can no longer be redone."""
+        self._undone.clear()
+        self._done.append(step)
+        while len(self._done) > 1 and (len(self._done) > _MOST_STEPS or sum(step.size for step in self._done) > _MOST_KEPT):
+            del self._done[0]
+
     def _do(self, label: str, texts: Mapping[_Caption, str]) -> int:
         """One step from what really changes; nothing changed, no step."""
         changed = {caption: (caption.text, text) for caption, text in texts.items() if text != caption.text}
         for caption, (_, after) in changed.items():
             caption.text = after
         if changed:
-            self._history.push(Step(label, changed))
+            self._push(_Step(label, changed))
         return len(changed)
 
 

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -18,10 +18,11 @@ from PIL import Image
 
 from lib_lora_train.dataset.captions import first_line, read_caption
 from lib_lora_train.dataset.images import MAX_BYTES, Layers, encode_image, read_layers
+from lib_lora_train.dataset.listing import MayRead
 from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
 from lib_lora_train.errors import DatasetError, counted, printable, translated
 from lib_lora_train.storage.atomic import copy_atomic, write_atomic
-from lib_lora_train.studio.importing.archive import Archive, Limits, open_archive
+from lib_lora_train.studio.importing.archive import Archive, open_archive
 from lib_lora_train.studio.importing.names import FreeNames, safe_stem
 from lib_lora_train.studio.importing.owned import Note, OwnedDataset
 from lib_lora_train.studio.importing.sources import Found, Location, Source, Upload, list_sources, reason
@@ -46,8 +47,8 @@ class Collected:
 
 def collect(
     dataset: OwnedDataset, sources: Sequence[Path | Upload], *, transparent: Literal["mask", "white"] = "mask",
-    dry_run: bool = False, limits: Limits | None = None, may_read: Callable[[Path], bool] | None = None,
-    on_progress: Progress | None = None, should_stop: ShouldStop | None = None,
+    dry_run: bool = False, may_read: MayRead | None = None, on_progress: Progress | None = None,
+    should_stop: ShouldStop | None = None,
 ) -> Collected:
     """Copy the images of `sources` into `dataset`, with the captions beside them.
 
@@ -56,7 +57,7 @@ def collect(
     Raises Interrupted when `should_stop()` says so and OutputError if the disk refuses; what was added until then stays,
     whole.
     """
-    found, skipped = list_sources(sources, limits=limits, may_read=may_read)
+    found, skipped = list_sources(sources, may_read=may_read)
     watch = Watch(sum(len(source.images) for source in found), doing="pictures were imported",
                   on_progress=on_progress, should_stop=should_stop)
     collector = _Collector(dataset, masks=transparent == "mask", dry_run=dry_run, skipped=skipped)
@@ -64,18 +65,17 @@ def collect(
         collector.read_dataset()
         try:
             for source in found:
-                _collect_source(source, collector, limits=limits, watch=watch)
+                _collect_source(source, collector, watch=watch)
         finally:
             collector.write_notes()
     return Collected(tuple(collector.added), tuple((printable(name), printable(why)) for name, why in collector.skipped),
                      collector.notes(), tuple(collector.sizes))
 
 
-def _collect_source(source: Source, collector: _Collector, *, limits: Limits | None, watch: Watch) -> None:
+def _collect_source(source: Source, collector: _Collector, *, watch: Watch) -> None:
     with contextlib.ExitStack() as stack:
         try:
-            session = stack.enter_context(
-                open_archive(source.archive, limits=limits) if source.archive else contextlib.nullcontext())
+            session = stack.enter_context(open_archive(source.archive) if source.archive else contextlib.nullcontext())
         except DatasetError as error:  # it could be listed a moment ago
             collector.skipped.append((source.name, reason(error)))
             return

@@ -14,7 +14,7 @@ from lib_lora_train.dataset.folder import MASKS_FOLDER
 from lib_lora_train.dataset.images import is_image_name
 from lib_lora_train.dataset.listing import MayRead, list_folder
 from lib_lora_train.errors import DatasetError, printable
-from lib_lora_train.studio.importing.archive import Entry, Limits, open_archive
+from lib_lora_train.studio.importing.archive import Entry, open_archive
 from lib_lora_train.studio.importing.names import file_key
 
 Location = Path | Entry  # a file of its own, or in an archive
@@ -65,13 +65,13 @@ class Source:
     archive: Path | None = None
 
 
-def list_sources(sources: Sequence[Path | Upload], *, limits: Limits | None, may_read: MayRead | None
-                 ) -> tuple[list[Source], list[tuple[str, str]]]:
+def list_sources(sources: Sequence[Path | Upload], *,
+                 may_read: MayRead | None) -> tuple[list[Source], list[tuple[str, str]]]:
     """(what is in `sources`, what cannot be used: its name and one sentence).
 
     Files and uploads are read together, so that a caption among them finds its image.
     """
-    listing = _Listing(limits, may_read)
+    listing = _Listing(may_read)
     for source in sources:
         listing.add(source)
     return listing.finished()
@@ -86,8 +86,8 @@ def reason(error: DatasetError) -> str:
 class _Listing:
     """Goes through the sources in their order."""
 
-    def __init__(self, limits: Limits | None, may_read: MayRead | None) -> None:
-        self._limits, self._may_read = limits, may_read
+    def __init__(self, may_read: MayRead | None) -> None:
+        self._may_read = may_read
         self._found: list[Source] = []
         self._skipped: list[tuple[str, str]] = []
         self._files: list[Found] = []  # those that were named one by one
@@ -146,7 +146,7 @@ class _Listing:
 
     def _archive(self, path: Path, name: str) -> None:
         try:
-            with open_archive(path, limits=self._limits) as archive:
+            with open_archive(path) as archive:
                 entries = archive.entries()
                 refused = {entry: why for entry in entries if is_image_name(Path(entry.name))
                            and (why := archive.refusal(entry))}
