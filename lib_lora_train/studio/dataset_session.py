@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,9 +57,15 @@ class DatasetSession:
         self.uploads = Uploads(dataset.studio_folder / "uploads")
         self.store = CaptionStore.open(dataset.folder, may_read=allowed.may_read if allowed else None)
 
-    def renew(self) -> None:
-        """To be called whenever captions changed, or images came, went or changed."""
+    def renew(self, names: Iterable[str] = ()) -> None:
+        """To be called whenever captions changed, or images came, went or changed.
+
+        What was found out about images called `names` no longer holds: they look different now.
+        """
         self.content += 1
+        for name in names:
+            self._findings.pop(name, None)
+            self.scores.pop(name, None)
 
     def name(self, path: Path) -> str:
         """What an image is called; one in another folder of the dataset has that folder's name before it."""
@@ -142,17 +148,6 @@ class DatasetSession:
                 shaped = set()  # not made yet
             self._counted = (key, codes, sum(name in shaped for name in self.names))
         return self._counted[1], self._counted[2]
-
-    def reshaped(self, names: Sequence[str]) -> None:
-        """These images look different now."""
-        self.forget_findings(names)
-        self.renew()
-
-    def forget_findings(self, names: Sequence[str]) -> None:
-        """These images were changed: what was found out about them no longer holds."""
-        for name in names:
-            self._findings.pop(name, None)
-            self.scores.pop(name, None)
 
     def entry(self, index: int) -> dict[str, Any]:
         """What the gallery shows of one image. A file that cannot be read shows as such and has no size.

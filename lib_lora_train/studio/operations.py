@@ -187,7 +187,7 @@ def shape(studio: Studio, values: Mapping[str, Any], selection: Selection) -> in
             finally:
                 # Also where it was stopped: some are different now.
                 with studio.using():
-                    session.reshaped(names)
+                    session.renew(names)
                     studio.changed()
 
         return studio.tasks.start("Shaping pictures", run)

@@ -165,8 +165,7 @@ class Studio:
             before = set(session.names)
             label = session.store.undo() if back else session.store.redo()
             if label:
-                session.renew()
-                session.forget_findings([name for name in before ^ set(session.names)])
+                session.renew(before ^ set(session.names))
                 self.changed()
             return label
 

@@ -33,7 +33,7 @@ def crop_to_box(studio: Studio, name: str, box: Sequence[float]) -> None:
     """Keep only `box` (left, top, right, bottom in pixels of the image as it is)."""
     with studio.changing("cropped", names=[name]) as session:
         shapes.crop_to_box(session.dataset, name, box)
-        session.reshaped([name])
+        session.renew([name])
 
 
 def flip(studio: Studio, name: str, *, copy: bool) -> str:
@@ -42,7 +42,7 @@ def flip(studio: Studio, name: str, *, copy: bool) -> str:
         made = shapes.flip(session.dataset, name, copy=copy)
         if copy:
             _add(session, name, [made])
-        session.reshaped([made])
+        session.renew([made])
         return made
 
 
@@ -53,7 +53,7 @@ def split(studio: Studio, name: str, *, tile: int = 0) -> list[str]:
         made = list(shapes.split(session.dataset, name, tile=tile or training_sizes(studio.family()).default))
         _add(session, name, made)
         studio.removed(session, [name])
-        session.reshaped(made)
+        session.renew(made)
         return made
 
 
@@ -61,7 +61,7 @@ def unshape(studio: Studio, names: Sequence[str]) -> dict[str, Any]:
     """Bring images back as they were imported: {"done": how many, "skipped": [[name, sentence], …]}."""
     with studio.changing("brought back", names=names) as session:
         shaped = shapes.unshape(session.dataset, names)
-        session.reshaped(shaped.done)
+        session.renew(shaped.done)
         return {"done": len(shaped.done), "skipped": [list(pair) for pair in shaped.skipped]}
 
 

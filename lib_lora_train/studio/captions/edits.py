@@ -6,9 +6,10 @@ spaces and empty tags.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
@@ -25,17 +26,21 @@ Captions = Callable[[], Iterable[str]]
 class Edit:
     """One kind of change to captions: what all kinds share."""
 
+    wording: ClassVar[str]  # the text of the undo button, with the names of its fields
     replaces_unreadable: ClassVar[bool] = False  # whether it also replaces captions that cannot be read
 
     def label(self) -> str:
         """The text of the undo button."""
-        raise NotImplementedError
+        return self.wording.format(**{field.name: _shown(getattr(self, field.name)) for field in dataclasses.fields(self)})
 
     def change(self, captions: Captions) -> Change:
         """The function for one pass; `captions()` gives every caption of the dataset, for edits that count.
 
         It and this raise SettingError for an edit that cannot be done.
         """
+        return self._change(captions)
+
+    def _change(self, captions: Captions) -> Change:
         raise NotImplementedError
 
 
@@ -43,13 +48,11 @@ class Edit:
 class AddTags(Edit):
     """Adds the tags a caption does not have yet, in front or behind."""
 
+    wording: ClassVar[str] = "Add {tags}"
     tags: tuple[Text, ...]
     at: Literal["start", "end"] = "end"
 
-    def label(self) -> str:
-        return f"Add {_named(self.tags)}"
-
-    def change(self, captions: Captions) -> Change:
+    def _change(self, captions: Captions) -> Change:
         tags = list({tag_key(tag): tag for tag in _split(self.tags)}.values())
 
         def change(caption: str) -> str:
@@ -64,12 +67,10 @@ class AddTags(Edit):
 class RemoveTags(Edit):
     """Removes these tags wherever they are."""
 
+    wording: ClassVar[str] = "Remove {tags}"
     tags: tuple[Text, ...]
 
-    def label(self) -> str:
-        return f"Remove {_named(self.tags)}"
-
-    def change(self, captions: Captions) -> Change:
+    def _change(self, captions: Captions) -> Change:
         gone = set(map(tag_key, _split(self.tags)))
         return lambda caption: _with_tags(caption, [tag for tag in split_tags(caption) if tag_key(tag) not in gone])
 
@@ -78,13 +79,11 @@ class RemoveTags(Edit):
 class ReplaceTag(Edit):
     """Puts `new` (one tag, several, or none) in place of the tag `old`; a `new` that would then occur twice is kept once."""
 
+    wording: ClassVar[str] = "Replace {old} by {new}"
     old: Text
     new: Text
 
-    def label(self) -> str:
-        return f"Replace {_short(self.old)} by {_short(self.new)}"
-
-    def change(self, captions: Captions) -> Change:
+    def _change(self, captions: Captions) -> Change:
         old, new = tag_key(self.old), split_tags(self.new)
         once = set(map(tag_key, new))
 
@@ -108,13 +107,11 @@ class ReplaceTag(Edit):
 class ReplaceText(Edit):
     """Replaces a text wherever it occurs, inside tags too."""
 
+    wording: ClassVar[str] = "Replace the text {old} by {new}"
     old: Text
     new: Text
 
-    def label(self) -> str:
-        return f"Replace the text {_short(self.old)} by {_short(self.new)}"
-
-    def change(self, captions: Captions) -> Change:
+    def _change(self, captions: Captions) -> Change:
         if not self.old:
             raise SettingError("There is no text to look for", remedy="write what is to be replaced")
         pattern = re.compile(re.escape(self.old), re.IGNORECASE)  # a plain text: it cannot take long
@@ -125,13 +122,11 @@ class ReplaceText(Edit):
 class ReplaceRegex(Edit):
     r"""Replaces every match of a regular expression; `new` may name its groups (\1)."""
 
+    wording: ClassVar[str] = "Replace {pattern} by {new}"
     pattern: Text
     new: Text
 
-    def label(self) -> str:
-        return f"Replace {_short(self.pattern)} by {_short(self.new)}"
-
-    def change(self, captions: Captions) -> Change:
+    def _change(self, captions: Captions) -> Change:
         if not self.pattern:
             raise SettingError("There is no regular expression", remedy="write what is to be replaced")
         pattern = Pattern(self.pattern)
@@ -142,13 +137,11 @@ class ReplaceRegex(Edit):
 class SortTags(Edit):
     """Sorts the tags by name, or the most frequent of the dataset first; the first `keep` stay where they are."""
 
+    wording: ClassVar[str] = "Sort tags by {by}"
     by: Literal["name", "frequency"] = "name"
     keep: Count = 0
 
-    def label(self) -> str:
-        return f"Sort tags by {self.by}"
-
-    def change(self, captions: Captions) -> Change:
+    def _change(self, captions: Captions) -> Change:
         counts: Counter[str] = Counter()
         if self.by == "frequency":
             for caption in captions():
@@ -165,10 +158,8 @@ class SortTags(Edit):
 class Deduplicate(Edit):
     """Keeps the first of tags that occur twice, and leaves out empty ones."""
 
-    def label(self) -> str:
-        return "Remove double tags"
-
-    def change(self, captions: Captions) -> Change:
+    wording: ClassVar[str] = "Remove double tags"
+    def _change(self, captions: Captions) -> Change:
         def change(caption: str) -> str:
             first: dict[str, str] = {}
             for tag in split_tags(caption):
@@ -181,13 +172,11 @@ class Deduplicate(Edit):
 class TruncateTokens(Edit):
     """Leaves out tags at the end until at most `n` tokens are left; a single longer tag loses words at its end."""
 
+    wording: ClassVar[str] = "Cut to {n} tokens"
     n: Count
     tokenizer: Any  # a Tokenizer
 
-    def label(self) -> str:
-        return f"Cut to {self.n} tokens"
-
-    def change(self, captions: Captions) -> Change:
+    def _change(self, captions: Captions) -> Change:
         if self.n < 1:
             raise SettingError(f"A caption cannot be cut to {self.n} tokens", remedy="ask for at least one")
 
@@ -213,13 +202,11 @@ class TruncateTokens(Edit):
 class SetCaption(Edit):
     """Replaces the caption."""
 
+    wording: ClassVar[str] = "Edit caption"
     text: Text
     replaces_unreadable: ClassVar[bool] = True
 
-    def label(self) -> str:
-        return "Edit caption"
-
-    def change(self, captions: Captions) -> Change:
+    def _change(self, captions: Captions) -> Change:
         return lambda _: self.text
 
 
@@ -262,9 +249,9 @@ def _with_tags(caption: str, tags: list[str]) -> str:
     return caption if tags == split_tags(caption) else ", ".join(tags)
 
 
-def _named(tags: Sequence[str]) -> str:
-    return _short(tags[0] if len(tags) == 1 else f"{len(tags)} tags") if tags else "nothing"
-
-
-def _short(text: str) -> str:
+def _shown(value: object) -> str:
+    """A field's value as the label shows it."""
+    if isinstance(value, tuple):
+        value = value[0] if len(value) == 1 else f"{len(value)} tags" if value else ""
+    text = str(value)
     return (text if len(text) <= 30 else f"{text[:29]}…") or "nothing"
