@@ -63,15 +63,6 @@ class CaptionFile:
     error: DatasetError | None = None
 
 
-def read_caption_file(path: Path, *, several_files: bool) -> CaptionFile:
-    """The caption that `path` holds; an error of reading it is part of the result."""
-    try:
-        lines = [line.strip() for line in read_caption(path).splitlines() if line.strip()]
-    except DatasetError as error:
-        return CaptionFile(path, "", several_files=several_files, error=error)
-    return CaptionFile(path, lines[0] if lines else "", several_lines=len(lines) > 1, several_files=several_files)
-
-
 def first_line(text: str) -> str:
     """The first line that is not empty: what kohya's trainer uses of a caption file."""
     return next((line.strip() for line in text.splitlines() if line.strip()), "")

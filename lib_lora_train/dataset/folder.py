@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from lib_lora_train.dataset.buckets import Buckets, Placement, Size
-from lib_lora_train.dataset.captions import CaptionFile, find_captions, read_caption_file, split_tags, with_trigger_word
+from lib_lora_train.dataset.captions import CaptionFile, find_captions, read_caption, split_tags, with_trigger_word
 from lib_lora_train.dataset.images import check_image, is_image_name
 from lib_lora_train.dataset.listing import MOST_REPEATS, MayRead, is_subset_name, list_folder, repeats_and_name
 from lib_lora_train.dataset.plan import balanced_repeats, plain_folder_repeats
@@ -170,7 +170,13 @@ class Subset:
     def caption_of(self, image: Path) -> CaptionFile | None:
         """The caption file of one of `images`; None where it has none. Nothing is raised for one that is no text."""
         files = self.captions.get(image.stem)
-        return read_caption_file(files[0], several_files=len(files) > 1) if files else None
+        if not files:
+            return None
+        try:
+            lines = [line.strip() for line in read_caption(files[0]).splitlines() if line.strip()]
+        except DatasetError as error:
+            return CaptionFile(files[0], "", several_files=len(files) > 1, error=error)
+        return CaptionFile(files[0], lines[0] if lines else "", several_lines=len(lines) > 1, several_files=len(files) > 1)
 
 
 class _Reader:

@@ -81,7 +81,7 @@ def apply_shape(
         return dataclasses.replace(before, shape=shape, box=box.edges, size=box.size)
 
     watch = Watch(len(names), doing="pictures were shaped", on_progress=on_progress, should_stop=should_stop)
-    done, skipped = _each(dataset, names, watch=watch, change=lambda name, notes: _change_image(dataset, name, notes, change))
+    shaped = _each(dataset, names, watch=watch, change=lambda name, notes: _change_image(dataset, name, notes, change))
     notes = []
     if small and shape.enlarge:
         notes.append(f"{counted(small, 'picture')} had to be enlarged, up to {enlarged:.1f} times: they have less detail than "
@@ -89,7 +89,7 @@ def apply_shape(
     elif small:
         notes.append(f"{counted(small, 'picture')} {'is' if small == 1 else 'are'} smaller than asked for (up to "
                      f"{enlarged:.1f} times), and not enlarged.")
-    return Shaped(done, skipped, tuple(notes))
+    return dataclasses.replace(shaped, notes=tuple(notes))
 
 
 def preview_shape(dataset: OwnedDataset, name: str, shape: Shape, *, family: str = "",
@@ -105,9 +105,7 @@ def preview_shape(dataset: OwnedDataset, name: str, shape: Shape, *, family: str
 def unshape(dataset: OwnedDataset, names: Sequence[str]) -> Shaped:
     """Bring images back as they were imported, with their masks; those that were never shaped stay as they are."""
     watch = Watch(len(names), doing="pictures were brought back", on_progress=None, should_stop=None)
-    done, skipped = _each(dataset, names, watch=watch,
-                          change=lambda name, notes: _unshaped(dataset, name, notes.get(name, {})))
-    return Shaped(done, skipped)
+    return _each(dataset, names, watch=watch, change=lambda name, notes: _unshaped(dataset, name, notes.get(name, {})))
 
 
 def crop_to_box(dataset: OwnedDataset, name: str, box: Sequence[float]) -> None:
@@ -294,8 +292,8 @@ def _unshaped(dataset: OwnedDataset, name: str, note: Note) -> Note:
 
 
 def _each(dataset: OwnedDataset, names: Sequence[str], *, watch: Watch,
-          change: Callable[[str, Mapping[str, Note]], Note]) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
-    """`change` each image; (those done, those left out and why). Notes are written now and then, and at the end."""
+          change: Callable[[str, Mapping[str, Note]], Note]) -> Shaped:
+    """`change` each image. Notes are written now and then, and at the end."""
     done, skipped, changed = [], [], {}
     with translated("pictures were shaped"):
         dataset.remove_parts()
@@ -315,7 +313,7 @@ def _each(dataset: OwnedDataset, names: Sequence[str], *, watch: Watch,
         finally:
             if changed:
                 dataset.write_notes(changed)
-    return tuple(done), tuple(skipped)
+    return Shaped(tuple(done), tuple(skipped))
 
 
 def _add_parts(dataset: OwnedDataset, path: Path, boxes: Sequence[Box], *, flip: bool,
