@@ -23,6 +23,7 @@ from lib_lora_train.run.output import checked_name, destination
 from lib_lora_train.run.resume import ResumePoint, find
 from lib_lora_train.settings import DECLARATIONS, Settings, flat, ignored, parse
 from lib_lora_train.settings.allowed_paths import AllowedPaths, check_allowed
+from lib_lora_train.training.optimizers import spec_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +107,7 @@ def plan_dataset(settings: Settings, *, family: str, allowed: AllowedPaths | Non
     dataset_settings, optimizer = settings.dataset, settings.optimizer
     if not dataset_settings.train_data_dir:
         raise DatasetError("No dataset folder was given", remedy="choose a folder of pictures")
+    spec_of(optimizer.optimizer_type)  # an unknown one is refused here, before anything is read
     buckets = buckets_for(dataset_settings, sizes=training_sizes(family))
     found = scan(
         Path(dataset_settings.train_data_dir), max_train_epochs=optimizer.max_train_epochs,

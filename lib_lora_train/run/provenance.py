@@ -10,6 +10,7 @@ from lib_lora_train.host.port import LeasedModel
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.run.planning import RunPlan
 from lib_lora_train.settings import flat
+from lib_lora_train.training.optimizers import spec_of
 
 
 class Provenance:
@@ -30,6 +31,7 @@ class Provenance:
             family=family, v_prediction=model.schedule.prediction_type == "v_prediction",
             zero_terminal_snr=model.architecture.zero_terminal_snr, resolution=plan.resolution,
             dim=layer.rank, alpha=layer.alpha, network_module=self._network.kind.network_module,
+            optimizer=spec_of(settings.optimizer.optimizer_type).class_name,
             steps=step, epoch=epoch, total_epochs=schedule.epochs, total_steps=schedule.steps,
             batches_per_epoch=schedule.batches_per_epoch, batch_size=settings.optimizer.train_batch_size,
             processes=plan.processes, started_at=self.started_at, finished_at=time.time(),

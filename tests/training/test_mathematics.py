@@ -311,7 +311,7 @@ def test_a_second_tiny_loss_function_takes_the_place_of_the_first():
 class Sgd:
     """A second tiny optimizer, which is given each weight by itself."""
 
-    accepts_flat = False
+    class_name, accepts_flat = "torch.optim.sgd.SGD", False
 
     def build(self, groups, *, weight_decay):
         return torch.optim.SGD(groups, weight_decay=weight_decay)
