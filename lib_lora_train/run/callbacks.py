@@ -73,6 +73,6 @@ class MeasuredMemory:
     def after_step(self, progress: Progress) -> None:
         """See `Callback`."""
         if self._waiting:
-            progress.settle()
+            progress.flush()
             self._waiting = False
             self._tell(torch.cuda.max_memory_allocated(self._device))

@@ -86,13 +86,13 @@ def plan_job(settings: Settings, host: Host, *, on_progress: Callable[[int, int]
     """
     check_allowed(settings, host.allowed)
     agree_on_settings(group, settings)
-    point = find(settings.save.resume, host.runs_folder) if settings.save.resume else None
-    settings = _with_seed(settings, point, group)
-    target = result_path(settings, host, point) if group.rank == 0 else Path(settings.save.output_name)
+    resume_point = find(settings.save.resume, host.runs_folder) if settings.save.resume else None
+    settings = _with_seed(settings, resume_point, group)
+    target = result_path(settings, host, resume_point) if group.rank == 0 else Path(settings.save.output_name)
     checkpoint = host.checkpoint()
     plan = plan_dataset(settings, family=checkpoint.family if checkpoint else "", allowed=host.allowed, on_progress=on_progress,
                         should_stop=should_stop, processes=group.world_size)
-    return dataclasses.replace(plan, settings=_frozen(plan), target=target, resume_point=point)
+    return dataclasses.replace(plan, settings=_frozen(plan), target=target, resume_point=resume_point)
 
 
 def plan_dataset(settings: Settings, *, family: str, allowed: AllowedPaths | None = None,
@@ -128,21 +128,21 @@ def output_folder(settings: Settings, host: Host) -> Path:
     return Path(settings.save.output_dir) if settings.save.output_dir else host.lora_folder
 
 
-def result_path(settings: Settings, host: Host, point: ResumePoint | None) -> Path:
+def result_path(settings: Settings, host: Host, resume_point: ResumePoint | None) -> Path:
     """Where the result goes, the folder made and the name known to be free; raises OutputError.
 
     A run that goes on may replace what it has saved itself.
     """
     folder, name = output_folder(settings, host), checked_name(settings.save.output_name)
-    own = point is not None and point.wrote(folder / f"{name}.safetensors")
+    own = resume_point is not None and resume_point.wrote(folder / f"{name}.safetensors")
     return destination(folder, name=name, overwrite=settings.save.overwrite or own)
 
 
-def _with_seed(settings: Settings, point: ResumePoint | None, group: ProcessGroup) -> Settings:
+def _with_seed(settings: Settings, resume_point: ResumePoint | None, group: ProcessGroup) -> Settings:
     """A seed is drawn where none was given, once in a run, for all of its processes."""
     if settings.optimizer.seed >= 0:
         return settings
-    seed = int(point.metadata["settings"].get("seed", -1)) if point else -1
+    seed = int(resume_point.metadata["settings"].get("seed", -1)) if resume_point else -1
     seed = group.all_gather(seed if seed >= 0 else secrets.randbelow(2**32))[0]
     return dataclasses.replace(settings, optimizer=dataclasses.replace(settings.optimizer, seed=seed))
 
