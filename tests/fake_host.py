@@ -9,15 +9,14 @@ import torch
 from PIL import Image
 
 from lib_lora_train import events
-from lib_lora_train.host.exclusive import ExclusiveHost
-from lib_lora_train.host.port import Checkpoint, Host
+from lib_lora_train.host.port import Checkpoint, Display, Host, ModelSource, Renderer
 from lib_lora_train.run.planning import RunPlan
 from lib_lora_train.run.record import RunRecord
 from lib_lora_train.settings import Settings, flat
 from lib_lora_train.training import checkpoint as checkpoint_module
 
 
-class FakeHost(ExclusiveHost):
+class FakeHost(ModelSource, Display, Renderer):
     """Holds an SD1 checkpoint by name only, lends nothing and is `busy` with other work where a test says so."""
 
     allowed = None
@@ -26,7 +25,7 @@ class FakeHost(ExclusiveHost):
         self.lora_folder, self.runs_folder = folder / "loras", folder / "runs"
         self.datasets_folder, self.models_folder = folder / "datasets", folder / "models"
         self.lora_folder.mkdir()
-        self.busy = self.given_up = False
+        self.busy = False
 
     @property
     def taggers_folder(self) -> Path:
@@ -40,9 +39,6 @@ class FakeHost(ExclusiveHost):
 
     def waiting(self) -> bool:
         return self.busy
-
-    def stop_waiting(self) -> None:
-        self.given_up = True
 
 
 class FakeJob:

@@ -14,17 +14,27 @@ from typing import Protocol
 import torch
 from PIL import Image
 
+from lib_lora_train.errors import translated
 from lib_lora_train.events import Event, Report
+from lib_lora_train.host import placement
 from lib_lora_train.model.family import Hints
 from lib_lora_train.model.sampler import SampleRequest
 from lib_lora_train.model.sd.tokens import Tokenizer
 from lib_lora_train.settings.allowed_paths import AllowedPaths
 from lib_lora_train.tagging.captioner import CaptionerSource
 
+Stop = Callable[[], bool]
+"""Whether the caller no longer wants what it waits for."""
+
+
+def never() -> bool:
+    """The `Stop` of those who wait as long as it takes."""
+    return False
+
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """Which model a host holds. `family` is "sd1", "sd2" or "sdxl", "" where it is none of them; hashes are "" where
+    """Which model a host holds. `family` is the name of one of `FAMILIES`, "" where it is none of them; hashes are "" where
     the host has not computed them. `legacy_hash` is the sha256 of 64 KiB at 1 MiB, 8 digits."""
 
     name: str
@@ -35,9 +45,10 @@ class Checkpoint:
     vae_name: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class LeasedModel:
-    """The host's model while it is leased: tensors by reference under checkpoint names, and what shapes cannot tell.
+    """The host's model while it is leased: tensors by reference under checkpoint names, and what shapes cannot tell. What is
+    written out here holds for a host that nobody else uses.
 
     `clip_skip` is what the host generates with; `device` is where to compute, and where the tensors are.
     """
@@ -49,6 +60,45 @@ class LeasedModel:
     tokenizers: Sequence[Tokenizer] | None = None
     clip_skip: int = 1
     comma_padding_backtrack: int = 20
+
+    def others_waiting(self) -> bool:
+        """Whether somebody else waits for the model."""
+        return False
+
+    def yield_model(self, report: Report) -> Mapping[str, torch.Tensor] | None:
+        """Release the model to those who wait, and lease it again: the same weights, perhaps elsewhere in memory. None
+        where the `stop()` of the lease ended the wait; the model is not leased then.
+
+        The caller holds none of its tensors meanwhile, and has no copy of them on the device. What it trains may stay
+        there: up to 18 bytes a weight. If the host holds another model afterwards, this waits for the leased one to come
+        back and reports so.
+        Raises HostError where the model is gone for good or its weights are not what they were.
+        """
+        return self.tensors
+
+    def offload_parts(self, parts: Collection[str]) -> Mapping[str, torch.Tensor]:
+        """Move these parts of the model ("unet", "vae", "text") to the CPU until they are reloaded or the lease ends, in
+        place: the same tensor objects are elsewhere afterwards. They are offloaded again after each `yield_model`; on the
+        CPU nothing moves.
+
+        Returns all leased tensors as they are now, to be used in place of the former ones: the memory is free once nobody
+        holds what was there. The host moves the parts back itself; where there is no room it says so, and tries again
+        after the lease and before the next one.
+        Raises TrainingError where there is no room to move to; nothing has moved then.
+        """
+        with translated("moving parts of the model off the device"):
+            placement.move(placement.tensors_of(self.tensors, parts), placement.CPU)
+        return self.tensors
+
+    def reload_parts(self, parts: Collection[str]) -> Mapping[str, torch.Tensor]:
+        """Move those of these parts that are offloaded to the lease's device again, in place; they stay there.
+
+        Returns all leased tensors as they are now, as `offload_parts`. Raises TrainingError where the device has no room;
+        nothing has moved then.
+        """
+        with translated("moving parts of the model back to the device"):
+            placement.move(placement.tensors_of(self.tensors, parts), self.device)
+        return self.tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,50 +155,16 @@ class ModelSource(Protocol):
     def outline(self) -> Outline | None:
         """The shapes of what is loaded now, None if nothing is or it cannot be trained; never loads, never waits."""
 
-    def lease(self) -> AbstractContextManager[LeasedModel]:
+    def lease(self, *, stop: Stop = never) -> AbstractContextManager[LeasedModel]:
         """The model inside the block, without active LoRAs and locked against everybody else; released in any case.
 
-        Raises HostError if there is none, ModelError if it is of a kind that cannot be trained.
-        """
-
-    def others_waiting(self) -> bool:
-        """Whether somebody else waits for the leased model."""
-        return False
-
-    def yield_model(self, *, report: Report, stop: Callable[[], bool]) -> Mapping[str, torch.Tensor] | None:
-        """Release the model to those who wait, and lease it again: the same weights, perhaps elsewhere in memory. None
-        where `stop()` or `stop_waiting` ended the wait; the model is not leased then.
-
-        The caller holds none of its tensors meanwhile, and has no copy of them on the device. What it trains may stay
-        there: up to 18 bytes a weight. If the host holds another model afterwards, this waits for the leased one to come
-        back and reports so.
-        Raises HostError where the model is gone for good or its weights are not what they were.
-        """
-
-    def offload_parts(self, parts: Collection[str]) -> Mapping[str, torch.Tensor]:
-        """Move these parts of the leased model ("unet", "vae", "text") to the CPU until they are reloaded or the lease
-        ends, in place: the same tensor objects are elsewhere afterwards. They are offloaded again after each
-        `yield_model`; on the CPU nothing moves.
-
-        Returns all leased tensors as they are now, to be used in place of the former ones: the memory is free once nobody
-        holds what was there. The host moves the parts back itself; where there is no room it says so, and tries again
-        after the lease and before the next one.
-        Raises TrainingError where there is no room to move to; nothing has moved then.
-        """
-
-    def reload_parts(self, parts: Collection[str]) -> Mapping[str, torch.Tensor]:
-        """Move those of these parts that are offloaded to the lease's device again, in place; they stay there.
-
-        Returns all leased tensors as they are now, as `offload_parts`. Raises TrainingError where the device has no room;
-        nothing has moved then.
+        Raises HostError if there is none, ModelError if it is of a kind that cannot be trained, Interrupted where `stop()`
+        ended the wait for it.
         """
 
     def waiting(self) -> bool:
-        """Whether `lease` or `yield_model` waits for other work of the host."""
+        """Whether a lease waits for other work of the host."""
         return False
-
-    def stop_waiting(self) -> None:
-        """End such a wait with Interrupted; without effect where nobody waits."""
 
 
 class Display(Protocol):
@@ -168,7 +184,7 @@ class Display(Protocol):
 class Renderer(Protocol):
     """A host's own models besides the training: text-to-image, and captioners."""
 
-    def render(self, request: RenderRequest, *, stop: Callable[[], bool] = ...) -> list[Image.Image]:
+    def render(self, request: RenderRequest, *, stop: Stop = never) -> list[Image.Image]:
         """The images that a user of the host gets for this request, RGB; not saved anywhere.
 
         Not to be called while the caller leases the model. Raises HostError (no model, an unknown sampler, a model that is

@@ -8,6 +8,7 @@ scripts; it is read as often, and the tokenizers with the weights.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,23 +17,36 @@ from pathlib import Path
 import safetensors
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 from lib_lora_train.errors import HostError, LoraTrainError, ModelError, translated
 from lib_lora_train.host import placement
-from lib_lora_train.host.exclusive import ExclusiveHost
 from lib_lora_train.host.exposure import is_loopback
-from lib_lora_train.host.port import Checkpoint, LeasedModel, Outline
+from lib_lora_train.host.lease import lease_for
+from lib_lora_train.host.port import (
+    Checkpoint,
+    Display,
+    LeasedModel,
+    ModelSource,
+    Outline,
+    Renderer,
+    RenderRequest,
+    Stop,
+    never,
+)
 from lib_lora_train.model.family import Hints, detect
+from lib_lora_train.model.sampler import to_image
 from lib_lora_train.model.sd.hints_file import hints_from_yaml
 from lib_lora_train.model.sd.tokens import Tokenizer, tokenizer_from_folder
+from lib_lora_train.settings import Settings
 from lib_lora_train.settings.allowed_paths import AllowedPaths
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
            "I32": torch.int32, "U8": torch.uint8, "I8": torch.int8, "BOOL": torch.bool}
 
 
-class StandaloneHost(ExclusiveHost):
+class StandaloneHost(ModelSource, Display, Renderer):
     """Leases the model of one `.safetensors` file. `checkpoint_file` None is a host with no model yet."""
 
     def __init__(self, checkpoint_file: Path | None, *, lora_folder: Path, runs_folder: Path,
@@ -68,7 +82,7 @@ class StandaloneHost(ExclusiveHost):
         return None if self.checkpoint_file is None or self.checkpoint() is None else self._described(self.checkpoint_file)[1]
 
     @contextlib.contextmanager
-    def lease(self) -> Iterator[LeasedModel]:
+    def lease(self, *, stop: Stop = never) -> Iterator[LeasedModel]:
         """The file's tensors on the device; read at the first time."""
         if self.checkpoint_file is None:
             raise HostError("No model is loaded", remedy="name a checkpoint file (--checkpoint)")
@@ -85,6 +99,16 @@ class StandaloneHost(ExclusiveHost):
             yield LeasedModel(self._tensors, outline.hints, checkpoint, self._device, self._tokenizers)
         finally:
             self._lock.release()
+
+    def render(self, request: RenderRequest, *, stop: Stop = never) -> list[Image.Image]:
+        """By our own sampler, which knows no LoRA in a prompt."""
+        if request.sampler != "Euler":
+            raise HostError(f"There is no sampler {request.sampler!r} here", remedy="use Euler")
+        if "<lora:" in request.prompt:
+            raise HostError("A LoRA in a prompt is not possible here", remedy="use it in the WebUI")
+        with lease_for(self, "Rendering", settings=Settings(), should_stop=stop) as lease, translated("rendering"):
+            return [to_image(lease.model, lease.sample(dataclasses.replace(request, seed=request.seed + index)))
+                    for index in range(request.count)]
 
     def _described(self, path: Path) -> tuple[Checkpoint, Outline]:
         if self._description is None:

@@ -66,8 +66,8 @@ class Status:
 class _Run:
     """The mutable state of the one run; every access is under the runner's lock."""
 
-    def __init__(self, plan: RunPlan, requested: Settings, record: RunRecord, host: Host) -> None:
-        self.plan, self.requested, self.record, self.host = plan, requested, record, host
+    def __init__(self, plan: RunPlan, requested: Settings, record: RunRecord) -> None:
+        self.plan, self.requested, self.record = plan, requested, record
         self.started = time.time()
         self.stop: StopKind = ""
         self.planned: events.Planned | None = None
@@ -144,7 +144,7 @@ class Runner:
             old = run_folder(settings.save.resume, host.runs_folder) if settings.save.resume else None
             folder = old or new_folder(host.runs_folder, settings.save.output_name)
             record = RunRecord(folder, settings)
-            self._run = _Run(plan, requested or settings, record, host)
+            self._run = _Run(plan, requested or settings, record)
             if old:
                 self._run.remember(old)
             # A daemon: closing the WebUI must not wait for hours of training. Saves are atomic, so nothing is torn.
@@ -158,10 +158,7 @@ class Runner:
             if self._run is None or self._run.finished is not None:
                 return False
             self._run.stop = "save" if save else "stop"
-            host = self._run.host
-        # It may not even have the model yet, and nobody would ask it to stop.
-        host.stop_waiting()
-        return True
+            return True
 
     def running(self) -> bool:
         """Whether a job is under way."""

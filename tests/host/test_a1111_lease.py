@@ -124,7 +124,7 @@ def test_what_was_offloaded_is_back_at_the_end_and_while_others_have_the_model(w
         assert on_card(webui, card) == {"unet", "vae"}
         lease.offload_parts({"vae"})
         lease.queue.yield_to_others = lambda stop: seen.append(on_card(webui, card))
-        assert lease.yield_model(report=lambda _: None, stop=lambda: False) is not None
+        assert lease.yield_model(lambda _: None) is not None
         assert on_card(webui, card) == {"unet"}
     assert seen == [set(PARTS)] and on_card(webui, card) == set(PARTS) and not webui.lock.locked()
 
@@ -178,7 +178,7 @@ def test_who_trains_is_told_that_others_find_no_whole_model(webui, card):
         lease.offload_parts({"vae"})
         card.full = lambda: not seen
         lease.queue.yield_to_others = lambda stop: None
-        lease.yield_model(report=seen.append, stop=lambda: False)
+        lease.yield_model(seen.append)
     assert [type(event) for event in seen] == [Warned] and on_card(webui, card) == set(PARTS)
 
 
@@ -200,7 +200,7 @@ def test_weights_that_others_changed_are_not_trained_on(webui, card):
 
     with pytest.raises(HostError), (lease := new_lease(webui)).leased():
         lease.queue.yield_to_others = change
-        lease.yield_model(report=lambda _: None, stop=lambda: False)
+        lease.yield_model(lambda _: None)
     assert not webui.lock.locked() and not webui.shown()
 
 

@@ -12,8 +12,7 @@ from PIL import Image, ImageDraw
 
 from lib_lora_train.errors import translated
 from lib_lora_train.host import placement
-from lib_lora_train.host.exclusive import ExclusiveHost
-from lib_lora_train.host.port import Checkpoint, LeasedModel, Outline
+from lib_lora_train.host.port import Checkpoint, Display, LeasedModel, ModelSource, Outline, Renderer, Stop, never
 from lib_lora_train.model.architecture import NO_HINTS
 from tools.bench.true_size import true_size_shapes, true_size_tensors
 
@@ -22,7 +21,7 @@ KOHYA_FOLDER = "1_cat"
 """How kohya's scripts want images to lie: a folder in the folder, its name begins with the number of repeats."""
 
 
-class RandomHost(ExclusiveHost):
+class RandomHost(ModelSource, Display, Renderer):
     """Lends true-size random weights on `device`; they are drawn at the first lease."""
 
     allowed = None
@@ -45,7 +44,7 @@ class RandomHost(ExclusiveHost):
                        NO_HINTS, self._device)
 
     @contextlib.contextmanager
-    def lease(self) -> Iterator[LeasedModel]:
+    def lease(self, *, stop: Stop = never) -> Iterator[LeasedModel]:
         """The tensors on the device."""
         with translated("making a model of random weights"):
             if self._tensors is None:

@@ -25,6 +25,7 @@ from PIL import Image
 from lib_lora_train.dataset.progress import ShouldStop
 from lib_lora_train.errors import HostError, translated
 from lib_lora_train.host.a1111.queue import QueueLock
+from lib_lora_train.host.port import never
 from lib_lora_train.tagging.captioner import Captioner, CaptionerSource, Description, Tag
 from lib_lora_train.tagging.options import TagOptions
 
@@ -119,7 +120,7 @@ class _Queued:
 
 @contextlib.contextmanager
 def _turn(should_stop: ShouldStop | None) -> Iterator[None]:
-    with QueueLock(call_queue.queue_lock).held(stop=should_stop or (lambda: False)):
+    with QueueLock(call_queue.queue_lock).held(stop=should_stop or never):
         lowvram.send_everything_to_cpu()
         yield
 
