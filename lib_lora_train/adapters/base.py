@@ -34,11 +34,9 @@ class Adapter(Protocol):
 
     def use_working_copies(self, copy: WorkingCopy) -> None:
         """Compute with the copies of the weights in place of a cast; whoever made them keeps them up to date."""
-        ...
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by the last part of their keys in the file ("alpha"), fp32, sharing memory with the weights."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -63,18 +61,15 @@ class AdapterKind(Protocol):
 
     def build(self, target: Target, *, rank: int, alpha: float, generator: torch.Generator) -> Adapter:
         """A new one, which changes nothing yet."""
-        ...
 
     def load(self, target: Target, tensors: Mapping[str, Tensor]) -> Adapter:
         """The one that a file's `tensors` (as `Adapter.tensors`, in any dtype) hold.
 
         Raises LoraFileError where they are incomplete or do not fit the target.
         """
-        ...
 
     def cost(self, target: Target, *, rank: int) -> Cost:
         """What one of that rank takes."""
-        ...
 
 
 def misfit(why: str) -> LoraFileError:

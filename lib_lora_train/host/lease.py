@@ -15,7 +15,7 @@ from lib_lora_train.events import Report, Stage
 from lib_lora_train.host.port import Display, LeasedModel, ModelSource, Stop
 from lib_lora_train.model import frozen
 from lib_lora_train.model.frozen import FrozenModel
-from lib_lora_train.model.sampler import SampleRequest, sample_latents
+from lib_lora_train.model.sampler import SampleRequest, sample_batch
 from lib_lora_train.settings import Settings
 from lib_lora_train.training.precision import compute_dtype
 
@@ -64,8 +64,8 @@ class ModelLease:
         if min(width, height) < multiple or width % multiple or height % multiple:
             raise SettingError(f"Pictures of {width}×{height} pixels do not fit this model",
                                why=f"its sizes are multiples of {multiple}")
-        return sample_latents(self.model, request, clip_skip=self.clip_skip, dtype=self.dtype,
-                              on_step=lambda *_: self.check_stop())
+        return sample_batch(self.model, [request], clip_skip=self.clip_skip, dtype=self.dtype,
+                            on_step=lambda *_: self.check_stop())
 
 
 @contextlib.contextmanager

@@ -11,12 +11,12 @@ import contextlib
 import dataclasses
 import hashlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import safetensors
 import torch
-import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -37,13 +37,15 @@ from lib_lora_train.host.port import (
 )
 from lib_lora_train.model.family import Hints, detect
 from lib_lora_train.model.sampler import to_image
-from lib_lora_train.model.sd.hints_file import hints_from_yaml
-from lib_lora_train.model.sd.tokens import Tokenizer, tokenizer_from_folder
+from lib_lora_train.model.sd.hints_file import hints_from_yaml, tokenizers_from_yaml
+from lib_lora_train.model.sd.tokens import Tokenizer
 from lib_lora_train.settings import Settings
 from lib_lora_train.settings.allowed_paths import AllowedPaths
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
            "I32": torch.int32, "U8": torch.uint8, "I8": torch.int8, "BOOL": torch.bool}
+
+Result = TypeVar("Result")
 
 
 class StandaloneHost(ModelSource, Display, Renderer):
@@ -91,7 +93,7 @@ class StandaloneHost(ModelSource, Display, Renderer):
         try:
             checkpoint, outline = self._described(self.checkpoint_file)
             if self._tensors is None:
-                self._tokenizers = _tokenizers_beside(self.checkpoint_file)
+                self._tokenizers = _beside(self.checkpoint_file, tokenizers_from_yaml)
                 self._tensors = _load(self.checkpoint_file, self._device)
             with translated("moving the model to the device"):
                 # What the last lease offloaded; nobody needed it in between.
@@ -130,9 +132,15 @@ def describe_file(path: Path) -> Checkpoint:
 
 
 def _describe(path: Path, device: torch.device) -> tuple[Checkpoint, Outline]:
-    outline = Outline(_header(path), _hints_beside(path), device)
+    outline = Outline(_header(path), _beside(path, hints_from_yaml) or Hints(), device)
     family = detect(outline.tensors, outline.hints).family.name
     return Checkpoint(path.stem, path.name, family, legacy_hash=_legacy_hash(path)), outline
+
+
+def _beside(path: Path, read: Callable[[Path], Result]) -> Result | None:
+    """What `read` makes of the `.yaml` of the checkpoint's name; None where there is none."""
+    configuration = path.with_suffix(".yaml")
+    return read(configuration) if configuration.is_file() else None
 
 
 def _check_suffix(path: Path) -> None:
@@ -174,29 +182,3 @@ def _legacy_hash(path: Path) -> str:
     with _readable(path), open(path, "rb") as file:
         file.seek(0x100000)
         return hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
-
-
-def _hints_beside(path: Path) -> Hints:
-    """What the `.yaml` of the checkpoint's name says."""
-    configuration = path.with_suffix(".yaml")
-    return hints_from_yaml(configuration) if configuration.is_file() else Hints()
-
-
-def _tokenizers_beside(path: Path) -> Sequence[Tokenizer] | None:
-    """Those of the folders that the `.yaml` of the checkpoint's name names; None where it names none."""
-    configuration = path.with_suffix(".yaml")
-    if not configuration.is_file():
-        return None
-    params = (yaml.safe_load(configuration.read_text(encoding="utf-8")) or {})["model"]["params"]
-    embedders = params.get("conditioner_config", {}).get("params", {}).get("emb_models") or [
-        params.get("cond_stage_config", {})]
-    folders = [(e.get("params") or {}).get("version") for e in embedders if e.get("input_key", "txt") == "txt"]
-    found = [_tokenizer_folder(configuration.parent, version) for version in folders]
-    # One vocabulary serves all encoders of a checkpoint; where no folder is named, CLIP's own is the default.
-    return [tokenizer_from_folder(f) for f in found if f] if found and all(found) else None
-
-
-def _tokenizer_folder(beside: Path, version: object) -> Path | None:
-    if not isinstance(version, str):
-        return None
-    return next((folder for folder in (beside / version, Path(version)) if (folder / "vocab.json").is_file()), None)

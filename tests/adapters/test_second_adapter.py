@@ -15,7 +15,9 @@ from lib_lora_train.adapters.network import ADAPTERS, AdapterNetwork
 from lib_lora_train.adapters.targets import Target, find_targets
 from lib_lora_train.errors import LoraFileError
 from lib_lora_train.model import frozen
-from lib_lora_train.model.ops.layers import Weight, frozen_conv2d, frozen_linear
+from lib_lora_train.model.ops.convolution import frozen_conv2d
+from lib_lora_train.model.ops.linear import frozen_linear
+from lib_lora_train.model.ops.weights import Weight
 from tests.model.small_checkpoints import HINTS, checkpoint, tokenizers
 
 

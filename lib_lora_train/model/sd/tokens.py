@@ -21,7 +21,6 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """The tokens of `text`, however many, without start and end token. Plain text: brackets mean brackets."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -117,12 +117,12 @@ def sample(prompt: str = Body(""), negative_prompt: str = Body(""), width: int =
            steps: int = Body(4), cfg_scale: float = Body(7.0), seed: int = Body(1)) -> dict[str, str]:
     """A picture by our own sampler on the leased model, as base64 of a PNG."""
     from lib_lora_train.host.a1111.host import HOST
-    from lib_lora_train.model.sampler import SampleRequest, sample_latents, to_image
+    from lib_lora_train.model.sampler import SampleRequest, sample_batch, to_image
 
     request = SampleRequest(prompt, negative_prompt, width, height, steps, cfg_scale, seed)
     with HOST.lease() as borrowed:
         model = _frozen(borrowed)
-        image = to_image(model, sample_latents(model, request, clip_skip=borrowed.clip_skip))
+        image = to_image(model, sample_batch(model, [request], clip_skip=borrowed.clip_skip))
     return {"image": _png(image)}
 
 
