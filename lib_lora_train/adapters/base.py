@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from lib_lora_train.adapters.targets import Target
-from lib_lora_train.errors import LoraFileError
 
 WorkingCopy = Callable[[nn.Parameter], "Tensor | None"]
 """A weight -> the same numbers in the dtype of the computation, None where there is no copy."""
@@ -70,9 +69,3 @@ class AdapterKind(Protocol):
 
     def cost(self, target: Target, *, rank: int) -> Cost:
         """What one of that rank takes."""
-
-
-def misfit(why: str) -> LoraFileError:
-    """The error for a layer of a file that does not fit the model's."""
-    return LoraFileError("The LoRA file does not fit the model", why=why,
-                         remedy="choose a LoRA that was made for this kind of model")

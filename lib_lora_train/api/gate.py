@@ -41,14 +41,15 @@ class Refused(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Gate:
-    """Accepts or refuses requests."""
+    """Adds routes to an application, and accepts or refuses the requests for them."""
 
+    app: FastAPI
     token: str = dataclasses.field(repr=False)
     credentials: Mapping[str, str] = dataclasses.field(repr=False)
     api_enabled: bool
     logged_in: LoggedIn = dataclasses.field(repr=False)
 
-    def check(self, request: Request) -> None:
+    def _check(self, request: Request) -> None:
         """Raise Refused unless the request may pass; a POST must be JSON."""
         self._check_site(request)
         if request.method == "POST" and _content_type(request) != "application/json":
@@ -56,7 +57,7 @@ class Gate:
             raise Refused(415, "The request must be JSON; set the header Content-Type: application/json.")
         self._check_asker(request)
 
-    def check_upload(self, request: Request) -> None:
+    def _check_upload(self, request: Request) -> None:
         """Raise Refused unless it is the page that sends a file."""
         self._check_site(request)
         if _content_type(request) != "application/octet-stream":
@@ -92,29 +93,18 @@ class Gate:
 
     def _known(self, authorization: str) -> bool:
         scheme, _, encoded = authorization.partition(" ")
-        if scheme.lower() != "basic":
-            return False
         try:
             user, _, password = base64.b64decode(encoded.strip(), validate=True).decode("utf-8").partition(":")
         except (binascii.Error, UnicodeDecodeError):
             return False
-        expected = self.credentials.get(user)
-        matches = secrets.compare_digest(password.encode(), (expected or "").encode())
-        return matches and expected is not None
-
-
-@dataclasses.dataclass(frozen=True)
-class Door:
-    """Adds guarded routes to an application."""
-
-    app: FastAPI
-    gate: Gate
+        matches = secrets.compare_digest(password.encode(), self.credentials.get(user, "").encode())
+        return matches and scheme.lower() == "basic" and user in self.credentials
 
     def add(self, method: str, name: str, answer: Answer, about: str, *, largest: int = _LARGEST_BODY) -> None:
         """A route that takes JSON of at most `largest` bytes (or nothing) and gives JSON or a Response. `answer` runs on a
         thread of its own."""
         async def handler(request: Request) -> object:
-            self.gate.check(request)
+            self._check(request)
             body = await _body(request, largest) if method == "POST" else {}
             return await run_in_threadpool(answer, request.query_params, body)
         self._add(method, name, handler, about)
@@ -122,7 +112,7 @@ class Door:
     def add_upload(self, name: str, receive: Receive, about: str) -> None:
         """A route that takes one file as the body."""
         async def handler(request: Request) -> object:
-            self.gate.check_upload(request)
+            self._check_upload(request)
             return await receive(request)
         self._add("POST", name, handler, about)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lib_lora_train.adapters import file
-from lib_lora_train.adapters.base import AdapterKind, Cost, WorkingCopy, misfit
+from lib_lora_train.adapters.base import AdapterKind, Cost, WorkingCopy
 from lib_lora_train.adapters.network import ADAPTERS, AdapterNetwork
 from lib_lora_train.adapters.targets import Target, find_targets
 from lib_lora_train.errors import LoraFileError
@@ -52,7 +52,7 @@ class Scales:
 
     def load(self, target: Target, tensors: Mapping[str, Tensor]) -> Scale:
         if tensors["weight"].shape != (target.out_features,):
-            raise misfit(f"{target.key} has another width")
+            raise LoraFileError(f"{target.key} has another width")
         return Scale(tensors["weight"].float().clone())
 
     def cost(self, target: Target, *, rank: int) -> Cost:

@@ -67,7 +67,7 @@ def test_it_looks_like_what_it_replaces(kind):
     exact = weights((16, 24, 3, 3)).to(torch.float16).contiguous(memory_format=torch.channels_last)
     kernel = quantise(exact, kind)
     assert (kernel.shape, kernel.device, is_nhwc_kernel(kernel)) == (exact.shape, exact.device, True)
-    assert not quantise(exact.contiguous(), kind).nhwc and not quantise(exact.flatten(1), kind).nhwc
+    assert not is_nhwc_kernel(quantise(exact.contiguous(), kind)) and not is_nhwc_kernel(quantise(exact.flatten(1), kind))
     assert kernel.nbytes == exact.numel() + 4 * 16
     assert kernel.dense(torch.float32).is_contiguous(memory_format=torch.channels_last)
 
