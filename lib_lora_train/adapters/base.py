@@ -8,7 +8,6 @@ convolutions in the place of the frozen ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -38,18 +37,6 @@ class Adapter(Protocol):
         """Its tensors by the last part of their keys in the file ("alpha"), fp32, sharing memory with the weights."""
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What an adapter takes.
-
-    parameters   trained numbers
-    flops        floating-point operations of one forward pass, for one row (a token, or an output pixel) of its layer
-    """
-
-    parameters: int
-    flops: int
-
-
 class AdapterKind(Protocol):
     """One kind of adapter: makes adapters for targets."""
 
@@ -67,5 +54,5 @@ class AdapterKind(Protocol):
         Raises LoraFileError where they are incomplete or do not fit the target.
         """
 
-    def cost(self, target: Target, *, rank: int) -> Cost:
-        """What one of that rank takes."""
+    def cost(self, target: Target, *, rank: int) -> int:
+        """How many numbers of one of that rank are trained."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lib_lora_train.adapters.base import Cost, WorkingCopy
+from lib_lora_train.adapters.base import WorkingCopy
 from lib_lora_train.adapters.targets import Target
 from lib_lora_train.errors import LoraFileError
 from lib_lora_train.model.ops.linear import LoRADelta
@@ -96,7 +96,6 @@ class LoRA:
         return LoRALayer(down.reshape(rank, target.in_features, *target.kernel), up.flatten(1), alpha=alpha,
                          as_conv=target.as_conv)
 
-    def cost(self, target: Target, *, rank: int) -> Cost:
-        """A and B, each a multiplication and an addition a number."""
-        parameters = rank * (target.in_features * math.prod(target.kernel) + target.out_features)
-        return Cost(parameters, 2 * parameters)
+    def cost(self, target: Target, *, rank: int) -> int:
+        """The numbers of A and B."""
+        return rank * (target.in_features * math.prod(target.kernel) + target.out_features)

@@ -7,7 +7,7 @@ full one; only shapes, names and dtypes are looked at, so tensors on the meta de
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +89,10 @@ class Family:
     def parts(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], list[dict[str, Tensor]]]:
         """A checkpoint's tensors cut into UNet, VAE and text encoders, each under local names."""
         return unet_tensors(tensors), vae_tensors(tensors), [text_tensors(tensors, spec.prefix) for spec in self.text]
+
+    def adapts_text(self, keys: Iterable[str]) -> bool:
+        """Whether some of a LoRA file's keys are those of a text encoder."""
+        return any(key.startswith(tuple(f"lora_{spec.component}_" for spec in self.text)) for key in keys)
 
 
 SD1 = Family(

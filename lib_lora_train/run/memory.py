@@ -93,7 +93,7 @@ def planned_layers(settings: Settings, tensors: Mapping[str, Tensor], architectu
     LoraFileError."""
     network = settings.network
     ranks = read_ranks(Path(network.network_weights)) if network.network_weights else {}
-    text = not network.network_train_unet_only or any(key.startswith("lora_te") for key in ranks)
+    text = not network.network_train_unet_only or architecture.family.adapts_text(ranks)
     layers = layers_for(tensors, architecture, rank=network.network_dim, text_encoder=text)
     return tuple(dataclasses.replace(layer, rank=ranks.get(layer.target.key, layer.rank)) for layer in layers)
 

@@ -48,8 +48,8 @@ def build_network(settings: Settings, model: FrozenModel, weights: InitialWeight
             targets = find_targets(model.components, family=family, text_encoder=train_text)
             network = AdapterNetwork.build(targets, rank=chosen.network_dim, alpha=chosen.network_alpha, seed=seed)
         else:
-            has_text = any(key.startswith("lora_te") for key in weights.tensors)
-            targets = find_targets(model.components, family=family, text_encoder=train_text or has_text)
+            with_text = train_text or family.adapts_text(weights.tensors)
+            targets = find_targets(model.components, family=family, text_encoder=with_text)
             network = AdapterNetwork.continued(targets, weights.tensors, seed=seed)
             if network.fresh:
                 report(Warned(f"{len(network.fresh)} layers are not in {weights.name} and start anew."))

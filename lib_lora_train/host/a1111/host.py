@@ -93,7 +93,10 @@ class WebUIHost:
 
         LoRAs that were merged are not merged again at the end: the WebUI does so itself at the next generation.
         """
-        model.refuse_lowvram()
+        if shared.cmd_opts.lowvram:
+            raise HostError(
+                "Training is not possible with --lowvram", why="it keeps the model in pieces outside the card's memory",
+                remedy="start the WebUI with --medvram, or without either")
         if self._lease is not None:
             raise HostError("The model is in use", remedy="wait for the other job to end")
         self._lease = lease = WebUILease(QueueLock(call_queue.queue_lock), self._misplaced, stop=stop)

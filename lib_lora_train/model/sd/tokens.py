@@ -24,7 +24,9 @@ class Tokenizer(Protocol):
 
 
 @dataclass(frozen=True)
-class _Tokenizer:
+class FunctionTokenizer:
+    """A tokenizer that asks the function `tokens`."""
+
     tokens: Callable[[str], list[int]]
     start: int
     end: int
@@ -41,7 +43,7 @@ def clip_tokenizer() -> Tokenizer:
 
     tokenizer = SimpleTokenizer()
     ids = tokenizer.encoder
-    return _Tokenizer(tokenizer.encode, start=ids["<start_of_text>"], end=ids["<end_of_text>"], comma=ids[",</w>"])
+    return FunctionTokenizer(tokenizer.encode, start=ids["<start_of_text>"], end=ids["<end_of_text>"], comma=ids[",</w>"])
 
 
 def tokenizer_from_folder(path: str | Path) -> Tokenizer:
@@ -58,5 +60,6 @@ def tokenizer_from_folder(path: str | Path) -> Tokenizer:
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ModelError(f"The tokenizer in the folder '{path}' cannot be read", why=" ".join(str(error).split()),
                          remedy="copy or download it again") from error
-    return _Tokenizer(lambda text: tokenizer(text, truncation=False, add_special_tokens=False)["input_ids"],
-                      start=tokenizer.bos_token_id, end=tokenizer.eos_token_id, comma=tokenizer.get_vocab().get(",</w>"))
+    return FunctionTokenizer(
+        lambda text: tokenizer(text, truncation=False, add_special_tokens=False)["input_ids"],
+        start=tokenizer.bos_token_id, end=tokenizer.eos_token_id, comma=tokenizer.get_vocab().get(",</w>"))
