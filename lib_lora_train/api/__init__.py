@@ -56,7 +56,7 @@ def install(app: FastAPI, *, runner: Runner, host: Host, token: str, credentials
         gate.add(method, name, lambda query, body: answer(validated(RunRequest, body or query)), about)
 
     add("GET", "status", lambda r: service.status(runner=runner, host=host, after=r.after), "Where the current or last run is")
-    add("GET", "runs", lambda _: {"runs": service.runs(runner=runner, host=host)}, "Past runs, newest first")
+    add("GET", "runs", lambda _: {"runs": service.runs(host)}, "Past runs, newest first")
     add("GET", "settings", lambda _: {"settings": service.settings_list()}, "Every setting")
     add("POST", "plan", lambda r: service.plan(r.named_settings(), host=host), "What a run would do")
     add("POST", "start", lambda r: {"run": _start(r, runner=runner, host=host)}, "Start a run, or go on with one")

@@ -49,30 +49,20 @@ class Gate:
     api_enabled: bool
     logged_in: LoggedIn = dataclasses.field(repr=False)
 
-    def _check(self, request: Request) -> None:
-        """Raise Refused unless the request may pass; a POST must be JSON."""
-        self._check_site(request)
-        if request.method == "POST" and _content_type(request) != "application/json":
-            # What a form, or a script that asks no leave, cannot send.
-            raise Refused(415, "The request must be JSON; set the header Content-Type: application/json.")
-        self._check_asker(request)
-
-    def _check_upload(self, request: Request) -> None:
-        """Raise Refused unless it is the page that sends a file."""
-        self._check_site(request)
-        if _content_type(request) != "application/octet-stream":
-            raise Refused(415, "A file must be sent as it is; set the header Content-Type: application/octet-stream.")
-        if request.headers.get(TOKEN_HEADER) is None:
-            raise Refused(403, "Only the page sends files; a program names the folder they are in.")
-        self._check_asker(request)
-
-    def _check_site(self, request: Request) -> None:
+    def _check(self, request: Request, *, upload: bool = False) -> None:
+        """Raise Refused unless the request may pass; a POST must be JSON, and an upload a file that the page sends."""
         # Browsers say so themselves; another port of this machine is another site too.
         if request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
             raise Refused(403, "A request from another web page is not accepted.")
-
-    def _check_asker(self, request: Request) -> None:
+        content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
+        if upload and content_type != "application/octet-stream":
+            raise Refused(415, "A file must be sent as it is; set the header Content-Type: application/octet-stream.")
+        if request.method == "POST" and not upload and content_type != "application/json":
+            # What a form, or a script that asks no leave, cannot send.
+            raise Refused(415, "The request must be JSON; set the header Content-Type: application/json.")
         shown = request.headers.get(TOKEN_HEADER)
+        if upload and shown is None:
+            raise Refused(403, "Only the page sends files; a program names the folder they are in.")
         if shown is not None:
             # No 401 here: a browser would answer it with a password box over the page.
             if not secrets.compare_digest(shown.encode(), self.token.encode()):
@@ -112,7 +102,7 @@ class Gate:
     def add_upload(self, name: str, receive: Receive, about: str) -> None:
         """A route that takes one file as the body."""
         async def handler(request: Request) -> object:
-            self._check_upload(request)
+            self._check(request, upload=True)
             return await receive(request)
         self._add("POST", name, handler, about)
 
@@ -140,10 +130,6 @@ def same_origin(origin: str, host: str) -> bool:
         return urlsplit(origin).netloc.lower() == host.lower()
     except ValueError:
         return False
-
-
-def _content_type(request: Request) -> str:
-    return request.headers.get("content-type", "").split(";")[0].strip().lower()
 
 
 async def _body(request: Request, largest: int) -> dict[str, Any]:

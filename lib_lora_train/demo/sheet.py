@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from lib_lora_train.adapters import file
 from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.dataset.images import read_image
+from lib_lora_train.evaluation.check_sheet import load_font
 from lib_lora_train.host.port import ModelSource
 from lib_lora_train.model import frozen
 from lib_lora_train.model.ops.layers import Adapter
@@ -58,7 +59,7 @@ def draw_sheet(rows: list[SheetRow]) -> Image.Image:
     """The rows under each other on white, labels on the left, words below the pictures."""
     across, down = SIDE + _MARGIN, SIDE + 20 + _MARGIN
     sheet = Image.new("RGB", (_LABEL + across * max(len(row.images) for row in rows), _MARGIN + down * len(rows)), "white")
-    pen, large, small = ImageDraw.Draw(sheet), _font(16), _font(13)
+    pen, large, small = ImageDraw.Draw(sheet), load_font(16), load_font(13)
     for line, row in enumerate(rows):
         top = _MARGIN + line * down
         pen.text((_MARGIN, top + SIDE // 2 - 8), row.label, fill="black", font=large)
@@ -68,12 +69,3 @@ def draw_sheet(rows: list[SheetRow]) -> Image.Image:
             width = pen.textlength(word, font=small)
             pen.text((left + (SIDE - width) / 2, top + SIDE + 2), word, fill="black", font=small)
     return sheet
-
-
-def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
-    for name in ("DejaVuSans.ttf", "arial.ttf", "Arial.ttf"):
-        try:
-            return ImageFont.truetype(name, size)
-        except OSError:
-            continue
-    return ImageFont.load_default()

@@ -26,7 +26,7 @@ def draw_checks(checked: Sequence[Checked], *, most: int = 48) -> Image.Image:
     generated = max((len(row.images) for row in rows), default=0)
     across = _SIDE + _MARGIN
     sheet = Image.new("RGB", (_MARGIN + across * (1 + generated) + _TEXT, _MARGIN + max(1, len(rows)) * across), "white")
-    draw, font = ImageDraw.Draw(sheet), _font(13)
+    draw, font = ImageDraw.Draw(sheet), load_font(13)
     for line, row in enumerate(rows):
         top = _MARGIN + line * across
         for column, image in enumerate((_original(row), *row.images)):
@@ -74,7 +74,8 @@ def _original(row: Checked) -> Image.Image:
         return Image.new("RGB", (_SIDE, _SIDE), "lightgrey")
 
 
-def _font(size: int) -> Font:
+def load_font(size: int) -> Font:
+    """The first of `_FONTS` that the system has, else PIL's own."""
     for name in _FONTS:
         try:
             return ImageFont.truetype(name, size)

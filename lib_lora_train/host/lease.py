@@ -12,7 +12,7 @@ import torch
 from lib_lora_train.dataset.progress import ShouldStop
 from lib_lora_train.errors import Interrupted, SettingError
 from lib_lora_train.events import Report, Stage
-from lib_lora_train.host.port import Display, LeasedModel, ModelSource, Stop
+from lib_lora_train.host.port import Display, LeasedModel, ModelSource
 from lib_lora_train.model import frozen
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.model.sampler import SampleRequest, sample_batch
@@ -38,7 +38,7 @@ class ModelLease:
     checkpoint: str
     _leased: LeasedModel
     _report: Report
-    _stop: Stop
+    _stop: ShouldStop
 
     def check_stop(self) -> None:
         """Raises Interrupted where somebody asked to stop; called at each step, a stop takes no longer than one step."""

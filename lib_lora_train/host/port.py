@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from PIL import Image
 
+from lib_lora_train.dataset.progress import ShouldStop
 from lib_lora_train.errors import translated
 from lib_lora_train.events import Event, Report
 from lib_lora_train.host import placement
@@ -23,12 +24,9 @@ from lib_lora_train.model.sd.tokens import Tokenizer
 from lib_lora_train.settings.allowed_paths import AllowedPaths
 from lib_lora_train.tagging.captioner import CaptionerSource
 
-Stop = Callable[[], bool]
-"""Whether the caller no longer wants what it waits for."""
-
 
 def never() -> bool:
-    """The `Stop` of those who wait as long as it takes."""
+    """The `ShouldStop` of those who wait as long as it takes."""
     return False
 
 
@@ -155,7 +153,7 @@ class ModelSource(Protocol):
     def outline(self) -> Outline | None:
         """The shapes of what is loaded now, None if nothing is or it cannot be trained; never loads, never waits."""
 
-    def lease(self, *, stop: Stop = never) -> AbstractContextManager[LeasedModel]:
+    def lease(self, *, stop: ShouldStop = never) -> AbstractContextManager[LeasedModel]:
         """The model inside the block, without active LoRAs and locked against everybody else; released in any case.
 
         Raises HostError if there is none, ModelError if it is of a kind that cannot be trained, Interrupted where `stop()`
@@ -184,7 +182,7 @@ class Display(Protocol):
 class Renderer(Protocol):
     """A host's own models besides the training: text-to-image, and captioners."""
 
-    def render(self, request: RenderRequest, *, stop: Stop = never) -> list[Image.Image]:
+    def render(self, request: RenderRequest, *, stop: ShouldStop = never) -> list[Image.Image]:
         """The images that a user of the host gets for this request, RGB; not saved anywhere.
 
         Not to be called while the caller leases the model. Raises HostError (no model, an unknown sampler, a model that is

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from lib_lora_train.dataset.progress import ShouldStop
 from lib_lora_train.errors import HostError, LoraTrainError, ModelError, translated
 from lib_lora_train.host import placement
 from lib_lora_train.host.exposure import is_loopback
@@ -32,7 +33,6 @@ from lib_lora_train.host.port import (
     Outline,
     Renderer,
     RenderRequest,
-    Stop,
     never,
 )
 from lib_lora_train.model.family import Hints, detect
@@ -55,22 +55,13 @@ class StandaloneHost(ModelSource, Display, Renderer):
                  device: torch.device | None = None, allowed: AllowedPaths | None = None) -> None:
         self.checkpoint_file, self.allowed = checkpoint_file, allowed
         self.lora_folder, self.runs_folder = lora_folder, runs_folder
-        self.datasets_folder = runs_folder.with_name("datasets")
+        self.datasets_folder, self.taggers_folder = runs_folder.with_name("datasets"), lora_folder / "taggers"
+        self.models_folder = lora_folder  # there is no other
         self._device = placement.indexed(device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         self._lock = threading.Lock()
         self._tensors: Mapping[str, torch.Tensor] | None = None
         self._tokenizers: Sequence[Tokenizer] | None = None
         self._description: tuple[Checkpoint, Outline] | None = None
-
-    @property
-    def models_folder(self) -> Path:
-        """The folder of LoRAs: there is no other."""
-        return self.lora_folder
-
-    @property
-    def taggers_folder(self) -> Path:
-        """Beside the LoRAs."""
-        return self.lora_folder / "taggers"
 
     def checkpoint(self) -> Checkpoint | None:
         """The file's name, family and old hash, read from its header; None where there is none or it is unusable."""
@@ -84,7 +75,7 @@ class StandaloneHost(ModelSource, Display, Renderer):
         return None if self.checkpoint_file is None or self.checkpoint() is None else self._described(self.checkpoint_file)[1]
 
     @contextlib.contextmanager
-    def lease(self, *, stop: Stop = never) -> Iterator[LeasedModel]:
+    def lease(self, *, stop: ShouldStop = never) -> Iterator[LeasedModel]:
         """The file's tensors on the device; read at the first time."""
         if self.checkpoint_file is None:
             raise HostError("No model is loaded", remedy="name a checkpoint file (--checkpoint)")
@@ -102,7 +93,7 @@ class StandaloneHost(ModelSource, Display, Renderer):
         finally:
             self._lock.release()
 
-    def render(self, request: RenderRequest, *, stop: Stop = never) -> list[Image.Image]:
+    def render(self, request: RenderRequest, *, stop: ShouldStop = never) -> list[Image.Image]:
         """By our own sampler, which knows no LoRA in a prompt."""
         if request.sampler != "Euler":
             raise HostError(f"There is no sampler {request.sampler!r} here", remedy="use Euler")

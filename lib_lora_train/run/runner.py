@@ -22,7 +22,7 @@ from lib_lora_train.host.port import Host
 from lib_lora_train.run.job import run_job
 from lib_lora_train.run.output import checked_name
 from lib_lora_train.run.planning import RunPlan
-from lib_lora_train.run.record import PastRun, RunRecord, new_folder, past_runs, read_events
+from lib_lora_train.run.record import RunRecord, new_folder, read_events
 from lib_lora_train.run.resume import run_folder
 from lib_lora_train.settings import Settings, flat
 
@@ -189,10 +189,6 @@ class Runner:
         """The settings that the user chose for the current or last run, by name; {} before the first."""
         with self._lock:
             return dict(flat(self._run.requested)) if self._run else {}
-
-    def runs(self, folder: Path) -> list[PastRun]:
-        """The runs that `folder` remembers, newest first."""
-        return past_runs(folder)
 
     def _work(self, run: _Run, host: Host) -> None:
         def report(event: events.Event) -> None:

@@ -226,7 +226,7 @@ def test_an_exception_brings_a_model_back_that_was_moved_to_the_device(webui, ca
 @pytest.fixture
 def host(webui, monkeypatch):
     for name in ("paths", "launch_utils"):
-        monkeypatch.setattr(sys.modules["modules"], name, SimpleNamespace(), raising=False)
+        monkeypatch.setattr(sys.modules["modules"], name, SimpleNamespace(data_path="", models_path=""), raising=False)
     monkeypatch.setattr(sys.modules["modules"].shared, "cmd_opts", SimpleNamespace(lowvram=False), raising=False)
     for name in ("allowed_paths", "captioners"):
         monkeypatch.setitem(sys.modules, f"lib_lora_train.host.a1111.{name}", ModuleType(name))

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from lib_lora_train import events
 from lib_lora_train.adapters.flat import FlatWeights
 from lib_lora_train.adapters.lora import LoRALayer
+from lib_lora_train.dataset.progress import ShouldStop
 from lib_lora_train.errors import HostError, Interrupted
-from lib_lora_train.host.port import LeasedModel, Stop, never
+from lib_lora_train.host.port import LeasedModel, never
 from lib_lora_train.host.standalone import StandaloneHost
 from lib_lora_train.model.ops.layers import Layers
 from lib_lora_train.settings import parse
@@ -38,7 +39,7 @@ class BusyHost(StandaloneHost):
         self.leased: LeasedModel | None = None
 
     @contextlib.contextmanager
-    def lease(self, *, stop: Stop = never) -> Iterator[LeasedModel]:
+    def lease(self, *, stop: ShouldStop = never) -> Iterator[LeasedModel]:
         with super().lease() as leased:
             leased.tensors = {name: tensor.clone() for name, tensor in leased.tensors.items()}
             leased.others_waiting, leased.yield_model = self.others_waiting, lambda report: self.yield_model(leased, stop)
@@ -49,7 +50,7 @@ class BusyHost(StandaloneHost):
         self.asked += 1
         return self._wants(self.asked)
 
-    def yield_model(self, leased: LeasedModel, stop: Stop):
+    def yield_model(self, leased: LeasedModel, stop: ShouldStop):
         self.handed += 1
         moved = {name: tensor.clone() for name, tensor in leased.tensors.items()}
         for tensor in leased.tensors.values():
@@ -134,7 +135,7 @@ def test_nothing_of_the_lent_memory_is_held_while_others_have_it(images, tiny_fi
 
     class WatchingHost(BusyHost):
         @contextlib.contextmanager
-        def lease(self, *, stop: Stop = never):
+        def lease(self, *, stop: ShouldStop = never):
             with super().lease(stop=stop) as leased:
                 leased.tensors = {name: tensor.as_subclass(Watched) for name, tensor in leased.tensors.items()}
                 lent.update(map(id, leased.tensors.values()))
@@ -163,7 +164,7 @@ def test_nothing_of_a_run_is_held_when_the_model_goes_back(images, tiny_file, tm
 
     class LenderHost(BusyHost):
         @contextlib.contextmanager
-        def lease(self, *, stop: Stop = never):
+        def lease(self, *, stop: ShouldStop = never):
             with super().lease(stop=stop) as leased:
                 before = held()
                 yield leased

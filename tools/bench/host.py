@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
+from lib_lora_train.dataset.progress import ShouldStop
 from lib_lora_train.errors import translated
 from lib_lora_train.host import placement
-from lib_lora_train.host.port import Checkpoint, Display, LeasedModel, ModelSource, Outline, Renderer, Stop, never
+from lib_lora_train.host.port import Checkpoint, Display, LeasedModel, ModelSource, Outline, Renderer, never
 from lib_lora_train.model.architecture import NO_HINTS
 from tools.bench.true_size import true_size_shapes, true_size_tensors
 
@@ -44,7 +45,7 @@ class RandomHost(ModelSource, Display, Renderer):
                        NO_HINTS, self._device)
 
     @contextlib.contextmanager
-    def lease(self, *, stop: Stop = never) -> Iterator[LeasedModel]:
+    def lease(self, *, stop: ShouldStop = never) -> Iterator[LeasedModel]:
         """The tensors on the device."""
         with translated("making a model of random weights"):
             if self._tensors is None:

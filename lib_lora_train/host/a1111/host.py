@@ -25,6 +25,7 @@ from pathlib import Path
 from modules import call_queue, launch_utils, paths, sd_models, shared
 from PIL import Image
 
+from lib_lora_train.dataset.progress import ShouldStop
 from lib_lora_train.errors import HostError
 from lib_lora_train.events import Event, Saved, Stage, Step
 from lib_lora_train.host import placement
@@ -32,7 +33,7 @@ from lib_lora_train.host.a1111 import allowed_paths, loras, model, render
 from lib_lora_train.host.a1111 import captioners as captioners_module
 from lib_lora_train.host.a1111.lease import WebUILease
 from lib_lora_train.host.a1111.queue import QueueLock
-from lib_lora_train.host.port import Checkpoint, LeasedModel, Outline, RenderRequest, Stop, never
+from lib_lora_train.host.port import Checkpoint, LeasedModel, Outline, RenderRequest, never
 from lib_lora_train.settings.allowed_paths import AllowedPaths
 from lib_lora_train.tagging.captioner import CaptionerSource
 
@@ -43,6 +44,9 @@ class WebUIHost:
     def __init__(self) -> None:
         self._lease: WebUILease | None = None
         self._misplaced = placement.MisplacedTensors()
+        data, models = Path(paths.data_path), Path(paths.models_path)  # --data-dir, --models-dir
+        self.runs_folder, self.datasets_folder = data / "lora_train_runs", data / "lora_train_datasets"
+        self.models_folder, self.taggers_folder = models, models / "lora_train" / "taggers"
 
     @property
     def lora_folder(self) -> Path:
@@ -50,29 +54,9 @@ class WebUIHost:
         return Path(shared.cmd_opts.lora_dir)
 
     @property
-    def runs_folder(self) -> Path:
-        """Beside the WebUI's other data (--data-dir)."""
-        return Path(paths.data_path) / "lora_train_runs"
-
-    @property
-    def datasets_folder(self) -> Path:
-        """Beside the WebUI's other data (--data-dir)."""
-        return Path(paths.data_path) / "lora_train_datasets"
-
-    @property
     def allowed(self) -> AllowedPaths | None:
         """Where others reach the WebUI: its own folders, and those its owner added."""
         return allowed_paths.allowed()
-
-    @property
-    def models_folder(self) -> Path:
-        """--models-dir."""
-        return Path(paths.models_path)
-
-    @property
-    def taggers_folder(self) -> Path:
-        """Beside the WebUI's other models (--models-dir)."""
-        return Path(paths.models_path) / "lora_train" / "taggers"
 
     def captioners(self) -> Sequence[CaptionerSource]:
         """BLIP and DeepDanbooru, as the buttons beside img2img's prompt use them."""
@@ -88,7 +72,7 @@ class WebUIHost:
         return None if sd_model is None or not model.describe(sd_model).family else model.outline(sd_model)
 
     @contextlib.contextmanager
-    def lease(self, *, stop: Stop = never) -> Iterator[LeasedModel]:
+    def lease(self, *, stop: ShouldStop = never) -> Iterator[LeasedModel]:
         """Wait in the WebUI's queue, then lease the model, without LoRAs and on the device, until the block is left.
 
         LoRAs that were merged are not merged again at the end: the WebUI does so itself at the next generation.
@@ -106,7 +90,7 @@ class WebUIHost:
         finally:
             self._lease = None
 
-    def render(self, request: RenderRequest, *, stop: Stop = never) -> list[Image.Image]:
+    def render(self, request: RenderRequest, *, stop: ShouldStop = never) -> list[Image.Image]:
         """As a generation of the user, which waits in the queue."""
         if self._leased_here():
             raise HostError("The model is in use", why="this job trains on it", remedy="render before or after it")

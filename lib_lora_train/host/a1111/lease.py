@@ -18,13 +18,14 @@ import torch
 from modules import sd_models, shared
 from torch import Tensor, nn
 
+from lib_lora_train.dataset.progress import ShouldStop
 from lib_lora_train.errors import HostError, Interrupted, translated
 from lib_lora_train.events import Report, Stage, Warned
 from lib_lora_train.host import placement
 from lib_lora_train.host.a1111 import loras, model
 from lib_lora_train.host.a1111.progress import ProgressDisplay
 from lib_lora_train.host.a1111.queue import QueueLock
-from lib_lora_train.host.port import LeasedModel, Stop, never
+from lib_lora_train.host.port import LeasedModel, never
 from lib_lora_train.model.family import detect
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ class WebUILease(LeasedModel):
     thread          that leased it
     """
 
-    def __init__(self, queue: QueueLock, misplaced: placement.MisplacedTensors, *, stop: Stop = never) -> None:
+    def __init__(self, queue: QueueLock, misplaced: placement.MisplacedTensors, *, stop: ShouldStop = never) -> None:
         """`misplaced` are those of all leases; `stop()` ends each wait for the model."""
         self.queue, self.display, self._misplaced, self._stop = queue, ProgressDisplay(), misplaced, stop
         self.version_check: model.VersionCheck | None = None

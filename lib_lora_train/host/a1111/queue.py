@@ -15,8 +15,9 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
 from typing import Any
 
+from lib_lora_train.dataset.progress import ShouldStop
 from lib_lora_train.errors import Interrupted
-from lib_lora_train.host.port import Stop, never
+from lib_lora_train.host.port import never
 
 _POLL_SECONDS = 0.5
 """Between two questions whether a wait is to end."""
@@ -33,7 +34,7 @@ class QueueLock:
         """Done when the lock is held, cancelled when the wait was ended; None before it is asked for and after release."""
 
     @contextlib.contextmanager
-    def held(self, *, stop: Stop = never) -> Iterator[None]:
+    def held(self, *, stop: ShouldStop = never) -> Iterator[None]:
         """Wait for the lock and hold it. Raises as `acquire`.
 
         Inside, the lock may be released and acquired again; it is free in any case at the end.
@@ -44,7 +45,7 @@ class QueueLock:
         finally:
             self.release()
 
-    def acquire(self, *, stop: Stop = never) -> None:
+    def acquire(self, *, stop: ShouldStop = never) -> None:
         """Wait for the lock. Raises Interrupted, holding nothing, where `stop()` says so first."""
         self._wait(self._ask(), stop)
 
@@ -55,7 +56,7 @@ class QueueLock:
             request.result()
             self._lock.release()
 
-    def yield_to_others(self, *, stop: Stop) -> None:
+    def yield_to_others(self, *, stop: ShouldStop) -> None:
         """Let everybody who waits now have the lock first, then wait for it again. Raises as `acquire`."""
         queue = getattr(self._lock, "_pending_threads", ())
         others, end = len(queue), time.monotonic() + _QUEUED_SECONDS
@@ -91,7 +92,7 @@ class QueueLock:
         else:
             self._lock.release()
 
-    def _wait(self, request: Future[None], stop: Stop) -> None:
+    def _wait(self, request: Future[None], stop: ShouldStop) -> None:
         while True:
             try:
                 return request.result(_POLL_SECONDS)
