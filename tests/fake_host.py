@@ -9,14 +9,14 @@ import torch
 from PIL import Image
 
 from lib_lora_train import events
-from lib_lora_train.host.port import Checkpoint, Display, Host, ModelSource, Renderer
+from lib_lora_train.host.port import Checkpoint, Host
 from lib_lora_train.run.planning import RunPlan
 from lib_lora_train.run.record import RunRecord
 from lib_lora_train.settings import Settings, flat
 from lib_lora_train.training import checkpoint as checkpoint_module
 
 
-class FakeHost(ModelSource, Display, Renderer):
+class FakeHost(Host):
     """Holds an SD1 checkpoint by name only, lends nothing and is `busy` with other work where a test says so."""
 
     allowed = None
@@ -24,12 +24,9 @@ class FakeHost(ModelSource, Display, Renderer):
     def __init__(self, folder: Path) -> None:
         self.lora_folder, self.runs_folder = folder / "loras", folder / "runs"
         self.datasets_folder, self.models_folder = folder / "datasets", folder / "models"
+        self.taggers_folder = self.lora_folder / "taggers"
         self.lora_folder.mkdir()
         self.busy = False
-
-    @property
-    def taggers_folder(self) -> Path:
-        return self.lora_folder / "taggers"
 
     def checkpoint(self) -> Checkpoint:
         return Checkpoint("dreamshaper_8", "dreamshaper_8.safetensors", "sd1", sha256="879db523c3" + 54 * "0")

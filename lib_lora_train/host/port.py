@@ -117,31 +117,22 @@ class RenderRequest(SampleRequest):
 
 
 class Paths(Protocol):
-    """The folders of a host."""
+    """The folders of a host.
 
-    @property
-    def lora_folder(self) -> Path:
-        """Where finished LoRAs go unless the user names a folder."""
+    lora_folder      where finished LoRAs go unless the user names a folder
+    runs_folder      where each run keeps its folder of settings and events
+    datasets_folder  where the dataset studio keeps the datasets it owns
+    models_folder    where models of all kinds are, each kind in a folder of its own; only read, for detectors that are there
+    taggers_folder   where each tagger has a folder of its own
+    allowed          the folders a run may touch; None where only this machine's user reaches the host
+    """
 
-    @property
-    def runs_folder(self) -> Path:
-        """Where each run keeps its folder of settings and events."""
-
-    @property
-    def datasets_folder(self) -> Path:
-        """Where the dataset studio keeps the datasets it owns."""
-
-    @property
-    def models_folder(self) -> Path:
-        """Where models of all kinds are, each kind in a folder of its own; only read, for detectors that are there."""
-
-    @property
-    def taggers_folder(self) -> Path:
-        """Where each tagger has a folder of its own."""
-
-    @property
-    def allowed(self) -> AllowedPaths | None:
-        """The folders a run may touch; None where only this machine's user reaches the host."""
+    lora_folder: Path
+    runs_folder: Path
+    datasets_folder: Path
+    models_folder: Path
+    taggers_folder: Path
+    allowed: AllowedPaths | None
 
 
 class ModelSource(Protocol):

@@ -25,16 +25,7 @@ from lib_lora_train.errors import HostError, LoraTrainError, ModelError, transla
 from lib_lora_train.host import placement
 from lib_lora_train.host.exposure import is_loopback
 from lib_lora_train.host.lease import lease_for
-from lib_lora_train.host.port import (
-    Checkpoint,
-    Display,
-    LeasedModel,
-    ModelSource,
-    Outline,
-    Renderer,
-    RenderRequest,
-    never,
-)
+from lib_lora_train.host.port import Checkpoint, Host, LeasedModel, Outline, RenderRequest, never
 from lib_lora_train.model.family import Hints, detect
 from lib_lora_train.model.sampler import to_image
 from lib_lora_train.model.sd.hints_file import hints_from_yaml, tokenizers_from_yaml
@@ -48,7 +39,7 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 Result = TypeVar("Result")
 
 
-class StandaloneHost(ModelSource, Display, Renderer):
+class StandaloneHost(Host):
     """Leases the model of one `.safetensors` file. `checkpoint_file` None is a host with no model yet."""
 
     def __init__(self, checkpoint_file: Path | None, *, lora_folder: Path, runs_folder: Path,

@@ -80,7 +80,7 @@ def ignored_by(model: FrozenModel, settings: Settings) -> list[str]:
     if settings.memory.cpu_offload_checkpointing and model.device.type != "cuda":
         notes.append("cpu_offload_checkpointing has no effect: there is no card, and activations are in ordinary memory.")
     if settings.memory.base_weights != "as they are" and model.device.type != "cuda":
-        notes.append("base_weights saves no memory without a card: its copies lie beside the model that is lent.")
+        notes.append("base_weights saves no memory without a card: its copies lie beside the leased model.")
     if model.architecture.zero_terminal_snr and model.schedule.prediction_type == "epsilon":
         notes.append("Zero terminal SNR suits models that predict v; one that predicts noise learns nothing from pure noise.")
     return notes

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from lib_lora_train.dataset.progress import ShouldStop
 from lib_lora_train.errors import translated
 from lib_lora_train.host import placement
-from lib_lora_train.host.port import Checkpoint, Display, LeasedModel, ModelSource, Outline, Renderer, never
+from lib_lora_train.host.port import Checkpoint, Host, LeasedModel, Outline, never
 from lib_lora_train.model.architecture import NO_HINTS
 from tools.bench.true_size import true_size_shapes, true_size_tensors
 
@@ -22,7 +22,7 @@ KOHYA_FOLDER = "1_cat"
 """How kohya's scripts want images to lie: a folder in the folder, its name begins with the number of repeats."""
 
 
-class RandomHost(ModelSource, Display, Renderer):
+class RandomHost(Host):
     """Lends true-size random weights on `device`; they are drawn at the first lease."""
 
     allowed = None

@@ -15,7 +15,6 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -39,13 +38,10 @@ def captioners() -> Sequence[CaptionerSource]:
     return BlipSource(), DeepDanbooruSource()
 
 
-@dataclasses.dataclass(frozen=True)
 class BlipSource:
     """BLIP writes a sentence. How long it is, is said in the WebUI's settings, Interrogate."""
 
-    name: str = "blip"
-    label: str = "BLIP (a sentence)"
-    reads: Literal["pixels"] = "pixels"
+    name, label, reads = "blip", "BLIP (a sentence)", "pixels"
 
     def missing(self) -> str:
         """Its weights, its code or its tokenizer."""
@@ -77,13 +73,10 @@ class BlipSource:
             interrogator.unload()
 
 
-@dataclasses.dataclass(frozen=True)
 class DeepDanbooruSource:
     """DeepDanbooru finds tags. Thresholds and spelling are ours, not those of the WebUI's settings."""
 
-    name: str = "deepdanbooru"
-    label: str = "DeepDanbooru (tags)"
-    reads: Literal["pixels"] = "pixels"
+    name, label, reads = "deepdanbooru", "DeepDanbooru (tags)", "pixels"
 
     def missing(self) -> str:
         """Its weights."""

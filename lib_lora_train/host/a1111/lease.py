@@ -12,7 +12,6 @@ import logging
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping
-from types import TracebackType
 
 import torch
 from modules import sd_models, shared
@@ -59,7 +58,8 @@ class WebUILease(LeasedModel):
         with contextlib.ExitStack() as at_the_end:
             at_the_end.callback(self.queue.release)
             at_the_end.callback(self._restore)
-            at_the_end.push(_clear_frames)
+            # An error's tensors are freed before the model comes back and needs their room.
+            at_the_end.push(lambda kind, error, trace: error and placement.clear_frames(error))
             with self.display.queued():
                 self.queue.acquire(stop=self._stop)
             self._setup.enter_context(self.display.running())
@@ -176,9 +176,3 @@ def _misplaced_error() -> HostError:
         "Part of the WebUI's model is not on the card, and pictures cannot be painted",
         why="there was no room for it when it was to come back",
         remedy="free some of the card's memory, then press 'Load SD checkpoint to VRAM from RAM' in Settings, Actions")
-
-
-def _clear_frames(kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-    """Free an error's tensors before the model comes back and needs their room."""
-    if error is not None:
-        placement.clear_frames(error)

@@ -65,11 +65,11 @@ NO_ADAPTERS: Adapters = MappingProxyType({})
 class Layers:
     """Borrowed tensors by local name ("input_blocks.1.0.in_layers.2.weight"), and the layers made of them."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], *, adapters: Adapters = NO_ADAPTERS) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._weights: dict[str, Weight] = {name: borrowed(tensor) for name, tensor in tensors.items()}
         self._own: dict[str, torch.device] = {}  # the devices of our copies
         self.tensors: Mapping[str, Weight] = MappingProxyType(self._weights)
-        self._adapters = adapters
+        self._adapters = NO_ADAPTERS
 
     def release(self) -> None:
         """Hold none of the host's memory and nothing on its device until `rebind`; nothing can be computed meanwhile."""

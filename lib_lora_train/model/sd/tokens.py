@@ -33,6 +33,7 @@ class FunctionTokenizer:
     comma: int | None
 
     def encode(self, text: str) -> list[int]:
+        """See `Tokenizer`."""
         return list(self.tokens(text))
 
 
