@@ -65,6 +65,11 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
+def counted(number: int, thing: str) -> str:
+    """"1 picture", "1,000 pictures"."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
 @contextlib.contextmanager
 def translated(doing: str) -> Iterator[None]:
     """Turn the foreign errors a user can cause into ours; `doing` completes "while …".

@@ -29,6 +29,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -217,7 +218,8 @@ def _image(data: bytes, root: Path) -> object:
     path = _written(data, root / "x.png")
     images.check_image(path)
     images.read_size(path)
-    return images.read_image(path, max_pixels=4_000_000).getextrema()
+    with mock.patch.object(images, "MAX_PIXELS", 4_000_000):
+        return images.read_image(path).getextrema()
 
 
 _TINY = io.BytesIO()

@@ -10,17 +10,18 @@ import random
 import tempfile
 import zipfile
 from pathlib import Path
+from unittest import mock
 
 from fuzz_inputs import mutated, text
 
 from lib_lora_train.errors import DatasetError
 from lib_lora_train.studio.captions.store import CaptionStore
-from lib_lora_train.studio.importing.archive import Limits
+from lib_lora_train.studio.importing import archive as archives
 from lib_lora_train.studio.importing.collect import collect
 from lib_lora_train.studio.importing.owned import OwnedDataset
 
 NAMES = ["a.png", "b.jpg", "sub/c.webp", "10_dog/d.png", "a.txt", "masks/a.png", "../e.png", "/f.png", "C:\\g.png", "A.PNG"]
-_LIMITS = Limits(entries=60, entry_bytes=4 << 20, total_bytes=8 << 20, always_bytes=8 << 20)
+_LIMITS = {"MOST_ENTRIES": 60, "MOST_ENTRY_BYTES": 4 << 20, "MOST_BYTES": 8 << 20, "ALWAYS_BYTES": 8 << 20}
 _CAPTION = b"zzk, blue"
 
 
@@ -46,7 +47,8 @@ def read_zip(data: bytes, root: Path) -> object:
     dataset = OwnedDataset.create(root / "datasets", "fuzz", concept="zzk")
     before, tempfile.tempdir = tempfile.tempdir, str(root)  # entries are unpacked there; it must be as empty as before
     try:
-        collected = collect(dataset, [archive], limits=_LIMITS)
+        with mock.patch.multiple(archives, **_LIMITS):
+            collected = collect(dataset, [archive])
     finally:
         tempfile.tempdir = before
     assert all(path.parent == dataset.images_folder and path.is_file() for path in collected.added)

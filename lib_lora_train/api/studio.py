@@ -50,7 +50,7 @@ from starlette.requests import ClientDisconnect
 
 from lib_lora_train.api.gate import Gate, Refused
 from lib_lora_train.errors import LoraTrainError
-from lib_lora_train.studio import model_operations, operations, shaping, thumbs, view
+from lib_lora_train.studio import operations, shaping, thumbs, view
 from lib_lora_train.studio.requests import StudioRequest, batch_name, some, validated
 from lib_lora_train.studio.session import Studio
 from lib_lora_train.studio.uploads import Receiving
@@ -103,8 +103,8 @@ def _add_captions(get: Callable[..., None], post: Callable[..., None], studio: S
     post("tags", lambda r: view.tags(studio, r.filtered()), "Tags by frequency")
     post("edit", lambda r: {"changed": studio.edit(r.edit, r.selection())}, "Change captions")
     post("caption", lambda r: {"changed": studio.caption(r.id, r.text)}, "Change one caption")
-    post("undo", lambda _: {"label": studio.undo()}, "Take the last step back")
-    post("redo", lambda _: {"label": studio.redo()}, "Do it again")
+    post("undo", lambda _: {"label": studio.step(back=True)}, "Take the last step back")
+    post("redo", lambda _: {"label": studio.step(back=False)}, "Do it again")
     post("save", lambda r: studio.save(overwrite=r.overwrite), "Write the captions")
     post("tokens", lambda r: dict(zip(("tokens", "chunks"), studio.tokens(r.text), strict=True)),
          "Count tokens")
@@ -130,11 +130,11 @@ def _add_shapes(get: Callable[..., None], post: Callable[..., None], studio: Stu
 
 
 def _add_model(get: Callable[..., None], post: Callable[..., None], studio: Studio) -> None:
-    post("check-captions", lambda r: {"id": model_operations.check(
+    post("check-captions", lambda r: {"id": operations.check_captions(
         studio, r.selection(), seeds=r.seeds, steps=r.steps, worst=r.worst, values=r.settings)}, "Are the captions right")
-    get("checked", lambda r: _image(model_operations.generated(studio, r.id, r.n), keep=False),
+    get("checked", lambda r: _image(operations.generated(studio, r.id, r.n), keep=False),
         "A picture painted from a caption")
-    post("class-pictures", lambda r: {"id": model_operations.class_images(
+    post("class-pictures", lambda r: {"id": operations.class_images(
         studio, prompts=some(r.prompts, "prompts"), size=(r.size, r.size) if isinstance(r.size, int) else r.size,
         count=r.count, steps=r.steps, cfg=float(r.cfg), seed=r.seed)}, "Paint preservation pictures")
 

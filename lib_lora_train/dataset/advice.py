@@ -13,7 +13,7 @@ from lib_lora_train.dataset.captions import split_tags
 from lib_lora_train.dataset.findings import Examined, Report
 from lib_lora_train.dataset.folder import some_of
 from lib_lora_train.dataset.plan import MIN_VISITS, MIN_VISITS_PER_IMAGE
-from lib_lora_train.errors import printable
+from lib_lora_train.errors import counted, printable
 
 MIN_IMAGES = 10
 LEAST_RESOLUTION = 256  # below it there is too little for a model of 512 to learn
@@ -57,8 +57,9 @@ def _files(report: Report) -> Iterator[Weighted]:
     broken = _with(report, "broken")
     if broken:
         yield 50 + _share(broken, report), (
-            f"{_count(broken, 'picture')} cannot be opened and would be left out ({_names(broken)}), because {_their(broken)} "
-            f"damaged, incomplete or no picture: save {_them(broken)} again from the original, or remove {_them(broken)}.")
+            f"{_count(broken, 'picture')} cannot be opened and would be left out ({_names(broken)}), because "
+            f"{'the file is' if len(broken) == 1 else 'the files are'} damaged, incomplete or no picture: save {_them(broken)} "
+            f"again from the original, or remove {_them(broken)}.")
 
 
 def _number(report: Report) -> Iterator[Weighted]:
@@ -69,7 +70,8 @@ def _number(report: Report) -> Iterator[Weighted]:
         return
     different = usable - len(_with(report, "duplicate"))
     if different < MIN_IMAGES:
-        yield 100, (f"{_are_only(different)} here, and from fewer than {MIN_IMAGES} a LoRA mostly learns to copy: "
+        only = "Only 1 different picture is" if different == 1 else f"Only {different} different pictures are"
+        yield 100, (f"{only} here, and from fewer than {MIN_IMAGES} a LoRA mostly learns to copy: "
                     f"add at least {MIN_IMAGES - different} more that differ in pose, light and background.")
 
 
@@ -158,9 +160,9 @@ def _length(report: Report, around: Circumstances) -> Iterator[Weighted]:
         return
     proposal = report.proposal
     name = f" (a folder called {proposal.repeats}_{around.concepts[0]})" if len(around.concepts) == 1 else ""
-    yield 8, (f"The {_plural(usable, 'picture')} would be shown only {planned:,} times in all, and less than {wanted:,} mostly "
+    yield 8, (f"The {counted(usable, 'picture')} would be shown only {planned:,} times in all, and less than {wanted:,} mostly "
               f"is too little to learn from: set {proposal.repeats} repeats{name} and "
-              f"{_plural(proposal.epochs, 'epoch')}, or train more epochs.")
+              f"{counted(proposal.epochs, 'epoch')}, or train more epochs.")
 
 
 def _tags(report: Report, around: Circumstances) -> Iterator[Weighted]:
@@ -170,19 +172,19 @@ def _tags(report: Report, around: Circumstances) -> Iterator[Weighted]:
         words = {tag.casefold() for tag in split_tags(around.concepts[0])}
         without = [caption for caption in captioned if not all(word in caption.casefold() for word in words)]
         if len(without) == len(captioned):
-            yield 7, (f"None of the {_plural(len(captioned), 'caption')} holds the folder's name '{around.concepts[0]}', which "
+            yield 7, (f"None of the {counted(len(captioned), 'caption')} holds the folder's name '{around.concepts[0]}', which "
                       "counts only where there is no caption file, so it would call nothing: set it as the trigger word, "
                       "unless this is a style that needs none.")
     two_ways = respelt(report.tags)
     if two_ways:
         pairs = [f"'{rare}' {report.tags[rare]} beside '{usual}' {report.tags[usual]}" for rare, usual in two_ways]
-        yield 1, (f"{_plural(len(pairs), 'tag')} {'is' if len(pairs) == 1 else 'are'} spelt in two ways ({some_of(pairs, 3)}), "
+        yield 1, (f"{counted(len(pairs), 'tag')} {'is' if len(pairs) == 1 else 'are'} spelt in two ways ({some_of(pairs, 3)}), "
                   "which the model reads as different words: replace one spelling by the other.")
     slips = typing_errors(report.tags)
     if slips:
         pairs = [f"'{slip}' beside '{meant}' {report.tags[meant]}" for slip, meant in slips]
         errors = "a typing error" if len(pairs) == 1 else "typing errors"
-        yield 0, (f"{_plural(len(pairs), 'tag')} of a single caption may be {errors} ({some_of(pairs, 3)}), and a word seen "
+        yield 0, (f"{counted(len(pairs), 'tag')} of a single caption may be {errors} ({some_of(pairs, 3)}), and a word seen "
                   "once is not learnt: correct it where it is one.")
 
 
@@ -245,11 +247,7 @@ def _names(images: Sequence[Examined]) -> str:
 
 
 def _count(things: Sequence[object], word: str) -> str:
-    return _plural(len(things), word)
-
-
-def _plural(number: int, word: str) -> str:
-    return f"{number:,} {word}{'' if number == 1 else 's'}"
+    return counted(len(things), word)
 
 
 def _are(things: Sequence[object]) -> str:
@@ -258,11 +256,3 @@ def _are(things: Sequence[object]) -> str:
 
 def _them(things: Sequence[object]) -> str:
     return "it" if len(things) == 1 else "them"
-
-
-def _their(things: Sequence[object]) -> str:
-    return "the file is" if len(things) == 1 else "the files are"
-
-
-def _are_only(number: int) -> str:
-    return "Only 1 different picture is" if number == 1 else f"Only {number} different pictures are"

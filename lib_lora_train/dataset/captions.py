@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -79,6 +80,19 @@ def first_line(text: str) -> str:
 def split_tags(caption: str) -> list[str]:
     """The comma-separated parts of a caption, stripped; empty parts are left out."""
     return [tag for part in caption.split(",") if (tag := part.strip())]
+
+
+def count_tags(captions: Iterable[str]) -> dict[str, int]:
+    """How many captions hold each tag, the most frequent first, then by name.
+
+    Spellings that differ in case only are one tag, shown as it is written most often.
+    """
+    spellings: dict[str, Counter[str]] = {}
+    for caption in captions:
+        for key, tag in {tag.casefold(): tag for tag in split_tags(caption)}.items():
+            spellings.setdefault(key, Counter())[tag] += 1
+    counts = [(forms.most_common(1)[0][0], sum(forms.values())) for forms in spellings.values()]
+    return dict(sorted(counts, key=lambda item: (-item[1], item[0])))
 
 
 def with_trigger_word(caption: str, trigger_word: str) -> str:

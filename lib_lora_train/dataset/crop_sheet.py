@@ -19,7 +19,7 @@ _FONTS = ("DejaVuSans.ttf", "arial.ttf", "Arial.ttf")
 _WIDE_FONTS = ("meiryo.ttc", "msyh.ttc", "malgun.ttf", "Hiragino Sans GB.ttc", "PingFang.ttc", "Arial Unicode.ttf",
                "NotoSansCJK-Regular.ttc", "wqy-microhei.ttc")
 
-_Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def crop_sheet(report: Report, *, most: int = 48) -> Image.Image:
@@ -79,8 +79,7 @@ def _cell(examined: Examined) -> Image.Image:
 
 def _write(pen: ImageDraw.ImageDraw, corner: tuple[int, int], text: str) -> None:
     """`text` in one line as wide as a cell, its middle left out where it is longer."""
-    font = _font(wide=any(ord(letter) >= 0x2E80 for letter in text))
-    text = printable(text)
+    font, text = font_for(text, 12), printable(text)
     if isinstance(font, ImageFont.ImageFont):
         text = text.replace("→", ">").encode("latin-1", "replace").decode("latin-1")  # Pillow's own font has no more
     full, half = text, len(text) // 2
@@ -90,10 +89,12 @@ def _write(pen: ImageDraw.ImageDraw, corner: tuple[int, int], text: str) -> None
     pen.text(corner, text, fill=_INK, font=font)
 
 
-def _font(*, wide: bool) -> _Font:
+def font_for(text: str, size: int) -> Font:
+    """A font of this machine that has the letters of `text`, if one is found; else Pillow's own, which knows Latin-1 only."""
+    wide = any(ord(letter) >= 0x2E80 for letter in text)
     for name in (*_WIDE_FONTS, *_FONTS) if wide else _FONTS:
         try:
-            return ImageFont.truetype(name, 12)
+            return ImageFont.truetype(name, size)
         except OSError:
             continue
     return ImageFont.load_default()

@@ -25,7 +25,7 @@ from typing import Any
 
 from lib_lora_train.dataset.buckets import Size
 from lib_lora_train.dataset.folder import some_of
-from lib_lora_train.errors import printable
+from lib_lora_train.errors import counted, printable
 
 _WIDTH = 110
 
@@ -99,10 +99,9 @@ class Report:
     def summary(self) -> str:
         """One line: images, how many to look at, buckets, crops."""
         look = sum(bool(image.problems) for image in self.images)
-        buckets = f"{len(self.buckets)} bucket{'' if len(self.buckets) == 1 else 's'}"
-        return (f"{len(self.images):,} picture{'' if len(self.images) == 1 else 's'}, "
-                f"{f'{look:,} to look at' if look else 'none to look at'} · {buckets} at "
-                f"{_size(self.resolution)}, crops lose {_percent(self.mean_crop_loss)} on average")
+        return (f"{counted(len(self.images), 'picture')}, {f'{look:,}' if look else 'none'} to look at · "
+                f"{counted(len(self.buckets), 'bucket')} at {_size(self.resolution)}, crops lose "
+                f"{_percent(self.mean_crop_loss)} on average")
 
     def to_dict(self) -> dict[str, Any]:
         """All of it for JSON: paths as text, relative to the folder where they are in it."""

@@ -8,8 +8,6 @@ on a text without meaning.
 
 from __future__ import annotations
 
-import contextlib
-import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import Literal
 
 from lib_lora_train.dataset.buckets import Buckets, Placement, Size
 from lib_lora_train.dataset.captions import CaptionFile, find_captions, read_caption_file, split_tags, with_trigger_word
-from lib_lora_train.dataset.images import MAX_PIXELS, check_image, is_image_name
+from lib_lora_train.dataset.images import check_image, is_image_name
 from lib_lora_train.dataset.listing import MOST_REPEATS, MayRead, is_subset_name, list_folder, repeats_and_name
 from lib_lora_train.dataset.plan import balanced_repeats, plain_folder_repeats
 from lib_lora_train.dataset.prefetch import Prefetch, reading_threads
@@ -27,7 +25,6 @@ from lib_lora_train.errors import DatasetError, printable
 MASKS_FOLDER = "masks"  # beside the N_name folders, where the studio keeps them: no images to learn from
 _MANY = 100  # images from which on threads are worth their beginning
 _PREFETCH_PER_THREAD = 16  # files that may have been looked at, for each thread that does
-_LARGE = 32 << 20  # bytes of a file, which checking may have in memory at once; of larger ones only one is checked at a time
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,7 @@ class Dataset:
 
 def scan(
     folder: Path | str, *, max_train_epochs: int, num_repeats: int = 0, trigger_word: str = "",
-    reg_data_dir: Path | str | None = None, max_pixels: int = MAX_PIXELS, on_progress: Progress | None = None,
+    reg_data_dir: Path | str | None = None, on_progress: Progress | None = None,
     should_stop: ShouldStop | None = None, may_read: MayRead | None = None,
 ) -> Dataset:
     """Read names, captions and headers; check each file as far as its format allows without decoding it.
@@ -118,7 +115,7 @@ def scan(
         problems += reg_problems
     watch = Watch(sum(len(subset.images) for subset in subsets + reg_subsets), doing="the pictures were read",
                   on_progress=on_progress, should_stop=should_stop)
-    reader = _Reader(problems, watch=watch, max_pixels=max_pixels)
+    reader = _Reader(problems, watch=watch)
     examples = reader.read(subsets, trigger_word=trigger_word)
     regularisation = [replace(e, is_regularisation=True) for e in reader.read(reg_subsets, trigger_word="")]
     reader.finish()
@@ -179,9 +176,8 @@ class Subset:
 class _Reader:
     """Subsets → examples, collecting what is wrong so that the user hears it once and not per image."""
 
-    def __init__(self, problems: list[Problem], *, watch: Watch, max_pixels: int) -> None:
-        self.problems, self.watch, self.max_pixels = problems, watch, max_pixels
-        self.one_large = threading.Lock()
+    def __init__(self, problems: list[Problem], *, watch: Watch) -> None:
+        self.problems, self.watch = problems, watch
         self.not_text: list[tuple[str, DatasetError]] = []
         self.empty: list[str] = []
         self.several_lines: list[str] = []
@@ -191,7 +187,8 @@ class _Reader:
         examples = []
         images = [(subset, image) for subset in subsets for image in subset.images]
         threads = reading_threads() if len(images) >= _MANY else 0
-        with Prefetch([image for _, image in images], self._checked, threads=threads, cost=lambda image: 0,
+        # A file may be in memory at once while it is checked.
+        with Prefetch([image for _, image in images], self._checked, threads=threads, cost=_file_bytes,
                       kept=lambda size: 0, most=_PREFETCH_PER_THREAD * max(1, threads)) as checked:
             for subset, image in images:
                 self.watch.check()
@@ -204,8 +201,7 @@ class _Reader:
     def _checked(self, image: Path) -> tuple[int, int] | DatasetError:
         """The image's size, or why it cannot be used; in any thread."""
         try:
-            with self.one_large if _file_bytes(image) > _LARGE else contextlib.nullcontext():
-                return check_image(image, max_pixels=self.max_pixels)
+            return check_image(image)
         except DatasetError as error:
             return error
 

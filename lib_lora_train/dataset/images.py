@@ -1,4 +1,4 @@
-"""Opening one image the way a person would see it: upright, in RGB, on white.
+"""Opening one image the way a person would see it: upright, in RGB, on white; and one back into a file.
 
 Handles EXIF orientation, greyscale, palette, CMYK, 16-bit and float samples, transparency (laid on
 white) and the first frame of an animation. Not covered: colour profiles (as in kohya's trainer, the
@@ -11,15 +11,16 @@ that names the file here, and nowhere else.
 from __future__ import annotations
 
 import contextlib
+import io
 import struct
 import threading
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, PngImagePlugin
 
 from lib_lora_train.errors import DatasetError
 
@@ -38,6 +39,8 @@ MAX_BYTES = 256 << 20
 _MOST_CHUNKS = 100_000
 _STRIP = 64  # rows converted to RGB together where the conversion needs several copies
 _MOST_EXIF = 65_000  # what fits into a JPEG
+JPEG_QUALITY = 95  # with colours at full resolution: what is lost is below what the VAE sees
+WRITTEN_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 _ORIENTATION_TAG = 0x0112
 _EXIF_TAG, _USER_COMMENT_TAG = 0x8769, 0x9286
@@ -58,16 +61,17 @@ def is_image_name(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 
 
-def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def read_image(path: Path) -> Image.Image:
     """Decode the image: upright, mode RGB, transparency laid on white.
 
     Raises DatasetError, naming the file, if it is missing, unreadable, empty, truncated, no image,
-    or has more than `max_pixels` pixels.
+    or has more than `MAX_PIXELS` pixels.
     """
-    with _open(path, max_pixels) as image:
+    with _open(path) as image:
         # Pillow turns a TIFF while decoding it, and only a TIFF.
         turn = None if image.format == "TIFF" else _UPRIGHT.get(_orientation(image, path))
-        _load(image)
+        with _INTOLERANT:
+            image.load()
         return _to_rgb(image, turn)
 
 
@@ -83,13 +87,14 @@ class Layers:
     exif: bytes  # without the orientation, for a file with these pixels; b"" for none
 
 
-def read_layers(path: Path, *, max_pixels: int = MAX_PIXELS) -> Layers:
+def read_layers(path: Path) -> Layers:
     """Decode the image, keeping its transparency and its notes apart. Errors as in `read_image`."""
-    with _open(path, max_pixels) as image:
+    with _open(path) as image:
         kind = image.format or ""
         turn = None if kind == "TIFF" else _UPRIGHT.get(_orientation(image, path))
         exif = b"" if kind == "TIFF" else _exif_of_upright(image)  # a TIFF's describes the layout of its pixels
-        _load(image)
+        with _INTOLERANT:
+            image.load()
         rgb, alpha = _to_rgb(image, turn), _alpha(image)
         still = kind not in ("PNG", "WEBP") or not getattr(image, "is_animated", False)
         as_stored = turn is None and alpha is None and still and image.mode in ("RGB", "L", "P", "1", "RGBA", "LA")
@@ -99,30 +104,54 @@ def read_layers(path: Path, *, max_pixels: int = MAX_PIXELS) -> Layers:
         return Layers(rgb, alpha, as_stored, kind, text if isinstance(text, str) else "", exif)
 
 
-def read_size(path: Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+def encode_image(image: Image.Image, *, suffix: str, layers: Layers | None = None) -> bytes:
+    """`image` (mode RGB or L) as the file that `suffix` says, upright, with what generators and cameras wrote into `layers`.
+
+    JPEG and WebP are written at high quality, not without loss. Raises DatasetError for other kinds.
+    """
+    exif = layers.exif if layers is not None else b""
+    buffer = io.BytesIO()
+    if suffix == ".png":
+        text = PngImagePlugin.PngInfo()
+        if layers is not None and layers.parameters:
+            text.add_itxt("parameters", layers.parameters)
+        image.save(buffer, "PNG", pnginfo=text, exif=exif)
+    elif suffix in (".jpg", ".jpeg"):
+        image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0, exif=exif)
+    elif suffix == ".webp":
+        image.save(buffer, "WEBP", quality=JPEG_QUALITY, method=4, exif=exif)
+    elif suffix == ".bmp":
+        image.save(buffer, "BMP")
+    else:
+        raise DatasetError(f"A picture cannot be written as {suffix}", why="training tools do not all read that kind",
+                           remedy="import it into a dataset, which makes it a PNG")
+    return buffer.getvalue()
+
+
+def read_size(path: Path) -> tuple[int, int]:
     """(width, height) of the upright image, from its header only. Errors as in `read_image`."""
-    with _open(path, max_pixels) as image:
+    with _open(path) as image:
         return _upright_size(image, path)
 
 
-def check_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+def check_image(path: Path) -> tuple[int, int]:
     """(width, height) like `read_size`, and the format's own check of the file where Pillow has one.
 
     That check finds damaged PNGs without decoding them; a truncated JPEG or WebP passes, and shows
     only in `read_image`, i.e. when its latents are computed.
     """
-    with _open(path, max_pixels) as image:
+    with _open(path) as image:
         size = _upright_size(image, path)
         image.verify()
         return size
 
 
-def read_texts(path: Path, *, max_pixels: int = MAX_PIXELS) -> dict[str, str]:
+def read_texts(path: Path) -> dict[str, str]:
     """The texts that a program kept inside the image, by their keyword; pixels are not decoded. Errors as in `read_image`.
 
     PNG's text chunks as they are called; a comment in EXIF (JPEG, WebP) as "UserComment", a GIF's as "comment".
     """
-    with _open(path, max_pixels) as image:
+    with _open(path) as image:
         texts = {key: value for key, value in image.info.items() if isinstance(key, str) and isinstance(value, str)}
         comment = image.info.get("comment")
         if isinstance(comment, bytes):
@@ -153,9 +182,8 @@ def _user_comment(data: bytes) -> str:
 
 
 @contextlib.contextmanager
-def _open(path: Path, max_pixels: int) -> Iterator[Image.Image]:
+def _open(path: Path) -> Iterator[Image.Image]:
     """The image, opened lazily; every foreign error inside becomes a DatasetError naming the file."""
-    _register_avif()
     why, remedy = "", ""
     try:
         size = path.stat().st_size
@@ -166,10 +194,10 @@ def _open(path: Path, max_pixels: int) -> Iterator[Image.Image]:
                            "save it again as JPEG, PNG or WebP")
         else:
             with Image.open(path, formats=_known_formats()) as image:
-                if image.width * image.height <= max_pixels:
+                if image.width * image.height <= MAX_PIXELS:
                     yield image
                     return
-                why, remedy = (f"it is enormous ({image.width}×{image.height}, the limit is {max_pixels / 1e6:.0f} million "
+                why, remedy = (f"it is enormous ({image.width}×{image.height}, the limit is {MAX_PIXELS / 1e6:.0f} million "
                                "pixels)", "make it smaller")
     except DatasetError:
         raise
@@ -199,17 +227,12 @@ def _reason(error: BaseException) -> tuple[str, str]:
 
 
 def _known_formats() -> list[str]:
-    """Those of ours that this Pillow and its plug-ins read."""
-    if any(name not in Image.OPEN for name in _FORMATS[:8]):
-        Image.init()
-    return [name for name in _FORMATS if name in Image.OPEN]
-
-
-def _register_avif() -> None:
-    """The WebUI ships AVIF as a plug-in of Pillow that only an import switches on."""
-    if ".avif" not in Image.registered_extensions():
+    """Those of ours that this Pillow and its plug-ins read. The WebUI ships AVIF as one that only an import switches on."""
+    Image.init()
+    if "AVIF" not in Image.OPEN:
         with contextlib.suppress(ImportError):
             import pillow_avif  # noqa: F401
+    return [name for name in _FORMATS if name in Image.OPEN]
 
 
 class _Intolerance:
@@ -237,12 +260,6 @@ class _Intolerance:
 
 
 _INTOLERANT = _Intolerance()
-
-
-def _load(image: Image.Image) -> None:
-    """Decode all of it, or raise what Pillow raises for a file that ends too soon."""
-    with _INTOLERANT:
-        image.load()
 
 
 def _upright_size(image: Image.Image, path: Path) -> tuple[int, int]:
@@ -300,7 +317,7 @@ def _to_rgb(image: Image.Image, turn: Image.Transpose | None) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         image = _deep_grey_to_rgb(image)
     elif _may_be_transparent(image):
-        image = _from_strips(image.size, ((box, _on_white(part)) for box, part in _strips(image)))
+        image = _in_strips(image, _on_white)
     elif image.mode == "RGB":
         return image.copy() if turn is None else image.transpose(turn)
     else:
@@ -308,22 +325,13 @@ def _to_rgb(image: Image.Image, turn: Image.Transpose | None) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-_Box = tuple[int, int, int, int]  # left, top, right, bottom
-
-
-def _strips(image: Image.Image) -> Iterator[tuple[_Box, Image.Image]]:
-    """The image from top to bottom in parts, of which only one is in memory at a time."""
+def _in_strips(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """The RGB image that `convert` makes, a strip at a time, so that only a strip of its copies is in memory."""
+    made = Image.new("RGB", image.size)
     for top in range(0, image.height, _STRIP):
         box = (0, top, image.width, min(top + _STRIP, image.height))
-        yield box, image.crop(box)
-
-
-def _from_strips(size: tuple[int, int], parts: Iterable[tuple[_Box, Image.Image]]) -> Image.Image:
-    """The strips, mode RGB, as one image."""
-    image = Image.new("RGB", size)
-    for box, part in parts:
-        image.paste(part, box)
-    return image
+        made.paste(convert(image.crop(box)), box)
+    return made
 
 
 def _on_white(image: Image.Image) -> Image.Image:
@@ -350,17 +358,16 @@ def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
     they fit, otherwise its own maximum.
     """
     sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
-    top = 65535.0 if sixteen else max(float(_finite(part).max(initial=0.0)) for _, part in _strips(image))
+    top = 65535.0
+    if not sixteen:
+        samples = np.asarray(image)
+        top = float(samples.max(where=np.isfinite(samples), initial=0))
 
     def to_rgb(part: Image.Image) -> Image.Image:
-        grey = _finite(part)
+        grey = np.nan_to_num(np.asarray(part).astype(np.float64), posinf=0.0, neginf=0.0)
         if image.mode == "F" and top <= 1.0:
             grey = grey * 255 + 0.5
         elif top > 255:
             grey = grey // 256 if top <= 65535 else grey * (255 / top)
         return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
-    return _from_strips(image.size, ((box, to_rgb(part)) for box, part in _strips(image)))
-
-
-def _finite(grey: Image.Image) -> np.ndarray:
-    return np.nan_to_num(np.asarray(grey).astype(np.float64), posinf=0.0, neginf=0.0)
+    return _in_strips(image, to_rgb)

@@ -42,12 +42,6 @@ def thumbnail(image: Image.Image) -> Thumbnail:
     return np.asarray(image.resize((_SIDE, _SIDE), Image.Resampling.BOX), dtype=np.uint8)
 
 
-def likeness(first: Thumbnail, second: Thumbnail) -> float:
-    """Correlation of two images' pixels, -1 to 1; 1 is the same but for brightness and contrast. `NEAR` is the bound."""
-    one, two = _normalised(np.stack([first, second]))
-    return float(one @ two)
-
-
 def near_duplicates(thumbnails: Sequence[Thumbnail], *, should_stop: ShouldStop | None = None) -> list[tuple[int, ...]]:
     """Groups of two and more indices whose images are alike, directly or through others of the group.
 

@@ -38,9 +38,11 @@ class Pattern:
 
     def replaced(self, text: str, new: str) -> str:
         r"""`text` with every match replaced; `new` may name groups (\1, \g<name>)."""
+        import regex
+
         try:
             return self._timed(lambda: self._compiled.sub(new, text, timeout=self._left))
-        except (_pattern_error(), IndexError) as error:
+        except (regex.error, IndexError) as error:
             raise SettingError(f"The replacement {new} cannot be used", why=str(error),
                                remedy=r"write \1 only for a group that the expression has, and \\ for a backslash") from error
 
@@ -69,9 +71,3 @@ def _compiled(pattern: str) -> Any:
     except (re.error, regex.error, RecursionError, OverflowError, MemoryError, ValueError) as error:
         raise SettingError(f"The regular expression {pattern} cannot be read", why=str(error),
                            remedy=r"write \( for a bracket and \. for a dot that mean themselves") from error
-
-
-def _pattern_error() -> type[Exception]:
-    import regex
-
-    return regex.error

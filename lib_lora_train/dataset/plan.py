@@ -19,7 +19,6 @@ MIN_VISITS = 1500
 class Plan:
     """What will run, known before it starts."""
 
-    visits_per_epoch: int
     batches_per_epoch: int
     steps_per_epoch: int
     epochs: int  # the last one is cut short where max_train_steps says so
@@ -68,6 +67,5 @@ def plan_run(
     epochs, steps = max_train_epochs, steps_per_epoch * max_train_epochs
     if max_train_steps > 0:
         epochs, steps = -(-max_train_steps // max(1, steps_per_epoch)), max_train_steps
-    return Plan(
-        visits_per_epoch=sum(visits_by_bucket.values()), batches_per_epoch=batches, steps_per_epoch=steps_per_epoch,
-        epochs=epochs, steps=steps, buckets=tuple(sorted(visits_by_bucket.items())))
+    return Plan(batches_per_epoch=batches, steps_per_epoch=steps_per_epoch, epochs=epochs, steps=steps,
+                buckets=tuple(sorted(visits_by_bucket.items())))

@@ -15,8 +15,7 @@ from pathlib import Path
 from lib_lora_train.dataset import likeness
 from lib_lora_train.dataset.advice import Circumstances, advise
 from lib_lora_train.dataset.buckets import DEFAULT_SIZES, Buckets, Placement, Size, TrainingSizes, buckets_for
-from lib_lora_train.dataset.captions import Tokenizer, first_line, split_tags, with_trigger_word
-from lib_lora_train.dataset.crop_sheet import crop_sheet
+from lib_lora_train.dataset.captions import Tokenizer, count_tags, first_line, with_trigger_word
 from lib_lora_train.dataset.findings import Examined, Proposal, Report
 from lib_lora_train.dataset.folder import Subset, find_images
 from lib_lora_train.dataset.images import read_image
@@ -25,8 +24,6 @@ from lib_lora_train.dataset.plan import plain_folder_repeats, plan_run
 from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
 from lib_lora_train.errors import DatasetError, printable
 from lib_lora_train.settings import Settings
-
-__all__ = ["Examined", "Proposal", "Report", "Tokenizer", "crop_sheet", "examine"]
 
 ENLARGED = 1.1  # more than this many times as long at the training size: small
 NARROW = 3.0  # longer side / shorter side; beyond it models generate things twice
@@ -67,7 +64,7 @@ def examine(
             reader.read(path, subset)
             watch.advance()
     images, twins = _compare(reader.images, reader.thumbnails, should_stop=should_stop)
-    tags = _tags([caption.text or "" for caption in reader.captions])
+    tags = count_tags(caption.text or "" for caption in reader.captions)
     by_bucket = Counter(image.bucket for image in images if image.usable)
     report = Report(
         folder=folder, images=tuple(images), duplicates=twins,
@@ -182,16 +179,6 @@ def _compare(images: Sequence[Examined], thumbnails: Mapping[int, likeness.Thumb
         for index in best_first[1:]:
             add_problem(index, "duplicate")
     return result, tuple(groups)
-
-
-def _tags(captions: Sequence[str]) -> dict[str, int]:
-    """How many captions hold each tag, most frequent first; regardless of case, shown in its commonest spelling."""
-    spellings: dict[str, Counter[str]] = {}
-    for caption in captions:
-        for key, tag in {tag.casefold(): tag for tag in split_tags(caption)}.items():
-            spellings.setdefault(key, Counter())[tag] += 1
-    counts = [(forms.most_common(1)[0][0], sum(forms.values())) for forms in spellings.values()]
-    return dict(sorted(counts, key=lambda item: (-item[1], item[0])))
 
 
 def _misnamed(subsets: Sequence[Subset]) -> tuple[str, ...]:

@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw
 from lib_lora_train.adapters import file
 from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.adapters.targets import find_targets
+from lib_lora_train.dataset.crop_sheet import font_for
 from lib_lora_train.dataset.images import read_image
-from lib_lora_train.evaluation.check_sheet import load_font
 from lib_lora_train.host.port import ModelSource
 from lib_lora_train.model import frozen
 from lib_lora_train.model.ops.layers import Adapter
@@ -38,8 +38,8 @@ def sample_rows(host: ModelSource, lora: Path, *, dataset: Path) -> list[SheetRo
     with host.lease() as borrowed:
         model = frozen.build(borrowed.tensors, hints=borrowed.hints, tokenizers=borrowed.tokenizers)
         content = file.load(lora)
-        family = model.architecture.family
-        targets = find_targets(model.components, family=family, text_encoder=family.adapts_text(content.tensors))
+        targets = find_targets(model.components, family=model.architecture.family,
+                               text_encoder=any(key.startswith("lora_te") for key in content.tensors))
         adapters = AdapterNetwork.continued(targets, content.tensors, seed=0).to(model.device).adapters()
 
         def sample(prompts: list[str], chosen: dict[str, dict[str, Adapter]]) -> tuple[Image.Image, ...]:
@@ -59,7 +59,7 @@ def draw_sheet(rows: list[SheetRow]) -> Image.Image:
     """The rows under each other on white, labels on the left, words below the pictures."""
     across, down = SIDE + _MARGIN, SIDE + 20 + _MARGIN
     sheet = Image.new("RGB", (_LABEL + across * max(len(row.images) for row in rows), _MARGIN + down * len(rows)), "white")
-    pen, large, small = ImageDraw.Draw(sheet), load_font(16), load_font(13)
+    pen, large, small = ImageDraw.Draw(sheet), font_for("", 16), font_for("", 13)
     for line, row in enumerate(rows):
         top = _MARGIN + line * down
         pen.text((_MARGIN, top + SIDE // 2 - 8), row.label, fill="black", font=large)

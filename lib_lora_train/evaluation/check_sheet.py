@@ -6,15 +6,13 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
+from lib_lora_train.dataset.crop_sheet import Font, font_for
 from lib_lora_train.dataset.images import read_image
 from lib_lora_train.errors import DatasetError, printable
 from lib_lora_train.evaluation.caption_check import Checked
 
 _SIDE, _MARGIN, _TEXT, _LINE = 160, 12, 320, 17
-_FONTS = ("NotoSansCJK-Regular.ttc", "meiryo.ttc", "msyh.ttc", "Hiragino Sans GB.ttc", "DejaVuSans.ttf", "arial.ttf",
-          "Arial.ttf")
 _LONGEST = 1000
-Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
 
 def draw_checks(checked: Sequence[Checked], *, most: int = 48) -> Image.Image:
@@ -26,7 +24,7 @@ def draw_checks(checked: Sequence[Checked], *, most: int = 48) -> Image.Image:
     generated = max((len(row.images) for row in rows), default=0)
     across = _SIDE + _MARGIN
     sheet = Image.new("RGB", (_MARGIN + across * (1 + generated) + _TEXT, _MARGIN + max(1, len(rows)) * across), "white")
-    draw, font = ImageDraw.Draw(sheet), load_font(13)
+    draw, font = ImageDraw.Draw(sheet), font_for("".join(text for row in rows for text in _texts(row)), 13)
     for line, row in enumerate(rows):
         top = _MARGIN + line * across
         for column, image in enumerate((_original(row), *row.images)):
@@ -72,13 +70,3 @@ def _original(row: Checked) -> Image.Image:
         return read_image(row.path)
     except DatasetError:
         return Image.new("RGB", (_SIDE, _SIDE), "lightgrey")
-
-
-def load_font(size: int) -> Font:
-    """The first of `_FONTS` that the system has, else PIL's own."""
-    for name in _FONTS:
-        try:
-            return ImageFont.truetype(name, size)
-        except OSError:
-            continue
-    return ImageFont.load_default()

@@ -10,9 +10,9 @@ from pathlib import Path
 from lib_lora_train.errors import OutputError
 
 # https://learn.microsoft.com/windows/win32/fileio/naming-a-file: refused everywhere, so that a LoRA can be given away.
-_RESERVED = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$", "CLOCK$",
-             *(f"{port}{number}" for port in ("COM", "LPT") for number in range(10))}
-_FORBIDDEN = '<>:"/\\|?*'
+RESERVED = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$", "CLOCK$",
+            *(f"{port}{number}" for port in ("COM", "LPT") for number in range(10))}
+FORBIDDEN = '<>:"/\\|?*'
 # Invisible characters and those that reverse others: a name must look like what it is. Joiners belong to scripts.
 _INVISIBLE = frozenset("\u00ad\u061c\u180e\u200b\u200e\u200f\u2028\u2029\u2060\ufeff\ufffe\uffff"
                     + "".join(map(chr, (*range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xFFF9, 0xFFFC)))))
@@ -26,13 +26,13 @@ def checked_name(name: str) -> str:
     """
     name = unicodedata.normalize("NFC", name)
     # Lone surrogates (Cs) are what Python makes of bytes that are not text.
-    found = sorted({c for c in name if c in _FORBIDDEN or c in _INVISIBLE or unicodedata.category(c) in ("Cc", "Cs")})
+    found = sorted({c for c in name if c in FORBIDDEN or c in _INVISIBLE or unicodedata.category(c) in ("Cc", "Cs")})
     remedy = "write a plain name such as my_character"
     if not name.strip():
         raise OutputError("The LoRA has no name", remedy=remedy)
     if found:
         why = f"it holds {' '.join(map(repr, found))}, which a file name or <lora:…> cannot"
-    elif unicodedata.normalize("NFKC", name.split(".")[0]).upper().strip() in _RESERVED:  # Windows takes COM¹ for COM1
+    elif unicodedata.normalize("NFKC", name.split(".")[0]).upper().strip() in RESERVED:  # Windows takes COM¹ for COM1
         why = "Windows keeps it for itself"
     elif name != name.strip() or name.startswith(".") or name.endswith("."):
         why = "it starts or ends with a space or a dot"

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -51,6 +52,12 @@ def write_atomic(path: Path, data: bytes, *, one_of_many: bool = False) -> None:
     """Write `data` to `path`. Raises OSError; `path` is then unchanged. `one_of_many` as for `replacing`."""
     with replacing(path, one_of_many=one_of_many) as file:
         file.write(data)
+
+
+def copy_atomic(source: Path, target: Path, *, one_of_many: bool = False) -> None:
+    """Copy a file's bytes to `target`. Raises OSError; `target` is then unchanged. `one_of_many` as for `replacing`."""
+    with source.open("rb") as read, replacing(target, one_of_many=one_of_many) as file:
+        shutil.copyfileobj(read, file, 1 << 20)
 
 
 def remove_parts(folder: Path, *, stem: str = "") -> None:

@@ -2,8 +2,7 @@
 
     session.py           the one open dataset and every quick operation on it, under one lock
     dataset_session.py   that dataset: its files, its captions as edited, its report and its scores
-    operations.py        background tasks: importing, captioning, checking, shaping
-    model_operations.py  background tasks with the host's model: caption scores, class images
+    operations.py        background tasks: importing, captioning, checking, shaping, caption scores, class images
     shaping.py           operations on single images: crop, flip, split, masks, previews
     tasks.py             the one background task, with progress, problems and stop
     requests.py          what the routes are sent, validated

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +15,10 @@ from lib_lora_train.dataset.images import read_size
 from lib_lora_train.errors import DatasetError, SettingError
 from lib_lora_train.settings.allowed_paths import AllowedPaths
 from lib_lora_train.studio import thumbs
-from lib_lora_train.studio.captions.filter import filter_from_dict
+from lib_lora_train.studio.captions.filter import Filter
 from lib_lora_train.studio.captions.store import CaptionStore
 from lib_lora_train.studio.importing.owned import OwnedDataset
-from lib_lora_train.studio.requests import Selection
+from lib_lora_train.studio.requests import Selection, validated
 from lib_lora_train.studio.uploads import Uploads
 
 if TYPE_CHECKING:
@@ -57,9 +57,15 @@ class DatasetSession:
         self.uploads = Uploads(dataset.studio_folder / "uploads")
         self.store = CaptionStore.open(dataset.folder, may_read=allowed.may_read if allowed else None)
 
-    def renew(self) -> None:
-        """To be called whenever captions changed, or images came, went or changed."""
+    def renew(self, names: Iterable[str] = ()) -> None:
+        """To be called whenever captions changed, or images came, went or changed.
+
+        What was found out about images called `names` no longer holds: they look different now.
+        """
         self.content += 1
+        for name in names:
+            self._findings.pop(name, None)
+            self.scores.pop(name, None)
 
     def name(self, path: Path) -> str:
         """What an image is called; one in another folder of the dataset has that folder's name before it."""
@@ -92,7 +98,7 @@ class DatasetSession:
         """The store's indices of what was selected; raises DatasetError where a name is none of them."""
         if selection.names is not None:
             return [self.index(name) for name in selection.names]
-        wanted = filter_from_dict(selection.filter)
+        wanted = validated(Filter, selection.filter, what="filter")
         found = self.store.select(wanted)
         if wanted.problem:  # what was found out about images is known here, not to the store
             found = [i for i in found if wanted.problem in self.problems(i) or (wanted.problem == "any" and self.problems(i))]
@@ -142,17 +148,6 @@ class DatasetSession:
                 shaped = set()  # not made yet
             self._counted = (key, codes, sum(name in shaped for name in self.names))
         return self._counted[1], self._counted[2]
-
-    def reshaped(self, names: Sequence[str]) -> None:
-        """These images look different now."""
-        self.forget_findings(names)
-        self.renew()
-
-    def forget_findings(self, names: Sequence[str]) -> None:
-        """These images were changed: what was found out about them no longer holds."""
-        for name in names:
-            self._findings.pop(name, None)
-            self.scores.pop(name, None)
 
     def entry(self, index: int) -> dict[str, Any]:
         """What the gallery shows of one image. A file that cannot be read shows as such and has no size.

@@ -1,4 +1,6 @@
-"""Background tasks of the studio: importing, captioning, checking, shaping. Each function starts one and returns its number.
+"""Background tasks of the studio: importing, captioning, checking, shaping, caption scores, class (preservation) images.
+
+Each function starts one and returns its number.
 
 Nothing is locked while a task runs. Its results are stored at the end, under the session's lock; what was done until it was
 stopped stays.
@@ -7,22 +9,28 @@ stopped stays.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lib_lora_train.dataset.report import examine
-from lib_lora_train.errors import DatasetError, HostError, Interrupted
+from lib_lora_train.errors import DatasetError, HostError, Interrupted, counted
+from lib_lora_train.evaluation import caption_check
+from lib_lora_train.evaluation.class_images import make_class_images
 from lib_lora_train.model.family import training_sizes
 from lib_lora_train.model.sd.tokens import Tokenizer
 from lib_lora_train.settings import parse
+from lib_lora_train.storage.atomic import write_atomic
+from lib_lora_train.studio import thumbs
 from lib_lora_train.studio.cropping.crop import Shape, apply_shape
-from lib_lora_train.studio.dataset_session import DatasetSession
+from lib_lora_train.studio.dataset_session import DatasetSession, Score
 from lib_lora_train.studio.importing.collect import Upload, collect
 from lib_lora_train.studio.importing.owned import DEFAULT_REPEATS
-from lib_lora_train.studio.requests import Selection
+from lib_lora_train.studio.requests import Selection, validated
 from lib_lora_train.studio.session import Studio, proposed_repeats
-from lib_lora_train.studio.tasks import Task
+from lib_lora_train.studio.tasks import Task, TaskFunction
 from lib_lora_train.tagging.loop import tag_images
 from lib_lora_train.tagging.options import parse_options
 from lib_lora_train.tagging.sources import find_source, sources
@@ -72,8 +80,8 @@ def _import(studio: Studio, from_where: Sequence[Path | Upload], *, uploads: lis
                     studio.changed()
             for note in notes:
                 task.problem("", note)
-            task.result({"added": [session.name(path) for path in new[:1000]], "count": len(new)})
-            return f"{stopped}{_count(len(new), 'picture')} added."
+            task.add_result({"added": [session.name(path) for path in new[:1000]], "count": len(new)})
+            return f"{stopped}{counted(len(new), 'picture')} added."
 
         def ended() -> None:
             if uploads:
@@ -124,8 +132,8 @@ def tag(studio: Studio, source_name: str, values: Mapping[str, Any], selection: 
                 changed = session.store.set_captions(there, f"Caption with {source.label}") if there else 0
                 session.renew()
                 studio.changed()
-        task.result({"changed": changed})
-        return f"{stopped}{_count(changed, 'caption')} changed, not saved yet."
+        task.add_result({"changed": changed})
+        return f"{stopped}{counted(changed, 'caption')} changed, not saved yet."
 
     return studio.tasks.start("Captioning", run)
 
@@ -159,7 +167,7 @@ def check(studio: Studio, values: Mapping[str, object]) -> int:
 
 def shape(studio: Studio, values: Mapping[str, Any], selection: Selection) -> int:
     """Cut and scale the selected images. Raises UserError, HostError."""
-    wanted = Shape.from_dict(values)
+    wanted = validated(Shape, values, what="shape")
     with studio.changing("shaped") as session:
         names = session.chosen_names(selection)
         for name in names:
@@ -174,22 +182,113 @@ def shape(studio: Studio, values: Mapping[str, Any], selection: Selection) -> in
                     task.problem(name, why)
                 for note in shaped.notes:
                     task.problem("", note)
-                task.result({"count": len(shaped.done)})
-                return f"{_count(len(shaped.done), 'picture')} shaped."
+                task.add_result({"count": len(shaped.done)})
+                return f"{counted(len(shaped.done), 'picture')} shaped."
             finally:
                 # Also where it was stopped: some are different now.
                 with studio.using():
-                    session.reshaped(names)
+                    session.renew(names)
                     studio.changed()
 
         return studio.tasks.start("Shaping pictures", run)
+
+
+# ---- with the host's model: refused while a training uses it; the host's own generation comes first, between two images
+
+def check_captions(studio: Studio, selection: Selection, *, seeds: int, steps: int, worst: int,
+                   values: Mapping[str, object]) -> int:
+    """Score the selected captions, as edited, and generate images from the `worst` of them. Raises UserError, HostError."""
+    settings = parse(values)
+    with studio.using() as session:
+        names = session.chosen_names(selection)
+        captions = {session.path(name): session.store.caption(session.index(name)) for name in names}
+        folder = _folder(session)
+
+    def run(task: Task) -> str:
+        shutil.rmtree(folder, ignore_errors=True)
+        count = 0
+        checking = caption_check.check_captions(
+            studio.host, list(captions.items()), settings=settings, seeds=seeds, steps=steps, worst=min(worst, len(captions)),
+            on_progress=task.progress, should_stop=task.should_stop)
+        # Closed at once where storing a result fails (a full disk): the model must not wait for Python's collector.
+        with contextlib.closing(checking):
+            for checked in checking:
+                if checked.problem or checked.score is None:
+                    task.problem(checked.path.name, checked.problem)
+                    continue
+                _store_score(studio, session, checked, folder)
+                count += 1
+        task.add_result({"checked": count})
+        return f"{counted(count, 'caption')} checked; look at the lowest scores first."
+
+    return _start_with_model(studio, "Checking captions", run)
+
+
+def _store_score(studio: Studio, session: DatasetSession, checked: caption_check.Checked, folder: Path) -> None:
+    """One result, as soon as it is known: the worst come first."""
+    name = session.name(checked.path)
+    for number, image in enumerate(checked.images):
+        write_atomic(_generated(folder, name, number), thumbs.jpeg(image))
+    assert checked.score is not None
+    likeness = None if checked.similarity is None else round(100 * checked.similarity, 1)
+    with studio.using():
+        session.scores[name] = Score(checked.caption, round(checked.score, 1), len(checked.images), likeness)
+        studio.changed()
+
+
+def generated(studio: Studio, name: str, number: int) -> bytes:
+    """An image that was generated from a caption, a JPEG. Raises DatasetError where there is none."""
+    with studio.using() as session:
+        session.index(name)
+        path = _generated(_folder(session), name, number)
+    with contextlib.suppress(OSError):
+        return path.read_bytes()
+    raise DatasetError(f"Nothing was painted from the caption of {name}", remedy="check captions first")
+
+
+def class_images(studio: Studio, *, prompts: Sequence[str], count: int, size: tuple[int, int], steps: int, cfg: float,
+                 seed: int) -> int:
+    """Paint preservation images beside the dataset; the result names the folder to train with. Raises HostError."""
+    with studio.using() as session:
+        folder = session.dataset.folder.with_name(f"{session.dataset.name}-reg")
+
+    def run(task: Task) -> str:
+        task.add_result({"reg_data_dir": str(folder)})
+        made = make_class_images(studio.host, prompts=prompts, count=count, folder=folder, size=size, steps=steps, cfg=cfg,
+                                 seed=seed, on_progress=task.progress, should_stop=task.should_stop)
+        task.add_result({"made": made.made, "found": made.found})
+        return f"{made.made:,} painted, {made.found:,} were there."
+
+    return _start_with_model(studio, "Painting class pictures", run)
+
+
+def _start_with_model(studio: Studio, name: str, function: TaskFunction) -> int:
+    if studio.runner.running():
+        raise HostError("The model is in use", why="a training is running", remedy="wait for it or stop it first")
+    if studio.host.checkpoint() is None:
+        raise HostError("No model is loaded", remedy="choose a checkpoint first")
+
+    def stopped_by_name(task: Task) -> str:
+        try:
+            return function(task)
+        except Interrupted as error:
+            raise Interrupted(f"{name} was stopped; what was done is kept") from error
+
+    # A wait for the host's own generation has to be ended.
+    return studio.tasks.start(name, stopped_by_name, interrupted=studio.host.interrupted, on_stop=studio.host.stop_waiting,
+                              with_model=True)
+
+
+def _folder(session: DatasetSession) -> Path:
+    return session.dataset.studio_folder / "checked"
+
+
+def _generated(folder: Path, name: str, number: int) -> Path:
+    digits = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return folder / f"{digits}-{number}.jpg"
 
 
 def _device() -> Any:
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _count(number: int, word: str) -> str:
-    return f"{number:,} {word}{'' if number == 1 else 's'}"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, Field, StrictBool, StrictFloat, StrictInt, StrictStr, ValidationError, conint, constr
@@ -23,12 +23,12 @@ Table = dict[StrictStr, Any]
 Model = TypeVar("Model")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Selection:
     """Images by name, or those that a filter accepts."""
 
     names: tuple[str, ...] | None
-    filter: Mapping[str, Any] = field(default_factory=dict)
+    filter: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class StudioRequest(BaseModel):
@@ -86,7 +86,17 @@ class StudioRequest(BaseModel):
 
 
 def validated(model: type[Model], values: Mapping[str, Any], *, what: str = "request") -> Model:
-    """`model` from JSON. Raises SettingError naming the first value that does not fit; `what` completes "of the …"."""
+    """`model` from JSON. Raises SettingError naming the first value that does not fit; `what` completes "of the …".
+
+    A dataclass takes no other names than its fields; a BaseModel passes over those that it does not know.
+    """
+    if dataclasses.is_dataclass(model):
+        fields = {field.name: field for field in dataclasses.fields(model)}
+        if unknown := sorted(set(map(str, values)) - set(fields)):
+            raise SettingError(f"The {what} has no {unknown[0]}", remedy=f"use {', '.join(fields) or 'nothing'}")
+        needed = (name for name, field in fields.items() if field.default is dataclasses.MISSING)
+        if absent := [name for name in needed if name not in values]:
+            raise SettingError(f"The {what} needs {absent[0]}")
     # JSON's 20.0 is the integer 20.
     exact = {name: int(value) if isinstance(value, float) and value.is_integer() else value for name, value in values.items()}
     try:

@@ -8,6 +8,7 @@ to store their results. Paths that come from outside are checked against the hos
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +25,6 @@ from lib_lora_train.settings import Settings
 from lib_lora_train.settings.allowed_paths import inside
 from lib_lora_train.studio import thumbs
 from lib_lora_train.studio.captions.edits import Edit, SetCaption, edit_from_dict
-from lib_lora_train.studio.captions.store import CaptionStore
 from lib_lora_train.studio.dataset_session import DatasetSession
 from lib_lora_train.studio.importing.owned import OwnedDataset, list_datasets
 from lib_lora_train.studio.requests import Selection
@@ -40,7 +40,7 @@ class Studio:
         self.host, self.runner, self.tasks = host, runner, Tasks()
         self._lock = threading.RLock()
         self._session: DatasetSession | None = None
-        self._version = 0
+        self.version = 0  # grows whenever something that a page shows has changed, but for the progress of a task
         self._listed: tuple[object, list[tuple[str, int]]] | None = None
         self._tokenizer: Tokenizer | None = None
         runner.guard(self.refuse_training)
@@ -79,15 +79,10 @@ class Studio:
         with self._lock:
             yield self._session
 
-    @property
-    def version(self) -> int:
-        """Grows whenever something that a page shows has changed, but for the progress of a task."""
-        return self._version
-
     def changed(self) -> None:
         """Something that a page shows is different now."""
         with self._lock:
-            self._version += 1
+            self.version += 1
 
     def datasets(self) -> list[tuple[str, int]]:
         """(name, images) of each dataset there is. A page asks every second: they are counted anew only when a folder has
@@ -163,22 +158,14 @@ class Studio:
                 self.changed()
             return changed
 
-    def undo(self) -> str:
-        """Undo the last step; its label, "" where there is none. Removed images come back with it, which is refused
-        while a task or a training uses them, as every change of images is."""
-        return self._step(lambda store: store.undo())
-
-    def redo(self) -> str:
-        """Redo the step that was undone last; its label, "" where there is none. Refused as `undo` is."""
-        return self._step(lambda store: store.redo())
-
-    def _step(self, step: Callable[[CaptionStore], str]) -> str:
+    def step(self, *, back: bool) -> str:
+        """Undo the last step, or redo the one that was undone last; its label, "" where there is none. Removed images come
+        back with it, or go, which is refused while a task or a training uses them, as every change of images is."""
         with self.using() as session:
             before = set(session.names)
-            label = step(session.store)
+            label = session.store.undo() if back else session.store.redo()
             if label:
-                session.renew()
-                session.forget_findings([name for name in before ^ set(session.names)])
+                session.renew(before ^ set(session.names))
                 self.changed()
             return label
 
@@ -210,11 +197,9 @@ class Studio:
 
     def thumbnail(self, name: str) -> bytes:
         """A small image as JPEG."""
-        def made(path: Path) -> bytes:
-            return thumbs.thumbnail(path, kept)
         with self.using() as session:
             kept = session.dataset.studio_folder / "thumbs"
-        return self._read(name, made)
+        return self._read(name, lambda path: thumbs.thumbnail(path, kept))
 
     def image(self, name: str) -> bytes:
         """An image in full size as JPEG."""
@@ -243,13 +228,12 @@ class Studio:
 
     def removed(self, session: DatasetSession, names: Sequence[str]) -> int:
         """These images were moved out of the folder: tell the store, and how to bring them back. Returns how many."""
-        def move(there: bool) -> None:
+        def move(back: bool) -> None:
             self.refuse_while_training("moved")
             self._refuse_while_busy("moved")
-            (session.dataset.restore if there else session.dataset.remove)(names)
+            (session.dataset.restore if back else session.dataset.remove)(names)
 
-        count = session.store.remove([session.index(name) for name in names], before_undo=lambda: move(True),
-                                     before_redo=lambda: move(False))
+        count = session.store.remove([session.index(name) for name in names], move=move)
         session.renew()
         return count
 
@@ -280,16 +264,12 @@ class Studio:
             return {"train_data_dir": str(session.dataset.folder), "trigger_word": session.dataset.concept,
                     "num_repeats": 0, "max_train_epochs": epochs, "repeats": repeats}
 
-    def training_on(self, folder: Path) -> bool:
-        """Whether the run under way reads `folder` or something in it."""
-        settings = self.runner.settings() if self.runner.running() else {}
-        read = [str(settings.get(name, "")) for name in ("train_data_dir", "reg_data_dir")]
-        return any(path and _overlap(path, folder) for path in read)
-
     def refuse_while_training(self, doing: str) -> None:
-        """Raise HostError while a training reads the open dataset."""
+        """Raise HostError while a training reads the open dataset, or something in it."""
+        settings = self.runner.settings() if self.runner.running() else {}
         with self.using() as session:
-            if self.training_on(session.dataset.folder):
+            read = [str(settings.get(name, "")) for name in ("train_data_dir", "reg_data_dir")]
+            if any(path and _overlap(path, session.dataset.folder) for path in read):
                 raise HostError(f"The dataset {session.dataset.name} cannot be {doing} now",
                                 why="a training is running on it", remedy="wait for it or stop it first")
 
@@ -330,25 +310,17 @@ def proposed_repeats(images: int) -> int:
 def _marks(folder: Path) -> tuple[tuple[str, int], ...]:
     """What changes when a dataset is added or removed, or gets or loses a file: times of its folder and of those in it."""
     found = []
-    with contextlib.suppress(OSError):
-        for dataset in sorted(folder.iterdir()):
-            with contextlib.suppress(OSError):  # gone meanwhile, or not for us
-                found += [(entry.path, entry.stat().st_mtime_ns) for entry in os.scandir(dataset)]
-                found.append((str(dataset), dataset.stat().st_mtime_ns))
-    return tuple(found)
+    for path in (*folder.glob("*"), *folder.glob("*/*")):
+        with contextlib.suppress(OSError):  # gone meanwhile, or not for us
+            found.append((str(path), path.stat().st_mtime_ns))
+    return tuple(sorted(found))
 
 
 def _overlap(path: str, folder: Path) -> bool:
     return inside(path, (folder,)) or inside(str(folder), (Path(path),))
 
 
-_ONE: list[Studio] = []
-_ONE_LOCK = threading.Lock()
-
-
+@functools.lru_cache(maxsize=1)
 def studio_for(host: Host, runner: Runner) -> Studio:
     """The process's one studio: the same for the same host and runner, however often the page is rebuilt."""
-    with _ONE_LOCK:
-        if not _ONE or _ONE[0].host is not host or _ONE[0].runner is not runner:
-            _ONE[:] = [Studio(host, runner)]
-        return _ONE[0]
+    return Studio(host, runner)

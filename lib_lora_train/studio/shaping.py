@@ -14,14 +14,14 @@ from lib_lora_train.errors import DatasetError
 from lib_lora_train.model.family import training_sizes
 from lib_lora_train.studio import thumbs
 from lib_lora_train.studio.cropping import crop as shapes
-from lib_lora_train.studio.cropping import mask as masks
 from lib_lora_train.studio.dataset_session import DatasetSession
+from lib_lora_train.studio.requests import validated
 from lib_lora_train.studio.session import Studio
 
 
 def preview(studio: Studio, name: str, values: Mapping[str, Any]) -> bytes:
     """The image as a shape would make it, a JPEG; nothing is written. Raises UserError."""
-    shape = shapes.Shape.from_dict(values)
+    shape = validated(shapes.Shape, values, what="shape")
     with studio.using() as session:
         session.path(name)
         dataset = session.dataset
@@ -33,7 +33,7 @@ def crop_to_box(studio: Studio, name: str, box: Sequence[float]) -> None:
     """Keep only `box` (left, top, right, bottom in pixels of the image as it is)."""
     with studio.changing("cropped", names=[name]) as session:
         shapes.crop_to_box(session.dataset, name, box)
-        session.reshaped([name])
+        session.renew([name])
 
 
 def flip(studio: Studio, name: str, *, copy: bool) -> str:
@@ -42,7 +42,7 @@ def flip(studio: Studio, name: str, *, copy: bool) -> str:
         made = shapes.flip(session.dataset, name, copy=copy)
         if copy:
             _add(session, name, [made])
-        session.reshaped([made])
+        session.renew([made])
         return made
 
 
@@ -53,7 +53,7 @@ def split(studio: Studio, name: str, *, tile: int = 0) -> list[str]:
         made = list(shapes.split(session.dataset, name, tile=tile or training_sizes(studio.family()).default))
         _add(session, name, made)
         studio.removed(session, [name])
-        session.reshaped(made)
+        session.renew(made)
         return made
 
 
@@ -61,7 +61,7 @@ def unshape(studio: Studio, names: Sequence[str]) -> dict[str, Any]:
     """Bring images back as they were imported: {"done": how many, "skipped": [[name, sentence], …]}."""
     with studio.changing("brought back", names=names) as session:
         shaped = shapes.unshape(session.dataset, names)
-        session.reshaped(shaped.done)
+        session.renew(shaped.done)
         return {"done": len(shaped.done), "skipped": [list(pair) for pair in shaped.skipped]}
 
 
@@ -70,7 +70,7 @@ def mask(studio: Studio, name: str) -> bytes:
     with studio.using() as session:
         session.path(name)
         dataset = session.dataset
-    found = masks.read_mask(dataset, name)
+    found = shapes.read_mask(dataset, name)
     if found is None:
         raise DatasetError(f"{name} has no mask", why="all of it is learnt")
     return thumbs.jpeg(found)
@@ -78,16 +78,16 @@ def mask(studio: Studio, name: str) -> bytes:
 
 def put_mask(studio: Studio, name: str, sent: Path) -> None:
     """Keep the image in `sent` as the mask of an image; of its size, white is learnt."""
-    generated = masks.mask_from_file(sent)
+    generated = shapes.mask_from_file(sent)
     with studio.changing("masked", names=[name]) as session:
-        masks.put_mask(session.dataset, name, generated)
+        shapes.put_mask(session.dataset, name, generated)
         session.renew()
 
 
 def remove_mask(studio: Studio, name: str) -> None:
     """Remove an image's mask: all of it is learnt."""
     with studio.changing("unmasked", names=[name]) as session:
-        masks.remove_mask(session.dataset, name)
+        shapes.remove_mask(session.dataset, name)
         session.renew()
 
 

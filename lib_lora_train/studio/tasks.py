@@ -14,44 +14,37 @@ from lib_lora_train.run.background import Failure, TaskRunner
 _MOST_PROBLEMS = 200
 
 
-@dataclasses.dataclass(frozen=True)
-class TaskStatus:
-    """What a page shows of a task. `problems` are (image, sentence), `message` is how it ended, "" before."""
+@dataclasses.dataclass
+class Task:
+    """A task as a page shows it; its function reports here, from its own thread, and asks whether to go on."""
 
-    id: int
     name: str
+    should_stop: Callable[[], bool]
+    id: int = 0
     done: int = 0
     total: int = 0
     running: bool = True
     stopping: bool = False
     outcome: str = "running"  # "running", "done", "stopped" or "failed"
-    message: str = ""
-    problems: tuple[tuple[str, str], ...] = ()
+    message: str = ""  # how it ended, "" before
+    problems: tuple[tuple[str, str], ...] = ()  # (image, sentence)
     more_problems: int = 0
     result: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-
-class Task:
-    """What a task's function gets: it reports its progress here and asks whether to go on. Written by its thread only."""
-
-    def __init__(self, name: str, *, should_stop: Callable[[], bool]) -> None:
-        self.should_stop, self.status = should_stop, TaskStatus(0, name)
-
     def progress(self, done: int, total: int) -> None:
         """`done` of `total` images are done."""
-        self.status = dataclasses.replace(self.status, done=done, total=total)
+        self.done, self.total = done, total
 
     def problem(self, image: str, text: str) -> None:
         """Something about one image that the task goes on without; "" for the task itself. The first 200 are kept."""
-        kept = self.status.problems
-        if len(kept) < _MOST_PROBLEMS:
-            self.status = dataclasses.replace(self.status, problems=(*kept, (printable(image), printable(text))))
+        if len(self.problems) < _MOST_PROBLEMS:
+            self.problems = (*self.problems, (printable(image), printable(text)))
         else:
-            self.status = dataclasses.replace(self.status, more_problems=self.status.more_problems + 1)
+            self.more_problems += 1
 
-    def result(self, values: dict[str, Any]) -> None:
+    def add_result(self, values: dict[str, Any]) -> None:
         """Plain data for the page, also while the task goes on."""
-        self.status = dataclasses.replace(self.status, result={**self.status.result, **values})
+        self.result = {**self.result, **values}
 
 
 TaskFunction = Callable[[Task], str]
@@ -103,15 +96,15 @@ class Tasks:
     def name(self) -> str:
         """The running task's name, "" for none."""
         task = self._task
-        return task.status.name if task is not None and self.running() else ""
+        return task.name if task is not None and self.running() else ""
 
-    def status(self) -> TaskStatus | None:
+    def status(self) -> Task | None:
         """The current task, or the last one; None before the first."""
         with self._lock:
             if self._task is None:
                 return None
             ending, stopping = self._runner.ending, bool(self._runner.stopping)
-            status = dataclasses.replace(self._task.status, id=self._id, stopping=stopping)
+            status = dataclasses.replace(self._task, id=self._id, stopping=stopping)
         if ending is None:
             return status
         outcome, message = (ending.outcome, ending.message) if isinstance(ending, Failure) else ending

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lib_lora_train.dataset.images import MAX_BYTES
-from lib_lora_train.errors import DatasetError, OutputError
+from lib_lora_train.errors import DatasetError, OutputError, translated
 from lib_lora_train.studio.importing.collect import Upload
 
 MOST_FILES = 20_000  # of one batch: images and their captions
@@ -47,25 +47,22 @@ class Uploads:
                                    "name the folder they are in")
             self._count += 1
             path = self._folder / str(self._count)
-        try:
+        with translated("a file was received"):
             self._folder.mkdir(parents=True, exist_ok=True)
             return Receiving(self, batch, Upload(name, path), limit, path.open("wb"))
-        except OSError as error:
-            raise _disk(error) from error
 
     def grow(self, size: int) -> None:
-        """`size` more bytes are about to be written; raises DatasetError where that is too much."""
+        """`size` more bytes are about to be written, or were removed where it is below 0.
+
+        Raises DatasetError where that is too much, OutputError where the disk is nearly full.
+        """
         with self._lock:
             self._bytes += size
-            if self._bytes > MOST_TOGETHER:
-                raise DatasetError(f"More than {MOST_TOGETHER >> 30} GiB were sent", remedy="name the folder they are in")
-        if shutil.disk_usage(self._folder).free < SPARE + size:
+            too_much = self._bytes > MOST_TOGETHER
+        if size > 0 and too_much:
+            raise DatasetError(f"More than {MOST_TOGETHER >> 30} GiB were sent", remedy="name the folder they are in")
+        if size > 0 and shutil.disk_usage(self._folder).free < SPARE + size:
             raise OutputError("The disk is full", remedy="free some space")
-
-    def shrink(self, size: int) -> None:
-        """`size` bytes were removed."""
-        with self._lock:
-            self._bytes -= size
 
     def keep(self, batch: str, upload: Upload) -> int:
         """The file has arrived completely; how many the batch holds now."""
@@ -88,7 +85,7 @@ class Uploads:
             with contextlib.suppress(OSError):
                 size = upload.path.stat().st_size
                 upload.path.unlink()
-                self.shrink(size)
+                self.grow(-size)
 
 
 class Receiving:
@@ -96,30 +93,21 @@ class Receiving:
 
     def __init__(self, uploads: Uploads, batch: str, upload: Upload, limit: int, file: BinaryIO) -> None:
         self._uploads, self._batch, self._upload, self._limit, self._file = uploads, batch, upload, limit, file
-        self._size = 0
+        self.path, self._size = upload.path, 0
 
     def write(self, part: bytes) -> None:
         """The next bytes. Raises DatasetError where it becomes too large, OutputError if the disk refuses."""
         if self._size + len(part) > self._limit:
             raise _too_large(self._upload.name, self._limit)
-        try:
+        with translated("a file was received"):
             self._size += len(part)
             self._uploads.grow(len(part))
             self._file.write(part)
-        except OSError as error:
-            raise _disk(error) from error
-
-    @property
-    def path(self) -> Path:
-        """The file it is written to."""
-        return self._upload.path
 
     def flush(self) -> None:
-        """All that came is in the file, which is closed. Raises OutputError if the disk refuses."""
-        try:
+        """All that came is in the file at `path`, which is closed. Raises OutputError if the disk refuses."""
+        with translated("a file was received"):
             self._file.close()
-        except OSError as error:
-            raise _disk(error) from error
 
     def done(self) -> int:
         """It is all there; how many files the batch holds now."""
@@ -131,15 +119,10 @@ class Receiving:
         with contextlib.suppress(OSError):
             self._file.close()
         with contextlib.suppress(OSError):
-            self._upload.path.unlink()
-        self._uploads.shrink(self._size)
+            self.path.unlink()
+        self._uploads.grow(-self._size)
 
 
 def _too_large(name: str, limit: int) -> DatasetError:
     return DatasetError(f"{name} is too large to be sent", why=f"the limit is {limit >> 20} MiB",
                         remedy="name the folder it is in")
-
-
-def _disk(error: OSError) -> OutputError:
-    return OutputError("The disk refused while a file was received", why=error.strerror or str(error),
-                       remedy="check that the disk is not full")

@@ -5,7 +5,6 @@
     rules.py        from what was found to the caption's text
     wd.py           SmilingWolf's WD v3 taggers from a folder
     plain.py        captions that need no model: the prompt inside the image, its name, a template
-    prompt.py       the prompt inside an image as plain words
     sources.py      everything a host can caption with
     loop.py         the loop over the images
 

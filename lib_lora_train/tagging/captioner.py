@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,11 +40,8 @@ class Captioner(Protocol):
         """One description for each image (upright, RGB), all of them looked at in one pass where that is possible."""
 
 
-class FileCaptioner(Protocol):
-    """Looks at what the file says and not at the image."""
-
-    def describe_file(self, path: Path) -> Description:
-        """Raises DatasetError, naming the file, where it says nothing."""
+FileCaptioner = Callable[[Path], Description]
+"""Looks at what the file says and not at the image. Raises DatasetError, naming the file, where it says nothing."""
 
 
 class CaptionerSource(Protocol):

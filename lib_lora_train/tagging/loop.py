@@ -13,7 +13,7 @@ from PIL import Image
 from lib_lora_train.dataset.images import read_image
 from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
 from lib_lora_train.errors import DatasetError, Interrupted, LoraTrainError, is_out_of_memory, printable
-from lib_lora_train.tagging.captioner import Captioner, CaptionerSource, Description, FileCaptioner
+from lib_lora_train.tagging.captioner import Captioner, CaptionerSource, Description
 from lib_lora_train.tagging.options import TagOptions
 from lib_lora_train.tagging.rules import compose
 
@@ -50,8 +50,9 @@ def tag_images(
     if not waiting:
         return
     with source.open(options, device, should_stop=should_stop) as captioner:
-        batches = _Batches(captioner, torch.device(device), batch_size=options.batch_size)
-        describe = batches.describe if source.reads == "pixels" else _file_describer(captioner)
+        batches = _Batches(captioner, device, batch_size=options.batch_size)
+        describe = batches.describe if source.reads == "pixels" else lambda paths: [
+            _tried(lambda path=path: captioner(path), path) for path in paths]
         for start in range(0, len(waiting), options.batch_size):
             watch.check()
             group = waiting[start:start + options.batch_size]
@@ -69,10 +70,6 @@ def _existing(path: Path, existing: Callable[[Path], str], options: TagOptions) 
         return existing(path).strip(), ""
     except DatasetError as error:
         return "", "" if options.mode == "overwrite" else str(error)
-
-
-def _file_describer(captioner: FileCaptioner) -> Callable[[Sequence[Path]], list[Description | str]]:
-    return lambda paths: [_tried(lambda path=path: captioner.describe_file(path), path) for path in paths]
 
 
 class _Batches:

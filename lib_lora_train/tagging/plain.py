@@ -1,4 +1,14 @@
-"""Captions that need no model: the prompt inside the image, the words of its name, a template."""
+r"""Captions that need no model: the prompt inside the image, the words of its name, a template.
+
+AUTOMATIC1111's WebUI writes the prompt into the file so:
+
+    a cat, (blue eyes:1.2) <lora:fluff:0.8>
+    Negative prompt: blurry
+    Steps: 20, Sampler: Euler a, …
+
+A caption is plain text: emphasis, editing, LoRAs and the words BREAK and AND are instructions to the program, not to the
+model, and are removed. `\(` means a bracket.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +24,26 @@ import torch
 from lib_lora_train.dataset.images import read_texts
 from lib_lora_train.dataset.progress import ShouldStop
 from lib_lora_train.errors import DatasetError, SettingError, printable
-from lib_lora_train.tagging.captioner import Description
+from lib_lora_train.tagging.captioner import Description, FileCaptioner
 from lib_lora_train.tagging.options import TagOptions
-from lib_lora_train.tagging.prompt import plain_words, positive_prompt
 
 _REPEATS = re.compile(r"\d+_")
 _NUMBER_IN_FRONT = re.compile(r"^(?:\d+\s*[_-]+|0\d*\s+)+")  # 00012-1234567-…, 01 …; not that of 1girl or 3 cats
 _NUMBER_BEHIND = re.compile(r"(?:[\s_-]*\(\d+\)|[\s_-]+\d+)+$")
 _FIELD = re.compile(r"\{(\w*)\}")
 _FIELDS = ("trigger", "folder", "name")
+
+_PARAMETERS = re.compile(r"Steps: \d+,")
+_EXTRA_NETWORK = re.compile(r"<[A-Za-z]\w*:[^<>]*>")
+_INNERMOST = re.compile(r"\[([^\[\]]*)\]")
+_NUMBER = r"\s*[+-]?(?:\d+\.?\d*|\.\d+)\s*"
+_WEIGHT = re.compile(rf":{_NUMBER}\)")
+_KEYWORD = re.compile(rf"(?::{_NUMBER})?\s*\b(?:BREAK|AND)\b\s*")
+_LAST_WEIGHT = re.compile(rf":{_NUMBER}$")
+_EDIT = re.compile(rf"(?:([^:]*):)?([^:]*):{_NUMBER}")
+_MARKED = {"\\\\": "\ue000", "\\(": "\ue001", "\\)": "\ue002", "\\[": "\ue003", "\\]": "\ue004"}
+"""Private-use characters stand for escaped ones while the others are read."""
+_MEANT = str.maketrans({"\ue000": "\\", "\ue001": "(", "\ue002": ")", "\ue003": "[", "\ue004": "]"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,22 +62,10 @@ class PlainSource:
 
     @contextlib.contextmanager
     def open(self, options: TagOptions, device: torch.device, *,
-             should_stop: ShouldStop | None = None) -> Iterator[PlainCaptioner]:
+             should_stop: ShouldStop | None = None) -> Iterator[FileCaptioner]:
         """Raises SettingError for a template with an unknown field."""
         self.check(options)
-        yield PlainCaptioner(self.describe, options)
-
-
-@dataclasses.dataclass(frozen=True)
-class PlainCaptioner:
-    """A plain source with the options of one pass."""
-
-    describe: Callable[[Path, TagOptions], Description]
-    options: TagOptions
-
-    def describe_file(self, path: Path) -> Description:
-        """What the source says about one file; raises DatasetError where it says nothing."""
-        return self.describe(path, self.options)
+        yield lambda path: self.describe(path, options)
 
 
 def _infotext(path: Path, options: TagOptions) -> Description:
@@ -117,3 +126,44 @@ def words_of_name(stem: str) -> str:
 def words_of_folder(name: str) -> str:
     """A folder's name as words, without kohya's repeats in front."""
     return " ".join(_REPEATS.sub("", printable(name), count=1).replace("_", " ").split())
+
+
+def positive_prompt(parameters: str) -> str:
+    """The prompt alone, of a text as the WebUI keeps it: what is before the negative prompt and the parameters."""
+    lines = []
+    for line in parameters.strip().splitlines():
+        if line.startswith("Negative prompt:") or _PARAMETERS.match(line):
+            break
+        lines.append(line.strip())
+    return "\n".join(lines).strip()
+
+
+def plain_words(prompt: str) -> str:
+    """A prompt without what only the WebUI understands, in one line; "" where nothing else was there.
+
+    `[from:to:when]` becomes what the image was finished with, `[a|b]` both.
+    """
+    text = _EXTRA_NETWORK.sub(" ", prompt)
+    for written, mark in _MARKED.items():
+        text = text.replace(written, mark)
+    had_and = " AND " in f" {text} "
+    text = _KEYWORD.sub(", ", text.replace("\n", ", "))
+    if had_and:
+        text = _LAST_WEIGHT.sub("", text)
+    text = _WEIGHT.sub(")", text)
+    while (match := _INNERMOST.search(text)) is not None:
+        text = text[:match.start()] + _edited(match[1]) + text[match.end():]
+    text = re.sub(r"[()\[\]]", "", text)
+    parts = (" ".join(part.split()) for part in text.split(","))
+    return ", ".join(part for part in parts if part).translate(_MEANT)
+
+
+def _edited(content: str) -> str:
+    """What `[content]` leaves: an alternation all of its words, an edit its last ones, a de-emphasis its words."""
+    if "|" in content:
+        return ", ".join(content.split("|"))
+    match = _EDIT.fullmatch(content)
+    if match is None:
+        return content
+    before, after = match[1], match[2]
+    return after if after.strip() or before is None else before

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from lib_lora_train.dataset import folder as folder_module
+from lib_lora_train.dataset import images as images_module
 from lib_lora_train.dataset import listing
 from lib_lora_train.dataset.buckets import Buckets
 from lib_lora_train.dataset.folder import Dataset, assign_buckets, scan, visits_by_bucket
@@ -105,7 +105,7 @@ def test_captions_that_are_not_utf_8_are_refused_all_at_once(tmp_path: Path, mak
         scan(tmp_path, max_train_epochs=1)
 
 
-def test_bad_images_are_skipped_by_name_and_the_rest_is_used(tmp_path: Path, make_image) -> None:
+def test_bad_images_are_skipped_by_name_and_the_rest_is_used(tmp_path: Path, make_image, monkeypatch) -> None:
     make_image("good.png", caption="x")
     (tmp_path / "zero.jpg").write_bytes(b"")
     (tmp_path / "text.png").write_text("hello")
@@ -114,7 +114,8 @@ def test_bad_images_are_skipped_by_name_and_the_rest_is_used(tmp_path: Path, mak
     data = bytearray(damaged.read_bytes())
     data[len(data) // 2] ^= 0xFF
     damaged.write_bytes(data)
-    dataset = scan(tmp_path, max_train_epochs=1, max_pixels=10_000)
+    monkeypatch.setattr(images_module, "MAX_PIXELS", 10_000)
+    dataset = scan(tmp_path, max_train_epochs=1)
     assert list(captions(dataset)) == ["good.png"]
     skipped = {problem.path.name: problem.text for problem in dataset.problems if problem.skipped}
     assert set(skipped) == {"zero.jpg", "text.png", "large.png", "damaged.png"}
@@ -260,22 +261,3 @@ def test_a_large_folder_read_in_threads_is_what_it_is_read_in_turn(tmp_path: Pat
     with pytest.raises(Interrupted):
         scan(tmp_path, max_train_epochs=1, should_stop=lambda: True)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("lora-train-ahead")]
-
-
-def test_large_files_are_checked_one_at_a_time(tmp_path: Path, make_image, monkeypatch) -> None:
-    for number in range(8):
-        make_image(f"{number}.png")
-    lock, active, most = threading.Lock(), [0], [0]
-
-    def check(path: Path, max_pixels: int) -> tuple[int, int]:
-        with lock:
-            active[0] += 1
-            most[0] = max(most[0], active[0])
-        time.sleep(0.01)  # time for the other threads, if they could
-        with lock:
-            active[0] -= 1
-        return 64, 48
-
-    for name, value in (("check_image", check), ("_MANY", 1), ("_LARGE", 1), ("reading_threads", lambda: 4)):
-        monkeypatch.setattr(folder_module, name, value)
-    assert scan(tmp_path, max_train_epochs=1).images == 8 and most == [1]

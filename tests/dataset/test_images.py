@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, ImageOps, PngImagePlugin
 
+from lib_lora_train.dataset import images as images_module
 from lib_lora_train.dataset.images import check_image, is_image_name, read_image, read_size
 from lib_lora_train.errors import DatasetError
 
@@ -245,12 +246,14 @@ def test_an_enormous_image_is_refused_from_its_header(tmp_path: Path, reader) ->
         reader(path)
 
 
-def test_the_pixel_limit_is_exact(tmp_path: Path) -> None:
+def test_the_pixel_limit_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "picture.png"
     CORNERS.save(path)
-    assert read_image(path, max_pixels=35).size == (7, 5)
+    monkeypatch.setattr(images_module, "MAX_PIXELS", 35)
+    assert read_image(path).size == (7, 5)
+    monkeypatch.setattr(images_module, "MAX_PIXELS", 34)
     with pytest.raises(DatasetError, match="enormous"):
-        read_image(path, max_pixels=34)
+        read_image(path)
 
 
 def test_a_missing_image_and_a_forbidden_one_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

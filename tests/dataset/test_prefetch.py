@@ -120,18 +120,6 @@ def test_an_exception_comes_where_its_result_would_have_come(threads: int) -> No
 
 
 @pytest.mark.parametrize("threads", [0, 2])
-def test_an_exception_of_the_items_comes_after_those_before_it(threads: int) -> None:
-    def items():
-        yield from range(3)
-        raise Broken("no more items")
-
-    with ahead(items(), lambda item: item, threads=threads) as results:
-        assert [next(results) for _ in range(3)] == [0, 1, 2]
-        with pytest.raises(Broken, match="no more items"):
-            next(results)
-
-
-@pytest.mark.parametrize("threads", [0, 2])
 def test_an_exception_of_the_caller_ends_the_threads_and_the_work(threads: int) -> None:
     done = []
     with pytest.raises(KeyboardInterrupt), ahead(range(10_000), lambda item: done.append(item), threads=threads) as results:
@@ -156,14 +144,6 @@ def test_an_item_under_way_is_waited_for() -> None:
         assert begun.wait(60)
         may_end.set()
     assert ended == [1]
-
-
-def test_where_the_system_gives_no_thread_the_work_is_done_in_turn(monkeypatch) -> None:
-    def refuse(thread: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-    monkeypatch.setattr(threading.Thread, "start", refuse)
-    with ahead(range(7), lambda item: (item, threading.current_thread()), threads=3) as results:
-        assert list(results) == [(item, threading.main_thread()) for item in range(7)]
 
 
 def test_there_is_always_a_thread_and_never_a_crowd() -> None:

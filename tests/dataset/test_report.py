@@ -11,8 +11,9 @@ import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
 from lib_lora_train.dataset.advice import respelt, typing_errors
-from lib_lora_train.dataset.crop_sheet import dimmed
-from lib_lora_train.dataset.report import Examined, Report, crop_sheet, examine
+from lib_lora_train.dataset.crop_sheet import crop_sheet, dimmed
+from lib_lora_train.dataset.findings import Examined, Report
+from lib_lora_train.dataset.report import examine
 from lib_lora_train.demo import STYLE, SUBJECT
 from lib_lora_train.errors import DatasetError, Interrupted, SettingError
 from lib_lora_train.model.family import training_sizes

@@ -91,8 +91,8 @@ def test_problems_are_counted_beyond_what_is_kept():
     def work(task: Task) -> str:
         for number in range(1000):
             task.problem(f"{number}.png", "is broken.")
-        task.result({"a": 1})
-        task.result({"b": 2})
+        task.add_result({"a": 1})
+        task.add_result({"b": 2})
         return ""
     status = ended(work)
     assert status.problems[0] == ("0.png", "is broken.") and len(status.problems) + status.more_problems == 1000

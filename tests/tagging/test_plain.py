@@ -22,7 +22,7 @@ def said(source: str, path: Path, **options: object) -> str:
     (found,) = [s for s in PLAIN_SOURCES if s.name == source]
     assert found.missing() == ""
     with found.open(TagOptions(**options), torch.device("cpu")) as captioner:
-        return captioner.describe_file(path).text
+        return captioner(path).text
 
 
 def exif(comment: bytes) -> bytes:

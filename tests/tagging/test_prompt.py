@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lib_lora_train.tagging.prompt import plain_words, positive_prompt
+from lib_lora_train.tagging.plain import plain_words, positive_prompt
 
 
 @pytest.mark.parametrize(("parameters", "prompt"), [

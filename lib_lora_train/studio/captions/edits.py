@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
@@ -26,12 +26,12 @@ Captions = Callable[[], Iterable[str]]
 class Edit:
     """One kind of change to captions: what all kinds share."""
 
+    wording: ClassVar[str]  # the text of the undo button, with the names of its fields
     replaces_unreadable: ClassVar[bool] = False  # whether it also replaces captions that cannot be read
 
-    @property
     def label(self) -> str:
         """The text of the undo button."""
-        return self._label()
+        return self.wording.format(**{field.name: _shown(getattr(self, field.name)) for field in dataclasses.fields(self)})
 
     def change(self, captions: Captions) -> Change:
         """The function for one pass; `captions()` gives every caption of the dataset, for edits that count.
@@ -39,9 +39,6 @@ class Edit:
         It and this raise SettingError for an edit that cannot be done.
         """
         return self._change(captions)
-
-    def _label(self) -> str:
-        raise NotImplementedError
 
     def _change(self, captions: Captions) -> Change:
         raise NotImplementedError
@@ -51,18 +48,16 @@ class Edit:
 class AddTags(Edit):
     """Adds the tags a caption does not have yet, in front or behind."""
 
+    wording: ClassVar[str] = "Add {tags}"
     tags: tuple[Text, ...]
     at: Literal["start", "end"] = "end"
 
-    def _label(self) -> str:
-        return f"Add {_named(self.tags)}"
-
     def _change(self, captions: Captions) -> Change:
-        tags = list({_key(tag): tag for tag in _split(self.tags)}.values())
+        tags = list({tag_key(tag): tag for tag in _split(self.tags)}.values())
 
         def change(caption: str) -> str:
-            present = set(map(_key, split_tags(caption)))
-            missing = [tag for tag in tags if _key(tag) not in present]
+            present = set(map(tag_key, split_tags(caption)))
+            missing = [tag for tag in tags if tag_key(tag) not in present]
             own = [caption.strip(" ,")] if present else []
             return ", ".join([*missing, *own] if self.at == "start" else [*own, *missing]) if missing else caption
         return change
@@ -72,41 +67,37 @@ class AddTags(Edit):
 class RemoveTags(Edit):
     """Removes these tags wherever they are."""
 
+    wording: ClassVar[str] = "Remove {tags}"
     tags: tuple[Text, ...]
 
-    def _label(self) -> str:
-        return f"Remove {_named(self.tags)}"
-
     def _change(self, captions: Captions) -> Change:
-        gone = set(map(_key, _split(self.tags)))
-        return lambda caption: _with_tags(caption, [tag for tag in split_tags(caption) if _key(tag) not in gone])
+        gone = set(map(tag_key, _split(self.tags)))
+        return lambda caption: _with_tags(caption, [tag for tag in split_tags(caption) if tag_key(tag) not in gone])
 
 
 @dataclass(frozen=True)
 class ReplaceTag(Edit):
     """Puts `new` (one tag, several, or none) in place of the tag `old`; a `new` that would then occur twice is kept once."""
 
+    wording: ClassVar[str] = "Replace {old} by {new}"
     old: Text
     new: Text
 
-    def _label(self) -> str:
-        return f"Replace {_short(self.old)} by {_short(self.new)}"
-
     def _change(self, captions: Captions) -> Change:
-        old, new = _key(self.old), split_tags(self.new)
-        once = set(map(_key, new))
+        old, new = tag_key(self.old), split_tags(self.new)
+        once = set(map(tag_key, new))
 
         def change(caption: str) -> str:
             tags = split_tags(caption)
-            if old not in map(_key, tags):
+            if old not in map(tag_key, tags):
                 return caption
             result: list[str] = []
             seen: set[str] = set()
             for tag in tags:
-                for part in new if _key(tag) == old else [tag]:
-                    if _key(part) in once and _key(part) in seen:
+                for part in new if tag_key(tag) == old else [tag]:
+                    if tag_key(part) in once and tag_key(part) in seen:
                         continue
-                    seen.add(_key(part))
+                    seen.add(tag_key(part))
                     result.append(part)
             return ", ".join(result)
         return change
@@ -116,11 +107,9 @@ class ReplaceTag(Edit):
 class ReplaceText(Edit):
     """Replaces a text wherever it occurs, inside tags too."""
 
+    wording: ClassVar[str] = "Replace the text {old} by {new}"
     old: Text
     new: Text
-
-    def _label(self) -> str:
-        return f"Replace the text {_short(self.old)} by {_short(self.new)}"
 
     def _change(self, captions: Captions) -> Change:
         if not self.old:
@@ -133,11 +122,9 @@ class ReplaceText(Edit):
 class ReplaceRegex(Edit):
     r"""Replaces every match of a regular expression; `new` may name its groups (\1)."""
 
+    wording: ClassVar[str] = "Replace {pattern} by {new}"
     pattern: Text
     new: Text
-
-    def _label(self) -> str:
-        return f"Replace {_short(self.pattern)} by {_short(self.new)}"
 
     def _change(self, captions: Captions) -> Change:
         if not self.pattern:
@@ -150,21 +137,19 @@ class ReplaceRegex(Edit):
 class SortTags(Edit):
     """Sorts the tags by name, or the most frequent of the dataset first; the first `keep` stay where they are."""
 
+    wording: ClassVar[str] = "Sort tags by {by}"
     by: Literal["name", "frequency"] = "name"
     keep: Count = 0
-
-    def _label(self) -> str:
-        return f"Sort tags by {self.by}"
 
     def _change(self, captions: Captions) -> Change:
         counts: Counter[str] = Counter()
         if self.by == "frequency":
             for caption in captions():
-                counts.update(set(map(_key, split_tags(caption))))
+                counts.update(set(map(tag_key, split_tags(caption))))
 
         def change(caption: str) -> str:
             tags = split_tags(caption)
-            order = sorted(tags[self.keep:], key=lambda tag: (-counts[_key(tag)], _key(tag)))
+            order = sorted(tags[self.keep:], key=lambda tag: (-counts[tag_key(tag)], tag_key(tag)))
             return _with_tags(caption, tags[:self.keep] + order)
         return change
 
@@ -173,15 +158,12 @@ class SortTags(Edit):
 class Deduplicate(Edit):
     """Keeps the first of tags that occur twice, and leaves out empty ones."""
 
-
-    def _label(self) -> str:
-        return "Remove double tags"
-
+    wording: ClassVar[str] = "Remove double tags"
     def _change(self, captions: Captions) -> Change:
         def change(caption: str) -> str:
             first: dict[str, str] = {}
             for tag in split_tags(caption):
-                first.setdefault(_key(tag), tag)
+                first.setdefault(tag_key(tag), tag)
             return ", ".join(first.values()) if len(first) < len(caption.split(",")) else caption
         return change
 
@@ -190,11 +172,9 @@ class Deduplicate(Edit):
 class TruncateTokens(Edit):
     """Leaves out tags at the end until at most `n` tokens are left; a single longer tag loses words at its end."""
 
+    wording: ClassVar[str] = "Cut to {n} tokens"
     n: Count
     tokenizer: Any  # a Tokenizer
-
-    def _label(self) -> str:
-        return f"Cut to {self.n} tokens"
 
     def _change(self, captions: Captions) -> Change:
         if self.n < 1:
@@ -222,11 +202,9 @@ class TruncateTokens(Edit):
 class SetCaption(Edit):
     """Replaces the caption."""
 
+    wording: ClassVar[str] = "Edit caption"
     text: Text
     replaces_unreadable: ClassVar[bool] = True
-
-    def _label(self) -> str:
-        return "Edit caption"
 
     def _change(self, captions: Captions) -> Change:
         return lambda _: self.text
@@ -246,12 +224,7 @@ def edit_from_dict(values: Mapping[str, object], *, tokenizer: Tokenizer | None 
     kind = _KINDS.get(str(values.get("kind")))
     if kind is None:
         raise SettingError(f"There is no edit {values.get('kind')}", remedy=f"use {', '.join(_KINDS)}")
-    fields = {field.name: field for field in dataclasses.fields(kind) if field.name != "tokenizer"}
     given = {name: value for name, value in values.items() if name != "kind"}
-    if unknown := sorted(set(given) - set(fields)):
-        raise SettingError(f"The edit {values['kind']} has no {unknown[0]}", remedy=f"use {', '.join(fields) or 'nothing'}")
-    if absent := [name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in given]:
-        raise SettingError(f"The edit {values['kind']} needs {absent[0]}")
     if isinstance(given.get("tags"), str):
         given["tags"] = split_tags(given["tags"])
     if kind is TruncateTokens:
@@ -261,7 +234,8 @@ def edit_from_dict(values: Mapping[str, object], *, tokenizer: Tokenizer | None 
     return validated(kind, given, what=f"edit {values['kind']}")
 
 
-def _key(tag: str) -> str:
+def tag_key(tag: str) -> str:
+    """What two spellings of a tag share."""
     return tag.strip().casefold()
 
 
@@ -275,9 +249,9 @@ def _with_tags(caption: str, tags: list[str]) -> str:
     return caption if tags == split_tags(caption) else ", ".join(tags)
 
 
-def _named(tags: Sequence[str]) -> str:
-    return _short(tags[0] if len(tags) == 1 else f"{len(tags)} tags") if tags else "nothing"
-
-
-def _short(text: str) -> str:
+def _shown(value: object) -> str:
+    """A field's value as the label shows it."""
+    if isinstance(value, tuple):
+        value = value[0] if len(value) == 1 else f"{len(value)} tags" if value else ""
+    text = str(value)
     return (text if len(text) <= 30 else f"{text[:29]}…") or "nothing"

@@ -64,15 +64,6 @@ def find_images(folder: Path, *, may_read: MayRead | None = None) -> list[Found]
     return found or _paired(listing.files)
 
 
-def find_among(images: Sequence[Path], *, may_read: MayRead | None = None) -> list[Found]:
-    """Those of `images` that exist, with their captions; each folder is looked through once."""
-    result: list[Found] = []
-    for folder in dict.fromkeys(image.parent for image in images):
-        wanted = {image.name for image in images if image.parent == folder}
-        result += [found for found in _paired(list_folder(folder, may_read=may_read).files) if found.image.name in wanted]
-    return result
-
-
 def is_forbidden(path: Path, may_read: MayRead | None) -> bool:
     """Whether `path` is a link to where nothing may be read."""
     return may_read is not None and path.is_symlink() and not may_read(path)

@@ -3,16 +3,15 @@ because CLIP's tokens are lower case."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from pydantic import StrictBool
 from pydantic.dataclasses import dataclass
 
 from lib_lora_train.dataset.captions import split_tags
 from lib_lora_train.dataset.patterns import Pattern
-from lib_lora_train.errors import SettingError
-from lib_lora_train.studio.requests import Text, validated
+from lib_lora_train.studio.captions.edits import tag_key
+from lib_lora_train.studio.requests import Text
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Filter:
 
         Raises SettingError for a bad regular expression; the function raises it for one that takes too long.
         """
-        all_of, any_of, none_of = (frozenset(map(_key, tags)) - {""} for tags in (self.all_of, self.any_of, self.none_of))
+        all_of, any_of, none_of = (frozenset(map(tag_key, tags)) - {""} for tags in (self.all_of, self.any_of, self.none_of))
         prefix, suffix, text = self.prefix.lstrip().casefold(), self.suffix.rstrip().casefold(), self.text.casefold()
         pattern = Pattern(self.regex) if self.regex else None
         by_tag = bool(all_of or any_of or none_of or prefix or suffix)
@@ -58,15 +57,3 @@ class Filter:
                     and (not suffix or any(tag.endswith(suffix) for tag in tags)))
 
         return accepts
-
-
-def filter_from_dict(values: Mapping[str, object]) -> Filter:
-    """A Filter from JSON; raises SettingError naming what does not belong there."""
-    names = [field.name for field in dataclasses.fields(Filter)]
-    if unknown := sorted(set(values) - set(names)):
-        raise SettingError(f"A filter has no {unknown[0]}", remedy=f"use {', '.join(names)}")
-    return validated(Filter, values, what="filter")
-
-
-def _key(tag: str) -> str:
-    return tag.strip().casefold()

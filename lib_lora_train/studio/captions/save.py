@@ -2,7 +2,7 @@
 
     1. a backup of the captions that will be replaced, as they are: .studio/backup/captions-….zip
     2. the journal, .studio/captions.journal: every new caption, and the checksum of what the file held before
-    3. every new caption in a file beside its own, all flushed to the disk, then each renamed in one step
+    3. every new caption atomically, and flushed to the disk
     4. the journal is removed
 
 A process killed before 2 has changed nothing. After it, `recover` (which opening the folder calls) does 3 and 4 from the
@@ -28,7 +28,7 @@ from pathlib import Path
 from lib_lora_train.dataset.captions import CAPTION_SUFFIXES
 from lib_lora_train.dataset.listing import MayRead
 from lib_lora_train.errors import OutputError, printable, translated
-from lib_lora_train.storage.atomic import remove, replace, replacing, sync_folder, write_atomic
+from lib_lora_train.storage.atomic import remove, remove_parts, replacing, sync_folder, write_atomic
 from lib_lora_train.studio.captions.files import MOST_BYTES
 
 STUDIO = ".studio"
@@ -36,9 +36,6 @@ BACKUPS_KEPT = 10
 _JOURNAL = "captions.journal"
 _VERSION = 1
 _BACKUP = re.compile(r"captions-\d{8}-\d{6}-\d{3}\.zip")
-_BACKUP_PART = re.compile(r"\.captions-[\d-]+\.\d+\.part")
-_PART = re.compile(r"\.caption-\d+-\d+\.part")
-_FLUSHED_SINGLY = 32  # files; for more, flushing the whole system once is quicker
 _AT_ONCE = 8  # threads: a disk takes milliseconds to flush or replace a file, and does several at once
 
 
@@ -113,7 +110,8 @@ def recover(folder: Path, *, may_read: MayRead | None = None) -> Recovered:
                 todo[path] = new
             else:
                 conflicts.append(path)
-        _remove_parts({path.parent for path, _, _ in entries if path.parent.is_dir()})
+        for parent in {path.parent for path, _, _ in entries}:
+            remove_parts(parent)
         _put(todo)
         if conflicts:
             _move_to_backups(journal, studio / "backup")
@@ -133,10 +131,7 @@ def content_of(path: Path) -> bytes | None:
 def _back_up(folder: Path, rewrites: list[Rewrite], backups: Path) -> Path:
     """The files as they are, under their names within the dataset; one that does not exist yet as an empty one."""
     backups.mkdir(parents=True, exist_ok=True)
-    for path in backups.iterdir():
-        if _BACKUP_PART.fullmatch(path.name):  # of a process that was killed here
-            with contextlib.suppress(OSError):
-                path.unlink()
+    remove_parts(backups)
     backup = _unused(backups, "captions", ".zip")
     with replacing(backup) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for rewrite in rewrites:
@@ -195,43 +190,17 @@ def _is_plain_name(part: str) -> bool:
 
 
 def _put(contents: Mapping[Path, bytes]) -> None:
-    """Write each file atomically; all are on the disk when this returns. On an error, what was not renamed yet is removed."""
-    singly = len(contents) <= _FLUSHED_SINGLY or not hasattr(os, "sync")
-    parts = {path: path.with_name(f".caption-{os.getpid()}-{number}.part") for number, path in enumerate(contents)}
-
-    def write_part(path: Path) -> None:
-        with parts[path].open("wb") as file:
-            file.write(contents[path])
-            if singly:
-                file.flush()
-                os.fsync(file.fileno())
-
-    try:
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            list(pool.map(write_part, contents))  # a list: it raises what a thread raised
-            if not singly:
-                os.sync()  # the bytes are on the disk before the names are
-            list(pool.map(lambda path: replace(parts[path], path), contents))
-        for folder in {path.parent for path in contents}:
-            sync_folder(folder)
-    except BaseException:
-        for part in parts.values():
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
-        raise
+    """Write each file atomically; all are on the disk when this returns."""
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        # A list: it raises what a thread raised.
+        list(pool.map(lambda path: write_atomic(path, contents[path], one_of_many=True), contents))
+    for folder in {path.parent for path in contents}:
+        sync_folder(folder)
 
 
 def _move_to_backups(journal: Path, backups: Path) -> None:
     backups.mkdir(parents=True, exist_ok=True)
     os.replace(journal, _unused(backups, "interrupted", ".json"))
-
-
-def _remove_parts(folders: Iterable[Path]) -> None:
-    for folder in folders:
-        for path in folder.iterdir():
-            if _PART.fullmatch(path.name):
-                with contextlib.suppress(OSError):
-                    path.unlink()
 
 
 def _digest(data: bytes | None) -> str | None:

@@ -7,28 +7,29 @@ Nothing is written before `save`. Not for several threads at once: the studio ho
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
-from lib_lora_train.dataset.captions import split_tags
+from lib_lora_train.dataset.captions import count_tags
 from lib_lora_train.dataset.listing import MayRead, by_name
-from lib_lora_train.errors import DatasetError, SettingError, printable, translated
+from lib_lora_train.errors import DatasetError, SettingError, counted, printable, translated
 from lib_lora_train.studio.captions.edits import Edit
 from lib_lora_train.studio.captions.files import (
     Found,
     OnDisk,
-    find_among,
     find_images,
     is_forbidden,
     one_line,
     read_on_disk,
 )
 from lib_lora_train.studio.captions.filter import Filter
-from lib_lora_train.studio.captions.history import History, Step
 from lib_lora_train.studio.captions.save import STUDIO, Rewrite, content_of, recover, write_captions
 from lib_lora_train.studio.requests import MOST_CHARACTERS
+
+_MOST_STEPS = 200  # that can be undone
+_MOST_KEPT = 64 << 20  # characters of all their texts; the oldest steps go first, the newest always stays
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,21 @@ class _Image:
         return self.path.parent.name.casefold(), self.path.parent.name, *by_name(self.path)
 
 
+@dataclass(frozen=True)
+class _Step:
+    """One change that can be undone: captions before and after, or images that were removed."""
+
+    label: str
+    texts: Mapping[_Caption, tuple[str | None, str | None]] = field(default_factory=dict)
+    removed: frozenset[_Image] = frozenset()
+    move: Callable[[bool], None] = lambda back: None  # called before the images come back (True) or go once more (False)
+
+    @cached_property
+    def size(self) -> int:
+        """Characters it keeps in memory."""
+        return sum(len(before or "") + len(after or "") for before, after in self.texts.values())
+
+
 class CaptionStore:
     """See the module. Made by `open`."""
 
@@ -82,7 +98,8 @@ class CaptionStore:
         self._shown: list[_Image] = []
         self._images: tuple[Path, ...] = ()
         self._index: dict[Path, int] = {}
-        self._history = History()
+        self._done: list[_Step] = []
+        self._undone: list[_Step] = []
 
     @classmethod
     def open(cls, folder: Path | str, *, may_read: MayRead | None = None) -> CaptionStore:
@@ -119,10 +136,6 @@ class CaptionStore:
             raise DatasetError(problem)
         return self.caption(index)
 
-    def caption_file(self, index: int) -> Path:
-        """The file the caption is kept in, whether or not it exists yet."""
-        return self._shown[index].caption.file
-
     def is_changed(self, index: int) -> bool:
         """Whether the caption differs from what is saved."""
         caption = self._shown[index].caption
@@ -151,19 +164,9 @@ class CaptionStore:
                 if (self.is_changed(index) or not wanted.changed_only) and accepts(self.caption(index))]
 
     def tags(self, indices: Iterable[int] | None = None) -> list[tuple[str, int]]:
-        """(tag, images that carry it), the most frequent first, then by name.
-
-        Spellings that differ in case only are one tag, shown as it is written most often.
-        """
-        spellings: Counter[str] = Counter()
-        for index in range(len(self)) if indices is None else indices:
-            spellings.update({tag.casefold(): tag for tag in split_tags(self.caption(index))}.values())
-        counts: Counter[str] = Counter()
-        shown: dict[str, str] = {}
-        for tag, count in sorted(spellings.items(), key=lambda item: (-item[1], item[0])):
-            counts[tag.casefold()] += count
-            shown.setdefault(tag.casefold(), tag)
-        return [(shown[key], count) for key, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
+        """(tag, images that carry it), the most frequent first, then by name."""
+        chosen = range(len(self)) if indices is None else indices
+        return list(count_tags(map(self.caption, chosen)).items())
 
     # ---- editing
 
@@ -174,7 +177,7 @@ class CaptionStore:
         change = edit.change(lambda: (caption.text or "" for caption in self._captions_of(range(len(self)))))
         texts = {caption: _checked(change(caption.text or ""), before=caption.text or "")
                  for caption in self._captions_of(indices) if caption.text is not None or edit.replaces_unreadable}
-        return self._do(edit.label, texts)
+        return self._do(edit.label(), texts)
 
     def set_captions(self, captions: Mapping[int, str], label: str) -> int:
         """New captions by index as one step; returns how many changed. Raises SettingError for one that is too long."""
@@ -182,39 +185,33 @@ class CaptionStore:
 
     def undo(self) -> str:
         """Revert the last step; returns its label, "" where there is none."""
-        if not self._history.done:
-            return ""
-        step = self._history.done[-1]
-        if step.before_undo is not None:
-            step.before_undo()
-        for caption, (before, _) in step.texts.items():
-            caption.text = before
-        self._show([*self._shown, *step.removed])
-        self._history.undone_last()
-        return step.label
+        return self._move(self._done, self._undone, back=True)
 
     def redo(self) -> str:
         """Redo the step that was undone last; returns its label, "" where there is none."""
-        if not self._history.undone:
+        return self._move(self._undone, self._done, back=False)
+
+    def _move(self, steps: list[_Step], onto: list[_Step], *, back: bool) -> str:
+        if not steps:
             return ""
-        step = self._history.undone[-1]
-        if step.before_redo is not None:
-            step.before_redo()
-        for caption, (_, after) in step.texts.items():
-            caption.text = after
-        self._show(set(self._shown) - step.removed)
-        self._history.redone_last()
+        step = steps[-1]
+        if step.removed:
+            step.move(back)
+        for caption, texts in step.texts.items():
+            caption.text = texts[0 if back else 1]
+        self._show([*self._shown, *step.removed] if back else set(self._shown) - step.removed)
+        onto.append(steps.pop())
         return step.label
 
     @property
     def can_undo(self) -> str:
         """The label of the step that `undo` reverts, or ""."""
-        return self._history.done[-1].label if self._history.done else ""
+        return self._done[-1].label if self._done else ""
 
     @property
     def can_redo(self) -> str:
         """The label of the step that `redo` applies, or ""."""
-        return self._history.undone[-1].label if self._history.undone else ""
+        return self._undone[-1].label if self._undone else ""
 
     @property
     def unsaved(self) -> int:
@@ -225,20 +222,19 @@ class CaptionStore:
 
     def add(self, images: Iterable[Path]) -> int:
         """Images that are in the folder now: known from here on, with their captions. Not a step. Returns how many are new."""
-        before, images = len(self), list(images)
-        self._show([*self._shown, *(self._known[image] for image in images if image in self._known)])
-        self._add(find_among([image for image in images if image not in self._known], may_read=self._may_read))
+        before, wanted = len(self), set(images)
+        self._show([*self._shown, *(self._known[image] for image in wanted if image in self._known)])
+        self._add([found for found in find_images(self.folder, may_read=self._may_read)
+                   if found.image in wanted and found.image not in self._known])
         return len(self) - before
 
-    def remove(self, indices: Iterable[int], *, before_undo: Callable[[], None] | None = None,
-               before_redo: Callable[[], None] | None = None) -> int:
-        """Images that the caller has moved out of the folder, as one step. `undo` and `redo` call `before_undo` and
-        `before_redo`: what they raise leaves the captions as they are. Captions not yet saved come back with them."""
+    def remove(self, indices: Iterable[int], *, move: Callable[[bool], None]) -> int:
+        """Images that the caller has moved out of the folder, as one step. `undo` calls `move(True)`, which moves them back,
+        and `redo` `move(False)`: what it raises leaves the captions as they are. Captions not yet saved come back too."""
         gone = frozenset(self._shown[index] for index in indices)
         if gone:
             self._show(set(self._shown) - gone)
-            label = f"Remove {len(gone)} picture{'s' if len(gone) > 1 else ''}"
-            self._history.push(Step(label, removed=gone, before_undo=before_undo, before_redo=before_redo))
+            self._push(_Step(f"Remove {counted(len(gone), 'picture')}", removed=gone, move=move))
         return len(gone)
 
     def moved(self, old: Path, new: Path) -> None:
@@ -295,11 +291,11 @@ class CaptionStore:
             if caption := self._captions.get(_file_key(path)):
                 caption.on_disk(self._read(path))
         if done.written and not self._captions:
-            self.notes += (f"A save that was interrupted was finished: {_count(len(done.written))}.",)
+            self.notes += (f"A save that was interrupted was finished: {counted(len(done.written), 'caption')}.",)
         if done.conflicts:
             kept = printable(str(self.folder / STUDIO / "backup"))
-            self.notes += (f"An interrupted save could not be finished for {_count(len(done.conflicts))} that another "
-                           f"program changed since; what was to be written is kept in {kept}.",)
+            self.notes += (f"An interrupted save could not be finished for {counted(len(done.conflicts), 'caption')} that "
+                           f"another program changed since; what was to be written is kept in {kept}.",)
 
     def _add(self, found: Sequence[Found]) -> None:
         for entry in found:
@@ -320,13 +316,20 @@ class CaptionStore:
     def _unsaved(self) -> list[_Caption]:
         return [caption for caption in self._captions_of(range(len(self))) if caption.text != caption.saved]
 
+    def _push(self, step: _Step) -> None:
+        """A new step; what had been undone can no longer be redone."""
+        self._undone.clear()
+        self._done.append(step)
+        while len(self._done) > 1 and (len(self._done) > _MOST_STEPS or sum(step.size for step in self._done) > _MOST_KEPT):
+            del self._done[0]
+
     def _do(self, label: str, texts: Mapping[_Caption, str]) -> int:
         """One step from what really changes; nothing changed, no step."""
         changed = {caption: (caption.text, text) for caption, text in texts.items() if text != caption.text}
         for caption, (_, after) in changed.items():
             caption.text = after
         if changed:
-            self._history.push(Step(label, changed))
+            self._push(_Step(label, changed))
         return len(changed)
 
 
@@ -334,10 +337,6 @@ def _checked(text: str, *, before: str) -> str:
     if len(text) > max(MOST_CHARACTERS, len(before)):
         raise SettingError(f"A caption would be longer than {MOST_CHARACTERS} characters", remedy="replace with less")
     return one_line(text)
-
-
-def _count(captions: int) -> str:
-    return "1 caption" if captions == 1 else f"{captions} captions"
 
 
 def _file_key(path: Path) -> str:

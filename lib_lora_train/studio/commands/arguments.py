@@ -16,6 +16,7 @@ from lib_lora_train.tagging.options import MODES, OPTIONS
 
 USUAL_EPOCHS = 10  # the default of max_train_epochs, for which repeats are proposed
 Commands = Any  # what ArgumentParser.add_subparsers returns
+_FAMILIES = ("sd1", "sd2", "sdxl")
 _TAG_SOURCES = ("wd", "infotext", "filename", "template")
 
 
@@ -32,19 +33,11 @@ def add_check(commands: Commands) -> None:
     check.add_argument("folder", type=Path, metavar="DIR", help="the pictures, or a folder of folders named like 10_name")
     check.add_argument("--json", action="store_true", help="everything that was found, as JSON")
     check.add_argument("--sheet", type=Path, metavar="FILE", help="a picture of what the crops lose, as PNG, JPEG or WebP")
-    check.add_argument("--family", type=_family, default="", help="the kind of model that will be trained, sd1, sd2 or "
+    check.add_argument("--family", choices=_FAMILIES, default="", help="the kind of model that will be trained, sd1, sd2 or "
                        "sdxl: 512, 768 or 1024 pixels; sd1 unless told otherwise")
     check.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the training, such as "
                        "resolution=768; may be repeated")
     check.set_defaults(command=_run("check"))
-
-
-def _family(name: str) -> str:
-    from lib_lora_train.model.family import FAMILIES
-
-    if name and name not in FAMILIES:  # argparse reads the default "" as well
-        raise argparse.ArgumentTypeError(f"choose from {', '.join(FAMILIES)}")
-    return name
 
 
 def add_prepare(commands: Commands) -> None:

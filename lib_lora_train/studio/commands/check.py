@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import sys
-from pathlib import Path
 
-from lib_lora_train.dataset.report import Report, Tokenizer, crop_sheet, examine
+from lib_lora_train.dataset.captions import Tokenizer
+from lib_lora_train.dataset.crop_sheet import crop_sheet
+from lib_lora_train.dataset.images import encode_image
+from lib_lora_train.dataset.report import examine
 from lib_lora_train.errors import SettingError, translated
 from lib_lora_train.model.family import training_sizes
 from lib_lora_train.model.sd.tokens import clip_tokenizer
@@ -17,7 +18,7 @@ from lib_lora_train.storage.atomic import write_atomic
 from lib_lora_train.studio.commands.progress import progress_bar
 
 NOTHING_TO_FIX, UNUSABLE, TO_LOOK_AT, INTERRUPTED = 0, 2, 3, 130
-_SHEET_KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+_SHEET_KINDS = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def run(chosen: argparse.Namespace) -> int:
@@ -33,7 +34,8 @@ def run(chosen: argparse.Namespace) -> int:
         return INTERRUPTED  # nothing was changed, so there is nothing to say
     print(json.dumps(report.to_dict(), ensure_ascii=False, indent=1) if chosen.json else report.text())
     if chosen.sheet is not None and any(image.usable for image in report.images):
-        _write_sheet(report, chosen.sheet)
+        with translated("the crop sheet was written"):
+            write_atomic(chosen.sheet, encode_image(crop_sheet(report), suffix=chosen.sheet.suffix.lower()))
         if not chosen.json:
             print(f"{'crop sheet':12}{chosen.sheet}")
     return UNUSABLE if not report.trainable else TO_LOOK_AT if report.advice else NOTHING_TO_FIX
@@ -46,10 +48,3 @@ def _tokenizer() -> Tokenizer | None:
     except ImportError:
         print("note: captions' tokens are not counted, because the package open_clip_torch is missing", file=sys.stderr)
         return None
-
-
-def _write_sheet(report: Report, path: Path) -> None:
-    encoded = io.BytesIO()
-    crop_sheet(report).save(encoded, _SHEET_KINDS[path.suffix.lower()])
-    with translated("the crop sheet was written"):
-        write_atomic(path, encoded.getvalue())

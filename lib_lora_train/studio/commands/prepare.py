@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from lib_lora_train.dataset.plan import plain_folder_repeats
-from lib_lora_train.errors import DatasetError, translated
+from lib_lora_train.errors import DatasetError, counted, translated
 from lib_lora_train.studio.commands.arguments import USUAL_EPOCHS
 from lib_lora_train.studio.commands.progress import progress_bar
 from lib_lora_train.studio.cropping.crop import Box, Shape, Shaped, apply_shape, done_to, plan_shape
 from lib_lora_train.studio.importing.collect import Collected, collect
 from lib_lora_train.studio.importing.owned import DEFAULT_REPEATS, FILE_NAME, OwnedDataset
+from lib_lora_train.studio.requests import validated
 
 SOME_LEFT_OUT = 3
 
@@ -25,8 +26,8 @@ def run(chosen: argparse.Namespace) -> int:
     """`prepare`; returns the exit code. Raises UserError for bad input."""
     shape = None
     if chosen.side:
-        shape = Shape.from_dict({"mode": "square" if chosen.square else "buckets", "side": chosen.side, "focus": chosen.focus,
-                                 "enlarge": chosen.enlarge})
+        shape = validated(Shape, {"mode": "square" if chosen.square else "buckets", "side": chosen.side,
+                                  "focus": chosen.focus, "enlarge": chosen.enlarge}, what="shape")
     try:
         return _dry_run(chosen, shape) if chosen.dry_run else _real_run(chosen, shape)
     except KeyboardInterrupt:
@@ -123,7 +124,7 @@ def _rows(dataset: OwnedDataset, found: Collected) -> list[dict[str, Any]]:
     notes, rows = dataset.notes(), []
     for path, size in zip(found.added, found.sizes, strict=True):
         done, now = done_to(notes.get(path.name, {})), dataset.images_folder / path.name
-        box = Box(*done.box, done.size) if done.box and done.size else None
+        box = Box(done.box, done.size) if done.box and done.size else None
         rows.append({**_row(path.name, size, box), "masked": dataset.mask_path(path.name).is_file(),
                      "captioned": now.with_suffix(".txt").is_file()})
     return rows
@@ -148,7 +149,7 @@ def _report(chosen: argparse.Namespace, dataset: OwnedDataset, found: Collected,
         print(f"left out {name}: {why}")
     for note in notes:
         print(f"note: {note}")
-    count = f"{len(rows)} picture{'' if len(rows) == 1 else 's'}"
+    count = counted(len(rows), "picture")
     print(f"{count} would be added. Nothing was written." if chosen.dry_run else
           f"{count} added to {dataset.images_folder}. Train with --data \"{dataset.folder}\".")
     return SOME_LEFT_OUT if skipped else 0

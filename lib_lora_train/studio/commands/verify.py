@@ -27,7 +27,7 @@ SOME_FAILED = 3
 
 def run_check(chosen: argparse.Namespace) -> int:
     """`check-captions`; returns the exit code. Raises UserError for bad input."""
-    _check_numbers(steps=(chosen.steps, 1), worst=(chosen.worst, 0), seeds=(chosen.seeds or 0, 0))
+    _check_numbers(chosen)
     rows: list[Checked] = []
     interrupted = False
     try:
@@ -65,7 +65,7 @@ def _checks(chosen: argparse.Namespace) -> Iterator[Checked]:
 
 def run_class_images(chosen: argparse.Namespace) -> int:
     """`class-pictures`; returns the exit code. Raises UserError for bad input."""
-    _check_numbers(steps=(chosen.steps, 1))
+    _check_numbers(chosen)
     host = _host(chosen, chosen.to)
     checkpoint = host.checkpoint()
     size = resolution_of(chosen.resolution, default=training_sizes(checkpoint.family if checkpoint else "").default)
@@ -86,9 +86,10 @@ def _host(chosen: argparse.Namespace, folder: Path) -> StandaloneHost:
     return StandaloneHost(chosen.checkpoint, lora_folder=folder, runs_folder=folder / "runs")  # neither is used here
 
 
-def _check_numbers(*, steps: tuple[int, int], worst: tuple[int, int] = (0, 0), seeds: tuple[int, int] = (0, 0)) -> None:
-    for name, (value, least) in (("steps", steps), ("worst", worst), ("seeds", seeds)):
-        if value < least:
+def _check_numbers(chosen: argparse.Namespace) -> None:
+    for name, least in (("steps", 1), ("worst", 0), ("seeds", 0)):
+        value = getattr(chosen, name, None)
+        if value is not None and value < least:
             raise SettingError(f"--{name} {value} is not possible", why=f"it must be at least {least}")
 
 

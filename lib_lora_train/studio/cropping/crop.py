@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,11 @@ from PIL import Image
 from pydantic import StrictBool, ValidationError, confloat
 
 from lib_lora_train.dataset.captions import CAPTION_SUFFIXES
-from lib_lora_train.dataset.images import read_image, read_layers, read_size
+from lib_lora_train.dataset.images import WRITTEN_SUFFIXES, encode_image, read_image, read_layers, read_size
 from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
-from lib_lora_train.errors import DatasetError, SettingError, translated
-from lib_lora_train.storage.atomic import replacing, write_atomic
+from lib_lora_train.errors import DatasetError, SettingError, counted, translated
+from lib_lora_train.storage.atomic import copy_atomic, write_atomic
 from lib_lora_train.studio.cropping.crop_plan import Box, Edges, Shape, find_subject, plan_shape, render
-from lib_lora_train.studio.cropping.encode import WRITTEN_SUFFIXES, encode
 from lib_lora_train.studio.importing.names import FreeNames
 from lib_lora_train.studio.importing.owned import Note, OwnedDataset
 
@@ -86,10 +84,11 @@ def apply_shape(
     done, skipped = _each(dataset, names, watch=watch, change=lambda name, notes: _change_image(dataset, name, notes, change))
     notes = []
     if small and shape.enlarge:
-        notes.append(f"{_images(small)} had to be enlarged, up to {enlarged:.1f} times: they have less detail than it seems.")
+        notes.append(f"{counted(small, 'picture')} had to be enlarged, up to {enlarged:.1f} times: they have less detail than "
+                     "it seems.")
     elif small:
-        notes.append(f"{_images(small)} {'is' if small == 1 else 'are'} smaller than asked for (up to {enlarged:.1f} "
-                     "times), and not enlarged.")
+        notes.append(f"{counted(small, 'picture')} {'is' if small == 1 else 'are'} smaller than asked for (up to "
+                     f"{enlarged:.1f} times), and not enlarged.")
     return Shaped(done, skipped, tuple(notes))
 
 
@@ -136,7 +135,7 @@ def flip(dataset: OwnedDataset, name: str, *, copy: bool = False) -> str:
         return name
     path = dataset.image(name)
     with translated("a picture was mirrored"):
-        return _add_parts(dataset, path, [Box(0, 0, *map(float, read_size(path)), read_size(path))], flip=True,
+        return _add_parts(dataset, path, [Box((0.0, 0.0, *map(float, read_size(path))), read_size(path))], flip=True,
                           endings=["flipped"])[0]
 
 
@@ -158,7 +157,7 @@ def split(dataset: OwnedDataset, name: str, *, tile: int, overlap: float = 0.25)
                            remedy="choose smaller tiles")
     if count > _MOST_TILES:
         raise DatasetError(f"{name} cannot be split", why=f"that would make {count} pictures", remedy="choose larger tiles")
-    boxes = [Box(float(x), float(y), float(x + across), float(y + down), (across, down))
+    boxes = [Box((float(x), float(y), float(x + across), float(y + down)), (across, down))
              for y, down in rows for x, across in columns]
     with translated("a picture was split"):
         made = _add_parts(dataset, path, boxes, flip=False, endings=[str(i + 1) for i in range(count)])
@@ -174,7 +173,61 @@ def done_to(note: Mapping[str, Any]) -> Done:
         return Done()
 
 
-def in_step(dataset: OwnedDataset, name: str, notes: Mapping[str, Note]) -> Done:
+# ---- masks: what of an image is learnt (white), as masks/<stem>.png of its size, for masked loss
+
+def read_mask(dataset: OwnedDataset, name: str) -> Image.Image | None:
+    """The mask of the image `name` (mode L); None if all of it is learnt. Raises DatasetError if it is damaged."""
+    path = dataset.mask_path(dataset.image(name).name)
+    return read_image(path).convert("L") if path.is_file() else None
+
+
+def mask_from_file(path: Path) -> Image.Image:
+    """A mask from a file, mode L: how opaque each pixel is if anything is transparent, else how bright.
+
+    Raises DatasetError as `read_image`.
+    """
+    layers = read_layers(path)
+    return layers.alpha if layers.alpha is not None else layers.image.convert("L")
+
+
+def put_mask(dataset: OwnedDataset, name: str, mask: Image.Image) -> None:
+    """Keep `mask` (mode L, size of the image as it is now) beside an image and replace the one it had.
+
+    Of a shaped image the unshaped one gets it too, in the part that was cut; what was cut off keeps its mask, or is learnt.
+    Raises DatasetError if the size is another.
+    """
+    path = dataset.image(name)
+    size = read_size(path)
+    if mask.size != size:
+        raise DatasetError(f"The mask does not fit {name}", why=f"it is {mask.width}×{mask.height} pixels large, the picture "
+                           f"{size[0]}×{size[1]}", remedy="paint it on the picture as it is now")
+    mask = mask.convert("L")
+    with translated("a mask was written"):
+        unshaped = dataset.unshaped_path(name)
+        if unshaped.is_file():
+            done, kept = _in_step(dataset, name, dataset.notes()), dataset.unshaped_mask_path(name)
+            whole = read_image(kept).convert("L") if kept.is_file() else Image.new("L", read_size(unshaped), 255)
+            left, top, right, bottom = map(round, done.box or (0, 0, *whole.size))
+            part = mask.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if done.flip else mask
+            whole.paste(part.resize((max(1, right - left), max(1, bottom - top)), Image.Resampling.BILINEAR), (left, top))
+            write_atomic(kept, encode_image(whole, suffix=".png"))
+        write_atomic(dataset.mask_path(name), encode_image(mask, suffix=".png"))
+
+
+def remove_mask(dataset: OwnedDataset, name: str) -> None:
+    """Remove an image's mask: all of it is learnt."""
+    dataset.image(name)
+    with translated("a mask was removed"):
+        dataset.mask_path(name).unlink(missing_ok=True)
+        dataset.unshaped_mask_path(name).unlink(missing_ok=True)
+
+
+# ---- one image
+
+Change = Callable[[Done, Image.Image, "Image.Image | None"], Done]
+
+
+def _in_step(dataset: OwnedDataset, name: str, notes: Mapping[str, Note]) -> Done:
     """What was done to an image, known to be what the file shows.
 
     Raises DatasetError if it is not, because another program changed it, or this one was killed before it made its note:
@@ -190,11 +243,6 @@ def in_step(dataset: OwnedDataset, name: str, notes: Mapping[str, Note]) -> Done
     return done
 
 
-# ---- one image
-
-Change = Callable[[Done, Image.Image, "Image.Image | None"], Done]
-
-
 def _before(dataset: OwnedDataset, name: str, notes: Mapping[str, Note]) -> tuple[Done, Path, Image.Image | None]:
     """(what was done to it, the image to make it from, that one's mask)."""
     now, kept = dataset.image(name), dataset.unshaped_path(name)
@@ -207,7 +255,7 @@ def _before(dataset: OwnedDataset, name: str, notes: Mapping[str, Note]) -> tupl
 def _one(dataset: OwnedDataset, name: str, change: Change) -> None:
     with translated("a picture was shaped"):
         notes = dataset.notes()
-        in_step(dataset, name, notes)
+        _in_step(dataset, name, notes)
         dataset.write_notes({name: _change_image(dataset, name, notes, change)})
 
 
@@ -215,23 +263,23 @@ def _change_image(dataset: OwnedDataset, name: str, notes: Mapping[str, Note], c
     """Make the image anew as `change` says; its new note. The unshaped one is there before anything is replaced."""
     path = dataset.image(name)
     if path.suffix.lower() not in WRITTEN_SUFFIXES:
-        encode(Image.new("RGB", (1, 1)), suffix=path.suffix.lower())  # refuses it, and says why
+        encode_image(Image.new("RGB", (1, 1)), suffix=path.suffix.lower())  # refuses it, and says why
     before, source, mask = _before(dataset, name, notes)
     layers = read_layers(source)
     after = change(before, layers.image, mask)
     assert after.box is not None and after.size is not None
-    box, note = Box(*after.box, after.size), dict(notes.get(name, {}))
+    box, note = Box(after.box, after.size), dict(notes.get(name, {}))
     unchanged = after.box == (0, 0, *layers.image.size) and after.size == layers.image.size and not after.flip
     if unchanged:
         return note if source == path else _unshaped(dataset, name, note)
     if source == path:
-        _copy(path, dataset.unshaped_path(name))
+        copy_atomic(path, dataset.unshaped_path(name), one_of_many=True)
         if mask is not None:
-            _copy(dataset.mask_path(name), dataset.unshaped_mask_path(name))
+            copy_atomic(dataset.mask_path(name), dataset.unshaped_mask_path(name), one_of_many=True)
     if mask is not None:
-        write_atomic(dataset.mask_path(name), encode(render(mask, box, flip=after.flip), suffix=".png"), one_of_many=True)
+        write_atomic(dataset.mask_path(name), encode_image(render(mask, box, flip=after.flip), suffix=".png"), one_of_many=True)
     made = render(layers.image, box, flip=after.flip)
-    write_atomic(path, encode(made, suffix=path.suffix.lower(), layers=layers), one_of_many=True)
+    write_atomic(path, encode_image(made, suffix=path.suffix.lower(), layers=layers), one_of_many=True)
     return {**note, "shaped": dataclasses.asdict(after)}
 
 
@@ -280,13 +328,14 @@ def _add_parts(dataset: OwnedDataset, path: Path, boxes: Sequence[Box], *, flip:
     for box, ending in zip(boxes, endings, strict=True):
         new = path.with_name(f"{names.claim(f'{path.stem}_{ending}')}{suffix}")
         if mask is not None:
-            write_atomic(dataset.mask_path(new.name), encode(render(mask, box, flip=flip), suffix=".png"), one_of_many=True)
+            part = encode_image(render(mask, box, flip=flip), suffix=".png")
+            write_atomic(dataset.mask_path(new.name), part, one_of_many=True)
         for caption in (path.with_suffix(caption) for caption in CAPTION_SUFFIXES):
             if caption.is_file():
-                _copy(caption, new.with_suffix(caption.suffix))
-        write_atomic(new, encode(render(layers.image, box, flip=flip), suffix=suffix, layers=layers), one_of_many=True)
+                copy_atomic(caption, new.with_suffix(caption.suffix), one_of_many=True)
+        write_atomic(new, encode_image(render(layers.image, box, flip=flip), suffix=suffix, layers=layers), one_of_many=True)
         made.append(new.name)
-        notes[new.name] = {"source": f"{path.name} {'mirrored' if flip else f'at {box.left:.0f}, {box.top:.0f}'}"}
+        notes[new.name] = {"source": f"{path.name} {'mirrored' if flip else f'at {box.edges[0]:.0f}, {box.edges[1]:.0f}'}"}
     dataset.write_notes(notes)
     return tuple(made)
 
@@ -318,7 +367,7 @@ def _in_unshaped(before: Done, box: Edges, size: tuple[int, int]) -> Edges:
 def _native(edges: Edges) -> Box:
     """The same part in whole pixels, neither enlarged nor made smaller."""
     left, top, right, bottom = map(round, edges)
-    return Box(float(left), float(top), float(right), float(bottom), (right - left, bottom - top))
+    return Box((float(left), float(top), float(right), float(bottom)), (right - left, bottom - top))
 
 
 def _tiles(length: int, tile: int, overlap: float) -> list[tuple[int, int]]:
@@ -327,12 +376,3 @@ def _tiles(length: int, tile: int, overlap: float) -> list[tuple[int, int]]:
         return [(0, length)]
     count = -(-(length - tile) // max(1, int(tile * (1 - overlap)))) + 1
     return [(round(i * (length - tile) / (count - 1)), tile) for i in range(count)]
-
-
-def _copy(source: Path, target: Path) -> None:
-    with source.open("rb") as read, replacing(target, one_of_many=True) as file:
-        shutil.copyfileobj(read, file, 1 << 20)
-
-
-def _images(count: int) -> str:
-    return f"{count} picture{'' if count == 1 else 's'}"

@@ -7,20 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pydantic.dataclasses
 from PIL import Image
 from pydantic import StrictBool, confloat, conint
 
 from lib_lora_train.dataset.buckets import Buckets, TrainingSizes, buckets_for
-from lib_lora_train.errors import SettingError
 from lib_lora_train.model.family import FAMILIES, training_sizes
 from lib_lora_train.settings import DatasetSettings
 from lib_lora_train.studio.cropping.subject import SubjectBox, subject_box
-from lib_lora_train.studio.requests import validated
 
 Share = confloat(ge=0, le=1)
 Edges = tuple[float, float, float, float]  # left, top, right, bottom in pixels
@@ -41,42 +38,24 @@ class Shape:
     flip: StrictBool = False
     enlarge: StrictBool = False
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Shape:
-        """A shape as JSON has it. Raises SettingError for names and values that are none."""
-        names = [field.name for field in dataclasses.fields(cls)]
-        if unknown := sorted(set(map(str, values)) - set(names)):
-            raise SettingError(f"A shape has no {unknown[0]!r}", remedy=f"it has {', '.join(names)}")
-        return validated(cls, values, what="shape")
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
-        return dataclasses.asdict(self)
-
 
 @dataclasses.dataclass(frozen=True)
 class Box:
     """What is cut out of the upright image, in its pixels and parts of them, and the size it is then given."""
 
-    left: float
-    top: float
-    right: float
-    bottom: float
+    edges: Edges
     size: tuple[int, int]  # (width, height) of the result
-
-    @property
-    def edges(self) -> Edges:
-        """(left, top, right, bottom)."""
-        return self.left, self.top, self.right, self.bottom
 
     @property
     def enlarged(self) -> float:
         """How many times larger it is made; at most 1 where it is not."""
-        return max(self.size[0] / (self.right - self.left), self.size[1] / (self.bottom - self.top))
+        left, top, right, bottom = self.edges
+        return max(self.size[0] / (right - left), self.size[1] / (bottom - top))
 
     def lost(self, size: tuple[int, int]) -> float:
         """Which share of the area of an image of `size` is cut off, 0 to 1."""
-        return max(0.0, 1 - (self.right - self.left) * (self.bottom - self.top) / (size[0] * size[1]))
+        left, top, right, bottom = self.edges
+        return max(0.0, 1 - (right - left) * (bottom - top) / (size[0] * size[1]))
 
 
 def plan_shape(size: tuple[int, int], shape: Shape, *, subject: SubjectBox | None = None, region: Edges | None = None,
@@ -91,7 +70,7 @@ def plan_shape(size: tuple[int, int], shape: Shape, *, subject: SubjectBox | Non
     if shape.mode == "keep":
         scale = shape.side / math.sqrt(width * height)
         scale = scale if shape.enlarge else min(1.0, scale)
-        return Box(left, top, right, bottom, (max(1, round(width * scale)), max(1, round(height * scale))))
+        return Box((left, top, right, bottom), (max(1, round(width * scale)), max(1, round(height * scale))))
     placement = _buckets(shape, family).assign(width, height)
     across, down = (right - left) / placement.resized[0], (bottom - top) / placement.resized[1]
     crop_left, crop_top = placement.crop
@@ -104,12 +83,12 @@ def plan_shape(size: tuple[int, int], shape: Shape, *, subject: SubjectBox | Non
            min(right, left + (crop_left + placement.bucket[0]) * across),
            min(bottom, top + (crop_top + placement.bucket[1]) * down))
     if shape.enlarge or max(1 / across, 1 / down) <= 1:
-        return Box(*cut, placement.bucket)
+        return Box(cut, placement.bucket)
     # Whole pixels: cut, and otherwise left as it is.
     size = (max(1, round(cut[2] - cut[0])), max(1, round(cut[3] - cut[1])))
     left, top = (min(math.floor(start + 0.5), limit - side) for start, limit, side in
                  ((cut[0], math.floor(right), size[0]), (cut[1], math.floor(bottom), size[1])))
-    return Box(float(left), float(top), float(left + size[0]), float(top + size[1]), size)
+    return Box((float(left), float(top), float(left + size[0]), float(top + size[1])), size)
 
 
 def find_subject(image: Image.Image, shape: Shape, *, mask: Image.Image | None = None,

@@ -31,16 +31,12 @@ _CHUNK = 1 << 20
 _MOST_DIRECTORY = 16 << 20
 """Bytes that zipfile may read at once: the archive's list of contents, which it reads before any limit can be checked."""
 
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """What one archive may hold."""
-
-    entries: int = 20_000
-    entry_bytes: int = 256 << 20  # as large as an image may be
-    total_bytes: int = 32 << 30  # of all entries unpacked, one after the other
-    expansion: int = 100  # how many times the archive's own size; images hardly pack
-    always_bytes: int = 2 << 30  # so much may come out of a small one too
+# What one archive may hold.
+MOST_ENTRIES = 20_000
+MOST_ENTRY_BYTES = 256 << 20  # as large as an image may be
+MOST_BYTES = 32 << 30  # of all entries unpacked, one after the other
+MOST_EXPANSION = 100  # how many times the archive's own size; images hardly pack
+ALWAYS_BYTES = 2 << 30  # so much may come out of a small one too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +57,9 @@ class Entry:
 class Archive:
     """An opened zip file; `with open_archive(path) as archive`."""
 
-    def __init__(self, packed: zipfile.ZipFile, path: Path, limits: Limits) -> None:
-        self._packed, self._path, self._limits = packed, path, limits
-        self._total = self._left = min(limits.total_bytes, max(limits.always_bytes, limits.expansion * path.stat().st_size))
+    def __init__(self, packed: zipfile.ZipFile, path: Path) -> None:
+        self._packed, self._path = packed, path
+        self._total = self._left = min(MOST_BYTES, max(ALWAYS_BYTES, MOST_EXPANSION * path.stat().st_size))
 
     @property
     def exhausted(self) -> bool:
@@ -73,9 +69,9 @@ class Archive:
     def entries(self) -> tuple[Entry, ...]:
         """Everything that is a file, in the archive's order, without hidden ones. Raises DatasetError for too many."""
         infos = self._packed.infolist()
-        if len(infos) > self._limits.entries:
+        if len(infos) > MOST_ENTRIES:
             raise DatasetError(f"The archive {self._path.name} is refused", why=f"it holds {len(infos)} files, more than "
-                               f"{self._limits.entries}", remedy="unpack it and choose the folder")
+                               f"{MOST_ENTRIES}", remedy="unpack it and choose the folder")
         return tuple(entry for info in infos if (entry := _entry(info)) is not None)
 
     def refusal(self, entry: Entry) -> str:
@@ -86,8 +82,8 @@ class Archive:
             return "it is locked with a password; unpack the archive and choose the folder"
         if entry.info.compress_type not in _METHODS:
             return "it is packed in a way that is not read here; unpack the archive and choose the folder"
-        if entry.bytes > self._limits.entry_bytes:
-            return f"it is enormous ({entry.bytes >> 20} MiB unpacked, the limit is {self._limits.entry_bytes >> 20})"
+        if entry.bytes > MOST_ENTRY_BYTES:
+            return f"it is enormous ({entry.bytes >> 20} MiB unpacked, the limit is {MOST_ENTRY_BYTES >> 20})"
         return ""
 
     def copy(self, entry: Entry, file: IO[bytes]) -> None:
@@ -95,52 +91,36 @@ class Archive:
         what = f"{entry.label} in {self._path.name} cannot be used"
         if why := self.refusal(entry):
             raise DatasetError(what, why=why)
-        left = min(self._limits.entry_bytes, self._left)
+        left = min(MOST_ENTRY_BYTES, self._left)
         with _damage(what), self._packed.open(entry.info) as packed:
             while chunk := packed.read(_CHUNK):
                 left -= len(chunk)
                 self._left -= len(chunk)
                 if left < 0:
-                    raise DatasetError(what, why=f"it unpacks to more than {self._limits.entry_bytes >> 20} MiB"
+                    raise DatasetError(what, why=f"it unpacks to more than {MOST_ENTRY_BYTES >> 20} MiB"
                                        if self._left >= 0 else "the archive unpacks to more than "
                                        f"{self._total >> 20} MiB in all")
                 file.write(chunk)
 
 
 @contextlib.contextmanager
-def open_archive(path: Path, *, limits: Limits | None = None) -> Iterator[Archive]:
+def open_archive(path: Path) -> Iterator[Archive]:
     """The zip file at `path`, open inside the block. Raises DatasetError if it is none, or damaged."""
     what = f"The archive {path.name} cannot be used"
     with contextlib.ExitStack() as stack:
         with _damage(what):
-            file = stack.enter_context(path.open("rb"))
-            packed = stack.enter_context(zipfile.ZipFile(_Bounded(file)))
-            archive = Archive(packed, path, limits or Limits())
+            packed = stack.enter_context(zipfile.ZipFile(stack.enter_context(_Bounded(path))))
+            archive = Archive(packed, path)
         yield archive
 
 
-class _Bounded(io.RawIOBase):
+class _Bounded(io.FileIO):
     """A file that refuses to read very much at once."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
 
     def read(self, size: int = -1) -> bytes:
         if size > _MOST_DIRECTORY:
             raise zipfile.BadZipFile("its list of contents is enormous")
-        return self._file.read(size if size >= 0 else _MOST_DIRECTORY)
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
+        return super().read(size if size >= 0 else _MOST_DIRECTORY)
 
 
 @contextlib.contextmanager

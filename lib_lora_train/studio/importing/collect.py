@@ -9,21 +9,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
 from PIL import Image
 
 from lib_lora_train.dataset.captions import first_line, read_caption
-from lib_lora_train.dataset.images import MAX_BYTES, Layers, read_layers
+from lib_lora_train.dataset.images import MAX_BYTES, Layers, encode_image, read_layers
+from lib_lora_train.dataset.listing import MayRead
 from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
-from lib_lora_train.errors import DatasetError, printable, translated
-from lib_lora_train.storage.atomic import replacing, write_atomic
-from lib_lora_train.studio.cropping.encode import encode
-from lib_lora_train.studio.importing.archive import Archive, Limits
+from lib_lora_train.errors import DatasetError, counted, printable, translated
+from lib_lora_train.storage.atomic import copy_atomic, write_atomic
+from lib_lora_train.studio.importing.archive import Archive, open_archive
 from lib_lora_train.studio.importing.names import FreeNames, safe_stem
 from lib_lora_train.studio.importing.owned import Note, OwnedDataset
 from lib_lora_train.studio.importing.sources import Found, Location, Source, Upload, list_sources, reason
@@ -48,8 +47,8 @@ class Collected:
 
 def collect(
     dataset: OwnedDataset, sources: Sequence[Path | Upload], *, transparent: Literal["mask", "white"] = "mask",
-    dry_run: bool = False, limits: Limits | None = None, may_read: Callable[[Path], bool] | None = None,
-    on_progress: Progress | None = None, should_stop: ShouldStop | None = None,
+    dry_run: bool = False, may_read: MayRead | None = None, on_progress: Progress | None = None,
+    should_stop: ShouldStop | None = None,
 ) -> Collected:
     """Copy the images of `sources` into `dataset`, with the captions beside them.
 
@@ -58,7 +57,7 @@ def collect(
     Raises Interrupted when `should_stop()` says so and OutputError if the disk refuses; what was added until then stays,
     whole.
     """
-    found, skipped = list_sources(sources, limits=limits, may_read=may_read)
+    found, skipped = list_sources(sources, may_read=may_read)
     watch = Watch(sum(len(source.images) for source in found), doing="pictures were imported",
                   on_progress=on_progress, should_stop=should_stop)
     collector = _Collector(dataset, masks=transparent == "mask", dry_run=dry_run, skipped=skipped)
@@ -66,17 +65,17 @@ def collect(
         collector.read_dataset()
         try:
             for source in found:
-                _collect_source(source, collector, limits=limits, watch=watch)
+                _collect_source(source, collector, watch=watch)
         finally:
             collector.write_notes()
     return Collected(tuple(collector.added), tuple((printable(name), printable(why)) for name, why in collector.skipped),
                      collector.notes(), tuple(collector.sizes))
 
 
-def _collect_source(source: Source, collector: _Collector, *, limits: Limits | None, watch: Watch) -> None:
+def _collect_source(source: Source, collector: _Collector, *, watch: Watch) -> None:
     with contextlib.ExitStack() as stack:
         try:
-            session = stack.enter_context(source.session(limits))
+            session = stack.enter_context(open_archive(source.archive) if source.archive else contextlib.nullcontext())
         except DatasetError as error:  # it could be listed a moment ago
             collector.skipped.append((source.name, reason(error)))
             return
@@ -135,10 +134,13 @@ class _Collector:
             if not self.dry_run:
                 # The image comes last: one that is there is complete.
                 if mask is not None:
-                    write_atomic(self.dataset.mask_path(target.name), encode(mask, suffix=".png"), one_of_many=True)
+                    write_atomic(self.dataset.mask_path(target.name), encode_image(mask, suffix=".png"), one_of_many=True)
                 if caption:
                     write_atomic(target.with_suffix(".txt"), caption.encode("utf-8"), one_of_many=True)
-                _write_image(target, path, None if endings else layers)
+                if endings:
+                    copy_atomic(path, target, one_of_many=True)
+                else:
+                    write_atomic(target, encode_image(layers.image, suffix=".png", layers=layers), one_of_many=True)
                 self._note(target.name, {"source": printable(found.source), "sha256": digest})
         self._known[digest] = target.name
         self.added.append(target)
@@ -181,7 +183,7 @@ class _Collector:
 
     def notes(self) -> tuple[str, ...]:
         """One sentence for each thing that happened to several images."""
-        return tuple(text.format(f"{count} picture{'' if count == 1 else 's'}") for text, count in self._counts.items())
+        return tuple(text.format(counted(count, "picture")) for text, count in self._counts.items())
 
     def _note(self, name: str, note: Note) -> None:
         self._notes[name] = note
@@ -193,14 +195,6 @@ class _Collector:
         if self._notes:
             self.dataset.write_notes(self._notes)
             self._notes = {}
-
-
-def _write_image(target: Path, path: Path, layers: Layers | None) -> None:
-    if layers is not None:
-        write_atomic(target, encode(layers.image, suffix=".png", layers=layers), one_of_many=True)
-        return
-    with path.open("rb") as source, replacing(target, one_of_many=True) as file:
-        shutil.copyfileobj(source, file, 1 << 20)
 
 
 @contextlib.contextmanager
@@ -224,8 +218,7 @@ def _sha256(path: Path) -> str:
         with path.open("rb") as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
-    except FileNotFoundError as error:
-        raise DatasetError(f"The picture {path} cannot be used", why="the file is gone") from error
     except OSError as error:
-        raise DatasetError(f"The picture {path} cannot be used", why=error.strerror or str(error)) from error
+        why = "the file is gone" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
+        raise DatasetError(f"The picture {path} cannot be used", why=why) from error
     return digest.hexdigest()

@@ -9,10 +9,8 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable
 
-# https://learn.microsoft.com/windows/win32/fileio/naming-a-file
-_RESERVED = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$", "CLOCK$",
-             *(f"{port}{number}" for port in ("COM", "LPT") for number in range(10))}
-_FORBIDDEN = frozenset('<>:"/\\|?*')
+from lib_lora_train.run.output import FORBIDDEN, RESERVED
+
 _MODEL_ENDINGS = (".safetensors", ".pt", ".ckpt")
 _LONGEST = 100
 """Bytes of UTF-8: leaves space for a number, an ending and the temporary name within what file systems take (255), and for
@@ -31,7 +29,7 @@ def safe_stem(text: str, *, otherwise: str = "picture") -> str:
         before, kept = kept, _shortened(kept.strip(" .").lstrip("-"))
         if kept.lower().endswith(_MODEL_ENDINGS):  # no program shall mistake an image's name for a model's
             kept = kept.rpartition(".")[0]
-        if unicodedata.normalize("NFKC", kept.split(".")[0]).upper().strip() in _RESERVED:
+        if unicodedata.normalize("NFKC", kept.split(".")[0]).upper().strip() in RESERVED:
             kept = f"_{kept}"
     return kept if kept.strip("_- .") else otherwise
 
@@ -66,7 +64,7 @@ def _allowed(letter: str) -> str:
     # is not seen, but for the two joiners that belong to scripts and emoji; Cn is not a letter.
     if letter in "\u200c\u200d":
         return letter
-    if letter in _FORBIDDEN or unicodedata.category(letter) in ("Cc", "Cs", "Cf", "Cn", "Zl", "Zp"):
+    if letter in FORBIDDEN or unicodedata.category(letter) in ("Cc", "Cs", "Cf", "Cn", "Zl", "Zp"):
         return "_"
     return " " if unicodedata.category(letter) == "Zs" else letter
 

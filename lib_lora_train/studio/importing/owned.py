@@ -115,11 +115,6 @@ class OwnedDataset:
         return self.studio_folder / "unshaped"
 
     @property
-    def removed_folder(self) -> Path:
-        """What was removed."""
-        return self.studio_folder / "removed"
-
-    @property
     def images(self) -> tuple[Path, ...]:
         """The images by name; read from the disk at each call."""
         with translated(f"the pictures of {self.name} were listed"):
@@ -148,7 +143,7 @@ class OwnedDataset:
     def taken_stems(self) -> set[str]:
         """Stems that a new image must not get: of images, of what was removed and could come back, and of captions and
         masks without an image, which it would otherwise inherit."""
-        folders = (self.images_folder, self.masks_folder, self.unshaped_folder, self.removed_folder)
+        folders = (self.images_folder, self.masks_folder, self.unshaped_folder, self.studio_folder / "removed")
         return {path.stem for folder in folders for path in _entries(folder)}
 
     def remove_parts(self) -> None:
@@ -222,7 +217,7 @@ class OwnedDataset:
 
     def _places(self, name: str) -> list[tuple[Path, Path]]:
         """(where it is, where it goes when removed) of everything that belongs to an image, the image first."""
-        stem, away = Path(name).stem, self.removed_folder
+        stem, away = Path(name).stem, self.studio_folder / "removed"
         return [(self.images_folder / name, away / name),
                 *((self.images_folder / f"{stem}{suffix}", away / f"{stem}{suffix}") for suffix in CAPTION_SUFFIXES),
                 (self.mask_path(name), away / MASKS_FOLDER / f"{stem}.png"),

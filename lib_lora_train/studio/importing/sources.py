@@ -5,17 +5,16 @@ Only names are read here, and the lists of contents of archives.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from lib_lora_train.dataset.captions import CAPTION_SUFFIXES
 from lib_lora_train.dataset.folder import MASKS_FOLDER
 from lib_lora_train.dataset.images import is_image_name
-from lib_lora_train.dataset.listing import MayRead, by_name
+from lib_lora_train.dataset.listing import MayRead, list_folder
 from lib_lora_train.errors import DatasetError, printable
-from lib_lora_train.studio.importing.archive import Archive, Entry, Limits, open_archive
+from lib_lora_train.studio.importing.archive import Entry, open_archive
 from lib_lora_train.studio.importing.names import file_key
 
 Location = Path | Entry  # a file of its own, or in an archive
@@ -31,14 +30,30 @@ class Upload:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """One image to import."""
+    """One file that was found, wherever it is; an image to import, once its caption and mask are known."""
 
+    folder: tuple[str, ...]
     name: str  # the file's name
+    location: Location
     label: str  # what it is called when something is said about it
     source: str  # where it came from, for dataset.json
-    location: Location
     caption: Location | None = None
     mask: Location | None = None
+
+    @property
+    def stem(self) -> str:
+        """The name without its ending."""
+        return Path(self.name).stem
+
+    @property
+    def is_image(self) -> bool:
+        """Whether the name ends like an image's."""
+        return is_image_name(Path(self.name))
+
+    @property
+    def is_caption(self) -> bool:
+        """Whether the name ends like a caption file's."""
+        return Path(self.name).suffix.lower() in CAPTION_SUFFIXES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,20 +64,14 @@ class Source:
     images: tuple[Found, ...]
     archive: Path | None = None
 
-    @contextlib.contextmanager
-    def session(self, limits: Limits | None) -> Iterator[Archive | None]:
-        """The archive the images are in; None where they are files. Raises DatasetError if it cannot be opened."""
-        with open_archive(self.archive, limits=limits) if self.archive else contextlib.nullcontext() as archive:
-            yield archive
 
-
-def list_sources(sources: Sequence[Path | Upload], *, limits: Limits | None, may_read: MayRead | None
-                 ) -> tuple[list[Source], list[tuple[str, str]]]:
+def list_sources(sources: Sequence[Path | Upload], *,
+                 may_read: MayRead | None) -> tuple[list[Source], list[tuple[str, str]]]:
     """(what is in `sources`, what cannot be used: its name and one sentence).
 
     Files and uploads are read together, so that a caption among them finds its image.
     """
-    listing = _Listing(limits, may_read)
+    listing = _Listing(may_read)
     for source in sources:
         listing.add(source)
     return listing.finished()
@@ -74,33 +83,14 @@ def reason(error: DatasetError) -> str:
     return f"{why[:1].upper()}{why[1:]}{f'; {error.remedy}' if error.remedy else ''}."
 
 
-@dataclasses.dataclass(frozen=True)
-class _File:
-    """A file by its name, wherever it is."""
-
-    folder: tuple[str, ...]
-    name: str
-    location: Location
-    label: str
-    source: str
-
-    @property
-    def stem(self) -> str:
-        return Path(self.name).stem
-
-    @property
-    def is_caption(self) -> bool:
-        return Path(self.name).suffix.lower() in CAPTION_SUFFIXES
-
-
 class _Listing:
     """Goes through the sources in their order."""
 
-    def __init__(self, limits: Limits | None, may_read: MayRead | None) -> None:
-        self._limits, self._may_read = limits, may_read
+    def __init__(self, may_read: MayRead | None) -> None:
+        self._may_read = may_read
         self._found: list[Source] = []
         self._skipped: list[tuple[str, str]] = []
-        self._files: list[_File] = []  # those that were named one by one
+        self._files: list[Found] = []  # those that were named one by one
 
     def add(self, source: Path | Upload) -> None:
         name, path = (source.name, source.path) if isinstance(source, Upload) else (source.name or str(source), source)
@@ -115,14 +105,16 @@ class _Listing:
                 self._archive(path, name)
             else:
                 self._file(path, name, uploaded=isinstance(source, Upload))
+        except DatasetError as error:
+            self._skipped.append((name, reason(error)))
         except OSError as error:
             self._skipped.append((name, f"It cannot be read: {error.strerror or error}."))
 
     def finished(self) -> tuple[list[Source], list[tuple[str, str]]]:
         images = _images(self._files)
-        with_image = {(file.folder, file.stem) for file in self._files if is_image_name(Path(file.name))}
+        with_image = {(file.folder, file.stem) for file in self._files if file.is_image}
         for file in self._files:
-            if is_image_name(Path(file.name)) or file.is_caption and (file.folder, file.stem) in with_image:
+            if file.is_image or file.is_caption and (file.folder, file.stem) in with_image:
                 continue
             self._skipped.append((file.label, "There is no picture of this name with it." if file.is_caption else
                                   "Its name does not end like a picture's."))
@@ -133,34 +125,28 @@ class _Listing:
         return self._may_read is None or self._may_read(path)
 
     def _folder(self, folder: Path) -> None:
-        files = self._files_of(folder, ())
-        for below in sorted(folder.iterdir(), key=by_name):
-            if below.is_dir() and not below.name.startswith("."):
-                if self._allowed(below):
-                    files += self._files_of(below, (below.name,))
-                else:
-                    self._skipped.append((below.name, "It leads to a folder that may not be read."))
-        images = _images(files)
-        if images:
+        files, folders = self._files_of(folder, ())
+        for below in folders:
+            files += self._files_of(below, (below.name,))[0]
+        if images := _images(files):
             self._found.append(Source(folder.name or str(folder), images))
         else:
             self._skipped.append((folder.name or str(folder), "There is no picture in it, nor in the folders directly in it."))
 
-    def _files_of(self, folder: Path, named: tuple[str, ...]) -> list[_File]:
-        files = []
-        for path in sorted(folder.iterdir(), key=by_name):
-            file = _File(named, path.name, path, "/".join([*named, path.name]), str(path))
-            if not (is_image_name(path) or file.is_caption) or not path.is_file():
-                continue
-            if self._allowed(path):
-                files.append(file)
-            else:
-                self._skipped.append((file.label, "It leads to a file that may not be read."))
-        return files
+    def _files_of(self, folder: Path, named: tuple[str, ...]) -> tuple[list[Found], list[Path]]:
+        """(images and captions, folders) of a folder."""
+        files, folders, refused = list_folder(folder, may_read=self._may_read)
+        found = {path: Found(named, path.name, path, "/".join([*named, path.name]), str(path)) for path in (*files, *refused)}
+        for path in refused:
+            if found[path].is_image or found[path].is_caption:
+                self._skipped.append((found[path].label, "It leads to a file that may not be read."))
+            elif not named and path.is_dir():
+                self._skipped.append((path.name, "It leads to a folder that may not be read."))
+        return [found[path] for path in files if found[path].is_image or found[path].is_caption], folders
 
     def _archive(self, path: Path, name: str) -> None:
         try:
-            with open_archive(path, limits=self._limits) as archive:
+            with open_archive(path) as archive:
                 entries = archive.entries()
                 refused = {entry: why for entry in entries if is_image_name(Path(entry.name))
                            and (why := archive.refusal(entry))}
@@ -176,39 +162,39 @@ class _Listing:
             self._skipped += [(f"{name}/{entry.label}", f"{why[:1].upper()}{why[1:]}.") for entry, why in refused.items()]
             self._skipped += [(f"{name}/{entry.label}", "An archive inside an archive is not opened.")
                               for entry in entries if entry.name.lower().endswith(".zip")]
-            files = [_File(entry.folder, entry.name, entry, f"{name}/{entry.label}", f"{name}/{entry.label}")
+            files = [Found(entry.folder, entry.name, entry, f"{name}/{entry.label}", f"{name}/{entry.label}")
                      for entry in entries if entry not in refused]
             self._found.append(Source(name, _images(files), archive=path))
 
     def _file(self, path: Path, name: str, *, uploaded: bool) -> None:
         if uploaded:  # a browser may send the folder with the name
             *folder, name = [part for part in name.replace("\\", "/").split("/") if part] or [path.name]
-            self._files.append(_File(("upload", *folder), name, path, name, name))
+            self._files.append(Found(("upload", *folder), name, path, name, name))
             return
         folder = (str(path.parent),)
-        self._files.append(_File(folder, name, path, name, str(path)))
+        self._files.append(Found(folder, name, path, name, str(path)))
         if is_image_name(path):
             beside = [path.with_suffix(suffix) for suffix in CAPTION_SUFFIXES]
-            self._files += [_File(folder, caption.name, caption, caption.name, str(caption)) for caption in beside
+            self._files += [Found(folder, caption.name, caption, caption.name, str(caption)) for caption in beside
                             if caption.is_file() and self._allowed(caption)]
 
 
-def _images(files: Sequence[_File]) -> tuple[Found, ...]:
+def _images(files: Sequence[Found]) -> tuple[Found, ...]:
     """The images among `files`, each with the caption beside it and its mask from a folder of masks."""
     captions: dict[tuple[tuple[str, ...], str], Location] = {}
     for suffix in CAPTION_SUFFIXES:
         for file in files:
             if Path(file.name).suffix.lower() == suffix:
                 captions.setdefault((file.folder, file.stem), file.location)
-    images = [file for file in files if is_image_name(Path(file.name))]
+    images = [file for file in files if file.is_image]
     masks: dict[str, Location] = {}
     if not all(_is_mask(file) for file in images):
         for file in filter(_is_mask, images):
             masks.setdefault(file_key(file.stem), file.location)
         images = [file for file in images if not _is_mask(file)]
-    return tuple(Found(file.name, file.label, file.source, file.location, captions.get((file.folder, file.stem)),
-                       masks.get(file_key(file.stem))) for file in images)
+    return tuple(dataclasses.replace(file, caption=captions.get((file.folder, file.stem)), mask=masks.get(file_key(file.stem)))
+                 for file in images)
 
 
-def _is_mask(file: _File) -> bool:
+def _is_mask(file: Found) -> bool:
     return bool(file.folder) and file.folder[-1].casefold() == MASKS_FOLDER

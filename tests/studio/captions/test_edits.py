@@ -62,7 +62,7 @@ def done(edit: Edit, caption: str) -> str:
 ])
 def test_edits(edit: Edit, before: str, after: str) -> None:
     assert done(edit, before) == after
-    assert edit.label
+    assert edit.label()
 
 
 def test_clips_own_tokens_are_counted() -> None:

@@ -10,7 +10,8 @@ import pytest
 from lib_lora_train.dataset import patterns
 from lib_lora_train.dataset.patterns import Pattern
 from lib_lora_train.errors import SettingError
-from lib_lora_train.studio.captions.filter import Filter, filter_from_dict
+from lib_lora_train.studio.captions.filter import Filter
+from lib_lora_train.studio.requests import validated
 
 CAPTIONS = ("1girl, Blue Eyes, smile", "1boy, blue hair", "", "a photo of a dog, blue eyes")
 
@@ -55,12 +56,12 @@ def test_many_captions_alone_use_up_no_time_but_slow_ones_together_do(
 
 
 def test_filters_come_as_json() -> None:
-    assert filter_from_dict({}) == Filter()
-    assert filter_from_dict({"all_of": ["a"], "text": "b", "empty_only": True}) == Filter(("a",), text="b", empty_only=True)
+    assert validated(Filter, {}) == Filter()
+    assert validated(Filter, {"all_of": ["a"], "text": "b", "empty_only": True}) == Filter(("a",), text="b", empty_only=True)
 
 
 @pytest.mark.parametrize("values", [{"every": ["a"]}, {"all_of": "a"}, {"all_of": [1]}, {"text": 3}, {"changed_only": 1},
                                     {"empty_only": "yes"}])
 def test_json_that_is_no_filter_is_refused(values: dict) -> None:
     with pytest.raises(SettingError):
-        filter_from_dict(values)
+        validated(Filter, values)

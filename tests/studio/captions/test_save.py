@@ -144,7 +144,7 @@ def test_a_disk_that_fills_up_loses_nothing_and_the_next_save_goes_on(
         failing_after(replaced, patch)
         with pytest.raises(OutputError, match="No space left"):
             store.save()
-    assert store.unsaved == 3 and not list(folder.rglob(".caption-*"))
+    assert store.unsaved == 3 and not list(folder.rglob("*.part"))
     store.apply(SetCaption("later"), [1])
     saved = store.save()
     assert saved.conflicts == () and texts(folder) == {**AFTER, "b": "later"} and store.unsaved == 0

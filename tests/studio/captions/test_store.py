@@ -176,7 +176,7 @@ def test_removed_images_come_back_with_what_was_not_saved(tmp_path: Path) -> Non
     store = CaptionStore.open(make(tmp_path, {"a.png": "cat", "b.png": "dog", "c.png": "cow"}))
     store.apply(AddTags(("x",)), [1])
     calls = []
-    assert store.remove([1], before_undo=lambda: calls.append("back"), before_redo=lambda: calls.append("away")) == 1
+    assert store.remove([1], move=lambda back: calls.append("back" if back else "away")) == 1
     assert captions(store) == {"a.png": "cat", "c.png": "cow"} and store.unsaved == 0
     assert store.index(tmp_path / "b.png") is None and store.index(tmp_path / "c.png") == 1
     assert store.save().written == 0
@@ -189,9 +189,9 @@ def test_removed_images_come_back_with_what_was_not_saved(tmp_path: Path) -> Non
 def test_a_removal_that_cannot_be_undone_leaves_the_store_as_it_is(tmp_path: Path) -> None:
     store = CaptionStore.open(make(tmp_path, {"a.png": "cat"}))
 
-    def refuse() -> None:
+    def refuse(back: bool) -> None:
         raise DatasetError("The file is gone")
-    store.remove([0], before_undo=refuse)
+    store.remove([0], move=refuse)
     with pytest.raises(DatasetError):
         store.undo()
     assert store.images == () and store.can_undo == "Remove 1 picture"

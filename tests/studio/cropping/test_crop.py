@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from lib_lora_train.studio.cropping.crop import (
 )
 from lib_lora_train.studio.cropping.crop_plan import Box, find_subject, plan_shape, render
 from lib_lora_train.studio.importing.owned import OwnedDataset
+from lib_lora_train.studio.requests import validated
 
 SIZES = [(1000, 1500), (1500, 1000), (512, 512), (513, 511), (3000, 400), (400, 3000), (640, 480), (1023, 769)]
 
@@ -88,8 +90,9 @@ def test_a_cut_is_as_large_as_the_image_allows_and_keeps_proportions(size: tuple
     image = smooth(size)
     for side, enlarge in itertools.product((256, 1024), (False, True)):
         box = planned(image, Shape(mode, side, focus=focus, enlarge=enlarge))
-        width, height = box.right - box.left, box.bottom - box.top
-        assert 0 <= box.left < box.right <= size[0] and 0 <= box.top < box.bottom <= size[1]
+        left, top, right, bottom = box.edges
+        width, height = right - left, bottom - top
+        assert 0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]
         assert width > size[0] - 2 or height > size[1] - 2  # one side is whole
         assert (width / height) / (box.size[0] / box.size[1]) == pytest.approx(1, abs=0.02)
         assert enlarge or box.enlarged <= 1.01
@@ -101,7 +104,8 @@ def test_small_images_are_cut_to_whole_pixels_and_not_touched_otherwise(size: tu
     image = smooth(size)
     box = planned(image, Shape("square", 4096, focus=(0.9, 0.9)))
     side = min(size)
-    assert box.size == (side, side) and (box.right - box.left, box.bottom - box.top) == (side, side)
+    left, top, right, bottom = box.edges
+    assert box.size == (side, side) and (right - left, bottom - top) == (side, side)
     made = preview(image, Shape("square", 4096, focus=(0.9, 0.9)))
     assert np.array_equal(made, image.crop(tuple(map(int, box.edges))))
 
@@ -130,13 +134,13 @@ def test_a_side_of_1024_has_the_buckets_of_sdxl():
     {"focus": [float("nan"), 0]}, {"flip": "yes"}, {"enlarge": 1}, {"unknown": 1}, {"mode": None}])
 def test_what_is_no_shape_is_a_sentence(values: dict[str, object]):
     with pytest.raises(SettingError):
-        Shape.from_dict(values)
+        validated(Shape, values)
 
 
 def test_a_shape_is_the_same_after_json():
     for shape in (Shape(), Shape("square", 768, focus=(0.25, 1), flip=True, enlarge=True), Shape("keep", focus="subject")):
-        assert Shape.from_dict(shape.to_dict()) == shape
-    assert Shape.from_dict({"focus": [0, 1]}) == Shape(focus=(0.0, 1.0))
+        assert validated(Shape, dataclasses.asdict(shape)) == shape
+    assert validated(Shape, {"focus": [0, 1]}) == Shape(focus=(0.0, 1.0))
 
 
 def test_images_and_masks_get_the_shape_and_come_back_byte_for_byte(dataset: OwnedDataset):

@@ -9,8 +9,16 @@ import pytest
 from PIL import Image
 
 from lib_lora_train.errors import DatasetError
-from lib_lora_train.studio.cropping.crop import Shape, apply_shape, flip, unshape
-from lib_lora_train.studio.cropping.mask import mask_from_file, put_mask, read_mask, remove_mask
+from lib_lora_train.studio.cropping.crop import (
+    Shape,
+    apply_shape,
+    flip,
+    mask_from_file,
+    put_mask,
+    read_mask,
+    remove_mask,
+    unshape,
+)
 from lib_lora_train.studio.importing.owned import OwnedDataset
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from lib_lora_train.errors import DatasetError
 from lib_lora_train.studio.importing import archive as archive_module
-from lib_lora_train.studio.importing.archive import Limits, open_archive
+from lib_lora_train.studio.importing.archive import open_archive
 from lib_lora_train.studio.importing.collect import Collected, collect
 from lib_lora_train.studio.importing.owned import OwnedDataset
 
@@ -57,11 +57,11 @@ def flagged(path: Path, bit: int, *, method: int | None = None) -> Path:
     return path
 
 
-def imported(tmp_path: Path, path: Path, limits: Limits | None = None) -> Collected:
+def imported(tmp_path: Path, path: Path) -> Collected:
     """What comes of importing it; fails if anything lies outside of the dataset afterwards."""
     outside = sorted(tmp_path.iterdir())
     dataset = OwnedDataset.create(tmp_path / "inside", "d")
-    collected = collect(dataset, [path], limits=limits)
+    collected = collect(dataset, [path])
     assert sorted(tmp_path.iterdir()) == sorted([*outside, tmp_path / "inside"])
     assert all(added.parent == dataset.images_folder and added.is_file() for added in collected.added)
     assert sorted(collected.added) == sorted(dataset.images)
@@ -120,14 +120,15 @@ def test_links_are_not_followed(tmp_path: Path):
     assert names(collected) == ["a.png"] and ("z.zip/link.png", "It is a link to another file.") in collected.skipped
 
 
-def test_an_image_that_unpacks_to_very_much_is_refused_before_it_does(tmp_path: Path):
+def test_an_image_that_unpacks_to_very_much_is_refused_before_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with zipfile.ZipFile(tmp_path / "z.zip", "w", zipfile.ZIP_DEFLATED) as file, file.open("bomb.png", "w") as entry:
         for _ in range(20):
             entry.write(bytes(MIB))
     assert (tmp_path / "z.zip").stat().st_size < 64 << 10
     path = packed_again(tmp_path / "z.zip", ("a.png", png()))
-    assert Limits().entry_bytes <= 256 * MIB  # the same at a sixteenth
-    collected = imported(tmp_path, path, limits=Limits(entry_bytes=16 * MIB))
+    assert archive_module.MOST_ENTRY_BYTES <= 256 * MIB
+    monkeypatch.setattr(archive_module, "MOST_ENTRY_BYTES", 16 * MIB)  # the same at a sixteenth
+    collected = imported(tmp_path, path)
     assert names(collected) == ["a.png"]
     assert collected.skipped == (("z.zip/bomb.png", "It is enormous (20 MiB unpacked, the limit is 16)."),)
 
@@ -145,21 +146,24 @@ def test_an_entry_that_lies_about_its_size_gives_no_more_than_it_said(tmp_path: 
     assert names(collected) == ["a.png"] and [name for name, _ in collected.skipped] == ["z.zip/lie.png"]
 
 
-def test_all_of_an_archive_together_may_only_unpack_to_so_much(tmp_path: Path):
+def test_all_of_an_archive_together_may_only_unpack_to_so_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     noise = random.Random(1)
     entries = [(f"{i}.png", png(i) + bytes(noise.randrange(2)) + bytes(MIB)) for i in range(40)]
     path = packed(tmp_path / "z.zip", entries)
-    collected = imported(tmp_path, path, limits=Limits(always_bytes=5 * MIB, expansion=1))
+    monkeypatch.setattr(archive_module, "ALWAYS_BYTES", 5 * MIB)
+    monkeypatch.setattr(archive_module, "MOST_EXPANSION", 1)
+    collected = imported(tmp_path, path)
     assert 1 <= len(collected.added) <= 5
     assert collected.skipped[-1] == ("z.zip", "It unpacks to far more than its own size, so the rest of it was left out.")
     assert len(collected.skipped) == 2  # not a line for each of the rest
 
 
-def test_thousands_of_images_are_taken_and_too_many_files_refused(tmp_path: Path):
+def test_thousands_of_images_are_taken_and_too_many_files_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     many = packed(tmp_path / "many.zip", [(f"{i}.txt", b"x") for i in range(2500)] + [("a.png", png())])
     assert names(imported(tmp_path, many)) == ["a.png"]
     dataset = OwnedDataset.create(tmp_path, "second")
-    collected = collect(dataset, [many], limits=Limits(entries=2000))
+    monkeypatch.setattr(archive_module, "MOST_ENTRIES", 2000)
+    collected = collect(dataset, [many])
     assert collected.added == () and "2501 files, more than 2000" in collected.skipped[0][1]
 
 
