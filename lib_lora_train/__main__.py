@@ -189,7 +189,7 @@ def _inspect(chosen: argparse.Namespace) -> int:
     from lib_lora_train.adapters.file import inspect
 
     info = inspect(chosen.file)
-    data = {field.name: getattr(info, field.name) for field in dataclasses.fields(info)}
+    data = vars(info)
     if chosen.json:
         print(json.dumps(data, ensure_ascii=False, indent=1, default=str))
         return 0
@@ -286,41 +286,33 @@ class _Bar:
 
     def __init__(self) -> None:
         from tqdm import tqdm
-        self._tqdm, self._bar, self._name = tqdm, None, ""
+        self._tqdm, self._bar, self._name = tqdm, tqdm(disable=True), ""
 
     def __call__(self, event: events.Event) -> None:
         if isinstance(event, events.Planned):
-            self._line(f"{event.checkpoint}: {event.summary}" + (f"; {event.memory}" if event.memory else ""))
+            self._tqdm.write(f"{event.checkpoint}: {event.summary}" + (f"; {event.memory}" if event.memory else ""))
         elif isinstance(event, events.Stage):
             self._advance(event.name, event.done, event.total)
         elif isinstance(event, events.Step):
             self._advance("Training", event.step, event.total, f"epoch {event.epoch}/{event.epochs} "
                           f"loss {event.average_loss:.4f} lr {event.learning_rate:.2e}")
         elif isinstance(event, events.Saved):
-            self._line(f"saved {event.path}")
+            self._tqdm.write(f"saved {event.path}")
         elif isinstance(event, events.Warned):
-            self._line(f"note: {event.message}")
+            self._tqdm.write(f"note: {event.message}")
         else:
-            self._close()
+            self._bar.close()
             if event.outcome != "failed":
                 print(event.message)
 
     def _advance(self, name: str, done: int, total: int, postfix: str = "") -> None:
         if name != self._name:
-            self._close()
-            self._name, self._bar = name, self._tqdm(total=total, desc=name, dynamic_ncols=True, leave=True)
+            self._bar.close()
+            self._name, self._bar = name, self._tqdm(total=total, desc=name, dynamic_ncols=True)
         self._bar.total = total
         self._bar.update(done - self._bar.n)
         if postfix:
             self._bar.set_postfix_str(postfix, refresh=False)
-
-    def _line(self, text: str) -> None:
-        self._tqdm.write(text)
-
-    def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        self._bar, self._name = None, ""
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,16 +1,5 @@
 """Every error this package raises on purpose.
 
-    LoraTrainError            one sentence for the user: what, why, what to do
-    |- UserError              something the user gave is wrong (also a ValueError); exit code 2
-    |  |- SettingError        a setting is unknown, out of range or contradicts another
-    |  |- DatasetError        the folder, a picture or a caption
-    |  |- ModelError          the checkpoint cannot be trained on
-    |  |- LoraFileError       a LoRA file cannot be read or does not fit
-    |  `- OutputError         the name or the folder of the result
-    |- HostError              the WebUI is not in a state to train (no model, busy, changed model)
-    |- TrainingError          the run itself failed (loss is not a number, out of memory)
-    `- Interrupted            the user stopped the run before there was anything to keep
-
 Foreign exceptions become one of these in `translated` and nowhere else, so every text a user can
 meet is written once. What is not listed there is a bug of ours and keeps its traceback.
 """
@@ -35,7 +24,7 @@ class LoraTrainError(Exception):
 
 
 class UserError(LoraTrainError, ValueError):
-    """Something the user gave is wrong."""
+    """Something the user gave is wrong; exit code 2."""
 
 
 class SettingError(UserError):
@@ -59,7 +48,7 @@ class OutputError(UserError):
 
 
 class HostError(LoraTrainError):
-    """The host is not in a state to train: no model is loaded, or it changed under the run."""
+    """The host is not in a state to train: no model is loaded, it is busy, or the model changed under the run."""
 
 
 class TrainingError(LoraTrainError):

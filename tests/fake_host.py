@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 
 from lib_lora_train import events
-from lib_lora_train.host.exclusive import ExclusiveHost
 from lib_lora_train.host.port import Checkpoint, Host
 from lib_lora_train.run.planning import RunPlan
 from lib_lora_train.run.record import RunRecord
@@ -17,7 +16,7 @@ from lib_lora_train.settings import Settings, flat
 from lib_lora_train.training import checkpoint as checkpoint_module
 
 
-class FakeHost(ExclusiveHost):
+class FakeHost(Host):
     """Holds an SD1 checkpoint by name only, lends nothing and is `busy` with other work where a test says so."""
 
     allowed = None
@@ -25,12 +24,9 @@ class FakeHost(ExclusiveHost):
     def __init__(self, folder: Path) -> None:
         self.lora_folder, self.runs_folder = folder / "loras", folder / "runs"
         self.datasets_folder, self.models_folder = folder / "datasets", folder / "models"
+        self.taggers_folder = self.lora_folder / "taggers"
         self.lora_folder.mkdir()
-        self.busy = self.given_up = False
-
-    @property
-    def taggers_folder(self) -> Path:
-        return self.lora_folder / "taggers"
+        self.busy = False
 
     def checkpoint(self) -> Checkpoint:
         return Checkpoint("dreamshaper_8", "dreamshaper_8.safetensors", "sd1", sha256="879db523c3" + 54 * "0")
@@ -40,9 +36,6 @@ class FakeHost(ExclusiveHost):
 
     def waiting(self) -> bool:
         return self.busy
-
-    def stop_waiting(self) -> None:
-        self.given_up = True
 
 
 class FakeJob:

@@ -8,14 +8,12 @@ convolutions in the place of the frozen ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lib_lora_train.adapters.targets import Target
-from lib_lora_train.errors import LoraFileError
 
 WorkingCopy = Callable[[nn.Parameter], "Tensor | None"]
 """A weight -> the same numbers in the dtype of the computation, None where there is no copy."""
@@ -34,23 +32,9 @@ class Adapter(Protocol):
 
     def use_working_copies(self, copy: WorkingCopy) -> None:
         """Compute with the copies of the weights in place of a cast; whoever made them keeps them up to date."""
-        ...
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by the last part of their keys in the file ("alpha"), fp32, sharing memory with the weights."""
-        ...
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What an adapter takes.
-
-    parameters   trained numbers
-    flops        floating-point operations of one forward pass, for one row (a token, or an output pixel) of its layer
-    """
-
-    parameters: int
-    flops: int
 
 
 class AdapterKind(Protocol):
@@ -63,21 +47,12 @@ class AdapterKind(Protocol):
 
     def build(self, target: Target, *, rank: int, alpha: float, generator: torch.Generator) -> Adapter:
         """A new one, which changes nothing yet."""
-        ...
 
     def load(self, target: Target, tensors: Mapping[str, Tensor]) -> Adapter:
         """The one that a file's `tensors` (as `Adapter.tensors`, in any dtype) hold.
 
         Raises LoraFileError where they are incomplete or do not fit the target.
         """
-        ...
 
-    def cost(self, target: Target, *, rank: int) -> Cost:
-        """What one of that rank takes."""
-        ...
-
-
-def misfit(why: str) -> LoraFileError:
-    """The error for a layer of a file that does not fit the model's."""
-    return LoraFileError("The LoRA file does not fit the model", why=why,
-                         remedy="choose a LoRA that was made for this kind of model")
+    def cost(self, target: Target, *, rank: int) -> int:
+        """How many numbers of one of that rank are trained."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lib_lora_train.adapters.base import Cost, WorkingCopy, misfit
+from lib_lora_train.adapters.base import WorkingCopy
 from lib_lora_train.adapters.targets import Target
 from lib_lora_train.errors import LoraFileError
 from lib_lora_train.model.ops.linear import LoRADelta
@@ -86,14 +86,16 @@ class LoRA:
                 why="LoRAs with convolutions (LoCon) cannot be continued yet", remedy="choose a plain LoRA")
         rank = down.shape[0]
         if (down.shape[1], up.shape[0], up.shape[1]) != (target.in_features, target.out_features, rank):
-            raise misfit(f"{target.key} is {down.shape[1]} -> {rank}/{up.shape[1]} -> {up.shape[0]} in the file and "
-                         f"{target.in_features} -> {target.out_features} in the model")
+            raise LoraFileError(
+                "The LoRA file does not fit the model",
+                why=f"{target.key} is {down.shape[1]} -> {rank}/{up.shape[1]} -> {up.shape[0]} in the file and "
+                f"{target.in_features} -> {target.out_features} in the model",
+                remedy="choose a LoRA that was made for this kind of model")
         alpha = float(tensors[ALPHA]) if ALPHA in tensors else float(rank)
         down, up = (side.detach().to(torch.float32, copy=True) for side in (down, up))
         return LoRALayer(down.reshape(rank, target.in_features, *target.kernel), up.flatten(1), alpha=alpha,
                          as_conv=target.as_conv)
 
-    def cost(self, target: Target, *, rank: int) -> Cost:
-        """A and B, each a multiplication and an addition a number."""
-        parameters = rank * (target.in_features * math.prod(target.kernel) + target.out_features)
-        return Cost(parameters, 2 * parameters)
+    def cost(self, target: Target, *, rank: int) -> int:
+        """The numbers of A and B."""
+        return rank * (target.in_features * math.prod(target.kernel) + target.out_features)

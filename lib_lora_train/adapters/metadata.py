@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lib_lora_train.model.family import Family
@@ -27,26 +27,6 @@ SETTINGS = (
 
 
 @dataclass(frozen=True)
-class FolderMetadata:
-    """One dataset folder: `tags` counts how many captions hold each tag."""
-
-    name: str
-    repeats: int
-    images: int
-    tags: Mapping[str, int] = field(default_factory=dict)
-    is_regularisation: bool = False
-
-
-@dataclass(frozen=True)
-class ModelFile:
-    """A checkpoint or VAE: its file name, the old 8-digit hash and the full sha256, each None where unknown."""
-
-    name: str | None = None
-    legacy_hash: str | None = None
-    sha256: str | None = None
-
-
-@dataclass(frozen=True)
 class TrainingMetadata:
     """What is known of a run when one of its files is written.
 
@@ -57,6 +37,9 @@ class TrainingMetadata:
     batch_size      images in one pass, on one device; `processes` of them train together
     started_at      seconds since 1970, as `finished_at`
     clip_skip       None where it does not apply or is not known
+    checkpoint_…, vae_name   file names, the old 8-digit hash and the full sha256, each None where unknown
+    dataset_dirs, reg_dataset_dirs   {folder: {"n_repeats", "img_count"}}
+    tag_frequency   {folder: {tag: captions that hold it}}
     buckets         (width, height) -> images with their repeats, None without buckets
     aspect_error    mean difference between an image's and its bucket's width/height
     settings        the run's settings under kohya's names; those in `SETTINGS` are written
@@ -78,9 +61,13 @@ class TrainingMetadata:
     finished_at: float | None = None
     processes: int = 1
     clip_skip: int | None = None
-    checkpoint: ModelFile = ModelFile()
-    vae: ModelFile = ModelFile()
-    folders: Sequence[FolderMetadata] = ()
+    checkpoint_name: str | None = None
+    checkpoint_legacy_hash: str | None = None
+    checkpoint_sha256: str | None = None
+    vae_name: str | None = None
+    dataset_dirs: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    reg_dataset_dirs: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    tag_frequency: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     buckets: Mapping[tuple[int, int], int] | None = None
     aspect_error: float = 0.0
     network_module: str = "networks.lora"
@@ -95,8 +82,7 @@ def describe(run: TrainingMetadata, name: str) -> dict[str, str]:
     A value that is None is written as kohya writes it, "None".
     """
     assert not name.endswith(".safetensors"), "the stem of the file, not its name"
-    written = {setting: run.settings[setting] for setting in SETTINGS if setting in run.settings}
-    values = {f"ss_{setting}": value for setting, value in written.items()}
+    values = {f"ss_{setting}": run.settings[setting] for setting in SETTINGS if setting in run.settings}
     values |= _run(run, name) | _dataset(run) | _model(run) | _modelspec(run, name)
     return {key: str(value) for key, value in values.items()}
 
@@ -121,25 +107,22 @@ def _run(run: TrainingMetadata, name: str) -> dict[str, object]:
 
 
 def _dataset(run: TrainingMetadata) -> dict[str, object]:
-    images = [folder for folder in run.folders if not folder.is_regularisation]
-    regularisation = [folder for folder in run.folders if folder.is_regularisation]
+    def images(folders: Mapping[str, Mapping[str, int]]) -> int:
+        return sum(folder["n_repeats"] * folder["img_count"] for folder in folders.values())
+
     buckets = None if run.buckets is None else {
         "buckets": {str(index): {"resolution": list(size), "count": count}
                     for index, (size, count) in enumerate(run.buckets.items())},
         "mean_img_ar_error": run.aspect_error}
     return {
         "ss_resolution": tuple(run.resolution),
-        "ss_num_train_images": sum(folder.images * folder.repeats for folder in images),
-        "ss_num_reg_images": sum(folder.images * folder.repeats for folder in regularisation),
-        "ss_dataset_dirs": _folders_json(images),
-        "ss_reg_dataset_dirs": _folders_json(regularisation),
-        "ss_tag_frequency": json.dumps({folder.name: dict(folder.tags) for folder in images}),
+        "ss_num_train_images": images(run.dataset_dirs),
+        "ss_num_reg_images": images(run.reg_dataset_dirs),
+        "ss_dataset_dirs": json.dumps(run.dataset_dirs),
+        "ss_reg_dataset_dirs": json.dumps(run.reg_dataset_dirs),
+        "ss_tag_frequency": json.dumps(run.tag_frequency),
         "ss_bucket_info": json.dumps(buckets),
     }
-
-
-def _folders_json(folders: Sequence[FolderMetadata]) -> str:
-    return json.dumps({folder.name: {"n_repeats": folder.repeats, "img_count": folder.images} for folder in folders})
 
 
 def _model(run: TrainingMetadata) -> dict[str, object]:
@@ -149,10 +132,9 @@ def _model(run: TrainingMetadata) -> dict[str, object]:
         "ss_clip_skip": run.clip_skip,
         "ss_zero_terminal_snr": run.zero_terminal_snr,
     }
-    for part, file in (("sd_model", run.checkpoint), ("vae", run.vae)):
-        known = {f"ss_{part}_name": file.name, f"ss_{part}_hash": file.legacy_hash, f"ss_new_{part}_hash": file.sha256}
-        values |= {key: value for key, value in known.items() if value is not None}
-    return values
+    known = {"ss_sd_model_name": run.checkpoint_name, "ss_sd_model_hash": run.checkpoint_legacy_hash,
+             "ss_new_sd_model_hash": run.checkpoint_sha256, "ss_vae_name": run.vae_name}
+    return values | {key: value for key, value in known.items() if value is not None}
 
 
 def _modelspec(run: TrainingMetadata, name: str) -> dict[str, object]:

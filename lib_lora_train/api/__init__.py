@@ -31,7 +31,7 @@ from fastapi.responses import Response
 from pydantic import BaseModel, StrictBool, StrictStr, conint, constr
 
 from lib_lora_train.api import service, studio
-from lib_lora_train.api.gate import OUTDATED, PREFIX, TOKEN_HEADER, Door, Gate, LoggedIn, same_origin
+from lib_lora_train.api.gate import OUTDATED, PREFIX, TOKEN_HEADER, Gate, LoggedIn, same_origin
 from lib_lora_train.errors import SettingError
 from lib_lora_train.host.port import Host
 from lib_lora_train.run import diagnostics
@@ -50,21 +50,20 @@ def install(app: FastAPI, *, runner: Runner, host: Host, token: str, credentials
     `login_of(app)` does if it is not given. `program` is what this runs in, for reports of problems.
     """
     diagnostics.remember_log()
-    gate = Gate(token=token, credentials=dict(credentials), api_enabled=api_enabled, logged_in=logged_in or login_of(app))
-    door = Door(app, gate)
+    gate = Gate(app, token=token, credentials=dict(credentials), api_enabled=api_enabled, logged_in=logged_in or login_of(app))
 
     def add(method: str, name: str, answer: Callable[[RunRequest], object], about: str) -> None:
-        door.add(method, name, lambda query, body: answer(validated(RunRequest, body or query)), about)
+        gate.add(method, name, lambda query, body: answer(validated(RunRequest, body or query)), about)
 
     add("GET", "status", lambda r: service.status(runner=runner, host=host, after=r.after), "Where the current or last run is")
-    add("GET", "runs", lambda _: {"runs": service.runs(runner=runner, host=host)}, "Past runs, newest first")
+    add("GET", "runs", lambda _: {"runs": service.runs(host)}, "Past runs, newest first")
     add("GET", "settings", lambda _: {"settings": service.settings_list()}, "Every setting")
     add("POST", "plan", lambda r: service.plan(r.named_settings(), host=host), "What a run would do")
     add("POST", "start", lambda r: {"run": _start(r, runner=runner, host=host)}, "Start a run, or go on with one")
     add("POST", "stop", lambda r: {"stopping": runner.stop(save=r.save)}, "Stop the run")
-    door.add("GET", "report", lambda query, _: _report(query, host=host, program=program),
+    gate.add("GET", "report", lambda query, _: _report(query, host=host, program=program),
              "What a helper needs to know, as a zip")
-    studio.add_routes(door, studio_for(host, runner))
+    studio.add_routes(gate, studio_for(host, runner))
 
 
 def _report(query: Mapping[str, str], *, host: Host, program: str) -> Response:

@@ -41,37 +41,28 @@ class Refused(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Gate:
-    """Accepts or refuses requests."""
+    """Adds routes to an application, and accepts or refuses the requests for them."""
 
+    app: FastAPI
     token: str = dataclasses.field(repr=False)
     credentials: Mapping[str, str] = dataclasses.field(repr=False)
     api_enabled: bool
     logged_in: LoggedIn = dataclasses.field(repr=False)
 
-    def check(self, request: Request) -> None:
-        """Raise Refused unless the request may pass; a POST must be JSON."""
-        self._check_site(request)
-        if request.method == "POST" and _content_type(request) != "application/json":
-            # What a form, or a script that asks no leave, cannot send.
-            raise Refused(415, "The request must be JSON; set the header Content-Type: application/json.")
-        self._check_asker(request)
-
-    def check_upload(self, request: Request) -> None:
-        """Raise Refused unless it is the page that sends a file."""
-        self._check_site(request)
-        if _content_type(request) != "application/octet-stream":
-            raise Refused(415, "A file must be sent as it is; set the header Content-Type: application/octet-stream.")
-        if request.headers.get(TOKEN_HEADER) is None:
-            raise Refused(403, "Only the page sends files; a program names the folder they are in.")
-        self._check_asker(request)
-
-    def _check_site(self, request: Request) -> None:
+    def _check(self, request: Request, *, upload: bool = False) -> None:
+        """Raise Refused unless the request may pass; a POST must be JSON, and an upload a file that the page sends."""
         # Browsers say so themselves; another port of this machine is another site too.
         if request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
             raise Refused(403, "A request from another web page is not accepted.")
-
-    def _check_asker(self, request: Request) -> None:
+        content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
+        if upload and content_type != "application/octet-stream":
+            raise Refused(415, "A file must be sent as it is; set the header Content-Type: application/octet-stream.")
+        if request.method == "POST" and not upload and content_type != "application/json":
+            # What a form, or a script that asks no leave, cannot send.
+            raise Refused(415, "The request must be JSON; set the header Content-Type: application/json.")
         shown = request.headers.get(TOKEN_HEADER)
+        if upload and shown is None:
+            raise Refused(403, "Only the page sends files; a program names the folder they are in.")
         if shown is not None:
             # No 401 here: a browser would answer it with a password box over the page.
             if not secrets.compare_digest(shown.encode(), self.token.encode()):
@@ -92,29 +83,18 @@ class Gate:
 
     def _known(self, authorization: str) -> bool:
         scheme, _, encoded = authorization.partition(" ")
-        if scheme.lower() != "basic":
-            return False
         try:
             user, _, password = base64.b64decode(encoded.strip(), validate=True).decode("utf-8").partition(":")
         except (binascii.Error, UnicodeDecodeError):
             return False
-        expected = self.credentials.get(user)
-        matches = secrets.compare_digest(password.encode(), (expected or "").encode())
-        return matches and expected is not None
-
-
-@dataclasses.dataclass(frozen=True)
-class Door:
-    """Adds guarded routes to an application."""
-
-    app: FastAPI
-    gate: Gate
+        matches = secrets.compare_digest(password.encode(), self.credentials.get(user, "").encode())
+        return matches and scheme.lower() == "basic" and user in self.credentials
 
     def add(self, method: str, name: str, answer: Answer, about: str, *, largest: int = _LARGEST_BODY) -> None:
         """A route that takes JSON of at most `largest` bytes (or nothing) and gives JSON or a Response. `answer` runs on a
         thread of its own."""
         async def handler(request: Request) -> object:
-            self.gate.check(request)
+            self._check(request)
             body = await _body(request, largest) if method == "POST" else {}
             return await run_in_threadpool(answer, request.query_params, body)
         self._add(method, name, handler, about)
@@ -122,7 +102,7 @@ class Door:
     def add_upload(self, name: str, receive: Receive, about: str) -> None:
         """A route that takes one file as the body."""
         async def handler(request: Request) -> object:
-            self.gate.check_upload(request)
+            self._check(request, upload=True)
             return await receive(request)
         self._add("POST", name, handler, about)
 
@@ -150,10 +130,6 @@ def same_origin(origin: str, host: str) -> bool:
         return urlsplit(origin).netloc.lower() == host.lower()
     except ValueError:
         return False
-
-
-def _content_type(request: Request) -> str:
-    return request.headers.get("content-type", "").split(";")[0].strip().lower()
 
 
 async def _body(request: Request, largest: int) -> dict[str, Any]:

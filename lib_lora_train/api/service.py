@@ -64,7 +64,8 @@ def plan(values: Mapping[str, object], *, host: Host, should_stop: Callable[[], 
     """
     settings = parse(values)
     check_allowed(settings, host.allowed)
-    found = plan_dataset(settings, family=_family(host), allowed=host.allowed, should_stop=should_stop)
+    loaded = host.checkpoint()
+    found = plan_dataset(settings, family=loaded.family if loaded else "", allowed=host.allowed, should_stop=should_stop)
     estimate, warning = _estimate(settings, found, host, should_stop=should_stop)
     return {
         "summary": found.summary,
@@ -143,10 +144,10 @@ def status(*, runner: Runner, host: Host, after: int = 0) -> dict[str, Any]:
     return _finite(answer)
 
 
-def runs(*, runner: Runner, host: Host) -> list[dict[str, Any]]:
+def runs(host: Host) -> list[dict[str, Any]]:
     """The host's past runs, newest first: id, name, outcome ("done", "stopped", "failed", "running", or "interrupted" for
     one whose process ended before it did), message, path, steps, total, resume_step (None where it cannot be resumed)."""
-    return [dataclasses.asdict(run) for run in runner.runs(host.runs_folder)]
+    return [dataclasses.asdict(run) for run in past_runs(host.runs_folder)]
 
 
 def report(run: str, *, host: Host, program: str) -> bytes:
@@ -197,11 +198,6 @@ def name_taken(settings: Settings, host: Host) -> bool:
     if settings.save.overwrite or settings.save.resume or not settings.save.output_name:
         return False
     return os.path.lexists(output_folder(settings, host) / f"{checked_name(settings.save.output_name)}.safetensors")
-
-
-def _family(host: Host) -> str:
-    checkpoint = host.checkpoint()
-    return checkpoint.family if checkpoint else ""
 
 
 def _model(checkpoint: Checkpoint | None) -> dict[str, str] | None:

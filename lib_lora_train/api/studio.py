@@ -48,7 +48,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import Response
 from starlette.requests import ClientDisconnect
 
-from lib_lora_train.api.gate import Door, Refused
+from lib_lora_train.api.gate import Gate, Refused
 from lib_lora_train.errors import LoraTrainError
 from lib_lora_train.studio import operations, shaping, thumbs, view
 from lib_lora_train.studio.requests import StudioRequest, batch_name, some, validated
@@ -60,14 +60,14 @@ _LARGEST_BODY = 16 << 20  # ids of a hundred thousand images
 Answer = Callable[[StudioRequest], object]
 
 
-def add_routes(door: Door, studio: Studio) -> None:
+def add_routes(gate: Gate, studio: Studio) -> None:
     """Every route of the studio's page."""
     def get(name: str, answer: Answer, about: str) -> None:
-        door.add("GET", f"studio/{name}", lambda query, _: answer(validated(StudioRequest, query)), about)
+        gate.add("GET", f"studio/{name}", lambda query, _: answer(validated(StudioRequest, query)), about)
 
     def post(name: str, answer: Answer, about: str) -> None:
         # A function that returns nothing is answered with {}.
-        door.add("POST", f"studio/{name}", lambda _, body: answer(validated(StudioRequest, body)) or {}, about,
+        gate.add("POST", f"studio/{name}", lambda _, body: answer(validated(StudioRequest, body)) or {}, about,
                  largest=_LARGEST_BODY)
 
     get("state", lambda _: view.state(studio), "The open dataset and the task under way")
@@ -76,8 +76,8 @@ def add_routes(door: Door, studio: Studio) -> None:
     _add_captions(get, post, studio)
     _add_shapes(get, post, studio)
     _add_model(get, post, studio)
-    door.add_upload("studio/upload", lambda request: _upload(request, studio), "Send one file")
-    door.add_upload("studio/put-mask", lambda request: _put_mask(request, studio), "Keep a mask beside a picture")
+    gate.add_upload("studio/upload", lambda request: _upload(request, studio), "Send one file")
+    gate.add_upload("studio/put-mask", lambda request: _put_mask(request, studio), "Keep a mask beside a picture")
 
 
 def _add_datasets(post: Callable[..., None], studio: Studio) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from lib_lora_train.errors import ModelError
 from lib_lora_train.model.architecture import UNetConfig
 from lib_lora_train.model.frozen import FrozenModel
-from lib_lora_train.model.ops.layers import frozen_linear
+from lib_lora_train.model.ops.linear import frozen_linear
 
 TIMESTEP = 261
 _SEED = 261

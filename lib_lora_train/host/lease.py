@@ -11,11 +11,11 @@ import torch
 
 from lib_lora_train.dataset.progress import ShouldStop
 from lib_lora_train.errors import Interrupted, SettingError
-from lib_lora_train.events import Stage
+from lib_lora_train.events import Report, Stage
 from lib_lora_train.host.port import Display, LeasedModel, ModelSource
 from lib_lora_train.model import frozen
 from lib_lora_train.model.frozen import FrozenModel
-from lib_lora_train.model.sampler import SampleRequest, sample_latents
+from lib_lora_train.model.sampler import SampleRequest, sample_batch
 from lib_lora_train.settings import Settings
 from lib_lora_train.training.precision import compute_dtype
 
@@ -36,8 +36,9 @@ class ModelLease:
     dtype: torch.dtype
     clip_skip: int
     checkpoint: str
-    _host: LeaseHost
-    _stop: Callable[[], bool]
+    _leased: LeasedModel
+    _report: Report
+    _stop: ShouldStop
 
     def check_stop(self) -> None:
         """Raises Interrupted where somebody asked to stop; called at each step, a stop takes no longer than one step."""
@@ -50,14 +51,9 @@ class ModelLease:
         The caller holds no tensor of the model. Raises Interrupted where the wait for it was ended.
         """
         self.check_stop()
-        self._host.report(Stage(self.task, done, total))
-        if done >= total or not self._host.others_waiting():
-            return
-        self.model.release()
-        tensors = self._host.yield_model(report=self._host.report, stop=self._stop)
-        if tensors is None:
+        self._report(Stage(self.task, done, total))
+        if done < total and not yield_to_others(self._leased, self.model, report=self._report):
             raise Interrupted(f"{self.task} was stopped while other work used the model")
-        self.model.rebind(tensors)
 
     def sample(self, request: SampleRequest) -> torch.Tensor:
         """Latents [1,4,h,w] in the VAE's own scale. Raises SettingError for a size that the model does not have, and
@@ -68,8 +64,8 @@ class ModelLease:
         if min(width, height) < multiple or width % multiple or height % multiple:
             raise SettingError(f"Pictures of {width}×{height} pixels do not fit this model",
                                why=f"its sizes are multiples of {multiple}")
-        return sample_latents(self.model, request, clip_skip=self.clip_skip, dtype=self.dtype,
-                              on_step=lambda *_: self.check_stop())
+        return sample_batch(self.model, [request], clip_skip=self.clip_skip, dtype=self.dtype,
+                            on_step=lambda *_: self.check_stop())
 
 
 @contextlib.contextmanager
@@ -78,15 +74,29 @@ def lease_for(host: LeaseHost, task: str, *, settings: Settings, should_stop: Sh
     v-prediction, zero terminal SNR.
 
     It stops where `should_stop()` says so or the host's own stop button is pressed.
-    Raises HostError and ModelError as `ModelSource.lease`.
+    Raises as `ModelSource.lease`.
     """
     def stop() -> bool:
         return bool(should_stop and should_stop()) or host.interrupted()
 
-    with host.lease() as leased:
+    with host.lease(stop=stop) as leased:
         model = frozen_model(leased, settings)
         yield ModelLease(model, task, compute_dtype(settings.memory.mixed_precision, model.device, weights=model.dtype),
-                         settings.captions.clip_skip or leased.clip_skip, leased.checkpoint.name, host, stop)
+                         settings.captions.clip_skip or leased.clip_skip, leased.checkpoint.name, leased, host.report, stop)
+
+
+def yield_to_others(leased: LeasedModel, model: FrozenModel, *, report: Report,
+                    release: Callable[[], None] = lambda: None) -> bool:
+    """Let those use the leased model who wait for it, if any, after `release`; whether `model` can be computed on afterwards.
+    False where the wait for it was ended."""
+    if not leased.others_waiting():
+        return True
+    release()
+    model.release()
+    tensors = leased.yield_model(report)
+    if tensors is not None:
+        model.rebind(tensors)
+    return tensors is not None
 
 
 def frozen_model(leased: LeasedModel, settings: Settings) -> FrozenModel:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
@@ -14,7 +14,10 @@ from typing import Protocol
 import torch
 from PIL import Image
 
+from lib_lora_train.dataset.progress import ShouldStop
+from lib_lora_train.errors import translated
 from lib_lora_train.events import Event, Report
+from lib_lora_train.host import placement
 from lib_lora_train.model.family import Hints
 from lib_lora_train.model.sampler import SampleRequest
 from lib_lora_train.model.sd.tokens import Tokenizer
@@ -22,9 +25,14 @@ from lib_lora_train.settings.allowed_paths import AllowedPaths
 from lib_lora_train.tagging.captioner import CaptionerSource
 
 
+def never() -> bool:
+    """The `ShouldStop` of those who wait as long as it takes."""
+    return False
+
+
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """Which model a host holds. `family` is "sd1", "sd2" or "sdxl", "" where it is none of them; hashes are "" where
+    """Which model a host holds. `family` is the name of one of `FAMILIES`, "" where it is none of them; hashes are "" where
     the host has not computed them. `legacy_hash` is the sha256 of 64 KiB at 1 MiB, 8 digits."""
 
     name: str
@@ -35,9 +43,10 @@ class Checkpoint:
     vae_name: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class LeasedModel:
-    """The host's model while it is leased: tensors by reference under checkpoint names, and what shapes cannot tell.
+    """The host's model while it is leased: tensors by reference under checkpoint names, and what shapes cannot tell. What is
+    written out here holds for a host that nobody else uses.
 
     `clip_skip` is what the host generates with; `device` is where to compute, and where the tensors are.
     """
@@ -49,6 +58,45 @@ class LeasedModel:
     tokenizers: Sequence[Tokenizer] | None = None
     clip_skip: int = 1
     comma_padding_backtrack: int = 20
+
+    def others_waiting(self) -> bool:
+        """Whether somebody else waits for the model."""
+        return False
+
+    def yield_model(self, report: Report) -> Mapping[str, torch.Tensor] | None:
+        """Release the model to those who wait, and lease it again: the same weights, perhaps elsewhere in memory. None
+        where the `stop()` of the lease ended the wait; the model is not leased then.
+
+        The caller holds none of its tensors meanwhile, and has no copy of them on the device. What it trains may stay
+        there: up to 18 bytes a weight. If the host holds another model afterwards, this waits for the leased one to come
+        back and reports so.
+        Raises HostError where the model is gone for good or its weights are not what they were.
+        """
+        return self.tensors
+
+    def offload_parts(self, parts: Collection[str]) -> Mapping[str, torch.Tensor]:
+        """Move these parts of the model ("unet", "vae", "text") to the CPU until they are reloaded or the lease ends, in
+        place: the same tensor objects are elsewhere afterwards. They are offloaded again after each `yield_model`; on the
+        CPU nothing moves.
+
+        Returns all leased tensors as they are now, to be used in place of the former ones: the memory is free once nobody
+        holds what was there. The host moves the parts back itself; where there is no room it says so, and tries again
+        after the lease and before the next one.
+        Raises TrainingError where there is no room to move to; nothing has moved then.
+        """
+        with translated("moving parts of the model off the device"):
+            placement.move(placement.tensors_of(self.tensors, parts), placement.CPU)
+        return self.tensors
+
+    def reload_parts(self, parts: Collection[str]) -> Mapping[str, torch.Tensor]:
+        """Move those of these parts that are offloaded to the lease's device again, in place; they stay there.
+
+        Returns all leased tensors as they are now, as `offload_parts`. Raises TrainingError where the device has no room;
+        nothing has moved then.
+        """
+        with translated("moving parts of the model back to the device"):
+            placement.move(placement.tensors_of(self.tensors, parts), self.device)
+        return self.tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,31 +117,22 @@ class RenderRequest(SampleRequest):
 
 
 class Paths(Protocol):
-    """The folders of a host."""
+    """The folders of a host.
 
-    @property
-    def lora_folder(self) -> Path:
-        """Where finished LoRAs go unless the user names a folder."""
+    lora_folder      where finished LoRAs go unless the user names a folder
+    runs_folder      where each run keeps its folder of settings and events
+    datasets_folder  where the dataset studio keeps the datasets it owns
+    models_folder    where models of all kinds are, each kind in a folder of its own; only read, for detectors that are there
+    taggers_folder   where each tagger has a folder of its own
+    allowed          the folders a run may touch; None where only this machine's user reaches the host
+    """
 
-    @property
-    def runs_folder(self) -> Path:
-        """Where each run keeps its folder of settings and events."""
-
-    @property
-    def datasets_folder(self) -> Path:
-        """Where the dataset studio keeps the datasets it owns."""
-
-    @property
-    def models_folder(self) -> Path:
-        """Where models of all kinds are, each kind in a folder of its own; only read, for detectors that are there."""
-
-    @property
-    def taggers_folder(self) -> Path:
-        """Where each tagger has a folder of its own."""
-
-    @property
-    def allowed(self) -> AllowedPaths | None:
-        """The folders a run may touch; None where only this machine's user reaches the host."""
+    lora_folder: Path
+    runs_folder: Path
+    datasets_folder: Path
+    models_folder: Path
+    taggers_folder: Path
+    allowed: AllowedPaths | None
 
 
 class ModelSource(Protocol):
@@ -105,50 +144,16 @@ class ModelSource(Protocol):
     def outline(self) -> Outline | None:
         """The shapes of what is loaded now, None if nothing is or it cannot be trained; never loads, never waits."""
 
-    def lease(self) -> AbstractContextManager[LeasedModel]:
+    def lease(self, *, stop: ShouldStop = never) -> AbstractContextManager[LeasedModel]:
         """The model inside the block, without active LoRAs and locked against everybody else; released in any case.
 
-        Raises HostError if there is none, ModelError if it is of a kind that cannot be trained.
-        """
-
-    def others_waiting(self) -> bool:
-        """Whether somebody else waits for the leased model."""
-        return False
-
-    def yield_model(self, *, report: Report, stop: Callable[[], bool]) -> Mapping[str, torch.Tensor] | None:
-        """Release the model to those who wait, and lease it again: the same weights, perhaps elsewhere in memory. None
-        where `stop()` or `stop_waiting` ended the wait; the model is not leased then.
-
-        The caller holds none of its tensors meanwhile, and has no copy of them on the device. What it trains may stay
-        there: up to 18 bytes a weight. If the host holds another model afterwards, this waits for the leased one to come
-        back and reports so.
-        Raises HostError where the model is gone for good or its weights are not what they were.
-        """
-
-    def offload_parts(self, parts: Collection[str]) -> Mapping[str, torch.Tensor]:
-        """Move these parts of the leased model ("unet", "vae", "text") to the CPU until they are reloaded or the lease
-        ends, in place: the same tensor objects are elsewhere afterwards. They are offloaded again after each
-        `yield_model`; on the CPU nothing moves.
-
-        Returns all leased tensors as they are now, to be used in place of the former ones: the memory is free once nobody
-        holds what was there. The host moves the parts back itself; where there is no room it says so, and tries again
-        after the lease and before the next one.
-        Raises TrainingError where there is no room to move to; nothing has moved then.
-        """
-
-    def reload_parts(self, parts: Collection[str]) -> Mapping[str, torch.Tensor]:
-        """Move those of these parts that are offloaded to the lease's device again, in place; they stay there.
-
-        Returns all leased tensors as they are now, as `offload_parts`. Raises TrainingError where the device has no room;
-        nothing has moved then.
+        Raises HostError if there is none, ModelError if it is of a kind that cannot be trained, Interrupted where `stop()`
+        ended the wait for it.
         """
 
     def waiting(self) -> bool:
-        """Whether `lease` or `yield_model` waits for other work of the host."""
+        """Whether a lease waits for other work of the host."""
         return False
-
-    def stop_waiting(self) -> None:
-        """End such a wait with Interrupted; without effect where nobody waits."""
 
 
 class Display(Protocol):
@@ -168,7 +173,7 @@ class Display(Protocol):
 class Renderer(Protocol):
     """A host's own models besides the training: text-to-image, and captioners."""
 
-    def render(self, request: RenderRequest, *, stop: Callable[[], bool] = ...) -> list[Image.Image]:
+    def render(self, request: RenderRequest, *, stop: ShouldStop = never) -> list[Image.Image]:
         """The images that a user of the host gets for this request, RGB; not saved anywhere.
 
         Not to be called while the caller leases the model. Raises HostError (no model, an unknown sampler, a model that is

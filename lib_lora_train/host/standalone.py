@@ -8,53 +8,51 @@ scripts; it is read as often, and the tokenizers with the weights.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import safetensors
 import torch
-import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
+from lib_lora_train.dataset.progress import ShouldStop
 from lib_lora_train.errors import HostError, LoraTrainError, ModelError, translated
 from lib_lora_train.host import placement
-from lib_lora_train.host.exclusive import ExclusiveHost
 from lib_lora_train.host.exposure import is_loopback
-from lib_lora_train.host.port import Checkpoint, LeasedModel, Outline
+from lib_lora_train.host.lease import lease_for
+from lib_lora_train.host.port import Checkpoint, Host, LeasedModel, Outline, RenderRequest, never
 from lib_lora_train.model.family import Hints, detect
-from lib_lora_train.model.sd.hints_file import hints_from_yaml
-from lib_lora_train.model.sd.tokens import Tokenizer, tokenizer_from_folder
+from lib_lora_train.model.sampler import to_image
+from lib_lora_train.model.sd.hints_file import hints_from_yaml, tokenizers_from_yaml
+from lib_lora_train.model.sd.tokens import Tokenizer
+from lib_lora_train.settings import Settings
 from lib_lora_train.settings.allowed_paths import AllowedPaths
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
            "I32": torch.int32, "U8": torch.uint8, "I8": torch.int8, "BOOL": torch.bool}
 
+Result = TypeVar("Result")
 
-class StandaloneHost(ExclusiveHost):
+
+class StandaloneHost(Host):
     """Leases the model of one `.safetensors` file. `checkpoint_file` None is a host with no model yet."""
 
     def __init__(self, checkpoint_file: Path | None, *, lora_folder: Path, runs_folder: Path,
                  device: torch.device | None = None, allowed: AllowedPaths | None = None) -> None:
         self.checkpoint_file, self.allowed = checkpoint_file, allowed
         self.lora_folder, self.runs_folder = lora_folder, runs_folder
-        self.datasets_folder = runs_folder.with_name("datasets")
+        self.datasets_folder, self.taggers_folder = runs_folder.with_name("datasets"), lora_folder / "taggers"
+        self.models_folder = lora_folder  # there is no other
         self._device = placement.indexed(device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         self._lock = threading.Lock()
         self._tensors: Mapping[str, torch.Tensor] | None = None
         self._tokenizers: Sequence[Tokenizer] | None = None
         self._description: tuple[Checkpoint, Outline] | None = None
-
-    @property
-    def models_folder(self) -> Path:
-        """The folder of LoRAs: there is no other."""
-        return self.lora_folder
-
-    @property
-    def taggers_folder(self) -> Path:
-        """Beside the LoRAs."""
-        return self.lora_folder / "taggers"
 
     def checkpoint(self) -> Checkpoint | None:
         """The file's name, family and old hash, read from its header; None where there is none or it is unusable."""
@@ -68,7 +66,7 @@ class StandaloneHost(ExclusiveHost):
         return None if self.checkpoint_file is None or self.checkpoint() is None else self._described(self.checkpoint_file)[1]
 
     @contextlib.contextmanager
-    def lease(self) -> Iterator[LeasedModel]:
+    def lease(self, *, stop: ShouldStop = never) -> Iterator[LeasedModel]:
         """The file's tensors on the device; read at the first time."""
         if self.checkpoint_file is None:
             raise HostError("No model is loaded", remedy="name a checkpoint file (--checkpoint)")
@@ -77,7 +75,7 @@ class StandaloneHost(ExclusiveHost):
         try:
             checkpoint, outline = self._described(self.checkpoint_file)
             if self._tensors is None:
-                self._tokenizers = _tokenizers_beside(self.checkpoint_file)
+                self._tokenizers = _beside(self.checkpoint_file, tokenizers_from_yaml)
                 self._tensors = _load(self.checkpoint_file, self._device)
             with translated("moving the model to the device"):
                 # What the last lease offloaded; nobody needed it in between.
@@ -85,6 +83,16 @@ class StandaloneHost(ExclusiveHost):
             yield LeasedModel(self._tensors, outline.hints, checkpoint, self._device, self._tokenizers)
         finally:
             self._lock.release()
+
+    def render(self, request: RenderRequest, *, stop: ShouldStop = never) -> list[Image.Image]:
+        """By our own sampler, which knows no LoRA in a prompt."""
+        if request.sampler != "Euler":
+            raise HostError(f"There is no sampler {request.sampler!r} here", remedy="use Euler")
+        if "<lora:" in request.prompt:
+            raise HostError("A LoRA in a prompt is not possible here", remedy="use it in the WebUI")
+        with lease_for(self, "Rendering", settings=Settings(), should_stop=stop) as lease, translated("rendering"):
+            return [to_image(lease.model, lease.sample(dataclasses.replace(request, seed=request.seed + index)))
+                    for index in range(request.count)]
 
     def _described(self, path: Path) -> tuple[Checkpoint, Outline]:
         if self._description is None:
@@ -106,9 +114,15 @@ def describe_file(path: Path) -> Checkpoint:
 
 
 def _describe(path: Path, device: torch.device) -> tuple[Checkpoint, Outline]:
-    outline = Outline(_header(path), _hints_beside(path), device)
+    outline = Outline(_header(path), _beside(path, hints_from_yaml) or Hints(), device)
     family = detect(outline.tensors, outline.hints).family.name
     return Checkpoint(path.stem, path.name, family, legacy_hash=_legacy_hash(path)), outline
+
+
+def _beside(path: Path, read: Callable[[Path], Result]) -> Result | None:
+    """What `read` makes of the `.yaml` of the checkpoint's name; None where there is none."""
+    configuration = path.with_suffix(".yaml")
+    return read(configuration) if configuration.is_file() else None
 
 
 def _check_suffix(path: Path) -> None:
@@ -150,29 +164,3 @@ def _legacy_hash(path: Path) -> str:
     with _readable(path), open(path, "rb") as file:
         file.seek(0x100000)
         return hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
-
-
-def _hints_beside(path: Path) -> Hints:
-    """What the `.yaml` of the checkpoint's name says."""
-    configuration = path.with_suffix(".yaml")
-    return hints_from_yaml(configuration) if configuration.is_file() else Hints()
-
-
-def _tokenizers_beside(path: Path) -> Sequence[Tokenizer] | None:
-    """Those of the folders that the `.yaml` of the checkpoint's name names; None where it names none."""
-    configuration = path.with_suffix(".yaml")
-    if not configuration.is_file():
-        return None
-    params = (yaml.safe_load(configuration.read_text(encoding="utf-8")) or {})["model"]["params"]
-    embedders = params.get("conditioner_config", {}).get("params", {}).get("emb_models") or [
-        params.get("cond_stage_config", {})]
-    folders = [(e.get("params") or {}).get("version") for e in embedders if e.get("input_key", "txt") == "txt"]
-    found = [_tokenizer_folder(configuration.parent, version) for version in folders]
-    # One vocabulary serves all encoders of a checkpoint; where no folder is named, CLIP's own is the default.
-    return [tokenizer_from_folder(f) for f in found if f] if found and all(found) else None
-
-
-def _tokenizer_folder(beside: Path, version: object) -> Path | None:
-    if not isinstance(version, str):
-        return None
-    return next((folder for folder in (beside / version, Path(version)) if (folder / "vocab.json").is_file()), None)

@@ -71,7 +71,7 @@ class Workload:
     @property
     def parameters(self) -> int:
         """Number of weights of the adapters."""
-        return sum(self.kind.cost(layer.target, rank=layer.rank).parameters for layer in self.layers)
+        return sum(self.kind.cost(layer.target, rank=layer.rank) for layer in self.layers)
 
 
 @dataclasses.dataclass(frozen=True)

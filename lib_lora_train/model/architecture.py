@@ -58,12 +58,6 @@ class UNetConfig:
         """How often height and width are halved on the way down: latents are multiples of `2 ** halvings`."""
         return sum(block.kind == "down" for blocks in self.input_blocks for block in blocks)
 
-    @property
-    def num_res_blocks(self) -> int:
-        """Residual blocks a level on the way down (2 in every published SD model)."""
-        residual = sum(block.kind == "resnet" for blocks in self.input_blocks for block in blocks)
-        return residual // (self.halvings + 1)
-
 
 @dataclass(frozen=True)
 class VAEConfig:
@@ -85,8 +79,11 @@ class TextEncoderSpec:
 
     component   the part's name for what is adapted, "te"
     prefix      how the names of its tensors begin in a checkpoint
-    openclip    whether it was trained by OpenCLIP: gelu, and chunks filled with token 0; else CLIP's quick_gelu
-    skip, final_norm, pooled   as in `TextConfig`
+    openclip    whether it was trained by OpenCLIP: gelu, and chunks filled with token 0 after the first end token; else CLIP's
+                quick_gelu, and end tokens
+    skip        the hidden state that is used: 1 is the last layer's, which clip skip may replace; 2 is always the one before
+    final_norm  whether the final layer norm is applied to that hidden state
+    pooled      whether this encoder's pooled vector is part of the condition
     label       which of several it is, for messages: "first "
     """
 
@@ -99,12 +96,10 @@ class TextEncoderSpec:
     label: str = ""
 
 
-@dataclass(frozen=True)
-class TextConfig:
-    """One text encoder: its sizes, and which of its outputs its family conditions on."""
+@dataclass(frozen=True, kw_only=True)
+class TextConfig(TextEncoderSpec):
+    """One text encoder: its sizes, beside what its family fixes."""
 
-    component: str
-    """The part's name for what is adapted, "te"."""
     layers: int
     width: int
     heads: int
@@ -112,14 +107,6 @@ class TextConfig:
     positions: int
     projection: int | None
     """Width of the projected pooled vector, None where the checkpoint has no projection."""
-    skip: int
-    """The hidden state that is used: 1 is the last layer's, which clip skip may replace; 2 is always the one before."""
-    final_norm: bool
-    """Whether the final layer norm is applied to that hidden state."""
-    pooled: bool
-    """Whether this encoder's pooled vector is part of the condition."""
-    pad_with_end: bool
-    """What fills a chunk after the first end token: the end token again (CLIP), or token 0 (OpenCLIP)."""
 
 
 @dataclass(frozen=True)

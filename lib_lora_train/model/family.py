@@ -7,8 +7,9 @@ full one; only shapes, names and dtypes are looked at, so tensors on the meta de
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -18,15 +19,12 @@ from lib_lora_train.errors import ModelError
 from lib_lora_train.model.architecture import NO_HINTS, Architecture, Hints, TextEncoderSpec
 from lib_lora_train.model.sd import detection, lora_keys
 from lib_lora_train.model.sd.components import text_tensors, unet_tensors, vae_tensors
-from lib_lora_train.model.sd.hints_file import hints_from_yaml
 from lib_lora_train.model.sd.refusals import SUPPORTED, refuse_other_kinds
 from lib_lora_train.model.sd.schedule import NoiseSchedule
 from lib_lora_train.model.sd.text import TextConditioner
 from lib_lora_train.model.sd.text_encoder import TextEncoder
 from lib_lora_train.model.sd.unet import UNet
 from lib_lora_train.model.sd.vae import VAE
-
-__all__ = ["FAMILIES", "Architecture", "Family", "Hints", "MetadataNames", "detect", "hints_from_yaml", "training_sizes"]
 
 
 @dataclass(frozen=True)
@@ -90,17 +88,22 @@ class Family:
         """A checkpoint's tensors cut into UNet, VAE and text encoders, each under local names."""
         return unet_tensors(tensors), vae_tensors(tensors), [text_tensors(tensors, spec.prefix) for spec in self.text]
 
+    def adapts_text(self, keys: Iterable[str]) -> bool:
+        """Whether some of a LoRA file's keys are those of a text encoder."""
+        return any(key.startswith(tuple(f"lora_{spec.component}_" for spec in self.text)) for key in keys)
+
 
 SD1 = Family(
     name="sd1", title="SD1", sizes=TrainingSizes(512), latent_scale=0.18215, num_heads=8,
     text=(TextEncoderSpec("te", "cond_stage_model.", openclip=False, skip=1),), text_width=768,
-    lora_prefixes=lora_keys.DIFFUSERS_PREFIXES, lora_keys=lora_keys.sd1_keys, recognises=detection.has_unet,
-    metadata=MetadataNames(("sd_v1", "sd_v1_v"), ("stable-diffusion-v1",) * 2))
+    lora_prefixes=lora_keys.DIFFUSERS_PREFIXES, lora_keys=partial(lora_keys.sd_keys, last_text_layer=True),
+    recognises=detection.has_unet, metadata=MetadataNames(("sd_v1", "sd_v1_v"), ("stable-diffusion-v1",) * 2))
 
 SD2 = Family(
     name="sd2", title="SD2", sizes=TrainingSizes(768), latent_scale=0.18215, head_channels=64,
     text=(TextEncoderSpec("te", "cond_stage_model.", openclip=True, skip=2),), text_width=1024,
-    lora_prefixes=lora_keys.DIFFUSERS_PREFIXES, lora_keys=lora_keys.sd2_keys, recognises=detection.has_openclip,
+    lora_prefixes=lora_keys.DIFFUSERS_PREFIXES, lora_keys=partial(lora_keys.sd_keys, last_text_layer=False),
+    recognises=detection.has_openclip,
     metadata=MetadataNames(("sd_v2", "sd_v2_v"), ("stable-diffusion-v2-512", "stable-diffusion-v2-768-v"), v2=True))
 
 SDXL = Family(

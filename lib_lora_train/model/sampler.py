@@ -42,18 +42,12 @@ def sigmas(alphas_cumprod: torch.Tensor, steps: int) -> torch.Tensor:
     return torch.cat([interpolated, interpolated.new_zeros(1)])
 
 
-def sample_latents(model: FrozenModel, request: SampleRequest, *, clip_skip: int = 1, dtype: torch.dtype = torch.float32,
-                   adapters: Mapping[str, Mapping[str, Adapter]] | None = None,
-                   on_step: Callable[[int, int], None] | None = None) -> torch.Tensor:
-    """Latents [1,4,h,w] in the VAE's own scale. `adapters` are a network's, by component; the noise is drawn on the CPU."""
-    return sample_batch(model, [request], clip_skip=clip_skip, dtype=dtype, adapters=adapters, on_step=on_step)
-
-
 @torch.no_grad()
 def sample_batch(model: FrozenModel, requests: Sequence[SampleRequest], *, clip_skip: int = 1,
                  dtype: torch.dtype = torch.float32, adapters: Mapping[str, Mapping[str, Adapter]] | None = None,
                  on_step: Callable[[int, int], None] | None = None) -> torch.Tensor:
-    """Latents [B,4,h,w] in the VAE's own scale, one for each request, as `sample_latents` gives them one by one.
+    """Latents [B,4,h,w] in the VAE's own scale, one for each request. `adapters` are a network's, by component; the noise is
+    drawn on the CPU.
 
     The requests may differ in prompts and seeds only. Where their prompts differ in length by whole chunks of 75 tokens,
     the shorter ones get empty chunks, as a negative prompt does beside a longer one.

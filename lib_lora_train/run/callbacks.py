@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from lib_lora_train.events import Report
-from lib_lora_train.host.port import Host
+from lib_lora_train.host.lease import yield_to_others
+from lib_lora_train.host.port import LeasedModel
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.training.loop import Progress
 
@@ -34,19 +34,12 @@ class StopCallback:
 class Pause:
     """Lets those use the model who wait for it: generations of the host, between two steps or two images to encode."""
 
-    def __init__(self, host: Host, model: FrozenModel, *, enabled: bool, report: Report, stop: Stop) -> None:
-        self._host, self._model, self._enabled, self._report, self._stop = host, model, enabled, report, stop
+    def __init__(self, leased: LeasedModel, model: FrozenModel, *, enabled: bool, report: Report) -> None:
+        self._leased, self._model, self._enabled, self._report = leased, model, enabled, report
 
     def __call__(self, release: Callable[[], None] = lambda: None) -> bool:
-        """Hand the model over if somebody waits, after `release`; whether to go on afterwards."""
-        if not self._enabled or not self._host.others_waiting():
-            return True
-        release()
-        self._model.release()
-        tensors: Mapping[str, Tensor] | None = self._host.yield_model(report=self._report, stop=lambda: bool(self._stop()))
-        if tensors is not None:
-            self._model.rebind(tensors)
-        return tensors is not None
+        """Release the model if somebody waits for it, after `release`; whether to go on afterwards."""
+        return not self._enabled or yield_to_others(self._leased, self._model, report=self._report, release=release)
 
     def before_step(self, progress: Progress) -> bool:
         """See `Callback`."""
@@ -73,6 +66,6 @@ class MeasuredMemory:
     def after_step(self, progress: Progress) -> None:
         """See `Callback`."""
         if self._waiting:
-            progress.settle()
+            progress.flush()
             self._waiting = False
             self._tell(torch.cuda.max_memory_allocated(self._device))

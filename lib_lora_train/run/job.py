@@ -49,7 +49,7 @@ def run_job(plan: RunPlan, host: Host, *, report: Report, stop: Stop, folder: Pa
     Raises UserError, HostError, TrainingError, and Interrupted where a stop came before the first step.
     """
     weights = InitialWeights.of(plan)
-    with host.lease() as leased:
+    with host.lease(stop=lambda: bool(stop())) as leased:
         return _with_model(plan, host, leased, weights, report=report, stop=stop, folder=folder, group=group)
 
 
@@ -78,10 +78,10 @@ def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: Initial
         _warn((*plan.warnings, *ignored_by(model, settings), *changed), report)
 
         network = build_network(settings, model, weights, report=report)
-        pause = Pause(host, model, enabled=settings.memory.yield_to_generations, report=report, stop=stop)
+        pause = Pause(leased, model, enabled=settings.memory.yield_to_generations, report=report)
         source = at_end.enter_context(contextlib.closing(latents_of(
             plan, model, vae_tensors(leased.tensors), group, folder, report=report, stop=stop, pause=pause,
-            room=room_for_encoding(settings, model, host, network))))
+            room=room_for_encoding(settings, model, leased, network))))
         plan = plan.without_damaged(dataset=source.dataset, placements=source.placements)
         _warn(plan.warnings, report)
         batches = batches_of(settings, source, group)
@@ -93,7 +93,7 @@ def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: Initial
         planned = _planned(plan, leased, memory)
         report(planned)
         _warn(filter(None, [memory.warning]), report)
-        condition = place_model(settings, model, host, leased, network, batches, memory.config, dtype=dtype, report=report,
+        condition = place_model(settings, model, leased, network, batches, memory.config, dtype=dtype, report=report,
                                 stop=stop, pause=pause)
 
         started_at = point.started_at if point else time.time()
@@ -138,7 +138,8 @@ def _checkpointer(plan: RunPlan, identity: Mapping[str, str], started_at: float,
     if point or (folder is not None and (chosen.save_state or chosen.save_state_on_train_end)):
         metadata = resume.describe(
             plan.settings, steps=plan.schedule.steps, processes=plan.processes, checkpoint=identity, started_at=started_at,
-            dataset=resume.dataset_fingerprint(plan.dataset, plan.placements), dtype=dtype, base=memory.config.base_dtype)
+            dataset=resume.dataset_fingerprint(plan.dataset, plan.placements), dtype=dtype,
+            base_dtype=memory.config.base_dtype)
     if point:
         _warn(resume.compare_data(metadata, point), report)
     return Checkpointer(folder, chosen, metadata, report)

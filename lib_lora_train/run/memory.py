@@ -16,7 +16,7 @@ from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.dataset.progress import ShouldStop
 from lib_lora_train.errors import translated
 from lib_lora_train.events import Report
-from lib_lora_train.host.port import Host, LeasedModel
+from lib_lora_train.host.port import LeasedModel
 from lib_lora_train.inputs.batches import Batches
 from lib_lora_train.inputs.vae_batches import Room, free_bytes
 from lib_lora_train.memory.device import attention_kernel, budget_of
@@ -93,7 +93,7 @@ def planned_layers(settings: Settings, tensors: Mapping[str, Tensor], architectu
     LoraFileError."""
     network = settings.network
     ranks = read_ranks(Path(network.network_weights)) if network.network_weights else {}
-    text = not network.network_train_unet_only or any(key.startswith("lora_te") for key in ranks)
+    text = not network.network_train_unet_only or architecture.family.adapts_text(ranks)
     layers = layers_for(tensors, architecture, rank=network.network_dim, text_encoder=text)
     return tuple(dataclasses.replace(layer, rank=ranks.get(layer.target.key, layer.rank)) for layer in layers)
 
@@ -109,42 +109,42 @@ def parts_not_needed(settings: Settings, device: torch.device) -> frozenset[Part
     return frozenset(part for part, idle in parts.items() if idle)
 
 
-def room_for_encoding(settings: Settings, model: FrozenModel, host: Host, network: AdapterNetwork) -> Room:
+def room_for_encoding(settings: Settings, model: FrozenModel, leased: LeasedModel, network: AdapterNetwork) -> Room:
     """What encoding images may take of a GPU: what is free, or what the memory budget leaves. Where that is less than it
     needs, UNet and text encoders wait on the CPU until `place_model`."""
     def available() -> int:
         free = free_bytes(model.device)
         if settings.memory.memory_budget:
-            leased = [t for part in (*model.components.values(), model.vae.tensors) for t in part.values()]
-            taken = _size(t for t in (*leased, *network.parameters()) if t.device.type == model.device.type)
+            frozen = [t for part in (*model.components.values(), model.vae.tensors) for t in part.values()]
+            taken = _size(t for t in (*frozen, *network.parameters()) if t.device.type == model.device.type)
             free = min(free, int(settings.memory.memory_budget * GIGABYTE) - taken - CONTEXT - WORKSPACES)
         return max(0, free)
 
     def room(needed: int) -> int:
         if available() < needed:
-            model.rebind(host.offload_parts({"unet", "text"}))
+            model.rebind(leased.offload_parts({"unet", "text"}))
             torch.cuda.empty_cache()
         return available()
     return room
 
 
-def place_model(settings: Settings, model: FrozenModel, host: Host, leased: LeasedModel, network: AdapterNetwork,
-                batches: Batches, config: StepConfig, *, dtype: torch.dtype, report: Report, stop: Stop,
+def place_model(settings: Settings, model: FrozenModel, leased: LeasedModel, network: AdapterNetwork, batches: Batches,
+                config: StepConfig, *, dtype: torch.dtype, report: Report, stop: Stop,
                 pause: Pause) -> Condition:
     """Bring the model to where the steps want it: the VAE leaves the device, captions are encoded, the text encoders leave it
     where they can, and the UNet's weights are held as `config` says. Returns the condition of the captions."""
     if "vae" in config.parts_on_cpu:
-        model.rebind(host.offload_parts({"vae"}))
+        model.rebind(leased.offload_parts({"vae"}))
     # What made room for encoding.
-    model.rebind(host.reload_parts({"text", "unet"} - ({"unet"} & config.parts_on_cpu)))
+    model.rebind(leased.reload_parts({"text", "unet"} - ({"unet"} & config.parts_on_cpu)))
     text = condition_of(settings, model, leased, network, batches, encode_now="text" in config.parts_on_cpu, dtype=dtype,
                         report=report, stop=stop, pause=pause)
     if "text" in config.parts_on_cpu and not text.needs_encoders:
-        model.rebind(host.offload_parts({"text"}))
+        model.rebind(leased.offload_parts({"text"}))
     if config.base_dtype:
         with translated("holding the model in eight bits"):
             if "unet" in config.parts_on_cpu:
-                model.rebind(host.offload_parts({"unet"}))
+                model.rebind(leased.offload_parts({"unet"}))
             model.unet.layers.replace(dict(quantised(model.unet.tensors, config.base_dtype, device=model.device,
                                                      channels_last=config.channels_last)))
     elif config.channels_last:

@@ -48,8 +48,8 @@ def build_network(settings: Settings, model: FrozenModel, weights: InitialWeight
             targets = find_targets(model.components, family=family, text_encoder=train_text)
             network = AdapterNetwork.build(targets, rank=chosen.network_dim, alpha=chosen.network_alpha, seed=seed)
         else:
-            has_text = any(key.startswith("lora_te") for key in weights.tensors)
-            targets = find_targets(model.components, family=family, text_encoder=train_text or has_text)
+            with_text = train_text or family.adapts_text(weights.tensors)
+            targets = find_targets(model.components, family=family, text_encoder=with_text)
             network = AdapterNetwork.continued(targets, weights.tensors, seed=seed)
             if network.fresh:
                 report(Warned(f"{len(network.fresh)} layers are not in {weights.name} and start anew."))
@@ -80,7 +80,7 @@ def ignored_by(model: FrozenModel, settings: Settings) -> list[str]:
     if settings.memory.cpu_offload_checkpointing and model.device.type != "cuda":
         notes.append("cpu_offload_checkpointing has no effect: there is no card, and activations are in ordinary memory.")
     if settings.memory.base_weights != "as they are" and model.device.type != "cuda":
-        notes.append("base_weights saves no memory without a card: its copies lie beside the model that is lent.")
+        notes.append("base_weights saves no memory without a card: its copies lie beside the leased model.")
     if model.architecture.zero_terminal_snr and model.schedule.prediction_type == "epsilon":
         notes.append("Zero terminal SNR suits models that predict v; one that predicts noise learns nothing from pure noise.")
     return notes

@@ -23,6 +23,7 @@ from lib_lora_train.run.output import checked_name, destination
 from lib_lora_train.run.resume import ResumePoint, find
 from lib_lora_train.settings import DECLARATIONS, Settings, flat, ignored, parse
 from lib_lora_train.settings.allowed_paths import AllowedPaths, check_allowed
+from lib_lora_train.training.optimizers import spec_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,13 +86,13 @@ def plan_job(settings: Settings, host: Host, *, on_progress: Callable[[int, int]
     """
     check_allowed(settings, host.allowed)
     agree_on_settings(group, settings)
-    point = find(settings.save.resume, host.runs_folder) if settings.save.resume else None
-    settings = _with_seed(settings, point, group)
-    target = result_path(settings, host, point) if group.rank == 0 else Path(settings.save.output_name)
+    resume_point = find(settings.save.resume, host.runs_folder) if settings.save.resume else None
+    settings = _with_seed(settings, resume_point, group)
+    target = result_path(settings, host, resume_point) if group.rank == 0 else Path(settings.save.output_name)
     checkpoint = host.checkpoint()
     plan = plan_dataset(settings, family=checkpoint.family if checkpoint else "", allowed=host.allowed, on_progress=on_progress,
                         should_stop=should_stop, processes=group.world_size)
-    return dataclasses.replace(plan, settings=_frozen(plan), target=target, resume_point=point)
+    return dataclasses.replace(plan, settings=_frozen(plan), target=target, resume_point=resume_point)
 
 
 def plan_dataset(settings: Settings, *, family: str, allowed: AllowedPaths | None = None,
@@ -106,6 +107,7 @@ def plan_dataset(settings: Settings, *, family: str, allowed: AllowedPaths | Non
     dataset_settings, optimizer = settings.dataset, settings.optimizer
     if not dataset_settings.train_data_dir:
         raise DatasetError("No dataset folder was given", remedy="choose a folder of pictures")
+    spec_of(optimizer.optimizer_type)  # an unknown one is refused here, before anything is read
     buckets = buckets_for(dataset_settings, sizes=training_sizes(family))
     found = scan(
         Path(dataset_settings.train_data_dir), max_train_epochs=optimizer.max_train_epochs,
@@ -126,21 +128,21 @@ def output_folder(settings: Settings, host: Host) -> Path:
     return Path(settings.save.output_dir) if settings.save.output_dir else host.lora_folder
 
 
-def result_path(settings: Settings, host: Host, point: ResumePoint | None) -> Path:
+def result_path(settings: Settings, host: Host, resume_point: ResumePoint | None) -> Path:
     """Where the result goes, the folder made and the name known to be free; raises OutputError.
 
     A run that goes on may replace what it has saved itself.
     """
     folder, name = output_folder(settings, host), checked_name(settings.save.output_name)
-    own = point is not None and point.wrote(folder / f"{name}.safetensors")
+    own = resume_point is not None and resume_point.wrote(folder / f"{name}.safetensors")
     return destination(folder, name=name, overwrite=settings.save.overwrite or own)
 
 
-def _with_seed(settings: Settings, point: ResumePoint | None, group: ProcessGroup) -> Settings:
+def _with_seed(settings: Settings, resume_point: ResumePoint | None, group: ProcessGroup) -> Settings:
     """A seed is drawn where none was given, once in a run, for all of its processes."""
     if settings.optimizer.seed >= 0:
         return settings
-    seed = int(point.metadata["settings"].get("seed", -1)) if point else -1
+    seed = int(resume_point.metadata["settings"].get("seed", -1)) if resume_point else -1
     seed = group.all_gather(seed if seed >= 0 else secrets.randbelow(2**32))[0]
     return dataclasses.replace(settings, optimizer=dataclasses.replace(settings.optimizer, seed=seed))
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 
-from lib_lora_train.adapters.metadata import FolderMetadata, ModelFile, TrainingMetadata, describe
+from lib_lora_train.adapters.metadata import TrainingMetadata, describe
 from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.host.port import LeasedModel
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.run.planning import RunPlan
 from lib_lora_train.settings import flat
+from lib_lora_train.training.optimizers import spec_of
 
 
 class Provenance:
@@ -30,22 +31,17 @@ class Provenance:
             family=family, v_prediction=model.schedule.prediction_type == "v_prediction",
             zero_terminal_snr=model.architecture.zero_terminal_snr, resolution=plan.resolution,
             dim=layer.rank, alpha=layer.alpha, network_module=self._network.kind.network_module,
+            optimizer=spec_of(settings.optimizer.optimizer_type).class_name,
             steps=step, epoch=epoch, total_epochs=schedule.epochs, total_steps=schedule.steps,
             batches_per_epoch=schedule.batches_per_epoch, batch_size=settings.optimizer.train_batch_size,
             processes=plan.processes, started_at=self.started_at, finished_at=time.time(),
             clip_skip=(settings.captions.clip_skip or self._borrowed.clip_skip) if model.text.uses_clip_skip else None,
-            checkpoint=ModelFile(checkpoint.name, checkpoint.legacy_hash or None, checkpoint.sha256 or None),
-            vae=ModelFile(checkpoint.vae_name or None), folders=self._folders(),
+            checkpoint_name=checkpoint.name, checkpoint_legacy_hash=checkpoint.legacy_hash or None,
+            checkpoint_sha256=checkpoint.sha256 or None, vae_name=checkpoint.vae_name or None,
+            dataset_dirs=plan.dataset.dataset_dirs(), reg_dataset_dirs=plan.dataset.dataset_dirs(regularisation=True),
+            tag_frequency=plan.dataset.tag_frequency(),
             buckets=dict(schedule.buckets) if settings.dataset.enable_bucket else None,
             aspect_error=plan.aspect_error, settings=self._written()), name)
-
-    def _folders(self) -> list[FolderMetadata]:
-        dataset = self._plan.dataset
-        tags = dataset.tag_frequency()
-        return [FolderMetadata(name, entry["n_repeats"], entry["img_count"], {} if regularisation else tags.get(name, {}),
-                            regularisation)
-                for regularisation in (False, True)
-                for name, entry in dataset.dataset_dirs(regularisation=regularisation).items()]
 
     def _written(self) -> dict[str, object]:
         """The settings as kohya writes them: what is switched off is None, what was chosen by itself is what it became."""

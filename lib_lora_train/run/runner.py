@@ -22,7 +22,7 @@ from lib_lora_train.host.port import Host
 from lib_lora_train.run.job import run_job
 from lib_lora_train.run.output import checked_name
 from lib_lora_train.run.planning import RunPlan
-from lib_lora_train.run.record import PastRun, RunRecord, new_folder, past_runs, read_events
+from lib_lora_train.run.record import RunRecord, new_folder, read_events
 from lib_lora_train.run.resume import run_folder
 from lib_lora_train.settings import Settings, flat
 
@@ -66,8 +66,8 @@ class Status:
 class _Run:
     """The mutable state of the one run; every access is under the runner's lock."""
 
-    def __init__(self, plan: RunPlan, requested: Settings, record: RunRecord, host: Host) -> None:
-        self.plan, self.requested, self.record, self.host = plan, requested, record, host
+    def __init__(self, plan: RunPlan, requested: Settings, record: RunRecord) -> None:
+        self.plan, self.requested, self.record = plan, requested, record
         self.started = time.time()
         self.stop: StopKind = ""
         self.planned: events.Planned | None = None
@@ -144,7 +144,7 @@ class Runner:
             old = run_folder(settings.save.resume, host.runs_folder) if settings.save.resume else None
             folder = old or new_folder(host.runs_folder, settings.save.output_name)
             record = RunRecord(folder, settings)
-            self._run = _Run(plan, requested or settings, record, host)
+            self._run = _Run(plan, requested or settings, record)
             if old:
                 self._run.remember(old)
             # A daemon: closing the WebUI must not wait for hours of training. Saves are atomic, so nothing is torn.
@@ -158,10 +158,7 @@ class Runner:
             if self._run is None or self._run.finished is not None:
                 return False
             self._run.stop = "save" if save else "stop"
-            host = self._run.host
-        # It may not even have the model yet, and nobody would ask it to stop.
-        host.stop_waiting()
-        return True
+            return True
 
     def running(self) -> bool:
         """Whether a job is under way."""
@@ -192,10 +189,6 @@ class Runner:
         """The settings that the user chose for the current or last run, by name; {} before the first."""
         with self._lock:
             return dict(flat(self._run.requested)) if self._run else {}
-
-    def runs(self, folder: Path) -> list[PastRun]:
-        """The runs that `folder` remembers, newest first."""
-        return past_runs(folder)
 
     def _work(self, run: _Run, host: Host) -> None:
         def report(event: events.Event) -> None:

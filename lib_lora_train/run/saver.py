@@ -101,7 +101,7 @@ class Saver:
         """See `Callback`: a LoRA and the state where they are due."""
         self._progress = progress
         if path := self._due(progress):
-            progress.settle()
+            progress.flush()
             self._save_intermediate(path, progress)
             self._checkpointer.save(progress.snapshot)
         else:

@@ -21,12 +21,6 @@ from lib_lora_train.settings.areas import (
 )
 from lib_lora_train.settings.field import Declaration, Value, declarations, read
 
-__all__ = [
-    "AREAS", "DECLARATIONS", "CaptionSettings", "DatasetSettings", "Declaration", "LossSettings", "MemorySettings",
-    "NetworkSettings", "OptimizerSettings", "SaveSettings", "Settings", "Value", "assignment", "declarations", "flat",
-    "ignored", "parse", "read",
-]
-
 
 @dataclasses.dataclass(frozen=True)
 class Settings:

@@ -110,7 +110,8 @@ class OptimizerSettings:
     text_encoder_lr: float = setting(
         5e-5, "Text encoder learning rate", "Used when the text encoder is trained. Half of the UNet's is usual.",
         minimum=0, maximum=10)
-    optimizer_type: str = setting("AdamW", "Optimizer", "The method that turns gradients into changes.", choices=("AdamW",))
+    optimizer_type: str = setting(
+        "AdamW", "Optimizer", "The method that turns gradients into changes.", choices=("AdamW",), open_choice=True)
     weight_decay: float = setting(
         0.01, "Weight decay", "Pulls weights gently towards zero.", minimum=0, maximum=1, step=0.01)
     lr_scheduler: str = setting(

@@ -21,7 +21,8 @@ _OLD_CHOICES: dict[tuple[str, Value], Value] = {("cuda_graphs", "auto"): "off"}
 
 @dataclasses.dataclass(frozen=True)
 class Declaration:
-    """One setting. `name` is kohya's where kohya has it; `in_view` puts it above the fold of the page."""
+    """One setting. `name` is kohya's where kohya has it; `in_view` puts it above the fold of the page. With `open_choice` the
+    `choices` are suggestions, and any other text is passed on to the code that knows what it names."""
 
     name: str
     type: type
@@ -34,15 +35,17 @@ class Declaration:
     choices: tuple[str, ...] = ()
     in_view: bool = False
     is_path: bool = False
+    open_choice: bool = False
 
 
 def setting(
     default: Value, label: str, help: str, *, minimum: float | None = None, maximum: float | None = None,
     step: float | None = None, choices: tuple[str, ...] = (), in_view: bool = False, is_path: bool = False,
+    open_choice: bool = False,
 ) -> Any:
     """A dataclass field that declares a setting; its name and type come from the class it stands in."""
     return dataclasses.field(default=default, metadata={"declaration": Declaration(
-        "", type(default), default, label, help, minimum, maximum, step, choices, in_view, is_path)})
+        "", type(default), default, label, help, minimum, maximum, step, choices, in_view, is_path, open_choice)})
 
 
 def declarations(area: type) -> tuple[Declaration, ...]:
@@ -55,7 +58,7 @@ def read(declaration: Declaration, value: object) -> Value:
     """`value` as the setting's type, within its bounds; raises SettingError that names the setting and its range."""
     converted = _CONVERT[declaration.type](declaration, value)
     converted = _OLD_CHOICES.get((declaration.name, converted), converted)
-    if declaration.choices and converted not in declaration.choices:
+    if declaration.choices and converted not in declaration.choices and not declaration.open_choice:
         raise _refused(declaration, value, f"it must be one of {', '.join(declaration.choices)}")
     if isinstance(converted, str) and not declaration.is_path and converted != printable(converted):
         raise _refused(declaration, value, "it is not text in UTF-8")

@@ -59,16 +59,13 @@ class Tasks:
         self._runner: TaskRunner[tuple[str, str]] = TaskRunner("lora-train-studio")
         self._task: Task | None = None
         self._id, self._with_model = 0, False
-        self._on_stop: Callable[[], None] = lambda: None
 
     def start(self, name: str, function: TaskFunction, *, interrupted: Callable[[], bool] = lambda: False,
-              on_stop: Callable[[], None] = lambda: None, ended: Callable[[], None] = lambda: None,
-              with_model: bool = False) -> int:
+              ended: Callable[[], None] = lambda: None, with_model: bool = False) -> int:
         """Run `function` in the background and return the task's number.
 
-        `interrupted` is another way of being stopped (the host's button), `on_stop` wakes a function that waits, `ended` is
-        called when it is over, however it ended; `with_model` says that it uses the host's model. Raises HostError while
-        another task runs.
+        `interrupted` is another way of being stopped (the host's button), `ended` is called when it is over, however it ended;
+        `with_model` says that it uses the host's model. Raises HostError while another task runs.
         """
         task = Task(name, should_stop=lambda: bool(self._runner.stopping) or interrupted())
 
@@ -81,16 +78,12 @@ class Tasks:
 
         with self._lock:
             self._id = self._runner.start(job, name=name, doing=name.lower(), busy=f"The studio is busy ({self.name()})")
-            self._task, self._on_stop, self._with_model = task, on_stop, with_model
+            self._task, self._with_model = task, with_model
             return self._id
 
     def stop(self) -> bool:
         """Ask the running task to end. False if nothing runs."""
-        on_stop = self._on_stop
-        stopping = self._runner.stop()
-        if stopping:
-            on_stop()
-        return stopping
+        return self._runner.stop()
 
     def running(self) -> bool:
         """Whether a task is under way."""

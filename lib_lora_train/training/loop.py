@@ -88,11 +88,11 @@ class Progress:
         """The state is that after `step`."""
         self.step, self.epoch, self._consistent = step, epoch, True
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Wait for the losses of all steps made, and report them. Raises TrainingError if one is not a number."""
         # If that is raised, or the host objects to a step it hears of, the state must not be kept.
         consistent, self._consistent = self._consistent, False
-        self._losses.settle()
+        self._losses.flush()
         self._consistent = consistent
 
     def release(self) -> None:
@@ -113,7 +113,7 @@ class Progress:
         memory with the running ones."""
         if not self._consistent:
             return None
-        self.settle()
+        self.flush()
         return capture(self.step, network=self._network, optimizer=self._optimizer, scaler=self._scaler,
                        recent=self._losses.recent(), overflows=self._losses.overflows)
 
@@ -169,7 +169,7 @@ def train(model: FrozenModel, *, network: AdapterNetwork, epoch_batches: EpochBa
             progress.advance(step, epoch)
             for callback in callbacks:
                 callback.after_step(progress)
-        progress.settle()
+        progress.flush()
     return progress
 
 

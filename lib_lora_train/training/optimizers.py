@@ -20,10 +20,12 @@ ParamGroup = dict[str, Any]
 class OptimizerSpec(Protocol):
     """How an optimizer is built, and what it can be given.
 
+    class_name      what the LoRA file's metadata call it (ss_optimizer)
     accepts_flat    whether it treats every element alike (no norms of single weights): it is then given one flat parameter a
                     group instead of hundreds, which is one kernel instead of hundreds
     """
 
+    class_name: str
     accepts_flat: bool
 
     def build(self, groups: list[ParamGroup], *, weight_decay: float) -> torch.optim.Optimizer:
@@ -41,7 +43,7 @@ class AdamW:
     """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101), torch's own; one kernel a group where torch has it for the device
     (CUDA; from torch 2.4 on the CPU)."""
 
-    accepts_flat = True
+    class_name, accepts_flat = "torch.optim.adamw.AdamW", True
 
     def build(self, groups: list[ParamGroup], *, weight_decay: float) -> torch.optim.Optimizer:
         """See `OptimizerSpec`. Its state is there before the first step, so that it can be restored."""

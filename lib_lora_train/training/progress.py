@@ -68,7 +68,7 @@ class LossReporter:
         while self._pending and (self._pending[0].arrived is None or self._pending[0].arrived.query()):
             self._tell(self._pending.popleft())
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Wait for all that is pending and report it."""
         while self._pending:
             if self._pending[0].arrived is not None:

@@ -31,7 +31,8 @@ def field(declaration: Declaration, value: Value) -> Any:
     if declaration.type is bool:
         component = gr.Checkbox(value=bool(value), min_width=120, **common)
     elif declaration.choices:
-        component = gr.Dropdown(value=value, choices=list(declaration.choices), min_width=120, **common)
+        component = gr.Dropdown(value=value, choices=list(declaration.choices), min_width=120,
+                                allow_custom_value=declaration.open_choice, **common)
     elif declaration.type is str:
         component = gr.Textbox(value=str(value), max_lines=1, min_width=200 if declaration.is_path else 90, **common)
     elif slides(declaration):
@@ -70,7 +71,7 @@ def shown(declaration: Declaration, value: object) -> bool:
     """Whether the setting's component could show `value`: one from the browser's memory may be of another version."""
     if declaration.type is bool:
         return isinstance(value, bool)
-    if declaration.choices:
+    if declaration.choices and not declaration.open_choice:
         return value in declaration.choices
     if declaration.type is str:
         return isinstance(value, str)

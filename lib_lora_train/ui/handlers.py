@@ -67,19 +67,12 @@ class Handlers:
 
     def start(self, token: str, page: Latest, *values: object) -> tuple[Any, Any]:
         """(a refusal as HTML or nothing, whether the button "Overwrite it" shows)."""
-        if not self._ours(token):
-            return _problem(OUTDATED), gr.update(visible=False)
-        # The page plans once more afterwards; an older plan would come too late.
-        page.ask()
-        return self._start(self._by_name(values))
+        return self._start(token, page, self._by_name(values))
 
     def start_overwriting(self, token: str, page: Latest, answer: str, *values: object) -> tuple[Any, Any]:
         """As `start`, replacing a LoRA of the name, this once: the one that `answer`, the refusal, spoke of."""
-        if not self._ours(token):
-            return _problem(OUTDATED), gr.update(visible=False)
-        page.ask()
         chosen = self._by_name(values)
-        return self._start({**chosen, "overwrite": True} if _answers(answer, chosen) else chosen)
+        return self._start(token, page, {**chosen, "overwrite": True} if _answers(answer, chosen) else chosen)
 
     def apply_preset(self, name: str) -> list[Any]:
         """[what the preset is for, as HTML; an update for each field, empty where the preset does not name it]."""
@@ -122,7 +115,11 @@ class Handlers:
         made = self.runner.running() and self.runner.settings().get("output_name") == name
         return _plan_text(found, taken="" if made or not found["name_taken"] else name)
 
-    def _start(self, chosen: dict[str, object]) -> tuple[Any, Any]:
+    def _start(self, token: str, page: Latest, chosen: dict[str, object]) -> tuple[Any, Any]:
+        if not self._ours(token):
+            return _problem(OUTDATED), gr.update(visible=False)
+        # The page plans once more afterwards; an older plan would come too late.
+        page.ask()
         try:
             service.start(chosen, runner=self.runner, host=self.host)
         except LoraTrainError as error:

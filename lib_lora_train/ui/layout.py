@@ -43,7 +43,8 @@ def build_tab(*, runner: Runner, host: Host, defaults: Mapping[str, Value], toke
     first = {**flat(Settings()), **defaults}
     fields: dict[str, Any] = {}
     with gr.Blocks(analytics_enabled=False) as tab, gr.Column(elem_id="lora_train", elem_classes=["lora-train"]):
-        gr.HTML(_header(), elem_id="lora_train_header")
+        # The script writes the model in use into it, which may change while the page is open.
+        gr.HTML('<div id="lora_train_model" class="lora-train-model"></div>', elem_id="lora_train_header")
         # Not drawn; the script reads them from the page's configuration.
         unsaved(gr.Textbox(value=_page_data(), visible=False, elem_id="lora_train_page", label="Page"))
         key = unsaved(gr.Textbox(value=token, visible=False, elem_id="lora_train_token", label="Token"))
@@ -96,17 +97,13 @@ def _settings_column(fields: dict[str, Any], first: Mapping[str, Value]) -> tupl
                     label="Preset", choices=[NO_PRESET, *(p.name for p in presets())], value=NO_PRESET,
                     interactive=True, min_width=120, elem_id="lora_train_preset"))
                 about_preset = gr.HTML("", elem_id="lora_train_preset_about")
-    for area, title in _folds():
+    # An area that has no title yet is called by its name.
+    for area, title in (FOLDS | {area: area.capitalize() for area in AREAS if area not in FOLDS}).items():
         folded = [d for d in declarations(AREAS[area]) if d.name not in fields]
         if folded:
             with gr.Accordion(title, open=False, elem_id=f"lora_train_fold_{area}", elem_classes=["lora-train-fold"]):
                 _folded_rows(folded, fields, first)
     return preset, about_preset
-
-
-def _folds() -> Iterable[tuple[str, str]]:
-    """Every area with its title; one that has none yet is called by its name."""
-    return [*FOLDS.items(), *((area, area.capitalize()) for area in AREAS if area not in FOLDS)]
 
 
 def _folded_rows(folded: Iterable[Declaration], fields: dict[str, Any], first: Mapping[str, Value]) -> None:
@@ -141,11 +138,6 @@ def _run_column() -> tuple[Any, Any, Any, Any]:
     with gr.Row(elem_id="lora_train_help"):
         unsaved(gr.Button("Report a problem", elem_id="lora_train_report", size="sm", min_width=120))
     return summary, start, answer, overwrite
-
-
-def _header() -> str:
-    # The script writes the model in use into it, which may change while the page is open.
-    return '<div id="lora_train_model" class="lora-train-model"></div>'
 
 
 def _page_data() -> str:

@@ -12,7 +12,6 @@ import secrets
 import socket
 import sys
 import webbrowser
-from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,8 @@ import gradio as gr
 import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import Response
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lib_lora_train import api
 from lib_lora_train.errors import HostError, SettingError
@@ -31,20 +32,16 @@ from lib_lora_train.ui.layout import build_tab
 _ROOT = Path(__file__).resolve().parents[2]
 # The WebUI loads the folder in the order of names; what the others are built of comes first here.
 SCRIPTS = tuple(_ROOT / "javascript" / f"lora_train{part}.js" for part in (
-    "_curve", "_resume", "", *(f"_studio{part}" for part in (
+    "_curve", "_progress", "_resume", "", *(f"_studio{part}" for part in (
         "_parts", "_api", "_top", "_add", "_gallery", "_editor", "_tags", "_panels", "_shape", "_mask", "_caption", ""))))
 STYLES = (_ROOT / "style.css", Path(__file__).with_name("standalone.css"))
 _OUR_HEAD = (f'<link rel="stylesheet" href=".{api.PREFIX}/page.css">'
              f'<script src=".{api.PREFIX}/page.js" defer></script>').encode()
 # gradio's page asks other servers for fonts and for a script that is only of use inside a frame.
 _OUTSIDE = re.compile(rb'<script\b[^>]*\bsrc="https?://[^>]*>\s*</script>|<link\b[^>]*\bhref="https?://[^>]*>')
-_POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'"
+_POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'"
 # Paths of gradio that serve or receive files; this page needs neither.
 _CLOSED = ("/file", "/upload", "/stream", "/proxy")
-
-_Message = MutableMapping[str, Any]
-_Application = Callable[[_Message, Callable[[], Awaitable[_Message]], Callable[[_Message], Awaitable[None]]],
-                        Awaitable[None]]
 
 
 def serve(host: Host, *, port: int, address: str = "127.0.0.1", auth: str = "", open_browser: bool = False) -> None:
@@ -121,11 +118,6 @@ def make_app(host: Host, *, address: str = "127.0.0.1", login: tuple[str, str] |
     return app
 
 
-def _without_port(host: str) -> str:
-    """ "localhost:7860" -> "localhost", "[::1]:7860" -> "[::1]"."""
-    return re.sub(r":\d+$", "", host)
-
-
 def _script() -> Response:
     return Response(b"\n".join(path.read_bytes() for path in SCRIPTS), media_type="text/javascript")
 
@@ -147,57 +139,48 @@ class _Guard:
     which gradio by itself lets pass.
     """
 
-    def __init__(self, app: _Application, *, loopback_only: bool) -> None:
+    def __init__(self, app: ASGIApp, *, loopback_only: bool) -> None:
         self._app, self._loopback_only = app, loopback_only
 
-    async def __call__(self, scope: _Message, receive: Callable[[], Awaitable[_Message]],
-                       send: Callable[[_Message], Awaitable[None]]) -> None:
-        if scope["type"] not in ("http", "websocket"):
-            await self._app(scope, receive, send)
-        elif refusal := self._refusal(scope):
-            if scope["type"] == "websocket":
-                await send({"type": "websocket.close", "code": 1008})
-            else:
-                await Response(refusal, 403, media_type="text/plain")(scope, receive, send)
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = self._refusal(scope) if scope["type"] in ("http", "websocket") else ""
+        if refusal and scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        elif refusal:
+            await Response(refusal, 403, media_type="text/plain")(scope, receive, send)
         else:
-            await self._app(scope, receive, _Rewriter(send).send if scope["type"] == "http" else send)
+            await self._app(scope, receive, _rewriting(send) if scope["type"] == "http" else send)
 
-    def _refusal(self, scope: _Message) -> str:
-        headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        host = headers.get(b"host", "").lower()
-        if self._loopback_only and not is_loopback(_without_port(host)):
+    def _refusal(self, scope: Scope) -> str:
+        headers = Headers(scope=scope)
+        host, origin = headers.get("host", "").lower(), headers.get("origin")
+        # "localhost:7860" -> "localhost", "[::1]:7860" -> "[::1]".
+        if self._loopback_only and not is_loopback(re.sub(r":\d+$", "", host)):
             return "This page is served to this machine only; open it as http://localhost."
-        origin = headers.get(b"origin")
         if origin is not None and not api.same_origin(origin, host):
             return "A request from another web page is not accepted."
         return "There is nothing here." if scope["path"].startswith(_CLOSED) else ""
 
 
-class _Rewriter:
-    """Puts our script and style into HTML pages, and removes and forbids what is loaded from elsewhere."""
+def _rewriting(send: Send) -> Send:
+    """As `send`, but puts our script and style into HTML pages, and removes and forbids what is loaded from elsewhere."""
+    start: Message | None = None
+    body = b""
 
-    def __init__(self, send: Callable[[_Message], Awaitable[None]]) -> None:
-        self._send = send
-        self._start: _Message | None = None
-        self._body = b""
-
-    async def send(self, message: _Message) -> None:
-        if message["type"] == "http.response.start" and _is_html(message):
-            self._start = message
-        elif message["type"] == "http.response.body" and self._start is not None:
-            self._body += message.get("body", b"")
-            if not message.get("more_body"):
-                await self._finish(self._start)
+    async def rewriting(message: Message) -> None:
+        nonlocal start, body
+        if message["type"] == "http.response.start" and Headers(raw=message["headers"]).get("content-type", "").startswith(
+                "text/html"):
+            start = message
+        elif start is None:
+            await send(message)
         else:
-            await self._send(message)
+            body += message.get("body", b"")
+            if not message.get("more_body"):
+                body = _OUTSIDE.sub(b"", body).replace(b"</head>", _OUR_HEAD + b"</head>", 1)
+                headers = MutableHeaders(raw=list(start["headers"]))
+                headers.update({"content-length": str(len(body)), "content-security-policy": _POLICY})
+                await send({**start, "headers": headers.raw})
+                await send({"type": "http.response.body", "body": body})
 
-    async def _finish(self, start: _Message) -> None:
-        body = _OUTSIDE.sub(b"", self._body).replace(b"</head>", _OUR_HEAD + b"</head>", 1)
-        headers = [(name, value) for name, value in start["headers"] if name.lower() != b"content-length"]
-        headers += [(b"content-length", str(len(body)).encode()), (b"content-security-policy", _POLICY)]
-        await self._send({**start, "headers": headers})
-        await self._send({"type": "http.response.body", "body": body})
-
-
-def _is_html(start: _Message) -> bool:
-    return any(name.lower() == b"content-type" and value.startswith(b"text/html") for name, value in start["headers"])
+    return rewriting

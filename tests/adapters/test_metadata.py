@@ -5,15 +5,17 @@ import json
 
 import pytest
 
-from lib_lora_train.adapters.metadata import FolderMetadata, ModelFile, TrainingMetadata, describe
+from lib_lora_train.adapters.metadata import TrainingMetadata, describe
 from lib_lora_train.model.family import FAMILIES
 
 FACTS = TrainingMetadata(
     family=FAMILIES["sd1"], v_prediction=False, zero_terminal_snr=False, resolution=(512, 768), dim=16, alpha=8.0,
     steps=500, epoch=5, total_epochs=10, total_steps=1000, batches_per_epoch=100, batch_size=2,
     started_at=1700000000.25, finished_at=1700003600.5, clip_skip=2,
-    checkpoint=ModelFile("model.safetensors", "abcd1234", "f" * 64),
-    folders=(FolderMetadata("10_cat", 10, 20, {"cat": 20, "a hat": 3}), FolderMetadata("1_animal", 1, 50, {}, True)),
+    checkpoint_name="model.safetensors", checkpoint_legacy_hash="abcd1234", checkpoint_sha256="f" * 64,
+    dataset_dirs={"10_cat": {"n_repeats": 10, "img_count": 20}},
+    reg_dataset_dirs={"1_animal": {"n_repeats": 1, "img_count": 50}},
+    tag_frequency={"10_cat": {"cat": 20, "a hat": 3}},
     buckets={(512, 768): 150, (768, 512): 50}, aspect_error=0.03125,
     settings={"unet_lr": 1e-4, "text_encoder_lr": 5e-5, "min_snr_gamma": 5.0, "seed": 42, "noise_offset": None,
               "train_data_dir": "/home/somebody/pictures", "output_dir": "/home/somebody"})
@@ -77,6 +79,6 @@ def test_no_path_of_the_users_disk_is_written() -> None:
 
 
 def test_what_is_not_known_is_left_out() -> None:
-    written = describe(dataclasses.replace(FACTS, checkpoint=ModelFile(), clip_skip=None), "cat")
+    written = describe(dataclasses.replace(FACTS, checkpoint_legacy_hash=None, clip_skip=None), "cat")
     assert "ss_sd_model_hash" not in written and "ss_vae_name" not in written
     assert "modelspec.encoder_layer" not in written

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from lib_lora_train.adapters import file
-from lib_lora_train.adapters.base import AdapterKind, Cost, WorkingCopy, misfit
+from lib_lora_train.adapters.base import AdapterKind, WorkingCopy
 from lib_lora_train.adapters.network import ADAPTERS, AdapterNetwork
 from lib_lora_train.adapters.targets import Target, find_targets
 from lib_lora_train.errors import LoraFileError
 from lib_lora_train.model import frozen
-from lib_lora_train.model.ops.layers import Weight, frozen_conv2d, frozen_linear
+from lib_lora_train.model.ops.convolution import frozen_conv2d
+from lib_lora_train.model.ops.linear import frozen_linear
+from lib_lora_train.model.ops.weights import Weight
 from tests.model.small_checkpoints import HINTS, checkpoint, tokenizers
 
 
@@ -50,11 +52,11 @@ class Scales:
 
     def load(self, target: Target, tensors: Mapping[str, Tensor]) -> Scale:
         if tensors["weight"].shape != (target.out_features,):
-            raise misfit(f"{target.key} has another width")
+            raise LoraFileError(f"{target.key} has another width")
         return Scale(tensors["weight"].float().clone())
 
-    def cost(self, target: Target, *, rank: int) -> Cost:
-        return Cost(target.out_features, target.out_features)
+    def cost(self, target: Target, *, rank: int) -> int:
+        return target.out_features
 
 
 @pytest.fixture
@@ -108,7 +110,7 @@ def test_it_trains_is_saved_and_loaded(tmp_path: Path, kind: AdapterKind, flat: 
 
 def test_its_cost_and_the_errors_of_its_files_are_its_own(kind: AdapterKind) -> None:
     target = Target("unet", "it", "lora_unet_it", 3, 5, as_conv=False)
-    assert kind.cost(target, rank=9) == Cost(5, 5)
+    assert kind.cost(target, rank=9) == 5
     for tensors in ({"lora_unet_it.weight": torch.zeros(4)}, {"lora_unet_it.lora_up.weight": torch.zeros(5, 3)}):
         with pytest.raises(LoraFileError):
             AdapterNetwork.continued([target], tensors, seed=0, kind=kind)

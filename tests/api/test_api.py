@@ -237,7 +237,7 @@ def test_a_loss_that_is_no_number_is_still_json(desk: Desk, monkeypatch: pytest.
 
 
 def test_a_defect_is_answered_with_a_sentence_and_logged(desk: Desk, monkeypatch: pytest.MonkeyPatch, caplog):
-    monkeypatch.setattr(service, "runs", lambda **_: 1 / 0)
+    monkeypatch.setattr(service, "runs", lambda _: 1 / 0)
     answer = desk.get("runs", PAGE)
     assert answer.status_code == 500 and list(answer.json()) == ["error"]
     assert "ZeroDivisionError" not in answer.text and "ZeroDivisionError" in caplog.text

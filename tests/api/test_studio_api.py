@@ -696,7 +696,7 @@ def test_one_image_is_cut_mirrored_and_split(desk: Desk):
 def model_desk(desk: Desk, host) -> Desk:
     """A desk whose host lends a small model and paints."""
     desk.filled()
-    for name in ("checkpoint", "lease", "others_waiting", "yield_model", "interrupted", "report", "outline"):
+    for name in ("checkpoint", "lease", "interrupted", "report", "outline"):
         setattr(desk.host, name, getattr(host, name))
     return desk
 

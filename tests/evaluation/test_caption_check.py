@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
 
@@ -118,15 +119,19 @@ class Watching:
     def __getattr__(self, name: str):
         return getattr(self._host, name)
 
-    def others_waiting(self) -> bool:
-        return True
+    @contextlib.contextmanager
+    def lease(self, *, stop):
+        with self._host.lease(stop=stop) as leased:
+            leased.others_waiting = lambda: True
+            leased.yield_model = lambda report: self._yielded(leased)
+            yield leased
 
     def interrupted(self) -> bool:
         return self.pressed
 
-    def yield_model(self, *, report, stop):
+    def _yielded(self, leased):
         self.handed += 1
-        return None if self.gone else self._host.yield_model(report=report, stop=stop)
+        return None if self.gone else leased.tensors
 
 
 def test_others_get_the_model_between_two_pictures_and_the_result_is_the_same(host, images):

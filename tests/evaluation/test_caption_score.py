@@ -28,11 +28,8 @@ class LeasingHost:
         self._leased = leased
 
     @contextlib.contextmanager
-    def lease(self):
+    def lease(self, *, stop):
         yield self._leased
-
-    def others_waiting(self) -> bool:
-        return False
 
     def interrupted(self) -> bool:
         return False

@@ -124,7 +124,7 @@ def test_what_was_offloaded_is_back_at_the_end_and_while_others_have_the_model(w
         assert on_card(webui, card) == {"unet", "vae"}
         lease.offload_parts({"vae"})
         lease.queue.yield_to_others = lambda stop: seen.append(on_card(webui, card))
-        assert lease.yield_model(report=lambda _: None, stop=lambda: False) is not None
+        assert lease.yield_model(lambda _: None) is not None
         assert on_card(webui, card) == {"unet"}
     assert seen == [set(PARTS)] and on_card(webui, card) == set(PARTS) and not webui.lock.locked()
 
@@ -178,7 +178,7 @@ def test_who_trains_is_told_that_others_find_no_whole_model(webui, card):
         lease.offload_parts({"vae"})
         card.full = lambda: not seen
         lease.queue.yield_to_others = lambda stop: None
-        lease.yield_model(report=seen.append, stop=lambda: False)
+        lease.yield_model(seen.append)
     assert [type(event) for event in seen] == [Warned] and on_card(webui, card) == set(PARTS)
 
 
@@ -200,7 +200,7 @@ def test_weights_that_others_changed_are_not_trained_on(webui, card):
 
     with pytest.raises(HostError), (lease := new_lease(webui)).leased():
         lease.queue.yield_to_others = change
-        lease.yield_model(report=lambda _: None, stop=lambda: False)
+        lease.yield_model(lambda _: None)
     assert not webui.lock.locked() and not webui.shown()
 
 
@@ -226,7 +226,7 @@ def test_an_exception_brings_a_model_back_that_was_moved_to_the_device(webui, ca
 @pytest.fixture
 def host(webui, monkeypatch):
     for name in ("paths", "launch_utils"):
-        monkeypatch.setattr(sys.modules["modules"], name, SimpleNamespace(), raising=False)
+        monkeypatch.setattr(sys.modules["modules"], name, SimpleNamespace(data_path="", models_path=""), raising=False)
     monkeypatch.setattr(sys.modules["modules"].shared, "cmd_opts", SimpleNamespace(lowvram=False), raising=False)
     for name in ("allowed_paths", "captioners"):
         monkeypatch.setitem(sys.modules, f"lib_lora_train.host.a1111.{name}", ModuleType(name))

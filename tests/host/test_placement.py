@@ -216,7 +216,7 @@ def test_what_others_place_meanwhile_stays_where_they_put_it(card):
 def test_the_stand_alone_host_leases_what_it_offloaded_on_its_device_again(card, host):
     with host.lease() as leased:
         before = {name: facts(tensor) for name, tensor in leased.tensors.items()}
-        now = host.offload_parts({"vae", "text"})
+        now = leased.offload_parts({"vae", "text"})
         assert now.keys() == before.keys()
         away = {name for name, tensor in now.items() if card.device_of(tensor) == CPU}
         assert away == {name for name in before if name.startswith(("first_stage_model.", "cond_stage_model."))}
@@ -229,12 +229,12 @@ def test_the_stand_alone_host_leases_what_it_offloaded_on_its_device_again(card,
 def test_what_was_offloaded_can_be_reloaded_and_offloaded_again(card, host):
     with host.lease() as leased:
         before = {name: facts(tensor) for name, tensor in leased.tensors.items()}
-        host.offload_parts({"unet", "text"})
-        now = host.reload_parts({"unet", "vae"})
+        leased.offload_parts({"unet", "text"})
+        now = leased.reload_parts({"unet", "vae"})
         away = {name for name, tensor in now.items() if card.device_of(tensor) == CPU}
         assert away == {name for name in before if name.startswith("cond_stage_model.")}
         assert {name: facts(tensor) for name, tensor in now.items()} == before
-        again = host.offload_parts({"unet"})
+        again = leased.offload_parts({"unet"})
         assert card.device_of(again["model.diffusion_model.out.2.weight"]) == CPU
 
 
@@ -242,9 +242,9 @@ def test_what_was_offloaded_can_be_reloaded_and_offloaded_again(card, host):
 def test_a_full_machine_is_said_in_our_words_and_nothing_has_moved(card, host, full):
     with host.lease() as leased:
         if full == CARD:
-            host.offload_parts({"vae"})
+            leased.offload_parts({"vae"})
         before = {name: card.device_of(tensor) for name, tensor in leased.tensors.items()}
         placement.copy_to = refusing(card, device=full, after=3)
         with pytest.raises(TrainingError, match="moving parts of the model (off|back to) the device"):
-            host.offload_parts({"vae"}) if full == CPU else host.reload_parts({"vae"})
+            leased.offload_parts({"vae"}) if full == CPU else leased.reload_parts({"vae"})
         assert {name: card.device_of(tensor) for name, tensor in leased.tensors.items()} == before

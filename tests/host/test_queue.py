@@ -19,13 +19,13 @@ def test_a_free_lock_is_held_inside_and_free_afterwards_whatever_happens():
 
 
 def test_a_wait_that_is_given_up_ends_at_once_and_keeps_nothing():
-    lock, ended = threading.Lock(), []
+    lock, ended, stopped = threading.Lock(), [], threading.Event()
     lock.acquire()
     queue_lock = QueueLock(lock)
 
     def wait() -> None:
         try:
-            with queue_lock.held():
+            with queue_lock.held(stop=stopped.is_set):
                 ended.append("held")
         except Interrupted:
             ended.append("given up")
@@ -33,7 +33,7 @@ def test_a_wait_that_is_given_up_ends_at_once_and_keeps_nothing():
     waiter.start()
     while not queue_lock.waiting():
         assert waiter.is_alive()
-    queue_lock.stop_waiting()
+    stopped.set()
     waiter.join(10)
     assert ended == ["given up"] and not queue_lock.waiting()
     # The helper hands back what comes too late.
@@ -46,8 +46,7 @@ def test_a_lock_comes_when_the_lock_is_released_and_cannot_be_given_up_then():
     lock.acquire()
     queue_lock = QueueLock(lock)
     threading.Timer(0.05, lock.release).start()
-    with queue_lock.held():
-        queue_lock.stop_waiting()
+    with queue_lock.held(stop=lambda: not lock.locked()):
         assert lock.locked() and not queue_lock.waiting()
     assert not lock.locked()
 
@@ -120,21 +119,18 @@ def test_those_who_wait_go_first_in_their_order_and_who_comes_later_waits_for_th
     assert order == ["first", "second", "late"] and not lock.locked()
 
 
-@pytest.mark.parametrize("how", ["stop_waiting", "stop"])
-def test_who_no_longer_wants_it_back_gets_no_lock_and_releases_none(how):
+def test_who_no_longer_wants_it_back_gets_no_lock_and_releases_none():
     lock, go = FIFOLock(), threading.Event()
     queue_lock, order = QueueLock(lock), []
     with pytest.raises(Interrupted), queue_lock.held():
-        other = worker(lock, "other", order, before=go, then=queue_lock.stop_waiting if how == "stop_waiting" else lambda: None)
+        other = worker(lock, "other", order, before=go)
         lock.wait_for_queue(1)
-        queue_lock.yield_to_others(stop=lambda: how == "stop" and bool(order))
-    assert lock.locked() and queue_lock.cancelled() and not queue_lock.waiting()
+        queue_lock.yield_to_others(stop=lambda: bool(order))
+    assert lock.locked() and not queue_lock.waiting()
     go.set()
     other.join(30)
     assert lock.acquire() and order == ["other"]
     lock.release()  # for the helper that still stands in the queue, who hands it back
-    with pytest.raises(Interrupted):
-        queue_lock.acquire()
 
 
 def test_it_can_be_left_and_taken_again():

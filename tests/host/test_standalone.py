@@ -12,7 +12,7 @@ from lib_lora_train.errors import HostError, Interrupted, SettingError
 from lib_lora_train.host.port import RenderRequest
 from lib_lora_train.host.standalone import StandaloneHost
 from lib_lora_train.model import frozen
-from lib_lora_train.model.sampler import SampleRequest, sample_latents, to_image
+from lib_lora_train.model.sampler import SampleRequest, sample_batch, to_image
 from lib_lora_train.run import job
 from lib_lora_train.settings import parse
 from tests.jobs import run_settings
@@ -74,7 +74,7 @@ def test_it_renders_what_its_sampler_samples_from_consecutive_seeds(host: Standa
         model = frozen.build(leased.tensors, hints=leased.hints, tokenizers=leased.tokenizers)
     for seed, image in zip((3, 4), rendered, strict=True):
         request = SampleRequest("red", width=128, height=64, steps=2, seed=seed)
-        assert image.tobytes() == to_image(model, sample_latents(model, request)).tobytes()
+        assert image.tobytes() == to_image(model, sample_batch(model, [request])).tobytes()
     assert rendered[0].size == (128, 64) and rendered[0].tobytes() != rendered[1].tobytes()
 
 

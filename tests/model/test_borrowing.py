@@ -12,7 +12,8 @@ from torch import Tensor
 from lib_lora_train.adapters.lora import LoRALayer
 from lib_lora_train.model.frozen import FrozenModel, build
 from lib_lora_train.model.ops.convolution import frozen_conv2d
-from lib_lora_train.model.ops.layers import borrowed, frozen_linear
+from lib_lora_train.model.ops.linear import frozen_linear
+from lib_lora_train.model.ops.weights import borrowed
 from lib_lora_train.model.sd.text import size_vector
 from tests.model.small_checkpoints import CONTEXT, FAMILIES, HINTS, POOLED, checkpoint, tokenizers
 

@@ -16,9 +16,9 @@ from tests.model.small_checkpoints import CONTEXT, FAMILIES, HINTS, checkpoint, 
 # From the configurations published with the models: v1-inference.yaml (CompVis), v2-inference.yaml (Stability AI),
 # sd_xl_base.yaml (Stability AI), and the papers' text encoders.
 UNET = {
-    "sd1": dict(model_channels=320, context_dim=768, adm_channels=None, halvings=3, num_res_blocks=2, in_channels=4),
-    "sd2": dict(model_channels=320, context_dim=1024, adm_channels=None, halvings=3, num_res_blocks=2, in_channels=4),
-    "sdxl": dict(model_channels=320, context_dim=2048, adm_channels=2816, halvings=2, num_res_blocks=2, in_channels=4),
+    "sd1": dict(model_channels=320, context_dim=768, adm_channels=None, halvings=3, in_channels=4),
+    "sd2": dict(model_channels=320, context_dim=1024, adm_channels=None, halvings=3, in_channels=4),
+    "sdxl": dict(model_channels=320, context_dim=2048, adm_channels=2816, halvings=2, in_channels=4),
 }
 TRANSFORMER_DEPTHS = {  # down, middle, up
     "sd1": ([1] * 6, [1], [1] * 9),
@@ -86,7 +86,7 @@ def test_sd2_is_known_by_its_linear_projections_where_a_host_renamed_the_text_en
     renamed = {name.replace("conditioner.embedders.0.", "cond_stage_model."): torch.empty(
         [1024 if size == 768 else size for size in tensor.shape], device="meta") for name, tensor in clip.items()}
     found = detect({**without("sd2", "cond_stage_model."), **renamed})
-    assert (found.family.name, found.text[0].activation, found.text[0].pad_with_end) == ("sd2", "gelu", False)
+    assert (found.family.name, found.text[0].activation, found.text[0].openclip) == ("sd2", "gelu", True)
 
 
 def test_ema_weights_and_training_leftovers_do_no_harm() -> None:

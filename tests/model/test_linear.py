@@ -129,7 +129,7 @@ class OnDemand:
 
     def __init__(self, weight: Tensor) -> None:
         self.weight, self.asked = weight, 0
-        self.shape, self.device, self.nbytes, self.nhwc = weight.shape, weight.device, weight.numel(), False
+        self.shape, self.device, self.nbytes = weight.shape, weight.device, weight.numel()
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         self.asked += 1

@@ -14,6 +14,7 @@ from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.model import frozen
 from lib_lora_train.model.ops import quantised
 from lib_lora_train.model.ops.quantised import is_kernel, quantise
+from lib_lora_train.model.ops.weights import is_nhwc_kernel
 from tests.model.small_checkpoints import FAMILIES, HINTS, checkpoint, full_size, tokenizers
 
 KINDS = [pytest.param("int8"), pytest.param("fp8", marks=pytest.mark.skipif(
@@ -65,8 +66,8 @@ def test_half_precision_adds_only_its_own_rounding(kind, dtype):
 def test_it_looks_like_what_it_replaces(kind):
     exact = weights((16, 24, 3, 3)).to(torch.float16).contiguous(memory_format=torch.channels_last)
     kernel = quantise(exact, kind)
-    assert (kernel.shape, kernel.device, kernel.nhwc) == (exact.shape, exact.device, True)
-    assert not quantise(exact.contiguous(), kind).nhwc and not quantise(exact.flatten(1), kind).nhwc
+    assert (kernel.shape, kernel.device, is_nhwc_kernel(kernel)) == (exact.shape, exact.device, True)
+    assert not is_nhwc_kernel(quantise(exact.contiguous(), kind)) and not is_nhwc_kernel(quantise(exact.flatten(1), kind))
     assert kernel.nbytes == exact.numel() + 4 * 16
     assert kernel.dense(torch.float32).is_contiguous(memory_format=torch.channels_last)
 

@@ -9,7 +9,7 @@ from diffusers import EulerDiscreteScheduler
 
 from lib_lora_train.model import frozen
 from lib_lora_train.model.architecture import VAEConfig
-from lib_lora_train.model.sampler import SampleRequest, sample_batch, sample_latents, sigmas
+from lib_lora_train.model.sampler import SampleRequest, sample_batch, sigmas
 from lib_lora_train.model.sd.schedule import NoiseSchedule
 from lib_lora_train.model.sd.text import Conditioning
 
@@ -54,25 +54,25 @@ def test_latents_are_those_of_diffusers_euler(prediction_type):
         output = _network(scheduler.scale_model_input(torch.cat([x, x]), t), t.expand(2), context)
         unconditional, conditional = output.chunk(2)
         x = scheduler.step(unconditional + REQUEST.cfg_scale * (conditional - unconditional), t, x).prev_sample
-    ours = sample_latents(_model(prediction_type), REQUEST)
+    ours = sample_batch(_model(prediction_type), [REQUEST])
     assert ((ours - x / 0.5).abs().max() / x.abs().max()).item() < 1e-4
 
 
 def test_a_seed_gives_one_image_and_another_seed_another():
-    one = sample_latents(_model("epsilon"), REQUEST)
-    assert torch.equal(one, sample_latents(_model("epsilon"), REQUEST))
-    assert not torch.equal(one, sample_latents(_model("epsilon"), SampleRequest("a", width=64, height=64, seed=6)))
+    one = sample_batch(_model("epsilon"), [REQUEST])
+    assert torch.equal(one, sample_batch(_model("epsilon"), [REQUEST]))
+    assert not torch.equal(one, sample_batch(_model("epsilon"), [SampleRequest("a", width=64, height=64, seed=6)]))
 
 
 def test_a_scale_of_one_is_the_limit_of_scales_near_one():
     def sample(scale: float) -> torch.Tensor:
-        return sample_latents(_model("epsilon"), dataclasses.replace(REQUEST, cfg_scale=scale))
+        return sample_batch(_model("epsilon"), [dataclasses.replace(REQUEST, cfg_scale=scale)])
     assert torch.allclose(sample(1.0), sample(1.0 + 1e-6), atol=1e-4)
 
 
 def test_sampling_leaves_the_global_random_state_alone():
     before = torch.get_rng_state()
-    sample_latents(_model("epsilon"), REQUEST)
+    sample_batch(_model("epsilon"), [REQUEST])
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -84,7 +84,7 @@ def test_images_sampled_together_are_those_sampled_one_by_one(prediction_type, s
                 for prompt, seed in (("a", 5), ("", 6), ("a", 7), ("a", 5))]
     together = sample_batch(model, requests)
     for row, request in enumerate(requests):
-        assert torch.allclose(together[row:row + 1], sample_latents(model, request), atol=1e-5, rtol=1e-5)
+        assert torch.allclose(together[row:row + 1], sample_batch(model, [request]), atol=1e-5, rtol=1e-5)
     assert torch.allclose(together[0], together[3], atol=1e-5) and not torch.allclose(together[0], together[2], atol=1e-2)
 
 
@@ -93,7 +93,7 @@ def test_a_real_model_samples_the_same_images_together_and_one_by_one(host):
         model = frozen.build(leased.tensors, hints=leased.hints, tokenizers=leased.tokenizers)
     requests = [SampleRequest(prompt, width=64, height=64, steps=3, cfg_scale=4.0, seed=seed, negative_prompt=negative)
                 for prompt, seed, negative in (("red cat", 1, ""), ("blue", 2, "photo"), ("red cat", 3, ""))]
-    one_by_one = torch.cat([sample_latents(model, request) for request in requests])
+    one_by_one = torch.cat([sample_batch(model, [request]) for request in requests])
     together = sample_batch(model, requests)
     assert (together - one_by_one).abs().max() < 1e-5 * one_by_one.abs().max()
 

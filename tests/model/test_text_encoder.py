@@ -41,8 +41,8 @@ def tokens(pad: int = END) -> Tensor:
 
 
 def config(**changes: object) -> TextConfig:
-    base = dict(component="te", layers=3, width=48, heads=4, activation="quick_gelu", positions=77, projection=POOLED,
-                skip=1, final_norm=True, pooled=False, pad_with_end=True)
+    base = dict(component="te", prefix="", openclip=False, skip=1, layers=3, width=48, heads=4, activation="quick_gelu",
+                positions=77, projection=POOLED)
     return TextConfig(**{**base, **changes})
 
 

@@ -17,8 +17,8 @@ from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.errors import SettingError
 from lib_lora_train.model import family as families
 from lib_lora_train.model.ops import convolution
-from lib_lora_train.model.ops.layers import Layers, frozen_linear
-from lib_lora_train.model.ops.linear import shared_linears
+from lib_lora_train.model.ops.layers import Layers
+from lib_lora_train.model.ops.linear import frozen_linear, shared_linears
 from lib_lora_train.model.sd.components import unet_tensors
 from lib_lora_train.model.sd.detection import unet_config
 from lib_lora_train.model.sd.text import size_vector

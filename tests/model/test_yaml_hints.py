@@ -10,7 +10,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from lib_lora_train.errors import ModelError
-from lib_lora_train.model.family import hints_from_yaml
+from lib_lora_train.model.sd.hints_file import hints_from_yaml
 
 # The parts that matter of v1-inference.yaml, v2-inference-v.yaml and sd_xl_base.yaml as published.
 SD1 = """

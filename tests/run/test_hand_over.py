@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from lib_lora_train import events
 from lib_lora_train.adapters.flat import FlatWeights
 from lib_lora_train.adapters.lora import LoRALayer
+from lib_lora_train.dataset.progress import ShouldStop
 from lib_lora_train.errors import HostError, Interrupted
-from lib_lora_train.host.port import LeasedModel
+from lib_lora_train.host.port import LeasedModel, never
 from lib_lora_train.host.standalone import StandaloneHost
 from lib_lora_train.model.ops.layers import Layers
 from lib_lora_train.settings import parse
@@ -35,32 +36,29 @@ class BusyHost(StandaloneHost):
         self.asked = self.handed = 0
         self.after: Callable[[], None] = lambda: None
         self._wants = wants
-        self._lent: dict[str, torch.Tensor] = {}
+        self.leased: LeasedModel | None = None
 
     @contextlib.contextmanager
-    def lease(self) -> Iterator[LeasedModel]:
-        with super().lease() as borrowed:
-            self._lent = {name: tensor.clone() for name, tensor in borrowed.tensors.items()}
-            yield LeasedModel(self._lent, borrowed.hints, borrowed.checkpoint, borrowed.device, borrowed.tokenizers)
-
-    def offload_parts(self, parts):
-        return self._lent  # on the CPU all of it is aside, and all of it where it is lent
-
-    reload_parts = offload_parts
+    def lease(self, *, stop: ShouldStop = never) -> Iterator[LeasedModel]:
+        with super().lease() as leased:
+            leased.tensors = {name: tensor.clone() for name, tensor in leased.tensors.items()}
+            leased.others_waiting, leased.yield_model = self.others_waiting, lambda report: self.yield_model(leased, stop)
+            self.leased = leased
+            yield leased
 
     def others_waiting(self) -> bool:
         self.asked += 1
         return self._wants(self.asked)
 
-    def yield_model(self, *, report, stop):
+    def yield_model(self, leased: LeasedModel, stop: ShouldStop):
         self.handed += 1
-        moved = {name: tensor.clone() for name, tensor in self._lent.items()}
-        for tensor in self._lent.values():
+        moved = {name: tensor.clone() for name, tensor in leased.tensors.items()}
+        for tensor in leased.tensors.values():
             tensor.fill_(torch.nan if tensor.is_floating_point() else 0)
-        self._lent = moved
+        leased.tensors = moved
         torch.rand(3), torch.set_grad_enabled(True)
         self.after()
-        return None if stop() else self._lent
+        return None if stop() else leased.tensors
 
 
 def settings(images: Path, name: str = "zzk", **changes: object):
@@ -137,19 +135,19 @@ def test_nothing_of_the_lent_memory_is_held_while_others_have_it(images, tiny_fi
 
     class WatchingHost(BusyHost):
         @contextlib.contextmanager
-        def lease(self):
-            with super().lease() as borrowed:
-                tensors = {name: tensor.as_subclass(Watched) for name, tensor in borrowed.tensors.items()}
-                lent.update(map(id, tensors.values()))
-                yield LeasedModel(tensors, borrowed.hints, borrowed.checkpoint, borrowed.device, borrowed.tokenizers)
+        def lease(self, *, stop: ShouldStop = never):
+            with super().lease(stop=stop) as leased:
+                leased.tensors = {name: tensor.as_subclass(Watched) for name, tensor in leased.tensors.items()}
+                lent.update(map(id, leased.tensors.values()))
+                yield leased
 
-        def yield_model(self, *, report, stop):
+        def yield_model(self, leased, stop):
             gc.collect()
             # What is computed from watched tensors is watched, too; here it is about the lent memory.
-            memory = {tensor.untyped_storage().data_ptr() for tensor in self._lent.values()}
+            memory = {tensor.untyped_storage().data_ptr() for tensor in leased.tensors.values()}
             alive.append(sum(type(thing) is Watched and id(thing) not in lent
                              and thing.untyped_storage().data_ptr() in memory for thing in gc.get_objects()))
-            return super().yield_model(report=report, stop=stop)
+            return super().yield_model(leased, stop)
     host = WatchingHost(tiny_file, tmp_path, wants=lambda asked: asked == 4)
     run_settings(settings(images, max_train_steps=2), host, report=lambda _: None, stop=lambda: "")
     assert alive == [0]
@@ -166,15 +164,15 @@ def test_nothing_of_a_run_is_held_when_the_model_goes_back(images, tiny_file, tm
 
     class LenderHost(BusyHost):
         @contextlib.contextmanager
-        def lease(self):
-            with super().lease() as borrowed:
+        def lease(self, *, stop: ShouldStop = never):
+            with super().lease(stop=stop) as leased:
                 before = held()
-                yield borrowed
+                yield leased
                 left.append(held() - before)
 
-        def yield_model(self, *, report, stop):
+        def yield_model(self, leased, stop):
             assert held(), "the watch sees nothing"
-            return super().yield_model(report=report, stop=stop)
+            return super().yield_model(leased, stop)
     host = LenderHost(tiny_file, tmp_path, wants=lambda asked: asked == 4)
     run_settings(settings(images, **changes), host, report=lambda _: None, stop=lambda: "")
     assert host.handed == 1 and left == [set()]
@@ -185,7 +183,7 @@ def test_the_tensors_that_were_lent_first_are_left_as_others_made_them(images, t
     with busy.lease() as borrowed:
         before = {name: digest(tensor) for name, tensor in borrowed.tensors.items()}
     run_settings(settings(images), busy, report=lambda _: None, stop=lambda: "")
-    assert {name: digest(tensor) for name, tensor in busy._lent.items()} == before
+    assert {name: digest(tensor) for name, tensor in busy.leased.tensors.items()} == before
 
 
 def digest(tensor: torch.Tensor) -> str:

@@ -95,7 +95,7 @@ def test_killed_in_the_middle_of_a_save_nothing_is_torn_and_the_run_goes_on(
             service.start({**SETTINGS, "train_data_dir": str(images)}, runner=runner, host=host)
         else:
             assert service.resume(past.id, {}, runner=runner, host=host) == past.id
-            assert service.runs(runner=runner, host=host)[0]["outcome"] == "running"
+            assert service.runs(host)[0]["outcome"] == "running"
     again = load_file(train(host, start))
     assert again.keys() == straight.keys() and all((again[key] == straight[key]).all() for key in straight)
     assert not list(tmp_path.glob(".*.part")), "what the killed process left is gone"

@@ -12,6 +12,7 @@ from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.api.service import plan
 from lib_lora_train.events import Planned, Warned
+from lib_lora_train.host.port import LeasedModel
 from lib_lora_train.inputs.vae_batches import VaeWork, encoding_bytes
 from lib_lora_train.memory.device import budget_of
 from lib_lora_train.model import frozen
@@ -69,19 +70,19 @@ def test_pictures_are_encoded_where_room_is_short_while_unet_and_text_encoders_w
 
     def moved(parts):
         free[0] += 1000
-        return host._tensors
+        return leased.tensors
     with host.lease() as leased:
         model = frozen.build(leased.tensors, hints=leased.hints, tokenizers=leased.tokenizers)
         asked: list[set[str]] = []
-        monkeypatch.setattr(host, "offload_parts", lambda parts: asked.append(set(parts)) or moved(parts))
-        room = room_for_encoding(parse({}), model, host, AdapterNetwork([], {}))
+        monkeypatch.setattr(leased, "offload_parts", lambda parts: asked.append(set(parts)) or moved(parts))
+        room = room_for_encoding(parse({}), model, leased, AdapterNetwork([], {}))
         assert room(100) == 100 and asked == []
         assert room(101) == 1100 and asked == [{"unet", "text"}]
         # A budget that the model alone fills leaves nothing.
-        assert room_for_encoding(parse({"memory_budget": 0.47}), model, host, AdapterNetwork([], {}))(1) == 0
+        assert room_for_encoding(parse({"memory_budget": 0.47}), model, leased, AdapterNetwork([], {}))(1) == 0
         everything = sum(t.numel() * t.element_size() for part in (*model.components.values(), model.vae.tensors)
                          for t in part.values())
-        most = room_for_encoding(parse({"memory_budget": 1}), model, host, AdapterNetwork([], {}))
+        most = room_for_encoding(parse({"memory_budget": 1}), model, leased, AdapterNetwork([], {}))
         free[0] = 1 << 40
         assert most(1) == budget_of(1, torch.device("cpu"), ours=0) - everything - memory.CONTEXT - memory.WORKSPACES
 
@@ -105,10 +106,10 @@ def test_parts_come_and_go_in_the_order_in_which_they_are_needed(monkeypatch, im
     moves: list[tuple[str, set[str]]] = []
 
     def watched(name: str):
-        original = getattr(host, name)
-        return lambda parts: moves.append((name, set(parts))) or original(parts)
+        original = getattr(LeasedModel, name)
+        return lambda leased, parts: moves.append((name, set(parts))) or original(leased, parts)
     for name in ("offload_parts", "reload_parts"):
-        monkeypatch.setattr(host, name, watched(name))
+        monkeypatch.setattr(LeasedModel, name, watched(name))
     monkeypatch.setattr(memory, "parts_not_needed", lambda chosen, device: frozenset({"vae", "text"}))
     run_settings(parse(settings(images)), host, report=lambda event: None, stop=lambda: "")
     assert moves == [("offload_parts", {"vae"}), ("reload_parts", {"text", "unet"}), ("offload_parts", {"text"})]

@@ -54,7 +54,7 @@ def test_a_second_start_is_refused_while_the_first_runs(monkeypatch, fake):
 
 def test_a_job_that_waits_for_its_host_is_shown_as_such_and_need_not_wait_on(monkeypatch, fake):
     def job(settings, host, *, report, stop, folder=None):
-        while not host.given_up:
+        while not stop():
             pass
         return events.Finished("stopped", "given up", "", 0)
     fake.busy = True

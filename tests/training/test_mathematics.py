@@ -281,7 +281,7 @@ def test_losses_are_awaited_on_the_gpu_of_the_run_and_not_on_the_current_one(mon
     losses = LossReporter(torch.device("cuda", 1), steps=3, epochs=1, steps_per_epoch=3, report=seen.append)
     losses.push(1, 1, torch.tensor(0.25), torch.tensor(True), rates={"unet": 0.1})
     assert recorded == [torch.device("cuda", 1)] and seen == []
-    losses.settle()
+    losses.flush()
     assert [(event.step, event.loss, event.skipped, event.learning_rate) for event in seen] == [(1, 0.25, True, 0.1)]
 
 
@@ -311,7 +311,7 @@ def test_a_second_tiny_loss_function_takes_the_place_of_the_first():
 class Sgd:
     """A second tiny optimizer, which is given each weight by itself."""
 
-    accepts_flat = False
+    class_name, accepts_flat = "torch.optim.sgd.SGD", False
 
     def build(self, groups, *, weight_decay):
         return torch.optim.SGD(groups, weight_decay=weight_decay)

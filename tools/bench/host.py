@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
+from lib_lora_train.dataset.progress import ShouldStop
 from lib_lora_train.errors import translated
 from lib_lora_train.host import placement
-from lib_lora_train.host.exclusive import ExclusiveHost
-from lib_lora_train.host.port import Checkpoint, LeasedModel, Outline
+from lib_lora_train.host.port import Checkpoint, Host, LeasedModel, Outline, never
 from lib_lora_train.model.architecture import NO_HINTS
 from tools.bench.true_size import true_size_shapes, true_size_tensors
 
@@ -22,7 +22,7 @@ KOHYA_FOLDER = "1_cat"
 """How kohya's scripts want images to lie: a folder in the folder, its name begins with the number of repeats."""
 
 
-class RandomHost(ExclusiveHost):
+class RandomHost(Host):
     """Lends true-size random weights on `device`; they are drawn at the first lease."""
 
     allowed = None
@@ -45,7 +45,7 @@ class RandomHost(ExclusiveHost):
                        NO_HINTS, self._device)
 
     @contextlib.contextmanager
-    def lease(self) -> Iterator[LeasedModel]:
+    def lease(self, *, stop: ShouldStop = never) -> Iterator[LeasedModel]:
         """The tensors on the device."""
         with translated("making a model of random weights"):
             if self._tensors is None:

@@ -33,7 +33,7 @@ class TrainedLayers(Layers):
     def linears(self, names: Sequence[str], source: Tensor, *, bias: bool = True,
                 recipe: Recipe | None = None) -> tuple[Tensor, ...]:
         """The outputs of several layers for one x; SD1's 1x1 convolutions are among them."""
-        x = source if recipe is None else recipe.make(source)[0]
+        x = source if recipe is None else _plain(recipe, source)
         return tuple(F.linear(x, self.weight(name).flatten(1).to(x.dtype), self.bias(name).to(x.dtype) if bias else None)
                      for name in names)
 
@@ -43,11 +43,15 @@ class TrainedLayers(Layers):
 
     def group_norm(self, name: str, x: Tensor, *, eps: float, silu: bool = False) -> Tensor:
         """x [B, C, h, w] -> the same."""
-        return self.group_normed(name, eps=eps, silu=silu).make(x)[0]
+        return _plain(self.group_normed(name, eps=eps, silu=silu), x)
 
     def layer_norm(self, name: str, x: Tensor) -> Tensor:
         """x [..., C] -> the same."""
-        return self.layer_normed(name).make(x)[0]
+        return _plain(self.layer_normed(name), x)
+
+
+def _plain(recipe: Recipe, source: Tensor) -> Tensor:
+    return recipe.finish(source, recipe.known(source))
 
 
 class TrainedUNet(unet.UNet):
@@ -55,7 +59,7 @@ class TrainedUNet(unet.UNet):
 
     def __init__(self, frozen: unet.UNet, tensors: Mapping[str, Tensor]) -> None:
         super().__init__({}, frozen.config)
-        self._layers = TrainedLayers(tensors)
+        self.layers = TrainedLayers(tensors)
 
 
 class TrainedTextEncoder(text_encoder.TextEncoder):
@@ -63,7 +67,7 @@ class TrainedTextEncoder(text_encoder.TextEncoder):
 
     def __init__(self, frozen: text_encoder.TextEncoder, tensors: Mapping[str, Tensor]) -> None:
         super().__init__({}, frozen.config)
-        self._layers = TrainedLayers(tensors)
+        self.layers = TrainedLayers(tensors)
 
 
 class TrainedVAE(vae.VAE):
@@ -71,7 +75,7 @@ class TrainedVAE(vae.VAE):
 
     def __init__(self, frozen: vae.VAE, tensors: Mapping[str, Tensor]) -> None:
         super().__init__({}, frozen.config)
-        self._layers = TrainedLayers(tensors)
+        self.layers = TrainedLayers(tensors)
 
     def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """As `encode`, with gradients."""

@@ -15,7 +15,6 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from PIL import Image
 from lib_lora_train.dataset.progress import ShouldStop
 from lib_lora_train.errors import HostError, translated
 from lib_lora_train.host.a1111.queue import QueueLock
+from lib_lora_train.host.port import never
 from lib_lora_train.tagging.captioner import Captioner, CaptionerSource, Description, Tag
 from lib_lora_train.tagging.options import TagOptions
 
@@ -38,13 +38,10 @@ def captioners() -> Sequence[CaptionerSource]:
     return BlipSource(), DeepDanbooruSource()
 
 
-@dataclasses.dataclass(frozen=True)
 class BlipSource:
     """BLIP writes a sentence. How long it is, is said in the WebUI's settings, Interrogate."""
 
-    name: str = "blip"
-    label: str = "BLIP (a sentence)"
-    reads: Literal["pixels"] = "pixels"
+    name, label, reads = "blip", "BLIP (a sentence)", "pixels"
 
     def missing(self) -> str:
         """Its weights, its code or its tokenizer."""
@@ -76,13 +73,10 @@ class BlipSource:
             interrogator.unload()
 
 
-@dataclasses.dataclass(frozen=True)
 class DeepDanbooruSource:
     """DeepDanbooru finds tags. Thresholds and spelling are ours, not those of the WebUI's settings."""
 
-    name: str = "deepdanbooru"
-    label: str = "DeepDanbooru (tags)"
-    reads: Literal["pixels"] = "pixels"
+    name, label, reads = "deepdanbooru", "DeepDanbooru (tags)", "pixels"
 
     def missing(self) -> str:
         """Its weights."""
@@ -119,7 +113,7 @@ class _Queued:
 
 @contextlib.contextmanager
 def _turn(should_stop: ShouldStop | None) -> Iterator[None]:
-    with QueueLock(call_queue.queue_lock).held(stop=should_stop or (lambda: False)):
+    with QueueLock(call_queue.queue_lock).held(stop=should_stop or never):
         lowvram.send_everything_to_cpu()
         yield
 

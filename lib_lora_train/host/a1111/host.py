@@ -19,21 +19,21 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
 from modules import call_queue, launch_utils, paths, sd_models, shared
 from PIL import Image
 
+from lib_lora_train.dataset.progress import ShouldStop
 from lib_lora_train.errors import HostError
-from lib_lora_train.events import Event, Report, Saved, Stage, Step
+from lib_lora_train.events import Event, Saved, Stage, Step
 from lib_lora_train.host import placement
 from lib_lora_train.host.a1111 import allowed_paths, loras, model, render
 from lib_lora_train.host.a1111 import captioners as captioners_module
 from lib_lora_train.host.a1111.lease import WebUILease
 from lib_lora_train.host.a1111.queue import QueueLock
-from lib_lora_train.host.port import Checkpoint, LeasedModel, Outline, RenderRequest
+from lib_lora_train.host.port import Checkpoint, LeasedModel, Outline, RenderRequest, never
 from lib_lora_train.settings.allowed_paths import AllowedPaths
 from lib_lora_train.tagging.captioner import CaptionerSource
 
@@ -44,6 +44,9 @@ class WebUIHost:
     def __init__(self) -> None:
         self._lease: WebUILease | None = None
         self._misplaced = placement.MisplacedTensors()
+        data, models = Path(paths.data_path), Path(paths.models_path)  # --data-dir, --models-dir
+        self.runs_folder, self.datasets_folder = data / "lora_train_runs", data / "lora_train_datasets"
+        self.models_folder, self.taggers_folder = models, models / "lora_train" / "taggers"
 
     @property
     def lora_folder(self) -> Path:
@@ -51,29 +54,9 @@ class WebUIHost:
         return Path(shared.cmd_opts.lora_dir)
 
     @property
-    def runs_folder(self) -> Path:
-        """Beside the WebUI's other data (--data-dir)."""
-        return Path(paths.data_path) / "lora_train_runs"
-
-    @property
-    def datasets_folder(self) -> Path:
-        """Beside the WebUI's other data (--data-dir)."""
-        return Path(paths.data_path) / "lora_train_datasets"
-
-    @property
     def allowed(self) -> AllowedPaths | None:
         """Where others reach the WebUI: its own folders, and those its owner added."""
         return allowed_paths.allowed()
-
-    @property
-    def models_folder(self) -> Path:
-        """--models-dir."""
-        return Path(paths.models_path)
-
-    @property
-    def taggers_folder(self) -> Path:
-        """Beside the WebUI's other models (--models-dir)."""
-        return Path(paths.models_path) / "lora_train" / "taggers"
 
     def captioners(self) -> Sequence[CaptionerSource]:
         """BLIP and DeepDanbooru, as the buttons beside img2img's prompt use them."""
@@ -89,56 +72,33 @@ class WebUIHost:
         return None if sd_model is None or not model.describe(sd_model).family else model.outline(sd_model)
 
     @contextlib.contextmanager
-    def lease(self) -> Iterator[LeasedModel]:
+    def lease(self, *, stop: ShouldStop = never) -> Iterator[LeasedModel]:
         """Wait in the WebUI's queue, then lease the model, without LoRAs and on the device, until the block is left.
 
         LoRAs that were merged are not merged again at the end: the WebUI does so itself at the next generation.
         """
-        model.refuse_lowvram()
+        if shared.cmd_opts.lowvram:
+            raise HostError(
+                "Training is not possible with --lowvram", why="it keeps the model in pieces outside the card's memory",
+                remedy="start the WebUI with --medvram, or without either")
         if self._lease is not None:
             raise HostError("The model is in use", remedy="wait for the other job to end")
-        self._lease = lease = WebUILease(QueueLock(call_queue.queue_lock), self._misplaced)
+        self._lease = lease = WebUILease(QueueLock(call_queue.queue_lock), self._misplaced, stop=stop)
         try:
-            with lease.leased() as leased:
-                yield leased
+            with lease.leased():
+                yield lease
         finally:
             self._lease = None
 
-    def render(self, request: RenderRequest, *, stop: Callable[[], bool] = lambda: False) -> list[Image.Image]:
+    def render(self, request: RenderRequest, *, stop: ShouldStop = never) -> list[Image.Image]:
         """As a generation of the user, which waits in the queue."""
         if self._leased_here():
             raise HostError("The model is in use", why="this job trains on it", remedy="render before or after it")
         return render.render(request, stop=stop)
 
-    def others_waiting(self) -> bool:
-        """Whether a generation, a change of checkpoint or other work waits in the WebUI's queue."""
-        return self._lease is not None and self._lease.queue.others_waiting()
-
-    def yield_model(self, *, report: Report, stop: Callable[[], bool]) -> Mapping[str, torch.Tensor] | None:
-        """Let through what waits, in the queue's order, then lease the model again, without what was merged meanwhile.
-
-        If another checkpoint or VAE was chosen, it waits until the leased one is chosen again.
-        """
-        assert self._lease is not None, "nothing is leased"
-        return self._lease.yield_model(report=report, stop=stop)
-
-    def offload_parts(self, parts: Collection[str]) -> Mapping[str, torch.Tensor]:
-        """Generations that are let through find all of the model in its place."""
-        assert self._lease is not None, "nothing is leased"
-        return self._lease.offload_parts(parts)
-
-    def reload_parts(self, parts: Collection[str]) -> Mapping[str, torch.Tensor]:
-        assert self._lease is not None, "nothing is leased"
-        return self._lease.reload_parts(parts)
-
     def waiting(self) -> bool:
         lease = self._lease
         return lease is not None and lease.queue.waiting()
-
-    def stop_waiting(self) -> None:
-        lease = self._lease
-        if lease is not None:
-            lease.queue.stop_waiting()
 
     def interrupted(self) -> bool:
         """Whether Interrupt, Stop or Reload UI was pressed while the model was leased."""

@@ -11,20 +11,20 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
-from types import TracebackType
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from modules import sd_models, shared
 from torch import Tensor, nn
 
+from lib_lora_train.dataset.progress import ShouldStop
 from lib_lora_train.errors import HostError, Interrupted, translated
 from lib_lora_train.events import Report, Stage, Warned
 from lib_lora_train.host import placement
 from lib_lora_train.host.a1111 import loras, model
 from lib_lora_train.host.a1111.progress import ProgressDisplay
 from lib_lora_train.host.a1111.queue import QueueLock
-from lib_lora_train.host.port import LeasedModel
+from lib_lora_train.host.port import LeasedModel, never
 from lib_lora_train.model.family import detect
 
 log = logging.getLogger(__name__)
@@ -33,35 +33,35 @@ _POLL_SECONDS = 0.25
 """Between two looks at which model the WebUI holds, while it holds another one."""
 
 
-class WebUILease:
-    """One lease of the loaded model, from the first wait in the queue to the last release.
+class WebUILease(LeasedModel):
+    """One lease of the loaded model, from the first wait in the queue to the last release. What a `LeasedModel` tells of the
+    model is known once it is leased.
 
     version_check   of the model as it is leased now; None while others have it
     thread          that leased it
     """
 
-    def __init__(self, queue: QueueLock, misplaced: placement.MisplacedTensors) -> None:
-        """`misplaced` are those of all leases."""
-        self.queue, self.display, self._misplaced = queue, ProgressDisplay(), misplaced
+    def __init__(self, queue: QueueLock, misplaced: placement.MisplacedTensors, *, stop: ShouldStop = never) -> None:
+        """`misplaced` are those of all leases; `stop()` ends each wait for the model."""
+        self.queue, self.display, self._misplaced, self._stop = queue, ProgressDisplay(), misplaced, stop
         self.version_check: model.VersionCheck | None = None
         self.thread = threading.get_ident()
         self._setup = contextlib.ExitStack()
-        self._tensors: Mapping[str, Tensor] = {}
         self._originals: Mapping[Tensor, torch.device] = {}
         self._offloaded: frozenset[str] = frozenset()
-        self._device = placement.CPU
         self._checksums: Mapping[str, object] = {}
         self._identity: model.Identity | None = None
 
     @contextlib.contextmanager
-    def leased(self) -> Iterator[LeasedModel]:
+    def leased(self) -> Iterator[None]:
         """Wait in the queue, and lease until the block is left. Raises HostError, ModelError and Interrupted."""
         with contextlib.ExitStack() as at_the_end:
             at_the_end.callback(self.queue.release)
             at_the_end.callback(self._restore)
-            at_the_end.push(_clear_frames)
+            # An error's tensors are freed before the model comes back and needs their room.
+            at_the_end.push(lambda kind, error, trace: error and placement.clear_frames(error))
             with self.display.queued():
-                self.queue.acquire()
+                self.queue.acquire(stop=self._stop)
             self._setup.enter_context(self.display.running())
             # May load the model, or wait for the thread that loads it at the start.
             sd_model = shared.sd_model
@@ -69,48 +69,52 @@ class WebUILease:
                 raise HostError("No model is loaded", remedy="choose a checkpoint at the top of the page")
             model.refuse_kind(sd_model)
             self._set_up(sd_model)
-            hints = model.hints(sd_model)
-            detect(self._tensors, hints)
-            self._identity = model.Identity.of(sd_model)
-            yield LeasedModel(
-                self._tensors, hints, model.describe(sd_model), self._device, model.tokenizers(sd_model),
+            super().__init__(
+                self.tensors, model.hints(sd_model), model.describe(sd_model), self.device, model.tokenizers(sd_model),
                 clip_skip=int(shared.opts.CLIP_stop_at_last_layers),
                 comma_padding_backtrack=int(shared.opts.comma_padding_backtrack))
+            detect(self.tensors, self.hints)
+            self._identity = model.Identity.of(sd_model)
+            yield
 
-    def yield_model(self, *, report: Report, stop: Callable[[], bool]) -> Mapping[str, Tensor] | None:
-        """See `ModelSource.yield_model`."""
-        self._checksums = self._checksums or model.checksums(self._tensors)
+    def others_waiting(self) -> bool:
+        """Whether a generation, a change of checkpoint or other work waits in the WebUI's queue."""
+        return self.queue.others_waiting()
+
+    def yield_model(self, report: Report) -> Mapping[str, Tensor] | None:
+        """Let through what waits, in the queue's order, then lease the model again, without what was merged meanwhile.
+
+        If another checkpoint or VAE was chosen, it waits until the leased one is chosen again.
+        """
+        self._checksums = self._checksums or model.checksums(self.tensors)
         self._restore()
         if self._misplaced:
             report(Warned(str(_misplaced_error())))
         try:
             with self.display.queued():
-                self.queue.yield_to_others(stop=stop)
+                self.queue.yield_to_others(stop=self._stop)
             while not self._resume():
-                self._wait_for_model(report=report, stop=stop)
+                self._wait_for_model(report)
         except Interrupted:
             return None
-        return self._tensors
+        return self.tensors
 
     def offload_parts(self, parts: Collection[str]) -> Mapping[str, Tensor]:
-        """See `ModelSource.offload_parts`."""
-        assert self.version_check is not None, "nothing is leased"
+        """Generations that are let through find all of the model in its place."""
         new = frozenset(parts) - self._offloaded
         self._offload(new)
         self._offloaded |= new
-        return self._tensors
+        return self.tensors
 
     def reload_parts(self, parts: Collection[str]) -> Mapping[str, Tensor]:
-        """See `ModelSource.reload_parts`. `_restore` leaves alone what is no longer on the CPU."""
-        assert self.version_check is not None, "nothing is leased"
-        with translated("moving parts of the model back to the device"):
-            placement.move(placement.tensors_of(self._tensors, self._offloaded & frozenset(parts)), self._device)
+        """See `LeasedModel`. `_restore` leaves alone what is no longer on the CPU."""
+        super().reload_parts(self._offloaded & frozenset(parts))
         self._offloaded -= frozenset(parts)
-        return self._tensors
+        return self.tensors
 
     def _offload(self, parts: Collection[str]) -> None:
         """Off the device until `_restore`."""
-        originals = {tensor: self._originals[tensor] for tensor in placement.tensors_of(self._tensors, parts)}
+        originals = {tensor: self._originals[tensor] for tensor in placement.tensors_of(self.tensors, parts)}
         with translated("moving parts of the model off the device"):
             self._setup.enter_context(placement.offloaded(originals, self._misplaced))
 
@@ -120,10 +124,10 @@ class WebUILease:
             raise _misplaced_error()
         loras.unmerge(sd_model)
         with translated("moving the model to the device"):
-            self._device, originals = self._setup.enter_context(model.on_device(sd_model))
-        self._tensors = model.collect(sd_model)
-        self._originals = {tensor: originals[name] for name, tensor in self._tensors.items()}
-        self.version_check = model.VersionCheck(sd_model, self._tensors)
+            self.device, originals = self._setup.enter_context(model.on_device(sd_model))
+        self.tensors = model.collect(sd_model)
+        self._originals = {tensor: originals[name] for name, tensor in self.tensors.items()}
+        self.version_check = model.VersionCheck(sd_model, self.tensors)
 
     def _restore(self) -> None:
         leased, self.version_check = self.version_check is not None, None
@@ -147,23 +151,23 @@ class WebUILease:
         if model.Identity.of(sd_model) != self._identity:
             return False
         self._set_up(sd_model)
-        if model.checksums(self._tensors) != self._checksums:
+        if model.checksums(self.tensors) != self._checksums:
             raise model.model_changed()
         self._offload(self._offloaded)
         return True
 
-    def _wait_for_model(self, *, report: Report, stop: Callable[[], bool]) -> None:
+    def _wait_for_model(self, report: Report) -> None:
         """Leave the WebUI alone until it seems to hold the leased model again, then wait in the queue for it."""
         assert self._identity is not None
         self._restore()
         self.queue.release()
         report(Stage(f"Waiting until {self._identity} is chosen again", 0, 0))
         while not self._identity.may_be_back():
-            if stop() or self.queue.cancelled():
+            if self._stop():
                 raise Interrupted("The run was stopped while the WebUI held another model")
             time.sleep(_POLL_SECONDS)
         with self.display.queued():
-            self.queue.acquire(stop=stop)
+            self.queue.acquire(stop=self._stop)
 
 
 def _misplaced_error() -> HostError:
@@ -172,9 +176,3 @@ def _misplaced_error() -> HostError:
         "Part of the WebUI's model is not on the card, and pictures cannot be painted",
         why="there was no room for it when it was to come back",
         remedy="free some of the card's memory, then press 'Load SD checkpoint to VRAM from RAM' in Settings, Actions")
-
-
-def _clear_frames(kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-    """Free an error's tensors before the model comes back and needs their room."""
-    if error is not None:
-        placement.clear_frames(error)

@@ -23,20 +23,7 @@ from lib_lora_train.host.port import Checkpoint, Outline
 from lib_lora_train.model.architecture import Activation
 from lib_lora_train.model.family import FAMILIES, Hints
 from lib_lora_train.model.sd.refusals import SUPPORTED
-from lib_lora_train.model.sd.tokens import Tokenizer
-
-
-@dataclasses.dataclass(frozen=True)
-class HostTokenizer:
-    """The tokens that the WebUI itself makes of a text, by its wrapper around a text encoder."""
-
-    embedder: Any
-    start: int
-    end: int
-    comma: int | None
-
-    def encode(self, text: str) -> list[int]:
-        return list(self.embedder.tokenize([text])[0])
+from lib_lora_train.model.sd.tokens import FunctionTokenizer, Tokenizer
 
 
 class VersionCheck:
@@ -131,14 +118,6 @@ def model_changed() -> HostError:
         remedy="choose its checkpoint and VAE again at the top of the page and resume the run")
 
 
-def refuse_lowvram() -> None:
-    """Raises HostError under --lowvram."""
-    if shared.cmd_opts.lowvram:
-        raise HostError(
-            "Training is not possible with --lowvram", why="it keeps the model in pieces outside the card's memory",
-            remedy="start the WebUI with --medvram, or without either")
-
-
 def refuse_kind(sd_model: nn.Module) -> None:
     """Raises ModelError for kinds that names and shapes alone do not give away; `family.detect` knows the others."""
     kinds = {"a Stable Diffusion 3 model": getattr(sd_model, "is_sd3", False),
@@ -194,8 +173,9 @@ def hints(sd_model: nn.Module) -> Hints:
 
 
 def tokenizers(sd_model: nn.Module) -> Sequence[Tokenizer]:
-    """One a text encoder: the WebUI's own."""
-    return [HostTokenizer(e, start=e.id_start, end=e.id_end, comma=e.comma_token) for e in _embedders(sd_model)]
+    """One a text encoder: the WebUI's own wrapper around it."""
+    return [FunctionTokenizer(lambda text, tokenize=embedder.tokenize: tokenize([text])[0], start=embedder.id_start,
+                              end=embedder.id_end, comma=embedder.comma_token) for embedder in _embedders(sd_model)]
 
 
 @contextlib.contextmanager

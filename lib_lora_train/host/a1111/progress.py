@@ -27,7 +27,7 @@ class ProgressDisplay:
 
     @contextlib.contextmanager
     def queued(self) -> Iterator[None]:
-        """Listed as waiting, until it runs or is given up."""
+        """Listed as waiting, until it runs or the wait for it ends."""
         progress.add_task_to_queue(self.task)
         if self.task in progress.finished_tasks:  # it ran before others were let through
             progress.finished_tasks.remove(self.task)

@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, Future
+from collections.abc import Iterator
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
 from typing import Any
 
+from lib_lora_train.dataset.progress import ShouldStop
 from lib_lora_train.errors import Interrupted
+from lib_lora_train.host.port import never
 
 _POLL_SECONDS = 0.5
 """Between two questions whether a wait is to end."""
@@ -28,13 +30,11 @@ class QueueLock:
 
     def __init__(self, lock: Any) -> None:
         self._lock = lock
-        self._guard = threading.Lock()
         self._request: Future[None] | None = None
         """Done when the lock is held, cancelled when the wait was ended; None before it is asked for and after release."""
-        self._cancelled = False
 
     @contextlib.contextmanager
-    def held(self, *, stop: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    def held(self, *, stop: ShouldStop = never) -> Iterator[None]:
         """Wait for the lock and hold it. Raises as `acquire`.
 
         Inside, the lock may be released and acquired again; it is free in any case at the end.
@@ -45,19 +45,18 @@ class QueueLock:
         finally:
             self.release()
 
-    def acquire(self, *, stop: Callable[[], bool] = lambda: False) -> None:
-        """Wait for the lock. Raises Interrupted, holding nothing, where `stop_waiting` came first or `stop()` says so."""
+    def acquire(self, *, stop: ShouldStop = never) -> None:
+        """Wait for the lock. Raises Interrupted, holding nothing, where `stop()` says so first."""
         self._wait(self._ask(), stop)
 
     def release(self) -> None:
         """Free the lock, if it is held, and end the wait for it otherwise."""
-        with self._guard:
-            request, self._request = self._request, None
+        request, self._request = self._request, None
         if request is not None and not request.cancel():
             request.result()
             self._lock.release()
 
-    def yield_to_others(self, *, stop: Callable[[], bool]) -> None:
+    def yield_to_others(self, *, stop: ShouldStop) -> None:
         """Let everybody who waits now have the lock first, then wait for it again. Raises as `acquire`."""
         queue = getattr(self._lock, "_pending_threads", ())
         others, end = len(queue), time.monotonic() + _QUEUED_SECONDS
@@ -81,23 +80,8 @@ class QueueLock:
         """Whether the lock is asked for and neither held nor cancelled yet."""
         return self._request is not None and not self._request.done()
 
-    def stop_waiting(self) -> None:
-        """End the wait, and every later one; without effect while the lock is held."""
-        with self._guard:
-            if self._request is None or self._request.cancel():
-                self._cancelled = True
-
-    def cancelled(self) -> bool:
-        """Whether the wait was ended for good."""
-        return self._cancelled
-
     def _ask(self) -> Future[None]:
-        request: Future[None] = Future()
-        with self._guard:
-            self._request = request
-            if self._cancelled:
-                request.cancel()
-                return request
+        self._request = request = Future[None]()
         threading.Thread(target=self._fulfil, args=(request,), name="lora-train-queue", daemon=True).start()
         return request
 
@@ -108,12 +92,10 @@ class QueueLock:
         else:
             self._lock.release()
 
-    def _wait(self, request: Future[None], stop: Callable[[], bool]) -> None:
+    def _wait(self, request: Future[None], stop: ShouldStop) -> None:
         while True:
             try:
                 return request.result(_POLL_SECONDS)
             except NotYet:
-                if stop():
-                    self.stop_waiting()
-            except CancelledError:
-                raise Interrupted("The run was stopped while it waited for other work") from None
+                if stop() and request.cancel():
+                    raise Interrupted("The run was stopped while it waited for other work") from None

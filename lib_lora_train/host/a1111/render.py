@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 
 from modules import call_queue, processing, sd_samplers, shared
 from PIL import Image
 
+from lib_lora_train.dataset.progress import ShouldStop
 from lib_lora_train.errors import HostError, Interrupted, translated
 from lib_lora_train.host.a1111.progress import ProgressDisplay
 from lib_lora_train.host.a1111.queue import QueueLock
 from lib_lora_train.host.port import RenderRequest
 
 
-def render(request: RenderRequest, *, stop: Callable[[], bool]) -> list[Image.Image]:
+def render(request: RenderRequest, *, stop: ShouldStop) -> list[Image.Image]:
     """See `Renderer.render`. Scripts of extensions do not run, nothing is saved."""
     if request.sampler not in sd_samplers.all_samplers_map:  # the WebUI would take another one
         raise HostError(f"The WebUI has no sampler {request.sampler!r}", remedy="use one of txt2img's")

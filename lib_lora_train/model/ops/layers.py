@@ -22,15 +22,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib_lora_train.model.ops.attention import attention
 from lib_lora_train.model.ops.convolution import conv2d_delta, frozen_conv2d
 from lib_lora_train.model.ops.linear import LoRADelta, frozen_linear, shared_linears
 from lib_lora_train.model.ops.recipes import GroupNorm, LayerNorm, Recipe, made
 from lib_lora_train.model.ops.weights import Weight, borrowed
 from lib_lora_train.model.sd.refusals import incomplete
 
-__all__ = ["NO_ADAPTERS", "Adapter", "Adapters", "DeltaAdapter", "LayerAdapter", "Layers", "Weight", "attention", "borrowed",
-           "frozen_linear"]
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, heads: int, causal: bool = False) -> Tensor:
+    """softmax(q kᵀ / √d) v for each head; q [B, n, heads·d], k and v [B, m, heads·d] -> [B, n, heads·d]."""
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(-2)
 
 
 class LayerAdapter(Protocol):
@@ -42,11 +44,9 @@ class LayerAdapter(Protocol):
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         """x [..., in], weight [out, in] or [out, in, 1, 1], bias [out] -> [..., out]."""
-        ...
 
     def conv2d(self, x: Tensor, weight: Weight, bias: Tensor | None, *, stride: int, padding: int) -> Tensor:
         """x [B, in, h, w], weight [out, in, k, k], bias [out] -> [B, out, h', w']."""
-        ...
 
 
 @runtime_checkable
@@ -55,7 +55,6 @@ class DeltaAdapter(Protocol):
 
     def delta(self) -> LoRADelta | None:
         """What is added to the frozen layer; None for nothing."""
-        ...
 
 
 Adapter = DeltaAdapter | LayerAdapter
@@ -64,13 +63,13 @@ NO_ADAPTERS: Adapters = MappingProxyType({})
 
 
 class Layers:
-    """LeasedModel tensors by local name ("input_blocks.1.0.in_layers.2.weight"), and the layers made of them."""
+    """Borrowed tensors by local name ("input_blocks.1.0.in_layers.2.weight"), and the layers made of them."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], *, adapters: Adapters = NO_ADAPTERS) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._weights: dict[str, Weight] = {name: borrowed(tensor) for name, tensor in tensors.items()}
         self._own: dict[str, torch.device] = {}  # the devices of our copies
         self.tensors: Mapping[str, Weight] = MappingProxyType(self._weights)
-        self._adapters = adapters
+        self._adapters = NO_ADAPTERS
 
     def release(self) -> None:
         """Hold none of the host's memory and nothing on its device until `rebind`; nothing can be computed meanwhile."""

@@ -13,7 +13,6 @@ exact weights.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Literal
 
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lib_lora_train.errors import SettingError
-from lib_lora_train.model.ops.weights import Weight, is_nhwc
+from lib_lora_train.model.ops.weights import Quantised, Weight
 
 Kind = Literal["int8", "fp8"]
 
@@ -31,51 +30,6 @@ _KEPT = ("input_blocks.0.0.", "out.", "time_embed.", "label_emb.")
 _LARGEST = {"int8": 127.0, "fp8": 448.0}
 # A channel of zeros has the scale 1 and stays zero. Smaller scales than this are no numbers of fp32's normal range.
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Quantised:
-    """A kernel as `values · scale`: a `DenseOnDemand`. It holds no gradient and shares no memory.
-
-    values   int8 or float8_e4m3fn, of the kernel's shape [out, …] and memory layout
-    scale    fp32 [out, 1, …]
-    """
-
-    values: Tensor
-    scale: Tensor
-
-    @property
-    def shape(self) -> torch.Size:
-        """The kernel's."""
-        return self.values.shape
-
-    @property
-    def device(self) -> torch.device:
-        """Of values and scale."""
-        return self.values.device
-
-    @property
-    def nbytes(self) -> int:
-        """Of values and scale."""
-        return self.values.nbytes + self.scale.nbytes
-
-    @property
-    def nhwc(self) -> bool:
-        """Whether it is a convolution's kernel in NHWC order."""
-        return is_nhwc(self.values)
-
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """The kernel in `dtype`, new at each call: on a GPU one elementwise kernel from int8, two from fp8.
-
-        The product is made in fp32 and rounded once; a scale rounded to fp16 would add an error of its own.
-        """
-        if self.values.dtype == torch.int8 and not self.values.is_cpu:  # there it would make an fp32 copy of the values first
-            return torch.mul(self.values, self.scale, out=torch.empty_like(self.values, dtype=dtype))
-        return self.values.to(dtype).mul_(self.scale)
-
-    def to(self, device: torch.device | str) -> Quantised:
-        """The same on another device."""
-        return Quantised(self.values.to(device), self.scale.to(device))
 
 
 def check_kind(kind: Kind) -> None:

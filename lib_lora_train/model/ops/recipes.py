@@ -23,15 +23,12 @@ class Recipe(Protocol):
 
     def known(self, source: Tensor) -> Any:
         """The intermediate results that `finish` and `grad` share."""
-        ...
 
     def finish(self, source: Tensor, known: Any) -> Tensor:
         """x."""
-        ...
 
     def grad(self, source: Tensor, known: Any, grad_x: Tensor) -> Tensor:
         """The gradient for the source."""
-        ...
 
 
 def made(recipe: Recipe, source: Tensor) -> Tensor:

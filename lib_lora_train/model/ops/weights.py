@@ -1,37 +1,54 @@
-"""What a frozen layer multiplies with: a borrowed tensor, or a weight that is stored in fewer bytes."""
+"""What a frozen layer multiplies with: a borrowed tensor, or a kernel in eight bits."""
 
 from __future__ import annotations
 
-from typing import Protocol
+import dataclasses
 
 import torch
 from torch import Tensor
 
 
-class DenseOnDemand(Protocol):
-    """A weight that is stored in fewer bytes than it is computed with (`model.ops.quantised`).
+@dataclasses.dataclass(frozen=True, eq=False)
+class Quantised:
+    """A kernel in eight bits (`model.ops.quantised`), as `values · scale`. It holds no gradient and shares no memory.
 
-    shape    the dense tensor's
-    device   where it is stored and computed
-    nbytes   as it is stored
-    nhwc     whether the dense tensor is a convolution's kernel in NHWC order
+    values   int8 or float8_e4m3fn, of the kernel's shape [out, …] and memory layout
+    scale    fp32 [out, 1, …]
     """
 
-    shape: torch.Size
-    device: torch.device
-    nbytes: int
-    nhwc: bool
+    values: Tensor
+    scale: Tensor
 
-    def to(self, device: torch.device | str) -> DenseOnDemand:
-        """The same on another device."""
-        ...
+    @property
+    def shape(self) -> torch.Size:
+        """The kernel's."""
+        return self.values.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Of values and scale."""
+        return self.values.device
+
+    @property
+    def nbytes(self) -> int:
+        """Of values and scale."""
+        return self.values.nbytes + self.scale.nbytes
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """A new tensor of `shape` in `dtype`, to be dropped after the product it was made for."""
-        ...
+        """The kernel in `dtype`, new at each call: on a GPU one elementwise kernel from int8, two from fp8.
+
+        The product is made in fp32 and rounded once; a scale rounded to fp16 would add an error of its own.
+        """
+        if self.values.dtype == torch.int8 and not self.values.is_cpu:  # there it would make an fp32 copy of the values first
+            return torch.mul(self.values, self.scale, out=torch.empty_like(self.values, dtype=dtype))
+        return self.values.to(dtype).mul_(self.scale)
+
+    def to(self, device: torch.device | str) -> Quantised:
+        """The same on another device."""
+        return Quantised(self.values.to(device), self.scale.to(device))
 
 
-Weight = Tensor | DenseOnDemand
+Weight = Tensor | Quantised
 
 
 def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
@@ -58,4 +75,4 @@ def is_nhwc(image: Tensor) -> bool:
 
 def is_nhwc_kernel(weight: Weight) -> bool:
     """Whether a convolution's kernel is in NHWC order, or is made in it."""
-    return is_nhwc(weight) if isinstance(weight, Tensor) else weight.nhwc
+    return is_nhwc(weight if isinstance(weight, Tensor) else weight.values)

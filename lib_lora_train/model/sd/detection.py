@@ -86,11 +86,14 @@ def unet_config(unet: Mapping[str, Tensor], *, family: Family, hints: Hints) -> 
     elif heads is None:
         heads, head_channels = family.num_heads, family.head_channels
     stem, vector = unet["input_blocks.0.0.weight"], unet.get("label_emb.0.0.weight")
+    to_text = next((t for name, t in unet.items() if name.endswith(".attn2.to_k.weight") and t.ndim > 1), None)
+    if to_text is None:
+        raise ModelError("The checkpoint's UNet has no layer that attends to a text", remedy=SUPPORTED)
     config = UNetConfig(
         in_channels=stem.shape[1],
         out_channels=_shape(unet, "out.2.weight")[0],
         model_channels=stem.shape[0],
-        context_dim=_context_dim(unet),
+        context_dim=to_text.shape[1],
         adm_channels=None if vector is None else vector.shape[1],
         num_heads=heads,
         head_channels=head_channels,
@@ -101,13 +104,6 @@ def unet_config(unet: Mapping[str, Tensor], *, family: Family, hints: Hints) -> 
     for block in (block for group in config.input_blocks for block in group if block.kind == "transformer"):
         config.heads(_shape(unet, f"{block.name}.norm.weight")[0])  # raises where the head count does not fit
     return config
-
-
-def _context_dim(unet: Mapping[str, Tensor]) -> int:
-    for name, tensor in unet.items():
-        if name.endswith(".attn2.to_k.weight") and tensor.ndim > 1:
-            return tensor.shape[1]
-    raise ModelError("The checkpoint's UNet has no layer that attends to a text", remedy=SUPPORTED)
 
 
 _PLACE = re.compile(r"(\d{1,4})\.(\d{1,4})\.(.+)", re.ASCII | re.DOTALL)  # block.module.parameter
@@ -133,18 +129,15 @@ def _blocks(names: Iterable[str]) -> dict[str, tuple[tuple[Block, ...], ...]]:
     return {section: tuple(tuple(group) for group in groups.values()) for section, groups in found.items()}
 
 
+_KINDS = {"in_layers.2.weight": "resnet", "proj_in.weight": "transformer", "op.weight": "down", "conv.weight": "up",
+          "weight": "conv"}
+
+
 def _block(name: str, tails: set[str]) -> Block:
     """The module `name`, known by the parameters it has."""
-    if "in_layers.2.weight" in tails:
-        return Block(name, "resnet")
-    if "proj_in.weight" in tails:
-        return Block(name, "transformer", depth=_count(tails, r"transformer_blocks\.(\d+)\."))
-    if "op.weight" in tails:
-        return Block(name, "down")
-    if "conv.weight" in tails:
-        return Block(name, "up")
-    if "weight" in tails:
-        return Block(name, "conv")
+    for parameter, kind in _KINDS.items():
+        if parameter in tails:
+            return Block(name, kind, depth=_count(tails, r"transformer_blocks\.(\d+)\."))
     raise ModelError(f"The checkpoint's UNet has an unknown block '{name}'", remedy=SUPPORTED)
 
 
@@ -204,17 +197,13 @@ def _text_encoder(text: Mapping[str, Tensor], spec: TextEncoderSpec, *, heads: i
             f"The text encoder's {width} channels cannot be cut into {heads} heads",
             remedy="put the checkpoint's .yaml beside it, which names the text encoder's configuration")
     return TextConfig(
-        component=spec.component,
+        **vars(spec),
         layers=_count(text, r"text_model\.encoder\.layers\.(\d+)\."),
         width=width,
         heads=heads,
         activation=activation or ("gelu" if spec.openclip else "quick_gelu"),
         positions=_shape(text, "text_model.embeddings.position_embedding.weight")[0],
         projection=None if projection is None else projection.shape[0],
-        skip=spec.skip,
-        final_norm=spec.final_norm,
-        pooled=spec.pooled,
-        pad_with_end=not spec.openclip,
     )
 
 

@@ -1,5 +1,5 @@
-"""The `.yaml` beside a checkpoint -> `Hints`: the layouts of ldm (SD1, SD2) and sgm (SDXL), as kohya and the WebUI
-read them."""
+"""The `.yaml` beside a checkpoint -> `Hints` and tokenizers: the layouts of ldm (SD1, SD2) and sgm (SDXL), as kohya and the
+WebUI read them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import yaml
 from lib_lora_train.errors import ModelError
 from lib_lora_train.model.architecture import Hints
 from lib_lora_train.model.sd.schedule import scaled_linear_alphas_cumprod
+from lib_lora_train.model.sd.tokens import Tokenizer, tokenizer_from_folder
 
 
 def hints_from_yaml(path: str | Path) -> Hints:
@@ -23,17 +24,9 @@ def hints_from_yaml(path: str | Path) -> Hints:
     read as such a configuration.
     """
     path = Path(path)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ModelError(f"'{path.name}' cannot be read as a model configuration", why=" ".join(str(error).split()),
-                         remedy="repair the file or remove it") from error
-    model = _section(content, "model", "params")
-    if not model:
-        raise ModelError(f"'{path.name}' is not a model configuration", why="it has no section 'model: params:'",
-                         remedy="repair the file or remove it")
+    model = _model(path)
     unet = _section(model, "unet_config", "params") or _section(model, "network_config", "params")
-    text = _text_folders(model, beside=path.parent)
+    text = [_read_json(folder / "config.json") if folder else {} for folder in _text_folders(model, path, "config.json")]
     try:
         return Hints(
             unet_heads=_positive(unet.get("num_heads")),
@@ -47,6 +40,26 @@ def hints_from_yaml(path: str | Path) -> Hints:
     except (TypeError, ValueError) as error:
         raise ModelError(f"'{path.name}' has a value that is not a number", why=str(error),
                          remedy="repair the file or remove it") from error
+
+
+def tokenizers_from_yaml(path: Path) -> list[Tokenizer] | None:
+    """Those in the folders of text encoders that the configuration at `path` names; None where it names none, or not one for
+    each. Raises ModelError."""
+    folders = _text_folders(_model(path), path, "vocab.json")
+    return [tokenizer_from_folder(folder) for folder in folders] if folders and all(folders) else None
+
+
+def _model(path: Path) -> Mapping[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ModelError(f"'{path.name}' cannot be read as a model configuration", why=" ".join(str(error).split()),
+                         remedy="repair the file or remove it") from error
+    model = _section(content, "model", "params")
+    if not model:
+        raise ModelError(f"'{path.name}' is not a model configuration", why="it has no section 'model: params:'",
+                         remedy="repair the file or remove it")
+    return model
 
 
 def _section(content: Any, *names: str) -> Mapping[str, Any]:
@@ -76,18 +89,14 @@ def _alphas_cumprod(model: Mapping[str, Any]) -> Any:
         start=float(model["linear_start"]), end=float(model["linear_end"]), steps=int(model.get("timesteps", 1000)))
 
 
-def _text_folders(model: Mapping[str, Any], *, beside: Path) -> list[Mapping[str, Any]]:
-    """`config.json` of each text encoder; an empty dict for one that is not given as a folder."""
+def _text_folders(model: Mapping[str, Any], path: Path, file: str) -> list[Path | None]:
+    """The folder with `file` of each text encoder that the configuration at `path` names; None for one without."""
     embedders = _section(model, "conditioner_config", "params").get("emb_models")
     sections = [model.get("cond_stage_config")] if not isinstance(embedders, list) else [
         embedder for embedder in embedders if isinstance(embedder, Mapping) and embedder.get("input_key") == "txt"]
-    configurations = []
-    for section in sections:
-        version = _section(section, "params").get("version")
-        folders = [beside / version, Path(version)] if isinstance(version, str) else []
-        file = next((folder / "config.json" for folder in folders if (folder / "config.json").is_file()), None)
-        configurations.append({} if file is None else _read_json(file))
-    return configurations
+    versions = [_section(section, "params").get("version") for section in sections]
+    candidates = [[path.parent / version, Path(version)] if isinstance(version, str) else [] for version in versions]
+    return [next((folder for folder in folders if (folder / file).is_file()), None) for folders in candidates]
 
 
 def _read_json(file: Path) -> Mapping[str, Any]:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 
+from lib_lora_train.model.architecture import UNET_COMPONENT
+
 LoRAKey = tuple[str, str, bool]
 """A layer's module name, its key in the file, and whether its weights are written as 1x1 convolutions."""
 Shapes = Mapping[str, tuple[int, ...]]
@@ -25,27 +27,24 @@ _IN_A_TEXT_LAYER = re.compile(
     r"text_model\.encoder\.layers\.(?P<layer>\d+)\.(?:self_attn\.(?:q|k|v|out)_proj|mlp\.fc[12])")
 
 
-def sd1_keys(component: str, shapes: Shapes) -> Iterator[LoRAKey]:
-    """SD1's: the UNet's blocks are called as in Diffusers."""
-    return _unet_keys(shapes, blocks=_diffusers_blocks(shapes)) if component == "unet" else _text_keys(component, shapes)
-
-
-def sd2_keys(component: str, shapes: Shapes) -> Iterator[LoRAKey]:
-    """SD2's: as SD1's, but without the last text layer: its output is not used, and sd-scripts drops it."""
-    if component == "unet":
+def sd_keys(component: str, shapes: Shapes, *, last_text_layer: bool) -> Iterator[LoRAKey]:
+    """SD1's and SD2's: the UNet's blocks are called as in Diffusers. SD2 has no last text layer: its output is not used, and
+    sd-scripts drops it."""
+    if component == UNET_COMPONENT:
         return _unet_keys(shapes, blocks=_diffusers_blocks(shapes))
-    layers = [int(match["layer"]) for match in map(_IN_A_TEXT_LAYER.fullmatch, _modules(shapes)) if match]
-    return _text_keys(component, shapes, unused=max(layers, default=-1))
+    return _text_keys(component, shapes, last=last_text_layer)
 
 
 def sdxl_keys(component: str, shapes: Shapes) -> Iterator[LoRAKey]:
     """SDXL's: the UNet's blocks are called as in sgm, and no layer is written as a convolution."""
-    return _unet_keys(shapes, blocks=None) if component == "unet" else _text_keys(component, shapes)
+    return _unet_keys(shapes, blocks=None) if component == UNET_COMPONENT else _text_keys(component, shapes, last=True)
 
 
-def _text_keys(component: str, shapes: Shapes, *, unused: int = -1) -> Iterator[LoRAKey]:
-    for match in map(_IN_A_TEXT_LAYER.fullmatch, _modules(shapes)):
-        if match and int(match["layer"]) != unused:
+def _text_keys(component: str, shapes: Shapes, *, last: bool) -> Iterator[LoRAKey]:
+    matches = [match for match in map(_IN_A_TEXT_LAYER.fullmatch, _modules(shapes)) if match]
+    unused = -1 if last else max((int(match["layer"]) for match in matches), default=-1)
+    for match in matches:
+        if int(match["layer"]) != unused:
             yield match[0], f"lora_{component}_" + match[0].replace(".", "_"), False
 
 

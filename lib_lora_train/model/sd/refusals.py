@@ -32,12 +32,21 @@ _INPUT_CHANNELS = {
 
 def refuse_other_kinds(tensors: Mapping[str, Tensor]) -> None:
     """Raise ModelError where the checkpoint is of a kind that cannot be trained on."""
-    _refuse_by_name(tensors)
-    _refuse_by_input(tensors)
-    _refuse_quantised(tensors)
-
-
-def _refuse_quantised(tensors: Mapping[str, Tensor]) -> None:
+    stem = tensors.get(f"{UNET_PREFIX}input_blocks.0.0.weight")
+    for beginnings, kind in _BEGINNINGS:
+        if kind.startswith(("a training", "a UNet")) and stem is not None:
+            continue  # such extras do no harm beside a usable UNet
+        if any(name.startswith(beginnings) for name in tensors):
+            raise _refused(kind)
+    if any(".time_stack." in name for name in tensors):
+        raise _refused("a video model")
+    first, second = (any(name.startswith(f"conditioner.embedders.{index}.") for name in tensors) for index in (0, 1))
+    if first and not second and "conditioner.embedders.0.model.ln_final.weight" in tensors:
+        raise _refused("the SDXL refiner", remedy="choose the SDXL base model, or one made from it")
+    if stem is not None and stem.ndim == 4 and stem.shape[1] != 4:
+        channels = stem.shape[1]
+        raise _refused(_INPUT_CHANNELS.get(channels, "a model of an unknown kind"),
+                       why=f"its UNet takes {channels} channels instead of 4")
     for name, tensor in tensors.items():
         # Buffers such as `position_ids` and `model_ema.num_updates` are integers in sound checkpoints.
         if name.endswith((".weight", ".bias")) and tensor.dtype not in _FLOATS:
@@ -47,33 +56,8 @@ def _refuse_quantised(tensors: Mapping[str, Tensor]) -> None:
                 remedy="load it in 16 or 32 bits (no fp8, nf4 or gguf storage)")
 
 
-def _refuse_by_name(tensors: Mapping[str, Tensor]) -> None:
-    has_unet = f"{UNET_PREFIX}input_blocks.0.0.weight" in tensors
-    for beginnings, kind in _BEGINNINGS:
-        if kind.startswith(("a training", "a UNet")) and has_unet:
-            continue  # such extras do no harm beside a usable UNet
-        if any(name.startswith(beginnings) for name in tensors):
-            raise _refused(kind, SUPPORTED)
-    if any(".time_stack." in name for name in tensors):
-        raise _refused("a video model", SUPPORTED)
-    first, second = (any(name.startswith(f"conditioner.embedders.{index}.") for name in tensors) for index in (0, 1))
-    if first and not second and "conditioner.embedders.0.model.ln_final.weight" in tensors:
-        raise _refused("the SDXL refiner", "choose the SDXL base model, or one made from it")
-
-
-def _refuse_by_input(tensors: Mapping[str, Tensor]) -> None:
-    stem = tensors.get(f"{UNET_PREFIX}input_blocks.0.0.weight")
-    if stem is None or stem.ndim != 4 or stem.shape[1] == 4:
-        return
-    channels = stem.shape[1]
-    kind = _INPUT_CHANNELS.get(channels, "a model of an unknown kind")
-    raise ModelError(
-        f"The checkpoint is {kind}, which this trainer does not support",
-        why=f"its UNet takes {channels} channels instead of 4", remedy=SUPPORTED)
-
-
-def _refused(kind: str, remedy: str) -> ModelError:
-    return ModelError(f"The checkpoint is {kind}, which this trainer does not support", remedy=remedy)
+def _refused(kind: str, *, why: str = "", remedy: str = SUPPORTED) -> ModelError:
+    return ModelError(f"The checkpoint is {kind}, which this trainer does not support", why=why, remedy=remedy)
 
 
 def incomplete(name: str) -> ModelError:

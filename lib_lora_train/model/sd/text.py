@@ -160,7 +160,7 @@ def size_vector(pooled: Tensor, *, original: Size, crop: Size, target: Size) -> 
 def _framed(chunk: Sequence[int], tokenizer: Tokenizer, config: TextConfig) -> Chunk:
     """Start, `chunk`, end and padding: 77 ids."""
     framed = [tokenizer.start, *chunk, *[tokenizer.end] * (CHUNK + 1 - len(chunk))]
-    if not config.pad_with_end:
+    if config.openclip:
         first_end = framed.index(tokenizer.end)
         framed[first_end + 1:] = [OPENCLIP_PAD] * (len(framed) - first_end - 1)
     return tuple(framed)

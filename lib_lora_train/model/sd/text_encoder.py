@@ -23,22 +23,13 @@ class TextEncoder:
     def __init__(self, tensors: Mapping[str, Tensor], config: TextConfig) -> None:
         """`tensors` under Hugging Face names ("text_model.encoder.layers.0.self_attn.q_proj.weight")."""
         self.config = config
-        self._layers = Layers(tensors)
-
-    @property
-    def tensors(self) -> Mapping[str, Tensor]:
-        """The borrowed tensors by Hugging Face name."""
-        return self._layers.tensors
-
-    @property
-    def layers(self) -> Layers:
-        """The layers over them, to release and rebind the tensors."""
-        return self._layers
+        self.layers = Layers(tensors)
+        self.tensors = self.layers.tensors
 
     @property
     def device(self) -> torch.device:
         """Where the token embeddings are, hence where tokens belong."""
-        return self._layers.weight("text_model.embeddings.token_embedding").device
+        return self.layers.weight("text_model.embeddings.token_embedding").device
 
     def __call__(self, tokens: Tensor, *, skip: int = 1, final_norm: bool = True, pooled: bool = False,
                  adapters: Adapters = NO_ADAPTERS, checkpointing: bool = False,
@@ -51,7 +42,7 @@ class TextEncoder:
         checkpointing: recompute each layer in backward instead of keeping its activations.
         Raises SettingError for a `skip` beyond the embeddings.
         """
-        layers = self._layers.adapted(adapters)
+        layers = self.layers.adapted(adapters)
         used = self.config.layers - skip + 1
         if not 0 <= used <= self.config.layers:
             raise SettingError(f"A clip skip of {skip} is impossible",

@@ -21,17 +21,19 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """The tokens of `text`, however many, without start and end token. Plain text: brackets mean brackets."""
-        ...
 
 
 @dataclass(frozen=True)
-class _Tokenizer:
+class FunctionTokenizer:
+    """A tokenizer that asks the function `tokens`."""
+
     tokens: Callable[[str], list[int]]
     start: int
     end: int
     comma: int | None
 
     def encode(self, text: str) -> list[int]:
+        """See `Tokenizer`."""
         return list(self.tokens(text))
 
 
@@ -42,7 +44,7 @@ def clip_tokenizer() -> Tokenizer:
 
     tokenizer = SimpleTokenizer()
     ids = tokenizer.encoder
-    return _Tokenizer(tokenizer.encode, start=ids["<start_of_text>"], end=ids["<end_of_text>"], comma=ids[",</w>"])
+    return FunctionTokenizer(tokenizer.encode, start=ids["<start_of_text>"], end=ids["<end_of_text>"], comma=ids[",</w>"])
 
 
 def tokenizer_from_folder(path: str | Path) -> Tokenizer:
@@ -59,5 +61,6 @@ def tokenizer_from_folder(path: str | Path) -> Tokenizer:
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ModelError(f"The tokenizer in the folder '{path}' cannot be read", why=" ".join(str(error).split()),
                          remedy="copy or download it again") from error
-    return _Tokenizer(lambda text: tokenizer(text, truncation=False, add_special_tokens=False)["input_ids"],
-                      start=tokenizer.bos_token_id, end=tokenizer.eos_token_id, comma=tokenizer.get_vocab().get(",</w>"))
+    return FunctionTokenizer(
+        lambda text: tokenizer(text, truncation=False, add_special_tokens=False)["input_ids"],
+        start=tokenizer.bos_token_id, end=tokenizer.eos_token_id, comma=tokenizer.get_vocab().get(",</w>"))

@@ -21,7 +21,7 @@ from lib_lora_train.errors import SettingError
 from lib_lora_train.model.architecture import Block, UNetConfig
 from lib_lora_train.model.ops.layers import NO_ADAPTERS, Adapters, Layers, attention
 from lib_lora_train.model.ops.recipes import GatedGELU
-from lib_lora_train.model.ops.weights import Weight, is_nhwc_kernel
+from lib_lora_train.model.ops.weights import is_nhwc_kernel
 
 # ldm's GroupNorm32 keeps torch's default; its spatial transformers choose their own.
 RESNET_EPS, TRANSFORMER_EPS = 1e-5, 1e-6
@@ -45,17 +45,8 @@ class UNet:
         """Names of the blocks that can be recomputed in backward: residual blocks ("input_blocks.1.0"), transformer blocks
         ("input_blocks.1.1.transformer_blocks.0"), and of those the attentions (".attn1", ".attn2") and the feed-forward
         (".ff")."""
-        self._layers = Layers(tensors)
-
-    @property
-    def tensors(self) -> Mapping[str, Weight]:
-        """The borrowed tensors by local name, or what was put in their place."""
-        return self._layers.tensors
-
-    @property
-    def layers(self) -> Layers:
-        """The layers over them, to release and rebind the tensors."""
-        return self._layers
+        self.layers = Layers(tensors)
+        self.tensors = self.layers.tensors
 
     def __call__(self, x: Tensor, timesteps: Tensor, context: Tensor, y: Tensor | None = None, *,
                  adapters: Adapters = NO_ADAPTERS, checkpointed: Collection[str] = frozenset()) -> Tensor:
@@ -71,7 +62,7 @@ class UNet:
         Raises SettingError for a height or width that does not survive the halvings.
         """
         self._check(x, y)
-        layers = self._layers.adapted(adapters)
+        layers = self.layers.adapted(adapters)
         assert set(checkpointed) <= set(self.checkpointable), "only these blocks can be recomputed"
         run = self.runner(frozenset(checkpointed)) if torch.is_grad_enabled() else DIRECTLY
         context = context.to(x.dtype)
@@ -98,7 +89,7 @@ class UNet:
     def _order(self, x: Tensor) -> torch.memory_format:
         """The memory layout of images between the layers. NHWC spares copies around each transformer. On the CPU kernels of
         either layout are used as they are; a GPU would copy NCHW kernels at each call, so images follow them."""
-        nhwc = x.is_cpu or is_nhwc_kernel(self._layers.weight("input_blocks.1.0.in_layers.2"))
+        nhwc = x.is_cpu or is_nhwc_kernel(self.layers.weight("input_blocks.1.0.in_layers.2"))
         return torch.channels_last if nhwc else torch.contiguous_format
 
     def _check(self, x: Tensor, y: Tensor | None) -> None:

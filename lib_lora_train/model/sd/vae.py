@@ -28,17 +28,8 @@ class VAE:
     def __init__(self, tensors: Mapping[str, Tensor], config: VAEConfig) -> None:
         """`tensors` under local names, without "first_stage_model."."""
         self.config = config
-        self._layers = Layers(tensors)
-
-    @property
-    def tensors(self) -> Mapping[str, Tensor]:
-        """The borrowed tensors by local name."""
-        return self._layers.tensors
-
-    @property
-    def layers(self) -> Layers:
-        """The layers over them, to release and rebind the tensors."""
-        return self._layers
+        self.layers = Layers(tensors)
+        self.tensors = self.layers.tensors
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, *, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -52,7 +43,7 @@ class VAE:
             raise SettingError(f"A picture of {width}x{height} pixels cannot be encoded",
                                remedy=f"use widths and heights that are multiples of {self.config.factor}")
         x = pixels.to(dtype)
-        layers, last = self._layers, len(self.config.encoder_levels) - 1
+        layers, last = self.layers, len(self.config.encoder_levels) - 1
         x = layers.conv2d("encoder.conv_in", x, padding=1)
         for level, blocks in enumerate(self.config.encoder_levels):
             x = self._level(f"encoder.down.{level}", blocks, x)
@@ -68,7 +59,7 @@ class VAE:
     @torch.no_grad()
     def decode(self, latents: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
         """Unscaled latents [B, 4, h, w] -> pixels [B, 3, 8h, 8w] fp32, about in [-1, 1] (not clamped)."""
-        layers, x = self._layers, latents.to(dtype)
+        layers, x = self.layers, latents.to(dtype)
         if layers.has("post_quant_conv"):
             x = layers.conv2d("post_quant_conv", x)
         x = self._middle("decoder", layers.conv2d("decoder.conv_in", x, padding=1))
@@ -82,7 +73,7 @@ class VAE:
     def _level(self, name: str, blocks: int, x: Tensor) -> Tensor:
         for block in range(blocks):
             x = self._resnet(f"{name}.block.{block}", x)
-            if self._layers.has(f"{name}.attn.{block}.q"):
+            if self.layers.has(f"{name}.attn.{block}.q"):
                 x = self._attention(f"{name}.attn.{block}", x)
         return x
 
@@ -92,11 +83,11 @@ class VAE:
         return self._resnet(f"{part}.mid.block_2", x)
 
     def _end(self, part: str, x: Tensor) -> Tensor:
-        x = self._layers.group_norm(f"{part}.norm_out", x, eps=EPS, silu=True)
-        return self._layers.conv2d(f"{part}.conv_out", x, padding=1)
+        x = self.layers.group_norm(f"{part}.norm_out", x, eps=EPS, silu=True)
+        return self.layers.conv2d(f"{part}.conv_out", x, padding=1)
 
     def _resnet(self, name: str, x: Tensor) -> Tensor:
-        layers = self._layers
+        layers = self.layers
         h = layers.conv2d(f"{name}.conv1", layers.group_norm(f"{name}.norm1", x, eps=EPS, silu=True), padding=1)
         h = layers.conv2d(f"{name}.conv2", layers.group_norm(f"{name}.norm2", h, eps=EPS, silu=True), padding=1)
         if layers.has(f"{name}.nin_shortcut"):
@@ -106,7 +97,7 @@ class VAE:
     def _attention(self, name: str, x: Tensor) -> Tensor:
         """Single-headed self-attention over the pixels of x [B, C, h, w]."""
         height = x.shape[-2]
-        layers, norm = self._layers, self._layers.group_normed(f"{name}.norm", eps=EPS, rows=True)
+        layers, norm = self.layers, self.layers.group_normed(f"{name}.norm", eps=EPS, rows=True)
         q, k, v = layers.linears([f"{name}.{projection}" for projection in "qkv"], x, recipe=norm)
         h = layers.linear(f"{name}.proj_out", attention(q, k, v, heads=1))
         return x + h.unflatten(1, (height, -1)).permute(0, 3, 1, 2)

@@ -117,12 +117,12 @@ def sample(prompt: str = Body(""), negative_prompt: str = Body(""), width: int =
            steps: int = Body(4), cfg_scale: float = Body(7.0), seed: int = Body(1)) -> dict[str, str]:
     """A picture by our own sampler on the leased model, as base64 of a PNG."""
     from lib_lora_train.host.a1111.host import HOST
-    from lib_lora_train.model.sampler import SampleRequest, sample_latents, to_image
+    from lib_lora_train.model.sampler import SampleRequest, sample_batch, to_image
 
     request = SampleRequest(prompt, negative_prompt, width, height, steps, cfg_scale, seed)
     with HOST.lease() as borrowed:
         model = _frozen(borrowed)
-        image = to_image(model, sample_latents(model, request, clip_skip=borrowed.clip_skip))
+        image = to_image(model, sample_batch(model, [request], clip_skip=borrowed.clip_skip))
     return {"image": _png(image)}
 
 
@@ -154,20 +154,20 @@ def tokens(text: str = Body("", embed=True)) -> dict[str, Any]:
 
 def fail(step: int = Body(1, embed=True)) -> dict[str, str]:
     """Let the training loop meet an error of ours in its `step`-th loss from now."""
-    from lib_lora_train.training import device_step
+    from lib_lora_train.training import train_step
 
-    original, left = device_step.denoising_loss, [step]
+    original, left = train_step.denoising_loss, [step]
 
     def breaking(*args: Any, **kwargs: Any) -> torch.Tensor:
         if args[0].device.type == "meta":  # the step is rehearsed to know its memory
             return original(*args, **kwargs)
         left[0] -= 1
         if left[0] == 0:
-            device_step.denoising_loss = original
+            train_step.denoising_loss = original
             raise RuntimeError("the probe broke this step")
         return original(*args, **kwargs)
 
-    device_step.denoising_loss = breaking
+    train_step.denoising_loss = breaking
     return {}
 
 
@@ -235,9 +235,9 @@ def pretend_card() -> dict[str, str]:
     """From now on the model lies on a card, and the memory plan wants everything off it that a step does not need."""
     from lib_lora_train.host import placement
     from lib_lora_train.run import memory
-    from lib_lora_train.training import device_step
+    from lib_lora_train.training import train_step
 
-    card, loss = pretended_card.PretendedCard(), device_step.denoising_loss
+    card, loss = pretended_card.PretendedCard(), train_step.denoising_loss
     placement.device_of, placement.copy_to = card.device_of, card.copy_to
     memory.parts_not_needed = lambda *arguments: frozenset({"vae", "text"})
 
@@ -253,7 +253,7 @@ def pretend_card() -> dict[str, str]:
             lies_where("training")
         return loss(*arguments, **named)
 
-    device_step.denoising_loss = seen
+    train_step.denoising_loss = seen
     script_callbacks.on_cfg_denoiser(lambda _: lies_where("painting"))
     return {}
 

@@ -1,0 +1,125 @@
+/* What the tab shows of a run besides its curve: the bar, the speed, how it ended, the files and the warnings. lora_train.js
+ * asks for the status and says when to draw.
+ */
+(function() {
+    "use strict";
+
+    function element(tag, className, text) {
+        const made = document.createElement(tag);
+        if (className) made.className = className;
+        if (text !== undefined) made.textContent = text;
+        return made;
+    }
+
+    /** Fills two empty elements of the page, beside the fields and below them. Returns the elements that were made, with
+     * draw(status) and showProblem(text). */
+    window.loraTrainProgress = function(live, drawn, translated) {
+        const view = {draw, showProblem};
+        live.className = drawn.className = "lora-train-live";
+        view.head = element("div", "lora-train-head");
+        view.name = view.head.appendChild(element("b"));
+        view.speed = view.head.appendChild(element("span"));
+        view.barFrame = element("div", "progressDiv");
+        view.bar = view.barFrame.appendChild(element("div", "progress"));
+        view.outcome = element("div", "lora-train-outcome");
+        view.outcome.setAttribute("role", "status");
+        view.resume = element("div", "lora-train-resume");
+        view.result = element("div", "lora-train-file");
+        view.others = element("details", "lora-train-others");
+        view.othersCount = view.others.appendChild(element("summary"));
+        view.othersList = view.others.appendChild(element("div"));
+        view.curve = element("div", "lora-train-curve");
+        view.warnings = element("ul", "lora-train-warnings");
+        live.append(view.head, view.barFrame, view.outcome, view.resume, view.result, view.others);
+        drawn.append(view.curve, view.warnings);
+        for (const part of [...live.children, ...drawn.children]) part.hidden = true;
+        return view;
+
+        function draw(answer) {
+            view.speed.textContent = speedText(answer);
+            view.barFrame.hidden = !answer.running;
+            if (answer.running) drawBar(answer);
+            drawOutcome(answer);
+            drawFiles(answer);
+            drawList(view.warnings, answer.warnings);
+        }
+
+        function speedText(answer) {
+            const step = answer.step, parts = [];
+            if (!step) return "";
+            if (step.average_loss !== null) parts.push("loss " + step.average_loss.toPrecision(3));
+            if (answer.running && step.steps_per_second) parts.push(rate(step.steps_per_second));
+            return parts.join(" · ");
+        }
+
+        function rate(perSecond) {
+            return perSecond >= 1 ? perSecond.toFixed(1) + " it/s" : (1 / perSecond).toFixed(1) + " s/it";
+        }
+
+        function drawBar(answer) {
+            let fraction = answer.fraction, text = "Starting";
+            if (answer.waiting) {
+                text = "Waiting for other work";
+            } else if (answer.stage) {
+                fraction = answer.stage.total ? answer.stage.done / answer.stage.total : 0;
+                text = answer.stage.name + (answer.stage.total ? " " + answer.stage.done + "/" + answer.stage.total : "");
+            } else if (answer.step) {
+                const step = answer.step;
+                text = step.step + "/" + step.total + " · epoch " + step.epoch + "/" + step.epochs;
+                if (answer.seconds_left !== null) text += " · " + duration(answer.seconds_left) + " left";
+            }
+            if (answer.stopping) text = answer.stopping === "save" ? "Stopping and saving" : "Stopping";
+            view.bar.style.width = (100 * fraction).toFixed(1) + "%";
+            view.bar.style.background = fraction > 0 ? "" : "transparent";
+            view.bar.textContent = text;
+        }
+
+        function duration(seconds) {
+            const whole = Math.round(seconds), two = (number) => String(number).padStart(2, "0");
+            const hours = Math.floor(whole / 3600), minutes = Math.floor(whole / 60) % 60;
+            return hours ? hours + ":" + two(minutes) + ":" + two(whole % 60) : minutes + ":" + two(whole % 60);
+        }
+
+        function drawOutcome(answer) {
+            const finished = answer.finished;
+            view.outcome.hidden = !finished;
+            view.outcome.classList.toggle("lora-train-problem", Boolean(finished && finished.outcome === "failed"));
+            view.outcome.textContent = finished ? finished.message : "";
+        }
+
+        function showProblem(text) {
+            view.outcome.hidden = false;
+            view.outcome.classList.add("lora-train-problem");
+            view.outcome.textContent = text;
+        }
+
+        /** The result, or the newest file until there is one; the others folded below it, newest first. */
+        function drawFiles(answer) {
+            const saved = answer.saved, message = answer.finished ? answer.finished.message : "";
+            const [first, ...others] = saved.slice().reverse().sort((a, b) => b.final - a.final);
+            view.result.hidden = !first;
+            view.others.hidden = !others.length;
+            const shown = [message, ...saved.map((entry) => entry.path)].join("\n");
+            if (!first || view.result.dataset.shown === shown) return;
+            view.result.dataset.shown = shown;
+            // The last message usually names the file already.
+            view.result.replaceChildren(...fileParts(first).slice(0, message.includes(first.path) ? 1 : 2));
+            view.othersCount.textContent = translated("Also saved") + ": " + others.length;
+            view.othersList.replaceChildren(...others.map((entry) => {
+                const row = element("div", "lora-train-file");
+                row.append(...fileParts(entry));
+                return row;
+            }));
+        }
+
+        function fileParts(entry) {
+            return [element("code", "", entry.lora_text), element("span", "", entry.path)];
+        }
+
+        function drawList(list, texts) {
+            list.hidden = !texts.length;
+            if (list.childElementCount === texts.length) return;
+            list.replaceChildren(...texts.map((text) => element("li", "", text)));
+        }
+    };
+})();
