@@ -38,8 +38,8 @@ def sample_rows(host: ModelSource, lora: Path, *, dataset: Path) -> list[SheetRo
     with host.lease() as borrowed:
         model = frozen.build(borrowed.tensors, hints=borrowed.hints, tokenizers=borrowed.tokenizers)
         content = file.load(lora)
-        targets = find_targets(model.components, family=model.architecture.family,
-                               text_encoder=any(key.startswith("lora_te") for key in content.tensors))
+        family = model.architecture.family
+        targets = find_targets(model.components, family=family, text_encoder=family.adapts_text(content.tensors))
         adapters = AdapterNetwork.continued(targets, content.tensors, seed=0).to(model.device).adapters()
 
         def sample(prompts: list[str], chosen: dict[str, dict[str, Adapter]]) -> tuple[Image.Image, ...]:

@@ -274,9 +274,7 @@ def _start_with_model(studio: Studio, name: str, function: TaskFunction) -> int:
         except Interrupted as error:
             raise Interrupted(f"{name} was stopped; what was done is kept") from error
 
-    # A wait for the host's own generation has to be ended.
-    return studio.tasks.start(name, stopped_by_name, interrupted=studio.host.interrupted, on_stop=studio.host.stop_waiting,
-                              with_model=True)
+    return studio.tasks.start(name, stopped_by_name, interrupted=studio.host.interrupted, with_model=True)
 
 
 def _folder(session: DatasetSession) -> Path:
