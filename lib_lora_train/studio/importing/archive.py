@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from lib_lora_train.errors import DatasetError, printable
+from lib_lora_train.errors import DatasetError
+from lib_lora_train.studio.importing.owned import one_line
 
 # What zipfile and its decompressors were seen to raise on damaged input.
 _ZIP_ERRORS = (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, OSError, EOFError, ValueError, RuntimeError, LookupError,
@@ -51,7 +52,7 @@ class Entry:
     @property
     def label(self) -> str:
         """How to name it to the user."""
-        return printable("/".join([*self.folder, self.name]))
+        return one_line("/".join([*self.folder, self.name]))
 
 
 class Archive:
