@@ -71,11 +71,9 @@ class Sampler:
                       seed: int = 1, timesteps: Sequence[int] = LOSS_TIMESTEPS) -> dict[int, float]:
         """{timestep: loss} on images that nobody trained on, with noise that depends on nothing but `seed`."""
         mean, std = self._encoded(pixels)
-        sizes = torch.full((len(pixels), 2), SIDE)
-        batches = [Batch(indices=tuple(rows.tolist()), mean=mean[rows], std=std[rows],
-                         captions=tuple(captions[row] for row in rows), loss_weight=torch.ones(len(rows)),
-                         original_size=sizes[rows], crop=torch.zeros_like(sizes[rows]), target_size=sizes[rows])
-                   for rows in torch.arange(len(pixels)).split(TOGETHER)]
+        sizes = torch.tensor([SIDE, SIDE, 0, 0, SIDE, SIDE], dtype=torch.float32).expand(len(pixels), 6)
+        everything = Batch({"mean": mean, "std": std, "loss_weight": torch.ones(len(pixels)), "sizes": sizes}, tuple(captions))
+        batches = [everything.rows(slice(start, start + TOGETHER)) for start in range(0, len(pixels), TOGETHER)]
         with torch.no_grad():
             conditions = {batch.captions: self._model.text.encode(
                 [self._model.text.tokenize(caption) for caption in batch.captions], adapters=lora) for batch in batches}

@@ -22,6 +22,7 @@ from lib_lora_train.events import Event, Finished, Report, Saved, Step
 from lib_lora_train.host.port import Host
 from lib_lora_train.host.standalone import StandaloneHost
 from lib_lora_train.run import runner
+from lib_lora_train.run.planning import plan_job
 from lib_lora_train.settings import Settings, parse
 from tools.bench.host import make_images
 from tools.bench.report import grid, machine_text, share, write_report
@@ -177,7 +178,7 @@ def _timed(host: _TimedHost, settings: Settings, number: int) -> Phases:
 
     with mock.patch.object(owner, name, finished), watch.watching(WATCHED), mock.patch.object(runner, "run_job", followed):
         host.begin(watch)
-        own.start(settings, host)
+        own.start(plan_job(settings, host), host)
         own.wait()
     status = own.status()
     ended: Finished | None = status.finished if status else None
