@@ -138,7 +138,7 @@ def _checkpointer(plan: RunPlan, identity: Mapping[str, str], started_at: float,
     if point or (folder is not None and (chosen.save_state or chosen.save_state_on_train_end)):
         metadata = resume.describe(
             plan.settings, steps=plan.schedule.steps, processes=plan.processes, checkpoint=identity, started_at=started_at,
-            dataset=resume.dataset_fingerprint(plan.dataset, plan.placements), dtype=dtype, base=memory.config.base_dtype)
+            dataset=resume.dataset_fingerprint(plan.dataset, plan.placements), dtype=dtype, base_dtype=memory.config.base_dtype)
     if point:
         _warn(resume.compare_data(metadata, point), report)
     return Checkpointer(folder, chosen, metadata, report)
