@@ -15,6 +15,7 @@ from lib_lora_train import events
 from lib_lora_train.demo import embedded
 from lib_lora_train.demo.sheet import draw_sheet, sample_rows
 from lib_lora_train.host.standalone import StandaloneHost
+from lib_lora_train.run.planning import plan_job
 from lib_lora_train.run.runner import RUNNER
 from lib_lora_train.settings import parse
 from lib_lora_train.settings.field import Value
@@ -39,7 +40,7 @@ def run_demo(folder: Path, *, page: bool, port: int, address: str, auth: str = "
     torch.set_num_threads(1)
     host = demo_host(folder)
     print("Training a LoRA on 24 pictures ...", flush=True)
-    RUNNER.start(parse(SETTINGS), host)
+    RUNNER.start(plan_job(parse(SETTINGS), host), host)
     shown = 0
     while not RUNNER.wait(timeout=2.0):
         step = getattr(RUNNER.status(), "step", None)
