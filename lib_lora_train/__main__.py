@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from lib_lora_train import events
-from lib_lora_train.errors import LoraTrainError, SettingError, UserError
+from lib_lora_train.errors import LoraTrainError, SettingError, UserError, translated
 from lib_lora_train.events import Report
 from lib_lora_train.settings import AREAS, Settings, assignment, declarations, parse
 from lib_lora_train.settings.toml import read_toml
@@ -54,12 +54,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(chosen: argparse.Namespace) -> int:
     from lib_lora_train.distributed import LaunchEnvironment, process_group
     from lib_lora_train.host.standalone import StandaloneHost, describe_file
+    from lib_lora_train.run.background import Failure
     from lib_lora_train.run.inputs import stage
     from lib_lora_train.run.job import run_job
     from lib_lora_train.run.output import checked_name
     from lib_lora_train.run.planning import plan_job
     from lib_lora_train.run.record import RunRecord, new_folder
-    from lib_lora_train.run.runner import reported
 
     launch = LaunchEnvironment.read(os.environ)
     first = launch is None or launch.rank == 0  # it alone records and prints
@@ -89,22 +89,28 @@ def _train(chosen: argparse.Namespace) -> int:
             record.write(event)
         show(event)
 
-    with _Interrupt(launch) as interrupt, reported(report=report, steps=lambda: latest,
-                                                  failed=record.keep_failure if record else lambda trace: None) as ending:
+    with _Interrupt(launch) as interrupt:
         try:
-            with process_group(launch, timeout=60 * chosen.wait_for_others) as group:
-                host = StandaloneHost(chosen.checkpoint, lora_folder=output, runs_folder=runs_folder,
-                                      device=launch.device() if launch else None)
-                plan = plan_job(settings, host, group=group, on_progress=stage("Reading pictures", report),
-                                should_stop=lambda: bool(interrupt.asked()))
-                if record:
-                    record.complete(plan.settings)
-                ending.finished = run_job(plan, host, report=report, stop=interrupt.asked, group=group,
-                                          folder=record.folder if record else None)
-        except LoraTrainError as error:
-            failure = error
-            raise
-    finished = ending.finished
+            with translated("training"):
+                try:
+                    with process_group(launch, timeout=60 * chosen.wait_for_others) as group:
+                        host = StandaloneHost(chosen.checkpoint, lora_folder=output, runs_folder=runs_folder,
+                                              device=launch.device() if launch else None)
+                        plan = plan_job(settings, host, group=group, on_progress=stage("Reading pictures", report),
+                                        should_stop=lambda: bool(interrupt.asked()))
+                        if record:
+                            record.complete(plan.settings)
+                        finished = run_job(plan, host, report=report, stop=interrupt.asked, group=group,
+                                           folder=record.folder if record else None)
+                except LoraTrainError as error:
+                    failure = error
+                    raise
+        except Exception as error:  # noqa: BLE001 - however it ends, the record and the terminal are told
+            ending = Failure.of(error, name="The training")
+            if record and ending.trace:
+                record.keep_failure(ending.trace)
+            finished = events.Finished(ending.outcome, ending.message, "", latest)
+        report(finished)
     if record:
         record.close()
     if finished.outcome == "failed":

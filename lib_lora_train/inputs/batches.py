@@ -13,21 +13,29 @@ import torch
 
 from lib_lora_train.dataset.buckets import Size
 from lib_lora_train.dataset.captions import process_caption
+from lib_lora_train.distributed import SINGLE_PROCESS, ProcessGroup, rows_of
 from lib_lora_train.inputs.batch import Batch
-from lib_lora_train.inputs.latents import LatentSource, Prepared
+from lib_lora_train.inputs.latents import LatentSource
 
 
 @dataclass(frozen=True, eq=False)
 class PreparedBatch:
-    """A batch as far as it goes without the model; `Batches.finish` does the rest."""
+    """A batch as far as it goes without the model; `Batches.finish` does the rest.
 
-    latents: Prepared
+    rows      of the batch, those that this process trains
+    latents   what `LatentSource.prepare` made for each of them; `flipped`: whether it is mirrored
+    """
+
+    indices: tuple[int, ...]
     captions: tuple[str, ...]
+    rows: slice
+    latents: tuple[torch.Tensor, ...]
+    flipped: tuple[bool, ...]
 
     @property
     def bytes(self) -> int:
         """What it takes while it waits."""
-        return self.latents.bytes
+        return sum(tensor.nbytes for tensor in self.latents)
 
 
 class Batches:
@@ -40,21 +48,16 @@ class Batches:
     def __init__(
         self, source: LatentSource, *, train_batch_size: int, seed: int, prior_loss_weight: float = 1.0,
         trigger_word: str = "", shuffle_caption: bool = False, keep_tokens: int = 0, caption_dropout_rate: float = 0.0,
-        caption_tag_dropout_rate: float = 0.0,
+        caption_tag_dropout_rate: float = 0.0, group: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
-        self._source, self._batch_size, self._seed = source, train_batch_size, seed
+        """`train_batch_size` is that of all processes of the `group` together."""
+        self._source, self._batch_size, self._seed, self._group = source, train_batch_size, seed, group
         self._prior_loss_weight, self._trigger_word = prior_loss_weight, trigger_word
         self._shuffle_caption, self._keep_tokens = shuffle_caption, keep_tokens
         self._caption_dropout_rate, self._caption_tag_dropout_rate = caption_dropout_rate, caption_tag_dropout_rate
-        self._last_order: tuple[int, tuple[tuple[int, ...], ...]] | None = None
         self._buckets: dict[Size, list[int]] = {}
         for index, (example, placement) in enumerate(zip(source.dataset.examples, source.placements, strict=True)):
             self._buckets.setdefault(placement.bucket, []).extend([index] * example.repeats)
-
-    @property
-    def batch_size(self) -> int:
-        """Pictures in a full batch."""
-        return self._batch_size
 
     def __len__(self) -> int:
         """Batches in an epoch: Σ over buckets ⌈visits / batch size⌉."""
@@ -72,9 +75,6 @@ class Batches:
 
     def order(self, epoch: int) -> tuple[tuple[int, ...], ...]:
         """The indices of each batch of an epoch."""
-        last = self._last_order
-        if last is not None and last[0] == epoch:
-            return last[1]
         rng = self._rng("order", epoch)
         batches = []
         for size in sorted(self._buckets):
@@ -82,34 +82,43 @@ class Batches:
             rng.shuffle(visits)
             batches += [tuple(visits[i:i + self._batch_size]) for i in range(0, len(visits), self._batch_size)]
         rng.shuffle(batches)
-        order = tuple(batches)
-        self._last_order = epoch, order  # another thread may ask for another epoch meanwhile
-        return order
+        return tuple(batches)
 
     def prepare(self, epoch: int, position: int, *, indices: tuple[int, ...]) -> PreparedBatch:
         """What can be done without the model, in any thread, for the batch at this position of `order(epoch)`."""
+        rows = self._rows(indices)
         # Separate generators, so that switching one kind of variation on does not change the others.
-        image_rngs = [self._rng("picture", epoch, position, slot) for slot in range(len(indices))]
-        return PreparedBatch(self._source.prepare(indices, image_rngs), self._captions(epoch, position, indices))
+        visits = [self._source.prepare(indices[slot], self._rng("picture", epoch, position, slot))
+                  for slot in range(rows.start, rows.stop)]
+        return PreparedBatch(indices, self._captions(epoch, position, indices), rows, *zip(*visits, strict=True))
 
     def finish(self, prepared: PreparedBatch) -> Batch:
-        """The batch, made in the thread that trains."""
-        indices = prepared.latents.indices
-        latents = self._source.finish(prepared.latents)
+        """The batch, made in the thread that trains. The rows of other processes are zeros, which the training step drops."""
+        indices, rows = prepared.indices, prepared.rows
+        own = self._source.finish(indices[rows], prepared.latents)
+        posterior = own.new_zeros(2, len(indices), *own.shape[2:])
+        posterior[:, rows] = own.transpose(0, 1)
+        flipped = [False] * len(indices)
+        flipped[rows] = prepared.flipped
         examples = [self._source.dataset.examples[index] for index in indices]
         placements = [self._source.placements[index] for index in indices]
-        crops = [placement.size_condition_crop(flipped=flipped)
-                 for placement, flipped in zip(placements, latents.flipped, strict=True)]
+        crops = [placement.size_condition_crop(flipped=mirrored)
+                 for placement, mirrored in zip(placements, flipped, strict=True)]
         sizes = [(e.height, e.width, *crop, p.bucket[1], p.bucket[0])
                  for e, crop, p in zip(examples, crops, placements, strict=True)]
         return Batch({
-            "mean": latents.mean, "std": latents.std, "sizes": torch.tensor(sizes, dtype=torch.float32),
+            "mean": posterior[0], "std": posterior[1], "sizes": torch.tensor(sizes, dtype=torch.float32),
             "loss_weight": torch.tensor([self._prior_loss_weight if e.is_regularisation else 1.0 for e in examples]),
         }, prepared.captions)
 
     def size_of(self, indices: tuple[int, ...]) -> int:
         """Bytes that preparing such a batch takes; 0 where nothing is to be gained from doing it ahead."""
-        return self._source.size_of(indices)
+        return self._source.size_of(indices[self._rows(indices)])
+
+    def _rows(self, indices: tuple[int, ...]) -> slice:
+        rows = rows_of(len(indices), self._group)
+        # Where no row is this process's, the first image gives the shape.
+        return slice(0, 1) if rows.start == rows.stop else rows
 
     def _captions(self, epoch: int, position: int, indices: tuple[int, ...]) -> tuple[str, ...]:
         return tuple(

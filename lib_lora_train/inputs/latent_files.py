@@ -22,7 +22,6 @@ the disk before its name, which would take longer than writing it: what a power 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -50,7 +49,6 @@ _COARSEST_CLOCK = 2 * 10**9  # nanoseconds
 _LEFT_BEHIND = 3600.0  # seconds after which a half-written file has no owner any more
 _LONGEST_NAME = 100  # bytes of a picture's name that are taken into the file's, which may have 143 on some systems
 _DAMAGED = (ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error, SafetensorError)
-_OF_THE_FOLDER = frozenset({errno.EROFS, errno.EACCES, errno.ENOSPC})  # the next file would meet the same
 
 MeanAndStd = tuple[torch.Tensor, torch.Tensor]  # each [4, h, w] fp32 on the CPU
 
@@ -72,7 +70,6 @@ class LatentDisk:
         self.vae_fingerprint, self._now = vae_fingerprint, now
         self._images: dict[Path, _Known] = {}  # read once a run
         self._tidied: set[Path] = set()
-        self._refused: dict[Path, str] = {}  # folders that nothing can be written to, and why
 
     def load(self, image: Path, placement: Placement, *, flipped: bool, renew: bool = False) -> torch.Tensor | None:
         """[2, 4, h, w] fp32, mean and standard deviation; None if there is nothing valid on disk.
@@ -111,12 +108,9 @@ class LatentDisk:
             self._observed(image)
 
     def store(self, image: Path, placement: Placement, *, flipped: bool, latents: torch.Tensor | MeanAndStd) -> str | None:
-        """Write atomically. Returns None, or why it was not possible (the run goes on without). A folder that cannot be
-        written to is not asked again; what one file meets (a program that holds it) is that file's alone."""
+        """Write atomically. Returns None, or why it was not possible (the run goes on without)."""
         path = self._path(image, placement, flipped=flipped)
         folder = path.parent
-        if folder in self._refused:
-            return self._refused[folder]
         # A name of its own each time: the same picture may be written by another thread or another machine.
         temporary = folder / f"{secrets.token_hex(8)}.tmp"
         try:
@@ -127,24 +121,15 @@ class LatentDisk:
             notes = {_KEY: self._key(known.content, placement, flipped=flipped), _SUM: _sum(np.stack([mean, std]))}
             if known.trusted:
                 notes[_STAMP] = known.stamp
-            self._write(temporary, save({"mean": mean, "std": std}, metadata=notes))
+            folder.mkdir(parents=True, exist_ok=True)
+            self._tidy(folder)
+            temporary.write_bytes(save({"mean": mean, "std": std}, metadata=notes))
             replace(temporary, path)
         except OSError as error:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
-            return _why(folder, error)
+            return f"{folder}: {error.strerror or error}"
         return None
-
-    def _write(self, temporary: Path, data: bytes) -> None:
-        folder = temporary.parent
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._tidy(folder)
-            temporary.write_bytes(data)
-        except OSError as error:
-            if error.errno in _OF_THE_FOLDER:
-                self._refused[folder] = _why(folder, error)
-            raise
 
     def _fits(self, notes: Mapping[str, Any], image: Path, placement: Placement, *, flipped: bool) -> bool:
         """Whether a file with these notes was made from exactly this. Raises OSError where the picture cannot be read."""
@@ -191,10 +176,6 @@ class LatentDisk:
         }, sort_keys=True)
 
 
-def _why(folder: Path, error: OSError) -> str:
-    return f"{folder}: {error.strerror or error}"
-
-
 def _stamp(image: Path) -> str:
     """What changes with the file's content, without reading it: size, and two times in nanoseconds."""
     known = image.stat()
@@ -226,3 +207,9 @@ def tensor_fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()
+
+
+def encoder_fingerprint(vae: Mapping[str, torch.Tensor]) -> str:
+    """The `tensor_fingerprint` of all that makes latents of images, of a VAE's tensors under local names: 70 to 137 MB are
+    read. Its decoder has no part in them."""
+    return tensor_fingerprint({name: tensor for name, tensor in vae.items() if name.startswith(("encoder.", "quant_conv."))})

@@ -12,8 +12,8 @@ What needs no model (`prepare`: reading, decoding, varying) may be done in any t
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -27,51 +27,29 @@ from lib_lora_train.dataset.prefetch import reading_threads
 from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
 from lib_lora_train.distributed import SINGLE_PROCESS, ProcessGroup
 from lib_lora_train.errors import DatasetError
-from lib_lora_train.inputs.exchange import stop_of_any
-from lib_lora_train.inputs.latent_encoder import LatentEncoding, check_images, decoded, decoding_bytes, latent_bytes
+from lib_lora_train.inputs.latent_encoder import LatentEncoding, check_images, decoded, decoding_bytes, stop_of_any
 from lib_lora_train.inputs.latent_files import LatentDisk
-from lib_lora_train.inputs.overflow import MOST_LATENT_BYTES, LatentStore
+from lib_lora_train.inputs.latent_store import MOST_LATENT_BYTES, LatentStore
 from lib_lora_train.inputs.vae_batches import Encoder, Room, VaeWork, check_finite
-
-
-@dataclass(frozen=True, eq=False)
-class Latents:
-    """Posterior of a batch of pictures of one bucket, unscaled fp32."""
-
-    mean: torch.Tensor  # [B, 4, h, w]
-    std: torch.Tensor  # [B, 4, h, w]
-    flipped: tuple[bool, ...]  # [B], which of them are mirrored
-
-
-@dataclass(frozen=True, eq=False)
-class Prepared:
-    """A batch as far as it goes without the model: latents or samples of each picture, on the CPU."""
-
-    indices: tuple[int, ...]
-    flipped: tuple[bool, ...]
-    parts: tuple[torch.Tensor, ...]
-
-    @property
-    def bytes(self) -> int:
-        """What it takes while it waits."""
-        return sum(part.nbytes for part in self.parts)
 
 
 class LatentSource(Protocol):
     """Latents of the examples of `dataset`, by index."""
 
-    dataset: Dataset  # without the pictures that could not be decoded; those are among its problems
+    dataset: Dataset  # without the images that could not be decoded; those are among its problems
     placements: tuple[Placement, ...]  # one for each of dataset.examples
 
-    def prepare(self, indices: Sequence[int], rngs: Sequence[random.Random]) -> Prepared:
-        """What can be done without the model for examples that share a bucket, in any thread; `rngs[i]` is all the
-        randomness of visit i."""
+    def prepare(self, index: int, rng: random.Random) -> tuple[torch.Tensor, bool]:
+        """(what can be done without the model for a visit, whether it is mirrored), in any thread; `rng` is all the visit's
+        randomness."""
 
-    def finish(self, prepared: Prepared) -> Latents:
-        """The rest, in the thread that trains."""
+    def finish(self, indices: Sequence[int], prepared: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The rest, in the thread that trains, for visits to images that share a bucket: [B, 2, 4, h, w] unscaled fp32, the
+        posterior's mean, then its standard deviation."""
 
     def size_of(self, indices: Sequence[int]) -> int:
-        """Bytes that `prepare` takes at most, its result included; 0 where nothing is to be gained from doing it ahead."""
+        """Bytes that preparing these takes at most, its results included; 0 where nothing is to be gained from doing it
+        ahead."""
 
     def close(self) -> None:
         """Remove what lies on disk for this run only."""
@@ -102,38 +80,36 @@ class CachedLatents:
         Raises TrainingError naming the picture whose latent is not finite, DatasetError if no picture can
         be decoded, Interrupted when `should_stop()` says so (asked before each picture). No thread outlives the call.
         """
-        store = LatentStore(disk=disk, max_bytes=max_bytes, folder=folder)
+        notes: list[str] = []
+        store = LatentStore(max_bytes=max_bytes, folder=folder)
         try:
             work = LatentEncoding(
-                VaeWork(vae, device=torch.device(device), batch_size=vae_batch_size, room=room), dataset.examples,
-                placements=placements, flip_aug=flip_aug, store=store, group=group,
+                VaeWork(vae, device=torch.device(device), batch_size=vae_batch_size, room=room, warn=notes.append),
+                dataset.examples, placements, flip_aug=flip_aug, store=store, disk=disk)
+            lost = work.run(
+                threads=reading_threads() if threads is None else threads, group=group,
                 watch=Watch(len(dataset.examples), doing="the pictures were encoded", on_progress=on_progress,
                             should_stop=stop_of_any(should_stop, group)))
-            work.run(reading_threads() if threads is None else threads)
-            problems = work.problems
-            kept, kept_placements = _without(dataset, placements, problems=problems, dropped=work.dropped)
+            kept, kept_placements = _without(dataset, placements, lost, [*work.problems, *map(Problem, notes)])
         except BaseException:
             store.close()
             raise
-        numbers = [i for i in range(len(dataset.examples)) if i not in work.dropped]
+        numbers = [i for i in range(len(dataset.examples)) if i not in lost]
         return cls(kept, kept_placements, flip_aug=flip_aug, store=store, numbers=numbers)
 
-    def prepare(self, indices: Sequence[int], rngs: Sequence[random.Random]) -> Prepared:
-        """See `LatentSource.prepare`. Raises TrainingError where the disk no longer has what was put there."""
-        flipped = tuple(self.flip_aug and draw_flip(rng) for rng in rngs)
-        parts = tuple(self._store.take(self._numbers[index], flipped=flip)
-                      for index, flip in zip(indices, flipped, strict=True))
-        return Prepared(tuple(indices), flipped, parts)
+    def prepare(self, index: int, rng: random.Random) -> tuple[torch.Tensor, bool]:
+        """See `LatentSource.prepare`: [2, 4, h, w]. Raises TrainingError where the disk refuses."""
+        flipped = self.flip_aug and draw_flip(rng)
+        return self._store.take(self._numbers[index], flipped=flipped), flipped
 
-    def finish(self, prepared: Prepared) -> Latents:
+    def finish(self, indices: Sequence[int], prepared: Sequence[torch.Tensor]) -> torch.Tensor:
         """See `LatentSource.finish`. On the CPU."""
-        return Latents(torch.stack([part[0] for part in prepared.parts]), torch.stack([part[1] for part in prepared.parts]),
-                       prepared.flipped)
+        return torch.stack(list(prepared))
 
     def size_of(self, indices: Sequence[int]) -> int:
-        """See `LatentSource.size_of`."""
-        return sum(latent_bytes(self.placements[index]) for index in indices
-                   if not self._store.in_memory(self._numbers[index]))
+        """See `LatentSource.size_of`: two times four channels of fp32."""
+        return sum(2 * 4 * 4 * (width // 8) * (height // 8) for width, height in
+                   (self.placements[index].bucket for index in indices if not self._store.in_memory(self._numbers[index])))
 
     def close(self) -> None:
         """See `LatentSource.close`. Nothing can be had from it afterwards."""
@@ -149,8 +125,8 @@ class FreshLatents:
     ) -> None:
         """`warn` is told in a sentence what the user should know of the encoding, while it goes on."""
         self.dataset, self.placements = dataset, tuple(placements)
-        self._work = VaeWork(vae, device=device, batch_size=vae_batch_size)
-        self._flip_aug, self._color_aug, self._random_crop, self._warn = flip_aug, color_aug, random_crop, warn
+        self._work = VaeWork(vae, device=device, batch_size=vae_batch_size, warn=warn)
+        self._flip_aug, self._color_aug, self._random_crop = flip_aug, color_aug, random_crop
 
     @classmethod
     def build(
@@ -164,29 +140,28 @@ class FreshLatents:
         `CachedLatents.build`."""
         watch = Watch(len(dataset.examples), doing="the pictures were checked", on_progress=on_progress,
                       should_stop=stop_of_any(should_stop, group))
-        problems = check_images(dataset.examples, placements, watch=watch, group=group,
-                                  threads=reading_threads() if threads is None else threads)
-        kept, kept_placements = _without(dataset, placements, problems=list(problems.values()), dropped=set(problems))
+        lost = check_images(dataset.examples, placements, watch=watch, group=group,
+                            threads=reading_threads() if threads is None else threads)
+        kept, kept_placements = _without(dataset, placements, lost, [])
         return cls(vae, kept, kept_placements, flip_aug=flip_aug, color_aug=color_aug, random_crop=random_crop,
                    vae_batch_size=vae_batch_size, device=torch.device(device), warn=warn)
 
-    def prepare(self, indices: Sequence[int], rngs: Sequence[random.Random]) -> Prepared:
-        """See `LatentSource.prepare`. Raises DatasetError if a picture vanished or changed since the start."""
-        flipped = tuple(self._flip_aug and draw_flip(rng) for rng in rngs)
-        return Prepared(tuple(indices), flipped, tuple(
-            self._samples(index, rng, flip=flip) for index, rng, flip in zip(indices, rngs, flipped, strict=True)))
+    def prepare(self, index: int, rng: random.Random) -> tuple[torch.Tensor, bool]:
+        """See `LatentSource.prepare`: samples [H, W, 3] uint8. Raises DatasetError if an image vanished or changed since the
+        start."""
+        flipped = self._flip_aug and draw_flip(rng)
+        placement = self.placements[index]
+        crop = draw_crop(placement, rng) if self._random_crop else placement.crop
+        image = scale_and_crop(decoded(self.dataset.examples[index], placement), placement, crop=crop)
+        image = vary_colour(image, rng) if self._color_aug else image
+        return to_samples(ImageOps.mirror(image) if flipped else image), flipped
 
-    def finish(self, prepared: Prepared) -> Latents:
-        """See `LatentSource.finish`. On the VAE's device. Raises TrainingError naming a picture whose latent is not
-        finite."""
-        most = self._work.at_once(self.placements[prepared.indices[0]].bucket)
-        latents = torch.cat([self._work.encode(prepared.parts[start:start + most], (False,))[:, 0]
-                             for start in range(0, len(prepared.parts), most)])
-        while self._work.notes:
-            self._warn(self._work.notes.pop(0))
+    def finish(self, indices: Sequence[int], prepared: Sequence[torch.Tensor]) -> torch.Tensor:
+        """See `LatentSource.finish`. On the VAE's device. Raises TrainingError naming an image whose latent is not finite."""
+        latents = self._work.encode(prepared, (False,))[:, 0]
         # One device synchronisation a batch; this path waits for the decoder anyway.
-        check_finite(latents, [self.dataset.examples[index] for index in prepared.indices])
-        return Latents(latents[:, 0].contiguous(), latents[:, 1].contiguous(), prepared.flipped)
+        check_finite(latents, [self.dataset.examples[index] for index in indices])
+        return latents
 
     def size_of(self, indices: Sequence[int]) -> int:
         """See `LatentSource.size_of`. One picture is decoded at a time; the samples of the others wait."""
@@ -197,18 +172,13 @@ class FreshLatents:
     def close(self) -> None:
         """See `LatentSource.close`. There is nothing."""
 
-    def _samples(self, index: int, rng: random.Random, *, flip: bool) -> torch.Tensor:
-        placement = self.placements[index]
-        crop = draw_crop(placement, rng) if self._random_crop else placement.crop
-        image = scale_and_crop(decoded(self.dataset.examples[index], placement), placement, crop=crop)
-        image = vary_colour(image, rng) if self._color_aug else image
-        return to_samples(ImageOps.mirror(image) if flip else image)
 
-
-def _without(dataset: Dataset, placements: Sequence[Placement], *, problems: Sequence[Problem], dropped: set[int]
+def _without(dataset: Dataset, placements: Sequence[Placement], lost: Mapping[int, Problem], others: Sequence[Problem]
              ) -> tuple[Dataset, tuple[Placement, ...]]:
-    """Dataset and placements without the dropped examples; DatasetError if nothing to learn from is left."""
-    kept = [i for i in range(len(dataset.examples)) if i not in dropped]
+    """Dataset and placements without the lost examples; DatasetError if nothing to learn from is left. `others` are more
+    problems of the dataset."""
+    kept = [i for i in range(len(dataset.examples)) if i not in lost]
+    problems = (*lost.values(), *others)
     if all(dataset.examples[i].is_regularisation for i in kept):
         raise DatasetError(
             f"No picture in {dataset.folder} can be used", why=" | ".join(p.text.rstrip(".") for p in problems[:3]),

@@ -1,12 +1,11 @@
 """What the text encoder says about a caption, computed once: for runs in which it is not trained.
 
-Keyed by the final caption of a visit, so shuffling and dropout stay correct; bounded in bytes, the
-least recently used goes first. Not for a text encoder that is being trained: its answers change.
+Keyed by the final caption of a visit, so shuffling and dropout stay correct; what is above a bound in bytes is computed at
+each visit. Not for a text encoder that is being trained: its answers change.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
@@ -42,7 +41,7 @@ class TextCache:
         self._conditioner, self._clip_skip, self._dtype, self._one_by_one = conditioner, clip_skip, dtype, one_by_one
         self._kept_as = kept_as or dtype
         self._max_bytes, self._bytes = max_bytes, 0
-        self._known: OrderedDict[str, Conditioning] = OrderedDict()  # least recently used first; batch size 1 each
+        self._known: dict[str, Conditioning] = {}  # batch size 1 each
         self._empty: torch.Tensor | None = None  # [1, 77, C]: what the WebUI appends where chunks are missing
 
     def get(self, captions: Sequence[str]) -> Conditioning:
@@ -50,16 +49,11 @@ class TextCache:
 
         Equal to what `conditioner.encode` says of the batch, because chunks are encoded independently.
         """
-        found: dict[str, Conditioning] = {}
-        for caption in dict.fromkeys(captions):
-            if caption in self._known:
-                self._known.move_to_end(caption)
-                found[caption] = self._known[caption]
-        new = self._new([caption for caption in dict.fromkeys(captions) if caption not in found])
-        found.update(new)
-        for caption, one in new.items():  # only now: what this batch needs is not thrown out before it is used
+        new = [caption for caption in dict.fromkeys(captions) if caption not in self._known]
+        found = {caption: self._encode([caption])[caption] for caption in new} if self._one_by_one else self._encode(new)
+        for caption, one in found.items():
             self._keep(caption, one)
-        batch = [found[caption] for caption in captions]
+        batch = [found[caption] if caption in found else self._known[caption] for caption in captions]
         tokens = max(one.context.shape[1] for one in batch)
         context = torch.cat([self._filled(one.context, tokens) for one in batch])
         pooled = [one.pooled for one in batch if one.pooled is not None]
@@ -77,20 +71,13 @@ class TextCache:
             for start in range(0, len(group), batch_size):
                 watch.check()
                 part = self._encode_group(group[start:start + batch_size])
-                if self._bytes + sum(map(_size, part.values())) > self._max_bytes:
-                    return  # more would only push out what was just computed
-                for caption, one in part.items():
-                    self._keep(caption, one)
+                if not all([self._keep(caption, one) for caption, one in part.items()]):
+                    return
                 watch.advance(len(part))
 
     def holds(self, captions: Sequence[str]) -> bool:
         """Whether `get` needs the conditioner no more for batches of these. The empty caption is among what it may need."""
         return all(caption in self._known for caption in (*captions, ""))
-
-    def _new(self, captions: Sequence[str]) -> dict[str, Conditioning]:
-        if not self._one_by_one:
-            return self._encode(captions)
-        return {caption: self._encode([caption])[caption] for caption in captions}
 
     def _encode(self, captions: Sequence[str]) -> dict[str, Conditioning]:
         """Those with the same number of chunks together, so that none is filled up."""
@@ -125,14 +112,11 @@ class TextCache:
             self._empty = (self._known.get("") or self._encode([""])[""]).context
         return torch.cat([context, self._empty.repeat(1, missing // self._empty.shape[1], 1)], dim=1)
 
-    def _keep(self, caption: str, one: Conditioning) -> None:
-        if caption in self._known or _size(one) > self._max_bytes:
-            return
+    def _keep(self, caption: str, one: Conditioning) -> bool:
+        """Keep a caption's condition, if there is room for it; whether there was."""
+        size = sum(tensor.nbytes for tensor in (one.context, one.pooled) if tensor is not None)
+        if self._bytes + size > self._max_bytes:
+            return False
         self._known[caption] = one
-        self._bytes += _size(one)
-        while self._bytes > self._max_bytes:
-            self._bytes -= _size(self._known.popitem(last=False)[1])
-
-
-def _size(one: Conditioning) -> int:
-    return sum(t.numel() * t.element_size() for t in (one.context, one.pooled) if t is not None)
+        self._bytes += size
+        return True

@@ -5,6 +5,7 @@ Here alone the cache touches the model, always in the thread that trains.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -35,80 +36,58 @@ class Encoder(Protocol):
 
 
 class VaeWork:
-    """Encodes samples in parts that fit. `notes` says what the user should know of it."""
+    """Encodes samples in parts that fit; `warn` is told in a sentence what the user should know of it."""
 
-    def __init__(self, vae: Encoder, *, device: torch.device, batch_size: int, room: Room | None = None) -> None:
-        """`batch_size` 0 chooses by what is free on a CUDA device, and is 1 elsewhere. `room` is asked before pictures of
+    def __init__(self, vae: Encoder, *, device: torch.device, batch_size: int, warn: Callable[[str], None],
+                 room: Room | None = None) -> None:
+        """`batch_size` 0 chooses by what is free on a CUDA device, and is 1 elsewhere. `room` is asked before images of
         a size are first encoded on a CUDA device; by default what is free may be taken."""
-        self.device, self.batch_size, self.notes = device, batch_size, list[str]()
-        self._vae = vae
-        self._most: int | None = None  # known after the memory did not suffice
+        self.device, self._vae, self._batch_size, self._warn, self._room = device, vae, batch_size, warn, room
         self._wanted: dict[Size, int] = {}
-        self._room = room
+        self._most = sys.maxsize  # less after the memory did not suffice
 
     def at_once(self, bucket: Size) -> int:
-        """How many pictures of this size (width, height) are encoded together."""
-        wanted = self._wanted.get(bucket)
-        if wanted is None:
+        """How many images of this size (width, height) are encoded together."""
+        if bucket not in self._wanted:
             free = None
             if self._room is not None and self.device.type == "cuda":
-                free = self._room(encoding_bytes(bucket) * (self.batch_size or 1))
-            wanted = self._wanted[bucket] = self.batch_size or automatic_batch(self.device, bucket, free=free)
-        return wanted if self._most is None else min(wanted, self._most)
+                free = self._room(encoding_bytes(bucket) * (self._batch_size or 1))
+            self._wanted[bucket] = self._batch_size or automatic_batch(self.device, bucket, free=free)
+        return min(self._wanted[bucket], self._most)
 
     def encode(self, samples: Sequence[torch.Tensor], flips: Sequence[bool]) -> torch.Tensor:
-        """samples [H, W, 3] uint8 each → [N, flips, 2, 4, h, w] fp32 on the device: mean, then standard deviation.
+        """samples [H, W, 3] uint8 each, of one size → [N, flips, 2, 4, h, w] fp32 on the device: mean, then standard deviation.
 
         For each of `flips` once, mirrored where it is true (the VAE is not symmetric: a mirrored latent is another one).
         Where the memory does not suffice, half as many are encoded at once, now and later.
         """
+        height, width, _ = samples[0].shape
         done: list[torch.Tensor] = []
         while samples:
-            part = samples[:self._most]
-            encoded = self._fitting(part, flips)
-            if encoded is not None:
-                done.append(encoded)
+            part = samples[:self.at_once((width, height))]
+            try:
+                done.append(self._encoded(part, flips))
                 samples = samples[len(part):]
                 continue
+            except (MemoryError, RuntimeError) as error:
+                if len(part) == 1 or not is_out_of_memory(error):
+                    raise
+            # Outside of the except clause, whose error holds what filled the memory.
             self._most = len(part) // 2
-            self.notes.append(f"The memory does not suffice to encode {len(part)} pictures at once (vae_batch_size); it goes "
-                              f"on with {self._most}.")
+            self._warn(f"The memory does not suffice to encode {len(part)} pictures at once (vae_batch_size); it goes on with "
+                       f"{self._most}.")
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
         return done[0] if len(done) == 1 else torch.cat(done)
 
-    def rest(self) -> None:
-        """All is encoded for now: what torch keeps of the device's memory for more of it is given back. The pieces are of
-        other sizes than those of a training step."""
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def _fitting(self, part: Sequence[torch.Tensor], flips: Sequence[bool]) -> torch.Tensor | None:
-        """Their latents; None where more than one picture was too much. What the attempt held is free when this returns."""
-        try:
-            return self._encoded(part, flips)
-        except (MemoryError, RuntimeError) as error:
-            if len(part) > 1 and is_out_of_memory(error):
-                return None
-            raise
-
     @torch.no_grad()
     def _encoded(self, part: Sequence[torch.Tensor], flips: Sequence[bool]) -> torch.Tensor:
-        pixels = to_network(self._uploaded(part))
+        pixels = to_network(torch.stack(list(part)).to(self.device))
         encoded = []
         for flip in flips:
             mean, std = self._vae.encode(pixels.flip(-1) if flip else pixels)
             encoded.append(torch.stack([mean.to(torch.float32), std.to(torch.float32)], dim=1))
         return torch.stack(encoded, dim=1)
-
-    def _uploaded(self, part: Sequence[torch.Tensor]) -> torch.Tensor:
-        """[B, H, W, 3] uint8 on the device. The copy runs while the next kernels are queued; torch keeps the pinned memory
-        until it has been read."""
-        if self.device.type != "cuda":
-            return torch.stack(list(part)).to(self.device)
-        staged = torch.empty((len(part), *part[0].shape), dtype=torch.uint8, pin_memory=True)
-        torch.stack(list(part), out=staged)
-        return staged.to(self.device, non_blocking=True)
 
 
 def encoding_bytes(bucket: Size) -> int:

@@ -13,6 +13,7 @@ from lib_lora_train.errors import HostError, Interrupted, LoraTrainError, transl
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
+StopKind = Literal["", "stop", "save"]
 
 
 @dataclass(frozen=True)
@@ -23,21 +24,19 @@ class Failure:
     message: str
     trace: str = ""
 
-
-def run_guarded(job: Callable[[], Result], *, name: str, doing: str) -> Result | Failure:
-    """What `job` returns, or why it returned nothing. The package's own errors become their sentence; any other error is a
-    defect, and its traceback goes to the log. `name` begins "… ended unexpectedly", `doing` completes "while …"."""
-    try:
-        with translated(doing):
-            return job()
-    except Interrupted as error:
-        return Failure("stopped", str(error))
-    except LoraTrainError as error:
-        return Failure("failed", str(error), traceback.format_exc())
-    except Exception as error:  # noqa: BLE001 - the thread's last handler: without it, watchers would wait for ever
-        log.error("%s ended unexpectedly\n%s", name, traceback.format_exc())
-        return Failure("failed", f"{name} ended unexpectedly: {type(error).__name__}: {error}. The log has the details.",
-                       traceback.format_exc())
+    @classmethod
+    def of(cls, error: BaseException, *, name: str) -> Failure:
+        """What an error means that ended the job `name` ("The training"). The package's own errors are their sentence; any
+        other is a defect, and its traceback goes to the log."""
+        trace = "".join(traceback.format_exception(error))
+        if isinstance(error, Interrupted):
+            return cls("stopped", str(error))
+        if isinstance(error, LoraTrainError):
+            return cls("failed", str(error), trace)
+        if not isinstance(error, Exception):
+            return cls("failed", f"{name} was ended from outside.")
+        log.error("%s ended unexpectedly\n%s", name, trace)
+        return cls("failed", f"{name} ended unexpectedly: {type(error).__name__}: {error}. The log has the details.", trace)
 
 
 class TaskRunner(Generic[Result]):
@@ -46,32 +45,44 @@ class TaskRunner(Generic[Result]):
     def __init__(self, thread_name: str) -> None:
         self._thread_name, self._lock = thread_name, threading.Lock()
         self._thread: threading.Thread | None = None
-        self._number, self._stopping, self._running = 0, "", False
+        self._number, self._running = 0, False
+        self._stopping: StopKind = ""
         self._ending: Result | Failure | None = None
 
-    def start(self, job: Callable[[], Result], *, name: str, doing: str, busy: str) -> int:
-        """Run `job` and return its number, counted from 1; `name` and `doing` as in `run_guarded`.
+    def check_idle(self, busy: str) -> None:
+        """Raise HostError with the sentence `busy` while a job runs."""
+        if self._running:
+            raise HostError(busy, remedy="wait for it or stop it first")
 
-        Raises HostError with the sentence `busy` while another job runs.
+    def start(self, job: Callable[[], Result], *, name: str, doing: str, busy: str,
+              ended: Callable[[Result | Failure], None] = lambda ending: None) -> int:
+        """Run `job` and return its number, counted from 1. `ended` is told how it ended, in its thread and before all others.
+
+        `name` as for `Failure.of`, `doing` completes "while …", `busy` as for `check_idle`. Raises HostError.
         """
         with self._lock:
-            if self._running:
-                raise HostError(busy, remedy="wait for it or stop it first")
+            self.check_idle(busy)
             self._number, self._stopping, self._running, self._ending = self._number + 1, "", True, None
             # A daemon: closing the WebUI must not wait for it. Files are written atomically, so none is torn.
-            self._thread = threading.Thread(target=self._run, args=(job, name, doing), name=self._thread_name, daemon=True)
+            self._thread = threading.Thread(target=self._run, args=(job, name, doing, ended), name=self._thread_name,
+                                            daemon=True)
             self._thread.start()
             return self._number
 
-    def _run(self, job: Callable[[], Result], name: str, doing: str) -> None:
-        ending: Result | Failure = Failure("failed", f"{name} was ended from outside.")
+    def _run(self, job: Callable[[], Result], name: str, doing: str, ended: Callable[[Result | Failure], None]) -> None:
+        ending: Result | Failure
         try:
-            ending = run_guarded(job, name=name, doing=doing)
+            with translated(doing):
+                ending = job()
+        except BaseException as error:  # noqa: BLE001 - the thread's last handler: without it, watchers would wait for ever
+            ending = Failure.of(error, name=name)
+        try:
+            ended(ending)
         finally:
             with self._lock:
                 self._ending, self._running = ending, False
 
-    def stop(self, kind: str = "stop") -> bool:
+    def stop(self, kind: StopKind = "stop") -> bool:
         """Ask the running job to end, which it sees as `stopping`; False if none runs."""
         with self._lock:
             if self._running:
@@ -79,7 +90,7 @@ class TaskRunner(Generic[Result]):
             return self._running
 
     @property
-    def stopping(self) -> str:
+    def stopping(self) -> StopKind:
         """The kind of stop that the current job was asked for, "" for none."""
         return self._stopping
 

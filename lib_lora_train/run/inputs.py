@@ -14,10 +14,8 @@ from lib_lora_train.errors import Interrupted, translated
 from lib_lora_train.events import Report, Stage, Warned
 from lib_lora_train.host.port import LeasedModel
 from lib_lora_train.inputs.batches import Batches
-from lib_lora_train.inputs.fingerprint import encoder_fingerprint
-from lib_lora_train.inputs.latent_files import LatentDisk
+from lib_lora_train.inputs.latent_files import LatentDisk, encoder_fingerprint
 from lib_lora_train.inputs.latents import CachedLatents, FreshLatents, LatentSource
-from lib_lora_train.inputs.sharding import OwnRows
 from lib_lora_train.inputs.text import TextCache
 from lib_lora_train.inputs.vae_batches import Room
 from lib_lora_train.model.frozen import FrozenModel
@@ -57,11 +55,11 @@ def latents_of(plan: RunPlan, model: FrozenModel, vae: Mapping[str, torch.Tensor
 
 
 def batches_of(settings: Settings, source: LatentSource, group: ProcessGroup) -> Batches:
-    """The batches of all processes together; of their images, a process looks up its own rows."""
+    """The batches of all processes together."""
     captions = settings.captions
     return Batches(
-        source if group.world_size == 1 else OwnRows(source, group),
-        train_batch_size=settings.optimizer.train_batch_size * group.world_size, seed=settings.optimizer.seed,
+        source, group=group, seed=settings.optimizer.seed,
+        train_batch_size=settings.optimizer.train_batch_size * group.world_size,
         prior_loss_weight=settings.dataset.prior_loss_weight, trigger_word=settings.dataset.trigger_word,
         shuffle_caption=captions.shuffle_caption, keep_tokens=captions.keep_tokens,
         caption_dropout_rate=captions.caption_dropout_rate, caption_tag_dropout_rate=captions.caption_tag_dropout_rate)

@@ -6,19 +6,16 @@ gone; the state is here and is read back by asking. It knows nothing of pages an
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import logging
+import functools
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 from lib_lora_train import events
-from lib_lora_train.errors import HostError, Interrupted, LoraTrainError, translated
 from lib_lora_train.host.port import Host
+from lib_lora_train.run.background import Failure, StopKind, TaskRunner
 from lib_lora_train.run.job import run_job
 from lib_lora_train.run.output import checked_name
 from lib_lora_train.run.planning import RunPlan
@@ -26,8 +23,7 @@ from lib_lora_train.run.record import RunRecord, new_folder, read_events
 from lib_lora_train.run.resume import run_folder
 from lib_lora_train.settings import Settings, flat
 
-log = logging.getLogger(__name__)
-StopKind = Literal["", "stop", "save"]
+_BUSY = "A training is running already"
 _MOST_POINTS = 1000
 _MOST_WARNINGS = 50
 _MOST_SAVED = 200
@@ -69,7 +65,6 @@ class _Run:
     def __init__(self, plan: RunPlan, requested: Settings, record: RunRecord) -> None:
         self.plan, self.requested, self.record = plan, requested, record
         self.started = time.time()
-        self.stop: StopKind = ""
         self.planned: events.Planned | None = None
         self.stage: events.Stage | None = None
         self.step: events.Step | None = None
@@ -81,9 +76,10 @@ class _Run:
 
     def see(self, event: events.Event) -> None:
         if isinstance(event, events.Planned):
+            if self.planned is None or event.resumed_at != self.planned.resumed_at:
+                # Of a run that goes on, the steps after its state are made again.
+                self.points = [point for point in self.points if point[0] <= event.resumed_at]
             self.planned = event
-            # Of a run that goes on, the steps after its state are made again.
-            self.points = [point for point in self.points if point[0] <= event.resumed_at]
         elif isinstance(event, events.Stage):
             self.stage = event
         elif isinstance(event, events.Step):
@@ -101,10 +97,9 @@ class _Run:
     def remember(self, folder: Path) -> None:
         """The curve as far as an interrupted run's folder tells it."""
         for event in read_events(folder):
-            if isinstance(event, events.Planned):
-                self.points = [point for point in self.points if point[0] <= event.resumed_at]
-            elif isinstance(event, events.Step):
-                self._add_point(event)
+            if isinstance(event, (events.Planned, events.Step)):
+                self.see(event)
+        self.planned = self.step = None
 
     def _add_point(self, event: events.Step) -> None:
         if event.step % self.every == 0 or event.step == 1:
@@ -119,8 +114,8 @@ class Runner:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._tasks: TaskRunner[events.Finished] = TaskRunner("lora-train")
         self._run: _Run | None = None
-        self._thread: threading.Thread | None = None
         self._guards: list[Callable[[Settings], None]] = []
 
     def guard(self, check: Callable[[Settings], None]) -> None:
@@ -138,26 +133,26 @@ class Runner:
         for check in self._guards:
             check(settings)
         with self._lock:
-            if self._thread is not None and self._thread.is_alive():
-                raise HostError("A training is running already", remedy="wait for it or stop it first")
+            self._tasks.check_idle(_BUSY)
             # It goes on where it was, unless that is somebody else's folder: there only the state is read.
             old = run_folder(settings.save.resume, host.runs_folder) if settings.save.resume else None
             folder = old or new_folder(host.runs_folder, settings.save.output_name)
             record = RunRecord(folder, settings)
-            self._run = _Run(plan, requested or settings, record)
+            run = self._run = _Run(plan, requested or settings, record)
             if old:
-                self._run.remember(old)
-            # A daemon: closing the WebUI must not wait for hours of training. Saves are atomic, so nothing is torn.
-            self._thread = threading.Thread(target=self._work, args=(self._run, host), name="lora-train", daemon=True)
-            self._thread.start()
-            return record.folder.name
+                run.remember(old)
+            job = functools.partial(run_job, plan, host, report=functools.partial(self._report, run, host),
+                                    stop=functools.partial(self._asked_to_stop, host), folder=folder)
+            self._tasks.start(job, name="The training", doing="training", busy=_BUSY,
+                              ended=functools.partial(self._ended, run, host))
+            return folder.name
 
     def stop(self, *, save: bool) -> bool:
         """Ask the running job to end within a step, keeping what it learnt if `save`. False if nothing runs."""
         with self._lock:
             if self._run is None or self._run.finished is not None:
                 return False
-            self._run.stop = "save" if save else "stop"
+            self._tasks.stop("save" if save else "stop")
             return True
 
     def running(self) -> bool:
@@ -167,11 +162,7 @@ class Runner:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait for the job's thread to end; whether it has."""
-        thread = self._thread
-        if thread is not None:
-            thread.join(timeout)
-            return not thread.is_alive()
-        return True
+        return self._tasks.wait(timeout)
 
     def status(self, *, after: int = 0) -> Status | None:
         """The current run, or the last one; None before the first. Points up to step `after` are left out."""
@@ -181,7 +172,7 @@ class Runner:
                 return None
             return Status(
                 run=run.record.folder.name, name=run.plan.settings.save.output_name, running=run.finished is None,
-                stopping=run.stop, started=run.started, planned=run.planned, stage=run.stage, step=run.step,
+                stopping=self._tasks.stopping, started=run.started, planned=run.planned, stage=run.stage, step=run.step,
                 saved=tuple(run.saved), warnings=tuple(run.warnings), finished=run.finished,
                 points=tuple(p for p in run.points if p[0] > after), every=run.every)
 
@@ -190,64 +181,27 @@ class Runner:
         with self._lock:
             return dict(flat(self._run.requested)) if self._run else {}
 
-    def _work(self, run: _Run, host: Host) -> None:
-        def report(event: events.Event) -> None:
-            with self._lock:
-                run.see(event)
-            run.record.write(event)
-            host.report(event)
+    def _report(self, run: _Run, host: Host, event: events.Event) -> None:
+        with self._lock:
+            run.see(event)
+        run.record.write(event)
+        host.report(event)
 
-        def stop() -> StopKind:
-            if not run.stop and host.interrupted():
-                # The host's own stop button means "enough": what was learnt so far is worth keeping.
-                run.stop = "save"
-            return run.stop
+    def _asked_to_stop(self, host: Host) -> StopKind:
+        if not self._tasks.stopping and host.interrupted():
+            # The host's own stop button means "enough": what was learnt so far is worth keeping.
+            self._tasks.stop("save")
+        return self._tasks.stopping
 
-        def steps() -> int:
-            return run.step.step if run.step else 0
-
+    def _ended(self, run: _Run, host: Host, ending: events.Finished | Failure) -> None:
+        if isinstance(ending, Failure):
+            if ending.trace:
+                run.record.keep_failure(ending.trace)
+            ending = events.Finished(ending.outcome, ending.message, "", run.step.step if run.step else 0)
         try:
-            with reported(report=report, steps=steps, failed=run.record.keep_failure) as ending:
-                ending.finished = run_job(run.plan, host, report=report, stop=stop, folder=run.record.folder)
+            self._report(run, host, ending)
         finally:
-            if run.finished is None:
-                # Something asked this very thread to end; nobody must wait for the run any more.
-                report(events.Finished("failed", "The training was ended from outside.", "", steps()))
             run.record.close()
-
-
-@dataclasses.dataclass
-class Ending:
-    """How a job ended; None until it has."""
-
-    finished: events.Finished | None = None
-
-
-@contextlib.contextmanager
-def reported(*, report: events.Report, steps: Callable[[], int],
-             failed: Callable[[str], None] = lambda trace: None) -> Iterator[Ending]:
-    """Report how the block ended, whatever happens; the block puts what its job returned into the `Ending`.
-
-    Our own errors become their sentence; anything else is a defect of ours, and its traceback goes to the log. `failed` is
-    told where either came from.
-    """
-    ending = Ending()
-    try:
-        with translated("training"):
-            yield ending
-    except Interrupted as error:
-        ending.finished = events.Finished("stopped", str(error), "", steps())
-    except LoraTrainError as error:
-        failed(traceback.format_exc())
-        ending.finished = events.Finished("failed", str(error), "", steps())
-    except Exception as error:  # noqa: BLE001 - the last line of defence of the thread: without it the page would wait for ever
-        log.error("The training ended unexpectedly\n%s", traceback.format_exc())
-        failed(traceback.format_exc())
-        ending.finished = events.Finished(
-            "failed", f"The training ended unexpectedly: {type(error).__name__}: {error}. The log has the details.", "",
-            steps())
-    assert ending.finished is not None, "a job returns how it ended"
-    report(ending.finished)
 
 
 RUNNER = Runner()

@@ -70,14 +70,12 @@ class Tasks:
         task = Task(name, should_stop=lambda: bool(self._runner.stopping) or interrupted())
 
         def job() -> tuple[str, str]:
-            try:
-                message = function(task)
-                return "stopped" if task.should_stop() else "done", message
-            finally:
-                ended()
+            message = function(task)
+            return "stopped" if task.should_stop() else "done", message
 
         with self._lock:
-            self._id = self._runner.start(job, name=name, doing=name.lower(), busy=f"The studio is busy ({self.name()})")
+            self._id = self._runner.start(job, name=name, doing=name.lower(), busy=f"The studio is busy ({self.name()})",
+                                          ended=lambda ending: ended())
             self._task, self._with_model = task, with_model
             return self._id
 

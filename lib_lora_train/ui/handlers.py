@@ -67,12 +67,26 @@ class Handlers:
 
     def start(self, token: str, page: Latest, *values: object) -> tuple[Any, Any]:
         """(a refusal as HTML or nothing, whether the button "Overwrite it" shows)."""
-        return self._start(token, page, self._by_name(values))
+        if not self._ours(token):
+            return _problem(OUTDATED), gr.update(visible=False)
+        # The page plans once more afterwards; an older plan would come too late.
+        page.ask()
+        chosen = self._by_name(values)
+        try:
+            service.start(chosen, runner=self.runner, host=self.host)
+        except LoraTrainError as error:
+            taken = isinstance(error, OutputError) and self._taken(chosen)
+            if taken:
+                error = OutputError(error.what, why=error.why, remedy="choose another name or overwrite it")
+            return _problem(str(error), values=chosen), gr.update(visible=taken)
+        return "", gr.update(visible=False)
 
     def start_overwriting(self, token: str, page: Latest, answer: str, *values: object) -> tuple[Any, Any]:
         """As `start`, replacing a LoRA of the name, this once: the one that `answer`, the refusal, spoke of."""
         chosen = self._by_name(values)
-        return self._start(token, page, {**chosen, "overwrite": True} if _answers(answer, chosen) else chosen)
+        if _answers(answer, chosen):
+            chosen["overwrite"] = True
+        return self.start(token, page, *chosen.values())
 
     def apply_preset(self, name: str) -> list[Any]:
         """[what the preset is for, as HTML; an update for each field, empty where the preset does not name it]."""
@@ -114,20 +128,6 @@ class Handlers:
         # The one that is being made is no other.
         made = self.runner.running() and self.runner.settings().get("output_name") == name
         return _plan_text(found, taken="" if made or not found["name_taken"] else name)
-
-    def _start(self, token: str, page: Latest, chosen: dict[str, object]) -> tuple[Any, Any]:
-        if not self._ours(token):
-            return _problem(OUTDATED), gr.update(visible=False)
-        # The page plans once more afterwards; an older plan would come too late.
-        page.ask()
-        try:
-            service.start(chosen, runner=self.runner, host=self.host)
-        except LoraTrainError as error:
-            taken = isinstance(error, OutputError) and self._taken(chosen)
-            if taken:
-                error = OutputError(error.what, why=error.why, remedy="choose another name or overwrite it")
-            return _problem(str(error), values=chosen), gr.update(visible=taken)
-        return "", gr.update(visible=False)
 
     def _taken(self, chosen: Mapping[str, object]) -> bool:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from lib_lora_train.dataset.buckets import Buckets, Placement
 from lib_lora_train.dataset.folder import Dataset, Example
 from lib_lora_train.inputs.batch import Batch
 from lib_lora_train.inputs.batches import Batches
-from lib_lora_train.inputs.latents import Latents, LatentSource
+from lib_lora_train.inputs.latents import LatentSource
 
 torch.set_num_threads(1)
 
@@ -48,9 +49,11 @@ def expected_mean(pixels: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.concatenate([blocks.transpose(2, 0, 1), ramp])).float()
 
 
-def drawn(source: LatentSource, indices: Sequence[int], rngs: Sequence[random.Random]) -> Latents:
-    """What a visit gets, in one go."""
-    return source.finish(source.prepare(indices, rngs))
+def drawn(source: LatentSource, indices: Sequence[int], rngs: Sequence[random.Random]) -> SimpleNamespace:
+    """What visits get, in one go: mean, std [B, 4, h, w], and which of them are mirrored."""
+    prepared, flipped = zip(*(source.prepare(*visit) for visit in zip(indices, rngs, strict=True)), strict=True)
+    latents = source.finish(indices, prepared)
+    return SimpleNamespace(mean=latents[:, 0], std=latents[:, 1], flipped=flipped)
 
 
 def epoch_of(batches: Batches, epoch: int, start: int = 0) -> Iterator[Batch]:

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from lib_lora_train.errors import DatasetError, HostError, Interrupted
-from lib_lora_train.run.background import Failure, TaskRunner, run_guarded
+from lib_lora_train.run.background import Failure, TaskRunner
 
 
 def start(runner: TaskRunner, job) -> int:
@@ -47,12 +47,14 @@ def test_what_a_job_raises_is_one_sentence_and_only_a_defect_is_logged(error: Ex
                                                                       caplog: pytest.LogCaptureFixture):
     def job() -> None:
         raise error
-    ending = run_guarded(job, name="The job", doing="the job ran")
-    assert isinstance(ending, Failure) and ending.outcome == outcome and words in ending.message
+    runner, told = TaskRunner("test"), []
+    runner.start(job, name="The job", doing="the job ran", busy="", ended=told.append)
+    assert runner.wait(60)
+    ending = runner.ending
+    assert told == [ending] and isinstance(ending, Failure) and ending.outcome == outcome and words in ending.message
     assert bool(ending.trace) == (outcome == "failed") and ("Traceback" in caplog.text) == isinstance(error, ZeroDivisionError)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_thread_that_is_ended_from_outside_leaves_an_ending():
     def job() -> None:
         raise SystemExit

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from lib_lora_train.run import runner as runner_module
+from lib_lora_train.run import background
 from lib_lora_train.run.runner import Runner
 from lib_lora_train.training.loss import LOSSES
 from lib_lora_train.ui.handlers import Handlers, Latest
 from tests.jobs import run_settings
 
-PACKAGE = str(Path(runner_module.__file__).parents[1])
+PACKAGE = str(Path(background.__file__).parents[1])
 Frames = list[tuple[str, str]]
 
 
@@ -56,12 +56,12 @@ def test_from_the_buttons_handler_to_the_loss_function_it_is_ten_calls(images, h
     from lib_lora_train.settings import DECLARATIONS, flat
     from tests.run.test_job import settings
     started: list[Frames] = []
-    thread = runner_module.threading.Thread
+    thread = background.threading.Thread
 
     def starting(*arguments, **options):
         started.append(our_frames())
         return thread(*arguments, **options)
-    monkeypatch.setattr(runner_module.threading, "Thread", starting)
+    monkeypatch.setattr(background.threading, "Thread", starting)
     runner, values = Runner(), flat(settings(images))
     handlers = Handlers(runner, host, tuple(DECLARATIONS), values, "token")
     handlers.start("token", Latest(), *(values[name] for name in DECLARATIONS))

@@ -24,7 +24,7 @@ from lib_lora_train.inputs.batch import Batch
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.run.planning import plan_job
 from lib_lora_train.run.record import RunRecord, past_run, read_events
-from lib_lora_train.run.runner import Runner, reported
+from lib_lora_train.run.runner import Runner
 from lib_lora_train.settings import parse
 from lib_lora_train.training import train_step
 from tests.injection import FAULTS, PLACES, Place, inject
@@ -133,8 +133,8 @@ def test_a_second_ctrl_c_ends_at_once_and_leaves_the_host_as_it_was(
     record = RunRecord(host.runs_folder / "zzk", chosen)
     undo = inject(place, FAULTS["Ctrl+C"], host)
     try:
-        with pytest.raises(KeyboardInterrupt), reported(report=record.write, steps=lambda: 0) as ending:
-            ending.finished = run_settings(chosen, host, report=record.write, stop=lambda: "", folder=record.folder)
+        with pytest.raises(KeyboardInterrupt):
+            run_settings(chosen, host, report=record.write, stop=lambda: "", folder=record.folder)
     finally:
         undo()
         record.close()

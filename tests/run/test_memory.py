@@ -95,10 +95,10 @@ def test_eight_bits_without_a_card_are_said_to_save_nothing(images, host):
 
 def test_room_is_asked_for_once_for_each_size_of_pictures_that_a_card_encodes():
     asked: list[int] = []
-    work = VaeWork(None, device=GPU, batch_size=0, room=lambda needed: asked.append(needed) or 1 << 40)
+    work = VaeWork(None, device=GPU, batch_size=0, warn=print, room=lambda needed: asked.append(needed) or 1 << 40)
     assert [work.at_once(size) for size in ((256, 256), (512, 512), (256, 256))] == [8, 2, 8]
     assert asked == [encoding_bytes((256, 256)), encoding_bytes((512, 512))]
-    VaeWork(None, device=GPU, batch_size=4, room=lambda needed: asked.append(needed) or 0).at_once((256, 256))
+    VaeWork(None, device=GPU, batch_size=4, warn=print, room=lambda needed: asked.append(needed) or 0).at_once((256, 256))
     assert asked[2] == 4 * encoding_bytes((256, 256))
 
 

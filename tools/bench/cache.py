@@ -155,7 +155,7 @@ def table(rates: list[Rate], grown: list[Grown], *, size: str, threads: int, dev
         f"Pictures trained at {size}, read from JPEGs half as large again; {threads} threads beside the one that encodes. "
         f"{machine_text(device)}.", "",
         grid(("pictures per second", "measured with", "no threads", f"{threads} threads", "ratio"), lines), "",
-        f"Memory with at most {BOUND >> 20} MiB of latents in it (a run keeps 2048), the others in the disk cache; without a "
+        f"Memory with at most {BOUND >> 20} MiB of latents in it (a run keeps 2048), the others in a temporary file; without a "
         "VAE:", "",
         grid(("pictures", "latents MiB", "memory MiB", "seconds", "second start: MiB", "seconds"), growth), ""])
 

@@ -34,7 +34,7 @@ def test_every_image_is_another_file_and_becomes_latents_of_the_size(tmp_path: P
     assert len({example.path.read_bytes() for example in dataset.examples}) == 25
     assert {(placement.original, placement.bucket) for placement in placements} == {((96, 144), (64, 96))}
     source = CachedLatents.build(InstantVAE(), dataset, placements)
-    assert source.finish(source.prepare([24], [None])).mean.shape == (1, 4, 12, 8)
+    assert source.finish([24], [source.prepare(24, None)[0]]).shape == (1, 2, 4, 12, 8)
 
 
 def test_the_random_vae_gives_finite_latents_of_ordinary_size() -> None:
