@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -25,6 +25,7 @@ from lib_lora_train.studio.commands.arguments import add_check, add_prepare, add
 
 if TYPE_CHECKING:
     from lib_lora_train.distributed import LaunchEnvironment
+    from lib_lora_train.run.record import RunRecord
 
 RUNS_FOLDER = "runs"
 _SAME_CTRL_C = 2.0  # seconds
@@ -32,7 +33,7 @@ _SAME_CTRL_C = 2.0  # seconds
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    # Windows consoles are not UTF-8 by default, and pictures have names in every script.
+    # Windows consoles are not UTF-8 by default, and images have names in every script.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -54,7 +55,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(chosen: argparse.Namespace) -> int:
     from lib_lora_train.distributed import LaunchEnvironment, process_group
     from lib_lora_train.host.standalone import StandaloneHost, describe_file
-    from lib_lora_train.run.background import Failure
     from lib_lora_train.run.inputs import stage
     from lib_lora_train.run.job import run_job
     from lib_lora_train.run.output import checked_name
@@ -79,8 +79,34 @@ def _train(chosen: argparse.Namespace) -> int:
         record = RunRecord(resumed or new_folder(runs_folder, settings.save.output_name), settings)
 
     show: Report = _QuietOutput(launch.rank) if launch and not first else _show_json if chosen.json else _Bar()
+    with _Interrupt(launch) as interrupt:
+        def job(report: Report) -> events.Finished:
+            with process_group(launch, timeout=60 * chosen.wait_for_others) as group:
+                host = StandaloneHost(chosen.checkpoint, lora_folder=output, runs_folder=runs_folder,
+                                      device=launch.device() if launch else None)
+                plan = plan_job(settings, host, group=group, on_progress=stage("Reading pictures", report),
+                                should_stop=lambda: bool(interrupt.wanted()))
+                if record:
+                    record.complete(plan.settings)
+                return run_job(plan, host, report=report, stop=interrupt.wanted, group=group,
+                               folder=record.folder if record else None)
+        finished, failure = _ending(job, show=show, record=record)
+    if finished.outcome == "failed":
+        if launch is not None:
+            _failed_together(launch, finished.message, failure)
+        print(finished.message, file=sys.stderr)
+        return 2 if isinstance(failure, UserError) else 1
+    # The first one's exit code says how it ended; to a launcher another's would be a failure, which ends the first one too.
+    return 130 if finished.outcome == "stopped" and first else 0
+
+
+def _ending(job: Callable[[Report], events.Finished], *, show: Report,
+            record: RunRecord | None) -> tuple[events.Finished, LoraTrainError | None]:
+    """How a job ended, whatever happens, told to the record and the terminal; and the refusal, for the exit code."""
+    from lib_lora_train.run.background import Failure
+
     latest = 0
-    failure: LoraTrainError | None = None
+    refusal: LoraTrainError | None = None
 
     def report(event: events.Event) -> None:
         nonlocal latest
@@ -89,37 +115,22 @@ def _train(chosen: argparse.Namespace) -> int:
             record.write(event)
         show(event)
 
-    with _Interrupt(launch) as interrupt:
-        try:
-            with translated("training"):
-                try:
-                    with process_group(launch, timeout=60 * chosen.wait_for_others) as group:
-                        host = StandaloneHost(chosen.checkpoint, lora_folder=output, runs_folder=runs_folder,
-                                              device=launch.device() if launch else None)
-                        plan = plan_job(settings, host, group=group, on_progress=stage("Reading pictures", report),
-                                        should_stop=lambda: bool(interrupt.asked()))
-                        if record:
-                            record.complete(plan.settings)
-                        finished = run_job(plan, host, report=report, stop=interrupt.asked, group=group,
-                                           folder=record.folder if record else None)
-                except LoraTrainError as error:
-                    failure = error
-                    raise
-        except Exception as error:  # noqa: BLE001 - however it ends, the record and the terminal are told
-            ending = Failure.of(error, name="The training")
-            if record and ending.trace:
-                record.keep_failure(ending.trace)
-            finished = events.Finished(ending.outcome, ending.message, "", latest)
-        report(finished)
+    try:
+        with translated("training"):
+            try:
+                finished = job(report)
+            except LoraTrainError as error:
+                refusal = error
+                raise
+    except Exception as error:  # noqa: BLE001 - however it ends, the record and the terminal are told
+        ending = Failure.of(error, name="The training")
+        if record and ending.trace:
+            record.keep_failure(ending.trace)
+        finished = events.Finished(ending.outcome, ending.message, "", latest)
+    report(finished)
     if record:
         record.close()
-    if finished.outcome == "failed":
-        if launch is not None:
-            _failed_together(launch, finished.message, failure)
-        print(finished.message, file=sys.stderr)
-        return 2 if isinstance(failure, UserError) else 1
-    # The first one's exit code says how it ended; to a launcher another's would be a failure, which ends the first one too.
-    return 130 if finished.outcome == "stopped" and first else 0
+    return finished, refusal
 
 
 def _refused_together(launch: LaunchEnvironment, error: LoraTrainError) -> NoReturn:
@@ -145,7 +156,7 @@ def _failed_together(launch: LaunchEnvironment, message: str, failure: LoraTrain
         print(f"Process {launch.rank}: {message}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    # At once: a card may wait for ever for a process that is gone, and what tidies up would wait for the card.
+    # At once: a GPU may wait for ever for a process that is gone, and what tidies up would wait for the GPU.
     os._exit(2 if isinstance(failure, UserError) else 1)
 
 
@@ -248,11 +259,11 @@ class _Interrupt:
     """
 
     def __init__(self, launch: LaunchEnvironment | None) -> None:
-        self._asked, self._launch, self._since = False, launch, 0.0
+        self._pressed, self._launch, self._since = False, launch, 0.0
 
-    def asked(self) -> str:
-        """What the loop's `stop` is asked at each step."""
-        return "save" if self._asked else ""
+    def wanted(self) -> str:
+        """The `stop` of `run_job`."""
+        return "save" if self._pressed else ""
 
     def __enter__(self) -> _Interrupt:
         self._before = signal.signal(signal.SIGINT, self._handle)
@@ -262,11 +273,11 @@ class _Interrupt:
         signal.signal(signal.SIGINT, self._before)
 
     def _handle(self, *_: object) -> None:
-        if self._asked:
+        if self._pressed:
             if self._launch is None or time.monotonic() - self._since > _SAME_CTRL_C:
                 raise KeyboardInterrupt
             return
-        self._asked, self._since = True, time.monotonic()
+        self._pressed, self._since = True, time.monotonic()
         if self._launch is None or self._launch.rank == 0:
             print("\nStopping after this step; what was learnt is saved. Ctrl+C again ends at once.", file=sys.stderr)
 

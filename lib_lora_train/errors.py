@@ -32,7 +32,7 @@ class SettingError(UserError):
 
 
 class DatasetError(UserError):
-    """The dataset folder, a picture or a caption cannot be used."""
+    """The dataset folder, an image or a caption cannot be used."""
 
 
 class ModelError(UserError):

@@ -1,4 +1,4 @@
-"""What several rooms' tests share: a small checkpoint, a folder of pictures, a host that lends the checkpoint, a browser."""
+"""What several rooms' tests share: a small checkpoint, a folder of images, a host that lends the checkpoint, a browser."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def host(tiny_file: Path, tmp_path: Path) -> StandaloneHost:
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """Four pictures, three square and one wide, three of them with captions."""
+    """Four images, three square and one wide, three of them with captions."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     for index, (width, height) in enumerate([(64, 64), (64, 64), (64, 64), (192, 64)]):

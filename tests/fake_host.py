@@ -95,7 +95,7 @@ def interrupted_run(host: FakeHost, settings: Settings, *, step: int, total: int
 
 
 def images(folder: Path, count: int = 3) -> Path:
-    """A new folder of plain pictures."""
+    """A new folder of plain images."""
     folder.mkdir()
     for number in range(count):
         Image.new("RGB", (64, 64), (40 * number, 80, 120)).save(folder / f"{number}.png")

@@ -15,7 +15,7 @@ FINISHED = "A save that was interrupted was finished: 1 caption."
 
 
 def interrupt_save(folder: Path, image: str, caption: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Save a new caption of one picture of the dataset in `folder` until the disk is full: its file is still the old one."""
+    """Save a new caption of one image of the dataset in `folder` until the disk is full: its file is still the old one."""
     replace = os.replace
 
     def full(source: Path, target: Path) -> None:

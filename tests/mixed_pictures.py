@@ -1,4 +1,4 @@
-"""Thirty pictures as a user has them: made on the spot, each another, and some of them trouble."""
+"""Thirty images as a user has them: made on the spot, each another, and some of them trouble."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lib_lora_train import demo
 _STYLE = Path(demo.__file__).parent / "style"
 _SIZES = ((640, 640), (512, 768), (768, 512), (900, 600), (600, 900), (800, 600))
 _TURNED_RIGHT = 6
-"""EXIF's word for a picture that is to be turned by 90 degrees clockwise when it is shown."""
+"""EXIF's word for an image that is to be turned by 90 degrees clockwise when it is shown."""
 COUNT = 30
 ADDED = 28
 """The broken one and the second copy of one file stay out."""
@@ -38,7 +38,7 @@ def mixed_pictures(folder: Path, *, scale: float = 1.0) -> Path:
         else:
             image.save(folder / f"{source.stem}.png")
     for source in sources[:7]:
-        # The same drawings in another place and colour are other pictures.
+        # The same drawings in another place and colour are other images.
         image = _image(source, _scaled((720, 480), scale), random, mirrored=True)
         image.save(folder / f"big-{source.stem}.png")
     first = folder / f"{sources[0].stem}.png"
@@ -70,7 +70,7 @@ def _image(source: Path, size: tuple[int, int], random: np.random.Generator, *, 
 
 
 def _cut_out(image: Image.Image) -> Image.Image:
-    """The picture with nothing around its middle."""
+    """The image with nothing around its middle."""
     width, height = image.size
     alpha = Image.new("L", image.size, 0)
     alpha.paste(255, (width // 5, height // 5, width - width // 5, height - height // 5))

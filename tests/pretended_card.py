@@ -1,5 +1,5 @@
 """A second device on a machine that has none: its tensors are copies that are known by their memory, so that a move is as real
-as between a card and the CPU. Needs nothing but the package and torch, so that a running WebUI can load it, too."""
+as between a GPU and the CPU. Needs nothing but the package and torch, so that a running WebUI can load it, too."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ CARD, CPU = torch.device("cuda", 0), torch.device("cpu")
 
 
 class PretendedCard:
-    """Every tensor is on the card unless it was moved to the CPU. `room` is how many more tensors either place takes."""
+    """Every tensor is on the GPU unless it was moved to the CPU. `room` is how many more tensors either place takes."""
 
     def __init__(self) -> None:
         self.on_cpu: dict[int, Tensor] = {}  # held, so that no other tensor comes to lie in its memory
         self.moves: list[torch.device] = []
-        self.room = 10**9
+        self.budget = 10**9
 
     def device_of(self, tensor: Tensor) -> torch.device:
         """In the place of `host.placement.device_of`."""
@@ -23,9 +23,9 @@ class PretendedCard:
 
     def copy_to(self, tensor: Tensor, device: torch.device) -> Tensor:
         """In the place of `host.placement.copy_to`."""
-        if self.room == 0:
+        if self.budget == 0:
             raise RuntimeError(f"{device} out of memory")
-        self.room -= 1
+        self.budget -= 1
         self.moves.append(device)
         copy = tensor.clone()
         if device == CPU:

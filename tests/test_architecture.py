@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "lib_lora_train"
 
@@ -26,8 +24,6 @@ TOOLS = sorted((ROOT / "tools").rglob("*.py"))
 EVERY_FILE = [*FILES, *SCRIPTS, *TOOLS, ROOT / "install.py"]
 
 MOST_LINES, MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION = 22_000, 400, 60
-IN_PROGRESS = pytest.mark.xfail(strict=False, reason="being worked on")
-
 LEFT_OUT = frozenset("""
 picture pictures paint paints painted painter painting card cards processor processors ranks joined place agreement
 agreements alone rehearse rehearsed rehearsal work execution piece pieces recompute recomputed again unit units
@@ -37,7 +33,8 @@ keeper facts fence confine book opened asked mark whole judge judges floor settl
 LEFT_OUT_PAIRS = ("let_go", "hand_over", "bring_back", "run_mark", "whole_file", "low_rank")
 STANDARD_TERMS = frozenset({
     "base_model", "base_model_version", "base_dtype", "base_weights", "quantized_base", "network_base", "focus_point",
-    "resume_point", "work_dir"})
+    "place_model", "resume_point", "work_dir"})
+BASE_MODULE = "lib_lora_train/adapters/base.py"  # what any adapter offers; named so in the plan of the house
 """Names of the field that contain such a word in its ordinary sense; also as a part of a longer name."""
 
 PRIVATE_OF_TENSORS = frozenset({"_cdata", "_version", "_base", "_typed_storage", "_untyped_storage", "_is_view", "_grad_fn"})
@@ -89,7 +86,6 @@ def no(offenders: list[str]) -> None:
     assert not offenders, "\n" + "\n".join(offenders)
 
 
-@IN_PROGRESS
 def test_a_package_imports_only_from_those_above_it() -> None:
     found = []
     for path in FILES:
@@ -150,7 +146,6 @@ def test_no_module_is_a_drawer_for_odds_and_ends() -> None:
     no([named(path) for path in FILES if path.stem in ("utils", "util", "helpers", "common", "misc")])
 
 
-@IN_PROGRESS
 def test_no_file_is_long() -> None:
     found = []
     for path in [*EVERY_FILE, *(ROOT / "javascript").glob("*.js"), ROOT / "style.css"]:
@@ -160,7 +155,6 @@ def test_no_file_is_long() -> None:
     no(found)
 
 
-@IN_PROGRESS
 def test_no_function_is_long() -> None:
     found = []
     for path in EVERY_FILE:
@@ -172,12 +166,10 @@ def test_no_function_is_long() -> None:
     no(found)
 
 
-@IN_PROGRESS
 def test_the_package_is_small() -> None:
     assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in FILES) <= MOST_LINES
 
 
-@IN_PROGRESS
 def test_nothing_private_of_torch_is_used() -> None:
     no([f"{named(path)}:{line} {what}" for path in EVERY_FILE for line, what in private_of_torch(tree(path))])
 
@@ -222,12 +214,11 @@ def test_what_is_private_of_torch_is_found() -> None:
         assert not list(private_of_torch(ast.parse(source))), source
 
 
-@IN_PROGRESS
 def test_names_are_the_words_of_the_field() -> None:
     found = []
     for path in [*FILES, *SCRIPTS, *TOOLS]:
         for line, kind, name in [(1, "module", path.stem), *definitions(tree(path))]:
-            if words := left_out(name):
+            if (words := left_out(name)) and (kind, named(path)) != ("module", BASE_MODULE):
                 found.append(f"{named(path)}:{line} {kind} {name}: {', '.join(words)}")
     no(found)
 

@@ -147,7 +147,7 @@ def test_a_pickle_in_the_place_of_a_cached_picture_is_a_miss(tmp_path: Path, qui
     assert disk.store(image, placement, flipped=False, latents=latents) is None
     (cached,) = (tmp_path / CACHE_FOLDER).iterdir()
     cached.write_bytes(payloads(quiet)[kind])
-    # kohya's own cache of the same picture is not even looked at.
+    # kohya's own cache of the same image is not even looked at.
     (tmp_path / "1.npz").write_bytes(payloads(quiet)["npz"])
     assert LatentDisk(vae_fingerprint="vae").load(image, placement, flipped=False) is None
     assert len(scan(tmp_path, max_train_epochs=1).examples) == 1

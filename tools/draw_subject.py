@@ -2,8 +2,8 @@
 
     python tools/draw_subject.py [--out DIR]
 
-It writes twelve pictures of 256 × 256 pixels with a caption beside each. The character is teal and pear-shaped, with one
-large eye, a purple belly, stubby feet and two striped antennae. Captions say what differs from picture to picture and never
+It writes twelve images of 256 × 256 pixels with a caption beside each. The character is teal and pear-shaped, with one
+large eye, a purple belly, stubby feet and two striped antennae. Captions say what differs from image to image and never
 how the character looks: that is what a trigger word is to learn. No randomness: the same Pillow draws the same pixels.
 
 A scene is drawn in a frame of 256 units, the character in units of its own: it stands at (0, 0), its head ends at
@@ -357,7 +357,7 @@ SCENES: tuple[tuple[str, str, Callable[[], Canvas]], ...] = (
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write all pictures and captions."""
+    """Write all images and captions."""
     parser = argparse.ArgumentParser(description="Draw the subject of the sample datasets: twelve pictures with captions.")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder to write to (default: %(default)s)")
     folder = parser.parse_args(arguments).out

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 
 from PIL import Image, ImageDraw
 
-SIZE = 256  # pixels of a finished picture, and units of the frame
+SIZE = 256  # pixels of a finished image, and units of the frame
 LARGER = 4  # drawn so many times as large, for smooth edges
-COLOURS = 256  # of a finished picture
+COLOURS = 256  # of a finished image
 
 Point = tuple[float, float]
 Points = Sequence[Point]
@@ -53,7 +53,7 @@ def moved(points: Points, x: float, y: float) -> list[Point]:
 
 
 class Canvas:
-    """A picture and the place in it where the next shapes go."""
+    """An image and the place in it where the next shapes go."""
 
     def __init__(self, image: Image.Image, *, transform: Callable[[Point], Point], scale: float) -> None:
         self.image, self.transform, self.scale = image, transform, scale
@@ -66,7 +66,7 @@ class Canvas:
         return cls(Image.new("RGB", (side, side), colour), transform=lambda p: (p[0] * LARGER, p[1] * LARGER), scale=LARGER)
 
     def at(self, x: float, y: float, *, scale: float = 1, turned: float = 0, slim: float = 1, bend: float = 0) -> Canvas:
-        """The same picture with its origin at (x, y).
+        """The same image with its origin at (x, y).
 
         `turned`: degrees clockwise; `slim` above 1 stretches upwards and narrows; `bend` moves what is 150 units up by
         so many units to the right, and what is lower by less.
@@ -116,6 +116,6 @@ class Canvas:
             self.pen.polygon([left, right, next_right, next_left], fill=colour)
 
     def finished(self) -> Image.Image:
-        """The picture in its final size, with a palette, which makes its file a third as large."""
+        """The image in its final size, with a palette, which makes its file a third as large."""
         small = self.image.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
         return small.quantize(COLOURS, method=Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)

@@ -118,7 +118,7 @@ def read_metadata(path: Path) -> dict[str, str]:
         return file.metadata() or {}
 
 
-def read_ranks(path: Path) -> dict[str, int]:
+def read_dims(path: Path) -> dict[str, int]:
     """{layer's key: rank} of the layers of a LoRA, without reading the weights. Raises as `load` does."""
     with _refusing(Path(path)), safetensors.safe_open(path, "pt") as file:
         shapes = {key: file.get_slice(key).get_shape() for key in file.keys() if key.endswith(".lora_down.weight")}

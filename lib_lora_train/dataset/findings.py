@@ -77,7 +77,7 @@ class Report:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Pictures with each problem, by code."""
+        """Images with each problem, by code."""
         return dict(Counter(code for image in self.images for code in image.problems))
 
     @property

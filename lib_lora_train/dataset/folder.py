@@ -63,12 +63,12 @@ class Dataset:
 
     @property
     def images(self) -> int:
-        """Pictures to learn from, without regularisation."""
+        """Images to learn from, without regularisation."""
         return sum(not example.is_regularisation for example in self.examples)
 
     @property
     def visits(self) -> int:
-        """Picture-visits in one epoch, regularisation included."""
+        """Image-visits in one epoch, regularisation included."""
         return sum(example.repeats for example in self.examples)
 
     def dataset_dirs(self, *, regularisation: bool = False) -> dict[str, dict[str, int]]:
@@ -150,7 +150,7 @@ def assign_buckets(dataset: Dataset, buckets: Buckets) -> tuple[Dataset, tuple[P
 
 
 def visits_by_bucket(examples: Sequence[Example], placements: Sequence[Placement]) -> dict[Size, int]:
-    """Picture-visits in one epoch for each bucket: what `plan.plan_run` counts with."""
+    """Image-visits in one epoch for each bucket: what `plan.plan_run` counts with."""
     visits: dict[Size, int] = {}
     for example, placement in zip(examples, placements, strict=True):
         visits[placement.bucket] = visits.get(placement.bucket, 0) + example.repeats

@@ -1,8 +1,8 @@
 """`python -m lib_lora_train demo`: a first LoRA in about two minutes, on a small model that comes with the extension.
 
-It goes the same road as every run: a checkpoint file, a folder of pictures, `run_job`, a LoRA file; then it paints with
-and without that file, writes one picture that shows both, and serves the page.
-The model paints emoji as Google draws them; the LoRA learns from 24 pictures how Twitter draws them.
+It goes the same road as every run: a checkpoint file, a folder of images, `run_job`, a LoRA file; then it paints with
+and without that file, writes one image that shows both, and serves the page.
+The model paints emoji as Google draws them; the LoRA learns from 24 images how Twitter draws them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lib_lora_train.settings.field import Value
 STYLE = Path(__file__).parent / "style"
 SUBJECT = Path(__file__).parent / "subject"
 NAME = "twemoji-style"
-# No trigger word: a style is wanted in every picture.
+# No trigger word: a style is wanted in every image.
 SETTINGS: dict[str, Value] = {
     "output_name": NAME, "overwrite": True, "train_data_dir": str(STYLE), "resolution": "128",
     "max_train_steps": 400, "train_batch_size": 4, "network_dim": 16, "network_alpha": 16.0, "learning_rate": 1e-3}

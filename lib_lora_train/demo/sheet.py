@@ -1,4 +1,4 @@
-"""The demo's picture: some of the dataset, and what the model paints for other words without and with the LoRA."""
+"""The demo's image: some of the dataset, and what the model paints for other words without and with the LoRA."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _MARGIN, _LABEL = 12, 150
 
 @dataclasses.dataclass(frozen=True)
 class SheetRow:
-    """One row of pictures with its label, and a word below each."""
+    """One row of images with its label, and a word below each."""
 
     label: str
     words: tuple[str, ...]
@@ -56,7 +56,7 @@ def sample_rows(host: ModelSource, lora: Path, *, dataset: Path) -> list[SheetRo
 
 
 def draw_sheet(rows: list[SheetRow]) -> Image.Image:
-    """The rows under each other on white, labels on the left, words below the pictures."""
+    """The rows under each other on white, labels on the left, words below the images."""
     across, down = SIDE + _MARGIN, SIDE + 20 + _MARGIN
     sheet = Image.new("RGB", (_LABEL + across * max(len(row.images) for row in rows), _MARGIN + down * len(rows)), "white")
     pen, large, small = ImageDraw.Draw(sheet), font_for("", 16), font_for("", 13)

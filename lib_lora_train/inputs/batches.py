@@ -41,7 +41,7 @@ class PreparedBatch:
 class Batches:
     """The batches of each epoch. Settings carry kohya's names.
 
-    Every picture is visited `repeats` times an epoch; batches hold one bucket each, the last of a bucket
+    Every image is visited `repeats` times an epoch; batches hold one bucket each, the last of a bucket
     may be smaller; visits within a bucket and batches of an epoch are shuffled.
     """
 

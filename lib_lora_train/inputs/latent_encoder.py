@@ -24,9 +24,9 @@ from lib_lora_train.distributed import ProcessGroup
 from lib_lora_train.errors import DatasetError
 from lib_lora_train.inputs.latent_files import LatentDisk
 from lib_lora_train.inputs.latent_store import LatentStore
-from lib_lora_train.inputs.vae_batches import VaeWork, check_finite
+from lib_lora_train.inputs.vae_batches import VaeBatches, check_finite
 
-# At the most, for each pixel, as measured: Pillow has the picture twice, 4 bytes each time, while it makes it RGB or turns it
+# At the most, for each pixel, as measured: Pillow has the image twice, 4 bytes each time, while it makes it RGB or turns it
 # upright. A progressive JPEG waits in its decoder with 6 more, a WebP with 12.
 _DECODER_BYTES = {".jpg": 10, ".jpeg": 10, ".jfif": 10, ".png": 10}
 _OTHER_DECODER_BYTES = 17
@@ -39,7 +39,7 @@ T = TypeVar("T")
 class LatentEncoding:
     """The latents of all images into a store; `problems` are what the user should know of it."""
 
-    def __init__(self, vae: VaeWork, examples: Sequence[Example], placements: Sequence[Placement], *, flip_aug: bool,
+    def __init__(self, vae: VaeBatches, examples: Sequence[Example], placements: Sequence[Placement], *, flip_aug: bool,
                  store: LatentStore, disk: LatentDisk | None) -> None:
         self._vae, self._examples, self._placements, self._store, self._disk = vae, examples, placements, store, disk
         self._flips = (False, True) if flip_aug else (False,)
@@ -118,7 +118,7 @@ class LatentEncoding:
         """Every process gets the latents of the others, a few at a time."""
         step = _EXCHANGED * group.world_size
         for start in range(0, len(order) if group.world_size > 1 else 0, step):
-            own = {index: torch.stack([self._store.take(index, flipped=flip) for flip in self._flips])
+            own = {index: torch.stack([self._store.load(index, flipped=flip) for flip in self._flips])
                    for index in order[start:start + step][group.rank::group.world_size] if index not in lost}
             for index, latents in _merged(group, own).items():
                 if index not in own:

@@ -1,21 +1,21 @@
-"""Encoded pictures on disk: found again only if everything they were made from is still the same.
+"""Encoded images on disk: found again only if everything they were made from is still the same.
 
-One safetensors file for each (picture, bucket, crop, mirrored, VAE) in a folder `.lora_train_cache` beside the picture. The
-file carries a key of all its ingredients (content of the picture, scaling, crop, mirroring, VAE), of which all but the
+One safetensors file for each (image, bucket, crop, mirrored, VAE) in a folder `.lora_train_cache` beside the image. The
+file carries a key of all its ingredients (content of the image, scaling, crop, mirroring, VAE), of which all but the
 content are in its name, too: runs with different VAEs do not write over one another's. A file whose key differs, or that is
 damaged, is a miss and is written anew. Writing never fails the run.
 
-A picture is not read again to see that it is the same: the file also carries the picture's stamp (size, time of last
+An image is not read again to see that it is the same: the file also carries the image's stamp (size, time of last
 change, and the system's own time: of the last change of anything on Linux and macOS, of creation on Windows). Only where
 the stamp differs does the content decide, and the file then gets the new stamp. A change that leaves size and times alone
 fools it. On the file systems of Linux and macOS themselves no program can set the system's own time. On Windows, and on FAT,
 exFAT and many network drives everywhere, it takes one that writes into the file itself, keeps its length, and sets the time
-of last change back; what edits pictures does none of this, and deleting the folder undoes it. A stamp younger than two
+of last change back; what edits images does none of this, and deleting the folder undoes it. A stamp younger than two
 seconds when it was taken, the coarsest clock of a file system (FAT), is not trusted: a change in the same tick could not be
 seen.
 
-One file a picture and not one for all of them: each is there whole or not at all, several processes may write into one
-folder, and a picture that is deleted takes nothing else along. 10,000 of them are read in threads. A file is not forced onto
+One file an image and not one for all of them: each is there whole or not at all, several processes may write into one
+folder, and an image that is deleted takes nothing else along. 10,000 of them are read in threads. A file is not forced onto
 the disk before its name, which would take longer than writing it: what a power cut makes of it shows in its sum.
 """
 
@@ -43,11 +43,11 @@ from lib_lora_train.dataset.buckets import Placement
 from lib_lora_train.storage.atomic import replace
 
 CACHE_FOLDER = ".lora_train_cache"
-_VERSION = 1  # raise when the way from picture to latent changes
+_VERSION = 1  # raise when the way from image to latent changes
 _KEY, _STAMP, _SUM = "lora_train_key", "lora_train_stamp", "lora_train_sum"
 _COARSEST_CLOCK = 2 * 10**9  # nanoseconds
 _LEFT_BEHIND = 3600.0  # seconds after which a half-written file has no owner any more
-_LONGEST_NAME = 100  # bytes of a picture's name that are taken into the file's, which may have 143 on some systems
+_LONGEST_NAME = 100  # bytes of an image's name that are taken into the file's, which may have 143 on some systems
 _DAMAGED = (ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error, SafetensorError)
 
 MeanAndStd = tuple[torch.Tensor, torch.Tensor]  # each [4, h, w] fp32 on the CPU
@@ -55,7 +55,7 @@ MeanAndStd = tuple[torch.Tensor, torch.Tensor]  # each [4, h, w] fp32 on the CPU
 
 @dataclass(frozen=True)
 class _Known:
-    """A picture as the run began with it."""
+    """An image as the run began with it."""
 
     stamp: str
     trusted: bool  # the stamp was old enough when it was taken
@@ -63,7 +63,7 @@ class _Known:
 
 
 class LatentDisk:
-    """Latents of pictures under one VAE. Every method may be called in any thread, for different pictures at the same time."""
+    """Latents of images under one VAE. Every method may be called in any thread, for different images at the same time."""
 
     def __init__(self, *, vae_fingerprint: str, now: Callable[[], int] = time.time_ns) -> None:
         """`now`: the time in nanoseconds since 1970."""
@@ -74,7 +74,7 @@ class LatentDisk:
     def load(self, image: Path, placement: Placement, *, flipped: bool, renew: bool = False) -> torch.Tensor | None:
         """[2, 4, h, w] fp32, mean and standard deviation; None if there is nothing valid on disk.
 
-        With `renew` a valid file without the picture's stamp gets it. Raises OSError where what is there cannot be read now: a
+        With `renew` a valid file without the image's stamp gets it. Raises OSError where what is there cannot be read now: a
         virus scanner has it, too many files are open, a network drive is away.
         """
         # numpy and not torch, whose operations would begin a team of threads in each thread that reads.
@@ -100,7 +100,7 @@ class LatentDisk:
         return found
 
     def observe(self, image: Path) -> None:
-        """Take note of what the picture is now, before it is decoded: `store` keeps nothing of one that changed since.
+        """Take note of what the image is now, before it is decoded: `store` keeps nothing of one that changed since.
 
         Raises nothing: whoever decodes it finds out why it cannot be read.
         """
@@ -111,7 +111,7 @@ class LatentDisk:
         """Write atomically. Returns None, or why it was not possible (the run goes on without)."""
         path = self._path(image, placement, flipped=flipped)
         folder = path.parent
-        # A name of its own each time: the same picture may be written by another thread or another machine.
+        # A name of its own each time: the same image may be written by another thread or another machine.
         temporary = folder / f"{secrets.token_hex(8)}.tmp"
         try:
             known = self._observed(image)
@@ -132,13 +132,13 @@ class LatentDisk:
         return None
 
     def _fits(self, notes: Mapping[str, Any], image: Path, placement: Placement, *, flipped: bool) -> bool:
-        """Whether a file with these notes was made from exactly this. Raises OSError where the picture cannot be read."""
+        """Whether a file with these notes was made from exactly this. Raises OSError where the image cannot be read."""
         stored = json.loads(notes[_KEY])["picture"]
         if notes[_KEY] != self._key(stored, placement, flipped=flipped):
             return False
         if image not in self._images and notes.get(_STAMP) == (stamp := _stamp(image)):
             self._images[image] = _Known(stamp, self._trusted(stamp), stored)
-        # The picture as the run began with it: one that changes meanwhile changes nothing, here as in memory.
+        # The image as the run began with it: one that changes meanwhile changes nothing, here as in memory.
         return self._observed(image).content == stored
 
     def _observed(self, image: Path) -> _Known:
@@ -163,7 +163,7 @@ class LatentDisk:
                     leftover.unlink()
 
     def _path(self, image: Path, placement: Placement, *, flipped: bool) -> Path:
-        """Where the latents lie. The name tells apart all that the key does, but for the picture's content."""
+        """Where the latents lie. The name tells apart all that the key does, but for the image's content."""
         (width, height), name = placement.bucket, os.fsencode(image.name)
         shown = image.name if len(name) <= _LONGEST_NAME else hashlib.sha256(name).hexdigest()[:32]
         made = hashlib.sha256(self._key("", placement, flipped=flipped).encode()).hexdigest()[:12]

@@ -72,7 +72,7 @@ class LatentStore:
         """Whether `take` reads no disk."""
         return isinstance(self._entries[number], torch.Tensor)
 
-    def take(self, number: int, *, flipped: bool) -> torch.Tensor:
+    def load(self, number: int, *, flipped: bool) -> torch.Tensor:
         """[2, 4, h, w] of one image; from any thread. Raises TrainingError where the disk refuses."""
         entry = self._entries[number]
         if isinstance(entry, torch.Tensor):

@@ -1,8 +1,8 @@
 """Where the latents of a visit come from: encoded once (`CachedLatents`) or anew each time (`FreshLatents`).
 
 The training loop sees only `LatentSource`. Both keep mean and standard deviation of the VAE's
-posterior and not a sample, so that each step can draw a fresh one. Both decode every picture once before
-training starts; a picture that fails then is dropped from `source.dataset` and named in its problems, so
+posterior and not a sample, so that each step can draw a fresh one. Both decode every image once before
+training starts; an image that fails then is dropped from `source.dataset` and named in its problems, so
 whoever counted batches before must count again from `source.dataset` and `source.placements`.
 
 What needs no model (`prepare`: reading, decoding, varying) may be done in any thread and ahead of time; what does
@@ -30,7 +30,7 @@ from lib_lora_train.errors import DatasetError
 from lib_lora_train.inputs.latent_encoder import LatentEncoding, check_images, decoded, decoding_bytes, stop_of_any
 from lib_lora_train.inputs.latent_files import LatentDisk
 from lib_lora_train.inputs.latent_store import MOST_LATENT_BYTES, LatentStore
-from lib_lora_train.inputs.vae_batches import Encoder, Room, VaeWork, check_finite
+from lib_lora_train.inputs.vae_batches import Encoder, EncodingBudget, VaeBatches, check_finite
 
 
 class LatentSource(Protocol):
@@ -70,21 +70,21 @@ class CachedLatents:
         vae_batch_size: int = 1, device: torch.device | str = "cpu", disk: LatentDisk | None = None,
         on_progress: Progress | None = None, should_stop: ShouldStop | None = None, threads: int | None = None,
         max_bytes: int = MOST_LATENT_BYTES, folder: Path | None = None, group: ProcessGroup = SINGLE_PROCESS,
-        room: Room | None = None) -> CachedLatents:
-        """Encode every picture, bucket by bucket, in batches of `vae_batch_size` (0: see `VaeWork`, also for `room`).
+        budget: EncodingBudget | None = None) -> CachedLatents:
+        """Encode every image, bucket by bucket, in batches of `vae_batch_size` (0: see `VaeBatches`, also for `budget`).
 
-        Pictures are read and decoded in `threads` (None: see `reading_threads`; 0: none) while the VAE works; the result
+        Images are read and decoded in `threads` (None: see `reading_threads`; 0: none) while the VAE works; the result
         does not depend on them. At most `max_bytes` of latents stay in memory; the others lie in the disk cache where
         there is one, else in a temporary file in `folder` (see `DiskOverflow`). With several processes each encodes its
         share and gets the others'; all of them must say the same dataset and settings.
-        Raises TrainingError naming the picture whose latent is not finite, DatasetError if no picture can
-        be decoded, Interrupted when `should_stop()` says so (asked before each picture). No thread outlives the call.
+        Raises TrainingError naming the image whose latent is not finite, DatasetError if no image can
+        be decoded, Interrupted when `should_stop()` says so (asked before each image). No thread outlives the call.
         """
         notes: list[str] = []
         store = LatentStore(max_bytes=max_bytes, folder=folder)
         try:
             work = LatentEncoding(
-                VaeWork(vae, device=torch.device(device), batch_size=vae_batch_size, room=room, warn=notes.append),
+                VaeBatches(vae, device=torch.device(device), batch_size=vae_batch_size, budget=budget, warn=notes.append),
                 dataset.examples, placements, flip_aug=flip_aug, store=store, disk=disk)
             lost = work.run(
                 threads=reading_threads() if threads is None else threads, group=group,
@@ -100,7 +100,7 @@ class CachedLatents:
     def prepare(self, index: int, rng: random.Random) -> tuple[torch.Tensor, bool]:
         """See `LatentSource.prepare`: [2, 4, h, w]. Raises TrainingError where the disk refuses."""
         flipped = self.flip_aug and draw_flip(rng)
-        return self._store.take(self._numbers[index], flipped=flipped), flipped
+        return self._store.load(self._numbers[index], flipped=flipped), flipped
 
     def finish(self, indices: Sequence[int], prepared: Sequence[torch.Tensor]) -> torch.Tensor:
         """See `LatentSource.finish`. On the CPU."""
@@ -117,7 +117,7 @@ class CachedLatents:
 
 
 class FreshLatents:
-    """Pictures opened, varied and encoded anew at each visit: for colour changes and random crops."""
+    """Images opened, varied and encoded anew at each visit: for colour changes and random crops."""
 
     def __init__(
         self, vae: Encoder, dataset: Dataset, placements: Sequence[Placement], *, flip_aug: bool, color_aug: bool,
@@ -125,7 +125,7 @@ class FreshLatents:
     ) -> None:
         """`warn` is told in a sentence what the user should know of the encoding, while it goes on."""
         self.dataset, self.placements = dataset, tuple(placements)
-        self._work = VaeWork(vae, device=device, batch_size=vae_batch_size, warn=warn)
+        self._work = VaeBatches(vae, device=device, batch_size=vae_batch_size, warn=warn)
         self._flip_aug, self._color_aug, self._random_crop = flip_aug, color_aug, random_crop
 
     @classmethod
@@ -136,7 +136,7 @@ class FreshLatents:
         should_stop: ShouldStop | None = None, threads: int | None = None, group: ProcessGroup = SINGLE_PROCESS,
         warn: Callable[[str], None] = lambda text: None,
     ) -> FreshLatents:
-        """Decode every picture once, to find the damaged ones before training. Parameters and errors as in
+        """Decode every image once, to find the damaged ones before training. Parameters and errors as in
         `CachedLatents.build`."""
         watch = Watch(len(dataset.examples), doing="the pictures were checked", on_progress=on_progress,
                       should_stop=stop_of_any(should_stop, group))
@@ -164,7 +164,7 @@ class FreshLatents:
         return latents
 
     def size_of(self, indices: Sequence[int]) -> int:
-        """See `LatentSource.size_of`. One picture is decoded at a time; the samples of the others wait."""
+        """See `LatentSource.size_of`. One image is decoded at a time; the samples of the others wait."""
         placements = [self.placements[index] for index in indices]
         return max(decoding_bytes(self.dataset.examples[index], self.placements[index]) for index in indices) + sum(
             3 * placement.bucket[0] * placement.bucket[1] for placement in placements)

@@ -1,4 +1,4 @@
-"""What the VAE is asked: batches of pictures of one size, as many at once as the device holds.
+"""What the VAE is asked: batches of images of one size, as many at once as the device holds.
 
 Here alone the cache touches the model, always in the thread that trains.
 """
@@ -17,14 +17,14 @@ from lib_lora_train.dataset.folder import Example
 from lib_lora_train.errors import TrainingError, is_out_of_memory
 from lib_lora_train.inputs.latent_files import MeanAndStd
 
-# What the encoder holds at its widest, for each pixel of a picture: 128 channels of fp32 at full size, seven times (a block's
+# What the encoder holds at its widest, for each pixel of an image: 128 channels of fp32 at full size, seven times (a block's
 # input, what is normed, activated and convolved of it, and a convolution's two sides in another order).
 _BYTES_A_PIXEL = 3700
 _MOST_BYTES = 2 << 30  # a step of the training takes as much: encoding shall not be what a run's memory is measured by
-_MOST_AT_ONCE = 8  # more gains nothing: two pictures of 512² fill a card with work already
+_MOST_AT_ONCE = 8  # more gains nothing: two images of 512² fill a GPU with work already
 
 
-Room = Callable[[int], int]
+EncodingBudget = Callable[[int], int]
 """Sees to it that so many bytes are free on the device, if it can. Returns how many may be taken."""
 
 
@@ -35,14 +35,14 @@ class Encoder(Protocol):
         """pixels [B, 3, H, W] in [-1, 1] → (mean, std), each [B, 4, H/8, W/8], unscaled."""
 
 
-class VaeWork:
+class VaeBatches:
     """Encodes samples in parts that fit; `warn` is told in a sentence what the user should know of it."""
 
     def __init__(self, vae: Encoder, *, device: torch.device, batch_size: int, warn: Callable[[str], None],
-                 room: Room | None = None) -> None:
-        """`batch_size` 0 chooses by what is free on a CUDA device, and is 1 elsewhere. `room` is asked before images of
+                 budget: EncodingBudget | None = None) -> None:
+        """`batch_size` 0 chooses by what is free on a CUDA device, and is 1 elsewhere. `budget` is asked before images of
         a size are first encoded on a CUDA device; by default what is free may be taken."""
-        self.device, self._vae, self._batch_size, self._warn, self._room = device, vae, batch_size, warn, room
+        self.device, self._vae, self._batch_size, self._warn, self._budget = device, vae, batch_size, warn, budget
         self._wanted: dict[Size, int] = {}
         self._most = sys.maxsize  # less after the memory did not suffice
 
@@ -50,8 +50,8 @@ class VaeWork:
         """How many images of this size (width, height) are encoded together."""
         if bucket not in self._wanted:
             free = None
-            if self._room is not None and self.device.type == "cuda":
-                free = self._room(encoding_bytes(bucket) * (self._batch_size or 1))
+            if self._budget is not None and self.device.type == "cuda":
+                free = self._budget(encoding_bytes(bucket) * (self._batch_size or 1))
             self._wanted[bucket] = self._batch_size or automatic_batch(self.device, bucket, free=free)
         return min(self._wanted[bucket], self._most)
 
@@ -91,7 +91,7 @@ class VaeWork:
 
 
 def encoding_bytes(bucket: Size) -> int:
-    """What encoding a picture of this size (width, height) takes for a moment, beside the VAE's weights."""
+    """What encoding an image of this size (width, height) takes for a moment, beside the VAE's weights."""
     return _BYTES_A_PIXEL * bucket[0] * bucket[1]
 
 
@@ -102,7 +102,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def automatic_batch(device: torch.device, bucket: Size, *, free: int | None = None) -> int:
-    """Pictures of this size (width, height) that 2 GiB hold, or half of a CUDA device's `free` memory (by default all of it)
+    """Images of this size (width, height) that 2 GiB hold, or half of a CUDA device's `free` memory (by default all of it)
     where that is less: 1, 2, 4 or 8; 1 elsewhere."""
     if device.type != "cuda":
         return 1
@@ -113,7 +113,7 @@ def automatic_batch(device: torch.device, bucket: Size, *, free: int | None = No
 
 
 def check_finite(latents: torch.Tensor, examples: Sequence[Example]) -> None:
-    """Each picture [N, …] by itself: one bad picture in a batch would otherwise hide among the good ones.
+    """Each image [N, …] by itself: one bad image in a batch would otherwise hide among the good ones.
 
     Raises TrainingError. One synchronisation where the latents are on a device.
     """

@@ -17,7 +17,7 @@ from lib_lora_train.inputs.batches import Batches
 from lib_lora_train.inputs.latent_files import LatentDisk, encoder_fingerprint
 from lib_lora_train.inputs.latents import CachedLatents, FreshLatents, LatentSource
 from lib_lora_train.inputs.text import TextCache
-from lib_lora_train.inputs.vae_batches import Room
+from lib_lora_train.inputs.vae_batches import EncodingBudget
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.model.sd.text import Conditioning, Tokens
 from lib_lora_train.run.callbacks import Pause, Stop
@@ -36,7 +36,7 @@ def stage(name: str, report: Report, pause: Callable[[], bool] = lambda: True) -
 
 
 def latents_of(plan: RunPlan, model: FrozenModel, vae: Mapping[str, torch.Tensor], group: ProcessGroup, folder: Path | None, *,
-               room: Room, report: Report, stop: Stop, pause: Pause) -> LatentSource:
+               budget: EncodingBudget, report: Report, stop: Stop, pause: Pause) -> LatentSource:
     """Encoded images: once and kept, or anew at each step where augmentations change the pixels. `vae` are the host's
     tensors of it; in `folder` lies what is too much for the memory, until the source is closed."""
     settings, chosen, at_once = plan.settings, plan.settings.dataset, plan.settings.memory.vae_batch_size
@@ -50,7 +50,7 @@ def latents_of(plan: RunPlan, model: FrozenModel, vae: Mapping[str, torch.Tensor
                                       warn=lambda text: report(Warned(text)), **shared)
         disk = LatentDisk(vae_fingerprint=encoder_fingerprint(vae)) if chosen.cache_latents_to_disk else None
         return CachedLatents.build(model.vae, plan.dataset, plan.placements, disk=disk, folder=folder,
-                                   vae_batch_size=at_once, room=room, on_progress=stage("Encoding pictures", report, pause),
+                                   vae_batch_size=at_once, budget=budget, on_progress=stage("Encoding pictures", report, pause),
                                    **shared)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lib_lora_train.adapters.file import read_ranks
+from lib_lora_train.adapters.file import read_dims
 from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.dataset.progress import ShouldStop
@@ -18,7 +18,7 @@ from lib_lora_train.errors import translated
 from lib_lora_train.events import Report
 from lib_lora_train.host.port import LeasedModel
 from lib_lora_train.inputs.batches import Batches
-from lib_lora_train.inputs.vae_batches import Room, free_bytes
+from lib_lora_train.inputs.vae_batches import EncodingBudget, free_bytes
 from lib_lora_train.memory.device import attention_kernel, budget_of
 from lib_lora_train.memory.estimate import Layer, Workload
 from lib_lora_train.memory.plan import CONTEXT, GIGABYTE, WORKSPACES, MemoryPlan, plan_memory
@@ -92,7 +92,7 @@ def planned_layers(settings: Settings, tensors: Mapping[str, Tensor], architectu
     """The layers that a run with these settings will have, those of a LoRA that is continued with the file's ranks. Raises
     LoraFileError."""
     network = settings.network
-    ranks = read_ranks(Path(network.network_weights)) if network.network_weights else {}
+    ranks = read_dims(Path(network.network_weights)) if network.network_weights else {}
     text = not network.network_train_unet_only or architecture.family.adapts_text(ranks)
     layers = layers_for(tensors, architecture, rank=network.network_dim, text_encoder=text)
     return tuple(dataclasses.replace(layer, rank=ranks.get(layer.target.key, layer.rank)) for layer in layers)
@@ -109,7 +109,7 @@ def parts_not_needed(settings: Settings, device: torch.device) -> frozenset[Part
     return frozenset(part for part, idle in parts.items() if idle)
 
 
-def room_for_encoding(settings: Settings, model: FrozenModel, leased: LeasedModel, network: AdapterNetwork) -> Room:
+def encoding_budget(settings: Settings, model: FrozenModel, leased: LeasedModel, network: AdapterNetwork) -> EncodingBudget:
     """What encoding images may take of a GPU: what is free, or what the memory budget leaves. Where that is less than it
     needs, UNet and text encoders wait on the CPU until `place_model`."""
     def available() -> int:
@@ -120,12 +120,12 @@ def room_for_encoding(settings: Settings, model: FrozenModel, leased: LeasedMode
             free = min(free, int(settings.memory.memory_budget * GIGABYTE) - taken - CONTEXT - WORKSPACES)
         return max(0, free)
 
-    def room(needed: int) -> int:
+    def budget(needed: int) -> int:
         if available() < needed:
             model.rebind(leased.offload_parts({"unet", "text"}))
             torch.cuda.empty_cache()
         return available()
-    return room
+    return budget
 
 
 def place_model(settings: Settings, model: FrozenModel, leased: LeasedModel, network: AdapterNetwork, batches: Batches,

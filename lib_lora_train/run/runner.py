@@ -84,7 +84,7 @@ class _Run:
             self.stage = event
         elif isinstance(event, events.Step):
             self.step, self.stage = event, None
-            self._add_point(event)
+            self._add_to_curve(event)
         elif isinstance(event, events.Saved):
             # Every file stays on the disk and in the run's record; a watcher is not sent thousands at each glance.
             self.saved = [*self.saved[-_MOST_SAVED:], event]
@@ -101,7 +101,7 @@ class _Run:
                 self.see(event)
         self.planned = self.step = None
 
-    def _add_point(self, event: events.Step) -> None:
+    def _add_to_curve(self, event: events.Step) -> None:
         if event.step % self.every == 0 or event.step == 1:
             self.points.append((event.step, event.loss, event.average_loss))
         if len(self.points) > _MOST_POINTS:
@@ -142,7 +142,7 @@ class Runner:
             if old:
                 run.remember(old)
             job = functools.partial(run_job, plan, host, report=functools.partial(self._report, run, host),
-                                    stop=functools.partial(self._asked_to_stop, host), folder=folder)
+                                    stop=functools.partial(self._stop_wanted, host), folder=folder)
             self._tasks.start(job, name="The training", doing="training", busy=_BUSY,
                               ended=functools.partial(self._ended, run, host))
             return folder.name
@@ -187,7 +187,7 @@ class Runner:
         run.record.write(event)
         host.report(event)
 
-    def _asked_to_stop(self, host: Host) -> StopKind:
+    def _stop_wanted(self, host: Host) -> StopKind:
         if not self._tasks.stopping and host.interrupted():
             # The host's own stop button means "enough": what was learnt so far is worth keeping.
             self._tasks.stop("save")

@@ -42,7 +42,7 @@ class Settings:
 
     @property
     def encodes_in_steps(self) -> bool:
-        """Whether pictures vary and are encoded anew at each step."""
+        """Whether images vary and are encoded anew at each step."""
         return self.dataset.color_aug or self.dataset.random_crop
 
 

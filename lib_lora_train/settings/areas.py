@@ -13,7 +13,7 @@ from lib_lora_train.settings.field import setting
 
 @dataclasses.dataclass(frozen=True)
 class DatasetSettings:
-    """The pictures and their captions."""
+    """The images and their captions."""
 
     train_data_dir: str = setting(
         "", "Dataset folder", "A folder of pictures, or one in kohya's layout (folders named like 10_name). Captions are "

@@ -14,8 +14,8 @@ def compute_dtype(mixed_precision: str, device: torch.device, *, weights: torch.
     """The activations' dtype for kohya's `mixed_precision`; "auto" looks at the device and at the frozen `weights`.
 
     On CUDA "auto" computes in what the weights are stored in (the WebUI keeps fp16), so that none has to be cast at every
-    step; fp32 weights are computed with in bf16 or, on older cards, fp16. bf16 is asked of compute capability 8 (Ampere)
-    and above only: older cards emulate it, slower than fp32.
+    step; fp32 weights are computed with in bf16 or, on older GPUs, fp16. bf16 is asked of compute capability 8 (Ampere)
+    and above only: older GPUs emulate it, slower than fp32.
     Raises SettingError where the device cannot compute in what was asked.
     """
     cuda = device.type == "cuda"

@@ -1,4 +1,4 @@
-"""Pictures that were made to do harm: each is a sentence that names it, soon and in bounded memory."""
+"""Images that were made to do harm: each is a sentence that names it, soon and in bounded memory."""
 
 from __future__ import annotations
 

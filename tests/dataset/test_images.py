@@ -1,4 +1,4 @@
-"""Pictures come out upright, in RGB and on white; what cannot be read is named. References: PIL, numpy, the PNG
+"""Images come out upright, in RGB and on white; what cannot be read is named. References: PIL, numpy, the PNG
 specification."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Processes that train together, started the plain way: by environment variables, each on this machine's processor."""
+"""Processes that train together, started the plain way: by environment variables, each on this machine's CPU."""
 
 from __future__ import annotations
 

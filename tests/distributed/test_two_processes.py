@@ -40,7 +40,7 @@ def tiny_file(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    """Seven pictures of two shapes, one of them with a long caption, and three of a general class beside them."""
+    """Seven images of two shapes, one of them with a long caption, and three of a general class beside them."""
     place = tmp_path_factory.mktemp("data")
     for folder, count in (("pictures/1_zzk", 7), ("class/1_thing", 3)):
         (place / folder).mkdir(parents=True)
@@ -97,8 +97,8 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_two_processes_learn_what_one_learns_with_twice_the_batch(images, tiny_file, tmp_path):
-    """Buckets of 5 and 2 pictures with 3 of a class beside them, so that batches are uneven and one process goes without;
-    accumulation, regularisation, min-SNR weights, mirrored pictures, and one process that runs out of memory."""
+    """Buckets of 5 and 2 images with 3 of a class beside them, so that batches are uneven and one process goes without;
+    accumulation, regularisation, min-SNR weights, mirrored images, and one process that runs out of memory."""
     chosen = {**SETTINGS, **WIDE, "train_data_dir": images, "reg_data_dir": images.parent / "class", "flip_aug": True,
               "prior_loss_weight": 0.5, "min_snr_gamma": 2, "gradient_accumulation_steps": 2, "train_batch_size": 2}
     words = ["-c", SHORT_OF_MEMORY, *command({**chosen, "output_dir": tmp_path / "two"}, tiny_file)]

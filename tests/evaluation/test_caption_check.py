@@ -40,7 +40,7 @@ def quick(request, monkeypatch):
 
 
 def items(*, wrong: bool = False) -> list[tuple[Path, str]]:
-    """Pictures of the demo with their captions, or each with its neighbour's."""
+    """Images of the demo with their captions, or each with its neighbour's."""
     paths = [Path(demo.STYLE) / f"{name}.png" for name in NAMES]
     captions = [read_caption(path.with_suffix(".txt")) for path in paths]
     return list(zip(paths, captions[1:] + captions[:1] if wrong else captions, strict=True))
@@ -58,7 +58,7 @@ def test_right_captions_score_higher_than_wrong_ones(emoji):
     right, wrong = (list(check_captions(emoji, items(wrong=wrong), settings=SMALL, seeds=0)) for wrong in (False, True))
     assert [row.score for row in right] == sorted(row.score for row in right)
     assert all(0 <= row.score <= 100 and math.isfinite(row.gain) for row in right + wrong)
-    # Of a hand that the model never saw, so that a single picture proves nothing.
+    # Of a hand that the model never saw, so that a single image proves nothing.
     assert mean_score(right) > 1.5 * mean_score(wrong)
 
 

@@ -39,7 +39,7 @@ class LeasingHost:
 
 
 def model_that_adds(share: float, prediction_type: str):
-    """Told nothing it says 0; told something, `share` times the truth. Pictures are latents of 0, so x_t holds the noise."""
+    """Told nothing it says 0; told something, `share` times the truth. Images are latents of 0, so x_t holds the noise."""
     schedule = NoiseSchedule.build(prediction_type=prediction_type)
 
     def unet(x, t, context, y=None):

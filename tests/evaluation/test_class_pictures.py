@@ -1,4 +1,4 @@
-"""Preservation pictures lie in kohya's layout, whole, and a second call goes on where the first ended."""
+"""Preservation images lie in kohya's layout, whole, and a second call goes on where the first ended."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ def test_parts_that_the_webui_keeps_off_the_card_do_not_return_by_way_of_it(webu
 
 def test_what_a_failed_work_held_is_gone_before_the_model_needs_its_room(webui, card):
     class Large:
-        """What fills the card until it is forgotten."""
+        """What fills the GPU until it is forgotten."""
 
     alive: list[weakref.ref[Large]] = []
     card.full = lambda: any(reference() is not None for reference in alive)

@@ -25,7 +25,7 @@ Facts = tuple[str, torch.dtype, tuple[int, ...], bool, bool]
 
 @pytest.fixture
 def host(card, tiny_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StandaloneHost:
-    """It trains on the card, where its file's weights lie once they are read."""
+    """It trains on the GPU, where its file's weights lie once they are read."""
     monkeypatch.setattr(standalone, "load_file", lambda path, device: load_file(path))
     return StandaloneHost(tiny_file, lora_folder=tmp_path, runs_folder=tmp_path / "runs", device=CARD)
 

@@ -42,7 +42,7 @@ class FakeVAE:
 
 
 def expected_mean(pixels: np.ndarray) -> torch.Tensor:
-    """What FakeVAE says of an 8-bit picture [H, W, 3], with numpy and without our code."""
+    """What FakeVAE says of an 8-bit image [H, W, 3], with numpy and without our code."""
     height, width = pixels.shape[:2]
     blocks = (pixels.astype(np.float64) / 127.5 - 1).reshape(height // 8, 8, width // 8, 8, 3).mean((1, 3))
     ramp = np.broadcast_to(np.linspace(0, 1, width // 8), (1, height // 8, width // 8))

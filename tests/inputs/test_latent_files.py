@@ -21,7 +21,7 @@ from .conftest import FakeVAE, drawn
 
 
 def encoded(dataset, placements, *, disk: LatentDisk, flip_aug: bool = False) -> tuple[int, CachedLatents]:
-    """(pictures that the VAE had to encode, the source)."""
+    """(images that the VAE had to encode, the source)."""
     vae = FakeVAE()
     source = CachedLatents.build(vae, dataset, placements, disk=disk, flip_aug=flip_aug)
     return sum(shape[0] for shape in vae.batches), source
@@ -199,7 +199,7 @@ def disk_at(now: int = LATER) -> LatentDisk:
 
 @pytest.fixture
 def reads(monkeypatch) -> list[str]:
-    """The names of the pictures that are read for the cache's sake."""
+    """The names of the images that are read for the cache's sake."""
     read, original = [], disk_module._digest
     monkeypatch.setattr(disk_module, "_digest", lambda image: read.append(image.name) or original(image))
     return read
@@ -235,7 +235,7 @@ def test_a_stamp_as_young_as_the_coarsest_clock_is_not_trusted(make_dataset, rea
 
 
 def test_a_stamp_is_as_old_as_when_it_was_taken(make_dataset, reads: list[str]) -> None:
-    """The picture was read right after it was written; that encoding took long makes its stamp no better."""
+    """The image was read right after it was written; that encoding took long makes its stamp no better."""
     dataset, placements = make_dataset({"a.png": (64, 64)})
     known = dataset.examples[0].path.stat()
     times = iter([max(known.st_mtime_ns, known.st_ctime_ns) + 10**9])
@@ -245,8 +245,8 @@ def test_a_stamp_is_as_old_as_when_it_was_taken(make_dataset, reads: list[str]) 
     assert reads == ["a.png"]
 
 
-@pytest.mark.parametrize("room", [0, 1 << 30])
-def test_a_picture_that_changes_while_it_is_encoded_is_not_found_again(make_dataset, room: int) -> None:
+@pytest.mark.parametrize("budget", [0, 1 << 30])
+def test_a_picture_that_changes_while_it_is_encoded_is_not_found_again(make_dataset, budget: int) -> None:
     dataset, placements = make_dataset({"a.png": (64, 64)})
     path = dataset.examples[0].path
 
@@ -254,14 +254,14 @@ def test_a_picture_that_changes_while_it_is_encoded_is_not_found_again(make_data
         def encode(self, pixels):
             Image.new("RGB", (64, 64), (9, 9, 9)).save(path)
             return super().encode(pixels)
-    CachedLatents.build(Slow(), dataset, placements, disk=disk_at(), max_bytes=room).close()
+    CachedLatents.build(Slow(), dataset, placements, disk=disk_at(), max_bytes=budget).close()
     count, source = encoded(dataset, placements, disk=disk_at())
     assert count == 1
     assert torch.allclose(mean(source)[0, :3], torch.full((3, 8, 8), 9 / 127.5 - 1), atol=1e-5)
 
 
-@pytest.mark.parametrize("room", [0, 1 << 30])
-def test_a_file_with_a_hole_of_zeros_is_computed_again(make_dataset, tmp_path: Path, room: int) -> None:
+@pytest.mark.parametrize("budget", [0, 1 << 30])
+def test_a_file_with_a_hole_of_zeros_is_computed_again(make_dataset, tmp_path: Path, budget: int) -> None:
     """What a power cut may leave: the right length, the right header, finite numbers. Found before the training begins."""
     dataset, placements = make_dataset({"a.png": (64, 64)})
     _, first = encoded(dataset, placements, disk=disk_at())
@@ -269,7 +269,7 @@ def test_a_file_with_a_hole_of_zeros_is_computed_again(make_dataset, tmp_path: P
     data = file.read_bytes()
     file.write_bytes(data[:-512] + bytes(512))
     vae = FakeVAE()
-    second = CachedLatents.build(vae, dataset, placements, disk=disk_at(), max_bytes=room)
+    second = CachedLatents.build(vae, dataset, placements, disk=disk_at(), max_bytes=budget)
     assert len(vae.batches) == 1 and torch.equal(mean(first), mean(second))
 
 
@@ -304,7 +304,7 @@ def test_what_is_not_whole_is_not_found(make_dataset, tmp_path: Path, damage: st
 
 
 def test_reading_writes_nothing_once_the_training_runs(make_dataset, tmp_path: Path) -> None:
-    """Several threads may read one picture's file at the same time."""
+    """Several threads may read one image's file at the same time."""
     dataset, placements = make_dataset({"a.png": (64, 64)})
     encoded(dataset, placements, disk=disk_at())
     os.utime(dataset.examples[0].path, (1, 1))

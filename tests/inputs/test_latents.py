@@ -141,7 +141,7 @@ def test_a_latent_that_is_not_finite_is_refused_with_the_pictures_name(
     class Broken(FakeVAE):
         def encode(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             result = super().encode(pixels)
-            result[where][-1, 2, 3, 3] = bad  # only the last picture of the batch, and one number of it
+            result[where][-1, 2, 3, 3] = bad  # only the last image of the batch, and one number of it
             return result
 
     dataset, placements = make_dataset({"a.png": (64, 64), "b.png": (64, 64)})
@@ -313,7 +313,7 @@ def test_the_automatic_batch_is_one_without_a_card(make_dataset, vae: FakeVAE) -
     (80 << 30, (256, 256), 8), (80 << 30, (512, 512), 2), (80 << 30, (1024, 1024), 1), (4 << 30, (512, 512), 2),
     (2 << 30, (512, 512), 1), (1 << 30, (256, 256), 2), (0, (512, 512), 1)])
 def test_the_automatic_batch_follows_the_free_memory_of_a_card(monkeypatch, free: int, size, expected: int) -> None:
-    """Half of it must hold the pictures (0.2 GB at 256², 0.8 GB at 512², 3.1 GB at 1024²), and 2 GiB."""
+    """Half of it must hold the images (0.2 GB at 256², 0.8 GB at 512², 3.1 GB at 1024²), and 2 GiB."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 << 30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)

@@ -1,4 +1,4 @@
-"""What several tests compare with: LoRA in plain operations, numbers drawn from a seed, pictures in NHWC order."""
+"""What several tests compare with: LoRA in plain operations, numbers drawn from a seed, images in NHWC order."""
 
 from __future__ import annotations
 

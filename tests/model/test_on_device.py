@@ -1,4 +1,4 @@
-"""What takes another way on GPUs than on processors gives the same numbers there."""
+"""What takes another way on GPUs than on CPUs gives the same numbers there."""
 
 from __future__ import annotations
 

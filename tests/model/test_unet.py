@@ -46,7 +46,7 @@ def unet_of(tensors: dict[str, Tensor], family: str) -> UNet:
 
 
 def inputs(family: str, *, height: int = 8, width: int = 16, chunks: int = 2) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Latents, timesteps, context and pooled vector of two pictures."""
+    """Latents, timesteps, context and pooled vector of two images."""
     generator = torch.Generator().manual_seed(5)
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     return draw(2, 4, height, width), torch.tensor([11, 987]), draw(2, 77 * chunks, CONTEXT[family]), draw(2, POOLED)

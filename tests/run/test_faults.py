@@ -36,7 +36,7 @@ ORDINARY = {name: fault for name, fault in FAULTS.items() if name != "Ctrl+C"}
 
 @pytest.fixture(scope="module")
 def place_of_work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The smallest checkpoint, and two pictures."""
+    """The smallest checkpoint, and two images."""
     folder = tmp_path_factory.mktemp("faults")
     tiny_checkpoint.write(folder, size=tiny_checkpoint.SMALLEST)
     (folder / "pictures").mkdir()

@@ -72,13 +72,13 @@ def settings(images: Path, name: str = "zzk", **changes: object):
     {"base_weights": "int8"}, {"channels_last": "on"}],
     ids=["cached", "with text encoder", "encoded anew", "on copies in eight bits", "on copies laid out anew"])
 def test_the_result_is_byte_for_byte_that_of_a_run_nobody_interrupted(images, tiny_file, tmp_path, changes):
-    # The same host, since a processor computes in another order where tensors begin at another multiple of 64 bytes.
+    # The same host, since a CPU computes in another order where tensors begin at another multiple of 64 bytes.
     quiet = BusyHost(tiny_file, tmp_path / "quiet", wants=lambda _: False)
     alone = load_file(run_settings(settings(images, **changes), quiet, report=lambda _: None, stop=lambda: "").path)
     busy = BusyHost(tiny_file, tmp_path / "busy")
     finished = run_settings(settings(images, **changes), busy, report=lambda _: None, stop=lambda: "")
     shared = load_file(finished.path)
-    # Before each of at least four steps, and between the pictures that are encoded before.
+    # Before each of at least four steps, and between the images that are encoded before.
     assert finished.outcome == "done" and busy.handed > 4
     assert alone.keys() == shared.keys()
     assert all(torch.equal(alone[key], shared[key]) for key in alone)

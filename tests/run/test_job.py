@@ -50,7 +50,7 @@ def metadata(path: str) -> dict[str, str]:
 def test_exactly_the_planned_steps_run_and_the_file_is_where_the_last_event_says(images, host):
     finished, seen = run(settings(images, resolution="128"), host)
     planned, = of(events.Planned, seen)
-    # Three pictures in the square bucket and one in a wide one, batch 1: 4 batches an epoch, 2 epochs.
+    # Three images in the square bucket and one in a wide one, batch 1: 4 batches an epoch, 2 epochs.
     assert (planned.pictures, planned.buckets, planned.batches_per_epoch, planned.steps) == (4, 2, 4, 8)
     assert [(s.step, s.epoch) for s in of(events.Step, seen)] == [(i, 1 + (i > 4)) for i in range(1, 9)]
     assert finished == events.Finished("done", finished.message, str(host.lora_folder / "zzk.safetensors"), 8)

@@ -13,12 +13,12 @@ from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.api.service import plan
 from lib_lora_train.events import Planned, Warned
 from lib_lora_train.host.port import LeasedModel
-from lib_lora_train.inputs.vae_batches import VaeWork, encoding_bytes
+from lib_lora_train.inputs.vae_batches import VaeBatches, encoding_bytes
 from lib_lora_train.memory.device import budget_of
 from lib_lora_train.model import frozen
 from lib_lora_train.model.family import detect
 from lib_lora_train.run import memory
-from lib_lora_train.run.memory import parts_not_needed, planned_layers, room_for_encoding
+from lib_lora_train.run.memory import encoding_budget, parts_not_needed, planned_layers
 from lib_lora_train.settings import parse
 from tests.jobs import run_settings
 
@@ -75,14 +75,14 @@ def test_pictures_are_encoded_where_room_is_short_while_unet_and_text_encoders_w
         model = frozen.build(leased.tensors, hints=leased.hints, tokenizers=leased.tokenizers)
         asked: list[set[str]] = []
         monkeypatch.setattr(leased, "offload_parts", lambda parts: asked.append(set(parts)) or moved(parts))
-        room = room_for_encoding(parse({}), model, leased, AdapterNetwork([], {}))
-        assert room(100) == 100 and asked == []
-        assert room(101) == 1100 and asked == [{"unet", "text"}]
+        budget = encoding_budget(parse({}), model, leased, AdapterNetwork([], {}))
+        assert budget(100) == 100 and asked == []
+        assert budget(101) == 1100 and asked == [{"unet", "text"}]
         # A budget that the model alone fills leaves nothing.
-        assert room_for_encoding(parse({"memory_budget": 0.47}), model, leased, AdapterNetwork([], {}))(1) == 0
+        assert encoding_budget(parse({"memory_budget": 0.47}), model, leased, AdapterNetwork([], {}))(1) == 0
         everything = sum(t.numel() * t.element_size() for part in (*model.components.values(), model.vae.tensors)
                          for t in part.values())
-        most = room_for_encoding(parse({"memory_budget": 1}), model, leased, AdapterNetwork([], {}))
+        most = encoding_budget(parse({"memory_budget": 1}), model, leased, AdapterNetwork([], {}))
         free[0] = 1 << 40
         assert most(1) == budget_of(1, torch.device("cpu"), ours=0) - everything - memory.CONTEXT - memory.WORKSPACES
 
@@ -95,10 +95,10 @@ def test_eight_bits_without_a_card_are_said_to_save_nothing(images, host):
 
 def test_room_is_asked_for_once_for_each_size_of_pictures_that_a_card_encodes():
     asked: list[int] = []
-    work = VaeWork(None, device=GPU, batch_size=0, warn=print, room=lambda needed: asked.append(needed) or 1 << 40)
+    work = VaeBatches(None, device=GPU, batch_size=0, warn=print, budget=lambda needed: asked.append(needed) or 1 << 40)
     assert [work.at_once(size) for size in ((256, 256), (512, 512), (256, 256))] == [8, 2, 8]
     assert asked == [encoding_bytes((256, 256)), encoding_bytes((512, 512))]
-    VaeWork(None, device=GPU, batch_size=4, warn=print, room=lambda needed: asked.append(needed) or 0).at_once((256, 256))
+    VaeBatches(None, device=GPU, batch_size=4, warn=print, budget=lambda needed: asked.append(needed) or 0).at_once((256, 256))
     assert asked[2] == 4 * encoding_bytes((256, 256))
 
 

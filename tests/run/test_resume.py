@@ -149,7 +149,7 @@ def test_stop_and_save_leaves_a_point_to_go_on_from_and_its_file_may_be_replaced
 
 @pytest.fixture(scope="module")
 def cut_off_once(tiny_file, tmp_path_factory):
-    """A run that was cut off after step 3 of 5 and saved after step 2: (its pictures, its host)."""
+    """A run that was cut off after step 3 of 5 and saved after step 2: (its images, its host)."""
     place = tmp_path_factory.mktemp("cut_off")
     images = place / "pictures"
     images.mkdir()
@@ -219,7 +219,7 @@ def test_a_picture_of_the_same_name_and_size_is_another_picture(images, host):
 
 
 def test_what_the_model_was_held_in_is_remembered(cut_off, host):
-    # On a card on which nothing else fits the plan holds it in eight bits; here its choice is written into the state.
+    # On a GPU on which nothing else fits the plan holds it in eight bits; here its choice is written into the state.
     chosen, folder = cut_off
     held, facts = checkpoint_module.read(folder / STATE)
     checkpoint_module.write(folder / STATE, held, {**facts, "base": "int8"})
@@ -291,7 +291,7 @@ def test_a_disk_that_fills_up_leaves_the_last_state_whole_and_is_told_once(cut_o
 
 
 def test_a_failure_between_steps_costs_no_step(images, host, monkeypatch):
-    # The pictures of the last steps would be ready before they go.
+    # The images of the last steps would be ready before they go.
     monkeypatch.setattr(prefetcher, "reading_threads", lambda: 0)
     chosen = settings(images, **EXACT, color_aug=True)
     straight = load_file(run(chosen, host, None)[0].path)

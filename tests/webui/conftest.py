@@ -40,7 +40,7 @@ def webui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebUI]:
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four coloured pictures of 64 pixels, with captions."""
+    """Four coloured images of 64 pixels, with captions."""
     folder = tmp_path_factory.mktemp("pictures")
     colours = np.random.default_rng(0).integers(0, 256, (4, 4, 4, 3), dtype=np.uint8)
     for number, colour in enumerate(colours):

@@ -120,7 +120,7 @@ def fill(data: Path) -> None:
     for name in ("injection.py", "pretended_card.py"):
         shutil.copy(Path(__file__).parents[1] / name, data / "extensions" / "probe")
     (data / "config.json").write_text(json.dumps({
-        # "Approx NN" would download a model; pictures with their settings inside would differ by the time they took.
+        # "Approx NN" would download a model; images with their settings inside would differ by the time they took.
         "samples_save": False, "grid_save": False, "show_progress_type": "Approx cheap", "enable_pnginfo": False}))
     (data / "ui-config.json").write_text(json.dumps({
         "txt2img/Width/value": 64, "txt2img/Height/value": 64,

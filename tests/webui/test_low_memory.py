@@ -1,4 +1,4 @@
-"""The WebUI's own switches for small cards."""
+"""The WebUI's own switches for small GPUs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tab inside the WebUI, in a real browser: what a user does from the folder to the picture."""
+"""The tab inside the WebUI, in a real browser: what a user does from the folder to the image."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def webui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebUI]:
 
 @pytest.fixture(scope="module")
 def dataset(dataset: Path, webui: WebUI) -> Path:
-    """The pictures within the WebUI's own folder: a WebUI with a login keeps to that."""
+    """The images within the WebUI's own folder: a WebUI with a login keeps to that."""
     return Path(shutil.copytree(dataset, webui.data / "pictures"))
 
 

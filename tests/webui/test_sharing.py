@@ -28,7 +28,7 @@ def webui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebUI]:
 
 @pytest.fixture(scope="module")
 def before(webui: WebUI, dataset: Path) -> dict[str, Any]:
-    """The picture, every tensor, and a LoRA that was trained while nobody else did anything."""
+    """The image, every tensor, and a LoRA that was trained while nobody else did anything."""
     found = {"picture": webui.sample(PROMPT), "model": webui.get("/probe/model")}
     assert train(webui, dataset, "alone", max_train_steps=STEPS)["outcome"] == "done"
     return {**found, "with LoRA": webui.sample(f"{PROMPT} <lora:alone:1>"), "option": chosen(webui)}

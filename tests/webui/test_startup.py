@@ -37,7 +37,7 @@ def test_a_second_run_opens_no_file_of_the_checkpoint_and_copies_no_weight(webui
 
 @pytest.fixture(scope="module")
 def small_card(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebUI]:
-    """A WebUI whose model lies on a pretended card, of which a run wants everything off that its steps do not need."""
+    """A WebUI whose model lies on a pretended GPU, of which a run wants everything off that its steps do not need."""
     data = tmp_path_factory.mktemp("card")
     fill(data)
     for webui in running(data):
@@ -53,7 +53,7 @@ def before(small_card: WebUI) -> dict[str, Any]:
 
 
 def _all_at_home(webui: WebUI) -> bool:
-    """Whether a generation finds all of the model on the card."""
+    """Whether a generation finds all of the model on the GPU."""
     webui.get("/probe/places")
     webui.sample(PROMPT)
     painting = webui.get("/probe/places")["painting"]

@@ -1,4 +1,4 @@
-"""The dataset studio inside the WebUI, in a real browser: what a new user does from a heap of pictures to a training."""
+"""The dataset studio inside the WebUI, in a real browser: what a new user does from a heap of images to a training."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_a_new_user_goes_from_thirty_mixed_pictures_to_a_training_without_leavin
     expect(part(page, "live")).to_contain_text("emoji is ready")
     assert (webui.loras / "emoji.safetensors").is_file()
 
-    # Fields keep what the last run had: where that was a disk cache, its folder lies beside the pictures.
+    # Fields keep what the last run had: where that was a disk cache, its folder lies beside the images.
     kept = [path for path in folder.glob("*_zzkmoji/*") if path.is_file() and path.suffix != ".txt"]
     assert len(kept) == ADDED - 1
     known = {name.replace("_", " ") for name, _ in TAGS} | {name for name, _ in TAGS}

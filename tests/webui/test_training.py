@@ -1,4 +1,4 @@
-"""A folder of pictures becomes a LoRA inside the WebUI, and the WebUI is afterwards what it was before."""
+"""A folder of images becomes a LoRA inside the WebUI, and the WebUI is afterwards what it was before."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MANY = 100_000
 
 @pytest.fixture(scope="module")
 def before(webui: WebUI) -> dict[str, Any]:
-    """The picture of a fixed seed and every tensor of the model, before anything was trained in this module."""
+    """The image of a fixed seed and every tensor of the model, before anything was trained in this module."""
     return {"picture": webui.sample(PROMPT), "model": webui.get("/probe/model")}
 
 

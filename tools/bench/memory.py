@@ -1,8 +1,8 @@
 """`bench memory`: what the memory plan predicts, for GPUs of several sizes and compared with what was measured.
 
 The first table is computed from shapes alone and is the same on every machine: which plan fits SD1.5 and SDXL into 4 to 24
-GB, and what it is predicted to take. The second runs real steps under several plans. On a card it compares what is predicted
-beside CUDA's own memory with what torch had given out and had taken from the driver in the steps. On a processor it compares
+GB, and what it is predicted to take. The second runs real steps under several plans. On a GPU it compares what is predicted
+beside CUDA's own memory with what torch had given out and had taken from the driver in the steps. On a CPU it compares
 what a step adds to what lies there before it, since that alone is the plan's: a profiler books each allocation of one step.
 """
 
@@ -58,7 +58,7 @@ class MemoryPlanned:
 
 @dataclasses.dataclass(frozen=True)
 class Compared:
-    """Bytes that a plan was predicted to take and that were measured; on a card these are the ones taken from the driver, of
+    """Bytes that a plan was predicted to take and that were measured; on a GPU these are the ones taken from the driver, of
     which `allocated` were given out. A run that `failed` tells why and has no figures."""
 
     case: Case
@@ -156,7 +156,7 @@ def _measured(plan: MemoryPlanned, row: Compared, host: RandomHost, data: Path, 
 
 
 class _Booked:
-    """Books what a processor's allocator gives out and takes back in one step, the second; `peak` is the highest sum."""
+    """Books what a CPU's allocator gives out and takes back in one step, the second; `peak` is the highest sum."""
 
     def __init__(self) -> None:
         self.peak = 0

@@ -30,7 +30,7 @@ from lib_lora_train.tagging.options import TagOptions
 
 _TOKENIZER = "bert-base-uncased"
 _SIDE = 512
-"""Of the pictures DeepDanbooru was trained on."""
+"""Of the images DeepDanbooru was trained on."""
 
 
 def captioners() -> Sequence[CaptionerSource]:

@@ -187,7 +187,7 @@ def on_device(sd_model: nn.Module) -> Iterator[tuple[torch.device, Mapping[str, 
     """
     device = _device()
     if getattr(sd_model, "lowvram", False):
-        # The WebUI remembers which one part it put on the card, and would not put it back a second time.
+        # The WebUI remembers which one part it put on the GPU, and would not put it back a second time.
         lowvram.send_everything_to_cpu()
     originals = {name: placement.device_of(tensor) for name, tensor in collect(sd_model).items()}
     text = sd_model.conditioner if hasattr(sd_model, "conditioner") else sd_model.cond_stage_model

@@ -1,4 +1,4 @@
-"""Pictures from anywhere into a dataset: folders, files, uploads, zip files; what is broken or there already is named.
+"""Images from anywhere into a dataset: folders, files, uploads, zip files; what is broken or there already is named.
 
 Originals are only read. An image is turned upright once; what every program sees alike is copied byte for byte, with what
 generators wrote into it; anything else becomes a PNG. Transparency is laid on white, and kept as a mask.
@@ -93,7 +93,7 @@ def _collect_source(source: Source, collector: _Collector, *, watch: Watch) -> N
 
 
 class _Collector:
-    """Pictures into the dataset one by one, and the list of what happened."""
+    """Images into the dataset one by one, and the list of what happened."""
 
     def __init__(self, dataset: OwnedDataset, *, masks: bool, dry_run: bool, skipped: list[tuple[str, str]]) -> None:
         self.dataset, self.masks, self.dry_run, self.skipped = dataset, masks, dry_run, skipped

@@ -111,7 +111,7 @@ class OwnedDataset:
 
     @property
     def unshaped_folder(self) -> Path:
-        """Pictures as they were imported, once they were shaped; their masks in `masks` below it."""
+        """Images as they were imported, once they were shaped; their masks in `masks` below it."""
         return self.studio_folder / "unshaped"
 
     @property

@@ -58,7 +58,7 @@ class Found:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Pictures that are opened together."""
+    """Images that are opened together."""
 
     name: str
     images: tuple[Found, ...]

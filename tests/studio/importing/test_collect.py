@@ -1,4 +1,4 @@
-"""Pictures brought into a dataset: upright, named, once; originals untouched; what is left out is told."""
+"""Images brought into a dataset: upright, named, once; originals untouched; what is left out is told."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ def lora(name: str) -> dict[str, Any]:
 
 def sample(prompt: str = Body(""), negative_prompt: str = Body(""), width: int = Body(64), height: int = Body(64),
            steps: int = Body(4), cfg_scale: float = Body(7.0), seed: int = Body(1)) -> dict[str, str]:
-    """A picture by our own sampler on the leased model, as base64 of a PNG."""
+    """An image by our own sampler on the leased model, as base64 of a PNG."""
     from lib_lora_train.host.a1111.host import HOST
     from lib_lora_train.model.sampler import SampleRequest, sample_batch, to_image
 
@@ -232,7 +232,7 @@ def watched() -> dict[str, Any]:
 
 
 def pretend_card() -> dict[str, str]:
-    """From now on the model lies on a card, and the memory plan wants everything off it that a step does not need."""
+    """From now on the model lies on a GPU, and the memory plan wants everything off it that a step does not need."""
     from lib_lora_train.host import placement
     from lib_lora_train.run import memory
     from lib_lora_train.training import train_step
@@ -259,7 +259,7 @@ def pretend_card() -> dict[str, str]:
 
 
 def places() -> dict[str, list[list[str]]]:
-    """Which parts were off the card in each step and at each step of a generation, since the last question."""
+    """Which parts were off the GPU in each step and at each step of a generation, since the last question."""
     found = {doing: list(parts) for doing, parts in _places.items()}
     for parts in _places.values():
         parts.clear()
@@ -295,7 +295,7 @@ def change_weights() -> dict[str, str]:
 
 
 def discard() -> dict[str, str]:
-    """Take the model away at the next turn in the queue, as an extension that needs the card's memory might."""
+    """Take the model away at the next turn in the queue, as an extension that needs the GPU's memory might."""
     def work() -> None:
         with call_queue.queue_lock:
             _discarded.append(sd_models.model_data.sd_model)
