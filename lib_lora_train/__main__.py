@@ -224,22 +224,17 @@ def _inspect(chosen: argparse.Namespace) -> int:
 
 def _diagnose(chosen: argparse.Namespace) -> int:
     from lib_lora_train.run.diagnostics import bundle
+    from lib_lora_train.run.record import newest_run
     from lib_lora_train.storage.atomic import write_atomic
 
-    run = chosen.run or next(iter(_latest_runs()), None)
+    # Where this program and the WebUI keep them, below the current folder.
+    run = chosen.run or newest_run(RUNS_FOLDER, f"loras/{RUNS_FOLDER}", f"demo-output/{RUNS_FOLDER}", "lora_train_runs")
     if run and not run.is_dir():
         raise SettingError(f"There is no run's folder {run}", remedy="name the folder that holds its events.jsonl")
     out = chosen.out or Path("lora-train-report.zip")
     write_atomic(out, bundle(run, program="command line", paths=chosen.paths))
     print(f"{out}: {f'about the run {run.name}' if run else 'about this machine; no run was found'}")
     return 0
-
-
-def _latest_runs() -> list[Path]:
-    """The runs below the current folder, where this program and the WebUI keep them, newest first."""
-    found = [folder for runs in (RUNS_FOLDER, f"loras/{RUNS_FOLDER}", f"demo-output/{RUNS_FOLDER}", "lora_train_runs")
-             for folder in Path(runs).glob("*") if (folder / "settings.toml").is_file()]
-    return sorted(found, key=lambda folder: folder.stat().st_mtime, reverse=True)
 
 
 def _demo(chosen: argparse.Namespace) -> int:

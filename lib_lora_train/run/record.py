@@ -153,6 +153,12 @@ def read_events(folder: Path) -> Iterator[events.Event]:
             continue
 
 
+def newest_run(*folders: str) -> Path | None:
+    """The folder of the newest run in these folders, None for none."""
+    found = [run for folder in folders for run in Path(folder).glob("*") if (run / "settings.toml").is_file()]
+    return max(found, key=lambda run: run.stat().st_mtime, default=None)
+
+
 def past_runs(runs: Path, *, most: int = 100) -> list[PastRun]:
     """The newest runs in `runs`, newest first."""
     try:
