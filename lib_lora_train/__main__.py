@@ -205,18 +205,17 @@ def _ui(chosen: argparse.Namespace) -> int:
 def _inspect(chosen: argparse.Namespace) -> int:
     from lib_lora_train.adapters.file import inspect
 
-    info = inspect(chosen.file)
-    data = vars(info)
+    data = vars(inspect(chosen.file))
     if chosen.json:
         print(json.dumps(data, ensure_ascii=False, indent=1, default=str))
         return 0
     for name, value in data.items():
         if name == "metadata":
             print("metadata")
-            for key, text in sorted(info.metadata.items()):
+            for key, text in sorted(value.items()):
                 print(f"  {key:36} {text if len(text) <= 120 else text[:117] + '…'}")
         elif name == "keys":
-            print(f"{'keys':16} {len(info.keys)} (--json lists them)")
+            print(f"{'keys':16} {len(value)} (--json lists them)")
         else:
             print(f"{name:16} {'-' if value is None else value}")
     return 0

@@ -195,6 +195,17 @@ def test_a_longer_run_with_a_falling_rate_is_told(cut_off, host):
     assert len(said) == 1 and "6 steps" in said[0] and "cosine" in said[0]
 
 
+def test_another_number_of_processes_is_told_where_the_batch_of_all_is_another(cut_off):
+    chosen, folder = cut_off
+    point = resume.find(str(folder), folder.parent)
+    assert resume.compare_settings(chosen, point, steps=5, processes=1) == []
+    said, = resume.compare_settings(chosen, point, steps=5, processes=2)
+    assert "1 × 2 pictures (train_batch_size × processes) and was 1 × 1" in said
+    one_with_two = dataclasses.replace(point, metadata={
+        **point.metadata, "settings": {**point.metadata["settings"], "train_batch_size": 2}})
+    assert resume.compare_settings(chosen, one_with_two, steps=5, processes=2) == []
+
+
 def test_other_pictures_or_captions_are_told_and_the_same_ones_elsewhere_are_not(cut_off, cut_off_once, host, tmp_path):
     chosen, folder = cut_off
     moved = tmp_path / "elsewhere" / "pictures"
