@@ -180,11 +180,13 @@ class MemorySettings:
     cuda_graphs: str = setting(
         "off", "CUDA graphs", "on captures a training step for each shape of pictures, up to 24, and replays it, so that the "
         "card never waits for Python; the numbers stay the same. Not where pictures are encoded anew at each step. Captured "
-        "steps have memory of their own, which can be a gigabyte. Off by default: nobody has measured it on a card yet.",
+        "steps have memory of their own, which can be a gigabyte. Off by default: nobody has measured it on a card yet, and a "
+        "capture that fails may leave a torch before 2.13 unfit until the WebUI is started again.",
         choices=("off", "on"))
     torch_compile: bool = setting(
         False, "Compile", "Let torch.compile make the step's kernels: minutes for each shape of pictures, for some speed in a "
-        "long run. Needs a compiler; where there is none, or it changes the numbers, the run goes on without.")
+        "long run. Needs a compiler; where there is none, or it changes the numbers, the run goes on without. Nobody has "
+        "measured a gain yet.")
     yield_to_generations: bool = setting(
         True, "Let generations through", "Work of the WebUI that waits goes first, between two training steps; what is "
         "learnt stays the same. Off makes it wait until the training ends.")
