@@ -124,7 +124,7 @@ def _finished(plan: RunPlan, saver: Saver | NoSaver, progress: Progress, *, stop
         with saver.rescue():
             path = saver.save_result(progress, complete=complete)
         if complete:
-            return Finished("done", f"{name} is ready: {path}", path, steps)
+            return Finished("done", f"{Path(path).stem or name} is ready: {path}", path, steps)
         return Finished("stopped", f"{stopped}; saved {path}", path, steps)
     if group.any(bool(saver.saved)):
         return Finished("stopped", f"{stopped}.", saver.saved[-1] if saver.saved else "", steps)

@@ -69,10 +69,15 @@ class ResumePoint:
 
     def wrote(self, path: Path) -> bool:
         """Whether the LoRA at `path` is an earlier save of this very run, which may be replaced."""
-        try:
-            return read_metadata(path).get("ss_training_started_at") == str(self.started_at)
-        except LoraFileError:
-            return False
+        return wrote(path, started_at=self.started_at)
+
+
+def wrote(path: Path, *, started_at: float) -> bool:
+    """Whether the run that began then wrote the LoRA at `path`."""
+    try:
+        return read_metadata(path).get("ss_training_started_at") == str(started_at)
+    except LoraFileError:
+        return False
 
 
 def find(text: str, runs: Path) -> ResumePoint:

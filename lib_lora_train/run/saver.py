@@ -6,6 +6,8 @@ A failed save on the way is told and does not end the run; a failed run keeps wh
 from __future__ import annotations
 
 import contextlib
+import itertools
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,6 +19,7 @@ from lib_lora_train.adapters import file
 from lib_lora_train.distributed import ProcessLost
 from lib_lora_train.errors import LoraTrainError, OutputError, TrainingError, is_out_of_memory, translated
 from lib_lora_train.events import Report, Saved, Warned
+from lib_lora_train.run import resume
 from lib_lora_train.run.output import epoch_path, step_path
 from lib_lora_train.run.planning import RunPlan
 from lib_lora_train.run.provenance import Provenance
@@ -131,6 +134,7 @@ class Saver:
 
     def _save(self, path: Path, progress: Progress, *, final: bool) -> str:
         """Write one file, whole or not at all."""
+        path = self._free(path)
         step, epoch = progress.step, self._plan.epoch_of(progress.step)
         with translated(f"saving {path.name}"), self._weights(progress) as weights:
             file.save(path, weights, self._provenance.metadata(path.stem, step=step, epoch=epoch),
@@ -138,6 +142,16 @@ class Saver:
         self.saved.append(str(path))
         self._report(Saved(str(path), step, epoch, final))
         return str(path)
+
+    def _free(self, path: Path) -> Path:
+        """`path`; or another name, which is told, where a LoRA is there that this run neither wrote nor may replace."""
+        if (self._plan.settings.save.overwrite or not os.path.lexists(path)
+                or resume.wrote(path, started_at=self._provenance.started_at)):
+            return path
+        names = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(2))
+        free = next(name for name in names if not os.path.lexists(name))
+        self._report(Warned(f"{path.name} is another LoRA, which stays. This one is called {free.name}."))
+        return free
 
     def save_result(self, progress: Progress, *, complete: bool) -> str:
         """The run's result under its name, and the state that belongs to it."""

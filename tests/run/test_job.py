@@ -20,6 +20,8 @@ from lib_lora_train.host import standalone
 from lib_lora_train.host.standalone import StandaloneHost
 from lib_lora_train.inputs import prefetcher
 from lib_lora_train.run import job
+from lib_lora_train.run.job import run_job
+from lib_lora_train.run.planning import plan_job
 from lib_lora_train.settings import parse
 from lib_lora_train.training import train_step
 from lib_lora_train.training.optimizers import OPTIMIZERS
@@ -141,6 +143,20 @@ def test_saves_on_the_way_have_kohyas_names_and_say_how_far_they_are(images, hos
                      ("zzk-000002.safetensors", 8), ("zzk-step00000009.safetensors", 9), ("zzk.safetensors", 12)]
     early = metadata(str(host.lora_folder / "zzk-000001.safetensors"))
     assert (early["ss_output_name"], early["ss_epoch"], early["ss_steps"]) == ("zzk-000001", "1", "4")
+
+
+def test_a_lora_of_another_run_is_never_replaced_by_a_save_or_by_the_result(images, host):
+    """A LoRA that has the name of a save, and a result that another run finished first."""
+    other = Path(run(settings(images, output_name="zzk-000001", max_train_epochs=1), host)[0].path)
+    plan, seen = plan_job(settings(images, save_every_n_epochs=1, max_train_epochs=2), host), []
+    first = Path(run(settings(images, max_train_epochs=1), host)[0].path)
+    before = other.read_bytes(), first.read_bytes()
+    finished = run_job(plan, host, report=seen.append, stop=lambda: "")
+    assert (other.read_bytes(), first.read_bytes()) == before
+    saved = [Path(event.path).name for event in of(events.Saved, seen)]
+    assert saved == ["zzk-000001-2.safetensors", "zzk-2.safetensors"] and Path(finished.path).name == saved[-1]
+    assert len([warning for warning in of(events.Warned, seen) if "another LoRA" in warning.message]) == 2
+    assert metadata(finished.path)["ss_output_name"] == "zzk-2"
 
 
 def test_continuing_from_a_lora_begins_where_it_ended_and_takes_its_rank(images, host):
