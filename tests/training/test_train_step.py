@@ -7,7 +7,7 @@ import torch
 
 from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.adapters.targets import find_targets
-from lib_lora_train.errors import TrainingError
+from lib_lora_train.errors import TrainingError, is_out_of_memory
 from lib_lora_train.inputs.batch import Batch
 from lib_lora_train.memory.step_config import StepConfig
 from lib_lora_train.training import loop, train_step
@@ -89,6 +89,11 @@ def unharmed() -> small_run.Result:
     RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")],
     ids=["GPU", "python", "cuBLAS", "CPU on Windows", "CPU"])
+def test_a_full_memory_is_known_by_every_name_it_has(error):
+    assert is_out_of_memory(error) and not is_out_of_memory(RuntimeError("a defect"))
+
+
+@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError("CUDA out of memory."), MemoryError()], ids=["GPU", "CPU"])
 def test_where_memory_runs_out_the_run_goes_on_with_smaller_microbatches_and_learns_the_same(monkeypatch, unharmed, error):
     tried = running_out(monkeypatch, error)
     result = small_run.run("sd1", BATCHES, accumulation=2)
