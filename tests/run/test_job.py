@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import functools
 import hashlib
 import math
 from pathlib import Path
@@ -22,6 +24,7 @@ from lib_lora_train.inputs import prefetcher
 from lib_lora_train.run import job
 from lib_lora_train.run.job import run_job
 from lib_lora_train.run.planning import plan_job
+from lib_lora_train.run.saver import Saver
 from lib_lora_train.settings import parse
 from lib_lora_train.training import train_step
 from lib_lora_train.training.optimizers import OPTIMIZERS
@@ -365,3 +368,15 @@ def test_an_optimizer_that_was_added_is_chosen_by_its_name_and_an_unknown_one_is
     finished, _ = run(settings(images, optimizer_type="SGD", learning_rate=0.1), host)
     assert finished.outcome == "done" and metadata(finished.path)["ss_optimizer"] == "torch.optim.sgd.SGD"
     assert any(tensor.any() for key, tensor in load_file(finished.path).items() if key.endswith("lora_up.weight"))
+
+
+def test_another_source_of_weights_is_saved_in_place_of_those_that_are_trained(images, host, monkeypatch):
+    """A moving average over the steps would be such a source; this one halves the weights."""
+    @contextlib.contextmanager
+    def halved(progress):
+        with progress.weights() as weights:
+            yield {key: tensor / 2 if key.endswith("lora_up.weight") else tensor for key, tensor in weights.items()}
+    plain = load_file(run(settings(images), host)[0].path)
+    monkeypatch.setattr(job, "Saver", functools.partial(Saver, weights=halved))
+    half = load_file(run(settings(images, output_name="half"), host)[0].path)
+    assert all(torch.equal(half[key], plain[key] / (2 if key.endswith("lora_up.weight") else 1)) for key in plain)
