@@ -1,4 +1,4 @@
 """Where the model comes from and the result goes: one narrow port, an adapter for each host.
 
-Only this room names the WebUI's `modules`.
+Only this package names the WebUI's `modules`.
 """
