@@ -1,6 +1,6 @@
 """Which folders a run may touch on a host that other people reach.
 
-On a machine of one's own every path is allowed: there is no fence. Where others reach the page, a path is compared with
+On a machine of one's own every path is allowed. Where others reach the page, a path is compared with
 the allowed folders only after links and `..` were followed, in the file system's own spelling.
 """
 
@@ -33,7 +33,7 @@ class AllowedPaths:
 
 
 def check_allowed(settings: Settings, allowed: AllowedPaths | None) -> None:
-    """Raise SettingError for the first path of `settings` outside the fence; the same whether or not it exists."""
+    """Raise SettingError for the first path of `settings` that is not allowed; the same whether or not it exists."""
     if allowed is None:
         return
     for name, value in flat(settings).items():
