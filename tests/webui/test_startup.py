@@ -64,7 +64,8 @@ def test_text_encoders_and_vae_lie_aside_while_it_learns_and_come_back(
         small_card: WebUI, dataset: Path, before: dict[str, Any]) -> None:
     small_card.get("/probe/places")
     frozen = {"network_train_unet_only": True, "max_train_steps": STEPS}
-    assert train(small_card, dataset, "alone", **frozen)["outcome"] == "done"
+    ended = train(small_card, dataset, "alone", **frozen)
+    assert ended["outcome"] == "done", ended["message"]
     assert small_card.get("/probe/places")["training"] == [["vae", "text"]] * STEPS
     assert _all_at_home(small_card)
     assert small_card.sample(PROMPT) == before["picture"] and small_card.get("/probe/model") == before["model"]

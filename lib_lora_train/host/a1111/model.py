@@ -193,7 +193,7 @@ def on_device(sd_model: nn.Module) -> Iterator[tuple[torch.device, Mapping[str, 
     text = sd_model.conditioner if hasattr(sd_model, "conditioner") else sd_model.cond_stage_model
     with contextlib.ExitStack() as at_the_end:
         for part in (sd_model.model, sd_model.first_stage_model, text):
-            original = next((at for at in map(placement.device_of, part.parameters()) if at != device), device)
+            original = next((weight.device for weight in part.parameters() if weight.device != device), device)
             if original != device:
                 at_the_end.callback(part.to, original)
                 part.to(device)
