@@ -98,7 +98,7 @@ class ProcessGroup:
         # With NCCL only gloo's group: NCCL's may wait for the lost process for ever, and ends with this process.
         closed, self._gloo = (self._gloo if self._nccl else None), None
         with contextlib.suppress(RuntimeError):
-            dist.destroy_process_group(closed)
+            _destroy(closed)
         del closed
         if self._silent:  # process 0, which may hold the store, may be the one that does not answer
             time.sleep(_ANSWER.total_seconds())
@@ -165,7 +165,17 @@ def process_group(launch: LaunchEnvironment | None, *, timeout: float = TIMEOUT)
     except (Exception, KeyboardInterrupt) as error:
         group.abort(error)
         raise
-    dist.destroy_process_group()
+    _destroy()
+
+
+def _destroy(group: dist.ProcessGroup | None = None) -> None:
+    """Close the connections of a group; None: of all.
+
+    gloo's threads need Python's lock to free the tensors of the last collective, and torch holds that lock while it waits for
+    these threads to end. The pause lets them have it first: without it, processes that had just exchanged objects hung.
+    """
+    time.sleep(0.2)
+    dist.destroy_process_group(group)
 
 
 def _connect(launch: LaunchEnvironment, timeout: timedelta) -> ProcessGroup:
