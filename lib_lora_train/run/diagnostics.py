@@ -29,11 +29,9 @@ import torch
 from lib_lora_train import __version__
 from lib_lora_train.dataset.captions import CAPTION_SUFFIXES
 from lib_lora_train.dataset.images import IMAGE_SUFFIXES
-from lib_lora_train.errors import SettingError
 from lib_lora_train.host.port import Host
-from lib_lora_train.run.record import FAILURE
+from lib_lora_train.run.record import FAILURE, read_settings
 from lib_lora_train.settings import DECLARATIONS
-from lib_lora_train.settings.toml import read_toml
 
 PACKAGES = ("torch", "torchvision", "safetensors", "transformers", "open_clip_torch", "Pillow", "pillow-avif-plugin", "numpy",
             "gradio", "fastapi", "xformers", "bitsandbytes")
@@ -95,7 +93,7 @@ def bundle(run: Path | None, *, host: Host | None = None, program: str = "", pat
 
     `program` names what this runs in; with `paths` nothing private is replaced.
     """
-    settings = _settings(run)
+    settings = read_settings(run) if run else {}
     texts = {"about.txt": ABOUT.format(privacy=_AGREED if paths else _REPLACED), "report.json": _report(run, host, program),
              "log.txt": remember_log().text()}
     texts |= {name: text for name in _PARTS if run and (text := _end_of(run / name))}
@@ -204,15 +202,6 @@ def _gpus() -> list[dict[str, object]]:
         return []
     return [{"name": gpu.name, "memory": gpu.total_memory, "capability": f"{gpu.major}.{gpu.minor}"}
             for gpu in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))]
-
-
-def _settings(run: Path | None) -> dict[str, object]:
-    if run is None:
-        return {}
-    try:
-        return read_toml(run / "settings.toml")
-    except SettingError:
-        return {}
 
 
 def _end_of(path: Path) -> str:

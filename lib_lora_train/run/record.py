@@ -23,7 +23,7 @@ from lib_lora_train.errors import LoraTrainError, SettingError
 from lib_lora_train.settings import Settings, flat
 from lib_lora_train.settings.toml import read_toml, write_toml
 from lib_lora_train.storage.atomic import write_atomic
-from lib_lora_train.storage.lock import RunLock, is_abandoned, is_locked
+from lib_lora_train.storage.lock import is_abandoned, is_locked, lock_run
 from lib_lora_train.training.checkpoint import FILE_NAME, read_metadata
 
 log = logging.getLogger(__name__)
@@ -41,10 +41,10 @@ class RunRecord:
         self.folder = folder
         self._failed = False
         self._new_line = (folder / "events.jsonl").exists()  # its last line may be torn
-        self._lock: RunLock | None = None
+        self._lock = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._lock = RunLock.acquire(folder)
+            self._lock = lock_run(folder)
             _remove_parts(folder.parent)
         except OSError as error:
             self._warn(error)
@@ -153,6 +153,14 @@ def read_events(folder: Path) -> Iterator[events.Event]:
             continue
 
 
+def read_settings(folder: Path) -> dict[str, object]:
+    """The settings of a run's folder by name; {} where they cannot be read."""
+    try:
+        return read_toml(folder / "settings.toml")
+    except SettingError:
+        return {}
+
+
 def newest_run(*folders: str) -> Path | None:
     """The folder of the newest run in these folders, None for none."""
     found = [run for folder in folders for run in Path(folder).glob("*") if (run / "settings.toml").is_file()]
@@ -171,10 +179,7 @@ def past_runs(runs: Path, *, most: int = 100) -> list[PastRun]:
 
 def past_run(folder: Path) -> PastRun:
     """The run of this folder."""
-    try:
-        name = str(read_toml(folder / "settings.toml").get("output_name", ""))
-    except SettingError:
-        name = ""
+    name = str(read_settings(folder).get("output_name", ""))
     outcome, message, path, steps, total = "", "", "", 0, 0
     for event in read_events(folder):
         if isinstance(event, events.Planned):

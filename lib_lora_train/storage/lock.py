@@ -15,31 +15,21 @@ LOCK_NAME = ".lock"
 _WAIT = 1.0  # seconds; `is_locked` in another process holds the lock for an instant
 
 
-class RunLock:
-    """The lock of a run's folder, held from `acquire` until `release` or the end of the process."""
+def lock_run(folder: Path) -> BaseFileLock | None:
+    """Lock the folder's run until the lock's `release` or the end of the process; None where the drive has no locks or the
+    folder cannot be written to.
 
-    def __init__(self, lock: BaseFileLock) -> None:
-        self._lock = lock
-
-    @classmethod
-    def acquire(cls, folder: Path) -> RunLock | None:
-        """Lock the folder's run; None where the drive has no locks or the folder cannot be written to.
-
-        Raises HostError if another process, or this one, works on the run.
-        """
-        lock = FileLock(folder / LOCK_NAME, thread_local=False)
-        try:
-            lock.acquire(timeout=_WAIT)
-        except Timeout:
-            raise HostError(f"The run {folder.name} is under way", why="another program works on it",
-                            remedy="wait for it or stop it first") from None
-        except (OSError, NotImplementedError):
-            return None
-        return cls(lock)
-
-    def release(self) -> None:
-        """Release the lock."""
-        self._lock.release()
+    Raises HostError if another process, or this one, works on the run.
+    """
+    lock = FileLock(folder / LOCK_NAME, thread_local=False)
+    try:
+        lock.acquire(timeout=_WAIT)
+    except Timeout:
+        raise HostError(f"The run {folder.name} is under way", why="another program works on it",
+                        remedy="wait for it or stop it first") from None
+    except (OSError, NotImplementedError):
+        return None
+    return lock
 
 
 def is_locked(folder: Path) -> bool:

@@ -44,8 +44,8 @@ def test_a_run_is_running_while_its_process_lives_and_interrupted_afterwards(tmp
 
 
 def test_the_lock_of_another_process_is_seen_and_gone_when_it_is_killed(tmp_path):
-    script = ("import sys; from pathlib import Path; from lib_lora_train.storage.lock import RunLock\n"
-              "lock = RunLock.acquire(Path(sys.argv[1])); print('taken', flush=True); sys.stdin.read()")
+    script = ("import sys; from pathlib import Path; from lib_lora_train.storage.lock import lock_run\n"
+              "lock = lock_run(Path(sys.argv[1])); print('taken', flush=True); sys.stdin.read()")
     root = Path(__file__).resolve().parents[2]
     process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], cwd=root, text=True,
                                stdin=subprocess.PIPE, stdout=subprocess.PIPE)
