@@ -1,4 +1,4 @@
-"""What tests of several packages share: a small checkpoint, a folder of images, a host that leases the checkpoint, a browser."""
+"""What tests of several packages share: a small checkpoint, a folder of images, a host that leases it, a browser."""
 
 from __future__ import annotations
 
