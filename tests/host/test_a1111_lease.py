@@ -96,6 +96,8 @@ def webui(card: Card, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespa
     monkeypatch.setitem(sys.modules, "modules", modules)
     lease = importlib.import_module("lib_lora_train.host.a1111.lease")
     monkeypatch.setattr(lease, "detect", nothing)  # it is no Stable Diffusion
+    monkeypatch.setattr(lease.model, "device_of_part", lambda part, device: next(
+        (at for at in map(card.device_of, part.parameters()) if at != device), device))
     for name, answer in (("hints", Hints()), ("describe", None), ("tokenizers", None)):
         monkeypatch.setattr(lease.model, name, lambda _, answer=answer: answer)
     yield SimpleNamespace(lease=lease, sd_model=sd_model, lock=lock, processing=processing, state=state,

@@ -178,6 +178,11 @@ def tokenizers(sd_model: nn.Module) -> Sequence[Tokenizer]:
                               end=embedder.id_end, comma=embedder.comma_token) for embedder in _embedders(sd_model)]
 
 
+def device_of_part(part: nn.Module, device: torch.device) -> torch.device:
+    """The device of the part's first weight that is not on `device`; `device` if all are."""
+    return next((weight.device for weight in part.parameters() if weight.device != device), device)
+
+
 @contextlib.contextmanager
 def on_device(sd_model: nn.Module) -> Iterator[tuple[torch.device, Mapping[str, torch.device]]]:
     """The whole model on the WebUI's device, and each part where it was at the end, also on an exception. Gives that device
@@ -193,7 +198,7 @@ def on_device(sd_model: nn.Module) -> Iterator[tuple[torch.device, Mapping[str, 
     text = sd_model.conditioner if hasattr(sd_model, "conditioner") else sd_model.cond_stage_model
     with contextlib.ExitStack() as at_the_end:
         for part in (sd_model.model, sd_model.first_stage_model, text):
-            original = next((weight.device for weight in part.parameters() if weight.device != device), device)
+            original = device_of_part(part, device)
             if original != device:
                 at_the_end.callback(part.to, original)
                 part.to(device)
