@@ -29,6 +29,7 @@ from lib_lora_train.settings import parse
 from lib_lora_train.training import train_step
 from lib_lora_train.training.optimizers import OPTIMIZERS
 from tests.jobs import run_settings
+from tests.training.small_run import Sgd
 
 
 def settings(images: Path, **changes: object):
@@ -346,25 +347,10 @@ def test_v_prediction_said_by_the_user_is_written_into_the_file(images, host):
     assert metadata(path)["modelspec.prediction_type"] == "v"
 
 
-class Sgd:
-    """An optimizer as docs/architecture.md adds one."""
-
-    class_name, accepts_flat = "torch.optim.sgd.SGD", True
-
-    def build(self, groups, *, weight_decay):
-        return torch.optim.SGD(groups, weight_decay=weight_decay)
-
-    def state_dict(self, optimizer, parameter):
-        return {}
-
-    def set_training(self, optimizer, training):
-        pass
-
-
 def test_an_optimizer_that_was_added_is_chosen_by_its_name_and_an_unknown_one_is_refused(images, host, monkeypatch):
     with pytest.raises(SettingError):
         run(settings(images, optimizer_type="SGD"), host)
-    monkeypatch.setitem(OPTIMIZERS, "SGD", Sgd())
+    monkeypatch.setitem(OPTIMIZERS, "SGD", Sgd(accepts_flat=True))
     finished, _ = run(settings(images, optimizer_type="SGD", learning_rate=0.1), host)
     assert finished.outcome == "done" and metadata(finished.path)["ss_optimizer"] == "torch.optim.sgd.SGD"
     assert any(tensor.any() for key, tensor in load_file(finished.path).items() if key.endswith("lora_up.weight"))

@@ -28,6 +28,23 @@ from tools import tiny_checkpoint
 SQUARE, WIDE = (8, 8), (8, 16)
 
 
+@dataclasses.dataclass(frozen=True)
+class Sgd:
+    """An optimizer as docs/architecture.md adds one; not `accepts_flat`: it is given each weight by itself."""
+
+    accepts_flat: bool
+    class_name = "torch.optim.sgd.SGD"
+
+    def build(self, groups, *, weight_decay):
+        return torch.optim.SGD(groups, weight_decay=weight_decay)
+
+    def state_dict(self, optimizer, parameter):
+        return {}
+
+    def set_training(self, optimizer, training):
+        pass
+
+
 def tensors(family: str) -> dict[str, torch.Tensor]:
     """A checkpoint of the caller's own: the smallest where the family is SD1, else other people's code."""
     if family == "sd1":

@@ -308,27 +308,12 @@ def test_a_second_tiny_loss_function_takes_the_place_of_the_first():
     assert smooth.losses == pytest.approx([loss / 2e6 for loss in squared.losses], rel=1e-3)
 
 
-class Sgd:
-    """A second tiny optimizer, which is given each weight by itself."""
-
-    class_name, accepts_flat = "torch.optim.sgd.SGD", False
-
-    def build(self, groups, *, weight_decay):
-        return torch.optim.SGD(groups, weight_decay=weight_decay)
-
-    def state_dict(self, optimizer, parameter):
-        return {}
-
-    def set_training(self, optimizer, training):
-        pass
-
-
 def test_a_second_tiny_optimizer_takes_the_place_of_the_first(monkeypatch):
-    monkeypatch.setitem(OPTIMIZERS, "SGD", Sgd())
+    monkeypatch.setitem(OPTIMIZERS, "SGD", small_run.Sgd(accepts_flat=False))
     result = small_run.run("sd1", [small_run.batch(i) for i in range(3)], optimizer="sgd", learning_rate=0.1)
     assert result.steps == 3 and result.learnt().any() and result.state.optimizer == {}
     ours, theirs = ([torch.nn.Parameter(torch.ones(n)) for n in (3, 4)] for _ in range(2))
-    optimizer, reference = optimizer_of(*ours, spec=Sgd()), torch.optim.SGD(theirs, lr=0.1)
+    optimizer, reference = optimizer_of(*ours, spec=small_run.Sgd(accepts_flat=False)), torch.optim.SGD(theirs, lr=0.1)
     for mine, other in zip(ours, theirs, strict=True):
         other.grad = torch.linspace(-1, 1, len(other))
         mine.grad.copy_(other.grad)
