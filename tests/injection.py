@@ -32,14 +32,14 @@ class Place:
 
     def survives(self, fault: str) -> bool:
         """Whether the run goes on after the fault of this name in `FAULTS`, which it only warns of."""
-        return self.harmless and fault != "an error nobody foresaw" or self.retried and fault.endswith("memory is full")
+        return self.harmless and fault != "an unexpected error" or self.retried and fault.endswith("memory is full")
 
 
 P = "lib_lora_train"
 PLACES = (
     Place("at the beginning", f"{P}.run.job:check_sizes"),
-    Place("before borrowing", "HOST:lease"),
-    Place("after borrowing", f"{P}.run.job:frozen_model"),
+    Place("before the lease", "HOST:lease"),
+    Place("after the lease begins", f"{P}.run.job:frozen_model"),
     Place("after building the model", f"{P}.run.job:frozen_model", "after"),
     Place("before building the network", f"{P}.run.job:build_network"),
     Place("after building the network", f"{P}.run.job:build_network", "after"),
@@ -53,18 +53,18 @@ PLACES = (
     Place("before the optimiser", f"{P}.training.optimizers:RunOptimizer.step", "before", 3, learnt=True),
     Place("after the optimiser", f"{P}.training.optimizers:RunOptimizer.step", "after", 3, learnt=True),
     Place("in a report of a step", f"{P}.training.progress:Step", "before", 3, learnt=True),
-    Place("before a save on the way", f"{P}.adapters.file:save", learnt=True, harmless=True),
-    Place("in the rename of a save on the way", f"{P}.storage.atomic:replace", "before", 2, learnt=True, harmless=True),
-    Place("in keeping the resume point", f"{P}.training.checkpoint:write", learnt=True, harmless=True),
+    Place("before an intermediate save", f"{P}.adapters.file:save", learnt=True, harmless=True),
+    Place("in the rename of an intermediate save", f"{P}.storage.atomic:replace", "before", 2, learnt=True, harmless=True),
+    Place("in writing the resume point", f"{P}.training.checkpoint:write", learnt=True, harmless=True),
     Place("before saving the result", f"{P}.adapters.file:save", "before", 2, learnt=True),
     Place("after saving the result", f"{P}.adapters.file:save", "after", 2, learnt=True),
     Place("in refreshing the list of LoRAs", "HOST:refresh_loras", learnt=True),
-    Place("after giving the model back", "HOST:lease", "after", learnt=True),
+    Place("after the lease ends", "HOST:lease", "after", learnt=True),
 )
 
 FAULTS: dict[str, Callable[[], BaseException]] = {
-    "an error nobody foresaw": lambda: RuntimeError("injected"),
-    "the card's memory is full": lambda: torch.cuda.OutOfMemoryError("CUDA out of memory (injected)"),
+    "an unexpected error": lambda: RuntimeError("injected"),
+    "the GPU's memory is full": lambda: torch.cuda.OutOfMemoryError("CUDA out of memory (injected)"),
     "the memory is full": lambda: MemoryError("injected"),
     "the disk is full": lambda: OSError(errno.ENOSPC, "No space left on device"),
     "access is denied": lambda: PermissionError(errno.EACCES, "Permission denied"),

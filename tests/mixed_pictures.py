@@ -59,8 +59,8 @@ def _image(source: Path, size: tuple[int, int], random: np.random.Generator, *, 
     width, height = size
     corners = random.integers(40, 230, (3, 3, 3), dtype=np.uint8)
     background = Image.fromarray(corners).resize(size, Image.Resampling.BICUBIC)
-    with Image.open(source) as session:
-        drawing = session.convert("RGBA").resize((int(min(size) * 0.7),) * 2, Image.Resampling.LANCZOS)
+    with Image.open(source) as file:
+        drawing = file.convert("RGBA").resize((int(min(size) * 0.7),) * 2, Image.Resampling.LANCZOS)
     if mirrored:
         drawing = drawing.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
     place = (int((width - drawing.width) * random.random()), int((height - drawing.height) * random.random()))

@@ -77,7 +77,7 @@ def read_dataset(data: bytes, root: Path, *, image: bytes) -> object:
     dataset.studio_folder.mkdir(exist_ok=True)
     (dataset.folder / "dataset.json").write_bytes(data[4:4 + length])
     (dataset.studio_folder / "captions.journal").write_bytes(data[4 + length:])
-    session = OwnedDataset.open(dataset.folder)
-    store = CaptionStore.open(session.folder)
-    assert [path.name for path in store.images] == ["a.png"] and session.images[0].read_bytes() == image
-    return session.notes(), store.caption(0)
+    reopened = OwnedDataset.open(dataset.folder)
+    store = CaptionStore.open(reopened.folder)
+    assert [path.name for path in store.images] == ["a.png"] and reopened.images[0].read_bytes() == image
+    return reopened.notes(), store.caption(0)

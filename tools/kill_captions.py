@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--times", type=int, default=200, help="how many kills")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--pictures", type=int, default=60)
+    parser.add_argument("--pictures", dest="images", type=int, default=60)
     parser.add_argument("--folder", type=Path, help="where to work; a temporary folder unless named")
     chosen = parser.parse_args(arguments)
     folder = Path(tempfile.mkdtemp(prefix="kill-captions-", dir=chosen.folder))

@@ -677,8 +677,8 @@ def test_one_image_is_cut_mirrored_and_split(desk: Desk):
     assert desk.post("crop", {"id": "red.png", "box": [0, 0, 200, 200]}).status_code == 200
     assert Image.open(image).size == (200, 200)
     assert desk.post("flip", {"id": "red.png"}).json() == {"id": "red.png"}
-    with Image.open(image) as session:
-        mirrored = session.convert("RGB")
+    with Image.open(image) as file:
+        mirrored = file.convert("RGB")
     assert mirrored.getpixel((199, 0)) == (0, 0, 255) and mirrored.getpixel((0, 0)) == (255, 0, 0)
     copied = desk.post("flip", {"id": "green.png", "copy": True}).json()["id"]
     assert copied != "green.png" and desk.get("thumb", id=copied).status_code == 200

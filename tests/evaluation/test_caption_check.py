@@ -207,9 +207,9 @@ def test_a_picture_resembles_itself_and_a_shifted_copy_more_than_another_one(emo
         model = frozen.build(leased.tensors, hints=leased.hints, tokenizers=leased.tokenizers)
 
     def features(name: str, *, shift: int = 0) -> torch.Tensor:
-        with Image.open(Path(demo.STYLE) / f"{name}.png") as session:
+        with Image.open(Path(demo.STYLE) / f"{name}.png") as file:
             image = Image.new("RGB", (128, 128), "white")
-            image.paste(session.convert("RGB"), (shift, 0))
+            image.paste(file.convert("RGB"), (shift, 0))
         pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(128, 128, 3).permute(2, 0, 1)
         mean, _ = model.vae.encode(pixels[None].float() / 127.5 - 1)
         return subject_features(model, mean, clip_skip=1, dtype=torch.float32)

@@ -1,6 +1,6 @@
 """Whatever fails, wherever: the host is as it was, the run says what happened, and the next run is a good one.
 
-The table in docs/reliability.md is made by `python -m tests.test_faults` from what these tests run.
+The table in docs/reliability.md is made by `python -m tests.run.test_faults` from what these tests run.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def assert_told(runner: Runner, host: StandaloneHost, place: Place, fault: str) 
         assert finished.outcome == "done" and any(isinstance(event, events.Warned) for event in seen), (fault, finished)
         return
     assert finished.outcome == "failed" and finished.message.endswith("."), (fault, finished)
-    said = {"an error nobody foresaw": "RuntimeError: injected", "the card's memory is full": "memory ran out",
+    said = {"an unexpected error": "RuntimeError: injected", "the GPU's memory is full": "memory ran out",
             "the memory is full": "memory ran out", "the disk is full": "No space left", "access is denied": "denied"}
     assert said[fault] in finished.message, (fault, finished)
     if place.learnt:

@@ -49,8 +49,8 @@ def of(kind, seen):
 
 
 def metadata(path: str) -> dict[str, str]:
-    with safe_open(path, framework="pt") as session:
-        return session.metadata()
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
 
 
 def test_exactly_the_planned_steps_run_and_the_file_is_where_the_last_event_says(images, host):

@@ -1,4 +1,4 @@
-"""The faults of tests/test_faults.py in a real WebUI, which is afterwards what it was, to the last pixel."""
+"""The faults of tests/run/test_faults.py in a real WebUI, which is afterwards what it was, to the last pixel."""
 
 from __future__ import annotations
 

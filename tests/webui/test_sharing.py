@@ -69,12 +69,12 @@ def test_an_interrupt_of_a_generation_is_not_for_the_training(
         webui: WebUI, dataset: Path, before: dict[str, Any]) -> None:
     start(webui, dataset, "undisturbed", max_train_steps=STEPS)
     learning(webui, steps=1)
-    painter = threading.Thread(target=lambda: webui.sample(steps=150, width=256, height=256))
-    painter.start()
+    generation = threading.Thread(target=lambda: webui.sample(steps=150, width=256, height=256))
+    generation.start()
     until(lambda: "txt2img" in webui.get("/sdapi/v1/progress?skip_current_image=true")["state"]["job"], what="it paints")
     assert status(webui)["waiting"]
     webui.post("/sdapi/v1/interrupt")
-    painter.join(60)
+    generation.join(60)
     assert ended(webui)["outcome"] == "done"
     assert_learnt_the_same(webui, "undisturbed")
 
@@ -83,13 +83,13 @@ def test_a_training_that_lets_somebody_paint_can_be_stopped_at_once(
         webui: WebUI, dataset: Path, before: dict[str, Any]) -> None:
     start(webui, dataset, "left", max_train_steps=MANY)
     learning(webui)
-    painter = threading.Thread(target=lambda: webui.sample(steps=150, width=256, height=256))
-    painter.start()
+    generation = threading.Thread(target=lambda: webui.sample(steps=150, width=256, height=256))
+    generation.start()
     until(lambda: status(webui)["waiting"], what="the training waits")
     webui.post("/lora-train/v1/stop", {"save": False})
-    assert ended(webui)["outcome"] == "stopped" and painter.is_alive()
+    assert ended(webui)["outcome"] == "stopped" and generation.is_alive()
     webui.post("/sdapi/v1/interrupt")
-    painter.join(60)
+    generation.join(60)
     assert_unchanged(webui, before)
 
 
@@ -171,14 +171,14 @@ def test_the_queue_and_the_progress_display_tell_who_waits_for_whom(
         webui: WebUI, dataset: Path, before: dict[str, Any]) -> None:
     start(webui, dataset, "listed", max_train_steps=MANY)
     learning(webui)
-    painter = threading.Thread(target=lambda: webui.sample(steps=150, width=256, height=256))
-    painter.start()
+    generation = threading.Thread(target=lambda: webui.sample(steps=150, width=256, height=256))
+    generation.start()
     tasks = until(lambda: [task for task in webui.get("/internal/pending-tasks")["tasks"] if "lora-train" in task],
                   what="the training is listed as waiting")
     bar = webui.post("/internal/progress", {"id_task": tasks[0]})
     assert bar["queued"] and not bar["completed"]
     webui.post("/sdapi/v1/interrupt")
-    painter.join(60)
+    generation.join(60)
     assert status(webui)["running"]
     webui.post("/lora-train/v1/stop", {"save": False})
     ended(webui)

@@ -226,10 +226,10 @@ def test_a_picture_waits_for_a_training_that_lets_nobody_through_and_is_painted_
     start(webui, dataset, "busy", max_train_steps=20, yield_to_generations=False)
     learning(webui, steps=1)
     generated: list[str] = []
-    painter = threading.Thread(target=lambda: generated.append(webui.sample(PROMPT)))
-    painter.start()
+    generation = threading.Thread(target=lambda: generated.append(webui.sample(PROMPT)))
+    generation.start()
     assert ended(webui)["outcome"] == "done"
-    painter.join(60)
+    generation.join(60)
     assert generated == [before["picture"]]
 
 

@@ -101,7 +101,7 @@ def run_cache(*, images: int = IMAGES, size: str = "512", output: Path, say: Say
             shutil.rmtree(folder, ignore_errors=True)
         text = table(rates, grown, size=f"{width}×{height}", threads=threads, device=device)
         figures = {"size": [width, height], "threads": threads, "bound": BOUND, "machine": machine_text(device),
-                 "rates": [dataclasses.asdict(rate) for rate in rates], "grown": [dataclasses.asdict(one) for one in grown]}
+                   "rates": [dataclasses.asdict(rate) for rate in rates], "grown": [dataclasses.asdict(one) for one in grown]}
     return write_report(output, "cache", text, figures)
 
 

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     import torch
 
 
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 failed, 2 bad input (one sentence on stderr)."""
     for stream in (sys.stdout, sys.stderr):
@@ -43,13 +42,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_model_options(memory)
     memory.add_argument("--measured-only", action="store_true", help="leave out the table of predictions for GPUs")
     cache = _add(commands, "cache", run_cache, "measure how fast pictures become latents, and a second start",
-                 out="table and figures, and the pictures meanwhile,")
+                 out="table and figures, and the pictures meanwhile")
     cache.add_argument("--pictures", dest="images", type=int, default=10_000, help="number of pictures (10000)")
     cache.add_argument("--size", default="512", metavar="N|WIDTHxHEIGHT", help="the resolution they are trained at (512)")
     cache.add_argument("--device", choices=("cuda", "cpu"), help="by default the GPU where there is one")
     cache.add_argument("--threads", type=int, default=0, help="CPU threads of torch")
     startup = _add(commands, "startup", run_startup, "measure the time from the click to the first step, and from the last "
-                   "step to a usable file", out="table and figures, and the checkpoint meanwhile,")
+                   "step to a usable file", out="table and figures, and the checkpoint meanwhile")
     startup.add_argument("--size", choices=("small", "sd15", "sdxl"), default="small", help="the checkpoint")
     startup.add_argument("--steps", type=int, default=3, help="steps of a run (3)")
     model = _add(commands, "model", run_model, "write a checkpoint of the true size with random weights", out="the file")
@@ -57,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp16")
     model.add_argument("--size", choices=("true", "small"), default="true", help="small: the same structure, narrower")
     studio = _add(commands, "studio", run_studio, "measure the caption editor on many pictures",
-                  out="table and figures, and the pictures meanwhile,")
+                  out="table and figures, and the pictures meanwhile")
     studio.add_argument("--pictures", dest="images", default="", metavar="N,N,…",
                         help="numbers of pictures (1000,2000,5000,10000)")
     return bench
@@ -67,7 +66,7 @@ def _add(commands: argparse._SubParsersAction, name: str, command: Callable[[arg
          more: str = "") -> argparse.ArgumentParser:
     """A command with its `--out`; `more` is its description where that is not its line in the list of commands."""
     parser = commands.add_parser(name, help=text, description=more or f"{text[0].upper()}{text[1:]}.")
-    parser.add_argument("--out", type=Path, default=Path("bench-output"), help=f"folder where {out} are written (bench-output)")
+    parser.add_argument("--out", type=Path, default=Path("bench-output"), help=f"folder for {out} (bench-output)")
     parser.set_defaults(command=command)
     return parser
 
@@ -116,7 +115,7 @@ def _add_speed(commands: argparse._SubParsersAction) -> None:
                        f"one; {' '.join('{' + name + '}' for name in PLACEHOLDERS)} are filled in (data is a folder that "
                        "holds 1_cat, as kohya's scripts want it)")
     speed.add_argument("--pairs", type=int, default=3, help="with --against: how often (3)")
-    speed.add_argument("--cpu-time", "--processor-time", action="store_true", help="with --against: compare CPU seconds, for a "
+    speed.add_argument("--cpu-time", action="store_true", help="with --against: compare CPU seconds, for a "
                        "machine that does other work")
 
 

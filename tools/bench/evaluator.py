@@ -30,7 +30,7 @@ class Effort:
     across           whether the word scorer is also tested on a style that it was not fitted on
     every, others    every n-th of the held-out words is sampled, every n-th of the "other" words is used for fitting
     sampler_steps    for each generated image
-    samples        of each scene of the subject
+    samples          of each scene of the subject
     """
 
     texture: int = 300
@@ -39,11 +39,11 @@ class Effort:
     every: int = 1
     others: int = 1
     sampler_steps: int = 15
-    paintings: int = 2
+    samples: int = 2
 
 
 THOROUGH = Effort()
-QUICK = Effort(texture=100, words=150, across=False, every=8, others=3, sampler_steps=10, paintings=1)
+QUICK = Effort(texture=100, words=150, across=False, every=8, others=3, sampler_steps=10, samples=1)
 
 
 @dataclasses.dataclass(frozen=True)

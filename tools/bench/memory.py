@@ -27,7 +27,7 @@ from tools.bench.report import gigabytes, grid, machine_text, write_report
 from tools.bench.speed import PUBLISHED, Case, shared_settings
 from tools.bench.timed_run import measure_run
 from tools.bench.training import Say
-from tools.bench.true_size import dtype_of, true_size_shapes
+from tools.bench.true_size import dtype_of
 
 BUDGETS = (4, 6, 8, 12, 24)
 IN_A_STEP = ("activations", "working")
@@ -113,7 +113,8 @@ def planned(tensors: Mapping[str, torch.Tensor], case: Case, *, settings: Mappin
 
 
 def _for_a_gpu(plan: MemoryPlanned, case: Case, budget: int, say: Say) -> MemoryPlan:
-    made = planned(_shapes(case.family, torch.float16, small=False), case, settings={}, device_type="cuda", precision="fp16",
+    host = RandomHost(case.family, folder=plan.output, device=plan.device, dtype=torch.float16)
+    made = planned(host.outline().tensors, case, settings={}, device_type="cuda", precision="fp16",
                    rank=plan.rank, budget=budget * GIGABYTE)
     say(f"{case.name} in {budget} GB: {made.text}")
     return made
@@ -187,11 +188,6 @@ class _Booked:
         for event in sorted(booked, key=lambda event: event.start_ns() if hasattr(event, "start_ns") else event.start_us()):
             now += event.nbytes()
             self.peak = max(self.peak, now)
-
-
-def _shapes(family: str, dtype: torch.dtype, *, small: bool) -> dict[str, torch.Tensor]:
-    return {name: torch.empty(shape, dtype=dtype, device="meta")
-            for name, shape in true_size_shapes(family, small=small).items()}
 
 
 def _predictions(rows: list[tuple[Case, int, MemoryPlan]]) -> str:

@@ -19,7 +19,7 @@ from lib_lora_train.dataset.images import read_image
 
 FOLDER = Path(__file__).parent / "pictures"
 NOTO, TWEMOJI = STYLES = ("noto", "twemoji")
-STYLE, HELD_OUT, OTHER = SPLITS = ("style", "held_out", "other")
+STYLE, HELD_OUT, OTHER = ("style", "held_out", "other")
 TILE, COLUMNS = 64, 16
 PAPER, SIDE = 72, 128
 """The white paper a tile of 64 pixels is laid on, and what that is enlarged to: the size of the model's images."""
@@ -88,8 +88,8 @@ def to_image(pixels: torch.Tensor) -> Image.Image:
 def _tiles(sheet: Path, count: int) -> torch.Tensor:
     """uint8 [count, 72, 72, 3]: each tile in the middle of its white paper."""
     papers, margin = [], (PAPER - TILE) // 2
-    with Image.open(sheet) as session:
-        image = session.convert("RGBA")
+    with Image.open(sheet) as file:
+        image = file.convert("RGBA")
     for index in range(count):
         left, top = index % COLUMNS * TILE, index // COLUMNS * TILE
         paper = Image.new("RGBA", (PAPER, PAPER), "white")

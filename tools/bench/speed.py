@@ -69,8 +69,8 @@ class SpeedPlan:
     device: torch.device
     cases: tuple[Case, ...]
     compared: Mapping[str, Mapping[str, Value]]
-    steps: int = 50
-    warm_up: int = 5
+    steps: int
+    warm_up: int
     repeats: int = 1
     rank: int = 16
     precision: str = "no"
@@ -168,7 +168,7 @@ def _measure_case(plan: SpeedPlan, case: Case, rates: Callable[[torch.dtype], Ra
 
 
 def _row_roofline(host: Host, device: torch.device, case: Case, settings: Settings,
-               rates: Callable[[torch.dtype], Rates]) -> Roofline:
+                  rates: Callable[[torch.dtype], Rates]) -> Roofline:
     """The roofline of a step with a row's own batch, rank, number format and model in eight bits."""
     outline = host.outline()
     assert outline is not None, "the checkpoint was checked before"
@@ -176,7 +176,7 @@ def _row_roofline(host: Host, device: torch.device, case: Case, settings: Settin
     dtype = compute_dtype(settings.memory.mixed_precision, device, weights=stored)
     own = dataclasses.replace(case, batch=settings.optimizer.train_batch_size)
     return case_roofline(host, own, rank=settings.network.network_dim, dtype=dtype, rates=rates(dtype),
-                      quantized=settings.memory.base_weights != "as they are")
+                         quantized=settings.memory.base_weights != "as they are")
 
 
 def case_roofline(host: Host, case: Case, *, rank: int, dtype: torch.dtype, rates: Rates, quantized: bool = False) -> Roofline:

@@ -60,7 +60,7 @@ def run_studio(sizes: Sequence[int], *, output: Path, times: int = TIMES, say: C
     rows = [Row(name, tuple(column[name] for column in columns)) for name in columns[0]]
     text = table(rows, sizes)
     figures = {"pictures": list(sizes), "rows": [asdict(row) for row in rows], "python": platform.python_version(),
-             "system": platform.platform(), "processors": os.cpu_count()}
+             "system": platform.platform(), "cpus": os.cpu_count()}
     return write_report(output, "studio", text, figures)
 
 
@@ -104,7 +104,7 @@ def measure(folder: Path, *, times: int) -> dict[str, float]:
     # A save writes only what changed, so each one is given new captions first.
     for name, indices in zip(SAVING, (range(1), everything), strict=True):
         result[name] = shortest(store.save, min(times, 3),
-                                 before=lambda indices=indices: store.apply(SetCaption(f"caption {next(numbers)}"), indices))
+                                before=lambda indices=indices: store.apply(SetCaption(f"caption {next(numbers)}"), indices))
     return result
 
 

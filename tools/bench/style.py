@@ -23,7 +23,7 @@ TRIGGER = "twemoji"
 class StyleResult:
     """rows: real images, the base model, and the LoRA at weights 0, 0.5 and 1; on_the_way: what the run had learnt after
     so many steps, at weight 1; weight_0_is_base: whether weight 0 gives the base model's first images bit for bit; own: the
-    style share where it is prompts for its own training captions again, which is the most that other words can be expected to
+    style share where it is asked for its own training captions again, which is the most that other words can be expected to
     reach."""
 
     steps: int
@@ -40,7 +40,7 @@ def measure_style(host: Host, sampler: Sampler, evaluator: Evaluator, *, data: P
                   settings: Mapping[str, object], steps: int, say: Say) -> StyleResult:
     """Train on the folder `data`, sample the held-out words, and write a sheet of some of them to `output`/style.png.
 
-    All images of a word start from the same noise, and all but one row are prompts for with the trigger word.
+    All images of a word start from the same noise, and all but one row are prompted with the trigger word.
     """
     begin = time.monotonic()
     files = train_lora(host, settings=settings, data=data, trigger_word=TRIGGER, name="bench-style", steps=steps,

@@ -53,7 +53,7 @@ def measure_subject(host: Host, sampler: Sampler, evaluator: Evaluator, *, data:
                       wanted=(steps,), say=say)[steps]
     full = sampler.lora(lora, weight=1.0)
     prompts = [f"{TRIGGER}, {scene}" for scene in (*(captions[index] for index in kept_back), *SCENES)
-               for _ in range(evaluator.effort.paintings)]
+               for _ in range(evaluator.effort.samples)]
     say(f"  sampling {2 * len(prompts)} pictures, without and with the LoRA")
     base, generated = sampler.sample(prompts), sampler.sample(prompts, full)
     gallery = _Gallery(evaluator, sampler.through_vae(pixels))

@@ -37,9 +37,9 @@ class GpuMemory:
 class Measured:
     """What one run took.
 
-    wall, CPU    seconds a step, a figure for each stretch of steps after the warm-up
-    losses             of all steps
-    notes              what the run warned of
+    wall, cpu    seconds a step, a figure for each stretch of steps after the warm-up
+    losses       of all steps
+    notes        what the run warned of
     """
 
     wall: tuple[float, ...]

@@ -1,10 +1,10 @@
 """Train the model of the demo and of the benchmark from nothing: autoencoder, text encoder and UNet.
 
-    python tools/train_tiny_model --folder tiny-model --decoder-minutes 70 --painter-minutes 80
+    python tools/train_tiny_model --folder tiny-model --decoder-minutes 70 --denoiser-minutes 80
 
 One command, in a folder of its own, that can be ended and given again: both parts go on where their last save (every few
 minutes) left them, and longer times than before go on from what is there. They do not need each other: on a machine with two
-cores `--part decoder --threads 1` and `--part painter --threads 1` may run side by side, then `--part export`.
+cores `--part decoder --threads 1` and `--part denoiser --threads 1` may run side by side, then `--part export`.
 Images and words come with `npm pack`. At the end the checkpoint, its `.yaml` and the text encoder's configuration are
 written to the folder that the demo reads, and a sheet of 64 prompts is generated. Everything drawn is seeded; but the learning
 rate follows the clock, so another machine comes to other weights.
@@ -66,10 +66,10 @@ def main() -> None:
             return
         material = denoiser.prepare(chosen, packages, lambda pixels: (
             autoencoder.encoded(encoder, pixels) - statistics.mean) / statistics.deviation)
-        weights = denoiser.train(model, weights, material, state_file=folder / "painter.pt",
-                                minutes=minutes("painter", arguments.painter_minutes), seed=arguments.seed, device=device,
+        weights = denoiser.train(model, weights, material, state_file=folder / "denoiser.pt",
+                                minutes=minutes("denoiser", arguments.denoiser_minutes), seed=arguments.seed, device=device,
                                 dtype=dtype)
-        if arguments.part == "painter":
+        if arguments.part == "denoiser":
             return
     checkpoint = export.write(arguments.out, vae=vae, statistics=statistics, weights=weights)
     print(f"{checkpoint}: {checkpoint.stat().st_size / 1e6:.1f} MB", flush=True)
@@ -81,9 +81,9 @@ def _arguments() -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("tiny-model"), help="packages and training states")
     parser.add_argument("--out", type=Path, default=export.TARGET, help="where the checkpoint is written")
-    parser.add_argument("--part", choices=("all", "decoder", "painter", "export"), default="all")
+    parser.add_argument("--part", choices=("all", "decoder", "denoiser", "export"), default="all")
     parser.add_argument("--decoder-minutes", type=float, default=70)
-    parser.add_argument("--painter-minutes", type=float, default=80)
+    parser.add_argument("--denoiser-minutes", type=float, default=80)
     parser.add_argument("--at-most", type=int, default=2, help="emoji of a subcategory that the UNet learns")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

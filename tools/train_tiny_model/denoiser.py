@@ -132,7 +132,7 @@ def train(frozen: FrozenModel, weights: dict[str, dict[str, Tensor]], material: 
         shown.append(bands)
         if step % 50 == 0:
             by_band = "  ".join(f"{value:.3f}" for value in torch.stack(shown).nanmean(0).tolist())
-            print(f"painter step {step}  eps loss by noise {by_band}  {elapsed / 60:.1f} min", flush=True)
+            print(f"denoiser step {step}  eps loss by noise {by_band}  {elapsed / 60:.1f} min", flush=True)
             shown.clear()
         if time.monotonic() - saved > 180:
             _save(state_file, flat, average, optimizer, step=step, spent=elapsed)

@@ -34,8 +34,8 @@ def test_a_thing_on_a_rough_ground_is_found(place: tuple[int, int], radius: int,
 
 @pytest.mark.parametrize("path", DRAWINGS, ids=lambda path: path.stem)
 def test_a_drawing_on_white_is_found_to_the_pixel(path: Path):
-    with Image.open(path) as session:
-        drawing = session.convert("RGB")
+    with Image.open(path) as file:
+        drawing = file.convert("RGB")
     differs = np.abs(np.asarray(drawing, dtype=int) - 255).max(axis=-1) > 24
     rows, columns = np.flatnonzero(differs.any(axis=1)), np.flatnonzero(differs.any(axis=0))
     expected = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
@@ -54,8 +54,8 @@ def test_a_cut_on_the_subject_loses_far_less_of_it_than_one_on_the_centre():
         along = 0 if size[0] > size[1] else 1
         place = [90, 90]
         place[along] = int(rng.integers(0, 900 - side))
-        with Image.open(path) as session:
-            image.paste(session.convert("RGB").resize((side, side)), tuple(place))
+        with Image.open(path) as file:
+            image.paste(file.convert("RGB").resize((side, side)), tuple(place))
         left, top, right, bottom = salient_box(image)
         for name, middle in (("centre", 450), ("subject", (left + right) / 2 if along == 0 else (top + bottom) / 2)):
             start = min(max(middle - 225, 0), 450)
@@ -99,8 +99,8 @@ def test_a_face_is_found_where_it_is(tmp_path: Path):
 def test_drawings_and_textures_are_no_faces():
     pytest.importorskip("cv2")
     for path in DRAWINGS[::3]:
-        with Image.open(path) as session:
-            assert face_box(session.convert("RGB").resize((300, 300))) is None, path.name
+        with Image.open(path) as file:
+            assert face_box(file.convert("RGB").resize((300, 300))) is None, path.name
     data = pytest.importorskip("skimage.data")
     for image in (data.coffee(), data.cell(), data.brick()):
         assert face_box(Image.fromarray(image).convert("RGB")) is None

@@ -263,9 +263,9 @@ def test_damaged_archives_end_in_a_value_or_a_sentence(tmp_path: Path):
             data[place] = rng.choice((0, 1, 0xFF, 0x80, rng.randrange(256)))
         (tmp_path / "f.zip").write_bytes(data[:rng.choice((None, None, rng.randrange(len(data))))])
         try:
-            with open_archive(tmp_path / "f.zip") as session:
-                for entry in session.entries():
-                    session.copy(entry, io.BytesIO())
+            with open_archive(tmp_path / "f.zip") as archive:
+                for entry in archive.entries():
+                    archive.copy(entry, io.BytesIO())
             ended["value"] += 1
         except DatasetError as error:
             assert "\n" not in str(error)
