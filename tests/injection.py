@@ -73,16 +73,16 @@ FAULTS: dict[str, Callable[[], BaseException]] = {
 
 
 def on_shapes_alone(*arguments: Any) -> bool:
-    """Whether a call with these is one of a rehearsal on torch's meta device, which computes nothing.
+    """Whether a call with these is one of a dry run on torch's meta device, which computes nothing.
 
-    A run rehearses what no run before it has: such calls are not counted, so that a fault comes where it is due whichever
+    The estimate of a step runs it on shapes alone: such calls are not counted, so that a fault comes where it is due whichever
     runs there were.
     """
     return any(getattr(argument, "device", None) == torch.device("meta") for argument in arguments)
 
 
 def inject(place: Place, fault: Callable[[], BaseException], host: Any) -> Callable[[], None]:
-    """Let `place` fail so, once; returns what puts everything back. Calls in a rehearsal neither fail nor count."""
+    """Let `place` fail so, once; returns what puts everything back. Calls on shapes alone neither fail nor count."""
     module, _, path = place.target.partition(":")
     owner: Any = type(host) if module == "HOST" else importlib.import_module(module)
     *inner, name = path.split(".")

@@ -65,8 +65,8 @@ class Grown:
     latents: int
     memory: int | None
     seconds: float
-    memory_again: int | None
-    seconds_again: float
+    memory_second: int | None
+    seconds_second: float
 
 
 class InstantVAE:
@@ -150,7 +150,7 @@ def table(rates: list[Rate], grown: list[Grown], *, size: str, threads: int, dev
     def mebibytes(count: int | None) -> str:
         return "?" if count is None else f"{count / (1 << 20):,.0f}"
     growth = [(f"{one.images:,}", mebibytes(one.latents), mebibytes(one.memory), f"{one.seconds:.1f}",
-               mebibytes(one.memory_again), f"{one.seconds_again:.2f}") for one in grown]
+               mebibytes(one.memory_second), f"{one.seconds_second:.2f}") for one in grown]
     return "\n".join([
         f"Pictures trained at {size}, read from JPEGs half as large again; {threads} threads beside the one that encodes. "
         f"{machine_text(device)}.", "",

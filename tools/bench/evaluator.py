@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from lib_lora_train.errors import translated
-from lib_lora_train.inputs.latent_files import tensor_fingerprint
+from lib_lora_train.model.fingerprint import tensor_fingerprint
 from lib_lora_train.storage.atomic import write_atomic
 from tools.bench import image_metrics
 from tools.bench.real_images import HELD_OUT, NOTO, STYLES, TWEMOJI, RealImages
@@ -100,7 +100,7 @@ class Band:
     """The held-out loss in a band of timesteps, without and with the LoRA at weight 1."""
 
     timesteps: str
-    base: float
+    base_model: float
     lora: float
 
 

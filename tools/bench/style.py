@@ -21,16 +21,19 @@ TRIGGER = "twemoji"
 
 @dataclasses.dataclass(frozen=True)
 class StyleResult:
-    """rows: real images, the base model, and the LoRA at weights 0, 0.5 and 1; on_the_way: what the run had learnt after
-    so many steps, at weight 1; weight_0_is_base: whether weight 0 gives the base model's first images bit for bit; own: the
-    style share where it is asked for its own training captions again, which is the most that other words can be expected to
-    reach."""
+    """What the measurement of a style found.
+
+    rows                      real images, the base model, and the LoRA at weights 0, 0.5 and 1
+    weight_0_is_base_model    whether weight 0 gives the base model's first images bit for bit
+    own                       the style share for its own training captions: the most that other words can be expected to reach
+    intermediate              what the run had learnt after so many steps, at weight 1
+    """
 
     steps: int
     rows: list[Row]
-    weight_0_is_base: bool
+    weight_0_is_base_model: bool
     own: float
-    on_the_way: list[Row]
+    intermediate: list[Row]
     memorised: list[Memorised]
     loss: list[Band]
     training_seconds: float
@@ -64,7 +67,7 @@ def measure_style(host: Host, sampler: Sampler, evaluator: Evaluator, *, data: P
             evaluator.row("base, the word alone", sample("base, the word alone", WITHOUT, evaluator.words)),
             evaluator.row("base", base), evaluator.row("LoRA at 0", zero),
             evaluator.row("LoRA at 0.5", sample("LoRA at 0.5", half, prompts)), evaluator.row("LoRA at 1", final)]
-    on_the_way = [evaluator.row(f"{step} steps", final if step == steps else
+    intermediate = [evaluator.row(f"{step} steps", final if step == steps else
                                 sample(f"after {step} steps", sampler.lora(file, weight=1.0), prompts))
                   for step, file in files.items()]
 
@@ -76,8 +79,8 @@ def measure_style(host: Host, sampler: Sampler, evaluator: Evaluator, *, data: P
     say("  the loss on held-out pictures")
     loss = loss_bands(sampler, evaluator.real.pixels[TWEMOJI][evaluator.indices], prompts, full)
     save_sheet(output / "style.png", [base, final, real[TWEMOJI][evaluator.indices]])
-    return StyleResult(steps=steps, rows=rows, weight_0_is_base=same, own=evaluator.style_share(asked_again),
-                       on_the_way=on_the_way, memorised=memorised, loss=loss, training_seconds=training_seconds)
+    return StyleResult(steps=steps, rows=rows, weight_0_is_base_model=same, own=evaluator.style_share(asked_again),
+                       intermediate=intermediate, memorised=memorised, loss=loss, training_seconds=training_seconds)
 
 
 def save_sheet(path: Path, rows: list[torch.Tensor], *, most: int = 16) -> None:

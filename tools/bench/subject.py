@@ -28,15 +28,15 @@ KEPT_BACK = slice(3, None, 4)
 class SubjectResult:
     """Shares of images whose nearest real image, in the word scorer's features, shows the subject.
 
-    base, lora    generated images, the same prompts and noise, without and with the LoRA at weight 1
-    real          real images of the subject, each compared with all others: how well the measure finds it
-    mistaken      real emoji of held-out words, each compared with all other words: how often it finds it wrongly
-    loss          on the poses that were kept back
+    base_model, lora    generated images, the same prompts and noise, without and with the LoRA at weight 1
+    real                real images of the subject, each compared with all others: how well the measure finds it
+    mistaken            real emoji of held-out words, each compared with all other words: how often it finds it wrongly
+    loss                on the poses that were kept back
     """
 
     steps: int
     images: int
-    base: float
+    base_model: float
     lora: float
     real: float
     mistaken: float
@@ -61,7 +61,7 @@ def measure_subject(host: Host, sampler: Sampler, evaluator: Evaluator, *, data:
     loss = loss_bands(sampler, pixels[kept_back], [f"{TRIGGER}, {captions[index]}" for index in kept_back], full)
     save_sheet(output / "subject.png", [base, generated])
     return SubjectResult(
-        steps=steps, images=len(prompts), base=gallery.share(base), lora=gallery.share(generated), real=gallery.found(),
+        steps=steps, images=len(prompts), base_model=gallery.share(base), lora=gallery.share(generated), real=gallery.found(),
         mistaken=gallery.mistaken(), loss=loss)
 
 

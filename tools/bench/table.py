@@ -26,7 +26,7 @@ def quality_text(*, settings: Mapping[str, object], checkpoint: str, scorers: Sc
               f"Asked for its own training captions again, {share(style.own)} of its images are taken for Twemoji: how "
               "much of the style this model can show at all.",
               "PSNR, SSIM and feature distance are to the real Twemoji of the same word (feature distance: 0 is equal).",
-              "### Steps to quality (one run, its saves at weight 1)", _rows("after", style.on_the_way),
+              "### Steps to quality (one run, its saves at weight 1)", _rows("after", style.intermediate),
               "### Memorisation: RMS distance of pixels to the nearest training picture",
               grid(("pictures", "mean", "least", "nearer than any real held-out one"),
                     [(m.name, f"{m.mean:.3f}", f"{m.least:.3f}", share(m.suspicious)) for m in style.memorised]),
@@ -34,7 +34,7 @@ def quality_text(*, settings: Mapping[str, object], checkpoint: str, scorers: Sc
     if subject is not None:
         parts += [f"### Subject: nine pictures, {subject.steps} steps, {subject.images} images of new scenes",
                   grid(("pictures", "nearest real picture is the subject"),
-                        [("base", share(subject.base)), ("LoRA at 1", share(subject.lora)),
+                        [("base", share(subject.base_model)), ("LoRA at 1", share(subject.lora)),
                          ("real ones of the subject", share(subject.real)),
                          ("real emoji (mistaken)", share(subject.mistaken))]),
                   "Loss on the three poses that were kept back:", _bands(subject.loss)]
@@ -54,7 +54,7 @@ def scorers_text(scorers: ScorerFigures) -> str:
 
 
 def _weight_0(style: StyleResult) -> str:
-    if style.weight_0_is_base:
+    if style.weight_0_is_base_model:
         return "At weight 0 the pictures are the base model's, bit for bit (compared: the first sixteen)."
     return "**At weight 0 the pictures are not the base model's: something is wrong.**"
 
@@ -67,5 +67,5 @@ def _rows(first: str, rows: Sequence[Row]) -> str:
 
 def _bands(bands: Sequence[Band]) -> str:
     return grid(("timesteps", "base", "LoRA", "change"), [
-        (band.timesteps, f"{band.base:.4f}", f"{band.lora:.4f}", f"{100 * (band.lora / band.base - 1):+.1f} %")
+        (band.timesteps, f"{band.base_model:.4f}", f"{band.lora:.4f}", f"{100 * (band.lora / band.base_model - 1):+.1f} %")
         for band in bands])

@@ -36,7 +36,7 @@ def test_the_booked_peak_is_that_of_the_second_step() -> None:
 
 
 def test_a_real_step_takes_what_was_predicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "every block recomputed"  # `test_rehearsal` has all of them
+    name = "every block recomputed"  # tests/memory/test_estimate.py has others
     monkeypatch.setattr(memory, "PLANS", {name: memory.PLANS[name]})
     text = run_memory(MemoryPlanned(tmp_path, torch.device("cpu"), (SMALL,), small=True, precision="no", rank=2,
                                     predict=False),

@@ -14,7 +14,7 @@ from tools.bench.command import main
 from tools.bench.evaluator import Effort
 from tools.bench.quality import QualityPlan, run_quality
 
-HASTE = Effort(texture=2, words=2, across=True, every=4, sampler_steps=1, paintings=1)
+HASTE = Effort(texture=2, words=2, across=True, every=4, sampler_steps=1, samples=1)
 
 
 @pytest.fixture
@@ -42,8 +42,8 @@ def test_a_run_writes_its_table_its_figures_and_its_sheets(few, host, tmp_path):
     done = run_quality(plan, host, say=said.append)
     assert [row.name for row in done.style.rows] == [
         "real Noto", "real Twemoji", "base, the word alone", "base", "LoRA at 0", "LoRA at 0.5", "LoRA at 1"]
-    assert [row.name for row in done.style.on_the_way] == ["1 steps", "2 steps"]
-    assert done.style.weight_0_is_base
+    assert [row.name for row in done.style.intermediate] == ["1 steps", "2 steps"]
+    assert done.style.weight_0_is_base_model
     real = done.style.rows[1]
     assert real.feature == pytest.approx(0, abs=1e-5)  # the same images through the same VAE
     assert done.style.memorised[0].suspicious == 0

@@ -68,8 +68,8 @@ def test_the_held_out_loss_follows_the_lora_and_nothing_else(sampler, lora):
     assert base == sampler.held_out_loss(pixels, captions, sampler.lora(lora, weight=0.0))
     bands = loss_bands(sampler, pixels, captions, sampler.lora(lora, weight=1.0))
     assert [band.timesteps for band in bands] == ["0-199", "200-399", "400-599", "600-799", "800-999"]
-    assert [band.base for band in bands] == pytest.approx([(base[t] + base[t + 100]) / 2 for t in LOSS_TIMESTEPS[::2]])
-    assert all(band.lora != band.base for band in bands)
+    assert [band.base_model for band in bands] == pytest.approx([(base[t] + base[t + 100]) / 2 for t in LOSS_TIMESTEPS[::2]])
+    assert all(band.lora != band.base_model for band in bands)
 
 
 def test_real_images_are_shown_alike_from_the_disk_and_anew(sampler, tmp_path):

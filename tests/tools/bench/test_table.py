@@ -13,9 +13,10 @@ SCORERS = ScorerFigures(style=0.96875, style_palette=0.9, style_texture=0.85, st
                         word_twemoji=0.98, word_across=0.45)
 STYLE = StyleResult(
     steps=800, rows=[Row("base", 0.03125, 0.1, 0.2, 0.75, 12.345, 0.5, 0.25), Row("LoRA at 1", 0.9, 1, 1, 0.7, 14.0, 0.6, 0.2)],
-    weight_0_is_base=True, own=0.5, on_the_way=[Row("50 steps", 0.5, 1, 1, 0.7, 14.0, 0.6, 0.2)],
+    weight_0_is_base_model=True, own=0.5, intermediate=[Row("50 steps", 0.5, 1, 1, 0.7, 14.0, 0.6, 0.2)],
     memorised=[Memorised("real held-out Twemoji", 0.2, 0.1, 0.0)], loss=[Band("0-199", 0.5, 0.4)], training_seconds=9.0)
-SUBJECT = SubjectResult(steps=400, images=16, base=0.0, lora=0.75, real=0.9, mistaken=0.01, loss=[Band("0-199", 0.5, 0.6)])
+SUBJECT = SubjectResult(
+    steps=400, images=16, base_model=0.0, lora=0.75, real=0.9, mistaken=0.01, loss=[Band("0-199", 0.5, 0.6)])
 
 
 def text(scorers: ScorerFigures = SCORERS, style: StyleResult = STYLE, *, thorough: bool = True) -> str:
@@ -34,10 +35,10 @@ def test_the_scorers_own_accuracy_comes_before_all_shares():
 
 
 def test_every_row_of_a_table_has_as_many_cells_as_its_head_and_they_line_up():
-    for block in text().split("\n\n"):
-        lines = block.splitlines()
-        if lines[0].startswith("|"):
-            assert len({line.count("|") for line in lines}) == 1 and len({len(line) for line in lines}) == 1
+    tables = [block.splitlines() for block in text().split("\n\n") if block.startswith("|")]
+    assert tables
+    for lines in tables:
+        assert len({line.count("|") for line in lines}) == 1 and len({len(line) for line in lines}) == 1
 
 
 def test_figures_are_shown_with_their_signs_and_units():
@@ -48,4 +49,4 @@ def test_figures_are_shown_with_their_signs_and_units():
 
 def test_a_quick_run_and_a_weight_0_that_changes_something_are_told():
     assert "Not to be quoted" in text(thorough=False) and "Not to be quoted" not in text()
-    assert "something is wrong" in text(style=dataclasses.replace(STYLE, weight_0_is_base=False))
+    assert "something is wrong" in text(style=dataclasses.replace(STYLE, weight_0_is_base_model=False))

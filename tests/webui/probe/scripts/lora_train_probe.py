@@ -159,7 +159,7 @@ def fail(step: int = Body(1, embed=True)) -> dict[str, str]:
     original, left = train_step.denoising_loss, [step]
 
     def breaking(*args: Any, **kwargs: Any) -> torch.Tensor:
-        if args[0].device.type == "meta":  # the step is rehearsed to know its memory
+        if args[0].device.type == "meta":  # the estimate runs the step on shapes alone
             return original(*args, **kwargs)
         left[0] -= 1
         if left[0] == 0:
@@ -249,7 +249,7 @@ def pretend_card() -> dict[str, str]:
             card.device_of(tensor) == pretended_card.CPU for tensor in placement.tensors_of(tensors, {part}))])
 
     def seen(*arguments: Any, **named: Any) -> torch.Tensor:
-        if arguments[0].device.type != "meta":  # the step is rehearsed to know its memory
+        if arguments[0].device.type != "meta":  # the estimate runs the step on shapes alone
             lies_where("training")
         return loss(*arguments, **named)
 
