@@ -7,7 +7,7 @@ meet is written once. What is not listed there is a bug of ours and keeps its tr
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 
 class LoraTrainError(Exception):
@@ -68,6 +68,12 @@ def printable(text: str) -> str:
 def counted(number: int, thing: str) -> str:
     """"1 picture", "1,000 pictures"."""
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+def some_of(names: Sequence[str], limit: int = 5) -> str:
+    """The first few of `names` for a sentence: "a.png, b.png and 3 more"."""
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
 
 @contextlib.contextmanager

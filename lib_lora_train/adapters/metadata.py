@@ -1,7 +1,7 @@
 """The metadata of a LoRA file, from what is known of its run. Every value is a string, as safetensors demands.
 
-The names are those of kohya-ss/sd-scripts (`ss_…`), which the WebUI's Lora GPU and the usual viewers read, and
-of Stability's ModelSpec (`modelspec.…`). Folders are written by name and never by path: a LoRA is published.
+The names are those of kohya-ss/sd-scripts (`ss_…`), which the WebUI's page of LoRAs and the usual viewers
+read, and of Stability's ModelSpec (`modelspec.…`). Folders are written by name and never by path: a LoRA is published.
 
 Not here: the two hashes of the file (`sshs_…`), which `file.save` adds.
 """

@@ -17,7 +17,7 @@ from lib_lora_train.adapters.base import Adapter, AdapterKind
 from lib_lora_train.adapters.flat import FlatWeights
 from lib_lora_train.adapters.lora import LoRA
 from lib_lora_train.adapters.targets import Target
-from lib_lora_train.errors import LoraFileError
+from lib_lora_train.errors import LoraFileError, some_of
 from lib_lora_train.model.architecture import UNET_COMPONENT
 
 ADAPTERS: dict[str, AdapterKind] = {kind.network_module: kind for kind in (LoRA(),)}
@@ -142,7 +142,7 @@ def _by_layer(tensors: Mapping[str, Tensor], kind: AdapterKind) -> dict[str, dic
     other = sorted(f"{key}.{name}" for key, layer in found.items() for name in layer if name not in kind.tensor_names)
     if other:
         raise LoraFileError(
-            f"The file holds weights that are not LoRA's ({_some(other)})",
+            f"The file holds weights that are not LoRA's ({some_of(other, 2)})",
             why="LoHa, LoKr, DoRA and the like cannot be continued yet", remedy="choose a plain LoRA")
     if not found:
         raise LoraFileError("The file holds no LoRA layer", remedy="choose another file")
@@ -156,14 +156,9 @@ def _refuse_strangers(keys: Collection[str], targets: Sequence[Target]) -> None:
         return
     if len(strangers) == len(keys):
         raise LoraFileError(
-            f"No layer of the LoRA file is in the model ({_some(strangers)})",
+            f"No layer of the LoRA file is in the model ({some_of(strangers, 2)})",
             why="it was made for another kind of model", remedy="choose a LoRA of the model's family")
     raise LoraFileError(
-        f"The LoRA file has layers that would be lost ({_some(strangers)})",
+        f"The LoRA file has layers that would be lost ({some_of(strangers, 2)})",
         why="they are not among the layers of this run",
         remedy="switch text encoder training on if they are the text encoder's, or choose another file")
-
-
-def _some(names: Sequence[str]) -> str:
-    """The first names and how many there are more."""
-    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")

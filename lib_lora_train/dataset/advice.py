@@ -10,10 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 from lib_lora_train.dataset.captions import split_tags
-from lib_lora_train.dataset.findings import Examined, Report
-from lib_lora_train.dataset.folder import some_of
+from lib_lora_train.dataset.findings import DEEP_CROP, LONG_CAPTION, NARROW, DatasetReport, Examined
 from lib_lora_train.dataset.plan import MIN_VISITS, MIN_VISITS_PER_IMAGE
-from lib_lora_train.errors import counted, printable
+from lib_lora_train.errors import counted, printable, some_of
 
 MIN_IMAGES = 10
 LEAST_RESOLUTION = 256  # below it there is too little for a model of 512 to learn
@@ -40,7 +39,7 @@ class Circumstances:
     problems: tuple[str, ...]  # sentences of the folder's layout
 
 
-def advise(report: Report, around: Circumstances) -> tuple[str, ...]:
+def advise(report: DatasetReport, around: Circumstances) -> tuple[str, ...]:
     """The sentences, worst first; none if there is nothing to fix."""
     weighted = [*_files(report), *_number(report), *_captions(report, around), *_images(report, around),
                 *_length(report, around), *_tags(report, around)]
@@ -48,7 +47,7 @@ def advise(report: Report, around: Circumstances) -> tuple[str, ...]:
     return tuple(printable(text) for _, text in sorted(weighted, key=lambda item: -item[0]))
 
 
-def _files(report: Report) -> Iterator[Weighted]:
+def _files(report: DatasetReport) -> Iterator[Weighted]:
     unreadable = _with(report, "unreadable_caption")
     if unreadable:
         yield 2000, (f"{_count(unreadable, 'caption file')} {_are(unreadable)} not UTF-8 text ({_names(unreadable)}), so a "
@@ -62,7 +61,7 @@ def _files(report: Report) -> Iterator[Weighted]:
             f"again from the original, or remove {_them(broken)}.")
 
 
-def _number(report: Report) -> Iterator[Weighted]:
+def _number(report: DatasetReport) -> Iterator[Weighted]:
     usable = report.usable
     if usable == 0:
         yield 3000, ("No picture of this folder can be trained on, because each is damaged or too narrow: replace them, or "
@@ -75,7 +74,7 @@ def _number(report: Report) -> Iterator[Weighted]:
                     f"add at least {MIN_IMAGES - different} more that differ in pose, light and background.")
 
 
-def _captions(report: Report, around: Circumstances) -> Iterator[Weighted]:
+def _captions(report: DatasetReport, around: Circumstances) -> Iterator[Weighted]:
     missing, empty = _with(report, "no_caption"), _with(report, "empty_caption")
     for images, have in ((missing, "no caption file"), (empty, "an empty caption file")):
         if not images:
@@ -95,9 +94,9 @@ def _captions(report: Report, around: Circumstances) -> Iterator[Weighted]:
     long = _with(report, "long_caption")
     if long:
         yield 5 * _share(long, report), (
-            f"{_count(long, 'caption')} {'is' if len(long) == 1 else 'are'} longer than 225 tokens (longest: "
-            f"{max(p.tokens or 0 for p in long)} tokens, {_names(long)}); what stands late has little effect, and other "
-            "trainers cut it off: keep the tags that matter.")
+            f"{_count(long, 'caption')} {'is' if len(long) == 1 else 'are'} longer than {LONG_CAPTION} tokens "
+            f"(longest: {max(p.tokens or 0 for p in long)} tokens, {_names(long)}); what stands late has little effect, and "
+            "other trainers cut it off: keep the tags that matter.")
     if around.several_lines:
         yield 6, (f"{_count(around.several_lines, 'caption file')} {'has' if len(around.several_lines) == 1 else 'have'} more "
                   f"than one line ({some_of(around.several_lines)}), of which only the first is trained: join the lines.")
@@ -107,7 +106,7 @@ def _captions(report: Report, around: Circumstances) -> Iterator[Weighted]:
                   "remove one of them.")
 
 
-def _images(report: Report, around: Circumstances) -> Iterator[Weighted]:
+def _images(report: DatasetReport, around: Circumstances) -> Iterator[Weighted]:
     twins = _with(report, "duplicate")
     if twins:
         pairs = [f"{group[1].name} like {group[0].name}" for group in report.duplicates]
@@ -124,19 +123,19 @@ def _images(report: Report, around: Circumstances) -> Iterator[Weighted]:
     if narrow:
         out = sum(not image.usable for image in narrow)
         yield (3 if out else 2) + 12 * _share(narrow, report), (
-            f"{_count(narrow, 'picture')} {_are(narrow)} more than 3 times as long as wide ({_names(narrow)}), a shape that "
-            f"models paint badly{f' ({out} would even be left out)' if out else ''}: crop {_them(narrow)}, or split "
-            f"{_them(narrow)} into squarer pieces.")
+            f"{_count(narrow, 'picture')} {_are(narrow)} more than {NARROW:g} times as long as wide ({_names(narrow)}), a "
+            f"shape that models paint badly{f' ({out} would even be left out)' if out else ''}: crop {_them(narrow)}, or "
+            f"split {_them(narrow)} into squarer pieces.")
     deep = sorted(_with(report, "deep_crop"), key=lambda image: -image.crop_loss)
     if deep:
         buckets = "" if around.enable_bucket else ", or switch aspect buckets on, which crop far less"
         yield 2 + 12 * _share(deep, report), (
-            f"{_count(deep, 'picture')} would lose more than 15 % to the crop (most: {deep[0].path.name}, "
-            f"{100 * deep[0].crop_loss:.0f} %), which may cut off heads and hands: look at the crops and crop by hand where "
-            f"it matters{buckets}.")
+            f"{_count(deep, 'picture')} would lose more than {100 * DEEP_CROP:.0f} % to the crop (most: "
+            f"{deep[0].path.name}, {100 * deep[0].crop_loss:.0f} %), which may cut off heads and hands: look at the crops and "
+            f"crop by hand where it matters{buckets}.")
 
 
-def _small(report: Report) -> Iterator[Weighted]:
+def _small(report: DatasetReport) -> Iterator[Weighted]:
     small = sorted(_with(report, "small"), key=lambda image: image.width * image.height)
     if not small:
         return
@@ -152,7 +151,7 @@ def _small(report: Report) -> Iterator[Weighted]:
         f"pictures: find larger originals, use an upscaler, {'or ' if not lower else ''}leave {_them(small)} out{lower}.")
 
 
-def _length(report: Report, around: Circumstances) -> Iterator[Weighted]:
+def _length(report: DatasetReport, around: Circumstances) -> Iterator[Weighted]:
     planned, usable = around.planned_visits, report.usable
     # A large folder is often seen less than a hundred times an image, and learns; a fifth less is a choice, not a mistake.
     wanted = min(max(MIN_VISITS, MIN_VISITS_PER_IMAGE * usable), 2 * MIN_VISITS)
@@ -165,7 +164,7 @@ def _length(report: Report, around: Circumstances) -> Iterator[Weighted]:
               f"{counted(proposal.epochs, 'epoch')}, or train more epochs.")
 
 
-def _tags(report: Report, around: Circumstances) -> Iterator[Weighted]:
+def _tags(report: DatasetReport, around: Circumstances) -> Iterator[Weighted]:
     captioned = [caption for caption, image in zip(around.captions, report.images, strict=True)
                  if not {"no_caption", "empty_caption", "unreadable_caption", "broken"} & set(image.problems)]
     if around.layout == "kohya" and not around.trigger_word and len(around.concepts) == 1 and captioned:
@@ -234,11 +233,11 @@ def _is_plural(one: str, other: str) -> bool:
     return one + "s" == other or other + "s" == one
 
 
-def _with(report: Report, code: str) -> list[Examined]:
+def _with(report: DatasetReport, code: str) -> list[Examined]:
     return [image for image in report.images if code in image.problems]
 
 
-def _share(images: Sequence[Examined], report: Report) -> float:
+def _share(images: Sequence[Examined], report: DatasetReport) -> float:
     return len(images) / len(report.images)
 
 

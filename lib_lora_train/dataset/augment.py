@@ -27,15 +27,10 @@ def scale_and_crop(image: Image.Image, placement: Placement, *, crop: tuple[int,
     otherwise take gigabytes.
     """
     assert image.size == placement.original, f"placed as {placement.original}, decoded as {image.size}"
-    left, top = placement.crop if crop is None else crop
+    crop = placement.crop if crop is None else crop
     if placement.resized == placement.original:
-        return image.crop((left, top, left + placement.bucket[0], top + placement.bucket[1]))
-    across = placement.original[0] / placement.resized[0]
-    down = placement.original[1] / placement.resized[1]
-    right = min((left + placement.bucket[0]) * across, placement.original[0])
-    bottom = min((top + placement.bucket[1]) * down, placement.original[1])
-    return image.resize(
-        placement.bucket, Image.Resampling.LANCZOS, box=(left * across, top * down, right, bottom))
+        return image.crop((*crop, crop[0] + placement.bucket[0], crop[1] + placement.bucket[1]))
+    return image.resize(placement.bucket, Image.Resampling.LANCZOS, box=placement.source_box(crop))
 
 
 def draw_flip(rng: random.Random) -> bool:

@@ -51,6 +51,12 @@ class Placement:
         """Aspect ratio of the bucket minus that of the image."""
         return self.bucket[0] / self.bucket[1] - self.original[0] / self.original[1]
 
+    def source_box(self, crop: tuple[int, int]) -> tuple[float, float, float, float]:
+        """(left, top, right, bottom) in the image's own pixels of what is cut at `crop` (left, top in the scaled image)."""
+        across, down = self.original[0] / self.resized[0], self.original[1] / self.resized[1]
+        return (crop[0] * across, crop[1] * down, min((crop[0] + self.bucket[0]) * across, self.original[0]),
+                min((crop[1] + self.bucket[1]) * down, self.original[1]))
+
     def size_condition_crop(self, *, flipped: bool = False) -> tuple[int, int]:
         """(top, left) for SDXL's size conditioning, as sd-scripts computes it (`get_crop_ltrb`).
 

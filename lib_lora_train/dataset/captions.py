@@ -15,7 +15,7 @@ CAPTION_SUFFIXES = (".txt", ".caption")
 
 
 class Tokenizer(Protocol):
-    """What counts a caption's tokens; `model.tokens.clip_tokenizer()` is one."""
+    """What counts a caption's tokens; `model.sd.tokens.clip_tokenizer()` is one."""
 
     def encode(self, text: str) -> Sequence[int]:
         """The tokens of `text`."""

@@ -6,7 +6,7 @@ import math
 
 from PIL import Image, ImageDraw, ImageFont
 
-from lib_lora_train.dataset.findings import Examined, Report
+from lib_lora_train.dataset.findings import DatasetReport, Examined
 from lib_lora_train.dataset.images import read_image
 from lib_lora_train.errors import DatasetError, printable
 
@@ -22,7 +22,7 @@ _WIDE_FONTS = ("meiryo.ttc", "msyh.ttc", "malgun.ttf", "Hiragino Sans GB.ttc", "
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
-def crop_sheet(report: Report, *, most: int = 48) -> Image.Image:
+def crop_sheet(report: DatasetReport, *, most: int = 48) -> Image.Image:
     """Up to `most` images, those that lose most first; below each its name, its sizes and its loss.
 
     Images that cannot be read, or that no training size takes, are left out. Raises DatasetError if none is left.

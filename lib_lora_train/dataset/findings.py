@@ -24,8 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from lib_lora_train.dataset.buckets import Size
-from lib_lora_train.dataset.folder import some_of
-from lib_lora_train.errors import counted, printable
+from lib_lora_train.errors import counted, printable, some_of
+
+NARROW = 3.0  # longer side / shorter side; beyond it models generate things twice
+DEEP_CROP = 0.15  # of the area
+LONG_CAPTION = 225  # tokens: the most that kohya's trainer can read
 
 _WIDTH = 110
 
@@ -61,7 +64,7 @@ class Proposal:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class DatasetReport:
     """What an examination found in a folder."""
 
     folder: Path

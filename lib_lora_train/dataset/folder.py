@@ -20,7 +20,7 @@ from lib_lora_train.dataset.listing import MOST_REPEATS, MayRead, is_subset_name
 from lib_lora_train.dataset.plan import balanced_repeats, plain_folder_repeats
 from lib_lora_train.dataset.prefetch import Prefetch, reading_threads
 from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
-from lib_lora_train.errors import DatasetError, printable
+from lib_lora_train.errors import DatasetError, printable, some_of
 
 MASKS_FOLDER = "masks"  # beside the N_name folders, where the studio keeps them: no images to learn from
 _MANY = 100  # images from which on threads are worth their beginning
@@ -65,11 +65,6 @@ class Dataset:
     def images(self) -> int:
         """Images to learn from, without regularisation."""
         return sum(not example.is_regularisation for example in self.examples)
-
-    @property
-    def visits(self) -> int:
-        """Image-visits in one epoch, regularisation included."""
-        return sum(example.repeats for example in self.examples)
 
     def dataset_dirs(self, *, regularisation: bool = False) -> dict[str, dict[str, int]]:
         """kohya's `ss_dataset_dirs` / `ss_reg_dataset_dirs`: {folder: {n_repeats, img_count}}."""
@@ -352,9 +347,3 @@ def _nothing_left(folder: Path, problems: Sequence[Problem]) -> DatasetError:
     return DatasetError(
         f"No picture in {folder} can be used", why=" | ".join(skipped[:3]) + (" | …" if len(skipped) > 3 else ""),
         remedy="replace or remove the damaged pictures")
-
-
-def some_of(names: Sequence[str], limit: int = 5) -> str:
-    """The first few of `names` for a sentence: "a.png, b.png and 3 more"."""
-    rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")

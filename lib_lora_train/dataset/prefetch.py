@@ -47,7 +47,8 @@ class Prefetch(Generic[Item, Result]):
         self._begun: deque[tuple[Future[Result], int]] = deque()  # results in order, and what each costs until it is there
         self._jobs: queue.SimpleQueue[tuple[Future[Result], Item] | None] = queue.SimpleQueue()
         self._closed = False
-        self._threads = [threading.Thread(target=self._run, name=f"lora-train-ahead-{n}", daemon=True) for n in range(threads)]
+        self._threads = [threading.Thread(target=self._run, name=f"lora-train-prefetch-{n}", daemon=True)
+                         for n in range(threads)]
 
     def __enter__(self) -> Prefetch[Item, Result]:
         for thread in self._threads:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from lib_lora_train.dataset import likeness
 from lib_lora_train.dataset.advice import Circumstances, advise
-from lib_lora_train.dataset.buckets import DEFAULT_SIZES, Buckets, Placement, Size, TrainingSizes, buckets_for
+from lib_lora_train.dataset.buckets import DEFAULT_SIZES, Buckets, Size, TrainingSizes, buckets_for
 from lib_lora_train.dataset.captions import Tokenizer, count_tags, first_line, with_trigger_word
-from lib_lora_train.dataset.findings import Examined, Proposal, Report
+from lib_lora_train.dataset.findings import DEEP_CROP, LONG_CAPTION, NARROW, DatasetReport, Examined, Proposal
 from lib_lora_train.dataset.folder import Subset, find_images
 from lib_lora_train.dataset.images import read_image
 from lib_lora_train.dataset.listing import MayRead
@@ -26,9 +26,6 @@ from lib_lora_train.errors import DatasetError, printable
 from lib_lora_train.settings import Settings
 
 ENLARGED = 1.1  # more than this many times as long at the training size: small
-NARROW = 3.0  # longer side / shorter side; beyond it models generate things twice
-DEEP_CROP = 0.15  # of the area
-LONG_CAPTION = 225  # tokens: the most that kohya's trainer can read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +41,7 @@ def examine(
     folder: Path | str, *, settings: Settings, tokenizer: Tokenizer | None = None, sizes: TrainingSizes = DEFAULT_SIZES,
     on_progress: Progress | None = None, should_stop: ShouldStop | None = None, may_read: MayRead | None = None,
     unsaved: Mapping[Path, str] | None = None,
-) -> Report:
+) -> DatasetReport:
     """Look at every image and caption of `folder` (kohya's layout or a plain one) as `settings` would train them.
 
     `sizes` are those of the model's family, where the settings leave them open. `unsaved` are
@@ -66,7 +63,7 @@ def examine(
     images, twins = _compare(reader.images, reader.thumbnails, should_stop=should_stop)
     tags = count_tags(caption.text or "" for caption in reader.captions)
     by_bucket = Counter(image.bucket for image in images if image.usable)
-    report = Report(
+    report = DatasetReport(
         folder=folder, images=tuple(images), duplicates=twins,
         sizes=tuple(Counter((image.width, image.height) for image in images if image.width).most_common()),
         buckets=tuple(by_bucket.most_common()), tags=tags, once=tuple(tag for tag, count in tags.items() if count == 1),
@@ -141,18 +138,12 @@ def _examine(path: Path, caption: _Caption, *, buckets: Buckets,
         problems.insert(0, "narrow" if narrow else "small")
     else:
         loss = 1 - _area(placement.bucket) / _area(placement.resized)
-        examined = dataclasses.replace(examined, bucket=placement.bucket, crop_loss=loss, kept=_kept(placement))
+        examined = dataclasses.replace(examined, bucket=placement.bucket, crop_loss=loss,
+                                       kept=placement.source_box(placement.crop))
         problems[:0] = [code for code, applies in (
             ("small", pixels > ENLARGED ** 2 * width * height * (1 - loss)), ("narrow", narrow),
             ("deep_crop", loss > DEEP_CROP)) if applies]
     return dataclasses.replace(examined, problems=tuple(problems)), likeness.thumbnail(image)
-
-
-def _kept(placement: Placement) -> tuple[float, float, float, float]:
-    across = placement.original[0] / placement.resized[0]
-    down = placement.original[1] / placement.resized[1]
-    left, top = placement.crop
-    return (left * across, top * down, (left + placement.bucket[0]) * across, (top + placement.bucket[1]) * down)
 
 
 def _compare(images: Sequence[Examined], thumbnails: Mapping[int, likeness.Thumbnail], *,

@@ -41,8 +41,7 @@ class ClassImages:
 
 def make_class_images(host: LeaseHost, *, prompts: Sequence[str], count: int, folder: Path, size: tuple[int, int],
                       steps: int = 20, cfg: float = 7.0, seed: int = 1, negative_prompt: str = "",
-                      settings: Settings | None = None, on_progress: Progress | None = None,
-                      should_stop: ShouldStop | None = None) -> ClassImages:
+                      on_progress: Progress | None = None, should_stop: ShouldStop | None = None) -> ClassImages:
     """Sample until `folder`/1_class holds `count` images of `prompts`, used in turn; `size` is (width, height).
 
     Images of these prompts that exist count, so a second call continues where the first was stopped, with the images that
@@ -66,7 +65,7 @@ def make_class_images(host: LeaseHost, *, prompts: Sequence[str], count: int, fo
     if not missing:
         return ClassImages(folder, 0, found)
     free = (number for number in itertools.count(1) if number not in numbers)
-    with lease_for(host, "Painting class pictures", settings=settings or Settings(), should_stop=should_stop) as lease, \
+    with lease_for(host, "Painting class pictures", settings=Settings(), should_stop=should_stop) as lease, \
             translated("painting class pictures"):
         for done, (prompt, number) in enumerate(zip(missing, free, strict=False), start=found):
             lease.before_item(done, count)

@@ -148,11 +148,11 @@ def pass_over(order: Sequence[int], find: Callable[[int], T], *, cost: Callable[
     `cost` and `kept` as for `Prefetch`. To be closed."""
     world, rank = group.world_size, group.rank
     with Prefetch(order[rank::world], find, threads=threads, most=_PREFETCH_PER_THREAD * max(1, threads), cost=cost,
-                  kept=kept) as ahead:
+                  kept=kept) as prefetch:
         for start in range(0, len(order), world):
             watch.check()
             for index in order[start:start + world][rank:rank + 1]:
-                found = _result(lambda: next(ahead))
+                found = _result(lambda: next(prefetch))
                 if isinstance(found, DatasetError) and isinstance(found.__cause__, MemoryError):
                     found = _result(lambda index=index: find(index))
                 yield index, found

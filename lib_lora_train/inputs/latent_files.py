@@ -194,22 +194,3 @@ def _digest(image: Path) -> str:
 def _sum(latents: np.ndarray) -> str:
     """CRC-32 of the numbers: a power cut can leave a file of the right length with a hole of zeros in it."""
     return str(zlib.crc32(latents))
-
-
-def tensor_fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
-    """sha256 over names, shapes, dtypes and all bytes of a model's tensors, e.g. those of the VAE.
-
-    Each tensor is copied to the CPU in turn (a VAE is 160 to 335 MB; under a second).
-    """
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
-    return digest.hexdigest()
-
-
-def encoder_fingerprint(vae: Mapping[str, torch.Tensor]) -> str:
-    """The `tensor_fingerprint` of all that makes latents of images, of a VAE's tensors under local names: 70 to 137 MB are
-    read. Its decoder has no part in them."""
-    return tensor_fingerprint({name: tensor for name, tensor in vae.items() if name.startswith(("encoder.", "quant_conv."))})

@@ -68,9 +68,10 @@ class LatentStore:
                 data = data[self._file.write(data):]
         return offset
 
-    def in_memory(self, number: int) -> bool:
-        """Whether `take` reads no disk."""
-        return isinstance(self._entries[number], torch.Tensor)
+    def bytes_on_disk(self, number: int) -> int:
+        """What `load` reads from the disk for one image; 0 where its latents are in memory."""
+        entry = self._entries[number]
+        return 0 if isinstance(entry, torch.Tensor) else entry.shape[1:].numel() * 4
 
     def load(self, number: int, *, flipped: bool) -> torch.Tensor:
         """[2, 4, h, w] of one image; from any thread. Raises TrainingError where the disk refuses."""

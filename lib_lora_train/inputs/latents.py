@@ -74,23 +74,23 @@ class CachedLatents:
         """Encode every image, bucket by bucket, in batches of `vae_batch_size` (0: see `VaeBatches`, also for `budget`).
 
         Images are read and decoded in `threads` (None: see `reading_threads`; 0: none) while the VAE works; the result
-        does not depend on them. At most `max_bytes` of latents stay in memory; the others lie in the disk cache where
-        there is one, else in a temporary file in `folder` (see `DiskOverflow`). With several processes each encodes its
-        share and gets the others'; all of them must say the same dataset and settings.
+        does not depend on them. At most `max_bytes` of latents stay in memory; the others lie in a temporary
+        file in `folder` (see `LatentStore`). With several processes each encodes its share and gets the others'; all of them
+        must say the same dataset and settings.
         Raises TrainingError naming the image whose latent is not finite, DatasetError if no image can
         be decoded, Interrupted when `should_stop()` says so (asked before each image). No thread outlives the call.
         """
         notes: list[str] = []
         store = LatentStore(max_bytes=max_bytes, folder=folder)
         try:
-            work = LatentEncoding(
+            encoding = LatentEncoding(
                 VaeBatches(vae, device=torch.device(device), batch_size=vae_batch_size, budget=budget, warn=notes.append),
                 dataset.examples, placements, flip_aug=flip_aug, store=store, disk=disk)
-            lost = work.run(
+            lost = encoding.run(
                 threads=reading_threads() if threads is None else threads, group=group,
                 watch=Watch(len(dataset.examples), doing="the pictures were encoded", on_progress=on_progress,
                             should_stop=stop_of_any(should_stop, group)))
-            kept, kept_placements = _without(dataset, placements, lost, [*work.problems, *map(Problem, notes)])
+            kept, kept_placements = _without(dataset, placements, lost, [*encoding.problems, *map(Problem, notes)])
         except BaseException:
             store.close()
             raise
@@ -107,9 +107,8 @@ class CachedLatents:
         return torch.stack(list(prepared))
 
     def size_of(self, indices: Sequence[int]) -> int:
-        """See `LatentSource.size_of`: two times four channels of fp32."""
-        return sum(2 * 4 * 4 * (width // 8) * (height // 8) for width, height in
-                   (self.placements[index].bucket for index in indices if not self._store.in_memory(self._numbers[index])))
+        """See `LatentSource.size_of`."""
+        return sum(self._store.bytes_on_disk(self._numbers[index]) for index in indices)
 
     def close(self) -> None:
         """See `LatentSource.close`. Nothing can be had from it afterwards."""
@@ -125,7 +124,7 @@ class FreshLatents:
     ) -> None:
         """`warn` is told in a sentence what the user should know of the encoding, while it goes on."""
         self.dataset, self.placements = dataset, tuple(placements)
-        self._work = VaeBatches(vae, device=device, batch_size=vae_batch_size, warn=warn)
+        self._vae_batches = VaeBatches(vae, device=device, batch_size=vae_batch_size, warn=warn)
         self._flip_aug, self._color_aug, self._random_crop = flip_aug, color_aug, random_crop
 
     @classmethod
@@ -158,7 +157,7 @@ class FreshLatents:
 
     def finish(self, indices: Sequence[int], prepared: Sequence[torch.Tensor]) -> torch.Tensor:
         """See `LatentSource.finish`. On the VAE's device. Raises TrainingError naming an image whose latent is not finite."""
-        latents = self._work.encode(prepared, (False,))[:, 0]
+        latents = self._vae_batches.encode(prepared, (False,))[:, 0]
         # One device synchronisation a batch; this path waits for the decoder anyway.
         check_finite(latents, [self.dataset.examples[index] for index in indices])
         return latents

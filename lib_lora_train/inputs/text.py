@@ -20,7 +20,7 @@ CAPTIONS_AT_ONCE = 32
 
 
 class Conditioner(Protocol):
-    """The part of `model.text.TextConditioner` that is needed here."""
+    """The part of `model.sd.text.TextConditioner` that is needed here."""
 
     def tokenize(self, caption: str) -> Tokens:
         """All of a caption, in chunks of 77 ids; its length is the number of chunks."""
@@ -32,14 +32,13 @@ class Conditioner(Protocol):
 class TextCache:
     """Caption → Conditioning, on the CPU."""
 
-    def __init__(self, conditioner: Conditioner, *, clip_skip: int = 1, dtype: torch.dtype = torch.float32,
-                 max_bytes: int = DEFAULT_MAX_BYTES, one_by_one: bool = False, kept_as: torch.dtype | None = None) -> None:
+    def __init__(self, conditioner: Conditioner, *, clip_skip: int = 1, max_bytes: int = DEFAULT_MAX_BYTES,
+                 one_by_one: bool = False, kept_as: torch.dtype = torch.float32) -> None:
         """`one_by_one`: what `get` does not know is encoded caption by caption. Slower than together, but then the last bits
         of a caption do not depend on those it was met with: for captions that are kept and met again, after a resume too.
-        `kept_as`: in which dtype conditions are kept and given (None: `dtype`, in which they are computed). Where the step
-        computes in it anyway, nothing is lost, and twice as many fit."""
-        self._conditioner, self._clip_skip, self._dtype, self._one_by_one = conditioner, clip_skip, dtype, one_by_one
-        self._kept_as = kept_as or dtype
+        `kept_as`: in which dtype conditions are kept and given; they are computed in fp32. Where the step computes in it
+        anyway, nothing is lost, and twice as many fit."""
+        self._conditioner, self._clip_skip, self._one_by_one, self._kept_as = conditioner, clip_skip, one_by_one, kept_as
         self._max_bytes, self._bytes = max_bytes, 0
         self._known: dict[str, Conditioning] = {}  # batch size 1 each
         self._empty: torch.Tensor | None = None  # [1, 77, C]: what the WebUI appends where chunks are missing
@@ -93,7 +92,7 @@ class TextCache:
 
     @torch.no_grad()
     def _encode_group(self, group: Sequence[tuple[str, Tokens]]) -> dict[str, Conditioning]:
-        encoded = self._conditioner.encode([t for _, t in group], clip_skip=self._clip_skip, dtype=self._dtype)
+        encoded = self._conditioner.encode([t for _, t in group], clip_skip=self._clip_skip, dtype=torch.float32)
         # A synchronisation for each new caption, none for a known one.
         context = encoded.context.to("cpu", self._kept_as)
         pooled = None if encoded.pooled is None else encoded.pooled.to("cpu", self._kept_as)

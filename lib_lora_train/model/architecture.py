@@ -32,7 +32,6 @@ class UNetConfig:
     """The UNet's sizes. Exactly one of `num_heads` (heads a layer) and `head_channels` (channels a head) is set."""
 
     in_channels: int
-    out_channels: int
     model_channels: int
     context_dim: int
     adm_channels: int | None
@@ -144,3 +143,9 @@ class Hints:
 
 
 NO_HINTS = Hints()
+
+
+def incomplete(name: str) -> ModelError:
+    """The error for a checkpoint that lacks the tensor `name`."""
+    return ModelError("The checkpoint is incomplete", why=f"it has no tensor '{name}'",
+                      remedy="download it again, or choose another one")

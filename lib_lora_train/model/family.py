@@ -49,7 +49,6 @@ class Family:
 
     name             in API, files and settings, "sd1"; `title` is for users, "SD1"
     sizes            its training sizes in pixels; `sizes.multiple` are the pixels a latent element, along one side
-    latent_channels  channels of a latent
     latent_scale     the UNet works on `latents * latent_scale`
     num_heads, head_channels   of the UNet's attention, as `UNetConfig` has them; exactly one is set
     text             its text encoders, in the order in which their states are joined
@@ -76,7 +75,6 @@ class Family:
     num_heads: int | None = None
     head_channels: int | None = None
     vector_condition: bool = False
-    latent_channels: int = 4
     read: Callable[[Family, Mapping[str, Tensor], Hints], Architecture] = detection.read
     unet: Callable[..., Any] = UNet
     vae: Callable[..., Any] = VAE

@@ -1,4 +1,4 @@
-"""Which weights a model holds, told from a sample of them."""
+"""Which weights a model holds, told from a sample or from all of them."""
 
 from __future__ import annotations
 
@@ -22,3 +22,22 @@ def sampled_fingerprint(tensors: Mapping[str, Tensor]) -> str:
     # One copy off the device, at the beginning of a run.
     digest.update(torch.cat(samples).cpu().numpy().tobytes() if samples else b"")
     return digest.hexdigest()
+
+
+def tensor_fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, shapes, dtypes and all bytes of a model's tensors, e.g. those of the VAE.
+
+    Each tensor is copied to the CPU in turn (a VAE is 160 to 335 MB; under a second).
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def encoder_fingerprint(vae: Mapping[str, Tensor]) -> str:
+    """The `tensor_fingerprint` of all that makes latents of images, of a VAE's tensors under local names: 70 to 137 MB are
+    read. Its decoder has no part in them."""
+    return tensor_fingerprint({name: tensor for name, tensor in vae.items() if name.startswith(("encoder.", "quant_conv."))})

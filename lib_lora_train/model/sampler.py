@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lib_lora_train.model.architecture import VAEConfig
+from lib_lora_train.model.architecture import UNET_COMPONENT, VAEConfig
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.model.ops.layers import Adapter
 from lib_lora_train.model.sd.text import Conditioning
@@ -72,7 +72,7 @@ def sample_batch(model: FrozenModel, requests: Sequence[SampleRequest], *, clip_
         c_in = (sigma ** 2 + 1).rsqrt()
         shown = (x * c_in).repeat(len(prompts) // len(requests), 1, 1, 1)
         output = model.unet(shown.to(dtype), t, conditioning.context.to(device, dtype),
-                            None if y is None else y.to(device, dtype), adapters=adapters.get("unet", {})).float()
+                            None if y is None else y.to(device, dtype), adapters=adapters.get(UNET_COMPONENT, {})).float()
         if first.cfg_scale != 1:
             unconditional, conditional = output.chunk(2)
             output = unconditional + first.cfg_scale * (conditional - unconditional)

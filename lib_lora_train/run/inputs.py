@@ -14,10 +14,11 @@ from lib_lora_train.errors import Interrupted, translated
 from lib_lora_train.events import Report, Stage, Warned
 from lib_lora_train.host.port import LeasedModel
 from lib_lora_train.inputs.batches import Batches
-from lib_lora_train.inputs.latent_files import LatentDisk, encoder_fingerprint
+from lib_lora_train.inputs.latent_files import LatentDisk
 from lib_lora_train.inputs.latents import CachedLatents, FreshLatents, LatentSource
 from lib_lora_train.inputs.text import TextCache
 from lib_lora_train.inputs.vae_batches import EncodingBudget
+from lib_lora_train.model.fingerprint import encoder_fingerprint
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.model.sd.text import Conditioning, Tokens
 from lib_lora_train.run.callbacks import Pause, Stop

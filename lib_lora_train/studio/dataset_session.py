@@ -22,7 +22,7 @@ from lib_lora_train.studio.requests import Selection, validated
 from lib_lora_train.studio.uploads import Uploads
 
 if TYPE_CHECKING:
-    from lib_lora_train.dataset.findings import Report
+    from lib_lora_train.dataset.findings import DatasetReport
 
 LIVE_CODES = frozenset({"no_caption", "empty_caption", "unreadable_caption"})
 """What the captions as edited say better than a report of the files."""
@@ -47,7 +47,7 @@ class DatasetSession:
 
     def __init__(self, dataset: OwnedDataset, *, allowed: AllowedPaths | None) -> None:
         self.dataset, self._allowed = dataset, allowed
-        self.report: Report | None = None
+        self.report: DatasetReport | None = None
         self._report_content = -1
         self.scores: dict[str, Score] = {}
         self._findings: dict[str, tuple[str, ...]] = {}
@@ -121,7 +121,7 @@ class DatasetSession:
             codes.append("empty_caption" if "empty_caption" in found else "no_caption")
         return codes
 
-    def set_report(self, report: Report, *, content: int) -> None:
+    def set_report(self, report: DatasetReport, *, content: int) -> None:
         """Remember what was found in the dataset as it was when `content` was read."""
         self.report, self._report_content = report, content
         self._findings = {self.name(examined.path): tuple(examined.problems) for examined in report.images}

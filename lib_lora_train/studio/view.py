@@ -14,7 +14,7 @@ from lib_lora_train.tagging.options import TagOptions
 from lib_lora_train.tagging.sources import sources
 
 if TYPE_CHECKING:
-    from lib_lora_train.dataset.findings import Report
+    from lib_lora_train.dataset.findings import DatasetReport
 
 MOST_TAGS = 500
 
@@ -48,7 +48,7 @@ def _dataset(session: DatasetSession) -> dict[str, Any]:
         "report": None if session.report is None else {**_report(session.report, session), "counts": dict(counts)}}
 
 
-def _report(report: Report, session: DatasetSession) -> dict[str, Any]:
+def _report(report: DatasetReport, session: DatasetSession) -> dict[str, Any]:
     return {"advice": list(report.advice), "proposal": dataclasses.asdict(report.proposal),
             "summary": report.summary, "fresh": session.fresh,
             "duplicates": [[session.name(path) for path in group] for group in report.duplicates]}

@@ -22,12 +22,12 @@ from typing import Literal
 import torch
 
 from lib_lora_train.dataset.images import read_texts
+from lib_lora_train.dataset.listing import repeats_and_name
 from lib_lora_train.dataset.progress import ShouldStop
 from lib_lora_train.errors import DatasetError, SettingError, printable
 from lib_lora_train.tagging.captioner import Description, FileCaptioner
 from lib_lora_train.tagging.options import TagOptions
 
-_REPEATS = re.compile(r"\d+_")
 _NUMBER_IN_FRONT = re.compile(r"^(?:\d+\s*[_-]+|0\d*\s+)+")  # 00012-1234567-…, 01 …; not that of 1girl or 3 cats
 _NUMBER_BEHIND = re.compile(r"(?:[\s_-]*\(\d+\)|[\s_-]+\d+)+$")
 _FIELD = re.compile(r"\{(\w*)\}")
@@ -125,7 +125,8 @@ def words_of_name(stem: str) -> str:
 
 def words_of_folder(name: str) -> str:
     """A folder's name as words, without kohya's repeats in front."""
-    return " ".join(_REPEATS.sub("", printable(name), count=1).replace("_", " ").split())
+    found = repeats_and_name(name)
+    return " ".join(printable(found[1] if found else name).replace("_", " ").split())
 
 
 def positive_prompt(parameters: str) -> str:

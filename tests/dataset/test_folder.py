@@ -33,7 +33,7 @@ def test_kohya_folders_give_repeats_and_captions(tmp_path: Path, make_image) -> 
     assert captions(dataset) == {"a.png": "a dog, grass", "B.JPG": "sks dog", "c.webp": "cat_with_hat"}
     assert [example.repeats for example in dataset.examples] == [10, 10, 3]
     assert [(e.width, e.height) for e in dataset.examples] == [(64, 48)] * 3
-    assert (dataset.images, dataset.visits) == (3, 23)
+    assert (dataset.images, sum(example.repeats for example in dataset.examples)) == (3, 23)
     assert dataset.dataset_dirs() == {"10_sks dog": {"n_repeats": 10, "img_count": 2},
                                       "3_cat_with_hat": {"n_repeats": 3, "img_count": 1}}
     assert dataset.tag_frequency() == {"10_sks dog": {"a dog": 1, "grass": 1, "sks dog": 1},
@@ -164,7 +164,7 @@ def test_regularisation_images_are_seen_as_often_as_the_others_without_the_trigg
     reg = [example for example in dataset.examples if example.is_regularisation]
     assert [(e.path.name, e.repeats, e.caption) for e in reg] == [("x.png", 3, "dog"), ("y.png", 3, "dog"),
                                                                    ("z.png", 2, "dog")]
-    assert (dataset.images, dataset.visits) == (2, 16)
+    assert (dataset.images, sum(example.repeats for example in dataset.examples)) == (2, 16)
     assert dataset.dataset_dirs(regularisation=True)["1_dog"]["img_count"] == 3
     assert set(dataset.tag_frequency()) == {"4_sks dog"}
 
@@ -260,4 +260,4 @@ def test_a_large_folder_read_in_threads_is_what_it_is_read_in_turn(tmp_path: Pat
     assert seen == [(done, 40) for done in range(1, 41)]
     with pytest.raises(Interrupted):
         scan(tmp_path, max_train_epochs=1, should_stop=lambda: True)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("lora-train-ahead")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("lora-train-prefetch")]

@@ -15,7 +15,7 @@ def ahead(items, work, *, threads: int = 3, most: int = 4, most_bytes: int = 100
 
 
 def ours() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("lora-train-ahead")]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("lora-train-prefetch")]
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from lib_lora_train.dataset.advice import respelt, typing_errors
 from lib_lora_train.dataset.crop_sheet import crop_sheet, dimmed
-from lib_lora_train.dataset.findings import Examined, Report
+from lib_lora_train.dataset.findings import DatasetReport, Examined
 from lib_lora_train.dataset.report import examine
 from lib_lora_train.demo import STYLE, SUBJECT
 from lib_lora_train.errors import DatasetError, Interrupted, SettingError
@@ -44,15 +44,15 @@ def draw(tmp_path: Path) -> Draw:
     return make
 
 
-def look(folder: Path, tokenizer: object = None, family: str = "", **settings: object) -> Report:
+def look(folder: Path, tokenizer: object = None, family: str = "", **settings: object) -> DatasetReport:
     return examine(folder, settings=parse(settings), tokenizer=tokenizer, sizes=training_sizes(family))
 
 
-def codes(report: Report) -> dict[str, set[str]]:
+def codes(report: DatasetReport) -> dict[str, set[str]]:
     return {image.path.name: set(image.problems) for image in report.images if image.problems}
 
 
-def advice(report: Report, *words: str) -> str:
+def advice(report: DatasetReport, *words: str) -> str:
     """The one sentence that holds all of `words`."""
     found = [sentence for sentence in report.advice if all(word in sentence for word in words)]
     assert len(found) == 1, report.advice

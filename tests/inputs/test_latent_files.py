@@ -14,7 +14,7 @@ from PIL import Image
 
 from lib_lora_train.dataset.buckets import Buckets
 from lib_lora_train.inputs import latent_files as disk_module
-from lib_lora_train.inputs.latent_files import CACHE_FOLDER, LatentDisk, encoder_fingerprint, tensor_fingerprint
+from lib_lora_train.inputs.latent_files import CACHE_FOLDER, LatentDisk
 from lib_lora_train.inputs.latents import CachedLatents
 
 from .conftest import FakeVAE, drawn
@@ -157,18 +157,6 @@ def test_a_file_that_is_held_costs_that_picture_alone(make_dataset, monkeypatch)
     assert encoded(dataset, placements, disk=LatentDisk(vae_fingerprint="v"))[0] == 1
 
 
-def test_a_fingerprint_tells_tensors_apart_by_name_shape_dtype_and_content() -> None:
-    base = {"a": torch.arange(6.0), "b": torch.tensor(1.0)}
-    same = {"b": torch.tensor(1.0), "a": torch.arange(6.0)}
-    assert tensor_fingerprint(base) == tensor_fingerprint(same)
-    others = [
-        {"a": torch.arange(6.0), "c": torch.tensor(1.0)},
-        {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(1.0)},
-        {"a": torch.arange(6.0).to(torch.bfloat16), "b": torch.tensor(1.0)},
-        {"a": torch.arange(6.0), "b": torch.tensor(1.0000001)}, {"a": torch.arange(6.0)}]
-    assert len({tensor_fingerprint(t) for t in [base, *others]}) == 6
-
-
 def test_a_file_that_cannot_be_read_now_is_encoded(make_dataset, monkeypatch) -> None:
     dataset, placements = make_dataset({"a.png": (64, 64)})
     _, first = encoded(dataset, placements, disk=LatentDisk(vae_fingerprint="v"))
@@ -178,16 +166,6 @@ def test_a_file_that_cannot_be_read_now_is_encoded(make_dataset, monkeypatch) ->
     monkeypatch.setattr(Path, "read_bytes", refuse)
     count, second = encoded(dataset, placements, disk=LatentDisk(vae_fingerprint="v"))
     assert count == 1 and torch.equal(mean(first), mean(second))
-
-
-def test_another_encoder_is_another_vae_and_another_decoder_is_not() -> None:
-    vae = {"encoder.conv_in.weight": torch.ones(2, 3), "quant_conv.bias": torch.ones(2),
-           "decoder.conv_in.weight": torch.ones(4), "post_quant_conv.bias": torch.ones(2)}
-    before = encoder_fingerprint(vae)
-    decoder = {"decoder.conv_in.weight": torch.zeros(4), "post_quant_conv.bias": torch.zeros(2)}
-    assert encoder_fingerprint({**vae, **decoder}) == before
-    assert encoder_fingerprint({**vae, "encoder.conv_in.weight": torch.zeros(2, 3)}) != before
-    assert encoder_fingerprint({**vae, "quant_conv.bias": torch.zeros(2)}) != before
 
 
 LATER = 10**18 * 4  # nanoseconds since 1970, in 2096: every stamp is old by then

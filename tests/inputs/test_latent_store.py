@@ -32,7 +32,7 @@ def test_what_the_memory_has_no_room_for_comes_back_the_same_in_any_order(tmp_pa
     store = LatentStore(max_bytes=3 * ONE + 1, folder=tmp_path)
     for number in range(10):
         store.put(number, latents(number))
-    assert [store.in_memory(number) for number in range(10)] == [True] * 3 + [False] * 7
+    assert [store.bytes_on_disk(number) for number in range(10)] == [0] * 3 + [ONE // 2] * 7
     for number in random.Random(0).sample(range(10), 10):
         for flipped in (True, False):
             assert torch.equal(store.load(number, flipped=flipped), latents(number)[int(flipped)])

@@ -208,7 +208,7 @@ MANY = {f"{number}.png": [(64, 64), (80, 48), (70, 64), (120, 100)][number % 4] 
 
 
 def ours() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("lora-train-ahead")]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("lora-train-prefetch")]
 
 
 @pytest.mark.parametrize("threads", [1, 3])

@@ -25,7 +25,7 @@ def same(one: Batch, other: Batch) -> bool:
 
 
 def ours() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("lora-train-ahead")]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("lora-train-prefetch")]
 
 
 KINDS = ["in memory", "in a temporary file", "in the disk cache", "encoded anew"]

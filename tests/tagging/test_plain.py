@@ -89,6 +89,13 @@ def test_a_name_without_words_is_named(tmp_path: Path, stem: str):
         said("filename", tmp_path / f"{stem}.png")
 
 
+@pytest.mark.parametrize(("folder", "words"), [
+    ("10_sks dog", "sks dog"), ("cat_12_dog", "cat 12 dog"), ("summer2024_trip", "summer2024 trip"),
+    ("3_cat_12_dog", "cat 12 dog")])
+def test_of_a_folder_s_name_only_the_repeats_in_front_are_left_out(tmp_path: Path, folder: str, words: str):
+    assert said("template", tmp_path / folder / "a.png", template="{folder}") == words
+
+
 def test_a_template_is_filled_from_trigger_word_folder_and_name(tmp_path: Path):
     path = tmp_path / "10_zzk_girl" / "red_hat_01.png"
     assert said("template", path, trigger_word="zzk") == "zzk, zzk girl, red hat"

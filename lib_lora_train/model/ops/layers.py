@@ -22,11 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lib_lora_train.model.architecture import incomplete
 from lib_lora_train.model.ops.convolution import conv2d_delta, frozen_conv2d
 from lib_lora_train.model.ops.linear import LoRADelta, frozen_linear, shared_linears
 from lib_lora_train.model.ops.recipes import GroupNorm, LayerNorm, Recipe, made
 from lib_lora_train.model.ops.weights import Weight, borrowed
-from lib_lora_train.model.sd.refusals import incomplete
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, heads: int, causal: bool = False) -> Tensor:

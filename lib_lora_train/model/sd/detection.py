@@ -27,15 +27,17 @@ from lib_lora_train.model.architecture import (
     TextEncoderSpec,
     UNetConfig,
     VAEConfig,
+    incomplete,
 )
 from lib_lora_train.model.sd.components import UNET_PREFIX, below, is_openclip
-from lib_lora_train.model.sd.refusals import SUPPORTED, incomplete, refuse_other_kinds
+from lib_lora_train.model.sd.refusals import SUPPORTED, refuse_other_kinds
+from lib_lora_train.model.sd.text import SIZE_EMBEDDING
 
 if TYPE_CHECKING:
     from lib_lora_train.model.family import Family
 
 _CHANNELS_A_HEAD = 64
-_SIZE_VECTOR = 6 * 256
+_SIZE_VECTOR = 6 * SIZE_EMBEDDING
 _TOKEN_EMBEDDING = "text_model.embeddings.token_embedding.weight"
 
 
@@ -89,9 +91,9 @@ def unet_config(unet: Mapping[str, Tensor], *, family: Family, hints: Hints) -> 
     to_text = next((t for name, t in unet.items() if name.endswith(".attn2.to_k.weight") and t.ndim > 1), None)
     if to_text is None:
         raise ModelError("The checkpoint's UNet has no layer that attends to a text", remedy=SUPPORTED)
+    _shape(unet, "out.2.weight")  # raises where it is missing
     config = UNetConfig(
         in_channels=stem.shape[1],
-        out_channels=_shape(unet, "out.2.weight")[0],
         model_channels=stem.shape[0],
         context_dim=to_text.shape[1],
         adm_channels=None if vector is None else vector.shape[1],

@@ -58,9 +58,3 @@ def refuse_other_kinds(tensors: Mapping[str, Tensor]) -> None:
 
 def _refused(kind: str, *, why: str = "", remedy: str = SUPPORTED) -> ModelError:
     return ModelError(f"The checkpoint is {kind}, which this trainer does not support", why=why, remedy=remedy)
-
-
-def incomplete(name: str) -> ModelError:
-    """The error for a checkpoint that lacks the tensor `name`."""
-    return ModelError("The checkpoint is incomplete", why=f"it has no tensor '{name}'",
-                      remedy="download it again, or choose another one")

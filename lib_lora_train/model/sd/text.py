@@ -75,15 +75,14 @@ class TextConditioner:
 
     def encode(self, batch: Sequence[Tokens], *, clip_skip: int = 1,
                adapters: Mapping[str, Adapters] = MappingProxyType({}),
-               checkpointing: bool = False, dtype: torch.dtype = torch.float32) -> Conditioning:
+               dtype: torch.dtype = torch.float32) -> Conditioning:
         """The condition of a batch of captions; captions with fewer chunks than the longest get empty ones.
 
         clip_skip: 1 is the last layer; see `uses_clip_skip`.
         adapters: for each component the adapters by module name.
         Gradients reach the adapters unless the caller says `torch.no_grad()`.
         """
-        return self.encode_ids(self.ids(batch), clip_skip=clip_skip, adapters=adapters, checkpointing=checkpointing,
-                               dtype=dtype)
+        return self.encode_ids(self.ids(batch), clip_skip=clip_skip, adapters=adapters, dtype=dtype)
 
     def ids(self, batch: Sequence[Tokens]) -> tuple[Tensor, ...]:
         """The token ids of a batch of captions on the CPU, [B, n, 77] for each encoder; those with fewer chunks than the

@@ -22,7 +22,7 @@ LOG_VARIANCE_RANGE = (-30.0, 20.0)
 class VAE:
     """Images to the mean and standard deviation of latents, and latents to images.
 
-    Computes in fp32 whatever the weights' dtype (SDXL's VAE overflows in fp16); `dtype` may ask for bf16 instead.
+    Computes in fp32 whatever the weights' dtype (SDXL's VAE overflows in fp16).
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], config: VAEConfig) -> None:
@@ -32,7 +32,7 @@ class VAE:
         self.tensors = self.layers.tensors
 
     @torch.no_grad()
-    def encode(self, pixels: Tensor, *, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """pixels [B, 3, H, W] in [-1, 1] -> (mean, standard deviation), each [B, 4, H/8, W/8] fp32, unscaled.
 
         A sample is `mean + std * noise`; the UNet takes it times `architecture.latent_scale`. NaN is not checked for.
@@ -42,7 +42,7 @@ class VAE:
         if height % self.config.factor or width % self.config.factor:
             raise SettingError(f"A picture of {width}x{height} pixels cannot be encoded",
                                remedy=f"use widths and heights that are multiples of {self.config.factor}")
-        x = pixels.to(dtype)
+        x = pixels.to(torch.float32)
         layers, last = self.layers, len(self.config.encoder_levels) - 1
         x = layers.conv2d("encoder.conv_in", x, padding=1)
         for level, blocks in enumerate(self.config.encoder_levels):
@@ -57,9 +57,9 @@ class VAE:
         return mean, torch.exp(0.5 * log_variance.clamp(*LOG_VARIANCE_RANGE))
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
         """Unscaled latents [B, 4, h, w] -> pixels [B, 3, 8h, 8w] fp32, about in [-1, 1] (not clamped)."""
-        layers, x = self.layers, latents.to(dtype)
+        layers, x = self.layers, latents.to(torch.float32)
         if layers.has("post_quant_conv"):
             x = layers.conv2d("post_quant_conv", x)
         x = self._middle("decoder", layers.conv2d("decoder.conv_in", x, padding=1))

@@ -15,8 +15,8 @@ from typing import Any, ClassVar, Literal
 from pydantic.dataclasses import dataclass
 
 from lib_lora_train.dataset.captions import Tokenizer, split_tags
-from lib_lora_train.dataset.patterns import Pattern
 from lib_lora_train.errors import SettingError
+from lib_lora_train.studio.captions.patterns import Pattern
 from lib_lora_train.studio.requests import Count, Text, validated
 
 Change = Callable[[str], str]

@@ -9,8 +9,8 @@ from pydantic import StrictBool
 from pydantic.dataclasses import dataclass
 
 from lib_lora_train.dataset.captions import split_tags
-from lib_lora_train.dataset.patterns import Pattern
 from lib_lora_train.studio.captions.edits import tag_key
+from lib_lora_train.studio.captions.patterns import Pattern
 from lib_lora_train.studio.requests import Text
 
 

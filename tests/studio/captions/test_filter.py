@@ -7,10 +7,10 @@ import itertools
 
 import pytest
 
-from lib_lora_train.dataset import patterns
-from lib_lora_train.dataset.patterns import Pattern
 from lib_lora_train.errors import SettingError
+from lib_lora_train.studio.captions import patterns
 from lib_lora_train.studio.captions.filter import Filter
+from lib_lora_train.studio.captions.patterns import Pattern
 from lib_lora_train.studio.requests import validated
 
 CAPTIONS = ("1girl, Blue Eyes, smile", "1boy, blue hair", "", "a photo of a dog, blue eyes")

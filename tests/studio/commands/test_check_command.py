@@ -13,6 +13,7 @@ from PIL import Image
 
 from lib_lora_train.demo import STYLE
 from lib_lora_train.errors import DatasetError, SettingError
+from lib_lora_train.model.family import FAMILIES
 from lib_lora_train.model.sd.tokens import clip_tokenizer
 from lib_lora_train.studio.commands import check as check_command
 from lib_lora_train.studio.commands.arguments import add_check
@@ -37,6 +38,12 @@ def test_a_folder_with_something_to_look_at_ends_with_three_and_says_what(capsys
     assert "1. 24 pictures are smaller than the training size 512×512" in capsys.readouterr().out
     assert check(STYLE, "--family", "sdxl") == 3
     assert "1024×1024" in capsys.readouterr().out
+
+
+def test_every_family_can_be_named_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        check("--help")
+    assert f"--family {{{','.join(FAMILIES)}}}" in capsys.readouterr().out
 
 
 def test_a_folder_that_cannot_be_trained_on_ends_with_two_but_is_reported(
