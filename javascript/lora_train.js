@@ -16,7 +16,7 @@
     const API = "./lora-train/v1/";
 
     const state = {
-        token: "", run: "", every: 1, points: [], last: null, finalSeen: true, inSight: false, timer: 0, polling: false,
+        token: "", run: "", every: 1, points: [], last: null, inSight: false, timer: 0, polling: false,
         kicks: 0, planTimer: 0, cursor: null,
     };
     const view = {};
@@ -29,13 +29,6 @@
         return found && found.tagName !== "BUTTON" ? found.querySelector("button") : found;
     };
     const translated = (text) => (window.localization && window.localization[text]) || text;
-
-    function element(tag, className, text) {
-        const made = document.createElement(tag);
-        if (className) made.className = className;
-        if (text !== undefined) made.textContent = text;
-        return made;
-    }
 
     // ---- start -------------------------------------------------------------------------------------------------
 
@@ -206,7 +199,7 @@
             wait = await update();
         } catch (error) {
             // fetch itself fails with a TypeError: nobody answers. Otherwise the server said why.
-            view.showProblem(error instanceof TypeError ? "The server does not answer; trying again." : error.message);
+            view.showProblem(error instanceof TypeError ? translated("The server does not answer; trying again.") : error.message);
         } finally {
             state.polling = false;
             schedule(wait);
@@ -269,7 +262,7 @@
 
     function draw(answer) {
         const model = byId("lora_train_model");
-        if (model) model.textContent = answer.model ? answer.model.text : "No model is loaded";
+        if (model) model.textContent = answer.model ? answer.model.text : translated("No model is loaded");
         setDisabled("lora_train_start", answer.running);
         setDisabled("lora_train_overwrite_it", answer.running);
         setDisabled("lora_train_stop", !answer.running || answer.stopping === "stop");
@@ -357,13 +350,13 @@
         try {
             const response = await fetch(API + "report", {headers: {"X-Lora-Train": state.token}, cache: "no-store"});
             if (!response.ok) throw new Error((await response.json()).error);
-            const link = element("a");
+            const link = document.createElement("a");
             link.href = URL.createObjectURL(await response.blob());
             link.download = "lora-train-report.zip";
             link.click();
             setTimeout(() => URL.revokeObjectURL(link.href), IDLE_MS);
         } catch (error) {
-            view.showProblem(error instanceof TypeError ? "The server does not answer." : error.message);
+            view.showProblem(error instanceof TypeError ? translated("The server does not answer.") : error.message);
         }
     }
 

@@ -57,9 +57,9 @@
         }
 
         function drawBar(answer) {
-            let fraction = answer.fraction, text = "Starting";
+            let fraction = answer.fraction, text = translated("Starting");
             if (answer.waiting) {
-                text = "Waiting for other work";
+                text = translated("Waiting for other work");
             } else if (answer.stage) {
                 fraction = answer.stage.total ? answer.stage.done / answer.stage.total : 0;
                 text = answer.stage.name + (answer.stage.total ? " " + answer.stage.done + "/" + answer.stage.total : "");
@@ -68,7 +68,7 @@
                 text = step.step + "/" + step.total + " · epoch " + step.epoch + "/" + step.epochs;
                 if (answer.seconds_left !== null) text += " · " + duration(answer.seconds_left) + " left";
             }
-            if (answer.stopping) text = answer.stopping === "save" ? "Stopping and saving" : "Stopping";
+            if (answer.stopping) text = translated(answer.stopping === "save" ? "Stopping and saving" : "Stopping");
             view.bar.style.width = (100 * fraction).toFixed(1) + "%";
             view.bar.style.background = fraction > 0 ? "" : "transparent";
             view.bar.textContent = text;
@@ -118,7 +118,7 @@
 
         function drawList(list, texts) {
             list.hidden = !texts.length;
-            if (list.childElementCount === texts.length) return;
+            if ([...list.children].map((li) => li.textContent).join("\n") === texts.join("\n")) return;
             list.replaceChildren(...texts.map((text) => element("li", "", text)));
         }
     };

@@ -121,10 +121,9 @@
         /** Start work on the server; `then` is called with the task once it ended. */
         app.start = (path, body, then) => app.act(async() => {
             const answer = await api.ask(path, body);
-            const id = (answer.task || answer).id;
-            app.watched = id;
+            app.watched = answer.id;
             quick = QUICK;
-            if (then) after.set(id, then);
+            if (then) after.set(answer.id, then);
             return answer;
         });
 

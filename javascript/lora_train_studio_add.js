@@ -125,7 +125,7 @@
             } catch (error) {
                 return app.say(error.message, true);
             }
-            return importing("import", {paths: [clean], mode: "copy"});
+            return importing("import", {paths: [clean]});
         }
 
         async function fromGenerations() {

@@ -34,11 +34,11 @@
         const values = app.tagValues;
 
         app.api.ask("tag-options").then((answer) => {
-            declared = answer.options || answer.settings || answer;
+            declared = answer.options;
             for (const {name, default: first} of declared) {
                 if (!(name in values)) values[name] = first;
             }
-            if (!values.trigger_word) values.trigger_word = app.dataset().trigger_word || app.dataset().concept || "";
+            if (!values.trigger_word) values.trigger_word = app.dataset().trigger_word;
             // Captions that came with the pictures are not written over unless that is asked for.
             const {empty} = app.view, some = empty > 0 && empty < app.dataset().pictures;
             if (!app.modeChosen) values.mode = some ? "only_empty" : declared.find(({name}) => name === "mode").default;

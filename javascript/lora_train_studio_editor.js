@@ -33,7 +33,7 @@
             try {
                 const {tokens: number, chunks} = await app.api.ask("tokens", {text});
                 if (text !== caption.value) return;
-                tokens.textContent = number === null ? "" : count(number, "token");
+                tokens.textContent = count(number, "token");
                 tokens.classList.toggle("lts-problem", number > CHUNK);
                 tokens.title = chunks > 1 ? translated("More than one chunk of 75 tokens.") : "";
             } catch (error) {

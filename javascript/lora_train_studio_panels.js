@@ -146,7 +146,7 @@
             const prompts = classes.prompt.split("\n").map((line) => line.trim()).filter(Boolean);
             if (!prompts.length) return app.say(translated("Write what the pictures should show."), true);
             return app.start("class-pictures", {prompts, count: classes.count, size: classes.size}, (task) => {
-                const folder = task.result.folder || task.result.reg_data_dir;
+                const folder = task.result.reg_data_dir;
                 if (folder) fillFields({reg_data_dir: folder});
             });
         }

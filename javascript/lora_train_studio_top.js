@@ -61,7 +61,7 @@
                 app.panel = "";
                 return name === NEW ? app.act(() => app.api.ask("close", {discard})) : app.enter({name, discard});
             }, {id: "lora_train_dataset", label: "Dataset"});
-            const trigger = dataset.trigger_word || dataset.concept;
+            const trigger = dataset.trigger_word;
             return make("div", {class: "lts-head"},
                 make("div", {class: "lts-name"}, list,
                     trigger && trigger !== dataset.name ? make("span", {
@@ -72,12 +72,11 @@
         }
 
         function historyButtons(dataset) {
-            const said = (answer) => (answer.label ? answer.label : "");
-            const undo = button("Undo", () => app.act(() => app.api.ask("undo", {}), (a) => translated("Undone: ") + said(a)), {
+            const undo = button("Undo", () => app.act(() => app.api.ask("undo", {}), (a) => translated("Undone: ") + a.label), {
                 kind: "tool", drawn: "undo", id: "lora_train_undo", disabled: !dataset.can_undo,
                 title: dataset.can_undo ? translated("Undo") + ": " + dataset.can_undo + " (Ctrl+Z)" : "Nothing to undo",
             });
-            const redo = button("Redo", () => app.act(() => app.api.ask("redo", {}), (a) => translated("Redone: ") + said(a)), {
+            const redo = button("Redo", () => app.act(() => app.api.ask("redo", {}), (a) => translated("Redone: ") + a.label), {
                 kind: "tool", drawn: "redo", id: "lora_train_redo", disabled: !dataset.can_redo,
                 title: dataset.can_redo ? translated("Redo") + ": " + dataset.can_redo + " (Ctrl+Y)" : "Nothing to redo",
             });

@@ -88,6 +88,11 @@ def test_a_run_is_started_watched_through_a_reload_and_stopped_with_its_result(s
     # There is no txt2img here to send anything to.
     expect(served.part("send")).to_be_hidden()
 
+    served.job.warning = "two.png cannot be read."
+    served.fill(name="again")
+    served.part("start").click()
+    expect(page.locator(".lora-train-warnings li").last).to_have_text(served.job.warning)
+
 
 def test_an_interrupted_run_is_offered_and_goes_on_with_its_own_settings(served: Served):
     data = images(served.folder / "pictures")
