@@ -165,9 +165,9 @@ def test_a_model_that_finds_no_room_is_told_once_and_comes_back_with_the_next_le
         lease.offload_parts({"vae", "text"})
         card.full = lambda: True
     said, = caplog.messages
-    assert "not on the card" in said and "Load SD checkpoint to VRAM" in said
+    assert "not on the GPU" in said and "Load SD checkpoint to VRAM" in said
     assert on_card(webui, card) == {"unet"} and not webui.lock.locked()
-    with pytest.raises(HostError, match="not on the card"), new_lease(webui).leased():
+    with pytest.raises(HostError, match="not on the GPU"), new_lease(webui).leased():
         raise AssertionError("nothing is leased")
     card.full = lambda: False
     with new_lease(webui).leased():
@@ -246,6 +246,14 @@ def test_rendering_is_a_generation_in_the_queue(webui, host):
         host.render(RenderRequest("a", sampler="none"))
     with pytest.raises(HostError), host.lease():
         host.render(RenderRequest("a"))  # its lock would never come
+
+
+def test_a_list_of_loras_that_cannot_be_refreshed_is_logged_and_fails_no_run(webui, host, monkeypatch, caplog):
+    def failing() -> None:
+        raise ZeroDivisionError
+    monkeypatch.setattr("lib_lora_train.host.a1111.loras.refresh", failing)
+    host.refresh_loras()
+    assert "could not be refreshed" in caplog.text and "ZeroDivisionError" in caplog.text and not webui.lock.locked()
 
 
 @pytest.mark.parametrize("how", ["it fails", "no memory", "interrupted", "stop"])

@@ -1,1 +1,1 @@
-"""TODO"""
+"""The AUTOMATIC1111 WebUI as a host: the only home of `modules.*`."""

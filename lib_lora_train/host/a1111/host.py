@@ -18,6 +18,7 @@ The host stays in `sys.modules` when "Reload UI" runs the scripts again.
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -36,6 +37,8 @@ from lib_lora_train.host.a1111.queue import QueueLock
 from lib_lora_train.host.port import Checkpoint, LeasedModel, Outline, RenderRequest, never
 from lib_lora_train.settings.allowed_paths import AllowedPaths
 from lib_lora_train.tagging.captioner import CaptionerSource
+
+log = logging.getLogger(__name__)
 
 
 class WebUIHost:
@@ -79,7 +82,7 @@ class WebUIHost:
         """
         if shared.cmd_opts.lowvram:
             raise HostError(
-                "Training is not possible with --lowvram", why="it keeps the model in pieces outside the card's memory",
+                "Training is not possible with --lowvram", why="it keeps the model in pieces outside the GPU's memory",
                 remedy="start the WebUI with --medvram, or without either")
         if self._lease is not None:
             raise HostError("The model is in use", remedy="wait for the other job to end")
@@ -121,9 +124,15 @@ class WebUIHost:
             lease.version_check.check()
 
     def refresh_loras(self) -> None:
-        """List the LoRA folder anew, and forget everything of the old contents of an overwritten file."""
-        with contextlib.nullcontext() if self._leased_here() else call_queue.queue_lock:
-            loras.refresh()
+        """List the LoRA folder anew, and forget everything of the old contents of an overwritten file.
+
+        The result is saved by then, so an error of the Lora extension is logged and not raised.
+        """
+        try:
+            with contextlib.nullcontext() if self._leased_here() else call_queue.queue_lock:
+                loras.refresh()
+        except Exception:
+            log.exception("The WebUI's list of LoRAs could not be refreshed")
 
     def _leased_here(self) -> bool:
         """Whether the calling thread has the model leased now, and with it the queue's lock."""

@@ -173,6 +173,6 @@ class WebUILease(LeasedModel):
 def _misplaced_error() -> HostError:
     """The error for a model with parts that are not where the WebUI had them."""
     return HostError(
-        "Part of the WebUI's model is not on the card, and pictures cannot be painted",
+        "Part of the WebUI's model is not on the GPU, and pictures cannot be painted",
         why="there was no room for it when it was to come back",
-        remedy="free some of the card's memory, then press 'Load SD checkpoint to VRAM from RAM' in Settings, Actions")
+        remedy="free some of the GPU's memory, then press 'Load SD checkpoint to VRAM from RAM' in Settings, Actions")
