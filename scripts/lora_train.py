@@ -19,7 +19,7 @@ TOKEN = secrets.token_urlsafe(32)
 
 def tabs() -> list[tuple[Any, str, str]]:
     """The tab as the WebUI wants it: blocks, title, id."""
-    return [(build_tab(runner=RUNNER, host=HOST, defaults={}, token=TOKEN), "Train LoRA", "lora_train")]
+    return [(build_tab(runner=RUNNER, host=HOST, token=TOKEN), "Train LoRA", "lora_train")]
 
 
 def routes(_: Any, app: Any) -> None:

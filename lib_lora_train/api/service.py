@@ -10,6 +10,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from lib_lora_train.errors import HostError, LoraFileError, printable
@@ -49,8 +50,7 @@ def resume(run: str, changes: Mapping[str, object], *, runner: Runner, host: Hos
     Its settings are those it had, but for `changes`; a raised max_train_steps for example. Raises as `start` does, and
     LoraFileError where the run has no state.
     """
-    if run_folder(run, host.runs_folder) is None:
-        raise LoraFileError(f"There is no run called {run!r}", remedy="see the list of runs")
+    _folder_of(run, host)
     point = find(run, host.runs_folder)
     return start({**flat(settings_of(point, changes)), "resume": run}, runner=runner, host=host)
 
@@ -155,13 +155,16 @@ def report(run: str, *, host: Host, program: str) -> bytes:
 
     Raises LoraFileError where there is no such run.
     """
-    found = run_folder(run, host.runs_folder) if run else None
-    if run and found is None:
-        raise LoraFileError(f"There is no run called {run!r}", remedy="see the list of runs")
-    if found is None:
-        past = past_runs(host.runs_folder, most=1)
-        found = host.runs_folder / past[0].id if past else None
+    past = [] if run else past_runs(host.runs_folder, most=1)
+    found = _folder_of(run, host) if run else host.runs_folder / past[0].id if past else None
     return bundle(found, host=host, program=program)
+
+
+def _folder_of(run: str, host: Host) -> Path:
+    folder = run_folder(run, host.runs_folder)
+    if folder is None:
+        raise LoraFileError(f"There is no run called {run!r}", remedy="see the list of runs")
+    return folder
 
 
 def settings_list() -> list[dict[str, Any]]:
@@ -180,10 +183,8 @@ def lora_text(path: str) -> str:
     return f"<lora:{name.removesuffix('.safetensors')}:1>"
 
 
-def model_text(checkpoint: Checkpoint | None) -> str:
+def model_text(checkpoint: Checkpoint) -> str:
     """One line: "base: dreamshaper_8 [879db523c3] · SD1 · VAE: baked"."""
-    if checkpoint is None:
-        return "No model is loaded"
     short_hash = f" [{checkpoint.sha256[:10]}]" if checkpoint.sha256 else ""
     known = FAMILIES.get(checkpoint.family)
     family = known.title if known else "this kind of model cannot be trained"

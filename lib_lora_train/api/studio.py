@@ -84,8 +84,7 @@ def _add_datasets(post: Callable[..., None], studio: Studio) -> None:
     post("open", lambda r: {"notes": list(studio.open(r.name, discard=r.discard))}, "Open a dataset")
     post("create", lambda r: studio.create(r.name, concept=r.concept), "Make a dataset")
     post("close", lambda r: studio.close(discard=r.discard), "Leave the dataset")
-    post("import", lambda r: {"id": operations.import_paths(studio, some(r.paths, "paths"))},
-         "Bring pictures in")
+    post("import", lambda r: {"id": operations.import_paths(studio, some(r.paths, "paths"))}, "Bring pictures in")
     post("import-uploads", lambda r: {"id": operations.import_uploads(studio, batch_name(r.batch))}, "Bring in what was sent")
     post("use", lambda _: studio.use(), "Save and train with the dataset")
     post("stop-task", lambda _: {"stopping": studio.tasks.stop()}, "Stop the task under way")
@@ -106,27 +105,22 @@ def _add_captions(get: Callable[..., None], post: Callable[..., None], studio: S
     post("undo", lambda _: {"label": studio.step(back=True)}, "Take the last step back")
     post("redo", lambda _: {"label": studio.step(back=False)}, "Do it again")
     post("save", lambda r: studio.save(overwrite=r.overwrite), "Write the captions")
-    post("tokens", lambda r: dict(zip(("tokens", "chunks"), studio.tokens(r.text), strict=True)),
-         "Count tokens")
+    post("tokens", lambda r: dict(zip(("tokens", "chunks"), studio.tokens(r.text), strict=True)), "Count tokens")
     get("tag-options", lambda _: {"options": view.tag_options()}, "What can be chosen when captioning")
-    post("tag", lambda r: {"id": operations.tag(studio, r.source, r.options, r.selection())},
-         "Caption pictures")
+    post("tag", lambda r: {"id": operations.tag(studio, r.source, r.options, r.selection())}, "Caption pictures")
 
 
 def _add_shapes(get: Callable[..., None], post: Callable[..., None], studio: Studio) -> None:
     post("check", lambda r: {"id": operations.check(studio, r.settings)}, "Look at the pictures")
     get("crops", lambda _: _image(shaping.crops(studio), keep=False), "What crops lose")
-    post("shape-preview", lambda r: _image(shaping.preview(studio, r.id, r.shape), keep=False),
-         "What a shape would make")
-    post("shape", lambda r: {"id": operations.shape(studio, r.shape, r.selection())},
-         "Cut and scale pictures")
+    post("shape-preview", lambda r: _image(shaping.preview(studio, r.id, r.shape), keep=False), "What a shape would make")
+    post("shape", lambda r: {"id": operations.shape(studio, r.shape, r.selection())}, "Cut and scale pictures")
     post("crop", lambda r: shaping.crop_to_box(studio, r.id, r.box or ()), "Cut a picture by hand")
     post("flip", lambda r: {"id": shaping.flip(studio, r.id, copy=r.copied)}, "Mirror")
     post("split", lambda r: {"ids": shaping.split(studio, r.id, tile=r.tile)}, "Split")
     get("mask", lambda r: _image(shaping.mask(studio, r.id), keep=False), "What of a picture is learnt")
     post("remove-mask", lambda r: shaping.remove_mask(studio, r.id), "Learn all of a picture")
-    post("unshape", lambda r: shaping.unshape(studio, some(r.ids, "ids")),
-         "Bring pictures back as they were")
+    post("unshape", lambda r: shaping.unshape(studio, some(r.ids, "ids")), "Bring pictures back as they were")
 
 
 def _add_model(get: Callable[..., None], post: Callable[..., None], studio: Studio) -> None:

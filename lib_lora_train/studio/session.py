@@ -174,7 +174,7 @@ class Studio:
         not written but named, unless `overwrite`. Raises HostError while a training reads the dataset."""
         with self.using() as session:
             self.refuse_while_training("saved")
-            saved = session.store.save(session.dataset.studio_folder / "backup", overwrite=overwrite)
+            saved = session.store.save(overwrite=overwrite)
             self.changed()
             return {"written": saved.written, "conflicts": [path.name for path in saved.conflicts]}
 

@@ -78,9 +78,9 @@ def mask(studio: Studio, name: str) -> bytes:
 
 def put_mask(studio: Studio, name: str, sent: Path) -> None:
     """Keep the image in `sent` as the mask of an image; of its size, white is learnt."""
-    generated = shapes.mask_from_file(sent)
+    drawn = shapes.mask_from_file(sent)
     with studio.changing("masked", names=[name]) as session:
-        shapes.put_mask(session.dataset, name, generated)
+        shapes.put_mask(session.dataset, name, drawn)
         session.renew()
 
 
@@ -104,7 +104,6 @@ def _add(session: DatasetSession, name: str, made: Sequence[str]) -> None:
     """Tell the store of new images made from `name`, with its caption as edited."""
     folder, caption = session.dataset.images_folder, session.store.caption(session.index(name))
     session.store.add([folder / new for new in made])
-    session.renew()
     different = {index: caption for new in made if session.store.caption(index := session.index(new)) != caption}
     if different:
         session.store.set_captions(different, f"Captions from {name}")

@@ -22,7 +22,7 @@ SPARE = 256 << 20
 
 
 class Uploads:
-    """The files sent so far, in batch ("batches") that are imported together."""
+    """The files sent so far, in batches that are imported together."""
 
     def __init__(self, folder: Path) -> None:
         """`folder` is emptied: what an earlier session was sent and did not import is of no use."""
@@ -43,8 +43,8 @@ class Uploads:
             if batch not in self._batches and len(self._batches) >= MOST_BATCHES:
                 raise DatasetError("Too many uploads are waiting to be imported", remedy="reload the page and try again")
             if len(self._batches.get(batch, ())) >= MOST_FILES:
-                raise DatasetError(f"More than {MOST_FILES} files were sent at once", remedy="send them as several lots, or "
-                                   "name the folder they are in")
+                raise DatasetError(f"More than {MOST_FILES} files were sent at once", remedy="send them in several batches, "
+                                   "or name the folder they are in")
             self._count += 1
             path = self._folder / str(self._count)
         with translated("a file was received"):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lib_lora_train.errors import printable
 from lib_lora_train.settings.field import declarations
 from lib_lora_train.studio.dataset_session import DatasetSession
-from lib_lora_train.studio.requests import MOST_A_PAGE, Selection
+from lib_lora_train.studio.requests import Selection
 from lib_lora_train.studio.session import Studio
 from lib_lora_train.tagging.options import TagOptions
 from lib_lora_train.tagging.sources import sources
@@ -41,10 +41,9 @@ def _dataset(session: DatasetSession) -> dict[str, Any]:
     dataset, store = session.dataset, session.store
     counts, shaped = session.counts()
     return {
-        "name": printable(dataset.name), "folder": printable(str(dataset.folder)), "concept": dataset.concept,
-        "repeats": dataset.repeats, "trigger_word": dataset.concept, "pictures": len(store.images),
-        "selected_total": len(store.images), "unsaved": store.unsaved, "can_undo": store.can_undo,
-        "can_redo": store.can_redo, "shaped": shaped,
+        "name": printable(dataset.name), "folder": printable(str(dataset.folder)),
+        "repeats": dataset.repeats, "trigger_word": dataset.concept, "pictures": len(store.images), "shaped": shaped,
+        "unsaved": store.unsaved, "can_undo": store.can_undo, "can_redo": store.can_redo,
         "report": None if session.report is None else {**_report(session.report, session), "counts": dict(counts)}}
 
 
@@ -58,7 +57,7 @@ def images(studio: Studio, selection: Selection, *, offset: int, limit: int, sor
     """One page of the gallery: {"total": how many the filter lets through, "pictures": […]}."""
     with studio.using() as session:
         chosen = session.sorted(session.chosen(selection), sort)
-        shown = [session.entry(index) for index in chosen[offset:offset + min(limit, MOST_A_PAGE)]]
+        shown = [session.entry(index) for index in chosen[offset:offset + limit]]
         return {"total": len(chosen), "pictures": shown}
 
 
@@ -70,7 +69,7 @@ def tags(studio: Studio, selection: Selection) -> dict[str, Any]:
 
 
 def tag_options() -> list[dict[str, Any]]:
-    """What can be chosen when images are captioned, as `control.settings_list` lists settings."""
+    """What can be chosen when images are captioned, as `service.settings_list` lists settings."""
     return [{"name": d.name, "type": d.type.__name__, "default": d.default, "minimum": d.minimum, "maximum": d.maximum,
              "step": d.step, "choices": list(d.choices), "label": d.label, "help": d.help, "in_view": d.in_view}
             for d in declarations(TagOptions)]

@@ -34,13 +34,12 @@ FOLDS = {"network": "Network", "optimizer": "Optimizer", "loss": "Loss and noise
 _HIDDEN = "lora-train-hidden"
 
 
-def build_tab(*, runner: Runner, host: Host, defaults: Mapping[str, Value], token: str) -> gr.Blocks:
+def build_tab(*, runner: Runner, host: Host, token: str) -> gr.Blocks:
     """The page as gradio Blocks, to be rendered into the WebUI's tabs or into a page of its own.
 
-    `defaults` are first values that differ from the declared ones, by name. `token` opens the API to the page's script;
-    it is part of the page's configuration, which the WebUI's login protects.
+    `token` opens the API to the page's script; it is part of the page's configuration, which the WebUI's login protects.
     """
-    first = {**flat(Settings()), **defaults}
+    first = flat(Settings())
     fields: dict[str, Any] = {}
     with gr.Blocks(analytics_enabled=False) as tab, gr.Column(elem_id="lora_train", elem_classes=["lora-train"]):
         # The script writes the model in use into it, which may change while the page is open.

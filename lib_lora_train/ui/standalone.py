@@ -11,7 +11,6 @@ import re
 import secrets
 import socket
 import sys
-import webbrowser
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,7 @@ _POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-a
 _CLOSED = ("/file", "/upload", "/stream", "/proxy")
 
 
-def serve(host: Host, *, port: int, address: str = "127.0.0.1", auth: str = "", open_browser: bool = False) -> None:
+def serve(host: Host, *, port: int, address: str = "127.0.0.1", auth: str = "") -> None:
     """Serve the page until the process is interrupted; port 0 chooses a free one.
 
     `auth` is user:password; without one a password is made up and printed where other machines reach `address`.
@@ -61,8 +60,6 @@ def serve(host: Host, *, port: int, address: str = "127.0.0.1", auth: str = "", 
     if host.allowed:
         sys.stdout.write(f"Datasets may lie in {' or '.join(map(str, host.allowed.reading))}; {host.allowed.advice}\n")
     sys.stdout.flush()
-    if open_browser:
-        webbrowser.open(url)
     server = uvicorn.Server(uvicorn.Config(make_app(host, address=address, login=login), log_level="warning"))
     server.run(sockets=[listener])
 
@@ -106,7 +103,7 @@ def make_app(host: Host, *, address: str = "127.0.0.1", login: tuple[str, str] |
                 logged_in=lambda cookies: api.login_of(gradio_app[0])(cookies), program="page without a WebUI")
     app.add_api_route(f"{api.PREFIX}/page.js", _script, include_in_schema=False)
     app.add_api_route(f"{api.PREFIX}/page.css", _style, include_in_schema=False)
-    tab = build_tab(runner=runner, host=host, defaults={}, token=token)
+    tab = build_tab(runner=runner, host=host, token=token)
     # Rendered into a page of its own just as the WebUI renders it into its tabs.
     with gr.Blocks(title="Train LoRA", analytics_enabled=False, theme=_theme()) as page, gr.Column(
             elem_classes=["lora-train-standalone"]):

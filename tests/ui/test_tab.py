@@ -48,7 +48,7 @@ def changed(updates: list) -> dict[str, object]:
 
 
 def test_every_setting_is_on_the_page_exactly_once(host: FakeHost):
-    tab = build_tab(runner=Runner(), host=host, defaults={"network_dim": 4}, token="token")
+    tab = build_tab(runner=Runner(), host=host, token="token")
     ids = [getattr(block, "elem_id", None) for block in tab.blocks.values()]
     assert [ids.count(element_id(name)) for name in DECLARATIONS] == [1] * len(DECLARATIONS)
     given = [block.elem_id for block in tab.blocks.values() if getattr(block, "elem_id", None)]
@@ -56,25 +56,25 @@ def test_every_setting_is_on_the_page_exactly_once(host: FakeHost):
 
 
 def test_each_field_shows_its_default_label_and_help(host: FakeHost):
-    tab = build_tab(runner=Runner(), host=host, defaults={"network_dim": 4}, token="token")
+    tab = build_tab(runner=Runner(), host=host, token="token")
     by_id = {block.elem_id: block for block in tab.blocks.values() if getattr(block, "elem_id", None)}
     for name, declaration in DECLARATIONS.items():
         component = by_id[element_id(name)]
-        assert component.value == (4 if name == "network_dim" else declaration.default), name
+        assert component.value == declaration.default, name
         assert (component.label, component.webui_tooltip) == (declaration.label, declaration.help)
         # What the page shows at first is possible as it stands.
         assert shown(declaration, component.value)
 
 
 def test_nothing_of_the_page_gets_into_the_webuis_stored_defaults(host: FakeHost):
-    tab = build_tab(runner=Runner(), host=host, defaults={}, token="token")
+    tab = build_tab(runner=Runner(), host=host, token="token")
     for block in tab.blocks.values():
         stored = (gr.Slider, gr.Radio, gr.Checkbox, gr.Textbox, gr.Number, gr.Dropdown, gr.Button)
         assert not isinstance(block, stored) or block.do_not_save_to_config, block
 
 
 def test_the_token_travels_in_the_pages_configuration_which_the_hosts_login_protects(host: FakeHost):
-    tab = build_tab(runner=Runner(), host=host, defaults={}, token="s3cret")
+    tab = build_tab(runner=Runner(), host=host, token="s3cret")
     holders = [c for c in tab.get_config_file()["components"] if "s3cret" in json.dumps(c["props"], default=str)]
     assert [holder["props"]["elem_id"] for holder in holders] == ["lora_train_token"]
 

@@ -56,7 +56,7 @@ class Found:
 
 
 def find_images(folder: Path, *, may_read: MayRead | None = None) -> list[Found]:
-    """The images that training would use, by name. `may_read` is asked about folders and links, which may lead elsewhere;
+    """The images that training would use, by name. `may_read` is asked about folders and links, which may lead elsewhere.
     Raises DatasetError if the folder is missing or cannot be read."""
     listing = list_folder(folder, may_read=may_read)
     found = [entry for path in listing.folders if is_subset_name(path.name)

@@ -31,7 +31,7 @@ from lib_lora_train.errors import OutputError, printable, translated
 from lib_lora_train.storage.atomic import remove, remove_parts, replacing, sync_folder, write_atomic
 from lib_lora_train.studio.captions.files import MOST_BYTES
 
-STUDIO = ".studio"
+STUDIO_FOLDER = ".studio"
 BACKUPS_KEPT = 10
 _JOURNAL = "captions.journal"
 _VERSION = 1
@@ -59,22 +59,21 @@ class Recovered:
 
 def studio_folder(folder: Path, may_read: MayRead | None) -> Path:
     """The dataset's own hidden folder; raises OutputError where it is a link that leads out of the allowed folders."""
-    studio = folder / STUDIO
+    studio = folder / STUDIO_FOLDER
     if may_read and not may_read(studio):
         raise OutputError(f"The folder {studio} cannot be used", why="it leads to a folder that is not allowed",
                           remedy="remove that link")
     return studio
 
 
-def write_captions(folder: Path, rewrites: list[Rewrite], *, backup_folder: Path | None = None,
-                   may_read: MayRead | None = None) -> Path:
+def write_captions(folder: Path, rewrites: list[Rewrite], *, may_read: MayRead | None = None) -> Path:
     """Write all of `rewrites` as above; returns the backup. The files lie in `folder` or in a folder of it.
 
     Raises OutputError if the disk refuses. Then either nothing is changed, or the journal stays and `recover` goes on.
     """
     studio = studio_folder(folder, may_read)
     with translated("the captions were backed up"):
-        backup = _back_up(folder, rewrites, backup_folder or studio / "backup")
+        backup = _back_up(folder, rewrites, studio / "backup")
         journal = studio / _JOURNAL
         write_atomic(journal, _journal_text(folder, rewrites))
     with translated("the captions were written; the rest is written with the next save, or when the folder is opened again"):
@@ -89,7 +88,7 @@ def recover(folder: Path, *, may_read: MayRead | None = None) -> Recovered:
 
     Raises OutputError if the disk refuses; the journal then stays.
     """
-    journal = folder / STUDIO / _JOURNAL
+    journal = folder / STUDIO_FOLDER / _JOURNAL
     if not os.path.lexists(journal):
         return Recovered()
     studio = studio_folder(folder, may_read)

@@ -25,7 +25,7 @@ from lib_lora_train.studio.captions.files import (
     read_on_disk,
 )
 from lib_lora_train.studio.captions.filter import Filter
-from lib_lora_train.studio.captions.save import STUDIO, Rewrite, content_of, recover, write_captions
+from lib_lora_train.studio.captions.save import STUDIO_FOLDER, Rewrite, content_of, recover, write_captions
 from lib_lora_train.studio.requests import MOST_CHARACTERS
 
 _MOST_STEPS = 200  # that can be undone
@@ -252,9 +252,9 @@ class CaptionStore:
 
     # ---- the disk
 
-    def save(self, backup_folder: Path | None = None, *, overwrite: bool = False) -> Saved:
-        """Write what changed, all or none (see `save.py`). What the files held goes into a zip in `backup_folder`, by default
-        .studio/backup of the dataset; the last ten are kept.
+    def save(self, *, overwrite: bool = False) -> Saved:
+        """Write what changed, all or none (see `save.py`). What the files held goes into a zip in .studio/backup of the
+        dataset; the last ten are kept.
 
         A caption file that another program changed since it was read is not overwritten, unless told to, and named.
         Raises OutputError if the disk refuses; saving once more, or opening the folder once more, then goes on.
@@ -275,7 +275,7 @@ class CaptionStore:
                     rewrites[caption] = Rewrite(path, text, content_of(path))
         if not rewrites:
             return Saved(0, None, tuple(conflicts))
-        backup = write_captions(self.folder, list(rewrites.values()), backup_folder=backup_folder, may_read=self._may_read)
+        backup = write_captions(self.folder, list(rewrites.values()), may_read=self._may_read)
         for caption, rewrite in rewrites.items():
             caption.on_disk(OnDisk(rewrite.new.strip()))
         return Saved(len(rewrites), backup, tuple(conflicts))
@@ -293,7 +293,7 @@ class CaptionStore:
         if done.written and not self._captions:
             self.notes += (f"A save that was interrupted was finished: {counted(len(done.written), 'caption')}.",)
         if done.conflicts:
-            kept = printable(str(self.folder / STUDIO / "backup"))
+            kept = printable(str(self.folder / STUDIO_FOLDER / "backup"))
             self.notes += (f"An interrupted save could not be finished for {counted(len(done.conflicts), 'caption')} that "
                            f"another program changed since; what was to be written is kept in {kept}.",)
 

@@ -12,9 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lib_lora_train.settings import DECLARATIONS
 from lib_lora_train.tagging.options import MODES, OPTIONS
 
-USUAL_EPOCHS = 10  # the default of max_train_epochs, for which repeats are proposed
+USUAL_EPOCHS = DECLARATIONS["max_train_epochs"].default  # for which repeats are proposed
 Commands = Any  # what ArgumentParser.add_subparsers returns
 _FAMILIES = ("sd1", "sd2", "sdxl")
 _TAG_SOURCES = ("wd", "infotext", "filename", "template")
@@ -85,7 +86,7 @@ def add_tag(commands: Commands) -> None:
     tag.add_argument("--trigger", metavar="WORD", help="trigger_word")
     tag.add_argument("--template", metavar="TEXT", help="template")
     tag.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any option; may be repeated")
-    tag.add_argument("--device", default="", help="where to compute (cuda, cpu); by default a graphics card if there is one")
+    tag.add_argument("--device", default="", help="where to compute (cuda, cpu); by default a GPU if there is one")
     tag.add_argument("--dry-run", action="store_true", help="show the captions and write nothing")
     tag.add_argument("--json", action="store_true", help="one JSON object a picture instead of text")
     tag.set_defaults(command=_run("tag"))
@@ -107,7 +108,7 @@ def add_verify(commands: Commands) -> None:
 
     images = commands.add_parser("class-pictures", help="paint preservation pictures (kohya's reg_data_dir) from prompts")
     images.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="what the class is (a photo of a "
-                          "girl); may be repeated, they are taken in turn")
+                        "girl); may be repeated, they are taken in turn")
     images.add_argument("--count", type=int, required=True, help="how many there are to be; those that are there count")
     images.add_argument("--to", type=Path, required=True, metavar="DIR", help="they go into DIR/1_class; DIR is reg_data_dir")
     images.add_argument("--resolution", default="auto", help="their size: auto, 512, or 768,512")

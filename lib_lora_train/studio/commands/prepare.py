@@ -65,8 +65,8 @@ def _dry_run(chosen: argparse.Namespace, shape: Shape | None) -> int:
             found = collect(dataset, chosen.sources, transparent=chosen.transparent, dry_run=True, on_progress=progress)
         _refuse_nothing(found, dataset)
         boxes = [plan_shape(size, shape) if shape else None for size in found.sizes]
-        return _report(chosen, dataset, found, [_row(path.name, size, box) for path, size, box in
-                                             zip(found.added, found.sizes, boxes, strict=True)], shaped=None)
+        rows = [_row(path.name, size, box) for path, size, box in zip(found.added, found.sizes, boxes, strict=True)]
+        return _report(chosen, dataset, found, rows, shaped=None)
 
 
 # ---- the dataset
@@ -131,7 +131,7 @@ def _rows(dataset: OwnedDataset, found: Collected) -> list[dict[str, Any]]:
 
 
 def _report(chosen: argparse.Namespace, dataset: OwnedDataset, found: Collected, rows: list[dict[str, Any]], *,
-         shaped: Shaped | None) -> int:
+            shaped: Shaped | None) -> int:
     skipped = [*found.skipped, *(shaped.skipped if shaped else ())]
     notes = [*found.notes, *(shaped.notes if shaped else ())]
     if chosen.json:

@@ -53,7 +53,7 @@ def face_box(image: Image.Image, *, models_folder: Path | None = None) -> Subjec
         return None
     scale = min(1.0, _FACE_SIDE / max(image.size))
     small = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))),
-                           Image.Resampling.BILINEAR) if scale < 1 else image
+                         Image.Resampling.BILINEAR) if scale < 1 else image
     if min(small.size) < 40:
         return None
     try:

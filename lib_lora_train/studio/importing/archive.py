@@ -18,8 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from lib_lora_train.dataset.images import MAX_BYTES
 from lib_lora_train.errors import DatasetError
-from lib_lora_train.studio.importing.owned import one_line
+from lib_lora_train.studio.importing.owned import plain_line
 
 # What zipfile and its decompressors were seen to raise on damaged input.
 _ZIP_ERRORS = (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, OSError, EOFError, ValueError, RuntimeError, LookupError,
@@ -34,7 +35,7 @@ _MOST_DIRECTORY = 16 << 20
 
 # What one archive may hold.
 MOST_ENTRIES = 20_000
-MOST_ENTRY_BYTES = 256 << 20  # as large as an image may be
+MOST_ENTRY_BYTES = MAX_BYTES
 MOST_BYTES = 32 << 30  # of all entries unpacked, one after the other
 MOST_EXPANSION = 100  # how many times the archive's own size; images hardly pack
 ALWAYS_BYTES = 2 << 30  # so much may come out of a small one too
@@ -52,7 +53,7 @@ class Entry:
     @property
     def label(self) -> str:
         """How to name it to the user."""
-        return one_line("/".join([*self.folder, self.name]))
+        return plain_line("/".join([*self.folder, self.name]))
 
 
 class Archive:

@@ -22,6 +22,7 @@ from lib_lora_train.dataset.listing import MayRead
 from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
 from lib_lora_train.errors import DatasetError, counted, printable, translated
 from lib_lora_train.storage.atomic import copy_atomic, write_atomic
+from lib_lora_train.studio.captions.files import MOST_BYTES as MOST_CAPTION_BYTES
 from lib_lora_train.studio.importing.archive import Archive, open_archive
 from lib_lora_train.studio.importing.names import FreeNames, safe_stem
 from lib_lora_train.studio.importing.owned import Note, OwnedDataset
@@ -31,7 +32,6 @@ __all__ = ("Collected", "Upload", "collect")
 
 # Formats that kohya's tools open too, and the endings that go with them, the usual one first.
 _KEPT = {"PNG": (".png",), "JPEG": (".jpg", ".jpeg"), "MPO": (".jpg", ".jpeg"), "WEBP": (".webp",), "BMP": (".bmp",)}
-_MOST_CAPTION = 1 << 20
 _NOTES_EVERY = 200  # images between two writes of dataset.json
 
 
@@ -75,18 +75,18 @@ def collect(
 def _collect_source(source: Source, collector: _Collector, *, watch: Watch) -> None:
     with contextlib.ExitStack() as stack:
         try:
-            session = stack.enter_context(open_archive(source.archive) if source.archive else contextlib.nullcontext())
+            archive = stack.enter_context(open_archive(source.archive) if source.archive else contextlib.nullcontext())
         except DatasetError as error:  # it could be listed a moment ago
             collector.skipped.append((source.name, reason(error)))
             return
         for found in source.images:
             watch.check()
-            if session is not None and session.exhausted:
+            if archive is not None and archive.exhausted:
                 collector.skipped.append((source.name, "It unpacks to far more than its own size, so the rest of it was left "
                                           "out."))
                 return
             try:
-                collector.add(found, session)
+                collector.add(found, archive)
             except DatasetError as error:
                 collector.skipped.append((found.label, reason(error)))
             watch.advance()
@@ -114,9 +114,9 @@ class _Collector:
         if not self.dry_run:
             self.dataset.remove_parts()
 
-    def add(self, found: Found, session: Archive | None) -> None:
+    def add(self, found: Found, archive: Archive | None) -> None:
         """One image. Raises DatasetError if it cannot be used; then nothing of it was written."""
-        with _on_disk(found.location, session) as path:
+        with _on_disk(found.location, archive) as path:
             if path.stat().st_size > MAX_BYTES:
                 read_layers(path)  # refuses it, and says why
             digest = _sha256(path)
@@ -126,7 +126,7 @@ class _Collector:
             layers = read_layers(path)
             if layers.alpha is not None and layers.alpha.getextrema()[1] == 0:
                 raise DatasetError(found.label, why="it is transparent everywhere")
-            caption, mask = self._caption(found, session), self._mask(found, layers, session)
+            caption, mask = self._caption(found, archive), self._mask(found, layers, archive)
             stem = self._names.claim(safe_stem(Path(found.name).stem))
             endings = _KEPT.get(layers.format, ()) if layers.as_stored else ()
             suffix = Path(found.name).suffix.lower()
@@ -146,13 +146,13 @@ class _Collector:
         self.added.append(target)
         self.sizes.append(layers.image.size)
 
-    def _caption(self, found: Found, session: Archive | None) -> str:
+    def _caption(self, found: Found, archive: Archive | None) -> str:
         if found.caption is None:
             return ""
         try:
-            if isinstance(found.caption, Path) and found.caption.stat().st_size > _MOST_CAPTION:
-                raise DatasetError("", why=f"it is larger than {_MOST_CAPTION >> 10} KiB")
-            with _on_disk(found.caption, session) as path:
+            if isinstance(found.caption, Path) and found.caption.stat().st_size > MOST_CAPTION_BYTES:
+                raise DatasetError("", why=f"it is larger than {MOST_CAPTION_BYTES >> 10} KiB")
+            with _on_disk(found.caption, archive) as path:
                 text = read_caption(path)
         except (DatasetError, FileNotFoundError) as error:
             why = reason(error) if isinstance(error, DatasetError) else "It is gone."
@@ -162,10 +162,10 @@ class _Collector:
             self._count("{} had a caption of several lines, of which training reads only the first; the first was taken.")
         return first_line(text)
 
-    def _mask(self, found: Found, layers: Layers, session: Archive | None) -> Image.Image | None:
+    def _mask(self, found: Found, layers: Layers, archive: Archive | None) -> Image.Image | None:
         if found.mask is not None:
             try:
-                with _on_disk(found.mask, session) as path:
+                with _on_disk(found.mask, archive) as path:
                     mask = read_layers(path).image.convert("L")
                 if mask.size != layers.image.size:
                     raise DatasetError("", why="it is not of the picture's size")
@@ -198,17 +198,17 @@ class _Collector:
 
 
 @contextlib.contextmanager
-def _on_disk(location: Location, session: Archive | None) -> Iterator[Path]:
+def _on_disk(location: Location, archive: Archive | None) -> Iterator[Path]:
     """The file itself, or what an archive holds in a file of its own for as long as the block lasts."""
     if isinstance(location, Path):
         yield location
         return
-    assert session is not None
+    assert archive is not None
     with tempfile.TemporaryDirectory(prefix="lora_train_") as folder:
         # A name of our own; the kind of a file is told by its content.
         path = Path(folder) / "unpacked"
         with path.open("wb") as file:
-            session.copy(location, file)
+            archive.copy(location, file)
         yield path
 
 

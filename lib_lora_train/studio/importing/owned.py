@@ -24,11 +24,11 @@ from lib_lora_train.dataset.images import is_image_name
 from lib_lora_train.dataset.listing import MOST_REPEATS, by_name, is_subset_name, repeats_and_name
 from lib_lora_train.errors import DatasetError, printable, translated
 from lib_lora_train.storage.atomic import remove_parts, write_atomic
+from lib_lora_train.studio.captions.save import STUDIO_FOLDER
 from lib_lora_train.studio.importing.names import file_key, safe_stem
 
 VERSION = 1
 FILE_NAME = "dataset.json"
-STUDIO_FOLDER = ".studio"
 DEFAULT_REPEATS = 10
 _MOST_BYTES = 256 << 20  # of dataset.json; one image takes about 200
 
@@ -48,7 +48,7 @@ class OwnedDataset:
         `name` is made safe; `concept`, one line, is what the images show (by default the name). Raises DatasetError if
         there is something of that name, compared without regard to case, or if the disk refuses.
         """
-        stem, concept = safe_stem(name, otherwise=""), one_line(concept)
+        stem, concept = safe_stem(name, otherwise=""), plain_line(concept)
         if not stem:
             raise DatasetError("The dataset has no name", remedy="write a plain name such as my_character")
         _check_repeats(repeats)
@@ -80,7 +80,7 @@ class OwnedDataset:
                 (folder / fitting[0]).mkdir()
             if not isinstance(concept, str):  # a damaged file: the folder's name says it too
                 concept = repeats_and_name(fitting[0])[1]
-            return cls(folder, concept=one_line(concept), numbered=fitting[0])
+            return cls(folder, concept=plain_line(concept), numbered=fitting[0])
 
     # ---- where things are
 
@@ -186,7 +186,7 @@ class OwnedDataset:
 
     def set_concept(self, concept: str) -> None:
         """Say anew what the images show: the folder is renamed. Raises DatasetError as `set_repeats`."""
-        concept = one_line(concept) or self.name
+        concept = plain_line(concept) or self.name
         self._rename(f"{self.repeats}_{_folder_text(concept)}", concept=concept)
 
     def _rename(self, numbered: str, *, concept: str) -> None:
@@ -254,7 +254,7 @@ def list_datasets(datasets_folder: Path) -> list[tuple[str, int]]:
             if (entry / FILE_NAME).is_file()]
 
 
-def one_line(text: str) -> str:
+def plain_line(text: str) -> str:
     """`text` on one line, without what is not seen, as a caption may hold it."""
     return " ".join("".join(c if c.isprintable() else " " for c in printable(text)).split())
 

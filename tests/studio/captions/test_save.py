@@ -66,18 +66,18 @@ def test_nothing_changed_nothing_written(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("seconds", [0, 1])
-def test_the_last_ten_backups_are_kept_where_they_are_asked_for(
-        folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: int) -> None:
+def test_the_last_ten_backups_are_kept_and_other_files_beside_them(
+        folder: Path, monkeypatch: pytest.MonkeyPatch, seconds: int) -> None:
     """Saved all within one second, and one a second."""
     clock = itertools.count(1_800_000_000, seconds)
     monkeypatch.setattr(save.time, "strftime", lambda form: strftime(form, gmtime(next(clock))))
-    store, place = CaptionStore.open(folder), tmp_path / "elsewhere"
-    place.mkdir()
+    store, place = CaptionStore.open(folder), folder / ".studio" / "backup"
+    place.mkdir(parents=True)
     (place / "mine.zip").write_bytes(b"somebody's")
     made = []
     for number in range(BACKUPS_KEPT + 3):
         store.apply(SetCaption(f"text {number}"), [0])
-        made.append(store.save(place).backup)
+        made.append(store.save().backup)
     assert sorted(place.iterdir()) == sorted([*made[-BACKUPS_KEPT:], place / "mine.zip"])
 
 
@@ -160,11 +160,12 @@ def test_after_a_full_disk_opening_goes_on_too_and_says_so(folder: Path, monkeyp
     assert texts(folder) == AFTER and again.unsaved == 0 and "3 captions" in again.notes[0]
 
 
-def test_a_disk_that_refuses_the_backup_leaves_everything_as_it_is(folder: Path, tmp_path: Path) -> None:
+def test_a_disk_that_refuses_the_backup_leaves_everything_as_it_is(folder: Path) -> None:
     store = edited(folder)
-    (tmp_path / "a file").write_text("")
+    (folder / ".studio").mkdir()
+    (folder / ".studio" / "backup").write_text("a file")
     with pytest.raises(OutputError, match="backed up"):
-        store.save(tmp_path / "a file")
+        store.save()
     assert texts(folder) == {"a": "cat", "b": "dog"} and not (folder / JOURNAL).exists()
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from lib_lora_train.dataset.folder import scan
 from lib_lora_train.errors import DatasetError, LoraTrainError
 from lib_lora_train.storage import atomic
-from lib_lora_train.studio.importing.owned import OwnedDataset, list_datasets, one_line
+from lib_lora_train.studio.importing.owned import OwnedDataset, list_datasets, plain_line
 
 
 def filled(folder: Path, *names: str, concept: str = "zzk girl") -> OwnedDataset:
@@ -208,4 +208,4 @@ def test_a_kill_between_two_moves_of_a_removal_loses_no_caption(tmp_path: Path, 
 
 
 def test_a_concept_is_one_line_of_letters_that_are_seen():
-    assert one_line("  a\r\n b\t\u202ec\0 ") == "a b c" and one_line("日本 👩") == "日本 👩"
+    assert plain_line("  a\r\n b\t\u202ec\0 ") == "a b c" and plain_line("日本 👩") == "日本 👩"
