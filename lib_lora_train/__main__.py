@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 the run failed, 2 bad input (one sentence on stderr), 130 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -67,19 +68,17 @@ def _train(chosen: argparse.Namespace) -> int:
         settings = _train_settings(chosen)
         checked_name(settings.save.output_name)  # it names the record's folder too
         describe_file(chosen.checkpoint)  # a wrong one is refused before anything is read
+        output = Path(settings.save.output_dir or ".")
+        resumed = Path(settings.save.resume) if settings.save.resume else None
+        runs_folder = resumed.parent if resumed else output / RUNS_FOLDER
+        folder = resumed or new_folder(runs_folder, settings.save.output_name)
+        record = RunRecord(folder, settings) if chosen.record and first else None
     except LoraTrainError as error:
         if launch is not None:
             _refused_together(launch, error)
         raise
-    output = Path(settings.save.output_dir or ".")
-    resumed = Path(settings.save.resume) if settings.save.resume else None
-    runs_folder = resumed.parent if resumed else output / RUNS_FOLDER
-    record = None
-    if chosen.record and first:
-        record = RunRecord(resumed or new_folder(runs_folder, settings.save.output_name), settings)
-
     show: Report = _QuietOutput(launch.rank) if launch and not first else _show_json if chosen.json else _Bar()
-    with _Interrupt(launch) as interrupt:
+    with contextlib.closing(record) if record else contextlib.nullcontext(), _Interrupt(launch) as interrupt:
         def job(report: Report) -> events.Finished:
             with process_group(launch, timeout=60 * chosen.wait_for_others) as group:
                 host = StandaloneHost(chosen.checkpoint, lora_folder=output, runs_folder=runs_folder,
@@ -89,7 +88,7 @@ def _train(chosen: argparse.Namespace) -> int:
                 if record:
                     record.complete(plan.settings)
                 return run_job(plan, host, report=report, stop=interrupt.wanted, group=group,
-                               folder=record.folder if record else None)
+                               folder=folder if record else None)
         finished, failure = _ending(job, show=show, record=record)
     if finished.outcome == "failed":
         if launch is not None:
@@ -105,15 +104,20 @@ def _ending(job: Callable[[Report], events.Finished], *, show: Report,
     """How a job ended, whatever happens, told to the record and the terminal; and the refusal, for the exit code."""
     from lib_lora_train.run.background import Failure
 
-    latest = 0
+    latest, watched = 0, True
     refusal: LoraTrainError | None = None
 
     def report(event: events.Event) -> None:
-        nonlocal latest
+        nonlocal latest, watched
         latest = event.step if isinstance(event, events.Step) else latest
         if record:
             record.write(event)
-        show(event)
+        try:
+            if watched:
+                show(event)
+        except BrokenPipeError:  # `train --json | head`: the training goes on
+            watched = False
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     try:
         with translated("training"):
@@ -128,8 +132,6 @@ def _ending(job: Callable[[Report], events.Finished], *, show: Report,
             record.keep_failure(ending.trace)
         finished = events.Finished(ending.outcome, ending.message, "", latest)
     report(finished)
-    if record:
-        record.close()
     return finished, refusal
 
 
@@ -281,7 +283,7 @@ def _show_json(event: events.Event) -> None:
 
 
 class _QuietOutput:
-    """What another than the first of several processes tells: the first one says all that they have in common."""
+    """What a process of rank 1 or above prints: its own warnings only, since rank 0 prints what all have in common."""
 
     def __init__(self, rank: int) -> None:
         self._rank, self._training = rank, False
@@ -384,14 +386,12 @@ def _parser() -> argparse.ArgumentParser:
                       "loads it, into a folder: its models/Stable-diffusion")
     _add_address(demo)
     demo.set_defaults(command=_demo)
-
     return parser
 
 
 def _add_address(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, default=7870)
-    parser.add_argument("--listen", default="127.0.0.1", metavar="ADDRESS", help="where to listen; this machine only, "
-                        "unless told otherwise")
+    parser.add_argument("--listen", default="127.0.0.1", metavar="ADDRESS", help="where to listen; by default on localhost")
     parser.add_argument("--auth", default="", metavar="USER:PASSWORD", help="what the page asks for; with --listen a "
                         "password is made up and printed where none is given")
 

@@ -1,4 +1,4 @@
-"""The small model that comes with the extension: it paints emoji from their names (its GPU: model/README.md)."""
+"""The small model that comes with the extension: it paints emoji from their names (its model card: model/README.md)."""
 
 from __future__ import annotations
 

@@ -12,10 +12,11 @@ from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.dataset.crop_sheet import font_for
 from lib_lora_train.dataset.images import read_image
+from lib_lora_train.host.lease import frozen_model
 from lib_lora_train.host.port import ModelSource
-from lib_lora_train.model import frozen
 from lib_lora_train.model.ops.layers import Adapter
 from lib_lora_train.model.sampler import SampleRequest, sample_batch, to_image
+from lib_lora_train.settings import Settings
 
 SIDE, STEPS, CFG_SCALE, SEED = 128, 20, 2.0, 1000
 DATASET = ("grapes", "cupcake", "tiger-face", "koala", "whale", "maple-leaf", "locomotive", "top-hat")
@@ -35,8 +36,8 @@ class SheetRow:
 
 def sample_rows(host: ModelSource, lora: Path, *, dataset: Path) -> list[SheetRow]:
     """Three rows: some of the dataset; the model's own paintings of other words; those with the LoRA, from the same noise."""
-    with host.lease() as borrowed:
-        model = frozen.build(borrowed.tensors, hints=borrowed.hints, tokenizers=borrowed.tokenizers)
+    with host.lease() as leased:
+        model = frozen_model(leased, Settings())
         content = file.load(lora)
         family = model.architecture.family
         targets = find_targets(model.components, family=family, text_encoder=family.adapts_text(content.tensors))

@@ -34,11 +34,8 @@ T = TypeVar("T")
 
 
 class ProcessLost(TrainingError):
-    """Another process ended or does not answer: the training cannot go on.
-
-    `intact` False: the weights must not be saved, the last gradient may be summed in part. `explained`: the process that
-    ended said why, to its user too.
-    """
+    """Another process ended or does not answer: the training cannot go on. `intact` False: the weights must not be saved, the
+    last gradient may be summed in part. `explained`: the process that ended said why, to its user too."""
 
     def __init__(self, what: str, *, why: str = "", remedy: str = "", intact: bool = True, explained: bool = False) -> None:
         super().__init__(what, why=why, remedy=remedy)
@@ -151,10 +148,8 @@ def rows_of(count: int, group: ProcessGroup) -> slice:
 
 @contextlib.contextmanager
 def process_group(launch: LaunchEnvironment | None, *, timeout: float = TIMEOUT) -> Iterator[ProcessGroup]:
-    """The group of all launched processes until the block ends, in all of them at once; `SINGLE_PROCESS` for None.
-
-    An exception in one process ends the block in all of them. Raises HostError where they cannot connect.
-    """
+    """The group of all launched processes until the block ends, in all of them at once; `SINGLE_PROCESS` for None. An
+    exception in one process ends the block in all of them. Raises HostError where they cannot connect."""
     if launch is None:
         yield SINGLE_PROCESS
         return

@@ -28,7 +28,7 @@ def budget_of(wanted: float, device: torch.device, *, ours: int) -> int | None:
     if device.type != "cuda":
         return asked
     there = free_bytes(device) + min(torch.cuda.memory_allocated(device), ours) + CONTEXT
-    there -= there % (GIGABYTE // 4)  # a little less from time to time is no other question
+    there -= there % (GIGABYTE // 4)  # rounded down, so that small changes of the free memory do not change the plan
     return there if asked is None else min(asked, there)
 
 

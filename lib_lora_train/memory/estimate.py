@@ -112,10 +112,8 @@ def peak_bytes(blocks: Sequence[Block], *, images: int, checkpointed: frozenset[
 
 
 def blocks_of(tensors: Mapping[str, Tensor], architecture: Architecture, workload: Workload) -> tuple[Block, ...]:
-    """The step's blocks in the order of forward; of `tensors` (checkpoint names) only shapes and dtypes are used.
-
-    Takes about a second for SD1 and two for SDXL, once for the same shapes and workload.
-    """
+    """The step's blocks in the order of forward; of `tensors` (checkpoint names) only shapes and dtypes are used. Takes about
+    a second for SD1 and two for SDXL, once for the same shapes and workload."""
     shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in tensors.items())
     return _blocks_of(shapes, architecture, dataclasses.replace(workload, encoded=0))
 

@@ -191,8 +191,8 @@ def _predicted(tensors: Mapping[str, Tensor], workload: Workload, blocks: Sequen
                config: StepConfig) -> dict[str, int]:
     """Bytes by kind at the highest moment of a step."""
     unet, vae = unet_tensors(tensors), vae_tensors(tensors)
-    parts: dict[Part, tuple[str, int]] = {"unet": ("UNet", _size(unet.values())), "vae": ("VAE", _size(vae.values()))}
-    parts["text"] = ("text encoders", _size(tensors.values()) - parts["unet"][1] - parts["vae"][1])
+    parts: dict[Part, tuple[str, int]] = {"unet": ("UNet", size_of(unet.values())), "vae": ("VAE", size_of(vae.values()))}
+    parts["text"] = ("text encoders", size_of(tensors.values()) - parts["unet"][1] - parts["vae"][1])
     predicted = {name: size for part, (name, size) in parts.items() if part not in config.parts_on_cpu}
     predicted["copies"] = _copies(unet, config)
     weight = 16 + (0 if workload.dtype == torch.float32 else workload.dtype.itemsize)
@@ -215,17 +215,18 @@ def _copies(unet: Mapping[str, Tensor], config: StepConfig) -> int:
     """Bytes of the UNet's weights in another form or layout, beside or in the place of the host's."""
     if config.base_dtype:
         quantised = {name: t for name, t in unet.items() if is_kernel(name, t.ndim)}
-        moved = _size(t for name, t in unet.items() if name not in quantised) if "unet" in config.parts_on_cpu else 0
+        moved = size_of(t for name, t in unet.items() if name not in quantised) if "unet" in config.parts_on_cpu else 0
         return moved + sum(t.numel() + 4 * t.shape[0] for t in quantised.values())
-    return _size(t for t in unet.values() if t.ndim == 4 and t.shape[2:].numel() > 1) if config.channels_last else 0
+    return size_of(t for t in unet.values() if t.ndim == 4 and t.shape[2:].numel() > 1) if config.channels_last else 0
 
 
 def _before(tensors: Mapping[str, Tensor], workload: Workload) -> int:
     """The highest sum of bytes before the first step: the whole model, or its VAE (on a GPU alone) that encodes an image."""
-    whole, vae, cuda = _size(tensors.values()), _size(vae_tensors(tensors).values()), workload.device_type == "cuda"
+    whole, vae, cuda = size_of(tensors.values()), size_of(vae_tensors(tensors).values()), workload.device_type == "cuda"
     encoding = (vae if cuda else whole) + (0 if workload.encoded else encoding_bytes((workload.width, workload.height)))
     return max(whole, encoding) + 4 * workload.parameters + (CONTEXT + WORKSPACES if cuda else 0)
 
 
-def _size(tensors: Iterable[Tensor]) -> int:
+def size_of(tensors: Iterable[Tensor]) -> int:
+    """The bytes of these tensors' elements."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -57,16 +57,14 @@ class TaskRunner(Generic[Result]):
     def start(self, job: Callable[[], Result], *, name: str, doing: str, busy: str,
               ended: Callable[[Result | Failure], None] = lambda ending: None) -> int:
         """Run `job` and return its number, counted from 1. `ended` is told how it ended, in its thread and before all others.
-
-        `name` as for `Failure.of`, `doing` completes "while …", `busy` as for `check_idle`. Raises HostError.
-        """
+        `name` as for `Failure.of`, `doing` completes "while …", `busy` as for `check_idle`. Raises HostError."""
         with self._lock:
             self.check_idle(busy)
-            self._number, self._stopping, self._running, self._ending = self._number + 1, "", True, None
+            self._number, self._stopping, self._ending = self._number + 1, "", None
             # A daemon: closing the WebUI must not wait for it. Files are written atomically, so none is torn.
-            self._thread = threading.Thread(target=self._run, args=(job, name, doing, ended), name=self._thread_name,
-                                            daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, args=(job, name, doing, ended), name=self._thread_name, daemon=True)
+            thread.start()
+            self._thread, self._running = thread, True
             return self._number
 
     def _run(self, job: Callable[[], Result], name: str, doing: str, ended: Callable[[Result | Failure], None]) -> None:

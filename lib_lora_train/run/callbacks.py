@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 
@@ -11,9 +10,10 @@ from lib_lora_train.events import Report
 from lib_lora_train.host.lease import yield_to_others
 from lib_lora_train.host.port import LeasedModel
 from lib_lora_train.model.frozen import FrozenModel
+from lib_lora_train.run.background import StopKind
 from lib_lora_train.training.loop import Progress
 
-Stop = Callable[[], Literal["", "stop", "save"]]
+Stop = Callable[[], StopKind]
 """Whether the user wants the run to end: "stop", or "save" to keep what was learnt."""
 
 

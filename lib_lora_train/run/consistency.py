@@ -21,7 +21,8 @@ class ProcessesDiffer(SettingError):
 
 def agree_on_settings(group: ProcessGroup, settings: Settings) -> None:
     """Raise ProcessesDiffer unless all processes have the same settings. Paths may differ between machines."""
-    known = {d.name: bool(flat(settings)[d.name]) if d.is_path else flat(settings)[d.name] for d in DECLARATIONS.values()}
+    values = flat(settings)
+    known = {d.name: bool(values[d.name]) if d.is_path else values[d.name] for d in DECLARATIONS.values()}
     require_equal(group, {**known, "the version": __version__})
 
 

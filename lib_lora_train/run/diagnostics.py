@@ -66,7 +66,11 @@ class LogTail(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Keep one record."""
-        self._lines.append(self.format(record))
+        try:
+            self._lines.append(self.format(record))
+        except Exception:  # noqa: BLE001 - as every handler of Python's: a wrong log line ends no training
+            self.handleError(record)
+            return
         # Where nobody set up logging, Python prints warnings and errors itself, but not beside any handler: not beside this.
         if logging.lastResort and record.levelno >= logging.lastResort.level and not logging.getLogger().handlers:
             logging.lastResort.handle(record)
@@ -89,10 +93,8 @@ def remember_log() -> LogTail:
 
 
 def bundle(run: Path | None, *, host: Host | None = None, program: str = "", paths: bool = False) -> bytes:
-    """The zip about the run of this folder; None is about the machine alone.
-
-    `program` names what this runs in; with `paths` nothing private is replaced.
-    """
+    """The zip about the run of this folder; None is about the machine alone. `program` names what this runs in; with `paths`
+    nothing private is replaced."""
     settings = read_settings(run) if run else {}
     texts = {"about.txt": ABOUT.format(privacy=_AGREED if paths else _REPLACED), "report.json": _report(run, host, program),
              "log.txt": remember_log().text()}
@@ -134,7 +136,9 @@ class Private:
     @classmethod
     def of(cls, settings: Mapping[str, object], *, host: Host | None, run: Path | None) -> Private:
         """What is private on this machine and in a run."""
-        folders = {str(Path.home()): "<home>", os.getcwd(): "<current folder>", tempfile.gettempdir(): "<temporary folder>"}
+        home = _home()
+        folders = {str(home): "<home>"} if home else {}
+        folders |= {os.getcwd(): "<current folder>", tempfile.gettempdir(): "<temporary folder>"}
         if host is not None:
             folders |= {str(host.lora_folder): "<LoRA folder>", str(host.runs_folder): "<runs>"}
         if run is not None:
@@ -150,13 +154,21 @@ class Private:
     def replaced(self, text: str) -> str:
         """`text` without anything private."""
         for pattern, word in self._rules:
-            text = pattern.sub(word.replace("\\", r"\\") if not word.endswith(r"\1") else word, text)
+            text = pattern.sub(word, text)
         return text
+
+
+def _home() -> Path | None:
+    try:
+        return Path.home()
+    except RuntimeError:
+        return None  # neither HOME nor an account
 
 
 def _names() -> dict[str, str]:
     """The names of the user and the computer, as far as the system tells them."""
-    users = {os.environ.get(name, "") for name in ("USER", "USERNAME", "LOGNAME", "SUDO_USER")} | {Path.home().name}
+    home = _home()
+    users = {os.environ.get(name, "") for name in ("USER", "USERNAME", "LOGNAME", "SUDO_USER")} | {home.name if home else ""}
     try:
         users.add(getpass.getuser())
     except (KeyError, OSError, ImportError):

@@ -74,13 +74,11 @@ class Text:
     needs_encoders: bool
 
 
-def condition_of(settings: Settings, model: FrozenModel, borrowed: LeasedModel, network: AdapterNetwork, batches: Batches, *,
+def condition_of(settings: Settings, model: FrozenModel, leased: LeasedModel, network: AdapterNetwork, batches: Batches, *,
                  encode_now: bool, dtype: torch.dtype, report: Report, stop: Stop, pause: Pause) -> Text:
-    """How a batch's captions become the UNet's condition: looked up while the text encoders are frozen, else computed.
-
-    With `encode_now` all captions are encoded now; else each when it is met, so that the first step comes sooner.
-    """
-    clip_skip = settings.captions.clip_skip or borrowed.clip_skip
+    """How a batch's captions become the UNet's condition: looked up while the text encoders are frozen, else computed. With
+    `encode_now` all captions are encoded now; else each when it is met, so that the first step comes sooner."""
+    clip_skip = settings.captions.clip_skip or leased.clip_skip
     adapters = {component: layers for component, layers in network.adapters().items() if component != "unet"}
     if settings.rates[1]:
         for component, unused in model.text.unused_layers(clip_skip).items():

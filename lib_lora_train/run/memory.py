@@ -21,7 +21,7 @@ from lib_lora_train.inputs.batches import Batches
 from lib_lora_train.inputs.vae_batches import EncodingBudget, free_bytes
 from lib_lora_train.memory.device import attention_kernel, budget_of
 from lib_lora_train.memory.estimate import Layer, Workload
-from lib_lora_train.memory.plan import CONTEXT, GIGABYTE, WORKSPACES, MemoryPlan, plan_memory
+from lib_lora_train.memory.plan import CONTEXT, GIGABYTE, WORKSPACES, MemoryPlan, plan_memory, size_of
 from lib_lora_train.memory.step_config import BaseDtype, Part, StepConfig
 from lib_lora_train.model.architecture import UNET_COMPONENT, Architecture
 from lib_lora_train.model.frozen import FrozenModel
@@ -61,7 +61,7 @@ def plan_for(plan: RunPlan, *, tensors: Mapping[str, Tensor], architecture: Arch
         encoded=min(memory.vae_batch_size or 1, batch) if settings.encodes_in_steps else 0)
     on_device = [t for t in (*tensors.values(), *ours) if t.device.type in (device.type, "meta")]
     return plan_memory(tensors, architecture, workload, batch=batch, memory=memory,
-                       budget=budget_of(memory.memory_budget, device, ours=_size(on_device)),
+                       budget=budget_of(memory.memory_budget, device, ours=size_of(on_device)),
                        parts_on_cpu=parts_not_needed(settings, device), resumed_base_dtype=resumed_base_dtype,
                        should_stop=should_stop)
 
@@ -116,7 +116,7 @@ def encoding_budget(settings: Settings, model: FrozenModel, leased: LeasedModel,
         free = free_bytes(model.device)
         if settings.memory.memory_budget:
             frozen = [t for part in (*model.components.values(), model.vae.tensors) for t in part.values()]
-            taken = _size(t for t in (*frozen, *network.parameters()) if t.device.type == model.device.type)
+            taken = size_of(t for t in (*frozen, *network.parameters()) if t.device.type == model.device.type)
             free = min(free, int(settings.memory.memory_budget * GIGABYTE) - taken - CONTEXT - WORKSPACES)
         return max(0, free)
 
@@ -135,8 +135,8 @@ def place_model(settings: Settings, model: FrozenModel, leased: LeasedModel, net
     where they can, and the UNet's weights are held as `config` says. Returns the condition of the captions."""
     if "vae" in config.parts_on_cpu:
         model.rebind(leased.offload_parts({"vae"}))
-    # What made room for encoding.
-    model.rebind(leased.reload_parts({"text", "unet"} - ({"unet"} & config.parts_on_cpu)))
+    # Bring back what `encoding_budget` moved away to make room.
+    model.rebind(leased.reload_parts({"text"} | ({"unet"} - config.parts_on_cpu)))
     text = condition_of(settings, model, leased, network, batches, encode_now="text" in config.parts_on_cpu, dtype=dtype,
                         report=report, stop=stop, pause=pause)
     if "text" in config.parts_on_cpu and not text.needs_encoders:
@@ -150,7 +150,3 @@ def place_model(settings: Settings, model: FrozenModel, leased: LeasedModel, net
     elif config.channels_last:
         model.unet.layers.lay_out_channels_last()
     return text.condition
-
-
-def _size(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -78,9 +78,11 @@ def ignored_by(model: FrozenModel, settings: Settings) -> list[str]:
     if settings.captions.clip_skip and not model.text.uses_clip_skip:
         notes.append("clip_skip has no effect: only SD1 models read captions from a layer of choice.")
     if settings.memory.cpu_offload_checkpointing and model.device.type != "cuda":
-        notes.append("cpu_offload_checkpointing has no effect: there is no card, and activations are in ordinary memory.")
+        notes.append("cpu_offload_checkpointing has no effect: there is no GPU, and activations are in ordinary memory.")
+    if settings.memory.cuda_graphs == "on" and model.device.type != "cuda":
+        notes.append("cuda_graphs has no effect: there is no GPU.")
     if settings.memory.base_weights != "as they are" and model.device.type != "cuda":
-        notes.append("base_weights saves no memory without a card: its copies lie beside the leased model.")
+        notes.append("base_weights saves no memory without a GPU: its copies lie beside the leased model.")
     if model.architecture.zero_terminal_snr and model.schedule.prediction_type == "epsilon":
         notes.append("Zero terminal SNR suits models that predict v; one that predicts noise learns nothing from pure noise.")
     return notes

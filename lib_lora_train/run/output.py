@@ -21,9 +21,7 @@ _LONGEST = 120
 
 def checked_name(name: str) -> str:
     """`name`, composed to NFC, if it can be a file's name on every platform and stand in <lora:name:1>; raises OutputError.
-
-    macOS takes the composed and the decomposed spelling of an accent for one file, others for two.
-    """
+    macOS takes the composed and the decomposed spelling of an accent for one file, others for two."""
     name = unicodedata.normalize("NFC", name)
     # Lone surrogates (Cs) are what Python makes of bytes that are not text.
     found = sorted({c for c in name if c in FORBIDDEN or c in _INVISIBLE or unicodedata.category(c) in ("Cc", "Cs")})

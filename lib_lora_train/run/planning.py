@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import Callable
 from pathlib import Path
 
 from lib_lora_train.dataset.buckets import Placement, buckets_for
 from lib_lora_train.dataset.folder import Dataset, assign_buckets, scan, visits_by_bucket
 from lib_lora_train.dataset.plan import Plan, plan_run
+from lib_lora_train.dataset.progress import Progress, ShouldStop
 from lib_lora_train.distributed import SINGLE_PROCESS, ProcessGroup
-from lib_lora_train.errors import DatasetError
+from lib_lora_train.errors import DatasetError, counted
 from lib_lora_train.host.port import Host
 from lib_lora_train.inputs.latent_files import CACHE_FOLDER
 from lib_lora_train.model.family import training_sizes
@@ -73,17 +73,15 @@ class RunPlan:
         regularisation = len(self.dataset.examples) - self.dataset.images
         with_reg = f" + {regularisation} regularisation pictures" if regularisation else ""
         schedule, (width, height) = self.schedule, self.resolution
-        return (f"{_count(self.dataset.images, 'picture')} × {shown} repeats{with_reg}, {_count(schedule.epochs, 'epoch')}, "
-                f"{_count(len(schedule.buckets), 'bucket')} at {width}×{height} "
-                f"= {_count(schedule.steps, 'step')}{f' of {self.processes} processes' if self.processes > 1 else ''}")
+        return (f"{counted(self.dataset.images, 'picture')} × {shown} repeats{with_reg}, {counted(schedule.epochs, 'epoch')}, "
+                f"{counted(len(schedule.buckets), 'bucket')} at {width}×{height} "
+                f"= {counted(schedule.steps, 'step')}{f' of {self.processes} processes' if self.processes > 1 else ''}")
 
 
-def plan_job(settings: Settings, host: Host, *, on_progress: Callable[[int, int], None] | None = None,
-             should_stop: Callable[[], bool] | None = None, group: ProcessGroup = SINGLE_PROCESS) -> RunPlan:
-    """The plan of a run that can start: the name is free, the output folder is there and can be written to.
-
-    Raises UserError; no image is decoded. All processes of a `group` call this, and are refused where their settings differ.
-    """
+def plan_job(settings: Settings, host: Host, *, on_progress: Progress | None = None,
+             should_stop: ShouldStop | None = None, group: ProcessGroup = SINGLE_PROCESS) -> RunPlan:
+    """The plan of a run that can start: the name is free, the output folder is there and can be written to. Raises UserError;
+    no image is decoded. All processes of a `group` call this, and are refused where their settings differ."""
     check_allowed(settings, host.allowed)
     agree_on_settings(group, settings)
     resume_point = find(settings.save.resume, host.runs_folder) if settings.save.resume else None
@@ -96,8 +94,8 @@ def plan_job(settings: Settings, host: Host, *, on_progress: Callable[[int, int]
 
 
 def plan_dataset(settings: Settings, *, family: str, allowed: AllowedPaths | None = None,
-                 on_progress: Callable[[int, int], None] | None = None,
-                 should_stop: Callable[[], bool] | None = None, processes: int = 1) -> RunPlan:
+                 on_progress: Progress | None = None,
+                 should_stop: ShouldStop | None = None, processes: int = 1) -> RunPlan:
     """Read the dataset's folder and plan the run of so many processes for a model of `family` ("" plans as for SD1), wherever
     its result will go.
 
@@ -129,10 +127,8 @@ def output_folder(settings: Settings, host: Host) -> Path:
 
 
 def result_path(settings: Settings, host: Host, resume_point: ResumePoint | None) -> Path:
-    """Where the result goes, the folder made and the name known to be free; raises OutputError.
-
-    A run that goes on may replace what it has saved itself.
-    """
+    """Where the result goes, the folder made and the name known to be free; raises OutputError. A run that goes on may replace
+    what it has saved itself."""
     folder, name = output_folder(settings, host), checked_name(settings.save.output_name)
     own = resume_point is not None and resume_point.wrote(folder / f"{name}.safetensors")
     return destination(folder, name=name, overwrite=settings.save.overwrite or own)
@@ -171,7 +167,3 @@ def _schedule(settings: Settings, dataset: Dataset, placements: tuple[Placement,
         visits_by_bucket(dataset.examples, placements), train_batch_size=optimizer.train_batch_size * processes,
         gradient_accumulation_steps=optimizer.gradient_accumulation_steps,
         max_train_epochs=optimizer.max_train_epochs, max_train_steps=optimizer.max_train_steps)
-
-
-def _count(number: int, word: str) -> str:
-    return f"{number:,} {word}{'' if number == 1 else 's'}"

@@ -16,16 +16,16 @@ from lib_lora_train.training.optimizers import spec_of
 class Provenance:
     """Knows a run from its start; `metadata` describes a file of it."""
 
-    def __init__(self, plan: RunPlan, model: FrozenModel, borrowed: LeasedModel, network: AdapterNetwork, *,
+    def __init__(self, plan: RunPlan, model: FrozenModel, leased: LeasedModel, network: AdapterNetwork, *,
                  started_at: float) -> None:
-        self._plan, self._model, self._borrowed, self._network = plan, model, borrowed, network
+        self._plan, self._model, self._leased, self._network = plan, model, leased, network
         self.started_at = started_at
 
     def metadata(self, name: str, *, step: int, epoch: int) -> dict[str, str]:
         """The metadata of `name`.safetensors as it is after `step`."""
         plan, settings, model = self._plan, self._plan.settings, self._model
         layer = next(iter(self._network.layers.values()))
-        checkpoint, family = self._borrowed.checkpoint, model.architecture.family
+        checkpoint, family = self._leased.checkpoint, model.architecture.family
         schedule = plan.schedule
         return describe(TrainingMetadata(
             family=family, v_prediction=model.schedule.prediction_type == "v_prediction",
@@ -35,7 +35,7 @@ class Provenance:
             steps=step, epoch=epoch, total_epochs=schedule.epochs, total_steps=schedule.steps,
             batches_per_epoch=schedule.batches_per_epoch, batch_size=settings.optimizer.train_batch_size,
             processes=plan.processes, started_at=self.started_at, finished_at=time.time(),
-            clip_skip=(settings.captions.clip_skip or self._borrowed.clip_skip) if model.text.uses_clip_skip else None,
+            clip_skip=(settings.captions.clip_skip or self._leased.clip_skip) if model.text.uses_clip_skip else None,
             checkpoint_name=checkpoint.name, checkpoint_legacy_hash=checkpoint.legacy_hash or None,
             checkpoint_sha256=checkpoint.sha256 or None, vae_name=checkpoint.vae_name or None,
             dataset_dirs=plan.dataset.dataset_dirs(), reg_dataset_dirs=plan.dataset.dataset_dirs(regularisation=True),

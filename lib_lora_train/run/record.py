@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import logging
@@ -22,7 +21,7 @@ from lib_lora_train import events
 from lib_lora_train.errors import LoraTrainError, SettingError
 from lib_lora_train.settings import Settings, flat
 from lib_lora_train.settings.toml import read_toml, write_toml
-from lib_lora_train.storage.atomic import write_atomic
+from lib_lora_train.storage.atomic import remove_parts, write_atomic
 from lib_lora_train.storage.lock import is_abandoned, is_locked, lock_run
 from lib_lora_train.training.checkpoint import FILE_NAME, read_metadata
 
@@ -33,9 +32,7 @@ _MOST_STEP_LINES = 2000
 
 class RunRecord:
     """Writes one run's folder, and holds its lock until `close`. A disk that refuses ends no training: it is logged once.
-
-    `folder` may be that of an interrupted run, which then goes on there. Raises HostError if a process works on it.
-    """
+    `folder` may be that of an interrupted run, which then goes on there. Raises HostError if a process works on it."""
 
     def __init__(self, folder: Path, settings: Settings) -> None:
         self.folder = folder
@@ -129,15 +126,11 @@ def new_folder(runs: Path, name: str) -> Path:
 
 
 def _remove_parts(runs: Path) -> None:
-    """Remove the temporary files that killed processes left in the folders of other runs.
-
-    A run that was killed during its first save is never resumed, so that nothing else would remove them.
-    """
+    """Remove the temporary files that killed processes left in the folders of other runs. A run that was killed during its
+    first save is never resumed, so that nothing else would remove them."""
     for folder in {part.parent for part in runs.glob("*/.*.part")}:
         if (folder / "settings.toml").is_file() and is_abandoned(folder):
-            for part in folder.glob(".*.part"):
-                with contextlib.suppress(OSError):
-                    part.unlink()
+            remove_parts(folder)
 
 
 def read_events(folder: Path) -> Iterator[events.Event]:

@@ -24,6 +24,7 @@ from lib_lora_train.host.port import LeasedModel
 from lib_lora_train.memory.step_config import BaseDtype
 from lib_lora_train.model.fingerprint import sampled_fingerprint
 from lib_lora_train.settings import Settings, flat, parse
+from lib_lora_train.settings.allowed_paths import is_run_name
 from lib_lora_train.training import checkpoint as checkpoint_module
 from lib_lora_train.training.checkpoint import FILE_NAME, TrainingState
 
@@ -81,10 +82,8 @@ def wrote(path: Path, *, started_at: float) -> bool:
 
 
 def find(text: str, runs: Path) -> ResumePoint:
-    """The resume point that `text` names: a run's name in `runs`, a run's folder, or a state's file.
-
-    Raises LoraFileError where there is none or it cannot be read.
-    """
+    """The resume point that `text` names: a run's name in `runs`, a run's folder, or a state's file. Raises LoraFileError
+    where there is none or it cannot be read."""
     path = run_folder(text, runs) or Path(text)
     path = path / FILE_NAME if path.suffix != ".safetensors" else path
     metadata = checkpoint_module.read_metadata(path)
@@ -96,8 +95,7 @@ def find(text: str, runs: Path) -> ResumePoint:
 
 def run_folder(text: str, runs: Path) -> Path | None:
     """The folder in `runs` that `text` names, as a name or a path; None for anything elsewhere."""
-    plain = text not in ("", ".", "..") and not set(text) & set('/\\:')
-    folder = runs / text if plain else Path(text)
+    folder = runs / text if is_run_name(text) else Path(text)
     return folder if folder.is_dir() and folder.resolve().parent == runs.resolve() else None
 
 
@@ -120,10 +118,8 @@ def describe_checkpoint(leased: LeasedModel) -> dict[str, str]:
 
 
 def compare_settings(settings: Settings, resume_point: ResumePoint, *, steps: int, processes: int = 1) -> list[str]:
-    """A warning for each setting that changes the result compared with an uninterrupted run.
-
-    `steps` and `processes` are the run's new numbers. Raises SettingError for a setting that cannot change.
-    """
+    """A warning for each setting that changes the result compared with an uninterrupted run. `steps` and `processes` are the
+    run's new numbers. Raises SettingError for a setting that cannot change."""
     then, before, made = resume_point.metadata["settings"], resume_point.metadata["steps"], resume_point.step
     if steps < made:
         raise SettingError(f"The run has made {made} steps already, and would now end after {steps}",

@@ -62,8 +62,8 @@ class Status:
 class _Run:
     """The mutable state of the one run; every access is under the runner's lock."""
 
-    def __init__(self, plan: RunPlan, requested: Settings, record: RunRecord) -> None:
-        self.plan, self.requested, self.record = plan, requested, record
+    def __init__(self, name: str, requested: Settings, record: RunRecord) -> None:
+        self.name, self.requested, self.record = name, requested, record
         self.started = time.time()
         self.planned: events.Planned | None = None
         self.stage: events.Stage | None = None
@@ -87,7 +87,7 @@ class _Run:
             self._add_to_curve(event)
         elif isinstance(event, events.Saved):
             # Every file stays on the disk and in the run's record; a watcher is not sent thousands at each glance.
-            self.saved = [*self.saved[-_MOST_SAVED:], event]
+            self.saved = [*self.saved, event][-_MOST_SAVED:]
         elif isinstance(event, events.Warned):
             if len(self.warnings) < _MOST_WARNINGS:
                 self.warnings.append(event.message)
@@ -138,13 +138,18 @@ class Runner:
             old = run_folder(settings.save.resume, host.runs_folder) if settings.save.resume else None
             folder = old or new_folder(host.runs_folder, settings.save.output_name)
             record = RunRecord(folder, settings)
-            run = self._run = _Run(plan, requested or settings, record)
-            if old:
-                run.remember(old)
+            run = _Run(settings.save.output_name, requested or settings, record)
             job = functools.partial(run_job, plan, host, report=functools.partial(self._report, run, host),
                                     stop=functools.partial(self._stop_wanted, host), folder=folder)
-            self._tasks.start(job, name="The training", doing="training", busy=_BUSY,
-                              ended=functools.partial(self._ended, run, host))
+            try:
+                if old:
+                    run.remember(old)
+                self._tasks.start(job, name="The training", doing="training", busy=_BUSY,
+                                  ended=functools.partial(self._ended, run, host))
+            except Exception:
+                record.close()
+                raise
+            self._run = run
             return folder.name
 
     def stop(self, *, save: bool) -> bool:
@@ -171,7 +176,7 @@ class Runner:
             if run is None:
                 return None
             return Status(
-                run=run.record.folder.name, name=run.plan.settings.save.output_name, running=run.finished is None,
+                run=run.record.folder.name, name=run.name, running=run.finished is None,
                 stopping=self._tasks.stopping, started=run.started, planned=run.planned, stage=run.stage, step=run.step,
                 saved=tuple(run.saved), warnings=tuple(run.warnings), finished=run.finished,
                 points=tuple(p for p in run.points if p[0] > after), every=run.every)

@@ -117,7 +117,7 @@ class Saver:
         if step == self._plan.schedule.steps:
             return None
         if chosen.save_every_n_epochs and step % (chosen.save_every_n_epochs * per_epoch) == 0:
-            return epoch_path(self._plan.target, progress.epoch)
+            return epoch_path(self._plan.target, self._plan.epoch_of(step))
         if chosen.save_every_n_steps and step % chosen.save_every_n_steps == 0:
             return step_path(self._plan.target, step)
         return None
@@ -161,11 +161,8 @@ class Saver:
 
     @contextlib.contextmanager
     def rescue(self) -> Iterator[None]:
-        """Whatever fails inside, what was learnt until then is kept under a step's name, which the error tells, and the
-        state with it unless the failure left it half changed.
-
-        Steps that overflowed were never applied, so the weights are good.
-        """
+        """Whatever fails inside, what was learnt until then is kept under a step's name, which the error tells, and the state
+        with it unless the failure left it half changed. Steps that overflowed were never applied, so the weights are good."""
         try:
             yield
         except LoraTrainError as error:

@@ -52,11 +52,8 @@ DECLARATIONS: dict[str, Declaration] = {
 
 
 def parse(values: Mapping[str, object]) -> Settings:
-    """Settings from names and values as typed; what is not named keeps its default.
-
-    Raises SettingError for an unknown name (with the nearest known one), a wrong type or a value out of range,
-    and for settings that contradict each other.
-    """
+    """Settings from names and values as typed; what is not named keeps its default. Raises SettingError for an unknown name
+    (with the nearest known one), a wrong type or a value out of range, and for settings that contradict each other."""
     for name in values:
         if name not in DECLARATIONS:
             near = difflib.get_close_matches(name, DECLARATIONS, n=1)
@@ -100,11 +97,12 @@ def resolution_of(text: str, *, default: int) -> tuple[int, int]:
 def ignored(settings: Settings) -> list[str]:
     """One sentence for each setting the user changed that has no effect beside the others."""
     default, notes = Settings(), []
-    captions, optimizer, dataset = settings.captions, settings.optimizer, settings.dataset
+    captions, optimizer, dataset, memory = settings.captions, settings.optimizer, settings.dataset, settings.memory
     if captions.keep_tokens != default.captions.keep_tokens and not (
             captions.shuffle_caption or captions.caption_tag_dropout_rate):
         notes.append("keep_tokens has no effect: tags are neither shuffled nor dropped.")
-    if optimizer.lr_scheduler_num_cycles != 1 and optimizer.lr_scheduler != "cosine_with_restarts":
+    if optimizer.lr_scheduler != "cosine_with_restarts" and (
+            optimizer.lr_scheduler_num_cycles != default.optimizer.lr_scheduler_num_cycles):
         notes.append(f"lr_scheduler_num_cycles has no effect with the schedule {optimizer.lr_scheduler}.")
     if optimizer.unet_lr and optimizer.learning_rate != default.optimizer.learning_rate:
         notes.append("learning_rate has no effect: unet_lr takes its place.")
@@ -114,11 +112,14 @@ def ignored(settings: Settings) -> list[str]:
                   if getattr(settings.network, name) != getattr(default.network, name)]
     if optimizer.text_encoder_lr != default.optimizer.text_encoder_lr and settings.network.network_train_unet_only:
         notes.append("text_encoder_lr has no effect: only the UNet is trained (network_train_unet_only).")
-    if dataset.prior_loss_weight != 1.0 and not dataset.reg_data_dir:
+    if dataset.prior_loss_weight != default.dataset.prior_loss_weight and not dataset.reg_data_dir:
         notes.append("prior_loss_weight has no effect: there is no regularisation folder.")
-    if dataset.cache_latents_to_disk and settings.encodes_in_steps:
-        notes.append("cache_latents_to_disk has no effect: with colour changes or random crop pictures are encoded anew.")
-    if settings.memory.memory_budget and settings.memory.memory_plan == "manual":
+    if settings.encodes_in_steps:
+        notes += [f"{name} has no effect: with colour changes or random crop pictures are encoded anew." for name, wanted in (
+            ("cache_latents_to_disk", dataset.cache_latents_to_disk), ("cuda_graphs", memory.cuda_graphs == "on")) if wanted]
+    elif memory.cuda_graphs == "on" and memory.cpu_offload_checkpointing:
+        notes.append("cuda_graphs has no effect: activations are in ordinary memory (cpu_offload_checkpointing).")
+    if memory.memory_budget and memory.memory_plan == "manual":
         notes.append("memory_budget has no effect on the steps: they are made as was chosen (memory_plan).")
     if not settings.save.save_state and (
             settings.save.save_state_every_n_minutes != default.save.save_state_every_n_minutes):

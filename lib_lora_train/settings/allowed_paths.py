@@ -38,7 +38,7 @@ def check_allowed(settings: Settings, allowed: AllowedPaths | None) -> None:
         return
     for name, value in flat(settings).items():
         declaration = DECLARATIONS[name]
-        if name == "resume" and value not in (".", "..") and not set(str(value)) & set("/\\:"):
+        if name == "resume" and is_run_name(str(value)):
             continue  # the name of a run, which lies where runs are kept
         folders = allowed.writing if name in WRITTEN else allowed.reading
         if declaration.is_path and value and not inside(str(value), folders):
@@ -48,11 +48,14 @@ def check_allowed(settings: Settings, allowed: AllowedPaths | None) -> None:
                 remedy=f"choose a folder in {' or '.join(map(str, folders))}; {allowed.advice}")
 
 
-def inside(text: str, folders: Sequence[Path]) -> bool:
-    """Whether the path `text` is one of `folders` or lies below one, wherever its links lead.
+def is_run_name(text: str) -> bool:
+    """Whether `text` is the bare name of a run, not a path."""
+    return text not in ("", ".", "..") and not set(text) & set("/\\:")
 
-    What cannot be resolved lies outside.
-    """
+
+def inside(text: str, folders: Sequence[Path]) -> bool:
+    """Whether the path `text` is one of `folders` or lies below one, wherever its links lead. What cannot be resolved lies
+    outside."""
     if not text or "\0" in text or _leads_elsewhere(text, folders):
         return False
     try:

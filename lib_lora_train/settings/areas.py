@@ -152,35 +152,35 @@ class MemorySettings:
 
     mixed_precision: str = setting(
         "auto", "Precision", "What the model computes in; the LoRA itself is always trained in full precision. auto takes "
-        "what the model is stored in, and no (fp32) without a card.", choices=("auto", "no", "fp16", "bf16"))
+        "what the model is stored in, and no (fp32) without a GPU.", choices=("auto", "no", "fp16", "bf16"))
     memory_plan: str = setting(
         "auto", "Memory plan", "auto tries, in this order, what is chosen below, gradient checkpointing, smaller passes, "
-        "activations off the card and int8 base weights, and takes the first that fits into the card's free memory; manual "
+        "activations off the GPU and int8 base weights, and takes the first that fits into the free GPU memory; manual "
         "takes only what is chosen below.", choices=("auto", "manual"))
     memory_budget: float = setting(
-        0.0, "Memory budget", "Gigabytes that a training may take, encoding pictures included. 0 is what the card has free "
-        "when it begins; without a card a plan is made only where a number stands here.", minimum=0, maximum=1024, step=0.5)
+        0.0, "Memory budget", "Gigabytes that a training may take, encoding pictures included. 0 is what the GPU has free "
+        "when it begins; without a GPU a plan is made only where a number stands here.", minimum=0, maximum=1024, step=0.5)
     gradient_checkpointing: bool = setting(
         False, "Gradient checkpointing", "Compute every block again in backward instead of keeping what is inside: much less "
         "memory for about a third more time. The memory plan does so by itself, for as many blocks as it must.")
     cpu_offload_checkpointing: bool = setting(
-        False, "Keep activations off the card", "What backward needs waits in ordinary memory: less memory on the card, "
+        False, "Keep activations off the GPU", "What backward needs waits in ordinary memory: less memory on the GPU, "
         "slower, and without CUDA graphs. Nobody has measured it yet.")
     base_weights: str = setting(
-        "as they are", "Base weights", "Hold the model that is trained on in eight bits: on a card half the memory of fp16, "
+        "as they are", "Base weights", "Hold the model that is trained on in eight bits: on a GPU half the memory of fp16, "
         "without one more than before. The LoRA learns beside weights that are a little off; fp8 is off by a share of each "
         "weight, int8 by one of the largest.",
         choices=("as they are", "fp8", "int8"))
     channels_last: str = setting(
-        "auto", "Channels last", "Lay the convolutions' weights out as a card's kernels may like them best, which takes a "
-        "copy of them. auto is off: nobody has measured it on a card yet.", choices=("auto", "off", "on"))
+        "auto", "Channels last", "Lay the convolutions' weights out as a GPU's kernels may like them best, which takes a "
+        "copy of them. auto is off: nobody has measured it on a GPU yet.", choices=("auto", "off", "on"))
     vae_batch_size: int = setting(
         0, "Encoding batch", "Pictures that the VAE encodes at once, before training. 0 takes what fits into 2 GB, or half of "
-        "a card's free memory where that is less, and 1 without a card or where steps encode.", minimum=0, maximum=64)
+        "the free GPU memory where that is less, and 1 without a GPU or where steps encode.", minimum=0, maximum=64)
     cuda_graphs: str = setting(
         "off", "CUDA graphs", "on captures a training step for each shape of pictures, up to 24, and replays it, so that the "
-        "card never waits for Python; the numbers stay the same. Not where pictures are encoded anew at each step. Captured "
-        "steps have memory of their own, which can be a gigabyte. Off by default: nobody has measured it on a card yet, and a "
+        "GPU never waits for Python; the numbers stay the same. Not where pictures are encoded anew at each step. Captured "
+        "steps have memory of their own, which can be a gigabyte. Off by default: nobody has measured it on a GPU yet, and a "
         "capture that fails may leave a torch before 2.13 unfit until the WebUI is started again.",
         choices=("off", "on"))
     torch_compile: bool = setting(

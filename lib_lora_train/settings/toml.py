@@ -52,6 +52,4 @@ def _literal(value: Value) -> str:
     if isinstance(value, str):
         # JSON's escapes are a subset of those of TOML's basic strings, but DEL must be escaped there too.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    text = repr(value)
-    # Python writes 5e-05; TOML reads that too. A float must not look like an integer.
-    return text
+    return repr(value)  # 5e-05 is TOML too

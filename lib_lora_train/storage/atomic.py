@@ -61,10 +61,8 @@ def copy_atomic(source: Path, target: Path, *, one_of_many: bool = False) -> Non
 
 
 def remove_parts(folder: Path, *, stem: str = "") -> None:
-    """Remove the temporary files that other processes left in `folder`: those of files called `stem`, by default all.
-
-    Should such a process be alive after all, its own write fails loudly and no file is damaged.
-    """
+    """Remove the temporary files that other processes left in `folder`: those of files called `stem`, by default all. Should
+    such a process be alive after all, its own write fails loudly and no file is damaged."""
     part = re.compile(rf"\.{re.escape(stem) or '.+'}\.(?!{os.getpid()}\.)\d+\.part", re.DOTALL)
     with contextlib.suppress(FileNotFoundError):
         for leftover in [entry for entry in folder.iterdir() if part.fullmatch(entry.name)]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 from torch import Tensor
 
+from lib_lora_train.errors import is_out_of_memory
 from lib_lora_train.events import Report, Warned
 from lib_lora_train.inputs.batch import Batch
 from lib_lora_train.model.frozen import FrozenModel
@@ -45,7 +46,9 @@ class CompiledLoss:
                 self._checked.add(shapes)
                 return loss
             why = f"torch {torch.__version__} compiles it to another loss ({loss:.4f} instead of {written:.4f})"
-        except Exception as error:  # noqa: BLE001 - inductor and the compilers it calls raise errors of all kinds
+        except Exception as error:  # inductor and the compilers it calls raise errors of all kinds
+            if is_out_of_memory(error):
+                raise
             why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         self._loss = denoising_loss
         self._report(Warned(f"torch_compile has no effect here: {why}"))

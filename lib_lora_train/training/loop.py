@@ -70,12 +70,12 @@ class Callback(Protocol):
 class Progress:
     """Where a training stands, for its callbacks; it may be kept and asked after the training has ended.
 
-    step, epoch    of the last step made
+    step    the last step made
     """
 
     def __init__(self, step: int, *, train_step: TrainStep, network: AdapterNetwork, optimizer: RunOptimizer,
                  scaler: LossScaler, losses: LossReporter) -> None:
-        self.step, self.epoch = step, 0
+        self.step = step
         self._consistent = True  # whether weights, moments and scaler are those after `step`
         self._train_step, self._network, self._optimizer = train_step, network, optimizer
         self._scaler, self._losses = scaler, losses
@@ -84,9 +84,9 @@ class Progress:
         """From now on the state belongs to no step, until `advance`."""
         self._consistent = False
 
-    def advance(self, step: int, epoch: int) -> None:
+    def advance(self, step: int) -> None:
         """The state is that after `step`."""
-        self.step, self.epoch, self._consistent = step, epoch, True
+        self.step, self._consistent = step, True
 
     def flush(self) -> None:
         """Wait for the losses of all steps made, and report them. Raises TrainingError if one is not a number."""
@@ -166,7 +166,7 @@ def train(model: FrozenModel, *, network: AdapterNetwork, epoch_batches: EpochBa
             scaler.update(overflowed)
             losses.push(step, epoch, train_step.loss, overflowed, rates=optimizer.learning_rates())
             train_step.clear()
-            progress.advance(step, epoch)
+            progress.advance(step)
             for callback in callbacks:
                 callback.after_step(progress)
         progress.flush()

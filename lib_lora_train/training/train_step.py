@@ -33,6 +33,7 @@ class TrainStep:
         self.model, self.weights, self.config, self.loss_config = model, weights, config, loss
         self.loss = torch.zeros((), device=model.device)
         self._adapters, self._condition, self._scaler, self._report = adapters, condition, scaler, report
+        self._told_smaller = False  # of fewer pictures at once
         self._denoising_loss = CompiledLoss(report) if compiled else denoising_loss
 
     def forward(self, batch: Batch) -> Tensor:
@@ -78,10 +79,11 @@ class TrainStep:
                                        device_type=self.model.device.type)
         if config is None:
             return False
-        if config.microbatch < self.config.microbatch and self.config.microbatch >= largest:
-            self._report(Warned(f"The memory was too small for {largest} pictures at once. The run goes on with fewer at a "
-                                "time and learns the same, but each step takes longer; a smaller batch or gradient "
-                                "checkpointing would avoid that."))
+        if config.microbatch < self.config.microbatch and not self._told_smaller:
+            self._told_smaller = True
+            self._report(Warned(f"The memory was too small for {min(self.config.microbatch, largest)} pictures at once. The "
+                                "run goes on with fewer at a time and learns the same, but each step takes longer; a smaller "
+                                "batch or gradient checkpointing would avoid that."))
         elif config.microbatch == self.config.microbatch:
             means = "activations in ordinary memory" if config.offload else "gradient checkpointing"
             self._report(Warned(f"The memory was too small for one picture. The run goes on with {means} and learns the same, "

@@ -62,3 +62,15 @@ def test_a_thread_that_is_ended_from_outside_leaves_an_ending():
     start(runner, job)
     assert runner.wait(60) and not runner.running
     assert isinstance(runner.ending, Failure) and runner.ending.outcome == "failed"
+
+
+def test_a_thread_that_cannot_be_started_leaves_room_for_the_next(monkeypatch: pytest.MonkeyPatch):
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+    runner = TaskRunner("test")
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(threading.Thread, "start", refuse)
+        start(runner, lambda: None)
+    assert not runner.running and runner.wait(0)
+    start(runner, lambda: "next")
+    assert runner.wait(60) and runner.ending == "next"

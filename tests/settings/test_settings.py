@@ -76,6 +76,8 @@ def test_a_path_copied_by_windows_loses_its_quotes():
     ({"text_encoder_lr": 1e-5}, "text_encoder_lr"),
     ({"prior_loss_weight": 0.5}, "prior_loss_weight"),
     ({"cache_latents_to_disk": True, "random_crop": True}, "cache_latents_to_disk"),
+    ({"cuda_graphs": "on", "color_aug": True}, "cuda_graphs"),
+    ({"cuda_graphs": "on", "cpu_offload_checkpointing": True}, "cuda_graphs"),
     ({"enable_bucket": False, "max_bucket_reso": 2048}, "max_bucket_reso"),
     ({"enable_bucket": False, "bucket_reso_steps": 32}, "bucket_reso_steps"),
     ({"bucket_no_upscale": True, "max_bucket_reso": 2048}, "max_bucket_reso"),
