@@ -92,6 +92,21 @@ def test_inspecting_something_else_is_one_sentence_and_2(run, tmp_path):
     assert done.returncode == 2 and "text.safetensors" in done.stderr
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows tells of a closed pipe by another error")
+def test_a_training_whose_output_nobody_reads_any_more_goes_on(run, train, tmp_path):
+    process = subprocess.Popen(command(*train, "--set", "max_train_steps=3", "--json"), cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with process, contextlib.ExitStack() as stack:
+        stack.callback(process.kill)
+        process.stdout.readline()
+        process.stdout.close()
+        said = process.stderr.read()
+        process.wait()
+    assert process.returncode == 0 and "BrokenPipe" not in said and (tmp_path / "out" / "zzk.safetensors").is_file()
+    listed, = json.loads(run("runs", "--output-dir", tmp_path / "out", "--json").stdout)
+    assert (listed["outcome"], listed["steps"]) == ("done", 3)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows sends Ctrl+C to the whole console")
 def test_ctrl_c_ends_with_130_and_keeps_what_was_learnt(run, train, tmp_path):
     process = subprocess.Popen(command(*train, "--set", "max_train_steps=100000", "--json"), cwd=ROOT, text=True,

@@ -45,7 +45,12 @@ def test_a_lock_comes_when_the_lock_is_released_and_cannot_be_given_up_then():
     lock = threading.Lock()
     lock.acquire()
     queue_lock = QueueLock(lock)
-    threading.Timer(0.05, lock.release).start()
+
+    def release() -> None:
+        while not queue_lock.waiting():
+            pass
+        lock.release()
+    threading.Thread(target=release).start()
     with queue_lock.held(stop=lambda: not lock.locked()):
         assert lock.locked() and not queue_lock.waiting()
     assert not lock.locked()

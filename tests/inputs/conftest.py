@@ -86,3 +86,9 @@ def make_dataset(tmp_path: Path) -> MakeDataset:
 @pytest.fixture
 def vae() -> FakeVAE:
     return FakeVAE()
+
+
+def same(one: Batch, other: Batch) -> bool:
+    """Whether two batches are equal, bit for bit."""
+    return one.captions == other.captions and one.tensors.keys() == other.tensors.keys() and all(
+        torch.equal(tensor, other[name]) for name, tensor in one.tensors.items())

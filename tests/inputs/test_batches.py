@@ -9,18 +9,12 @@ import torch
 
 from lib_lora_train.dataset.folder import visits_by_bucket
 from lib_lora_train.dataset.plan import plan_run
-from lib_lora_train.inputs.batch import Batch
 from lib_lora_train.inputs.batches import Batches
 from lib_lora_train.inputs.latents import CachedLatents, FreshLatents
 
-from .conftest import FakeVAE, epoch_of
+from .conftest import FakeVAE, epoch_of, same
 
 SIZES = {"a.png": (64, 64), "b.png": (80, 48), "c.png": (64, 64), "d.png": (48, 80), "e.png": (64, 64)}
-
-
-def same(one: Batch, other: Batch) -> bool:
-    return one.captions == other.captions and one.tensors.keys() == other.tensors.keys() and all(
-        torch.equal(tensor, other[name]) for name, tensor in one.tensors.items())
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4])

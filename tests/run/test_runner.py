@@ -15,6 +15,7 @@ from lib_lora_train.run import runner
 from lib_lora_train.run.record import past_runs, read_events
 from lib_lora_train.run.runner import Runner
 from lib_lora_train.settings import flat, parse
+from lib_lora_train.storage.lock import is_locked
 from tests.fake_host import FakeHost, interrupted_run
 from tests.jobs import plan_of
 
@@ -159,6 +160,16 @@ def test_a_record_that_cannot_be_written_is_told_once_and_costs_nothing(monkeypa
     one = started(monkeypatch, fake, job)
     assert one.wait(30) and one.status().finished.outcome == "done"
     assert [record.message for record in caplog.records if "incomplete" in record.message] == [caplog.records[0].message]
+
+
+def test_a_run_whose_thread_cannot_be_started_leaves_its_folder_free(monkeypatch, fake):
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(threading.Thread, "start", refuse)
+        started(monkeypatch, fake, lambda *_, **__: None)
+    folder, = fake.runs_folder.iterdir()
+    assert not is_locked(folder)
 
 
 def test_the_curve_of_a_resumed_run_begins_where_the_run_began(monkeypatch, fake, tmp_path):

@@ -9,7 +9,6 @@ from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.errors import TrainingError, is_out_of_memory
 from lib_lora_train.inputs.batch import Batch
-from lib_lora_train.memory.step_config import StepConfig
 from lib_lora_train.training import loop, train_step
 from lib_lora_train.training.condition import TrainedText
 from lib_lora_train.training.loss import LossConfig, denoising_loss
@@ -123,15 +122,6 @@ def test_another_error_is_not_taken_for_a_full_memory(monkeypatch):
     with pytest.raises(RuntimeError, match="a defect"):
         small_run.run("sd1", BATCHES)
     assert tried == [1, 5]
-
-
-def test_each_step_down_takes_less_and_the_last_is_none():
-    config, blocks = StepConfig(microbatch=4), ("a", "b")
-    found = []
-    while config is not None:
-        found.append((config.microbatch, len(config.checkpointed), config.offload))
-        config = config.step_down(largest=3, blocks=blocks, device_type="cuda")
-    assert found == [(4, 0, False), (2, 0, False), (1, 0, False), (1, 2, False), (1, 2, True)]
 
 
 def test_accumulated_steps_in_half_precision_skip_what_overflows_and_find_a_scale(monkeypatch):
