@@ -63,8 +63,13 @@ class TaskRunner(Generic[Result]):
             self._number, self._stopping, self._ending = self._number + 1, "", None
             # A daemon: closing the WebUI must not wait for it. Files are written atomically, so none is torn.
             thread = threading.Thread(target=self._run, args=(job, name, doing, ended), name=self._thread_name, daemon=True)
-            thread.start()
-            self._thread, self._running = thread, True
+            self._running = True  # before the thread, whose job may ask for it at once
+            try:
+                thread.start()
+            except BaseException:
+                self._running = False
+                raise
+            self._thread = thread
             return self._number
 
     def _run(self, job: Callable[[], Result], name: str, doing: str, ended: Callable[[Result | Failure], None]) -> None:
