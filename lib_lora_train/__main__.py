@@ -92,7 +92,7 @@ def _train(chosen: argparse.Namespace) -> int:
         finished, failure = _ending(job, show=show, record=record)
     if finished.outcome == "failed":
         if launch is not None:
-            _failed_together(launch, finished.message, failure)
+            failed_together(launch, finished.message, failure)
         print(finished.message, file=sys.stderr)
         return 2 if isinstance(failure, UserError) else 1
     # The first one's exit code says how it ended; to a launcher another's would be a failure, which ends the first one too.
@@ -143,10 +143,10 @@ def _refused_together(launch: LaunchEnvironment, error: LoraTrainError) -> NoRet
         with process_group(launch):
             raise error
     except LoraTrainError:
-        _failed_together(launch, str(error), error)
+        failed_together(launch, str(error), error)
 
 
-def _failed_together(launch: LaunchEnvironment, message: str, failure: LoraTrainError | None) -> NoReturn:
+def failed_together(launch: LaunchEnvironment, message: str, failure: LoraTrainError | None) -> NoReturn:
     """The end of one of several processes: what all of them know, the first one tells, and what one alone knows, that one. Of
     one that was lost without a word all others tell: it may have been the first."""
     from lib_lora_train.distributed import ProcessLost

@@ -76,7 +76,7 @@ def read_image(path: Path) -> Image.Image:
 
 
 @dataclass(frozen=True)
-class Layers:
+class DecodedImage:
     """One image with what `read_image` leaves out."""
 
     image: Image.Image  # as `read_image` gives it
@@ -87,7 +87,7 @@ class Layers:
     exif: bytes  # without the orientation, for a file with these pixels; b"" for none
 
 
-def read_layers(path: Path) -> Layers:
+def decode_image(path: Path) -> DecodedImage:
     """Decode the image, keeping its transparency and its notes apart. Errors as in `read_image`."""
     with _open(path) as image:
         kind = image.format or ""
@@ -101,20 +101,20 @@ def read_layers(path: Path) -> Layers:
         if turn is not None and alpha is not None:
             alpha = alpha.transpose(turn)
         text = image.info.get("parameters", "")
-        return Layers(rgb, alpha, as_stored, kind, text if isinstance(text, str) else "", exif)
+        return DecodedImage(rgb, alpha, as_stored, kind, text if isinstance(text, str) else "", exif)
 
 
-def encode_image(image: Image.Image, *, suffix: str, layers: Layers | None = None) -> bytes:
-    """`image` (mode RGB or L) as the file that `suffix` says, upright, with what generators and cameras wrote into `layers`.
+def encode_image(image: Image.Image, *, suffix: str, source: DecodedImage | None = None) -> bytes:
+    """`image` (mode RGB or L) as the file that `suffix` says, upright, with what generators and cameras wrote into `source`.
 
     JPEG and WebP are written at high quality, not without loss. Raises DatasetError for other kinds.
     """
-    exif = layers.exif if layers is not None else b""
+    exif = source.exif if source is not None else b""
     buffer = io.BytesIO()
     if suffix == ".png":
         text = PngImagePlugin.PngInfo()
-        if layers is not None and layers.parameters:
-            text.add_itxt("parameters", layers.parameters)
+        if source is not None and source.parameters:
+            text.add_itxt("parameters", source.parameters)
         image.save(buffer, "PNG", pnginfo=text, exif=exif)
     elif suffix in (".jpg", ".jpeg"):
         image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0, exif=exif)

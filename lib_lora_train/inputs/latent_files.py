@@ -41,6 +41,7 @@ from safetensors.numpy import load, save
 
 from lib_lora_train.dataset.buckets import Placement
 from lib_lora_train.storage.atomic import replace
+from lib_lora_train.storage.checksum import sha256_of
 
 CACHE_FOLDER = ".lora_train_cache"
 _VERSION = 1  # raise when the way from image to latent changes
@@ -146,7 +147,7 @@ class LatentDisk:
         if known is None:
             stamp = _stamp(image)
             trusted = self._trusted(stamp)  # asked now: a change after the file was read must show in the stamp
-            known = self._images[image] = _Known(stamp, trusted, _digest(image))
+            known = self._images[image] = _Known(stamp, trusted, sha256_of(image))
         return known
 
     def _trusted(self, stamp: str) -> bool:
@@ -180,15 +181,6 @@ def _stamp(image: Path) -> str:
     """What changes with the file's content, without reading it: size, and two times in nanoseconds."""
     known = image.stat()
     return f"{known.st_size} {known.st_mtime_ns} {known.st_ctime_ns}"
-
-
-def _digest(image: Path) -> str:
-    """sha256 of all its bytes; hashing and reading leave Python's lock to others."""
-    digest = hashlib.sha256()
-    with image.open("rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 def _sum(latents: np.ndarray) -> str:

@@ -12,7 +12,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 from lib_lora_train.errors import HostError
 
 LOCK_NAME = ".lock"
-_WAIT = 1.0  # seconds; `is_locked` in another process holds the lock for an instant
+ACQUIRE_TIMEOUT = 1.0  # seconds; `is_locked` in another process holds the lock for an instant
 
 
 def lock_run(folder: Path) -> BaseFileLock | None:
@@ -23,7 +23,7 @@ def lock_run(folder: Path) -> BaseFileLock | None:
     """
     lock = FileLock(folder / LOCK_NAME, thread_local=False)
     try:
-        lock.acquire(timeout=_WAIT)
+        lock.acquire(timeout=ACQUIRE_TIMEOUT)
     except Timeout:
         raise HostError(f"The run {folder.name} is under way", why="another program works on it",
                         remedy="wait for it or stop it first") from None

@@ -48,13 +48,6 @@ class Desk:
 
 
 @pytest.fixture
-def job(monkeypatch: pytest.MonkeyPatch) -> FakeJob:
-    fake = FakeJob()
-    monkeypatch.setattr(runner_module, "run_job", fake)
-    return fake
-
-
-@pytest.fixture
 def desk(tmp_path: Path, job: FakeJob):
     made = Desk(tmp_path, job)
     yield made

@@ -15,7 +15,6 @@ from PIL import Image
 
 from lib_lora_train import api
 from lib_lora_train.errors import Interrupted
-from lib_lora_train.run import runner as runner_module
 from lib_lora_train.run.runner import Runner
 from lib_lora_train.settings.allowed_paths import AllowedPaths
 from lib_lora_train.studio import thumbs, uploads
@@ -89,13 +88,6 @@ def desk(tmp_path: Path) -> Iterator[Desk]:
     made.studio.tasks.stop()
     made.runner.stop(save=False)
     assert made.studio.tasks.wait(60) and made.runner.wait(60)
-
-
-@pytest.fixture
-def job(monkeypatch: pytest.MonkeyPatch) -> FakeJob:
-    fake = FakeJob()
-    monkeypatch.setattr(runner_module, "run_job", fake)
-    return fake
 
 
 def asked_to_train(desk: Desk, folder: Path | str):

@@ -321,7 +321,7 @@ def test_sizes_that_contradict_each_other_are_refused(tmp_path: Path, draw: Draw
         look(tmp_path, bucket_reso_steps=512, resolution="256")
 
 
-def test_what_is_lost_is_grey_on_the_sheet_and_what_is_kept_is_as_it_was(tmp_path: Path) -> None:
+def test_what_is_lost_is_grey_on_the_sheet_and_what_is_kept_is_as_it_was() -> None:
     red = Image.new("RGB", (300, 100), "red")
     shown = dimmed(red, (100.0, 0.0, 200.0, 100.0))
     assert shown.getpixel((150, 50)) == (255, 0, 0)
@@ -330,7 +330,7 @@ def test_what_is_lost_is_grey_on_the_sheet_and_what_is_kept_is_as_it_was(tmp_pat
     assert dimmed(red, (0.0, 0.0, 300.0, 100.0)).getcolors() == [(30000, (255, 0, 0))]
 
 
-def test_the_sheet_shows_the_deepest_crops_first_and_no_more_than_asked(tmp_path: Path, draw: Draw) -> None:
+def test_the_sheet_shows_the_deepest_crops_first_and_no_more_than_asked(tmp_path: Path) -> None:
     Image.new("RGB", (512, 512), (0, 0, 255)).save(tmp_path / "whole.png")
     Image.new("RGB", (768, 512), (255, 0, 0)).save(tmp_path / "cut.png")
     (tmp_path / "broken.png").write_bytes(b"no picture")

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lib_lora_train.__main__ import _failed_together
+from lib_lora_train.__main__ import failed_together
 from lib_lora_train.distributed import SINGLE_PROCESS, LaunchEnvironment, ProcessLost, rows_of
 from lib_lora_train.errors import SettingError
 from lib_lora_train.run.consistency import ProcessesDiffer, require_equal
@@ -84,5 +84,5 @@ def test_no_process_is_lost_silently_and_what_all_know_is_told_once(monkeypatch,
 
     monkeypatch.setattr(os, "_exit", leave)
     with pytest.raises(SystemExit):
-        _failed_together(LaunchEnvironment(rank, 2, rank, "a", 1), str(failure), failure)
+        failed_together(LaunchEnvironment(rank, 2, rank, "a", 1), str(failure), failure)
     assert bool(capsys.readouterr().err) == tells

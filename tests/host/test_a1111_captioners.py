@@ -86,7 +86,7 @@ def webui(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNam
     monkeypatch.setitem(sys.modules, "modules", modules)
     assert NAME not in sys.modules, "only the WebUI imports it"
     captioners = importlib.import_module(NAME)
-    monkeypatch.setattr(captioners, "_tokenizer_is_there", lambda: True)
+    monkeypatch.setattr(captioners, "tokenizer_is_there", lambda: True)
     yield SimpleNamespace(captioners=captioners, done=done, lock=lock, models=tmp_path, interrogator=interrogator,
                           danbooru=danbooru, paths=stand_ins["paths"])
     del sys.modules[NAME]
@@ -139,7 +139,7 @@ def test_a_wait_behind_other_work_ends_when_it_is_to_stop(webui: SimpleNamespace
 @pytest.mark.parametrize(("take_away", "said"), [
     (lambda webui: (webui.models / "BLIP" / "model_base.pth").unlink(), "model_base_caption_capfilt_large.pth"),
     (lambda webui: webui.paths.paths.clear(), "code"),
-    (lambda webui: setattr(webui.captioners, "_tokenizer_is_there", lambda: False), "bert-base-uncased"),
+    (lambda webui: setattr(webui.captioners, "tokenizer_is_there", lambda: False), "bert-base-uncased"),
     (lambda webui: (webui.models / "torch_deepdanbooru" / "model.pt").unlink(), "model-resnet_custom_v3.pt")])
 def test_what_is_missing_is_one_sentence_and_nothing_is_loaded(webui: SimpleNamespace, take_away: Any, said: str):
     take_away(webui)

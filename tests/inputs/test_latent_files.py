@@ -178,8 +178,8 @@ def disk_at(now: int = LATER) -> LatentDisk:
 @pytest.fixture
 def reads(monkeypatch) -> list[str]:
     """The names of the images that are read for the cache's sake."""
-    read, original = [], disk_module._digest
-    monkeypatch.setattr(disk_module, "_digest", lambda image: read.append(image.name) or original(image))
+    read, original = [], disk_module.sha256_of
+    monkeypatch.setattr(disk_module, "sha256_of", lambda image: read.append(image.name) or original(image))
     return read
 
 

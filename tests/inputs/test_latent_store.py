@@ -42,7 +42,7 @@ def test_what_the_memory_has_no_room_for_comes_back_the_same_in_any_order(tmp_pa
 
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("budget", [0, 2 * ONE + 5, 10**9])
-def test_a_source_gives_the_same_wherever_its_latents_lie(make_dataset, tmp_path: Path, cached: bool, budget: int) -> None:
+def test_a_source_gives_the_same_wherever_its_latents_lie(make_dataset, cached: bool, budget: int) -> None:
     dataset, placements = make_dataset({f"{n}.png": (64, 64) for n in range(5)})
     plain = CachedLatents.build(FakeVAE(), dataset, placements, flip_aug=True, threads=0)
     expected = draws(plain, 5)

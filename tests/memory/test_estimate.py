@@ -18,6 +18,7 @@ from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.model.ops.quantised import quantised
 from lib_lora_train.run.memory import layers_for, layers_of
 from tests.model.small_checkpoints import SmallTokenizer
+from tests.profiled import peak_allocated
 from tools.bench.true_size import true_size_shapes, true_size_tensors
 
 CPU = torch.device("cpu")
@@ -60,13 +61,7 @@ def measured(side: int, *, checkpointed: frozenset[str] = frozenset(), text: boo
             context = found.text.encode_ids(ids, adapters=network.adapters(), dtype=torch.float32).context
         found.unet(x, torch.full((images,), 500), context, adapters=network.adapters()["unet"],
                    checkpointed=checkpointed).square().sum().backward()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    # The name of an event's time changed with torch 2.2 or so; events of the same moment stay in order.
-    for event in sorted(events, key=lambda event: event.start_ns() if hasattr(event, "start_ns") else event.start_us()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
+    return peak_allocated(profile)
 
 
 @pytest.mark.parametrize("side, images, checkpointed, text", [(128, 2, False, True), (256, 1, True, False)],

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +14,7 @@ from lib_lora_train.model.ops import quantised
 from lib_lora_train.model.ops.quantised import is_kernel, quantise
 from lib_lora_train.model.ops.weights import is_nhwc_kernel
 from tests.model.small_checkpoints import FAMILIES, HINTS, checkpoint, full_size, tokenizers
+from tests.profiled import peak_allocated
 
 KINDS = [pytest.param("int8"), pytest.param("fp8", marks=pytest.mark.skipif(
     not hasattr(torch, "float8_e4m3fn"), reason="this torch has no fp8"))]
@@ -78,10 +77,7 @@ def test_it_takes_one_fp32_copy_beside_the_result_and_leaves_the_hosts_weight_al
     large, activities = torch.ones(64, 512, 3, 3, dtype=stored), [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         quantise(large, kind)
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    sizes = [event.nbytes() for event in sorted(
-        events, key=lambda event: event.start_ns() if hasattr(event, "start_ns") else event.start_us())]
-    assert max(itertools.accumulate(sizes)) <= 1.01 * large.numel() * (4 + 1)
+    assert peak_allocated(profile) <= 1.01 * large.numel() * (4 + 1)
     lent = weights((48, 32)).to(stored)
     before = lent.clone()
     quantise(lent, kind)

@@ -190,7 +190,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_weights(
         return original(model, batch, **given) * (math.nan if len(calls) == 4 else 1)
     monkeypatch.setattr(train_step, "denoising_loss", poisoned)
     seen: list[events.Event] = []
-    with pytest.raises(TrainingError, match="step 4.*lower the learning rate.*zzk-step00000003"):
+    with pytest.raises(TrainingError, match="step 4.*zzk-step00000003"):
         run_settings(settings(images), host, report=seen.append, stop=lambda: "")
     kept = load_file(host.lora_folder / "zzk-step00000003.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in kept.values())

@@ -223,7 +223,7 @@ def fingerprint(plan: RunPlan) -> str:
     return resume.dataset_fingerprint(plan.dataset, plan.placements)
 
 
-def test_a_picture_of_the_same_name_and_size_is_another_picture(images, host):
+def test_a_picture_of_the_same_name_and_size_is_another_picture(images):
     chosen = settings(images)
     first = fingerprint(plan_dataset(chosen, family="sd1"))
     assert fingerprint(plan_dataset(chosen, family="sd1")) == first
@@ -331,7 +331,7 @@ def test_a_result_whose_folder_vanished_is_still_written(images, host):
     assert finished.outcome == "done" and Path(finished.path).is_file()
 
 
-def test_what_the_output_folder_refuses_is_kept_beside_the_record(images, host, monkeypatch):
+def test_what_the_output_folder_refuses_is_kept_beside_the_record(images, host):
     chosen, folder = settings(images, max_train_steps=2), host.runs_folder / "zzk-1"
 
     def report(event: events.Event) -> None:
@@ -401,7 +401,7 @@ def test_states_are_kept_by_the_clock_and_less_often_where_writing_is_slow(tmp_p
     assert kept == times
 
 
-def test_a_state_of_weights_that_are_no_numbers_replaces_nothing(cut_off, host):
+def test_a_state_of_weights_that_are_no_numbers_replaces_nothing(cut_off):
     _, folder = cut_off
     before = (folder / STATE).read_bytes()
     loaded, facts = checkpoint_module.read(folder / STATE)

@@ -72,7 +72,7 @@ def test_the_next_run_removes_what_a_killed_one_left_half_written_and_nothing_el
 
 def test_a_run_that_is_under_way_cannot_be_resumed(tmp_path, monkeypatch):
     from lib_lora_train.storage import lock
-    monkeypatch.setattr(lock, "_WAIT", 0.0)
+    monkeypatch.setattr(lock, "ACQUIRE_TIMEOUT", 0.0)
     first = RunRecord(tmp_path / "one", SETTINGS)
     with pytest.raises(HostError, match="one is under way"):
         RunRecord(tmp_path / "one", SETTINGS)

@@ -124,7 +124,7 @@ def test_a_late_answer_to_the_pages_first_question_changes_no_field(handlers: Ha
     assert changed(handlers.restore(Latest(), draft)[1:]) == {"max_train_steps": 7}  # another page
 
 
-def test_without_a_memory_the_running_jobs_settings_come_back(handlers: Handlers, monkeypatch, tmp_path: Path):
+def test_without_a_memory_the_running_jobs_settings_come_back(handlers: Handlers, monkeypatch):
     job = FakeJob()
     monkeypatch.setattr(runner_module, "run_job", job)
     handlers.runner.start(plan_of(parse({"output_name": "zzk", "network_dim": 5})), handlers.host)

@@ -50,7 +50,7 @@ class BlipSource:
                     "img2img once, which fetches it.")
         if "BLIP" not in paths.paths:
             return "BLIP's code is not there; start the WebUI once without --skip-prepare-environment, which fetches it."
-        if not _tokenizer_is_there():
+        if not tokenizer_is_there():
             return (f"BLIP's tokenizer {_TOKENIZER} is not there; press Interrogate CLIP in img2img once, which fetches it "
                     "from huggingface.co.")
         return ""
@@ -157,7 +157,7 @@ def _holds(folder: Path, suffix: str) -> bool:
     return any(path.is_file() for path in folder.rglob(f"*{suffix}"))
 
 
-def _tokenizer_is_there() -> bool:
+def tokenizer_is_there() -> bool:
     """Whether transformers finds it without the network: where it keeps what it fetched, or in a folder of that name."""
     from transformers.utils import cached_file
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,11 +16,12 @@ from typing import Literal
 from PIL import Image
 
 from lib_lora_train.dataset.captions import first_line, read_caption
-from lib_lora_train.dataset.images import MAX_BYTES, Layers, encode_image, read_layers
+from lib_lora_train.dataset.images import MAX_BYTES, DecodedImage, decode_image, encode_image
 from lib_lora_train.dataset.listing import MayRead
 from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
 from lib_lora_train.errors import DatasetError, counted, printable, translated
 from lib_lora_train.storage.atomic import copy_atomic, write_atomic
+from lib_lora_train.storage.checksum import sha256_of
 from lib_lora_train.studio.captions.files import MOST_BYTES as MOST_CAPTION_BYTES
 from lib_lora_train.studio.importing.archive import Archive, open_archive
 from lib_lora_train.studio.importing.names import FreeNames, safe_stem
@@ -118,17 +118,17 @@ class _Collector:
         """One image. Raises DatasetError if it cannot be used; then nothing of it was written."""
         with _on_disk(found.location, archive) as path:
             if path.stat().st_size > MAX_BYTES:
-                read_layers(path)  # refuses it, and says why
+                decode_image(path)  # refuses it, and says why
             digest = _sha256(path)
             if digest in self._known:
                 self.skipped.append((found.label, f"It is the same file as {self._known[digest]}."))
                 return
-            layers = read_layers(path)
-            if layers.alpha is not None and layers.alpha.getextrema()[1] == 0:
+            picture = decode_image(path)
+            if picture.alpha is not None and picture.alpha.getextrema()[1] == 0:
                 raise DatasetError(found.label, why="it is transparent everywhere")
-            caption, mask = self._caption(found, archive), self._mask(found, layers, archive)
+            caption, mask = self._caption(found, archive), self._mask(found, picture, archive)
             stem = self._names.claim(safe_stem(Path(found.name).stem))
-            endings = _KEPT.get(layers.format, ()) if layers.as_stored else ()
+            endings = _KEPT.get(picture.format, ()) if picture.as_stored else ()
             suffix = Path(found.name).suffix.lower()
             target = self.dataset.images_folder / f"{stem}{suffix if suffix in endings else (*endings, '.png')[0]}"
             if not self.dry_run:
@@ -140,11 +140,11 @@ class _Collector:
                 if endings:
                     copy_atomic(path, target, one_of_many=True)
                 else:
-                    write_atomic(target, encode_image(layers.image, suffix=".png", layers=layers), one_of_many=True)
+                    write_atomic(target, encode_image(picture.image, suffix=".png", source=picture), one_of_many=True)
                 self._note(target.name, {"source": printable(found.source), "sha256": digest})
         self._known[digest] = target.name
         self.added.append(target)
-        self.sizes.append(layers.image.size)
+        self.sizes.append(picture.image.size)
 
     def _caption(self, found: Found, archive: Archive | None) -> str:
         if found.caption is None:
@@ -162,21 +162,21 @@ class _Collector:
             self._count("{} had a caption of several lines, of which training reads only the first; the first was taken.")
         return first_line(text)
 
-    def _mask(self, found: Found, layers: Layers, archive: Archive | None) -> Image.Image | None:
+    def _mask(self, found: Found, picture: DecodedImage, archive: Archive | None) -> Image.Image | None:
         if found.mask is not None:
             try:
                 with _on_disk(found.mask, archive) as path:
-                    mask = read_layers(path).image.convert("L")
-                if mask.size != layers.image.size:
+                    mask = decode_image(path).image.convert("L")
+                if mask.size != picture.image.size:
                     raise DatasetError("", why="it is not of the picture's size")
                 return mask
             except DatasetError as error:
                 self.skipped.append((f"mask of {found.label}", f"{reason(error)} The picture was imported without it."))
-        if layers.alpha is None:
+        if picture.alpha is None:
             return None
         self._count("{} had transparent parts: they are white now" + (", and a mask that marks them is kept."
                                                                       if self.masks else "."))
-        return layers.alpha if self.masks else None
+        return picture.alpha if self.masks else None
 
     def _count(self, text: str) -> None:
         self._counts[text] = self._counts.get(text, 0) + 1
@@ -213,12 +213,8 @@ def _on_disk(location: Location, archive: Archive | None) -> Iterator[Path]:
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
+        return sha256_of(path)
     except OSError as error:
         why = "the file is gone" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
         raise DatasetError(f"The picture {path} cannot be used", why=why) from error
-    return digest.hexdigest()

@@ -210,7 +210,7 @@ def test_a_journal_that_is_none_is_moved_to_the_backups(folder: Path, content: b
     assert not (folder / JOURNAL).exists()
 
 
-def test_a_studio_folder_that_leads_elsewhere_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_a_studio_folder_that_leads_elsewhere_is_refused(folder: Path) -> None:
     store = CaptionStore.open(folder, may_read=lambda path: path.name != ".studio")
     store.apply(SetCaption("x"), [0])
     with pytest.raises(OutputError, match="not allowed"):
