@@ -184,8 +184,8 @@ def mask_from_file(path: Path) -> Image.Image:
 
     Raises DatasetError as `read_image`.
     """
-    picture = decode_image(path)
-    return picture.alpha if picture.alpha is not None else picture.image.convert("L")
+    decoded = decode_image(path)
+    return decoded.alpha if decoded.alpha is not None else decoded.image.convert("L")
 
 
 def put_mask(dataset: OwnedDataset, name: str, mask: Image.Image) -> None:
@@ -263,11 +263,11 @@ def _change_image(dataset: OwnedDataset, name: str, notes: Mapping[str, Note], c
     if path.suffix.lower() not in WRITTEN_SUFFIXES:
         encode_image(Image.new("RGB", (1, 1)), suffix=path.suffix.lower())  # refuses it, and says why
     before, source, mask = _before(dataset, name, notes)
-    picture = decode_image(source)
-    after = change(before, picture.image, mask)
+    decoded = decode_image(source)
+    after = change(before, decoded.image, mask)
     assert after.box is not None and after.size is not None
     box, note = Box(after.box, after.size), dict(notes.get(name, {}))
-    unchanged = after.box == (0, 0, *picture.image.size) and after.size == picture.image.size and not after.flip
+    unchanged = after.box == (0, 0, *decoded.image.size) and after.size == decoded.image.size and not after.flip
     if unchanged:
         return note if source == path else _unshaped(dataset, name, note)
     if source == path:
@@ -276,8 +276,8 @@ def _change_image(dataset: OwnedDataset, name: str, notes: Mapping[str, Note], c
             copy_atomic(dataset.mask_path(name), dataset.unshaped_mask_path(name), one_of_many=True)
     if mask is not None:
         write_atomic(dataset.mask_path(name), encode_image(render(mask, box, flip=after.flip), suffix=".png"), one_of_many=True)
-    made = render(picture.image, box, flip=after.flip)
-    write_atomic(path, encode_image(made, suffix=path.suffix.lower(), source=picture), one_of_many=True)
+    made = render(decoded.image, box, flip=after.flip)
+    write_atomic(path, encode_image(made, suffix=path.suffix.lower(), source=decoded), one_of_many=True)
     return {**note, "shaped": dataclasses.asdict(after)}
 
 
@@ -319,7 +319,7 @@ def _each(dataset: OwnedDataset, names: Sequence[str], *, watch: Watch,
 def _add_parts(dataset: OwnedDataset, path: Path, boxes: Sequence[Box], *, flip: bool,
                endings: Sequence[str]) -> tuple[str, ...]:
     """New images from parts of one, each with its caption and its part of the mask; their names."""
-    picture, mask_path = decode_image(path), dataset.mask_path(path.name)
+    decoded, mask_path = decode_image(path), dataset.mask_path(path.name)
     mask = read_image(mask_path).convert("L") if mask_path.is_file() else None
     names, made, notes = FreeNames(dataset.taken_stems()), [], {}
     suffix = path.suffix.lower() if path.suffix.lower() in WRITTEN_SUFFIXES else ".png"
@@ -331,7 +331,7 @@ def _add_parts(dataset: OwnedDataset, path: Path, boxes: Sequence[Box], *, flip:
         for caption in (path.with_suffix(caption) for caption in CAPTION_SUFFIXES):
             if caption.is_file():
                 copy_atomic(caption, new.with_suffix(caption.suffix), one_of_many=True)
-        write_atomic(new, encode_image(render(picture.image, box, flip=flip), suffix=suffix, source=picture), one_of_many=True)
+        write_atomic(new, encode_image(render(decoded.image, box, flip=flip), suffix=suffix, source=decoded), one_of_many=True)
         made.append(new.name)
         notes[new.name] = {"source": f"{path.name} {'mirrored' if flip else f'at {box.edges[0]:.0f}, {box.edges[1]:.0f}'}"}
     dataset.write_notes(notes)

@@ -123,12 +123,12 @@ class _Collector:
             if digest in self._known:
                 self.skipped.append((found.label, f"It is the same file as {self._known[digest]}."))
                 return
-            picture = decode_image(path)
-            if picture.alpha is not None and picture.alpha.getextrema()[1] == 0:
+            decoded = decode_image(path)
+            if decoded.alpha is not None and decoded.alpha.getextrema()[1] == 0:
                 raise DatasetError(found.label, why="it is transparent everywhere")
-            caption, mask = self._caption(found, archive), self._mask(found, picture, archive)
+            caption, mask = self._caption(found, archive), self._mask(found, decoded, archive)
             stem = self._names.claim(safe_stem(Path(found.name).stem))
-            endings = _KEPT.get(picture.format, ()) if picture.as_stored else ()
+            endings = _KEPT.get(decoded.format, ()) if decoded.as_stored else ()
             suffix = Path(found.name).suffix.lower()
             target = self.dataset.images_folder / f"{stem}{suffix if suffix in endings else (*endings, '.png')[0]}"
             if not self.dry_run:
@@ -140,11 +140,11 @@ class _Collector:
                 if endings:
                     copy_atomic(path, target, one_of_many=True)
                 else:
-                    write_atomic(target, encode_image(picture.image, suffix=".png", source=picture), one_of_many=True)
+                    write_atomic(target, encode_image(decoded.image, suffix=".png", source=decoded), one_of_many=True)
                 self._note(target.name, {"source": printable(found.source), "sha256": digest})
         self._known[digest] = target.name
         self.added.append(target)
-        self.sizes.append(picture.image.size)
+        self.sizes.append(decoded.image.size)
 
     def _caption(self, found: Found, archive: Archive | None) -> str:
         if found.caption is None:
@@ -162,21 +162,21 @@ class _Collector:
             self._count("{} had a caption of several lines, of which training reads only the first; the first was taken.")
         return first_line(text)
 
-    def _mask(self, found: Found, picture: DecodedImage, archive: Archive | None) -> Image.Image | None:
+    def _mask(self, found: Found, decoded: DecodedImage, archive: Archive | None) -> Image.Image | None:
         if found.mask is not None:
             try:
                 with _on_disk(found.mask, archive) as path:
                     mask = decode_image(path).image.convert("L")
-                if mask.size != picture.image.size:
+                if mask.size != decoded.image.size:
                     raise DatasetError("", why="it is not of the picture's size")
                 return mask
             except DatasetError as error:
                 self.skipped.append((f"mask of {found.label}", f"{reason(error)} The picture was imported without it."))
-        if picture.alpha is None:
+        if decoded.alpha is None:
             return None
         self._count("{} had transparent parts: they are white now" + (", and a mask that marks them is kept."
                                                                       if self.masks else "."))
-        return picture.alpha if self.masks else None
+        return decoded.alpha if self.masks else None
 
     def _count(self, text: str) -> None:
         self._counts[text] = self._counts.get(text, 0) + 1
