@@ -81,55 +81,31 @@ def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float
     return float((a - b).norm() / b.norm())
 
 
-# Process 1 has no memory for two images at once: it halves its microbatch alone, and no process hangs.
-SHORT_OF_MEMORY = """
-import os, sys
-from lib_lora_train.__main__ import main
-from lib_lora_train.training.train_step import TrainStep
-forward = TrainStep.forward
-def short(self, batch):
-    if os.environ["RANK"] == "1" and len(batch) > 1:
-        raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
-    return forward(self, batch)
-TrainStep.forward = short
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-def test_two_processes_learn_what_one_learns_with_twice_the_batch(images, tiny_file, tmp_path):
-    """Buckets of 5 and 2 images with 3 of a class beside them, so that batches are uneven and one process goes without;
-    accumulation, regularisation, min-SNR weights, mirrored images, and one process that runs out of memory."""
-    chosen = {**SETTINGS, **WIDE, "train_data_dir": images, "reg_data_dir": images.parent / "class", "flip_aug": True,
-              "prior_loss_weight": 0.5, "min_snr_gamma": 2, "gradient_accumulation_steps": 2, "train_batch_size": 2}
-    words = ["-c", SHORT_OF_MEMORY, *command({**chosen, "output_dir": tmp_path / "two"}, tiny_file)]
-    with running([words, words], tmp_path) as started:
-        told = seen(started.until("finished"))
-        assert started.end() == [0, 0], started.errors()
-        assert started.until("there is no such line", 1) == [], "only the first one prints"
-    weights, curve = alone({**chosen, "train_batch_size": 4}, tiny_file, tmp_path / "one")
-    assert losses(told) == pytest.approx(curve, rel=1e-3)
-    assert apart(load_file(tmp_path / "two" / "zzk.safetensors"), weights) < SAME
-    made = inspect(tmp_path / "two" / "zzk.safetensors").metadata
-    assert (made["ss_batch_size_per_device"], made["ss_total_batch_size"]) == ("2", "4")
-    assert len(list((tmp_path / "two" / "runs").iterdir())) == 1, "only the first one records"
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="torchrun needs a torch that was built with libuv")
-def test_torchrun_trains_text_encoders_on_captions_of_any_length_and_fresh_pictures(images, tiny_file, tmp_path):
-    chosen = {**SETTINGS, "train_data_dir": images, "network_train_unet_only": False, "color_aug": True, "random_crop": True,
-              "caption_tag_dropout_rate": 0.2, "max_train_steps": 5}
+def test_two_processes_that_torchrun_starts_learn_what_one_learns_with_twice_the_batch(images, tiny_file, tmp_path):
+    """Buckets of 5 and 2 images with 3 of a class beside them, so that batches are uneven and one process goes without;
+    text encoders on captions of any length, accumulation, regularisation, min-SNR weights, pictures made anew at each visit,
+    and one process that runs out of memory."""
+    chosen = {**SETTINGS, **WIDE, "train_data_dir": images, "reg_data_dir": images.parent / "class", "flip_aug": True,
+              "network_train_unet_only": False, "color_aug": True, "random_crop": True, "caption_tag_dropout_rate": 0.2,
+              "prior_loss_weight": 0.5, "min_snr_gamma": 2, "gradient_accumulation_steps": 2, "train_batch_size": 2}
     launcher = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "lib_lora_train",
-         *map(str, command({**chosen, "output_dir": tmp_path / "two"}, tiny_file))],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m",
+         "tests.distributed.short_of_memory", *map(str, command({**chosen, "output_dir": tmp_path / "two"}, tiny_file))],
         cwd=ROOT, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         output, errors = launcher.communicate()
     finally:
         close(launcher)
     assert launcher.returncode == 0, errors
-    weights, curve = alone({**chosen, "train_batch_size": 2}, tiny_file, tmp_path / "one")
-    assert losses(seen(output.splitlines())) == pytest.approx(curve, rel=1e-3)
+    told = seen(output.splitlines())
+    assert sum(isinstance(event, events.Finished) for event in told) == 1, "only the first one prints"
+    weights, curve = alone({**chosen, "train_batch_size": 4}, tiny_file, tmp_path / "one")
+    assert losses(told) == pytest.approx(curve, rel=1e-3)
     assert apart(load_file(tmp_path / "two" / "zzk.safetensors"), weights) < SAME
+    made = inspect(tmp_path / "two" / "zzk.safetensors").metadata
+    assert (made["ss_batch_size_per_device"], made["ss_total_batch_size"]) == ("2", "4")
+    assert len(list((tmp_path / "two" / "runs").iterdir())) == 1, "only the first one records"
 
 
 def test_after_a_kill_the_other_ends_by_itself_and_both_go_on_from_what_was_kept(images, tiny_file, tmp_path):

@@ -65,8 +65,8 @@ def reference(place_of_work: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def settings(place_of_work: Path, **changes: object):
     return parse({"train_data_dir": str(place_of_work / "pictures"), "output_name": "zzk", "resolution": "64",
-                  "min_bucket_reso": 64, "num_repeats": 1, "max_train_steps": 3, "network_dim": 1, "overwrite": True,
-                  "save_every_n_steps": 2, "save_precision": "float", "learning_rate": 1e-3, **changes})
+                  "min_bucket_reso": 64, "num_repeats": 1, "max_train_steps": 2, "network_dim": 1, "overwrite": True,
+                  "save_every_n_steps": 1, "save_precision": "float", "learning_rate": 1e-3, **changes})
 
 
 def surroundings(host: StandaloneHost) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def test_a_second_ctrl_c_ends_at_once_and_leaves_the_host_as_it_was(
     assert past_run(record.folder).outcome in ("interrupted", "done")
 
 
-@pytest.mark.parametrize("step", [1, 2, 3])
+@pytest.mark.parametrize("step", [1, 2])
 def test_a_loss_that_is_no_number_at_any_step_leaves_the_host_as_it_was(
         step: int, host: StandaloneHost, place_of_work: Path, reference: dict[str, torch.Tensor],
         monkeypatch: pytest.MonkeyPatch) -> None:
