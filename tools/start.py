@@ -64,10 +64,11 @@ def main(arguments: list[str]) -> int:
 
 
 def on_all_cores() -> list[str]:
-    """pytest's arguments: a file of tests on each core, none of which may hang. What the user adds has the last word."""
+    """pytest's arguments: a file of tests on each core, and one more, since many tests wait for a browser or another process.
+    None of them may hang. What the user adds has the last word."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # A real WebUI is started once for all tests, but once in each process.
-    processes = 0 if os.environ.get("WEBUI_ROOT") else min(cores, 4)
+    processes = 0 if os.environ.get("WEBUI_ROOT") else min(cores + 1, 5)
     return ["-n", str(processes), "--dist", "loadfile", "--timeout", "600"]
 
 

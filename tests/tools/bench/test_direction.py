@@ -19,7 +19,7 @@ from tools.bench.sampler import Sampler
 from tools.bench.style import TRIGGER
 from tools.bench.training import settings_of, train_lora
 
-STEPS, RATE = 14, 3e-3  # much is learnt soon, if not for good
+STEPS, RATE = 8, 3e-3  # much is learnt soon, if not for good
 TIMESTEPS = (150, 650)
 
 Losses = Callable[[torch.Tensor, list[str]], tuple[dict[int, float], dict[int, float]]]
@@ -44,7 +44,7 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> Losses:
 
 def test_the_loss_on_what_it_was_shown_falls_at_every_timestep(losses):
     _, captions, pixels = read_dataset(STYLE)
-    before, after = losses(pixels[::6], captions[::6])
+    before, after = losses(pixels[::12], captions[::12])
     assert len(captions) == 24 and all(after[t] < before[t] for t in before)
 
 
