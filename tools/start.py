@@ -69,7 +69,7 @@ def on_all_cores() -> list[str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # A real WebUI is started once for all tests, but once in each process.
     processes = 0 if os.environ.get("WEBUI_ROOT") else min(cores + 1, 5)
-    return ["-n", str(processes), "--dist", "loadfile", "--timeout", "600"]
+    return ["-n", str(processes), "--dist", "loadfile", "--no-loadscope-reorder", "--timeout", "600"]
 
 
 def environment(*, for_tests: bool) -> Path:

@@ -41,7 +41,7 @@ def test_no_step_and_no_epoch_leaves_a_tensor_or_another_object_behind(tmp_path)
                         runs_folder=tmp_path / "runs")
     one = Runner()
     settings = parse({"train_data_dir": str(images), "output_name": "long", "resolution": "64", "min_bucket_reso": 64,
-                      "num_repeats": 1, "max_train_steps": 20, "network_dim": 1})
+                      "num_repeats": 1, "max_train_steps": 12, "network_dim": 1})
     one.start(plan_job(settings, host), host)
     assert one.wait(120) and one.status().finished.outcome == "done"
     tensors, objects = zip(*counts[1:], strict=True)
