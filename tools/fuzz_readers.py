@@ -34,6 +34,7 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import filelock  # noqa: F401 - it tries links in the temporary folder when it is imported, which no input did
 import fuzz_studio
 import torch
 from fuzz_inputs import (
