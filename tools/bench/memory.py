@@ -151,16 +151,20 @@ def _measured(plan: MemoryPlanned, row: Compared, host: RandomHost, data: Path, 
         run = measure_run(host, settings=settings, data=data, steps=20, warm_up=5, device=plan.device, stretch=10)
         assert run.gpu is not None, "a run on a GPU tells its memory"
         return dataclasses.replace(row, measured=run.gpu.steps_reserved, allocated=run.gpu.steps_allocated)
-    with _Booked() as booked:
+    with _Booked(last=3) as booked:
         measure_run(host, settings=settings, data=data, steps=2, warm_up=1, device=plan.device, each=booked.between)
     return dataclasses.replace(row, measured=booked.peak)
 
 
 class _Booked:
-    """Books what a CPU's allocator gives out and takes back in one step, the second; `peak` is the highest sum."""
+    """Books what a CPU's allocator gives out and takes back in each step from the second to the `last`; `peak` is the highest
+    sum of one.
 
-    def __init__(self) -> None:
-        self.peak = 0
+    On a busy machine torch's profiler may lose events of a step, which then seems to take less: hence more steps than one.
+    """
+
+    def __init__(self, *, last: int) -> None:
+        self.peak, self._last = 0, last
         self._profile: Any = None
 
     def __enter__(self) -> _Booked:
@@ -171,11 +175,11 @@ class _Booked:
 
     def between(self, step: int) -> None:
         """To be called when `step` steps are done."""
-        if step == 1:
-            self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
-            self._profile.__enter__()
-        elif step > 1:
-            self._end()
+        self._end()
+        if step == self._last:
+            return
+        self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+        self._profile.__enter__()
 
     def _end(self) -> None:
         if self._profile is None:

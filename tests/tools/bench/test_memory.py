@@ -21,17 +21,18 @@ def test_an_error_is_relative_to_what_was_measured() -> None:
     assert Compared(SMALL, "a", predicted=90, measured=100).error == pytest.approx(-0.1)
 
 
-def test_the_booked_peak_is_that_of_the_second_step() -> None:
-    with _Booked() as booked:
-        torch.empty(9_000_000, dtype=torch.uint8)  # before it
+def test_the_booked_peak_is_that_of_the_largest_step_from_the_second_to_the_last() -> None:
+    with _Booked(last=3) as booked:
+        torch.empty(9_000_000, dtype=torch.uint8)  # in the first
         booked.between(1)
         held = torch.empty(1_000_000, dtype=torch.uint8)
         short = torch.empty(3_000_000, dtype=torch.uint8)
         del short
         after = torch.empty(500_000, dtype=torch.uint8)
         booked.between(2)
-        torch.empty(9_000_000, dtype=torch.uint8)  # after it
+        torch.empty(2_000_000, dtype=torch.uint8)
         booked.between(3)
+        torch.empty(9_000_000, dtype=torch.uint8)  # after it
     assert booked.peak == 4_000_000 and len(held) and len(after)
 
 
