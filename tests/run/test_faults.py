@@ -34,6 +34,8 @@ from tools import tiny_checkpoint
 # Of a full memory and of a disk that refuses there are two kinds each: the places take turns.
 KINDS = (("the GPU's memory is full", "the memory is full"), ("the disk is full", "access is denied"))
 
+ONE_STEP = {"max_train_steps": 1, "save_every_n_steps": 0}  # enough for the run after a fault
+
 
 def faults_at(place: Place) -> list[str]:
     return ["an unexpected error", *(names[PLACES.index(place) % 2] for names in KINDS)]
@@ -64,7 +66,7 @@ def reference(place_of_work: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """What a run learns that nothing disturbs."""
     folder = tmp_path_factory.mktemp("reference")
     undisturbed = StandaloneHost(place_of_work / "tiny.safetensors", lora_folder=folder, runs_folder=folder / "runs")
-    finished = run_settings(settings(place_of_work), undisturbed, report=lambda _: None, stop=lambda: "")
+    finished = run_settings(settings(place_of_work, **ONE_STEP), undisturbed, report=lambda _: None, stop=lambda: "")
     return load_file(finished.path)
 
 
@@ -88,7 +90,7 @@ def surroundings(host: StandaloneHost) -> dict[str, Any]:
 
 def assert_the_next_run_is_good(host: StandaloneHost, place_of_work: Path, reference: dict[str, torch.Tensor]) -> None:
     runner = Runner()
-    runner.start(plan_job(settings(place_of_work), host), host)
+    runner.start(plan_job(settings(place_of_work, **ONE_STEP), host), host)
     assert runner.wait(120) and runner.status().finished.outcome == "done"
     learnt = load_file(runner.status().finished.path)
     assert learnt.keys() == reference.keys() and all(torch.equal(learnt[key], reference[key]) for key in learnt)
