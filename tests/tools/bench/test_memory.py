@@ -13,7 +13,7 @@ from tools.bench.memory import Compared, MemoryPlanned, _Booked, planned, run_me
 from tools.bench.speed import PUBLISHED, Case
 from tools.bench.true_size import true_size_shapes
 
-SMALL = Case("sd1", 128, 1)
+SMALL = Case("sd1", 64, 1)
 
 
 def test_an_error_is_relative_to_what_was_measured() -> None:
