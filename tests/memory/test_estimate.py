@@ -18,7 +18,7 @@ from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.model.ops.quantised import quantised
 from lib_lora_train.run.memory import layers_for, layers_of
 from tests.model.small_checkpoints import SmallTokenizer
-from tests.profiled import peak_allocated
+from tools.bench.memory import peak_allocated
 from tools.bench.true_size import true_size_shapes, true_size_tensors
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from lib_lora_train.model.ops import quantised
 from lib_lora_train.model.ops.quantised import is_kernel, quantise
 from lib_lora_train.model.ops.weights import is_nhwc_kernel
 from tests.model.small_checkpoints import FAMILIES, HINTS, checkpoint, full_size, tokenizers
-from tests.profiled import peak_allocated
+from tools.bench.memory import peak_allocated
 
 KINDS = [pytest.param("int8"), pytest.param("fp8", marks=pytest.mark.skipif(
     not hasattr(torch, "float8_e4m3fn"), reason="this torch has no fp8"))]

@@ -9,6 +9,7 @@ what a step adds to what lies there before it, since that alone is the plan's: a
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -160,7 +161,7 @@ class _Booked:
     """Books what a CPU's allocator gives out and takes back in each step from the second to the `last`; `peak` is the highest
     sum of one.
 
-    On a busy machine torch's profiler may lose events of a step, which then seems to take less: hence more steps than one.
+    More than one, since a step was once seen with most of its events missing, on a busy machine.
     """
 
     def __init__(self, *, last: int) -> None:
@@ -186,12 +187,15 @@ class _Booked:
             return
         profile, self._profile = self._profile, None
         profile.__exit__(None, None, None)
-        booked = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-        now = 0
-        # The name of its time changed with torch 2.2 or so; events of the same moment stay in order.
-        for event in sorted(booked, key=lambda event: event.start_ns() if hasattr(event, "start_ns") else event.start_us()):
-            now += event.nbytes()
-            self.peak = max(self.peak, now)
+        self.peak = max(self.peak, peak_allocated(profile))
+
+
+def peak_allocated(profile: torch.profiler.profile) -> int:
+    """The highest sum of bytes that the allocator gave out since the profile began; it needs `profile_memory`."""
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    # The name of an event's time changed with torch 2.2 or so; events of the same moment stay in order.
+    ordered = sorted(events, key=lambda event: event.start_ns() if hasattr(event, "start_ns") else event.start_us())
+    return max(itertools.accumulate((event.nbytes() for event in ordered), initial=0))
 
 
 def _predictions(rows: list[tuple[Case, int, MemoryPlan]]) -> str:

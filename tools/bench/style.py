@@ -68,7 +68,7 @@ def measure_style(host: Host, sampler: Sampler, evaluator: Evaluator, *, data: P
             evaluator.row("base", base), evaluator.row("LoRA at 0", zero),
             evaluator.row("LoRA at 0.5", sample("LoRA at 0.5", half, prompts)), evaluator.row("LoRA at 1", final)]
     intermediate = [evaluator.row(f"{step} steps", final if step == steps else
-                                sample(f"after {step} steps", sampler.lora(file, weight=1.0), prompts))
+                                 sample(f"after {step} steps", sampler.lora(file, weight=1.0), prompts))
                   for step, file in files.items()]
 
     _, captions, training = read_dataset(data)
