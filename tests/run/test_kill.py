@@ -76,7 +76,8 @@ def straight(images, tiny_file, tmp_path_factory) -> dict:
 
 
 @pytest.mark.parametrize("moment, name, count, resumable", [
-    ("torn", STATE, 1, None), ("after", STATE, 1, 2), ("torn", "zzk.safetensors", 1, 2)])
+    ("torn", STATE, 1, None), ("after", STATE, 1, 2), ("torn", "zzk.safetensors", 1, 2),
+    ("after", "zzk.safetensors", 1, 2)])
 def test_killed_in_the_middle_of_a_save_nothing_is_torn_and_the_run_goes_on(
         images, straight, tiny_file, tmp_path, moment, name, count, resumable):
     arguments = ["train", "--checkpoint", tiny_file, "--data", images, "--output-dir", tmp_path]
