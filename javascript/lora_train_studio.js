@@ -165,6 +165,10 @@
         };
         app.current = () => view.shown.pictures.find((picture) => picture.id === view.current) || null;
 
+        /** Close a panel whose work is done, but not another one that was opened meanwhile. */
+        app.leave = (panel) => {
+            if (app.panel === panel) app.panel = "";
+        };
         app.open = (panel) => {
             app.panel = app.panel === panel ? "" : panel;
             app.draw();

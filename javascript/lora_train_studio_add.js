@@ -76,7 +76,7 @@
 
         /** Pictures that came in are looked at before anything else is done to them. */
         function importing(path, body) {
-            if (app.panel === "add") app.panel = "";
+            app.leave("add");
             return app.start(path, body, (task) => (task.outcome === "failed" ? null : app.check()));
         }
 

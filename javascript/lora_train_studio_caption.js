@@ -110,7 +110,7 @@
             const source = chosen();
             if (!source) return null;
             return app.start("tag", {source: source.name, options: values, ...app.scope()}, (task) => {
-                if (task.outcome !== "failed") app.panel = "";
+                if (task.outcome !== "failed") app.leave("caption");
                 app.draw();
             });
         }

@@ -107,11 +107,11 @@
         return {element, draw, close: () => URL.revokeObjectURL(address)};
     };
 
-    /** Have the dataset looked at; the report opens when it says something. */
+    /** Have the dataset looked at; the report opens when it says something, unless another panel was opened meanwhile. */
     studio.checking = function(app) {
         app.check = () => app.start("check", {}, (task) => {
             if (task.outcome !== "done") return;
-            app.panel = "check";
+            app.panel = app.panel || "check";
             app.draw();
         });
     };

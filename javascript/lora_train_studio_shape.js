@@ -14,7 +14,7 @@
         const shape = {mode: "buckets", side: app.side || 512, focus: "subject", enlarge: false};
         const samples = make("div", {class: "lts-samples", id: "lora_train_samples"});
         const run = button("Crop", () => app.start("shape", {...app.scope(), shape}, () => {
-            app.panel = "";
+            app.leave("shape");
             return app.check();
         }), {kind: "primary", drawn: "crop", id: "lora_train_shape"});
         const back = button("Undo cropping", () => app.act(async() => {
