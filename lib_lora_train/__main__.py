@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NoReturn
 from lib_lora_train import events
 from lib_lora_train.errors import LoraTrainError, SettingError, UserError, translated
 from lib_lora_train.events import Report
-from lib_lora_train.settings import AREAS, Settings, assignment, declarations, parse
+from lib_lora_train.settings import AREAS, Settings, assignment, declarations, named, parse
 from lib_lora_train.settings.toml import read_toml
 from lib_lora_train.studio.commands.arguments import add_check, add_prepare, add_tag, add_verify
 
@@ -337,9 +337,9 @@ def _parser() -> argparse.ArgumentParser:
         "train", help="train a LoRA", epilog=f"settings and their defaults:\n{names}",
         formatter_class=argparse.RawDescriptionHelpFormatter)
     train.add_argument("--checkpoint", type=Path, required=True, help="the model, a .safetensors file")
-    train.add_argument("--data", default="", help="the folder of pictures (train_data_dir)")
-    train.add_argument("--name", default="", help="the LoRA's name (output_name)")
-    train.add_argument("--output-dir", default="", help="where the file goes (output_dir)")
+    train.add_argument("--data", default="", help=named("train_data_dir"))
+    train.add_argument("--name", default="", help=named("output_name"))
+    train.add_argument("--output-dir", default="", help=named("output_dir"))
     train.add_argument("--config", type=Path, help="a TOML file of settings")
     train.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="one setting; may be repeated")
     train.add_argument("--json", action="store_true", help="one JSON event a line instead of a progress bar")

@@ -117,5 +117,5 @@ def _out_of_memory(doing: str) -> TrainingError:
     return TrainingError(
         f"The memory ran out while {doing}",
         why="the settings need more than the device has free",
-        remedy="take the preset 'Low VRAM', or lower the batch size or the resolution, "
-               "or switch gradient checkpointing on")
+        remedy="take the preset 'Low VRAM', or lower Batch size (train_batch_size) or Resolution (resolution), "
+               "or switch Gradient checkpointing (gradient_checkpointing) on")

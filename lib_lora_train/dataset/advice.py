@@ -13,6 +13,7 @@ from lib_lora_train.dataset.captions import split_tags
 from lib_lora_train.dataset.findings import DEEP_CROP, LONG_CAPTION, NARROW, DatasetReport, Examined
 from lib_lora_train.dataset.plan import MIN_VISITS, MIN_VISITS_PER_IMAGE
 from lib_lora_train.errors import counted, printable, some_of
+from lib_lora_train.settings import named
 
 MIN_IMAGES = 10
 LEAST_RESOLUTION = 256  # below it there is too little for a model of 512 to learn
@@ -128,7 +129,7 @@ def _images(report: DatasetReport, around: Circumstances) -> Iterator[Weighted]:
             f"split {_them(narrow)} into squarer pieces.")
     deep = sorted(_with(report, "deep_crop"), key=lambda image: -image.crop_loss)
     if deep:
-        buckets = "" if around.enable_bucket else ", or switch aspect buckets on, which crop far less"
+        buckets = "" if around.enable_bucket else f", or switch {named('enable_bucket')} on, which crops far less"
         yield 2 + 12 * _share(deep, report), (
             f"{_count(deep, 'picture')} would lose more than {100 * DEEP_CROP:.0f} % to the crop (most: "
             f"{deep[0].path.name}, {100 * deep[0].crop_loss:.0f} %), which may cut off heads and hands: look at the crops and "

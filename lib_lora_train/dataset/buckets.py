@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from lib_lora_train.errors import DatasetError, SettingError
-from lib_lora_train.settings import DatasetSettings, resolution_of
+from lib_lora_train.settings import DatasetSettings, named, resolution_of
 
 Size = tuple[int, int]
 
@@ -116,9 +116,8 @@ class Buckets:
         largest = -(-max_bucket_reso // self.steps) * self.steps
         if not self.no_upscale and not 0 < smallest <= min(self.resolution) <= max(self.resolution) <= largest:
             raise SettingError(
-                f"resolution {self.resolution[0]}×{self.resolution[1]} does not lie between min_bucket_reso "
-                f"{min_bucket_reso} and max_bucket_reso {max_bucket_reso}",
-                remedy="widen those two, or change the resolution")
+                f"{_named(self.resolution)} does not lie between {named('min_bucket_reso')} = {min_bucket_reso} and "
+                f"{named('max_bucket_reso')} = {max_bucket_reso}", remedy="widen those two, or change the resolution")
         self.sizes = () if self.no_upscale else bucket_sizes(
             self.resolution, min_bucket_reso=smallest, max_bucket_reso=largest, bucket_reso_steps=self.steps)
 
@@ -129,7 +128,7 @@ class Buckets:
             raise DatasetError(
                 f"a picture of {width}×{height} pixels is too small or too narrow",
                 why=f"without enlarging it, less than {self.steps} pixels of a side would be left",
-                remedy="switch bucket_no_upscale off or lower bucket_reso_steps")
+                remedy=f"switch {named('bucket_no_upscale')} off or lower {named('bucket_reso_steps')}")
         crop = ((resized[0] - bucket[0]) // 2, (resized[1] - bucket[1]) // 2)
         return Placement(bucket=bucket, resized=resized, crop=crop, original=(width, height))
 
@@ -182,13 +181,17 @@ def _aspect_error(width: int, height: int, aspect: float) -> float:
 def _check(resolution: Size, *, step: int, enable_bucket: bool, multiple: int) -> None:
     if step <= 0 or step % multiple:
         raise SettingError(
-            f"bucket_reso_steps is {step}", why=f"the VAE works on blocks of {multiple} pixels", remedy="take 64")
+            f"{named('bucket_reso_steps')} is {step}", why=f"the VAE works on blocks of {multiple} pixels", remedy="take 64")
     if enable_bucket and min(resolution) < step:
         raise SettingError(
-            f"resolution {resolution[0]}×{resolution[1]} is smaller than bucket_reso_steps {step}",
-            remedy="raise the resolution or lower bucket_reso_steps")
+            f"{_named(resolution)} is smaller than {named('bucket_reso_steps')} = {step}",
+            remedy="raise the first or lower the second")
     if not enable_bucket and (resolution[0] % multiple or resolution[1] % multiple):
         raise SettingError(
-            f"resolution {resolution[0]}×{resolution[1]} is not a multiple of {multiple}",
+            f"{_named(resolution)} is not a multiple of {multiple}",
             why=f"the VAE works on blocks of {multiple}",
-            remedy="take a multiple of 64, or switch enable_bucket on")
+            remedy=f"take a multiple of 64, or switch {named('enable_bucket')} on")
+
+
+def _named(resolution: Size) -> str:
+    return f"{named('resolution')} = {resolution[0]}×{resolution[1]}"

@@ -21,6 +21,7 @@ from lib_lora_train.dataset.plan import balanced_repeats, plain_folder_repeats
 from lib_lora_train.dataset.prefetch import Prefetch, reading_threads
 from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
 from lib_lora_train.errors import DatasetError, printable, some_of
+from lib_lora_train.settings import named, no_effect
 
 MASKS_FOLDER = "masks"  # beside the N_name folders, where the studio keeps them: no images to learn from
 _MANY = 100  # images from which on threads are worth their beginning
@@ -105,7 +106,7 @@ def scan(
     reg_subsets: list[Subset] = []
     if reg_data_dir:
         if _same(Path(reg_data_dir), Path(folder)):
-            raise DatasetError("reg_data_dir is the dataset folder itself", remedy="choose another folder or none")
+            raise DatasetError(f"{named('reg_data_dir')} is the dataset folder itself", remedy="choose another folder or none")
         reg_subsets, _, reg_problems = find_images(Path(reg_data_dir), what="regularisation", may_read=may_read)
         problems += reg_problems
     watch = Watch(sum(len(subset.images) for subset in subsets + reg_subsets), doing="the pictures were read",
@@ -122,7 +123,7 @@ def scan(
         repeats = plain_folder_repeats(len(examples), max_train_epochs=max_train_epochs, num_repeats=num_repeats)
         examples = [replace(example, repeats=repeats) for example in examples]
     elif num_repeats > 0:
-        problems.append(Problem("num_repeats is not used: the number in front of each folder's name counts."))
+        problems.append(Problem(no_effect("num_repeats", "the number in front of each folder's name counts")))
     balanced = _balance(regularisation, visits=sum(example.repeats for example in examples), problems=problems)
     return Dataset(Path(folder), layout, (*examples, *balanced), tuple(problems))
 

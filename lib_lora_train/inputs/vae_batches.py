@@ -16,6 +16,7 @@ from lib_lora_train.dataset.buckets import Size
 from lib_lora_train.dataset.folder import Example
 from lib_lora_train.errors import TrainingError, is_out_of_memory
 from lib_lora_train.inputs.latent_files import MeanAndStd
+from lib_lora_train.settings import named
 
 # What the encoder holds at its widest, for each pixel of an image: 128 channels of fp32 at full size, seven times (a block's
 # input, what is normed, activated and convolved of it, and a convolution's two sides in another order).
@@ -74,8 +75,8 @@ class VaeBatches:
                     raise
             # Outside of the except clause, whose error holds what filled the memory.
             self._most = len(part) // 2
-            self._warn(f"The memory does not suffice to encode {len(part)} pictures at once (vae_batch_size); it goes on with "
-                       f"{self._most}.")
+            self._warn(f"The memory does not suffice to encode {len(part)} pictures at once, "
+                       f"{named('vae_batch_size')}; it goes on with {self._most}.")
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
         return done[0] if len(done) == 1 else torch.cat(done)

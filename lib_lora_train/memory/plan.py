@@ -27,7 +27,7 @@ from lib_lora_train.memory.step_config import BaseDtype, Part, StepConfig
 from lib_lora_train.model.architecture import Architecture
 from lib_lora_train.model.ops.quantised import is_kernel
 from lib_lora_train.model.sd.components import unet_tensors, vae_tensors
-from lib_lora_train.settings import MemorySettings
+from lib_lora_train.settings import MemorySettings, named
 
 GIGABYTE = 1 << 30
 CONTEXT = 420 << 20
@@ -98,10 +98,11 @@ class MemoryPlan:
         """What the user should know before the start; "" for nothing."""
         said, budget, base = [], self.budget or 0, self.config.base_dtype
         if self.missing:
-            manual = self.settings.memory_plan == "manual"
+            other = f", and {named('memory_plan')} = auto looks for a way that fits" * (self.settings.memory_plan == "manual")
             said.append(f"The training needs about {gigabytes(self.bytes)} GB of memory, {gigabytes(self.missing + _HALF)} "
-                        "more than there is: it may fail or become very slow. A smaller resolution, rank or batch needs less"
-                        f"{', and memory_plan = auto looks for a way that fits' if manual else ''}.")
+                        "more than there is: it may fail or become very slow. A smaller "
+                        f"{named('resolution')}, {named('network_dim')} or {named('train_batch_size')} needs less"
+                        f"{other}.")
         elif self.budget is not None and self.before > budget:
             said.append("Before the first step, while the whole model is on the device and its pictures are encoded, about "
                         f"{gigabytes(self.before)} GB of memory are taken, {gigabytes(self.before - budget + _HALF)} too much: "
@@ -111,8 +112,8 @@ class MemoryPlan:
                 f"The run goes on with the model held in {base}, as its memory plan had chosen when it began."
                 if base == self.resumed_base_dtype else
                 f"The model is held in eight bits ({base}) while it is trained on, because nothing else fits into "
-                f"{gigabytes(budget)} GB: the LoRA learns beside weights that are a little off. A smaller resolution or a "
-                "larger memory budget avoids that.")
+                f"{gigabytes(budget)} GB: the LoRA learns beside weights that are a little off. A smaller "
+                f"{named('resolution')} or a larger {named('memory_budget')} avoids that.")
         return " ".join(said)
 
     def corrected(self, allocated: int) -> MemoryPlan:

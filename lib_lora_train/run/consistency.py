@@ -10,7 +10,7 @@ from lib_lora_train import __version__
 from lib_lora_train.distributed import ProcessGroup
 from lib_lora_train.errors import SettingError
 from lib_lora_train.model.fingerprint import sampled_fingerprint
-from lib_lora_train.settings import DECLARATIONS, Settings, flat
+from lib_lora_train.settings import DECLARATIONS, Settings, flat, named
 
 _MOST = 3  # differences that the error lists
 
@@ -31,7 +31,7 @@ def agree_on_data(group: ProcessGroup, *, dataset: str, checkpoint: str, step: i
     """Raise ProcessesDiffer unless all processes have the same images, model and resume point. `dataset` and `checkpoint` are
     fingerprints; `step` and `weights` (empty for new ones) are those that the run starts from."""
     require_equal(
-        group, {"the number format computed in (mixed_precision)": str(dtype), "the step to go on from": step},
+        group, {f"the number format computed in, {named('mixed_precision')},": str(dtype), "the step to go on from": step},
         fingerprints={"the pictures, captions or repeats": dataset,
                       "the checkpoints": checkpoint, "the weights to go on from": sampled_fingerprint(weights)})
 

@@ -32,7 +32,7 @@ from lib_lora_train.run.network import InitialWeights, build_network, check_size
 from lib_lora_train.run.planning import RunPlan, plan_dataset
 from lib_lora_train.run.provenance import Provenance
 from lib_lora_train.run.saver import Checkpointer, NoSaver, Saver
-from lib_lora_train.settings import Settings
+from lib_lora_train.settings import Settings, named
 from lib_lora_train.training.loop import Progress, TrainConfig, train
 from lib_lora_train.training.loss import LOSSES, LossConfig
 from lib_lora_train.training.precision import compute_dtype
@@ -88,8 +88,8 @@ def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: Initial
 
         memory = memory_plan(plan, model, leased, network, dtype=dtype)
         # GPUs of different sizes may choose differently how to compute, but not what.
-        require_equal(group, {"the model's number format in memory (base_weights)": memory.config.base_dtype},
-                      remedy="set base_weights, or the same memory_budget, in all of them")
+        require_equal(group, {f"the model's number format in memory, {named('base_weights')},": memory.config.base_dtype},
+                      remedy=f"set it, or the same {named('memory_budget')}, in all of them")
         planned = _planned(plan, leased, memory)
         report(planned)
         _warn(filter(None, [memory.warning]), report)

@@ -11,11 +11,11 @@ from torch import Tensor
 from lib_lora_train.adapters import file
 from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.adapters.targets import find_targets
-from lib_lora_train.errors import SettingError, translated
+from lib_lora_train.errors import SettingError, counted, translated
 from lib_lora_train.events import Report, Warned
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.run.planning import RunPlan
-from lib_lora_train.settings import Settings
+from lib_lora_train.settings import Settings, named, no_effect
 from lib_lora_train.training.checkpoint import TrainingState
 
 
@@ -52,11 +52,12 @@ def build_network(settings: Settings, model: FrozenModel, weights: InitialWeight
             targets = find_targets(model.components, family=family, text_encoder=with_text)
             network = AdapterNetwork.continued(targets, weights.tensors, seed=seed)
             if network.fresh:
-                report(Warned(f"{len(network.fresh)} layers are not in {weights.name} and start anew."))
+                report(Warned(f"{counted(len(network.fresh), 'layer')} not in {weights.name} will start anew."))
         if not train_text:
             network.freeze({component for component in model.components if component != "unet"})
         if not any(settings.rates):
-            raise SettingError("Nothing would be trained", why="all learning rates are 0", remedy="raise learning_rate")
+            raise SettingError("Nothing would be trained", why="all learning rates are 0",
+                               remedy=f"raise {named('learning_rate')}")
         if not settings.rates[0]:
             network.freeze({"unet"})
         return network.to(model.device)
@@ -69,20 +70,21 @@ def check_sizes(plan: RunPlan, model: FrozenModel) -> None:
         if width % multiple or height % multiple:
             raise SettingError(f"Pictures of {width}×{height} pixels do not fit this model",
                                why=f"its sizes are multiples of {multiple}",
-                               remedy=f"use a resolution and bucket_reso_steps that are multiples of {multiple}")
+                               remedy=f"use a {named('resolution')} and {named('bucket_reso_steps')} that are multiples of "
+                                      f"{multiple}")
 
 
 def ignored_by(model: FrozenModel, settings: Settings) -> list[str]:
     """A sentence for each setting that has no effect on this kind of model or device."""
     notes = []
     if settings.captions.clip_skip and not model.text.uses_clip_skip:
-        notes.append("clip_skip has no effect: only SD1 models read captions from a layer of choice.")
+        notes.append(no_effect("clip_skip", "only SD1 models read captions from a layer of choice"))
     if settings.memory.cpu_offload_checkpointing and model.device.type != "cuda":
-        notes.append("cpu_offload_checkpointing has no effect: there is no GPU, and activations are in ordinary memory.")
+        notes.append(no_effect("cpu_offload_checkpointing", "there is no GPU, and activations are in ordinary memory"))
     if settings.memory.cuda_graphs == "on" and model.device.type != "cuda":
-        notes.append("cuda_graphs has no effect: there is no GPU.")
+        notes.append(no_effect("cuda_graphs", "there is no GPU"))
     if settings.memory.base_weights != "as they are" and model.device.type != "cuda":
-        notes.append("base_weights saves no memory without a GPU: its copies lie beside the leased model.")
+        notes.append(f"{named('base_weights')} saves no memory without a GPU: its copies lie beside the leased model.")
     if model.architecture.zero_terminal_snr and model.schedule.prediction_type == "epsilon":
         notes.append("Zero terminal SNR suits models that predict v; one that predicts noise learns nothing from pure noise.")
     return notes

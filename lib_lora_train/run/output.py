@@ -8,6 +8,7 @@ import unicodedata
 from pathlib import Path
 
 from lib_lora_train.errors import OutputError
+from lib_lora_train.settings import named
 
 # https://learn.microsoft.com/windows/win32/fileio/naming-a-file: refused everywhere, so that a LoRA can be given away.
 RESERVED = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$", "CLOCK$",
@@ -60,7 +61,7 @@ def destination(folder: Path, *, name: str, overwrite: bool) -> Path:
         raise OutputError(f"{path} is a folder", remedy="choose another name")
     if os.path.lexists(path) and not overwrite:
         raise OutputError(f"There is a LoRA called {name!r} already", why=f"{path} exists",
-                          remedy="choose another name, or set overwrite = true")
+                          remedy=f"choose another name, or switch {named('overwrite')} on")
     return path
 
 

@@ -21,7 +21,7 @@ from lib_lora_train.model.family import training_sizes
 from lib_lora_train.run.consistency import agree_on_settings
 from lib_lora_train.run.output import checked_name, destination
 from lib_lora_train.run.resume import ResumePoint, find
-from lib_lora_train.settings import DECLARATIONS, Settings, flat, ignored, parse
+from lib_lora_train.settings import DECLARATIONS, Settings, flat, ignored, named, parse
 from lib_lora_train.settings.allowed_paths import AllowedPaths, check_allowed
 from lib_lora_train.training.optimizers import spec_of
 
@@ -157,7 +157,7 @@ def _check_caches(dataset: Dataset, allowed: AllowedPaths) -> None:
     for folder in sorted({example.path.parent for example in dataset.examples}):
         if not allowed.may_read(folder / CACHE_FOLDER):
             raise DatasetError(f"The cache {folder / CACHE_FOLDER} cannot be used", why="it is a link to a folder that is "
-                               "not allowed", remedy="remove the link or switch cache_latents_to_disk off")
+                               "not allowed", remedy=f"remove the link or switch {named('cache_latents_to_disk')} off")
 
 
 def _schedule(settings: Settings, dataset: Dataset, placements: tuple[Placement, ...], *, processes: int) -> Plan:

@@ -19,11 +19,11 @@ import torch
 from lib_lora_train.adapters.file import read_metadata
 from lib_lora_train.dataset.buckets import Placement
 from lib_lora_train.dataset.folder import Dataset
-from lib_lora_train.errors import LoraFileError, ModelError, SettingError, translated
+from lib_lora_train.errors import LoraFileError, ModelError, SettingError, counted, translated
 from lib_lora_train.host.port import LeasedModel
 from lib_lora_train.memory.step_config import BaseDtype
 from lib_lora_train.model.fingerprint import sampled_fingerprint
-from lib_lora_train.settings import Settings, flat, parse
+from lib_lora_train.settings import Settings, flat, named, parse
 from lib_lora_train.settings.allowed_paths import is_run_name
 from lib_lora_train.training import checkpoint as checkpoint_module
 from lib_lora_train.training.checkpoint import FILE_NAME, TrainingState
@@ -122,25 +122,26 @@ def compare_settings(settings: Settings, resume_point: ResumePoint, *, steps: in
     run's new numbers. Raises SettingError for a setting that cannot change."""
     then, before, made = resume_point.metadata["settings"], resume_point.metadata["steps"], resume_point.step
     if steps < made:
-        raise SettingError(f"The run has made {made} steps already, and would now end after {steps}",
-                           remedy="raise max_train_steps (or max_train_epochs)")
+        raise SettingError(f"The run has made {counted(made, 'step')} already, and would now end after {steps}",
+                           remedy=f"raise {named('max_train_steps')} or {named('max_train_epochs')}")
     warnings = []
     for name, value in flat(settings).items():
         old = then.get(name, value)
         if name in FREE or old == value or (name == "train_batch_size" and processes != resume_point.processes):
             continue
-        change = f"{name} is {value!r} and was {old!r} until step {made}"
+        change = f"{named(name)} is {value!r} and was {old!r} until step {made}"
         if name in FIXED:
             raise SettingError(f"The run cannot go on: {change}", remedy=f"set it back to {old!r}, or start anew")
         warnings.append(f"{change}: {_DIFFERENT}")
     images, images_then = settings.optimizer.train_batch_size, then.get("train_batch_size", 1)
     if processes != resume_point.processes and images * processes != images_then * resume_point.processes:
-        warnings.append(f"A batch is now {images} × {processes} pictures (train_batch_size × processes) and was {images_then} "
-                        f"× {resume_point.processes} until step {made}: {_DIFFERENT}")
+        warnings.append(f"A batch is now {images} × {processes} pictures ({named('train_batch_size')} × processes) and was "
+                        f"{images_then} × {resume_point.processes} until step {made}: {_DIFFERENT}")
     schedule = settings.optimizer.lr_scheduler
     if steps != before and schedule != "constant":
-        warnings.append(f"The run now has {steps} steps and had {before} (max_train_steps, max_train_epochs): the learning "
-                        f"rate of the schedule {schedule} is another one from here on.")
+        warnings.append(f"The run now has {counted(steps, 'step')} and had {before}, by {named('max_train_steps')} or "
+                        f"{named('max_train_epochs')}: the learning rate of the schedule {schedule} is another one from "
+                        "here on.")
     return warnings
 
 
@@ -156,26 +157,27 @@ def compare_checkpoint(now: Mapping[str, str], resume_point: ResumePoint) -> Non
     then = resume_point.metadata["checkpoint"]
     if now["fingerprint"] == then.get("fingerprint"):
         return
-    named, loaded = then.get("name", "?"), now["name"]
-    other = f"{loaded} is loaded and it began on {named}" if loaded != named else (
-        f"{named} is not what it was: another file of this name, another VAE or another number format")
+    first, loaded = then.get("name", "?"), now["name"]
+    other = f"{loaded} is loaded and it began on {first}" if loaded != first else (
+        f"{first} is not what it was: another file of this name, another VAE or another number format")
     raise ModelError("The run cannot go on with this checkpoint", why=other,
-                     remedy="load the checkpoint and VAE it began with, or go on from its LoRA file (network_weights)")
+                     remedy="load the checkpoint and VAE it began with, or go on from its LoRA file, "
+                            f"{named('network_weights')}")
 
 
 def compare_data(now: Mapping[str, Any], resume_point: ResumePoint) -> list[str]:
     """As `compare_settings`, for images, captions and precision."""
     then, warnings = resume_point.metadata, []
     if now["dataset"] != then["dataset"]:
-        warnings.append("The pictures, their captions or repeats are not those the run began with (train_data_dir): "
-                        + _DIFFERENT)
+        warnings.append(f"The pictures, their captions or repeats are not those the run began with, "
+                        f"{named('train_data_dir')}: {_DIFFERENT}")
     if now["computed_in"] != then.get("computed_in"):
         warnings.append(f"The run now computes in {now['computed_in']} and began in {then.get('computed_in')} "
-                        f"(mixed_precision): {_DIFFERENT}")
+                        f"({named('mixed_precision')}): {_DIFFERENT}")
     base, base_then, own = now["base"], then.get("base", now["base"]), "its own number format"
     if base != base_then and now["settings"]["base_weights"] == then["settings"].get("base_weights"):
         warnings.append(f"The model is now held in {base or own} and was held in {base_then or own} "
-                        f"(base_weights): {_DIFFERENT}")
+                        f"({named('base_weights')}): {_DIFFERENT}")
     return warnings
 
 

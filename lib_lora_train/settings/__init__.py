@@ -51,6 +51,16 @@ DECLARATIONS: dict[str, Declaration] = {
     declaration.name: declaration for area in AREAS.values() for declaration in declarations(area)}
 
 
+def named(name: str) -> str:
+    """A setting as every message names it: the page's label, and kohya's name in brackets."""
+    return DECLARATIONS[name].named
+
+
+def no_effect(name: str, why: str) -> str:
+    """The sentence for a setting that is ignored."""
+    return f"{named(name)} has no effect: {why}."
+
+
 def parse(values: Mapping[str, object]) -> Settings:
     """Settings from names and values as typed; what is not named keeps its default. Raises SettingError for an unknown name
     (with the nearest known one), a wrong type or a value out of range, and for settings that contradict each other."""
@@ -86,63 +96,57 @@ def resolution_of(text: str, *, default: int) -> tuple[int, int]:
         return default, default
     parts = [part.strip() for part in text.replace("x", ",").split(",")]
     if len(parts) not in (1, 2) or not all(part.isascii() and part.isdigit() for part in parts):
-        raise SettingError(f"resolution = {text!r} is not possible", why="it must be auto, a number like 512, or "
-                           "width,height like 768,512")
+        raise SettingError(f"{named('resolution')} = {text!r} is not possible", why="it must be auto, a number like "
+                           "512, or width,height like 768,512")
     width, height = int(parts[0]), int(parts[-1])
     if not (64 <= width <= 4096 and 64 <= height <= 4096):
-        raise SettingError(f"resolution = {text!r} is not possible", why="both sides must lie between 64 and 4096 pixels")
+        raise SettingError(f"{named('resolution')} = {text!r} is not possible",
+                           why="both sides must lie between 64 and 4096 pixels")
     return width, height
 
 
 def ignored(settings: Settings) -> list[str]:
     """One sentence for each setting the user changed that has no effect beside the others."""
-    default, notes = Settings(), []
-    captions, optimizer, dataset, memory = settings.captions, settings.optimizer, settings.dataset, settings.memory
-    if captions.keep_tokens != default.captions.keep_tokens and not (
-            captions.shuffle_caption or captions.caption_tag_dropout_rate):
-        notes.append("keep_tokens has no effect: tags are neither shuffled nor dropped.")
-    if optimizer.lr_scheduler != "cosine_with_restarts" and (
-            optimizer.lr_scheduler_num_cycles != default.optimizer.lr_scheduler_num_cycles):
-        notes.append(f"lr_scheduler_num_cycles has no effect with the schedule {optimizer.lr_scheduler}.")
-    if optimizer.unet_lr and optimizer.learning_rate != default.optimizer.learning_rate:
-        notes.append("learning_rate has no effect: unet_lr takes its place.")
-    if settings.network.network_weights:
-        notes += [f"{name} has no effect: it is taken from the LoRA that is continued (network_weights)."
-                  for name in ("network_dim", "network_alpha")
-                  if getattr(settings.network, name) != getattr(default.network, name)]
-    if optimizer.text_encoder_lr != default.optimizer.text_encoder_lr and settings.network.network_train_unet_only:
-        notes.append("text_encoder_lr has no effect: only the UNet is trained (network_train_unet_only).")
-    if dataset.prior_loss_weight != default.dataset.prior_loss_weight and not dataset.reg_data_dir:
-        notes.append("prior_loss_weight has no effect: there is no regularisation folder.")
+    default, now, found = flat(Settings()), flat(settings), list[tuple[str, str]]()
+
+    def unused(why: str, *names: str) -> None:
+        found.extend((name, why) for name in names if now[name] != default[name])
+
+    if not (now["shuffle_caption"] or now["caption_tag_dropout_rate"]):
+        unused("tags are neither shuffled nor dropped", "keep_tokens")
+    if now["lr_scheduler"] != "cosine_with_restarts":
+        unused(f"the schedule is {now['lr_scheduler']}", "lr_scheduler_num_cycles")
+    if now["unet_lr"]:
+        unused(f"{named('unet_lr')} takes its place", "learning_rate")
+    if now["network_weights"]:
+        unused(f"it is taken from the LoRA that is continued, {named('network_weights')}", "network_dim", "network_alpha")
+    if now["network_train_unet_only"]:
+        unused(f"only the UNet is trained, {named('network_train_unet_only')}", "text_encoder_lr")
+    if not now["reg_data_dir"]:
+        unused(f"there is no {named('reg_data_dir')}", "prior_loss_weight")
     if settings.encodes_in_steps:
-        notes += [f"{name} has no effect: with colour changes or random crop pictures are encoded anew." for name, wanted in (
-            ("cache_latents_to_disk", dataset.cache_latents_to_disk), ("cuda_graphs", memory.cuda_graphs == "on")) if wanted]
-    elif memory.cuda_graphs == "on" and memory.cpu_offload_checkpointing:
-        notes.append("cuda_graphs has no effect: activations are in ordinary memory (cpu_offload_checkpointing).")
-    if memory.memory_budget and memory.memory_plan == "manual":
-        notes.append("memory_budget has no effect on the steps: they are made as was chosen (memory_plan).")
-    if not settings.save.save_state and (
-            settings.save.save_state_every_n_minutes != default.save.save_state_every_n_minutes):
-        notes.append("save_state_every_n_minutes has no effect: no resume point is kept (save_state).")
-    unused, why = (), ""
-    if not dataset.enable_bucket:
-        unused = ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale")
-        why = "aspect buckets are off"
-    elif dataset.bucket_no_upscale:
-        unused, why = ("min_bucket_reso", "max_bucket_reso"), "with bucket_no_upscale a picture's own size counts"
-    notes += [f"{name} has no effect: {why}." for name in unused
-              if getattr(dataset, name) != getattr(default.dataset, name)]
-    if optimizer.max_train_steps and optimizer.max_train_epochs != default.optimizer.max_train_epochs:
-        notes.append("max_train_epochs has no effect: max_train_steps says when to end.")
-    return notes
+        unused("with colour changes or random crop pictures are encoded anew", "cache_latents_to_disk", "cuda_graphs")
+    elif now["cpu_offload_checkpointing"]:
+        unused(f"activations are in ordinary memory, {named('cpu_offload_checkpointing')}", "cuda_graphs")
+    if now["memory_plan"] == "manual":
+        unused(f"steps are made as was chosen, {named('memory_plan')}", "memory_budget")
+    if not now["save_state"]:
+        unused(f"no resume point is kept, {named('save_state')}", "save_state_every_n_minutes")
+    if not now["enable_bucket"]:
+        unused("aspect buckets are off", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale")
+    elif now["bucket_no_upscale"]:
+        unused(f"with {named('bucket_no_upscale')} a picture's own size counts", "min_bucket_reso", "max_bucket_reso")
+    if now["max_train_steps"]:
+        unused(f"{named('max_train_steps')} says when to end", "max_train_epochs")
+    return [no_effect(name, why) for name, why in found]
 
 
 def _check(settings: Settings) -> None:
     dataset = settings.dataset
     resolution_of(dataset.resolution, default=512)
     if dataset.min_bucket_reso > dataset.max_bucket_reso:
-        raise SettingError(f"min_bucket_reso = {dataset.min_bucket_reso} is not possible",
-                           why=f"max_bucket_reso is smaller ({dataset.max_bucket_reso})")
+        raise SettingError(f"{named('min_bucket_reso')} = {dataset.min_bucket_reso} is not possible",
+                           why=f"{named('max_bucket_reso')} is smaller: {dataset.max_bucket_reso}")
     if dataset.bucket_reso_steps % 8:
-        raise SettingError(f"bucket_reso_steps = {dataset.bucket_reso_steps} is not possible",
+        raise SettingError(f"{named('bucket_reso_steps')} = {dataset.bucket_reso_steps} is not possible",
                            why="it must be a multiple of 8, the size of one latent")

@@ -43,7 +43,7 @@ def check_allowed(settings: Settings, allowed: AllowedPaths | None) -> None:
         folders = allowed.writing if name in WRITTEN else allowed.reading
         if declaration.is_path and value and not inside(str(value), folders):
             raise SettingError(
-                f"{declaration.label} {value} cannot be used",
+                f"{declaration.named} = {value} cannot be used",
                 why="others can reach this page, so it keeps to the folders it is allowed",
                 remedy=f"choose a folder in {' or '.join(map(str, folders))}; {allowed.advice}")
 

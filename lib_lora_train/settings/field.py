@@ -37,6 +37,11 @@ class Declaration:
     is_path: bool = False
     open_choice: bool = False
 
+    @property
+    def named(self) -> str:
+        """As messages name it."""
+        return f"{self.label} ({self.name})"
+
 
 def setting(
     default: Value, label: str, help: str, *, minimum: float | None = None, maximum: float | None = None,
@@ -71,7 +76,7 @@ def read(declaration: Declaration, value: object) -> Value:
 
 
 def _refused(declaration: Declaration, value: object, why: str) -> SettingError:
-    what = f"{declaration.label} ({declaration.name})"
+    what = declaration.named
     default = f"the default is {declaration.default!r}"
     if value is None or value == "":
         return SettingError(f"{what} is empty", why=why, remedy=default)

@@ -26,6 +26,7 @@ from torch import Tensor
 from lib_lora_train.adapters.lora import ALPHA
 from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.errors import LoraFileError, TrainingError, translated
+from lib_lora_train.settings import named
 from lib_lora_train.storage.atomic import replacing
 from lib_lora_train.training.optimizers import RunOptimizer
 from lib_lora_train.training.precision import LossScaler
@@ -33,7 +34,7 @@ from lib_lora_train.training.precision import LossScaler
 FILE_NAME = "state.safetensors"
 VERSION = 1  # raise when an older file can no longer be understood
 _KEY = "lora_train_state"  # of the JSON in the file's metadata
-_ANEW = "go on from the run's LoRA file with network_weights, or start anew"
+_ANEW = f"go on from the run's LoRA file, {named('network_weights')}, or start anew"
 
 
 @dataclass(frozen=True, eq=False)

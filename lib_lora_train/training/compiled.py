@@ -17,6 +17,7 @@ from lib_lora_train.inputs.batch import Batch
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.model.ops.layers import Adapter
 from lib_lora_train.model.sd.text import Conditioning
+from lib_lora_train.settings import no_effect
 from lib_lora_train.training.loss import LossConfig, denoising_loss
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
@@ -51,5 +52,5 @@ class CompiledLoss:
                 raise
             why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         self._loss = denoising_loss
-        self._report(Warned(f"torch_compile has no effect here: {why}"))
+        self._report(Warned(no_effect("torch_compile", why)))
         return run(denoising_loss)

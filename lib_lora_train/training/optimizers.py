@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lib_lora_train.adapters.flat import FlatGroup, FlatWeights
 from lib_lora_train.errors import SettingError
+from lib_lora_train.settings import named
 
 ParamGroup = dict[str, Any]
 
@@ -78,7 +79,7 @@ def spec_of(name: str) -> OptimizerSpec:
     for known, spec in OPTIMIZERS.items():
         if known.lower() == name.lower():
             return spec
-    raise SettingError(f"optimizer_type = {name!r} is not known", remedy=f"choose one of {', '.join(OPTIMIZERS)}")
+    raise SettingError(f"{named('optimizer_type')} = {name!r} is not known", remedy=f"choose one of {', '.join(OPTIMIZERS)}")
 
 
 class RunOptimizer:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from lib_lora_train.errors import SettingError
+from lib_lora_train.settings import named
 
 
 def compute_dtype(mixed_precision: str, device: torch.device, *, weights: torch.dtype) -> torch.dtype:
@@ -26,12 +27,12 @@ def compute_dtype(mixed_precision: str, device: torch.device, *, weights: torch.
         return torch.float16 if weights == torch.float16 or not ampere else torch.bfloat16
     if mixed_precision == "bf16":
         if cuda and not ampere:
-            raise SettingError("mixed_precision = 'bf16' is not possible on this GPU",
+            raise SettingError(f"{named('mixed_precision')} = bf16 is not possible on this GPU",
                                why="it is older than Ampere (RTX 30)", remedy="use fp16 or auto")
         return torch.bfloat16
     if mixed_precision == "fp16":
         if not cuda:
-            raise SettingError(f"mixed_precision = 'fp16' is not possible on the device {device.type!r}",
+            raise SettingError(f"{named('mixed_precision')} = fp16 is not possible on the device {device.type!r}",
                                why="half precision needs a CUDA GPU", remedy="use auto, no or bf16")
         return torch.float16
     return torch.float32

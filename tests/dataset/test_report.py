@@ -167,7 +167,7 @@ def test_the_crop_is_what_is_cut_off_in_the_images_own_pixels(tmp_path: Path, dr
 def test_deep_crops_are_said_with_the_worst_and_the_way_out(tmp_path: Path, draw: Draw) -> None:
     for i in range(10):
         draw(f"{i}.png", (768, 512 + 8 * i))
-    assert "switch aspect buckets on" in advice(look(tmp_path, enable_bucket=False), "10 pictures would lose", "0.png, 33 %")
+    assert "switch Aspect buckets (enable_bucket) on" in advice(look(tmp_path, enable_bucket=False), "10 pictures would lose", "0.png, 33 %")
     assert not look(tmp_path).advice
 
 

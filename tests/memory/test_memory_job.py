@@ -77,4 +77,4 @@ def test_on_weights_in_eight_bits_it_is_nearly_the_same_and_the_lenders_are_unto
 def test_what_has_no_effect_without_a_gpu_is_said(images, host):
     warnings = run(images, host, "zzk", cpu_offload_checkpointing=True, cuda_graphs="on").warnings
     for name in ("cpu_offload_checkpointing", "cuda_graphs"):
-        assert any(f"{name} has no effect: there is no GPU" in warning for warning in warnings)
+        assert any(f"({name}) has no effect: there is no GPU" in warning for warning in warnings)

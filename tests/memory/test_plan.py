@@ -107,7 +107,7 @@ def test_what_is_told_of_means_and_of_what_is_missing():
     short = dataclasses.replace(free, budget=free.bytes - MEGABYTE)
     assert "0.1 more than there is" in short.warning and "memory_plan" not in short.warning
     by_hand = dataclasses.replace(short, settings=parse({"memory_plan": "manual"}).memory)
-    assert "memory_plan = auto" in by_hand.warning
+    assert "Memory plan (memory_plan) = auto" in by_hand.warning
 
 
 def test_int8_is_said_where_the_user_did_not_ask_for_it():

@@ -54,7 +54,7 @@ def interrupted(chosen, host, *, after: int = 3) -> Path:
 
 def told(seen: list[events.Event]) -> list[str]:
     """The warnings, but for one about the settings of all these tests."""
-    return [w.message for w in of(events.Warned, seen) if not w.message.startswith("max_train_epochs has no effect")]
+    return [w.message for w in of(events.Warned, seen) if not w.message.startswith("Epochs (max_train_epochs) has no effect")]
 
 
 def going_on(chosen, folder: Path, **changes: object):
@@ -131,7 +131,7 @@ def test_more_steps_can_be_asked_for_and_fewer_than_made_cannot(images, host):
     again = load_file(finished.path)
     assert [s.step for s in of(events.Step, seen)] == [6, 7] and told(seen) == []
     assert all(torch.equal(straight[key], again[key]) for key in straight)
-    with pytest.raises(SettingError, match="7 steps already.*raise max_train_steps"):
+    with pytest.raises(SettingError, match="7 steps already.*raise Steps .max_train_steps"):
         run(going_on(chosen, folder), host, folder)
 
 
@@ -180,7 +180,7 @@ def changed(chosen, folder: Path, **changes: object):
     ("network_dim", 8), ("network_alpha", 1), ("network_train_unet_only", False), ("network_weights", "some.safetensors")])
 def test_what_no_longer_fits_is_refused_by_name(cut_off, host, name, value):
     chosen, folder = cut_off
-    with pytest.raises(SettingError, match=f"{name} is .* was .*set it back"):
+    with pytest.raises(SettingError, match=rf"\({name}\) is .* was .*set it back"):
         run(changed(chosen, folder, **{name: value}), host, folder)
 
 
@@ -188,7 +188,7 @@ def test_what_no_longer_fits_is_refused_by_name(cut_off, host, name, value):
 def test_what_changes_the_result_is_told_by_name(cut_off, host, name, value):
     chosen, folder = cut_off
     _, seen = run(changed(chosen, folder, **{name: value}), host, folder, stop_after=1)
-    assert sum(message.startswith(f"{name} is {value!r} and was ") for message in told(seen)) == 1
+    assert sum(f"({name}) is {value!r} and was " in message for message in told(seen)) == 1
 
 
 def test_a_longer_run_with_a_falling_rate_is_told(cut_off, host):
@@ -202,7 +202,7 @@ def test_another_number_of_processes_is_told_where_the_batch_of_all_is_another(c
     point = resume.find(str(folder), folder.parent)
     assert resume.compare_settings(chosen, point, steps=5, processes=1) == []
     said, = resume.compare_settings(chosen, point, steps=5, processes=2)
-    assert "1 × 2 pictures (train_batch_size × processes) and was 1 × 1" in said
+    assert "1 × 2 pictures (Batch size (train_batch_size) × processes) and was 1 × 1" in said
     one_with_two = dataclasses.replace(point, metadata={
         **point.metadata, "settings": {**point.metadata["settings"], "train_batch_size": 2}})
     assert resume.compare_settings(chosen, one_with_two, steps=5, processes=2) == []

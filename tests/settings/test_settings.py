@@ -1,6 +1,10 @@
 """Settings: read once, exactly, or refused in one sentence."""
 
+import ast
+import functools
 import math
+import re
+from pathlib import Path
 
 import pytest
 
@@ -99,6 +103,25 @@ def test_a_refused_value_is_named_as_the_page_and_as_the_command_line_call_it(va
     with pytest.raises(SettingError) as refusal:
         settings.parse({"network_dim": value})
     assert str(refusal.value) == sentence
+
+
+def test_every_message_names_settings_by_the_pages_label_with_kohyas_name_in_brackets():
+    """Read from the sources: a text with a blank in it that holds a setting's name holds it as the page's user knows it."""
+    shown = {name: f"{d.label} ({name})" for name, d in settings.DECLARATIONS.items() if "_" in name}
+    raw = []
+    for path in sorted(Path(settings.__file__).parents[1].rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        docs = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value and node not in docs:
+                rest = functools.reduce(lambda text, known: text.replace(known, ""), shown.values(), node.value)
+                raw += [f"{path.name}:{node.lineno} {name}" for name in shown if re.search(rf"\b{name}\b", rest)]
+    assert raw == []
+
+
+def test_what_has_no_effect_is_said_in_the_pages_words():
+    notes = settings.ignored(settings.parse({"unet_lr": 1e-4, "learning_rate": 1e-3}))
+    assert notes == ["Learning rate (learning_rate) has no effect: UNet learning rate (unet_lr) takes its place."]
 
 
 def test_defaults_ignore_nothing():

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lib_lora_train.errors import SettingError
 from lib_lora_train.model.ops.weights import Quantised, Weight
+from lib_lora_train.settings import named
 
 Kind = Literal["int8", "fp8"]
 
@@ -35,8 +36,8 @@ _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 def check_kind(kind: Kind) -> None:
     """Raises SettingError where this torch has no such numbers."""
     if kind == "fp8" and not hasattr(torch, "float8_e4m3fn"):
-        raise SettingError("base_weights = 'fp8' is not possible", why=f"torch {torch.__version__} has no such numbers",
-                           remedy="use int8")
+        raise SettingError(f"{named('base_weights')} = fp8 is not possible",
+                           why=f"torch {torch.__version__} has no such numbers", remedy="use int8")
 
 
 @torch.no_grad()

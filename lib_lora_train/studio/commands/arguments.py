@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lib_lora_train.settings import DECLARATIONS
+from lib_lora_train.settings import DECLARATIONS, named
 from lib_lora_train.tagging.options import MODES, OPTIONS
 
 USUAL_EPOCHS = DECLARATIONS["max_train_epochs"].default  # for which repeats are proposed
@@ -106,11 +106,12 @@ def add_verify(commands: Commands) -> None:
     check.add_argument("--resolution", default="auto", help="the size to look at: auto, 512, or 768,512")
     check.set_defaults(command=_run("verify", "run_check"))
 
-    images = commands.add_parser("class-pictures", help="paint preservation pictures (kohya's reg_data_dir) from prompts")
+    images = commands.add_parser("class-pictures", help=f"paint pictures for {named('reg_data_dir')} from prompts")
     images.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="what the class is (a photo of a "
                         "girl); may be repeated, they are taken in turn")
     images.add_argument("--count", type=int, required=True, help="how many there are to be; those that are there count")
-    images.add_argument("--to", type=Path, required=True, metavar="DIR", help="they go into DIR/1_class; DIR is reg_data_dir")
+    images.add_argument("--to", type=Path, required=True, metavar="DIR",
+                        help=f"they go into DIR/1_class; DIR is {named('reg_data_dir')}")
     images.add_argument("--resolution", default="auto", help="their size: auto, 512, or 768,512")
     images.add_argument("--negative", default="", metavar="TEXT", help="the negative prompt")
     images.add_argument("--seed", type=int, default=1, help="of the first picture; the others count on from it")

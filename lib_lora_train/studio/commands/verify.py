@@ -17,7 +17,7 @@ from lib_lora_train.evaluation.check_sheet import draw_checks
 from lib_lora_train.evaluation.class_images import make_class_images
 from lib_lora_train.host.standalone import StandaloneHost, describe_file
 from lib_lora_train.model.family import training_sizes
-from lib_lora_train.settings import parse, resolution_of
+from lib_lora_train.settings import named, parse, resolution_of
 from lib_lora_train.storage.atomic import replacing
 from lib_lora_train.studio.captions.store import CaptionStore
 from lib_lora_train.studio.commands.progress import progress_bar
@@ -77,7 +77,7 @@ def run_class_images(chosen: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("\nStopped; what was painted stays, and the same command goes on.", file=sys.stderr)
         return 130
-    print(f"Painted {done.made}; {done.found} were there already. Use {done.folder} as reg_data_dir.")
+    print(f"Painted {done.made}; {done.found} were there already. Use {done.folder} as {named('reg_data_dir')}.")
     return 0
 
 
