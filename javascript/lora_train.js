@@ -54,6 +54,9 @@
         state.token = data.token;
         build(live, byId("lora_train_drawn"));
         showTooltips(data.tooltips);
+        for (const [id, word] of Object.entries(data.placeholders)) {
+            byId(id).querySelector("input").placeholder = translated(word);
+        }
         listen();
         restoreDraft();
         return true;

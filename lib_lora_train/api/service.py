@@ -169,7 +169,7 @@ def _folder_of(run: str, host: Host) -> Path:
 
 def settings_list() -> list[dict[str, Any]]:
     """Every setting: area, name, type ("bool", "int", "float", "str"), default, minimum, maximum, step, choices, label,
-    help, in_view (whether the page shows it above the fold), is_path."""
+    help, in_view (whether the page shows it above the fold), is_path, zero (what its 0 stands for, "" for a number)."""
     return [
         {"area": area, **dataclasses.asdict(declaration), "type": declaration.type.__name__,
          "choices": list(declaration.choices)}

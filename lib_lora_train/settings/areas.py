@@ -22,8 +22,9 @@ class DatasetSettings:
         "", "Trigger word", "A word of your own that will call what is learnt. It is put first in every caption.",
         in_view=True)
     num_repeats: int = setting(
-        0, "Repeats", "How often each picture is shown in an epoch. 0 chooses: at least 100 times a picture and 1500 "
-        "times in all over the run. Folders named N_name say it themselves.", minimum=0, maximum=10000, in_view=True)
+        0, "Repeats", "How often each picture is shown in an epoch. Empty or 0 chooses: at least 100 times a picture "
+        "and 1500 times in all over the run. Folders named N_name say it themselves.", minimum=0, maximum=10000, in_view=True,
+        zero="auto")
     resolution: str = setting(
         "auto", "Resolution", "Training size in pixels: one number, or width,height. auto is 512 for SD1, 768 for SD2, "
         "1024 for SDXL.", in_view=True)
@@ -67,8 +68,8 @@ class CaptionSettings:
     caption_tag_dropout_rate: float = setting(
         0.0, "Tag dropout", "Share of the tags that are left out at each step.", minimum=0, maximum=1, step=0.01)
     clip_skip: int = setting(
-        0, "Clip skip", "Which text-encoder layer SD1 captions are read from, counted from the end. 0 takes what the "
-        "WebUI is set to.", minimum=0, maximum=12)
+        0, "Clip skip", "Which text-encoder layer SD1 captions are read from, counted from the end. Empty or 0 takes "
+        "what the WebUI is set to.", minimum=0, maximum=12, zero="auto")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +97,8 @@ class OptimizerSettings:
         10, "Epochs", "How often the whole dataset (with its repeats) is gone through.", minimum=1, maximum=100000,
         in_view=True)
     max_train_steps: int = setting(
-        0, "Steps", "End after exactly this many steps instead of after the epochs. 0 leaves it to the epochs.",
-        minimum=0, maximum=10_000_000, in_view=True)
+        0, "Steps", "End after exactly this many steps instead of after the epochs. Empty or 0 leaves it to the "
+        "epochs.", minimum=0, maximum=10_000_000, in_view=True, zero="auto")
     train_batch_size: int = setting(
         1, "Batch size", "Pictures in one pass. More needs more memory.", minimum=1, maximum=1024, in_view=True)
     gradient_accumulation_steps: int = setting(
@@ -106,7 +107,7 @@ class OptimizerSettings:
     learning_rate: float = setting(
         1e-4, "Learning rate", "How fast the LoRA learns. 1e-4 is usual.", minimum=0, maximum=10, in_view=True)
     unet_lr: float = setting(
-        0.0, "UNet learning rate", "0 takes the learning rate above.", minimum=0, maximum=10)
+        0.0, "UNet learning rate", "Empty or 0 takes the learning rate above.", minimum=0, maximum=10, zero="auto")
     text_encoder_lr: float = setting(
         5e-5, "Text encoder learning rate", "Used when the text encoder is trained. Half of the UNet's is usual.",
         minimum=0, maximum=10)
@@ -158,8 +159,9 @@ class MemorySettings:
         "activations off the GPU and int8 base weights, and takes the first that fits into the free GPU memory; manual "
         "takes only what is chosen below.", choices=("auto", "manual"))
     memory_budget: float = setting(
-        0.0, "Memory budget", "Gigabytes that a training may take, encoding pictures included. 0 is what the GPU has free "
-        "when it begins; without a GPU a plan is made only where a number stands here.", minimum=0, maximum=1024, step=0.5)
+        0.0, "Memory budget", "Gigabytes that a training may take, encoding pictures included. Empty or 0 is what the GPU "
+        "has free when it begins; without a GPU a plan is made only where a number stands here.", minimum=0, maximum=1024,
+        step=0.5, zero="auto")
     gradient_checkpointing: bool = setting(
         False, "Gradient checkpointing", "Compute every block again in backward instead of keeping what is inside: much less "
         "memory for about a third more time. The memory plan does so by itself, for as many blocks as it must.")
@@ -175,8 +177,9 @@ class MemorySettings:
         "auto", "Channels last", "Lay the convolutions' weights out as a GPU's kernels may like them best, which takes a "
         "copy of them. auto is off: nobody has measured it on a GPU yet.", choices=("auto", "off", "on"))
     vae_batch_size: int = setting(
-        0, "Encoding batch", "Pictures that the VAE encodes at once, before training. 0 takes what fits into 2 GB, or half of "
-        "the free GPU memory where that is less, and 1 without a GPU or where steps encode.", minimum=0, maximum=64)
+        0, "Encoding batch", "Pictures that the VAE encodes at once, before training. Empty or 0 takes what fits into 2 GB, "
+        "or half of the free GPU memory where that is less, and 1 without a GPU or where steps encode.", minimum=0, maximum=64,
+        zero="auto")
     cuda_graphs: str = setting(
         "off", "CUDA graphs", "on captures a training step for each shape of pictures, up to 24, and replays it, so that the "
         "GPU never waits for Python; the numbers stay the same. Not where pictures are encoded anew at each step. Captured "
@@ -205,11 +208,11 @@ class SaveSettings:
     save_precision: str = setting(
         "fp16", "Save as", "Number format of the file. fp16 is what everybody uses.", choices=("fp16", "bf16", "float"))
     save_every_n_epochs: int = setting(
-        0, "Save every n epochs", "Also keep the LoRA as it is after every n-th epoch. 0 for none.", minimum=0,
-        maximum=100000)
+        0, "Save every n epochs", "Also keep the LoRA as it is after every n-th epoch. Empty or 0 for none.",
+        minimum=0, maximum=100000, zero="none")
     save_every_n_steps: int = setting(
-        0, "Save every n steps", "Also keep the LoRA as it is after every n-th step. 0 for none.", minimum=0,
-        maximum=10_000_000)
+        0, "Save every n steps", "Also keep the LoRA as it is after every n-th step. Empty or 0 for none.",
+        minimum=0, maximum=10_000_000, zero="none")
     save_state: bool = setting(
         True, "Keep a resume point", "Keep what an interrupted run needs to go on, in the run's folder: the newest only, "
         "about six times a LoRA file of fp16. It is removed when the run is done.")

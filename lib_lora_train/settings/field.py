@@ -22,7 +22,8 @@ _OLD_CHOICES: dict[tuple[str, Value], Value] = {("cuda_graphs", "auto"): "off"}
 @dataclasses.dataclass(frozen=True)
 class Declaration:
     """One setting. `name` is kohya's where kohya has it; `in_view` puts it above the fold of the page. With `open_choice` the
-    `choices` are suggestions, and any other text is passed on to the code that knows what it names."""
+    `choices` are suggestions, and any other text is passed on to the code that knows what it names. `zero` is the word for a 0
+    that is no number but "auto" or "none": a page shows it, in a field that is empty, and `read` takes it, or nothing, as 0."""
 
     name: str
     type: type
@@ -36,6 +37,7 @@ class Declaration:
     in_view: bool = False
     is_path: bool = False
     open_choice: bool = False
+    zero: str = ""
 
     @property
     def named(self) -> str:
@@ -46,11 +48,12 @@ class Declaration:
 def setting(
     default: Value, label: str, help: str, *, minimum: float | None = None, maximum: float | None = None,
     step: float | None = None, choices: tuple[str, ...] = (), in_view: bool = False, is_path: bool = False,
-    open_choice: bool = False,
+    open_choice: bool = False, zero: str = "",
 ) -> Any:
     """A dataclass field that declares a setting; its name and type come from the class it stands in."""
     return dataclasses.field(default=default, metadata={"declaration": Declaration(
-        "", type(default), default, label, help, minimum, maximum, step, choices, in_view, is_path, open_choice)})
+        "", type(default), default, label, help, minimum, maximum, step, choices, in_view, is_path, open_choice,
+        zero)})
 
 
 def declarations(area: type) -> tuple[Declaration, ...]:
@@ -61,6 +64,8 @@ def declarations(area: type) -> tuple[Declaration, ...]:
 
 def read(declaration: Declaration, value: object) -> Value:
     """`value` as the setting's type, within its bounds; raises SettingError that names the setting and its range."""
+    if declaration.zero and (value is None or str(value).strip().lower() in ("", declaration.zero)):
+        return declaration.type(0)
     converted = _CONVERT[declaration.type](declaration, value)
     converted = _OLD_CHOICES.get((declaration.name, converted), converted)
     if declaration.choices and converted not in declaration.choices and not declaration.open_choice:

@@ -27,6 +27,7 @@ def field(declaration: Declaration, value: Value) -> Any:
 
     It refuses nothing itself: what was typed is judged by `settings.parse`, whose sentence is shown beside the button.
     """
+    value = displayed(declaration, value)
     common = {"label": declaration.label, "elem_id": element_id(declaration.name), "interactive": True}
     if declaration.type is bool:
         component = gr.Checkbox(value=bool(value), min_width=120, **common)
@@ -47,7 +48,7 @@ def field(declaration: Declaration, value: Value) -> Any:
 
 def slides(declaration: Declaration) -> bool:
     """Whether a slider can reach every value that matters."""
-    if declaration.type not in (int, float) or declaration.minimum is None or declaration.maximum is None:
+    if declaration.type not in (int, float) or declaration.minimum is None or declaration.maximum is None or declaration.zero:
         return False
     if declaration.type is float and declaration.step is None:
         return False
@@ -67,6 +68,11 @@ def unsaved(component: Component) -> Component:
     return component
 
 
+def displayed(declaration: Declaration, value: Value | None) -> Value | None:
+    """What the setting's component shows for `value`: nothing for a 0 that is "auto" or "none"."""
+    return value or None if declaration.zero else value
+
+
 def shown(declaration: Declaration, value: object) -> bool:
     """Whether the setting's component could show `value`: one from the browser's memory may be of another version."""
     if declaration.type is bool:
@@ -75,4 +81,6 @@ def shown(declaration: Declaration, value: object) -> bool:
         return value in declaration.choices
     if declaration.type is str:
         return isinstance(value, str)
+    if value is None:
+        return bool(declaration.zero)
     return isinstance(value, (int, float)) and not isinstance(value, bool)

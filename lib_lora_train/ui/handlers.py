@@ -22,9 +22,11 @@ from lib_lora_train.host.port import Host
 from lib_lora_train.run.runner import Runner
 from lib_lora_train.settings import DECLARATIONS, Value, parse
 from lib_lora_train.settings.presets import presets
-from lib_lora_train.ui.fields import shown
+from lib_lora_train.ui.fields import displayed, shown
 
 NO_PRESET = "Default"
+CHANGED = ", changed"
+"""Behind the name of a preset of whose settings one was changed since."""
 _NO_PRESET_ABOUT = "Everything as it was at the start, but for the names and folders."
 # What belongs to one LoRA and not to a way of training; no preset and no "Default" touches it.
 IDENTITY = frozenset({"output_name", "output_dir", "train_data_dir", "trigger_word", "reg_data_dir", "network_weights",
@@ -47,23 +49,25 @@ class Handlers:
     defaults: Mapping[str, Value]
     token: str = dataclasses.field(repr=False)
 
-    def plan(self, token: str, page: Latest, answer: str, *values: object) -> tuple[Any, Any, Any, Any]:
-        """(the summary as HTML, the fields as JSON for the browser to remember, the refusal, the button "Overwrite it").
+    def plan(self, token: str, page: Latest, answer: str, preset: str, *values: object) -> tuple[Any, Any, Any, Any, Any]:
+        """(the summary as HTML, the fields as JSON for the browser to remember, the refusal, the button "Overwrite it", the
+        preset in force).
 
         `answer` is the refusal beside the button; one of other values than these is removed together with the button.
         """
         if not self._ours(token):
-            return _problem(OUTDATED), gr.update(), gr.update(), gr.update()
-        chosen = self._by_name(values)
-        draft = json.dumps({name: value for name, value in chosen.items() if name not in ONCE})
+            return _problem(OUTDATED), gr.update(), gr.update(), gr.update(), gr.update()
+        chosen, picked = self._by_name(values), str(preset).removesuffix(CHANGED)
+        draft = json.dumps({"preset": picked} | {name: value for name, value in chosen.items() if name not in ONCE})
+        in_force = self._preset_update(picked, chosen)
         outdated = page.ask()
         summary = self._summary(chosen, outdated)
         if outdated():
             # A newer question is being answered, or a refusal came that this plan knows nothing of.
-            return gr.update(), gr.update(), gr.update(), gr.update()
+            return gr.update(), gr.update(), gr.update(), gr.update(), gr.update()
         if not answer or _answers(answer, chosen):
-            return summary, draft, gr.update(), gr.update()
-        return summary, draft, "", gr.update(visible=False)
+            return summary, draft, gr.update(), gr.update(), in_force
+        return summary, draft, "", gr.update(visible=False), in_force
 
     def start(self, token: str, page: Latest, *values: object) -> tuple[Any, Any]:
         """(a refusal as HTML or nothing, whether the button "Overwrite it" shows)."""
@@ -88,21 +92,19 @@ class Handlers:
             chosen["overwrite"] = True
         return self.start(token, page, *chosen.values())
 
-    def apply_preset(self, name: str) -> list[Any]:
-        """[what the preset is for, as HTML; an update for each field, empty where the preset does not name it]."""
-        if name == NO_PRESET:
-            about, changed = _NO_PRESET_ABOUT, {n: v for n, v in self.defaults.items() if n not in IDENTITY}
-        else:
-            preset = next(p for p in presets() if p.name == name)
-            about, changed = preset.description, dict(preset.values)
-        return [_note(about), *self._updates(changed)]
+    def apply_preset(self, page: Latest, picked: gr.SelectData) -> list[Any]:
+        """[what the preset is for, as HTML; an update for each field, empty where the preset does not name it]. `picked` is
+        the press on the list, also one on what is in force already."""
+        page.ask()  # a plan under way would put the name back that was shown before
+        about, values = self._preset(str(picked.value))
+        return [_note(about), *self._updates(values)]
 
     def restore(self, page: Latest, draft: str) -> list[Any]:
-        """[a summary for the time being; an update for each field: what the browser remembers, else the settings of
-        the current or last run]. The script reads the summary as the sign that gradio has begun to listen, and calls until it
+        """[a summary for the time being; what the preset is for; the preset in force; an update for each field: what the
+        browser remembers, else the settings of the current or last run]. The script reads the summary as the sign that gradio has begun to listen, and calls until it
         sees one: only the first answer fills the fields, or a late one would undo what was typed meanwhile."""
         if not page.first():
-            return [gr.update(), *self._updates({})]
+            return [gr.update(), gr.update(), gr.update(), *self._updates({})]
         try:
             remembered = json.loads(draft or "{}")
         except ValueError:
@@ -110,7 +112,30 @@ class Handlers:
         if not isinstance(remembered, dict) or not remembered:
             remembered = self.runner.settings()
         kept = {name: value for name, value in remembered.items() if name not in ONCE}
-        return [_note("Looking at the pictures"), *self._updates(kept)]
+        chosen, picked = {**self.defaults, **kept}, str(kept.get("preset"))
+        if picked not in self._preset_names():
+            # Settings of a run, or of an older version: the preset that they are, if they are one.
+            picked = next((name for name in self._preset_names() if self._holds(name, chosen)), NO_PRESET)
+        about = _note(self._preset(picked)[0]) if picked != NO_PRESET else ""
+        return [_note("Looking at the pictures"), about, self._preset_update(picked, chosen), *self._updates(kept)]
+
+    def _preset_names(self) -> list[str]:
+        return [NO_PRESET, *(preset.name for preset in presets())]
+
+    def _preset(self, name: str) -> tuple[str, Mapping[str, Value]]:
+        """(what it is for, the settings it changes); nothing for a name with `CHANGED`, which is in force as it is."""
+        if name == NO_PRESET:
+            return _NO_PRESET_ABOUT, {name: value for name, value in self.defaults.items() if name not in IDENTITY}
+        return next(((preset.description, preset.values) for preset in presets() if preset.name == name), ("", {}))
+
+    def _holds(self, name: str, chosen: Mapping[str, object]) -> bool:
+        return all(chosen.get(key) == displayed(DECLARATIONS[key], value) or chosen.get(key) == value
+                   for key, value in self._preset(name)[1].items())
+
+    def _preset_update(self, name: str, chosen: Mapping[str, object]) -> Any:
+        """The list of presets showing `name`, "Style, changed" where one of its settings is another now."""
+        shown_name = name if self._holds(name, chosen) else name + CHANGED
+        return gr.update(value=shown_name, choices=list(dict.fromkeys([*self._preset_names(), shown_name])))
 
     def _ours(self, token: object) -> bool:
         return isinstance(token, str) and secrets.compare_digest(token.encode(errors="replace"), self.token.encode())
@@ -139,8 +164,8 @@ class Handlers:
         return dict(zip(self.names, values, strict=True))
 
     def _updates(self, values: Mapping[str, object]) -> list[Any]:
-        return [gr.update(value=values[name]) if name in values and shown(DECLARATIONS[name], values[name])
-                else gr.update() for name in self.names]
+        return [gr.update(value=displayed(DECLARATIONS[name], values[name]))
+                if name in values and shown(DECLARATIONS[name], values[name]) else gr.update() for name in self.names]
 
 
 class Latest:

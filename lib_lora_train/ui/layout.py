@@ -67,11 +67,12 @@ def build_tab(*, runner: Runner, host: Host, token: str) -> gr.Blocks:
         # No handler waits for another: the queue is for images.
         quiet: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_name": False}
         page = gr.State(Latest())
-        planning = {"fn": handlers.plan, "inputs": [key, page, answer, *inputs],
-                    "outputs": [summary, draft, answer, overwrite], **quiet}
+        planning = {"fn": handlers.plan, "inputs": [key, page, answer, preset, *inputs],
+                    "outputs": [summary, draft, answer, overwrite, preset], **quiet}
         plan.click(**planning)
-        restore.click(handlers.restore, inputs=[page, draft], outputs=[summary, *inputs], **quiet).then(**planning)
-        preset.input(handlers.apply_preset, inputs=[preset], outputs=[about_preset, *inputs], **quiet).then(**planning)
+        restore.click(handlers.restore, inputs=[page, draft], outputs=[summary, about_preset, preset, *inputs],
+                      **quiet).then(**planning)
+        preset.select(handlers.apply_preset, inputs=[page], outputs=[about_preset, *inputs], **quiet).then(**planning)
         for name in fields:
             if DECLARATIONS[name].choices:
                 # Typed fields tell the script that they changed; a drop-down does not.
@@ -152,4 +153,4 @@ def _page_data() -> str:
                              "names of users and computers are taken out.",
         "lora_train_send": "Put the trigger word and the LoRA into the prompt of txt2img.",
     }
-    return json.dumps({"tooltips": tooltips})
+    return json.dumps({"tooltips": tooltips, "placeholders": {element_id(d.name): d.zero for d in DECLARATIONS.values() if d.zero}})

@@ -37,9 +37,14 @@ def values(**changed: object) -> list[object]:
     return list({**flat(Settings()), **changed}.values())
 
 
-def plan(handlers: Handlers, chosen: list[object], answer: str = "") -> list:
-    """(summary, draft, refusal, button) on a page of its own."""
-    return list(handlers.plan(TOKEN, Latest(), answer, *chosen))
+def plan(handlers: Handlers, chosen: list[object], answer: str = "", preset: str = NO_PRESET) -> list:
+    """(summary, draft, refusal, button, preset) on a page of its own."""
+    return list(handlers.plan(TOKEN, Latest(), answer, preset, *chosen))
+
+
+def pick(handlers: Handlers, name: str) -> list:
+    """[about, update of each field] after a press on that entry of the list."""
+    return handlers.apply_preset(Latest(), gr.SelectData(None, {"index": 0, "value": name}))
 
 
 def changed(updates: list) -> dict[str, object]:
@@ -60,7 +65,7 @@ def test_each_field_shows_its_default_label_and_help(host: FakeHost):
     by_id = {block.elem_id: block for block in tab.blocks.values() if getattr(block, "elem_id", None)}
     for name, declaration in DECLARATIONS.items():
         component = by_id[element_id(name)]
-        assert component.value == declaration.default, name
+        assert component.value == (None if declaration.zero else declaration.default), name
         assert (component.label, component.webui_tooltip) == (declaration.label, declaration.help)
         # What the page shows at first is possible as it stands.
         assert shown(declaration, component.value)
@@ -86,15 +91,45 @@ def test_a_field_hands_on_what_was_typed_for_the_settings_to_judge():
 
 def test_a_preset_changes_only_what_it_names(handlers: Handlers):
     for preset in presets():
-        about, *updates = handlers.apply_preset(preset.name)
-        assert changed(updates) == dict(preset.values)
+        about, *updates = pick(handlers, preset.name)
+        assert changed(updates) == {name: value or None if DECLARATIONS[name].zero else value
+                                    for name, value in preset.values.items()}
         assert preset.description in about
 
 
+def test_the_preset_in_force_is_shown_after_a_reload_and_as_changed_once_one_of_its_settings_is(handlers: Handlers):
+    style = next(preset for preset in presets() if preset.name == "Style")
+    chosen = {**flat(Settings()), **style.values}
+    *_, draft, _, _, shown_now = plan(handlers, list(chosen.values()), preset="Style")
+    assert shown_now["value"] == "Style"
+    assert handlers.restore(Latest(), draft)[2]["value"] == "Style"
+    other = values(**{**style.values, "network_dim": 77})
+    *_, draft, _, _, shown_now = plan(handlers, other, preset="Style")
+    assert shown_now["value"] == "Style, changed"
+    _, about, shown_now, *updates = handlers.restore(Latest(), draft)
+    assert shown_now["value"] == "Style, changed" and style.description in about and changed(updates)["network_dim"] == 77
+    # It can be picked again, under its own name.
+    assert plan(handlers, other, preset="Style, changed")[-1]["value"] == "Style, changed"
+    assert "Style" in shown_now["choices"] and changed(pick(handlers, "Style")[1:])["network_dim"] == style.values["network_dim"]
+    # Settings without a name, those of a run, are those of the preset that they equal.
+    assert handlers.restore(Latest(), json.dumps(chosen))[2]["value"] == "Style"
+    assert handlers.restore(Latest(), "")[2]["value"] == NO_PRESET
+
+
+def test_steps_and_repeats_of_0_are_an_empty_field_and_an_empty_field_is_0(handlers: Handlers):
+    assert DECLARATIONS["max_train_steps"].zero == DECLARATIONS["num_repeats"].zero == "auto"
+    for name in ("max_train_steps", "num_repeats"):
+        assert field(DECLARATIONS[name], 0).value is None and field(DECLARATIONS[name], 7).value == 7
+        for empty in (None, "", "auto", 0, "0"):
+            assert flat(parse({name: empty}))[name] == 0
+    draft = json.dumps({"max_train_steps": 0, "num_repeats": None, "network_dim": 4})
+    assert changed(handlers.restore(Latest(), draft)[3:]) == {"max_train_steps": None, "num_repeats": None, "network_dim": 4}
+
+
 def test_default_puts_back_everything_but_names_and_folders(handlers: Handlers):
-    _, *updates = handlers.apply_preset(NO_PRESET)
+    _, *updates = pick(handlers, NO_PRESET)
     put_back = changed(updates)
-    assert put_back["network_dim"] == 16 and put_back["max_train_steps"] == 0
+    assert put_back["network_dim"] == 16 and put_back["max_train_steps"] is None
     assert not {"output_name", "train_data_dir", "trigger_word", "output_dir"} & set(put_back)
 
 
@@ -103,7 +138,7 @@ def test_the_summary_tells_the_steps_and_what_was_typed_is_remembered(handlers: 
     chosen = values(train_data_dir=str(folder), num_repeats=2, max_train_epochs=3, overwrite=True, resume="zzk-1")
     summary, draft, *_ = plan(handlers, chosen)
     assert "= 18 steps" in summary
-    kept = changed(handlers.restore(Latest(), draft)[1:])
+    kept = changed(handlers.restore(Latest(), draft)[3:])
     assert kept["train_data_dir"] == str(folder) and kept["num_repeats"] == 2
     # A permission to overwrite is for once, and so is the wish to go on with a run.
     assert not {"overwrite", "resume"} & set(kept)
@@ -111,17 +146,17 @@ def test_the_summary_tells_the_steps_and_what_was_typed_is_remembered(handlers: 
 
 def test_the_browsers_memory_may_hold_anything(handlers: Handlers):
     for draft in ("", "{", "[1]", "null", '"x"'):
-        assert changed(handlers.restore(Latest(), draft)[1:]) == {}
+        assert changed(handlers.restore(Latest(), draft)[3:]) == {}
     odd = {"network_dim": "16", "flip_aug": 1, "lr_scheduler": "wild", "output_name": None, "gone": 3, "seed": 7}
-    assert changed(handlers.restore(Latest(), json.dumps(odd))[1:]) == {"seed": 7}
+    assert changed(handlers.restore(Latest(), json.dumps(odd))[3:]) == {"seed": 7}
 
 
 def test_a_late_answer_to_the_pages_first_question_changes_no_field(handlers: Handlers):
     asked, draft = Latest(), json.dumps({"max_train_steps": 7})
-    assert changed(handlers.restore(asked, draft)[1:]) == {"max_train_steps": 7}
+    assert changed(handlers.restore(asked, draft)[3:]) == {"max_train_steps": 7}
     # The script asks again until it sees an answer; by then the user may have typed.
-    assert changed(handlers.restore(asked, draft)[1:]) == {}
-    assert changed(handlers.restore(Latest(), draft)[1:]) == {"max_train_steps": 7}  # another page
+    assert changed(handlers.restore(asked, draft)[3:]) == {}
+    assert changed(handlers.restore(Latest(), draft)[3:]) == {"max_train_steps": 7}  # another page
 
 
 def test_without_a_memory_the_running_jobs_settings_come_back(handlers: Handlers, monkeypatch):
@@ -130,7 +165,7 @@ def test_without_a_memory_the_running_jobs_settings_come_back(handlers: Handlers
     handlers.runner.start(plan_of(parse({"output_name": "zzk", "network_dim": 5})), handlers.host)
     handlers.runner.stop(save=False)
     assert handlers.runner.wait(10)
-    kept = changed(handlers.restore(Latest(), "")[1:])
+    kept = changed(handlers.restore(Latest(), "")[3:])
     assert kept["output_name"] == "zzk" and kept["network_dim"] == 5
 
 
@@ -173,9 +208,9 @@ def test_a_refusal_goes_when_what_it_refused_is_changed(handlers: Handlers, tmp_
     refused = values(train_data_dir=str(images(tmp_path / "pictures")))
     answer, _ = handlers.start(TOKEN, Latest(), *refused)
     assert "no name" in answer
-    assert plan(handlers, refused, answer)[2:] == [gr.update(), gr.update()]
+    assert plan(handlers, refused, answer)[2:4] == [gr.update(), gr.update()]
     mended = values(train_data_dir=str(tmp_path / "pictures"), output_name="zzk")
-    assert plan(handlers, mended, answer)[2:] == ["", gr.update(visible=False)]
+    assert plan(handlers, mended, answer)[2:4] == ["", gr.update(visible=False)]
 
 
 def test_a_plan_that_took_long_does_not_take_a_newer_refusal_away(handlers: Handlers, monkeypatch, tmp_path: Path):
@@ -188,7 +223,7 @@ def test_a_plan_that_took_long_does_not_take_a_newer_refusal_away(handlers: Hand
         handlers.start(TOKEN, page, *values(train_data_dir=folder, output_name="a/b"))
         return found
     monkeypatch.setattr(handlers_module.service, "plan", slow)
-    assert list(handlers.plan(TOKEN, page, older, *values(train_data_dir=folder, network_dim=4))) == [gr.update()] * 4
+    assert list(handlers.plan(TOKEN, page, older, NO_PRESET, *values(train_data_dir=folder, network_dim=4))) == [gr.update()] * 5
 
 
 def test_a_newer_question_of_a_page_ends_its_older_one_and_no_other_pages():
@@ -212,7 +247,7 @@ def test_nothing_is_read_or_started_for_who_does_not_know_the_pages_token(handle
     for name in ("plan_dataset", "plan_job"):
         monkeypatch.setattr(handlers_module.service, name, lambda *_, **__: pytest.fail("a folder was read"))
     for token in ("", "guess", None, TOKEN[:-1], [TOKEN], "\ud800"):
-        answers = (handlers.plan(token, Latest(), "", *chosen)[0], handlers.start(token, Latest(), *chosen)[0],
+        answers = (handlers.plan(token, Latest(), "", NO_PRESET, *chosen)[0], handlers.start(token, Latest(), *chosen)[0],
                    handlers.start_overwriting(token, Latest(), "", *chosen)[0])
         assert all("reload the page" in answer for answer in answers)
     assert handlers.runner.status() is None
