@@ -65,9 +65,9 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def counted(number: int, thing: str) -> str:
-    """"1 picture", "1,000 pictures"."""
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+def counted(number: int, one: str, many: str = "") -> str:
+    """"1 picture", "1,000 pictures"; `many` where that is not `one` and an s: "entries", "pictures are"."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 def some_of(names: Sequence[str], limit: int = 5) -> str:

@@ -70,9 +70,8 @@ def _number(report: DatasetReport) -> Iterator[Weighted]:
         return
     different = usable - len(_with(report, "duplicate"))
     if different < MIN_IMAGES:
-        only = "Only 1 different picture is" if different == 1 else f"Only {different} different pictures are"
-        yield 100, (f"{only} here, and from fewer than {MIN_IMAGES} a LoRA mostly learns to copy: "
-                    f"add at least {MIN_IMAGES - different} more that differ in pose, light and background.")
+        yield 100, (f"Only {counted(different, 'different picture is', 'different pictures are')} here, and from fewer "
+                    f"than {MIN_IMAGES} a LoRA mostly learns to copy: add at least {MIN_IMAGES - different} more that differ in pose, light and background.")
 
 
 def _captions(report: DatasetReport, around: Circumstances) -> Iterator[Weighted]:
@@ -161,7 +160,7 @@ def _length(report: DatasetReport, around: Circumstances) -> Iterator[Weighted]:
     proposal = report.proposal
     name = f" (a folder called {proposal.repeats}_{around.concepts[0]})" if len(around.concepts) == 1 else ""
     yield 8, (f"The {counted(usable, 'picture')} would be shown only {planned:,} times in all, and less than {wanted:,} mostly "
-              f"is too little to learn from: set {proposal.repeats} repeats{name} and "
+              f"is too little to learn from: set {counted(proposal.repeats, 'repeat')}{name} and "
               f"{counted(proposal.epochs, 'epoch')}, or train more epochs.")
 
 

@@ -138,8 +138,8 @@ class DatasetReport:
                 ("duplicates", "; ".join(" = ".join(path.name for path in group) for group in self.duplicates[:10])),
                 ("tags", some_of([f"{tag} {count}" for tag, count in self.tags.items()], 15)),
                 ("used once", f"{len(self.once)}: {some_of(self.once, 15)}" if self.once else ""),
-                ("proposal", f"{self.proposal.repeats} repeats × {self.proposal.epochs} epochs, batch "
-                             f"{self.proposal.batch} = {self.proposal.steps:,} steps" if self.usable else "")]
+                ("proposal", f"{counted(self.proposal.repeats, 'repeat')} × {counted(self.proposal.epochs, 'epoch')}, batch "
+                             f"{self.proposal.batch} = {counted(self.proposal.steps, 'step')}" if self.usable else "")]
         figures = [line for label, value in rows if value for line in textwrap.wrap(
             value, _WIDTH, initial_indent=f"{label:12}", subsequent_indent=" " * 12, break_long_words=False)]
         return printable("\n".join([f"{self.folder}: {self.summary}", "", *lines, "", *figures]))

@@ -20,7 +20,7 @@ from lib_lora_train.dataset.listing import MOST_REPEATS, MayRead, is_subset_name
 from lib_lora_train.dataset.plan import balanced_repeats, plain_folder_repeats
 from lib_lora_train.dataset.prefetch import Prefetch, reading_threads
 from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
-from lib_lora_train.errors import DatasetError, printable, some_of
+from lib_lora_train.errors import DatasetError, counted, printable, some_of
 from lib_lora_train.settings import named, no_effect
 
 MASKS_FOLDER = "masks"  # beside the N_name folders, where the studio keeps them: no images to learn from
@@ -237,7 +237,7 @@ class _Reader:
             raise self.not_text[0][1]
         if self.not_text:
             raise DatasetError(
-                f"{len(self.not_text)} caption files cannot be read as UTF-8 text",
+                f"{counted(len(self.not_text), 'caption file')} cannot be read as UTF-8 text",
                 why=some_of([name for name, _ in self.not_text]), remedy="save them again with the encoding UTF-8")
         for names, text in (
             (self.empty, "no caption and no trigger word, so they are trained with an empty caption"),
@@ -245,7 +245,8 @@ class _Reader:
             (self.several_files, "both a .txt and a .caption file, of which the .txt is used"),
         ):
             if names:
-                self.problems.append(Problem(f"{len(names)} picture(s) have {text}: {some_of(names)}."))
+                self.problems.append(Problem(f"{counted(len(names), 'picture has', 'pictures have')} {text}: "
+                                             f"{some_of(names)}."))
 
 
 def find_images(folder: Path, *, what: str,
@@ -263,15 +264,15 @@ def find_images(folder: Path, *, what: str,
     if subsets:
         if loose:
             problems.append(Problem(
-                f"{len(loose)} picture(s) in {folder} are ignored, because its N_name folders are used: "
+                f"{counted(len(loose), 'picture')} in {folder} ignored, because its N_name folders are used: "
                 f"{some_of([file.name for file in loose])}."))
         problems += _unused_folders(others, "its name has no number of repeats in front (N_name)")
         return subsets, "kohya", problems
     if loose:
-        if named := repeats_and_name(folder.name):
+        if said := repeats_and_name(folder.name):
             problems.append(Problem(
-                f"{folder.name} was chosen itself, so its name is not read as {named[0]} repeats of "
-                f"'{named[1]}'; choose the folder above it for that."))
+                f"{folder.name} was chosen itself, so its name is not read as {counted(said[0], 'repeat')} of "
+                f"'{said[1]}'; choose the folder above it for that."))
         problems += _unused_folders(others, "only the pictures beside it are used")
         return [Subset(folder, 1, "", tuple(loose), find_captions(files))], "plain", problems
     why = " ".join(p.text for p in problems) or "no file in it has a picture's name"
@@ -290,7 +291,7 @@ def _subset(folder: Path, problems: list[Problem], may_read: MayRead | None) -> 
     images = tuple(file for file in files if is_image_name(file))
     problems += _unused_folders(folders, f"folders inside {folder.name} are not searched")
     if not images or not is_subset_name(folder.name):
-        why = "it holds no pictures" if not images else f"it asks for {repeats} repeats, not 1 to {MOST_REPEATS}"
+        why = "it holds no pictures" if not images else f"it asks for {counted(repeats, 'repeat')}, not 1 to {MOST_REPEATS}"
         problems.append(Problem(f"The folder {folder.name} is ignored: {why}."))
         return None
     return Subset(folder, repeats, printable(name.strip()), images, find_captions(files))
@@ -315,8 +316,9 @@ def _list(folder: Path, what: str, *, may_read: MayRead | None, problems: list[P
     """(files, folders) of a folder; what may not be read becomes one of `problems`."""
     listing = list_folder(folder, what=what, may_read=may_read)
     if listing.refused:
-        problems.append(Problem(f"{len(listing.refused)} entries of {folder} are ignored, because they are links to folders "
-                                f"that are not allowed: {some_of([path.name for path in listing.refused])}."))
+        problems.append(Problem(f"{counted(len(listing.refused), 'entry', 'entries')} of {folder} ignored, because links to "
+                                f"folders that are not allowed are not followed: "
+                                f"{some_of([path.name for path in listing.refused])}."))
     return listing.files, listing.folders
 
 
@@ -338,8 +340,8 @@ def _balance(examples: list[Example], *, visits: int, problems: list[Problem]) -
     unused = [example.path.name for example, n in zip(examples, repeats, strict=True) if n == 0]
     if unused:
         problems.append(Problem(
-            f"{len(unused)} regularisation picture(s) are not used, because there are more of them than visits to "
-            f"the pictures: {some_of(unused)}."))
+            f"{counted(len(unused), 'regularisation picture is', 'regularisation pictures are')} not used, because there are "
+            f"more of them than visits to the pictures: {some_of(unused)}."))
     return [replace(example, repeats=n) for example, n in zip(examples, repeats, strict=True) if n > 0]
 
 

@@ -21,7 +21,7 @@ from lib_lora_train.dataset.images import read_image
 from lib_lora_train.dataset.prefetch import Prefetch
 from lib_lora_train.dataset.progress import ShouldStop, Watch
 from lib_lora_train.distributed import ProcessGroup
-from lib_lora_train.errors import DatasetError
+from lib_lora_train.errors import DatasetError, counted
 from lib_lora_train.inputs.latent_files import LatentDisk
 from lib_lora_train.inputs.latent_store import LatentStore
 from lib_lora_train.inputs.vae_batches import VaeBatches, check_finite
@@ -74,7 +74,8 @@ class LatentEncoding:
     @property
     def problems(self) -> list[Problem]:
         """What else the user should know of."""
-        unkept = [Problem(f"{count} encoded picture(s) cannot be kept on disk: {why}.") for why, count in self._unkept.items()]
+        unkept = [Problem(f"{counted(count, 'encoded picture')} cannot be kept on disk: {why}.")
+                  for why, count in self._unkept.items()]
         if self._store.failure:
             unkept.append(Problem("All encoded pictures stay in memory, because the temporary file cannot be written: "
                                   f"{self._store.failure}."))

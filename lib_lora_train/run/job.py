@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from lib_lora_train.distributed import SINGLE_PROCESS, ProcessGroup
-from lib_lora_train.errors import Interrupted
+from lib_lora_train.errors import Interrupted, counted
 from lib_lora_train.events import Finished, Planned, Report, Warned
 from lib_lora_train.host.lease import frozen_model
 from lib_lora_train.host.port import Host, LeasedModel
@@ -119,7 +119,7 @@ def _finished(plan: RunPlan, saver: Saver | NoSaver, progress: Progress, *, stop
     """The end of a run, its result saved if it is complete, or was stopped to be saved. Raises Interrupted where nothing was
     ever saved."""
     name, steps, total = plan.target.stem, progress.step, plan.schedule.steps
-    complete, stopped = steps == total, f"Stopped after {steps} of {total} steps"
+    complete, stopped = steps == total, f"Stopped after {steps} of {counted(total, 'step')}"
     if complete or (steps and group.any(stop() == "save")):
         with saver.rescue():
             path = saver.save_result(progress, complete=complete)

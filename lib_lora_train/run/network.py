@@ -40,7 +40,7 @@ class InitialWeights:
 
 
 def build_network(settings: Settings, model: FrozenModel, weights: InitialWeights, *, report: Report) -> AdapterNetwork:
-    """The network on the model's device; parts that are not to be trained are frozen. Raises SettingError, LoraFileError."""
+    """The network on the model's device; parts that are not to be trained are frozen. Raises LoraFileError."""
     chosen, seed, family = settings.network, settings.optimizer.seed, model.architecture.family
     train_text = not chosen.network_train_unet_only
     with translated("making the LoRA's layers"):
@@ -55,9 +55,6 @@ def build_network(settings: Settings, model: FrozenModel, weights: InitialWeight
                 report(Warned(f"{counted(len(network.fresh), 'layer')} not in {weights.name} will start anew."))
         if not train_text:
             network.freeze({component for component in model.components if component != "unet"})
-        if not any(settings.rates):
-            raise SettingError("Nothing would be trained", why="all learning rates are 0",
-                               remedy=f"raise {named('learning_rate')}")
         if not settings.rates[0]:
             network.freeze({"unet"})
         return network.to(model.device)

@@ -69,11 +69,11 @@ class RunPlan:
     def summary(self) -> str:
         """One line: images, repeats, epochs, batches, steps."""
         repeats = sorted({e.repeats for e in self.dataset.examples if not e.is_regularisation})
-        shown = str(repeats[0]) if len(repeats) == 1 else f"{repeats[0]} to {repeats[-1]}"
+        shown = counted(repeats[0], "repeat") if len(repeats) == 1 else f"{repeats[0]} to {repeats[-1]} repeats"
         regularisation = len(self.dataset.examples) - self.dataset.images
-        with_reg = f" + {regularisation} regularisation pictures" if regularisation else ""
+        with_reg = f" + {counted(regularisation, 'regularisation picture')}" if regularisation else ""
         schedule, (width, height) = self.schedule, self.resolution
-        return (f"{counted(self.dataset.images, 'picture')} × {shown} repeats{with_reg}, {counted(schedule.epochs, 'epoch')}, "
+        return (f"{counted(self.dataset.images, 'picture')} × {shown}{with_reg}, {counted(schedule.epochs, 'epoch')}, "
                 f"{counted(len(schedule.buckets), 'bucket')} at {width}×{height} "
                 f"= {counted(schedule.steps, 'step')}{f' of {self.processes} processes' if self.processes > 1 else ''}")
 

@@ -143,6 +143,8 @@ def ignored(settings: Settings) -> list[str]:
 
 def _check(settings: Settings) -> None:
     dataset = settings.dataset
+    if not any(settings.rates):
+        raise SettingError("Nothing would be trained", why="all learning rates are 0", remedy=f"raise {named('learning_rate')}")
     resolution_of(dataset.resolution, default=512)
     if dataset.min_bucket_reso > dataset.max_bucket_reso:
         raise SettingError(f"{named('min_bucket_reso')} = {dataset.min_bucket_reso} is not possible",

@@ -140,7 +140,8 @@ class LossSettings:
         0.0, "Noise offset", "Lets the LoRA learn very dark or bright pictures. 0.05 to 0.1 where wanted.", minimum=0,
         maximum=1, step=0.01)
     v_parameterization: str = setting(
-        "auto", "v-prediction", "What the model predicts. auto asks the model; SD2 768 models need on where it cannot tell.",
+        "auto", "v-prediction", "What the model predicts: on is v, off is the noise (epsilon). auto takes what the checkpoint "
+        "or the WebUI says; set it where neither does, as for SD2 768 models without their .yaml (on).",
         choices=("auto", "on", "off"))
     zero_terminal_snr: str = setting(
         "auto", "Zero terminal SNR", "The noise schedule ends in pure noise (arXiv 2305.08891). auto asks the model.",
@@ -152,8 +153,9 @@ class MemorySettings:
     """Precision, speed, memory, and the model shared with others."""
 
     mixed_precision: str = setting(
-        "auto", "Precision", "What the model computes in; the LoRA itself is always trained in full precision. auto takes "
-        "what the model is stored in, and no (fp32) without a GPU.", choices=("auto", "no", "fp16", "bf16"))
+        "auto", "Precision", "What the model computes in; no is fp32. The LoRA itself is always trained in fp32. On a GPU auto "
+        "is fp16 for a model that is held in fp16, and for others bf16 from RTX 30 on and fp16 before; without a GPU it is no.",
+        choices=("auto", "no", "fp16", "bf16"))
     memory_plan: str = setting(
         "auto", "Memory plan", "auto tries, in this order, what is chosen below, gradient checkpointing, smaller passes, "
         "activations off the GPU and int8 base weights, and takes the first that fits into the free GPU memory; manual "
@@ -166,8 +168,9 @@ class MemorySettings:
         False, "Gradient checkpointing", "Compute every block again in backward instead of keeping what is inside: much less "
         "memory for about a third more time. The memory plan does so by itself, for as many blocks as it must.")
     cpu_offload_checkpointing: bool = setting(
-        False, "Keep activations off the GPU", "What backward needs waits in ordinary memory: less memory on the GPU, "
-        "slower, and without CUDA graphs. Nobody has measured it yet.")
+        False, "Keep activations off the GPU", "From forward to backward the activations lie in the computer's memory instead "
+        "of the GPU's, with gradient checkpointing or without: less GPU memory, slower steps, no CUDA graphs. The memory plan "
+        "does so by itself where it must. Nobody has measured it yet.")
     base_weights: str = setting(
         "as they are", "Base weights", "Hold the model that is trained on in eight bits: on a GPU half the memory of fp16, "
         "without one more than before. The LoRA learns beside weights that are a little off; fp8 is off by a share of each "

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lib_lora_train.dataset.plan import plain_folder_repeats
-from lib_lora_train.errors import DatasetError, HostError, SettingError
+from lib_lora_train.errors import DatasetError, HostError, SettingError, counted
 from lib_lora_train.host.port import Host
 from lib_lora_train.model.sd.text import split_into_chunks
 from lib_lora_train.model.sd.tokens import Tokenizer, clip_tokenizer
@@ -129,8 +129,8 @@ class Studio:
                             why=f"the studio is busy ({self.tasks.name()})", remedy="wait for it or stop it first")
         unsaved = self._session.store.unsaved
         if unsaved and not discard:
-            captions = "1 caption is" if unsaved == 1 else f"{unsaved} captions are"
-            raise HostError(f"{captions} not saved in {self._session.dataset.name}", remedy="save or undo first")
+            raise HostError(f"{counted(unsaved, 'caption is', 'captions are')} not saved in {self._session.dataset.name}",
+                            remedy="save or undo first")
         self._session = None
         self.changed()
 

@@ -19,6 +19,7 @@ import gradio as gr
 from lib_lora_train.api import OUTDATED, service
 from lib_lora_train.errors import Interrupted, LoraTrainError, OutputError
 from lib_lora_train.host.port import Host
+from lib_lora_train.run.background import Failure
 from lib_lora_train.run.runner import Runner
 from lib_lora_train.settings import DECLARATIONS, Value, parse
 from lib_lora_train.settings.presets import presets
@@ -83,6 +84,8 @@ class Handlers:
             if taken:
                 error = OutputError(error.what, why=error.why, remedy="choose another name or overwrite it")
             return _problem(str(error), values=chosen), gr.update(visible=taken)
+        except Exception as error:  # noqa: BLE001 - as in `_summary`
+            return _problem(Failure.of(error, name="Starting").message, values=chosen), gr.update(visible=False)
         return "", gr.update(visible=False)
 
     def start_overwriting(self, token: str, page: Latest, answer: str, *values: object) -> tuple[Any, Any]:
@@ -101,8 +104,9 @@ class Handlers:
 
     def restore(self, page: Latest, draft: str) -> list[Any]:
         """[a summary for the time being; what the preset is for; the preset in force; an update for each field: what the
-        browser remembers, else the settings of the current or last run]. The script reads the summary as the sign that gradio has begun to listen, and calls until it
-        sees one: only the first answer fills the fields, or a late one would undo what was typed meanwhile."""
+        browser remembers, else the settings of the current or last run]. The script reads the summary as the sign that gradio
+        has begun to listen, and calls until it sees one: only the first answer fills the fields, or a late one would undo
+        what was typed meanwhile."""
         if not page.first():
             return [gr.update(), gr.update(), gr.update(), *self._updates({})]
         try:
@@ -149,6 +153,8 @@ class Handlers:
             if not chosen.get("train_data_dir"):
                 return _note("Choose a folder of pictures to see what will happen.")
             return _problem(str(error))
+        except Exception as error:  # noqa: BLE001 - a defect; what stood there before would look like the answer
+            return _problem(Failure.of(error, name="Planning").message)
         name = str(chosen.get("output_name", "")).strip()
         # The one that is being made is no other.
         made = self.runner.running() and self.runner.settings().get("output_name") == name

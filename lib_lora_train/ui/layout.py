@@ -153,4 +153,5 @@ def _page_data() -> str:
                              "names of users and computers are taken out.",
         "lora_train_send": "Put the trigger word and the LoRA into the prompt of txt2img.",
     }
-    return json.dumps({"tooltips": tooltips, "placeholders": {element_id(d.name): d.zero for d in DECLARATIONS.values() if d.zero}})
+    placeholders = {element_id(d.name): d.zero for d in DECLARATIONS.values() if d.zero}
+    return json.dumps({"tooltips": tooltips, "placeholders": placeholders})

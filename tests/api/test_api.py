@@ -270,7 +270,7 @@ def test_an_interrupted_run_is_listed_and_goes_on_with_what_it_was_set_to(desk: 
 @pytest.mark.parametrize("body, word", [
     ({"resume": "nobody"}, "no run called"), ({"resume": ""}, "resume"), ({"resume": 3}, "resume"),
     ({"resume": ".."}, "no run called"), ({"resume": "../runs/../pictures"}, "no run called"),
-    ({"resume": "zzk-20261121-120000", "settings": {"network_dim": 4}}, "network_dim is 4 and was 3"),
+    ({"resume": "zzk-20261121-120000", "settings": {"network_dim": 4}}, "Rank (network_dim) is 4 and was 3"),
     ({"resume": "zzk-20261121-120000", "settings": {"max_train_steps": 5}}, "10 steps already"),
     ({"resume": "zzk-20261121-120000", "settings": {"nonsense": 5}}, "nonsense")])
 def test_what_cannot_be_resumed_is_one_sentence_and_starts_nothing(desk: Desk, body: dict[str, object], word: str):

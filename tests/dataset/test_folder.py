@@ -80,7 +80,7 @@ def test_a_missing_caption_is_the_trigger_word_or_empty_with_a_warning(tmp_path:
     assert not with_trigger.problems
     without = scan(tmp_path, max_train_epochs=1)
     assert captions(without) == {"a.png": "smile", "b.png": "", "c.png": ""}
-    assert "2 picture(s)" in texts(without) and "b.png, c.png" in texts(without)
+    assert "2 pictures have" in texts(without) and "b.png, c.png" in texts(without)
 
 
 def test_captions_of_several_lines_or_files_are_warned_about(tmp_path: Path, make_image) -> None:

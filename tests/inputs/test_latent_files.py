@@ -128,7 +128,7 @@ def test_a_folder_that_cannot_be_written_is_one_warning_and_no_failure(make_data
     count, source = encoded(dataset, placements, disk=LatentDisk(vae_fingerprint="v"))
     assert count == 2
     (problem,) = source.dataset.problems
-    assert not problem.skipped and problem.text.startswith("2 encoded picture(s) cannot be kept on disk")
+    assert not problem.skipped and problem.text.startswith("2 encoded pictures cannot be kept on disk")
 
 
 def test_a_folder_that_cannot_be_written_costs_no_other_folder(make_dataset, tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_a_file_that_is_held_costs_that_picture_alone(make_dataset, monkeypatch)
     monkeypatch.setattr(disk_module, "replace", held)
     _, source = encoded(dataset, placements, disk=LatentDisk(vae_fingerprint="v"))
     (problem,) = source.dataset.problems
-    assert problem.text.startswith("1 encoded picture(s)") and "another process" in problem.text
+    assert problem.text.startswith("1 encoded picture ") and "another process" in problem.text
     assert encoded(dataset, placements, disk=LatentDisk(vae_fingerprint="v"))[0] == 1
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import gradio as gr
 import pytest
 
+from lib_lora_train.errors import counted
 from lib_lora_train.run import runner as runner_module
 from lib_lora_train.run.runner import Runner
 from lib_lora_train.settings import DECLARATIONS, Settings, flat, parse
@@ -114,6 +115,33 @@ def test_the_preset_in_force_is_shown_after_a_reload_and_as_changed_once_one_of_
     # Settings without a name, those of a run, are those of the preset that they equal.
     assert handlers.restore(Latest(), json.dumps(chosen))[2]["value"] == "Style"
     assert handlers.restore(Latest(), "")[2]["value"] == NO_PRESET
+
+
+def test_one_of_a_thing_is_not_several(handlers: Handlers, tmp_path: Path):
+    folder = images(tmp_path / "pictures")
+    summary = plan(handlers, values(train_data_dir=str(folder), num_repeats=1, max_train_epochs=1))[0]
+    assert "3 pictures × 1 repeat, 1 epoch, 1 bucket at 512×512 = 3 steps" in summary
+    texts = [path.read_text(encoding="utf-8") for path in Path(handlers_module.__file__).parents[1].rglob("*.py")]
+    assert not [text for text in texts if "picture(s)" in text]
+    assert (counted(1, "entry", "entries"), counted(2, "entry", "entries"), counted(1000, "step")) == (
+        "1 entry", "2 entries", "1,000 steps")
+
+
+def test_a_learning_rate_of_0_is_answered_in_a_sentence_in_place_of_the_older_message(handlers: Handlers, tmp_path: Path):
+    folder = str(images(tmp_path / "pictures"))
+    for answer in (plan(handlers, values(train_data_dir=folder, learning_rate=0))[0],
+                   handlers.start(TOKEN, Latest(), *values(train_data_dir=folder, learning_rate=0))[0]):
+        assert "Nothing would be trained: all learning rates are 0; raise Learning rate (learning_rate)." in answer
+
+
+def test_a_defect_while_planning_or_starting_leaves_no_older_message_standing(handlers: Handlers, monkeypatch, tmp_path: Path):
+    def broken(*_, **__):
+        raise ZeroDivisionError("division by zero")
+    for name in ("plan", "start"):
+        monkeypatch.setattr(handlers_module.service, name, broken)
+    chosen = values(train_data_dir=str(images(tmp_path / "pictures")))
+    assert "Planning ended unexpectedly: ZeroDivisionError" in plan(handlers, chosen)[0]
+    assert "Starting ended unexpectedly: ZeroDivisionError" in handlers.start(TOKEN, Latest(), *chosen)[0]
 
 
 def test_steps_and_repeats_of_0_are_an_empty_field_and_an_empty_field_is_0(handlers: Handlers):

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from lib_lora_train.errors import DatasetError, SettingError
+from lib_lora_train.errors import DatasetError, SettingError, counted
 from lib_lora_train.settings import assignment
 from lib_lora_train.studio.captions.store import CaptionStore
 from lib_lora_train.studio.commands.progress import progress_bar
@@ -40,7 +40,8 @@ def run(chosen: argparse.Namespace) -> int:
         captions, problems, interrupted = _gathered(rows, as_json=chosen.json, quietly=not chosen.dry_run)
     if chosen.dry_run:
         if not chosen.json:
-            print(f"{len(captions)} captions would be written, {problems} pictures have problems. Nothing was written.")
+            print(f"{counted(len(captions), 'caption')} would be written, {counted(problems, 'picture has', 'pictures have')} "
+                  "problems. Nothing was written.")
     else:
         _write(store, captions, label=source.label, as_json=chosen.json)
     return 130 if interrupted else SOME_FAILED if problems else 0
@@ -98,4 +99,4 @@ def _write(store: CaptionStore, captions: dict[Path, str], *, label: str, as_jso
         print(f"{path} was changed by another program meanwhile and is left as it is.", file=sys.stderr)
     if not as_json:
         kept = f" What was there before is in {saved.backup}." if saved.backup else ""
-        print(f"{saved.written} captions written.{kept}")
+        print(f"{counted(saved.written, 'caption')} written.{kept}")

@@ -87,7 +87,7 @@ def apply_shape(
         notes.append(f"{counted(small, 'picture')} had to be enlarged, up to {enlarged:.1f} times: they have less detail than "
                      "it seems.")
     elif small:
-        notes.append(f"{counted(small, 'picture')} {'is' if small == 1 else 'are'} smaller than asked for (up to "
+        notes.append(f"{counted(small, 'picture is', 'pictures are')} smaller than asked for (up to "
                      f"{enlarged:.1f} times), and not enlarged.")
     return dataclasses.replace(shaped, notes=tuple(notes))
 

@@ -22,7 +22,7 @@ from lib_lora_train.dataset.captions import CAPTION_SUFFIXES
 from lib_lora_train.dataset.folder import MASKS_FOLDER
 from lib_lora_train.dataset.images import is_image_name
 from lib_lora_train.dataset.listing import MOST_REPEATS, by_name, is_subset_name, repeats_and_name
-from lib_lora_train.errors import DatasetError, printable, translated
+from lib_lora_train.errors import DatasetError, counted, printable, translated
 from lib_lora_train.storage.atomic import remove_parts, write_atomic
 from lib_lora_train.studio.captions.save import STUDIO_FOLDER
 from lib_lora_train.studio.importing.names import file_key, safe_stem
@@ -299,4 +299,4 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _check_repeats(repeats: int) -> None:
     if not 1 <= repeats <= MOST_REPEATS:
-        raise DatasetError(f"{repeats} repeats are not possible", remedy=f"choose 1 to {MOST_REPEATS}")
+        raise DatasetError(f"{counted(repeats, 'repeat is', 'repeats are')} not possible", remedy=f"choose 1 to {MOST_REPEATS}")
