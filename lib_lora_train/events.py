@@ -17,7 +17,7 @@ Outcome = Literal["done", "stopped", "failed"]
 @dataclasses.dataclass(frozen=True)
 class Planned:
     """What is going to happen, sent once, before the first step. `resumed_at` steps were made before the run was
-    interrupted; `memory` says how much it will take, and by what means."""
+    interrupted; `memory` says how much it will take, and by what means; `seconds` estimates all of its steps."""
 
     kind: ClassVar[str] = "planned"
     pictures: int
@@ -31,16 +31,19 @@ class Planned:
     seed: int
     resumed_at: int = 0
     memory: str = ""
+    seconds: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """`done` of `total` units of a piece of work that is not a training step ("Encoding pictures")."""
+    """`done` of `total` units of a piece of work that is not a training step ("Encoding pictures"). `checkpoint` is the title
+    of the one that the user must choose before the run can go on, mostly ""."""
 
     kind: ClassVar[str] = "stage"
     name: str
     done: int
     total: int
+    checkpoint: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -58,7 +58,7 @@ def install(app: FastAPI, *, runner: Runner, host: Host, token: str, credentials
     add("GET", "status", lambda r: service.status(runner=runner, host=host, after=r.after), "Where the current or last run is")
     add("GET", "runs", lambda _: {"runs": service.runs(host)}, "Past runs, newest first")
     add("GET", "settings", lambda _: {"settings": service.settings_list()}, "Every setting")
-    add("POST", "plan", lambda r: service.plan(r.named_settings(), host=host), "What a run would do")
+    add("POST", "plan", lambda r: service.plan(r.named_settings(), host=host, runner=runner), "What a run would do")
     add("POST", "start", lambda r: {"run": _start(r, runner=runner, host=host)}, "Start a run, or go on with one")
     add("POST", "stop", lambda r: {"stopping": runner.stop(save=r.save)}, "Stop the run")
     gate.add("GET", "report", lambda query, _: _report(query, host=host, program=program),

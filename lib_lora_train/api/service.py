@@ -23,7 +23,7 @@ from lib_lora_train.run.output import checked_name
 from lib_lora_train.run.planning import RunPlan, output_folder, plan_dataset, plan_job
 from lib_lora_train.run.record import past_runs
 from lib_lora_train.run.resume import compare_settings, find, run_folder, settings_of
-from lib_lora_train.run.runner import Runner
+from lib_lora_train.run.runner import Runner, Status
 from lib_lora_train.settings import AREAS, Settings, declarations, flat, parse
 from lib_lora_train.settings.allowed_paths import check_allowed
 from lib_lora_train.training.precision import compute_dtype
@@ -55,18 +55,20 @@ def resume(run: str, changes: Mapping[str, object], *, runner: Runner, host: Hos
     return start({**flat(settings_of(point, changes)), "resume": run}, runner=runner, host=host)
 
 
-def plan(values: Mapping[str, object], *, host: Host, should_stop: Callable[[], bool] | None = None) -> dict[str, Any]:
+def plan(values: Mapping[str, object], *, host: Host, runner: Runner | None = None,
+         should_stop: Callable[[], bool] | None = None) -> dict[str, Any]:
     """What a run with these settings would do; nothing is written and no picture is decoded.
 
     Returns summary (one line), pictures, buckets, epochs, batches_per_epoch, steps, resolution [width, height],
     warnings (sentences), name_taken (a LoRA of that name exists and would not be overwritten) and estimate ("" while
-    no model is loaded). Raises UserError, and Interrupted where `should_stop()` says so.
+    no model is loaded), corrected by the speed of `runner`'s run. Raises UserError, and Interrupted where
+    `should_stop()` says so.
     """
     settings = parse(values)
     check_allowed(settings, host.allowed)
     loaded = host.checkpoint()
     found = plan_dataset(settings, family=loaded.family if loaded else "", allowed=host.allowed, should_stop=should_stop)
-    estimate, warning = _estimate(settings, found, host, should_stop=should_stop)
+    estimate, warning = _estimate(settings, found, host, slower=_slower(runner), should_stop=should_stop)
     return {
         "summary": found.summary,
         "pictures": found.dataset.images,
@@ -81,7 +83,8 @@ def plan(values: Mapping[str, object], *, host: Host, should_stop: Callable[[], 
     }
 
 
-def _estimate(settings: Settings, found: RunPlan, host: Host, *, should_stop: Callable[[], bool] | None) -> tuple[str, str]:
+def _estimate(settings: Settings, found: RunPlan, host: Host, *, slower: float,
+              should_stop: Callable[[], bool] | None) -> tuple[str, str]:
     """ "about 9 min · about 5.1 of 8.0 GB of memory: …" and a warning, from the loaded model's shapes; "" while no model is
     loaded."""
     outline, checkpoint = host.outline(), host.checkpoint()
@@ -92,10 +95,18 @@ def _estimate(settings: Settings, found: RunPlan, host: Host, *, should_stop: Ca
     dtype = compute_dtype(settings.memory.mixed_precision, outline.device, weights=stored)
     memory = plan_for(found, tensors=outline.tensors, architecture=architecture, device=outline.device, dtype=dtype,
                       layers=planned_layers(settings, outline.tensors, architecture), should_stop=should_stop)
-    time = found.schedule.steps * seconds_per_step(
+    time = slower * found.schedule.steps * seconds_per_step(
         memory.flops, blocks=len(memory.blocks), passes=memory.passes * settings.optimizer.gradient_accumulation_steps,
         device=outline.device, dtype=dtype)
     return f"about {_duration(time)} · {memory.text}", memory.warning
+
+
+def _slower(runner: Runner | None) -> float:
+    """How many times as long as estimated the steps of the current or last run took; 1 before that is known."""
+    run = runner.status() if runner else None
+    if run is None or not (run.planned and run.planned.seconds and run.step and run.step.steps_per_second):
+        return 1.0
+    return run.planned.steps / run.step.steps_per_second / run.planned.seconds
 
 
 def _duration(seconds: float) -> str:
@@ -115,7 +126,7 @@ def status(*, runner: Runner, host: Host, after: int = 0) -> dict[str, Any]:
         waiting         whether it waits for the host's own generation before it begins
         stage           {name, done, total} of the work that is not a training step, or None
         step            {step, total, epoch, epochs, loss, average_loss, learning_rate, steps_per_second, …} or None
-        fraction        0 to 1, of the steps; seconds_left is None until the speed is known
+        fraction        0 to 1, of the steps; seconds_left is an estimate until the speed is known
         points          [step, loss, average loss] after the step `after`; every `every`-th step is kept. When `every`
                         has changed, points that were sent before were dropped: request once more with after=0
         warnings        sentences
@@ -136,12 +147,20 @@ def status(*, runner: Runner, host: Host, after: int = 0) -> dict[str, Any]:
         run=state.run, name=state.name, running=state.running, stopping=state.stopping,
         waiting=state.running and host.waiting(), started=state.started,
         planned=_plain(state.planned), stage=_plain(state.stage), step=_plain(state.step), fraction=state.fraction,
-        seconds_left=state.step.seconds_left if state.step and state.running else None,
+        seconds_left=_seconds_left(state) if state.running else None,
         points=[list(point) for point in state.points], every=state.every, warnings=list(state.warnings),
         saved=[{**dataclasses.asdict(saved), "lora_text": lora_text(saved.path)} for saved in state.saved],
         finished=_plain(state.finished), lora_text=lora_text(result) if result else "",
         trigger_word=str(runner.settings().get("trigger_word", "")))
     return _finite(answer)
+
+
+def _seconds_left(state: Status) -> float | None:
+    """As measured; by the estimate before; None before there is one."""
+    if state.step and state.step.seconds_left is not None:
+        return state.step.seconds_left
+    planned = state.planned
+    return planned.seconds * (1 - planned.resumed_at / planned.steps) or None if planned else None
 
 
 def runs(host: Host) -> list[dict[str, Any]]:

@@ -22,7 +22,8 @@ A filter {} is every picture. A background task is answered with {"id": n}; `sta
     POST save             {"overwrite"?} -> {"written", "conflicts": [names of captions that others changed]}
     POST tokens           {"text"} -> {"tokens", "chunks"}
     POST remove           {"ids"} -> {"removed": n}; undo brings them back
-    POST check            {"settings"?} -> task; the report is in `state` afterwards     GET crops   its crops, a JPEG
+    POST check            {"settings"?, "background"?} -> task, or none in the background; the report is in `state`
+                          afterwards                      GET crops   its crops, a JPEG
     POST shape-preview    {"id", "shape": {"mode", "side", "focus", "flip", "enlarge"}} -> a JPEG
     POST shape            {"shape", which}         task
     POST crop             {"id", "box": [left, top, right, bottom]}      POST flip   {"id", "copy"?} -> {"id"}
@@ -111,7 +112,8 @@ def _add_captions(get: Callable[..., None], post: Callable[..., None], studio: S
 
 
 def _add_shapes(get: Callable[..., None], post: Callable[..., None], studio: Studio) -> None:
-    post("check", lambda r: {"id": operations.check(studio, r.settings)}, "Look at the pictures")
+    post("check", lambda r: {
+        "id": (operations.check_in_background if r.background else operations.check)(studio, r.settings)}, "Look at the pictures")
     get("crops", lambda _: _image(shaping.crops(studio), keep=False), "What crops lose")
     post("shape-preview", lambda r: _image(shaping.preview(studio, r.id, r.shape), keep=False), "What a shape would make")
     post("shape", lambda r: {"id": operations.shape(studio, r.shape, r.selection())}, "Cut and scale pictures")

@@ -16,7 +16,7 @@ from lib_lora_train.errors import counted, printable, some_of
 from lib_lora_train.settings import named
 
 MIN_IMAGES = 10
-LEAST_RESOLUTION = 256  # below it there is too little for a model of 512 to learn
+SIDES = (512, 768, 1024)  # training sizes that a page offers
 
 _SHORTEST = 6  # letters of a tag with a typing error; shorter words have too many neighbours that are words
 _USUAL = 5  # captions: so often a tag must occur for a rare one to be measured by it
@@ -71,7 +71,8 @@ def _number(report: DatasetReport) -> Iterator[Weighted]:
     different = usable - len(_with(report, "duplicate"))
     if different < MIN_IMAGES:
         yield 100, (f"Only {counted(different, 'different picture is', 'different pictures are')} here, and from fewer "
-                    f"than {MIN_IMAGES} a LoRA mostly learns to copy: add at least {MIN_IMAGES - different} more that differ in pose, light and background.")
+                    f"than {MIN_IMAGES} a LoRA mostly learns to copy: add at least {MIN_IMAGES - different} "
+                    "more that differ in pose, light and background.")
 
 
 def _captions(report: DatasetReport, around: Circumstances) -> Iterator[Weighted]:
@@ -142,8 +143,9 @@ def _small(report: DatasetReport) -> Iterator[Weighted]:
     least = small[0]
     wanted = report.resolution[0] * report.resolution[1]
     usual = sorted(p.width * p.height for p in report.images if p.width)
-    side = int(usual[len(usual) // 4] ** 0.5) // 64 * 64  # what three quarters of the images reach
-    lower = f", or set the resolution to {side}" if 2 * len(small) > len(report.images) and side >= LEAST_RESOLUTION else ""
+    reached = usual[len(usual) // 4] ** 0.5  # by three quarters of the images
+    side = max((side for side in SIDES if side <= reached), default=0)
+    lower = f", or set {named('resolution')} to {side}" if 2 * len(small) > len(report.images) and side else ""
     yield 3 + 18 * _share(small, report), (
         f"{_count(small, 'picture')} {_are(small)} smaller than the training size {report.resolution[0]}×"
         f"{report.resolution[1]} (smallest: {least.path.name}, {least.width}×{least.height}, "

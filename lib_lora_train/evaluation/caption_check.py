@@ -42,6 +42,8 @@ from lib_lora_train.training.noise import seed_of
 TIMESTEPS = (550, 650, 750, 850, 950)
 NOISES = 2
 """Different noises at each timestep; the same ones for all images of a size."""
+PASSES = len(TIMESTEPS) * NOISES
+"""Of the UNet, to measure one image; a sample takes one a step."""
 FIRST_SEED = 1000
 
 

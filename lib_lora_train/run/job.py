@@ -21,6 +21,7 @@ from lib_lora_train.events import Finished, Planned, Report, Warned
 from lib_lora_train.host.lease import frozen_model
 from lib_lora_train.host.port import Host, LeasedModel
 from lib_lora_train.inputs.prefetcher import Prefetcher
+from lib_lora_train.memory.device import seconds_per_step
 from lib_lora_train.memory.plan import MemoryPlan
 from lib_lora_train.model.sd.components import vae_tensors
 from lib_lora_train.run import resume
@@ -90,7 +91,7 @@ def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: Initial
         # GPUs of different sizes may choose differently how to compute, but not what.
         require_equal(group, {f"the model's number format in memory, {named('base_weights')},": memory.config.base_dtype},
                       remedy=f"set it, or the same {named('memory_budget')}, in all of them")
-        planned = _planned(plan, leased, memory)
+        planned = _planned(plan, leased, memory, dtype=dtype)
         report(planned)
         _warn(filter(None, [memory.warning]), report)
         condition = place_model(settings, model, leased, network, batches, memory.config, dtype=dtype, report=report,
@@ -145,13 +146,16 @@ def _checkpointer(plan: RunPlan, identity: Mapping[str, str], started_at: float,
     return Checkpointer(folder, chosen, metadata, report)
 
 
-def _planned(plan: RunPlan, leased: LeasedModel, memory: MemoryPlan) -> Planned:
+def _planned(plan: RunPlan, leased: LeasedModel, memory: MemoryPlan, *, dtype: torch.dtype) -> Planned:
     schedule, (width, height) = plan.schedule, plan.resolution
+    seconds = schedule.steps * seconds_per_step(
+        memory.flops, blocks=len(memory.blocks), device=leased.device, dtype=dtype,
+        passes=memory.passes * plan.settings.optimizer.gradient_accumulation_steps)
     return Planned(
         pictures=plan.dataset.images, buckets=len(schedule.buckets), batches_per_epoch=schedule.batches_per_epoch,
         epochs=schedule.epochs, steps=schedule.steps, summary=plan.summary, resolution=f"{width}×{height}",
         checkpoint=leased.checkpoint.name, seed=plan.settings.optimizer.seed,
-        resumed_at=plan.resume_point.step if plan.resume_point else 0, memory=memory.text)
+        resumed_at=plan.resume_point.step if plan.resume_point else 0, memory=memory.text, seconds=seconds)
 
 
 def _train_config(plan: RunPlan, memory: MemoryPlan, *, dtype: torch.dtype) -> TrainConfig:

@@ -11,10 +11,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lib_lora_train.dataset.findings import DatasetReport
+from lib_lora_train.dataset.progress import Progress, ShouldStop
 from lib_lora_train.dataset.report import examine
 from lib_lora_train.errors import DatasetError, HostError, Interrupted, counted
 from lib_lora_train.evaluation import caption_check
@@ -141,28 +143,44 @@ def tag(studio: Studio, source_name: str, values: Mapping[str, Any], selection: 
 def check(studio: Studio, values: Mapping[str, object]) -> int:
     """Look at every image and caption, as edited; the report is the dataset's afterwards. `values` are settings of the
     training. Raises UserError, HostError."""
+    look = _look(studio, values)
+    return studio.tasks.start("Looking at pictures", lambda task: look(
+        on_progress=task.progress, should_stop=task.should_stop, problem=lambda text: task.problem("", text)).summary)
+
+
+def check_in_background(studio: Studio, values: Mapping[str, object]) -> int:
+    """The same after a change, in nobody's way: what changes images or captions ends it. Raises UserError, HostError."""
+    look, second = _look(studio, values), studio.second_look
+    if studio.tasks.running():
+        raise HostError(f"The studio is busy ({studio.tasks.name()})", remedy="wait for it or stop it first")
+    return second.start(lambda: look(on_progress=None, should_stop=lambda: bool(second.stopping), problem=lambda text: None),
+                        name="The second look", doing="looking at pictures again", busy="Pictures are being looked at again")
+
+
+def _look(studio: Studio, values: Mapping[str, object]) -> Callable[..., DatasetReport]:
+    """What looks at the dataset as it is now and leaves the report with it."""
     with studio.using() as session:
         dataset, store, content = session.dataset, session.store, session.content
         settings = parse({"trigger_word": dataset.concept, **values})
         unsaved = {store.images[i]: store.caption(i) for i in range(len(store.images)) if store.is_changed(i)}
 
-    def run(task: Task) -> str:
+    def look(*, on_progress: Progress | None, should_stop: ShouldStop, problem: Callable[[str], None]) -> DatasetReport:
         try:
             tokenizer: Tokenizer | None = studio.tokenizer()
         except HostError as error:
             tokenizer = None
-            task.problem("", f"{error}")
+            problem(f"{error}")
         allowed = studio.host.allowed
-        report = examine(dataset.folder, settings=settings, tokenizer=tokenizer, sizes=training_sizes(studio.family()),
-                         unsaved=unsaved,
-                         may_read=allowed.may_read if allowed else None, on_progress=task.progress,
-                         should_stop=task.should_stop)
-        with studio.using():
+        with studio.reading:
+            report = examine(dataset.folder, settings=settings, tokenizer=tokenizer, sizes=training_sizes(studio.family()),
+                             unsaved=unsaved, may_read=allowed.may_read if allowed else None, on_progress=on_progress,
+                             should_stop=lambda: should_stop() or session.content != content and on_progress is None)
+        with studio.held():
             session.set_report(report, content=content)
             studio.changed()
-        return report.summary
+        return report
 
-    return studio.tasks.start("Looking at pictures", run)
+    return look
 
 
 def shape(studio: Studio, values: Mapping[str, Any], selection: Selection) -> int:
@@ -207,9 +225,16 @@ def check_captions(studio: Studio, selection: Selection, *, seeds: int, steps: i
     def run(task: Task) -> str:
         shutil.rmtree(folder, ignore_errors=True)
         count = 0
+
+        def progress(done: int, total: int) -> None:
+            # Painting takes many times as long as measuring; both are passes of the UNet.
+            passes = [caption_check.PASSES * min(k, len(captions)) + seeds * steps * max(0, k - len(captions))
+                      for k in (done, total)]
+            task.progress(done, total, share=passes[0] / passes[1])
+
         checking = caption_check.check_captions(
             studio.host, list(captions.items()), settings=settings, seeds=seeds, steps=steps, worst=min(worst, len(captions)),
-            on_progress=task.progress, should_stop=task.should_stop)
+            on_progress=progress, should_stop=task.should_stop)
         # Closed at once where storing a result fails (a full disk): the model must not wait for Python's collector.
         with contextlib.closing(checking):
             for checked in checking:

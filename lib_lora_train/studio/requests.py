@@ -57,6 +57,7 @@ class StudioRequest(BaseModel):
     options: Table = {}
 
     settings: Table = {}
+    background: StrictBool = False
     shape: Table = {}
     box: tuple[Pixels, Pixels, Pixels, Pixels] | None = None
     copied: StrictBool = Field(False, alias="copy")

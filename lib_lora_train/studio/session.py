@@ -15,11 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from lib_lora_train.dataset.findings import DatasetReport
 from lib_lora_train.dataset.plan import plain_folder_repeats
 from lib_lora_train.errors import DatasetError, HostError, SettingError, counted
 from lib_lora_train.host.port import Host
 from lib_lora_train.model.sd.text import split_into_chunks
 from lib_lora_train.model.sd.tokens import Tokenizer, clip_tokenizer
+from lib_lora_train.run.background import TaskRunner
 from lib_lora_train.run.runner import Runner
 from lib_lora_train.settings import Settings
 from lib_lora_train.settings.allowed_paths import inside
@@ -38,6 +40,8 @@ class Studio:
 
     def __init__(self, host: Host, runner: Runner) -> None:
         self.host, self.runner, self.tasks = host, runner, Tasks()
+        self.second_look: TaskRunner[DatasetReport] = TaskRunner("lora-train-second-look")
+        self.reading = threading.Lock()  # held while pictures are looked at; never taken by who waits for `_lock` with it
         self._lock = threading.RLock()
         self._session: DatasetSession | None = None
         self.version = 0  # grows whenever something that a page shows has changed, but for the progress of a task
@@ -72,6 +76,10 @@ class Studio:
         if self.tasks.running():
             raise HostError(f"Pictures cannot be {doing} now", why=f"the studio is busy ({self.tasks.name()})",
                             remedy="wait for it or stop it first")
+        # No file that is to be moved or replaced may be open, on Windows.
+        self.second_look.stop()
+        with self.reading:
+            pass
 
     @contextlib.contextmanager
     def held(self) -> Iterator[DatasetSession | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ class Task:
     id: int = 0
     done: int = 0
     total: int = 0
+    seconds_left: float | None = None  # None until the speed is known
     running: bool = True
     stopping: bool = False
     outcome: str = "running"  # "running", "done", "stopped" or "failed"
@@ -30,10 +32,15 @@ class Task:
     problems: tuple[tuple[str, str], ...] = ()  # (image, sentence)
     more_problems: int = 0
     result: dict[str, Any] = dataclasses.field(default_factory=dict)
+    _began: tuple[float, float] | None = None  # the first progress: when, and its share
 
-    def progress(self, done: int, total: int) -> None:
-        """`done` of `total` images are done."""
+    def progress(self, done: int, total: int, *, share: float | None = None) -> None:
+        """`done` of `total` images are done; `share`, 0 to 1, is that of the work where not all take the same time."""
         self.done, self.total = done, total
+        now, share = time.monotonic(), done / max(1, total) if share is None else share
+        began, before = self._began = self._began or (now, share)
+        if share > before:
+            self.seconds_left = (now - began) / (share - before) * (1 - share)
 
     def problem(self, image: str, text: str) -> None:
         """Something about one image that the task goes on without; "" for the task itself. The first 200 are kept."""

@@ -28,8 +28,8 @@ def state(studio: Studio) -> dict[str, Any]:
     return {
         "dataset": shown, "datasets": [{"name": printable(name), "pictures": count} for name, count in datasets],
         "task": None if task is None else {
-            "id": task.id, "name": task.name, "done": task.done, "total": task.total, "running": task.running,
-            "stopping": task.stopping, "outcome": task.outcome, "message": task.message,
+            "id": task.id, "name": task.name, "done": task.done, "total": task.total, "seconds_left": task.seconds_left,
+            "running": task.running, "stopping": task.stopping, "outcome": task.outcome, "message": task.message,
             "problems": [{"picture": image, "text": text} for image, text in task.problems],
             "more_problems": task.more_problems, "result": task.result},
         "sources": [{"name": source.name, "label": source.label, "missing": source.missing()}

@@ -146,7 +146,7 @@ class Handlers:
 
     def _summary(self, chosen: Mapping[str, object], outdated: Callable[[], bool]) -> str:
         try:
-            found = service.plan(chosen, host=self.host, should_stop=outdated)
+            found = service.plan(chosen, host=self.host, runner=self.runner, should_stop=outdated)
         except Interrupted:
             return ""
         except LoraTrainError as error:

@@ -642,6 +642,40 @@ def test_a_report_says_what_is_wrong_and_knows_when_it_is_old(desk: Desk):
     assert desk.post("use").json()["repeats"] == 50
 
 
+def test_findings_are_looked_at_anew_in_the_background_and_in_nobodys_way(desk: Desk):
+    desk.filled()
+    task = desk.done(desk.post("check"))
+    desk.post("caption", {"id": "red.png", "text": ""})
+    assert not desk.get("state").json()["dataset"]["report"]["fresh"]
+    assert desk.post("check", {"background": True, "settings": {"resolution": "192"}}).status_code == 200
+    assert desk.studio.second_look.wait(60)
+    state = desk.get("state").json()
+    report = state["dataset"]["report"]
+    assert report["fresh"] and "192×192" in report["summary"] and any("red.png" in text for text in report["advice"])
+    assert state["task"] == task  # it is none
+
+
+def test_a_look_in_the_background_ends_for_who_changes_pictures(desk: Desk, monkeypatch: pytest.MonkeyPatch):
+    desk.filled()
+    began = threading.Event()
+
+    def examine(folder, *, should_stop, **_):
+        began.set()
+        while not should_stop():
+            pass
+        raise Interrupted("stopped while the pictures were examined")
+    monkeypatch.setattr("lib_lora_train.studio.operations.examine", examine)
+    assert desk.post("check", {"background": True}).status_code == 200
+    assert began.wait(60)
+    assert desk.post("check", {"background": True}).status_code == 409
+    assert desk.post("remove", {"ids": ["red.png"]}).status_code == 200
+    assert not desk.studio.reading.locked() and desk.studio.second_look.wait(60)
+
+
+def test_a_look_in_the_background_does_not_begin_beside_a_task(desk: Desk, held: Held):
+    assert desk.post("check", {"background": True}).status_code == 409
+
+
 def test_a_shape_is_seen_before_it_is_written_and_taken_off_again(desk: Desk):
     desk.filled()
     before = {path.name: path.read_bytes() for path in dataset_folder(desk).glob("*/*.png")}

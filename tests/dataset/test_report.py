@@ -164,10 +164,20 @@ def test_the_crop_is_what_is_cut_off_in_the_images_own_pixels(tmp_path: Path, dr
     assert bucketed.crop_loss == 0 and bucketed.kept == (0, 0, 768, 512) and not bucketed.problems
 
 
+@pytest.mark.parametrize(("side", "wanted", "advised"), [(560, "1024", "512"), (800, "1024", "768"), (448, "512", "")])
+def test_a_smaller_size_is_advised_only_where_the_page_offers_it(tmp_path, side, wanted, advised):
+    for number in range(3):
+        Image.new("RGB", (side, side), (80 * number, 0, 0)).save(tmp_path / f"{number}.png")
+    text = " ".join(look(tmp_path, resolution=wanted).advice)
+    assert "3 pictures are smaller" in text
+    assert (f"or set Resolution (resolution) to {advised}." in text) if advised else ("Resolution (resolution)" not in text)
+
+
 def test_deep_crops_are_said_with_the_worst_and_the_way_out(tmp_path: Path, draw: Draw) -> None:
     for i in range(10):
         draw(f"{i}.png", (768, 512 + 8 * i))
-    assert "switch Aspect buckets (enable_bucket) on" in advice(look(tmp_path, enable_bucket=False), "10 pictures would lose", "0.png, 33 %")
+    assert "switch Aspect buckets (enable_bucket) on" in advice(
+        look(tmp_path, enable_bucket=False), "10 pictures would lose", "0.png, 33 %")
     assert not look(tmp_path).advice
 
 

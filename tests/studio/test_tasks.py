@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from lib_lora_train.errors import DatasetError, HostError, Interrupted
+from lib_lora_train.studio import tasks as tasks_module
 from lib_lora_train.studio.tasks import Task, Tasks
 
 
@@ -49,6 +50,17 @@ def test_a_task_is_watched_while_it_works_and_a_second_one_is_refused():
     assert tasks.wait(60)
     assert (tasks.status().outcome, tasks.status().message) == ("done", "two pictures were looked at.")
     assert tasks.start("Other", lambda task: "") == number + 1 and tasks.wait(60)
+
+
+def test_the_time_left_follows_the_share_of_the_work_that_is_done(monkeypatch: pytest.MonkeyPatch):
+    seconds, seen = iter((100.0, 110.0, 130.0)), []
+    monkeypatch.setattr(tasks_module.time, "monotonic", lambda: next(seconds))
+    task = Task("Painting", should_stop=lambda: False)
+    for done, share in ((1, 0.0), (2, 0.1), (3, None)):
+        task.progress(done, 4, share=share)
+        seen.append(task.seconds_left)
+    # A tenth in 10 s: nine more; then three quarters in 30 s, and a quarter is left.
+    assert seen == [None, pytest.approx(90), pytest.approx(10)]
 
 
 def test_a_stop_is_seen():

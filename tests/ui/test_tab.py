@@ -111,7 +111,8 @@ def test_the_preset_in_force_is_shown_after_a_reload_and_as_changed_once_one_of_
     assert shown_now["value"] == "Style, changed" and style.description in about and changed(updates)["network_dim"] == 77
     # It can be picked again, under its own name.
     assert plan(handlers, other, preset="Style, changed")[-1]["value"] == "Style, changed"
-    assert "Style" in shown_now["choices"] and changed(pick(handlers, "Style")[1:])["network_dim"] == style.values["network_dim"]
+    rank = style.values["network_dim"]
+    assert "Style" in shown_now["choices"] and changed(pick(handlers, "Style")[1:])["network_dim"] == rank
     # Settings without a name, those of a run, are those of the preset that they equal.
     assert handlers.restore(Latest(), json.dumps(chosen))[2]["value"] == "Style"
     assert handlers.restore(Latest(), "")[2]["value"] == NO_PRESET
@@ -251,7 +252,8 @@ def test_a_plan_that_took_long_does_not_take_a_newer_refusal_away(handlers: Hand
         handlers.start(TOKEN, page, *values(train_data_dir=folder, output_name="a/b"))
         return found
     monkeypatch.setattr(handlers_module.service, "plan", slow)
-    assert list(handlers.plan(TOKEN, page, older, NO_PRESET, *values(train_data_dir=folder, network_dim=4))) == [gr.update()] * 5
+    late = handlers.plan(TOKEN, page, older, NO_PRESET, *values(train_data_dir=folder, network_dim=4))
+    assert list(late) == [gr.update()] * 5
 
 
 def test_a_newer_question_of_a_page_ends_its_older_one_and_no_other_pages():

@@ -39,10 +39,13 @@ def add_option() -> None:
     While others reach the WebUI they must not add to the allowed paths themselves: the WebUI refuses to change what is not
     visible. Who may install extensions there (--enable-insecure-extension-access) may do anything already.
     """
-    shared.opts.add_option(OPTION, shared.OptionInfo(
+    option = shared.OptionInfo(
         "", "Folders that datasets may come from while others reach this WebUI (--listen, --share, --gradio-auth), one a line",
         None, {"lines": 3, "visible": _editable()}, section=("lora_train", "Train LoRA"), restrict_api=True,
-    ).info("the WebUI's own folder and its LoRA folder are always allowed; on a WebUI of one's own every folder is"))
+    ).info("the WebUI's own folder and its LoRA folder are always allowed; on a WebUI of one's own every folder is")
+    # The heading in the list of settings; hosts that have none do not ask for it.
+    option.category_id = "training"
+    shared.opts.add_option(OPTION, option)
 
 
 def _editable() -> bool:

@@ -161,7 +161,7 @@ class WebUILease(LeasedModel):
         assert self._identity is not None
         self._restore()
         self.queue.release()
-        report(Stage(f"Waiting until {self._identity} is chosen again", 0, 0))
+        report(Stage(f"Waiting until {self._identity} is chosen again", 0, 0, self.checkpoint.title))
         while not self._identity.may_be_back():
             if self._stop():
                 raise Interrupted("The run was stopped while the WebUI held another model")
