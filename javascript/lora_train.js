@@ -1,5 +1,6 @@
 /* The tab "Train LoRA" while a run goes on: it asks the API for the status and has it drawn, the run's progress by
- * lora_train_progress.js, the curve by lora_train_curve.js, the offer to resume a run by lora_train_resume.js.
+ * lora_train_progress.js, the curve by lora_train_curve.js, the offer to resume a run by lora_train_resume.js, what may be done
+ * with its LoRA by lora_train_result.js.
  *
  * The page's fields and its Train button are gradio's; everything about a running job is asked for and drawn here, so a
  * reloaded page shows it again. One poll at a time: every second while a job runs and the tab is in sight, every ten
@@ -55,7 +56,10 @@
         build(live, byId("lora_train_drawn"));
         showTooltips(data.tooltips);
         for (const [id, word] of Object.entries(data.placeholders)) {
-            byId(id).querySelector("input").placeholder = translated(word);
+            const box = byId(id).querySelector("input");
+            box.placeholder = translated(word);
+            // gradio begins with 0 where it is told nothing.
+            if (box.value === "0") setText(box, "");
         }
         listen();
         restoreDraft();
@@ -64,6 +68,7 @@
 
     function build(live, drawn) {
         Object.assign(view, window.loraTrainProgress(live, drawn, translated));
+        view.result = window.loraTrainResult({byId, button, setText, translated});
         view.offer = window.loraTrainResume(view.resume, ask, () => { kick(); poll(); }, view.showProblem, translated);
         new ResizeObserver(() => drawCurve()).observe(view.curve);
         view.curve.addEventListener("pointermove", (event) => {
@@ -111,8 +116,6 @@
         });
         button("lora_train_stop_save").addEventListener("click", () => stop(true));
         button("lora_train_stop").addEventListener("click", () => stop(false));
-        button("lora_train_send").addEventListener("click", sendToTxt2img);
-        button("lora_train_copy").addEventListener("click", copyText);
         button("lora_train_report").addEventListener("click", downloadReport);
         // Before the WebUI's own handler of Ctrl+Enter, which looks for a Generate button that is not on this tab.
         window.addEventListener("keydown", (event) => {
@@ -135,6 +138,16 @@
 
     function draftBox() {
         return app().querySelector("#lora_train_draft textarea, #lora_train_draft input");
+    }
+
+    /** The settings of these names as they stand in the fields; {} before the page has planned. */
+    function chosen(names) {
+        try {
+            const draft = JSON.parse(draftBox().value);
+            return Object.fromEntries(names.filter((name) => name in draft).map((name) => [name, draft[name]]));
+        } catch (error) {
+            return {};
+        }
     }
 
     function keepDraft() {
@@ -222,8 +235,11 @@
         state.run = answer.run;
         state.every = answer.every;
         state.points = state.points.concat(answer.points);
+        view.result.draw(answer);
         noticeResult(answer, fresh);
-        if (state.last && modelTitle(state.last) !== modelTitle(answer)) planSoon();
+        // The summary's time is corrected once by the steps that were made.
+        const measured = (status) => Boolean(status && status.step && status.step.seconds_left !== null);
+        if (state.last && (modelTitle(state.last) !== modelTitle(answer) || (measured(answer) && !measured(state.last)))) planSoon();
         state.last = answer;
         draw(answer);
         view.offer(answer);
@@ -276,8 +292,6 @@
         view.draw(answer);
         drawCurve();
         setTitleText(answer);
-        byId("lora_train_result_buttons").classList.toggle("lora-train-hidden", answer.running || !resultText());
-        button("lora_train_send").classList.toggle("lora-train-hidden", !promptBox());
     }
 
     function setDisabled(id, disabled) {
@@ -308,44 +322,7 @@
     function noticeResult(answer, fresh) {
         const before = fresh || !state.last ? 0 : state.last.saved.length;
         const seenRunning = fresh ? answer.running : state.last && state.last.running;
-        if (answer.saved.length > before && seenRunning) refreshCards();
-    }
-
-    function refreshCards() {
-        const refresh = byId("txt2img_lora_extra_refresh_internal");
-        if (refresh) refresh.dispatchEvent(new Event("click"));
-    }
-
-    function resultText() {
-        const last = state.last;
-        if (!last || !last.saved.length) return "";
-        return last.lora_text || last.saved[last.saved.length - 1].lora_text;
-    }
-
-    function promptBox() {
-        return app().querySelector("#txt2img_prompt textarea");
-    }
-
-    function sendToTxt2img() {
-        const box = promptBox();
-        if (!box) return;
-        let text = box.value.replace(/[\s,]+$/, "");
-        for (const part of [state.last.trigger_word, resultText()]) {
-            if (part && !text.includes(part)) text += (text ? ", " : "") + part;
-        }
-        setText(box, text);
-        refreshCards();
-        if (typeof switch_to_txt2img === "function") switch_to_txt2img();
-    }
-
-    function copyText() {
-        const text = [state.last.trigger_word, resultText()].filter(Boolean).join(", ");
-        // Without https there is no clipboard but on localhost; then the text is there to be read and copied.
-        if (navigator.clipboard) {
-            navigator.clipboard.writeText(text);
-        } else {
-            window.prompt(translated("Copy LoRA text"), text);
-        }
+        if (answer.saved.length > before && seenRunning) view.result.refreshCards();
     }
 
     /** A zip about the last run; asked for here and not by a link, which could not show the token. */
@@ -384,6 +361,6 @@
         }
     }
 
-    Object.assign(window.loraTrain, {attach, pageData, setText, planSoon, whenThere});
+    Object.assign(window.loraTrain, {attach, pageData, setText, planSoon, chosen, whenThere});
     whenThere(attach);
 })();

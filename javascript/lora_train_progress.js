@@ -21,6 +21,12 @@
         view.speed = view.head.appendChild(element("span"));
         view.barFrame = element("div", "progressDiv");
         view.bar = view.barFrame.appendChild(element("div", "progress"));
+        view.waiting = element("div", "lora-train-resume");
+        view.waiting.setAttribute("role", "alert");
+        view.waitingText = view.waiting.appendChild(element("span", "lora-train-resume-text lora-train-problem"));
+        view.choose = view.waiting.appendChild(element("button", "", translated("Choose it")));
+        view.choose.id = "lora_train_choose_model";
+        view.choose.title = translated("Load that checkpoint, so that the run goes on.");
         view.outcome = element("div", "lora-train-outcome");
         view.outcome.setAttribute("role", "status");
         view.resume = element("div", "lora-train-resume");
@@ -30,7 +36,7 @@
         view.othersList = view.others.appendChild(element("div"));
         view.curve = element("div", "lora-train-curve");
         view.warnings = element("ul", "lora-train-warnings");
-        live.append(view.head, view.barFrame, view.outcome, view.resume, view.result, view.others);
+        live.append(view.head, view.barFrame, view.waiting, view.outcome, view.resume, view.result, view.others);
         drawn.append(view.curve, view.warnings);
         for (const part of [...live.children, ...drawn.children]) part.hidden = true;
         return view;
@@ -39,6 +45,7 @@
             view.speed.textContent = speedText(answer);
             view.barFrame.hidden = !answer.running;
             if (answer.running) drawBar(answer);
+            drawWaiting(answer);
             drawOutcome(answer);
             drawFiles(answer);
             drawList(view.warnings, answer.warnings);
@@ -60,18 +67,36 @@
             let fraction = answer.fraction, text = translated("Starting");
             if (answer.waiting) {
                 text = translated("Waiting for other work");
-            } else if (answer.stage) {
+            } else if (answer.stage && !answer.stage.checkpoint) {
                 fraction = answer.stage.total ? answer.stage.done / answer.stage.total : 0;
                 text = answer.stage.name + (answer.stage.total ? " " + answer.stage.done + "/" + answer.stage.total : "");
             } else if (answer.step) {
                 const step = answer.step;
                 text = step.step + "/" + step.total + " · epoch " + step.epoch + "/" + step.epochs;
-                if (answer.seconds_left !== null) text += " · " + duration(answer.seconds_left) + " left";
+            }
+            if (answer.seconds_left !== null && !answer.stage && !answer.waiting) {
+                // Before steps were measured it is an estimate.
+                const about = answer.step && answer.step.seconds_left !== null ? "" : "about ";
+                text += " · " + about + duration(answer.seconds_left) + " left";
             }
             if (answer.stopping) text = translated(answer.stopping === "save" ? "Stopping and saving" : "Stopping");
             view.bar.style.width = (100 * fraction).toFixed(1) + "%";
             view.bar.style.background = fraction > 0 ? "" : "transparent";
             view.bar.textContent = text;
+        }
+
+        /** That the run stands still until the user does something is no matter of the bar. */
+        function drawWaiting(answer) {
+            const stage = answer.running && answer.stage && answer.stage.checkpoint ? answer.stage : null;
+            view.waiting.hidden = !stage;
+            if (!stage) return;
+            const at = answer.step ? translated("step") + " " + answer.step.step + "/" + answer.step.total : translated("its start");
+            const text = stage.name + " · " + translated("the run stands still at") + " " + at;
+            // An alert is read out when its text changes.
+            if (view.waitingText.textContent !== text) view.waitingText.textContent = text;
+            // The WebUI's own way to load a checkpoint.
+            view.choose.hidden = typeof selectCheckpoint !== "function";
+            view.choose.onclick = () => selectCheckpoint(stage.checkpoint);
         }
 
         function duration(seconds) {

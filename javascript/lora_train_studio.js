@@ -20,7 +20,7 @@
         const api = studio.makeApi(token);
         const app = {
             api, place, pictures: studio.makePictures(api), uploading: "", panel: "", written: null, tagValues: {},
-            modeChosen: false,
+            modeChosen: false, changedAt: 0,
             view: {
                 state: null, filter: {...NO_FILTER}, offset: 0, sort: "name", shown: {total: 0, pictures: []}, tags: [],
                 tagsTotal: 0, empty: 0, selected: new Set(), current: "",
@@ -31,6 +31,9 @@
 
         // ---- asking ------------------------------------------------------------------------------------------------
 
+        /** The size chosen for training, on the other page. */
+        app.sizes = () => window.loraTrain.chosen(["resolution", "enable_bucket", "min_bucket_reso", "max_bucket_reso",
+            "bucket_reso_steps", "bucket_no_upscale"]);
         app.dataset = () => view.state && view.state.dataset;
         app.task = () => view.state && view.state.task;
         app.working = () => Boolean(app.task() && app.task().running);
@@ -72,9 +75,11 @@
             view.state = state;
             if (state.version !== version) {
                 version = state.version;
+                app.changedAt = Date.now();
                 await app.reload();
             }
             app.draw();
+            app.checkAnew(state);
             if (task && !task.running && after.has(task.id)) {
                 const then = after.get(task.id);
                 after.delete(task.id);

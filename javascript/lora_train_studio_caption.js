@@ -25,10 +25,11 @@
         const legend = make("p", {class: "lts-quiet", text: translated(
             "Each picture, what the model paints from its caption, how well the caption fits and how alike they look, of 100. " +
             "The worst first.")});
+        const need = make("p", {class: "lts-need", role: "status"});
         const results = make("div", {class: "lts-checked"}), othersList = make("ul", {class: "lts-problems"});
         const others = make("details", {class: "lts-more"}, make("summary", {text: translated("Others, and what they need")}),
             othersList);
-        const element = make("div", {}, sources, options, more, others,
+        const element = make("div", {}, sources, need, options, more, others,
             make("div", {class: "lts-line lts-go"}, run, check), legend, results);
         let declared = null, known = "";
         const values = app.tagValues;
@@ -50,32 +51,37 @@
         const fetched = ({name}) => name.startsWith("wd") && declared && declared.some((option) => option.name === "download");
         const usable = (source) => !source.missing || (fetched(source) && values.download);
 
+        const looks = ({reads}) => reads === "pixels";
+
         /** The one that was chosen, else one that looks at the picture, else file names. */
         function chosen() {
-            const ready = app.view.state.sources.filter(usable);
-            return ready.find(({name}) => name === app.source) ||
-                ready.find(({name}) => !["infotext", "filename", "template"].includes(name)) ||
+            const all = app.view.state.sources, ready = all.filter(usable);
+            return all.find(({name}) => name === app.source) || ready.find(looks) ||
                 ready.find(({name}) => name === "filename") || ready[0];
         }
 
         function drawSources() {
-            const current = chosen(), all = app.view.state.sources, absent = all.filter((source) => !usable(source));
-            sources.replaceChildren(...all.filter(usable).map((source) => make("button", {
-                type: "button", class: "lts-source", role: "radio", "data-source": source.name, text: translated(source.label),
+            const current = chosen(), all = app.view.state.sources;
+            // What looks at the pictures is worth a step more; it is shown beside what is ready.
+            const shown = all.filter((source) => usable(source) || looks(source)), absent = all.filter((one) => !shown.includes(one));
+            sources.replaceChildren(...shown.map((source) => make("button", {
+                type: "button", class: "lts-source" + (usable(source) ? "" : " lts-absent"), role: "radio",
+                "data-source": source.name, title: source.missing || null,
                 "aria-checked": String(Boolean(current) && source.name === current.name), onclick: () => {
                     app.source = source.name;
                     draw();
                 },
-            })));
+            }, translated(source.label), usable(source) ? null : make("small", {text: translated("not here yet")}))));
+            const lacking = current && !usable(current);
+            need.hidden = !lacking;
+            need.replaceChildren(...(lacking ? [current.missing, fetched(current) ? button("Download it", () => {
+                values.download = true;
+                known = "";
+                draw();
+            }, {title: "About 400 MB from huggingface.co, when captioning begins", id: "lora_train_download"}) : ""] : []));
             others.hidden = !absent.length;
             othersList.replaceChildren(...absent.map((source) => make("li", {},
-                make("b", {text: translated(source.label)}), " ",
-                source.missing, fetched(source) ? button("Download it", () => {
-                    values.download = true;
-                    app.source = source.name;
-                    known = "";
-                    draw();
-                }, {title: "About 400 MB from huggingface.co, when captioning begins"}) : "")));
+                make("b", {text: translated(source.label)}), " ", source.missing)));
         }
 
         function control(option) {
@@ -135,7 +141,7 @@
 
         function draw() {
             const current = chosen();
-            run.disabled = app.working() || !current || !app.scopeSize();
+            run.disabled = app.working() || !current || !usable(current) || !app.scopeSize();
             check.disabled = app.working() || !app.scopeSize();
             run.lastChild.textContent = translated("Caption") + " " + app.scopeWords();
             const now = JSON.stringify([app.view.state.sources, current && current.name,
@@ -152,7 +158,9 @@
 
     studio.captioning = function(app) {
         /** Have the model paint from the captions of these pictures, or of the scope; the worst are shown first. */
-        app.checkCaptions = (ids) => app.start("check-captions", {...(ids ? {ids} : app.scope()), seeds: SEEDS}, (task) => {
+        app.checkCaptions = (ids) => app.start("check-captions", {
+            ...(ids ? {ids} : app.scope()), seeds: SEEDS, settings: app.sizes(),
+        }, (task) => {
             if (task.outcome === "failed") return;
             app.view.sort = "score";
             app.show("caption");

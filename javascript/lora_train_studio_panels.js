@@ -107,13 +107,28 @@
         return {element, draw, close: () => URL.revokeObjectURL(address)};
     };
 
+    const QUIET_MS = 3000;
+
     /** Have the dataset looked at; the report opens when it says something, unless another panel was opened meanwhile. */
     studio.checking = function(app) {
-        app.check = () => app.start("check", {}, (task) => {
+        let tried = -1;
+        app.check = () => app.start("check", {settings: app.sizes()}, (task) => {
             if (task.outcome !== "done") return;
             app.panel = app.panel || "check";
             app.draw();
         });
+
+        /** What was found in other pictures or captions is looked at anew, in the background, once nothing has changed for a
+         * moment; once for each change. */
+        app.checkAnew = async({dataset, task, training, version}) => {
+            const old = dataset && dataset.pictures && dataset.report && !dataset.report.fresh;
+            if (!old || training || (task && task.running) || tried === version || Date.now() - app.changedAt < QUIET_MS) return;
+            tried = version;
+            try {
+                await app.api.ask("check", {background: true, settings: app.sizes()});
+                setTimeout(app.poll, QUIET_MS / 3);
+            } catch (error) { /* busy: the next change of the state asks */ }
+        };
     };
 
     // ---- 5 Train ---------------------------------------------------------------------------------------------------
@@ -172,7 +187,9 @@
             for (const [name, value] of Object.entries(values)) {
                 const part = document.querySelector("#lora_train_" + name);
                 const box = part && part.querySelector("input:not([type=checkbox]), textarea");
-                if (box && value !== null && typeof value !== "object") window.loraTrain.setText(box, String(value));
+                // A 0 that stands for "auto" is an empty field.
+                const text = value === 0 && box && box.placeholder ? "" : String(value);
+                if (box && value !== null && typeof value !== "object") window.loraTrain.setText(box, text);
             }
             window.loraTrain.planSoon();
         }

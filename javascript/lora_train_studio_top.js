@@ -147,7 +147,9 @@
         }
 
         function taskText(task) {
-            return translated(task.name) + (task.total ? " " + task.done + "/" + task.total : "");
+            const seconds = task.seconds_left, two = (number) => String(number).padStart(2, "0");
+            const left = seconds === null ? "" : " · " + Math.floor(seconds / 60) + ":" + two(Math.floor(seconds % 60)) + " left";
+            return translated(task.name) + (task.total ? " " + task.done + "/" + task.total : "") + left;
         }
 
         /** The WebUI's own bar, and what may be pressed beside it. */

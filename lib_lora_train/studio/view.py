@@ -32,7 +32,7 @@ def state(studio: Studio) -> dict[str, Any]:
             "running": task.running, "stopping": task.stopping, "outcome": task.outcome, "message": task.message,
             "problems": [{"picture": image, "text": text} for image, text in task.problems],
             "more_problems": task.more_problems, "result": task.result},
-        "sources": [{"name": source.name, "label": source.label, "missing": source.missing()}
+        "sources": [{"name": source.name, "label": source.label, "reads": source.reads, "missing": source.missing()}
                     for source in sources(studio.host)],
         "training": studio.runner.running(), "version": version}
 

@@ -60,7 +60,7 @@ class Handlers:
             return _problem(OUTDATED), gr.update(), gr.update(), gr.update(), gr.update()
         chosen, picked = self._by_name(values), str(preset).removesuffix(CHANGED)
         draft = json.dumps({"preset": picked} | {name: value for name, value in chosen.items() if name not in ONCE})
-        in_force = self._preset_update(picked, chosen)
+        in_force = self._preset_update(picked, chosen, before=preset)
         outdated = page.ask()
         summary = self._summary(chosen, outdated)
         if outdated():
@@ -136,9 +136,12 @@ class Handlers:
         return all(chosen.get(key) == displayed(DECLARATIONS[key], value) or chosen.get(key) == value
                    for key, value in self._preset(name)[1].items())
 
-    def _preset_update(self, name: str, chosen: Mapping[str, object]) -> Any:
-        """The list of presets showing `name`, "Style, changed" where one of its settings is another now."""
+    def _preset_update(self, name: str, chosen: Mapping[str, object], *, before: str = "") -> Any:
+        """The list of presets showing `name`, "Style, changed" where one of its settings is another now. Nothing where that is
+        shown already: an update would close a list that is open."""
         shown_name = name if self._holds(name, chosen) else name + CHANGED
+        if shown_name == before:
+            return gr.update()
         return gr.update(value=shown_name, choices=list(dict.fromkeys([*self._preset_names(), shown_name])))
 
     def _ours(self, token: object) -> bool:

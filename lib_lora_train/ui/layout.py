@@ -151,7 +151,7 @@ def _page_data() -> str:
         "lora_train_overwrite_it": "Train now and replace the file of that name when it is done.",
         "lora_train_report": "Download a zip for whoever helps: versions, settings, what happened, the log. Folders and the "
                              "names of users and computers are taken out.",
-        "lora_train_send": "Put the trigger word and the LoRA into the prompt of txt2img.",
+        "lora_train_send": "Put the trigger word and the LoRA into the prompt of txt2img, at the size it was trained at.",
     }
     placeholders = {element_id(d.name): d.zero for d in DECLARATIONS.values() if d.zero}
     return json.dumps({"tooltips": tooltips, "placeholders": placeholders})

@@ -31,7 +31,7 @@ from lib_lora_train.ui.layout import build_tab
 _ROOT = Path(__file__).resolve().parents[2]
 # The WebUI loads the folder in the order of names; what the others are built of comes first here.
 SCRIPTS = tuple(_ROOT / "javascript" / f"lora_train{part}.js" for part in (
-    "_curve", "_progress", "_resume", "", *(f"_studio{part}" for part in (
+    "_curve", "_progress", "_resume", "_result", "", *(f"_studio{part}" for part in (
         "_parts", "_api", "_top", "_add", "_gallery", "_editor", "_tags", "_panels", "_shape", "_mask", "_caption", ""))))
 STYLES = (_ROOT / "style.css", Path(__file__).with_name("standalone.css"))
 _OUR_HEAD = (f'<link rel="stylesheet" href=".{api.PREFIX}/page.css">'
