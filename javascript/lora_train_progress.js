@@ -21,7 +21,7 @@
         view.speed = view.head.appendChild(element("span"));
         view.barFrame = element("div", "progressDiv");
         view.bar = view.barFrame.appendChild(element("div", "progress"));
-        view.waiting = element("div", "lora-train-resume");
+        view.waiting = element("div", "lora-train-waiting");
         view.waiting.setAttribute("role", "alert");
         view.waitingText = view.waiting.appendChild(element("span", "lora-train-resume-text lora-train-problem"));
         view.choose = view.waiting.appendChild(element("button", "", translated("Choose it")));
@@ -91,7 +91,7 @@
             view.waiting.hidden = !stage;
             if (!stage) return;
             const at = answer.step ? translated("step") + " " + answer.step.step + "/" + answer.step.total : translated("its start");
-            const text = stage.name + " · " + translated("the run stands still at") + " " + at;
+            const text = stage.name + ". " + translated("The run stands still at") + " " + at + ".";
             // An alert is read out when its text changes.
             if (view.waitingText.textContent !== text) view.waitingText.textContent = text;
             // The WebUI's own way to load a checkpoint.

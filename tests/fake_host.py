@@ -41,7 +41,7 @@ class FakeHost(Host):
 class FakeJob:
     """Stands in for `run_job`: goes as far as the test says, and ends when it is told or asked to.
 
-    The loss of step n is 1 / n, so that a test knows the curve.
+    The loss of step n is 1 / n, so that a test knows the curve. `report` tells of what a test adds.
     """
 
     TOTAL = 100
@@ -58,8 +58,9 @@ class FakeJob:
             self._steps.put(1)
 
     def __call__(self, plan: RunPlan, host: Host, *, report: events.Report, stop, folder=None) -> events.Finished:
-        self.seen = settings = plan.settings
-        report(events.Planned(3, 1, 10, 10, self.TOTAL, "3 pictures", "64x64", "dreamshaper_8", 42))
+        self.seen, self.report = plan.settings, report
+        settings = plan.settings
+        report(events.Planned(3, 1, 10, 10, self.TOTAL, "3 pictures", "512×768", "dreamshaper_8", 42))
         report(self.stage)
         if self.warning:
             report(events.Warned(self.warning))

@@ -190,9 +190,115 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(served: Served):
     assert served.page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
-def test_what_a_run_waits_for_is_said_without_a_count(served: Served):
-    served.job.stage = events.Stage("Waiting until tiny.safetensors is chosen again", 0, 0)
+def test_a_run_that_waits_for_its_checkpoint_is_an_alert_with_the_step_reached_and_a_button(served: Served):
+    waiting = events.Stage("Waiting until tiny.safetensors is chosen again", 0, 0, "tiny.safetensors [abc]")
+    served.open()
+    # As the WebUI has it, in its javascript/ui.js.
+    served.page.evaluate("window.selectCheckpoint = (name) => { window.chosen = name; }")
+    served.fill()
+    served.part("start").click()
+    served.job.advance(40)
+    live = served.page.locator("#lora_train_live")
+    expect(live).to_contain_text("40/100")
+    alert = live.locator("[role=alert]")
+    expect(alert).to_be_hidden()
+    served.job.report(waiting)
+    expect(alert).to_contain_text("Waiting until tiny.safetensors is chosen again. The run stands still at step 40/100.")
+    served.part("choose_model").click()
+    assert served.page.evaluate("window.chosen") == "tiny.safetensors [abc]"
+    served.job.advance(1)
+    expect(alert).to_be_hidden()
+
+
+HOST = """() => {
+    const add = (id, tag) => {
+        const place = document.createElement("div");
+        place.id = id;
+        if (tag) place.append(Object.assign(document.createElement(tag), {type: "number"}));
+        document.body.append(place);
+        return place;
+    };
+    const box = document.createElement("textarea");
+    add("txt2img_prompt").append(box);
+    add("txt2img_width", "input");
+    add("txt2img_height", "input");
+    window.refreshed = 0;
+    add("txt2img_lora_extra_refresh_internal").addEventListener("click", () => { window.refreshed += 1; });
+}"""
+"""The parts of txt2img that are used, by the WebUI's names."""
+
+
+def test_each_saved_epoch_can_be_sent_to_txt2img_with_the_size_it_was_trained_at(served: Served):
+    page = served.page
+    served.open()
+    page.evaluate(HOST)
+    served.fill()
+    served.part("start").click()
+    served.job.advance(40)
+    expect(page.locator("#lora_train_live")).to_contain_text("40/100")
+    served.job.report(events.Saved("/loras/zzk-000004.safetensors", 40, 4, False))
+    served.job.advance(60)
+    which = served.part("which")
+    expect(which.locator("option")).to_have_text(["zzk", "zzk-000004 · epoch 4 · step 40"])
+    prompt, sides = page.locator("#txt2img_prompt textarea"), [page.locator(f"#txt2img_{s} input") for s in ("width", "height")]
+    prompt.fill("a photo, <lora:other:1>,")
+    for index, lora in ((1, "<lora:zzk-000004:1>"), (0, "<lora:zzk:1>")):
+        which.select_option(index=index)
+        served.part("send").click()
+        expect(prompt).to_have_value(f"a photo, <lora:other:1>, zzk girl, {lora}")
+    assert [side.input_value() for side in sides] == ["512", "768"]
+
+
+def test_the_webuis_cards_are_not_refreshed_while_no_model_is_loaded(served: Served):
+    page, model = served.page, served.host.checkpoint()
+    served.open()
+    page.evaluate(HOST)
+    served.fill()
+    served.part("start").click()
+    served.job.advance(1)
+    live = page.locator("#lora_train_live")
+    expect(live).to_contain_text("1/100")
+    served.host.checkpoint = lambda: None
+    served.job.advance(99)
+    expect(live).to_contain_text("zzk is ready.")
+    assert page.evaluate("window.refreshed") == 0
+    served.host.checkpoint = lambda: model
+    page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+    page.wait_for_function("window.refreshed === 1")
+
+
+def test_the_preset_in_force_survives_a_reload_and_picking_it_applies_it(served: Served):
+    shown = served.page.locator("#lora_train_preset input")
+
+    def pick(name: str) -> None:
+        shown.click()
+        served.page.locator(f"ul.options li[data-value='{name}']").click()
+    served.open()
+    served.fill()
+    pick("Style")
+    expect(served.box("network_dim")).to_have_value("32")
+    expect(served.box("max_train_steps")).to_have_value("")  # its 0
+    served.box("network_dim").fill("77")
+    served.box("network_dim").blur()
+    expect(shown).to_have_value("Style, changed")
+    served.page.reload()
+    expect(shown).to_have_value("Style, changed")
+    expect(served.box("network_dim")).to_have_value("77")
+    pick("Style")
+    expect(served.box("network_dim")).to_have_value("32")
+    expect(shown).to_have_value("Style")
+    served.box("network_dim").fill("55")
+    pick("Style")
+    expect(served.box("network_dim")).to_have_value("32")
+
+
+def test_on_a_phone_train_and_the_curve_come_before_the_folded_settings(served: Served):
+    served.page.set_viewport_size({"width": 390, "height": 800})
     served.open()
     served.fill()
     served.part("start").click()
-    expect(served.page.locator("#lora_train_live .progress")).to_have_text("Waiting until tiny.safetensors is chosen again")
+    served.job.advance(40)
+    expect(served.page.locator(".lora-train-curve svg")).to_be_visible()
+    top = [served.page.locator(place).first.bounding_box()["y"] for place in (
+        "#lora_train_network_dim", "#lora_train_start", ".lora-train-curve svg", ".lora-train-fold")]
+    assert top == sorted(top)
