@@ -25,7 +25,8 @@
             if (dataset && dataset.folder !== folder) {
                 folder = dataset.folder;
                 open = "";
-                if (!dataset.pictures) app.panel = "add";
+                // Pictures may be on their way.
+                if (!dataset.pictures && !app.working()) app.panel = "add";
             }
             const wanted = dataset ? app.panel : "";
             if (wanted !== open || (wanted && !panel)) {

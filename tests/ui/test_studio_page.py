@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shutil
+import threading
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -428,3 +431,70 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(few: StudioPage):
     few.tiles().nth(1).click()
     expect(few.part("caption")).to_be_in_viewport()
     assert few.page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_findings_are_looked_at_anew_by_themselves_after_a_change(few: StudioPage):
+    check = few.part("step_check")
+    few.tiles().nth(4).click()
+    few.part("caption").fill("zzk, green")
+    few.part("caption").blur()
+    expect(check).to_contain_text("Changed since")
+    expect(check).not_to_contain_text("Changed since")
+    # Nobody asked for it, so nothing opens.
+    expect(few.page.locator(".lts-panel")).to_be_hidden()
+    check.click()
+    expect(few.page.locator(".lts-summary")).to_contain_text("5 pictures")
+    expect(few.page.locator(".lts-advice")).not_to_contain_text("4.png")
+
+
+def test_do_they_fit_works_at_the_size_chosen_for_training_and_shows_the_time_left(
+        few: StudioPage, monkeypatch: pytest.MonkeyPatch):
+    seen, go_on = [], threading.Event()
+
+    def check_captions(host, items, *, settings, on_progress, should_stop, **_):
+        seen.append(settings.dataset.resolution)
+        on_progress(1, 10)
+        clock.now += 60
+        on_progress(2, 10)
+        assert go_on.wait(60)
+        yield from ()
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr("lib_lora_train.studio.operations.caption_check.check_captions", check_captions)
+    monkeypatch.setattr("lib_lora_train.studio.tasks.time", clock)
+    few.page.get_by_text("2 Train", exact=True).click()
+    box = few.part("resolution").locator("input, textarea").first
+    box.fill("384")
+    box.blur()
+    expect(few.page.locator("#lora_train_draft textarea, #lora_train_draft input")).to_have_value(re.compile('"384"'))
+    few.page.get_by_text("1 Dataset", exact=True).click()
+    few.part("step_caption").click()
+    few.part("check_captions").click()
+    # One of ten units took a minute; each of the five captions measured is 10 passes, each of the five painted 2 × 20.
+    expect(few.page.locator(".lts-progress .progress")).to_have_text("Checking captions 2/10 · 23:00 left")
+    assert seen == ["384"]
+    go_on.set()
+
+
+def test_a_captioner_that_looks_at_pictures_is_in_sight_with_what_it_needs(few: StudioPage):
+    few.part("step_caption").click()
+    tagger = few.page.locator("[data-source^='wd:']")
+    expect(tagger).to_be_visible()
+    expect(few.page.locator("[data-source=filename]")).to_have_attribute("aria-checked", "true")
+    tagger.click()
+    expect(few.page.locator(".lts-need")).to_contain_text("is not there" if importlib.util.find_spec("timm") else "timm")
+    expect(few.part("tag")).to_be_disabled()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_badges_leave_a_small_picture_in_sight_and_the_circle_that_selects_it(few: StudioPage, tmp_path: Path, width: int):
+    narrow = tmp_path / "narrow.png"
+    Image.radial_gradient("L").resize((60, 240)).save(narrow)
+    few.part("step_add").click()
+    few.part("import_path").fill(str(narrow))
+    few.part("import").click()
+    few.page.set_viewport_size({"width": width, "height": 900})
+    tile = few.page.locator(".lts-tile[data-id='narrow.png']")
+    expect(tile.locator(".lts-warn")).to_be_visible()
+    whole, badges, mark = (part.bounding_box() for part in (tile, tile.locator(".lts-badges"), tile.locator(".lts-mark")))
+    assert badges["x"] >= mark["x"] + mark["width"]
+    assert badges["width"] * badges["height"] <= 0.1 * whole["width"] * whole["height"]
