@@ -104,9 +104,8 @@ def _estimate(settings: Settings, found: RunPlan, host: Host, *, slower: float,
 def _slower(runner: Runner | None) -> float:
     """How many times as long as estimated the steps of the current or last run took; 1 before that is known."""
     run = runner.status() if runner else None
-    if run is None or not (run.planned and run.planned.seconds and run.step and run.step.steps_per_second):
-        return 1.0
-    return run.planned.steps / run.step.steps_per_second / run.planned.seconds
+    speed = run.step.steps_per_second if run and run.step else None
+    return run.planned.steps / speed / run.planned.seconds if speed and run.planned and run.planned.seconds else 1.0
 
 
 def _duration(seconds: float) -> str:

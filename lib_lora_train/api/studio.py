@@ -112,8 +112,8 @@ def _add_captions(get: Callable[..., None], post: Callable[..., None], studio: S
 
 
 def _add_shapes(get: Callable[..., None], post: Callable[..., None], studio: Studio) -> None:
-    post("check", lambda r: {
-        "id": (operations.check_in_background if r.background else operations.check)(studio, r.settings)}, "Look at the pictures")
+    post("check", lambda r: {"id": (operations.check_in_background if r.background else operations.check)(
+        studio, r.settings)}, "Look at the pictures")
     get("crops", lambda _: _image(shaping.crops(studio), keep=False), "What crops lose")
     post("shape-preview", lambda r: _image(shaping.preview(studio, r.id, r.shape), keep=False), "What a shape would make")
     post("shape", lambda r: {"id": operations.shape(studio, r.shape, r.selection())}, "Cut and scale pictures")

@@ -116,8 +116,9 @@ class Buckets:
         largest = -(-max_bucket_reso // self.steps) * self.steps
         if not self.no_upscale and not 0 < smallest <= min(self.resolution) <= max(self.resolution) <= largest:
             raise SettingError(
-                f"{_named(self.resolution)} does not lie between {named('min_bucket_reso')} = {min_bucket_reso} and "
-                f"{named('max_bucket_reso')} = {max_bucket_reso}", remedy="widen those two, or change the resolution")
+                f"{named('resolution')} = {self.resolution[0]}×{self.resolution[1]} does not lie between "
+                f"{named('min_bucket_reso')} = {min_bucket_reso} and {named('max_bucket_reso')} = {max_bucket_reso}",
+                remedy="widen those two, or change the resolution")
         self.sizes = () if self.no_upscale else bucket_sizes(
             self.resolution, min_bucket_reso=smallest, max_bucket_reso=largest, bucket_reso_steps=self.steps)
 
@@ -179,19 +180,16 @@ def _aspect_error(width: int, height: int, aspect: float) -> float:
 
 
 def _check(resolution: Size, *, step: int, enable_bucket: bool, multiple: int) -> None:
+    shown = f"{named('resolution')} = {resolution[0]}×{resolution[1]}"
     if step <= 0 or step % multiple:
         raise SettingError(
             f"{named('bucket_reso_steps')} is {step}", why=f"the VAE works on blocks of {multiple} pixels", remedy="take 64")
     if enable_bucket and min(resolution) < step:
         raise SettingError(
-            f"{_named(resolution)} is smaller than {named('bucket_reso_steps')} = {step}",
+            f"{shown} is smaller than {named('bucket_reso_steps')} = {step}",
             remedy="raise the first or lower the second")
     if not enable_bucket and (resolution[0] % multiple or resolution[1] % multiple):
         raise SettingError(
-            f"{_named(resolution)} is not a multiple of {multiple}",
+            f"{shown} is not a multiple of {multiple}",
             why=f"the VAE works on blocks of {multiple}",
             remedy=f"take a multiple of 64, or switch {named('enable_bucket')} on")
-
-
-def _named(resolution: Size) -> str:
-    return f"{named('resolution')} = {resolution[0]}×{resolution[1]}"

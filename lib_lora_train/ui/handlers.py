@@ -57,18 +57,19 @@ class Handlers:
         `answer` is the refusal beside the button; one of other values than these is removed together with the button.
         """
         if not self._ours(token):
-            return _problem(OUTDATED), gr.update(), gr.update(), gr.update(), gr.update()
-        chosen, picked = self._by_name(values), str(preset).removesuffix(CHANGED)
-        draft = json.dumps({"preset": picked} | {name: value for name, value in chosen.items() if name not in ONCE})
-        in_force = self._preset_update(picked, chosen, before=preset)
+            return _problem(OUTDATED), *[gr.update()] * 4
+        chosen = self._by_name(values)
+        in_force = self._in_force(preset, chosen)
+        draft = json.dumps({"preset": in_force} | {name: value for name, value in chosen.items() if name not in ONCE})
         outdated = page.ask()
         summary = self._summary(chosen, outdated)
         if outdated():
             # A newer question is being answered, or a refusal came that this plan knows nothing of.
-            return gr.update(), gr.update(), gr.update(), gr.update(), gr.update()
+            return (gr.update(),) * 5
+        list_of_presets = self._list_of_presets(in_force, before=preset)
         if not answer or _answers(answer, chosen):
-            return summary, draft, gr.update(), gr.update(), in_force
-        return summary, draft, "", gr.update(visible=False), in_force
+            return summary, draft, gr.update(), gr.update(), list_of_presets
+        return summary, draft, "", gr.update(visible=False), list_of_presets
 
     def start(self, token: str, page: Latest, *values: object) -> tuple[Any, Any]:
         """(a refusal as HTML or nothing, whether the button "Overwrite it" shows)."""
@@ -99,16 +100,15 @@ class Handlers:
         """[what the preset is for, as HTML; an update for each field, empty where the preset does not name it]. `picked` is
         the press on the list, also one on what is in force already."""
         page.ask()  # a plan under way would put the name back that was shown before
-        about, values = self._preset(str(picked.value))
+        about, values = self._presets().get(str(picked.value), ("", {}))  # "Style, changed" stays as it is
         return [_note(about), *self._updates(values)]
 
     def restore(self, page: Latest, draft: str) -> list[Any]:
         """[a summary for the time being; what the preset is for; the preset in force; an update for each field: what the
-        browser remembers, else the settings of the current or last run]. The script reads the summary as the sign that gradio
-        has begun to listen, and calls until it sees one: only the first answer fills the fields, or a late one would undo
-        what was typed meanwhile."""
+        browser remembers, else the settings of the last run]. The script reads the summary as the sign that gradio listens, and
+        calls until it sees one: only the first answer fills the fields, or a late one would undo what was typed meanwhile."""
         if not page.first():
-            return [gr.update(), gr.update(), gr.update(), *self._updates({})]
+            return [*[gr.update()] * 3, *self._updates({})]
         try:
             remembered = json.loads(draft or "{}")
         except ValueError:
@@ -116,33 +116,29 @@ class Handlers:
         if not isinstance(remembered, dict) or not remembered:
             remembered = self.runner.settings()
         kept = {name: value for name, value in remembered.items() if name not in ONCE}
-        chosen, picked = {**self.defaults, **kept}, str(kept.get("preset"))
-        if picked not in self._preset_names():
-            # Settings of a run, or of an older version: the preset that they are, if they are one.
-            picked = next((name for name in self._preset_names() if self._holds(name, chosen)), NO_PRESET)
-        about = _note(self._preset(picked)[0]) if picked != NO_PRESET else ""
-        return [_note("Looking at the pictures"), about, self._preset_update(picked, chosen), *self._updates(kept)]
+        now = self._in_force(kept.get("preset"), {**self.defaults, **kept})
+        about = _note(self._presets()[now.removesuffix(CHANGED)][0] * (now != NO_PRESET))
+        return [_note("Looking at the pictures"), about, self._list_of_presets(now), *self._updates(kept)]
 
-    def _preset_names(self) -> list[str]:
-        return [NO_PRESET, *(preset.name for preset in presets())]
+    def _presets(self) -> dict[str, tuple[str, Mapping[str, Value]]]:
+        """Name -> (what it is for, the settings it changes)."""
+        first = {name: value for name, value in self.defaults.items() if name not in IDENTITY}
+        return {NO_PRESET: (_NO_PRESET_ABOUT, first)} | {p.name: (p.description, p.values) for p in presets()}
 
-    def _preset(self, name: str) -> tuple[str, Mapping[str, Value]]:
-        """(what it is for, the settings it changes); nothing for a name with `CHANGED`, which is in force as it is."""
-        if name == NO_PRESET:
-            return _NO_PRESET_ABOUT, {name: value for name, value in self.defaults.items() if name not in IDENTITY}
-        return next(((preset.description, preset.values) for preset in presets() if preset.name == name), ("", {}))
+    def _in_force(self, shown_name: object, chosen: Mapping[str, object]) -> str:
+        """ "Style", or "Style, changed" where one of its settings is another now. Settings without a preset's
+        name, such as a run's, are the preset that they equal."""
+        offered, name = self._presets(), str(shown_name).removesuffix(CHANGED)
+        held = [name for name, (_, values) in offered.items() if all(
+            chosen.get(key) in (value, displayed(DECLARATIONS[key], value)) for key, value in values.items())]
+        if name not in offered:
+            name = held[0] if held else NO_PRESET
+        return name if name in held else name + CHANGED
 
-    def _holds(self, name: str, chosen: Mapping[str, object]) -> bool:
-        return all(chosen.get(key) == displayed(DECLARATIONS[key], value) or chosen.get(key) == value
-                   for key, value in self._preset(name)[1].items())
-
-    def _preset_update(self, name: str, chosen: Mapping[str, object], *, before: str = "") -> Any:
-        """The list of presets showing `name`, "Style, changed" where one of its settings is another now. Nothing where that is
-        shown already: an update would close a list that is open."""
-        shown_name = name if self._holds(name, chosen) else name + CHANGED
-        if shown_name == before:
-            return gr.update()
-        return gr.update(value=shown_name, choices=list(dict.fromkeys([*self._preset_names(), shown_name])))
+    def _list_of_presets(self, now: str, *, before: object = None) -> Any:
+        """The list showing `now`. Nothing where it does already: an update would close a list that is open."""
+        choices = list(dict.fromkeys([*self._presets(), now]))
+        return gr.update() if now == before else gr.update(value=now, choices=choices)
 
     def _ours(self, token: object) -> bool:
         return isinstance(token, str) and secrets.compare_digest(token.encode(errors="replace"), self.token.encode())

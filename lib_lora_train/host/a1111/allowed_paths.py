@@ -43,8 +43,7 @@ def add_option() -> None:
         "", "Folders that datasets may come from while others reach this WebUI (--listen, --share, --gradio-auth), one a line",
         None, {"lines": 3, "visible": _editable()}, section=("lora_train", "Train LoRA"), restrict_api=True,
     ).info("the WebUI's own folder and its LoRA folder are always allowed; on a WebUI of one's own every folder is")
-    # The heading in the list of settings; hosts that have none do not ask for it.
-    option.category_id = "training"
+    option.category_id = "training"  # the heading it stands under; hosts without headings do not ask for it
     shared.opts.add_option(OPTION, option)
 
 
