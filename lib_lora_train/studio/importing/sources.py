@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lib_lora_train.dataset.captions import CAPTION_SUFFIXES
-from lib_lora_train.dataset.folder import MASKS_FOLDER
 from lib_lora_train.dataset.images import is_image_name
-from lib_lora_train.dataset.listing import MayRead, list_folder
-from lib_lora_train.errors import DatasetError, printable
+from lib_lora_train.dataset.listing import MayRead, is_subset_name, list_folder
+from lib_lora_train.dataset.masks import CONDITIONING, companion, is_masks_folder
+from lib_lora_train.errors import DatasetError, counted, printable
 from lib_lora_train.studio.importing.archive import Entry, open_archive
 from lib_lora_train.studio.importing.names import file_key
 
@@ -44,6 +44,12 @@ class Found:
     def stem(self) -> str:
         """The name without its ending."""
         return Path(self.name).stem
+
+    @property
+    def subset(self) -> str:
+        """The name of the N_name folder (kohya's layout) that it is in; "" for none."""
+        folders = self.folder or ((self.location.parent.name,) if isinstance(self.location, Path) else ())
+        return next((name for part in reversed(folders) if is_subset_name(name := Path(part).name)), "")
 
     @property
     def is_image(self) -> bool:
@@ -111,7 +117,7 @@ class _Listing:
             self._skipped.append((name, f"It cannot be read: {error.strerror or error}."))
 
     def finished(self) -> tuple[list[Source], list[tuple[str, str]]]:
-        images = _images(self._files)
+        images = self._images(self._files)
         with_image = {(file.folder, file.stem) for file in self._files if file.is_image}
         for file in self._files:
             if file.is_image or file.is_caption and (file.folder, file.stem) in with_image:
@@ -127,8 +133,12 @@ class _Listing:
     def _folder(self, folder: Path) -> None:
         files, folders = self._files_of(folder, ())
         for below in folders:
-            files += self._files_of(below, (below.name,))[0]
-        if images := _images(files):
+            found, deeper = self._files_of(below, (below.name,))
+            files += found
+            for masks in deeper:
+                if is_masks_folder(masks.name):
+                    files += self._files_of(masks, (below.name, masks.name))[0]
+        if images := self._images(files):
             self._found.append(Source(folder.name or str(folder), images))
         else:
             self._skipped.append((folder.name or str(folder), "There is no picture in it, nor in the folders directly in it."))
@@ -164,7 +174,7 @@ class _Listing:
                               for entry in entries if entry.name.lower().endswith(".zip")]
             files = [Found(entry.folder, entry.name, entry, f"{name}/{entry.label}", f"{name}/{entry.label}")
                      for entry in entries if entry not in refused]
-            self._found.append(Source(name, _images(files), archive=path))
+            self._found.append(Source(name, self._images(files), archive=path))
 
     def _file(self, path: Path, name: str, *, uploaded: bool) -> None:
         if uploaded:  # a browser may send the folder with the name
@@ -178,23 +188,59 @@ class _Listing:
             self._files += [Found(folder, caption.name, caption, caption.name, str(caption)) for caption in beside
                             if caption.is_file() and self._allowed(caption)]
 
+    def _images(self, files: Sequence[Found]) -> tuple[Found, ...]:
+        """The images to learn from among `files`, each with its caption and its mask; what else looks like an image is told."""
+        captions: dict[tuple[tuple[str, ...], str], Location] = {}
+        for suffix in CAPTION_SUFFIXES:
+            for file in files:
+                if Path(file.name).suffix.lower() == suffix:
+                    captions.setdefault((file.folder, file.stem), file.location)
+        images, masks = self._without_masks(self._without_regularisation([file for file in files if file.is_image]))
+        return tuple(dataclasses.replace(file, caption=captions.get((file.folder, file.stem)), mask=masks.get(index))
+                     for index, file in enumerate(images))
 
-def _images(files: Sequence[Found]) -> tuple[Found, ...]:
-    """The images among `files`, each with the caption beside it and its mask from a folder of masks."""
-    captions: dict[tuple[tuple[str, ...], str], Location] = {}
-    for suffix in CAPTION_SUFFIXES:
+    def _without_masks(self, files: Sequence[Found]) -> tuple[list[Found], dict[int, Location]]:
+        """(the images, the mask of the image of each index). A mask is that of the image where it lies, its folder of masks
+        not counted, or in one folder below that; where several could be meant, it is nobody's."""
+        stems: dict[tuple[str, ...], set[str]] = {}
         for file in files:
-            if Path(file.name).suffix.lower() == suffix:
-                captions.setdefault((file.folder, file.stem), file.location)
-    images = [file for file in files if file.is_image]
-    masks: dict[str, Location] = {}
-    if not all(_is_mask(file) for file in images):
-        for file in filter(_is_mask, images):
-            masks.setdefault(file_key(file.stem), file.location)
-        images = [file for file in images if not _is_mask(file)]
-    return tuple(dataclasses.replace(file, caption=captions.get((file.folder, file.stem)), mask=masks.get(file_key(file.stem)))
-                 for file in images)
+            stems.setdefault(file.folder, set()).add(file.stem.casefold())
+        images: list[Found] = []
+        others: list[tuple[Found, str, tuple[tuple[str, ...], str]]] = []
+        by_place: dict[tuple[tuple[str, ...], str], list[int]] = {}
+        for file in files:
+            kind, of = companion(file.stem, stems[file.folder]) or ("", file.stem)
+            folder = tuple(part for part in file.folder if not is_masks_folder(part))
+            if kind or folder != file.folder:
+                others.append((file, kind, (folder, file_key(of))))
+                continue
+            for place in {folder, folder[:-1]}:
+                by_place.setdefault((place, file_key(of)), []).append(len(images))
+            images.append(file)
+        masks: dict[int, Location] = {}
+        for file, kind, place in others:
+            found = by_place.get(place, [])
+            found = [index for index in found if images[index].folder == place[0]] or found
+            if kind != "conditioning" and len(found) == 1 and found[0] not in masks:
+                masks[found[0]] = file.location
+            else:
+                self._skipped.append((file.label, CONDITIONING if kind == "conditioning" else "It is a mask, and " + (
+                    "its picture is not here." if not found else "several pictures are of this name." if len(found) > 1 else
+                    "its picture has one already.")))
+        return images, masks
 
-
-def _is_mask(file: Found) -> bool:
-    return bool(file.folder) and file.folder[-1].casefold() == MASKS_FOLDER
+    def _without_regularisation(self, files: Sequence[Found]) -> list[Found]:
+        """Without the images of a kohya project's `reg` folder, which are of the class and not of the subject."""
+        images, left_out = [], {}
+        for file in files:
+            at = next((i for i, (part, below) in enumerate(zip(file.folder, file.folder[1:], strict=False))
+                       if part.casefold() == "reg" and is_subset_name(below)), None)
+            if at is None:
+                images.append(file)
+            else:
+                folder = file.label.rsplit("/", len(file.folder) - at)[0]
+                left_out[folder] = left_out.get(folder, 0) + 1
+        self._skipped += [(folder, f"Its {counted(count, 'picture')} show the class and not the subject (regularisation): give "
+                           "the folder to the training as Regularisation folder (reg_data_dir).")
+                          for folder, count in left_out.items()]
+        return images
