@@ -201,7 +201,9 @@ class _Listing:
 
     def _without_masks(self, files: Sequence[Found]) -> tuple[list[Found], dict[int, Location]]:
         """(the images, the mask of the image of each index). A mask is that of the image where it lies, its folder of masks
-        not counted, or in one folder below that; where several could be meant, it is nobody's."""
+        not counted, or in one folder below that; where several could be meant, it is nobody's. Where nothing lies elsewhere,
+        a folder called `masks` holds images."""
+        all_in_masks = all(any(map(is_masks_folder, file.folder)) for file in files)
         stems: dict[tuple[str, ...], set[str]] = {}
         for file in files:
             stems.setdefault(file.folder, set()).add(file.stem.casefold())
@@ -210,7 +212,7 @@ class _Listing:
         by_place: dict[tuple[tuple[str, ...], str], list[int]] = {}
         for file in files:
             kind, of = companion(file.stem, stems[file.folder]) or ("", file.stem)
-            folder = tuple(part for part in file.folder if not is_masks_folder(part))
+            folder = file.folder if all_in_masks else tuple(part for part in file.folder if not is_masks_folder(part))
             if kind or folder != file.folder:
                 others.append((file, kind, (folder, file_key(of))))
                 continue

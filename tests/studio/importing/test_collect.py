@@ -226,9 +226,11 @@ def test_what_a_kohya_folder_is_called_is_the_caption_of_its_pictures_without_on
     assert captions == {"a": "sks dog", "b": "of its own", "c": "sks hat"}
     assert all(captions.get(Path(name).stem, "") == caption for name, caption in before.items())  # as training had it
     assert sum("the words of the folder" in note for note in collected.notes) == 2
-    alone = OwnedDataset.create(tmp_path / "datasets", "alone")
-    collect(alone, [tmp_path / "kohya" / "5_sks hat"])
-    assert [path.read_text("utf-8") for path in alone.images_folder.glob("*.txt")] == ["sks hat"]
+    hat = tmp_path / "kohya" / "5_sks hat"
+    for name, given in (("alone", hat), ("sent", Upload("kohya/5_sks hat/c.png", hat / "c.png"))):
+        alone = OwnedDataset.create(tmp_path / "datasets", name)
+        collect(alone, [given])
+        assert [path.read_text("utf-8") for path in alone.images_folder.glob("*.txt")] == ["sks hat"]
 
 
 def test_regularisation_pictures_of_a_kohya_project_are_not_learnt_as_the_subject(dataset: OwnedDataset, tmp_path: Path):
@@ -238,7 +240,7 @@ def test_regularisation_pictures_of_a_kohya_project_are_not_learnt_as_the_subjec
             packed.write(tmp_path / "x.png", place)
     collected = collect(dataset, [tmp_path / "p.zip"])
     assert [path.name for path in collected.added] == ["a.png", "b.png"]  # Reg may be a friend's name
-    (name, why), = collected.skipped
+    ((name, why),) = collected.skipped
     assert name == "p.zip/p/reg" and "2 pictures" in why and "reg_data_dir" in why
 
 
