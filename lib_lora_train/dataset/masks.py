@@ -19,7 +19,6 @@ MASKS_FOLDER = "masks"  # where the studio keeps them
 _FOLDERS = (MASKS_FOLDER, "mask")
 _SUFFIXES: dict[str, Literal["mask", "conditioning"]] = {
     "-masklabel": "mask", "-condlabel": "conditioning", "-mask": "mask", "_mask": "mask"}
-_WITH_IMAGE_ONLY = ("-mask", "_mask")  # names that an image may have by itself
 UNUSED = "Training does not use masks yet: all of a picture is learnt."
 CONDITIONING = "It is another trainer's conditioning picture, which is of no use here."
 
@@ -36,7 +35,8 @@ def companion(stem: str, stems: Collection[str]) -> tuple[Literal["mask", "condi
     """
     for suffix, kind in _SUFFIXES.items():
         of = stem[:-len(suffix)]
-        if stem.casefold().endswith(suffix) and of and (suffix not in _WITH_IMAGE_ONLY or of.casefold() in stems):
+        # By itself an image may be called like `who-mask`.
+        if stem.casefold().endswith(suffix) and of and (suffix.endswith("label") or of.casefold() in stems):
             return kind, of
     return None
 
@@ -51,14 +51,13 @@ class Companions:
     def images(self, files: Sequence[Path], folders: Sequence[Path] = ()) -> list[Path]:
         """The images to learn from among the `files` of one folder; `folders` are those in it."""
         found = [file for file in files if is_image_name(file)]
-        stems, images = {file.stem.casefold() for file in found}, []
-        for file in found:
-            kind, _ = companion(file.stem, stems) or ("", "")
-            {"mask": self._masks, "conditioning": self._conditioning}.get(kind, []).append(file.name)
-            images += [] if kind else [file]
+        stems = {file.stem.casefold() for file in found}
+        kinds = [(companion(file.stem, stems) or ("",))[0] for file in found]
+        self._masks += [file.name for file, kind in zip(found, kinds, strict=True) if kind == "mask"]
+        self._conditioning += [file.name for file, kind in zip(found, kinds, strict=True) if kind == "conditioning"]
         self._masks += [f"{folder.name}/{name}" for folder in folders if is_masks_folder(folder.name)
                         for name in image_names(folder)]
-        return images
+        return [file for file, kind in zip(found, kinds, strict=True) if not kind]
 
     def sentences(self) -> list[str]:
         """What was taken out, one sentence a kind."""

@@ -141,7 +141,8 @@ class _Collector:
             decoded = decode_image(path)
             if decoded.alpha is not None and decoded.alpha.getextrema()[1] == 0:
                 raise DatasetError(found.label, why="it is transparent everywhere")
-            caption, mask = self._caption(found, archive), self._mask(found, decoded, archive)
+            caption = self._caption(found, archive) or self._words_of_subset(found)
+            mask = self._mask(found, decoded, archive)
             stem = self._names.claim(safe_stem(Path(found.name).stem))
             endings = _KEPT.get(decoded.format, ()) if decoded.as_stored else ()
             suffix = Path(found.name).suffix.lower()
@@ -162,9 +163,6 @@ class _Collector:
         self.sizes.append(decoded.image.size)
         self.subsets.append(found.subset)
 
-    def _caption(self, found: Found, archive: Archive | None) -> str:
-        return self._caption_file(found, archive) or self._words_of_subset(found)
-
     def _words_of_subset(self, found: Found) -> str:
         """As training does: the words of an N_name folder are the caption where there is no other."""
         words = plain_line(repeats_and_name(found.subset)[1]) if found.subset else ""
@@ -172,7 +170,7 @@ class _Collector:
             self._count(f"{{}} without a caption got the words of the folder {found.subset} as one.")
         return words
 
-    def _caption_file(self, found: Found, archive: Archive | None) -> str:
+    def _caption(self, found: Found, archive: Archive | None) -> str:
         if found.caption is None:
             return ""
         try:

@@ -195,7 +195,7 @@ class _Listing:
             for file in files:
                 if Path(file.name).suffix.lower() == suffix:
                     captions.setdefault((file.folder, file.stem), file.location)
-        images, masks = self._without_masks(self._without_regularisation([file for file in files if file.is_image]))
+        images, masks = self._without_masks(self._of_the_subject([file for file in files if file.is_image]))
         return tuple(dataclasses.replace(file, caption=captions.get((file.folder, file.stem)), mask=masks.get(index))
                      for index, file in enumerate(images))
 
@@ -207,22 +207,20 @@ class _Listing:
         stems: dict[tuple[str, ...], set[str]] = {}
         for file in files:
             stems.setdefault(file.folder, set()).add(file.stem.casefold())
-        images: list[Found] = []
-        others: list[tuple[Found, str, tuple[tuple[str, ...], str]]] = []
-        by_place: dict[tuple[tuple[str, ...], str], list[int]] = {}
+        images, others, by_place = [], [], {}
         for file in files:
             kind, of = companion(file.stem, stems[file.folder]) or ("", file.stem)
             folder = file.folder if all_in_masks else tuple(part for part in file.folder if not is_masks_folder(part))
             if kind or folder != file.folder:
-                others.append((file, kind, (folder, file_key(of))))
+                others.append((file, kind, folder, file_key(of)))
                 continue
             for place in {folder, folder[:-1]}:
                 by_place.setdefault((place, file_key(of)), []).append(len(images))
             images.append(file)
         masks: dict[int, Location] = {}
-        for file, kind, place in others:
-            found = by_place.get(place, [])
-            found = [index for index in found if images[index].folder == place[0]] or found
+        for file, kind, folder, key in others:
+            found = by_place.get((folder, key), [])
+            found = [index for index in found if images[index].folder == folder] or found
             if kind != "conditioning" and len(found) == 1 and found[0] not in masks:
                 masks[found[0]] = file.location
             else:
@@ -231,18 +229,24 @@ class _Listing:
                     "its picture has one already.")))
         return images, masks
 
-    def _without_regularisation(self, files: Sequence[Found]) -> list[Found]:
-        """Without the images of a kohya project's `reg` folder, which are of the class and not of the subject."""
+    def _of_the_subject(self, files: Sequence[Found]) -> list[Found]:
+        """Without what a kohya project holds beside its `img` folder: images of the class (`reg`), samples, logs."""
+        projects = {file.folder[:at] for file in files for at in range(len(file.folder)) if _holds_subsets(file, at, "img")}
         images, left_out = [], {}
         for file in files:
-            at = next((i for i, (part, below) in enumerate(zip(file.folder, file.folder[1:], strict=False))
-                       if part.casefold() == "reg" and is_subset_name(below)), None)
+            at = next((at for at, part in enumerate(file.folder) if _holds_subsets(file, at, "reg") or (
+                file.folder[:at] in projects and part.casefold() != "img" and not is_masks_folder(part))), None)
             if at is None:
                 images.append(file)
             else:
-                folder = file.label.rsplit("/", len(file.folder) - at)[0]
-                left_out[folder] = left_out.get(folder, 0) + 1
-        self._skipped += [(folder, f"Its {counted(count, 'picture')} show the class and not the subject (regularisation): give "
-                           "the folder to the training as Regularisation folder (reg_data_dir).")
-                          for folder, count in left_out.items()]
+                left_out.setdefault(file.label.rsplit("/", len(file.folder) - at)[0], []).append(_holds_subsets(file, at, "reg"))
+        self._skipped += [(folder, f"Its {counted(len(regularisation), 'picture')} " + (
+            "show the class and not the subject (regularisation): give the folder to the training as Regularisation folder "
+            "(reg_data_dir)." if any(regularisation) else "lie beside the img folder of a kohya project."))
+            for folder, regularisation in left_out.items()]
         return images
+
+
+def _holds_subsets(file: Found, at: int, name: str) -> bool:
+    """Whether part `at` of the file's folder is called `name` and the next is an N_name folder."""
+    return file.folder[at].casefold() == name and is_subset_name("".join(file.folder[at + 1:at + 2]))

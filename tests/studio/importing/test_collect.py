@@ -233,15 +233,17 @@ def test_what_a_kohya_folder_is_called_is_the_caption_of_its_pictures_without_on
         assert [path.read_text("utf-8") for path in alone.images_folder.glob("*.txt")] == ["sks hat"]
 
 
-def test_regularisation_pictures_of_a_kohya_project_are_not_learnt_as_the_subject(dataset: OwnedDataset, tmp_path: Path):
+def test_regularisation_pictures_and_samples_of_a_kohya_project_are_not_learnt_as_the_subject(dataset: OwnedDataset, tmp_path: Path):
     with zipfile.ZipFile(tmp_path / "p.zip", "w") as packed:
-        for seed, place in enumerate(("p/img/10_zorbi/a.png", "p/reg/1_toy/r.png", "p/reg/1_toy/s.png", "p/friends/reg/b.png")):
+        for seed, place in enumerate(("p/img/10_zorbi/a.png", "p/reg/1_toy/r.png", "p/reg/1_toy/s.png",
+                                      "p/model/sample/1.png", "friends/reg/b.png")):
             noise(seed).save(tmp_path / "x.png")
             packed.write(tmp_path / "x.png", place)
     collected = collect(dataset, [tmp_path / "p.zip"])
     assert [path.name for path in collected.added] == ["a.png", "b.png"]  # Reg may be a friend's name
-    ((name, why),) = collected.skipped
-    assert name == "p.zip/p/reg" and "2 pictures" in why and "reg_data_dir" in why
+    told = dict(collected.skipped)
+    assert set(told) == {"p.zip/p/reg", "p.zip/p/model"}
+    assert "2 pictures" in told["p.zip/p/reg"] and "reg_data_dir" in told["p.zip/p/reg"]
 
 
 def test_a_dataset_of_ours_can_be_brought_into_another(dataset: OwnedDataset, source: Path, tmp_path: Path):
