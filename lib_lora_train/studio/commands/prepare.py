@@ -56,8 +56,7 @@ def _real_run(chosen: argparse.Namespace, shape: Shape | None) -> int:
 def _dry_run(chosen: argparse.Namespace, shape: Shape | None) -> int:
     """The same with nothing written but a folder that is gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="lora_train_") as folder:
-        is_new = not (chosen.to / FILE_NAME).is_file()
-        if not is_new:
+        if not (is_new := not (chosen.to / FILE_NAME).is_file()):
             dataset = OwnedDataset.open(chosen.to)
         else:
             _refuse_foreign(chosen.to)
