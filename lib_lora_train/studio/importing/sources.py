@@ -239,11 +239,12 @@ class _Listing:
             if at is None:
                 images.append(file)
             else:
-                left_out.setdefault(file.label.rsplit("/", len(file.folder) - at)[0], []).append(_holds_subsets(file, at, "reg"))
-        self._skipped += [(folder, f"Its {counted(len(regularisation), 'picture')} " + (
+                folder = file.label.rsplit("/", len(file.folder) - at)[0]
+                left_out.setdefault(folder, []).append(_holds_subsets(file, at, "reg"))
+        self._skipped += [(folder, f"Its {counted(len(of_class), 'picture')} " + (
             "show the class and not the subject (regularisation): give the folder to the training as Regularisation folder "
-            "(reg_data_dir)." if any(regularisation) else "lie beside the img folder of a kohya project."))
-            for folder, regularisation in left_out.items()]
+            "(reg_data_dir)." if any(of_class) else "lie beside the img folder of a kohya project."))
+            for folder, of_class in left_out.items()]
         return images
 
 

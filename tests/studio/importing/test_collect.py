@@ -216,7 +216,8 @@ def test_masks_and_conditioning_pictures_of_other_trainers_are_not_imported_as_p
 
 
 def test_what_a_kohya_folder_is_called_is_the_caption_of_its_pictures_without_one(dataset: OwnedDataset, tmp_path: Path):
-    for seed, place in enumerate(("20_sks dog/a.png", "20_sks dog/b.png", "5_sks hat/c.png", "20240101_holiday/d.png", "3_/e.png")):
+    for seed, place in enumerate((
+            "20_sks dog/a.png", "20_sks dog/b.png", "5_sks hat/c.png", "20240101_holiday/d.png", "3_/e.png")):
         (tmp_path / "kohya" / place).parent.mkdir(parents=True, exist_ok=True)
         noise(seed).save(tmp_path / "kohya" / place)
     (tmp_path / "kohya/20_sks dog/b.txt").write_text("of its own", encoding="utf-8")
@@ -233,7 +234,8 @@ def test_what_a_kohya_folder_is_called_is_the_caption_of_its_pictures_without_on
         assert [path.read_text("utf-8") for path in alone.images_folder.glob("*.txt")] == ["sks hat"]
 
 
-def test_regularisation_pictures_and_samples_of_a_kohya_project_are_not_learnt_as_the_subject(dataset: OwnedDataset, tmp_path: Path):
+def test_regularisation_pictures_and_samples_of_a_kohya_project_are_not_learnt_as_the_subject(
+        dataset: OwnedDataset, tmp_path: Path):
     with zipfile.ZipFile(tmp_path / "p.zip", "w") as packed:
         for seed, place in enumerate(("p/img/10_zorbi/a.png", "p/reg/1_toy/r.png", "p/reg/1_toy/s.png",
                                       "p/model/sample/1.png", "friends/reg/b.png")):
