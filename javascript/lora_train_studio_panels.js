@@ -25,8 +25,7 @@
             if (dataset && dataset.folder !== folder) {
                 folder = dataset.folder;
                 open = "";
-                // Pictures may be on their way.
-                if (!dataset.pictures && !app.working()) app.panel = "add";
+                if (!dataset.pictures) app.panel = "add";
             }
             const wanted = dataset ? app.panel : "";
             if (wanted !== open || (wanted && !panel)) {
@@ -115,6 +114,7 @@
         let tried = -1;
         app.check = () => app.start("check", {settings: app.sizes()}, (task) => {
             if (task.outcome !== "done") return;
+            app.leave("add");  // an empty dataset opens it by itself
             app.panel = app.panel || "check";
             app.draw();
         });

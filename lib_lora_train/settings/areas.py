@@ -153,8 +153,8 @@ class MemorySettings:
     """Precision, speed, memory, and the model shared with others."""
 
     mixed_precision: str = setting(
-        "auto", "Precision", "What the model computes in; no is fp32. The LoRA itself is always trained in fp32. On a GPU auto "
-        "is fp16 for a model that is held in fp16, and for others bf16 from RTX 30 on and fp16 before; without a GPU it is no.",
+        "auto", "Precision", "What the model computes in; no is fp32. The LoRA itself is always trained in fp32. On CUDA auto "
+        "is fp16 for a model that is held in fp16; others take bf16 from RTX 30 on, fp32 ones fp32 before; elsewhere it is no.",
         choices=("auto", "no", "fp16", "bf16"))
     memory_plan: str = setting(
         "auto", "Memory plan", "auto tries, in this order, what is chosen below, gradient checkpointing, smaller passes, "
