@@ -56,7 +56,8 @@
         build(live, byId("lora_train_drawn"));
         showTooltips(data.tooltips);
         for (const [id, word] of Object.entries(data.placeholders)) {
-            const box = byId(id).querySelector("input");
+            const box = byId(id) && byId(id).querySelector("input");
+            if (!box) continue;
             box.placeholder = translated(word);
             // gradio begins with 0 where it is told nothing.
             if (box.value === "0") setText(box, "");

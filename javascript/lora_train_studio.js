@@ -264,11 +264,13 @@
 
     /** The page that was open last comes back with a reload. */
     function rememberPage() {
-        pageButtons().forEach((button, number) => button.addEventListener("click", () => {
+        // gradio makes the buttons anew with each press, so the press is heard above them, and before gradio hears it.
+        byId("lora_train_pages").addEventListener("click", (event) => {
+            const number = pageButtons().indexOf(event.target.closest("button"));
             try {
-                localStorage.setItem(PAGE_KEY, String(number));
+                if (number >= 0) localStorage.setItem(PAGE_KEY, String(number));
             } catch (error) { /* a browser that keeps nothing */ }
-        }));
+        }, true);
         try {
             if (localStorage.getItem(PAGE_KEY) === "1") turnTo(1);
         } catch (error) { /* a browser that keeps nothing */ }

@@ -36,8 +36,7 @@ class Planned:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """`done` of `total` units of a piece of work that is not a training step ("Encoding pictures"). `checkpoint` is the title
-    of the one that the user must choose before the run can go on, mostly ""."""
+    """`done` of `total` units of work that is no training step; `checkpoint` is the title of the one it waits for, mostly ""."""
 
     kind: ClassVar[str] = "stage"
     name: str

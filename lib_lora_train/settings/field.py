@@ -23,7 +23,7 @@ _OLD_CHOICES: dict[tuple[str, Value], Value] = {("cuda_graphs", "auto"): "off"}
 class Declaration:
     """One setting. `name` is kohya's where kohya has it; `in_view` puts it above the fold of the page. With `open_choice` the
     `choices` are suggestions, and any other text is passed on to the code that knows what it names. `zero` is the word for a 0
-    that is no number but "auto" or "none": a page shows it, in a field that is empty, and `read` takes it, or nothing, as 0."""
+    that stands for "auto" or "none": a page shows it in an empty field, and `read` takes it, or nothing, as 0."""
 
     name: str
     type: type

@@ -225,15 +225,13 @@ def check_captions(studio: Studio, selection: Selection, *, seeds: int, steps: i
         shutil.rmtree(folder, ignore_errors=True)
         count = 0
 
-        def progress(done: int, total: int) -> None:
-            # Painting takes many times as long as measuring; both are passes of the UNet.
-            passes = [caption_check.PASSES * min(k, len(captions)) + seeds * steps * max(0, k - len(captions))
-                      for k in (done, total)]
-            task.progress(done, total, share=passes[0] / passes[1])
+        def passes(images: int) -> int:
+            return caption_check.PASSES * min(images, len(captions)) + seeds * steps * max(0, images - len(captions))
 
         checking = caption_check.check_captions(
             studio.host, list(captions.items()), settings=settings, seeds=seeds, steps=steps, worst=min(worst, len(captions)),
-            on_progress=progress, should_stop=task.should_stop)
+            on_progress=lambda done, total: task.progress(done, total, share=passes(done) / passes(total)),
+            should_stop=task.should_stop)
         # Closed at once where storing a result fails (a full disk): the model must not wait for Python's collector.
         with contextlib.closing(checking):
             for checked in checking:

@@ -465,6 +465,9 @@ def test_the_pages_remember_which_was_open(few: StudioPage):
     expect(few.part("start")).to_be_visible()
     few.page.get_by_text("1 Dataset", exact=True).click()
     expect(few.tiles()).to_have_count(5)
+    few.page.reload()
+    expect(few.part("step_check")).to_be_visible()
+    expect(few.part("start")).to_be_hidden()
 
 
 def test_on_a_phone_nothing_is_wider_than_the_screen(few: StudioPage):
