@@ -36,7 +36,7 @@ class Planned:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """`done` of `total` units of work that is no training step; `checkpoint` is the title of the one it waits for, mostly ""."""
+    """`done` of `total` units of work that is no training step; `checkpoint` is the title of one it waits for, mostly none."""
 
     kind: ClassVar[str] = "stage"
     name: str

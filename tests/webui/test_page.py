@@ -78,6 +78,8 @@ def test_the_tab_trains_and_the_lora_is_painted_with_a_moment_later(webui: WebUI
     prompt = tab.page.locator("#txt2img_prompt textarea")
     expect(prompt).to_be_visible()
     expect(prompt).to_have_value("zzk, <lora:from_page:1>")
+    for side in ("width", "height"):
+        expect(tab.page.locator(f"#txt2img_{side} input[type=number]")).to_have_value("64")
     tab.page.locator("#txt2img_generate").click()
     generated = tab.page.locator("#html_info_txt2img").first
     expect(generated).to_contain_text("zzk, <lora:from_page:1>")

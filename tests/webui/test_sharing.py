@@ -107,6 +107,24 @@ def test_another_checkpoint_makes_it_wait_and_the_old_one_go_on(
     assert_unchanged(webui, before)
 
 
+def test_the_page_chooses_the_checkpoint_that_a_training_waits_for_by_one_press(
+        webui: WebUI, dataset: Path, before: dict[str, Any], browser: object) -> None:
+    from tests.browser import expect, opened_page  # skips where Playwright is not
+    from tests.webui.test_page import PATIENCE_MS, Tab
+
+    with opened_page(browser, patience_ms=PATIENCE_MS) as page:
+        tab = Tab(webui, page)
+        tab.open()
+        start(webui, dataset, "chosen", max_train_steps=STEPS)
+        learning(webui, steps=1)
+        choose(webui, "other")
+        expect(tab.part("live").locator("[role=alert]")).to_contain_text("The run stands still at step")
+        tab.part("choose_model").click()
+        assert ended(webui)["outcome"] == "done"
+    assert_learnt_the_same(webui, "chosen")
+    assert_unchanged(webui, before)
+
+
 @pytest.mark.parametrize("save", [True, False])
 def test_a_training_whose_model_was_exchanged_can_be_stopped(
         webui: WebUI, dataset: Path, before: dict[str, Any], save: bool) -> None:
