@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, NoReturn
 from lib_lora_train import events
 from lib_lora_train.errors import LoraTrainError, SettingError, UserError, translated
 from lib_lora_train.events import Report
-from lib_lora_train.settings import AREAS, Settings, assignment, declarations, parse
+from lib_lora_train.settings import AREAS, Settings, assignment, declarations, parse, user_path
+from lib_lora_train.settings.kohya import adopted
 from lib_lora_train.settings.toml import read_toml
 from lib_lora_train.studio.commands.arguments import add_check, add_prepare, add_tag, add_verify
 
@@ -65,7 +66,7 @@ def _train(chosen: argparse.Namespace) -> int:
     launch = LaunchEnvironment.read(os.environ)
     first = launch is None or launch.rank == 0  # it alone records and prints
     try:
-        settings = _train_settings(chosen)
+        settings, notes = _train_settings(chosen)
         checked_name(settings.save.output_name)  # it names the record's folder too
         describe_file(chosen.checkpoint)  # a wrong one is refused before anything is read
         output = Path(settings.save.output_dir or ".")
@@ -80,6 +81,8 @@ def _train(chosen: argparse.Namespace) -> int:
     show: Report = _QuietOutput(launch.rank) if launch and not first else _show_json if chosen.json else _Bar()
     with contextlib.closing(record) if record else contextlib.nullcontext(), _Interrupt(launch) as interrupt:
         def job(report: Report) -> events.Finished:
+            for note in notes:
+                report(events.Warned(note))
             with process_group(launch, timeout=60 * chosen.wait_for_others) as group:
                 host = StandaloneHost(chosen.checkpoint, lora_folder=output, runs_folder=runs_folder,
                                       device=launch.device() if launch else None)
@@ -162,32 +165,29 @@ def failed_together(launch: LaunchEnvironment, message: str, failure: LoraTrainE
     os._exit(2 if isinstance(failure, UserError) else 1)
 
 
-def _train_settings(chosen: argparse.Namespace) -> Settings:
-    """What the command line says, over the configuration file, over the run to go on with; the last one's `resume` is its
-    folder."""
+def _train_settings(chosen: argparse.Namespace) -> tuple[Settings, list[str]]:
+    """What the command line says, over the configuration file, over the run to go on with; and what became of kohya's."""
     from lib_lora_train.run.resume import find, settings_of
 
-    values = read_toml(chosen.config) if chosen.config else {}
+    values, notes = adopted(read_toml(chosen.config)) if chosen.config else ({}, [])
     values |= {name: value for name, value in (
         ("train_data_dir", chosen.data), ("output_name", chosen.name), ("output_dir", chosen.output_dir),
         ("resume", chosen.resume)) if value}
     values |= dict(assignment(text) for text in chosen.set)
     if not values.get("resume"):
-        return parse(values)
-    named = str(values.pop("resume"))
-    # A path is taken as it is; a bare name is that of a run beside the results.
-    folder = Path(named) if Path(named).exists() else Path(str(values.get("output_dir", "."))) / RUNS_FOLDER / named
-    return settings_of(find(str(folder), folder.parent), values)
+        return parse(values), notes
+    named = user_path(str(values.pop("resume")))  # a path, else the name of a run beside the results
+    folder = named if os.path.lexists(named) else user_path(str(values.get("output_dir", "."))) / RUNS_FOLDER / named
+    return settings_of(find(str(folder), folder.parent), values), notes
 
 
 def _runs(chosen: argparse.Namespace) -> int:
     from lib_lora_train.run.record import past_runs
 
-    found = past_runs(Path(chosen.output_dir) / RUNS_FOLDER)
+    found = past_runs(user_path(chosen.output_dir) / RUNS_FOLDER)
     if chosen.json:
-        print(json.dumps([dataclasses.asdict(run) for run in found], ensure_ascii=False, indent=1))
-        return 0
-    for run in found:
+        print(json.dumps([dataclasses.asdict(run) for run in found], indent=1))
+    for run in found if not chosen.json else ():
         resumable = "" if run.resume_step is None else f"--resume {run.id}"
         print(f"{run.id:40} {run.outcome:12} {run.steps:>6}/{run.total:<6} {resumable}".rstrip())
     return 0
@@ -197,9 +197,9 @@ def _ui(chosen: argparse.Namespace) -> int:
     from lib_lora_train.host.standalone import StandaloneHost, listening_allowed_paths
     from lib_lora_train.ui.standalone import serve
 
-    output = Path(chosen.output_dir)
+    output = user_path(chosen.output_dir)
     host = StandaloneHost(chosen.checkpoint, lora_folder=output, runs_folder=output / RUNS_FOLDER,
-                          allowed=listening_allowed_paths(chosen.listen, output, *map(Path, chosen.allow)))
+                          allowed=listening_allowed_paths(chosen.listen, output, *map(user_path, chosen.allow)))
     serve(host, port=chosen.port, address=chosen.listen, auth=chosen.auth)
     return 0
 
@@ -209,7 +209,7 @@ def _inspect(chosen: argparse.Namespace) -> int:
 
     data = vars(inspect(chosen.file))
     if chosen.json:
-        print(json.dumps(data, ensure_ascii=False, indent=1, default=str))
+        print(json.dumps(data, indent=1, default=str))
         return 0
     for name, value in data.items():
         if name == "metadata":
@@ -244,7 +244,7 @@ def _demo(chosen: argparse.Namespace) -> int:
     if chosen.copy_model is not None:
         print(f"Copied to {embedded.put_beside(chosen.copy_model)}: refresh the WebUI's list of checkpoints.")
         return 0
-    return run_demo(Path(chosen.output_dir), page=not chosen.no_page, port=chosen.port, address=chosen.listen,
+    return run_demo(user_path(chosen.output_dir), page=not chosen.no_page, port=chosen.port, address=chosen.listen,
                     auth=chosen.auth)
 
 
@@ -279,7 +279,7 @@ class _Interrupt:
 
 
 def _show_json(event: events.Event) -> None:
-    print(json.dumps(events.to_dict(event), ensure_ascii=False), flush=True)
+    print(json.dumps(events.to_dict(event)), flush=True)
 
 
 class _QuietOutput:
@@ -336,11 +336,11 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train", help="train a LoRA", epilog=f"settings and their defaults:\n{names}",
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    train.add_argument("--checkpoint", type=Path, required=True, help="the model, a .safetensors file")
+    train.add_argument("--checkpoint", type=user_path, required=True, help="the model, a .safetensors file")
     train.add_argument("--data", default="", help="the folder of pictures (train_data_dir)")
     train.add_argument("--name", default="", help="the LoRA's name (output_name)")
     train.add_argument("--output-dir", default="", help="where the file goes (output_dir)")
-    train.add_argument("--config", type=Path, help="a TOML file of settings")
+    train.add_argument("--config", type=user_path, help="a TOML file of settings")
     train.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="one setting; may be repeated")
     train.add_argument("--json", action="store_true", help="one JSON event a line instead of a progress bar")
     train.add_argument("--resume", default="", metavar="RUN|FOLDER", help="go on with an interrupted run (see `runs`); its "
@@ -357,7 +357,7 @@ def _parser() -> argparse.ArgumentParser:
     runs.set_defaults(command=_runs)
 
     ui = commands.add_parser("ui", help="serve the page without a WebUI")
-    ui.add_argument("--checkpoint", type=Path, help="the model, a .safetensors file")
+    ui.add_argument("--checkpoint", type=user_path, help="the model, a .safetensors file")
     ui.add_argument("--output-dir", default="loras", help="where LoRAs go")
     ui.add_argument("--allow", action="append", default=[], metavar="FOLDER", help="with --listen: a folder that datasets "
                     "may come from, besides where LoRAs go; may be repeated")
@@ -368,13 +368,13 @@ def _parser() -> argparse.ArgumentParser:
         add(commands)
 
     inspect = commands.add_parser("inspect", help="say what a LoRA file is")
-    inspect.add_argument("file", type=Path)
+    inspect.add_argument("file", type=user_path)
     inspect.add_argument("--json", action="store_true", help="everything, as JSON")
     inspect.set_defaults(command=_inspect)
 
     diagnose = commands.add_parser("diagnose", help="put what a helper needs to know into one zip")
-    diagnose.add_argument("run", nargs="?", type=Path, help="a run's folder; the newest below this folder if none is named")
-    diagnose.add_argument("--out", type=Path, metavar="F.zip", help="where the zip goes (lora-train-report.zip)")
+    diagnose.add_argument("run", nargs="?", type=user_path, help="a run's folder; the newest below here if none is named")
+    diagnose.add_argument("--out", type=user_path, metavar="F.zip", help="where the zip goes (lora-train-report.zip)")
     diagnose.add_argument("--paths", action="store_true", help="show folders, user and computer names, which are replaced "
                           "otherwise")
     diagnose.set_defaults(command=_diagnose)
@@ -382,8 +382,8 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="train on a small model and serve the page")
     demo.add_argument("--output-dir", default="demo-output")
     demo.add_argument("--no-page", action="store_true", help="end after the pictures are written")
-    demo.add_argument("--copy-model", type=Path, metavar="FOLDER", help="do nothing but copy the demo's model, as the WebUI "
-                      "loads it, into a folder: its models/Stable-diffusion")
+    demo.add_argument("--copy-model", type=user_path, metavar="FOLDER", help="do nothing but copy the demo's model, as the "
+                      "WebUI loads it, into a folder: its models/Stable-diffusion")
     _add_address(demo)
     demo.set_defaults(command=_demo)
     return parser

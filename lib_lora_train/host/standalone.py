@@ -33,7 +33,7 @@ from lib_lora_train.model.sd.hints_file import hints_from_yaml, tokenizers_from_
 from lib_lora_train.model.sd.tokens import Tokenizer
 from lib_lora_train.settings import Settings
 from lib_lora_train.settings.allowed_paths import AllowedPaths
-from lib_lora_train.storage.content import refuse_wrong_content, why_unreadable
+from lib_lora_train.storage.content import refuse_wrong_content
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
            "I32": torch.int32, "U8": torch.uint8, "I8": torch.int8, "BOOL": torch.bool,
@@ -136,8 +136,8 @@ def _check_suffix(path: Path) -> None:
     if path.suffix.lower() != ".safetensors":
         raise ModelError(f"{path.name} is not a checkpoint", why="its name does not end in .safetensors",
                          remedy="choose a .safetensors file")
-    if why := why_unreadable(path):
-        raise ModelError(f"The checkpoint {path} cannot be read", why=why, remedy="check the path")
+    with _readable(path), path.open("rb"):
+        pass
     refuse_wrong_content(path, ModelError)
 
 
@@ -159,9 +159,9 @@ def _load(path: Path, device: torch.device) -> Mapping[str, torch.Tensor]:
 def _readable(path: Path) -> Iterator[None]:
     try:
         yield
-    except (safetensors.SafetensorError, OSError, UnicodeEncodeError) as error:
-        raise ModelError(f"The checkpoint {path.name} cannot be read", why=str(error),
-                         remedy="download it again") from error
+    except (safetensors.SafetensorError, OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise ModelError(f"The checkpoint {path.name} cannot be read", why=getattr(error, "strerror", None) or str(error),
+                         remedy="check the path, or download it again") from error
 
 
 def _legacy_hash(path: Path) -> str:

@@ -115,10 +115,13 @@ def plan_dataset(settings: Settings, *, family: str, allowed: AllowedPaths | Non
     if allowed and dataset_settings.cache_latents_to_disk:
         _check_caches(found, allowed)
     dataset, placements = assign_buckets(found, buckets)
+    schedule = _schedule(settings, dataset, placements, processes=processes)
+    warmup = [f"lr_warmup_steps = {optimizer.lr_warmup_steps} is not below the run's {counted(schedule.steps, 'step')}: the "
+              "learning rate never arrives."] if optimizer.lr_warmup_steps >= schedule.steps else []
     return RunPlan(
         settings=settings, family=family, dataset=dataset, placements=placements, resolution=buckets.resolution,
-        processes=processes, schedule=_schedule(settings, dataset, placements, processes=processes),
-        warnings=(*ignored(settings), *(problem.text for problem in dataset.problems)))
+        processes=processes, schedule=schedule,
+        warnings=(*ignored(settings), *(problem.text for problem in dataset.problems), *warmup))
 
 
 def output_folder(settings: Settings, host: Host) -> Path:
@@ -149,7 +152,9 @@ def _frozen(plan: RunPlan) -> Settings:
     absolute = {name: str(Path(str(values[name])).absolute()) for name, declaration in DECLARATIONS.items()
                 if declaration.is_path and name != "resume" and values[name]}
     repeats = plan.dataset.examples[0].repeats if plan.dataset.layout == "plain" else values["num_repeats"]
-    return parse({**values, **absolute, "num_repeats": repeats})
+    warmup = plan.settings.optimizer.lr_warmup_steps
+    steps = int(warmup * plan.schedule.steps) if warmup < 1 else warmup
+    return parse({**values, **absolute, "num_repeats": repeats, "lr_warmup_steps": steps})
 
 
 def _check_caches(dataset: Dataset, allowed: AllowedPaths) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,7 +38,7 @@ class RunRecord:
     def __init__(self, folder: Path, settings: Settings) -> None:
         self.folder = folder
         self._failed = False
-        self._new_line = (folder / "events.jsonl").exists()  # its last line may be torn
+        self._new_line = os.path.exists(folder / "events.jsonl")  # its last line may be torn
         self._lock = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -120,7 +121,7 @@ def new_folder(runs: Path, name: str) -> Path:
     """A folder for a run that starts now; its name sorts by time among runs of the same name."""
     stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder, number = runs / stem, 2
-    while folder.exists():
+    while os.path.lexists(folder):
         folder, number = runs / f"{stem}-{number}", number + 1
     return folder
 

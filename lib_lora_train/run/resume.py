@@ -96,7 +96,7 @@ def find(text: str, runs: Path) -> ResumePoint:
 def run_folder(text: str, runs: Path) -> Path | None:
     """The folder in `runs` that `text` names, as a name or a path; None for anything elsewhere."""
     folder = runs / text if is_run_name(text) else Path(text)
-    return folder if folder.is_dir() and folder.resolve().parent == runs.resolve() else None
+    return folder if os.path.isdir(folder) and folder.resolve().parent == runs.resolve() else None
 
 
 def settings_of(resume_point: ResumePoint, changes: Mapping[str, object]) -> Settings:

@@ -8,8 +8,7 @@ from pathlib import Path
 from lib_lora_train.errors import LoraTrainError
 
 _DOWNLOAD = "download it again"
-_PICKLED = ("a pickled file, which can run any program when it is opened",
-            "convert it to .safetensors; a new name does not change what it is")
+_PICKLED = ("a pickled file, which can run any program when it is opened", "convert it; a new name does not change what it is")
 # The first bytes -> what such a file is, and what to do.
 _BEGINNINGS = (
     ((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"), *_PICKLED),
@@ -17,7 +16,6 @@ _BEGINNINGS = (
     ((b"GGUF",), "a GGUF file, which holds quantised weights", "choose a .safetensors file"),
     ((b"PK",), "a zip archive, as pickled files are too", "unpack it, and choose a .safetensors file"),
     ((b"7z\xbc\xaf", b"Rar!", b"\x1f\x8b"), "a packed archive", "unpack it"),
-    ((b"\x89PNG", b"\xff\xd8\xff", b"RIFF"), "a picture", "choose another file"),
     ((b"<",), "a web page, as servers send it in place of a file that they refuse", _DOWNLOAD),
     ((b"{", b"["), "a JSON text, as servers send it in place of a file that they refuse", _DOWNLOAD),
 )
@@ -42,16 +40,3 @@ def refuse_wrong_content(path: Path, error: type[LoraTrainError]) -> None:
         known = ((what, remedy) for beginnings, what, remedy in _BEGINNINGS if text.startswith(beginnings))
         what, remedy = next(known, ("", "choose another file")) if size else ("empty", _DOWNLOAD)
     raise error(f"{path.name} is not a safetensors file", why=what and f"it is {what}", remedy=remedy)
-
-
-def why_unreadable(path: Path) -> str:
-    """Why there is no file to read at `path`, as the end of a sentence; "" where there is one."""
-    try:
-        with path.open("rb"):
-            return ""
-    except FileNotFoundError:
-        return "there is no such file"
-    except IsADirectoryError:
-        return "it is a folder"
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        return (getattr(error, "strerror", None) or str(error)).lower()

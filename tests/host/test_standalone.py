@@ -67,13 +67,15 @@ def test_what_is_called_safetensors_and_is_none_is_named(tmp_path: Path, data: b
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_fp8_is_called_by_its_name(own: StandaloneHost, dtype: torch.dtype) -> None:
     path = own.checkpoint_file
-    save_file({name: tensor.to(dtype) if name.startswith("model.") else tensor for name, tensor in load_file(path).items()}, path)
+    stored = load_file(path)
+    save_file({name: stored[name].to(dtype) if name.startswith("model.") else stored[name] for name in stored}, path)
     with pytest.raises(ModelError, match=str(dtype).removeprefix("torch.")) as refusal:
         describe_file(path)
     assert "fp8" in str(refusal.value)
 
 
-@pytest.mark.parametrize("name", ["x" * 5000 + ".safetensors", "a/../none.safetensors", "nul\0.safetensors", "folder.safetensors"])
+@pytest.mark.parametrize("name", ["x" * 5000 + ".safetensors", "a/../none.safetensors", "nul\0.safetensors",
+                                  "folder.safetensors"])
 def test_a_path_that_leads_to_no_file_is_a_sentence(tmp_path: Path, name: str) -> None:
     (tmp_path / "folder.safetensors").mkdir()
     with pytest.raises(ModelError, match="cannot be read"):
