@@ -377,7 +377,7 @@ def _parser() -> argparse.ArgumentParser:
     diagnose.add_argument("--out", type=user_path, metavar="F.zip", help="where the zip goes (lora-train-report.zip)")
     diagnose.add_argument("--paths", action="store_true", help="show folders, user and computer names, which are replaced "
                           "otherwise")
-    diagnose.set_defaults(command=_diagnose)
+    diagnose.set_defaults(command=translated("the report was written")(_diagnose))
 
     demo = commands.add_parser("demo", help="train on a small model and serve the page")
     demo.add_argument("--output-dir", default="demo-output")

@@ -115,13 +115,10 @@ def plan_dataset(settings: Settings, *, family: str, allowed: AllowedPaths | Non
     if allowed and dataset_settings.cache_latents_to_disk:
         _check_caches(found, allowed)
     dataset, placements = assign_buckets(found, buckets)
-    schedule = _schedule(settings, dataset, placements, processes=processes)
-    warmup = [f"lr_warmup_steps = {optimizer.lr_warmup_steps} is not below the run's {counted(schedule.steps, 'step')}: the "
-              "learning rate never arrives."] if optimizer.lr_warmup_steps >= schedule.steps else []
     return RunPlan(
         settings=settings, family=family, dataset=dataset, placements=placements, resolution=buckets.resolution,
-        processes=processes, schedule=schedule,
-        warnings=(*ignored(settings), *(problem.text for problem in dataset.problems), *warmup))
+        processes=processes, schedule=_schedule(settings, dataset, placements, processes=processes),
+        warnings=(*ignored(settings), *(problem.text for problem in dataset.problems)))
 
 
 def output_folder(settings: Settings, host: Host) -> Path:

@@ -70,7 +70,8 @@ class RunRecord:
                 # It vanished while the run went on: the rest is written to a new one.
                 write_atomic(self.folder / "settings.toml", self._settings)
             # Opened anew for each event: no handle is left open on Windows, and a killed process loses nothing.
-            with open(self.folder / "events.jsonl", "a", encoding="utf-8", errors="replace") as file:
+            # Names that are no text become JSON's escapes of lone surrogates.
+            with open(self.folder / "events.jsonl", "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write("\n" + line if self._new_line else line)
             self._new_line = False
         except OSError as error:

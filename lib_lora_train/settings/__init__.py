@@ -20,7 +20,7 @@ from lib_lora_train.settings.areas import (
     OptimizerSettings,
     SaveSettings,
 )
-from lib_lora_train.settings.field import Declaration, Value, declarations, read, user_path
+from lib_lora_train.settings.field import Declaration, Value, declarations, read, user_path, with_home
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +71,9 @@ def parse(values: Mapping[str, object]) -> Settings:
 
 def _unknown(names: Sequence[str]) -> SettingError:
     """The refusal of all names that are no settings."""
-    near = {name: difflib.get_close_matches(name, [*DECLARATIONS, *kohya.names()], n=1) for name in names}
-    told = {name: kohya.explained(name) or (f"did you mean {near[name][0]!r}?" if near[name] else "") for name in names}
+    known = kohya.explanations()
+    near = {name: difflib.get_close_matches(name, [*DECLARATIONS, *known], n=1) for name in names}
+    told = {name: known.get(name) or "".join(f"did you mean {other!r}?" for other in near[name]) for name in names}
     listed = ", ".join(f"{name!r}{f' ({text})' if text else ''}" for name, text in told.items())
     what = f"There {'is no setting' if len(names) == 1 else 'are no settings'} called {listed}"
     return SettingError(what, remedy="`train --help` lists the settings")

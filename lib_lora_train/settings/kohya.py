@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -14,22 +14,12 @@ _SAME_METHOD = {("lr_scheduler", "constant_with_warmup"): "constant"} | {
     ("optimizer_type", name): "AdamW" for name in _EIGHT_BIT_OR_PAGED}
 
 
-def explained(name: str) -> str:
-    """What a setting of kohya's is here, for a sentence; "" for one that is not in the table."""
-    return _explanations().get(name, "")
-
-
-def names() -> Collection[str]:
-    """The names in the table, in no order that matters."""
-    return _explanations()
-
-
 def adopted(values: Mapping[str, object]) -> tuple[dict[str, object], list[str]]:
     """A file's values with kohya's names and conventions made ours, and sentences that tell what became of them. Unknown names
     and what is not supported stay for `parse` to refuse."""
     table = _table()
-    ours = {name: value for name, value in values.items() if name not in names() and value not in ("", None)}
-    theirs = {name: value for name, value in values.items() if name in names()}
+    theirs = {name: value for name, value in values.items() if name in explanations()}
+    ours = {name: value for name, value in values.items() if name not in theirs and value not in ("", None)}
     left = {name: value for name, value in theirs.items() if not _changes_nothing(name, value)}
     became = []
     for name in [name for name in left if name in table["renamed"]]:
@@ -67,7 +57,8 @@ def _table() -> dict[str, dict[str, object]]:
 
 
 @cache
-def _explanations() -> dict[str, str]:
+def explanations() -> dict[str, str]:
+    """{name of kohya's: what it is here, for a sentence}."""
     table = _table()
     found = {name: f"kohya's, here {ours}" for name, ours in table["renamed"].items()}
     for kind, words in (("not_needed", "not needed here"), ("not_supported", "not supported")):

@@ -77,7 +77,7 @@ def read(family: Family, tensors: Mapping[str, Tensor], hints: Hints) -> Archite
         unet=sizes,
         vae=vae_config(vae),
         text=_text(text, family=family, hints=hints, unet=sizes),
-        prediction_type=prediction or (family.guess_prediction or _epsilon)(tensors),
+        prediction_type=prediction or (family.guess_prediction(tensors) if family.guess_prediction else "epsilon"),
         zero_terminal_snr=bool(file_zero) if hints.zero_terminal_snr is None else hints.zero_terminal_snr,
         latent_scale=hints.latent_scale or family.latent_scale,
         prediction_guessed=prediction is None and family.guess_prediction is not None,
@@ -92,10 +92,6 @@ def guess_sd2_prediction(tensors: Mapping[str, Tensor]) -> PredictionType:
     bias = tensors.get(_GUESSED_FROM)
     known = bias is not None and not bias.is_meta
     return "v_prediction" if known and bias.float().std(unbiased=False).item() > 0.09 else "epsilon"
-
-
-def _epsilon(_: Mapping[str, Tensor]) -> PredictionType:
-    return "epsilon"
 
 
 # --- the UNet ---------------------------------------------------------------------------------------------------------

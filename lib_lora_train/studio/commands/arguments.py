@@ -11,6 +11,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+from lib_lora_train.errors import translated
 from lib_lora_train.settings import DECLARATIONS, user_path
 from lib_lora_train.tagging.options import MODES, OPTIONS
 
@@ -63,7 +64,7 @@ def add_prepare(commands: Commands) -> None:
                          "with mask a mask that marks them is kept, for trainers with masked loss")
     prepare.add_argument("--dry-run", action="store_true", help="show what would come of it and write nothing")
     prepare.add_argument("--json", action="store_true", help="the result as JSON")
-    prepare.set_defaults(command=_run("prepare"))
+    prepare.set_defaults(command=translated("the dataset was prepared")(_run("prepare")))
 
 
 def add_tag(commands: Commands) -> None:
@@ -109,7 +110,7 @@ def add_verify(commands: Commands) -> None:
     images.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="what the class is (a photo of a "
                         "girl); may be repeated, they are taken in turn")
     images.add_argument("--count", type=int, required=True, help="how many there are to be; those that are there count")
-    images.add_argument("--to", type=user_path, required=True, metavar="DIR", help="they go to DIR/1_class; DIR is reg_data_dir")
+    images.add_argument("--to", type=user_path, required=True, metavar="DIR", help="reg_data_dir; they go to DIR/1_class")
     images.add_argument("--resolution", default="auto", help="their size: auto, 512, or 768,512")
     images.add_argument("--negative", default="", metavar="TEXT", help="the negative prompt")
     images.add_argument("--seed", type=int, default=1, help="of the first picture; the others count on from it")
