@@ -85,7 +85,8 @@ def ignored_by(model: FrozenModel, settings: Settings) -> list[str]:
     if settings.memory.base_weights != "as they are" and model.device.type != "cuda":
         notes.append("base_weights saves no memory without a GPU: its copies lie beside the leased model.")
     if model.architecture.zero_terminal_snr and model.schedule.prediction_type == "epsilon":
-        notes.append("Zero terminal SNR suits models that predict v; one that predicts noise learns nothing from pure noise.")
+        notes.append("Zero terminal SNR suits models that predict v; one that predicts noise learns nothing from pure noise. "
+                     "If this one predicts v, set v_parameterization.")
     return notes + _doubts(model.architecture)
 
 

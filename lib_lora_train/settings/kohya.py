@@ -24,11 +24,14 @@ def adopted(values: Mapping[str, object]) -> tuple[dict[str, object], list[str]]
     became = []
     for name in [name for name in left if name in table["renamed"]]:
         value, target = left.pop(name), table["renamed"][name]
-        if _changes_nothing(target, ours.get(target, "")):
-            ours[target] = float(str(value)) / 100 if name == "lr_warmup" else value  # a percentage
-            became.append(f"{name} is read as {target} = {ours[target]}")
+        # kohya_ss shows its number of epochs also where the steps decide.
+        stronger = [other for other in (target, *(["max_train_steps"] if name == "epoch" else []))
+                    if not _changes_nothing(other, ours.get(other, ""))]
+        if stronger:
+            became.append(f"{name} is left out beside {stronger[0]}")
         else:
-            became.append(f"{name} is left out beside {target}")
+            ours[target] = _share(value) if name == "lr_warmup" else value
+            became.append(f"{name} is read as {target} = {ours[target]}")
     for (name, theirs_), same in _SAME_METHOD.items():
         if str(ours.get(name)).lower() == theirs_:
             ours[name], _ = same, became.append(f"{name} = {ours[name]} is read as {same}, the same method")
@@ -64,6 +67,13 @@ def explanations() -> dict[str, str]:
     for kind, words in (("not_needed", "not needed here"), ("not_supported", "not supported")):
         found |= {name: f"kohya's, {words}: {reason}" for reason, group in table[kind].items() for name in group}
     return found
+
+
+def _share(percentage: object) -> object:
+    try:
+        return float(str(percentage)) / 100
+    except ValueError:
+        return f"{percentage} %"  # for `parse` to refuse
 
 
 def _changes_nothing(name: str, value: object) -> bool:

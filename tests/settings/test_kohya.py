@@ -26,16 +26,30 @@ GUI = {
 def test_a_file_of_kohya_ss_becomes_our_settings_and_all_that_it_says_is_told():
     values, notes = kohya.adopted(GUI)
     settings = parse(values)
-    assert (settings.dataset.resolution, settings.optimizer.max_train_epochs, settings.optimizer.max_train_steps) == ("512,768", 4, 0)
+    assert (settings.dataset.resolution, settings.optimizer.max_train_steps) == ("512,768", 1600)
     assert (settings.optimizer.optimizer_type, settings.optimizer.lr_scheduler) == ("AdamW", "constant")
     assert settings.optimizer.lr_warmup_steps == 0.1 and settings.optimizer.seed == DECLARATIONS["seed"].default
     assert (settings.network.network_dim, settings.network.network_alpha) == (8, 8.0)  # kohya: alpha 0 is the rank
     assert settings.loss.v_parameterization == "auto" and not settings.dataset.cache_latents_to_disk
     told = " ".join(notes)
     named = {"max_resolution", "epoch", "optimizer", "lr_warmup", "constant_with_warmup", "cache_latents", "xformers",
-             "pretrained_model_name_or_path", "network_train_unet_only", "max_train_steps"}
+             "pretrained_model_name_or_path", "network_train_unet_only"}
     assert not [name for name in named if name not in told]
     assert "cache_latents_to_disk" not in told
+
+
+@pytest.mark.parametrize(("values", "epochs", "steps"), [
+    ({"epoch": 4, "max_train_steps": 0}, 4, 0), ({"epoch": 4, "max_train_steps": "1600"}, 10, 1600),
+    ({"sdpa": True, "max_train_epochs": 3, "max_train_steps": 1600}, 3, 0), ({"epoch": 4, "max_train_epochs": 3}, 3, 0)])
+def test_how_long_a_file_of_kohyas_trains_is_as_there(values, epochs, steps):
+    # sd-scripts: epochs override steps. kohya_ss hands on its `epoch` only to compute steps where none are given.
+    optimizer = parse(kohya.adopted(values)[0]).optimizer
+    assert (optimizer.max_train_epochs, optimizer.max_train_steps) == (epochs, steps)
+
+
+def test_a_percentage_that_is_no_number_is_refused_by_name():
+    with pytest.raises(SettingError, match="lr_warmup_steps"):
+        parse(kohya.adopted({"lr_warmup": "ten"})[0])
 
 
 def test_every_name_of_sd_scripts_and_of_kohya_ss_is_explained_or_ours():
