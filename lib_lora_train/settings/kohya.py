@@ -30,7 +30,7 @@ def adopted(values: Mapping[str, object]) -> tuple[dict[str, object], list[str]]
         if stronger:
             became.append(f"{name} is left out beside {stronger[0]}")
         else:
-            ours[target] = _share(value) if name == "lr_warmup" else value
+            ours[target] = f"{value}e-2" if name == "lr_warmup" else value  # a percentage
             became.append(f"{name} is read as {target} = {ours[target]}")
     for (name, theirs_), same in _SAME_METHOD.items():
         if str(ours.get(name)).lower() == theirs_:
@@ -67,13 +67,6 @@ def explanations() -> dict[str, str]:
     for kind, words in (("not_needed", "not needed here"), ("not_supported", "not supported")):
         found |= {name: f"kohya's, {words}: {reason}" for reason, group in table[kind].items() for name in group}
     return found
-
-
-def _share(percentage: object) -> object:
-    try:
-        return float(str(percentage)) / 100
-    except ValueError:
-        return f"{percentage} %"  # for `parse` to refuse
 
 
 def _changes_nothing(name: str, value: object) -> bool:

@@ -45,7 +45,7 @@ def test_a_file_that_contradicts_its_yaml_is_trained_as_the_yaml_says_and_told(o
         settings = parse({"v_parameterization": said})
         with own.lease() as leased:
             model = frozen_model(leased, settings)
-        notes[said] = [note for note in ignored_by(model, settings) if "predicts v" in note]
+        notes[said] = [note for note in ignored_by(model, settings) if "file says that it predicts v" in note]
         assert model.schedule.prediction_type == ("v_prediction" if said == "on" else "epsilon")
         assert model.architecture.zero_terminal_snr
     assert len(notes["auto"]) == 1 and "v_parameterization" in notes["auto"][0] and notes["on"] == []
