@@ -14,13 +14,14 @@ from lib_lora_train.settings.toml import read_toml
 # What `kohya_ss` writes beside a training (v25), the settings that were not filled in as it leaves them.
 GUI = {
     "LoRA_type": "Standard", "cache_latents": True, "cache_latents_to_disk": False, "caption_extension": ".txt",
-    "clip_skip": "1", "conv_alpha": 1, "conv_dim": 1, "dynamo_backend": "no", "epoch": 4, "huber_c": 0.1, "huber_schedule": "snr",
+    "clip_skip": "1", "conv_alpha": 1, "conv_dim": 1, "dynamo_backend": "no", "epoch": 4, "huber_c": 0.1,
+    "huber_schedule": "snr",
     "keep_tokens": "0", "learning_rate": 0.0001, "lr_scheduler": "constant_with_warmup", "lr_warmup": 10, "lr_warmup_steps": 0,
     "max_data_loader_n_workers": "0", "max_resolution": "512,768", "max_timestep": 1000, "max_token_length": 75,
     "max_train_epochs": 0, "max_train_steps": 1600, "mem_eff_attn": False, "min_snr_gamma": 0, "multires_noise_discount": 0.3,
     "network_alpha": 0, "network_dim": 8, "network_dropout": 0, "noise_offset_type": "Original", "optimizer": "AdamW8bit",
-    "optimizer_args": "", "pretrained_model_name_or_path": "C:/model.safetensors", "sdxl": False, "seed": "", "text_encoder_lr": 0,
-    "train_data_dir": "C:\\pictures", "unet_lr": "1e-4", "v2": False, "v_parameterization": False, "xformers": "xformers"}
+    "optimizer_args": "", "pretrained_model_name_or_path": "C:/model.safetensors", "sdxl": False, "seed": "",
+    "text_encoder_lr": 0, "train_data_dir": "C:\\pictures", "unet_lr": "1e-4", "v2": False, "v_parameterization": False, "xformers": "xformers"}
 
 
 def test_a_file_of_kohya_ss_becomes_our_settings_and_all_that_it_says_is_told():
@@ -54,8 +55,8 @@ def test_a_percentage_that_is_no_number_is_refused_by_name():
 
 def test_every_name_of_sd_scripts_and_of_kohya_ss_is_explained_or_ours():
     # A sample of each group of their argument parsers.
-    names = ("network_module network_args network_dropout scale_weight_norms base_weights v2 vae tokenizer_cache_dir use_8bit_adam "
-             "optimizer_args lr_scheduler_args lr_decay_steps save_model_as save_n_epoch_ratio max_token_length sdpa lowram "
+    names = ("network_module network_args network_dropout scale_weight_norms base_weights v2 vae tokenizer_cache_dir "
+             "use_8bit_adam optimizer_args lr_scheduler_args lr_decay_steps save_model_as save_n_epoch_ratio max_token_length sdpa lowram "
              "full_bf16 fp8_base ddp_timeout log_with noise_offset_random_strength multires_noise_iterations ip_noise_gamma "
              "huber_scale sample_prompts masked_loss caption_prefix enable_wildcard face_crop_aug_range in_json dataset_config "
              "debiased_estimation_loss weighted_captions validation_split metadata_title huggingface_token deepspeed "
@@ -66,7 +67,8 @@ def test_every_name_of_sd_scripts_and_of_kohya_ss_is_explained_or_ours():
 
 def test_unknown_settings_are_told_all_at_once_each_with_what_it_is_here():
     with pytest.raises(SettingError) as refusal:
-        parse({"network_dim": 4, "lerning_rate": 1, "cache_latents": True, "max_resolution": "512", "network_dropout": 0.1, "zzz": 1})
+        parse({"network_dim": 4, "lerning_rate": 1, "cache_latents": True, "max_resolution": "512", "network_dropout": 0.1,
+               "zzz": 1})
     text = str(refusal.value)
     assert all(repr(name) in text for name in ("lerning_rate", "cache_latents", "max_resolution", "network_dropout", "zzz"))
     assert "'learning_rate'" in text and "cache_latents_to_disk" not in text and "here resolution" in text
@@ -98,7 +100,8 @@ def test_tables_in_tables_json_and_the_encodings_of_windows_are_read(tmp_path: P
 
 
 def test_a_file_in_another_encoding_or_with_a_windows_path_says_how_to_write_it(tmp_path: Path):
-    for data, word in (("output_name = \"привет\"".encode("cp1251"), "UTF-8"), (b'train_data_dir = "C:\\Users"', "'single quotes'"),
+    for data, word in (("output_name = \"привет\"".encode("cp1251"), "UTF-8"),
+                       (b'train_data_dir = "C:\\Users"', "'single quotes'"),
                        (b'{"a": ', "not a TOML file")):
         (tmp_path / "run.toml").write_bytes(data)
         with pytest.raises(SettingError) as refusal:
