@@ -21,7 +21,8 @@ GUI = {
     "max_train_epochs": 0, "max_train_steps": 1600, "mem_eff_attn": False, "min_snr_gamma": 0, "multires_noise_discount": 0.3,
     "network_alpha": 0, "network_dim": 8, "network_dropout": 0, "noise_offset_type": "Original", "optimizer": "AdamW8bit",
     "optimizer_args": "", "pretrained_model_name_or_path": "C:/model.safetensors", "sdxl": False, "seed": "",
-    "text_encoder_lr": 0, "train_data_dir": "C:\\pictures", "unet_lr": "1e-4", "v2": False, "v_parameterization": False, "xformers": "xformers"}
+    "text_encoder_lr": 0, "train_data_dir": "C:\\pictures", "unet_lr": "1e-4", "v2": False, "v_parameterization": False,
+    "xformers": "xformers"}
 
 
 def test_a_file_of_kohya_ss_becomes_our_settings_and_all_that_it_says_is_told():
@@ -56,7 +57,8 @@ def test_a_percentage_that_is_no_number_is_refused_by_name():
 def test_every_name_of_sd_scripts_and_of_kohya_ss_is_explained_or_ours():
     # A sample of each group of their argument parsers.
     names = ("network_module network_args network_dropout scale_weight_norms base_weights v2 vae tokenizer_cache_dir "
-             "use_8bit_adam optimizer_args lr_scheduler_args lr_decay_steps save_model_as save_n_epoch_ratio max_token_length sdpa lowram "
+             "use_8bit_adam optimizer_args lr_scheduler_args lr_decay_steps save_model_as save_n_epoch_ratio max_token_length "
+             "sdpa lowram "
              "full_bf16 fp8_base ddp_timeout log_with noise_offset_random_strength multires_noise_iterations ip_noise_gamma "
              "huber_scale sample_prompts masked_loss caption_prefix enable_wildcard face_crop_aug_range in_json dataset_config "
              "debiased_estimation_loss weighted_captions validation_split metadata_title huggingface_token deepspeed "
