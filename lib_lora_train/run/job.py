@@ -64,14 +64,14 @@ def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: Initial
                                  processes=group.world_size, on_progress=stage("Reading pictures", report),
                                  should_stop=lambda: bool(stop()))
             plan = dataclasses.replace(other, target=plan.target, resume_point=point)
-        identity = resume.describe_checkpoint(leased) if point or folder or group.world_size > 1 else {}
+        identity = resume.describe_checkpoint(leased, model) if point or folder or group.world_size > 1 else {}
         if point:
-            resume.compare_checkpoint(identity, point)
+            resume.compare_checkpoint(leased, identity, point)
         dtype = compute_dtype(settings.memory.mixed_precision, model.device, weights=model.dtype)
         check_sizes(plan, model)
         if group.world_size > 1:
             agree_on_data(group, dataset=resume.dataset_fingerprint(plan.dataset, plan.placements),
-                          checkpoint=identity["fingerprint"], step=point.step if point else 0, weights=weights.tensors or {},
+                          checkpoint=identity["weights"], step=point.step if point else 0, weights=weights.tensors or {},
                           dtype=dtype)
         changed = [] if point is None else resume.compare_settings(
             settings, point, steps=plan.schedule.steps, processes=group.world_size)

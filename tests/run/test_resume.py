@@ -19,6 +19,7 @@ from lib_lora_train import events
 from lib_lora_train.errors import Interrupted, LoraFileError, LoraTrainError, ModelError, OutputError, SettingError
 from lib_lora_train.host.standalone import StandaloneHost
 from lib_lora_train.inputs import prefetcher
+from lib_lora_train.model.fingerprint import sampled_fingerprint
 from lib_lora_train.run import job, resume, saver
 from lib_lora_train.run.planning import RunPlan, plan_dataset
 from lib_lora_train.run.saver import Checkpointer
@@ -263,6 +264,41 @@ def test_another_checkpoint_or_vae_is_refused_before_pictures_are_encoded(cut_of
     with pytest.raises(ModelError, match="cannot go on with this checkpoint"):
         run_settings(going_on(chosen, folder), other, report=seen.append, stop=lambda: "", folder=folder)
     assert not [s for s in of(events.Stage, seen) if s.name.startswith("Encoding")]
+
+
+def other_file(host, folder: Path, **tensors: torch.Tensor) -> StandaloneHost:
+    """The same model in a file of its own, with these tensors of a noise schedule in it."""
+    path = tiny_checkpoint.write(folder, size=tiny_checkpoint.SMALLEST)
+    save_file({**load_file(path), **tensors}, path, metadata={"format": "pt"})
+    return StandaloneHost(path, lora_folder=host.lora_folder, runs_folder=host.runs_folder)
+
+
+def test_a_noise_schedule_that_the_webui_rewrote_leaves_the_checkpoint_the_right_one(cut_off, host, tmp_path):
+    chosen, folder = cut_off
+    # "Downcast alphas_cumprod" and "Zero Terminal SNR" of its settings: rounded to fp16, its last value 0.
+    rewritten = other_file(host, tmp_path / "rewritten", alphas_cumprod=torch.linspace(1, 0, 1000).half())
+    _, seen = run(going_on(chosen, folder), rewritten, folder, stop_after=1)
+    assert [s.step for s in of(events.Step, seen)] == [3] and told(seen) == []
+
+
+def test_a_state_that_tells_its_checkpoint_by_all_tensors_goes_on_with_it_and_no_other(cut_off, host, tmp_path, tiny_file):
+    chosen, folder = cut_off
+    held, facts = checkpoint_module.read(folder / STATE)
+    older = {"name": facts["checkpoint"]["name"], "fingerprint": sampled_fingerprint(load_file(tiny_file))}
+    checkpoint_module.write(folder / STATE, held, {**facts, "checkpoint": older})
+    with pytest.raises(ModelError, match="cannot go on with this checkpoint"):
+        run(going_on(chosen, folder), other_file(host, tmp_path / "other", alphas_cumprod=torch.zeros(1000).half()), folder)
+    _, seen = run(going_on(chosen, folder), host, folder, stop_after=1)
+    assert [s.step for s in of(events.Step, seen)] == [3] and told(seen) == []
+
+
+def test_another_noise_schedule_than_the_run_began_on_is_told(cut_off, host):
+    chosen, folder = cut_off
+    held, facts = checkpoint_module.read(folder / STATE)
+    begun = {**facts["checkpoint"], "schedule": "v_prediction, zero terminal SNR"}  # as the WebUI or a .yaml said then
+    checkpoint_module.write(folder / STATE, held, {**facts, "checkpoint": begun})
+    said, = told(run(going_on(chosen, folder), host, folder, stop_after=1)[1])
+    assert "epsilon and was on v_prediction, zero terminal SNR (v_parameterization, zero_terminal_snr)" in said
 
 
 def test_a_drawn_seed_is_drawn_once(images, host):
