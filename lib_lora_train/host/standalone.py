@@ -154,7 +154,10 @@ def _load(path: Path, device: torch.device) -> Mapping[str, torch.Tensor]:
 def _readable(path: Path) -> Iterator[None]:
     try:
         yield
-    except (safetensors.SafetensorError, OSError, UnicodeEncodeError) as error:
+    except UnicodeEncodeError as error:
+        raise ModelError(f"The checkpoint {path} cannot be read", why="its path is not text in UTF-8", remedy="rename the file "
+                         "or its folder") from error
+    except (safetensors.SafetensorError, OSError) as error:
         raise ModelError(f"The checkpoint {path.name} cannot be read", why=str(error),
                          remedy="download it again") from error
 

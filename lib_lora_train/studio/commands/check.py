@@ -32,7 +32,7 @@ def run(chosen: argparse.Namespace) -> int:
                              on_progress=progress)
     except KeyboardInterrupt:
         return INTERRUPTED  # nothing was changed, so there is nothing to say
-    print(json.dumps(report.to_dict(), ensure_ascii=False, indent=1) if chosen.json else report.text())
+    print(json.dumps(report.to_dict(), indent=1) if chosen.json else report.text())
     if chosen.sheet is not None and any(image.usable for image in report.images):
         with translated("the crop sheet was written"):
             write_atomic(chosen.sheet, encode_image(crop_sheet(report), suffix=chosen.sheet.suffix.lower()))
