@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -134,6 +135,29 @@ def test_more_steps_can_be_asked_for_and_fewer_than_made_cannot(images, host):
     assert all(torch.equal(straight[key], again[key]) for key in straight)
     with pytest.raises(SettingError, match="7 steps already.*raise max_train_steps"):
         run(going_on(chosen, folder), host, folder)
+
+
+def test_repeats_that_were_chosen_by_themselves_stay_when_the_run_goes_on_with_other_epochs(images, host):
+    # Four pictures, 1500 visits over 30 epochs: 12.5 repeats. Over 2 epochs they would be 188.
+    chosen = settings(images, num_repeats=0, max_train_epochs=30, train_batch_size=64, save_every_n_steps=1)
+    folder = interrupted(chosen, host, after=1)
+    _, seen = run(changed(chosen, folder, max_train_epochs=2, lr_scheduler="constant"), host, folder)
+    planned, = of(events.Planned, seen)
+    assert "× 13 repeats" in planned.summary and planned.steps == 2 and [s.step for s in of(events.Step, seen)] == [2]
+    assert not [text for text in told(seen) if "pictures" in text or "repeats" in text]
+
+
+def test_a_run_resumed_from_another_folder_writes_where_it_began(images, host, tmp_path, monkeypatch):
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    here.mkdir()
+    elsewhere.mkdir()
+    monkeypatch.chdir(here)
+    chosen = settings(images, **{**EXACT, "output_dir": "out", "train_data_dir": os.path.relpath(images)})
+    folder = interrupted(chosen, host)
+    monkeypatch.chdir(elsewhere)
+    finished, seen = run(changed(chosen, folder), host, folder)
+    assert Path(finished.path) == here / "out" / "zzk.safetensors" and told(seen) == []
+    assert not list(elsewhere.iterdir())
 
 
 def test_stop_and_save_leaves_a_point_to_go_on_from_and_its_file_may_be_replaced(images, host):
