@@ -1,18 +1,17 @@
 """The terminal of the program: who reads it may go away, who sits at it may press Ctrl+C or close it.
 
-Nothing that is only shown ends any work, and SIGTERM and a closed terminal (SIGHUP; on Windows SIGBREAK, by Ctrl+Break) do what
-Ctrl+C does.
+Nothing that is only shown ends any work, and SIGTERM and a closed terminal (SIGHUP; on Windows SIGBREAK) do what Ctrl+C does.
+Little is imported here: until `set_up` an interrupt ends in Python's own traceback.
 """
 
 from __future__ import annotations
 
-import contextlib
+import io
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, TextIO
 
 INTERRUPTED = 130  # the exit code, as shells have it
 STOPPING = "Stopping; what was learnt until now is saved. Ctrl+C again ends at once."
@@ -23,10 +22,10 @@ class _Shown:
     """stdout or stderr of the program. Where it cannot be written to any more (its reader has gone, the disk is full, the
     terminal is closed) the rest is thrown away; stderr tells of a stdout that did not just end."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: io.TextIOBase) -> None:
         self._stream = stream
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
@@ -49,21 +48,21 @@ class _Shown:
 
 
 def set_up() -> None:
-    """Make the program's streams and signals what the text above says; once, before anything else."""
+    """Make the program's streams and signals what the text above says."""
     for number, name in ((1, "stdout"), (2, "stderr")):
         # A stream that was closed before the start is none; its number must not become that of a file.
         stream = getattr(sys, name) or os.fdopen(os.dup2(os.open(os.devnull, os.O_WRONLY), number), "w")
         setattr(sys, name, _Shown(stream))
+    end_on_interrupt()
     for name in ("SIGTERM", "SIGHUP", "SIGBREAK"):
         sign = getattr(signal, name, None)
         if sign is not None and signal.getsignal(sign) != signal.SIG_IGN:  # `nohup` wants a closed terminal to mean nothing
             signal.signal(sign, lambda *_: signal.raise_signal(signal.SIGINT))
-    end_on_interrupt()
 
 
 def end_on_interrupt() -> None:
     """From here on Ctrl+C ends the program at once: there is nothing to keep. An exception might be lost in what is imported."""
-    signal.signal(signal.SIGINT, end)
+    signal.signal(signal.SIGINT, _end)
 
 
 def raise_on_interrupt() -> None:
@@ -71,16 +70,17 @@ def raise_on_interrupt() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def end(*_: object) -> None:
-    """End the program at once."""
-    say("Stopped.")
-    os._exit(INTERRUPTED)
-
-
 def say(text: str) -> None:
     """A line on stderr, from within a signal's handler too, where a stream may be in the middle of another line."""
-    with contextlib.suppress(OSError):
+    try:
         os.write(2, f"\n{text}\n".encode())
+    except OSError:
+        pass
+
+
+def _end(*_: object) -> None:
+    say("Stopped.")
+    os._exit(INTERRUPTED)
 
 
 class StopRequest:
@@ -107,6 +107,6 @@ class StopRequest:
             if self._tells:
                 say(STOPPING)
         elif not self._launched:
-            end()
+            _end()
         elif time.monotonic() - self._since > _SAME_CTRL_C:
             raise KeyboardInterrupt  # the others are told

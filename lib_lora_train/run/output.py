@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 import unicodedata
 from pathlib import Path
@@ -31,8 +30,6 @@ def checked_name(name: str) -> str:
         raise OutputError("The LoRA has no name", remedy=remedy)
     if found:
         why = f"it holds {' '.join(map(repr, found))}, which a file name or <lora:…> cannot"
-    elif not _can_name_a_file(name):
-        why = f"the system's names are {sys.getfilesystemencoding()}, as the locale says (LC_ALL)"
     elif unicodedata.normalize("NFKC", name.split(".")[0]).upper().strip() in RESERVED:  # Windows takes COM¹ for COM1
         why = "Windows keeps it for itself"
     elif name != name.strip() or name.startswith(".") or name.endswith("."):
@@ -46,13 +43,6 @@ def checked_name(name: str) -> str:
     else:
         return name
     raise OutputError(f"The name {name[:_LONGEST]!r} cannot be used", why=why, remedy=remedy)
-
-
-def _can_name_a_file(name: str) -> bool:
-    try:
-        return bool(os.fsencode(name))
-    except UnicodeEncodeError:
-        return False
 
 
 def destination(folder: Path, *, name: str, overwrite: bool) -> Path:

@@ -92,7 +92,7 @@ def _not_text(text: str, declaration: Declaration) -> str:
     if declaration.name in _ONLY_READ:
         return ""
     with contextlib.suppress(UnicodeEncodeError):
-        if text.encode() and declaration.is_path:
+        if text.encode() and (declaration.is_path or declaration.name == "output_name"):
             os.fsencode(text)
         return ""
     with contextlib.suppress(UnicodeError):

@@ -146,10 +146,9 @@ def test_text_that_is_not_utf8_is_refused_by_name_and_a_folder_that_is_only_read
 @pytest.mark.skipif(sys.platform == "win32", reason="names are Unicode there")
 def test_a_locale_that_cannot_hold_a_text_is_told_and_not_taken_for_bad_bytes():
     """LC_ALL=C with Python's own cures switched off: its arguments and names of files are ASCII."""
-    script = ("import sys\nfrom lib_lora_train.errors import UserError\nfrom lib_lora_train.run.output import checked_name\n"
-              "from lib_lora_train.settings import parse\n"
+    script = ("import sys\nfrom lib_lora_train.errors import UserError\nfrom lib_lora_train.settings import parse\n"
               "for attempt in (lambda: parse({'trigger_word': sys.argv[1]}), lambda: parse({'output_dir': '/\\xe9'}),\n"
-              "                lambda: checked_name('\\xe9')):\n"
+              "                lambda: parse({'output_name': '\\xe9'})):\n"
               "    try:\n        attempt()\n    except UserError as error:\n        print(ascii(str(error)))\n"
               "print(parse({'training_comment': '\\xe9'}).save.training_comment == '\\xe9')")
     done = subprocess.run([sys.executable, "-c", script, "\u00e9".encode()], cwd=Path(settings.__file__).parents[2], text=True,
