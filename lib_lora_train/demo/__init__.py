@@ -40,7 +40,7 @@ def run_demo(folder: Path, *, page: bool, port: int, address: str, auth: str = "
     host = demo_host(folder)
     print("Training a LoRA on 24 pictures ...", flush=True)
     service.start(SETTINGS, runner=RUNNER, host=host)
-    shown, interrupted = 0, False
+    shown = 0
     terminal.raise_on_interrupt()
     try:
         while not RUNNER.wait(timeout=2.0):
@@ -49,13 +49,12 @@ def run_demo(folder: Path, *, page: bool, port: int, address: str, auth: str = "
                 shown = step.step
                 print(f"  step {step.step}/{step.total}   loss {step.average_loss:.3f}", flush=True)
     except KeyboardInterrupt:
-        interrupted = True
         RUNNER.finish()
     finished = RUNNER.status().finished
     assert isinstance(finished, events.Finished)
     print(finished.message, flush=True)
     if finished.outcome != "done":
-        return terminal.INTERRUPTED if interrupted else 1
+        return terminal.INTERRUPTED if finished.outcome == "stopped" else 1
     print("Painting words that it never saw, with and without it ...", flush=True)
     image = folder / "before-after.png"
     draw_sheet(sample_rows(host, Path(finished.path), dataset=STYLE)).save(image)
