@@ -5,21 +5,24 @@ Exit codes: 0 done, 1 the run failed, 2 bad input (one sentence on stderr), 130 
 
 from __future__ import annotations
 
+from lib_lora_train import terminal
+
+if __name__ == "__main__":
+    terminal.set_up()  # before other imports, which take a while
+
 import argparse
 import contextlib
 import dataclasses
 import json
 import os
-import signal
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from lib_lora_train import events
 from lib_lora_train.errors import LoraTrainError, SettingError, UserError, translated
-from lib_lora_train.events import Report
+from lib_lora_train.events import Report, shielded
 from lib_lora_train.settings import AREAS, Settings, assignment, declarations, parse, user_path
 from lib_lora_train.settings.kohya import adopted
 from lib_lora_train.settings.toml import read_toml
@@ -30,7 +33,6 @@ if TYPE_CHECKING:
     from lib_lora_train.run.record import RunRecord
 
 RUNS_FOLDER = "runs"
-_SAME_CTRL_C = 2.0  # seconds
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,15 +50,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LoraTrainError as error:
         print(error, file=sys.stderr)
         return 1
-    except BrokenPipeError:
-        # `inspect FILE | head`: who reads has seen enough. What is still buffered must not be tried again at the end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except KeyboardInterrupt:
+        terminal.say("Stopped.")
+        return terminal.INTERRUPTED
 
 
 def _train(chosen: argparse.Namespace) -> int:
     from lib_lora_train.distributed import LaunchEnvironment, process_group
     from lib_lora_train.host.standalone import StandaloneHost, describe_file
+    from lib_lora_train.run.background import StopKind
     from lib_lora_train.run.inputs import stage
     from lib_lora_train.run.job import run_job
     from lib_lora_train.run.output import checked_name
@@ -79,7 +81,11 @@ def _train(chosen: argparse.Namespace) -> int:
             _refused_together(launch, error)
         raise
     show: Report = _QuietOutput(launch.rank) if launch and not first else _show_json if chosen.json else _Bar()
-    with contextlib.closing(record) if record else contextlib.nullcontext(), _Interrupt(launch) as interrupt:
+    with contextlib.closing(record) if record else contextlib.nullcontext(), terminal.StopRequest(
+            launched=launch is not None, tells=first) as request:
+        def stop() -> StopKind:
+            return "save" if request.wanted else ""
+
         def job(report: Report) -> events.Finished:
             for note in notes:
                 report(events.Warned(note))
@@ -87,10 +93,10 @@ def _train(chosen: argparse.Namespace) -> int:
                 host = StandaloneHost(chosen.checkpoint, lora_folder=output, runs_folder=runs_folder,
                                       device=launch.device() if launch else None)
                 plan = plan_job(settings, host, group=group, on_progress=stage("Reading pictures", report),
-                                should_stop=lambda: bool(interrupt.wanted()))
+                                should_stop=lambda: request.wanted)
                 if record:
                     record.complete(plan.settings)
-                return run_job(plan, host, report=report, stop=interrupt.wanted, group=group,
+                return run_job(plan, host, report=report, stop=stop, group=group,
                                folder=folder if record else None)
         finished, failure = _ending(job, show=show, record=record)
     if finished.outcome == "failed":
@@ -99,7 +105,7 @@ def _train(chosen: argparse.Namespace) -> int:
         print(finished.message, file=sys.stderr)
         return 2 if isinstance(failure, UserError) else 1
     # The first one's exit code says how it ended; to a launcher another's would be a failure, which ends the first one too.
-    return 130 if finished.outcome == "stopped" and first else 0
+    return terminal.INTERRUPTED if finished.outcome == "stopped" and first else 0
 
 
 def _ending(job: Callable[[Report], events.Finished], *, show: Report,
@@ -107,20 +113,15 @@ def _ending(job: Callable[[Report], events.Finished], *, show: Report,
     """How a job ended, whatever happens, told to the record and the terminal; and the refusal, for the exit code."""
     from lib_lora_train.run.background import Failure
 
-    latest, watched = 0, True
+    latest, show = 0, shielded(show)
     refusal: LoraTrainError | None = None
 
     def report(event: events.Event) -> None:
-        nonlocal latest, watched
+        nonlocal latest
         latest = event.step if isinstance(event, events.Step) else latest
         if record:
             record.write(event)
-        try:
-            if watched:
-                show(event)
-        except BrokenPipeError:  # `train --json | head`: the training goes on
-            watched = False
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        show(event)
 
     try:
         with translated("training"):
@@ -248,36 +249,6 @@ def _demo(chosen: argparse.Namespace) -> int:
                     auth=chosen.auth)
 
 
-class _Interrupt:
-    """Ctrl+C asks the job to end and keep what it learnt; a second one ends the process at once.
-
-    One of several processes is told twice of the same Ctrl+C, by the terminal and by what launched it.
-    """
-
-    def __init__(self, launch: LaunchEnvironment | None) -> None:
-        self._pressed, self._launch, self._since = False, launch, 0.0
-
-    def wanted(self) -> str:
-        """The `stop` of `run_job`."""
-        return "save" if self._pressed else ""
-
-    def __enter__(self) -> _Interrupt:
-        self._before = signal.signal(signal.SIGINT, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
-
-    def _handle(self, *_: object) -> None:
-        if self._pressed:
-            if self._launch is None or time.monotonic() - self._since > _SAME_CTRL_C:
-                raise KeyboardInterrupt
-            return
-        self._pressed, self._since = True, time.monotonic()
-        if self._launch is None or self._launch.rank == 0:
-            print("\nStopping after this step; what was learnt is saved. Ctrl+C again ends at once.", file=sys.stderr)
-
-
 def _show_json(event: events.Event) -> None:
     print(json.dumps(events.to_dict(event)), flush=True)
 
@@ -397,4 +368,6 @@ def _add_address(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    terminal.end_on_interrupt()
+    sys.exit(code)

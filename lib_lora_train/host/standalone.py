@@ -159,6 +159,9 @@ def _load(path: Path, device: torch.device) -> Mapping[str, torch.Tensor]:
 def _readable(path: Path) -> Iterator[None]:
     try:
         yield
+    except UnicodeEncodeError as error:
+        raise ModelError(f"The checkpoint {path} cannot be read", why="its path is not text in UTF-8", remedy="rename the file "
+                         "or its folder") from error
     except (safetensors.SafetensorError, OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise ModelError(f"The checkpoint {path.name} cannot be read", why=getattr(error, "strerror", None) or str(error),
                          remedy="check the path, or download it again") from error

@@ -7,14 +7,16 @@ command line, into the field's type, or says in one sentence why it cannot.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
-from lib_lora_train.errors import SettingError, printable
+from lib_lora_train.errors import SettingError
 
 Value = bool | int | float | str
 
@@ -23,6 +25,9 @@ _OLD_CHOICES: dict[tuple[str, Value], Value] = {("cuda_graphs", "auto"): "off"}
 _SWITCHES = {"true": "on", "false": "off"}
 _DECIMAL_COMMA = re.compile(r"^(?![+-]?[1-9]\d{0,2},\d{3}$)([+-]?\d+),(\d+(?:[eE][+-]?\d+)?)$")
 """Not "1,000", which may be a thousand."""
+_ONLY_READ = frozenset({"train_data_dir", "reg_data_dir"})
+"""Folders of which nothing but images and captions is opened, so that their names may be any bytes. safetensors opens no file
+whose path is not text in UTF-8."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +76,8 @@ def read(declaration: Declaration, value: object) -> Value:
     converted = _OLD_CHOICES.get((declaration.name, converted), converted)
     if declaration.choices and converted not in declaration.choices and not declaration.open_choice:
         raise _refused(declaration, value, f"it must be one of {', '.join(declaration.choices)}")
-    if isinstance(converted, str) and not declaration.is_path and converted != printable(converted):
-        raise _refused(declaration, value, "it is not text in UTF-8")
+    if isinstance(converted, str) and (why := _not_text(converted, declaration)):
+        raise _refused(declaration, value, why)
     if isinstance(converted, (int, float)) and not isinstance(converted, bool):
         low, high = declaration.minimum, declaration.maximum
         if not math.isfinite(converted) or (low is not None and converted < low) or (
@@ -90,6 +95,20 @@ def _refused(declaration: Declaration, value: object, why: str) -> SettingError:
     shown = f"{value:.0f}" if isinstance(value, float) and value.is_integer() and abs(value) < 1e15 else repr(value)
     shown = shown if len(shown) <= 60 else shown[:57] + "…"
     return SettingError(f"{what} = {shown} is not possible", why=why, remedy=default)
+
+
+def _not_text(text: str, declaration: Declaration) -> str:
+    """Why `text` cannot be written into a file, or name one; "" if it can."""
+    if declaration.name in _ONLY_READ:
+        return ""
+    with contextlib.suppress(UnicodeEncodeError):
+        if text.encode() and (declaration.is_path or declaration.name == "output_name"):
+            os.fsencode(text)
+        return ""
+    with contextlib.suppress(UnicodeError):
+        text.encode("utf-8", "surrogateescape").decode()  # as a locale of UTF-8 has it
+        return f"the system's texts are {sys.getfilesystemencoding()}, as the locale says (set LC_ALL to one of UTF-8)"
+    return "it is not text in UTF-8"
 
 
 def _range_text(declaration: Declaration) -> str:

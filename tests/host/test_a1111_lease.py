@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lib_lora_train.errors import HostError, Interrupted, TrainingError
-from lib_lora_train.events import Event, Warned
+from lib_lora_train.events import Event, Stage, Warned, shielded
 from lib_lora_train.host import placement
 from lib_lora_train.host.port import RenderRequest
 from lib_lora_train.model.family import Hints
@@ -266,6 +266,19 @@ def test_a_list_of_loras_that_cannot_be_refreshed_is_logged_and_fails_no_run(web
     monkeypatch.setattr("lib_lora_train.host.a1111.loras.refresh", failing)
     host.refresh_loras()
     assert "could not be refreshed" in caplog.text and "ZeroDivisionError" in caplog.text and not webui.lock.locked()
+
+
+def test_a_display_that_fails_hides_no_changed_model(webui, host, monkeypatch):
+    def failing(display: object, event: Event) -> None:
+        raise ZeroDivisionError
+    monkeypatch.setattr(webui.lease.ProgressDisplay, "show", failing)
+    report = shielded(host.report)
+    with host.lease():
+        report(Stage("Encoding pictures", 1, 2))  # what only shows ends nothing
+        with torch.no_grad():
+            webui.sd_model.first_stage_model.bias.add_(0)
+        with pytest.raises(HostError, match="changed"):
+            report(Stage("Encoding pictures", 2, 2))
 
 
 @pytest.mark.parametrize("how", ["it fails", "no memory", "interrupted", "stop"])

@@ -1,6 +1,10 @@
 """Settings: read once, exactly, or refused in one sentence."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -169,8 +173,25 @@ def test_what_is_not_toml_is_refused_by_file_name(tmp_path, content):
         read_toml(file)
 
 
-def test_text_that_is_not_utf8_is_refused_and_such_a_path_is_not():
+@pytest.mark.parametrize("name", ["trigger_word", "training_comment", "output_name", "output_dir", "network_weights", "resume"])
+def test_text_that_is_not_utf8_is_refused_by_name_and_a_folder_that_is_only_read_is_not(name):
     """On Linux an argument or a file's name may be any bytes; Python makes lone surrogates of those that are not UTF-8."""
-    with pytest.raises(SettingError, match="trigger_word"):
-        settings.parse({"trigger_word": "caf\udce9"})
+    with pytest.raises(SettingError, match=rf"\({name}\) = .*is not possible: it is not text in UTF-8"):
+        settings.parse({name: "caf\udce9"})
     assert settings.parse({"train_data_dir": "10_caf\udce9"}).dataset.train_data_dir == "10_caf\udce9"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="names are Unicode there")
+def test_a_locale_that_cannot_hold_a_text_is_told_and_not_taken_for_bad_bytes():
+    """LC_ALL=C with Python's own cures switched off: its arguments and names of files are ASCII."""
+    script = ("import sys\nfrom lib_lora_train.errors import UserError\nfrom lib_lora_train.settings import parse\n"
+              "for attempt in (lambda: parse({'trigger_word': sys.argv[1]}), lambda: parse({'output_dir': '/\\xe9'}),\n"
+              "                lambda: parse({'output_name': '\\xe9'})):\n"
+              "    try:\n        attempt()\n    except UserError as error:\n        print(ascii(str(error)))\n"
+              "print(parse({'training_comment': '\\xe9'}).save.training_comment == '\\xe9')")
+    done = subprocess.run([sys.executable, "-c", script, "\u00e9".encode()], cwd=Path(settings.__file__).parents[2], text=True,
+                          capture_output=True, check=True,
+                          env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
+    *refused, comment = done.stdout.splitlines()
+    assert len(refused) == 3 and all("as the locale says" in text and "ascii" in text for text in refused), done.stdout
+    assert comment == "True"

@@ -11,6 +11,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+from lib_lora_train import terminal
 from lib_lora_train.errors import translated
 from lib_lora_train.settings import DECLARATIONS, user_path
 from lib_lora_train.tagging.options import MODES, OPTIONS
@@ -22,8 +23,12 @@ _TAG_SOURCES = ("wd", "infotext", "filename", "template")
 
 
 def _run(module: str, function: str = "run") -> Callable[[argparse.Namespace], int]:
-    """The command in `module`, imported when it is called."""
-    return lambda chosen: getattr(importlib.import_module(f"lib_lora_train.studio.commands.{module}"), function)(chosen)
+    """The command in `module`, imported when it is called. From there on Ctrl+C lets it keep what it has."""
+    def run(chosen: argparse.Namespace) -> int:
+        command = getattr(importlib.import_module(f"lib_lora_train.studio.commands.{module}"), function)
+        terminal.raise_on_interrupt()
+        return command(chosen)
+    return run
 
 
 def add_check(commands: Commands) -> None:
