@@ -165,7 +165,7 @@ def _seconds_left(state: Status) -> float | None:
 def runs(host: Host) -> list[dict[str, Any]]:
     """The host's past runs, newest first: id, name, outcome ("done", "stopped", "failed", "running", or "interrupted" for
     one whose process ended before it did), message, path, steps, total, resume_step (None where it cannot be resumed)."""
-    return [dataclasses.asdict(run) for run in past_runs(host.runs_folder)]
+    return _finite([dataclasses.asdict(run) for run in past_runs(host.runs_folder)])
 
 
 def report(run: str, *, host: Host, program: str) -> bytes:
