@@ -98,7 +98,7 @@ def _doubts(architecture: Architecture) -> list[str]:
                      f"are only noise or grey, set {named('v_parameterization')}, or put its .yaml beside it.")
     if said and names[said] != trained:
         notes.append(f"The checkpoint's file says that it predicts {names[said]}, but it is trained as one that predicts "
-                     f"{trained}, as {named('v_parameterization')}, the WebUI or the .yaml beside it has it; one of them is wrong.")
+                     f"{trained}, as {named('v_parameterization')}, the WebUI or the .yaml beside it has it; one is wrong.")
     if architecture.file_zero_terminal_snr and not architecture.zero_terminal_snr:
         notes.append("The checkpoint's file says zero terminal SNR, but it is trained without, as "
                      f"{named('zero_terminal_snr')} or the WebUI's noise schedule has it; one of them is wrong.")
