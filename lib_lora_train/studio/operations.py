@@ -65,7 +65,9 @@ def _import(studio: Studio, from_where: Sequence[Path | Upload], *, uploads: lis
             try:
                 collected = collect(session.dataset, from_where, may_read=may_read, on_progress=task.progress,
                                     should_stop=task.should_stop)
-                notes = collected.notes
+                notes = (*collected.notes, *([collected.captions] if collected.unmatched else []))
+                with studio.using():
+                    session.store.reread(collected.captioned)
                 for name, why in collected.skipped:
                     task.problem(name, why)
             except Interrupted:

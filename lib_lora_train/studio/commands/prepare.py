@@ -138,7 +138,8 @@ def _report(chosen: argparse.Namespace, dataset: OwnedDataset, found: Collected,
         # A dry run's dataset lay elsewhere.
         print(json.dumps({"folder": str(chosen.to if chosen.dry_run else dataset.folder), "concept": dataset.concept,
                           "repeats": dataset.repeats, "written": not chosen.dry_run, "pictures": rows,
-                          "skipped": [{"name": name, "why": why} for name, why in skipped], "notes": notes},
+                          "skipped": [{"name": name, "why": why} for name, why in skipped], "notes": notes,
+                          "captions": found.captions},
                          ensure_ascii=False, indent=1))
         return SOME_LEFT_OUT if skipped else 0
     for row in rows:
@@ -152,4 +153,5 @@ def _report(chosen: argparse.Namespace, dataset: OwnedDataset, found: Collected,
     count = counted(len(rows), "picture")
     print(f"{count} would be added. Nothing was written." if chosen.dry_run else
           f"{count} added to {dataset.images_folder}. Train with --data \"{dataset.folder}\".")
+    print(found.captions)
     return SOME_LEFT_OUT if skipped else 0
