@@ -16,11 +16,11 @@ import contextlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lib_lora_train.dataset.captions import first_line_and_rest, normal_form, split_tags
-from lib_lora_train.dataset.listing import MayRead, by_name, file_key, list_folder
+from lib_lora_train.dataset.listing import MayRead, file_key, list_folder
 from lib_lora_train.dataset.text_files import CAPTION_SUFFIXES, read_text
 from lib_lora_train.errors import DatasetError, counted, some_of
 
@@ -43,7 +43,7 @@ class CaptionFile:
     line: str  # in its normal form; "" where there is none, or the file cannot be read
     several_lines: bool = False
     encoding: str = ""  # where it is not UTF-8
-    passed_over: tuple[Path, ...] = ()  # files that hold a caption of the image too
+    passed_over: tuple[Path, ...] = ()  # files that hold another caption of the image
     error: DatasetError | None = None
 
 
@@ -51,43 +51,101 @@ class CaptionFile:
 class FolderCaptions:
     """The captions of one folder's images. Made by `find_captions`."""
 
-    files: Mapping[str, Sequence[Path]]  # by the image's name; the first with a caption counts
+    files: Mapping[str, Sequence[Path]]  # by the image's name
     listed: Mapping[str, CaptionFile]  # by the image's name: what metadata says
-    unmatched: tuple[Path, ...]  # text files that fit no image
+    unmatched: tuple[str, ...]  # text files that fit no image
 
     def of(self, image: Path) -> CaptionFile | None:
         """The caption of one image; None where it has none. Nothing is raised for a file that is no text."""
-        own = [read_caption_file(file) for file in self.files.get(image.name, ())]
-        return that_counts([*own, *([self.listed[image.name]] if image.name in self.listed else [])])
+        listed = [self.listed[image.name]] if image.name in self.listed else []
+        return that_counts([*map(read_caption_file, self.files.get(image.name, ())), *listed])
 
 
-@dataclass
 class CaptionNotes:
-    """Gathers what is odd about captions, so that it is said once a kind; for a check and for a training."""
+    """Gathers what is odd about captions, so that it is said once a kind; for a check, a training and an import."""
 
-    captioned: int = 0
-    _names: dict[str, list[str]] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.captioned = 0
+        self._names: dict[str, list[str]] = {}
 
     def add(self, found: CaptionFile | None) -> None:
         """The caption of one more image."""
         if found is None or not found.line:
             return
         self.captioned += 1
-        name, not_text = found.file.name, [what for what, looks in _NOT_TEXT.items() if looks.search(found.line)]
+        not_text = " and ".join(what for what, looks in _NOT_TEXT.items() if looks.search(found.line))
         for text, applies in (
-            ("more than one line in the caption file ({}), of which only the first is used: join the lines", found.several_lines),
-            ("more than one caption file, of which one is used ({}): remove the others", found.passed_over),
+            ("several lines in the caption file ({}), of which only the first is used: join the lines", found.several_lines),
+            ("several caption files, of which one is used ({}): remove the others", found.passed_over),
             (f"a caption in {found.encoding} and not UTF-8 ({{}}): see that it is read correctly; the studio saves it as UTF-8",
              found.encoding),
-            (f"{' and '.join(not_text)} in the caption ({{}}), which is plain text to a training", not_text),
+            (f"{not_text.replace('{', '{{').replace('}', '}}')} in the caption ({{}}), which is plain text to a training", not_text),
         ):
             if applies:
-                self._names.setdefault(text, []).append(name)
+                self._names.setdefault(text, []).append(found.file.name)
 
     def sentences(self) -> list[str]:
         """What was found, one sentence a kind."""
-        return [f"{counted(len(names), 'picture')} {'has' if len(names) == 1 else 'have'} {text.format(some_of(list(dict.fromkeys(names))))}."
-                for text, names in self._names.items()]
+        return [f"{counted(len(names), 'picture')} {'has' if len(names) == 1 else 'have'} "
+                f"{text.format(some_of(list(dict.fromkeys(names))))}." for text, names in self._names.items()]
+
+
+def count_of_captions(images: int, captioned: int, unmatched: Sequence[str]) -> str:
+    """The closing sentence: "3 pictures, 1 with a caption; 2 text files fit no picture (b.txt, c.txt)."."""
+    rest = (f"; {counted(len(unmatched), 'text file')} {'fits' if len(unmatched) == 1 else 'fit'} no picture "
+            f"({some_of(unmatched, 3)})") if unmatched else ""
+    return f"{counted(images, 'picture')}, {captioned:,} with {'a caption' if captioned == 1 else 'captions'}{rest}."
+
+
+def find_captions(images: Sequence[Path], files: Iterable[Path], *, above: Iterable[Path] = ()) -> FolderCaptions:
+    """The captions of `images`, which lie in one folder, among its `files` and the metadata in `above`, files of the folder
+    above it."""
+    texts = {file.name: file for file in files}
+    names = [image.name for image in images]
+    own, unmatched = match_names(names, texts)
+    listed: dict[str, CaptionFile] = {}
+    for file in above:
+        if images and file.suffix.lower() in JSON_SUFFIXES:
+            listed |= metadata_of(file, names, folder=images[0].parent.name)
+    for name in unmatched:
+        if texts[name].suffix.lower() in JSON_SUFFIXES:
+            listed |= metadata_of(texts[name], names)
+    return FolderCaptions({name: [texts[text] for text in found] for name, found in own.items()}, listed, tuple(
+        name for name in unmatched if texts[name].suffix.lower() in CAPTION_SUFFIXES))
+
+
+def captions_elsewhere(folder: Path, images: Sequence[Path], *, may_read: MayRead | None) -> Iterator[str]:
+    """A sentence for each place near `folder` with text files of its images' names: the folder above, a folder for captions."""
+    near = [place / name for place in (folder, folder.parent) for name in CAPTION_FOLDERS]
+    for place in (folder.parent, *near):
+        with contextlib.suppress(DatasetError):  # it is not there, or not for us
+            if place != folder and (may_read is None or may_read(place)):
+                texts = [file.name for file in list_folder(place, may_read=may_read).files]
+                fitting, _ = match_names([image.name for image in images], texts)
+                if any(text.lower().endswith(CAPTION_SUFFIXES) for found in fitting.values() for text in found):
+                    yield (f"{counted(len(fitting), 'picture')} of {folder.name} {'has' if len(fitting) == 1 else 'have'} a "
+                           f"caption in {place}, which is not read there: move the text files beside the pictures.")
+
+
+def match_names(images: Iterable[str], files: Iterable[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """({image's name: names of its text files, the first counts}, text files of no image by name), of one folder."""
+    exact: dict[str, list[str]] = {}
+    alike: dict[str, list[str]] = {}
+    for image in images:
+        for key in {image, Path(image).stem}:
+            exact.setdefault(key, []).append(image)
+            alike.setdefault(file_key(key), []).append(image)
+    found: dict[str, list[tuple[tuple[bool, int, bool, str], str]]] = {}
+    unmatched = []
+    for text in files:
+        stem, suffix = Path(text).stem, Path(text).suffix.lower()
+        if suffix in TEXT_SUFFIXES:
+            fitting = exact.get(stem) or alike.get(file_key(stem), ())
+            for image in fitting:
+                order = (stem not in exact, TEXT_SUFFIXES.index(suffix), stem == image, text)
+                found.setdefault(image, []).append((order, text))
+            unmatched += [] if fitting else [text]
+    return {image: [text for _, text in sorted(of)] for image, of in found.items()}, sorted(unmatched)
 
 
 def that_counts(found: Sequence[CaptionFile]) -> CaptionFile | None:
@@ -98,112 +156,54 @@ def that_counts(found: Sequence[CaptionFile]) -> CaptionFile | None:
     return replace(held[0], passed_over=tuple(file.file for file in held[1:] if file.line != held[0].line))
 
 
-def count_of_captions(images: int, captioned: int, unmatched: Sequence[str]) -> str:
-    """The closing sentence: "3 pictures, 1 with a caption; 2 text files fit no picture (b.txt, c.txt)."."""
-    rest = f"; {counted(len(unmatched), 'text file')} {'fits' if len(unmatched) == 1 else 'fit'} no picture " \
-           f"({some_of(unmatched, 3)})" if unmatched else ""
-    return f"{counted(images, 'picture')}, {captioned:,} with {'a caption' if captioned == 1 else 'captions'}{rest}."
-
-
-def find_captions(images: Sequence[Path], files: Iterable[Path], *, above: Iterable[Path] = ()) -> FolderCaptions:
-    """The captions of `images`, which lie in one folder, among its `files` and the metadata in `above`, files of the folder
-    above it."""
-    texts = {file.name: file for file in files if file.suffix.lower() in TEXT_SUFFIXES}
-    names = [image.name for image in images]
-    own = match_names(names, texts)
-    taken = {text for found in own.values() for text in found}
-    listed: dict[str, CaptionFile] = {}
-    unmatched = [file for name, file in texts.items() if name not in taken and file.suffix.lower() in CAPTION_SUFFIXES]
-    metadata = [file for name, file in texts.items() if name not in taken and file.suffix.lower() in JSON_SUFFIXES]
-    for file in (*sorted(above, key=by_name), *sorted(metadata, key=by_name)):
-        if file.suffix.lower() in JSON_SUFFIXES:
-            folder = images[0].parent.name if images and file.parent != images[0].parent else ""
-            listed |= metadata_of(file, names, folder=folder)
-    return FolderCaptions({name: [texts[text] for text in found] for name, found in own.items()}, listed, tuple(unmatched))
-
-
-def captions_elsewhere(folder: Path, images: Sequence[Path], *, may_read: MayRead | None) -> Iterator[str]:
-    """A sentence for each place near `folder` with text files of its images' names: the folder above, a folder for captions."""
-    near = [place / name for place in (folder, folder.parent) for name in CAPTION_FOLDERS]
-    for place in (folder.parent, *near):
-        with contextlib.suppress(DatasetError):  # it is not there, or not for us
-            if place != folder and (may_read is None or may_read(place)):
-                texts = [file.name for file in list_folder(place, may_read=may_read).files
-                         if file.suffix.lower() in CAPTION_SUFFIXES]
-                if fitting := match_names([image.name for image in images], texts):
-                    yield (f"{counted(len(fitting), 'picture')} of {folder.name} {'has' if len(fitting) == 1 else 'have'} a "
-                           f"caption in {place}, which is not read there: move the text files beside the pictures.")
-
-
-def match_names(images: Iterable[str], texts: Iterable[str]) -> dict[str, list[str]]:
-    """{image's name: names of its text files, the first counts}, of one folder."""
-    exact: dict[str, list[str]] = {}
-    alike: dict[str, list[str]] = {}
-    for image in images:
-        for key in {image, Path(image).stem}:
-            exact.setdefault(key, []).append(image)
-            alike.setdefault(file_key(key), []).append(image)
-    found: dict[str, list[tuple[tuple[bool, int, bool, str], str]]] = {}
-    for text in texts:
-        stem, suffix = Path(text).stem, Path(text).suffix.lower()
-        for image in exact.get(stem) or alike.get(file_key(stem), ()):
-            order = (stem not in exact, TEXT_SUFFIXES.index(suffix), stem == image, text)
-            found.setdefault(image, []).append((order, text))
-    return {image: [text for _, text in sorted(of)] for image, of in found.items()}
-
-
 def read_caption_file(file: Path) -> CaptionFile:
     """What a text or JSON file of one image says."""
     try:
         if file.suffix.lower() in JSON_SUFFIXES:
-            return _in_json(file, next((caption for key, caption in _rows(file) if not key), ""))
-        text, encoding = read_text(file)
+            return _caption_file(file, next((caption for key, caption in _rows(file) if not key), ""))
+        return _caption_file(file, *read_text(file))
     except DatasetError as error:
         return CaptionFile(file, "", error=error)
-    line, rest = first_line_and_rest(normal_form(text))
-    return CaptionFile(file, line, several_lines=bool(first_line_and_rest(rest)[0]), encoding="" if text.isascii() else encoding)
 
 
 def metadata_of(file: Path, images: Sequence[str], *, folder: str = "") -> dict[str, CaptionFile]:
     """What a file of metadata says of the images of one folder, by name. Of entries that name their folder, those of `folder`
     count, which lies beside the file; with "" all do. A file that cannot be read says nothing."""
-    try:
-        captions = {parts[-1] + ".json": caption for key, caption in _rows(file) if (parts := re.split(r"[/\\]", key))[-1]
-                    and (not folder or len(parts) == 1 or file_key(parts[-2]) == file_key(folder))}
-    except DatasetError:
-        return {}
-    return {image: _in_json(file, captions[names[0]]) for image, names in match_names(images, captions).items()
-            if captions[names[0]]}
+    captions = {}
+    with contextlib.suppress(DatasetError):
+        for key, caption in _rows(file):
+            *folders, name = re.split(r"[/\\]", key)
+            if caption and name and not (folder and folders and file_key(folders[-1]) != file_key(folder)):
+                captions[f"{name}.json"] = caption
+    return {image: _caption_file(file, captions[names[0]]) for image, names in match_names(images, captions)[0].items()}
 
 
-def _in_json(file: Path, caption: str) -> CaptionFile:
-    line, rest = first_line_and_rest(normal_form(caption))
-    return CaptionFile(file, line, several_lines=bool(first_line_and_rest(rest)[0]))
+def _caption_file(file: Path, text: str, encoding: str = "") -> CaptionFile:
+    line, rest = first_line_and_rest(normal_form(text))
+    return CaptionFile(file, line, bool(first_line_and_rest(rest)[0]), "" if text.isascii() else encoding)
 
 
-def _rows(file: Path) -> Iterator[tuple[str, str]]:
+def _rows(file: Path) -> list[tuple[str, str]]:
     """(what an entry calls its image, its caption); the entry of a file about one image is called "". Raises DatasetError."""
     text = read_text(file, most_bytes=_MOST_JSON_BYTES).text
+    is_lines = file.suffix.lower() == ".jsonl"
     try:
-        data = [json.loads(line) for line in text.split("\n") if line.strip()] if file.suffix.lower() == ".jsonl" \
-            else json.loads(text)
+        data = [json.loads(line) for line in text.split("\n") if line.strip()] if is_lines else json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DatasetError(f"The file {file} is not JSON", why=str(error), remedy="write it once more") from error
-    if isinstance(data, dict) and (caption := _caption_of(data)):
-        yield "", caption
-    elif isinstance(data, dict):
-        yield from ((str(key), _caption_of(entry)) for key, entry in data.items())
-    elif isinstance(data, list):
-        yield from ((str(name), _caption_of(entry)) for entry in data if isinstance(entry, dict)
-                    and (name := next((entry[key] for key in _NAME_KEYS if entry.get(key)), "")))
+    if isinstance(data, dict):
+        caption = _caption_of(data)
+        return [("", caption)] if caption else [(key, _caption_of(entry)) for key, entry in data.items()]
+    rows = [entry for entry in data if isinstance(entry, dict)] if isinstance(data, list) else []
+    return [(str(next((row[key] for key in _NAME_KEYS if row.get(key)), "")), _caption_of(row)) for row in rows]
 
 
 def _caption_of(entry: object) -> str:
     """The caption and, behind it, the tags of one entry, as kohya's fine-tuning joins them; "" where there is neither."""
     if not isinstance(entry, dict):
         return entry if isinstance(entry, str) else ""
-    found = [next((entry[key] for key in keys if entry.get(key)), "") for keys in (_CAPTION_KEYS, _TAG_KEYS)]
-    caption = found[0] if isinstance(found[0], str) else ""
-    tags = found[1].split() if isinstance(found[1], str) and "_" in found[1] and "," not in found[1] else found[1]
-    tags = ", ".join(tag for tag in tags if isinstance(tag, str)) if isinstance(tags, list) else str(tags or "")
-    return f"{caption}, {tags}" if split_tags(caption) and split_tags(tags) else caption or tags
+    caption, tags = (next((entry[key] for key in keys if entry.get(key)), "") for keys in (_CAPTION_KEYS, _TAG_KEYS))
+    if isinstance(tags, str):  # booru's tags have spaces between them, and none in them
+        tags = tags.split() if "_" in tags and "," not in tags else [tags]
+    tags = ", ".join(map(str, tags)) if isinstance(tags, list) else ""
+    return ", ".join(text for text in (caption, tags) if isinstance(text, str) and split_tags(text))

@@ -7,10 +7,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Protocol
-
-from lib_lora_train.dataset.text_files import read_text
 
 # The commas of Chinese and Japanese; what is not seen: zero-width space, marks of direction, word joiner, byte order mark.
 _READ_ALIKE = str.maketrans("\uff0c\u3001\uff64", ",,,", "\u200b\u200e\u200f\u2060\ufeff")
@@ -24,11 +21,6 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> Sequence[int]:
         """The tokens of `text`."""
         ...
-
-
-def read_caption(path: Path) -> str:
-    """The text of a caption file in its normal form, stripped. Raises DatasetError as `read_text`."""
-    return normal_form(read_text(path).text).strip()
 
 
 def normal_form(text: str) -> str:

@@ -119,7 +119,7 @@ def scan(
                   on_progress=on_progress, should_stop=should_stop)
     reader = _Reader(problems, watch=watch)
     examples = reader.read(subsets, trigger_word=trigger_word)
-    captioned, unmatched = reader.notes.captioned, [file.name for subset in subsets for file in subset.captions.unmatched]
+    captioned, unmatched = reader.notes.captioned, [name for subset in subsets for name in subset.captions.unmatched]
     regularisation = [replace(e, is_regularisation=True) for e in reader.read(reg_subsets, trigger_word="")]
     reader.finish()
     if captioned < len(examples) or unmatched:

@@ -180,7 +180,7 @@ def test_what_is_odd_about_a_captions_file_is_told_with_its_image(desk: Desk):
     desk.filled()
     place, = dataset_folder(desk).glob("*_zzk girl")
     desk.post("close")
-    (place / "red.txt").write_bytes("Wörtchen".encode("latin-1"))
+    (place / "red.txt").write_bytes(b"caf\x81 \xff")
     (place / "green.txt").write_text("green\nfield", encoding="utf-8")
     (place / "blue.caption").write_text("sky", encoding="utf-8")
     desk.post("open", {"name": "zzk"})

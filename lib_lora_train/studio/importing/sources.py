@@ -191,10 +191,8 @@ def _source(name: str, files: Sequence[Found], *, archive: Path | None = None) -
     lists: dict[tuple[str, ...], list[Location]] = {}
     unmatched = []
     for folder, by_name in folders.items():
-        texts = [text for text, file in by_name.items() if file.is_caption]
-        found = match_names([image for image, file in by_name.items() if file.is_image], texts)
+        found, alone = match_names([name for name, file in by_name.items() if file.is_image], by_name)
         own |= {(folder, image): tuple(by_name[text].location for text in of) for image, of in found.items()}
-        alone = sorted(set(texts) - {text for of in found.values() for text in of})
         lists[folder] = [by_name[text].location for text in alone if text.lower().endswith(JSON_SUFFIXES)]
         unmatched += [by_name[text].label for text in alone if text.lower().endswith(CAPTION_SUFFIXES)]
     images = tuple(dataclasses.replace(image, captions=own.get((image.folder, image.name), ())) for image in _images(files))
