@@ -180,7 +180,7 @@ def metadata_of(file: Path, images: Sequence[str], *, folder: str = "") -> dict[
 
 def _caption_file(file: Path, text: str, encoding: str = "") -> CaptionFile:
     line, rest = first_line_and_rest(normal_form(text))
-    return CaptionFile(file, line, bool(first_line_and_rest(rest)[0]), "" if text.isascii() else encoding)
+    return CaptionFile(file, line, bool(first_line_and_rest(rest)[0]), encoding)
 
 
 def _rows(file: Path) -> list[tuple[str, str]]:

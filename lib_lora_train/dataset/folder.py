@@ -13,14 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from lib_lora_train.dataset import caption_files
 from lib_lora_train.dataset.buckets import Buckets, Placement, Size
-from lib_lora_train.dataset.caption_files import (
-    CaptionNotes,
-    FolderCaptions,
-    captions_elsewhere,
-    count_of_captions,
-    find_captions,
-)
 from lib_lora_train.dataset.captions import normal_form, split_tags, with_trigger_word
 from lib_lora_train.dataset.images import check_image, is_image_name
 from lib_lora_train.dataset.listing import MOST_REPEATS, MayRead, is_subset_name, list_folder, repeats_and_name
@@ -123,7 +117,7 @@ def scan(
     regularisation = [replace(e, is_regularisation=True) for e in reader.read(reg_subsets, trigger_word="")]
     reader.finish()
     if captioned < len(examples) or unmatched:
-        problems.append(Problem(count_of_captions(len(examples), captioned, unmatched)))
+        problems.append(Problem(caption_files.count_of_captions(len(examples), captioned, unmatched)))
     if not examples:
         raise _nothing_left(Path(folder), problems)
     if reg_subsets and not regularisation:
@@ -170,7 +164,7 @@ class Subset:
     repeats: int
     caption: str  # for images without a caption file
     images: tuple[Path, ...]
-    captions: FolderCaptions
+    captions: caption_files.FolderCaptions
 
 
 class _Reader:
@@ -180,7 +174,7 @@ class _Reader:
         self.problems, self.watch = problems, watch
         self.not_text: list[tuple[str, DatasetError]] = []
         self.empty: list[str] = []
-        self.notes = CaptionNotes()
+        self.notes = caption_files.CaptionNotes()
 
     def read(self, subsets: Sequence[Subset], *, trigger_word: str) -> list[Example]:
         examples = []
@@ -290,9 +284,9 @@ def _subset(folder: Path, problems: list[Problem], may_read: MayRead | None, abo
 def _with_captions(folder: Path, images: Sequence[Path], files: Sequence[Path], *, problems: list[Problem],
                    may_read: MayRead | None, above: Sequence[Path] = ()) -> Subset:
     """A folder's images with their captions among its `files` and `above`; captions that are not read become `problems`."""
-    captions = find_captions(images, files, above=above)
+    captions = caption_files.find_captions(images, files, above=above)
     if not captions.files and not captions.listed:
-        problems += map(Problem, captions_elsewhere(folder, images, may_read=may_read))
+        problems += map(Problem, caption_files.captions_elsewhere(folder, images, may_read=may_read))
     return Subset(folder, 1, "", tuple(images), captions)
 
 

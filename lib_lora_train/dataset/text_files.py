@@ -74,14 +74,14 @@ def decode(data: bytes) -> Text | None:
 
 
 def _told_encoding(data: bytes) -> str:
-    """The encoding that marks or zero bytes tell. Chinese and Japanese in UTF-16 can be ASCII as well: then there are no words in
+    """The encoding that marks or zero bytes tell. Chinese and Japanese in UTF-16 can be UTF-8 as well: then there are no words in
     it, but frequent letters one and all."""
     if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         return "utf-16"
-    no_words = data.isascii() and len(data) > 3 and not re.search(rb"[ ,]|[A-Za-z]{3}", data)
+    no_words = len(data) > 3 and not re.search(rb"[ ,]|[A-Za-z]{3}", data)
     for encoding, high_bytes in (("utf-16-le", data[1::2]), ("utf-16-be", data[::2])):
-        if 2 * high_bytes.count(0) > len(high_bytes) or no_words and _letters()["UTF-16"].issuperset(
-                data.decode(encoding, "replace")):
+        letters = _SIGNS.sub("", data.decode(encoding, "replace")) if no_words else ""
+        if 2 * high_bytes.count(0) > len(high_bytes) or letters and _letters()["UTF-16"].issuperset(letters):
             return encoding
     return "iso2022_jp" if b"\x1b$" in data else "utf-8-sig"
 

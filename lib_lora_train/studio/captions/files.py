@@ -86,7 +86,7 @@ def read_on_disk(path: Path, *, may_read: MayRead | None = None) -> OnDisk:
         return OnDisk(None, printable(f"The file {path.name} is too large for a caption ({facts.st_size >> 20} MiB)."), stamp)
     try:
         text, encoding = read_text(path)
-        return OnDisk(normal_form(text).strip(), encoding="" if text.isascii() else encoding)
+        return OnDisk(normal_form(text).strip(), encoding=encoding)
     except DatasetError as error:
         return OnDisk(None, str(error), stamp)
 

@@ -15,15 +15,8 @@ from typing import Literal
 
 from PIL import Image
 
-from lib_lora_train.dataset.caption_files import (
-    TEXT_SUFFIXES,
-    CaptionFile,
-    CaptionNotes,
-    count_of_captions,
-    metadata_of,
-    read_caption_file,
-    that_counts,
-)
+from lib_lora_train.dataset import caption_files
+from lib_lora_train.dataset.caption_files import TEXT_SUFFIXES, CaptionFile, that_counts
 from lib_lora_train.dataset.images import MAX_BYTES, DecodedImage, decode_image, encode_image
 from lib_lora_train.dataset.listing import MayRead
 from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
@@ -57,7 +50,7 @@ class Collected:
     @property
     def captions(self) -> str:
         """The closing sentence."""
-        return count_of_captions(len(self.added), len({*self.added} & {*self.captioned}), self.unmatched)
+        return caption_files.count_of_captions(len(self.added), len({*self.added} & {*self.captioned}), self.unmatched)
 
 
 def collect(
@@ -117,7 +110,7 @@ class _Collector:
         self.added: list[Path] = []
         self.sizes: list[tuple[int, int]] = []
         self.captioned: list[Path] = []
-        self._captions = CaptionNotes()
+        self._captions = caption_files.CaptionNotes()
         self._listed: dict[tuple[tuple[str, ...], str], CaptionFile] = {}
         self._known: dict[str, str] = {}  # sha256 of a file as it was imported -> the image's name
         self._names = FreeNames(())
@@ -173,7 +166,7 @@ class _Collector:
         if not (caption := self._caption(found, archive)):
             return ""
         beside = [there.with_suffix(suffix) for suffix in CAPTION_SUFFIXES]
-        own = that_counts([read_caption_file(file) for file in beside if file.is_file()])
+        own = that_counts([caption_files.read_caption_file(file) for file in beside if file.is_file()])
         if there in self.captioned or own and (own.line or own.error):
             return "" if own and own.line == caption else ", which keeps its own caption"
         if not self.dry_run:
@@ -188,14 +181,14 @@ class _Collector:
             images = [image.name for image in source.images if image.folder == folder]
             with contextlib.suppress(DatasetError, FileNotFoundError), _on_disk(location, archive) as path:
                 self._listed |= {(folder, image): replace(caption, file=Path(location.name))
-                                 for image, caption in metadata_of(path, images, folder=name).items()}
+                                 for image, caption in caption_files.metadata_of(path, images, folder=name).items()}
 
     def _caption(self, found: Found, archive: Archive | None) -> str:
         files = []
         for location in found.captions:
             try:
                 with _on_disk(location, archive) as path:
-                    files.append(replace(read_caption_file(path), file=Path(location.name)))
+                    files.append(replace(caption_files.read_caption_file(path), file=Path(location.name)))
             except (DatasetError, FileNotFoundError) as error:
                 gone = DatasetError("It is gone") if isinstance(error, FileNotFoundError) else error
                 files.append(CaptionFile(Path(location.name), "", error=gone))
