@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from lib_lora_train.dataset.caption_files import find_captions
 from lib_lora_train.dataset.captions import first_line_and_rest, normal_form
-from lib_lora_train.dataset.images import is_image_name
 from lib_lora_train.dataset.listing import MayRead, is_subset_name, list_folder
+from lib_lora_train.dataset.masks import Companions
 from lib_lora_train.dataset.text_files import CAPTION_SUFFIXES, MOST_BYTES, read_text
 from lib_lora_train.errors import DatasetError, printable
 
@@ -97,7 +97,7 @@ def one_line(text: str) -> str:
 
 
 def _paired(files: Sequence[Path], *, above: Sequence[Path] = ()) -> list[Found]:
-    images = [file for file in files if is_image_name(file)]
+    images = Companions().images(files)
     captions = find_captions(images, files, above=above)
     result = []
     for image in images:
