@@ -7,6 +7,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import Protocol
 
 # The commas of Chinese and Japanese; what is not seen: zero-width space, marks of direction, word joiner, byte order mark.
@@ -53,6 +54,7 @@ def folded(text: str) -> str:
     return normal_form(text).replace(r"\(", "(").replace(r"\)", ")").casefold()
 
 
+@lru_cache(maxsize=1 << 16)
 def tag_key(tag: str) -> str:
     """What two spellings of a tag share: `folded`, and spaces count once."""
     return " ".join(folded(tag).split())

@@ -116,7 +116,7 @@ def scan(
     captioned, unmatched = reader.notes.captioned, [name for subset in subsets for name in subset.captions.unmatched]
     regularisation = [replace(e, is_regularisation=True) for e in reader.read(reg_subsets, trigger_word="")]
     reader.finish()
-    if captioned < len(examples) or unmatched:
+    if captioned < len(examples):
         problems.append(Problem(caption_files.count_of_captions(len(examples), captioned, unmatched)))
     if not examples:
         raise _nothing_left(Path(folder), problems)
@@ -223,7 +223,7 @@ class _Reader:
             raise self.not_text[0][1]
         if self.not_text:
             raise DatasetError(
-                f"{len(self.not_text)} caption files cannot be read as UTF-8 text",
+                f"{len(self.not_text)} caption files cannot be read",
                 why=some_of([name for name, _ in self.not_text]), remedy="save them again with the encoding UTF-8")
         if self.empty:
             self.problems.append(Problem(

@@ -51,8 +51,8 @@ class Collected:
 
     @property
     def captions(self) -> str:
-        """The closing sentence."""
-        return caption_files.count_of_captions(len(self.added), len({*self.added} & {*self.captioned}), self.unmatched)
+        """The closing sentence, about the images that are new or got a caption."""
+        return caption_files.count_of_captions(len({*self.added, *self.captioned}), len(self.captioned), self.unmatched)
 
     def one_repeats(self) -> int | None:
         """How often an epoch shows each image by the number in front of its folder; None where that is not one number."""
