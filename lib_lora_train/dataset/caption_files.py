@@ -74,12 +74,13 @@ class CaptionNotes:
             return
         self.captioned += 1
         not_text = " and ".join(what for what, looks in _NOT_TEXT.items() if looks.search(found.line))
+        not_text = not_text.replace("{", "{{").replace("}", "}}")
         for text, applies in (
             ("several lines in the caption file ({}), of which only the first is used: join the lines", found.several_lines),
             ("several caption files, of which one is used ({}): remove the others", found.passed_over),
             (f"a caption in {found.encoding} and not UTF-8 ({{}}): see that it is read correctly; the studio saves it as UTF-8",
              found.encoding),
-            (f"{not_text.replace('{', '{{').replace('}', '}}')} in the caption ({{}}), which is plain text to a training", not_text),
+            (f"{not_text} in the caption ({{}}), which is plain text to a training", not_text),
         ):
             if applies:
                 self._names.setdefault(text, []).append(found.file.name)

@@ -28,7 +28,8 @@ _SCRIPTS = {"gb18030": ("GBK", 0xB0, 0xD7), "cp950": ("Big5", 0xA4, 0xC6), "cp93
 # What a word with letters beyond ASCII looks like: not three accents in a row, and not accents only.
 _FOREIGN = "À-ÏÑ-ÖØ-Üß-ïñ-öø-üÿŒœŠšŽž"
 _ALPHABETS = {
-    "cp1252": ("Windows-1252", re.compile(f"[ÀÁÂÄÅÉÊÓÔÖØàáâäåèéêóôöø]|(?=.*[A-Za-z])(?!.*[{_FOREIGN}]{{3}})[A-Za-z{_FOREIGN}]+")),
+    "cp1252": ("Windows-1252", re.compile(
+        f"[ÀÁÂÄÅÉÊÓÔÖØàáâäåèéêóôöø]|(?=.*[A-Za-z])(?!.*[{_FOREIGN}]{{3}})[A-Za-z{_FOREIGN}]+")),
     "cp1251": ("Windows-1251", re.compile("[А-яЁё]+"))}
 _PUNCTUATION = re.compile(  # of alphabets, where it stands as in a sentence
     r"(?<!\w)[“‘«„¡¿©](?=[\w\s])|(?<=[\w\s.,!?…])[”’»…°²½®™](?!\w)|(?<=\w)[’–—·](?=\w)|(?<= )[–—•·](?= )|\xa0")
@@ -74,8 +75,8 @@ def decode(data: bytes) -> Text | None:
 
 
 def _told_encoding(data: bytes) -> str:
-    """The encoding that marks or zero bytes tell. Chinese and Japanese in UTF-16 can be UTF-8 as well: then there are no words in
-    it, but frequent letters one and all."""
+    """The encoding that marks or zero bytes tell. Chinese and Japanese in UTF-16 can be UTF-8 as well: then there are no words
+    in it, but frequent letters one and all."""
     if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         return "utf-16"
     no_words = len(data) > 3 and not re.search(rb"[ ,]|[A-Za-z]{3}", data)

@@ -56,7 +56,8 @@ def test_the_first_file_with_a_caption_counts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("entry", "caption"), [
     ({"caption": "a cat", "tags": "hat, coat"}, "a cat, hat, coat"), ({"tags": ["zzk", "hat"]}, "zzk, hat"),
-    ({"text": "a cat"}, "a cat"), ({"prompt": "a cat", "seed": 1}, "a cat"), ({"tag_string": "1girl red_hat"}, "1girl, red_hat"),
+    ({"text": "a cat"}, "a cat"), ({"prompt": "a cat", "seed": 1}, "a cat"),
+    ({"tag_string": "1girl red_hat"}, "1girl, red_hat"),
     ({"caption": "", "tags": ["hat"]}, "hat"), ({"width": 5}, None), ([1, 2], None)])
 def test_a_json_file_of_the_images_name_holds_its_caption(tmp_path: Path, entry: object, caption: str | None) -> None:
     assert lines(found(tmp_path, ["a.png"], {"a.json": entry}), tmp_path, ["a.png"]) == [caption]
@@ -73,7 +74,8 @@ def test_metadata_of_several_images_is_read(tmp_path: Path, name: str, content: 
 
 
 def test_a_text_file_comes_before_metadata_and_damaged_json_is_named_only_where_it_is_an_images(tmp_path: Path) -> None:
-    captions = found(tmp_path, ["a.png", "b.png"], {"a.txt": "own", "m.json": {"a": {"caption": "listed"}}, "b.json": "{", "x.json": "{"})
+    captions = found(tmp_path, ["a.png", "b.png"], {"a.txt": "own", "m.json": {"a": {"caption": "listed"}}, "b.json": "{",
+                                                    "x.json": "{"})
     assert captions.of(tmp_path / "a.png").line == "own"
     assert "b.json is not JSON" in str(captions.of(tmp_path / "b.png").error)
 
@@ -93,4 +95,5 @@ def test_what_is_odd_is_said_once_a_kind(tmp_path: Path) -> None:
 def test_the_closing_sentence_counts_in_correct_english() -> None:
     assert count_of_captions(1, 1, []) == "1 picture, 1 with a caption."
     assert count_of_captions(3, 0, ["x.txt"]) == "3 pictures, 0 with captions; 1 text file fits no picture (x.txt)."
-    assert count_of_captions(2, 2, list("wxyz")) == "2 pictures, 2 with captions; 4 text files fit no picture (w, x, y and 1 more)."
+    assert count_of_captions(2, 2, list("wxyz")) == (
+        "2 pictures, 2 with captions; 4 text files fit no picture (w, x, y and 1 more).")

@@ -9,13 +9,13 @@ import pytest
 from lib_lora_train.dataset.text_files import Text, decode, read_text
 from lib_lora_train.errors import DatasetError
 
-CHINESE = ("zzk, 红色帽子", "1girl, 长发, 蓝眼睛", "一个女孩站在海边，穿着白色连衣裙", "白色背景", "杰作，最佳画质，高清", "水墨画", "樱花树下的少女",
-           "特写，侧脸，逆光", "头发凌乱", "戒指，手链", "秋天的银杏树", "一辆红色跑车停在路边")
-JAPANESE = ("zzk, 赤い帽子", "1girl, 長い髪, 青い目", "女の子が海辺に立っている、白いワンピース", "白背景", "着物、扇子", "ロボット", "桜の木の下の少女",
-            "濡れた髪", "抱き枕", "赤い車が道端に止まっている", "初音ミク", "銀髪赤眼")
-WESTERN = ("zzk, café", "une fille aux cheveux dorés, château à l’aube", "Mädchen, grüne Augen, weißes Kleid", "niña, montaña, árbol",
-           "menina de olhos azuis, maçã", "Ølhus, blå himmel", "a woman’s hat, “quoted” – old", "30° angle", "très détaillé", "ÉTÉ", "île",
-           "zzk’s hat")
+CHINESE = ("zzk, 红色帽子", "1girl, 长发, 蓝眼睛", "一个女孩站在海边，穿着白色连衣裙", "白色背景", "杰作，最佳画质，高清",
+           "水墨画", "樱花树下的少女", "特写，侧脸，逆光", "头发凌乱", "戒指，手链", "秋天的银杏树", "一辆红色跑车停在路边")
+JAPANESE = ("zzk, 赤い帽子", "1girl, 長い髪, 青い目", "女の子が海辺に立っている、白いワンピース", "白背景", "着物、扇子",
+            "ロボット", "桜の木の下の少女", "濡れた髪", "抱き枕", "赤い車が道端に止まっている", "初音ミク", "銀髪赤眼")
+WESTERN = ("zzk, café", "une fille aux cheveux dorés, château à l’aube", "Mädchen, grüne Augen, weißes Kleid",
+           "niña, montaña, árbol", "menina de olhos azuis, maçã", "Ølhus, blå himmel", "a woman’s hat, “quoted” – old", "30° angle",
+           "très détaillé", "ÉTÉ", "île", "zzk’s hat")
 RUSSIAN = ("zzk, красная шапка", "Девочка в белом платье у моря", "лес", "чёрно-белое фото")
 KOREAN = ("zzk, 빨간 모자", "소녀가 바닷가에 서 있다, 하얀 원피스", "흰 배경", "수채화", "은행나무")
 TRADITIONAL = ("zzk, 紅色帽子", "一個女孩站在海邊，穿著白色連身裙", "藍天白雲", "特寫，側臉", "頭髮凌亂")
@@ -42,7 +42,7 @@ def test_ascii_stays_what_it_is(caption: str) -> None:
 
 
 def test_bytes_of_which_nothing_is_clear_are_refused_by_name(tmp_path: Path) -> None:
-    for data in (NO_TEXT, "龙".encode("gbk"), b"\xff\x81\x00", "zzk\0hat".encode()):
+    for data in (NO_TEXT, "龙".encode("gbk"), b"\xff\x81\x00", b"zzk\0hat"):
         (tmp_path / "a.txt").write_bytes(data)
         with pytest.raises(DatasetError, match=r"a\.txt is not UTF-8"):
             read_text(tmp_path / "a.txt")

@@ -118,7 +118,8 @@ def test_a_caption_from_a_json_file_is_shown_and_its_change_saved_beside_it(tmp_
     assert captions(store) == {"a.png": "zzk, hat", "b.png": "behind an empty one", "c.png": "own"} and store.unsaved == 0
     store.apply(AddTags(("new",)), range(3))
     assert store.save().written == 3
-    assert (tmp_path / "a.txt").read_text() == "zzk, hat, new" and (tmp_path / "b.caption").read_text() == "behind an empty one, new"
+    assert (tmp_path / "a.txt").read_text() == "zzk, hat, new"
+    assert (tmp_path / "b.caption").read_text() == "behind an empty one, new"
     assert (tmp_path / "c.png.txt").read_text() == "own, new" and not (tmp_path / "c.txt").exists()
     assert captions(CaptionStore.open(tmp_path)) == captions(store)
 
