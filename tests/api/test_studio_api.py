@@ -142,6 +142,21 @@ def test_what_cannot_be_used_is_named_and_the_rest_is_taken(desk: Desk):
     assert len(task["problems"]) == 2 and len(desk.images()) == 3
 
 
+def test_captions_that_are_imported_later_are_shown_and_can_be_saved_over(desk: Desk):
+    desk.post("create", {"name": "zzk", "concept": "zzk girl"})
+    folder = sources(desk.folder / "sources")
+    for caption in folder.glob("*.txt"):
+        caption.rename(caption.with_suffix(".later"))
+    desk.done(desk.post("import", {"paths": [str(folder)]}))
+    (folder / "red.later").rename(folder / "red.txt")
+    (folder / "odd.txt").write_text("nobody's", encoding="utf-8")
+    task = desk.done(desk.post("import", {"paths": [str(folder)]}))
+    assert {p["id"]: p["caption"] for p in desk.images()} == {"red.png": "red, square", "green.png": "", "blue.png": ""}
+    assert any("1 text file fits no picture (odd.txt)" in problem["text"] for problem in task["problems"])
+    desk.post("caption", {"id": "red.png", "text": "changed"})
+    assert desk.post("save", {}).json()["conflicts"] == []
+
+
 @pytest.mark.parametrize("name", ["../x", "..", "/tmp/x", "a/b", "nowhere", "", r"C:\x", "zzk\0"])
 def test_only_a_dataset_of_the_list_is_opened(desk: Desk, name: str):
     desk.filled()
