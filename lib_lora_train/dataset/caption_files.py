@@ -22,7 +22,7 @@ from pathlib import Path
 from lib_lora_train.dataset.captions import first_line_and_rest, normal_form, split_tags
 from lib_lora_train.dataset.listing import MayRead, file_key, list_folder
 from lib_lora_train.dataset.text_files import CAPTION_SUFFIXES, read_text
-from lib_lora_train.errors import DatasetError, counted, some_of
+from lib_lora_train.errors import DatasetError, counted, printable, some_of
 
 JSON_SUFFIXES = (".json", ".jsonl")
 TEXT_SUFFIXES = (*CAPTION_SUFFIXES, *JSON_SUFFIXES)
@@ -88,13 +88,13 @@ class CaptionNotes:
     def sentences(self) -> list[str]:
         """What was found, one sentence a kind."""
         return [f"{counted(len(names), 'picture')} {'has' if len(names) == 1 else 'have'} "
-                f"{text.format(some_of(list(dict.fromkeys(names))))}." for text, names in self._names.items()]
+                f"{text.format(printable(some_of(list(dict.fromkeys(names)))))}." for text, names in self._names.items()]
 
 
 def count_of_captions(images: int, captioned: int, unmatched: Sequence[str]) -> str:
     """The closing sentence: "3 pictures, 1 with a caption; 2 text files fit no picture (b.txt, c.txt)."."""
     rest = (f"; {counted(len(unmatched), 'text file')} {'fits' if len(unmatched) == 1 else 'fit'} no picture "
-            f"({some_of(unmatched, 3)})") if unmatched else ""
+            f"({printable(some_of(unmatched, 3))})") if unmatched else ""
     return f"{counted(images, 'picture')}, {captioned:,} with {'a caption' if captioned == 1 else 'captions'}{rest}."
 
 
@@ -180,7 +180,7 @@ def metadata_of(file: Path, images: Sequence[str], *, folder: str = "") -> dict[
 
 
 def _caption_file(file: Path, text: str, encoding: str = "") -> CaptionFile:
-    line, rest = first_line_and_rest(normal_form(text))
+    line, rest = first_line_and_rest(normal_form(printable(text).replace("\0", " ")))  # JSON may hold what no text file does
     return CaptionFile(file, line, bool(first_line_and_rest(rest)[0]), encoding)
 
 

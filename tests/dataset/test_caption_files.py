@@ -58,7 +58,7 @@ def test_the_first_file_with_a_caption_counts(tmp_path: Path) -> None:
     ({"caption": "a cat", "tags": "hat, coat"}, "a cat, hat, coat"), ({"tags": ["zzk", "hat"]}, "zzk, hat"),
     ({"text": "a cat"}, "a cat"), ({"prompt": "a cat", "seed": 1}, "a cat"),
     ({"tag_string": "1girl red_hat"}, "1girl, red_hat"),
-    ({"caption": "", "tags": ["hat"]}, "hat"), ({"width": 5}, None), ([1, 2], None)])
+    ({"caption": "", "tags": ["hat"]}, "hat"), ({"text": "a\ud800 c\0t"}, "a? c t"), ({"width": 5}, None), ([1, 2], None)])
 def test_a_json_file_of_the_images_name_holds_its_caption(tmp_path: Path, entry: object, caption: str | None) -> None:
     assert lines(found(tmp_path, ["a.png"], {"a.json": entry}), tmp_path, ["a.png"]) == [caption]
 
