@@ -14,8 +14,8 @@ CHINESE = ("zzk, 红色帽子", "1girl, 长发, 蓝眼睛", "一个女孩站在�
 JAPANESE = ("zzk, 赤い帽子", "1girl, 長い髪, 青い目", "女の子が海辺に立っている、白いワンピース", "白背景", "着物、扇子",
             "ロボット", "桜の木の下の少女", "濡れた髪", "抱き枕", "赤い車が道端に止まっている", "初音ミク", "銀髪赤眼")
 WESTERN = ("zzk, café", "une fille aux cheveux dorés, château à l’aube", "Mädchen, grüne Augen, weißes Kleid",
-           "niña, montaña, árbol", "menina de olhos azuis, maçã", "Ølhus, blå himmel", "a woman’s hat, “quoted” – old", "30° angle",
-           "très détaillé", "ÉTÉ", "île", "zzk’s hat")
+           "niña, montaña, árbol", "menina de olhos azuis, maçã", "Ølhus, blå himmel", "a woman’s hat, “quoted” – old",
+           "30° angle", "très détaillé", "ÉTÉ", "île", "zzk’s hat")
 RUSSIAN = ("zzk, красная шапка", "Девочка в белом платье у моря", "лес", "чёрно-белое фото")
 KOREAN = ("zzk, 빨간 모자", "소녀가 바닷가에 서 있다, 하얀 원피스", "흰 배경", "수채화", "은행나무")
 TRADITIONAL = ("zzk, 紅色帽子", "一個女孩站在海邊，穿著白色連身裙", "藍天白雲", "特寫，側臉", "頭髮凌亂")
