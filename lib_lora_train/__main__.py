@@ -189,7 +189,7 @@ def _runs(chosen: argparse.Namespace) -> int:
         return 0
     for run in found:
         resumable = "" if run.resume_step is None else f"--resume {run.id}"
-        print(f"{run.id:40} {run.outcome:12} {run.steps:>6}/{run.total:<6} {resumable}".rstrip())
+        print(f"{run.id:40} {'ruined' if run.verdict == 'ruined' else run.outcome:12} {run.steps:>6}/{run.total:<6} {resumable}".rstrip())
     return 0
 
 
@@ -216,8 +216,8 @@ def _inspect(chosen: argparse.Namespace) -> int:
             print("metadata")
             for key, text in sorted(value.items()):
                 print(f"  {key:36} {text if len(text) <= 120 else text[:117] + '…'}")
-        elif name == "keys":
-            print(f"{'keys':16} {len(value)} (--json lists them)")
+        elif name in ("keys", "not_finite"):
+            print(f"{name:16} {len(value)}{' (--json lists them)' if value else ''}")
         else:
             print(f"{name:16} {'-' if value is None else value}")
     return 0

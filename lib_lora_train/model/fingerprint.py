@@ -40,4 +40,9 @@ def tensor_fingerprint(tensors: Mapping[str, Tensor]) -> str:
 def encoder_fingerprint(vae: Mapping[str, Tensor]) -> str:
     """The `tensor_fingerprint` of all that makes latents of images, of a VAE's tensors under local names: 70 to 137 MB are
     read. Its decoder has no part in them."""
-    return tensor_fingerprint({name: tensor for name, tensor in vae.items() if name.startswith(("encoder.", "quant_conv."))})
+    return tensor_fingerprint(encoder_tensors(vae))
+
+
+def encoder_tensors(vae: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of a VAE's tensors, under local names, that make latents of images."""
+    return {name: tensor for name, tensor in vae.items() if name.startswith(("encoder.", "quant_conv."))}
