@@ -55,6 +55,7 @@ class MemoryPlan:
     blocks         all blocks that can be checkpointed
     settings       what the user asked for; `resumed_base_dtype` is what a run that goes on has held the model in
     measured       bytes that the first step really took; 0 before it
+    installed      bytes of memory that the machine has, where it is trained without a GPU; 0 where nobody knows
     """
 
     config: StepConfig
@@ -68,6 +69,7 @@ class MemoryPlan:
     settings: MemorySettings
     resumed_base_dtype: BaseDtype = ""
     measured: int = 0
+    installed: int = 0
 
     @property
     def bytes(self) -> int:
@@ -106,6 +108,10 @@ class MemoryPlan:
             said.append("Before the first step, while the whole model is on the device and its pictures are encoded, about "
                         f"{gigabytes(self.before)} GB of memory are taken, {gigabytes(self.before - budget + _HALF)} too much: "
                         "it may fail or become very slow there. The steps fit.")
+        elif 0 < self.installed < (most := max(self.bytes, self.before)):
+            said.append(f"The training needs about {gigabytes(most)} GB of memory, and this machine has "
+                        f"{gigabytes(self.installed)}: it may fail or become very slow. A smaller resolution, rank or batch needs "
+                        "less.")
         if base and not _BASE_DTYPE[self.settings.base_weights]:
             said.append(
                 f"The run goes on with the model held in {base}, as its memory plan had chosen when it began."
@@ -134,11 +140,11 @@ class MemoryPlan:
 
 def plan_memory(tensors: Mapping[str, Tensor], architecture: Architecture, workload: Workload, *, batch: int,
                 memory: MemorySettings, budget: int | None = None, parts_on_cpu: frozenset[Part] = frozenset(),
-                resumed_base_dtype: BaseDtype = "", should_stop: ShouldStop | None = None) -> MemoryPlan:
+                resumed_base_dtype: BaseDtype = "", installed: int = 0, should_stop: ShouldStop | None = None) -> MemoryPlan:
     """The first rung of the ladder that fits into `budget` bytes, or the last; the first, without a budget or a plan.
 
     Of `tensors` (checkpoint names) only shapes and dtypes are used. `parts_on_cpu` will not lie on the device in any case;
-    `resumed_base_dtype` is what a run that goes on has held the model in. Raises Interrupted where `should_stop()` says so.
+    `resumed_base_dtype` is what a run that goes on has held the model in, `installed` the machine's memory. Raises Interrupted where `should_stop()` says so.
     """
     if should_stop is not None and should_stop():
         raise Interrupted("It was stopped while the memory was planned")
@@ -156,7 +162,7 @@ def plan_memory(tensors: Mapping[str, Tensor], architecture: Architecture, workl
         config=config, batch=batch, predicted=_predicted(tensors, workload, blocks, config), before=_before(tensors, workload),
         budget=budget, flops=config.microbatch * (twice + sum(block.forward + block.backward for block in blocks)),
         checkpointed_flops=config.microbatch * twice, blocks=frozenset(by_size), settings=memory,
-        resumed_base_dtype=resumed_base_dtype)
+        resumed_base_dtype=resumed_base_dtype, installed=installed)
 
 
 def ladder(wished: StepConfig, blocks: Sequence[str], *, cuda: bool) -> Iterator[StepConfig]:

@@ -113,13 +113,13 @@ def verdict_of(*, loss: float | None, unadapted: float | None, zero_loss: float,
                skipped: int) -> tuple[Verdict, str]:
     """What a LoRA is worth, and why where it is ruined. `loss` is the model's with it, `unadapted` without it, `zero_loss` that
     of predicting nothing, on the same picture and noise; None where nobody could look. `skipped` of `steps` were not applied."""
+    if loss is not None and not math.isfinite(loss):
+        return "ruined", "with it the model computes values that are not numbers"
     if skipped > _MANY_SKIPPED * steps:
         return "ruined", f"{skipped} of {steps} steps were skipped, because their numbers were not finite"
     if loss is None or unadapted is None:
         return "", ""
-    if not math.isfinite(loss):
-        return "ruined", "with it the model computes values that are not numbers"
     if loss > unadapted and loss > min(zero_loss, _WORSE * unadapted):
-        worse = f", and {zero_loss:.3g} where nothing is predicted" if loss > zero_loss else ""
-        return "ruined", f"on a picture of its own the model's loss is {loss:.3g} with it, {unadapted:.3g} without it{worse}"
+        worse = f", and {zero_loss:.3f} where nothing is predicted" if loss > zero_loss else ""
+        return "ruined", f"on a picture of its own the model's loss is {loss:.3f} with it, {unadapted:.3f} without it{worse}"
     return "healthy", ""

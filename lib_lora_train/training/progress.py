@@ -115,9 +115,9 @@ class LossReporter:
             self._told_worse = True
             rate = max(pending.rates.values(), default=0.0)
             self._report(Warned(
-                f"At step {pending.step} the loss is above that of predicting nothing ({own:.3g} instead of {nothing:.3g} over "
-                f"{_WINDOW} steps), so that the LoRA would be of no use: stop, and lower the learning rate (now {rate:.3g}; 1e-4 "
-                "is usual)."))
+                f"At step {pending.step} the loss is above that of predicting nothing ({own:.3f} instead of {nothing:.3f} "
+                f"over {_WINDOW} steps), so that the LoRA would be of no use: stop, and lower the learning rate ({rate:.3g} at "
+                "this step; 1e-4 is usual)."))
 
     def _unusable(self, finite: bool) -> TrainingError:
         """The end of a training whose steps can no longer be applied; `finite`: whether the last one's loss is a number."""
