@@ -15,6 +15,8 @@ from lib_lora_train.inputs.batches import Batches
 from lib_lora_train.model.finite import not_finite
 from lib_lora_train.model.fingerprint import encoder_tensors
 from lib_lora_train.model.frozen import FrozenModel
+from lib_lora_train.model.ops.layers import DeltaAdapter
+from lib_lora_train.model.ops.weights import dense
 from lib_lora_train.training.condition import Condition
 from lib_lora_train.training.loss import LossConfig, denoising_loss, zero_prediction_loss
 from lib_lora_train.training.loop import Progress
@@ -23,6 +25,7 @@ from lib_lora_train.training.noise import draw
 _LEVELS = 4  # noise levels of the probe, evenly over the schedule
 _WORSE = 1.5
 """The model with a LoRA is at most so many times as far off as without, on a picture of the LoRA's own: training lowers it."""
+_MOST_STRENGTH = 1.0  # good LoRAs stay below a third
 _MANY_SKIPPED = 0.5
 
 
@@ -102,21 +105,41 @@ class Probe:
                                 remedy="choose an earlier save of it, or another LoRA (network_weights)")
         return unadapted
 
+    @torch.no_grad()
+    def strength(self) -> float:
+        """How large the LoRA's change is beside the weights it changes: ‖s·BA‖ / ‖W‖, the median over the layers."""
+        ratios, components = [], self.model.components
+        for target, layer in zip(self.network.targets, self.network.layers.values(), strict=True):
+            if isinstance(layer, DeltaAdapter) and (delta := layer.delta()) is not None:
+                down, up = delta.down.flatten(1), delta.up
+                change = abs(delta.scale) * ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt()  # ‖BA‖² = tr(BᵀB·AAᵀ)
+                weight = dense(components[target.component][f"{target.module}.weight"], torch.float32)
+                ratios.append(change / weight.norm().clamp(min=1e-12).to(change.device))
+        return float(torch.stack(ratios).median()) if ratios else 0.0
+
     def verdict(self, progress: Progress) -> tuple[Verdict, str]:
         """What the LoRA is worth after a training, and why where it is ruined."""
-        zero_loss = sum(float(zero_prediction_loss(self.model, row, self.config)) for row in self.rows) / len(self.rows)
-        return verdict_of(loss=self.loss(adapted=True), unadapted=self.unadapted, zero_loss=zero_loss,
-                          steps=progress.step, skipped=progress.skipped)
+        try:
+            zero_loss = sum(float(zero_prediction_loss(self.model, row, self.config)) for row in self.rows) / len(self.rows)
+            return verdict_of(loss=self.loss(adapted=True), unadapted=self.unadapted, zero_loss=zero_loss,
+                              strength=self.strength(), steps=progress.step, skipped=progress.skipped)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return "", ""  # the result is not saved yet
 
 
-def verdict_of(*, loss: float | None, unadapted: float | None, zero_loss: float, steps: int,
+def verdict_of(*, loss: float | None, unadapted: float | None, zero_loss: float, strength: float, steps: int,
                skipped: int) -> tuple[Verdict, str]:
     """What a LoRA is worth, and why where it is ruined. `loss` is the model's with it, `unadapted` without it, `zero_loss` that
-    of predicting nothing, on the same picture and noise; None where nobody could look. `skipped` of `steps` were not applied."""
+    of predicting nothing, on the same picture and noise; None where nobody could look. `strength` as `Probe.strength`;
+    `skipped` of `steps` were not applied."""
     if loss is not None and not math.isfinite(loss):
         return "ruined", "with it the model computes values that are not numbers"
     if skipped > _MANY_SKIPPED * steps:
         return "ruined", f"{skipped} of {steps} steps were skipped, because their numbers were not finite"
+    if strength > _MOST_STRENGTH:
+        return "ruined", f"its change of the model is {strength:.3g} times as large as the model's own weights"
     if loss is None or unadapted is None:
         return "", ""
     if loss > unadapted and loss > min(zero_loss, _WORSE * unadapted):
