@@ -76,7 +76,7 @@ def examine(
         layout=layout, trigger_word=settings.dataset.trigger_word, enable_bucket=settings.dataset.enable_bucket,
         concepts=tuple(dict.fromkeys(subset.caption for subset in subsets if subset.caption)),
         captions=tuple(caption.trained for caption in reader.captions),
-        planned_visits=visits, risks=tuple(risks(settings, steps=steps, pictures=report.usable)),
+        planned_visits=visits, risks=tuple(risks(settings, steps=steps, images=report.usable)),
         several_lines=tuple(reader.several_lines), several_files=tuple(reader.several_files), misnamed=_misnamed(subsets),
         problems=tuple(problem.text for problem in found))))
 

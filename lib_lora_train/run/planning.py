@@ -120,7 +120,7 @@ def plan_dataset(settings: Settings, *, family: str, allowed: AllowedPaths | Non
     return RunPlan(
         settings=settings, family=family, dataset=dataset, placements=placements, resolution=buckets.resolution,
         processes=processes, schedule=schedule,
-        warnings=(*ignored(settings), *risks(settings, steps=schedule.steps, pictures=dataset.images, processes=processes),
+        warnings=(*ignored(settings), *risks(settings, steps=schedule.steps, images=dataset.images, processes=processes),
                   *(problem.text for problem in dataset.problems)))
 
 

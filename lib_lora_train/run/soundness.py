@@ -22,7 +22,7 @@ from lib_lora_train.training.loss import LossConfig, denoising_loss, zero_predic
 from lib_lora_train.training.loop import Progress
 from lib_lora_train.training.noise import draw
 
-_LEVELS = 4  # noise levels of the probe, evenly over the schedule
+_LEVELS = 2  # noise levels of the probe, evenly over the schedule
 _WORSE = 1.5
 """The model with a LoRA is at most so many times as far off as without, on a picture of the LoRA's own: training lowers it."""
 _MOST_STRENGTH = 1.0  # good LoRAs stay below a third

@@ -15,8 +15,8 @@ _RATES = {"adamw": (1e-6, 1e-2)}
 _MOST_STRENGTH = 4.0  # alpha / rank
 
 
-def risks(settings: Settings, *, steps: int, pictures: int, processes: int = 1) -> Iterator[str]:
-    """A sentence for each value that is known to fail in a run of so many steps and pictures: the number, why, and what is
+def risks(settings: Settings, *, steps: int, images: int, processes: int = 1) -> Iterator[str]:
+    """A sentence for each value that is known to fail in a run of so many steps and images: the number, why, and what is
     usual."""
     optimizer, network = settings.optimizer, settings.network
     unet = "unet_lr" if optimizer.unet_lr else "learning_rate"
@@ -33,10 +33,10 @@ def risks(settings: Settings, *, steps: int, pictures: int, processes: int = 1) 
     if steps and optimizer.lr_warmup_steps >= steps:
         yield (f"{_named('lr_warmup_steps')} = {optimizer.lr_warmup_steps} is no less than the run's {steps} steps: the learning "
                "rate never gets where it should. A tenth of the steps is usual.")
-    if (batch := optimizer.train_batch_size * processes) > pictures > 0:
+    if (batch := optimizer.train_batch_size * processes) > images > 0:
         yield (f"{_named('train_batch_size')} = {optimizer.train_batch_size}{f' × {processes} processes' if processes > 1 else ''} "
-               f"is more than the {pictures} pictures there are: a batch of {batch} holds some of them several times, which "
-               f"takes memory and teaches nothing more. 1 to {min(4, pictures)} is usual.")
+               f"is more than the {images} pictures there are: a batch of {batch} holds some of them several times, which "
+               f"takes memory and teaches nothing more. 1 to {min(4, images)} is usual.")
 
 
 def _named(name: str) -> str:
