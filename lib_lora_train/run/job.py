@@ -133,7 +133,7 @@ def _finished(plan: RunPlan, saver: Saver | NoSaver, progress: Progress, *, verd
         with saver.rescue():
             path = saver.save_result(progress, complete=complete)
         name, (worth, why) = Path(path).stem or name, verdict
-        told = f"{name} is ready: {path}" if worth == "healthy" else f"{name} is saved, nobody looked at what it is worth: {path}"
+        told = f"{name} is ready: {path}" if worth == "healthy" else f"{name} is saved; what it is worth was not looked at: {path}"
         if worth == "ruined":
             told = f"{name} is saved, but ruined: {why}. Lower the learning rate and train it anew. The file: {path}"
         return Finished("done" if complete else "stopped", told if complete else f"{stopped}; {told}", path, steps, worth)

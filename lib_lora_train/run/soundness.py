@@ -119,6 +119,8 @@ class Probe:
 
     def verdict(self, progress: Progress) -> tuple[Verdict, str]:
         """What the LoRA is worth after a training, and why where it is ruined."""
+        if not self.model.unet.tensors:  # the run was stopped while others had the model
+            return "", ""
         try:
             zero_loss = sum(float(zero_prediction_loss(self.model, row, self.config)) for row in self.rows) / len(self.rows)
             return verdict_of(loss=self.loss(adapted=True), unadapted=self.unadapted, zero_loss=zero_loss,
