@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
@@ -26,7 +28,9 @@ _LEVELS = 2  # noise levels of the probe, evenly over the schedule
 _WORSE = 1.5
 """The model with a LoRA is at most so many times as far off as without, on a picture of the LoRA's own: training lowers it."""
 _MOST_STRENGTH = 1.0  # good LoRAs stay below a third
-_MANY_SKIPPED = 0.5
+_MOST_SKIPPED = 0.5
+
+T = TypeVar("T")
 
 
 def check_weights(model: FrozenModel) -> None:
@@ -68,39 +72,32 @@ class Probe:
         rows = tuple(image.extended({name: tensor[level:level + 1] for name, tensor in draws.items()}).to(model.device)
                      for level in range(_LEVELS))
         probe = cls(model, network, condition, config, rows)
-        return dataclasses.replace(probe, unadapted=probe.check_model(continued=continued))
+        return dataclasses.replace(probe, unadapted=_unless_full(lambda: probe.check_model(continued=continued)))
 
     @torch.no_grad()
-    def loss(self, *, adapted: bool, dtype: torch.dtype | None = None) -> float | None:
-        """The mean loss, with or without the LoRA; None where the memory does not suffice."""
-        config = dataclasses.replace(self.config, dtype=dtype or self.config.dtype)
+    def loss(self, *, adapted: bool, dtype: torch.dtype | None = None) -> float:
+        """The mean loss, with or without the LoRA."""
+        config, layers = dataclasses.replace(self.config, dtype=dtype or self.config.dtype), self.network.layers.values()
         try:
-            for layer in self.network.layers.values():
+            for layer in layers:
                 layer.multiplier = float(adapted)
-            return float(sum(denoising_loss(
+            return sum(float(denoising_loss(
                 self.model, row, conditioning=self.condition.encode(row), adapters=self.network.adapters().get("unet", {}),
-                config=config) for row in self.rows)) / len(self.rows)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            return None
+                config=config)) for row in self.rows) / len(self.rows)
         finally:
-            for layer in self.network.layers.values():
+            for layer in layers:
                 layer.multiplier = 1.0
 
-    def check_model(self, *, continued: str) -> float | None:
+    def check_model(self, *, continued: str) -> float:
         """The loss of the model without the LoRA. Raises as `of`; the weights are finite (see `check_weights`)."""
         unadapted = self.loss(adapted=False)
-        if unadapted is not None and not math.isfinite(unadapted):
-            text = bool(self.condition.encode(self.rows[0]).context.isfinite().all())
-            what = f"The {'UNet' if text else 'text encoder'} computes values that are not numbers, although its weights are"
-            if math.isfinite(self.loss(adapted=False, dtype=torch.float32) or math.nan):
-                name = str(self.config.dtype).removeprefix("torch.")
-                raise TrainingError(what, why=f"its activations overflow in {name}; in float32 they do not",
+        if not math.isfinite(unadapted):
+            what = "The model computes values that are not numbers, although its weights are"
+            if math.isfinite(self.loss(adapted=False, dtype=torch.float32)):
+                raise TrainingError(what, why=f"its activations overflow in {self.config.dtype}, and not in float32",
                                     remedy="take bf16 or no as precision (mixed_precision)")
             raise ModelError(what, why="its activations overflow", remedy="choose another checkpoint")
-        adapted = self.loss(adapted=True) if continued and unadapted is not None else None
-        if adapted is not None and not math.isfinite(adapted):
+        if continued and not math.isfinite(self.loss(adapted=True)):
             raise LoraFileError(f"{continued} cannot be continued", why="with it the model computes values that are not numbers",
                                 remedy="choose an earlier save of it, or another LoRA (network_weights)")
         return unadapted
@@ -119,32 +116,34 @@ class Probe:
 
     def verdict(self, progress: Progress) -> tuple[Verdict, str]:
         """What the LoRA is worth after a training, and why where it is ruined."""
-        if not self.model.unet.tensors:  # the run was stopped while others had the model
-            return "", ""
-        try:
-            zero_loss = sum(float(zero_prediction_loss(self.model, row, self.config)) for row in self.rows) / len(self.rows)
-            return verdict_of(loss=self.loss(adapted=True), unadapted=self.unadapted, zero_loss=zero_loss,
-                              strength=self.strength(), steps=progress.step, skipped=progress.skipped)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            return "", ""  # the result is not saved yet
+        if not self.model.unet.tensors or self.unadapted is None:
+            return "", ""  # the run was stopped while others had the model, or had no memory to look
+        zero_loss = sum(float(zero_prediction_loss(self.model, row, self.config)) for row in self.rows) / len(self.rows)
+        return _unless_full(lambda: verdict_of(
+            loss=self.loss(adapted=True), unadapted=self.unadapted, zero_loss=zero_loss, strength=self.strength(),
+            skipped=progress.skipped / max(1, progress.step))) or ("", "")
 
 
-def verdict_of(*, loss: float | None, unadapted: float | None, zero_loss: float, strength: float, steps: int,
-               skipped: int) -> tuple[Verdict, str]:
+def verdict_of(*, loss: float, unadapted: float, zero_loss: float, strength: float, skipped: float) -> tuple[Verdict, str]:
     """What a LoRA is worth, and why where it is ruined. `loss` is the model's with it, `unadapted` without it, `zero_loss` that
-    of predicting nothing, on the same picture and noise; None where nobody could look. `strength` as `Probe.strength`;
-    `skipped` of `steps` were not applied."""
-    if loss is not None and not math.isfinite(loss):
+    of predicting nothing, on the same picture and noise. `strength` as `Probe.strength`; `skipped` is a share of the steps."""
+    if not math.isfinite(loss):
         return "ruined", "with it the model computes values that are not numbers"
-    if skipped > _MANY_SKIPPED * steps:
-        return "ruined", f"{skipped} of {steps} steps were skipped, because their numbers were not finite"
+    if skipped > _MOST_SKIPPED:
+        return "ruined", f"{skipped:.0%} of the steps were skipped, because their numbers were not finite"
     if strength > _MOST_STRENGTH:
         return "ruined", f"its change of the model is {strength:.3g} times as large as the model's own weights"
-    if loss is None or unadapted is None:
-        return "", ""
     if loss > unadapted and loss > min(zero_loss, _WORSE * unadapted):
-        worse = f", and {zero_loss:.3f} where nothing is predicted" if loss > zero_loss else ""
-        return "ruined", f"on a picture of its own the model's loss is {loss:.3f} with it, {unadapted:.3f} without it{worse}"
+        return "ruined", (f"on a picture of its own the model's loss is {loss:.3f} with it and {unadapted:.3f} without it; to "
+                          f"predict nothing is {zero_loss:.3f}")
     return "healthy", ""
+
+
+def _unless_full(compute: Callable[[], T]) -> T | None:
+    """What `compute` returns; None where the memory does not suffice, which must not end a run whose result is not saved."""
+    try:
+        return compute()
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return None

@@ -121,17 +121,13 @@ class LossReporter:
 
     def _unusable(self, finite: bool) -> TrainingError:
         """The end of a training whose steps can no longer be applied; `finite`: whether the last one's loss is a number."""
-        what = f"The last {self.overflows} steps could not be used"
-        if finite:
-            return TrainingError(what, why="their gradients were too large for numbers",
-                                 remedy="lower the learning rate, or take bf16 or no as precision")
-        if self._recent:
-            return TrainingError(
-                what, why="their loss is no longer a number, because the training has become unstable",
-                remedy="lower the learning rate; with fp16 also try bf16 or no as precision")
-        return TrainingError(
-            what, why="their loss was never a number, although the weights are: the model's activations overflow",
-            remedy="take bf16 or no as precision (mixed_precision), or choose another checkpoint")
+        why, remedy = "their gradients were too large for numbers", "lower the learning rate, or take bf16 or no as precision"
+        if not finite and self._recent:
+            why = "their loss is no longer a number, because the training has become unstable"
+        elif not finite:
+            why = "their loss was never a number, although the weights are: the model's activations overflow"
+            remedy = "take bf16 or no as precision (mixed_precision), or choose another checkpoint"
+        return TrainingError(f"The last {self.overflows} steps could not be used", why=why, remedy=remedy)
 
     def _steps_per_second(self) -> float | None:
         """Over the last 20 steps, without the first, which warms up; None before the third."""
