@@ -23,7 +23,7 @@ from torch import Tensor
 from lib_lora_train.errors import LoraFileError, TrainingError, translated
 from lib_lora_train.model.architecture import UNET_COMPONENT
 from lib_lora_train.model.family import FAMILIES
-from lib_lora_train.model.finite import not_finite
+from lib_lora_train.model.fingerprint import not_finite
 from lib_lora_train.storage.atomic import replacing
 
 SAVE_PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "float": torch.float32}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import time
 
 import torch
@@ -31,13 +30,6 @@ def budget_of(wanted: float, device: torch.device, *, ours: int) -> int | None:
     there = free_bytes(device) + min(torch.cuda.memory_allocated(device), ours) + CONTEXT
     there -= there % (GIGABYTE // 4)  # rounded down, so that small changes of the free memory do not change the plan
     return there if asked is None else min(asked, there)
-
-
-def installed_bytes(device: torch.device) -> int:
-    """The machine's memory, which a training on the CPU uses; 0 for other devices and where the system does not say."""
-    if device.type != "cpu" or not hasattr(os, "sysconf"):  # Windows
-        return 0
-    return max(0, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def attention_kernel(device: torch.device, dtype: torch.dtype) -> AttentionKernel:

@@ -14,6 +14,7 @@ in its place what the first step really took. The constants stand for what no sh
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -55,7 +56,6 @@ class MemoryPlan:
     blocks         all blocks that can be checkpointed
     settings       what the user asked for; `resumed_base_dtype` is what a run that goes on has held the model in
     measured       bytes that the first step really took; 0 before it
-    installed      bytes of memory that the machine has, where it is trained without a GPU; 0 where nobody knows
     """
 
     config: StepConfig
@@ -69,7 +69,6 @@ class MemoryPlan:
     settings: MemorySettings
     resumed_base_dtype: BaseDtype = ""
     measured: int = 0
-    installed: int = 0
 
     @property
     def bytes(self) -> int:
@@ -108,10 +107,9 @@ class MemoryPlan:
             said.append("Before the first step, while the whole model is on the device and its pictures are encoded, about "
                         f"{gigabytes(self.before)} GB of memory are taken, {gigabytes(self.before - budget + _HALF)} too much: "
                         "it may fail or become very slow there. The steps fit.")
-        elif 0 < self.installed < (most := max(self.bytes, self.before)):
-            said.append(f"The training needs about {gigabytes(most)} GB of memory, and this machine has "
-                        f"{gigabytes(self.installed)}: it may fail or become very slow. A smaller resolution, rank or batch needs "
-                        "less.")
+        elif self.budget is None and 0 < (there := installed_bytes()) < (most := max(self.bytes, self.before)):
+            said.append(f"The training needs about {gigabytes(most)} GB of memory, and this machine has {gigabytes(there)}: it may "
+                        "fail or become very slow. A smaller resolution, rank or batch needs less.")
         if base and not _BASE_DTYPE[self.settings.base_weights]:
             said.append(
                 f"The run goes on with the model held in {base}, as its memory plan had chosen when it began."
@@ -140,11 +138,11 @@ class MemoryPlan:
 
 def plan_memory(tensors: Mapping[str, Tensor], architecture: Architecture, workload: Workload, *, batch: int,
                 memory: MemorySettings, budget: int | None = None, parts_on_cpu: frozenset[Part] = frozenset(),
-                resumed_base_dtype: BaseDtype = "", installed: int = 0, should_stop: ShouldStop | None = None) -> MemoryPlan:
+                resumed_base_dtype: BaseDtype = "", should_stop: ShouldStop | None = None) -> MemoryPlan:
     """The first rung of the ladder that fits into `budget` bytes, or the last; the first, without a budget or a plan.
 
     Of `tensors` (checkpoint names) only shapes and dtypes are used. `parts_on_cpu` will not lie on the device in any case;
-    `resumed_base_dtype` is what a run that goes on has held the model in, `installed` the machine's memory. Raises Interrupted where `should_stop()` says so.
+    `resumed_base_dtype` is what a run that goes on has held the model in. Raises Interrupted where `should_stop()` says so.
     """
     if should_stop is not None and should_stop():
         raise Interrupted("It was stopped while the memory was planned")
@@ -162,7 +160,7 @@ def plan_memory(tensors: Mapping[str, Tensor], architecture: Architecture, workl
         config=config, batch=batch, predicted=_predicted(tensors, workload, blocks, config), before=_before(tensors, workload),
         budget=budget, flops=config.microbatch * (twice + sum(block.forward + block.backward for block in blocks)),
         checkpointed_flops=config.microbatch * twice, blocks=frozenset(by_size), settings=memory,
-        resumed_base_dtype=resumed_base_dtype, installed=installed)
+        resumed_base_dtype=resumed_base_dtype)
 
 
 def ladder(wished: StepConfig, blocks: Sequence[str], *, cuda: bool) -> Iterator[StepConfig]:
@@ -180,6 +178,11 @@ def ladder(wished: StepConfig, blocks: Sequence[str], *, cuda: bool) -> Iterator
         yield dataclasses.replace(config, offload=True)
     if cuda and not wished.base_dtype:
         yield from ladder(_with_base_dtype(wished, "int8", cuda=cuda), blocks, cuda=cuda)
+
+
+def installed_bytes() -> int:
+    """The machine's memory, which a training without a GPU uses; 0 where the system does not say (Windows)."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
 
 
 def gigabytes(size: float) -> str:

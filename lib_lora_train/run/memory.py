@@ -19,7 +19,7 @@ from lib_lora_train.events import Report
 from lib_lora_train.host.port import LeasedModel
 from lib_lora_train.inputs.batches import Batches
 from lib_lora_train.inputs.vae_batches import EncodingBudget, free_bytes
-from lib_lora_train.memory.device import attention_kernel, budget_of, installed_bytes
+from lib_lora_train.memory.device import attention_kernel, budget_of
 from lib_lora_train.memory.estimate import Layer, Workload
 from lib_lora_train.memory.plan import CONTEXT, GIGABYTE, WORKSPACES, MemoryPlan, plan_memory, size_of
 from lib_lora_train.memory.step_config import BaseDtype, Part, StepConfig
@@ -63,7 +63,7 @@ def plan_for(plan: RunPlan, *, tensors: Mapping[str, Tensor], architecture: Arch
     return plan_memory(tensors, architecture, workload, batch=batch, memory=memory,
                        budget=budget_of(memory.memory_budget, device, ours=size_of(on_device)),
                        parts_on_cpu=parts_not_needed(settings, device), resumed_base_dtype=resumed_base_dtype,
-                       installed=installed_bytes(device), should_stop=should_stop)
+                       should_stop=should_stop)
 
 
 def chunks_in_longest(captions: Iterable[str]) -> int:

@@ -13,7 +13,7 @@ from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.errors import LoraFileError, SettingError, some_of, translated
 from lib_lora_train.events import Report, Warned
-from lib_lora_train.model.finite import not_finite
+from lib_lora_train.model.fingerprint import not_finite
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.run.planning import RunPlan
 from lib_lora_train.settings import Settings

@@ -14,8 +14,7 @@ from lib_lora_train.errors import LoraFileError, ModelError, TrainingError, is_o
 from lib_lora_train.events import Verdict
 from lib_lora_train.inputs.batch import Batch
 from lib_lora_train.inputs.batches import Batches
-from lib_lora_train.model.finite import not_finite
-from lib_lora_train.model.fingerprint import encoder_tensors
+from lib_lora_train.model.fingerprint import encoder_tensors, not_finite
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.model.ops.layers import DeltaAdapter
 from lib_lora_train.model.ops.weights import dense

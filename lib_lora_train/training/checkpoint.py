@@ -26,7 +26,7 @@ from torch import Tensor
 from lib_lora_train.adapters.lora import ALPHA
 from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.errors import LoraFileError, TrainingError, translated
-from lib_lora_train.model.finite import not_finite
+from lib_lora_train.model.fingerprint import not_finite
 from lib_lora_train.storage.atomic import replacing
 from lib_lora_train.training.optimizers import RunOptimizer
 from lib_lora_train.training.precision import LossScaler
