@@ -108,8 +108,8 @@ class MemoryPlan:
                         f"{gigabytes(self.before)} GB of memory are taken, {gigabytes(self.before - budget + _HALF)} too much: "
                         "it may fail or become very slow there. The steps fit.")
         elif self.budget is None and 0 < (there := installed_bytes()) < (most := max(self.bytes, self.before)):
-            said.append(f"The training needs about {gigabytes(most)} GB of memory, and this machine has {gigabytes(there)}: it may "
-                        "fail or become very slow. A smaller resolution, rank or batch needs less.")
+            said.append(f"The training needs about {gigabytes(most)} GB of memory, and this machine has {gigabytes(there)}: "
+                        "it may fail or become very slow. A smaller resolution, rank or batch needs less.")
         if base and not _BASE_DTYPE[self.settings.base_weights]:
             said.append(
                 f"The run goes on with the model held in {base}, as its memory plan had chosen when it began."

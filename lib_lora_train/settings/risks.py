@@ -21,7 +21,8 @@ def risks(settings: Settings, *, steps: int, images: int, processes: int = 1) ->
     optimizer, network = settings.optimizer, settings.network
     unet = "unet_lr" if optimizer.unet_lr else "learning_rate"
     low, high = _RATES.get(optimizer.optimizer_type.lower(), (0.0, float("inf")))
-    for name, rate, usual in ((unet, settings.rates[0], "1e-4 to 1e-3"), ("text_encoder_lr", settings.rates[1], "1e-5 to 1e-4")):
+    usual_rates = {unet: "1e-4 to 1e-3", "text_encoder_lr": "1e-5 to 1e-4"}
+    for rate, (name, usual) in zip(settings.rates, usual_rates.items(), strict=True):
         if rate >= high:
             yield f"{_named(name)} = {rate:g} ruins a LoRA with {optimizer.optimizer_type}: {usual} is usual."
         elif 0 < rate < low:
@@ -31,11 +32,11 @@ def risks(settings: Settings, *, steps: int, images: int, processes: int = 1) ->
         yield (f"{_named('network_alpha')} = {network.network_alpha:g} is {strength:.3g} times the rank, network_dim = "
                f"{network.network_dim}: so strong a LoRA is mostly ruined. Half the rank up to the rank is usual.")
     if steps and optimizer.lr_warmup_steps >= steps:
-        yield (f"{_named('lr_warmup_steps')} = {optimizer.lr_warmup_steps} is no less than the run's {steps} steps: the learning "
-               "rate never gets where it should. A tenth of the steps is usual.")
+        yield (f"{_named('lr_warmup_steps')} = {optimizer.lr_warmup_steps} is no less than the run's {steps} steps: the "
+               "learning rate never gets where it should. A tenth of the steps is usual.")
     if (batch := optimizer.train_batch_size * processes) > images > 0:
-        yield (f"{_named('train_batch_size')} = {optimizer.train_batch_size}{f' × {processes} processes' if processes > 1 else ''} "
-               f"is more than the {images} pictures there are: a batch of {batch} holds some of them several times, which "
+        several = f" × {processes} processes" if processes > 1 else ""
+        yield (f"{_named('train_batch_size')} = {optimizer.train_batch_size}{several} is more than the {images} pictures there are: a batch of {batch} holds some of them several times, which "
                f"takes memory and teaches nothing more. 1 to {min(4, images)} is usual.")
 
 
