@@ -98,7 +98,8 @@ class Probe:
             raise ModelError(what, why="its activations overflow", remedy="choose another checkpoint")
         if continued and not math.isfinite(self.loss(adapted=True)):
             raise LoraFileError(f"{continued} cannot be continued",
-                                why="with it the model computes values that are not numbers", remedy="choose an earlier save of it, or another LoRA (network_weights)")
+                                why="with it the model computes values that are not numbers",
+                                remedy="choose an earlier save of it, or another LoRA (network_weights)")
         return unadapted
 
     @torch.no_grad()

@@ -23,8 +23,8 @@ from lib_lora_train.training.precision import LossScaler
 
 
 class TrainStep:
-    """Computes losses and adds up their gradients, in the way that `config` says. `sums` are those since the last `clear`, [2] fp32
-    on the device: of the losses, which is also `loss`, and of what they would be if zero were predicted."""
+    """Computes losses and adds up their gradients, in the way that `config` says. `sums` are those since the last `clear`, [2]
+    fp32 on the device: of the losses, which is also `loss`, and of what they would be if zero were predicted."""
 
     def __init__(self, model: FrozenModel, *, weights: FlatWeights, adapters: Mapping[str, Adapter], condition: Condition,
                  scaler: LossScaler, loss: LossConfig, config: StepConfig, report: Report,
