@@ -19,8 +19,8 @@ from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.model.ops.layers import DeltaAdapter
 from lib_lora_train.model.ops.weights import dense
 from lib_lora_train.training.condition import Condition
-from lib_lora_train.training.loss import LossConfig, denoising_loss, zero_prediction_loss
 from lib_lora_train.training.loop import Progress
+from lib_lora_train.training.loss import LossConfig, denoising_loss, zero_prediction_loss
 from lib_lora_train.training.noise import draw
 
 _LEVELS = 2  # noise levels of the probe, evenly over the schedule
