@@ -18,12 +18,12 @@ class PretendedCard:
 
     def device_of(self, tensor: Tensor) -> torch.device:
         """In the place of `host.placement.device_of`."""
-        return CPU if tensor.data_ptr() in self.on_cpu else CARD
+        return CPU if tensor.untyped_storage().data_ptr() in self.on_cpu else CARD
 
     def copy_to(self, tensor: Tensor, device: torch.device) -> Tensor:
         """In the place of `host.placement.copy_to`."""
         self.moves.append(device)
         copy = tensor.clone()
         if device == CPU:
-            self.on_cpu[copy.data_ptr()] = copy
+            self.on_cpu[copy.untyped_storage().data_ptr()] = copy
         return copy

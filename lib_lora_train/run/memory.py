@@ -122,7 +122,7 @@ def room_for(part: Part, settings: Settings, model: FrozenModel, leased: LeasedM
         free = free_bytes(model.device)
         if settings.memory.memory_budget:
             frozen = [t for part in (*model.components.values(), model.vae.tensors) for t in part.values()]
-            taken = size_of(t for t in (*frozen, *network.parameters()) if t.device.type == model.device.type)
+            taken = size_of(t for t in (*frozen, *network.parameters()) if placement.device_of(t).type == model.device.type)
             free = min(free, int(settings.memory.memory_budget * GIGABYTE) - taken - CONTEXT - WORKSPACES)
         return max(0, free)
 

@@ -32,7 +32,7 @@ class Card(PretendedCard):
     full: Callable[[], bool] = staticmethod(lambda: False)
 
     def device_of(self, tensor: Tensor) -> torch.device:
-        return CPU if tensor.data_ptr() in self.on_cpu else CARD
+        return CPU if tensor.untyped_storage().data_ptr() in self.on_cpu else CARD
 
     def copy_to(self, tensor: Tensor, device: torch.device) -> Tensor:
         if device == CARD and self.full():
@@ -276,6 +276,14 @@ def host(webui, monkeypatch):
     for name in ("allowed_paths", "captioners"):
         monkeypatch.setitem(sys.modules, f"lib_lora_train.host.a1111.{name}", ModuleType(name))
     return importlib.import_module("lib_lora_train.host.a1111.host").WebUIHost()
+
+
+def test_the_webui_is_idle_while_nobody_holds_its_queue_and_asking_does_not_hold_it(webui, host):
+    assert host.idle() and host.idle() and not webui.lock.locked()
+    with webui.lock:  # a generation
+        assert not host.idle()
+    with host.lease():
+        assert not host.idle()
 
 
 def test_rendering_is_a_generation_in_the_queue(webui, host):

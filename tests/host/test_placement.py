@@ -27,7 +27,7 @@ Facts = tuple[str, torch.dtype, tuple[int, ...], bool, bool]
 def host(card, tiny_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StandaloneHost:
     """It trains on the GPU; its file's weights are read onto the CPU."""
     monkeypatch.setattr(standalone, "load_file", lambda path: {
-        name: card.copy_to(tensor, CPU) for name, tensor in load_file(path).items()})
+        name: card.copy_to(tensor, CPU).detach() for name, tensor in load_file(path).items()})
     return StandaloneHost(tiny_file, lora_folder=tmp_path, runs_folder=tmp_path / "runs", device=CARD)
 
 

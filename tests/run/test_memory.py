@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ import torch
 from lib_lora_train.adapters import file
 from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.adapters.targets import find_targets
+from lib_lora_train.api import service
 from lib_lora_train.api.service import plan
 from lib_lora_train.events import Planned, Warned
+from lib_lora_train.host import placement
 from lib_lora_train.host.port import LeasedModel
 from lib_lora_train.inputs.vae_batches import VaeBatches, encoding_bytes
 from lib_lora_train.memory.device import budget_of
@@ -72,9 +75,9 @@ def test_pictures_are_encoded_where_room_is_short_while_unet_and_text_encoders_w
         free[0] += 1000
         return leased.tensors
     with host.lease() as leased:
-        model = frozen.build(leased.tensors, device=GPU, hints=leased.hints, tokenizers=leased.tokenizers)
-        for tensor in leased.tensors.values():
-            monkeypatch.setattr(type(tensor), "device", GPU)
+        model = dataclasses.replace(
+            frozen.build(leased.tensors, hints=leased.hints, tokenizers=leased.tokenizers), device=GPU)
+        monkeypatch.setattr(placement, "device_of", lambda tensor: GPU)
         asked: list[set[str]] = []
         monkeypatch.setattr(leased, "reload_parts", lambda parts: asked.append(set(parts)) or leased.tensors)
         monkeypatch.setattr(leased, "offload_parts", lambda parts: asked.append(set(parts)) or moved(parts))
@@ -89,6 +92,14 @@ def test_pictures_are_encoded_where_room_is_short_while_unet_and_text_encoders_w
         most = room_for("vae", parse({"memory_budget": 1}), model, leased, AdapterNetwork([], {}))
         free[0] = 1 << 40
         assert most(1) == budget_of(1, torch.device("cpu"), ours=0) - everything - memory.CONTEXT - memory.WORKSPACES
+
+
+def test_the_time_is_estimated_where_the_device_is_idle_and_without_one_the_memory_still_is(monkeypatch, images, host):
+    monkeypatch.setattr(service, "matrix_rate", lambda device, dtype, idle: 1e12 if idle() else None)
+    time, _, memory_text = plan(settings(images), host=host)["estimate"].partition(" · ")
+    assert time.startswith("about") and memory_text
+    with host.lease():  # a run is on
+        assert plan(settings(images), host=host)["estimate"] == memory_text
 
 
 def test_eight_bits_without_a_card_are_said_to_save_nothing(images, host):
