@@ -27,7 +27,7 @@ from lib_lora_train.run import resume
 from lib_lora_train.run.callbacks import MeasuredMemory, Pause, Stop, StopCallback
 from lib_lora_train.run.consistency import agree_on_data, require_equal
 from lib_lora_train.run.inputs import batches_of, latents_of, stage
-from lib_lora_train.run.memory import memory_plan, place_model, room_for
+from lib_lora_train.run.memory import memory_plan, place_model, encoding_budget
 from lib_lora_train.run.network import InitialWeights, build_network, check_sizes, ignored_by
 from lib_lora_train.run.planning import RunPlan, plan_dataset
 from lib_lora_train.run.provenance import Provenance
@@ -81,7 +81,7 @@ def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: Initial
         pause = Pause(leased, model, network, enabled=settings.memory.yield_to_generations, report=report)
         source = at_end.enter_context(contextlib.closing(latents_of(
             plan, model, vae_tensors(leased.tensors), group, folder, report=report, stop=stop, pause=pause,
-            budget=room_for("vae", settings, model, leased, network))))
+            budget=encoding_budget("vae", settings, model, leased, network))))
         plan = plan.without_damaged(dataset=source.dataset, placements=source.placements)
         _warn(plan.warnings, report)
         batches = batches_of(settings, source, group)

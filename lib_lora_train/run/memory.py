@@ -112,7 +112,7 @@ def parts_not_needed(settings: Settings, device: torch.device) -> frozenset[Part
     return frozenset(part for part, idle in parts.items() if idle)
 
 
-def room_for(part: Part, settings: Settings, model: FrozenModel, leased: LeasedModel,
+def encoding_budget(part: Part, settings: Settings, model: FrozenModel, leased: LeasedModel,
              network: AdapterNetwork) -> EncodingBudget:
     """Brings the part to the device that is about to encode, and says what that may take of a GPU: what is free, or what the
     memory budget leaves. Where that is less than it needs, the other parts wait on the CPU until `place_model` wants them."""
@@ -144,7 +144,7 @@ def place_model(settings: Settings, model: FrozenModel, leased: LeasedModel, net
     model.rebind(leased.offload_parts(away & {"vae"}))
     if "text" in away:
         chunks = chunks_in_longest(batches.fixed_captions() or ())
-        room_for("text", settings, model, leased, network)(encoding_bytes(chunks))
+        encoding_budget("text", settings, model, leased, network)(encoding_bytes(chunks))
     text = condition_of(settings, model, leased, network, batches, encode_now="text" in away, dtype=dtype, report=report,
                         stop=stop, pause=pause)
     if text.needs_encoders:

@@ -31,9 +31,6 @@ class Card(PretendedCard):
 
     full: Callable[[], bool] = staticmethod(lambda: False)
 
-    def device_of(self, tensor: Tensor) -> torch.device:
-        return CPU if tensor.untyped_storage().data_ptr() in self.on_cpu else CARD
-
     def copy_to(self, tensor: Tensor, device: torch.device) -> Tensor:
         if device == CARD and self.full():
             raise RuntimeError("CUDA out of memory")
@@ -64,7 +61,7 @@ class Generation:
 
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> Card:
-    pretended = Card()
+    pretended = Card(gpu=CARD)
     monkeypatch.setattr(placement, "device_of", pretended.device_of)
     monkeypatch.setattr(placement, "copy_to", pretended.copy_to)
     return pretended

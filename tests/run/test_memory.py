@@ -21,7 +21,7 @@ from lib_lora_train.memory.device import budget_of
 from lib_lora_train.model import frozen
 from lib_lora_train.model.family import detect
 from lib_lora_train.run import memory
-from lib_lora_train.run.memory import parts_not_needed, planned_layers, room_for
+from lib_lora_train.run.memory import parts_not_needed, planned_layers, encoding_budget
 from lib_lora_train.settings import parse
 from tests.jobs import run_settings
 
@@ -81,15 +81,15 @@ def test_pictures_are_encoded_where_room_is_short_while_unet_and_text_encoders_w
         asked: list[set[str]] = []
         monkeypatch.setattr(leased, "reload_parts", lambda parts: asked.append(set(parts)) or leased.tensors)
         monkeypatch.setattr(leased, "offload_parts", lambda parts: asked.append(set(parts)) or moved(parts))
-        budget = room_for("vae", parse({}), model, leased, AdapterNetwork([], {}))
+        budget = encoding_budget("vae", parse({}), model, leased, AdapterNetwork([], {}))
         assert budget(100) == 100 and asked == [{"vae"}]
         assert budget(101) == 1100 and asked[1:] == [{"vae"}, {"unet", "text"}]
         # A budget that the model alone fills leaves nothing.
-        assert room_for("text", parse({"memory_budget": 0.47}), model, leased, AdapterNetwork([], {}))(1) == 0
+        assert encoding_budget("text", parse({"memory_budget": 0.47}), model, leased, AdapterNetwork([], {}))(1) == 0
         assert asked[3:] == [{"text"}, {"unet", "vae"}]
         everything = sum(t.numel() * t.element_size() for part in (*model.components.values(), model.vae.tensors)
                          for t in part.values())
-        most = room_for("vae", parse({"memory_budget": 1}), model, leased, AdapterNetwork([], {}))
+        most = encoding_budget("vae", parse({"memory_budget": 1}), model, leased, AdapterNetwork([], {}))
         free[0] = 1 << 40
         assert most(1) == budget_of(1, torch.device("cpu"), ours=0) - everything - memory.CONTEXT - memory.WORKSPACES
 

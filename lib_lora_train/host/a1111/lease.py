@@ -102,16 +102,16 @@ class WebUILease(LeasedModel):
     def offload_parts(self, parts: Collection[str]) -> Mapping[str, Tensor]:
         """Generations that are let through find all of the model in its place."""
         with translated("moving parts of the model off the device"):
-            self._place(parts, placement.CPU)
+            self._put(parts, placement.CPU)
         return self.tensors
 
     def reload_parts(self, parts: Collection[str]) -> Mapping[str, Tensor]:
         """See `LeasedModel`. Generations that are let through find all of the model in its place."""
         with translated("moving parts of the model to the device"):
-            self._place(parts, self.device)
+            self._put(parts, self.device)
         return self.tensors
 
-    def _place(self, parts: Collection[str], device: torch.device) -> None:
+    def _put(self, parts: Collection[str], device: torch.device) -> None:
         """On `device` until `_restore`, which leaves alone what was placed elsewhere after that."""
         new = [part for part in parts if self._places.get(part) != device]
         originals = {tensor: self._originals[tensor] for tensor in placement.tensors_of(self.tensors, new)}
@@ -155,7 +155,7 @@ class WebUILease(LeasedModel):
         places, self._places = self._places, {}
         for device in (placement.CPU, self.device):  # what is on the CPU makes room
             with translated("moving parts of the model to where they were"):
-                self._place([part for part, place in places.items() if place == device], device)
+                self._put([part for part, place in places.items() if place == device], device)
         return True
 
     def _wait_for_model(self, report: Report) -> None:
