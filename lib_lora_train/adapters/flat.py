@@ -89,21 +89,6 @@ class FlatWeights:
             group.parameter.data = self.values[own]
             group.parameter.grad = self.gradient[own]
 
-    def buffers(self) -> list[Tensor]:
-        """All that takes memory. Who moves it, in place, calls `rebind` afterwards."""
-        return [buffer for buffer in (self.values, self.gradient, self.working) if buffer is not None]
-
-    def rebind(self) -> None:
-        """Make weights, groups and their gradients views of the buffers where these are now."""
-        for weight in self._starts:
-            weight.data = self._view(self.values, weight)
-            weight.grad = self._view(self.gradient, weight)
-        for group in self.groups:
-            begin = self._starts[group.members[0][1]]
-            own = slice(begin, begin + group.parameter.numel())
-            group.parameter.data = self.values[own]
-            group.parameter.grad = self.gradient[own]
-
     def trained(self) -> list[nn.Parameter]:
         """The weights that are trained, in the order in which they lie in the buffer."""
         return [weight for group in self.groups for _, weight, _ in group.members]

@@ -104,9 +104,9 @@ class MemoryPlan:
                         "more than there is: it may fail or become very slow. A smaller resolution, rank or batch needs less"
                         f"{', and memory_plan = auto looks for a way that fits' if manual else ''}.")
         elif self.budget is not None and self.before > budget:
-            said.append(f"Before the first step, while pictures and captions are encoded, about {gigabytes(self.before)} GB of "
-                        f"memory are taken, {gigabytes(self.before - budget + _HALF)} too much: it may fail or become very slow "
-                        "there. The steps fit.")
+            said.append(f"Before the first step, while pictures and captions are encoded, about {gigabytes(self.before)} GB "
+                        f"of memory are taken, {gigabytes(self.before - budget + _HALF)} too much: it may fail or become very "
+                        "slow there. The steps fit.")
         if base and not _BASE_DTYPE[self.settings.base_weights]:
             said.append(
                 f"The run goes on with the model held in {base}, as its memory plan had chosen when it began."

@@ -27,7 +27,7 @@ from lib_lora_train.run import resume
 from lib_lora_train.run.callbacks import MeasuredMemory, Pause, Stop, StopCallback
 from lib_lora_train.run.consistency import agree_on_data, require_equal
 from lib_lora_train.run.inputs import batches_of, latents_of, stage
-from lib_lora_train.run.memory import memory_plan, place_model, encoding_budget
+from lib_lora_train.run.memory import encoding_budget, memory_plan, place_model
 from lib_lora_train.run.network import InitialWeights, build_network, check_sizes, ignored_by
 from lib_lora_train.run.planning import RunPlan, plan_dataset
 from lib_lora_train.run.provenance import Provenance

@@ -113,7 +113,7 @@ def parts_not_needed(settings: Settings, device: torch.device) -> frozenset[Part
 
 
 def encoding_budget(part: Part, settings: Settings, model: FrozenModel, leased: LeasedModel,
-             network: AdapterNetwork) -> EncodingBudget:
+                    network: AdapterNetwork) -> EncodingBudget:
     """Brings the part to the device that is about to encode, and says what that may take of a GPU: what is free, or what the
     memory budget leaves. Where that is less than it needs, the other parts wait on the CPU until `place_model` wants them."""
     def available() -> int:

@@ -104,11 +104,6 @@ class Progress:
         the network's `rebind` afterwards."""
         return [*self._network.stored(), *self._optimizer.stored()]
 
-    def stored(self) -> list[Tensor]:
-        """What is trained and its moments: all that takes memory on the device between two steps. Who moves it, in place, calls
-        the network's `rebind` afterwards."""
-        return [*self._network.stored(), *self._optimizer.stored()]
-
     @contextlib.contextmanager
     def weights(self) -> Iterator[Mapping[str, Tensor]]:
         """The LoRA's tensors as they are to be saved, under the names of its file, until the block is left."""

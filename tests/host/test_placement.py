@@ -66,7 +66,8 @@ def refusing(card: PretendedCard, *, device: torch.device, after: int, times: in
 
 def placed(tensors: Mapping[str, Tensor]) -> set[str]:
     """The names of those that belong to a part."""
-    return {name for name in tensors if name.startswith(tuple(prefix for part in placement.PREFIXES.values() for prefix in part))}
+    prefixes = tuple(prefix for part in placement.PREFIXES.values() for prefix in part)
+    return {name for name in tensors if name.startswith(prefixes)}
 
 
 def some_tensors() -> list[Tensor]:

@@ -1,8 +1,8 @@
 """The WebUI's model while it is leased: made ready for training, given to others in between, and taken up again.
 
-Each part stays where the WebUI keeps it, under --medvram on the CPU, until the training asks for it. While others have the model,
-everything that was set up for the training is undone: the progress display, the place of its parts, the queue's lock. What others leave behind (merged LoRAs, another checkpoint) is dealt with
-when it comes back.
+Each part stays where the WebUI keeps it, under --medvram on the CPU, until the training asks for it. While others have the
+model, everything that was set up for the training is undone: the progress display, the place of its parts, the queue's lock.
+What others leave behind (merged LoRAs, another checkpoint) is dealt with when it comes back.
 """
 
 from __future__ import annotations
