@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lib_lora_train.adapters import file
 from lib_lora_train.adapters.network import AdapterNetwork
@@ -14,16 +15,21 @@ from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.api import service
 from lib_lora_train.api.service import plan
 from lib_lora_train.events import Planned, Warned
-from lib_lora_train.host import placement
+from lib_lora_train.host import placement, standalone
 from lib_lora_train.host.port import LeasedModel
+from lib_lora_train.host.standalone import StandaloneHost
 from lib_lora_train.inputs.vae_batches import VaeBatches, encoding_bytes
 from lib_lora_train.memory.device import budget_of
 from lib_lora_train.model import frozen
 from lib_lora_train.model.family import detect
+from lib_lora_train.model.sd.text import TextConditioner
+from lib_lora_train.model.sd.vae import VAE
 from lib_lora_train.run import memory
 from lib_lora_train.run.memory import parts_not_needed, planned_layers, encoding_budget
 from lib_lora_train.settings import parse
+from lib_lora_train.training import train_step
 from tests.jobs import run_settings
+from tests.pretended_card import CPU, PretendedCard
 
 GPU = torch.device("cuda", 0)
 
@@ -131,3 +137,34 @@ def test_parts_come_and_go_in_the_order_in_which_they_are_needed(monkeypatch, im
     assert first == ("reload_parts", {"vae"})
     assert [move for move in others if move != first] == [
         ("offload_parts", {"vae"}), ("reload_parts", {"text"}), ("offload_parts", {"vae", "text"}), ("reload_parts", {"unet"})]
+
+
+def test_only_the_part_in_use_is_on_the_gpu(monkeypatch, images, tiny_file, tmp_path):
+    # What is computed on is the GPU here, so the CPU needs another name.
+    card, seen = PretendedCard(gpu=CPU, cpu=torch.device("meta")), {"vae": set(), "text": set(), "unet": set()}
+    for name, replacement in (("device_of", card.device_of), ("copy_to", card.copy_to), ("CPU", card.cpu)):
+        monkeypatch.setattr(placement, name, replacement)
+    monkeypatch.setattr(memory, "parts_not_needed", lambda chosen, device: frozenset({"vae", "text"}))
+    lent: dict[str, torch.Tensor] = {}
+
+    def loaded(path: Path) -> dict[str, torch.Tensor]:
+        lent.update({name: card.copy_to(tensor, card.cpu).detach() for name, tensor in load_file(path).items()})
+        return lent
+    monkeypatch.setattr(standalone, "load_file", loaded)
+
+    def watch(owner: object, name: str, part: str) -> None:
+        original = getattr(owner, name)
+
+        def watched(*arguments: object, **named: object) -> object:
+            first = arguments[-1]
+            if not (isinstance(first, torch.Tensor) and first.is_meta):  # shapes alone are computed without weights
+                seen[part].add(frozenset(other for other in placement.PARTS if any(
+                    card.device_of(tensor) == CPU for tensor in placement.tensors_of(lent, {other}))))
+            return original(*arguments, **named)
+        monkeypatch.setattr(owner, name, watched)
+    watch(VAE, "encode", "vae")
+    watch(TextConditioner, "encode", "text")
+    watch(train_step, "denoising_loss", "unet")
+    host = StandaloneHost(tiny_file, lora_folder=tmp_path, runs_folder=tmp_path / "runs", device=CPU)
+    run_settings(parse(settings(images)), host, report=lambda event: None, stop=lambda: "")
+    assert seen == {part: {frozenset({part})} for part in seen}
