@@ -15,14 +15,14 @@ from typing import Literal
 
 from lib_lora_train.dataset.buckets import Buckets, Placement, Size
 from lib_lora_train.dataset.captions import CaptionFile, find_captions, read_caption, split_tags, with_trigger_word
-from lib_lora_train.dataset.images import check_image, is_image_name
+from lib_lora_train.dataset.images import check_image
 from lib_lora_train.dataset.listing import MOST_REPEATS, MayRead, is_subset_name, list_folder, repeats_and_name
+from lib_lora_train.dataset.masks import Companions, image_names, is_masks_folder
 from lib_lora_train.dataset.plan import balanced_repeats, plain_folder_repeats
 from lib_lora_train.dataset.prefetch import Prefetch, reading_threads
 from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
 from lib_lora_train.errors import DatasetError, printable, some_of
 
-MASKS_FOLDER = "masks"  # beside the N_name folders, where the studio keeps them: no images to learn from
 _MANY = 100  # images from which on threads are worth their beginning
 _PREFETCH_PER_THREAD = 16  # files that may have been looked at, for each thread that does
 
@@ -254,11 +254,13 @@ def find_images(folder: Path, *, what: str,
     Raises DatasetError if the folder is missing, unreadable or without images.
     """
     problems: list[Problem] = []
+    companions = Companions()
     files, folders = _list(folder, what, may_read=may_read, problems=problems)
-    loose = [file for file in files if is_image_name(file)]
+    loose = companions.images(files, folders)
     numbered = [f for f in folders if repeats_and_name(f.name)]
-    subsets = [s for f in numbered if (s := _subset(f, problems, may_read)) is not None]
-    others = [f for f in folders if f not in numbered and f.name != MASKS_FOLDER]
+    subsets = [s for f in numbered if (s := _subset(f, problems, may_read, companions)) is not None]
+    others = [f for f in folders if f not in numbered and not is_masks_folder(f.name)]
+    problems += map(Problem, companions.sentences())
     if subsets:
         if loose:
             problems.append(Problem(
@@ -274,7 +276,7 @@ def find_images(folder: Path, *, what: str,
         problems += _unused_folders(others, "only the pictures beside it are used")
         return [Subset(folder, 1, "", tuple(loose), find_captions(files))], "plain", problems
     why = " ".join(p.text for p in problems) or "no file in it has a picture's name"
-    with_images = [f.name for f in others if _image_names(f)]
+    with_images = [f.name for f in others if image_names(f)]
     remedy = "choose the folder that holds the pictures"
     if with_images:
         remedy = (f"choose one of its folders ({some_of(with_images)}), or put the number of repeats in front of "
@@ -282,12 +284,13 @@ def find_images(folder: Path, *, what: str,
     raise DatasetError(f"The {what} folder {folder} holds no pictures", why=why, remedy=remedy)
 
 
-def _subset(folder: Path, problems: list[Problem], may_read: MayRead | None) -> Subset | None:
+def _subset(folder: Path, problems: list[Problem], may_read: MayRead | None, companions: Companions) -> Subset | None:
     """An N_name folder with images; otherwise None, with the reason among the problems."""
     repeats, name = repeats_and_name(folder.name) or (0, "")
     files, folders = _list(folder, "dataset", may_read=may_read, problems=problems)
-    images = tuple(file for file in files if is_image_name(file))
-    problems += _unused_folders(folders, f"folders inside {folder.name} are not searched")
+    images = tuple(companions.images(files, folders))
+    problems += _unused_folders([f for f in folders if not is_masks_folder(f.name)],
+                                f"folders inside {folder.name} are not searched")
     if not images or not is_subset_name(folder.name):
         why = "it holds no pictures" if not images else f"it asks for {repeats} repeats, not 1 to {MOST_REPEATS}"
         problems.append(Problem(f"The folder {folder.name} is ignored: {why}."))
@@ -319,16 +322,9 @@ def _list(folder: Path, what: str, *, may_read: MayRead | None, problems: list[P
     return listing.files, listing.folders
 
 
-def _image_names(folder: Path) -> list[str]:
-    try:
-        return [path.name for path in folder.iterdir() if is_image_name(path)]
-    except OSError:
-        return []  # only asked to word a message about a folder that is not used
-
-
 def _unused_folders(folders: Sequence[Path], why: str) -> list[Problem]:
     return [Problem(f"The pictures in the folder {folder.name} are ignored: {why}.", folder)
-            for folder in folders if _image_names(folder)]
+            for folder in folders if image_names(folder)]
 
 
 def _balance(examples: list[Example], *, visits: int, problems: list[Problem]) -> list[Example]:
