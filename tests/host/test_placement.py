@@ -6,7 +6,7 @@ import gc
 import hashlib
 import traceback
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -62,12 +62,6 @@ def refusing(card: PretendedCard, *, device: torch.device, after: int, times: in
             left[0] -= 1
         return card.copy_to(tensor, place)
     return onto
-
-
-def placed(tensors: Mapping[str, Tensor]) -> set[str]:
-    """The names of those that belong to a part."""
-    prefixes = tuple(prefix for part in placement.PREFIXES.values() for prefix in part)
-    return {name for name in tensors if name.startswith(prefixes)}
 
 
 def some_tensors() -> list[Tensor]:
@@ -240,7 +234,7 @@ def test_what_was_offloaded_can_be_reloaded_and_offloaded_again(card, host):
         leased.reload_parts(placement.PARTS)
         leased.offload_parts({"unet", "text"})
         now = leased.reload_parts({"unet", "vae"})
-        away = {name for name in placed(now) if card.device_of(now[name]) == CPU}
+        away = {name for name, tensor in placement.weights_of(now).items() if card.device_of(tensor) == CPU}
         assert away == {name for name in before if name.startswith("cond_stage_model.")}
         assert {name: facts(tensor) for name, tensor in now.items()} == before
         again = leased.offload_parts({"unet"})

@@ -17,6 +17,7 @@ from modules import devices, lowvram, sd_models, shared
 from torch import Tensor, nn
 
 from lib_lora_train.errors import HostError, ModelError
+from lib_lora_train.host import placement
 from lib_lora_train.host.port import Checkpoint, Outline
 from lib_lora_train.model.architecture import Activation
 from lib_lora_train.model.family import FAMILIES, Hints
