@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -47,6 +48,11 @@ def list_folder(folder: Path, *, what: str = "dataset", may_read: MayRead | None
         raise DatasetError(f"The {what} folder {folder} cannot be read", why=error.strerror or str(error),
                            remedy="check that you may read it") from error
     return Listing(*(sorted(paths, key=by_name) for paths in found))
+
+
+def file_key(stem: str) -> str:
+    """What two names share that some system treats as one: regardless of case and of how accents are written."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", stem).casefold())
 
 
 def by_name(path: Path) -> tuple[str, str]:
