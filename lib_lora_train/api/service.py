@@ -15,7 +15,7 @@ from typing import Any
 
 from lib_lora_train.errors import HostError, LoraFileError, printable
 from lib_lora_train.host.port import Checkpoint, Host
-from lib_lora_train.memory.device import seconds_per_step
+from lib_lora_train.memory.device import matrix_rate, seconds_per_step
 from lib_lora_train.model.family import FAMILIES, detect
 from lib_lora_train.run.diagnostics import bundle
 from lib_lora_train.run.memory import plan_for, planned_layers
@@ -83,7 +83,7 @@ def plan(values: Mapping[str, object], *, host: Host, should_stop: Callable[[], 
 
 def _estimate(settings: Settings, found: RunPlan, host: Host, *, should_stop: Callable[[], bool] | None) -> tuple[str, str]:
     """ "about 9 min · about 5.1 of 8.0 GB of memory: …" and a warning, from the loaded model's shapes; "" while no model is
-    loaded."""
+    loaded. Without the time where the device has not been measured yet and others compute on it."""
     outline, checkpoint = host.outline(), host.checkpoint()
     if outline is None or checkpoint is None:
         return "", ""
@@ -92,9 +92,12 @@ def _estimate(settings: Settings, found: RunPlan, host: Host, *, should_stop: Ca
     dtype = compute_dtype(settings.memory.mixed_precision, outline.device, weights=stored)
     memory = plan_for(found, tensors=outline.tensors, architecture=architecture, device=outline.device, dtype=dtype,
                       layers=planned_layers(settings, outline.tensors, architecture), should_stop=should_stop)
+    rate = matrix_rate(outline.device, dtype, idle=host.idle)
+    if rate is None:
+        return memory.text, memory.warning
     time = found.schedule.steps * seconds_per_step(
         memory.flops, blocks=len(memory.blocks), passes=memory.passes * settings.optimizer.gradient_accumulation_steps,
-        device=outline.device, dtype=dtype)
+        device_type=outline.device.type, rate=rate)
     return f"about {_duration(time)} · {memory.text}", memory.warning
 
 

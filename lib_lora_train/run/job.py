@@ -76,10 +76,10 @@ def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: Initial
         _warn((*plan.warnings, *ignored_by(model, settings), *changed), report)
 
         network = build_network(settings, model, weights, report=report)
-        pause = Pause(leased, model, enabled=settings.memory.yield_to_generations, report=report)
+        pause = Pause(leased, model, network, enabled=settings.memory.yield_to_generations, report=report)
         source = at_end.enter_context(contextlib.closing(latents_of(
             plan, model, vae_tensors(leased.tensors), group, folder, report=report, stop=stop, pause=pause,
-            budget=encoding_budget(settings, model, leased, network))))
+            budget=encoding_budget("vae", settings, model, leased, network))))
         plan = plan.without_damaged(dataset=source.dataset, placements=source.placements)
         _warn(plan.warnings, report)
         batches = batches_of(settings, source, group)

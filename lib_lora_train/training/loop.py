@@ -104,6 +104,11 @@ class Progress:
         """Give back the device's memory that is only held for the next steps: the model is going to be used by others."""
         self._train_step.release()
 
+    def stored(self) -> list[Tensor]:
+        """What is trained and its moments: all that takes memory on the device between two steps. Who moves it, in place, calls
+        the network's `rebind` afterwards."""
+        return [*self._network.stored(), *self._optimizer.stored()]
+
     @contextlib.contextmanager
     def weights(self) -> Iterator[Mapping[str, Tensor]]:
         """The LoRA's tensors as they are to be saved, under the names of its file, until the block is left."""

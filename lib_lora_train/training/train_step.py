@@ -40,7 +40,7 @@ class TrainStep:
     def forward(self, batch: Batch) -> Tensor:
         """The loss of a micro-batch, 0-d, with what backward needs."""
         batch = batch.to(self.model.device)
-        with offloaded(self.model.device) if self.config.offload else contextlib.nullcontext():
+        with offloaded() if self.config.offload else contextlib.nullcontext():
             return self._denoising_loss(
                 self.model, batch, conditioning=self._condition.encode(batch), adapters=self._adapters, config=self.loss_config,
                 checkpointed=self.config.checkpointed)
