@@ -106,8 +106,8 @@ class MemoryPlan:
                         f"{', and memory_plan = auto looks for a way that fits' if manual else ''}.")
         elif self.budget is not None and self.before > budget:
             said.append(f"Before the first step, while pictures and captions are encoded, about {gigabytes(self.before)} GB "
-                         f"of memory are taken, {gigabytes(self.before - budget + _HALF)} too much: it may fail or become very "
-                         "slow there. The steps fit.")
+                        f"of memory are taken, {gigabytes(self.before - budget + _HALF)} too much: it may fail or become very "
+                        "slow there. The steps fit.")
         elif self.budget is None and 0 < (there := installed_bytes()) < (most := max(self.bytes, self.before)):
             said.append(f"The training needs about {gigabytes(most)} GB of memory, and this machine has {gigabytes(there)}: "
                         "it may fail or become very slow. A smaller resolution, rank or batch needs less.")

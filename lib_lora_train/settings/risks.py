@@ -36,8 +36,8 @@ def risks(settings: Settings, *, steps: int, images: int, processes: int = 1) ->
                "learning rate never gets where it should. A tenth of the steps is usual.")
     if (batch := optimizer.train_batch_size * processes) > images > 0:
         several = f" × {processes} processes" if processes > 1 else ""
-        yield (f"{_named('train_batch_size')} = {optimizer.train_batch_size}{several} is more than the {images} pictures there are: "
-               f"a batch of {batch} holds some of them several times, which takes memory and teaches nothing more. "
+        yield (f"{_named('train_batch_size')} = {optimizer.train_batch_size}{several} is more than the {images} pictures "
+               f"there are: a batch of {batch} holds some of them several times, which takes memory and teaches nothing more. "
                f"1 to {min(4, images)} is usual.")
 
 
