@@ -10,20 +10,21 @@ CARD, CPU = torch.device("cuda", 0), torch.device("cpu")
 
 
 class PretendedCard:
-    """Every tensor is on the GPU unless it was moved to the CPU."""
+    """Every tensor is on the GPU unless it was moved to the CPU. `gpu` and `cpu` are what these two are called."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, gpu: torch.device = CARD, cpu: torch.device = CPU) -> None:
+        self.gpu, self.cpu = gpu, cpu
         self.on_cpu: dict[int, Tensor] = {}  # held, so that no other tensor comes to lie in its memory
         self.moves: list[torch.device] = []
 
     def device_of(self, tensor: Tensor) -> torch.device:
         """In the place of `host.placement.device_of`."""
-        return CPU if tensor.data_ptr() in self.on_cpu else CARD
+        return self.cpu if tensor.untyped_storage().data_ptr() in self.on_cpu else self.gpu
 
     def copy_to(self, tensor: Tensor, device: torch.device) -> Tensor:
         """In the place of `host.placement.copy_to`."""
         self.moves.append(device)
         copy = tensor.clone()
-        if device == CPU:
-            self.on_cpu[copy.data_ptr()] = copy
+        if device == self.cpu:
+            self.on_cpu[copy.untyped_storage().data_ptr()] = copy
         return copy

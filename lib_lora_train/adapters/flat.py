@@ -56,26 +56,38 @@ class FlatWeights:
         self.gradient = torch.zeros_like(self.values)
         self.working = None if dtype == torch.float32 else torch.zeros_like(self.values, dtype=dtype)
         for weight in trained:
-            view, gradient = self._view(self.values, weight), self._view(self.gradient, weight)
-            view.copy_(weight.detach())
-            weight.data, weight.grad = view, gradient
+            self._view(self.values, weight).copy_(weight.detach())
         numbers = {weight: number for number, weight in enumerate(weights)}
         self.groups = tuple(
             self._group(group, [(numbers[weight], weight) for weight in group["params"] if weight.requires_grad])
             for group in groups if any(weight.requires_grad for weight in group["params"]))
+        self.rebind()
         self.refresh()
 
     def _group(self, group: Mapping[str, Any], numbered: Sequence[tuple[int, nn.Parameter]]) -> FlatGroup:
         begin = self._starts[numbered[0][1]]
         end = self._starts[numbered[-1][1]] + _padded(numbered[-1][1])
-        parameter = nn.Parameter(self.values[begin:end])
-        parameter.grad = self.gradient[begin:end]
-        return FlatGroup(group["name"], float(group["lr"]), parameter,
+        return FlatGroup(group["name"], float(group["lr"]), nn.Parameter(self.values[begin:end]),
                          tuple((number, weight, self._starts[weight] - begin) for number, weight in numbered))
 
     def _view(self, flat: Tensor, weight: nn.Parameter) -> Tensor:
         start = self._starts[weight]
         return flat[start:start + weight.numel()].view(weight.shape)
+
+    def buffers(self) -> list[Tensor]:
+        """All that takes memory. Who moves it, in place, calls `rebind` afterwards."""
+        return [buffer for buffer in (self.values, self.gradient, self.working) if buffer is not None]
+
+    def rebind(self) -> None:
+        """Make weights, groups and their gradients views of the buffers where these are now."""
+        for weight in self._starts:
+            weight.data = self._view(self.values, weight)
+            weight.grad = self._view(self.gradient, weight)
+        for group in self.groups:
+            begin = self._starts[group.members[0][1]]
+            own = slice(begin, begin + group.parameter.numel())
+            group.parameter.data = self.values[own]
+            group.parameter.grad = self.gradient[own]
 
     def trained(self) -> list[nn.Parameter]:
         """The weights that are trained, in the order in which they lie in the buffer."""

@@ -107,9 +107,22 @@ class AdapterNetwork:
         up to date after every step.
         """
         self._flat = FlatWeights(self.parameter_groups(unet_lr, text_encoder_lr), dtype=dtype)
-        for layer in self.layers.values():
-            layer.use_working_copies(self._flat.working_copy)
+        self.rebind()
         return self._flat
+
+    def stored(self) -> list[Tensor]:
+        """All that takes memory, before and after `flatten`. Who moves it, in place, calls `rebind` afterwards."""
+        if self._flat is None:
+            return list(self.parameters())
+        trained = set(self._flat.trained())
+        return [*self._flat.buffers(), *(weight for weight in self.parameters() if weight not in trained)]
+
+    def rebind(self) -> None:
+        """Make the layers' weights views of the flat buffers where these are now, if there are any."""
+        if self._flat is not None:
+            self._flat.rebind()
+            for layer in self.layers.values():
+                layer.use_working_copies(self._flat.working_copy)
 
     def to(self, device: torch.device | str) -> AdapterNetwork:
         """Move the weights (in place, before `flatten`); they stay fp32. Returns itself."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from lib_lora_train.errors import HostError, LoraFileError, printable
 from lib_lora_train.host.port import Checkpoint, Host
-from lib_lora_train.memory.device import seconds_per_step
+from lib_lora_train.memory.device import matrix_rate, seconds_per_step
 from lib_lora_train.model.family import FAMILIES, detect
 from lib_lora_train.run.diagnostics import bundle
 from lib_lora_train.run.memory import plan_for, planned_layers
@@ -86,7 +86,7 @@ def plan(values: Mapping[str, object], *, host: Host, runner: Runner | None = No
 def _estimate(settings: Settings, found: RunPlan, host: Host, *, slower: float,
               should_stop: Callable[[], bool] | None) -> tuple[str, str]:
     """ "about 9 min · about 5.1 of 8.0 GB of memory: …" and a warning, from the loaded model's shapes; "" while no model is
-    loaded."""
+    loaded. Without the time where the device has not been measured yet and others compute on it."""
     outline, checkpoint = host.outline(), host.checkpoint()
     if outline is None or checkpoint is None:
         return "", ""
@@ -95,9 +95,12 @@ def _estimate(settings: Settings, found: RunPlan, host: Host, *, slower: float,
     dtype = compute_dtype(settings.memory.mixed_precision, outline.device, weights=stored)
     memory = plan_for(found, tensors=outline.tensors, architecture=architecture, device=outline.device, dtype=dtype,
                       layers=planned_layers(settings, outline.tensors, architecture), should_stop=should_stop)
+    rate = matrix_rate(outline.device, dtype, idle=host.idle)
+    if rate is None:
+        return memory.text, memory.warning
     time = slower * found.schedule.steps * seconds_per_step(
         memory.flops, blocks=len(memory.blocks), passes=memory.passes * settings.optimizer.gradient_accumulation_steps,
-        device=outline.device, dtype=dtype)
+        device_type=outline.device.type, rate=rate)
     return f"about {_duration(time)} · {memory.text}", memory.warning
 
 
@@ -130,7 +133,8 @@ def status(*, runner: Runner, host: Host, after: int = 0) -> dict[str, Any]:
                         has changed, points that were sent before were dropped: request once more with after=0
         warnings        sentences
         saved           [{path, step, epoch, final, lora_text}] in the order they were written
-        finished        {outcome: "done"|"stopped"|"failed", message, path, steps} or None
+        finished        {outcome: "done"|"stopped"|"failed", message, path, steps, verdict} or None; the verdict is "healthy",
+                        "ruined", or "" where nobody looked
         lora_text       "<lora:name:1>" once the run's result is written, else ""
         trigger_word    of the run, "" for none
     """
@@ -164,7 +168,8 @@ def _seconds_left(state: Status) -> float | None:
 
 def runs(host: Host) -> list[dict[str, Any]]:
     """The host's past runs, newest first: id, name, outcome ("done", "stopped", "failed", "running", or "interrupted" for
-    one whose process ended before it did), message, path, steps, total, resume_step (None where it cannot be resumed)."""
+    one whose process ended before it did), message, path, steps, total, resume_step (None where it cannot be resumed),
+    verdict (as that of `finished`)."""
     return _finite([dataclasses.asdict(run) for run in past_runs(host.runs_folder)])
 
 

@@ -34,6 +34,7 @@ class Circumstances:
     concepts: tuple[str, ...]  # the names of kohya's folders
     captions: tuple[str, ...]  # of each image, as it is trained
     planned_visits: int | None  # of all images over the run; None where the proposal's rule decides
+    risks: tuple[str, ...]  # sentences about settings that are known to fail
     spellings: Mapping[str, int]  # tags by frequency, where escaped brackets are another spelling
     notes: tuple[str, ...]  # what is odd about caption files, a sentence each
     problems: tuple[str, ...]  # sentences of the folder's layout
@@ -43,7 +44,7 @@ def advise(report: DatasetReport, around: Circumstances) -> tuple[str, ...]:
     """The sentences, worst first; none if there is nothing to fix."""
     weighted = [*_files(report), *_number(report), *_captions(report, around), *_images(report, around),
                 *_length(report, around), *_tags(report, around)]
-    weighted += [(4.0, text) for text in around.problems]
+    weighted += [(4.0, text) for text in around.problems] + [(60.0, text) for text in around.risks]
     return tuple(printable(text) for _, text in sorted(weighted, key=lambda item: -item[0]))
 
 

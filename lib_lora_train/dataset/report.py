@@ -25,6 +25,7 @@ from lib_lora_train.dataset.plan import plain_folder_repeats, plan_run
 from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
 from lib_lora_train.errors import DatasetError, printable
 from lib_lora_train.settings import Settings
+from lib_lora_train.settings.risks import risks
 
 ENLARGED = 1.1  # more than this many times as long at the training size: small
 
@@ -71,11 +72,14 @@ def examine(
         buckets=tuple(by_bucket.most_common()), tags=tags, once=tuple(tag for tag, count in tags.items() if count == 1),
         proposal=_proposal(by_bucket, settings), advice=(), resolution=buckets.resolution, captions=count_of_captions(
             len(images), reader.notes.captioned, [name for subset in subsets for name in subset.captions.unmatched]))
+    visits, optimizer = _planned_visits(images, reader.repeats, layout=layout, settings=settings), settings.optimizer
+    steps = report.proposal.steps if visits is None else -(
+        -visits // (optimizer.train_batch_size * optimizer.gradient_accumulation_steps))
     return dataclasses.replace(report, advice=advise(report, Circumstances(
         layout=layout, trigger_word=settings.dataset.trigger_word, enable_bucket=settings.dataset.enable_bucket,
         concepts=tuple(dict.fromkeys(subset.caption for subset in subsets if subset.caption)),
         captions=tuple(caption.trained for caption in reader.captions), spellings=count_tags(texts, key=str.casefold),
-        planned_visits=_planned_visits(images, reader.repeats, layout=layout, settings=settings),
+        planned_visits=visits, risks=tuple(risks(settings, steps=steps, images=report.usable)),
         notes=tuple(reader.notes.sentences()), problems=tuple(problem.text for problem in found))))
 
 

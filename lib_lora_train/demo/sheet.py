@@ -13,6 +13,7 @@ from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.dataset.crop_sheet import font_for
 from lib_lora_train.dataset.images import read_image
 from lib_lora_train.host.lease import frozen_model
+from lib_lora_train.host.placement import PARTS
 from lib_lora_train.host.port import ModelSource
 from lib_lora_train.model.ops.layers import Adapter
 from lib_lora_train.model.sampler import SampleRequest, sample_batch, to_image
@@ -37,6 +38,7 @@ class SheetRow:
 def sample_rows(host: ModelSource, lora: Path, *, dataset: Path) -> list[SheetRow]:
     """Three rows: some of the dataset; the model's own paintings of other words; those with the LoRA, from the same noise."""
     with host.lease() as leased:
+        leased.reload_parts(PARTS)
         model = frozen_model(leased, Settings())
         content = file.load(lora)
         family = model.architecture.family

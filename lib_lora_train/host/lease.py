@@ -12,6 +12,7 @@ import torch
 from lib_lora_train.dataset.progress import ShouldStop
 from lib_lora_train.errors import Interrupted, SettingError
 from lib_lora_train.events import Report, Stage, shielded
+from lib_lora_train.host import placement
 from lib_lora_train.host.port import Display, LeasedModel, ModelSource
 from lib_lora_train.model import frozen
 from lib_lora_train.model.frozen import FrozenModel
@@ -80,6 +81,7 @@ def lease_for(host: LeaseHost, task: str, *, settings: Settings, should_stop: Sh
         return bool(should_stop and should_stop()) or host.interrupted()
 
     with host.lease(stop=stop) as leased:
+        leased.reload_parts(placement.PARTS)
         model = frozen_model(leased, settings)
         yield ModelLease(model, task, compute_dtype(settings.memory.mixed_precision, model.device, weights=model.dtype),
                          settings.captions.clip_skip or leased.clip_skip, leased.checkpoint.name, leased, shielded(host.report),
@@ -87,21 +89,27 @@ def lease_for(host: LeaseHost, task: str, *, settings: Settings, should_stop: Sh
 
 
 def yield_to_others(leased: LeasedModel, model: FrozenModel, *, report: Report,
-                    release: Callable[[], None] = lambda: None) -> bool:
-    """Let those use the leased model who wait for it, if any, after `release`; whether `model` can be computed on afterwards.
-    False where the wait for it was ended."""
+                    offload: Callable[[], Callable[[], None]] = lambda: lambda: None) -> bool:
+    """Let those use the leased model who wait for it, if any; whether `model` can be computed on afterwards. False where the
+    wait for it was ended.
+
+    `offload` takes what else the caller has on the device off it; what it returns brings that back, once the model is there.
+    """
     if not leased.others_waiting():
         return True
-    release()
+    reload = offload()
     model.release()
     tensors = leased.yield_model(report)
-    if tensors is not None:
-        model.rebind(tensors)
-    return tensors is not None
+    if tensors is None:
+        return False
+    model.rebind(tensors)
+    reload()
+    return True
 
 
 def frozen_model(leased: LeasedModel, settings: Settings) -> FrozenModel:
-    """The leased model, with what the user says about it above what the host says. Raises ModelError."""
+    """The leased model, with what the user says about it above what the host says; each of its parts is still where the host
+    keeps it. Raises ModelError."""
     said = {"auto": None, "on": True, "off": False}
     v_prediction, zero_terminal_snr = said[settings.loss.v_parameterization], said[settings.loss.zero_terminal_snr]
     hints = leased.hints
@@ -109,5 +117,5 @@ def frozen_model(leased: LeasedModel, settings: Settings) -> FrozenModel:
         hints = dataclasses.replace(hints, prediction_type="v_prediction" if v_prediction else "epsilon")
     if zero_terminal_snr is not None:
         hints = dataclasses.replace(hints, zero_terminal_snr=zero_terminal_snr)
-    return frozen.build(leased.tensors, hints=hints, tokenizers=leased.tokenizers,
+    return frozen.build(leased.tensors, device=leased.device, hints=hints, tokenizers=leased.tokenizers,
                         comma_padding_backtrack=leased.comma_padding_backtrack)

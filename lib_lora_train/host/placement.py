@@ -26,6 +26,7 @@ PREFIXES: Mapping[str, tuple[str, ...]] = {
     "unet": (UNET_PREFIX,), "vae": (VAE_PREFIX,),
     "text": tuple({spec.prefix for family in FAMILIES.values() for spec in family.text})}
 """How the names of a part's tensors begin."""
+PARTS = frozenset(PREFIXES)
 
 
 def tensors_of(tensors: Mapping[str, Tensor], parts: Collection[str]) -> list[Tensor]:
@@ -95,24 +96,29 @@ class MisplacedTensors:
         originals = {tensor: device for tensor, device in found if tensor is not None}
         if originals:
             gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            free_unused()
             self.restore(originals)
         return not self._originals
 
 
 @contextlib.contextmanager
-def offloaded(originals: Mapping[Tensor, torch.device], misplaced: MisplacedTensors) -> Iterator[None]:
-    """Keep the tensors on the CPU inside the block; afterwards, also on an exception, each is on its original device or
+def moved(originals: Mapping[Tensor, torch.device], device: torch.device, misplaced: MisplacedTensors) -> Iterator[None]:
+    """Keep the tensors on `device` inside the block; afterwards, also on an exception, each is on its original device or
     among the misplaced ones.
 
     A tensor that somebody else moved inside the block stays where it is then. Raises as `move` before the block.
     """
-    move(originals, CPU)
+    move(originals, device)
     try:
         yield
     finally:
-        misplaced.restore({tensor: device for tensor, device in originals.items() if _is_on(tensor, CPU)})
+        misplaced.restore({tensor: original for tensor, original in originals.items() if _is_on(tensor, device)})
+
+
+def free_unused() -> None:
+    """Give the GPU back what torch keeps of its memory for later tensors."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def clear_frames(error: BaseException) -> None:

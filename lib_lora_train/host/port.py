@@ -48,7 +48,8 @@ class LeasedModel:
     """The host's model while it is leased: tensors by reference under checkpoint names, and what shapes cannot tell. What is
     written out here holds for a host that nobody else uses.
 
-    `clip_skip` is what the host generates with; `device` is where to compute, and where the tensors are.
+    `clip_skip` is what the host generates with; `device` is where to compute. The tensors are where the host keeps them, which
+    may be elsewhere: `reload_parts` brings those that are computed with.
     """
 
     tensors: Mapping[str, torch.Tensor]
@@ -67,17 +68,16 @@ class LeasedModel:
         """Release the model to those who wait, and lease it again: the same weights, perhaps elsewhere in memory. None
         where the `stop()` of the lease ended the wait; the model is not leased then.
 
-        The caller holds none of its tensors meanwhile, and has no copy of them on the device. What it trains may stay
-        there: up to 18 bytes a weight. If the host holds another model afterwards, this waits for the leased one to come
-        back and reports so.
+        The caller holds none of its tensors meanwhile, and has nothing of its own on the device. Each part is where the host
+        keeps it, and afterwards where it was last offloaded or reloaded to. If the host holds another model then, this waits
+        for the leased one to come back and reports so.
         Raises HostError where the model is gone for good or its weights are not what they were.
         """
         return self.tensors
 
     def offload_parts(self, parts: Collection[str]) -> Mapping[str, torch.Tensor]:
         """Move these parts of the model ("unet", "vae", "text") to the CPU until they are reloaded or the lease ends, in
-        place: the same tensor objects are elsewhere afterwards. They are offloaded again after each `yield_model`; on the
-        CPU nothing moves.
+        place: the same tensor objects are elsewhere afterwards; on the CPU nothing moves.
 
         Returns all leased tensors as they are now, to be used in place of the former ones: the memory is free once nobody
         holds what was there. The host moves the parts back itself; where there is no room it says so, and tries again
@@ -89,7 +89,7 @@ class LeasedModel:
         return self.tensors
 
     def reload_parts(self, parts: Collection[str]) -> Mapping[str, torch.Tensor]:
-        """Move those of these parts that are offloaded to the lease's device again, in place; they stay there.
+        """Move these parts to the lease's device, in place, until they are offloaded or the lease ends.
 
         Returns all leased tensors as they are now, as `offload_parts`. Raises TrainingError where the device has no room;
         nothing has moved then.
@@ -154,6 +154,10 @@ class ModelSource(Protocol):
     def waiting(self) -> bool:
         """Whether a lease waits for other work of the host."""
         return False
+
+    def idle(self) -> bool:
+        """Whether nobody computes with the model at this moment; never waits."""
+        return True
 
 
 class Display(Protocol):

@@ -70,7 +70,8 @@ class StandaloneHost(Host):
 
     @contextlib.contextmanager
     def lease(self, *, stop: ShouldStop = never) -> Iterator[LeasedModel]:
-        """The file's tensors on the device; read at the first time."""
+        """The file's tensors, read at the first time, onto the CPU. Each part stays where the last lease had it: nobody else
+        uses the device."""
         if self.checkpoint_file is None:
             raise HostError("No model is loaded", remedy="name a checkpoint file (--checkpoint)")
         if not self._lock.acquire(blocking=False):
@@ -79,13 +80,14 @@ class StandaloneHost(Host):
             checkpoint, outline = self._described(self.checkpoint_file)
             if self._tensors is None:
                 self._tokenizers = _beside(self.checkpoint_file, tokenizers_from_yaml)
-                self._tensors = _load(self.checkpoint_file, self._device)
-            with translated("moving the model to the device"):
-                # What the last lease offloaded; nobody needed it in between.
-                placement.move(self._tensors.values(), self._device)
+                self._tensors = _load(self.checkpoint_file)
             yield LeasedModel(self._tensors, outline.hints, checkpoint, self._device, self._tokenizers)
         finally:
             self._lock.release()
+
+    def idle(self) -> bool:
+        """Whether the model is not leased."""
+        return not self._lock.locked()
 
     def render(self, request: RenderRequest, *, stop: ShouldStop = never) -> list[Image.Image]:
         """By our own sampler, which knows no LoRA in a prompt."""
@@ -150,9 +152,9 @@ def _header(path: Path) -> dict[str, torch.Tensor]:
                 for name, part in slices.items()}
 
 
-def _load(path: Path, device: torch.device) -> Mapping[str, torch.Tensor]:
+def _load(path: Path) -> Mapping[str, torch.Tensor]:
     with translated(f"loading {path.name}"), _readable(path):
-        return load_file(path, device=str(device))
+        return load_file(path)
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ _MOST_AT_ONCE = 8  # more gains nothing: two images of 512² fill a GPU with wor
 
 
 EncodingBudget = Callable[[int], int]
-"""Sees to it that so many bytes are free on the device, if it can. Returns how many may be taken."""
+"""Sees to it that the encoder is on the device with so many bytes free beside it, if it can. Returns how many may be taken."""
 
 
 class Encoder(Protocol):
@@ -42,7 +42,7 @@ class VaeBatches:
     def __init__(self, vae: Encoder, *, device: torch.device, batch_size: int, warn: Callable[[str], None],
                  budget: EncodingBudget | None = None) -> None:
         """`batch_size` 0 chooses by what is free on a CUDA device, and is 1 elsewhere. `budget` is asked before images of
-        a size are first encoded on a CUDA device; by default what is free may be taken."""
+        a size are first encoded; by default what is free may be taken."""
         self.device, self._vae, self._batch_size, self._warn, self._budget = device, vae, batch_size, warn, budget
         self._wanted: dict[Size, int] = {}
         self._most = sys.maxsize  # less after the memory did not suffice
@@ -50,9 +50,7 @@ class VaeBatches:
     def at_once(self, bucket: Size) -> int:
         """How many images of this size (width, height) are encoded together."""
         if bucket not in self._wanted:
-            free = None
-            if self._budget is not None and self.device.type == "cuda":
-                free = self._budget(encoding_bytes(bucket) * (self._batch_size or 1))
+            free = None if self._budget is None else self._budget(encoding_bytes(bucket) * (self._batch_size or 1))
             self._wanted[bucket] = self._batch_size or automatic_batch(self.device, bucket, free=free)
         return min(self._wanted[bucket], self._most)
 
@@ -122,4 +120,4 @@ def check_finite(latents: torch.Tensor, examples: Sequence[Example]) -> None:
         if not fine:
             raise TrainingError(
                 f"The VAE turns the picture {example.path} into numbers that are not finite",
-                why="the VAE's weights are damaged or overflow", remedy="choose another VAE, or remove this picture")
+                why="its activations overflow, although they are fp32", remedy="choose another VAE, or remove this picture")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -43,15 +43,26 @@ def attention_kernel(device: torch.device, dtype: torch.dtype) -> AttentionKerne
     return "fused" if flash or efficient else "math"
 
 
-def seconds_per_step(flops: float, *, blocks: int, passes: int, device: torch.device, dtype: torch.dtype) -> float:
-    """Seconds of a step of so many passes through so many blocks, each pass of so many FLOPs."""
-    overhead = SECONDS_A_BLOCK.get(device.type, SECONDS_A_BLOCK["cpu"])
-    return passes * max(flops / (EFFICIENCY * matrix_rate(device, dtype)), blocks * overhead)
+def seconds_per_step(flops: float, *, blocks: int, passes: int, device_type: str, rate: float) -> float:
+    """Seconds of a step of so many passes through so many blocks, each pass of so many FLOPs; `rate` is `matrix_rate`'s."""
+    overhead = SECONDS_A_BLOCK.get(device_type, SECONDS_A_BLOCK["cpu"])
+    return passes * max(flops / (EFFICIENCY * rate), blocks * overhead)
 
 
-@functools.lru_cache(maxsize=8)
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOPs a second that a matrix product reaches on the device; measured once, in some milliseconds."""
+_rates: dict[tuple[torch.device, torch.dtype], float] = {}
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, *, idle: Callable[[], bool]) -> float | None:
+    """FLOPs a second that a matrix product reaches on the device; measured once, in some milliseconds. None as long as
+    `idle()`, asked before and after, says that others compute on it: they would be held up, and the figure too small."""
+    if (device, dtype) not in _rates and idle():
+        rate = _measured_rate(device, dtype)
+        if idle():
+            _rates[device, dtype] = rate
+    return _rates.get((device, dtype))
+
+
+def _measured_rate(device: torch.device, dtype: torch.dtype) -> float:
     size = 2048 if device.type == "cuda" else 512
     a = torch.ones(size, size, device=device, dtype=dtype)
 

@@ -14,6 +14,7 @@ in its place what the first step really took. The constants stand for what no sh
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from lib_lora_train.dataset.progress import ShouldStop
 from lib_lora_train.errors import Interrupted
-from lib_lora_train.inputs.vae_batches import encoding_bytes
+from lib_lora_train.inputs import text, vae_batches
 from lib_lora_train.memory.estimate import Block, Workload, blocks_of, peak_bytes
 from lib_lora_train.memory.step_config import BaseDtype, Part, StepConfig
 from lib_lora_train.model.architecture import Architecture
@@ -37,6 +38,7 @@ WORKSPACES = 64 << 20
 FRAGMENTS = 0.05
 """Share of activations and of what kernels take that the allocator loses between blocks."""
 
+_PARTS: Mapping[Part, str] = {"unet": "UNet", "vae": "VAE", "text": "text encoders"}
 _BASE_DTYPE: Mapping[str, BaseDtype] = {"as they are": "", "int8": "int8", "fp8": "fp8"}
 _HALF = GIGABYTE // 20 - 1  # of a tenth of a GB: what is missing is rounded up
 
@@ -104,9 +106,12 @@ class MemoryPlan:
                         f"{named('resolution')}, {named('network_dim')} or {named('train_batch_size')} needs less"
                         f"{other}.")
         elif self.budget is not None and self.before > budget:
-            said.append("Before the first step, while the whole model is on the device and its pictures are encoded, about "
-                        f"{gigabytes(self.before)} GB of memory are taken, {gigabytes(self.before - budget + _HALF)} too much: "
-                        "it may fail or become very slow there. The steps fit.")
+            said.append(f"Before the first step, while pictures and captions are encoded, about {gigabytes(self.before)} GB "
+                        f"of memory are taken, {gigabytes(self.before - budget + _HALF)} too much: it may fail or become very "
+                        "slow there. The steps fit.")
+        elif self.budget is None and 0 < (there := installed_bytes()) < (most := max(self.bytes, self.before)):
+            said.append(f"The training needs about {gigabytes(most)} GB of memory, and this machine has {gigabytes(there)}: "
+                        "it may fail or become very slow. A smaller resolution, rank or batch needs less.")
         if base and not _BASE_DTYPE[self.settings.base_weights]:
             said.append(
                 f"The run goes on with the model held in {base}, as its memory plan had chosen when it began."
@@ -177,6 +182,11 @@ def ladder(wished: StepConfig, blocks: Sequence[str], *, cuda: bool) -> Iterator
         yield from ladder(_with_base_dtype(wished, "int8", cuda=cuda), blocks, cuda=cuda)
 
 
+def installed_bytes() -> int:
+    """The machine's memory, which a training without a GPU uses; 0 where the system does not say (Windows)."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+
+
 def gigabytes(size: float) -> str:
     """ "5.1" for a number of bytes."""
     return f"{size / GIGABYTE:.1f}"
@@ -191,10 +201,8 @@ def _with_base_dtype(config: StepConfig, dtype: BaseDtype, *, cuda: bool) -> Ste
 def _predicted(tensors: Mapping[str, Tensor], workload: Workload, blocks: Sequence[Block],
                config: StepConfig) -> dict[str, int]:
     """Bytes by kind at the highest moment of a step."""
-    unet, vae = unet_tensors(tensors), vae_tensors(tensors)
-    parts: dict[Part, tuple[str, int]] = {"unet": ("UNet", size_of(unet.values())), "vae": ("VAE", size_of(vae.values()))}
-    parts["text"] = ("text encoders", size_of(tensors.values()) - parts["unet"][1] - parts["vae"][1])
-    predicted = {name: size for part, (name, size) in parts.items() if part not in config.parts_on_cpu}
+    unet = unet_tensors(tensors)
+    predicted = {_PARTS[part]: size for part, size in _sizes(tensors).items() if part not in config.parts_on_cpu}
     predicted["copies"] = _copies(unet, config)
     weight = 16 + (0 if workload.dtype == torch.float32 else workload.dtype.itemsize)
     predicted["LoRA and optimiser"] = weight * workload.parameters  # weight, gradient, two moments in fp32, and a copy
@@ -205,7 +213,7 @@ def _predicted(tensors: Mapping[str, Tensor], workload: Workload, blocks: Sequen
     moving = peak if workload.device_type == "cuda" else max(peak, 8 * workload.parameters)
     predicted["activations"] = min(moving, kept)
     predicted["working"] = moving - predicted["activations"]
-    predicted["encoding"] = max(0, workload.encoded * encoding_bytes((workload.width, workload.height)) - moving)
+    predicted["encoding"] = max(0, workload.encoded * vae_batches.encoding_bytes((workload.width, workload.height)) - moving)
     if workload.device_type == "cuda":
         predicted["fragments"] = int(FRAGMENTS * moving)
         predicted["context"] = CONTEXT + WORKSPACES
@@ -222,10 +230,19 @@ def _copies(unet: Mapping[str, Tensor], config: StepConfig) -> int:
 
 
 def _before(tensors: Mapping[str, Tensor], workload: Workload) -> int:
-    """The highest sum of bytes before the first step: the whole model, or its VAE (on a GPU alone) that encodes an image."""
-    whole, vae, cuda = size_of(tensors.values()), size_of(vae_tensors(tensors).values()), workload.device_type == "cuda"
-    encoding = (vae if cuda else whole) + (0 if workload.encoded else encoding_bytes((workload.width, workload.height)))
-    return max(whole, encoding) + 4 * workload.parameters + (CONTEXT + WORKSPACES if cuda else 0)
+    """The highest sum of bytes before the first step. On a GPU the VAE encodes an image, then the text encoders captions, each
+    without the rest of the model where room is short; elsewhere the whole model is there."""
+    parts, image = _sizes(tensors), 0 if workload.encoded else vae_batches.encoding_bytes((workload.width, workload.height))
+    if workload.device_type != "cuda":
+        return sum(parts.values()) + image + 4 * workload.parameters
+    encoding = max(parts["vae"] + image, parts["text"] + text.encoding_bytes(workload.chunks))
+    return encoding + 4 * workload.parameters + CONTEXT + WORKSPACES
+
+
+def _sizes(tensors: Mapping[str, Tensor]) -> dict[Part, int]:
+    """Bytes of the model's parts; all that is neither UNet nor VAE counts as text encoders."""
+    unet, vae = size_of(unet_tensors(tensors).values()), size_of(vae_tensors(tensors).values())
+    return {"unet": unet, "vae": vae, "text": size_of(tensors.values()) - unet - vae}
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:

@@ -47,6 +47,10 @@ class StepConfig:
         return None
 
 
-def offloaded(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Inside, what autograd saves is kept in the CPU's memory until backward (torch.autograd.graph.save_on_cpu)."""
-    return torch.autograd.graph.save_on_cpu(pin_memory=device.type == "cuda")
+def offloaded() -> contextlib.AbstractContextManager[object]:
+    """Inside, what autograd saves is kept in the CPU's memory until backward (torch.autograd.graph.save_on_cpu).
+
+    Not in pinned memory: torch keeps that, rounded up to powers of two, until the process ends. The price is that each copy
+    waits for the device.
+    """
+    return torch.autograd.graph.save_on_cpu()

@@ -32,7 +32,7 @@ class FrozenModel:
     text: TextConditioner
     schedule: NoiseSchedule
     device: torch.device
-    """Where the UNet's weights are."""
+    """Where to compute."""
     dtype: torch.dtype
     """In which the UNet's weights are stored; the computation takes that of its input."""
 
@@ -54,10 +54,11 @@ class FrozenModel:
             part.layers.rebind(local)
 
 
-def build(tensors: Mapping[str, Tensor], *, hints: Hints = NO_HINTS, tokenizers: Sequence[Tokenizer] | None = None,
-          comma_padding_backtrack: int = 20) -> FrozenModel:
+def build(tensors: Mapping[str, Tensor], *, device: torch.device | None = None, hints: Hints = NO_HINTS,
+          tokenizers: Sequence[Tokenizer] | None = None, comma_padding_backtrack: int = 20) -> FrozenModel:
     """The frozen model over `tensors` (ldm/sgm checkpoint names), without copying one of them.
 
+    device: where to compute; by default where the UNet's weights are.
     tokenizers: one a text encoder; by default CLIP's.
     The schedule's ᾱ are the hint's, else the checkpoint's own in fp32, else Stable Diffusion's; they are rescaled where
     the architecture has zero terminal SNR.
@@ -70,6 +71,7 @@ def build(tensors: Mapping[str, Tensor], *, hints: Hints = NO_HINTS, tokenizers:
     _dry_run(architecture, _shapes(unet), _shapes(vae), tuple(map(_shapes, texts)))
 
     stem = unet["input_blocks.0.0.weight"]
+    device = device or stem.device
     schedule = family.schedule(
         prediction_type=architecture.prediction_type, zero_terminal_snr=architecture.zero_terminal_snr,
         alphas_cumprod=_alphas_cumprod(tensors, hints))
@@ -80,8 +82,8 @@ def build(tensors: Mapping[str, Tensor], *, hints: Hints = NO_HINTS, tokenizers:
         text=family.conditioner(
             [family.text_encoder(text, config) for text, config in zip(texts, architecture.text, strict=True)], tokenizers,
             comma_padding_backtrack=comma_padding_backtrack),
-        schedule=schedule.to(stem.device),
-        device=stem.device,
+        schedule=schedule.to(device),
+        device=device,
         dtype=stem.dtype,
     )
 

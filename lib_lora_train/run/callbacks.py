@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 
+from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.events import Report
+from lib_lora_train.host import placement
 from lib_lora_train.host.lease import yield_to_others
 from lib_lora_train.host.port import LeasedModel
 from lib_lora_train.model.frozen import FrozenModel
@@ -32,18 +35,34 @@ class StopCallback:
 
 
 class Pause:
-    """Lets those use the model who wait for it: generations of the host, between two steps or two images to encode."""
+    """Lets those use the model who wait for it: generations of the host, between two steps or two images to encode. What is
+    trained is on the CPU meanwhile."""
 
-    def __init__(self, leased: LeasedModel, model: FrozenModel, *, enabled: bool, report: Report) -> None:
-        self._leased, self._model, self._enabled, self._report = leased, model, enabled, report
+    def __init__(self, leased: LeasedModel, model: FrozenModel, network: AdapterNetwork, *, enabled: bool,
+                 report: Report) -> None:
+        self._leased, self._model, self._network, self._enabled, self._report = leased, model, network, enabled, report
 
-    def __call__(self, release: Callable[[], None] = lambda: None) -> bool:
-        """Release the model if somebody waits for it, after `release`; whether to go on afterwards."""
-        return not self._enabled or yield_to_others(self._leased, self._model, report=self._report, release=release)
+    def __call__(self, progress: Progress | None = None) -> bool:
+        """Release the model if somebody waits for it; whether to go on afterwards. `progress` is that of the training, once it
+        has begun."""
+        return not self._enabled or yield_to_others(
+            self._leased, self._model, report=self._report, offload=functools.partial(self._offload, progress))
 
     def before_step(self, progress: Progress) -> bool:
         """See `Callback`."""
-        return self(progress.release)
+        return self(progress)
+
+    def _offload(self, progress: Progress | None) -> Callable[[], None]:
+        if progress is not None:
+            progress.release()
+        stored = self._network.stored() if progress is None else progress.stored()
+
+        def move(device: torch.device) -> None:
+            placement.move(stored, device)
+            self._network.rebind()
+        device = placement.device_of(stored[0])
+        move(placement.CPU)
+        return lambda: move(device)
 
     def after_step(self, progress: Progress) -> None:
         """Nothing."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -16,8 +17,10 @@ from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.dataset.progress import ShouldStop
 from lib_lora_train.errors import translated
 from lib_lora_train.events import Report
+from lib_lora_train.host import placement
 from lib_lora_train.host.port import LeasedModel
 from lib_lora_train.inputs.batches import Batches
+from lib_lora_train.inputs.text import encoding_bytes
 from lib_lora_train.inputs.vae_batches import EncodingBudget, free_bytes
 from lib_lora_train.memory.device import attention_kernel, budget_of
 from lib_lora_train.memory.estimate import Layer, Workload
@@ -109,20 +112,24 @@ def parts_not_needed(settings: Settings, device: torch.device) -> frozenset[Part
     return frozenset(part for part, idle in parts.items() if idle)
 
 
-def encoding_budget(settings: Settings, model: FrozenModel, leased: LeasedModel, network: AdapterNetwork) -> EncodingBudget:
-    """What encoding images may take of a GPU: what is free, or what the memory budget leaves. Where that is less than it
-    needs, UNet and text encoders wait on the CPU until `place_model`."""
+def encoding_budget(part: Part, settings: Settings, model: FrozenModel, leased: LeasedModel,
+                    network: AdapterNetwork) -> EncodingBudget:
+    """Brings the part to the device that is about to encode, and says what that may take of a GPU: what is free, or what the
+    memory budget leaves. Where that is less than it needs, the other parts wait on the CPU until `place_model` wants them."""
     def available() -> int:
+        if model.device.type != "cuda":
+            return sys.maxsize
         free = free_bytes(model.device)
         if settings.memory.memory_budget:
             frozen = [t for part in (*model.components.values(), model.vae.tensors) for t in part.values()]
-            taken = size_of(t for t in (*frozen, *network.parameters()) if t.device.type == model.device.type)
+            taken = size_of(t for t in (*frozen, *network.parameters()) if placement.device_of(t).type == model.device.type)
             free = min(free, int(settings.memory.memory_budget * GIGABYTE) - taken - CONTEXT - WORKSPACES)
         return max(0, free)
 
     def budget(needed: int) -> int:
+        model.rebind(leased.reload_parts({part}))
         if available() < needed:
-            model.rebind(leased.offload_parts({"unet", "text"}))
+            model.rebind(leased.offload_parts(placement.PARTS - {part}))
             torch.cuda.empty_cache()
         return available()
     return budget
@@ -132,19 +139,20 @@ def place_model(settings: Settings, model: FrozenModel, leased: LeasedModel, net
                 config: StepConfig, *, dtype: torch.dtype, report: Report, stop: Stop,
                 pause: Pause) -> Condition:
     """Bring the model to where the steps want it: the VAE leaves the device, captions are encoded, the text encoders leave it
-    where they can, and the UNet's weights are held as `config` says. Returns the condition of the captions."""
-    if "vae" in config.parts_on_cpu:
-        model.rebind(leased.offload_parts({"vae"}))
-    # Bring back what `encoding_budget` moved away to make room.
-    model.rebind(leased.reload_parts({"text"} | ({"unet"} - config.parts_on_cpu)))
-    text = condition_of(settings, model, leased, network, batches, encode_now="text" in config.parts_on_cpu, dtype=dtype,
-                        report=report, stop=stop, pause=pause)
-    if "text" in config.parts_on_cpu and not text.needs_encoders:
-        model.rebind(leased.offload_parts({"text"}))
+    where they can, then the UNet comes, its weights held as `config` says. Returns the condition of the captions."""
+    away = config.parts_on_cpu
+    model.rebind(leased.offload_parts(away & {"vae"}))
+    if "text" in away:
+        chunks = chunks_in_longest(batches.fixed_captions() or ())
+        encoding_budget("text", settings, model, leased, network)(encoding_bytes(chunks))
+    text = condition_of(settings, model, leased, network, batches, encode_now="text" in away, dtype=dtype, report=report,
+                        stop=stop, pause=pause)
+    if text.needs_encoders:
+        away -= {"text"}
+    model.rebind(leased.offload_parts(away))
+    model.rebind(leased.reload_parts(placement.PARTS - away))
     if config.base_dtype:
         with translated("holding the model in eight bits"):
-            if "unet" in config.parts_on_cpu:
-                model.rebind(leased.offload_parts({"unet"}))
             model.unet.layers.replace(dict(quantised(model.unet.tensors, config.base_dtype, device=model.device,
                                                      channels_last=config.channels_last)))
     elif config.channels_last:

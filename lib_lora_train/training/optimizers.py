@@ -143,6 +143,11 @@ class RunOptimizer:
         """Let the weights be those to train, or those to save."""
         self.spec.set_training(self.optimizer, training)
 
+    def stored(self) -> list[Tensor]:
+        """All that it keeps on the device, but for single numbers; it may be moved in place."""
+        return [value for state in self.optimizer.state.values() for value in state.values()
+                if isinstance(value, Tensor) and value.ndim]
+
     def state(self) -> Iterator[tuple[int, str, Tensor]]:
         """(number of a weight, name, tensor) of all that is kept of each weight, sharing memory with what is in use."""
         for group in self.weights.groups:

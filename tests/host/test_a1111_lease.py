@@ -32,9 +32,6 @@ class Card(PretendedCard):
 
     full: Callable[[], bool] = staticmethod(lambda: False)
 
-    def device_of(self, tensor: Tensor) -> torch.device:
-        return CPU if tensor.data_ptr() in self.on_cpu else CARD
-
     def copy_to(self, tensor: Tensor, device: torch.device) -> Tensor:
         if device == CARD and self.full():
             raise RuntimeError("CUDA out of memory")
@@ -65,7 +62,7 @@ class Generation:
 
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> Card:
-    pretended = Card()
+    pretended = Card(gpu=CARD)
     monkeypatch.setattr(placement, "device_of", pretended.device_of)
     monkeypatch.setattr(placement, "copy_to", pretended.copy_to)
     return pretended
@@ -97,8 +94,6 @@ def webui(card: Card, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespa
     monkeypatch.setitem(sys.modules, "modules", modules)
     lease = importlib.import_module("lib_lora_train.host.a1111.lease")
     monkeypatch.setattr(lease, "detect", nothing)  # it is no Stable Diffusion
-    monkeypatch.setattr(lease.model, "device_of_part", lambda part, device: next(
-        (at for at in map(card.device_of, part.parameters()) if at != device), device))
     for name, answer in (("hints", Hints()), ("describe", None), ("tokenizers", None)):
         monkeypatch.setattr(lease.model, name, lambda _, answer=answer: answer)
     yield SimpleNamespace(lease=lease, sd_model=sd_model, lock=lock, processing=processing, state=state,
@@ -143,15 +138,62 @@ def test_what_the_file_says_is_leased_beside_what_the_webui_holds(webui, tmp_pat
     assert (hints.file_prediction_type, hints.file_zero_terminal_snr) == ("v_prediction", True)
 
 
-def test_parts_that_the_webui_keeps_off_the_card_do_not_return_by_way_of_it(webui, card):
-    webui.sd_model.lowvram = True  # --medvram
+@pytest.fixture
+def medvram(webui, card):
+    """The WebUI with --medvram, between two generations; its GPU has room for one part of the model, and not for two."""
+    webui.sd_model.lowvram = True
     for name in PARTS.values():
         webui.sd_model.get_submodule(name).to(CPU)
     card.moves.clear()
+    # A part has two tensors.
+    card.full = lambda: sum(card.device_of(tensor) == CARD for tensor in webui.sd_model.parameters()) >= 2
+    return webui
+
+
+def test_a_model_kept_off_the_gpu_is_there_by_the_part_that_is_in_use_and_by_none_while_others_have_it(medvram, card):
+    """SDXL under --medvram does not fit into the GPU as a whole, before the training or after a generation."""
+    seen: list[set[str]] = []
+    with (lease := new_lease(medvram)).leased():
+        lease.queue.yield_to_others = lambda stop: seen.append(on_card(medvram, card))
+        assert on_card(medvram, card) == set() and card.moves == []
+        for part in ("vae", "text", "unet"):
+            lease.reload_parts({part})
+            assert on_card(medvram, card) == {part}
+            assert lease.yield_model(lambda _: None) is not None
+            assert on_card(medvram, card) == {part}
+            if part != "unet":
+                lease.offload_parts({part})
+        assert card.moves.count(CARD) == 12, "each part twice, with two tensors"
+    assert seen == [set()] * 3 and on_card(medvram, card) == set() and len(medvram.misplaced) == 0
+
+
+def test_parts_that_the_webui_keeps_off_the_gpu_do_not_come_back_to_it_by_an_offload_that_is_undone(medvram, card):
+    with (lease := new_lease(medvram)).leased():
+        lease.reload_parts({"unet"})
+        lease.offload_parts(set(PARTS))
+        moves = [CARD] * 2 + [CPU] * 2
+        assert card.moves == moves
+    assert on_card(medvram, card) == set() and card.moves == moves
+
+
+def test_a_part_that_finds_no_room_is_told_and_leaves_the_model_where_the_webui_keeps_it(medvram, card):
+    with pytest.raises(TrainingError), (lease := new_lease(medvram)).leased():
+        lease.reload_parts({"unet"})
+        lease.reload_parts({"text"})
+    assert on_card(medvram, card) == set() and len(medvram.misplaced) == 0 and not medvram.lock.locked()
+
+
+def test_what_torch_keeps_unused_is_the_gpus_again_when_others_get_the_model(webui, card, monkeypatch):
+    freed = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(on_card(webui, card)))
+    webui.sd_model.first_stage_model.to(CPU)  # as an unloaded checkpoint
     with (lease := new_lease(webui)).leased():
-        assert on_card(webui, card) == set(PARTS) and card.moves == [CARD] * 6
-        lease.offload_parts({"vae", "text"})
-    assert on_card(webui, card) == set() and card.moves == [CARD] * 6 + [CPU] * 6
+        lease.reload_parts({"vae"})
+        freed.clear()
+        lease.queue.yield_to_others = lambda stop: freed.append("yielded")
+        lease.yield_model(lambda _: None)
+        assert freed[:2] == [{"unet", "text"}, "yielded"]
 
 
 def test_what_a_failed_work_held_is_gone_before_the_model_needs_its_room(webui, card):
@@ -227,14 +269,12 @@ def test_an_exception_takes_a_job_off_the_display(webui, block):
     assert not webui.shown()
 
 
-def test_an_exception_brings_a_model_back_that_was_moved_to_the_device(webui, card):
-    webui.sd_model.lowvram = True  # --medvram
-    for name in PARTS.values():
-        webui.sd_model.get_submodule(name).to(CPU)
-    with pytest.raises(ZeroDivisionError), webui.lease.model.on_device(webui.sd_model):
-        assert on_card(webui, card) == set(PARTS)
+def test_an_exception_brings_a_part_back_that_was_moved_to_the_device(medvram, card):
+    with pytest.raises(ZeroDivisionError), (lease := new_lease(medvram)).leased():
+        lease.reload_parts({"text"})
+        assert on_card(medvram, card) == {"text"}
         raise ZeroDivisionError
-    assert on_card(webui, card) == set()
+    assert on_card(medvram, card) == set()
 
 
 @pytest.fixture
@@ -245,6 +285,14 @@ def host(webui, monkeypatch):
     for name in ("allowed_paths", "captioners"):
         monkeypatch.setitem(sys.modules, f"lib_lora_train.host.a1111.{name}", ModuleType(name))
     return importlib.import_module("lib_lora_train.host.a1111.host").WebUIHost()
+
+
+def test_the_webui_is_idle_while_nobody_holds_its_queue_and_asking_does_not_hold_it(webui, host):
+    assert host.idle() and host.idle() and not webui.lock.locked()
+    with webui.lock:  # a generation
+        assert not host.idle()
+    with host.lease():
+        assert not host.idle()
 
 
 def test_rendering_is_a_generation_in_the_queue(webui, host):

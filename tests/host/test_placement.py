@@ -25,8 +25,9 @@ Facts = tuple[str, torch.dtype, tuple[int, ...], bool, bool]
 
 @pytest.fixture
 def host(card, tiny_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StandaloneHost:
-    """It trains on the GPU, where its file's weights lie once they are read."""
-    monkeypatch.setattr(standalone, "load_file", lambda path, device: load_file(path))
+    """It trains on the GPU; its file's weights are read onto the CPU."""
+    monkeypatch.setattr(standalone, "load_file", lambda path: {
+        name: card.copy_to(tensor, CPU).detach() for name, tensor in load_file(path).items()})
     return StandaloneHost(tiny_file, lora_folder=tmp_path, runs_folder=tmp_path / "runs", device=CARD)
 
 
@@ -46,7 +47,7 @@ def facts(tensor: Tensor) -> Facts:
 def offload(tensors: list[Tensor], misplaced: placement.MisplacedTensors | None = None) -> AbstractContextManager[None]:
     """Where they are now is their original device."""
     originals = {tensor: placement.device_of(tensor) for tensor in tensors}
-    return placement.offloaded(originals, placement.MisplacedTensors() if misplaced is None else misplaced)
+    return placement.moved(originals, CPU, placement.MisplacedTensors() if misplaced is None else misplaced)
 
 
 def refusing(card: PretendedCard, *, device: torch.device, after: int, times: int = 10**9) -> Callable[..., Tensor]:
@@ -213,25 +214,27 @@ def test_what_others_place_meanwhile_stays_where_they_put_it(card):
     assert card.device_of(mine) == CARD
 
 
-def test_the_stand_alone_host_leases_what_it_offloaded_on_its_device_again(card, host):
+def test_the_stand_alone_host_has_on_its_device_what_was_asked_for_and_nothing_else(card, host):
     with host.lease() as leased:
         before = {name: facts(tensor) for name, tensor in leased.tensors.items()}
-        now = leased.offload_parts({"vae", "text"})
+        assert all(card.device_of(tensor) == CPU for tensor in leased.tensors.values())
+        now = leased.reload_parts({"unet"})
         assert now.keys() == before.keys()
-        away = {name for name, tensor in now.items() if card.device_of(tensor) == CPU}
-        assert away == {name for name in before if name.startswith(("first_stage_model.", "cond_stage_model."))}
+        there = {name for name, tensor in now.items() if card.device_of(tensor) == CARD}
+        assert there == {name for name in before if name.startswith("model.diffusion_model.")}
         assert all(leased.tensors[name].data_ptr() == now[name].data_ptr() for name in before), "the old place is held"
     with host.lease() as leased:
-        assert all(card.device_of(tensor) == CARD for tensor in leased.tensors.values())
+        assert {name for name, tensor in leased.tensors.items() if card.device_of(tensor) == CARD} == there
         assert {name: facts(tensor) for name, tensor in leased.tensors.items()} == before
 
 
 def test_what_was_offloaded_can_be_reloaded_and_offloaded_again(card, host):
     with host.lease() as leased:
         before = {name: facts(tensor) for name, tensor in leased.tensors.items()}
+        leased.reload_parts(placement.PARTS)
         leased.offload_parts({"unet", "text"})
         now = leased.reload_parts({"unet", "vae"})
-        away = {name for name, tensor in now.items() if card.device_of(tensor) == CPU}
+        away = {name for name, tensor in placement.weights_of(now).items() if card.device_of(tensor) == CPU}
         assert away == {name for name in before if name.startswith("cond_stage_model.")}
         assert {name: facts(tensor) for name, tensor in now.items()} == before
         again = leased.offload_parts({"unet"})
@@ -241,8 +244,8 @@ def test_what_was_offloaded_can_be_reloaded_and_offloaded_again(card, host):
 @pytest.mark.parametrize("full", [CPU, CARD])
 def test_a_full_machine_is_said_in_our_words_and_nothing_has_moved(card, host, full):
     with host.lease() as leased:
-        if full == CARD:
-            leased.offload_parts({"vae"})
+        if full == CPU:
+            leased.reload_parts({"vae"})
         before = {name: card.device_of(tensor) for name, tensor in leased.tensors.items()}
         placement.copy_to = refusing(card, device=full, after=3)
         with pytest.raises(TrainingError, match="moving parts of the model (off|back to) the device"):

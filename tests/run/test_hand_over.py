@@ -17,12 +17,14 @@ from lib_lora_train.adapters.flat import FlatWeights
 from lib_lora_train.adapters.lora import LoRALayer
 from lib_lora_train.dataset.progress import ShouldStop
 from lib_lora_train.errors import HostError, Interrupted
+from lib_lora_train.host import placement
 from lib_lora_train.host.port import LeasedModel, never
 from lib_lora_train.host.standalone import StandaloneHost
 from lib_lora_train.model.ops.layers import Layers
 from lib_lora_train.settings import parse
 from lib_lora_train.training.optimizers import RunOptimizer
 from tests.jobs import run_settings
+from tests.pretended_card import CARD, CPU, PretendedCard
 
 
 class BusyHost(StandaloneHost):
@@ -151,6 +153,40 @@ def test_nothing_of_the_lent_memory_is_held_while_others_have_it(images, tiny_fi
     host = WatchingHost(tiny_file, tmp_path, wants=lambda asked: asked == 4)
     run_settings(settings(images, max_train_steps=2), host, report=lambda _: None, stop=lambda: "")
     assert alive == [0]
+
+
+@pytest.mark.parametrize("changes", [{}, {"network_train_unet_only": False, "mixed_precision": "bf16"}],
+                         ids=["", "with copies in half precision"])
+def test_what_is_trained_leaves_the_gpu_while_others_have_the_model_and_comes_back_the_same(
+        images, tiny_file, tmp_path, monkeypatch, changes):
+    def trained() -> list[torch.Tensor]:
+        """All tensors of the LoRA's layers, of their buffers and of the optimizer, but for single numbers."""
+        gc.collect()
+        found: list[torch.Tensor | None] = []
+        for thing in gc.get_objects():
+            if type(thing) is LoRALayer:
+                found += [*thing.parameters(), *(thing.delta().working or ())]
+            elif type(thing) is FlatWeights:
+                found += [thing.values, thing.gradient, thing.working, *(group.parameter for group in thing.groups)]
+            elif type(thing) is RunOptimizer:
+                found += [value for _, _, value in thing.state()]
+        found += [tensor.grad for tensor in found if isinstance(tensor, torch.nn.Parameter)]
+        return [tensor for tensor in found if tensor is not None and tensor.numel() > 1]
+
+    class WatchingHost(BusyHost):
+        def yield_model(self, leased, stop):
+            seen.append([card.device_of(tensor) for tensor in trained()])
+            return super().yield_model(leased, stop)
+    quiet = BusyHost(tiny_file, tmp_path / "quiet", wants=lambda _: False)
+    alone = load_file(run_settings(settings(images, **changes), quiet, report=lambda _: None, stop=lambda: "").path)
+    seen, card = [], PretendedCard()
+    monkeypatch.setattr(placement, "device_of", card.device_of)
+    monkeypatch.setattr(placement, "copy_to", card.copy_to)
+    busy = WatchingHost(tiny_file, tmp_path / "busy")
+    shared = load_file(run_settings(settings(images, **changes), busy, report=lambda _: None, stop=lambda: "").path)
+    assert {device for devices in seen for device in devices} == {CPU}
+    assert len(seen[-1]) > 2 * len(seen[0]) > 0, "the last is of the training, the first is not"
+    assert CARD in card.moves and all(torch.equal(alone[key], shared[key]) for key in alone)
 
 
 @pytest.mark.parametrize("changes", [{}, {"base_weights": "int8"}], ids=["", "with copies of its own"])

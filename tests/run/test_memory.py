@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lib_lora_train.adapters import file
 from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.adapters.targets import find_targets
+from lib_lora_train.api import service
 from lib_lora_train.api.service import plan
 from lib_lora_train.events import Planned, Warned
+from lib_lora_train.host import placement, standalone
 from lib_lora_train.host.port import LeasedModel
+from lib_lora_train.host.standalone import StandaloneHost
 from lib_lora_train.inputs.vae_batches import VaeBatches, encoding_bytes
 from lib_lora_train.memory.device import budget_of
 from lib_lora_train.model import frozen
 from lib_lora_train.model.family import detect
+from lib_lora_train.model.sd.text import TextConditioner
+from lib_lora_train.model.sd.vae import VAE
 from lib_lora_train.run import memory
 from lib_lora_train.run.memory import encoding_budget, parts_not_needed, planned_layers
 from lib_lora_train.settings import parse
+from lib_lora_train.training import train_step
 from tests.jobs import run_settings
+from tests.pretended_card import CPU, PretendedCard
 
 GPU = torch.device("cuda", 0)
 
@@ -72,19 +81,31 @@ def test_pictures_are_encoded_where_room_is_short_while_unet_and_text_encoders_w
         free[0] += 1000
         return leased.tensors
     with host.lease() as leased:
-        model = frozen.build(leased.tensors, hints=leased.hints, tokenizers=leased.tokenizers)
+        model = dataclasses.replace(
+            frozen.build(leased.tensors, hints=leased.hints, tokenizers=leased.tokenizers), device=GPU)
+        monkeypatch.setattr(placement, "device_of", lambda tensor: GPU)
         asked: list[set[str]] = []
+        monkeypatch.setattr(leased, "reload_parts", lambda parts: asked.append(set(parts)) or leased.tensors)
         monkeypatch.setattr(leased, "offload_parts", lambda parts: asked.append(set(parts)) or moved(parts))
-        budget = encoding_budget(parse({}), model, leased, AdapterNetwork([], {}))
-        assert budget(100) == 100 and asked == []
-        assert budget(101) == 1100 and asked == [{"unet", "text"}]
+        budget = encoding_budget("vae", parse({}), model, leased, AdapterNetwork([], {}))
+        assert budget(100) == 100 and asked == [{"vae"}]
+        assert budget(101) == 1100 and asked[1:] == [{"vae"}, {"unet", "text"}]
         # A budget that the model alone fills leaves nothing.
-        assert encoding_budget(parse({"memory_budget": 0.47}), model, leased, AdapterNetwork([], {}))(1) == 0
+        assert encoding_budget("text", parse({"memory_budget": 0.47}), model, leased, AdapterNetwork([], {}))(1) == 0
+        assert asked[3:] == [{"text"}, {"unet", "vae"}]
         everything = sum(t.numel() * t.element_size() for part in (*model.components.values(), model.vae.tensors)
                          for t in part.values())
-        most = encoding_budget(parse({"memory_budget": 1}), model, leased, AdapterNetwork([], {}))
+        most = encoding_budget("vae", parse({"memory_budget": 1}), model, leased, AdapterNetwork([], {}))
         free[0] = 1 << 40
         assert most(1) == budget_of(1, torch.device("cpu"), ours=0) - everything - memory.CONTEXT - memory.WORKSPACES
+
+
+def test_the_time_is_estimated_where_the_device_is_idle_and_without_one_the_memory_still_is(monkeypatch, images, host):
+    monkeypatch.setattr(service, "matrix_rate", lambda device, dtype, idle: 1e12 if idle() else None)
+    time, _, memory_text = plan(settings(images), host=host)["estimate"].partition(" · ")
+    assert time.startswith("about") and memory_text
+    with host.lease():  # a run is on
+        assert plan(settings(images), host=host)["estimate"] == memory_text
 
 
 def test_eight_bits_without_a_card_are_said_to_save_nothing(images, host):
@@ -112,4 +133,38 @@ def test_parts_come_and_go_in_the_order_in_which_they_are_needed(monkeypatch, im
         monkeypatch.setattr(LeasedModel, name, watched(name))
     monkeypatch.setattr(memory, "parts_not_needed", lambda chosen, device: frozenset({"vae", "text"}))
     run_settings(parse(settings(images)), host, report=lambda event: None, stop=lambda: "")
-    assert moves == [("offload_parts", {"vae"}), ("reload_parts", {"text", "unet"}), ("offload_parts", {"text"})]
+    first, *others = moves
+    assert first == ("reload_parts", {"vae"})
+    assert [move for move in others if move != first] == [
+        ("offload_parts", {"vae"}), ("reload_parts", {"text"}), ("offload_parts", {"vae", "text"}), ("reload_parts", {"unet"})]
+
+
+def test_only_the_part_in_use_is_on_the_gpu(monkeypatch, images, tiny_file, tmp_path):
+    # What is computed on is the GPU here, so the CPU needs another name.
+    card, seen = PretendedCard(gpu=CPU, cpu=torch.device("meta")), {"vae": set(), "text": set(), "unet": set()}
+    for name, replacement in (("device_of", card.device_of), ("copy_to", card.copy_to), ("CPU", card.cpu)):
+        monkeypatch.setattr(placement, name, replacement)
+    monkeypatch.setattr(memory, "parts_not_needed", lambda chosen, device: frozenset({"vae", "text"}))
+    lent: dict[str, torch.Tensor] = {}
+
+    def loaded(path: Path) -> dict[str, torch.Tensor]:
+        lent.update({name: card.copy_to(tensor, card.cpu).detach() for name, tensor in load_file(path).items()})
+        return lent
+    monkeypatch.setattr(standalone, "load_file", loaded)
+
+    def watch(owner: object, name: str, part: str) -> None:
+        original = getattr(owner, name)
+
+        def watched(*arguments: object, **named: object) -> object:
+            first = arguments[-1]
+            if not (isinstance(first, torch.Tensor) and first.is_meta):  # shapes alone are computed without weights
+                seen[part].add(frozenset(other for other in placement.PARTS if any(
+                    card.device_of(tensor) == CPU for tensor in placement.tensors_of(lent, {other}))))
+            return original(*arguments, **named)
+        monkeypatch.setattr(owner, name, watched)
+    watch(VAE, "encode", "vae")
+    watch(TextConditioner, "encode", "text")
+    watch(train_step, "denoising_loss", "unet")
+    host = StandaloneHost(tiny_file, lora_folder=tmp_path, runs_folder=tmp_path / "runs", device=CPU)
+    run_settings(parse(settings(images)), host, report=lambda event: None, stop=lambda: "")
+    assert seen == {part: {frozenset({part})} for part in seen}

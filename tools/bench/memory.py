@@ -83,8 +83,8 @@ def run_memory(plan: MemoryPlanned, *, say: Say) -> str:
     parts, predicted = [machine_text(plan.device)], []
     if plan.predict:
         predicted = [(case, budget, _for_a_gpu(plan, case, budget, say)) for case in PUBLISHED for budget in plan.budgets]
-        parts += ["Predicted for a GPU, fp16, CUDA's own memory included: before the first step, with the whole model there "
-                  "or a picture being encoded, and in steps, text encoders and VAE on the CPU (GB of 2^30 bytes):",
+        parts += ["Predicted for a GPU, fp16, CUDA's own memory included: before the first step, while pictures and "
+                  "captions are encoded, and in steps, text encoders and VAE on the CPU (GB of 2^30 bytes):",
                   _predictions(predicted)]
     cuda = plan.device.type == "cuda"
     what = "in the steps, beside CUDA's own" if cuda else "within a step, beside model, LoRA and optimiser"

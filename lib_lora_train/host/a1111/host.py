@@ -103,6 +103,13 @@ class WebUIHost:
         lease = self._lease
         return lease is not None and lease.queue.waiting()
 
+    def idle(self) -> bool:
+        """Whether the queue's lock is free: each generation, switch of the model and lease holds it."""
+        free: bool = call_queue.queue_lock.acquire(blocking=False)
+        if free:
+            call_queue.queue_lock.release()
+        return free
+
     def interrupted(self) -> bool:
         """Whether Interrupt, Stop or Reload UI was pressed while the model was leased."""
         lease = self._lease

@@ -1,8 +1,8 @@
 """The WebUI's model while it is leased: made ready for training, given to others in between, and taken up again.
 
-While others have it, everything that was set up for the training is undone: the progress display, the place of its parts
-(under --medvram, or offloaded), the queue's lock. What others leave behind (merged LoRAs, another checkpoint) is dealt with
-when it comes back.
+Each part stays where the WebUI keeps it, under --medvram on the CPU, until the training asks for it. While others have the
+model, everything that was set up for the training is undone: the progress display, the place of its parts, the queue's lock.
+What others leave behind (merged LoRAs, another checkpoint) is dealt with when it comes back.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class WebUILease(LeasedModel):
         self.thread = threading.get_ident()
         self._setup = contextlib.ExitStack()
         self._originals: Mapping[Tensor, torch.device] = {}
-        self._offloaded: frozenset[str] = frozenset()
+        self._places: dict[str, torch.device] = {}  # of the parts that are not just where the WebUI keeps them
         self._checksums: Mapping[str, object] = {}
         self._identity: model.Identity | None = None
 
@@ -104,32 +104,30 @@ class WebUILease(LeasedModel):
 
     def offload_parts(self, parts: Collection[str]) -> Mapping[str, Tensor]:
         """Generations that are let through find all of the model in its place."""
-        new = frozenset(parts) - self._offloaded
-        self._offload(new)
-        self._offloaded |= new
+        with translated("moving parts of the model off the device"):
+            self._put(parts, placement.CPU)
         return self.tensors
 
     def reload_parts(self, parts: Collection[str]) -> Mapping[str, Tensor]:
-        """See `LeasedModel`. `_restore` leaves alone what is no longer on the CPU."""
-        super().reload_parts(self._offloaded & frozenset(parts))
-        self._offloaded -= frozenset(parts)
+        """See `LeasedModel`. Generations that are let through find all of the model in its place."""
+        with translated("moving parts of the model to the device"):
+            self._put(parts, self.device)
         return self.tensors
 
-    def _offload(self, parts: Collection[str]) -> None:
-        """Off the device until `_restore`."""
-        originals = {tensor: self._originals[tensor] for tensor in placement.tensors_of(self.tensors, parts)}
-        with translated("moving parts of the model off the device"):
-            self._setup.enter_context(placement.offloaded(originals, self._misplaced))
+    def _put(self, parts: Collection[str], device: torch.device) -> None:
+        """On `device` until `_restore`, which leaves alone what was placed elsewhere after that."""
+        new = [part for part in parts if self._places.get(part) != device]
+        originals = {tensor: self._originals[tensor] for tensor in placement.tensors_of(self.tensors, new)}
+        self._setup.enter_context(placement.moved(originals, device, self._misplaced))
+        self._places.update(dict.fromkeys(new, device))
 
     def _set_up(self, sd_model: nn.Module) -> None:
-        """Without LoRAs, on the device, watched for changes. With the lock held; `_restore` undoes it."""
+        """Without LoRAs, watched for changes. With the lock held; `_restore` undoes it."""
         if not self._misplaced.retry():
             raise _misplaced_error()
         loras.unmerge(sd_model)
-        with translated("moving the model to the device"):
-            self.device, originals = self._setup.enter_context(model.on_device(sd_model))
-        self.tensors = model.collect(sd_model)
-        self._originals = {tensor: originals[name] for name, tensor in self.tensors.items()}
+        self.device, self.tensors = model.device(), model.collect_unused(sd_model)
+        self._originals = {tensor: placement.device_of(tensor) for tensor in self.tensors.values()}
         self.version_check = model.VersionCheck(sd_model, self.tensors)
 
     def _restore(self) -> None:
@@ -139,6 +137,7 @@ class WebUILease(LeasedModel):
         # Parts that the WebUI keeps elsewhere have left the device by now; at the end of the lease all that is ours, too.
         if self.queue.holding() and not self._misplaced.retry() and leased:
             log.warning("%s", _misplaced_error())
+        placement.free_unused()
 
     def _resume(self) -> bool:
         """Whether the WebUI holds the leased model, which is then leased again. With the lock held."""
@@ -156,7 +155,10 @@ class WebUILease(LeasedModel):
         self._set_up(sd_model)
         if model.checksums(self.tensors) != self._checksums:
             raise model.model_changed()
-        self._offload(self._offloaded)
+        places, self._places = self._places, {}
+        for device in (placement.CPU, self.device):  # what is on the CPU makes room
+            with translated("moving parts of the model to where they were"):
+                self._put([part for part, place in places.items() if place == device], device)
         return True
 
     def _wait_for_model(self, report: Report) -> None:

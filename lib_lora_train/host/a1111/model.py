@@ -7,10 +7,9 @@ computes anything, so none of the WebUI's patches of them matter.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -138,7 +137,7 @@ def outline(sd_model: nn.Module) -> Outline:
     """The model's names and shapes, and the device it would be trained on; also during a generation."""
     shapes = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
               for name, tensor in collect(sd_model).items()}
-    return Outline(shapes, hints(sd_model), _device())
+    return Outline(shapes, hints(sd_model), device())
 
 
 def collect(sd_model: nn.Module) -> dict[str, Tensor]:
@@ -176,34 +175,15 @@ def tokenizers(sd_model: nn.Module) -> Sequence[Tokenizer]:
                               end=embedder.id_end, comma=embedder.comma_token) for embedder in _embedders(sd_model)]
 
 
-def device_of_part(part: nn.Module, device: torch.device) -> torch.device:
-    """The device of the part's first weight that is not on `device`; `device` if all are."""
-    return next((weight.device for weight in part.parameters() if weight.device != device), device)
-
-
-@contextlib.contextmanager
-def on_device(sd_model: nn.Module) -> Iterator[tuple[torch.device, Mapping[str, torch.device]]]:
-    """The whole model on the WebUI's device, and each part where it was at the end, also on an exception. Gives that device
-    and the original device of each tensor, by its checkpoint's name.
-
-    Only --medvram and an unloaded checkpoint keep parts elsewhere; for everybody else nothing moves.
-    """
-    device = _device()
+def collect_unused(sd_model: nn.Module) -> dict[str, Tensor]:
+    """As `collect`, each tensor where the WebUI keeps what no generation computes with."""
     if getattr(sd_model, "lowvram", False):
-        # The WebUI remembers which one part it put on the GPU, and would not put it back a second time.
+        # Of --medvram. The WebUI remembers which one part it put on the GPU, and would not put it back a second time.
         lowvram.send_everything_to_cpu()
-    originals = {name: placement.device_of(tensor) for name, tensor in collect(sd_model).items()}
-    text = sd_model.conditioner if hasattr(sd_model, "conditioner") else sd_model.cond_stage_model
-    with contextlib.ExitStack() as at_the_end:
-        for part in (sd_model.model, sd_model.first_stage_model, text):
-            original = device_of_part(part, device)
-            if original != device:
-                at_the_end.callback(part.to, original)
-                part.to(device)
-        yield device, originals
+    return collect(sd_model)
 
 
-def _device() -> torch.device:
+def device() -> torch.device:
     """The WebUI's, with its index."""
     return torch.empty(0, device=devices.device).device
 

@@ -237,8 +237,9 @@ def pretend_card() -> dict[str, str]:
     from lib_lora_train.run import memory
     from lib_lora_train.training import train_step
 
-    card, loss = pretended_card.PretendedCard(), train_step.denoising_loss
-    placement.device_of, placement.copy_to = card.device_of, card.copy_to
+    # What the WebUI computes on is the GPU, so the CPU needs another name.
+    card, loss = pretended_card.PretendedCard(gpu=torch.device("cpu"), cpu=torch.device("meta")), train_step.denoising_loss
+    placement.device_of, placement.copy_to, placement.CPU = card.device_of, card.copy_to, card.cpu
     memory.parts_not_needed = lambda *arguments: frozenset({"vae", "text"})
 
     def lies_where(doing: str) -> None:
@@ -246,7 +247,7 @@ def pretend_card() -> dict[str, str]:
 
         tensors = model_module.collect(sd_models.model_data.sd_model)
         _places[doing].append([part for part in placement.PREFIXES if all(
-            card.device_of(tensor) == pretended_card.CPU for tensor in placement.tensors_of(tensors, {part}))])
+            card.device_of(tensor) == card.cpu for tensor in placement.tensors_of(tensors, {part}))])
 
     def seen(*arguments: Any, **named: Any) -> torch.Tensor:
         if arguments[0].device.type != "meta":  # the estimate runs the step on shapes alone
