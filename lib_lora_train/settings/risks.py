@@ -30,14 +30,13 @@ def risks(settings: Settings, *, steps: int, images: int, processes: int = 1) ->
             yield f"{named(name)} = {rate:g} is so low that next to nothing is learnt: {usual} is usual."
     strength = network.network_alpha / network.network_dim
     if strength > _MOST_STRENGTH and not network.network_weights:
-        yield (f"{named('network_alpha')} = {network.network_alpha:g} is {strength:.3g} times "
-               f"{named('network_dim')} = {network.network_dim}: so strong a LoRA is mostly ruined. Half the rank up to the rank "
-               "is usual.")
+        yield (f"{named('network_alpha')} = {network.network_alpha:g} is {strength:.3g} times {named('network_dim')} = "
+               f"{network.network_dim}: so strong a LoRA is mostly ruined. Half the rank up to the rank is usual.")
     if steps and optimizer.lr_warmup_steps >= steps:
-        yield (f"{named('lr_warmup_steps')} = {optimizer.lr_warmup_steps} is no less than the run's {counted(steps, 'step')}: the "
+        yield (f"{named('lr_warmup_steps')} = {optimizer.lr_warmup_steps} is no less than the run's {steps} steps: the "
                "learning rate never gets where it should. A tenth of the steps is usual.")
     if (batch := optimizer.train_batch_size * processes) > images > 0:
         several = f" × {processes} processes" if processes > 1 else ""
-        yield (f"{named('train_batch_size')} = {optimizer.train_batch_size}{several} is more than the {counted(images, 'picture')} "
-               f"there: a batch of {batch} holds some of them several times, which takes memory and teaches nothing more. "
+        yield (f"{named('train_batch_size')} = {optimizer.train_batch_size}{several} is more than the "
+               f"{counted(images, 'picture')} there: a batch of {batch} holds some of them several times, which takes memory and teaches nothing more. "
                f"1 to {min(4, images)} is usual.")
