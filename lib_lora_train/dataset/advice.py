@@ -6,6 +6,7 @@ Worst is how bad a thing is times the share of the images it touches; what keeps
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
@@ -18,6 +19,7 @@ MIN_IMAGES = 10
 LEAST_RESOLUTION = 256  # below it there is too little for a model of 512 to learn
 
 _SHORTEST = 6  # letters of a tag with a typing error; shorter words have too many neighbours that are words
+_MOST_REASONS = 5  # sentences about why images cannot be used
 _USUAL = 5  # captions: so often a tag must occur for a rare one to be measured by it
 
 Weighted = tuple[float, str]
@@ -54,18 +56,24 @@ def _files(report: DatasetReport) -> Iterator[Weighted]:
                      f"training would refuse to start: save {_them(unreadable)} again with the encoding UTF-8 (Notepad: Save "
                      "as, Encoding).")
     broken = _with(report, "broken")
-    if broken:
+    reasons = Counter(image.why for image in broken)
+    for why, count in reasons.most_common(_MOST_REASONS):
+        alike = [image for image in broken if image.why == why]
         yield 50 + _share(broken, report), (
-            f"{_count(broken, 'picture')} cannot be opened and would be left out ({_names(broken)}), because "
-            f"{'the file is' if len(broken) == 1 else 'the files are'} damaged, incomplete or no picture: save {_them(broken)} "
-            f"again from the original, or remove {_them(broken)}.")
+            f"{_count(alike, 'picture')} cannot be used and would be left out ({_names(alike)}): {why}.")
+    if rest := [image for image in broken if image.why not in dict(reasons.most_common(_MOST_REASONS))]:
+        yield 50, f"{_count(rest, 'more picture')} cannot be used for other reasons ({_names(rest)})."
+    if several := [image for image in report.images if image.several]:
+        yield 1, (f"{_count(several, 'picture')} {'holds' if len(several) == 1 else 'hold'} several frames or pages "
+                  f"({_names(several)}), of which only the first is trained: save the others as pictures of their own if they "
+                  "are wanted.")
 
 
 def _number(report: DatasetReport) -> Iterator[Weighted]:
     usable = report.usable
     if usable == 0:
-        yield 3000, ("No picture of this folder can be trained on, because each is damaged or too narrow: replace them, or "
-                     "choose another folder.")
+        yield 3000, ("No picture of this folder can be trained on, for the reasons below: replace them, or choose another "
+                     "folder.")
         return
     different = usable - len(_with(report, "duplicate"))
     if different < MIN_IMAGES:

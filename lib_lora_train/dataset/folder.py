@@ -15,7 +15,7 @@ from typing import Literal
 
 from lib_lora_train.dataset.buckets import Buckets, Placement, Size
 from lib_lora_train.dataset.captions import CaptionFile, find_captions, read_caption, split_tags, with_trigger_word
-from lib_lora_train.dataset.images import check_image, is_image_name
+from lib_lora_train.dataset.images import Checked, check_image, is_image_name
 from lib_lora_train.dataset.listing import MOST_REPEATS, MayRead, is_subset_name, list_folder, repeats_and_name
 from lib_lora_train.dataset.plan import balanced_repeats, plain_folder_repeats
 from lib_lora_train.dataset.prefetch import Prefetch, reading_threads
@@ -183,6 +183,7 @@ class _Reader:
         self.empty: list[str] = []
         self.several_lines: list[str] = []
         self.several_files: list[str] = []
+        self.several_frames: list[str] = []
 
     def read(self, subsets: Sequence[Subset], *, trigger_word: str) -> list[Example]:
         examples = []
@@ -193,29 +194,30 @@ class _Reader:
                       kept=lambda size: 0, most=_PREFETCH_PER_THREAD * max(1, threads)) as checked:
             for subset, image in images:
                 self.watch.check()
-                example = self._example(image, subset, size=next(checked), trigger_word=trigger_word)
+                example = self._example(image, subset, checked=next(checked), trigger_word=trigger_word)
                 if example is not None:
                     examples.append(example)
                 self.watch.advance()
         return examples
 
-    def _checked(self, image: Path) -> tuple[int, int] | DatasetError:
-        """The image's size, or why it cannot be used; in any thread."""
+    def _checked(self, image: Path) -> Checked | DatasetError:
+        """What is seen of the image, or why it cannot be used; in any thread."""
         try:
             return check_image(image)
         except DatasetError as error:
             return error
 
-    def _example(self, image: Path, subset: Subset, *, size: tuple[int, int] | DatasetError, trigger_word: str
+    def _example(self, image: Path, subset: Subset, *, checked: Checked | DatasetError, trigger_word: str
                  ) -> Example | None:
-        if isinstance(size, DatasetError):
-            self.problems.append(Problem(f"Skipped: {size}", image, skipped=True))
+        if isinstance(checked, DatasetError):
+            self.problems.append(Problem(f"Skipped: {checked}", image, skipped=True))
             return None
-        width, height = size
+        if checked.several:
+            self.several_frames.append(image.name)
         caption = with_trigger_word(self._caption(image, subset), trigger_word)
         if not caption:
             self.empty.append(image.name)
-        return Example(image, caption, subset.repeats, subset.path.name, width, height)
+        return Example(image, caption, subset.repeats, subset.path.name, checked.width, checked.height)
 
     def _caption(self, image: Path, subset: Subset) -> str:
         found = subset.caption_of(image)
@@ -241,6 +243,7 @@ class _Reader:
         for names, text in (
             (self.empty, "no caption and no trigger word, so they are trained with an empty caption"),
             (self.several_lines, "more than one line in their caption file, of which only the first is used"),
+            (self.several_frames, "several frames or pages, of which only the first is used"),
             (self.several_files, "both a .txt and a .caption file, of which the .txt is used"),
         ):
             if names:

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from lib_lora_train.dataset.images import MAX_BYTES
-from lib_lora_train.errors import DatasetError
-from lib_lora_train.studio.importing.owned import plain_line
+from lib_lora_train.errors import DatasetError, plain_line
 
 # What zipfile and its decompressors were seen to raise on damaged input.
 _ZIP_ERRORS = (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, OSError, EOFError, ValueError, RuntimeError, LookupError,

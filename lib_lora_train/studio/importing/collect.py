@@ -124,8 +124,8 @@ class _Collector:
                 self.skipped.append((found.label, f"It is the same file as {self._known[digest]}."))
                 return
             decoded = decode_image(path)
-            if decoded.alpha is not None and decoded.alpha.getextrema()[1] == 0:
-                raise DatasetError(found.label, why="it is transparent everywhere")
+            if decoded.several:
+                self._count("{} had several frames or pages, of which the first was taken.")
             caption, mask = self._caption(found, archive), self._mask(found, decoded, archive)
             stem = self._names.claim(safe_stem(Path(found.name).stem))
             endings = _KEPT.get(decoded.format, ()) if decoded.as_stored else ()

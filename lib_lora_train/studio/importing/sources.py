@@ -79,8 +79,7 @@ def list_sources(sources: Sequence[Path | Upload], *,
 
 def reason(error: DatasetError) -> str:
     """Why, as a sentence that stands beside the name of what it is about."""
-    why = error.why or error.what
-    return f"{why[:1].upper()}{why[1:]}{f'; {error.remedy}' if error.remedy else ''}."
+    return f"{error.reason[:1].upper()}{error.reason[1:]}."
 
 
 class _Listing:

@@ -11,12 +11,19 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from lib_lora_train.dataset.folder import scan
+from lib_lora_train.dataset.buckets import Buckets
+from lib_lora_train.dataset.folder import assign_buckets, scan
 from lib_lora_train.dataset.images import read_image
+from lib_lora_train.dataset.progress import Watch
+from lib_lora_train.dataset.report import examine
+from lib_lora_train.distributed import SINGLE_PROCESS
 from lib_lora_train.errors import Interrupted, LoraTrainError
+from lib_lora_train.inputs.latent_encoder import check_images
+from lib_lora_train.settings import parse
 from lib_lora_train.storage import atomic
 from lib_lora_train.studio.importing.collect import Upload, collect
 from lib_lora_train.studio.importing.owned import OwnedDataset
+from tests.damaged_pictures import damaged_pngs
 from tests.mixed_pictures import ADDED, COUNT, mixed_pictures
 
 ORIENTATION = 0x0112
@@ -72,6 +79,26 @@ def test_thirty_mixed_pictures_come_in_and_the_originals_stay_as_they_were(tmp_p
     assert len(scan(dataset.folder, max_train_epochs=1).examples) == ADDED
     again = collect(dataset, [heap])
     assert again.added == () and len(dataset.images) == ADDED  # nothing comes twice
+
+
+def test_check_import_and_training_use_the_same_images_and_give_the_same_reason(tmp_path: Path, dataset: OwnedDataset,
+                                                                                 source: Path):
+    damaged_pngs(source)
+    noise(1).save(source / "photo.jpg")
+    (source / "cut.jpg").write_bytes((source / "photo.jpg").read_bytes()[:-100])
+    (source / "phone.jpg").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    noise(2, channels=4).convert("RGBA").point(lambda level: 0).save(source / "clear.png")
+    checked = {image.path.name: image.why for image in examine(source, settings=parse({"resolution": 64})).images}
+    imported = collect(dataset, [source])
+    scanned, placements = assign_buckets(scan(source, max_train_epochs=1), Buckets(
+        (64, 64), enable_bucket=True, min_bucket_reso=64, max_bucket_reso=128, bucket_reso_steps=64, bucket_no_upscale=False))
+    lost = check_images(scanned.examples, placements, watch=Watch(1, doing="", on_progress=None, should_stop=None), group=SINGLE_PROCESS, threads=0)
+    skipped = {problem.path.name: problem.text for problem in (*scanned.problems, *lost.values()) if problem.skipped}
+    reasons = {name: why for name, why in checked.items() if why}
+    assert set(reasons) == {"5.png", "cut.jpg", "phone.jpg", "clear.png"} == set(skipped)
+    assert {name: f"{why[0].lower()}{why[1:]}" for name, why in imported.skipped} == {n: f"{w}." for n, w in reasons.items()}
+    assert all(reasons[name].split(";")[0] in text for name, text in skipped.items())
+    assert len(imported.added) == len(checked) - 4 == 7
 
 
 def test_what_every_program_sees_alike_is_copied_byte_for_byte(dataset: OwnedDataset, source: Path):
