@@ -101,6 +101,19 @@ def test_check_import_and_training_use_the_same_images_and_give_the_same_reason(
     assert len(imported.added) == len(checked) - 4 == 7
 
 
+@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a.tif", "a.jpg"])
+def test_of_several_frames_or_pages_the_first_is_used_and_every_command_says_so(dataset: OwnedDataset, source: Path, name: str):
+    frames = [Image.new("RGB", (64, 48), colour) for colour in ("red", "blue")]
+    frames[0].save(source / name, "MPO" if name == "a.jpg" else None, save_all=True, append_images=frames[1:])
+    noise(1).save(source / "still.png")
+    (advice,) = [text for text in examine(source, settings=parse({"resolution": 64})).advice if "frames" in text]
+    (problem,) = [problem.text for problem in scan(source, max_train_epochs=1).problems if "frames" in problem.text]
+    imported = collect(dataset, [source])
+    assert name in advice and name in problem and "still.png" not in advice + problem
+    assert imported.notes == ("1 picture had several frames or pages, of which the first was taken.",)
+    assert np.abs(np.array(read_image(imported.added[0])).mean((0, 1)) - (255, 0, 0)).max() < 3
+
+
 def test_what_every_program_sees_alike_is_copied_byte_for_byte(dataset: OwnedDataset, source: Path):
     text = PngImagePlugin.PngInfo()
     text.add_text("parameters", "a cat\nSteps: 20")
