@@ -16,11 +16,11 @@ from typing import Literal
 from lib_lora_train.dataset.buckets import Buckets, Placement, Size
 from lib_lora_train.dataset.captions import CaptionFile, find_captions, read_caption, split_tags, with_trigger_word
 from lib_lora_train.dataset.images import Checked, check_image, is_image_name
-from lib_lora_train.dataset.listing import MOST_REPEATS, MayRead, is_subset_name, list_folder, repeats_and_name
+from lib_lora_train.dataset.listing import MOST_REPEATS, MayRead, is_subset_name, list_folder, list_tree, repeats_and_name
 from lib_lora_train.dataset.plan import balanced_repeats, plain_folder_repeats
 from lib_lora_train.dataset.prefetch import Prefetch, reading_threads
 from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
-from lib_lora_train.errors import DatasetError, printable, some_of
+from lib_lora_train.errors import DatasetError, counted, printable, some_of
 
 MASKS_FOLDER = "masks"  # beside the N_name folders, where the studio keeps them: no images to learn from
 _MANY = 100  # images from which on threads are worth their beginning
@@ -267,21 +267,25 @@ def find_images(folder: Path, *, what: str,
             problems.append(Problem(
                 f"{len(loose)} picture(s) in {folder} are ignored, because its N_name folders are used: "
                 f"{some_of([file.name for file in loose])}."))
-        problems += _unused_folders(others, "its name has no number of repeats in front (N_name)")
+        problems += _unused_folders(others, "its name has no number of repeats in front (N_name)", may_read)
         return subsets, "kohya", problems
     if loose:
         if named := repeats_and_name(folder.name):
             problems.append(Problem(
                 f"{folder.name} was chosen itself, so its name is not read as {named[0]} repeats of "
                 f"'{named[1]}'; choose the folder above it for that."))
-        problems += _unused_folders(others, "only the pictures beside it are used")
+        problems += _unused_folders([f for f in folders if f not in numbered],
+                                    "only the pictures beside it are used; an import into a dataset takes them too", may_read)
         return [Subset(folder, 1, "", tuple(loose), find_captions(files))], "plain", problems
     why = " ".join(p.text for p in problems) or "no file in it has a picture's name"
-    with_images = [f.name for f in others if _image_names(f)]
+    with_images = list(dict.fromkeys(
+        # Of a numbered folder the one above it is to be chosen.
+        (f.relative_to(folder).parent if is_subset_name(f.name) else f.relative_to(folder)).as_posix()
+        for other in others for f in _images_below(other, may_read)))
     remedy = "choose the folder that holds the pictures"
     if with_images:
-        remedy = (f"choose one of its folders ({some_of(with_images)}), or put the number of repeats in front of "
-                  "their names, as in 10_name")
+        remedy = (f"choose one of its folders ({some_of(with_images)}), put the number of repeats in front of "
+                  "their names, as in 10_name, or import it into a dataset, which takes all folders in it")
     raise DatasetError(f"The {what} folder {folder} holds no pictures", why=why, remedy=remedy)
 
 
@@ -290,7 +294,7 @@ def _subset(folder: Path, problems: list[Problem], may_read: MayRead | None) -> 
     repeats, name = repeats_and_name(folder.name) or (0, "")
     files, folders = _list(folder, "dataset", may_read=may_read, problems=problems)
     images = tuple(file for file in files if is_image_name(file))
-    problems += _unused_folders(folders, f"folders inside {folder.name} are not searched")
+    problems += _unused_folders(folders, f"of {folder.name} only the pictures directly in it are used", may_read)
     if not images or not is_subset_name(folder.name):
         why = "it holds no pictures" if not images else f"it asks for {repeats} repeats, not 1 to {MOST_REPEATS}"
         problems.append(Problem(f"The folder {folder.name} is ignored: {why}."))
@@ -319,19 +323,33 @@ def _list(folder: Path, what: str, *, may_read: MayRead | None, problems: list[P
     if listing.refused:
         problems.append(Problem(f"{len(listing.refused)} entries of {folder} are ignored, because they are links to folders "
                                 f"that are not allowed: {some_of([path.name for path in listing.refused])}."))
+    if listing.dead:
+        problems.append(Problem(f"{len(listing.dead)} entries of {folder} are ignored, because they are links that lead "
+                                f"nowhere: {some_of([path.name for path in listing.dead])}."))
     return listing.files, listing.folders
 
 
-def _image_names(folder: Path) -> list[str]:
+def _images_below(folder: Path, may_read: MayRead | None) -> dict[Path, int]:
+    """How many images lie in which folder: this one and those below it that may be read."""
     try:
-        return [path.name for path in folder.iterdir() if is_image_name(path)]
-    except OSError:
-        return []  # only asked to word a message about a folder that is not used
+        tree = list_tree(folder, may_read=may_read)
+    except DatasetError:
+        return {}  # only asked to word a message about a folder that is not used
+    counts = {folder.joinpath(*parts): sum(map(is_image_name, listing.files)) for parts, listing in tree.folders}
+    return {path: count for path, count in counts.items() if count}
 
 
-def _unused_folders(folders: Sequence[Path], why: str) -> list[Problem]:
-    return [Problem(f"The pictures in the folder {folder.name} are ignored: {why}.", folder)
-            for folder in folders if _image_names(folder)]
+def _unused_folders(folders: Sequence[Path], why: str, may_read: MayRead | None) -> list[Problem]:
+    """A sentence for each that holds images, in whatever depth."""
+    problems = []
+    for folder in folders:
+        if counts := _images_below(folder, may_read):
+            total = sum(counts.values())
+            inside = some_of([f"{path.relative_to(folder.parent).as_posix()} {count}" for path, count in counts.items()])
+            reason = "masks are not learnt from" if folder.name == MASKS_FOLDER else why
+            problems.append(Problem(f"{counted(total, 'picture')} in the folder {folder.name} ({inside}) "
+                                    f"{'is' if total == 1 else 'are'} ignored: {reason}.", folder))
+    return problems
 
 
 def _balance(examples: list[Example], *, visits: int, problems: list[Problem]) -> list[Example]:

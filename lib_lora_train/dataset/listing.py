@@ -1,4 +1,4 @@
-"""The files and folders in a folder, by name, and kohya's N_name folders among them."""
+"""The files and folders in a folder and below it, by name, and kohya's N_name folders among them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,34 @@ from lib_lora_train.settings import DECLARATIONS
 
 MayRead = Callable[[Path], bool]
 MOST_REPEATS = int(DECLARATIONS["num_repeats"].maximum)
+MOST_DEPTH, MOST_FOLDERS = 16, 5_000  # of a tree; beyond, somebody has chosen a whole disk
 _REPEATS_AND_NAME = re.compile(r"(\d+)_(.*)")
+# What Windows, macOS and network drives (Synology, QNAP) keep beside files: bins, snapshots, thumbnails.
+_OF_THE_SYSTEM = frozenset((
+    "__macosx", "$recycle.bin", "recycler", "system volume information", "lost+found", "#recycle", "#snapshot", "@eadir", "@tmp",
+    "@recycle", "@recently-snapshot", "@__thumb"))
+_NOT_LEARNT = {
+    **dict.fromkeys(("reg", "regs", "reg_images", "regularisation", "regularization", "regularisation_images",
+                     "regularization_images", "class_images"), "by its name it holds regularisation pictures"),
+    **dict.fromkeys(("thumb", "thumbs", "thumbnail", "thumbnails"), "by its name it holds small copies")}
 
 
 class Listing(NamedTuple):
-    """What a folder holds, by name: `refused` are folders and links that may not be read. Hidden folders are left out."""
+    """What a folder holds, by name: `refused` are folders and links that may not be read, `dead` are links to nothing.
+    Hidden folders and those of the system are left out."""
 
     files: list[Path]
     folders: list[Path]
     refused: list[Path]
+    dead: list[Path]
+
+
+class Tree(NamedTuple):
+    """A folder and what is below it: names on the way to each folder, () to the first, and what it holds; and folders that
+    were not read, with the reason."""
+
+    folders: list[tuple[tuple[str, ...], Listing]]
+    unread: list[tuple[tuple[str, ...], str]]
 
 
 def list_folder(folder: Path, *, what: str = "dataset", may_read: MayRead | None = None) -> Listing:
@@ -29,14 +48,18 @@ def list_folder(folder: Path, *, what: str = "dataset", may_read: MayRead | None
 
     Raises DatasetError if the folder is missing, a file, or cannot be read.
     """
-    found = Listing([], [], [])
+    found = Listing([], [], [], [])
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
-                is_folder = entry.is_dir()
-                if (is_folder and entry.name.startswith(".")) or not (is_folder or entry.is_file()):
-                    continue
                 path = folder / entry.name
+                is_folder, is_file = _kind(entry)
+                if not is_folder and not is_file:
+                    if entry.is_symlink() and not os.path.exists(path):
+                        found.dead.append(path)
+                    continue
+                if is_folder and is_of_the_system(entry.name):
+                    continue
                 refused = may_read is not None and (is_folder or entry.is_symlink()) and not may_read(path)
                 (found.refused if refused else found.folders if is_folder else found.files).append(path)
     except NotADirectoryError as error:
@@ -47,6 +70,50 @@ def list_folder(folder: Path, *, what: str = "dataset", may_read: MayRead | None
         raise DatasetError(f"The {what} folder {folder} cannot be read", why=error.strerror or str(error),
                            remedy="check that you may read it") from error
     return Listing(*(sorted(paths, key=by_name) for paths in found))
+
+
+def list_tree(folder: Path, *, may_read: MayRead | None = None) -> Tree:
+    """List `folder` and all folders below it, each before those in it, and none twice, by whatever links it is reached.
+
+    Arguments and errors as for `list_folder`; of a folder below that cannot be read the reason is kept.
+    """
+    found, seen = Tree([], []), set()
+    waiting: list[tuple[tuple[str, ...], Path]] = [((), folder)]
+    while waiting:
+        parts, path = waiting.pop()
+        if len(parts) > MOST_DEPTH or len(found.folders) == MOST_FOLDERS:
+            found.unread.append((parts, f"more than {MOST_DEPTH} levels or {MOST_FOLDERS:,} folders are not read"))
+            continue
+        try:
+            listing = list_folder(path, may_read=may_read)
+        except DatasetError as error:
+            if not parts:
+                raise
+            found.unread.append((parts, error.reason))
+            continue
+        if (real := os.path.realpath(path)) not in seen:
+            seen.add(real)
+            found.folders.append((parts, listing))
+            waiting += [((*parts, below.name), below) for below in reversed(listing.folders)]
+    return found
+
+
+def is_of_the_system(folder_name: str) -> bool:
+    """Whether a folder of this name holds nothing of the user's: hidden ones, bins, thumbnails that a drive makes."""
+    return folder_name.startswith(".") or folder_name.casefold() in _OF_THE_SYSTEM
+
+
+def why_not_learnt(parts: tuple[str, ...]) -> str:
+    """Why images in a folder reached over these names are none of the subject; "" if they may be."""
+    return next((why for part in parts if (why := _NOT_LEARNT.get(part.casefold()))), "")
+
+
+def _kind(entry: os.DirEntry[str]) -> tuple[bool, bool]:
+    """(whether it is a folder, a file), over a link too; neither, where links lead in a circle."""
+    try:
+        return entry.is_dir(), entry.is_file()
+    except OSError:
+        return False, False
 
 
 def by_name(path: Path) -> tuple[str, str]:

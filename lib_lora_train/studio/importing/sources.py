@@ -6,14 +6,15 @@ Only names are read here, and the lists of contents of archives.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from lib_lora_train.dataset.captions import CAPTION_SUFFIXES
 from lib_lora_train.dataset.folder import MASKS_FOLDER
 from lib_lora_train.dataset.images import is_image_name
-from lib_lora_train.dataset.listing import MayRead, list_folder
-from lib_lora_train.errors import DatasetError, printable
+from lib_lora_train.dataset.listing import Listing, MayRead, list_tree, why_not_learnt
+from lib_lora_train.errors import DatasetError, counted, printable
 from lib_lora_train.studio.importing.archive import Entry, open_archive
 from lib_lora_train.studio.importing.names import file_key
 
@@ -124,24 +125,38 @@ class _Listing:
         return self._may_read is None or self._may_read(path)
 
     def _folder(self, folder: Path) -> None:
-        files, folders = self._files_of(folder, ())
-        for below in folders:
-            files += self._files_of(below, (below.name,))[0]
-        if images := _images(files):
-            self._found.append(Source(folder.name or str(folder), images))
+        name, tree = folder.name or str(folder), list_tree(folder, may_read=self._may_read)
+        files = [file for named, listing in tree.folders for file in self._files_of(listing, named)]
+        self._skipped += [("/".join(named), f"The folder was not read: {why}.") for named, why in tree.unread]
+        if images := _images(self._of_the_subject(files)):
+            self._found.append(Source(name, images))
         else:
-            self._skipped.append((folder.name or str(folder), "There is no picture in it, nor in the folders directly in it."))
+            self._skipped.append((name, "There is no picture in it, nor in the folders below it."))
 
-    def _files_of(self, folder: Path, named: tuple[str, ...]) -> tuple[list[Found], list[Path]]:
-        """(images and captions, folders) of a folder."""
-        files, folders, refused = list_folder(folder, may_read=self._may_read)
-        found = {path: Found(named, path.name, path, "/".join([*named, path.name]), str(path)) for path in (*files, *refused)}
-        for path in refused:
-            if found[path].is_image or found[path].is_caption:
-                self._skipped.append((found[path].label, "It leads to a file that may not be read."))
-            elif not named and path.is_dir():
-                self._skipped.append((path.name, "It leads to a folder that may not be read."))
-        return [found[path] for path in files if found[path].is_image or found[path].is_caption], folders
+    def _files_of(self, listing: Listing, named: tuple[str, ...]) -> list[Found]:
+        """Images and captions of a folder; what leads elsewhere or nowhere is kept for the answer."""
+        def found(path: Path) -> Found:
+            return Found(named, path.name, path, "/".join([*named, path.name]), str(path))
+
+        for path in (*listing.refused, *listing.dead):
+            file = found(path)
+            if path in listing.dead:
+                self._skipped.append((file.label, "It is a link that leads nowhere."))
+            elif file.is_image or file.is_caption:
+                self._skipped.append((file.label, "It leads to a file that may not be read."))
+            elif path.is_dir():
+                self._skipped.append((file.label, "It leads to a folder that may not be read."))
+        return [file for file in map(found, listing.files) if file.is_image or file.is_caption]
+
+    def _of_the_subject(self, files: list[Found]) -> list[Found]:
+        """`files` without those in folders of regularisation images and the like, unless there are no other images."""
+        kept = [file for file in files if not why_not_learnt(file.folder)]
+        if not any(file.is_image and not _is_mask(file) for file in kept):
+            return files
+        left_out = Counter(file.folder for file in files if file.is_image and why_not_learnt(file.folder))
+        self._skipped += [("/".join(folder), f"{counted(count, 'picture')}: {why_not_learnt(folder)}; import that folder by "
+                           "itself if it is to be learnt.") for folder, count in left_out.items()]
+        return kept
 
     def _archive(self, path: Path, name: str) -> None:
         try:
@@ -163,7 +178,7 @@ class _Listing:
                               for entry in entries if entry.name.lower().endswith(".zip")]
             files = [Found(entry.folder, entry.name, entry, f"{name}/{entry.label}", f"{name}/{entry.label}")
                      for entry in entries if entry not in refused]
-            self._found.append(Source(name, _images(files), archive=path))
+            self._found.append(Source(name, _images(self._of_the_subject(files)), archive=path))
 
     def _file(self, path: Path, name: str, *, uploaded: bool) -> None:
         if uploaded:  # a browser may send the folder with the name

@@ -207,14 +207,14 @@ def test_captions_come_along_as_one_line_of_utf8(dataset: OwnedDataset, source: 
     assert any("several lines" in note for note in collected.notes)
 
 
-def test_folders_are_read_one_level_deep_with_their_masks(dataset: OwnedDataset, tmp_path: Path):
+def test_folders_are_read_with_those_below_them_and_their_masks(dataset: OwnedDataset, tmp_path: Path):
     kohya = tmp_path / "kohya"
     for seed, place in enumerate(("10_a/1.png", "5_b/1.png", "masks/1.png", ".hidden/x.png", "10_a/deep/y.png", "top.png")):
         (kohya / place).parent.mkdir(parents=True, exist_ok=True)
         noise(seed).save(kohya / place)
     (kohya / "5_b" / "1.txt").write_text("b one", encoding="utf-8")
     collected = collect(dataset, [kohya])
-    assert [path.name for path in collected.added] == ["top.png", "1.png", "1_2.png"]
+    assert [path.name for path in collected.added] == ["top.png", "1.png", "y.png", "1_2.png"]
     assert (dataset.images_folder / "1_2.txt").read_text("utf-8") == "b one"
     with Image.open(dataset.mask_path("1.png")) as mask:
         assert np.array_equal(mask, read_image(kohya / "masks" / "1.png").convert("L"))
