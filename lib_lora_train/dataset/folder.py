@@ -8,9 +8,9 @@ on a text without meaning.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Literal
 
 from lib_lora_train.dataset.buckets import Buckets, Placement, Size
@@ -107,7 +107,7 @@ def scan(
         if _same(Path(reg_data_dir), Path(folder)):
             raise DatasetError("reg_data_dir is the dataset folder itself", remedy="choose another folder or none")
         reg_subsets, _, reg_problems = find_images(Path(reg_data_dir), what="regularisation", may_read=may_read)
-        problems += reg_problems
+        problems = [p for p in problems if p.path is None or not _same(p.path, Path(reg_data_dir))] + reg_problems
     watch = Watch(sum(len(subset.images) for subset in subsets + reg_subsets), doing="the pictures were read",
                   on_progress=on_progress, should_stop=should_stop)
     reader = _Reader(problems, watch=watch)
@@ -267,21 +267,21 @@ def find_images(folder: Path, *, what: str,
             problems.append(Problem(
                 f"{len(loose)} picture(s) in {folder} are ignored, because its N_name folders are used: "
                 f"{some_of([file.name for file in loose])}."))
-        problems += _unused_folders(others, "its name has no number of repeats in front (N_name)", may_read)
+        problems += _unused_folders(folder, others, "its name has no number of repeats in front (N_name)", may_read)
         return subsets, "kohya", problems
     if loose:
         if named := repeats_and_name(folder.name):
             problems.append(Problem(
                 f"{folder.name} was chosen itself, so its name is not read as {named[0]} repeats of "
                 f"'{named[1]}'; choose the folder above it for that."))
-        problems += _unused_folders([f for f in folders if f not in numbered],
-                                    "only the pictures beside it are used; an import into a dataset takes them too", may_read)
+        problems += _unused_folders(folder, [f for f in folders if f not in numbered], "only the pictures beside it are used; "
+                                    "an import into a dataset takes them too", may_read)
         return [Subset(folder, 1, "", tuple(loose), find_captions(files))], "plain", problems
     why = " ".join(p.text for p in problems) or "no file in it has a picture's name"
     with_images = list(dict.fromkeys(
         # Of a numbered folder the one above it is to be chosen.
-        (f.relative_to(folder).parent if is_subset_name(f.name) else f.relative_to(folder)).as_posix()
-        for other in others for f in _images_below(other, may_read)))
+        (path.parent if is_subset_name(path.name) else path).as_posix()
+        for path in _images_below(folder, {other.name for other in others}, may_read)))
     remedy = "choose the folder that holds the pictures"
     if with_images:
         remedy = (f"choose one of its folders ({some_of(with_images)}), put the number of repeats in front of "
@@ -294,7 +294,7 @@ def _subset(folder: Path, problems: list[Problem], may_read: MayRead | None) -> 
     repeats, name = repeats_and_name(folder.name) or (0, "")
     files, folders = _list(folder, "dataset", may_read=may_read, problems=problems)
     images = tuple(file for file in files if is_image_name(file))
-    problems += _unused_folders(folders, f"of {folder.name} only the pictures directly in it are used", may_read)
+    problems += _unused_folders(folder, folders, f"of {folder.name} only the pictures directly in it are used", may_read)
     if not images or not is_subset_name(folder.name):
         why = "it holds no pictures" if not images else f"it asks for {repeats} repeats, not 1 to {MOST_REPEATS}"
         problems.append(Problem(f"The folder {folder.name} is ignored: {why}."))
@@ -329,26 +329,28 @@ def _list(folder: Path, what: str, *, may_read: MayRead | None, problems: list[P
     return listing.files, listing.folders
 
 
-def _images_below(folder: Path, may_read: MayRead | None) -> dict[Path, int]:
-    """How many images lie in which folder: this one and those below it that may be read."""
+def _images_below(folder: Path, names: Collection[str], may_read: MayRead | None) -> dict[PurePath, int]:
+    """How many images lie in which folder, seen from `folder`: in those of it called `names` and below them."""
     try:
-        tree = list_tree(folder, may_read=may_read)
+        tree = list_tree(folder, may_read=may_read) if names else None
     except DatasetError:
-        return {}  # only asked to word a message about a folder that is not used
-    counts = {folder.joinpath(*parts): sum(map(is_image_name, listing.files)) for parts, listing in tree.folders}
+        tree = None  # only asked to word a message about folders that are not used
+    counts = {PurePath(*parts): sum(map(is_image_name, listing.files)) for parts, listing in (tree.folders if tree else ())
+              if parts and parts[0] in names}
     return {path: count for path, count in counts.items() if count}
 
 
-def _unused_folders(folders: Sequence[Path], why: str, may_read: MayRead | None) -> list[Problem]:
-    """A sentence for each that holds images, in whatever depth."""
-    problems = []
-    for folder in folders:
-        if counts := _images_below(folder, may_read):
-            total = sum(counts.values())
-            inside = some_of([f"{path.relative_to(folder.parent).as_posix()} {count}" for path, count in counts.items()])
-            reason = "masks are not learnt from" if folder.name == MASKS_FOLDER else why
-            problems.append(Problem(f"{counted(total, 'picture')} in the folder {folder.name} ({inside}) "
-                                    f"{'is' if total == 1 else 'are'} ignored: {reason}.", folder))
+def _unused_folders(folder: Path, folders: Sequence[Path], why: str, may_read: MayRead | None) -> list[Problem]:
+    """A sentence for each of `folders` in `folder` that holds images, in whatever depth."""
+    below, problems = _images_below(folder, {unused.name for unused in folders}, may_read), []
+    for unused in folders:
+        counts = {path.as_posix(): count for path, count in below.items() if path.parts[0] == unused.name}
+        if total := sum(counts.values()):
+            reason = "masks are not learnt from" if unused.name == MASKS_FOLDER else why
+            problems.append(Problem(
+                f"{counted(total, 'picture')} in the folder {unused.name} ("
+                f"{some_of([f'{path} {count}' for path, count in counts.items()])}) {'is' if total == 1 else 'are'} ignored: "
+                f"{reason}.", unused))
     return problems
 
 

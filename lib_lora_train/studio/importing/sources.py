@@ -146,6 +146,8 @@ class _Listing:
                 self._skipped.append((file.label, "It leads to a file that may not be read."))
             elif path.is_dir():
                 self._skipped.append((file.label, "It leads to a folder that may not be read."))
+        self._skipped += [(found(path).label, "An archive in a folder is not opened; import it by itself.")
+                          for path in listing.files if path.suffix.lower() == ".zip"]
         return [file for file in map(found, listing.files) if file.is_image or file.is_caption]
 
     def _of_the_subject(self, files: list[Found]) -> list[Found]:

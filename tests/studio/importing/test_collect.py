@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -218,6 +219,59 @@ def test_folders_are_read_with_those_below_them_and_their_masks(dataset: OwnedDa
     assert (dataset.images_folder / "1_2.txt").read_text("utf-8") == "b one"
     with Image.open(dataset.mask_path("1.png")) as mask:
         assert np.array_equal(mask, read_image(kohya / "masks" / "1.png").convert("L"))
+
+
+def test_a_folder_and_an_archive_of_it_give_the_same_dataset(tmp_path: Path, dataset: OwnedDataset):
+    """Names of folders as Synology, QNAP, macOS, Windows and kohya's page make them."""
+    taken = ("top.png", "outfit/one.png", "outfit/night/more/three.png", "outfit/two.png")
+    left = ("reg/1_dog/dog.png", "outfit/thumbs/small.png")
+    system = ("@eaDir/top.png/SYNOPHOTO_THUMB_M.jpg", "outfit/@__thumb/s100one.png", ".thumbnails/t.png", "__MACOSX/._top.png",
+              "#recycle/r.png", "$RECYCLE.BIN/$R1.png", "outfit/._one.png")
+    top, other = tmp_path / "things", OwnedDataset.create(tmp_path / "datasets", "other")
+    for seed, place in enumerate((*taken, *left, *system)):
+        (top / place).parent.mkdir(parents=True, exist_ok=True)
+        noise(seed).save(top / place)
+        (top / place).with_suffix(".txt").write_text(place, encoding="utf-8")
+    with zipfile.ZipFile(tmp_path / "things.zip", "w") as packed:
+        for path in top.rglob("*"):
+            packed.write(path, path.relative_to(top))
+    for into, source in ((dataset, top), (other, tmp_path / "things.zip")):
+        collected = collect(into, [source])
+        assert {path.name: path.with_suffix(".txt").read_text("utf-8") for path in collected.added} == {
+            Path(place).name: place for place in taken}
+        told = dict(collected.skipped)
+        assert set(told) == {"reg/1_dog", "outfit/thumbs"} and "regularisation" in told["reg/1_dog"]
+        assert all("1 picture" in why for why in told.values())
+    assert [path.name for path in collect(other, [top / "reg"]).added] == ["dog.png"]  # chosen itself
+
+
+def test_links_are_followed_once_and_those_that_lead_nowhere_are_named(dataset: OwnedDataset, source: Path, tmp_path: Path):
+    (tmp_path / "elsewhere").mkdir()
+    noise(1).save(source / "a.png")
+    noise(2).save(tmp_path / "elsewhere" / "b.png")
+    try:
+        os.symlink(tmp_path / "elsewhere", source / "linked")
+        os.symlink(source, source / "circle")
+        os.symlink(source / "itself.png", source / "itself.png")
+        os.symlink(source / "gone.png", source / "dead.png")
+    except OSError:
+        pytest.skip("no links here")
+    collected = collect(dataset, [source])
+    assert [path.name for path in collected.added] == ["a.png", "b.png"]
+    assert dict(collected.skipped) == dict.fromkeys(("dead.png", "itself.png"), "It is a link that leads nowhere.")
+    for texts in ([problem.text for problem in scan(source, max_train_epochs=1).problems],
+                  examine(source, settings=parse({})).advice):
+        (dead,) = [text for text in texts if "nowhere" in text]
+        (unused,) = [text for text in texts if "linked" in text]
+        assert "dead.png" in dead and "itself.png" in dead and "1 picture" in unused
+
+    def may_read(path: Path) -> bool:
+        return path.resolve().is_relative_to(source.resolve())
+
+    again = OwnedDataset.create(tmp_path / "datasets", "again")
+    collected = collect(again, [source], may_read=may_read)
+    assert [path.name for path in collected.added] == ["a.png"] and "linked" in dict(collected.skipped)
+    assert not [p for p in scan(source, max_train_epochs=1, may_read=may_read).problems if "in the folder" in p.text]
 
 
 def test_a_dataset_of_ours_can_be_brought_into_another(dataset: OwnedDataset, source: Path, tmp_path: Path):
