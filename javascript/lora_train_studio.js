@@ -21,13 +21,16 @@
         const app = {
             api, place, pictures: studio.makePictures(api), uploading: "", panel: "", written: null, tagValues: {},
             modeChosen: false,
+            // Captions that were written here and that the server did not take, by picture; the state of another dataset that was
+            // opened elsewhere, until this page is told which one to show.
+            unsent: new Map(), elsewhere: null,
             view: {
                 state: null, filter: {...NO_FILTER}, offset: 0, sort: "name", shown: {total: 0, pictures: []}, tags: [],
                 tagsTotal: 0, empty: 0, selected: new Set(), current: "",
             },
         };
         const view = app.view, after = new Map();
-        let timer = 0, version = -1, polling = null, again = false, quick = 0, parts = [], reloading = 0;
+        let timer = 0, version = -1, polling = null, again = false, quick = 0, parts = [], reloading = 0, moving = 0;
 
         // ---- asking ------------------------------------------------------------------------------------------------
 
@@ -66,10 +69,16 @@
         }
 
         async function takeState(state) {
-            const before = view.state, task = state.task;
+            const before = view.state, task = state.task, away = app.elsewhere;
             const other = Boolean(before && (before.dataset || {}).folder !== (state.dataset || {}).folder);
+            app.elsewhere = other && !moving ? state : null;
+            // What is shown, and what is being written, stays until somebody here goes there.
+            if (app.elsewhere) return app.draw();
             if (other) app.forget();
             view.state = state;
+            api.dataset = state.dataset ? state.dataset.name : "";
+            // Not waited for: it asks for the state itself.
+            if (away && app.unsent.size) app.resend();
             if (state.version !== version) {
                 version = state.version;
                 await app.reload();
@@ -114,7 +123,21 @@
                 return answer;
             } catch (error) {
                 app.say(error.message, true);
+                // Refused: perhaps another dataset is open now.
+                if (error.status === 409) app.poll();
                 return null;
+            }
+        };
+
+        /** Do what makes another dataset the open one, and follow it there. */
+        app.move = async(what) => {
+            moving += 1;
+            try {
+                const answer = await what();
+                await app.poll();
+                return answer;
+            } finally {
+                moving -= 1;
             }
         };
 
@@ -128,13 +151,14 @@
         });
 
         /** Go to a dataset; what was mended while it was opened is said. */
-        app.enter = (body) => app.act(() => app.api.ask("open", body), ({notes}) => notes.join(" "));
+        app.enter = (body) => app.act(() => app.move(() => api.ask("open", body)), ({notes}) => notes.join(" "));
 
         // ---- what is shown, what is meant ------------------------------------------------------------------------------
 
         app.forget = () => {
             Object.assign(view, {filter: {...NO_FILTER}, offset: 0, sort: "name", current: ""});
             view.selected.clear();
+            app.unsent.clear();
             // The trigger word and the mode were those of another dataset.
             app.tagValues = {};
             app.modeChosen = false;
@@ -202,20 +226,20 @@
 
     function build(app) {
         const {make} = studio.parts;
-        const top = studio.top(app), welcome = studio.welcome(app), panels = studio.panels(app);
+        const top = studio.top(app), elsewhere = studio.elsewhere(app), welcome = studio.welcome(app), panels = studio.panels(app);
         const gallery = studio.gallery(app), tags = studio.tags(app), editor = studio.editor(app);
         app.notice = make("div", {class: "lts-notice", role: "status", hidden: true});
         const work = make("div", {class: "lts-work"},
             make("div", {class: "lts-main"}, gallery.element),
             make("div", {class: "lts-side"}, editor.element, tags.element));
         work.hidden = true;
-        app.place.replaceChildren(top.element, app.notice, top.progress, welcome.element, panels.element, work);
+        app.place.replaceChildren(elsewhere.element, top.element, app.notice, top.progress, welcome.element, panels.element, work);
         const all = {draw: () => {
             const dataset = app.dataset();
             app.place.classList.toggle("lts-loading", !app.view.state);
             work.hidden = !dataset || !dataset.pictures;
         }};
-        app.build([all, top, welcome, panels, gallery, tags, editor]);
+        app.build([all, elsewhere, top, welcome, panels, gallery, tags, editor]);
         studio.checking(app);
         studio.cropping(app);
         studio.captioning(app);
@@ -268,8 +292,8 @@
         }).observe(root);
         document.addEventListener("visibilitychange", () => document.hidden || (app.inSight && app.poll()));
         window.addEventListener("beforeunload", (event) => {
-            // Captions live on the server; only an upload would be cut off.
-            if (app.uploading) event.preventDefault();
+            // Captions live on the server; only an upload would be cut off, and what the server did not take.
+            if (app.uploading || app.unsent.size) event.preventDefault();
         });
         return true;
     }

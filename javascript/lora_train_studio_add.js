@@ -4,7 +4,7 @@
     const TAKEN = "image/*,.png,.jpg,.jpeg,.webp,.bmp,.gif,.tif,.tiff,.zip,.txt,.caption", UPLOADS = 3, MOST_SAID = 5;
     const GALLERIES = ["txt2img_gallery", "img2img_gallery"];
 
-    /** The files in what was dropped, folders opened: [[file, folder's name]]. */
+    /** The files in what was dropped, folders opened: [[file, "folder/in it"]]. A folder's name says what its pictures are. */
     async function droppedFiles(transfer) {
         const entries = [...transfer.items].map((item) => item.webkitGetAsEntry && item.webkitGetAsEntry()).filter(Boolean);
         if (!entries.length) return [...transfer.files].map((file) => [file, ""]);
@@ -24,25 +24,13 @@
             // A reader gives a hundred entries at a time, and none at the end.
             const some = await new Promise((resolve, reject) => reader.readEntries(resolve, reject));
             if (!some.length) return;
-            for (const inner of some) await walk(inner, entry.name, found);
+            for (const inner of some) await walk(inner, (folder ? folder + "/" : "") + entry.name, found);
         }
-    }
-
-    /** A name for each file, its folder's name before it where two files share one. */
-    function named(files) {
-        const seen = new Map(), stem = (name) => name.replace(/\.[^.]*$/, "");
-        for (const [file, folder] of files) {
-            const key = file.name.toLowerCase();
-            seen.set(key, (seen.get(key) || 0) + 1);
-        }
-        const twice = new Set([...seen].filter(([, times]) => times > 1).map(([name]) => stem(name)));
-        return files.map(([file, folder]) =>
-            [file, folder && twice.has(stem(file.name.toLowerCase())) ? folder + "_" + file.name : file.name]);
     }
 
     function nameFor(files) {
         const zip = files.find(([file]) => /\.zip$/i.test(file.name));
-        const folder = files.map(([, folder]) => folder).find(Boolean);
+        const folder = files.map(([, folder]) => folder.split("/")[0]).find(Boolean);
         return zip ? zip[0].name.replace(/\.zip$/i, "") : folder || "pictures";
     }
 
@@ -71,7 +59,7 @@
             const first = app.newName || wished;
             let name = first;
             for (let number = 2; taken.has(name.toLowerCase()); number++) name = first + " " + number;
-            await app.api.ask("create", {name, concept: app.newTrigger || app.newName || ""});
+            await app.move(() => app.api.ask("create", {name, concept: app.newTrigger || app.newName || ""}));
         }
 
         /** Pictures that came in are looked at before anything else is done to them. */
@@ -83,7 +71,8 @@
         async function upload(files) {
             if (app.uploading || !files.length) return null;
             const batch = Date.now().toString(36) + Math.random().toString(36).slice(2, 8);
-            const queue = named(files), total = queue.length;
+            const queue = files.map(([file, folder]) => [file, (folder ? folder + "/" : "") + file.name]);
+            const total = queue.length;
             const refused = [];
             let sent = 0;
             const told = () => {

@@ -7,19 +7,26 @@
     "use strict";
     const ROOT = "./lora-train/v1/studio/", AT_ONCE = 6, MOST_KEPT = 240;
 
-    /** A server that speaks. `ask` gives JSON, `blob` the bytes of an answer; both raise the server's sentence. */
+    /**
+     * A server that speaks. `ask` gives JSON, `blob` the bytes of an answer; both raise the server's sentence. Each question
+     * names `dataset`, the one that is shown here: another page may have opened another.
+     */
     studio.makeApi = function(token) {
+        const api = {dataset: ""};
+
         async function fetched(path, options) {
             let response;
             try {
-                response = await fetch(ROOT + path, {cache: "no-store", ...options});
+                const about = api.dataset ? (path.includes("?") ? "&" : "?") + "dataset=" + encodeURIComponent(api.dataset) : "";
+                response = await fetch(ROOT + path + about, {cache: "no-store", ...options});
             } catch (error) {
                 if (error.name === "AbortError") throw error;
                 throw new Error(studio.parts.translated("The server does not answer."));
             }
             if (!response.ok) {
                 const data = await response.json().catch(() => ({}));
-                throw new Error(data.error || "The server answered " + response.status + ".");
+                const error = new Error(data.error || "The server answered " + response.status + ".");
+                throw Object.assign(error, {status: response.status});
             }
             return response;
         }
@@ -30,7 +37,7 @@
             return {method: "POST", headers: {...headers, "Content-Type": "application/json"}, body: JSON.stringify(body)};
         }
 
-        return {
+        return Object.assign(api, {
             ask: async (path, body) => (await fetched(path, options(body))).json(),
             blob: async (path, body) => (await fetched(path, options(body))).blob(),
             /** A file or other bytes as they are. */
@@ -38,7 +45,7 @@
                 method: "POST", body: bytes,
                 headers: {"X-Lora-Train": token, "Content-Type": "application/octet-stream"},
             })).json(),
-        };
+        });
     };
 
     /** Shows pictures of the server in <img> elements: a few at a time, the last ones kept. */

@@ -23,10 +23,26 @@
         /** Hand the text to the server when the field is left; nothing is written to the disk before Save. */
         async function keep() {
             if (!shown || caption.value === shown.caption) return;
-            const {id} = shown, text = caption.value;
-            shown = {...shown, caption: text};
-            await app.act(() => app.api.ask("caption", {id, text}));
+            const {id} = shown;
+            shown = {...shown, caption: caption.value};
+            app.unsent.set(id, caption.value);
+            await send(id);
         }
+
+        /** What the server refuses stays, and is sent again by `app.resend`. */
+        async function send(id) {
+            const text = app.unsent.get(id);
+            await app.act(async() => {
+                await app.api.ask("caption", {id, text});
+                if (app.unsent.get(id) === text) app.unsent.delete(id);
+            });
+        }
+
+        /** Send what was refused; whether nothing is left of it. */
+        app.resend = async() => {
+            for (const id of [...app.unsent.keys()]) await send(id);
+            return !app.unsent.size;
+        };
 
         async function countTokens() {
             const text = caption.value;
@@ -48,6 +64,7 @@
         });
         caption.addEventListener("keydown", (event) => {
             if (event.key === "Escape") {
+                if (shown) app.unsent.delete(shown.id);
                 caption.value = shown ? shown.caption : "";
                 caption.blur();
             }
@@ -70,8 +87,9 @@
             wrong.replaceChildren(make("b", {text: studio.problemWords(picture.problems)}),
                 make("div", {text: picture.why}),
                 // What is odd about a caption that can be read is no problem.
-                make("div", {class: unread ? null : "lts-quiet", text: why}));
-            wrong.hidden = !picture.problems.length && !why;
+                make("div", {class: unread ? null : "lts-quiet", text: why}),
+                picture.masked ? make("div", {class: "lts-quiet", text: translated(studio.MASKS_UNUSED)}) : "");
+            wrong.hidden = !picture.problems.length && !why && !picture.masked;
             image.alt = picture.name;
             image.removeAttribute("src");
             frame.classList.toggle("lts-broken", picture.problems.includes("broken"));
@@ -83,7 +101,8 @@
                 button("Crop", () => app.cropByHand(picture), {drawn: "crop", id: "lora_train_crop", title: "Crop by hand"}),
                 button("Flip", () => ask("flip", {}), {drawn: "flip", title: "Mirror the picture"}),
                 button("Mask", () => app.maskByHand(picture), {
-                    drawn: "picture", id: "lora_train_mask", title: "Paint over what a masked loss is not to learn"}),
+                    drawn: "picture", id: "lora_train_mask", title: "Paint over what is not to be learnt, for a trainer with " +
+                        "masked loss; training here does not use masks yet"}),
                 button("Split", () => ask("split", {}), {drawn: "split", title: "Cut a large picture into several"}),
                 picture.shaped ? button("Uncrop", () => app.act(() => app.api.ask("unshape", {ids: [picture.id]})), {
                     drawn: "back", title: "The picture as it was brought in"}) : null,
@@ -103,7 +122,7 @@
             }
             const other = !shown || shown.id !== picture.id;
             const writing = document.activeElement === caption && !other && caption.value !== shown.caption;
-            if (!writing) caption.value = picture.caption;
+            if (!writing) caption.value = app.unsent.has(picture.id) ? app.unsent.get(picture.id) : picture.caption;
             shown = writing ? {...shown} : picture;
             const now = JSON.stringify([picture.id, picture.stamp, picture.problems, picture.why,
                 picture.caption_problem, picture.shaped, picture.masked]);

@@ -62,7 +62,10 @@
                 badges.append(make("span", {class: "lts-badge", text: Math.round(picture.score),
                     title: translated("How well the caption fits, of 100")}));
             }
-            if (picture.masked) badges.append(make("span", {class: "lts-badge", text: translated("mask")}));
+            if (picture.masked) {
+                badges.append(make("span", {class: "lts-badge", text: translated("unused mask"),
+                    title: translated(studio.MASKS_UNUSED)}));
+            }
             if (picture.changed) badges.append(make("span", {class: "lts-dot", title: translated("Changed, not saved")}));
             made.append(badges);
             if (picture.problems.includes("broken")) {

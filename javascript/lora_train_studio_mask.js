@@ -1,5 +1,5 @@
-/* Painting the mask of a picture, for a training with masked loss: what is not to be learnt lies red over the picture. The
- * mask that is kept is white where the picture is learnt.
+/* Painting the mask of a picture, for a training with masked loss, which is not there yet (and said): what is not to be learnt
+ * lies red over the picture. The mask that is kept is white where the picture is learnt.
  */
 (function(studio) {
     "use strict";
@@ -37,7 +37,7 @@
     }
 
     studio.maskPanel = function(app) {
-        const {make, button, pills} = studio.parts, picture = app.cropping;
+        const {make, button, pills, translated} = studio.parts, picture = app.cropping;
         const image = make("img", {alt: picture.name, draggable: "false"}), cover = canvas(picture);
         cover.className = "lts-cover";
         cover.id = "lora_train_cover";
@@ -92,7 +92,7 @@
         async function keep() {
             const mask = await maskOf(cover, picture);
             const kept = await app.act(() => app.api.send("put-mask" + idOf(picture), mask),
-                "The mask is kept beside the picture, for a training with masked loss.");
+                () => translated("The mask is kept beside the picture.") + " " + translated(studio.MASKS_UNUSED));
             if (kept) close();
         }
 
@@ -102,6 +102,7 @@
         }
 
         const element = make("div", {},
+            make("p", {class: "lts-quiet", id: "lora_train_masks_unused", text: translated(studio.MASKS_UNUSED)}),
             make("div", {class: "lts-line lts-go"}, make("b", {text: picture.name}),
                 pills([[false, "Paint"], [true, "Wipe"]], false, (wipe) => {
                     erase = wipe;

@@ -111,6 +111,7 @@
     studio.checking = function(app) {
         app.check = () => app.start("check", {}, (task) => {
             if (task.outcome !== "done") return;
+            app.leave("add");  // an empty dataset opens it by itself
             app.panel = app.panel || "check";
             app.draw();
         });

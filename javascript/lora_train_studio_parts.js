@@ -131,5 +131,8 @@
         };
     }
 
+    /** What is said wherever a mask is shown or painted. */
+    studio.MASKS_UNUSED = "Training does not use masks yet: all of a picture is learnt.";
+
     studio.parts = {make, icon, button, field, tick, textBox, numberBox, choice, pills, count, later, translated};
 })(window.loraTrainStudio = window.loraTrainStudio || {});

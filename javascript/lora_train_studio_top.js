@@ -41,6 +41,45 @@
 
     studio.steps = steps;
 
+    /** Says that another dataset was opened elsewhere, and asks which one is to be shown here. */
+    studio.elsewhere = function(app) {
+        const {make, button, translated} = studio.parts;
+        const element = make("div", {class: "lts-elsewhere", id: "lora_train_elsewhere", role: "alert", hidden: true});
+        let known = "";
+
+        /** What is written here is handed on first; when the dataset is open again it is sent once more. */
+        async function back(name) {
+            await app.written;
+            return app.enter({name});
+        }
+
+        async function go() {
+            await app.written;
+            if (app.unsent.size && !window.confirm(translated("Leave without saving?"))) return;
+            await app.act(() => app.move(() => null));
+        }
+
+        function draw() {
+            const mine = app.dataset(), other = app.elsewhere && app.elsewhere.dataset;
+            const now = JSON.stringify([mine && mine.name, Boolean(app.elsewhere), other && other.name]);
+            if (now === known) return;
+            known = now;
+            element.hidden = !app.elsewhere;
+            if (!app.elsewhere) return;
+            element.replaceChildren(
+                make("p", {}, mine ? make("b", {text: mine.name}) : "", mine ? " " + translated("is no longer open") + ": " : "",
+                    other ? make("b", {text: other.name}) : translated("it"), " ",
+                    translated(other ? "was opened in another page or by a program." : "was closed in another page or by a program."),
+                    " ", translated("What you wrote here is kept.")),
+                make("div", {class: "lts-line lts-go"},
+                    mine ? button(translated("Open") + " " + mine.name, () => back(mine.name), {
+                        kind: "primary", drawn: "back", id: "lora_train_reopen"}) : null,
+                    button(other ? translated("Go to") + " " + other.name : "Leave it", go, {id: "lora_train_follow"})));
+        }
+
+        return {element, draw};
+    };
+
     studio.top = function(app) {
         const {make, button, choice, icon, count, translated} = studio.parts;
         const element = make("div", {class: "lts-top"}), progress = make("div", {class: "lts-progress", hidden: true});
@@ -59,7 +98,7 @@
                     return null;
                 }
                 app.panel = "";
-                return name === NEW ? app.act(() => app.api.ask("close", {discard})) : app.enter({name, discard});
+                return name === NEW ? app.act(() => app.move(() => app.api.ask("close", {discard}))) : app.enter({name, discard});
             }, {id: "lora_train_dataset", label: "Dataset"});
             const trigger = dataset.trigger_word;
             return make("div", {class: "lts-head"},
@@ -95,6 +134,7 @@
         app.save = async() => {
             // The caption that is being written belongs to what is saved.
             await app.written;
+            if (!await app.resend()) return;
             const first = await app.act(() => app.api.ask("save", {}), ({written}) => saved(written));
             if (!first || !first.conflicts.length) return;
             const question = translated("Another program changed these captions meanwhile. Replace them?");

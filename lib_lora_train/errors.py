@@ -119,8 +119,10 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(words in text for words in _FULL)
 
 
-# Of CUDA and torch, of torch's allocator on Linux and on Windows, and of cuBLAS (…_STATUS_ALLOC_FAILED).
-_FULL = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
+# Of CUDA and torch, of torch's allocator on Linux and on Windows, of cuBLAS and cuDNN. The last three are how a full memory
+# shows itself where a library finds no room for its own workspace: cuBLAS's handle, cuDNN's engines and execution plans.
+_FULL = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed", "allocation_failed",
+         "cublas_status_not_initialized", "unable to find an engine to execute this computation", "no valid execution plans")
 
 
 def _out_of_memory(doing: str) -> TrainingError:

@@ -6,6 +6,8 @@ Pictures are called by "id", which `pictures` gives. "which" stands for {"ids": 
 
 A filter {} is every picture. A background task is answered with {"id": n}; `state` tells its progress.
 
+Every request may say ?dataset=name, the dataset it is about; it is refused (409) where that one is no longer open.
+
     GET  state            the open dataset, the others, the task under way, the captioners
     POST open             {"name", "discard"?} -> {"notes": [what was mended while it was opened, a sentence each]};
                           refused (409) while captions are unsaved, unless "discard"
@@ -41,7 +43,8 @@ A filter {} is every picture. A background task is answered with {"id": n}; `sta
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
@@ -62,12 +65,16 @@ Answer = Callable[[StudioRequest], object]
 
 def add_routes(gate: Gate, studio: Studio) -> None:
     """Every route of the studio's page."""
+    def answered(answer: Answer, query: Mapping[str, str], values: Mapping[str, Any]) -> object:
+        studio.mean(query.get("dataset"))
+        return answer(validated(StudioRequest, values))
+
     def get(name: str, answer: Answer, about: str) -> None:
-        gate.add("GET", f"studio/{name}", lambda query, _: answer(validated(StudioRequest, query)), about)
+        gate.add("GET", f"studio/{name}", lambda query, _: answered(answer, query, query), about)
 
     def post(name: str, answer: Answer, about: str) -> None:
         # A function that returns nothing is answered with {}.
-        gate.add("POST", f"studio/{name}", lambda _, body: answer(validated(StudioRequest, body)) or {}, about,
+        gate.add("POST", f"studio/{name}", lambda query, body: answered(answer, query, body) or {}, about,
                  largest=_LARGEST_BODY)
 
     get("state", lambda _: view.state(studio), "The open dataset and the task under way")
@@ -158,6 +165,7 @@ async def _receive(request: Request, studio: Studio, batch: str, name: str) -> R
     """One file onto the disk as it comes; it is never held in memory."""
     said, parts = request.headers.get("content-length", ""), request.stream()
     size = int(said) if said.isascii() and said.isdigit() else None
+    studio.mean(request.query_params.get("dataset"))
     receiving: Receiving | None = None
     try:
         receiving = await run_in_threadpool(_begin, studio, batch, name, size)

@@ -17,12 +17,12 @@ from lib_lora_train.dataset.buckets import Buckets, Placement, Size
 from lib_lora_train.dataset.captions import CaptionFile, find_captions, read_caption, split_tags, with_trigger_word
 from lib_lora_train.dataset.images import Checked, check_image, is_image_name
 from lib_lora_train.dataset.listing import MOST_REPEATS, MayRead, is_subset_name, list_folder, list_tree, repeats_and_name
+from lib_lora_train.dataset.masks import Companions, is_masks_folder
 from lib_lora_train.dataset.plan import balanced_repeats, plain_folder_repeats
 from lib_lora_train.dataset.prefetch import Prefetch, reading_threads
 from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
 from lib_lora_train.errors import DatasetError, counted, printable, some_of
 
-MASKS_FOLDER = "masks"  # beside the N_name folders, where the studio keeps them: no images to learn from
 _MANY = 100  # images from which on threads are worth their beginning
 _PREFETCH_PER_THREAD = 16  # files that may have been looked at, for each thread that does
 
@@ -257,11 +257,13 @@ def find_images(folder: Path, *, what: str,
     Raises DatasetError if the folder is missing, unreadable or without images.
     """
     problems: list[Problem] = []
+    companions = Companions()
     files, folders = _list(folder, what, may_read=may_read, problems=problems)
-    loose = [file for file in files if is_image_name(file)]
+    loose = companions.images(files, folders)
     numbered = [f for f in folders if repeats_and_name(f.name)]
-    subsets = [s for f in numbered if (s := _subset(f, problems, may_read)) is not None]
-    others = [f for f in folders if f not in numbered and f.name != MASKS_FOLDER]
+    subsets = [s for f in numbered if (s := _subset(f, problems, may_read, companions)) is not None]
+    others = [f for f in folders if f not in numbered and not is_masks_folder(f.name)]
+    problems += map(Problem, companions.sentences())
     if subsets:
         if loose:
             problems.append(Problem(
@@ -274,8 +276,8 @@ def find_images(folder: Path, *, what: str,
             problems.append(Problem(
                 f"{folder.name} was chosen itself, so its name is not read as {named[0]} repeats of "
                 f"'{named[1]}'; choose the folder above it for that."))
-        problems += _unused_folders(folder, [f for f in folders if f not in numbered], "only the pictures beside it are used; "
-                                    "an import into a dataset takes them too", may_read)
+        problems += _unused_folders(folder, others, "only the pictures beside it are used; an import into a dataset takes them "
+                                    "too", may_read)
         return [Subset(folder, 1, "", tuple(loose), find_captions(files))], "plain", problems
     why = " ".join(p.text for p in problems) or "no file in it has a picture's name"
     with_images = list(dict.fromkeys(
@@ -289,12 +291,13 @@ def find_images(folder: Path, *, what: str,
     raise DatasetError(f"The {what} folder {folder} holds no pictures", why=why, remedy=remedy)
 
 
-def _subset(folder: Path, problems: list[Problem], may_read: MayRead | None) -> Subset | None:
+def _subset(folder: Path, problems: list[Problem], may_read: MayRead | None, companions: Companions) -> Subset | None:
     """An N_name folder with images; otherwise None, with the reason among the problems."""
     repeats, name = repeats_and_name(folder.name) or (0, "")
     files, folders = _list(folder, "dataset", may_read=may_read, problems=problems)
-    images = tuple(file for file in files if is_image_name(file))
-    problems += _unused_folders(folder, folders, f"of {folder.name} only the pictures directly in it are used", may_read)
+    images = tuple(companions.images(files, folders))
+    problems += _unused_folders(folder, [f for f in folders if not is_masks_folder(f.name)],
+                                f"of {folder.name} only the pictures directly in it are used", may_read)
     if not images or not is_subset_name(folder.name):
         why = "it holds no pictures" if not images else f"it asks for {repeats} repeats, not 1 to {MOST_REPEATS}"
         problems.append(Problem(f"The folder {folder.name} is ignored: {why}."))
@@ -336,7 +339,7 @@ def _images_below(folder: Path, names: Collection[str], may_read: MayRead | None
     except DatasetError:
         tree = None  # only asked to word a message about folders that are not used
     counts = {PurePath(*parts): sum(map(is_image_name, listing.files)) for parts, listing in (tree.folders if tree else ())
-              if parts and parts[0] in names}
+              if parts and parts[0] in names and not is_masks_folder(parts[-1])}
     return {path: count for path, count in counts.items() if count}
 
 
@@ -346,11 +349,10 @@ def _unused_folders(folder: Path, folders: Sequence[Path], why: str, may_read: M
     for unused in folders:
         counts = {path.as_posix(): count for path, count in below.items() if path.parts[0] == unused.name}
         if total := sum(counts.values()):
-            reason = "masks are not learnt from" if unused.name == MASKS_FOLDER else why
             problems.append(Problem(
                 f"{counted(total, 'picture')} in the folder {unused.name} ("
                 f"{some_of([f'{path} {count}' for path, count in counts.items()])}) {'is' if total == 1 else 'are'} ignored: "
-                f"{reason}.", unused))
+                f"{why}.", unused))
     return problems
 
 

@@ -19,10 +19,6 @@ _REPEATS_AND_NAME = re.compile(r"(\d+)_(.*)")
 _OF_THE_SYSTEM = frozenset((
     "__macosx", "$recycle.bin", "recycler", "system volume information", "lost+found", "#recycle", "#snapshot", "@eadir", "@tmp",
     "@recycle", "@recently-snapshot", "@__thumb"))
-_NOT_LEARNT = {
-    **dict.fromkeys(("reg", "regs", "reg_images", "regularisation", "regularization", "regularisation_images",
-                     "regularization_images", "class_images"), "by its name it holds regularisation pictures"),
-    **dict.fromkeys(("thumb", "thumbs", "thumbnail", "thumbnails"), "by its name it holds small copies")}
 
 
 class Listing(NamedTuple):
@@ -101,11 +97,6 @@ def list_tree(folder: Path, *, may_read: MayRead | None = None) -> Tree:
 def is_of_the_system(folder_name: str) -> bool:
     """Whether a folder of this name holds nothing of the user's: hidden ones, bins, thumbnails that a drive makes."""
     return folder_name.startswith(".") or folder_name.casefold() in _OF_THE_SYSTEM
-
-
-def why_not_learnt(parts: tuple[str, ...]) -> str:
-    """Why images in a folder reached over these names are none of the subject; "" if they may be."""
-    return next((why for part in parts if (why := _NOT_LEARNT.get(part.casefold()))), "")
 
 
 def _kind(entry: os.DirEntry[str]) -> tuple[bool, bool]:

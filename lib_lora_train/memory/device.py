@@ -33,8 +33,9 @@ def budget_of(wanted: float, device: torch.device, *, ours: int) -> int | None:
 
 
 def attention_kernel(device: torch.device, dtype: torch.dtype) -> AttentionKernel:
-    """What torch's attention is on this device: whether it keeps the whole map."""
-    if device.type != "cuda":
+    """What torch's attention is on this device: whether it keeps the whole map. On ROCm it depends on the GPU and the build of
+    torch; the estimate then counts with the map."""
+    if device.type != "cuda" or torch.version.hip:
         return "fused" if device.type == "cpu" else "math"
     capability = torch.cuda.get_device_capability(device)
     flash = torch.backends.cuda.flash_sdp_enabled() and capability >= (8, 0) and dtype != torch.float32

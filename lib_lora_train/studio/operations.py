@@ -26,7 +26,7 @@ from lib_lora_train.storage.atomic import write_atomic
 from lib_lora_train.studio import thumbs
 from lib_lora_train.studio.cropping.crop import Shape, apply_shape
 from lib_lora_train.studio.dataset_session import DatasetSession, Score
-from lib_lora_train.studio.importing.collect import Upload, collect
+from lib_lora_train.studio.importing.collect import Collected, Upload, collect
 from lib_lora_train.studio.importing.owned import DEFAULT_REPEATS
 from lib_lora_train.studio.requests import Selection, validated
 from lib_lora_train.studio.session import Studio, proposed_repeats
@@ -61,11 +61,10 @@ def _import(studio: Studio, from_where: Sequence[Path | Upload], *, uploads: lis
             return uploads is not None or allowed is None or allowed.may_read(path)
 
         def run(task: Task) -> str:
-            before, stopped, notes = set(session.dataset.images), "", ()
+            before, stopped, collected = set(session.dataset.images), "", Collected((), ())
             try:
                 collected = collect(session.dataset, from_where, may_read=may_read, on_progress=task.progress,
                                     should_stop=task.should_stop)
-                notes = collected.notes
                 for name, why in collected.skipped:
                     task.problem(name, why)
             except Interrupted:
@@ -78,7 +77,7 @@ def _import(studio: Studio, from_where: Sequence[Path | Upload], *, uploads: lis
                     _keep_repeats(session, before=len(before))
                     session.renew()
                     studio.changed()
-            for note in notes:
+            for note in filter(None, [*collected.notes, collected.repeats_note(session.dataset.repeats)]):
                 task.problem("", note)
             task.add_result({"added": [session.name(path) for path in new[:1000]], "count": len(new)})
             return f"{stopped}{counted(len(new), 'picture')} added."

@@ -12,11 +12,12 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 from lib_lora_train.dataset.plan import plain_folder_repeats
-from lib_lora_train.errors import DatasetError, HostError, SettingError
+from lib_lora_train.errors import DatasetError, HostError, SettingError, printable
 from lib_lora_train.host.port import Host
 from lib_lora_train.model.sd.text import split_into_chunks
 from lib_lora_train.model.sd.tokens import Tokenizer, clip_tokenizer
@@ -30,6 +31,8 @@ from lib_lora_train.studio.importing.owned import OwnedDataset, list_datasets
 from lib_lora_train.studio.requests import Selection
 from lib_lora_train.studio.tasks import Tasks
 
+# The dataset that the request under way is about, where it says so. Each request has a context of its own.
+_meant: ContextVar[str | None] = ContextVar("dataset_meant", default=None)
 _COMMA_BACKTRACK = 20  # the WebUI's default of the option "comma padding backtrack"
 
 
@@ -51,9 +54,21 @@ class Studio:
     def using(self) -> Iterator[DatasetSession]:
         """The open dataset, locked for this thread. Not for anything slow. Raises DatasetError where none is open."""
         with self._lock:
+            self._refuse_other()
             if self._session is None:
                 raise DatasetError("No dataset is open", remedy="open one or make a new one")
             yield self._session
+
+    def mean(self, name: str | None) -> None:
+        """The request under way is about the dataset `name`: where another one is open it is refused with a HostError.
+        None: whichever is open."""
+        _meant.set(name)
+
+    def _refuse_other(self) -> None:
+        name, now = _meant.get(), printable(self._session.dataset.name) if self._session else ""
+        if name and name != now:
+            raise HostError(f"The dataset {name} is no longer open", why=f"{now} was opened in another page or by a program"
+                            if now else "it was closed in another page or by a program", remedy="open it again")
 
     @contextlib.contextmanager
     def changing(self, doing: str, *, names: Sequence[str] = ()) -> Iterator[DatasetSession]:
@@ -119,11 +134,14 @@ class Studio:
     def close(self, *, discard: bool = False) -> None:
         """Leave the dataset. Refused as `open` refuses."""
         with self._lock:
+            self._refuse_other()
             self._leave(discard=discard)
 
     def _leave(self, *, discard: bool) -> None:
         if self._session is None:
             return
+        if discard:  # what was seen to be unsaved is that of the dataset that was meant
+            self._refuse_other()
         if self.tasks.running():
             raise HostError(f"The dataset {self._session.dataset.name} stays open",
                             why=f"the studio is busy ({self.tasks.name()})", remedy="wait for it or stop it first")

@@ -40,8 +40,8 @@ class OptimizerSpec(Protocol):
 
 
 class AdamW:
-    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101), torch's own; one kernel a group where torch has it for the device
-    (CUDA; from torch 2.4 on the CPU)."""
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101), torch's own; one kernel a group where torch has one that heeds the
+    overflow flag (CUDA; from torch 2.4 on the CPU). The one for MPS, from torch 2.4 on, ignores it."""
 
     class_name, accepts_flat = "torch.optim.adamw.AdamW", True
 
@@ -50,7 +50,8 @@ class AdamW:
         device = groups[0]["params"][0].device
         try:
             # Copies: torch writes its options into the groups, also where it then refuses.
-            optimizer = torch.optim.AdamW([dict(group) for group in groups], weight_decay=weight_decay, fused=True,
+            optimizer = torch.optim.AdamW([dict(group) for group in groups], weight_decay=weight_decay,
+                                          fused=device.type in ("cuda", "cpu"),
                                           capturable=device.type == "cuda")
         except RuntimeError:
             optimizer = torch.optim.AdamW(groups, weight_decay=weight_decay)

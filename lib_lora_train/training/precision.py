@@ -7,23 +7,33 @@ from __future__ import annotations
 
 import torch
 
-from lib_lora_train.errors import SettingError
+from lib_lora_train.errors import HostError, SettingError
+
+TRAINABLE = ("cuda", "cpu", "mps", "xpu")  # ROCm calls itself cuda
 
 
 def compute_dtype(mixed_precision: str, device: torch.device, *, weights: torch.dtype) -> torch.dtype:
     """The activations' dtype for kohya's `mixed_precision`; "auto" looks at the device and at the frozen `weights`.
 
     On CUDA "auto" computes in what the weights are stored in (the WebUI keeps fp16), so that none has to be cast at every
-    step; fp32 weights are computed with in bf16 or, on older GPUs, fp16. bf16 is asked of compute capability 8 (Ampere)
-    and above only: older GPUs emulate it, slower than fp32.
-    Raises SettingError where the device cannot compute in what was asked.
+    step. fp32 weights are computed with in bf16 or, on older GPUs, as they are: the WebUI holds them where its user started
+    it with --no-half, as on a GTX 16xx, whose fp16 gives NaN. bf16 is asked of compute capability 8 (Ampere) and above only:
+    older GPUs emulate it, slower than fp32.
+    Raises SettingError where the device cannot compute in what was asked, and HostError where nothing can be trained on it.
     """
+    if device.type not in TRAINABLE:
+        raise HostError(
+            f"Training on {'DirectML' if device.type == 'privateuseone' else f'the device {device.type!r}'} is not supported",
+            why="its PyTorch lacks operations that training needs",
+            remedy="start the WebUI with --use-cpu all, or with a PyTorch for CUDA or ROCm")
     cuda = device.type == "cuda"
     ampere = cuda and torch.cuda.get_device_capability(device)[0] >= 8
     if mixed_precision == "auto":
         if not cuda:
             return torch.float32
-        return torch.float16 if weights == torch.float16 or not ampere else torch.bfloat16
+        if ampere:
+            return torch.float16 if weights == torch.float16 else torch.bfloat16
+        return torch.float32 if weights == torch.float32 else torch.float16
     if mixed_precision == "bf16":
         if cuda and not ampere:
             raise SettingError("mixed_precision = 'bf16' is not possible on this GPU",

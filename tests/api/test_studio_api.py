@@ -255,6 +255,30 @@ def test_unsaved_captions_keep_the_dataset_open(desk: Desk):
     assert desk.post("close", {"discard": True}).status_code == 200
 
 
+def test_a_request_about_a_dataset_that_another_page_has_left_is_refused_and_changes_nothing(desk: Desk):
+    desk.filled()
+    assert desk.post("create", {"name": "other"}).status_code == 200  # by another page
+    desk.done(desk.post("import", {"paths": [str(desk.folder / "sources")]}))
+    assert desk.post("caption", {"id": "red.png", "text": "of the other page"}).json() == {"changed": 1}
+    text = {"id": "red.png", "text": "of this page"}
+    answers = [desk.post(f"{name}?dataset=zzk", body) for name, body in (
+        ("caption", text), ("pictures", {}), ("save", {}), ("remove", {"ids": ["red.png"]}), ("use", {}),
+        ("close", {"discard": True}), ("open", {"name": "zzk", "discard": True}), ("create", {"name": "new", "discard": True}))]
+    answers += [desk.get("thumb", id="red.png", dataset="zzk"), desk.client.post(
+        f"{api.PREFIX}/studio/put-mask?id=red.png&dataset=zzk", content=png("white"),
+        headers={"Content-Type": "application/octet-stream", **PAGE})]
+    assert [answer.status_code for answer in answers] == [409] * len(answers)
+    assert "zzk" in answers[0].json()["error"] and "other was opened" in answers[0].json()["error"]
+    state = desk.get("state", dataset="zzk").json()["dataset"]
+    assert (state["name"], state["unsaved"], state["pictures"]) == ("other", 1, 3)
+    assert next(image for image in desk.images() if image["id"] == "red.png")["caption"] == "of the other page"
+    assert not desk.images()[0]["masked"] and desk.post("save").json()["written"] == 1
+    # Back in the dataset it meant, the same request is taken.
+    assert desk.post("open?dataset=zzk", {"name": "zzk"}).status_code == 200
+    assert desk.post("caption?dataset=zzk", text).json() == {"changed": 1}
+    assert desk.post("caption", {"id": "red.png", "text": "of a program that names none"}).json() == {"changed": 1}
+
+
 def test_removed_images_come_back_with_undo(desk: Desk):
     desk.filled()
     desk.post("caption", {"id": "red.png", "text": "edited"})

@@ -13,7 +13,10 @@ from lib_lora_train.dataset import images as images_module
 from lib_lora_train.dataset import listing
 from lib_lora_train.dataset.buckets import Buckets
 from lib_lora_train.dataset.folder import Dataset, assign_buckets, scan, visits_by_bucket
+from lib_lora_train.dataset.report import examine
 from lib_lora_train.errors import DatasetError, Interrupted
+from lib_lora_train.settings import parse
+from lib_lora_train.studio.captions.store import CaptionStore
 
 
 def texts(dataset: Dataset) -> str:
@@ -55,8 +58,8 @@ def test_what_lies_beside_kohya_folders_is_ignored_and_said(tmp_path: Path, make
 
 
 @pytest.mark.parametrize(("chosen", "counts"), [
-    ("plain", ["3 pictures in the folder outfit (outfit 1, outfit/night 2)", "1 picture in the folder masks", "1 picture in the"
-               " folder reg (reg/1_dog 1)"]),
+    ("plain", ["3 pictures in the folder outfit (outfit 1, outfit/night 2)", "1 mask (masks/a.png)", "1 picture in the folder reg"
+               " (reg/1_dog 1)"]),
     ("kohya", ["1 picture in the folder deep (deep/deeper 1)", "2 pictures in the folder backup (backup/old 2)"])])
 def test_images_that_are_not_used_are_counted_at_every_depth(tmp_path: Path, make_image, chosen: str, counts: list[str]) -> None:
     for name in ("plain/a.png", "plain/outfit/b.png", "plain/outfit/night/c.png", "plain/outfit/night/d.png", "plain/masks/a.png",
@@ -74,6 +77,21 @@ def test_a_folder_whose_images_lie_deeper_names_the_folders_to_choose(tmp_path: 
     with pytest.raises(DatasetError) as error:
         scan(tmp_path, max_train_epochs=1)
     assert "(img, more/night, reg)" in error.value.remedy
+@pytest.mark.parametrize("below", ["", "10_dog/"])
+def test_masks_and_conditioning_pictures_are_not_learnt_and_said_to_be_unused(tmp_path: Path, make_image, below: str) -> None:
+    for name in ("a.png", "b.jpg", "who-mask.png"):
+        make_image(f"{below}{name}", caption="x")
+    for name in ("a-masklabel.png", "b_mask.png", "masks/a.png", "a-condlabel.png", "Mask/b.png"):
+        make_image(f"{below}{name}")
+    dataset = scan(tmp_path, max_train_epochs=1)
+    names = ["a.png", "b.jpg", "who-mask.png"]  # the last is of no other picture
+    assert [example.path.name for example in dataset.examples] == names
+    masks, conditioning = (problem.text for problem in dataset.problems)
+    assert masks.startswith("4 masks") and "does not use masks yet" in masks
+    assert "a-condlabel.png" in conditioning and "1 conditioning picture" in conditioning
+    report = examine(tmp_path, settings=parse({}))
+    assert [image.path.name for image in report.images] == names and {masks, conditioning} <= set(report.advice)
+    assert [image.name for image in CaptionStore.open(tmp_path).images] == names
 
 
 def test_a_plain_folder_computes_its_repeats_from_the_images_that_can_be_used(tmp_path: Path, make_image) -> None:

@@ -248,7 +248,6 @@ def test_too_few_repeats_are_said_with_the_folders_new_name(tmp_path: Path, draw
 def test_the_folders_the_studio_keeps_beside_the_images_are_no_problem(tmp_path: Path, draw: Draw) -> None:
     for i in range(10):
         draw(f"15_zzk girl/{i}.png", caption="zzk girl, hat")
-    draw("masks/0.png", caption=None)
     draw(".studio/thumbs/0.png", caption=None)
     (tmp_path / "dataset.json").write_text("{}", encoding="utf-8")
     assert look(tmp_path).advice == () and len(look(tmp_path).images) == 10

@@ -187,6 +187,14 @@ def test_budgets_and_attention():
     assert attention_kernel(CPU, torch.float32) == "fused" and attention_kernel(torch.device("mps"), torch.float16) == "math"
 
 
+def test_attention_keeps_the_whole_map_on_rocm_and_on_gpus_without_another_kernel(monkeypatch):
+    card = torch.device("cuda")
+    for capability, hip, expected in (((8, 6), None, "fused"), ((10, 3), "5.7", "math"), ((5, 0), None, "math")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, known=capability: known)
+        monkeypatch.setattr(torch.version, "hip", hip)
+        assert attention_kernel(card, torch.float16) == expected
+
+
 @pytest.mark.parametrize("caption, chunks", [
     ("", 1), ("a red fox", 1), ("fox, " * 20, 1), ("fox, " * 40, 2), ("word " * 250, 5)])
 def test_long_captions_are_told_by_their_words(caption, chunks):

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib_lora_train.model.ops import convolution, winograd
 from lib_lora_train.model.ops.convolution import frozen_conv2d
@@ -43,6 +44,27 @@ def test_every_way_gives_torchs_numbers_in_the_order_of_image_or_kernel(
     turned = images == "NHWC" or kernels == "NHWC" and size > 1  # a 1x1 kernel has no order
     assert ours.is_contiguous(memory_format=torch.channels_last if turned else torch.contiguous_format)
     assert found.is_contiguous(memory_format=torch.channels_last if images == "NHWC" else torch.contiguous_format)
+
+
+class Copies(TorchDispatchMode):
+    """Counts the copies that a block makes of images."""
+
+    made = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.made += function in (torch.ops.aten.clone.default, torch.ops.aten.copy_.default) and args[0].ndim == 4
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_gradient_of_an_nhwc_image_is_made_in_that_order_without_a_copy(stride: int) -> None:
+    x, weight = draws((1, 8, 7, 12), (6, 8, 3, 3))
+    x = nhwc(x).requires_grad_()
+    y = frozen_conv2d(x, weight, None, stride=stride, padding=1)
+    direction = nhwc(torch.ones(y.shape))
+    with Copies() as copies:
+        (gradient,) = torch.autograd.grad(y, x, direction)
+    assert copies.made == 0 and gradient.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_wide_kernels_meet_few_pixels_as_columns_and_others_do_not(monkeypatch: pytest.MonkeyPatch) -> None:

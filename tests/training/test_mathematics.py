@@ -7,7 +7,7 @@ import torch
 from transformers import get_scheduler
 
 from lib_lora_train.adapters.flat import FlatWeights
-from lib_lora_train.errors import SettingError, TrainingError
+from lib_lora_train.errors import HostError, SettingError, TrainingError
 from lib_lora_train.events import Step
 from lib_lora_train.training.loss import LossConfig, denoising_loss, min_snr_weight, mse
 from lib_lora_train.training.noise import draw, seed_of
@@ -213,11 +213,32 @@ def test_half_precision_is_not_asked_of_a_cpu():
 
 @pytest.mark.parametrize("capability, weights, expected", [
     ((7, 5), torch.float16, torch.float16), ((8, 6), torch.float16, torch.float16), ((8, 6), torch.float32, torch.bfloat16),
-    ((7, 5), torch.float32, torch.float16), ((7, 5), torch.bfloat16, torch.float16), ((9, 0), torch.bfloat16, torch.bfloat16)])
-def test_a_gpu_computes_in_what_the_weights_are_stored_in_and_never_in_bf16_before_ampere(
+    ((7, 5), torch.float32, torch.float32), ((7, 5), torch.bfloat16, torch.float16), ((9, 0), torch.bfloat16, torch.bfloat16)])
+def test_a_gpu_computes_in_what_the_weights_are_stored_in_so_that_no_half_holds_and_never_in_bf16_before_ampere(
         monkeypatch, capability, weights, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert compute_dtype("auto", torch.device("cuda"), weights=weights) == expected
+
+
+def test_a_device_that_cannot_train_is_refused_in_a_sentence():
+    with pytest.raises(HostError, match="DirectML"):
+        compute_dtype("auto", torch.device("privateuseone"), weights=torch.float16)
+
+
+class OnMps(torch.nn.Parameter):
+    """A parameter that says it lies on a GPU of Apple's."""
+
+    device = torch.device("mps")
+
+
+def test_on_mps_an_overflow_is_heeded_because_the_fused_adamw_which_ignores_it_is_not_asked_for(monkeypatch):
+    asked = []
+    original = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW",
+                        lambda groups, *, fused=False, **rest: asked.append(fused) or original(groups, **rest))
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: torch.empty(*size).zero_())
+    AdamW().build([{"name": "unet", "lr": 1e-3, "params": [OnMps(torch.ones(2))]}], weight_decay=0)
+    assert asked == [False]
 
 
 class UnfusedAdamW(AdamW):

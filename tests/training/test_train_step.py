@@ -86,8 +86,13 @@ def unharmed() -> small_run.Result:
     torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
-    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")],
-    ids=["GPU", "python", "cuBLAS", "CPU on Windows", "CPU"])
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+    RuntimeError("GET was unable to find an engine to execute this computation"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    RuntimeError("cuDNN Frontend error: No valid execution plans built.")],
+    ids=["GPU", "python", "cuBLAS", "CPU on Windows", "CPU", "cuDNN 8 engines", "cuBLAS handle", "cuDNN 8", "cuDNN 9", "cuDNN 9 plans"])
 def test_a_full_memory_is_known_by_every_name_it_has(error):
     assert is_out_of_memory(error) and not is_out_of_memory(RuntimeError("a defect"))
 

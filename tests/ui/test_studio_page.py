@@ -272,6 +272,47 @@ def test_each_dataset_keeps_its_own_trigger_word_and_unsaved_captions_are_asked_
     assert not few.captions().get("4")
 
 
+def test_what_is_written_stays_when_another_page_opens_another_dataset(few: StudioPage, browser: object, tmp_path: Path):
+    written = "zzk, red, written for long"
+    few.tiles().nth(1).click()
+    few.part("caption").fill(written)
+    with opened_page(browser, patience_ms=PATIENCE_MS) as page:
+        page.goto(few.url)
+        page.locator("#lora_train_dataset").select_option("New dataset")
+        page.locator("#lora_train_new_name").fill("second")
+        page.locator("#lora_train_import_path").fill(str(tmp_path / "few"))
+        page.locator("#lora_train_import").click()
+        expect(page.locator(".lts-tile")).to_have_count(5)
+        expect(page.locator(".lts-summary")).to_be_visible()
+        # The first page does not go along, and what it sends does not reach the pictures of the same names.
+        few.page.locator(".lts-file").click()
+        few.part("caption").press("Tab")
+        elsewhere = few.part("elsewhere")
+        expect(elsewhere).to_contain_text("second")
+        expect(few.part("dataset")).to_have_value("emoji")
+        expect(few.part("caption")).to_have_value(written)
+        few.tiles().nth(2).click()
+        few.tiles().nth(1).click()
+        expect(few.part("caption")).to_have_value(written)
+        few.part("reopen").click()
+        expect(elsewhere).to_be_hidden()
+        expect(few.part("save")).to_contain_text("1")
+        expect(few.part("caption")).to_have_value(written)
+        few.part("save").click()
+        expect(few.said()).to_contain_text("1 caption saved")
+        # Now the second page is asked, and goes where the first one is.
+        page.locator(".lts-tile").first.click()
+        page.locator("#lora_train_caption").fill("of the second page")
+        page.locator("#lora_train_caption").press("Tab")
+        expect(page.locator("#lora_train_elsewhere")).to_contain_text("emoji")
+        page.on("dialog", lambda dialog: dialog.accept())
+        page.locator("#lora_train_follow").click()
+        expect(page.locator("#lora_train_dataset")).to_have_value("emoji")
+        expect(page.locator("#lora_train_elsewhere")).to_be_hidden()
+    assert few.captions()["1"] == written
+    assert few.captions("second")["0"] == "zzk, red, smile" and few.captions("second")["1"] == "zzk, red"
+
+
 def test_a_name_of_ones_own_stays_and_that_of_another_datasets_lora_does_not(few: StudioPage):
     name, folder = few.page.locator("#lora_train_output_name input, #lora_train_output_name textarea").first, "train_data_dir"
     trained = few.page.locator(f"#lora_train_{folder} input, #lora_train_{folder} textarea").first
@@ -356,9 +397,11 @@ def test_a_crop_by_hand_keeps_what_is_inside_the_frame(few: StudioPage):
     expect(few.page.locator(".lts-editor")).to_contain_text("300×200")
 
 
-def test_a_painted_mask_lies_beside_the_image_and_can_be_taken_away(few: StudioPage):
+def test_a_painted_mask_lies_beside_the_image_is_said_to_be_unused_and_can_be_taken_away(few: StudioPage):
+    unused = "Training does not use masks yet"
     few.tiles().first.click()
     few.part("mask").click()
+    expect(few.part("masks_unused")).to_contain_text(unused)
     few.page.get_by_role("button", name="Broad").click()
     cover = few.part("cover")
     cover.scroll_into_view_if_needed()
@@ -370,6 +413,10 @@ def test_a_painted_mask_lies_beside_the_image_and_can_be_taken_away(few: StudioP
     few.page.mouse.up()
     few.part("mask_it").click()
     expect(few.said()).to_contain_text("mask is kept")
+    expect(few.said()).to_contain_text(unused)
+    badge = few.page.locator(".lts-tile .lts-badge", has_text="unused mask")
+    expect(badge).to_have_attribute("title", re.compile(unused))
+    expect(few.page.locator(".lts-wrong")).to_contain_text(unused)
     path = few.host.datasets_folder / "emoji" / "masks" / "0.png"
     with Image.open(path) as mask:
         assert (mask.mode, mask.size) == ("L", (300, 200))

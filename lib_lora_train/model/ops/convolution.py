@@ -52,7 +52,7 @@ class _FrozenConv2d(torch.autograd.Function):
     """`F.conv2d` with a frozen weight of any dtype; keeps neither the input nor a cast of the weight.
 
     torch's own convolution saves its input even where the weight wants no gradient. The gradient with respect to
-    the input needs that input's shape only, which an expanded scalar stands in for.
+    the input needs that input's shape only.
     """
 
     @staticmethod
@@ -90,10 +90,11 @@ class _FrozenConv2d(torch.autograd.Function):
             rows = grad.contiguous(memory_format=NHWC).permute(0, 2, 3, 1)
             return winograd.differentiated(rows, kernel).permute(0, 3, 1, 2), None, None, None, None
         reordered = ctx.nhwc and reordering_x_is_cheaper(grad, kernel, ctx.shape[2:])
-        shape_only = grad.new_empty(1).expand(ctx.shape)
-        grad_x, _, _ = torch.ops.aten.convolution_backward(
-            grad.contiguous(memory_format=NCHW if reordered else order), shape_only, kernel, None, (ctx.stride,) * 2,
-            (ctx.padding,) * 2, (1, 1), False, (0, 0), 1, (True, False, False))
+        # `convolution_backward` wants the input, and cuDNN takes that one's order for the gradient's: an expanded scalar in its
+        # place would have it copy an NHWC gradient to NCHW and back. The transposed convolution wants the gradient only.
+        rest = [(side + 2 * ctx.padding - k) % ctx.stride for side, k in zip(ctx.shape[2:], kernel.shape[2:], strict=True)]
+        grad_x = F.conv_transpose2d(grad.contiguous(memory_format=NCHW if reordered else order), kernel, stride=ctx.stride,
+                                    padding=ctx.padding, output_padding=rest)
         return grad_x.contiguous(memory_format=order), None, None, None, None
 
 

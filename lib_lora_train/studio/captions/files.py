@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lib_lora_train.dataset.captions import CAPTION_SUFFIXES, find_captions, first_line, read_caption
-from lib_lora_train.dataset.images import is_image_name
 from lib_lora_train.dataset.listing import MayRead, is_subset_name, list_folder
+from lib_lora_train.dataset.masks import Companions
 from lib_lora_train.errors import DatasetError, printable
 
 MOST_BYTES = 1 << 20  # of one caption file: a larger one is a mistake and stays as it is
@@ -96,8 +96,7 @@ def one_line(text: str) -> str:
 def _paired(files: Sequence[Path]) -> list[Found]:
     captions = find_captions(files)
     result = []
-    for image in files:
-        if is_image_name(image):
-            own = captions.get(image.stem) or [image.with_suffix(CAPTION_SUFFIXES[0])]
-            result.append(Found(image, own[0], tuple(own[1:])))
+    for image in Companions().images(files):
+        own = captions.get(image.stem) or [image.with_suffix(CAPTION_SUFFIXES[0])]
+        result.append(Found(image, own[0], tuple(own[1:])))
     return result

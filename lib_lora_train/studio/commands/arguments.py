@@ -50,8 +50,8 @@ def add_prepare(commands: Commands) -> None:
     prepare.add_argument("--to", type=Path, required=True, metavar="DIR", help="the dataset's folder; a new one is made, "
                          "and pictures are added to one that `prepare` or the page made")
     prepare.add_argument("--name", default="", metavar="CONCEPT", help="what the pictures show, as in 10_name")
-    prepare.add_argument("--repeats", type=int, help="how often an epoch shows each picture (by default 100 times a picture "
-                         f"and 1500 times in all over {USUAL_EPOCHS} epochs)")
+    prepare.add_argument("--repeats", type=int, help="how often an epoch shows each picture (by default as the N_name folder "
+                         f"of all says, or else 100 times a picture and 1500 times in all over {USUAL_EPOCHS} epochs)")
     prepare.add_argument("--side", type=int, default=512, help="size to cut to, in pixels: 512 for SD1, 768 for SD2, 1024 for "
                          "SDXL; 0 leaves the pictures as they are")
     prepare.add_argument("--square", action="store_true", help="cut to squares; otherwise each picture keeps about its own "

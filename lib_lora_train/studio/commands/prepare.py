@@ -48,15 +48,15 @@ def _real_run(chosen: argparse.Namespace, shape: Shape | None) -> int:
     if shape is not None:
         with progress_bar("Shaping", shown=not chosen.json) as progress:
             shaped = apply_shape(dataset, [path.name for path in found.added], shape, on_progress=progress)
-    if is_new and chosen.repeats is None:
-        dataset.set_repeats(plain_folder_repeats(len(dataset.images), max_train_epochs=USUAL_EPOCHS))
+    if is_new:
+        _choose_repeats(dataset, found, chosen=chosen.repeats)
     return _report(chosen, dataset, found, _rows(dataset, found), shaped=shaped)
 
 
 def _dry_run(chosen: argparse.Namespace, shape: Shape | None) -> int:
     """The same with nothing written but a folder that is gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="lora_train_") as folder:
-        if (chosen.to / FILE_NAME).is_file():
+        if not (is_new := not (chosen.to / FILE_NAME).is_file()):
             dataset = OwnedDataset.open(chosen.to)
         else:
             _refuse_foreign(chosen.to)
@@ -64,6 +64,8 @@ def _dry_run(chosen: argparse.Namespace, shape: Shape | None) -> int:
         with progress_bar("Looking", shown=not chosen.json) as progress:
             found = collect(dataset, chosen.sources, transparent=chosen.transparent, dry_run=True, on_progress=progress)
         _refuse_nothing(found, dataset)
+        if is_new:
+            _choose_repeats(dataset, found, chosen=chosen.repeats)
         boxes = [plan_shape(size, shape) if shape else None for size in found.sizes]
         rows = [_row(path.name, size, box) for path, size, box in zip(found.added, found.sizes, boxes, strict=True)]
         return _report(chosen, dataset, found, rows, shaped=None)
@@ -95,6 +97,11 @@ def _refuse_foreign(folder: Path) -> None:
             raise DatasetError(f"{folder} is there already and no dataset of this program",
                                why="what is in it could be mixed up with the dataset",
                                remedy="choose a new folder with --to; this one can be a source")
+
+
+def _choose_repeats(dataset: OwnedDataset, found: Collected, *, chosen: int | None) -> None:
+    """Of a new dataset: as chosen, as the folders of all its images say, or by the rule of plain folders."""
+    dataset.set_repeats(chosen or found.one_repeats() or plain_folder_repeats(len(found.added), max_train_epochs=USUAL_EPOCHS))
 
 
 def _refuse_nothing(found: Collected, dataset: OwnedDataset) -> None:
@@ -133,7 +140,7 @@ def _rows(dataset: OwnedDataset, found: Collected) -> list[dict[str, Any]]:
 def _report(chosen: argparse.Namespace, dataset: OwnedDataset, found: Collected, rows: list[dict[str, Any]], *,
             shaped: Shaped | None) -> int:
     skipped = [*found.skipped, *(shaped.skipped if shaped else ())]
-    notes = [*found.notes, *(shaped.notes if shaped else ())]
+    notes = [*filter(None, [*found.notes, found.repeats_note(dataset.repeats)]), *(shaped.notes if shaped else ())]
     if chosen.json:
         # A dry run's dataset lay elsewhere.
         print(json.dumps({"folder": str(chosen.to if chosen.dry_run else dataset.folder), "concept": dataset.concept,

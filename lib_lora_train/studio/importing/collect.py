@@ -17,15 +17,16 @@ from PIL import Image
 
 from lib_lora_train.dataset.captions import first_line, read_caption
 from lib_lora_train.dataset.images import MAX_BYTES, DecodedImage, decode_image, encode_image
-from lib_lora_train.dataset.listing import MayRead
+from lib_lora_train.dataset.listing import MayRead, repeats_and_name
+from lib_lora_train.dataset.masks import UNUSED
 from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
-from lib_lora_train.errors import DatasetError, counted, printable, translated
+from lib_lora_train.errors import DatasetError, counted, printable, some_of, translated
 from lib_lora_train.storage.atomic import copy_atomic, write_atomic
 from lib_lora_train.storage.checksum import sha256_of
 from lib_lora_train.studio.captions.files import MOST_BYTES as MOST_CAPTION_BYTES
 from lib_lora_train.studio.importing.archive import Archive, open_archive
 from lib_lora_train.studio.importing.names import FreeNames, safe_stem
-from lib_lora_train.studio.importing.owned import Note, OwnedDataset
+from lib_lora_train.studio.importing.owned import Note, OwnedDataset, plain_line
 from lib_lora_train.studio.importing.sources import Found, Location, Source, Upload, list_sources, reason
 
 __all__ = ("Collected", "Upload", "collect")
@@ -43,6 +44,19 @@ class Collected:
     skipped: tuple[tuple[str, str], ...]  # (what it is called, why it was left out: one sentence)
     notes: tuple[str, ...] = ()  # what else the user should know, one sentence each
     sizes: tuple[tuple[int, int], ...] = ()  # (width, height) of `added`
+    subsets: tuple[str, ...] = ()  # the N_name folder that each of `added` was in, "" for none
+
+    def one_repeats(self) -> int | None:
+        """How often an epoch shows each image by the number in front of its folder; None where that is not one number."""
+        numbers = {repeats_and_name(name)[0] if name else None for name in self.subsets}
+        return numbers.pop() if len(numbers) == 1 else None
+
+    def repeats_note(self, repeats: int) -> str:
+        """What becomes of the folders' repeats in a dataset that shows each image `repeats` times; "" where they are kept."""
+        lost = [name for name in dict.fromkeys(self.subsets) if name and repeats_and_name(name)[0] != repeats]
+        return "" if not lost else (
+            f"The repeats of {some_of(lost)} are not kept: a dataset shows all its pictures equally often, {repeats} times an "
+            "epoch here (the number in front of its folder's name). To keep them, train with the folders as they were.")
 
 
 def collect(
@@ -69,7 +83,7 @@ def collect(
         finally:
             collector.write_notes()
     return Collected(tuple(collector.added), tuple((printable(name), printable(why)) for name, why in collector.skipped),
-                     collector.notes(), tuple(collector.sizes))
+                     collector.notes(), tuple(collector.sizes), tuple(collector.subsets))
 
 
 def _collect_source(source: Source, collector: _Collector, *, watch: Watch) -> None:
@@ -99,6 +113,7 @@ class _Collector:
         self.dataset, self.masks, self.dry_run, self.skipped = dataset, masks, dry_run, skipped
         self.added: list[Path] = []
         self.sizes: list[tuple[int, int]] = []
+        self.subsets: list[str] = []
         self._known: dict[str, str] = {}  # sha256 of a file as it was imported -> the image's name
         self._names = FreeNames(())
         self._notes: dict[str, Note | None] = {}
@@ -126,7 +141,8 @@ class _Collector:
             decoded = decode_image(path)
             if decoded.several:
                 self._count("{} had several frames or pages, of which the first was taken.")
-            caption, mask = self._caption(found, archive), self._mask(found, decoded, archive)
+            caption = self._caption(found, archive) or self._words_of_subset(found)
+            mask = self._mask(found, decoded, archive)
             stem = self._names.claim(safe_stem(Path(found.name).stem))
             endings = _KEPT.get(decoded.format, ()) if decoded.as_stored else ()
             suffix = Path(found.name).suffix.lower()
@@ -145,6 +161,14 @@ class _Collector:
         self._known[digest] = target.name
         self.added.append(target)
         self.sizes.append(decoded.image.size)
+        self.subsets.append(found.subset)
+
+    def _words_of_subset(self, found: Found) -> str:
+        """As training does: the words of an N_name folder are the caption where there is no other."""
+        words = plain_line(repeats_and_name(found.subset)[1]) if found.subset else ""
+        if words:
+            self._count(f"{{}} without a caption got the words of the folder {found.subset} as one.")
+        return words
 
     def _caption(self, found: Found, archive: Archive | None) -> str:
         if found.caption is None:
@@ -169,13 +193,14 @@ class _Collector:
                     mask = decode_image(path).image.convert("L")
                 if mask.size != decoded.image.size:
                     raise DatasetError("", why="it is not of the picture's size")
+                self._count("{} came with a mask, which is kept. " + UNUSED)
                 return mask
             except DatasetError as error:
                 self.skipped.append((f"mask of {found.label}", f"{reason(error)} The picture was imported without it."))
         if decoded.alpha is None:
             return None
-        self._count("{} had transparent parts: they are white now" + (", and a mask that marks them is kept."
-                                                                      if self.masks else "."))
+        self._count("{} had transparent parts: they are white now" + (
+            f", and a mask that marks them is kept. {UNUSED}" if self.masks else "."))
         return decoded.alpha if self.masks else None
 
     def _count(self, text: str) -> None:

@@ -6,17 +6,18 @@ Only names are read here, and the lists of contents of archives.
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from lib_lora_train.dataset.captions import CAPTION_SUFFIXES
-from lib_lora_train.dataset.folder import MASKS_FOLDER
 from lib_lora_train.dataset.images import is_image_name
-from lib_lora_train.dataset.listing import Listing, MayRead, list_tree, why_not_learnt
+from lib_lora_train.dataset.listing import Listing, MayRead, is_subset_name, list_tree
+from lib_lora_train.dataset.masks import CONDITIONING, companion, is_masks_folder
 from lib_lora_train.errors import DatasetError, counted, printable
 from lib_lora_train.studio.importing.archive import Entry, open_archive
 from lib_lora_train.studio.importing.names import file_key
+
+_OF_CLASS = ("regularisation", "regularization", "reg_images", "regularisation_images", "regularization_images", "class_images")
 
 Location = Path | Entry  # a file of its own, or in an archive
 
@@ -45,6 +46,12 @@ class Found:
     def stem(self) -> str:
         """The name without its ending."""
         return Path(self.name).stem
+
+    @property
+    def subset(self) -> str:
+        """The name of the N_name folder (kohya's layout) that it is in; "" for none."""
+        folders = self.folder or ((self.location.parent.name,) if isinstance(self.location, Path) else ())
+        return next((name for part in reversed(folders) if is_subset_name(name := Path(part).name)), "")
 
     @property
     def is_image(self) -> bool:
@@ -111,7 +118,7 @@ class _Listing:
             self._skipped.append((name, f"It cannot be read: {error.strerror or error}."))
 
     def finished(self) -> tuple[list[Source], list[tuple[str, str]]]:
-        images = _images(self._files)
+        images = self._images(self._files)
         with_image = {(file.folder, file.stem) for file in self._files if file.is_image}
         for file in self._files:
             if file.is_image or file.is_caption and (file.folder, file.stem) in with_image:
@@ -128,7 +135,7 @@ class _Listing:
         name, tree = folder.name or str(folder), list_tree(folder, may_read=self._may_read)
         files = [file for named, listing in tree.folders for file in self._files_of(listing, named)]
         self._skipped += [("/".join(named), f"The folder was not read: {why}.") for named, why in tree.unread]
-        if images := _images(self._of_the_subject(files)):
+        if images := self._images(files):
             self._found.append(Source(name, images))
         else:
             self._skipped.append((name, "There is no picture in it, nor in the folders below it."))
@@ -150,16 +157,6 @@ class _Listing:
                           for path in listing.files if path.suffix.lower() == ".zip"]
         return [file for file in map(found, listing.files) if file.is_image or file.is_caption]
 
-    def _of_the_subject(self, files: list[Found]) -> list[Found]:
-        """`files` without those in folders of regularisation images and the like, unless there are no other images."""
-        kept = [file for file in files if not why_not_learnt(file.folder)]
-        if not any(file.is_image and not _is_mask(file) for file in kept):
-            return files
-        left_out = Counter(file.folder for file in files if file.is_image and why_not_learnt(file.folder))
-        self._skipped += [("/".join(folder), f"{counted(count, 'picture')}: {why_not_learnt(folder)}; import that folder by "
-                           "itself if it is to be learnt.") for folder, count in left_out.items()]
-        return kept
-
     def _archive(self, path: Path, name: str) -> None:
         try:
             with open_archive(path) as archive:
@@ -180,7 +177,7 @@ class _Listing:
                               for entry in entries if entry.name.lower().endswith(".zip")]
             files = [Found(entry.folder, entry.name, entry, f"{name}/{entry.label}", f"{name}/{entry.label}")
                      for entry in entries if entry not in refused]
-            self._found.append(Source(name, _images(self._of_the_subject(files)), archive=path))
+            self._found.append(Source(name, self._images(files), archive=path))
 
     def _file(self, path: Path, name: str, *, uploaded: bool) -> None:
         if uploaded:  # a browser may send the folder with the name
@@ -194,23 +191,71 @@ class _Listing:
             self._files += [Found(folder, caption.name, caption, caption.name, str(caption)) for caption in beside
                             if caption.is_file() and self._allowed(caption)]
 
+    def _images(self, files: Sequence[Found]) -> tuple[Found, ...]:
+        """The images to learn from among `files`, each with its caption and its mask; what else looks like an image is told."""
+        captions: dict[tuple[tuple[str, ...], str], Location] = {}
+        for suffix in CAPTION_SUFFIXES:
+            for file in files:
+                if Path(file.name).suffix.lower() == suffix:
+                    captions.setdefault((file.folder, file.stem), file.location)
+        images, masks = self._without_masks(self._of_the_subject([file for file in files if file.is_image]))
+        return tuple(dataclasses.replace(file, caption=captions.get((file.folder, file.stem)), mask=masks.get(index))
+                     for index, file in enumerate(images))
 
-def _images(files: Sequence[Found]) -> tuple[Found, ...]:
-    """The images among `files`, each with the caption beside it and its mask from a folder of masks."""
-    captions: dict[tuple[tuple[str, ...], str], Location] = {}
-    for suffix in CAPTION_SUFFIXES:
+    def _without_masks(self, files: Sequence[Found]) -> tuple[list[Found], dict[int, Location]]:
+        """(the images, the mask of the image of each index). A mask is that of the image where it lies, its folder of masks
+        not counted, or in one folder below that; where several could be meant, it is nobody's. Where nothing lies elsewhere,
+        a folder called `masks` holds images."""
+        all_in_masks = all(any(map(is_masks_folder, file.folder)) for file in files)
+        stems: dict[tuple[str, ...], set[str]] = {}
         for file in files:
-            if Path(file.name).suffix.lower() == suffix:
-                captions.setdefault((file.folder, file.stem), file.location)
-    images = [file for file in files if file.is_image]
-    masks: dict[str, Location] = {}
-    if not all(_is_mask(file) for file in images):
-        for file in filter(_is_mask, images):
-            masks.setdefault(file_key(file.stem), file.location)
-        images = [file for file in images if not _is_mask(file)]
-    return tuple(dataclasses.replace(file, caption=captions.get((file.folder, file.stem)), mask=masks.get(file_key(file.stem)))
-                 for file in images)
+            stems.setdefault(file.folder, set()).add(file.stem.casefold())
+        images, others, by_place = [], [], {}
+        for file in files:
+            kind, of = companion(file.stem, stems[file.folder]) or ("", file.stem)
+            folder = file.folder if all_in_masks else tuple(part for part in file.folder if not is_masks_folder(part))
+            if kind or folder != file.folder:
+                others.append((file, kind, folder, file_key(of)))
+                continue
+            for place in {folder, folder[:-1]}:
+                by_place.setdefault((place, file_key(of)), []).append(len(images))
+            images.append(file)
+        masks: dict[int, Location] = {}
+        for file, kind, folder, key in others:
+            found = by_place.get((folder, key), [])
+            found = [index for index in found if images[index].folder == folder] or found
+            if kind != "conditioning" and len(found) == 1 and found[0] not in masks:
+                masks[found[0]] = file.location
+            else:
+                self._skipped.append((file.label, CONDITIONING if kind == "conditioning" else "It is a mask, and " + (
+                    "its picture is not here." if not found else "several pictures are of this name." if len(found) > 1 else
+                    "its picture has one already.")))
+        return images, masks
+
+    def _of_the_subject(self, files: Sequence[Found]) -> list[Found]:
+        """Without what a kohya project holds beside its `img` folder: images of the class (`reg`), samples, logs."""
+        projects = {file.folder[:at] for file in files for at in range(len(file.folder)) if _holds_subsets(file, at, "img")}
+        images, left_out = [], {}
+        for file in files:
+            at = next((at for at, part in enumerate(file.folder) if _is_of_class(file, at) or (
+                file.folder[:at] in projects and part.casefold() != "img" and not is_masks_folder(part))), None)
+            if at is None:
+                images.append(file)
+            else:
+                folder = file.label.rsplit("/", len(file.folder) - at)[0]
+                left_out.setdefault(folder, []).append(_is_of_class(file, at))
+        self._skipped += [(folder, f"Its {counted(len(of_class), 'picture')} " + (
+            "show the class and not the subject (regularisation): give the folder to the training as Regularisation folder "
+            "(reg_data_dir)." if any(of_class) else "lie beside the img folder of a kohya project."))
+            for folder, of_class in left_out.items()]
+        return images
 
 
-def _is_mask(file: Found) -> bool:
-    return bool(file.folder) and file.folder[-1].casefold() == MASKS_FOLDER
+def _is_of_class(file: Found, at: int) -> bool:
+    """Whether part `at` of the file's folder is one of regularisation images. `reg` alone may be a friend's name."""
+    return file.folder[at].casefold() in _OF_CLASS or _holds_subsets(file, at, "reg")
+
+
+def _holds_subsets(file: Found, at: int, name: str) -> bool:
+    """Whether part `at` of the file's folder is called `name` and the next is an N_name folder."""
+    return file.folder[at].casefold() == name and is_subset_name("".join(file.folder[at + 1:at + 2]))

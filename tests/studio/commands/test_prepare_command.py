@@ -107,3 +107,20 @@ def test_sources_without_an_image_leave_no_dataset_behind(tmp_path: Path):
     with pytest.raises(UserError, match="no picture to import.*empty.*gone.*x.zip"):
         prepare(tmp_path / "empty", tmp_path / "gone", tmp_path / "x.zip", "--to", tmp_path / "set")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "x.zip"]
+
+
+def test_the_repeats_of_kohya_folders_are_kept_where_they_are_one_number_and_else_said_to_be_lost(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for number, place in enumerate(("20_sks dog/a.png", "20_sks dog/b.png", "5_sks hat/c.png")):
+        (tmp_path / "kohya" / place).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (80, 80), (number, 0, 0)).save(tmp_path / "kohya" / place)
+    to = ("--side", 0, "--json", "--to")
+    for dry in ((), ("--dry-run",)):
+        assert prepare(tmp_path / "kohya" / "20_sks dog", *to, tmp_path / f"one{len(dry)}", *dry) == 0
+        said = json.loads(capsys.readouterr().out)
+        assert said["repeats"] == 20 and not any("repeats" in note for note in said["notes"])
+        assert prepare(tmp_path / "kohya", *to, tmp_path / f"two{len(dry)}", *dry) == 0
+        said = json.loads(capsys.readouterr().out)
+        (note,) = [note for note in said["notes"] if "repeats" in note]
+        assert "20_sks dog" in note and "5_sks hat" in note and str(said["repeats"]) in note
+    assert {e.repeats for e in scan(tmp_path / "one0", max_train_epochs=1).examples} == {20}

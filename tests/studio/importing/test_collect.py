@@ -210,13 +210,13 @@ def test_captions_come_along_as_one_line_of_utf8(dataset: OwnedDataset, source: 
 
 def test_folders_are_read_with_those_below_them_and_their_masks(dataset: OwnedDataset, tmp_path: Path):
     kohya = tmp_path / "kohya"
-    for seed, place in enumerate(("10_a/1.png", "5_b/1.png", "masks/1.png", ".hidden/x.png", "10_a/deep/y.png", "top.png")):
+    for seed, place in enumerate(("10_a/1.png", "5_b/2.png", "masks/1.png", ".hidden/x.png", "10_a/deep/y.png", "top.png")):
         (kohya / place).parent.mkdir(parents=True, exist_ok=True)
         noise(seed).save(kohya / place)
-    (kohya / "5_b" / "1.txt").write_text("b one", encoding="utf-8")
+    (kohya / "5_b" / "2.txt").write_text("b two", encoding="utf-8")
     collected = collect(dataset, [kohya])
-    assert [path.name for path in collected.added] == ["top.png", "1.png", "y.png", "1_2.png"]
-    assert (dataset.images_folder / "1_2.txt").read_text("utf-8") == "b one"
+    assert [path.name for path in collected.added] == ["top.png", "1.png", "y.png", "2.png"]
+    assert (dataset.images_folder / "2.txt").read_text("utf-8") == "b two"
     with Image.open(dataset.mask_path("1.png")) as mask:
         assert np.array_equal(mask, read_image(kohya / "masks" / "1.png").convert("L"))
 
@@ -224,7 +224,7 @@ def test_folders_are_read_with_those_below_them_and_their_masks(dataset: OwnedDa
 def test_a_folder_and_an_archive_of_it_give_the_same_dataset(tmp_path: Path, dataset: OwnedDataset):
     """Names of folders as Synology, QNAP, macOS, Windows and kohya's page make them."""
     taken = ("top.png", "outfit/one.png", "outfit/night/more/three.png", "outfit/two.png")
-    left = ("reg/1_dog/dog.png", "outfit/thumbs/small.png")
+    left = ("reg/1_dog/dog.png", "outfit/regularization_images/small.png")
     system = ("@eaDir/top.png/SYNOPHOTO_THUMB_M.jpg", "outfit/@__thumb/s100one.png", ".thumbnails/t.png", "__MACOSX/._top.png",
               "#recycle/r.png", "$RECYCLE.BIN/$R1.png", "outfit/._one.png")
     top, other = tmp_path / "things", OwnedDataset.create(tmp_path / "datasets", "other")
@@ -239,9 +239,9 @@ def test_a_folder_and_an_archive_of_it_give_the_same_dataset(tmp_path: Path, dat
         collected = collect(into, [source])
         assert {path.name: path.with_suffix(".txt").read_text("utf-8") for path in collected.added} == {
             Path(place).name: place for place in taken}
-        told = dict(collected.skipped)
-        assert set(told) == {"reg/1_dog", "outfit/thumbs"} and "regularisation" in told["reg/1_dog"]
-        assert all("1 picture" in why for why in told.values())
+        told = {name.removeprefix("things.zip/"): why for name, why in collected.skipped}
+        assert set(told) == {"reg", "outfit/regularization_images"}
+        assert all("1 picture" in why and "regularisation" in why for why in told.values())
     assert [path.name for path in collect(other, [top / "reg"]).added] == ["dog.png"]  # chosen itself
 
 
@@ -272,6 +272,71 @@ def test_links_are_followed_once_and_those_that_lead_nowhere_are_named(dataset: 
     collected = collect(again, [source], may_read=may_read)
     assert [path.name for path in collected.added] == ["a.png"] and "linked" in dict(collected.skipped)
     assert not [p for p in scan(source, max_train_epochs=1, may_read=may_read).problems if "in the folder" in p.text]
+def test_a_mask_belongs_to_the_picture_of_its_own_folder_and_to_no_other(dataset: OwnedDataset, tmp_path: Path):
+    for seed, place in enumerate(("one/1.png", "one/masks/1.png", "two/1.png", "two/3.png", "one/3.png", "two/masks/4.png",
+                                  "one/4.png", "masks/3.png", "mask/two/3.png")):
+        (tmp_path / "m" / place).parent.mkdir(parents=True, exist_ok=True)
+        noise(seed).save(tmp_path / "m" / place)
+    with zipfile.ZipFile(tmp_path / "m.zip", "w") as packed:
+        for path in sorted((tmp_path / "m").rglob("*.png")):
+            packed.write(path, path.relative_to(tmp_path / "m").as_posix())
+    collected = collect(dataset, [tmp_path / "m.zip"])
+    sources = {path.name: dataset.notes()[path.name]["source"].removeprefix("m.zip/") for path in collected.added}
+    masks = {sources[path.name]: read_image(dataset.mask_path(path.name)).convert("L") for path in collected.added
+             if dataset.mask_path(path.name).is_file()}
+    assert len(sources) == 5 and set(masks) == {"one/1.png", "two/3.png"}
+    assert np.array_equal(masks["one/1.png"], read_image(tmp_path / "m/one/masks/1.png").convert("L"))
+    assert np.array_equal(masks["two/3.png"], read_image(tmp_path / "m/mask/two/3.png").convert("L"))
+    assert {name for name, _ in collected.skipped} == {"m.zip/two/masks/4.png", "m.zip/masks/3.png"}
+    assert any("2 pictures came with a mask" in note and "does not use masks yet" in note for note in collected.notes)
+
+
+def test_masks_and_conditioning_pictures_of_other_trainers_are_not_imported_as_pictures(dataset: OwnedDataset, source: Path):
+    learnt = Image.linear_gradient("L").resize((40, 30))
+    for seed, name in enumerate(("a.png", "b.jpg", "c.png", "who-mask.png")):
+        noise(seed).save(source / name)
+    for name in ("a-masklabel.png", "b-mask.png", "C_Mask.png"):
+        learnt.save(source / name)
+    noise(9).save(source / "a-condlabel.png")
+    collected = collect(dataset, [source])
+    # An image may be called so by itself.
+    assert [path.name for path in collected.added] == ["a.png", "b.jpg", "c.png", "who-mask.png"]
+    for name in ("a.png", "b.jpg", "c.png"):
+        assert np.array_equal(read_image(dataset.mask_path(name)).convert("L"), learnt)
+    assert [name for name, _ in collected.skipped] == ["a-condlabel.png"]
+
+
+def test_what_a_kohya_folder_is_called_is_the_caption_of_its_pictures_without_one(dataset: OwnedDataset, tmp_path: Path):
+    for seed, place in enumerate((
+            "20_sks dog/a.png", "20_sks dog/b.png", "5_sks hat/c.png", "20240101_holiday/d.png", "3_/e.png")):
+        (tmp_path / "kohya" / place).parent.mkdir(parents=True, exist_ok=True)
+        noise(seed).save(tmp_path / "kohya" / place)
+    (tmp_path / "kohya/20_sks dog/b.txt").write_text("of its own", encoding="utf-8")
+    before = {e.path.name: e.caption for e in scan(tmp_path / "kohya", max_train_epochs=1).examples}
+    collected = collect(dataset, [tmp_path / "kohya"])
+    captions = {path.stem: path.read_text("utf-8") for path in dataset.images_folder.glob("*.txt")}
+    assert captions == {"a": "sks dog", "b": "of its own", "c": "sks hat"}
+    assert all(captions.get(Path(name).stem, "") == caption for name, caption in before.items())  # as training had it
+    assert sum("the words of the folder" in note for note in collected.notes) == 2
+    hat = tmp_path / "kohya" / "5_sks hat"
+    for name, given in (("alone", hat), ("sent", Upload("kohya/5_sks hat/c.png", hat / "c.png"))):
+        alone = OwnedDataset.create(tmp_path / "datasets", name)
+        collect(alone, [given])
+        assert [path.read_text("utf-8") for path in alone.images_folder.glob("*.txt")] == ["sks hat"]
+
+
+def test_regularisation_pictures_and_samples_of_a_kohya_project_are_not_learnt_as_the_subject(
+        dataset: OwnedDataset, tmp_path: Path):
+    with zipfile.ZipFile(tmp_path / "p.zip", "w") as packed:
+        for seed, place in enumerate(("p/img/10_zorbi/a.png", "p/reg/1_toy/r.png", "p/reg/1_toy/s.png",
+                                      "p/model/sample/1.png", "friends/reg/b.png")):
+            noise(seed).save(tmp_path / "x.png")
+            packed.write(tmp_path / "x.png", place)
+    collected = collect(dataset, [tmp_path / "p.zip"])
+    assert [path.name for path in collected.added] == ["a.png", "b.png"]  # Reg may be a friend's name
+    told = dict(collected.skipped)
+    assert set(told) == {"p.zip/p/reg", "p.zip/p/model"}
+    assert "2 pictures" in told["p.zip/p/reg"] and "reg_data_dir" in told["p.zip/p/reg"]
 
 
 def test_a_dataset_of_ours_can_be_brought_into_another(dataset: OwnedDataset, source: Path, tmp_path: Path):
