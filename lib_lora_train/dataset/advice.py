@@ -6,7 +6,6 @@ Worst is how bad a thing is times the share of the images it touches; what keeps
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
@@ -19,7 +18,6 @@ MIN_IMAGES = 10
 LEAST_RESOLUTION = 256  # below it there is too little for a model of 512 to learn
 
 _SHORTEST = 6  # letters of a tag with a typing error; shorter words have too many neighbours that are words
-_MOST_REASONS = 5  # sentences about why images cannot be used
 _USUAL = 5  # captions: so often a tag must occur for a rare one to be measured by it
 
 Weighted = tuple[float, str]
@@ -56,13 +54,10 @@ def _files(report: DatasetReport) -> Iterator[Weighted]:
                      f"training would refuse to start: save {_them(unreadable)} again with the encoding UTF-8 (Notepad: Save "
                      "as, Encoding).")
     broken = _with(report, "broken")
-    reasons = Counter(image.why for image in broken)
-    for why, count in reasons.most_common(_MOST_REASONS):
+    for why in dict.fromkeys(image.why for image in broken):
         alike = [image for image in broken if image.why == why]
         yield 50 + _share(broken, report), (
             f"{_count(alike, 'picture')} cannot be used and would be left out ({_names(alike)}): {why}.")
-    if rest := [image for image in broken if image.why not in dict(reasons.most_common(_MOST_REASONS))]:
-        yield 50, f"{_count(rest, 'more picture')} cannot be used for other reasons ({_names(rest)})."
     if several := [image for image in report.images if image.several]:
         yield 1, (f"{_count(several, 'picture')} {'holds' if len(several) == 1 else 'hold'} several frames or pages "
                   f"({_names(several)}), of which only the first is trained: save the others as pictures of their own if they "

@@ -21,10 +21,8 @@ _TO_CONVERT = "save it as JPEG or PNG, as any viewer that shows it can"
 # (how such files begin, what they are called, what to do), the first that fits.
 _KINDS = tuple((re.compile(start, re.DOTALL | re.IGNORECASE), name, remedy) for start, name, remedy in (
     (rb"....ftyp(avi[fs]|mif1.{0,40}avif)", "an AVIF picture", _TO_CONVERT),
-    (rb"....ftyp(he[iv]|mif1|msf1)", "a HEIC picture, as phones of Apple take them", f"{_TO_CONVERT}, or set the phone's "
-     "camera to 'Most Compatible'"),
+    (rb"....ftyp(he[iv]|mif1|msf1)", "a HEIC picture, as phones of Apple take them", _TO_CONVERT),
     (rb"\xff\x0a|\0\0\0\x0cJXL ", "a JPEG XL picture", f"{_TO_CONVERT} (djxl does it without loss)"),
-    (rb"\0\0\0\x0cjP  ", "a JPEG 2000 picture", _TO_CONVERT),
     (rb"8BPS", "a Photoshop file", _TO_CONVERT),
     (rb"%PDF|%!PS", "a PDF or PostScript file", _TO_CONVERT),
     (rb"....ftyp|\x1a\x45\xdf\xa3", "a film", "save single frames of it as PNG"),

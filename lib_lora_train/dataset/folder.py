@@ -335,10 +335,10 @@ def _list(folder: Path, what: str, *, may_read: MayRead | None, problems: list[P
 def _images_below(folder: Path, names: Collection[str], may_read: MayRead | None) -> dict[PurePath, int]:
     """How many images lie in which folder, seen from `folder`: in those of it called `names` and below them."""
     try:
-        tree = list_tree(folder, may_read=may_read) if names else None
+        tree = list_tree(folder, may_read=may_read) if names else []
     except DatasetError:
-        tree = None  # only asked to word a message about folders that are not used
-    counts = {PurePath(*parts): sum(map(is_image_name, listing.files)) for parts, listing in (tree.folders if tree else ())
+        tree = []  # only asked to word a message about folders that are not used
+    counts = {PurePath(*parts): sum(map(is_image_name, listing.files)) for parts, listing in tree
               if parts and parts[0] in names and not is_masks_folder(parts[-1])}
     return {path: count for path, count in counts.items() if count}
 

@@ -31,14 +31,6 @@ class Listing(NamedTuple):
     dead: list[Path]
 
 
-class Tree(NamedTuple):
-    """A folder and what is below it: names on the way to each folder, () to the first, and what it holds; and folders that
-    were not read, with the reason."""
-
-    folders: list[tuple[tuple[str, ...], Listing]]
-    unread: list[tuple[tuple[str, ...], str]]
-
-
 def list_folder(folder: Path, *, what: str = "dataset", may_read: MayRead | None = None) -> Listing:
     """List `folder`. `may_read` is asked about folders and links, which may lead elsewhere; `what` completes "The … folder".
 
@@ -49,7 +41,10 @@ def list_folder(folder: Path, *, what: str = "dataset", may_read: MayRead | None
         with os.scandir(folder) as entries:
             for entry in entries:
                 path = folder / entry.name
-                is_folder, is_file = _kind(entry)
+                try:
+                    is_folder, is_file = entry.is_dir(), entry.is_file()
+                except OSError:  # links in a circle
+                    is_folder = is_file = False
                 if not is_folder and not is_file:
                     if entry.is_symlink() and not os.path.exists(path):
                         found.dead.append(path)
@@ -68,43 +63,36 @@ def list_folder(folder: Path, *, what: str = "dataset", may_read: MayRead | None
     return Listing(*(sorted(paths, key=by_name) for paths in found))
 
 
-def list_tree(folder: Path, *, may_read: MayRead | None = None) -> Tree:
-    """List `folder` and all folders below it, each before those in it, and none twice, by whatever links it is reached.
+def list_tree(folder: Path, *, may_read: MayRead | None = None) -> list[tuple[tuple[str, ...], Listing]]:
+    """(names on the way to it, what it holds) of `folder` and all folders below it, each before those in it.
 
-    Arguments and errors as for `list_folder`; of a folder below that cannot be read the reason is kept.
+    None comes twice, by whatever links it is reached; one that cannot be read, or lies too deep, is `refused` where it lies.
+    Arguments and errors as for `list_folder`.
     """
-    found, seen = Tree([], []), set()
-    waiting: list[tuple[tuple[str, ...], Path]] = [((), folder)]
+    found: list[tuple[tuple[str, ...], Listing]] = []
+    seen: set[str] = set()
+    waiting: list[tuple[tuple[str, ...], Path, list[Path]]] = [((), folder, [])]
     while waiting:
-        parts, path = waiting.pop()
-        if len(parts) > MOST_DEPTH or len(found.folders) == MOST_FOLDERS:
-            found.unread.append((parts, f"more than {MOST_DEPTH} levels or {MOST_FOLDERS:,} folders are not read"))
-            continue
+        parts, path, refused = waiting.pop()
         try:
+            if len(parts) > MOST_DEPTH or len(found) == MOST_FOLDERS:
+                raise DatasetError(f"{path} lies too deep")
             listing = list_folder(path, may_read=may_read)
-        except DatasetError as error:
+        except DatasetError:
             if not parts:
                 raise
-            found.unread.append((parts, error.reason))
+            refused.append(path)
             continue
         if (real := os.path.realpath(path)) not in seen:
             seen.add(real)
-            found.folders.append((parts, listing))
-            waiting += [((*parts, below.name), below) for below in reversed(listing.folders)]
+            found.append((parts, listing))
+            waiting += [((*parts, below.name), below, listing.refused) for below in reversed(listing.folders)]
     return found
 
 
 def is_of_the_system(folder_name: str) -> bool:
     """Whether a folder of this name holds nothing of the user's: hidden ones, bins, thumbnails that a drive makes."""
     return folder_name.startswith(".") or folder_name.casefold() in _OF_THE_SYSTEM
-
-
-def _kind(entry: os.DirEntry[str]) -> tuple[bool, bool]:
-    """(whether it is a folder, a file), over a link too; neither, where links lead in a circle."""
-    try:
-        return entry.is_dir(), entry.is_file()
-    except OSError:
-        return False, False
 
 
 def by_name(path: Path) -> tuple[str, str]:

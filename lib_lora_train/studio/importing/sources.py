@@ -133,8 +133,7 @@ class _Listing:
 
     def _folder(self, folder: Path) -> None:
         name, tree = folder.name or str(folder), list_tree(folder, may_read=self._may_read)
-        files = [file for named, listing in tree.folders for file in self._files_of(listing, named)]
-        self._skipped += [("/".join(named), f"The folder was not read: {why}.") for named, why in tree.unread]
+        files = [file for named, listing in tree for file in self._files_of(listing, named)]
         if images := self._images(files):
             self._found.append(Source(name, images))
         else:
@@ -152,7 +151,7 @@ class _Listing:
             elif file.is_image or file.is_caption:
                 self._skipped.append((file.label, "It leads to a file that may not be read."))
             elif path.is_dir():
-                self._skipped.append((file.label, "It leads to a folder that may not be read."))
+                self._skipped.append((file.label, "It is or leads to a folder that cannot or may not be read."))
         self._skipped += [(found(path).label, "An archive in a folder is not opened; import it by itself.")
                           for path in listing.files if path.suffix.lower() == ".zip"]
         return [file for file in map(found, listing.files) if file.is_image or file.is_caption]
