@@ -5,22 +5,26 @@ Exit codes: 0 done, 1 the run failed, 2 bad input (one sentence on stderr), 130 
 
 from __future__ import annotations
 
+from lib_lora_train import terminal
+
+if __name__ == "__main__":
+    terminal.set_up()  # before other imports, which take a while
+
 import argparse
 import contextlib
 import dataclasses
 import json
 import os
-import signal
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from lib_lora_train import events
 from lib_lora_train.errors import LoraTrainError, SettingError, UserError, translated
-from lib_lora_train.events import Report
-from lib_lora_train.settings import AREAS, Settings, assignment, declarations, parse
+from lib_lora_train.events import Report, shielded
+from lib_lora_train.settings import AREAS, Settings, assignment, declarations, parse, user_path
+from lib_lora_train.settings.kohya import adopted
 from lib_lora_train.settings.toml import read_toml
 from lib_lora_train.studio.commands.arguments import add_check, add_prepare, add_tag, add_verify
 
@@ -29,7 +33,6 @@ if TYPE_CHECKING:
     from lib_lora_train.run.record import RunRecord
 
 RUNS_FOLDER = "runs"
-_SAME_CTRL_C = 2.0  # seconds
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,15 +50,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LoraTrainError as error:
         print(error, file=sys.stderr)
         return 1
-    except BrokenPipeError:
-        # `inspect FILE | head`: who reads has seen enough. What is still buffered must not be tried again at the end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except KeyboardInterrupt:
+        terminal.say("Stopped.")
+        return terminal.INTERRUPTED
 
 
 def _train(chosen: argparse.Namespace) -> int:
     from lib_lora_train.distributed import LaunchEnvironment, process_group
     from lib_lora_train.host.standalone import StandaloneHost, describe_file
+    from lib_lora_train.run.background import StopKind
     from lib_lora_train.run.inputs import stage
     from lib_lora_train.run.job import run_job
     from lib_lora_train.run.output import checked_name
@@ -65,7 +68,7 @@ def _train(chosen: argparse.Namespace) -> int:
     launch = LaunchEnvironment.read(os.environ)
     first = launch is None or launch.rank == 0  # it alone records and prints
     try:
-        settings = _train_settings(chosen)
+        settings, notes = _train_settings(chosen)
         checked_name(settings.save.output_name)  # it names the record's folder too
         describe_file(chosen.checkpoint)  # a wrong one is refused before anything is read
         output = Path(settings.save.output_dir or ".")
@@ -78,16 +81,22 @@ def _train(chosen: argparse.Namespace) -> int:
             _refused_together(launch, error)
         raise
     show: Report = _QuietOutput(launch.rank) if launch and not first else _show_json if chosen.json else _Bar()
-    with contextlib.closing(record) if record else contextlib.nullcontext(), _Interrupt(launch) as interrupt:
+    with contextlib.closing(record) if record else contextlib.nullcontext(), terminal.StopRequest(
+            launched=launch is not None, tells=first) as request:
+        def stop() -> StopKind:
+            return "save" if request.wanted else ""
+
         def job(report: Report) -> events.Finished:
+            for note in notes:
+                report(events.Warned(note))
             with process_group(launch, timeout=60 * chosen.wait_for_others) as group:
                 host = StandaloneHost(chosen.checkpoint, lora_folder=output, runs_folder=runs_folder,
                                       device=launch.device() if launch else None)
                 plan = plan_job(settings, host, group=group, on_progress=stage("Reading pictures", report),
-                                should_stop=lambda: bool(interrupt.wanted()))
+                                should_stop=lambda: request.wanted)
                 if record:
                     record.complete(plan.settings)
-                return run_job(plan, host, report=report, stop=interrupt.wanted, group=group,
+                return run_job(plan, host, report=report, stop=stop, group=group,
                                folder=folder if record else None)
         finished, failure = _ending(job, show=show, record=record)
     if finished.outcome == "failed":
@@ -96,7 +105,7 @@ def _train(chosen: argparse.Namespace) -> int:
         print(finished.message, file=sys.stderr)
         return 2 if isinstance(failure, UserError) else 1
     # The first one's exit code says how it ended; to a launcher another's would be a failure, which ends the first one too.
-    return 130 if finished.outcome == "stopped" and first else 0
+    return terminal.INTERRUPTED if finished.outcome == "stopped" and first else 0
 
 
 def _ending(job: Callable[[Report], events.Finished], *, show: Report,
@@ -104,20 +113,15 @@ def _ending(job: Callable[[Report], events.Finished], *, show: Report,
     """How a job ended, whatever happens, told to the record and the terminal; and the refusal, for the exit code."""
     from lib_lora_train.run.background import Failure
 
-    latest, watched = 0, True
+    latest, show = 0, shielded(show)
     refusal: LoraTrainError | None = None
 
     def report(event: events.Event) -> None:
-        nonlocal latest, watched
+        nonlocal latest
         latest = event.step if isinstance(event, events.Step) else latest
         if record:
             record.write(event)
-        try:
-            if watched:
-                show(event)
-        except BrokenPipeError:  # `train --json | head`: the training goes on
-            watched = False
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        show(event)
 
     try:
         with translated("training"):
@@ -162,32 +166,29 @@ def failed_together(launch: LaunchEnvironment, message: str, failure: LoraTrainE
     os._exit(2 if isinstance(failure, UserError) else 1)
 
 
-def _train_settings(chosen: argparse.Namespace) -> Settings:
-    """What the command line says, over the configuration file, over the run to go on with; the last one's `resume` is its
-    folder."""
+def _train_settings(chosen: argparse.Namespace) -> tuple[Settings, list[str]]:
+    """What the command line says, over the configuration file, over the run to go on with; and what became of kohya's."""
     from lib_lora_train.run.resume import find, settings_of
 
-    values = read_toml(chosen.config) if chosen.config else {}
+    values, notes = adopted(read_toml(chosen.config)) if chosen.config else ({}, [])
     values |= {name: value for name, value in (
         ("train_data_dir", chosen.data), ("output_name", chosen.name), ("output_dir", chosen.output_dir),
         ("resume", chosen.resume)) if value}
     values |= dict(assignment(text) for text in chosen.set)
     if not values.get("resume"):
-        return parse(values)
-    named = str(values.pop("resume"))
-    # A path is taken as it is; a bare name is that of a run beside the results.
-    folder = Path(named) if Path(named).exists() else Path(str(values.get("output_dir", "."))) / RUNS_FOLDER / named
-    return settings_of(find(str(folder), folder.parent), values)
+        return parse(values), notes
+    named = user_path(str(values.pop("resume")))  # a path, else the name of a run beside the results
+    folder = named if os.path.lexists(named) else user_path(str(values.get("output_dir", "."))) / RUNS_FOLDER / named
+    return settings_of(find(str(folder), folder.parent), values), notes
 
 
 def _runs(chosen: argparse.Namespace) -> int:
     from lib_lora_train.run.record import past_runs
 
-    found = past_runs(Path(chosen.output_dir) / RUNS_FOLDER)
+    found = past_runs(user_path(chosen.output_dir) / RUNS_FOLDER)
     if chosen.json:
-        print(json.dumps([dataclasses.asdict(run) for run in found], ensure_ascii=False, indent=1))
-        return 0
-    for run in found:
+        print(json.dumps([dataclasses.asdict(run) for run in found], indent=1))
+    for run in found if not chosen.json else ():
         resumable = "" if run.resume_step is None else f"--resume {run.id}"
         print(f"{run.id:40} {run.outcome:12} {run.steps:>6}/{run.total:<6} {resumable}".rstrip())
     return 0
@@ -197,9 +198,9 @@ def _ui(chosen: argparse.Namespace) -> int:
     from lib_lora_train.host.standalone import StandaloneHost, listening_allowed_paths
     from lib_lora_train.ui.standalone import serve
 
-    output = Path(chosen.output_dir)
+    output = user_path(chosen.output_dir)
     host = StandaloneHost(chosen.checkpoint, lora_folder=output, runs_folder=output / RUNS_FOLDER,
-                          allowed=listening_allowed_paths(chosen.listen, output, *map(Path, chosen.allow)))
+                          allowed=listening_allowed_paths(chosen.listen, output, *map(user_path, chosen.allow)))
     serve(host, port=chosen.port, address=chosen.listen, auth=chosen.auth)
     return 0
 
@@ -209,7 +210,7 @@ def _inspect(chosen: argparse.Namespace) -> int:
 
     data = vars(inspect(chosen.file))
     if chosen.json:
-        print(json.dumps(data, ensure_ascii=False, indent=1, default=str))
+        print(json.dumps(data, indent=1, default=str))
         return 0
     for name, value in data.items():
         if name == "metadata":
@@ -244,42 +245,12 @@ def _demo(chosen: argparse.Namespace) -> int:
     if chosen.copy_model is not None:
         print(f"Copied to {embedded.put_beside(chosen.copy_model)}: refresh the WebUI's list of checkpoints.")
         return 0
-    return run_demo(Path(chosen.output_dir), page=not chosen.no_page, port=chosen.port, address=chosen.listen,
+    return run_demo(user_path(chosen.output_dir), page=not chosen.no_page, port=chosen.port, address=chosen.listen,
                     auth=chosen.auth)
 
 
-class _Interrupt:
-    """Ctrl+C asks the job to end and keep what it learnt; a second one ends the process at once.
-
-    One of several processes is told twice of the same Ctrl+C, by the terminal and by what launched it.
-    """
-
-    def __init__(self, launch: LaunchEnvironment | None) -> None:
-        self._pressed, self._launch, self._since = False, launch, 0.0
-
-    def wanted(self) -> str:
-        """The `stop` of `run_job`."""
-        return "save" if self._pressed else ""
-
-    def __enter__(self) -> _Interrupt:
-        self._before = signal.signal(signal.SIGINT, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
-
-    def _handle(self, *_: object) -> None:
-        if self._pressed:
-            if self._launch is None or time.monotonic() - self._since > _SAME_CTRL_C:
-                raise KeyboardInterrupt
-            return
-        self._pressed, self._since = True, time.monotonic()
-        if self._launch is None or self._launch.rank == 0:
-            print("\nStopping after this step; what was learnt is saved. Ctrl+C again ends at once.", file=sys.stderr)
-
-
 def _show_json(event: events.Event) -> None:
-    print(json.dumps(events.to_dict(event), ensure_ascii=False), flush=True)
+    print(json.dumps(events.to_dict(event)), flush=True)
 
 
 class _QuietOutput:
@@ -336,11 +307,11 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train", help="train a LoRA", epilog=f"settings and their defaults:\n{names}",
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    train.add_argument("--checkpoint", type=Path, required=True, help="the model, a .safetensors file")
+    train.add_argument("--checkpoint", type=user_path, required=True, help="the model, a .safetensors file")
     train.add_argument("--data", default="", help="the folder of pictures (train_data_dir)")
     train.add_argument("--name", default="", help="the LoRA's name (output_name)")
     train.add_argument("--output-dir", default="", help="where the file goes (output_dir)")
-    train.add_argument("--config", type=Path, help="a TOML file of settings")
+    train.add_argument("--config", type=user_path, help="a TOML file of settings")
     train.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="one setting; may be repeated")
     train.add_argument("--json", action="store_true", help="one JSON event a line instead of a progress bar")
     train.add_argument("--resume", default="", metavar="RUN|FOLDER", help="go on with an interrupted run (see `runs`); its "
@@ -357,7 +328,7 @@ def _parser() -> argparse.ArgumentParser:
     runs.set_defaults(command=_runs)
 
     ui = commands.add_parser("ui", help="serve the page without a WebUI")
-    ui.add_argument("--checkpoint", type=Path, help="the model, a .safetensors file")
+    ui.add_argument("--checkpoint", type=user_path, help="the model, a .safetensors file")
     ui.add_argument("--output-dir", default="loras", help="where LoRAs go")
     ui.add_argument("--allow", action="append", default=[], metavar="FOLDER", help="with --listen: a folder that datasets "
                     "may come from, besides where LoRAs go; may be repeated")
@@ -368,22 +339,22 @@ def _parser() -> argparse.ArgumentParser:
         add(commands)
 
     inspect = commands.add_parser("inspect", help="say what a LoRA file is")
-    inspect.add_argument("file", type=Path)
+    inspect.add_argument("file", type=user_path)
     inspect.add_argument("--json", action="store_true", help="everything, as JSON")
     inspect.set_defaults(command=_inspect)
 
     diagnose = commands.add_parser("diagnose", help="put what a helper needs to know into one zip")
-    diagnose.add_argument("run", nargs="?", type=Path, help="a run's folder; the newest below this folder if none is named")
-    diagnose.add_argument("--out", type=Path, metavar="F.zip", help="where the zip goes (lora-train-report.zip)")
+    diagnose.add_argument("run", nargs="?", type=user_path, help="a run's folder; the newest below here if none is named")
+    diagnose.add_argument("--out", type=user_path, metavar="F.zip", help="where the zip goes (lora-train-report.zip)")
     diagnose.add_argument("--paths", action="store_true", help="show folders, user and computer names, which are replaced "
                           "otherwise")
-    diagnose.set_defaults(command=_diagnose)
+    diagnose.set_defaults(command=translated("the report was written")(_diagnose))
 
     demo = commands.add_parser("demo", help="train on a small model and serve the page")
     demo.add_argument("--output-dir", default="demo-output")
     demo.add_argument("--no-page", action="store_true", help="end after the pictures are written")
-    demo.add_argument("--copy-model", type=Path, metavar="FOLDER", help="do nothing but copy the demo's model, as the WebUI "
-                      "loads it, into a folder: its models/Stable-diffusion")
+    demo.add_argument("--copy-model", type=user_path, metavar="FOLDER", help="do nothing but copy the demo's model, as the "
+                      "WebUI loads it, into a folder: its models/Stable-diffusion")
     _add_address(demo)
     demo.set_defaults(command=_demo)
     return parser
@@ -397,4 +368,6 @@ def _add_address(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    terminal.end_on_interrupt()
+    sys.exit(code)

@@ -95,7 +95,7 @@ def translated(doing: str) -> Iterator[None]:
     """
     try:
         yield
-    except LoraTrainError:
+    except (LoraTrainError, BrokenPipeError):  # who read the output has seen enough: no fault of a disk
         raise
     except MemoryError as error:
         raise _out_of_memory(doing) from error

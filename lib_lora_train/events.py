@@ -8,9 +8,13 @@ object, so it can be written as one line of JSON and read back (`to_dict`, `from
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
+from lib_lora_train.errors import LoraTrainError
+
+log = logging.getLogger(__name__)
 Outcome = Literal["done", "stopped", "failed"]
 
 
@@ -112,3 +116,21 @@ def from_dict(data: dict[str, Any]) -> Event:
     cls = _KINDS[data["event"]]
     names = {field.name for field in dataclasses.fields(cls)}
     return cls(**{name: value for name, value in data.items() if name in names})
+
+
+def shielded(report: Report) -> Report:
+    """`report`, for work that must not end because what shows it failed: of its errors only the package's own are raised, the
+    first of the others is logged."""
+    failed = False
+
+    def shield(event: Event) -> None:
+        nonlocal failed
+        try:
+            report(event)
+        except LoraTrainError:
+            raise
+        except Exception:
+            if not failed:
+                log.exception("What shows the work failed; the work goes on")
+            failed = True
+    return shield

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -132,6 +134,55 @@ def test_ctrl_c_ends_with_130_and_keeps_what_was_learnt(run, train, tmp_path):
     assert [e.step for e in lines(more.stdout) if isinstance(e, events.Step)] == [last.steps + 1]
     listed, = json.loads(run("runs", "--output-dir", tmp_path / "out", "--json").stdout)
     assert (listed["outcome"], listed["steps"], listed["resume_step"]) == ("done", last.steps + 1, None)
+
+
+def test_a_file_of_kohyas_trains_and_its_settings_are_told_as_events(run, train, tmp_path):
+    text = 'cache_latents = true\nlr_warmup_steps = 0.5\noptimizer_type = "AdamW8bit"\n'
+    (tmp_path / "k.toml").write_text(text, encoding="utf-8")
+    done = run(*train, "--config", tmp_path / "k.toml", "--set", "max_train_steps=2", "--json")
+    assert done.returncode == 0, done.stderr
+    told = " ".join(event.message for event in lines(done.stdout) if isinstance(event, events.Warned))
+    assert "cache_latents" in told and "AdamW8bit" in told
+    record, = (tmp_path / "out" / "runs").iterdir()
+    assert "lr_warmup_steps = 1\n" in (record / "settings.toml").read_text(encoding="utf-8")  # half of two steps
+
+
+def test_json_can_be_read_back_whatever_the_consoles_encoding_is(run, train, tmp_path, images):
+    (images / "日本.txt").write_text("é", encoding="utf-8")
+    out = tmp_path / (os.fsdecode(b"caf\xe9") if sys.platform == "linux" else "日")  # Linux: bytes that are no text
+    for arguments in ((*train, "--output-dir", out, "--set", "max_train_steps=1"), ("runs", "--output-dir", out),
+                      ("inspect", out / "zzk.safetensors"), ("check", images)):
+        done = run(*arguments, "--json")
+        assert done.stdout.isascii() and done.stdout.strip()
+    path, = {row["path"] for row in json.loads(run("runs", "--output-dir", out, "--json").stdout)}
+    assert Path(path).is_file()
+
+
+@pytest.mark.parametrize("arguments", [
+    ("prepare", "{images}", "--to", "{long}"), ("diagnose", "{long}"), ("diagnose", "--out", "{long}"), ("inspect", "{long}"),
+    ("check", "{long}"), ("train", "--checkpoint", "{long}.safetensors"), ("tag", "{long}", "--with", "filename")])
+def test_a_path_that_is_too_long_is_a_sentence(run, images, arguments):
+    done = run(*(argument.format(images=images, long="x" * 5000) for argument in arguments))
+    assert done.returncode == 2 and done.stderr.strip().count("\n") == 0
+
+
+@pytest.mark.parametrize("name", ["--data", "--output-dir", "--resume", "--config", "reg_data_dir", "network_weights"])
+def test_a_folder_that_may_not_be_entered_is_a_sentence(run, train, tmp_path, monkeypatch, name):
+    stat, closed = os.stat, str(tmp_path / "closed")
+
+    def refusing(path, *arguments, **named):
+        if isinstance(path, (str, os.PathLike)) and os.fspath(path).startswith(closed):
+            raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
+        return stat(path, *arguments, **named)
+    monkeypatch.setattr(os, "stat", refusing)  # root may enter every folder
+    done = run(*train, *((name, f"{closed}/x") if name.startswith("--") else ("--set", f"{name}={closed}/x")))
+    assert done.returncode in (0, 2) and "Traceback" not in done.stderr
+
+
+def test_a_tilde_on_the_command_line_is_the_users_folder(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert str(tmp_path) in run("check", "~/nothing").stderr
 
 
 def test_every_setting_is_in_the_help(capsys):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,13 +24,16 @@ from torch import Tensor
 from lib_lora_train.errors import LoraFileError, TrainingError, translated
 from lib_lora_train.model.architecture import UNET_COMPONENT
 from lib_lora_train.model.family import FAMILIES
+from lib_lora_train.model.sd.lora_keys import foreign_layout
 from lib_lora_train.storage.atomic import replacing
+from lib_lora_train.storage.content import refuse_wrong_content
 
 SAVE_PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "float": torch.float32}
 
 # Last part of a key -> the kind of network that has it; the first match counts.
 _KINDS = (("dora_scale", "DoRA"), ("hada_w1_a", "LoHa"), ("lokr_w1", "LoKr"), ("lokr_w1_a", "LoKr"),
           ("lora_down.weight", "LoRA"))
+_DOWN = ("lora_down.weight", "lora.down.weight", "lora_linear_layer.down.weight", "lora_A.weight", "lora_A.default.weight")
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class LoraInfo:
     """What `inspect` finds out about a LoRA file.
 
     family       by name, "sd1"; None where neither keys, metadata nor sizes tell
-    kind         "LoRA", "LoCon", "LoHa", "LoKr", "DoRA", or "unknown"
+    kind         "LoRA", "LoCon", "LoHa", "LoKr", "DoRA", "LoRA (PEFT)", "LoRA (diffusers)", or "unknown"
     rank, alpha  the most common ones; None where the kind has none
     components   layers by component: {"unet": 192, "te": 72}
     keys         all tensor names, sorted
@@ -128,10 +132,10 @@ def read_dims(path: Path) -> dict[str, int]:
 def inspect(path: Path) -> LoraInfo:
     """Look at a LoRA file of any kind, also one that cannot be continued from. Raises as `load` does."""
     file = load(path)
-    ranks = Counter(tensor.shape[0] for key, tensor in file.tensors.items() if key.endswith("lora_down.weight") and tensor.ndim)
+    ranks = Counter(tensor.shape[0] for key, tensor in file.tensors.items() if tensor.ndim and key.endswith(_DOWN))
     alphas = Counter(float(tensor) for key, tensor in file.tensors.items()
                      if key.endswith(".alpha") and tensor.numel() == 1)
-    layers = {key.partition(".")[0] for key in file.tensors}
+    layers = {_layer(key) for key in file.tensors}
     stored_hash = file.metadata.get("sshs_model_hash")
     return LoraInfo(
         path=file.path, family=recognise(file.tensors, file.metadata), kind=_kind(file.tensors),
@@ -171,14 +175,7 @@ def _refusing(path: Path) -> Iterator[None]:
         why = "there is no such file" if isinstance(error, FileNotFoundError) else (error.strerror or str(error))
         raise LoraFileError(f"{path} cannot be read", why=why, remedy="choose another file") from error
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        with path.open("rb") as file:
-            start = file.read(9)
-        if start[:2] in (b"PK", b"\x80\x02"):
-            raise LoraFileError(
-                f"{path.name} is a pickled file", why="loading one can run any program that is hidden in it",
-                remedy="choose a .safetensors file") from error
-        if start[8:] != b"{":
-            raise LoraFileError(f"{path.name} is not a safetensors file", remedy="choose another file") from error
+        refuse_wrong_content(path, LoraFileError)
         raise LoraFileError(f"{path.name} is damaged", why=str(error), remedy="copy or download it again") from error
 
 
@@ -193,10 +190,20 @@ def _sha256(data: bytes | memoryview) -> str:
 
 
 def _kind(tensors: Mapping[str, Tensor]) -> str:
+    if layout := foreign_layout(tensors):
+        return f"LoRA ({layout})"
     parts = {key.partition(".")[2] for key in tensors}
     kind = next((kind for part, kind in _KINDS if part in parts), "unknown")
     convolutions = any(tensor.ndim == 4 and tensor.shape[2] > 1 for tensor in tensors.values())
     return "LoCon" if kind == "LoRA" and convolutions else kind
+
+
+def _layer(key: str) -> str:
+    """The layer of a key, "unet.mid_block…" and "text_encoder.text_model…" of other layouts as kohya's names begin."""
+    if not foreign_layout([key]):
+        return key.partition(".")[0]
+    layer = re.split(r"[._]lora[._]", key.removeprefix("base_model.model."))[0]
+    return f"lora_{layer.replace('text_encoder_2.', 'te2_').replace('text_encoder.', 'te_').replace('.', '_')}"
 
 
 def _component(layer: str) -> str:

@@ -13,6 +13,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from lib_lora_train.errors import printable
 from lib_lora_train.model.family import Family
 
 # The settings that kohya writes, under kohya's names; each becomes "ss_" + name. Others (paths above all) stay out.
@@ -84,7 +85,7 @@ def describe(run: TrainingMetadata, name: str) -> dict[str, str]:
     assert not name.endswith(".safetensors"), "the stem of the file, not its name"
     values = {f"ss_{setting}": run.settings[setting] for setting in SETTINGS if setting in run.settings}
     values |= _run(run, name) | _dataset(run) | _model(run) | _modelspec(run, name)
-    return {key: str(value) for key, value in values.items()}
+    return {key: printable(str(value)) for key, value in values.items()}
 
 
 def _run(run: TrainingMetadata, name: str) -> dict[str, object]:
@@ -118,11 +119,16 @@ def _dataset(run: TrainingMetadata) -> dict[str, object]:
         "ss_resolution": tuple(run.resolution),
         "ss_num_train_images": images(run.dataset_dirs),
         "ss_num_reg_images": images(run.reg_dataset_dirs),
-        "ss_dataset_dirs": json.dumps(run.dataset_dirs),
-        "ss_reg_dataset_dirs": json.dumps(run.reg_dataset_dirs),
-        "ss_tag_frequency": json.dumps(run.tag_frequency),
+        "ss_dataset_dirs": _json(run.dataset_dirs),
+        "ss_reg_dataset_dirs": _json(run.reg_dataset_dirs),
+        "ss_tag_frequency": _json(run.tag_frequency),
         "ss_bucket_info": json.dumps(buckets),
     }
+
+
+def _json(value: object) -> str:
+    """ASCII, without what escapes of lone surrogates would bring in."""
+    return json.dumps(json.loads(printable(json.dumps(value, ensure_ascii=False))))
 
 
 def _model(run: TrainingMetadata) -> dict[str, object]:

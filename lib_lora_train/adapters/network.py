@@ -19,6 +19,7 @@ from lib_lora_train.adapters.lora import LoRA
 from lib_lora_train.adapters.targets import Target
 from lib_lora_train.errors import LoraFileError, some_of
 from lib_lora_train.model.architecture import UNET_COMPONENT
+from lib_lora_train.model.sd.lora_keys import foreign_layout
 
 ADAPTERS: dict[str, AdapterKind] = {kind.network_module: kind for kind in (LoRA(),)}
 """Each kind of adapter by kohya's `network_module`."""
@@ -139,6 +140,9 @@ def _by_layer(tensors: Mapping[str, Tensor], kind: AdapterKind) -> dict[str, dic
     for full_name, tensor in tensors.items():
         key, _, name = full_name.partition(".")
         found.setdefault(key, {})[name] = tensor
+    if layout := foreign_layout(tensors):
+        raise LoraFileError(f"The file is a LoRA in the layout of {layout}", why="its tensors have other names than kohya's, "
+                            "which the WebUI reads", remedy="convert it to kohya's layout, or choose another LoRA")
     other = sorted(f"{key}.{name}" for key, layer in found.items() for name in layer if name not in kind.tensor_names)
     if other:
         raise LoraFileError(

@@ -147,7 +147,7 @@ def status(*, runner: Runner, host: Host, after: int = 0) -> dict[str, Any]:
 def runs(host: Host) -> list[dict[str, Any]]:
     """The host's past runs, newest first: id, name, outcome ("done", "stopped", "failed", "running", or "interrupted" for
     one whose process ended before it did), message, path, steps, total, resume_step (None where it cannot be resumed)."""
-    return [dataclasses.asdict(run) for run in past_runs(host.runs_folder)]
+    return _finite([dataclasses.asdict(run) for run in past_runs(host.runs_folder)])
 
 
 def report(run: str, *, host: Host, program: str) -> bytes:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from lib_lora_train import events
+from lib_lora_train import events, terminal
 from lib_lora_train.api import service
 from lib_lora_train.demo import embedded
 from lib_lora_train.demo.sheet import draw_sheet, sample_rows
@@ -41,16 +41,20 @@ def run_demo(folder: Path, *, page: bool, port: int, address: str, auth: str = "
     print("Training a LoRA on 24 pictures ...", flush=True)
     service.start(SETTINGS, runner=RUNNER, host=host)
     shown = 0
-    while not RUNNER.wait(timeout=2.0):
-        step = getattr(RUNNER.status(), "step", None)
-        if step is not None and step.step >= shown + 50:
-            shown = step.step
-            print(f"  step {step.step}/{step.total}   loss {step.average_loss:.3f}", flush=True)
+    terminal.raise_on_interrupt()
+    try:
+        while not RUNNER.wait(timeout=2.0):
+            step = getattr(RUNNER.status(), "step", None)
+            if step is not None and step.step >= shown + 50:
+                shown = step.step
+                print(f"  step {step.step}/{step.total}   loss {step.average_loss:.3f}", flush=True)
+    except KeyboardInterrupt:
+        RUNNER.finish()
     finished = RUNNER.status().finished
     assert isinstance(finished, events.Finished)
     print(finished.message, flush=True)
     if finished.outcome != "done":
-        return 1
+        return terminal.INTERRUPTED if finished.outcome == "stopped" else 1
     print("Painting words that it never saw, with and without it ...", flush=True)
     image = folder / "before-after.png"
     draw_sheet(sample_rows(host, Path(finished.path), dataset=STYLE)).save(image)

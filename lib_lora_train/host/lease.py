@@ -11,7 +11,7 @@ import torch
 
 from lib_lora_train.dataset.progress import ShouldStop
 from lib_lora_train.errors import Interrupted, SettingError
-from lib_lora_train.events import Report, Stage
+from lib_lora_train.events import Report, Stage, shielded
 from lib_lora_train.host.port import Display, LeasedModel, ModelSource
 from lib_lora_train.model import frozen
 from lib_lora_train.model.frozen import FrozenModel
@@ -82,7 +82,8 @@ def lease_for(host: LeaseHost, task: str, *, settings: Settings, should_stop: Sh
     with host.lease(stop=stop) as leased:
         model = frozen_model(leased, settings)
         yield ModelLease(model, task, compute_dtype(settings.memory.mixed_precision, model.device, weights=model.dtype),
-                         settings.captions.clip_skip or leased.clip_skip, leased.checkpoint.name, leased, host.report, stop)
+                         settings.captions.clip_skip or leased.clip_skip, leased.checkpoint.name, leased, shielded(host.report),
+                         stop)
 
 
 def yield_to_others(leased: LeasedModel, model: FrozenModel, *, report: Report,

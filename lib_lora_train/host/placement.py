@@ -34,6 +34,13 @@ def tensors_of(tensors: Mapping[str, Tensor], parts: Collection[str]) -> list[Te
     return [tensor for name, tensor in tensors.items() if name.startswith(prefixes)]
 
 
+def weights_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A checkpoint's weights, without the noise schedule's buffers, which the WebUI makes anew at each generation: rescaled
+    for zero terminal SNR, or rounded."""
+    prefixes = tuple(prefix for part in PREFIXES.values() for prefix in part)
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)}
+
+
 def device_of(tensor: Tensor) -> torch.device:
     """The device of a tensor. Only here and in `copy_to` torch is asked about devices, so that a test can replace both."""
     return tensor.device

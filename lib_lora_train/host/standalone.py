@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,13 +29,15 @@ from lib_lora_train.host.lease import lease_for
 from lib_lora_train.host.port import Checkpoint, Host, LeasedModel, Outline, RenderRequest, never
 from lib_lora_train.model.family import Hints, detect
 from lib_lora_train.model.sampler import to_image
-from lib_lora_train.model.sd.hints_file import hints_from_yaml, tokenizers_from_yaml
+from lib_lora_train.model.sd.hints_file import hints_from_yaml, tokenizers_from_yaml, with_words_of_file
 from lib_lora_train.model.sd.tokens import Tokenizer
 from lib_lora_train.settings import Settings
 from lib_lora_train.settings.allowed_paths import AllowedPaths
+from lib_lora_train.storage.content import refuse_wrong_content
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-           "I32": torch.int32, "U8": torch.uint8, "I8": torch.int8, "BOOL": torch.bool}
+           "I32": torch.int32, "U8": torch.uint8, "I8": torch.int8, "BOOL": torch.bool,
+           "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
 Result = TypeVar("Result")
 
@@ -114,7 +117,8 @@ def describe_file(path: Path) -> Checkpoint:
 
 
 def _describe(path: Path, device: torch.device) -> tuple[Checkpoint, Outline]:
-    outline = Outline(_header(path), _beside(path, hints_from_yaml) or Hints(), device)
+    hints = with_words_of_file(_beside(path, hints_from_yaml) or Hints(), path)
+    outline = Outline(_header(path), hints, device)
     family = detect(outline.tensors, outline.hints).family.name
     return Checkpoint(path.stem, path.name, family, legacy_hash=_legacy_hash(path)), outline
 
@@ -122,7 +126,7 @@ def _describe(path: Path, device: torch.device) -> tuple[Checkpoint, Outline]:
 def _beside(path: Path, read: Callable[[Path], Result]) -> Result | None:
     """What `read` makes of the `.yaml` of the checkpoint's name; None where there is none."""
     configuration = path.with_suffix(".yaml")
-    return read(configuration) if configuration.is_file() else None
+    return read(configuration) if os.path.lexists(configuration) else None
 
 
 def _check_suffix(path: Path) -> None:
@@ -132,8 +136,9 @@ def _check_suffix(path: Path) -> None:
     if path.suffix.lower() != ".safetensors":
         raise ModelError(f"{path.name} is not a checkpoint", why="its name does not end in .safetensors",
                          remedy="choose a .safetensors file")
-    if not path.is_file():
-        raise ModelError(f"The checkpoint {path} does not exist", remedy="check the path")
+    with _readable(path), path.open("rb"):
+        pass
+    refuse_wrong_content(path, ModelError)
 
 
 def _header(path: Path) -> dict[str, torch.Tensor]:
@@ -154,9 +159,12 @@ def _load(path: Path, device: torch.device) -> Mapping[str, torch.Tensor]:
 def _readable(path: Path) -> Iterator[None]:
     try:
         yield
-    except (safetensors.SafetensorError, OSError, UnicodeEncodeError) as error:
-        raise ModelError(f"The checkpoint {path.name} cannot be read", why=str(error),
-                         remedy="download it again") from error
+    except UnicodeEncodeError as error:
+        raise ModelError(f"The checkpoint {path} cannot be read", why="its path is not text in UTF-8", remedy="rename the file "
+                         "or its folder") from error
+    except (safetensors.SafetensorError, OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise ModelError(f"The checkpoint {path.name} cannot be read", why=getattr(error, "strerror", None) or str(error),
+                         remedy="check the path, or download it again") from error
 
 
 def _legacy_hash(path: Path) -> str:

@@ -120,6 +120,11 @@ class Architecture:
     zero_terminal_snr: bool
     latent_scale: float
     """The UNet works on `latents * latent_scale`; the VAE's own output is unscaled."""
+    prediction_guessed: bool = False
+    """Whether nothing says what it predicts, in a family where that differs between models of the same shapes."""
+    file_prediction_type: PredictionType | None = None
+    file_zero_terminal_snr: bool | None = None
+    """What the checkpoint's file says, which the host or the user may contradict; None where it does not."""
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -129,7 +134,10 @@ class Architecture:
 
 @dataclass(frozen=True, eq=False)
 class Hints:
-    """What names and shapes cannot tell, as far as the host, the user or a `.yaml` knows it. None means unknown."""
+    """What names and shapes cannot tell, as far as the host, the user or a `.yaml` knows it. None means unknown.
+
+    `file_prediction_type` and `file_zero_terminal_snr` are what the checkpoint's own file says: taken where nobody else knows.
+    """
 
     unet_heads: int | None = None
     unet_head_channels: int | None = None
@@ -140,6 +148,8 @@ class Hints:
     alphas_cumprod: Tensor | None = None
     """Fp32, one entry a timestep, before any rescaling to zero terminal SNR."""
     latent_scale: float | None = None
+    file_prediction_type: PredictionType | None = None
+    file_zero_terminal_snr: bool | None = None
 
 
 NO_HINTS = Hints()

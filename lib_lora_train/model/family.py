@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lib_lora_train.dataset.buckets import TrainingSizes
 from lib_lora_train.errors import ModelError
-from lib_lora_train.model.architecture import NO_HINTS, Architecture, Hints, TextEncoderSpec
+from lib_lora_train.model.architecture import NO_HINTS, Architecture, Hints, PredictionType, TextEncoderSpec
 from lib_lora_train.model.sd import detection, lora_keys
 from lib_lora_train.model.sd.components import text_tensors, unet_tensors, vae_tensors
 from lib_lora_train.model.sd.refusals import SUPPORTED, refuse_other_kinds
@@ -58,6 +58,7 @@ class Family:
     metadata         what its LoRA files call it
     recognises       whether a checkpoint's tensors are of this family; families that are registered later are asked first
     read             (family, tensors, hints) -> Architecture
+    guess_prediction what a checkpoint predicts that does not say so; None where all published ones predict noise or say v
     lora_keys        (component, {weight name: shape}) -> (module, key in the file, whether to write 1x1 convolutions)
                      of each layer that kohya's LoRA adapts
     """
@@ -75,6 +76,7 @@ class Family:
     num_heads: int | None = None
     head_channels: int | None = None
     vector_condition: bool = False
+    guess_prediction: Callable[[Mapping[str, Tensor]], PredictionType] | None = None
     read: Callable[[Family, Mapping[str, Tensor], Hints], Architecture] = detection.read
     unet: Callable[..., Any] = UNet
     vae: Callable[..., Any] = VAE
@@ -101,7 +103,7 @@ SD2 = Family(
     name="sd2", title="SD2", sizes=TrainingSizes(768), latent_scale=0.18215, head_channels=64,
     text=(TextEncoderSpec("te", "cond_stage_model.", openclip=True, skip=2),), text_width=1024,
     lora_prefixes=lora_keys.DIFFUSERS_PREFIXES, lora_keys=partial(lora_keys.sd_keys, last_text_layer=False),
-    recognises=detection.has_openclip,
+    recognises=detection.has_openclip, guess_prediction=detection.guess_sd2_prediction,
     metadata=MetadataNames(("sd_v2", "sd_v2_v"), ("stable-diffusion-v2-512", "stable-diffusion-v2-768-v"), v2=True))
 
 SDXL = Family(

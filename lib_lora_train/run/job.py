@@ -17,7 +17,7 @@ import torch
 
 from lib_lora_train.distributed import SINGLE_PROCESS, ProcessGroup
 from lib_lora_train.errors import Interrupted
-from lib_lora_train.events import Finished, Planned, Report, Warned
+from lib_lora_train.events import Finished, Planned, Report, Warned, shielded
 from lib_lora_train.host.lease import frozen_model
 from lib_lora_train.host.port import Host, LeasedModel
 from lib_lora_train.inputs.prefetcher import Prefetcher
@@ -42,7 +42,7 @@ def run_job(plan: RunPlan, host: Host, *, report: Report, stop: Stop, folder: Pa
             group: ProcessGroup = SINGLE_PROCESS) -> Finished:
     """Carry out a plan on the model that `host` holds.
 
-    `stop` is asked between steps and images: "" to go on, "stop" to end, "save" to end and keep what was learnt.
+    What `report` raises ends nothing (see `shielded`). `stop` is asked between steps and images: "" to go on, "stop" to end, "save" to end and keep what was learnt.
     `folder` is the run's, where the state to resume from is kept; None keeps none.
     All processes of a `group` call this, on the same files; rank 0 alone saves, and the others' path is "".
     The last event, `Finished`, is returned and left to the caller to report, who knows how failures end too.
@@ -50,7 +50,7 @@ def run_job(plan: RunPlan, host: Host, *, report: Report, stop: Stop, folder: Pa
     """
     weights = InitialWeights.of(plan)
     with host.lease(stop=lambda: bool(stop())) as leased:
-        return _with_model(plan, host, leased, weights, report=report, stop=stop, folder=folder, group=group)
+        return _with_model(plan, host, leased, weights, report=shielded(report), stop=stop, folder=folder, group=group)
 
 
 def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: InitialWeights, *, report: Report, stop: Stop,
@@ -64,14 +64,14 @@ def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: Initial
                                  processes=group.world_size, on_progress=stage("Reading pictures", report),
                                  should_stop=lambda: bool(stop()))
             plan = dataclasses.replace(other, target=plan.target, resume_point=point)
-        identity = resume.describe_checkpoint(leased) if point or folder or group.world_size > 1 else {}
+        identity = resume.describe_checkpoint(leased, model) if point or folder or group.world_size > 1 else {}
         if point:
-            resume.compare_checkpoint(identity, point)
+            resume.compare_checkpoint(leased, identity, point)
         dtype = compute_dtype(settings.memory.mixed_precision, model.device, weights=model.dtype)
         check_sizes(plan, model)
         if group.world_size > 1:
             agree_on_data(group, dataset=resume.dataset_fingerprint(plan.dataset, plan.placements),
-                          checkpoint=identity["fingerprint"], step=point.step if point else 0, weights=weights.tensors or {},
+                          checkpoint=identity["weights"], step=point.step if point else 0, weights=weights.tensors or {},
                           dtype=dtype)
         changed = [] if point is None else resume.compare_settings(
             settings, point, steps=plan.schedule.steps, processes=group.world_size)

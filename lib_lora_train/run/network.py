@@ -13,6 +13,7 @@ from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.errors import SettingError, translated
 from lib_lora_train.events import Report, Warned
+from lib_lora_train.model.architecture import Architecture
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.run.planning import RunPlan
 from lib_lora_train.settings import Settings
@@ -84,5 +85,22 @@ def ignored_by(model: FrozenModel, settings: Settings) -> list[str]:
     if settings.memory.base_weights != "as they are" and model.device.type != "cuda":
         notes.append("base_weights saves no memory without a GPU: its copies lie beside the leased model.")
     if model.architecture.zero_terminal_snr and model.schedule.prediction_type == "epsilon":
-        notes.append("Zero terminal SNR suits models that predict v; one that predicts noise learns nothing from pure noise.")
+        notes.append("Zero terminal SNR suits models that predict v; one that predicts noise learns nothing from pure noise. "
+                     "If this one predicts v, set v_parameterization.")
+    return notes + _doubts(model.architecture)
+
+
+def _doubts(architecture: Architecture) -> list[str]:
+    """A sentence for each thing that the checkpoint's file does not say of it, or says otherwise than it is trained."""
+    names, notes = {"epsilon": "noise", "v_prediction": "v"}, []
+    trained, said = names[architecture.prediction_type], architecture.file_prediction_type
+    if architecture.prediction_guessed:
+        notes.append(f"The checkpoint does not say what it predicts, and {trained} was guessed: if its pictures with the LoRA "
+                     "are only noise or grey, set v_parameterization, or put its .yaml beside it.")
+    if said and names[said] != trained:
+        notes.append(f"The checkpoint's file says that it predicts {names[said]}, but it is trained as one that predicts "
+                     f"{trained}, as v_parameterization, the WebUI or the .yaml beside it has it; one of them is wrong.")
+    if architecture.file_zero_terminal_snr and not architecture.zero_terminal_snr:
+        notes.append("The checkpoint's file says zero terminal SNR, but it is trained without, as zero_terminal_snr or the "
+                     "WebUI's noise schedule has it; one of them is wrong.")
     return notes

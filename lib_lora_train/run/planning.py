@@ -149,7 +149,9 @@ def _frozen(plan: RunPlan) -> Settings:
     absolute = {name: str(Path(str(values[name])).absolute()) for name, declaration in DECLARATIONS.items()
                 if declaration.is_path and name != "resume" and values[name]}
     repeats = plan.dataset.examples[0].repeats if plan.dataset.layout == "plain" else values["num_repeats"]
-    return parse({**values, **absolute, "num_repeats": repeats})
+    warmup = plan.settings.optimizer.lr_warmup_steps
+    steps = int(warmup * plan.schedule.steps) if warmup < 1 else warmup
+    return parse({**values, **absolute, "num_repeats": repeats, "lr_warmup_steps": steps})
 
 
 def _check_caches(dataset: Dataset, allowed: AllowedPaths) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,7 +38,7 @@ class RunRecord:
     def __init__(self, folder: Path, settings: Settings) -> None:
         self.folder = folder
         self._failed = False
-        self._new_line = (folder / "events.jsonl").exists()  # its last line may be torn
+        self._new_line = os.path.exists(folder / "events.jsonl")  # its last line may be torn
         self._lock = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -69,7 +70,8 @@ class RunRecord:
                 # It vanished while the run went on: the rest is written to a new one.
                 write_atomic(self.folder / "settings.toml", self._settings)
             # Opened anew for each event: no handle is left open on Windows, and a killed process loses nothing.
-            with open(self.folder / "events.jsonl", "a", encoding="utf-8", errors="replace") as file:
+            # Names that are no text become JSON's escapes of lone surrogates.
+            with open(self.folder / "events.jsonl", "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write("\n" + line if self._new_line else line)
             self._new_line = False
         except OSError as error:
@@ -120,7 +122,7 @@ def new_folder(runs: Path, name: str) -> Path:
     """A folder for a run that starts now; its name sorts by time among runs of the same name."""
     stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder, number = runs / stem, 2
-    while folder.exists():
+    while os.path.lexists(folder):
         folder, number = runs / f"{stem}-{number}", number + 1
     return folder
 

@@ -20,9 +20,11 @@ from lib_lora_train.adapters.file import read_metadata
 from lib_lora_train.dataset.buckets import Placement
 from lib_lora_train.dataset.folder import Dataset
 from lib_lora_train.errors import LoraFileError, ModelError, SettingError, translated
+from lib_lora_train.host.placement import weights_of
 from lib_lora_train.host.port import LeasedModel
 from lib_lora_train.memory.step_config import BaseDtype
 from lib_lora_train.model.fingerprint import sampled_fingerprint
+from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.settings import Settings, flat, parse
 from lib_lora_train.settings.allowed_paths import is_run_name
 from lib_lora_train.training import checkpoint as checkpoint_module
@@ -96,7 +98,7 @@ def find(text: str, runs: Path) -> ResumePoint:
 def run_folder(text: str, runs: Path) -> Path | None:
     """The folder in `runs` that `text` names, as a name or a path; None for anything elsewhere."""
     folder = runs / text if is_run_name(text) else Path(text)
-    return folder if folder.is_dir() and folder.resolve().parent == runs.resolve() else None
+    return folder if os.path.isdir(folder) and folder.resolve().parent == runs.resolve() else None
 
 
 def settings_of(resume_point: ResumePoint, changes: Mapping[str, object]) -> Settings:
@@ -112,9 +114,11 @@ def describe(settings: Settings, *, steps: int, processes: int, dataset: str, ch
         "computed_in": str(dtype).removeprefix("torch."), "base": base_dtype, "checkpoint": dict(checkpoint)}
 
 
-def describe_checkpoint(leased: LeasedModel) -> dict[str, str]:
-    """The model's part of the metadata."""
-    return {"name": leased.checkpoint.name, "fingerprint": sampled_fingerprint(leased.tensors)}
+def describe_checkpoint(leased: LeasedModel, model: FrozenModel) -> dict[str, str]:
+    """The model's part of the metadata: its name, what its weights are told by, and the noise schedule it is trained on."""
+    zero = ", zero terminal SNR" if model.architecture.zero_terminal_snr else ""
+    return {"name": leased.checkpoint.name, "weights": sampled_fingerprint(weights_of(leased.tensors)),
+            "schedule": model.schedule.prediction_type + zero}
 
 
 def compare_settings(settings: Settings, resume_point: ResumePoint, *, steps: int, processes: int = 1) -> list[str]:
@@ -151,10 +155,13 @@ def quantized_dtype(resume_point: ResumePoint, settings: Settings) -> BaseDtype:
     return base if same and base in ("int8", "fp8") else ""
 
 
-def compare_checkpoint(now: Mapping[str, str], resume_point: ResumePoint) -> None:
-    """Raise ModelError unless the model is the one that the run began with."""
+def compare_checkpoint(leased: LeasedModel, now: Mapping[str, str], resume_point: ResumePoint) -> None:
+    """Raise ModelError unless the model, `now` described, is the one that the run began with."""
     then = resume_point.metadata["checkpoint"]
-    if now["fingerprint"] == then.get("fingerprint"):
+    # Older states were told by all tensors, the noise schedule's among them.
+    same = (now["weights"] == then["weights"] if "weights" in then
+            else sampled_fingerprint(leased.tensors) == then.get("fingerprint"))
+    if same:
         return
     named, loaded = then.get("name", "?"), now["name"]
     other = f"{loaded} is loaded and it began on {named}" if loaded != named else (
@@ -172,6 +179,11 @@ def compare_data(now: Mapping[str, Any], resume_point: ResumePoint) -> list[str]
     if now["computed_in"] != then.get("computed_in"):
         warnings.append(f"The run now computes in {now['computed_in']} and began in {then.get('computed_in')} "
                         f"(mixed_precision): {_DIFFERENT}")
+    schedule, schedule_then = now["checkpoint"]["schedule"], then["checkpoint"].get("schedule")
+    if schedule_then not in (None, schedule) and all(now["settings"][name] == then["settings"].get(name)
+                                                     for name in ("v_parameterization", "zero_terminal_snr")):
+        warnings.append(f"The model is now trained on the noise schedule {schedule} and was on {schedule_then} "
+                        f"(v_parameterization, zero_terminal_snr): {_DIFFERENT}")
     base, base_then, own = now["base"], then.get("base", now["base"]), "its own number format"
     if base != base_then and now["settings"]["base_weights"] == then["settings"].get("base_weights"):
         warnings.append(f"The model is now held in {base or own} and was held in {base_then or own} "

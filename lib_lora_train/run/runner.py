@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from lib_lora_train import events
+from lib_lora_train import events, terminal
 from lib_lora_train.host.port import Host
 from lib_lora_train.run.background import Failure, StopKind, TaskRunner
 from lib_lora_train.run.job import run_job
@@ -155,15 +155,18 @@ class Runner:
     def stop(self, *, save: bool) -> bool:
         """Ask the running job to end within a step, keeping what it learnt if `save`. False if nothing runs."""
         with self._lock:
-            if self._run is None or self._run.finished is not None:
-                return False
-            self._tasks.stop("save" if save else "stop")
-            return True
+            return self._tasks.stop("save" if save else "stop")
 
     def running(self) -> bool:
-        """Whether a job is under way."""
-        with self._lock:
-            return self._run is not None and self._run.finished is None
+        """Whether a job is under way: until its last word is written and the next one may start."""
+        return self._tasks.running
+
+    def finish(self) -> None:
+        """As the program ends: have the running job end and keep what it learnt, and wait for it."""
+        if self.stop(save=True):
+            terminal.say(terminal.STOPPING)
+            while not self.wait(timeout=0.5):  # on Windows a wait without end hears no Ctrl+C
+                pass
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait for the job's thread to end; whether it has."""
@@ -172,13 +175,13 @@ class Runner:
     def status(self, *, after: int = 0) -> Status | None:
         """The current run, or the last one; None before the first. Points up to step `after` are left out."""
         with self._lock:
-            run = self._run
+            run, running = self._run, self._tasks.running
             if run is None:
                 return None
             return Status(
-                run=run.record.folder.name, name=run.name, running=run.finished is None,
+                run=run.record.folder.name, name=run.name, running=running,
                 stopping=self._tasks.stopping, started=run.started, planned=run.planned, stage=run.stage, step=run.step,
-                saved=tuple(run.saved), warnings=tuple(run.warnings), finished=run.finished,
+                saved=tuple(run.saved), warnings=tuple(run.warnings), finished=None if running else run.finished,
                 points=tuple(p for p in run.points if p[0] > after), every=run.every)
 
     def settings(self) -> dict[str, object]:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from lib_lora_train.errors import SettingError
+from lib_lora_train.settings import kohya
 from lib_lora_train.settings.areas import (
     CaptionSettings,
     DatasetSettings,
@@ -19,7 +20,7 @@ from lib_lora_train.settings.areas import (
     OptimizerSettings,
     SaveSettings,
 )
-from lib_lora_train.settings.field import Declaration, Value, declarations, read
+from lib_lora_train.settings.field import Declaration, Value, declarations, read, user_path, with_home
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,19 +53,30 @@ DECLARATIONS: dict[str, Declaration] = {
 
 
 def parse(values: Mapping[str, object]) -> Settings:
-    """Settings from names and values as typed; what is not named keeps its default. Raises SettingError for an unknown name
-    (with the nearest known one), a wrong type or a value out of range, and for settings that contradict each other."""
-    for name in values:
-        if name not in DECLARATIONS:
-            near = difflib.get_close_matches(name, DECLARATIONS, n=1)
-            raise SettingError(f"There is no setting called {name!r}",
-                               remedy=f"did you mean {near[0]!r}" if near else "`train --help` lists the settings")
+    """Settings from names and values as typed; what is not named keeps its default. Raises SettingError for unknown names
+    (all of them, with what a name of kohya's is here or the nearest known one), a wrong type or a value out of range, and for
+    settings that contradict each other."""
+    if unknown := [name for name in values if name not in DECLARATIONS]:
+        raise _unknown(unknown)
     areas = {
         name: area(**{d.name: read(d, values[d.name]) for d in declarations(area) if d.name in values})
         for name, area in AREAS.items()}
     settings = Settings(**areas)
+    if not settings.network.network_alpha:  # as in kohya's scripts
+        network = dataclasses.replace(settings.network, network_alpha=float(settings.network.network_dim))
+        settings = dataclasses.replace(settings, network=network)
     _check(settings)
     return settings
+
+
+def _unknown(names: Sequence[str]) -> SettingError:
+    """The refusal of all names that are no settings."""
+    known = kohya.explanations()
+    near = {name: difflib.get_close_matches(name, [*DECLARATIONS, *known], n=1) for name in names}
+    told = {name: known.get(name) or "".join(f"did you mean {other!r}?" for other in near[name]) for name in names}
+    listed = ", ".join(f"{name!r}{f' ({text})' if text else ''}" for name, text in told.items())
+    what = f"There {'is no setting' if len(names) == 1 else 'are no settings'} called {listed}"
+    return SettingError(what, remedy="`train --help` lists the settings")
 
 
 def assignment(text: str) -> tuple[str, str]:
@@ -84,7 +96,7 @@ def resolution_of(text: str, *, default: int) -> tuple[int, int]:
     """(width, height) in pixels from "auto", "512" or "768,512"; raises SettingError."""
     if text == "auto":
         return default, default
-    parts = [part.strip() for part in text.replace("x", ",").split(",")]
+    parts = [part.strip() for part in text.strip("[]()").replace("x", ",").split(",")]
     if len(parts) not in (1, 2) or not all(part.isascii() and part.isdigit() for part in parts):
         raise SettingError(f"resolution = {text!r} is not possible", why="it must be auto, a number like 512, or "
                            "width,height like 768,512")

@@ -79,7 +79,7 @@ class NetworkSettings:
         16, "Rank", "Size of the LoRA. 8 to 32 suits most; larger learns more detail and overfits sooner.",
         minimum=1, maximum=1024, in_view=True)
     network_alpha: float = setting(
-        8.0, "Alpha", "The LoRA's strength is alpha / rank. Half the rank is usual.", minimum=0.01, maximum=4096,
+        8.0, "Alpha", "The LoRA's strength is alpha / rank. Half the rank is usual, 0 is the rank.", minimum=0, maximum=4096,
         step=0.5, in_view=True)
     network_train_unet_only: bool = setting(
         True, "UNet only", "Leave the text encoder as it is: less memory, faster. Off trains it too, which helps a new "
@@ -118,7 +118,8 @@ class OptimizerSettings:
         "cosine", "Schedule", "How the learning rate changes over the run.",
         choices=("constant", "linear", "cosine", "cosine_with_restarts"))
     lr_warmup_steps: int = setting(
-        0, "Warm-up steps", "Steps over which the learning rate rises from zero.", minimum=0, maximum=1_000_000)
+        0, "Warm-up steps", "Steps over which the learning rate rises from zero; below 1, a share of the run's steps.",
+        minimum=0, maximum=1_000_000, or_share=True)
     lr_scheduler_num_cycles: int = setting(
         1, "Restarts", "Cycles of the schedule cosine_with_restarts.", minimum=1, maximum=1000)
     max_grad_norm: float = setting(

@@ -7,22 +7,34 @@ command line, into the field's type, or says in one sentence why it cannot.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import os
+import re
+import sys
+from pathlib import Path
 from typing import Any
 
-from lib_lora_train.errors import SettingError, printable
+from lib_lora_train.errors import SettingError
 
 Value = bool | int | float | str
 
 _OLD_CHOICES: dict[tuple[str, Value], Value] = {("cuda_graphs", "auto"): "off"}
 """(name, value) that older files hold -> what it is read as."""
+_SWITCHES = {"true": "on", "false": "off"}
+_DECIMAL_COMMA = re.compile(r"^(?![+-]?[1-9]\d{0,2},\d{3}$)([+-]?\d+),(\d+(?:[eE][+-]?\d+)?)$")
+"""Not "1,000", which may be a thousand."""
+_ONLY_READ = frozenset({"train_data_dir", "reg_data_dir"})
+"""Folders of which nothing but images and captions is opened, so that their names may be any bytes. safetensors opens no file
+whose path is not text in UTF-8."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Declaration:
     """One setting. `name` is kohya's where kohya has it; `in_view` puts it above the fold of the page. With `open_choice` the
-    `choices` are suggestions, and any other text is passed on to the code that knows what it names."""
+    `choices` are suggestions, and any other text is passed on to the code that knows what it names. With `or_share` a number
+    between 0 and 1 is possible where the type is int."""
 
     name: str
     type: type
@@ -36,16 +48,17 @@ class Declaration:
     in_view: bool = False
     is_path: bool = False
     open_choice: bool = False
+    or_share: bool = False
 
 
 def setting(
     default: Value, label: str, help: str, *, minimum: float | None = None, maximum: float | None = None,
     step: float | None = None, choices: tuple[str, ...] = (), in_view: bool = False, is_path: bool = False,
-    open_choice: bool = False,
+    open_choice: bool = False, or_share: bool = False,
 ) -> Any:
     """A dataclass field that declares a setting; its name and type come from the class it stands in."""
     return dataclasses.field(default=default, metadata={"declaration": Declaration(
-        "", type(default), default, label, help, minimum, maximum, step, choices, in_view, is_path, open_choice)})
+        "", type(default), default, label, help, minimum, maximum, step, choices, in_view, is_path, open_choice, or_share)})
 
 
 def declarations(area: type) -> tuple[Declaration, ...]:
@@ -57,11 +70,14 @@ def declarations(area: type) -> tuple[Declaration, ...]:
 def read(declaration: Declaration, value: object) -> Value:
     """`value` as the setting's type, within its bounds; raises SettingError that names the setting and its range."""
     converted = _CONVERT[declaration.type](declaration, value)
+    if declaration.choices and isinstance(converted, str):
+        spelt = _SWITCHES.get(converted.lower(), converted) if "on" in declaration.choices else converted
+        converted = next((choice for choice in declaration.choices if choice.lower() == spelt.lower()), converted)
     converted = _OLD_CHOICES.get((declaration.name, converted), converted)
     if declaration.choices and converted not in declaration.choices and not declaration.open_choice:
         raise _refused(declaration, value, f"it must be one of {', '.join(declaration.choices)}")
-    if isinstance(converted, str) and not declaration.is_path and converted != printable(converted):
-        raise _refused(declaration, value, "it is not text in UTF-8")
+    if isinstance(converted, str) and (why := _not_text(converted, declaration)):
+        raise _refused(declaration, value, why)
     if isinstance(converted, (int, float)) and not isinstance(converted, bool):
         low, high = declaration.minimum, declaration.maximum
         if not math.isfinite(converted) or (low is not None and converted < low) or (
@@ -79,6 +95,20 @@ def _refused(declaration: Declaration, value: object, why: str) -> SettingError:
     shown = f"{value:.0f}" if isinstance(value, float) and value.is_integer() and abs(value) < 1e15 else repr(value)
     shown = shown if len(shown) <= 60 else shown[:57] + "…"
     return SettingError(f"{what} = {shown} is not possible", why=why, remedy=default)
+
+
+def _not_text(text: str, declaration: Declaration) -> str:
+    """Why `text` cannot be written into a file, or name one; "" if it can."""
+    if declaration.name in _ONLY_READ:
+        return ""
+    with contextlib.suppress(UnicodeEncodeError):
+        if text.encode() and (declaration.is_path or declaration.name == "output_name"):
+            os.fsencode(text)
+        return ""
+    with contextlib.suppress(UnicodeError):
+        text.encode("utf-8", "surrogateescape").decode()  # as a locale of UTF-8 has it
+        return f"the system's texts are {sys.getfilesystemencoding()}, as the locale says (set LC_ALL to one of UTF-8)"
+    return "it is not text in UTF-8"
 
 
 def _range_text(declaration: Declaration) -> str:
@@ -103,14 +133,22 @@ def _to_bool(declaration: Declaration, value: object) -> bool:
     raise _refused(declaration, value, "it must be true or false")
 
 
-def _to_int(declaration: Declaration, value: object) -> int:
+def _to_int(declaration: Declaration, value: object) -> int | float:
     number = _to_float(declaration, value)
+    if declaration.or_share and 0 < number < 1:
+        return number
     if not math.isfinite(number) or number != int(number):
         raise _refused(declaration, value, "it must be a whole number")
     return int(number)
 
 
 def _to_float(declaration: Declaration, value: object) -> float:
+    if isinstance(value, str):
+        value = _DECIMAL_COMMA.sub(r"\1.\2", value.strip().strip("'\"[]"))
+    if isinstance(value, (list, tuple)):  # kohya's scripts take a rate for each text encoder
+        if len(set(map(str, value))) != 1:
+            raise _refused(declaration, value, "it must be one number, here there is one for all parts")
+        value = value[0]
     if isinstance(value, bool) or value is None:
         raise _refused(declaration, value, "it must be a number")
     try:
@@ -120,6 +158,8 @@ def _to_float(declaration: Declaration, value: object) -> float:
 
 
 def _to_str(declaration: Declaration, value: object) -> str:
+    if isinstance(value, (list, tuple)) and value and all(type(number) is int for number in value):
+        value = ",".join(map(str, value))  # width and height
     if isinstance(value, (list, tuple, dict)) or value is None:
         raise _refused(declaration, value, "it must be text")
     text = str(value).strip()
@@ -128,7 +168,17 @@ def _to_str(declaration: Declaration, value: object) -> str:
     # Windows' "Copy as path" wraps the path in quotes; nobody means them.
     if declaration.is_path and len(text) >= 2 and text[0] == text[-1] == '"':
         text = text[1:-1]
-    return text
+    return with_home(text) if declaration.is_path else text
+
+
+def with_home(path: str) -> str:
+    """`path` with a leading ~ replaced by the user's folder. Another user's (~name) is not meant: it may be a file's name."""
+    return os.path.expanduser(path) if path == "~" or path.startswith(("~/", "~\\")) else path
+
+
+def user_path(text: str) -> Path:
+    """A path on a command line, which may begin with ~."""
+    return Path(with_home(text))
 
 
 _CONVERT = {bool: _to_bool, int: _to_int, float: _to_float, str: _to_str}

@@ -1,4 +1,4 @@
-"""Settings in TOML files: run.toml, presets, and the record in a run's folder.
+"""Settings in files: run.toml, presets, the record in a run's folder, and kohya's.
 
 A file is flat (`network_dim = 16`) or sorted into tables of any name, as kohya's configuration files are; the
 tables are only for the reader.
@@ -6,9 +6,11 @@ tables are only for the reader.
 
 from __future__ import annotations
 
+import codecs
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from lib_lora_train.errors import SettingError
 from lib_lora_train.settings.field import Value
@@ -24,21 +26,36 @@ except ModuleNotFoundError:  # Python 3.10
 
 
 def read_toml(path: Path) -> dict[str, object]:
-    """Names and values of a TOML file, tables flattened. Raises SettingError if it cannot be read."""
+    """Names and values of a TOML file, or of a JSON object as kohya_ss writes it, tables flattened. Raises SettingError if it
+    cannot be read."""
+    flat: dict[str, object] = {}
+    for name, value in _entries(tables(path)):
+        if name in flat:
+            raise SettingError(f"{path} sets {name} twice", remedy="keep one of the two lines")
+        flat[name] = value
+    return flat
+
+
+def tables(path: Path) -> dict[str, Any]:
+    """A TOML file's tables, or a JSON object. Raises SettingError if it cannot be read."""
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        data = path.read_bytes()
+        # What PowerShell writes by default is UTF-16.
+        text = data.decode("utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
+        return json.loads(text) if text.lstrip()[:1] == "{" else tomllib.loads(text)
     except OSError as error:
         raise SettingError(f"{path} cannot be read", why=error.strerror or str(error)) from error
-    except (ValueError, RecursionError) as error:  # of TOML's, of UTF-8, and numbers of thousands of digits
-        raise SettingError(f"{path} is not a TOML file", why=str(error)) from error
-    flat: dict[str, object] = {}
-    for name, value in data.items():
-        entries = value.items() if isinstance(value, dict) else [(name, value)]
-        for key, entry in entries:
-            if key in flat:
-                raise SettingError(f"{path} sets {key} twice", remedy="keep one of the two lines")
-            flat[key] = entry
-    return flat
+    except UnicodeDecodeError as error:
+        raise SettingError(f"{path} is not a TOML file", why="its text is not UTF-8", remedy="save it as UTF-8") from error
+    except (ValueError, RecursionError) as error:  # of TOML's and JSON's, and numbers of thousands of digits
+        raise SettingError(
+            f"{path} is not a TOML file", why=str(error), remedy="in TOML true and false are written small, other words in "
+            "quotes, and paths with \\ in 'single quotes'") from error
+
+
+def _entries(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in table.items():
+        yield from _entries(value) if isinstance(value, dict) else [(name, value)]
 
 
 def write_toml(values: Mapping[str, Value]) -> str:

@@ -22,7 +22,7 @@ from lib_lora_train.host.port import Host
 from lib_lora_train.model.sd.text import split_into_chunks
 from lib_lora_train.model.sd.tokens import Tokenizer, clip_tokenizer
 from lib_lora_train.run.runner import Runner
-from lib_lora_train.settings import Settings
+from lib_lora_train.settings import Settings, with_home
 from lib_lora_train.settings.allowed_paths import inside
 from lib_lora_train.studio import thumbs
 from lib_lora_train.studio.captions.edits import Edit, SetCaption, edit_from_dict
@@ -307,7 +307,7 @@ class Studio:
 
     def allowed(self, text: str) -> Path:
         """The file or folder at `text`, within the allowed folders; the refusal is the same whether or not it exists."""
-        path = text.strip().strip('"')
+        path = with_home(text.strip().strip('"'))
         if not path or "\0" in path:
             raise SettingError("No folder was named", remedy="write the path of a folder, a picture or a zip file")
         allowed = self.host.allowed

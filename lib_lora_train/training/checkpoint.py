@@ -13,6 +13,7 @@ is due and what happens if it cannot be written (`run/saver.py`).
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,7 +130,7 @@ def read(path: Path) -> tuple[TrainingState, dict[str, Any]]:
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """What the state's file says of itself, without its tensors. Raises LoraFileError as `read` does."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise LoraFileError(f"There is no training state at {path}", why="the run kept none, or it was removed", remedy=_ANEW)
     with translated(f"reading {path}"):
         try:

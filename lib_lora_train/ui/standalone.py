@@ -7,6 +7,7 @@ machines can reach it, it asks for a user and a password, always.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import secrets
 import socket
@@ -21,7 +22,7 @@ from fastapi.responses import Response
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lib_lora_train import api
+from lib_lora_train import api, terminal
 from lib_lora_train.errors import HostError, SettingError
 from lib_lora_train.host.exposure import is_loopback
 from lib_lora_train.host.port import Host
@@ -44,7 +45,7 @@ _CLOSED = ("/file", "/upload", "/stream", "/proxy")
 
 
 def serve(host: Host, *, port: int, address: str = "127.0.0.1", auth: str = "") -> None:
-    """Serve the page until the process is interrupted; port 0 chooses a free one.
+    """Serve the page until the process is interrupted, and have a training keep what it learnt; port 0 chooses a free one.
 
     `auth` is user:password; without one a password is made up and printed where other machines reach `address`.
     Raises HostError if the port is taken, SettingError for an `auth` that is none.
@@ -61,7 +62,10 @@ def serve(host: Host, *, port: int, address: str = "127.0.0.1", auth: str = "") 
         sys.stdout.write(f"Datasets may lie in {' or '.join(map(str, host.allowed.reading))}; {host.allowed.advice}\n")
     sys.stdout.flush()
     server = uvicorn.Server(uvicorn.Config(make_app(host, address=address, login=login), log_level="warning"))
-    server.run(sockets=[listener])
+    terminal.raise_on_interrupt()
+    with contextlib.suppress(KeyboardInterrupt):  # the server raises again what ended it
+        server.run(sockets=[listener])
+    RUNNER.finish()
 
 
 def listen(address: str, port: int) -> socket.socket:

@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 
 from lib_lora_train.adapters.file import SAVE_PRECISIONS, inspect, load, read_metadata, save
+from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.errors import LoraFileError, OutputError, TrainingError
 
 
@@ -211,6 +212,24 @@ def test_the_family_is_recognised(
     safetensors.torch.save_file(
         {f"{key}.lora_down.weight": torch.zeros(2, width), f"{key}.lora_up.weight": torch.zeros(8, 2)}, path, metadata)
     assert inspect(path).family == family
+
+
+@pytest.mark.parametrize(("down", "kind", "component"), [
+    ("base_model.model.unet.mid_block.to_q.lora_A.weight", "LoRA (PEFT)", "unet"),
+    ("unet.mid_block.to_q.lora_A.default.weight", "LoRA (PEFT)", "unet"),
+    ("unet.mid_block.to_q.lora.down.weight", "LoRA (diffusers)", "unet"),
+    ("unet.mid_block.attn1.processor.to_q_lora.down.weight", "LoRA (diffusers)", "unet"),
+    ("text_encoder.text_model.q_proj.lora_linear_layer.down.weight", "LoRA (diffusers)", "te"),
+    ("text_encoder_2.text_model.q_proj.lora_linear_layer.down.weight", "LoRA (diffusers)", "te2")])
+def test_loras_of_other_layouts_are_named_by_kind_and_refused_for_continuing(
+        tmp_path: Path, down: str, kind: str, component: str) -> None:
+    up = down.replace("lora_A", "lora_B").replace("down", "up")
+    safetensors.torch.save_file({down: torch.zeros(3, 8), up: torch.zeros(8, 3)}, tmp_path / "any.safetensors")
+    info = inspect(tmp_path / "any.safetensors")
+    assert (info.kind, info.rank, info.components) == (kind, 3, {component: 1})
+    with pytest.raises(LoraFileError) as refusal:
+        AdapterNetwork.continued([], load(info.path).tensors, seed=0)
+    assert kind[6:-1] in str(refusal.value) and "kohya" in str(refusal.value)
 
 
 @pytest.mark.parametrize(("parts", "kind"), [

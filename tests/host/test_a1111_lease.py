@@ -12,10 +12,11 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lib_lora_train.errors import HostError, Interrupted, TrainingError
-from lib_lora_train.events import Event, Warned
+from lib_lora_train.events import Event, Stage, Warned, shielded
 from lib_lora_train.host import placement
 from lib_lora_train.host.port import RenderRequest
 from lib_lora_train.model.family import Hints
@@ -129,6 +130,17 @@ def test_what_was_offloaded_is_back_at_the_end_and_while_others_have_the_model(w
         assert lease.yield_model(lambda _: None) is not None
         assert on_card(webui, card) == {"unet"}
     assert seen == [set(PARTS)] and on_card(webui, card) == set(PARTS) and not webui.lock.locked()
+
+
+def test_what_the_file_says_is_leased_beside_what_the_webui_holds(webui, tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    save_file({"ztsnr": torch.zeros(0)}, path, {"modelspec.prediction_type": "v"})
+    webui.sd_model.sd_checkpoint_info.filename = str(path)
+    monkeypatch.setattr(webui.lease.model, "hints", lambda _: Hints(prediction_type="epsilon", zero_terminal_snr=False))
+    with (lease := new_lease(webui)).leased():
+        hints = lease.hints
+    assert (hints.prediction_type, hints.zero_terminal_snr) == ("epsilon", False)  # the WebUI decides
+    assert (hints.file_prediction_type, hints.file_zero_terminal_snr) == ("v_prediction", True)
 
 
 def test_parts_that_the_webui_keeps_off_the_card_do_not_return_by_way_of_it(webui, card):
@@ -254,6 +266,19 @@ def test_a_list_of_loras_that_cannot_be_refreshed_is_logged_and_fails_no_run(web
     monkeypatch.setattr("lib_lora_train.host.a1111.loras.refresh", failing)
     host.refresh_loras()
     assert "could not be refreshed" in caplog.text and "ZeroDivisionError" in caplog.text and not webui.lock.locked()
+
+
+def test_a_display_that_fails_hides_no_changed_model(webui, host, monkeypatch):
+    def failing(display: object, event: Event) -> None:
+        raise ZeroDivisionError
+    monkeypatch.setattr(webui.lease.ProgressDisplay, "show", failing)
+    report = shielded(host.report)
+    with host.lease():
+        report(Stage("Encoding pictures", 1, 2))  # what only shows ends nothing
+        with torch.no_grad():
+            webui.sd_model.first_stage_model.bias.add_(0)
+        with pytest.raises(HostError, match="changed"):
+            report(Stage("Encoding pictures", 2, 2))
 
 
 @pytest.mark.parametrize("how", ["it fails", "no memory", "interrupted", "stop"])

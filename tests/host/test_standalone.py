@@ -7,13 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from lib_lora_train.errors import HostError, Interrupted, SettingError
+from lib_lora_train.adapters import file
+from lib_lora_train.errors import HostError, Interrupted, ModelError, SettingError, UserError
+from lib_lora_train.host.lease import frozen_model
 from lib_lora_train.host.port import RenderRequest
-from lib_lora_train.host.standalone import StandaloneHost
+from lib_lora_train.host.standalone import StandaloneHost, describe_file
 from lib_lora_train.model import frozen
 from lib_lora_train.model.sampler import SampleRequest, sample_batch, to_image
 from lib_lora_train.run import job
+from lib_lora_train.run.network import ignored_by
 from lib_lora_train.settings import parse
 from tests.jobs import run_settings
 from tools import tiny_checkpoint
@@ -31,6 +35,51 @@ def run(host: StandaloneHost, images: Path, folder: Path) -> None:
     settings = parse({"train_data_dir": str(images), "output_name": "zzk", "resolution": "64", "min_bucket_reso": 64,
                       "max_train_steps": 2, "network_dim": 2, "cache_latents_to_disk": True, "overwrite": True})
     assert run_settings(settings, host, report=lambda _: None, stop=lambda: "", folder=folder).outcome == "done"
+
+
+def test_a_file_that_contradicts_its_yaml_is_trained_as_the_yaml_says_and_told(own: StandaloneHost) -> None:
+    path = own.checkpoint_file
+    save_file({**load_file(path), "ztsnr": torch.tensor([])}, path, {"modelspec.prediction_type": "v"})
+    notes = {}
+    for said in ("auto", "on"):
+        settings = parse({"v_parameterization": said})
+        with own.lease() as leased:
+            model = frozen_model(leased, settings)
+        notes[said] = [note for note in ignored_by(model, settings) if "file says that it predicts v" in note]
+        assert model.schedule.prediction_type == ("v_prediction" if said == "on" else "epsilon")
+        assert model.architecture.zero_terminal_snr
+    assert len(notes["auto"]) == 1 and "v_parameterization" in notes["auto"][0] and notes["on"] == []
+
+
+@pytest.mark.parametrize(("data", "word"), [
+    (b"", "empty"), (b"PK\x03\x04" + bytes(26) + b"archive/data.pklFB", "pickled"), (b"\x80\x02}q\x00.", "pickled"),
+    (b"PK\x03\x04" + bytes(26) + b"readme.txt", "zip"), (b"\n<!DOCTYPE html><html>", "web page"),
+    (b'{"error": "Unauthorized"}', "JSON"), (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS"),
+    (b"GGUF\x03\0\0\0", "GGUF"), (b"\xff\0\0\0\0\0\0\0{", "its end is missing"), (bytes(100), "not a safetensors file")])
+def test_what_is_called_safetensors_and_is_none_is_named(tmp_path: Path, data: bytes, word: str) -> None:
+    (tmp_path / "model.safetensors").write_bytes(data)
+    for read in (describe_file, file.inspect):
+        with pytest.raises(UserError) as refusal:
+            read(tmp_path / "model.safetensors")
+        assert word in str(refusal.value) and "Header" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_fp8_is_called_by_its_name(own: StandaloneHost, dtype: torch.dtype) -> None:
+    path = own.checkpoint_file
+    stored = load_file(path)
+    save_file({name: stored[name].to(dtype) if name.startswith("model.") else stored[name] for name in stored}, path)
+    with pytest.raises(ModelError, match=str(dtype).removeprefix("torch.")) as refusal:
+        describe_file(path)
+    assert "fp8" in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000 + ".safetensors", "a/../none.safetensors", "nul\0.safetensors",
+                                  "folder.safetensors"])
+def test_a_path_that_leads_to_no_file_is_a_sentence(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(ModelError, match="cannot be read"):
+        describe_file(tmp_path / name)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows keeps files that are in use where they are")

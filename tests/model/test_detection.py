@@ -81,6 +81,18 @@ def test_sd2s_v_models_need_a_word_from_outside() -> None:
     assert detect(full_size("sd2")).prediction_type == "epsilon"
 
 
+@pytest.mark.parametrize(("spread", "prediction"), [(0.05, "epsilon"), (0.12, "v_prediction")])
+def test_an_sd2_model_that_says_nothing_is_guessed_from_a_weight_and_called_a_guess(spread: float, prediction: str) -> None:
+    # ComfyUI's rule: the biases of output_blocks.11's first norm spread by more than 0.09 in models that predict v.
+    bias = torch.tensor([-spread, spread]).repeat(160)
+    tensors = {**full_size("sd2"), "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias": bias}
+    found = detect(tensors)
+    assert (found.prediction_type, found.prediction_guessed) == (prediction, True)
+    for hints in (Hints(prediction_type="epsilon"), Hints(file_prediction_type="epsilon")):
+        assert (detect(tensors, hints).prediction_type, detect(tensors, hints).prediction_guessed) == ("epsilon", False)
+    assert not any(detect(full_size(family)).prediction_guessed for family in ("sd1", "sdxl"))
+
+
 def test_sd2_is_known_by_its_linear_projections_where_a_host_renamed_the_text_encoder() -> None:
     clip = {name: tensor for name, tensor in full_size("sdxl").items() if name.startswith("conditioner.embedders.0.")}
     renamed = {name.replace("conditioner.embedders.0.", "cond_stage_model."): torch.empty(
@@ -93,6 +105,14 @@ def test_ema_weights_and_training_leftovers_do_no_harm() -> None:
     extra = {"model_ema.decay": torch.tensor(0.9), "model_ema.num_updates": torch.tensor(3),
              "betas": torch.zeros(1000), "cond_stage_model.transformer.text_model.embeddings.position_ids":
              torch.arange(77)[None]}
+    assert detect({**checkpoint("sd1"), **extra}, HINTS["sd1"]).family.name == "sd1"
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e5m2])
+def test_tensors_that_are_not_used_do_not_make_a_checkpoint_quantised(dtype: torch.dtype) -> None:
+    names = ("teacher.model.weight", "model.diffusion_model.extra.weight", "first_stage_model.loss.discriminator.weight",
+             "cond_stage_model.transformer.vision_model.head.weight", "optimizer.state.bias")
+    extra = {name: torch.zeros(4, dtype=torch.float32).to(dtype) for name in names}
     assert detect({**checkpoint("sd1"), **extra}, HINTS["sd1"]).family.name == "sd1"
 
 
@@ -136,6 +156,12 @@ def stored_as(dtype: torch.dtype) -> dict[str, Tensor]:
     (lambda: named("model.diffusion_model.double_blocks.0.img_attn.qkv.weight"), "Flux"),
     (lambda: named("double_blocks.0.img_attn.qkv.weight"), "Flux"),
     (lambda: named("lora_unet_mid_block_attentions_0_proj_in.lora_down.weight"), "a LoRA"),
+    (lambda: named("base_model.model.unet.down_blocks.0.to_q.lora_A.weight"), "a LoRA in the layout of PEFT"),
+    (lambda: named("unet.down_blocks.0.attentions.0.to_q.lora.down.weight"), "a LoRA in the layout of diffusers"),
+    (lambda: named("unet.mid_block.attn1.processor.to_q_lora.up.weight"), "a LoRA in the layout of diffusers"),
+    (lambda: named("text_encoder.text_model.q_proj.lora_linear_layer.up.weight"), "a LoRA in the layout of diffusers"),
+    (lambda: named("control_model.input_blocks.0.0.weight"), "a ControlNet"),
+    (lambda: named("emb_params"), "a textual inversion"),
     (lambda: named("down_blocks.0.resnets.0.conv1.weight"), "layout of diffusers"),
     (lambda: named("first_stage_model.encoder.conv_in.weight"), "no Stable Diffusion UNet"),
     (lambda: {}, "no Stable Diffusion UNet"),
@@ -143,7 +169,7 @@ def stored_as(dtype: torch.dtype) -> dict[str, Tensor]:
     (lambda: {**full_size("sd2"), **named("embedder.model.ln_final.weight")}, "unCLIP"),
     (lambda: stored_as(torch.int8), "quantised.*int8"),
     (lambda: stored_as(torch.uint8), "quantised.*uint8"),
-    (lambda: stored_as(torch.float8_e4m3fn), "quantised.*float8_e4m3fn"),
+    (lambda: stored_as(torch.float8_e4m3fn), "quantised.*float8_e4m3fn.*fp8"),
     (lambda: without("sd1", "first_stage_model."), "no VAE"),
     (lambda: without("sdxl", "first_stage_model.encoder."), "no VAE encoder"),
     (lambda: without("sd1", "cond_stage_model."), "no text encoder"),

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from safetensors.torch import save_file
 
 from lib_lora_train.errors import ModelError
-from lib_lora_train.model.sd.hints_file import hints_from_yaml
+from lib_lora_train.model.architecture import Hints
+from lib_lora_train.model.sd.hints_file import hints_from_yaml, with_words_of_file
 
 # The parts that matter of v1-inference.yaml, v2-inference-v.yaml and sd_xl_base.yaml as published.
 SD1 = """
@@ -95,6 +97,63 @@ def test_a_text_encoder_given_as_a_folder_tells_its_heads(tmp_path: Path) -> Non
 def test_what_is_not_a_model_configuration_is_named(tmp_path: Path, text: str) -> None:
     with pytest.raises(ModelError, match="model.yaml"):
         read(tmp_path, text)
+
+
+MODEL = "model:\n  params: {linear_start: 0.00085, linear_end: 0.012"
+
+
+@pytest.mark.parametrize(("text", "word"), [
+    (f"{MODEL}, linear_start: -0.1}}", "linear_start"), (f"{MODEL}, linear_end: 1.5}}", "linear_end"),
+    (f"{MODEL}, linear_start: .nan}}", "linear_start"), (f"{MODEL}, linear_start: [1]}}", "number"),
+    (f"{MODEL}, timesteps: 0}}", "timesteps"), (f"{MODEL}, timesteps: 1000000000000}}", "timesteps"),
+    (f"{MODEL}, scale_factor: 0}}", "scale_factor"), (f"{MODEL}, scale_factor: -1}}", "scale_factor"),
+    (f"{MODEL}, unet_config: {{params: {{num_heads: .inf}}}}}}", "integer"),
+    (f"{MODEL}, unet_config: {{params: {{num_heads: {'9' * 5000}}}}}}}", "model.yaml"),
+    ("a: " + "[" * 5_000, "model.yaml"), ("# " + "x" * 2_000_000, "longer")])
+def test_a_configuration_that_cannot_be_is_refused_in_a_sentence_that_names_the_value(tmp_path: Path, text: str, word: str):
+    with pytest.raises(ModelError) as refusal:
+        read(tmp_path, text)
+    assert word in str(refusal.value) and "model.yaml" in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("part", ["unet_config: text", "unet_config: {params: text}", "cond_stage_config: text",
+                                  "conditioner_config: {params: {emb_models: [text, 3]}}", "denoiser_config: []",
+                                  "cond_stage_config: {params: {version: \"a\\0b\"}}",
+                                  f"cond_stage_config: {{params: {{version: {'x' * 5000}}}}}"])
+def test_sections_that_are_no_sections_say_nothing(tmp_path: Path, part: str) -> None:
+    assert read(tmp_path, f"model:\n  params:\n    scale_factor: 0.5\n    {part}\n").latent_scale == 0.5
+
+
+@pytest.mark.parametrize("config", [{"num_attention_heads": "many"}, {"num_attention_heads": [4]}, {"hidden_act": "relu"},
+                                    {"hidden_act": []}])
+def test_a_text_encoders_configuration_of_wrong_types_is_refused(tmp_path: Path, config: dict[str, object]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="model.yaml"):
+        read(tmp_path, SD1.replace("FrozenCLIPEmbedder", "FrozenCLIPEmbedder\n      params: {version: .}"))
+
+
+@pytest.mark.parametrize(("metadata", "tensors", "prediction", "zero"), [
+    ({"modelspec.prediction_type": "v"}, {}, "v_prediction", None),  # ModelSpec
+    ({"modelspec.prediction_type": "epsilon"}, {}, "epsilon", None),
+    ({"modelspec.predict_key": "v"}, {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])}, "v_prediction", True),  # ComfyUI
+    ({"modelspec.architecture": "stable-diffusion-v2-768-v"}, {}, "v_prediction", None),
+    ({"modelspec.architecture": "stable-diffusion-v2-512"}, {}, "epsilon", None),
+    ({}, {"v_pred": torch.tensor([])}, "v_prediction", None),
+    ({}, {"alphas_cumprod": torch.linspace(1, 0, 1000)}, None, True),
+    ({}, {"alphas_cumprod": torch.linspace(0.999, 0.0047, 1000)}, None, None),  # Stable Diffusion's own ends there
+    ({"format": "pt"}, {"alphas_cumprod": torch.tensor(0.0)}, None, None)])
+def test_what_a_checkpoints_file_says_of_prediction_and_schedule_is_read(
+        tmp_path: Path, metadata: dict[str, str], tensors: dict[str, torch.Tensor], prediction: str | None, zero: bool | None):
+    path = tmp_path / "model.safetensors"
+    save_file({**tensors, "x": torch.zeros(1)}, path, metadata)
+    hints = with_words_of_file(Hints(latent_scale=0.5), path)
+    assert (hints.file_prediction_type, hints.file_zero_terminal_snr, hints.latent_scale) == (prediction, zero, 0.5)
+
+
+def test_a_file_that_cannot_be_read_as_safetensors_says_nothing(tmp_path: Path) -> None:
+    (tmp_path / "damaged.safetensors").write_bytes(b"no such thing")
+    for name in ("none.safetensors", "model.ckpt", "damaged.safetensors"):
+        assert with_words_of_file(hints := Hints(), tmp_path / name) is hints
 
 
 def test_a_value_that_is_not_a_number_and_a_file_that_is_not_there(tmp_path: Path) -> None:

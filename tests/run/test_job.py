@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import functools
 import hashlib
+import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -241,6 +244,40 @@ def test_why_a_run_failed_is_told_although_nothing_can_be_saved(images, host, mo
     refusing(monkeypatch, lambda name: True)
     with pytest.raises(TrainingError, match=r"^The card fell out\.$"):
         run_settings(settings(images), host, report=report, stop=lambda: "")
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(errno.EPIPE, "Broken pipe"), OSError(errno.ENOSPC, "No space left on device"),
+                                   ZeroDivisionError("a display's defect")])
+def test_what_only_shows_a_run_does_not_end_it(images, host, caplog, error):
+    def report(event: events.Event) -> None:
+        raise error
+    finished = run_job(plan_job(settings(images, max_train_steps=2), host), host, report=report, stop=lambda: "")
+    assert (finished.outcome, finished.steps) == ("done", 2) and Path(finished.path).is_file()
+    assert [record.exc_info[1] for record in caplog.records if "the work goes on" in record.message] == [error], "told once"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there a file's name may be bytes that are no text")
+def test_names_that_are_no_text_are_printable_in_the_metadata_of_a_lora(images, host):
+    folder = images.with_name("caf\udce9")  # the dataset's own
+    images.rename(folder)
+    described = host.checkpoint()
+    host.lease = named_lease(host, dataclasses.replace(described, name="mod\udce8le", vae_name="\udcff.vae.pt"))
+    finished, _ = run(settings(folder, max_train_steps=1), host)
+    told = metadata(finished.path)
+    assert (told["ss_sd_model_name"], told["ss_vae_name"]) == ("mod?le", "?.vae.pt")
+    assert list(json.loads(told["ss_dataset_dirs"])) == list(json.loads(told["ss_tag_frequency"])) == ["caf?"]
+
+
+def named_lease(host, checkpoint):
+    """The host's lease of a model that is called so, as the WebUI may call one of any file."""
+    original = host.lease
+
+    @contextlib.contextmanager
+    def lease(*, stop):
+        with original(stop=stop) as leased:
+            leased.checkpoint = checkpoint
+            yield leased
+    return lease
 
 
 def test_memory_that_runs_out_before_the_first_step_is_told_as_such(images, host, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from lib_lora_train import events
 from lib_lora_train.errors import Interrupted, LoraFileError, LoraTrainError, ModelError, OutputError, SettingError
 from lib_lora_train.host.standalone import StandaloneHost
 from lib_lora_train.inputs import prefetcher
+from lib_lora_train.model.fingerprint import sampled_fingerprint
 from lib_lora_train.run import job, resume, saver
 from lib_lora_train.run.planning import RunPlan, plan_dataset
 from lib_lora_train.run.saver import Checkpointer
@@ -133,6 +135,29 @@ def test_more_steps_can_be_asked_for_and_fewer_than_made_cannot(images, host):
     assert all(torch.equal(straight[key], again[key]) for key in straight)
     with pytest.raises(SettingError, match="7 steps already.*raise max_train_steps"):
         run(going_on(chosen, folder), host, folder)
+
+
+def test_repeats_that_were_chosen_by_themselves_stay_when_the_run_goes_on_with_other_epochs(images, host):
+    # Four pictures, 1500 visits over 30 epochs: 12.5 repeats. Over 2 epochs they would be 188.
+    chosen = settings(images, num_repeats=0, max_train_epochs=30, train_batch_size=64, save_every_n_steps=1)
+    folder = interrupted(chosen, host, after=1)
+    _, seen = run(changed(chosen, folder, max_train_epochs=2, lr_scheduler="constant"), host, folder)
+    planned, = of(events.Planned, seen)
+    assert "× 13 repeats" in planned.summary and planned.steps == 2 and [s.step for s in of(events.Step, seen)] == [2]
+    assert not [text for text in told(seen) if "pictures" in text or "repeats" in text]
+
+
+def test_a_run_resumed_from_another_folder_writes_where_it_began(images, host, tmp_path, monkeypatch):
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    here.mkdir()
+    elsewhere.mkdir()
+    monkeypatch.chdir(here)
+    chosen = settings(images, **{**EXACT, "output_dir": "out", "train_data_dir": os.path.relpath(images)})
+    folder = interrupted(chosen, host)
+    monkeypatch.chdir(elsewhere)
+    finished, seen = run(changed(chosen, folder), host, folder)
+    assert Path(finished.path) == here / "out" / "zzk.safetensors" and told(seen) == []
+    assert not list(elsewhere.iterdir())
 
 
 def test_stop_and_save_leaves_a_point_to_go_on_from_and_its_file_may_be_replaced(images, host):
@@ -263,6 +288,41 @@ def test_another_checkpoint_or_vae_is_refused_before_pictures_are_encoded(cut_of
     with pytest.raises(ModelError, match="cannot go on with this checkpoint"):
         run_settings(going_on(chosen, folder), other, report=seen.append, stop=lambda: "", folder=folder)
     assert not [s for s in of(events.Stage, seen) if s.name.startswith("Encoding")]
+
+
+def other_file(host, folder: Path, **tensors: torch.Tensor) -> StandaloneHost:
+    """The same model in a file of its own, with these tensors of a noise schedule in it."""
+    path = tiny_checkpoint.write(folder, size=tiny_checkpoint.SMALLEST)
+    save_file({**load_file(path), **tensors}, path, metadata={"format": "pt"})
+    return StandaloneHost(path, lora_folder=host.lora_folder, runs_folder=host.runs_folder)
+
+
+def test_a_noise_schedule_that_the_webui_rewrote_leaves_the_checkpoint_the_right_one(cut_off, host, tmp_path):
+    chosen, folder = cut_off
+    # "Downcast alphas_cumprod" and "Zero Terminal SNR" of its settings: rounded to fp16, its last value 0.
+    rewritten = other_file(host, tmp_path / "rewritten", alphas_cumprod=torch.linspace(1, 0, 1000).half())
+    _, seen = run(going_on(chosen, folder), rewritten, folder, stop_after=1)
+    assert [s.step for s in of(events.Step, seen)] == [3] and told(seen) == []
+
+
+def test_a_state_that_tells_its_checkpoint_by_all_tensors_goes_on_with_it_and_no_other(cut_off, host, tmp_path, tiny_file):
+    chosen, folder = cut_off
+    held, facts = checkpoint_module.read(folder / STATE)
+    older = {"name": facts["checkpoint"]["name"], "fingerprint": sampled_fingerprint(load_file(tiny_file))}
+    checkpoint_module.write(folder / STATE, held, {**facts, "checkpoint": older})
+    with pytest.raises(ModelError, match="cannot go on with this checkpoint"):
+        run(going_on(chosen, folder), other_file(host, tmp_path / "other", alphas_cumprod=torch.zeros(1000).half()), folder)
+    _, seen = run(going_on(chosen, folder), host, folder, stop_after=1)
+    assert [s.step for s in of(events.Step, seen)] == [3] and told(seen) == []
+
+
+def test_another_noise_schedule_than_the_run_began_on_is_told(cut_off, host):
+    chosen, folder = cut_off
+    held, facts = checkpoint_module.read(folder / STATE)
+    begun = {**facts["checkpoint"], "schedule": "v_prediction, zero terminal SNR"}  # as the WebUI or a .yaml said then
+    checkpoint_module.write(folder / STATE, held, {**facts, "checkpoint": begun})
+    said, = told(run(going_on(chosen, folder), host, folder, stop_after=1)[1])
+    assert "epsilon and was on v_prediction, zero terminal SNR (v_parameterization, zero_terminal_snr)" in said
 
 
 def test_a_drawn_seed_is_drawn_once(images, host):

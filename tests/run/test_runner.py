@@ -53,6 +53,25 @@ def test_a_second_start_is_refused_while_the_first_runs(monkeypatch, fake):
     assert one.wait(30)
 
 
+def test_a_run_is_over_only_when_the_next_one_may_start(monkeypatch, fake):
+    """Its last word goes into the record and to the host's display before: these take their time."""
+    seen, one = [], Runner()
+
+    def report(event: events.Event) -> None:
+        status = one.status()
+        seen.append((event.kind, one.running(), status.running, status.finished))
+        with pytest.raises(HostError, match="already"):
+            one.start(plan_of(SETTINGS), fake)
+    fake.report = report
+    monkeypatch.setattr(runner, "run_job", lambda plan, host, *, report, stop, folder: events.Finished("done", "ready", "", 1))
+    one.start(plan_of(SETTINGS), fake)
+    while one.running() or one.status().running:
+        pass
+    assert one.status().finished.outcome == "done" and seen == [("finished", True, True, None)]
+    one.start(plan_of(SETTINGS), fake)  # without a wait for the thread
+    assert one.wait(30) and len(seen) == 2
+
+
 def test_a_job_that_waits_for_its_host_is_shown_as_such_and_need_not_wait_on(monkeypatch, fake):
     def job(settings, host, *, report, stop, folder=None):
         while not stop():

@@ -1,6 +1,10 @@
 """Settings: read once, exactly, or refused in one sentence."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -64,6 +68,44 @@ def test_text_from_a_command_line_becomes_the_settings_type():
     parsed = settings.parse({"network_dim": "32", "flip_aug": "yes", "learning_rate": "5e-5", "noise_offset": "0"})
     assert parsed.network.network_dim == 32 and parsed.dataset.flip_aug is True
     assert parsed.optimizer.learning_rate == 5e-5 and parsed.loss.noise_offset == 0.0
+
+
+@pytest.mark.parametrize(("name", "value", "expected"), [
+    ("learning_rate", "0,0001", 1e-4), ("learning_rate", "5,5e-5", 5.5e-5), ("learning_rate", "'1e-4'", 1e-4),
+    ("text_encoder_lr", [1e-4], 1e-4), ("text_encoder_lr", [5e-5, 5e-5], 5e-5), ("text_encoder_lr", "[1e-4]", 1e-4),
+    ("network_dim", "16,0", 16), ("network_dim", "8", 8), ("resolution", [128, 256], "128,256"), ("resolution", [512], "512"),
+    ("resolution", 512, "512"), ("lr_warmup_steps", 0.1, 0.1), ("lr_warmup_steps", "0,1", 0.1), ("lr_warmup_steps", 100.0, 100),
+    ("v_parameterization", True, "on"), ("v_parameterization", "false", "off"), ("mixed_precision", "FP16", "fp16"),
+    ("lr_scheduler", "Cosine", "cosine"), ("flip_aug", "TRUE", True), ("save_state", "False", False)])
+def test_values_as_kohyas_files_have_them_are_understood(name, value, expected):
+    read = settings.flat(settings.parse({name: value}))[name]
+    assert read == expected and type(read) is type(expected)
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("text_encoder_lr", [1e-4, 5e-5]), ("text_encoder_lr", []), ("max_train_steps", "1,000"), ("max_train_steps", "10,000"),
+    ("learning_rate", "1,2,3"), ("lr_warmup_steps", 1.5), ("lr_warmup_steps", -0.1), ("network_dim", 0.5),
+    ("output_name", ["a"]), ("resolution", [128, 128, 128]), ("resolution", ["a"])])
+def test_values_that_may_mean_two_things_are_refused_by_name(name, value):
+    with pytest.raises(SettingError, match=name):
+        settings.parse({name: value})
+
+
+@pytest.mark.parametrize("text", ["[512, 768]", "(512,768)", "512 x 768", "512,768"])
+def test_a_size_is_read_in_each_way_that_people_write_it(text):
+    assert settings.resolution_of(text, default=1) == (512, 768)
+
+
+def test_an_alpha_of_0_is_the_rank_as_in_kohyas_scripts():
+    assert settings.parse({"network_alpha": "0", "network_dim": 4}).network.network_alpha == 4.0
+
+
+def test_a_tilde_is_the_users_folder_and_only_at_the_beginning(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("USERPROFILE", "/home/me")
+    expected = {"~/a": "/home/me/a", "~": "/home/me", '"~/a b"': "/home/me/a b", "~a/b": "~a/b", "a~/~": "a~/~"}
+    assert {text: settings.parse({"train_data_dir": text}).dataset.train_data_dir for text in expected} == expected
+    assert settings.parse({"training_comment": "~/a"}).save.training_comment == "~/a"
 
 
 def test_a_path_copied_by_windows_loses_its_quotes():
@@ -131,8 +173,25 @@ def test_what_is_not_toml_is_refused_by_file_name(tmp_path, content):
         read_toml(file)
 
 
-def test_text_that_is_not_utf8_is_refused_and_such_a_path_is_not():
+@pytest.mark.parametrize("name", ["trigger_word", "training_comment", "output_name", "output_dir", "network_weights", "resume"])
+def test_text_that_is_not_utf8_is_refused_by_name_and_a_folder_that_is_only_read_is_not(name):
     """On Linux an argument or a file's name may be any bytes; Python makes lone surrogates of those that are not UTF-8."""
-    with pytest.raises(SettingError, match="trigger_word"):
-        settings.parse({"trigger_word": "caf\udce9"})
+    with pytest.raises(SettingError, match=rf"\({name}\) = .*is not possible: it is not text in UTF-8"):
+        settings.parse({name: "caf\udce9"})
     assert settings.parse({"train_data_dir": "10_caf\udce9"}).dataset.train_data_dir == "10_caf\udce9"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="names are Unicode there")
+def test_a_locale_that_cannot_hold_a_text_is_told_and_not_taken_for_bad_bytes():
+    """LC_ALL=C with Python's own cures switched off: its arguments and names of files are ASCII."""
+    script = ("import sys\nfrom lib_lora_train.errors import UserError\nfrom lib_lora_train.settings import parse\n"
+              "for attempt in (lambda: parse({'trigger_word': sys.argv[1]}), lambda: parse({'output_dir': '/\\xe9'}),\n"
+              "                lambda: parse({'output_name': '\\xe9'})):\n"
+              "    try:\n        attempt()\n    except UserError as error:\n        print(ascii(str(error)))\n"
+              "print(parse({'training_comment': '\\xe9'}).save.training_comment == '\\xe9')")
+    done = subprocess.run([sys.executable, "-c", script, "\u00e9".encode()], cwd=Path(settings.__file__).parents[2], text=True,
+                          capture_output=True, check=True,
+                          env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
+    *refused, comment = done.stdout.splitlines()
+    assert len(refused) == 3 and all("as the locale says" in text and "ascii" in text for text in refused), done.stdout
+    assert comment == "True"

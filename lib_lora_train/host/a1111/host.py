@@ -116,12 +116,13 @@ class WebUIHost:
         lease = self._lease
         if lease is None or lease.version_check is None:
             return
+        # A few ways of changing the model do not wait in the queue. Better to end than to train on two models. Before what is
+        # shown, whose errors end nothing.
+        if isinstance(event, (Step, Stage)):
+            lease.version_check.check()
         lease.display.show(event)
         if isinstance(event, Saved):
             loras.refresh()
-        # A few ways of changing the model do not wait in the queue. Better to end than to train on two models.
-        if isinstance(event, (Step, Stage)):
-            lease.version_check.check()
 
     def refresh_loras(self) -> None:
         """List the LoRA folder anew, and forget everything of the old contents of an overwritten file.

@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 
 import torch
 from modules import sd_models, shared
@@ -26,6 +27,7 @@ from lib_lora_train.host.a1111.progress import ProgressDisplay
 from lib_lora_train.host.a1111.queue import QueueLock
 from lib_lora_train.host.port import LeasedModel, never
 from lib_lora_train.model.family import detect
+from lib_lora_train.model.sd.hints_file import with_words_of_file
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +72,8 @@ class WebUILease(LeasedModel):
             model.refuse_kind(sd_model)
             self._set_up(sd_model)
             super().__init__(
-                self.tensors, model.hints(sd_model), model.describe(sd_model), self.device, model.tokenizers(sd_model),
+                self.tensors, with_words_of_file(model.hints(sd_model), Path(sd_model.sd_checkpoint_info.filename)),
+                model.describe(sd_model), self.device, model.tokenizers(sd_model),
                 clip_skip=int(shared.opts.CLIP_stop_at_last_layers),
                 comma_padding_backtrack=int(shared.opts.comma_padding_backtrack))
             detect(self.tensors, self.hints)

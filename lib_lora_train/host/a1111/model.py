@@ -70,9 +70,7 @@ class _Saved(torch.autograd.Function):
 def checksums(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype, int]]:
     """For every tensor of UNet, VAE and text encoders its shape, dtype and a sum over its bits: the same for the same
     weights, wherever they are."""
-    # Without the noise schedule's buffers, which the WebUI makes anew at each generation.
-    weights = {name: tensor for name, tensor in tensors.items()
-               if name.startswith(("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner."))}
+    weights = placement.weights_of(tensors)
     sums = {name: tensor.detach().view(_BITS[tensor.element_size()]).sum(dtype=torch.int64)
             for name, tensor in weights.items()}
     # All are computed before the first is waited for; a copy of eight bytes each.

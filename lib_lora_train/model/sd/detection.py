@@ -4,9 +4,9 @@ Sizes are read, never assumed. What shapes cannot tell comes from `Hints` (the h
 else from a key in the checkpoint, else from the family:
 
     heads of text encoders   64 channels a head
-    prediction               v where the checkpoint has a key `v_pred`, else epsilon. SD2's 768-v models carry no such
-                             key and have the shapes of the epsilon ones: they need the host's word or their `.yaml`
-    zero terminal SNR        where the checkpoint has a key `ztsnr`
+    prediction               what the file's metadata say, or v where the checkpoint has a key `v_pred`, else epsilon. SD2's
+                             768-v models mostly say nothing and have the shapes of the epsilon ones: guessed from a weight
+    zero terminal SNR        where the checkpoint has a key `ztsnr`, or a stored schedule that ends at zero
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from lib_lora_train.model.architecture import (
     Architecture,
     Block,
     Hints,
+    PredictionType,
     TextConfig,
     TextEncoderSpec,
     UNetConfig,
@@ -30,7 +31,7 @@ from lib_lora_train.model.architecture import (
     incomplete,
 )
 from lib_lora_train.model.sd.components import UNET_PREFIX, below, is_openclip
-from lib_lora_train.model.sd.refusals import SUPPORTED, refuse_other_kinds
+from lib_lora_train.model.sd.refusals import SUPPORTED, refuse_other_kinds, refuse_quantised
 from lib_lora_train.model.sd.text import SIZE_EMBEDDING
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 _CHANNELS_A_HEAD = 64
 _SIZE_VECTOR = 6 * SIZE_EMBEDDING
+_GUESSED_FROM = f"{UNET_PREFIX}output_blocks.11.1.transformer_blocks.0.norm1.bias"
 _TOKEN_EMBEDDING = "text_model.embeddings.token_embedding.weight"
 
 
@@ -65,16 +67,31 @@ def read(family: Family, tensors: Mapping[str, Tensor], hints: Hints) -> Archite
     if family.vector_condition and any(name.startswith("cond_stage_model.") for name in tensors):
         raise ModelError("The checkpoint is an unCLIP model, which this trainer does not support", remedy=SUPPORTED)
     unet, vae, text = family.parts(tensors)
+    for part in (unet, vae, *text):
+        refuse_quantised(part)
     sizes = unet_config(unet, family=family, hints=hints)
+    file_prediction = hints.file_prediction_type or ("v_prediction" if "v_pred" in tensors else None)
+    prediction, file_zero = hints.prediction_type or file_prediction, hints.file_zero_terminal_snr or "ztsnr" in tensors or None
     return Architecture(
         family=family,
         unet=sizes,
         vae=vae_config(vae),
         text=_text(text, family=family, hints=hints, unet=sizes),
-        prediction_type=hints.prediction_type or ("v_prediction" if "v_pred" in tensors else "epsilon"),
-        zero_terminal_snr="ztsnr" in tensors if hints.zero_terminal_snr is None else hints.zero_terminal_snr,
+        prediction_type=prediction or (family.guess_prediction(tensors) if family.guess_prediction else "epsilon"),
+        zero_terminal_snr=bool(file_zero) if hints.zero_terminal_snr is None else hints.zero_terminal_snr,
         latent_scale=hints.latent_scale or family.latent_scale,
+        prediction_guessed=prediction is None and family.guess_prediction is not None,
+        file_prediction_type=file_prediction,
+        file_zero_terminal_snr=file_zero,
     )
+
+
+def guess_sd2_prediction(tensors: Mapping[str, Tensor]) -> PredictionType:
+    """What an SD2 UNet predicts, by the spread of one of its biases: ComfyUI's rule (comfy/supported_models.py), which calls
+    it unsure itself. Epsilon on the meta device."""
+    bias = tensors.get(_GUESSED_FROM)
+    known = bias is not None and not bias.is_meta
+    return "v_prediction" if known and bias.float().std(unbiased=False).item() > 0.09 else "epsilon"
 
 
 # --- the UNet ---------------------------------------------------------------------------------------------------------

@@ -1,13 +1,16 @@
-"""The `.yaml` beside a checkpoint -> `Hints` and tokenizers: the layouts of ldm (SD1, SD2) and sgm (SDXL), as kohya and the
-WebUI read them."""
+"""The `.yaml` beside a checkpoint, and the checkpoint's own metadata -> `Hints` and tokenizers: the layouts of ldm (SD1, SD2)
+and sgm (SDXL), as kohya and the WebUI read them."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import yaml
 
 from lib_lora_train.errors import ModelError
@@ -26,20 +29,44 @@ def hints_from_yaml(path: str | Path) -> Hints:
     path = Path(path)
     model = _model(path)
     unet = _section(model, "unet_config", "params") or _section(model, "network_config", "params")
+    scale = model.get("scale_factor")
     text = [_read_json(folder / "config.json") if folder else {} for folder in _text_folders(model, path, "config.json")]
     try:
         return Hints(
             unet_heads=_positive(unet.get("num_heads")),
             unet_head_channels=_positive(unet.get("num_head_channels")),
-            text_heads=_all(folder.get("num_attention_heads") for folder in text),
-            text_activations=_all(folder.get("hidden_act") for folder in text),
+            text_heads=_all(_positive(folder.get("num_attention_heads")) for folder in text),
+            text_activations=_all(_activation(folder.get("hidden_act")) for folder in text),
             prediction_type=_prediction_type(model),
             alphas_cumprod=_alphas_cumprod(model),
-            latent_scale=float(model["scale_factor"]) if "scale_factor" in model else None,
+            latent_scale=None if scale is None else _within(float(scale), low=1e-6, high=1e6, name="scale_factor"),
         )
-    except (TypeError, ValueError) as error:
-        raise ModelError(f"'{path.name}' has a value that is not a number", why=str(error),
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ModelError(f"'{path.name}' has a value that is not a number, or not a possible one", why=str(error),
                          remedy="repair the file or remove it") from error
+
+
+def with_words_of_file(hints: Hints, path: Path) -> Hints:
+    """`hints` with what the checkpoint file at `path` says about prediction and schedule; unchanged where it is no safetensors
+    file or cannot be read.
+
+    Read are ModelSpec's `prediction_type` and the names of its architectures, ComfyUI's `modelspec.predict_key`, the empty
+    tensors `v_pred` and `ztsnr` by which ComfyUI and reForge know such models, and a stored ᾱ that ends at zero.
+    """
+    if path.suffix.lower() != ".safetensors":
+        return hints
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata, names = file.metadata() or {}, set(file.keys())
+            stored = file.get_tensor("alphas_cumprod") if "alphas_cumprod" in names else None
+    except (safetensors.SafetensorError, OSError, ValueError):
+        return hints
+    said = {metadata.get(f"modelspec.{key}", "").lower() for key in ("prediction_type", "predict_key", "architecture")}
+    prediction = ("v_prediction" if "v_pred" in names or said & {"v", "v_prediction", "stable-diffusion-v2-768-v"} else
+                  "epsilon" if said & {"epsilon", "eps", "stable-diffusion-v2-512"} else None)
+    # Stable Diffusion's own schedule ends at 0.0047.
+    zero = "ztsnr" in names or stored is not None and stored.ndim == 1 and bool(stored[-1:].float().lt(1e-4).any())
+    return dataclasses.replace(hints, file_prediction_type=prediction, file_zero_terminal_snr=zero or None)
 
 
 def tokenizers_from_yaml(path: Path) -> list[Tokenizer] | None:
@@ -51,8 +78,10 @@ def tokenizers_from_yaml(path: Path) -> list[Tokenizer] | None:
 
 def _model(path: Path) -> Mapping[str, Any]:
     try:
+        if path.stat().st_size > 1_000_000:  # published ones have a few thousand
+            raise ValueError("it is longer than a million bytes")
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: of UTF-8, dates, numbers too long
         raise ModelError(f"'{path.name}' cannot be read as a model configuration", why=" ".join(str(error).split()),
                          remedy="repair the file or remove it") from error
     model = _section(content, "model", "params")
@@ -70,7 +99,19 @@ def _section(content: Any, *names: str) -> Mapping[str, Any]:
 
 def _positive(value: Any) -> int | None:
     """ldm writes -1 for "not given"."""
-    return int(value) if value is not None and int(value) > 0 else None
+    return _within(int(value), low=1, high=4096, name="a number of heads") if value is not None and int(value) > 0 else None
+
+
+def _activation(value: Any) -> Any:
+    if value not in (None, "quick_gelu", "gelu"):
+        raise ValueError(f"hidden_act is {value!r:.60}, not gelu or quick_gelu")
+    return value
+
+
+def _within(value: Any, *, low: float, high: float, name: str) -> Any:
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {value}, not between {low} and {high}")
+    return value
 
 
 def _prediction_type(model: Mapping[str, Any]) -> str | None:
@@ -85,8 +126,9 @@ def _prediction_type(model: Mapping[str, Any]) -> str | None:
 def _alphas_cumprod(model: Mapping[str, Any]) -> Any:
     if "linear_start" not in model or "linear_end" not in model:
         return None
-    return scaled_linear_alphas_cumprod(
-        start=float(model["linear_start"]), end=float(model["linear_end"]), steps=int(model.get("timesteps", 1000)))
+    start, end = (_within(float(model[name]), low=0, high=0.999, name=name) for name in ("linear_start", "linear_end"))
+    steps = _within(int(model.get("timesteps", 1000)), low=1, high=100_000, name="timesteps")
+    return scaled_linear_alphas_cumprod(start=start, end=end, steps=steps)
 
 
 def _text_folders(model: Mapping[str, Any], path: Path, file: str) -> list[Path | None]:
@@ -96,7 +138,7 @@ def _text_folders(model: Mapping[str, Any], path: Path, file: str) -> list[Path 
         embedder for embedder in embedders if isinstance(embedder, Mapping) and embedder.get("input_key") == "txt"]
     versions = [_section(section, "params").get("version") for section in sections]
     candidates = [[path.parent / version, Path(version)] if isinstance(version, str) else [] for version in versions]
-    return [next((folder for folder in folders if (folder / file).is_file()), None) for folders in candidates]
+    return [next((folder for folder in folders if os.path.isfile(folder / file)), None) for folders in candidates]
 
 
 def _read_json(file: Path) -> Mapping[str, Any]:

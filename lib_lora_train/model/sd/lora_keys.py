@@ -8,7 +8,7 @@ the UNet's transformers, and the attention and MLP layers of the text encoders. 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from lib_lora_train.model.architecture import UNET_COMPONENT
 
@@ -19,12 +19,19 @@ Shapes = Mapping[str, tuple[int, ...]]
 DIFFUSERS_PREFIXES = ("lora_te_", "lora_unet_down_blocks_", "lora_unet_mid_block_", "lora_unet_up_blocks_")
 SGM_PREFIXES = ("lora_te1_", "lora_te2_", "lora_unet_input_blocks_", "lora_unet_middle_block_", "lora_unet_output_blocks_")
 
+_FOREIGN = re.compile(r"(?:^|\.)(?P<peft>lora_[AB])\.|(?:^|[._])lora(?:_linear_layer)?\.(?:down|up)\.weight$")
 _IN_A_TRANSFORMER = re.compile(
     r"(?P<block>(?:input_blocks|output_blocks)\.\d+\.1|middle_block\.1)"
     r"\.(?P<rest>proj_in|proj_out|transformer_blocks\.\d+\."
     r"(?:attn[12]\.(?:to_q|to_k|to_v|to_out\.0)|ff\.net\.(?:0\.proj|2)))")
 _IN_A_TEXT_LAYER = re.compile(
     r"text_model\.encoder\.layers\.(?P<layer>\d+)\.(?:self_attn\.(?:q|k|v|out)_proj|mlp\.fc[12])")
+
+
+def foreign_layout(names: Iterable[str]) -> str:
+    """Whose layout a LoRA's tensor names have that is not kohya's: "PEFT" or "diffusers"; "" for all others."""
+    match = next(filter(None, map(_FOREIGN.search, names)), None)
+    return "" if match is None else "PEFT" if match["peft"] else "diffusers"
 
 
 def sd_keys(component: str, shapes: Shapes, *, last_text_layer: bool) -> Iterator[LoRAKey]:

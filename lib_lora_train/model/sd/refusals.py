@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lib_lora_train.errors import ModelError
 from lib_lora_train.model.sd.components import UNET_PREFIX
+from lib_lora_train.model.sd.lora_keys import foreign_layout
 
 SUPPORTED = "choose a Stable Diffusion 1.x, 2.x or SDXL base checkpoint"
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -21,10 +22,15 @@ _BEGINNINGS = (
     (("depth_model.",), "a depth-to-image model"),
     (("embedder.model.",), "an unCLIP model"),
     (("cond_stage_model.roberta.",), "an AltDiffusion model"),
+    (("control_model.", "input_hint_block.", "controlnet_"), "a ControlNet, not a checkpoint"),
+    (("emb_params", "clip_l", "clip_g", "string_to_param"), "a textual inversion embedding, not a checkpoint"),
     (("edm_mean", "edm_std", "edm_vpred"), "an EDM model (continuous noise levels)"),
     (("model_ema.",), "a training checkpoint with EMA weights only"),
     (("down_blocks.", "unet.down_blocks."), "a UNet in the layout of diffusers"),
 )
+# What is computed with, of UNet, VAE and text encoders.
+_USED = ("input_blocks.", "middle_block.", "output_blocks.", "out.", "time_embed.", "label_emb.", "encoder.", "decoder.",
+         "quant_conv.", "post_quant_conv.", "text_model.", "text_projection.")
 _INPUT_CHANNELS = {
     9: "an inpainting model", 8: "an instruct-pix2pix model", 7: "an upscaling model", 5: "a depth-to-image model",
 }
@@ -33,6 +39,8 @@ _INPUT_CHANNELS = {
 def refuse_other_kinds(tensors: Mapping[str, Tensor]) -> None:
     """Raise ModelError where the checkpoint is of a kind that cannot be trained on."""
     stem = tensors.get(f"{UNET_PREFIX}input_blocks.0.0.weight")
+    if (layout := foreign_layout(tensors)) and stem is None:
+        raise _refused(f"a LoRA in the layout of {layout}, not a checkpoint")
     for beginnings, kind in _BEGINNINGS:
         if kind.startswith(("a training", "a UNet")) and stem is not None:
             continue  # such extras do no harm beside a usable UNet
@@ -47,12 +55,17 @@ def refuse_other_kinds(tensors: Mapping[str, Tensor]) -> None:
         channels = stem.shape[1]
         raise _refused(_INPUT_CHANNELS.get(channels, "a model of an unknown kind"),
                        why=f"its UNet takes {channels} channels instead of 4")
-    for name, tensor in tensors.items():
-        # Buffers such as `position_ids` and `model_ema.num_updates` are integers in sound checkpoints.
-        if name.endswith((".weight", ".bias")) and tensor.dtype not in _FLOATS:
+
+
+def refuse_quantised(part: Mapping[str, Tensor]) -> None:
+    """Raise ModelError where a weight of a `part` (local names) that is computed with is not stored as 16 or 32 bits."""
+    for name, tensor in part.items():
+        # Buffers such as `position_ids` are integers in sound checkpoints.
+        if name.startswith(_USED) and name.endswith((".weight", ".bias")) and tensor.dtype not in _FLOATS:
+            stored = str(tensor.dtype).removeprefix("torch.")
             raise ModelError(
                 "The weights of this checkpoint are quantised",
-                why=f"'{name}' is stored as {str(tensor.dtype).removeprefix('torch.')}",
+                why=f"'{name}' is stored as {stored}{' (fp8)' if stored.startswith('float8') else ''}",
                 remedy="load it in 16 or 32 bits (no fp8, nf4 or gguf storage)")
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import argparse
 import importlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from lib_lora_train.settings import DECLARATIONS
+from lib_lora_train import terminal
+from lib_lora_train.errors import translated
+from lib_lora_train.settings import DECLARATIONS, user_path
 from lib_lora_train.tagging.options import MODES, OPTIONS
 
 USUAL_EPOCHS = DECLARATIONS["max_train_epochs"].default  # for which repeats are proposed
@@ -22,8 +23,12 @@ _TAG_SOURCES = ("wd", "infotext", "filename", "template")
 
 
 def _run(module: str, function: str = "run") -> Callable[[argparse.Namespace], int]:
-    """The command in `module`, imported when it is called."""
-    return lambda chosen: getattr(importlib.import_module(f"lib_lora_train.studio.commands.{module}"), function)(chosen)
+    """The command in `module`, imported when it is called. From there on Ctrl+C lets it keep what it has."""
+    def run(chosen: argparse.Namespace) -> int:
+        command = getattr(importlib.import_module(f"lib_lora_train.studio.commands.{module}"), function)
+        terminal.raise_on_interrupt()
+        return command(chosen)
+    return run
 
 
 def add_check(commands: Commands) -> None:
@@ -31,9 +36,9 @@ def add_check(commands: Commands) -> None:
     check = commands.add_parser(
         "check", help="say what is in a folder of pictures and what to fix first",
         description="Nothing is changed. Exit code: 0 nothing to fix, 3 something to look at, 2 cannot be trained on.")
-    check.add_argument("folder", type=Path, metavar="DIR", help="the pictures, or a folder of folders named like 10_name")
+    check.add_argument("folder", type=user_path, metavar="DIR", help="the pictures, or a folder of folders named like 10_name")
     check.add_argument("--json", action="store_true", help="everything that was found, as JSON")
-    check.add_argument("--sheet", type=Path, metavar="FILE", help="a picture of what the crops lose, as PNG, JPEG or WebP")
+    check.add_argument("--sheet", type=user_path, metavar="FILE", help="a picture of what the crops lose, as PNG, JPEG or WebP")
     check.add_argument("--family", choices=_FAMILIES, default="", help="the kind of model that will be trained, sd1, sd2 or "
                        "sdxl: 512, 768 or 1024 pixels; sd1 unless told otherwise")
     check.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the training, such as "
@@ -45,9 +50,9 @@ def add_prepare(commands: Commands) -> None:
     """Add `prepare`. Exit codes: 0 done, 2 bad input, 3 done but for what was named, 130 interrupted (what was done until
     then stays)."""
     prepare = commands.add_parser("prepare", help="bring pictures into a dataset and cut them to size")
-    prepare.add_argument("sources", nargs="+", type=Path, metavar="SOURCE", help="pictures, folders of pictures (with the "
+    prepare.add_argument("sources", nargs="+", type=user_path, metavar="SOURCE", help="pictures, folders of pictures (with the "
                          "folders in them) and zip files; they are only read. Captions beside the pictures come along")
-    prepare.add_argument("--to", type=Path, required=True, metavar="DIR", help="the dataset's folder; a new one is made, "
+    prepare.add_argument("--to", type=user_path, required=True, metavar="DIR", help="the dataset's folder; a new one is made, "
                          "and pictures are added to one that `prepare` or the page made")
     prepare.add_argument("--name", default="", metavar="CONCEPT", help="what the pictures show, as in 10_name")
     prepare.add_argument("--repeats", type=int, help="how often an epoch shows each picture (by default as the N_name folder "
@@ -64,7 +69,7 @@ def add_prepare(commands: Commands) -> None:
                          "with mask a mask that marks them is kept, for trainers with masked loss")
     prepare.add_argument("--dry-run", action="store_true", help="show what would come of it and write nothing")
     prepare.add_argument("--json", action="store_true", help="the result as JSON")
-    prepare.set_defaults(command=_run("prepare"))
+    prepare.set_defaults(command=translated("the dataset was prepared")(_run("prepare")))
 
 
 def add_tag(commands: Commands) -> None:
@@ -74,10 +79,10 @@ def add_tag(commands: Commands) -> None:
     tag = commands.add_parser("tag", help="caption a folder of pictures",
                               epilog=f"options for --set and their defaults:\n{names}",
                               formatter_class=argparse.RawDescriptionHelpFormatter)
-    tag.add_argument("folder", type=Path, metavar="DIR", help="the pictures, or a folder of folders named like 10_name")
+    tag.add_argument("folder", type=user_path, metavar="DIR", help="the pictures, or a folder of folders named like 10_name")
     tag.add_argument("--with", dest="source", required=True, choices=_TAG_SOURCES, help="wd: a WD v3 tagger; infotext: the "
                      "prompt inside the pictures; filename: their names; template: the same text for all")
-    tag.add_argument("--model", type=Path, metavar="DIR", help="the folder of the WD tagger: model.safetensors, config.json, "
+    tag.add_argument("--model", type=user_path, metavar="DIR", help="the WD tagger's folder: model.safetensors, config.json, "
                      "selected_tags.csv; or the name of a published one (wd-vit-tagger-v3)")
     tag.add_argument("--download", action="store_true", help="fetch the published tagger where it is not there")
     tag.add_argument("--threshold", metavar="N", help="general_threshold")
@@ -96,8 +101,8 @@ def add_verify(commands: Commands) -> None:
     """Add `check-captions` and `class-pictures`. Exit codes: 0 done, 2 bad input, 3 checked but for images that were
     named, 130 interrupted (images generated until then stay)."""
     check = commands.add_parser("check-captions", help="ask the model whether captions describe their pictures; worst first")
-    check.add_argument("folder", type=Path, metavar="DIR", help="the pictures, or a folder of folders named like 10_name")
-    check.add_argument("--sheet", type=Path, metavar="FILE.png", help="paint from the captions too, and draw originals and "
+    check.add_argument("folder", type=user_path, metavar="DIR", help="the pictures, or a folder of folders named like 10_name")
+    check.add_argument("--sheet", type=user_path, metavar="FILE.png", help="paint from the captions too; draws originals and "
                        "paintings side by side")
     check.add_argument("--seeds", type=int, help="pictures to paint for each caption (2 with --sheet, else 0)")
     check.add_argument("--worst", type=int, default=24, help="paint for so many of the worst captions only")
@@ -110,7 +115,7 @@ def add_verify(commands: Commands) -> None:
     images.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="what the class is (a photo of a "
                         "girl); may be repeated, they are taken in turn")
     images.add_argument("--count", type=int, required=True, help="how many there are to be; those that are there count")
-    images.add_argument("--to", type=Path, required=True, metavar="DIR", help="they go into DIR/1_class; DIR is reg_data_dir")
+    images.add_argument("--to", type=user_path, required=True, metavar="DIR", help="reg_data_dir; they go to DIR/1_class")
     images.add_argument("--resolution", default="auto", help="their size: auto, 512, or 768,512")
     images.add_argument("--negative", default="", metavar="TEXT", help="the negative prompt")
     images.add_argument("--seed", type=int, default=1, help="of the first picture; the others count on from it")
@@ -119,6 +124,6 @@ def add_verify(commands: Commands) -> None:
 
 
 def _add_generated(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", type=Path, required=True, help="the model, a .safetensors file")
+    parser.add_argument("--checkpoint", type=user_path, required=True, help="the model, a .safetensors file")
     parser.add_argument("--steps", type=int, default=20, help="steps a picture is painted in")
     parser.add_argument("--cfg", type=float, default=7.0, help="how strongly the text is followed while painting")

@@ -17,7 +17,7 @@ from lib_lora_train.settings import assignment, parse
 from lib_lora_train.storage.atomic import write_atomic
 from lib_lora_train.studio.commands.progress import progress_bar
 
-NOTHING_TO_FIX, UNUSABLE, TO_LOOK_AT, INTERRUPTED = 0, 2, 3, 130
+NOTHING_TO_FIX, UNUSABLE, TO_LOOK_AT = 0, 2, 3
 _SHEET_KINDS = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -26,13 +26,10 @@ def run(chosen: argparse.Namespace) -> int:
     settings = parse(dict(assignment(text) for text in chosen.set))
     if chosen.sheet is not None and chosen.sheet.suffix.lower() not in _SHEET_KINDS:
         raise SettingError(f"The crop sheet {chosen.sheet} cannot be written", why="its name must end in .png, .jpg or .webp")
-    try:
-        with progress_bar("Looking at pictures") as progress:
-            report = examine(chosen.folder, settings=settings, tokenizer=_tokenizer(), sizes=training_sizes(chosen.family),
-                             on_progress=progress)
-    except KeyboardInterrupt:
-        return INTERRUPTED  # nothing was changed, so there is nothing to say
-    print(json.dumps(report.to_dict(), ensure_ascii=False, indent=1) if chosen.json else report.text())
+    with progress_bar("Looking at pictures") as progress:
+        report = examine(chosen.folder, settings=settings, tokenizer=_tokenizer(), sizes=training_sizes(chosen.family),
+                         on_progress=progress)
+    print(json.dumps(report.to_dict(), indent=1) if chosen.json else report.text())
     if chosen.sheet is not None and any(image.usable for image in report.images):
         with translated("the crop sheet was written"):
             write_atomic(chosen.sheet, encode_image(crop_sheet(report), suffix=chosen.sheet.suffix.lower()))

@@ -145,8 +145,7 @@ def _report(chosen: argparse.Namespace, dataset: OwnedDataset, found: Collected,
         # A dry run's dataset lay elsewhere.
         print(json.dumps({"folder": str(chosen.to if chosen.dry_run else dataset.folder), "concept": dataset.concept,
                           "repeats": dataset.repeats, "written": not chosen.dry_run, "pictures": rows,
-                          "skipped": [{"name": name, "why": why} for name, why in skipped], "notes": notes},
-                         ensure_ascii=False, indent=1))
+                          "skipped": [{"name": name, "why": why} for name, why in skipped], "notes": notes}, indent=1))
         return SOME_LEFT_OUT if skipped else 0
     for row in rows:
         print(f"{row['name']}: {row['from'][0]}×{row['from'][1]}" + (

@@ -80,7 +80,7 @@ def _gathered(rows: Iterable[Row], *, as_json: bool, quietly: bool) -> tuple[dic
             problems += bool(problem)
             if as_json:
                 row = {"picture": str(path), "caption": caption, "problem": problem}
-                print(json.dumps(row, ensure_ascii=False), flush=True)
+                print(json.dumps(row), flush=True)
             elif problem:
                 tqdm.write(f"{path.name}: {problem}", file=sys.stderr)
             elif not quietly and caption is not None:

@@ -95,7 +95,7 @@ def _check_numbers(chosen: argparse.Namespace) -> None:
 
 def _as_json(row: Checked) -> str:
     return json.dumps({"picture": str(row.path), "caption": row.caption, "score": row.score, "gain": row.gain,
-                       "similarity": row.similarity, "problem": row.problem}, ensure_ascii=False)
+                       "similarity": row.similarity, "problem": row.problem})
 
 
 def _as_text(row: Checked) -> str:

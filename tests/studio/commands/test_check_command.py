@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from lib_lora_train.__main__ import main
 from lib_lora_train.demo import STYLE
 from lib_lora_train.errors import DatasetError, SettingError
 from lib_lora_train.model.family import FAMILIES
@@ -93,4 +94,4 @@ def test_an_interrupted_check_ends_as_interrupted(monkeypatch: pytest.MonkeyPatc
         raise KeyboardInterrupt
 
     monkeypatch.setattr(check_command, "progress_bar", lambda doing: contextlib.nullcontext(interrupt))
-    assert check(STYLE, "--json") == 130
+    assert main(["check", str(STYLE), "--json"]) == 130

@@ -1,0 +1,42 @@
+"""What a file is that was taken for a `.safetensors` file and is none: told from its first bytes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from lib_lora_train.errors import LoraTrainError
+
+_DOWNLOAD = "download it again"
+_PICKLED = ("a pickled file, which can run any program when it is opened", "convert it; a new name does not change what it is")
+# The first bytes -> what such a file is, and what to do.
+_BEGINNINGS = (
+    ((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"), *_PICKLED),
+    ((b"version https://git-lfs",), "a Git LFS pointer, a note of where the file itself is", "fetch it with git lfs pull"),
+    ((b"GGUF",), "a GGUF file, which holds quantised weights", "choose a .safetensors file"),
+    ((b"PK",), "a zip archive, as pickled files are too", "unpack it, and choose a .safetensors file"),
+    ((b"7z\xbc\xaf", b"Rar!", b"\x1f\x8b"), "a packed archive", "unpack it"),
+    ((b"<",), "a web page, as servers send it in place of a file that they refuse", _DOWNLOAD),
+    ((b"{", b"["), "a JSON text, as servers send it in place of a file that they refuse", _DOWNLOAD),
+)
+
+
+def refuse_wrong_content(path: Path, error: type[LoraTrainError]) -> None:
+    """Raise `error`, which says what the file at `path` is, where it does not begin as a safetensors file does or is shorter
+    than it says. Nothing is raised for one that cannot be read."""
+    try:
+        with path.open("rb") as file:
+            start, size = file.read(512), os.fstat(file.fileno()).st_size
+    except (OSError, ValueError):
+        return
+    if start[8:9] == b"{":
+        if 8 + int.from_bytes(start[:8], "little") > size:
+            raise error(f"{path.name} is damaged", why="its end is missing", remedy=_DOWNLOAD)
+        return
+    if start[:2] == b"PK" and b"/data.pkl" in start:  # torch.save's archive
+        what, remedy = _PICKLED
+    else:
+        text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
+        known = ((what, remedy) for beginnings, what, remedy in _BEGINNINGS if text.startswith(beginnings))
+        what, remedy = next(known, ("", "choose another file")) if size else ("empty", _DOWNLOAD)
+    raise error(f"{path.name} is not a safetensors file", why=what and f"it is {what}", remedy=remedy)

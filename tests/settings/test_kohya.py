@@ -1,0 +1,116 @@
+"""Settings as kohya's scripts and the page kohya_ss write them: understood, or told all at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lib_lora_train.errors import SettingError
+from lib_lora_train.settings import DECLARATIONS, kohya, parse
+from lib_lora_train.settings.toml import read_toml
+
+# What `kohya_ss` writes beside a training (v25), the settings that were not filled in as it leaves them.
+GUI = {
+    "LoRA_type": "Standard", "cache_latents": True, "cache_latents_to_disk": False, "caption_extension": ".txt",
+    "clip_skip": "1", "conv_alpha": 1, "conv_dim": 1, "dynamo_backend": "no", "epoch": 4, "huber_c": 0.1,
+    "huber_schedule": "snr",
+    "keep_tokens": "0", "learning_rate": 0.0001, "lr_scheduler": "constant_with_warmup", "lr_warmup": 10, "lr_warmup_steps": 0,
+    "max_data_loader_n_workers": "0", "max_resolution": "512,768", "max_timestep": 1000, "max_token_length": 75,
+    "max_train_epochs": 0, "max_train_steps": 1600, "mem_eff_attn": False, "min_snr_gamma": 0, "multires_noise_discount": 0.3,
+    "network_alpha": 0, "network_dim": 8, "network_dropout": 0, "noise_offset_type": "Original", "optimizer": "AdamW8bit",
+    "optimizer_args": "", "pretrained_model_name_or_path": "C:/model.safetensors", "sdxl": False, "seed": "",
+    "text_encoder_lr": 0, "train_data_dir": "C:\\pictures", "unet_lr": "1e-4", "v2": False, "v_parameterization": False,
+    "xformers": "xformers"}
+
+
+def test_a_file_of_kohya_ss_becomes_our_settings_and_all_that_it_says_is_told():
+    values, notes = kohya.adopted(GUI)
+    settings = parse(values)
+    assert (settings.dataset.resolution, settings.optimizer.max_train_steps) == ("512,768", 1600)
+    assert (settings.optimizer.optimizer_type, settings.optimizer.lr_scheduler) == ("AdamW", "constant")
+    assert settings.optimizer.lr_warmup_steps == 0.1 and settings.optimizer.seed == DECLARATIONS["seed"].default
+    assert (settings.network.network_dim, settings.network.network_alpha) == (8, 8.0)  # kohya: alpha 0 is the rank
+    assert settings.loss.v_parameterization == "auto" and not settings.dataset.cache_latents_to_disk
+    told = " ".join(notes)
+    named = {"max_resolution", "epoch", "optimizer", "lr_warmup", "constant_with_warmup", "cache_latents", "xformers",
+             "pretrained_model_name_or_path", "network_train_unet_only"}
+    assert not [name for name in named if name not in told]
+    assert "cache_latents_to_disk" not in told
+
+
+@pytest.mark.parametrize(("values", "epochs", "steps"), [
+    ({"epoch": 4, "max_train_steps": 0}, 4, 0), ({"epoch": 4, "max_train_steps": "1600"}, 10, 1600),
+    ({"sdpa": True, "max_train_epochs": 3, "max_train_steps": 1600}, 3, 0), ({"epoch": 4, "max_train_epochs": 3}, 3, 0)])
+def test_how_long_a_file_of_kohyas_trains_is_as_there(values, epochs, steps):
+    # sd-scripts: epochs override steps. kohya_ss hands on its `epoch` only to compute steps where none are given.
+    optimizer = parse(kohya.adopted(values)[0]).optimizer
+    assert (optimizer.max_train_epochs, optimizer.max_train_steps) == (epochs, steps)
+
+
+def test_a_percentage_that_is_no_number_is_refused_by_name():
+    with pytest.raises(SettingError, match="lr_warmup_steps"):
+        parse(kohya.adopted({"lr_warmup": "ten"})[0])
+
+
+def test_every_name_of_sd_scripts_and_of_kohya_ss_is_explained_or_ours():
+    # A sample of each group of their argument parsers.
+    names = ("network_module network_args network_dropout scale_weight_norms base_weights v2 vae tokenizer_cache_dir "
+             "use_8bit_adam optimizer_args lr_scheduler_args lr_decay_steps save_model_as save_n_epoch_ratio max_token_length "
+             "sdpa lowram "
+             "full_bf16 fp8_base ddp_timeout log_with noise_offset_random_strength multires_noise_iterations ip_noise_gamma "
+             "huber_scale sample_prompts masked_loss caption_prefix enable_wildcard face_crop_aug_range in_json dataset_config "
+             "debiased_estimation_loss weighted_captions validation_split metadata_title huggingface_token deepspeed "
+             "LoRA_type LyCORIS_preset stop_text_encoder_training train_inpainting flux1_checkbox sd3_clip_l t5xxl").split()
+    assert not [name for name in names if name not in kohya.explanations() and name not in DECLARATIONS]
+    assert not set(kohya.explanations()) & set(DECLARATIONS)
+
+
+def test_unknown_settings_are_told_all_at_once_each_with_what_it_is_here():
+    with pytest.raises(SettingError) as refusal:
+        parse({"network_dim": 4, "lerning_rate": 1, "cache_latents": True, "max_resolution": "512", "network_dropout": 0.1,
+               "zzz": 1})
+    text = str(refusal.value)
+    assert all(repr(name) in text for name in ("lerning_rate", "cache_latents", "max_resolution", "network_dropout", "zzz"))
+    assert "'learning_rate'" in text and "cache_latents_to_disk" not in text and "here resolution" in text
+    assert "'network_dim'" not in text and "\n" not in text
+
+
+def test_what_is_not_supported_is_refused_where_it_would_change_the_training_and_not_where_it_is_off():
+    off = {"use_8bit_adam": False, "network_dropout": "0", "optimizer_args": [], "loss_type": "l2", "lr_scheduler_power": 1.0,
+           "network_module": "networks.lora", "scale_weight_norms": None, "min_timestep": 0}
+    values, notes = kohya.adopted(off)
+    assert values == {} and "8 settings" in notes[0]
+    for name, value in {"use_8bit_adam": True, "network_dropout": 0.1, "optimizer_args": ["d0=1"], "loss_type": "huber",
+                        "network_module": "lycoris.kohya", "datasets": [{"resolution": 512}]}.items():
+        with pytest.raises(SettingError, match=name):
+            parse(kohya.adopted({name: value})[0])
+
+
+def test_our_own_files_are_read_as_they_are():
+    values = {"max_train_epochs": 3, "max_train_steps": 9, "network_dim": 8}
+    assert kohya.adopted(values) == (values, [])
+
+
+@pytest.mark.parametrize(("text", "encoding"), [
+    ("[network_args.args]\nnetwork_dim = 8", "utf-8"), ("network_dim = 8", "utf-16"), ("network_dim = 8", "utf-8-sig"),
+    ('{"network_dim": 8}', "utf-8"), ("network.network_dim = 8", "utf-8")])
+def test_tables_in_tables_json_and_the_encodings_of_windows_are_read(tmp_path: Path, text: str, encoding: str):
+    (tmp_path / "run.toml").write_bytes(text.encode(encoding))
+    assert read_toml(tmp_path / "run.toml") == {"network_dim": 8}
+
+
+def test_a_file_in_another_encoding_or_with_a_windows_path_says_how_to_write_it(tmp_path: Path):
+    for data, word in (("output_name = \"привет\"".encode("cp1251"), "UTF-8"),
+                       (b'train_data_dir = "C:\\Users"', "'single quotes'"),
+                       (b'{"a": ', "not a TOML file")):
+        (tmp_path / "run.toml").write_bytes(data)
+        with pytest.raises(SettingError) as refusal:
+            read_toml(tmp_path / "run.toml")
+        assert word in str(refusal.value)
+
+
+def test_json_as_kohya_ss_writes_it_goes_all_the_way(tmp_path: Path):
+    (tmp_path / "kohya.json").write_text(json.dumps(GUI, indent=2), encoding="utf-8")
+    assert parse(kohya.adopted(read_toml(tmp_path / "kohya.json"))[0]) == parse(kohya.adopted(GUI)[0])
