@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-# The formats behind the names of `images.IMAGE_SUFFIXES`. Pillow goes by the content: for a PostScript file called x.png it would run Ghostscript.
+# Those of `images.IMAGE_SUFFIXES`. Pillow goes by the content: for a PostScript file called x.png it would run Ghostscript.
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "HEIF", "JXL")
 
 _MOST_CHUNKS = 100_000  # of a PNG
@@ -23,8 +23,7 @@ _KINDS = tuple((re.compile(start, re.DOTALL | re.IGNORECASE), name, remedy) for 
     (rb"....ftyp(avi[fs]|mif1.{0,40}avif)", "an AVIF picture", _TO_CONVERT),
     (rb"....ftyp(he[iv]|mif1|msf1)", "a HEIC picture, as phones of Apple take them", _TO_CONVERT),
     (rb"\xff\x0a|\0\0\0\x0cJXL ", "a JPEG XL picture", f"{_TO_CONVERT} (djxl does it without loss)"),
-    (rb"8BPS", "a Photoshop file", _TO_CONVERT),
-    (rb"%PDF|%!PS", "a PDF or PostScript file", _TO_CONVERT),
+    (rb"8BPS|%PDF|%!PS", "a Photoshop, PDF or PostScript file", _TO_CONVERT),
     (rb"....ftyp|\x1a\x45\xdf\xa3", "a film", "save single frames of it as PNG"),
     (rb"\s*(<!doctype html|<html)", "a web page that was saved under a picture's name", "download the picture again"),
     (rb"\s*(<\?xml|<svg)", "an SVG drawing or another XML file", "export it as PNG"),

@@ -346,12 +346,9 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 def _has_several(image: Image.Image) -> bool:
     """Whether more frames or pages follow the first; asked before decoding. What cannot be read of them counts as none."""
-    try:
-        if image.format == "TIFF":
-            return image.n_frames > 1
-        return bool(getattr(image, "is_animated", False))
-    except _DECODER_ERRORS:
-        return False
+    with contextlib.suppress(*_DECODER_ERRORS):
+        return image.n_frames > 1 if image.format == "TIFF" else getattr(image, "is_animated", False)
+    return False
 
 
 def _may_be_transparent(image: Image.Image) -> bool:

@@ -17,8 +17,8 @@ MOST_DEPTH, MOST_FOLDERS = 16, 5_000  # of a tree; beyond, somebody has chosen a
 _REPEATS_AND_NAME = re.compile(r"(\d+)_(.*)")
 # What Windows, macOS and network drives (Synology, QNAP) keep beside files: bins, snapshots, thumbnails.
 _OF_THE_SYSTEM = frozenset((
-    "__macosx", "$recycle.bin", "recycler", "system volume information", "lost+found", "#recycle", "#snapshot", "@eadir", "@tmp",
-    "@recycle", "@recently-snapshot", "@__thumb"))
+    "__macosx", "$recycle.bin", "recycler", "system volume information", "lost+found", "#recycle", "#snapshot", "@eadir",
+    "@tmp", "@recycle", "@recently-snapshot", "@__thumb"))
 
 
 class Listing(NamedTuple):
@@ -45,14 +45,11 @@ def list_folder(folder: Path, *, what: str = "dataset", may_read: MayRead | None
                     is_folder, is_file = entry.is_dir(), entry.is_file()
                 except OSError:  # links in a circle
                     is_folder = is_file = False
-                if not is_folder and not is_file:
-                    if entry.is_symlink() and not os.path.exists(path):
-                        found.dead.append(path)
-                    continue
-                if is_folder and is_of_the_system(entry.name):
+                dead = entry.is_symlink() and not os.path.exists(path)
+                if not (is_folder or is_file or dead) or is_folder and is_of_the_system(entry.name):
                     continue
                 refused = may_read is not None and (is_folder or entry.is_symlink()) and not may_read(path)
-                (found.refused if refused else found.folders if is_folder else found.files).append(path)
+                (found.refused if refused else found.dead if dead else found.folders if is_folder else found.files).append(path)
     except NotADirectoryError as error:
         raise DatasetError(f"{folder} is a file", remedy=f"choose the {what} folder that holds the pictures") from error
     except (FileNotFoundError, ValueError) as error:  # ValueError: a name that no file can have

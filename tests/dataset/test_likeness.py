@@ -90,7 +90,7 @@ def heart(colour: str, background: str) -> Image.Image:
     (heart("black", "white"), heart("white", "black")), (Image.new("RGB", (9, 9), "white"), Image.new("RGB", (9, 9), "black")),
     (texture(3), texture(3).transpose(Image.Transpose.FLIP_TOP_BOTTOM)),
 ], ids=["other colour", "other darkness", "inverted", "blank", "upside down"])
-def test_what_differs_in_colour_or_light_or_stands_on_its_head_is_another_image(first: Image.Image, second: Image.Image) -> None:
+def test_what_differs_in_colour_or_light_or_is_upside_down_is_another_image(first: Image.Image, second: Image.Image) -> None:
     assert near_duplicates([thumbnail(first), thumbnail(second)]) == []
 
 
@@ -112,7 +112,8 @@ def in_pairs(thumbnails: list[np.ndarray]) -> list[tuple[int, ...]]:
     return sorted({tuple(sorted(group)) for group in groups if len(group) > 1})
 
 
-@pytest.mark.parametrize("edges", [(15, 15, 15, 15), (20, 20, 20, 20), (20, 0, 0, 0), (0, 10, 20, 0), (0, 0, 0, 20), (12, 20, 17, 10)])
+@pytest.mark.parametrize("edges", [
+    (15, 15, 15, 15), (20, 20, 20, 20), (20, 0, 0, 0), (0, 10, 20, 0), (0, 0, 0, 20), (12, 20, 17, 10)])
 def test_an_image_cut_by_ten_to_twenty_pixels_is_found_and_no_other_is(edges: tuple[int, int, int, int]) -> None:
     left, top, right, bottom = edges
     images = [*(image.resize((160, 160), Image.Resampling.LANCZOS) for image in DRAWINGS), *(

@@ -66,7 +66,7 @@ def collect(
 ) -> Collected:
     """Copy the images of `sources` into `dataset`, with the captions beside them.
 
-    A folder is read with all folders below it, as an archive is. `transparent="mask"` keeps transparency as a mask, "white" forgets it.
+    A folder is read with all below it. `transparent="mask"` keeps transparency as a mask, "white" forgets it.
     With `dry_run` nothing is written: `added` are the paths that would be. `may_read` is asked for every file and folder.
     Raises Interrupted when `should_stop()` says so and OutputError if the disk refuses; what was added until then stays,
     whole.
