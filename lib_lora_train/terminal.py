@@ -61,7 +61,7 @@ def set_up() -> None:
 
 
 def end_on_interrupt() -> None:
-    """From here on Ctrl+C ends the program at once: there is nothing to keep. An exception might be lost in what is imported."""
+    """From here on Ctrl+C ends the program at once: there is nothing to keep. Imports may swallow an exception."""
     signal.signal(signal.SIGINT, _end)
 
 

@@ -28,7 +28,7 @@ from tests.jobs import plan_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SIGNALS = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows sends signals to the whole console, or ends the process")
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows signals the whole console, or ends the process")
 
 
 @pytest.fixture

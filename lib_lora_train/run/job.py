@@ -42,8 +42,8 @@ def run_job(plan: RunPlan, host: Host, *, report: Report, stop: Stop, folder: Pa
             group: ProcessGroup = SINGLE_PROCESS) -> Finished:
     """Carry out a plan on the model that `host` holds.
 
-    What `report` raises ends nothing (see `shielded`). `stop` is asked between steps and images: "" to go on, "stop" to end, "save" to end and keep what was learnt.
-    `folder` is the run's, where the state to resume from is kept; None keeps none.
+    What `report` raises ends nothing (see `shielded`). `stop` is asked between steps and images: "" to go on, "stop" to end,
+    "save" to end and keep what was learnt. `folder` is the run's, where the state to resume from is kept; None keeps none.
     All processes of a `group` call this, on the same files; rank 0 alone saves, and the others' path is "".
     The last event, `Finished`, is returned and left to the caller to report, who knows how failures end too.
     Raises UserError, HostError, TrainingError, and Interrupted where a stop came before the first step.

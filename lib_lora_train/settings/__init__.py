@@ -20,7 +20,9 @@ from lib_lora_train.settings.areas import (
     OptimizerSettings,
     SaveSettings,
 )
-from lib_lora_train.settings.field import Declaration, Value, declarations, read, user_path, with_home
+from lib_lora_train.settings.field import Declaration, Value, declarations, read
+from lib_lora_train.settings.field import user_path as user_path
+from lib_lora_train.settings.field import with_home as with_home
 
 
 @dataclasses.dataclass(frozen=True)

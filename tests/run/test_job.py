@@ -246,8 +246,8 @@ def test_why_a_run_failed_is_told_although_nothing_can_be_saved(images, host, mo
         run_settings(settings(images), host, report=report, stop=lambda: "")
 
 
-@pytest.mark.parametrize("error", [BrokenPipeError(errno.EPIPE, "Broken pipe"), OSError(errno.ENOSPC, "No space left on device"),
-                                   ZeroDivisionError("a display's defect")])
+@pytest.mark.parametrize("error", [BrokenPipeError(errno.EPIPE, "Broken pipe"),
+                                   OSError(errno.ENOSPC, "No space left on device"), ZeroDivisionError("a display's defect")])
 def test_what_only_shows_a_run_does_not_end_it(images, host, caplog, error):
     def report(event: events.Event) -> None:
         raise error

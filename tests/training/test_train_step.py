@@ -92,7 +92,8 @@ def unharmed() -> small_run.Result:
     RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
     RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
     RuntimeError("cuDNN Frontend error: No valid execution plans built.")],
-    ids=["GPU", "python", "cuBLAS", "CPU on Windows", "CPU", "cuDNN 8 engines", "cuBLAS handle", "cuDNN 8", "cuDNN 9", "cuDNN 9 plans"])
+    ids=["GPU", "python", "cuBLAS", "CPU on Windows", "CPU", "cuDNN 8 engines", "cuBLAS handle", "cuDNN 8", "cuDNN 9",
+         "cuDNN 9 plans"])
 def test_a_full_memory_is_known_by_every_name_it_has(error):
     assert is_out_of_memory(error) and not is_out_of_memory(RuntimeError("a defect"))
 
