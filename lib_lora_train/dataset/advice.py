@@ -60,8 +60,7 @@ def _files(report: DatasetReport) -> Iterator[Weighted]:
             f"{_count(alike, 'picture')} cannot be used and would be left out ({_names(alike)}): {why}.")
     if several := [image for image in report.images if image.several]:
         yield 1, (f"{_count(several, 'picture')} {'holds' if len(several) == 1 else 'hold'} several frames or pages "
-                  f"({_names(several)}), of which only the first is trained: save the others as pictures of their own if they "
-                  "are wanted.")
+                  f"({_names(several)}), of which only the first is trained: save the others as pictures of their own.")
 
 
 def _number(report: DatasetReport) -> Iterator[Weighted]:

@@ -49,8 +49,7 @@ def crop_sheet(report: DatasetReport, *, most: int = 48) -> Image.Image:
 def dimmed(image: Image.Image, kept: tuple[float, float, float, float]) -> Image.Image:
     """The RGB image with everything outside `kept` (left, top, right, bottom in pixels) greyed, and a frame around it."""
     left, top = (min(round(start), side - 1) for start, side in zip(kept, image.size, strict=False))
-    # At least a pixel, although a separator made small may keep less of itself.
-    box = left, top, max(left + 1, round(kept[2])), max(top + 1, round(kept[3]))
+    box = left, top, max(left + 1, round(kept[2])), max(top + 1, round(kept[3]))  # at least a pixel, of a thin one too
     grey = Image.blend(Image.new("RGB", image.size, (128, 128, 128)), image.convert("L").convert("RGB"), _DIMMED)
     grey.paste(image.crop(box), box[:2])
     if box != (0, 0, *image.size):

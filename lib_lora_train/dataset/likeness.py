@@ -63,8 +63,7 @@ def near_duplicates(thumbnails: Sequence[Thumbnail], *, should_stop: ShouldStop 
     images = np.stack(list(thumbnails))
     group = np.arange(len(images))  # the smallest index of each image's group
     coarse, fine = _parts(images, _WHOLE, _WHOLE, cells=4)[:, 0], _parts(images, _WHOLE, _SIDEWAYS, cells=8)
-    flat = images.reshape(len(images), -1)
-    levels = np.stack([flat.mean(axis=1), flat.std(axis=1)], axis=1)
+    levels = np.stack([images.mean(axis=(1, 2, 3)), images.std(axis=(1, 2, 3))], axis=1)
     for start in range(0, len(images), _ROWS):
         if should_stop is not None and should_stop():
             raise Interrupted("The search for near-duplicates was stopped")

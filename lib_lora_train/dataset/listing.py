@@ -66,9 +66,7 @@ def list_tree(folder: Path, *, may_read: MayRead | None = None) -> list[tuple[tu
     None comes twice, by whatever links it is reached; one that cannot be read, or lies too deep, is `refused` where it lies.
     Arguments and errors as for `list_folder`.
     """
-    found: list[tuple[tuple[str, ...], Listing]] = []
-    seen: set[str] = set()
-    waiting: list[tuple[tuple[str, ...], Path, list[Path]]] = [((), folder, [])]
+    found, seen, waiting = [], set(), [((), folder, [])]
     while waiting:
         parts, path, refused = waiting.pop()
         try:
