@@ -153,7 +153,7 @@ class DatasetSession:
     def entry(self, index: int) -> dict[str, Any]:
         """What the gallery shows of one image. A file that cannot be read shows as such and has no size.
 
-        "why" is why it cannot be used, "caption_problem" why its caption cannot be read, or what is odd about the caption's file.
+        "why" is why it cannot be used, "caption_problem" why its caption cannot be read, or what is odd about its file.
         """
         path = self.store.images[index]
         name, problems = self.name(path), self.problems(index)
