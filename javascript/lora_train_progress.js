@@ -83,7 +83,8 @@
         function drawOutcome(answer) {
             const finished = answer.finished;
             view.outcome.hidden = !finished;
-            view.outcome.classList.toggle("lora-train-problem", Boolean(finished && finished.outcome === "failed"));
+            view.outcome.classList.toggle("lora-train-problem", Boolean(
+                finished && (finished.outcome === "failed" || finished.verdict === "ruined")));
             view.outcome.textContent = finished ? finished.message : "";
         }
 

@@ -190,7 +190,8 @@ def _runs(chosen: argparse.Namespace) -> int:
         print(json.dumps([dataclasses.asdict(run) for run in found], indent=1))
     for run in found if not chosen.json else ():
         resumable = "" if run.resume_step is None else f"--resume {run.id}"
-        print(f"{run.id:40} {run.outcome:12} {run.steps:>6}/{run.total:<6} {resumable}".rstrip())
+        ended = "ruined" if run.verdict == "ruined" else run.outcome
+        print(f"{run.id:40} {ended:12} {run.steps:>6}/{run.total:<6} {resumable}".rstrip())
     return 0
 
 
@@ -217,8 +218,8 @@ def _inspect(chosen: argparse.Namespace) -> int:
             print("metadata")
             for key, text in sorted(value.items()):
                 print(f"  {key:36} {text if len(text) <= 120 else text[:117] + '…'}")
-        elif name == "keys":
-            print(f"{'keys':16} {len(value)} (--json lists them)")
+        elif name in ("keys", "not_finite"):
+            print(f"{name:16} {len(value)}{' (--json lists them)' if value else ''}")
         else:
             print(f"{name:16} {'-' if value is None else value}")
     return 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
@@ -16,6 +17,7 @@ from lib_lora_train.errors import LoraTrainError
 
 log = logging.getLogger(__name__)
 Outcome = Literal["done", "stopped", "failed"]
+Verdict = Literal["", "healthy", "ruined"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,8 @@ class Step:
 
     `loss` is the mean over the step's micro-batches after all weighting, `average_loss` the mean over the last epoch's
     worth of steps. `learning_rate` is the UNet's, `text_encoder_lr` 0 where no text encoder is trained. `seconds_left`
-    is None until the speed is known. `skipped` marks a step whose gradients overflowed in fp16 and were not applied.
+    is None until the speed is known. `skipped` marks a step that was not applied, since its gradients or its loss were not
+    finite (None in JSON); `skipped_steps` counts those of the run.
     """
 
     kind: ClassVar[str] = "step"
@@ -68,6 +71,7 @@ class Step:
     steps_per_second: float | None
     seconds_left: float | None
     skipped: bool = False
+    skipped_steps: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,13 +95,15 @@ class Warned:
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-    """The last event of every run. `path` is the result, "" where there is none."""
+    """The last event of every run. `path` is the result, "" where there is none; `verdict` what it is worth, "" where nobody
+    looked."""
 
     kind: ClassVar[str] = "finished"
     outcome: Outcome
     message: str
     path: str
     steps: int
+    verdict: Verdict = ""
 
 
 Event = Planned | Stage | Step | Saved | Warned | Finished
@@ -107,15 +113,17 @@ _KINDS: dict[str, type] = {cls.kind: cls for cls in (Planned, Stage, Step, Saved
 
 
 def to_dict(event: Event) -> dict[str, Any]:
-    """The event as plain data, its kind under "event"."""
-    return {"event": event.kind, **dataclasses.asdict(event)}
+    """The event as plain data, its kind under "event". JSON has no NaN: such a number is None."""
+    return {"event": event.kind, **{name: None if isinstance(value, float) and not math.isfinite(value) else value
+                                    for name, value in dataclasses.asdict(event).items()}}
 
 
 def from_dict(data: dict[str, Any]) -> Event:
     """The event that `to_dict` wrote. Fields added by a later version are left out; raises KeyError on an unknown kind."""
     cls = _KINDS[data["event"]]
-    names = {field.name for field in dataclasses.fields(cls)}
-    return cls(**{name: value for name, value in data.items() if name in names})
+    types = {field.name: field.type for field in dataclasses.fields(cls)}
+    return cls(**{name: math.nan if value is None and types[name] == "float" else value
+                  for name, value in data.items() if name in types})
 
 
 def shielded(report: Report) -> Report:

@@ -49,6 +49,7 @@ class FakeJob:
     def __init__(self) -> None:
         self._steps: queue.Queue[int] = queue.Queue()
         self.warning = ""
+        self.verdict: events.Verdict = "healthy"
         self.stage = events.Stage("Encoding pictures", 1, 3)
         self.seen: Settings | None = None
 
@@ -76,7 +77,8 @@ class FakeJob:
             return events.Finished("stopped", "Stopped after 0 steps; nothing was saved.", "", step)
         path.write_bytes(b"a LoRA")
         report(events.Saved(str(path), step, 1, True))
-        return events.Finished("stopped" if stop() else "done", f"{path.stem} is ready.", str(path), step)
+        worth = "ruined" if self.verdict == "ruined" else "ready"
+        return events.Finished("stopped" if stop() else "done", f"{path.stem} is {worth}.", str(path), step, self.verdict)
 
 
 def interrupted_run(host: FakeHost, settings: Settings, *, step: int, total: int = FakeJob.TOTAL) -> str:

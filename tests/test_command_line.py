@@ -51,7 +51,7 @@ def test_a_run_ends_with_0_a_file_and_nothing_but_events_on_stdout(run, train, t
     done = run(*train, "--set", "max_train_epochs=1", "--json")
     assert done.returncode == 0, done.stderr
     seen = lines(done.stdout)
-    assert seen[-1] == events.Finished("done", seen[-1].message, str(tmp_path / "out" / "zzk.safetensors"), 4)
+    assert seen[-1] == events.Finished("done", seen[-1].message, str(tmp_path / "out" / "zzk.safetensors"), 4, "healthy")
     assert (tmp_path / "out" / "zzk.safetensors").is_file()
 
 

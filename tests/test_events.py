@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 
@@ -20,6 +21,14 @@ ALL = [
 @pytest.mark.parametrize("event", ALL, ids=lambda e: e.kind)
 def test_an_event_comes_back_from_json_as_it_was(event):
     assert events.from_dict(json.loads(json.dumps(events.to_dict(event)))) == event
+
+
+def test_a_loss_that_is_no_number_is_null_in_json_and_comes_back_as_none_of_them():
+    event = dataclasses.replace(ALL[2], loss=math.nan, average_loss=math.inf)
+    data = json.loads(json.dumps(events.to_dict(event), allow_nan=False))
+    assert data["loss"] is data["average_loss"] is None
+    read = events.from_dict(data)
+    assert math.isnan(read.loss) and math.isnan(read.average_loss) and read.seconds_left is None
 
 
 @pytest.mark.parametrize("event", ALL, ids=lambda e: e.kind)

@@ -54,7 +54,7 @@ from fuzz_inputs import (
 from PIL import Image
 
 from lib_lora_train.adapters import file as lora_file
-from lib_lora_train.dataset import captions, folder, images
+from lib_lora_train.dataset import caption_files, captions, folder, images
 from lib_lora_train.errors import LoraTrainError, printable
 from lib_lora_train.host.standalone import StandaloneHost, describe_file
 from lib_lora_train.run.output import checked_name, destination
@@ -113,8 +113,10 @@ def _written(data: bytes, path: Path) -> Path:
 
 
 def _caption(data: bytes, root: Path) -> object:
-    caption = captions.read_caption(_written(data, root / "1.txt"))
-    return captions.process_caption(captions.first_line(caption), rng=random.Random(1), trigger_word="zzk, girl",
+    found = caption_files.read_caption_file(_written(data, root / "1.txt"))
+    if found.error:
+        raise found.error
+    return captions.process_caption(found.line, rng=random.Random(1), trigger_word="zzk, girl",
                                     shuffle_caption=True, keep_tokens=1, caption_tag_dropout_rate=0.2)
 
 

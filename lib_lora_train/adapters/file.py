@@ -24,6 +24,7 @@ from torch import Tensor
 from lib_lora_train.errors import LoraFileError, TrainingError, translated
 from lib_lora_train.model.architecture import UNET_COMPONENT
 from lib_lora_train.model.family import FAMILIES
+from lib_lora_train.model.fingerprint import not_finite
 from lib_lora_train.model.sd.lora_keys import foreign_layout
 from lib_lora_train.storage.atomic import replacing
 from lib_lora_train.storage.content import refuse_wrong_content
@@ -56,6 +57,7 @@ class LoraInfo:
     components   layers by component: {"unet": 192, "te": 72}
     keys         all tensor names, sorted
     dtypes       the number formats of the weights, "float16"
+    not_finite   tensors that hold a NaN or an infinity; one of them spoils every picture
     model_hash   as computed from the bytes: what the WebUI and CivitAI look the file up by
     hash_ok      whether the file's own `sshs_model_hash` says the same; None where it has none
     size         bytes
@@ -69,6 +71,7 @@ class LoraInfo:
     components: Mapping[str, int]
     keys: tuple[str, ...]
     dtypes: tuple[str, ...]
+    not_finite: tuple[str, ...]
     metadata: Mapping[str, str]
     model_hash: str
     hash_ok: bool | None
@@ -89,11 +92,10 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str],
     assert path.suffix == ".safetensors", "the WebUI finds LoRAs by this suffix"
     assert metadata.get("ss_output_name", path.stem) == path.stem, "the alias must equal the file's stem"
     weights = {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in tensors.items()}
-    for key, tensor in weights.items():
-        if not torch.isfinite(tensor).all():
-            raise TrainingError(
-                f"The LoRA was not saved to {path.name}", why=f"{key} holds values that are not numbers",
-                remedy="lower the learning rate, or save as float if it was saved as fp16")
+    if bad := not_finite(weights):
+        raise TrainingError(
+            f"The LoRA was not saved to {path.name}", why=f"{bad[0]} holds values that are not numbers",
+            remedy="lower the learning rate, or save as float if it was saved as fp16")
     # sd-scripts takes the hashes of a file with the `ss_*` metadata alone, so that editing a title or adding the hashes
     # themselves changes neither.
     data = safetensors.torch.save(weights, {key: value for key, value in metadata.items() if key.startswith("ss_")})
@@ -144,7 +146,7 @@ def inspect(path: Path) -> LoraInfo:
         components=dict(sorted(Counter(_component(layer) for layer in layers).items())),
         keys=tuple(sorted(file.tensors)),
         dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in file.tensors.values()})),
-        metadata=file.metadata, model_hash=file.model_hash,
+        not_finite=tuple(not_finite(file.tensors)), metadata=file.metadata, model_hash=file.model_hash,
         hash_ok=None if stored_hash is None else stored_hash == file.model_hash,
         size=file.path.stat().st_size)
 

@@ -120,7 +120,8 @@ def status(*, runner: Runner, host: Host, after: int = 0) -> dict[str, Any]:
                         has changed, points that were sent before were dropped: request once more with after=0
         warnings        sentences
         saved           [{path, step, epoch, final, lora_text}] in the order they were written
-        finished        {outcome: "done"|"stopped"|"failed", message, path, steps} or None
+        finished        {outcome: "done"|"stopped"|"failed", message, path, steps, verdict} or None; the verdict is "healthy",
+                        "ruined", or "" where nobody looked
         lora_text       "<lora:name:1>" once the run's result is written, else ""
         trigger_word    of the run, "" for none
     """
@@ -146,7 +147,8 @@ def status(*, runner: Runner, host: Host, after: int = 0) -> dict[str, Any]:
 
 def runs(host: Host) -> list[dict[str, Any]]:
     """The host's past runs, newest first: id, name, outcome ("done", "stopped", "failed", "running", or "interrupted" for
-    one whose process ended before it did), message, path, steps, total, resume_step (None where it cannot be resumed)."""
+    one whose process ended before it did), message, path, steps, total, resume_step (None where it cannot be resumed),
+    verdict (as that of `finished`)."""
     return _finite([dataclasses.asdict(run) for run in past_runs(host.runs_folder)])
 
 

@@ -33,9 +33,9 @@ class Circumstances:
     concepts: tuple[str, ...]  # the names of kohya's folders
     captions: tuple[str, ...]  # of each image, as it is trained
     planned_visits: int | None  # of all images over the run; None where the proposal's rule decides
-    several_lines: tuple[str, ...]  # caption files of more than one line
-    several_files: tuple[str, ...]  # images with a .txt and a .caption
-    misnamed: tuple[str, ...]  # text files whose name is nearly that of an image without one
+    risks: tuple[str, ...]  # sentences about settings that are known to fail
+    spellings: Mapping[str, int]  # tags by frequency, where escaped brackets are another spelling
+    notes: tuple[str, ...]  # what is odd about caption files, a sentence each
     problems: tuple[str, ...]  # sentences of the folder's layout
 
 
@@ -43,16 +43,16 @@ def advise(report: DatasetReport, around: Circumstances) -> tuple[str, ...]:
     """The sentences, worst first; none if there is nothing to fix."""
     weighted = [*_files(report), *_number(report), *_captions(report, around), *_images(report, around),
                 *_length(report, around), *_tags(report, around)]
-    weighted += [(4.0, text) for text in around.problems]
+    weighted += [(4.0, text) for text in around.problems] + [(60.0, text) for text in around.risks]
     return tuple(printable(text) for _, text in sorted(weighted, key=lambda item: -item[0]))
 
 
 def _files(report: DatasetReport) -> Iterator[Weighted]:
     unreadable = _with(report, "unreadable_caption")
     if unreadable:
-        yield 2000, (f"{_count(unreadable, 'caption file')} {_are(unreadable)} not UTF-8 text ({_names(unreadable)}), so a "
-                     f"training would refuse to start: save {_them(unreadable)} again with the encoding UTF-8 (Notepad: Save "
-                     "as, Encoding).")
+        yield 2000, (f"{_count(unreadable, 'caption file')} {_are(unreadable)} not UTF-8 text, nor of a known encoding "
+                     f"({_names(unreadable)}), so a training would refuse to start: save {_them(unreadable)} again with the "
+                     "encoding UTF-8 (Notepad: Save as, Encoding).")
     broken = _with(report, "broken")
     for why in dict.fromkeys(image.why for image in broken):
         alike = [image for image in broken if image.why == why]
@@ -90,22 +90,14 @@ def _captions(report: DatasetReport, around: Circumstances) -> Iterator[Weighted
         else:
             why = (f" and no trigger word is set, so no word would call what is learnt from {them}: tag or caption {them}, or "
                    "set a trigger word")
-        yield 4 + (20 if instead else 30) * _share(images, report), start + why + (
-            f" ({some_of(around.misnamed, 3)} {'looks' if len(around.misnamed) == 1 else 'look'} meant for that, but the text "
-            "for a.png must be called a.txt)." if images is missing and around.misnamed else ".")
+        yield 4 + (20 if instead else 30) * _share(images, report), f"{start}{why}."
     long = _with(report, "long_caption")
     if long:
         yield 5 * _share(long, report), (
             f"{_count(long, 'caption')} {'is' if len(long) == 1 else 'are'} longer than {LONG_CAPTION} tokens "
             f"(longest: {max(p.tokens or 0 for p in long)} tokens, {_names(long)}); what stands late has little effect, and "
             "other trainers cut it off: keep the tags that matter.")
-    if around.several_lines:
-        yield 6, (f"{_count(around.several_lines, 'caption file')} {'has' if len(around.several_lines) == 1 else 'have'} more "
-                  f"than one line ({some_of(around.several_lines)}), of which only the first is trained: join the lines.")
-    if around.several_files:
-        yield 3, (f"{_count(around.several_files, 'picture')} {'has' if len(around.several_files) == 1 else 'have'} both a "
-                  f".txt and a .caption file ({some_of(around.several_files)}), of which only the .txt is trained: "
-                  "remove one of them.")
+    yield from ((6, text) for text in around.notes)
 
 
 def _images(report: DatasetReport, around: Circumstances) -> Iterator[Weighted]:
@@ -176,9 +168,9 @@ def _tags(report: DatasetReport, around: Circumstances) -> Iterator[Weighted]:
             yield 7, (f"None of the {counted(len(captioned), 'caption')} holds the folder's name '{around.concepts[0]}', which "
                       "counts only where there is no caption file, so it would call nothing: set it as the trigger word, "
                       "unless this is a style that needs none.")
-    two_ways = respelt(report.tags)
+    two_ways = respelt(around.spellings)
     if two_ways:
-        pairs = [f"'{rare}' {report.tags[rare]} beside '{usual}' {report.tags[usual]}" for rare, usual in two_ways]
+        pairs = [f"'{rare}' {around.spellings[rare]} beside '{usual}' {around.spellings[usual]}" for rare, usual in two_ways]
         yield 1, (f"{counted(len(pairs), 'tag')} {'is' if len(pairs) == 1 else 'are'} spelt in two ways ({some_of(pairs, 3)}), "
                   "which the model reads as different words: replace one spelling by the other.")
     slips = typing_errors(report.tags)

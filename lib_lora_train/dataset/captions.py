@@ -1,17 +1,19 @@
-"""Captions: found beside the image, and varied from step to step in kohya's order."""
+"""Captions: their tags, and how they are varied from step to step in kohya's order."""
 
 from __future__ import annotations
 
 import random
+import re
+import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import Protocol
 
-from lib_lora_train.errors import DatasetError
-
-CAPTION_SUFFIXES = (".txt", ".caption")
+# The commas of Chinese and Japanese; what is not seen: zero-width space, marks of direction, word joiner, byte order mark.
+_READ_ALIKE = str.maketrans("\uff0c\u3001\uff64", ",,,", "\u200b\u200e\u200f\u2060\ufeff")
+# Joiners belong between letters of some scripts and between emoji; elsewhere they are remnants.
+_LONE_JOINERS = re.compile(r"(?<![^\x00-\x7f])[\u200c\u200d]+|[\u200c\u200d]+(?![^\x00-\x7f])")
 
 
 class Tokenizer(Protocol):
@@ -22,66 +24,51 @@ class Tokenizer(Protocol):
         ...
 
 
-def find_captions(files: Sequence[Path]) -> dict[str, list[Path]]:
-    """Caption files by the stem they share with their image; `.txt` comes before `.caption`."""
-    found: dict[str, list[Path]] = {}
-    for suffix in CAPTION_SUFFIXES:
-        for file in files:
-            if file.suffix.lower() == suffix:
-                found.setdefault(file.stem, []).append(file)
-    return found
-
-
-def read_caption(path: Path) -> str:
-    """The text of a caption file, stripped; a byte order mark is accepted.
-
-    Raises DatasetError naming the file if it is not UTF-8 text or cannot be read.
-    """
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DatasetError(
-            f"The caption file {path} is not UTF-8 text", why=f"byte {error.start} is not valid",
-            remedy="save it again with the encoding UTF-8") from error
-    except OSError as error:
-        raise DatasetError(f"The caption file {path} cannot be read", why=str(error)) from error
-    if "\0" in text:
-        raise DatasetError(
-            f"The caption file {path} is not UTF-8 text", why="it holds zero bytes",
-            remedy="save it again with the encoding UTF-8")
-    return text.strip()
-
-
-@dataclass(frozen=True)
-class CaptionFile:
-    """What training uses of a caption file, and what is odd about it."""
-
-    file: Path
-    line: str  # the first that is not empty; "" where the file cannot be read
-    several_lines: bool = False
-    several_files: bool = False  # the image has a .txt and a .caption; the .txt is used
-    error: DatasetError | None = None
+def normal_form(text: str) -> str:
+    """`text` as training takes it: letters composed (NFC), without what is not seen, full-width commas as commas."""
+    if text.isascii():
+        return text
+    return _LONE_JOINERS.sub("", unicodedata.normalize("NFC", text).translate(_READ_ALIKE))
 
 
 def first_line(text: str) -> str:
-    """The first line that is not empty: what kohya's trainer uses of a caption file."""
-    return next((line.strip() for line in text.splitlines() if line.strip()), "")
+    """The first line with a tag in it: what kohya's trainer uses of a caption file."""
+    return first_line_and_rest(text)[0]
+
+
+def first_line_and_rest(text: str) -> tuple[str, str]:
+    """That line, stripped, and what follows it; both "" where there is none. Only CR and LF end a line."""
+    for line in re.finditer(r"[^\r\n]+", text):
+        if split_tags(line[0]):
+            return line[0].strip(), text[line.end():]
+    return "", ""
 
 
 def split_tags(caption: str) -> list[str]:
-    """The comma-separated parts of a caption, stripped; empty parts are left out."""
-    return [tag for part in caption.split(",") if (tag := part.strip())]
+    """The comma-separated parts of a caption in its normal form, stripped; empty parts are left out."""
+    return [tag for part in normal_form(caption).split(",") if (tag := part.strip())]
 
 
-def count_tags(captions: Iterable[str]) -> dict[str, int]:
+def folded(text: str) -> str:
+    """What two texts share that differ in their form, in case, or in the escaping of brackets."""
+    return normal_form(text).replace(r"\(", "(").replace(r"\)", ")").casefold()
+
+
+@lru_cache(maxsize=1 << 16)
+def tag_key(tag: str) -> str:
+    """What two spellings of a tag share: `folded`, and spaces count once."""
+    return " ".join(folded(tag).split())
+
+
+def count_tags(captions: Iterable[str], *, key: Callable[[str], str] = tag_key) -> dict[str, int]:
     """How many captions hold each tag, the most frequent first, then by name.
 
-    Spellings that differ in case only are one tag, shown as it is written most often.
+    Spellings of one `key` are one tag, shown as it is written most often.
     """
     spellings: dict[str, Counter[str]] = {}
     for caption in captions:
-        for key, tag in {tag.casefold(): tag for tag in split_tags(caption)}.items():
-            spellings.setdefault(key, Counter())[tag] += 1
+        for one, tag in {key(tag): tag for tag in split_tags(caption)}.items():
+            spellings.setdefault(one, Counter())[tag] += 1
     counts = [(forms.most_common(1)[0][0], sum(forms.values())) for forms in spellings.values()]
     return dict(sorted(counts, key=lambda item: (-item[1], item[0])))
 
@@ -89,12 +76,11 @@ def count_tags(captions: Iterable[str]) -> dict[str, int]:
 def with_trigger_word(caption: str, trigger_word: str) -> str:
     """The caption with the trigger word as its first tag, unless it already is one of its tags.
 
-    Compared without regard to case, because CLIP's tokens are lower case. A trigger of several tags
-    ("sks, armour") adds those that are missing.
+    Compared by `tag_key`: CLIP's tokens are lower case. A trigger of several tags ("sks, armour") adds those that are missing.
     """
-    present = {tag.casefold() for tag in split_tags(caption)}
-    missing = [tag for tag in split_tags(trigger_word) if tag.casefold() not in present]
-    return ", ".join([*missing, caption.strip()] if caption.strip() else missing)
+    present = set(map(tag_key, split_tags(caption)))
+    missing = [tag for tag in split_tags(trigger_word) if tag_key(tag) not in present]
+    return ", ".join([*missing, caption.strip()] if present else missing)
 
 
 def process_caption(
@@ -114,8 +100,8 @@ def process_caption(
     if not shuffle_caption and caption_tag_dropout_rate <= 0:
         return caption
     tags = split_tags(caption)
-    protected = {tag.casefold() for tag in split_tags(trigger_word)}
-    opening = next((i for i, tag in enumerate(tags) if tag.casefold() not in protected), len(tags))
+    protected = set(map(tag_key, split_tags(trigger_word)))
+    opening = next((i for i, tag in enumerate(tags) if tag_key(tag) not in protected), len(tags))
     kept = max(keep_tokens, opening)
     fixed, flexible = tags[:kept], tags[kept:]
     if shuffle_caption:
@@ -124,5 +110,5 @@ def process_caption(
         # One draw a tag, protected or not, so that a trigger word does not change the fate of the others.
         draws = [rng.random() for _ in flexible]
         flexible = [tag for tag, draw in zip(flexible, draws, strict=True)
-                    if draw >= caption_tag_dropout_rate or tag.casefold() in protected]
+                    if draw >= caption_tag_dropout_rate or tag_key(tag) in protected]
     return ", ".join(fixed + flexible)

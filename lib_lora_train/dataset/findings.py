@@ -3,7 +3,7 @@
 Problems are codes, so that each reader can show them in its own way:
 
     broken              cannot be used as an image; nothing is known of it but why
-    unreadable_caption  its caption file is no UTF-8 text; a training would refuse to start
+    unreadable_caption  its caption file is no text in a known encoding; a training would refuse to start
     small               has to be enlarged to the training size
     narrow              so long and thin that no training size fits
     blurry              soft, by itself or beside the others
@@ -79,6 +79,7 @@ class DatasetReport:
     proposal: Proposal
     advice: tuple[str, ...]  # what to fix, worst first
     resolution: Size
+    captions: str  # how many there are, and which text files are nobody's: one sentence
 
     @property
     def counts(self) -> dict[str, int]:
@@ -114,7 +115,7 @@ class DatasetReport:
             return printable((path.relative_to(self.folder) if path.is_relative_to(self.folder) else path).as_posix())
         return {
             "folder": printable(str(self.folder)), "summary": self.summary, "trainable": self.trainable,
-            "advice": list(self.advice), "counts": self.counts, "resolution": list(self.resolution),
+            "advice": list(self.advice), "captions": self.captions, "counts": self.counts, "resolution": list(self.resolution),
             "mean_crop_loss": round(self.mean_crop_loss, 4),
             "pictures": [{
                 "path": name(image.path), "width": image.width, "height": image.height,
@@ -136,7 +137,7 @@ class DatasetReport:
         else:
             lines = ["Nothing to fix."]
         rows = [("sizes", _counted(self.sizes)), ("buckets", _counted(self.buckets)), ("crops", self._crops()),
-                ("tokens", self._tokens()),
+                ("captions", self.captions), ("tokens", self._tokens()),
                 ("duplicates", "; ".join(" = ".join(path.name for path in group) for group in self.duplicates[:10])),
                 ("tags", some_of([f"{tag} {count}" for tag, count in self.tags.items()], 15)),
                 ("used once", f"{len(self.once)}: {some_of(self.once, 15)}" if self.once else ""),

@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Literal
 
+from lib_lora_train.dataset import caption_files
 from lib_lora_train.dataset.buckets import Buckets, Placement, Size
-from lib_lora_train.dataset.captions import CaptionFile, find_captions, read_caption, split_tags, with_trigger_word
+from lib_lora_train.dataset.captions import normal_form, split_tags, with_trigger_word
 from lib_lora_train.dataset.images import Checked, check_image, is_image_name
 from lib_lora_train.dataset.listing import MOST_REPEATS, MayRead, is_subset_name, list_folder, list_tree, repeats_and_name
 from lib_lora_train.dataset.masks import Companions, is_masks_folder
@@ -112,8 +113,11 @@ def scan(
                   on_progress=on_progress, should_stop=should_stop)
     reader = _Reader(problems, watch=watch)
     examples = reader.read(subsets, trigger_word=trigger_word)
+    captioned, unmatched = reader.notes.captioned, [name for subset in subsets for name in subset.captions.unmatched]
     regularisation = [replace(e, is_regularisation=True) for e in reader.read(reg_subsets, trigger_word="")]
     reader.finish()
+    if captioned < len(examples):
+        problems.append(Problem(caption_files.count_of_captions(len(examples), captioned, unmatched)))
     if not examples:
         raise _nothing_left(Path(folder), problems)
     if reg_subsets and not regularisation:
@@ -160,18 +164,7 @@ class Subset:
     repeats: int
     caption: str  # for images without a caption file
     images: tuple[Path, ...]
-    captions: dict[str, list[Path]]
-
-    def caption_of(self, image: Path) -> CaptionFile | None:
-        """The caption file of one of `images`; None where it has none. Nothing is raised for one that is no text."""
-        files = self.captions.get(image.stem)
-        if not files:
-            return None
-        try:
-            lines = [line.strip() for line in read_caption(files[0]).splitlines() if line.strip()]
-        except DatasetError as error:
-            return CaptionFile(files[0], "", several_files=len(files) > 1, error=error)
-        return CaptionFile(files[0], lines[0] if lines else "", several_lines=len(lines) > 1, several_files=len(files) > 1)
+    captions: caption_files.FolderCaptions
 
 
 class _Reader:
@@ -181,8 +174,7 @@ class _Reader:
         self.problems, self.watch = problems, watch
         self.not_text: list[tuple[str, DatasetError]] = []
         self.empty: list[str] = []
-        self.several_lines: list[str] = []
-        self.several_files: list[str] = []
+        self.notes = caption_files.CaptionNotes()
         self.several_frames: list[str] = []
 
     def read(self, subsets: Sequence[Subset], *, trigger_word: str) -> list[Example]:
@@ -220,17 +212,12 @@ class _Reader:
         return Example(image, caption, subset.repeats, subset.path.name, checked.width, checked.height)
 
     def _caption(self, image: Path, subset: Subset) -> str:
-        found = subset.caption_of(image)
-        if found is None:
-            return subset.caption
-        if found.several_files:
-            self.several_files.append(image.name)
-        if found.error:
+        found = subset.captions.of(image)
+        self.notes.add(found)
+        if found and found.error:
             self.not_text.append((found.file.name, found.error))
             return ""
-        if found.several_lines:
-            self.several_lines.append(found.file.name)
-        return found.line or subset.caption
+        return found.line if found and found.line else subset.caption
 
     def finish(self) -> None:
         """Turn what was collected into one sentence a kind."""
@@ -238,16 +225,16 @@ class _Reader:
             raise self.not_text[0][1]
         if self.not_text:
             raise DatasetError(
-                f"{len(self.not_text)} caption files cannot be read as UTF-8 text",
+                f"{len(self.not_text)} caption files cannot be read",
                 why=some_of([name for name, _ in self.not_text]), remedy="save them again with the encoding UTF-8")
-        for names, text in (
-            (self.empty, "no caption and no trigger word, so they are trained with an empty caption"),
-            (self.several_lines, "more than one line in their caption file, of which only the first is used"),
-            (self.several_frames, "several frames or pages, of which only the first is used"),
-            (self.several_files, "both a .txt and a .caption file, of which the .txt is used"),
-        ):
-            if names:
-                self.problems.append(Problem(f"{len(names)} picture(s) have {text}: {some_of(names)}."))
+        if self.empty:
+            self.problems.append(Problem(
+                f"{counted(len(self.empty), 'picture')} {'has' if len(self.empty) == 1 else 'have'} no caption and no trigger "
+                f"word, so an empty caption is trained: {some_of(self.empty)}."))
+        if self.several_frames:
+            self.problems.append(Problem(f"Of {counted(len(self.several_frames), 'picture')} with several frames or pages only "
+                                         f"the first is used: {some_of(self.several_frames)}."))
+        self.problems += map(Problem, self.notes.sentences())
 
 
 def find_images(folder: Path, *, what: str,
@@ -261,7 +248,8 @@ def find_images(folder: Path, *, what: str,
     files, folders = _list(folder, what, may_read=may_read, problems=problems)
     loose = companions.images(files, folders)
     numbered = [f for f in folders if repeats_and_name(f.name)]
-    subsets = [s for f in numbered if (s := _subset(f, problems, may_read, companions)) is not None]
+    subsets = [s for f in numbered if (s := _subset(f, problems, may_read=may_read, companions=companions, above=files))
+               is not None]
     others = [f for f in folders if f not in numbered and not is_masks_folder(f.name)]
     problems += map(Problem, companions.sentences())
     if subsets:
@@ -278,7 +266,7 @@ def find_images(folder: Path, *, what: str,
                 f"'{named[1]}'; choose the folder above it for that."))
         problems += _unused_folders(folder, others, "only the pictures beside it are used; an import into a dataset takes them "
                                     "too", may_read)
-        return [Subset(folder, 1, "", tuple(loose), find_captions(files))], "plain", problems
+        return [_with_captions(folder, loose, files, problems=problems, may_read=may_read)], "plain", problems
     why = " ".join(p.text for p in problems) or "no file in it has a picture's name"
     with_images = list(dict.fromkeys(
         # Of a numbered folder the one above it is to be chosen.
@@ -291,8 +279,9 @@ def find_images(folder: Path, *, what: str,
     raise DatasetError(f"The {what} folder {folder} holds no pictures", why=why, remedy=remedy)
 
 
-def _subset(folder: Path, problems: list[Problem], may_read: MayRead | None, companions: Companions) -> Subset | None:
-    """An N_name folder with images; otherwise None, with the reason among the problems."""
+def _subset(folder: Path, problems: list[Problem], *, may_read: MayRead | None, companions: Companions,
+            above: Sequence[Path]) -> Subset | None:
+    """An N_name folder with images; otherwise None, with the reason among the problems. `above` are the files beside it."""
     repeats, name = repeats_and_name(folder.name) or (0, "")
     files, folders = _list(folder, "dataset", may_read=may_read, problems=problems)
     images = tuple(companions.images(files, folders))
@@ -302,7 +291,17 @@ def _subset(folder: Path, problems: list[Problem], may_read: MayRead | None, com
         why = "it holds no pictures" if not images else f"it asks for {repeats} repeats, not 1 to {MOST_REPEATS}"
         problems.append(Problem(f"The folder {folder.name} is ignored: {why}."))
         return None
-    return Subset(folder, repeats, printable(name.strip()), images, find_captions(files))
+    found = _with_captions(folder, images, files, problems=problems, may_read=may_read, above=above)
+    return replace(found, repeats=repeats, caption=normal_form(printable(name.strip())))
+
+
+def _with_captions(folder: Path, images: Sequence[Path], files: Sequence[Path], *, problems: list[Problem],
+                   may_read: MayRead | None, above: Sequence[Path] = ()) -> Subset:
+    """A folder's images with their captions among its `files` and `above`; captions that are not read become `problems`."""
+    captions = caption_files.find_captions(images, files, above=above)
+    if not captions.files and not captions.listed:
+        problems += map(Problem, caption_files.captions_elsewhere(folder, images, may_read=may_read))
+    return Subset(folder, 1, "", tuple(images), captions)
 
 
 def _file_bytes(image: Path) -> int:

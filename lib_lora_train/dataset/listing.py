@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -88,6 +89,11 @@ def list_tree(folder: Path, *, may_read: MayRead | None = None) -> list[tuple[tu
 def is_of_the_system(folder_name: str) -> bool:
     """Whether a folder of this name holds nothing of the user's: hidden ones, bins, thumbnails that a drive makes."""
     return folder_name.startswith(".") or folder_name.casefold() in _OF_THE_SYSTEM
+
+
+def file_key(stem: str) -> str:
+    """What two names share that some system treats as one: regardless of case and of how accents are written."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", stem).casefold())
 
 
 def by_name(path: Path) -> tuple[str, str]:

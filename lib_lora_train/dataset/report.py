@@ -15,6 +15,7 @@ from pathlib import Path
 from lib_lora_train.dataset import likeness
 from lib_lora_train.dataset.advice import Circumstances, advise
 from lib_lora_train.dataset.buckets import DEFAULT_SIZES, Buckets, Size, TrainingSizes, buckets_for
+from lib_lora_train.dataset.caption_files import CaptionFile, CaptionNotes, count_of_captions
 from lib_lora_train.dataset.captions import Tokenizer, count_tags, first_line, with_trigger_word
 from lib_lora_train.dataset.findings import DEEP_CROP, LONG_CAPTION, NARROW, DatasetReport, Examined, Proposal
 from lib_lora_train.dataset.folder import Subset, find_images
@@ -24,6 +25,7 @@ from lib_lora_train.dataset.plan import plain_folder_repeats, plan_run
 from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
 from lib_lora_train.errors import DatasetError, printable
 from lib_lora_train.settings import Settings
+from lib_lora_train.settings.risks import risks
 
 ENLARGED = 1.1  # more than this many times as long at the training size: small
 
@@ -61,20 +63,24 @@ def examine(
             reader.read(path, subset)
             watch.advance()
     images, twins = _compare(reader.images, reader.thumbnails, should_stop=should_stop)
-    tags = count_tags(caption.text or "" for caption in reader.captions)
+    texts = [caption.text or "" for caption in reader.captions]
+    tags = count_tags(texts)
     by_bucket = Counter(image.bucket for image in images if image.usable)
     report = DatasetReport(
         folder=folder, images=tuple(images), duplicates=twins,
         sizes=tuple(Counter((image.width, image.height) for image in images if image.width).most_common()),
         buckets=tuple(by_bucket.most_common()), tags=tags, once=tuple(tag for tag, count in tags.items() if count == 1),
-        proposal=_proposal(by_bucket, settings), advice=(), resolution=buckets.resolution)
+        proposal=_proposal(by_bucket, settings), advice=(), resolution=buckets.resolution, captions=count_of_captions(
+            len(images), reader.notes.captioned, [name for subset in subsets for name in subset.captions.unmatched]))
+    visits, optimizer = _planned_visits(images, reader.repeats, layout=layout, settings=settings), settings.optimizer
+    steps = report.proposal.steps if visits is None else -(
+        -visits // (optimizer.train_batch_size * optimizer.gradient_accumulation_steps))
     return dataclasses.replace(report, advice=advise(report, Circumstances(
         layout=layout, trigger_word=settings.dataset.trigger_word, enable_bucket=settings.dataset.enable_bucket,
         concepts=tuple(dict.fromkeys(subset.caption for subset in subsets if subset.caption)),
-        captions=tuple(caption.trained for caption in reader.captions),
-        planned_visits=_planned_visits(images, reader.repeats, layout=layout, settings=settings),
-        several_lines=tuple(reader.several_lines), several_files=tuple(reader.several_files), misnamed=_misnamed(subsets),
-        problems=tuple(problem.text for problem in found))))
+        captions=tuple(caption.trained for caption in reader.captions), spellings=count_tags(texts, key=str.casefold),
+        planned_visits=visits, risks=tuple(risks(settings, steps=steps, images=report.usable)),
+        notes=tuple(reader.notes.sentences()), problems=tuple(problem.text for problem in found))))
 
 
 class _Reader:
@@ -87,8 +93,7 @@ class _Reader:
         self.captions: list[_Caption] = []
         self.repeats: list[int] = []
         self.thumbnails: dict[int, likeness.Thumbnail] = {}  # by index among the images; broken ones have none
-        self.several_lines: list[str] = []
-        self.several_files: list[str] = []
+        self.notes = CaptionNotes()
 
     def read(self, path: Path, subset: Subset) -> None:
         """One more image."""
@@ -102,16 +107,14 @@ class _Reader:
 
     def _caption(self, path: Path, subset: Subset) -> _Caption:
         """The caption as `folder.scan` reads it."""
-        found = subset.caption_of(path)
-        if found and found.several_files:
-            self.several_files.append(path.name)
+        found = subset.captions.of(path)
         text = found.line if found else None
         if path in self._unsaved:
             text = first_line(self._unsaved[path])
+            found = CaptionFile(path, text)
         elif found and found.error:
             return _Caption(None, "", error=True)
-        elif found and found.several_lines:
-            self.several_lines.append(found.file.name)
+        self.notes.add(found)
         return _Caption(None if text is None else printable(text),
                         with_trigger_word(text or subset.caption, self._trigger_word))
 
@@ -171,17 +174,6 @@ def _compare(images: Sequence[Examined], thumbnails: Mapping[int, likeness.Thumb
         for index in best_first[1:]:
             add_problem(index, "duplicate")
     return result, tuple(groups)
-
-
-def _misnamed(subsets: Sequence[Subset]) -> tuple[str, ...]:
-    """Caption files that miss their image by a detail of the name: `a.png.txt`, or `A.txt` where case counts."""
-    found = []
-    for subset in subsets:
-        names = {path.name.casefold() for path in subset.images} | {path.stem.casefold() for path in subset.images}
-        stems = {path.stem for path in subset.images}
-        found += [files[0].name for stem, files in sorted(subset.captions.items())
-                  if stem not in stems and stem.casefold() in names]
-    return tuple(found)
 
 
 def _proposal(buckets: Mapping[Size, int], settings: Settings) -> Proposal:

@@ -17,9 +17,9 @@ from pathlib import Path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from lib_lora_train.dataset.captions import read_caption
 from lib_lora_train.dataset.images import is_image_name
 from lib_lora_train.dataset.progress import Progress, ShouldStop
+from lib_lora_train.dataset.text_files import read_text
 from lib_lora_train.errors import DatasetError, SettingError, translated
 from lib_lora_train.host.lease import LeaseHost, lease_for
 from lib_lora_train.model.sampler import SampleRequest, to_image
@@ -86,7 +86,7 @@ def _existing(folder: Path) -> tuple[Counter[str], frozenset[int]]:
     captions: Counter[str] = Counter()
     for path in images:
         try:
-            captions[read_caption(path.with_suffix(".txt"))] += 1
+            captions[read_text(path.with_suffix(".txt")).text.strip()] += 1
         except DatasetError:
             continue  # no caption, or none of ours: not one of the images that are asked for
     stems = (path.stem for path in images)

@@ -121,4 +121,4 @@ def check_finite(latents: torch.Tensor, examples: Sequence[Example]) -> None:
         if not fine:
             raise TrainingError(
                 f"The VAE turns the picture {example.path} into numbers that are not finite",
-                why="the VAE's weights are damaged or overflow", remedy="choose another VAE, or remove this picture")
+                why="its activations overflow, although they are fp32", remedy="choose another VAE, or remove this picture")

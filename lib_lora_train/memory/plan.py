@@ -14,6 +14,7 @@ in its place what the first step really took. The constants stand for what no sh
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -106,6 +107,9 @@ class MemoryPlan:
             said.append("Before the first step, while the whole model is on the device and its pictures are encoded, about "
                         f"{gigabytes(self.before)} GB of memory are taken, {gigabytes(self.before - budget + _HALF)} too much: "
                         "it may fail or become very slow there. The steps fit.")
+        elif self.budget is None and 0 < (there := installed_bytes()) < (most := max(self.bytes, self.before)):
+            said.append(f"The training needs about {gigabytes(most)} GB of memory, and this machine has {gigabytes(there)}: "
+                        "it may fail or become very slow. A smaller resolution, rank or batch needs less.")
         if base and not _BASE_DTYPE[self.settings.base_weights]:
             said.append(
                 f"The run goes on with the model held in {base}, as its memory plan had chosen when it began."
@@ -174,6 +178,11 @@ def ladder(wished: StepConfig, blocks: Sequence[str], *, cuda: bool) -> Iterator
         yield dataclasses.replace(config, offload=True)
     if cuda and not wished.base_dtype:
         yield from ladder(_with_base_dtype(wished, "int8", cuda=cuda), blocks, cuda=cuda)
+
+
+def installed_bytes() -> int:
+    """The machine's memory, which a training without a GPU uses; 0 where the system does not say (Windows)."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
 
 
 def gigabytes(size: float) -> str:

@@ -1,4 +1,4 @@
-"""Which weights a model holds, told from a sample or from all of them."""
+"""Which weights a model holds, told from a sample or from all of them; and which of them are not numbers."""
 
 from __future__ import annotations
 
@@ -40,4 +40,24 @@ def tensor_fingerprint(tensors: Mapping[str, Tensor]) -> str:
 def encoder_fingerprint(vae: Mapping[str, Tensor]) -> str:
     """The `tensor_fingerprint` of all that makes latents of images, of a VAE's tensors under local names: 70 to 137 MB are
     read. Its decoder has no part in them."""
-    return tensor_fingerprint({name: tensor for name, tensor in vae.items() if name.startswith(("encoder.", "quant_conv."))})
+    return tensor_fingerprint(encoder_tensors(vae))
+
+
+def encoder_tensors(vae: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of a VAE's tensors, under local names, that make latents of images."""
+    return {name: tensor for name, tensor in vae.items() if name.startswith(("encoder.", "quant_conv."))}
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of the tensors that hold a NaN or an infinity, in order.
+
+    The smallest and the largest number of each are enough, since both are NaN where one is: no copy, one synchronisation.
+    """
+    floating = {name: tensor.detach() for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel()}
+    if not floating:
+        return []
+    # torch cannot compare numbers of eight bits.
+    wide = (tensor.half() if tensor.element_size() == 1 else tensor for tensor in floating.values())
+    extremes = [torch.stack((tensor.min(), tensor.max())).float() for tensor in wide]
+    fine = torch.stack([pair.to(extremes[0].device) for pair in extremes]).isfinite().all(dim=1).tolist()
+    return [name for name, good in zip(floating, fine, strict=True) if not good]

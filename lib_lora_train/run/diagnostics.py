@@ -27,8 +27,8 @@ from pathlib import Path
 import torch
 
 from lib_lora_train import __version__
-from lib_lora_train.dataset.captions import CAPTION_SUFFIXES
 from lib_lora_train.dataset.images import IMAGE_SUFFIXES
+from lib_lora_train.dataset.text_files import CAPTION_SUFFIXES
 from lib_lora_train.host.port import Host
 from lib_lora_train.run.record import FAILURE, read_settings
 from lib_lora_train.settings import DECLARATIONS

@@ -17,7 +17,7 @@ import torch
 
 from lib_lora_train.distributed import SINGLE_PROCESS, ProcessGroup
 from lib_lora_train.errors import Interrupted
-from lib_lora_train.events import Finished, Planned, Report, Warned, shielded
+from lib_lora_train.events import Finished, Planned, Report, Verdict, Warned, shielded
 from lib_lora_train.host.lease import frozen_model
 from lib_lora_train.host.port import Host, LeasedModel
 from lib_lora_train.inputs.prefetcher import Prefetcher
@@ -32,6 +32,7 @@ from lib_lora_train.run.network import InitialWeights, build_network, check_size
 from lib_lora_train.run.planning import RunPlan, plan_dataset
 from lib_lora_train.run.provenance import Provenance
 from lib_lora_train.run.saver import Checkpointer, NoSaver, Saver
+from lib_lora_train.run.soundness import Probe, check_weights
 from lib_lora_train.settings import Settings
 from lib_lora_train.training.loop import Progress, TrainConfig, train
 from lib_lora_train.training.loss import LOSSES, LossConfig
@@ -58,12 +59,9 @@ def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: Initial
     """What needs the model. All that is made here is freed before the model goes back, so that it finds its memory free."""
     with contextlib.ExitStack() as at_end:
         model, settings, point = frozen_model(leased, plan.settings), plan.settings, plan.resume_point
+        check_weights(model)
         if model.architecture.family.name != plan.family:
-            # The host had no model yet, or another one, when the plan was made.
-            other = plan_dataset(settings, family=model.architecture.family.name, allowed=host.allowed,
-                                 processes=group.world_size, on_progress=stage("Reading pictures", report),
-                                 should_stop=lambda: bool(stop()))
-            plan = dataclasses.replace(other, target=plan.target, resume_point=point)
+            plan = _replanned(plan, host, family=model.architecture.family.name, report=report, stop=stop)
         identity = resume.describe_checkpoint(leased, model) if point or folder or group.world_size > 1 else {}
         if point:
             resume.compare_checkpoint(leased, identity, point)
@@ -96,6 +94,10 @@ def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: Initial
         condition = place_model(settings, model, leased, network, batches, memory.config, dtype=dtype, report=report,
                                 stop=stop, pause=pause)
 
+        config = _train_config(plan, memory, dtype=dtype)
+        probe = Probe.of(batches, model=model, network=network, condition=condition, config=config.loss, seed=config.seed,
+                         continued=weights.name)
+
         started_at = point.started_at if point else time.time()
         saver = NoSaver() if group.rank else Saver(
             plan, Provenance(plan, model, leased, network, started_at=started_at),
@@ -106,26 +108,35 @@ def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: Initial
         prefetcher = at_end.enter_context(Prefetcher(batches, last_epoch=plan.schedule.epochs))
         with saver.rescue():
             progress = train(
-                model, network=network, epoch_batches=prefetcher.epoch, condition=condition,
-                config=_train_config(plan, memory, dtype=dtype), report=report, resumed=weights.state, group=group,
-                callbacks=[StopCallback(stop), pause, measured, saver])
-        finished = _finished(plan, saver, progress, stop=stop, group=group)
+                model, network=network, epoch_batches=prefetcher.epoch, condition=condition, config=config, report=report,
+                resumed=weights.state, group=group, callbacks=[StopCallback(stop), pause, measured, saver])
+        finished = _finished(plan, saver, progress, verdict=probe.verdict(progress), stop=stop, group=group)
         # While the model is still ours: a host that had merged an older file of this name must forget it.
         host.refresh_loras()
         return finished
 
 
-def _finished(plan: RunPlan, saver: Saver | NoSaver, progress: Progress, *, stop: Stop, group: ProcessGroup) -> Finished:
-    """The end of a run, its result saved if it is complete, or was stopped to be saved. Raises Interrupted where nothing was
-    ever saved."""
+def _replanned(plan: RunPlan, host: Host, *, family: str, report: Report, stop: Stop) -> RunPlan:
+    """The plan for another family: the host had no model yet, or another one, when the first was made."""
+    other = plan_dataset(plan.settings, family=family, allowed=host.allowed, processes=plan.processes,
+                         on_progress=stage("Reading pictures", report), should_stop=lambda: bool(stop()))
+    return dataclasses.replace(other, target=plan.target, resume_point=plan.resume_point)
+
+
+def _finished(plan: RunPlan, saver: Saver | NoSaver, progress: Progress, *, verdict: tuple[Verdict, str], stop: Stop,
+              group: ProcessGroup) -> Finished:
+    """The end of a run, its result saved if it is complete, or was stopped to be saved. `verdict`: see `verdict_of`. Raises
+    Interrupted where nothing was ever saved."""
     name, steps, total = plan.target.stem, progress.step, plan.schedule.steps
     complete, stopped = steps == total, f"Stopped after {steps} of {total} steps"
     if complete or (steps and group.any(stop() == "save")):
         with saver.rescue():
             path = saver.save_result(progress, complete=complete)
-        if complete:
-            return Finished("done", f"{Path(path).stem or name} is ready: {path}", path, steps)
-        return Finished("stopped", f"{stopped}; saved {path}", path, steps)
+        name, (worth, why) = Path(path).stem or name, verdict
+        told = f"{name} is ready: {path}" if worth == "healthy" else f"{name} is saved, and was not looked at: {path}"
+        if worth == "ruined":
+            told = f"{name} is saved, but ruined: {why}. Lower the learning rate and train it anew. The file: {path}"
+        return Finished("done" if complete else "stopped", told if complete else f"{stopped}; {told}", path, steps, worth)
     if group.any(bool(saver.saved)):
         return Finished("stopped", f"{stopped}.", saver.saved[-1] if saver.saved else "", steps)
     raise Interrupted(f"{stopped}; nothing was saved")

@@ -11,9 +11,10 @@ from torch import Tensor
 from lib_lora_train.adapters import file
 from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.adapters.targets import find_targets
-from lib_lora_train.errors import SettingError, translated
+from lib_lora_train.errors import LoraFileError, SettingError, some_of, translated
 from lib_lora_train.events import Report, Warned
 from lib_lora_train.model.architecture import Architecture
+from lib_lora_train.model.fingerprint import not_finite
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.run.planning import RunPlan
 from lib_lora_train.settings import Settings
@@ -36,6 +37,11 @@ class InitialWeights:
             return cls(state.lora, plan.resume_point.path.name, state)
         if plan.settings.network.network_weights:
             continued = file.load(Path(plan.settings.network.network_weights))
+            if bad := not_finite(continued.tensors):
+                raise LoraFileError(
+                    f"{continued.path.name} cannot be continued", why=f"{len(bad)} of its {len(continued.tensors)} tensors "
+                    f"hold values that are not numbers ({some_of(bad, 2)})",
+                    remedy="choose an earlier save of it, or another LoRA (network_weights)")
             return cls(continued.tensors, continued.path.name)
         return cls()
 

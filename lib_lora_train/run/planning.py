@@ -23,6 +23,7 @@ from lib_lora_train.run.output import checked_name, destination
 from lib_lora_train.run.resume import ResumePoint, find
 from lib_lora_train.settings import DECLARATIONS, Settings, flat, ignored, parse
 from lib_lora_train.settings.allowed_paths import AllowedPaths, check_allowed
+from lib_lora_train.settings.risks import risks
 from lib_lora_train.training.optimizers import spec_of
 
 
@@ -115,10 +116,12 @@ def plan_dataset(settings: Settings, *, family: str, allowed: AllowedPaths | Non
     if allowed and dataset_settings.cache_latents_to_disk:
         _check_caches(found, allowed)
     dataset, placements = assign_buckets(found, buckets)
+    schedule = _schedule(settings, dataset, placements, processes=processes)
     return RunPlan(
         settings=settings, family=family, dataset=dataset, placements=placements, resolution=buckets.resolution,
-        processes=processes, schedule=_schedule(settings, dataset, placements, processes=processes),
-        warnings=(*ignored(settings), *(problem.text for problem in dataset.problems)))
+        processes=processes, schedule=schedule,
+        warnings=(*ignored(settings), *risks(settings, steps=schedule.steps, images=dataset.images, processes=processes),
+                  *(problem.text for problem in dataset.problems)))
 
 
 def output_folder(settings: Settings, host: Host) -> Path:

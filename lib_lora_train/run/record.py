@@ -103,6 +103,7 @@ class PastRun:
     """A past or running run, as its folder tells it.
 
     outcome     "done", "stopped", "failed", "running", or "interrupted" for one whose process ended before it did
+    verdict     what its result is worth: "healthy", "ruined", or "" where nobody looked
     steps       how far it got, of `total` (0 where that was not known yet)
     resume_step the step it can be resumed from, None if it cannot
     path        its newest file, "" for none
@@ -116,6 +117,7 @@ class PastRun:
     steps: int
     total: int
     resume_step: int | None
+    verdict: events.Verdict = ""
 
 
 def new_folder(runs: Path, name: str) -> Path:
@@ -176,19 +178,21 @@ def past_run(folder: Path) -> PastRun:
     """The run of this folder."""
     name = str(read_settings(folder).get("output_name", ""))
     outcome, message, path, steps, total = "", "", "", 0, 0
+    verdict: events.Verdict = ""
     for event in read_events(folder):
         if isinstance(event, events.Planned):
             # The run begins or is resumed; how an earlier part of it ended no longer matters.
-            outcome, message, steps, total = "", "", event.resumed_at, event.steps
+            outcome, message, verdict, steps, total = "", "", "", event.resumed_at, event.steps
         elif isinstance(event, events.Step):
             outcome, steps, total = "", event.step, event.total
         elif isinstance(event, events.Saved):
             path, steps = event.path, max(steps, event.step)
             if event.final and event.step == total:
                 # Killed between its last save and its last event, a run is complete all the same.
-                outcome, message = "done", f"It is ready: {path}"
+                outcome, message = "done", f"It is saved: {path}"
         elif isinstance(event, events.Finished):
-            outcome, message, path, steps = event.outcome, event.message, event.path or path, event.steps or steps
+            outcome, message, verdict = event.outcome, event.message, event.verdict
+            path, steps = event.path or path, event.steps or steps
     resume_step = _resume_step(folder)
     if is_locked(folder):
         outcome, message = "running", ""
@@ -196,7 +200,7 @@ def past_run(folder: Path) -> PastRun:
         outcome, steps = "interrupted", max(steps, resume_step or 0)
         message = f"Interrupted at step {steps} of {total}" if total else "Interrupted before the first step"
         message += "." if resume_step is None else f"; it can be resumed from step {resume_step}."
-    return PastRun(folder.name, name, outcome, message, path, steps, total, resume_step)
+    return PastRun(folder.name, name, outcome, message, path, steps, total, resume_step, verdict)
 
 
 def _resume_step(folder: Path) -> int | None:

@@ -65,6 +65,8 @@ def _import(studio: Studio, from_where: Sequence[Path | Upload], *, uploads: lis
             try:
                 collected = collect(session.dataset, from_where, may_read=may_read, on_progress=task.progress,
                                     should_stop=task.should_stop)
+                with studio.using():
+                    session.store.reread(collected.captioned)
                 for name, why in collected.skipped:
                     task.problem(name, why)
             except Interrupted:
@@ -77,7 +79,8 @@ def _import(studio: Studio, from_where: Sequence[Path | Upload], *, uploads: lis
                     _keep_repeats(session, before=len(before))
                     session.renew()
                     studio.changed()
-            for note in filter(None, [*collected.notes, collected.repeats_note(session.dataset.repeats)]):
+            for note in filter(None, [*collected.notes, collected.repeats_note(session.dataset.repeats),
+                                      collected.captions if collected.unmatched else ""]):
                 task.problem("", note)
             task.add_result({"added": [session.name(path) for path in new[:1000]], "count": len(new)})
             return f"{stopped}{counted(len(new), 'picture')} added."

@@ -27,6 +27,7 @@ from torch import Tensor
 from lib_lora_train.adapters.lora import ALPHA
 from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.errors import LoraFileError, TrainingError, translated
+from lib_lora_train.model.fingerprint import not_finite
 from lib_lora_train.storage.atomic import replacing
 from lib_lora_train.training.optimizers import RunOptimizer
 from lib_lora_train.training.precision import LossScaler
@@ -45,7 +46,7 @@ class TrainingState:
     optimizer   {"3.exp_avg": tensor}: the moments of the optimizer's n-th weight
     scaler      {"scale", "good_steps"}, 0-d each
     recent      the losses of the shown average, oldest first
-    overflows   steps in a row that overflowed
+    overflows   steps in a row that were skipped, since gradients or loss were not finite; `skipped`: all of them
     """
 
     step: int
@@ -54,15 +55,17 @@ class TrainingState:
     scaler: Mapping[str, Tensor]
     recent: tuple[float, ...]
     overflows: int
+    skipped: int = 0
 
 
 def capture(step: int, *, network: AdapterNetwork, optimizer: RunOptimizer, scaler: LossScaler, recent: tuple[float, ...],
-            overflows: int) -> TrainingState:
+            overflows: int, skipped: int) -> TrainingState:
     """The present state. Its tensors share memory with those being trained: write them before the next step."""
     alphas = {f"{key}.{ALPHA}": torch.tensor(layer.alpha, dtype=torch.float64) for key, layer in network.layers.items()}
     lora = {**network.state_dict(), **alphas}
     moments = {f"{number}.{name}": value for number, name, value in optimizer.state()}
-    return TrainingState(step, lora, moments, {"scale": scaler.scale, "good_steps": scaler.good_steps}, recent, overflows)
+    return TrainingState(step, lora, moments, {"scale": scaler.scale, "good_steps": scaler.good_steps}, recent, overflows,
+                         skipped)
 
 
 def restore(state: TrainingState, *, optimizer: RunOptimizer, scaler: LossScaler) -> None:
@@ -95,12 +98,13 @@ def write(path: Path, state: TrainingState, metadata: Mapping[str, Any]) -> None
                **{f"optimizer.{key}": tensor for key, tensor in state.optimizer.items()},
                **{f"scaler.{key}": tensor for key, tensor in state.scaler.items()},
                "recent": torch.tensor(state.recent, dtype=torch.float64)}
-    if name := _not_finite(state.lora):
-        raise TrainingError("The training state was not kept", why=f"{name} holds values that are not numbers",
+    if bad := not_finite(state.lora):
+        raise TrainingError("The training state was not kept", why=f"{bad[0]} holds values that are not numbers",
                             remedy="lower the learning rate")
     # The step counts of all weights are one tensor; safetensors refuses those that share memory.
     tensors = {name: (tensor.contiguous() if tensor.ndim else tensor.clone()).detach() for name, tensor in tensors.items()}
-    text = json.dumps({**metadata, "version": VERSION, "step": state.step, "overflows": state.overflows})
+    text = json.dumps({**metadata, "version": VERSION, "step": state.step, "overflows": state.overflows,
+                       "skipped": state.skipped})
     with replacing(path) as file:
         try:
             safetensors.torch.save_file(tensors, file.name, {_KEY: text})
@@ -123,9 +127,10 @@ def read(path: Path) -> tuple[TrainingState, dict[str, Any]]:
     recent = tensors.get("recent", torch.empty(()))
     if recent.ndim != 1 or scaler.keys() != {"scale", "good_steps"} or not lora:
         raise _damaged(path, "a part of it is missing")
-    if name := _not_finite(lora):
-        raise _damaged(path, f"{name} holds values that are not numbers")
-    return TrainingState(metadata["step"], lora, optimizer, scaler, tuple(recent.tolist()), metadata["overflows"]), metadata
+    if bad := not_finite(lora):
+        raise _damaged(path, f"{bad[0]} holds values that are not numbers")
+    return TrainingState(metadata["step"], lora, optimizer, scaler, tuple(recent.tolist()), metadata["overflows"],
+                         metadata.get("skipped", 0)), metadata
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -146,11 +151,6 @@ def read_metadata(path: Path) -> dict[str, Any]:
     if metadata["version"] > VERSION:
         raise LoraFileError(f"{path} was written by a newer version", remedy="update the extension")
     return metadata
-
-
-def _not_finite(tensors: Mapping[str, Tensor]) -> str:
-    """The name of the first tensor that holds an infinity or a NaN; "" for none."""
-    return next((name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())), "")
 
 
 def _damaged(path: Path, why: str) -> LoraFileError:

@@ -89,11 +89,16 @@ class Progress:
         self.step, self._consistent = step, True
 
     def flush(self) -> None:
-        """Wait for the losses of all steps made, and report them. Raises TrainingError if one is not a number."""
+        """Wait for the losses of all steps made, and report them. Raises TrainingError where the training cannot go on."""
         # If that is raised, or the host objects to a step it hears of, the state must not be kept.
         consistent, self._consistent = self._consistent, False
         self._losses.flush()
         self._consistent = consistent
+
+    @property
+    def skipped(self) -> int:
+        """Steps that were not applied, since their loss or gradients were not finite, of those reported."""
+        return self._losses.skipped
 
     def release(self) -> None:
         """Give back the device's memory that is only held for the next steps: the model is going to be used by others."""
@@ -115,7 +120,7 @@ class Progress:
             return None
         self.flush()
         return capture(self.step, network=self._network, optimizer=self._optimizer, scaler=self._scaler,
-                       recent=self._losses.recent(), overflows=self._losses.overflows)
+                       recent=self._losses.recent(), overflows=self._losses.overflows, skipped=self._losses.skipped)
 
 
 def train(model: FrozenModel, *, network: AdapterNetwork, epoch_batches: EpochBatches, condition: Condition,
@@ -125,8 +130,8 @@ def train(model: FrozenModel, *, network: AdapterNetwork, epoch_batches: EpochBa
 
     `condition` makes the text of a batch. `resumed` needs the network it belongs to. Of each batch every process of the `group`
     trains its rows, and all add up their gradients.
-    Raises TrainingError if the loss is no longer a number (the network then holds its last good weights) or if the memory
-    runs out with one image at a time.
+    A step whose loss or gradients are not finite is not applied. Raises TrainingError if that happens too often in a row (the
+    network then holds its last good weights) or if the memory runs out with one image at a time.
     """
     device, rates = model.device, (config.unet_lr, config.text_encoder_lr)
     weights = network.flatten(*rates, dtype=config.loss.dtype)
@@ -155,16 +160,18 @@ def train(model: FrozenModel, *, network: AdapterNetwork, epoch_batches: EpochBa
             for attempt in train_step.attempts(inputs):
                 with attempt:
                     for batch in attempt.microbatches:
+                        batch = batch.to(device)
                         loss = train_step.forward(batch)
                         train_step.backward(loss)
+                        train_step.add_zero_prediction(batch)
             group.all_reduce_(weights.gradient)
-            group.all_reduce_(train_step.loss)
+            group.all_reduce_(train_step.sums)
 
             progress.begin_update()
-            overflowed = optimizer.clip(scaler.inverse())
+            overflowed = optimizer.clip(scaler.inverse()) | ~train_step.loss.isfinite()
             optimizer.step(overflowed)
             scaler.update(overflowed)
-            losses.push(step, epoch, train_step.loss, overflowed, rates=optimizer.learning_rates())
+            losses.push(step, epoch, train_step.sums, overflowed, rates=optimizer.learning_rates())
             train_step.clear()
             progress.advance(step)
             for callback in callbacks:

@@ -58,7 +58,21 @@ def denoising_loss(model: FrozenModel, batch: Batch, *, conditioning: Conditioni
     prediction = model.unet(schedule.add_noise(x_0, noise, t).to(config.dtype), t, conditioning.context.to(config.dtype), y,
                             adapters=adapters, checkpointed=checkpointed)
 
-    loss = config.function(prediction.float(), schedule.target(x_0, noise, t).float(), t)
+    return _weighted(config.function(prediction.float(), schedule.target(x_0, noise, t).float(), t), model, batch, config)
+
+
+@torch.no_grad()
+def zero_prediction_loss(model: FrozenModel, batch: Batch, config: LossConfig) -> Tensor:
+    """What `denoising_loss` would be of a model that predicts zero everywhere, 0-d fp32: whoever is above it knows less than
+    nothing. About 1 without SNR weights."""
+    x_0 = (batch["mean"] + batch["std"] * batch["latent_noise"]) * model.architecture.latent_scale
+    target = model.schedule.target(x_0, batch["noise"], batch["timesteps"]).float()
+    return _weighted(config.function(torch.zeros_like(target), target, batch["timesteps"]), model, batch, config)
+
+
+def _weighted(loss: Tensor, model: FrozenModel, batch: Batch, config: LossConfig) -> Tensor:
+    """The sum of the loss of each element [B, C, h, w], with mask and weights."""
+    schedule, t = model.schedule, batch["timesteps"]
     if "mask" in batch:
         loss = loss * batch["mask"]
     per_image = loss.mean(dim=(1, 2, 3)) * batch["weight"]

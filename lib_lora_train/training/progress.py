@@ -12,16 +12,19 @@ import torch
 from torch import Tensor
 
 from lib_lora_train.errors import TrainingError
-from lib_lora_train.events import Report, Step
+from lib_lora_train.events import Report, Step, Warned
 from lib_lora_train.training.checkpoint import TrainingState
 
 # Loss scaling starts at 2^16: after so many halvings in a row there is no scale at which the gradients fit.
 _MOST_OVERFLOWS = 30
+_WINDOW = 10  # losses whose average is compared with predicting nothing: a single one depends on its noise level
+_WORSE = 1.25  # times the first loss, relative to predicting nothing: some small models are no better than that
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Pending:
-    """A step whose loss is on its way: `result` is (loss, 1 if the gradients overflowed), readable once `arrived` is passed."""
+    """A step whose loss is on its way: `result` is (loss, loss of predicting zero, 1 if the step was not applied), readable
+    once `arrived` is passed."""
 
     step: int
     epoch: int
@@ -31,7 +34,7 @@ class _Pending:
 
 
 class LossReporter:
-    """Turns losses into Step events, in order, and a loss that is not a number into the end of the training.
+    """Turns losses into Step events, in order, and too many in a row that are not numbers into the end of the training.
 
     On CUDA each step's numbers are copied to pinned memory behind the step's own kernels and picked up once the device has
     passed them, usually a step or two later. Elsewhere they are there at once.
@@ -42,8 +45,13 @@ class LossReporter:
         self._recent: collections.deque[float] = collections.deque(maxlen=max(10, steps_per_epoch))
         self._pending: collections.deque[_Pending] = collections.deque()
         self._times: collections.deque[float] = collections.deque(maxlen=21)
+        self._compared: collections.deque[tuple[float, float]] = collections.deque(maxlen=_WINDOW)
+        self._bound = 0.0  # of the losses, relative to predicting nothing
+        self._told_worse = self._told_not_finite = False
         self.overflows = 0
-        """Steps in a row whose gradients overflowed."""
+        """Steps in a row that were not applied, since their gradients or their loss were not finite."""
+        self.skipped = 0
+        """All such steps of the run."""
 
     def recent(self) -> tuple[float, ...]:
         """The losses that the reported average is made of, oldest first."""
@@ -52,16 +60,17 @@ class LossReporter:
     def restore(self, state: TrainingState) -> None:
         """Go on with the average of an interrupted run."""
         self._recent.extend(state.recent)
-        self.overflows = state.overflows
+        self.overflows, self.skipped = state.overflows, state.skipped
 
-    def push(self, step: int, epoch: int, loss: Tensor, overflowed: Tensor, *, rates: Mapping[str, float]) -> None:
-        """A step was made: remember its numbers (0-d tensors on the device), and report those that have arrived."""
-        result, arrived = torch.stack([loss, overflowed.float()]), None
+    def push(self, step: int, epoch: int, sums: Tensor, overflowed: Tensor, *, rates: Mapping[str, float]) -> None:
+        """A step was made: remember its numbers, and report those that have arrived. `sums` are the loss and that of
+        predicting zero, [2] on the device as `overflowed`, 0-d."""
+        result, arrived = torch.cat([sums, overflowed.float()[None]]), None
         if self._device.type == "cuda":
             # The copy goes on the stream of the loss's GPU, an event on that of the thread's current one: they are the same
             # only if we say so (the WebUI's --device-id chooses a GPU without making it the current one).
             with torch.cuda.device(self._device):
-                on_device, result, arrived = result, torch.empty(2, pin_memory=True), torch.cuda.Event()
+                on_device, result, arrived = result, torch.empty(3, pin_memory=True), torch.cuda.Event()
                 result.copy_(on_device, non_blocking=True)
                 arrived.record()
         self._pending.append(_Pending(step, epoch, rates, result, arrived))
@@ -77,24 +86,48 @@ class LossReporter:
 
     def _tell(self, pending: _Pending) -> None:
         """Report a step. Raises TrainingError where the training cannot go on."""
-        loss, overflowed = pending.result.tolist()
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"The loss is no longer a number at step {pending.step}", why="the training has become unstable",
-                remedy="lower the learning rate; with fp16 also try bf16 or no as precision, and a VAE that is made for half "
-                       "precision")
-        self.overflows = self.overflows + 1 if overflowed else 0
+        loss, zero_loss, overflowed = pending.result.tolist()
+        skipped, finite = bool(overflowed), math.isfinite(loss)
+        self.overflows, self.skipped = self.overflows + 1 if skipped else 0, self.skipped + skipped
         if self.overflows >= _MOST_OVERFLOWS:
-            raise TrainingError(
-                f"The last {self.overflows} steps could not be used", why="their gradients were too large for numbers",
-                remedy="lower the learning rate, or take bf16 or no as precision")
-        self._recent.append(loss)
+            raise self._unusable(finite)
+        if finite:
+            self._recent.append(loss)
+            self._compare(pending, loss, zero_loss)
+        elif not self._told_not_finite:
+            self._told_not_finite = True
+            self._report(Warned(f"The loss of step {pending.step} is not a number: such a step is skipped and counted."))
         speed = self._steps_per_second()
+        average = sum(self._recent) / len(self._recent) if self._recent else math.nan
         self._report(Step(
             step=pending.step, total=self._steps, epoch=pending.epoch, epochs=self._epochs, loss=loss,
-            average_loss=sum(self._recent) / len(self._recent), learning_rate=pending.rates.get("unet", 0.0),
+            average_loss=average, learning_rate=pending.rates.get("unet", 0.0),
             text_encoder_lr=pending.rates.get("text_encoder", 0.0), steps_per_second=speed,
-            seconds_left=(self._steps - pending.step) / speed if speed else None, skipped=bool(overflowed)))
+            seconds_left=(self._steps - pending.step) / speed if speed else None, skipped=skipped,
+            skipped_steps=self.skipped))
+
+    def _compare(self, pending: _Pending, loss: float, zero_loss: float) -> None:
+        """Warn once where the losses are above those of predicting nothing."""
+        self._bound = self._bound or max(1.0, _WORSE * loss / zero_loss if zero_loss else 1.0)
+        self._compared.append((loss, zero_loss))
+        own, nothing = (sum(losses) / _WINDOW for losses in zip(*self._compared, strict=True))
+        if len(self._compared) == _WINDOW and own > nothing * self._bound and not self._told_worse:
+            self._told_worse = True
+            rate = max(pending.rates.values(), default=0.0)
+            self._report(Warned(
+                f"At step {pending.step} the loss is above that of predicting nothing ({own:.3f} instead of {nothing:.3f} "
+                f"over {_WINDOW} steps), so that the LoRA would be of no use: stop, and lower the learning rate ({rate:.3g} at "
+                "this step; 1e-4 is usual)."))
+
+    def _unusable(self, finite: bool) -> TrainingError:
+        """The end of a training whose steps can no longer be applied; `finite`: whether the last one's loss is a number."""
+        why, remedy = "their gradients were too large for numbers", "lower the learning rate, or take bf16 or no as precision"
+        if not finite and self._recent:
+            why = "their loss is no longer a number, because the training has become unstable"
+        elif not finite:
+            why = "their loss was never a number, although the weights are: the model's activations overflow"
+            remedy = "take bf16 or no as precision (mixed_precision), or choose another checkpoint"
+        return TrainingError(f"The last {self.overflows} steps could not be used", why=why, remedy=remedy)
 
     def _steps_per_second(self) -> float | None:
         """Over the last 20 steps, without the first, which warms up; None before the third."""

@@ -18,20 +18,21 @@ from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.model.ops.layers import Adapter
 from lib_lora_train.training.compiled import CompiledLoss
 from lib_lora_train.training.condition import Condition
-from lib_lora_train.training.loss import LossConfig, denoising_loss
+from lib_lora_train.training.loss import LossConfig, denoising_loss, zero_prediction_loss
 from lib_lora_train.training.precision import LossScaler
 
 
 class TrainStep:
-    """Computes losses and adds up their gradients, in the way that `config` says. `loss` is the sum of the losses since the
-    last `clear`, 0-d fp32 on the device."""
+    """Computes losses and adds up their gradients, in the way that `config` says. `sums` are those since the last `clear`, [2]
+    fp32 on the device: of the losses, which is also `loss`, and of what they would be if zero were predicted."""
 
     def __init__(self, model: FrozenModel, *, weights: FlatWeights, adapters: Mapping[str, Adapter], condition: Condition,
                  scaler: LossScaler, loss: LossConfig, config: StepConfig, report: Report,
                  compiled: bool = False) -> None:
         """`adapters` are the UNet's. `compiled` lets torch.compile make the loss."""
         self.model, self.weights, self.config, self.loss_config = model, weights, config, loss
-        self.loss = torch.zeros((), device=model.device)
+        self.sums = torch.zeros(2, device=model.device)
+        self.loss = self.sums[0]
         self._adapters, self._condition, self._scaler, self._report = adapters, condition, scaler, report
         self._told_smaller = False  # of fewer pictures at once
         self._denoising_loss = CompiledLoss(report) if compiled else denoising_loss
@@ -49,10 +50,14 @@ class TrainStep:
         self._scaler.scaled(loss).backward()
         self.loss.add_(loss.detach())
 
+    def add_zero_prediction(self, batch: Batch) -> None:
+        """Add what the loss of this micro-batch would be if zero were predicted."""
+        self.sums[1].add_(zero_prediction_loss(self.model, batch, self.loss_config))
+
     def clear(self) -> None:
-        """Set gradients and loss to zero."""
+        """Set gradients and sums to zero."""
         self.weights.gradient.zero_()
-        self.loss.zero_()
+        self.sums.zero_()
 
     def release(self) -> None:
         """Hold nothing on the device between two steps but what is trained."""

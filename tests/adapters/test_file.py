@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+from lib_lora_train.__main__ import main
 from lib_lora_train.adapters.file import SAVE_PRECISIONS, inspect, load, read_metadata, save
 from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.errors import LoraFileError, OutputError, TrainingError
@@ -124,6 +126,19 @@ def test_weights_that_are_not_numbers_never_replace_a_file(tmp_path: Path) -> No
         with pytest.raises(TrainingError):
             save(path, broken, METADATA, dtype=torch.float16)
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_inspecting_a_lora_tells_which_tensors_hold_values_that_are_no_numbers(tmp_path: Path, value: float, capsys) -> None:
+    path = saved(tmp_path)
+    assert inspect(path).not_finite == ()
+    broken = safetensors.torch.load_file(path)
+    name = next(key for key in broken if key.endswith("lora_up.weight"))
+    broken[name][3, 2] = value
+    safetensors.torch.save_file(broken, path)
+    assert inspect(path).not_finite == (name,)
+    assert main(["inspect", str(path)]) == 0
+    assert ["not_finite", "1"] in [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
 
 
 def test_the_alias_must_be_the_name_of_the_file(tmp_path: Path) -> None:

@@ -142,6 +142,21 @@ def test_what_cannot_be_used_is_named_and_the_rest_is_taken(desk: Desk):
     assert len(task["problems"]) == 2 and len(desk.images()) == 3
 
 
+def test_captions_that_are_imported_later_are_shown_and_can_be_saved_over(desk: Desk):
+    desk.post("create", {"name": "zzk", "concept": "zzk girl"})
+    folder = sources(desk.folder / "sources")
+    for caption in folder.glob("*.txt"):
+        caption.rename(caption.with_suffix(".later"))
+    desk.done(desk.post("import", {"paths": [str(folder)]}))
+    (folder / "red.later").rename(folder / "red.txt")
+    (folder / "odd.txt").write_text("nobody's", encoding="utf-8")
+    task = desk.done(desk.post("import", {"paths": [str(folder)]}))
+    assert {p["id"]: p["caption"] for p in desk.images()} == {"red.png": "red, square", "green.png": "", "blue.png": ""}
+    assert any("1 text file fits no picture (odd.txt)" in problem["text"] for problem in task["problems"])
+    desk.post("caption", {"id": "red.png", "text": "changed"})
+    assert desk.post("save", {}).json()["conflicts"] == []
+
+
 @pytest.mark.parametrize("name", ["../x", "..", "/tmp/x", "a/b", "nowhere", "", r"C:\x", "zzk\0"])
 def test_only_a_dataset_of_the_list_is_opened(desk: Desk, name: str):
     desk.filled()
@@ -180,7 +195,7 @@ def test_what_is_odd_about_a_captions_file_is_told_with_its_image(desk: Desk):
     desk.filled()
     place, = dataset_folder(desk).glob("*_zzk girl")
     desk.post("close")
-    (place / "red.txt").write_bytes("Wörtchen".encode("latin-1"))
+    (place / "red.txt").write_bytes(b"caf\x81 \xff")
     (place / "green.txt").write_text("green\nfield", encoding="utf-8")
     (place / "blue.caption").write_text("sky", encoding="utf-8")
     desk.post("open", {"name": "zzk"})

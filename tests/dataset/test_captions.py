@@ -1,47 +1,47 @@
-"""Captions: reading, and kohya's order of changes."""
+"""Captions: their tags, and kohya's order of changes."""
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
 from lib_lora_train.dataset.captions import (
-    find_captions,
+    count_tags,
     first_line,
+    first_line_and_rest,
     process_caption,
-    read_caption,
     split_tags,
+    tag_key,
     with_trigger_word,
 )
-from lib_lora_train.errors import DatasetError
-
-
-@pytest.mark.parametrize("content", [
-    "1girl, café".encode(), b"\xef\xbb\xbf" + "1girl, café".encode(), "\n 1girl, café \r\n".encode()])
-def test_utf_8_is_read_with_or_without_a_byte_order_mark(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "a.txt").write_bytes(content)
-    assert read_caption(tmp_path / "a.txt") == "1girl, café"
-
-
-@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-16-le", "shift_jis"])
-def test_another_encoding_is_refused_by_name(tmp_path: Path, encoding: str) -> None:
-    text = "1girl, 猫" if encoding == "shift_jis" else "1girl, café"
-    (tmp_path / "a.txt").write_bytes(text.encode(encoding))
-    with pytest.raises(DatasetError, match=r"a\.txt is not UTF-8"):
-        read_caption(tmp_path / "a.txt")
-
-
-def test_txt_comes_before_caption_and_case_does_not_matter() -> None:
-    files = [Path("a.caption"), Path("a.TXT"), Path("b.caption"), Path("c.json")]
-    assert find_captions(files) == {"a": [Path("a.TXT"), Path("a.caption")], "b": [Path("b.caption")]}
 
 
 def test_only_the_first_line_with_text_is_used() -> None:
     assert first_line("\n  one, two \nthree") == "one, two"
-    assert first_line(" \n ") == ""
+    assert first_line(" \n ") == "" and first_line(" , ，\n,") == "" and first_line(", ,\n one") == "one"
+
+
+@pytest.mark.parametrize("inside", ["\u2028", "\x0b", "\x0c", "\x85", "\x1c"])
+def test_only_carriage_return_and_line_feed_end_a_line(inside: str) -> None:
+    assert first_line_and_rest(f"one{inside} two\r\nthree") == (f"one{inside} two", "\r\nthree")
+    assert first_line("one\rtwo") == "one"
+
+
+@pytest.mark.parametrize(("one", "other"), [
+    ("zzk\u200b", "zzk"), ("\ufeffzzk", "ZZK"), ("cafe\u0301", "caf\u00e9"), ("red  hat", "red hat"),
+    (r"saber \(fate\)", "saber (fate)"),
+    ("z\u2060zk", "zzk"), ("zzk\u200d", "zzk")])
+def test_what_the_tokenizer_reads_alike_is_one_tag(one: str, other: str) -> None:
+    assert tag_key(one) == tag_key(other)
+    assert len(count_tags([f"{one}, {other}", other])) == 1
+    assert with_trigger_word(f"a, {one}", other) == f"a, {one}"
+
+
+def test_commas_of_every_width_part_tags_and_emoji_and_scripts_keep_their_joiners() -> None:
+    assert split_tags("a，b、c､d, e") == ["a", "b", "c", "d", "e"]
+    assert split_tags("👩\u200d🚀, می\u200cخواهم") == ["👩\u200d🚀", "می\u200cخواهم"]
 
 
 @pytest.mark.parametrize(("caption", "trigger", "expected"), [

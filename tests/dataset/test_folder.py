@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def test_kohya_folders_give_repeats_and_captions(tmp_path: Path, make_image) -> 
     make_image("10_sks dog/B.JPG")
     make_image("3_cat_with_hat/c.webp")
     dataset = scan(tmp_path, max_train_epochs=10)
-    assert dataset.layout == "kohya" and not dataset.problems
+    assert dataset.layout == "kohya" and texts(dataset) == "3 pictures, 1 with a caption."
     assert captions(dataset) == {"a.png": "a dog, grass", "B.JPG": "sks dog", "c.webp": "cat_with_hat"}
     assert [example.repeats for example in dataset.examples] == [10, 10, 3]
     assert [(e.width, e.height) for e in dataset.examples] == [(64, 48)] * 3
@@ -68,7 +69,7 @@ def test_images_that_are_not_used_are_counted_at_every_depth(tmp_path: Path, mak
                  "kohya/2_dog/a.png", "kohya/2_dog/deep/deeper/b.png", "kohya/backup/old/c.png", "kohya/backup/old/d.png"):
         make_image(name)
     dataset = scan(tmp_path / chosen, max_train_epochs=1, trigger_word="sks")
-    assert len(dataset.examples) == 1 and len(dataset.problems) == len(counts)
+    assert len(dataset.examples) == 1 and len([p for p in dataset.problems if "caption" not in p.text]) == len(counts)
     assert all(any(count in problem.text for problem in dataset.problems) for count in counts)
 
 
@@ -118,10 +119,10 @@ def test_a_missing_caption_is_the_trigger_word_or_empty_with_a_warning(tmp_path:
     make_image("c.png", caption="  ")
     with_trigger = scan(tmp_path, max_train_epochs=1, trigger_word="sks")
     assert captions(with_trigger) == {"a.png": "sks, smile", "b.png": "sks", "c.png": "sks"}
-    assert not with_trigger.problems
+    assert texts(with_trigger) == "3 pictures, 1 with a caption."
     without = scan(tmp_path, max_train_epochs=1)
     assert captions(without) == {"a.png": "smile", "b.png": "", "c.png": ""}
-    assert "2 picture(s)" in texts(without) and "b.png, c.png" in texts(without)
+    assert "2 pictures have no caption" in texts(without) and "b.png, c.png" in texts(without)
 
 
 def test_captions_of_several_lines_or_files_are_warned_about(tmp_path: Path, make_image) -> None:
@@ -132,18 +133,53 @@ def test_captions_of_several_lines_or_files_are_warned_about(tmp_path: Path, mak
     (tmp_path / "c.caption").write_text("only caption")
     dataset = scan(tmp_path, max_train_epochs=1)
     assert captions(dataset) == {"a.png": "first", "b.png": "from txt", "c.png": "only caption"}
-    assert "a.txt" in texts(dataset) and "b.png" in texts(dataset)
+    assert "(a.txt)" in texts(dataset) and "(b.txt)" in texts(dataset)
 
 
-def test_captions_that_are_not_utf_8_are_refused_all_at_once(tmp_path: Path, make_image) -> None:
+def test_captions_in_no_encoding_are_refused_all_at_once(tmp_path: Path, make_image) -> None:
     for name in ("a", "b", "c"):
         make_image(f"{name}.png", caption="fine")
-    (tmp_path / "a.txt").write_bytes("café".encode("latin-1"))
+    (tmp_path / "a.txt").write_bytes(b"caf\x81 \xff")
     with pytest.raises(DatasetError, match=r"a\.txt is not UTF-8"):
         scan(tmp_path, max_train_epochs=1)
-    (tmp_path / "c.txt").write_bytes("café".encode("utf-16"))
+    (tmp_path / "c.txt").write_bytes(b"caf\x81 \xff")
     with pytest.raises(DatasetError, match=r"2 caption files.*a\.txt.*c\.txt.*UTF-8"):
         scan(tmp_path, max_train_epochs=1)
+
+
+def test_a_name_of_macos_and_one_of_windows_are_one(tmp_path: Path, make_image) -> None:
+    make_image("cafe\u0301.png")
+    (tmp_path / "caf\u00e9.txt").write_text("a red cafe\u0301", encoding="utf-8")
+    make_image("B.png")
+    (tmp_path / "b.TXT").write_text("blue", encoding="utf-8")
+    assert list(captions(scan(tmp_path, max_train_epochs=1)).values()) == ["blue", "a red caf\u00e9"]
+
+
+def test_captions_that_lie_elsewhere_are_said_although_there_is_a_trigger_word(tmp_path: Path, make_image) -> None:
+    make_image("images/1.png")
+    for name in ("captions/1.txt", "images/img_1.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("a hat", encoding="utf-8")
+    said = texts(scan(tmp_path / "images", max_train_epochs=1, trigger_word="zzk"))
+    assert str(tmp_path / "captions") in said
+    assert "1 picture, 0 with captions; 1 text file fits no picture (img_1.txt)." in said
+
+
+def test_metadata_above_the_numbered_folders_is_read(tmp_path: Path, make_image) -> None:
+    for name in ("10_cat/a.png", "5_dog/a.png", "5_dog/b.png"):
+        make_image(name)
+    (tmp_path / "metadata.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in (
+        {"file_name": "10_cat/a.png", "text": "a cat"}, {"file_name": "5_dog/a.png", "text": "a dog"},
+        {"file_name": "b.png", "text": "no folder"})), encoding="utf-8")
+    assert [e.caption for e in scan(tmp_path, max_train_epochs=1).examples] == ["a cat", "a dog", "no folder"]
+
+
+def test_a_trigger_word_of_full_width_commas_or_escaped_brackets_is_not_put_twice(tmp_path: Path, make_image) -> None:
+    make_image("a.png", caption="zzk，1girl、solo")
+    make_image("b.png", caption=r"1girl, zzk, saber \(fate\)")
+    dataset = scan(tmp_path, max_train_epochs=1, trigger_word="zzk，saber (fate)")
+    assert captions(dataset) == {"a.png": "saber (fate), zzk,1girl,solo", "b.png": r"1girl, zzk, saber \(fate\)"}
+    assert dataset.tag_frequency()[tmp_path.name] == {"saber (fate)": 1, "zzk": 2, "1girl": 2, "solo": 1, r"saber \(fate\)": 1}
 
 
 def test_bad_images_are_skipped_by_name_and_the_rest_is_used(tmp_path: Path, make_image, monkeypatch) -> None:

@@ -96,7 +96,7 @@ def test_each_problem_is_marked_at_its_image_and_said_in_a_sentence(tmp_path: Pa
 def test_what_would_keep_a_training_from_starting_comes_first(tmp_path: Path, draw: Draw) -> None:
     for i in range(3):
         draw(f"{i}.png", (100, 100), caption=None)
-    (tmp_path / "1.txt").write_bytes("naïve".encode("latin-1"))
+    (tmp_path / "1.txt").write_bytes(b"caf\x81 \xff")
     report = look(tmp_path)
     assert "UTF-8" in report.advice[0] and "Only 3 different pictures" in report.advice[1]
     assert not report.trainable and codes(report)["1.png"] == {"unreadable_caption", "small"}
@@ -221,12 +221,15 @@ def test_captions_that_are_not_saved_yet_count_instead_of_their_files(tmp_path: 
     assert report.tags == {"new": 1} and codes(report) == {"written.png": {"empty_caption"}}
 
 
-def test_a_caption_file_named_after_the_whole_image_is_pointed_out(tmp_path: Path, draw: Draw) -> None:
+def test_the_report_says_how_many_captions_there_are_and_which_text_files_are_nobodys(tmp_path: Path, draw: Draw) -> None:
     draw("a.png", caption=None)
+    draw("b.png", caption=None)
     (tmp_path / "a.png.txt").write_text("a hat", encoding="utf-8")
     (tmp_path / "LICENSE.txt").write_text("free", encoding="utf-8")
-    assert "a.png.txt" in advice(look(tmp_path), "no caption file")
-    assert "LICENSE" not in advice(look(tmp_path), "no caption file")
+    report = look(tmp_path, trigger_word="zzk")
+    assert report.captions == "2 pictures, 1 with a caption; 1 text file fits no picture (LICENSE.txt)."
+    assert report.captions in " ".join(report.text().split()) and report.tags == {"a hat": 1}
+    assert "(b.png)" in advice(report, "1 picture has no caption file")
 
 
 def test_in_kohyas_layout_the_folders_name_stands_in_for_missing_captions_only(tmp_path: Path, draw: Draw) -> None:
@@ -260,7 +263,33 @@ def test_a_caption_of_several_lines_or_files_is_said(tmp_path: Path, draw: Draw)
     draw("b.png")
     (tmp_path / "b.caption").write_text("other", encoding="utf-8")
     report = look(tmp_path)
-    assert advice(report, "more than one line", "a.txt") and advice(report, ".caption file", "b.png")
+    assert advice(report, "several lines", "a.txt") and advice(report, "several caption files", "b.txt")
+
+
+def test_captions_in_another_encoding_are_trained_and_said(tmp_path: Path, draw: Draw) -> None:
+    draw("a.png", caption=None)
+    draw("b.png", caption=None)
+    (tmp_path / "a.txt").write_bytes("zzk, 红发, 蓝眼睛".encode("gbk"))
+    (tmp_path / "b.txt").write_bytes("zzk, a café".encode("cp1252"))
+    report = look(tmp_path)
+    assert report.tags == {"zzk": 2, "a café": 1, "红发": 1, "蓝眼睛": 1} and report.trainable
+    assert "(a.txt)" in advice(report, "GBK") and "(b.txt)" in advice(report, "Windows-1252")
+
+
+def test_what_other_programs_read_in_captions_is_said_to_be_plain_text_here(tmp_path: Path, draw: Draw) -> None:
+    draw("a.png", caption="a {red|blue} hat <lora:other:0.8>")
+    draw("b.png", caption="zzk ||| a hat")
+    report = look(tmp_path)
+    assert "(a.txt)" in advice(report, "{a|b}", "<lora:name:1>", "plain text")
+    assert "(b.txt)" in advice(report, "|||", "plain text")
+
+
+def test_a_tag_with_and_without_escaped_brackets_is_counted_once_and_said(tmp_path: Path, draw: Draw) -> None:
+    draw("a.png", caption="saber (fate), hat")
+    draw("b.png", caption=r"saber \(fate\)")
+    report = look(tmp_path)
+    assert report.tags == {"saber (fate)": 2, "hat": 1}
+    assert advice(report, "spelt in two ways", r"\(fate\)")
 
 
 @pytest.mark.parametrize(("tags", "found"), [

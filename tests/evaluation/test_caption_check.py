@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from lib_lora_train import demo
-from lib_lora_train.dataset.captions import read_caption
+from lib_lora_train.dataset.caption_files import read_caption_file
 from lib_lora_train.errors import HostError, Interrupted
 from lib_lora_train.evaluation import caption_check
 from lib_lora_train.evaluation.caption_check import Checked, check_captions
@@ -42,7 +42,7 @@ def quick(request, monkeypatch):
 def items(*, wrong: bool = False) -> list[tuple[Path, str]]:
     """Images of the demo with their captions, or each with its neighbour's."""
     paths = [Path(demo.STYLE) / f"{name}.png" for name in NAMES]
-    captions = [read_caption(path.with_suffix(".txt")) for path in paths]
+    captions = [read_caption_file(path.with_suffix(".txt")).line for path in paths]
     return list(zip(paths, captions[1:] + captions[:1] if wrong else captions, strict=True))
 
 

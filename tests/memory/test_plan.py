@@ -12,9 +12,10 @@ import torch
 
 from lib_lora_train.errors import Interrupted
 from lib_lora_train.inputs.vae_batches import encoding_bytes
+from lib_lora_train.memory import plan as plan_module
 from lib_lora_train.memory.device import attention_kernel, budget_of, seconds_per_step
 from lib_lora_train.memory.estimate import Workload
-from lib_lora_train.memory.plan import CONTEXT, GIGABYTE, MemoryPlan, ladder, plan_memory
+from lib_lora_train.memory.plan import CONTEXT, GIGABYTE, MemoryPlan, installed_bytes, ladder, plan_memory
 from lib_lora_train.memory.step_config import StepConfig
 from lib_lora_train.model.family import detect
 from lib_lora_train.model.ops.quantised import quantised
@@ -108,6 +109,17 @@ def test_what_is_told_of_means_and_of_what_is_missing():
     assert "0.1 more than there is" in short.warning and "memory_plan" not in short.warning
     by_hand = dataclasses.replace(short, settings=parse({"memory_plan": "manual"}).memory)
     assert "memory_plan = auto" in by_hand.warning
+
+
+def test_more_memory_than_the_machine_has_is_told_where_there_is_no_gpu(monkeypatch):
+    needed, on_gpu = plan(None, device="cpu"), plan(20000)
+    if (linux := Path("/proc/meminfo")).is_file():
+        assert installed_bytes() == 1024 * int(linux.read_text().split()[1])  # "MemTotal: … kB"
+    assert needed.warning == ""
+    monkeypatch.setattr(plan_module, "installed_bytes", lambda: 1 * MEGABYTE)
+    assert "this machine has 0.0" in needed.warning and on_gpu.warning == ""
+    monkeypatch.setattr(plan_module, "installed_bytes", lambda: 0)
+    assert needed.warning == ""
 
 
 def test_int8_is_said_where_the_user_did_not_ask_for_it():

@@ -150,7 +150,7 @@ def test_a_second_ctrl_c_ends_at_once_and_leaves_the_host_as_it_was(
 
 
 @pytest.mark.parametrize("step", [1, 2])
-def test_a_loss_that_is_no_number_at_any_step_leaves_the_host_as_it_was(
+def test_a_loss_that_is_no_number_at_any_step_is_skipped_and_leaves_the_host_as_it_was(
         step: int, host: StandaloneHost, place_of_work: Path, reference: dict[str, torch.Tensor],
         monkeypatch: pytest.MonkeyPatch) -> None:
     original, calls = train_step.denoising_loss, []
@@ -163,8 +163,9 @@ def test_a_loss_that_is_no_number_at_any_step_leaves_the_host_as_it_was(
         patch.setattr(train_step, "denoising_loss", poisoned)
         runner.start(plan_job(settings(place_of_work), host), host)
         assert runner.wait(120)
-    finished = runner.status().finished
-    assert finished.outcome == "failed" and f"The loss is no longer a number at step {step}" in finished.message
+    status = runner.status()
+    assert status.finished.outcome == "done" and status.step.skipped_steps == 1
+    assert any(f"step {step} " in warning for warning in status.warnings)
     assert surroundings(host) == before
     assert_the_next_run_is_good(host, place_of_work, reference)
 

@@ -15,20 +15,23 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lib_lora_train import events
+from lib_lora_train.__main__ import main
 from lib_lora_train.adapters import file
 from lib_lora_train.adapters.network import AdapterNetwork
+from lib_lora_train.api import service
 from lib_lora_train.errors import DatasetError, Interrupted, LoraFileError, ModelError, OutputError, SettingError, TrainingError
 from lib_lora_train.host import standalone
 from lib_lora_train.host.standalone import StandaloneHost
 from lib_lora_train.inputs import prefetcher
-from lib_lora_train.run import job
+from lib_lora_train.run import job, soundness
 from lib_lora_train.run.job import run_job
 from lib_lora_train.run.planning import plan_job
+from lib_lora_train.run.record import RunRecord, past_run
 from lib_lora_train.run.saver import Saver
-from lib_lora_train.settings import parse
+from lib_lora_train.settings import flat, parse
 from lib_lora_train.training import train_step
 from lib_lora_train.training.optimizers import OPTIMIZERS
 from tests.jobs import run_settings
@@ -62,7 +65,7 @@ def test_exactly_the_planned_steps_run_and_the_file_is_where_the_last_event_says
     # Three images in the square bucket and one in a wide one, batch 1: 4 batches an epoch, 2 epochs.
     assert (planned.pictures, planned.buckets, planned.batches_per_epoch, planned.steps) == (4, 2, 4, 8)
     assert [(s.step, s.epoch) for s in of(events.Step, seen)] == [(i, 1 + (i > 4)) for i in range(1, 9)]
-    assert finished == events.Finished("done", finished.message, str(host.lora_folder / "zzk.safetensors"), 8)
+    assert finished == events.Finished("done", finished.message, str(host.lora_folder / "zzk.safetensors"), 8, "healthy")
     assert Path(finished.path).is_file()
     assert of(events.Saved, seen) == [events.Saved(finished.path, 8, 2, True)]
 
@@ -185,19 +188,127 @@ def test_a_text_encoder_learnt_before_is_kept_when_only_the_unet_goes_on(images,
     assert any(not torch.equal(before[key], after[key]) for key in before if key.startswith("lora_unet_"))
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_weights(images, host, monkeypatch):
-    original, calls = train_step.denoising_loss, []
+def poisoned(monkeypatch, *, calls: range) -> None:
+    """Losses of these calls, counted from 1, are no numbers."""
+    original, made = train_step.denoising_loss, []
 
-    def poisoned(model, batch, **given):
-        calls.append(1)
-        return original(model, batch, **given) * (math.nan if len(calls) == 4 else 1)
-    monkeypatch.setattr(train_step, "denoising_loss", poisoned)
+    def loss(model, batch, **given):
+        made.append(1)
+        return original(model, batch, **given) * (math.nan if len(made) in calls else 1)
+    monkeypatch.setattr(train_step, "denoising_loss", loss)
+
+
+def test_one_loss_that_is_no_number_is_skipped_and_counted_and_the_count_survives_a_resume(images, host, monkeypatch):
+    poisoned(monkeypatch, calls=range(4, 5))
+    chosen, folder, seen = settings(images, save_every_n_steps=1), host.runs_folder / "zzk-1", []
+    with contextlib.suppress(Interrupted):
+        run_settings(chosen, host, report=lambda event: seen.append(event), folder=folder,
+                     stop=lambda: "stop" if len(of(events.Step, seen)) >= 5 else "")
+    assert [(s.skipped, s.skipped_steps, math.isnan(s.loss)) for s in of(events.Step, seen)] == [
+        *[(False, 0, False)] * 3, (True, 1, True), (False, 1, False)]
+    assert math.isfinite(of(events.Step, seen)[-1].average_loss)
+    json.loads(json.dumps(events.to_dict(of(events.Step, seen)[3]), allow_nan=False))
+    third, fourth, fifth = (load_file(host.lora_folder / f"zzk-step0000000{step}.safetensors") for step in (3, 4, 5))
+    assert all(torch.equal(third[key], fourth[key]) for key in third)
+    assert any(not torch.equal(fourth[key], fifth[key]) for key in fourth)
+    finished, seen = run(parse({**flat(chosen), "resume": str(folder)}), host)
+    assert finished.outcome == "done" and of(events.Step, seen)[-1].skipped_steps == 1
+
+
+def test_losses_that_are_no_numbers_any_more_end_the_run_and_keep_the_last_good_weights(images, host, monkeypatch):
+    poisoned(monkeypatch, calls=range(2, 100))
     seen: list[events.Event] = []
-    with pytest.raises(TrainingError, match="step 4.*zzk-step00000003"):
-        run_settings(settings(images), host, report=seen.append, stop=lambda: "")
-    kept = load_file(host.lora_folder / "zzk-step00000003.safetensors")
-    assert all(torch.isfinite(tensor).all() for tensor in kept.values())
-    assert not (host.lora_folder / "zzk.safetensors").exists()
+    with pytest.raises(TrainingError, match="no longer a number.*zzk-step000000"):
+        run_settings(settings(images, max_train_steps=60, network_dim=1, max_train_epochs=60), host, report=seen.append,
+                     stop=lambda: "")
+    kept, = host.lora_folder.glob("*.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in load_file(kept).values())
+
+
+@pytest.fixture
+def own_host(tiny_file, tmp_path) -> StandaloneHost:
+    """A host whose model a test may damage."""
+    return StandaloneHost(tiny_file, lora_folder=tmp_path / "loras", runs_folder=tmp_path / "runs")
+
+
+@pytest.mark.parametrize("name, part, tensor", [
+    ("model.diffusion_model.out.2.weight", "UNet", "out.2.weight"),
+    ("first_stage_model.encoder.conv_in.bias", "VAE", "encoder.conv_in.bias"),
+    ("cond_stage_model.transformer.text_model.final_layer_norm.weight", "text encoder", "final_layer_norm.weight")])
+def test_weights_that_are_no_numbers_are_named_before_a_picture_is_encoded(images, own_host, name, part, tensor):
+    with own_host.lease() as borrowed:
+        borrowed.tensors[name].view(-1)[1] = -math.inf
+    seen: list[events.Event] = []
+    with pytest.raises(ModelError) as caught:
+        run_settings(settings(images), own_host, report=seen.append, stop=lambda: "")
+    assert part in caught.value.what and tensor in caught.value.why and caught.value.remedy
+    assert not [s for s in of(events.Stage, seen) if s.name.startswith("Encoding")]
+
+
+def test_a_vae_decoder_that_is_no_numbers_is_not_the_trainings_matter(images, own_host):
+    with own_host.lease() as borrowed:
+        borrowed.tensors["first_stage_model.decoder.conv_in.bias"].fill_(math.nan)
+    assert run(settings(images, max_train_steps=1), own_host)[0].outcome == "done"
+
+
+@pytest.mark.parametrize("only, error, said", [
+    (torch.bfloat16, TrainingError, "mixed_precision"), (None, ModelError, "another checkpoint")],
+    ids=["in bf16 only", "always"])
+def test_a_model_whose_activations_overflow_is_told_before_the_first_step_and_apart_from_damaged_weights(
+        images, host, monkeypatch, only, error, said):
+    """Overflow of activations, pretended: no CPU here computes in fp16."""
+    original = soundness.denoising_loss
+    monkeypatch.setattr(soundness, "denoising_loss", lambda model, batch, *, config, **given: original(
+        model, batch, config=config, **given) * (math.nan if only in (None, config.dtype) else 1))
+    seen: list[events.Event] = []
+    with pytest.raises(error, match="although its weights are") as caught:
+        run_settings(settings(images, mixed_precision="bf16"), host, report=seen.append, stop=lambda: "")
+    assert said in caught.value.remedy and not of(events.Step, seen)
+
+
+def test_a_lora_that_holds_or_makes_values_that_are_no_numbers_is_not_continued(images, host):
+    first = run(settings(images, max_train_steps=1), host)[0].path
+    for name, value, said in (("nan", math.nan, r"2 of its \d+ tensors"), ("huge", 1e30, "with it the model computes")):
+        tensors = load_file(first)
+        for key in [key for key in tensors if key.endswith("weight")][10:12]:
+            tensors[key].fill_(value)
+        save_file(tensors, host.lora_folder / f"{name}.safetensors")
+        seen: list[events.Event] = []
+        with pytest.raises(LoraFileError, match=rf"^{name}\.safetensors cannot be continued: .*{said}"):
+            run_settings(settings(images, output_name="next", network_weights=str(host.lora_folder / f"{name}.safetensors")),
+                         host, report=seen.append, stop=lambda: "")
+        assert not of(events.Step, seen)
+
+
+def test_a_lora_ruined_by_its_learning_rate_is_not_called_ready_and_was_warned_of(images, host):
+    folder = host.runs_folder / "zzk-1"
+    record = RunRecord(folder, settings(images))
+    finished, seen = run(settings(images, learning_rate=5, max_train_steps=4), host)
+    for event in (*seen, finished):
+        record.write(event)
+    record.close()
+    assert (finished.outcome, finished.verdict) == ("done", "ruined") and Path(finished.path).is_file()
+    assert "ruined" in finished.message and "ready" not in finished.message and finished.path in finished.message
+    assert past_run(folder).verdict == "ruined" and past_run(folder).message == finished.message
+    before_the_steps = seen[:seen.index(of(events.Step, seen)[0])]
+    assert any("(learning_rate) = 5" in w.message for w in of(events.Warned, before_the_steps))
+    healthy, seen = run(settings(images, output_name="good"), host)
+    assert healthy.verdict == "healthy" and "is ready" in healthy.message
+
+
+def test_values_known_to_fail_are_told_alike_by_the_plan_the_check_and_the_run(images, host, capsys):
+    values = {**flat(settings(images)), "learning_rate": 0.05, "train_batch_size": 6, "network_alpha": 64,
+              "lr_warmup_steps": 500, "max_train_steps": 2, "save_every_n_epochs": 0}
+    named = ("learning_rate", "network_alpha", "lr_warmup_steps", "train_batch_size")
+
+    def told(sentences) -> list[str]:
+        return sorted(s for s in sentences if any(f"({name}) = " in s for name in named))
+    planned = told(service.plan(values, host=host)["warnings"])
+    assert len(planned) == 4
+    chosen = [f"--set={name}={value}" for name, value in values.items() if name != "train_data_dir"]
+    main(["check", str(images), "--json", *chosen])
+    assert told(json.loads(capsys.readouterr().out)["advice"]) == planned
+    assert told(w.message for w in of(events.Warned, run(parse(values), host)[1])) == planned
 
 
 def refusing(monkeypatch, refused):
@@ -292,12 +403,11 @@ def test_memory_that_runs_out_before_the_first_step_is_told_as_such(images, host
                                                runs_folder=host.runs_folder))
 
 
-def test_latents_that_are_no_numbers_are_found_before_training_and_name_the_picture(images, tiny_file, tmp_path):
-    host = StandaloneHost(tiny_file, lora_folder=tmp_path / "loras", runs_folder=tmp_path / "runs")
-    with host.lease() as borrowed:
-        borrowed.tensors["first_stage_model.encoder.conv_in.bias"].fill_(math.nan)
-    with pytest.raises(TrainingError, match=r"0\.png"):
-        run(settings(images), host)
+def test_latents_that_are_no_numbers_are_found_before_training_and_name_the_picture(images, own_host):
+    with own_host.lease() as borrowed:
+        borrowed.tensors["first_stage_model.encoder.conv_in.weight"].fill_(1e38)  # a number, and its sums are none
+    with pytest.raises(TrainingError, match=r"0\.png.*overflow"):
+        run(settings(images), own_host)
 
 
 def test_a_picture_that_breaks_off_is_named_and_the_rest_is_trained(images, host):

@@ -6,10 +6,12 @@ import pytest
 import torch
 from transformers import get_scheduler
 
+from lib_lora_train import events
 from lib_lora_train.adapters.flat import FlatWeights
 from lib_lora_train.errors import HostError, SettingError, TrainingError
 from lib_lora_train.events import Step
-from lib_lora_train.training.loss import LossConfig, denoising_loss, min_snr_weight, mse
+from lib_lora_train.inputs.text import TextCache
+from lib_lora_train.training.loss import LossConfig, denoising_loss, min_snr_weight, mse, zero_prediction_loss
 from lib_lora_train.training.noise import draw, seed_of
 from lib_lora_train.training.optimizers import OPTIMIZERS, AdamW, RunOptimizer, spec_of
 from lib_lora_train.training.precision import LossScaler, compute_dtype
@@ -300,7 +302,7 @@ def test_losses_are_awaited_on_the_gpu_of_the_run_and_not_on_the_current_one(mon
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **options: empty(*size, **options))
     losses = LossReporter(torch.device("cuda", 1), steps=3, epochs=1, steps_per_epoch=3, report=seen.append)
-    losses.push(1, 1, torch.tensor(0.25), torch.tensor(True), rates={"unet": 0.1})
+    losses.push(1, 1, torch.tensor([0.25, 1.0]), torch.tensor(True), rates={"unet": 0.1})
     assert recorded == [torch.device("cuda", 1)] and seen == []
     losses.flush()
     assert [(event.step, event.loss, event.skipped, event.learning_rate) for event in seen] == [(1, 0.25, True, 0.1)]
@@ -312,12 +314,51 @@ def test_a_run_of_steps_that_all_overflow_ends_with_advice():
 
     def push(first: int, count: int, overflowed: bool) -> None:
         for number in range(first, first + count):
-            losses.push(number, 1, torch.tensor(0.5), torch.tensor(overflowed), rates={})
+            losses.push(number, 1, torch.tensor([0.5, 1.0]), torch.tensor(overflowed), rates={})
     push(1, 20, True)  # the scale finding its place
     push(21, 1, False)
     with pytest.raises(TrainingError):
         push(22, 40, True)
     assert len(seen) < 61
+
+
+@pytest.mark.parametrize("before, said", [([0.5], "learning rate"), ([], "mixed_precision")], ids=["later", "from the start"])
+def test_losses_that_stay_no_numbers_end_the_run_and_name_the_cause(before, said):
+    seen: list[Step] = []
+    losses = LossReporter(CPU, steps=100, epochs=1, steps_per_epoch=100, report=seen.append)
+    with pytest.raises(TrainingError) as caught:
+        for number, loss in enumerate([*before, *[math.nan] * 60], 1):
+            losses.push(number, 1, torch.tensor([loss, 1.0]), torch.tensor(math.isnan(loss)), rates={})
+    assert said in caught.value.remedy and len(seen) < 40
+
+
+def test_a_loss_above_that_of_predicting_nothing_is_told_once_and_one_below_is_not():
+    def warnings(all_losses: list[float], nothing: float) -> list[int]:
+        seen: list[events.Event] = []
+        losses = LossReporter(CPU, steps=100, epochs=1, steps_per_epoch=100, report=seen.append)
+        for number, loss in enumerate(all_losses, 1):
+            losses.push(number, 1, torch.tensor([loss, nothing]), torch.tensor(False), rates={"unet": 5.0})
+        return [len([e for e in seen[:place] if isinstance(e, Step)]) for place, event in enumerate(seen)
+                if isinstance(event, events.Warned)]
+    assert warnings([0.1, *[0.9] * 40], nothing=1.0) == []
+    told, = warnings([*[0.1] * 20, *[2.07] * 40], nothing=1.0)
+    assert 20 <= told < 30
+    assert len(warnings([0.01, *[0.3] * 20], nothing=0.25)) == 1  # as with the weights of min-SNR
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2"], ids=["epsilon", "v"])
+@pytest.mark.parametrize("gamma", [0.0, 5.0])
+def test_the_loss_of_predicting_nothing_is_that_of_a_unet_whose_last_layer_is_zero(family, gamma):
+    tensors = {name: tensor.clone() for name, tensor in small_run.tensors(family).items()}
+    for name in ("weight", "bias"):
+        tensors[f"model.diffusion_model.out.2.{name}"].zero_()
+    model, batch = small_run.built(family, tensors), small_run.batch(1, rows=3)
+    draws = draw(batch["mean"].shape, seed=0, step=1, micro=0, timesteps=1000)
+    batch = batch.extended({**draws, "weight": batch["loss_weight"] / 3})
+    config = LossConfig(torch.float32, min_snr_gamma=gamma)
+    conditioning = TextCache(model.text).get(batch.captions)
+    written = denoising_loss(model, batch, conditioning=conditioning, adapters={}, config=config)
+    assert zero_prediction_loss(model, batch, config).item() == pytest.approx(written.item(), rel=1e-6)
 
 
 def test_a_second_tiny_loss_function_takes_the_place_of_the_first():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -127,6 +129,23 @@ def test_another_error_is_not_taken_for_a_full_memory(monkeypatch):
     with pytest.raises(RuntimeError, match="a defect"):
         small_run.run("sd1", BATCHES)
     assert tried == [1, 5]
+
+
+def test_a_loss_that_is_no_number_in_one_process_is_skipped_in_all_of_them(unharmed):
+    """A process adds up with another one, whose second loss is no number although its gradients are."""
+    class Two:
+        rank, world_size, sums = 0, 2, 0
+
+        def all_reduce_(self, tensor):
+            if tensor.numel() == 2:
+                self.sums += 1
+                tensor.add_(torch.tensor([math.nan if self.sums == 2 else 0.0, 0.0]))
+
+        def any(self, flag):
+            return flag
+    result = small_run.run("sd1", BATCHES, accumulation=2, group=Two())
+    assert result.skipped == [step == 2 for step in range(1, len(unharmed.skipped) + 1)]
+    assert result.learnt().isfinite().all() and result.state.skipped == 1
 
 
 def test_accumulated_steps_in_half_precision_skip_what_overflows_and_find_a_scale(monkeypatch):

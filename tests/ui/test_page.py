@@ -112,6 +112,19 @@ def test_an_interrupted_run_is_offered_and_goes_on_with_its_own_settings(served:
     expect(served.page.locator("#lora_train_live")).to_contain_text("broken is ready.")
 
 
+def test_a_ruined_result_is_shown_as_a_problem_and_a_healthy_one_is_not(served: Served):
+    served.open()
+    for verdict, shown, css in (("ruined", "one is ruined.", re.compile("lora-train-problem")),
+                                ("healthy", "two is ready.", re.compile("^lora-train-outcome$"))):
+        served.job.verdict = verdict
+        served.fill(name=shown.split()[0])
+        served.part("start").click()
+        served.job.advance(100)
+        outcome = served.page.locator(".lora-train-outcome")
+        expect(outcome).to_have_text(shown)
+        expect(outcome).to_have_class(css)
+
+
 def test_stopping_without_saving_asks_first(served: Served):
     answers = iter((False, True))
     served.page.on("dialog", lambda dialog: dialog.accept() if next(answers) else dialog.dismiss())

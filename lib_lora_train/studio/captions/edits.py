@@ -1,6 +1,6 @@
 """What can be done to captions: small frozen values, each a function from a caption to a caption.
 
-Tags are compared without regard to case. A caption that an edit has nothing to do with stays as it was written, with its
+Tags are compared by `tag_key`. A caption that an edit has nothing to do with stays as it was written, with its
 spaces and empty tags.
 """
 
@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
-from lib_lora_train.dataset.captions import Tokenizer, split_tags
+from lib_lora_train.dataset.captions import Tokenizer, split_tags, tag_key
 from lib_lora_train.errors import SettingError
 from lib_lora_train.studio.captions.patterns import Pattern
 from lib_lora_train.studio.requests import Count, Text, validated
@@ -232,11 +232,6 @@ def edit_from_dict(values: Mapping[str, object], *, tokenizer: Tokenizer | None 
             raise SettingError("Captions cannot be cut by tokens", why="there is no tokenizer")
         given["tokenizer"] = tokenizer
     return validated(kind, given, what=f"edit {values['kind']}")
-
-
-def tag_key(tag: str) -> str:
-    """What two spellings of a tag share."""
-    return tag.strip().casefold()
 
 
 def _split(tags: Iterable[str]) -> list[str]:

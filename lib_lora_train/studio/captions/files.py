@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from lib_lora_train.dataset.captions import CAPTION_SUFFIXES, find_captions, first_line, read_caption
+from lib_lora_train.dataset.caption_files import find_captions
+from lib_lora_train.dataset.captions import first_line_and_rest, normal_form
 from lib_lora_train.dataset.listing import MayRead, is_subset_name, list_folder
 from lib_lora_train.dataset.masks import Companions
+from lib_lora_train.dataset.text_files import CAPTION_SUFFIXES, MOST_BYTES, read_text
 from lib_lora_train.errors import DatasetError, printable
 
-MOST_BYTES = 1 << 20  # of one caption file: a larger one is a mistake and stays as it is
-# Where str.splitlines breaks a line, and what no text file should hold.
+# Line ends of every kind, and what no text file should hold.
 _NO_TEXT = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 
 
@@ -28,19 +29,19 @@ class OnDisk(NamedTuple):
     text: str | None  # all of it, stripped; None: there is no such file, or none that can be read
     problem: str = ""  # why it cannot be read, one sentence
     stamp: tuple[int, int] = (0, 0)  # (bytes, modification time) of a file that cannot be read
+    encoding: str = ""  # where it is not UTF-8
 
     @property
     def caption(self) -> str | None:
         """The line that training uses; None where the file cannot be read."""
         if self.text is None:
             return None if self.problem else ""
-        return first_line(self.text)
+        return first_line_and_rest(self.text)[0]
 
     @property
     def rest(self) -> str:
         """What follows that line. Training does not use it; it stays in the file."""
-        lines = (self.text or "").splitlines()
-        return (self.text or "")[len(lines[0]):] if len(lines) > 1 else ""
+        return first_line_and_rest(self.text or "")[1]
 
 
 NO_FILE = OnDisk(None)
@@ -53,6 +54,7 @@ class Found:
     image: Path
     caption: Path
     passed_over: tuple[Path, ...] = ()
+    inherited: str = ""  # the caption that a JSON file gives, where that file of its own does not exist
 
 
 def find_images(folder: Path, *, may_read: MayRead | None = None) -> list[Found]:
@@ -60,7 +62,7 @@ def find_images(folder: Path, *, may_read: MayRead | None = None) -> list[Found]
     Raises DatasetError if the folder is missing or cannot be read."""
     listing = list_folder(folder, may_read=may_read)
     found = [entry for path in listing.folders if is_subset_name(path.name)
-             for entry in _paired(list_folder(path, may_read=may_read).files)]
+             for entry in _paired(list_folder(path, may_read=may_read).files, above=listing.files)]
     return found or _paired(listing.files)
 
 
@@ -83,20 +85,30 @@ def read_on_disk(path: Path, *, may_read: MayRead | None = None) -> OnDisk:
     if facts.st_size > MOST_BYTES:
         return OnDisk(None, printable(f"The file {path.name} is too large for a caption ({facts.st_size >> 20} MiB)."), stamp)
     try:
-        return OnDisk(read_caption(path))
+        text, encoding = read_text(path)
+        return OnDisk(normal_form(text).strip(), encoding=encoding)
     except DatasetError as error:
         return OnDisk(None, str(error), stamp)
 
 
 def one_line(text: str) -> str:
     """`text` as one line that UTF-8 can hold: line breaks and control characters become a space."""
-    return _NO_TEXT.sub(" ", printable(text)).strip()
+    return _NO_TEXT.sub(" ", normal_form(printable(text))).strip()
 
 
-def _paired(files: Sequence[Path]) -> list[Found]:
-    captions = find_captions(files)
+def _paired(files: Sequence[Path], *, above: Sequence[Path] = ()) -> list[Found]:
+    images = Companions().images(files)
+    captions = find_captions(images, files, above=above)
     result = []
-    for image in Companions().images(files):
-        own = captions.get(image.stem) or [image.with_suffix(CAPTION_SUFFIXES[0])]
-        result.append(Found(image, own[0], tuple(own[1:])))
+    for image in images:
+        own, found = captions.files.get(image.name, ()), None
+        if image.name in captions.listed or len(own) > 1 or own and own[0].suffix.lower() not in CAPTION_SUFFIXES:
+            found = captions.of(image)  # which counts is told by what they hold
+        if found is None:
+            result.append(Found(image, own[0] if len(own) == 1 else image.with_suffix(CAPTION_SUFFIXES[0])))
+        elif found.file.suffix.lower() in CAPTION_SUFFIXES:
+            result.append(Found(image, found.file, found.passed_over))
+        else:
+            text = next((file for file in own if file.suffix.lower() in CAPTION_SUFFIXES), None)
+            result.append(Found(image, text or image.with_suffix(CAPTION_SUFFIXES[0]), found.passed_over, found.line))
     return result

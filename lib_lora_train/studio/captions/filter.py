@@ -8,8 +8,7 @@ from collections.abc import Callable
 from pydantic import StrictBool
 from pydantic.dataclasses import dataclass
 
-from lib_lora_train.dataset.captions import split_tags
-from lib_lora_train.studio.captions.edits import tag_key
+from lib_lora_train.dataset.captions import folded, split_tags, tag_key
 from lib_lora_train.studio.captions.patterns import Pattern
 from lib_lora_train.studio.requests import Text
 
@@ -35,7 +34,7 @@ class Filter:
         Raises SettingError for a bad regular expression; the function raises it for one that takes too long.
         """
         all_of, any_of, none_of = (frozenset(map(tag_key, tags)) - {""} for tags in (self.all_of, self.any_of, self.none_of))
-        prefix, suffix, text = self.prefix.lstrip().casefold(), self.suffix.rstrip().casefold(), self.text.casefold()
+        prefix, suffix, text = folded(self.prefix).lstrip(), folded(self.suffix).rstrip(), folded(self.text)
         pattern = Pattern(self.regex) if self.regex else None
         by_tag = bool(all_of or any_of or none_of or prefix or suffix)
 
@@ -43,10 +42,10 @@ class Filter:
             if self.empty_only and caption:
                 return False
             if by_tag or text:
-                folded = caption.casefold()
-                if text and text not in folded:
+                whole = folded(caption)
+                if text and text not in whole:
                     return False
-                if by_tag and not tags_fit(split_tags(folded)):
+                if by_tag and not tags_fit([" ".join(tag.split()) for tag in split_tags(whole)]):
                     return False
             return pattern is None or pattern.found_in(caption)
 

@@ -25,8 +25,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib_lora_train.dataset.captions import CAPTION_SUFFIXES
 from lib_lora_train.dataset.listing import MayRead
+from lib_lora_train.dataset.text_files import CAPTION_SUFFIXES
 from lib_lora_train.errors import OutputError, printable, translated
 from lib_lora_train.storage.atomic import remove, remove_parts, replacing, sync_folder, write_atomic
 from lib_lora_train.studio.captions.files import MOST_BYTES

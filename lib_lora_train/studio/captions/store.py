@@ -48,11 +48,12 @@ class _Caption:
     file: Path
     disk: OnDisk
     passed_over: tuple[Path, ...]
+    inherited: str = ""  # from a JSON file, which stays as it is: a change is saved in `file`
     text: str | None = field(init=False)  # None: the file cannot be read
     saved: str | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self.text = self.saved = self.disk.caption
+        self.text = self.saved = self.disk.caption if self.disk.problem else self.disk.caption or self.inherited
 
     def on_disk(self, disk: OnDisk) -> None:
         """The file holds something else now."""
@@ -152,6 +153,8 @@ class CaptionStore:
         name = printable(caption.file.name)
         if caption.passed_over:
             return f"{printable(caption.passed_over[0].name)} does not count, because there is {name} too."
+        if caption.disk.encoding:
+            return f"{name} is read as {caption.disk.encoding}: see that it is right. A change is saved as UTF-8."
         return f"Only the first line of {name} is used." if caption.disk.rest.strip() else ""
 
     def select(self, wanted: Filter) -> list[int]:
@@ -228,6 +231,14 @@ class CaptionStore:
                    if found.image in wanted and found.image not in self._known])
         return len(self) - before
 
+    def reread(self, images: Iterable[Path]) -> None:
+        """The captions of these images were written by an import: known from here on, unless they were edited meanwhile."""
+        for image in images:
+            if known := self._known.get(image):
+                unsaved, caption = known.caption.text != known.caption.saved, known.caption
+                caption.on_disk(self._read(caption.file))
+                caption.text = caption.text if unsaved else caption.saved
+
     def remove(self, indices: Iterable[int], *, move: Callable[[bool], None]) -> int:
         """Images that the caller has moved out of the folder, as one step. `undo` calls `move(True)`, which moves them back,
         and `redo` `move(False)`: what it raises leaves the captions as they are. Captions not yet saved come back too."""
@@ -301,7 +312,7 @@ class CaptionStore:
         for entry in found:
             key = _file_key(entry.caption)
             if key not in self._captions:
-                self._captions[key] = _Caption(entry.caption, self._read(entry.caption), entry.passed_over)
+                self._captions[key] = _Caption(entry.caption, self._read(entry.caption), entry.passed_over, entry.inherited)
             self._known[entry.image] = _Image(entry.image, self._captions[key])
         self._show([*self._shown, *(self._known[entry.image] for entry in found)])
 

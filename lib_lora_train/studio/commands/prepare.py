@@ -145,7 +145,8 @@ def _report(chosen: argparse.Namespace, dataset: OwnedDataset, found: Collected,
         # A dry run's dataset lay elsewhere.
         print(json.dumps({"folder": str(chosen.to if chosen.dry_run else dataset.folder), "concept": dataset.concept,
                           "repeats": dataset.repeats, "written": not chosen.dry_run, "pictures": rows,
-                          "skipped": [{"name": name, "why": why} for name, why in skipped], "notes": notes}, indent=1))
+                          "skipped": [{"name": name, "why": why} for name, why in skipped], "notes": notes,
+                          "captions": found.captions}, indent=1))
         return SOME_LEFT_OUT if skipped else 0
     for row in rows:
         print(f"{row['name']}: {row['from'][0]}×{row['from'][1]}" + (
@@ -158,4 +159,5 @@ def _report(chosen: argparse.Namespace, dataset: OwnedDataset, found: Collected,
     count = counted(len(rows), "picture")
     print(f"{count} would be added. Nothing was written." if chosen.dry_run else
           f"{count} added to {dataset.images_folder}. Train with --data \"{dataset.folder}\".")
+    print(found.captions)
     return SOME_LEFT_OUT if skipped else 0

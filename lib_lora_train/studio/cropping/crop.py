@@ -18,9 +18,9 @@ import pydantic.dataclasses
 from PIL import Image
 from pydantic import StrictBool, ValidationError, confloat
 
-from lib_lora_train.dataset.captions import CAPTION_SUFFIXES
 from lib_lora_train.dataset.images import WRITTEN_SUFFIXES, decode_image, encode_image, read_image, read_size
 from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
+from lib_lora_train.dataset.text_files import CAPTION_SUFFIXES
 from lib_lora_train.errors import DatasetError, SettingError, counted, translated
 from lib_lora_train.storage.atomic import copy_atomic, write_atomic
 from lib_lora_train.studio.cropping.crop_plan import Box, Edges, Shape, find_subject, plan_shape, render

@@ -7,23 +7,24 @@ generators wrote into it; anything else becomes a PNG. Transparency is laid on w
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from PIL import Image
 
-from lib_lora_train.dataset.captions import first_line, read_caption
+from lib_lora_train.dataset import caption_files
+from lib_lora_train.dataset.caption_files import TEXT_SUFFIXES, CaptionFile, that_counts
 from lib_lora_train.dataset.images import MAX_BYTES, DecodedImage, decode_image, encode_image
 from lib_lora_train.dataset.listing import MayRead, repeats_and_name
 from lib_lora_train.dataset.masks import UNUSED
 from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
+from lib_lora_train.dataset.text_files import CAPTION_SUFFIXES
 from lib_lora_train.errors import DatasetError, counted, printable, some_of, translated
 from lib_lora_train.storage.atomic import copy_atomic, write_atomic
 from lib_lora_train.storage.checksum import sha256_of
-from lib_lora_train.studio.captions.files import MOST_BYTES as MOST_CAPTION_BYTES
 from lib_lora_train.studio.importing.archive import Archive, open_archive
 from lib_lora_train.studio.importing.names import FreeNames, safe_stem
 from lib_lora_train.studio.importing.owned import Note, OwnedDataset, plain_line
@@ -36,7 +37,7 @@ _KEPT = {"PNG": (".png",), "JPEG": (".jpg", ".jpeg"), "MPO": (".jpg", ".jpeg"), 
 _NOTES_EVERY = 200  # images between two writes of dataset.json
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Collected:
     """What came of it."""
 
@@ -45,6 +46,13 @@ class Collected:
     notes: tuple[str, ...] = ()  # what else the user should know, one sentence each
     sizes: tuple[tuple[int, int], ...] = ()  # (width, height) of `added`
     subsets: tuple[str, ...] = ()  # the N_name folder that each of `added` was in, "" for none
+    captioned: tuple[Path, ...] = ()  # images with a caption from this import: of `added`, and others that had none
+    unmatched: tuple[str, ...] = ()  # text files that fit no image
+
+    @property
+    def captions(self) -> str:
+        """The closing sentence, about the images that are new or got a caption."""
+        return caption_files.count_of_captions(len({*self.added, *self.captioned}), len(self.captioned), self.unmatched)
 
     def one_repeats(self) -> int | None:
         """How often an epoch shows each image by the number in front of its folder; None where that is not one number."""
@@ -83,7 +91,8 @@ def collect(
         finally:
             collector.write_notes()
     return Collected(tuple(collector.added), tuple((printable(name), printable(why)) for name, why in collector.skipped),
-                     collector.notes(), tuple(collector.sizes), tuple(collector.subsets))
+                     collector.notes(), tuple(collector.sizes), tuple(collector.subsets), tuple(collector.captioned),
+                     tuple(printable(label) for source in found for label in source.unmatched))
 
 
 def _collect_source(source: Source, collector: _Collector, *, watch: Watch) -> None:
@@ -93,6 +102,7 @@ def _collect_source(source: Source, collector: _Collector, *, watch: Watch) -> N
         except DatasetError as error:  # it could be listed a moment ago
             collector.skipped.append((source.name, reason(error)))
             return
+        collector.read_metadata(source, archive)
         for found in source.images:
             watch.check()
             if archive is not None and archive.exhausted:
@@ -113,6 +123,9 @@ class _Collector:
         self.dataset, self.masks, self.dry_run, self.skipped = dataset, masks, dry_run, skipped
         self.added: list[Path] = []
         self.sizes: list[tuple[int, int]] = []
+        self.captioned: list[Path] = []
+        self._captions = caption_files.CaptionNotes()
+        self._listed: dict[tuple[tuple[str, ...], str], CaptionFile] = {}
         self.subsets: list[str] = []
         self._known: dict[str, str] = {}  # sha256 of a file as it was imported -> the image's name
         self._names = FreeNames(())
@@ -136,12 +149,13 @@ class _Collector:
                 decode_image(path)  # refuses it, and says why
             digest = _sha256(path)
             if digest in self._known:
-                self.skipped.append((found.label, f"It is the same file as {self._known[digest]}."))
+                there = self.dataset.images_folder / self._known[digest]
+                self.skipped.append((found.label, f"It is the same file as {there.name}{self._taken(there, found, archive)}."))
                 return
             decoded = decode_image(path)
             if decoded.several:
                 self._count("{} had several frames or pages, of which the first was taken.")
-            caption = self._caption(found, archive) or self._words_of_subset(found)
+            caption = (own := self._caption(found, archive)) or self._words_of_subset(found)
             mask = self._mask(found, decoded, archive)
             stem = self._names.claim(safe_stem(Path(found.name).stem))
             endings = _KEPT.get(decoded.format, ()) if decoded.as_stored else ()
@@ -159,6 +173,7 @@ class _Collector:
                     write_atomic(target, encode_image(decoded.image, suffix=".png", source=decoded), one_of_many=True)
                 self._note(target.name, {"source": printable(found.source), "sha256": digest})
         self._known[digest] = target.name
+        self.captioned += [target] if own else []
         self.added.append(target)
         self.sizes.append(decoded.image.size)
         self.subsets.append(found.subset)
@@ -170,21 +185,44 @@ class _Collector:
             self._count(f"{{}} without a caption got the words of the folder {found.subset} as one.")
         return words
 
+    def _taken(self, there: Path, found: Found, archive: Archive | None) -> str:
+        """Give an image that is there the caption of one that is the same, where it has none; what becomes of the caption."""
+        if not (caption := self._caption(found, archive)):
+            return ""
+        beside = [there.with_suffix(suffix) for suffix in CAPTION_SUFFIXES]
+        own = that_counts([caption_files.read_caption_file(file) for file in beside if file.is_file()])
+        if there in self.captioned or own and (own.line or own.error):
+            return "" if own and own.line == caption else ", which keeps its own caption"
+        if not self.dry_run:
+            write_atomic(beside[0], caption.encode("utf-8"), one_of_many=True)
+        self.captioned.append(there)
+        return ", which had no caption and got this one's"
+
+    def read_metadata(self, source: Source, archive: Archive | None) -> None:
+        """Read the captions that JSON files list, before the images of a source are added."""
+        self._listed = {}
+        for folder, location, name in source.metadata:
+            images = [image.name for image in source.images if image.folder == folder]
+            with contextlib.suppress(DatasetError, FileNotFoundError), _on_disk(location, archive) as path:
+                self._listed |= {(folder, image): replace(caption, file=Path(location.name))
+                                 for image, caption in caption_files.metadata_of(path, images, folder=name).items()}
+
     def _caption(self, found: Found, archive: Archive | None) -> str:
-        if found.caption is None:
-            return ""
-        try:
-            if isinstance(found.caption, Path) and found.caption.stat().st_size > MOST_CAPTION_BYTES:
-                raise DatasetError("", why=f"it is larger than {MOST_CAPTION_BYTES >> 10} KiB")
-            with _on_disk(found.caption, archive) as path:
-                text = read_caption(path)
-        except (DatasetError, FileNotFoundError) as error:
-            why = reason(error) if isinstance(error, DatasetError) else "It is gone."
-            self.skipped.append((f"caption of {found.label}", f"{why} The picture was imported without it."))
-            return ""
-        if len([line for line in text.splitlines() if line.strip()]) > 1:
-            self._count("{} had a caption of several lines, of which training reads only the first; the first was taken.")
-        return first_line(text)
+        files = []
+        for location in found.captions:
+            try:
+                with _on_disk(location, archive) as path:
+                    files.append(replace(caption_files.read_caption_file(path), file=Path(location.name)))
+            except (DatasetError, FileNotFoundError) as error:
+                gone = DatasetError("It is gone") if isinstance(error, FileNotFoundError) else error
+                files.append(CaptionFile(Path(location.name), "", error=gone))
+        listed = self._listed.get((found.folder, found.name))
+        counting = that_counts([*files, *([listed] if listed else [])])
+        if counting and counting.error:
+            self.skipped.append((f"caption of {found.label}",
+                                 f"{reason(counting.error)} The picture was imported without it."))
+        self._captions.add(counting)
+        return counting.line if counting else ""
 
     def _mask(self, found: Found, decoded: DecodedImage, archive: Archive | None) -> Image.Image | None:
         if found.mask is not None:
@@ -208,7 +246,7 @@ class _Collector:
 
     def notes(self) -> tuple[str, ...]:
         """One sentence for each thing that happened to several images."""
-        return tuple(text.format(counted(count, "picture")) for text, count in self._counts.items())
+        return (*(text.format(counted(count, "picture")) for text, count in self._counts.items()), *self._captions.sentences())
 
     def _note(self, name: str, note: Note) -> None:
         self._notes[name] = note
@@ -230,8 +268,9 @@ def _on_disk(location: Location, archive: Archive | None) -> Iterator[Path]:
         return
     assert archive is not None
     with tempfile.TemporaryDirectory(prefix="lora_train_") as folder:
-        # A name of our own; the kind of a file is told by its content.
-        path = Path(folder) / "unpacked"
+        # A name of our own; the kind of an image is told by its content.
+        suffix = Path(location.name).suffix.lower()
+        path = Path(folder) / f"unpacked{suffix if suffix in TEXT_SUFFIXES else ''}"
         with path.open("wb") as file:
             archive.copy(location, file)
         yield path

@@ -9,6 +9,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable
 
+from lib_lora_train.dataset.listing import file_key
 from lib_lora_train.run.output import FORBIDDEN, RESERVED
 
 _MODEL_ENDINGS = (".safetensors", ".pt", ".ckpt")
@@ -32,11 +33,6 @@ def safe_stem(text: str, *, otherwise: str = "picture") -> str:
         if unicodedata.normalize("NFKC", kept.split(".")[0]).upper().strip() in RESERVED:
             kept = f"_{kept}"
     return kept if kept.strip("_- .") else otherwise
-
-
-def file_key(stem: str) -> str:
-    """What two names share that some system treats as one: regardless of case and of how accents are written."""
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", stem).casefold())
 
 
 class FreeNames:

@@ -18,10 +18,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lib_lora_train.dataset.captions import CAPTION_SUFFIXES
 from lib_lora_train.dataset.images import is_image_name
 from lib_lora_train.dataset.listing import MOST_REPEATS, by_name, is_subset_name, repeats_and_name
 from lib_lora_train.dataset.masks import MASKS_FOLDER
+from lib_lora_train.dataset.text_files import CAPTION_SUFFIXES
 from lib_lora_train.errors import DatasetError, plain_line, translated
 from lib_lora_train.storage.atomic import remove_parts, write_atomic
 from lib_lora_train.studio.captions.save import STUDIO_FOLDER

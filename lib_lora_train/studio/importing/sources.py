@@ -9,10 +9,11 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from lib_lora_train.dataset.captions import CAPTION_SUFFIXES
+from lib_lora_train.dataset.caption_files import JSON_SUFFIXES, TEXT_SUFFIXES, match_names
 from lib_lora_train.dataset.images import is_image_name
 from lib_lora_train.dataset.listing import Listing, MayRead, is_subset_name, list_tree
 from lib_lora_train.dataset.masks import CONDITIONING, companion, is_masks_folder
+from lib_lora_train.dataset.text_files import CAPTION_SUFFIXES
 from lib_lora_train.errors import DatasetError, counted, printable
 from lib_lora_train.studio.importing.archive import Entry, open_archive
 from lib_lora_train.studio.importing.names import file_key
@@ -39,7 +40,7 @@ class Found:
     location: Location
     label: str  # what it is called when something is said about it
     source: str  # where it came from, for dataset.json
-    caption: Location | None = None
+    captions: tuple[Location, ...] = ()  # files of its own; the first that holds a caption counts
     mask: Location | None = None
 
     @property
@@ -60,8 +61,8 @@ class Found:
 
     @property
     def is_caption(self) -> bool:
-        """Whether the name ends like a caption file's."""
-        return Path(self.name).suffix.lower() in CAPTION_SUFFIXES
+        """Whether the name ends like that of a file with captions."""
+        return Path(self.name).suffix.lower() in TEXT_SUFFIXES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +72,9 @@ class Source:
     name: str
     images: tuple[Found, ...]
     archive: Path | None = None
+    unmatched: tuple[str, ...] = ()  # caption files without an image
+    # JSON files that may list the images of a folder: (the folder, the file, the folder's name where the file lies above it)
+    metadata: tuple[tuple[tuple[str, ...], Location, str], ...] = ()
 
 
 def list_sources(sources: Sequence[Path | Upload], *,
@@ -118,14 +122,12 @@ class _Listing:
             self._skipped.append((name, f"It cannot be read: {error.strerror or error}."))
 
     def finished(self) -> tuple[list[Source], list[tuple[str, str]]]:
-        images = self._images(self._files)
-        with_image = {(file.folder, file.stem) for file in self._files if file.is_image}
+        source = self._source("files", self._files)
         for file in self._files:
-            if file.is_image or file.is_caption and (file.folder, file.stem) in with_image:
-                continue
-            self._skipped.append((file.label, "There is no picture of this name with it." if file.is_caption else
-                                  "Its name does not end like a picture's."))
-        sources = [*self._found, *([Source("files", images)] if images else ())]
+            if not file.is_image and not file.is_caption:
+                self._skipped.append((file.label, "Its name does not end like a picture's."))
+        self._skipped += [(label, "There is no picture of this name with it.") for label in source.unmatched]
+        sources = [*self._found, *([source] if source.images else ())]
         return sources, [(printable(name), printable(why)) for name, why in self._skipped]
 
     def _allowed(self, path: Path) -> bool:
@@ -133,9 +135,9 @@ class _Listing:
 
     def _folder(self, folder: Path) -> None:
         name, tree = folder.name or str(folder), list_tree(folder, may_read=self._may_read)
-        files = [file for named, listing in tree for file in self._files_of(listing, named)]
-        if images := self._images(files):
-            self._found.append(Source(name, images))
+        source = self._source(name, [file for named, listing in tree for file in self._files_of(listing, named)])
+        if source.images:
+            self._found.append(source)
         else:
             self._skipped.append((name, "There is no picture in it, nor in the folders below it."))
 
@@ -176,7 +178,7 @@ class _Listing:
                               for entry in entries if entry.name.lower().endswith(".zip")]
             files = [Found(entry.folder, entry.name, entry, f"{name}/{entry.label}", f"{name}/{entry.label}")
                      for entry in entries if entry not in refused]
-            self._found.append(Source(name, self._images(files), archive=path))
+            self._found.append(self._source(name, files, archive=path))
 
     def _file(self, path: Path, name: str, *, uploaded: bool) -> None:
         if uploaded:  # a browser may send the folder with the name
@@ -186,20 +188,30 @@ class _Listing:
         folder = (str(path.parent),)
         self._files.append(Found(folder, name, path, name, str(path)))
         if is_image_name(path):
-            beside = [path.with_suffix(suffix) for suffix in CAPTION_SUFFIXES]
+            beside = [path.with_name(stem + suffix) for stem in (path.stem, path.name) for suffix in TEXT_SUFFIXES[:3]]
             self._files += [Found(folder, caption.name, caption, caption.name, str(caption)) for caption in beside
                             if caption.is_file() and self._allowed(caption)]
 
-    def _images(self, files: Sequence[Found]) -> tuple[Found, ...]:
-        """The images to learn from among `files`, each with its caption and its mask; what else looks like an image is told."""
-        captions: dict[tuple[tuple[str, ...], str], Location] = {}
-        for suffix in CAPTION_SUFFIXES:
-            for file in files:
-                if Path(file.name).suffix.lower() == suffix:
-                    captions.setdefault((file.folder, file.stem), file.location)
+    def _source(self, name: str, files: Sequence[Found], *, archive: Path | None = None) -> Source:
+        """The images to learn from among `files`, each with its captions and its mask, and the caption files of none; what
+        else looks like an image is told."""
+        folders: dict[tuple[str, ...], dict[str, Found]] = {}
+        for file in files:
+            folders.setdefault(file.folder, {})[file.name] = file
+        own: dict[tuple[tuple[str, ...], str], tuple[Location, ...]] = {}
+        lists: dict[tuple[str, ...], list[Location]] = {}
+        unmatched = []
+        for folder, by_name in folders.items():
+            found, alone = match_names([name for name, file in by_name.items() if file.is_image], by_name)
+            own |= {(folder, image): tuple(by_name[text].location for text in of) for image, of in found.items()}
+            lists[folder] = [by_name[text].location for text in alone if text.lower().endswith(JSON_SUFFIXES)]
+            unmatched += [by_name[text].label for text in alone if text.lower().endswith(CAPTION_SUFFIXES)]
+        metadata = [(folder, file, above[0]) for folder in folders for above in [folder[-1:]] if above
+                    for file in lists.get(folder[:-1], [])] + [(folder, file, "") for folder in lists for file in lists[folder]]
         images, masks = self._without_masks(self._of_the_subject([file for file in files if file.is_image]))
-        return tuple(dataclasses.replace(file, caption=captions.get((file.folder, file.stem)), mask=masks.get(index))
-                     for index, file in enumerate(images))
+        return Source(name, tuple(
+            dataclasses.replace(file, captions=own.get((file.folder, file.name), ()), mask=masks.get(index))
+            for index, file in enumerate(images)), archive, tuple(unmatched), tuple(metadata))
 
     def _without_masks(self, files: Sequence[Found]) -> tuple[list[Found], dict[int, Location]]:
         """(the images, the mask of the image of each index). A mask is that of the image where it lies, its folder of masks

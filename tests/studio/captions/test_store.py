@@ -53,13 +53,13 @@ def test_a_folder_without_images_is_an_empty_store_and_one_that_is_missing_is_re
 
 
 def test_a_caption_that_is_no_utf_8_is_kept_until_it_is_set(tmp_path: Path) -> None:
-    latin = "1girl, café".encode("latin-1")
-    make(tmp_path, {"a.png": latin, "b.png": "dog"})
+    no_text = b"caf\x81 \xff"
+    make(tmp_path, {"a.png": no_text, "b.png": "dog"})
     store = CaptionStore.open(tmp_path)
     assert "a.txt is not UTF-8" in store.problem(0) and store.problem(1) == ""
     assert store.apply(AddTags(("zzk",)), [0, 1]) == 1
     store.save()
-    assert (tmp_path / "a.txt").read_bytes() == latin
+    assert (tmp_path / "a.txt").read_bytes() == no_text
     store.apply(SetCaption("1girl, café"), [0])
     assert store.problem(0) == "" and store.unsaved == 1
     store.save()
@@ -98,6 +98,40 @@ def test_txt_is_used_before_caption_and_said(tmp_path: Path) -> None:
     store.set_captions({1: "new"}, "Tag")
     store.save()
     assert (tmp_path / "b.caption").read_text() == "new" and not (tmp_path / "b.txt").exists()
+
+
+def test_a_caption_in_another_encoding_is_said_and_saved_as_utf_8(tmp_path: Path) -> None:
+    make(tmp_path, {"a.png": "zzk, 红色帽子".encode("gbk"), "b.png": "dog"})
+    store = CaptionStore.open(tmp_path)
+    assert store.caption(0) == "zzk, 红色帽子" and "GBK" in store.hint(0) and store.hint(1) == ""
+    assert store.apply(AddTags(("hat",)), [0]) == 1
+    assert store.save().conflicts == ()
+    assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "zzk, 红色帽子, hat" and store.hint(0) == ""
+
+
+def test_a_caption_from_a_json_file_is_shown_and_its_change_saved_beside_it(tmp_path: Path) -> None:
+    make(tmp_path, {"a.png": None, "b.png": " ", "c.png": None})
+    (tmp_path / "a.json").write_text('{"tags": ["zzk", "hat"]}')
+    (tmp_path / "b.caption").write_text("behind an empty one")
+    (tmp_path / "c.png.txt").write_text("own")
+    store = CaptionStore.open(tmp_path)
+    assert captions(store) == {"a.png": "zzk, hat", "b.png": "behind an empty one", "c.png": "own"} and store.unsaved == 0
+    store.apply(AddTags(("new",)), range(3))
+    assert store.save().written == 3
+    assert (tmp_path / "a.txt").read_text() == "zzk, hat, new"
+    assert (tmp_path / "b.caption").read_text() == "behind an empty one, new"
+    assert (tmp_path / "c.png.txt").read_text() == "own, new" and not (tmp_path / "c.txt").exists()
+    assert captions(CaptionStore.open(tmp_path)) == captions(store)
+
+
+def test_a_caption_that_an_import_wrote_is_known_unless_it_was_edited(tmp_path: Path) -> None:
+    store = CaptionStore.open(make(tmp_path, {"a.png": None, "b.png": None}))
+    store.set_captions({1: "edited"}, "Tag")
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text("imported")
+    store.reread(store.images)
+    assert captions(store) == {"a.png": "imported", "b.png": "edited"} and store.unsaved == 1
+    assert store.save().conflicts == ()
 
 
 def test_each_edit_is_one_step_that_can_be_undone_and_redone(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def run(*arguments: object) -> int:
 
 
 def test_every_image_has_a_line_and_those_that_could_not_be_checked_a_sentence(tiny_file, images, tmp_path, capsys):
-    (images / "0.txt").write_bytes(b"caf\xe9")  # not UTF-8
+    (images / "0.txt").write_bytes(b"caf\x81 \xff")  # in no encoding
     sheet = tmp_path / "sheet.png"
     code = run("check-captions", images, "--checkpoint", tiny_file, "--resolution", 64, "--json", "--sheet", sheet,
                "--seeds", 1, "--steps", 1, "--worst", 3)

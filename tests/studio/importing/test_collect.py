@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -198,7 +199,7 @@ def test_captions_come_along_as_one_line_of_utf8(dataset: OwnedDataset, source: 
         noise(seed).save(source / f"{name}.png")
     (source / "a.txt").write_bytes("\ufeff\n  猫, tag \nsecond line\n".encode())
     (source / "b.caption").write_text("from caption", encoding="utf-8")
-    (source / "c.txt").write_bytes("Käse".encode("latin-1"))
+    (source / "c.txt").write_bytes(b"caf\x81 \xff")
     (source / "d.TXT").write_text("", encoding="utf-8")
     (source / "e.txt").write_bytes(b"x" * (2 << 20))
     collected = collect(dataset, [source])
@@ -207,6 +208,48 @@ def test_captions_come_along_as_one_line_of_utf8(dataset: OwnedDataset, source: 
         "a.txt": "猫, tag".encode(), "b.txt": b"from caption"}
     assert sorted(name for name, _ in collected.skipped) == ["caption of c.png", "caption of e.png"]
     assert any("several lines" in note for note in collected.notes)
+
+
+def test_captions_in_json_and_other_encodings_come_along_and_what_fits_no_image_is_said(dataset: OwnedDataset, source: Path):
+    for seed, name in enumerate(("a", "b", "c")):
+        noise(seed).save(source / f"{name}.png")
+    (source / "a.txt").write_bytes("zzk, 红色帽子".encode("gbk"))
+    (source / "b.png.json").write_text('{"tags": ["zzk", "hat"]}', encoding="utf-8")
+    (source / "metadata.jsonl").write_text('{"file_name": "c.png", "text": "zzk, coat"}', encoding="utf-8")
+    (source / "img_1.txt").write_text("a lost caption", encoding="utf-8")
+    packed = shutil.make_archive(str(source.parent / "packed"), "zip", source)
+    for where in (source, Path(packed)):
+        collected = collect(dataset, [where])
+        assert {path.name: path.read_text(encoding="utf-8") for path in dataset.images_folder.glob("*.txt")} == {
+            "a.txt": "zzk, 红色帽子", "b.txt": "zzk, hat", "c.txt": "zzk, coat"}
+        assert collected.captions == "3 pictures, 3 with captions; 1 text file fits no picture (" + (
+            "img_1.txt)." if where == source else "packed.zip/img_1.txt).")
+        assert any("GBK" in note and "(a.txt)" in note for note in collected.notes)
+        for path in (*dataset.images, *dataset.images_folder.glob("*.txt")):
+            path.unlink()
+
+
+def test_captions_that_come_after_their_images_are_taken_where_there_is_none(dataset: OwnedDataset, source: Path):
+    for seed, name in enumerate(("a", "b")):
+        noise(seed).save(source / f"{name}.png")
+    (source / "b.txt").write_text("first", encoding="utf-8")
+    collect(dataset, [source])
+    (source / "a.txt").write_text("later", encoding="utf-8")
+    (source / "b.txt").write_text("changed", encoding="utf-8")
+    assert "got this one's" in dict(collect(dataset, [source], dry_run=True).skipped)["a.png"]
+    assert not (dataset.images_folder / "a.txt").exists()
+    said = dict(collect(dataset, [source]).skipped)
+    assert {path.name: path.read_text() for path in dataset.images_folder.glob("*.txt")} == {"a.txt": "later", "b.txt": "first"}
+    assert "got this one's" in said["a.png"] and "keeps its own caption" in said["b.png"]
+
+
+def test_of_two_copies_of_one_image_the_caption_is_kept_whichever_has_it(dataset: OwnedDataset, source: Path):
+    for name in ("a (1)", "a"):
+        noise(1).save(source / f"{name}.png")
+    (source / "a.txt").write_text("kept", encoding="utf-8")
+    collected = collect(dataset, [source])
+    assert [path.read_text() for path in dataset.images_folder.glob("*.txt")] == ["kept"] and len(dataset.images) == 1
+    assert collected.captions == "1 picture, 1 with a caption."
 
 
 def test_folders_are_read_with_those_below_them_and_their_masks(dataset: OwnedDataset, tmp_path: Path):

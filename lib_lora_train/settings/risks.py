@@ -1,0 +1,44 @@
+"""Values that are known to fail, in one list, which the plan, the check of a folder and the run tell alike.
+
+Not here: memory (`memory/plan.py`), and settings that have no effect (`settings.ignored`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lib_lora_train.settings import DECLARATIONS, Settings
+
+_RATES = {"adamw": (1e-6, 1e-2)}
+"""Optimizer -> (a learning rate below this learns next to nothing, one from this on ruins a LoRA). kohya's guide names 1e-4 to
+1e-3 for the UNet, and less for the text encoder (sd-scripts, docs/train_network.md)."""
+_MOST_STRENGTH = 4.0  # alpha / rank
+
+
+def risks(settings: Settings, *, steps: int, images: int, processes: int = 1) -> Iterator[str]:
+    """A sentence for each value that is known to fail in a run of so many steps and images: the number, why, and what is
+    usual."""
+    optimizer, network = settings.optimizer, settings.network
+    unet = "unet_lr" if optimizer.unet_lr else "learning_rate"
+    low, high = _RATES.get(optimizer.optimizer_type.lower(), (0.0, float("inf")))
+    usual_rates = {unet: "1e-4 to 1e-3", "text_encoder_lr": "1e-5 to 1e-4"}
+    for rate, (name, usual) in zip(settings.rates, usual_rates.items(), strict=True):
+        if rate >= high:
+            yield f"{_named(name)} = {rate:g} ruins a LoRA with {optimizer.optimizer_type}: {usual} is usual."
+        elif 0 < rate < low:
+            yield f"{_named(name)} = {rate:g} is so low that next to nothing is learnt: {usual} is usual."
+    strength = network.network_alpha / network.network_dim
+    if strength > _MOST_STRENGTH and not network.network_weights:
+        yield (f"{_named('network_alpha')} = {network.network_alpha:g} is {strength:.3g} times the rank, network_dim = "
+               f"{network.network_dim}: so strong a LoRA is mostly ruined. Half the rank up to the rank is usual.")
+    if steps and optimizer.lr_warmup_steps >= steps:
+        yield (f"{_named('lr_warmup_steps')} = {optimizer.lr_warmup_steps} is no less than the run's {steps} steps: the "
+               "learning rate never gets where it should. A tenth of the steps is usual.")
+    if (batch := optimizer.train_batch_size * processes) > images > 0:
+        several = f" × {processes} processes" if processes > 1 else ""
+        yield (f"{_named('train_batch_size')} = {optimizer.train_batch_size}{several} is more than the "
+               f"{images} pictures there are: a batch of {batch} holds some of them several times, which takes memory and teaches nothing more. 1 to {min(4, images)} is usual.")
+
+
+def _named(name: str) -> str:
+    return f"{DECLARATIONS[name].label} ({name})"
