@@ -85,6 +85,7 @@
             about.textContent = picture.width ? picture.width + "×" + picture.height : "";
             const why = picture.caption_problem, unread = picture.problems.includes("unreadable_caption");
             wrong.replaceChildren(make("b", {text: studio.problemWords(picture.problems)}),
+                make("div", {text: picture.why}),
                 // What is odd about a caption that can be read is no problem.
                 make("div", {class: unread ? null : "lts-quiet", text: why}),
                 picture.masked ? make("div", {class: "lts-quiet", text: translated(studio.MASKS_UNUSED)}) : "");
@@ -123,8 +124,8 @@
             const writing = document.activeElement === caption && !other && caption.value !== shown.caption;
             if (!writing) caption.value = app.unsent.has(picture.id) ? app.unsent.get(picture.id) : picture.caption;
             shown = writing ? {...shown} : picture;
-            const now = JSON.stringify([picture.id, picture.stamp, picture.problems, picture.caption_problem, picture.shaped,
-                picture.masked]);
+            const now = JSON.stringify([picture.id, picture.stamp, picture.problems, picture.why,
+                picture.caption_problem, picture.shaped, picture.masked]);
             if (now !== known) {
                 known = now;
                 drawPicture(picture);

@@ -6,7 +6,7 @@
 (function(studio) {
     "use strict";
     const PROBLEMS = {
-        broken: "Cannot be read", small: "Too small", blurry: "Blurry", duplicate: "Duplicate", no_caption: "No caption",
+        broken: "Cannot be used", small: "Too small", blurry: "Blurry", duplicate: "Duplicate", no_caption: "No caption",
         unreadable_caption: "Caption cannot be read", empty_caption: "Empty caption", narrow: "Very narrow", long_caption: "Caption too long",
         deep_crop: "Crop cuts deep",
     };

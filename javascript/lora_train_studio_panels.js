@@ -46,7 +46,7 @@
     // ---- 2 Check ---------------------------------------------------------------------------------------------------
 
     const COUNTED = {
-        broken: "cannot be read", duplicate: "nearly the same as another", small: "too small", blurry: "blurry",
+        broken: "cannot be used", duplicate: "nearly the same as another", small: "too small", blurry: "blurry",
         narrow: "very narrow", unreadable_caption: "with a caption that cannot be read",
         deep_crop: "cut deep by the crop", no_caption: "without caption", empty_caption: "with an empty caption",
         long_caption: "with a long caption",

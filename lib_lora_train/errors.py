@@ -22,6 +22,11 @@ class LoraTrainError(Exception):
             text += f"; {self.remedy}"
         super().__init__(printable(text + "."))
 
+    @property
+    def reason(self) -> str:
+        """Why, and what to do, where what it is about is said already."""
+        return printable(f"{self.why or self.what}{f'; {self.remedy}' if self.remedy else ''}")
+
 
 class UserError(LoraTrainError, ValueError):
     """Something the user gave is wrong; exit code 2."""
@@ -63,6 +68,11 @@ def printable(text: str) -> str:
     """`text` as UTF-8 can hold it. On Linux a file's name may be any bytes; Python reads those that are no text as lone
     surrogates, which no page, log or reply can be written with."""
     return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def plain_line(text: str) -> str:
+    """`text` on one line, without what is not seen: as a caption may hold it, and as it can be drawn."""
+    return " ".join("".join(c if c.isprintable() else " " for c in printable(text)).split())
 
 
 def counted(number: int, one: str, many: str = "") -> str:

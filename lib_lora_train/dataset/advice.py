@@ -55,18 +55,20 @@ def _files(report: DatasetReport) -> Iterator[Weighted]:
                      f"({_names(unreadable)}), so a training would refuse to start: save {_them(unreadable)} again with the "
                      "encoding UTF-8 (Notepad: Save as, Encoding).")
     broken = _with(report, "broken")
-    if broken:
+    for why in dict.fromkeys(image.why for image in broken):
+        alike = [image for image in broken if image.why == why]
         yield 50 + _share(broken, report), (
-            f"{_count(broken, 'picture')} cannot be opened and would be left out ({_names(broken)}), because "
-            f"{'the file is' if len(broken) == 1 else 'the files are'} damaged, incomplete or no picture: save {_them(broken)} "
-            f"again from the original, or remove {_them(broken)}.")
+            f"{_count(alike, 'picture')} cannot be used and would be left out ({_names(alike)}): {why}.")
+    if several := [image for image in report.images if image.several]:
+        yield 1, (f"{_count(several, 'picture')} {'holds' if len(several) == 1 else 'hold'} several frames or pages "
+                  f"({_names(several)}), of which only the first is trained: save the others as pictures of their own.")
 
 
 def _number(report: DatasetReport) -> Iterator[Weighted]:
     usable = report.usable
     if usable == 0:
-        yield 3000, ("No picture of this folder can be trained on, because each is damaged or too narrow: replace them, or "
-                     "choose another folder.")
+        yield 3000, ("No picture of this folder can be trained on, for the reasons below: replace them, or choose another "
+                     "folder.")
         return
     different = usable - len(_with(report, "duplicate"))
     if different < MIN_IMAGES:

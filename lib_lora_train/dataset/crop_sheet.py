@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from lib_lora_train.dataset.findings import DatasetReport, Examined
 from lib_lora_train.dataset.images import read_image
-from lib_lora_train.errors import DatasetError, printable
+from lib_lora_train.errors import DatasetError, plain_line
 
 _CELL, _MARGIN, _LINE = 200, 14, 17
 _MOST_ACROSS = 8
@@ -48,7 +48,8 @@ def crop_sheet(report: DatasetReport, *, most: int = 48) -> Image.Image:
 
 def dimmed(image: Image.Image, kept: tuple[float, float, float, float]) -> Image.Image:
     """The RGB image with everything outside `kept` (left, top, right, bottom in pixels) greyed, and a frame around it."""
-    box = tuple(round(number) for number in kept)
+    left, top = (min(round(start), side - 1) for start, side in zip(kept, image.size, strict=False))
+    box = left, top, max(left + 1, round(kept[2])), max(top + 1, round(kept[3]))  # at least a pixel, of a thin one too
     grey = Image.blend(Image.new("RGB", image.size, (128, 128, 128)), image.convert("L").convert("RGB"), _DIMMED)
     grey.paste(image.crop(box), box[:2])
     if box != (0, 0, *image.size):
@@ -79,7 +80,8 @@ def _cell(examined: Examined) -> Image.Image:
 
 def _write(pen: ImageDraw.ImageDraw, corner: tuple[int, int], text: str) -> None:
     """`text` in one line as wide as a cell, its middle left out where it is longer."""
-    font, text = font_for(text, 12), printable(text)
+    text = plain_line(text)
+    font = font_for(text, 12)
     if isinstance(font, ImageFont.ImageFont):
         text = text.replace("→", ">").encode("latin-1", "replace").decode("latin-1")  # Pillow's own font has no more
     full, half = text, len(text) // 2

@@ -2,12 +2,12 @@
 
 Problems are codes, so that each reader can show them in its own way:
 
-    broken              cannot be opened as an image; nothing else is known of it
+    broken              cannot be used as an image; nothing is known of it but why
     unreadable_caption  its caption file is no text in a known encoding; a training would refuse to start
     small               has to be enlarged to the training size
     narrow              so long and thin that no training size fits
     blurry              soft, by itself or beside the others
-    duplicate           nearly the same as a better image of the folder (of each group all but the best are marked)
+    duplicate           nearly the same as a better image of the folder, cut or mirrored too (all but the best are marked)
     no_caption          has no caption file
     empty_caption       has one without text
     long_caption        longer than other trainers read
@@ -46,6 +46,8 @@ class Examined:
     tokens: int | None  # of its caption as it is trained; None where no tokenizer was given
     problems: tuple[str, ...]
     kept: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # (left, top, right, bottom) in its own pixels
+    why: str = ""  # a broken one cannot be used, and what to do, as a sentence goes on after a colon
+    several: bool = False  # frames or pages: the first is used
 
     @property
     def usable(self) -> bool:
@@ -119,7 +121,7 @@ class DatasetReport:
                 "path": name(image.path), "width": image.width, "height": image.height,
                 "bucket": list(image.bucket), "crop_loss": round(image.crop_loss, 4),
                 "kept": [round(number, 1) for number in image.kept], "sharpness": round(image.sharpness, 3),
-                "tokens": image.tokens, "problems": list(image.problems)} for image in self.images],
+                "tokens": image.tokens, "problems": list(image.problems), "why": image.why} for image in self.images],
             "duplicates": [[name(path) for path in group] for group in self.duplicates],
             "sizes": [[*size, count] for size, count in self.sizes],
             "buckets": [[*size, count] for size, count in self.buckets],

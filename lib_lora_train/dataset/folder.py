@@ -8,17 +8,17 @@ on a text without meaning.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Literal
 
 from lib_lora_train.dataset import caption_files
 from lib_lora_train.dataset.buckets import Buckets, Placement, Size
 from lib_lora_train.dataset.captions import normal_form, split_tags, with_trigger_word
-from lib_lora_train.dataset.images import check_image
-from lib_lora_train.dataset.listing import MOST_REPEATS, MayRead, is_subset_name, list_folder, repeats_and_name
-from lib_lora_train.dataset.masks import Companions, image_names, is_masks_folder
+from lib_lora_train.dataset.images import Checked, check_image, is_image_name
+from lib_lora_train.dataset.listing import MOST_REPEATS, MayRead, is_subset_name, list_folder, list_tree, repeats_and_name
+from lib_lora_train.dataset.masks import Companions, is_masks_folder
 from lib_lora_train.dataset.plan import balanced_repeats, plain_folder_repeats
 from lib_lora_train.dataset.prefetch import Prefetch, reading_threads
 from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
@@ -109,7 +109,7 @@ def scan(
         if _same(Path(reg_data_dir), Path(folder)):
             raise DatasetError(f"{named('reg_data_dir')} is the dataset folder itself", remedy="choose another folder or none")
         reg_subsets, _, reg_problems = find_images(Path(reg_data_dir), what="regularisation", may_read=may_read)
-        problems += reg_problems
+        problems = [p for p in problems if p.path is None or not _same(p.path, Path(reg_data_dir))] + reg_problems
     watch = Watch(sum(len(subset.images) for subset in subsets + reg_subsets), doing="the pictures were read",
                   on_progress=on_progress, should_stop=should_stop)
     reader = _Reader(problems, watch=watch)
@@ -176,6 +176,7 @@ class _Reader:
         self.not_text: list[tuple[str, DatasetError]] = []
         self.empty: list[str] = []
         self.notes = caption_files.CaptionNotes()
+        self.several_frames: list[str] = []
 
     def read(self, subsets: Sequence[Subset], *, trigger_word: str) -> list[Example]:
         examples = []
@@ -186,29 +187,30 @@ class _Reader:
                       kept=lambda size: 0, most=_PREFETCH_PER_THREAD * max(1, threads)) as checked:
             for subset, image in images:
                 self.watch.check()
-                example = self._example(image, subset, size=next(checked), trigger_word=trigger_word)
+                example = self._example(image, subset, checked=next(checked), trigger_word=trigger_word)
                 if example is not None:
                     examples.append(example)
                 self.watch.advance()
         return examples
 
-    def _checked(self, image: Path) -> tuple[int, int] | DatasetError:
-        """The image's size, or why it cannot be used; in any thread."""
+    def _checked(self, image: Path) -> Checked | DatasetError:
+        """What is seen of the image, or why it cannot be used; in any thread."""
         try:
             return check_image(image)
         except DatasetError as error:
             return error
 
-    def _example(self, image: Path, subset: Subset, *, size: tuple[int, int] | DatasetError, trigger_word: str
+    def _example(self, image: Path, subset: Subset, *, checked: Checked | DatasetError, trigger_word: str
                  ) -> Example | None:
-        if isinstance(size, DatasetError):
-            self.problems.append(Problem(f"Skipped: {size}", image, skipped=True))
+        if isinstance(checked, DatasetError):
+            self.problems.append(Problem(f"Skipped: {checked}", image, skipped=True))
             return None
-        width, height = size
+        if checked.several:
+            self.several_frames.append(image.name)
         caption = with_trigger_word(self._caption(image, subset), trigger_word)
         if not caption:
             self.empty.append(image.name)
-        return Example(image, caption, subset.repeats, subset.path.name, width, height)
+        return Example(image, caption, subset.repeats, subset.path.name, checked.width, checked.height)
 
     def _caption(self, image: Path, subset: Subset) -> str:
         found = subset.captions.of(image)
@@ -230,6 +232,9 @@ class _Reader:
             self.problems.append(Problem(
                 f"{counted(len(self.empty), 'picture has', 'pictures have')} no caption and no trigger word, "
                 f"so an empty caption is trained: {some_of(self.empty)}."))
+        if self.several_frames:
+            self.problems.append(Problem(f"Of {counted(len(self.several_frames), 'picture')} with several frames or pages only "
+                                         f"the first is used: {some_of(self.several_frames)}."))
         self.problems += map(Problem, self.notes.sentences())
 
 
@@ -253,21 +258,25 @@ def find_images(folder: Path, *, what: str,
             problems.append(Problem(
                 f"{counted(len(loose), 'picture')} in {folder} ignored, because its N_name folders are used: "
                 f"{some_of([file.name for file in loose])}."))
-        problems += _unused_folders(others, "its name has no number of repeats in front (N_name)")
+        problems += _unused_folders(folder, others, "its name has no number of repeats in front (N_name)", may_read)
         return subsets, "kohya", problems
     if loose:
         if said := repeats_and_name(folder.name):
             problems.append(Problem(
                 f"{folder.name} was chosen itself, so its name is not read as {counted(said[0], 'repeat')} of "
                 f"'{said[1]}'; choose the folder above it for that."))
-        problems += _unused_folders(others, "only the pictures beside it are used")
+        problems += _unused_folders(folder, others, "only the pictures beside it are used; an import into a dataset takes them "
+                                    "too", may_read)
         return [_with_captions(folder, loose, files, problems=problems, may_read=may_read)], "plain", problems
     why = " ".join(p.text for p in problems) or "no file in it has a picture's name"
-    with_images = [f.name for f in others if image_names(f)]
+    with_images = list(dict.fromkeys(
+        # Of a numbered folder the one above it is to be chosen.
+        (path.parent if is_subset_name(path.name) else path).as_posix()
+        for path in _images_below(folder, {other.name for other in others}, may_read)))
     remedy = "choose the folder that holds the pictures"
     if with_images:
-        remedy = (f"choose one of its folders ({some_of(with_images)}), or put the number of repeats in front of "
-                  "their names, as in 10_name")
+        remedy = (f"choose one of its folders ({some_of(with_images)}), put the number of repeats in front of "
+                  "their names, as in 10_name, or import it into a dataset, which takes all folders in it")
     raise DatasetError(f"The {what} folder {folder} holds no pictures", why=why, remedy=remedy)
 
 
@@ -277,8 +286,8 @@ def _subset(folder: Path, problems: list[Problem], *, may_read: MayRead | None, 
     repeats, name = repeats_and_name(folder.name) or (0, "")
     files, folders = _list(folder, "dataset", may_read=may_read, problems=problems)
     images = tuple(companions.images(files, folders))
-    problems += _unused_folders([f for f in folders if not is_masks_folder(f.name)],
-                                f"folders inside {folder.name} are not searched")
+    problems += _unused_folders(folder, [f for f in folders if not is_masks_folder(f.name)],
+                                f"of {folder.name} only the pictures directly in it are used", may_read)
     if not images or not is_subset_name(folder.name):
         why = "it holds no pictures" if not images else f"it asks for {counted(repeats, 'repeat')}, not 1 to {MOST_REPEATS}"
         problems.append(Problem(f"The folder {folder.name} is ignored: {why}."))
@@ -318,12 +327,34 @@ def _list(folder: Path, what: str, *, may_read: MayRead | None, problems: list[P
         problems.append(Problem(f"{counted(len(listing.refused), 'entry', 'entries')} of {folder} ignored, because links to "
                                 f"folders that are not allowed are not followed: "
                                 f"{some_of([path.name for path in listing.refused])}."))
+    if listing.dead:
+        problems.append(Problem(f"{counted(len(listing.dead), 'entry', 'entries')} of {folder} ignored, because links that "
+                                f"lead nowhere are not followed: {some_of([path.name for path in listing.dead])}."))
     return listing.files, listing.folders
 
 
-def _unused_folders(folders: Sequence[Path], why: str) -> list[Problem]:
-    return [Problem(f"The pictures in the folder {folder.name} are ignored: {why}.", folder)
-            for folder in folders if image_names(folder)]
+def _images_below(folder: Path, names: Collection[str], may_read: MayRead | None) -> dict[PurePath, int]:
+    """How many images lie in which folder, seen from `folder`: in those of it called `names` and below them."""
+    try:
+        tree = list_tree(folder, may_read=may_read) if names else []
+    except DatasetError:
+        tree = []  # only asked to word a message about folders that are not used
+    counts = {PurePath(*parts): sum(map(is_image_name, listing.files)) for parts, listing in tree
+              if parts and parts[0] in names and not is_masks_folder(parts[-1])}
+    return {path: count for path, count in counts.items() if count}
+
+
+def _unused_folders(folder: Path, folders: Sequence[Path], why: str, may_read: MayRead | None) -> list[Problem]:
+    """A sentence for each of `folders` in `folder` that holds images, in whatever depth."""
+    below, problems = _images_below(folder, {unused.name for unused in folders}, may_read), []
+    for unused in folders:
+        counts = {path.as_posix(): count for path, count in below.items() if path.parts[0] == unused.name}
+        if total := sum(counts.values()):
+            problems.append(Problem(
+                f"{counted(total, 'picture')} in the folder {unused.name} ("
+                f"{some_of([f'{path} {count}' for path, count in counts.items()])}) {'is' if total == 1 else 'are'} ignored: "
+                f"{why}.", unused))
+    return problems
 
 
 def _balance(examples: list[Example], *, visits: int, problems: list[Problem]) -> list[Example]:

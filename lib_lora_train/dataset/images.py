@@ -4,8 +4,9 @@ Handles EXIF orientation, greyscale, palette, CMYK, 16-bit and float samples, tr
 white) and the first frame of an animation. Not covered: colour profiles (as in kohya's trainer, the
 numbers in the file are taken as sRGB).
 
-Pillow's decoders raise a dozen kinds of exceptions on damaged files; each becomes a DatasetError
-that names the file here, and nowhere else.
+An image can be used if all of its pixels can be decoded and some of them can be seen. What else a file holds does not
+count: a PNG that Pillow refuses for its texts, profiles or checksums of those is read without them. Pillow's decoders raise
+a dozen kinds of exceptions on damaged files; each becomes a DatasetError that names the file here, and nowhere else.
 """
 
 from __future__ import annotations
@@ -15,28 +16,28 @@ import io
 import struct
 import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, ImageFile, PngImagePlugin
 
+from lib_lora_train.dataset.contents import kind_of_unread, known_formats, png_trailing_exif, png_without_metadata
 from lib_lora_train.errors import DatasetError
+
+T = TypeVar("T")
 
 # Whether Pillow reads the last few depends on its build and plug-ins: they are listed so that a
 # image which cannot be read is named to the user and not overlooked.
 IMAGE_SUFFIXES = frozenset(
     ".png .jpg .jpeg .jfif .webp .bmp .gif .tif .tiff .avif .heic .heif .jxl".split())
 
-# The formats behind those names. Pillow goes by the content: for a PostScript file called x.png it would run Ghostscript.
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "HEIF", "JXL")
-
 # Twice Pillow's own warning threshold: about 0.5 GB decoded as RGB.
 MAX_PIXELS = 178_956_970
 # Pillow reads the chunks of a file completely, pixels or not; no image of so many pixels needs more.
 MAX_BYTES = 256 << 20
-_MOST_CHUNKS = 100_000
 _STRIP = 64  # rows converted to RGB together where the conversion needs several copies
 _MOST_EXIF = 65_000  # what fits into a JPEG
 JPEG_QUALITY = 95  # with colours at full resolution: what is lost is below what the VAE sees
@@ -64,15 +65,16 @@ def is_image_name(path: Path) -> bool:
 def read_image(path: Path) -> Image.Image:
     """Decode the image: upright, mode RGB, transparency laid on white.
 
-    Raises DatasetError, naming the file, if it is missing, unreadable, empty, truncated, no image,
+    Raises DatasetError, naming the file, if it is missing, unreadable, empty, truncated, no image, transparent everywhere,
     or has more than `MAX_PIXELS` pixels.
     """
-    with _open(path) as image:
+    def read(image: Image.Image) -> Image.Image:
         # Pillow turns a TIFF while decoding it, and only a TIFF.
         turn = None if image.format == "TIFF" else _UPRIGHT.get(_orientation(image, path))
         with _INTOLERANT:
             image.load()
         return _to_rgb(image, turn)
+    return _from_file(path, read)
 
 
 @dataclass(frozen=True)
@@ -85,23 +87,26 @@ class DecodedImage:
     format: str  # by its content, as Pillow calls it: "PNG"
     parameters: str  # the text that generators put into PNG files; "" for none
     exif: bytes  # without the orientation, for a file with these pixels; b"" for none
+    several: bool  # it is the first of several frames or pages
 
 
 def decode_image(path: Path) -> DecodedImage:
     """Decode the image, keeping its transparency and its notes apart. Errors as in `read_image`."""
-    with _open(path) as image:
+    def decode(image: Image.Image) -> DecodedImage:
         kind = image.format or ""
         turn = None if kind == "TIFF" else _UPRIGHT.get(_orientation(image, path))
         exif = b"" if kind == "TIFF" else _exif_of_upright(image)  # a TIFF's describes the layout of its pixels
+        several = _has_several(image)
         with _INTOLERANT:
             image.load()
         rgb, alpha = _to_rgb(image, turn), _alpha(image)
-        still = kind not in ("PNG", "WEBP") or not getattr(image, "is_animated", False)
+        still = kind not in ("PNG", "WEBP") or not several
         as_stored = turn is None and alpha is None and still and image.mode in ("RGB", "L", "P", "1", "RGBA", "LA")
         if turn is not None and alpha is not None:
             alpha = alpha.transpose(turn)
         text = image.info.get("parameters", "")
-        return DecodedImage(rgb, alpha, as_stored, kind, text if isinstance(text, str) else "", exif)
+        return DecodedImage(rgb, alpha, as_stored, kind, text if isinstance(text, str) else "", exif, several)
+    return _from_file(path, decode)
 
 
 def encode_image(image: Image.Image, *, suffix: str, source: DecodedImage | None = None) -> bytes:
@@ -130,20 +135,32 @@ def encode_image(image: Image.Image, *, suffix: str, source: DecodedImage | None
 
 def read_size(path: Path) -> tuple[int, int]:
     """(width, height) of the upright image, from its header only. Errors as in `read_image`."""
-    with _open(path) as image:
-        return _upright_size(image, path)
+    return _from_file(path, lambda image: _upright_size(image, path))
 
 
-def check_image(path: Path) -> tuple[int, int]:
-    """(width, height) like `read_size`, and the format's own check of the file where Pillow has one.
+class Checked(NamedTuple):
+    """What `check_image` sees without decoding."""
 
-    That check finds damaged PNGs without decoding them; a truncated JPEG or WebP passes, and shows
-    only in `read_image`, i.e. when its latents are computed.
+    width: int  # upright
+    height: int
+    several: bool  # several frames or pages, of which the first is used
+
+
+def check_image(path: Path) -> Checked:
+    """The size like `read_size`, and the format's own check of the file where Pillow has one. Errors as in `read_image`.
+
+    That check finds damaged PNGs without decoding them, and what it finds is decoded, because a wrong checksum need not be
+    a wrong pixel. A truncated JPEG or WebP passes, and shows only in `read_image`, i.e. when its latents are computed.
     """
-    with _open(path) as image:
-        size = _upright_size(image, path)
+    def verified(image: Image.Image) -> Checked:
+        found = Checked(*_upright_size(image, path), _has_several(image))
         image.verify()
-        return size
+        return found
+    try:
+        return _from_file(path, verified)
+    except DatasetError:
+        decoded = decode_image(path)
+        return Checked(*decoded.image.size, decoded.several)
 
 
 def read_texts(path: Path) -> dict[str, str]:
@@ -151,7 +168,7 @@ def read_texts(path: Path) -> dict[str, str]:
 
     PNG's text chunks as they are called; a comment in EXIF (JPEG, WebP) as "UserComment", a GIF's as "comment".
     """
-    with _open(path) as image:
+    def read(image: Image.Image) -> dict[str, str]:
         texts = {key: value for key, value in image.info.items() if isinstance(key, str) and isinstance(value, str)}
         comment = image.info.get("comment")
         if isinstance(comment, bytes):
@@ -163,6 +180,7 @@ def read_texts(path: Path) -> dict[str, str]:
         if isinstance(user_comment, bytes) and user_comment:
             texts["UserComment"] = _user_comment(user_comment)
         return texts
+    return _from_file(path, read)
 
 
 def _user_comment(data: bytes) -> str:
@@ -181,33 +199,36 @@ def _user_comment(data: bytes) -> str:
     return (body if named else data).decode("utf-8", "replace").strip("\0 ")
 
 
-@contextlib.contextmanager
-def _open(path: Path) -> Iterator[Image.Image]:
-    """The image, opened lazily; every foreign error inside becomes a DatasetError naming the file."""
-    why, remedy = "", ""
+def _from_file(path: Path, make: Callable[[Image.Image], T]) -> T:
+    """What `make` gives for the image, opened lazily; every foreign error inside becomes a DatasetError naming the file."""
     try:
-        size = path.stat().st_size
-        if size == 0:
-            why = "the file is empty (zero bytes)"
-        elif size > MAX_BYTES:
-            why, remedy = (f"its file is enormous ({size >> 20} MiB, the limit is {MAX_BYTES >> 20})",
-                           "save it again as JPEG, PNG or WebP")
-        else:
-            with Image.open(path, formats=_known_formats()) as image:
-                if image.width * image.height <= MAX_PIXELS:
-                    yield image
-                    return
-                why, remedy = (f"it is enormous ({image.width}×{image.height}, the limit is {MAX_PIXELS / 1e6:.0f} million "
-                               "pixels)", "make it smaller")
-    except DatasetError:
-        raise
+        if (size := path.stat().st_size) == 0:
+            raise DatasetError("", why="the file is empty (zero bytes)")
+        if size > MAX_BYTES:
+            raise DatasetError("", why=f"its file is enormous ({size >> 20} MiB, the limit is {MAX_BYTES >> 20})",
+                               remedy="save it again as JPEG, PNG or WebP")
+        try:
+            return _from_source(path, make)
+        except (DatasetError, Image.DecompressionBombError):
+            raise
+        except _DECODER_ERRORS:
+            if (bare := png_without_metadata(path)) is None:
+                raise
+            return _from_source(io.BytesIO(bare), make)
     except (MemoryError, *_DECODER_ERRORS) as error:
-        why, remedy = _reason(error)
+        why, remedy = (error.why, error.remedy) if isinstance(error, DatasetError) else _reason(error, path)
         raise DatasetError(f"The picture {path} cannot be used", why=why, remedy=remedy) from error
-    raise DatasetError(f"The picture {path} cannot be used", why=why, remedy=remedy)
 
 
-def _reason(error: BaseException) -> tuple[str, str]:
+def _from_source(source: Path | io.BytesIO, make: Callable[[Image.Image], T]) -> T:
+    with Image.open(source, formats=known_formats()) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise DatasetError("", why=f"it is enormous ({image.width}×{image.height}, the limit is {MAX_PIXELS / 1e6:.0f} "
+                               "million pixels)", remedy="make it smaller")
+        return make(image)
+
+
+def _reason(error: BaseException, path: Path) -> tuple[str, str]:
     """(why an image cannot be used, what to do)."""
     if isinstance(error, FileNotFoundError):
         return "the file is gone", ""
@@ -217,22 +238,12 @@ def _reason(error: BaseException) -> tuple[str, str]:
         # Pillow refuses at twice the size at which it warns, and calls the file an attack.
         return f"it is enormous (more than {2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} million pixels)", "make it smaller"
     if isinstance(error, Image.UnidentifiedImageError):
-        return "it is damaged, no picture, or of a kind that this version of Pillow does not read", ""
+        return kind_of_unread(path)
     if isinstance(error, MemoryError):
         return "there is not enough memory to decode it", "make it smaller"
-    if "MAX_TEXT" in str(error) or "decompressed data too large" in str(error).lower():
-        # A little that unpacks to very much: an attack, or a program that keeps its whole workflow in the image.
-        return "the text inside it is enormous", "save it again without its metadata"
-    return f"it is damaged ({error})", ""
-
-
-def _known_formats() -> list[str]:
-    """Those of ours that this Pillow and its plug-ins read. The WebUI ships AVIF as one that only an import switches on."""
-    Image.init()
-    if "AVIF" not in Image.OPEN:
-        with contextlib.suppress(ImportError):
-            import pillow_avif  # noqa: F401
-    return [name for name in _FORMATS if name in Image.OPEN]
+    if "truncated" in str(error).lower():
+        return "it is damaged: its end is missing", "save it again from the original"
+    return f"it is damaged ({error})", "save it again from the original"
 
 
 class _Intolerance:
@@ -273,7 +284,7 @@ def _orientation(image: Image.Image, path: Path) -> int:
     """EXIF orientation 1…8 without decoding pixels; anything unreadable counts as upright (1)."""
     if image.format == "PNG" and "exif" not in image.info:
         # PngImageFile.getexif would decode everything to see whether a chunk follows the pixels.
-        raw = _png_trailing_exif(path)
+        raw = png_trailing_exif(path)
         if raw is not None:
             image.info["exif"] = b"Exif\0\0" + raw
     try:
@@ -296,28 +307,12 @@ def _exif_of_upright(image: Image.Image) -> bytes:
     return written if len(written) < _MOST_EXIF else b""
 
 
-def _png_trailing_exif(path: Path) -> bytes | None:
-    """The body of the first eXIf chunk (PNG 1.2 extension 1.5.0), found by hopping over the others."""
-    with path.open("rb") as file:
-        file.seek(8)
-        for _ in range(_MOST_CHUNKS):
-            if len(header := file.read(8)) < 8:
-                return None
-            length, kind = struct.unpack(">I4s", header)
-            if kind == b"eXIf":
-                return file.read(length)
-            if kind == b"IEND":
-                return None
-            file.seek(length + 4, 1)
-    return None
-
-
 def _to_rgb(image: Image.Image, turn: Image.Transpose | None) -> Image.Image:
     """A new image of mode RGB, with transparency on white, and turned. Samples deeper than 8 bits keep their high byte."""
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         image = _deep_grey_to_rgb(image)
     elif _may_be_transparent(image):
-        image = _in_strips(image, _on_white)
+        image = _on_white(image)
     elif image.mode == "RGB":
         return image.copy() if turn is None else image.transpose(turn)
     else:
@@ -335,8 +330,25 @@ def _in_strips(image: Image.Image, convert: Callable[[Image.Image], Image.Image]
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    rgba = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba).convert("RGB")
+    """The image laid on white. Raises DatasetError where nothing of it can be seen."""
+    seen = False
+
+    def laid(part: Image.Image) -> Image.Image:
+        nonlocal seen
+        rgba = part.convert("RGBA")
+        seen = seen or rgba.getchannel("A").getextrema()[1] > 0
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba).convert("RGB")
+    made = _in_strips(image, laid)
+    if not seen:
+        raise DatasetError("", why="it is transparent everywhere")
+    return made
+
+
+def _has_several(image: Image.Image) -> bool:
+    """Whether more frames or pages follow the first; asked before decoding. What cannot be read of them counts as none."""
+    with contextlib.suppress(*_DECODER_ERRORS):
+        return image.n_frames > 1 if image.format == "TIFF" else getattr(image, "is_animated", False)
+    return False
 
 
 def _may_be_transparent(image: Image.Image) -> bool:

@@ -19,7 +19,7 @@ from lib_lora_train.dataset.caption_files import CaptionFile, CaptionNotes, coun
 from lib_lora_train.dataset.captions import Tokenizer, count_tags, first_line, with_trigger_word
 from lib_lora_train.dataset.findings import DEEP_CROP, LONG_CAPTION, NARROW, DatasetReport, Examined, Proposal
 from lib_lora_train.dataset.folder import Subset, find_images
-from lib_lora_train.dataset.images import read_image
+from lib_lora_train.dataset.images import decode_image
 from lib_lora_train.dataset.listing import MayRead
 from lib_lora_train.dataset.plan import plain_folder_repeats, plan_run
 from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
@@ -128,12 +128,13 @@ def _examine(path: Path, caption: _Caption, *, buckets: Buckets,
     if tokens is not None and tokens > LONG_CAPTION:
         problems.append("long_caption")
     try:
-        image = read_image(path)
-    except DatasetError:
-        return Examined(path, 0, 0, (0, 0), 0.0, 0.0, tokens, ("broken", *problems)), None
-    width, height = image.size
+        decoded = decode_image(path)
+    except DatasetError as error:
+        return Examined(path, 0, 0, (0, 0), 0.0, 0.0, tokens, ("broken", *problems), why=error.reason), None
+    image, (width, height) = decoded.image, decoded.image.size
     pixels = buckets.resolution[0] * buckets.resolution[1]
-    examined = Examined(path, width, height, (0, 0), 0.0, likeness.sharpness(image, pixels=pixels), tokens, ())
+    examined = Examined(path, width, height, (0, 0), 0.0, likeness.sharpness(image, pixels=pixels), tokens, (),
+                        several=decoded.several)
     narrow = max(width, height) > NARROW * min(width, height)
     try:
         placement = buckets.assign(width, height)

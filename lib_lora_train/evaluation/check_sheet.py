@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from lib_lora_train.dataset.crop_sheet import Font, font_for
 from lib_lora_train.dataset.images import read_image
-from lib_lora_train.errors import DatasetError, printable
+from lib_lora_train.errors import DatasetError, plain_line
 from lib_lora_train.evaluation.caption_check import Checked
 
 _SIDE, _MARGIN, _TEXT, _LINE = 160, 12, 320, 17
@@ -54,7 +54,7 @@ def _wrapped(text: str, draw: ImageDraw.ImageDraw, font: Font) -> list[str]:
     # Letter by letter and each letter once: measuring whole lines again and again takes seconds for a page of captions.
     widths: dict[str, float] = {}
     lines, line = [], ""
-    for letter in printable(" ".join(text.split()))[:_LONGEST]:
+    for letter in plain_line(text)[:_LONGEST]:
         if letter not in widths:
             widths[letter] = draw.textlength(letter, font=font)
         if sum(map(widths.__getitem__, line)) + widths[letter] > _TEXT - _MARGIN:

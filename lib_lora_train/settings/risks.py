@@ -38,5 +38,5 @@ def risks(settings: Settings, *, steps: int, images: int, processes: int = 1) ->
     if (batch := optimizer.train_batch_size * processes) > images > 0:
         several = f" × {processes} processes" if processes > 1 else ""
         yield (f"{named('train_batch_size')} = {optimizer.train_batch_size}{several} is more than the "
-               f"{counted(images, 'picture')} there: a batch of {batch} holds some of them several times, which takes memory and teaches nothing more. "
-               f"1 to {min(4, images)} is usual.")
+               f"{counted(images, 'picture')} there: a batch of {batch} holds some of them several times, which takes memory "
+               f"and teaches nothing more. 1 to {min(4, images)} is usual.")

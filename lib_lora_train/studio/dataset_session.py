@@ -22,7 +22,7 @@ from lib_lora_train.studio.requests import Selection, validated
 from lib_lora_train.studio.uploads import Uploads
 
 if TYPE_CHECKING:
-    from lib_lora_train.dataset.findings import DatasetReport
+    from lib_lora_train.dataset.findings import DatasetReport, Examined
 
 LIVE_CODES = frozenset({"no_caption", "empty_caption", "unreadable_caption"})
 """What the captions as edited say better than a report of the files."""
@@ -50,7 +50,7 @@ class DatasetSession:
         self.report: DatasetReport | None = None
         self._report_content = -1
         self.scores: dict[str, Score] = {}
-        self._findings: dict[str, tuple[str, ...]] = {}
+        self._findings: dict[str, Examined] = {}
         self._sizes: dict[tuple[str, str], tuple[int, int]] = {}
         self._counted: tuple[object, Counter[str], int] | None = None
         self.content = 0
@@ -113,7 +113,8 @@ class DatasetSession:
 
     def problems(self, index: int) -> list[str]:
         """Codes of what is wrong with an image: of the last report, and of its caption as it is now."""
-        found = self._findings.get(self.name(self.store.images[index]), ())
+        examined = self._findings.get(self.name(self.store.images[index]))
+        found = examined.problems if examined else ()
         codes = [code for code in found if code not in LIVE_CODES]
         if self.store.problem(index):
             codes.append("unreadable_caption")
@@ -124,7 +125,7 @@ class DatasetSession:
     def set_report(self, report: DatasetReport, *, content: int) -> None:
         """Remember what was found in the dataset as it was when `content` was read."""
         self.report, self._report_content = report, content
-        self._findings = {self.name(examined.path): tuple(examined.problems) for examined in report.images}
+        self._findings = {self.name(examined.path): examined for examined in report.images}
 
     @property
     def fresh(self) -> bool:
@@ -152,18 +153,19 @@ class DatasetSession:
     def entry(self, index: int) -> dict[str, Any]:
         """What the gallery shows of one image. A file that cannot be read shows as such and has no size.
 
-        "caption_problem" is why its caption cannot be read, or else what is odd about the caption's file.
+        "why" is why it cannot be used, "caption_problem" why its caption cannot be read, or what is odd about its file.
         """
         path = self.store.images[index]
         name, problems = self.name(path), self.problems(index)
+        why = self._findings[name].why if name in self._findings else ""
         try:
             stamp = thumbs.stamp(path)
             width, height = self._size(path, stamp)
-        except DatasetError:
-            stamp, width, height = "", 0, 0
+        except DatasetError as error:
+            stamp, width, height, why = "", 0, 0, error.reason
             problems = list(dict.fromkeys(["broken", *problems]))
         return {"id": name, "name": path.name, "caption": self.store.caption(index), "width": width, "height": height,
-                "changed": self.store.is_changed(index), "problems": problems, "score": self.score(index),
+                "changed": self.store.is_changed(index), "problems": problems, "why": why, "score": self.score(index),
                 "caption_problem": self.store.problem(index) or self.store.hint(index),
                 "masked": self.dataset.mask_path(name).is_file(),
                 "shaped": self.dataset.unshaped_path(name).is_file(), "stamp": stamp,

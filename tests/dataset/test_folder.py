@@ -58,6 +58,27 @@ def test_what_lies_beside_kohya_folders_is_ignored_and_said(tmp_path: Path, make
     assert dataset.examples[0].repeats == 10
 
 
+@pytest.mark.parametrize(("chosen", "counts"), [
+    ("plain", ["3 pictures in the folder outfit (outfit 1, outfit/night 2)", "1 mask (masks/a.png)",
+               "1 picture in the folder reg (reg/1_dog 1)"]),
+    ("kohya", ["1 picture in the folder deep (deep/deeper 1)", "2 pictures in the folder backup (backup/old 2)"])])
+def test_images_that_are_not_used_are_counted_at_every_depth(tmp_path: Path, make_image, chosen: str,
+                                                             counts: list[str]) -> None:
+    for name in ("plain/a.png", "plain/outfit/b.png", "plain/outfit/night/c.png", "plain/outfit/night/d.png",
+                 "plain/masks/a.png", "plain/reg/1_dog/e.png", "plain/@eaDir/f.png", "plain/.hidden/g.png",
+                 "kohya/2_dog/a.png", "kohya/2_dog/deep/deeper/b.png", "kohya/backup/old/c.png", "kohya/backup/old/d.png"):
+        make_image(name)
+    dataset = scan(tmp_path / chosen, max_train_epochs=1, trigger_word="sks")
+    assert len(dataset.examples) == 1 and len([p for p in dataset.problems if "caption" not in p.text]) == len(counts)
+    assert all(any(count in problem.text for problem in dataset.problems) for count in counts)
+
+
+def test_a_folder_whose_images_lie_deeper_names_the_folders_to_choose(tmp_path: Path, make_image) -> None:
+    for name in ("img/10_dog/a.png", "more/night/b.png", "reg/1_dog/c.png"):
+        make_image(name)
+    with pytest.raises(DatasetError) as error:
+        scan(tmp_path, max_train_epochs=1)
+    assert "(img, more/night, reg)" in error.value.remedy
 @pytest.mark.parametrize("below", ["", "10_dog/"])
 def test_masks_and_conditioning_pictures_are_not_learnt_and_said_to_be_unused(tmp_path: Path, make_image, below: str) -> None:
     for name in ("a.png", "b.jpg", "who-mask.png"):

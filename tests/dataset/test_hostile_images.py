@@ -76,24 +76,36 @@ def test_pixels_that_a_gif_or_a_webp_announces_are_limited_too(tmp_path: Path):
     refused(webp)
 
 
+def taken(path: Path, *, within: int = 24 * MIB) -> bool:
+    """Whether each reader takes the file, and none more memory than `within`."""
+    for reader in READERS:
+        tracemalloc.start()
+        try:
+            reader(path)
+            assert tracemalloc.get_traced_memory()[1] < within
+        finally:
+            tracemalloc.stop()
+    return True
+
+
 @pytest.mark.parametrize("kind", [b"zTXt", b"iTXt"])
-def test_text_that_unpacks_to_very_much_is_told_as_such(tmp_path: Path, kind: bytes):
+def test_an_image_is_read_without_a_text_that_unpacks_to_very_much(tmp_path: Path, kind: bytes):
     packed = zlib.compress(bytes(64 * MIB), 9)
     body = b"prompt\0\0" + packed if kind == b"zTXt" else b"prompt\0\1\0\0\0" + packed
     path = tmp_path / "bomb.png"
     path.write_bytes(png(8, 8, chunk(kind, body), pixels=zlib.compress(bytes(8 * 9))))
     assert len(path.read_bytes()) < 100_000
-    assert all("the text inside it is enormous" in text for text in refused(path))
+    assert taken(path)
 
 
-def test_many_texts_that_add_up_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_image_is_read_without_many_texts_that_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert PngImagePlugin.MAX_TEXT_MEMORY <= 64 * MIB
     monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_MEMORY", 4 * MIB)  # the same at a sixteenth
     packed = zlib.compress(bytes(MIB - 1), 9)
     path = tmp_path / "bomb.png"
     texts = [chunk(b"zTXt", b"k%d\0\0" % number + packed) for number in range(6)]
     path.write_bytes(png(8, 8, *texts, pixels=zlib.compress(bytes(8 * 9))))
-    assert all("enormous" in text for text in refused(path))
+    assert taken(path)
 
 
 def test_an_enormous_file_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -112,7 +124,7 @@ def test_of_an_animation_only_the_first_image_is_decoded(tmp_path: Path):
         options = {"lossless": True} if suffix == ".webp" else {}
         frames[0].save(path, save_all=True, append_images=frames[1:], duration=10, **options)
         assert read_image(path).getpixel((3, 3)) == (0, 0, 0)
-        assert check_image(path) == (32, 32)
+        assert check_image(path) == (32, 32, True)
     whole = (tmp_path / "many.gif").read_bytes()
     (tmp_path / "cut.gif").write_bytes(whole[: len(whole) // 2])
     assert read_image(tmp_path / "cut.gif").size == (32, 32)
@@ -144,13 +156,14 @@ def test_a_phones_jpeg_of_several_images_is_one_still(tmp_path: Path):
 def test_hostile_images_are_skipped_by_name_and_the_others_trained(tmp_path: Path):
     Image.new("RGB", (64, 64)).save(tmp_path / "good.png")
     (tmp_path / "pixels.png").write_bytes(png(50_000, 50_000))
-    (tmp_path / "text.png").write_bytes(png(8, 8, chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(9 * MIB)))))
+    (tmp_path / "text.png").write_bytes(png(8, 8, chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(9 * MIB))),
+                                        pixels=zlib.compress(bytes(8 * 9))))
     buffer = io.BytesIO()
     Image.new("RGB", (64, 64)).save(buffer, "PNG")
     (tmp_path / "cut.png").write_bytes(buffer.getvalue()[:60])
     found = scan(tmp_path, max_train_epochs=1)
-    assert [example.path.name for example in found.examples] == ["good.png"]
-    assert sorted(problem.path.name for problem in found.problems if problem.skipped) == ["cut.png", "pixels.png", "text.png"]
+    assert [example.path.name for example in found.examples] == ["good.png", "text.png"]
+    assert sorted(problem.path.name for problem in found.problems if problem.skipped) == ["cut.png", "pixels.png"]
 
 
 @pytest.mark.skipif(not hasattr(__import__("os"), "mkfifo") or sys.platform == "win32", reason="no such files there")

@@ -17,6 +17,7 @@ from PIL import Image, ImageFile, ImageOps, PngImagePlugin
 from lib_lora_train.dataset import images as images_module
 from lib_lora_train.dataset.images import check_image, is_image_name, read_image, read_size
 from lib_lora_train.errors import DatasetError
+from tests.damaged_pictures import damaged_pngs
 
 CORNERS = Image.fromarray(np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3))  # 7 wide, 5 high, no symmetry
 
@@ -35,7 +36,7 @@ def test_exif_orientation_is_undone_as_pillow_does_it(tmp_path: Path, orientatio
     with Image.open(reference) as image:
         expected = ImageOps.exif_transpose(image).convert("RGB")
     assert np.array_equal(read_image(path), expected)
-    assert read_size(path) == check_image(path) == expected.size
+    assert read_size(path) == check_image(path)[:2] == expected.size
 
 
 def test_orientation_written_after_the_pixels_of_a_png_counts(tmp_path: Path) -> None:
@@ -234,6 +235,40 @@ def test_a_damaged_png_is_found_without_decoding(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(DatasetError, match="damaged"):
         check_image(path)
+
+
+def test_a_png_is_used_if_and_only_if_all_of_its_pixels_are_there(tmp_path: Path) -> None:
+    paths = damaged_pngs(tmp_path)
+    cut = paths.pop("cut")
+    for what, path in paths.items():
+        assert np.array_equal(read_image(path), read_image(tmp_path / "whole.png")), what
+        assert check_image(path)[:2] == read_size(path) == (32, 32), what
+    for reader in (read_image, check_image):
+        with pytest.raises(DatasetError, match="its end is missing"):
+            reader(cut)
+
+
+@pytest.mark.parametrize(("start", "word"), [
+    (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC"), (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "HEIC"),
+    (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"), (b"\xff\x0a\xfa\x1f", "JPEG XL"), (b"8BPS\0\1", "Photoshop"),
+    (b"<!DOCTYPE html><html>", "web page"), (b"\0\0\0\x18ftypmp42", "film"), (b"no picture", "no picture")])
+def test_a_file_of_a_kind_that_is_not_read_is_called_what_it_is_whatever_its_name_says(tmp_path: Path, start: bytes, word: str):
+    (tmp_path / "a.jpg").write_bytes(start + bytes(200))
+    for reader in (read_image, read_size, check_image):
+        with pytest.raises(DatasetError) as error:
+            reader(tmp_path / "a.jpg")
+        assert word in error.value.why and (error.value.remedy or word == "no picture")
+
+
+def test_an_image_of_which_nothing_can_be_seen_is_refused(tmp_path: Path) -> None:
+    clear = CORNERS.copy()
+    clear.putalpha(0)
+    clear.save(tmp_path / "clear.png")
+    with pytest.raises(DatasetError, match="transparent everywhere"):
+        read_image(tmp_path / "clear.png")
+    clear.putpixel((6, 4), (1, 2, 3, 1))
+    clear.save(tmp_path / "clear.png")
+    assert read_image(tmp_path / "clear.png").size == CORNERS.size
 
 
 @pytest.mark.parametrize("reader", [read_image, read_size, check_image])

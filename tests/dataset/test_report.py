@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -85,7 +87,7 @@ def test_each_problem_is_marked_at_its_image_and_said_in_a_sentence(tmp_path: Pa
     assert [[path.name for path in group] for group in report.duplicates] == [["larger twin.png", "twin.png"]]
     for words in (["2 pictures are smaller", "small.png, 300×200"], ["blurred (blurred.png)"], ["strip.png"],
                   ["2 pictures have no caption file", "trigger word"], ["mute.png"], ["twin.png like larger twin.png"],
-                  ["1 picture cannot be opened", "broken.png"]):
+                  ["1 picture cannot be used", "broken.png", "it is damaged"]):
         advice(report, *words)
     assert all(sentence.endswith(".") and not sentence[0].islower() for sentence in report.advice)
     assert report.counts["no_caption"] == 2 and report.trainable and report.usable == 19
@@ -390,7 +392,24 @@ def test_a_name_in_any_script_and_of_any_length_fits_the_sheet(tmp_path: Path, d
     assert crop_sheet(look(tmp_path)).size == (14 + 2 * 214, 14 + 248)
 
 
+@pytest.mark.parametrize("size", [(1920, 4), (4, 1920), (300, 1), (1, 1), (1, 5000)])
+@pytest.mark.parametrize("resolution", ["128", "512"])
+def test_the_sheet_shows_images_of_every_shape(tmp_path: Path, size: tuple[int, int], resolution: str) -> None:
+    Image.new("RGB", size, (255, 0, 0)).save(tmp_path / "separator.png")
+    sheet = crop_sheet(look(tmp_path, resolution=resolution))
+    assert sheet.size == (14 + 214, 14 + 248)
+    assert any(red > green + 50 for _, (red, green, _) in sheet.getcolors(1 << 16))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such names there")
+def test_the_sheet_shows_names_with_line_breaks_and_control_characters(tmp_path: Path, draw: Draw) -> None:
+    for name in ("two\nlines.png", "\x1b[31m\t\x7f.png", "\u2028\u202e.png"):
+        draw(name, (64, 64))
+    assert crop_sheet(look(tmp_path)).size == (14 + 2 * 214, 14 + 2 * 248)
+
+
 def test_a_broken_image_has_no_size(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"no picture")
-    assert look(tmp_path).images == (
-        Examined(tmp_path / "a.png", 0, 0, (0, 0), 0.0, 0.0, None, ("broken", "no_caption")),)
+    (image,) = look(tmp_path).images
+    assert image.why and replace(image, why="") == Examined(
+        tmp_path / "a.png", 0, 0, (0, 0), 0.0, 0.0, None, ("broken", "no_caption"))

@@ -232,3 +232,12 @@ def test_the_sheet_has_a_row_for_each_picture_and_draws_any_caption(tmp_path):
     assert draw_checks([row, row], most=1).size == one.size
 
 
+
+
+@pytest.mark.parametrize("size", [(1920, 4), (300, 1), (1, 5000)])
+def test_the_sheet_of_checks_shows_images_of_every_shape_and_names_and_captions_with_control_characters(tmp_path, size):
+    Image.new("RGB", size, "red").save(tmp_path / "thin.png")
+    plain = Checked(tmp_path / "thin.png", "a", 50.0, 0.1, 0.2, (Image.new("RGB", size, "red"),))
+    odd = Checked(tmp_path / "two\nlines\x1b.png", "a\0b\u2028c\x1b[31m\n", 50.0, 0.1, 0.2, plain.images)
+    assert draw_checks([plain, odd]).width == draw_checks([plain]).width
+    assert any(red > green + 50 for _, (red, green, _) in draw_checks([plain]).getcolors(1 << 16))

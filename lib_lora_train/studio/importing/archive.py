@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import IO
 
 from lib_lora_train.dataset.images import MAX_BYTES
-from lib_lora_train.errors import DatasetError
-from lib_lora_train.studio.importing.owned import plain_line
+from lib_lora_train.dataset.listing import is_of_the_system
+from lib_lora_train.errors import DatasetError, plain_line
 
 # What zipfile and its decompressors were seen to raise on damaged input.
 _ZIP_ERRORS = (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, OSError, EOFError, ValueError, RuntimeError, LookupError,
@@ -154,7 +154,7 @@ def _entry(info: zipfile.ZipInfo) -> Entry | None:
     # Not info.filename: it has lost what stood behind a NUL already.
     name = _decoded(info).replace("\\", "/")
     parts = [part for part in name.split("/") if part not in ("", ".", "..")]
-    if not parts or name.endswith("/") or any(part.startswith(".") or part == "__MACOSX" for part in parts):
+    if not parts or name.endswith("/") or any(map(is_of_the_system, parts)):
         return None
     return Entry(tuple(parts[:-1]), parts[-1], info.file_size, info)
 

@@ -74,7 +74,7 @@ def collect(
 ) -> Collected:
     """Copy the images of `sources` into `dataset`, with the captions beside them.
 
-    A folder is read with the folders directly in it. `transparent="mask"` keeps transparency as a mask, "white" forgets it.
+    A folder is read with all below it. `transparent="mask"` keeps transparency as a mask, "white" forgets it.
     With `dry_run` nothing is written: `added` are the paths that would be. `may_read` is asked for every file and folder.
     Raises Interrupted when `should_stop()` says so and OutputError if the disk refuses; what was added until then stays,
     whole.
@@ -153,8 +153,8 @@ class _Collector:
                 self.skipped.append((found.label, f"It is the same file as {there.name}{self._taken(there, found, archive)}."))
                 return
             decoded = decode_image(path)
-            if decoded.alpha is not None and decoded.alpha.getextrema()[1] == 0:
-                raise DatasetError(found.label, why="it is transparent everywhere")
+            if decoded.several:
+                self._count("{} had several frames or pages, of which the first was taken.")
             caption = (own := self._caption(found, archive)) or self._words_of_subset(found)
             mask = self._mask(found, decoded, archive)
             stem = self._names.claim(safe_stem(Path(found.name).stem))

@@ -22,7 +22,7 @@ from lib_lora_train.dataset.images import is_image_name
 from lib_lora_train.dataset.listing import MOST_REPEATS, by_name, is_subset_name, repeats_and_name
 from lib_lora_train.dataset.masks import MASKS_FOLDER
 from lib_lora_train.dataset.text_files import CAPTION_SUFFIXES
-from lib_lora_train.errors import DatasetError, counted, printable, translated
+from lib_lora_train.errors import DatasetError, counted, plain_line, translated
 from lib_lora_train.storage.atomic import remove_parts, write_atomic
 from lib_lora_train.studio.captions.save import STUDIO_FOLDER
 from lib_lora_train.studio.importing.names import file_key, safe_stem
@@ -252,11 +252,6 @@ def list_datasets(datasets_folder: Path) -> list[tuple[str, int]]:
     return [(entry.name, sum(is_image_name(path) for name in _numbered_folders(entry) for path in _entries(entry / name)))
             for entry in sorted(_entries(datasets_folder), key=by_name)
             if (entry / FILE_NAME).is_file()]
-
-
-def plain_line(text: str) -> str:
-    """`text` on one line, without what is not seen, as a caption may hold it."""
-    return " ".join("".join(c if c.isprintable() else " " for c in printable(text)).split())
 
 
 def _folder_text(concept: str) -> str:

@@ -11,12 +11,14 @@ from pathlib import Path
 
 from lib_lora_train.dataset.caption_files import JSON_SUFFIXES, TEXT_SUFFIXES, match_names
 from lib_lora_train.dataset.images import is_image_name
-from lib_lora_train.dataset.listing import MayRead, is_subset_name, list_folder
+from lib_lora_train.dataset.listing import Listing, MayRead, is_subset_name, list_tree
 from lib_lora_train.dataset.masks import CONDITIONING, companion, is_masks_folder
 from lib_lora_train.dataset.text_files import CAPTION_SUFFIXES
 from lib_lora_train.errors import DatasetError, counted, printable
 from lib_lora_train.studio.importing.archive import Entry, open_archive
 from lib_lora_train.studio.importing.names import file_key
+
+_OF_CLASS = ("regularisation", "regularization", "reg_images", "regularisation_images", "regularization_images", "class_images")
 
 Location = Path | Entry  # a file of its own, or in an archive
 
@@ -89,8 +91,7 @@ def list_sources(sources: Sequence[Path | Upload], *,
 
 def reason(error: DatasetError) -> str:
     """Why, as a sentence that stands beside the name of what it is about."""
-    why = error.why or error.what
-    return f"{why[:1].upper()}{why[1:]}{f'; {error.remedy}' if error.remedy else ''}."
+    return f"{error.reason[:1].upper()}{error.reason[1:]}."
 
 
 class _Listing:
@@ -133,29 +134,29 @@ class _Listing:
         return self._may_read is None or self._may_read(path)
 
     def _folder(self, folder: Path) -> None:
-        files, folders = self._files_of(folder, ())
-        for below in folders:
-            found, deeper = self._files_of(below, (below.name,))
-            files += found
-            for masks in deeper:
-                if is_masks_folder(masks.name):
-                    files += self._files_of(masks, (below.name, masks.name))[0]
-        source = self._source(folder.name or str(folder), files)
+        name, tree = folder.name or str(folder), list_tree(folder, may_read=self._may_read)
+        source = self._source(name, [file for named, listing in tree for file in self._files_of(listing, named)])
         if source.images:
             self._found.append(source)
         else:
-            self._skipped.append((folder.name or str(folder), "There is no picture in it, nor in the folders directly in it."))
+            self._skipped.append((name, "There is no picture in it, nor in the folders below it."))
 
-    def _files_of(self, folder: Path, named: tuple[str, ...]) -> tuple[list[Found], list[Path]]:
-        """(images and captions, folders) of a folder."""
-        files, folders, refused = list_folder(folder, may_read=self._may_read)
-        found = {path: Found(named, path.name, path, "/".join([*named, path.name]), str(path)) for path in (*files, *refused)}
-        for path in refused:
-            if found[path].is_image or found[path].is_caption:
-                self._skipped.append((found[path].label, "It leads to a file that may not be read."))
-            elif not named and path.is_dir():
-                self._skipped.append((path.name, "It leads to a folder that may not be read."))
-        return [found[path] for path in files if found[path].is_image or found[path].is_caption], folders
+    def _files_of(self, listing: Listing, named: tuple[str, ...]) -> list[Found]:
+        """Images and captions of a folder; what leads elsewhere or nowhere is kept for the answer."""
+        def found(path: Path) -> Found:
+            return Found(named, path.name, path, "/".join([*named, path.name]), str(path))
+
+        for path in (*listing.refused, *listing.dead):
+            file = found(path)
+            if path in listing.dead:
+                self._skipped.append((file.label, "It is a link that leads nowhere."))
+            elif file.is_image or file.is_caption:
+                self._skipped.append((file.label, "It leads to a file that may not be read."))
+            elif path.is_dir():
+                self._skipped.append((file.label, "It is or leads to a folder that cannot or may not be read."))
+        self._skipped += [(found(path).label, "An archive in a folder is not opened; import it by itself.")
+                          for path in listing.files if path.suffix.lower() == ".zip"]
+        return [file for file in map(found, listing.files) if file.is_image or file.is_caption]
 
     def _archive(self, path: Path, name: str) -> None:
         try:
@@ -247,18 +248,23 @@ class _Listing:
         projects = {file.folder[:at] for file in files for at in range(len(file.folder)) if _holds_subsets(file, at, "img")}
         images, left_out = [], {}
         for file in files:
-            at = next((at for at, part in enumerate(file.folder) if _holds_subsets(file, at, "reg") or (
+            at = next((at for at, part in enumerate(file.folder) if _is_of_class(file, at) or (
                 file.folder[:at] in projects and part.casefold() != "img" and not is_masks_folder(part))), None)
             if at is None:
                 images.append(file)
             else:
                 folder = file.label.rsplit("/", len(file.folder) - at)[0]
-                left_out.setdefault(folder, []).append(_holds_subsets(file, at, "reg"))
+                left_out.setdefault(folder, []).append(_is_of_class(file, at))
         self._skipped += [(folder, f"Its {counted(len(of_class), 'picture')} " + (
             "show the class and not the subject (regularisation): give the folder to the training as Regularisation folder "
             "(reg_data_dir)." if any(of_class) else "lie beside the img folder of a kohya project."))
             for folder, of_class in left_out.items()]
         return images
+
+
+def _is_of_class(file: Found, at: int) -> bool:
+    """Whether part `at` of the file's folder is one of regularisation images. `reg` alone may be a friend's name."""
+    return file.folder[at].casefold() in _OF_CLASS or _holds_subsets(file, at, "reg")
 
 
 def _holds_subsets(file: Found, at: int, name: str) -> bool:

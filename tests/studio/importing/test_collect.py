@@ -13,12 +13,19 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from lib_lora_train.dataset.folder import scan
+from lib_lora_train.dataset.buckets import Buckets
+from lib_lora_train.dataset.folder import assign_buckets, scan
 from lib_lora_train.dataset.images import read_image
+from lib_lora_train.dataset.progress import Watch
+from lib_lora_train.dataset.report import examine
+from lib_lora_train.distributed import SINGLE_PROCESS
 from lib_lora_train.errors import Interrupted, LoraTrainError
+from lib_lora_train.inputs.latent_encoder import check_images
+from lib_lora_train.settings import parse
 from lib_lora_train.storage import atomic
 from lib_lora_train.studio.importing.collect import Upload, collect
 from lib_lora_train.studio.importing.owned import OwnedDataset
+from tests.damaged_pictures import damaged_pngs
 from tests.mixed_pictures import ADDED, COUNT, mixed_pictures
 
 ORIENTATION = 0x0112
@@ -74,6 +81,40 @@ def test_thirty_mixed_pictures_come_in_and_the_originals_stay_as_they_were(tmp_p
     assert len(scan(dataset.folder, max_train_epochs=1).examples) == ADDED
     again = collect(dataset, [heap])
     assert again.added == () and len(dataset.images) == ADDED  # nothing comes twice
+
+
+def test_check_import_and_training_use_the_same_images_and_give_the_same_reason(tmp_path: Path, dataset: OwnedDataset,
+                                                                                 source: Path):
+    damaged_pngs(source)
+    noise(1).save(source / "photo.jpg")
+    (source / "cut.jpg").write_bytes((source / "photo.jpg").read_bytes()[:-100])
+    (source / "phone.jpg").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    noise(2, channels=4).convert("RGBA").point(lambda level: 0).save(source / "clear.png")
+    checked = {image.path.name: image.why for image in examine(source, settings=parse({"resolution": 64})).images}
+    imported = collect(dataset, [source])
+    scanned, placements = assign_buckets(scan(source, max_train_epochs=1), Buckets(
+        (64, 64), enable_bucket=True, min_bucket_reso=64, max_bucket_reso=128, bucket_reso_steps=64, bucket_no_upscale=False))
+    watch = Watch(1, doing="", on_progress=None, should_stop=None)
+    lost = check_images(scanned.examples, placements, watch=watch, group=SINGLE_PROCESS, threads=0)
+    skipped = {problem.path.name: problem.text for problem in (*scanned.problems, *lost.values()) if problem.skipped}
+    reasons = {name: why for name, why in checked.items() if why}
+    assert set(reasons) == {"5.png", "cut.jpg", "phone.jpg", "clear.png"} == set(skipped)
+    assert {name: f"{why[0].lower()}{why[1:]}" for name, why in imported.skipped} == {n: f"{w}." for n, w in reasons.items()}
+    assert all(reasons[name].split(";")[0] in text for name, text in skipped.items())
+    assert len(imported.added) == len(checked) - 4 == 7
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a.tif", "a.jpg"])
+def test_of_several_frames_or_pages_the_first_is_used_and_every_command_says_so(dataset: OwnedDataset, source: Path, name: str):
+    frames = [Image.new("RGB", (64, 48), colour) for colour in ("red", "blue")]
+    frames[0].save(source / name, "MPO" if name == "a.jpg" else None, save_all=True, append_images=frames[1:])
+    noise(1).save(source / "still.png")
+    (advice,) = [text for text in examine(source, settings=parse({"resolution": 64})).advice if "frames" in text]
+    (problem,) = [problem.text for problem in scan(source, max_train_epochs=1).problems if "frames" in problem.text]
+    imported = collect(dataset, [source])
+    assert name in advice and name in problem and "still.png" not in advice + problem
+    assert imported.notes == ("1 picture had several frames or pages, of which the first was taken.",)
+    assert np.abs(np.array(read_image(imported.added[0])).mean((0, 1)) - (255, 0, 0)).max() < 3
 
 
 def test_what_every_program_sees_alike_is_copied_byte_for_byte(dataset: OwnedDataset, source: Path):
@@ -211,19 +252,70 @@ def test_of_two_copies_of_one_image_the_caption_is_kept_whichever_has_it(dataset
     assert collected.captions == "1 picture, 1 with a caption."
 
 
-def test_folders_are_read_one_level_deep_with_their_masks(dataset: OwnedDataset, tmp_path: Path):
+def test_folders_are_read_with_those_below_them_and_their_masks(dataset: OwnedDataset, tmp_path: Path):
     kohya = tmp_path / "kohya"
     for seed, place in enumerate(("10_a/1.png", "5_b/2.png", "masks/1.png", ".hidden/x.png", "10_a/deep/y.png", "top.png")):
         (kohya / place).parent.mkdir(parents=True, exist_ok=True)
         noise(seed).save(kohya / place)
     (kohya / "5_b" / "2.txt").write_text("b two", encoding="utf-8")
     collected = collect(dataset, [kohya])
-    assert [path.name for path in collected.added] == ["top.png", "1.png", "2.png"]
+    assert [path.name for path in collected.added] == ["top.png", "1.png", "y.png", "2.png"]
     assert (dataset.images_folder / "2.txt").read_text("utf-8") == "b two"
     with Image.open(dataset.mask_path("1.png")) as mask:
         assert np.array_equal(mask, read_image(kohya / "masks" / "1.png").convert("L"))
 
 
+def test_a_folder_and_an_archive_of_it_give_the_same_dataset(tmp_path: Path, dataset: OwnedDataset):
+    """Names of folders as Synology, QNAP, macOS, Windows and kohya's page make them."""
+    taken = ("top.png", "outfit/one.png", "outfit/night/more/three.png", "outfit/two.png")
+    left = ("reg/1_dog/dog.png", "outfit/regularization_images/small.png")
+    system = ("@eaDir/top.png/SYNOPHOTO_THUMB_M.jpg", "outfit/@__thumb/s100one.png", ".thumbnails/t.png", "__MACOSX/._top.png",
+              "#recycle/r.png", "$RECYCLE.BIN/$R1.png", "outfit/._one.png")
+    top, other = tmp_path / "things", OwnedDataset.create(tmp_path / "datasets", "other")
+    for seed, place in enumerate((*taken, *left, *system)):
+        (top / place).parent.mkdir(parents=True, exist_ok=True)
+        noise(seed).save(top / place)
+        (top / place).with_suffix(".txt").write_text(place, encoding="utf-8")
+    with zipfile.ZipFile(tmp_path / "things.zip", "w") as packed:
+        for path in top.rglob("*"):
+            packed.write(path, path.relative_to(top))
+    for into, source in ((dataset, top), (other, tmp_path / "things.zip")):
+        collected = collect(into, [source])
+        assert {path.name: path.with_suffix(".txt").read_text("utf-8") for path in collected.added} == {
+            Path(place).name: place for place in taken}
+        told = {name.removeprefix("things.zip/"): why for name, why in collected.skipped}
+        assert set(told) == {"reg", "outfit/regularization_images"}
+        assert all("1 picture" in why and "regularisation" in why for why in told.values())
+    assert [path.name for path in collect(other, [top / "reg"]).added] == ["dog.png"]  # chosen itself
+
+
+def test_links_are_followed_once_and_those_that_lead_nowhere_are_named(dataset: OwnedDataset, source: Path, tmp_path: Path):
+    (tmp_path / "elsewhere").mkdir()
+    noise(1).save(source / "a.png")
+    noise(2).save(tmp_path / "elsewhere" / "b.png")
+    try:
+        os.symlink(tmp_path / "elsewhere", source / "linked")
+        os.symlink(source, source / "circle")
+        os.symlink(source / "itself.png", source / "itself.png")
+        os.symlink(source / "gone.png", source / "dead.png")
+    except OSError:
+        pytest.skip("no links here")
+    collected = collect(dataset, [source])
+    assert [path.name for path in collected.added] == ["a.png", "b.png"]
+    assert dict(collected.skipped) == dict.fromkeys(("dead.png", "itself.png"), "It is a link that leads nowhere.")
+    for texts in ([problem.text for problem in scan(source, max_train_epochs=1).problems],
+                  examine(source, settings=parse({})).advice):
+        (dead,) = [text for text in texts if "nowhere" in text]
+        (unused,) = [text for text in texts if "linked" in text]
+        assert "dead.png" in dead and "itself.png" in dead and "1 picture" in unused
+
+    def may_read(path: Path) -> bool:
+        return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(source))
+
+    again = OwnedDataset.create(tmp_path / "datasets", "again")
+    collected = collect(again, [source], may_read=may_read)
+    assert [path.name for path in collected.added] == ["a.png"] and "linked" in dict(collected.skipped)
+    assert not [p for p in scan(source, max_train_epochs=1, may_read=may_read).problems if "in the folder" in p.text]
 def test_a_mask_belongs_to_the_picture_of_its_own_folder_and_to_no_other(dataset: OwnedDataset, tmp_path: Path):
     for seed, place in enumerate(("one/1.png", "one/masks/1.png", "two/1.png", "two/3.png", "one/3.png", "two/masks/4.png",
                                   "one/4.png", "masks/3.png", "mask/two/3.png")):
