@@ -161,6 +161,8 @@ def _load(path: Path) -> Mapping[str, torch.Tensor]:
 def _readable(path: Path) -> Iterator[None]:
     try:
         yield
+    except FileNotFoundError as error:
+        raise ModelError(f"The checkpoint {path} does not exist", remedy="check the path") from error
     except UnicodeEncodeError as error:
         raise ModelError(f"The checkpoint {path} cannot be read", why="its path is not text in UTF-8", remedy="rename the file "
                          "or its folder") from error

@@ -29,10 +29,13 @@ def read_toml(path: Path) -> dict[str, object]:
     """Names and values of a TOML file, or of a JSON object as kohya_ss writes it, tables flattened. Raises SettingError if it
     cannot be read."""
     flat: dict[str, object] = {}
-    for name, value in _entries(tables(path)):
-        if name in flat:
-            raise SettingError(f"{path} sets {name} twice", remedy="keep one of the two lines")
-        flat[name] = value
+    try:
+        for name, value in _entries(tables(path)):
+            if name in flat:
+                raise SettingError(f"{path} sets {name} twice", remedy="keep one of the two lines")
+            flat[name] = value
+    except RecursionError:
+        raise SettingError(f"{path} cannot be read", why="its tables lie within each other a thousand times") from None
     return flat
 
 

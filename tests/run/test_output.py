@@ -29,7 +29,7 @@ def test_names_that_some_system_or_the_prompt_cannot_hold_are_refused(name):
 
 def test_an_existing_lora_is_never_overwritten_unasked(tmp_path):
     (tmp_path / "zzk.safetensors").write_bytes(b"precious")
-    with pytest.raises(OutputError, match="already.*set overwrite = true"):
+    with pytest.raises(OutputError, match="already.*switch Overwrite"):
         destination(tmp_path, name="zzk", overwrite=False)
     assert destination(tmp_path, name="zzk", overwrite=True) == tmp_path / "zzk.safetensors"
     assert (tmp_path / "zzk.safetensors").read_bytes() == b"precious"
