@@ -63,8 +63,8 @@
                     title: translated("How well the caption fits, of 100")}));
             }
             if (picture.masked) {
-                badges.append(make("span", {class: "lts-badge", text: translated("unused mask"),
-                    title: translated(studio.MASKS_UNUSED)}));
+                badges.append(make("span", {class: "lts-badge", title: translated(studio.MASKS_UNUSED)}, icon("mask"),
+                    make("span", {text: translated("unused mask")})));
             }
             if (picture.changed) badges.append(make("span", {class: "lts-dot", title: translated("Changed, not saved")}));
             made.append(badges);

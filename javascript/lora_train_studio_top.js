@@ -4,7 +4,6 @@
 (function(studio) {
     "use strict";
     /** What a look at a picture would settle; captions and crops have steps of their own. */
-    const TO_LOOK_AT = ["broken", "duplicate", "small", "blurry", "narrow"];
     const NEW = "\u0000new";
 
     const sum = (counts, codes) => codes.reduce((all, code) => all + ((counts || {})[code] || 0), 0);
@@ -13,7 +12,7 @@
     function steps(app) {
         const {count, translated} = studio.parts, dataset = app.dataset(), view = app.view;
         const report = dataset.report, counts = report ? report.counts : {}, pictures = dataset.pictures;
-        const look = sum(counts, TO_LOOK_AT), deep = sum(counts, ["deep_crop", "narrow"]);
+        const look = report ? report.to_look_at : 0, deep = sum(counts, ["deep_crop", "narrow"]);
         const shaped = dataset.shaped || view.shown.pictures.filter((picture) => picture.shaped).length;
         const checked = Boolean(report), captioned = pictures > 0 && view.empty === 0;
         const made = [

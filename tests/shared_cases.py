@@ -35,7 +35,7 @@ EXPECTED: dict[str, Expected] = {
     # --- datasets
     "04-gigantic-panorama": Expected(
         shown=(r"=== check…pano\.png[^\n]*179 million pixels", r"=== train…pano\.png[^\n]*179 million",
-               r"=== prepare…left out pano\.png: [^\n]*179 million", r"ss_dataset_dirs [^\n]*\"img_count\": 4",
+               r"=== prepare…left out pano\.png: [^\n]*179 million", r"ss_dataset_dirs [^\n]*\"img_count\": 3",
                r"large\.png: 12000×6000"),
         times=((r"^rc=0$", 1), (r"^rc=3$", 2))),
     "06-names-with-dots-and-twins": Expected(

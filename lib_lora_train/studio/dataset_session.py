@@ -52,7 +52,7 @@ class DatasetSession:
         self.scores: dict[str, Score] = {}
         self._findings: dict[str, Examined] = {}
         self._sizes: dict[tuple[str, str], tuple[int, int]] = {}
-        self._counted: tuple[object, Counter[str], int] | None = None
+        self._counted: tuple[object, Counter[str], int, int] | None = None
         self.content = 0
         self.uploads = Uploads(dataset.studio_folder / "uploads")
         self.store = CaptionStore.open(dataset.folder, may_read=allowed.may_read if allowed else None)
@@ -138,17 +138,20 @@ class DatasetSession:
         self.dataset.set_repeats(repeats)
         self.store.moved(before, self.dataset.images_folder)
 
-    def counts(self) -> tuple[Counter[str], int]:
-        """(how many images have each problem, how many were shaped). Counted anew only after a change."""
+    def counts(self) -> tuple[Counter[str], int, int]:
+        """(how many images have each problem, how many have one that is not the caption's or the crop's, how many were
+        shaped). Counted anew only after a change."""
         key = (self.content, self._report_content, self.dataset.images_folder)
         if self._counted is None or self._counted[0] != key:
-            codes = Counter(code for index in range(len(self.store.images)) for code in self.problems(index))
+            problems = [set(self.problems(index)) for index in range(len(self.store.images))]
+            codes = Counter(code for found in problems for code in found)
+            look = sum(bool(found - LIVE_CODES - {"deep_crop"}) for found in problems)
             try:
                 shaped = {path.name for path in self.dataset.unshaped_folder.iterdir()}
             except OSError:
                 shaped = set()  # not made yet
-            self._counted = (key, codes, sum(name in shaped for name in self.names))
-        return self._counted[1], self._counted[2]
+            self._counted = (key, codes, look, sum(name in shaped for name in self.names))
+        return self._counted[1:]
 
     def entry(self, index: int) -> dict[str, Any]:
         """What the gallery shows of one image. A file that cannot be read shows as such and has no size.

@@ -39,12 +39,13 @@ def state(studio: Studio) -> dict[str, Any]:
 
 def _dataset(session: DatasetSession) -> dict[str, Any]:
     dataset, store = session.dataset, session.store
-    counts, shaped = session.counts()
+    counts, look, shaped = session.counts()
     return {
         "name": printable(dataset.name), "folder": printable(str(dataset.folder)),
         "repeats": dataset.repeats, "trigger_word": dataset.concept, "pictures": len(store.images), "shaped": shaped,
         "unsaved": store.unsaved, "can_undo": store.can_undo, "can_redo": store.can_redo,
-        "report": None if session.report is None else {**_report(session.report, session), "counts": dict(counts)}}
+        "report": None if session.report is None else {
+            **_report(session.report, session), "counts": dict(counts), "to_look_at": look}}
 
 
 def _report(report: DatasetReport, session: DatasetSession) -> dict[str, Any]:
