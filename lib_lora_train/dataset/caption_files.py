@@ -53,7 +53,7 @@ class FolderCaptions:
 
     files: Mapping[str, Sequence[Path]]  # by the image's name
     listed: Mapping[str, CaptionFile]  # by the image's name: what metadata says
-    unmatched: tuple[str, ...]  # text files that fit no image
+    unmatched: tuple[str, ...]  # text files and metadata that fit no image
 
     def of(self, image: Path) -> CaptionFile | None:
         """The caption of one image; None where it has none. Nothing is raised for a file that is no text."""
@@ -108,11 +108,13 @@ def find_captions(images: Sequence[Path], files: Iterable[Path], *, above: Itera
     for file in above:
         if images and file.suffix.lower() in JSON_SUFFIXES:
             listed |= metadata_of(file, names, folder=images[0].parent.name)
+    fitting = set()
     for name in unmatched:
-        if texts[name].suffix.lower() in JSON_SUFFIXES:
-            listed |= metadata_of(texts[name], names)
+        if texts[name].suffix.lower() in JSON_SUFFIXES and (said := metadata_of(texts[name], names)):
+            listed |= said
+            fitting.add(name)
     return FolderCaptions({name: [texts[text] for text in found] for name, found in own.items()}, listed, tuple(
-        name for name in unmatched if texts[name].suffix.lower() in CAPTION_SUFFIXES))
+        name for name in unmatched if name not in fitting))
 
 
 def captions_elsewhere(folder: Path, images: Sequence[Path], *, may_read: MayRead | None) -> Iterator[str]:

@@ -183,8 +183,12 @@ def ladder(wished: StepConfig, blocks: Sequence[str], *, cuda: bool) -> Iterator
 
 
 def installed_bytes() -> int:
-    """The machine's memory, which a training without a GPU uses; 0 where the system does not say (Windows)."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    """The machine's memory, which a training without a GPU uses; 0 where it is not known."""
+    try:
+        import psutil  # the WebUI's; Python itself does not know it on Windows
+    except ImportError:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    return psutil.virtual_memory().total
 
 
 def gigabytes(size: float) -> str:

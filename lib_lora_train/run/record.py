@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lib_lora_train import events
-from lib_lora_train.errors import LoraTrainError, SettingError
+from lib_lora_train.errors import LoraTrainError, SettingError, translated
 from lib_lora_train.settings import Settings, flat
 from lib_lora_train.settings.toml import read_toml, write_toml
 from lib_lora_train.storage.atomic import remove_parts, write_atomic
@@ -165,12 +165,13 @@ def newest_run(*folders: str) -> Path | None:
 
 
 def past_runs(runs: Path, *, most: int = 100) -> list[PastRun]:
-    """The newest runs in `runs`, newest first."""
-    try:
-        folders = sorted((f for f in runs.iterdir() if (f / "settings.toml").is_file()),
-                         key=lambda f: f.stat().st_mtime, reverse=True)[:most]
-    except OSError:
-        return []
+    """The newest runs in `runs`, newest first; none where there is no such folder. Raises OutputError if it cannot be read."""
+    with translated("past runs were read"):
+        try:
+            folders = sorted((f for f in runs.iterdir() if (f / "settings.toml").is_file()),
+                             key=lambda f: f.stat().st_mtime, reverse=True)[:most]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
     return [past_run(folder) for folder in folders]
 
 

@@ -70,7 +70,12 @@ def test_a_json_file_of_the_images_name_holds_its_caption(tmp_path: Path, entry:
     ("plain.json", {"a.png": "cat, hat", "b": "hat"})])
 def test_metadata_of_several_images_is_read(tmp_path: Path, name: str, content: object) -> None:
     captions = found(tmp_path, ["a.png", "b.png", "c.png"], {name: content})
-    assert lines(captions, tmp_path, ["a.png", "b.png", "c.png"]) == ["cat, hat", "hat", None]
+    assert lines(captions, tmp_path, ["a.png", "b.png", "c.png"]) == ["cat, hat", "hat", None] and captions.unmatched == ()
+
+
+def test_metadata_that_names_no_image_of_the_folder_is_said_to_fit_none(tmp_path: Path) -> None:
+    captions = found(tmp_path, ["a.png"], {"meta.json": {"z": {"caption": "cat"}}, "metadata.jsonl": "no JSON", "z.txt": "cat"})
+    assert captions.unmatched == ("meta.json", "metadata.jsonl", "z.txt")
 
 
 def test_a_text_file_comes_before_metadata_and_damaged_json_is_named_only_where_it_is_an_images(tmp_path: Path) -> None:

@@ -6,12 +6,13 @@ import errno
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from lib_lora_train import events
-from lib_lora_train.errors import HostError
+from lib_lora_train.errors import HostError, OutputError
 from lib_lora_train.run import record as record_module
 from lib_lora_train.run.record import RunRecord, past_run, past_runs, read_events
 from lib_lora_train.settings import parse
@@ -135,6 +136,15 @@ def test_a_disk_that_is_full_for_a_while_costs_no_later_line(tmp_path, monkeypat
     record.write(events.Warned("kept"))
     record.close()
     assert [event.message for event in read_events(tmp_path / "one")] == ["kept"]
+
+
+def test_past_runs_that_may_not_be_read_are_a_sentence_and_those_that_are_not_there_are_none(tmp_path, monkeypatch):
+    assert past_runs(tmp_path / "nowhere") == []
+    def closed(_: Path) -> Iterator[Path]:
+        raise PermissionError(errno.EACCES, "Permission denied")
+    monkeypatch.setattr(Path, "iterdir", closed)  # root may enter every folder
+    with pytest.raises(OutputError):
+        past_runs(tmp_path)
 
 
 def test_a_folder_that_vanishes_is_begun_again_with_what_happens_then(tmp_path):

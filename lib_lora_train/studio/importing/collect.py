@@ -27,7 +27,7 @@ from lib_lora_train.storage.atomic import copy_atomic, write_atomic
 from lib_lora_train.storage.checksum import sha256_of
 from lib_lora_train.studio.importing.archive import Archive, open_archive
 from lib_lora_train.studio.importing.names import FreeNames, safe_stem
-from lib_lora_train.studio.importing.owned import Note, OwnedDataset, plain_line
+from lib_lora_train.studio.importing.owned import FILE_NAME, Note, OwnedDataset, plain_line
 from lib_lora_train.studio.importing.sources import Found, Location, Source, Upload, list_sources, reason
 
 __all__ = ("Collected", "Upload", "collect")
@@ -92,7 +92,7 @@ def collect(
             collector.write_notes()
     return Collected(tuple(collector.added), tuple((printable(name), printable(why)) for name, why in collector.skipped),
                      collector.notes(), tuple(collector.sizes), tuple(collector.subsets), tuple(collector.captioned),
-                     tuple(printable(label) for source in found for label in source.unmatched))
+                     tuple(map(printable, [*collector.unmatched, *(label for source in found for label in source.unmatched)])))
 
 
 def _collect_source(source: Source, collector: _Collector, *, watch: Watch) -> None:
@@ -124,6 +124,7 @@ class _Collector:
         self.added: list[Path] = []
         self.sizes: list[tuple[int, int]] = []
         self.captioned: list[Path] = []
+        self.unmatched: list[str] = []  # metadata that names no image of its source
         self._captions = caption_files.CaptionNotes()
         self._listed: dict[tuple[tuple[str, ...], str], CaptionFile] = {}
         self.subsets: list[str] = []
@@ -200,12 +201,16 @@ class _Collector:
 
     def read_metadata(self, source: Source, archive: Archive | None) -> None:
         """Read the captions that JSON files list, before the images of a source are added."""
-        self._listed = {}
+        self._listed, fitting = {}, set()
         for folder, location, name in source.metadata:
             images = [image.name for image in source.images if image.folder == folder]
             with contextlib.suppress(DatasetError, FileNotFoundError), _on_disk(location, archive) as path:
+                listed = caption_files.metadata_of(path, images, folder=name)
                 self._listed |= {(folder, image): replace(caption, file=Path(location.name))
-                                 for image, caption in caption_files.metadata_of(path, images, folder=name).items()}
+                                 for image, caption in listed.items()}
+                fitting |= {location.name} if listed else set()
+        names = dict.fromkeys(location.name for _, location, _ in source.metadata)
+        self.unmatched += [name for name in names if name not in fitting | {FILE_NAME}]
 
     def _caption(self, found: Found, archive: Archive | None) -> str:
         files = []

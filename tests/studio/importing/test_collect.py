@@ -217,12 +217,13 @@ def test_captions_in_json_and_other_encodings_come_along_and_what_fits_no_image_
     (source / "b.png.json").write_text('{"tags": ["zzk", "hat"]}', encoding="utf-8")
     (source / "metadata.jsonl").write_text('{"file_name": "c.png", "text": "zzk, coat"}', encoding="utf-8")
     (source / "img_1.txt").write_text("a lost caption", encoding="utf-8")
+    (source / "old.json").write_text('{"gone": {"caption": "zzk"}}', encoding="utf-8")
     packed = shutil.make_archive(str(source.parent / "packed"), "zip", source)
     for where in (source, Path(packed)):
         collected = collect(dataset, [where])
         assert {path.name: path.read_text(encoding="utf-8") for path in dataset.images_folder.glob("*.txt")} == {
             "a.txt": "zzk, 红色帽子", "b.txt": "zzk, hat", "c.txt": "zzk, coat"}
-        assert collected.captions == "3 pictures, 3 with captions; 1 text file fits no picture (" + (
+        assert collected.captions == "3 pictures, 3 with captions; 2 text files fit no picture (old.json, " + (
             "img_1.txt)." if where == source else "packed.zip/img_1.txt).")
         assert any("GBK" in note and "(a.txt)" in note for note in collected.notes)
         for path in (*dataset.images, *dataset.images_folder.glob("*.txt")):
