@@ -28,6 +28,15 @@
             return chosen ? chosen.lora_text : "";
         }
 
+        /** The trigger word as prompts need it: brackets are plain text in training, and there change the weight. */
+        const trigger = () => status.trigger_word.replace(/\\?([()[\]])/g, "\\$1");
+
+        /** Whether a prompt has the word, not only inside of another one or in the name of a LoRA. */
+        function says(prompt, word) {
+            const exactly = word.replace(/[.*+?^${}()|[\]\\/]/g, "\\$&"), other = "[^\\p{L}\\p{N}_]";
+            return new RegExp(`(^|${other})${exactly}($|${other})`, "iu").test(prompt.replace(/<[^>]*>/g, " "));
+        }
+
         function draw(answer) {
             status = answer;
             const saved = files(), now = JSON.stringify([answer.run, saved]);
@@ -56,16 +65,12 @@
         function send() {
             const box = promptBox();
             if (!box) return;
-            const chosen = loraText();
+            const chosen = loraText(), begin = (lora) => lora.replace(/1>$/, "");
             let text = box.value.replace(/[\s,]+$/, "");
-            for (const file of files().filter(({lora_text}) => lora_text !== chosen)) {
-                // It takes the place of another file of this run.
-                const [before, ...others] = text.split("<lora:" + nameOf(file) + ":");
-                text = [before, ...others.map((rest) => rest.replace(/^[^>]*>/, ""))].join(chosen);
-            }
-            for (const part of [status.trigger_word, chosen]) {
-                if (part && !text.includes(part)) text += (text ? ", " : "") + part;
-            }
+            // It takes the place of any file of this run, with the weight that stands there.
+            for (const {lora_text} of files()) text = text.split(begin(lora_text)).join(begin(chosen));
+            const missing = [says(text, trigger()) ? "" : trigger(), text.includes(begin(chosen)) ? "" : chosen];
+            text = [text, ...missing].filter(Boolean).join(", ");
             setText(box, text);
             const size = status.planned ? status.planned.resolution.split("×") : [];
             ["width", "height"].forEach((side, index) => {
@@ -77,7 +82,7 @@
         }
 
         function copy() {
-            const text = [status.trigger_word, loraText()].filter(Boolean).join(", ");
+            const text = [trigger(), loraText()].filter(Boolean).join(", ");
             // Without https there is no clipboard but on localhost; then the text is there to be read and copied.
             if (navigator.clipboard) {
                 navigator.clipboard.writeText(text);

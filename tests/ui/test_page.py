@@ -262,6 +262,30 @@ def test_each_saved_epoch_can_be_sent_to_txt2img_with_the_size_it_was_trained_at
     assert [side.input_value() for side in sides] == ["512", "768"]
 
 
+@pytest.mark.parametrize(("trigger", "before", "after"), [
+    ("miku (vocaloid)", "", r"miku \(vocaloid\), <lora:zzk:1>"),
+    ("zzk", "<lora:zzk:0.7>", "<lora:zzk:0.7>, zzk"),
+    ("cat", "a category, <lora:zzk-000004:0.6>, Sun", "a category, <lora:zzk:0.6>, Sun, cat"),
+    ("猫 (x", r"猫 \(X, dog", r"猫 \(X, dog, <lora:zzk:1>")])
+def test_txt2img_gets_the_trigger_word_literally_and_keeps_the_weight_that_was_set(
+        served: Served, trigger: str, before: str, after: str):
+    page = served.page
+    served.open()
+    page.evaluate(HOST)
+    served.fill(trigger=trigger)
+    served.part("start").click()
+    served.job.advance(40)
+    expect(page.locator("#lora_train_live")).to_contain_text("40/100")
+    served.job.report(events.Saved("/loras/zzk-000004.safetensors", 40, 4, False))
+    served.job.advance(60)
+    expect(served.part("which").locator("option")).to_have_count(2)
+    prompt = page.locator("#txt2img_prompt textarea")
+    prompt.fill(before)
+    for _ in range(2):
+        served.part("send").click()
+        expect(prompt).to_have_value(after)
+
+
 def test_the_webuis_cards_are_not_refreshed_while_no_model_is_loaded(served: Served):
     page, model = served.page, served.host.checkpoint()
     served.open()
