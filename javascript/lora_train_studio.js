@@ -30,7 +30,7 @@
             },
         };
         const view = app.view, after = new Map();
-        let timer = 0, version = -1, polling = null, again = false, quick = 0, parts = [], reloading = 0, moving = 0;
+        let timer = 0, version = -1, polling = null, again = false, quick = 0, parts = [], reloading = 0, moving = 0, wished = "", beginning = false;
 
         // ---- asking ------------------------------------------------------------------------------------------------
 
@@ -146,14 +146,25 @@
             }
         };
 
-        /** Start work on the server; `then` is called with the task once it ended. */
-        app.start = (path, body, then) => app.act(async() => {
-            const answer = await api.ask(path, body);
+        /** Start work on the server; `then` is called with the task once it ended. Asking for the same while it begins or goes
+         * on, as a double click does, changes nothing. */
+        app.start = async(path, body, then) => {
+            const wish = JSON.stringify([path, body]);
+            if (wish === wished && (beginning || app.working())) return null;
+            wished = wish;
+            beginning = true;
+            return app.act(() => begin(path, body, then));
+        };
+
+        async function begin(path, body, then) {
+            const answer = await api.ask(path, body).finally(() => {
+                beginning = false;
+            });
             app.watched = answer.id;
             quick = QUICK;
             if (then) after.set(answer.id, then);
             return answer;
-        });
+        }
 
         /** Go to a dataset; what was mended while it was opened is said. */
         app.enter = (body) => app.act(() => app.move(() => api.ask("open", body)), ({notes}) => notes.join(" "));

@@ -1,7 +1,7 @@
 /* Bringing pictures in: the first page of all, the step "Add pictures", and files dropped anywhere on the page. */
 (function(studio) {
     "use strict";
-    const TAKEN = "image/*,.png,.jpg,.jpeg,.webp,.bmp,.gif,.tif,.tiff,.zip,.txt,.caption", UPLOADS = 3, MOST_SAID = 5;
+    const TAKEN = "image/*,.png,.jpg,.jpeg,.webp,.bmp,.gif,.tif,.tiff,.zip,.txt,.caption,.json,.jsonl", UPLOADS = 3, MOST_SAID = 5;
     const GALLERIES = ["txt2img_gallery", "img2img_gallery"];
 
     /** The files in what was dropped, folders opened: [[file, "folder/in it"]]. A folder's name says what its pictures are. */
@@ -50,7 +50,7 @@
     }
 
     function adding(app) {
-        const {translated} = studio.parts;
+        const {once, translated} = studio.parts;
 
         /** A dataset of that name, or of a similar one where it is taken. */
         async function ensureDataset(wished) {
@@ -69,7 +69,8 @@
         }
 
         async function upload(files) {
-            if (app.uploading || !files.length) return null;
+            if (app.uploading) return app.say(translated("Pictures are being uploaded already; add these afterwards."), true);
+            if (!files.length) return null;
             const batch = Date.now().toString(36) + Math.random().toString(36).slice(2, 8);
             const queue = files.map(([file, folder]) => [file, (folder ? folder + "/" : "") + file.name]);
             const total = queue.length;
@@ -131,7 +132,7 @@
             }
         }
 
-        return {upload, fromPath, fromGenerations};
+        return {upload, fromPath: once(fromPath), fromGenerations: once(fromGenerations)};
     }
 
     /** The place to drop pictures on, with the other ways below it. */

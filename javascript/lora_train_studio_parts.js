@@ -132,8 +132,22 @@
         };
     }
 
+    /** What a press does; a second press is passed over while the first is being obeyed, as that of a double click. */
+    function once(what) {
+        let busy = false;
+        return async(...given) => {
+            if (busy) return null;
+            busy = true;
+            try {
+                return await what(...given);
+            } finally {
+                busy = false;
+            }
+        };
+    }
+
     /** What is said wherever a mask is shown or painted. */
     studio.MASKS_UNUSED = "Training does not use masks yet: all of a picture is learnt.";
 
-    studio.parts = {make, icon, button, field, tick, textBox, numberBox, choice, pills, count, later, translated};
+    studio.parts = {make, icon, button, field, tick, textBox, numberBox, choice, pills, count, later, once, translated};
 })(window.loraTrainStudio = window.loraTrainStudio || {});

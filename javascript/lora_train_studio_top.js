@@ -168,7 +168,8 @@
             progress.replaceChildren(...[
                 app.uploading ? bar(app.uploaded || 0, app.uploading) : going ? bar(
                     going.total ? going.done / going.total : 0, taskText(going), button("Stop",
-                        () => app.act(() => app.api.ask("stop-task", {})), {id: "lora_train_stop_task"})) : null,
+                        () => app.act(() => app.api.ask("stop-task", {})),
+                        {id: "lora_train_stop_task", disabled: going.stopping})) : null,
                 ...(left ? ended(left) : []),
             ].filter(Boolean));
         }
@@ -188,6 +189,7 @@
         function taskText(task) {
             const seconds = task.seconds_left, two = (number) => String(number).padStart(2, "0");
             const left = seconds === null ? "" : " · " + Math.floor(seconds / 60) + ":" + two(Math.floor(seconds % 60)) + " left";
+            if (task.stopping) return translated("Stopping");
             return translated(task.name) + (task.total ? " " + task.done + "/" + task.total : "") + left;
         }
 

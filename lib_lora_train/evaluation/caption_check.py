@@ -100,6 +100,8 @@ def check_captions(host: LeaseHost, items: Sequence[tuple[Path, str]], *, settin
         most = (len(items) if worst is None else worst) if seeds else 0
         total, measured = len(items) + min(most, len(items)), []
         stopped: Interrupted | None = None
+        if on_progress:
+            on_progress(0, total)  # the first one may take a minute
         try:
             for done, (path, caption) in enumerate(items):
                 lease.before_item(done, total)

@@ -121,7 +121,7 @@ class Studio:
     def create(self, name: str, *, concept: str) -> None:
         """A new, empty dataset, which is opened. Raises DatasetError; HostError while a task runs."""
         with self._lock:
-            self._leave(discard=False)
+            self._refuse_leaving(discard=False)
             self._enter(OwnedDataset.create(self.host.datasets_folder, name, concept=concept))
 
     def open(self, name: str, *, discard: bool = False) -> tuple[str, ...]:
@@ -136,16 +136,19 @@ class Studio:
             folder = self.host.datasets_folder / name
             if self.host.allowed is not None and not self.host.allowed.may_read(folder):
                 raise DatasetError(f"The dataset {name} cannot be used", why="it is a link to a folder that is not allowed")
-            self._leave(discard=discard)
+            self._refuse_leaving(discard=discard)
             return self._enter(OwnedDataset.open(folder)).store.notes
 
     def close(self, *, discard: bool = False) -> None:
         """Leave the dataset. Refused as `open` refuses."""
         with self._lock:
             self._refuse_other()
-            self._leave(discard=discard)
+            self._refuse_leaving(discard=discard)
+            self._session = None
+            self.changed()
 
-    def _leave(self, *, discard: bool) -> None:
+    def _refuse_leaving(self, *, discard: bool) -> None:
+        """Raises HostError where the open dataset has to stay. It is left when the next one could be opened, not before."""
         if self._session is None:
             return
         if discard:  # what was seen to be unsaved is that of the dataset that was meant
@@ -157,8 +160,6 @@ class Studio:
         if unsaved and not discard:
             raise HostError(f"{counted(unsaved, 'caption is', 'captions are')} not saved in {self._session.dataset.name}",
                             remedy="save or undo first")
-        self._session = None
-        self.changed()
 
     def _enter(self, dataset: OwnedDataset) -> DatasetSession:
         self._session = session = DatasetSession(dataset, allowed=self.host.allowed)

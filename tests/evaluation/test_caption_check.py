@@ -83,7 +83,7 @@ def test_what_is_painted_has_the_pictures_size_and_only_the_worst_are_painted(ho
                                           on_progress=lambda *of: progress.append(of))))
     assert [image.size for image in rows["wide"].images] == [(256, 64)] * 2
     assert [image.size for image in rows["square"].images] == [(128, 128)] * 2
-    assert progress == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert progress == [(0, 4), (1, 4), (2, 4), (3, 4), (4, 4)]
     first, second = check_captions(host, listed, settings=settings, seeds=1, steps=1, worst=1)
     assert (len(first.images), len(second.images)) == (1, 0)
     assert 0 <= first.similarity <= 1 and second.similarity is None
@@ -171,7 +171,7 @@ def test_a_stop_keeps_what_was_measured(host, images):
     rows, done = [], []
     with pytest.raises(Interrupted):
         for row in check_captions(host, [(images / f"{n}.png", "red") for n in range(3)], settings=TINY, seeds=1, steps=1,
-                                  on_progress=lambda *of: done.append(of), should_stop=lambda: len(done) == 2):
+                                  on_progress=lambda *of: done.append(of), should_stop=lambda: done[-1:] == [(2, 6)]):
             rows.append(row)
     assert sorted((row.path.name, row.images) for row in rows) == [("0.png", ()), ("1.png", ())]
     assert all(row.score is not None for row in rows)

@@ -15,6 +15,8 @@ import pytest
 from PIL import Image
 
 from lib_lora_train import api
+from lib_lora_train.dataset.caption_files import TEXT_SUFFIXES
+from lib_lora_train.errors import DatasetError
 from lib_lora_train.run import runner as runner_module
 from lib_lora_train.studio.session import studio_for
 from tests.browser import ServedPage, expect, needs_browser, opened_page
@@ -452,6 +454,47 @@ def test_a_file_that_is_no_image_does_not_keep_the_others_out(few: StudioPage, t
     few.looked_at()
 
 
+def test_a_double_click_brings_pictures_in_once(studio: StudioPage, tmp_path: Path):
+    for number in range(3):
+        Image.radial_gradient("L").rotate(70 * number).save(tmp_path / f"{number}.png")
+    studio.open()
+    studio.part("new_name").fill("emoji")
+    studio.part("import_path").fill(str(tmp_path))
+    studio.part("import").dblclick()
+    expect(studio.tiles()).to_have_count(3)
+    expect(studio.said()).to_be_hidden()
+    expect(studio.part("dataset").locator("option")).to_have_text(["emoji", "New dataset"])
+
+
+def test_a_new_dataset_of_a_name_that_is_taken_leaves_the_open_one_open(few: StudioPage):
+    studio = studio_for(few.host, few.runner)
+    with pytest.raises(DatasetError, match="There is a dataset called 'Emoji' already"):
+        studio.create("Emoji", concept="")
+    with studio.using() as session:
+        assert len(session.names) == 5
+
+
+def test_files_dropped_during_an_upload_are_refused_in_a_sentence(studio: StudioPage, tmp_path: Path):
+    for number in range(2):
+        Image.radial_gradient("L").rotate(70 * number).save(tmp_path / f"{number}.png")
+    held: list[object] = []
+    studio.page.route("**/studio/upload?*", lambda route: held.append(route))
+    studio.open()
+    studio.part("upload").set_input_files([tmp_path / "0.png"])
+    expect(studio.page.locator(".lts-progress")).to_contain_text("Uploading 0/1")
+    studio.part("upload").last.set_input_files([tmp_path / "1.png"])
+    expect(studio.said()).to_have_text("Pictures are being uploaded already; add these afterwards.")
+    studio.page.unroute("**/studio/upload?*")
+    for route in held:
+        route.continue_()
+    expect(studio.tiles()).to_have_count(1)
+
+
+def test_captions_in_json_can_be_chosen_with_the_pictures(studio: StudioPage):
+    studio.open()
+    assert set(TEXT_SUFFIXES) <= set(studio.part("upload").get_attribute("accept").split(","))
+
+
 def test_a_refusal_is_read_on_the_page(studio: StudioPage, tmp_path: Path):
     studio.open()
     studio.part("import_path").fill(str(tmp_path / "missing"))
@@ -522,6 +565,31 @@ def test_do_they_fit_works_at_the_size_chosen_for_training_and_shows_the_time_le
     # One of ten units took a minute; each of the five captions measured is 10 passes, each of the five painted 2 × 20.
     expect(few.page.locator(".lts-progress .progress")).to_have_text("Checking captions 2/10 · 23:00 left")
     assert seen == ["384"]
+    few.part("stop_task").click()
+    expect(few.page.locator(".lts-progress .progress")).to_have_text("Stopping")
+    expect(few.part("stop_task")).to_be_disabled()
+    go_on.set()
+
+
+def test_a_double_click_begins_work_once_and_is_no_refusal(few: StudioPage, monkeypatch: pytest.MonkeyPatch):
+    begun, go_on = [], threading.Event()
+
+    def check_captions(host, items, **_):
+        begun.append(len(items))
+        assert go_on.wait(60)
+        yield from ()
+    monkeypatch.setattr("lib_lora_train.studio.operations.caption_check.check_captions", check_captions)
+    few.tiles().nth(1).click()
+    fits = few.page.get_by_role("button", name="Fits?")
+    fits.dblclick()
+    expect(few.page.locator(".lts-progress")).to_contain_text("Checking captions")
+    fits.click()
+    expect(few.said()).to_be_hidden()
+    # Another wish is refused while it goes on.
+    few.tiles().nth(2).click()
+    fits.click()
+    expect(few.said()).to_contain_text("The studio is busy (Checking captions)")
+    assert begun == [1]
     go_on.set()
 
 
