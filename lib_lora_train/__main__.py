@@ -196,10 +196,12 @@ def _runs(chosen: argparse.Namespace) -> int:
 
 
 def _ui(chosen: argparse.Namespace) -> int:
-    from lib_lora_train.host.standalone import StandaloneHost, listening_allowed_paths
+    from lib_lora_train.host.standalone import StandaloneHost, describe_file, listening_allowed_paths
     from lib_lora_train.ui.standalone import serve
 
     output = user_path(chosen.output_dir)
+    if chosen.checkpoint:
+        describe_file(chosen.checkpoint)  # one that cannot be used is refused here, where it was named
     host = StandaloneHost(chosen.checkpoint, lora_folder=output, runs_folder=output / RUNS_FOLDER,
                           allowed=listening_allowed_paths(chosen.listen, output, *map(user_path, chosen.allow)))
     serve(host, port=chosen.port, address=chosen.listen, auth=chosen.auth)

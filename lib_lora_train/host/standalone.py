@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lib_lora_train.dataset.progress import ShouldStop
-from lib_lora_train.errors import HostError, LoraTrainError, ModelError, translated
+from lib_lora_train.errors import HostError, LoraTrainError, ModelError, SettingError, translated
 from lib_lora_train.host import placement
 from lib_lora_train.host.exposure import is_loopback
 from lib_lora_train.host.lease import lease_for
@@ -106,8 +106,12 @@ class StandaloneHost(Host):
 
 
 def listening_allowed_paths(address: str, output: Path, *folders: Path) -> AllowedPaths | None:
-    """What a page at `address` may touch: its output folder, and `folders` for reading; None where it is one's own."""
+    """What a page at `address` may touch: its output folder, and `folders` for reading; None where it is one's own.
+    Raises SettingError for folders that mean nothing there."""
     if is_loopback(address):
+        if folders:
+            raise SettingError(f"--allow is of no use at {address}", why="a page there may read every folder",
+                               remedy="leave it out, or have other machines reach the page with --listen")
         return None
     loras, others = output.resolve(), [folder.resolve() for folder in folders]
     return AllowedPaths((loras, *others), (loras,), "other folders are named with --allow when the page is started")

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 from fastapi.testclient import TestClient
 
+from lib_lora_train.__main__ import main
 from lib_lora_train.errors import HostError, SettingError
 from lib_lora_train.host.exposure import is_loopback
 from lib_lora_train.host.standalone import listening_allowed_paths
@@ -139,6 +140,16 @@ def test_a_page_that_listens_keeps_to_its_folders(tmp_path: Path):
     assert not allowed.may_read(tmp_path) and not allowed.may_read(Path("/etc"))
 
 
+def test_folders_that_are_allowed_where_all_are_is_a_sentence(tmp_path: Path):
+    with pytest.raises(SettingError, match="--allow is of no use at localhost"):
+        listening_allowed_paths("localhost", tmp_path, tmp_path / "data")
+
+
+def test_a_page_is_not_served_for_a_checkpoint_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["ui", "--checkpoint", str(tmp_path / "none.safetensors"), "--port", "0"]) != 0
+    assert "none.safetensors does not exist; check the path." in capsys.readouterr().err
+
+
 def test_what_is_a_loopback_address():
     assert all(map(is_loopback, ("localhost", "127.0.0.1", "127.1.2.3", "::1", "[::1]")))
     assert not any(map(is_loopback, ("", "0.0.0.0", "192.168.1.2", "localhost.example", "::", "127.0.0.1.example")))
@@ -150,3 +161,8 @@ def test_a_port_in_use_is_a_sentence():
         other.listen()
         with pytest.raises(HostError, match="--port"):
             listen("127.0.0.1", other.getsockname()[1])
+
+
+def test_a_port_beyond_those_there_are_is_a_sentence():
+    with pytest.raises(HostError, match="port 70000.*0-65535"):
+        listen("127.0.0.1", 70000)
