@@ -111,7 +111,8 @@ def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: Initial
             progress = train(
                 model, network=network, epoch_batches=prefetcher.epoch, condition=condition, config=config, report=report,
                 resumed=weights.state, group=group, callbacks=[StopCallback(stop), pause, measured, saver])
-        finished = _finished(plan, saver, progress, verdict=probe.verdict(progress), stop=stop, group=group)
+            verdict = probe.verdict(progress)
+        finished = _finished(plan, saver, progress, verdict=verdict, stop=stop, group=group)
         # While the model is still ours: a host that had merged an older file of this name must forget it.
         host.refresh_loras()
         return finished

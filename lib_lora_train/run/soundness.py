@@ -88,6 +88,10 @@ class Probe:
             for layer in layers:
                 layer.multiplier = 1.0
 
+    def zero_loss(self) -> float:
+        """The mean loss of predicting nothing."""
+        return sum(float(zero_prediction_loss(self.model, row, self.config)) for row in self.rows) / len(self.rows)
+
     def check_model(self, *, continued: str) -> float:
         """The loss of the model without the LoRA. Raises as `of`; the weights are finite (see `check_weights`)."""
         unadapted = self.loss(adapted=False)
@@ -119,9 +123,8 @@ class Probe:
         """What the LoRA is worth after a training, and why where it is ruined."""
         if not self.model.unet.tensors or self.unadapted is None:
             return "", ""  # the run was stopped while others had the model, or had no memory to look
-        zero_loss = sum(float(zero_prediction_loss(self.model, row, self.config)) for row in self.rows) / len(self.rows)
         return _unless_full(lambda: verdict_of(
-            loss=self.loss(adapted=True), unadapted=self.unadapted, zero_loss=zero_loss, strength=self.strength(),
+            loss=self.loss(adapted=True), unadapted=self.unadapted, zero_loss=self.zero_loss(), strength=self.strength(),
             skipped=progress.skipped / max(1, progress.step))) or ("", "")
 
 
