@@ -188,6 +188,11 @@ def test_other_kinds_are_refused_in_one_sentence(tensors: object, sentence: str)
     assert text.endswith(".") and "\n" not in text and ". " not in text
 
 
+@pytest.mark.parametrize("extra", ["lora_unet_a.lora_down.weight", "lycoris_a.lokr_w1", "clip_l", "emb_params"])
+def test_what_a_merge_left_beside_a_whole_checkpoint_does_not_make_it_another_kind(extra: str) -> None:
+    assert detect({**full_size("sdxl"), **named(extra)}).family.name == "sdxl"
+
+
 def test_heads_that_do_not_fit_are_refused_and_the_yaml_is_named() -> None:
     with pytest.raises(ModelError, match=r"32 channels cannot be cut into heads.*\.yaml"):
         detect(checkpoint("sd2"))
