@@ -99,7 +99,7 @@ class Probe:
             what = "The model computes values that are not numbers, although its weights are"
             if math.isfinite(self.loss(adapted=False, dtype=torch.float32)):
                 raise TrainingError(what, why=f"its activations overflow in {self.config.dtype}, and not in float32",
-                                    remedy=f"take bf16 or no as {named('mixed_precision')}")
+                                    remedy=f"take no as {named('mixed_precision')}, or bf16 (RTX 30 and later)")
             raise ModelError(what, why="its activations overflow", remedy="choose another checkpoint")
         if continued and not math.isfinite(self.loss(adapted=True)):
             raise LoraFileError(f"{continued} cannot be continued",
