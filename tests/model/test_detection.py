@@ -161,7 +161,7 @@ def stored_as(dtype: torch.dtype) -> dict[str, Tensor]:
     (lambda: named("unet.mid_block.attn1.processor.to_q_lora.up.weight"), "a LoRA in the layout of diffusers"),
     (lambda: named("text_encoder.text_model.q_proj.lora_linear_layer.up.weight"), "a LoRA in the layout of diffusers"),
     (lambda: named("control_model.input_blocks.0.0.weight"), "a ControlNet"),
-    (lambda: named("emb_params"), "a textual inversion"),
+    (lambda: named("emb_params"), "^The file is a textual inversion embedding, not a checkpoint; choose"),
     (lambda: named("down_blocks.0.resnets.0.conv1.weight"), "layout of diffusers"),
     (lambda: named("first_stage_model.encoder.conv_in.weight"), "no Stable Diffusion UNet"),
     (lambda: {}, "no Stable Diffusion UNet"),

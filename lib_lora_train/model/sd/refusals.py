@@ -70,4 +70,7 @@ def refuse_quantised(part: Mapping[str, Tensor]) -> None:
 
 
 def _refused(kind: str, *, why: str = "", remedy: str = SUPPORTED) -> ModelError:
-    return ModelError(f"The checkpoint is {kind}, which this trainer does not support", why=why, remedy=remedy)
+    what = f"The checkpoint is {kind}, which this trainer does not support"
+    if kind.endswith("not a checkpoint"):
+        what = f"The file is {kind}"
+    return ModelError(what, why=why, remedy=remedy)
