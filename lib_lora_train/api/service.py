@@ -28,6 +28,8 @@ from lib_lora_train.settings import AREAS, Settings, declarations, flat, parse
 from lib_lora_train.settings.allowed_paths import check_allowed
 from lib_lora_train.training.precision import compute_dtype
 
+_MEASURED_FROM = 10  # steps
+
 
 def start(values: Mapping[str, object], *, runner: Runner, host: Host) -> str:
     """Start a run with settings by name and return its id.
@@ -68,7 +70,7 @@ def plan(values: Mapping[str, object], *, host: Host, runner: Runner | None = No
     check_allowed(settings, host.allowed)
     loaded = host.checkpoint()
     found = plan_dataset(settings, family=loaded.family if loaded else "", allowed=host.allowed, should_stop=should_stop)
-    estimate, warning = _estimate(settings, found, host, slower=_slower(runner), should_stop=should_stop)
+    estimate, warning = _estimate(settings, found, host, slower=_slower(runner, found.resolution), should_stop=should_stop)
     return {
         "summary": found.summary,
         "pictures": found.dataset.images,
@@ -104,11 +106,15 @@ def _estimate(settings: Settings, found: RunPlan, host: Host, *, slower: float,
     return f"about {_duration(time)} · {memory.text}", memory.warning
 
 
-def _slower(runner: Runner | None) -> float:
-    """How many times as long as estimated the steps of the current or last run took; 1 before that is known."""
+def _slower(runner: Runner | None, resolution: tuple[int, int]) -> float:
+    """How many times as long as estimated the steps of the current or last run took, if it had this resolution; 1 before that
+    is known. What a small step takes is mostly its launching, and what the first take is warming up."""
     run = runner.status() if runner else None
-    speed = run.step.steps_per_second if run and run.step else None
-    return run.planned.steps / speed / run.planned.seconds if speed and run.planned and run.planned.seconds else 1.0
+    if not run or not run.step or not run.planned or run.planned.resolution != "{}×{}".format(*resolution) or \
+            run.step.step - run.planned.resumed_at < _MEASURED_FROM:
+        return 1.0
+    speed, seconds = run.step.steps_per_second, run.planned.seconds
+    return run.planned.steps / speed / seconds if speed and seconds else 1.0
 
 
 def _duration(seconds: float) -> str:

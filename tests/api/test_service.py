@@ -55,6 +55,10 @@ def test_an_estimate_is_corrected_by_the_steps_that_were_measured(images, host, 
     assert service.plan(asked, host=host)["estimate"].startswith("about 3 min")
     # Half a second a step was estimated, two were measured: 400 steps take 800 s.
     assert service.plan(asked, host=host, runner=Ran(step(20, 0.5, 160.0)))["estimate"].startswith("about 13 min")
+    # The first steps, and those of another size, say little.
+    larger = {**asked, "resolution": "128"}
+    for chosen, made in ((asked, 3), (larger, 20)):
+        assert service.plan(chosen, host=host, runner=Ran(step(made, 0.5, 160.0)))["estimate"].startswith("about 3 min")
 
 
 def test_without_a_model_nothing_is_guessed(images, host):
