@@ -185,7 +185,10 @@ def _train_settings(chosen: argparse.Namespace) -> tuple[Settings, list[str]]:
 def _runs(chosen: argparse.Namespace) -> int:
     from lib_lora_train.run.record import past_runs
 
-    found = past_runs(user_path(chosen.output_dir) / RUNS_FOLDER)
+    folder = user_path(chosen.output_dir) / RUNS_FOLDER
+    found = past_runs(folder)
+    if not found:
+        print(f"No runs were found in {folder}; --output-dir names where the LoRAs went.", file=sys.stderr)
     if chosen.json:
         print(json.dumps([dataclasses.asdict(run) for run in found], indent=1))
     for run in found if not chosen.json else ():
