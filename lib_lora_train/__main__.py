@@ -61,7 +61,7 @@ def _train(chosen: argparse.Namespace) -> int:
     from lib_lora_train.run.background import StopKind
     from lib_lora_train.run.inputs import stage
     from lib_lora_train.run.job import run_job
-    from lib_lora_train.run.output import checked_name
+    from lib_lora_train.run.output import checked_name, destination
     from lib_lora_train.run.planning import plan_job
     from lib_lora_train.run.record import RunRecord, new_folder
 
@@ -72,6 +72,8 @@ def _train(chosen: argparse.Namespace) -> int:
         checked_name(settings.save.output_name)  # it names the record's folder too
         describe_file(chosen.checkpoint)  # a wrong one is refused before anything is read
         output = Path(settings.save.output_dir or ".")
+        if first:
+            destination(output, name=settings.save.output_name, overwrite=True)  # refused before a record is begun there
         resumed = Path(settings.save.resume) if settings.save.resume else None
         runs_folder = resumed.parent if resumed else output / RUNS_FOLDER
         folder = resumed or new_folder(runs_folder, settings.save.output_name)
@@ -192,7 +194,7 @@ def _runs(chosen: argparse.Namespace) -> int:
     if chosen.json:
         print(json.dumps([dataclasses.asdict(run) for run in found], indent=1))
     for run in found if not chosen.json else ():
-        resumable = "" if run.resume_step is None else f"--resume {run.id}"
+        resumable = "" if run.resume_step is None or run.outcome == "running" else f"--resume {run.id}"
         ended = "ruined" if run.verdict == "ruined" else run.outcome
         print(f"{run.id:40} {ended:12} {run.steps:>6}/{run.total:<6} {resumable}".rstrip())
     return 0

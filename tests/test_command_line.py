@@ -70,7 +70,7 @@ def test_a_configuration_file_is_read_and_the_command_line_has_the_last_word(run
 @pytest.mark.parametrize("more, word", [
     (["--set", "network_dimm=3"], "network_dim"), (["--set", "network_dim"], "name=value"), (["--data", "nowhere"], "nowhere"),
     (["--checkpoint", "model.ckpt"], "pickled"), (["--config", "missing.toml"], "missing.toml"), (["--name", "a/b"], "a/b"),
-    (["--resume", "nowhere"], "no run ")])
+    (["--resume", "nowhere"], "no run "), (["--output-dir", __file__], "output folder")])
 def test_bad_input_is_one_sentence_and_2(run, train, more, word):
     done = run(*train, *more)
     assert done.returncode == 2
