@@ -201,9 +201,11 @@ def _runs(chosen: argparse.Namespace) -> int:
 
 
 def _ui(chosen: argparse.Namespace) -> int:
-    from lib_lora_train.host.standalone import StandaloneHost, listening_allowed_paths
+    from lib_lora_train.host.standalone import StandaloneHost, describe_file, listening_allowed_paths
     from lib_lora_train.ui.standalone import serve
 
+    if chosen.checkpoint:
+        describe_file(chosen.checkpoint)  # as `train` does: a wrong one is refused at once
     output = user_path(chosen.output_dir)
     host = StandaloneHost(chosen.checkpoint, lora_folder=output, runs_folder=output / RUNS_FOLDER,
                           allowed=listening_allowed_paths(chosen.listen, output, *map(user_path, chosen.allow)))
@@ -362,7 +364,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--copy-model", type=user_path, metavar="FOLDER", help="do nothing but copy the demo's model, as the "
                       "WebUI loads it, into a folder: its models/Stable-diffusion")
     _add_address(demo)
-    demo.set_defaults(command=_demo)
+    demo.set_defaults(command=translated("the demo was made")(_demo))
     return parser
 
 

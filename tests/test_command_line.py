@@ -93,6 +93,12 @@ def test_a_folder_without_runs_is_told_and_not_an_empty_answer(run, tmp_path):
     assert listed.returncode == 0 and json.loads(listed.stdout) == [] and "elsewhere" in listed.stderr
 
 
+def test_the_demos_model_cannot_be_copied_into_a_file_and_says_so(run, tmp_path):
+    (tmp_path / "file").touch()
+    done = run("demo", "--copy-model", tmp_path / "file")
+    assert done.returncode == 2 and done.stderr.strip().count("\n") == 0 and "while the demo was made" in done.stderr
+
+
 def test_inspecting_something_else_is_one_sentence_and_2(run, tmp_path):
     (tmp_path / "text.safetensors").write_text("no such thing", encoding="utf-8")
     done = run("inspect", tmp_path / "text.safetensors")

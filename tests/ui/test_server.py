@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 from fastapi.testclient import TestClient
 
+from lib_lora_train.__main__ import main
 from lib_lora_train.errors import HostError, SettingError
 from lib_lora_train.host.exposure import is_loopback
 from lib_lora_train.host.standalone import listening_allowed_paths
@@ -150,3 +151,15 @@ def test_a_port_in_use_is_a_sentence():
         other.listen()
         with pytest.raises(HostError, match="--port"):
             listen("127.0.0.1", other.getsockname()[1])
+
+
+@pytest.mark.parametrize("command", [["ui"], ["demo"]])
+def test_a_port_that_cannot_be_is_a_sentence_before_anything_is_begun(command, tmp_path, capsys):
+    for port in ("99999", "-1"):
+        assert main([*command, "--output-dir", str(tmp_path), "--port", port]) == 1
+        assert "--port" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_the_page_refuses_a_checkpoint_that_train_refuses(tmp_path, capsys):
+    assert main(["ui", "--checkpoint", str(tmp_path / "gone.safetensors"), "--port", "99999"]) == 2
+    assert "gone.safetensors" in capsys.readouterr().err
