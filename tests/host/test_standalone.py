@@ -78,7 +78,7 @@ def test_fp8_is_called_by_its_name(own: StandaloneHost, dtype: torch.dtype) -> N
                                   "folder.safetensors"])
 def test_a_path_that_leads_to_no_file_is_a_sentence(tmp_path: Path, name: str) -> None:
     (tmp_path / "folder.safetensors").mkdir()
-    with pytest.raises(ModelError, match="cannot be read"):
+    with pytest.raises(ModelError, match="does not exist" if "none" in name else "cannot be read"):
         describe_file(tmp_path / name)
 
 
