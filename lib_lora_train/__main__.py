@@ -61,7 +61,7 @@ def _train(chosen: argparse.Namespace) -> int:
     from lib_lora_train.run.background import StopKind
     from lib_lora_train.run.inputs import stage
     from lib_lora_train.run.job import run_job
-    from lib_lora_train.run.output import checked_name
+    from lib_lora_train.run.output import checked_name, destination
     from lib_lora_train.run.planning import plan_job
     from lib_lora_train.run.record import RunRecord, new_folder
 
@@ -72,6 +72,8 @@ def _train(chosen: argparse.Namespace) -> int:
         checked_name(settings.save.output_name)  # it names the record's folder too
         describe_file(chosen.checkpoint)  # a wrong one is refused before anything is read
         output = Path(settings.save.output_dir or ".")
+        if first:
+            destination(output, name=settings.save.output_name, overwrite=True)  # refused before a record is begun there
         resumed = Path(settings.save.resume) if settings.save.resume else None
         runs_folder = resumed.parent if resumed else output / RUNS_FOLDER
         folder = resumed or new_folder(runs_folder, settings.save.output_name)
@@ -185,11 +187,14 @@ def _train_settings(chosen: argparse.Namespace) -> tuple[Settings, list[str]]:
 def _runs(chosen: argparse.Namespace) -> int:
     from lib_lora_train.run.record import past_runs
 
-    found = past_runs(user_path(chosen.output_dir) / RUNS_FOLDER)
+    folder = user_path(chosen.output_dir) / RUNS_FOLDER
+    found = past_runs(folder)
+    if not found:
+        print(f"No runs were found in {folder}; --output-dir names where the LoRAs went.", file=sys.stderr)
     if chosen.json:
         print(json.dumps([dataclasses.asdict(run) for run in found], indent=1))
     for run in found if not chosen.json else ():
-        resumable = "" if run.resume_step is None else f"--resume {run.id}"
+        resumable = "" if run.resume_step is None or run.outcome == "running" else f"--resume {run.id}"
         ended = "ruined" if run.verdict == "ruined" else run.outcome
         print(f"{run.id:40} {ended:12} {run.steps:>6}/{run.total:<6} {resumable}".rstrip())
     return 0
@@ -199,9 +204,9 @@ def _ui(chosen: argparse.Namespace) -> int:
     from lib_lora_train.host.standalone import StandaloneHost, describe_file, listening_allowed_paths
     from lib_lora_train.ui.standalone import serve
 
-    output = user_path(chosen.output_dir)
     if chosen.checkpoint:
-        describe_file(chosen.checkpoint)  # one that cannot be used is refused here, where it was named
+        describe_file(chosen.checkpoint)  # as `train` does: a wrong one is refused at once
+    output = user_path(chosen.output_dir)
     host = StandaloneHost(chosen.checkpoint, lora_folder=output, runs_folder=output / RUNS_FOLDER,
                           allowed=listening_allowed_paths(chosen.listen, output, *map(user_path, chosen.allow)))
     serve(host, port=chosen.port, address=chosen.listen, auth=chosen.auth)
@@ -359,7 +364,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--copy-model", type=user_path, metavar="FOLDER", help="do nothing but copy the demo's model, as the "
                       "WebUI loads it, into a folder: its models/Stable-diffusion")
     _add_address(demo)
-    demo.set_defaults(command=_demo)
+    demo.set_defaults(command=translated("the demo was made")(_demo))
     return parser
 
 

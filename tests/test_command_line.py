@@ -70,7 +70,7 @@ def test_a_configuration_file_is_read_and_the_command_line_has_the_last_word(run
 @pytest.mark.parametrize("more, word", [
     (["--set", "network_dimm=3"], "network_dim"), (["--set", "network_dim"], "name=value"), (["--data", "nowhere"], "nowhere"),
     (["--checkpoint", "model.ckpt"], "pickled"), (["--config", "missing.toml"], "missing.toml"), (["--name", "a/b"], "a/b"),
-    (["--resume", "nowhere"], "no training state")])
+    (["--resume", "nowhere"], "no run "), (["--output-dir", __file__], "output folder")])
 def test_bad_input_is_one_sentence_and_2(run, train, more, word):
     done = run(*train, *more)
     assert done.returncode == 2
@@ -86,6 +86,17 @@ def test_the_program_ends_with_that_exit_code_and_without_a_traceback(train):
 def test_a_name_that_cannot_be_a_file_leaves_no_record(run, train, tmp_path):
     assert run(*train, "--name", "../../elsewhere").returncode == 2
     assert not list(tmp_path.glob("**/*elsewhere*"))
+
+
+def test_a_folder_without_runs_is_told_and_not_an_empty_answer(run, tmp_path):
+    listed = run("runs", "--output-dir", tmp_path / "elsewhere", "--json")
+    assert listed.returncode == 0 and json.loads(listed.stdout) == [] and "elsewhere" in listed.stderr
+
+
+def test_the_demos_model_cannot_be_copied_into_a_file_and_says_so(run, tmp_path):
+    (tmp_path / "file").touch()
+    done = run("demo", "--copy-model", tmp_path / "file")
+    assert done.returncode == 2 and done.stderr.strip().count("\n") == 0 and "while the demo was made" in done.stderr
 
 
 def test_inspecting_something_else_is_one_sentence_and_2(run, tmp_path):

@@ -35,6 +35,9 @@ def demo_host(folder: Path) -> StandaloneHost:
 
 def run_demo(folder: Path, *, page: bool, port: int, address: str, auth: str = "") -> int:
     """Train, paint before and after into `folder`/before-after.png, and (with `page`) serve until stopped."""
+    if page:
+        from lib_lora_train.ui.standalone import listen, serve
+        listen(address, port).close()  # a port that is taken is told before the minutes of training
     # So small a model is quicker on one thread: its operations end sooner than threads can be told of them.
     torch.set_num_threads(1)
     host = demo_host(folder)
@@ -60,7 +63,6 @@ def run_demo(folder: Path, *, page: bool, port: int, address: str, auth: str = "
     draw_sheet(sample_rows(host, Path(finished.path), dataset=STYLE)).save(image)
     print(f"Before and after: {image.resolve()}", flush=True)
     if page:
-        from lib_lora_train.ui.standalone import serve
         print("Now the page, with this run on it (Ctrl+C ends):", flush=True)
         serve(host, port=port, address=address, auth=auth)
     return 0

@@ -57,7 +57,7 @@ def destination(folder: Path, *, name: str, overwrite: bool) -> Path:
     except OSError as error:
         raise OutputError(f"Nothing can be written to the output folder {folder}", why=error.strerror or str(error),
                           remedy="choose another folder") from error
-    if path.is_dir():
+    if os.path.isdir(path):
         raise OutputError(f"{path} is a folder", remedy="choose another name")
     if os.path.lexists(path) and not overwrite:
         raise OutputError(f"There is a LoRA called {name!r} already", why=f"{path} exists",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -184,10 +185,12 @@ class Saver:
         with contextlib.suppress(LoraTrainError):  # the first failure says more than this one
             self._checkpointer.save(progress.snapshot)
         path = step_path(self._plan.target, progress.step)
-        # Where the output folder refuses, the run's own folder may not.
-        for place in (path, *([self._spare / path.name] if self._spare else [])):
-            with contextlib.suppress(LoraTrainError):
-                return self._save(place, progress, final=False)
+        # Where the output folder refuses, the run's own folder may not, nor the system's for temporary files, which mostly is
+        # on another disk.
+        for folder in (lambda: path.parent, lambda: self._spare, tempfile.gettempdir):
+            with contextlib.suppress(LoraTrainError, OSError):
+                if place := folder():
+                    return self._save(Path(place, path.name), progress, final=False)
         return ""
 
 

@@ -147,6 +147,8 @@ def _to_int(declaration: Declaration, value: object) -> int | float:
     number = _to_float(declaration, value)
     if declaration.or_share and 0 < number < 1:
         return number
+    if number and "%" in str(value):
+        raise _refused(declaration, value, "a share must lie between 0 and 100 %")
     if not math.isfinite(number) or number != int(number):
         raise _refused(declaration, value, "it must be a whole number")
     return int(number)
@@ -155,6 +157,8 @@ def _to_int(declaration: Declaration, value: object) -> int | float:
 def _to_float(declaration: Declaration, value: object) -> float:
     if isinstance(value, str):
         value = _DECIMAL_COMMA.sub(r"\1.\2", value.strip().strip("'\"[]"))
+        if declaration.or_share or declaration.maximum == 1:
+            value = re.sub(r"\s*%$", "e-2", value)
     if isinstance(value, (list, tuple)):  # kohya's scripts take a rate for each text encoder
         if len(set(map(str, value))) != 1:
             raise _refused(declaration, value, "it must be one number, here there is one for all parts")

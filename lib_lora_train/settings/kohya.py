@@ -22,6 +22,12 @@ def adopted(values: Mapping[str, object]) -> tuple[dict[str, object], list[str]]
     ours = {name: value for name, value in values.items() if name not in theirs and value not in ("", None)}
     left = {name: value for name, value in theirs.items() if not _changes_nothing(name, value)}
     became = []
+    arguments = left.get("optimizer_args", "")  # a text, or a list of texts
+    arguments = arguments.split() if isinstance(arguments, str) else arguments
+    if isinstance(arguments, list) and len(arguments) == 1 and str(arguments[0]).startswith("weight_decay="):
+        del left["optimizer_args"]
+        ours["weight_decay"] = str(arguments[0]).partition("=")[2]
+        became.append(f"optimizer_args is read as weight_decay = {ours['weight_decay']}")
     for name in [name for name in left if name in table["renamed"]]:
         value, target = left.pop(name), table["renamed"][name]
         # kohya_ss shows its number of epochs also where the steps decide.
@@ -30,7 +36,7 @@ def adopted(values: Mapping[str, object]) -> tuple[dict[str, object], list[str]]
         if stronger:
             became.append(f"{name} is left out beside {stronger[0]}")
         else:
-            ours[target] = f"{value}e-2" if name == "lr_warmup" else value  # a percentage
+            ours[target] = f"{str(value).strip().removesuffix('%')}%" if name == "lr_warmup" else value
             became.append(f"{name} is read as {target} = {ours[target]}")
     for (name, theirs_), same in _SAME_METHOD.items():
         if str(ours.get(name)).lower() == theirs_:

@@ -41,19 +41,33 @@ def read_toml(path: Path) -> dict[str, object]:
 
 def tables(path: Path) -> dict[str, Any]:
     """A TOML file's tables, or a JSON object. Raises SettingError if it cannot be read."""
+    kind, remedy = "TOML", ("in TOML true and false are written small, other words in quotes, and paths with \\ in "
+                            "'single quotes'")
     try:
         data = path.read_bytes()
         # What PowerShell writes by default is UTF-16.
         text = data.decode("utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
-        return json.loads(text) if text.lstrip()[:1] == "{" else tomllib.loads(text)
+        if text.lstrip()[:1] != "{" and path.suffix.lower() != ".json":
+            return tomllib.loads(text)
+        kind, remedy = "JSON", "mend this place, or save the file anew with the program that wrote it"
+        found = json.loads(text, object_pairs_hook=_json_object)
+        if not isinstance(found, dict):
+            raise ValueError("it holds no names of settings")
+        return found
     except OSError as error:
         raise SettingError(f"{path} cannot be read", why=error.strerror or str(error)) from error
     except UnicodeDecodeError as error:
-        raise SettingError(f"{path} is not a TOML file", why="its text is not UTF-8", remedy="save it as UTF-8") from error
+        raise SettingError(f"{path} is not a {kind} file", why="its text is not UTF-8", remedy="save it as UTF-8") from error
     except (ValueError, RecursionError) as error:  # of TOML's and JSON's, and numbers of thousands of digits
-        raise SettingError(
-            f"{path} is not a TOML file", why=str(error), remedy="in TOML true and false are written small, other words in "
-            "quotes, and paths with \\ in 'single quotes'") from error
+        raise SettingError(f"{path} is not a {kind} file", why=str(error), remedy=remedy) from error
+
+
+def _json_object(entries: list[tuple[str, Any]]) -> dict[str, Any]:
+    """As TOML has it, a name stands once."""
+    names = [name for name, _ in entries]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{twice[0]} is set twice")
+    return dict(entries)
 
 
 def _entries(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

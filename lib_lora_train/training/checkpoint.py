@@ -136,6 +136,9 @@ def read(path: Path) -> tuple[TrainingState, dict[str, Any]]:
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """What the state's file says of itself, without its tensors. Raises LoraFileError as `read` does."""
+    if not os.path.isdir(path.parent):
+        raise LoraFileError(f"There is no run {path.parent}", remedy="name one that `runs --output-dir FOLDER` lists, with the "
+                            "same --output-dir, or its folder")
     if not os.path.isfile(path):
         raise LoraFileError(f"There is no training state at {path}", why="the run kept none, or it was removed", remedy=_ANEW)
     with translated(f"reading {path}"):

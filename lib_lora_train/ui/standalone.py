@@ -76,10 +76,10 @@ def listen(address: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((address, port))
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError) as error:  # the latter: no port has such a number
         listener.close()
-        raise HostError(f"The page cannot be served at {address}, port {port}", why=str(getattr(error, "strerror", error)),
-                        remedy="choose another port (--port)") from error
+        raise HostError(f"The page cannot be served at {address}, port {port}",
+                        why=getattr(error, "strerror", "") or str(error), remedy="choose another port (--port)") from error
     return listener
 
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -322,28 +323,37 @@ def test_values_known_to_fail_are_told_alike_by_the_plan_the_check_and_the_run(i
 
 
 def refusing(monkeypatch, refused):
-    """Writing a file whose name `refused` accepts fails, as on a full disk."""
+    """Writing a file whose path `refused` accepts fails, as on a full disk."""
     original = file.replacing
 
     def replacing(path: Path):
-        if refused(path.name):
+        if refused(path):
             raise OSError(errno.ENOSPC, "No space left on device")
         return original(path)
     monkeypatch.setattr(file, "replacing", replacing)
 
 
 def test_a_save_on_the_way_that_fails_is_told_and_does_not_end_the_run(images, host, monkeypatch):
-    refusing(monkeypatch, lambda name: "step" in name)
+    refusing(monkeypatch, lambda path: "step" in path.name)
     finished, seen = run(settings(images, save_every_n_steps=3), host)
     assert finished.outcome == "done" and Path(finished.path).is_file()
     assert any("zzk-step00000003" in w.message and "No space left" in w.message for w in of(events.Warned, seen))
 
 
 def test_a_result_that_cannot_be_written_under_its_name_is_kept_under_another(images, host, monkeypatch):
-    refusing(monkeypatch, lambda name: name == "zzk.safetensors")
+    refusing(monkeypatch, lambda path: path.name == "zzk.safetensors")
     with pytest.raises(OutputError, match="No space left.*zzk-step00000008"):
         run(settings(images), host)
     assert metadata(str(host.lora_folder / "zzk-step00000008.safetensors"))["ss_steps"] == "8"
+
+
+def test_what_a_full_disk_refuses_is_kept_on_the_disk_of_temporary_files(images, host, monkeypatch, tmp_path):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    refusing(monkeypatch, lambda path: "temporary" not in path.parts)
+    with pytest.raises(OutputError, match="No space left.*temporary.zzk-step00000008"):
+        run_settings(settings(images), host, report=lambda event: None, stop=lambda: "")
+    assert metadata(str(tmp_path / "temporary" / "zzk-step00000008.safetensors"))["ss_steps"] == "8"
 
 
 def test_a_picture_that_vanishes_in_the_middle_does_not_cost_what_was_learnt(images, host, monkeypatch):
@@ -362,7 +372,7 @@ def test_why_a_run_failed_is_told_although_nothing_can_be_saved(images, host, mo
     def report(event: events.Event) -> None:
         if isinstance(event, events.Step) and event.step == 3:
             raise TrainingError("The card fell out")
-    refusing(monkeypatch, lambda name: True)
+    refusing(monkeypatch, lambda path: True)
     with pytest.raises(TrainingError, match=r"^The card fell out\.$"):
         run_settings(settings(images), host, report=report, stop=lambda: "")
 

@@ -88,6 +88,42 @@ def test_what_is_not_supported_is_refused_where_it_would_change_the_training_and
             parse(kohya.adopted({name: value})[0])
 
 
+def test_weight_decay_is_taken_from_optimizer_args_and_with_others_beside_it_they_are_refused():
+    for arguments in (["weight_decay=0.1"], "weight_decay=0.1"):
+        values, notes = kohya.adopted({"optimizer_type": "AdamW", "optimizer_args": arguments})
+        assert parse(values).optimizer.weight_decay == 0.1 and "weight_decay = 0.1" in notes[0]
+    for arguments in (["weight_decay=0.1", "betas=0.9,0.99"], "weight_decay=0.1 d_coef=2"):
+        with pytest.raises(SettingError, match="optimizer_args"):
+            parse(kohya.adopted({"optimizer_args": arguments})[0])
+
+
+def test_files_of_older_kohya_ss_and_of_lora_scripts_are_understood_too():
+    # https://github.com/Akegarasu/lora-scripts, and kohya_ss up to v22.
+    values, notes = kohya.adopted({"model_train_type": "sdxl-lora", "use_wandb": True, "no_token_padding": True,
+                                   "positive_prompts": "1girl", "network_dim": 32})
+    assert parse(values).network.network_dim == 32 and "no_token_padding" in " ".join(notes)
+    with pytest.raises(SettingError, match="model_train_type"):
+        parse(kohya.adopted({"model_train_type": "sd-dreambooth"})[0])
+
+
+def test_a_warm_up_in_per_cent_is_that_share_of_the_run_and_never_a_number_of_steps():
+    for value in ("10%", 10, "10"):
+        assert parse(kohya.adopted({"lr_warmup": value})[0]).optimizer.lr_warmup_steps == 0.1
+    assert parse({"lr_warmup_steps": "5 %", "caption_dropout_rate": "5%"}).captions.caption_dropout_rate == 0.05
+    for values in ({"lr_warmup": 100}, {"lr_warmup_steps": "100%"}, {"max_train_steps": "50%"}):
+        with pytest.raises(SettingError, match="_steps"):
+            parse(kohya.adopted(values)[0])
+
+
+@pytest.mark.parametrize(("text", "why"), [
+    ('{"network_dim": 8,}', "JSON"), ("[1, 2]", "JSON"), ("null", "JSON"), ('{"seed": 8, "seed": 16}', "seed is set twice")])
+def test_a_json_file_that_cannot_be_read_is_told_as_such(tmp_path: Path, text: str, why: str):
+    (tmp_path / "kohya.json").write_text(text, encoding="utf-8")
+    with pytest.raises(SettingError, match=why) as refusal:
+        read_toml(tmp_path / "kohya.json")
+    assert "TOML" not in str(refusal.value)
+
+
 def test_our_own_files_are_read_as_they_are():
     values = {"max_train_epochs": 3, "max_train_steps": 9, "network_dim": 8}
     assert kohya.adopted(values) == (values, [])
@@ -104,7 +140,7 @@ def test_tables_in_tables_json_and_the_encodings_of_windows_are_read(tmp_path: P
 def test_a_file_in_another_encoding_or_with_a_windows_path_says_how_to_write_it(tmp_path: Path):
     for data, word in (("output_name = \"привет\"".encode("cp1251"), "UTF-8"),
                        (b'train_data_dir = "C:\\Users"', "'single quotes'"),
-                       (b'{"a": ', "not a TOML file")):
+                       (b'{"a": ', "not a JSON file")):
         (tmp_path / "run.toml").write_bytes(data)
         with pytest.raises(SettingError) as refusal:
             read_toml(tmp_path / "run.toml")

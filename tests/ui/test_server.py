@@ -163,6 +163,8 @@ def test_a_port_in_use_is_a_sentence():
             listen("127.0.0.1", other.getsockname()[1])
 
 
-def test_a_port_beyond_those_there_are_is_a_sentence():
-    with pytest.raises(HostError, match="port 70000.*0-65535"):
-        listen("127.0.0.1", 70000)
+@pytest.mark.parametrize("command", [["ui"], ["demo"]])
+def test_a_port_that_cannot_be_is_a_sentence_before_anything_is_begun(command, tmp_path, capsys):
+    for port in ("99999", "-1"):
+        assert main([*command, "--output-dir", str(tmp_path), "--port", port]) == 1
+        assert "--port" in capsys.readouterr().err and not list(tmp_path.iterdir())
