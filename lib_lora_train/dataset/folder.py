@@ -227,7 +227,8 @@ class _Reader:
         if self.not_text:
             raise DatasetError(
                 f"{counted(len(self.not_text), 'caption file')} cannot be read",
-                why=some_of([name for name, _ in self.not_text]), remedy="save them again with the encoding UTF-8")
+                why=some_of([name for name, _ in self.not_text]),
+                remedy=" | ".join(dict.fromkeys(f"{error.why}; {error.remedy}" for _, error in self.not_text[:3])))
         if self.empty:
             self.problems.append(Problem(
                 f"{counted(len(self.empty), 'picture has', 'pictures have')} no caption and no trigger word, "

@@ -57,8 +57,8 @@ def read_text(path: Path, *, most_bytes: int = MOST_BYTES) -> Text:
     except OSError as error:
         raise DatasetError(f"The caption file {path} cannot be read", why=str(error)) from error
     if found is None:
-        raise DatasetError(f"The caption file {path} is not UTF-8 text", why="nor is it clear which other encoding it has",
-                           remedy="save it again with the encoding UTF-8")
+        raise DatasetError(f"The caption file {path} is not UTF-8 text", why="it is not clear which encoding it has",
+                           remedy="save it again with the encoding UTF-8 (Notepad: Save as, Encoding)")
     return found
 
 

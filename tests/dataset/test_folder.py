@@ -157,11 +157,11 @@ def test_a_name_of_macos_and_one_of_windows_are_one(tmp_path: Path, make_image) 
 
 def test_captions_that_lie_elsewhere_are_said_although_there_is_a_trigger_word(tmp_path: Path, make_image) -> None:
     make_image("images/1.png")
-    for name in ("captions/1.txt", "images/img_1.txt"):
+    for name in ("captions/1.txt", "My Tags/1.txt", "images/img_1.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("a hat", encoding="utf-8")
     said = texts(scan(tmp_path / "images", max_train_epochs=1, trigger_word="zzk"))
-    assert str(tmp_path / "captions") in said
+    assert str(tmp_path / "captions") in said and str(tmp_path / "My Tags") in said
     assert "1 picture, 0 with captions; 1 text file fits no picture (img_1.txt)." in said
 
 

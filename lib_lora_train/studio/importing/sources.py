@@ -255,9 +255,10 @@ class _Listing:
             else:
                 folder = file.label.rsplit("/", len(file.folder) - at)[0]
                 left_out.setdefault(folder, []).append(_is_of_class(file, at))
-        self._skipped += [(folder, f"Its {counted(len(of_class), 'picture')} " + (
-            "show the class and not the subject (regularisation): give the folder to the training as Regularisation folder "
-            "(reg_data_dir)." if any(of_class) else "lie beside the img folder of a kohya project."))
+        self._skipped += [(folder, "Its " + (
+            f"{counted(len(of_class), 'picture shows', 'pictures show')} the class and not the subject (regularisation): give "
+            "the folder to the training as Regularisation folder (reg_data_dir)." if any(of_class) else
+            f"{counted(len(of_class), 'picture lies', 'pictures lie')} beside the img folder of a kohya project."))
             for folder, of_class in left_out.items()]
         return images
 
