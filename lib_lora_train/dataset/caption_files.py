@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lib_lora_train.dataset.captions import first_line_and_rest, normal_form, split_tags
+from lib_lora_train.dataset.images import is_image_name
 from lib_lora_train.dataset.listing import MayRead, file_key, list_folder
 from lib_lora_train.dataset.text_files import CAPTION_SUFFIXES, read_text
 from lib_lora_train.errors import DatasetError, counted, printable, some_of
@@ -27,6 +28,8 @@ from lib_lora_train.errors import DatasetError, counted, printable, some_of
 JSON_SUFFIXES = (".json", ".jsonl")
 TEXT_SUFFIXES = (*CAPTION_SUFFIXES, *JSON_SUFFIXES)
 CAPTION_WORDS = ("caption", "text", "txt", "tag", "label", "prompt")  # in the names of folders for captions
+# Beside images and captions, by programs and systems: nobody expects them to be learnt.
+_OF_PROGRAMS = (".npz", ".npy", ".pt", ".safetensors", ".cache", ".db", ".ini", ".toml", ".log", ".bak")
 _MOST_JSON_BYTES = 256 << 20
 _CAPTION_KEYS, _TAG_KEYS, _NAME_KEYS = ("caption", "text", "prompt"), ("tags", "tag_string"), ("file_name", "image", "file")
 _NOT_TEXT = {  # of other programs' prompts: what it means there, and what it looks like
@@ -54,6 +57,7 @@ class FolderCaptions:
     files: Mapping[str, Sequence[Path]]  # by the image's name
     listed: Mapping[str, CaptionFile]  # by the image's name: what metadata says
     unmatched: tuple[str, ...]  # text files and metadata that fit no image
+    unread: tuple[str, ...]  # files of other kinds
 
     def of(self, image: Path) -> CaptionFile | None:
         """The caption of one image; None where it has none. Nothing is raised for a file that is no text."""
@@ -94,10 +98,18 @@ class CaptionNotes:
                 f"{text.format(printable(some_of(list(dict.fromkeys(names)))))}." for text, names in self._names.items()]
 
 
-def count_of_captions(images: int, captioned: int, unmatched: Sequence[str]) -> str:
+def of_no_kind(files: Iterable[str]) -> list[str]:
+    """Those of files, by name, that are read as neither images nor captions, but for what programs keep beside them."""
+    return [name for name in files for path in [Path(name)] if not (path.name.startswith(".") or is_image_name(path)
+                                                                    or path.suffix.lower() in (*TEXT_SUFFIXES, *_OF_PROGRAMS))]
+
+
+def count_of_captions(images: int, captioned: int, unmatched: Sequence[str], *, unread: Sequence[str] = ()) -> str:
     """The closing sentence: "3 pictures, 1 with a caption; 2 text files fit no picture (b.txt, c.txt)."."""
     rest = (f"; {counted(len(unmatched), 'text file')} {'fits' if len(unmatched) == 1 else 'fit'} no picture "
             f"({printable(some_of(unmatched, 3))})") if unmatched else ""
+    rest += (f"; {counted(len(unread), 'file is', 'files are')} of a kind that is not read ({printable(some_of(unread, 3))})"
+             if unread else "")
     return f"{counted(images, 'picture')}, {captioned:,} with {'a caption' if captioned == 1 else 'captions'}{rest}."
 
 
@@ -117,7 +129,7 @@ def find_captions(images: Sequence[Path], files: Iterable[Path], *, above: Itera
             listed |= said
             fitting.add(name)
     return FolderCaptions({name: [texts[text] for text in found] for name, found in own.items()}, listed, tuple(
-        name for name in unmatched if name not in fitting))
+        name for name in unmatched if name not in fitting), tuple(of_no_kind(texts)))
 
 
 def captions_elsewhere(folder: Path, images: Sequence[Path], *, may_read: MayRead | None) -> Iterator[str]:

@@ -72,7 +72,8 @@ def examine(
         sizes=tuple(Counter((image.width, image.height) for image in images if image.width).most_common()),
         buckets=tuple(by_bucket.most_common()), tags=tags, once=tuple(tag for tag, count in tags.items() if count == 1),
         proposal=_proposal(by_bucket, settings), advice=(), resolution=buckets.resolution, captions=count_of_captions(
-            len(images), reader.notes.captioned, [name for subset in subsets for name in subset.captions.unmatched]))
+            len(images), reader.notes.captioned, [name for subset in subsets for name in subset.captions.unmatched],
+            unread=[name for subset in subsets for name in subset.captions.unread]))
     visits, optimizer = _planned_visits(images, reader.repeats, layout=layout, settings=settings), settings.optimizer
     steps = report.proposal.steps if visits is None else -(
         -visits // (optimizer.train_batch_size * optimizer.gradient_accumulation_steps))

@@ -165,6 +165,14 @@ def test_captions_that_lie_elsewhere_are_said_although_there_is_a_trigger_word(t
     assert "1 picture, 0 with captions; 1 text file fits no picture (img_1.txt)." in said
 
 
+def test_files_of_other_kinds_are_said_even_where_all_have_captions(tmp_path: Path, make_image) -> None:
+    make_image("a.png", caption="fine")
+    for name in ("b.psd", "metadata.csv", "a.npz", "Thumbs.db", ".hidden.psd"):
+        (tmp_path / name).write_bytes(b"")
+    assert texts(scan(tmp_path, max_train_epochs=1)).endswith(
+        "1 picture, 1 with a caption; 2 files are of a kind that is not read (b.psd, metadata.csv).")
+
+
 def test_metadata_above_the_numbered_folders_is_read(tmp_path: Path, make_image) -> None:
     for name in ("10_cat/a.png", "5_dog/a.png", "5_dog/b.png"):
         make_image(name)

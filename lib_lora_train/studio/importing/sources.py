@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from lib_lora_train.dataset.caption_files import JSON_SUFFIXES, TEXT_SUFFIXES, match_names
+from lib_lora_train.dataset.caption_files import JSON_SUFFIXES, TEXT_SUFFIXES, match_names, of_no_kind
 from lib_lora_train.dataset.images import is_image_name
 from lib_lora_train.dataset.listing import Listing, MayRead, is_subset_name, list_tree
 from lib_lora_train.dataset.masks import CONDITIONING, companion, is_masks_folder
@@ -73,6 +73,7 @@ class Source:
     images: tuple[Found, ...]
     archive: Path | None = None
     unmatched: tuple[str, ...] = ()  # caption files without an image
+    unread: tuple[str, ...] = ()  # files of other kinds
     # JSON files that may list the images of a folder: (the folder, the file, the folder's name where the file lies above it)
     metadata: tuple[tuple[tuple[str, ...], Location, str], ...] = ()
 
@@ -122,7 +123,7 @@ class _Listing:
             self._skipped.append((name, f"It cannot be read: {error.strerror or error}."))
 
     def finished(self) -> tuple[list[Source], list[tuple[str, str]]]:
-        source = self._source("files", self._files)
+        source = self._source("files", [file for file in self._files if file.is_image or file.is_caption])
         for file in self._files:
             if not file.is_image and not file.is_caption:
                 self._skipped.append((file.label, "Its name does not end like a picture's."))
@@ -156,7 +157,7 @@ class _Listing:
                 self._skipped.append((file.label, "It is or leads to a folder that cannot or may not be read."))
         self._skipped += [(found(path).label, "An archive in a folder is not opened; import it by itself.")
                           for path in listing.files if path.suffix.lower() == ".zip"]
-        return [file for file in map(found, listing.files) if file.is_image or file.is_caption]
+        return [found(path) for path in listing.files if path.suffix.lower() != ".zip"]
 
     def _archive(self, path: Path, name: str) -> None:
         try:
@@ -211,7 +212,8 @@ class _Listing:
         images, masks = self._without_masks(self._of_the_subject([file for file in files if file.is_image]))
         return Source(name, tuple(
             dataclasses.replace(file, captions=own.get((file.folder, file.name), ()), mask=masks.get(index))
-            for index, file in enumerate(images)), archive, tuple(unmatched), tuple(metadata))
+            for index, file in enumerate(images)), archive, tuple(unmatched),
+            tuple(of_no_kind(file.label for file in files if not file.name.lower().endswith(".zip"))), tuple(metadata))
 
     def _without_masks(self, files: Sequence[Found]) -> tuple[list[Found], dict[int, Location]]:
         """(the images, the mask of the image of each index). A mask is that of the image where it lies, its folder of masks
