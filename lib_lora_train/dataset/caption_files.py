@@ -142,9 +142,11 @@ def captions_elsewhere(folder: Path, images: Sequence[Path], *, may_read: MayRea
     for place in near:
         with contextlib.suppress(DatasetError):  # it is not for us
             if place != folder and (may_read is None or may_read(place)):
-                texts = [file.name for file in list_folder(place, may_read=may_read).files]
-                fitting, _ = match_names([image.name for image in images], texts)
-                if any(text.lower().endswith(CAPTION_SUFFIXES) for found in fitting.values() for text in found):
+                files, names = list_folder(place, may_read=may_read).files, [image.name for image in images]
+                found, _ = match_names(names, [file.name for file in files if file.suffix.lower() in CAPTION_SUFFIXES])
+                fitting = set(found).union(*(metadata_of(file, names, folder=folder.name) for file in files
+                                             if file.suffix.lower() in JSON_SUFFIXES))
+                if fitting:
                     yield (f"{counted(len(fitting), 'picture')} of {folder.name} {'has' if len(fitting) == 1 else 'have'} a "
                            f"caption in {place}, which is not read there: move the text files beside the pictures.")
 

@@ -229,7 +229,7 @@ class _Reader:
             raise DatasetError(
                 f"{counted(len(self.not_text), 'caption file')} cannot be read",
                 why=some_of([name for name, _ in self.not_text]),
-                remedy=" | ".join(dict.fromkeys(f"{error.why}; {error.remedy}" for _, error in self.not_text[:3])))
+                remedy=" | ".join(dict.fromkeys(error.reason for _, error in self.not_text)))
         if self.empty:
             self.problems.append(Problem(
                 f"{counted(len(self.empty), 'picture has', 'pictures have')} no caption and no trigger word, "

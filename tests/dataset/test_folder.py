@@ -160,7 +160,9 @@ def test_captions_that_lie_elsewhere_are_said_although_there_is_a_trigger_word(t
     for name in ("captions/1.txt", "My Tags/1.txt", "images/img_1.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("a hat", encoding="utf-8")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "images/1.png", "text": "a hat"}', encoding="utf-8")
     said = texts(scan(tmp_path / "images", max_train_epochs=1, trigger_word="zzk"))
+    assert f"1 picture of images has a caption in {tmp_path}, which is not read there" in said
     assert str(tmp_path / "captions") in said and str(tmp_path / "My Tags") in said
     assert "1 picture, 0 with captions; 1 text file fits no picture (img_1.txt)." in said
 

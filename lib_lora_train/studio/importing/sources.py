@@ -1,17 +1,19 @@
 """What there is to import: the images in folders, files, uploads and zip files, each with its caption and mask.
 
-Only names are read here, and the lists of contents of archives.
+Only names are read here, the lists of contents of archives, and metadata beside images that were named one by one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-from lib_lora_train.dataset.caption_files import JSON_SUFFIXES, TEXT_SUFFIXES, match_names, of_no_kind
+from lib_lora_train.dataset.caption_files import JSON_SUFFIXES, TEXT_SUFFIXES, match_names, metadata_of, of_no_kind
 from lib_lora_train.dataset.images import is_image_name
-from lib_lora_train.dataset.listing import Listing, MayRead, is_subset_name, list_tree
+from lib_lora_train.dataset.listing import Listing, MayRead, is_subset_name, list_folder, list_tree
 from lib_lora_train.dataset.masks import CONDITIONING, companion, is_masks_folder
 from lib_lora_train.dataset.text_files import CAPTION_SUFFIXES
 from lib_lora_train.errors import DatasetError, counted, printable
@@ -103,6 +105,7 @@ class _Listing:
         self._found: list[Source] = []
         self._skipped: list[tuple[str, str]] = []
         self._files: list[Found] = []  # those that were named one by one
+        self._named: dict[Path, list[str]] = {}  # the images among them that lie in folders
 
     def add(self, source: Path | Upload) -> None:
         name, path = (source.name, source.path) if isinstance(source, Upload) else (source.name or str(source), source)
@@ -123,6 +126,9 @@ class _Listing:
             self._skipped.append((name, f"It cannot be read: {error.strerror or error}."))
 
     def finished(self) -> tuple[list[Source], list[tuple[str, str]]]:
+        for parent, images in self._named.items():
+            with contextlib.suppress(DatasetError):  # a folder that cannot be listed
+                self._files += self._beside(parent, images)
         source = self._source("files", [file for file in self._files if file.is_image or file.is_caption])
         for file in self._files:
             if not file.is_image and not file.is_caption:
@@ -189,9 +195,15 @@ class _Listing:
         folder = (str(path.parent),)
         self._files.append(Found(folder, name, path, name, str(path)))
         if is_image_name(path):
-            beside = [path.with_name(stem + suffix) for stem in (path.stem, path.name) for suffix in TEXT_SUFFIXES[:3]]
-            self._files += [Found(folder, caption.name, caption, caption.name, str(caption)) for caption in beside
-                            if caption.is_file() and self._allowed(caption)]
+            self._named.setdefault(path.parent, []).append(name)
+
+    def _beside(self, parent: Path, images: Sequence[str]) -> list[Found]:
+        """The files that hold captions of images that were named one by one."""
+        files = {file.name: file for file in list_folder(parent, may_read=self._may_read).files}
+        own, alone = match_names(images, files)
+        lists = [text for text in alone if text.lower().endswith(JSON_SUFFIXES) and metadata_of(files[text], images)]
+        return [Found((str(parent),), text, files[text], text, str(files[text])) for text in {
+            *itertools.chain.from_iterable(own.values()), *lists}]
 
     def _source(self, name: str, files: Sequence[Found], *, archive: Path | None = None) -> Source:
         """The images to learn from among `files`, each with its captions and its mask, and the caption files of none; what
