@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -201,9 +200,8 @@ class _Listing:
         """The files that hold captions of images that were named one by one."""
         files = {file.name: file for file in list_folder(parent, may_read=self._may_read).files}
         own, alone = match_names(images, files)
-        lists = [text for text in alone if text.lower().endswith(JSON_SUFFIXES) and metadata_of(files[text], images)]
-        return [Found((str(parent),), text, files[text], text, str(files[text])) for text in {
-            *itertools.chain.from_iterable(own.values()), *lists}]
+        alone = [text for text in alone if text.lower().endswith(JSON_SUFFIXES) and metadata_of(files[text], images)]
+        return [Found((str(parent),), text, files[text], text, str(files[text])) for text in {*sum(own.values(), alone)}]
 
     def _source(self, name: str, files: Sequence[Found], *, archive: Path | None = None) -> Source:
         """The images to learn from among `files`, each with its captions and its mask, and the caption files of none; what
