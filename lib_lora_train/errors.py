@@ -65,9 +65,6 @@ class Interrupted(LoraTrainError):
     """The user stopped the run before there was anything to keep."""
 
 
-_LINE_ENDS = re.compile("[\0-\x1f\x7f\x85\u2028\u2029]")  # and controls: a file's name on Linux may hold them
-
-
 def printable(text: str) -> str:
     """`text` as UTF-8 can hold it. On Linux a file's name may be any bytes; Python reads those that are no text as lone
     surrogates, which no page, log or reply can be written with."""
@@ -87,7 +84,8 @@ def counted(number: int, one: str, many: str = "") -> str:
 def some_of(names: Sequence[str], limit: int = 5) -> str:
     """The first few of `names` for a sentence: "a.png, b.png and 3 more"."""
     rest = len(names) - limit
-    return ", ".join(_LINE_ENDS.sub("\ufffd", name) for name in names[:limit]) + (f" and {rest} more" if rest > 0 else "")
+    shown = [re.sub("[\0-\x1f\x7f\x85\u2028\u2029]", "\ufffd", name) for name in names[:limit]]  # Linux has such names
+    return ", ".join(shown) + (f" and {rest} more" if rest > 0 else "")
 
 
 @contextlib.contextmanager

@@ -28,8 +28,7 @@ from lib_lora_train.errors import DatasetError, counted, printable, some_of
 JSON_SUFFIXES = (".json", ".jsonl")
 TEXT_SUFFIXES = (*CAPTION_SUFFIXES, *JSON_SUFFIXES)
 CAPTION_WORDS = ("caption", "text", "txt", "tag", "label", "prompt")  # in the names of folders for captions
-# Beside images and captions, by programs and systems: nobody expects them to be learnt.
-_OF_PROGRAMS = (".npz", ".npy", ".pt", ".safetensors", ".cache", ".db", ".ini", ".toml", ".log", ".bak")
+_OF_PROGRAMS = (".npz", ".npy", ".pt", ".safetensors", ".cache", ".db", ".ini", ".toml", ".log", ".bak")  # nobody's captions
 _MOST_JSON_BYTES = 256 << 20
 _CAPTION_KEYS, _TAG_KEYS, _NAME_KEYS = ("caption", "text", "prompt"), ("tags", "tag_string"), ("file_name", "image", "file")
 _NOT_TEXT = {  # of other programs' prompts: what it means there, and what it looks like
@@ -76,8 +75,7 @@ class CaptionNotes:
         """The caption of one more image."""
         if found is None or not found.line:
             if found and not found.error and found.file.suffix.lower() in JSON_SUFFIXES:
-                none = "a JSON file that names no caption, text, prompt or tags ({})"
-                self._names.setdefault(none, []).append(found.file.name)
+                self._names.setdefault("a JSON file that names no caption or tags ({})", []).append(found.file.name)
             return
         self.captioned += 1
         not_text = " and ".join(what for what, looks in _NOT_TEXT.items() if looks.search(found.line))
@@ -230,8 +228,7 @@ def _caption_of(entry: object) -> str:
     if not isinstance(entry, dict):
         return entry if isinstance(entry, str) else ""
     caption, tags = (next((entry[key] for key in keys if entry.get(key)), "") for keys in (_CAPTION_KEYS, _TAG_KEYS))
-    if isinstance(caption, list):  # several of one image
-        caption = next(iter(caption), "")
+    caption = next(iter(caption), "") if isinstance(caption, list) else caption  # several of one image
     if isinstance(tags, str):  # booru's tags have spaces between them, and none in them; gallery-dl names the site as category
         tags = tags.split() if ("_" in tags or "category" in entry or "tag_string" in entry) and "," not in tags else [tags]
     tags = ", ".join(map(str, tags)) if isinstance(tags, (list, dict)) else ""  # as keys, with their scores

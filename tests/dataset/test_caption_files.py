@@ -104,7 +104,7 @@ def test_a_json_file_without_a_caption_is_said(tmp_path: Path) -> None:
     notes = CaptionNotes()
     notes.add(found(tmp_path, ["a.png"], {"a.json": {"rating": "s"}}).of(tmp_path / "a.png"))
     assert notes.captioned == 0
-    assert notes.sentences() == ["1 picture has a JSON file that names no caption, text, prompt or tags (a.json)."]
+    assert notes.sentences() == ["1 picture has a JSON file that names no caption or tags (a.json)."]
 
 
 def test_the_closing_sentence_counts_in_correct_english() -> None:
@@ -112,5 +112,6 @@ def test_the_closing_sentence_counts_in_correct_english() -> None:
     assert count_of_captions(3, 0, ["x.txt"]) == "3 pictures, 0 with captions; 1 text file fits no picture (x.txt)."
     assert count_of_captions(2, 2, list("wxyz")) == (
         "2 pictures, 2 with captions; 4 text files fit no picture (w, x, y and 1 more).")
+    assert count_of_captions(1, 0, ["a\nb.txt"]).endswith("(a\ufffdb.txt).")
     assert count_of_captions(1, 1, [], unread=["a.psd"]) == (
         "1 picture, 1 with a caption; 1 file is of a kind that is not read (a.psd).")

@@ -106,11 +106,8 @@ def _paired(files: Sequence[Path], *, above: Sequence[Path] = ()) -> list[Found]
     for image in images:
         own = captions.files.get(image.name, ())
         texts = [file for file in own if file.suffix.lower() in CAPTION_SUFFIXES]
-        # Which counts is told by what they hold.
         found = captions.of(image) if image.name in captions.listed or len(own) > 1 or len(own) > len(texts) else None
-        if found and found.file in texts:
-            result.append(Found(image, found.file, found.passed_over))
-        else:  # another program's JSON file is never written
-            result.append(Found(image, texts[0] if texts else image.with_suffix(CAPTION_SUFFIXES[0]),
-                                found.passed_over if found else (), found.line if found else ""))
+        # Another program's JSON file is never written.
+        file = found.file if found and found.file in texts else (*texts, image.with_suffix(CAPTION_SUFFIXES[0]))[0]
+        result.append(Found(image, file, found.passed_over, found.line) if found else Found(image, file))
     return result
