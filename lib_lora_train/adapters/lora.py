@@ -91,9 +91,12 @@ class LoRA:
                 why=f"{target.key} is {down.shape[1]} -> {rank}/{up.shape[1]} -> {up.shape[0]} in the file and "
                 f"{target.in_features} -> {target.out_features} in the model",
                 remedy="choose a LoRA that was made for this kind of model")
-        alpha = float(tensors[ALPHA]) if ALPHA in tensors else float(rank)
+        alphas = tensors[ALPHA].flatten().tolist() if ALPHA in tensors else [float(rank)]
+        if len(alphas) != 1 or not alphas[0]:
+            raise LoraFileError("The LoRA file is damaged", remedy="choose another LoRA",
+                                why=f"{target.key}.{ALPHA} is {alphas!s:.60}, and not one number other than 0")
         down, up = (side.detach().to(torch.float32, copy=True) for side in (down, up))
-        return LoRALayer(down.reshape(rank, target.in_features, *target.kernel), up.flatten(1), alpha=alpha,
+        return LoRALayer(down.reshape(rank, target.in_features, *target.kernel), up.flatten(1), alpha=alphas[0],
                          as_conv=target.as_conv)
 
     def cost(self, target: Target, *, rank: int) -> int:

@@ -156,13 +156,14 @@ def _by_layer(tensors: Mapping[str, Tensor], kind: AdapterKind) -> dict[str, dic
     if layout := foreign_layout(tensors):
         raise LoraFileError(f"The file is a LoRA in the layout of {layout}", why="its tensors have other names than kohya's, "
                             "which the WebUI reads", remedy="convert it to kohya's layout, or choose another LoRA")
+    if not any(key.startswith(("lora_", "lycoris_")) for key in found):
+        raise LoraFileError("The file holds no LoRA layer", why=f"it begins with {next(iter(tensors))}" if tensors else "",
+                            remedy="choose a LoRA")
     other = sorted(f"{key}.{name}" for key, layer in found.items() for name in layer if name not in kind.tensor_names)
     if other:
         raise LoraFileError(
             f"The file holds weights that are not LoRA's ({some_of(other, 2)})",
             why="LoHa, LoKr, DoRA and the like cannot be continued yet", remedy="choose a plain LoRA")
-    if not found:
-        raise LoraFileError("The file holds no LoRA layer", remedy="choose another file")
     return found
 
 

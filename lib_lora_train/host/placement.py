@@ -80,14 +80,15 @@ class MisplacedTensors:
         return len(self._originals)
 
     def restore(self, originals: Mapping[Tensor, torch.device]) -> None:
-        """Move each tensor to its original device; those for which there is no room are kept here."""
+        """Move each tensor to its original device; those for which there is no room are kept here. Raises any other error, and
+        keeps here then what had not moved."""
         try:
             _move_each(originals)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
+        except BaseException as error:
             self._originals += [(weakref.ref(tensor), device) for tensor, device in originals.items()
                                 if not _is_on(tensor, device)]
+            if not is_out_of_memory(error):
+                raise
 
     def retry(self) -> bool:
         """Restore those there are, after unused memory is freed. Whether none is left."""

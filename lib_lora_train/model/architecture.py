@@ -122,7 +122,7 @@ class Architecture:
     """The UNet works on `latents * latent_scale`; the VAE's own output is unscaled."""
     prediction_guessed: bool = False
     """Whether nothing says what it predicts, in a family where that differs between models of the same shapes."""
-    file_prediction_type: PredictionType | None = None
+    file_prediction_type: str | None = None
     file_zero_terminal_snr: bool | None = None
     """What the checkpoint's file says, which the host or the user may contradict; None where it does not."""
 
@@ -148,7 +148,7 @@ class Hints:
     alphas_cumprod: Tensor | None = None
     """Fp32, one entry a timestep, before any rescaling to zero terminal SNR."""
     latent_scale: float | None = None
-    file_prediction_type: PredictionType | None = None
+    file_prediction_type: str | None = None
     file_zero_terminal_snr: bool | None = None
 
 

@@ -13,7 +13,7 @@ from lib_lora_train.errors import LoraTrainError, ModelError
 from lib_lora_train.model.architecture import NO_HINTS, UNET_COMPONENT, Architecture, Hints
 from lib_lora_train.model.family import detect
 from lib_lora_train.model.ops.weights import Weight
-from lib_lora_train.model.sd.schedule import NoiseSchedule
+from lib_lora_train.model.sd.schedule import NoiseSchedule, is_schedule
 from lib_lora_train.model.sd.text import TextConditioner
 from lib_lora_train.model.sd.tokens import Tokenizer, clip_tokenizer
 from lib_lora_train.model.sd.unet import UNet
@@ -92,8 +92,8 @@ def _alphas_cumprod(tensors: Mapping[str, Tensor], hints: Hints) -> Tensor | Non
     if hints.alphas_cumprod is not None:
         return hints.alphas_cumprod
     stored = tensors.get("alphas_cumprod")
-    # Checkpoints pruned to fp16 carry a rounded buffer, worse than none.
-    return stored if stored is not None and stored.dtype in (torch.float32, torch.float64) else None
+    # Checkpoints pruned to fp16 carry a rounded buffer, worse than none; damaged ones a wrong one.
+    return stored if stored is not None and stored.dtype in (torch.float32, torch.float64) and is_schedule(stored) else None
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> _Shapes:

@@ -75,7 +75,6 @@ def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: Initial
         changed = [] if point is None else resume.compare_settings(
             settings, point, steps=plan.schedule.steps, processes=group.world_size)
         _warn((*plan.warnings, *ignored_by(model, settings), *changed), report)
-
         network = build_network(settings, model, weights, report=report)
         pause = Pause(leased, model, network, enabled=settings.memory.yield_to_generations, report=report)
         source = at_end.enter_context(contextlib.closing(latents_of(
@@ -108,10 +107,11 @@ def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: Initial
             model.device, lambda size: report(dataclasses.replace(planned, memory=memory.corrected(size).text)))
         prefetcher = at_end.enter_context(Prefetcher(batches, last_epoch=plan.schedule.epochs))
         with saver.rescue():
-            progress = train(
-                model, network=network, epoch_batches=prefetcher.epoch, condition=condition, config=config, report=report,
-                resumed=weights.state, group=group, callbacks=[StopCallback(stop), pause, measured, saver])
-        finished = _finished(plan, saver, progress, verdict=probe.verdict(progress), stop=stop, group=group)
+            progress = train(model, network=network, epoch_batches=prefetcher.epoch, condition=condition, config=config,
+                             report=report, resumed=weights.state, group=group,
+                             callbacks=[StopCallback(stop), pause, measured, saver])
+            verdict = probe.verdict(progress)
+        finished = _finished(plan, saver, progress, verdict=verdict, stop=stop, group=group)
         # While the model is still ours: a host that had merged an older file of this name must forget it.
         host.refresh_loras()
         return finished

@@ -102,7 +102,10 @@ def _doubts(architecture: Architecture) -> list[str]:
     if architecture.prediction_guessed:
         notes.append(f"The checkpoint does not say what it predicts, and {trained} was guessed: if its pictures with the LoRA "
                      f"are only noise or grey, set {named('v_parameterization')}, or put its .yaml beside it.")
-    if said and names[said] != trained:
+    if said and said not in names:
+        notes.append(f"The checkpoint's file says that it predicts {said}, which is not known here: it is trained as one that "
+                     f"predicts {trained}.")
+    elif said and names[said] != trained:
         notes.append(f"The checkpoint's file says that it predicts {names[said]}, but it is trained as one that predicts "
                      f"{trained}, as {named('v_parameterization')}, the WebUI or the .yaml beside it has it; one is wrong.")
     if architecture.file_zero_terminal_snr and not architecture.zero_terminal_snr:

@@ -88,6 +88,10 @@ class Probe:
             for layer in layers:
                 layer.multiplier = 1.0
 
+    def zero_loss(self) -> float:
+        """The mean loss of predicting nothing."""
+        return sum(float(zero_prediction_loss(self.model, row, self.config)) for row in self.rows) / len(self.rows)
+
     def check_model(self, *, continued: str) -> float:
         """The loss of the model without the LoRA. Raises as `of`; the weights are finite (see `check_weights`)."""
         unadapted = self.loss(adapted=False)
@@ -95,7 +99,7 @@ class Probe:
             what = "The model computes values that are not numbers, although its weights are"
             if math.isfinite(self.loss(adapted=False, dtype=torch.float32)):
                 raise TrainingError(what, why=f"its activations overflow in {self.config.dtype}, and not in float32",
-                                    remedy=f"take bf16 or no as {named('mixed_precision')}")
+                                    remedy=f"take no as {named('mixed_precision')}, or bf16 (RTX 30 and later)")
             raise ModelError(what, why="its activations overflow", remedy="choose another checkpoint")
         if continued and not math.isfinite(self.loss(adapted=True)):
             raise LoraFileError(f"{continued} cannot be continued",
@@ -119,9 +123,8 @@ class Probe:
         """What the LoRA is worth after a training, and why where it is ruined."""
         if not self.model.unet.tensors or self.unadapted is None:
             return "", ""  # the run was stopped while others had the model, or had no memory to look
-        zero_loss = sum(float(zero_prediction_loss(self.model, row, self.config)) for row in self.rows) / len(self.rows)
         return _unless_full(lambda: verdict_of(
-            loss=self.loss(adapted=True), unadapted=self.unadapted, zero_loss=zero_loss, strength=self.strength(),
+            loss=self.loss(adapted=True), unadapted=self.unadapted, zero_loss=self.zero_loss(), strength=self.strength(),
             skipped=progress.skipped / max(1, progress.step))) or ("", "")
 
 

@@ -25,7 +25,7 @@ def risks(settings: Settings, *, steps: int, images: int, processes: int = 1) ->
     usual_rates = {unet: "1e-4 to 1e-3", "text_encoder_lr": "1e-5 to 1e-4"}
     for rate, (name, usual) in zip(settings.rates, usual_rates.items(), strict=True):
         if rate >= high:
-            yield f"{named(name)} = {rate:g} ruins a LoRA with {optimizer.optimizer_type}: {usual} is usual."
+            yield f"{named(name)} = {rate:g} mostly ruins a LoRA with {optimizer.optimizer_type}: {usual} is usual."
         elif 0 < rate < low:
             yield f"{named(name)} = {rate:g} is so low that next to nothing is learnt: {usual} is usual."
     strength = network.network_alpha / network.network_dim

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
-from lib_lora_train.errors import LoraTrainError
+from lib_lora_train.errors import LoraTrainError, counted
 
 _DOWNLOAD = "download it again"
 _PICKLED = ("a pickled file, which can run any program when it is opened", "convert it; a new name does not change what it is")
@@ -19,6 +20,7 @@ _BEGINNINGS = (
     ((b"<",), "a web page, as servers send it in place of a file that they refuse", _DOWNLOAD),
     ((b"{", b"["), "a JSON text, as servers send it in place of a file that they refuse", _DOWNLOAD),
 )
+_LONGEST_HEADER = 100 << 20  # as in safetensors
 
 
 def refuse_wrong_content(path: Path, error: type[LoraTrainError]) -> None:
@@ -27,11 +29,14 @@ def refuse_wrong_content(path: Path, error: type[LoraTrainError]) -> None:
     try:
         with path.open("rb") as file:
             start, size = file.read(512), os.fstat(file.fileno()).st_size
+            length = 8 + int.from_bytes(start[:8], "little")
+            file.seek(8)
+            header = file.read(length - 8) if start[8:9] == b"{" and length <= min(size, _LONGEST_HEADER) else b""
     except (OSError, ValueError):
         return
     if start[8:9] == b"{":
-        if 8 + int.from_bytes(start[:8], "little") > size:
-            raise error(f"{path.name} is damaged", why="its end is missing", remedy=_DOWNLOAD)
+        if why := _damage(header, missing=length - size):
+            raise error(f"{path.name} is damaged", why=why, remedy=_DOWNLOAD)
         return
     if start[:2] == b"PK" and b"/data.pkl" in start:  # torch.save's archive
         what, remedy = _PICKLED
@@ -40,3 +45,15 @@ def refuse_wrong_content(path: Path, error: type[LoraTrainError]) -> None:
         known = ((what, remedy) for beginnings, what, remedy in _BEGINNINGS if text.startswith(beginnings))
         what, remedy = next(known, ("", "choose another file")) if size else ("empty", _DOWNLOAD)
     raise error(f"{path.name} is not a safetensors file", why=what and f"it is {what}", remedy=remedy)
+
+
+def _damage(header: bytes, *, missing: int) -> str:
+    """What is wrong with a safetensors file of this header, "" where nothing is; the header with its length is as many bytes
+    longer than the file as are `missing`."""
+    if missing <= 0:
+        try:
+            entries = [entry for name, entry in json.loads(header).items() if name != "__metadata__"]
+            missing += max((entry["data_offsets"][1] for entry in entries), default=0)
+        except (ValueError, RecursionError, KeyError, IndexError, TypeError, AttributeError):
+            return "its header cannot be read"
+    return "its end is missing" if missing > 0 else f"it has {counted(-missing, 'byte')} too many" if missing < 0 else ""

@@ -122,12 +122,12 @@ class LossReporter:
 
     def _unusable(self, finite: bool) -> TrainingError:
         """The end of a training whose steps can no longer be applied; `finite`: whether the last one's loss is a number."""
-        why, remedy = "their gradients were too large for numbers", "lower the learning rate, or take bf16 or no as precision"
+        why, remedy = "their gradients were too large for numbers", "lower the learning rate, or take no as precision"
         if not finite and self._recent:
             why = "their loss is no longer a number, because the training has become unstable"
         elif not finite:
             why = "their loss was never a number, although the weights are: the model's activations overflow"
-            remedy = f"take bf16 or no as {named('mixed_precision')}, or choose another checkpoint"
+            remedy = f"take no as {named('mixed_precision')}, or choose another checkpoint"
         return TrainingError(f"The last {self.overflows} steps could not be used", why=why, remedy=remedy)
 
     def _steps_per_second(self) -> float | None:

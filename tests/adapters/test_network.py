@@ -89,12 +89,16 @@ KEY = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 
 @pytest.mark.parametrize(("tensors", "told"), [
     ({}, "no LoRA layer"),
+    ({"model.diffusion_model.out.2.weight": torch.zeros(2)}, "no LoRA layer"),
+    ({"emb_params": torch.zeros(2)}, "no LoRA layer"),
     ({"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": torch.zeros(3, 8),
       "lora_unet_input_blocks_4_1_proj_in.lora_up.weight": torch.zeros(8, 3)}, "another kind of model"),
     (changed(**{f"{KEY}.lora_down.weight": torch.zeros(3, 99)}), "does not fit"),
     (changed(**{f"{KEY}.lora_down.weight": torch.zeros(5, 32)}), "does not fit"),
     (changed(**{f"{KEY}.lora_down.weight": torch.zeros(3, 32, 3, 3)}), "LoCon"),
     (changed(**{f"{KEY}.dora_scale": torch.zeros(1, 32)}), "DoRA"),
+    (changed(**{f"{KEY}.alpha": torch.tensor([2.0, 2.0])}), "damaged"),
+    (changed(**{f"{KEY}.alpha": torch.tensor(0.0)}), "damaged"),
     ({f"{KEY}.lora_down.weight": torch.zeros(3, 32)}, "incomplete"),
 ])
 def test_files_that_do_not_fit_are_refused_with_the_reason(tensors: dict, told: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import sys
@@ -275,6 +276,39 @@ def test_an_exception_brings_a_part_back_that_was_moved_to_the_device(medvram, c
         assert on_card(medvram, card) == {"text"}
         raise ZeroDivisionError
     assert on_card(medvram, card) == set()
+
+
+@pytest.mark.parametrize("keeps_parts_off", [False, True])
+@pytest.mark.parametrize("error", ["CUDA out of memory", "CUDA error: unspecified launch failure"])
+def test_whichever_move_fails_the_model_is_whole_after_the_lease(webui, card, monkeypatch, keeps_parts_off, error):
+    webui.sd_model.lowvram = keeps_parts_off
+    for name in PARTS.values() if keeps_parts_off else ():
+        webui.sd_model.get_submodule(name).to(CPU)
+    before, moves = on_card(webui, card), 0
+
+    def work(lease) -> None:
+        lease.queue.yield_to_others = lambda stop: None
+        for name, parts in (("reload", {"vae"}), ("offload", {"vae", "unet"}), ("reload", {"unet"})):
+            getattr(lease, f"{name}_parts")(parts)
+            lease.yield_model(lambda _: None)
+
+    for failing in range(100):
+        moves = 0
+
+        def copy_to(tensor, device, failing=failing):
+            nonlocal moves
+            moves += 1
+            if moves == failing + 1:
+                raise RuntimeError(error)
+            return card.copy_to(tensor, device)
+        monkeypatch.setattr(placement, "copy_to", copy_to)
+        with contextlib.suppress(TrainingError, RuntimeError), (lease := new_lease(webui)).leased():
+            work(lease)
+        assert on_card(webui, card) == before and len(webui.misplaced) == 0, f"move {failing} failed"
+        assert not webui.lock.locked() and not webui.shown()
+        if moves <= failing:
+            return
+    raise AssertionError("there is no end of moves")
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from lib_lora_train.adapters import file
 from lib_lora_train.errors import HostError, Interrupted, ModelError, SettingError, UserError
@@ -51,11 +51,22 @@ def test_a_file_that_contradicts_its_yaml_is_trained_as_the_yaml_says_and_told(o
     assert len(notes["auto"]) == 1 and "v_parameterization" in notes["auto"][0] and notes["on"] == []
 
 
+def test_a_file_that_predicts_what_is_not_known_is_told(own: StandaloneHost) -> None:
+    path = own.checkpoint_file
+    save_file(load_file(path), path, {"modelspec.prediction_type": "rectified-flow"})
+    with own.lease() as leased:
+        model = frozen_model(leased, parse({}))
+    assert model.schedule.prediction_type == "epsilon"
+    assert any("predicts rectified_flow, which is not known" in note for note in ignored_by(model, parse({})))
+
+
 @pytest.mark.parametrize(("data", "word"), [
     (b"", "empty"), (b"PK\x03\x04" + bytes(26) + b"archive/data.pklFB", "pickled"), (b"\x80\x02}q\x00.", "pickled"),
     (b"PK\x03\x04" + bytes(26) + b"readme.txt", "zip"), (b"\n<!DOCTYPE html><html>", "web page"),
     (b'{"error": "Unauthorized"}', "JSON"), (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS"),
-    (b"GGUF\x03\0\0\0", "GGUF"), (b"\xff\0\0\0\0\0\0\0{", "its end is missing"), (bytes(100), "not a safetensors file")])
+    (b"GGUF\x03\0\0\0", "GGUF"), (b"\xff\0\0\0\0\0\0\0{", "its end is missing"),
+    (save({"x": torch.ones(9)})[:-1], "its end is missing"), (save({"x": torch.ones(9)}) + b"\0", "1 byte too many"),
+    (b"\x02\0\0\0\0\0\0\0{]", "its header"), (bytes(100), "not a safetensors file")])
 def test_what_is_called_safetensors_and_is_none_is_named(tmp_path: Path, data: bytes, word: str) -> None:
     (tmp_path / "model.safetensors").write_bytes(data)
     for read in (describe_file, file.inspect):
@@ -78,7 +89,7 @@ def test_fp8_is_called_by_its_name(own: StandaloneHost, dtype: torch.dtype) -> N
                                   "folder.safetensors"])
 def test_a_path_that_leads_to_no_file_is_a_sentence(tmp_path: Path, name: str) -> None:
     (tmp_path / "folder.safetensors").mkdir()
-    with pytest.raises(ModelError, match="cannot be read"):
+    with pytest.raises(ModelError, match="does not exist" if "none" in name else "cannot be read"):
         describe_file(tmp_path / name)
 
 

@@ -161,7 +161,7 @@ def stored_as(dtype: torch.dtype) -> dict[str, Tensor]:
     (lambda: named("unet.mid_block.attn1.processor.to_q_lora.up.weight"), "a LoRA in the layout of diffusers"),
     (lambda: named("text_encoder.text_model.q_proj.lora_linear_layer.up.weight"), "a LoRA in the layout of diffusers"),
     (lambda: named("control_model.input_blocks.0.0.weight"), "a ControlNet"),
-    (lambda: named("emb_params"), "a textual inversion"),
+    (lambda: named("emb_params"), "^The file is a textual inversion embedding, not a checkpoint; choose"),
     (lambda: named("down_blocks.0.resnets.0.conv1.weight"), "layout of diffusers"),
     (lambda: named("first_stage_model.encoder.conv_in.weight"), "no Stable Diffusion UNet"),
     (lambda: {}, "no Stable Diffusion UNet"),
@@ -186,6 +186,11 @@ def test_other_kinds_are_refused_in_one_sentence(tensors: object, sentence: str)
         detect(tensors())
     text = str(refusal.value)
     assert text.endswith(".") and "\n" not in text and ". " not in text
+
+
+@pytest.mark.parametrize("extra", ["lora_unet_a.lora_down.weight", "lycoris_a.lokr_w1", "clip_l", "emb_params"])
+def test_what_a_merge_left_beside_a_whole_checkpoint_does_not_make_it_another_kind(extra: str) -> None:
+    assert detect({**full_size("sdxl"), **named(extra)}).family.name == "sdxl"
 
 
 def test_heads_that_do_not_fit_are_refused_and_the_yaml_is_named() -> None:

@@ -61,6 +61,12 @@ def test_tensors_that_do_not_fit_each_other_are_refused(name: str) -> None:
         built("sd1", tensors)
 
 
+@pytest.mark.parametrize("stored", [torch.full((1000,), torch.nan), torch.empty(0), torch.tensor(0.5), torch.ones(1000)])
+def test_a_stored_schedule_that_is_none_is_passed_over(stored: torch.Tensor) -> None:
+    model = built("sd1", {**checkpoint("sd1"), "alphas_cumprod": stored})
+    assert torch.equal(model.schedule.alphas_cumprod, scaled_linear_alphas_cumprod())
+
+
 def test_the_schedule_is_the_hosts_else_the_checkpoints_else_the_default() -> None:
     tensors, own, hosts = checkpoint("sd1"), torch.linspace(0.99, 0.02, 1000), torch.linspace(0.98, 0.01, 1000)
     default = scaled_linear_alphas_cumprod()

@@ -135,6 +135,9 @@ def test_a_text_encoders_configuration_of_wrong_types_is_refused(tmp_path: Path,
 @pytest.mark.parametrize(("metadata", "tensors", "prediction", "zero"), [
     ({"modelspec.prediction_type": "v"}, {}, "v_prediction", None),  # ModelSpec
     ({"modelspec.prediction_type": "epsilon"}, {}, "epsilon", None),
+    ({"modelspec.prediction_type": "V-Prediction"}, {}, "v_prediction", None),  # as people write it
+    ({"modelspec.prediction_type": " vpred "}, {}, "v_prediction", None),
+    ({"modelspec.prediction_type": "flow"}, {}, "flow", None),
     ({"modelspec.predict_key": "v"}, {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])}, "v_prediction", True),  # ComfyUI
     ({"modelspec.architecture": "stable-diffusion-v2-768-v"}, {}, "v_prediction", None),
     ({"modelspec.architecture": "stable-diffusion-v2-512"}, {}, "epsilon", None),
@@ -161,3 +164,12 @@ def test_a_value_that_is_not_a_number_and_a_file_that_is_not_there(tmp_path: Pat
         read(tmp_path, SD1.replace("num_heads: 8", "num_heads: eight"))
     with pytest.raises(ModelError, match="missing.yaml"):
         hints_from_yaml(tmp_path / "missing.yaml")
+
+
+@pytest.mark.parametrize("said", ["x0", "V_prediction", "[1]"])
+def test_a_configuration_of_another_prediction_is_refused_and_not_taken_for_noise(tmp_path: Path, said: str) -> None:
+    # ldm/models/diffusion/ddpm.py knows eps, x0 and v.
+    with pytest.raises(ModelError, match="not eps or v"):
+        read(tmp_path, f"model: {{params: {{parameterization: {said}, unet_config: {{params: {{}}}}}}}}")
+    with pytest.raises(ModelError, match="not eps or v"):
+        read(tmp_path, "model: {params: {denoiser_config: {params: {scaling_config: {target: sgm.EDMScaling}}}}}")

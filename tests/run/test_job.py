@@ -296,6 +296,16 @@ def test_a_lora_ruined_by_its_learning_rate_is_not_called_ready_and_was_warned_o
     assert healthy.verdict == "healthy" and "is ready" in healthy.message
 
 
+@pytest.mark.parametrize("name, error", [("zero_loss", RuntimeError("CUDA out of memory.")), ("strength", KeyError("layer"))])
+def test_a_look_at_the_result_that_fails_costs_no_lora(images, host, monkeypatch, name, error):
+    def failing(probe):
+        raise error
+    monkeypatch.setattr(soundness.Probe, name, failing)
+    with contextlib.suppress(KeyError):
+        assert "was not looked at" in run(settings(images), host)[0].message
+    assert len(list(host.lora_folder.glob("*.safetensors"))) == 1
+
+
 def test_values_known_to_fail_are_told_alike_by_the_plan_the_check_and_the_run(images, host, capsys):
     values = {**flat(settings(images)), "learning_rate": 0.05, "train_batch_size": 6, "network_alpha": 64,
               "lr_warmup_steps": 500, "max_train_steps": 2, "save_every_n_epochs": 0}

@@ -133,11 +133,13 @@ class WebUILease(LeasedModel):
     def _restore(self) -> None:
         leased, self.version_check = self.version_check is not None, None
         setup, self._setup = self._setup, contextlib.ExitStack()
-        setup.close()
-        # Parts that the WebUI keeps elsewhere have left the device by now; at the end of the lease all that is ours, too.
-        if self.queue.holding() and not self._misplaced.retry() and leased:
-            log.warning("%s", _misplaced_error())
-        placement.free_unused()
+        try:
+            setup.close()
+        finally:
+            # Parts that the WebUI keeps elsewhere have left the device by now; at the end of the lease all that is ours, too.
+            if self.queue.holding() and not self._misplaced.retry() and leased:
+                log.warning("%s", _misplaced_error())
+            placement.free_unused()
 
     def _resume(self) -> bool:
         """Whether the WebUI holds the leased model, which is then leased again. With the lock held."""

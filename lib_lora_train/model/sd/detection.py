@@ -71,7 +71,8 @@ def read(family: Family, tensors: Mapping[str, Tensor], hints: Hints) -> Archite
         refuse_quantised(part)
     sizes = unet_config(unet, family=family, hints=hints)
     file_prediction = hints.file_prediction_type or ("v_prediction" if "v_pred" in tensors else None)
-    prediction, file_zero = hints.prediction_type or file_prediction, hints.file_zero_terminal_snr or "ztsnr" in tensors or None
+    prediction = hints.prediction_type or (file_prediction if file_prediction in ("epsilon", "v_prediction") else None)
+    file_zero = hints.file_zero_terminal_snr or "ztsnr" in tensors or None
     return Architecture(
         family=family,
         unet=sizes,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,8 @@ def with_words_of_file(hints: Hints, path: Path) -> Hints:
     file or cannot be read.
 
     Read are ModelSpec's `prediction_type` and the names of its architectures, ComfyUI's `modelspec.predict_key`, the empty
-    tensors `v_pred` and `ztsnr` by which ComfyUI and reForge know such models, and a stored ᾱ that ends at zero.
+    tensors `v_pred` and `ztsnr` by which ComfyUI and reForge know such models, and a stored ᾱ that ends at zero. A prediction
+    type of another kind ("flow") is passed on as it is written.
     """
     if path.suffix.lower() != ".safetensors":
         return hints
@@ -61,9 +63,11 @@ def with_words_of_file(hints: Hints, path: Path) -> Hints:
             stored = file.get_tensor("alphas_cumprod") if "alphas_cumprod" in names else None
     except (safetensors.SafetensorError, OSError, ValueError):
         return hints
-    said = {metadata.get(f"modelspec.{key}", "").lower() for key in ("prediction_type", "predict_key", "architecture")}
-    prediction = ("v_prediction" if "v_pred" in names or said & {"v", "v_prediction", "stable-diffusion-v2-768-v"} else
-                  "epsilon" if said & {"epsilon", "eps", "stable-diffusion-v2-512"} else None)
+    words = [metadata.get(f"modelspec.{key}", "").strip().lower().replace("-", "_")
+             for key in ("prediction_type", "predict_key", "architecture")]
+    said = {*words, *names & {"v_pred"}}
+    prediction = ("v_prediction" if said & {"v", "v_prediction", "v_pred", "vpred", "stable_diffusion_v2_768_v"} else
+                  "epsilon" if said & {"epsilon", "eps", "stable_diffusion_v2_512"} else words[0] or words[1] or None)
     # Stable Diffusion's own schedule ends at 0.0047.
     zero = "ztsnr" in names or stored is not None and stored.ndim == 1 and bool(stored[-1:].float().lt(1e-4).any())
     return dataclasses.replace(hints, file_prediction_type=prediction, file_zero_terminal_snr=zero or None)
@@ -117,10 +121,15 @@ def _within(value: Any, *, low: float, high: float, name: str) -> Any:
 def _prediction_type(model: Mapping[str, Any]) -> str | None:
     scaling = _section(model, "denoiser_config", "params", "scaling_config").get("target")
     if isinstance(scaling, str):  # sgm
-        return "v_prediction" if scaling.rpartition(".")[2].startswith("VScaling") else "epsilon"
-    if not _section(model, "unet_config"):
+        said = re.sub("Scaling.*", "", scaling.rpartition(".")[2])
+    elif _section(model, "unet_config"):
+        said = model.get("parameterization", "eps")  # ldm's default
+    else:
         return None
-    return "v_prediction" if model.get("parameterization", "eps") == "v" else "epsilon"  # ldm's default is eps
+    predictions = {"eps": "epsilon", "v": "v_prediction"}
+    if str(said).lower() not in predictions:
+        raise ValueError(f"its prediction type is {said!r:.60}, not eps or v")
+    return predictions[str(said).lower()]
 
 
 def _alphas_cumprod(model: Mapping[str, Any]) -> Any:

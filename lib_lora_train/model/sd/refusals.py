@@ -42,7 +42,7 @@ def refuse_other_kinds(tensors: Mapping[str, Tensor]) -> None:
     if (layout := foreign_layout(tensors)) and stem is None:
         raise _refused(f"a LoRA in the layout of {layout}, not a checkpoint")
     for beginnings, kind in _BEGINNINGS:
-        if kind.startswith(("a training", "a UNet")) and stem is not None:
+        if kind.startswith(("a training", "a UNet", "a LoRA", "a textual")) and stem is not None:
             continue  # such extras do no harm beside a usable UNet
         if any(name.startswith(beginnings) for name in tensors):
             raise _refused(kind)
@@ -70,4 +70,7 @@ def refuse_quantised(part: Mapping[str, Tensor]) -> None:
 
 
 def _refused(kind: str, *, why: str = "", remedy: str = SUPPORTED) -> ModelError:
-    return ModelError(f"The checkpoint is {kind}, which this trainer does not support", why=why, remedy=remedy)
+    what = f"The checkpoint is {kind}, which this trainer does not support"
+    if kind.endswith("not a checkpoint"):
+        what = f"The file is {kind}"
+    return ModelError(what, why=why, remedy=remedy)

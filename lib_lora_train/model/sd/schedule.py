@@ -20,6 +20,12 @@ def scaled_linear_alphas_cumprod(*, start: float = 0.00085, end: float = 0.012, 
     return torch.cumprod(1.0 - betas, dim=0).float()
 
 
+def is_schedule(alphas_cumprod: Tensor) -> bool:
+    """Whether these numbers can be ᾱ: a row of at least two, from below 1 down to at least 0."""
+    return (alphas_cumprod.ndim == 1 and len(alphas_cumprod) > 1 and bool(
+        (alphas_cumprod.diff() < 0).all() & (alphas_cumprod[0] < 1) & (alphas_cumprod[-1] >= 0)))
+
+
 def rescaled_to_zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
     """√ᾱ shifted so that the last is 0 and scaled so that the first stays (Lin et al. 2023, algorithm 1).
 
