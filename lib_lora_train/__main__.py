@@ -16,6 +16,7 @@ import dataclasses
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -41,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # of damaged pictures, which are named otherwise
     chosen = _parser().parse_args(arguments)
     try:
         return chosen.command(chosen)

@@ -7,6 +7,7 @@ meet is written once. What is not listed there is a bug of ours and keeps its tr
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 
 
@@ -83,7 +84,8 @@ def counted(number: int, one: str, many: str = "") -> str:
 def some_of(names: Sequence[str], limit: int = 5) -> str:
     """The first few of `names` for a sentence: "a.png, b.png and 3 more"."""
     rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
+    shown = [re.sub("[\0-\x1f\x7f\x85\u2028\u2029]", "\ufffd", name) for name in names[:limit]]  # Linux has such names
+    return ", ".join(shown) + (f" and {rest} more" if rest > 0 else "")
 
 
 @contextlib.contextmanager

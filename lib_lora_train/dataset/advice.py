@@ -50,10 +50,10 @@ def advise(report: DatasetReport, around: Circumstances) -> tuple[str, ...]:
 
 def _files(report: DatasetReport) -> Iterator[Weighted]:
     unreadable = _with(report, "unreadable_caption")
-    if unreadable:
-        yield 2000, (f"{_count(unreadable, 'caption file')} {_are(unreadable)} not UTF-8 text, nor of a known encoding "
-                     f"({_names(unreadable)}), so a training would refuse to start: save {_them(unreadable)} again with the "
-                     "encoding UTF-8 (Notepad: Save as, Encoding).")
+    for why in dict.fromkeys(image.unread for image in unreadable):
+        alike = [image for image in unreadable if image.unread == why]
+        yield 2000, (f"{_count(alike, 'caption file')} cannot be read ({_names(alike)}), so a training would refuse to start: "
+                     f"{why}.")
     broken = _with(report, "broken")
     for why in dict.fromkeys(image.why for image in broken):
         alike = [image for image in broken if image.why == why]

@@ -20,13 +20,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lib_lora_train.dataset.captions import first_line_and_rest, normal_form, split_tags
+from lib_lora_train.dataset.images import is_image_name
 from lib_lora_train.dataset.listing import MayRead, file_key, list_folder
 from lib_lora_train.dataset.text_files import CAPTION_SUFFIXES, read_text
 from lib_lora_train.errors import DatasetError, counted, printable, some_of
 
 JSON_SUFFIXES = (".json", ".jsonl")
 TEXT_SUFFIXES = (*CAPTION_SUFFIXES, *JSON_SUFFIXES)
-CAPTION_FOLDERS = ("captions", "caption", "texts", "text", "txt", "tags", "labels", "prompts")
+CAPTION_WORDS = ("caption", "text", "txt", "tag", "label", "prompt")  # in the names of folders for captions
+_OF_PROGRAMS = (".npz", ".npy", ".pt", ".safetensors", ".cache", ".db", ".ini", ".toml", ".log", ".bak")  # nobody's captions
 _MOST_JSON_BYTES = 256 << 20
 _CAPTION_KEYS, _TAG_KEYS, _NAME_KEYS = ("caption", "text", "prompt"), ("tags", "tag_string"), ("file_name", "image", "file")
 _NOT_TEXT = {  # of other programs' prompts: what it means there, and what it looks like
@@ -54,6 +56,7 @@ class FolderCaptions:
     files: Mapping[str, Sequence[Path]]  # by the image's name
     listed: Mapping[str, CaptionFile]  # by the image's name: what metadata says
     unmatched: tuple[str, ...]  # text files and metadata that fit no image
+    unread: tuple[str, ...]  # files of other kinds
 
     def of(self, image: Path) -> CaptionFile | None:
         """The caption of one image; None where it has none. Nothing is raised for a file that is no text."""
@@ -71,6 +74,8 @@ class CaptionNotes:
     def add(self, found: CaptionFile | None) -> None:
         """The caption of one more image."""
         if found is None or not found.line:
+            if found and not found.error and found.file.suffix.lower() in JSON_SUFFIXES:
+                self._names.setdefault("a JSON file that names no caption or tags ({})", []).append(found.file.name)
             return
         self.captioned += 1
         not_text = " and ".join(what for what, looks in _NOT_TEXT.items() if looks.search(found.line))
@@ -91,10 +96,18 @@ class CaptionNotes:
                 f"{text.format(printable(some_of(list(dict.fromkeys(names)))))}." for text, names in self._names.items()]
 
 
-def count_of_captions(images: int, captioned: int, unmatched: Sequence[str]) -> str:
+def of_no_kind(files: Iterable[str]) -> list[str]:
+    """Those of files, by name, that are read as neither images nor captions, but for what programs keep beside them."""
+    return [name for name in files for path in [Path(name)] if not (path.name.startswith(".") or is_image_name(path)
+                                                                    or path.suffix.lower() in (*TEXT_SUFFIXES, *_OF_PROGRAMS))]
+
+
+def count_of_captions(images: int, captioned: int, unmatched: Sequence[str], *, unread: Sequence[str] = ()) -> str:
     """The closing sentence: "3 pictures, 1 with a caption; 2 text files fit no picture (b.txt, c.txt)."."""
     rest = (f"; {counted(len(unmatched), 'text file')} {'fits' if len(unmatched) == 1 else 'fit'} no picture "
             f"({printable(some_of(unmatched, 3))})") if unmatched else ""
+    rest += (f"; {counted(len(unread), 'file is', 'files are')} of a kind that is not read ({printable(some_of(unread, 3))})"
+             if unread else "")
     return f"{counted(images, 'picture')}, {captioned:,} with {'a caption' if captioned == 1 else 'captions'}{rest}."
 
 
@@ -114,18 +127,24 @@ def find_captions(images: Sequence[Path], files: Iterable[Path], *, above: Itera
             listed |= said
             fitting.add(name)
     return FolderCaptions({name: [texts[text] for text in found] for name, found in own.items()}, listed, tuple(
-        name for name in unmatched if name not in fitting))
+        name for name in unmatched if name not in fitting), tuple(of_no_kind(texts)))
 
 
 def captions_elsewhere(folder: Path, images: Sequence[Path], *, may_read: MayRead | None) -> Iterator[str]:
     """A sentence for each place near `folder` with text files of its images' names: the folder above, a folder for captions."""
-    near = [place / name for place in (folder, folder.parent) for name in CAPTION_FOLDERS]
-    for place in (folder.parent, *near):
-        with contextlib.suppress(DatasetError):  # it is not there, or not for us
+    near = [folder.parent]
+    for place in (folder, folder.parent):
+        with contextlib.suppress(DatasetError):
+            near += [below for below in list_folder(place, may_read=may_read).folders
+                     if any(word in below.name.casefold() for word in CAPTION_WORDS)]
+    for place in near:
+        with contextlib.suppress(DatasetError):  # it is not for us
             if place != folder and (may_read is None or may_read(place)):
-                texts = [file.name for file in list_folder(place, may_read=may_read).files]
-                fitting, _ = match_names([image.name for image in images], texts)
-                if any(text.lower().endswith(CAPTION_SUFFIXES) for found in fitting.values() for text in found):
+                files, names = list_folder(place, may_read=may_read).files, [image.name for image in images]
+                found, _ = match_names(names, [file.name for file in files if file.suffix.lower() in CAPTION_SUFFIXES])
+                fitting = set(found).union(*(metadata_of(file, names, folder=folder.name) for file in files
+                                             if file.suffix.lower() in JSON_SUFFIXES))
+                if fitting:
                     yield (f"{counted(len(fitting), 'picture')} of {folder.name} {'has' if len(fitting) == 1 else 'have'} a "
                            f"caption in {place}, which is not read there: move the text files beside the pictures.")
 
@@ -152,10 +171,10 @@ def match_names(images: Iterable[str], files: Iterable[str]) -> tuple[dict[str, 
 
 
 def that_counts(found: Sequence[CaptionFile]) -> CaptionFile | None:
-    """Of the files of one image the first that holds a caption, or cannot be read; else an empty text file; else None."""
+    """Of the files of one image the first that holds a caption, or cannot be read; else the first, which holds none."""
     held = [file for file in found if file.line or file.error]
     if not held:
-        return next((file for file in found if file.file.suffix.lower() in CAPTION_SUFFIXES), None)
+        return next(iter(found), None)
     return replace(held[0], passed_over=tuple(file.file for file in held[1:] if file.line != held[0].line))
 
 
@@ -193,7 +212,10 @@ def _rows(file: Path) -> list[tuple[str, str]]:
     try:
         data = [json.loads(line) for line in text.split("\n") if line.strip()] if is_lines else json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DatasetError(f"The file {file} is not JSON", why=str(error), remedy="write it once more") from error
+        raise DatasetError(f"The caption file {file} cannot be read", why=f"it is not JSON ({error})",
+                           remedy="mend or remove it") from error
+    if isinstance(data, str) or isinstance(data, list) and data and all(isinstance(entry, str) for entry in data):
+        return [("", data if isinstance(data, str) else ", ".join(data))]
     if isinstance(data, dict):
         caption = _caption_of(data)
         return [("", caption)] if caption else [(key, _caption_of(entry)) for key, entry in data.items()]
@@ -206,7 +228,8 @@ def _caption_of(entry: object) -> str:
     if not isinstance(entry, dict):
         return entry if isinstance(entry, str) else ""
     caption, tags = (next((entry[key] for key in keys if entry.get(key)), "") for keys in (_CAPTION_KEYS, _TAG_KEYS))
-    if isinstance(tags, str):  # booru's tags have spaces between them, and none in them
-        tags = tags.split() if "_" in tags and "," not in tags else [tags]
-    tags = ", ".join(map(str, tags)) if isinstance(tags, list) else ""
+    caption = next(iter(caption), "") if isinstance(caption, list) else caption  # several of one image
+    if isinstance(tags, str):  # booru's tags have spaces between them, and none in them; gallery-dl names the site as category
+        tags = tags.split() if ("_" in tags or "category" in entry or "tag_string" in entry) and "," not in tags else [tags]
+    tags = ", ".join(map(str, tags)) if isinstance(tags, (list, dict)) else ""  # as keys, with their scores
     return ", ".join(text for text in (caption, tags) if isinstance(text, str) and split_tags(text))

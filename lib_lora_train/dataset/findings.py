@@ -3,7 +3,7 @@
 Problems are codes, so that each reader can show them in its own way:
 
     broken              cannot be used as an image; nothing is known of it but why
-    unreadable_caption  its caption file is no text in a known encoding; a training would refuse to start
+    unreadable_caption  its caption file is no text in a known encoding, or no JSON; a training would refuse to start
     small               has to be enlarged to the training size
     narrow              so long and thin that no training size fits
     blurry              soft, by itself or beside the others
@@ -48,6 +48,7 @@ class Examined:
     kept: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # (left, top, right, bottom) in its own pixels
     why: str = ""  # a broken one cannot be used, and what to do, as a sentence goes on after a colon
     several: bool = False  # frames or pages: the first is used
+    unread: str = ""  # why its caption cannot be read, likewise
 
     @property
     def usable(self) -> bool:

@@ -115,10 +115,11 @@ def scan(
     reader = _Reader(problems, watch=watch)
     examples = reader.read(subsets, trigger_word=trigger_word)
     captioned, unmatched = reader.notes.captioned, [name for subset in subsets for name in subset.captions.unmatched]
+    unread = [name for subset in subsets for name in subset.captions.unread]
     regularisation = [replace(e, is_regularisation=True) for e in reader.read(reg_subsets, trigger_word="")]
     reader.finish()
-    if captioned < len(examples):
-        problems.append(Problem(caption_files.count_of_captions(len(examples), captioned, unmatched)))
+    if captioned < len(examples) or unmatched or unread:
+        problems.append(Problem(caption_files.count_of_captions(len(examples), captioned, unmatched, unread=unread)))
     if not examples:
         raise _nothing_left(Path(folder), problems)
     if reg_subsets and not regularisation:
@@ -227,7 +228,8 @@ class _Reader:
         if self.not_text:
             raise DatasetError(
                 f"{counted(len(self.not_text), 'caption file')} cannot be read",
-                why=some_of([name for name, _ in self.not_text]), remedy="save them again with the encoding UTF-8")
+                why=some_of([name for name, _ in self.not_text]),
+                remedy=" | ".join(dict.fromkeys(error.reason for _, error in self.not_text)))
         if self.empty:
             self.problems.append(Problem(
                 f"{counted(len(self.empty), 'picture has', 'pictures have')} no caption and no trigger word, "
@@ -268,7 +270,8 @@ def find_images(folder: Path, *, what: str,
         problems += _unused_folders(folder, others, "only the pictures beside it are used; an import into a dataset takes them "
                                     "too", may_read)
         return [_with_captions(folder, loose, files, problems=problems, may_read=may_read)], "plain", problems
-    why = " ".join(p.text for p in problems) or "no file in it has a picture's name"
+    why = " ".join(p.text for p in problems) or "no file in it has a picture's name" + (
+        f" ({some_of([file.name for file in files], 3)})" if files else "")
     with_images = list(dict.fromkeys(
         # Of a numbered folder the one above it is to be chosen.
         (path.parent if is_subset_name(path.name) else path).as_posix()

@@ -23,6 +23,7 @@ from lib_lora_train.dataset.images import decode_image
 from lib_lora_train.dataset.listing import MayRead
 from lib_lora_train.dataset.plan import plain_folder_repeats, plan_run
 from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
+from lib_lora_train.dataset.text_files import CAPTION_SUFFIXES
 from lib_lora_train.errors import DatasetError, printable
 from lib_lora_train.settings import Settings
 from lib_lora_train.settings.risks import risks
@@ -36,7 +37,7 @@ class _Caption:
 
     text: str | None
     trained: str  # with trigger word, or what replaces it
-    error: bool = False
+    error: str = ""  # why it cannot be read
 
 
 def examine(
@@ -71,7 +72,8 @@ def examine(
         sizes=tuple(Counter((image.width, image.height) for image in images if image.width).most_common()),
         buckets=tuple(by_bucket.most_common()), tags=tags, once=tuple(tag for tag, count in tags.items() if count == 1),
         proposal=_proposal(by_bucket, settings), advice=(), resolution=buckets.resolution, captions=count_of_captions(
-            len(images), reader.notes.captioned, [name for subset in subsets for name in subset.captions.unmatched]))
+            len(images), reader.notes.captioned, [name for subset in subsets for name in subset.captions.unmatched],
+            unread=[name for subset in subsets for name in subset.captions.unread]))
     visits, optimizer = _planned_visits(images, reader.repeats, layout=layout, settings=settings), settings.optimizer
     steps = report.proposal.steps if visits is None else -(
         -visits // (optimizer.train_batch_size * optimizer.gradient_accumulation_steps))
@@ -108,12 +110,12 @@ class _Reader:
     def _caption(self, path: Path, subset: Subset) -> _Caption:
         """The caption as `folder.scan` reads it."""
         found = subset.captions.of(path)
-        text = found.line if found else None
+        text = found.line if found and (found.line or found.file.suffix.lower() in CAPTION_SUFFIXES) else None
         if path in self._unsaved:
             text = first_line(self._unsaved[path])
             found = CaptionFile(path, text)
         elif found and found.error:
-            return _Caption(None, "", error=True)
+            return _Caption(None, "", error=found.error.reason)
         self.notes.add(found)
         return _Caption(None if text is None else printable(text),
                         with_trigger_word(text or subset.caption, self._trigger_word))
@@ -130,11 +132,12 @@ def _examine(path: Path, caption: _Caption, *, buckets: Buckets,
     try:
         decoded = decode_image(path)
     except DatasetError as error:
-        return Examined(path, 0, 0, (0, 0), 0.0, 0.0, tokens, ("broken", *problems), why=error.reason), None
+        return Examined(path, 0, 0, (0, 0), 0.0, 0.0, tokens, ("broken", *problems), why=error.reason,
+                        unread=caption.error), None
     image, (width, height) = decoded.image, decoded.image.size
     pixels = buckets.resolution[0] * buckets.resolution[1]
     examined = Examined(path, width, height, (0, 0), 0.0, likeness.sharpness(image, pixels=pixels), tokens, (),
-                        several=decoded.several)
+                        several=decoded.several, unread=caption.error)
     narrow = max(width, height) > NARROW * min(width, height)
     try:
         placement = buckets.assign(width, height)

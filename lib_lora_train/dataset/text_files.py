@@ -30,7 +30,7 @@ _FOREIGN = "À-ÏÑ-ÖØ-Üß-ïñ-öø-üÿŒœŠšŽž"
 _ALPHABETS = {
     "cp1252": ("Windows-1252", re.compile(
         f"[ÀÁÂÄÅÉÊÓÔÖØàáâäåèéêóôöø]|(?=.*[A-Za-z])(?!.*[{_FOREIGN}]{{3}})[A-Za-z{_FOREIGN}]+")),
-    "cp1251": ("Windows-1251", re.compile("[А-яЁё]+"))}
+    "cp1251": ("Windows-1251", re.compile("[А-яЁё]+")), "koi8_r": ("KOI8-R", re.compile("[А-яЁё]+"))}
 _PUNCTUATION = re.compile(  # of alphabets, where it stands as in a sentence
     r"(?<!\w)[“‘«„¡¿©](?=[\w\s])|(?<=[\w\s.,!?…])[”’»…°²½®™](?!\w)|(?<=\w)[’–—·](?=\w)|(?<= )[–—•·](?= )|\xa0")
 _SIGNS = re.compile("[\x00-\x7f\u3000-\u303f\u30fb\u30fc\uff00-\uff20\uff5e“”‘’…—·]+")
@@ -57,8 +57,8 @@ def read_text(path: Path, *, most_bytes: int = MOST_BYTES) -> Text:
     except OSError as error:
         raise DatasetError(f"The caption file {path} cannot be read", why=str(error)) from error
     if found is None:
-        raise DatasetError(f"The caption file {path} is not UTF-8 text", why="nor is it clear which other encoding it has",
-                           remedy="save it again with the encoding UTF-8")
+        raise DatasetError(f"The caption file {path} is not UTF-8 text", why="it is not clear which encoding it has",
+                           remedy="save it again with the encoding UTF-8 (Notepad: Save as, Encoding)")
     return found
 
 
@@ -101,7 +101,8 @@ def _readings(data: bytes) -> list[tuple[float, str, str]]:
         foreign = [letters for letters in re.findall(r"[^\W\d_]+", text) if not letters.isascii()]
         if (all(sign.isascii() or sign.isalpha() for sign in _PUNCTUATION.sub("", text)) and "\0" not in text
                 and all(word.fullmatch(letters) and (letters.islower() or letters.istitle() or letters.isupper())
-                        for letters in foreign) and (encoding == "cp1252" or any(len(letters) > 1 for letters in foreign))):
+                        for letters in foreign) and (encoding == "cp1252" or any(len(letters) > 1 for letters in foreign))
+                and not (encoding == "koi8_r" and "".join(foreign).isupper())):  # small letters of Windows-1251
             found.setdefault(text, (1.0, name))
     return sorted(((score, text, name) for text, (score, name) in found.items()), reverse=True)
 

@@ -82,7 +82,7 @@ def _import(studio: Studio, from_where: Sequence[Path | Upload], *, uploads: lis
                     session.renew()
                     studio.changed()
             for note in filter(None, [*collected.notes, collected.repeats_note(session.dataset.repeats),
-                                      collected.captions if collected.unmatched else ""]):
+                                      collected.captions if collected.unmatched or collected.unread else ""]):
                 task.problem("", note)
             task.add_result({"added": [session.name(path) for path in new[:1000]], "count": len(new)})
             return f"{stopped}{counted(len(new), 'picture')} added."

@@ -58,8 +58,11 @@ def test_the_first_file_with_a_caption_counts(tmp_path: Path) -> None:
     ({"caption": "a cat", "tags": "hat, coat"}, "a cat, hat, coat"), ({"tags": ["zzk", "hat"]}, "zzk, hat"),
     ({"text": "a cat"}, "a cat"), ({"prompt": "a cat", "seed": 1}, "a cat"),
     ({"tag_string": "1girl red_hat"}, "1girl, red_hat"),
-    ({"caption": "", "tags": ["hat"]}, "hat"), ({"text": "a\ud800 c\0t"}, "a? c t"), ({"width": 5}, None), ([1, 2], None)])
-def test_a_json_file_of_the_images_name_holds_its_caption(tmp_path: Path, entry: object, caption: str | None) -> None:
+    ({"caption": "", "tags": ["hat"]}, "hat"), ({"text": "a\ud800 c\0t"}, "a? c t"), ({"width": 5}, ""), ([1, 2], ""),
+    (["1girl", "hat"], "1girl, hat"), ('"a cat"', "a cat"), ({"caption": ["a cat", "one cat"]}, "a cat"),
+    ({"tags": {"hat": 0.9, "coat": 0.8}}, "hat, coat"), ({"category": "gelbooru", "tags": "1girl solo"}, "1girl, solo"),
+    ({"tag_string": "1girl solo"}, "1girl, solo")])
+def test_a_json_file_of_the_images_name_holds_its_caption(tmp_path: Path, entry: object, caption: str) -> None:
     assert lines(found(tmp_path, ["a.png"], {"a.json": entry}), tmp_path, ["a.png"]) == [caption]
 
 
@@ -82,7 +85,7 @@ def test_a_text_file_comes_before_metadata_and_damaged_json_is_named_only_where_
     captions = found(tmp_path, ["a.png", "b.png"], {"a.txt": "own", "m.json": {"a": {"caption": "listed"}}, "b.json": "{",
                                                     "x.json": "{"})
     assert captions.of(tmp_path / "a.png").line == "own"
-    assert "b.json is not JSON" in str(captions.of(tmp_path / "b.png").error)
+    assert "b.json cannot be read: it is not JSON" in str(captions.of(tmp_path / "b.png").error)
 
 
 def test_what_is_odd_is_said_once_a_kind(tmp_path: Path) -> None:
@@ -97,8 +100,18 @@ def test_what_is_odd_is_said_once_a_kind(tmp_path: Path) -> None:
     assert notes.captioned == 4
 
 
+def test_a_json_file_without_a_caption_is_said(tmp_path: Path) -> None:
+    notes = CaptionNotes()
+    notes.add(found(tmp_path, ["a.png"], {"a.json": {"rating": "s"}}).of(tmp_path / "a.png"))
+    assert notes.captioned == 0
+    assert notes.sentences() == ["1 picture has a JSON file that names no caption or tags (a.json)."]
+
+
 def test_the_closing_sentence_counts_in_correct_english() -> None:
     assert count_of_captions(1, 1, []) == "1 picture, 1 with a caption."
     assert count_of_captions(3, 0, ["x.txt"]) == "3 pictures, 0 with captions; 1 text file fits no picture (x.txt)."
     assert count_of_captions(2, 2, list("wxyz")) == (
         "2 pictures, 2 with captions; 4 text files fit no picture (w, x, y and 1 more).")
+    assert count_of_captions(1, 0, ["a\nb.txt"]).endswith("(a\ufffdb.txt).")
+    assert count_of_captions(1, 1, [], unread=["a.psd"]) == (
+        "1 picture, 1 with a caption; 1 file is of a kind that is not read (a.psd).")

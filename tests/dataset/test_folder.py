@@ -157,12 +157,22 @@ def test_a_name_of_macos_and_one_of_windows_are_one(tmp_path: Path, make_image) 
 
 def test_captions_that_lie_elsewhere_are_said_although_there_is_a_trigger_word(tmp_path: Path, make_image) -> None:
     make_image("images/1.png")
-    for name in ("captions/1.txt", "images/img_1.txt"):
+    for name in ("captions/1.txt", "My Tags/1.txt", "images/img_1.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("a hat", encoding="utf-8")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "images/1.png", "text": "a hat"}', encoding="utf-8")
     said = texts(scan(tmp_path / "images", max_train_epochs=1, trigger_word="zzk"))
-    assert str(tmp_path / "captions") in said
+    assert f"1 picture of images has a caption in {tmp_path}, which is not read there" in said
+    assert str(tmp_path / "captions") in said and str(tmp_path / "My Tags") in said
     assert "1 picture, 0 with captions; 1 text file fits no picture (img_1.txt)." in said
+
+
+def test_files_of_other_kinds_are_said_even_where_all_have_captions(tmp_path: Path, make_image) -> None:
+    make_image("a.png", caption="fine")
+    for name in ("b.psd", "metadata.csv", "a.npz", "Thumbs.db", ".hidden.psd"):
+        (tmp_path / name).write_bytes(b"")
+    assert texts(scan(tmp_path, max_train_epochs=1)).endswith(
+        "1 picture, 1 with a caption; 2 files are of a kind that is not read (b.psd, metadata.csv).")
 
 
 def test_metadata_above_the_numbered_folders_is_read(tmp_path: Path, make_image) -> None:

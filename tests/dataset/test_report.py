@@ -100,6 +100,9 @@ def test_what_would_keep_a_training_from_starting_comes_first(tmp_path: Path, dr
     report = look(tmp_path)
     assert "UTF-8" in report.advice[0] and "Only 3 different pictures" in report.advice[1]
     assert not report.trainable and codes(report)["1.png"] == {"unreadable_caption", "small"}
+    (tmp_path / "0.json").write_text("{", encoding="utf-8")
+    damaged = next(text for text in look(tmp_path).advice if "0.png" in text)
+    assert "would refuse to start: it is not JSON" in damaged and "UTF-8" not in damaged
     with pytest.raises(DatasetError, match="UTF-8"):
         plan_dataset(parse({"train_data_dir": str(tmp_path)}), family="")
 

@@ -29,6 +29,11 @@ def test_each_caption_by_itself_is_read_in_its_encoding(encoding: str, name: str
     assert [decode(caption.encode(encoding)) for caption in captions] == [Text(caption, name) for caption in captions]
 
 
+def test_koi8_is_not_taken_for_capitals_of_windows_1251() -> None:
+    assert decode("Красные волосы, девушка".encode("koi8-r")) == Text("Красные волосы, девушка", "KOI8-R")
+    assert decode("красные волосы".encode("koi8-r")) is None  # as well ЛТБУОЩЕ ЧПМПУЩ, which is no word but for people
+
+
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-8", "utf-8-sig"])
 def test_utf_16_is_read_with_and_without_a_mark(encoding: str) -> None:
     for caption in ("zzk, hat", "1girl, café", "红发, 女孩", "猫帽子", "赤い帽子、青い目", *JAPANESE[:3]):

@@ -7,6 +7,7 @@ Unlike there, nothing is decoded, and a folder without an image is no error: ima
 from __future__ import annotations
 
 import re
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,8 @@ def read_on_disk(path: Path, *, may_read: MayRead | None = None) -> OnDisk:
     except OSError as error:
         return OnDisk(None, printable(f"The caption file {path.name} cannot be read: {error.strerror or error}."))
     stamp = (facts.st_size, facts.st_mtime_ns)
+    if not stat.S_ISREG(facts.st_mode):  # a pipe would be waited for
+        return OnDisk(None, printable(f"The caption file {path.name} cannot be read: it is no file."), stamp)
     if facts.st_size > MOST_BYTES:
         return OnDisk(None, printable(f"The file {path.name} is too large for a caption ({facts.st_size >> 20} MiB)."), stamp)
     try:
@@ -101,14 +104,10 @@ def _paired(files: Sequence[Path], *, above: Sequence[Path] = ()) -> list[Found]
     captions = find_captions(images, files, above=above)
     result = []
     for image in images:
-        own, found = captions.files.get(image.name, ()), None
-        if image.name in captions.listed or len(own) > 1 or own and own[0].suffix.lower() not in CAPTION_SUFFIXES:
-            found = captions.of(image)  # which counts is told by what they hold
-        if found is None:
-            result.append(Found(image, own[0] if len(own) == 1 else image.with_suffix(CAPTION_SUFFIXES[0])))
-        elif found.file.suffix.lower() in CAPTION_SUFFIXES:
-            result.append(Found(image, found.file, found.passed_over))
-        else:
-            text = next((file for file in own if file.suffix.lower() in CAPTION_SUFFIXES), None)
-            result.append(Found(image, text or image.with_suffix(CAPTION_SUFFIXES[0]), found.passed_over, found.line))
+        own = captions.files.get(image.name, ())
+        texts = [file for file in own if file.suffix.lower() in CAPTION_SUFFIXES]
+        found = captions.of(image) if image.name in captions.listed or len(own) > 1 or len(own) > len(texts) else None
+        # Another program's JSON file is never written.
+        file = found.file if found and found.file in texts else (*texts, image.with_suffix(CAPTION_SUFFIXES[0]))[0]
+        result.append(Found(image, file, found.passed_over, found.line) if found else Found(image, file))
     return result

@@ -48,11 +48,13 @@ class Collected:
     subsets: tuple[str, ...] = ()  # the N_name folder that each of `added` was in, "" for none
     captioned: tuple[Path, ...] = ()  # images with a caption from this import: of `added`, and others that had none
     unmatched: tuple[str, ...] = ()  # text files that fit no image
+    unread: tuple[str, ...] = ()  # files of other kinds
 
     @property
     def captions(self) -> str:
         """The closing sentence, about the images that are new or got a caption."""
-        return caption_files.count_of_captions(len({*self.added, *self.captioned}), len(self.captioned), self.unmatched)
+        return caption_files.count_of_captions(len({*self.added, *self.captioned}), len(self.captioned), self.unmatched,
+                                               unread=self.unread)
 
     def one_repeats(self) -> int | None:
         """How often an epoch shows each image by the number in front of its folder; None where that is not one number."""
@@ -92,7 +94,8 @@ def collect(
             collector.write_notes()
     return Collected(tuple(collector.added), tuple((printable(name), printable(why)) for name, why in collector.skipped),
                      collector.notes(), tuple(collector.sizes), tuple(collector.subsets), tuple(collector.captioned),
-                     tuple(map(printable, [*collector.unmatched, *(label for source in found for label in source.unmatched)])))
+                     tuple(map(printable, [*collector.unmatched, *(label for source in found for label in source.unmatched)])),
+                     tuple(printable(label) for source in found for label in source.unread))
 
 
 def _collect_source(source: Source, collector: _Collector, *, watch: Watch) -> None:

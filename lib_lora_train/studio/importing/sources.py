@@ -1,17 +1,18 @@
 """What there is to import: the images in folders, files, uploads and zip files, each with its caption and mask.
 
-Only names are read here, and the lists of contents of archives.
+Only names are read here, the lists of contents of archives, and metadata beside images that were named one by one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from lib_lora_train.dataset.caption_files import JSON_SUFFIXES, TEXT_SUFFIXES, match_names
+from lib_lora_train.dataset.caption_files import JSON_SUFFIXES, TEXT_SUFFIXES, match_names, metadata_of, of_no_kind
 from lib_lora_train.dataset.images import is_image_name
-from lib_lora_train.dataset.listing import Listing, MayRead, is_subset_name, list_tree
+from lib_lora_train.dataset.listing import Listing, MayRead, is_subset_name, list_folder, list_tree
 from lib_lora_train.dataset.masks import CONDITIONING, companion, is_masks_folder
 from lib_lora_train.dataset.text_files import CAPTION_SUFFIXES
 from lib_lora_train.errors import DatasetError, counted, printable
@@ -73,6 +74,7 @@ class Source:
     images: tuple[Found, ...]
     archive: Path | None = None
     unmatched: tuple[str, ...] = ()  # caption files without an image
+    unread: tuple[str, ...] = ()  # files of other kinds
     # JSON files that may list the images of a folder: (the folder, the file, the folder's name where the file lies above it)
     metadata: tuple[tuple[tuple[str, ...], Location, str], ...] = ()
 
@@ -102,6 +104,7 @@ class _Listing:
         self._found: list[Source] = []
         self._skipped: list[tuple[str, str]] = []
         self._files: list[Found] = []  # those that were named one by one
+        self._named: dict[Path, list[str]] = {}  # the images among them that lie in folders
 
     def add(self, source: Path | Upload) -> None:
         name, path = (source.name, source.path) if isinstance(source, Upload) else (source.name or str(source), source)
@@ -122,7 +125,10 @@ class _Listing:
             self._skipped.append((name, f"It cannot be read: {error.strerror or error}."))
 
     def finished(self) -> tuple[list[Source], list[tuple[str, str]]]:
-        source = self._source("files", self._files)
+        for parent, images in self._named.items():
+            with contextlib.suppress(DatasetError):  # a folder that cannot be listed
+                self._files += self._beside(parent, images)
+        source = self._source("files", [file for file in self._files if file.is_image or file.is_caption])
         for file in self._files:
             if not file.is_image and not file.is_caption:
                 self._skipped.append((file.label, "Its name does not end like a picture's."))
@@ -156,7 +162,7 @@ class _Listing:
                 self._skipped.append((file.label, "It is or leads to a folder that cannot or may not be read."))
         self._skipped += [(found(path).label, "An archive in a folder is not opened; import it by itself.")
                           for path in listing.files if path.suffix.lower() == ".zip"]
-        return [file for file in map(found, listing.files) if file.is_image or file.is_caption]
+        return [found(path) for path in listing.files if path.suffix.lower() != ".zip"]
 
     def _archive(self, path: Path, name: str) -> None:
         try:
@@ -188,9 +194,14 @@ class _Listing:
         folder = (str(path.parent),)
         self._files.append(Found(folder, name, path, name, str(path)))
         if is_image_name(path):
-            beside = [path.with_name(stem + suffix) for stem in (path.stem, path.name) for suffix in TEXT_SUFFIXES[:3]]
-            self._files += [Found(folder, caption.name, caption, caption.name, str(caption)) for caption in beside
-                            if caption.is_file() and self._allowed(caption)]
+            self._named.setdefault(path.parent, []).append(name)
+
+    def _beside(self, parent: Path, images: Sequence[str]) -> list[Found]:
+        """The files that hold captions of images that were named one by one."""
+        files = {file.name: file for file in list_folder(parent, may_read=self._may_read).files}
+        own, alone = match_names(images, files)
+        alone = [text for text in alone if text.lower().endswith(JSON_SUFFIXES) and metadata_of(files[text], images)]
+        return [Found((str(parent),), text, files[text], text, str(files[text])) for text in {*sum(own.values(), alone)}]
 
     def _source(self, name: str, files: Sequence[Found], *, archive: Path | None = None) -> Source:
         """The images to learn from among `files`, each with its captions and its mask, and the caption files of none; what
@@ -211,7 +222,8 @@ class _Listing:
         images, masks = self._without_masks(self._of_the_subject([file for file in files if file.is_image]))
         return Source(name, tuple(
             dataclasses.replace(file, captions=own.get((file.folder, file.name), ()), mask=masks.get(index))
-            for index, file in enumerate(images)), archive, tuple(unmatched), tuple(metadata))
+            for index, file in enumerate(images)), archive, tuple(unmatched),
+            tuple(of_no_kind(file.label for file in files if not file.name.lower().endswith(".zip"))), tuple(metadata))
 
     def _without_masks(self, files: Sequence[Found]) -> tuple[list[Found], dict[int, Location]]:
         """(the images, the mask of the image of each index). A mask is that of the image where it lies, its folder of masks
@@ -255,9 +267,10 @@ class _Listing:
             else:
                 folder = file.label.rsplit("/", len(file.folder) - at)[0]
                 left_out.setdefault(folder, []).append(_is_of_class(file, at))
-        self._skipped += [(folder, f"Its {counted(len(of_class), 'picture')} " + (
-            "show the class and not the subject (regularisation): give the folder to the training as Regularisation folder "
-            "(reg_data_dir)." if any(of_class) else "lie beside the img folder of a kohya project."))
+        self._skipped += [(folder, "Its " + (
+            f"{counted(len(of_class), 'picture shows', 'pictures show')} the class and not the subject (regularisation): give "
+            "the folder to the training as Regularisation folder (reg_data_dir)." if any(of_class) else
+            f"{counted(len(of_class), 'picture lies', 'pictures lie')} beside the img folder of a kohya project."))
             for folder, of_class in left_out.items()]
         return images
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -27,6 +28,24 @@ def make(folder: Path, captions: dict[str, str | bytes | None]) -> Path:
 
 def captions(store: CaptionStore) -> dict[str, str]:
     return {path.name: store.caption(index) for index, path in enumerate(store.images)}
+
+
+@pytest.mark.parametrize("content", ['{"rating": "s"}', "[1]", "{", '{"caption": "cat"}'])
+def test_another_programs_json_file_is_never_written(tmp_path: Path, content: str) -> None:
+    make(tmp_path, {"a.png": None})
+    (tmp_path / "a.json").write_text(content, encoding="utf-8")
+    store = CaptionStore.open(tmp_path)
+    assert store.caption(0) == ("cat" if "cat" in content else "")
+    store.apply(SetCaption(text="hat"), [0])
+    store.save()
+    assert (tmp_path / "a.json").read_text(encoding="utf-8") == content and (tmp_path / "a.txt").read_text() == "hat"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
+def test_a_pipe_of_a_captions_name_is_not_waited_for(tmp_path: Path) -> None:
+    make(tmp_path, {"a.png": None})
+    os.mkfifo(tmp_path / "a.txt")
+    assert "a.txt cannot be read: it is no file" in CaptionStore.open(tmp_path).problem(0)
 
 
 def test_a_plain_folder_is_read_by_name_with_and_without_captions(tmp_path: Path) -> None:

@@ -210,6 +210,17 @@ def test_captions_come_along_as_one_line_of_utf8(dataset: OwnedDataset, source: 
     assert any("several lines" in note for note in collected.notes)
 
 
+def test_images_named_one_by_one_bring_what_folders_would(dataset: OwnedDataset, source: Path):
+    for seed, name in enumerate("abc"):
+        noise(seed).save(source / f"{name}.png")
+    (source / "A.TXT").write_text("hat", encoding="utf-8")
+    (source / "metadata.jsonl").write_text('{"file_name": "b.png", "text": "coat"}', encoding="utf-8")
+    (source / "c.txt").write_text("of another", encoding="utf-8")
+    collected = collect(dataset, [source / "a.png", source / "b.png"])
+    assert {path.name: path.read_text() for path in dataset.images_folder.glob("*.txt")} == {"a.txt": "hat", "b.txt": "coat"}
+    assert not collected.skipped and collected.captions == "2 pictures, 2 with captions."
+
+
 def test_captions_in_json_and_other_encodings_come_along_and_what_fits_no_image_is_said(dataset: OwnedDataset, source: Path):
     for seed, name in enumerate(("a", "b", "c")):
         noise(seed).save(source / f"{name}.png")
@@ -218,13 +229,15 @@ def test_captions_in_json_and_other_encodings_come_along_and_what_fits_no_image_
     (source / "metadata.jsonl").write_text('{"file_name": "c.png", "text": "zzk, coat"}', encoding="utf-8")
     (source / "img_1.txt").write_text("a lost caption", encoding="utf-8")
     (source / "old.json").write_text('{"gone": {"caption": "zzk"}}', encoding="utf-8")
+    (source / "drawing.psd").write_bytes(b"8BPS")
     packed = shutil.make_archive(str(source.parent / "packed"), "zip", source)
     for where in (source, Path(packed)):
         collected = collect(dataset, [where])
         assert {path.name: path.read_text(encoding="utf-8") for path in dataset.images_folder.glob("*.txt")} == {
             "a.txt": "zzk, 红色帽子", "b.txt": "zzk, hat", "c.txt": "zzk, coat"}
         assert collected.captions == "3 pictures, 3 with captions; 2 text files fit no picture (old.json, " + (
-            "img_1.txt)." if where == source else "packed.zip/img_1.txt).")
+            "img_1.txt); 1 file is of a kind that is not read (drawing.psd)." if where == source else
+            "packed.zip/img_1.txt); 1 file is of a kind that is not read (packed.zip/drawing.psd).")
         assert any("GBK" in note and "(a.txt)" in note for note in collected.notes)
         for path in (*dataset.images, *dataset.images_folder.glob("*.txt")):
             path.unlink()
