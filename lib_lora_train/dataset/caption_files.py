@@ -29,6 +29,7 @@ JSON_SUFFIXES = (".json", ".jsonl")
 TEXT_SUFFIXES = (*CAPTION_SUFFIXES, *JSON_SUFFIXES)
 CAPTION_WORDS = ("caption", "text", "txt", "tag", "label", "prompt")  # in the names of folders for captions
 _OF_PROGRAMS = (".npz", ".npy", ".pt", ".safetensors", ".cache", ".db", ".ini", ".toml", ".log", ".bak")  # nobody's captions
+_FOR_PEOPLE = ("license", "licence", "readme", "copying", "notice")  # nobody's caption, where no image is called so
 _MOST_JSON_BYTES = 256 << 20
 _CAPTION_KEYS, _TAG_KEYS, _NAME_KEYS = ("caption", "text", "prompt"), ("tags", "tag_string"), ("file_name", "image", "file")
 _NOT_TEXT = {  # of other programs' prompts: what it means there, and what it looks like
@@ -166,7 +167,7 @@ def match_names(images: Iterable[str], files: Iterable[str]) -> tuple[dict[str, 
             for image in fitting:
                 order = (stem not in exact, TEXT_SUFFIXES.index(suffix), stem == image, text)
                 found.setdefault(image, []).append((order, text))
-            unmatched += [] if fitting else [text]
+            unmatched += [] if fitting or file_key(stem) in _FOR_PEOPLE else [text]
     return {image: [text for _, text in sorted(of)] for image, of in found.items()}, sorted(unmatched)
 
 

@@ -39,7 +39,8 @@ def lines(captions: FolderCaptions, folder: Path, images: list[str]) -> list[str
     (["IMG.JPG"], ["img.txt"], {"IMG.JPG": ["img.txt"]}),
     (["cafe\u0301.png"], ["caf\u00e9.txt"], {"cafe\u0301.png": ["caf\u00e9.txt"]}),
     (["a.png"], ["b.txt", "readme.md"], {}),
-], ids=["order", "shared", "own", "dots", "twins", "taken", "case", "accents", "none"])
+    (["readme.png"], ["readme.txt", "LICENSE.txt"], {"readme.png": ["readme.txt"]}),
+], ids=["order", "shared", "own", "dots", "twins", "taken", "case", "accents", "none", "for people"])
 def test_images_and_texts_are_matched_by_name(images: list[str], texts: list[str], expected: dict[str, list[str]]) -> None:
     own, unmatched = match_names(images, texts)
     assert own == expected
