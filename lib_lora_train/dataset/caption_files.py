@@ -98,9 +98,11 @@ class CaptionNotes:
 
 
 def of_no_kind(files: Iterable[str]) -> list[str]:
-    """Those of files, by name, that are read as neither images nor captions, but for what programs keep beside them."""
-    return [name for name in files for path in [Path(name)] if not (path.name.startswith(".") or is_image_name(path)
-                                                                    or path.suffix.lower() in (*TEXT_SUFFIXES, *_OF_PROGRAMS))]
+    """Those of files, by name, that are read as neither images nor captions, but for what programs keep beside them, and what
+    people are to read."""
+    return [name for name in files for path in [Path(name)] if not (
+        path.name.startswith(".") or is_image_name(path) or file_key(path.stem) in _FOR_PEOPLE
+        or path.suffix.lower() in (*TEXT_SUFFIXES, *_OF_PROGRAMS))]
 
 
 def count_of_captions(images: int, captioned: int, unmatched: Sequence[str], *, unread: Sequence[str] = ()) -> str:

@@ -238,9 +238,9 @@ def test_the_report_says_how_many_captions_there_are_and_which_text_files_are_no
     draw("a.png", caption=None)
     draw("b.png", caption=None)
     (tmp_path / "a.png.txt").write_text("a hat", encoding="utf-8")
-    (tmp_path / "LICENSE.txt").write_text("free", encoding="utf-8")
+    (tmp_path / "img_1.txt").write_text("free", encoding="utf-8")
     report = look(tmp_path, trigger_word="zzk")
-    assert report.captions == "2 pictures, 1 with a caption; 1 text file fits no picture (LICENSE.txt)."
+    assert report.captions == "2 pictures, 1 with a caption; 1 text file fits no picture (img_1.txt)."
     assert report.captions in " ".join(report.text().split()) and report.tags == {"a hat": 1}
     assert "(b.png)" in advice(report, "1 picture has no caption file")
 
