@@ -49,19 +49,22 @@ def model() -> FrozenModel:
 
 
 def measured(side: int, *, checkpointed: frozenset[str] = frozenset(), text: bool = False, images: int = 1) -> int:
-    """The highest sum of what the allocator gives out in forward and backward of a real model."""
+    """The highest sum of what the allocator gives out in forward and backward of a real model: of two, because the profiler
+    now and then loses most of its events."""
     found = model()
     layers = workload(shapes("sd1"), side, text=text).layers
     network = AdapterNetwork.build([layer.target for layer in layers], rank=8, alpha=1.0, seed=0)
     network.flatten(1e-4, 1e-4)
     x, context = torch.randn(images, 4, side // 8, side // 8), torch.randn(images, 77, found.architecture.unet.context_dim)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        if text:
-            ids = [torch.ones(images, 1, 77, dtype=torch.long)]
-            context = found.text.encode_ids(ids, adapters=network.adapters(), dtype=torch.float32).context
-        found.unet(x, torch.full((images,), 500), context, adapters=network.adapters()["unet"],
-                   checkpointed=checkpointed).square().sum().backward()
-    return peak_allocated(profile)
+    ids, peaks = [torch.ones(images, 1, 77, dtype=torch.long)], []
+    for _ in range(2):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            if text:
+                context = found.text.encode_ids(ids, adapters=network.adapters(), dtype=torch.float32).context
+            found.unet(x, torch.full((images,), 500), context, adapters=network.adapters()["unet"],
+                       checkpointed=checkpointed).square().sum().backward()
+        peaks.append(peak_allocated(profile))
+    return max(peaks)
 
 
 @pytest.mark.parametrize("side, images, checkpointed, text", [(128, 2, False, True), (192, 1, True, False)],
