@@ -2,8 +2,8 @@
 
 Two layouts: kohya's `parent/N_name/` (N repeats, `name` is the caption where there is no file), and a
 plain folder of images. An image that cannot be used is skipped and named in a Problem; only a folder
-without a usable image, and captions that are not UTF-8, are refused: the rest could be trained, but
-on a text without meaning.
+without a usable image, and captions whose encoding is not clear, are refused: the rest could be
+trained, but on a text without meaning.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def scan(
     images get repeats such that they are visited as often as the others together; they never get
     the trigger word. Order: by name, the same on every system. `may_read` is asked for folders and links; what
     it refuses is passed over and counted in a Problem.
-    Raises DatasetError (folder missing, empty, unreadable; no usable image; captions not UTF-8) and
+    Raises DatasetError (folder missing, empty, unreadable; no usable image; captions in no clear encoding) and
     Interrupted when `should_stop()` says so.
     """
     subsets, layout, problems = find_images(Path(folder), what="dataset", may_read=may_read)
