@@ -58,7 +58,7 @@ class Step:
     `loss` is the mean over the step's micro-batches after all weighting, `average_loss` the mean over the last epoch's
     worth of steps. `learning_rate` is the UNet's, `text_encoder_lr` 0 where no text encoder is trained. `seconds_left`
     is None until the speed is known. `skipped` marks a step that was not applied, since its gradients or its loss were not
-    finite (None in JSON); `skipped_steps` counts those of the run.
+    finite (None in JSON); `skipped_steps` counts those of the run. `gradient_norm` is that before clipping, of all weights.
     """
 
     kind: ClassVar[str] = "step"
@@ -74,6 +74,7 @@ class Step:
     seconds_left: float | None
     skipped: bool = False
     skipped_steps: int = 0
+    gradient_norm: float = math.nan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +97,75 @@ class Warned:
 
 
 @dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """The pictures that the LoRA is measured on and not trained on, by file name; `derived` where there were too few, so that
+    they are mirrored crops of pictures that are trained. Sent once, after `Planned`."""
+
+    kind: ClassVar[str] = "held_out"
+    pictures: tuple[str, ...]
+    derived: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Losses on fixed noise after a step, without SNR weights: each a mean over pictures for the low, middle and high third of
+    the timesteps, with the LoRA on `training` and `held_out` pictures, and without it (the base model) on the same.
+    `held_out` is () where there are none. `strength` is ‖ΔW‖ / ‖W‖ by component ("unet", "te"), the median over layers. `path` is the save that was
+    measured, "" for none."""
+
+    kind: ClassVar[str] = "measured"
+    step: int
+    epoch: int
+    training: tuple[float, ...]
+    unadapted_training: tuple[float, ...]
+    held_out: tuple[float, ...]
+    unadapted_held_out: tuple[float, ...]
+    strength: dict[str, float]
+    path: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageLosses:
+    """The mean loss on fixed noise of each training picture (by file name), with the LoRA and of the base model."""
+
+    kind: ClassVar[str] = "image_losses"
+    step: int
+    images: tuple[str, ...]
+    losses: tuple[float, ...]
+    unadapted: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+    """A picture was sampled after a step (0: by the base model). `index` counts the prompts from 0; `file` is in the run's
+    folder, with slashes."""
+
+    kind: ClassVar[str] = "sampled"
+    step: int
+    epoch: int
+    index: int
+    prompt: str
+    seed: int
+    file: str
+
+
+Finding = Literal["learning", "too slow", "plateau", "no effect", "diverging", "overfitting", "ruined", "words"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagnosed:
+    """How the training goes, judged after a step: `message` is a sentence with the remedy; `setting` names the one to change to
+    `value`, both "" for none. "words" is a set whose captions, trigger word or pictures are the matter."""
+
+    kind: ClassVar[str] = "diagnosed"
+    step: int
+    finding: Finding
+    message: str
+    setting: str = ""
+    value: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Finished:
     """The last event of every run. `path` is the result, "" where there is none; `verdict` what it is worth, "" where nobody
     looked."""
@@ -108,24 +178,41 @@ class Finished:
     verdict: Verdict = ""
 
 
-Event = Planned | Stage | Step | Saved | Warned | Finished
+Event = Planned | Stage | Step | Saved | Warned | HeldOut | Measured | PictureLosses | Sampled | Diagnosed | Finished
 Report = Callable[[Event], None]
 
-_KINDS: dict[str, type] = {cls.kind: cls for cls in (Planned, Stage, Step, Saved, Warned, Finished)}
+_KINDS: dict[str, type] = {cls.kind: cls for cls in (
+    Planned, Stage, Step, Saved, Warned, HeldOut, Measured, ImageLosses, Sampled, Diagnosed, Finished)}
 
 
 def to_dict(event: Event) -> dict[str, Any]:
     """The event as plain data, its kind under "event". JSON has no NaN: such a number is None."""
-    return {"event": event.kind, **{name: None if isinstance(value, float) and not math.isfinite(value) else value
-                                    for name, value in dataclasses.asdict(event).items()}}
+    return {"event": event.kind, **{name: _finite(value) for name, value in dataclasses.asdict(event).items()}}
 
 
 def from_dict(data: dict[str, Any]) -> Event:
     """The event that `to_dict` wrote. Fields added by a later version are left out; raises KeyError on an unknown kind."""
     cls = _KINDS[data["event"]]
     types = {field.name: field.type for field in dataclasses.fields(cls)}
-    return cls(**{name: math.nan if value is None and types[name] == "float" else value
-                  for name, value in data.items() if name in types})
+    return cls(**{name: _read(value, types[name]) for name, value in data.items() if name in types})
+
+
+def _finite(value: Any) -> Any:
+    """`value` with None for each number that is not finite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, (tuple, list)):
+        return [_finite(entry) for entry in value]
+    return {key: _finite(entry) for key, entry in value.items()} if isinstance(value, dict) else value
+
+
+def _read(value: Any, kind: str) -> Any:
+    """`value` of a field of that type as `to_dict` had it."""
+    if value is None and kind == "float":
+        return math.nan
+    if isinstance(value, list):
+        return tuple(math.nan if entry is None and "float" in kind else entry for entry in value)
+    return value
 
 
 def shielded(report: Report) -> Report:

@@ -141,6 +141,8 @@ def status(*, runner: Runner, host: Host, after: int = 0) -> dict[str, Any]:
         saved           [{path, step, epoch, final, lora_text}] in the order they were written
         finished        {outcome: "done"|"stopped"|"failed", message, path, steps, verdict} or None; the verdict is "healthy",
                         "ruined", or "" where nobody looked
+        evaluated       a count that changes with each measurement and sample: then ask for the run's results
+        diagnosed       {step, finding, message, setting, value}: how the training goes, or None
         lora_text       "<lora:name:1>" once the run's result is written, else ""
         trigger_word    of the run, "" for none
     """
@@ -148,7 +150,8 @@ def status(*, runner: Runner, host: Host, after: int = 0) -> dict[str, Any]:
     answer: dict[str, Any] = {
         "model": _model(host.checkpoint()), "run": "", "name": "", "running": False, "stopping": "", "waiting": False,
         "started": None, "planned": None, "stage": None, "step": None, "fraction": 0.0, "seconds_left": None, "points": [],
-        "every": 1, "warnings": [], "saved": [], "finished": None, "lora_text": "", "trigger_word": ""}
+        "every": 1, "warnings": [], "saved": [], "finished": None, "evaluated": 0, "diagnosed": None, "lora_text": "",
+        "trigger_word": ""}
     if state is None:
         return answer
     result = state.finished.path if state.finished else ""
@@ -159,7 +162,8 @@ def status(*, runner: Runner, host: Host, after: int = 0) -> dict[str, Any]:
         seconds_left=_seconds_left(state) if state.running else None,
         points=[list(point) for point in state.points], every=state.every, warnings=list(state.warnings),
         saved=[{**dataclasses.asdict(saved), "lora_text": lora_text(saved.path)} for saved in state.saved],
-        finished=_plain(state.finished), lora_text=lora_text(result) if result else "",
+        finished=_plain(state.finished), evaluated=state.evaluated, diagnosed=_plain(state.diagnosed),
+        lora_text=lora_text(result) if result else "",
         trigger_word=str(runner.settings().get("trigger_word", "")))
     return _finite(answer)
 

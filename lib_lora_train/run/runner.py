@@ -34,7 +34,8 @@ class Status:
     """What a watcher wants to know, as plain data.
 
     `points` are (step, loss, average loss) after the step that the watcher already has; `thinned` says that old
-    points were dropped to keep the list short and the curve should be drawn anew from what is here.
+    points were dropped to keep the list short and the curve should be drawn anew from what is here. `evaluated` counts
+    measurements and samples: the run's results are worth another look when it has changed.
     """
 
     run: str
@@ -50,6 +51,8 @@ class Status:
     finished: events.Finished | None
     points: tuple[tuple[int, float, float], ...]
     every: int
+    evaluated: int = 0
+    diagnosed: events.Diagnosed | None = None
 
     @property
     def fraction(self) -> float:
@@ -73,6 +76,8 @@ class _Run:
         self.finished: events.Finished | None = None
         self.points: list[tuple[int, float, float]] = []
         self.every = 1
+        self.evaluated = 0
+        self.diagnosed: events.Diagnosed | None = None
 
     def see(self, event: events.Event) -> None:
         if isinstance(event, events.Planned):
@@ -93,6 +98,10 @@ class _Run:
                 self.warnings.append(event.message)
         elif isinstance(event, events.Finished):
             self.finished, self.stage = event, None
+        elif isinstance(event, (events.HeldOut, events.Measured, events.ImageLosses, events.Sampled)):
+            self.evaluated += 1
+        elif isinstance(event, events.Diagnosed):
+            self.diagnosed = event
 
     def remember(self, folder: Path) -> None:
         """The curve as far as an interrupted run's folder tells it."""
@@ -182,7 +191,8 @@ class Runner:
                 run=run.record.folder.name, name=run.name, running=running,
                 stopping=self._tasks.stopping, started=run.started, planned=run.planned, stage=run.stage, step=run.step,
                 saved=tuple(run.saved), warnings=tuple(run.warnings), finished=None if running else run.finished,
-                points=tuple(p for p in run.points if p[0] > after), every=run.every)
+                points=tuple(p for p in run.points if p[0] > after), every=run.every, evaluated=run.evaluated,
+                diagnosed=run.diagnosed)
 
     def settings(self) -> dict[str, object]:
         """The settings that the user chose for the current or last run, by name; {} before the first."""

@@ -14,6 +14,7 @@ from lib_lora_train.settings import kohya
 from lib_lora_train.settings.areas import (
     CaptionSettings,
     DatasetSettings,
+    EvaluationSettings,
     LossSettings,
     MemorySettings,
     NetworkSettings,
@@ -35,6 +36,7 @@ class Settings:
     optimizer: OptimizerSettings = OptimizerSettings()
     loss: LossSettings = LossSettings()
     memory: MemorySettings = MemorySettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
     save: SaveSettings = SaveSettings()
 
     @property
@@ -150,6 +152,13 @@ def ignored(settings: Settings) -> list[str]:
         unused("aspect buckets are off", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale")
     elif now["bucket_no_upscale"]:
         unused(f"with {named('bucket_no_upscale')} a picture's own size counts", "min_bucket_reso", "max_bucket_reso")
+    if not now["validation"]:
+        unused(f"nothing is measured, {named('validation')}", "validate_every_n_steps", "early_stopping")
+    if not now["sample_images"]:
+        unused(f"nothing is sampled, {named('sample_images')}", "sample_prompts", "sample_every_n_steps",
+               "sample_every_n_epochs", "sample_at_first")
+    elif now["sample_every_n_epochs"]:
+        unused(f"{named('sample_every_n_epochs')} takes its place", "sample_every_n_steps")
     if now["max_train_steps"]:
         unused(f"{named('max_train_steps')} says when to end", "max_train_epochs")
     return [no_effect(name, why) for name, why in found]

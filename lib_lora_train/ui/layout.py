@@ -30,7 +30,7 @@ ROWS_IN_VIEW = (
     ("network_train_unet_only", "flip_aug"),
 )
 FOLDS = {"network": "Network", "optimizer": "Optimizer", "loss": "Loss and noise", "captions": "Captions",
-         "dataset": "Dataset", "memory": "Memory", "save": "Saving"}
+         "dataset": "Dataset", "memory": "Memory", "evaluation": "Samples and measuring", "save": "Saving"}
 _HIDDEN = "lora-train-hidden"
 
 
