@@ -110,8 +110,8 @@ class HeldOut:
 class Measured:
     """Losses on fixed noise after a step, without SNR weights: each a mean over pictures for the low, middle and high third of
     the timesteps, with the LoRA on `training` and `held_out` pictures, and without it (the base model) on the same.
-    `held_out` is () where there are none. `strength` is ‖ΔW‖ / ‖W‖ by component ("unet", "te"), the median over layers. `path` is the save that was
-    measured, "" for none."""
+    `held_out` is () where there are none. `strength` is ‖ΔW‖ / ‖W‖ by component ("unet", "te"), the median over layers.
+    `path` is the save that was measured, "" for none."""
 
     kind: ClassVar[str] = "measured"
     step: int
@@ -178,7 +178,7 @@ class Finished:
     verdict: Verdict = ""
 
 
-Event = Planned | Stage | Step | Saved | Warned | HeldOut | Measured | PictureLosses | Sampled | Diagnosed | Finished
+Event = Planned | Stage | Step | Saved | Warned | HeldOut | Measured | ImageLosses | Sampled | Diagnosed | Finished
 Report = Callable[[Event], None]
 
 _KINDS: dict[str, type] = {cls.kind: cls for cls in (
