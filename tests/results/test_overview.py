@@ -155,7 +155,8 @@ def test_a_long_run_is_told_in_at_most_500_points_with_its_end(run: Run) -> None
         run.record.write(step(number, 1997))
     points = run.overview()["steps"]
     numbers = [number for number, *_ in points]
-    assert 250 <= len(points) <= 500 and numbers[-1] == 1997 and numbers == list(range(numbers[0], 1998, numbers[1] - numbers[0]))
+    assert 250 <= len(points) <= 500
+    assert numbers[-1] == 1997 and numbers == list(range(numbers[0], 1998, numbers[1] - numbers[0]))
 
 
 def test_a_file_of_another_run_in_its_place_is_not_a_save_of_this_one(run: Run) -> None:
