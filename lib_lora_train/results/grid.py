@@ -14,8 +14,8 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import os
 import math
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal

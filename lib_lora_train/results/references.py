@@ -10,8 +10,8 @@ from lib_lora_train.dataset.folder import Example, scan
 from lib_lora_train.dataset.held_out import HeldOutImage, split
 from lib_lora_train.dataset.progress import ShouldStop
 from lib_lora_train.errors import SettingError
-from lib_lora_train.events import HeldOut, Planned
-from lib_lora_train.run.record import read_events, read_settings
+from lib_lora_train.results.history import read_history
+from lib_lora_train.run.record import read_settings
 from lib_lora_train.settings import DECLARATIONS, Settings, parse
 from lib_lora_train.settings.allowed_paths import AllowedPaths, check_allowed
 
@@ -35,9 +35,9 @@ def settings_of(folder: Path) -> Settings:
 
 def resolution_of(folder: Path) -> tuple[int, int]:
     """(width, height) that the run was planned for, (512, 512) where it does not say."""
-    planned = [event.resolution for event in read_events(folder) if isinstance(event, Planned)]
-    width, _, height = planned[-1].partition("×") if planned else ("512", "", "512")
-    return int(width), int(height)
+    planned = read_history(folder).planned
+    width, _, height = (planned.resolution if planned else "").replace("×", "x").partition("x")
+    return (int(width), int(height)) if width.isdigit() and height.isdigit() else (512, 512)
 
 
 def references_of(folder: Path, settings: Settings, *, allowed: AllowedPaths | None,
@@ -48,8 +48,8 @@ def references_of(folder: Path, settings: Settings, *, allowed: AllowedPaths | N
     dataset = scan(Path(settings.dataset.train_data_dir), max_train_epochs=settings.optimizer.max_train_epochs,
                    trigger_word=settings.dataset.trigger_word, should_stop=should_stop,
                    may_read=allowed.may_read if allowed else None)
-    said = [event for event in read_events(folder) if isinstance(event, HeldOut)]
-    names, derived = (set(said[-1].pictures), said[-1].derived) if said else (set[str](), False)
+    said = read_history(folder).held_out
+    names, derived = (set(said.pictures), said.derived) if said else (set[str](), False)
     if derived:
         drawn = split(dataset, share=settings.evaluation.validation_split, seed=settings.optimizer.seed)
         return References(tuple(image for image in drawn.held_out if image.example.path.name in names), dataset.examples, True)
