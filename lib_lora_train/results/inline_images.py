@@ -6,10 +6,12 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from html import escape
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, TypeVar
 
 from PIL import Image
+
+from lib_lora_train.results.overview import image_of
 
 SIDE = 256  # pixels of the longer side
 _MOST_STEPS, _MOST_PROMPTS = 10, 6  # of the strips
@@ -18,24 +20,28 @@ T = TypeVar("T")
 
 def image(folder: Path, name: str, label: str) -> str:
     """The image `name` (with slashes, relative to the run's folder) with a label below it; a click enlarges it."""
-    url = _data_url(folder, name)
-    shown = f'<img src="{url}" alt="{escape(label)}">' if url else '<span class="gone">gone</span>'
+    small = small_image(folder, name)
+    shown = f'<img src="{_data_url(small)}" alt="{escape(label)}">' if small else '<span class="gone">gone</span>'
     return f'<label class="image"><input type="checkbox">{shown}{escape(label)}</label>'
 
 
-def _data_url(folder: Path, name: str) -> str:
-    """The image as a JPEG of at most `SIDE` pixels; "" where it is gone, damaged or not in the folder."""
-    parts = PurePosixPath(name.replace("\\", "/")).parts
-    if not parts or ".." in parts or not set(parts[0]).isdisjoint("/:"):
-        return ""
-    buffer = io.BytesIO()
+def small_image(folder: Path, name: str, side: int = SIDE) -> Image.Image | None:
+    """The image `name` of a run, shrunk to fit `side` pixels; None where it is gone, damaged or none of the run's."""
+    path = image_of(folder, name)
     try:
-        with Image.open(folder.joinpath(*parts), formats=("PNG", "JPEG", "WEBP")) as read:
+        if path is None:
+            return None
+        with Image.open(path, formats=("PNG",)) as read:
             small = read.convert("RGB")
-            small.thumbnail((SIDE, SIDE), reducing_gap=2.0)
-            small.save(buffer, "JPEG", quality=82)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what Pillow raises of damaged files
-        return ""
+        return None
+    small.thumbnail((side, side), reducing_gap=2.0)
+    return small
+
+
+def _data_url(small: Image.Image) -> str:
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=82)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 

@@ -22,6 +22,7 @@ from lib_lora_train.adapters.file import read_metadata
 from lib_lora_train.errors import LoraFileError, counted, printable
 from lib_lora_train.host.port import Host
 from lib_lora_train.results.charts import Line, chart
+from lib_lora_train.results.history import read_history
 from lib_lora_train.results.inline_images import image, strips
 from lib_lora_train.results.overview import overview
 from lib_lora_train.run.diagnostics import Private
@@ -42,8 +43,9 @@ _MOST_NAMED = 8
 def write_report(folder: Path, host: Host | None = None) -> None:
     """Write the run's report into its folder. A fault is logged: a run has ended well without one."""
     try:
-        write_atomic(folder / FILE, report_html(folder, host).encode())
-    except Exception:  # noqa: BLE001 - nothing that only shows a run may change how it ends
+        if folder.is_dir():
+            write_atomic(folder / FILE, report_html(folder, host).encode())
+    except Exception:
         log.exception("The report of the run %s was not written", folder.name)
 
 
@@ -77,21 +79,16 @@ class _Run:
 
     @classmethod
     def read(cls, folder: Path, host: Host | None) -> _Run:
-        planned, warned, paths = None, dict[str, None](), dict[str, str]()
-        for event in read_events(folder):
-            planned = event if isinstance(event, events.Planned) else planned
-            if isinstance(event, events.Warned):
-                warned[event.message] = None
-            if path := getattr(event, "path", ""):
-                paths[path] = _file_name(path)
-        settings, data = read_settings(folder), overview(folder, host)
+        known, settings, data = tuple(read_events(folder)), read_settings(folder), overview(folder, host)
+        warned = dict.fromkeys(event.message for event in known if isinstance(event, events.Warned))
+        paths = {path: _file_name(path) for event in known if (path := getattr(event, "path", ""))}
         metadata: Mapping[str, str] = {}
         for save in data["saves"]:
             try:
                 metadata = read_metadata(Path(save["path"])) if save["exists"] else metadata
             except LoraFileError:
                 continue
-        return cls(folder, data, past_run(folder), settings, planned, tuple(warned), metadata,
+        return cls(folder, data, past_run(folder), settings, read_history(folder).planned, tuple(warned), metadata,
                    Private.of(settings, host=host, run=folder), paths)
 
     def text(self, message: str) -> str:
