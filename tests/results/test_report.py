@@ -135,10 +135,12 @@ def test_what_files_say_is_text(tmp_path: Path) -> None:
 
 def test_folders_users_and_the_comment_are_not_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("USER", "zaphod")
-    run = Run(tmp_path, {"training_comment": "for nobody else", "network_weights": str(tmp_path / "others" / "first.safetensors")})
+    continued = tmp_path / "others" / "first.safetensors"
+    run = Run(tmp_path, {"training_comment": "for nobody else", "network_weights": str(continued)})
     path = run.save("zzk", 100, final=True)
     run.tell(events.Warned(f"{tmp_path / 'pictures' / 'a.png'} cannot be opened, zaphod."),
-             events.HeldOut((f"{tmp_path}/a.png",), derived=False), events.Finished("done", f"zzk is ready: {path}", str(path), 100))
+             events.HeldOut((f"{tmp_path}/a.png",), derived=False),
+             events.Finished("done", f"zzk is ready: {path}", str(path), 100))
     html = run.html()
     assert not [word for word in (str(tmp_path), str(Path.home()) + "/", "zaphod", "for nobody else") if word in html]
     assert "zzk is ready: zzk.safetensors" in html and "first.safetensors" in html
@@ -164,7 +166,8 @@ def test_the_settings_in_it_are_a_file_that_repeats_the_run(tmp_path: Path) -> N
     (tmp_path / "settings.toml").write_text(page.blocks[0], encoding="utf-8")
     again = flat(parse(read_toml(tmp_path / "settings.toml")))
     assert again == {**flat(run.settings), "train_data_dir": "", "output_dir": ""}
-    assert ["Rank (network_dim)", "3", "16"] in page.rows and not [row for row in page.rows if row[0].endswith("(network_alpha)")]
+    assert ["Rank (network_dim)", "3", "16"] in page.rows
+    assert not [row for row in page.rows if row[0].endswith("(network_alpha)")]  # it has its default
     assert "--config settings.toml" in page.blocks[1]
 
 
