@@ -203,7 +203,7 @@
             known = now;
             const lines = [];
             if (proposal) {
-                const by = " × ", pictures = count(dataset.pictures - dataset.held_out.pictures, "picture");
+                const by = " × ", pictures = count(proposal.pictures, "picture");
                 lines.push(pictures + by + count(proposal.repeats, "repeat") + by + count(proposal.epochs, "epoch") +
                     " / " + proposal.batch + " = " + count(proposal.steps, "step"));
             } else {

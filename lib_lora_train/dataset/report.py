@@ -187,12 +187,12 @@ def _compare(images: Sequence[Examined], thumbnails: Mapping[int, likeness.Thumb
 
 def _proposal(buckets: Mapping[Size, int], settings: Settings) -> Proposal:
     """The rule of plain folders, as steps of the batch that is set."""
-    optimizer = settings.optimizer
-    repeats = plain_folder_repeats(sum(buckets.values()), max_train_epochs=optimizer.max_train_epochs)
+    optimizer, pictures = settings.optimizer, sum(buckets.values())
+    repeats = plain_folder_repeats(pictures, max_train_epochs=optimizer.max_train_epochs)
     plan = plan_run({size: count * repeats for size, count in buckets.items()}, train_batch_size=optimizer.train_batch_size,
                     gradient_accumulation_steps=optimizer.gradient_accumulation_steps,
                     max_train_epochs=optimizer.max_train_epochs)
-    return Proposal(repeats, plan.epochs, plan.steps, optimizer.train_batch_size)
+    return Proposal(pictures, repeats, plan.epochs, plan.steps, optimizer.train_batch_size)
 
 
 def _planned_visits(repeats: Sequence[int], *, layout: str, settings: Settings) -> int | None:

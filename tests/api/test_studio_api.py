@@ -675,7 +675,7 @@ def test_a_report_says_what_is_wrong_and_knows_when_it_is_old(desk: Desk):
     # 320×200 is too small for 512; captions count as they are edited, saved or not.
     assert report["counts"]["small"] == 3 and report["counts"]["empty_caption"] == 1
     assert report["to_look_at"] == 3
-    assert report["proposal"] == {"repeats": 50, "epochs": 10, "steps": 1500, "batch": 1} and report["advice"]
+    assert report["proposal"] == {"pictures": 3, "repeats": 50, "epochs": 10, "steps": 1500, "batch": 1} and report["advice"]
     assert [p["name"] for p in desk.images(filter={"problem": "empty_caption"})] == ["red.png"]
     assert Image.open(io.BytesIO(desk.get("crops").content)).format == "JPEG"
     desk.post("caption", {"id": "red.png", "text": "red again"})

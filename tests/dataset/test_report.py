@@ -339,7 +339,7 @@ def test_the_report_as_json_names_images_within_the_folder(tmp_path: Path, draw:
     image, = data["pictures"]
     assert image["path"] == "5_猫/絵.png" and (image["width"], image["height"]) == (300, 200)
     assert data["counts"] == {"small": 1} and data["tags"] == {"猫": 1} and data["advice"]
-    assert set(data["proposal"]) == {"repeats", "epochs", "steps", "batch"}
+    assert set(data["proposal"]) == {"pictures", "repeats", "epochs", "steps", "batch"}
 
 
 def test_progress_counts_every_image_and_stopping_ends_the_work(tmp_path: Path, draw: Draw) -> None:
