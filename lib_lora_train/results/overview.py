@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -36,7 +37,7 @@ def overview(folder: Path, host: Host) -> dict[str, Any]:
     return plain({
         "run": folder.name, "name": settings.get("output_name", ""), "trigger_word": settings.get("trigger_word", ""),
         "result": {"path": str(result), "lora_text": lora_text(result)} if result is not None and result.is_file() else None,
-        "saves": [{**_save(save), "preview": preview(history, folder, save)} for save in saves_of(folder)],
+        "saves": [{**_save(save), "preview": shown(folder, save.id).file} for save in saves_of(folder)],
         "held_out": _fields(history.held_out),
         "measured": [_fields(event) for event in history.measured],
         "samples": _samples(history, folder),
@@ -48,9 +49,23 @@ def overview(folder: Path, host: Host) -> dict[str, Any]:
     })
 
 
-def preview(history: RunHistory, folder: Path, save: Save) -> str:
-    """The image that shows a save best, by name in the run's folder: the first prompt's sample after its step; "" for none."""
-    return next((event.file for event in history.sampled if event.step == save.step and image_of(folder, event.file)), "")
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """The image that shows a save best: its name in the run's folder, its path and the prompt; "" and None for none."""
+
+    file: str = ""
+    path: Path | None = None
+    prompt: str = ""
+
+
+def shown(folder: Path, save_id: str, *, weight: float = 1) -> Shown:
+    """What shows this save of the run in `folder` at `weight` best: the first prompt's sample after its step."""
+    history = read_history(folder)
+    steps = {Path(event.path).stem: event.step for _, event in history.saved}
+    for event in history.sampled:
+        if event.step == steps.get(save_id) and (path := image_of(folder, event.file)):
+            return Shown(event.file, path, event.prompt)
+    return Shown()
 
 
 def image_of(folder: Path, name: str) -> Path | None:

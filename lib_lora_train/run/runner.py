@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from lib_lora_train.run.record import RunRecord, new_folder, read_events
 from lib_lora_train.run.resume import run_folder
 from lib_lora_train.settings import Settings, flat
 
+log = logging.getLogger(__name__)
 _BUSY = "A training is running already"
 _MOST_POINTS = 1000
 _MOST_WARNINGS = 50
@@ -126,10 +128,17 @@ class Runner:
         self._tasks: TaskRunner[events.Finished] = TaskRunner("lora-train")
         self._run: _Run | None = None
         self._guards: list[Callable[[Settings], None]] = []
+        self._afterwards: list[Callable[[Path, Host], None]] = []
 
     def guard(self, check: Callable[[Settings], None]) -> None:
         """Have `check` asked before each start: it raises HostError where something else is under way that must end first."""
         self._guards.append(check)
+
+    def afterwards(self, act: Callable[[Path, Host], None]) -> None:
+        """Have `act` done with each run's folder once it has ended, however it did; a second time changes nothing. What it raises
+        is logged."""
+        if act not in self._afterwards:
+            self._afterwards.append(act)
 
     def start(self, plan: RunPlan, host: Host, *, requested: Settings | None = None) -> str:
         """Start a job and return its run's id: that of the run it resumes, if that one is in the host's folder of runs.
@@ -220,6 +229,11 @@ class Runner:
             self._report(run, host, ending)
         finally:
             run.record.close()
+        for act in self._afterwards:
+            try:
+                act(run.record.folder, host)
+            except Exception:
+                log.exception("What follows a training failed")
 
 
 RUNNER = Runner()
