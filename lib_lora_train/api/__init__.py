@@ -34,7 +34,7 @@ from lib_lora_train.api import service, studio
 from lib_lora_train.api.gate import OUTDATED, PREFIX, TOKEN_HEADER, Gate, LoggedIn, same_origin
 from lib_lora_train.errors import SettingError
 from lib_lora_train.host.port import Host
-from lib_lora_train.results.take import dress
+from lib_lora_train.results.promote import dress
 from lib_lora_train.run import diagnostics
 from lib_lora_train.run.runner import Runner
 from lib_lora_train.studio.requests import validated

@@ -1,8 +1,8 @@
-"""What a run made and what it is worth: its saves, the page that shows them, and the one that is taken.
+"""What a run made and what it is worth: its saves, the page that shows them, and the one that becomes the LoRA.
 
-    history.py   the events of a run as they count in the end
-    saves.py     the saves of a run, from its events and the disk
-    take.py      a save becomes the LoRA; saves are deleted, and shown among the WebUI's LoRAs
-    card.py      the WebUI's card and preview of a LoRA, beside what the user wrote there
-    overview.py  all that the results page shows of a run
+    history.py         the events of a run as they count in the end
+    saves.py           the saves of a run, from its events and the disk
+    promote.py         a save becomes the LoRA; saves are deleted, and shown among the WebUI's LoRAs
+    user_metadata.py   the WebUI's card and preview of a LoRA, beside what the user wrote there
+    overview.py        all that the results page shows of a run
 """

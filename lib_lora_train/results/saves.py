@@ -1,7 +1,7 @@
 """The saves of a run, from its events and the disk.
 
-The run's result is the file called as the LoRA. Taking another save puts that save's weights there (`take.py`), so a save is
-found by what its file says of its own making, and its id stays what it was when it was written.
+The run's result is the file called as the LoRA. Another save may be promoted (`promote.py`), whose weights are then there: so a
+save is found by what its file says of its own making, and its id stays what it was when it was written.
 """
 
 from __future__ import annotations

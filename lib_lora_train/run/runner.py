@@ -135,8 +135,8 @@ class Runner:
         self._guards.append(check)
 
     def afterwards(self, act: Callable[[Path, Host], None]) -> None:
-        """Have `act` done with each run's folder once it has ended, however it did; a second time changes nothing. What it raises
-        is logged."""
+        """Have `act` done with each run's folder once the run has ended, however it did; a second time changes nothing. What it
+        raises is logged."""
         if act not in self._afterwards:
             self._afterwards.append(act)
 

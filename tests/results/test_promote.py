@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -20,8 +19,8 @@ from lib_lora_train.adapters.file import read_metadata
 from lib_lora_train.errors import HostError, LoraFileError, LoraTrainError, OutputError, SettingError
 from lib_lora_train.host.standalone import StandaloneHost
 from lib_lora_train.results.overview import overview
+from lib_lora_train.results.promote import delete, dress, promote
 from lib_lora_train.results.saves import saves_of
-from lib_lora_train.results.take import Taken, delete, dress, take
 from lib_lora_train.run.planning import plan_job
 from lib_lora_train.run.runner import Runner
 from lib_lora_train.settings import parse
@@ -43,8 +42,8 @@ def run(tmp_path: Path) -> Run:
     return run
 
 
-def taken(run: Run, save: str = "zzk-step00000040", weight: float = 0.8) -> Taken:
-    return take(run.folder, save, weight=weight, host=run.host)
+def taken(run: Run, save: str = "zzk-step00000040", weight: float = 0.8) -> dict:
+    return promote(run.folder, save, weight=weight, host=run.host)
 
 
 def value(path: Path) -> float:
@@ -70,9 +69,9 @@ def test_the_save_that_is_taken_has_the_loras_name_and_the_former_one_that_of_it
         "zzk": 40, "zzk-step00000040": 40, "zzk-step00000080": 80, "zzk-step00000100": 100}
     # The WebUI lists a LoRA under this name.
     assert {read_metadata(path)["ss_output_name"] == path.stem for path in loras.glob("*.safetensors")} == {True}
-    assert (Path(result.path), Path(result.kept)) == (loras / "zzk.safetensors", loras / "zzk-step00000100.safetensors")
-    assert (result.lora_text, result.prompt) == ("<lora:zzk:0.8>", "prompt 0 <lora:zzk:0.8>")
-    assert (result.width, result.height) == (64, 64)
+    assert (Path(result["path"]), Path(result["kept"])) == (loras / "zzk.safetensors", loras / "zzk-step00000100.safetensors")
+    assert (result["lora_text"], result["prompt"]) == ("<lora:zzk:0.8>", "prompt 0 <lora:zzk:0.8>")
+    assert (result["width"], result["height"]) == (64, 64)
 
 
 def test_ids_stay_and_any_save_can_be_taken_next(run: Run) -> None:
@@ -89,7 +88,7 @@ def test_ids_stay_and_any_save_can_be_taken_next(run: Run) -> None:
 
 
 def test_what_the_file_says_of_itself_is_right_under_its_new_name(run: Run) -> None:
-    path = Path(taken(run).path)
+    path = Path(taken(run)["path"])
     metadata, source = read_metadata(path), read_metadata(run.host.lora_folder / "zzk-step00000040.safetensors")
     assert metadata["modelspec.sai_model_spec"] == "1.0.1" and metadata["modelspec.title"] == "zzk"
     assert metadata["modelspec.trigger_phrase"] == "zzk girl"
@@ -141,12 +140,12 @@ def test_a_damaged_card_is_told_and_nothing_is_written(run: Run, damaged: bytes)
 
 
 def test_the_preview_is_that_of_the_save_and_goes_with_it(run: Run) -> None:
-    preview = Path(taken(run).preview)
+    preview = Path(taken(run)["preview"])
     assert preview == run.host.lora_folder / "zzk.preview.png"
     assert Image.open(preview).getpixel((0, 0)) == (40, 0, 0)
     taken(run, "zzk-step00000080")
     assert Image.open(preview).getpixel((0, 0)) == (80, 0, 0)
-    assert taken(run, "zzk").preview == "" and not preview.exists()  # which has no sample: another's would not be true
+    assert taken(run, "zzk")["preview"] == "" and not preview.exists()  # which has no sample: another's would not be true
 
 
 @pytest.mark.parametrize("name", ["zzk.png", "zzk.preview.png", "zzk.preview.jpeg"])
@@ -223,7 +222,7 @@ def test_while_a_training_of_that_name_is_under_way_nothing_is_taken(run: Run, t
         taken(run)
     assert files(run) == before
     other.record.close()
-    assert value(Path(taken(run).path)) == 40
+    assert value(Path(taken(run)["path"])) == 40
 
 
 def test_others_on_the_network_change_what_lies_in_their_folders_only(run: Run, tmp_path: Path) -> None:
@@ -245,7 +244,7 @@ def test_the_average_that_the_grid_made_is_taken_and_kept_like_any_save(run: Run
     assert value(loras / "zzk.safetensors") == 90 and value(loras / "zzk-step00000100.safetensors") == 100
     assert {one.id: value(one.path) for one in saves_of(run.folder)}["zzk"] == 100
     average.unlink()
-    assert Path(taken(run, "zzk-step00000040").kept) == loras / "zzk-average.safetensors"
+    assert Path(taken(run, "zzk-step00000040")["kept"]) == loras / "zzk-average.safetensors"
     assert value(loras / "zzk-average.safetensors") == 90
 
 
@@ -305,7 +304,7 @@ def test_the_page_shows_which_save_is_the_lora(run: Run) -> None:
     assert shown == {"zzk-step00000040": (True, "<lora:zzk-step00000040:1>"),
                      "zzk-step00000080": (False, "<lora:zzk-step00000080:1>"), "zzk": (False, "<lora:zzk-step00000100:1>")}
     assert found["result"]["lora_text"] == "<lora:zzk:1>"
-    assert json.dumps(dataclasses.asdict(taken(run, "zzk")))
+    assert json.dumps(taken(run, "zzk"))
 
 
 def test_a_run_ends_with_cards_and_any_of_its_saves_can_be_taken(host: StandaloneHost, images: Path) -> None:
@@ -321,8 +320,8 @@ def test_a_run_ends_with_cards_and_any_of_its_saves_can_be_taken(host: Standalon
     assert (first.own, last.own, last.is_result) == (True, True, True)
     assert card_of(first.path)["activation text"] == card_of(last.path)["activation text"] == "zzk"
     weights, final = (safetensors.torch.load_file(save.path) for save in (first, last))
-    result = take(folder, first.id, weight=1, host=host)
-    for path, expected in ((result.path, weights), (result.kept, final)):
+    result = promote(folder, first.id, weight=1, host=host)
+    for path, expected in ((result["path"], weights), (result["kept"], final)):
         found = safetensors.torch.load_file(path)
         assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
-    assert result.prompt == "zzk <lora:zzk:1>" and card_of(Path(result.path))["preferred weight"] == 1
+    assert result["prompt"] == "zzk <lora:zzk:1>" and card_of(Path(result["path"]))["preferred weight"] == 1

@@ -1,7 +1,7 @@
-"""What the WebUI shows of a LoRA: the card NAME.json and the image NAME.preview.png beside it.
+"""What the WebUI's card of a LoRA shows: the user metadata NAME.json and the image NAME.preview.png beside it.
 
-Both may be the user's own. A card is merged into: what it lacks is filled in, and what we wrote is written anew only while it
-is still what we wrote. An image that is not ours stays.
+Both may be the user's own. The metadata are merged into: what they lack is filled in, and what we wrote is written anew only
+while it is still what we wrote. An image that is not ours stays.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _KINDS = ("png", "jpg", "jpeg", "webp", "gif")  # of images that the WebUI shows
 _UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
-def card_path(lora: Path) -> Path:
+def metadata_path(lora: Path) -> Path:
     """Where the WebUI looks for the card of this LoRA."""
     return lora.with_name(f"{lora.stem}.json")
 
@@ -40,37 +40,37 @@ def preview_path(lora: Path) -> Path:
     return lora.with_name(f"{lora.stem}.preview.png")
 
 
-def read_card(lora: Path) -> dict[str, Any]:
+def read_user_metadata(lora: Path) -> dict[str, Any]:
     """The card as it stands, {} where there is none. Raises OutputError where it cannot be read: it may be all that the user
     ever wrote there."""
-    path, why = card_path(lora), "it is not what the WebUI writes"
+    path, why = metadata_path(lora), "it is not what the WebUI writes"
     try:
         with translated(f"reading {path.name}"):
-            card = json.loads(path.read_text(encoding="utf-8-sig"))
+            known = json.loads(path.read_text(encoding="utf-8-sig"))
     except OutputError as error:
         if isinstance(error.__cause__, FileNotFoundError):
             return {}
         raise
     except (ValueError, RecursionError) as error:
-        card, why = None, str(error)
-    if not isinstance(card, dict):
+        known, why = None, str(error)
+    if not isinstance(known, dict):
         raise OutputError(f"The card {path} is damaged, so nothing is written", why=why, remedy="repair it, or move it away")
-    return card
+    return known
 
 
-def merged(card: Mapping[str, Any], values: Mapping[str, object]) -> dict[str, Any]:
+def merged(known: Mapping[str, Any], values: Mapping[str, object]) -> dict[str, Any]:
     """The card with our `values` by the WebUI's names, and nothing of the user's changed."""
-    recorded = card.get(OURS)
-    ours = {key: value for key, value in (recorded if isinstance(recorded, dict) else {}).items() if card.get(key) == value}
-    free = {key: value for key, value in values.items() if key in ours or card.get(key) in _EMPTY}
-    return {**card, **free, OURS: {**ours, **free}}
+    recorded = known.get(OURS)
+    ours = {key: value for key, value in (recorded if isinstance(recorded, dict) else {}).items() if known.get(key) == value}
+    free = {key: value for key, value in values.items() if key in ours or known.get(key) in _EMPTY}
+    return {**known, **free, OURS: {**ours, **free}}
 
 
-def write_card(lora: Path, card: Mapping[str, Any]) -> None:
+def write_user_metadata(lora: Path, known: Mapping[str, Any]) -> None:
     """Write the card of this LoRA as the WebUI does. Raises OutputError."""
-    text = json.dumps(card, indent=4, ensure_ascii=False)
-    with translated(f"writing {card_path(lora).name}"):
-        write_atomic(card_path(lora), text.encode("utf-8", "backslashreplace"))
+    text = json.dumps(known, indent=4, ensure_ascii=False)
+    with translated(f"writing {metadata_path(lora).name}"):
+        write_atomic(metadata_path(lora), text.encode("utf-8", "backslashreplace"))
 
 
 def read_preview(path: Path | None) -> Image.Image | None:
@@ -119,9 +119,9 @@ def remove_ours(lora: Path) -> None:
         if _is_ours(preview_path(lora)):
             remove(preview_path(lora))
         with contextlib.suppress(OutputError):
-            card = read_card(lora)
+            card = read_user_metadata(lora)
             if {key: value for key, value in card.items() if key != OURS} == card.get(OURS):
-                remove(card_path(lora))
+                remove(metadata_path(lora))
 
 
 def _is_ours(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""A save is taken: it becomes the LoRA, under the LoRA's own name, with card and preview. Saves are deleted.
+"""A save is promoted: it becomes the LoRA, under the LoRA's own name, with card and preview. Saves are deleted.
 
 Nothing is lost on the way: what lay under the name is written elsewhere before it is replaced, whole, and the steps are such
 that a kill between any two of them leaves every weight on the disk.
@@ -6,19 +6,19 @@ that a kill between any two of them leaves every weight on the disk.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lib_lora_train.adapters import file
 from lib_lora_train.adapters.metadata import renamed
 from lib_lora_train.errors import HostError, LoraFileError, LoraTrainError, OutputError, SettingError, counted, translated
 from lib_lora_train.host.port import Host
 from lib_lora_train.model.family import FAMILIES
-from lib_lora_train.results import card as card_module
+from lib_lora_train.results import user_metadata
 from lib_lora_train.results.history import read_history
 from lib_lora_train.results.overview import shown
 from lib_lora_train.results.saves import Save, lora_text, origin, result_path, saves_of, wrote
@@ -34,52 +34,38 @@ _REFRESH_SECONDS = 2.0
 _LOCK = threading.Lock()  # two requests at once would use the same temporary files
 
 
-@dataclasses.dataclass(frozen=True)
-class Taken:
-    """The LoRA after a save was taken, and what to send to text-to-image. Paths as text; `preview` and `kept` are "" for none.
-
-    kept   where the weights are that lay under the LoRA's name before
-    """
-
-    path: str
-    card: str
-    preview: str
-    kept: str
-    lora_text: str
-    prompt: str
-    width: int
-    height: int
-
-
-def take(folder: Path, save_id: str, *, weight: float, host: Host) -> Taken:
+def promote(folder: Path, save_id: str, *, weight: float, host: Host) -> dict[str, Any]:
     """Make a save of the run in `folder` the LoRA, to be used at `weight`. "NAME-average" is the mean of the last saves, where
     the grid made one.
 
+    Returns path, card and preview of the LoRA, where the weights are `kept` that had its name before ("" for none), and what
+    to send to text-to-image: lora_text, prompt (with it), width, height.
     Raises LoraFileError for a save that is not there or not the run's, SettingError for a weight that cannot be, OutputError
     where another LoRA has the name or the card is damaged, and HostError while a run of that name is under way. Nothing has
     changed then, but where the disk refused half-way; all weights are there all the same.
     """
     if not (math.isfinite(weight) and 0 < weight <= MOST_WEIGHT):
-        raise SettingError(f"A weight of {weight:g} cannot be taken", why=f"the WebUI's cards know 0 to {MOST_WEIGHT:g}")
+        raise SettingError(f"A weight of {weight:g} is not possible", why=f"the WebUI's cards know 0 to {MOST_WEIGHT:g}")
     with _LOCK:
         source, target = _source(folder, save_id), _target(folder, host)
         _refuse_while_training(folder)
-        card = card_module.read_card(target)
+        card = user_metadata.read_user_metadata(target)
         kept = _keep_former(folder, target, source)
         image_shown = shown(folder, save_id, weight=weight)
-        image = card_module.read_preview(image_shown.path)
-        _copy(source, target, trigger=_trigger(folder), thumbnail=card_module.thumbnail(image) if image else b"")
-        preview = card_module.write_preview(target, image)
-        values = {**_card_values(folder, target), "preferred weight": round(weight, 2), "negative text": "",
+        image = user_metadata.read_preview(image_shown.path)
+        _copy(source, target, trigger=_trigger(folder), thumbnail=user_metadata.thumbnail(image) if image else b"")
+        preview = user_metadata.write_preview(target, image)
+        values = {**_values_of(folder, target), "preferred weight": round(weight, 2), "negative text": "",
                   "notes": f"Taken from {save_id}, at a weight of {weight:g}."}
-        card_module.write_card(target, card_module.merged(card, values))
+        user_metadata.write_user_metadata(target, user_metadata.merged(card, values))
     if kept is not None:
         dress(folder, host, only=kept)
     _refresh(host)
     text = lora_text(target, round(weight, 2))
     width, height = _resolution(folder)
-    return Taken(str(target), str(card_module.card_path(target)), str(preview or ""), str(kept or ""), text,
-                 f"{image_shown.prompt or _trigger(folder)} {text}".strip(), width, height)
+    return {"path": str(target), "card": str(user_metadata.metadata_path(target)), "preview": str(preview or ""),
+            "kept": str(kept or ""), "lora_text": text, "prompt": f"{image_shown.prompt or _trigger(folder)} {text}".strip(),
+            "width": width, "height": height}
 
 
 def delete(folder: Path, ids: Sequence[str], *, host: Host) -> list[str]:
@@ -95,12 +81,12 @@ def delete(folder: Path, ids: Sequence[str], *, host: Host) -> list[str]:
             _check(save)
             if save.path == result:
                 raise LoraFileError(f"{save.id} is not deleted", why="it is what the LoRA's own file holds",
-                                    remedy="take another save first")
+                                    remedy="make another one the LoRA first")
             _check_writable(save.path, host)
         for save in chosen:
             with translated(f"deleting {save.path.name}"):
                 remove(save.path)
-            card_module.remove_ours(save.path)
+            user_metadata.remove_ours(save.path)
     _refresh(host)
     return [save.path.name for save in chosen]
 
@@ -114,15 +100,15 @@ def dress(folder: Path, host: Host, *, only: Path | None = None) -> None:
         try:
             with _LOCK:
                 _check_writable(save.path, host)
-                card = card_module.read_card(save.path)
-                card_module.write_preview(save.path, card_module.read_preview(shown(folder, save.id).path))
-                card_module.write_card(save.path, card_module.merged(card, _card_values(folder, save.path)))
+                card = user_metadata.read_user_metadata(save.path)
+                user_metadata.write_preview(save.path, user_metadata.read_preview(shown(folder, save.id).path))
+                user_metadata.write_user_metadata(save.path, user_metadata.merged(card, _values_of(folder, save.path)))
         except LoraTrainError as error:
             log.warning("%s has no card: %s", save.path.name, error)
 
 
 def _source(folder: Path, save_id: str) -> Path:
-    """The file of the save that is taken."""
+    """The file of the save."""
     average = _average(folder)
     if save_id == average.stem and average.is_file():
         return average
@@ -153,7 +139,7 @@ def _target(folder: Path, host: Host) -> Path:
     _check_writable(target, host)
     if target.exists() and not wrote(folder, target):
         raise OutputError(f"There is another LoRA called {target.stem!r}", why=f"{target} was not written by this run",
-                          remedy="rename it, then take the save")
+                          remedy="rename it, then try again")
     return target
 
 
@@ -179,7 +165,7 @@ def _keep_former(folder: Path, target: Path, source: Path) -> Path | None:
             return place
     if kept.exists():
         raise OutputError(f"{target.stem} is not replaced, for it could not be kept", why=f"{kept} is another LoRA",
-                          remedy="rename it, then take the save")
+                          remedy="rename it, then try again")
     _copy(target, kept)
     return kept
 
@@ -191,7 +177,7 @@ def _copy(source: Path, target: Path, *, trigger: str = "", thumbnail: bytes = b
     file.save(target, read.tensors, renamed(read.metadata, target.stem, trigger_word=trigger, thumbnail=thumbnail), dtype=dtype)
 
 
-def _card_values(folder: Path, lora: Path) -> dict[str, object]:
+def _values_of(folder: Path, lora: Path) -> dict[str, object]:
     """What a card says of any save, by the WebUI's names."""
     metadata, planned = file.read_metadata(lora), read_history(folder).planned
     version = metadata.get("ss_base_model_version", "")
