@@ -34,7 +34,6 @@ from lib_lora_train.api import service, studio
 from lib_lora_train.api.gate import OUTDATED, PREFIX, TOKEN_HEADER, Gate, LoggedIn, same_origin
 from lib_lora_train.errors import SettingError
 from lib_lora_train.host.port import Host
-from lib_lora_train.results.promote import dress
 from lib_lora_train.run import diagnostics
 from lib_lora_train.run.runner import Runner
 from lib_lora_train.studio.requests import validated
@@ -51,7 +50,6 @@ def install(app: FastAPI, *, runner: Runner, host: Host, token: str, credentials
     `login_of(app)` does if it is not given. `program` is what this runs in, for reports of problems.
     """
     diagnostics.remember_log()
-    runner.afterwards(dress)
     gate = Gate(app, token=token, credentials=dict(credentials), api_enabled=api_enabled, logged_in=logged_in or login_of(app))
 
     def add(method: str, name: str, answer: Callable[[RunRequest], object], about: str) -> None:

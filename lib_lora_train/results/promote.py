@@ -103,7 +103,7 @@ def dress(folder: Path, host: Host, *, only: Path | None = None) -> None:
                 card = user_metadata.read_user_metadata(save.path)
                 user_metadata.write_preview(save.path, user_metadata.read_preview(shown(folder, save.id).path))
                 user_metadata.write_user_metadata(save.path, user_metadata.merged(card, _values_of(folder, save.path)))
-        except LoraTrainError as error:
+        except (LoraTrainError, OSError, ValueError) as error:
             log.warning("%s has no card: %s", save.path.name, error)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 import threading
 import time
 from collections.abc import Callable
@@ -24,7 +23,6 @@ from lib_lora_train.run.record import RunRecord, new_folder, read_events
 from lib_lora_train.run.resume import run_folder
 from lib_lora_train.settings import Settings, flat
 
-log = logging.getLogger(__name__)
 _BUSY = "A training is running already"
 _MOST_POINTS = 1000
 _MOST_WARNINGS = 50
@@ -128,22 +126,17 @@ class Runner:
         self._tasks: TaskRunner[events.Finished] = TaskRunner("lora-train")
         self._run: _Run | None = None
         self._guards: list[Callable[[Settings], None]] = []
-        self._afterwards: list[Callable[[Path, Host], None]] = []
 
     def guard(self, check: Callable[[Settings], None]) -> None:
         """Have `check` asked before each start: it raises HostError where something else is under way that must end first."""
         self._guards.append(check)
 
-    def afterwards(self, act: Callable[[Path, Host], None]) -> None:
-        """Have `act` done with each run's folder once the run has ended, however it did; a second time changes nothing. What it
-        raises is logged."""
-        if act not in self._afterwards:
-            self._afterwards.append(act)
-
-    def start(self, plan: RunPlan, host: Host, *, requested: Settings | None = None) -> str:
+    def start(self, plan: RunPlan, host: Host, *, requested: Settings | None = None,
+              recorded: Callable[[Path], None] | None = None) -> str:
         """Start a job and return its run's id: that of the run it resumes, if that one is in the host's folder of runs.
 
-        `requested` are the settings as the user chose them; None: those of the plan.
+        `requested` are the settings as the user chose them; None: those of the plan. `recorded` is called with the run's
+        folder once all is written there.
         Raises HostError while another is running or a guard objects, OutputError for a bad name.
         """
         settings = plan.settings
@@ -163,7 +156,7 @@ class Runner:
                 if old:
                     run.remember(old)
                 self._tasks.start(job, name="The training", doing="training", busy=_BUSY,
-                                  ended=functools.partial(self._ended, run, host))
+                                  ended=functools.partial(self._ended, run, host, recorded))
             except Exception:
                 record.close()
                 raise
@@ -220,7 +213,8 @@ class Runner:
             self._tasks.stop("save")
         return self._tasks.stopping
 
-    def _ended(self, run: _Run, host: Host, ending: events.Finished | Failure) -> None:
+    def _ended(self, run: _Run, host: Host, recorded: Callable[[Path], None] | None,
+               ending: events.Finished | Failure) -> None:
         if isinstance(ending, Failure):
             if ending.trace:
                 run.record.keep_failure(ending.trace)
@@ -229,11 +223,8 @@ class Runner:
             self._report(run, host, ending)
         finally:
             run.record.close()
-        for act in self._afterwards:
-            try:
-                act(run.record.folder, host)
-            except Exception:
-                log.exception("What follows a training failed")
+            if recorded:
+                recorded(run.record.folder)
 
 
 RUNNER = Runner()

@@ -16,14 +16,13 @@ from PIL import Image
 from lib_lora_train import events
 from lib_lora_train.adapters import file
 from lib_lora_train.adapters.file import read_metadata
+from lib_lora_train.api import service
 from lib_lora_train.errors import HostError, LoraFileError, LoraTrainError, OutputError, SettingError
 from lib_lora_train.host.standalone import StandaloneHost
 from lib_lora_train.results.overview import overview
 from lib_lora_train.results.promote import delete, dress, promote
 from lib_lora_train.results.saves import saves_of
-from lib_lora_train.run.planning import plan_job
 from lib_lora_train.run.runner import Runner
-from lib_lora_train.settings import parse
 from lib_lora_train.settings.allowed_paths import AllowedPaths
 from tests.results.written_run import Run
 
@@ -308,13 +307,11 @@ def test_the_page_shows_which_save_is_the_lora(run: Run) -> None:
 
 
 def test_a_run_ends_with_cards_and_any_of_its_saves_can_be_taken(host: StandaloneHost, images: Path) -> None:
-    settings = parse({"train_data_dir": str(images), "output_name": "zzk", "trigger_word": "zzk", "resolution": "64",
+    settings = {"train_data_dir": str(images), "output_name": "zzk", "trigger_word": "zzk", "resolution": "64",
                       "num_repeats": 1, "min_bucket_reso": 64, "network_dim": 1, "max_train_steps": 4, "save_every_n_steps": 2,
-                      "validation": False, "sample_images": False})
+                      "validation": False, "sample_images": False}
     runner = Runner()
-    runner.afterwards(dress)
-    runner.afterwards(lambda folder, host: 1 / 0)  # which is logged
-    folder = host.runs_folder / runner.start(plan_job(settings, host), host)
+    folder = host.runs_folder / service.start(settings, runner=runner, host=host)
     assert runner.wait(60) and runner.status().finished.outcome == "done"
     first, last = saves_of(folder)
     assert (first.own, last.own, last.is_result) == (True, True, True)
