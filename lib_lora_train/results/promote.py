@@ -19,8 +19,10 @@ from lib_lora_train.errors import HostError, LoraFileError, LoraTrainError, Outp
 from lib_lora_train.host.port import Host
 from lib_lora_train.model.family import FAMILIES
 from lib_lora_train.results import user_metadata
+from lib_lora_train.results.grid import FOLDER
 from lib_lora_train.results.history import read_history
 from lib_lora_train.results.overview import shown
+from lib_lora_train.results.references import resolution_of
 from lib_lora_train.results.saves import Save, lora_text, origin, result_path, saves_of, wrote
 from lib_lora_train.run.record import read_settings
 from lib_lora_train.settings.allowed_paths import inside
@@ -62,7 +64,7 @@ def promote(folder: Path, save_id: str, *, weight: float, host: Host) -> dict[st
         dress(folder, host, only=kept)
     _refresh(host)
     text = lora_text(target, round(weight, 2))
-    width, height = _resolution(folder)
+    width, height = resolution_of(folder)
     return {"path": str(target), "card": str(user_metadata.metadata_path(target)), "preview": str(preview or ""),
             "kept": str(kept or ""), "lora_text": text, "prompt": f"{image_shown.prompt or _trigger(folder)} {text}".strip(),
             "width": width, "height": height}
@@ -145,7 +147,7 @@ def _target(folder: Path, host: Host) -> Path:
 
 def _average(folder: Path) -> Path:
     """Where the grid keeps the mean of the last saves."""
-    return folder / "grid" / f"{read_settings(folder).get('output_name', '')}-{AVERAGE}.safetensors"
+    return folder / FOLDER / f"{read_settings(folder).get('output_name', '')}-{AVERAGE}.safetensors"
 
 
 def _keep_former(folder: Path, target: Path, source: Path) -> Path | None:
@@ -205,12 +207,6 @@ def _check_writable(path: Path, host: Host) -> None:
     if host.allowed is not None and not inside(str(path), host.allowed.writing):
         raise SettingError(f"{path} is left as it is", why="others can reach this page, so it keeps to the folders it "
                            "is allowed", remedy=host.allowed.advice)
-
-
-def _resolution(folder: Path) -> tuple[int, int]:
-    planned = read_history(folder).planned
-    width, _, height = (planned.resolution if planned else "").replace("×", "x").partition("x")
-    return (int(width), int(height)) if width.isdigit() and height.isdigit() else (512, 512)
 
 
 def _refresh(host: Host) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ from lib_lora_train.adapters.file import read_metadata
 from lib_lora_train.api import service
 from lib_lora_train.errors import HostError, LoraFileError, LoraTrainError, OutputError, SettingError
 from lib_lora_train.host.standalone import StandaloneHost
+from lib_lora_train.results.grid import Cell, Column, Grid, Prompt, SampleOptions
 from lib_lora_train.results.overview import overview
 from lib_lora_train.results.promote import delete, dress, promote
 from lib_lora_train.results.saves import saves_of
@@ -145,6 +147,23 @@ def test_the_preview_is_that_of_the_save_and_goes_with_it(run: Run) -> None:
     taken(run, "zzk-step00000080")
     assert Image.open(preview).getpixel((0, 0)) == (80, 0, 0)
     assert taken(run, "zzk")["preview"] == "" and not preview.exists()  # which has no sample: another's would not be true
+
+
+def test_without_a_sample_the_preview_is_the_grids_at_the_nearest_weight(run: Run) -> None:
+    columns = (Column(), *(Column("zzk", weight, part) for weight, part in ((0.8, "unet"), (0.5, ""), (0.7, ""), (1.0, ""))))
+    prompts = Prompt("a cat", triggered=False), Prompt("zzk girl", triggered=True)
+    grid = Grid(columns, prompts, (1,), SampleOptions(size=(8, 8)),
+                tuple(Cell(column, prompt, 1, f"grid/{column}{prompt}.png") for column in range(5) for prompt in range(2)))
+    (run.folder / "grid").mkdir()
+    (run.folder / "grid" / "cells.json").write_text(json.dumps(dataclasses.asdict(grid)), encoding="utf-8")
+    for cell in grid.cells:
+        Image.new("RGB", (8, 8), (cell.column, cell.prompt, 0)).save(run.folder / cell.file)
+    result = taken(run, "zzk", 0.75)
+    assert Image.open(result["preview"]).getpixel((0, 0)) == (3, 1, 0)
+    assert result["prompt"] == "zzk girl <lora:zzk:0.75>"
+    found = overview(run.folder, run.host)
+    assert found["saves"][-1]["preview"] == "grid/41.png"
+    assert found["grid"]["progress"] == {"done": 10, "total": 10}
 
 
 @pytest.mark.parametrize("name", ["zzk.png", "zzk.preview.png", "zzk.preview.jpeg"])
