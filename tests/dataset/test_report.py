@@ -151,7 +151,8 @@ def test_sizes_buckets_and_steps_are_those_of_the_training(tmp_path: Path, draw:
     assert look(tmp_path, family="sdxl").resolution == (1024, 1024)
 
 
-@pytest.mark.parametrize(("images", "batch", "repeats", "steps"), [(5, 1, 30, 1500), (12, 1, 13, 1560), (20, 4, 10, 500)])
+@pytest.mark.parametrize(("images", "batch", "repeats", "steps"), [
+    (5, 1, 30, 1500), (12, 1, 15, 1500), (22, 4, 10, 500)])  # of 12 and 22 two are held out
 def test_the_proposal_is_a_hundred_times_an_image_and_fifteen_hundred_in_all(
         tmp_path: Path, draw: Draw, images: int, batch: int, repeats: int, steps: int) -> None:
     for i in range(images):
