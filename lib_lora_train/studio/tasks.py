@@ -1,4 +1,4 @@
-"""The studio's one background task with its progress and problems. It goes on when the page is reloaded or closed, and how
+"""One background task with its progress and problems: the studio's, and that of the results. It goes on when the page is reloaded or closed, and how
 it ended is kept until the next one starts."""
 
 from __future__ import annotations
