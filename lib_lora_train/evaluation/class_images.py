@@ -8,19 +8,16 @@ images and their prompts as captions; FOLDER is what reg_data_dir names.
 from __future__ import annotations
 
 import dataclasses
-import io
 import itertools
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-
 from lib_lora_train.dataset.images import is_image_name
 from lib_lora_train.dataset.progress import Progress, ShouldStop
 from lib_lora_train.dataset.text_files import read_text
 from lib_lora_train.errors import DatasetError, SettingError, translated
+from lib_lora_train.evaluation.infotext import png_of
 from lib_lora_train.host.lease import LeaseHost, lease_for
 from lib_lora_train.model.sampler import SampleRequest, to_image
 from lib_lora_train.settings import Settings
@@ -74,7 +71,7 @@ def make_class_images(host: LeaseHost, *, prompts: Sequence[str], count: int, fo
             image = to_image(lease.model, lease.sample(request))
             # The caption first: an image without one would be trained on the folder's name.
             write_atomic(target / f"{number:06d}.txt", (prompt + "\n").encode("utf-8"))
-            write_atomic(target / f"{number:06d}.png", _png(image, request, lease.checkpoint))
+            write_atomic(target / f"{number:06d}.png", png_of(image, request, checkpoint=lease.checkpoint))
             if on_progress:
                 on_progress(done + 1, count)
     return ClassImages(folder, len(missing), found)
@@ -103,14 +100,3 @@ def _missing(prompts: Sequence[str], *, count: int, captions: Counter[str]) -> l
         else:
             missing.append(prompt)
     return missing
-
-
-def _png(image: Image.Image, request: SampleRequest, checkpoint: str) -> bytes:
-    """The file, with how it was made in the words of the WebUI, which can read them back."""
-    negative = f"\nNegative prompt: {request.negative_prompt}" if request.negative_prompt else ""
-    text = PngInfo()
-    text.add_text("parameters", f"{request.prompt}{negative}\nSteps: {request.steps}, Sampler: Euler, CFG scale: "
-                  f"{request.cfg_scale:g}, Seed: {request.seed}, Size: {request.width}x{request.height}, Model: {checkpoint}")
-    file = io.BytesIO()
-    image.save(file, "PNG", pnginfo=text)
-    return file.getvalue()

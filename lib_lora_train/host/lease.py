@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 
+from lib_lora_train.adapters.stack import Stack
 from lib_lora_train.dataset.progress import ShouldStop
 from lib_lora_train.errors import Interrupted, SettingError
 from lib_lora_train.events import Report, Stage, shielded
@@ -56,9 +57,9 @@ class ModelLease:
         if done < total and not yield_to_others(self._leased, self.model, report=self._report):
             raise Interrupted(f"{self.task} was stopped while other work used the model")
 
-    def sample(self, request: SampleRequest) -> torch.Tensor:
-        """Latents [1,4,h,w] in the VAE's own scale. Raises SettingError for a size that the model does not have, and
-        Interrupted."""
+    def sample(self, request: SampleRequest, *, adapters: Stack | None = None) -> torch.Tensor:
+        """Latents [1,4,h,w] in the VAE's own scale, with `adapters` on the model. Raises SettingError for a size that the model
+        does not have, and Interrupted."""
         architecture = self.model.architecture
         multiple = architecture.vae.factor * 2 ** architecture.unet.halvings
         width, height = request.width, request.height
@@ -66,7 +67,7 @@ class ModelLease:
             raise SettingError(f"Pictures of {width}×{height} pixels do not fit this model",
                                why=f"its sizes are multiples of {multiple}")
         return sample_batch(self.model, [request], clip_skip=self.clip_skip, dtype=self.dtype,
-                            on_step=lambda *_: self.check_stop())
+                            adapters=adapters, on_step=lambda *_: self.check_stop())
 
 
 @contextlib.contextmanager

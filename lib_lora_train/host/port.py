@@ -178,7 +178,7 @@ class Renderer(Protocol):
     """A host's own models besides the training: text-to-image, and captioners."""
 
     def render(self, request: RenderRequest, *, stop: ShouldStop = never) -> list[Image.Image]:
-        """The images that a user of the host gets for this request, RGB; not saved anywhere.
+        """The images that a user of the host gets for this request, RGB, LoRAs in its prompt included; not saved anywhere.
 
         Not to be called while the caller leases the model. Raises HostError (no model, an unknown sampler, a model that is
         leased), TrainingError where the memory ran out, and Interrupted where `stop()` or the host's own stop button ended it.

@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from lib_lora_train.adapters.stack import find_lora, load_stack, split_tags
 from lib_lora_train.dataset.progress import ShouldStop
 from lib_lora_train.errors import HostError, LoraTrainError, ModelError, SettingError, translated
 from lib_lora_train.host import placement
@@ -90,14 +91,17 @@ class StandaloneHost(Host):
         return not self._lock.locked()
 
     def render(self, request: RenderRequest, *, stop: ShouldStop = never) -> list[Image.Image]:
-        """By our own sampler, which knows no LoRA in a prompt."""
+        """By our own sampler; a LoRA in the prompt is a file of that name below `lora_folder`. Raises LoraFileError where there
+        is none or it does not fit, as well."""
         if request.sampler != "Euler":
             raise HostError(f"There is no sampler {request.sampler!r} here", remedy="use Euler")
-        if "<lora:" in request.prompt:
-            raise HostError("A LoRA in a prompt is not possible here", remedy="use it in the WebUI")
+        prompt, tags = split_tags(request.prompt)
+        loras = [find_lora(tag, self.lora_folder) for tag in tags]
         with lease_for(self, "Rendering", settings=Settings(), should_stop=stop) as lease, translated("rendering"):
-            return [to_image(lease.model, lease.sample(dataclasses.replace(request, seed=request.seed + index)))
-                    for index in range(request.count)]
+            adapters = load_stack(lease.model, loras)
+            return [to_image(lease.model, lease.sample(
+                dataclasses.replace(request, prompt=prompt, seed=request.seed + index), adapters=adapters))
+                for index in range(request.count)]
 
     def _described(self, path: Path) -> tuple[Checkpoint, Outline]:
         if self._description is None:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save, save_file
 
 from lib_lora_train.adapters import file
-from lib_lora_train.errors import HostError, Interrupted, ModelError, SettingError, UserError
+from lib_lora_train.errors import HostError, Interrupted, LoraFileError, ModelError, SettingError, UserError
 from lib_lora_train.host.lease import frozen_model
 from lib_lora_train.host.port import RenderRequest
 from lib_lora_train.host.standalone import StandaloneHost, describe_file
@@ -139,7 +139,7 @@ def test_it_renders_what_its_sampler_samples_from_consecutive_seeds(host: Standa
 
 
 @pytest.mark.parametrize(("request_", "error"), [
-    (RenderRequest("a", sampler="DDIM"), HostError), (RenderRequest("a <lora:b:1>"), HostError),
+    (RenderRequest("a", sampler="DDIM"), HostError), (RenderRequest("a <lora:b:1>"), LoraFileError),
     (RenderRequest("a", width=100), SettingError)], ids=["sampler", "LoRA", "size"])
 def test_what_it_cannot_render_is_refused(host: StandaloneHost, request_: RenderRequest, error: type[Exception]) -> None:
     with pytest.raises(error):

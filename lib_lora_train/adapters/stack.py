@@ -1,0 +1,135 @@
+"""Several LoRAs at once, each at a weight of its own, as `<lora:name:weight>` in a prompt asks for them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from lib_lora_train.adapters import file
+from lib_lora_train.adapters.network import AdapterNetwork
+from lib_lora_train.adapters.targets import find_targets
+from lib_lora_train.errors import LoraFileError, plain_line
+from lib_lora_train.model.architecture import UNET_COMPONENT
+from lib_lora_train.model.family import FAMILIES
+from lib_lora_train.model.frozen import FrozenModel
+from lib_lora_train.model.ops.layers import Adapter, DeltaAdapter
+from lib_lora_train.model.ops.linear import LoRADelta
+
+Stack = Mapping[str, Mapping[str, Adapter]]
+"""{component: {module: adapter}}, as the sampler takes it."""
+
+_TAG = re.compile(r"<lora:([^>]+)>")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraTag:
+    """`<lora:name:text_weight:unet_weight>`: the name of a LoRA file without its ending, and a weight for each part."""
+
+    name: str
+    text_weight: float = 1.0
+    unet_weight: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightedLora:
+    """A LoRA file, and the weights of what it changes in the text encoders and in the UNet."""
+
+    path: Path
+    text_weight: float = 1.0
+    unet_weight: float = 1.0
+
+
+def split_tags(prompt: str) -> tuple[str, tuple[LoraTag, ...]]:
+    """The prompt without its `<lora:…>`, and what they say, read as the WebUI reads them: the first number is both weights, a
+    second one is the UNet's, and `te=` and `unet=` name them. Raises LoraFileError where one is no number."""
+    return _TAG.sub("", prompt), tuple(_tag(match[1]) for match in _TAG.finditer(prompt))
+
+
+def find_lora(tag: LoraTag, folder: Path) -> WeightedLora:
+    """The file of that name anywhere below `folder`. Raises LoraFileError where there is none."""
+    for parent, folders, names in os.walk(folder):
+        folders.sort()
+        for name in sorted(names):
+            if name.lower().endswith(".safetensors") and name.rpartition(".")[0] == tag.name:
+                return WeightedLora(Path(parent, name), tag.text_weight, tag.unet_weight)
+    raise LoraFileError(f"There is no LoRA {plain_line(tag.name)[:80]!r}", why=f"no such file is below {folder}",
+                        remedy="take its file's name without .safetensors")
+
+
+def load_stack(model: FrozenModel, loras: Sequence[WeightedLora]) -> Stack:
+    """What the LoRAs together add to `model`, on its device: where several change a layer, the sum. A LoRA at weight 0
+    changes nothing. Raises LoraFileError for a file that cannot be read or does not fit the model."""
+    return stacked([_load(model, lora) for lora in loras])
+
+
+def stacked(stacks: Sequence[Stack]) -> Stack:
+    """What several mappings of adapters add together."""
+    found: dict[str, dict[str, list[Adapter]]] = {}
+    for stack in stacks:
+        for component, modules in stack.items():
+            for module, adapter in modules.items():
+                found.setdefault(component, {}).setdefault(module, []).append(adapter)
+    return {component: {module: adapters[0] if len(adapters) == 1 else SummedDeltas(adapters)
+                        for module, adapters in modules.items()} for component, modules in found.items()}
+
+
+class SummedDeltas:
+    """The sum of low-rank products beside one layer, which is one product with their ranks side by side; a `DeltaAdapter`.
+    They are asked anew for each use, so that one of them may be in training."""
+
+    def __init__(self, adapters: Sequence[Adapter]) -> None:
+        assert all(isinstance(adapter, DeltaAdapter) for adapter in adapters), "only low-rank products can be added up"
+        self._adapters = tuple(adapters)
+
+    def delta(self) -> LoRADelta | None:
+        """Σ sᵢ Bᵢ Aᵢ, with the scales in B; None where all are at weight 0."""
+        deltas = [delta for adapter in self._adapters if (delta := adapter.delta()) is not None]
+        if len(deltas) < 2:
+            return deltas[0] if deltas else None
+        return LoRADelta(torch.cat([delta.down for delta in deltas]),
+                         torch.cat([delta.up * delta.scale for delta in deltas], dim=1), 1.0)
+
+
+def _tag(text: str) -> LoraTag:
+    name, *parts = text.split(":")
+    named = dict(part.split("=", 1) for part in parts if "=" in part)
+    numbers = [part for part in parts if "=" not in part]
+    try:
+        both = float(numbers[0]) if numbers else 1.0
+        text_weight = float(named.get("te", both))
+        unet_weight = float(named.get("unet", numbers[1] if len(numbers) > 1 else text_weight))
+    except ValueError:
+        text_weight = unet_weight = math.nan
+    if not math.isfinite(text_weight + unet_weight):
+        raise LoraFileError(f"<lora:{plain_line(text)[:80]}> cannot be understood", why="its weight is not a number",
+                            remedy="write <lora:name:0.8>")
+    return LoraTag(name, text_weight, unet_weight)
+
+
+def _load(model: FrozenModel, lora: WeightedLora) -> Stack:
+    """The adapters of one file. Layers that it does not hold get none."""
+    read, family = file.load(lora.path), model.architecture.family
+    try:
+        targets = find_targets(model.components, family=family, text_encoder=family.adapts_text(read.tensors))
+        network = AdapterNetwork.continued(targets, read.tensors, seed=0).to(model.device)
+    except LoraFileError as error:
+        made_for = file.recognise(read.tensors, read.metadata)
+        other = made_for not in (None, family.name)
+        raise LoraFileError(
+            f"{lora.path.name} cannot be used", remedy=f"choose a plain LoRA for {family.title}",
+            why=f"it is for {FAMILIES[made_for].title}, and the model is {family.title}" if other else
+            (error.why or error.what)) from error
+    network.freeze(model.components)
+    stack: dict[str, dict[str, Adapter]] = {}
+    for target in targets:
+        if target.key not in network.fresh:
+            layer = network.layers[target.key]
+            layer.multiplier = lora.unet_weight if target.component == UNET_COMPONENT else lora.text_weight
+            stack.setdefault(target.component, {})[target.module] = layer
+    return stack
