@@ -303,6 +303,7 @@
         place.replaceChildren(root);
         const app = makeApp(root, data.token);
         app.turnTo = turnTo;
+        studio.app = app;
         build(app);
         rememberPage();
         new IntersectionObserver((entries) => {
