@@ -185,6 +185,6 @@
 
     /** The four numbers of a column of the grid; null where it was not scored. */
     results.scoresOf = function(grid, column) {
-        return null;
+        return (grid.scores || [])[column] || null;
     };
 })(window.loraTrainResults = window.loraTrainResults || {});

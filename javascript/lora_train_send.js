@@ -3,8 +3,9 @@
  * loraTrainSend(page): `page` has byId, setText, translated and modelLoaded of lora_train.js. A wish is {lora_text, trigger_word, others, width,
  * height, prompt}: `others` are texts of the same run's files, whose place this one takes; a prompt goes where txt2img has none.
  */
-window.loraTrainSend = function({byId, setText, translated, modelLoaded}) {
+window.loraTrainSend = function(page) {
     "use strict";
+    const {byId, setText, translated, modelLoaded} = page;
     let due = false;
     const promptBox = () => byId("txt2img_prompt") && byId("txt2img_prompt").querySelector("textarea");
 

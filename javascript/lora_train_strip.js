@@ -1,17 +1,18 @@
 /* The pictures that a run painted on the way: a line for each prompt, a column for each step, the base model first and the
  * newest in sight. A press shows one in full size.
  *
- * loraTrainStrip(place, {pictures, zoom, translated}) returns draw(run, samples).
+ * loraTrainStrip(place, page), with pictures, zoom and translated of the page, returns draw(run, samples).
  */
-window.loraTrainStrip = function(place, {pictures, zoom, translated}) {
+window.loraTrainStrip = function(place, page) {
     "use strict";
+    const {pictures, zoom, translated} = page;
     const {make} = window.loraTrainStudio.parts, AT_THE_END = 60;
     const scroller = make("div", {class: "lora-train-strip", role: "group", "aria-label": translated("Pictures while it trains")});
     const tiles = new Map();
     let known = "", shown = "";
     place.append(scroller);
 
-    const address = (run, file, small) => `file?run=${encodeURIComponent(run)}&name=${encodeURIComponent(file)}` + (small ? "&small=1" : "");
+    const address = (run, file, small) => `results/file?run=${encodeURIComponent(run)}&name=${encodeURIComponent(file)}` + (small ? "&small=1" : "");
     const words = (picture) => (picture.step === 0 ? translated("Base model") :
         translated("step") + " " + picture.step + " · " + translated("epoch") + " " + picture.epoch);
 

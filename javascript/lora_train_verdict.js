@@ -2,8 +2,9 @@
  *
  * loraTrainVerdict(page) returns {element, draw(diagnosed)}; `page` is that of lora_train.js.
  */
-window.loraTrainVerdict = function({byId, setText, planSoon, translated, turnTo}) {
+window.loraTrainVerdict = function(page) {
     "use strict";
+    const {byId, setText, planSoon, translated, turnTo} = page;
     const {make, icon} = window.loraTrainStudio.parts, TRAIN = 1;
     const KINDS = {learning: "good", plateau: "fair", "too slow": "fair", overfitting: "fair", words: "fair"};
     const text = make("span", {}), apply = make("button", {type: "button", class: "lora-train-apply"});

@@ -2,7 +2,7 @@
 
 "run" is a run's id, as `runs` names it; left out, it is the newest. A save is called by its "id", which `results` gives.
 
-    GET  results?run=        everything about a run's saves (`results/overview.py`), and "task": the work under way or done last,
+    GET  results?run=        everything about a run (`results/overview.py`), and "task", the work under way or done last:
                              {"id", "run", "name", "done", "total", "seconds_left", "running", "stopping", "outcome", "message"}
     GET  results/task        {"task"} alone, for a look every second
     GET  results/file?run=&name=&small=   a PNG of that run, as `results` names it; "small" makes a JPEG of 256 pixels of it
@@ -114,8 +114,8 @@ class Results:
     def _refuse_in_use(self) -> None:
         """Raise HostError where the model is in use and is not shared."""
         if not self.host.shares_model() and (self.runner.running() or not self.host.idle()):
-            raise HostError("The grid cannot be painted now", why="the model is in use", remedy="wait for the other work to end, "
-                            "or stop it first")
+            raise HostError("The grid cannot be painted now", why="the model is in use",
+                            remedy="wait for the other work to end, or stop it first")
 
     def refuse_training(self, settings: Settings) -> None:
         """Raise HostError for a training that would find the model in use by a grid. A host that shares it lets the training

@@ -32,8 +32,8 @@ from lib_lora_train.ui.layout import build_tab
 _ROOT = Path(__file__).resolve().parents[2]
 # The WebUI loads the folder in the order of names; what the others are built of comes first here.
 SCRIPTS = tuple(_ROOT / "javascript" / f"lora_train{part}.js" for part in (
-    *(f"_studio{part}" for part in ("_parts", "_api", "_top", "_add", "_gallery", "_editor", "_tags", "_panels", "_shape", "_mask",
-                                    "_caption")),
+    *(f"_studio_{part}" for part in (
+        "parts", "api", "top", "add", "gallery", "editor", "tags", "panels", "shape", "mask", "caption")),
     "_chart", "_curve", "_progress", "_resume", "_send", "_result", "_zoom", "_strip", "_verdict", "_learning", "", "_studio",
     *(f"_results{part}" for part in ("_top", "_saves", "_grid", "_pictures", ""))))
 STYLES = (_ROOT / "style.css", Path(__file__).with_name("standalone.css"))
