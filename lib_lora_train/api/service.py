@@ -7,6 +7,7 @@ exceptions; how they are shown is the caller's matter.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from lib_lora_train.host.port import Checkpoint, Host
 from lib_lora_train.memory.device import matrix_rate, seconds_per_step
 from lib_lora_train.model.family import FAMILIES, detect
 from lib_lora_train.results.overview import plain
+from lib_lora_train.results.report import write_report
 from lib_lora_train.results.saves import lora_text
 from lib_lora_train.run.diagnostics import bundle
 from lib_lora_train.run.memory import plan_for, planned_layers
@@ -44,7 +46,7 @@ def start(values: Mapping[str, object], *, runner: Runner, host: Host) -> str:
     plan = plan_job(settings, host)
     if plan.resume_point:
         compare_settings(plan.settings, plan.resume_point, steps=plan.schedule.steps)
-    return runner.start(plan, host, requested=settings)
+    return runner.start(plan, host, requested=settings, recorded=functools.partial(write_report, host=host))
 
 
 def resume(run: str, changes: Mapping[str, object], *, runner: Runner, host: Host) -> str:
@@ -63,9 +65,9 @@ def plan(values: Mapping[str, object], *, host: Host, runner: Runner | None = No
     """What a run with these settings would do; nothing is written and no picture is decoded.
 
     Returns summary (one line), pictures, buckets, epochs, batches_per_epoch, steps, resolution [width, height],
-    warnings (sentences), name_taken (a LoRA of that name exists and would not be overwritten) and estimate ("" while
-    no model is loaded), corrected by the speed of `runner`'s run. Raises UserError, and Interrupted where
-    `should_stop()` says so.
+    warnings (sentences), notes (others, of held-out pictures), name_taken (a LoRA of that name exists and would not be
+    overwritten) and estimate ("" while no model is loaded), corrected by the speed of `runner`'s run. Raises UserError, and
+    Interrupted where `should_stop()` says so.
     """
     settings = parse(values)
     check_allowed(settings, host.allowed)
@@ -81,6 +83,7 @@ def plan(values: Mapping[str, object], *, host: Host, runner: Runner | None = No
         "steps": found.schedule.steps,
         "resolution": list(found.resolution),
         "warnings": [*found.warnings, *filter(None, (warning,))],
+        "notes": list(found.notes),
         "name_taken": name_taken(settings, host),
         "estimate": estimate,
     }

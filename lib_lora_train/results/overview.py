@@ -18,7 +18,7 @@ MOST_STEPS = 500
 _SHOWN = ("samples", "grid")  # folders of a run's images
 
 
-def overview(folder: Path, host: Host) -> dict[str, Any]:
+def overview(folder: Path, host: Host | None = None) -> dict[str, Any]:
     """What is known of the run in `folder`; numbers that are not finite are None, lists are empty for a run that has none.
 
         run, name, trigger_word   the run's id, its LoRA's name, "" for no trigger word
