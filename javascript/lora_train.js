@@ -18,7 +18,7 @@
 
     const state = {
         token: "", run: "", every: 1, points: [], last: null, inSight: false, timer: 0, polling: false,
-        kicks: 0, planTimer: 0, watchers: [],
+        kicks: 0, planTimer: 0, watchers: [], model: null,
     };
     const view = {};
     /** What the parts of the tab share, "3 Results" among them; completed by `build`. */
@@ -235,6 +235,7 @@
         const fresh = answer.run !== state.run;
         state.run = answer.run;
         state.every = answer.every;
+        state.model = answer.model;
         state.points = state.points.concat(answer.points);
         view.result.draw(answer);
         noticeResult(answer, fresh);
@@ -369,7 +370,7 @@
 
     Object.assign(page, {
         byId, button, setText, planSoon, translated, ask, kick,
-        modelLoaded: () => Boolean(state.last && state.last.model),
+        modelLoaded: () => Boolean(state.model),
         status: () => state.last,
         /** Have `watch` see each status. */
         watch: (watch) => state.watchers.push(watch),

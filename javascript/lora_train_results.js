@@ -138,13 +138,13 @@
         const {make} = window.loraTrainStudio.parts;
         const head = results.head(app), recommended = results.recommended(app), saves = results.saves(app);
         const learnt = results.learnt(app), grid = results.grid(app), pictures = results.pictures(app);
-        const notice = make("div", {class: "lts-notice", role: "status", hidden: true});
+        const notice = make("div", {class: "ltr-notice", role: "status", hidden: true});
         app.place.replaceChildren(head.element, notice, head.progress, head.empty, recommended.element, learnt.element,
             saves.element, grid.element, pictures.element);
         const all = {draw: () => {
             notice.hidden = !app.said.text;
             notice.textContent = app.said.text;
-            notice.classList.toggle("lts-problem", app.said.problem);
+            notice.classList.toggle("ltr-wrong", app.said.problem);
             app.place.classList.toggle("lts-loading", !app.runs && !app.found);
         }};
         app.build([all, head, recommended, learnt, saves, grid, pictures]);

@@ -22,7 +22,7 @@
 
     results.head = function(app) {
         const {make, button, choice, translated} = window.loraTrainStudio.parts;
-        const element = make("div", {class: "lts-head"}), progress = make("div", {class: "lts-progress", hidden: true});
+        const element = make("div", {class: "lts-head"}), progress = make("div", {class: "ltr-progress", hidden: true});
         const empty = make("div", {class: "ltr-empty", hidden: true});
         let known = "";
 

@@ -104,10 +104,10 @@ class Results:
         folder = self.named_folder(request.run)
         self._refuse_in_use()
 
-        def work(task: Task) -> str:
+        def job(task: Task) -> str:
             raise NotImplementedError
 
-        number = self.tasks.start("Painting the grid", work, interrupted=self.host.interrupted, with_model=True)
+        number = self.tasks.start("Painting the grid", job, interrupted=self.host.interrupted, with_model=True)
         self._run = folder.name
         return number
 
