@@ -131,7 +131,8 @@ def plan_dataset(settings: Settings, *, family: str, allowed: AllowedPaths | Non
     schedule = _schedule(settings, dataset, placements, processes=processes)
     return RunPlan(
         settings=settings, family=family, dataset=dataset, placements=placements, resolution=buckets.resolution,
-        processes=processes, schedule=schedule, held_out=split.held_out, held_out_derived=split.derived, notes=split.notes if split.derived else (),
+        processes=processes, schedule=schedule, held_out=split.held_out, held_out_derived=split.derived,
+        notes=split.notes if split.derived else (),
         warnings=(*ignored(settings), *risks(settings, steps=schedule.steps, images=dataset.images, processes=processes),
                   *(problem.text for problem in dataset.problems)))
 
