@@ -39,7 +39,8 @@ def overview(folder: Path, host: Host | None = None) -> dict[str, Any]:
     return plain({
         "run": folder.name, "name": settings.get("output_name", ""), "trigger_word": settings.get("trigger_word", ""),
         "result": {"path": str(result), "lora_text": lora_text(result)} if result is not None and result.is_file() else None,
-        "saves": [{**_save(save), "preview": _shown(folder, history, grid, save.id, 1).file} for save in saves_of(folder)],
+        "saves": [{**_save(save), "preview": _shown(folder, history, grid, save_id=save.id, step=save.step, weight=1).file}
+                  for save in saves_of(folder)],
         "held_out": _fields(history.held_out),
         "measured": [_fields(event) for event in history.measured],
         "samples": _samples(history, folder),
@@ -63,13 +64,14 @@ class Shown:
 def shown(folder: Path, save_id: str, *, weight: float = 1) -> Shown:
     """What shows this save of the run in `folder` at `weight` best: the first prompt's sample after its step, else the grid's
     first image of it at the nearest weight."""
-    return _shown(folder, read_history(folder), read_grid(folder), save_id, weight)
+    history = read_history(folder)
+    step = next((event.step for _, event in reversed(history.saved) if Path(event.path).stem == save_id), None)
+    return _shown(folder, history, read_grid(folder), save_id=save_id, step=step, weight=weight)
 
 
-def _shown(folder: Path, history: RunHistory, grid: Grid | None, save_id: str, weight: float) -> Shown:
-    steps = {Path(event.path).stem: event.step for _, event in history.saved}
+def _shown(folder: Path, history: RunHistory, grid: Grid | None, *, save_id: str, step: int | None, weight: float) -> Shown:
     for event in history.sampled:
-        if event.step == steps.get(save_id) and (path := image_of(folder, event.file)):
+        if event.step == step and (path := image_of(folder, event.file)):
             return Shown(event.file, path, event.prompt)
     cells = [cell for cell in grid.wanted if cell.done and grid.columns[cell.column].save == save_id
              and not grid.columns[cell.column].part and grid.prompts[cell.prompt].triggered] if grid else []
