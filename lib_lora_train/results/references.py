@@ -18,8 +18,9 @@ from lib_lora_train.settings.allowed_paths import AllowedPaths, check_allowed
 
 @dataclasses.dataclass(frozen=True)
 class References:
-    """The images of a run. `derived`: the held-out ones are crops of images that were trained."""
+    """The images of a run, in the dataset's `folder`. `derived`: the held-out ones are crops of images that were trained."""
 
+    folder: Path
     held_out: tuple[HeldOutImage, ...]
     training: tuple[Example, ...]
     derived: bool
@@ -52,9 +53,11 @@ def references_of(folder: Path, settings: Settings, *, allowed: AllowedPaths | N
     names, derived = (set(said.pictures), said.derived) if said else (set[str](), False)
     if derived:
         drawn = split(dataset, share=settings.evaluation.validation_split, seed=settings.optimizer.seed)
-        return References(tuple(image for image in drawn.held_out if image.example.path.name in names), dataset.examples, True)
+        crops = tuple(image for image in drawn.held_out if image.example.path.name in names)
+        return References(dataset.folder, crops, dataset.examples, True)
     held_out = tuple(HeldOutImage(example) for example in dataset.examples if example.path.name in names)
-    return References(held_out, tuple(example for example in dataset.examples if example.path.name not in names), False)
+    training = tuple(example for example in dataset.examples if example.path.name not in names)
+    return References(dataset.folder, held_out, training, False)
 
 
 def without_trigger(text: str, trigger_word: str) -> str:
