@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING, NoReturn
 from lib_lora_train import events
 from lib_lora_train.errors import LoraTrainError, SettingError, UserError, translated
 from lib_lora_train.events import Report, shielded
-from lib_lora_train.results.commands import add_results
 from lib_lora_train.run import RUNS_FOLDER
 from lib_lora_train.settings import AREAS, Settings, assignment, declarations, named, parse, user_path
 from lib_lora_train.settings.kohya import adopted
 from lib_lora_train.settings.toml import read_toml
 from lib_lora_train.studio.commands.arguments import add_check, add_prepare, add_tag, add_verify
+from lib_lora_train.studio.commands.results import add_results
 
 if TYPE_CHECKING:
     from lib_lora_train.distributed import LaunchEnvironment

@@ -49,7 +49,7 @@ def chart(title: str, lines: Sequence[Line], *, shown: Callable[[float], str], l
     drawn = "".join(_drawn(line, x, y, shown) for line in lines)
     labels = "".join(f'<span class="y" style="top:{y(value):.1f}%">{escape(shown(value))}</span>' for value in rows)
     labels += "".join(f'<span class="x" style="left:{x(step):.1f}%">{int(step):,}</span>' for step in columns)
-    named = "".join(f'<span class="{line.style}">{escape(line.name)}</span>' for line in lines)
+    named = "".join(f'<span class="{line.style}">{escape(line.name)}</span>' for line in lines if len(lines) > 1)
     about = f'<p class="note">{escape(note)}</p>' if note else ""
     return (f'<figure class="chart{" small" if small else ""}"><figcaption><b>{escape(title)}</b><span class="legend">{named}'
             f'</span></figcaption><div class="plot"><svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" '

@@ -23,7 +23,7 @@ from lib_lora_train.errors import LoraFileError, counted, printable
 from lib_lora_train.host.port import Host
 from lib_lora_train.results.charts import Line, chart
 from lib_lora_train.results.history import read_history
-from lib_lora_train.results.inline_images import image, strips
+from lib_lora_train.results.inline_images import image, spread, strips
 from lib_lora_train.results.overview import overview
 from lib_lora_train.run.diagnostics import Private
 from lib_lora_train.run.record import PastRun, past_run, read_events, read_settings
@@ -37,7 +37,17 @@ _BANDS = ("Little noise (low timesteps)", "Middle timesteps", "Much noise (high 
 _KIND = {"learning": "good", "diverging": "bad", "ruined": "bad", "done": "good", "failed": "bad"}
 _LEFT_OUT = frozenset({"training_comment", "output_dir", "resume", "train_data_dir"})
 """Settings that say where things are, or are nobody else's business."""
-_MOST_NAMED = 8
+_FEW, _LITTLE, _MUCH = 4, 0.25, 2.0
+"""From so many pictures on, one that gained less or more than so many times the median stands out; as on the page."""
+_MOST_NAMED, _MOST_LISTED = 8, 500
+_MOST_COLUMNS = 24
+_NUMBERS = {
+    "likeness": ("Likeness", "how alike the pictures are to those that were not trained on; higher is better"),
+    "prompt": ("Prompt", "how well they follow the rest of the prompt; about 0 is good"),
+    "drift": ("Drift", "how far pictures without the trigger word move; lower is better"),
+    "copies": ("Copies", "how much nearer they are to training pictures than to held-out ones; lower is better"),
+}
+"""Of the grid's scores: what each is called, and what it says."""
 
 
 def write_report(folder: Path, host: Host | None = None) -> None:
@@ -53,7 +63,8 @@ def report_html(folder: Path, host: Host | None = None) -> str:
     """The report of the run of this folder, however it ended and whatever version recorded it."""
     run = _Run.read(folder, host)
     sections = (_recommended(run), _curves(run), _section("Pictures on the way", strips(folder, run.data["samples"]), (
-        "The same prompts and seeds after so many steps; a click enlarges.")), _saves(run), _image_losses(run), _dataset(run),
+        "The same prompts and seeds after so many steps; a click enlarges.")), _grid(run), _saves(run),
+        _image_losses(run), _dataset(run),
         _settings(run), _repeat(run), _warnings(run))
     style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     title = html.escape(run.past.name or folder.name)
@@ -159,10 +170,10 @@ def _recommended(run: _Run) -> str:
 
 
 def improvement(losses: Sequence[float | None], unadapted: Sequence[float | None]) -> float | None:
-    """By how many per cent the losses are below those of the base model: of the means; None where a number is missing."""
-    if not losses or len(losses) != len(unadapted) or None in losses or None in unadapted or not sum(unadapted):
-        return None
-    return 100 * (1 - sum(losses) / sum(unadapted))
+    """By how many per cent the losses are below those of the base model, bands counting alike, as the page says it; None where
+    a number is missing."""
+    shares = [loss / other for loss, other in zip(losses, unadapted, strict=False) if loss is not None and other]
+    return 100 * (1 - sum(shares) / len(shares)) if shares and len(shares) == len(losses) else None
 
 
 def _compared(measured: Sequence[Mapping[str, Any]], band: slice, *, marked: bool) -> list[Line]:
@@ -193,6 +204,35 @@ def _curves(run: _Run) -> str:
                     + (f'<div class="charts two">{others}</div>' if others else ""))
 
 
+def _grid(run: _Run) -> str:
+    grid = run.data["grid"]
+    if not grid or not grid["columns"]:
+        return ""
+    scores = grid.get("scores") or []
+    first = {(cell["column"], cell["prompt"]): cell["file"] for cell in reversed(grid["cells"]) if cell["done"]}
+    rows = []
+    for number in spread(range(len(grid["columns"])), _MOST_COLUMNS):
+        column, rated = grid["columns"][number], (scores[number] if number < len(scores) else None) or {}
+        part = {"unet": ", UNet only", "text": ", text encoder only"}.get(column["part"], "")
+        told = [html.escape(column["save"]), f"{column['weight']:g}{part}"] if column["save"] else ["base model"]
+        files = [first.get((number, line), "") for line in range(len(grid["prompts"]))]
+        numbers = "".join(f'<td class="n">{_number(rated.get(name))}</td>' for name in _NUMBERS if scores)
+        shown = "".join(f"<td>{file and image(run.folder, file, '')}</td>" for file in files)
+        rows.append(f"<tr><td>{'<br>'.join([*told, run.text(column['problem'])])}</td>{numbers}{shown}</tr>")
+    heads = ["Save, weight", *(f">{name}" for name, _ in _NUMBERS.values() if scores),
+             *(html.escape(prompt["text"]) for prompt in grid["prompts"])]
+    lead = "Against the base model, in hundredths, ± the spread over the seeds. " + " ".join(
+        f"{name}: {about}." for name, about in _NUMBERS.values()) if scores else ""
+    notes = "".join(f'<p class="note">{run.text(note)}</p>' for note in grid["notes"])
+    return _section("Saves and weights", _table(heads, rows) + notes, lead)
+
+
+def _number(score: Mapping[str, float | None] | None) -> str:
+    if not score or score.get("value") is None:
+        return ""
+    return f"{100 * score['value']:+.0f}" + (f" ± {100 * score['spread']:.0f}" if score.get("spread") else "")
+
+
 def _saves(run: _Run) -> str:
     by_step = {entry["step"]: entry for entry in run.data["measured"]}
     chosen, rows = run.data["recommended"] or {}, []
@@ -207,24 +247,29 @@ def _saves(run: _Run) -> str:
             f"{save['step']:,}", save["epoch"], *("" if b is None else f"{b:+.1f} %" for b in better), size))
         rows.append(f'<tr{" class=best" if save["id"] == chosen.get("save") else ""}><td>{html.escape(save["id"])}</td>{cells}'
                     f'<td>{" ".join(f"<span class=mark>{mark}</span>" for mark in marks)}</td></tr>')
-    heads = ("Save", ">Step", ">Epoch", ">Held-out, against base", ">Training, against base", ">Size", "")
+    heads = ("Save", ">Step", ">Epoch", ">Better than base, held-out", ">Better than base, training", ">Size", "")
     return _section("Saves", _table(heads, rows) if rows else "")
 
 
 def _image_losses(run: _Run) -> str:
     found = run.data["image_losses"]
-    if not found:
-        return ""
     rated = sorted((better, _file_name(name)) for name, loss, unadapted in zip(
         found["images"], found["losses"], found["unadapted"], strict=False)
-        if (better := improvement([loss], [unadapted])) is not None)
-    ends = (("Learnt least", rated[:_MOST_NAMED]), ("Learnt most", rated[:-_MOST_NAMED - 1:-1]))
-    made = "".join(f"<div><h3>{title}</h3>" + _table(("Picture", ">Against base"), [
-        f'<tr><td>{html.escape(name)}</td><td class="n">{better:+.1f} %</td></tr>' for better, name in end]) + "</div>"
-        for title, end in ends)
-    return _section("Training pictures", f'<div class="charts two">{made}</div>' if rated else "", (
-        "How much better than the base model each was at the end. One that is never learnt may be mislabelled or unlike the "
-        "others; one that is learnt long before the others may be there several times."))
+        if (better := improvement([loss], [unadapted])) is not None) if found else []
+    if not rated:
+        return ""
+    middle = rated[len(rated) // 2][0] if len(rated) >= _FEW else 0.0
+    ends = (("Never learnt", [entry for entry in rated if entry[0] < _LITTLE * middle]),
+            ("Learnt at once", [entry for entry in reversed(rated) if entry[0] > _MUCH * middle > 0]))
+
+    def table(entries: Sequence[tuple[float, str]]) -> str:
+        return _table(("Picture", ">Better than base"), [
+            f'<tr><td>{html.escape(name)}</td><td class="n">{better:+.1f} %</td></tr>' for better, name in entries])
+    made = "".join(f"<div><h3>{title}</h3>{table(end[:_MOST_NAMED])}</div>" for title, end in ends if end)
+    return _section("Training pictures", (f'<div class="charts two">{made}</div>' if made else "<p>None stands out.</p>")
+                    + f"<details><summary>All of them</summary>{table(rated[:_MOST_LISTED])}</details>", (
+        "By how much the loss of each is below the base model's at the end. One that is never learnt may be mislabelled or "
+        "unlike the others; one that is learnt long before the others may be there several times."))
 
 
 def _dataset(run: _Run) -> str:

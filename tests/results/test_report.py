@@ -149,13 +149,16 @@ def test_folders_users_and_the_comment_are_not_in_it(tmp_path: Path, monkeypatch
 def test_its_numbers_are_those_of_the_events(run: Run) -> None:
     run.tell(measured(0, 1.0), step(50), measured(50, 0.5))
     run.save("zzk-step00000050", 50)
-    run.tell(events.ImageLosses(50, ("a.png", "b.png"), (0.3, math.nan), (0.4, 0.4)))
+    names, losses = ("a.png", "b.png", "c.png", "d.png", "e.png"), (0.3, math.nan, 0.32, 0.41, 0.1)
+    run.tell(events.ImageLosses(50, names, losses, (0.4,) * 5))
     page = Page(run.html())
     row, = (row for row in page.rows if row[0] == "zzk-step00000050")
-    # Held out: 1 - (0.2 + 0.3 + 0.2) / 1.0; training: 1 - (0.05 + 0.1 + 0.15) / 0.9.
-    assert row[1:5] == ["50", "1", "+30.0 %", "+66.7 %"]
-    assert [row for row in page.rows if row[0] in ("a.png", "b.png")] == [["a.png", "+25.0 %"]] * 2  # least and most
-    for told in ("step 50: held-out pictures 30 %", "step 50: training pictures 66.7 %",  # and the bands one by one
+    # Held out, of the base model's loss: 1, 1 and 0.4; training: 1/4, 1/3 and 3/8.
+    assert row[1:5] == ["50", "1", "+20.0 %", "+68.1 %"]
+    never, at_once, *every = [row for row in page.rows if row[0].endswith(".png")]
+    assert (never, at_once) == (["d.png", "-2.5 %"], ["e.png", "+75.0 %"])
+    assert every == [["d.png", "-2.5 %"], ["c.png", "+20.0 %"], ["a.png", "+25.0 %"], ["e.png", "+75.0 %"]]
+    for told in ("step 50: held-out pictures 20 %", "step 50: training pictures 68.1 %",  # and the bands one by one
                  "step 50: training pictures 75 %", "step 50: held-out pictures 60 %"):
         assert told in page.text
 
