@@ -54,7 +54,7 @@ def layout_of(features: Tensor, size: tuple[int, int]) -> Tensor:
 
 def layout_distance(layout: Tensor, other: Tensor) -> float:
     """0…2: how far two images are apart with each cell at its place (`layout_of`); 0 is the same."""
-    return 1 - float(F.cosine_similarity(layout.flatten(), other.flatten(), dim=0))
+    return max(0.0, 1 - float(F.cosine_similarity(layout.flatten(), other.flatten(), dim=0)))
 
 
 def _foreground(image: Image.Image) -> Image.Image:

@@ -35,10 +35,12 @@ def settings_of(folder: Path) -> Settings:
 
 
 def resolution_of(folder: Path) -> tuple[int, int]:
-    """(width, height) that the run was planned for, (512, 512) where it does not say."""
+    """(width, height) that the run was planned for, in multiples of 64, which fit every model; (512, 512) where it does not
+    say."""
     planned = read_history(folder).planned
     width, _, height = (planned.resolution if planned else "").replace("×", "x").partition("x")
-    return (int(width), int(height)) if width.isdigit() and height.isdigit() else (512, 512)
+    sides = [max(64, round(int(side) / 64) * 64) if side.isdecimal() else 512 for side in (width, height)]
+    return sides[0], sides[1]
 
 
 def references_of(folder: Path, settings: Settings, *, allowed: AllowedPaths | None,
