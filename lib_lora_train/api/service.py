@@ -7,16 +7,17 @@ exceptions; how they are shown is the caller's matter.
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lib_lora_train.errors import HostError, LoraFileError, printable
+from lib_lora_train.errors import HostError, LoraFileError
 from lib_lora_train.host.port import Checkpoint, Host
 from lib_lora_train.memory.device import matrix_rate, seconds_per_step
 from lib_lora_train.model.family import FAMILIES, detect
+from lib_lora_train.results.overview import plain
+from lib_lora_train.results.saves import lora_text
 from lib_lora_train.run.diagnostics import bundle
 from lib_lora_train.run.memory import plan_for, planned_layers
 from lib_lora_train.run.output import checked_name
@@ -158,14 +159,14 @@ def status(*, runner: Runner, host: Host, after: int = 0) -> dict[str, Any]:
     answer.update(
         run=state.run, name=state.name, running=state.running, stopping=state.stopping,
         waiting=state.running and host.waiting(), started=state.started,
-        planned=_plain(state.planned), stage=_plain(state.stage), step=_plain(state.step), fraction=state.fraction,
+        planned=_fields(state.planned), stage=_fields(state.stage), step=_fields(state.step), fraction=state.fraction,
         seconds_left=_seconds_left(state) if state.running else None,
         points=[list(point) for point in state.points], every=state.every, warnings=list(state.warnings),
         saved=[{**dataclasses.asdict(saved), "lora_text": lora_text(saved.path)} for saved in state.saved],
-        finished=_plain(state.finished), evaluated=state.evaluated, diagnosed=_plain(state.diagnosed),
+        finished=_fields(state.finished), evaluated=state.evaluated, diagnosed=_fields(state.diagnosed),
         lora_text=lora_text(result) if result else "",
         trigger_word=str(runner.settings().get("trigger_word", "")))
-    return _finite(answer)
+    return plain(answer)
 
 
 def _seconds_left(state: Status) -> float | None:
@@ -180,7 +181,7 @@ def runs(host: Host) -> list[dict[str, Any]]:
     """The host's past runs, newest first: id, name, outcome ("done", "stopped", "failed", "running", or "interrupted" for
     one whose process ended before it did), message, path, steps, total, resume_step (None where it cannot be resumed),
     verdict (as that of `finished`)."""
-    return _finite([dataclasses.asdict(run) for run in past_runs(host.runs_folder)])
+    return plain([dataclasses.asdict(run) for run in past_runs(host.runs_folder)])
 
 
 def report(run: str, *, host: Host, program: str) -> bytes:
@@ -209,13 +210,6 @@ def settings_list() -> list[dict[str, Any]]:
         for area, cls in AREAS.items() for declaration in declarations(cls)]
 
 
-def lora_text(path: str) -> str:
-    """What to write in a prompt to use the file."""
-    # A path of Windows read on another system would not be taken apart by Path; a run's folder may travel.
-    name = path.replace("\\", "/").rsplit("/", 1)[-1]
-    return f"<lora:{name.removesuffix('.safetensors')}:1>"
-
-
 def model_text(checkpoint: Checkpoint) -> str:
     """One line: "base: dreamshaper_8 [879db523c3] · SD1 · VAE: baked"."""
     short_hash = f" [{checkpoint.sha256[:10]}]" if checkpoint.sha256 else ""
@@ -241,18 +235,5 @@ def _model(checkpoint: Checkpoint | None) -> dict[str, str] | None:
             "text": model_text(checkpoint)}
 
 
-def _plain(event: object) -> dict[str, Any] | None:
+def _fields(event: object) -> dict[str, Any] | None:
     return dataclasses.asdict(event) if event is not None else None  # type: ignore[call-overload]
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN, and a loss may be one; nor has it names of files that are no text."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, str):
-        return printable(value)
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_finite(entry) for entry in value]
-    return value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from lib_lora_train.host.port import LeasedModel
 from lib_lora_train.inputs.batches import Batches
 from lib_lora_train.inputs.latent_files import LatentDisk
 from lib_lora_train.inputs.latents import CachedLatents, FreshLatents, LatentSource
-from lib_lora_train.inputs.text import TextCache
+from lib_lora_train.inputs.text import CAPTIONS_AT_ONCE, TextCache
 from lib_lora_train.inputs.vae_batches import EncodingBudget
 from lib_lora_train.model.fingerprint import encoder_fingerprint
 from lib_lora_train.model.frozen import FrozenModel
@@ -68,23 +68,31 @@ def batches_of(settings: Settings, source: LatentSource, group: ProcessGroup) ->
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Text:
-    """How captions become the condition, and whether the steps still need the text encoders for it."""
+    """How captions become the condition, and whether the steps still need the text encoders for it.
+
+    evaluated       the condition of texts that are looked at between steps, the `extra_captions` among them: what it encodes it
+                    keeps apart and one by one, so that no step's numbers depend on it
+    """
 
     condition: Condition
+    evaluated: Condition
     needs_encoders: bool
 
 
 def condition_of(settings: Settings, model: FrozenModel, leased: LeasedModel, network: AdapterNetwork, batches: Batches, *,
-                 encode_now: bool, dtype: torch.dtype, report: Report, stop: Stop, pause: Pause) -> Text:
+                 encode_now: bool, dtype: torch.dtype, report: Report, stop: Stop, pause: Pause,
+                 extra_captions: Sequence[str] = ()) -> Text:
     """How a batch's captions become the UNet's condition: looked up while the text encoders are frozen, else computed. With
-    `encode_now` all captions are encoded now; else each when it is met, so that the first step comes sooner."""
+    `encode_now` all captions and `extra_captions` are encoded now, since the text encoders are about to leave the device; else
+    each when it is met, so that the first step comes sooner."""
     clip_skip = settings.captions.clip_skip or leased.clip_skip
     adapters = {component: layers for component, layers in network.adapters().items() if component != "unet"}
     if settings.rates[1]:
         for component, unused in model.text.unused_layers(clip_skip).items():
             network.freeze_below(component, unused)  # no gradient ever reaches them: nor must weight decay
-        return Text(TrainedText(model.text, clip_skip=clip_skip, adapters=adapters, dtype=dtype,
-                                checkpointing=settings.memory.gradient_checkpointing), needs_encoders=True)
+        trained = TrainedText(model.text, clip_skip=clip_skip, adapters=adapters, dtype=dtype,
+                              checkpointing=settings.memory.gradient_checkpointing)
+        return Text(trained, trained, needs_encoders=True)
 
     class Adapted:
         """The text encoders with the frozen layers of a LoRA that is continued."""
@@ -97,8 +105,12 @@ def condition_of(settings: Settings, model: FrozenModel, leased: LeasedModel, ne
 
     captions = batches.fixed_captions()
     cache = TextCache(Adapted, clip_skip=clip_skip, one_by_one=captions is not None, kept_as=dtype)
+    extra = TextCache(Adapted, clip_skip=clip_skip, one_by_one=True, kept_as=dtype)
+    needs_encoders = True
     if captions is not None and encode_now:
         with translated("encoding the captions"):
-            cache.fill((*captions, ""), on_progress=stage("Encoding captions", report, pause),
-                       should_stop=lambda: bool(stop()))
-    return Text(CachedText(cache), needs_encoders=captions is None or not cache.holds(captions))
+            for each, texts, at_once in ((cache, captions, CAPTIONS_AT_ONCE), (extra, extra_captions, 1)):
+                each.fill((*texts, ""), batch_size=at_once, on_progress=stage("Encoding captions", report, pause),
+                          should_stop=lambda: bool(stop()))
+        needs_encoders = not (cache.holds(captions) and extra.holds(extra_captions))
+    return Text(CachedText(cache), CachedText(extra), needs_encoders=needs_encoders)

@@ -91,11 +91,11 @@ def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: Initial
         planned = _planned(plan, leased, memory, dtype=dtype)
         report(planned)
         _warn(filter(None, [memory.warning]), report)
-        condition = place_model(settings, model, leased, network, batches, memory.config, dtype=dtype, report=report,
-                                stop=stop, pause=pause)
+        text = place_model(settings, model, leased, network, batches, memory.config, dtype=dtype, report=report,
+                           stop=stop, pause=pause)
 
         config = _train_config(plan, memory, dtype=dtype)
-        probe = Probe.of(batches, model=model, network=network, condition=condition, config=config.loss, seed=config.seed,
+        probe = Probe.of(batches, model=model, network=network, condition=text.condition, config=config.loss, seed=config.seed,
                          continued=weights.name)
 
         started_at = point.started_at if point else time.time()
@@ -107,7 +107,7 @@ def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: Initial
             model.device, lambda size: report(dataclasses.replace(planned, memory=memory.corrected(size).text)))
         prefetcher = at_end.enter_context(Prefetcher(batches, last_epoch=plan.schedule.epochs))
         with saver.rescue():
-            progress = train(model, network=network, epoch_batches=prefetcher.epoch, condition=condition, config=config,
+            progress = train(model, network=network, epoch_batches=prefetcher.epoch, condition=text.condition, config=config,
                              report=report, resumed=weights.state, group=group,
                              callbacks=[StopCallback(stop), pause, measured, saver])
             verdict = probe.verdict(progress)

@@ -31,11 +31,10 @@ from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.model.ops.quantised import quantised
 from lib_lora_train.model.sd.text import CHUNK
 from lib_lora_train.run.callbacks import Pause, Stop
-from lib_lora_train.run.inputs import condition_of
+from lib_lora_train.run.inputs import Text, condition_of
 from lib_lora_train.run.planning import RunPlan
 from lib_lora_train.run.resume import quantized_dtype
 from lib_lora_train.settings import Settings
-from lib_lora_train.training.condition import Condition
 
 
 def memory_plan(plan: RunPlan, model: FrozenModel, leased: LeasedModel, network: AdapterNetwork, *,
@@ -137,16 +136,17 @@ def encoding_budget(part: Part, settings: Settings, model: FrozenModel, leased: 
 
 def place_model(settings: Settings, model: FrozenModel, leased: LeasedModel, network: AdapterNetwork, batches: Batches,
                 config: StepConfig, *, dtype: torch.dtype, report: Report, stop: Stop,
-                pause: Pause) -> Condition:
+                pause: Pause, extra_captions: Sequence[str] = ()) -> Text:
     """Bring the model to where the steps want it: the VAE leaves the device, captions are encoded, the text encoders leave it
-    where they can, then the UNet comes, its weights held as `config` says. Returns the condition of the captions."""
+    where they can, then the UNet comes, its weights held as `config` says. Returns the condition of the captions; the
+    `extra_captions` are those of no training image, but needed between steps."""
     away = config.parts_on_cpu
     model.rebind(leased.offload_parts(away & {"vae"}))
     if "text" in away:
         chunks = chunks_in_longest(batches.fixed_captions() or ())
         encoding_budget("text", settings, model, leased, network)(encoding_bytes(chunks))
     text = condition_of(settings, model, leased, network, batches, encode_now="text" in away, dtype=dtype, report=report,
-                        stop=stop, pause=pause)
+                        stop=stop, pause=pause, extra_captions=extra_captions)
     if text.needs_encoders:
         away -= {"text"}
     model.rebind(leased.offload_parts(away))
@@ -157,4 +157,4 @@ def place_model(settings: Settings, model: FrozenModel, leased: LeasedModel, net
                                                      channels_last=config.channels_last)))
     elif config.channels_last:
         model.unet.layers.lay_out_channels_last()
-    return text.condition
+    return text

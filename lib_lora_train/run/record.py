@@ -139,14 +139,20 @@ def _remove_parts(runs: Path) -> None:
 
 def read_events(folder: Path) -> Iterator[events.Event]:
     """The events of a run's folder, without a torn last line and lines of a newer version."""
+    return (event for _, event in read_timed_events(folder))
+
+
+def read_timed_events(folder: Path) -> Iterator[tuple[float, events.Event]]:
+    """As `read_events`, each with the time it was written at, in seconds since 1970."""
     try:
         text = (folder / "events.jsonl").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return
     for line in text.splitlines():
         try:
-            yield events.from_dict(json.loads(line))
-        except (ValueError, KeyError, TypeError):
+            data = json.loads(line)
+            yield float(data.get("time", 0)), events.from_dict(data)
+        except (ValueError, KeyError, TypeError, AttributeError):
             continue
 
 

@@ -1,0 +1,76 @@
+"""The events of a run as they count in the end: of what was done again after an interruption, the last time.
+
+Read again only when the file has changed, as the page asks every few seconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+
+from lib_lora_train import events
+from lib_lora_train.run.record import read_timed_events
+
+
+@dataclasses.dataclass(frozen=True)
+class RunHistory:
+    """What the events of a run say.
+
+    started   of the first event, in seconds since 1970; 0 where there is none
+    saved     each file that was written, with the time of the event, in that order
+    steps, measured, sampled   in the order of the steps, each once
+    """
+
+    started: float
+    planned: events.Planned | None
+    saved: tuple[tuple[float, events.Saved], ...]
+    steps: tuple[events.Step, ...]
+    measured: tuple[events.Measured, ...]
+    sampled: tuple[events.Sampled, ...]
+    held_out: events.HeldOut | None
+    image_losses: events.ImageLosses | None
+    diagnosed: events.Diagnosed | None
+    finished: events.Finished | None
+
+
+def read_history(folder: Path) -> RunHistory:
+    """The history of the run in `folder`; an empty one where nothing can be read."""
+    try:
+        status = (folder / "events.jsonl").stat()
+    except (OSError, ValueError):
+        return _read(folder, 0, 0)
+    return _read(folder, status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=4)
+def _read(folder: Path, modified: int, size: int) -> RunHistory:
+    started, resumed_at = 0.0, None
+    saved: list[tuple[float, events.Saved]] = []
+    last: dict[type, events.Event] = {}
+    steps: dict[int, events.Step] = {}
+    measured: dict[int, events.Measured] = {}
+    sampled: dict[tuple[int, int], events.Sampled] = {}
+    for time, event in read_timed_events(folder):
+        started = started or time
+        if isinstance(event, events.Planned):
+            if event.resumed_at != resumed_at:  # it is also sent again when the memory was measured
+                resumed_at = event.resumed_at
+                steps = {step: known for step, known in steps.items() if step <= resumed_at}
+                measured = {step: known for step, known in measured.items() if step <= resumed_at}
+                sampled = {key: known for key, known in sampled.items() if key[0] <= resumed_at}
+                last.pop(events.Finished, None)
+        if isinstance(event, events.Saved):
+            saved.append((time, event))
+        elif isinstance(event, events.Step):
+            steps[event.step] = event
+        elif isinstance(event, events.Measured):
+            measured[event.step] = event
+        elif isinstance(event, events.Sampled):
+            sampled[event.step, event.index] = event
+        else:
+            last[type(event)] = event
+    return RunHistory(
+        started, last.get(events.Planned), tuple(saved), *(tuple(known[key] for key in sorted(known))
+                                                           for known in (steps, measured, sampled)),
+        *(last.get(kind) for kind in (events.HeldOut, events.ImageLosses, events.Diagnosed, events.Finished)))
