@@ -63,9 +63,9 @@ def plan(values: Mapping[str, object], *, host: Host, runner: Runner | None = No
     """What a run with these settings would do; nothing is written and no picture is decoded.
 
     Returns summary (one line), pictures, buckets, epochs, batches_per_epoch, steps, resolution [width, height],
-    warnings (sentences), name_taken (a LoRA of that name exists and would not be overwritten) and estimate ("" while
-    no model is loaded), corrected by the speed of `runner`'s run. Raises UserError, and Interrupted where
-    `should_stop()` says so.
+    warnings (sentences), notes (others, of held-out pictures), name_taken (a LoRA of that name exists and would not be
+    overwritten) and estimate ("" while no model is loaded), corrected by the speed of `runner`'s run. Raises UserError, and
+    Interrupted where `should_stop()` says so.
     """
     settings = parse(values)
     check_allowed(settings, host.allowed)
@@ -81,6 +81,7 @@ def plan(values: Mapping[str, object], *, host: Host, runner: Runner | None = No
         "steps": found.schedule.steps,
         "resolution": list(found.resolution),
         "warnings": [*found.warnings, *filter(None, (warning,))],
+        "notes": list(found.notes),
         "name_taken": name_taken(settings, host),
         "estimate": estimate,
     }

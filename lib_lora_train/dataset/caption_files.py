@@ -26,6 +26,7 @@ from lib_lora_train.dataset.text_files import CAPTION_SUFFIXES, read_text
 from lib_lora_train.errors import DatasetError, counted, printable, some_of
 
 JSON_SUFFIXES = (".json", ".jsonl")
+CHOICES = "held_out.json"  # which images are held out (see held_out.py): no captions
 TEXT_SUFFIXES = (*CAPTION_SUFFIXES, *JSON_SUFFIXES)
 CAPTION_WORDS = ("caption", "text", "txt", "tag", "label", "prompt")  # in the names of folders for captions
 _OF_PROGRAMS = (".npz", ".npy", ".pt", ".safetensors", ".cache", ".db", ".ini", ".toml", ".log", ".bak")  # nobody's captions
@@ -117,7 +118,7 @@ def count_of_captions(images: int, captioned: int, unmatched: Sequence[str], *, 
 def find_captions(images: Sequence[Path], files: Iterable[Path], *, above: Iterable[Path] = ()) -> FolderCaptions:
     """The captions of `images`, which lie in one folder, among its `files` and the metadata in `above`, files of the folder
     above it."""
-    texts = {file.name: file for file in files}
+    texts = {file.name: file for file in files if file.name != CHOICES}
     names = [image.name for image in images]
     own, unmatched = match_names(names, texts)
     listed: dict[str, CaptionFile] = {}

@@ -94,12 +94,21 @@ def scan(
     reg_data_dir: Path | str | None = None, on_progress: Progress | None = None,
     should_stop: ShouldStop | None = None, may_read: MayRead | None = None,
 ) -> Dataset:
+    """What `read_folder` finds, each image with its repeats (`with_repeats`). Arguments and errors are theirs."""
+    found = read_folder(folder, trigger_word=trigger_word, reg_data_dir=reg_data_dir, on_progress=on_progress,
+                        should_stop=should_stop, may_read=may_read)
+    return with_repeats(found, max_train_epochs=max_train_epochs, num_repeats=num_repeats)
+
+
+def read_folder(
+    folder: Path | str, *, trigger_word: str = "", reg_data_dir: Path | str | None = None,
+    on_progress: Progress | None = None, should_stop: ShouldStop | None = None, may_read: MayRead | None = None,
+) -> Dataset:
     """Read names, captions and headers; check each file as far as its format allows without decoding it.
 
-    `max_train_epochs` and `num_repeats` (0 = choose) set the repeats of a plain folder. Regularisation
-    images get repeats such that they are visited as often as the others together; they never get
-    the trigger word. Order: by name, the same on every system. `may_read` is asked for folders and links; what
-    it refuses is passed over and counted in a Problem.
+    Repeats are those of the folders' names, 1 in a plain folder. Regularisation images never get the trigger word. Order: by
+    name, the same on every system. `may_read` is asked for folders and links; what it refuses is passed over and counted in
+    a Problem.
     Raises DatasetError (folder missing, empty, unreadable; no usable image; captions in no clear encoding) and
     Interrupted when `should_stop()` says so.
     """
@@ -124,13 +133,22 @@ def scan(
         raise _nothing_left(Path(folder), problems)
     if reg_subsets and not regularisation:
         raise _nothing_left(Path(reg_data_dir or ""), problems)
-    if layout == "plain":
+    return Dataset(Path(folder), layout, (*examples, *regularisation), tuple(problems))
+
+
+def with_repeats(dataset: Dataset, *, max_train_epochs: int, num_repeats: int = 0) -> Dataset:
+    """The dataset that `read_folder` found with the repeats it is trained with. `max_train_epochs` and `num_repeats` (0 =
+    choose) set those of a plain folder; regularisation images are visited as often as the others together."""
+    examples = [example for example in dataset.examples if not example.is_regularisation]
+    regularisation = [example for example in dataset.examples if example.is_regularisation]
+    problems = list(dataset.problems)
+    if dataset.layout == "plain":
         repeats = plain_folder_repeats(len(examples), max_train_epochs=max_train_epochs, num_repeats=num_repeats)
         examples = [replace(example, repeats=repeats) for example in examples]
     elif num_repeats > 0:
         problems.append(Problem(no_effect("num_repeats", "the number in front of each folder's name counts")))
     balanced = _balance(regularisation, visits=sum(example.repeats for example in examples), problems=problems)
-    return Dataset(Path(folder), layout, (*examples, *balanced), tuple(problems))
+    return replace(dataset, examples=(*examples, *balanced), problems=tuple(problems))
 
 
 def assign_buckets(dataset: Dataset, buckets: Buckets) -> tuple[Dataset, tuple[Placement, ...]]:

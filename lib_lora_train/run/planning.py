@@ -9,8 +9,10 @@ import dataclasses
 import secrets
 from pathlib import Path
 
+from lib_lora_train.dataset import held_out
 from lib_lora_train.dataset.buckets import Placement, buckets_for
-from lib_lora_train.dataset.folder import Dataset, assign_buckets, scan, visits_by_bucket
+from lib_lora_train.dataset.folder import Dataset, assign_buckets, read_folder, visits_by_bucket, with_repeats
+from lib_lora_train.dataset.held_out import HeldOutImage
 from lib_lora_train.dataset.plan import Plan, plan_run
 from lib_lora_train.dataset.progress import Progress, ShouldStop
 from lib_lora_train.distributed import SINGLE_PROCESS, ProcessGroup
@@ -20,7 +22,7 @@ from lib_lora_train.inputs.latent_files import CACHE_FOLDER
 from lib_lora_train.model.family import training_sizes
 from lib_lora_train.run.consistency import agree_on_settings
 from lib_lora_train.run.output import checked_name, destination
-from lib_lora_train.run.resume import ResumePoint, find
+from lib_lora_train.run.resume import ResumePoint, find, with_recorded_split
 from lib_lora_train.settings import DECLARATIONS, Settings, flat, ignored, named, parse
 from lib_lora_train.settings.allowed_paths import AllowedPaths, check_allowed
 from lib_lora_train.settings.risks import risks
@@ -33,11 +35,13 @@ class RunPlan:
 
     settings        complete: the seed is drawn, automatic repeats are numbers, paths are absolute
     family          of the model it was planned for, "" where none was loaded
-    dataset         with its `placements` into buckets and `resolution` (width, height)
+    dataset         what is trained, with its `placements` into buckets and `resolution` (width, height)
     schedule        epochs, batches, steps; a batch is `processes` times train_batch_size images
     warnings        one sentence for each thing the user should know
     target          the LoRA's file; its name is free
     resume_point    where the run goes on, None for a new run
+    held_out        images to measure on, which are not trained unless `held_out_derived` (see `held_out.Split`)
+    notes           sentences about the plan that are no warnings
     """
 
     settings: Settings
@@ -50,6 +54,9 @@ class RunPlan:
     processes: int = 1
     target: Path = Path()
     resume_point: ResumePoint | None = None
+    held_out: tuple[HeldOutImage, ...] = ()
+    held_out_derived: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def aspect_error(self) -> float:
@@ -74,9 +81,10 @@ class RunPlan:
         regularisation = len(self.dataset.examples) - self.dataset.images
         with_reg = f" + {counted(regularisation, 'regularisation picture')}" if regularisation else ""
         schedule, (width, height) = self.schedule, self.resolution
+        kept = "" if self.held_out_derived or not self.held_out else f"; {len(self.held_out)} more to measure on"
         return (f"{counted(self.dataset.images, 'picture')} × {shown}{with_reg}, {counted(schedule.epochs, 'epoch')}, "
                 f"{counted(len(schedule.buckets), 'bucket')} at {width}×{height} "
-                f"= {counted(schedule.steps, 'step')}{f' of {self.processes} processes' if self.processes > 1 else ''}")
+                f"= {counted(schedule.steps, 'step')}{f' of {self.processes} processes' if self.processes > 1 else ''}{kept}")
 
 
 def plan_job(settings: Settings, host: Host, *, on_progress: Progress | None = None,
@@ -86,7 +94,7 @@ def plan_job(settings: Settings, host: Host, *, on_progress: Progress | None = N
     check_allowed(settings, host.allowed)
     agree_on_settings(group, settings)
     resume_point = find(settings.save.resume, host.runs_folder) if settings.save.resume else None
-    settings = _with_seed(settings, resume_point, group)
+    settings = with_recorded_split(_with_seed(settings, resume_point, group), resume_point)
     target = result_path(settings, host, resume_point) if group.rank == 0 else Path(settings.save.output_name)
     checkpoint = host.checkpoint()
     plan = plan_dataset(settings, family=checkpoint.family if checkpoint else "", allowed=host.allowed, on_progress=on_progress,
@@ -108,18 +116,21 @@ def plan_dataset(settings: Settings, *, family: str, allowed: AllowedPaths | Non
         raise DatasetError("No dataset folder was given", remedy="choose a folder of pictures")
     spec_of(optimizer.optimizer_type)  # an unknown one is refused here, before anything is read
     buckets = buckets_for(dataset_settings, sizes=training_sizes(family))
-    found = scan(
-        Path(dataset_settings.train_data_dir), max_train_epochs=optimizer.max_train_epochs,
-        num_repeats=dataset_settings.num_repeats, trigger_word=dataset_settings.trigger_word,
-        reg_data_dir=dataset_settings.reg_data_dir or None, on_progress=on_progress, should_stop=should_stop,
-        may_read=allowed.may_read if allowed else None)
+    may_read = allowed.may_read if allowed else None
+    found = read_folder(
+        Path(dataset_settings.train_data_dir), trigger_word=dataset_settings.trigger_word,
+        reg_data_dir=dataset_settings.reg_data_dir or None, on_progress=on_progress, should_stop=should_stop, may_read=may_read)
     if allowed and dataset_settings.cache_latents_to_disk:
         _check_caches(found, allowed)
-    dataset, placements = assign_buckets(found, buckets)
+    # Held-out images must fit a bucket too, and repeats are counted for those that are trained.
+    split = held_out.split(assign_buckets(found, buckets)[0], share=settings.evaluation.validation_split,
+                           seed=optimizer.seed, may_read=may_read)
+    dataset, placements = assign_buckets(with_repeats(
+        split.training, max_train_epochs=optimizer.max_train_epochs, num_repeats=dataset_settings.num_repeats), buckets)
     schedule = _schedule(settings, dataset, placements, processes=processes)
     return RunPlan(
         settings=settings, family=family, dataset=dataset, placements=placements, resolution=buckets.resolution,
-        processes=processes, schedule=schedule,
+        processes=processes, schedule=schedule, held_out=split.held_out, held_out_derived=split.derived, notes=split.notes,
         warnings=(*ignored(settings), *risks(settings, steps=schedule.steps, images=dataset.images, processes=processes),
                   *(problem.text for problem in dataset.problems)))
 

@@ -39,7 +39,8 @@ FREE = frozenset({
     "memory_budget", "cpu_offload_checkpointing", "channels_last", "max_train_steps", "max_train_epochs", "output_name",
     "output_dir", "overwrite", "save_precision", "save_every_n_epochs", "save_every_n_steps", "save_state",
     "save_state_every_n_minutes", "save_state_on_train_end", "resume", "training_comment", "yield_to_generations",
-    "cuda_graphs", "num_repeats"})
+    "cuda_graphs", "num_repeats", "validation", "validate_every_n_steps", "early_stopping", "sample_images", "sample_prompts",
+    "sample_every_n_steps", "sample_every_n_epochs", "sample_at_first"})
 _DIFFERENT = "the result will not be that of an uninterrupted run."
 _END = 1 << 16  # bytes at each end of an image file that go into the fingerprint
 
@@ -104,6 +105,13 @@ def run_folder(text: str, runs: Path) -> Path | None:
 def settings_of(resume_point: ResumePoint, changes: Mapping[str, object]) -> Settings:
     """The settings of the run with `changes`, to go on with. Raises SettingError."""
     return parse({**resume_point.metadata["settings"], **changes, "resume": str(resume_point.path.parent)})
+
+
+def with_recorded_split(settings: Settings, resume_point: ResumePoint | None) -> Settings:
+    """`settings`, holding no image out where the run to go on with began before any were: its images stay the same."""
+    if resume_point is None or "validation_split" in resume_point.metadata["settings"]:
+        return settings
+    return dataclasses.replace(settings, evaluation=dataclasses.replace(settings.evaluation, validation_split=0.0))
 
 
 def describe(settings: Settings, *, steps: int, processes: int, dataset: str, checkpoint: Mapping[str, str], started_at: float,

@@ -207,7 +207,7 @@ def _plan_text(found: Mapping[str, Any], *, taken: str) -> str:
     if taken:
         warnings.insert(0, f"There is a LoRA called {taken!r} already; Train will ask before replacing it.")
     items = "".join(f"<li>{html.escape(warning)}</li>" for warning in warnings)
-    return f'<div class="lora-train-plan">{html.escape(line)}</div>' + (
+    return f'<div class="lora-train-plan">{html.escape(line)}</div>' + "".join(map(_note, found["notes"])) + (
         f'<ul class="lora-train-warnings">{items}</ul>' if items else "")
 
 

@@ -22,9 +22,9 @@ from lib_lora_train.host.standalone import StandaloneHost
 from lib_lora_train.inputs import prefetcher
 from lib_lora_train.model.fingerprint import sampled_fingerprint
 from lib_lora_train.run import job, resume, saver
-from lib_lora_train.run.planning import RunPlan, plan_dataset
+from lib_lora_train.run.planning import RunPlan, plan_dataset, plan_job
 from lib_lora_train.run.saver import Checkpointer
-from lib_lora_train.settings import SaveSettings
+from lib_lora_train.settings import EvaluationSettings, SaveSettings
 from lib_lora_train.training import checkpoint as checkpoint_module
 from tests.jobs import run_settings
 from tests.run.test_job import metadata, of, settings
@@ -315,6 +315,26 @@ def test_a_state_that_tells_its_checkpoint_by_all_tensors_goes_on_with_it_and_no
         run(going_on(chosen, folder), other_file(host, tmp_path / "other", alphas_cumprod=torch.zeros(1000).half()), folder)
     _, seen = run(going_on(chosen, folder), host, folder, stop_after=1)
     assert [s.step for s in of(events.Step, seen)] == [3] and told(seen) == []
+
+
+def test_a_run_that_began_before_any_were_held_out_keeps_all_its_images(cut_off, images, host):
+    chosen, folder = cut_off
+    for index in range(4, 14):
+        shutil.copy(images / "0.png", images / f"{index}.png")
+    again = changed(chosen, folder, train_data_dir=str(images))
+    assert len(plan_job(again, host).held_out) == 2
+    held, facts = checkpoint_module.read(folder / STATE)
+    older = {name: value for name, value in facts["settings"].items() if name != "validation_split"}
+    checkpoint_module.write(folder / STATE, held, {**facts, "settings": older})
+    plan = plan_job(again, host)
+    assert plan.held_out == () and plan.dataset.images == 14
+
+
+def test_what_is_measured_and_sampled_may_be_another_from_here_on(cut_off):
+    chosen, folder = cut_off
+    other = EvaluationSettings(validation=False, early_stopping=True, sample_prompts="a cat", sample_every_n_epochs=2)
+    assert not resume.compare_settings(dataclasses.replace(chosen, evaluation=other), resume.find(str(folder), folder.parent),
+                                       steps=5)
 
 
 def test_another_noise_schedule_than_the_run_began_on_is_told(cut_off, host):
