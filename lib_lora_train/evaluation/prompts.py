@@ -104,7 +104,7 @@ def _no_text(text: str) -> str:
     return text
 
 
-def _whole(low: int, high: int) -> Callable[[str], int]:
+def _integer(low: int, high: int) -> Callable[[str], int]:
     def read(text: str) -> int:
         if not (text.isascii() and text.isdigit() and len(text) < 12 and low <= int(text) <= high):
             raise ValueError(f"it must be a whole number from {low} to {high}")
@@ -123,5 +123,5 @@ def _scale(text: str) -> float:
 
 
 _FLAGS: dict[str, tuple[str, Callable[[str], object]]] = {
-    "w": ("width", _whole(64, 4096)), "h": ("height", _whole(64, 4096)), "d": ("seed", _whole(0, 2**32 - 1)),
-    "s": ("steps", _whole(1, 1000)), "l": ("cfg_scale", _scale), "n": ("negative_prompt", _no_text)}
+    "w": ("width", _integer(64, 4096)), "h": ("height", _integer(64, 4096)), "d": ("seed", _integer(0, 2**32 - 1)),
+    "s": ("steps", _integer(1, 1000)), "l": ("cfg_scale", _scale), "n": ("negative_prompt", _no_text)}

@@ -45,9 +45,11 @@ def sigmas(alphas_cumprod: torch.Tensor, steps: int) -> torch.Tensor:
 @torch.no_grad()
 def sample_batch(model: FrozenModel, requests: Sequence[SampleRequest], *, clip_skip: int = 1,
                  dtype: torch.dtype = torch.float32, adapters: Mapping[str, Mapping[str, Adapter]] | None = None,
-                 conditioning: Conditioning | None = None, on_step: Callable[[int, int], None] | None = None) -> torch.Tensor:
+                 conditioning: Conditioning | None = None, one_by_one: bool = False,
+                 on_step: Callable[[int, int], None] | None = None) -> torch.Tensor:
     """Latents [B,4,h,w] in the VAE's own scale, one for each request. `adapters` are a network's, by component; the noise is
     drawn on the CPU. `conditioning` is what `encode_prompts` said of the requests, where the text encoders are not at hand.
+    `one_by_one` takes less memory and more time: the UNet never sees two rows at once.
 
     The requests may differ in prompts and seeds only. Where their prompts differ in length by whole chunks of 75 tokens,
     the shorter ones get empty chunks, as a negative prompt does beside a longer one.
@@ -60,6 +62,8 @@ def sample_batch(model: FrozenModel, requests: Sequence[SampleRequest], *, clip_
     rows = len(conditioning.context)
     size = (first.height, first.width)
     y = conditioning.vector(original=size, crop=(0, 0), target=size)
+    context, y = conditioning.context.to(device, dtype), None if y is None else y.to(device, dtype)
+    parts = [slice(row, row + 1) for row in range(rows)] if one_by_one else [slice(0, rows)]
     levels = sigmas(model.schedule.alphas_cumprod, first.steps).to(device)
     log_sigmas = _all_sigmas(model.schedule.alphas_cumprod).log().to(device)
 
@@ -69,8 +73,8 @@ def sample_batch(model: FrozenModel, requests: Sequence[SampleRequest], *, clip_
         t = _timestep(sigma, log_sigmas).expand(rows)
         c_in = (sigma ** 2 + 1).rsqrt()
         shown = (x * c_in).repeat(rows // len(requests), 1, 1, 1)
-        output = model.unet(shown.to(dtype), t, conditioning.context.to(device, dtype),
-                            None if y is None else y.to(device, dtype), adapters=adapters.get(UNET_COMPONENT, {})).float()
+        output = torch.cat([model.unet(shown[part].to(dtype), t[part], context[part], None if y is None else y[part],
+                                       adapters=adapters.get(UNET_COMPONENT, {})) for part in parts]).float()
         if first.cfg_scale != 1:
             unconditional, conditional = output.chunk(2)
             output = unconditional + first.cfg_scale * (conditional - unconditional)
