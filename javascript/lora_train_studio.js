@@ -34,9 +34,9 @@
 
         // ---- asking ------------------------------------------------------------------------------------------------
 
-        /** The size chosen for training, on the other page. */
+        /** What is chosen for training, on the other page: the size, and what decides which pictures are held out. */
         app.sizes = () => window.loraTrain.chosen(["resolution", "enable_bucket", "min_bucket_reso", "max_bucket_reso",
-            "bucket_reso_steps", "bucket_no_upscale"]);
+            "bucket_reso_steps", "bucket_no_upscale", "validation_split", "seed"]);
         app.dataset = () => view.state && view.state.dataset;
         app.task = () => view.state && view.state.task;
         app.working = () => Boolean(app.task() && app.task().running);

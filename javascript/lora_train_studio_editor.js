@@ -88,8 +88,9 @@
                 make("div", {text: picture.why}),
                 // What is odd about a caption that can be read is no problem.
                 make("div", {class: unread ? null : "lts-quiet", text: why}),
+                picture.held_out ? make("div", {class: "lts-quiet", text: translated(studio.HELD_OUT)}) : "",
                 picture.masked ? make("div", {class: "lts-quiet", text: translated(studio.MASKS_UNUSED)}) : "");
-            wrong.hidden = !picture.problems.length && !why && !picture.masked;
+            wrong.hidden = !picture.problems.length && !why && !picture.masked && !picture.held_out;
             image.alt = picture.name;
             image.removeAttribute("src");
             frame.classList.toggle("lts-broken", picture.problems.includes("broken"));
@@ -108,6 +109,7 @@
                     drawn: "back", title: "The picture as it was brought in"}) : null,
                 button("Fits?", () => app.checkCaptions([picture.id]), {
                     drawn: "search", title: "Paint from the caption and compare with the picture"}),
+                app.holdOutButton([picture.id], [picture]),
                 button("Remove", () => app.remove([picture.id]), {drawn: "remove", title: "Delete"}),
             ].filter(Boolean));
         }
@@ -125,7 +127,8 @@
             if (!writing) caption.value = app.unsent.has(picture.id) ? app.unsent.get(picture.id) : picture.caption;
             shown = writing ? {...shown} : picture;
             const now = JSON.stringify([picture.id, picture.stamp, picture.problems, picture.why,
-                picture.caption_problem, picture.shaped, picture.masked]);
+                picture.caption_problem, picture.shaped, picture.masked, picture.held_out,
+                app.dataset().held_out]);
             if (now !== known) {
                 known = now;
                 drawPicture(picture);

@@ -32,10 +32,10 @@
         const empty = tick("without caption", false, (on) => app.filterBy({empty_only: on}));
         const changed = tick("changed", false, (on) => app.filterBy({changed_only: on}));
         const bar = make("div", {class: "lts-selection"}), pager = make("div", {class: "lts-pager"});
-        const nothing = make("div", {class: "lts-nothing", hidden: true});
+        const nothing = make("div", {class: "lts-nothing", hidden: true}), few = make("p", {class: "lts-quiet lts-few"});
         const element = make("div", {class: "lts-gallery"},
             make("div", {class: "lts-line lts-filter"}, make("div", {class: "lts-search"}, icon("search"), search), empty,
-                changed, sort), bar, grid, nothing, pager);
+                changed, sort), bar, few, grid, nothing, pager);
         let known = "", anchor = "";
 
         // ---- drawing ----
@@ -66,6 +66,10 @@
                 badges.append(make("span", {class: "lts-badge", title: translated(studio.MASKS_UNUSED)}, icon("mask"),
                     make("span", {text: translated("unused mask")})));
             }
+            if (picture.held_out) {
+                badges.append(make("span", {class: "lts-badge lts-held", title: translated(studio.HELD_OUT)}, icon("scale"),
+                    make("span", {text: translated("held out")})));
+            }
             if (picture.changed) badges.append(make("span", {class: "lts-dot", title: translated("Changed, not saved")}));
             made.append(badges);
             if (picture.problems.includes("broken")) {
@@ -85,11 +89,16 @@
             const size = view.selected.size;
             const words = size ? size + " " + translated("selected") : count(view.shown.total, "picture") +
                 (app.filtered() ? " " + translated("of") + " " + app.dataset().pictures : "");
-            const tools = [make("b", {class: "lts-count", text: words})];
+            const held = app.dataset().held_out;
+            const tools = [make("b", {class: "lts-count", text: words}, held.pictures && !size ? make("span", {
+                class: "lts-quiet lts-out", title: translated(studio.HELD_OUT),
+                text: " · " + held.pictures + " " + translated("held out"),
+            }) : "")];
             if (size) {
                 tools.push(
                     button("Caption", () => app.show("caption"), {drawn: "caption"}),
                     button("Crop", () => app.show("shape"), {drawn: "crop"}),
+                    app.holdOutButton([...view.selected], view.shown.pictures.filter(({id}) => view.selected.has(id))),
                     button("Remove", () => app.remove(), {drawn: "remove", id: "lora_train_remove", title: "Delete"}),
                     button("Clear", () => app.select([]), {kind: "tool", drawn: "close", title: "Select nothing (Escape)"}));
             } else {
@@ -99,7 +108,10 @@
                     drawn: "check", id: "lora_train_select_all", title: "Select the pictures on this page (Ctrl+A)",
                 }));
             }
-            bar.replaceChildren(...tools);
+            bar.replaceChildren(...tools.filter(Boolean));
+            few.hidden = !held.share || app.dataset().pictures >= held.fewest;
+            few.textContent = translated("With fewer than") + " " + held.fewest + " " +
+                translated("pictures, crops of them are measured on.");
         }
 
         function drawPager() {
@@ -195,6 +207,16 @@
             anchor = id;
             tiles[next].scrollIntoView({block: "nearest"});
         }
+
+        /** Switches between holding these pictures out and training on them, by what the `shown` of them are; null where none
+         * can be held out. */
+        app.holdOutButton = (ids, shown) => {
+            const held = app.dataset().held_out, out = shown.length > 0 && shown.every(({held_out}) => held_out);
+            if (!held.share || app.dataset().pictures < held.fewest) return null;
+            return button(out ? "Train on it" : "Hold out", () => app.act(
+                () => app.api.ask("hold-out", {ids, held_out: !out}),
+            ), {drawn: "scale", title: out ? "Held out now: press to train on it again" : studio.HELD_OUT});
+        };
 
         app.remove = (ids) => {
             const chosen = ids || [...view.selected];

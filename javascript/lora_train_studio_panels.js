@@ -203,11 +203,14 @@
             known = now;
             const lines = [];
             if (proposal) {
-                const by = " × ", pictures = count(dataset.pictures, "picture");
+                const by = " × ", pictures = count(proposal.pictures, "picture");
                 lines.push(pictures + by + count(proposal.repeats, "repeat") + by + count(proposal.epochs, "epoch") +
                     " / " + proposal.batch + " = " + count(proposal.steps, "step"));
             } else {
                 lines.push(count(dataset.pictures, "picture"));
+            }
+            if (dataset.held_out.pictures) {
+                lines.push(count(dataset.held_out.pictures, "more picture") + " " + translated("to measure on, held out of training."));
             }
             if (app.view.empty) lines.push(app.view.empty + " " + translated("pictures have no caption yet."));
             if (dataset.unsaved) lines.push(translated("The changed captions are saved first."));

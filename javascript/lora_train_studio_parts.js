@@ -17,6 +17,7 @@
         left: "M15 5l-7 7 7 7", right: "M9 5l7 7-7 7", picture: "M3 5h18v14H3zM3 16l5-5 4 4 4-5 5 6M8 9v.1",
         mask: "M3 7c6-3 12-3 18 0 0 8-3 11-6 11-2 0-2-2-3-2s-1 2-3 2c-3 0-6-3-6-11M7 10h3M14 10h3",
         back: "M4 12a8 8 0 1 1 2.5 5.8M4 18v-5h5",
+        scale: "M12 4v16M8 20h8M4 7h16M4 7l-2.5 7h5zM20 7l-2.5 7h5z",
         search: "M11 5a6 6 0 1 1 0 12 6 6 0 0 1 0-12M15.5 15.5L20 20",
     };
 
@@ -148,6 +149,9 @@
 
     /** What is said wherever a mask is shown or painted. */
     studio.MASKS_UNUSED = "Training does not use masks yet: all of a picture is learnt.";
+
+    /** What is said of a picture that is held out. */
+    studio.HELD_OUT = "Not trained on: the LoRA is measured on it, which shows whether it learns or copies.";
 
     studio.parts = {make, icon, button, field, tick, textBox, numberBox, choice, pills, count, later, once, translated};
 })(window.loraTrainStudio = window.loraTrainStudio || {});

@@ -24,16 +24,16 @@ from typing import TYPE_CHECKING, NoReturn
 from lib_lora_train import events
 from lib_lora_train.errors import LoraTrainError, SettingError, UserError, translated
 from lib_lora_train.events import Report, shielded
+from lib_lora_train.run import RUNS_FOLDER
 from lib_lora_train.settings import AREAS, Settings, assignment, declarations, named, parse, user_path
 from lib_lora_train.settings.kohya import adopted
 from lib_lora_train.settings.toml import read_toml
 from lib_lora_train.studio.commands.arguments import add_check, add_prepare, add_tag, add_verify
+from lib_lora_train.studio.commands.results import add_results
 
 if TYPE_CHECKING:
     from lib_lora_train.distributed import LaunchEnvironment
     from lib_lora_train.run.record import RunRecord
-
-RUNS_FOLDER = "runs"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(chosen: argparse.Namespace) -> int:
     from lib_lora_train.distributed import LaunchEnvironment, process_group
     from lib_lora_train.host.standalone import StandaloneHost, describe_file
+    from lib_lora_train.results.report import write_report
     from lib_lora_train.run.background import StopKind
     from lib_lora_train.run.inputs import stage
     from lib_lora_train.run.job import run_job
@@ -103,6 +104,8 @@ def _train(chosen: argparse.Namespace) -> int:
                 return run_job(plan, host, report=report, stop=stop, group=group,
                                folder=folder if record else None)
         finished, failure = _ending(job, show=show, record=record)
+    if record:
+        write_report(folder)
     if finished.outcome == "failed":
         if launch is not None:
             failed_together(launch, finished.message, failure)
@@ -345,7 +348,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_address(ui)
     ui.set_defaults(command=_ui)
 
-    for add in (add_prepare, add_check, add_tag, add_verify):
+    for add in (add_results, add_prepare, add_check, add_tag, add_verify):
         add(commands)
 
     inspect = commands.add_parser("inspect", help="say what a LoRA file is")

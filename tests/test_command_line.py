@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from lib_lora_train import events
 from lib_lora_train.__main__ import main
@@ -65,7 +66,7 @@ def test_a_configuration_file_is_read_and_the_command_line_has_the_last_word(run
     told = json.loads(run("inspect", tmp_path / "out" / "zzk.safetensors", "--json").stdout)
     assert (told["rank"], told["family"], told["hash_ok"], told["components"]) == (2, "sd1", True, {"unet": 192})
     record, = (tmp_path / "out" / "runs").iterdir()
-    assert {f.name for f in record.iterdir()} == {"settings.toml", "events.jsonl", ".lock"}
+    assert {f.name for f in record.iterdir()} == {"settings.toml", "events.jsonl", "report.html", ".lock"}
 
 
 @pytest.mark.parametrize("more, word", [
@@ -92,6 +93,26 @@ def test_a_name_that_cannot_be_a_file_leaves_no_record(run, train, tmp_path):
 def test_a_folder_without_runs_is_told_and_not_an_empty_answer(run, tmp_path):
     listed = run("runs", "--output-dir", tmp_path / "elsewhere", "--json")
     assert listed.returncode == 0 and json.loads(listed.stdout) == [] and "elsewhere" in listed.stderr
+
+
+def test_a_runs_folder_or_its_name_is_enough_for_its_report_and_its_samples(run, tmp_path):
+    folder = tmp_path / "runs" / "zzk-20261121-154501"
+    (folder / "samples").mkdir(parents=True)
+    Image.new("RGB", (64, 64), "red").save(folder / "samples" / "1.png")
+    (folder / "settings.toml").write_text('output_name = "zzk"\n', encoding="utf-8")
+    sampled = events.Sampled(3, 1, 0, "a red cat", 7, "samples/1.png")
+    (folder / "events.jsonl").write_text(json.dumps(events.to_dict(sampled)) + "\n", encoding="utf-8")
+    told = run("samples", folder.name, "--output-dir", tmp_path, "--json", "--sheet", tmp_path / "sheet.png")
+    shown, = json.loads(told.stdout)
+    assert (told.returncode, shown["prompt"]) == (0, "a red cat")
+    assert [(one["step"], one["file"], one["seed"]) for one in shown["pictures"]] == [(3, "samples/1.png", 7)]
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert any(rgb == (255, 0, 0) for _, rgb in sheet.getcolors(1 << 16))
+    assert run("report", folder, "--out", tmp_path / "r.html").returncode == 0
+    assert "a red cat" in (tmp_path / "r.html").read_text(encoding="utf-8")
+    for command in ("samples", "report"):
+        refused = run(command, "nowhere", "--output-dir", tmp_path)
+        assert refused.returncode == 2 and refused.stderr.strip().count("\n") == 0 and "nowhere" in refused.stderr
 
 
 def test_the_demos_model_cannot_be_copied_into_a_file_and_says_so(run, tmp_path):

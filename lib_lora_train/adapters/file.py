@@ -81,9 +81,9 @@ class LoraInfo:
 def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, dtype: torch.dtype) -> None:
     """Write `tensors` (kohya's keys, any device) as `dtype`, atomically: readers see the old file or the new one.
 
-    Adds `sshs_model_hash` and `sshs_legacy_hash`. `ss_output_name` must be the file's stem, or the WebUI lists the
-    LoRA under a name that is not its file's. The temporary file beside the result has a name that no program
-    takes for a model, and is removed in any case.
+    Adds `sshs_model_hash` and `sshs_legacy_hash`, and the hash of ModelSpec where that is followed. `ss_output_name` must be
+    the file's stem, or the WebUI lists the LoRA under a name that is not its file's. The temporary file beside the result has
+    a name that no program takes for a model, and is removed in any case.
 
     Raises TrainingError if a weight is not finite in `dtype` (an existing file stays), OutputError if the
     folder refuses.
@@ -100,8 +100,11 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str],
     # themselves changes neither.
     data = safetensors.torch.save(weights, {key: value for key, value in metadata.items() if key.startswith("ss_")})
     header, body = _split(data)
-    header["__metadata__"] = {**metadata, "sshs_model_hash": _sha256(body),
+    digest = _sha256(body)
+    header["__metadata__"] = {**metadata, "sshs_model_hash": digest,
                               "sshs_legacy_hash": _sha256(data[0x100000:0x110000])[:8]}
+    if "modelspec.sai_model_spec" in metadata:
+        header["__metadata__"]["modelspec.hash_sha256"] = f"0x{digest}"
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of eight bytes
     with translated(f"saving {path.name}"), replacing(path) as file:

@@ -1,13 +1,15 @@
 """The metadata of a LoRA file, from what is known of its run. Every value is a string, as safetensors demands.
 
 The names are those of kohya-ss/sd-scripts (`ss_…`), which the WebUI's page of LoRAs and the usual viewers
-read, and of Stability's ModelSpec (`modelspec.…`). Folders are written by name and never by path: a LoRA is published.
+read, and of Stability's ModelSpec 1.0.1 (`modelspec.…`, https://github.com/Stability-AI/ModelSpec). Folders
+are written by name and never by path: a LoRA is published.
 
-Not here: the two hashes of the file (`sshs_…`), which `file.save` adds.
+Not here: the hashes of the file (`sshs_…`, `modelspec.hash_sha256`), which `file.save` adds.
 """
 
 from __future__ import annotations
 
+import base64
 import datetime
 import json
 from collections.abc import Mapping
@@ -15,6 +17,8 @@ from dataclasses import dataclass, field
 
 from lib_lora_train.errors import printable
 from lib_lora_train.model.family import Family
+
+MODELSPEC = "1.0.1"
 
 # The settings that kohya writes, under kohya's names; each becomes "ss_" + name. Others (paths above all) stay out.
 SETTINGS = (
@@ -43,7 +47,7 @@ class TrainingMetadata:
     tag_frequency   {folder: {tag: captions that hold it}}
     buckets         (width, height) -> images with their repeats, None without buckets
     aspect_error    mean difference between an image's and its bucket's width/height
-    settings        the run's settings under kohya's names; those in `SETTINGS` are written
+    settings        the run's settings under kohya's names; those in `SETTINGS` are written, and the trigger word
     """
 
     family: Family
@@ -86,6 +90,16 @@ def describe(run: TrainingMetadata, name: str) -> dict[str, str]:
     values = {f"ss_{setting}": run.settings[setting] for setting in SETTINGS if setting in run.settings}
     values |= _run(run, name) | _dataset(run) | _model(run) | _modelspec(run, name)
     return {key: printable(str(value)) for key, value in values.items()}
+
+
+def renamed(metadata: Mapping[str, str], name: str, *, trigger_word: str, thumbnail: bytes = b"") -> dict[str, str]:
+    """The metadata of a file of ours for a copy of it called `name`.safetensors. `thumbnail` is a small JPEG of what it makes;
+    without one it has none. A file from before ModelSpec 1.0.1 is brought up to it."""
+    kept = {key: value for key, value in metadata.items() if key != "modelspec.thumbnail"}
+    told = {"ss_output_name": name, "modelspec.title": name, "modelspec.sai_model_spec": MODELSPEC, **_trigger(trigger_word)}
+    if thumbnail:
+        told["modelspec.thumbnail"] = f"data:image/jpeg;base64,{base64.b64encode(thumbnail).decode()}"
+    return kept | {key: printable(value) for key, value in told.items()}
 
 
 def _run(run: TrainingMetadata, name: str) -> dict[str, object]:
@@ -146,7 +160,7 @@ def _model(run: TrainingMetadata) -> dict[str, object]:
 def _modelspec(run: TrainingMetadata, name: str) -> dict[str, object]:
     written_at = run.started_at if run.finished_at is None else run.finished_at
     values: dict[str, object] = {
-        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.sai_model_spec": MODELSPEC,
         "modelspec.architecture": f"{run.family.metadata.architecture[run.v_prediction]}/lora",
         "modelspec.implementation": run.family.metadata.implementation,
         "modelspec.title": name,
@@ -156,4 +170,11 @@ def _modelspec(run: TrainingMetadata, name: str) -> dict[str, object]:
     }
     if run.clip_skip is not None:
         values["modelspec.encoder_layer"] = run.clip_skip
-    return values
+    if comment := run.settings.get("training_comment"):
+        values["modelspec.description"] = comment
+    return values | _trigger(str(run.settings.get("trigger_word") or ""))
+
+
+def _trigger(word: str) -> dict[str, str]:
+    """What calls the LoRA in a prompt, in words for a program and for a reader."""
+    return {"modelspec.trigger_phrase": word, "modelspec.usage_hint": f"Trigger word: {word}"} if word else {}

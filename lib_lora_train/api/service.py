@@ -7,6 +7,7 @@ exceptions; how they are shown is the caller's matter.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ from lib_lora_train.host.port import Checkpoint, Host
 from lib_lora_train.memory.device import matrix_rate, seconds_per_step
 from lib_lora_train.model.family import FAMILIES, detect
 from lib_lora_train.results.overview import plain
+from lib_lora_train.results.promote import dress
+from lib_lora_train.results.report import write_report
 from lib_lora_train.results.saves import lora_text
 from lib_lora_train.run.diagnostics import bundle
 from lib_lora_train.run.memory import plan_for, planned_layers
@@ -44,7 +47,13 @@ def start(values: Mapping[str, object], *, runner: Runner, host: Host) -> str:
     plan = plan_job(settings, host)
     if plan.resume_point:
         compare_settings(plan.settings, plan.resume_point, steps=plan.schedule.steps)
-    return runner.start(plan, host, requested=settings)
+    return runner.start(plan, host, requested=settings, recorded=functools.partial(_conclude, host=host))
+
+
+def _conclude(folder: Path, *, host: Host) -> None:
+    """What follows a run: cards for its saves, and its report."""
+    dress(folder, host)
+    write_report(folder, host)
 
 
 def resume(run: str, changes: Mapping[str, object], *, runner: Runner, host: Host) -> str:

@@ -24,6 +24,7 @@ Every request may say ?dataset=name, the dataset it is about; it is refused (409
     POST save             {"overwrite"?} -> {"written", "conflicts": [names of captions that others changed]}
     POST tokens           {"text"} -> {"tokens", "chunks"}
     POST remove           {"ids"} -> {"removed": n}; undo brings them back
+    POST hold-out         {which, "held_out": true|false|null} -> {"held_out": n of all}; null leaves it to the draw
     POST check            {"settings"?, "background"?} -> task, or none in the background; the report is in `state`
                           afterwards                      GET crops   its crops, a JPEG
     POST shape-preview    {"id", "shape": {"mode", "side", "focus", "flip", "enlarge"}} -> a JPEG
@@ -103,6 +104,7 @@ def _add_images(get: Callable[..., None], post: Callable[..., None], studio: Stu
         studio, r.filtered(), offset=r.offset, limit=r.limit, sort=r.sort or "name"), "A page of the gallery")
     get("thumb", lambda r: _image(studio.thumbnail(r.id), keep=True), "A small picture")
     get("picture", lambda r: _image(studio.image(r.id), keep=True), "A whole picture")
+    post("hold-out", lambda r: {"held_out": studio.hold_out(r.selection(), r.held_out)}, "Hold pictures out of training")
     post("remove", lambda r: {"removed": studio.remove(some(r.ids, "ids"))}, "Take pictures out")
 
 

@@ -58,8 +58,9 @@ class Examined:
 
 @dataclasses.dataclass(frozen=True)
 class Proposal:
-    """How long to train: at least 100 times an image and 1500 times in all."""
+    """How long to train: at least 100 times an image and 1500 times in all. `pictures` are those not held out."""
 
+    pictures: int
     repeats: int
     epochs: int
     steps: int
@@ -142,11 +143,16 @@ class DatasetReport:
                 ("duplicates", "; ".join(" = ".join(path.name for path in group) for group in self.duplicates[:10])),
                 ("tags", some_of([f"{tag} {count}" for tag, count in self.tags.items()], 15)),
                 ("used once", f"{len(self.once)}: {some_of(self.once, 15)}" if self.once else ""),
-                ("proposal", f"{counted(self.proposal.repeats, 'repeat')} × {counted(self.proposal.epochs, 'epoch')}, batch "
-                             f"{self.proposal.batch} = {counted(self.proposal.steps, 'step')}" if self.usable else "")]
+                ("proposal", self._proposal() if self.usable else "")]
         figures = [line for label, value in rows if value for line in textwrap.wrap(
             value, _WIDTH, initial_indent=f"{label:12}", subsequent_indent=" " * 12, break_long_words=False)]
         return printable("\n".join([f"{self.folder}: {self.summary}", "", *lines, "", *figures]))
+
+    def _proposal(self) -> str:
+        proposal = self.proposal
+        kept = "" if proposal.pictures == self.usable else f"; {self.usable - proposal.pictures} more to measure on"
+        return (f"{counted(proposal.pictures, 'picture')} × {counted(proposal.repeats, 'repeat')} × "
+                f"{counted(proposal.epochs, 'epoch')}, batch {proposal.batch} = {counted(proposal.steps, 'step')}{kept}")
 
     def _crops(self) -> str:
         losing = sorted((p for p in self.images if p.usable and p.crop_loss >= 0.005), key=lambda p: -p.crop_loss)

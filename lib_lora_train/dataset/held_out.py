@@ -1,11 +1,13 @@
 """Which images of a dataset are held out: not trained on, so that they show whether a LoRA learns or copies.
 
 Some are drawn by the run's seed, each by a hash of its own name, so that an image more or less moves few others. What the user
-chose for an image, in the dataset folder's `held_out.json`, goes before the draw.
+chose for an image, in the dataset folder's `held_out.json`, goes before the draw. An image's name there is its path in the
+folder, with slashes; the number of repeats in front of a folder's name (10_cat) counts for nothing, because it changes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -13,18 +15,18 @@ import math
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePath, PurePosixPath
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 
 from lib_lora_train.dataset.caption_files import CHOICES
 from lib_lora_train.dataset.folder import Dataset, Example, Problem
-from lib_lora_train.dataset.listing import MayRead
+from lib_lora_train.dataset.listing import MayRead, repeats_and_name
 from lib_lora_train.errors import DatasetError, counted, some_of, translated
 from lib_lora_train.settings import named
 from lib_lora_train.storage.atomic import remove, write_atomic
 
 FEWEST = 12  # images of a dataset that some are held out of
-_LEAST, _TRAINED = 2, 10  # images that are held out, and that are left to train on
+_LEAST, TRAINED = 2, 10  # images that are held out, and that are left to train on
 _CROPS, _SIDE = 4, 0.85  # images of a small set that are looked at, and the share of a side that is seen of them
 _MOST_BYTES = 16 << 20  # of a file of choices
 _REMEDY = "remove it, or choose anew on the dataset page"
@@ -63,21 +65,20 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Choices:
-    """What the user chose for single images, by `name_of`: to hold them out, or to train on them."""
+    """What the user chose for single images, by `name_of`: to hold them out, or to train on them instead."""
 
     held_out: frozenset[str] = frozenset()
     trained: frozenset[str] = frozenset()
 
-    def having(self, names: Sequence[str], held_out: bool | None) -> Choices:
+    def having(self, names: Collection[str], held_out: bool | None) -> Choices:
         """These with another choice for `names`; None leaves them to the draw."""
-        others = Choices(self.held_out - {*names}, self.trained - {*names})
-        return others if held_out is None else dataclasses.replace(
-            others, **{"held_out" if held_out else "trained": (others.held_out if held_out else others.trained) | {*names}})
+        out, trained = self.held_out.difference(names), self.trained.difference(names)
+        return Choices(out.union(names) if held_out else out, trained.union(names) if held_out is False else trained)
 
 
 def name_of(path: Path, folder: Path) -> str:
-    """An image's name in choices and draws: its path in the dataset's folder, with slashes, accents written in one way."""
-    return unicodedata.normalize("NFC", PurePosixPath(path.relative_to(folder)).as_posix())
+    """What an image is called in choices and draws."""
+    return _name(path.relative_to(folder).as_posix())
 
 
 def read_choices(folder: Path, *, may_read: MayRead | None = None) -> Choices:
@@ -93,6 +94,13 @@ def read_choices(folder: Path, *, may_read: MayRead | None = None) -> Choices:
     except (OSError, ValueError, RecursionError) as error:
         raise DatasetError(f"The file {path} cannot be read", why=str(error), remedy=_REMEDY) from error
     return Choices(held_out, trained - held_out)
+
+
+def known_choices(folder: Path, *, may_read: MayRead | None = None) -> Choices:
+    """The same; none where the file is damaged."""
+    with contextlib.suppress(DatasetError):
+        return read_choices(folder, may_read=may_read)
+    return Choices()
 
 
 def write_choices(folder: Path, choices: Choices) -> None:
@@ -115,7 +123,7 @@ def select(names: Sequence[str], *, share: float, seed: int, choices: Choices = 
     if len(names) < FEWEST or not share:
         return frozenset()
     order = sorted(names, key=lambda name: (_hash(name, seed), name))
-    spare = len(names) - _TRAINED
+    spare = len(names) - TRAINED
     left = Counter({folder: count // 2 for folder, count in Counter(map(_folder, names)).items()})
     drawn: list[str] = []
     for name in order:
@@ -124,6 +132,12 @@ def select(names: Sequence[str], *, share: float, seed: int, choices: Choices = 
             drawn.append(name)
     chosen = [name for name in order if name in choices.held_out]
     return frozenset([*chosen, *(name for name in drawn if name not in choices.held_out | choices.trained)][:spare])
+
+
+def held_out_of(images: Sequence[Path], folder: Path, *, share: float, seed: int, choices: Choices) -> frozenset[Path]:
+    """Those of a dataset's usable images that `split` would hold out."""
+    names = {name_of(path, folder): path for path in images}
+    return frozenset(names[name] for name in select(list(names), share=share, seed=seed, choices=choices))
 
 
 def split(dataset: Dataset, *, share: float, seed: int, may_read: MayRead | None = None) -> Split:
@@ -159,19 +173,16 @@ def split(dataset: Dataset, *, share: float, seed: int, may_read: MayRead | None
 
 def _not_followed(dataset: Dataset, *, choices: Choices, images: Mapping[str, Example], selected: frozenset[str],
                   share: float) -> list[str]:
-    """A sentence for each kind of choice that is not followed. Images that are gone need none."""
+    """A sentence for each kind of choice that is not followed. Of images that are gone, or skipped, nothing is said."""
     problems, few = [], len(images) < FEWEST
     if ignored := sorted((choices.held_out & images.keys()) - selected):
         why = (f"{named('validation_split')} is 0" if not share else f"none is held out of fewer than {FEWEST}" if few else
-               f"at least {_TRAINED} pictures are trained on")
+               f"at least {TRAINED} pictures are trained on")
         problems.append(f"{counted(len(ignored), 'picture')} to be held out {'is' if len(ignored) == 1 else 'are'} trained on "
                         f"all the same, because {why}: {some_of(ignored)}.")
     if share and not selected and not few and choices.trained:
         problems.append("No picture is held out, because those that were drawn are chosen to be trained on: the curve shows "
                         "training pictures only.")
-    if unusable := [name for name in sorted(choices.held_out - images.keys()) if _inside(name)
-                    and os.path.isfile(dataset.folder / name)]:
-        problems.append(f"{counted(len(unusable), 'picture')} to be held out cannot be used: {some_of(unusable)}.")
     return problems
 
 
@@ -180,7 +191,14 @@ def _names(found: object, key: str) -> frozenset[str]:
     names = found.get(key, []) if isinstance(found, dict) else None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError("it does not hold two lists of names, held_out and trained")
-    return frozenset(unicodedata.normalize("NFC", name) for name in names)
+    return frozenset(map(_name, names))
+
+
+def _name(path: str) -> str:
+    """`name_of` a path in the dataset's folder; accents are written in one way."""
+    above, slash, name = unicodedata.normalize("NFC", path).rpartition("/")
+    found = repeats_and_name(above)
+    return f"{found[1] if found else above}{slash}{name}"
 
 
 def _crop(example: Example, value: int) -> HeldOutImage:
@@ -195,9 +213,3 @@ def _hash(name: str, seed: int) -> int:
 
 def _folder(name: str) -> str:
     return name.rpartition("/")[0]
-
-
-def _inside(name: str) -> bool:
-    """Whether a name that somebody wrote leads into the folder it is looked for in."""
-    path = PurePath(name)
-    return not path.anchor and ".." not in path.parts

@@ -19,6 +19,7 @@ from lib_lora_train.dataset.caption_files import CaptionFile, CaptionNotes, coun
 from lib_lora_train.dataset.captions import Tokenizer, count_tags, first_line, with_trigger_word
 from lib_lora_train.dataset.findings import DEEP_CROP, LONG_CAPTION, NARROW, DatasetReport, Examined, Proposal
 from lib_lora_train.dataset.folder import Subset, find_images
+from lib_lora_train.dataset.held_out import held_out_of, known_choices
 from lib_lora_train.dataset.images import decode_image
 from lib_lora_train.dataset.listing import MayRead
 from lib_lora_train.dataset.plan import plain_folder_repeats, plan_run
@@ -66,22 +67,27 @@ def examine(
     images, twins = _compare(reader.images, reader.thumbnails, should_stop=should_stop)
     texts = [caption.text or "" for caption in reader.captions]
     tags = count_tags(texts)
-    by_bucket = Counter(image.bucket for image in images if image.usable)
+    usable = {image.path: image.bucket for image in images if image.usable}
+    by_bucket, kept = Counter(usable.values()), held_out_of(
+        list(usable), folder, share=settings.evaluation.validation_split, seed=settings.optimizer.seed,
+        choices=known_choices(folder, may_read=may_read))
     report = DatasetReport(
         folder=folder, images=tuple(images), duplicates=twins,
         sizes=tuple(Counter((image.width, image.height) for image in images if image.width).most_common()),
         buckets=tuple(by_bucket.most_common()), tags=tags, once=tuple(tag for tag, count in tags.items() if count == 1),
-        proposal=_proposal(by_bucket, settings), advice=(), resolution=buckets.resolution, captions=count_of_captions(
+        proposal=_proposal(by_bucket - Counter(usable[path] for path in kept), settings), advice=(),
+        resolution=buckets.resolution, captions=count_of_captions(
             len(images), reader.notes.captioned, [name for subset in subsets for name in subset.captions.unmatched],
             unread=[name for subset in subsets for name in subset.captions.unread]))
-    visits, optimizer = _planned_visits(images, reader.repeats, layout=layout, settings=settings), settings.optimizer
+    trained = [repeats for image, repeats in zip(images, reader.repeats, strict=True) if image.path in usable.keys() - kept]
+    visits, optimizer = _planned_visits(trained, layout=layout, settings=settings), settings.optimizer
     steps = report.proposal.steps if visits is None else -(
         -visits // (optimizer.train_batch_size * optimizer.gradient_accumulation_steps))
     return dataclasses.replace(report, advice=advise(report, Circumstances(
         layout=layout, trigger_word=settings.dataset.trigger_word, enable_bucket=settings.dataset.enable_bucket,
         concepts=tuple(dict.fromkeys(subset.caption for subset in subsets if subset.caption)),
         captions=tuple(caption.trained for caption in reader.captions), spellings=count_tags(texts, key=str.casefold),
-        planned_visits=visits, risks=tuple(risks(settings, steps=steps, images=report.usable)),
+        planned_visits=visits, risks=tuple(risks(settings, steps=steps, images=len(trained))),
         notes=tuple(reader.notes.sentences()), problems=tuple(problem.text for problem in found))))
 
 
@@ -181,23 +187,22 @@ def _compare(images: Sequence[Examined], thumbnails: Mapping[int, likeness.Thumb
 
 def _proposal(buckets: Mapping[Size, int], settings: Settings) -> Proposal:
     """The rule of plain folders, as steps of the batch that is set."""
-    optimizer = settings.optimizer
-    repeats = plain_folder_repeats(sum(buckets.values()), max_train_epochs=optimizer.max_train_epochs)
+    optimizer, pictures = settings.optimizer, sum(buckets.values())
+    repeats = plain_folder_repeats(pictures, max_train_epochs=optimizer.max_train_epochs)
     plan = plan_run({size: count * repeats for size, count in buckets.items()}, train_batch_size=optimizer.train_batch_size,
                     gradient_accumulation_steps=optimizer.gradient_accumulation_steps,
                     max_train_epochs=optimizer.max_train_epochs)
-    return Proposal(repeats, plan.epochs, plan.steps, optimizer.train_batch_size)
+    return Proposal(pictures, repeats, plan.epochs, plan.steps, optimizer.train_batch_size)
 
 
-def _planned_visits(images: Sequence[Examined], repeats: Sequence[int], *, layout: str, settings: Settings) -> int | None:
-    """How often images are seen in all with these settings; None where the rule of the proposal decides."""
+def _planned_visits(repeats: Sequence[int], *, layout: str, settings: Settings) -> int | None:
+    """How often images of these repeats are seen in all; None where the rule of the proposal decides."""
     optimizer = settings.optimizer
-    usable = [count for image, count in zip(images, repeats, strict=True) if image.usable]
     if optimizer.max_train_steps > 0:
         return optimizer.max_train_steps * optimizer.train_batch_size * optimizer.gradient_accumulation_steps
     if layout == "plain":
-        return len(usable) * settings.dataset.num_repeats * optimizer.max_train_epochs or None
-    return sum(usable) * optimizer.max_train_epochs
+        return len(repeats) * settings.dataset.num_repeats * optimizer.max_train_epochs or None
+    return sum(repeats) * optimizer.max_train_epochs
 
 
 def _area(size: Size) -> int:

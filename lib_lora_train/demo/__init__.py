@@ -2,7 +2,8 @@
 
 It goes the same road as every run: a checkpoint file, a folder of images, `run_job`, a LoRA file; then it paints with
 and without that file, writes one image that shows both, and serves the page.
-The model paints emoji as Google draws them; the LoRA learns from 24 images how Twitter draws them.
+The model paints emoji as Google draws them; the LoRA learns from 24 images how Twitter draws them, two of which are held out
+to measure on.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def run_demo(folder: Path, *, page: bool, port: int, address: str, auth: str = "
     # So small a model is quicker on one thread: its operations end sooner than threads can be told of them.
     torch.set_num_threads(1)
     host = demo_host(folder)
-    print("Training a LoRA on 24 pictures ...", flush=True)
+    print("Training a LoRA on 24 pictures, two of them held out to measure on ...", flush=True)
     service.start(SETTINGS, runner=RUNNER, host=host)
     shown = 0
     terminal.raise_on_interrupt()

@@ -110,10 +110,12 @@ class Outline:
 
 @dataclasses.dataclass(frozen=True)
 class RenderRequest(SampleRequest):
-    """What the host generates: image k of `count` has the seed `seed` + k. `sampler` is the host's name of it."""
+    """What the host generates: image k of `count` has the seed `seed` + k. `sampler` is the host's name of it; `checkpoint`
+    names another model than the one it holds, which it holds afterwards as before."""
 
     sampler: str = "Euler"
     count: int = 1
+    checkpoint: str = ""
 
 
 class Paths(Protocol):

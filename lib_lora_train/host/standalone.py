@@ -57,6 +57,7 @@ class StandaloneHost(Host):
         self._tensors: Mapping[str, torch.Tensor] | None = None
         self._tokenizers: Sequence[Tokenizer] | None = None
         self._description: tuple[Checkpoint, Outline] | None = None
+        self._second: StandaloneHost | None = None
 
     def checkpoint(self) -> Checkpoint | None:
         """The file's name, family and old hash, read from its header; None where there is none or it is unusable."""
@@ -92,9 +93,11 @@ class StandaloneHost(Host):
 
     def render(self, request: RenderRequest, *, stop: ShouldStop = never) -> list[Image.Image]:
         """By our own sampler; a LoRA in the prompt is a file of that name below `lora_folder`. Raises LoraFileError where there
-        is none or it does not fit, as well."""
+        is none or it does not fit, as well. Another checkpoint is the path of its file; the last one is kept in memory."""
         if request.sampler != "Euler":
             raise HostError(f"There is no sampler {request.sampler!r} here", remedy="use Euler")
+        if request.checkpoint:
+            return self._second_host(Path(request.checkpoint)).render(dataclasses.replace(request, checkpoint=""), stop=stop)
         prompt, tags = split_tags(request.prompt)
         loras = [find_lora(tag, self.lora_folder) for tag in tags]
         with lease_for(self, "Rendering", settings=Settings(), should_stop=stop) as lease, translated("rendering"):
@@ -102,6 +105,13 @@ class StandaloneHost(Host):
             return [to_image(lease.model, lease.sample(
                 dataclasses.replace(request, prompt=prompt, seed=request.seed + index), adapters=adapters))
                 for index in range(request.count)]
+
+    def _second_host(self, path: Path) -> StandaloneHost:
+        if self.allowed is not None and not self.allowed.may_read(path):
+            raise SettingError(f"The checkpoint {path} cannot be used", why="it is in no folder that is allowed")
+        if self._second is None or self._second.checkpoint_file != path:
+            self._second = StandaloneHost(path, lora_folder=self.lora_folder, runs_folder=self.runs_folder, device=self._device)
+        return self._second
 
     def _described(self, path: Path) -> tuple[Checkpoint, Outline]:
         if self._description is None:

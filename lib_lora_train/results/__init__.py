@@ -1,6 +1,11 @@
-"""What a run made and what it is worth: its saves, the page that shows them, and the one that is taken.
+"""What a run made and what it is worth: its saves, the page that shows them, and the one that becomes the LoRA.
 
-    history.py   the events of a run as they count in the end
-    saves.py     the saves of a run, from its events and the disk
-    overview.py  all that the results page shows of a run
+    history.py         the events of a run as they count in the end
+    saves.py           the saves of a run, from its events and the disk
+    references.py      the images of a run that it was not trained on, and those that it was
+    grid.py            its saves at several weights beside each other, sampled by the host
+    average.py         the average of its last saves
+    promote.py         a save becomes the LoRA; saves are deleted, and shown among the WebUI's LoRAs
+    user_metadata.py   the WebUI's card and preview of a LoRA, beside what the user wrote there
+    overview.py        all that the results page shows of a run
 """

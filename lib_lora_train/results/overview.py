@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -10,6 +11,7 @@ from typing import Any
 from lib_lora_train import events
 from lib_lora_train.errors import printable
 from lib_lora_train.host.port import Host
+from lib_lora_train.results.grid import Grid, read_grid
 from lib_lora_train.results.history import RunHistory, read_history
 from lib_lora_train.results.saves import Save, lora_text, result_path, saves_of
 from lib_lora_train.run.record import read_settings
@@ -18,7 +20,7 @@ MOST_STEPS = 500
 _SHOWN = ("samples", "grid")  # folders of a run's images
 
 
-def overview(folder: Path, host: Host) -> dict[str, Any]:
+def overview(folder: Path, host: Host | None = None) -> dict[str, Any]:
     """What is known of the run in `folder`; numbers that are not finite are None, lists are empty for a run that has none.
 
         run, name, trigger_word   the run's id, its LoRA's name, "" for no trigger word
@@ -29,14 +31,15 @@ def overview(folder: Path, host: Host) -> dict[str, Any]:
         measured      [Measured], by step; image_losses and diagnosed are such events or None
         samples       [{prompt, index, pictures: [{step, epoch, file, seed}]}], by prompt
         steps         [[step, loss, average loss, learning rate, text encoder's, gradient norm]], at most 500
-        grid, recommended, task   None: filled by who makes them
+        grid          as `Grid.to_dict` has it, or None
+        recommended, task   None: filled by who makes them
     """
     history, settings = read_history(folder), read_settings(folder)
-    result = result_path(folder)
+    result, grid = result_path(folder), read_grid(folder)
     return plain({
         "run": folder.name, "name": settings.get("output_name", ""), "trigger_word": settings.get("trigger_word", ""),
         "result": {"path": str(result), "lora_text": lora_text(result)} if result is not None and result.is_file() else None,
-        "saves": [{**_save(save), "preview": preview(history, folder, save)} for save in saves_of(folder)],
+        "saves": [{**_save(save), "preview": _shown(folder, history, grid, save.id, 1).file} for save in saves_of(folder)],
         "held_out": _fields(history.held_out),
         "measured": [_fields(event) for event in history.measured],
         "samples": _samples(history, folder),
@@ -44,13 +47,36 @@ def overview(folder: Path, host: Host) -> dict[str, Any]:
         "diagnosed": _fields(history.diagnosed),
         "steps": [[step.step, step.loss, step.average_loss, step.learning_rate, step.text_encoder_lr, step.gradient_norm]
                   for step in thinned(history.steps)],
-        "grid": None, "recommended": None, "task": None,
+        "grid": grid.to_dict() if grid else None, "recommended": None, "task": None,
     })
 
 
-def preview(history: RunHistory, folder: Path, save: Save) -> str:
-    """The image that shows a save best, by name in the run's folder: the first prompt's sample after its step; "" for none."""
-    return next((event.file for event in history.sampled if event.step == save.step and image_of(folder, event.file)), "")
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """The image that shows a save best: its name in the run's folder, its path and the prompt; "" and None for none."""
+
+    file: str = ""
+    path: Path | None = None
+    prompt: str = ""
+
+
+def shown(folder: Path, save_id: str, *, weight: float = 1) -> Shown:
+    """What shows this save of the run in `folder` at `weight` best: the first prompt's sample after its step, else the grid's
+    first image of it at the nearest weight."""
+    return _shown(folder, read_history(folder), read_grid(folder), save_id, weight)
+
+
+def _shown(folder: Path, history: RunHistory, grid: Grid | None, save_id: str, weight: float) -> Shown:
+    steps = {Path(event.path).stem: event.step for _, event in history.saved}
+    for event in history.sampled:
+        if event.step == steps.get(save_id) and (path := image_of(folder, event.file)):
+            return Shown(event.file, path, event.prompt)
+    cells = [cell for cell in grid.wanted if cell.done and grid.columns[cell.column].save == save_id
+             and not grid.columns[cell.column].part and grid.prompts[cell.prompt].triggered] if grid else []
+    for cell in sorted(cells, key=lambda cell: abs(grid.columns[cell.column].weight - weight)):
+        if path := image_of(folder, cell.file):
+            return Shown(cell.file, path, grid.prompts[cell.prompt].text)
+    return Shown()
 
 
 def image_of(folder: Path, name: str) -> Path | None:

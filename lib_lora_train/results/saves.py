@@ -1,7 +1,7 @@
 """The saves of a run, from its events and the disk.
 
-The run's result is the file called as the LoRA. Taking another save puts that save's weights there (`take.py`), so a save is
-found by what its file says of its own making, and its id stays what it was when it was written.
+The run's result is the file called as the LoRA. Another save may be promoted (`promote.py`), whose weights are then there: so a
+save is found by what its file says of its own making, and its id stays what it was when it was written.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 from pathlib import Path
 
 from lib_lora_train import events
@@ -28,6 +29,7 @@ class Save:
 
     id         the stem of the file's name when it was written; it stays so where the file is renamed
     path       where its weights are now: their name in a prompt is this file's stem
+    home       where they are kept while another save is the LoRA: as they were written, the run's result under its step's name
     exists     whether they are there; a file that another run has put in their place does not count
     is_result  whether they are what the LoRA's own file holds
     own        whether the file says itself that this run wrote it
@@ -36,6 +38,7 @@ class Save:
 
     id: str
     path: Path
+    home: Path
     step: int
     epoch: int
     final: bool
@@ -47,12 +50,12 @@ class Save:
 
 def saves_of(folder: Path) -> tuple[Save, ...]:
     """The saves of the run in `folder`, by step; () where there are none. Of one that was written twice the last counts."""
-    history, result = read_history(folder), result_path(folder)
-    last = {Path(event.path).stem: _Written(event, history.started, time) for time, event in history.saved}
-    saves = [_located(written, result) for written in last.values()]
-    results = [save for save in saves if result is not None and last[save.id].is_at(result)] or [
-        save for save in saves if save.exists and save.path == result]
+    result = result_path(folder)
+    saves = [_located(folder, event, time, result) for time, event in
+             {Path(event.path).stem: (time, event) for time, event in read_history(folder).saved}.values()]
     # Of two saves after the same step, which hold the same weights, the one that lies there is the result.
+    results = [save for save in saves if result is not None and save.exists and (
+        save.path == result or save.own and _is_of(folder, save.step, result))]
     chosen = next((save for save in results if save.path == result), results[0] if results else None)
     return tuple(sorted((dataclasses.replace(save, is_result=save is chosen) for save in saves),
                         key=lambda save: (save.step, save.final)))
@@ -68,54 +71,61 @@ def result_path(folder: Path) -> Path | None:
     return Path(saved[-1].path).with_name(f"{name}.safetensors") if saved and name else None
 
 
-def kept_path(save_path: Path, step: int, result: Path) -> Path:
-    """Where a save's weights are kept when another one is the result: the file that was written, or, for what was the result
-    itself, one of its step's name."""
-    return step_path(result, step) if save_path == result else save_path
+def wrote(folder: Path, path: Path, *, before: float = math.inf) -> bool:
+    """Whether the run in `folder` wrote the LoRA at `path`, or what it is a copy or the mean of, by the time `before`."""
+    found = origin(path)
+    saved = read_history(folder).saved
+    return found is not None and bool(saved) and (
+        read_history(folder).started - _CLOCK_SLACK <= found.written <= min(before, saved[-1][0]) + _CLOCK_SLACK)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Written:
-    """A file that a run wrote, between the run's start and the end of writing it, in seconds since 1970."""
-
-    event: events.Saved
-    started: float
-    time: float
-
-    def is_at(self, path: Path) -> bool:
-        """Whether the file at `path` says that it holds these weights."""
-        found = _origin(path)
-        return found is not None and found[0] == self.event.step and (
-            self.started - _CLOCK_SLACK <= found[1] <= self.time + _CLOCK_SLACK)
+def _is_of(folder: Path, step: int, path: Path, *, before: float = math.inf) -> bool:
+    """Whether the file at `path` holds this run's weights after that step."""
+    found = origin(path)
+    return found is not None and not found.merged and found.steps == step and wrote(folder, path, before=before)
 
 
-def _located(written: _Written, result: Path | None) -> Save:
-    event, path = written.event, Path(written.event.path)
-    places = [path, *([kept_path(path, event.step, result), result] if result else [])]
-    found = next((place for place in places if written.is_at(place)), None)
+def _located(folder: Path, event: events.Saved, time: float, result: Path | None) -> Save:
+    path = Path(event.path)
+    home = step_path(result, event.step) if result is not None and path == result else path
+    found = next((place for place in (path, home, result) if place is not None and
+                  _is_of(folder, event.step, place, before=time)), None)
     # A file that says nothing of its making is taken for what it was.
-    exists = found is not None or (_origin(path) is None and path.is_file())
+    exists = found is not None or (origin(path) is None and path.is_file())
     place, size = found or path, 0
     with contextlib.suppress(OSError):
         size = place.stat().st_size if exists else 0
-    return Save(path.stem, place, event.step, event.epoch, event.final, exists, size, is_result=False, own=found is not None)
+    return Save(path.stem, place, home, event.step, event.epoch, event.final, exists, size, is_result=False,
+                own=found is not None)
 
 
-def _origin(path: Path) -> tuple[int, float] | None:
-    """(steps, seconds since 1970) of a LoRA's training when it was written; None where it does not say or is not there."""
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """What a LoRA says of its making: the steps trained and the seconds since 1970 when it was written, whether it is a mean of
+    others, and the hash of its weights."""
+
+    steps: int
+    written: float
+    merged: bool
+    model_hash: str
+
+
+def origin(path: Path) -> Origin | None:
+    """The origin of the LoRA at `path`; None where it does not say or is not there."""
     try:
         status = path.stat()
     except (OSError, ValueError):
         return None
-    return _read_origin(path, status.st_mtime_ns, status.st_size)
+    return _read_origin(path, status.st_mtime_ns, status.st_size, status.st_ino)
 
 
 @functools.lru_cache(maxsize=4096)
-def _read_origin(path: Path, modified: int, size: int) -> tuple[int, float] | None:
+def _read_origin(path: Path, modified: int, size: int, number: int) -> Origin | None:
     """Read once for each state of the file: the page asks every few seconds."""
     try:
         metadata = read_metadata(path)
-        return int(metadata["ss_steps"]), float(metadata["ss_training_finished_at"])
+        return Origin(int(metadata["ss_steps"]), float(metadata["ss_training_finished_at"]),
+                      "modelspec.merged_from" in metadata, metadata.get("sshs_model_hash", ""))
     except (LoraFileError, KeyError, ValueError):
         return None
 

@@ -1,1 +1,4 @@
 """A run from its settings to a LoRA file: plan, job, record, resume, saves."""
+
+RUNS_FOLDER = "runs"
+"""Where the command line keeps the folders of runs: beside the results."""

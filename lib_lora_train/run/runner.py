@@ -132,10 +132,12 @@ class Runner:
         """Have `check` asked before each start: it raises HostError where something else is under way that must end first."""
         self._guards.append(check)
 
-    def start(self, plan: RunPlan, host: Host, *, requested: Settings | None = None) -> str:
+    def start(self, plan: RunPlan, host: Host, *, requested: Settings | None = None,
+              recorded: Callable[[Path], None] | None = None) -> str:
         """Start a job and return its run's id: that of the run it resumes, if that one is in the host's folder of runs.
 
-        `requested` are the settings as the user chose them; None: those of the plan.
+        `requested` are the settings as the user chose them; None: those of the plan. `recorded` is called with the run's
+        folder once all is written there.
         Raises HostError while another is running or a guard objects, OutputError for a bad name.
         """
         settings = plan.settings
@@ -157,7 +159,7 @@ class Runner:
                 if old:
                     run.remember(old)
                 self._tasks.start(job, name="The training", doing="training", busy=_BUSY,
-                                  ended=functools.partial(self._ended, run, host))
+                                  ended=functools.partial(self._ended, run, host, recorded))
             except Exception:
                 record.close()
                 raise
@@ -227,7 +229,8 @@ class Runner:
             self._tasks.stop("save")
         return self._tasks.stopping
 
-    def _ended(self, run: _Run, host: Host, ending: events.Finished | Failure) -> None:
+    def _ended(self, run: _Run, host: Host, recorded: Callable[[Path], None] | None,
+               ending: events.Finished | Failure) -> None:
         if isinstance(ending, Failure):
             if ending.trace:
                 run.record.keep_failure(ending.trace)
@@ -236,6 +239,8 @@ class Runner:
             self._report(run, host, ending)
         finally:
             run.record.close()
+            if recorded:
+                recorded(run.record.folder)
 
 
 RUNNER = Runner()

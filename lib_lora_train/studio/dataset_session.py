@@ -11,8 +11,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lib_lora_train.dataset.held_out import FEWEST, TRAINED, Choices, held_out_of, known_choices, name_of, write_choices
 from lib_lora_train.dataset.images import read_size
-from lib_lora_train.errors import DatasetError, SettingError
+from lib_lora_train.errors import DatasetError, SettingError, counted
+from lib_lora_train.settings import Settings, named
 from lib_lora_train.settings.allowed_paths import AllowedPaths
 from lib_lora_train.studio import thumbs
 from lib_lora_train.studio.captions.filter import Filter
@@ -47,6 +49,7 @@ class DatasetSession:
 
     def __init__(self, dataset: OwnedDataset, *, allowed: AllowedPaths | None) -> None:
         self.dataset, self._allowed = dataset, allowed
+        self._may_read = allowed.may_read if allowed else None
         self.report: DatasetReport | None = None
         self._report_content = -1
         self.scores: dict[str, Score] = {}
@@ -54,8 +57,10 @@ class DatasetSession:
         self._sizes: dict[tuple[str, str], tuple[int, int]] = {}
         self._counted: tuple[object, Counter[str], int, int] | None = None
         self.content = 0
+        self.settings = Settings()  # those of the training, as far as a check was told them
+        self._held_out: tuple[object, frozenset[Path]] | None = None
         self.uploads = Uploads(dataset.studio_folder / "uploads")
-        self.store = CaptionStore.open(dataset.folder, may_read=allowed.may_read if allowed else None)
+        self.store = CaptionStore.open(dataset.folder, may_read=self._may_read)
 
     def renew(self, names: Iterable[str] = ()) -> None:
         """To be called whenever captions changed, or images came, went or changed.
@@ -122,6 +127,39 @@ class DatasetSession:
             codes.append("empty_caption" if "empty_caption" in found else "no_caption")
         return codes
 
+    @property
+    def held_out(self) -> frozenset[Path]:
+        """The images that are held out of training, by the choices and the draw. Found anew only after a change."""
+        key = (self.content, self._report_content, self.dataset.images_folder, self.settings)
+        if self._held_out is None or self._held_out[0] != key:
+            choices = known_choices(self.dataset.folder, may_read=self._may_read)
+            self._held_out = key, self._held_out_with(choices)
+        return self._held_out[1]
+
+    def _held_out_with(self, choices: Choices) -> frozenset[Path]:
+        broken = {name for name, examined in self._findings.items() if not examined.usable}
+        return held_out_of([path for path in self.store.images if self.name(path) not in broken], self.dataset.folder,
+                           share=self.settings.evaluation.validation_split, seed=self.settings.optimizer.seed, choices=choices)
+
+    @property
+    def trained(self) -> int:
+        """How many images are trained."""
+        return len(self.store.images) - len(self.held_out)
+
+    def hold_out(self, names: Sequence[str], held_out: bool | None) -> None:
+        """Hold these images out, train on them, or leave them to the draw (None); it is written at once. Raises DatasetError
+        where they cannot be held out, OutputError."""
+        paths = {self.store.images[self.index(name)] for name in names}
+        choices = known_choices(self.dataset.folder, may_read=self._may_read).having(
+            {name_of(path, self.dataset.folder) for path in paths}, held_out)
+        if held_out and not paths <= self._held_out_with(choices):
+            why = f"at least {TRAINED} are trained on, and none is held out of fewer than {FEWEST}"
+            share = self.settings.evaluation.validation_split
+            raise DatasetError(f"{counted(len(paths), 'picture')} cannot be held out",
+                               why=why if share else f"{named('validation_split')} is 0")
+        write_choices(self.dataset.folder, choices)
+        self.renew()
+
     def set_report(self, report: DatasetReport, *, content: int) -> None:
         """Remember what was found in the dataset as it was when `content` was read."""
         self.report, self._report_content = report, content
@@ -170,7 +208,7 @@ class DatasetSession:
         return {"id": name, "name": path.name, "caption": self.store.caption(index), "width": width, "height": height,
                 "changed": self.store.is_changed(index), "problems": problems, "why": why, "score": self.score(index),
                 "caption_problem": self.store.problem(index) or self.store.hint(index),
-                "masked": self.dataset.mask_path(name).is_file(),
+                "held_out": path in self.held_out, "masked": self.dataset.mask_path(name).is_file(),
                 "shaped": self.dataset.unshaped_path(name).is_file(), "stamp": stamp,
                 "painted": self.scores[name].generated if name in self.scores else 0,
                 "likeness": self.scores[name].likeness if name in self.scores else None}

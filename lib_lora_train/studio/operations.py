@@ -56,7 +56,7 @@ def import_uploads(studio: Studio, batch: str) -> int:
 
 def _import(studio: Studio, from_where: Sequence[Path | Upload], *, uploads: list[Upload] | None) -> int:
     with studio.changing("imported") as session:
-        allowed = studio.host.allowed
+        allowed, trained = studio.host.allowed, session.trained
 
         def may_read(path: Path) -> bool:
             # What was sent is in our own folder.
@@ -78,7 +78,7 @@ def _import(studio: Studio, from_where: Sequence[Path | Upload], *, uploads: lis
                 new = [path for path in session.dataset.images if path not in before]
                 with studio.using():
                     session.store.add(new)
-                    _keep_repeats(session, before=len(before))
+                    _keep_repeats(session, before=trained)
                     session.renew()
                     studio.changed()
             for note in filter(None, [*collected.notes, collected.repeats_note(session.dataset.repeats),
@@ -95,11 +95,11 @@ def _import(studio: Studio, from_where: Sequence[Path | Upload], *, uploads: lis
 
 
 def _keep_repeats(session: DatasetSession, *, before: int) -> None:
-    """Adapt the repeats to the number of images, unless the user chose others."""
+    """Adapt the repeats to the number of images that are trained, unless the user chose others."""
     usual = (DEFAULT_REPEATS, proposed_repeats(max(1, before)))
     if session.store.images and session.dataset.repeats in usual:
         with contextlib.suppress(DatasetError):  # a program holds the folder: "Use for training" will say so
-            session.set_repeats(proposed_repeats(len(session.store.images)))
+            session.set_repeats(proposed_repeats(session.trained))
 
 
 def tag(studio: Studio, source_name: str, values: Mapping[str, Any], selection: Selection) -> int:
@@ -163,7 +163,7 @@ def _look(studio: Studio, values: Mapping[str, object]) -> Callable[..., Dataset
     """What looks at the dataset as it is now and leaves the report with it."""
     with studio.using() as session:
         dataset, store, content = session.dataset, session.store, session.content
-        settings = parse({"trigger_word": dataset.concept, **values})
+        settings = session.settings = parse({"trigger_word": dataset.concept, **values})
         unsaved = {store.images[i]: store.caption(i) for i in range(len(store.images)) if store.is_changed(i)}
 
     def look(*, on_progress: Progress | None, should_stop: ShouldStop, problem: Callable[[str], None]) -> DatasetReport:

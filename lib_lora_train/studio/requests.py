@@ -63,6 +63,8 @@ class StudioRequest(BaseModel):
     copied: StrictBool = Field(False, alias="copy")
     tile: conint(strict=True, ge=0, le=16384) = 0
 
+    held_out: StrictBool | None = None
+
     n: conint(ge=0, le=999) = 0
     seeds: conint(strict=True, ge=0, le=8) = 2
     steps: conint(strict=True, ge=1, le=150) = 20

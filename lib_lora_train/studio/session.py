@@ -253,6 +253,14 @@ class Studio:
             session.dataset.remove(names)
             return self.removed(session, names)
 
+    def hold_out(self, selection: Selection, held_out: bool | None) -> int:
+        """Hold images out of training, train on them, or leave them to the draw (None); how many are held out now. It is
+        written at once and is no step to undo. Raises DatasetError where they cannot be held out."""
+        with self.using() as session:
+            session.hold_out(session.chosen_names(selection), held_out)
+            self.changed()
+            return len(session.held_out)
+
     def removed(self, session: DatasetSession, names: Sequence[str]) -> int:
         """These images were moved out of the folder: tell the store, and how to bring them back. Returns how many."""
         def move(back: bool) -> None:
@@ -284,7 +292,7 @@ class Studio:
                 raise HostError(f"Captions were changed by another program: {', '.join(saved['conflicts'][:5])}",
                                 remedy="save them once more, over what is there, or open the dataset anew")
             proposal = session.report.proposal if session.report is not None and session.fresh else None
-            repeats = proposal.repeats if proposal else proposed_repeats(len(session.store.images))
+            repeats = proposal.repeats if proposal else proposed_repeats(session.trained)
             epochs = proposal.epochs if proposal else Settings().optimizer.max_train_epochs
             session.set_repeats(repeats)
             # The folder's name says the repeats; the setting beside it would only be warned of.

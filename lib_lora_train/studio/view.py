@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from lib_lora_train.dataset.held_out import FEWEST
 from lib_lora_train.errors import printable
 from lib_lora_train.settings.field import declarations
 from lib_lora_train.studio.dataset_session import DatasetSession
@@ -43,6 +44,8 @@ def _dataset(session: DatasetSession) -> dict[str, Any]:
     return {
         "name": printable(dataset.name), "folder": printable(str(dataset.folder)),
         "repeats": dataset.repeats, "trigger_word": dataset.concept, "pictures": len(store.images), "shaped": shaped,
+        "held_out": {"pictures": len(session.held_out), "fewest": FEWEST,
+                     "share": session.settings.evaluation.validation_split},
         "unsaved": store.unsaved, "can_undo": store.can_undo, "can_redo": store.can_redo,
         "report": None if session.report is None else {
             **_report(session.report, session), "counts": dict(counts), "to_look_at": look}}

@@ -59,6 +59,15 @@ def test_the_hashes_follow_from_the_bytes(tmp_path: Path) -> None:
     assert metadata["sshs_legacy_hash"] == hashlib.sha256(alone[0x100000:0x110000]).hexdigest()[:8]
 
 
+def test_modelspecs_hash_is_that_of_all_behind_the_header(tmp_path: Path) -> None:
+    path = tmp_path / "mine.safetensors"
+    save(path, tensors(), {**METADATA, "modelspec.sai_model_spec": "1.0.1"}, dtype=torch.float16)
+    data = path.read_bytes()
+    behind = data[8 + int.from_bytes(data[:8], "little"):]
+    assert read_metadata(path)["modelspec.hash_sha256"] == "0x" + hashlib.sha256(behind).hexdigest()
+    assert inspect(path).hash_ok
+
+
 def test_a_file_saved_elsewhere_with_other_metadata_keeps_its_model_hash(tmp_path: Path) -> None:
     path, copy = saved(tmp_path), tmp_path / "copy.safetensors"
     safetensors.torch.save_file(

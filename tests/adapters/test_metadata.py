@@ -68,7 +68,7 @@ def test_the_family_is_written_for_kohya_and_for_modelspec(
     assert written["modelspec.architecture"] == architecture
     assert written["modelspec.implementation"] == implementation
     assert written["modelspec.prediction_type"] == ("v" if v else "epsilon")
-    assert written["modelspec.sai_model_spec"] == "1.0.0"
+    assert written["modelspec.sai_model_spec"] == "1.0.1"
     assert written["modelspec.title"] == "cat"
     assert written["modelspec.resolution"] == "512x768"
     assert written["modelspec.date"] == "2023-11-14T23:13:20+00:00"
@@ -82,3 +82,11 @@ def test_what_is_not_known_is_left_out() -> None:
     written = describe(dataclasses.replace(FACTS, checkpoint_legacy_hash=None, clip_skip=None), "cat")
     assert "ss_sd_model_hash" not in written and "ss_vae_name" not in written
     assert "modelspec.encoder_layer" not in written
+
+
+def test_the_trigger_word_stands_under_modelspecs_keys_and_none_leaves_them_out() -> None:
+    settings = {"trigger_word": "zzk girl", "training_comment": "the third try"}
+    written = describe(dataclasses.replace(FACTS, settings=settings), "cat")
+    assert (written["modelspec.trigger_phrase"], written["modelspec.usage_hint"]) == ("zzk girl", "Trigger word: zzk girl")
+    assert written["modelspec.description"] == "the third try"
+    assert not {"modelspec.trigger_phrase", "modelspec.usage_hint", "modelspec.description"} & set(describe(FACTS, "cat"))

@@ -15,7 +15,9 @@ from PIL import Image
 
 from lib_lora_train import api
 from lib_lora_train.errors import Interrupted
+from lib_lora_train.run.planning import plan_dataset
 from lib_lora_train.run.runner import Runner
+from lib_lora_train.settings import parse
 from lib_lora_train.settings.allowed_paths import AllowedPaths
 from lib_lora_train.studio import thumbs, uploads
 from lib_lora_train.studio.importing.collect import Collected
@@ -673,7 +675,7 @@ def test_a_report_says_what_is_wrong_and_knows_when_it_is_old(desk: Desk):
     # 320×200 is too small for 512; captions count as they are edited, saved or not.
     assert report["counts"]["small"] == 3 and report["counts"]["empty_caption"] == 1
     assert report["to_look_at"] == 3
-    assert report["proposal"] == {"repeats": 50, "epochs": 10, "steps": 1500, "batch": 1} and report["advice"]
+    assert report["proposal"] == {"pictures": 3, "repeats": 50, "epochs": 10, "steps": 1500, "batch": 1} and report["advice"]
     assert [p["name"] for p in desk.images(filter={"problem": "empty_caption"})] == ["red.png"]
     assert Image.open(io.BytesIO(desk.get("crops").content)).format == "JPEG"
     desk.post("caption", {"id": "red.png", "text": "red again"})
@@ -832,3 +834,39 @@ def test_a_mask_is_kept_beside_its_image(desk: Desk):
     assert not list((dataset_folder(desk) / ".studio" / "uploads").iterdir())
     assert desk.post("remove-mask", {"id": "red.png"}).status_code == 200
     assert not any(p["masked"] for p in desk.images())
+
+
+def test_pictures_are_held_out_by_draw_and_by_wish_and_the_training_does_the_same(desk: Desk):
+    (desk.folder / "more").mkdir()
+    for index in range(13):
+        (desk.folder / "more" / f"{index}.png").write_bytes(png(f"#{index:02}{index:02}ff", (64, 64)))
+    desk.filled()
+    assert desk.get("state").json()["dataset"]["held_out"]["pictures"] == 0
+    assert desk.post("hold-out", {"ids": ["red.png"], "held_out": True}).status_code == 400, "three are too few"
+    desk.done(desk.post("import", {"paths": [str(desk.folder / "more")]}))
+
+    def held() -> set[str]:
+        found = {image["id"] for image in desk.images() if image["held_out"]}
+        folder = dataset_folder(desk)
+        plan = plan_dataset(parse({"train_data_dir": str(folder)}), family="")
+        assert found == {image.example.path.name for image in plan.held_out}
+        assert len(found) == desk.get("state").json()["dataset"]["held_out"]["pictures"]
+        return found
+
+    drawn, version = held(), desk.get("state").json()["version"]
+    first, other = min(drawn), min({image["id"] for image in desk.images()} - drawn)
+    assert len(drawn) == 2
+    assert desk.post("hold-out", {"ids": [other], "held_out": True}).json() == {"held_out": 3}
+    assert desk.post("hold-out", {"ids": [first], "held_out": False}).json() == {"held_out": 2}
+    assert held() == drawn - {first} | {other} and desk.get("state").json()["version"] > version
+    # At least 100 visits each of the 14 that are trained, 1500 in all.
+    assert desk.post("use").json()["repeats"] == 11 and held() == drawn - {first} | {other}, "the folder has another name now"
+    refused = desk.post("hold-out", {"filter": {}, "held_out": True})
+    assert refused.status_code == 400 and "10" in refused.json()["error"] and held() == drawn - {first} | {other}
+    (dataset_folder(desk) / "held_out.json").write_bytes(b"{")
+    assert desk.post("hold-out", {"ids": [first, other], "held_out": None}).json() == {"held_out": 2} and held() == drawn
+    assert not (dataset_folder(desk) / "held_out.json").exists()
+    assert desk.post("hold-out", {"ids": ["none.png"], "held_out": True}).status_code == 400
+    desk.done(desk.post("check", {"settings": {"validation_split": 0}}))
+    assert not [image for image in desk.images() if image["held_out"]]
+    assert desk.post("hold-out", {"ids": [first], "held_out": True}).status_code == 400

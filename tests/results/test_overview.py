@@ -4,64 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 from lib_lora_train import events
 from lib_lora_train.adapters import file
 from lib_lora_train.results.overview import overview
 from lib_lora_train.results.saves import saves_of
-from lib_lora_train.run.record import RunRecord
-from lib_lora_train.settings import parse
-from tests.fake_host import FakeHost
-
-SETTINGS = parse({"output_name": "zzk", "trigger_word": "zzk girl"})
-PLANNED = events.Planned(3, 1, 10, 10, 100, "3 pictures", "64x64", "model", 42)
-
-
-def step(number: int, total: int = 100, loss: float = 0.5) -> events.Step:
-    return events.Step(number, total, 1, 10, loss, loss, 1e-4, 5e-5, 2.0, 10.0, gradient_norm=0.25)
-
-
-def measured(number: int) -> events.Measured:
-    return events.Measured(number, 1, (0.1, 0.2, 0.3), (0.2, 0.3, 0.4), (), (), {"unet": math.nan})
-
-
-class Run:
-    """A run that is written event by event, without training."""
-
-    def __init__(self, folder: Path) -> None:
-        self.host = FakeHost(folder)
-        self.folder = self.host.runs_folder / "zzk-20261121-120000"
-        self.record = RunRecord(self.folder, SETTINGS)
-        self.record.write(PLANNED)
-
-    def save(self, stem: str, at: int, *, final: bool = False, value: float = 1.0) -> Path:
-        path = self.host.lora_folder / f"{stem}.safetensors"
-        file.save(path, {"lora_unet_a.lora_down.weight": torch.full((4, 2), value)}, {
-            "ss_output_name": stem, "ss_steps": str(at), "ss_training_finished_at": str(time.time())}, dtype=torch.float16)
-        self.record.write(events.Saved(str(path), at, 1, final))
-        return path
-
-    def sample(self, at: int, index: int = 0, *, file_name: str = "") -> str:
-        name = file_name or f"samples/{index}-{at}.png"
-        target = self.folder / name
-        target.parent.mkdir(exist_ok=True)
-        Image.new("RGB", (64, 32), (at, 0, 0)).save(target)
-        self.record.write(events.Sampled(at, 1, index, f"prompt {index}", 1, name))
-        return name
-
-    def overview(self) -> dict:
-        self.record.close()
-        found = overview(self.folder, self.host)
-        json.dumps(found, allow_nan=False)
-        return found
+from tests.results.written_run import PLANNED, Run, measured, step
 
 
 @pytest.fixture
@@ -151,12 +105,12 @@ def test_what_is_made_again_after_an_interruption_counts_once(run: Run) -> None:
 
 
 def test_a_long_run_is_told_in_at_most_500_points_with_its_end(run: Run) -> None:
-    for number in range(1, 1998):
-        run.record.write(step(number, 1997))
+    for number in range(1, 798):
+        run.record.write(step(number, 797))
     points = run.overview()["steps"]
     numbers = [number for number, *_ in points]
     assert 250 <= len(points) <= 500
-    assert numbers[-1] == 1997 and numbers == list(range(numbers[0], 1998, numbers[1] - numbers[0]))
+    assert numbers[-1] == 797 and numbers == list(range(numbers[0], 798, numbers[1] - numbers[0]))
 
 
 def test_a_file_of_another_run_in_its_place_is_not_a_save_of_this_one(run: Run) -> None:

@@ -145,13 +145,22 @@ def test_thirty_mixed_pictures_become_a_captioned_and_cropped_dataset_and_a_trai
     expect(studio.part("save")).to_contain_text(str(ADDED))
     assert studio.captions().get("tiger-face", "") == ""
 
+    # A tenth is held out, each picture switched by a press.
+    held, tools = studio.page.locator(".lts-tile:has(.lts-held)"), studio.page.locator(".lts-editor")
+    expect(held).to_have_count(3)
+    held.first.click()
+    tools.get_by_role("button", name="Train on it").click()
+    expect(held).to_have_count(2)
+    tools.get_by_role("button", name="Hold out").click()
+    expect(held).to_have_count(3)
+
     studio.part("use").click()
     expect(studio.part("start")).to_be_visible()
     folder = studio.host.datasets_folder / "emoji"
     expect(studio.page.locator("#lora_train_train_data_dir textarea, #lora_train_train_data_dir input")).to_have_value(
         str(folder))
     expect(studio.page.locator("#lora_train_trigger_word textarea, #lora_train_trigger_word input")).to_have_value("zzkmoji")
-    expect(studio.page.locator("#lora_train_summary").first).to_contain_text(f"{ADDED} pictures")
+    expect(studio.page.locator("#lora_train_summary").first).to_contain_text(f"3 of {ADDED} pictures are kept back")
     studio.part("start").click()
     expect(studio.part("stop")).to_be_enabled()
 

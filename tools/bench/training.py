@@ -22,6 +22,7 @@ REFERENCE: dict[str, Value] = {
     "optimizer_type": "AdamW", "learning_rate": 1e-4, "network_dim": 8, "network_alpha": 4.0, "lr_scheduler": "cosine",
     "train_batch_size": 4, "seed": 42, "resolution": "128"}
 """The line that other methods are compared with; what it does not name has its default."""
+_TRAINING_ALONE: dict[str, Value] = {"validation_split": 0.0, "validation": False, "sample_images": False}
 FIXED = ("output_name", "output_dir", "overwrite", "train_data_dir", "trigger_word", "max_train_steps", "save_every_n_steps")
 """What the benchmark sets itself."""
 
@@ -49,8 +50,9 @@ def measured_steps(steps: int) -> tuple[int, ...]:
 
 def run_training(settings: Mapping[str, object], host: Host, *, report: events.Report,
                  stop: Stop = lambda: "") -> events.Finished:
-    """One ordinary run, as a user starts it; raises what `run_job` raises."""
-    return run_job(plan_job(parse(settings), host), host, report=report, stop=stop)
+    """One ordinary run, on all of the given images and without measurements and samples unless `settings` name them; raises
+    what `run_job` raises."""
+    return run_job(plan_job(parse({**_TRAINING_ALONE, **settings}), host), host, report=report, stop=stop)
 
 
 def train_lora(host: Host, *, settings: Mapping[str, object], data: Path, trigger_word: str, name: str, steps: int,

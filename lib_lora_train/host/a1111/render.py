@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
-from modules import call_queue, processing, sd_samplers, shared
+from modules import call_queue, processing, sd_models, sd_samplers, shared
 from PIL import Image
 
 from lib_lora_train.dataset.progress import ShouldStop
@@ -18,12 +18,16 @@ def render(request: RenderRequest, *, stop: ShouldStop) -> list[Image.Image]:
     """See `Renderer.render`. Scripts of extensions do not run, nothing is saved."""
     if request.sampler not in sd_samplers.all_samplers_map:  # the WebUI would take another one
         raise HostError(f"The WebUI has no sampler {request.sampler!r}", remedy="use one of txt2img's")
+    if request.checkpoint and request.checkpoint not in sd_models.checkpoint_aliases:  # it would stay with its own
+        raise HostError(f"The WebUI has no checkpoint {request.checkpoint!r}", remedy="use a name of its list")
     display, images = ProgressDisplay(), []
     with contextlib.ExitStack() as generation:
         with display.queued():
             generation.enter_context(QueueLock(call_queue.queue_lock).held(stop=stop))
         generation.enter_context(display.running())
         generation.enter_context(translated("rendering"))
+        if request.checkpoint:
+            generation.callback(sd_models.reload_model_weights)  # it restores its option only, and loads when it generates
         shared.state.job_count = request.count
         for index in range(request.count):
             images.append(_image(request, seed=request.seed + index))
@@ -39,6 +43,7 @@ def _image(request: RenderRequest, *, seed: int) -> Image.Image:
     generation = processing.StableDiffusionProcessingTxt2Img(
         sd_model=shared.sd_model, prompt=request.prompt, negative_prompt=request.negative_prompt, seed=seed,
         steps=request.steps, width=request.width, height=request.height, cfg_scale=request.cfg_scale,
-        sampler_name=request.sampler, do_not_save_samples=True, do_not_save_grid=True)
+        sampler_name=request.sampler, do_not_save_samples=True, do_not_save_grid=True,
+        override_settings={"sd_model_checkpoint": request.checkpoint} if request.checkpoint else {})
     with contextlib.closing(generation):
         return processing.process_images(generation).images[0]

@@ -30,7 +30,7 @@ def check(*arguments: object) -> int:
 def test_a_folder_with_nothing_to_fix_ends_with_zero(capsys: pytest.CaptureFixture[str]) -> None:
     assert check(STYLE, "--set", "resolution=128") == 0
     shown = capsys.readouterr()
-    assert "Nothing to fix" in shown.out and "24 pictures" in shown.out and "2,400 steps" in shown.out
+    assert "Nothing to fix" in shown.out and "24 pictures" in shown.out and "2,200 steps" in shown.out
     assert "1 to 6 a caption" in shown.out  # "grinning face with big eyes": six words, each a token of CLIP's
 
 
@@ -63,7 +63,7 @@ def test_a_folder_without_images_is_one_sentence(tmp_path: Path) -> None:
 def test_json_is_all_that_goes_to_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
     assert check(STYLE, "--json", "--set", "resolution=128") == 0
     data = json.loads(capsys.readouterr().out)
-    assert data["advice"] == [] and len(data["pictures"]) == 24 and data["proposal"]["steps"] == 2400
+    assert data["advice"] == [] and len(data["pictures"]) == 24 and data["proposal"]["steps"] == 2200
 
 
 @pytest.mark.parametrize(("name", "kind"), [("a.png", "PNG"), ("A.JPG", "JPEG"), ("deeper/a.webp", "WEBP")])
