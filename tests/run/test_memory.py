@@ -26,7 +26,7 @@ from lib_lora_train.model.family import detect
 from lib_lora_train.model.sd.text import TextConditioner
 from lib_lora_train.model.sd.vae import VAE
 from lib_lora_train.run import memory
-from lib_lora_train.run.memory import reachable_decoder, encoding_budget, parts_not_needed, planned_layers
+from lib_lora_train.run.memory import encoding_budget, parts_not_needed, planned_layers, reachable_decoder
 from lib_lora_train.settings import parse
 from lib_lora_train.training import train_step
 from tests.jobs import run_settings
