@@ -134,9 +134,8 @@ class SampleCallback:
             self._report(Stage("Sampling pictures", done, len(self._samples)))
             file = self._kept(sample, progress)
             if file:
-                self._report(Sampled(
-                    progress.step, self._plan.epoch_of(progress.step) if progress.step else 0, sample.index, sample.prompt.text,
-                    sample.prompt.request.seed, file))
+                self._report(Sampled(progress.step, self._plan.epoch_of(progress.step), sample.index, sample.prompt.text,
+                                     sample.prompt.request.seed, file))
         self._report(Stage("Sampling pictures", len(self._samples), len(self._samples)))
         return not self._stop()
 
