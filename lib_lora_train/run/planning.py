@@ -44,8 +44,8 @@ class RunPlan:
     target          the LoRA's file; its name is free
     resume_point    where the run goes on, None for a new run
     held_out        images to measure on, which are not trained unless `held_out_derived` (see `held_out.Split`)
-    notes           sentences about the plan that are no warnings
-    prompts         what is sampled while it trains; `settings` hold their text and no longer the file it was read from
+        processes=processes, schedule=schedule, prompts=prompts, held_out=split.held_out, held_out_derived=split.derived,
+        notes=split.notes if split.derived else (),
     """
 
     settings: Settings
@@ -86,7 +86,8 @@ class RunPlan:
         regularisation = len(self.dataset.examples) - self.dataset.images
         with_reg = f" + {counted(regularisation, 'regularisation picture')}" if regularisation else ""
         schedule, (width, height) = self.schedule, self.resolution
-        kept = "" if self.held_out_derived or not self.held_out else f"; {len(self.held_out)} more to measure on"
+        kept = "" if self.held_out_derived or not self.held_out else (
+            f"; {len(self.held_out)} of {len(self.held_out) + self.dataset.images} pictures kept back to measure on")
         return (f"{counted(self.dataset.images, 'picture')} × {shown}{with_reg}, {counted(schedule.epochs, 'epoch')}, "
                 f"{counted(len(schedule.buckets), 'bucket')} at {width}×{height} "
                 f"= {counted(schedule.steps, 'step')}{f' of {self.processes} processes' if self.processes > 1 else ''}{kept}")
@@ -137,8 +138,8 @@ def plan_dataset(settings: Settings, *, family: str, allowed: AllowedPaths | Non
     settings, prompts = _with_prompts(settings, shown, buckets.resolution)
     return RunPlan(
         settings=settings, family=family, dataset=dataset, placements=placements, resolution=buckets.resolution,
-        processes=processes, schedule=schedule, prompts=prompts, held_out=split.held_out,
-        held_out_derived=split.derived, notes=split.notes,
+        processes=processes, schedule=schedule, prompts=prompts, held_out=split.held_out, held_out_derived=split.derived,
+        notes=split.notes if split.derived else (),
         warnings=(*ignored(settings), *risks(settings, steps=schedule.steps, images=dataset.images, processes=processes),
                   *(problem.text for problem in dataset.problems)))
 
