@@ -20,7 +20,8 @@ from lib_lora_train.__main__ import main
 from lib_lora_train.settings import DECLARATIONS
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = ["--set", "resolution=64", "--set", "min_bucket_reso=64", "--set", "network_dim=2", "--set", "num_repeats=1"]
+SMALL = ["--set", "resolution=64", "--set", "min_bucket_reso=64", "--set", "network_dim=2", "--set", "num_repeats=1",
+         "--set", "sample_images=false"]
 
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
