@@ -1,6 +1,6 @@
 /* The tab "Train LoRA" while a run goes on: it asks the API for the status and has it drawn, the run's progress by
- * lora_train_progress.js, the curve by lora_train_curve.js, the offer to resume a run by lora_train_resume.js, what may be done
- * with its LoRA by lora_train_result.js.
+ * lora_train_progress.js, how it learns by lora_train_learning.js, the offer to resume a run by lora_train_resume.js, what may
+ * be done with its LoRA by lora_train_result.js.
  *
  * The page's fields and its Train button are gradio's; everything about a running job is asked for and drawn here, so a
  * reloaded page shows it again. One poll at a time: every second while a job runs and the tab is in sight, every ten
@@ -18,9 +18,11 @@
 
     const state = {
         token: "", run: "", every: 1, points: [], last: null, inSight: false, timer: 0, polling: false,
-        kicks: 0, planTimer: 0, cursor: null,
+        kicks: 0, planTimer: 0, watchers: [], model: null,
     };
     const view = {};
+    /** What the parts of the tab share, "3 Results" among them; completed by `build`. */
+    const page = {};
 
     const app = () => (typeof gradioApp === "function" ? gradioApp() : document);
     const byId = (id) => app().querySelector("#" + id);
@@ -68,18 +70,15 @@
     }
 
     function build(live, drawn) {
+        const studio = window.loraTrainStudio;
+        page.api = studio.makeApi(state.token, {root: API, keep: true});
+        page.pictures = studio.makePictures(page.api);
+        page.zoom = window.loraTrainZoom(page.pictures, translated);
+        page.sender = window.loraTrainSend(page);
         Object.assign(view, window.loraTrainProgress(live, drawn, translated));
-        view.result = window.loraTrainResult({byId, button, setText, translated});
+        view.result = window.loraTrainResult(page, page.sender, (run) => page.showResults(run));
         view.offer = window.loraTrainResume(view.resume, ask, () => { kick(); poll(); }, view.showProblem, translated);
-        new ResizeObserver(() => drawCurve()).observe(view.curve);
-        view.curve.addEventListener("pointermove", (event) => {
-            state.cursor = event.clientX - view.curve.getBoundingClientRect().left;
-            drawCurve();
-        });
-        view.curve.addEventListener("pointerleave", () => {
-            state.cursor = null;
-            drawCurve();
-        });
+        view.drawLearning = window.loraTrainLearning(page, view);
     }
 
     function showTooltips(tooltips) {
@@ -115,6 +114,7 @@
             const pressed = event.target.closest && event.target.closest("button");
             if (pressed && pressed.id === "lora_train_overwrite_it") kick();
         });
+        button("lora_train_sample").addEventListener("click", sampleNow);
         button("lora_train_stop_save").addEventListener("click", () => stop(true));
         button("lora_train_stop").addEventListener("click", () => stop(false));
         button("lora_train_report").addEventListener("click", downloadReport);
@@ -235,6 +235,7 @@
         const fresh = answer.run !== state.run;
         state.run = answer.run;
         state.every = answer.every;
+        state.model = answer.model;
         state.points = state.points.concat(answer.points);
         view.result.draw(answer);
         noticeResult(answer, fresh);
@@ -244,6 +245,7 @@
         state.last = answer;
         draw(answer);
         view.offer(answer);
+        state.watchers.forEach((watch) => watch(answer));
         keepDraft();
         if (answer.running) {
             state.kicks = 0;
@@ -278,6 +280,15 @@
         poll();
     }
 
+    async function sampleNow() {
+        try {
+            await ask("results/sample", {});
+        } catch (error) {
+            view.showProblem(error.message);
+        }
+        poll();
+    }
+
     // ---- drawing -----------------------------------------------------------------------------------------------
 
     function draw(answer) {
@@ -285,25 +296,20 @@
         if (model) model.textContent = answer.model ? answer.model.text : translated("No model is loaded");
         setDisabled("lora_train_start", answer.running);
         setDisabled("lora_train_overwrite_it", answer.running);
+        setDisabled("lora_train_sample", !answer.running || answer.stopping !== "");
         setDisabled("lora_train_stop", !answer.running || answer.stopping === "stop");
         setDisabled("lora_train_stop_save", !answer.running || answer.stopping !== "");
         const any = answer.run !== "";
         view.head.hidden = !any;
         view.name.textContent = answer.name;
         view.draw(answer);
-        drawCurve();
+        view.drawLearning(answer, state.points);
         setTitleText(answer);
     }
 
     function setDisabled(id, disabled) {
         const found = button(id);
         if (found) found.disabled = disabled;
-    }
-
-    function drawCurve() {
-        const points = state.points.filter((point) => point[1] !== null);
-        view.curve.hidden = points.length < 2;
-        if (!view.curve.hidden) window.loraTrainCurve(view.curve, points, state.cursor, translated);
     }
 
     function setTitleText(answer) {
@@ -323,7 +329,7 @@
     function noticeResult(answer, fresh) {
         const before = fresh || !state.last ? 0 : state.last.saved.length;
         const seenRunning = fresh ? answer.running : state.last && state.last.running;
-        if (answer.saved.length > before && seenRunning) view.result.refreshCards();
+        if (answer.saved.length > before && seenRunning) page.sender.refreshCards();
     }
 
     /** A zip about the last run; asked for here and not by a link, which could not show the token. */
@@ -362,6 +368,14 @@
         }
     }
 
-    Object.assign(window.loraTrain, {attach, pageData, setText, planSoon, chosen, whenThere});
+    Object.assign(page, {
+        byId, button, setText, planSoon, translated, ask, kick,
+        modelLoaded: () => Boolean(state.model),
+        status: () => state.last,
+        /** Have `watch` see each status. */
+        watch: (watch) => state.watchers.push(watch),
+        turnTo: (number) => window.loraTrainStudio.turnTo(number),
+    });
+    Object.assign(window.loraTrain, {attach, page, pageData, setText, planSoon, chosen, whenThere});
     whenThere(attach);
 })();

@@ -35,9 +35,10 @@
         view.othersCount = view.others.appendChild(element("summary"));
         view.othersList = view.others.appendChild(element("div"));
         view.curve = element("div", "lora-train-curve");
+        view.strip = element("div", "lora-train-samples");
         view.warnings = element("ul", "lora-train-warnings");
         live.append(view.head, view.barFrame, view.waiting, view.outcome, view.resume, view.result, view.others);
-        drawn.append(view.curve, view.warnings);
+        drawn.append(view.curve, view.strip, view.warnings);
         for (const part of [...live.children, ...drawn.children]) part.hidden = true;
         return view;
 

@@ -263,7 +263,7 @@
         studio.dropping(app);
     }
 
-    /** The buttons of the two pages, as gradio made them. */
+    /** The buttons of the pages, as gradio made them. */
     function pageButtons() {
         return [...byId("lora_train_pages").querySelectorAll(".tab-nav > button, [role=tablist] button[role=tab]")];
     }
@@ -283,7 +283,8 @@
             } catch (error) { /* a browser that keeps nothing */ }
         }, true);
         try {
-            if (localStorage.getItem(PAGE_KEY) === "1") turnTo(1);
+            const last = Number(localStorage.getItem(PAGE_KEY));
+            if (last) turnTo(last);
         } catch (error) { /* a browser that keeps nothing */ }
     }
 
@@ -302,6 +303,7 @@
         place.replaceChildren(root);
         const app = makeApp(root, data.token);
         app.turnTo = turnTo;
+        studio.app = app;
         build(app);
         rememberPage();
         new IntersectionObserver((entries) => {
@@ -317,7 +319,7 @@
     }
 
     if (studio.attach) return;
-    studio.attach = attach;
+    Object.assign(studio, {attach, turnTo});
     // lora_train.js comes before this file, in the WebUI by its name, elsewhere by the list of standalone.py.
     window.loraTrain.whenThere(attach);
 })(window.loraTrainStudio = window.loraTrainStudio || {});

@@ -9,16 +9,17 @@
 
     /**
      * A server that speaks. `ask` gives JSON, `blob` the bytes of an answer; both raise the server's sentence. Each question
-     * names `dataset`, the one that is shown here: another page may have opened another.
+     * names `dataset`, the one that is shown here: another page may have opened another. `root` is where the questions go,
+     * `keep` says that the browser may keep pictures as long as the server says.
      */
-    studio.makeApi = function(token) {
+    studio.makeApi = function(token, {root = ROOT, keep = false} = {}) {
         const api = {dataset: ""};
 
         async function fetched(path, options) {
             let response;
             try {
                 const about = api.dataset ? (path.includes("?") ? "&" : "?") + "dataset=" + encodeURIComponent(api.dataset) : "";
-                response = await fetch(ROOT + path + about, {cache: "no-store", ...options});
+                response = await fetch(root + path + about, {cache: "no-store", ...options});
             } catch (error) {
                 if (error.name === "AbortError") throw error;
                 throw new Error(studio.parts.translated("The server does not answer."));
@@ -39,7 +40,7 @@
 
         return Object.assign(api, {
             ask: async (path, body) => (await fetched(path, options(body))).json(),
-            blob: async (path, body) => (await fetched(path, options(body))).blob(),
+            blob: async (path, body) => (await fetched(path, {...options(body), ...(keep ? {cache: "default"} : {})})).blob(),
             /** A file or other bytes as they are. */
             send: async(path, bytes) => (await fetched(path, {
                 method: "POST", body: bytes,
@@ -99,6 +100,18 @@
             setTimeout(next, 0);
         }
 
-        return {show};
+        const seen = new IntersectionObserver((entries) => entries.forEach(({isIntersecting, target}) => {
+            if (!isIntersecting) return;
+            seen.unobserve(target);
+            show(target, target.dataset.wish);
+        }), {rootMargin: "300px"});
+
+        /** The same as soon as it comes near the part of the page that is in sight. */
+        function showInSight(image, path) {
+            image.dataset.wish = path;
+            seen.observe(image);
+        }
+
+        return {show, showInSight};
     };
 })(window.loraTrainStudio = window.loraTrainStudio || {});

@@ -208,6 +208,23 @@
             tiles[next].scrollIntoView({block: "nearest"});
         }
 
+        /** Show the picture of that name, on the page of the gallery where it is. */
+        app.find = async(name) => {
+            const MOST = 500;
+            await app.unfilter({});
+            for (let offset = 0; offset < view.shown.total; offset += MOST) {
+                const {pictures: some} = await app.api.ask("pictures", {filter: view.filter, offset, limit: MOST, sort: view.sort});
+                const index = some.findIndex((picture) => picture.name === name);
+                if (index < 0) continue;
+                await app.turn(Math.floor((offset + index) / app.page) * app.page);
+                app.select([some[index].id], some[index].id);
+                const tile = [...grid.children].find((made) => made.dataset.id === some[index].id);
+                if (tile) tile.scrollIntoView({block: "center"});
+                return;
+            }
+            app.say(translated("That picture is no longer in the dataset."), true);
+        };
+
         /** Switches between holding these pictures out and training on them, by what the `shown` of them are; null where none
          * can be held out. */
         app.holdOutButton = (ids, shown) => {

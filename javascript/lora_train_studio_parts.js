@@ -16,6 +16,7 @@
         folder: "M3 6h6l2 3h10v11H3z", upload: "M12 16V4M7 9l5-5 5 5M4 20h16", close: "M6 6l12 12M18 6L6 18",
         left: "M15 5l-7 7 7 7", right: "M9 5l7 7-7 7", picture: "M3 5h18v14H3zM3 16l5-5 4 4 4-5 5 6M8 9v.1",
         mask: "M3 7c6-3 12-3 18 0 0 8-3 11-6 11-2 0-2-2-3-2s-1 2-3 2c-3 0-6-3-6-11M7 10h3M14 10h3",
+        copy: "M8 8h12v12H8zM16 8V4H4v12h4",
         back: "M4 12a8 8 0 1 1 2.5 5.8M4 18v-5h5",
         scale: "M12 4v16M8 20h8M4 7h16M4 7l-2.5 7h5zM20 7l-2.5 7h5z",
         search: "M11 5a6 6 0 1 1 0 12 6 6 0 0 1 0-12M15.5 15.5L20 20",

@@ -62,7 +62,7 @@ def resume(run: str, changes: Mapping[str, object], *, runner: Runner, host: Hos
     Its settings are those it had, but for `changes`; a raised max_train_steps for example. Raises as `start` does, and
     LoraFileError where the run has no state.
     """
-    _folder_of(run, host)
+    folder_of(run, host)
     point = find(run, host.runs_folder)
     return start({**flat(settings_of(point, changes)), "resume": run}, runner=runner, host=host)
 
@@ -200,11 +200,12 @@ def report(run: str, *, host: Host, program: str) -> bytes:
     Raises LoraFileError where there is no such run.
     """
     past = [] if run else past_runs(host.runs_folder, most=1)
-    found = _folder_of(run, host) if run else host.runs_folder / past[0].id if past else None
+    found = folder_of(run, host) if run else host.runs_folder / past[0].id if past else None
     return bundle(found, host=host, program=program)
 
 
-def _folder_of(run: str, host: Host) -> Path:
+def folder_of(run: str, host: Host) -> Path:
+    """The folder of that run of the host. Raises LoraFileError."""
     folder = run_folder(run, host.runs_folder)
     if folder is None:
         raise LoraFileError(f"There is no run called {run!r}", remedy="see the list of runs")

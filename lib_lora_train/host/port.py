@@ -161,6 +161,10 @@ class ModelSource(Protocol):
         """Whether nobody computes with the model at this moment; never waits."""
         return True
 
+    def shares_model(self) -> bool:
+        """Whether who asks for the model while it is leased gets it between two steps, instead of an error."""
+        return False
+
 
 class Display(Protocol):
     """What a host shows of a job, and its stop button."""

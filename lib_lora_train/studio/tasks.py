@@ -1,5 +1,5 @@
-"""The studio's one background task with its progress and problems. It goes on when the page is reloaded or closed, and how
-it ended is kept until the next one starts."""
+"""One background task with its progress and problems: the studio's, and that of the results page. It goes on when the page is
+reloaded or closed, and how it ended is kept until the next one starts."""
 
 from __future__ import annotations
 
@@ -61,9 +61,10 @@ TaskFunction = Callable[[Task], str]
 class Tasks:
     """Starts, watches and stops the one task."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._runner: TaskRunner[tuple[str, str]] = TaskRunner("lora-train-studio")
+    def __init__(self, thread_name: str = "lora-train-studio", *, owner: str = "The studio") -> None:
+        """`owner` is who is busy while a task runs."""
+        self._lock, self._owner = threading.Lock(), owner
+        self._runner: TaskRunner[tuple[str, str]] = TaskRunner(thread_name)
         self._task: Task | None = None
         self._id, self._with_model = 0, False
 
@@ -81,7 +82,7 @@ class Tasks:
             return "stopped" if task.should_stop() else "done", message
 
         with self._lock:
-            self._id = self._runner.start(job, name=name, doing=name.lower(), busy=f"The studio is busy ({self.name()})",
+            self._id = self._runner.start(job, name=name, doing=name.lower(), busy=f"{self._owner} is busy ({self.name()})",
                                           ended=lambda ending: ended())
             self._task, self._with_model = task, with_model
             return self._id

@@ -35,14 +35,19 @@ def thumbnail(path: Path, folder: Path) -> bytes:
     kept = _cached(path, folder)
     with contextlib.suppress(OSError):
         return kept.read_bytes()
-    image = read_image(path)
-    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-    data = jpeg(image, quality=85)
+    data = small(path)
     with contextlib.suppress(OSError):  # a full disk costs speed, not the image
         for older in kept.parent.glob(f"{kept.stem[:_NAME_DIGITS]}-*.jpg"):
             older.unlink(missing_ok=True)
         write_atomic(kept, data)
     return data
+
+
+def small(path: Path) -> bytes:
+    """A JPEG of at most 256×256 pixels, not kept. Raises DatasetError as `read_image`."""
+    image = read_image(path)
+    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    return jpeg(image, quality=85)
 
 
 def full_size(path: Path) -> bytes:

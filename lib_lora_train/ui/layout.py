@@ -1,8 +1,8 @@
 """The layout of the tab.
 
-Two pages: "1 Dataset", which the scripts draw, and "2 Train": left the settings, right what happens with them: the summary,
-the buttons, the running job and its result. Labels are short English literals, so that the WebUI's localisation files can
-match them.
+Three pages: "1 Dataset" and "3 Results", which the scripts draw, and "2 Train": left the settings, right what happens with
+them: the summary, the buttons, the running job and its result. Labels are short English literals, so that the WebUI's
+localisation files can match them.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ def build_tab(*, runner: Runner, host: Host, token: str) -> gr.Blocks:
                     preset, about_preset = _settings_column(fields, first)
                 with gr.Column(scale=1, min_width=320, elem_id="lora_train_run"):
                     summary, start, answer, overwrite = _run_column()
+            with gr.Tab("3 Results", elem_id="lora_train_page_results"):
+                gr.HTML('<div id="lora_train_results"></div>')
         with gr.Row(elem_classes=[_HIDDEN]):
             draft = unsaved(gr.Textbox(value="", elem_id="lora_train_draft", label="Draft", max_lines=1))
             plan = unsaved(gr.Button("Plan", elem_id="lora_train_plan"))
@@ -125,7 +127,8 @@ def _run_column() -> tuple[Any, Any, Any, Any]:
     summary = gr.HTML("", elem_id="lora_train_summary")
     with gr.Row(elem_id="lora_train_buttons"):
         start = unsaved(gr.Button("Train", variant="primary", elem_id="lora_train_start", min_width=90, scale=3))
-        # These two are pressed in the script, which asks before something is lost.
+        # These are pressed in the script, which asks before something is lost.
+        unsaved(gr.Button("Sample now", elem_id="lora_train_sample", min_width=100, scale=2, interactive=False))
         unsaved(gr.Button("Stop and save", elem_id="lora_train_stop_save", min_width=120, scale=2, interactive=False))
         unsaved(gr.Button("Stop", elem_id="lora_train_stop", min_width=60, scale=1, interactive=False))
     answer = gr.HTML("", elem_id="lora_train_answer")
@@ -134,6 +137,7 @@ def _run_column() -> tuple[Any, Any, Any, Any]:
     with gr.Row(elem_id="lora_train_result_buttons", elem_classes=[_HIDDEN]):
         unsaved(gr.Button("Send to txt2img", elem_id="lora_train_send", min_width=120))
         unsaved(gr.Button("Copy LoRA text", elem_id="lora_train_copy", min_width=120))
+        unsaved(gr.Button("See results", elem_id="lora_train_see_results", min_width=120))
     gr.HTML('<div id="lora_train_drawn"></div>')
     with gr.Row(elem_id="lora_train_help"):
         unsaved(gr.Button("Report a problem", elem_id="lora_train_report", size="sm", min_width=120))
@@ -146,6 +150,7 @@ def _page_data() -> str:
     tooltips |= {
         "lora_train_preset": "Settings for a purpose. A preset changes only what it is about.",
         "lora_train_start": "Start the training (Ctrl+Enter).",
+        "lora_train_sample": "Paint pictures with what was learnt so far, after the step under way.",
         "lora_train_stop_save": "End within a step and keep what was learnt.",
         "lora_train_stop": "End within a step and keep nothing but files that were saved on the way.",
         "lora_train_overwrite_it": "Train now and replace the file of that name when it is done.",

@@ -32,9 +32,12 @@ from lib_lora_train.ui.layout import build_tab
 _ROOT = Path(__file__).resolve().parents[2]
 # The WebUI loads the folder in the order of names; what the others are built of comes first here.
 SCRIPTS = tuple(_ROOT / "javascript" / f"lora_train{part}.js" for part in (
-    "_curve", "_progress", "_resume", "_result", "", *(f"_studio{part}" for part in (
-        "_parts", "_api", "_top", "_add", "_gallery", "_editor", "_tags", "_panels", "_shape", "_mask", "_caption", ""))))
+    *(f"_studio_{part}" for part in (
+        "parts", "api", "top", "add", "gallery", "editor", "tags", "panels", "shape", "mask", "caption")),
+    "_chart", "_curve", "_progress", "_resume", "_send", "_result", "_zoom", "_strip", "_verdict", "_learning", "", "_studio",
+    *(f"_results{part}" for part in ("_top", "_saves", "_grid", "_pictures", ""))))
 STYLES = (_ROOT / "style.css", Path(__file__).with_name("standalone.css"))
+_IMPORTED_STYLE = _ROOT / "style_results.css"
 _OUR_HEAD = (f'<link rel="stylesheet" href=".{api.PREFIX}/page.css">'
              f'<script src=".{api.PREFIX}/page.js" defer></script>').encode()
 # gradio's page asks other servers for fonts and for a script that is only of use inside a frame.
@@ -107,6 +110,7 @@ def make_app(host: Host, *, address: str = "127.0.0.1", login: tuple[str, str] |
                 logged_in=lambda cookies: api.login_of(gradio_app[0])(cookies), program="page without a WebUI")
     app.add_api_route(f"{api.PREFIX}/page.js", _script, include_in_schema=False)
     app.add_api_route(f"{api.PREFIX}/page.css", _style, include_in_schema=False)
+    app.add_api_route(f"{api.PREFIX}/{_IMPORTED_STYLE.name}", _imported_style, include_in_schema=False)
     tab = build_tab(runner=runner, host=host, token=token)
     # Rendered into a page of its own just as the WebUI renders it into its tabs.
     with gr.Blocks(title="Train LoRA", analytics_enabled=False, theme=_theme()) as page, gr.Column(
@@ -125,6 +129,10 @@ def _script() -> Response:
 
 def _style() -> Response:
     return Response(b"\n".join(path.read_bytes() for path in STYLES), media_type="text/css")
+
+
+def _imported_style() -> Response:
+    return Response(_IMPORTED_STYLE.read_bytes(), media_type="text/css")
 
 
 def _theme() -> gr.themes.Base:

@@ -21,7 +21,8 @@ from typing import Any
 from tools import tiny_checkpoint
 
 REPOSITORY = Path(__file__).parents[2]
-EXTENSION_PARTS = ("lib_lora_train", "scripts", "javascript", "localizations", "install.py", "style.css")
+EXTENSION_PARTS = ("lib_lora_train", "scripts", "javascript", "localizations", "install.py", "style.css",
+                   "style_results.css")
 START_SECONDS = 180
 FLAGS = (
     "--skip-prepare-environment", "--skip-python-version-check", "--skip-version-check", "--skip-torch-cuda-test",

@@ -110,6 +110,10 @@ class WebUIHost:
             call_queue.queue_lock.release()
         return free
 
+    def shares_model(self) -> bool:
+        """Yes: who waits in the queue comes between two steps of a training."""
+        return True
+
     def interrupted(self) -> bool:
         """Whether Interrupt, Stop or Reload UI was pressed while the model was leased."""
         lease = self._lease

@@ -1,0 +1,182 @@
+/* The page "3 Results": which run is shown, when the server is asked, and how the parts of the page hear of a change.
+ *
+ * Each part (head, recommendation, saves, grid, pictures) is made once with `app` and draws itself anew on app.draw(). While the
+ * server paints it is asked every second, otherwise every ten; never out of sight. What a run under way adds is told by the
+ * status that lora_train.js asks for.
+ */
+(function(results) {
+    "use strict";
+    const WORKING_MS = 1000, IDLE_MS = 10000, RENEW_MS = 3000, RUN_KEY = "lora_train_results_run", PAGE = 2;
+
+    function remembered() {
+        try {
+            return localStorage.getItem(RUN_KEY) || "";
+        } catch (error) {
+            return "";
+        }
+    }
+
+    function remember(run) {
+        try {
+            localStorage.setItem(RUN_KEY, run);
+        } catch (error) { /* a browser that keeps nothing */ }
+    }
+
+    function makeApp(page, place) {
+        const app = {page, place, inSight: false, runs: null, run: remembered(), found: null, task: null, said: {text: "", problem: false}};
+        const state = {timer: 0, parts: [], seen: "", renewed: 0, wanted: 0, polling: false};
+
+        app.address = (file, small) => `results/file?run=${encodeURIComponent(app.found.run)}&name=${encodeURIComponent(file)}` +
+            (small ? "&small=1" : "");
+        app.working = () => Boolean(app.task && app.task.running);
+        app.draw = () => state.parts.forEach((part) => part.draw());
+        app.build = (parts) => {
+            state.parts = parts;
+        };
+        app.say = (text, problem) => {
+            app.said = {text, problem: Boolean(problem)};
+            app.draw();
+        };
+
+        const watching = () => app.inSight && !document.hidden;
+
+        function schedule() {
+            clearTimeout(state.timer);
+            if (watching()) state.timer = setTimeout(look, app.working() ? WORKING_MS : IDLE_MS);
+        }
+
+        /** The work under way; what it made is asked for anew every few seconds and at its end. */
+        async function look() {
+            if (state.polling) return;
+            state.polling = true;
+            try {
+                const before = app.task, {task} = await page.api.ask("results/task");
+                app.task = task;
+                const moved = task && (!before || before.id !== task.id || before.done !== task.done);
+                const ended = task && !task.running && (!before || before.running || before.id !== task.id);
+                if (ended || (moved && Date.now() - state.renewed > RENEW_MS)) await app.renew();
+                if (ended && before && before.running) app.say(task.message, task.outcome === "failed");
+                app.draw();
+            } catch (error) {
+                app.say(error.message, true);
+            } finally {
+                state.polling = false;
+                schedule();
+            }
+        }
+
+        /** Everything of the run that is shown; the newest one where none was chosen. */
+        app.renew = async() => {
+            const mine = ++state.wanted;
+            state.renewed = Date.now();
+            try {
+                if (!app.runs) app.runs = (await page.api.ask("runs")).runs;
+                const known = app.runs.some((run) => run.id === app.run);
+                const shown = known ? app.run : app.runs.length ? app.runs[0].id : "";
+                const found = shown ? await page.api.ask("results?run=" + encodeURIComponent(shown)) : null;
+                if (mine !== state.wanted) return;
+                app.found = found;
+                if (found) app.task = found.task;
+            } catch (error) {
+                // A run that is gone leaves the list.
+                app.runs = null;
+                app.say(error.message, true);
+            }
+            app.draw();
+            schedule();
+        };
+
+        /** Show a run, "" for the newest. */
+        app.choose = (run) => {
+            if (run !== app.run) app.said = {text: "", problem: false};
+            app.run = run;
+            remember(run);
+            if (app.runs && run && !app.runs.some((known) => known.id === run)) app.runs = null;
+            return app.renew();
+        };
+
+        /** Do what a press asked for; what the server refuses is said. Then look again. */
+        app.act = async(what, said) => {
+            app.say("");
+            try {
+                const answer = await what();
+                await app.renew();
+                if (said) app.say(typeof said === "function" ? said(answer) : page.translated(said));
+                return answer;
+            } catch (error) {
+                app.say(error.message, true);
+                return null;
+            }
+        };
+
+        /** Start work on the server. */
+        app.start = (path, body) => app.act(() => page.api.ask(path, body)).then((answer) => {
+            schedule();
+            return answer;
+        });
+
+        app.comeIntoSight = () => {
+            app.runs = null;
+            app.renew();
+        };
+
+        page.watch((status) => {
+            const now = JSON.stringify([status.run, status.running, status.evaluated, status.saved.length]);
+            if (now === state.seen) return;
+            const other = state.seen && JSON.parse(state.seen)[0] !== status.run;
+            state.seen = now;
+            // What was chosen before a new run began is no longer what is wanted.
+            if (other && status.running) app.run = "";
+            if (!watching()) return;
+            app.runs = null;
+            app.renew();
+        });
+        return app;
+    }
+
+    function build(app) {
+        const {make} = window.loraTrainStudio.parts;
+        const head = results.head(app), recommended = results.recommended(app), saves = results.saves(app);
+        const learnt = results.learnt(app), grid = results.grid(app), pictures = results.pictures(app);
+        const notice = make("div", {class: "ltr-notice", role: "status", hidden: true});
+        app.place.replaceChildren(head.element, notice, head.progress, head.empty, recommended.element, learnt.element,
+            saves.element, grid.element, pictures.element);
+        const all = {draw: () => {
+            notice.hidden = !app.said.text;
+            notice.textContent = app.said.text;
+            notice.classList.toggle("ltr-wrong", app.said.problem);
+            app.place.classList.toggle("lts-loading", !app.runs && !app.found);
+        }};
+        app.build([all, head, recommended, learnt, saves, grid, pictures]);
+    }
+
+    function attach() {
+        const {page, pageData} = window.loraTrain, place = page.byId("lora_train_results");
+        if (!place || !page.api) return false;
+        if (place.dataset.attached) return true;
+        if (!pageData()) return false;
+        place.dataset.attached = "yes";
+        // Not a text: gradio's look of texts has no business here.
+        for (let outer = place.parentElement; outer && outer.id !== "lora_train"; outer = outer.parentElement) {
+            outer.classList.remove("prose");
+        }
+        const root = window.loraTrainStudio.parts.make("div", {id: "ltr"});
+        place.replaceChildren(root);
+        const app = makeApp(page, root);
+        build(app);
+        page.showResults = (run) => {
+            app.choose(run);
+            page.turnTo(PAGE);
+        };
+        new IntersectionObserver((entries) => {
+            app.inSight = entries[entries.length - 1].isIntersecting;
+            if (app.inSight) app.comeIntoSight();
+        }).observe(root);
+        document.addEventListener("visibilitychange", () => document.hidden || (app.inSight && app.comeIntoSight()));
+        return true;
+    }
+
+    if (results.attach) return;
+    results.attach = attach;
+    window.loraTrain.whenThere(attach);
+})(window.loraTrainResults = window.loraTrainResults || {});

@@ -1,0 +1,147 @@
+/* The saves of a run on the page "3 Results": each with its picture and by how much it is better than the base model; taken, sent,
+ * copied, compared, deleted.
+ */
+(function(results) {
+    "use strict";
+
+    results.weight = (weight) => String(Math.round(100 * weight) / 100);
+
+    results.saveName = (save) => {
+        const {translated} = window.loraTrainStudio.parts;
+        return save.epoch ? translated("epoch") + " " + save.epoch : translated("step") + " " + save.step;
+    };
+
+    /** A picture of a save that opens in full size; null where there is none. */
+    results.picture = function(app, save) {
+        const {make} = window.loraTrainStudio.parts;
+        if (!save || !save.preview) return null;
+        const image = make("img", {alt: ""}), title = results.saveName(save);
+        app.page.pictures.showInSight(image, app.address(save.preview, true));
+        return make("button", {
+            type: "button", class: "ltr-picture", "aria-label": title, title,
+            onclick: () => app.page.zoom([[{
+                path: app.address(save.preview, false), small: app.address(save.preview, true), title,
+            }]], 0, 0),
+        }, image);
+    };
+
+    function wish(app, save, weight) {
+        const {found} = app, first = (found.samples || [])[0];
+        return {
+            lora_text: save.lora_text.replace(/:[\d.]+>$/, ":" + results.weight(weight) + ">"), trigger_word: found.trigger_word,
+            others: found.saves.map((one) => one.lora_text), width: found.size && found.size[0], height: found.size && found.size[1],
+            prompt: first ? first.prompt.replace(/ --[a-z] .*$/, "") : "",
+        };
+    }
+
+    /** The result, once taken, is called as the LoRA; otherwise the save by its own name. */
+    results.send = (app, save, weight) => app.page.sender.send(wish(app, save, weight));
+
+    results.take = (app, save, weight) => app.act(
+        () => app.page.api.ask("results/take", {run: app.found.run, save: save.id, weight: Math.round(100 * weight) / 100})
+            .then((answer) => {
+                app.page.sender.refreshCards();
+                return answer;
+            }), (answer) => answer.message);
+
+    /** How much better than the base model a save was when it was measured, on held-out pictures where there are some. */
+    function betterOf(found, save) {
+        const {better} = window.loraTrainChart;
+        const entry = found.measured.find((one) => one.step === save.step);
+        if (!entry) return null;
+        const kind = entry.held_out.length ? "held_out" : "training";
+        return better(entry[kind], entry["unadapted_" + kind]);
+    }
+
+    results.saves = function(app) {
+        const {make, button, count, translated} = window.loraTrainStudio.parts;
+        const element = make("div", {class: "ltr-section", hidden: true}), chosen = new Set();
+        let known = "";
+
+        /** The pictures that were painted right after a save, by prompt. */
+        function painted(save) {
+            return (app.found.samples || []).map(({prompt, pictures}) => {
+                const found = pictures.filter((one) => one.step <= save.step).pop();
+                return found ? {
+                    path: app.address(found.file, false), small: app.address(found.file, true), title: results.saveName(save),
+                    about: prompt,
+                } : null;
+            });
+        }
+
+        function compare() {
+            const saves = app.found.saves.filter((save) => chosen.has(save.id)), columns = saves.map(painted);
+            const rows = (app.found.samples || []).map((_, row) => columns.map((column) => column[row]))
+                .filter((row) => row.some(Boolean));
+            if (rows.length) app.page.zoom(rows, 0, rows[0].findIndex(Boolean), {beside: true});
+        }
+
+        function remove(saves) {
+            const names = saves.map((save) => results.saveName(save)).join(", ");
+            if (!window.confirm(translated("Delete these files?") + "\n" + names)) return null;
+            return app.act(() => app.page.api.ask("results/delete", {run: app.found.run, saves: saves.map((save) => save.id)}), () => {
+                chosen.clear();
+                return translated("Deleted") + ": " + names;
+            });
+        }
+
+        function head() {
+            const {found} = app, saves = found.saves.filter((save) => save.exists), marked = saves.filter((save) => chosen.has(save.id));
+            return make("div", {class: "ltr-line"}, make("h4", {text: count(saves.length, "save")}),
+                marked.length ? button(translated("Compare") + " " + marked.length, compare, {
+                    drawn: "split", id: "lora_train_compare", disabled: marked.length < 2 || !(found.samples || []).length,
+                    title: found.samples && found.samples.length ? "Their pictures side by side" : "There are no pictures to compare",
+                }) : null,
+                marked.length ? button(translated("Delete") + " " + marked.length, () => remove(marked), {
+                    drawn: "remove", id: "lora_train_delete",
+                }) : make("span", {class: "lts-quiet", text: saves.length > 1 ? translated("Mark some to compare them") : ""}));
+        }
+
+        function card(save) {
+            const {found} = app, {percent} = window.loraTrainChart, better = betterOf(found, save), name = results.saveName(save);
+            const best = found.recommended && found.recommended.save === save.id;
+            const weight = best ? found.recommended.weight : 1;
+            const mark = make("input", {
+                type: "checkbox", class: "ltr-mark", checked: chosen.has(save.id), disabled: !save.exists, "aria-label": translated("Mark") + " " + name,
+                onchange: (event) => {
+                    chosen[event.target.checked ? "add" : "delete"](save.id);
+                    known = "";
+                    draw();
+                },
+            });
+            const tool = (words, drawn, press, disabled) => button(words, press, {kind: "tool", drawn, disabled});
+            return make("div", {class: "ltr-save", role: "listitem", "data-save": save.id, "data-best": best, "data-gone": !save.exists},
+                make("div", {class: "ltr-face"}, results.picture(app, save) || make("span", {class: "ltr-picture ltr-blank", text: name}), mark),
+                make("div", {class: "ltr-line"}, make("b", {text: name}), better === null ? null : make("span", {
+                    class: "ltr-better", "data-good": better > 0, text: percent(better),
+                    title: translated("How much lower its loss is than that of the base model, on the same pictures with the same noise."),
+                })),
+                make("small", {text: [translated("step") + " " + save.step, save.is_result && translated("the LoRA"),
+                    best && translated("recommended"), !save.exists && translated("deleted")].filter(Boolean).join(" · ")}),
+                save.exists ? make("div", {class: "ltr-tools"},
+                    button("Take this one", () => results.take(app, save, weight), {disabled: save.is_result && !best, title: save.is_result && !best ?
+                        "It is the LoRA already." : "Make this save the LoRA, with a card."}),
+                    app.page.sender.possible() ? tool("Send to txt2img", "right", () => results.send(app, save, weight)) : null,
+                    tool("Copy LoRA text", "copy", () => app.page.sender.copy(wish(app, save, weight))),
+                    tool("Delete", "remove", () => remove([save]), save.is_result)) : null);
+        }
+
+        function draw() {
+            const {found} = app;
+            element.hidden = !found || !found.saves.length;
+            if (element.hidden) return;
+            const now = JSON.stringify([found.run, found.saves, found.measured, found.recommended, (found.samples || []).length, [...chosen]]);
+            if (now === known) return;
+            known = now;
+            for (const id of chosen) {
+                if (!found.saves.some((save) => save.id === id && save.exists)) chosen.delete(id);
+            }
+            const focused = document.activeElement && element.contains(document.activeElement) && document.activeElement.closest("[data-save]");
+            element.replaceChildren(head(), make("div", {class: "ltr-saves", role: "list"}, ...found.saves.map(card)));
+            const again = focused && element.querySelector(`[data-save="${CSS.escape(focused.dataset.save)}"] .ltr-mark`);
+            if (again) again.focus();
+        }
+
+        return {element, draw};
+    };
+})(window.loraTrainResults = window.loraTrainResults || {});

@@ -1,0 +1,154 @@
+"""The routes under /lora-train/v1/results/: what came of a run, as JSON and pictures. Guarded as every route is (`gate.py`).
+
+"run" is a run's id, as `runs` names it; left out, it is the newest. A save is called by its "id", which `results` gives.
+
+    GET  results?run=        everything about a run (`results/overview.py`), and "task", the work under way or done last:
+                             {"id", "run", "name", "done", "total", "seconds_left", "running", "stopping", "outcome", "message"}
+    GET  results/task        {"task"} alone, for a look every second
+    GET  results/file?run=&name=&small=   a PNG of that run, as `results` names it; "small" makes a JPEG of 256 pixels of it
+    GET  results/report?run= all of it on one page that needs no other file
+    POST results/grid        {"run", "saves"?, "weights"?, "prompts"?, "seeds"?, "extras"?: ["average", "unet", "text"],
+                             "checkpoint"?} -> {"id"}: paint and score the saves, a task
+    POST results/stop        {} -> {"stopping": whether something was running}; a grid goes on where it was
+    POST results/take        {"run", "save", "weight"?}: make that save the run's LoRA, with card and preview
+    POST results/delete      {"run", "saves": [...]} -> {"deleted": n}
+    POST results/sample      {} -> {"sampling": whether a run heard it}: paint now, between two steps of the run under way
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from fastapi.responses import Response
+from pydantic import BaseModel, StrictStr, confloat, conint, constr
+
+from lib_lora_train.api import service
+from lib_lora_train.api.gate import Gate
+from lib_lora_train.errors import DatasetError, HostError, LoraFileError, SettingError
+from lib_lora_train.host.port import Host
+from lib_lora_train.results.overview import image_of, overview
+from lib_lora_train.run.record import newest_run, read_settings
+from lib_lora_train.run.runner import Runner
+from lib_lora_train.settings import Settings
+from lib_lora_train.studio import thumbs
+from lib_lora_train.studio.requests import validated
+from lib_lora_train.studio.tasks import Task, Tasks
+
+_Text = constr(strict=True, max_length=2000)
+
+
+class ResultsRequest(BaseModel):
+    """Every value that a request may hold; which route reads which is written above. Values that no route knows are passed
+    over."""
+
+    run: _Text = ""
+    name: _Text = ""
+    small: StrictStr = ""
+
+    saves: list[_Text] = []
+    weights: list[confloat(ge=-2, le=2, allow_inf_nan=False)] = []
+    prompts: list[_Text] = []
+    seeds: list[conint(strict=True, ge=0, le=2**32 - 1)] = []
+    extras: list[Literal["average", "unet", "text"]] = []
+    checkpoint: _Text = ""
+
+    save: _Text = ""
+    weight: confloat(ge=-2, le=2, allow_inf_nan=False) = 1.0
+
+
+class Results:
+    """What the routes share: the host, the runner, and the one background task on results."""
+
+    def __init__(self, host: Host, runner: Runner) -> None:
+        self.host, self.runner = host, runner
+        self.tasks = Tasks("lora-train-results", owner="The results page")
+        self._run = ""  # that the task is about
+        runner.guard(self.refuse_training)
+
+    def folder(self, run: str) -> Path | None:
+        """The folder of that run, of the newest for ""; None where there is none yet. Raises LoraFileError."""
+        return service.folder_of(run, self.host) if run else newest_run(str(self.host.runs_folder))
+
+    def named_folder(self, run: str) -> Path:
+        """The folder of that run. Raises LoraFileError, SettingError for ""."""
+        if not run:
+            raise SettingError('The request must name a "run"', remedy="see the list of runs")
+        return service.folder_of(run, self.host)
+
+    def task(self) -> dict[str, Any] | None:
+        """The task under way or done last, as a page shows it; None before the first."""
+        task = self.tasks.status()
+        return None if task is None else {
+            "id": task.id, "run": self._run, "name": task.name, "done": task.done, "total": task.total,
+            "seconds_left": task.seconds_left, "running": task.running, "stopping": task.stopping, "outcome": task.outcome,
+            "message": task.message}
+
+    def show(self, request: ResultsRequest) -> dict[str, Any]:
+        """All that the results page shows of a run."""
+        folder = self.folder(request.run)
+        if folder is None:
+            raise LoraFileError("There is no run yet", remedy="train a LoRA first")
+        return {**overview(folder, self.host), "dataset": self._dataset(folder), "task": self.task()}
+
+    def _dataset(self, folder: Path) -> str:
+        """The dataset of the studio that the run was trained on, "" for a folder that is not the studio's."""
+        path = Path(str(read_settings(folder).get("train_data_dir", "")))
+        datasets = self.host.datasets_folder
+        return path.relative_to(datasets).parts[0] if path != datasets and path.is_relative_to(datasets) else ""
+
+    def grid(self, request: ResultsRequest) -> int:
+        """Begin to paint and score the grid; the task's number."""
+        folder = self.named_folder(request.run)
+        self._refuse_in_use()
+
+        def job(task: Task) -> str:
+            raise NotImplementedError
+
+        number = self.tasks.start("Painting the grid", job, interrupted=self.host.interrupted, with_model=True)
+        self._run = folder.name
+        return number
+
+    def _refuse_in_use(self) -> None:
+        """Raise HostError where the model is in use and is not shared."""
+        if not self.host.shares_model() and (self.runner.running() or not self.host.idle()):
+            raise HostError("The grid cannot be painted now", why="the model is in use",
+                            remedy="wait for the other work to end, or stop it first")
+
+    def refuse_training(self, settings: Settings) -> None:
+        """Raise HostError for a training that would find the model in use by a grid. A host that shares it lets the training
+        wait its turn."""
+        if self.tasks.running() and not self.host.shares_model():
+            raise HostError("The training cannot start now", why="the grid of a run is being painted",
+                            remedy="wait for it or stop it first")
+
+
+@functools.lru_cache(maxsize=1)
+def results_for(host: Host, runner: Runner) -> Results:
+    """The process's one, however often the page is rebuilt."""
+    return Results(host, runner)
+
+
+def add_routes(gate: Gate, results: Results) -> None:
+    """Every route of the results page."""
+    def add(method: str, name: str, answer: Callable[[ResultsRequest], object], about: str) -> None:
+        gate.add(method, name, lambda query, body: answer(validated(ResultsRequest, body or query)), about)
+
+    add("GET", "results", results.show, "What came of a run")
+    add("GET", "results/task", lambda _: {"task": results.task()}, "The work under way")
+    add("GET", "results/file", lambda r: _image(results.named_folder(r.run), r.name, small=bool(r.small)), "A picture of a run")
+    add("POST", "results/grid", lambda r: {"id": results.grid(r)}, "Paint and score a run's saves")
+    add("POST", "results/stop", lambda _: {"stopping": results.tasks.stop()}, "Stop the work under way")
+
+
+def _image(folder: Path, name: str, *, small: bool) -> Response:
+    """A run's picture. Its name is never used for another one, so a browser may keep it."""
+    path = image_of(folder, name)
+    if path is None:
+        raise DatasetError("The run has no such picture", remedy="look at its results again")
+    data = thumbs.small(path) if small else path.read_bytes()
+    return Response(data, media_type=thumbs.MEDIA_TYPE if small else "image/png", headers={
+        "X-Content-Type-Options": "nosniff", "Content-Security-Policy": "default-src 'none'; sandbox",
+        "Cache-Control": "private, max-age=31536000, immutable"})
