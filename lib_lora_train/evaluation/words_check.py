@@ -1,12 +1,12 @@
 """What the model already understands of a run's words, asked once before the first step.
 
-A model that knows what a word means predicts another noise with it. Let e, o, a be its predictions with the empty text, with an
-image's own caption and with another image's, and y the target. Of a model that is right about its words y - o is orthogonal to
-all that it could have predicted, so that |y - a|² - |y - o|² is |o - a|² on average: their quotient, `fit`, is 1. Where captions
-have nothing to do with their images they fit no better than others, and it is 0. No bound on it depends on noise, size or
-model. In the same manner `gain`, (|y - e|² - |y - o|²) / |o - e|², is 1 for words that are right about their image, and -1 for
-words that say something else. (The classifier of Li et al. 2023, arXiv 2303.16203, compares the same losses.) High timesteps are
-asked, where little of the image is seen and the words decide.
+A model that knows what a word means predicts another noise with it. Let e, o, a be its predictions with the empty text, with
+an image's own caption and with another image's, and y the target. Of a model that is right about its words y - o is orthogonal
+to all that it could have predicted, so that |y - a|² - |y - o|² is |o - a|² on average: their quotient, `fit`, is 1. Where
+captions have nothing to do with their images they fit no better than others, and it is 0. That depends on no noise, size or
+model. In the same manner `gain`, (|y - e|² - |y - o|²) / |o - e|², is 1 for words that are right about their image, and -1
+for words that say something else. (The classifier of Li et al. 2023, arXiv 2303.16203, compares the same losses.) High
+timesteps are asked, where little of the image is seen and the words decide.
 
 How much words mean to a model is how far they move its prediction: between what made-up words (0) and everybody's words (1) do.
 """
@@ -28,9 +28,9 @@ from lib_lora_train.training.condition import Condition
 from lib_lora_train.training.loss import prediction_and_target
 from lib_lora_train.training.noise import draw, seed_of
 
-MADE_UP, WELL_KNOWN = ("zumiwok", "vexqua", "blorpt"), ("house", "tree", "cat")
+MADE_UP, WELL_KNOWN = ("zumiwok", "vexqua"), ("house", "tree")
 _TIMESTEPS = (0.8, 0.875, 0.95)  # shares of the schedule
-_CAPTIONS, _WORDS = 7, 3  # images that captions and single words are asked about: 21 and 18 passes, 3 more for a trigger word
+_CAPTIONS, _WORDS = 6, 5  # times that captions and single words are asked about: 18 and 20 passes, 5 more with a trigger word
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class WordsCheck:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Question:
-    """An image (a batch of one on the CPU) with its caption, another image's caption ("" where all are alike), and a timestep."""
+    """An image (a batch of one on the CPU) with its caption; another's caption, "" where all are alike; and a timestep."""
 
     image: Batch
     other: str
@@ -76,18 +76,18 @@ def questions(images: Sequence[Batch], *, steps: int) -> tuple[Question, ...]:
     return tuple(found)
 
 
-def texts_of(asked: Sequence[Question], *, trigger_word: str) -> tuple[str, ...]:
+def texts_of(queries: Sequence[Question], *, trigger_word: str) -> tuple[str, ...]:
     """All texts that the model is asked about."""
-    captions = [text for question in asked for text in (question.caption, question.other)]
-    return tuple(dict.fromkeys(["", *MADE_UP, *WELL_KNOWN, trigger_word, *captions])) if asked else ()
+    captions = [text for question in queries for text in (question.caption, question.other)]
+    return tuple(dict.fromkeys(["", *MADE_UP, *WELL_KNOWN, trigger_word, *captions])) if queries else ()
 
 
 @torch.no_grad()
-def check_words(model: FrozenModel, asked: Sequence[Question], condition: Condition, *, trigger_word: str,
+def check_words(model: FrozenModel, queries: Sequence[Question], condition: Condition, *, trigger_word: str,
                 dtype: torch.dtype) -> WordsCheck:
     """Ask the model without a LoRA. Waits for the device once."""
     rows, sums = [], []
-    for question in asked:
+    for question in queries:
         texts = {"own": question.caption, "other": question.other}
         texts = {name: text for name, text in texts.items() if question.caption and question.other}
         if question.number < _WORDS:
@@ -108,7 +108,8 @@ def _predictions(model: FrozenModel, question: Question, texts: dict[str, str], 
     found: dict[str, Tensor] = {}
     for name, text in texts.items():
         batch = row.extended(condition.prepare((text,))).to(model.device)
-        found[name], target = prediction_and_target(model, batch, conditioning=condition.encode(batch), adapters={}, dtype=dtype)
+        found[name], target = prediction_and_target(model, batch, conditioning=condition.encode(batch), adapters={},
+                                                    dtype=dtype)
     empty = found.pop("empty")
     moves = {name: (_square(one - empty), _square(target - one)) for name, one in found.items()}
     if "own" in found:

@@ -34,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     bench = argparse.ArgumentParser(prog="python tools/bench",
                                     description="Measure quality, speed and memory of the training.")
-    commands = bench.add_subparsers(required=True, metavar="quality | speed | memory | cache | startup | model | studio")
+    commands = bench.add_subparsers(required=True,
+                                    metavar="quality | speed | memory | cache | startup | model | studio | verdict")
     _add_quality(commands)
     _add_speed(commands)
     memory = _add(commands, "memory", run_memory, "compare the memory plan's prediction with what is measured here; predict "
@@ -59,6 +60,11 @@ def _parser() -> argparse.ArgumentParser:
                   out="table and figures, and the pictures meanwhile")
     studio.add_argument("--pictures", dest="images", default="", metavar="N,N,…",
                         help="numbers of pictures (1000,2000,5000,10000)")
+    verdict = _add(commands, "verdict", run_verdict, "make runs go wrong on purpose and see whether the verdict says what did",
+                   out="table and figures, the runs' events, and their files meanwhile")
+    verdict.add_argument("--data", choices=("style", "subject", "both"), default="style", help="the demo's pictures (style)")
+    verdict.add_argument("--seeds", default="42", metavar="N,N,…", help="seeds of the runs (42)")
+    verdict.add_argument("--case", action="append", default=[], metavar="NAME", help="only this run; may be repeated")
     return bench
 
 
@@ -229,6 +235,24 @@ def run_studio(chosen: argparse.Namespace) -> int:
         raise SettingError(f"--pictures {chosen.images} is no list of numbers",
                            remedy="write --pictures 1000,10000") from error
     return _done(studio.run_studio(sizes, output=chosen.out, say=_say), chosen)
+
+
+def run_verdict(chosen: argparse.Namespace) -> int:
+    """`bench verdict`; returns the exit code."""
+    import torch
+
+    from tools.bench import verdict
+    from tools.bench.verdict_cases import CASES
+
+    if unknown := sorted(set(chosen.case) - {case.name for case in CASES}):
+        raise SettingError(f"There is no run called {unknown[0]}", remedy=f"choose of {', '.join(case.name for case in CASES)}")
+    try:
+        seeds = tuple(map(int, chosen.seeds.split(",")))
+    except ValueError as error:
+        raise SettingError(f"--seeds {chosen.seeds} is no list of numbers", remedy="write --seeds 42,43") from error
+    torch.set_num_threads(1)  # so small a model is quicker on one
+    data = ("style", "subject") if chosen.data == "both" else (chosen.data,)
+    return _done(verdict.run_verdict(output=chosen.out, seeds=seeds, data=data, only=tuple(chosen.case), say=_say), chosen)
 
 
 def device_of(chosen: argparse.Namespace) -> torch.device:

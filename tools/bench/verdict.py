@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from lib_lora_train import events
+from lib_lora_train.dataset.held_out import FEWEST
 from lib_lora_train.demo.embedded import CHECKPOINT
 from lib_lora_train.errors import LoraTrainError, translated
 from lib_lora_train.host.standalone import StandaloneHost
@@ -27,7 +28,7 @@ _KEPT = (events.Planned, events.HeldOut, events.Measured, events.Saved, events.D
 
 
 @dataclasses.dataclass(frozen=True)
-class Judged:
+class Row:
     """What was said of a run at its end. `early` is whether anything wrong was said before it."""
 
     case: str
@@ -47,13 +48,13 @@ class Judged:
 def run_verdict(*, output: Path, seeds: Sequence[int], data: Sequence[str], only: Sequence[str], say: Say) -> str:
     """Make the runs of the named datasets and seeds, tell each, and write verdict.md and verdict.json; returns the table.
     `only` names cases, () for all. Raises what `run_job` raises where a run fails that was not to be refused."""
-    begin, rows = time.monotonic(), list[Judged]()
+    begin, rows = time.monotonic(), list[Row]()
     with translated("making the folder of the results"):
         output.mkdir(parents=True, exist_ok=True)
     for chosen in (one for one in DATA if one.name in data):
         for seed in seeds:
             for case in (case for case in CASES if not only or case.name in only):
-                row = judge(case, chosen, seed=seed, output=output)
+                row = diagnosed(case, chosen, seed=seed, output=output)
                 rows.append(row)
                 say(f"{chosen.name}, seed {seed}, {case.name}: {'right' if row.right else 'WRONG'} "
                     f"({row.finding}, {row.seconds:.0f} s). {row.message}")
@@ -61,7 +62,7 @@ def run_verdict(*, output: Path, seeds: Sequence[int], data: Sequence[str], only
     return write_report(output, "verdict", text, {"rows": [dataclasses.asdict(row) for row in rows]})
 
 
-def judge(case: Case, data: DataSet, *, seed: int, output: Path) -> Judged:
+def diagnosed(case: Case, data: DataSet, *, seed: int, output: Path) -> Row:
     """Make one run, with its events in OUTPUT/events."""
     folder = output / "data"
     shutil.rmtree(folder, ignore_errors=True)
@@ -70,8 +71,8 @@ def judge(case: Case, data: DataSet, *, seed: int, output: Path) -> Judged:
     host = StandaloneHost(damaged_checkpoint(output) if case.damaged else CHECKPOINT, lora_folder=output / "loras",
                           runs_folder=output / "runs")
     settings: dict[str, Value] = {
-        **GOOD, "trigger_word": data.trigger_word, "sample_images": False, **case.changes, "seed": seed,
-        "max_train_steps": case.steps, "train_data_dir": str(folder), "output_name": "verdict", "overwrite": True}
+        **GOOD, "trigger_word": data.trigger_word, **case.changes, "seed": seed, "max_train_epochs": _epochs(case, folder),
+        "train_data_dir": str(folder), "output_name": "verdict", "overwrite": True}
     seen: list[events.Event] = []
     start = time.monotonic()
     try:
@@ -84,11 +85,17 @@ def judge(case: Case, data: DataSet, *, seed: int, output: Path) -> Judged:
         said, finding, message, named, value = [], "refused", str(error), "", ""
     _keep(output / "events" / f"{data.name}-{seed}-{case.name.replace(' ', '-')}.jsonl", settings, seen)
     right = finding in case.expected and named == case.setting
-    return Judged(case.name, data.name, seed, case.expected, case.setting, finding, message, named, value, right,
+    return Row(case.name, data.name, seed, case.expected, case.setting, finding, message, named, value, right,
                   time.monotonic() - start, tuple(f"{event.step}: {event.finding}" for event in said))
 
 
-def verdict_text(rows: Sequence[Judged], *, seconds: float) -> str:
+def _epochs(case: Case, folder: Path) -> int:
+    """About as many as the case has steps; of a larger folder two images are held out."""
+    images = len(list(folder.glob("*.png")))
+    return round(case.steps / (images - 2 if images >= FEWEST else images))
+
+
+def verdict_text(rows: Sequence[Row], *, seconds: float) -> str:
     """The table, a line for each run, and how many were right."""
     lines = [[row.case, f"{row.data} {row.seed}", " / ".join(row.expected), row.finding or "nothing",
               f"{row.named} = {row.value}" if row.named else "", "yes" if row.right else "NO", row.message] for row in rows]
