@@ -38,11 +38,14 @@
     results.send = (app, save, weight) => app.page.sender.send(wish(app, save, weight));
 
     results.take = (app, save, weight) => app.act(
-        () => app.page.api.ask("results/take", {run: app.found.run, save: save.id, weight: Math.round(100 * weight) / 100})
-            .then((answer) => {
-                app.page.sender.refreshCards();
-                return answer;
-            }), (answer) => answer.message);
+        () => app.page.api.ask("results/take", {run: app.found.run, save: save.id, weight: Math.round(100 * weight) / 100}),
+        (taken) => {
+            const {sender} = app.page, others = app.found.saves.map((one) => one.lora_text);
+            sender.refreshCards();
+            app.say(taken.message, false, sender.possible() ? ["Send to txt2img", () => sender.send({
+                ...taken, others, trigger_word: app.found.trigger_word,
+            })] : null);
+        });
 
     /** How much better than the base model a save was when it was measured, on held-out pictures where there are some. */
     function betterOf(found, save) {
@@ -81,7 +84,7 @@
             if (!window.confirm(translated("Delete these files?") + "\n" + names)) return null;
             return app.act(() => app.page.api.ask("results/delete", {run: app.found.run, saves: saves.map((save) => save.id)}), () => {
                 chosen.clear();
-                return translated("Deleted") + ": " + names;
+                app.say(translated("Deleted") + ": " + names);
             });
         }
 

@@ -103,10 +103,9 @@
         function offer(found) {
             const best = found.recommended, save = best && found.saves.find((one) => one.id === best.save);
             if (best && save) {
-                const taken = save.is_result && !found.saves.some((one) => one.exists && !one.is_result && one.step > save.step);
                 return {
                     title: `${translated("Recommended")}: ${results.saveName(save)} ${translated("at")} ${results.weight(best.weight)}`,
-                    text: best.reason, save, weight: best.weight, taken,
+                    text: best.reason, save, weight: best.weight,
                 };
             }
             const grid = found.grid, usable = found.saves.filter((one) => one.exists);
