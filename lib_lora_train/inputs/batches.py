@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lib_lora_train.dataset.buckets import Size
+from lib_lora_train.dataset.buckets import Placement, Size
 from lib_lora_train.dataset.captions import process_caption
 from lib_lora_train.distributed import SINGLE_PROCESS, ProcessGroup, rows_of
 from lib_lora_train.inputs.batch import Batch
@@ -101,15 +101,19 @@ class Batches:
         flipped = [False] * len(indices)
         flipped[rows] = prepared.flipped
         examples = [self._source.dataset.examples[index] for index in indices]
-        placements = [self._source.placements[index] for index in indices]
-        crops = [placement.size_condition_crop(flipped=mirrored)
-                 for placement, mirrored in zip(placements, flipped, strict=True)]
-        sizes = [(e.height, e.width, *crop, p.bucket[1], p.bucket[0])
-                 for e, crop, p in zip(examples, crops, placements, strict=True)]
+        sizes = [_sizes(self._source.placements[index], flipped=mirrored)
+                 for index, mirrored in zip(indices, flipped, strict=True)]
         return Batch({
             "mean": posterior[0], "std": posterior[1], "sizes": torch.tensor(sizes, dtype=torch.float32),
             "loss_weight": torch.tensor([self._prior_loss_weight if e.is_regularisation else 1.0 for e in examples]),
         }, prepared.captions)
+
+    def fixed(self, index: int) -> Batch:
+        """One image with its caption as it is written, the same at each call: to look at, not to train on. Where visits vary
+        it, it is varied in one of the same manners. Raises as `LatentSource`."""
+        prepared, flipped = self._source.prepare(index, self._rng("fixed", index))
+        return image_batch(self._source.finish([index], [prepared])[0], self._source.placements[index],
+                           caption=self._source.dataset.examples[index].caption, flipped=flipped)
 
     def size_of(self, indices: tuple[int, ...]) -> int:
         """Bytes that preparing such a batch takes; 0 where nothing is to be gained from doing it ahead."""
@@ -136,3 +140,16 @@ class Batches:
         # Seeded with a string: hashed with SHA-512, so neighbouring numbers give unrelated sequences,
         # the same in every process and on every system.
         return random.Random("/".join(map(str, (self._seed, *purpose))))
+
+
+def image_batch(latents: torch.Tensor, placement: Placement, *, caption: str, flipped: bool = False) -> Batch:
+    """A batch of one image on the CPU, from its latents [2, C, h, w]: mean and standard deviation, unscaled."""
+    mean, std = latents.cpu()[:, None]
+    return Batch({"mean": mean, "std": std, "sizes": torch.tensor([_sizes(placement, flipped=flipped)], dtype=torch.float32),
+                  "loss_weight": torch.ones(1)}, (caption,))
+
+
+def _sizes(placement: Placement, *, flipped: bool) -> tuple[int, ...]:
+    """Original (height, width), crop (top, left), target (height, width): SDXL's size conditioning."""
+    (width, height), (across, down) = placement.original, placement.bucket
+    return height, width, *placement.size_condition_crop(flipped=flipped), down, across

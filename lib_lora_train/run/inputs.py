@@ -7,17 +7,23 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from PIL import ImageOps
 
 from lib_lora_train.adapters.network import AdapterNetwork
+from lib_lora_train.dataset.augment import scale_and_crop, to_samples
+from lib_lora_train.dataset.buckets import buckets_for
+from lib_lora_train.dataset.held_out import HeldOutImage, name_of
+from lib_lora_train.dataset.images import read_image
 from lib_lora_train.distributed import ProcessGroup
-from lib_lora_train.errors import Interrupted, translated
+from lib_lora_train.errors import DatasetError, Interrupted, TrainingError, translated
 from lib_lora_train.events import Report, Stage, Warned
 from lib_lora_train.host.port import LeasedModel
-from lib_lora_train.inputs.batches import Batches
+from lib_lora_train.inputs.batch import Batch
+from lib_lora_train.inputs.batches import Batches, image_batch
 from lib_lora_train.inputs.latent_files import LatentDisk
 from lib_lora_train.inputs.latents import CachedLatents, FreshLatents, LatentSource
 from lib_lora_train.inputs.text import CAPTIONS_AT_ONCE, TextCache
-from lib_lora_train.inputs.vae_batches import EncodingBudget
+from lib_lora_train.inputs.vae_batches import EncodingBudget, VaeBatches, check_finite
 from lib_lora_train.model.fingerprint import encoder_fingerprint
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.model.sd.text import Conditioning, Tokens
@@ -53,6 +59,29 @@ def latents_of(plan: RunPlan, model: FrozenModel, vae: Mapping[str, torch.Tensor
         return CachedLatents.build(model.vae, plan.dataset, plan.placements, disk=disk, folder=folder,
                                    vae_batch_size=at_once, budget=budget, on_progress=stage("Encoding pictures", report, pause),
                                    **shared)
+
+
+def held_out_batches(images: Sequence[HeldOutImage], plan: RunPlan, model: FrozenModel, *, budget: EncodingBudget,
+                     report: Report) -> dict[str, Batch]:
+    """Held-out images of a plan by their name (`held_out.name_of`), each a batch of one; to be called while the VAE is on the
+    device. What cannot be used is told and left out."""
+    settings = plan.settings
+    buckets = buckets_for(settings.dataset, sizes=model.architecture.family.sizes)
+    vae = VaeBatches(model.vae, device=model.device, batch_size=1, warn=lambda text: None,
+                     budget=None if settings.encodes_in_steps else budget)
+    found = {}
+    for image in images:
+        try:
+            picture = read_image(image.example.path).crop(image.box)
+            placement = buckets.assign(*picture.size)
+            samples = to_samples(scale_and_crop(ImageOps.mirror(picture) if image.mirrored else picture, placement))
+            latents = vae.encode([samples], (False,))[0, 0]
+            check_finite(latents[None], [image.example])
+            name = name_of(image.example.path, plan.dataset.folder)
+            found[name] = image_batch(latents, placement, caption=image.example.caption)
+        except (DatasetError, TrainingError) as error:
+            report(Warned(f"A held-out picture is left out. {error}"))
+    return found
 
 
 def batches_of(settings: Settings, source: LatentSource, group: ProcessGroup) -> Batches:

@@ -23,11 +23,13 @@ from lib_lora_train.host.port import Host, LeasedModel
 from lib_lora_train.inputs.prefetcher import Prefetcher
 from lib_lora_train.memory.device import matrix_rate, seconds_per_step
 from lib_lora_train.memory.plan import MemoryPlan
+from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.model.sd.components import vae_tensors
 from lib_lora_train.run import resume
 from lib_lora_train.run.callbacks import MeasuredMemory, Pause, Stop, StopCallback
 from lib_lora_train.run.consistency import agree_on_data, require_equal
 from lib_lora_train.run.inputs import batches_of, latents_of, stage
+from lib_lora_train.run.measuring import MeasuredImages, Measuring
 from lib_lora_train.run.memory import encoding_budget, memory_plan, place_model
 from lib_lora_train.run.network import InitialWeights, build_network, check_sizes, ignored_by
 from lib_lora_train.run.planning import RunPlan, plan_dataset
@@ -61,28 +63,17 @@ def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: Initial
     with contextlib.ExitStack() as at_end:
         model, settings, point = frozen_model(leased, plan.settings), plan.settings, plan.resume_point
         check_weights(model)
-        if model.architecture.family.name != plan.family:
-            plan = _replanned(plan, host, family=model.architecture.family.name, report=report, stop=stop)
-        identity = resume.describe_checkpoint(leased, model) if point or folder or group.world_size > 1 else {}
-        if point:
-            resume.compare_checkpoint(leased, identity, point)
-        dtype = compute_dtype(settings.memory.mixed_precision, model.device, weights=model.dtype)
-        check_sizes(plan, model)
-        if group.world_size > 1:
-            agree_on_data(group, dataset=resume.dataset_fingerprint(plan.dataset, plan.placements),
-                          checkpoint=identity["weights"], step=point.step if point else 0, weights=weights.tensors or {},
-                          dtype=dtype)
-        changed = [] if point is None else resume.compare_settings(
-            settings, point, steps=plan.schedule.steps, processes=group.world_size)
-        _warn((*plan.warnings, *ignored_by(model, settings), *changed), report)
+        plan, identity, dtype = _checked(plan, host, leased, model, weights, report=report, stop=stop, group=group,
+                                         identified=bool(plan.resume_point or folder or group.world_size > 1))
         network = build_network(settings, model, weights, report=report)
         pause = Pause(leased, model, network, enabled=settings.memory.yield_to_generations, report=report)
+        vae_budget = encoding_budget("vae", settings, model, leased, network)
         source = at_end.enter_context(contextlib.closing(latents_of(
-            plan, model, vae_tensors(leased.tensors), group, folder, report=report, stop=stop, pause=pause,
-            budget=encoding_budget("vae", settings, model, leased, network))))
+            plan, model, vae_tensors(leased.tensors), group, folder, report=report, stop=stop, pause=pause, budget=vae_budget)))
         plan = plan.without_damaged(dataset=source.dataset, placements=source.placements)
         _warn(plan.warnings, report)
         batches = batches_of(settings, source, group)
+        measured = MeasuredImages.of(plan, batches, model, budget=vae_budget, group=group, report=report)
 
         memory = memory_plan(plan, model, leased, network, dtype=dtype)
         # GPUs of different sizes may choose differently how to compute, but not what.
@@ -92,7 +83,7 @@ def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: Initial
         report(planned)
         _warn(filter(None, [memory.warning]), report)
         text = place_model(settings, model, leased, network, batches, memory.config, dtype=dtype, report=report,
-                           stop=stop, pause=pause)
+                           stop=stop, pause=pause, extra_captions=measured.captions)
 
         config = _train_config(plan, memory, dtype=dtype)
         probe = Probe.of(batches, model=model, network=network, condition=text.condition, config=config.loss, seed=config.seed,
@@ -103,18 +94,42 @@ def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: Initial
             plan, Provenance(plan, model, leased, network, started_at=started_at),
             _checkpointer(plan, identity, started_at, folder, dtype=dtype, memory=memory, report=report),
             report=report, spare=folder)
-        measured = MeasuredMemory(
+        memory_meter = MeasuredMemory(
             model.device, lambda size: report(dataclasses.replace(planned, memory=memory.corrected(size).text)))
+        measuring = Measuring(plan, measured, model=model, network=network, text=text, dtype=dtype, saver=saver, report=report)
+        measuring.begin(continued=bool(weights.name))
         prefetcher = at_end.enter_context(Prefetcher(batches, last_epoch=plan.schedule.epochs))
         with saver.rescue():
             progress = train(model, network=network, epoch_batches=prefetcher.epoch, condition=text.condition, config=config,
                              report=report, resumed=weights.state, group=group,
-                             callbacks=[StopCallback(stop), pause, measured, saver])
+                             callbacks=[StopCallback(stop), pause, memory_meter, saver, measuring])
             verdict = probe.verdict(progress)
-        finished = _finished(plan, saver, progress, verdict=verdict, stop=stop, group=group)
+        finished = _finished(plan, saver, progress, verdict=verdict, stop=stop, group=group, measuring=measuring)
         # While the model is still ours: a host that had merged an older file of this name must forget it.
         host.refresh_loras()
         return finished
+
+
+def _checked(plan: RunPlan, host: Host, leased: LeasedModel, model: FrozenModel, weights: InitialWeights, *, report: Report,
+             stop: Stop, identified: bool, group: ProcessGroup) -> tuple[RunPlan, dict[str, str], torch.dtype]:
+    """The plan for this model, what identifies its checkpoint if it is to be, and the dtype to compute in. Raises where
+    model, settings, resume point and processes do not fit each other; what is only worth knowing is reported."""
+    settings, point = plan.settings, plan.resume_point
+    if model.architecture.family.name != plan.family:
+        plan = _replanned(plan, host, family=model.architecture.family.name, report=report, stop=stop)
+    identity = resume.describe_checkpoint(leased, model) if identified else {}
+    if point:
+        resume.compare_checkpoint(leased, identity, point)
+    dtype = compute_dtype(settings.memory.mixed_precision, model.device, weights=model.dtype)
+    check_sizes(plan, model)
+    if group.world_size > 1:
+        agree_on_data(group, dataset=resume.dataset_fingerprint(plan.dataset, plan.placements),
+                      checkpoint=identity["weights"], step=point.step if point else 0, weights=weights.tensors or {},
+                      dtype=dtype)
+    changed = [] if point is None else resume.compare_settings(
+        settings, point, steps=plan.schedule.steps, processes=group.world_size)
+    _warn((*plan.warnings, *ignored_by(model, settings), *changed), report)
+    return plan, identity, dtype
 
 
 def _replanned(plan: RunPlan, host: Host, *, family: str, report: Report, stop: Stop) -> RunPlan:
@@ -125,14 +140,15 @@ def _replanned(plan: RunPlan, host: Host, *, family: str, report: Report, stop: 
 
 
 def _finished(plan: RunPlan, saver: Saver | NoSaver, progress: Progress, *, verdict: tuple[Verdict, str], stop: Stop,
-              group: ProcessGroup) -> Finished:
-    """The end of a run, its result saved if it is complete, or was stopped to be saved. `verdict`: see `verdict_of`. Raises
-    Interrupted where nothing was ever saved."""
+              group: ProcessGroup, measuring: Measuring) -> Finished:
+    """The end of a run, its result saved if it is complete, or was stopped to be saved, and measured. `verdict`: see
+    `verdict_of`. Raises Interrupted where nothing was ever saved."""
     name, steps, total = plan.target.stem, progress.step, plan.schedule.steps
-    complete, stopped = steps == total, f"Stopped after {steps} of {counted(total, 'step')}"
-    if complete or (steps and group.any(stop() == "save")):
+    complete, stopped = steps == total, f"Stopped after {steps} of {counted(total, 'step')}{measuring.stopped}"
+    if complete or (steps and group.any(bool(measuring.stopped) or stop() == "save")):
         with saver.rescue():
             path = saver.save_result(progress, complete=complete)
+        measuring.end(progress, path=path, stop=stop)
         name, (worth, why) = Path(path).stem or name, verdict
         told = f"{name} is ready: {path}" if worth == "healthy" else f"{name} is saved, and was not looked at: {path}"
         if worth == "ruined":

@@ -104,24 +104,12 @@ class Saver:
     def after_step(self, progress: Progress) -> None:
         """See `Callback`: a LoRA and the state where they are due."""
         self._progress = progress
-        if path := self._due(progress):
+        if path := _due(self._plan, progress.step):
             progress.flush()
             self._save_intermediate(path, progress)
             self._checkpointer.save(progress.snapshot)
         else:
             self._checkpointer.save_if_due(progress.snapshot)
-
-    def _due(self, progress: Progress) -> Path | None:
-        """The file to save after this step: under the epoch's name where an epoch's save is due, else under the step's. None
-        after the last step: that is the result."""
-        chosen, step, per_epoch = self._plan.settings.save, progress.step, self._plan.schedule.steps_per_epoch
-        if step == self._plan.schedule.steps:
-            return None
-        if chosen.save_every_n_epochs and step % (chosen.save_every_n_epochs * per_epoch) == 0:
-            return epoch_path(self._plan.target, self._plan.epoch_of(step))
-        if chosen.save_every_n_steps and step % chosen.save_every_n_steps == 0:
-            return step_path(self._plan.target, step)
-        return None
 
     def _save_intermediate(self, path: Path, progress: Progress) -> None:
         try:
@@ -213,3 +201,23 @@ class NoSaver:
     def rescue(self) -> contextlib.AbstractContextManager[None]:
         """Nothing is kept here."""
         return contextlib.nullcontext()
+
+
+def save_steps(plan: RunPlan) -> tuple[int, ...]:
+    """The steps of a run after which a LoRA is to be saved; the last one's is the result."""
+    steps, saves = plan.schedule.steps, plan.settings.save
+    intervals = (saves.save_every_n_epochs * plan.schedule.steps_per_epoch, saves.save_every_n_steps)
+    return tuple(sorted({steps, *(step for every in intervals if every for step in range(every, steps, every))}))
+
+
+def _due(plan: RunPlan, step: int) -> Path | None:
+    """The file to save after this step: under the epoch's name where an epoch's save is due, else under the step's. None after
+    the last step: that is the result."""
+    chosen, per_epoch = plan.settings.save, plan.schedule.steps_per_epoch
+    if step == plan.schedule.steps:
+        return None
+    if chosen.save_every_n_epochs and step % (chosen.save_every_n_epochs * per_epoch) == 0:
+        return epoch_path(plan.target, plan.epoch_of(step))
+    if chosen.save_every_n_steps and step % chosen.save_every_n_steps == 0:
+        return step_path(plan.target, step)
+    return None

@@ -11,13 +11,12 @@ import torch
 
 from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.errors import LoraFileError, ModelError, TrainingError, is_out_of_memory, some_of
+from lib_lora_train.evaluation.fixed_loss import relative_change
 from lib_lora_train.events import Verdict
 from lib_lora_train.inputs.batch import Batch
 from lib_lora_train.inputs.batches import Batches
 from lib_lora_train.model.fingerprint import encoder_tensors, not_finite
 from lib_lora_train.model.frozen import FrozenModel
-from lib_lora_train.model.ops.layers import DeltaAdapter
-from lib_lora_train.model.ops.weights import dense
 from lib_lora_train.settings import named
 from lib_lora_train.training.condition import Condition
 from lib_lora_train.training.loop import Progress
@@ -109,14 +108,8 @@ class Probe:
 
     @torch.no_grad()
     def strength(self) -> float:
-        """How large the LoRA's change is beside the weights it changes: ‖s·BA‖ / ‖W‖, the median over the layers."""
-        ratios, components = [], self.model.components
-        for target, layer in zip(self.network.targets, self.network.layers.values(), strict=True):
-            if isinstance(layer, DeltaAdapter) and (delta := layer.delta()) is not None:
-                down, up = delta.down.flatten(1), delta.up
-                change = abs(delta.scale) * ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt()  # ‖BA‖² = tr(BᵀB·AAᵀ)
-                weight = dense(components[target.component][f"{target.module}.weight"], torch.float32)
-                ratios.append(change / weight.norm().clamp(min=1e-12).to(change.device))
+        """See `relative_change`: the median over all layers."""
+        ratios = [ratio for layers in relative_change(self.model, self.network).values() for ratio in layers]
         return float(torch.stack(ratios).median()) if ratios else 0.0
 
     def verdict(self, progress: Progress) -> tuple[Verdict, str]:

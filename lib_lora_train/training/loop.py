@@ -173,10 +173,11 @@ def train(model: FrozenModel, *, network: AdapterNetwork, epoch_batches: EpochBa
             group.all_reduce_(train_step.sums)
 
             progress.begin_update()
-            overflowed = optimizer.clip(scaler.inverse()) | ~train_step.loss.isfinite()
+            norm = optimizer.clip(scaler.inverse())
+            overflowed = ~(norm.isfinite() & train_step.loss.isfinite())
             optimizer.step(overflowed)
             scaler.update(overflowed)
-            losses.push(step, epoch, train_step.sums, overflowed, rates=optimizer.learning_rates())
+            losses.push(step, epoch, train_step.sums, overflowed, norm=norm, rates=optimizer.learning_rates())
             train_step.clear()
             progress.advance(step)
             for callback in callbacks:

@@ -116,8 +116,9 @@ class RunOptimizer:
         return dict(self._rates)
 
     def clip(self, inverse_scale: Tensor | None = None) -> Tensor:
-        """Unscale the gradients and clip their norm (torch.nn.utils.clip_grad_norm_). Returns whether they overflowed: 0-d
-        bool on the device. `inverse_scale` (0-d) is what gradients of a scaled loss are multiplied by."""
+        """Unscale the gradients and clip their norm (torch.nn.utils.clip_grad_norm_). Returns the norm before, 0-d on the
+        device: not finite where they overflowed. `inverse_scale` (0-d) is what gradients of a scaled loss are multiplied
+        by."""
         gradient = self.weights.gradient
         norm = torch.linalg.vector_norm(gradient)
         if inverse_scale is not None:
@@ -128,7 +129,7 @@ class RunOptimizer:
             factor = clip if factor is None else factor * clip
         if factor is not None:
             gradient.mul_(factor)
-        return ~torch.isfinite(norm)
+        return norm
 
     def step(self, overflowed: Tensor) -> None:
         """Apply the gradients unless they overflowed."""

@@ -24,8 +24,8 @@ _WORSE = 1.25  # times the first loss, relative to predicting nothing: some smal
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Pending:
-    """A step whose loss is on its way: `result` is (loss, loss of predicting zero, 1 if the step was not applied), readable
-    once `arrived` is passed."""
+    """A step whose loss is on its way: `result` is (loss, loss of predicting zero, 1 if the step was not applied, the
+    gradients' norm), readable once `arrived` is passed."""
 
     step: int
     epoch: int
@@ -63,15 +63,16 @@ class LossReporter:
         self._recent.extend(state.recent)
         self.overflows, self.skipped = state.overflows, state.skipped
 
-    def push(self, step: int, epoch: int, sums: Tensor, overflowed: Tensor, *, rates: Mapping[str, float]) -> None:
+    def push(self, step: int, epoch: int, sums: Tensor, overflowed: Tensor, *, norm: Tensor,
+             rates: Mapping[str, float]) -> None:
         """A step was made: remember its numbers, and report those that have arrived. `sums` are the loss and that of
-        predicting zero, [2] on the device as `overflowed`, 0-d."""
-        result, arrived = torch.cat([sums, overflowed.float()[None]]), None
+        predicting zero, [2] on the device as `overflowed` and the gradients' `norm`, 0-d."""
+        result, arrived = torch.cat([sums, torch.stack([overflowed.float(), norm])]), None
         if self._device.type == "cuda":
             # The copy goes on the stream of the loss's GPU, an event on that of the thread's current one: they are the same
             # only if we say so (the WebUI's --device-id chooses a GPU without making it the current one).
             with torch.cuda.device(self._device):
-                on_device, result, arrived = result, torch.empty(3, pin_memory=True), torch.cuda.Event()
+                on_device, result, arrived = result, torch.empty(len(result), pin_memory=True), torch.cuda.Event()
                 result.copy_(on_device, non_blocking=True)
                 arrived.record()
         self._pending.append(_Pending(step, epoch, rates, result, arrived))
@@ -87,7 +88,7 @@ class LossReporter:
 
     def _tell(self, pending: _Pending) -> None:
         """Report a step. Raises TrainingError where the training cannot go on."""
-        loss, zero_loss, overflowed = pending.result.tolist()
+        loss, zero_loss, overflowed, norm = pending.result.tolist()
         skipped, finite = bool(overflowed), math.isfinite(loss)
         self.overflows, self.skipped = self.overflows + 1 if skipped else 0, self.skipped + skipped
         if self.overflows >= _MOST_OVERFLOWS:
@@ -105,7 +106,7 @@ class LossReporter:
             average_loss=average, learning_rate=pending.rates.get("unet", 0.0),
             text_encoder_lr=pending.rates.get("text_encoder", 0.0), steps_per_second=speed,
             seconds_left=(self._steps - pending.step) / speed if speed else None, skipped=skipped,
-            skipped_steps=self.skipped))
+            skipped_steps=self.skipped, gradient_norm=norm))
 
     def _compare(self, pending: _Pending, loss: float, zero_loss: float) -> None:
         """Warn once where the losses are above those of predicting nothing."""

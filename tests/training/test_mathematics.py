@@ -124,6 +124,7 @@ def test_seeds_differ_for_different_parts():
 
 
 ADAMW = AdamW()
+ONE = torch.tensor(1.0)
 
 
 def optimizer_of(*parameters, spec=ADAMW, weight_decay=0.0):
@@ -133,7 +134,7 @@ def optimizer_of(*parameters, spec=ADAMW, weight_decay=0.0):
 
 def step(optimizer: RunOptimizer, inverse_scale: torch.Tensor | None = None) -> bool:
     """Clip, step and clear, as the loop does; whether the gradients overflowed."""
-    overflowed = optimizer.clip(inverse_scale)
+    overflowed = ~optimizer.clip(inverse_scale).isfinite()
     optimizer.step(overflowed)
     optimizer.weights.gradient.zero_()
     return bool(overflowed)
@@ -302,7 +303,7 @@ def test_losses_are_awaited_on_the_gpu_of_the_run_and_not_on_the_current_one(mon
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **options: empty(*size, **options))
     losses = LossReporter(torch.device("cuda", 1), steps=3, epochs=1, steps_per_epoch=3, report=seen.append)
-    losses.push(1, 1, torch.tensor([0.25, 1.0]), torch.tensor(True), rates={"unet": 0.1})
+    losses.push(1, 1, torch.tensor([0.25, 1.0]), torch.tensor(True), norm=ONE, rates={"unet": 0.1})
     assert recorded == [torch.device("cuda", 1)] and seen == []
     losses.flush()
     assert [(event.step, event.loss, event.skipped, event.learning_rate) for event in seen] == [(1, 0.25, True, 0.1)]
@@ -314,7 +315,7 @@ def test_a_run_of_steps_that_all_overflow_ends_with_advice():
 
     def push(first: int, count: int, overflowed: bool) -> None:
         for number in range(first, first + count):
-            losses.push(number, 1, torch.tensor([0.5, 1.0]), torch.tensor(overflowed), rates={})
+            losses.push(number, 1, torch.tensor([0.5, 1.0]), torch.tensor(overflowed), norm=ONE, rates={})
     push(1, 20, True)  # the scale finding its place
     push(21, 1, False)
     with pytest.raises(TrainingError):
@@ -328,7 +329,7 @@ def test_losses_that_stay_no_numbers_end_the_run_and_name_the_cause(before, said
     losses = LossReporter(CPU, steps=100, epochs=1, steps_per_epoch=100, report=seen.append)
     with pytest.raises(TrainingError) as caught:
         for number, loss in enumerate([*before, *[math.nan] * 60], 1):
-            losses.push(number, 1, torch.tensor([loss, 1.0]), torch.tensor(math.isnan(loss)), rates={})
+            losses.push(number, 1, torch.tensor([loss, 1.0]), torch.tensor(math.isnan(loss)), norm=ONE, rates={})
     assert said in caught.value.remedy and len(seen) < 40
 
 
@@ -337,7 +338,7 @@ def test_a_loss_above_that_of_predicting_nothing_is_told_once_and_one_below_is_n
         seen: list[events.Event] = []
         losses = LossReporter(CPU, steps=100, epochs=1, steps_per_epoch=100, report=seen.append)
         for number, loss in enumerate(all_losses, 1):
-            losses.push(number, 1, torch.tensor([loss, nothing]), torch.tensor(False), rates={"unet": 5.0})
+            losses.push(number, 1, torch.tensor([loss, nothing]), torch.tensor(False), norm=ONE, rates={"unet": 5.0})
         return [len([e for e in seen[:place] if isinstance(e, Step)]) for place, event in enumerate(seen)
                 if isinstance(event, events.Warned)]
     assert warnings([0.1, *[0.9] * 40], nothing=1.0) == []

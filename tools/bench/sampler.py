@@ -10,12 +10,12 @@ import torch
 from lib_lora_train.adapters import file
 from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.adapters.targets import find_targets
+from lib_lora_train.evaluation.fixed_loss import fixed_loss
 from lib_lora_train.host.port import Host
 from lib_lora_train.inputs.batches import Batch
 from lib_lora_train.model import frozen
 from lib_lora_train.model.ops.layers import Adapter
 from lib_lora_train.model.sampler import SampleRequest, sample_batch
-from tools.bench.fixed_loss import fixed_loss
 from tools.bench.real_images import SIDE
 
 Adapters = Mapping[str, Mapping[str, Adapter]]
@@ -75,10 +75,12 @@ class Sampler:
         everything = Batch({"mean": mean, "std": std, "loss_weight": torch.ones(len(pixels)), "sizes": sizes}, tuple(captions))
         batches = [everything.rows(slice(start, start + TOGETHER)) for start in range(0, len(pixels), TOGETHER)]
         with torch.no_grad():
-            conditions = {batch.captions: self._model.text.encode(
-                [self._model.text.tokenize(caption) for caption in batch.captions], adapters=lora) for batch in batches}
-        return fixed_loss(self._model, batches, lambda batch: conditions[batch.captions], adapters=lora.get("unet", {}),
-                          seed=seed, timesteps=timesteps)
+            conditions = [self._model.text.encode([self._model.text.tokenize(caption) for caption in batch.captions],
+                                                  adapters=lora) for batch in batches]
+        return {t: sum(len(batch) * fixed_loss(self._model, batch, condition, adapters=lora.get("unet", {}), timestep=t,
+                                               seed=seed, number=number).item()
+                       for number, (batch, condition) in enumerate(zip(batches, conditions, strict=True))) / len(pixels)
+                for t in timesteps}
 
     def _encoded(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         parts = [self._model.vae.encode(2 * part.to(self._model.device) - 1) for part in pixels.split(TOGETHER)]

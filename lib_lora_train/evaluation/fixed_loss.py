@@ -1,0 +1,103 @@
+"""The denoising loss on fixed images, timesteps and noise, for comparing two models, or one with and without its LoRA.
+
+A training loss varies with every draw of timestep and noise; this one changes with the weights alone. It has no SNR weight, and
+nothing here draws from torch's random state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lib_lora_train.adapters.network import AdapterNetwork
+from lib_lora_train.inputs.batch import Batch
+from lib_lora_train.model.frozen import FrozenModel
+from lib_lora_train.model.ops.layers import Adapter, DeltaAdapter
+from lib_lora_train.model.ops.weights import dense
+from lib_lora_train.model.sd.text import Conditioning
+from lib_lora_train.training.condition import Condition
+from lib_lora_train.training.loss import LossConfig, denoising_loss
+from lib_lora_train.training.noise import draw, seed_of
+
+BANDS = 3
+"""Thirds of the schedule: the LoRA's effect on details, on shapes and on the layout."""
+
+
+def band_timesteps(steps: int, *, number: int = 0, images: int = 1) -> tuple[int, ...]:
+    """A timestep in each third of a schedule of so many steps, for image `number` of so many images, which together cover a
+    third evenly: the middle of the image's own part of it."""
+    return tuple(int((band + (number + 0.5) / images) * steps / BANDS) for band in range(BANDS))
+
+
+@torch.no_grad()
+def fixed_loss(model: FrozenModel, batch: Batch, conditioning: Conditioning, *, adapters: Mapping[str, Adapter], timestep: int,
+               seed: int, number: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The mean loss of a batch's images at a timestep, 0-d fp32. The noise depends on `seed`, `number` and the timestep.
+    `adapters` are the UNet's; nothing waits for the device."""
+    draws = draw(batch["mean"].shape, seed=seed, step=number, micro=timestep, timesteps=1)
+    count = len(batch)
+    inputs = batch.extended({**draws, "timesteps": torch.full((count,), timestep), "weight": batch["loss_weight"] / count})
+    return denoising_loss(model, inputs.to(model.device), conditioning=conditioning, adapters=adapters,
+                          config=LossConfig(dtype))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FixedImage:
+    """An image that is looked at again and again: its latents and its caption (`batch`, of one row on the CPU), and the
+    timesteps. Its noise depends on the run's seed, its name and the timestep."""
+
+    name: str
+    batch: Batch
+    timesteps: tuple[int, ...]
+
+
+class FixedLoss:
+    """The loss of a model on `FixedImage`s, with its LoRA and without it (the multiplier at 0, of text encoders too)."""
+
+    def __init__(self, model: FrozenModel, network: AdapterNetwork, condition: Condition, *, dtype: torch.dtype,
+                 seed: int) -> None:
+        self.model, self._network, self._condition, self._dtype, self._seed = model, network, condition, dtype, seed
+        self._norms: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def of(self, images: Sequence[FixedImage], *, adapted: bool) -> list[list[float]]:
+        """The loss of each image at each of its timesteps, one pass of the UNet each. Waits for the device once."""
+        adapters = self._network.adapters().get("unet", {})
+        losses = []
+        self._network.set_multiplier(float(adapted))
+        try:
+            for image in images:
+                batch = image.batch.extended(self._condition.prepare(image.batch.captions)).to(self.model.device)
+                conditioning = self._condition.encode(batch)
+                losses += [fixed_loss(self.model, image.batch, conditioning, adapters=adapters, timestep=t, dtype=self._dtype,
+                                      seed=seed_of(self._seed, "fixed", image.name)) for t in image.timesteps]
+        finally:
+            self._network.set_multiplier(1.0)
+        values = iter(torch.stack(losses).tolist() if losses else ())
+        return [[next(values) for _ in image.timesteps] for image in images]
+
+    @torch.no_grad()
+    def strength(self) -> dict[str, float]:
+        """See `relative_change`, the median over the layers of each component."""
+        ratios = relative_change(self.model, self._network, norms=self._norms)
+        return {component: float(torch.stack(parts).median()) for component, parts in ratios.items()}
+
+
+def relative_change(model: FrozenModel, network: AdapterNetwork, *, norms: dict[str, Tensor] | None = None
+                    ) -> dict[str, list[Tensor]]:
+    """How large the LoRA's change is beside the weights it changes: ‖s·BA‖ / ‖W‖ of each layer, 0-d, by component. `norms`
+    keeps ‖W‖ by the layer's key from one call to the next."""
+    ratios: dict[str, list[Tensor]] = {}
+    norms, components = {} if norms is None else norms, model.components
+    for target, layer in zip(network.targets, network.layers.values(), strict=True):
+        if isinstance(layer, DeltaAdapter) and (delta := layer.delta()) is not None:
+            down, up = delta.down.flatten(1), delta.up
+            change = abs(delta.scale) * ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt()  # ‖BA‖² = tr(BᵀB·AAᵀ)
+            if target.key not in norms:
+                weight = dense(components[target.component][f"{target.module}.weight"], torch.float32)
+                norms[target.key] = weight.norm().clamp(min=1e-12).to(change.device)
+            ratios.setdefault(target.component, []).append(change / norms[target.key])
+    return ratios
