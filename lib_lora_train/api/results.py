@@ -104,7 +104,7 @@ class Results:
         datasets = self.host.datasets_folder
         return path.relative_to(datasets).parts[0] if path != datasets and path.is_relative_to(datasets) else ""
 
-    def take(self, request: ResultsRequest) -> dict[str, Any]:
+    def make_result(self, request: ResultsRequest) -> dict[str, Any]:
         """Make a save the LoRA; what was written, with a sentence about it."""
         folder = self._folder_to_change(request.run)
         taken = promote(folder, request.save, weight=request.weight, host=self.host)
@@ -166,7 +166,7 @@ def add_routes(gate: Gate, results: Results) -> None:
     add("GET", "results/task", lambda _: {"task": results.task()}, "The work under way")
     add("GET", "results/file", lambda r: _image(results.named_folder(r.run), r.name, small=bool(r.small)), "A picture of a run")
     add("GET", "results/report", lambda r: _report(results.named_folder(r.run), results.host), "A run on one page")
-    add("POST", "results/take", results.take, "Make a save the LoRA")
+    add("POST", "results/take", results.make_result, "Make a save the LoRA")
     add("POST", "results/delete", results.delete, "Delete saves")
     add("POST", "results/grid", lambda r: {"id": results.grid(r)}, "Paint and score a run's saves")
     add("POST", "results/stop", lambda _: {"stopping": results.tasks.stop()}, "Stop the work under way")
