@@ -207,7 +207,7 @@
                 lines.push(pictures + by + count(proposal.repeats, "repeat") + by + count(proposal.epochs, "epoch") +
                     " / " + proposal.batch + " = " + count(proposal.steps, "step"));
             } else {
-                lines.push(count(dataset.pictures, "picture"));
+                lines.push(count(dataset.pictures - dataset.held_out.pictures, "picture"));
             }
             if (dataset.held_out.pictures) {
                 lines.push(count(dataset.held_out.pictures, "more picture") + " " + translated("to measure on, held out of training."));

@@ -20,7 +20,8 @@ from lib_lora_train.__main__ import main
 from lib_lora_train.settings import DECLARATIONS
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = ["--set", "resolution=64", "--set", "min_bucket_reso=64", "--set", "network_dim=2", "--set", "num_repeats=1"]
+SMALL = ["--set", "resolution=64", "--set", "min_bucket_reso=64", "--set", "network_dim=2", "--set", "num_repeats=1",
+         "--set", "sample_images=false"]
 
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -112,6 +113,27 @@ def test_a_runs_folder_or_its_name_is_enough_for_its_report_and_its_samples(run,
     for command in ("samples", "report"):
         refused = run(command, "nowhere", "--output-dir", tmp_path)
         assert refused.returncode == 2 and refused.stderr.strip().count("\n") == 0 and "nowhere" in refused.stderr
+
+
+def test_the_saves_of_a_run_are_painted_and_one_of_them_becomes_the_lora(run, train, tiny_file, tmp_path):
+    assert run(*train, "--set", "max_train_steps=2", "--set", "save_every_n_steps=1").returncode == 0
+    folder, = (tmp_path / "out" / "runs").iterdir()
+    (tmp_path / "prompts.txt").write_text("a red cat\n\n", encoding="utf-8")
+    grid = "grid", folder, "--checkpoint", tiny_file, "--prompts", tmp_path / "prompts.txt", "--seeds", 1, "--steps", 1
+    told = run(*grid, "--saves", "zzk-step00000001", "--weights", "0.5,1", "--json")
+    assert told.returncode == 0, told.stderr
+    painted = json.loads(told.stdout)
+    columns = [(one["save"], one["weight"]) for one in painted["columns"]]
+    assert columns == [("", 0), ("zzk-step00000001", 0.5), ("zzk-step00000001", 1)]
+    assert [prompt["text"] for prompt in painted["prompts"]] == ["a red cat"]
+    assert len(painted["cells"]) == 3 and all((folder / cell["file"]).is_file() for cell in painted["cells"])
+    refused = run(*grid, "--saves", "nowhere")
+    assert refused.returncode == 2 and refused.stderr.strip().count("\n") == 0 and "nowhere" in refused.stderr
+    file = tmp_path / "out" / "zzk.safetensors"
+    assert json.loads(run("inspect", file, "--json").stdout)["metadata"]["ss_steps"] == "2"
+    told = run("take", folder, "zzk-step00000001", "--weight", "0.5", "--json")
+    assert told.returncode == 0 and json.loads(told.stdout)["lora_text"] == "<lora:zzk:0.5>"
+    assert json.loads(run("inspect", file, "--json").stdout)["metadata"]["ss_steps"] == "1"
 
 
 def test_the_demos_model_cannot_be_copied_into_a_file_and_says_so(run, tmp_path):

@@ -278,7 +278,7 @@ class Case:
 
 
 COMMON = {"network_dim": 4, "network_alpha": 2, "learning_rate": 0.005, "text_encoder_lr": 0.002, "lr_scheduler": "constant",
-          "max_train_steps": 4, "min_bucket_reso": 64, "save_precision": "float", "seed": 1234}
+          "max_train_steps": 4, "min_bucket_reso": 64, "sample_images": False, "save_precision": "float", "seed": 1234}
 # 128 and not 64: of a single pixel in the middle of the UNet attention has no gradient but rounding, which AdamW would follow.
 OF_DATA = {"plain": {"resolution": 128, "num_repeats": 1}, "shapes": {"resolution": 128}}
 TEXT = {"network_train_unet_only": False}

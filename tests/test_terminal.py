@@ -85,7 +85,8 @@ def test_a_training_that_is_interrupted_closed_or_terminated_keeps_what_it_learn
     out = tmp_path / "out"
     code = program.main(list(map(str, (
         "train", "--checkpoint", tiny_file, "--data", images, "--name", "zzk", "--output-dir", out, "--json", "--set",
-        "resolution=64", "--set", "min_bucket_reso=64", "--set", "network_dim=2", "--set", "max_train_steps=100000"))))
+        "resolution=64", "--set", "min_bucket_reso=64", "--set", "network_dim=2", "--set", "max_train_steps=100000", "--set",
+        "sample_images=false"))))
     told, said = capfd.readouterr()
     last = events.from_dict(json.loads(told.splitlines()[-1]))
     assert (code, last.outcome) == (130, "stopped") and said.count("what was learnt until now is saved") == 1
@@ -120,7 +121,7 @@ def test_captions_found_until_an_interrupt_are_written(set_up, tmp_path, monkeyp
 @pytest.fixture
 def training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """A runner whose training goes on until it is stopped, and says how; the host."""
-    def job(plan, host, *, report, stop, folder=None):
+    def job(plan, host, *, report, stop, sample_now, folder=None):
         begun.set()
         while not stop():
             pass

@@ -113,7 +113,7 @@ class RunFolder:
         self.output = folder
         settings = {"resolution": 64, "min_bucket_reso": 64, "num_repeats": 1, "network_dim": 8, "max_train_steps": steps,
                     "save_every_n_steps": SAVE_EVERY, "shuffle_caption": True, "lr_warmup_steps": 5, "train_batch_size": 2,
-                    "gradient_accumulation_steps": 2, "learning_rate": 1e-3, "save_precision": "float"}
+                    "gradient_accumulation_steps": 2, "learning_rate": 1e-3, "save_precision": "float", "sample_images": False}
         self._common = ["--checkpoint", str(checkpoint), "--output-dir", str(folder)]
         self._first = ["--data", str(images), "--name", NAME]
         self._first += [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]

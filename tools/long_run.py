@@ -101,7 +101,8 @@ def run(folder: Path, *, steps: int, every: int) -> list[Sample]:
     # Captions that change at each step fill the cache of what the text encoder says, which has a bound of its own.
     service.start({"train_data_dir": str(images), "output_name": "long", "resolution": "64", "min_bucket_reso": 64,
                    "num_repeats": 1, "max_train_steps": steps, "network_dim": 1, "shuffle_caption": True,
-                   "save_every_n_steps": max(1, steps // 10), "save_state_every_n_minutes": 1}, runner=runner, host=host)
+                   "sample_images": False, "save_every_n_steps": max(1, steps // 10), "save_state_every_n_minutes": 1},
+                  runner=runner, host=host)
     runner.wait()
     finished = service.status(runner=runner, host=host)["finished"]
     print(finished["message"])

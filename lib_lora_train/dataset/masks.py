@@ -28,6 +28,13 @@ def is_masks_folder(name: str) -> bool:
     return name.casefold() in _FOLDERS
 
 
+def mask_of(image: Path, folder: Path) -> Path | None:
+    """The mask of an image of the dataset in `folder`, None where it has none: in the folder `masks` beside it or above it, or
+    OneTrainer's beside it."""
+    places = [parent / name / f"{image.stem}.png" for parent in (image.parent, folder) for name in _FOLDERS]
+    return next((path for path in [*places, image.with_name(f"{image.stem}-masklabel.png")] if path.is_file()), None)
+
+
 def companion(stem: str, stems: Collection[str]) -> tuple[Literal["mask", "conditioning"], str] | None:
     """What the image file called `stem` is, and of which image's stem; None for an image to learn from.
 

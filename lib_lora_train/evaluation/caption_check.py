@@ -145,7 +145,7 @@ class _Check:
             return _Measured(Checked(path, caption, problem=str(error)))
         # The mean of the VAE's distribution: its spread is far below the noise that is added.
         mean, _ = self._model.vae.encode(pixels[None].to(self._model.device))
-        cosine, gain = self._effect(mean, caption, placement)
+        cosine, gain = caption_effect(self._lease, mean, caption, placement)
         if not math.isfinite(cosine + gain):
             return _Measured(Checked(path, caption, problem="The model has no number for this picture (NaN)."))
         return _Measured(Checked(path, caption, 100 * max(0.0, cosine), gain), placement.bucket, cosine,
@@ -166,32 +166,32 @@ class _Check:
     def _features(self, latents: Tensor) -> Tensor:
         return subject_features(self._model, latents, clip_skip=self._lease.clip_skip, dtype=self._lease.dtype)
 
-    @torch.no_grad()
-    def _effect(self, mean: Tensor, caption: str, placement: Placement) -> tuple[float, float]:
-        """(cosine, gain) of the caption, each the mean over timesteps and noises; `mean` is the image's latents
-        [1, 4, h, w]."""
-        model, dtype, device = self._model, self._lease.dtype, self._model.device
-        texts = [model.text.tokenize(""), model.text.tokenize(caption)]
-        conditioning = model.text.encode(texts, clip_skip=self._lease.clip_skip)
-        context, (width, height), (across, down) = conditioning.context.to(device, dtype), placement.original, placement.bucket
-        y = conditioning.vector(original=(height, width), crop=placement.size_condition_crop(), target=(down, across))
-        x_0 = mean * model.architecture.latent_scale
-        cosines, log_gains = [], []
-        for timestep in TIMESTEPS:
-            for index in range(NOISES):
-                self._lease.check_stop()
-                generator = torch.Generator().manual_seed(seed_of("caption", timestep, index))
-                noise = torch.randn(x_0.shape, generator=generator).to(device)
-                t = torch.tensor([timestep], device=device)
-                x_t, target = model.schedule.add_noise(x_0, noise, t), model.schedule.target(x_0, noise, t)
-                # Two rows, as a sampling step has them: whoever can sample this size can check it.
-                without, with_caption = model.unet(
-                    x_t.to(dtype).expand(2, -1, -1, -1), t.expand(2), context,
-                    None if y is None else y.to(device, dtype)).float().flatten(1)
-                error = target.flatten() - without
-                # 0 where the caption changes nothing at all: cosine_similarity keeps its divisor from 0.
-                cosines.append(F.cosine_similarity(with_caption - without, error, dim=0))
-                log_gains.append(error.square().mean().log() - (target.flatten() - with_caption).square().mean().log())
-        # One synchronisation an image. Relative losses are averaged, or only the low timesteps would count.
-        cosine, log_gain = torch.stack([torch.stack(cosines).mean(), torch.stack(log_gains).mean()]).tolist()
-        return cosine, 1 - math.exp(-log_gain)
+
+@torch.no_grad()
+def caption_effect(lease: ModelLease, mean: Tensor, caption: str, placement: Placement) -> tuple[float, float]:
+    """(cosine, gain) of the caption, each the mean over timesteps and noises; `mean` is the image's latents [1, 4, h, w]."""
+    model, dtype, device = lease.model, lease.dtype, lease.model.device
+    texts = [model.text.tokenize(""), model.text.tokenize(caption)]
+    conditioning = model.text.encode(texts, clip_skip=lease.clip_skip)
+    context, (width, height), (across, down) = conditioning.context.to(device, dtype), placement.original, placement.bucket
+    y = conditioning.vector(original=(height, width), crop=placement.size_condition_crop(), target=(down, across))
+    x_0 = mean * model.architecture.latent_scale
+    cosines, log_gains = [], []
+    for timestep in TIMESTEPS:
+        for index in range(NOISES):
+            lease.check_stop()
+            generator = torch.Generator().manual_seed(seed_of("caption", timestep, index))
+            noise = torch.randn(x_0.shape, generator=generator).to(device)
+            t = torch.tensor([timestep], device=device)
+            x_t, target = model.schedule.add_noise(x_0, noise, t), model.schedule.target(x_0, noise, t)
+            # Two rows, as a sampling step has them: whoever can sample this size can check it.
+            without, with_caption = model.unet(
+                x_t.to(dtype).expand(2, -1, -1, -1), t.expand(2), context,
+                None if y is None else y.to(device, dtype)).float().flatten(1)
+            error = target.flatten() - without
+            # 0 where the caption changes nothing at all: cosine_similarity keeps its divisor from 0.
+            cosines.append(F.cosine_similarity(with_caption - without, error, dim=0))
+            log_gains.append(error.square().mean().log() - (target.flatten() - with_caption).square().mean().log())
+    # One synchronisation an image. Relative losses are averaged, or only the low timesteps would count.
+    cosine, log_gain = torch.stack([torch.stack(cosines).mean(), torch.stack(log_gains).mean()]).tolist()
+    return cosine, 1 - math.exp(-log_gain)

@@ -2,7 +2,8 @@
 
 As in DIFT (Tang et al. 2023, "Emergent Correspondence from Image Diffusion", arXiv 2306.03881), an image is noised to
 timestep 261 and shown to the UNet with an empty text; the features are the input of the coarsest level's last transformer
-on the way up, here averaged over the image, so that a subject may be elsewhere in it.
+on the way up, here averaged over the image, so that a subject may be elsewhere in it (`likeness.py` compares them patch by
+patch).
 Nothing has to be downloaded, and a model judges what it knows: of the demo's emoji, its own sample of a word is nearer to
 the word's image than to another one's in all cases, and in 92 of 100 where another artist drew that image.
 """
@@ -22,9 +23,14 @@ TIMESTEP = 261
 _SEED = 261
 
 
-@torch.no_grad()
 def subject_features(model: FrozenModel, latents: Tensor, *, clip_skip: int, dtype: torch.dtype) -> Tensor:
     """[C] fp32 on the CPU: the features of one image, latents [1, 4, h, w] in the VAE's own scale."""
+    return patch_features(model, latents, clip_skip=clip_skip, dtype=dtype).mean(dim=0).cpu()
+
+
+@torch.no_grad()
+def patch_features(model: FrozenModel, latents: Tensor, *, clip_skip: int, dtype: torch.dtype) -> Tensor:
+    """[n, C] fp32 on the model's device: the features at each of n patches, row by row, of one image as above."""
     t = torch.full((1,), TIMESTEP, device=model.device)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(_SEED)).to(model.device)
     x_t = model.schedule.add_noise(latents.to(model.device) * model.architecture.latent_scale, noise, t)
@@ -35,7 +41,7 @@ def subject_features(model: FrozenModel, latents: Tensor, *, clip_skip: int, dty
     model.unet(x_t.to(dtype), t, empty.context.to(model.device, dtype), None if y is None else y.to(model.device, dtype),
                adapters={_layer(model.architecture.unet): probe})
     assert probe.seen is not None
-    return probe.seen.cpu()
+    return probe.seen
 
 
 def resemblance(features: Tensor, others: Tensor) -> float:
@@ -44,14 +50,14 @@ def resemblance(features: Tensor, others: Tensor) -> float:
 
 
 class _Probe:
-    """An adapter that changes nothing and keeps the layer's input, averaged over the image, [C]."""
+    """An adapter that changes nothing and keeps the layer's input, [h·w, C]."""
 
     def __init__(self) -> None:
         self.seen: Tensor | None = None
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x [1, h·w, C]."""
-        self.seen = x[0].float().mean(dim=0)
+        self.seen = x[0].float()
         return frozen_linear(x, weight, bias)
 
 

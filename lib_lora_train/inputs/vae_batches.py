@@ -21,6 +21,8 @@ from lib_lora_train.settings import named
 # What the encoder holds at its widest, for each pixel of an image: 128 channels of fp32 at full size, seven times (a block's
 # input, what is normed, activated and convolved of it, and a convolution's two sides in another order).
 _BYTES_A_PIXEL = 3700
+_BYTES_A_DECODED_PIXEL = 4400
+"""Of the decoder: 256 channels at full size, at its widest three times, and the same on top as for the encoder."""
 _MOST_BYTES = 2 << 30  # a step of the training takes as much: encoding shall not be what a run's memory is measured by
 _MOST_AT_ONCE = 8  # more gains nothing: two images of 512² fill a GPU with work already
 
@@ -92,6 +94,11 @@ class VaeBatches:
 def encoding_bytes(bucket: Size) -> int:
     """What encoding an image of this size (width, height) takes for a moment, beside the VAE's weights."""
     return _BYTES_A_PIXEL * bucket[0] * bucket[1]
+
+
+def decoding_bytes(size: Size) -> int:
+    """What decoding an image of this size (width, height) takes for a moment, beside the VAE's weights."""
+    return _BYTES_A_DECODED_PIXEL * size[0] * size[1]
 
 
 def free_bytes(device: torch.device) -> int:

@@ -54,6 +54,7 @@ class Workload:
     chunks              of 77 tokens that the longest caption takes
     text_checkpointed   whether the layers of trained text encoders are computed again in backward
     encoded             images that the VAE encodes together in front of each step; 0 where latents are cached
+    sampled             (width, height) of the largest image that is sampled between steps; None where none is
     kind                of the adapters
     """
 
@@ -66,6 +67,7 @@ class Workload:
     chunks: int = 1
     text_checkpointed: bool = False
     encoded: int = 0
+    sampled: tuple[int, int] | None = None
     kind: AdapterKind = DEFAULT_KIND
 
     @property
@@ -115,7 +117,7 @@ def blocks_of(tensors: Mapping[str, Tensor], architecture: Architecture, workloa
     """The step's blocks in the order of forward; of `tensors` (checkpoint names) only shapes and dtypes are used. Takes about
     a second for SD1 and two for SDXL, once for the same shapes and workload."""
     shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in tensors.items())
-    return _blocks_of(shapes, architecture, dataclasses.replace(workload, encoded=0))
+    return _blocks_of(shapes, architecture, dataclasses.replace(workload, encoded=0, sampled=None))
 
 
 @functools.lru_cache(maxsize=64)  # the page asks at every change, mostly of something else, and the run asks again

@@ -52,6 +52,7 @@ class MemoryPlan:
                    "activations" that are kept for backward, "working" for what else comes and goes, "encoding" by the
                    VAE where latents are not cached, "fragments" and "context" of CUDA
     before         bytes at the highest moment before the first step
+    sampling       bytes while a sample is decoded between two steps, 0 where none is
     budget         bytes that may be taken; None where nobody said
     flops          of `config.microbatch` images; `checkpointed_flops` are those that are computed a second time
     blocks         all blocks that can be checkpointed
@@ -69,6 +70,7 @@ class MemoryPlan:
     blocks: frozenset[str]
     settings: MemorySettings
     resumed_base_dtype: BaseDtype = ""
+    sampling: int = 0
     measured: int = 0
 
     @property
@@ -92,7 +94,7 @@ class MemoryPlan:
         of = "" if self.budget is None else f" of {gigabytes(self.budget)}"
         means = self._means() or ("nothing has to be given up for it" if self.budget is not None else "")
         amount = (f"{gigabytes(self.measured)}{of} GB of memory, measured in the first step" if self.measured else
-                  f"about {gigabytes(max(self.bytes, self.before))}{of} GB of memory")
+                  f"about {gigabytes(max(self.bytes, self.before, self.sampling))}{of} GB of memory")
         return amount + (f": {means}" if means else "")
 
     @property
@@ -162,7 +164,7 @@ def plan_memory(tensors: Mapping[str, Tensor], architecture: Architecture, workl
         config=config, batch=batch, predicted=_predicted(tensors, workload, blocks, config), before=_before(tensors, workload),
         budget=budget, flops=config.microbatch * (twice + sum(block.forward + block.backward for block in blocks)),
         checkpointed_flops=config.microbatch * twice, blocks=frozenset(by_size), settings=memory,
-        resumed_base_dtype=resumed_base_dtype)
+        resumed_base_dtype=resumed_base_dtype, sampling=_sampling(tensors, workload, config, budget=budget))
 
 
 def ladder(wished: StepConfig, blocks: Sequence[str], *, cuda: bool) -> Iterator[StepConfig]:
@@ -208,8 +210,7 @@ def _predicted(tensors: Mapping[str, Tensor], workload: Workload, blocks: Sequen
     unet = unet_tensors(tensors)
     predicted = {_PARTS[part]: size for part, size in _sizes(tensors).items() if part not in config.parts_on_cpu}
     predicted["copies"] = _copies(unet, config)
-    weight = 16 + (0 if workload.dtype == torch.float32 else workload.dtype.itemsize)
-    predicted["LoRA and optimiser"] = weight * workload.parameters  # weight, gradient, two moments in fp32, and a copy
+    predicted["LoRA and optimiser"] = _lora_and_optimizer(workload)
     stem = unet["input_blocks.0.0.weight"]
     peak, kept = peak_bytes(blocks, images=config.microbatch, checkpointed=config.checkpointed, offload=config.offload,
                              casts=bool(config.base_dtype) or stem.dtype != workload.dtype)
@@ -241,6 +242,25 @@ def _before(tensors: Mapping[str, Tensor], workload: Workload) -> int:
         return sum(parts.values()) + image + 4 * workload.parameters
     encoding = max(parts["vae"] + image, parts["text"] + text.encoding_bytes(workload.chunks))
     return encoding + 4 * workload.parameters + CONTEXT + WORKSPACES
+
+
+def _sampling(tensors: Mapping[str, Tensor], workload: Workload, config: StepConfig, *, budget: int | None) -> int:
+    """The highest sum of bytes between two steps, while the VAE decodes a sample; 0 where nothing is sampled. The UNet itself
+    takes less of a sample than of a step. On a GPU the rest of the model leaves where room is short."""
+    if workload.sampled is None:
+        return 0
+    parts, cuda = _sizes(tensors), workload.device_type == "cuda"
+    away = config.parts_on_cpu - {"vae"}
+    rest = sum(size for part, size in parts.items() if part != "vae" and part not in away)
+    rest += _copies(unet_tensors(tensors), config)
+    needed = (parts["vae"] + vae_batches.decoding_bytes(workload.sampled) + _lora_and_optimizer(workload)
+              + (CONTEXT + WORKSPACES) * cuda)
+    return needed + (rest if not cuda or budget is None or needed + rest <= budget else 0)
+
+
+def _lora_and_optimizer(workload: Workload) -> int:
+    """Bytes of weight, gradient and two moments in fp32, and of a copy in the dtype of the computation."""
+    return (16 + (0 if workload.dtype == torch.float32 else workload.dtype.itemsize)) * workload.parameters
 
 
 def _sizes(tensors: Mapping[str, Tensor]) -> dict[Part, int]:

@@ -45,9 +45,11 @@ def sigmas(alphas_cumprod: torch.Tensor, steps: int) -> torch.Tensor:
 @torch.no_grad()
 def sample_batch(model: FrozenModel, requests: Sequence[SampleRequest], *, clip_skip: int = 1,
                  dtype: torch.dtype = torch.float32, adapters: Mapping[str, Mapping[str, Adapter]] | None = None,
+                 conditioning: Conditioning | None = None, one_by_one: bool = False,
                  on_step: Callable[[int, int], None] | None = None) -> torch.Tensor:
     """Latents [B,4,h,w] in the VAE's own scale, one for each request. `adapters` are a network's, by component; the noise is
-    drawn on the CPU.
+    drawn on the CPU. `conditioning` is what `encode_prompts` said of the requests, where the text encoders are not at hand.
+    `one_by_one` takes less memory and more time: the UNet never sees two rows at once.
 
     The requests may differ in prompts and seeds only. Where their prompts differ in length by whole chunks of 75 tokens,
     the shorter ones get empty chunks, as a negative prompt does beside a longer one.
@@ -55,24 +57,24 @@ def sample_batch(model: FrozenModel, requests: Sequence[SampleRequest], *, clip_
     first, adapters, device = requests[0], adapters or {}, model.device
     assert all(dataclasses.replace(r, prompt="", negative_prompt="", seed=0)
                == dataclasses.replace(first, prompt="", negative_prompt="", seed=0) for r in requests)
-    # At a scale of 1 the negative prompt has no effect, and half of the computation can be left out.
-    prompts = [request.prompt for request in requests]
-    if first.cfg_scale != 1:
-        prompts = [*(request.negative_prompt for request in requests), *prompts]
-    conditioning = _encoded(model, prompts, clip_skip=clip_skip, adapters=adapters)
+    if conditioning is None:
+        conditioning = encode_prompts(model, requests, clip_skip=clip_skip, adapters=adapters)
+    rows = len(conditioning.context)
     size = (first.height, first.width)
     y = conditioning.vector(original=size, crop=(0, 0), target=size)
+    context, y = conditioning.context.to(device, dtype), None if y is None else y.to(device, dtype)
+    parts = [slice(row, row + 1) for row in range(rows)] if one_by_one else [slice(0, rows)]
     levels = sigmas(model.schedule.alphas_cumprod, first.steps).to(device)
     log_sigmas = _all_sigmas(model.schedule.alphas_cumprod).log().to(device)
 
     x = _start_noise(requests, model.architecture.vae).to(device) * levels[0]
     for i in range(first.steps):
         sigma = levels[i]
-        t = _timestep(sigma, log_sigmas).expand(len(prompts))
+        t = _timestep(sigma, log_sigmas).expand(rows)
         c_in = (sigma ** 2 + 1).rsqrt()
-        shown = (x * c_in).repeat(len(prompts) // len(requests), 1, 1, 1)
-        output = model.unet(shown.to(dtype), t, conditioning.context.to(device, dtype),
-                            None if y is None else y.to(device, dtype), adapters=adapters.get(UNET_COMPONENT, {})).float()
+        shown = (x * c_in).repeat(rows // len(requests), 1, 1, 1)
+        output = torch.cat([model.unet(shown[part].to(dtype), t[part], context[part], None if y is None else y[part],
+                                       adapters=adapters.get(UNET_COMPONENT, {})) for part in parts]).float()
         if first.cfg_scale != 1:
             unconditional, conditional = output.chunk(2)
             output = unconditional + first.cfg_scale * (conditional - unconditional)
@@ -83,6 +85,21 @@ def sample_batch(model: FrozenModel, requests: Sequence[SampleRequest], *, clip_
         if on_step:
             on_step(i + 1, first.steps)
     return x / model.architecture.latent_scale
+
+
+@torch.no_grad()
+def encode_prompts(model: FrozenModel, requests: Sequence[SampleRequest], *, clip_skip: int = 1,
+                   adapters: Mapping[str, Mapping[str, Adapter]] | None = None) -> Conditioning:
+    """The condition of the requests' negative prompts, then that of their prompts; each different text is encoded once. At a
+    scale of 1 the negative prompts have no effect and are left out, and with them half of the computation."""
+    prompts = [request.prompt for request in requests]
+    if requests[0].cfg_scale != 1:
+        prompts = [*(request.negative_prompt for request in requests), *prompts]
+    different = list(dict.fromkeys(prompts))
+    encoded = model.text.encode([model.text.tokenize(prompt) for prompt in different], clip_skip=clip_skip,
+                                adapters=adapters or {})
+    rows = [different.index(prompt) for prompt in prompts]
+    return Conditioning(encoded.context[rows], None if encoded.pooled is None else encoded.pooled[rows])
 
 
 @torch.no_grad()
@@ -105,16 +122,6 @@ def _timestep(sigma: torch.Tensor, log_sigmas: torch.Tensor) -> torch.Tensor:
     position = torch.searchsorted(log_sigmas, sigma.log()).clamp(1, len(log_sigmas) - 1)
     low, high = log_sigmas[position - 1], log_sigmas[position]
     return position - 1 + ((sigma.log() - low) / (high - low)).clamp(0, 1)
-
-
-def _encoded(model: FrozenModel, prompts: Sequence[str], *, clip_skip: int,
-             adapters: Mapping[str, Mapping[str, Adapter]]) -> Conditioning:
-    """The condition of `prompts`; each different one is encoded once."""
-    different = list(dict.fromkeys(prompts))
-    conditioning = model.text.encode([model.text.tokenize(prompt) for prompt in different], clip_skip=clip_skip,
-                                     adapters=adapters)
-    rows = [different.index(prompt) for prompt in prompts]
-    return Conditioning(conditioning.context[rows], None if conditioning.pooled is None else conditioning.pooled[rows])
 
 
 def _start_noise(requests: Sequence[SampleRequest], vae: VAEConfig) -> torch.Tensor:

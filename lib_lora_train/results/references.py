@@ -18,8 +18,9 @@ from lib_lora_train.settings.allowed_paths import AllowedPaths, check_allowed
 
 @dataclasses.dataclass(frozen=True)
 class References:
-    """The images of a run. `derived`: the held-out ones are crops of images that were trained."""
+    """The images of a run, in the dataset's `folder`. `derived`: the held-out ones are crops of images that were trained."""
 
+    folder: Path
     held_out: tuple[HeldOutImage, ...]
     training: tuple[Example, ...]
     derived: bool
@@ -34,10 +35,12 @@ def settings_of(folder: Path) -> Settings:
 
 
 def resolution_of(folder: Path) -> tuple[int, int]:
-    """(width, height) that the run was planned for, (512, 512) where it does not say."""
+    """(width, height) that the run was planned for, in multiples of 64, which fit every model; (512, 512) where it does not
+    say."""
     planned = read_history(folder).planned
     width, _, height = (planned.resolution if planned else "").replace("×", "x").partition("x")
-    return (int(width), int(height)) if width.isdigit() and height.isdigit() else (512, 512)
+    sides = [max(64, round(int(side) / 64) * 64) if side.isdecimal() else 512 for side in (width, height)]
+    return sides[0], sides[1]
 
 
 def references_of(folder: Path, settings: Settings, *, allowed: AllowedPaths | None,
@@ -52,9 +55,11 @@ def references_of(folder: Path, settings: Settings, *, allowed: AllowedPaths | N
     names, derived = (set(said.pictures), said.derived) if said else (set[str](), False)
     if derived:
         drawn = split(dataset, share=settings.evaluation.validation_split, seed=settings.optimizer.seed)
-        return References(tuple(image for image in drawn.held_out if image.example.path.name in names), dataset.examples, True)
+        crops = tuple(image for image in drawn.held_out if image.example.path.name in names)
+        return References(dataset.folder, crops, dataset.examples, True)
     held_out = tuple(HeldOutImage(example) for example in dataset.examples if example.path.name in names)
-    return References(held_out, tuple(example for example in dataset.examples if example.path.name not in names), False)
+    training = tuple(example for example in dataset.examples if example.path.name not in names)
+    return References(dataset.folder, held_out, training, False)
 
 
 def without_trigger(text: str, trigger_word: str) -> str:

@@ -9,17 +9,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.distributed import SINGLE_PROCESS, ProcessGroup
 from lib_lora_train.errors import Interrupted, counted
 from lib_lora_train.events import Finished, Planned, Report, Verdict, Warned, shielded
 from lib_lora_train.host.lease import frozen_model
-from lib_lora_train.host.port import Host, LeasedModel
+from lib_lora_train.host.port import Host, LeasedModel, never
 from lib_lora_train.inputs.prefetcher import Prefetcher
 from lib_lora_train.memory.device import matrix_rate, seconds_per_step
 from lib_lora_train.memory.plan import MemoryPlan
@@ -34,6 +35,7 @@ from lib_lora_train.run.memory import encoding_budget, memory_plan, place_model
 from lib_lora_train.run.network import InitialWeights, build_network, check_sizes, ignored_by
 from lib_lora_train.run.planning import RunPlan, plan_dataset
 from lib_lora_train.run.provenance import Provenance
+from lib_lora_train.run.sampling import SampleCallback
 from lib_lora_train.run.saver import Checkpointer, NoSaver, Saver
 from lib_lora_train.run.soundness import Probe, check_weights
 from lib_lora_train.settings import Settings, named
@@ -43,25 +45,27 @@ from lib_lora_train.training.precision import compute_dtype
 
 
 def run_job(plan: RunPlan, host: Host, *, report: Report, stop: Stop, folder: Path | None = None,
-            group: ProcessGroup = SINGLE_PROCESS) -> Finished:
+            group: ProcessGroup = SINGLE_PROCESS, sample_now: Callable[[], bool] = never) -> Finished:
     """Carry out a plan on the model that `host` holds.
 
     What `report` raises ends nothing (see `shielded`). `stop` is asked between steps and images: "" to go on, "stop" to end,
-    "save" to end and keep what was learnt. `folder` is the run's, where the state to resume from is kept; None keeps none.
+    "save" to end and keep what was learnt. `folder` is the run's, where samples and the state to resume from are kept; None
+    keeps none. `sample_now` is asked between steps, and says once that somebody wants samples.
     All processes of a `group` call this, on the same files; rank 0 alone saves, and the others' path is "".
     The last event, `Finished`, is returned and left to the caller to report, who knows how failures end too.
     Raises UserError, HostError, TrainingError, and Interrupted where a stop came before the first step.
     """
     weights = InitialWeights.of(plan)
     with host.lease(stop=lambda: bool(stop())) as leased:
-        return _with_model(plan, host, leased, weights, report=shielded(report), stop=stop, folder=folder, group=group)
+        return _with_model(plan, host, leased, weights, report=shielded(report), stop=stop, folder=folder, group=group,
+                           sample_now=sample_now)
 
 
 def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: InitialWeights, *, report: Report, stop: Stop,
-                folder: Path | None, group: ProcessGroup) -> Finished:
+                folder: Path | None, group: ProcessGroup, sample_now: Callable[[], bool]) -> Finished:
     """What needs the model. All that is made here is freed before the model goes back, so that it finds its memory free."""
     with contextlib.ExitStack() as at_end:
-        model, settings, point = frozen_model(leased, plan.settings), plan.settings, plan.resume_point
+        model, settings = frozen_model(leased, plan.settings), plan.settings
         check_weights(model)
         plan, identity, dtype = _checked(plan, host, leased, model, weights, report=report, stop=stop, group=group,
                                          identified=bool(plan.resume_point or folder or group.world_size > 1))
@@ -76,24 +80,22 @@ def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: Initial
         measured = MeasuredImages.of(plan, batches, model, budget=vae_budget, group=group, report=report)
 
         memory = memory_plan(plan, model, leased, network, dtype=dtype)
-        # GPUs of different sizes may choose differently how to compute, but not what.
-        require_equal(group, {f"the model's number format in memory, {named('base_weights')},": memory.config.base_dtype},
-                      remedy=f"set it, or the same {named('memory_budget')}, in all of them")
+        _agree_on_dtype(group, memory)
         planned = _planned(plan, leased, memory, dtype=dtype)
         report(planned)
         _warn(filter(None, [memory.warning]), report)
+        samples = SampleCallback(
+            plan, leased, model, network, prompts=() if group.rank else plan.prompts, config=memory.config, dtype=dtype,
+            lora_folder=host.lora_folder, folder=folder, wanted=sample_now, report=report, stop=stop, pause=pause)
         text = place_model(settings, model, leased, network, batches, memory.config, dtype=dtype, report=report,
-                           stop=stop, pause=pause, extra_captions=measured.captions)
+                           stop=stop, pause=pause, extra_captions=measured.captions, encode_prompts=samples.encode)
 
         config = _train_config(plan, memory, dtype=dtype)
         probe = Probe.of(batches, model=model, network=network, condition=text.condition, config=config.loss, seed=config.seed,
                          continued=weights.name)
 
-        started_at = point.started_at if point else time.time()
-        saver = NoSaver() if group.rank else Saver(
-            plan, Provenance(plan, model, leased, network, started_at=started_at),
-            _checkpointer(plan, identity, started_at, folder, dtype=dtype, memory=memory, report=report),
-            report=report, spare=folder)
+        saver = _saver(plan, leased, model, network, identity=identity, folder=folder, dtype=dtype, memory=memory, group=group,
+                       report=report)
         memory_meter = MeasuredMemory(
             model.device, lambda size: report(dataclasses.replace(planned, memory=memory.corrected(size).text)))
         measuring = Measuring(plan, measured, model=model, network=network, text=text, dtype=dtype, saver=saver, report=report)
@@ -102,9 +104,10 @@ def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: Initial
         with saver.rescue():
             progress = train(model, network=network, epoch_batches=prefetcher.epoch, condition=text.condition, config=config,
                              report=report, resumed=weights.state, group=group,
-                             callbacks=[StopCallback(stop), pause, memory_meter, saver, measuring])
+                             callbacks=[StopCallback(stop), pause, samples, memory_meter, saver, measuring])
             verdict = probe.verdict(progress)
         finished = _finished(plan, saver, progress, verdict=verdict, stop=stop, group=group, measuring=measuring)
+        samples.end(progress)
         # While the model is still ours: a host that had merged an older file of this name must forget it.
         host.refresh_loras()
         return finished
@@ -157,6 +160,24 @@ def _finished(plan: RunPlan, saver: Saver | NoSaver, progress: Progress, *, verd
     if group.any(bool(saver.saved)):
         return Finished("stopped", f"{stopped}.", saver.saved[-1] if saver.saved else "", steps)
     raise Interrupted(f"{stopped}; nothing was saved")
+
+
+def _agree_on_dtype(group: ProcessGroup, memory: MemoryPlan) -> None:
+    """GPUs of different sizes may choose differently how to compute, but not what. Raises SettingError."""
+    require_equal(group, {f"the model's number format in memory, {named('base_weights')},": memory.config.base_dtype},
+                  remedy=f"set it, or the same {named('memory_budget')}, in all of them")
+
+
+def _saver(plan: RunPlan, leased: LeasedModel, model: FrozenModel, network: AdapterNetwork, *, identity: Mapping[str, str],
+           folder: Path | None, dtype: torch.dtype, memory: MemoryPlan, group: ProcessGroup,
+           report: Report) -> Saver | NoSaver:
+    """What writes the run's files, in the process that does."""
+    if group.rank:
+        return NoSaver()
+    started_at = plan.resume_point.started_at if plan.resume_point else time.time()
+    return Saver(plan, Provenance(plan, model, leased, network, started_at=started_at),
+                 _checkpointer(plan, identity, started_at, folder, dtype=dtype, memory=memory, report=report),
+                 report=report, spare=folder)
 
 
 def _checkpointer(plan: RunPlan, identity: Mapping[str, str], started_at: float, folder: Path | None, *, dtype: torch.dtype,

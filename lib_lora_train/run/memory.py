@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 from lib_lora_train.adapters.file import read_dims
 from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.adapters.targets import find_targets
+from lib_lora_train.dataset.buckets import Size
 from lib_lora_train.dataset.progress import ShouldStop
 from lib_lora_train.errors import translated
 from lib_lora_train.events import Report
@@ -21,7 +24,7 @@ from lib_lora_train.host import placement
 from lib_lora_train.host.port import LeasedModel
 from lib_lora_train.inputs.batches import Batches
 from lib_lora_train.inputs.text import encoding_bytes
-from lib_lora_train.inputs.vae_batches import EncodingBudget, free_bytes
+from lib_lora_train.inputs.vae_batches import EncodingBudget, decoding_bytes, free_bytes
 from lib_lora_train.memory.device import attention_kernel, budget_of
 from lib_lora_train.memory.estimate import Layer, Workload
 from lib_lora_train.memory.plan import CONTEXT, GIGABYTE, WORKSPACES, MemoryPlan, plan_memory, size_of
@@ -60,7 +63,8 @@ def plan_for(plan: RunPlan, *, tensors: Mapping[str, Tensor], architecture: Arch
                      for layer in layers),
         chunks=chunks_in_longest(example.caption for example in plan.dataset.examples),
         text_checkpointed=memory.gradient_checkpointing,
-        encoded=min(memory.vae_batch_size or 1, batch) if settings.encodes_in_steps else 0)
+        encoded=min(memory.vae_batch_size or 1, batch) if settings.encodes_in_steps else 0,
+        sampled=max(((p.request.width, p.request.height) for p in plan.prompts), key=math.prod, default=None))
     on_device = [t for t in (*tensors.values(), *ours) if t.device.type in (device.type, "meta")]
     return plan_memory(tensors, architecture, workload, batch=batch, memory=memory,
                        budget=budget_of(memory.memory_budget, device, ours=size_of(on_device)),
@@ -134,12 +138,35 @@ def encoding_budget(part: Part, settings: Settings, model: FrozenModel, leased: 
     return budget
 
 
+@contextlib.contextmanager
+def reachable_decoder(settings: Settings, model: FrozenModel, leased: LeasedModel,
+                    network: AdapterNetwork) -> Iterator[Callable[[Size], None]]:
+    """Yields what brings the VAE to the device with room to decode an image of a size (width, height). Where that is short, the
+    rest of the model leaves it. Afterwards each part is where it was. Raises TrainingError where there is no room for it."""
+    away = frozenset(part for part in placement.PARTS if any(
+        placement.device_of(t).type != model.device.type for t in placement.tensors_of(leased.tensors, {part})))
+    budget = encoding_budget("vae", settings, model, leased, network)
+
+    def bring(size: Size) -> None:
+        if budget(decoding_bytes(size)) < decoding_bytes(size):
+            model.unet.layers.release()  # of copies that are no part of the leased model
+            torch.cuda.empty_cache()
+
+    try:
+        yield bring
+    finally:
+        model.vae.layers.release()
+        model.rebind(leased.offload_parts(away))
+        model.rebind(leased.reload_parts(placement.PARTS - away))
+
+
 def place_model(settings: Settings, model: FrozenModel, leased: LeasedModel, network: AdapterNetwork, batches: Batches,
                 config: StepConfig, *, dtype: torch.dtype, report: Report, stop: Stop,
-                pause: Pause, extra_captions: Sequence[str] = ()) -> Text:
+                pause: Pause, extra_captions: Sequence[str] = (), encode_prompts: Callable[[], None] = lambda: None) -> Text:
     """Bring the model to where the steps want it: the VAE leaves the device, captions are encoded, the text encoders leave it
     where they can, then the UNet comes, its weights held as `config` says. Returns the condition of the captions; the
-    `extra_captions` are those of no training image, but needed between steps."""
+    `extra_captions` are those of no training image, but needed between steps. `encode_prompts` is called while the text
+    encoders are on the device."""
     away = config.parts_on_cpu
     model.rebind(leased.offload_parts(away & {"vae"}))
     if "text" in away:
@@ -149,8 +176,12 @@ def place_model(settings: Settings, model: FrozenModel, leased: LeasedModel, net
                         stop=stop, pause=pause, extra_captions=extra_captions)
     if text.needs_encoders:
         away -= {"text"}
+    if "text" in away:
+        encode_prompts()
     model.rebind(leased.offload_parts(away))
     model.rebind(leased.reload_parts(placement.PARTS - away))
+    if "text" not in away:
+        encode_prompts()
     if config.base_dtype:
         with translated("holding the model in eight bits"):
             model.unet.layers.replace(dict(quantised(model.unet.tensors, config.base_dtype, device=model.device,

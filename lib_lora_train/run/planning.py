@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 
 from lib_lora_train.dataset import held_out
 from lib_lora_train.dataset.buckets import Placement, buckets_for
-from lib_lora_train.dataset.folder import Dataset, assign_buckets, read_folder, visits_by_bucket, with_repeats
+from lib_lora_train.dataset.folder import Dataset, Example, assign_buckets, read_folder, visits_by_bucket, with_repeats
 from lib_lora_train.dataset.held_out import HeldOutImage
 from lib_lora_train.dataset.plan import Plan, plan_run
 from lib_lora_train.dataset.progress import Progress, ShouldStop
 from lib_lora_train.distributed import SINGLE_PROCESS, ProcessGroup
 from lib_lora_train.errors import DatasetError, counted
+from lib_lora_train.evaluation.prompts import DEFAULT_STEPS, SamplePrompt, default_prompts, parse_prompts, read_prompts
 from lib_lora_train.host.port import Host
 from lib_lora_train.inputs.latent_files import CACHE_FOLDER
 from lib_lora_train.model.family import training_sizes
+from lib_lora_train.model.sampler import SampleRequest
 from lib_lora_train.run.consistency import agree_on_settings
 from lib_lora_train.run.output import checked_name, destination
 from lib_lora_train.run.resume import ResumePoint, find, with_recorded_split
@@ -41,7 +44,8 @@ class RunPlan:
     target          the LoRA's file; its name is free
     resume_point    where the run goes on, None for a new run
     held_out        images to measure on, which are not trained unless `held_out_derived` (see `held_out.Split`)
-    notes           sentences about the plan that are no warnings
+        processes=processes, schedule=schedule, prompts=prompts, held_out=split.held_out, held_out_derived=split.derived,
+        notes=split.notes if split.derived else (),
     """
 
     settings: Settings
@@ -57,6 +61,7 @@ class RunPlan:
     held_out: tuple[HeldOutImage, ...] = ()
     held_out_derived: bool = False
     notes: tuple[str, ...] = ()
+    prompts: tuple[SamplePrompt, ...] = ()
 
     @property
     def aspect_error(self) -> float:
@@ -81,7 +86,8 @@ class RunPlan:
         regularisation = len(self.dataset.examples) - self.dataset.images
         with_reg = f" + {counted(regularisation, 'regularisation picture')}" if regularisation else ""
         schedule, (width, height) = self.schedule, self.resolution
-        kept = "" if self.held_out_derived or not self.held_out else f"; {len(self.held_out)} more to measure on"
+        kept = "" if self.held_out_derived or not self.held_out else (
+            f"; {len(self.held_out)} of {len(self.held_out) + self.dataset.images} pictures kept back to measure on")
         return (f"{counted(self.dataset.images, 'picture')} × {shown}{with_reg}, {counted(schedule.epochs, 'epoch')}, "
                 f"{counted(len(schedule.buckets), 'bucket')} at {width}×{height} "
                 f"= {counted(schedule.steps, 'step')}{f' of {self.processes} processes' if self.processes > 1 else ''}{kept}")
@@ -128,9 +134,12 @@ def plan_dataset(settings: Settings, *, family: str, allowed: AllowedPaths | Non
     dataset, placements = assign_buckets(with_repeats(
         split.training, max_train_epochs=optimizer.max_train_epochs, num_repeats=dataset_settings.num_repeats), buckets)
     schedule = _schedule(settings, dataset, placements, processes=processes)
+    shown = [image.example for image in split.held_out] or dataset.examples
+    settings, prompts = _with_prompts(settings, shown, buckets.resolution)
     return RunPlan(
         settings=settings, family=family, dataset=dataset, placements=placements, resolution=buckets.resolution,
-        processes=processes, schedule=schedule, held_out=split.held_out, held_out_derived=split.derived, notes=split.notes,
+        processes=processes, schedule=schedule, prompts=prompts, held_out=split.held_out, held_out_derived=split.derived,
+        notes=split.notes if split.derived else (),
         warnings=(*ignored(settings), *risks(settings, steps=schedule.steps, images=dataset.images, processes=processes),
                   *(problem.text for problem in dataset.problems)))
 
@@ -166,6 +175,21 @@ def _frozen(plan: RunPlan) -> Settings:
     warmup = plan.settings.optimizer.lr_warmup_steps
     steps = int(warmup * plan.schedule.steps) if warmup < 1 else warmup
     return parse({**values, **absolute, "num_repeats": repeats, "lr_warmup_steps": steps})
+
+
+def _with_prompts(settings: Settings, examples: Sequence[Example],
+                  resolution: tuple[int, int]) -> tuple[Settings, tuple[SamplePrompt, ...]]:
+    """What is sampled, by default the captions of some of the `examples`; the settings with the text of a file that they name.
+    Raises SettingError."""
+    chosen = settings.evaluation
+    if not chosen.sample_images:
+        return settings, ()
+    text, (width, height) = read_prompts(chosen.sample_prompts), resolution
+    defaults = SampleRequest("", width=width, height=height, steps=DEFAULT_STEPS, seed=max(0, settings.optimizer.seed))
+    prompts = parse_prompts(text, defaults=defaults) or default_prompts(
+        [example.caption for example in examples if not example.is_regularisation],
+        trigger_word=settings.dataset.trigger_word, defaults=defaults)
+    return dataclasses.replace(settings, evaluation=dataclasses.replace(chosen, sample_prompts=text)), prompts
 
 
 def _check_caches(dataset: Dataset, allowed: AllowedPaths) -> None:

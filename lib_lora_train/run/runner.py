@@ -126,6 +126,7 @@ class Runner:
         self._tasks: TaskRunner[events.Finished] = TaskRunner("lora-train")
         self._run: _Run | None = None
         self._guards: list[Callable[[Settings], None]] = []
+        self._samples_wanted = threading.Event()
 
     def guard(self, check: Callable[[Settings], None]) -> None:
         """Have `check` asked before each start: it raises HostError where something else is under way that must end first."""
@@ -151,7 +152,9 @@ class Runner:
             record = RunRecord(folder, settings)
             run = _Run(settings.save.output_name, requested or settings, record)
             job = functools.partial(run_job, plan, host, report=functools.partial(self._report, run, host),
-                                    stop=functools.partial(self._stop_wanted, host), folder=folder)
+                                    stop=functools.partial(self._stop_wanted, host), folder=folder,
+                                    sample_now=self._samples_requested)
+            self._samples_wanted.clear()
             try:
                 if old:
                     run.remember(old)
@@ -167,6 +170,14 @@ class Runner:
         """Ask the running job to end within a step, keeping what it learnt if `save`. False if nothing runs."""
         with self._lock:
             return self._tasks.stop("save" if save else "stop")
+
+    def sample_now(self) -> bool:
+        """Have the running job sample its prompts before its next step. False if nothing runs, or it samples nothing."""
+        with self._lock:
+            samples = self._run is not None and self._tasks.running and self._run.requested.evaluation.sample_images
+            if samples:
+                self._samples_wanted.set()
+            return samples
 
     def running(self) -> bool:
         """Whether a job is under way: until its last word is written and the next one may start."""
@@ -206,6 +217,11 @@ class Runner:
             run.see(event)
         run.record.write(event)
         host.report(event)
+
+    def _samples_requested(self) -> bool:
+        wanted = self._samples_wanted.is_set()
+        self._samples_wanted.clear()
+        return wanted
 
     def _stop_wanted(self, host: Host) -> StopKind:
         if not self._tasks.stopping and host.interrupted():

@@ -41,7 +41,7 @@ def check_allowed(settings: Settings, allowed: AllowedPaths | None) -> None:
         if name == "resume" and is_run_name(str(value)):
             continue  # the name of a run, which lies where runs are kept
         folders = allowed.writing if name in WRITTEN else allowed.reading
-        if declaration.is_path and value and not inside(str(value), folders):
+        if declaration.holds_path(str(value)) and value and not inside(str(value), folders):
             raise SettingError(
                 f"{declaration.named} = {value} cannot be used",
                 why="others can reach this page, so it keeps to the folders it is allowed",

@@ -221,7 +221,7 @@ class EvaluationSettings:
         "same, to the bit.")
     sample_prompts: str = setting(
         "", "Sample prompts", "One a line, or the path of a text file; with kohya's --w --h --d --l --s --n, and "
-        "<lora:name:weight> for other LoRAs. Empty takes the captions of three held-out pictures.")
+        "<lora:name:weight> for other LoRAs. Empty takes the captions of three held-out pictures.", several_lines=True)
     sample_every_n_steps: int = setting(
         0, "Sample every n steps", "Empty or 0 samples as often as costs about 6 % of the run.", minimum=0, maximum=10_000_000,
         zero="auto")

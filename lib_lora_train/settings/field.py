@@ -25,6 +25,7 @@ _OLD_CHOICES: dict[tuple[str, Value], Value] = {("cuda_graphs", "auto"): "off"}
 _SWITCHES = {"true": "on", "false": "off"}
 _DECIMAL_COMMA = re.compile(r"^(?![+-]?[1-9]\d{0,2},\d{3}$)([+-]?\d+),(\d+(?:[eE][+-]?\d+)?)$")
 """Not "1,000", which may be a thousand."""
+_TEXT_FILES = (".txt", ".toml", ".json")
 _ONLY_READ = frozenset({"train_data_dir", "reg_data_dir"})
 """Folders of which nothing but images and captions is opened, so that their names may be any bytes. safetensors opens no file
 whose path is not text in UTF-8."""
@@ -35,7 +36,8 @@ class Declaration:
     """One setting. `name` is kohya's where kohya has it; `in_view` puts it above the fold of the page. With `open_choice` the
     `choices` are suggestions, and any other text is passed on to the code that knows what it names. With `or_share` a number
     between 0 and 1 is possible where the type is int. `zero` is the word for a 0 that stands for "auto" or "none": a page shows
-    it in an empty field, and `read` takes it, or nothing, as 0."""
+    it in an empty field, and `read` takes it, or nothing, as 0. A text of `several_lines` may lie in a file that is named
+    instead."""
 
     name: str
     type: type
@@ -51,22 +53,27 @@ class Declaration:
     open_choice: bool = False
     or_share: bool = False
     zero: str = ""
+    several_lines: bool = False
 
     @property
     def named(self) -> str:
         """As messages name it."""
         return f"{self.label} ({self.name})"
 
+    def holds_path(self, text: str) -> bool:
+        """Whether `text` as this setting's value is a path."""
+        return self.is_path or self.several_lines and "\n" not in text and text.lower().endswith(_TEXT_FILES)
+
 
 def setting(
     default: Value, label: str, help: str, *, minimum: float | None = None, maximum: float | None = None,
     step: float | None = None, choices: tuple[str, ...] = (), in_view: bool = False, is_path: bool = False,
-    open_choice: bool = False, or_share: bool = False, zero: str = "",
+    open_choice: bool = False, or_share: bool = False, zero: str = "", several_lines: bool = False,
 ) -> Any:
     """A dataclass field that declares a setting; its name and type come from the class it stands in."""
     return dataclasses.field(default=default, metadata={"declaration": Declaration(
         "", type(default), default, label, help, minimum, maximum, step, choices, in_view, is_path, open_choice, or_share,
-        zero)})
+        zero, several_lines)})
 
 
 def declarations(area: type) -> tuple[Declaration, ...]:
@@ -180,9 +187,10 @@ def _to_str(declaration: Declaration, value: object) -> str:
     if "\x00" in text:
         raise _refused(declaration, value, "it holds a zero character")
     # Windows' "Copy as path" wraps the path in quotes; nobody means them.
-    if declaration.is_path and len(text) >= 2 and text[0] == text[-1] == '"':
+    is_path = declaration.holds_path(text.strip('"'))
+    if is_path and len(text) >= 2 and text[0] == text[-1] == '"':
         text = text[1:-1]
-    return with_home(text) if declaration.is_path else text
+    return with_home(text) if is_path else text
 
 
 def with_home(path: str) -> str:

@@ -35,7 +35,8 @@ def field(declaration: Declaration, value: Value) -> Any:
         component = gr.Dropdown(value=value, choices=list(declaration.choices), min_width=120,
                                 allow_custom_value=declaration.open_choice, **common)
     elif declaration.type is str:
-        component = gr.Textbox(value=str(value), max_lines=1, min_width=200 if declaration.is_path else 90, **common)
+        lines = {"lines": 2, "max_lines": 8} if declaration.several_lines else {"max_lines": 1}
+        component = gr.Textbox(value=str(value), min_width=200 if declaration.is_path else 90, **lines, **common)
     elif slides(declaration):
         component = gr.Slider(value=value, minimum=declaration.minimum, maximum=declaration.maximum,
                               step=step_of(declaration), min_width=200, **common)

@@ -219,7 +219,7 @@ def test_the_settings_can_be_built_from(desk: Desk):
 
 
 def test_a_loss_that_is_no_number_is_still_json(desk: Desk, monkeypatch: pytest.MonkeyPatch):
-    def fails(settings, host, *, report, stop, folder=None):
+    def fails(settings, host, *, report, stop, sample_now, folder=None):
         report(events.Step(1, 2, 1, 1, math.nan, math.inf, 1e-4, 0.0, None, None))
         return events.Finished("failed", "The loss is not a number.", "", 1)
     monkeypatch.setattr(runner_module, "run_job", fails)

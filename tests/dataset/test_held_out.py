@@ -133,7 +133,8 @@ def test_repeats_are_counted_for_the_images_that_are_trained(twenty: Path) -> No
     whole = planned(twenty, validation_split=0, max_train_epochs=1)
     # At least 100 visits an image: 18 and 20 of them.
     assert (plan.schedule.steps, whole.schedule.steps) == (1800, 2000)
-    assert len(plan.placements) == len(plan.dataset.examples) == 18 and "2 more" in plan.summary and "more" not in whole.summary
+    assert len(plan.placements) == len(plan.dataset.examples) == 18
+    assert "2 of 20" in plan.summary and "kept" not in whole.summary
 
 
 def test_folders_of_kohya_keep_half_and_regularisation_images_stay(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ from tests.distributed.processes import ROOT, clean_environment, close, running
 from tests.jobs import run_settings
 from tools import tiny_checkpoint
 
-SETTINGS = {"output_name": "zzk", "resolution": "64", "min_bucket_reso": 64, "network_dim": 2, "save_precision": "float",
+SETTINGS = {"output_name": "zzk", "resolution": "64", "min_bucket_reso": 64, "network_dim": 2, "sample_images": False,
+            "save_precision": "float",
             "learning_rate": 0.01, "text_encoder_lr": 0.01, "lr_scheduler": "constant", "max_train_steps": 4,
             "overwrite": True, "num_repeats": 1}
 WIDE = {"resolution": "128", "bucket_reso_steps": 64}

@@ -33,7 +33,8 @@ def own(tmp_path: Path) -> StandaloneHost:
 def run(host: StandaloneHost, images: Path, folder: Path) -> None:
     folder.mkdir(parents=True)
     settings = parse({"train_data_dir": str(images), "output_name": "zzk", "resolution": "64", "min_bucket_reso": 64,
-                      "max_train_steps": 2, "network_dim": 2, "cache_latents_to_disk": True, "overwrite": True})
+                      "max_train_steps": 2, "network_dim": 2, "sample_images": False,
+                      "cache_latents_to_disk": True, "overwrite": True})
     assert run_settings(settings, host, report=lambda _: None, stop=lambda: "", folder=folder).outcome == "done"
 
 

@@ -53,7 +53,7 @@ class Run:
         self.folder = self.host.runs_folder / "zzk-20261121-120000"
         self.record = RunRecord(self.folder, parse({
             "output_name": "zzk", "trigger_word": "zzk", "train_data_dir": str(self.data), **settings}))
-        self.record.write(events.Planned(3, 1, 10, 10, 100, "3 pictures", "64×32", "model", 42))
+        self.record.write(events.Planned(3, 1, 10, 10, 100, "3 pictures", "128×64", "model", 42))
 
     def save(self, stem: str, step: int, *, value: float = 1.0, folder: Path | None = None) -> Path:
         path = (folder or self.host.lora_folder) / f"{stem}.safetensors"
@@ -86,11 +86,11 @@ def test_every_cell_is_what_the_host_samples_with_the_lora_in_the_prompt(run: Ru
         column = grid.columns[cell.column]
         if (column.save, column.weight) in tags:
             prompt = grid.prompts[cell.prompt].text + tags[column.save, column.weight]
-            request = RenderRequest(prompt, width=64, height=32, steps=7, cfg_scale=2.0, seed=cell.seed)
+            request = RenderRequest(prompt, width=128, height=64, steps=7, cfg_scale=2.0, seed=cell.seed)
             with Image.open(run.folder / cell.file) as image:
                 assert image.tobytes() == run.host.image(request).tobytes()
                 assert image.info["parameters"] == (
-                    f"{prompt}\nSteps: 7, Sampler: Euler, CFG scale: 2, Seed: {cell.seed}, Size: 64x32, Model: dreamshaper_8")
+                    f"{prompt}\nSteps: 7, Sampler: Euler, CFG scale: 2, Seed: {cell.seed}, Size: 128x64, Model: dreamshaper_8")
 
 
 def test_a_grid_that_was_stopped_or_killed_goes_on_where_it_was(run: Run) -> None:
@@ -175,7 +175,7 @@ def test_the_parts_and_the_average_of_the_last_saves_are_columns(run: Run) -> No
 
 
 def test_a_save_that_changes_nothing_is_told(run: Run) -> None:
-    run.host.image = lambda request: Image.new("RGB", (64, 32), (9, request.seed, 9))
+    run.host.image = lambda request: Image.new("RGB", (128, 64), (9, request.seed, 9))
     notes = run.grid().notes
     assert [name for name in ("<lora:zzk-000001:1>", "<lora:zzk:1>") if any(name in note for note in notes)] == [
         "<lora:zzk-000001:1>", "<lora:zzk:1>"]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import dataclasses
+import io
 import json
 import math
 import shutil
@@ -9,24 +12,23 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 from lib_lora_train import events
-from lib_lora_train.adapters import file
 from lib_lora_train.results import report
+from lib_lora_train.results.grid import Cell, Column, Grid, Prompt, SampleOptions
 from lib_lora_train.results.report import report_html, write_report
 from lib_lora_train.run import runner
-from lib_lora_train.run.record import RunRecord, read_events
+from lib_lora_train.run.record import read_events
 from lib_lora_train.run.runner import Runner
 from lib_lora_train.settings import flat, parse
 from lib_lora_train.settings.toml import read_toml
 from lib_lora_train.storage.lock import is_locked
 from tests.fake_host import FakeHost
 from tests.jobs import plan_of
+from tests.results.written_run import Run, step
 
 NASTY = '"><img src=x onerror=alert(1)><script>alert(2)</script>&amp;'
-PLANNED = events.Planned(24, 1, 10, 10, 100, "24 pictures × 10 repeats", "64×64", "emoji", 42)
 
 
 class Page(HTMLParser):
@@ -64,41 +66,9 @@ class Page(HTMLParser):
         return [attributes["src"] or "" for tag, attributes in self.tags if tag == "img"]
 
 
-class Run:
-    """A run that is written event by event, without training."""
-
-    def __init__(self, folder: Path, values: dict[str, object] | None = None) -> None:
-        self.host = FakeHost(folder)
-        self.folder = self.host.runs_folder / "zzk-20261121-120000"
-        self.settings = parse({"output_name": "zzk", "train_data_dir": str(folder / "pictures"),
-                               "output_dir": str(self.host.lora_folder), **(values or {})})
-        self.record = RunRecord(self.folder, self.settings)
-        self.tell(PLANNED)
-
-    def tell(self, *told: events.Event) -> None:
-        for event in told:
-            self.record.write(event)
-
-    def save(self, stem: str, step: int, *, final: bool = False) -> Path:
-        path = self.host.lora_folder / f"{stem}.safetensors"
-        file.save(path, {"lora_unet_a.lora_down.weight": torch.ones(4, 2)}, {"ss_steps": str(step)}, dtype=torch.float16)
-        self.tell(events.Saved(str(path), step, 1, final))
-        return path
-
-    def sample(self, step: int, prompt: str = "a cat", index: int = 0) -> Path:
-        path = self.folder / f"samples/{step}-{index}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.new("RGB", (512, 256), (step % 256, 40, 90)).save(path)
-        self.tell(events.Sampled(step, 1, index, prompt, 7, f"samples/{path.name}"))
-        return path
-
-    def html(self) -> str:
-        self.record.close()
-        return report_html(self.folder, self.host)
-
-
-def step(number: int, loss: float = 0.5) -> events.Step:
-    return events.Step(number, 100, 1, 10, loss, loss, 1e-4, 0.0, 2.0, 10.0, gradient_norm=0.25)
+def html_of(run: Run) -> str:
+    run.record.close()
+    return report_html(run.folder, run.host)
 
 
 def measured(number: int, factor: float) -> events.Measured:
@@ -114,7 +84,7 @@ def run(tmp_path: Path) -> Run:
 def test_nothing_is_fetched_and_no_program_is_in_it(run: Run) -> None:
     run.tell(*(step(number) for number in range(1, 40)), measured(10, 1.0), measured(20, 0.9))
     run.sample(10)
-    html = run.html()
+    html = html_of(run)
     page = Page(html)
     assert page.images() and all(source.startswith("data:image/jpeg;base64,") for source in page.images())
     assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "base", "form"}
@@ -123,12 +93,12 @@ def test_nothing_is_fetched_and_no_program_is_in_it(run: Run) -> None:
 
 
 def test_what_files_say_is_text(tmp_path: Path) -> None:
-    run = Run(tmp_path, {"trigger_word": NASTY})
-    run.sample(5, NASTY)
+    run = Run(tmp_path, values={"trigger_word": NASTY})
+    run.sample(5, prompt=NASTY)
     run.tell(events.Warned(f"w{NASTY}"), events.HeldOut((f"h{NASTY}.png",), derived=False),
              events.ImageLosses(5, (f"i{NASTY}.png",), (0.1,), (0.2,)),
              events.Diagnosed(5, "words", f"d{NASTY}", "learning_rate", f"v{NASTY}"), events.Finished("failed", NASTY, "", 5))
-    page = Page(run.html())
+    page = Page(html_of(run))
     assert len(page.images()) == 1 and "script" not in {tag for tag, _ in page.tags}
     assert page.text.count(NASTY) >= 8
 
@@ -136,12 +106,13 @@ def test_what_files_say_is_text(tmp_path: Path) -> None:
 def test_folders_users_and_the_comment_are_not_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("USER", "zaphod")
     continued = tmp_path / "others" / "first.safetensors"
-    run = Run(tmp_path, {"training_comment": "for nobody else", "network_weights": str(continued)})
+    run = Run(tmp_path, values={"training_comment": "for nobody else", "network_weights": str(continued),
+                                "train_data_dir": str(tmp_path / "pictures"), "output_dir": str(tmp_path / "loras")})
     path = run.save("zzk", 100, final=True)
     run.tell(events.Warned(f"{tmp_path / 'pictures' / 'a.png'} cannot be opened, zaphod."),
              events.HeldOut((f"{tmp_path}/a.png",), derived=False),
              events.Finished("done", f"zzk is ready: {path}", str(path), 100))
-    html = run.html()
+    html = html_of(run)
     assert not [word for word in (str(tmp_path), str(Path.home()) + "/", "zaphod", "for nobody else") if word in html]
     assert "zzk is ready: zzk.safetensors" in html and "first.safetensors" in html
 
@@ -151,7 +122,7 @@ def test_its_numbers_are_those_of_the_events(run: Run) -> None:
     run.save("zzk-step00000050", 50)
     names, losses = ("a.png", "b.png", "c.png", "d.png", "e.png"), (0.3, math.nan, 0.32, 0.41, 0.1)
     run.tell(events.ImageLosses(50, names, losses, (0.4,) * 5))
-    page = Page(run.html())
+    page = Page(html_of(run))
     row, = (row for row in page.rows if row[0] == "zzk-step00000050")
     # Held out, of the base model's loss: 1, 1 and 0.4; training: 1/4, 1/3 and 3/8.
     assert row[1:5] == ["50", "1", "+20.0 %", "+68.1 %"]
@@ -164,8 +135,9 @@ def test_its_numbers_are_those_of_the_events(run: Run) -> None:
 
 
 def test_the_settings_in_it_are_a_file_that_repeats_the_run(tmp_path: Path) -> None:
-    run = Run(tmp_path, {"network_dim": 3, "trigger_word": 'a "quoted" <word>', "lr_scheduler": "linear"})
-    page = Page(run.html())
+    run = Run(tmp_path, values={"network_dim": 3, "trigger_word": 'a "quoted" <word>', "lr_scheduler": "linear",
+                                "train_data_dir": str(tmp_path), "output_dir": str(tmp_path)})
+    page = Page(html_of(run))
     (tmp_path / "settings.toml").write_text(page.blocks[0], encoding="utf-8")
     again = flat(parse(read_toml(tmp_path / "settings.toml")))
     assert again == {**flat(run.settings), "train_data_dir": "", "output_dir": ""}
@@ -179,7 +151,7 @@ def test_the_settings_in_it_are_a_file_that_repeats_the_run(tmp_path: Path) -> N
     ([events.Finished("stopped", "Stopped after 3 of 100 steps.", "", 3)], "stopped")])
 def test_a_run_that_ended_early_has_one(run: Run, ending: list[events.Event], word: str) -> None:
     run.tell(step(1), step(2), step(3), *ending)
-    assert word in Page(run.html()).text
+    assert word in Page(html_of(run)).text
 
 
 def test_a_run_of_an_older_version_and_an_empty_folder_have_one(run: Run) -> None:
@@ -188,26 +160,45 @@ def test_a_run_of_an_older_version_and_an_empty_folder_have_one(run: Run) -> Non
     with (run.folder / "events.jsonl").open("a", encoding="utf-8") as log:
         log.write("".join(json.dumps({**old, "step": number}) + "\n" for number in range(1, 5)) + '{"event": "st')
     (run.folder / "settings.toml").write_text('output_name = "zzk"\nno_longer_there = 3\n', encoding="utf-8")
-    page = Page(run.html())
+    page = Page(html_of(run))
     assert "Loss of the steps" in page.text and "no_longer_there = 3" in page.blocks[0]
     empty = run.folder.with_name("empty")
     empty.mkdir()
     assert "empty" in Page(report_html(empty, None)).text
 
 
+def test_the_grid_is_shown_with_a_picture_of_each_save_weight_and_prompt(run: Run) -> None:
+    columns = Column(), Column("zzk-step00000050", 0.7), Column("zzk", 1.0, part="unet", problem="zzk is <b>gone</b>.")
+    prompts = Prompt("zzk, a <cat>", True), Prompt("a dog", False)
+    cells = tuple(Cell(column, prompt, seed, f"grid/{column}{prompt}{seed}.png")
+                  for column in range(2) for prompt in range(2) for seed in (1, 2))
+    (run.folder / "grid").mkdir()
+    for cell in cells[:-2]:  # of the last prompt of the last column none was painted yet
+        Image.new("RGB", (64, 64), (50 * cell.column, 50 * cell.prompt, 100 * cell.seed)).save(run.folder / cell.file)
+    grid = Grid(columns, prompts, (1, 2), SampleOptions(size=(64, 64)), cells, ("A note.",))
+    (run.folder / "grid" / "cells.json").write_text(json.dumps(dataclasses.asdict(grid)), encoding="utf-8")
+    page = Page(html_of(run))
+    files = [io.BytesIO(base64.b64decode(source.partition(",")[2])) for source in page.images()]
+    colours = [[round(value / 50) for value in Image.open(one).getpixel((9, 9))] for one in files]
+    assert colours == [[0, 0, 2], [0, 1, 2], [1, 0, 2]]
+    head, *rows = [row for row in page.rows if row[0] in ("Save, weight", "base model") or row[0].startswith("zzk")]
+    assert head[1:] == ["zzk, a <cat>", "a dog"] and "A note." in page.text
+    assert [row[0] for row in rows] == ["base model", "zzk-step000000500.7", "zzk1, UNet onlyzzk is <b>gone</b>."]
+
+
 def test_a_sample_that_is_damaged_is_called_gone_and_the_others_are_shown(run: Run) -> None:
     run.sample(10)
-    run.sample(20).write_bytes(b"\x89PNG\r\n\x1a\n no image")
-    page = Page(run.html())
+    (run.folder / run.sample(20)).write_bytes(b"\x89PNG\r\n\x1a\n no image")
+    page = Page(html_of(run))
     assert len(page.images()) == 1 and "gone" in page.text
 
 
 def test_a_long_run_has_a_small_report_with_its_first_and_its_last_sample(run: Run) -> None:
     first = run.sample(0)
     for number in range(1, 60):
-        shutil.copy(first, run.folder / f"samples/{number}-0.png")
-        run.tell(events.Sampled(number, 1, 0, "a cat", 7, f"samples/{number}-0.png"))
-    page = Page(run.html())
+        shutil.copy(run.folder / first, run.folder / f"samples/{number}-0.png")
+        run.tell(events.Sampled(number, 1, 0, "prompt 0", 1, f"samples/{number}-0.png"))
+    page = Page(html_of(run))
     assert 2 < len(page.images()) <= 12
     assert "base model" in page.text and "step 59" in page.text and "step 58" not in page.text
 

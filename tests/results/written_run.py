@@ -14,7 +14,7 @@ from lib_lora_train import events
 from lib_lora_train.adapters import file
 from lib_lora_train.results.overview import overview
 from lib_lora_train.run.record import RunRecord
-from lib_lora_train.settings import parse
+from lib_lora_train.settings import flat, parse
 from tests.fake_host import FakeHost
 
 SETTINGS = parse({"output_name": "zzk", "trigger_word": "zzk girl"})
@@ -32,11 +32,18 @@ def measured(number: int) -> events.Measured:
 class Run:
     """A run of the LoRA "zzk", which is under way until its record is closed."""
 
-    def __init__(self, folder: Path, host: FakeHost | None = None, *, run: str = "zzk-20261121-120000") -> None:
+    def __init__(self, folder: Path, host: FakeHost | None = None, *, run: str = "zzk-20261121-120000",
+                 values: dict[str, object] | None = None) -> None:
+        """`values` are settings besides those that each has."""
         self.host = host or FakeHost(folder)
         self.folder = self.host.runs_folder / run
-        self.record = RunRecord(self.folder, SETTINGS)
-        self.record.write(PLANNED)
+        self.settings = parse({**flat(SETTINGS), **(values or {})})
+        self.record = RunRecord(self.folder, self.settings)
+        self.tell(PLANNED)
+
+    def tell(self, *told: events.Event) -> None:
+        for event in told:
+            self.record.write(event)
 
     def save(self, stem: str, at: int, *, final: bool = False, value: float = 1.0) -> Path:
         path = self.host.lora_folder / f"{stem}.safetensors"
@@ -44,15 +51,15 @@ class Run:
             "ss_output_name": stem, "ss_steps": str(at), "ss_epoch": "1", "ss_base_model_version": "sd_v1",
             "ss_training_finished_at": str(time.time()), "modelspec.title": stem, "modelspec.sai_model_spec": "1.0.0"},
             dtype=torch.float16)
-        self.record.write(events.Saved(str(path), at, 1, final))
+        self.tell(events.Saved(str(path), at, 1, final))
         return path
 
-    def sample(self, at: int, index: int = 0) -> str:
+    def sample(self, at: int, index: int = 0, *, prompt: str = "") -> str:
         name = f"samples/{index}-{at}.png"
         target = self.folder / name
         target.parent.mkdir(exist_ok=True)
         Image.new("RGB", (64, 32), (at, 0, 0)).save(target)
-        self.record.write(events.Sampled(at, 1, index, f"prompt {index}", 1, name))
+        self.tell(events.Sampled(at, 1, index, prompt or f"prompt {index}", 1, name))
         return name
 
     def overview(self) -> dict:

@@ -72,7 +72,8 @@ def reference(place_of_work: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def settings(place_of_work: Path, **changes: object):
     return parse({"train_data_dir": str(place_of_work / "pictures"), "output_name": "zzk", "resolution": "64",
-                  "min_bucket_reso": 64, "num_repeats": 1, "max_train_steps": 2, "network_dim": 1, "overwrite": True,
+                  "min_bucket_reso": 64, "num_repeats": 1, "max_train_steps": 2, "network_dim": 1, "sample_images": False,
+                  "overwrite": True,
                   "save_every_n_steps": 1, "save_precision": "float", "learning_rate": 1e-3, **changes})
 
 

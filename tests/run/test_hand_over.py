@@ -65,8 +65,8 @@ class BusyHost(StandaloneHost):
 
 def settings(images: Path, name: str = "zzk", **changes: object):
     return parse({"train_data_dir": str(images), "output_name": name, "resolution": "64", "min_bucket_reso": 64,
-                  "num_repeats": 1, "max_train_steps": 4, "network_dim": 4, "save_precision": "float", "learning_rate": 1e-3,
-                  **changes})
+                  "num_repeats": 1, "max_train_steps": 4, "sample_images": False, "network_dim": 4,
+                  "save_precision": "float", "learning_rate": 1e-3, **changes})
 
 
 @pytest.mark.parametrize("changes", [

@@ -42,7 +42,7 @@ from tests.training.small_run import Sgd
 def settings(images: Path, **changes: object):
     return parse({"train_data_dir": str(images), "output_name": "zzk", "resolution": "64", "num_repeats": 1,
                   "max_train_epochs": 2, "min_bucket_reso": 64, "network_dim": 4, "network_alpha": 2, "save_precision": "float",
-                  "learning_rate": 1e-3, "trigger_word": "zzk", **changes})
+                  "learning_rate": 1e-3, "trigger_word": "zzk", "sample_images": False, **changes})
 
 
 def run(chosen, host, stop=lambda: ""):

@@ -41,7 +41,7 @@ def test_no_step_and_no_epoch_leaves_a_tensor_or_another_object_behind(tmp_path)
                         runs_folder=tmp_path / "runs")
     one = Runner()
     settings = parse({"train_data_dir": str(images), "output_name": "long", "resolution": "64", "min_bucket_reso": 64,
-                      "num_repeats": 1, "max_train_steps": 12, "network_dim": 1})
+                      "num_repeats": 1, "max_train_steps": 12, "network_dim": 1, "sample_images": False})
     one.start(plan_job(settings, host), host)
     assert one.wait(120) and one.status().finished.outcome == "done"
     tensors, objects = zip(*counts[1:], strict=True)
@@ -60,7 +60,7 @@ def test_the_event_log_of_a_long_run_stays_short(tmp_path):
 
 
 def test_what_a_watcher_is_sent_stays_short_however_much_happens(monkeypatch, tmp_path):
-    def job(settings, host, *, report, stop, folder=None):
+    def job(settings, host, *, report, stop, sample_now, folder=None):
         for number in range(1, 3001):
             report(step(number, 3000))
             report(events.Saved(f"{number}.safetensors", number, 1, number == 3000))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from lib_lora_train.model.family import detect
 from lib_lora_train.model.sd.text import TextConditioner
 from lib_lora_train.model.sd.vae import VAE
 from lib_lora_train.run import memory
-from lib_lora_train.run.memory import encoding_budget, parts_not_needed, planned_layers
+from lib_lora_train.run.memory import encoding_budget, parts_not_needed, planned_layers, reachable_decoder
 from lib_lora_train.settings import parse
 from lib_lora_train.training import train_step
 from tests.jobs import run_settings
@@ -36,7 +37,7 @@ GPU = torch.device("cuda", 0)
 
 def settings(images: Path, **changes: object) -> dict[str, object]:
     return {"train_data_dir": str(images), "output_name": "zzk", "resolution": "64", "min_bucket_reso": 64, "num_repeats": 1,
-            "max_train_steps": 1, "network_dim": 4, "save_state": False, **changes}
+            "max_train_steps": 1, "network_dim": 4, "save_state": False, "sample_images": False, **changes}
 
 
 @pytest.mark.parametrize("changes", [
@@ -98,6 +99,29 @@ def test_pictures_are_encoded_where_room_is_short_while_unet_and_text_encoders_w
         most = encoding_budget("vae", parse({"memory_budget": 1}), model, leased, AdapterNetwork([], {}))
         free[0] = 1 << 40
         assert most(1) == budget_of(1, torch.device("cpu"), ours=0) - everything - memory.CONTEXT - memory.WORKSPACES
+
+
+@pytest.mark.parametrize(("free", "moves"), [(1 << 40, []), (0, [("off", {"unet", "text"})])], ids=["room", "no room"])
+def test_a_sample_is_decoded_by_the_vae_and_each_part_is_where_it_was_afterwards(monkeypatch, host, free, moves):
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    asked: list[tuple[str, set[str]]] = []
+    with host.lease() as leased:
+        model = dataclasses.replace(
+            frozen.build(leased.tensors, hints=leased.hints, tokenizers=leased.tokenizers), device=GPU)
+        on_gpu = set(map(id, placement.tensors_of(leased.tensors, {"unet"})))
+        monkeypatch.setattr(placement, "device_of", lambda tensor: GPU if id(tensor) in on_gpu else CPU)
+        monkeypatch.setattr(leased, "reload_parts", lambda parts: asked.append(("on", set(parts))) or leased.tensors)
+        monkeypatch.setattr(leased, "offload_parts", lambda parts: asked.append(("off", set(parts))) or leased.tensors)
+        for fails in (False, True):
+            asked.clear()
+            with pytest.raises(ZeroDivisionError) if fails else contextlib.nullcontext(), \
+                    reachable_decoder(parse({}), model, leased, AdapterNetwork([], {})) as bring:
+                bring((64, 64))
+                assert asked == [("on", {"vae"}), *moves]
+                assert 1 / (not fails)
+            assert asked[1 + len(moves):] == [("off", {"vae", "text"}), ("on", {"unet"})]
+            assert model.unet.tensors and model.vae.tensors
 
 
 def test_the_time_is_estimated_where_the_device_is_idle_and_without_one_the_memory_still_is(monkeypatch, images, host):

@@ -160,7 +160,7 @@ def test_thirty_mixed_pictures_become_a_captioned_and_cropped_dataset_and_a_trai
     expect(studio.page.locator("#lora_train_train_data_dir textarea, #lora_train_train_data_dir input")).to_have_value(
         str(folder))
     expect(studio.page.locator("#lora_train_trigger_word textarea, #lora_train_trigger_word input")).to_have_value("zzkmoji")
-    expect(studio.page.locator("#lora_train_summary").first).to_contain_text(f"3 of {ADDED} pictures are kept back")
+    expect(studio.page.locator("#lora_train_summary").first).to_contain_text(f"3 of {ADDED} pictures kept back")
     studio.part("start").click()
     expect(studio.part("stop")).to_be_enabled()
 
@@ -546,6 +546,8 @@ def test_findings_are_looked_at_anew_by_themselves_after_a_change(few: StudioPag
     expect(few.page.locator(".lts-panel")).to_be_hidden()
     check.click()
     expect(few.page.locator(".lts-summary")).to_contain_text("5 pictures")
+    expect(few.page.locator(".lts-few")).to_contain_text("fewer than 12 pictures, crops")
+    expect(few.page.get_by_role("button", name="Hold out")).to_have_count(0)
     expect(few.page.locator(".lts-advice")).not_to_contain_text("no caption file")
 
 

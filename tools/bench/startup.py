@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from unittest import mock
 
@@ -19,7 +19,7 @@ import torch
 
 from lib_lora_train.errors import SettingError, TrainingError
 from lib_lora_train.events import Event, Finished, Report, Saved, Step
-from lib_lora_train.host.port import Host
+from lib_lora_train.host.port import Host, never
 from lib_lora_train.host.standalone import StandaloneHost
 from lib_lora_train.run import runner
 from lib_lora_train.run.planning import plan_job
@@ -159,7 +159,7 @@ def _total(stages: Mapping[str, Spent]) -> Spent:
 def _settings(images: Path, *, side: int, steps: int) -> Settings:
     return parse({"train_data_dir": str(images), "output_name": "startup", "overwrite": True, "resolution": str(side),
                   "min_bucket_reso": side, "max_train_steps": steps, "network_dim": 16, "cache_latents_to_disk": True,
-                  "seed": 1})
+                  "sample_images": False, "seed": 1})
 
 
 def _timed(host: _TimedHost, settings: Settings, number: int) -> Phases:
@@ -172,9 +172,10 @@ def _timed(host: _TimedHost, settings: Settings, number: int) -> Phases:
         host.step_done()
         return result
 
-    def followed(plan: object, host: Host, *, report: Report, stop: Stop, folder: Path | None = None) -> Finished:
+    def followed(plan: object, host: Host, *, report: Report, stop: Stop, folder: Path | None = None,
+                 sample_now: Callable[[], bool] = never) -> Finished:
         watch.follow()  # the runner's thread is the one to watch
-        return run_job(plan, host, report=report, stop=stop, folder=folder)
+        return run_job(plan, host, report=report, stop=stop, folder=folder, sample_now=sample_now)
 
     with mock.patch.object(owner, name, finished), watch.watching(WATCHED), mock.patch.object(runner, "run_job", followed):
         host.begin(watch)

@@ -1,4 +1,4 @@
-"""The commands on what a run made: `samples`, `grid` and `report`.
+"""The commands on what a run made: `samples`, `grid`, `take` and `report`.
 
 Nothing here imports torch or numpy before a command runs, so that every other command and `--help` start at once.
 """
@@ -41,6 +41,11 @@ def add_results(commands: Commands) -> None:
     grid.add_argument("--steps", type=int, default=20, help="steps a picture is painted in")
     grid.add_argument("--cfg", type=float, default=7.0, help="how strongly the text is followed while painting")
     grid.set_defaults(command=translated("the grid was painted")(_grid))
+
+    take = _add(commands, "take", "make one of a run's saves the LoRA, with card and preview")
+    take.add_argument("save", metavar="SAVE", help="its name, as `grid` and the report have it; NAME-average is the average")
+    take.add_argument("--weight", type=float, default=1.0, help="how strongly it is to be used, for the card (1)")
+    take.set_defaults(command=translated("a save was made the LoRA")(_promote))
 
     report = _add(commands, "report", "write a run's report: one HTML file that needs nothing else", as_json=False)
     report.add_argument("--out", type=user_path, metavar="F.html", help="where it goes (report.html in the run's folder)")
@@ -137,6 +142,15 @@ def _samples(chosen: argparse.Namespace) -> int:
         with replacing(chosen.sheet) as file:
             draw_samples(folder, samples).save(file, "PNG")
         print(f"The sheet: {chosen.sheet}", file=sys.stderr)
+    return 0
+
+
+def _promote(chosen: argparse.Namespace) -> int:
+    from lib_lora_train.results.promote import promote
+
+    folder = _folder(chosen)
+    done = promote(folder, chosen.save, weight=chosen.weight, host=_host(folder))
+    print(json.dumps(done, indent=1) if chosen.json else f"{done['path']} is {chosen.save} now: {done['prompt']}")
     return 0
 
 

@@ -213,7 +213,7 @@ class _Collector:
                                  for image, caption in listed.items()}
                 fitting |= {location.name} if listed else set()
         names = dict.fromkeys(location.name for _, location, _ in source.metadata)
-        self.unmatched += [name for name in names if name not in fitting | {FILE_NAME}]
+        self.unmatched += [name for name in names if name not in fitting | {FILE_NAME, caption_files.CHOICES}]
 
     def _caption(self, found: Found, archive: Archive | None) -> str:
         files = []

@@ -1,0 +1,106 @@
+"""Which save to take, at which weight, and why: from the scores of the grid, or without one from the loss on held-out images.
+
+The rule, for the columns that are a save of the run at a weight:
+
+1. Prompt following, drift and copy risk must stay within the bounds below. One that leaves a bound comes after all others.
+2. Among those, the more like the held-out images, the better.
+
+Without likeness it is the save with the lowest loss on held-out images, at weight 1. docs/recommendation.md tells how well the
+two do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lib_lora_train.errors import counted
+from lib_lora_train.events import Measured
+from lib_lora_train.results.history import read_history
+from lib_lora_train.results.saves import Save, saves_of
+from lib_lora_train.results.scoring import ColumnScores, read_scores
+
+FOLLOWING = 0.75
+"""Least share of the base model's prompt following."""
+DRIFT = 0.25
+"""Most drift."""
+COPIES = 1.0
+"""Most copy risk; the base model's where that is more."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recommendation:
+    """The save's id, the weight, the reason in one sentence, and all that could be recommended, the best first."""
+
+    save: str
+    weight: float
+    reason: str
+    order: tuple[tuple[str, float], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return {**dataclasses.asdict(self), "order": [list(one) for one in self.order]}
+
+
+def recommend(folder: Path) -> Recommendation | None:
+    """What to take of the run in `folder`; None where nothing was measured, or all that was measured is gone."""
+    there = {save.id for save in saves_of(folder) if save.exists}
+    scores = read_scores(folder)
+    by_scores = recommended_by_scores([one for one in scores.columns if one.column.save in there | {""}]) if scores else None
+    return by_scores or recommended_by_loss(read_history(folder).measured, saves_of(folder))
+
+
+def recommended_by_scores(columns: Sequence[ColumnScores]) -> Recommendation | None:
+    """By the scores of columns, the base model's among them; None where no save's likeness was measured."""
+    unadapted = next((one for one in columns if not one.column.save), None)
+    found = [one for one in columns if one.column.save and not one.column.part and one.likeness.mean is not None]
+    if unadapted is None or not found:
+        return None
+    ordered = sorted(found, key=lambda one: (bool(leaves(one, unadapted)), -(one.likeness.mean or 0)))
+    best = ordered[0]
+    reason = (f"Of {counted(len(ordered), 'save and weight', 'saves and weights')} it is the most like the held-out pictures "
+              f"({best.likeness.mean:.3f}, the base model {unadapted.likeness.mean or 0:.3f})")
+    if left := leaves(best, unadapted):
+        reason += f", though none stays within all bounds: {' and '.join(left)}"
+    elif any(leaves(one, unadapted) for one in ordered):
+        reason += " among those that follow the prompt, do not drift and do not copy"
+    return Recommendation(best.column.save, best.column.weight, f"{reason}.",
+                          tuple((one.column.save, one.column.weight) for one in ordered))
+
+
+def leaves(one: ColumnScores, unadapted: ColumnScores) -> list[str]:
+    """Which bounds a column leaves, in words."""
+    found = []
+    following, usual = one.prompt_following.mean, unadapted.prompt_following.mean
+    if following is not None and usual is not None and following < FOLLOWING * usual:
+        found.append("it follows the prompt less than the base model")
+    if one.drift.mean is not None and one.drift.mean > DRIFT:
+        found.append("it changes what its trigger word does not call")
+    if one.copy_risk.mean is not None and one.copy_risk.mean > max(COPIES, unadapted.copy_risk.mean or 0):
+        found.append("it is nearer to pictures it was trained on")
+    return found
+
+
+def recommended_by_loss(measured: Sequence[Measured], saves: Sequence[Save]) -> Recommendation | None:
+    """By the loss on fixed noise beside the base model's, of held-out pictures where there are some; None where no save that
+    is there was measured."""
+    there = {save.step: save.id for save in saves if save.exists}
+    losses = {event.step: loss for event in measured if event.step in there and (loss := _relative_loss(event)) is not None}
+    if not losses:
+        return None
+    order = sorted(losses, key=lambda step: losses[step])
+    images = "held-out" if all(event.held_out for event in measured) else "training"
+    reason = (f"Of {counted(len(order), 'save')} its loss on {images} pictures is the lowest, "
+              f"{100 * losses[order[0]]:.0f} % of the base model's.")
+    return Recommendation(there[order[0]], 1.0, reason, tuple((there[step], 1.0) for step in order))
+
+
+def _relative_loss(event: Measured) -> float | None:
+    """The loss as a share of the base model's, the mean over the bands of timesteps."""
+    pairs = list(zip(event.held_out, event.unadapted_held_out, strict=False)) or list(
+        zip(event.training, event.unadapted_training, strict=False))
+    shares = [loss / unadapted for loss, unadapted in pairs if unadapted > 0]
+    total = sum(shares) / len(shares) if shares else float("nan")
+    return total if total == total else None
