@@ -11,6 +11,7 @@
     const NUMBERS = [
         ["likeness", "likeness", 1, "How alike the pictures are to those that were not trained on, above the base model. Higher is better."],
         ["prompt", "prompt", 1, "How well they follow the rest of the prompt, against the base model. About 0 is good; much lower forgets what was asked for."],
+        ["tags", "tags", 1, "How many of the prompt's tags a tagger finds in them, against the base model."],
         ["drift", "drift", -1, "How far pictures without the trigger word move away from the base model's. Lower is better."],
         ["copies", "copies", -1, "How much nearer they are to training pictures than to held-out ones, above the base model. Lower is better: higher copies."],
     ];
@@ -184,7 +185,8 @@
     };
 
     /** The four numbers of a column of the grid; null where it was not scored. */
-    results.scoresOf = function(grid, column) {
-        return (grid.scores || [])[column] || null;
+    results.scoresOf = (grid, column) => {
+        const scores = grid.scores[column];
+        return scores && Object.keys(scores).length ? scores : null;
     };
 })(window.loraTrainResults = window.loraTrainResults || {});

@@ -12,7 +12,7 @@
     POST results/stop        {} -> {"stopping": whether something was running}; a grid goes on where it was
     POST results/take        {"run", "save", "weight"?} -> what `promote` returns and "message": make that save the run's LoRA
     POST results/delete      {"run", "saves": [...]} -> {"deleted": [names of files]}
-    POST results/sample      {} -> {"sampling": whether a run heard it}: paint now, between two steps of the run under way
+    POST results/sample      {}: paint now, between two steps of the run under way
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ from lib_lora_train.results.overview import image_of, overview
 from lib_lora_train.results.promote import delete, promote
 from lib_lora_train.results.references import resolution_of
 from lib_lora_train.results.report import report_html
+from lib_lora_train.results.scoring import score_grid
 from lib_lora_train.run.record import newest_run, read_settings
 from lib_lora_train.run.runner import Runner
-from lib_lora_train.settings import Settings
+from lib_lora_train.settings import Settings, named
 from lib_lora_train.studio import thumbs
 from lib_lora_train.studio.requests import some, validated
 from lib_lora_train.studio.tasks import Task, Tasks
@@ -129,11 +130,20 @@ class Results:
             sample_grid(self.host, folder, saves=request.saves, weights=request.weights, prompts=request.prompts,
                         seeds=request.seeds, extras=request.extras, options=options, on_progress=task.progress,
                         should_stop=task.should_stop)
-            return "The grid is painted."
+            task.begin("Judging the pictures")
+            score_grid(self.host, folder, on_progress=task.progress, should_stop=task.should_stop)
+            return "The grid is painted and judged."
 
         number = self.tasks.start("Painting the grid", job, interrupted=self.host.interrupted, with_model=True)
         self._run = folder.name
         return number
+
+    def sample(self) -> dict[str, Any]:
+        """Have the run under way sample between two steps. Raises HostError where there is none that does."""
+        if not self.runner.sample_now():
+            raise HostError("Nothing can be painted now", why="no training is running that paints samples",
+                            remedy=f"switch {named('sample_images')} on before the start")
+        return {}
 
     def _folder_to_change(self, run: str) -> Path:
         """The folder of a run whose files are to change. Raises as `named_folder`, HostError while they are being used."""
@@ -169,6 +179,7 @@ def add_routes(gate: Gate, results: Results) -> None:
     add("POST", "results/take", results.make_result, "Make a save the LoRA")
     add("POST", "results/delete", results.delete, "Delete saves")
     add("POST", "results/grid", lambda r: {"id": results.grid(r)}, "Paint and score a run's saves")
+    add("POST", "results/sample", lambda _: results.sample(), "Paint what the run under way has learnt so far")
     add("POST", "results/stop", lambda _: {"stopping": results.tasks.stop()}, "Stop the work under way")
 
 

@@ -13,10 +13,13 @@ from lib_lora_train.errors import printable
 from lib_lora_train.host.port import Host
 from lib_lora_train.results.grid import Grid, read_grid
 from lib_lora_train.results.history import RunHistory, read_history
+from lib_lora_train.results.recommend import recommend
 from lib_lora_train.results.saves import Save, lora_text, result_path, saves_of
+from lib_lora_train.results.scoring import ColumnScores, Scores, read_scores
 from lib_lora_train.run.record import read_settings
 
 MOST_STEPS = 500
+_SCORES = {"likeness": "likeness", "prompt": "prompt_following", "tags": "tag_recall", "drift": "drift", "copies": "copy_risk"}
 _SHOWN = ("samples", "grid")  # folders of a run's images
 
 
@@ -31,11 +34,12 @@ def overview(folder: Path, host: Host | None = None) -> dict[str, Any]:
         measured      [Measured], by step; image_losses and diagnosed are such events or None
         samples       [{prompt, index, pictures: [{step, epoch, file, seed}]}], by prompt
         steps         [[step, loss, average loss, learning rate, text encoder's, gradient norm]], at most 500
-        grid          as `Grid.to_dict` has it, or None
-        recommended, task   None: filled by who makes them
+        grid          as `Grid.to_dict` has it, with "scores", one of each column (see `beside_unadapted`), or None
+        recommended   as `Recommendation.to_dict` has it, or None where nothing was measured
+        task          None: filled by who carries tasks out
     """
     history, settings = read_history(folder), read_settings(folder)
-    result, grid = result_path(folder), read_grid(folder)
+    result, grid, recommended = result_path(folder), read_grid(folder), recommend(folder)
     return plain({
         "run": folder.name, "name": settings.get("output_name", ""), "trigger_word": settings.get("trigger_word", ""),
         "result": {"path": str(result), "lora_text": lora_text(result)} if result is not None and result.is_file() else None,
@@ -47,8 +51,27 @@ def overview(folder: Path, host: Host | None = None) -> dict[str, Any]:
         "diagnosed": _fields(history.diagnosed),
         "steps": [[step.step, step.loss, step.average_loss, step.learning_rate, step.text_encoder_lr, step.gradient_norm]
                   for step in thinned(history.steps)],
-        "grid": grid.to_dict() if grid else None, "recommended": None, "task": None,
+        "grid": _grid(grid, read_scores(folder)) if grid else None,
+        "recommended": recommended.to_dict() if recommended else None, "task": None,
     })
+
+
+def _grid(grid: Grid, scores: Scores | None) -> dict[str, Any]:
+    notes = scores.notes if scores else ()
+    return {**grid.to_dict(), "notes": [*grid.notes, *notes], "scores": beside_unadapted(scores) if scores else []}
+
+
+def beside_unadapted(scores: Scores) -> list[dict[str, dict[str, float | None]]]:
+    """The scores of each column as {"likeness": {"value", "spread"}, "prompt", "tags", "drift", "copies"}, where they were
+    measured: the value is the mean less that of the base model, the spread the deviation over seeds, None with one seed."""
+    unadapted = scores.columns[0]
+
+    def score(one: ColumnScores, name: str) -> dict[str, float | None] | None:
+        spread, zero = getattr(one, name), getattr(unadapted, name)
+        return None if spread.mean is None else {"value": spread.mean - (zero.mean or 0), "spread": spread.deviation}
+
+    return [{shown_name: found for shown_name, name in _SCORES.items() if (found := score(one, name))}
+            for one in scores.columns]
 
 
 @dataclasses.dataclass(frozen=True)
