@@ -6,16 +6,18 @@
 
     results.weight = (weight) => String(Math.round(100 * weight) / 100);
 
-    results.saveName = (save) => {
-        const {translated} = window.loraTrainStudio.parts;
-        return save.epoch ? translated("epoch") + " " + save.epoch : translated("step") + " " + save.step;
+    /** By its epoch, unless that has several saves. */
+    results.saveName = (app, save) => {
+        const {translated} = window.loraTrainStudio.parts, {saves} = app.found;
+        const alone = saves.every((one) => one.epoch !== save.epoch || one.step === save.step);
+        return alone && save.epoch ? translated("epoch") + " " + save.epoch : translated("step") + " " + save.step;
     };
 
     /** A picture of a save that opens in full size; null where there is none. */
     results.picture = function(app, save) {
         const {make} = window.loraTrainStudio.parts;
         if (!save || !save.preview) return null;
-        const image = make("img", {alt: ""}), title = results.saveName(save);
+        const image = make("img", {alt: ""}), title = results.saveName(app, save);
         app.page.pictures.showInSight(image, app.address(save.preview, true));
         return make("button", {
             type: "button", class: "ltr-picture", "aria-label": title, title,
@@ -66,7 +68,7 @@
             return (app.found.samples || []).map(({prompt, pictures}) => {
                 const found = pictures.filter((one) => one.step <= save.step).pop();
                 return found ? {
-                    path: app.address(found.file, false), small: app.address(found.file, true), title: results.saveName(save),
+                    path: app.address(found.file, false), small: app.address(found.file, true), title: results.saveName(app, save),
                     about: prompt,
                 } : null;
             });
@@ -80,7 +82,7 @@
         }
 
         function remove(saves) {
-            const names = saves.map((save) => results.saveName(save)).join(", ");
+            const names = saves.map((save) => results.saveName(app, save)).join(", ");
             if (!window.confirm(translated("Delete these files?") + "\n" + names)) return null;
             return app.act(() => app.page.api.ask("results/delete", {run: app.found.run, saves: saves.map((save) => save.id)}), () => {
                 chosen.clear();
@@ -101,7 +103,7 @@
         }
 
         function card(save) {
-            const {found} = app, {percent} = window.loraTrainChart, better = betterOf(found, save), name = results.saveName(save);
+            const {found} = app, {percent} = window.loraTrainChart, better = betterOf(found, save), name = results.saveName(app, save);
             const best = found.recommended && found.recommended.save === save.id;
             const weight = best ? found.recommended.weight : 1;
             const mark = make("input", {

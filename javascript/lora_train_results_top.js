@@ -99,14 +99,14 @@
         const verdict = window.loraTrainVerdict(app.page);
         let known = "";
 
-        const judged = ({grid}) => Boolean(grid && grid.scores.some((scores) => scores.likeness));
+        const judged = ({grid}) => Boolean(grid && grid.scores.some((scores) => scores.save && scores.likeness.mean !== null));
 
         /** What the offer is, by what is known so far. */
         function offer(found) {
             const best = found.recommended, save = best && found.saves.find((one) => one.id === best.save);
             if (best && save) {
                 return {
-                    title: `${translated("Recommended")}: ${results.saveName(save)} ${translated("at")} ${results.weight(best.weight)}`,
+                    title: `${translated("Recommended")}: ${results.saveName(app, save)} ${translated("at")} ${results.weight(best.weight)}`,
                     text: best.reason, save, weight: best.weight, paint: !judged(found), words: "Paint the grid to be surer",
                 };
             }

@@ -127,6 +127,9 @@ def test_the_saves_of_a_run_are_painted_and_one_of_them_becomes_the_lora(run, tr
     assert columns == [("", 0), ("zzk-step00000001", 0.5), ("zzk-step00000001", 1)]
     assert [prompt["text"] for prompt in painted["prompts"]] == ["a red cat"]
     assert len(painted["cells"]) == 3 and all((folder / cell["file"]).is_file() for cell in painted["cells"])
+    assert json.loads(run("scores", folder, "--json").stdout) == painted["scores"]
+    assert len(painted["scores"]["columns"]) == 3 and len(run("scores", folder).stdout.splitlines()) == 4
+    assert json.loads(run("recommend", folder, "--json").stdout)["save"] == "zzk-step00000001"
     refused = run(*grid, "--saves", "nowhere")
     assert refused.returncode == 2 and refused.stderr.strip().count("\n") == 0 and "nowhere" in refused.stderr
     file = tmp_path / "out" / "zzk.safetensors"

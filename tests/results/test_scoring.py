@@ -15,6 +15,7 @@ from lib_lora_train.evaluation.scores import spread_of
 from lib_lora_train.host.port import RenderRequest, never
 from lib_lora_train.host.standalone import StandaloneHost
 from lib_lora_train.results.grid import SampleOptions, sample_grid
+from lib_lora_train.results.overview import overview
 from lib_lora_train.results.recommend import recommend
 from lib_lora_train.results.scoring import Scores, read_scores, score_grid
 from tests.results.test_grid import Run
@@ -98,3 +99,11 @@ def test_the_spread_is_that_of_the_means_of_each_seed() -> None:
     spread = spread_of([[1.0, 3.0], [4.0], []])
     assert (spread.mean, spread.deviation) == (3.0, pytest.approx(2 ** 0.5))
     assert spread_of([[2.0]]).deviation is None and spread_of([[], []]).mean is None
+
+
+def test_the_page_is_told_the_scores_of_each_column_and_image_and_what_they_recommend(scored: tuple[Run, Scores]) -> None:
+    run, scores = scored
+    found, told, best = overview(run.folder), scores.to_dict(), recommend(run.folder)
+    assert best is not None and found["recommended"] == best.to_dict()
+    assert found["grid"]["scores"] == told["columns"] and len(told["columns"]) == len(found["grid"]["columns"])
+    assert {cell["file"]: cell["scores"] for cell in found["grid"]["cells"]} == told["images"]
