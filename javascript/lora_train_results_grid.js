@@ -146,6 +146,17 @@
             } : null))));
         }
 
+        /** The weight above a column, with what makes it the LoRA; parts of a save are no LoRA of their own. */
+        function weightLine(column, chosen) {
+            const words = results.weight(column.weight) + (chosen ? " · " + translated("recommended") : "");
+            const there = app.found.saves.some((save) => save.id === column.save && save.exists) || column.save.endsWith("-average");
+            return make("div", {class: "ltr-weight"}, make("span", {text: words}), column.part || column.problem || !there ? null : make("button", {
+                type: "button", class: "ltr-take", text: translated("Take this one"),
+                onclick: () => results.take(app, {id: column.save}, column.weight),
+                title: translated("Make this save the LoRA, with this as its preferred weight."),
+            }));
+        }
+
         function drawTable(found) {
             const list = rows(found), {grid} = found, best = found.recommended;
             places = zoomable(found, list);
@@ -156,8 +167,7 @@
                         const scores = row.save === BASE ? [] : scoresOf(grid, column.index);
                         const chosen = best && best.save === row.save && !column.part && Math.abs(best.weight - column.weight) < 1e-6;
                         return make("div", {class: "ltr-column", role: "cell", "data-best": Boolean(chosen)},
-                            row.save === BASE ? null : make("span", {class: "ltr-weight", text: results.weight(column.weight) +
-                                (chosen ? " · " + translated("recommended") : "")}),
+                            row.save === BASE ? null : weightLine(column, chosen),
                             column.problem ? make("small", {class: "ltr-problem", text: column.problem}) :
                                 make("div", {class: "ltr-cells"}, ...cellsOf(grid, column.index).map((cell) =>
                                     tile(found, row, column, cell, [number, place++]))),

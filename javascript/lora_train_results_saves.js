@@ -105,7 +105,7 @@
         function card(save) {
             const {found} = app, {percent} = window.loraTrainChart, better = betterOf(found, save), name = results.saveName(app, save);
             const best = found.recommended && found.recommended.save === save.id;
-            const weight = best ? found.recommended.weight : 1;
+            const weight = best ? found.recommended.weight : 1, byStep = name.endsWith(" " + save.step) && save.step !== save.epoch;
             const mark = make("input", {
                 type: "checkbox", class: "ltr-mark", checked: chosen.has(save.id), disabled: !save.exists, "aria-label": translated("Mark") + " " + name,
                 onchange: (event) => {
@@ -121,7 +121,7 @@
                     class: "ltr-better", "data-good": better > 0, text: percent(better),
                     title: translated("How much lower its loss is than that of the base model, on the same pictures with the same noise."),
                 })),
-                make("small", {text: [translated("step") + " " + save.step, save.is_result && translated("the LoRA"),
+                make("small", {text: [byStep ? translated("epoch") + " " + save.epoch : translated("step") + " " + save.step, save.is_result && translated("the LoRA"),
                     best && translated("recommended"), !save.exists && translated("deleted")].filter(Boolean).join(" · ")}),
                 save.exists ? make("div", {class: "ltr-tools"},
                     button("Take this one", () => results.take(app, save, weight), {disabled: save.is_result && !best, title: save.is_result && !best ?
