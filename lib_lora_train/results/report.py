@@ -289,7 +289,7 @@ def _dataset(run: _Run) -> str:
     told = "mirrored crops of trained pictures, since there were few" if kept and kept["derived"] else "not trained on"
     held_out = f"<p>Held out ({told}): {html.escape(names)}</p>" if names else ""
     return _section("Dataset", f"<p>{run.text(planned.summary)}</p>{held_out}" + (
-        f"<p>{run.text(planned.memory)}</p>" if planned.memory else ""))
+        f"<p>Memory: {run.text(planned.memory)}</p>" if planned.memory else ""))
 
 
 def _shown(run: _Run, name: str, value: Any) -> Any:
