@@ -21,13 +21,14 @@ EARLIEST = 0.1  # of the run: before that the curve says nothing
 FEW = 5  # different pictures: fewer are mostly copied
 NO_GAIN, GAIN = 0.005, 0.01  # below the first a LoRA has no effect, from the second on it has learnt something
 HARDLY, USUAL = 0.004, 0.02  # ‖ΔW‖/‖W‖ of a LoRA that has hardly moved, and of a usual one
-MOST_TEXT, TEXT_TO_UNET = 0.2, 4.0  # ‖ΔW‖/‖W‖ of text encoders that is too much, if it is also so many times the UNet's
+MOST_TEXT, TEXT_TO_UNET = 0.3, 4.0  # ‖ΔW‖/‖W‖ of text encoders that is too much, if it is also so many times the UNet's
 LINEAR = 0.65  # the share of the gain that half of the spent brings: 0.5 where it grows in proportion, near 1 where it is over
 WORSE, OF_GAIN = 0.005, 0.1  # overfitting: held-out losses above their best by more than this, and than this share of the gain
 LOST = 0.5  # diverging: the share of the gain on training pictures that is lost again
 STILL = 0.02  # plateau: the share of the gain that the second half of the spent has brought
 TINY_ALPHA = 0.02  # of the rank
-KNOWN_WORD, WRONG_WORD, TELLING = 0.5, -0.5, 0.3  # `WordsCheck`: from this meaning on a word is known; below this gain it says something else
+KNOWN_WORD, WRONG_WORD = 0.5, -0.5  # `WordsCheck`: a trigger word of more meaning is known, of less gain says something else
+TELLING = 0.3  # `WordsCheck`: captions of less meaning are not understood, so that nothing can be said of them
 WRONG_CAPTIONS = 0.15  # the mean of fit and (gain + 1) / 2, each 1 for right captions and 0 for wrong ones
 
 
@@ -142,8 +143,13 @@ def _ruined(curve: Sequence[Gains], run: RunSummary, skipped: float, verdict: tu
 
 
 def _diverging(curve: Sequence[Gains], run: RunSummary) -> Told:
-    """Worse than the model without the LoRA on the LoRA's own images, or having lost half of what was gained there."""
+    """Worse than the model without the LoRA on the LoRA's own images, or having lost half of what was gained there; or a text
+    encoder that no longer says what it said, which the losses may not show."""
     last, best = curve[-1], max(curve, key=lambda gains: gains.training)
+    if run.text_encoder_lr and _text_is_hot(last.measured.strength):
+        remedy, sentence = _lower(last, run)
+        return (f"Diverging: the change of the text encoder is {_text_strength(last.measured.strength):.1g} times as large as its "
+                f"own weights, so that prompts no longer say what they said. {sentence}"), remedy
     if last.training >= -GAIN and (best.training < 2 * GAIN or last.training > (1 - LOST) * best.training):
         return None
     remedy, sentence = _lower(last, run)
@@ -236,9 +242,6 @@ def _overfitting(curve: Sequence[Gains], run: RunSummary, saves: Sequence[Saved]
     bound = max(WORSE, OF_GAIN * -math.log(1 - max(best.gain, 0.0)))
     if worse <= bound or len(curve) > 2 and (1 - curve[-2].gain) / (1 - best.gain) - 1 <= bound / 2:
         return None
-    if run.text_encoder_lr and _text_is_hot(last.measured.strength):
-        remedy, sentence = _lower(last, run)
-        return f"Overfitting since epoch {best.measured.epoch}, because the text encoder learns too fast. {sentence}", remedy
     value = str(_length(best.measured, run))
     where = "on pictures it was not trained on" if run.held_out else "on mirrored crops of its pictures"
     return (f"Overfitting since epoch {best.measured.epoch}: {where} it is now {_percent(worse)} worse than at its best. "

@@ -102,7 +102,7 @@ def image_of(folder: Path, name: str) -> Path | None:
         return None
     path = folder.joinpath(*parts)
     try:
-        within = path.resolve().parent == (folder / parts[0]).resolve()
+        within = path.resolve().parent == folder.resolve() / parts[0]
         return path if within and path.is_file() else None
     except (OSError, ValueError):
         return None

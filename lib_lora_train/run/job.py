@@ -90,8 +90,8 @@ def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: Initial
             plan, leased, model, network, prompts=() if group.rank else plan.prompts, config=memory.config, dtype=dtype,
             lora_folder=host.lora_folder, folder=folder, wanted=sample_now, report=report, stop=stop, pause=pause)
         text = place_model(settings, model, leased, network, batches, memory.config, dtype=dtype, report=report,
-                           stop=stop, pause=pause, extra_captions=(*measured.captions, *diagnosing.texts),
-                           encode_prompts=samples.encode)
+                           stop=stop, pause=pause, encode_prompts=samples.encode,
+                           extra_captions=(*measured.captions, *diagnosing.texts))
 
         config = _train_config(plan, memory, dtype=dtype)
         probe = Probe.of(batches, model=model, network=network, condition=text.condition, config=config.loss, seed=config.seed,
@@ -101,7 +101,8 @@ def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: Initial
                        report=report)
         memory_meter = MeasuredMemory(
             model.device, lambda size: report(dataclasses.replace(planned, memory=memory.corrected(size).text)))
-        measuring = Measuring(plan, measured, model=model, network=network, text=text, dtype=dtype, saver=saver, report=report)
+        measuring = Measuring(plan, measured, model=model, network=network, text=text, config=config, saver=saver,
+                              report=report)
         diagnosing.ask(network, text, dtype=dtype)
         measuring.begin(continued=bool(weights.name))
         prefetcher = at_end.enter_context(Prefetcher(batches, last_epoch=plan.schedule.epochs))

@@ -87,10 +87,9 @@ def test_what_still_grows_as_fast_as_at_the_beginning_needs_a_longer_run():
 
 def test_a_text_encoder_that_is_too_hot_is_named():
     run = dataclasses.replace(RUN, text_encoder_lr=1e-2)
-    for training, held_out, finding in (([0.2, 0.2, 0.3], [0.1, -0.1, -0.2], "overfitting"),
-                                        ([-0.1, -0.2], [-0.1, -0.3], "diverging")):
+    for training, held_out in (([0.2, 0.3], [0.1, 0.2]), ([0.2, 0.2, 0.3], [0.1, -0.1, -0.2]), ([-0.1, -0.2], [-0.1, -0.3])):
         found = curve(training, held_out, te=3.0, run=run)
-        assert (found.finding, found.setting) == (finding, "text_encoder_lr") and float(found.value) < 1e-2
+        assert (found.finding, found.setting) == ("diverging", "text_encoder_lr") and float(found.value) < 1e-2
 
 
 @pytest.mark.parametrize("run, words, setting", [
