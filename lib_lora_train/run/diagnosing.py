@@ -126,7 +126,7 @@ def _summary(plan: RunPlan, *, compared: int, alike: int) -> RunSummary:
     unet_lr, text_encoder_lr = settings.rates
     trigger = with_trigger_word("", settings.dataset.trigger_word)
     return RunSummary(
-        steps=plan.schedule.steps, length="max_train_steps" if settings.optimizer.max_train_steps else "max_train_epochs",
+        length="max_train_steps" if settings.optimizer.max_train_steps else "max_train_epochs",
         unet_rate="unet_lr" if settings.optimizer.unet_lr else "learning_rate", unet_lr=unet_lr,
         text_encoder_lr=text_encoder_lr, rank=settings.network.network_dim, alpha=settings.network.network_alpha,
         trigger_word=settings.dataset.trigger_word, images=len(trained),

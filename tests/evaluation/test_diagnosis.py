@@ -12,7 +12,7 @@ from lib_lora_train.evaluation.words_check import WordsCheck
 from lib_lora_train.events import Diagnosed, Measured, Saved
 from lib_lora_train.settings import DECLARATIONS
 
-RUN = RunSummary(steps=1000, length="max_train_epochs", unet_rate="learning_rate", unet_lr=1e-4, text_encoder_lr=0.0, rank=16,
+RUN = RunSummary(length="max_train_epochs", unet_rate="learning_rate", unet_lr=1e-4, text_encoder_lr=0.0, rank=16,
                  alpha=8.0, trigger_word="zzk", images=30, different=30, captioned=30, held_out=True)
 UNADAPTED = (0.2, 0.1, 0.02)
 
