@@ -190,7 +190,7 @@ def _raise(what: str, last: Gains, run: RunSummary) -> Told:
     """What to raise, and to what: alpha where it is tiny, else the learning rate."""
     if run.alpha / run.rank < TINY_ALPHA:
         value = f"{run.rank / 2:g}"
-        return Told(f"{what}. {named('network_alpha')} is {run.alpha:g} at rank {run.rank}, which divides all that is learnt by "
+        return Told(f"{what}. {named('network_alpha')} is {run.alpha:g} at rank {run.rank}, which divides what is learnt by "
                     f"{run.rank / run.alpha:.0f}: take {value}.", "network_alpha", value)
     value = _rounded(run.unet_lr * min(max(USUAL * last.spent / max(last.strength, 1e-9), 3.0), 100.0))
     return Told(f"{what}. Raise {named(run.unet_rate)} from {run.unet_lr:g} to {value}.", run.unet_rate, value)

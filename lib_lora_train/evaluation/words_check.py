@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -86,64 +86,55 @@ def texts_of(queries: Sequence[Question], *, trigger_word: str) -> tuple[str, ..
 def check_words(model: FrozenModel, queries: Sequence[Question], condition: Condition, *, trigger_word: str,
                 dtype: torch.dtype) -> WordsCheck:
     """Ask the model without a LoRA. Waits for the device once."""
-    rows, sums = [], []
+    found: list[dict[str, Tensor]] = []
     for question in queries:
-        texts = {"own": question.caption, "other": question.other}
-        texts = {name: text for name, text in texts.items() if question.caption and question.other}
+        texts = {"own": question.caption, "other": question.other} if question.caption and question.other else {}
         if question.number < _WORDS:
             texts |= {text: text for text in (*MADE_UP, *WELL_KNOWN)} | ({"trigger": trigger_word} if trigger_word else {})
-        error, moves = _predictions(model, question, {"empty": "", **texts}, condition, dtype=dtype)
-        rows.append(tuple(moves))
-        sums.append(torch.stack([error, *(value for pair in moves.values() for value in pair)]))
-    values = iter(torch.cat(sums).tolist() if sums else ())
-    found = [(next(values), {name: (next(values), next(values)) for name in names}) for names in rows]
-    return _check(found)
+        found.append(_squares(model, question, {"": "", **texts}, condition, dtype=dtype))
+    values = iter(torch.cat([torch.stack(list(squares.values())) for squares in found]).tolist() if found else ())
+    return _check([{name: next(values) for name in squares} for squares in found])
 
 
-def _predictions(model: FrozenModel, question: Question, texts: dict[str, str], condition: Condition, *, dtype: torch.dtype
-                 ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-    """(|y - e|², {name: (|x - e|², |y - x|²)}) of a text x each, and as "apart" (|o - a|², 0)."""
+def _squares(model: FrozenModel, question: Question, texts: Mapping[str, str], condition: Condition, *, dtype: torch.dtype
+             ) -> dict[str, Tensor]:
+    """The mean squares, 0-d, of y - x as "x" and of x - e as "x moved" for the prediction x of each text ("": e), and of o - a
+    as "apart"."""
     draws = draw(question.image["mean"].shape, seed=seed_of("words", question.number), step=0, micro=0, timesteps=1)
     row = question.image.extended({**draws, "timesteps": torch.tensor([question.timestep])})
-    found: dict[str, Tensor] = {}
+    predictions: dict[str, Tensor] = {}
     for name, text in texts.items():
         batch = row.extended(condition.prepare((text,))).to(model.device)
-        found[name], target = prediction_and_target(model, batch, conditioning=condition.encode(batch), adapters={},
-                                                    dtype=dtype)
-    empty = found.pop("empty")
-    moves = {name: (_square(one - empty), _square(target - one)) for name, one in found.items()}
-    if "own" in found:
-        moves["apart"] = (_square(found["own"] - found["other"]), torch.zeros_like(target[0, 0, 0, 0]))
-    return _square(target - empty), moves
+        predictions[name], target = prediction_and_target(model, batch, conditioning=condition.encode(batch), adapters={},
+                                                          dtype=dtype)
+    differences = {name: target - prediction for name, prediction in predictions.items()}
+    differences |= {f"{name} moved": predictions[name] - predictions[""] for name in texts}
+    if "own" in texts:
+        differences["apart"] = predictions["own"] - predictions["other"]
+    return {name: difference.square().mean() for name, difference in differences.items()}
 
 
-def _square(difference: Tensor) -> Tensor:
-    return difference.square().mean()
-
-
-def _check(found: Sequence[tuple[float, dict[str, tuple[float, float]]]]) -> WordsCheck:
+def _check(found: Sequence[Mapping[str, float]]) -> WordsCheck:
     """The numbers of all questions; sums are divided, so that questions count as much as the model says to them."""
-    def total(name: str, part: int) -> float:
-        return sum(moves[name][part] for _, moves in found if name in moves)
-
-    def error(name: str) -> float:
-        return sum(value for value, moves in found if name in moves)
-
-    def moved(name: str) -> float:
-        return (total(name, 0) / error(name)) ** 0.5 if error(name) else 0.0
+    def total(name: str, of: str) -> float:
+        return sum(squares[name] for squares in found if of in squares)
 
     def gain(name: str) -> float | None:
-        return (error(name) - total(name, 1)) / total(name, 0) if total(name, 0) else None
+        moved = total(f"{name} moved", name)
+        return (total("", name) - total(name, name)) / moved if moved else None
 
-    def meaning(size: float) -> float | None:
-        made_up, known = (statistics.fmean(map(moved, words)) for words in (MADE_UP, WELL_KNOWN))
-        return (size - made_up) / (known - made_up) if known > made_up else None
-    apart, trigger = total("apart", 0), "trigger"
+    def size(name: str, of: str) -> float:
+        return (total(name, of) / total("", of)) ** 0.5
+
+    def meaning(moved: float) -> float | None:
+        made_up, known = (statistics.fmean(size(f"{word} moved", word) for word in words) for words in (MADE_UP, WELL_KNOWN))
+        return (moved - made_up) / (known - made_up) if known > made_up else None
+    apart, trigger = total("apart", "own"), gain("trigger")
     return WordsCheck(
-        fit=(total("other", 1) - total("own", 1)) / apart if apart else None, gain=gain("own"),
+        fit=(total("other", "own") - total("own", "own")) / apart if apart else None, gain=gain("own"),
         # Two independent moves of a size are √2 of it apart.
-        meaning=meaning(moved("apart") / 2 ** 0.5) if apart else None,
-        trigger_gain=gain(trigger), trigger_meaning=meaning(moved(trigger)) if gain(trigger) is not None else None)
+        meaning=meaning(size("apart", "own") / 2 ** 0.5) if apart else None,
+        trigger_gain=trigger, trigger_meaning=None if trigger is None else meaning(size("trigger moved", "trigger")))
 
 
 def different(latents: Sequence[Tensor]) -> int:
