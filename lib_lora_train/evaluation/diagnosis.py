@@ -27,7 +27,7 @@ WORSE, OF_GAIN = 0.005, 0.1  # overfitting: held-out losses above their best by 
 LOST, STILL = 0.5, 0.02  # shares of the gain: lost again is diverging, brought by the second half of the way is a plateau
 TINY_ALPHA = 0.02  # of the rank
 KNOWN_WORD, WRONG_WORD = 0.45, -0.5  # `WordsCheck`: a trigger word of more meaning is known, of less gain says something else
-TELLING, WRONG_CAPTIONS = 0.3, 0.15  # captions of more meaning are understood; below this mean of fit and gain they are wrong
+TELLING, WRONG_CAPTIONS = 0.25, 0.15  # captions of more meaning are understood; below this mean of fit and gain they are wrong
 
 
 @dataclasses.dataclass(frozen=True)

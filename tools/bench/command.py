@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
                         help="numbers of pictures (1000,2000,5000,10000)")
     verdict = _add(commands, "verdict", run_verdict, "make runs go wrong on purpose and see whether the verdict says what did",
                    out="table and figures, the runs' events, and their files meanwhile")
-    verdict.add_argument("--data", choices=("style", "subject", "both"), default="style", help="the demo's pictures (style)")
+    verdict.add_argument("--data", choices=("style", "subject", "both"), help="the demo's pictures; by default each run's own")
     verdict.add_argument("--seeds", default="42", metavar="N,N,…", help="seeds of the runs (42)")
     verdict.add_argument("--case", action="append", default=[], metavar="NAME", help="only this run; may be repeated")
     return bench
@@ -273,7 +273,7 @@ def run_verdict(chosen: argparse.Namespace) -> int:
         raise SettingError(f"There is no run called {unknown[0]}", remedy=f"choose of {', '.join(case.name for case in CASES)}")
     seeds = _numbers("--seeds", chosen.seeds)
     torch.set_num_threads(1)  # so small a model is quicker on one
-    data = ("style", "subject") if chosen.data == "both" else (chosen.data,)
+    data = ("style", "subject") if chosen.data == "both" else tuple(filter(None, [chosen.data]))
     return _done(verdict.run_verdict(output=chosen.out, seeds=seeds, data=data, only=tuple(chosen.case), say=_say), chosen)
 
 

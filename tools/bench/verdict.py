@@ -29,7 +29,7 @@ _KEPT = (events.Planned, events.HeldOut, events.Measured, events.Saved, events.D
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What was said of a run at its end. `early` is whether anything wrong was said before it."""
+    """What was said of a run at its end, and `said` before, each with its step."""
 
     case: str
     data: str
@@ -46,14 +46,16 @@ class Row:
 
 
 def run_verdict(*, output: Path, seeds: Sequence[int], data: Sequence[str], only: Sequence[str], say: Say) -> str:
-    """Make the runs of the named datasets and seeds, tell each, and write verdict.md and verdict.json; returns the table.
-    `only` names cases, () for all. Raises what `run_job` raises where a run fails that was not to be refused."""
+    """Make the runs with each seed, tell each, and write verdict.md and verdict.json; returns the table.
+
+    `data` names datasets to make all of them with, () each with its own; `only` names runs, () for all.
+    """
     begin, rows = time.monotonic(), list[Row]()
     with translated("making the folder of the results"):
         output.mkdir(parents=True, exist_ok=True)
-    for chosen in (one for one in DATA if one.name in data):
-        for seed in seeds:
-            for case in (case for case in CASES if not only or case.name in only):
+    for seed in seeds:
+        for case in (case for case in CASES if not only or case.name in only):
+            for chosen in (one for one in DATA if one.name in (data or (case.data,))):
                 row = diagnosed(case, chosen, seed=seed, output=output)
                 rows.append(row)
                 say(f"{chosen.name}, seed {seed}, {case.name}: {'right' if row.right else 'WRONG'} "

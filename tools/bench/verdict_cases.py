@@ -24,9 +24,9 @@ GOOD: dict[str, Value] = {
     "learning_rate": 1e-3, "optimizer_type": "AdamW", "lr_scheduler": "cosine", "sample_images": False,
     "validate_every_n_steps": 15}
 """The settings of the good run; what they do not name has its default."""
-STEPS = 120
-"""Of a run. It is measured eight times, as runs of usual length are by themselves: so short a one would be measured twice."""
-TOO_MANY = 4  # times as many steps, at a constant rate
+STEPS, SHORT, LONG = 120, 60, 480
+"""Steps of a run, of one in which something shows at once, and of far too long a one. Every 15 steps are measured, as often for
+its length as in a run of usual length; by itself so short a one would be measured twice."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Case:
     setting    the one that must be named, "" for none
     changes    of the good run's settings
     steps      about so many, in whole epochs
+    data       the demo's images that it is made with, unless others are asked for
     write      how its images and captions are laid
     damaged    whether the checkpoint is
     """
@@ -63,6 +64,7 @@ class Case:
     setting: str = ""
     changes: Mapping[str, Value] = dataclasses.field(default_factory=dict)
     steps: int = STEPS
+    data: str = "style"
     write: Write = lambda entries, folder: write_images(entries, folder)
     damaged: bool = False
 
@@ -124,17 +126,18 @@ def damaged_checkpoint(folder: Path) -> Path:
 _RATE = float(GOOD["learning_rate"])  # type: ignore[arg-type]
 CASES = (
     Case("good run", ("learning",)),
-    Case("rate ×100", ("diverging", "ruined"), "learning_rate", {"learning_rate": 100 * _RATE}),
+    Case("rate ×100", ("diverging", "ruined"), "learning_rate", {"learning_rate": 100 * _RATE}, steps=SHORT),
     Case("rate ÷100", ("too slow", "no effect"), "learning_rate", {"learning_rate": _RATE / 100}),
     Case("alpha 0.01", ("too slow", "no effect"), "network_alpha", {"network_alpha": 0.01}),
     Case("far too many epochs", ("overfitting",), "max_train_epochs",
-         {"lr_scheduler": "constant", "validate_every_n_steps": 15 * TOO_MANY}, steps=TOO_MANY * STEPS),
+         {"lr_scheduler": "constant", "validate_every_n_steps": 60}, steps=LONG, data="subject"),
     Case("text encoder too hot", ("diverging", "overfitting", "ruined"), "text_encoder_lr",
-         {"network_train_unet_only": False, "text_encoder_lr": 100 * _RATE}),
-    Case("captions of other pictures", ("words",), write=mislabelled),
-    Case("one picture twenty times", ("words",), write=one_image),
-    Case("three pictures", ("words",), write=three_images),
-    Case("empty captions, no trigger word", ("words",), "trigger_word", {"trigger_word": ""}, write=without_captions),
-    Case("trigger word of something else", ("words",), "trigger_word", {"trigger_word": "penguin"}),
+         {"network_train_unet_only": False, "text_encoder_lr": 100 * _RATE}, steps=SHORT),
+    Case("captions of other pictures", ("words",), steps=SHORT, write=mislabelled),
+    Case("one picture twenty times", ("words",), steps=SHORT, write=one_image),
+    Case("three pictures", ("words",), steps=SHORT, write=three_images),
+    Case("empty captions, no trigger word", ("words",), "trigger_word", {"trigger_word": ""}, steps=SHORT,
+         write=without_captions),
+    Case("trigger word of something else", ("words",), "trigger_word", {"trigger_word": "penguin"}, steps=SHORT),
     Case("checkpoint that is not a number", ("refused",), damaged=True),
 )
