@@ -13,12 +13,11 @@ window.loraTrainCurve = (function() {
     const PAD = {left: 46, right: 46, top: 10, bottom: 20}, STRIP = 26, GAP = 14;
     const BANDS = ["fine", "middle", "coarse"];
 
-    /** [step, per cent] of each measurement. A LoRA begins as the base model. */
+    /** [step, per cent] of each measurement. */
     function betterBy(measured, kind) {
         const {better} = window.loraTrainChart;
-        const found = measured.map((entry) => [entry.step, better(entry[kind], entry["unadapted_" + kind])])
+        return measured.map((entry) => [entry.step, better(entry[kind], entry["unadapted_" + kind])])
             .filter((point) => point[1] !== null);
-        return found.length && found[0][0] > 0 ? [[0, 0], ...found] : found;
     }
 
     /** The lines of each band of timesteps, thin. */
@@ -122,7 +121,7 @@ window.loraTrainCurve = (function() {
             if (list.length < 2) continue;
             made.push(shape("path", {class: name, d: path(list, at.x, at.percent)}));
             if (list.length < 60) {
-                made.push(...list.slice(1).map(([step, value]) => shape(
+                made.push(...list.map(([step, value]) => shape(
                     "circle", {class: name, cx: at.x(step), cy: at.percent(value), r: name === "held-out" ? 3 : 2})));
             }
         }

@@ -23,7 +23,7 @@
     }
 
     function makeApp(page, place) {
-        const app = {page, place, inSight: false, runs: null, run: remembered(), found: null, task: null, said: {text: "", problem: false}};
+        const app = {page, place, inSight: false, runs: null, run: remembered(), found: null, task: null, said: {text: ""}};
         const state = {timer: 0, parts: [], seen: "", renewed: 0, wanted: 0, polling: false};
 
         app.address = (file, small) => `results/file?run=${encodeURIComponent(app.found.run)}&name=${encodeURIComponent(file)}` +
@@ -33,8 +33,9 @@
         app.build = (parts) => {
             state.parts = parts;
         };
-        app.say = (text, problem) => {
-            app.said = {text, problem: Boolean(problem)};
+        /** `more` is what can be done next: [words, press]. */
+        app.say = (text, problem, more) => {
+            app.said = {text, problem: Boolean(problem), more};
             app.draw();
         };
 
@@ -88,20 +89,20 @@
 
         /** Show a run, "" for the newest. */
         app.choose = (run) => {
-            if (run !== app.run) app.said = {text: "", problem: false};
+            if (run !== app.run) app.said = {text: ""};
             app.run = run;
             remember(run);
             if (app.runs && run && !app.runs.some((known) => known.id === run)) app.runs = null;
             return app.renew();
         };
 
-        /** Do what a press asked for; what the server refuses is said. Then look again. */
+        /** Do what a press asked for; what the server refuses is said. Then look again, and call `said` with the answer. */
         app.act = async(what, said) => {
             app.say("");
             try {
                 const answer = await what();
                 await app.renew();
-                if (said) app.say(typeof said === "function" ? said(answer) : page.translated(said));
+                if (said) said(answer);
                 return answer;
             } catch (error) {
                 app.say(error.message, true);
@@ -135,16 +136,24 @@
     }
 
     function build(app) {
-        const {make} = window.loraTrainStudio.parts;
+        const {make, button} = window.loraTrainStudio.parts;
         const head = results.head(app), recommended = results.recommended(app), saves = results.saves(app);
         const learnt = results.learnt(app), grid = results.grid(app), pictures = results.pictures(app);
         const notice = make("div", {class: "ltr-notice", role: "status", hidden: true});
         app.place.replaceChildren(head.element, notice, head.progress, head.empty, recommended.element, learnt.element,
             saves.element, grid.element, pictures.element);
+        let said = null;
+
+        function drawNotice(now) {
+            if (now === said) return;
+            said = now;
+            notice.hidden = !now.text;
+            notice.replaceChildren(make("span", {text: now.text}), ...(now.more ? [button(...now.more)] : []));
+            notice.classList.toggle("ltr-wrong", Boolean(now.problem));
+        }
+
         const all = {draw: () => {
-            notice.hidden = !app.said.text;
-            notice.textContent = app.said.text;
-            notice.classList.toggle("ltr-wrong", app.said.problem);
+            drawNotice(app.said);
             app.place.classList.toggle("lts-loading", !app.runs && !app.found);
         }};
         app.build([all, head, recommended, learnt, saves, grid, pictures]);

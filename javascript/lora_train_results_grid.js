@@ -8,30 +8,46 @@
         ["unet", "UNet only", "What the picture part of the network learnt, without the text encoder's."],
         ["text", "Text encoder only", "What the text encoder learnt, without the UNet's."],
     ];
+    // What was measured: its name in the API, its label, which way is good, what it says.
     const NUMBERS = [
-        ["likeness", "likeness", 1, "How alike the pictures are to those that were not trained on, above the base model. Higher is better."],
-        ["prompt", "prompt", 1, "How well they follow the rest of the prompt, against the base model. About 0 is good; much lower forgets what was asked for."],
+        ["likeness", "likeness", 1, "How alike the pictures are to those that were not trained on, patch by patch. Higher is better."],
+        ["prompt_following", "prompt", 1, "How well they follow the prompt without the trigger word. About 0 is good; much lower forgets what was asked for."],
+        ["tag_recall", "tags", 1, "How many of the prompt's tags a tagger finds in them. Higher is better."],
         ["drift", "drift", -1, "How far pictures without the trigger word move away from the base model's. Lower is better."],
-        ["copies", "copies", -1, "How much nearer they are to training pictures than to held-out ones, above the base model. Lower is better: higher copies."],
+        ["copy_risk", "copies", -1, "How much nearer they are to a picture that was trained than to a held-out one. Lower is better; higher copies."],
     ];
 
-    results.NUMBERS = NUMBERS;
-
-    /** "+12 ±3" of shares between 0 and 1. */
-    function number({value, spread}) {
-        const shown = (share) => Math.abs(Math.round(100 * share));
-        return (value < 0 && shown(value) ? "\u2212" : value > 0 && shown(value) ? "+" : "") + shown(value) + (spread ? " ±" + shown(spread) : "");
+    /** "+12 ±3", in hundredths. */
+    function number(value, spread) {
+        const shown = Math.round(100 * value), sign = shown < 0 ? "\u2212" : shown > 0 ? "+" : "";
+        return sign + Math.abs(shown) + (spread ? " ±" + Math.round(100 * spread) : "");
     }
 
-    results.fourNumbers = function(scores) {
+    /** What was measured of a column of the grid, less what was measured of the base model: [{words, help, value, spread, kind}];
+     * [] where nothing was. */
+    function scoresOf(grid, column) {
+        const scores = grid.scores[column], unadapted = grid.scores[0];
+        return NUMBERS.filter(([name]) => scores && scores[name] && scores[name].mean !== null).map(([name, words, good, help]) => {
+            const value = scores[name].mean - (unadapted[name].mean || 0), spread = scores[name].deviation;
+            const within = Math.abs(value) <= (spread || 0) || Math.abs(value) < 0.005;
+            return {words, help, value, spread, kind: within ? null : value * good > 0 ? "good" : "bad"};
+        });
+    }
+
+    /** The same of one picture, in a line; the base model's of the same prompt and seed is the zero. */
+    function wordsOf(grid, cell, translated) {
+        const zero = grid.cells.find((one) => one.column === 0 && one.prompt === cell.prompt && one.seed === cell.seed);
+        const scores = cell.scores || {}, unadapted = (zero && zero.scores) || {};
+        return cell.column === 0 ? "" : NUMBERS.filter(([name]) => typeof scores[name] === "number").map(([name, words]) =>
+            `${translated(words)} ${number(scores[name] - (unadapted[name] || 0))}`).join(" · ");
+    }
+
+    function numbers(scores) {
         const {make, translated} = window.loraTrainStudio.parts;
-        return make("dl", {class: "ltr-numbers"}, ...NUMBERS.filter(([name]) => scores[name]).map(([name, words, good, help]) => {
-            const {value} = scores[name], spread = scores[name].spread || 0;
-            const kind = Math.abs(value) <= spread || !value ? "" : value * good > 0 ? "good" : "bad";
-            return make("div", {title: translated(help), "data-kind": kind || null}, make("dt", {text: translated(words)}),
-                make("dd", {text: number(scores[name])}));
-        }));
-    };
+        return make("dl", {class: "ltr-numbers"}, ...scores.map(({words, help, value, spread, kind}) => make("div", {
+            title: translated(help) + " " + translated("In hundredths; the base model is 0, ± is the spread over seeds."), "data-kind": kind,
+        }, make("dt", {text: translated(words)}), make("dd", {text: number(value, spread)}))));
+    }
 
     /** What the form asks for; an empty field leaves it to the server. */
     function makeForm(app) {
@@ -42,7 +58,7 @@
             placeholder: translated("One a line; empty takes captions of held-out pictures"), oninput: () => (values.prompts = prompts.value),
         });
         const saves = make("div", {class: "ltr-choices"});
-        const numbers = (text) => (text.trim() ? text.split(/[\s,;]+/).filter(Boolean).map(Number) : null);
+        const numbersOf = (text) => (text.trim() ? text.split(/[\s,;]+/).filter(Boolean).map(Number) : null);
         const lines = (text) => text.split("\n").map((line) => line.trim()).filter(Boolean);
         const element = make("details", {class: "ltr-form"}, make("summary", {text: translated("What is painted")}),
             make("div", {class: "lts-line"},
@@ -64,14 +80,14 @@
             if (now === known) return;
             known = now;
             values.saves.clear();
-            saves.replaceChildren(...usable.map((save) => tick(results.saveName(save), false,
+            saves.replaceChildren(...usable.map((save) => tick(results.saveName(app, save), false,
                 (on) => values.saves[on ? "add" : "delete"](save.id))));
         }
 
         /** The request, without what was left empty. */
         function wish() {
             const asked = {
-                weights: numbers(values.weights), seeds: numbers(values.seeds), prompts: lines(values.prompts),
+                weights: numbersOf(values.weights), seeds: numbersOf(values.seeds), prompts: lines(values.prompts),
                 checkpoint: values.checkpoint.trim(), extras: [...values.extras], saves: [...values.saves],
             };
             return Object.fromEntries(Object.entries(asked).filter(([, value]) => value && value.length));
@@ -105,7 +121,7 @@
         function rowName(column, save) {
             if (column.save === BASE) return translated("Base model");
             const part = {unet: "UNet only", text: "Text encoder only"}[column.part];
-            const name = save ? results.saveName(save) : translated("Average of the last saves");
+            const name = save ? results.saveName(app, save) : translated("Average of the last saves");
             return part ? name + ", " + translated(part) : name;
         }
 
@@ -125,8 +141,20 @@
             return list.map((row) => row.columns.flatMap((column) => cellsOf(found.grid, column.index).map((cell) => (cell.done ? {
                 path: app.address(cell.file, false), small: app.address(cell.file, true),
                 title: row.save === BASE ? row.name : `${row.name} · ${results.weight(column.weight)}`,
-                about: `${translated("seed")} ${cell.seed} · ${found.grid.prompts[prompt].text}`,
+                about: [`${translated("seed")} ${cell.seed}`, wordsOf(found.grid, cell, translated), found.grid.prompts[prompt].text]
+                    .filter(Boolean).join(" · "),
             } : null))));
+        }
+
+        /** The weight above a column, with what makes it the LoRA; parts of a save are no LoRA of their own. */
+        function weightLine(column, chosen) {
+            const words = results.weight(column.weight) + (chosen ? " · " + translated("recommended") : "");
+            const there = app.found.saves.some((save) => save.id === column.save && save.exists) || column.save.endsWith("-average");
+            return make("div", {class: "ltr-weight"}, make("span", {text: words}), column.part || column.problem || !there ? null : make("button", {
+                type: "button", class: "ltr-take", text: translated("Take this one"),
+                onclick: () => results.take(app, {id: column.save}, column.weight),
+                title: translated("Make this save the LoRA, with this as its preferred weight."),
+            }));
         }
 
         function drawTable(found) {
@@ -136,15 +164,14 @@
                 let place = 0;
                 return make("div", {class: "ltr-row", role: "row"}, make("div", {class: "ltr-row-name", role: "rowheader"}, make("b", {text: row.name})),
                     make("div", {class: "ltr-row-cells"}, ...row.columns.map((column) => {
-                        const scores = results.scoresOf(grid, column.index);
+                        const scores = row.save === BASE ? [] : scoresOf(grid, column.index);
                         const chosen = best && best.save === row.save && !column.part && Math.abs(best.weight - column.weight) < 1e-6;
                         return make("div", {class: "ltr-column", role: "cell", "data-best": Boolean(chosen)},
-                            row.save === BASE ? null : make("span", {class: "ltr-weight", text: results.weight(column.weight) +
-                                (chosen ? " · " + translated("recommended") : "")}),
+                            row.save === BASE ? null : weightLine(column, chosen),
                             column.problem ? make("small", {class: "ltr-problem", text: column.problem}) :
                                 make("div", {class: "ltr-cells"}, ...cellsOf(grid, column.index).map((cell) =>
                                     tile(found, row, column, cell, [number, place++]))),
-                            scores && row.save !== BASE ? results.fourNumbers(scores) : null);
+                            scores.length ? numbers(scores) : null);
                     })));
             }));
         }
@@ -172,7 +199,7 @@
             const now = JSON.stringify([found.run, grid, found.recommended, found.saves]);
             if (now === known) return;
             known = now;
-            const said = grid ? [...grid.notes, ...(grid.error ? [grid.error] : [])] : [];
+            const said = grid ? grid.notes : [];
             notes.replaceChildren(...said.map((text) => make("p", {class: "lts-quiet", text})));
             table.hidden = picker.hidden = !grid;
             if (!grid) return;
@@ -183,8 +210,4 @@
         return {element, draw};
     };
 
-    /** The four numbers of a column of the grid; null where it was not scored. */
-    results.scoresOf = function(grid, column) {
-        return (grid.scores || [])[column] || null;
-    };
 })(window.loraTrainResults = window.loraTrainResults || {});

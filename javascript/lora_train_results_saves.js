@@ -6,16 +6,18 @@
 
     results.weight = (weight) => String(Math.round(100 * weight) / 100);
 
-    results.saveName = (save) => {
-        const {translated} = window.loraTrainStudio.parts;
-        return save.epoch ? translated("epoch") + " " + save.epoch : translated("step") + " " + save.step;
+    /** By its epoch, unless that has several saves. */
+    results.saveName = (app, save) => {
+        const {translated} = window.loraTrainStudio.parts, {saves} = app.found;
+        const alone = saves.every((one) => one.epoch !== save.epoch || one.step === save.step);
+        return alone && save.epoch ? translated("epoch") + " " + save.epoch : translated("step") + " " + save.step;
     };
 
     /** A picture of a save that opens in full size; null where there is none. */
     results.picture = function(app, save) {
         const {make} = window.loraTrainStudio.parts;
         if (!save || !save.preview) return null;
-        const image = make("img", {alt: ""}), title = results.saveName(save);
+        const image = make("img", {alt: ""}), title = results.saveName(app, save);
         app.page.pictures.showInSight(image, app.address(save.preview, true));
         return make("button", {
             type: "button", class: "ltr-picture", "aria-label": title, title,
@@ -38,11 +40,14 @@
     results.send = (app, save, weight) => app.page.sender.send(wish(app, save, weight));
 
     results.take = (app, save, weight) => app.act(
-        () => app.page.api.ask("results/take", {run: app.found.run, save: save.id, weight: Math.round(100 * weight) / 100})
-            .then((answer) => {
-                app.page.sender.refreshCards();
-                return answer;
-            }), (answer) => answer.message);
+        () => app.page.api.ask("results/take", {run: app.found.run, save: save.id, weight: Math.round(100 * weight) / 100}),
+        (taken) => {
+            const {sender} = app.page, others = app.found.saves.map((one) => one.lora_text);
+            sender.refreshCards();
+            app.say(taken.message, false, sender.possible() ? ["Send to txt2img", () => sender.send({
+                ...taken, others, trigger_word: app.found.trigger_word,
+            })] : null);
+        });
 
     /** How much better than the base model a save was when it was measured, on held-out pictures where there are some. */
     function betterOf(found, save) {
@@ -63,7 +68,7 @@
             return (app.found.samples || []).map(({prompt, pictures}) => {
                 const found = pictures.filter((one) => one.step <= save.step).pop();
                 return found ? {
-                    path: app.address(found.file, false), small: app.address(found.file, true), title: results.saveName(save),
+                    path: app.address(found.file, false), small: app.address(found.file, true), title: results.saveName(app, save),
                     about: prompt,
                 } : null;
             });
@@ -77,11 +82,11 @@
         }
 
         function remove(saves) {
-            const names = saves.map((save) => results.saveName(save)).join(", ");
+            const names = saves.map((save) => results.saveName(app, save)).join(", ");
             if (!window.confirm(translated("Delete these files?") + "\n" + names)) return null;
             return app.act(() => app.page.api.ask("results/delete", {run: app.found.run, saves: saves.map((save) => save.id)}), () => {
                 chosen.clear();
-                return translated("Deleted") + ": " + names;
+                app.say(translated("Deleted") + ": " + names);
             });
         }
 
@@ -98,9 +103,9 @@
         }
 
         function card(save) {
-            const {found} = app, {percent} = window.loraTrainChart, better = betterOf(found, save), name = results.saveName(save);
+            const {found} = app, {percent} = window.loraTrainChart, better = betterOf(found, save), name = results.saveName(app, save);
             const best = found.recommended && found.recommended.save === save.id;
-            const weight = best ? found.recommended.weight : 1;
+            const weight = best ? found.recommended.weight : 1, byStep = name.endsWith(" " + save.step) && save.step !== save.epoch;
             const mark = make("input", {
                 type: "checkbox", class: "ltr-mark", checked: chosen.has(save.id), disabled: !save.exists, "aria-label": translated("Mark") + " " + name,
                 onchange: (event) => {
@@ -116,7 +121,7 @@
                     class: "ltr-better", "data-good": better > 0, text: percent(better),
                     title: translated("How much lower its loss is than that of the base model, on the same pictures with the same noise."),
                 })),
-                make("small", {text: [translated("step") + " " + save.step, save.is_result && translated("the LoRA"),
+                make("small", {text: [byStep ? translated("epoch") + " " + save.epoch : translated("step") + " " + save.step, save.is_result && translated("the LoRA"),
                     best && translated("recommended"), !save.exists && translated("deleted")].filter(Boolean).join(" · ")}),
                 save.exists ? make("div", {class: "ltr-tools"},
                     button("Take this one", () => results.take(app, save, weight), {disabled: save.is_result && !best, title: save.is_result && !best ?

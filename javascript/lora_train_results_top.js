@@ -99,14 +99,15 @@
         const verdict = window.loraTrainVerdict(app.page);
         let known = "";
 
+        const judged = ({grid}) => Boolean(grid && grid.scores.some((scores) => scores.save && scores.likeness.mean !== null));
+
         /** What the offer is, by what is known so far. */
         function offer(found) {
             const best = found.recommended, save = best && found.saves.find((one) => one.id === best.save);
             if (best && save) {
-                const taken = save.is_result && !found.saves.some((one) => one.exists && !one.is_result && one.step > save.step);
                 return {
-                    title: `${translated("Recommended")}: ${results.saveName(save)} ${translated("at")} ${results.weight(best.weight)}`,
-                    text: best.reason, save, weight: best.weight, taken,
+                    title: `${translated("Recommended")}: ${results.saveName(app, save)} ${translated("at")} ${results.weight(best.weight)}`,
+                    text: best.reason, save, weight: best.weight, paint: !judged(found), words: "Paint the grid to be surer",
                 };
             }
             const grid = found.grid, usable = found.saves.filter((one) => one.exists);
@@ -117,7 +118,7 @@
                 title: translated("Which save is the best?"), paint: true,
                 text: grid && grid.progress.done < grid.progress.total ?
                     `${translated("The grid is painted in part")}: ${grid.progress.done} / ${grid.progress.total}.` :
-                    translated("Paint the same pictures with each save, and have them judged: likeness, prompt, drift and copies."),
+                    translated("Paint the same pictures with each save, and judge them: likeness, prompt, drift and copies."),
                 words: grid ? "Go on painting" : "Paint the grid",
             };
         }
@@ -126,7 +127,7 @@
             const {found} = app;
             element.hidden = !found;
             if (!found) return;
-            const now = JSON.stringify([found.run, found.recommended, found.saves, found.diagnosed, found.grid && found.grid.progress, app.working()]);
+            const now = JSON.stringify([found.run, found.recommended, found.saves, found.diagnosed, found.grid && [found.grid.progress, judged(found)], app.working()]);
             if (now === known) return;
             known = now;
             verdict.draw(found.diagnosed);
@@ -142,9 +143,11 @@
                     app.page.sender.possible() ? button("Send to txt2img", () => results.send(app, best, made.weight), {
                         id: "lora_train_send_best", title: "Put the trigger word and the LoRA into the prompt of txt2img, at the size it was trained at.",
                     }) : null].filter(Boolean));
-            } else if (made.paint) {
+            }
+            if (made.paint) {
                 line.append(button(made.words, () => results.paint(app), {
-                    kind: "primary", drawn: "picture", id: "lora_train_paint", disabled: app.working(),
+                    kind: best ? "plain" : "primary", drawn: "picture", id: "lora_train_paint", disabled: app.working(),
+                    title: "Paint the same pictures with each save, and judge them: likeness, prompt, drift and copies.",
                 }));
             }
             words.append(line);

@@ -10,9 +10,9 @@
     POST results/grid        {"run", "saves"?, "weights"?, "prompts"?, "seeds"?, "extras"?: ["average", "unet", "text"],
                              "checkpoint"?} -> {"id"}: paint and score the saves, a task
     POST results/stop        {} -> {"stopping": whether something was running}; a grid goes on where it was
-    POST results/take        {"run", "save", "weight"?}: make that save the run's LoRA, with card and preview
-    POST results/delete      {"run", "saves": [...]} -> {"deleted": n}
-    POST results/sample      {} -> {"sampling": whether a run heard it}: paint now, between two steps of the run under way
+    POST results/take        {"run", "save", "weight"?} -> what `promote` returns and "message": make that save the run's LoRA
+    POST results/delete      {"run", "saves": [...]} -> {"deleted": [names of files]}
+    POST results/sample      {}: paint now, between two steps of the run under way
 """
 
 from __future__ import annotations
@@ -29,12 +29,17 @@ from lib_lora_train.api import service
 from lib_lora_train.api.gate import Gate
 from lib_lora_train.errors import DatasetError, HostError, LoraFileError, SettingError
 from lib_lora_train.host.port import Host
+from lib_lora_train.results.grid import SampleOptions, sample_grid
 from lib_lora_train.results.overview import image_of, overview
+from lib_lora_train.results.promote import delete, promote
+from lib_lora_train.results.references import resolution_of
+from lib_lora_train.results.report import report_html
+from lib_lora_train.results.scoring import score_grid
 from lib_lora_train.run.record import newest_run, read_settings
 from lib_lora_train.run.runner import Runner
-from lib_lora_train.settings import Settings
+from lib_lora_train.settings import Settings, named
 from lib_lora_train.studio import thumbs
-from lib_lora_train.studio.requests import validated
+from lib_lora_train.studio.requests import some, validated
 from lib_lora_train.studio.tasks import Task, Tasks
 
 _Text = constr(strict=True, max_length=2000)
@@ -91,7 +96,8 @@ class Results:
         folder = self.folder(request.run)
         if folder is None:
             raise LoraFileError("There is no run yet", remedy="train a LoRA first")
-        return {**overview(folder, self.host), "dataset": self._dataset(folder), "task": self.task()}
+        return {**overview(folder, self.host), "dataset": self._dataset(folder), "size": list(resolution_of(folder)),
+                "task": self.task()}
 
     def _dataset(self, folder: Path) -> str:
         """The dataset of the studio that the run was trained on, "" for a folder that is not the studio's."""
@@ -99,23 +105,53 @@ class Results:
         datasets = self.host.datasets_folder
         return path.relative_to(datasets).parts[0] if path != datasets and path.is_relative_to(datasets) else ""
 
+    def make_result(self, request: ResultsRequest) -> dict[str, Any]:
+        """Make a save the LoRA; what was written, with a sentence about it."""
+        folder = self._folder_to_change(request.run)
+        taken = promote(folder, request.save, weight=request.weight, host=self.host)
+        written = [Path(taken[name]).name for name in ("card", "preview") if taken[name]]
+        kept = f" What had its name is kept as {Path(taken['kept']).name}." if taken["kept"] else ""
+        return {**taken, "message": f"{Path(taken['path']).name} is {request.save} now, to be used at {request.weight:g}. "
+                                    f"Written beside it: {' and '.join(written)}.{kept}"}
+
+    def delete(self, request: ResultsRequest) -> dict[str, Any]:
+        """Delete saves; the names of the files that were there."""
+        return {"deleted": delete(self._folder_to_change(request.run), some(request.saves, "saves"), host=self.host)}
+
     def grid(self, request: ResultsRequest) -> int:
-        """Begin to paint and score the grid; the task's number."""
+        """Begin to sample and score the grid; the task's number."""
         folder = self.named_folder(request.run)
-        self._refuse_in_use()
+        if not self.host.shares_model() and (self.runner.running() or not self.host.idle()):
+            raise HostError("The grid cannot be painted now", why="the model is in use",
+                            remedy="wait for the other work to end, or stop it first")
+        options = SampleOptions(checkpoint=request.checkpoint)
 
         def job(task: Task) -> str:
-            raise NotImplementedError
+            sample_grid(self.host, folder, saves=request.saves, weights=request.weights, prompts=request.prompts,
+                        seeds=request.seeds, extras=request.extras, options=options, on_progress=task.progress,
+                        should_stop=task.should_stop)
+            task.begin("Judging the pictures")
+            score_grid(self.host, folder, on_progress=task.progress, should_stop=task.should_stop)
+            return "The grid is painted and judged."
 
         number = self.tasks.start("Painting the grid", job, interrupted=self.host.interrupted, with_model=True)
         self._run = folder.name
         return number
 
-    def _refuse_in_use(self) -> None:
-        """Raise HostError where the model is in use and is not shared."""
-        if not self.host.shares_model() and (self.runner.running() or not self.host.idle()):
-            raise HostError("The grid cannot be painted now", why="the model is in use",
-                            remedy="wait for the other work to end, or stop it first")
+    def sample(self) -> dict[str, Any]:
+        """Have the run under way sample between two steps. Raises HostError where there is none that does."""
+        if not self.runner.sample_now():
+            raise HostError("Nothing can be painted now", why="no training is running that paints samples",
+                            remedy=f"switch {named('sample_images')} on before the start")
+        return {}
+
+    def _folder_to_change(self, run: str) -> Path:
+        """The folder of a run whose files are to change. Raises as `named_folder`, HostError while they are being used."""
+        folder = self.named_folder(run)
+        if self.tasks.running() and self._run == folder.name:
+            raise HostError("The saves cannot be changed now", why="their grid is being painted",
+                            remedy="wait for it or stop it first")
+        return folder
 
     def refuse_training(self, settings: Settings) -> None:
         """Raise HostError for a training that would find the model in use by a grid. A host that shares it lets the training
@@ -139,8 +175,18 @@ def add_routes(gate: Gate, results: Results) -> None:
     add("GET", "results", results.show, "What came of a run")
     add("GET", "results/task", lambda _: {"task": results.task()}, "The work under way")
     add("GET", "results/file", lambda r: _image(results.named_folder(r.run), r.name, small=bool(r.small)), "A picture of a run")
+    add("GET", "results/report", lambda r: _report(results.named_folder(r.run), results.host), "A run on one page")
+    add("POST", "results/take", results.make_result, "Make a save the LoRA")
+    add("POST", "results/delete", results.delete, "Delete saves")
     add("POST", "results/grid", lambda r: {"id": results.grid(r)}, "Paint and score a run's saves")
+    add("POST", "results/sample", lambda _: results.sample(), "Paint what the run under way has learnt so far")
     add("POST", "results/stop", lambda _: {"stopping": results.tasks.stop()}, "Stop the work under way")
+
+
+def _report(folder: Path, host: Host) -> Response:
+    return Response(report_html(folder, host), media_type="text/html; charset=utf-8", headers={
+        "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
+        "Content-Security-Policy": "default-src 'none'; img-src data:; style-src 'unsafe-inline'; sandbox"})
 
 
 def _image(folder: Path, name: str, *, small: bool) -> Response:

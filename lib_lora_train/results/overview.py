@@ -13,7 +13,9 @@ from lib_lora_train.errors import printable
 from lib_lora_train.host.port import Host
 from lib_lora_train.results.grid import Grid, read_grid
 from lib_lora_train.results.history import RunHistory, read_history
+from lib_lora_train.results.recommend import recommend
 from lib_lora_train.results.saves import Save, lora_text, result_path, saves_of
+from lib_lora_train.results.scoring import read_scores
 from lib_lora_train.run.record import read_settings
 
 MOST_STEPS = 500
@@ -31,15 +33,18 @@ def overview(folder: Path, host: Host | None = None) -> dict[str, Any]:
         measured      [Measured], by step; image_losses and diagnosed are such events or None
         samples       [{prompt, index, pictures: [{step, epoch, file, seed}]}], by prompt
         steps         [[step, loss, average loss, learning rate, text encoder's, gradient norm]], at most 500
-        grid          as `Grid.to_dict` has it, or None
-        recommended, task   None: filled by who makes them
+        grid          as `Grid.to_dict` has it, with `scores`, one for each column ([] for none), and those of each cell, both
+                      as `Scores.to_dict` has them; or None
+        recommended   {save, weight, reason, order} or None
+        task          None: filled by who runs one
     """
     history, settings = read_history(folder), read_settings(folder)
-    result, grid = result_path(folder), read_grid(folder)
+    result, grid, best = result_path(folder), read_grid(folder), recommend(folder)
     return plain({
         "run": folder.name, "name": settings.get("output_name", ""), "trigger_word": settings.get("trigger_word", ""),
         "result": {"path": str(result), "lora_text": lora_text(result)} if result is not None and result.is_file() else None,
-        "saves": [{**_save(save), "preview": _shown(folder, history, grid, save.id, 1).file} for save in saves_of(folder)],
+        "saves": [{**_save(save), "preview": _shown(folder, history, grid, save_id=save.id, step=save.step, weight=1).file}
+                  for save in saves_of(folder)],
         "held_out": _fields(history.held_out),
         "measured": [_fields(event) for event in history.measured],
         "samples": _samples(history, folder),
@@ -47,8 +52,18 @@ def overview(folder: Path, host: Host | None = None) -> dict[str, Any]:
         "diagnosed": _fields(history.diagnosed),
         "steps": [[step.step, step.loss, step.average_loss, step.learning_rate, step.text_encoder_lr, step.gradient_norm]
                   for step in thinned(history.steps)],
-        "grid": grid.to_dict() if grid else None, "recommended": None, "task": None,
+        "grid": _grid(folder, grid) if grid else None, "recommended": best.to_dict() if best else None, "task": None,
     })
+
+
+def _grid(folder: Path, grid: Grid) -> dict[str, Any]:
+    """The grid with the scores of its columns and its cells, as far as they were measured, and the notes of both."""
+    found, scores = grid.to_dict(), read_scores(folder)
+    if scores is None:
+        return {**found, "scores": []}
+    measured = scores.to_dict()
+    cells = [{**cell, "scores": measured["images"].get(cell["file"])} for cell in found["cells"]]
+    return {**found, "cells": cells, "scores": measured["columns"], "notes": [*grid.notes, *measured["notes"]]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,13 +78,14 @@ class Shown:
 def shown(folder: Path, save_id: str, *, weight: float = 1) -> Shown:
     """What shows this save of the run in `folder` at `weight` best: the first prompt's sample after its step, else the grid's
     first image of it at the nearest weight."""
-    return _shown(folder, read_history(folder), read_grid(folder), save_id, weight)
+    history = read_history(folder)
+    step = next((event.step for _, event in reversed(history.saved) if Path(event.path).stem == save_id), None)
+    return _shown(folder, history, read_grid(folder), save_id=save_id, step=step, weight=weight)
 
 
-def _shown(folder: Path, history: RunHistory, grid: Grid | None, save_id: str, weight: float) -> Shown:
-    steps = {Path(event.path).stem: event.step for _, event in history.saved}
+def _shown(folder: Path, history: RunHistory, grid: Grid | None, *, save_id: str, step: int | None, weight: float) -> Shown:
     for event in history.sampled:
-        if event.step == steps.get(save_id) and (path := image_of(folder, event.file)):
+        if event.step == step and (path := image_of(folder, event.file)):
             return Shown(event.file, path, event.prompt)
     cells = [cell for cell in grid.wanted if cell.done and grid.columns[cell.column].save == save_id
              and not grid.columns[cell.column].part and grid.prompts[cell.prompt].triggered] if grid else []
@@ -86,7 +102,7 @@ def image_of(folder: Path, name: str) -> Path | None:
         return None
     path = folder.joinpath(*parts)
     try:
-        within = path.resolve().parent == (folder / parts[0]).resolve()
+        within = path.resolve().parent == folder.resolve() / parts[0]
         return path if within and path.is_file() else None
     except (OSError, ValueError):
         return None

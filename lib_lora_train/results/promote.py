@@ -22,6 +22,7 @@ from lib_lora_train.results import user_metadata
 from lib_lora_train.results.grid import FOLDER
 from lib_lora_train.results.history import read_history
 from lib_lora_train.results.overview import shown
+from lib_lora_train.results.recommend import recommend
 from lib_lora_train.results.references import resolution_of
 from lib_lora_train.results.saves import Save, lora_text, origin, result_path, saves_of, wrote
 from lib_lora_train.run.record import read_settings
@@ -57,8 +58,10 @@ def promote(folder: Path, save_id: str, *, weight: float, host: Host) -> dict[st
         image = user_metadata.read_preview(image_shown.path)
         _copy(source, target, trigger=_trigger(folder), thumbnail=user_metadata.thumbnail(image) if image else b"")
         preview = user_metadata.write_preview(target, image)
+        best = recommend(folder)
+        reason = f" {best.reason}" if best and (best.save, best.weight) == (save_id, weight) else ""
         values = {**_values_of(folder, target), "preferred weight": round(weight, 2), "negative text": "",
-                  "notes": f"Taken from {save_id}, at a weight of {weight:g}."}
+                  "notes": f"Taken from {save_id}, at a weight of {weight:g}.{reason}"}
         user_metadata.write_user_metadata(target, user_metadata.merged(card, values))
     if kept is not None:
         dress(folder, host, only=kept)

@@ -25,6 +25,7 @@ from lib_lora_train.results.charts import Line, chart
 from lib_lora_train.results.history import read_history
 from lib_lora_train.results.inline_images import image, spread, strips
 from lib_lora_train.results.overview import overview
+from lib_lora_train.results.saves import lora_text
 from lib_lora_train.run.diagnostics import Private
 from lib_lora_train.run.record import PastRun, past_run, read_events, read_settings
 from lib_lora_train.settings import DECLARATIONS, named
@@ -42,10 +43,12 @@ _FEW, _LITTLE, _MUCH = 4, 0.25, 2.0
 _MOST_NAMED, _MOST_LISTED = 8, 500
 _MOST_COLUMNS = 24
 _NUMBERS = {
-    "likeness": ("Likeness", "how alike the pictures are to those that were not trained on; higher is better"),
-    "prompt": ("Prompt", "how well they follow the rest of the prompt; about 0 is good"),
-    "drift": ("Drift", "how far pictures without the trigger word move; lower is better"),
-    "copies": ("Copies", "how much nearer they are to training pictures than to held-out ones; lower is better"),
+    "likeness": ("Likeness", "to the pictures that were not trained on, patch by patch; more is better"),
+    "prompt_following": ("Prompt following", "how well the caption without the trigger word fits; about 0 is good, much less "
+                         "forgets what was asked for"),
+    "tag_recall": ("Tags", "share of the prompt's tags that a tagger finds; more is better"),
+    "drift": ("Drift", "how far pictures without the trigger word move; less is better"),
+    "copy_risk": ("Copy risk", "how much nearer they are to a trained picture than to a held-out one; less is better"),
 }
 """Of the grid's scores: what each is called, and what it says."""
 
@@ -160,12 +163,12 @@ def _header(run: _Run) -> str:
 
 def _recommended(run: _Run) -> str:
     chosen = run.data["recommended"]
-    if not chosen:
+    save = next((save for save in run.data["saves"] if chosen and save["id"] == chosen["save"]), None)
+    if save is None:
         return ""
-    preview = next((save["preview"] for save in run.data["saves"] if save["id"] == chosen["save"]), "")
-    shown = image(run.folder, preview, chosen["save"]) if preview else ""
-    prompt = f"<lora:{chosen['save']}:{chosen['weight']:g}>"
-    return _section("The save to take", f'<div class="take">{shown}<div><p><code>{html.escape(prompt)}</code></p>'
+    shown = image(run.folder, save["preview"], save["id"]) if save["preview"] else ""
+    prompt = html.escape(lora_text(save["path"], chosen["weight"]))
+    return _section("The save to take", f'<div class="take">{shown}<div><p><code>{prompt}</code></p>'
                     f"<p>{run.text(chosen['reason'])}</p></div></div>")
 
 
@@ -208,44 +211,48 @@ def _grid(run: _Run) -> str:
     grid = run.data["grid"]
     if not grid or not grid["columns"]:
         return ""
-    scores = grid.get("scores") or []
+    rated = grid["scores"]
+    measured = [name for name in _NUMBERS if any(one[name]["mean"] is not None for one in rated)]
     first = {(cell["column"], cell["prompt"]): cell["file"] for cell in reversed(grid["cells"]) if cell["done"]}
     rows = []
     for number in spread(range(len(grid["columns"])), _MOST_COLUMNS):
-        column, rated = grid["columns"][number], (scores[number] if number < len(scores) else None) or {}
+        column = grid["columns"][number]
         part = {"unet": ", UNet only", "text": ", text encoder only"}.get(column["part"], "")
         told = [html.escape(column["save"]), f"{column['weight']:g}{part}"] if column["save"] else ["base model"]
         files = [first.get((number, line), "") for line in range(len(grid["prompts"]))]
-        numbers = "".join(f'<td class="n">{_number(rated.get(name))}</td>' for name in _NUMBERS if scores)
+        numbers = "".join(f'<td class="n">{_number(rated[number][name], rated[0][name])}</td>' for name in measured)
         shown = "".join(f"<td>{file and image(run.folder, file, '')}</td>" for file in files)
         rows.append(f"<tr><td>{'<br>'.join([*told, run.text(column['problem'])])}</td>{numbers}{shown}</tr>")
-    heads = ["Save, weight", *(f">{name}" for name, _ in _NUMBERS.values() if scores),
+    heads = ["Save, weight", *(f">{_NUMBERS[name][0]}" for name in measured),
              *(html.escape(prompt["text"]) for prompt in grid["prompts"])]
-    lead = "Against the base model, in hundredths, ± the spread over the seeds. " + " ".join(
-        f"{name}: {about}." for name, about in _NUMBERS.values()) if scores else ""
-    notes = "".join(f'<p class="note">{run.text(note)}</p>' for note in grid["notes"])
+    lead = "The numbers of a save are what it differs by from the base model, ± their deviation over the seeds. " + " ".join(
+        f"{_NUMBERS[name][0]}: {_NUMBERS[name][1]}." for name in measured) if measured else ""
+    notes = "".join(f'<p class="note">{run.text(note)}</p>' for note in dict.fromkeys(grid["notes"]))
     return _section("Saves and weights", _table(heads, rows) + notes, lead)
 
 
-def _number(score: Mapping[str, float | None] | None) -> str:
-    if not score or score.get("value") is None:
+def _number(score: Mapping[str, float | None], unadapted: Mapping[str, float | None]) -> str:
+    """A score beside the base model's, or the base model's own."""
+    mean, zero, deviation = score["mean"], unadapted["mean"], score["deviation"]
+    if mean is None:
         return ""
-    return f"{100 * score['value']:+.0f}" + (f" ± {100 * score['spread']:.0f}" if score.get("spread") else "")
+    told = f"{mean:.3f}" if score is unadapted or zero is None else f"{mean - zero:+.3f}"
+    return told + ("" if deviation is None else f" ± {deviation:.3f}")
 
 
 def _saves(run: _Run) -> str:
     by_step = {entry["step"]: entry for entry in run.data["measured"]}
-    chosen, rows = run.data["recommended"] or {}, []
+    chosen, rows = (run.data["recommended"] or {}).get("save"), []
     for save in run.data["saves"]:
         entry = by_step.get(save["step"])
         better = [improvement(entry[key], entry[f"unadapted_{key}"]) if entry else None for key in ("held_out", "training")]
         marks = [name for name, holds in (
-            ("recommended", save["id"] == chosen.get("save")), ("the LoRA", save["is_result"]), ("last", save["final"]),
+            ("recommended", save["id"] == chosen), ("the LoRA", save["is_result"]), ("last", save["final"]),
             ("gone", not save["exists"])) if holds]
         size = f"{save['size'] / 1e6:.1f} MB" if save["size"] else ""
         cells = "".join(f'<td class="n">{text}</td>' for text in (
             f"{save['step']:,}", save["epoch"], *("" if b is None else f"{b:+.1f} %" for b in better), size))
-        rows.append(f'<tr{" class=best" if save["id"] == chosen.get("save") else ""}><td>{html.escape(save["id"])}</td>{cells}'
+        rows.append(f'<tr{" class=best" if save["id"] == chosen else ""}><td>{html.escape(save["id"])}</td>{cells}'
                     f'<td>{" ".join(f"<span class=mark>{mark}</span>" for mark in marks)}</td></tr>')
     heads = ("Save", ">Step", ">Epoch", ">Better than base, held-out", ">Better than base, training", ">Size", "")
     return _section("Saves", _table(heads, rows) if rows else "")
@@ -260,7 +267,7 @@ def _image_losses(run: _Run) -> str:
         return ""
     middle = rated[len(rated) // 2][0] if len(rated) >= _FEW else 0.0
     ends = (("Never learnt", [entry for entry in rated if entry[0] < _LITTLE * middle]),
-            ("Learnt at once", [entry for entry in reversed(rated) if entry[0] > _MUCH * middle > 0]))
+            ("Learnt at once", [entry for entry in reversed(rated) if entry[0] > _MUCH * middle])) if middle > 0 else ()
 
     def table(entries: Sequence[tuple[float, str]]) -> str:
         return _table(("Picture", ">Better than base"), [
@@ -280,7 +287,7 @@ def _dataset(run: _Run) -> str:
     told = "mirrored crops of trained pictures, since there were few" if kept and kept["derived"] else "not trained on"
     held_out = f"<p>Held out ({told}): {html.escape(names)}</p>" if names else ""
     return _section("Dataset", f"<p>{run.text(planned.summary)}</p>{held_out}" + (
-        f"<p>{run.text(planned.memory)}</p>" if planned.memory else ""))
+        f"<p>Planned: {run.text(planned.memory)}</p>" if planned.memory else ""))
 
 
 def _shown(run: _Run, name: str, value: Any) -> Any:

@@ -42,6 +42,10 @@ class Task:
         if share > before:
             self.seconds_left = (now - began) / (share - before) * (1 - share)
 
+    def begin(self, name: str) -> None:
+        """Another part of the task begins, called `name`, with a progress of its own."""
+        self.name, self.done, self.total, self.seconds_left, self._began = name, 0, 0, None, None
+
     def problem(self, image: str, text: str) -> None:
         """Something about one image that the task goes on without; "" for the task itself. The first 200 are kept."""
         if len(self.problems) < _MOST_PROBLEMS:

@@ -46,7 +46,8 @@ def test_a_run_is_told_in_the_words_of_the_page(run: Run) -> None:
     assert found["diagnosed"] == {"step": 50, "finding": "learning", "message": "It learns.", "setting": "", "value": ""}
     assert found["steps"] == [[50, None, None, 1e-4, 5e-5, 0.25]]
     assert found["result"] == {"path": str(result), "lora_text": "<lora:zzk:1>"}
-    assert (found["grid"], found["recommended"], found["task"]) == (None, None, None)
+    assert (found["grid"], found["task"]) == (None, None)
+    assert (found["recommended"]["save"], found["recommended"]["weight"]) == ("zzk-step00000050", 1)
     common = {"epoch": 1, "exists": True}
     assert found["saves"] == [
         {"id": "zzk-step00000050", "path": str(first), "step": 50, "final": False, "size": first.stat().st_size,

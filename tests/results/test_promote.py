@@ -163,7 +163,7 @@ def test_without_a_sample_the_preview_is_the_grids_at_the_nearest_weight(run: Ru
     assert result["prompt"] == "zzk girl <lora:zzk:0.75>"
     found = overview(run.folder, run.host)
     assert found["saves"][-1]["preview"] == "grid/41.png"
-    assert found["grid"]["progress"] == {"done": 10, "total": 10}
+    assert (found["grid"]["progress"], found["grid"]["scores"]) == ({"done": 10, "total": 10}, [])
 
 
 @pytest.mark.parametrize("name", ["zzk.png", "zzk.preview.png", "zzk.preview.jpeg"])

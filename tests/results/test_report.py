@@ -177,12 +177,16 @@ def test_the_grid_is_shown_with_a_picture_of_each_save_weight_and_prompt(run: Ru
         Image.new("RGB", (64, 64), (50 * cell.column, 50 * cell.prompt, 100 * cell.seed)).save(run.folder / cell.file)
     grid = Grid(columns, prompts, (1, 2), SampleOptions(size=(64, 64)), cells, ("A note.",))
     (run.folder / "grid" / "cells.json").write_text(json.dumps(dataclasses.asdict(grid)), encoding="utf-8")
+    likeness = {cells[0].file: 0.5, cells[1].file: 0.54, cells[4].file: 0.6, cells[5].file: 0.64}  # of the first prompt
+    (run.folder / "grid" / "scores.json").write_text(json.dumps({"scored_by": "", "notes": ["B note."], "images": {
+        name: {"likeness": value} for name, value in likeness.items()}}), encoding="utf-8")
     page = Page(html_of(run))
     files = [io.BytesIO(base64.b64decode(source.partition(",")[2])) for source in page.images()]
     colours = [[round(value / 50) for value in Image.open(one).getpixel((9, 9))] for one in files]
     assert colours == [[0, 0, 2], [0, 1, 2], [1, 0, 2]]
     head, *rows = [row for row in page.rows if row[0] in ("Save, weight", "base model") or row[0].startswith("zzk")]
-    assert head[1:] == ["zzk, a <cat>", "a dog"] and "A note." in page.text
+    assert head[1:] == ["Likeness", "zzk, a <cat>", "a dog"] and "A note." in page.text and "B note." in page.text
+    assert [row[1] for row in rows] == ["0.520 ± 0.028", "+0.100 ± 0.028", ""]
     assert [row[0] for row in rows] == ["base model", "zzk-step000000500.7", "zzk1, UNet onlyzzk is <b>gone</b>."]
 
 

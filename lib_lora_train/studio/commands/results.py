@@ -1,4 +1,4 @@
-"""The commands on what a run made: `samples`, `grid`, `take` and `report`.
+"""The commands on what a run made: `samples`, `grid`, `scores`, `recommend`, `take` and `report`.
 
 Nothing here imports torch or numpy before a command runs, so that every other command and `--help` start at once.
 """
@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from lib_lora_train.settings import user_path
 
 if TYPE_CHECKING:
     from lib_lora_train.host.standalone import StandaloneHost
+    from lib_lora_train.results.scoring import Scores
 
 _MOST_SEEDS = 100
 Commands = Any  # what ArgumentParser.add_subparsers returns
@@ -30,7 +32,7 @@ def add_results(commands: Commands) -> None:
     samples.add_argument("--sheet", type=user_path, metavar="F.png", help="all of it on one sheet")
     samples.set_defaults(command=translated("the samples were read")(_samples))
 
-    grid = _add(commands, "grid", "paint a run's saves beside each other; what is there already is not painted again")
+    grid = _add(commands, "grid", "paint a run's saves beside each other and score them; goes on where it was")
     grid.add_argument("--checkpoint", type=user_path, required=True, help="the model, a .safetensors file")
     grid.add_argument("--saves", type=names, default=(), metavar="A,B", help="by name; up to five over the run")
     grid.add_argument("--weights", type=numbers, default=(), metavar="W,W", help="how strongly a save is used (0.7,1)")
@@ -41,6 +43,12 @@ def add_results(commands: Commands) -> None:
     grid.add_argument("--steps", type=int, default=20, help="steps a picture is painted in")
     grid.add_argument("--cfg", type=float, default=7.0, help="how strongly the text is followed while painting")
     grid.set_defaults(command=translated("the grid was painted")(_grid))
+
+    scores = _add(commands, "scores", "show what `grid` measured: four numbers for each save and weight")
+    scores.set_defaults(command=translated("the scores were read")(_scores))
+
+    advice = _add(commands, "recommend", "say which save to take, at which weight, and why")
+    advice.set_defaults(command=translated("the saves were compared")(_recommend))
 
     take = _add(commands, "take", "make one of a run's saves the LoRA, with card and preview")
     take.add_argument("save", metavar="SAVE", help="its name, as `grid` and the report have it; NAME-average is the average")
@@ -103,23 +111,70 @@ def _lines(path: Path) -> list[str]:
 
 def _grid(chosen: argparse.Namespace) -> int:
     from lib_lora_train.results.grid import SEEDS, SampleOptions, sample_grid
+    from lib_lora_train.results.scoring import score_grid
     from lib_lora_train.studio.commands.progress import progress_bar
 
     folder = _folder(chosen)
     if not 1 <= chosen.seeds <= _MOST_SEEDS or chosen.steps < 1:
         raise SettingError(f"--seeds {chosen.seeds} --steps {chosen.steps} is not possible",
                            why=f"there must be 1 to {_MOST_SEEDS} seeds and at least a step")
+    host = _host(folder, chosen.checkpoint)
     terminal.raise_on_interrupt()
     with progress_bar("Painting") as progress:
         grid = sample_grid(
-            _host(folder, chosen.checkpoint), folder, saves=chosen.saves, weights=chosen.weights,
+            host, folder, saves=chosen.saves, weights=chosen.weights,
             prompts=_lines(chosen.prompts) if chosen.prompts else (), seeds=range(SEEDS[0], SEEDS[0] + chosen.seeds),
             extras=chosen.extra, options=SampleOptions(steps=chosen.steps, cfg_scale=chosen.cfg), on_progress=progress)
+    with progress_bar("Looking at pictures") as progress:
+        scores = score_grid(host, folder, on_progress=progress)
     if chosen.json:
-        print(json.dumps(grid.to_dict(), indent=1))
+        print(json.dumps({**grid.to_dict(), "scores": scores.to_dict()}, indent=1))
         return 0
-    for note in grid.notes:
+    _print_notes(grid.notes)
+    _print_scores(scores)
+    return 0
+
+
+def _scores(chosen: argparse.Namespace) -> int:
+    from lib_lora_train.results.scoring import read_scores
+
+    folder = _folder(chosen)
+    scores = read_scores(folder)
+    if scores is None:
+        raise SettingError(f"The run {folder.name} has no grid with scores", remedy="make one: `grid`")
+    if chosen.json:
+        print(json.dumps(scores.to_dict(), indent=1))
+    else:
+        _print_scores(scores)
+    return 0
+
+
+def _print_scores(scores: Scores) -> None:
+    from lib_lora_train.evaluation.scores import NAMES
+
+    print(f"{'save':40} {'weight':6}" + "".join(f" {name.replace('_', ' '):>16}" for name in NAMES))
+    for one in scores.columns:
+        numbers = [getattr(one, name) for name in NAMES]
+        print(f"{one.column.save or 'base model':40} {one.column.weight:<6g}" + "".join(
+            f" {'-' if s.mean is None else f'{s.mean:.3f}' + ('' if s.deviation is None else f' ± {s.deviation:.3f}'):>16}"
+            for s in numbers) + f"  {one.column.problem or one.column.part}".rstrip())
+    _print_notes(scores.notes)
+
+
+def _print_notes(notes: Sequence[str]) -> None:
+    for note in notes:
         print(f"note: {note}", file=sys.stderr)
+
+
+def _recommend(chosen: argparse.Namespace) -> int:
+    from lib_lora_train.results.recommend import recommend
+
+    folder = _folder(chosen)
+    found = recommend(folder)
+    if found is None:
+        raise SettingError(f"Nothing can be recommended of {folder.name}", why="none of its saves was measured",
+                           remedy="paint and score them: `grid`")
+    print(json.dumps(found.to_dict(), indent=1) if chosen.json else f"{found.save} at {found.weight:g}: {found.reason}")
     return 0
 
 
