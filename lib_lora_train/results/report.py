@@ -65,16 +65,16 @@ def write_report(folder: Path, host: Host | None = None) -> None:
 def report_html(folder: Path, host: Host | None = None) -> str:
     """The report of the run of this folder, however it ended and whatever version recorded it."""
     run = _Run.read(folder, host)
-    sections = (_recommended(run), _curves(run), _section("Pictures on the way", strips(folder, run.data["samples"]), (
-        "The same prompts and seeds after so many steps; a click enlarges.")), _grid(run), _saves(run),
-        _image_losses(run), _dataset(run),
-        _settings(run), _repeat(run), _warnings(run))
+    samples = _section("Pictures on the way", strips(folder, run.data["samples"]),
+                       "The same prompts and seeds after so many steps; a click enlarges.")
+    sections = (_header(run), _recommended(run), _curves(run), samples, _grid(run), _saves(run), _image_losses(run),
+                _dataset(run), _settings(run), _repeat(run), _warnings(run))
     style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     title = html.escape(run.past.name or folder.name)
     return printable(
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}: report of a LoRA</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>\n{style}</style></head>\n'
-        f'<body><main>{_header(run)}{"".join(sections)}</main>{_footer()}</body></html>\n')
+        f'<body><main>{"".join(sections)}</main>{_footer()}</body></html>\n')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,10 +151,10 @@ def _header(run: _Run) -> str:
                 f"{f'<p>Next time: <code>{html.escape(change)}</code></p>' if change else ''}{told}")
     elif past.verdict == "ruined":
         kind = "bad"
-    settings = run.settings
+    settings, verdict = run.settings, f'<div class="verdict {kind}">{told}</div>' if told else ""
     rank = f"{settings.get('network_dim', '')} / {settings.get('network_alpha', '')}"
     return (f'<h1>{html.escape(past.name or run.folder.name)}</h1><p class="lead">{html.escape(run.folder.name)} · '
-            f'{html.escape(past.outcome)}</p><div class="verdict {kind}">{told}</div>' + _listed({
+            f'{html.escape(past.outcome)}</p>{verdict}' + _listed({
                 "Checkpoint": run.checkpoint, "Pictures": planned.pictures if planned else "", "Steps": trained,
                 "Size": planned.resolution if planned else "", "Rank / alpha": rank if settings else "",
                 "Learning rate": settings.get("unet_lr") or settings.get("learning_rate", ""),
