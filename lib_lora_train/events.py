@@ -98,8 +98,8 @@ class Warned:
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """The pictures that the LoRA is measured on and not trained on, by file name; `derived` where there were too few, so that
-    they are mirrored crops of pictures that are trained. Sent once, after `Planned`."""
+    """The pictures that the LoRA is measured on and not trained on, by `held_out.name_of`; `derived` where there were too few:
+    then they are mirrored crops of pictures that are trained. Sent once, after `Planned`."""
 
     kind: ClassVar[str] = "held_out"
     pictures: tuple[str, ...]

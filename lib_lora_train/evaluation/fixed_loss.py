@@ -32,16 +32,18 @@ def band_timesteps(steps: int, *, number: int = 0, images: int = 1) -> tuple[int
     return tuple(int((band + (number + 0.5) / images) * steps / BANDS) for band in range(BANDS))
 
 
-@torch.no_grad()
-def fixed_loss(model: FrozenModel, batch: Batch, conditioning: Conditioning, *, adapters: Mapping[str, Adapter], timestep: int,
-               seed: int, number: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The mean loss of a batch's images at a timestep, 0-d fp32. The noise depends on `seed`, `number` and the timestep.
-    `adapters` are the UNet's; nothing waits for the device."""
+def fixed_inputs(batch: Batch, *, timestep: int, seed: int, number: int = 0) -> Batch:
+    """The images of a batch at a timestep, with noise that depends on `seed`, `number`, the timestep and an image's row."""
     draws = draw(batch["mean"].shape, seed=seed, step=number, micro=timestep, timesteps=1)
-    count = len(batch)
-    inputs = batch.extended({**draws, "timesteps": torch.full((count,), timestep), "weight": batch["loss_weight"] / count})
+    return batch.extended({**draws, "timesteps": torch.full((len(batch),), timestep), "weight": batch["loss_weight"]})
+
+
+@torch.no_grad()
+def fixed_losses(model: FrozenModel, inputs: Batch, conditioning: Conditioning, *, adapters: Mapping[str, Adapter],
+                 dtype: torch.dtype = torch.float32) -> Tensor:
+    """The loss of each row of `fixed_inputs`, [B] fp32 on the device. `adapters` are the UNet's; nothing waits."""
     return denoising_loss(model, inputs.to(model.device), conditioning=conditioning, adapters=adapters,
-                          config=LossConfig(dtype))
+                          config=LossConfig(dtype, summed=False))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,26 +60,35 @@ class FixedLoss:
     """The loss of a model on `FixedImage`s, with its LoRA and without it (the multiplier at 0, of text encoders too)."""
 
     def __init__(self, model: FrozenModel, network: AdapterNetwork, condition: Condition, *, dtype: torch.dtype,
-                 seed: int) -> None:
+                 seed: int, at_once: int = BANDS) -> None:
+        """`at_once`: timesteps of an image that the UNet computes together."""
         self.model, self._network, self._condition, self._dtype, self._seed = model, network, condition, dtype, seed
+        self._at_once = at_once
         self._norms: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def of(self, images: Sequence[FixedImage], *, adapted: bool) -> list[list[float]]:
         """The loss of each image at each of its timesteps, one pass of the UNet each. Waits for the device once."""
-        adapters = self._network.adapters().get("unet", {})
-        losses = []
+        losses: list[Tensor] = []
         self._network.set_multiplier(float(adapted))
         try:
             for image in images:
-                batch = image.batch.extended(self._condition.prepare(image.batch.captions)).to(self.model.device)
-                conditioning = self._condition.encode(batch)
-                losses += [fixed_loss(self.model, image.batch, conditioning, adapters=adapters, timestep=t, dtype=self._dtype,
-                                      seed=seed_of(self._seed, "fixed", image.name)) for t in image.timesteps]
+                losses += self._losses(image)
         finally:
             self._network.set_multiplier(1.0)
-        values = iter(torch.stack(losses).tolist() if losses else ())
+        values = iter(torch.cat(losses).tolist() if losses else ())
         return [[next(values) for _ in image.timesteps] for image in images]
+
+    def _losses(self, image: FixedImage) -> list[Tensor]:
+        """The losses of an image in parts, on the device."""
+        prepared = image.batch.extended(self._condition.prepare(image.batch.captions)).to(self.model.device)
+        one = self._condition.encode(prepared)
+        rows = [fixed_inputs(image.batch, timestep=t, seed=seed_of(self._seed, "fixed", image.name)) for t in image.timesteps]
+        inputs = Batch({name: torch.cat([row[name] for row in rows]) for name in rows[0].tensors})
+        return [fixed_losses(
+            self.model, part, Conditioning(one.context.expand(len(part), -1, -1),
+                                           None if one.pooled is None else one.pooled.expand(len(part), -1)),
+            adapters=self._network.adapters().get("unet", {}), dtype=self._dtype) for part in inputs.split(self._at_once)]
 
     @torch.no_grad()
     def strength(self) -> dict[str, float]:

@@ -98,7 +98,8 @@ def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: Initial
                        report=report)
         memory_meter = MeasuredMemory(
             model.device, lambda size: report(dataclasses.replace(planned, memory=memory.corrected(size).text)))
-        measuring = Measuring(plan, measured, model=model, network=network, text=text, dtype=dtype, saver=saver, report=report)
+        measuring = Measuring(plan, measured, model=model, network=network, text=text, config=config, saver=saver,
+                              report=report)
         measuring.begin(continued=bool(weights.name))
         prefetcher = at_end.enter_context(Prefetcher(batches, last_epoch=plan.schedule.epochs))
         with saver.rescue():

@@ -14,8 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-import torch
-
 from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.dataset.held_out import name_of
 from lib_lora_train.distributed import ProcessGroup
@@ -31,7 +29,7 @@ from lib_lora_train.run.callbacks import Stop
 from lib_lora_train.run.inputs import Text, held_out_batches
 from lib_lora_train.run.planning import RunPlan
 from lib_lora_train.run.saver import NoSaver, Saver, save_steps
-from lib_lora_train.training.loop import Progress
+from lib_lora_train.training.loop import Progress, TrainConfig
 
 log = logging.getLogger(__name__)
 _FORWARD_AND_BACKWARD = 3  # passes: backward computes two products where forward computes one
@@ -102,9 +100,11 @@ class Measuring:
     the end of a sentence, "" where it did not."""
 
     def __init__(self, plan: RunPlan, images: MeasuredImages, *, model: FrozenModel, network: AdapterNetwork, text: Text,
-                 dtype: torch.dtype, saver: Saver | NoSaver, report: Report) -> None:
+                 config: TrainConfig, saver: Saver | NoSaver, report: Report) -> None:
         self._plan, self._images, self._saver, self._report = plan, images, saver, report
-        self._loss = FixedLoss(model, network, text.evaluated, dtype=dtype, seed=plan.settings.optimizer.seed)
+        step = config.step  # where it must spare memory, no more is computed at once than by a step
+        self._loss = FixedLoss(model, network, text.evaluated, dtype=config.loss.dtype, seed=config.seed,
+                               at_once=min(BANDS, step.microbatch) if step.checkpointed or step.offload else BANDS)
         self._steps = frozenset(images.plan.steps if images.plan else ())
         self._unadapted: _Losses | None = None
         self._history: list[float] = []
@@ -209,4 +209,4 @@ def stands_still(losses: Sequence[float]) -> bool:
     window, here the last half, is a small share of that over all measurements."""
     if len(losses) < _DVAR_LEAST or not all(map(math.isfinite, losses)):
         return False
-    return statistics.pvariance(losses[len(losses) // 2:]) < _DVAR_SHARE * statistics.pvariance(losses)
+    return statistics.pvariance(losses[len(losses) // 2:]) <= _DVAR_SHARE * statistics.pvariance(losses)

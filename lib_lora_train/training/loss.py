@@ -32,11 +32,13 @@ LOSSES: dict[str, LossFunction] = {"l2": mse}
 
 @dataclass(frozen=True)
 class LossConfig:
-    """What the loss is made of, and the dtype it is computed in. `min_snr_gamma` 0 is off."""
+    """What the loss is made of, and the dtype it is computed in. `min_snr_gamma` 0 is off; where it is not `summed`, the loss
+    is that of each image, [B]."""
 
     dtype: torch.dtype
     min_snr_gamma: float = 0.0
     function: LossFunction = mse
+    summed: bool = True
 
 
 def denoising_loss(model: FrozenModel, batch: Batch, *, conditioning: Conditioning, adapters: Mapping[str, Adapter],
@@ -71,7 +73,7 @@ def zero_prediction_loss(model: FrozenModel, batch: Batch, config: LossConfig) -
 
 
 def _weighted(loss: Tensor, model: FrozenModel, batch: Batch, config: LossConfig) -> Tensor:
-    """The sum of the loss of each element [B, C, h, w], with mask and weights."""
+    """The sum of the loss of each element [B, C, h, w], with mask and weights; of each image where that is asked for."""
     schedule, t = model.schedule, batch["timesteps"]
     if "mask" in batch:
         loss = loss * batch["mask"]
@@ -79,7 +81,7 @@ def _weighted(loss: Tensor, model: FrozenModel, batch: Batch, config: LossConfig
     if config.min_snr_gamma:
         per_image = per_image * min_snr_weight(schedule.snr(t), gamma=config.min_snr_gamma,
                                                v_prediction=schedule.prediction_type == "v_prediction")
-    return per_image.sum()
+    return per_image.sum() if config.summed else per_image
 
 
 def min_snr_weight(snr: Tensor, *, gamma: float, v_prediction: bool) -> Tensor:

@@ -11,13 +11,14 @@ from PIL import Image, ImageDraw
 
 from lib_lora_train import events
 from lib_lora_train.errors import Interrupted, SettingError
-from lib_lora_train.evaluation.scores import spread_of
+from lib_lora_train.evaluation.scores import spread_of, tag_recall
 from lib_lora_train.host.port import RenderRequest, never
 from lib_lora_train.host.standalone import StandaloneHost
 from lib_lora_train.results.grid import SampleOptions, sample_grid
 from lib_lora_train.results.overview import overview
 from lib_lora_train.results.recommend import recommend
 from lib_lora_train.results.scoring import Scores, read_scores, score_grid
+from lib_lora_train.tagging.captioner import Description, Tag
 from tests.results.test_grid import Run
 
 COLOURS = ("red", "green", "blue", "black", "orange")
@@ -107,3 +108,13 @@ def test_the_page_is_told_the_scores_of_each_column_and_image_and_what_they_reco
     assert best is not None and found["recommended"] == best.to_dict()
     assert found["grid"]["scores"] == told["columns"] and len(told["columns"]) == len(found["grid"]["columns"])
     assert {cell["file"]: cell["scores"] for cell in found["grid"]["cells"]} == told["images"]
+
+
+def test_tag_recall_is_the_share_of_the_captions_tags_that_a_tagger_finds() -> None:
+    class Tagger:
+        def describe(self, images):
+            return [Description((Tag("long_hair", 0.9), Tag("1girl", 0.8), Tag("tree", 0.7)))]
+
+    image = Image.new("RGB", (8, 8))
+    assert tag_recall(Tagger(), image, "1girl, Long hair, umbrella, smile") == 0.5
+    assert tag_recall(Tagger(), image, "") is None

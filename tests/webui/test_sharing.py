@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 
 from tests.webui.running import WebUI, fill, running, until
@@ -201,3 +204,18 @@ def test_the_queue_and_the_progress_display_tell_who_waits_for_whom(
     webui.post("/lora-train/v1/stop", {"save": False})
     ended(webui)
     assert "Traceback" not in webui.log
+
+
+def test_another_checkpoint_is_rendered_with_and_the_webui_holds_its_own_afterwards(
+        webui: WebUI, before: dict[str, Any]) -> None:
+    request = {"prompt": PROMPT, "negative_prompt": "red", "seed": 3, "steps": 4, "cfg_scale": 3}
+    image, = webui.post("/probe/render", {**request, "checkpoint": "other"})["images"]
+    assert webui.get("/probe/model") == before["model"]  # before a generation would load it
+    theirs = webui.sample(PROMPT, override_settings={"sd_model_checkpoint": "other"})
+    assert theirs != before["picture"] and pixels(image) == pixels(theirs)
+    assert webui.post("/probe/render", {**request, "checkpoint": "not there"}) == {"error": "HostError"}
+    assert_unchanged(webui, before)
+
+
+def pixels(image: str) -> bytes:
+    return Image.open(io.BytesIO(base64.b64decode(image))).convert("RGB").tobytes()

@@ -34,8 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     bench = argparse.ArgumentParser(prog="python tools/bench",
                                     description="Measure quality, speed and memory of the training.")
-    commands = bench.add_subparsers(required=True, metavar="quality | speed | memory | cache | startup | model | studio")
+    commands = bench.add_subparsers(
+        required=True, metavar="quality | recommend | speed | memory | cache | startup | model | studio")
     _add_quality(commands)
+    _add_recommend(commands)
     _add_speed(commands)
     memory = _add(commands, "memory", run_memory, "compare the memory plan's prediction with what is measured here; predict "
                   "for GPUs of several sizes", out="tables and figures")
@@ -93,6 +95,18 @@ def _add_quality(commands: argparse._SubParsersAction) -> None:
     quality.add_argument("--quick", action="store_true", help="a check that it works, in two minutes; not to be quoted")
 
 
+def _add_recommend(commands: argparse._SubParsersAction) -> None:
+    recommend = _add(commands, "recommend", run_recommend, "measure how well the scores of a run's grid order its saves",
+                     out="tables, figures, runs and LoRAs; what is there already is not made again")
+    recommend.add_argument("--case", action="append", choices=("style", "subject"), default=[], help="by default both")
+    recommend.add_argument("--seeds", default="42", metavar="N,N,…", help="a run for each (42)")
+    recommend.add_argument("--steps", type=int, default=420, help="of each run (420)")
+    recommend.add_argument("--every", type=int, default=30, help="steps between two saves (30)")
+    recommend.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting that differs from the "
+                           "demo's; may be repeated")
+    recommend.add_argument("--threads", type=int, default=1, help="CPU threads (1)")
+
+
 def _add_speed(commands: argparse._SubParsersAction) -> None:
     speed = _add(commands, "speed", run_speed, "measure seconds a training step, beside the step's roofline and beside another "
                  "trainer", out="table and figures",
@@ -142,6 +156,22 @@ def run_quality(chosen: argparse.Namespace) -> int:
     host = StandaloneHost(checkpoint, lora_folder=chosen.out / "loras", runs_folder=chosen.out / "runs")
     quality.run_quality(plan, host, say=_say)
     return _done((chosen.out / "quality.md").read_text(encoding="utf-8"), chosen)
+
+
+def run_recommend(chosen: argparse.Namespace) -> int:
+    """`bench recommend`; returns the exit code."""
+    import torch
+
+    from lib_lora_train.demo.embedded import CHECKPOINT
+    from lib_lora_train.host.standalone import StandaloneHost
+    from tools.bench import recommend
+
+    torch.set_num_threads(max(1, chosen.threads))
+    plan = recommend.RecommendPlan(
+        chosen.out, cases=tuple(chosen.case) or tuple(recommend.DATA), seeds=_numbers("--seeds", chosen.seeds),
+        steps=chosen.steps, every=chosen.every, changes=dict(assignment(text) for text in chosen.set))
+    host = StandaloneHost(CHECKPOINT, lora_folder=chosen.out / "loras", runs_folder=chosen.out / "runs")
+    return _done(recommend.run_recommend(plan, host, say=_say), chosen)
 
 
 def run_speed(chosen: argparse.Namespace) -> int:
@@ -223,12 +253,15 @@ def run_studio(chosen: argparse.Namespace) -> int:
     """`bench studio`; returns the exit code."""
     from tools.bench import studio
 
-    try:
-        sizes = tuple(map(int, chosen.images.split(","))) if chosen.images else studio.SIZES
-    except ValueError as error:
-        raise SettingError(f"--pictures {chosen.images} is no list of numbers",
-                           remedy="write --pictures 1000,10000") from error
+    sizes = _numbers("--pictures", chosen.images) if chosen.images else studio.SIZES
     return _done(studio.run_studio(sizes, output=chosen.out, say=_say), chosen)
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(map(int, text.split(",")))
+    except ValueError as error:
+        raise SettingError(f"{option} {text} is no list of numbers", remedy=f"write {option} 1000,10000") from error
 
 
 def device_of(chosen: argparse.Namespace) -> torch.device:

@@ -10,7 +10,7 @@ import torch
 from lib_lora_train.adapters import file
 from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.adapters.targets import find_targets
-from lib_lora_train.evaluation.fixed_loss import fixed_loss
+from lib_lora_train.evaluation.fixed_loss import fixed_inputs, fixed_losses
 from lib_lora_train.host.port import Host
 from lib_lora_train.inputs.batches import Batch
 from lib_lora_train.model import frozen
@@ -77,8 +77,8 @@ class Sampler:
         with torch.no_grad():
             conditions = [self._model.text.encode([self._model.text.tokenize(caption) for caption in batch.captions],
                                                   adapters=lora) for batch in batches]
-        return {t: sum(len(batch) * fixed_loss(self._model, batch, condition, adapters=lora.get("unet", {}), timestep=t,
-                                               seed=seed, number=number).item()
+        return {t: sum(float(fixed_losses(self._model, fixed_inputs(batch, timestep=t, seed=seed, number=number), condition,
+                                          adapters=lora.get("unet", {})).sum())
                        for number, (batch, condition) in enumerate(zip(batches, conditions, strict=True))) / len(pixels)
                 for t in timesteps}
 

@@ -56,7 +56,7 @@ def measure_subject(host: Host, sampler: Sampler, evaluator: Evaluator, *, data:
                for _ in range(evaluator.effort.samples)]
     say(f"  sampling {2 * len(prompts)} pictures, without and with the LoRA")
     base, generated = sampler.sample(prompts), sampler.sample(prompts, full)
-    gallery = _Gallery(evaluator, sampler.through_vae(pixels))
+    gallery = Gallery(evaluator, sampler.through_vae(pixels))
     say("  the loss on the poses that were kept back")
     loss = loss_bands(sampler, pixels[kept_back], [f"{TRIGGER}, {captions[index]}" for index in kept_back], full)
     save_sheet(output / "subject.png", [base, generated])
@@ -65,10 +65,11 @@ def measure_subject(host: Host, sampler: Sampler, evaluator: Evaluator, *, data:
         mistaken=gallery.mistaken(), loss=loss)
 
 
-class _Gallery:
+class Gallery:
     """Features of the subject's images, then of all real emoji in both styles."""
 
     def __init__(self, evaluator: Evaluator, subject: torch.Tensor) -> None:
+        """`subject` are the subject's real images as the VAE shows them."""
         self._scorer: WordScorer = evaluator.word
         self._subjects, self._words = len(subject), len(evaluator.real.words)
         self._held_out = evaluator.real.indices(HELD_OUT)

@@ -128,13 +128,13 @@ def sample(prompt: str = Body(""), negative_prompt: str = Body(""), width: int =
 
 def render(prompt: str = Body(""), negative_prompt: str = Body(""), width: int = Body(64), height: int = Body(64),
            steps: int = Body(4), cfg_scale: float = Body(7.0), seed: int = Body(1), sampler: str = Body("Euler"),
-           count: int = Body(1), leased: bool = Body(False)) -> dict[str, Any]:
+           count: int = Body(1), checkpoint: str = Body(""), leased: bool = Body(False)) -> dict[str, Any]:
     """What the host renders, as base64 of PNGs; `error` where it refuses. `leased`: while the model is leased."""
     from lib_lora_train.errors import LoraTrainError
     from lib_lora_train.host.a1111.host import HOST
     from lib_lora_train.host.port import RenderRequest
 
-    request = RenderRequest(prompt, negative_prompt, width, height, steps, cfg_scale, seed, sampler, count)
+    request = RenderRequest(prompt, negative_prompt, width, height, steps, cfg_scale, seed, sampler, count, checkpoint)
     try:
         with HOST.lease() if leased else contextlib.nullcontext():
             return {"images": [_png(image) for image in HOST.render(request)]}
