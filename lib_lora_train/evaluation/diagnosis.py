@@ -26,7 +26,7 @@ LINEAR = 0.65  # too slow: the share of the gain that half of the way brings, 0.
 WORSE, OF_GAIN = 0.005, 0.1  # overfitting: held-out losses above their best by more than this, and this share of the gain
 LOST, STILL = 0.5, 0.02  # shares of the gain: lost again is diverging, brought by the second half of the way is a plateau
 TINY_ALPHA = 0.02  # of the rank
-KNOWN_WORD, WRONG_WORD = 0.45, -0.5  # `WordsCheck`: a trigger word of more meaning is known, of less gain says something else
+KNOWN_WORD, WRONG_WORD = 0.35, -0.5  # `WordsCheck`: a trigger word of more meaning is known, of less gain says something else
 TELLING, WRONG_CAPTIONS = 0.25, 0.15  # captions of more meaning are understood; below this mean of fit and gain they are wrong
 
 
