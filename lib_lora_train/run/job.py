@@ -161,7 +161,7 @@ def _finished(plan: RunPlan, saver: Saver | NoSaver, progress: Progress, *, verd
         name, (worth, why) = Path(path).stem or name, verdict
         told = f"{name} is ready: {path}" if worth == "healthy" else f"{name} is saved, and was not looked at: {path}"
         if diagnosed := diagnosing.end(verdict):
-            told = f"{name} is saved: {path}. {diagnosed}"
+            told = f"{name} is saved{'' if worth else ', and was not looked at'}: {path}. {diagnosed}"
         elif worth == "ruined":
             told = f"{name} is saved, but ruined: {why}. Lower the learning rate and train it anew. The file: {path}"
         return Finished("done" if complete else "stopped", told if complete else f"{stopped}; {told}", path, steps, worth)

@@ -289,12 +289,12 @@ def test_a_lora_ruined_by_its_learning_rate_is_not_called_ready_and_was_warned_o
         record.write(event)
     record.close()
     assert (finished.outcome, finished.verdict) == ("done", "ruined") and Path(finished.path).is_file()
-    assert "ruined" in finished.message.lower() and "ready" not in finished.message and finished.path in finished.message
+    assert "Ruined:" in finished.message and "ready" not in finished.message and finished.path in finished.message
     assert past_run(folder).verdict == "ruined" and past_run(folder).message == finished.message
     before_the_steps = seen[:seen.index(of(events.Step, seen)[0])]
     assert any("(learning_rate) = 5" in w.message for w in of(events.Warned, before_the_steps))
     healthy, seen = run(settings(images, output_name="good"), host)
-    assert healthy.verdict == "healthy" and "ruined" not in healthy.message.lower()
+    assert healthy.verdict == "healthy" and "Ruined:" not in healthy.message
 
 
 @pytest.mark.parametrize("name, error", [("zero_loss", RuntimeError("CUDA out of memory.")), ("strength", KeyError("layer"))])
