@@ -98,9 +98,8 @@ class Warned:
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """The pictures that the LoRA is measured on and not trained on, by their path in the dataset's folder, with slashes;
-    `derived` where there were too few, so that they are mirrored crops of pictures that are trained. Sent once, after
-    `Planned`."""
+    """The pictures that the LoRA is measured on and not trained on, by `held_out.name_of`; `derived` where there were too few:
+    then they are mirrored crops of pictures that are trained. Sent once, after `Planned`."""
 
     kind: ClassVar[str] = "held_out"
     pictures: tuple[str, ...]
