@@ -27,7 +27,7 @@
      * [] where nothing was. */
     function scoresOf(grid, column) {
         const scores = grid.scores[column], unadapted = grid.scores[0];
-        return NUMBERS.filter(([name]) => scores && scores[name] && scores[name].mean !== null).map(([name, words, good, help]) => {
+        return NUMBERS.filter(([name]) => scores && scores[name] && Number.isFinite(scores[name].mean)).map(([name, words, good, help]) => {
             const value = scores[name].mean - (unadapted[name].mean || 0), spread = scores[name].deviation;
             const within = Math.abs(value) <= (spread || 0) || Math.abs(value) < 0.005;
             return {words, help, value, spread, kind: within ? null : value * good > 0 ? "good" : "bad"};
@@ -51,8 +51,8 @@
 
     /** What the form asks for; an empty field leaves it to the server. */
     function makeForm(app) {
-        const {make, button, field, tick, textBox, translated} = window.loraTrainStudio.parts;
-        const values = {weights: "", seeds: "", prompts: "", checkpoint: "", extras: new Set(), saves: new Set()};
+        const {make, field, tick, textBox, numberBox, translated} = window.loraTrainStudio.parts;
+        const values = {weights: "", seeds: "", prompts: "", checkpoint: "", steps: null, cfg: null, sampler: "", extras: new Set(), saves: new Set()};
         const prompts = make("textarea", {
             class: "lts-input", rows: "3", id: "lora_train_grid_prompts", spellcheck: "false",
             placeholder: translated("One a line; empty takes captions of held-out pictures"), oninput: () => (values.prompts = prompts.value),
@@ -66,6 +66,12 @@
                     "How strongly the LoRA is applied, as in <lora:name:0.7>."),
                 field("Seeds", textBox("", (text) => (values.seeds = text), {placeholder: "1000, 1001, 1002", id: "lora_train_grid_seeds"}),
                     "At least three show how far the numbers spread."),
+                field("Sampler", textBox("", (text) => (values.sampler = text), {placeholder: "Euler", id: "lora_train_grid_sampler"}),
+                    "By the name that txt2img has for it."),
+                field("Sampling steps", numberBox("", (number) => (values.steps = number), {minimum: 1, maximum: 150, id: "lora_train_grid_steps"}),
+                    "Empty takes 20."),
+                field("CFG scale", numberBox("", (number) => (values.cfg = number), {minimum: 1, maximum: 30, step: 0.5, id: "lora_train_grid_cfg"}),
+                    "Empty takes 7."),
                 field("Another checkpoint", textBox("", (text) => (values.checkpoint = text), {
                     placeholder: "works on others too?", id: "lora_train_grid_checkpoint",
                 }), "Name of a checkpoint to paint on instead of the one that is loaded.")),
@@ -88,9 +94,9 @@
         function wish() {
             const asked = {
                 weights: numbersOf(values.weights), seeds: numbersOf(values.seeds), prompts: lines(values.prompts),
-                checkpoint: values.checkpoint.trim(), extras: [...values.extras], saves: [...values.saves],
+                checkpoint: values.checkpoint.trim(), sampler: values.sampler.trim(), steps: values.steps, cfg: values.cfg, extras: [...values.extras], saves: [...values.saves],
             };
-            return Object.fromEntries(Object.entries(asked).filter(([, value]) => value && value.length));
+            return Object.fromEntries(Object.entries(asked).filter(([, value]) => (Array.isArray(value) ? value.length : value)));
         }
 
         return {element, draw, wish};
@@ -100,12 +106,30 @@
         const {make, button, choice, pills, translated} = window.loraTrainStudio.parts;
         const form = makeForm(app), notes = make("div", {class: "ltr-notes"}), picker = make("div", {class: "lts-line lts-go"});
         const table = make("div", {class: "ltr-grid", role: "table", "aria-label": translated("Grid of saves and weights")});
-        const paint = button("Paint the grid", () => results.paint(app), {drawn: "picture", id: "lora_train_paint_grid"});
+        const paint = button("Paint the grid", () => results.paint(), {drawn: "picture", id: "lora_train_paint_grid"});
         const element = make("div", {class: "ltr-section", hidden: true},
             make("div", {class: "ltr-line"}, make("h4", {text: translated("Saves and weights")}), paint), form.element, notes, picker, table);
         let known = "", prompt = 0, places = [];
 
-        results.paint = (asking) => asking.start("results/grid", {run: asking.found.run, ...form.wish()});
+        /** A grid that was stopped goes on as it was, unless the form says otherwise. */
+        results.paint = () => {
+            const {grid, run, saves} = app.found, asked = form.wish();
+            const goesOn = grid && grid.progress.done < grid.progress.total && !Object.keys(asked).length;
+            return app.start("results/grid", {run, ...(goesOn ? wishOf(grid, saves) : asked)});
+        };
+
+        const different = (values) => [...new Set(values)];
+
+        /** The request that made a grid. */
+        function wishOf({columns, prompts, seeds, options}, saves) {
+            const plain = columns.filter((column) => !column.part && saves.some((save) => save.id === column.save));
+            return {
+                saves: different(plain.map((column) => column.save)), weights: different(plain.map((column) => column.weight)),
+                prompts: prompts.map(({text}) => text), seeds, checkpoint: options.checkpoint, sampler: options.sampler, steps: options.steps, cfg: options.cfg_scale,
+                extras: different(columns.filter((column) => column.save).map((column) => column.part ||
+                    (plain.includes(column) ? "" : "average"))).filter(Boolean),
+            };
+        }
 
         /** The columns of the file as rows of the page: [{name, about, columns: [{index, weight}]}], the base model first. */
         function rows(found) {
@@ -140,7 +164,7 @@
         function zoomable(found, list) {
             return list.map((row) => row.columns.flatMap((column) => cellsOf(found.grid, column.index).map((cell) => (cell.done ? {
                 path: app.address(cell.file, false), small: app.address(cell.file, true),
-                title: row.save === BASE ? row.name : `${row.name} · ${results.weight(column.weight)}`,
+                title: row.save === BASE ? row.name : `${row.name} ${translated("at")} ${results.weight(column.weight)}`,
                 about: [`${translated("seed")} ${cell.seed}`, wordsOf(found.grid, cell, translated), found.grid.prompts[prompt].text]
                     .filter(Boolean).join(" · "),
             } : null))));
@@ -195,7 +219,7 @@
             form.draw(found);
             const {grid} = found, part = grid && grid.progress.done < grid.progress.total;
             paint.disabled = app.working();
-            paint.lastChild.textContent = translated(part ? "Go on painting" : grid ? "Paint it anew" : "Paint the grid");
+            paint.lastChild.textContent = translated(part ? "Go on painting" : "Paint the grid");
             const now = JSON.stringify([found.run, grid, found.recommended, found.saves]);
             if (now === known) return;
             known = now;

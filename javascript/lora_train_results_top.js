@@ -145,7 +145,7 @@
                     }) : null].filter(Boolean));
             }
             if (made.paint) {
-                line.append(button(made.words, () => results.paint(app), {
+                line.append(button(made.words, () => results.paint(), {
                     kind: best ? "plain" : "primary", drawn: "picture", id: "lora_train_paint", disabled: app.working(),
                     title: "Paint the same pictures with each save, and judge them: likeness, prompt, drift and copies.",
                 }));

@@ -8,7 +8,7 @@
     GET  results/file?run=&name=&small=   a PNG of that run, as `results` names it; "small" makes a JPEG of 256 pixels of it
     GET  results/report?run= all of it on one page that needs no other file
     POST results/grid        {"run", "saves"?, "weights"?, "prompts"?, "seeds"?, "extras"?: ["average", "unet", "text"],
-                             "checkpoint"?} -> {"id"}: paint and score the saves, a task
+                             "checkpoint"?, "steps"?, "cfg"?, "sampler"?} -> {"id"}: paint and score the saves, a task
     POST results/stop        {} -> {"stopping": whether something was running}; a grid goes on where it was
     POST results/take        {"run", "save", "weight"?} -> what `promote` returns and "message": make that save the run's LoRA
     POST results/delete      {"run", "saves": [...]} -> {"deleted": [names of files]}
@@ -59,6 +59,9 @@ class ResultsRequest(BaseModel):
     seeds: list[conint(strict=True, ge=0, le=2**32 - 1)] = []
     extras: list[Literal["average", "unet", "text"]] = []
     checkpoint: _Text = ""
+    steps: conint(strict=True, ge=1, le=150) = SampleOptions.steps
+    cfg: confloat(ge=1, le=30, allow_inf_nan=False) = SampleOptions.cfg_scale
+    sampler: _Text = SampleOptions.sampler
 
     save: _Text = ""
     weight: confloat(ge=-2, le=2, allow_inf_nan=False) = 1.0
@@ -124,7 +127,7 @@ class Results:
         if not self.host.shares_model() and (self.runner.running() or not self.host.idle()):
             raise HostError("The grid cannot be painted now", why="the model is in use",
                             remedy="wait for the other work to end, or stop it first")
-        options = SampleOptions(checkpoint=request.checkpoint)
+        options = SampleOptions(request.sampler, request.steps, request.cfg, checkpoint=request.checkpoint)
 
         def job(task: Task) -> str:
             sample_grid(self.host, folder, saves=request.saves, weights=request.weights, prompts=request.prompts,
