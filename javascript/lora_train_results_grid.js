@@ -8,29 +8,29 @@
         ["unet", "UNet only", "What the picture part of the network learnt, without the text encoder's."],
         ["text", "Text encoder only", "What the text encoder learnt, without the UNet's."],
     ];
-    // What was measured: its name in the API, its label, which way is good, what it says.
+    // What was measured: its name in the API, its label, what it says.
     const NUMBERS = [
-        ["likeness", "likeness", 1, "How alike the pictures are to those that were not trained on, patch by patch. Higher is better."],
-        ["prompt_following", "prompt", 1, "How well they follow the prompt without the trigger word. About 0 is good; much lower forgets what was asked for."],
-        ["tag_recall", "tags", 1, "How many of the prompt's tags a tagger finds in them. Higher is better."],
-        ["drift", "drift", -1, "How far pictures without the trigger word move away from the base model's. Lower is better."],
-        ["copy_risk", "copies", -1, "How much nearer they are to a picture that was trained than to a held-out one. Lower is better; higher copies."],
+        ["likeness", "likeness", "How alike the pictures are to those that were not trained on, patch by patch. Higher is better."],
+        ["prompt_following", "prompt", "How well they follow the prompt without the trigger word. About 0 is good; much lower forgets what was asked for."],
+        ["tag_recall", "tags", "How many of the prompt's tags a tagger finds in them. Higher is better."],
+        ["drift", "drift", "How far pictures without the trigger word move away from the base model's. Lower is better."],
+        ["copy_risk", "copies", "How much nearer they are to a picture that was trained than to a held-out one. Lower is better; higher copies."],
     ];
 
     /** "+12 ±3", in hundredths. */
     function number(value, spread) {
         const shown = Math.round(100 * value), sign = shown < 0 ? "\u2212" : shown > 0 ? "+" : "";
-        return sign + Math.abs(shown) + (spread ? " ±" + Math.round(100 * spread) : "");
+        return sign + Math.abs(shown) + (Math.round(100 * spread) ? " ±" + Math.round(100 * spread) : "");
     }
 
     /** What was measured of a column of the grid, less what was measured of the base model: [{words, help, value, spread, kind}];
-     * [] where nothing was. */
+     * [] where nothing was. More likeness is what it is for; of the others the server says when they go too far. */
     function scoresOf(grid, column) {
         const scores = grid.scores[column], unadapted = grid.scores[0];
-        return NUMBERS.filter(([name]) => scores && scores[name] && Number.isFinite(scores[name].mean)).map(([name, words, good, help]) => {
+        return NUMBERS.filter(([name]) => scores && scores[name] && Number.isFinite(scores[name].mean)).map(([name, words, help]) => {
             const value = scores[name].mean - (unadapted[name].mean || 0), spread = scores[name].deviation;
-            const within = Math.abs(value) <= (spread || 0) || Math.abs(value) < 0.005;
-            return {words, help, value, spread, kind: within ? null : value * good > 0 ? "good" : "bad"};
+            const clear = name === "likeness" && Math.abs(value) >= Math.max(0.005, spread || 0);
+            return {words, help, value, spread, kind: clear ? (value > 0 ? "good" : "bad") : null};
         });
     }
 
@@ -195,7 +195,9 @@
                             column.problem ? make("small", {class: "ltr-problem", text: column.problem}) :
                                 make("div", {class: "ltr-cells"}, ...cellsOf(grid, column.index).map((cell) =>
                                     tile(found, row, column, cell, [number, place++]))),
-                            scores.length ? numbers(scores) : null);
+                            scores.length ? numbers(scores) : null,
+                            scores.length && grid.scores[column.index].leaves.length ? make("small", {class: "ltr-problem ltr-leaves",
+                                text: grid.scores[column.index].leaves.join("; ")}) : null);
                     })));
             }));
         }

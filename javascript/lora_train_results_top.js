@@ -106,7 +106,8 @@
             const best = found.recommended, save = best && found.saves.find((one) => one.id === best.save);
             if (best && save) {
                 return {
-                    title: `${translated("Recommended")}: ${results.saveName(app, save)} ${translated("at")} ${results.weight(best.weight)}`,
+                    title: `${translated("Recommended")}: ${results.saveName(app, save)} ${translated("at")} ${results.weight(best.weight)}` +
+                        (save.is_result ? " · " + translated("the LoRA") : ""),
                     text: best.reason, save, weight: best.weight, paint: !judged(found), words: "Paint the grid to be surer",
                 };
             }

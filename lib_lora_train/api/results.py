@@ -112,9 +112,10 @@ class Results:
         """Make a save the LoRA; what was written, with a sentence about it."""
         folder = self._folder_to_change(request.run)
         taken = promote(folder, request.save, weight=request.weight, host=self.host)
-        written = [Path(taken[name]).name for name in ("card", "preview") if taken[name]]
+        name, written = Path(taken["path"]), [Path(taken[kind]).name for kind in ("card", "preview") if taken[kind]]
+        source = "" if request.save == name.stem else f" It holds the save {request.save}."
         kept = f" What had its name is kept as {Path(taken['kept']).name}." if taken["kept"] else ""
-        return {**taken, "message": f"{Path(taken['path']).name} is {request.save} now, to be used at {request.weight:g}. "
+        return {**taken, "message": f"{name.name} is the LoRA, to be used at {request.weight:g}.{source} "
                                     f"Written beside it: {' and '.join(written)}.{kept}"}
 
     def delete(self, request: ResultsRequest) -> dict[str, Any]:
