@@ -24,7 +24,7 @@
 
     function makeApp(page, place) {
         const app = {page, place, inSight: false, runs: null, run: remembered(), found: null, task: null, said: {text: ""}};
-        const state = {timer: 0, parts: [], seen: "", renewed: 0, wanted: 0, polling: false};
+        const state = {timer: 0, parts: [], seen: "", renewed: 0, wanted: 0, polling: false, failed: false};
 
         app.address = (file, small) => `results/file?run=${encodeURIComponent(app.found.run)}&name=${encodeURIComponent(file)}` +
             (small ? "&small=1" : "");
@@ -52,6 +52,8 @@
             state.polling = true;
             try {
                 const before = app.task, {task} = await page.api.ask("results/task");
+                if (state.failed) app.say("");
+                state.failed = false;
                 app.task = task;
                 const moved = task && (!before || before.id !== task.id || before.done !== task.done);
                 const ended = task && !task.running && (!before || before.running || before.id !== task.id);
@@ -59,6 +61,7 @@
                 if (ended && before && before.running) app.say(task.message, task.outcome === "failed");
                 app.draw();
             } catch (error) {
+                state.failed = true;
                 app.say(error.message, true);
             } finally {
                 state.polling = false;
@@ -72,7 +75,8 @@
             state.renewed = Date.now();
             try {
                 let [runs, found] = await Promise.all([
-                    app.runs || page.api.ask("runs").then((answer) => answer.runs), resultsOf(app.run).catch(() => null)]);
+                    app.runs || page.api.ask("runs").then((answer) => answer.runs),
+                    app.run ? resultsOf(app.run).catch(() => null) : null]);
                 if (!found && runs.length) found = await resultsOf(runs[0].id);
                 if (mine !== state.wanted) return;
                 if (found && !runs.some((run) => run.id === found.run)) runs = (await page.api.ask("runs")).runs;

@@ -17,10 +17,11 @@
         ["copy_risk", "copies", "How much nearer they are to a picture that was trained than to a held-out one. Lower is better; higher copies."],
     ];
 
-    /** "+12 ±3", in hundredths. */
+    /** "+12 ±3" or "+0.4 ±0.1", in hundredths. */
     function number(value, spread) {
-        const shown = Math.round(100 * value), sign = shown < 0 ? "\u2212" : shown > 0 ? "+" : "";
-        return sign + Math.abs(shown) + (Math.round(100 * spread) ? " ±" + Math.round(100 * spread) : "");
+        const digits = Math.abs(100 * value) < 9.95 ? 1 : 0, shown = (100 * value).toFixed(digits).replace("-", "\u2212");
+        const told = Number(shown.replace("\u2212", "")) === 0 ? "0" : value > 0 ? "+" + shown : shown;
+        return told + (spread ? " ±" + (100 * spread).toFixed(digits) : "");
     }
 
     /** What was measured of a column of the grid, less what was measured of the base model: [{words, help, value, spread, kind}];
