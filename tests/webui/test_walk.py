@@ -51,11 +51,13 @@ def test_a_run_is_watched_its_recommended_save_taken_and_generated_with(webui: W
     page.get_by_role("button", name="3 Results", exact=True).click()
     expect(page.locator(".ltr-save")).to_have_count(2)
     # Small, so that it takes seconds: as the page's button starts it, and shown by the page.
-    webui.post("/lora-train/v1/results/grid", {"run": webui.get("/lora-train/v1/status")["run"], "weights": [0.5, 1], "steps": 2})
+    run = webui.get("/lora-train/v1/status")["run"]
+    webui.post("/lora-train/v1/results/grid", {"run": run, "weights": [0.5, 1], "steps": 2})
     tab.page.reload()
     page.get_by_role("button", name="Train LoRA", exact=True).click()
     page.get_by_role("button", name="3 Results", exact=True).click()
-    until(lambda: not webui.get("/lora-train/v1/results/task")["task"]["running"], what="the grid is painted and judged", seconds=120)
+    until(lambda: not webui.get("/lora-train/v1/results/task")["task"]["running"], what="the grid is painted and judged",
+          seconds=120)
     expect(page.locator(".ltr-row .ltr-numbers").first).to_contain_text("likeness")
     recommended = webui.get("/lora-train/v1/results")["recommended"]
     page.locator("#lora_train_take").click()
