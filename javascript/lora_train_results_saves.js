@@ -29,8 +29,10 @@
 
     function wish(app, save, weight) {
         const {found} = app, first = (found.samples || [])[0];
+        // The one that was taken is called as the LoRA.
+        const text = save.is_result && found.result ? found.result.lora_text : save.lora_text;
         return {
-            lora_text: save.lora_text.replace(/:[\d.]+>$/, ":" + results.weight(weight) + ">"), trigger_word: found.trigger_word,
+            lora_text: text.replace(/:[\d.]+>$/, ":" + results.weight(weight) + ">"), trigger_word: found.trigger_word,
             others: found.saves.map((one) => one.lora_text), width: found.size && found.size[0], height: found.size && found.size[1],
             prompt: first ? first.prompt.replace(/ --[a-z] .*$/, "") : "",
         };

@@ -126,7 +126,8 @@ class Measured:
 
 @dataclasses.dataclass(frozen=True)
 class ImageLosses:
-    """The mean loss on fixed noise of each training picture (by file name), with the LoRA and of the base model."""
+    """The mean loss on fixed noise of training pictures (by their path in the dataset's folder, with slashes), with the LoRA
+    and of the base model: of each, or of some spread over a large set."""
 
     kind: ClassVar[str] = "image_losses"
     step: int
