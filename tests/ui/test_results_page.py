@@ -14,6 +14,7 @@ from PIL import Image
 from lib_lora_train import events
 from lib_lora_train.api import results, service
 from lib_lora_train.host.standalone import StandaloneHost
+from lib_lora_train.studio.importing.owned import OwnedDataset
 from tests.browser import ServedPage, expect, needs_browser, opened_page
 from tests.fake_host import images
 from tests.results.written_run import Run
@@ -55,10 +56,15 @@ def shown(browser: object, tiny_file: Path, tmp_path_factory: pytest.TempPathFac
         # Nothing yet, and one way on.
         made.part("results_begin").click()
         expect(made.part("start")).to_be_visible()
-        written = Run(folder, host, run="old-20261101-120000")
+        dataset = OwnedDataset.create(host.datasets_folder, "cats", concept="zzk")
+        inner, = dataset.folder.glob("*_zzk")
         names = ("0.png", "1.png", "2.png", "3.png", f"{EVIL}.png")
+        for name in names:
+            Image.new("RGB", (64, 64), "red").save(inner / name)
+        written = Run(folder, host, run="old-20261101-120000", values={"train_data_dir": str(dataset.folder)})
         written.save("zzk-old", 100)
-        written.tell(events.ImageLosses(100, names, (0.5, 0.5, 0.5, 0.1, 1.0), (1.0,) * 5), REMEDY)
+        images_known = tuple(f"{inner.name}/{name}" for name in names)
+        written.tell(events.ImageLosses(100, images_known, (0.5, 0.5, 0.5, 0.1, 1.0), (1.0,) * 5), REMEDY)
         written.record.close()
         made.train(images(folder / "data"))
         # Without a reload.
@@ -165,6 +171,10 @@ def test_an_older_run_is_chosen_its_verdict_applied_and_its_pictures_named(shown
     shown.page.reload()
     shown.page.locator("#ltr").get_by_role("button", name="Apply").click()
     expect(shown.page.locator("#lora_train_learning_rate input").first).to_have_value("0.00123")
+    # And the picture that was never learnt is one press away.
+    shown.open()
+    shown.page.locator(".ltr-culprit").click()
+    expect(shown.page.locator(".lts-tile.lts-current")).to_have_attribute("data-id", f"{EVIL}.png")
     assert shown.page.evaluate("window.evil") is None
     assert not results.results_for(shown.host, shown.runner).tasks.running()
 
