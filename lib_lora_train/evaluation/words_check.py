@@ -31,6 +31,8 @@ from lib_lora_train.training.noise import draw, seed_of
 MADE_UP, WELL_KNOWN = ("zumiwok", "vexqua"), ("house", "tree")
 _TIMESTEPS = (0.8, 0.875, 0.95)  # shares of the schedule
 _CAPTIONS, _WORDS = 6, 5  # times that captions and single words are asked about: 18 and 20 passes, 5 more with a trigger word
+MOST_PASSES = 43
+"""Of the UNet, with one image each."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from lib_lora_train.dataset.captions import with_trigger_word
 from lib_lora_train.distributed import ProcessGroup
 from lib_lora_train.evaluation.diagnosis import Gains, RunSummary, diagnose
 from lib_lora_train.evaluation.schedule import spread
-from lib_lora_train.evaluation.words_check import Question, WordsCheck, check_words, different, questions, texts_of
+from lib_lora_train.evaluation.words_check import MOST_PASSES, Question, WordsCheck, check_words, different, questions, texts_of
 from lib_lora_train.events import Diagnosed, Event, Measured, Report, Saved, Step, Verdict, Warned
 from lib_lora_train.inputs.batches import Batches
 from lib_lora_train.model.frozen import FrozenModel
@@ -24,8 +24,8 @@ from lib_lora_train.run.planning import RunPlan
 from lib_lora_train.run.record import read_events
 from lib_lora_train.training.schedules import learning_rate_factor
 
-_COMPARED = 64  # images that are compared with each other
-_ASKED = 6
+_COMPARED, _ASKED = 64, 6  # images that are compared with each other, and that the words are asked about
+_MOST_SHARE = 0.25  # of the UNet's passes in training, which are three a step: a shorter run's words are not asked about
 
 T = TypeVar("T")
 
@@ -101,8 +101,11 @@ class Diagnosing:
     def _look(self, batches: Batches) -> RunSummary:
         trained = [index for index, example in enumerate(self._plan.dataset.examples) if not example.is_regularisation]
         seed = self._plan.settings.optimizer.seed
-        images = [batches.fixed(index) for index in spread(trained, _ASKED, seed=seed)]
-        self._questions = questions(images, steps=len(self._model.schedule))
+        optimizer = self._plan.settings.optimizer
+        visits = self._plan.schedule.steps * optimizer.train_batch_size * optimizer.gradient_accumulation_steps
+        if MOST_PASSES <= _MOST_SHARE * 3 * visits:
+            images = [batches.fixed(index) for index in spread(trained, _ASKED, seed=seed)]
+            self._questions = questions(images, steps=len(self._model.schedule))
         compared = () if self._plan.settings.encodes_in_steps else spread(trained, _COMPARED, seed=seed)
         alike = len(compared) - different([batches.fixed(index)["mean"][0] for index in compared])
         return _summary(self._plan, compared=len(compared), alike=alike)

@@ -28,8 +28,9 @@ def test_a_rate_that_ruins_it_is_named_and_the_two_verdicts_agree(images, host):
     assert float(last.value) < 5 and last.message in finished.message
 
 
-@pytest.mark.parametrize("name", ["check_words", "diagnose", "different"])
+@pytest.mark.parametrize("name", ["check_words", "diagnose"])
 def test_a_look_that_fails_is_told_and_changes_no_weight(images, host, monkeypatch, name):
+    monkeypatch.setattr(diagnosing, "MOST_PASSES", 1)  # so short a run's words are not asked about else
     untouched = load_file(run(settings(images, max_train_steps=2, validation=False), host)[0].path)
     monkeypatch.setattr(diagnosing, name, lambda *rest, **more: (_ for _ in ()).throw(RuntimeError("broken")))
     finished, seen = run(settings(images, max_train_steps=2, overwrite=True), host)

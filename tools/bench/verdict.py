@@ -86,7 +86,7 @@ def diagnosed(case: Case, data: DataSet, *, seed: int, output: Path) -> Row:
     except LoraTrainError as error:
         said, finding, message, named, value = [], "refused", str(error), "", ""
     _keep(output / "events" / f"{data.name}-{seed}-{case.name.replace(' ', '-')}.jsonl", settings, seen)
-    right = finding in case.expected and named == case.setting
+    right = finding in case.expected and named == case.setting and case.about in message
     return Row(case.name, data.name, seed, case.expected, case.setting, finding, message, named, value, right,
                   time.monotonic() - start, tuple(f"{event.step}: {event.finding}" for event in said))
 
@@ -98,14 +98,20 @@ def _epochs(case: Case, folder: Path) -> int:
 
 
 def verdict_text(rows: Sequence[Row], *, seconds: float) -> str:
-    """The table, a line for each run, and how many were right."""
-    lines = [[row.case, f"{row.data} {row.seed}", " / ".join(row.expected), row.finding or "nothing",
-              f"{row.named} = {row.value}" if row.named else "", "yes" if row.right else "NO", row.message] for row in rows]
+    """The table, a line for each run, the sentences, and how many were right."""
+    lines = [[row.case, f"{row.data} {row.seed}", _with_setting(" / ".join(row.expected), row.setting),
+              _with_setting(row.finding or "nothing", " = ".join(filter(None, (row.named, row.value)))),
+              "yes" if row.right else "NO"] for row in rows]
     right = sum(row.right for row in rows)
     return "\n".join([
         "# The verdict on runs made to go wrong", "",
-        grid(("run", "data", "expected", "said", "to change", "right", "in words"), lines), "",
+        grid(("run", "data, seed", "expected", "said", "right"), lines), "",
+        *(f"- {row.case} ({row.data} {row.seed}): {row.message}" for row in rows), "",
         f"{right} of {len(rows)} right, in {seconds / 60:.0f} minutes. {machine_text(torch.device('cpu'))}", ""])
+
+
+def _with_setting(finding: str, setting: str) -> str:
+    return f"{finding}; {setting}" if setting else finding
 
 
 def _keep(path: Path, settings: dict[str, Value], seen: Sequence[events.Event]) -> None:

@@ -52,6 +52,7 @@ class Case:
 
     expected   the findings that are right; "refused" where the run must not start
     setting    the one that must be named, "" for none
+    about      what the sentence must say
     changes    of the good run's settings
     steps      about so many, in whole epochs
     data       the demo's images that it is made with, unless others are asked for
@@ -67,6 +68,7 @@ class Case:
     data: str = "style"
     write: Write = lambda entries, folder: write_images(entries, folder)
     damaged: bool = False
+    about: str = ""
 
 
 def write_images(entries: list[Entry], folder: Path) -> None:
@@ -133,11 +135,12 @@ CASES = (
          {"lr_scheduler": "constant", "validate_every_n_steps": 60}, steps=LONG, data="subject"),
     Case("text encoder too hot", ("diverging", "overfitting", "ruined"), "text_encoder_lr",
          {"network_train_unet_only": False, "text_encoder_lr": 100 * _RATE}, steps=SHORT),
-    Case("captions of other pictures", ("words",), steps=SHORT, write=mislabelled),
-    Case("one picture twenty times", ("words",), steps=SHORT, write=one_image),
-    Case("three pictures", ("words",), steps=SHORT, write=three_images),
+    Case("captions of other pictures", ("words",), steps=SHORT, write=mislabelled, about="do not describe"),
+    Case("one picture twenty times", ("words",), steps=SHORT, write=one_image, about="in several copies"),
+    Case("three pictures", ("words",), steps=SHORT, write=three_images, about="only 3 pictures"),
     Case("empty captions, no trigger word", ("words",), "trigger_word", {"trigger_word": ""}, steps=SHORT,
-         write=without_captions),
-    Case("trigger word of something else", ("words",), "trigger_word", {"trigger_word": "penguin"}, steps=SHORT),
-    Case("checkpoint that is not a number", ("refused",), damaged=True),
+         write=without_captions, about="No picture has a caption"),
+    Case("trigger word of something else", ("words",), "trigger_word", {"trigger_word": "penguin"}, steps=SHORT,
+         about="already means something else"),
+    Case("checkpoint that is not a number", ("refused",), damaged=True, about="not numbers"),
 )
