@@ -24,7 +24,7 @@
 
     function makeApp(page, place) {
         const app = {page, place, inSight: false, runs: null, run: remembered(), found: null, task: null, said: {text: ""}};
-        const state = {timer: 0, parts: [], seen: "", renewed: 0, wanted: 0, polling: false};
+        const state = {timer: 0, parts: [], seen: "", renewed: 0, wanted: 0, polling: false, failed: false};
 
         app.address = (file, small) => `results/file?run=${encodeURIComponent(app.found.run)}&name=${encodeURIComponent(file)}` +
             (small ? "&small=1" : "");
@@ -52,6 +52,8 @@
             state.polling = true;
             try {
                 const before = app.task, {task} = await page.api.ask("results/task");
+                if (state.failed) app.say("");
+                state.failed = false;
                 app.task = task;
                 const moved = task && (!before || before.id !== task.id || before.done !== task.done);
                 const ended = task && !task.running && (!before || before.running || before.id !== task.id);
@@ -59,6 +61,7 @@
                 if (ended && before && before.running) app.say(task.message, task.outcome === "failed");
                 app.draw();
             } catch (error) {
+                state.failed = true;
                 app.say(error.message, true);
             } finally {
                 state.polling = false;
@@ -66,21 +69,19 @@
             }
         }
 
-        /** Everything of the run that is shown; the newest one where none was chosen. */
+        /** Everything of the run that is shown; the newest one where none was chosen, or the chosen one is gone. */
         app.renew = async() => {
-            const mine = ++state.wanted;
+            const mine = ++state.wanted, resultsOf = (run) => page.api.ask("results?run=" + encodeURIComponent(run));
             state.renewed = Date.now();
             try {
-                if (!app.runs) app.runs = (await page.api.ask("runs")).runs;
-                const known = app.runs.some((run) => run.id === app.run);
-                const shown = known ? app.run : app.runs.length ? app.runs[0].id : "";
-                const found = shown ? await page.api.ask("results?run=" + encodeURIComponent(shown)) : null;
+                let [runs, found] = await Promise.all([
+                    app.runs || page.api.ask("runs").then((answer) => answer.runs),
+                    app.run ? resultsOf(app.run).catch(() => null) : null]);
+                if (!found && runs.length) found = await resultsOf(runs[0].id);
                 if (mine !== state.wanted) return;
-                app.found = found;
-                if (found) app.task = found.task;
+                if (found && !runs.some((run) => run.id === found.run)) runs = (await page.api.ask("runs")).runs;
+                Object.assign(app, {runs, found, task: found ? found.task : app.task});
             } catch (error) {
-                // A run that is gone leaves the list.
-                app.runs = null;
                 app.say(error.message, true);
             }
             app.draw();
@@ -92,7 +93,6 @@
             if (run !== app.run) app.said = {text: ""};
             app.run = run;
             remember(run);
-            if (app.runs && run && !app.runs.some((known) => known.id === run)) app.runs = null;
             return app.renew();
         };
 
@@ -116,21 +116,15 @@
             return answer;
         });
 
-        app.comeIntoSight = () => {
-            app.runs = null;
-            app.renew();
-        };
-
         page.watch((status) => {
             const now = JSON.stringify([status.run, status.running, status.evaluated, status.saved.length]);
             if (now === state.seen) return;
-            const other = state.seen && JSON.parse(state.seen)[0] !== status.run;
+            const [run, running] = state.seen ? JSON.parse(state.seen) : [status.run, status.running];
             state.seen = now;
             // What was chosen before a new run began is no longer what is wanted.
-            if (other && status.running) app.run = "";
-            if (!watching()) return;
-            app.runs = null;
-            app.renew();
+            if (run !== status.run && status.running) app.run = "";
+            if (run !== status.run || running !== status.running) app.runs = null;
+            if (watching()) app.renew();
         });
         return app;
     }
@@ -179,9 +173,9 @@
         };
         new IntersectionObserver((entries) => {
             app.inSight = entries[entries.length - 1].isIntersecting;
-            if (app.inSight) app.comeIntoSight();
+            if (app.inSight) app.renew();
         }).observe(root);
-        document.addEventListener("visibilitychange", () => document.hidden || (app.inSight && app.comeIntoSight()));
+        document.addEventListener("visibilitychange", () => document.hidden || (app.inSight && app.renew()));
         return true;
     }
 

@@ -8,29 +8,30 @@
         ["unet", "UNet only", "What the picture part of the network learnt, without the text encoder's."],
         ["text", "Text encoder only", "What the text encoder learnt, without the UNet's."],
     ];
-    // What was measured: its name in the API, its label, which way is good, what it says.
+    // What was measured: its name in the API, its label, what it says.
     const NUMBERS = [
-        ["likeness", "likeness", 1, "How alike the pictures are to those that were not trained on, patch by patch. Higher is better."],
-        ["prompt_following", "prompt", 1, "How well they follow the prompt without the trigger word. About 0 is good; much lower forgets what was asked for."],
-        ["tag_recall", "tags", 1, "How many of the prompt's tags a tagger finds in them. Higher is better."],
-        ["drift", "drift", -1, "How far pictures without the trigger word move away from the base model's. Lower is better."],
-        ["copy_risk", "copies", -1, "How much nearer they are to a picture that was trained than to a held-out one. Lower is better; higher copies."],
+        ["likeness", "likeness", "How alike the pictures are to those that were not trained on, patch by patch. Higher is better."],
+        ["prompt_following", "prompt", "How well they follow the prompt without the trigger word. About 0 is good; much lower forgets what was asked for."],
+        ["tag_recall", "tags", "How many of the prompt's tags a tagger finds in them. Higher is better."],
+        ["drift", "drift", "How far pictures without the trigger word move away from the base model's. Lower is better."],
+        ["copy_risk", "copies", "How much nearer they are to a picture that was trained than to a held-out one. Lower is better; higher copies."],
     ];
 
-    /** "+12 ±3", in hundredths. */
+    /** "+12 ±3" or "+0.4 ±0.1", in hundredths. */
     function number(value, spread) {
-        const shown = Math.round(100 * value), sign = shown < 0 ? "\u2212" : shown > 0 ? "+" : "";
-        return sign + Math.abs(shown) + (spread ? " ±" + Math.round(100 * spread) : "");
+        const digits = Math.abs(100 * value) < 9.95 ? 1 : 0, shown = (100 * value).toFixed(digits).replace("-", "\u2212");
+        const told = Number(shown.replace("\u2212", "")) === 0 ? "0" : value > 0 ? "+" + shown : shown;
+        return told + (spread ? " ±" + (100 * spread).toFixed(digits) : "");
     }
 
     /** What was measured of a column of the grid, less what was measured of the base model: [{words, help, value, spread, kind}];
-     * [] where nothing was. */
+     * [] where nothing was. More likeness is what it is for; of the others the server says when they go too far. */
     function scoresOf(grid, column) {
         const scores = grid.scores[column], unadapted = grid.scores[0];
-        return NUMBERS.filter(([name]) => scores && scores[name] && scores[name].mean !== null).map(([name, words, good, help]) => {
+        return NUMBERS.filter(([name]) => scores && scores[name] && Number.isFinite(scores[name].mean)).map(([name, words, help]) => {
             const value = scores[name].mean - (unadapted[name].mean || 0), spread = scores[name].deviation;
-            const within = Math.abs(value) <= (spread || 0) || Math.abs(value) < 0.005;
-            return {words, help, value, spread, kind: within ? null : value * good > 0 ? "good" : "bad"};
+            const clear = name === "likeness" && Math.abs(value) >= Math.max(0.005, spread || 0);
+            return {words, help, value, spread, kind: clear ? (value > 0 ? "good" : "bad") : null};
         });
     }
 
@@ -51,8 +52,8 @@
 
     /** What the form asks for; an empty field leaves it to the server. */
     function makeForm(app) {
-        const {make, button, field, tick, textBox, translated} = window.loraTrainStudio.parts;
-        const values = {weights: "", seeds: "", prompts: "", checkpoint: "", extras: new Set(), saves: new Set()};
+        const {make, field, tick, textBox, numberBox, translated} = window.loraTrainStudio.parts;
+        const values = {weights: "", seeds: "", prompts: "", checkpoint: "", steps: null, cfg: null, sampler: "", extras: new Set(), saves: new Set()};
         const prompts = make("textarea", {
             class: "lts-input", rows: "3", id: "lora_train_grid_prompts", spellcheck: "false",
             placeholder: translated("One a line; empty takes captions of held-out pictures"), oninput: () => (values.prompts = prompts.value),
@@ -66,6 +67,12 @@
                     "How strongly the LoRA is applied, as in <lora:name:0.7>."),
                 field("Seeds", textBox("", (text) => (values.seeds = text), {placeholder: "1000, 1001, 1002", id: "lora_train_grid_seeds"}),
                     "At least three show how far the numbers spread."),
+                field("Sampler", textBox("", (text) => (values.sampler = text), {placeholder: "Euler", id: "lora_train_grid_sampler"}),
+                    "By the name that txt2img has for it."),
+                field("Sampling steps", numberBox("", (number) => (values.steps = number), {minimum: 1, maximum: 150, id: "lora_train_grid_steps"}),
+                    "Empty takes 20."),
+                field("CFG scale", numberBox("", (number) => (values.cfg = number), {minimum: 1, maximum: 30, step: 0.5, id: "lora_train_grid_cfg"}),
+                    "Empty takes 7."),
                 field("Another checkpoint", textBox("", (text) => (values.checkpoint = text), {
                     placeholder: "works on others too?", id: "lora_train_grid_checkpoint",
                 }), "Name of a checkpoint to paint on instead of the one that is loaded.")),
@@ -88,9 +95,9 @@
         function wish() {
             const asked = {
                 weights: numbersOf(values.weights), seeds: numbersOf(values.seeds), prompts: lines(values.prompts),
-                checkpoint: values.checkpoint.trim(), extras: [...values.extras], saves: [...values.saves],
+                checkpoint: values.checkpoint.trim(), sampler: values.sampler.trim(), steps: values.steps, cfg: values.cfg, extras: [...values.extras], saves: [...values.saves],
             };
-            return Object.fromEntries(Object.entries(asked).filter(([, value]) => value && value.length));
+            return Object.fromEntries(Object.entries(asked).filter(([, value]) => (Array.isArray(value) ? value.length : value)));
         }
 
         return {element, draw, wish};
@@ -100,12 +107,30 @@
         const {make, button, choice, pills, translated} = window.loraTrainStudio.parts;
         const form = makeForm(app), notes = make("div", {class: "ltr-notes"}), picker = make("div", {class: "lts-line lts-go"});
         const table = make("div", {class: "ltr-grid", role: "table", "aria-label": translated("Grid of saves and weights")});
-        const paint = button("Paint the grid", () => results.paint(app), {drawn: "picture", id: "lora_train_paint_grid"});
+        const paint = button("Paint the grid", () => results.paint(), {drawn: "picture", id: "lora_train_paint_grid"});
         const element = make("div", {class: "ltr-section", hidden: true},
             make("div", {class: "ltr-line"}, make("h4", {text: translated("Saves and weights")}), paint), form.element, notes, picker, table);
         let known = "", prompt = 0, places = [];
 
-        results.paint = (asking) => asking.start("results/grid", {run: asking.found.run, ...form.wish()});
+        /** A grid that was stopped goes on as it was, unless the form says otherwise. */
+        results.paint = () => {
+            const {grid, run, saves} = app.found, asked = form.wish();
+            const goesOn = grid && grid.progress.done < grid.progress.total && !Object.keys(asked).length;
+            return app.start("results/grid", {run, ...(goesOn ? wishOf(grid, saves) : asked)});
+        };
+
+        const different = (values) => [...new Set(values)];
+
+        /** The request that made a grid. */
+        function wishOf({columns, prompts, seeds, options}, saves) {
+            const plain = columns.filter((column) => !column.part && saves.some((save) => save.id === column.save));
+            return {
+                saves: different(plain.map((column) => column.save)), weights: different(plain.map((column) => column.weight)),
+                prompts: prompts.map(({text}) => text), seeds, checkpoint: options.checkpoint, sampler: options.sampler, steps: options.steps, cfg: options.cfg_scale,
+                extras: different(columns.filter((column) => column.save).map((column) => column.part ||
+                    (plain.includes(column) ? "" : "average"))).filter(Boolean),
+            };
+        }
 
         /** The columns of the file as rows of the page: [{name, about, columns: [{index, weight}]}], the base model first. */
         function rows(found) {
@@ -140,7 +165,7 @@
         function zoomable(found, list) {
             return list.map((row) => row.columns.flatMap((column) => cellsOf(found.grid, column.index).map((cell) => (cell.done ? {
                 path: app.address(cell.file, false), small: app.address(cell.file, true),
-                title: row.save === BASE ? row.name : `${row.name} · ${results.weight(column.weight)}`,
+                title: row.save === BASE ? row.name : `${row.name} ${translated("at")} ${results.weight(column.weight)}`,
                 about: [`${translated("seed")} ${cell.seed}`, wordsOf(found.grid, cell, translated), found.grid.prompts[prompt].text]
                     .filter(Boolean).join(" · "),
             } : null))));
@@ -171,7 +196,9 @@
                             column.problem ? make("small", {class: "ltr-problem", text: column.problem}) :
                                 make("div", {class: "ltr-cells"}, ...cellsOf(grid, column.index).map((cell) =>
                                     tile(found, row, column, cell, [number, place++]))),
-                            scores.length ? numbers(scores) : null);
+                            scores.length ? numbers(scores) : null,
+                            scores.length && grid.scores[column.index].leaves.length ? make("small", {class: "ltr-problem ltr-leaves",
+                                text: grid.scores[column.index].leaves.join("; ")}) : null);
                     })));
             }));
         }
@@ -195,7 +222,7 @@
             form.draw(found);
             const {grid} = found, part = grid && grid.progress.done < grid.progress.total;
             paint.disabled = app.working();
-            paint.lastChild.textContent = translated(part ? "Go on painting" : grid ? "Paint it anew" : "Paint the grid");
+            paint.lastChild.textContent = translated(part ? "Go on painting" : "Paint the grid");
             const now = JSON.stringify([found.run, grid, found.recommended, found.saves]);
             if (now === known) return;
             known = now;

@@ -39,7 +39,9 @@
             studio.find(name);
         }
 
-        function entry({name, gain}) {
+        function entry({name: path, gain}) {
+            // The studio's datasets have all of their pictures in one folder.
+            const name = path.split("/").pop();
             const words = `${name}: ${percent(100 * gain)}`, face = make("span", {class: "ltr-name"}, make("b", {text: name}),
                 make("small", {text: percent(100 * gain)}));
             if (!app.found.dataset) return make("li", {title: words}, face);

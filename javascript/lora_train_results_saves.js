@@ -29,8 +29,10 @@
 
     function wish(app, save, weight) {
         const {found} = app, first = (found.samples || [])[0];
+        // The one that was taken is called as the LoRA.
+        const text = save.is_result && found.result ? found.result.lora_text : save.lora_text;
         return {
-            lora_text: save.lora_text.replace(/:[\d.]+>$/, ":" + results.weight(weight) + ">"), trigger_word: found.trigger_word,
+            lora_text: text.replace(/:[\d.]+>$/, ":" + results.weight(weight) + ">"), trigger_word: found.trigger_word,
             others: found.saves.map((one) => one.lora_text), width: found.size && found.size[0], height: found.size && found.size[1],
             prompt: first ? first.prompt.replace(/ --[a-z] .*$/, "") : "",
         };
@@ -63,22 +65,26 @@
         const element = make("div", {class: "ltr-section", hidden: true}), chosen = new Set();
         let known = "";
 
-        /** The pictures that were painted right after a save, by prompt. */
-        function painted(save) {
-            return (app.found.samples || []).map(({prompt, pictures}) => {
-                const found = pictures.filter((one) => one.step <= save.step).pop();
-                return found ? {
-                    path: app.address(found.file, false), small: app.address(found.file, true), title: results.saveName(app, save),
-                    about: prompt,
-                } : null;
-            });
-        }
+        /** What shows a save in full size. */
+        const shown = (save, file, about) => ({
+            path: app.address(file, false), small: app.address(file, true), title: results.saveName(app, save), about,
+        });
 
-        function compare() {
-            const saves = app.found.saves.filter((save) => chosen.has(save.id)), columns = saves.map(painted);
-            const rows = (app.found.samples || []).map((_, row) => columns.map((column) => column[row]))
-                .filter((row) => row.some(Boolean));
-            if (rows.length) app.page.zoom(rows, 0, rows[0].findIndex(Boolean), {beside: true});
+        /** For each prompt of the samples and of the grid, the pictures of these saves; prompts that show one at most are left out. */
+        function comparable(saves) {
+            const {samples, grid} = app.found;
+            const sampled = samples.map(({prompt, pictures}) => saves.map((save) => {
+                const found = pictures.find((one) => one.step === save.step);
+                return found ? shown(save, found.file, prompt) : null;
+            }));
+            const painted = grid ? grid.prompts.map(({text}, prompt) => saves.map((save) => {
+                const cells = grid.cells.filter((cell) => cell.done && cell.prompt === prompt && cell.seed === grid.seeds[0] &&
+                    grid.columns[cell.column].save === save.id && !grid.columns[cell.column].part);
+                const away = (cell) => Math.abs(grid.columns[cell.column].weight - 1);
+                const found = cells.sort((a, b) => away(a) - away(b))[0];
+                return found ? shown(save, found.file, text) : null;
+            })) : [];
+            return [...painted, ...sampled].filter((row) => row.filter(Boolean).length > 1);
         }
 
         function remove(saves) {
@@ -91,11 +97,14 @@
         }
 
         function head() {
-            const {found} = app, saves = found.saves.filter((save) => save.exists), marked = saves.filter((save) => chosen.has(save.id));
+            const saves = app.found.saves.filter((save) => save.exists), marked = saves.filter((save) => chosen.has(save.id));
+            const rows = comparable(marked);
             return make("div", {class: "ltr-line"}, make("h4", {text: count(saves.length, "save")}),
-                marked.length ? button(translated("Compare") + " " + marked.length, compare, {
-                    drawn: "split", id: "lora_train_compare", disabled: marked.length < 2 || !(found.samples || []).length,
-                    title: found.samples && found.samples.length ? "Their pictures side by side" : "There are no pictures to compare",
+                marked.length ? button(translated("Compare") + " " + marked.length, () => app.page.zoom(
+                    rows, 0, rows[0].findIndex(Boolean), {beside: true}), {
+                    drawn: "split", id: "lora_train_compare", disabled: !rows.length,
+                    title: rows.length ? "Their pictures side by side" : marked.length < 2 ? "Mark another one to compare with" :
+                        "There are no pictures of several of them; paint the grid with them",
                 }) : null,
                 marked.length ? button(translated("Delete") + " " + marked.length, () => remove(marked), {
                     drawn: "remove", id: "lora_train_delete",
@@ -135,7 +144,7 @@
             const {found} = app;
             element.hidden = !found || !found.saves.length;
             if (element.hidden) return;
-            const now = JSON.stringify([found.run, found.saves, found.measured, found.recommended, (found.samples || []).length, [...chosen]]);
+            const now = JSON.stringify([found.run, found.saves, found.measured, found.recommended, found.samples, found.grid && found.grid.progress, [...chosen]]);
             if (now === known) return;
             known = now;
             for (const id of chosen) {

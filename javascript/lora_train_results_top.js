@@ -106,7 +106,8 @@
             const best = found.recommended, save = best && found.saves.find((one) => one.id === best.save);
             if (best && save) {
                 return {
-                    title: `${translated("Recommended")}: ${results.saveName(app, save)} ${translated("at")} ${results.weight(best.weight)}`,
+                    title: `${translated("Recommended")}: ${results.saveName(app, save)} ${translated("at")} ${results.weight(best.weight)}` +
+                        (save.is_result ? " · " + translated("the LoRA") : ""),
                     text: best.reason, save, weight: best.weight, paint: !judged(found), words: "Paint the grid to be surer",
                 };
             }
@@ -145,7 +146,7 @@
                     }) : null].filter(Boolean));
             }
             if (made.paint) {
-                line.append(button(made.words, () => results.paint(app), {
+                line.append(button(made.words, () => results.paint(), {
                     kind: best ? "plain" : "primary", drawn: "picture", id: "lora_train_paint", disabled: app.working(),
                     title: "Paint the same pictures with each save, and judge them: likeness, prompt, drift and copies.",
                 }));

@@ -22,6 +22,11 @@ window.loraTrainVerdict = function(page) {
         const box = control(name);
         if (!box) return;
         turnTo(TRAIN);
+        if (!byId("lora_train_summary").textContent.trim()) {
+            // The fields are still being filled with what the browser remembers.
+            setTimeout(() => write(name, value), 300);
+            return;
+        }
         const fold = box.closest(".lora-train-fold"), title = fold && fold.querySelector(".label-wrap:not(.open)");
         if (title) title.click();
         if (box.type === "checkbox") {

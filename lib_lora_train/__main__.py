@@ -297,7 +297,9 @@ class _Bar:
             self._tqdm.write(f"saved {event.path}")
         elif isinstance(event, events.Warned):
             self._tqdm.write(f"note: {event.message}")
-        else:
+        elif isinstance(event, events.Diagnosed):
+            self._tqdm.write(f"{event.finding}: {event.message}")
+        elif isinstance(event, events.Finished):
             self._bar.close()
             if event.outcome != "failed":
                 print(event.message)

@@ -98,8 +98,8 @@ class Warned:
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """The pictures that the LoRA is measured on and not trained on, by file name; `derived` where there were too few, so that
-    they are mirrored crops of pictures that are trained. Sent once, after `Planned`."""
+    """The pictures that the LoRA is measured on and not trained on, by `held_out.name_of`; `derived` where there were too few:
+    then they are mirrored crops of pictures that are trained. Sent once, after `Planned`."""
 
     kind: ClassVar[str] = "held_out"
     pictures: tuple[str, ...]
@@ -126,7 +126,8 @@ class Measured:
 
 @dataclasses.dataclass(frozen=True)
 class ImageLosses:
-    """The mean loss on fixed noise of each training picture (by file name), with the LoRA and of the base model."""
+    """The mean loss on fixed noise of training pictures (by their path in the dataset's folder, with slashes), with the LoRA
+    and of the base model: of each, or of some spread over a large set."""
 
     kind: ClassVar[str] = "image_losses"
     step: int

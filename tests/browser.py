@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import uvicorn
 
+from lib_lora_train.host.port import Host
 from lib_lora_train.run.runner import Runner
 from lib_lora_train.ui.standalone import listen, make_app
 from tests.fake_host import FakeHost
@@ -61,8 +62,9 @@ class ServedPage:
     To be used in a `with` block, at whose end the page must have asked nobody else for anything.
     """
 
-    def __init__(self, folder: Path, page: Any) -> None:
-        self.host, self.runner, self.page, self.folder = FakeHost(folder), Runner(), page, folder
+    def __init__(self, folder: Path, page: Any, *, host: Host | None = None) -> None:
+        """`host` is one without a model if it is not given."""
+        self.host, self.runner, self.page, self.folder = host or FakeHost(folder), Runner(), page, folder
         listener = listen("127.0.0.1", 0)
         # From here on connections wait instead of being refused, so the browser may come before the server is ready.
         listener.listen(100)

@@ -8,7 +8,7 @@
     GET  results/file?run=&name=&small=   a PNG of that run, as `results` names it; "small" makes a JPEG of 256 pixels of it
     GET  results/report?run= all of it on one page that needs no other file
     POST results/grid        {"run", "saves"?, "weights"?, "prompts"?, "seeds"?, "extras"?: ["average", "unet", "text"],
-                             "checkpoint"?} -> {"id"}: paint and score the saves, a task
+                             "checkpoint"?, "steps"?, "cfg"?, "sampler"?} -> {"id"}: paint and score the saves, a task
     POST results/stop        {} -> {"stopping": whether something was running}; a grid goes on where it was
     POST results/take        {"run", "save", "weight"?} -> what `promote` returns and "message": make that save the run's LoRA
     POST results/delete      {"run", "saves": [...]} -> {"deleted": [names of files]}
@@ -59,6 +59,9 @@ class ResultsRequest(BaseModel):
     seeds: list[conint(strict=True, ge=0, le=2**32 - 1)] = []
     extras: list[Literal["average", "unet", "text"]] = []
     checkpoint: _Text = ""
+    steps: conint(strict=True, ge=1, le=150) = SampleOptions.steps
+    cfg: confloat(ge=1, le=30, allow_inf_nan=False) = SampleOptions.cfg_scale
+    sampler: _Text = SampleOptions.sampler
 
     save: _Text = ""
     weight: confloat(ge=-2, le=2, allow_inf_nan=False) = 1.0
@@ -109,9 +112,10 @@ class Results:
         """Make a save the LoRA; what was written, with a sentence about it."""
         folder = self._folder_to_change(request.run)
         taken = promote(folder, request.save, weight=request.weight, host=self.host)
-        written = [Path(taken[name]).name for name in ("card", "preview") if taken[name]]
+        name, written = Path(taken["path"]), [Path(taken[kind]).name for kind in ("card", "preview") if taken[kind]]
+        source = "" if request.save == name.stem else f" It holds the save {request.save}."
         kept = f" What had its name is kept as {Path(taken['kept']).name}." if taken["kept"] else ""
-        return {**taken, "message": f"{Path(taken['path']).name} is {request.save} now, to be used at {request.weight:g}. "
+        return {**taken, "message": f"{name.name} is the LoRA, to be used at {request.weight:g}.{source} "
                                     f"Written beside it: {' and '.join(written)}.{kept}"}
 
     def delete(self, request: ResultsRequest) -> dict[str, Any]:
@@ -124,7 +128,7 @@ class Results:
         if not self.host.shares_model() and (self.runner.running() or not self.host.idle()):
             raise HostError("The grid cannot be painted now", why="the model is in use",
                             remedy="wait for the other work to end, or stop it first")
-        options = SampleOptions(checkpoint=request.checkpoint)
+        options = SampleOptions(request.sampler, request.steps, request.cfg, checkpoint=request.checkpoint)
 
         def job(task: Task) -> str:
             sample_grid(self.host, folder, saves=request.saves, weights=request.weights, prompts=request.prompts,

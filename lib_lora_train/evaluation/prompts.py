@@ -53,11 +53,16 @@ def parse_prompts(text: str, *, defaults: SampleRequest) -> tuple[SamplePrompt, 
     return tuple(_prompt(line, defaults) for line in lines if line and not line.startswith("#"))
 
 
-def default_prompts(captions: Sequence[str], *, trigger_word: str, defaults: SampleRequest) -> tuple[SamplePrompt, ...]:
-    """Up to three different captions, evenly from all, with the trigger word in front."""
-    different = list(dict.fromkeys(with_trigger_word(caption, trigger_word) for caption in captions))
-    count = min(DEFAULT_PROMPTS, len(different))
-    chosen = [different[index * (len(different) - 1) // max(1, count - 1)] for index in range(count)]
+def default_prompts(captions: Sequence[str], *, trigger_word: str, defaults: SampleRequest,
+                    others: Sequence[str] = ()) -> tuple[SamplePrompt, ...]:
+    """Three different captions, evenly from all, with the trigger word in front; where there are fewer, some of the `others` as
+    well."""
+    chosen: list[str] = []
+    for texts in (captions, others):
+        different = [text for text in dict.fromkeys(with_trigger_word(caption, trigger_word) for caption in texts)
+                     if text not in chosen]
+        count = min(DEFAULT_PROMPTS - len(chosen), len(different))
+        chosen += [different[index * (len(different) - 1) // max(1, count - 1)] for index in range(count)]
     return tuple(SamplePrompt(caption, dataclasses.replace(defaults, prompt=caption)) for caption in chosen)
 
 

@@ -13,7 +13,7 @@ from lib_lora_train.errors import printable
 from lib_lora_train.host.port import Host
 from lib_lora_train.results.grid import Grid, read_grid
 from lib_lora_train.results.history import RunHistory, read_history
-from lib_lora_train.results.recommend import recommend
+from lib_lora_train.results.recommend import leaves, recommend
 from lib_lora_train.results.saves import Save, lora_text, result_path, saves_of
 from lib_lora_train.results.scoring import read_scores
 from lib_lora_train.run.record import read_settings
@@ -34,7 +34,7 @@ def overview(folder: Path, host: Host | None = None) -> dict[str, Any]:
         samples       [{prompt, index, pictures: [{step, epoch, file, seed}]}], by prompt
         steps         [[step, loss, average loss, learning rate, text encoder's, gradient norm]], at most 500
         grid          as `Grid.to_dict` has it, with `scores`, one for each column ([] for none), and those of each cell, both
-                      as `Scores.to_dict` has them; or None
+                      as `Scores.to_dict` has them, a column's with the bounds that it `leaves`, in words; or None
         recommended   {save, weight, reason, order} or None
         task          None: filled by who runs one
     """
@@ -63,7 +63,9 @@ def _grid(folder: Path, grid: Grid) -> dict[str, Any]:
         return {**found, "scores": []}
     measured = scores.to_dict()
     cells = [{**cell, "scores": measured["images"].get(cell["file"])} for cell in found["cells"]]
-    return {**found, "cells": cells, "scores": measured["columns"], "notes": [*grid.notes, *measured["notes"]]}
+    columns = [{**one, "leaves": leaves(column, scores.columns[0]) if column.column.save else []}
+               for one, column in zip(measured["columns"], scores.columns, strict=True)]
+    return {**found, "cells": cells, "scores": columns, "notes": [*grid.notes, *measured["notes"]]}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lib_lora_train.dataset.captions import split_tags, tag_key
 from lib_lora_train.dataset.folder import Example, scan
-from lib_lora_train.dataset.held_out import HeldOutImage, split
+from lib_lora_train.dataset.held_out import HeldOutImage, name_of, split
 from lib_lora_train.dataset.progress import ShouldStop
 from lib_lora_train.errors import SettingError
 from lib_lora_train.results.history import read_history
@@ -55,10 +55,10 @@ def references_of(folder: Path, settings: Settings, *, allowed: AllowedPaths | N
     names, derived = (set(said.pictures), said.derived) if said else (set[str](), False)
     if derived:
         drawn = split(dataset, share=settings.evaluation.validation_split, seed=settings.optimizer.seed)
-        crops = tuple(image for image in drawn.held_out if image.example.path.name in names)
+        crops = tuple(image for image in drawn.held_out if name_of(image.example.path, dataset.folder) in names)
         return References(dataset.folder, crops, dataset.examples, True)
-    held_out = tuple(HeldOutImage(example) for example in dataset.examples if example.path.name in names)
-    training = tuple(example for example in dataset.examples if example.path.name not in names)
+    held_out = tuple(HeldOutImage(example) for example in dataset.examples if name_of(example.path, dataset.folder) in names)
+    training = tuple(example for example in dataset.examples if name_of(example.path, dataset.folder) not in names)
     return References(dataset.folder, held_out, training, False)
 
 

@@ -25,8 +25,7 @@ from lib_lora_train.results.charts import Line, chart
 from lib_lora_train.results.history import read_history
 from lib_lora_train.results.inline_images import image, spread, strips
 from lib_lora_train.results.overview import overview
-from lib_lora_train.results.recommend import Recommendation, recommend
-from lib_lora_train.results.scoring import read_scores
+from lib_lora_train.results.saves import lora_text
 from lib_lora_train.run.diagnostics import Private
 from lib_lora_train.run.record import PastRun, past_run, read_events, read_settings
 from lib_lora_train.settings import DECLARATIONS, named
@@ -66,16 +65,16 @@ def write_report(folder: Path, host: Host | None = None) -> None:
 def report_html(folder: Path, host: Host | None = None) -> str:
     """The report of the run of this folder, however it ended and whatever version recorded it."""
     run = _Run.read(folder, host)
-    sections = (_recommended(run), _curves(run), _section("Pictures on the way", strips(folder, run.data["samples"]), (
-        "The same prompts and seeds after so many steps; a click enlarges.")), _grid(run), _saves(run),
-        _image_losses(run), _dataset(run),
-        _settings(run), _repeat(run), _warnings(run))
+    samples = _section("Pictures on the way", strips(folder, run.data["samples"]),
+                       "The same prompts and seeds after so many steps; a click enlarges.")
+    sections = (_header(run), _recommended(run), _curves(run), samples, _grid(run), _saves(run), _image_losses(run),
+                _dataset(run), _settings(run), _repeat(run), _warnings(run))
     style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     title = html.escape(run.past.name or folder.name)
     return printable(
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}: report of a LoRA</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>\n{style}</style></head>\n'
-        f'<body><main>{_header(run)}{"".join(sections)}</main>{_footer()}</body></html>\n')
+        f'<body><main>{"".join(sections)}</main>{_footer()}</body></html>\n')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +88,6 @@ class _Run:
     planned: events.Planned | None
     warnings: tuple[str, ...]
     metadata: Mapping[str, str]
-    recommended: Recommendation | None
     private: Private
     paths: Mapping[str, str]
 
@@ -105,7 +103,7 @@ class _Run:
             except LoraFileError:
                 continue
         return cls(folder, data, past_run(folder), settings, read_history(folder).planned, tuple(warned), metadata,
-                   recommend(folder), Private.of(settings, host=host, run=folder), paths)
+                   Private.of(settings, host=host, run=folder), paths)
 
     def text(self, message: str) -> str:
         """A sentence as HTML, without folders and users."""
@@ -153,10 +151,10 @@ def _header(run: _Run) -> str:
                 f"{f'<p>Next time: <code>{html.escape(change)}</code></p>' if change else ''}{told}")
     elif past.verdict == "ruined":
         kind = "bad"
-    settings = run.settings
+    settings, verdict = run.settings, f'<div class="verdict {kind}">{told}</div>' if told else ""
     rank = f"{settings.get('network_dim', '')} / {settings.get('network_alpha', '')}"
     return (f'<h1>{html.escape(past.name or run.folder.name)}</h1><p class="lead">{html.escape(run.folder.name)} · '
-            f'{html.escape(past.outcome)}</p><div class="verdict {kind}">{told}</div>' + _listed({
+            f'{html.escape(past.outcome)}</p>{verdict}' + _listed({
                 "Checkpoint": run.checkpoint, "Pictures": planned.pictures if planned else "", "Steps": trained,
                 "Size": planned.resolution if planned else "", "Rank / alpha": rank if settings else "",
                 "Learning rate": settings.get("unet_lr") or settings.get("learning_rate", ""),
@@ -164,14 +162,14 @@ def _header(run: _Run) -> str:
 
 
 def _recommended(run: _Run) -> str:
-    chosen = run.recommended
-    if not chosen:
+    chosen = run.data["recommended"]
+    save = next((save for save in run.data["saves"] if chosen and save["id"] == chosen["save"]), None)
+    if save is None:
         return ""
-    preview = next((save["preview"] for save in run.data["saves"] if save["id"] == chosen.save), "")
-    shown = image(run.folder, preview, chosen.save) if preview else ""
-    prompt = f"<lora:{chosen.save}:{chosen.weight:g}>"
-    return _section("The save to take", f'<div class="take">{shown}<div><p><code>{html.escape(prompt)}</code></p>'
-                    f"<p>{run.text(chosen.reason)}</p></div></div>")
+    shown = image(run.folder, save["preview"], save["id"]) if save["preview"] else ""
+    prompt = html.escape(lora_text(save["path"], chosen["weight"]))
+    return _section("The save to take", f'<div class="take">{shown}<div><p><code>{prompt}</code></p>'
+                    f"<p>{run.text(chosen['reason'])}</p></div></div>")
 
 
 def improvement(losses: Sequence[float | None], unadapted: Sequence[float | None]) -> float | None:
@@ -210,10 +208,10 @@ def _curves(run: _Run) -> str:
 
 
 def _grid(run: _Run) -> str:
-    grid, scores = run.data["grid"], read_scores(run.folder)
+    grid = run.data["grid"]
     if not grid or not grid["columns"]:
         return ""
-    rated = [dataclasses.asdict(one) for one in scores.columns] if scores else []
+    rated = grid["scores"]
     measured = [name for name in _NUMBERS if any(one[name]["mean"] is not None for one in rated)]
     first = {(cell["column"], cell["prompt"]): cell["file"] for cell in reversed(grid["cells"]) if cell["done"]}
     rows = []
@@ -229,7 +227,7 @@ def _grid(run: _Run) -> str:
              *(html.escape(prompt["text"]) for prompt in grid["prompts"])]
     lead = "The numbers of a save are what it differs by from the base model, ± their deviation over the seeds. " + " ".join(
         f"{_NUMBERS[name][0]}: {_NUMBERS[name][1]}." for name in measured) if measured else ""
-    notes = "".join(f'<p class="note">{run.text(note)}</p>' for note in [*grid["notes"], *(scores.notes if scores else ())])
+    notes = "".join(f'<p class="note">{run.text(note)}</p>' for note in dict.fromkeys(grid["notes"]))
     return _section("Saves and weights", _table(heads, rows) + notes, lead)
 
 
@@ -244,7 +242,7 @@ def _number(score: Mapping[str, float | None], unadapted: Mapping[str, float | N
 
 def _saves(run: _Run) -> str:
     by_step = {entry["step"]: entry for entry in run.data["measured"]}
-    chosen, rows = run.recommended.save if run.recommended else "", []
+    chosen, rows = (run.data["recommended"] or {}).get("save"), []
     for save in run.data["saves"]:
         entry = by_step.get(save["step"])
         better = [improvement(entry[key], entry[f"unadapted_{key}"]) if entry else None for key in ("held_out", "training")]
@@ -269,7 +267,7 @@ def _image_losses(run: _Run) -> str:
         return ""
     middle = rated[len(rated) // 2][0] if len(rated) >= _FEW else 0.0
     ends = (("Never learnt", [entry for entry in rated if entry[0] < _LITTLE * middle]),
-            ("Learnt at once", [entry for entry in reversed(rated) if entry[0] > _MUCH * middle > 0]))
+            ("Learnt at once", [entry for entry in reversed(rated) if entry[0] > _MUCH * middle])) if middle > 0 else ()
 
     def table(entries: Sequence[tuple[float, str]]) -> str:
         return _table(("Picture", ">Better than base"), [
@@ -289,7 +287,7 @@ def _dataset(run: _Run) -> str:
     told = "mirrored crops of trained pictures, since there were few" if kept and kept["derived"] else "not trained on"
     held_out = f"<p>Held out ({told}): {html.escape(names)}</p>" if names else ""
     return _section("Dataset", f"<p>{run.text(planned.summary)}</p>{held_out}" + (
-        f"<p>Memory: {run.text(planned.memory)}</p>" if planned.memory else ""))
+        f"<p>Planned: {run.text(planned.memory)}</p>" if planned.memory else ""))
 
 
 def _shown(run: _Run, name: str, value: Any) -> Any:

@@ -29,6 +29,7 @@ from lib_lora_train.model.sd.components import vae_tensors
 from lib_lora_train.run import resume
 from lib_lora_train.run.callbacks import MeasuredMemory, Pause, Stop, StopCallback
 from lib_lora_train.run.consistency import agree_on_data, require_equal
+from lib_lora_train.run.diagnosing import Diagnosing
 from lib_lora_train.run.inputs import batches_of, latents_of, stage
 from lib_lora_train.run.measuring import MeasuredImages, Measuring
 from lib_lora_train.run.memory import encoding_budget, memory_plan, place_model
@@ -78,6 +79,7 @@ def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: Initial
         _warn(plan.warnings, report)
         batches = batches_of(settings, source, group)
         measured = MeasuredImages.of(plan, batches, model, budget=vae_budget, group=group, report=report)
+        report = diagnosing = Diagnosing(plan, batches, model, group=group, folder=folder, report=report)
 
         memory = memory_plan(plan, model, leased, network, dtype=dtype)
         _agree_on_dtype(group, memory)
@@ -88,7 +90,8 @@ def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: Initial
             plan, leased, model, network, prompts=() if group.rank else plan.prompts, config=memory.config, dtype=dtype,
             lora_folder=host.lora_folder, folder=folder, wanted=sample_now, report=report, stop=stop, pause=pause)
         text = place_model(settings, model, leased, network, batches, memory.config, dtype=dtype, report=report,
-                           stop=stop, pause=pause, extra_captions=measured.captions, encode_prompts=samples.encode)
+                           stop=stop, pause=pause, encode_prompts=samples.encode,
+                           extra_captions=(*measured.captions, *diagnosing.texts))
 
         config = _train_config(plan, memory, dtype=dtype)
         probe = Probe.of(batches, model=model, network=network, condition=text.condition, config=config.loss, seed=config.seed,
@@ -100,6 +103,7 @@ def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: Initial
             model.device, lambda size: report(dataclasses.replace(planned, memory=memory.corrected(size).text)))
         measuring = Measuring(plan, measured, model=model, network=network, text=text, config=config, saver=saver,
                               report=report)
+        diagnosing.ask(network, text, dtype=dtype)
         measuring.begin(continued=bool(weights.name))
         prefetcher = at_end.enter_context(Prefetcher(batches, last_epoch=plan.schedule.epochs))
         with saver.rescue():
@@ -107,7 +111,8 @@ def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: Initial
                              report=report, resumed=weights.state, group=group,
                              callbacks=[StopCallback(stop), pause, samples, memory_meter, saver, measuring])
             verdict = probe.verdict(progress)
-        finished = _finished(plan, saver, progress, verdict=verdict, stop=stop, group=group, measuring=measuring)
+        finished = _finished(plan, saver, progress, verdict=verdict, stop=stop, group=group, measuring=measuring,
+                             diagnosing=diagnosing)
         samples.end(progress)
         # While the model is still ours: a host that had merged an older file of this name must forget it.
         host.refresh_loras()
@@ -144,7 +149,7 @@ def _replanned(plan: RunPlan, host: Host, *, family: str, report: Report, stop: 
 
 
 def _finished(plan: RunPlan, saver: Saver | NoSaver, progress: Progress, *, verdict: tuple[Verdict, str], stop: Stop,
-              group: ProcessGroup, measuring: Measuring) -> Finished:
+              group: ProcessGroup, measuring: Measuring, diagnosing: Diagnosing) -> Finished:
     """The end of a run, its result saved if it is complete, or was stopped to be saved, and measured. `verdict`: see
     `verdict_of`. Raises Interrupted where nothing was ever saved."""
     name, steps, total = plan.target.stem, progress.step, plan.schedule.steps
@@ -155,7 +160,9 @@ def _finished(plan: RunPlan, saver: Saver | NoSaver, progress: Progress, *, verd
         measuring.end(progress, path=path, stop=stop)
         name, (worth, why) = Path(path).stem or name, verdict
         told = f"{name} is ready: {path}" if worth == "healthy" else f"{name} is saved, and was not looked at: {path}"
-        if worth == "ruined":
+        if diagnosed := diagnosing.end(verdict):
+            told = f"{name} is saved{'' if worth else ', and was not looked at'}: {path}. {diagnosed}"
+        elif worth == "ruined":
             told = f"{name} is saved, but ruined: {why}. Lower the learning rate and train it anew. The file: {path}"
         return Finished("done" if complete else "stopped", told if complete else f"{stopped}; {told}", path, steps, worth)
     if group.any(bool(saver.saved)):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lib_lora_train.dataset import held_out
 from lib_lora_train.dataset.buckets import Placement, buckets_for
-from lib_lora_train.dataset.folder import Dataset, Example, assign_buckets, read_folder, visits_by_bucket, with_repeats
+from lib_lora_train.dataset.folder import Dataset, assign_buckets, read_folder, visits_by_bucket, with_repeats
 from lib_lora_train.dataset.held_out import HeldOutImage
 from lib_lora_train.dataset.plan import Plan, plan_run
 from lib_lora_train.dataset.progress import Progress, ShouldStop
@@ -134,8 +134,7 @@ def plan_dataset(settings: Settings, *, family: str, allowed: AllowedPaths | Non
     dataset, placements = assign_buckets(with_repeats(
         split.training, max_train_epochs=optimizer.max_train_epochs, num_repeats=dataset_settings.num_repeats), buckets)
     schedule = _schedule(settings, dataset, placements, processes=processes)
-    shown = [image.example for image in split.held_out] or dataset.examples
-    settings, prompts = _with_prompts(settings, shown, buckets.resolution)
+    settings, prompts = _with_prompts(settings, split.held_out, dataset, resolution=buckets.resolution)
     return RunPlan(
         settings=settings, family=family, dataset=dataset, placements=placements, resolution=buckets.resolution,
         processes=processes, schedule=schedule, prompts=prompts, held_out=split.held_out, held_out_derived=split.derived,
@@ -177,18 +176,18 @@ def _frozen(plan: RunPlan) -> Settings:
     return parse({**values, **absolute, "num_repeats": repeats, "lr_warmup_steps": steps})
 
 
-def _with_prompts(settings: Settings, examples: Sequence[Example],
+def _with_prompts(settings: Settings, held_out_images: Sequence[HeldOutImage], dataset: Dataset, *,
                   resolution: tuple[int, int]) -> tuple[Settings, tuple[SamplePrompt, ...]]:
-    """What is sampled, by default the captions of some of the `examples`; the settings with the text of a file that they name.
-    Raises SettingError."""
+    """What is sampled, by default captions of held-out images; the settings with the text of a file that they name. Raises
+    SettingError."""
     chosen = settings.evaluation
     if not chosen.sample_images:
         return settings, ()
     text, (width, height) = read_prompts(chosen.sample_prompts), resolution
     defaults = SampleRequest("", width=width, height=height, steps=DEFAULT_STEPS, seed=max(0, settings.optimizer.seed))
     prompts = parse_prompts(text, defaults=defaults) or default_prompts(
-        [example.caption for example in examples if not example.is_regularisation],
-        trigger_word=settings.dataset.trigger_word, defaults=defaults)
+        [image.example.caption for image in held_out_images], trigger_word=settings.dataset.trigger_word, defaults=defaults,
+        others=[example.caption for example in dataset.examples if not example.is_regularisation])
     return dataclasses.replace(settings, evaluation=dataclasses.replace(chosen, sample_prompts=text)), prompts
 
 

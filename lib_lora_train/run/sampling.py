@@ -127,6 +127,7 @@ class SampleCallback:
         if progress.step == self._last or not self._samples:
             return True
         self._last = progress.step
+        progress.flush()  # so that what is told is told in order
         progress.release()
         for done, sample in enumerate(self._samples):
             if self._stop() or done and not self._pause(progress):
@@ -194,7 +195,7 @@ class SampleCallback:
 
 def interval(plan: RunPlan) -> int:
     """Steps from one set of samples to the next: as chosen, or so many that all of them take a small share of the run."""
-    chosen, optimizer, schedule = plan.settings.evaluation, plan.settings.optimizer, plan.schedule
+    chosen, optimizer, schedule, save = plan.settings.evaluation, plan.settings.optimizer, plan.schedule, plan.settings.save
     width, height = plan.resolution
     if chosen.sample_every_n_epochs or chosen.sample_every_n_steps or not plan.prompts:
         return chosen.sample_every_n_epochs * schedule.steps_per_epoch or chosen.sample_every_n_steps or schedule.steps
@@ -202,7 +203,9 @@ def interval(plan: RunPlan) -> int:
     passes = sum(request.steps * (1 + (request.cfg_scale != 1)) * request.width * request.height / (width * height)
                  for request in (prompt.request for prompt in plan.prompts))
     sets = min(_MOST_SETS, int(_SHARE * _PASSES * images / passes)) - chosen.sample_at_first
-    return math.ceil(schedule.steps / max(1, sets))
+    every = math.ceil(schedule.steps / max(1, sets))
+    saves = save.save_every_n_epochs * schedule.steps_per_epoch or save.save_every_n_steps or 1
+    return -(-every // saves) * saves if saves <= every else every  # so that the samples are those of saves
 
 
 def _problem(error: Exception) -> tuple[str, str]:

@@ -49,6 +49,14 @@ def denoising_loss(model: FrozenModel, batch: Batch, *, conditioning: Conditioni
     `batch` and `conditioning` are on the model's device. `adapters` are the UNet's; those of the text encoders are already in
     `conditioning`. `checkpointed` names the UNet's blocks that backward computes again. Nothing waits for the device.
     """
+    prediction, target = prediction_and_target(model, batch, conditioning=conditioning, adapters=adapters, dtype=config.dtype,
+                                               checkpointed=checkpointed)
+    return _weighted(config.function(prediction, target, batch["timesteps"]), model, batch, config)
+
+
+def prediction_and_target(model: FrozenModel, batch: Batch, *, conditioning: Conditioning, adapters: Mapping[str, Adapter],
+                          dtype: torch.dtype, checkpointed: Collection[str] = frozenset()) -> tuple[Tensor, Tensor]:
+    """What the model predicts of a noised batch, computed in `dtype`, and what it should predict: [B, C, h, w] fp32 each."""
     schedule, noise, t = model.schedule, batch["noise"], batch["timesteps"]
     # A fresh sample of the VAE's posterior at each step, as an uncached run would draw.
     x_0 = (batch["mean"] + batch["std"] * batch["latent_noise"]) * model.architecture.latent_scale
@@ -56,11 +64,10 @@ def denoising_loss(model: FrozenModel, batch: Batch, *, conditioning: Conditioni
     y = None
     if conditioning.pooled is not None:
         original, crop, target_size = batch["sizes"].split(2, dim=1)
-        y = size_vector(conditioning.pooled, original=original, crop=crop, target=target_size).to(config.dtype)
-    prediction = model.unet(schedule.add_noise(x_0, noise, t).to(config.dtype), t, conditioning.context.to(config.dtype), y,
+        y = size_vector(conditioning.pooled, original=original, crop=crop, target=target_size).to(dtype)
+    prediction = model.unet(schedule.add_noise(x_0, noise, t).to(dtype), t, conditioning.context.to(dtype), y,
                             adapters=adapters, checkpointed=checkpointed)
-
-    return _weighted(config.function(prediction.float(), schedule.target(x_0, noise, t).float(), t), model, batch, config)
+    return prediction.float(), schedule.target(x_0, noise, t).float()
 
 
 @torch.no_grad()

@@ -63,6 +63,8 @@ def test_three_different_captions_with_the_trigger_word_are_the_default() -> Non
         (text, text, 99) for text in ("zzk, red", "zzk, green", "zzk, black")]
     assert [p.text for p in default_prompts(["a"], trigger_word="", defaults=DEFAULTS)] == ["a"]
     assert default_prompts([], trigger_word="zzk", defaults=DEFAULTS) == ()
+    few = default_prompts(["a", "b"], trigger_word="", defaults=DEFAULTS, others=["b", "c", "a", "d"])
+    assert [p.text for p in few] == ["a", "b", "c"]
 
 
 def test_prompts_may_lie_in_a_text_file(tmp_path: Path) -> None:

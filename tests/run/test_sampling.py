@@ -54,7 +54,7 @@ def run(place: Path, tiny_file: Path, *, stop: Callable[[list], str] = lambda se
     folder.mkdir(parents=True, exist_ok=True)
     chosen = parse({"train_data_dir": str(images), "output_name": "zzk", "resolution": "64", "min_bucket_reso": 64,
                     "num_repeats": 1, "max_train_steps": 3, "network_dim": 2, "learning_rate": 0.02, "seed": 7,
-                    "save_precision": "float", "save_state": False, "sample_prompts": PROMPTS, **changes})
+                    "save_precision": "float", "save_state": False, "validation": False, "sample_prompts": PROMPTS, **changes})
     finished = run_settings(chosen, host, report=seen.append, stop=lambda: stop(seen), folder=folder)
     return Ran(host, folder, seen, Path(finished.path))
 
@@ -169,14 +169,14 @@ def test_whatever_goes_wrong_costs_a_sample_and_is_told_once(
         latents = original(model, requests, **named)
         return latents * float("nan") if prompt == "nan" else latents
     monkeypatch.setattr(sampling, "sample_batch", failing)
-    ran = run(tmp_path, tiny_file, sample_prompts="full\nnan --s 1\ndefect\nfine --s 1")
-    assert [(s.step, s.index) for s in of(Sampled, ran.seen)] == [(0, 3), (3, 3)]
+    ran = run(tmp_path, tiny_file, max_train_steps=1, sample_prompts="full\nnan --s 1\ndefect\nfine --s 1")
+    assert [(s.step, s.index) for s in of(Sampled, ran.seen)] == [(0, 3), (1, 3)]
     told = [w.message for w in of(Warned, ran.seen) if "sample" in w.message.lower()]
     assert [[word in text for text in told] for word in ("memory", "not finite", "a defect of ours")] == [
         [True, False, False], [False, True, False], [False, False, True]]
     (ran.folder / "samples").rename(tmp_path / "elsewhere")
     (ran.folder / "samples").write_text("a file where the folder should be", encoding="utf-8")
-    again = run(tmp_path, tiny_file, sample_prompts="fine --s 1\nfine --s 1", overwrite=True)
+    again = run(tmp_path, tiny_file, max_train_steps=1, sample_prompts="fine --s 1\nfine --s 1", overwrite=True)
     assert not of(Sampled, again.seen) and again.path.is_file()
     assert len([w for w in of(Warned, again.seen) if "written" in w.message]) == 1
 
@@ -208,6 +208,14 @@ def test_how_often_may_be_said(changes: dict[str, object], every: int) -> None:
     plan = dataclasses.replace(plan_of(parse(changes)), schedule=schedule, prompts=default_prompts(
         ["a"], trigger_word="", defaults=SampleRequest("")))
     assert interval(plan) == every
+
+
+def test_where_nobody_says_how_often_samples_are_those_of_saves() -> None:
+    schedule = Plan(batches_per_epoch=100, steps_per_epoch=100, epochs=50, steps=5000, buckets=())
+    plan = dataclasses.replace(plan_of(parse({"save_every_n_epochs": 3})), schedule=schedule, resolution=(512, 512),
+                               prompts=default_prompts("a", trigger_word="", defaults=SampleRequest("", steps=12)))
+    rarely = dataclasses.replace(plan, settings=parse({"save_every_n_epochs": 30}))
+    assert interval(plan) % 300 == 0 and interval(plan) - 300 < interval(rarely) <= interval(plan)
 
 
 def test_samples_are_asked_for_while_a_run_that_samples_is_under_way(

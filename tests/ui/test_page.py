@@ -78,12 +78,14 @@ def test_a_run_is_started_watched_through_a_reload_and_stopped_with_its_result(s
     expect(served.box("output_name")).to_have_value("zzk")
     expect(served.box("trigger_word")).to_have_value("zzk girl")
     expect(served.part("start")).to_be_disabled()
+    expect(served.part("sample")).to_be_enabled()
 
     served.part("stop_save").click()
     expect(live).to_contain_text("zzk is ready.")
     expect(live.locator("code")).to_have_text("<lora:zzk:1>")
     expect(served.part("start")).to_be_enabled()
     expect(served.part("stop_save")).to_be_disabled()
+    expect(served.part("sample")).to_be_disabled()
     expect(served.part("copy")).to_be_visible()
     # There is no txt2img here to send anything to.
     expect(served.part("send")).to_be_hidden()

@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     bench = argparse.ArgumentParser(prog="python tools/bench",
                                     description="Measure quality, speed and memory of the training.")
     commands = bench.add_subparsers(
-        required=True, metavar="quality | recommend | speed | memory | cache | startup | model | studio")
+        required=True, metavar="quality | recommend | speed | memory | cache | startup | model | studio | verdict")
     _add_quality(commands)
     _add_recommend(commands)
     _add_speed(commands)
@@ -61,6 +61,11 @@ def _parser() -> argparse.ArgumentParser:
                   out="table and figures, and the pictures meanwhile")
     studio.add_argument("--pictures", dest="images", default="", metavar="N,N,…",
                         help="numbers of pictures (1000,2000,5000,10000)")
+    verdict = _add(commands, "verdict", run_verdict, "make runs go wrong on purpose and see whether the verdict says what did",
+                   out="table and figures, the runs' events, and their files meanwhile")
+    verdict.add_argument("--data", choices=("style", "subject", "both"), help="the demo's pictures; by default each run's own")
+    verdict.add_argument("--seeds", default="42", metavar="N,N,…", help="seeds of the runs (42)")
+    verdict.add_argument("--case", action="append", default=[], metavar="NAME", help="only this run; may be repeated")
     return bench
 
 
@@ -255,6 +260,21 @@ def run_studio(chosen: argparse.Namespace) -> int:
 
     sizes = _numbers("--pictures", chosen.images) if chosen.images else studio.SIZES
     return _done(studio.run_studio(sizes, output=chosen.out, say=_say), chosen)
+
+
+def run_verdict(chosen: argparse.Namespace) -> int:
+    """`bench verdict`; returns the exit code."""
+    import torch
+
+    from tools.bench import verdict
+    from tools.bench.verdict_cases import CASES
+
+    if unknown := sorted(set(chosen.case) - {case.name for case in CASES}):
+        raise SettingError(f"There is no run called {unknown[0]}", remedy=f"choose of {', '.join(case.name for case in CASES)}")
+    seeds = _numbers("--seeds", chosen.seeds)
+    torch.set_num_threads(1)  # so small a model is quicker on one
+    data = ("style", "subject") if chosen.data == "both" else tuple(filter(None, [chosen.data]))
+    return _done(verdict.run_verdict(output=chosen.out, seeds=seeds, data=data, only=tuple(chosen.case), say=_say), chosen)
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:

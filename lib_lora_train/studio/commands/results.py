@@ -154,10 +154,9 @@ def _print_scores(scores: Scores) -> None:
 
     print(f"{'save':40} {'weight':6}" + "".join(f" {name.replace('_', ' '):>16}" for name in NAMES))
     for one in scores.columns:
-        numbers = [getattr(one, name) for name in NAMES]
         print(f"{one.column.save or 'base model':40} {one.column.weight:<6g}" + "".join(
             f" {'-' if s.mean is None else f'{s.mean:.3f}' + ('' if s.deviation is None else f' ± {s.deviation:.3f}'):>16}"
-            for s in numbers) + f"  {one.column.problem or one.column.part}".rstrip())
+            for s in (getattr(one, name) for name in NAMES)) + f"  {one.column.problem or one.column.part}".rstrip())
     _print_notes(scores.notes)
 
 
