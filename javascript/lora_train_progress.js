@@ -111,7 +111,9 @@
             view.outcome.hidden = !finished;
             view.outcome.classList.toggle("lora-train-problem", Boolean(
                 finished && (finished.outcome === "failed" || finished.verdict === "ruined")));
-            view.outcome.textContent = finished ? finished.message : "";
+            // The verdict has a line of its own.
+            const verdict = answer.diagnosed ? answer.diagnosed.message : "";
+            view.outcome.textContent = finished ? finished.message.replace(verdict, "").trim() : "";
         }
 
         function showProblem(text) {

@@ -42,7 +42,7 @@ from tests.training.small_run import Sgd
 def settings(images: Path, **changes: object):
     return parse({"train_data_dir": str(images), "output_name": "zzk", "resolution": "64", "num_repeats": 1,
                   "max_train_epochs": 2, "min_bucket_reso": 64, "network_dim": 4, "network_alpha": 2, "save_precision": "float",
-                  "learning_rate": 1e-3, "trigger_word": "zzk", "sample_images": False, **changes})
+                  "learning_rate": 1e-3, "trigger_word": "zzk", "sample_images": False, "validation": False, **changes})
 
 
 def run(chosen, host, stop=lambda: ""):
@@ -284,7 +284,7 @@ def test_a_lora_that_holds_or_makes_values_that_are_no_numbers_is_not_continued(
 def test_a_lora_ruined_by_its_learning_rate_is_not_called_ready_and_was_warned_of(images, host):
     folder = host.runs_folder / "zzk-1"
     record = RunRecord(folder, settings(images))
-    finished, seen = run(settings(images, learning_rate=5, max_train_steps=4), host)
+    finished, seen = run(settings(images, learning_rate=5, max_train_steps=4, validation=True), host)
     for event in (*seen, finished):
         record.write(event)
     record.close()
@@ -293,7 +293,7 @@ def test_a_lora_ruined_by_its_learning_rate_is_not_called_ready_and_was_warned_o
     assert past_run(folder).verdict == "ruined" and past_run(folder).message == finished.message
     before_the_steps = seen[:seen.index(of(events.Step, seen)[0])]
     assert any("(learning_rate) = 5" in w.message for w in of(events.Warned, before_the_steps))
-    healthy, seen = run(settings(images, output_name="good"), host)
+    healthy, seen = run(settings(images, output_name="good", validation=True), host)
     assert healthy.verdict == "healthy" and "Ruined:" not in healthy.message
 
 

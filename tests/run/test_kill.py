@@ -23,7 +23,7 @@ from lib_lora_train.run.runner import Runner
 ROOT = Path(__file__).resolve().parents[2]
 STATE = "state.safetensors"
 SETTINGS = {"output_name": "zzk", "resolution": "64", "min_bucket_reso": 64, "num_repeats": 1, "network_dim": 2,
-            "sample_images": False,
+            "sample_images": False, "validation": False,
             "max_train_steps": 4, "save_every_n_steps": 2, "save_precision": "float"}
 
 # Trains, and kills itself when a file called NAME is about to take its place for the COUNT-th time.

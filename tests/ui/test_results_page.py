@@ -69,13 +69,16 @@ def shown(browser: object, tiny_file: Path, tmp_path_factory: pytest.TempPathFac
         made.train(images(folder / "data"))
         # Without a reload.
         expect(made.tiles()).to_have_count(6)
-        expect(made.part("live")).to_contain_text("zzk is ready")
+        expect(made.part("live")).to_contain_text("zzk is saved")
         yield made
 
 
 def test_the_curve_and_the_pictures_of_a_run_are_seen_and_survive_a_reload(shown: ResultsPage):
     shown.open(2)
-    expect(shown.part("live")).to_contain_text("zzk is ready")
+    expect(shown.part("live")).to_contain_text("zzk is saved")
+    # The verdict is told once, on a line of its own.
+    expect(shown.part("live").locator(".lora-train-verdict")).to_contain_text(re.compile(r"\w"))
+    expect(shown.part("live").locator(".lora-train-outcome")).to_have_text(re.compile(r"zzk\.safetensors\.?$"))
     # Measured at the steps 0, 4 and 8; both lines pass through each.
     for line in ("held-out", "training"):
         expect(shown.page.locator(f"#lora_train_drawn path.{line}")).to_have_attribute("d", re.compile("^M[^L]+L[^L]+L[^L]+$"))

@@ -118,7 +118,7 @@ def _measure(plan: RecommendPlan, host: Host, yardstick: _Yardstick, *, name: st
     sample_grid(host, folder, saves=[save.id for save in saves], weights=[1.0], options=SampleOptions(
         steps=plan.sampler_steps, cfg_scale=CFG_SCALE))
     columns = score_grid(host, folder).columns
-    whole = _whole_images(host, folder)
+    whole = _mean_resemblance(host, folder)
     measured = read_history(folder).measured
     losses = {event.step: sum(event.held_out) / sum(event.unadapted_held_out) for event in measured if event.held_out}
     points = yardstick.points(name, seed, saves)
@@ -169,7 +169,7 @@ def _trained(plan: RecommendPlan, host: Host, *, name: str, seed: int, say: Say)
     return folder
 
 
-def _whole_images(host: Host, folder: Path) -> dict[str, float]:
+def _mean_resemblance(host: Host, folder: Path) -> dict[str, float]:
     """{save: the mean cosine between the features of its images and of the held-out ones, each averaged over the image}, what
     likeness is compared with; "" is the base model."""
     settings, grid = settings_of(folder), read_grid(folder)
@@ -228,13 +228,13 @@ class _Yardstick:
 
 def spearman(xs: Sequence[float], ys: Sequence[float]) -> float:
     """Spearman's rank correlation, ties at the mean of their ranks; 0 where all of one side are equal."""
-    a, b = _ranks(xs), _ranks(ys)
+    a, b = _ranked(xs), _ranked(ys)
     covariance = sum((x - sum(a) / len(a)) * (y - sum(b) / len(b)) for x, y in zip(a, b, strict=True))
     spread = math.sqrt(_squares(a) * _squares(b))
     return covariance / spread if spread else 0.0
 
 
-def _ranks(values: Sequence[float]) -> list[float]:
+def _ranked(values: Sequence[float]) -> list[float]:
     return [sum(other < value for other in values) + (sum(other == value for other in values) - 1) / 2 for value in values]
 
 
