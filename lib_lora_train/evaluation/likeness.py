@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-_CELLS = 8
+_CELLS, _ROWS = 8, 1024  # rows that are compared at once: all of them may take a gigabyte
 _GROUND_SHARE = 0.8  # of the image's border has one colour where the background is plain
 _GROUND_DISTANCE = 24  # of 255 in any colour, within which it is one
 
@@ -40,7 +40,8 @@ def grid_of(size: tuple[int, int], patches: int) -> tuple[int, int]:
 
 def likeness(reference: Tensor, weights: Tensor, generated: Tensor) -> float:
     """-1…1: the mean over the patches of `reference` [n, C], by `weights` [n], of the best cosine among `generated` [m, C]."""
-    best = (F.normalize(reference, dim=1) @ F.normalize(generated, dim=1).T).amax(dim=1)
+    others = F.normalize(generated, dim=1).T
+    best = torch.cat([(rows @ others).amax(dim=1) for rows in F.normalize(reference, dim=1).split(_ROWS)])
     weights = weights.to(best)
     return float((best * weights).sum() / weights.sum())
 

@@ -19,7 +19,7 @@ from lib_lora_train.model.architecture import UNetConfig
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.model.ops.linear import frozen_linear
 
-TIMESTEP = 261
+TIMESTEP, FINE_TIMESTEP = 261, 100
 _SEED = 261
 
 
@@ -29,9 +29,10 @@ def subject_features(model: FrozenModel, latents: Tensor, *, clip_skip: int, dty
 
 
 @torch.no_grad()
-def patch_features(model: FrozenModel, latents: Tensor, *, clip_skip: int, dtype: torch.dtype) -> Tensor:
-    """[n, C] fp32 on the model's device: the features at each of n patches, row by row, of one image as above."""
-    t = torch.full((1,), TIMESTEP, device=model.device)
+def patch_features(model: FrozenModel, latents: Tensor, *, clip_skip: int, dtype: torch.dtype, fine: bool = False) -> Tensor:
+    """[n, C] fp32 on the model's device: the features at each of n patches, row by row, of one image as above. `fine` ones are
+    those of the finest level with little noise, which tell how a thing is drawn more than what it is."""
+    t = torch.full((1,), FINE_TIMESTEP if fine else TIMESTEP, device=model.device)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(_SEED)).to(model.device)
     x_t = model.schedule.add_noise(latents.to(model.device) * model.architecture.latent_scale, noise, t)
     empty = model.text.encode([model.text.tokenize("")], clip_skip=clip_skip)
@@ -39,7 +40,7 @@ def patch_features(model: FrozenModel, latents: Tensor, *, clip_skip: int, dtype
     y = empty.vector(original=(height, width), crop=(0, 0), target=(height, width))
     probe = _Probe()
     model.unet(x_t.to(dtype), t, empty.context.to(model.device, dtype), None if y is None else y.to(model.device, dtype),
-               adapters={_layer(model.architecture.unet): probe})
+               adapters={_layer(model.architecture.unet, fine=fine): probe})
     assert probe.seen is not None
     return probe.seen
 
@@ -61,13 +62,13 @@ class _Probe:
         return frozen_linear(x, weight, bias)
 
 
-def _layer(unet: UNetConfig) -> str:
-    """The last transformer of the coarsest level that has one, on the way up: the level DIFT reads in SD1 and SD2."""
+def _layer(unet: UNetConfig, *, fine: bool) -> str:
+    """The last transformer on the way up of the coarsest level that has one, the level DIFT reads in SD1 and SD2; or of all."""
     found = ""
     for block in (block for group in unet.output_blocks for block in group):
         if block.kind == "transformer":
             found = block.name
-        elif block.kind == "up" and found:
+        elif block.kind == "up" and found and not fine:
             break
     if not found:
         raise ModelError("The checkpoint's UNet has no layer that attends to a text on its way up")

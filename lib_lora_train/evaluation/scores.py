@@ -1,6 +1,7 @@
 """Four numbers about a generated image, asked of the model without LoRA. They are never merged into one.
 
-likeness           to the images that were not trained on, patch by patch (`likeness.py`)
+likeness           to the nearest of the images that were not trained on, patch by patch (`likeness.py`), in fine features
+                   without what all references have in common
 prompt following   the caption check's cosine on what was generated (`caption_check.py`), and how many of the prompt's tags a WD
                    tagger finds in it, where one is installed
 drift              how far an image whose prompt does not call what was learnt is from the base model's image of the same seed
@@ -53,38 +54,47 @@ class Scorer:
 
     def __init__(self, lease: ModelLease, *, size: tuple[int, int]) -> None:
         self._lease, self._size = lease, size
-        self._held_out: list[tuple[Tensor, Tensor]] = []
-        self._training: list[Tensor] = []
+        self._held_out: list[tuple[Tensor, Tensor]] = []  # fine features, and how much of each patch is the subject
+        self._layouts: tuple[list[Tensor], list[Tensor]] = ([], [])  # of what was held out and what was trained
+        self._means: list[Tensor] = []
 
     def add_held_out(self, held_out: HeldOutImage, *, mask: Path | None) -> None:
         """An image that was not trained on, and the mask of its subject."""
         image = self._shown(held_out, held_out.example.path)
-        features = self._features(self._latents(image))
+        features = self._add(image, self._layouts[0])
         weights = subject_weights(image, len(features), mask=self._shown(held_out, mask) if mask else None)
         self._held_out.append((features, weights.to(features.device)))
 
     def add_training(self, path: Path) -> None:
         """An image that was trained."""
-        self._training.append(self._layout(self._features(self._latents(ImageOps.fit(read_image(path), self._size)))))
+        self._add(ImageOps.fit(read_image(path), self._size), self._layouts[1])
+
+    def _add(self, image: Image.Image, layouts: list[Tensor]) -> Tensor:
+        """Measure a reference; its fine features."""
+        latents = self._latents(image)
+        layouts.append(self._layout(latents))
+        features = self._features(latents, fine=True)
+        self._means.append(features.mean(dim=0))
+        return features
 
     def score(self, image: Image.Image, *, caption: str) -> ImageScores:
         """All that is measured on an image alone. `caption` is its prompt without the trigger word; of "" nothing is asked."""
-        latents = self._latents(image)
-        features = self._features(latents)
-        cosine = None
+        latents, cosine, alike, copied = self._latents(image), None, None, None
         if caption:
             cosine, _ = caption_effect(self._lease, latents, caption, Placement(self._size, self._size, (0, 0), self._size))
-        alike = [likeness(reference, weights, features) for reference, weights in self._held_out]
-        copied = None
-        if self._held_out and self._training:
-            held_out, trained = (min(layout_distance(self._layout(features), other) for other in others) for others in (
-                [self._layout(reference) for reference, _ in self._held_out], self._training))
+        if self._held_out:
+            usual = torch.stack(self._means).mean(dim=0)
+            features = self._features(latents, fine=True) - usual
+            alike = max(likeness(reference - usual, weights, features) for reference, weights in self._held_out)
+        if all(self._layouts):
+            layout = self._layout(latents)
+            held_out, trained = (min(layout_distance(layout, other) for other in others) for others in self._layouts)
             copied = held_out / max(trained, 1e-6)
-        return ImageScores(_finite(sum(alike) / len(alike) if alike else None), _finite(cosine), copy_risk=_finite(copied))
+        return ImageScores(_finite(alike), _finite(cosine), copy_risk=_finite(copied))
 
     def distance(self, image: Image.Image, other: Image.Image) -> float | None:
         """How far two images are apart, 0…2."""
-        return _finite(layout_distance(*(self._layout(self._features(self._latents(one))) for one in (image, other))))
+        return _finite(layout_distance(self._layout(self._latents(image)), self._layout(self._latents(other))))
 
     def _shown(self, held_out: HeldOutImage, path: Path) -> Image.Image:
         """What is seen of the image of that path, or of its mask."""
@@ -101,11 +111,11 @@ class Scorer:
         model = self._lease.model
         return model.vae.encode(to_tensor(image.convert("RGB"))[None].to(model.device))[0]
 
-    def _layout(self, features: Tensor) -> Tensor:
-        return layout_of(features, self._size)
+    def _layout(self, latents: Tensor) -> Tensor:
+        return layout_of(self._features(latents), self._size)
 
-    def _features(self, latents: Tensor) -> Tensor:
-        return patch_features(self._lease.model, latents, clip_skip=self._lease.clip_skip, dtype=self._lease.dtype)
+    def _features(self, latents: Tensor, *, fine: bool = False) -> Tensor:
+        return patch_features(self._lease.model, latents, clip_skip=self._lease.clip_skip, dtype=self._lease.dtype, fine=fine)
 
 
 def tag_recall(tagger: Captioner, image: Image.Image, caption: str) -> float | None:

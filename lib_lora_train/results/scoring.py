@@ -31,6 +31,7 @@ SCORES = f"{FOLDER}/scores.json"
 MOST_TRAINING = 200
 """Images that were trained, evenly over the dataset, that a generated one is compared with."""
 _WRITE_EVERY = 20
+_FORMULA = 2  # another number makes scores that were kept count no more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +161,8 @@ def _notes(references: References, settings: Settings) -> tuple[str, ...]:
 def _fingerprint(lease: ModelLease, references: References, *, tagged: bool) -> str:
     """What tells the scores of one model and one set of references from others."""
     held_out = [(image.example.path.name, image.crop) for image in references.held_out]
-    told = [lease.checkpoint, str(lease.dtype), held_out, [example.path.name for example in references.training], tagged]
+    training = [example.path.name for example in references.training]
+    told = [_FORMULA, lease.checkpoint, str(lease.dtype), held_out, training, tagged]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 

@@ -106,7 +106,8 @@ def test_the_page_is_told_the_scores_of_each_column_and_image_and_what_they_reco
     run, scores = scored
     found, told, best = overview(run.folder), scores.to_dict(), recommend(run.folder)
     assert best is not None and found["recommended"] == best.to_dict()
-    assert found["grid"]["scores"] == told["columns"] and len(told["columns"]) == len(found["grid"]["columns"])
+    columns = [{name: value for name, value in one.items() if name != "leaves"} for one in found["grid"]["scores"]]
+    assert columns == told["columns"] and len(told["columns"]) == len(found["grid"]["columns"])
     assert {cell["file"]: cell["scores"] for cell in found["grid"]["cells"]} == told["images"]
 
 

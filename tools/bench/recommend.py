@@ -63,7 +63,7 @@ class RecommendPlan:
     seeds: tuple[int, ...] = (42,)
     steps: int = 420
     every: int = 30
-    sampler_steps: int = 15
+    sampler_steps: int = 10
     effort: Effort = Effort(across=False)
     changes: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
