@@ -119,7 +119,8 @@ def _rates(plan: RunPlan) -> Sequence[float]:
     optimizer, steps = plan.settings.optimizer, plan.schedule.steps
     factors = [learning_rate_factor(optimizer.lr_scheduler, step, total=steps, warmup=optimizer.lr_warmup_steps,
                                     cycles=optimizer.lr_scheduler_num_cycles) for step in range(steps)]
-    return 0.0, *(factor / (sum(factors) or 1.0) for factor in factors)
+    whole = sum(factors) or 1.0
+    return 0.0, *(factor / whole for factor in factors)
 
 
 def _summary(plan: RunPlan, *, compared: int, alike: int) -> RunSummary:

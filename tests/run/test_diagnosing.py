@@ -14,7 +14,7 @@ from tests.run.test_job import of, run, settings
 
 
 def test_what_is_wrong_with_the_pictures_is_said_before_the_first_step_once_and_at_the_end(images, host):
-    finished, seen = run(settings(images, validate_every_n_steps=2), host)
+    finished, seen = run(settings(images, validation=True, validate_every_n_steps=2), host)
     said = of(events.Diagnosed, seen)
     assert [event.finding for event in said] == ["words"]  # four pictures
     assert seen.index(said[0]) < seen.index(of(events.Step, seen)[0])
@@ -22,7 +22,7 @@ def test_what_is_wrong_with_the_pictures_is_said_before_the_first_step_once_and_
 
 
 def test_a_rate_that_ruins_it_is_named_and_the_two_verdicts_agree(images, host):
-    finished, seen = run(settings(images, learning_rate=5, max_train_steps=4), host)
+    finished, seen = run(settings(images, validation=True, learning_rate=5, max_train_steps=4), host)
     last = of(events.Diagnosed, seen)[-1]
     assert finished.verdict == "ruined" and (last.finding, last.setting) == ("ruined", "learning_rate")
     assert float(last.value) < 5 and last.message in finished.message
@@ -33,7 +33,7 @@ def test_a_look_that_fails_is_told_and_changes_no_weight(images, host, monkeypat
     monkeypatch.setattr(diagnosing, "MOST_PASSES", 1)  # so short a run's words are not asked about else
     untouched = load_file(run(settings(images, max_train_steps=2, validation=False), host)[0].path)
     monkeypatch.setattr(diagnosing, name, lambda *rest, **more: (_ for _ in ()).throw(RuntimeError("broken")))
-    finished, seen = run(settings(images, max_train_steps=2, overwrite=True), host)
+    finished, seen = run(settings(images, validation=True, max_train_steps=2, overwrite=True), host)
     assert finished.outcome == "done" and any("broken" in event.message for event in of(events.Warned, seen))
     found = load_file(Path(finished.path))
     assert all(torch.equal(found[key], tensor) for key, tensor in untouched.items())
