@@ -95,7 +95,8 @@ EXPECTED: dict[str, Expected] = {
         shown=(r"h: path in the last event: \S+ exists",), not_shown=("FAULT", r"hash_ok +(?!True)"),
         times=((r"^[a-g]-[\w-]+ rc [02]: \S", 7),)),
     "04-settings-files": Expected(
-        shown=(r"^kohya_ss's own toml\t0\t[^\n]*is (ready|saved)", r"^toml list resolution\t0\t", r"^kohya text_encoder_lr list\t0\t"),
+        shown=(r"^kohya_ss's own toml\t0\t[^\n]*is (ready|saved)", r"^toml list resolution\t0\t",
+               r"^kohya text_encoder_lr list\t0\t"),
         not_shown=(r"^[^\t\n]+\t(?!0\t|2\t|exit 2\t)[^\n]*", r"TRACEBACK")),
     "05-resume-more-epochs": OK,
     "06-step-counts": OK,
