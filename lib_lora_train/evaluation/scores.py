@@ -58,12 +58,13 @@ class Scorer:
         self._layouts: tuple[list[Tensor], list[Tensor]] = ([], [])  # of what was held out and what was trained
         self._means: list[Tensor] = []
 
-    def add_held_out(self, held_out: HeldOutImage, *, mask: Path | None) -> None:
-        """An image that was not trained on, and the mask of its subject."""
+    def add_held_out(self, held_out: HeldOutImage, *, caption: str, mask: Path | None) -> float | None:
+        """An image that was not trained on, and the mask of its subject; how much the image itself follows its caption."""
         image = self._shown(held_out, held_out.example.path)
         features = self._add(image, self._layouts[0])
         weights = subject_weights(image, len(features), mask=self._shown(held_out, mask) if mask else None)
         self._held_out.append((features, weights.to(features.device)))
+        return self._follows(self._latents(image), caption)
 
     def add_training(self, path: Path) -> None:
         """An image that was trained."""
@@ -79,9 +80,7 @@ class Scorer:
 
     def score(self, image: Image.Image, *, caption: str) -> ImageScores:
         """All that is measured on an image alone. `caption` is its prompt without the trigger word; of "" nothing is asked."""
-        latents, cosine, alike, copied = self._latents(image), None, None, None
-        if caption:
-            cosine, _ = caption_effect(self._lease, latents, caption, Placement(self._size, self._size, (0, 0), self._size))
+        latents, alike, copied = self._latents(image), None, None
         if self._held_out:
             usual = torch.stack(self._means).mean(dim=0)
             features = self._features(latents, fine=True) - usual
@@ -90,11 +89,16 @@ class Scorer:
             layout = self._layout(latents)
             held_out, trained = (min(layout_distance(layout, other) for other in others) for others in self._layouts)
             copied = held_out / max(trained, 1e-6)
-        return ImageScores(_finite(alike), _finite(cosine), copy_risk=_finite(copied))
+        return ImageScores(_finite(alike), self._follows(latents, caption), copy_risk=_finite(copied))
 
     def distance(self, image: Image.Image, other: Image.Image) -> float | None:
         """How far two images are apart, 0…2."""
         return _finite(layout_distance(self._layout(self._latents(image)), self._layout(self._latents(other))))
+
+    def _follows(self, latents: Tensor, caption: str) -> float | None:
+        if not caption:
+            return None
+        return _finite(caption_effect(self._lease, latents, caption, Placement(self._size, self._size, (0, 0), self._size))[0])
 
     def _shown(self, held_out: HeldOutImage, path: Path) -> Image.Image:
         """What is seen of the image of that path, or of its mask."""

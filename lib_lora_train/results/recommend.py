@@ -5,8 +5,8 @@ The rule, for the columns that are a save of the run at a weight:
 1. Prompt following, drift and copy risk must stay within the bounds below. One that leaves a bound comes after all others.
 2. Among those, the more like the held-out images, the better.
 
-Without likeness it is the save with the lowest loss on held-out images, at weight 1. docs/recommendation.md tells how well the
-two do.
+Without likeness it is the last save whose loss on held-out images is near the lowest, at weight 1: images go on to improve
+after it. docs/recommendation.md tells how well the two do.
 """
 
 from __future__ import annotations
@@ -23,9 +23,12 @@ from lib_lora_train.results.saves import Save, saves_of
 from lib_lora_train.results.scoring import ColumnScores, read_scores
 
 FOLLOWING = 0.75
-"""Least share of the base model's prompt following."""
+"""Least share of the prompt following of the base model's images, or of the held-out ones where that is less: in a style that
+it does not know, the base model sees less of what a caption says."""
 DRIFT = 0.25
 """Most drift."""
+NEAR = 0.9
+"""Of the loss's greatest improvement over the base model, the share that counts as near it."""
 COPIES = 1.0
 """Most copy risk; the base model's where that is more."""
 
@@ -48,34 +51,38 @@ def recommend(folder: Path) -> Recommendation | None:
     """What to take of the run in `folder`; None where nothing was measured, or all that was measured is gone."""
     there = {save.id for save in saves_of(folder) if save.exists}
     scores = read_scores(folder)
-    by_scores = recommended_by_scores([one for one in scores.columns if one.column.save in there | {""}]) if scores else None
+    by_scores = recommended_by_scores([one for one in scores.columns if one.column.save in there | {""}],
+                                      held_out_following=scores.held_out_following) if scores else None
     return by_scores or recommended_by_loss(read_history(folder).measured, saves_of(folder))
 
 
-def recommended_by_scores(columns: Sequence[ColumnScores]) -> Recommendation | None:
-    """By the scores of columns, the base model's among them; None where no save's likeness was measured."""
+def recommended_by_scores(columns: Sequence[ColumnScores], *, held_out_following: float | None = None) -> Recommendation | None:
+    """By the scores of columns, the base model's among them, and those of the held-out images themselves; None where no save's
+    likeness was measured."""
     unadapted = next((one for one in columns if not one.column.save), None)
     found = [one for one in columns if one.column.save and not one.column.part and one.likeness.mean is not None]
     if unadapted is None or not found:
         return None
-    ordered = sorted(found, key=lambda one: (bool(leaves(one, unadapted)), -(one.likeness.mean or 0)))
+    bounds = {one.column: leaves(one, unadapted, held_out_following) for one in found}
+    ordered = sorted(found, key=lambda one: (bool(bounds[one.column]), -(one.likeness.mean or 0)))
     best = ordered[0]
     reason = (f"Of {counted(len(ordered), 'save and weight', 'saves and weights')} it is the most like the held-out pictures "
               f"({best.likeness.mean:.3f}, the base model {unadapted.likeness.mean or 0:.3f})")
-    if left := leaves(best, unadapted):
+    if left := bounds[best.column]:
         reason += f", though none stays within all bounds: {' and '.join(left)}"
-    elif any(leaves(one, unadapted) for one in ordered):
+    elif any(bounds.values()):
         reason += " among those that follow the prompt, do not drift and do not copy"
     return Recommendation(best.column.save, best.column.weight, f"{reason}.",
                           tuple((one.column.save, one.column.weight) for one in ordered))
 
 
-def leaves(one: ColumnScores, unadapted: ColumnScores) -> list[str]:
+def leaves(one: ColumnScores, unadapted: ColumnScores, held_out_following: float | None = None) -> list[str]:
     """Which bounds a column leaves, in words."""
     found = []
-    following, usual = one.prompt_following.mean, unadapted.prompt_following.mean
-    if following is not None and usual is not None and following < FOLLOWING * usual:
-        found.append("it follows the prompt less than the base model")
+    following = one.prompt_following.mean
+    usual = [value for value in (unadapted.prompt_following.mean, held_out_following) if value is not None]
+    if following is not None and usual and following < FOLLOWING * min(usual):
+        found.append("it follows the prompt too little")
     if one.drift.mean is not None and one.drift.mean > DRIFT:
         found.append("it changes what its trigger word does not call")
     if one.copy_risk.mean is not None and one.copy_risk.mean > max(COPIES, unadapted.copy_risk.mean or 0):
@@ -90,9 +97,11 @@ def recommended_by_loss(measured: Sequence[Measured], saves: Sequence[Save]) -> 
     losses = {event.step: loss for event in measured if event.step in there and (loss := _relative_loss(event)) is not None}
     if not losses:
         return None
-    order = sorted(losses, key=lambda step: losses[step])
+    lowest = min(losses.values())
+    near = {step for step, loss in losses.items() if loss == lowest or 1 - loss >= NEAR * (1 - lowest)}
+    order = sorted(losses, key=lambda step: (step not in near, -step if step in near else losses[step]))
     images = "held-out" if all(event.held_out for event in measured) else "training"
-    reason = (f"Of {counted(len(order), 'save')} its loss on {images} pictures is the lowest, "
+    reason = (f"Of {counted(len(order), 'save')} it is the last whose loss on {images} pictures is near the lowest, "
               f"{100 * losses[order[0]]:.0f} % of the base model's.")
     return Recommendation(there[order[0]], 1.0, reason, tuple((there[step], 1.0) for step in order))
 

@@ -31,7 +31,8 @@ SCORES = f"{FOLDER}/scores.json"
 MOST_TRAINING = 200
 """Images that were trained, evenly over the dataset, that a generated one is compared with."""
 _WRITE_EVERY = 20
-_FORMULA = 2  # another number makes scores that were kept count no more
+_HELD_OUT = "held out"  # in place of a file's name
+_FORMULA = 3  # another number makes scores that were kept count no more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,19 +49,22 @@ class ColumnScores:
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """The scores of a grid; the first column is the base model. `images` by the name of their file in the run's folder; `notes`
-    are sentences about what is not measured."""
+    """The scores of a grid; the first column is the base model. `images` by the name of their file in the run's folder;
+    `held_out_following` is the prompt following of the held-out images themselves; `notes` are sentences about what is not
+    measured."""
 
     columns: tuple[ColumnScores, ...]
     images: dict[str, ImageScores]
+    held_out_following: float | None
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data: {columns: [{save, weight, part, likeness: {mean, deviation}, …}], images: {file: {…}}, notes}."""
+        """As plain data: {columns: [{save, weight, part, likeness: {mean, deviation}, …}], images: {file: {…}},
+        held_out_following, notes}."""
         columns = [{"save": one.column.save, "weight": one.column.weight, "part": one.column.part,
                     **{name: dataclasses.asdict(getattr(one, name)) for name in NAMES}} for one in self.columns]
         return {"columns": columns, "images": {name: dataclasses.asdict(one) for name, one in self.images.items()},
-                "notes": list(self.notes)}
+                "held_out_following": self.held_out_following, "notes": list(self.notes)}
 
 
 def read_scores(folder: Path) -> Scores | None:
@@ -118,9 +122,14 @@ def _scored(lease: ModelLease, tagger: Captioner | None, folder: Path, grid: Gri
         done += 1
 
     scorer = Scorer(lease, size=grid.options.size)
+    following = []
     for held_out in references.held_out:
         advance()
-        scorer.add_held_out(held_out, mask=mask_of(held_out.example.path, references.folder))
+        example = held_out.example
+        following.append(scorer.add_held_out(held_out, caption=without_trigger(example.caption, trigger),
+                                             mask=mask_of(example.path, references.folder)))
+    if known := [value for value in following if value is not None]:
+        yield _HELD_OUT, ImageScores(prompt_following=sum(known) / len(known))
     for example in training:
         advance()
         scorer.add_training(example.path)
@@ -175,7 +184,8 @@ def _summed(grid: Grid, kept: _Kept) -> Scores:
             [value for one in images if (value := getattr(one, name)) is not None] for images in by_seed.values()])
             for name in NAMES)))
     shown = {cell.file for cell in grid.cells}
-    return Scores(tuple(columns), {name: one for name, one in kept.images.items() if name in shown}, kept.notes)
+    return Scores(tuple(columns), {name: one for name, one in kept.images.items() if name in shown},
+                  kept.images.get(_HELD_OUT, ImageScores()).prompt_following, kept.notes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,6 +36,12 @@ def test_the_most_like_of_those_within_bounds_is_recommended(columns: list, best
     assert len(found.order) == sum(not one.column.part for one in columns)
 
 
+def test_prompts_need_not_be_followed_more_than_by_the_held_out_pictures() -> None:
+    columns = [BASE, column("a", 0.6), column("style", 0.9, following=0.3)]
+    assert recommended_by_scores(columns).save == "a"
+    assert recommended_by_scores(columns, held_out_following=0.35).save == "style"
+
+
 def test_without_likeness_or_the_base_model_nothing_is_recommended_by_scores() -> None:
     assert recommended_by_scores([BASE, column("a", None)]) is None
     assert recommended_by_scores([column("a", 0.6)]) is None
@@ -48,8 +54,10 @@ def measured(step: int, training: float, held_out: float | None) -> Measured:
 
 @pytest.mark.parametrize(("events", "best", "word"), [
     ([measured(10, 0.9, 1.9), measured(20, 0.8, 1.5), measured(30, 0.1, 1.7), measured(40, 0.1, 0.1)], 20, "held-out"),
+    ([measured(10, 0.9, 1.9), measured(20, 0.8, 1.50), measured(30, 0.1, 1.52)], 30, "held-out"),
+    ([measured(10, 0.9, 2.2), measured(20, 0.8, 2.1), measured(30, 0.1, 2.3)], 20, "held-out"),
     ([measured(10, 0.9, None), measured(20, 0.8, None), measured(30, 0.7, None)], 30, "training")])
-def test_without_a_grid_it_is_the_save_of_the_lowest_held_out_loss(events: list, best: int, word: str) -> None:
+def test_without_a_grid_it_is_the_last_save_near_the_lowest_held_out_loss(events: list, best: int, word: str) -> None:
     saves = [Save(id=f"s{step}", path=Path(f"s{step}"), home=Path(f"s{step}"), step=step, epoch=1, final=False, size=1,
                   exists=step != 40, is_result=False, own=True) for step in (10, 20, 30, 40)]
     found = recommended_by_loss(events, saves)  # that of step 40 is gone

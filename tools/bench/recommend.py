@@ -117,7 +117,8 @@ def _measure(plan: RecommendPlan, host: Host, yardstick: _Yardstick, *, name: st
     say(f"  sampling and scoring the grid of {len(saves)} saves")
     sample_grid(host, folder, saves=[save.id for save in saves], weights=[1.0], options=SampleOptions(
         steps=plan.sampler_steps, cfg_scale=CFG_SCALE))
-    columns = score_grid(host, folder).columns
+    scores = score_grid(host, folder)
+    columns = scores.columns
     whole = _mean_resemblance(host, folder)
     measured = read_history(folder).measured
     losses = {event.step: sum(event.held_out) / sum(event.unadapted_held_out) for event in measured if event.held_out}
@@ -129,7 +130,8 @@ def _measure(plan: RecommendPlan, host: Host, yardstick: _Yardstick, *, name: st
         figures.append(SaveFigures(save.id, save.step, {
             **{number: value for number, value in numbers.items() if value is not None}, "whole image": whole[save.id],
             **({"loss": losses[save.step]} if save.step in losses else {})}, points[save.id]))
-    orders = {"by scores": recommended_by_scores(columns), "by loss": recommended_by_loss(measured, saves)}
+    orders = {"by scores": recommended_by_scores(columns, held_out_following=scores.held_out_following),
+              "by loss": recommended_by_loss(measured, saves)}
     return CaseFigures(
         name, seed, {number: value for number in NAMES if (value := getattr(columns[0], number).mean) is not None} | {
             "whole image": whole[""]}, points[""], tuple(figures), *compared(figures, orders))
