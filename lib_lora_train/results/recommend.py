@@ -22,15 +22,16 @@ from lib_lora_train.results.history import read_history
 from lib_lora_train.results.saves import Save, saves_of
 from lib_lora_train.results.scoring import ColumnScores, read_scores
 
-FOLLOWING = 0.75
+FOLLOWING, LEAST_FOLLOWING = 0.75, 0.1
 """Least share of the prompt following of the base model's images, or of the held-out ones where that is less: in a style that
-it does not know, the base model sees less of what a caption says."""
-DRIFT = 0.25
-"""Most drift."""
+it does not know, the base model sees less of what a caption says. And at least the second share of the base model's."""
+DRIFT = 0.5
+"""Most drift; pictures that have nothing to do with each other are about that far apart."""
+COPIES = 1.5
+"""Most copy risk, times that of the base model's images or 1, whichever is more: with more images trained than held out, one of
+them is nearer by chance, the more so where all show one subject."""
 NEAR = 0.9
 """Of the loss's greatest improvement over the base model, the share that counts as near it."""
-COPIES = 1.0
-"""Most copy risk; the base model's where that is more."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,13 +80,14 @@ def recommended_by_scores(columns: Sequence[ColumnScores], *, held_out_following
 def leaves(one: ColumnScores, unadapted: ColumnScores, held_out_following: float | None = None) -> list[str]:
     """Which bounds a column leaves, in words."""
     found = []
-    following = one.prompt_following.mean
-    usual = [value for value in (unadapted.prompt_following.mean, held_out_following) if value is not None]
-    if following is not None and usual and following < FOLLOWING * min(usual):
-        found.append("it follows the prompt too little")
+    following, usual = one.prompt_following.mean, unadapted.prompt_following.mean
+    if following is not None and usual is not None:
+        least = FOLLOWING * (usual if held_out_following is None else min(usual, held_out_following))
+        if following < max(least, LEAST_FOLLOWING * usual):
+            found.append("it follows the prompt too little")
     if one.drift.mean is not None and one.drift.mean > DRIFT:
         found.append("it changes what its trigger word does not call")
-    if one.copy_risk.mean is not None and one.copy_risk.mean > max(COPIES, unadapted.copy_risk.mean or 0):
+    if one.copy_risk.mean is not None and one.copy_risk.mean > COPIES * max(1, unadapted.copy_risk.mean or 0):
         found.append("it is nearer to pictures it was trained on")
     return found
 

@@ -40,6 +40,8 @@ def test_prompts_need_not_be_followed_more_than_by_the_held_out_pictures() -> No
     columns = [BASE, column("a", 0.6), column("style", 0.9, following=0.3)]
     assert recommended_by_scores(columns).save == "a"
     assert recommended_by_scores(columns, held_out_following=0.35).save == "style"
+    columns = [BASE, column("a", 0.6), column("deaf", 0.9, following=0.01)]
+    assert recommended_by_scores(columns, held_out_following=-0.1).save == "a"
 
 
 def test_without_likeness_or_the_base_model_nothing_is_recommended_by_scores() -> None:
