@@ -30,7 +30,7 @@ DRIFT = 0.5
 COPIES = 1.5
 """Most copy risk, times that of the base model's images or 1, whichever is more: with more images trained than held out, one of
 them is nearer by chance, the more so where all show one subject."""
-NEAR = 0.9
+NEAR = 0.75
 """Of the loss's greatest improvement over the base model, the share that counts as near it."""
 
 
