@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from lib_lora_train.errors import counted
+from lib_lora_train.settings.kohya_network import adopted_network
 from lib_lora_train.settings.toml import tables
 
 _SAME_METHOD = {"pagedadamw": "AdamW", "pagedadamw32bit": "AdamW"}
@@ -20,10 +21,10 @@ def adopted(values: Mapping[str, object]) -> tuple[dict[str, object], list[str]]
     """A file's values with kohya's names and conventions made ours, and sentences that tell what became of them. Unknown names
     and what is not supported stay for `parse` to refuse."""
     table = _table()
+    values, became = adopted_network(values)
     theirs = {name: value for name, value in values.items() if name in explanations()}
     ours = {name: value for name, value in values.items() if name not in theirs and value not in ("", None)}
     left = {name: value for name, value in theirs.items() if not _changes_nothing(name, value)}
-    became = []
     for name in [name for name in left if name in table["renamed"]]:
         value, target = left.pop(name), table["renamed"][name]
         # kohya_ss shows its number of epochs also where the steps decide.

@@ -16,6 +16,8 @@ from tests.run.test_job import metadata, of, settings
 from tests.run.test_resume import EXACT, going_on, interrupted, run
 from tests.run.test_sampling import pixels
 
+SAMPLED = {"sample_images": True, "sample_prompts": "a cat --s 1 --w 64 --h 64", "sample_every_n_steps": 1}
+
 
 class Emptied(torch.optim.SGD):
     """Its weights to save are all zero."""
@@ -45,30 +47,29 @@ class EmptiedSpec:
 
 def test_what_is_saved_sampled_measured_and_judged_are_the_weights_to_save(images, host, monkeypatch):
     monkeypatch.setitem(OPTIMIZERS, "Emptied", EmptiedSpec())
-    chosen = settings(images, optimizer_type="Emptied", learning_rate=10, max_train_steps=2, sample_images=True, validation=True,
-                      sample_prompts="a cat --s 2 --w 64 --h 64", sample_every_n_steps=1, validate_every_n_steps=1)
+    chosen = settings(images, optimizer_type="Emptied", learning_rate=10, max_train_steps=2, validation=True,
+                      validate_every_n_steps=1, **SAMPLED)
     folder = host.runs_folder / "zzk-1"
+    folder.mkdir(parents=True)
     finished, seen = run(chosen, host, folder)
     assert not any(tensor.any() for key, tensor in load_file(finished.path).items() if "alpha" not in key)
     measured = of(events.Measured, seen)
     assert len(measured) == 3 and all(m.training == m.unadapted_training for m in measured)
     samples = [pixels(folder / sample.file) for sample in of(events.Sampled, seen)]
     assert len(samples) == 3 and all(np.array_equal(sample, samples[0]) for sample in samples)
-    losses = [step.loss for step in of(events.Step, seen)]
-    assert finished.verdict == "healthy" and all(step.gradient_norm for step in of(events.Step, seen)), losses
+    assert finished.verdict == "healthy"  # what is trained at this rate is ruined
 
 
 def test_a_schedule_free_run_saves_averages_and_resumes_to_the_same_bytes_also_where_it_is_sampled_and_measured(images, host):
     pytest.importorskip("schedulefree")
-    watched = {"sample_images": True, "validation": True, "sample_prompts": "a cat --s 1 --w 64 --h 64",
-               "sample_every_n_steps": 1}
     changes = {**EXACT, "optimizer_type": "AdamWScheduleFree", "optimizer_args": "betas=0.8,0.99"}
     chosen = settings(images, **changes)
     finished, _ = run(chosen, host, None)
     straight = load_file(finished.path)
     assert metadata(finished.path)["ss_optimizer"] == (
         "schedulefree.adamw_schedulefree.AdamWScheduleFree(betas=(0.8, 0.99))")
-    folder = interrupted(settings(images, **changes, **watched), host)
+    (host.runs_folder / "zzk-1").mkdir(parents=True)
+    folder = interrupted(settings(images, **changes, **SAMPLED, validation=True), host)
     kept = load_file(folder / "state.safetensors")
     saved = load_file(Path(host.lora_folder) / "zzk-step00000002.safetensors")
     trained = {key.removeprefix("lora."): tensor for key, tensor in kept.items() if key.startswith("lora.")}
