@@ -116,7 +116,7 @@ def test_a_runs_folder_or_its_name_is_enough_for_its_report_and_its_samples(run,
 
 
 def test_the_saves_of_a_run_are_painted_and_one_of_them_becomes_the_lora(run, train, tiny_file, tmp_path, caplog):
-    done = run(*train, "--set", "max_train_steps=2", "--set", "save_every_n_steps=1")
+    done = run(*train, "--set", "max_train_steps=2", "--set", "save_every_n_steps=1", "--set", "validation=true")
     assert done.returncode == 0 and "zzk is saved" in done.stdout and "What shows the work failed" not in caplog.text
     folder, = (tmp_path / "out" / "runs").iterdir()
     (tmp_path / "prompts.txt").write_text("a red cat\n\n", encoding="utf-8")
