@@ -192,8 +192,8 @@ def to_dict(event: Event) -> dict[str, Any]:
 
 
 def from_dict(data: dict[str, Any]) -> Event:
-    """The event that `to_dict` wrote. Fields added by a later version are left out. Raises KeyError on an unknown kind, TypeError
-    where a field is missing or its value is of another type."""
+    """The event that `to_dict` wrote. Fields added by a later version are left out. Raises KeyError on an unknown kind, and
+    TypeError where a field is missing or its value is of another type."""
     cls = _KINDS[data["event"]]
     types = {field.name: field.type for field in dataclasses.fields(cls)}
     return cls(**{name: _read(value, types[name]) for name, value in data.items() if name in types})
