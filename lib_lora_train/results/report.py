@@ -39,6 +39,9 @@ _BANDS = ("Little noise (low timesteps)", "Middle timesteps", "Much noise (high 
 _KIND = {"learning": "good", "diverging": "bad", "ruined": "bad", "done": "good", "failed": "bad"}
 _LEFT_OUT = frozenset({"training_comment", "output_dir", "resume", "train_data_dir"})
 """Settings that say where things are, or are nobody else's business."""
+_POLICY = ('<meta http-equiv="Content-Security-Policy" '
+           'content="default-src \'none\'; img-src data:; style-src \'unsafe-inline\'">')
+"""Captions and names are escaped; the page opens the report from memory, where no header of the server counts."""
 _MOST_LISTED = 500
 _MOST_COLUMNS = 24
 _NUMBERS = {
@@ -71,7 +74,7 @@ def report_html(folder: Path, host: Host | None = None) -> str:
     style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     title = html.escape(run.past.name or folder.name)
     return printable(
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}: report of a LoRA</title>'
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">{_POLICY}<title>{title}: report of a LoRA</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>\n{style}</style></head>\n'
         f'<body><main>{"".join(sections)}</main>{_footer()}</body></html>\n')
 
