@@ -8,7 +8,7 @@ import pytest
 
 from lib_lora_train.adapters.stack import LoraTag
 from lib_lora_train.errors import SettingError
-from lib_lora_train.evaluation.prompts import bare_prompts, SamplePrompt, default_prompts, fitted, parse_prompts, read_prompts
+from lib_lora_train.evaluation.prompts import SamplePrompt, bare_prompts, default_prompts, fitted, parse_prompts, read_prompts
 from lib_lora_train.model.sampler import SampleRequest
 from lib_lora_train.settings import flat, parse
 from lib_lora_train.settings.allowed_paths import AllowedPaths, check_allowed
