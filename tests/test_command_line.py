@@ -55,6 +55,8 @@ def test_a_run_ends_with_0_a_file_and_nothing_but_events_on_stdout(run, train, t
     seen = lines(done.stdout)
     assert seen[-1] == events.Finished("done", seen[-1].message, str(tmp_path / "out" / "zzk.safetensors"), 4, "healthy")
     assert (tmp_path / "out" / "zzk.safetensors").is_file()
+    card = json.loads((tmp_path / "out" / "zzk.json").read_bytes())  # as of a run of the page
+    assert card["description"].startswith("Step 4, epoch 1; trained for 4 on tiny")
 
 
 def test_a_configuration_file_is_read_and_the_command_line_has_the_last_word(run, train, tmp_path):

@@ -142,8 +142,8 @@ def plan_dataset(settings: Settings, *, family: str, allowed: AllowedPaths | Non
         settings=settings, family=family, dataset=dataset, placements=placements, resolution=buckets.resolution,
         processes=processes, schedule=schedule, prompts=prompts, held_out=split.held_out, held_out_derived=split.derived,
         notes=split.notes if split.derived else (),
-        warnings=(*ignored(settings), *risks(settings, steps=schedule.steps, images=dataset.images, processes=processes),
-                  *(problem.text for problem in dataset.problems)))
+        warnings=(*ignored(settings), *risks(settings, steps=schedule.steps, images=dataset.images, processes=processes,
+                                             epoch=schedule.steps_per_epoch), *(problem.text for problem in dataset.problems)))
 
 
 def output_folder(settings: Settings, host: Host) -> Path:
