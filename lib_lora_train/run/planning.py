@@ -144,7 +144,8 @@ def plan_dataset(settings: Settings, *, family: str, allowed: AllowedPaths | Non
         processes=processes, schedule=schedule, prompts=prompts, held_out=split.held_out, held_out_derived=split.derived,
         notes=split.notes if split.derived else (),
         warnings=(*ignored(settings), *ignored_by_optimizer(settings),
-                  *risks(settings, steps=schedule.steps, images=dataset.images, processes=processes),
+                  *risks(settings, steps=schedule.steps, images=dataset.images, processes=processes,
+                         epoch=schedule.steps_per_epoch),
                   *(problem.text for problem in dataset.problems)))
 
 
