@@ -34,6 +34,7 @@ from lib_lora_train.run.inputs import batches_of, latents_of, stage
 from lib_lora_train.run.measuring import MeasuredImages, Measuring
 from lib_lora_train.run.memory import encoding_budget, memory_plan, place_model
 from lib_lora_train.run.network import InitialWeights, build_network, check_sizes, ignored_by
+from lib_lora_train.run.optimizing import check_optimizer_device, optimizer_config, schedule_config
 from lib_lora_train.run.planning import RunPlan, plan_dataset
 from lib_lora_train.run.provenance import Provenance
 from lib_lora_train.run.sampling import SampleCallback
@@ -130,6 +131,7 @@ def _checked(plan: RunPlan, host: Host, leased: LeasedModel, model: FrozenModel,
     if point:
         resume.compare_checkpoint(leased, identity, point)
     dtype = compute_dtype(settings.memory.mixed_precision, model.device, weights=model.dtype)
+    check_optimizer_device(settings, model.device)
     check_sizes(plan, model)
     if group.world_size > 1:
         agree_on_data(group, dataset=resume.dataset_fingerprint(plan.dataset, plan.placements),
@@ -221,9 +223,8 @@ def _train_config(plan: RunPlan, memory: MemoryPlan, *, dtype: torch.dtype) -> T
     unet_lr, text_encoder_lr = settings.rates
     return TrainConfig(
         steps=schedule.steps, epochs=schedule.epochs, steps_per_epoch=schedule.steps_per_epoch,
-        accumulation=optimizer.gradient_accumulation_steps, optimizer=optimizer.optimizer_type,
-        schedule=optimizer.lr_scheduler, warmup=optimizer.lr_warmup_steps, cycles=optimizer.lr_scheduler_num_cycles,
-        weight_decay=optimizer.weight_decay, max_grad_norm=optimizer.max_grad_norm, noise_offset=loss.noise_offset,
+        accumulation=optimizer.gradient_accumulation_steps, optimizer=optimizer_config(settings),
+        schedule=schedule_config(settings, steps=schedule.steps), noise_offset=loss.noise_offset,
         unet_lr=unet_lr, text_encoder_lr=text_encoder_lr, seed=optimizer.seed,
         loss=LossConfig(dtype=dtype, min_snr_gamma=loss.min_snr_gamma, function=LOSSES["l2"]), step=memory.config,
         cuda_graphs=_cuda_graphs(settings), compiled=settings.memory.torch_compile)
