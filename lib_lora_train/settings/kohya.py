@@ -13,6 +13,10 @@ _EIGHT_BIT_OR_PAGED = ("adamw8bit", "pagedadamw8bit", "pagedadamw", "pagedadamw3
 _SAME_METHOD = {("lr_scheduler", "constant_with_warmup"): "constant"} | {
     ("optimizer_type", name): "AdamW" for name in _EIGHT_BIT_OR_PAGED}
 
+_OTHER_NOISE = {"original": ("multires_noise_iterations", "multires_noise_discount"),
+                "multires": ("noise_offset", "noise_offset_random_strength", "adaptive_noise_scale")}
+"""kohya_ss's noise_offset_type -> what it stores beside it and does not use (its lora_gui.py)."""
+
 
 def adopted(values: Mapping[str, object]) -> tuple[dict[str, object], list[str]]:
     """A file's values with kohya's names and conventions made ours, and sentences that tell what became of them. Unknown names
@@ -41,6 +45,8 @@ def adopted(values: Mapping[str, object]) -> tuple[dict[str, object], list[str]]
     for (name, theirs_), same in _SAME_METHOD.items():
         if str(ours.get(name)).lower() == theirs_:
             ours[name], _ = same, became.append(f"{name} = {ours[name]} is read as {same}, the same method")
+    for name in _OTHER_NOISE.get(str(values.get("noise_offset_type")).lower(), ()):
+        ours.pop(name, None)
     if theirs:
         for name in ("v_parameterization", "zero_terminal_snr", "max_train_epochs"):
             if name in ours and _changes_nothing(name, ours[name]):  # kohya_ss writes all of its settings, also those unset

@@ -22,7 +22,7 @@ from lib_lora_train.training.checkpoint import TrainingState, capture, restore
 from lib_lora_train.training.condition import Condition
 from lib_lora_train.training.cuda_graph import CudaGraphStep
 from lib_lora_train.training.loss import LossConfig
-from lib_lora_train.training.noise import draw
+from lib_lora_train.training.noise import NoiseConfig, draw
 from lib_lora_train.training.optimizers import RunOptimizer, spec_of
 from lib_lora_train.training.precision import LossScaler
 from lib_lora_train.training.progress import LossReporter
@@ -47,12 +47,12 @@ class TrainConfig:
     cycles: int
     weight_decay: float
     max_grad_norm: float
-    noise_offset: float
     unet_lr: float
     text_encoder_lr: float
     seed: int
     loss: LossConfig
     step: StepConfig
+    noise: NoiseConfig = NoiseConfig()
     cuda_graphs: bool = False
     compiled: bool = False
 
@@ -190,8 +190,9 @@ def _inputs(batch: Batch, step: int, micro: int, micro_batches: int, *, model: F
             config: TrainConfig, group: ProcessGroup) -> Batch:
     """A batch with all that its loss depends on. Random numbers, text and weights are the whole batch's, of which each process
     takes its rows: how a batch is cut changes nothing but the order in which numbers are added."""
+    scale = model.architecture.latent_scale
     draws = draw(batch["mean"].shape, seed=config.seed, step=step, micro=micro, timesteps=len(model.schedule),
-                 noise_offset=config.noise_offset)
+                 config=config.noise, latents=(batch["mean"] * scale, batch["std"] * scale))
     weight = batch["loss_weight"] / (len(batch) * micro_batches)
     whole = batch.extended({**draws, "weight": weight, **condition.prepare(batch.captions)})
     return whole.rows(rows_of(len(whole), group))

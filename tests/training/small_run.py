@@ -22,6 +22,7 @@ from lib_lora_train.training.checkpoint import TrainingState
 from lib_lora_train.training.condition import CachedText, TrainedText
 from lib_lora_train.training.loop import Progress, TrainConfig, train
 from lib_lora_train.training.loss import LossConfig, LossFunction, mse
+from lib_lora_train.training.noise import NoiseConfig
 from tests.model import small_checkpoints
 from tools import tiny_checkpoint
 
@@ -140,7 +141,7 @@ def run(family: str, batches: Sequence[Batch], *, accumulation: int = 1, text: b
     steps = -(-len(batches) // accumulation)
     config = TrainConfig(
         steps=steps, epochs=1, steps_per_epoch=steps, accumulation=accumulation, optimizer=optimizer, schedule="cosine",
-        warmup=2, cycles=1, weight_decay=0.01, max_grad_norm=1.0, noise_offset=0.05, unet_lr=learning_rate,
+        warmup=2, cycles=1, weight_decay=0.01, max_grad_norm=1.0, noise=NoiseConfig(noise_offset=0.05), unet_lr=learning_rate,
         text_encoder_lr=learning_rate / 2 if text else 0.0, seed=3, cuda_graphs=graphs, compiled=compiled,
         loss=LossConfig(dtype=dtype, min_snr_gamma=min_snr, function=loss),
         step=StepConfig(microbatch=microbatch,
