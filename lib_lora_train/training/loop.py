@@ -25,6 +25,7 @@ from lib_lora_train.training.loss import LossConfig
 from lib_lora_train.training.noise import NoiseConfig, draw
 from lib_lora_train.training.optimizers import RunOptimizer, spec_of
 from lib_lora_train.training.precision import LossScaler
+from lib_lora_train.training.preservation import Preservation
 from lib_lora_train.training.progress import LossReporter
 from lib_lora_train.training.schedules import learning_rate_factor
 from lib_lora_train.training.train_step import TrainStep
@@ -53,6 +54,7 @@ class TrainConfig:
     loss: LossConfig
     step: StepConfig
     noise: NoiseConfig = NoiseConfig()
+    preservation: Preservation = Preservation()
     cuda_graphs: bool = False
     compiled: bool = False
 
@@ -160,8 +162,8 @@ def train(model: FrozenModel, *, network: AdapterNetwork, epoch_batches: EpochBa
                 break
             optimizer.set_learning_rate(learning_rate_factor(
                 config.schedule, step - 1, total=config.steps, warmup=config.warmup, cycles=config.cycles))
-            inputs = [_inputs(batch, step, micro, len(batches), model=model, condition=condition, config=config, group=group)
-                      for micro, batch in enumerate(batches)]
+            inputs = [part for micro, batch in enumerate(batches) for part in _inputs(
+                batch, step, micro, len(batches), model=model, condition=condition, config=config, group=group)]
             for attempt in train_step.attempts(inputs):
                 with attempt:
                     for batch in attempt.microbatches:
@@ -187,15 +189,16 @@ def train(model: FrozenModel, *, network: AdapterNetwork, epoch_batches: EpochBa
 
 
 def _inputs(batch: Batch, step: int, micro: int, micro_batches: int, *, model: FrozenModel, condition: Condition,
-            config: TrainConfig, group: ProcessGroup) -> Batch:
-    """A batch with all that its loss depends on. Random numbers, text and weights are the whole batch's, of which each process
-    takes its rows: how a batch is cut changes nothing but the order in which numbers are added."""
+            config: TrainConfig, group: ProcessGroup) -> list[Batch]:
+    """A batch with all that its loss depends on, and what is trained beside it. Random numbers, text and weights are the whole
+    batch's, of which each process takes its rows: how a batch is cut changes nothing but the order in which numbers are
+    added."""
     scale = model.architecture.latent_scale
     draws = draw(batch["mean"].shape, seed=config.seed, step=step, micro=micro, timesteps=len(model.schedule),
                  config=config.noise, latents=(batch["mean"] * scale, batch["std"] * scale))
     weight = batch["loss_weight"] / (len(batch) * micro_batches)
     whole = batch.extended({**draws, "weight": weight, **condition.prepare(batch.captions)})
-    return whole.rows(rows_of(len(whole), group))
+    return [part.rows(rows_of(len(whole), group)) for part in config.preservation.inputs(whole, condition)]
 
 
 def _steps(epoch_batches: EpochBatches, config: TrainConfig, *, begin: int) -> Iterator[tuple[int, int, list[Batch]]]:
