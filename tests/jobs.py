@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lib_lora_train.dataset.folder import Dataset
+from lib_lora_train.dataset.examples import Dataset
 from lib_lora_train.dataset.plan import Plan
 from lib_lora_train.distributed import SINGLE_PROCESS, ProcessGroup
 from lib_lora_train.events import Finished, Report

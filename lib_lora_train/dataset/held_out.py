@@ -19,7 +19,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from lib_lora_train.dataset.caption_files import CHOICES
-from lib_lora_train.dataset.folder import Dataset, Example, Problem
+from lib_lora_train.dataset.examples import Dataset, Example, Problem
 from lib_lora_train.dataset.listing import MayRead, repeats_and_name
 from lib_lora_train.errors import DatasetError, counted, some_of, translated
 from lib_lora_train.settings import named

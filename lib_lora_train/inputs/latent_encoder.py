@@ -16,7 +16,7 @@ from PIL import Image
 
 from lib_lora_train.dataset.augment import scale_and_crop, to_samples
 from lib_lora_train.dataset.buckets import Placement
-from lib_lora_train.dataset.folder import Example, Problem
+from lib_lora_train.dataset.examples import Example, Problem
 from lib_lora_train.dataset.images import read_image
 from lib_lora_train.dataset.prefetch import Prefetch
 from lib_lora_train.dataset.progress import ShouldStop, Watch

@@ -22,7 +22,7 @@ from PIL import ImageOps
 
 from lib_lora_train.dataset.augment import draw_crop, draw_flip, scale_and_crop, to_samples, vary_colour
 from lib_lora_train.dataset.buckets import Placement
-from lib_lora_train.dataset.folder import Dataset, Problem
+from lib_lora_train.dataset.examples import Dataset, Problem
 from lib_lora_train.dataset.prefetch import reading_threads
 from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
 from lib_lora_train.distributed import SINGLE_PROCESS, ProcessGroup

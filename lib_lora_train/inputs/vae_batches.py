@@ -13,7 +13,7 @@ import torch
 
 from lib_lora_train.dataset.augment import to_network
 from lib_lora_train.dataset.buckets import Size
-from lib_lora_train.dataset.folder import Example
+from lib_lora_train.dataset.examples import Example
 from lib_lora_train.errors import TrainingError, is_out_of_memory
 from lib_lora_train.inputs.latent_files import MeanAndStd
 from lib_lora_train.settings import named

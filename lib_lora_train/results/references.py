@@ -6,7 +6,8 @@ import dataclasses
 from pathlib import Path
 
 from lib_lora_train.dataset.captions import split_tags, tag_key
-from lib_lora_train.dataset.folder import Example, scan
+from lib_lora_train.dataset.examples import Example
+from lib_lora_train.dataset.folder import scan
 from lib_lora_train.dataset.held_out import HeldOutImage, name_of, split
 from lib_lora_train.dataset.progress import ShouldStop
 from lib_lora_train.errors import SettingError

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from lib_lora_train.dataset import held_out
 from lib_lora_train.dataset.buckets import Placement, buckets_for
-from lib_lora_train.dataset.folder import Dataset, assign_buckets, read_folder, visits_by_bucket, with_repeats
+from lib_lora_train.dataset.examples import Dataset, assign_buckets, visits_by_bucket, with_repeats
+from lib_lora_train.dataset.folder import read_folder
 from lib_lora_train.dataset.held_out import HeldOutImage
 from lib_lora_train.dataset.listing import MayRead
 from lib_lora_train.dataset.masks import masks_of, white_share

@@ -19,7 +19,7 @@ import torch
 
 from lib_lora_train.adapters.file import read_metadata
 from lib_lora_train.dataset.buckets import Placement
-from lib_lora_train.dataset.folder import Dataset
+from lib_lora_train.dataset.examples import Dataset
 from lib_lora_train.errors import LoraFileError, ModelError, SettingError, counted, translated
 from lib_lora_train.host.placement import weights_of
 from lib_lora_train.host.port import LeasedModel

@@ -13,7 +13,8 @@ from lib_lora_train.dataset import folder as folder_module
 from lib_lora_train.dataset import images as images_module
 from lib_lora_train.dataset import listing
 from lib_lora_train.dataset.buckets import Buckets
-from lib_lora_train.dataset.folder import Dataset, assign_buckets, scan, visits_by_bucket
+from lib_lora_train.dataset.examples import Dataset, assign_buckets, visits_by_bucket
+from lib_lora_train.dataset.folder import scan
 from lib_lora_train.dataset.report import examine
 from lib_lora_train.errors import DatasetError, Interrupted
 from lib_lora_train.settings import parse

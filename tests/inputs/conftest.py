@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from lib_lora_train.dataset.buckets import Buckets, Placement
-from lib_lora_train.dataset.folder import Dataset, Example
+from lib_lora_train.dataset.examples import Dataset, Example
 from lib_lora_train.inputs.batch import Batch
 from lib_lora_train.inputs.batches import Batches
 from lib_lora_train.inputs.latents import LatentSource

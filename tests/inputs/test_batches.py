@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from lib_lora_train.dataset.folder import visits_by_bucket
+from lib_lora_train.dataset.examples import visits_by_bucket
 from lib_lora_train.dataset.plan import plan_run
 from lib_lora_train.inputs.batches import Batches
 from lib_lora_train.inputs.latents import CachedLatents, FreshLatents

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from lib_lora_train.dataset.buckets import Buckets, Placement
-from lib_lora_train.dataset.folder import Dataset, Example
+from lib_lora_train.dataset.examples import Dataset, Example
 from lib_lora_train.dataset.prefetch import reading_threads
 from lib_lora_train.errors import SettingError, translated
 from lib_lora_train.inputs.batches import Batches

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from lib_lora_train.dataset.buckets import Buckets
-from lib_lora_train.dataset.folder import assign_buckets, scan
+from lib_lora_train.dataset.examples import assign_buckets
+from lib_lora_train.dataset.folder import scan
 from lib_lora_train.dataset.images import read_image
 from lib_lora_train.dataset.progress import Watch
 from lib_lora_train.dataset.report import examine
