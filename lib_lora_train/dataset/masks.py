@@ -15,17 +15,15 @@ import contextlib
 from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from PIL import Image, ImageStat
 
+from lib_lora_train.dataset.examples import Dataset
 from lib_lora_train.dataset.images import decode_image, is_image_name, may_be_transparent, read_image
 from lib_lora_train.dataset.listing import MayRead, list_folder
 from lib_lora_train.errors import DatasetError, counted, some_of
 from lib_lora_train.settings import named
-
-if TYPE_CHECKING:
-    from lib_lora_train.dataset.folder import Dataset  # which takes the masks out of what it finds
 
 MASKS_FOLDER = "masks"  # where the studio keeps them
 _FOLDERS = (MASKS_FOLDER, "mask")
@@ -51,8 +49,9 @@ def mask_of(image: Path, folder: Path) -> Path | None:
 
 def masks_of(dataset: Dataset, *, files: bool, alpha: bool, folder: Path | None = None,
              may_read: MayRead | None = None) -> dict[Path, Path]:
-    """{image: its mask} of the images to learn from that have one: among `files`, in `folder` or with the images, or (`alpha`) the
-    image itself where it may be transparent. What may not be read is left out. Raises DatasetError without the `folder`."""
+    """{image: its mask} of the images to learn from that have one: among the `files` in `folder` or with the images, or, with
+    `alpha`, the image itself where it may be transparent. What may not be read is left out. Raises DatasetError where there is
+    no `folder`."""
     listed = list_folder(folder, what="mask", may_read=may_read).files if files and folder else []
     named_alike = {path.stem: path for path in listed if is_image_name(path)}
     found: dict[Path, Path] = {}

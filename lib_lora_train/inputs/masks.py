@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lib_lora_train.dataset.augment import scale_and_crop, to_samples
 from lib_lora_train.dataset.buckets import Placement
-from lib_lora_train.dataset.folder import Dataset
+from lib_lora_train.dataset.examples import Dataset
 from lib_lora_train.dataset.masks import read_mask
 from lib_lora_train.dataset.prefetch import Prefetch
 from lib_lora_train.errors import DatasetError
