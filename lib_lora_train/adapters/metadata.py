@@ -37,7 +37,7 @@ class TrainingMetadata:
     """What is known of a run when one of its files is written.
 
     resolution      (width, height) in pixels
-    network_module  kohya's name of the kind of adapter
+    network_module, network_args   kohya's name of the kind of adapter, and what else it would be told
     dim, alpha      the adapters' rank and alpha
     steps, epoch    done when this file is written
     batch_size      images in one pass, on one device; `processes` of them train together
@@ -77,6 +77,7 @@ class TrainingMetadata:
     buckets: Mapping[tuple[int, int], int] | None = None
     aspect_error: float = 0.0
     network_module: str = "networks.lora"
+    network_args: Mapping[str, str] = field(default_factory=dict)
     optimizer: str = "torch.optim.adamw.AdamW"
     settings: Mapping[str, object] = field(default_factory=dict)
 
@@ -119,7 +120,7 @@ def _run(run: TrainingMetadata, name: str) -> dict[str, object]:
         "ss_total_batch_size": run.batch_size * run.processes,
         "ss_training_started_at": run.started_at,
         "ss_training_finished_at": run.finished_at,
-    }
+    } | ({"ss_network_args": json.dumps(dict(run.network_args))} if run.network_args else {})
 
 
 def _dataset(run: TrainingMetadata) -> dict[str, object]:

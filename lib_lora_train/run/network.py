@@ -10,13 +10,13 @@ from torch import Tensor
 
 from lib_lora_train.adapters import file
 from lib_lora_train.adapters.network import AdapterNetwork
-from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.errors import LoraFileError, SettingError, counted, some_of, translated
 from lib_lora_train.events import Report, Warned
 from lib_lora_train.model.architecture import Architecture
 from lib_lora_train.model.fingerprint import not_finite
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.run.planning import RunPlan
+from lib_lora_train.run.selection import select, targets_of_file
 from lib_lora_train.settings import Settings, named, no_effect
 from lib_lora_train.training.checkpoint import TrainingState
 
@@ -52,11 +52,11 @@ def build_network(settings: Settings, model: FrozenModel, weights: InitialWeight
     train_text = not chosen.network_train_unet_only
     with translated("making the LoRA's layers"):
         if weights.tensors is None:
-            targets = find_targets(model.components, family=family, text_encoder=train_text)
-            network = AdapterNetwork.build(targets, rank=chosen.network_dim, alpha=chosen.network_alpha, seed=seed)
+            selected = select(chosen, model.components, family=family)
+            network = AdapterNetwork.build(selected.targets, rank=chosen.network_dim, alpha=chosen.network_alpha, seed=seed,
+                                           sizes=selected.sizes)
         else:
-            with_text = train_text or family.adapts_text(weights.tensors)
-            targets = find_targets(model.components, family=family, text_encoder=with_text)
+            targets = targets_of_file(chosen, model.components, family=family, keys=weights.tensors)
             network = AdapterNetwork.continued(targets, weights.tensors, seed=seed)
             if network.fresh:
                 report(Warned(f"{counted(len(network.fresh), 'layer')} not in {weights.name} will start anew."))

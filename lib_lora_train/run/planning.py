@@ -29,6 +29,7 @@ from lib_lora_train.model.sampler import SampleRequest
 from lib_lora_train.run.consistency import agree_on_settings
 from lib_lora_train.run.output import checked_name, destination
 from lib_lora_train.run.resume import ResumePoint, find, with_recorded_split
+from lib_lora_train.run.selection import check_family
 from lib_lora_train.settings import DECLARATIONS, Settings, flat, ignored, named, no_effect, parse
 from lib_lora_train.settings.allowed_paths import AllowedPaths, check_allowed
 from lib_lora_train.settings.risks import risks
@@ -133,6 +134,7 @@ def plan_dataset(settings: Settings, *, family: str, allowed: AllowedPaths | Non
     if not dataset_settings.train_data_dir:
         raise DatasetError("No dataset folder was given", remedy="choose a folder of pictures")
     spec_of(optimizer.optimizer_type)  # an unknown one is refused here, before anything is read
+    check_family(settings.network, family)
     buckets = buckets_for(dataset_settings, sizes=training_sizes(family))
     may_read = allowed.may_read if allowed else None
     found = read_folder(

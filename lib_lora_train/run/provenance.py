@@ -23,14 +23,14 @@ class Provenance:
 
     def metadata(self, name: str, *, step: int, epoch: int) -> dict[str, str]:
         """The metadata of `name`.safetensors as it is after `step`."""
-        plan, settings, model = self._plan, self._plan.settings, self._model
-        layer = next(iter(self._network.layers.values()))
+        plan, settings, model, network = self._plan, self._plan.settings, self._model, self._network
         checkpoint, family = self._leased.checkpoint, model.architecture.family
         schedule = plan.schedule
         return describe(TrainingMetadata(
             family=family, v_prediction=model.schedule.prediction_type == "v_prediction",
             zero_terminal_snr=model.architecture.zero_terminal_snr, resolution=plan.resolution,
-            dim=layer.rank, alpha=layer.alpha, network_module=self._network.kind.network_module,
+            dim=network.usual_size[0], alpha=network.usual_size[1], network_module=network.kind.network_module,
+            network_args=network.arguments(),
             optimizer=spec_of(settings.optimizer.optimizer_type).class_name,
             steps=step, epoch=epoch, total_epochs=schedule.epochs, total_steps=schedule.steps,
             batches_per_epoch=schedule.batches_per_epoch, batch_size=settings.optimizer.train_batch_size,
@@ -53,3 +53,4 @@ class Provenance:
         for name in ("min_snr_gamma", "noise_offset", "adaptive_noise_scale", "multires_noise_iterations", "ip_noise_gamma"):
             values[name] = values[name] or None
         return values
+

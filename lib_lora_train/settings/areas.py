@@ -1,7 +1,7 @@
 """Every setting, once: name, default, range, label and help, grouped by what it is about.
 
-The page, the command line, the API and the documentation are built from these classes. Names are kohya's
-where kohya has the setting, so that a user's notes and other people's guides keep working.
+The page, the command line, the API and the documentation are built from these classes and that in `network.py`. Names are
+kohya's where kohya has the setting, so that a user's notes and other people's guides keep working.
 """
 
 from __future__ import annotations
@@ -70,23 +70,6 @@ class CaptionSettings:
     clip_skip: int = setting(
         0, "Clip skip", "Which text-encoder layer SD1 captions are read from, counted from the end. Empty or 0 takes "
         "what the WebUI is set to.", minimum=0, maximum=12, zero="auto")
-
-
-@dataclasses.dataclass(frozen=True)
-class NetworkSettings:
-    """What is trained."""
-
-    network_dim: int = setting(
-        16, "Rank", "Size of the LoRA. 8 to 32 suits most; larger learns more detail and overfits sooner.",
-        minimum=1, maximum=1024, in_view=True)
-    network_alpha: float = setting(
-        8.0, "Alpha", "The LoRA's strength is alpha / rank. Half the rank is usual, 0 is the rank.", minimum=0, maximum=4096,
-        step=0.5, in_view=True)
-    network_train_unet_only: bool = setting(
-        True, "UNet only", "Leave the text encoder as it is: less memory, faster. Off trains it too, which helps a new "
-        "trigger word.", in_view=True)
-    network_weights: str = setting(
-        "", "Continue from LoRA", "A LoRA file to go on from. Its rank and alpha are taken over.", is_path=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from lib_lora_train.errors import counted
+from lib_lora_train.settings.kohya_network import adopted_network
 from lib_lora_train.settings.toml import tables
 
 _EIGHT_BIT_OR_PAGED = ("adamw8bit", "pagedadamw8bit", "pagedadamw", "pagedadamw32bit")
@@ -22,10 +23,10 @@ def adopted(values: Mapping[str, object]) -> tuple[dict[str, object], list[str]]
     """A file's values with kohya's names and conventions made ours, and sentences that tell what became of them. Unknown names
     and what is not supported stay for `parse` to refuse."""
     table = _table()
+    values, became = adopted_network(values)
     theirs = {name: value for name, value in values.items() if name in explanations()}
     ours = {name: value for name, value in values.items() if name not in theirs and value not in ("", None)}
     left = {name: value for name, value in theirs.items() if not _changes_nothing(name, value)}
-    became = []
     arguments = left.get("optimizer_args", "")  # a text, or a list of texts
     arguments = arguments.split() if isinstance(arguments, str) else arguments
     if isinstance(arguments, list) and len(arguments) == 1 and str(arguments[0]).startswith("weight_decay="):

@@ -85,6 +85,16 @@ def test_unknown_settings_are_told_all_at_once_each_with_what_it_is_here():
     assert "'network_dim'" not in text and "\n" not in text
 
 
+@pytest.mark.parametrize(("values", "expected"), [
+    ({"network_args": ["conv_dim=4", "conv_alpha=2"]}, (4, 2.0)), ({"network_args": "conv_dim=4"}, (4, 1.0)),
+    ({"LoRA_type": "Kohya LoCon", "conv_dim": 4, "conv_alpha": 2}, (4, 2.0)),
+    ({"LoRA_type": "Standard", "conv_dim": 4, "conv_alpha": 2}, (0, 0.0)), ({"conv_dim": 4}, (4, 0.0))])
+def test_convolutions_are_taken_from_network_args_and_from_the_type(values, expected):
+    # sd-scripts: conv_alpha is 1 where it is not given. kohya_ss writes both for every type.
+    network = parse(kohya.adopted(values)[0]).network
+    assert (network.conv_dim, network.conv_alpha) == expected
+
+
 def test_what_is_not_supported_is_refused_where_it_would_change_the_training_and_not_where_it_is_off():
     off = {"use_8bit_adam": False, "network_dropout": "0", "optimizer_args": [], "perlin_noise": None,
            "lr_scheduler_power": 1.0, "network_module": "networks.lora", "scale_weight_norms": None, "token_warmup_step": 0}
