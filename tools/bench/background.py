@@ -81,11 +81,11 @@ def run_background(plan: BackgroundPlan, host: Host, *, say: Say) -> str:
     for case in plan.cases:
         for seed in plan.seeds:
             say(f"{case}, seed {seed}")
-            lora = train_lora(
-                host, settings={**SETTINGS, **CASES[case], "seed": seed}, data=data, trigger_word=TRIGGER,
-                name=f"background-{list(CASES).index(case)}-{seed}", steps=plan.steps, wanted=(plan.steps,), say=say)[plan.steps]
+            name = f"background-{list(CASES).index(case)}-{seed}"
+            lora = train_lora(host, settings={**SETTINGS, **CASES[case], "seed": seed}, data=data, trigger_word=TRIGGER,
+                              name=name, steps=plan.steps, wanted=(plan.steps,), say=say)[plan.steps]
             shown = sampler.sample([*called, *others], sampler.lora(lora, weight=1.0))
-            save_sheet(plan.output / f"{case.replace(', ', '-').replace(' ', '-')}-{seed}.png", [base, shown])
+            save_sheet(plan.output / f"{name}.png", [base, shown])
             found.append(_figures(case, seed, base, shown, called=len(called), kept_back=kept_back, host=host))
     text = _table(found, plan)
     return write_report(plan.output, "background", text, {"runs": [dataclasses.asdict(one) for one in found]})
@@ -123,15 +123,15 @@ def stripes(size: tuple[int, int]) -> Image.Image:
     return Image.fromarray(np.array(_STRIPES, np.uint8)[(across + down) // _WIDTH % 2])
 
 
-def leak(images: torch.Tensor, base: torch.Tensor) -> float:
-    """The mean over images [N, 3, h, w] of the RMS difference to `base` in their frame."""
+def leak(images: torch.Tensor, without: torch.Tensor) -> float:
+    """The mean over images [N, 3, h, w] of the RMS difference to those `without` the LoRA in their frame."""
     edge = images.shape[-1] // 8
     frame = torch.ones(images.shape[-2:], dtype=torch.bool)
     frame[edge:-edge, edge:-edge] = False
-    return float((images - base)[:, :, frame].square().mean(dim=(1, 2)).sqrt().mean())
+    return float((images - without)[:, :, frame].square().mean(dim=(1, 2)).sqrt().mean())
 
 
-def _figures(case: str, seed: int, base: torch.Tensor, shown: torch.Tensor, *, called: int, kept_back: Sequence[Path],
+def _figures(case: str, seed: int, without: torch.Tensor, shown: torch.Tensor, *, called: int, kept_back: Sequence[Path],
              host: Host) -> Figures:
     with lease_for(host, "Comparing pictures", settings=Settings(), should_stop=None) as lease:
         scorer = Scorer(lease, size=(SIDE, SIDE))
@@ -140,9 +140,9 @@ def _figures(case: str, seed: int, base: torch.Tensor, shown: torch.Tensor, *, c
             scorer.add_held_out(HeldOutImage(Example(path, "", 1, path.parent.name, width, height)), caption="", mask=None)
         likeness = [scorer.score(to_image(image), caption="").likeness for image in shown[:called]]
         drift = [scorer.distance(to_image(image), to_image(other))
-                 for image, other in zip(shown[called:], base[called:], strict=True)]
-    return Figures(case, seed, leak(shown[:called], base[:called]), statistics.fmean(one for one in drift if one is not None),
-                   statistics.fmean(one for one in likeness if one is not None))
+                 for image, other in zip(shown[called:], without[called:], strict=True)]
+    drift, likeness = ([one for one in values if one is not None] for values in (drift, likeness))
+    return Figures(case, seed, leak(shown[:called], without[:called]), statistics.fmean(drift), statistics.fmean(likeness))
 
 
 def _table(found: Sequence[Figures], plan: BackgroundPlan) -> str:
@@ -150,6 +150,7 @@ def _table(found: Sequence[Figures], plan: BackgroundPlan) -> str:
         values = [getattr(one, name) for one in found if one.case == case]
         return f"{statistics.fmean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
     names = ("leak", "drift", "likeness")
-    return "\n".join([
-        f"{plan.steps} steps, seeds {', '.join(map(str, plan.seeds))}: mean (least to most). {machine_text(torch.device('cpu'))}",
-        "", grid(("training", *names), [(case, *(cell(case, name) for name in names)) for case in plan.cases])])
+    seeds = ", ".join(map(str, plan.seeds))
+    rows = [(case, *(cell(case, name) for name in names)) for case in plan.cases]
+    return "\n".join([f"{plan.steps} steps, seeds {seeds}: mean (least to most). {machine_text(torch.device('cpu'))}", "",
+                      grid(("training", *names), rows)])
