@@ -58,7 +58,7 @@ class Diagnosing:
         self._report(event)
         if self._active:
             self._see(event)
-            if isinstance(event, Measured):
+            if isinstance(event, Measured) and self._curve:
                 self._say(ended=False)
 
     def ask(self, network: AdapterNetwork, text: Text, *, dtype: torch.dtype) -> None:
@@ -81,7 +81,8 @@ class Diagnosing:
 
     def _see(self, event: Event) -> None:
         if isinstance(event, Measured):
-            self._curve.append(Gains.of(event, spent=self._spent[min(event.step, len(self._spent) - 1)]))
+            gains = self._attempt(lambda: Gains.of(event, spent=self._spent[min(event.step, len(self._spent) - 1)]))
+            self._curve += filter(None, [gains])
         elif isinstance(event, Saved):
             self._saves.append(event)
         elif isinstance(event, Step):

@@ -154,8 +154,8 @@ def plan_dataset(settings: Settings, *, family: str, allowed: AllowedPaths | Non
         settings=settings, family=family, dataset=dataset, placements=placements, resolution=buckets.resolution,
         processes=processes, schedule=schedule, prompts=prompts, held_out=split.held_out, held_out_derived=split.derived,
         notes=split.notes if split.derived else (), masks=masks, white_share=white_share(masks),
-        warnings=(*ignored(settings), *unmasked,
-                  *risks(settings, steps=schedule.steps, images=dataset.images, processes=processes),
+        warnings=(*ignored(settings), *unmasked, *risks(settings, steps=schedule.steps, images=dataset.images,
+                                                        processes=processes, epoch=schedule.steps_per_epoch),
                   *(problem.text for problem in dataset.problems)))
 
 

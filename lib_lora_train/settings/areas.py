@@ -209,7 +209,8 @@ class SaveSettings:
     save_precision: str = setting(
         "fp16", "Save as", "Number format of the file. fp16 is what everybody uses.", choices=("fp16", "bf16", "float"))
     save_every_n_epochs: int = setting(
-        0, "Save every n epochs", "Also keep the LoRA as it is after every n-th epoch. Empty or 0 for none.",
+        2, "Save every n epochs", "Also keep the LoRA as it is after every n-th epoch, so that the best one can be chosen; "
+        "the last is often overtrained. Each is a file of its own. Empty or 0 for none.",
         minimum=0, maximum=100000, zero="none")
     save_every_n_steps: int = setting(
         0, "Save every n steps", "Also keep the LoRA as it is after every n-th step. Empty or 0 for none.",
