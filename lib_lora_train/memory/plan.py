@@ -270,8 +270,9 @@ def _sampling(tensors: Mapping[str, Tensor], workload: Workload, config: StepCon
 
 
 def _lora_and_optimizer(workload: Workload) -> int:
-    """Bytes of weight, gradient and two moments in fp32, and of a copy in the dtype of the computation."""
-    return (16 + (0 if workload.dtype == torch.float32 else workload.dtype.itemsize)) * workload.parameters
+    """Bytes of weight and gradient in fp32, of the optimizer's state, and of a copy in the dtype of the computation."""
+    copy = 0 if workload.dtype == torch.float32 else workload.dtype.itemsize
+    return int((8 + copy + workload.optimizer_bytes) * workload.parameters)
 
 
 def _sizes(tensors: Mapping[str, Tensor]) -> dict[Part, int]:

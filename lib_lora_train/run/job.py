@@ -34,6 +34,7 @@ from lib_lora_train.run.inputs import batches_of, latents_of, preservation_of, s
 from lib_lora_train.run.measuring import MeasuredImages, Measuring
 from lib_lora_train.run.memory import encoding_budget, memory_plan, place_model
 from lib_lora_train.run.network import InitialWeights, build_network, check_loss, check_sizes, ignored_by
+from lib_lora_train.run.optimizing import check_optimizer_device, optimizer_config, schedule_config
 from lib_lora_train.run.planning import RunPlan, plan_dataset
 from lib_lora_train.run.provenance import Provenance
 from lib_lora_train.run.sampling import SampleCallback
@@ -131,6 +132,7 @@ def _checked(plan: RunPlan, host: Host, leased: LeasedModel, model: FrozenModel,
     if point:
         resume.compare_checkpoint(leased, identity, point)
     dtype = compute_dtype(settings.memory.mixed_precision, model.device, weights=model.dtype)
+    check_optimizer_device(settings, model.device)
     check_sizes(plan, model)
     check_loss(settings, model)
     if group.world_size > 1:
@@ -223,9 +225,8 @@ def _train_config(plan: RunPlan, model: FrozenModel, memory: MemoryPlan, *, dtyp
     unet_lr, text_encoder_lr = settings.rates
     return TrainConfig(
         steps=schedule.steps, epochs=schedule.epochs, steps_per_epoch=schedule.steps_per_epoch,
-        accumulation=optimizer.gradient_accumulation_steps, optimizer=optimizer.optimizer_type,
-        schedule=optimizer.lr_scheduler, warmup=optimizer.lr_warmup_steps, cycles=optimizer.lr_scheduler_num_cycles,
-        weight_decay=optimizer.weight_decay, max_grad_norm=optimizer.max_grad_norm,
+        accumulation=optimizer.gradient_accumulation_steps, optimizer=optimizer_config(settings),
+        schedule=schedule_config(settings, steps=schedule.steps),
         unet_lr=unet_lr, text_encoder_lr=text_encoder_lr, seed=optimizer.seed,
         noise=NoiseConfig(**dataclasses.asdict(settings.noise)), loss=LossConfig(
             dtype=dtype, function=loss_function(loss, model.schedule), min_snr_gamma=loss.min_snr_gamma,

@@ -27,13 +27,13 @@ from lib_lora_train.inputs.latent_files import CACHE_FOLDER
 from lib_lora_train.model.family import training_sizes
 from lib_lora_train.model.sampler import SampleRequest
 from lib_lora_train.run.consistency import agree_on_settings
+from lib_lora_train.run.optimizing import check_optimizer, ignored_by_optimizer, in_steps
 from lib_lora_train.run.output import checked_name, destination
 from lib_lora_train.run.resume import ResumePoint, find, with_recorded_split
 from lib_lora_train.run.selection import check_family
 from lib_lora_train.settings import DECLARATIONS, Settings, flat, ignored, named, no_effect, parse
 from lib_lora_train.settings.allowed_paths import AllowedPaths, check_allowed
 from lib_lora_train.settings.risks import risks
-from lib_lora_train.training.optimizers import spec_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +111,7 @@ def plan_job(settings: Settings, host: Host, *, on_progress: Progress | None = N
     """The plan of a run that can start: the name is free, the output folder is there and can be written to. Raises UserError;
     no image is decoded. All processes of a `group` call this, and are refused where their settings differ."""
     check_allowed(settings, host.allowed)
+    check_optimizer(settings, built=True)
     agree_on_settings(group, settings)
     resume_point = find(settings.save.resume, host.runs_folder) if settings.save.resume else None
     settings = with_recorded_split(_with_seed(settings, resume_point, group), resume_point)
@@ -133,7 +134,7 @@ def plan_dataset(settings: Settings, *, family: str, allowed: AllowedPaths | Non
     dataset_settings, optimizer = settings.dataset, settings.optimizer
     if not dataset_settings.train_data_dir:
         raise DatasetError("No dataset folder was given", remedy="choose a folder of pictures")
-    spec_of(optimizer.optimizer_type)  # an unknown one is refused here, before anything is read
+    check_optimizer(settings)  # what is not possible is refused here, before anything is read
     check_family(settings.network, family)
     buckets = buckets_for(dataset_settings, sizes=training_sizes(family))
     may_read = allowed.may_read if allowed else None
@@ -154,8 +155,9 @@ def plan_dataset(settings: Settings, *, family: str, allowed: AllowedPaths | Non
         settings=settings, family=family, dataset=dataset, placements=placements, resolution=buckets.resolution,
         processes=processes, schedule=schedule, prompts=prompts, held_out=split.held_out, held_out_derived=split.derived,
         notes=split.notes if split.derived else (), masks=masks, white_share=white_share(masks),
-        warnings=(*ignored(settings), *unmasked, *risks(settings, steps=schedule.steps, images=dataset.images,
-                                                        processes=processes, epoch=schedule.steps_per_epoch),
+        warnings=(*ignored(settings), *ignored_by_optimizer(settings), *unmasked,
+                  *risks(settings, steps=schedule.steps, images=dataset.images, processes=processes,
+                         epoch=schedule.steps_per_epoch),
                   *(problem.text for problem in dataset.problems)))
 
 
@@ -200,9 +202,8 @@ def _frozen(plan: RunPlan) -> Settings:
     absolute = {name: str(Path(str(values[name])).absolute()) for name, declaration in DECLARATIONS.items()
                 if declaration.is_path and name != "resume" and values[name]}
     repeats = plan.dataset.examples[0].repeats if plan.dataset.layout == "plain" else values["num_repeats"]
-    warmup = plan.settings.optimizer.lr_warmup_steps
-    steps = int(warmup * plan.schedule.steps) if warmup < 1 else warmup
-    return parse({**values, **absolute, "num_repeats": repeats, "lr_warmup_steps": steps})
+    shares = {name: in_steps(values[name], plan.schedule.steps) for name in ("lr_warmup_steps", "lr_decay_steps")}
+    return parse({**values, **absolute, **shares, "num_repeats": repeats})
 
 
 def _with_prompts(settings: Settings, held_out_images: Sequence[HeldOutImage], dataset: Dataset, *,

@@ -54,6 +54,12 @@ class Settings:
         return self.dataset.color_aug or self.dataset.random_crop
 
 
+_OF_SCHEDULES = {
+    "lr_scheduler_num_cycles": ("cosine_with_restarts", "cosine_with_min_lr", "warmup_stable_decay"),
+    "lr_scheduler_power": ("polynomial",), "lr_decay_steps": ("warmup_stable_decay",),
+    "lr_scheduler_min_lr_ratio": ("cosine_with_min_lr", "warmup_stable_decay", "polynomial"),
+    "lr_scheduler_timescale": ("inverse_sqrt",)}
+"""Settings that only these schedules look at."""
 AREAS: dict[str, type] = {field.name: type(field.default) for field in dataclasses.fields(Settings)}
 DECLARATIONS: dict[str, Declaration] = {
     declaration.name: declaration for area in AREAS.values() for declaration in declarations(area)}
@@ -133,8 +139,9 @@ def ignored(settings: Settings) -> list[str]:
 
     if not (now["shuffle_caption"] or now["caption_tag_dropout_rate"]):
         unused("tags are neither shuffled nor dropped", "keep_tokens")
-    if now["lr_scheduler"] != "cosine_with_restarts":
-        unused(f"the schedule is {now['lr_scheduler']}", "lr_scheduler_num_cycles")
+    for name, schedules in _OF_SCHEDULES.items():
+        if now["lr_scheduler"] not in schedules:
+            unused(f"the schedule is {now['lr_scheduler']}", name)
     if now["unet_lr"]:
         unused(f"{named('unet_lr')} takes its place", "learning_rate")
     if now["network_weights"]:

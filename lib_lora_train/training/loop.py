@@ -23,11 +23,11 @@ from lib_lora_train.training.condition import Condition
 from lib_lora_train.training.cuda_graph import CudaGraphStep
 from lib_lora_train.training.loss import LossConfig
 from lib_lora_train.training.noise import NoiseConfig, draw
-from lib_lora_train.training.optimizers import RunOptimizer, spec_of
+from lib_lora_train.training.optimizers import OptimizerConfig, RunOptimizer, spec_of
 from lib_lora_train.training.precision import LossScaler
 from lib_lora_train.training.preservation import Preservation
 from lib_lora_train.training.progress import LossReporter
-from lib_lora_train.training.schedules import learning_rate_factor
+from lib_lora_train.training.schedules import ScheduleConfig, learning_rate_factor
 from lib_lora_train.training.train_step import TrainStep
 
 EpochBatches = Callable[[int, int], Iterable[Batch]]
@@ -42,12 +42,8 @@ class TrainConfig:
     epochs: int
     steps_per_epoch: int
     accumulation: int
-    optimizer: str
-    schedule: str
-    warmup: int
-    cycles: int
-    weight_decay: float
-    max_grad_norm: float
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
     unet_lr: float
     text_encoder_lr: float
     seed: int
@@ -142,8 +138,7 @@ def train(model: FrozenModel, *, network: AdapterNetwork, epoch_batches: EpochBa
     """
     device, rates = model.device, (config.unet_lr, config.text_encoder_lr)
     weights = network.flatten(*rates, dtype=config.loss.dtype)
-    optimizer = RunOptimizer(weights, spec_of(config.optimizer), weight_decay=config.weight_decay,
-                             max_grad_norm=config.max_grad_norm)
+    optimizer = RunOptimizer(weights, spec_of(config.optimizer.name), config.optimizer, pairs=network.pairs())
     scaler = LossScaler(device, enabled=config.loss.dtype == torch.float16)
     make_step = CudaGraphStep if config.cuda_graphs and device.type == "cuda" else TrainStep
     train_step = make_step(model, weights=weights, adapters=network.adapters().get("unet", {}), condition=condition,
@@ -160,8 +155,7 @@ def train(model: FrozenModel, *, network: AdapterNetwork, epoch_batches: EpochBa
         for step, epoch, batches in _steps(epoch_batches, config, begin=progress.step):
             if group.any(not all(callback.before_step(progress) for callback in callbacks)):
                 break
-            optimizer.set_learning_rate(learning_rate_factor(
-                config.schedule, step - 1, total=config.steps, warmup=config.warmup, cycles=config.cycles))
+            optimizer.set_learning_rate(learning_rate_factor(config.schedule, step - 1))
             inputs = [part for micro, batch in enumerate(batches) for part in _inputs(
                 batch, step, micro, len(batches), model=model, condition=condition, config=config, group=group)]
             for attempt in train_step.attempts(inputs):
