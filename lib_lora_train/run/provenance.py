@@ -49,6 +49,7 @@ class Provenance:
         optimizer = self._plan.settings.optimizer
         values["unet_lr"] = optimizer.unet_lr or optimizer.learning_rate
         values["text_encoder_lr"] = None if self._plan.settings.network.network_train_unet_only else optimizer.text_encoder_lr
-        for name in ("min_snr_gamma", "noise_offset"):
+        values["debiased_estimation"] = values["debiased_estimation_loss"]
+        for name in ("min_snr_gamma", "noise_offset", "adaptive_noise_scale", "multires_noise_iterations", "ip_noise_gamma"):
             values[name] = values[name] or None
         return values

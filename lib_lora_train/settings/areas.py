@@ -135,25 +135,6 @@ class OptimizerSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class LossSettings:
-    """Noise and loss."""
-
-    min_snr_gamma: float = setting(
-        5.0, "Min-SNR gamma", "Evens out easy and hard noise levels (arXiv 2303.09556). 5 is usual, 0 switches it off.",
-        minimum=0, maximum=100, step=0.5)
-    noise_offset: float = setting(
-        0.0, "Noise offset", "Lets the LoRA learn very dark or bright pictures. 0.05 to 0.1 where wanted.", minimum=0,
-        maximum=1, step=0.01)
-    v_parameterization: str = setting(
-        "auto", "v-prediction", "What the model predicts: on is v, off is the noise (epsilon). auto takes what the checkpoint "
-        "or the WebUI says; set it where neither does, as for SD2 768 models without their .yaml (on).",
-        choices=("auto", "on", "off"))
-    zero_terminal_snr: str = setting(
-        "auto", "Zero terminal SNR", "The noise schedule ends in pure noise (arXiv 2305.08891). auto asks the model.",
-        choices=("auto", "on", "off"))
-
-
-@dataclasses.dataclass(frozen=True)
 class MemorySettings:
     """Precision, speed, memory, and the model shared with others."""
 

@@ -16,6 +16,10 @@ _EIGHT_BIT = {"adamw8bit": "AdamW", "pagedadamw8bit": "AdamW", "lion8bit": "Lion
 _DECAYING = ("", "adamw", "adamw8bit", "pagedadamw8bit", "pagedadamw", "pagedadamw32bit")
 """Optimizers whose weight decay is 0.01 in kohya's scripts, where none is given."""
 
+_OTHER_NOISE = {"original": ("multires_noise_iterations", "multires_noise_discount"),
+                "multires": ("noise_offset", "noise_offset_random_strength", "adaptive_noise_scale")}
+"""kohya_ss's noise_offset_type -> what it stores beside it and does not use (its lora_gui.py)."""
+
 
 def adopted(values: Mapping[str, object]) -> tuple[dict[str, object], list[str]]:
     """A file's values with kohya's names and conventions made ours, and sentences that tell what became of them. Unknown names
@@ -36,6 +40,8 @@ def adopted(values: Mapping[str, object]) -> tuple[dict[str, object], list[str]]
             ours[target] = f"{str(value).strip().removesuffix('%')}%" if name == "lr_warmup" else value
             became.append(f"{name} is read as {target} = {ours[target]}")
     became += _optimizer(ours, of_kohya=bool(theirs))
+    for name in _OTHER_NOISE.get(str(values.get("noise_offset_type")).lower(), ()):
+        ours.pop(name, None)
     if theirs:
         for name in ("v_parameterization", "zero_terminal_snr", "max_train_epochs"):
             if name in ours and _changes_nothing(name, ours[name]):  # kohya_ss writes all of its settings, also those unset

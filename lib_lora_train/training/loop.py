@@ -22,9 +22,10 @@ from lib_lora_train.training.checkpoint import TrainingState, capture, restore
 from lib_lora_train.training.condition import Condition
 from lib_lora_train.training.cuda_graph import CudaGraphStep
 from lib_lora_train.training.loss import LossConfig
-from lib_lora_train.training.noise import draw
+from lib_lora_train.training.noise import NoiseConfig, draw
 from lib_lora_train.training.optimizers import OptimizerConfig, RunOptimizer, spec_of
 from lib_lora_train.training.precision import LossScaler
+from lib_lora_train.training.preservation import Preservation
 from lib_lora_train.training.progress import LossReporter
 from lib_lora_train.training.schedules import ScheduleConfig, learning_rate_factor
 from lib_lora_train.training.train_step import TrainStep
@@ -43,12 +44,13 @@ class TrainConfig:
     accumulation: int
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
-    noise_offset: float
     unet_lr: float
     text_encoder_lr: float
     seed: int
     loss: LossConfig
     step: StepConfig
+    noise: NoiseConfig = NoiseConfig()
+    preservation: Preservation = Preservation()
     cuda_graphs: bool = False
     compiled: bool = False
 
@@ -154,8 +156,8 @@ def train(model: FrozenModel, *, network: AdapterNetwork, epoch_batches: EpochBa
             if group.any(not all(callback.before_step(progress) for callback in callbacks)):
                 break
             optimizer.set_learning_rate(learning_rate_factor(config.schedule, step - 1))
-            inputs = [_inputs(batch, step, micro, len(batches), model=model, condition=condition, config=config, group=group)
-                      for micro, batch in enumerate(batches)]
+            inputs = [part for micro, batch in enumerate(batches) for part in _inputs(
+                batch, step, micro, len(batches), model=model, condition=condition, config=config, group=group)]
             for attempt in train_step.attempts(inputs):
                 with attempt:
                     for batch in attempt.microbatches:
@@ -181,14 +183,16 @@ def train(model: FrozenModel, *, network: AdapterNetwork, epoch_batches: EpochBa
 
 
 def _inputs(batch: Batch, step: int, micro: int, micro_batches: int, *, model: FrozenModel, condition: Condition,
-            config: TrainConfig, group: ProcessGroup) -> Batch:
-    """A batch with all that its loss depends on. Random numbers, text and weights are the whole batch's, of which each process
-    takes its rows: how a batch is cut changes nothing but the order in which numbers are added."""
+            config: TrainConfig, group: ProcessGroup) -> list[Batch]:
+    """A batch with all that its loss depends on, and what is trained beside it. Random numbers, text and weights are the whole
+    batch's, of which each process takes its rows: how a batch is cut changes nothing but the order in which numbers are
+    added."""
+    scale = model.architecture.latent_scale
     draws = draw(batch["mean"].shape, seed=config.seed, step=step, micro=micro, timesteps=len(model.schedule),
-                 noise_offset=config.noise_offset)
+                 config=config.noise, latents=(batch["mean"] * scale, batch["std"] * scale))
     weight = batch["loss_weight"] / (len(batch) * micro_batches)
     whole = batch.extended({**draws, "weight": weight, **condition.prepare(batch.captions)})
-    return whole.rows(rows_of(len(whole), group))
+    return [part.rows(rows_of(len(whole), group)) for part in config.preservation.inputs(whole, condition)]
 
 
 def _steps(epoch_batches: EpochBatches, config: TrainConfig, *, begin: int) -> Iterator[tuple[int, int, list[Batch]]]:

@@ -50,6 +50,14 @@ def test_how_long_a_file_of_kohyas_trains_is_as_there(values, epochs, steps):
     assert (optimizer.max_train_epochs, optimizer.max_train_steps) == (epochs, steps)
 
 
+@pytest.mark.parametrize("kind, expected", [("Original", (0.1, 0)), ("Multires", (0.0, 8)), (None, (0.1, 8))])
+def test_the_type_of_noise_offset_decides_which_of_both_a_file_means(kind, expected):
+    # kohya_ss stores both and hands on those of the type that is chosen; sd-scripts' own files have no type.
+    values, _ = kohya.adopted({"noise_offset_type": kind, "noise_offset": 0.1, "multires_noise_iterations": 8})
+    noise = parse(values).noise
+    assert (noise.noise_offset, noise.multires_noise_iterations) == expected
+
+
 def test_a_percentage_that_is_no_number_is_refused_by_name():
     with pytest.raises(SettingError, match="lr_warmup_steps"):
         parse(kohya.adopted({"lr_warmup": "ten"})[0])
@@ -89,12 +97,12 @@ def test_convolutions_are_taken_from_network_args_and_from_the_type(values, expe
 
 
 def test_what_is_not_supported_is_refused_where_it_would_change_the_training_and_not_where_it_is_off():
-    off = {"use_8bit_adam": False, "network_dropout": "0", "lr_scheduler_args": [], "loss_type": "l2",
-           "network_module": "networks.lora", "scale_weight_norms": None, "min_timestep": 0}
+    off = {"use_8bit_adam": False, "network_dropout": "0", "lr_scheduler_args": [], "perlin_noise": None,
+           "network_module": "networks.lora", "scale_weight_norms": None, "token_warmup_step": 0}
     values, notes = kohya.adopted(off)
     assert values == {} and "7 settings" in notes[0]
     for name, value in {"use_8bit_adam": True, "network_dropout": 0.1, "lr_scheduler_type": "OneCycleLR",
-                        "loss_type": "huber", "network_module": "lycoris.kohya", "datasets": [{"resolution": 512}]}.items():
+                        "perlin_noise": 6, "network_module": "lycoris.kohya", "datasets": [{"resolution": 512}]}.items():
         with pytest.raises(SettingError, match=name):
             parse(kohya.adopted({name: value})[0])
 

@@ -22,6 +22,7 @@ from lib_lora_train.training.checkpoint import TrainingState
 from lib_lora_train.training.condition import CachedText, TrainedText
 from lib_lora_train.training.loop import Progress, TrainConfig, train
 from lib_lora_train.training.loss import LossConfig, LossFunction, mse
+from lib_lora_train.training.noise import NoiseConfig
 from lib_lora_train.training.optimizer_kinds import Traits
 from lib_lora_train.training.optimizers import OptimizerConfig
 from lib_lora_train.training.schedules import ScheduleConfig
@@ -143,7 +144,7 @@ def run(family: str, batches: Sequence[Batch], *, accumulation: int = 1, text: b
     steps = -(-len(batches) // accumulation)
     config = TrainConfig(
         steps=steps, epochs=1, steps_per_epoch=steps, accumulation=accumulation,
-        optimizer=OptimizerConfig(optimizer, {"weight_decay": 0.01}), noise_offset=0.05,
+        optimizer=OptimizerConfig(optimizer, {"weight_decay": 0.01}), noise=NoiseConfig(noise_offset=0.05),
         schedule=ScheduleConfig("cosine", steps=steps, warmup=2), unet_lr=learning_rate,
         text_encoder_lr=learning_rate / 2 if text else 0.0, seed=3, cuda_graphs=graphs, compiled=compiled,
         loss=LossConfig(dtype=dtype, min_snr_gamma=min_snr, function=loss),

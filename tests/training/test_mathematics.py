@@ -11,7 +11,7 @@ from lib_lora_train.errors import HostError, SettingError, TrainingError
 from lib_lora_train.events import Step
 from lib_lora_train.inputs.text import TextCache
 from lib_lora_train.training.loss import LossConfig, denoising_loss, min_snr_weight, mse, zero_prediction_loss
-from lib_lora_train.training.noise import draw, seed_of
+from lib_lora_train.training.noise import NoiseConfig, draw, seed_of
 from lib_lora_train.training.optimizers import OPTIMIZERS, AdamW, OptimizerConfig, RunOptimizer
 from lib_lora_train.training.precision import LossScaler, compute_dtype
 from lib_lora_train.training.progress import LossReporter
@@ -86,7 +86,8 @@ def test_timesteps_are_uniform_and_noise_is_normal():
 
 
 def test_noise_offset_moves_whole_channels_by_its_size():
-    shifted = torch.cat([draw((8, 4, 16, 16), seed=1, step=s, micro=0, timesteps=10, noise_offset=0.5)["noise"]
+    config = NoiseConfig(noise_offset=0.5)
+    shifted = torch.cat([draw((8, 4, 16, 16), seed=1, step=s, micro=0, timesteps=10, config=config)["noise"]
                          for s in range(50)])
     plain = torch.cat([draw((8, 4, 16, 16), seed=1, step=s, micro=0, timesteps=10)["noise"] for s in range(50)])
     offset = shifted - plain
