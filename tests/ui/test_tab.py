@@ -67,7 +67,7 @@ def test_each_field_shows_its_default_label_and_help(host: FakeHost):
     by_id = {block.elem_id: block for block in tab.blocks.values() if getattr(block, "elem_id", None)}
     for name, declaration in DECLARATIONS.items():
         component = by_id[element_id(name)]
-        assert component.value == (None if declaration.zero else declaration.default), name
+        assert component.value == (declaration.default or None if declaration.zero else declaration.default), name
         assert (component.label, component.webui_tooltip) == (declaration.label, declaration.help)
         # What the page shows at first is possible as it stands.
         assert shown(declaration, component.value)
@@ -111,7 +111,7 @@ def test_the_preset_in_force_is_shown_after_a_reload_and_as_changed_once_one_of_
     _, about, shown_now, *updates = handlers.restore(Latest(), draft)
     assert shown_now["value"] == "Style, changed" and style.description in about and changed(updates)["network_dim"] == 77
     # It can be picked again, under its own name.
-    assert plan(handlers, other, preset="Style, changed")[-1] == gr.update()
+    assert plan(handlers, other, preset="Style, changed")[4] == gr.update()
     rank = style.values["network_dim"]
     assert "Style" in shown_now["choices"] and changed(pick(handlers, "Style")[1:])["network_dim"] == rank
     # Settings without a name, those of a run, are those of the preset that they equal.
@@ -285,7 +285,7 @@ def test_nothing_is_read_or_started_for_who_does_not_know_the_pages_token(handle
 
 
 def test_the_curve_beside_the_schedule_is_the_learning_rate_that_the_training_is_given(handlers):
-    """transformers' linear schedule with a quarter of warm-up over 41 steps, as points of the curve from the left to the right."""
+    """transformers' linear schedule with a quarter of warm-up over 41 steps, as points from the left to the right."""
     def drawn(**changes):
         html = handlers.plan(TOKEN, Latest(), "", NO_PRESET, *values(train_data_dir="", max_train_steps=41, **changes))[5]
         points = re.findall(r"([\d.]+),(-?[\d.]+)", re.search('points="([^"]*)"', html)[1])
