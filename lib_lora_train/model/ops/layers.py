@@ -14,6 +14,7 @@ Do not call it under autocast: the dtype of the activations is that of the compu
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Protocol, runtime_checkable
@@ -57,6 +58,12 @@ class DeltaAdapter(Protocol):
         """What is added to the frozen layer; None for nothing."""
 
 
+@functools.cache
+def _adds_delta(kind: type) -> bool:
+    """Whether adapters of this class (or NoneType) are `DeltaAdapter`s; asked for each layer of each step."""
+    return issubclass(kind, DeltaAdapter)
+
+
 Adapter = DeltaAdapter | LayerAdapter
 Adapters = Mapping[str, Adapter]
 NO_ADAPTERS: Adapters = MappingProxyType({})
@@ -64,7 +71,7 @@ NO_ADAPTERS: Adapters = MappingProxyType({})
 
 def adapted_linear(adapter: Adapter | None, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """A linear layer of x [..., in] by itself, with its adapter -> [..., out]."""
-    if adapter is not None and not isinstance(adapter, DeltaAdapter):
+    if adapter is not None and not _adds_delta(type(adapter)):
         return adapter.linear(x, weight, bias)
     return shared_linears(x, [(weight, bias)], [None if adapter is None else adapter.delta()])[0]
 
@@ -72,7 +79,7 @@ def adapted_linear(adapter: Adapter | None, x: Tensor, weight: Weight, bias: Ten
 def adapted_conv2d(adapter: Adapter | None, x: Tensor, weight: Weight, bias: Tensor | None, *, stride: int,
                    padding: int) -> Tensor:
     """A convolution of x [B, in, h, w] with its adapter -> [B, out, h', w']."""
-    if adapter is not None and not isinstance(adapter, DeltaAdapter):
+    if adapter is not None and not _adds_delta(type(adapter)):
         return adapter.conv2d(x, weight, bias, stride=stride, padding=padding)
     y = frozen_conv2d(x, weight, bias, stride=stride, padding=padding)
     delta = None if adapter is None else adapter.delta()
@@ -154,8 +161,8 @@ class Layers:
         """
         adapters = [self._adapters.get(name) for name in names]
         frozen = [(self.weight(name), self.bias(name) if bias else None) for name in names]
-        deltas = [adapter.delta() if isinstance(adapter, DeltaAdapter) else None for adapter in adapters]
-        whole = [adapter is not None and not isinstance(adapter, DeltaAdapter) for adapter in adapters]
+        deltas = [adapter.delta() if _adds_delta(type(adapter)) else None for adapter in adapters]
+        whole = [adapter is not None and not _adds_delta(type(adapter)) for adapter in adapters]
         if any(whole):
             x = source if recipe is None else made(recipe, source)
             return tuple(adapted_linear(adapter, x, *layer) for layer, adapter in zip(frozen, adapters, strict=True))
