@@ -20,7 +20,15 @@ from typing import Protocol
 import torch
 from PIL import ImageOps
 
-from lib_lora_train.dataset.augment import draw_crop, draw_flip, scale_and_crop, to_samples, vary_colour
+from lib_lora_train.dataset.augment import (
+    draw_crop,
+    draw_degrees,
+    draw_flip,
+    scale_and_crop,
+    to_samples,
+    variants_of,
+    vary_colour,
+)
 from lib_lora_train.dataset.buckets import Placement
 from lib_lora_train.dataset.examples import Dataset, Problem
 from lib_lora_train.dataset.prefetch import reading_threads
@@ -56,22 +64,23 @@ class LatentSource(Protocol):
 
 
 class CachedLatents:
-    """Latents computed once, mirrored ones too where `flip_aug` asks for them; in memory, and on disk what is too much."""
+    """Latents computed once, for each of an image's `variants_of`; in memory, and on disk what is too much."""
 
-    def __init__(self, dataset: Dataset, placements: Sequence[Placement], *, flip_aug: bool, store: LatentStore,
+    def __init__(self, dataset: Dataset, placements: Sequence[Placement], *, store: LatentStore,
                  numbers: Sequence[int]) -> None:
         """`numbers[i]` is what `store` calls example i; the store is closed with this object."""
-        self.dataset, self.placements, self.flip_aug = dataset, tuple(placements), flip_aug
+        self.dataset, self.placements = dataset, tuple(placements)
         self._store, self._numbers = store, tuple(numbers)
 
     @classmethod
     def build(
-        cls, vae: Encoder, dataset: Dataset, placements: Sequence[Placement], *, flip_aug: bool = False,
-        vae_batch_size: int = 1, device: torch.device | str = "cpu", disk: LatentDisk | None = None,
-        on_progress: Progress | None = None, should_stop: ShouldStop | None = None, threads: int | None = None,
+        cls, vae: Encoder, dataset: Dataset, placements: Sequence[Placement], *, seed: int = 0, vae_batch_size: int = 1,
+        device: torch.device | str = "cpu", disk: LatentDisk | None = None, on_progress: Progress | None = None,
+        should_stop: ShouldStop | None = None, threads: int | None = None,
         max_bytes: int = MOST_LATENT_BYTES, folder: Path | None = None, group: ProcessGroup = SINGLE_PROCESS,
         budget: EncodingBudget | None = None) -> CachedLatents:
-        """Encode every image, bucket by bucket, in batches of `vae_batch_size` (0: see `VaeBatches`, also for `budget`).
+        """Encode every image, bucket by bucket, in batches of `vae_batch_size` (0: see `VaeBatches`, also for `budget`). How
+        far images are turned follows from `seed`.
 
         Images are read and decoded in `threads` (None: see `reading_threads`; 0: none) while the VAE works; the result
         does not depend on them. At most `max_bytes` of latents stay in memory; the others lie in a temporary
@@ -85,7 +94,9 @@ class CachedLatents:
         try:
             encoding = LatentEncoding(
                 VaeBatches(vae, device=torch.device(device), batch_size=vae_batch_size, budget=budget, warn=notes.append),
-                dataset.examples, placements, flip_aug=flip_aug, store=store, disk=disk)
+                dataset.examples, placements, store=store, disk=disk,
+                variants=[variants_of(example.subset.dataset, seed=seed, name=example.path.name)
+                          for example in dataset.examples])
             lost = encoding.run(
                 threads=reading_threads() if threads is None else threads, group=group,
                 watch=Watch(len(dataset.examples), doing="the pictures were encoded", on_progress=on_progress,
@@ -95,12 +106,15 @@ class CachedLatents:
             store.close()
             raise
         numbers = [i for i in range(len(dataset.examples)) if i not in lost]
-        return cls(kept, kept_placements, flip_aug=flip_aug, store=store, numbers=numbers)
+        return cls(kept, kept_placements, store=store, numbers=numbers)
 
     def prepare(self, index: int, rng: random.Random) -> tuple[torch.Tensor, bool]:
         """See `LatentSource.prepare`: [2, 4, h, w]. Raises TrainingError where the disk refuses."""
-        flipped = self.flip_aug and draw_flip(rng)
-        return self._store.load(self._numbers[index], flipped=flipped), flipped
+        chosen = self.dataset.examples[index].subset.dataset
+        flipped = chosen.flip_aug and draw_flip(rng)
+        turn = rng.randrange(chosen.rotate_aug_variants) if chosen.rotate_aug_degrees else 0
+        variant = turn * (1 + chosen.flip_aug) + flipped  # in the order of `variants_of`
+        return self._store.load(self._numbers[index], variant=variant), flipped
 
     def finish(self, indices: Sequence[int], prepared: Sequence[torch.Tensor]) -> torch.Tensor:
         """See `LatentSource.finish`. On the CPU."""
@@ -119,20 +133,18 @@ class FreshLatents:
     """Images opened, varied and encoded anew at each visit: for colour changes and random crops."""
 
     def __init__(
-        self, vae: Encoder, dataset: Dataset, placements: Sequence[Placement], *, flip_aug: bool, color_aug: bool,
-        random_crop: bool, vae_batch_size: int, device: torch.device, warn: Callable[[str], None] = lambda text: None,
+        self, vae: Encoder, dataset: Dataset, placements: Sequence[Placement], *, vae_batch_size: int,
+        device: torch.device, warn: Callable[[str], None] = lambda text: None,
     ) -> None:
         """`warn` is told in a sentence what the user should know of the encoding, while it goes on."""
         self.dataset, self.placements = dataset, tuple(placements)
         self._vae_batches = VaeBatches(vae, device=device, batch_size=vae_batch_size, warn=warn)
-        self._flip_aug, self._color_aug, self._random_crop = flip_aug, color_aug, random_crop
 
     @classmethod
     def build(
-        cls, vae: Encoder, dataset: Dataset, placements: Sequence[Placement], *, flip_aug: bool = False,
-        color_aug: bool = False, random_crop: bool = False, vae_batch_size: int = 1,
-        device: torch.device | str = "cpu", on_progress: Progress | None = None,
-        should_stop: ShouldStop | None = None, threads: int | None = None, group: ProcessGroup = SINGLE_PROCESS,
+        cls, vae: Encoder, dataset: Dataset, placements: Sequence[Placement], *, vae_batch_size: int = 1,
+        device: torch.device | str = "cpu", on_progress: Progress | None = None, should_stop: ShouldStop | None = None,
+        threads: int | None = None, group: ProcessGroup = SINGLE_PROCESS,
         warn: Callable[[str], None] = lambda text: None,
     ) -> FreshLatents:
         """Decode every image once, to find the damaged ones before training. Parameters and errors as in
@@ -142,17 +154,18 @@ class FreshLatents:
         lost = check_images(dataset.examples, placements, watch=watch, group=group,
                             threads=reading_threads() if threads is None else threads)
         kept, kept_placements = _without(dataset, placements, lost, [])
-        return cls(vae, kept, kept_placements, flip_aug=flip_aug, color_aug=color_aug, random_crop=random_crop,
-                   vae_batch_size=vae_batch_size, device=torch.device(device), warn=warn)
+        return cls(vae, kept, kept_placements, vae_batch_size=vae_batch_size, device=torch.device(device), warn=warn)
 
     def prepare(self, index: int, rng: random.Random) -> tuple[torch.Tensor, bool]:
         """See `LatentSource.prepare`: samples [H, W, 3] uint8. Raises DatasetError if an image vanished or changed since the
         start."""
-        flipped = self._flip_aug and draw_flip(rng)
-        placement = self.placements[index]
-        crop = draw_crop(placement, rng) if self._random_crop else placement.crop
-        image = scale_and_crop(decoded(self.dataset.examples[index], placement), placement, crop=crop)
-        image = vary_colour(image, rng) if self._color_aug else image
+        example, placement = self.dataset.examples[index], self.placements[index]
+        chosen = example.subset.dataset
+        flipped = chosen.flip_aug and draw_flip(rng)
+        crop = draw_crop(placement, rng) if chosen.random_crop else placement.crop
+        degrees = draw_degrees(chosen.rotate_aug_degrees, rng) if chosen.rotate_aug_degrees else 0.0
+        image = scale_and_crop(decoded(example, placement), placement, crop=crop, degrees=degrees)
+        image = vary_colour(image, rng) if chosen.color_aug else image
         return to_samples(ImageOps.mirror(image) if flipped else image), flipped
 
     def finish(self, indices: Sequence[int], prepared: Sequence[torch.Tensor]) -> torch.Tensor:

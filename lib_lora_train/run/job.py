@@ -77,7 +77,7 @@ def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: Initial
             plan, model, vae_tensors(leased.tensors), group, folder, report=report, stop=stop, pause=pause, budget=vae_budget)))
         plan = plan.without_damaged(dataset=source.dataset, placements=source.placements)
         _warn(plan.warnings, report)
-        batches = batches_of(settings, source, group)
+        batches = batches_of(plan, source, group)
         measured = MeasuredImages.of(plan, batches, model, budget=vae_budget, group=group, report=report)
         report = diagnosing = Diagnosing(plan, batches, model, group=group, folder=folder, report=report)
 

@@ -208,7 +208,7 @@ def dataset_fingerprint(dataset: Dataset, placements: Sequence[Placement]) -> st
     with translated("reading the pictures"):
         for example, placement in zip(dataset.examples, placements, strict=True):
             about = (example.folder, example.path.name, example.caption, example.repeats, example.is_regularisation,
-                     placement.bucket, placement.resized, placement.crop)
+                     placement.bucket, placement.resized, placement.crop, *example.captions)
             digest.update(json.dumps(about).encode())
             with example.path.open("rb") as file:
                 digest.update(file.read(_END))
