@@ -60,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(chosen: argparse.Namespace) -> int:
     from lib_lora_train.distributed import LaunchEnvironment, process_group
     from lib_lora_train.host.standalone import StandaloneHost, describe_file
+    from lib_lora_train.results.promote import dress
     from lib_lora_train.results.report import write_report
     from lib_lora_train.run.background import StopKind
     from lib_lora_train.run.inputs import stage
@@ -105,6 +106,7 @@ def _train(chosen: argparse.Namespace) -> int:
                                folder=folder if record else None)
         finished, failure = _ending(job, show=show, record=record)
     if record:
+        dress(folder)
         write_report(folder)
     if finished.outcome == "failed":
         if launch is not None:

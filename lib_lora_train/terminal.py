@@ -7,6 +7,7 @@ Little is imported here: until `set_up` an interrupt ends in Python's own traceb
 from __future__ import annotations
 
 import io
+import math
 import os
 import signal
 import sys
@@ -54,10 +55,24 @@ def set_up() -> None:
         stream = getattr(sys, name) or os.fdopen(os.dup2(os.open(os.devnull, os.O_WRONLY), number), "w")
         setattr(sys, name, _Shown(stream))
     end_on_interrupt()
+    forward = _Forward()
     for name in ("SIGTERM", "SIGHUP", "SIGBREAK"):
         sign = getattr(signal, name, None)
         if sign is not None and signal.getsignal(sign) != signal.SIG_IGN:  # `nohup` wants a closed terminal to mean nothing
-            signal.signal(sign, lambda *_: signal.raise_signal(signal.SIGINT))
+            signal.signal(sign, forward)
+
+
+class _Forward:
+    """The handler of signals that are to do what Ctrl+C does. The same end is often told twice within a moment, to the process
+    and to its group (`timeout`), or as SIGTERM and SIGHUP: the second time does not count."""
+
+    def __init__(self) -> None:
+        self._since = -math.inf
+
+    def __call__(self, *_: object) -> None:
+        told, self._since = self._since, time.monotonic()
+        if self._since - told > _SAME_CTRL_C:
+            signal.raise_signal(signal.SIGINT)
 
 
 def end_on_interrupt() -> None:

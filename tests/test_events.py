@@ -39,6 +39,21 @@ def test_a_loss_that_is_no_number_is_null_in_json_and_comes_back_as_none_of_them
 
 
 @pytest.mark.parametrize("event", ALL, ids=lambda e: e.kind)
+def test_a_value_of_another_type_is_refused(event):
+    for name, value in events.to_dict(event).items():
+        for other in ({"a": [1]}, [{}], True, 7 if isinstance(value, str) else "7"):
+            if name != "event" and not (other is True and isinstance(value, bool)):
+                with pytest.raises(TypeError):
+                    events.from_dict({**events.to_dict(event), name: other})
+
+
+def test_numbers_of_a_table_that_are_none_come_back_as_none():
+    event = dataclasses.replace(ALL[6], strength={"unet": math.nan, "te": 0.5})
+    read = events.from_dict(json.loads(json.dumps(events.to_dict(event), allow_nan=False)))
+    assert math.isnan(read.strength["unet"]) and read.strength["te"] == 0.5
+
+
+@pytest.mark.parametrize("event", ALL, ids=lambda e: e.kind)
 def test_an_event_cannot_be_changed(event):
     with pytest.raises(dataclasses.FrozenInstanceError):
         event.kind2 = 1

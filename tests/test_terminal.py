@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -86,7 +87,7 @@ def test_a_training_that_is_interrupted_closed_or_terminated_keeps_what_it_learn
     code = program.main(list(map(str, (
         "train", "--checkpoint", tiny_file, "--data", images, "--name", "zzk", "--output-dir", out, "--json", "--set",
         "resolution=64", "--set", "min_bucket_reso=64", "--set", "network_dim=2", "--set", "max_train_steps=100000", "--set",
-        "sample_images=false"))))
+        "sample_images=false", "--set", "validation=false"))))
     told, said = capfd.readouterr()
     last = events.from_dict(json.loads(told.splitlines()[-1]))
     assert (code, last.outcome) == (130, "stopped") and said.count("what was learnt until now is saved") == 1
@@ -147,6 +148,34 @@ def test_the_page_that_is_ended_has_its_training_keep_what_it_learnt(set_up, tra
     monkeypatch.setattr(standalone.uvicorn.Server, "run", serving)
     standalone.serve(host, port=0)
     assert one.status().finished.message == "Stopped to save." and not one.running()
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_a_training_is_not_over_because_waiting_for_it_was_interrupted(set_up, training, name):
+    one, _, start = training
+    terminal.raise_on_interrupt()
+    start()
+    main = threading.get_ident()
+
+    def interrupting() -> None:
+        stack = ""
+        while "one.wait(timeout=30)" not in stack or "threading.py" not in stack.rpartition("File")[2]:
+            stack = "".join(traceback.format_stack(sys._current_frames()[main]))
+        send(name)
+    threading.Thread(target=interrupting, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        one.wait(timeout=30)
+    assert not one.wait(timeout=0) and one.running()
+    one.finish()
+    assert one.status().finished.message == "Stopped to save."
+
+
+def test_an_end_that_is_told_twice_is_no_second_wish(set_up):
+    terminal.raise_on_interrupt()
+    with pytest.raises(KeyboardInterrupt):
+        send("SIGTERM")
+    for name in set(SIGNALS) - {"SIGINT"}:  # as `timeout` tells the program and then its group
+        send(name)
 
 
 @pytest.mark.parametrize("name", SIGNALS)

@@ -82,8 +82,8 @@ class LoRA:
         kernel = down.shape[2:] if down.shape[2:].numel() != 1 else ()
         if any(side.ndim not in (2, 4) for side in (down, up)) or kernel != target.kernel or up.shape[2:].numel() != 1:
             raise LoraFileError(
-                f"The layer {target.key} is a {tuple(down.shape)} convolution",
-                why="LoRAs with convolutions (LoCon) cannot be continued yet", remedy="choose a plain LoRA")
+                f"The layer {target.key} does not fit the model", why=f"it is {tuple(down.shape)} and {tuple(up.shape)} in the "
+                "file", remedy="choose a LoRA that was made for this kind of model")
         rank = down.shape[0]
         if (down.shape[1], up.shape[0], up.shape[1]) != (target.in_features, target.out_features, rank):
             raise LoraFileError(

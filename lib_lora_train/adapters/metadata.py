@@ -26,9 +26,10 @@ SETTINGS = (
     "network_dropout", "mixed_precision", "gradient_checkpointing", "gradient_accumulation_steps",
     "max_train_epochs", "max_train_steps", "seed", "max_grad_norm", "min_snr_gamma", "noise_offset",
     "multires_noise_iterations", "multires_noise_discount", "ip_noise_gamma", "scale_weight_norms",
-    "debiased_estimation", "loss_type", "huber_c", "prior_loss_weight", "caption_dropout_rate",
-    "caption_dropout_every_n_epochs", "caption_tag_dropout_rate",
-    "shuffle_caption", "keep_tokens", "color_aug", "flip_aug", "random_crop",
+    "noise_offset_random_strength", "ip_noise_gamma_random_strength", "adaptive_noise_scale",
+    "debiased_estimation", "loss_type", "huber_schedule", "huber_scale", "huber_c", "prior_loss_weight", "caption_dropout_rate",
+    "caption_dropout_every_n_epochs", "caption_tag_dropout_rate", "shuffle_caption", "keep_tokens", "color_aug", "flip_aug",
+    "random_crop",
     "enable_bucket", "bucket_no_upscale", "min_bucket_reso", "max_bucket_reso", "training_comment")
 
 
@@ -37,7 +38,7 @@ class TrainingMetadata:
     """What is known of a run when one of its files is written.
 
     resolution      (width, height) in pixels
-    network_module  kohya's name of the kind of adapter
+    network_module, network_args   kohya's name of the kind of adapter, and what else it would be told
     dim, alpha      the adapters' rank and alpha
     steps, epoch    done when this file is written
     batch_size      images in one pass, on one device; `processes` of them train together
@@ -79,6 +80,7 @@ class TrainingMetadata:
     datasets: Sequence[Mapping[str, object]] = ()
     aspect_error: float = 0.0
     network_module: str = "networks.lora"
+    network_args: Mapping[str, str] = field(default_factory=dict)
     optimizer: str = "torch.optim.adamw.AdamW"
     settings: Mapping[str, object] = field(default_factory=dict)
 
@@ -121,7 +123,7 @@ def _run(run: TrainingMetadata, name: str) -> dict[str, object]:
         "ss_total_batch_size": run.batch_size * run.processes,
         "ss_training_started_at": run.started_at,
         "ss_training_finished_at": run.finished_at,
-    }
+    } | ({"ss_network_args": json.dumps(dict(run.network_args))} if run.network_args else {})
 
 
 def _dataset(run: TrainingMetadata) -> dict[str, object]:

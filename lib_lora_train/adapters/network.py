@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
@@ -24,6 +24,8 @@ from lib_lora_train.model.sd.lora_keys import foreign_layout
 ADAPTERS: dict[str, AdapterKind] = {kind.network_module: kind for kind in (LoRA(),)}
 """Each kind of adapter by kohya's `network_module`."""
 DEFAULT_KIND = ADAPTERS[LoRA.network_module]
+Sizes = Mapping[str, tuple[int, float]]
+"""{layer's key: (rank, alpha)}"""
 
 
 class AdapterNetwork:
@@ -43,11 +45,15 @@ class AdapterNetwork:
         self._flat: FlatWeights | None = None
 
     @classmethod
-    def build(cls, targets: Sequence[Target], *, rank: int, alpha: float, seed: int,
-              kind: AdapterKind = DEFAULT_KIND) -> AdapterNetwork:
-        """A new network that changes nothing yet. A layer's start depends on (seed, its key) alone."""
-        return cls(targets, {target.key: kind.build(target, rank=rank, alpha=alpha, generator=_generator(target, seed))
-                             for target in targets}, kind=kind)
+    def build(cls, targets: Sequence[Target], *, rank: int, alpha: float, seed: int, kind: AdapterKind = DEFAULT_KIND,
+              sizes: Sizes = MappingProxyType({})) -> AdapterNetwork:
+        """A new network that changes nothing yet. A layer's start depends on (seed, its key) alone. Layers that are not among
+        `sizes` have this rank and alpha."""
+        layers = {}
+        for target in targets:
+            own_rank, own_alpha = sizes.get(target.key, (rank, alpha))
+            layers[target.key] = kind.build(target, rank=own_rank, alpha=own_alpha, generator=_generator(target, seed))
+        return cls(targets, layers, kind=kind)
 
     @classmethod
     def continued(cls, targets: Sequence[Target], tensors: Mapping[str, Tensor], *, seed: int,
@@ -61,11 +67,17 @@ class AdapterNetwork:
         found = _by_layer(tensors, kind)
         _refuse_strangers(found, targets)
         layers = {target.key: kind.load(target, found[target.key]) for target in targets if target.key in found}
-        (rank, alpha), _ = Counter((layer.rank, layer.alpha) for layer in layers.values()).most_common(1)[0]
+        rank, alpha = _usual_size(layers.values())
         fresh = tuple(target.key for target in targets if target.key not in found)
-        layers |= cls.build([target for target in targets if target.key in fresh], rank=rank, alpha=alpha, seed=seed,
-                            kind=kind).layers
+        if fresh:
+            layers |= cls.build([target for target in targets if target.key in fresh], rank=rank, alpha=alpha, seed=seed,
+                                kind=kind).layers
         return cls(targets, {target.key: layers[target.key] for target in targets}, kind=kind, fresh=fresh)
+
+    @property
+    def usual_size(self) -> tuple[int, float]:
+        """The rank and alpha that most layers have."""
+        return _usual_size(self.layers.values())
 
     def adapters(self) -> dict[str, dict[str, Adapter]]:
         """{component: {local module name: layer}}, as UNet and text encoders accept them."""
@@ -78,6 +90,11 @@ class AdapterNetwork:
         """All trainable weights in a fixed order, or those of the named components."""
         return [parameter for target in self.targets if components is None or target.component in components
                 for parameter in self.layers[target.key].parameters()]
+
+    def pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """(A [r, ...], B [out, r]) of each layer whose change of the model is their product."""
+        sides = [(getattr(layer, "down", None), getattr(layer, "up", None)) for layer in self.layers.values()]
+        return [(down, up) for down, up in sides if isinstance(down, nn.Parameter) and isinstance(up, nn.Parameter)]
 
     def parameter_groups(self, unet_lr: float, text_encoder_lr: float) -> list[dict[str, object]]:
         """torch's parameter groups with a "name": "unet", then "text_encoder".
@@ -136,10 +153,22 @@ class AdapterNetwork:
         for layer in self.layers.values():
             layer.multiplier = float(multiplier)
 
+    def arguments(self) -> dict[str, str]:
+        """What kohya's `network_args` would be for this network: {} for plain LoRA."""
+        convolutions = [self.layers[target.key] for target in self.targets if target.kernel]
+        if not convolutions:
+            return {}
+        rank, alpha = _usual_size(convolutions)
+        return {"conv_dim": str(rank), "conv_alpha": f"{alpha:g}"}
+
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors of the file under kohya's keys, fp32, sharing memory with the weights (no copy)."""
         return {f"{target.key}.{name}": tensor for target in self.targets
                 for name, tensor in self.layers[target.key].tensors().items()}
+
+
+def _usual_size(layers: Iterable[Adapter]) -> tuple[int, float]:
+    return Counter((layer.rank, layer.alpha) for layer in layers).most_common(1)[0][0]
 
 
 def _generator(target: Target, seed: int) -> torch.Generator:

@@ -13,7 +13,7 @@ import torch
 
 from lib_lora_train.adapters import file
 from lib_lora_train.adapters.network import AdapterNetwork
-from lib_lora_train.adapters.targets import find_targets
+from lib_lora_train.adapters.targets import find_targets, of_keys
 from lib_lora_train.errors import LoraFileError, plain_line
 from lib_lora_train.model.architecture import UNET_COMPONENT
 from lib_lora_train.model.family import FAMILIES
@@ -116,7 +116,8 @@ def _load(model: FrozenModel, lora: WeightedLora) -> Stack:
     """The adapters of one file. Layers that it does not hold get none."""
     read, family = file.load(lora.path), model.architecture.family
     try:
-        targets = find_targets(model.components, family=family, text_encoder=family.adapts_text(read.tensors))
+        targets = find_targets(model.components, family=family, text_encoder=family.adapts_text(read.tensors),
+                               chosen=of_keys(read.tensors))
         network = AdapterNetwork.continued(targets, read.tensors, seed=0).to(model.device)
     except LoraFileError as error:
         made_for = file.recognise(read.tensors, read.metadata)
@@ -128,8 +129,7 @@ def _load(model: FrozenModel, lora: WeightedLora) -> Stack:
     network.freeze(model.components)
     stack: dict[str, dict[str, Adapter]] = {}
     for target in targets:
-        if target.key not in network.fresh:
-            layer = network.layers[target.key]
-            layer.multiplier = lora.unet_weight if target.component == UNET_COMPONENT else lora.text_weight
-            stack.setdefault(target.component, {})[target.module] = layer
+        layer = network.layers[target.key]
+        layer.multiplier = lora.unet_weight if target.component == UNET_COMPONENT else lora.text_weight
+        stack.setdefault(target.component, {})[target.module] = layer
     return stack

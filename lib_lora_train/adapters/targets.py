@@ -6,7 +6,8 @@ layout works like a full one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lib_lora_train.errors import ModelError
@@ -35,9 +36,38 @@ class Target:
     kernel: tuple[int, ...] = ()
 
 
+Choice = Callable[[Target], bool]
+"""Whether a layer is to be adapted."""
+
+DEFAULT_PRESET, WITH_CONVOLUTIONS, TEXT_ENCODER = "attention and feed-forward", "attention and convolutions", "text encoder"
+_B_LORA = r"output_blocks\.%s\.1\..*attn[12]\..*"
+# W4 is up_blocks.0.attentions.0 in Diffusers' words, W5 is up_blocks.0.attentions.1 (Frenkel et al. 2024, arXiv 2403.14572, and
+# BLOCKS of their blora_utils.py).
+PRESETS: Mapping[str, str] = {
+    DEFAULT_PRESET: r".*\.(proj_in|proj_out|transformer_blocks\..*)", "attention": r".*\.attn[12]\..*",
+    "cross-attention": r".*\.attn2\..*", WITH_CONVOLUTIONS: r".*", TEXT_ENCODER: r"",
+    "B-LoRA content": _B_LORA % "0", "B-LoRA style": _B_LORA % "1", "B-LoRA content and style": _B_LORA % "[01]"}
+"""The setting's value -> which of the UNet's modules are adapted. Of text encoders it is all layers that kohya adapts."""
+
+
+def of_preset(name: str) -> Choice:
+    """The layers of one of `PRESETS`."""
+    pattern = re.compile(PRESETS[name])
+    return lambda target: target.component != UNET_COMPONENT or bool(pattern.fullmatch(target.module))
+
+
+def of_keys(keys: Iterable[str]) -> Choice:
+    """The layers that a file with tensors of these keys holds."""
+    held = {key.partition(".")[0] for key in keys}
+    return lambda target: target.key in held
+
+
+_BY_DEFAULT = of_preset(DEFAULT_PRESET)
+
+
 def find_targets(components: Mapping[str, Mapping[str, Weight | Sequence[int]]], *, family: Family,
-                 text_encoder: bool = True) -> tuple[Target, ...]:
-    """The layers to adapt, in an order that depends on their names alone.
+                 text_encoder: bool = True, chosen: Choice = _BY_DEFAULT) -> tuple[Target, ...]:
+    """The `chosen` layers to adapt, in an order that depends on their names alone.
 
     `components` maps "unet" and the text encoders' components to {local weight name: weight or shape}; give all names,
     since some families' files count the blocks by the down- and upsamplers between them.
@@ -54,11 +84,11 @@ def find_targets(components: Mapping[str, Mapping[str, Weight | Sequence[int]]],
         shapes = {name: tuple(getattr(value, "shape", value)) for name, value in components[component].items()}
         found = [_target(component, module, key, shapes[f"{module}.weight"], as_conv=as_conv)
                  for module, key, as_conv in family.lora_keys(component, shapes)]
-        if not found:
+        if not any(".transformer_blocks." in target.module or target.component != UNET_COMPONENT for target in found):
             raise ModelError(
                 f"No layer to train was found in {component}", why="its layers do not have the names of "
                 "Stable Diffusion 1, 2 or XL", remedy="choose another checkpoint")
-        targets += sorted(found, key=lambda target: _natural(target.module))
+        targets += sorted(filter(chosen, found), key=lambda target: _natural(target.module))
     return tuple(targets)
 
 

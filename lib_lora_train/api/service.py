@@ -52,7 +52,7 @@ def start(values: Mapping[str, object], *, runner: Runner, host: Host) -> str:
 
 def _conclude(folder: Path, *, host: Host) -> None:
     """What follows a run: cards for its saves, and its report."""
-    dress(folder, host)
+    dress(folder, host.allowed)
     write_report(folder, host)
 
 

@@ -48,8 +48,8 @@ def variants_of(chosen: DatasetSettings, *, seed: int, name: str) -> tuple[Varia
     return tuple(Variant(degrees, flip) for degrees in turns for flip in flips)
 
 
-def scale_and_crop(image: Image.Image, placement: Placement, *, crop: tuple[int, int] | None = None,
-                   degrees: float = 0.0) -> Image.Image:
+def scale_and_crop(image: Image.Image, placement: Placement, *, crop: tuple[int, int] | None = None, degrees: float = 0.0,
+                   resampling: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:
     """The image, or its mask, at bucket size, cut at `crop` (left, top in the scaled image; default: its centre). Turned by
     `degrees` (anticlockwise) around the middle of that, and cut smaller where corners would be empty.
 
@@ -59,13 +59,14 @@ def scale_and_crop(image: Image.Image, placement: Placement, *, crop: tuple[int,
     assert image.size == placement.original, f"placed as {placement.original}, decoded as {image.size}"
     crop = placement.crop if crop is None else crop
     if degrees:
-        return _turned(image, placement.source_box(crop), size=placement.bucket, degrees=degrees)
+        return _turned(image, placement.source_box(crop), size=placement.bucket, degrees=degrees, resampling=resampling)
     if placement.resized == placement.original:
         return image.crop((*crop, crop[0] + placement.bucket[0], crop[1] + placement.bucket[1]))
-    return image.resize(placement.bucket, Image.Resampling.LANCZOS, box=placement.source_box(crop))
+    return image.resize(placement.bucket, resampling, box=placement.source_box(crop))
 
 
-def _turned(image: Image.Image, box: tuple[float, float, float, float], *, size: Size, degrees: float) -> Image.Image:
+def _turned(image: Image.Image, box: tuple[float, float, float, float], *, size: Size, degrees: float,
+            resampling: Image.Resampling) -> Image.Image:
     """What a frame shows that is turned around the middle of `box` (in the image's pixels), as large as that or as large as
     the image holds, at `size`."""
     across, down = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
@@ -80,13 +81,13 @@ def _turned(image: Image.Image, box: tuple[float, float, float, float], *, size:
     width, height, wide, high = (shrunk * length for length in (box[2] - box[0], box[3] - box[1], wide, high))
     # Scaled first, with a filter that sees all pixels, then turned at about the final size.
     part_size = math.ceil(2 * wide * size[0] / width), math.ceil(2 * high * size[1] / height)
-    part = image.resize(part_size, Image.Resampling.LANCZOS, box=(
+    part = image.resize(part_size, resampling, box=(
         max(0.0, across - wide), max(0.0, down - high), min(image.width, across + wide), min(image.height, down + high)))
     x, y = part.width / (2 * wide), part.height / (2 * high)  # the part's pixels for one of the image
     a, b, d, e = (x * cos * width / size[0], -x * sin * height / size[1], y * sin * width / size[0], y * cos * height / size[1])
     return part.transform(size, Image.Transform.AFFINE, (
         a, b, (part.width - a * size[0] - b * size[1]) / 2, d, e, (part.height - d * size[0] - e * size[1]) / 2),
-        resample=Image.Resampling.BICUBIC)
+        resample=Image.Resampling.BICUBIC if resampling == Image.Resampling.LANCZOS else resampling)
 
 
 def draw_flip(rng: random.Random) -> bool:
@@ -120,7 +121,7 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
 
 
 def to_samples(image: Image.Image) -> torch.Tensor:
-    """RGB image → [H, W, 3] uint8 on the CPU: a quarter of the size of the network's input."""
+    """RGB image → [H, W, 3] uint8 on the CPU ([H, W] of a mask): a quarter of the size of the network's input."""
     return torch.from_numpy(np.array(image, dtype=np.uint8))
 
 

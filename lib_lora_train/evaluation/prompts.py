@@ -53,6 +53,18 @@ def parse_prompts(text: str, *, defaults: SampleRequest) -> tuple[SamplePrompt, 
     return tuple(_prompt(line, defaults) for line in lines if line and not line.startswith("#"))
 
 
+def bare_prompts(lines: Sequence[str]) -> tuple[str, ...]:
+    """The prompts among these lines, for what samples all of them alike: without comments and empty lines. Raises SettingError
+    for one with a flag, which would become a part of the prompt."""
+    texts = [" ".join(line.split()) for line in lines]
+    texts = [text for text in texts if text and not text.startswith("#")]
+    for text in texts:
+        if found := _FLAG.search(text):
+            raise SettingError(f"The prompt {plain_line(text)[:80]!r} is not possible here", remedy=f"leave --{found[1]} out",
+                               why="all are sampled in one size, with the same seeds and steps")
+    return tuple(texts)
+
+
 def default_prompts(captions: Sequence[str], *, trigger_word: str, defaults: SampleRequest,
                     others: Sequence[str] = ()) -> tuple[SamplePrompt, ...]:
     """Three different captions, evenly from all, with the trigger word in front; where there are fewer, some of the `others` as

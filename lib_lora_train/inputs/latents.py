@@ -15,12 +15,13 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from PIL import ImageOps
 
 from lib_lora_train.dataset.augment import (
+    Variant,
     draw_crop,
     draw_degrees,
     draw_flip,
@@ -41,15 +42,23 @@ from lib_lora_train.inputs.latent_store import MOST_LATENT_BYTES, LatentStore
 from lib_lora_train.inputs.vae_batches import Encoder, EncodingBudget, VaeBatches, check_finite
 
 
+class Visit(NamedTuple):
+    """A visit to an image as far as it goes without the model, and how the image was varied."""
+
+    latents: torch.Tensor  # or what they are made from
+    flipped: bool  # whether it is mirrored
+    crop: tuple[int, int]  # (left, top) in the scaled image
+    degrees: float = 0.0  # how far it is turned
+
+
 class LatentSource(Protocol):
     """Latents of the examples of `dataset`, by index."""
 
     dataset: Dataset  # without the images that could not be decoded; those are among its problems
     placements: tuple[Placement, ...]  # one for each of dataset.examples
 
-    def prepare(self, index: int, rng: random.Random) -> tuple[torch.Tensor, bool]:
-        """(what can be done without the model for a visit, whether it is mirrored), in any thread; `rng` is all the visit's
-        randomness."""
+    def prepare(self, index: int, rng: random.Random) -> Visit:
+        """What can be done without the model for a visit, in any thread; `rng` is all the visit's randomness."""
 
     def finish(self, indices: Sequence[int], prepared: Sequence[torch.Tensor]) -> torch.Tensor:
         """The rest, in the thread that trains, for visits to images that share a bucket: [B, 2, 4, h, w] unscaled fp32, the
@@ -67,10 +76,11 @@ class CachedLatents:
     """Latents computed once, for each of an image's `variants_of`; in memory, and on disk what is too much."""
 
     def __init__(self, dataset: Dataset, placements: Sequence[Placement], *, store: LatentStore,
-                 numbers: Sequence[int]) -> None:
-        """`numbers[i]` is what `store` calls example i; the store is closed with this object."""
+                 numbers: Sequence[int], variants: Sequence[Sequence[Variant]]) -> None:
+        """`numbers[i]` is what `store` calls example i, `variants[i]` are its views there; the store is closed with this
+        object."""
         self.dataset, self.placements = dataset, tuple(placements)
-        self._store, self._numbers = store, tuple(numbers)
+        self._store, self._numbers, self._variants = store, tuple(numbers), tuple(variants)
 
     @classmethod
     def build(
@@ -90,13 +100,12 @@ class CachedLatents:
         be decoded, Interrupted when `should_stop()` says so (asked before each image). No thread outlives the call.
         """
         notes: list[str] = []
+        variants = [variants_of(example.subset.dataset, seed=seed, name=example.path.name) for example in dataset.examples]
         store = LatentStore(max_bytes=max_bytes, folder=folder)
         try:
             encoding = LatentEncoding(
                 VaeBatches(vae, device=torch.device(device), batch_size=vae_batch_size, budget=budget, warn=notes.append),
-                dataset.examples, placements, store=store, disk=disk,
-                variants=[variants_of(example.subset.dataset, seed=seed, name=example.path.name)
-                          for example in dataset.examples])
+                dataset.examples, placements, variants=variants, store=store, disk=disk)
             lost = encoding.run(
                 threads=reading_threads() if threads is None else threads, group=group,
                 watch=Watch(len(dataset.examples), doing="the pictures were encoded", on_progress=on_progress,
@@ -106,15 +115,16 @@ class CachedLatents:
             store.close()
             raise
         numbers = [i for i in range(len(dataset.examples)) if i not in lost]
-        return cls(kept, kept_placements, store=store, numbers=numbers)
+        return cls(kept, kept_placements, store=store, numbers=numbers, variants=[variants[i] for i in numbers])
 
-    def prepare(self, index: int, rng: random.Random) -> tuple[torch.Tensor, bool]:
+    def prepare(self, index: int, rng: random.Random) -> Visit:
         """See `LatentSource.prepare`: [2, 4, h, w]. Raises TrainingError where the disk refuses."""
-        chosen = self.dataset.examples[index].subset.dataset
-        flipped = chosen.flip_aug and draw_flip(rng)
-        turn = rng.randrange(chosen.rotate_aug_variants) if chosen.rotate_aug_degrees else 0
-        variant = turn * (1 + chosen.flip_aug) + flipped  # in the order of `variants_of`
-        return self._store.load(self._numbers[index], variant=variant), flipped
+        variants = self._variants[index]
+        number = rng.randrange(len(variants)) if variants[0].degrees else 0
+        if variants[-1].flipped:
+            number = number // 2 * 2 + draw_flip(rng)
+        latents = self._store.load(self._numbers[index], variant=number)
+        return Visit(latents, variants[number].flipped, self.placements[index].crop, variants[number].degrees)
 
     def finish(self, indices: Sequence[int], prepared: Sequence[torch.Tensor]) -> torch.Tensor:
         """See `LatentSource.finish`. On the CPU."""
@@ -156,7 +166,7 @@ class FreshLatents:
         kept, kept_placements = _without(dataset, placements, lost, [])
         return cls(vae, kept, kept_placements, vae_batch_size=vae_batch_size, device=torch.device(device), warn=warn)
 
-    def prepare(self, index: int, rng: random.Random) -> tuple[torch.Tensor, bool]:
+    def prepare(self, index: int, rng: random.Random) -> Visit:
         """See `LatentSource.prepare`: samples [H, W, 3] uint8. Raises DatasetError if an image vanished or changed since the
         start."""
         example, placement = self.dataset.examples[index], self.placements[index]
@@ -166,7 +176,7 @@ class FreshLatents:
         degrees = draw_degrees(chosen.rotate_aug_degrees, rng) if chosen.rotate_aug_degrees else 0.0
         image = scale_and_crop(decoded(example, placement), placement, crop=crop, degrees=degrees)
         image = vary_colour(image, rng) if chosen.color_aug else image
-        return to_samples(ImageOps.mirror(image) if flipped else image), flipped
+        return Visit(to_samples(ImageOps.mirror(image) if flipped else image), flipped, crop, degrees)
 
     def finish(self, indices: Sequence[int], prepared: Sequence[torch.Tensor]) -> torch.Tensor:
         """See `LatentSource.finish`. On the VAE's device. Raises TrainingError naming an image whose latent is not finite."""

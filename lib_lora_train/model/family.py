@@ -60,7 +60,7 @@ class Family:
     read             (family, tensors, hints) -> Architecture
     guess_prediction what a checkpoint predicts that does not say so; None where all published ones predict noise or say v
     lora_keys        (component, {weight name: shape}) -> (module, key in the file, whether to write 1x1 convolutions)
-                     of each layer that kohya's LoRA adapts
+                     of each layer that kohya's LoRA can adapt
     """
 
     name: str

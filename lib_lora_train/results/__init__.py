@@ -1,6 +1,7 @@
 """What a run made and what it is worth: its saves, the page that shows them, and the one that becomes the LoRA.
 
     history.py         the events of a run as they count in the end
+    improvement.py     how much better than the base model its losses are, over all and for each training image
     saves.py           the saves of a run, from its events and the disk
     references.py      the images of a run that it was not trained on, and those that it was
     grid.py            its saves at several weights beside each other, sampled by the host

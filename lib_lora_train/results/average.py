@@ -8,6 +8,7 @@ its own folder only, so while the grid samples it lies there too, in a folder th
 from __future__ import annotations
 
 import contextlib
+import glob
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -59,7 +60,7 @@ def write_average(paths: Sequence[Path], target: Path) -> Path:
 def beside_others(host: LoraHost, path: Path) -> Iterator[Path]:
     """The LoRA at `path` where the host finds it, under its own name, until the block is left. Raises LoraFileError where
     another one of that name is there, and OutputError."""
-    if others := [found for found in host.lora_folder.rglob(path.name) if found.parent.name != SUBFOLDER]:
+    if others := [found for found in host.lora_folder.rglob(glob.escape(path.name)) if found.parent.name != SUBFOLDER]:
         if file.load(others[0]).model_hash != file.load(path).model_hash:
             raise LoraFileError(f"{path.stem} cannot be sampled", why=f"{others[0]} is another LoRA of that name",
                                 remedy="rename it")

@@ -27,6 +27,7 @@ from lib_lora_train.adapters.stack import find_lora, split_tags
 from lib_lora_train.dataset.progress import Progress, ShouldStop
 from lib_lora_train.errors import HostError, Interrupted, LoraFileError, SettingError, some_of, translated
 from lib_lora_train.evaluation.infotext import png_of
+from lib_lora_train.evaluation.prompts import bare_prompts
 from lib_lora_train.host.port import Host, RenderRequest, never
 from lib_lora_train.results.average import SAVES as AVERAGED
 from lib_lora_train.results.average import beside_others, write_average
@@ -183,7 +184,7 @@ def _prompts(host: Host, folder: Path, given: Sequence[str], *, should_stop: Sho
     settings = settings_of(folder)
     trigger = settings.dataset.trigger_word
     notes: list[str] = []
-    texts = [" ".join(text.split()) for text in given if text.strip()]
+    texts = list(bare_prompts(given))
     if not texts:
         references = references_of(folder, settings, allowed=host.allowed, should_stop=should_stop)
         captions = [image.example.caption for image in references.held_out]

@@ -13,6 +13,7 @@ from lib_lora_train.errors import printable
 from lib_lora_train.host.port import Host
 from lib_lora_train.results.grid import Grid, read_grid
 from lib_lora_train.results.history import RunHistory, read_history
+from lib_lora_train.results.improvement import ImageGains
 from lib_lora_train.results.recommend import leaves, recommend
 from lib_lora_train.results.saves import Save, lora_text, result_path, saves_of
 from lib_lora_train.results.scoring import read_scores
@@ -31,6 +32,7 @@ def overview(folder: Path, host: Host | None = None) -> dict[str, Any]:
                       what it is where the file gets another name; the preview is an image's name in the run's folder, or ""
         held_out      {pictures, derived} or None
         measured      [Measured], by step; image_losses and diagnosed are such events or None
+        image_gains   as `ImageGains` has it, of image_losses, or None
         samples       [{prompt, index, pictures: [{step, epoch, file, seed}]}], by prompt
         steps         [[step, loss, average loss, learning rate, text encoder's, gradient norm]], at most 500
         grid          as `Grid.to_dict` has it, with `scores`, one for each column ([] for none), and those of each cell, both
@@ -49,6 +51,7 @@ def overview(folder: Path, host: Host | None = None) -> dict[str, Any]:
         "measured": [_fields(event) for event in history.measured],
         "samples": _samples(history, folder),
         "image_losses": _fields(history.image_losses),
+        "image_gains": dataclasses.asdict(ImageGains.of(history.image_losses)) if history.image_losses else None,
         "diagnosed": _fields(history.diagnosed),
         "steps": [[step.step, step.loss, step.average_loss, step.learning_rate, step.text_encoder_lr, step.gradient_norm]
                   for step in thinned(history.steps)],

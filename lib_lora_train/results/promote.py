@@ -26,7 +26,7 @@ from lib_lora_train.results.recommend import recommend
 from lib_lora_train.results.references import resolution_of
 from lib_lora_train.results.saves import Save, lora_text, origin, result_path, saves_of, wrote
 from lib_lora_train.run.record import read_settings
-from lib_lora_train.settings.allowed_paths import inside
+from lib_lora_train.settings.allowed_paths import AllowedPaths, inside
 from lib_lora_train.storage.atomic import remove
 from lib_lora_train.storage.lock import is_locked
 
@@ -64,7 +64,7 @@ def promote(folder: Path, save_id: str, *, weight: float, host: Host) -> dict[st
                   "notes": f"Taken from {save_id}, at a weight of {weight:g}.{reason}"}
         user_metadata.write_user_metadata(target, user_metadata.merged(card, values))
     if kept is not None:
-        dress(folder, host, only=kept)
+        dress(folder, host.allowed, only=kept)
     _refresh(host)
     text = lora_text(target, round(weight, 2))
     width, height = resolution_of(folder)
@@ -87,7 +87,7 @@ def delete(folder: Path, ids: Sequence[str], *, host: Host) -> list[str]:
             if save.path == result:
                 raise LoraFileError(f"{save.id} is not deleted", why="it is what the LoRA's own file holds",
                                     remedy="make another one the LoRA first")
-            _check_writable(save.path, host)
+            _check_writable(save.path, host.allowed)
         for save in chosen:
             with translated(f"deleting {save.path.name}"):
                 remove(save.path)
@@ -96,15 +96,15 @@ def delete(folder: Path, ids: Sequence[str], *, host: Host) -> list[str]:
     return [save.path.name for save in chosen]
 
 
-def dress(folder: Path, host: Host, *, only: Path | None = None) -> None:
+def dress(folder: Path, allowed: AllowedPaths | None = None, *, only: Path | None = None) -> None:
     """Give every save of the run its card and preview, or the one at `only`, so that it can be told from the others among the
-    WebUI's LoRAs. What cannot be written is logged, and nothing of the user's changed."""
+    WebUI's LoRAs. What cannot be written, or is not `allowed`, is logged, and nothing of the user's changed."""
     for save in saves_of(folder):
         if not save.own or only not in (None, save.path):
             continue
         try:
             with _LOCK:
-                _check_writable(save.path, host)
+                _check_writable(save.path, allowed)
                 card = user_metadata.read_user_metadata(save.path)
                 user_metadata.write_preview(save.path, user_metadata.read_preview(shown(folder, save.id).path))
                 user_metadata.write_user_metadata(save.path, user_metadata.merged(card, _values_of(folder, save.path)))
@@ -141,7 +141,7 @@ def _target(folder: Path, host: Host) -> Path:
     """The LoRA's own file, which is this run's or not there yet."""
     target = result_path(folder)
     assert target is not None, "a run with a save has one"
-    _check_writable(target, host)
+    _check_writable(target, host.allowed)
     if target.exists() and not wrote(folder, target):
         raise OutputError(f"There is another LoRA called {target.stem!r}", why=f"{target} was not written by this run",
                           remedy="rename it, then try again")
@@ -206,10 +206,10 @@ def _refuse_while_training(folder: Path) -> None:
                             remedy="wait for it or stop it first")
 
 
-def _check_writable(path: Path, host: Host) -> None:
-    if host.allowed is not None and not inside(str(path), host.allowed.writing):
+def _check_writable(path: Path, allowed: AllowedPaths | None) -> None:
+    if allowed is not None and not inside(str(path), allowed.writing):
         raise SettingError(f"{path} is left as it is", why="others can reach this page, so it keeps to the folders it "
-                           "is allowed", remedy=host.allowed.advice)
+                           "is allowed", remedy=allowed.advice)
 
 
 def _refresh(host: Host) -> None:

@@ -23,6 +23,7 @@ from lib_lora_train.errors import LoraFileError, counted, printable
 from lib_lora_train.host.port import Host
 from lib_lora_train.results.charts import Line, chart
 from lib_lora_train.results.history import read_history
+from lib_lora_train.results.improvement import improvement
 from lib_lora_train.results.inline_images import image, spread, strips
 from lib_lora_train.results.overview import overview
 from lib_lora_train.results.saves import lora_text
@@ -38,9 +39,10 @@ _BANDS = ("Little noise (low timesteps)", "Middle timesteps", "Much noise (high 
 _KIND = {"learning": "good", "diverging": "bad", "ruined": "bad", "done": "good", "failed": "bad"}
 _LEFT_OUT = frozenset({"training_comment", "output_dir", "resume", "train_data_dir"})
 """Settings that say where things are, or are nobody else's business."""
-_FEW, _LITTLE, _MUCH = 4, 0.25, 2.0
-"""From so many pictures on, one that gained less or more than so many times the median stands out; as on the page."""
-_MOST_NAMED, _MOST_LISTED = 8, 500
+_POLICY = ('<meta http-equiv="Content-Security-Policy" '
+           'content="default-src \'none\'; img-src data:; style-src \'unsafe-inline\'">')
+"""Captions and names are escaped; the page opens the report from memory, where no header of the server counts."""
+_MOST_LISTED = 500
 _MOST_COLUMNS = 24
 _NUMBERS = {
     "likeness": ("Likeness", "to the pictures that were not trained on, patch by patch; more is better"),
@@ -67,12 +69,12 @@ def report_html(folder: Path, host: Host | None = None) -> str:
     run = _Run.read(folder, host)
     samples = _section("Pictures on the way", strips(folder, run.data["samples"]),
                        "The same prompts and seeds after so many steps; a click enlarges.")
-    sections = (_header(run), _recommended(run), _curves(run), samples, _grid(run), _saves(run), _image_losses(run),
+    sections = (_header(run), _recommended(run), _curves(run), samples, _grid(run), _saves(run), _image_gains(run),
                 _dataset(run), _settings(run), _repeat(run), _warnings(run))
     style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     title = html.escape(run.past.name or folder.name)
     return printable(
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}: report of a LoRA</title>'
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">{_POLICY}<title>{title}: report of a LoRA</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>\n{style}</style></head>\n'
         f'<body><main>{"".join(sections)}</main>{_footer()}</body></html>\n')
 
@@ -172,13 +174,6 @@ def _recommended(run: _Run) -> str:
                     f"<p>{run.text(chosen['reason'])}</p></div></div>")
 
 
-def improvement(losses: Sequence[float | None], unadapted: Sequence[float | None]) -> float | None:
-    """By how many per cent the losses are below those of the base model, bands counting alike, as the page says it; None where
-    a number is missing."""
-    shares = [loss / other for loss, other in zip(losses, unadapted, strict=False) if loss is not None and other]
-    return 100 * (1 - sum(shares) / len(shares)) if shares and len(shares) == len(losses) else None
-
-
 def _compared(measured: Sequence[Mapping[str, Any]], band: slice, *, marked: bool) -> list[Line]:
     """How much better than the base model, on held-out and on training pictures, in these bands of timesteps."""
     return [Line(name, style, [(entry["step"], improvement(entry[key][band], entry[f"unadapted_{key}"][band]))
@@ -258,23 +253,20 @@ def _saves(run: _Run) -> str:
     return _section("Saves", _table(heads, rows) if rows else "")
 
 
-def _image_losses(run: _Run) -> str:
-    found = run.data["image_losses"]
-    rated = sorted((better, _file_name(name)) for name, loss, unadapted in zip(
-        found["images"], found["losses"], found["unadapted"], strict=False)
-        if (better := improvement([loss], [unadapted])) is not None) if found else []
-    if not rated:
+def _image_gains(run: _Run) -> str:
+    gains = run.data["image_gains"]
+    if not gains or not gains["images"]:
         return ""
-    middle = rated[len(rated) // 2][0] if len(rated) >= _FEW else 0.0
-    ends = (("Never learnt", [entry for entry in rated if entry[0] < _LITTLE * middle]),
-            ("Learnt at once", [entry for entry in reversed(rated) if entry[0] > _MUCH * middle])) if middle > 0 else ()
 
-    def table(entries: Sequence[tuple[float, str]]) -> str:
+    def table(images: Sequence[Mapping[str, Any]]) -> str:
         return _table(("Picture", ">Better than base"), [
-            f'<tr><td>{html.escape(name)}</td><td class="n">{better:+.1f} %</td></tr>' for better, name in entries])
-    made = "".join(f"<div><h3>{title}</h3>{table(end[:_MOST_NAMED])}</div>" for title, end in ends if end)
+            f'<tr><td>{html.escape(_file_name(one["name"]))}</td><td class="n">{one["gain"]:+.1f} %</td></tr>'
+            for one in images])
+    ends = (("Never learnt", gains["never"]), ("Learnt at once", gains["at_once"]))
+    made = "".join(f"<div><h3>{title}</h3>{table(end)}</div>" for title, end in ends if end)
+    every = table(gains["images"][:_MOST_LISTED])
     return _section("Training pictures", (f'<div class="charts two">{made}</div>' if made else "<p>None stands out.</p>")
-                    + f"<details><summary>All of them</summary>{table(rated[:_MOST_LISTED])}</details>", (
+                    + f"<details><summary>All of them</summary>{every}</details>", (
         "By how much the loss of each is below the base model's at the end. One that is never learnt may be mislabelled or "
         "unlike the others; one that is learnt long before the others may be there several times."))
 

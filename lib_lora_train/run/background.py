@@ -44,7 +44,9 @@ class TaskRunner(Generic[Result]):
 
     def __init__(self, thread_name: str) -> None:
         self._thread_name, self._lock = thread_name, threading.Lock()
-        self._thread: threading.Thread | None = None
+        # Not the thread itself: before Python 3.13 it counts as ended once an interrupt came while it was waited for.
+        self._ended = threading.Event()
+        self._ended.set()
         self._number, self._running = 0, False
         self._stopping: StopKind = ""
         self._ending: Result | Failure | None = None
@@ -64,12 +66,13 @@ class TaskRunner(Generic[Result]):
             # A daemon: closing the WebUI must not wait for it. Files are written atomically, so none is torn.
             thread = threading.Thread(target=self._run, args=(job, name, doing, ended), name=self._thread_name, daemon=True)
             self._running = True  # before the thread, whose job may ask for it at once
+            self._ended.clear()
             try:
                 thread.start()
             except BaseException:
                 self._running = False
+                self._ended.set()
                 raise
-            self._thread = thread
             return self._number
 
     def _run(self, job: Callable[[], Result], name: str, doing: str, ended: Callable[[Result | Failure], None]) -> None:
@@ -84,6 +87,7 @@ class TaskRunner(Generic[Result]):
         finally:
             with self._lock:
                 self._ending, self._running = ending, False
+                self._ended.set()
 
     def stop(self, kind: StopKind = "stop") -> bool:
         """Ask the running job to end, which it sees as `stopping`; False if none runs."""
@@ -108,8 +112,5 @@ class TaskRunner(Generic[Result]):
         return self._ending
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait for the job's thread to end, at most `timeout` seconds; whether it has."""
-        thread = self._thread
-        if thread is not None:
-            thread.join(timeout)
-        return thread is None or not thread.is_alive()
+        """Wait for the job to end, at most `timeout` seconds; whether it has, or there was none."""
+        return self._ended.wait(timeout)

@@ -37,8 +37,10 @@ from lib_lora_train.model.ops.quantised import quantised
 from lib_lora_train.model.sd.text import CHUNK
 from lib_lora_train.run.callbacks import Pause, Stop
 from lib_lora_train.run.inputs import Text, condition_of
+from lib_lora_train.run.optimizing import traits_of
 from lib_lora_train.run.planning import RunPlan
 from lib_lora_train.run.resume import quantized_dtype
+from lib_lora_train.run.selection import select, targets_of_file
 from lib_lora_train.settings import Settings
 
 
@@ -66,12 +68,17 @@ def plan_for(plan: RunPlan, *, tensors: Mapping[str, Tensor], architecture: Arch
         chunks=chunks_in_longest(line for example in plan.dataset.examples for line in example.lines),
         text_checkpointed=memory.gradient_checkpointing,
         encoded=min(memory.vae_batch_size or 1, batch) if settings.encodes_in_steps else 0,
+        optimizer_bytes=traits_of(settings).state_bytes,
         sampled=max(((p.request.width, p.request.height) for p in plan.prompts), key=math.prod, default=None))
+    kept = settings.preservation.preservation
+    again = kept in ("dop", "blank")
+    compared = kept == "dco" or bool(plan.masks and settings.masks.masked_prior_preservation_weight)
     on_device = [t for t in (*tensors.values(), *ours) if t.device.type in (device.type, "meta")]
     return plan_memory(tensors, architecture, workload, batch=batch, memory=memory,
                        budget=budget_of(memory.memory_budget, device, ours=size_of(on_device)),
                        parts_on_cpu=parts_not_needed(settings, device, examples=plan.dataset.examples),
-                       resumed_base_dtype=resumed_base_dtype, should_stop=should_stop)
+                       resumed_base_dtype=resumed_base_dtype, references=again + compared, repeats=1 + again,
+                       should_stop=should_stop)
 
 
 def chunks_in_longest(captions: Iterable[str]) -> int:
@@ -90,20 +97,26 @@ def layers_of(network: AdapterNetwork) -> tuple[Layer, ...]:
 def layers_for(tensors: Mapping[str, Tensor], architecture: Architecture, *, rank: int,
                text_encoder: bool) -> tuple[Layer, ...]:
     """The layers of a new network of one rank; of `tensors` (checkpoint names) only shapes are used."""
-    unet, _, texts = architecture.family.parts(tensors)
-    components = dict(zip(architecture.components, (unet, *texts), strict=True))
-    targets = find_targets(components, family=architecture.family, text_encoder=text_encoder)
+    targets = find_targets(_components(tensors, architecture), family=architecture.family, text_encoder=text_encoder)
     return tuple(Layer(target, rank) for target in targets)
 
 
 def planned_layers(settings: Settings, tensors: Mapping[str, Tensor], architecture: Architecture) -> tuple[Layer, ...]:
     """The layers that a run with these settings will have, those of a LoRA that is continued with the file's ranks. Raises
-    LoraFileError."""
-    network = settings.network
-    ranks = read_dims(Path(network.network_weights)) if network.network_weights else {}
-    text = not network.network_train_unet_only or architecture.family.adapts_text(ranks)
-    layers = layers_for(tensors, architecture, rank=network.network_dim, text_encoder=text)
-    return tuple(dataclasses.replace(layer, rank=ranks.get(layer.target.key, layer.rank)) for layer in layers)
+    LoraFileError and SettingError."""
+    network, components, family = settings.network, _components(tensors, architecture), architecture.family
+    if not network.network_weights:
+        selected = select(network, components, family=family)
+        return tuple(Layer(target, selected.sizes[target.key][0]) for target in selected.targets)
+    ranks = read_dims(Path(network.network_weights))
+    targets = targets_of_file(network, components, family=family, keys=ranks)
+    return tuple(Layer(target, ranks.get(target.key, network.network_dim)) for target in targets)
+
+
+def _components(tensors: Mapping[str, Tensor], architecture: Architecture) -> dict[str, dict[str, Tensor]]:
+    """The parts that can be adapted of `tensors` (checkpoint names)."""
+    unet, _, texts = architecture.family.parts(tensors)
+    return dict(zip(architecture.components, (unet, *texts), strict=True))
 
 
 def parts_not_needed(settings: Settings, device: torch.device, *, examples: Sequence[Example]) -> frozenset[Part]:

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from lib_lora_train.adapters import file
 from lib_lora_train.adapters.network import AdapterNetwork
-from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.errors import LoraFileError, SettingError, counted, some_of, translated
 from lib_lora_train.events import Report, Warned
 from lib_lora_train.model.architecture import Architecture
 from lib_lora_train.model.fingerprint import not_finite
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.run.planning import RunPlan
+from lib_lora_train.run.selection import select, targets_of_file
 from lib_lora_train.settings import Settings, named, no_effect
 from lib_lora_train.training.checkpoint import TrainingState
 
@@ -52,11 +52,11 @@ def build_network(settings: Settings, model: FrozenModel, weights: InitialWeight
     train_text = not chosen.network_train_unet_only
     with translated("making the LoRA's layers"):
         if weights.tensors is None:
-            targets = find_targets(model.components, family=family, text_encoder=train_text)
-            network = AdapterNetwork.build(targets, rank=chosen.network_dim, alpha=chosen.network_alpha, seed=seed)
+            selected = select(chosen, model.components, family=family)
+            network = AdapterNetwork.build(selected.targets, rank=chosen.network_dim, alpha=chosen.network_alpha, seed=seed,
+                                           sizes=selected.sizes)
         else:
-            with_text = train_text or family.adapts_text(weights.tensors)
-            targets = find_targets(model.components, family=family, text_encoder=with_text)
+            targets = targets_of_file(chosen, model.components, family=family, keys=weights.tensors)
             network = AdapterNetwork.continued(targets, weights.tensors, seed=seed)
             if network.fresh:
                 report(Warned(f"{counted(len(network.fresh), 'layer')} not in {weights.name} will start anew."))
@@ -76,6 +76,17 @@ def check_sizes(plan: RunPlan, model: FrozenModel) -> None:
                                why=f"its sizes are multiples of {multiple}",
                                remedy=f"use a {named('resolution')} and {named('bucket_reso_steps')} that are multiples of "
                                       f"{multiple}")
+
+
+def check_loss(settings: Settings, model: FrozenModel) -> None:
+    """Raises SettingError for a loss that is not one for what the model predicts (as sd-scripts' `verify_training_args`)."""
+    loss, v = settings.loss, model.schedule.prediction_type == "v_prediction"
+    for name, chosen, wrong, what in (
+            ("scale_v_pred_loss_like_noise_pred", loss.scale_v_pred_loss_like_noise_pred, not v, "noise"),
+            ("v_pred_like_loss", loss.v_pred_like_loss, v, "v")):
+        if chosen and wrong:
+            raise SettingError(f"{named(name)} is not possible with this model", why=f"it predicts {what}", remedy="switch it "
+                               f"off, or set {named('v_parameterization')} if the model predicts something else")
 
 
 def ignored_by(model: FrozenModel, settings: Settings) -> list[str]:

@@ -11,10 +11,10 @@ from lib_lora_train.dataset.examples import Example
 from lib_lora_train.host.port import LeasedModel
 from lib_lora_train.model.family import training_sizes
 from lib_lora_train.model.frozen import FrozenModel
+from lib_lora_train.run.optimizing import optimizer_name
 from lib_lora_train.run.planning import RunPlan
 from lib_lora_train.settings import flat, resolution_of
 from lib_lora_train.settings.dataset_config import SubsetSettings
-from lib_lora_train.training.optimizers import spec_of
 
 
 class Provenance:
@@ -27,15 +27,15 @@ class Provenance:
 
     def metadata(self, name: str, *, step: int, epoch: int) -> dict[str, str]:
         """The metadata of `name`.safetensors as it is after `step`."""
-        plan, settings, model = self._plan, self._plan.settings, self._model
-        layer = next(iter(self._network.layers.values()))
+        plan, settings, model, network = self._plan, self._plan.settings, self._model, self._network
         checkpoint, family = self._leased.checkpoint, model.architecture.family
         schedule = plan.schedule
         return describe(TrainingMetadata(
             family=family, v_prediction=model.schedule.prediction_type == "v_prediction",
             zero_terminal_snr=model.architecture.zero_terminal_snr, resolution=plan.resolution,
-            dim=layer.rank, alpha=layer.alpha, network_module=self._network.kind.network_module,
-            optimizer=spec_of(settings.optimizer.optimizer_type).class_name,
+            dim=network.usual_size[0], alpha=network.usual_size[1], network_module=network.kind.network_module,
+            network_args=network.arguments(),
+            optimizer=optimizer_name(settings),
             steps=step, epoch=epoch, total_epochs=schedule.epochs, total_steps=schedule.steps,
             batches_per_epoch=schedule.batches_per_epoch, batch_size=settings.optimizer.train_batch_size,
             processes=plan.processes, started_at=self.started_at, finished_at=time.time(),
@@ -53,7 +53,8 @@ class Provenance:
         optimizer = self._plan.settings.optimizer
         values["unet_lr"] = optimizer.unet_lr or optimizer.learning_rate
         values["text_encoder_lr"] = None if self._plan.settings.network.network_train_unet_only else optimizer.text_encoder_lr
-        for name in ("min_snr_gamma", "noise_offset"):
+        values["debiased_estimation"] = values["debiased_estimation_loss"]
+        for name in ("min_snr_gamma", "noise_offset", "adaptive_noise_scale", "multires_noise_iterations", "ip_noise_gamma"):
             values[name] = values[name] or None
         return values
 

@@ -191,7 +191,7 @@ class Runner:
                 pass
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait for the job's thread to end; whether it has."""
+        """Wait for the job to end; whether it has."""
         return self._tasks.wait(timeout)
 
     def status(self, *, after: int = 0) -> Status | None:

@@ -90,8 +90,8 @@ class SampleCallback:
             try:
                 with translated("encoding a sample prompt"):
                     self._samples.append(self._encoded(index, prompt))
-            except LoraTrainError as error:
-                self._report(Warned(f"The sample prompt {plain_line(prompt.text)[:60]!r} is left out. {error}"))
+            except Exception as error:  # noqa: BLE001 - whatever it is, the training is worth more than a picture
+                self._report(Warned(f"The sample prompt {plain_line(prompt.text)[:60]!r} is left out: {_problem(error)[1]}"))
 
     def _encoded(self, index: int, prompt: SamplePrompt) -> _Sample:
         # The LoRA in training is always there: its own name in a prompt must not bring an older file of it as well.

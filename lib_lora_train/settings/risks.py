@@ -10,15 +10,18 @@ from collections.abc import Iterator
 from lib_lora_train.errors import counted
 from lib_lora_train.settings import Settings, named
 
-_RATES = {"adamw": (1e-6, 1e-2)}
+_RATES = {name: (1e-6, 1e-2) for name in ("adamw", "adamw8bit", "pagedadamw8bit", "adamwschedulefree", "radamschedulefree")} | {
+    name: (1e-7, 3e-3) for name in ("lion", "lion8bit")}
 """Optimizer -> (a learning rate below this learns next to nothing, one from this on ruins a LoRA). kohya's guide names 1e-4 to
-1e-3 for the UNet, and less for the text encoder (sd-scripts, docs/train_network.md)."""
+1e-3 for the UNet, and less for the text encoder (sd-scripts, docs/train_network.md). Lion's are 3 to 10 times smaller
+(arXiv 2302.06675, section 5)."""
 _MOST_STRENGTH = 4.0  # alpha / rank
+_MOST_SAVES = 50
 
 
-def risks(settings: Settings, *, steps: int, images: int, processes: int = 1) -> Iterator[str]:
+def risks(settings: Settings, *, steps: int, images: int, processes: int = 1, epoch: int = 0) -> Iterator[str]:
     """A sentence for each value that is known to fail in a run of so many steps and images: the number, why, and what is
-    usual."""
+    usual. An `epoch` has so many steps, 0 where nobody knows."""
     optimizer, network = settings.optimizer, settings.network
     unet = "unet_lr" if optimizer.unet_lr else "learning_rate"
     low, high = _RATES.get(optimizer.optimizer_type.lower(), (0.0, float("inf")))
@@ -40,3 +43,8 @@ def risks(settings: Settings, *, steps: int, images: int, processes: int = 1) ->
         yield (f"{named('train_batch_size')} = {optimizer.train_batch_size}{several} is more than the "
                f"{counted(images, 'picture')} there: a batch of {batch} holds some of them several times, which takes memory "
                f"and teaches nothing more. 1 to {min(4, images)} is usual.")
+    for every, interval in (("save_every_n_epochs", epoch), ("save_every_n_steps", 1)):
+        value = getattr(settings.save, every)
+        if value and interval and (saves := steps // (value * interval)) > _MOST_SAVES:
+            yield (f"{named(every)} = {value} keeps {saves} LoRAs, each a file of its own. With {value * saves // 8} there are "
+                   "eight: 3 to 10 is usual.")

@@ -8,14 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from lib_lora_train.adapters.lora import LoRA, LoRALayer
 from lib_lora_train.adapters.network import AdapterNetwork
-from lib_lora_train.adapters.targets import find_targets
-from lib_lora_train.errors import ModelError
+from lib_lora_train.adapters.targets import DEFAULT_PRESET, PRESETS, Target, find_targets, of_preset
+from lib_lora_train.errors import ModelError, SettingError
 from lib_lora_train.model.family import FAMILIES
+from lib_lora_train.run.selection import select
+from lib_lora_train.settings import DECLARATIONS, NetworkSettings
 from tests.adapters import full_size
 
-# [key, shape of lora_down, shape of lora_up] of every layer that sd-scripts' own networks.lora makes (rank 8).
-KOHYA = json.loads(gzip.decompress((Path(__file__).parent / "data" / "kohya_keys_rank8.json.gz").read_bytes()))
+DATA = Path(__file__).parent / "data"
+# [key, shape of lora_down, shape of lora_up] of every layer that sd-scripts' own networks.lora makes (rank 8), and of those
+# that it makes besides with conv_dim=4.
+KOHYA = json.loads(gzip.decompress((DATA / "kohya_keys_rank8.json.gz").read_bytes()))
+KOHYA_CONV = json.loads(gzip.decompress((DATA / "kohya_keys_conv_rank4.json.gz").read_bytes()))
 
 
 @pytest.mark.parametrize(("family", "layers"), [("sd1", 264), ("sd2", 330), ("sdxl", 986)])
@@ -34,6 +40,56 @@ def test_the_tensors_of_the_file_have_the_keys_and_shapes_of_sd_scripts() -> Non
     for key, down, up in KOHYA["sd1"]:
         expected |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": []}
     assert {key: list(tensor.shape) for key, tensor in network.state_dict().items()} == expected
+
+
+@pytest.mark.parametrize(("family", "layers"), [("sd1", 86), ("sd2", 86), ("sdxl", 66)])
+def test_with_convolutions_it_gets_exactly_the_layers_that_sd_scripts_makes_with_conv_dim(family: str, layers: int) -> None:
+    components = full_size.model(family)
+    chosen = NetworkSettings(network_dim=8, conv_dim=4, network_train_unet_only=False)
+    selected = select(chosen, components, family=FAMILIES[family])
+    with torch.device("meta"):
+        network = AdapterNetwork.build(selected.targets, rank=8, alpha=4, seed=0, sizes=selected.sizes, kind=Shapes())
+    ours = {key: list(tensor.shape) for key, tensor in network.state_dict().items() if not key.endswith("alpha")}
+    expected = {}
+    for key, down, up in [*KOHYA[family], *KOHYA_CONV[family]]:
+        expected |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
+    assert ours == expected and len(KOHYA_CONV[family]) == layers
+
+
+class Shapes(LoRA):
+    """LoRA of zeros: nothing is drawn for shapes on the meta device."""
+
+    def build(self, target: Target, *, rank: int, alpha: float, generator: torch.Generator) -> LoRALayer:
+        return LoRALayer(torch.empty(rank, target.in_features, *target.kernel), torch.empty(target.out_features, rank),
+                         alpha=alpha, as_conv=target.as_conv)
+
+
+def numbers(family: str, preset: str, *, rank: int) -> int:
+    targets = find_targets(full_size.model(family), family=FAMILIES[family], text_encoder=False, chosen=of_preset(preset))
+    return sum(LoRA().cost(target, rank=rank) for target in targets)
+
+
+def test_the_presets_are_the_layers_that_they_are_named_after() -> None:
+    setting = DECLARATIONS["network_targets"]
+    assert tuple(PRESETS) == setting.choices and setting.default == DEFAULT_PRESET
+    # The first LoRAs: q, k, v and out of both attentions of SD1 at rank 4, 797,184 numbers, which is 3.19 MB in fp32
+    # (diffusers' pytorch_lora_weights.bin of 3.29 MB, https://huggingface.co/blog/lora).
+    assert numbers("sd1", "attention", rank=4) == 797_184
+    # attn2 alone: 24 C + 6144 numbers of each of 16 layers, whose C are 5 x 320, 5 x 640 and 6 x 1280.
+    assert numbers("sd1", "cross-attention", rank=4) == 24 * (5 * 320 + 5 * 640 + 6 * 1280) + 16 * 6144
+    assert numbers("sd1", "text encoder", rank=4) == 0 < numbers("sd1", DEFAULT_PRESET, rank=4)
+
+
+def test_the_b_lora_presets_are_the_blocks_of_the_paper() -> None:
+    # arXiv 2403.14572: W4 and W5 are up_blocks.0.attentions.0 and .1, of 10 layers each, whose q, k, v and out are adapted.
+    blocks = {"B-LoRA content": {"output_blocks_0_1"}, "B-LoRA style": {"output_blocks_1_1"},
+              "B-LoRA content and style": {"output_blocks_0_1", "output_blocks_1_1"}}
+    for preset, expected in blocks.items():
+        targets = find_targets(full_size.model("sdxl"), family=FAMILIES["sdxl"], text_encoder=False, chosen=of_preset(preset))
+        assert {target.key.removeprefix("lora_unet_").partition("_transformer")[0] for target in targets} == expected
+        assert len(targets) == len(expected) * 10 * 2 * 4
+    with pytest.raises(SettingError):
+        select(NetworkSettings(network_targets="B-LoRA style"), full_size.model("sd1"), family=FAMILIES["sd1"])
 
 
 @pytest.mark.parametrize(("family", "unet", "text"), [("sd1", 192, 72), ("sd2", 192, 138), ("sdxl", 722, 264)])

@@ -8,7 +8,7 @@ import pytest
 
 from lib_lora_train.adapters.stack import LoraTag
 from lib_lora_train.errors import SettingError
-from lib_lora_train.evaluation.prompts import SamplePrompt, default_prompts, fitted, parse_prompts, read_prompts
+from lib_lora_train.evaluation.prompts import SamplePrompt, bare_prompts, default_prompts, fitted, parse_prompts, read_prompts
 from lib_lora_train.model.sampler import SampleRequest
 from lib_lora_train.settings import flat, parse
 from lib_lora_train.settings.allowed_paths import AllowedPaths, check_allowed
@@ -91,3 +91,10 @@ def test_lines_of_prompts_survive_the_settings_file(tmp_path: Path) -> None:
     values = flat(parse({"sample_prompts": 'a "cat" --n x\n# \\ \nb'}))
     (tmp_path / "settings.toml").write_text(write_toml(values), encoding="utf-8")
     assert read_toml(tmp_path / "settings.toml") == values
+
+
+def test_prompts_that_are_sampled_alike_are_lines_without_comments_and_flags():
+    assert bare_prompts(["  a \t cat ", "", "# no", "a -- b", "<lora:x:0.5> --5"]) == ("a cat", "a -- b", "<lora:x:0.5> --5")
+    for flagged in ("a cat --w 512", "--n blurry"):
+        with pytest.raises(SettingError):
+            bare_prompts(["a dog", flagged])

@@ -249,7 +249,7 @@ def test_others_on_the_network_change_what_lies_in_their_folders_only(run: Run, 
     for act in (lambda: taken(run), lambda: delete(run.folder, ["zzk-step00000040"], host=run.host)):
         with pytest.raises(SettingError):
             act()
-    dress(run.folder, run.host)
+    dress(run.folder, run.host.allowed)
     assert files(run) == before
 
 
@@ -267,7 +267,7 @@ def test_the_average_that_the_grid_made_is_taken_and_kept_like_any_save(run: Run
 
 
 def test_saves_are_deleted_with_what_is_ours_beside_them(run: Run) -> None:
-    dress(run.folder, run.host)
+    dress(run.folder, run.host.allowed)
     loras = run.host.lora_folder
     mine = loras / "zzk-step00000080.json"
     mine.write_text(json.dumps({**card(run, mine.stem), "notes": "mine"}), encoding="utf-8")
@@ -302,16 +302,16 @@ def test_every_save_gets_a_card_and_an_image_and_the_users_stay(run: Run) -> Non
     loras = run.host.lora_folder
     (loras / "zzk-step00000080.json").write_text("damaged", encoding="utf-8")
     Image.new("RGB", (8, 8), "blue").save(loras / "zzk-step00000040.png")
-    dress(run.folder, run.host)
+    dress(run.folder, run.host.allowed)
     assert {path.name for path in loras.iterdir() if path.suffix != ".safetensors"} == {
         "zzk.json", "zzk-step00000040.json", "zzk-step00000040.png", "zzk-step00000080.json"}
     assert card(run, "zzk-step00000040")["activation text"] == "zzk girl"
     assert "preferred weight" not in card(run, "zzk-step00000040")
     (loras / "zzk-step00000080.json").unlink()
-    dress(run.folder, run.host)
+    dress(run.folder, run.host.allowed)
     once = files(run)
     assert "zzk-step00000080.preview.png" in once
-    dress(run.folder, run.host)
+    dress(run.folder, run.host.allowed)
     assert files(run) == once
 
 
@@ -328,7 +328,7 @@ def test_the_page_shows_which_save_is_the_lora(run: Run) -> None:
 def test_a_run_ends_with_cards_and_any_of_its_saves_can_be_taken(host: StandaloneHost, images: Path) -> None:
     settings = {"train_data_dir": str(images), "output_name": "zzk", "trigger_word": "zzk", "resolution": "64",
                       "num_repeats": 1, "min_bucket_reso": 64, "network_dim": 1, "max_train_steps": 4, "save_every_n_steps": 2,
-                      "validation": False, "sample_images": False}
+                      "validation": False, "sample_images": False, "save_every_n_epochs": 0}
     runner = Runner()
     folder = host.runs_folder / service.start(settings, runner=runner, host=host)
     assert runner.wait(60) and runner.status().finished.outcome == "done"

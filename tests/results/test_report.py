@@ -100,6 +100,9 @@ def test_what_files_say_is_text(tmp_path: Path) -> None:
              events.Diagnosed(5, "words", f"d{NASTY}", "learning_rate", f"v{NASTY}"), events.Finished("failed", NASTY, "", 5))
     page = Page(html_of(run))
     assert len(page.images()) == 1 and "script" not in {tag for tag, _ in page.tags}
+    # Nor would one run: the page opens the report from memory, without the server's headers.
+    policy, = (given["content"] for tag, given in page.tags if tag == "meta" and "http-equiv" in given)
+    assert policy.startswith("default-src 'none'") and "script" not in policy
     assert page.text.count(NASTY) >= 8
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import types
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from lib_lora_train import events
+from lib_lora_train.distributed import SINGLE_PROCESS
 from lib_lora_train.run import diagnosing
+from lib_lora_train.settings import parse
+from tests.jobs import plan_of
 from tests.run.test_job import of, run, settings
 
 
@@ -37,3 +43,13 @@ def test_a_look_that_fails_is_told_and_changes_no_weight(images, host, monkeypat
     assert finished.outcome == "done" and any("broken" in event.message for event in of(events.Warned, seen))
     found = load_file(Path(finished.path))
     assert all(torch.equal(found[key], tensor) for key, tensor in untouched.items())
+
+
+def test_a_measurement_that_cannot_be_read_ends_nothing(tmp_path):
+    damaged = events.Measured(1, 1, (0.1,), (0.2, 0.3), (), (), {})
+    (tmp_path / "events.jsonl").write_text(json.dumps(events.to_dict(damaged)), encoding="utf-8")
+    plan = dataclasses.replace(plan_of(parse({"output_name": "zzk"})), resume_point=types.SimpleNamespace(step=1))
+    told: list[events.Event] = []
+    resumed = diagnosing.Diagnosing(plan, None, None, group=SINGLE_PROCESS, folder=tmp_path, report=told.append)
+    resumed(damaged)
+    assert told.count(damaged) == 1 and resumed.end(("healthy", "")) == ""

@@ -169,11 +169,12 @@ def test_whatever_goes_wrong_costs_a_sample_and_is_told_once(
         latents = original(model, requests, **named)
         return latents * float("nan") if prompt == "nan" else latents
     monkeypatch.setattr(sampling, "sample_batch", failing)
-    ran = run(tmp_path, tiny_file, max_train_steps=1, sample_prompts="full\nnan --s 1\ndefect\nfine --s 1")
+    monkeypatch.setattr(sampling, "find_lora", lambda tag, folder: {}[tag.name])
+    ran = run(tmp_path, tiny_file, max_train_steps=1, sample_prompts="full\nnan --s 1\ndefect\nfine --s 1\na <lora:odd>")
     assert [(s.step, s.index) for s in of(Sampled, ran.seen)] == [(0, 3), (1, 3)]
     told = [w.message for w in of(Warned, ran.seen) if "sample" in w.message.lower()]
-    assert [[word in text for text in told] for word in ("memory", "not finite", "a defect of ours")] == [
-        [True, False, False], [False, True, False], [False, False, True]]
+    assert [[word in text for text in told] for word in ("KeyError", "memory", "not finite", "a defect of ours")] == [
+        [row == column for column in range(4)] for row in range(4)]
     (ran.folder / "samples").rename(tmp_path / "elsewhere")
     (ran.folder / "samples").write_text("a file where the folder should be", encoding="utf-8")
     again = run(tmp_path, tiny_file, max_train_steps=1, sample_prompts="fine --s 1\nfine --s 1", overwrite=True)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from lib_lora_train.dataset.plan import plain_folder_repeats, plan_run
 from lib_lora_train.errors import SettingError
+from lib_lora_train.run.saver import save_steps
 from lib_lora_train.settings import DECLARATIONS, ignored, parse, read
 from lib_lora_train.settings.presets import presets, read_preset
+from tests.jobs import plan_of
 
 PURPOSES = ("Character", "Style", "Object", "Quick try")
 
@@ -29,6 +33,17 @@ def test_every_preset_is_possible_described_and_sets_nothing_that_is_ignored():
 def test_each_purpose_undoes_the_others():
     named = {p.name: set(p.values) for p in presets()}
     assert all(named[purpose] == named["Character"] for purpose in PURPOSES)
+
+
+@pytest.mark.parametrize("images", [5, 20, 200])
+def test_every_purpose_leaves_several_saves_to_choose_from(tmp_path: Path, images: int):
+    for preset in presets():
+        settings = parse({**preset.values, "train_data_dir": str(tmp_path)})
+        optimizer = settings.optimizer
+        visits = images * plain_folder_repeats(images, max_train_epochs=optimizer.max_train_epochs)
+        schedule = plan_run({(512, 512): visits}, train_batch_size=optimizer.train_batch_size, gradient_accumulation_steps=1,
+                            max_train_epochs=optimizer.max_train_epochs, max_train_steps=optimizer.max_train_steps)
+        assert 3 <= len(save_steps(replace(plan_of(settings), schedule=schedule))) <= 10, preset.name
 
 
 def test_no_preset_touches_names_folders_or_pictures():

@@ -20,6 +20,8 @@ RUN = {"steps": 1000, "images": 20}
     ({"lr_warmup_steps": 1000}, RUN, "1000 steps"),
     ({"train_batch_size": 8}, {"steps": 1000, "images": 5}, "5 pictures"),
     ({"train_batch_size": 4}, {"steps": 1000, "images": 5, "processes": 2}, "batch of 8"),
+    ({}, {**RUN, "epoch": 5}, "100 LoRAs"),
+    ({"save_every_n_steps": 10}, {**RUN, "epoch": 100}, "100 LoRAs"),
 ])
 def test_a_value_that_is_known_to_fail_is_told_with_its_number_and_what_is_usual(changes, run, number):
     told, = risks(parse(changes), **run)

@@ -156,7 +156,8 @@ def compared(figures: Sequence[SaveFigures], orders: Mapping[str, Recommendation
 def _trained(plan: RecommendPlan, host: Host, *, name: str, seed: int, say: Say) -> Path:
     """The folder of the run, trained where it is not there yet."""
     settings = parse({**SETTINGS, **plan.changes, "output_name": f"{name}-{seed}", "seed": seed, "trigger_word": TRIGGERS[name],
-                      "train_data_dir": str(DATA[name]), "max_train_steps": plan.steps, "save_every_n_steps": plan.every})
+                      "train_data_dir": str(DATA[name]), "max_train_steps": plan.steps, "save_every_n_steps": plan.every,
+                      "save_every_n_epochs": 0})
     folder = host.runs_folder / f"{name}-{seed}-{plan.steps}-{plan.every}"
     if (finished := read_history(folder).finished) is not None and finished.outcome == "done":
         return folder

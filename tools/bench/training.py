@@ -22,7 +22,8 @@ REFERENCE: dict[str, Value] = {
     "optimizer_type": "AdamW", "learning_rate": 1e-4, "network_dim": 8, "network_alpha": 4.0, "lr_scheduler": "cosine",
     "train_batch_size": 4, "seed": 42, "resolution": "128"}
 """The line that other methods are compared with; what it does not name has its default."""
-_TRAINING_ALONE: dict[str, Value] = {"validation_split": 0.0, "validation": False, "sample_images": False}
+_TRAINING_ALONE: dict[str, Value] = {
+    "validation_split": 0.0, "validation": False, "sample_images": False, "save_every_n_epochs": 0}
 FIXED = ("output_name", "output_dir", "overwrite", "train_data_dir", "trigger_word", "max_train_steps", "save_every_n_steps")
 """What the benchmark sets itself."""
 

@@ -1,8 +1,8 @@
-"""Which layers of Stable Diffusion kohya's LoRA adapts, and what each is called in the file.
+"""Which layers of Stable Diffusion kohya's LoRA can adapt, and what each is called in the file.
 
-Choice and keys are those of kohya-ss/sd-scripts (`networks.lora` without `conv_dim`): every linear or 1x1 layer inside
-the UNet's transformers, and the attention and MLP layers of the text encoders. Convolutions outside the transformers
-(LoCon) are not among them.
+Layers and keys are those of kohya-ss/sd-scripts (`networks.lora` with `conv_dim`): every linear or 1x1 layer inside the UNet's
+transformers, the layers of its residual blocks, its down- and upsamplers, and the attention and MLP layers of the text
+encoders. `adapters.targets` chooses among them.
 """
 
 from __future__ import annotations
@@ -24,6 +24,11 @@ _IN_A_TRANSFORMER = re.compile(
     r"(?P<block>(?:input_blocks|output_blocks)\.\d+\.1|middle_block\.1)"
     r"\.(?P<rest>proj_in|proj_out|transformer_blocks\.\d+\."
     r"(?:attn[12]\.(?:to_q|to_k|to_v|to_out\.0)|ff\.net\.(?:0\.proj|2)))")
+_IN_A_RESIDUAL_BLOCK = re.compile(
+    r"(?P<block>(?:input_blocks|output_blocks)\.\d+\.[0-2]|middle_block\.[02])"
+    r"\.(?P<rest>in_layers\.2|out_layers\.3|emb_layers\.1|skip_connection|op|conv)")
+_DIFFUSERS_LAYERS = {"in_layers.2": "conv1", "out_layers.3": "conv2", "emb_layers.1": "time_emb_proj",
+                     "skip_connection": "conv_shortcut", "op": "conv"}
 _IN_A_TEXT_LAYER = re.compile(
     r"text_model\.encoder\.layers\.(?P<layer>\d+)\.(?:self_attn\.(?:q|k|v|out)_proj|mlp\.fc[12])")
 
@@ -57,33 +62,42 @@ def _text_keys(component: str, shapes: Shapes, *, last: bool) -> Iterator[LoRAKe
 
 def _unet_keys(shapes: Shapes, *, blocks: Mapping[str, str] | None) -> Iterator[LoRAKey]:
     """With Diffusers' names of the blocks kohya writes `proj_in` and `proj_out` as convolutions, also SD2's linear ones."""
-    for match in map(_IN_A_TRANSFORMER.fullmatch, _modules(shapes)):
+    for module in _modules(shapes):
+        match = _IN_A_TRANSFORMER.fullmatch(module) or _IN_A_RESIDUAL_BLOCK.fullmatch(module)
         if match:
-            block = match["block"] if blocks is None else blocks[match["block"]]
-            key = f"lora_unet_{block}_{match['rest']}".replace(".", "_")
-            yield match[0], key, blocks is not None and match["rest"] in ("proj_in", "proj_out")
+            block, rest = match["block"], match["rest"]
+            as_conv = rest == "skip_connection" or blocks is not None and rest in ("proj_in", "proj_out")
+            if blocks is not None:
+                block, rest = blocks[block], _DIFFUSERS_LAYERS.get(rest, rest)
+            yield module, f"lora_unet_{block}_{rest}".replace(".", "_"), as_conv
 
 
 def _diffusers_blocks(shapes: Shapes) -> dict[str, str]:
-    """ldm's name of each transformer -> Diffusers' name of it, as SD1 and SD2 files use.
+    """ldm's name of each transformer, residual block and sampler -> Diffusers' name of it, as SD1 and SD2 files use.
 
     ldm numbers the blocks through ("input_blocks.4.1"), Diffusers counts inside each resolution
     ("down_blocks.1.attentions.0"). A resolution ends at its down- or upsampler.
     """
-    names = {"middle_block.1": "mid_block.attentions.0"}
+    names = {"middle_block.0": "mid_block.resnets.0", "middle_block.1": "mid_block.attentions.0",
+             "middle_block.2": "mid_block.resnets.1"}
     level = place = 0
     for index in _indices(shapes, "input_blocks")[1:]:              # block 0 is the first convolution
         if f"input_blocks.{index}.0.op.weight" in shapes:
+            names[f"input_blocks.{index}.0"] = f"down_blocks.{level}.downsamplers.0"
             level, place = level + 1, 0
         else:
+            names[f"input_blocks.{index}.0"] = f"down_blocks.{level}.resnets.{place}"
             names[f"input_blocks.{index}.1"] = f"down_blocks.{level}.attentions.{place}"
             place += 1
     level = place = 0
     for index in _indices(shapes, "output_blocks"):
+        names[f"output_blocks.{index}.0"] = f"up_blocks.{level}.resnets.{place}"
         names[f"output_blocks.{index}.1"] = f"up_blocks.{level}.attentions.{place}"
         place += 1
-        if any(f"output_blocks.{index}.{last}.conv.weight" in shapes for last in (1, 2)):
-            level, place = level + 1, 0
+        for last in (1, 2):
+            if f"output_blocks.{index}.{last}.conv.weight" in shapes:
+                names[f"output_blocks.{index}.{last}"] = f"up_blocks.{level}.upsamplers.0"
+                level, place = level + 1, 0
     return names
 
 

@@ -36,7 +36,8 @@ def add_results(commands: Commands) -> None:
     grid.add_argument("--checkpoint", type=user_path, required=True, help="the model, a .safetensors file")
     grid.add_argument("--saves", type=names, default=(), metavar="A,B", help="by name; up to five over the run")
     grid.add_argument("--weights", type=numbers, default=(), metavar="W,W", help="how strongly a save is used (0.7,1)")
-    grid.add_argument("--prompts", type=user_path, metavar="FILE", help="one a line (captions of held-out pictures)")
+    grid.add_argument("--prompts", type=user_path, metavar="FILE",
+                      help="one a line, without --w and the like (captions of held-out pictures)")
     grid.add_argument("--seeds", type=int, default=3, metavar="N", help="pictures for each prompt")
     grid.add_argument("--extra", action="append", default=[], choices=("average", "unet", "text"), help="another column: the "
                       "average of the last saves, or what the last one changes in one part alone; may be repeated")

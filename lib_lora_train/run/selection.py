@@ -1,0 +1,78 @@
+"""Which layers a run adapts, and how large the adapter of each is: as the settings say, or as the file that is continued."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+
+from lib_lora_train.adapters.network import Sizes
+from lib_lora_train.adapters.targets import (
+    DEFAULT_PRESET,
+    WITH_CONVOLUTIONS,
+    Target,
+    find_targets,
+    of_keys,
+    of_preset,
+)
+from lib_lora_train.errors import SettingError
+from lib_lora_train.model.architecture import UNET_COMPONENT
+from lib_lora_train.model.family import FAMILIES, Family
+from lib_lora_train.model.ops.weights import Weight
+from lib_lora_train.settings import NetworkSettings, named
+
+Components = Mapping[str, Mapping[str, Weight]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """The layers to adapt, and the rank and alpha of each."""
+
+    targets: tuple[Target, ...]
+    sizes: Sizes
+
+
+def select(chosen: NetworkSettings, components: Components, *, family: Family) -> Selection:
+    """The layers of a new network. Raises SettingError where none is left, and ModelError."""
+    check_family(chosen, family.name)
+    text = not chosen.network_train_unet_only
+    found = find_targets(components, family=family, text_encoder=text, chosen=of_preset(preset_of(chosen)))
+    sizes = {target.key: size_of_layer(target, chosen) for target in found}
+    return Selection(tuple(target for target in found if sizes[target.key][0]), sizes)
+
+
+def targets_of_file(chosen: NetworkSettings, components: Components, *, family: Family,
+                    keys: Collection[str]) -> tuple[Target, ...]:
+    """The layers to go on with of a file that holds tensors of these `keys`: all of its own, and those of a part of the model
+    (UNet, text encoder) that is to be trained and that it lacks. Raises ModelError."""
+    held, wanted = of_keys(keys), of_preset(preset_of(chosen))
+    with_text, with_unet = family.adapts_text(keys), any(key.startswith("lora_unet_") for key in keys)
+
+    def of_file(target: Target) -> bool:
+        lacking = not (with_unet if target.component == UNET_COMPONENT else with_text)
+        return held(target) or lacking and wanted(target)
+
+    return find_targets(components, family=family, text_encoder=with_text or not chosen.network_train_unet_only,
+                        chosen=of_file)
+
+
+def preset_of(chosen: NetworkSettings) -> str:
+    """The preset, which a rank for convolutions widens as kohya's `conv_dim` does."""
+    widened = chosen.conv_dim and chosen.network_targets == DEFAULT_PRESET
+    return WITH_CONVOLUTIONS if widened else chosen.network_targets
+
+
+def size_of_layer(target: Target, chosen: NetworkSettings) -> tuple[int, float]:
+    """(rank, alpha) of one layer: `conv_dim` is that of convolutions above 1x1, as in kohya's scripts."""
+    rank, alpha = chosen.network_dim, chosen.network_alpha
+    if target.kernel:
+        rank = chosen.conv_dim or chosen.network_dim
+        alpha = chosen.conv_alpha or rank * chosen.network_alpha / chosen.network_dim
+    return rank, alpha
+
+
+def check_family(chosen: NetworkSettings, family: str) -> None:
+    """Raises SettingError for what a family of that name does not have; "" is any."""
+    if chosen.network_targets.startswith("B-LoRA") and family not in ("", "sdxl"):
+        raise SettingError(f"{named('network_targets')} = {chosen.network_targets} is not possible for "
+                           f"{FAMILIES[family].title}", why="its blocks are those of SDXL (arXiv 2403.14572)",
+                           remedy=f"choose {DEFAULT_PRESET}, or load an SDXL checkpoint")

@@ -1,0 +1,37 @@
+"""The settings of what is trained; see `areas.py`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from lib_lora_train.settings.field import setting
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkSettings:
+    """What is trained."""
+
+    network_dim: int = setting(
+        16, "Rank", "Size of the LoRA. 8 to 32 suits most; larger learns more detail and overfits sooner.",
+        minimum=1, maximum=1024, in_view=True)
+    network_alpha: float = setting(
+        8.0, "Alpha", "The LoRA's strength is alpha / rank. Half the rank is usual, 0 is the rank.", minimum=0, maximum=4096,
+        step=0.5, in_view=True)
+    network_train_unet_only: bool = setting(
+        True, "UNet only", "Leave the text encoder as it is: less memory, faster. Off trains it too, which helps a new "
+        "trigger word.", in_view=True)
+    network_weights: str = setting(
+        "", "Continue from LoRA", "A LoRA file to go on from. Its kind, layers, rank and alpha are taken over.",
+        is_path=True)
+    network_targets: str = setting(
+        "attention and feed-forward", "Layers", "Which of the UNet's layers are trained. attention at rank 4 is the small "
+        "file of the first LoRAs; cross-attention is where the words are read; convolutions learn fine texture; the B-LoRA "
+        "blocks (SDXL) learn what is shown apart from its style. text encoder trains no layer of the UNet.",
+        choices=("attention and feed-forward", "attention", "cross-attention", "attention and convolutions", "text encoder",
+                 "B-LoRA content", "B-LoRA style", "B-LoRA content and style"))
+    conv_dim: int = setting(
+        0, "Rank of convolutions", "With a number the UNet's convolutions are trained too, at this rank (LoCon): more "
+        "texture in a larger file. Empty or 0 leaves it to the layers chosen above.", minimum=0, maximum=1024, zero="auto")
+    conv_alpha: float = setting(
+        0.0, "Alpha of convolutions", "Empty or 0 gives convolutions the strength of the other layers.", minimum=0,
+        maximum=4096, step=0.5, zero="auto")
