@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 from lib_lora_train.errors import SettingError
@@ -15,7 +16,6 @@ from lib_lora_train.settings.areas import (
     CaptionSettings,
     DatasetSettings,
     EvaluationSettings,
-    LossSettings,
     MemorySettings,
     OptimizerSettings,
     SaveSettings,
@@ -23,6 +23,7 @@ from lib_lora_train.settings.areas import (
 from lib_lora_train.settings.field import Declaration, Value, declarations, read
 from lib_lora_train.settings.field import user_path as user_path
 from lib_lora_train.settings.field import with_home as with_home
+from lib_lora_train.settings.loss import LossSettings, MaskSettings, NoiseSettings, PreservationSettings
 from lib_lora_train.settings.network import NetworkSettings
 
 
@@ -35,6 +36,9 @@ class Settings:
     network: NetworkSettings = NetworkSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     loss: LossSettings = LossSettings()
+    noise: NoiseSettings = NoiseSettings()
+    masks: MaskSettings = MaskSettings()
+    preservation: PreservationSettings = PreservationSettings()
     memory: MemorySettings = MemorySettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     save: SaveSettings = SaveSettings()
@@ -48,9 +52,17 @@ class Settings:
     @property
     def encodes_in_steps(self) -> bool:
         """Whether images vary and are encoded anew at each step."""
-        return self.dataset.color_aug or self.dataset.random_crop
+        from lib_lora_train.settings.dataset_config import subsets_of  # which reads settings with `parse`
+
+        return any(subset.dataset.color_aug or subset.dataset.random_crop for subset in subsets_of(self))
 
 
+_OF_SCHEDULES = {
+    "lr_scheduler_num_cycles": ("cosine_with_restarts", "cosine_with_min_lr", "warmup_stable_decay"),
+    "lr_scheduler_power": ("polynomial",), "lr_decay_steps": ("warmup_stable_decay",),
+    "lr_scheduler_min_lr_ratio": ("cosine_with_min_lr", "warmup_stable_decay", "polynomial"),
+    "lr_scheduler_timescale": ("inverse_sqrt",)}
+"""Settings that only these schedules look at."""
 AREAS: dict[str, type] = {field.name: type(field.default) for field in dataclasses.fields(Settings)}
 DECLARATIONS: dict[str, Declaration] = {
     declaration.name: declaration for area in AREAS.values() for declaration in declarations(area)}
@@ -107,31 +119,46 @@ def flat(settings: Settings) -> dict[str, Value]:
 
 
 def resolution_of(text: str, *, default: int) -> tuple[int, int]:
-    """(width, height) in pixels from "auto", "512" or "768,512"; raises SettingError."""
+    """(width, height) in pixels from "auto", "512" or "768,512"; of several ("512;768") the largest. Raises SettingError."""
+    return max((_size(part.strip(), written=text, default=default) for part in text.split(";")), key=math.prod)
+
+
+def _size(text: str, *, written: str, default: int) -> tuple[int, int]:
     if text == "auto":
         return default, default
     parts = [part.strip() for part in text.strip("[]()").replace("x", ",").split(",")]
     if len(parts) not in (1, 2) or not all(part.isascii() and part.isdigit() for part in parts):
-        raise SettingError(f"{named('resolution')} = {text!r} is not possible", why="it must be auto, a number like "
-                           "512, or width,height like 768,512")
+        raise SettingError(f"{named('resolution')} = {written!r} is not possible", why="it must be auto, a number like "
+                           "512, or width,height like 768,512; several with ; between them")
     width, height = int(parts[0]), int(parts[-1])
     if not (64 <= width <= 4096 and 64 <= height <= 4096):
-        raise SettingError(f"{named('resolution')} = {text!r} is not possible",
+        raise SettingError(f"{named('resolution')} = {written!r} is not possible",
                            why="both sides must lie between 64 and 4096 pixels")
     return width, height
 
 
 def ignored(settings: Settings) -> list[str]:
     """One sentence for each setting the user changed that has no effect beside the others."""
+    from lib_lora_train.settings.dataset_config import subsets_of
+
     default, now, found = flat(Settings()), flat(settings), list[tuple[str, str]]()
 
     def unused(why: str, *names: str) -> None:
         found.extend((name, why) for name in names if now[name] != default[name])
 
-    if not (now["shuffle_caption"] or now["caption_tag_dropout_rate"]):
+    subsets = subsets_of(settings)
+    captions = [subset.captions for subset in subsets]
+    if not any(each.shuffle_caption or each.caption_tag_dropout_rate or each.token_warmup_step for each in captions):
         unused("tags are neither shuffled nor dropped", "keep_tokens")
-    if now["lr_scheduler"] != "cosine_with_restarts":
-        unused(f"the schedule is {now['lr_scheduler']}", "lr_scheduler_num_cycles")
+    if not any(each.token_warmup_step for each in captions):
+        unused("there is no tag warm-up", "token_warmup_min")
+    if not any(subset.dataset.rotate_aug_degrees for subset in subsets):
+        unused("nothing is turned", "rotate_aug_variants")
+    elif settings.encodes_in_steps:
+        unused("with colour changes or random crop each visit is turned anew", "rotate_aug_variants")
+    for name, schedules in _OF_SCHEDULES.items():
+        if now["lr_scheduler"] not in schedules:
+            unused(f"the schedule is {now['lr_scheduler']}", name)
     if now["unet_lr"]:
         unused(f"{named('unet_lr')} takes its place", "learning_rate")
     if now["network_weights"]:
@@ -164,7 +191,34 @@ def ignored(settings: Settings) -> list[str]:
         unused(f"{named('sample_every_n_epochs')} takes its place", "sample_every_n_steps")
     if now["max_train_steps"]:
         unused(f"{named('max_train_steps')} says when to end", "max_train_epochs")
+    _ignored_of_loss(now, unused)
     return [no_effect(name, why) for name, why in found]
+
+
+def _ignored_of_loss(now: Mapping[str, Value], unused: Callable[..., None]) -> None:
+    """The part of `ignored` that is about loss, noise, masks and preservation."""
+    if now["loss_type"] not in ("huber", "smooth_l1"):
+        unused(f"the loss is {now['loss_type']}", "huber_schedule", "huber_c", "huber_scale")
+    elif now["huber_schedule"] == "snr":
+        unused("the schedule snr has no scale", "huber_scale")
+    if not now["noise_offset"]:
+        unused(f"there is no {named('noise_offset')}", "noise_offset_random_strength", "adaptive_noise_scale")
+    if not now["multires_noise_iterations"]:
+        unused(f"there is no {named('multires_noise_iterations')}", "multires_noise_discount")
+    if not now["ip_noise_gamma"]:
+        unused(f"there is no {named('ip_noise_gamma')}", "ip_noise_gamma_random_strength")
+    if not now["masked_loss"]:
+        unused(f"{named('masked_loss')} is off", "conditioning_data_dir")
+    if not (now["masked_loss"] or now["alpha_mask"]):
+        unused(f"neither {named('masked_loss')} nor {named('alpha_mask')} is on", "unmasked_weight",
+               "masked_prior_preservation_weight")
+    kind = now["preservation"]
+    if kind not in ("dop", "dco"):
+        unused(f"{named('preservation')} is {kind}", "preservation_class")
+    if kind not in ("dop", "blank"):
+        unused(f"{named('preservation')} is {kind}", "preservation_weight")
+    if kind != "dco":
+        unused(f"{named('preservation')} is {kind}", "dco_beta")
 
 
 def _unused_of_convolutions(now: Mapping[str, Value], unused: Callable[..., None]) -> None:
@@ -184,9 +238,26 @@ def _check(settings: Settings) -> None:
     if not any(settings.rates):
         raise SettingError("Nothing would be trained", why="all learning rates are 0", remedy=f"raise {named('learning_rate')}")
     resolution_of(dataset.resolution, default=512)
+    if not settings.captions.caption_separator:
+        raise SettingError(f"{named('caption_separator')} is empty", remedy="write what stands between two tags, as a comma")
     if dataset.min_bucket_reso > dataset.max_bucket_reso:
         raise SettingError(f"{named('min_bucket_reso')} = {dataset.min_bucket_reso} is not possible",
                            why=f"{named('max_bucket_reso')} is smaller: {dataset.max_bucket_reso}")
     if dataset.bucket_reso_steps % 8:
         raise SettingError(f"{named('bucket_reso_steps')} = {dataset.bucket_reso_steps} is not possible",
                            why="it must be a multiple of 8, the size of one latent")
+    noise, loss, kept = settings.noise, settings.loss, settings.preservation
+    if noise.min_timestep >= noise.max_timestep:
+        raise SettingError(f"{named('min_timestep')} = {noise.min_timestep} is not possible",
+                           why=f"{named('max_timestep')} = {noise.max_timestep} is not above it",
+                           remedy=f"lower it to {noise.max_timestep - 1} or less")
+    if loss.scale_v_pred_loss_like_noise_pred and loss.v_pred_like_loss:
+        raise SettingError(
+            f"{named('scale_v_pred_loss_like_noise_pred')} and {named('v_pred_like_loss')} are not possible together",
+            why="one is for models that predict v, the other for those that predict noise", remedy="switch one of them off")
+    for name, needed, what in (("preservation_class", kept.preservation_class, "cat for a cat's name"),
+                               ("trigger_word", settings.dataset.trigger_word, "the word that calls what is learnt")):
+        if kept.preservation == "dop" and not needed:
+            raise SettingError(f"{named('preservation')} = dop needs {named(name)}",
+                               why="it puts the class word in the trigger word's place",
+                               remedy=f"write {what}, or take blank or dco, which can do without")

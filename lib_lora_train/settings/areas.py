@@ -27,7 +27,7 @@ class DatasetSettings:
         zero="auto")
     resolution: str = setting(
         "auto", "Resolution", "Training size in pixels: one number, or width,height. auto is 512 for SD1, 768 for SD2, "
-        "1024 for SDXL.", in_view=True)
+        "1024 for SDXL. Several with ; between them (512;768) train each picture at each of them.", in_view=True)
     enable_bucket: bool = setting(
         True, "Aspect buckets", "Keep the shape of each picture: pictures of similar shape are trained together. Off "
         "crops all of them to one size.")
@@ -40,6 +40,9 @@ class DatasetSettings:
         64, "Bucket step", "Bucket sides are multiples of this many pixels.", minimum=8, maximum=512, step=8)
     bucket_no_upscale: bool = setting(
         False, "No upscaling", "Never enlarge a small picture to fill its bucket.")
+    dataset_config: str = setting(
+        "", "Folder settings", "Settings of single folders, as sd-scripts reads them: the path of such a file in TOML, or its "
+        "text, with [general], [[datasets]] and [[datasets.subsets]]. Its folders are then trained.", several_lines=True)
     reg_data_dir: str = setting(
         "", "Regularisation folder", "Pictures of the general class (kohya's layout), so that the class itself is not "
         "changed. Empty for none.", is_path=True)
@@ -51,6 +54,12 @@ class DatasetSettings:
         False, "Colour changes", "Vary hue and brightness a little. Pictures are then encoded anew at each step.")
     random_crop: bool = setting(
         False, "Random crop", "Crop at a random place instead of the centre. Pictures are then encoded anew at each step.")
+    rotate_aug_degrees: float = setting(
+        0.0, "Rotation", "Turn pictures by up to so many degrees either way, cut so that no empty corners show. For small "
+        "sets, 5 to 10; not where upright lines matter. 0 is off.", minimum=0, maximum=45, step=1)
+    rotate_aug_variants: int = setting(
+        4, "Turned versions", "How many turns of each picture are encoded before the training. More vary more, and take "
+        "longer to encode.", minimum=2, maximum=64)
     cache_latents_to_disk: bool = setting(
         False, "Keep encoded pictures on disk", "The next run with the same pictures, size and VAE starts at once.")
 
@@ -59,14 +68,41 @@ class DatasetSettings:
 class CaptionSettings:
     """What is done to captions at each step."""
 
+    caption_extension: str = setting(
+        "", "Caption files", "Empty reads .txt, or .caption where there is none. Name one ending to read only those files; "
+        "with several (.txt, .caption) one of a picture's captions is drawn at each step.")
     shuffle_caption: bool = setting(
         False, "Shuffle tags", "Put the comma-separated tags into a new order at each step.")
     keep_tokens: int = setting(
         1, "Keep first tags", "How many tags stay in front when the others are shuffled or dropped.", minimum=0, maximum=255)
+    keep_tokens_separator: str = setting(
+        "", "Separator of kept tags", "Usually |||. In a caption that holds it, what stands before it stays in front, and "
+        "what stands behind a second one stays at the end. Empty for none.")
+    caption_separator: str = setting(
+        ",", "Tag separator", "What stands between two tags. Change it only for captions that are not written with commas.")
+    secondary_separator: str = setting(
+        "", "Separator within a tag", "Usually ;;;. Tags with it between them are shuffled and dropped as one, and trained "
+        "with commas. Empty for none.")
+    enable_wildcard: bool = setting(
+        False, "Wildcards", "At each step draw one line of a caption file of several, and one of the words in {red|blue}.")
+    caption_prefix: str = setting(
+        "", "Prefix", "Put in front of every caption, with a space. Write the comma too where it is a tag.")
+    caption_suffix: str = setting(
+        "", "Suffix", "Put behind every caption, with a space.")
     caption_dropout_rate: float = setting(
         0.0, "Caption dropout", "Share of the steps that see an empty caption.", minimum=0, maximum=1, step=0.01)
+    caption_dropout_every_n_epochs: int = setting(
+        0, "Epochs without captions", "Every n-th epoch sees empty captions only. Empty or 0 for none.", minimum=0,
+        maximum=100000, zero="none")
     caption_tag_dropout_rate: float = setting(
-        0.0, "Tag dropout", "Share of the tags that are left out at each step.", minimum=0, maximum=1, step=0.01)
+        0.0, "Tag dropout", "Share of the tags that are left out at each step. The trigger word never is.", minimum=0,
+        maximum=1, step=0.01)
+    token_warmup_step: int = setting(
+        0, "Tag warm-up steps", "Captions begin with few tags and have all of them after so many steps; below 1, a share of "
+        "the run's steps. 0 is off.", minimum=0, maximum=1_000_000, or_share=True)
+    token_warmup_min: int = setting(
+        1, "First tags of the warm-up", "With how many tags, besides those that are kept, the tag warm-up begins.", minimum=0,
+        maximum=255)
     clip_skip: int = setting(
         0, "Clip skip", "Which text-encoder layer SD1 captions are read from, counted from the end. Empty or 0 takes "
         "what the WebUI is set to.", minimum=0, maximum=12, zero="auto")
@@ -95,41 +131,43 @@ class OptimizerSettings:
         5e-5, "Text encoder learning rate", "Used when the text encoder is trained. Half of the UNet's is usual.",
         minimum=0, maximum=10)
     optimizer_type: str = setting(
-        "AdamW", "Optimizer", "The method that turns gradients into changes.", choices=("AdamW",), open_choice=True)
+        "AdamW", "Optimizer", "The method that turns gradients into changes. AdamW suits most; Prodigy, DAdapt and "
+        "ProdigyPlus find the learning rate themselves (set it to 1), schedule-free ones need no schedule. Some need a "
+        "package, which is named. module.Class is any other.",
+        choices=("AdamW", "AdamW8bit", "PagedAdamW8bit", "Lion", "Lion8bit", "SGDNesterov", "Adafactor", "CAME", "DAdaptAdam",
+                 "DAdaptLion", "Prodigy", "AdamWScheduleFree", "RAdamScheduleFree", "ProdigyPlusScheduleFree",
+                 "RiemannianAdamW"), open_choice=True)
+    optimizer_args: str = setting(
+        "", "Optimizer arguments", "What the optimizer is told besides, as its own description has it: betas=0.9,0.99 "
+        "d_coef=2. Usually empty.", list_of_texts=True)
     weight_decay: float = setting(
         0.01, "Weight decay", "Pulls weights gently towards zero.", minimum=0, maximum=1, step=0.01)
     lr_scheduler: str = setting(
-        "cosine", "Schedule", "How the learning rate changes over the run.",
-        choices=("constant", "linear", "cosine", "cosine_with_restarts"))
+        "cosine", "Schedule", "How the learning rate changes over the run; the curve beside it shows it.",
+        choices=("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr",
+                 "polynomial", "warmup_stable_decay", "rex", "inverse_sqrt", "adafactor"))
     lr_warmup_steps: int = setting(
         0, "Warm-up steps", "Steps over which the learning rate rises from zero; below 1, a share of the run's steps.",
         minimum=0, maximum=1_000_000, or_share=True)
     lr_scheduler_num_cycles: int = setting(
-        1, "Restarts", "Cycles of the schedule cosine_with_restarts.", minimum=1, maximum=1000)
+        1, "Restarts", "Cycles of the schedule cosine_with_restarts, or half waves of cosine_with_min_lr and "
+        "warmup_stable_decay.", minimum=1, maximum=1000)
+    lr_scheduler_power: float = setting(
+        1.0, "Power", "Of the schedule polynomial: 1 is a line, more falls sooner.", minimum=0.01, maximum=100, step=0.5)
+    lr_scheduler_min_lr_ratio: float = setting(
+        0.0, "Floor", "The share of the learning rate that is left at the end of cosine_with_min_lr, warmup_stable_decay and "
+        "polynomial.", minimum=0, maximum=1, step=0.05)
+    lr_decay_steps: int = setting(
+        0, "Decay steps", "How long the schedule warmup_stable_decay falls at the end; below 1, a share of the run's steps. "
+        "Empty or 0 is a tenth.", minimum=0, maximum=1_000_000, or_share=True, zero="auto")
+    lr_scheduler_timescale: int = setting(
+        0, "Time scale", "Steps in which the schedule inverse_sqrt slows down. Empty or 0 is the warm-up, or 10,000.",
+        minimum=0, maximum=10_000_000, zero="auto")
     max_grad_norm: float = setting(
         1.0, "Gradient clipping", "Longest gradient that is allowed. 0 switches clipping off.", minimum=0, maximum=1000,
         step=0.1)
     seed: int = setting(
         42, "Seed", "The same seed gives the same LoRA on the same machine. -1 draws one.", minimum=-1, maximum=2**32 - 1)
-
-
-@dataclasses.dataclass(frozen=True)
-class LossSettings:
-    """Noise and loss."""
-
-    min_snr_gamma: float = setting(
-        5.0, "Min-SNR gamma", "Evens out easy and hard noise levels (arXiv 2303.09556). 5 is usual, 0 switches it off.",
-        minimum=0, maximum=100, step=0.5)
-    noise_offset: float = setting(
-        0.0, "Noise offset", "Lets the LoRA learn very dark or bright pictures. 0.05 to 0.1 where wanted.", minimum=0,
-        maximum=1, step=0.01)
-    v_parameterization: str = setting(
-        "auto", "v-prediction", "What the model predicts: on is v, off is the noise (epsilon). auto takes what the checkpoint "
-        "or the WebUI says; set it where neither does, as for SD2 768 models without their .yaml (on).",
-        choices=("auto", "on", "off"))
-    zero_terminal_snr: str = setting(
-        "auto", "Zero terminal SNR", "The noise schedule ends in pure noise (arXiv 2305.08891). auto asks the model.",
-        choices=("auto", "on", "off"))
 
 
 @dataclasses.dataclass(frozen=True)

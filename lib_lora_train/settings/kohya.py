@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -10,9 +11,14 @@ from lib_lora_train.errors import counted
 from lib_lora_train.settings.kohya_network import adopted_network
 from lib_lora_train.settings.toml import tables
 
-_EIGHT_BIT_OR_PAGED = ("adamw8bit", "pagedadamw8bit", "pagedadamw", "pagedadamw32bit")
-_SAME_METHOD = {("lr_scheduler", "constant_with_warmup"): "constant"} | {
-    ("optimizer_type", name): "AdamW" for name in _EIGHT_BIT_OR_PAGED}
+_SAME_METHOD = {"pagedadamw": "AdamW", "pagedadamw32bit": "AdamW"}
+_EIGHT_BIT = {"adamw8bit": "AdamW", "pagedadamw8bit": "AdamW", "lion8bit": "Lion"}
+_DECAYING = ("", "adamw", "adamw8bit", "pagedadamw8bit", "pagedadamw", "pagedadamw32bit")
+"""Optimizers whose weight decay is 0.01 in kohya's scripts, where none is given."""
+
+_OTHER_NOISE = {"original": ("multires_noise_iterations", "multires_noise_discount"),
+                "multires": ("noise_offset", "noise_offset_random_strength", "adaptive_noise_scale")}
+"""kohya_ss's noise_offset_type -> what it stores beside it and does not use (its lora_gui.py)."""
 
 
 def adopted(values: Mapping[str, object]) -> tuple[dict[str, object], list[str]]:
@@ -23,12 +29,6 @@ def adopted(values: Mapping[str, object]) -> tuple[dict[str, object], list[str]]
     theirs = {name: value for name, value in values.items() if name in explanations()}
     ours = {name: value for name, value in values.items() if name not in theirs and value not in ("", None)}
     left = {name: value for name, value in theirs.items() if not _changes_nothing(name, value)}
-    arguments = left.get("optimizer_args", "")  # a text, or a list of texts
-    arguments = arguments.split() if isinstance(arguments, str) else arguments
-    if isinstance(arguments, list) and len(arguments) == 1 and str(arguments[0]).startswith("weight_decay="):
-        del left["optimizer_args"]
-        ours["weight_decay"] = str(arguments[0]).partition("=")[2]
-        became.append(f"optimizer_args is read as weight_decay = {ours['weight_decay']}")
     for name in [name for name in left if name in table["renamed"]]:
         value, target = left.pop(name), table["renamed"][name]
         # kohya_ss shows its number of epochs also where the steps decide.
@@ -39,9 +39,9 @@ def adopted(values: Mapping[str, object]) -> tuple[dict[str, object], list[str]]
         else:
             ours[target] = f"{str(value).strip().removesuffix('%')}%" if name == "lr_warmup" else value
             became.append(f"{name} is read as {target} = {ours[target]}")
-    for (name, theirs_), same in _SAME_METHOD.items():
-        if str(ours.get(name)).lower() == theirs_:
-            ours[name], _ = same, became.append(f"{name} = {ours[name]} is read as {same}, the same method")
+    became += _optimizer(ours, of_kohya=bool(theirs))
+    for name in _OTHER_NOISE.get(str(values.get("noise_offset_type")).lower(), ()):
+        ours.pop(name, None)
     if theirs:
         for name in ("v_parameterization", "zero_terminal_snr", "max_train_epochs"):
             if name in ours and _changes_nothing(name, ours[name]):  # kohya_ss writes all of its settings, also those unset
@@ -59,6 +59,21 @@ def adopted(values: Mapping[str, object]) -> tuple[dict[str, object], list[str]]
         notes.append("Only the UNet is trained: kohya's scripts train the text encoder too unless told otherwise, here "
                      "network_train_unet_only = false does.")
     return {**ours, **left}, notes
+
+
+def _optimizer(ours: dict[str, object], *, of_kohya: bool) -> list[str]:
+    """Makes kohya's optimizer ours; returns what became of it. Without bitsandbytes one in eight bits is the same in 32."""
+    name, became = str(ours.get("optimizer_type", "")).lower(), []
+    eight_bit = {} if importlib.util.find_spec("bitsandbytes") else _EIGHT_BIT
+    if same := (_SAME_METHOD | eight_bit).get(name):
+        why = ", without the package bitsandbytes" if name in eight_bit else ""
+        became.append(f"optimizer_type = {ours['optimizer_type']} is read as {same}, the same method{why}")
+        ours["optimizer_type"] = same
+    given = "weight_decay" in ours or "weight_decay" in str(ours.get("optimizer_args"))
+    if of_kohya and name not in _DECAYING and not given:
+        ours["weight_decay"] = 0
+        became.append(f"weight_decay is 0, as kohya's scripts have it for {ours['optimizer_type']}")
+    return became
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,8 @@ from lib_lora_train.dataset.examples import Dataset, Example
 from lib_lora_train.inputs.batch import Batch
 from lib_lora_train.inputs.batches import Batches
 from lib_lora_train.inputs.latents import LatentSource
+from lib_lora_train.settings import parse
+from lib_lora_train.settings.dataset_config import SubsetSettings
 
 torch.set_num_threads(1)
 
@@ -51,9 +54,9 @@ def expected_mean(pixels: np.ndarray) -> torch.Tensor:
 
 def drawn(source: LatentSource, indices: Sequence[int], rngs: Sequence[random.Random]) -> SimpleNamespace:
     """What visits get, in one go: mean, std [B, 4, h, w], and which of them are mirrored."""
-    prepared, flipped = zip(*(source.prepare(*visit) for visit in zip(indices, rngs, strict=True)), strict=True)
-    latents = source.finish(indices, prepared)
-    return SimpleNamespace(mean=latents[:, 0], std=latents[:, 1], flipped=flipped)
+    visits = [source.prepare(*visit) for visit in zip(indices, rngs, strict=True)]
+    latents = source.finish(indices, [visit.latents for visit in visits])
+    return SimpleNamespace(mean=latents[:, 0], std=latents[:, 1], flipped=tuple(visit.flipped for visit in visits))
 
 
 def epoch_of(batches: Batches, epoch: int, start: int = 0) -> Iterator[Batch]:
@@ -81,6 +84,13 @@ def make_dataset(tmp_path: Path) -> MakeDataset:
         return dataset, tuple(BUCKETS.assign(e.width, e.height) for e in examples)
 
     return make
+
+
+def augmented(dataset: Dataset, **changes: object) -> Dataset:
+    """The dataset with these settings of images and captions."""
+    settings = parse(changes)
+    subset = SubsetSettings(settings.dataset, settings.captions)
+    return replace(dataset, examples=tuple(replace(example, subset=subset) for example in dataset.examples))
 
 
 @pytest.fixture

@@ -172,7 +172,7 @@ def test_what_is_trained_leaves_the_gpu_while_others_have_the_model_and_comes_ba
             elif type(thing) is FlatWeights:
                 found += [thing.values, thing.gradient, thing.working, *(group.parameter for group in thing.groups)]
             elif type(thing) is RunOptimizer:
-                found += [value for _, _, value in thing.state()]
+                found += [value for value in thing.state().values() if value.ndim]
         found += [tensor.grad for tensor in found if isinstance(tensor, torch.nn.Parameter)]
         return [tensor for tensor in found if tensor is not None and tensor.numel() > 1]
 

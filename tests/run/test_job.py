@@ -516,7 +516,7 @@ def test_v_prediction_said_by_the_user_is_written_into_the_file(images, host):
 
 def test_an_optimizer_that_was_added_is_chosen_by_its_name_and_an_unknown_one_is_refused(images, host, monkeypatch):
     with pytest.raises(SettingError):
-        run(settings(images, optimizer_type="SGD"), host)
+        run(settings(images, optimizer_type="Sgdx"), host)
     monkeypatch.setitem(OPTIMIZERS, "SGD", Sgd(accepts_flat=True))
     finished, _ = run(settings(images, optimizer_type="SGD", learning_rate=0.1), host)
     assert finished.outcome == "done" and metadata(finished.path)["ss_optimizer"] == "torch.optim.sgd.SGD"
