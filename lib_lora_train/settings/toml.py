@@ -41,25 +41,36 @@ def read_toml(path: Path) -> dict[str, object]:
 
 def tables(path: Path) -> dict[str, Any]:
     """A TOML file's tables, or a JSON object. Raises SettingError if it cannot be read."""
-    kind, remedy = "TOML", ("in TOML true and false are written small, other words in quotes, and paths with \\ in "
-                            "'single quotes'")
+    return tables_in(text_of(path), name=str(path), is_json=path.suffix.lower() == ".json")
+
+
+def text_of(path: Path) -> str:
+    """The text of such a file. Raises SettingError if it cannot be read."""
     try:
         data = path.read_bytes()
         # What PowerShell writes by default is UTF-16.
-        text = data.decode("utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
-        if text.lstrip()[:1] != "{" and path.suffix.lower() != ".json":
+        return data.decode("utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
+    except OSError as error:
+        raise SettingError(f"{path} cannot be read", why=error.strerror or str(error)) from error
+    except UnicodeDecodeError as error:
+        kind = "JSON" if path.suffix.lower() == ".json" else "TOML"
+        raise SettingError(f"{path} is not a {kind} file", why="its text is not UTF-8", remedy="save it as UTF-8") from error
+
+
+def tables_in(text: str, *, name: str, is_json: bool = False) -> dict[str, Any]:
+    """The tables of a TOML text, or a JSON object, which begins with a bracket. Raises SettingError, which calls it `name`."""
+    kind, remedy = "TOML", ("in TOML true and false are written small, other words in quotes, and paths with \\ in "
+                            "'single quotes'")
+    try:
+        if text.lstrip()[:1] != "{" and not is_json:
             return tomllib.loads(text)
         kind, remedy = "JSON", "mend this place, or save the file anew with the program that wrote it"
         found = json.loads(text, object_pairs_hook=_json_object)
         if not isinstance(found, dict):
             raise ValueError("it holds no names of settings")
         return found
-    except OSError as error:
-        raise SettingError(f"{path} cannot be read", why=error.strerror or str(error)) from error
-    except UnicodeDecodeError as error:
-        raise SettingError(f"{path} is not a {kind} file", why="its text is not UTF-8", remedy="save it as UTF-8") from error
     except (ValueError, RecursionError) as error:  # of TOML's and JSON's, and numbers of thousands of digits
-        raise SettingError(f"{path} is not a {kind} file", why=str(error), remedy=remedy) from error
+        raise SettingError(f"{name} is not a {kind} file", why=str(error), remedy=remedy) from error
 
 
 def _json_object(entries: list[tuple[str, Any]]) -> dict[str, Any]:
