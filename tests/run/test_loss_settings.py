@@ -72,7 +72,7 @@ def test_a_loss_for_another_kind_of_model_is_refused_by_name(images, host, chang
 def test_each_setting_of_preservation_reaches_the_training(images, host, monkeypatch, changes, expected, beta):
     _, config, _ = config_of(images, host, monkeypatch, **changes)
     kind, weight, trigger, word = expected
-    assert config.preservation == Preservation(kind=kind, weight=weight, trigger_word=trigger, class_word=word)
+    assert config.preservation == Preservation(kind=kind, weight=weight, trigger_words=(trigger,), class_word=word)
     assert config.loss.dco_beta == beta
 
 

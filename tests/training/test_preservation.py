@@ -22,7 +22,7 @@ from lib_lora_train.training.preservation import Preservation, class_caption, wi
 from lib_lora_train.training.train_step import TrainStep
 from tests.training import small_run
 
-DOP = Preservation(kind="dop", weight=0.5, trigger_word="zzk", class_word="cat")
+DOP = Preservation(kind="dop", weight=0.5, trigger_words=("zzk",), class_word="cat")
 
 
 class Case:
