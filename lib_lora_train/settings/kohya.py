@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -15,14 +16,45 @@ _SAME_METHOD = {("lr_scheduler", "constant_with_warmup"): "constant"} | {
     ("optimizer_type", name): "AdamW" for name in _EIGHT_BIT_OR_PAGED}
 
 
+@dataclasses.dataclass(frozen=True)
+class Adopted:
+    """A file's values with kohya's names and conventions made ours, and what became of the others.
+
+    values      ours; unknown names and what is not supported stay, for `parse` to refuse
+    became      sentences, each beginning with the name that the file has
+    unused      {name: why it is not needed here}
+    neutral     names whose values change nothing
+    """
+
+    values: Mapping[str, object]
+    became: tuple[str, ...]
+    unused: Mapping[str, str]
+    neutral: tuple[str, ...]
+
+
 def adopted(values: Mapping[str, object]) -> tuple[dict[str, object], list[str]]:
-    """A file's values with kohya's names and conventions made ours, and sentences that tell what became of them. Unknown names
-    and what is not supported stay for `parse` to refuse."""
+    """(what `adopt` makes of a file's values, sentences that tell what became of them)."""
+    found = adopt(values)
+    notes = [f"Of kohya's settings {'; '.join(found.became)}."] if found.became else []
+    if found.unused:
+        reasons = {reason: [name for name in found.unused if found.unused[name] == reason] for reason in found.unused.values()}
+        listed = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in reasons.items())
+        notes.append(f"Not needed here, of kohya's settings: {listed}.")
+    if found.neutral:
+        notes.append(f"{counted(len(found.neutral), 'setting')} of kohya's had values that change nothing here.")
+    if explanations().keys() & values.keys() and "network_train_unet_only" not in found.values:
+        notes.append("Only the UNet is trained: kohya's scripts train the text encoder too unless told otherwise, here "
+                     "network_train_unet_only = false does.")
+    return dict(found.values), notes
+
+
+def adopt(values: Mapping[str, object]) -> Adopted:
+    """A file's values with kohya's names and conventions made ours."""
     table = _table()
     values, became = adopted_network(values)
     theirs = {name: value for name, value in values.items() if name in explanations()}
     ours = {name: value for name, value in values.items() if name not in theirs and value not in ("", None)}
-    left = {name: value for name, value in theirs.items() if not _changes_nothing(name, value)}
+    left = {name: value for name, value in theirs.items() if not changes_nothing(name, value)}
     arguments = left.get("optimizer_args", "")  # a text, or a list of texts
     arguments = arguments.split() if isinstance(arguments, str) else arguments
     if isinstance(arguments, list) and len(arguments) == 1 and str(arguments[0]).startswith("weight_decay="):
@@ -33,7 +65,7 @@ def adopted(values: Mapping[str, object]) -> tuple[dict[str, object], list[str]]
         value, target = left.pop(name), table["renamed"][name]
         # kohya_ss shows its number of epochs also where the steps decide.
         stronger = [other for other in (target, *(["max_train_steps"] if name == "epoch" else []))
-                    if not _changes_nothing(other, ours.get(other, ""))]
+                    if not changes_nothing(other, ours.get(other, ""))]
         if stronger:
             became.append(f"{name} is left out beside {stronger[0]}")
         else:
@@ -44,21 +76,14 @@ def adopted(values: Mapping[str, object]) -> tuple[dict[str, object], list[str]]
             ours[name], _ = same, became.append(f"{name} = {ours[name]} is read as {same}, the same method")
     if theirs:
         for name in ("v_parameterization", "zero_terminal_snr", "max_train_epochs"):
-            if name in ours and _changes_nothing(name, ours[name]):  # kohya_ss writes all of its settings, also those unset
+            if name in ours and changes_nothing(name, ours[name]):  # kohya_ss writes all of its settings, also those unset
                 del ours[name]
         if "max_train_epochs" in ours and ours.pop("max_train_steps", None):
             became.append("max_train_steps is left out beside max_train_epochs, as kohya's scripts do")
-    unused = [f"{', '.join(found)} ({reason})" for reason, group in table["not_needed"].items()
-              if (found := [name for name in group if left.pop(name, None) is not None])]
-    notes = [f"Of kohya's settings {'; '.join(became)}."] if became else []
-    if unused:
-        notes.append(f"Not needed here, of kohya's settings: {'; '.join(unused)}.")
-    if neutral := sum(_changes_nothing(name, value) for name, value in theirs.items()):
-        notes.append(f"{counted(neutral, 'setting')} of kohya's had values that change nothing here.")
-    if theirs and "network_train_unet_only" not in ours:
-        notes.append("Only the UNet is trained: kohya's scripts train the text encoder too unless told otherwise, here "
-                     "network_train_unet_only = false does.")
-    return {**ours, **left}, notes
+    unused = {name: reason for reason, group in table["not_needed"].items() for name in group
+              if left.pop(name, None) is not None}
+    neutral = tuple(name for name, value in theirs.items() if changes_nothing(name, value))
+    return Adopted({**ours, **left}, tuple(became), unused, neutral)
 
 
 @cache
@@ -76,6 +101,7 @@ def explanations() -> dict[str, str]:
     return found
 
 
-def _changes_nothing(name: str, value: object) -> bool:
+def changes_nothing(name: str, value: object) -> bool:
+    """Whether this value of a setting of kohya's is that of one who leaves it alone."""
     text = str(value).strip().lower().removesuffix(".0")
     return text in ("", "0", "none", "false", "no", "[]", "{}") or text in map(str, _table()["neutral"].get(name, ()))

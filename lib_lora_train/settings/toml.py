@@ -28,38 +28,59 @@ except ModuleNotFoundError:  # Python 3.10
 def read_toml(path: Path) -> dict[str, object]:
     """Names and values of a TOML file, or of a JSON object as kohya_ss writes it, tables flattened. Raises SettingError if it
     cannot be read."""
+    return flattened(tables(path), name=str(path))
+
+
+def flattened(table: Mapping[str, Any], *, name: str) -> dict[str, object]:
+    """Names and values of tables within tables. Raises SettingError, which calls the file `name`, where one stands twice."""
     flat: dict[str, object] = {}
     try:
-        for name, value in _entries(tables(path)):
-            if name in flat:
-                raise SettingError(f"{path} sets {name} twice", remedy="keep one of the two lines")
-            flat[name] = value
+        for key, value in _entries(table):
+            if key in flat:
+                raise SettingError(f"{name} sets {key} twice", remedy="keep one of the two lines")
+            flat[key] = value
     except RecursionError:
-        raise SettingError(f"{path} cannot be read", why="its tables lie within each other a thousand times") from None
+        raise SettingError(f"{name} cannot be read", why="its tables lie within each other a thousand times") from None
     return flat
 
 
 def tables(path: Path) -> dict[str, Any]:
     """A TOML file's tables, or a JSON object. Raises SettingError if it cannot be read."""
+    return tables_in(text_of(path), name=str(path), is_json=path.suffix.lower() == ".json")
+
+
+def text_of(path: Path) -> str:
+    """The text of such a file. Raises SettingError if it cannot be read."""
+    try:
+        return decoded(path.read_bytes(), name=str(path))
+    except OSError as error:
+        raise SettingError(f"{path} cannot be read", why=error.strerror or str(error)) from error
+
+
+def decoded(data: bytes, *, name: str) -> str:
+    """The text in the bytes of such a file. Raises SettingError, which calls it `name`."""
+    try:
+        # What PowerShell writes by default is UTF-16.
+        return data.decode("utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        kind = "JSON" if name.lower().endswith(".json") else "TOML"
+        raise SettingError(f"{name} is not a {kind} file", why="its text is not UTF-8", remedy="save it as UTF-8") from error
+
+
+def tables_in(text: str, *, name: str, is_json: bool = False) -> dict[str, Any]:
+    """The tables of a TOML text, or a JSON object, which begins with a bracket. Raises SettingError, which calls it `name`."""
     kind, remedy = "TOML", ("in TOML true and false are written small, other words in quotes, and paths with \\ in "
                             "'single quotes'")
     try:
-        data = path.read_bytes()
-        # What PowerShell writes by default is UTF-16.
-        text = data.decode("utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
-        if text.lstrip()[:1] != "{" and path.suffix.lower() != ".json":
+        if text.lstrip()[:1] != "{" and not is_json:
             return tomllib.loads(text)
         kind, remedy = "JSON", "mend this place, or save the file anew with the program that wrote it"
         found = json.loads(text, object_pairs_hook=_json_object)
         if not isinstance(found, dict):
             raise ValueError("it holds no names of settings")
         return found
-    except OSError as error:
-        raise SettingError(f"{path} cannot be read", why=error.strerror or str(error)) from error
-    except UnicodeDecodeError as error:
-        raise SettingError(f"{path} is not a {kind} file", why="its text is not UTF-8", remedy="save it as UTF-8") from error
     except (ValueError, RecursionError) as error:  # of TOML's and JSON's, and numbers of thousands of digits
-        raise SettingError(f"{path} is not a {kind} file", why=str(error), remedy=remedy) from error
+        raise SettingError(f"{name} is not a {kind} file", why=str(error), remedy=remedy) from error
 
 
 def _json_object(entries: list[tuple[str, Any]]) -> dict[str, Any]:
