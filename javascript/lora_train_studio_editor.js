@@ -89,7 +89,7 @@
                 // What is odd about a caption that can be read is no problem.
                 make("div", {class: unread ? null : "lts-quiet", text: why}),
                 picture.held_out ? make("div", {class: "lts-quiet", text: translated(studio.HELD_OUT)}) : "",
-                picture.masked ? make("div", {class: "lts-quiet", text: translated(studio.MASKS_UNUSED)}) : "");
+                picture.masked ? make("div", {class: "lts-quiet", text: translated(studio.MASKS_USED)}) : "");
             wrong.hidden = !picture.problems.length && !why && !picture.masked && !picture.held_out;
             image.alt = picture.name;
             image.removeAttribute("src");
@@ -102,8 +102,8 @@
                 button("Crop", () => app.cropByHand(picture), {drawn: "crop", id: "lora_train_crop", title: "Crop by hand"}),
                 button("Flip", () => ask("flip", {}), {drawn: "flip", title: "Mirror the picture"}),
                 button("Mask", () => app.maskByHand(picture), {
-                    drawn: "picture", id: "lora_train_mask", title: "Paint over what is not to be learnt, for a trainer with " +
-                        "masked loss; training here does not use masks yet"}),
+                    drawn: "picture", id: "lora_train_mask", title: "Paint over what is not to be learnt. " +
+                        "It counts where Masked loss (masked_loss) is on"}),
                 button("Split", () => ask("split", {}), {drawn: "split", title: "Cut a large picture into several"}),
                 picture.shaped ? button("Uncrop", () => app.act(() => app.api.ask("unshape", {ids: [picture.id]})), {
                     drawn: "back", title: "The picture as it was brought in"}) : null,

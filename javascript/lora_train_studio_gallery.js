@@ -63,8 +63,8 @@
                     title: translated("How well the caption fits, of 100")}));
             }
             if (picture.masked) {
-                badges.append(make("span", {class: "lts-badge", title: translated(studio.MASKS_UNUSED)}, icon("mask"),
-                    make("span", {text: translated("unused mask")})));
+                badges.append(make("span", {class: "lts-badge", title: translated(studio.MASKS_USED)}, icon("mask"),
+                    make("span", {text: translated("mask")})));
             }
             if (picture.held_out) {
                 badges.append(make("span", {class: "lts-badge lts-held", title: translated(studio.HELD_OUT)}, icon("scale"),

@@ -1,4 +1,4 @@
-/* Painting the mask of a picture, for a training with masked loss, which is not there yet (and said): what is not to be learnt
+/* Painting the mask of a picture, for a training with masked loss: what is not to be learnt
  * lies red over the picture. The mask that is kept is white where the picture is learnt.
  */
 (function(studio) {
@@ -92,7 +92,7 @@
         async function keep() {
             const mask = await maskOf(cover, picture);
             const kept = await app.act(() => app.api.send("put-mask" + idOf(picture), mask),
-                () => translated("The mask is kept beside the picture.") + " " + translated(studio.MASKS_UNUSED));
+                () => translated("The mask is kept beside the picture.") + " " + translated(studio.MASKS_USED));
             if (kept) close();
         }
 
@@ -102,7 +102,7 @@
         }
 
         const element = make("div", {},
-            make("p", {class: "lts-quiet", id: "lora_train_masks_unused", text: translated(studio.MASKS_UNUSED)}),
+            make("p", {class: "lts-quiet", id: "lora_train_masks_used", text: translated(studio.MASKS_USED)}),
             make("div", {class: "lts-line lts-go"}, make("b", {text: picture.name}),
                 pills([[false, "Paint"], [true, "Wipe"]], false, (wipe) => {
                     erase = wipe;

@@ -149,7 +149,8 @@
     }
 
     /** What is said wherever a mask is shown or painted. */
-    studio.MASKS_UNUSED = "Training does not use masks yet: all of a picture is learnt.";
+    studio.MASKS_USED =
+        "Masks count where Masked loss (masked_loss) is on: what is white in them is learnt.";
 
     /** What is said of a picture that is held out. */
     studio.HELD_OUT = "Not trained on: the LoRA is measured on it, which shows whether it learns or copies.";

@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small SD1 checkpoint with random weights, its .yaml beside it."""
-    return tiny_checkpoint.write(tmp_path_factory.mktemp("checkpoint"), size=tiny_checkpoint.SMALLEST)
+    return tiny_checkpoint.write(tmp_path_factory.mktemp("checkpoint"), size=tiny_checkpoint.SHALLOW)
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from lib_lora_train.settings import DECLARATIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--set", "resolution=64", "--set", "min_bucket_reso=64", "--set", "network_dim=2", "--set", "num_repeats=1",
-         "--set", "sample_images=false"]
+         "--set", "sample_images=false", "--set", "validation=false"]
 
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -66,7 +66,7 @@ def test_a_configuration_file_is_read_and_the_command_line_has_the_last_word(run
     planned, = [e for e in lines(done.stdout) if isinstance(e, events.Planned)]
     assert (planned.steps, planned.seed) == (2, 5)
     told = json.loads(run("inspect", tmp_path / "out" / "zzk.safetensors", "--json").stdout)
-    assert (told["rank"], told["family"], told["hash_ok"], told["components"]) == (2, "sd1", True, {"unet": 192})
+    assert (told["rank"], told["family"], told["hash_ok"], told["components"]) == (2, "sd1", True, {"unet": 72})
     record, = (tmp_path / "out" / "runs").iterdir()
     assert {f.name for f in record.iterdir()} == {"settings.toml", "events.jsonl", "report.html", ".lock"}
 
@@ -118,7 +118,7 @@ def test_a_runs_folder_or_its_name_is_enough_for_its_report_and_its_samples(run,
 
 
 def test_the_saves_of_a_run_are_painted_and_one_of_them_becomes_the_lora(run, train, tiny_file, tmp_path, caplog):
-    done = run(*train, "--set", "max_train_steps=2", "--set", "save_every_n_steps=1")
+    done = run(*train, "--set", "max_train_steps=2", "--set", "save_every_n_steps=1", "--set", "validation=true")
     assert done.returncode == 0 and "zzk is saved" in done.stdout and "What shows the work failed" not in caplog.text
     folder, = (tmp_path / "out" / "runs").iterdir()
     (tmp_path / "prompts.txt").write_text("a red cat\n\n", encoding="utf-8")

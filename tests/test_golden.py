@@ -278,14 +278,15 @@ class Case:
 
 
 COMMON = {"network_dim": 4, "network_alpha": 2, "learning_rate": 0.005, "text_encoder_lr": 0.002, "lr_scheduler": "constant",
-          "max_train_steps": 4, "min_bucket_reso": 64, "sample_images": False, "save_precision": "float", "seed": 1234}
+          "max_train_steps": 4, "min_bucket_reso": 64, "sample_images": False, "validation": False, "save_every_n_epochs": 0,
+          "save_precision": "float", "seed": 1234}
 # 128 and not 64: of a single pixel in the middle of the UNet attention has no gradient but rounding, which AdamW would follow.
 OF_DATA = {"plain": {"resolution": 128, "num_repeats": 1}, "shapes": {"resolution": 128}}
 TEXT = {"network_train_unet_only": False}
 CAPTIONS = {"shuffle_caption": True, "keep_tokens": 1, "caption_tag_dropout_rate": 0.3, "caption_dropout_rate": 0.2}
 FRESH = {"flip_aug": True, "color_aug": True, "random_crop": True}
 RICH = {**TEXT, **CAPTIONS, "flip_aug": True, "lr_scheduler": "cosine", "lr_warmup_steps": 2, "max_train_steps": 6,
-        "train_batch_size": 2, "gradient_accumulation_steps": 2}
+        "train_batch_size": 2, "gradient_accumulation_steps": 2, "validation": True}
 
 CASES = {
     "sd1": Case("sd1", "plain", {"save_precision": "fp16", "lr_scheduler": "cosine"}),

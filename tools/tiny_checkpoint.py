@@ -28,12 +28,16 @@ WORDS = ("cat", "a", "of", "photo", "red", "blue", "zzk")
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Channels of UNet and VAE, and what they are multiplied by from level to level; heads; the text encoder."""
+    """Channels of UNet and VAE, and what they are multiplied by from level to level; heads; the text encoder.
+
+    depths    transformer blocks at each level of the UNet, as far as it has so many levels
+    """
 
     channels: int
     multipliers: tuple[int, ...]
     vae_channels: int
     vae_multipliers: tuple[int, ...]
+    depths: tuple[int, ...] = (1, 1, 1, 0)
     heads: int = 4
     text_width: int = 64
     text_layers: int = 3
@@ -43,6 +47,8 @@ class Size:
 RANDOM = Size(32, (1, 2, 4, 4), 32, (1, 1, 2, 2))
 SMALLEST = Size(32, (1, 1, 2, 2), 32, (1, 1, 1, 1), text_width=32, text_layers=2)
 """All of its blocks, each as narrow as they can be."""
+SHALLOW = Size(32, (1, 2), 32, (1, 1, 1, 1), depths=(1, 0), text_width=32, text_layers=2)
+"""The first of its levels and the last, which has no transformers: a block of each kind, and a third of the time."""
 
 
 def write(folder: Path, *, name: str = "tiny", seed: int = 0, size: Size = RANDOM) -> Path:
@@ -70,9 +76,7 @@ def tensors(*, vocabulary: int, seed: int = 0, size: Size = RANDOM) -> dict[str,
 
 
 def _unet_size(size: Size) -> shapes.UNetSize:
-    """Transformers on the first three levels, one block each."""
-    depths = tuple(int(level < 3) for level in range(len(size.multipliers)))
-    return shapes.UNetSize(channels=size.channels, multipliers=size.multipliers, depths=depths, middle_depth=1,
+    return shapes.UNetSize(channels=size.channels, multipliers=size.multipliers, depths=size.depths, middle_depth=1,
                            context=size.text_width)
 
 
@@ -123,7 +127,8 @@ def configuration(text_folder: str, size: Size) -> dict[str, object]:
         "scale_factor": 0.18215, "use_ema": False,
         "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": {
             "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": size.channels,
-            "attention_resolutions": [4, 2, 1], "num_res_blocks": shapes.RES_BLOCKS, "channel_mult": list(size.multipliers),
+            "attention_resolutions": [2 ** level for level, depth in enumerate(size.depths) if depth][::-1],
+            "num_res_blocks": shapes.RES_BLOCKS, "channel_mult": list(size.multipliers),
             "num_heads": size.heads, "use_spatial_transformer": True, "transformer_depth": 1, "context_dim": size.text_width,
             "use_checkpoint": False, "legacy": False}},
         "first_stage_config": {"target": "ldm.models.autoencoder.AutoencoderKL", "params": {

@@ -26,7 +26,8 @@ SETTINGS = (
     "network_dropout", "mixed_precision", "gradient_checkpointing", "gradient_accumulation_steps",
     "max_train_epochs", "max_train_steps", "seed", "max_grad_norm", "min_snr_gamma", "noise_offset",
     "multires_noise_iterations", "multires_noise_discount", "ip_noise_gamma", "scale_weight_norms",
-    "debiased_estimation", "loss_type", "huber_c", "prior_loss_weight", "caption_dropout_rate",
+    "noise_offset_random_strength", "ip_noise_gamma_random_strength", "adaptive_noise_scale",
+    "debiased_estimation", "loss_type", "huber_schedule", "huber_scale", "huber_c", "prior_loss_weight", "caption_dropout_rate",
     "caption_tag_dropout_rate", "shuffle_caption", "keep_tokens", "color_aug", "flip_aug", "random_crop",
     "enable_bucket", "bucket_no_upscale", "min_bucket_reso", "max_bucket_reso", "training_comment")
 

@@ -91,6 +91,11 @@ class AdapterNetwork:
         return [parameter for target in self.targets if components is None or target.component in components
                 for parameter in self.layers[target.key].parameters()]
 
+    def pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """(A [r, ...], B [out, r]) of each layer whose change of the model is their product."""
+        sides = [(getattr(layer, "down", None), getattr(layer, "up", None)) for layer in self.layers.values()]
+        return [(down, up) for down, up in sides if isinstance(down, nn.Parameter) and isinstance(up, nn.Parameter)]
+
     def parameter_groups(self, unet_lr: float, text_encoder_lr: float) -> list[dict[str, object]]:
         """torch's parameter groups with a "name": "unet", then "text_encoder".
 

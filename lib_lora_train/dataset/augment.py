@@ -20,7 +20,8 @@ _HUE_SHIFT = 8 / 180  # of the whole circle
 _GAMMA = (0.95, 1.05)
 
 
-def scale_and_crop(image: Image.Image, placement: Placement, *, crop: tuple[int, int] | None = None) -> Image.Image:
+def scale_and_crop(image: Image.Image, placement: Placement, *, crop: tuple[int, int] | None = None,
+                   resampling: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:
     """The image at bucket size, cut at `crop` (left, top in the scaled image; default: its centre).
 
     Only the part that is kept is computed: scaling a strip of 100000×10 to cover a bucket would
@@ -30,7 +31,7 @@ def scale_and_crop(image: Image.Image, placement: Placement, *, crop: tuple[int,
     crop = placement.crop if crop is None else crop
     if placement.resized == placement.original:
         return image.crop((*crop, crop[0] + placement.bucket[0], crop[1] + placement.bucket[1]))
-    return image.resize(placement.bucket, Image.Resampling.LANCZOS, box=placement.source_box(crop))
+    return image.resize(placement.bucket, resampling, box=placement.source_box(crop))
 
 
 def draw_flip(rng: random.Random) -> bool:
@@ -59,7 +60,7 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
 
 
 def to_samples(image: Image.Image) -> torch.Tensor:
-    """RGB image → [H, W, 3] uint8 on the CPU: a quarter of the size of the network's input."""
+    """RGB image → [H, W, 3] uint8 on the CPU ([H, W] of a mask): a quarter of the size of the network's input."""
     return torch.from_numpy(np.array(image, dtype=np.uint8))
 
 

@@ -163,6 +163,11 @@ def check_image(path: Path) -> Checked:
         return Checked(*decoded.image.size, decoded.several)
 
 
+def may_be_transparent(path: Path) -> bool:
+    """Whether the file can hold transparency, from its header only. Errors as in `read_image`."""
+    return _from_file(path, _may_be_transparent)
+
+
 def read_texts(path: Path) -> dict[str, str]:
     """The texts that a program kept inside the image, by their keyword; pixels are not decoded. Errors as in `read_image`.
 

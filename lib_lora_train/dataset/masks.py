@@ -1,25 +1,36 @@
-"""Masks and conditioning images that lie with a dataset's images, ours and those of other trainers. They are never learnt from.
+"""Masks and conditioning images that lie with a dataset's images, ours and those of other trainers. They are never learnt from;
+a mask says what of its image is (masked loss).
 
     masks/a.png, mask/a.png     in the image's folder or above it; the studio's, and kohya's conditioning_data_dir
     a-masklabel.png             OneTrainer's mask; white is learnt, as in ours
     a-condlabel.png             OneTrainer's conditioning image, of no use here
     a-mask.png, a_mask.png      only beside an image of the name a
+
+Beside these a folder may be named that holds masks under their images' names, and an image's transparency may be its mask.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import contextlib
+from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from lib_lora_train.dataset.images import is_image_name
-from lib_lora_train.errors import counted, some_of
+from PIL import Image, ImageStat
+
+from lib_lora_train.dataset.examples import Dataset
+from lib_lora_train.dataset.images import decode_image, is_image_name, may_be_transparent, read_image
+from lib_lora_train.dataset.listing import MayRead, list_folder
+from lib_lora_train.errors import DatasetError, counted, some_of
+from lib_lora_train.settings import named
 
 MASKS_FOLDER = "masks"  # where the studio keeps them
 _FOLDERS = (MASKS_FOLDER, "mask")
 _SUFFIXES: dict[str, Literal["mask", "conditioning"]] = {
     "-masklabel": "mask", "-condlabel": "conditioning", "-mask": "mask", "_mask": "mask"}
-UNUSED = "Training does not use masks yet: all of a picture is learnt."
+_LOOKED_AT = 8  # masks whose area is measured for a plan
+USED = f"Masks count where {named('masked_loss')} is on: what is white in them is learnt."
 CONDITIONING = "It is another trainer's conditioning picture, which is of no use here."
 
 
@@ -30,9 +41,51 @@ def is_masks_folder(name: str) -> bool:
 
 def mask_of(image: Path, folder: Path) -> Path | None:
     """The mask of an image of the dataset in `folder`, None where it has none: in the folder `masks` beside it or above it, or
-    OneTrainer's beside it."""
+    beside it."""
     places = [parent / name / f"{image.stem}.png" for parent in (image.parent, folder) for name in _FOLDERS]
-    return next((path for path in [*places, image.with_name(f"{image.stem}-masklabel.png")] if path.is_file()), None)
+    beside = [image.with_name(f"{image.stem}{suffix}.png") for suffix, kind in _SUFFIXES.items() if kind == "mask"]
+    return next((path for path in [*places, *beside] if path.is_file()), None)
+
+
+def masks_of(dataset: Dataset, *, files: bool, alpha: bool, folder: Path | None = None,
+             may_read: MayRead | None = None) -> dict[Path, Path]:
+    """{image: its mask} of the images to learn from that have one: among the `files` in `folder` or with the images, or, with
+    `alpha`, the image itself where it may be transparent. What may not be read is left out. Raises DatasetError where there is
+    no `folder`."""
+    listed = list_folder(folder, what="mask", may_read=may_read).files if files and folder else []
+    named_alike = {path.stem: path for path in listed if is_image_name(path)}
+    found: dict[Path, Path] = {}
+    for image in (example.path for example in dataset.examples if not example.is_regularisation):
+        mask = (named_alike.get(image.stem) or mask_of(image, dataset.folder)) if files else None
+        if mask is None and alpha and may_be_transparent(image):
+            mask = image
+        if mask is not None and (may_read is None or may_read(mask)):
+            found[image] = mask
+    return found
+
+
+def read_mask(image: Path, mask: Path) -> Image.Image:
+    """The mask of an upright image, mode L, white where it is learnt: of an image that is its own mask, how much of each pixel
+    is there. Raises DatasetError."""
+    if mask != image:
+        return read_image(mask).getchannel("R")  # as sd-scripts
+    decoded = decode_image(image)
+    return decoded.alpha or Image.new("L", decoded.image.size, 255)
+
+
+def white_share(masks: Mapping[Path, Path]) -> float:
+    """The share of these images that their masks let be learnt, by at most eight of them."""
+    items = sorted(masks.items())
+    shares = []
+    for image, mask in items[::max(1, -(-len(items) // _LOOKED_AT))]:
+        with contextlib.suppress(DatasetError, OSError):  # told when it is read to be used
+            shares.append(_white_share(image, mask, mask.stat().st_mtime_ns))
+    return sum(shares) / len(shares) if shares else 1.0
+
+
+@lru_cache(maxsize=256)  # the page asks at every change
+def _white_share(image: Path, mask: Path, changed: int) -> float:
+    return ImageStat.Stat(read_mask(image, mask)).mean[0] / 255
 
 
 def companion(stem: str, stems: Collection[str]) -> tuple[Literal["mask", "conditioning"], str] | None:
@@ -70,7 +123,7 @@ class Companions:
         """What was taken out, one sentence a kind."""
         return [f"{counted(len(names), what)} ({some_of(names)}) {'is' if len(names) == 1 else 'are'} not taken as "
                 f"{'a picture' if len(names) == 1 else 'pictures'}. {why}" for names, what, why in (
-                    (self._masks, "mask", UNUSED), (self._conditioning, "conditioning picture", "Nothing uses it here."))
+                    (self._masks, "mask", USED), (self._conditioning, "conditioning picture", "Nothing uses it here."))
                 if names]
 
 

@@ -26,6 +26,8 @@ LINEAR = 0.65  # too slow: the share of the gain that half of the way brings, 0.
 WORSE, OF_GAIN = 0.005, 0.1  # overfitting: held-out losses above their best by more than this, and this share of the gain
 LOST, STILL = 0.5, 0.02  # shares of the gain: lost again is diverging, brought by the second half of the way is a plateau
 TINY_ALPHA = 0.02  # of the rank
+USUAL_RATE, SHORT = 5e-5, 100  # from this rate on a run of fewer steps has no effect because it is short
+MOST_RATE = 5e-3  # that is advised: half of what `settings/risks.py` calls ruinous
 KNOWN_WORD, WRONG_WORD = 0.35, -0.5  # `WordsCheck`: a trigger word of more meaning is known, of less gain says something else
 TELLING, WRONG_CAPTIONS = 0.25, 0.15  # captions of more meaning are understood; below this mean of fit and gain they are wrong
 
@@ -187,12 +189,18 @@ def _too_slow(curve: Sequence[Gains], run: RunSummary, *, ended: bool) -> Told |
 
 
 def _raise(what: str, last: Gains, run: RunSummary) -> Told:
-    """What to raise, and to what: alpha where it is tiny, else the learning rate."""
+    """What to raise, and to what: alpha where it is tiny, the length of a run that is too short for any rate, else the learning
+    rate."""
     if run.alpha / run.rank < TINY_ALPHA:
         value = f"{run.rank / 2:g}"
         return Told(f"{what}. {named('network_alpha')} is {run.alpha:g} at rank {run.rank}, which divides what is learnt by "
                     f"{run.rank / run.alpha:.0f}: take {value}.", "network_alpha", value)
-    value = _rounded(run.unet_lr * min(max(USUAL * last.spent / max(last.strength, 1e-9), 3.0), 100.0))
+    factor = min(max(USUAL * last.spent / max(last.strength, 1e-9), 3.0), 100.0)
+    rate = min(run.unet_lr * factor, MOST_RATE)
+    if rate < 1.5 * run.unet_lr or run.unet_lr >= USUAL_RATE and last.measured.step < SHORT * last.spent:
+        value = str(math.ceil(factor * _length(last.measured, run) / last.spent))
+        return Told(f"{what}. Train for {_told_length(value, run)}.", run.length, value)
+    value = _rounded(rate)
     return Told(f"{what}. Raise {named(run.unet_rate)} from {run.unet_lr:g} to {value}.", run.unet_rate, value)
 
 

@@ -34,7 +34,7 @@ from lib_lora_train.model.sd.hints_file import hints_from_yaml, tokenizers_from_
 from lib_lora_train.model.sd.tokens import Tokenizer
 from lib_lora_train.settings import Settings
 from lib_lora_train.settings.allowed_paths import AllowedPaths
-from lib_lora_train.storage.content import refuse_wrong_content
+from lib_lora_train.storage.content import read_header, refuse_wrong_content
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
            "I32": torch.int32, "U8": torch.uint8, "I8": torch.int8, "BOOL": torch.bool,
@@ -164,10 +164,9 @@ def _check_suffix(path: Path) -> None:
 def _header(path: Path) -> dict[str, torch.Tensor]:
     """Names to tensors without data (device "meta")."""
     _check_suffix(path)
-    with _readable(path), safetensors.safe_open(path, framework="pt") as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}
-        return {name: torch.empty(part.get_shape(), dtype=_DTYPES.get(part.get_dtype(), torch.uint8), device="meta")
-                for name, part in slices.items()}
+    with _readable(path), safetensors.safe_open(path, framework="pt"):  # which looks whether it is whole
+        return {name: torch.empty(entry["shape"], dtype=_DTYPES.get(entry["dtype"], torch.uint8), device="meta")
+                for name, entry in read_header(path).items()}
 
 
 def _load(path: Path) -> Mapping[str, torch.Tensor]:

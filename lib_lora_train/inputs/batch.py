@@ -23,6 +23,9 @@ class Batch:
         context, pooled or ids.*         see `training.condition`
     Optional:
         mask            [B, 1, h, w]: a weight for each latent element, multiplied into the loss
+        prior           [B, 1, h, w]: a weight for each latent element of the loss towards the base model's prediction
+        reference       [B, C, h, w] fp32: that prediction
+        reference.*     the text it is made with, under the names above, where it is another one
     """
 
     tensors: Mapping[str, Tensor]

@@ -7,7 +7,8 @@ epoch, position); timesteps and noise are the training step's own.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -15,7 +16,8 @@ from lib_lora_train.dataset.buckets import Placement, Size
 from lib_lora_train.dataset.captions import process_caption
 from lib_lora_train.distributed import SINGLE_PROCESS, ProcessGroup, rows_of
 from lib_lora_train.inputs.batch import Batch
-from lib_lora_train.inputs.latents import LatentSource
+from lib_lora_train.inputs.latents import LatentSource, Visit
+from lib_lora_train.inputs.masks import Masks
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,19 +25,20 @@ class PreparedBatch:
     """A batch as far as it goes without the model; `Batches.finish` does the rest.
 
     rows      of the batch, those that this process trains
-    latents   what `LatentSource.prepare` made for each of them; `flipped`: whether it is mirrored
+    visits    what `LatentSource.prepare` made for each of them
+    masks     what `Masks.weights` says of them; nothing where the whole of each image is learnt
     """
 
     indices: tuple[int, ...]
     captions: tuple[str, ...]
     rows: slice
-    latents: tuple[torch.Tensor, ...]
-    flipped: tuple[bool, ...]
+    visits: tuple[Visit, ...]
+    masks: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
         """What it takes while it waits."""
-        return sum(tensor.nbytes for tensor in self.latents)
+        return sum(visit.latents.nbytes for visit in self.visits)
 
 
 class Batches:
@@ -48,11 +51,12 @@ class Batches:
     def __init__(
         self, source: LatentSource, *, train_batch_size: int, seed: int, prior_loss_weight: float = 1.0,
         trigger_word: str = "", shuffle_caption: bool = False, keep_tokens: int = 0, caption_dropout_rate: float = 0.0,
-        caption_tag_dropout_rate: float = 0.0, group: ProcessGroup = SINGLE_PROCESS,
+        caption_tag_dropout_rate: float = 0.0, group: ProcessGroup = SINGLE_PROCESS, masks: Masks | None = None,
     ) -> None:
         """`train_batch_size` is that of all processes of the `group` together."""
         self._source, self._batch_size, self._seed, self._group = source, train_batch_size, seed, group
         self._prior_loss_weight, self._trigger_word = prior_loss_weight, trigger_word
+        self._masks = masks
         self._shuffle_caption, self._keep_tokens = shuffle_caption, keep_tokens
         self._caption_dropout_rate, self._caption_tag_dropout_rate = caption_dropout_rate, caption_tag_dropout_rate
         self._buckets: dict[Size, list[int]] = {}
@@ -88,32 +92,34 @@ class Batches:
         """What can be done without the model, in any thread, for the batch at this position of `order(epoch)`."""
         rows = self._rows(indices)
         # Separate generators, so that switching one kind of variation on does not change the others.
-        visits = [self._source.prepare(indices[slot], self._rng("picture", epoch, position, slot))
-                  for slot in range(rows.start, rows.stop)]
-        return PreparedBatch(indices, self._captions(epoch, position, indices), rows, *zip(*visits, strict=True))
+        visits = tuple(self._source.prepare(indices[slot], self._rng("picture", epoch, position, slot))
+                       for slot in range(rows.start, rows.stop))
+        masks = self._masks.weights(indices[rows], visits) if self._masks else {}
+        return PreparedBatch(indices, self._captions(epoch, position, indices), rows, visits, masks)
 
     def finish(self, prepared: PreparedBatch) -> Batch:
         """The batch, made in the thread that trains. The rows of other processes are zeros, which the training step drops."""
         indices, rows = prepared.indices, prepared.rows
-        own = self._source.finish(indices[rows], prepared.latents)
+        own = self._source.finish(indices[rows], [visit.latents for visit in prepared.visits])
         posterior = own.new_zeros(2, len(indices), *own.shape[2:])
         posterior[:, rows] = own.transpose(0, 1)
         flipped = [False] * len(indices)
-        flipped[rows] = prepared.flipped
+        flipped[rows] = [visit.flipped for visit in prepared.visits]
         examples = [self._source.dataset.examples[index] for index in indices]
         sizes = [_sizes(self._source.placements[index], flipped=mirrored)
                  for index, mirrored in zip(indices, flipped, strict=True)]
         return Batch({
             "mean": posterior[0], "std": posterior[1], "sizes": torch.tensor(sizes, dtype=torch.float32),
             "loss_weight": torch.tensor([self._prior_loss_weight if e.is_regularisation else 1.0 for e in examples]),
+            **{name: _among(len(indices), rows, own) for name, own in prepared.masks.items()},
         }, prepared.captions)
 
     def fixed(self, index: int) -> Batch:
         """One image with its caption as it is written, the same at each call: to look at, not to train on. Where visits vary
         it, it is varied in one of the same manners. Raises as `LatentSource`."""
-        prepared, flipped = self._source.prepare(index, self._rng("fixed", index))
-        return image_batch(self._source.finish([index], [prepared])[0], self._source.placements[index],
-                           caption=self._source.dataset.examples[index].caption, flipped=flipped)
+        visit = self._source.prepare(index, self._rng("fixed", index))
+        return image_batch(self._source.finish([index], [visit.latents])[0], self._source.placements[index],
+                           caption=self._source.dataset.examples[index].caption, flipped=visit.flipped)
 
     def size_of(self, indices: tuple[int, ...]) -> int:
         """Bytes that preparing such a batch takes; 0 where nothing is to be gained from doing it ahead."""
@@ -147,6 +153,13 @@ def image_batch(latents: torch.Tensor, placement: Placement, *, caption: str, fl
     mean, std = latents.cpu()[:, None]
     return Batch({"mean": mean, "std": std, "sizes": torch.tensor([_sizes(placement, flipped=flipped)], dtype=torch.float32),
                   "loss_weight": torch.ones(1)}, (caption,))
+
+
+def _among(count: int, rows: slice, own: torch.Tensor) -> torch.Tensor:
+    """[count, …]: these rows, the others zeros."""
+    every = own.new_zeros(count, *own.shape[1:])
+    every[rows] = own
+    return every
 
 
 def _sizes(placement: Placement, *, flipped: bool) -> tuple[int, ...]:

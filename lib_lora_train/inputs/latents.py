@@ -15,7 +15,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from PIL import ImageOps
@@ -33,15 +33,22 @@ from lib_lora_train.inputs.latent_store import MOST_LATENT_BYTES, LatentStore
 from lib_lora_train.inputs.vae_batches import Encoder, EncodingBudget, VaeBatches, check_finite
 
 
+class Visit(NamedTuple):
+    """A visit to an image as far as it goes without the model, and how the image was varied."""
+
+    latents: torch.Tensor  # or what they are made from
+    flipped: bool  # whether it is mirrored
+    crop: tuple[int, int]  # (left, top) in the scaled image
+
+
 class LatentSource(Protocol):
     """Latents of the examples of `dataset`, by index."""
 
     dataset: Dataset  # without the images that could not be decoded; those are among its problems
     placements: tuple[Placement, ...]  # one for each of dataset.examples
 
-    def prepare(self, index: int, rng: random.Random) -> tuple[torch.Tensor, bool]:
-        """(what can be done without the model for a visit, whether it is mirrored), in any thread; `rng` is all the visit's
-        randomness."""
+    def prepare(self, index: int, rng: random.Random) -> Visit:
+        """What can be done without the model for a visit, in any thread; `rng` is all the visit's randomness."""
 
     def finish(self, indices: Sequence[int], prepared: Sequence[torch.Tensor]) -> torch.Tensor:
         """The rest, in the thread that trains, for visits to images that share a bucket: [B, 2, 4, h, w] unscaled fp32, the
@@ -97,10 +104,10 @@ class CachedLatents:
         numbers = [i for i in range(len(dataset.examples)) if i not in lost]
         return cls(kept, kept_placements, flip_aug=flip_aug, store=store, numbers=numbers)
 
-    def prepare(self, index: int, rng: random.Random) -> tuple[torch.Tensor, bool]:
+    def prepare(self, index: int, rng: random.Random) -> Visit:
         """See `LatentSource.prepare`: [2, 4, h, w]. Raises TrainingError where the disk refuses."""
         flipped = self.flip_aug and draw_flip(rng)
-        return self._store.load(self._numbers[index], flipped=flipped), flipped
+        return Visit(self._store.load(self._numbers[index], flipped=flipped), flipped, self.placements[index].crop)
 
     def finish(self, indices: Sequence[int], prepared: Sequence[torch.Tensor]) -> torch.Tensor:
         """See `LatentSource.finish`. On the CPU."""
@@ -145,7 +152,7 @@ class FreshLatents:
         return cls(vae, kept, kept_placements, flip_aug=flip_aug, color_aug=color_aug, random_crop=random_crop,
                    vae_batch_size=vae_batch_size, device=torch.device(device), warn=warn)
 
-    def prepare(self, index: int, rng: random.Random) -> tuple[torch.Tensor, bool]:
+    def prepare(self, index: int, rng: random.Random) -> Visit:
         """See `LatentSource.prepare`: samples [H, W, 3] uint8. Raises DatasetError if an image vanished or changed since the
         start."""
         flipped = self._flip_aug and draw_flip(rng)
@@ -153,7 +160,7 @@ class FreshLatents:
         crop = draw_crop(placement, rng) if self._random_crop else placement.crop
         image = scale_and_crop(decoded(self.dataset.examples[index], placement), placement, crop=crop)
         image = vary_colour(image, rng) if self._color_aug else image
-        return to_samples(ImageOps.mirror(image) if flipped else image), flipped
+        return Visit(to_samples(ImageOps.mirror(image) if flipped else image), flipped, crop)
 
     def finish(self, indices: Sequence[int], prepared: Sequence[torch.Tensor]) -> torch.Tensor:
         """See `LatentSource.finish`. On the VAE's device. Raises TrainingError naming an image whose latent is not finite."""

@@ -54,7 +54,8 @@ class MemoryPlan:
     before         bytes at the highest moment before the first step
     sampling       bytes while a sample is decoded between two steps, 0 where none is
     budget         bytes that may be taken; None where nobody said
-    flops          of `config.microbatch` images; `checkpointed_flops` are those that are computed a second time
+    flops          of `config.microbatch` images; `checkpointed_flops` are those that are computed a second time,
+                   `preservation_flops` those that hold the LoRA to the base model's predictions
     blocks         all blocks that can be checkpointed
     settings       what the user asked for; `resumed_base_dtype` is what a run that goes on has held the model in
     measured       bytes that the first step really took; 0 before it
@@ -72,6 +73,7 @@ class MemoryPlan:
     resumed_base_dtype: BaseDtype = ""
     sampling: int = 0
     measured: int = 0
+    preservation_flops: float = 0.0
 
     @property
     def bytes(self) -> int:
@@ -129,21 +131,28 @@ class MemoryPlan:
 
     def _means(self) -> str:
         config = self.config
-        share = max(1, round(100 * self.checkpointed_flops / (self.flops - self.checkpointed_flops)))
+        step = self.flops - self.preservation_flops
+        share = max(1, round(100 * self.checkpointed_flops / (step - self.checkpointed_flops)))
         means = {
             "the convolutions' weights are laid out anew": config.channels_last and not config.base_dtype,
             "every block is computed twice": config.checkpointed == self.blocks,
             f"{share} % of a step's work is done twice": config.checkpointed and config.checkpointed != self.blocks,
             "activations wait in ordinary memory": config.offload,
             f"each batch is computed in {self.passes} parts": self.passes > 1,
-            f"the UNet's weights are held in {config.base_dtype}": config.base_dtype}
+            f"the UNet's weights are held in {config.base_dtype}": config.base_dtype,
+            f"{round(100 * self.preservation_flops / step)} % is computed beside it for what the base model predicts itself":
+                self.preservation_flops}
         return ", ".join(text for text, used in means.items() if used)
 
 
 def plan_memory(tensors: Mapping[str, Tensor], architecture: Architecture, workload: Workload, *, batch: int,
                 memory: MemorySettings, budget: int | None = None, parts_on_cpu: frozenset[Part] = frozenset(),
-                resumed_base_dtype: BaseDtype = "", should_stop: ShouldStop | None = None) -> MemoryPlan:
+                resumed_base_dtype: BaseDtype = "", references: int = 0, repeats: int = 1,
+                should_stop: ShouldStop | None = None) -> MemoryPlan:
     """The first rung of the ladder that fits into `budget` bytes, or the last; the first, without a budget or a plan.
+
+    Each image is trained `repeats` times in a step, one after the other, and computed `references` times without gradients,
+    which takes time and no more memory.
 
     Of `tensors` (checkpoint names) only shapes and dtypes are used. `parts_on_cpu` will not lie on the device in any case;
     `resumed_base_dtype` is what a run that goes on has held the model in. Raises Interrupted where `should_stop()` says so.
@@ -160,9 +169,11 @@ def plan_memory(tensors: Mapping[str, Tensor], architecture: Architecture, workl
         if budget is None or sum(_predicted(tensors, workload, blocks, config).values()) <= budget:
             break
     twice = sum(block.forward for block in blocks if block.name in config.checkpointed)
+    step, forward = twice + sum(block.forward + block.backward for block in blocks), sum(block.forward for block in blocks)
+    preservation = config.microbatch * ((repeats - 1) * step + references * forward)
     return MemoryPlan(
         config=config, batch=batch, predicted=_predicted(tensors, workload, blocks, config), before=_before(tensors, workload),
-        budget=budget, flops=config.microbatch * (twice + sum(block.forward + block.backward for block in blocks)),
+        budget=budget, flops=config.microbatch * step + preservation, preservation_flops=preservation,
         checkpointed_flops=config.microbatch * twice, blocks=frozenset(by_size), settings=memory,
         resumed_base_dtype=resumed_base_dtype, sampling=_sampling(tensors, workload, config, budget=budget))
 
@@ -259,8 +270,9 @@ def _sampling(tensors: Mapping[str, Tensor], workload: Workload, config: StepCon
 
 
 def _lora_and_optimizer(workload: Workload) -> int:
-    """Bytes of weight, gradient and two moments in fp32, and of a copy in the dtype of the computation."""
-    return (16 + (0 if workload.dtype == torch.float32 else workload.dtype.itemsize)) * workload.parameters
+    """Bytes of weight and gradient in fp32, of the optimizer's state, and of a copy in the dtype of the computation."""
+    copy = 0 if workload.dtype == torch.float32 else workload.dtype.itemsize
+    return int((8 + copy + workload.optimizer_bytes) * workload.parameters)
 
 
 def _sizes(tensors: Mapping[str, Tensor]) -> dict[Part, int]:

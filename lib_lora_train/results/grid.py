@@ -42,6 +42,7 @@ MOST_CELLS, MOST_WEIGHT = 10_000, 10.0
 Part = Literal["", "unet", "text"]
 PARTS: tuple[Part, ...] = ("unet", "text")
 EXTRAS = (*PARTS, "average")
+NO_DRIFT = "The run has no trigger word, so drift is not measured: every prompt calls what was learnt."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +197,7 @@ def _prompts(host: Host, folder: Path, given: Sequence[str], *, should_stop: Sho
         if trigger:
             texts.append(without_trigger(texts[0], trigger))
     if not trigger:
-        notes.append("The run has no trigger word, so drift is not measured: every prompt calls what was learnt.")
+        notes.append(NO_DRIFT)
     for text in texts:
         for tag in split_tags(text)[1]:
             find_lora(tag, host.lora_folder)

@@ -68,7 +68,7 @@ def _grid(folder: Path, grid: Grid) -> dict[str, Any]:
     cells = [{**cell, "scores": measured["images"].get(cell["file"])} for cell in found["cells"]]
     columns = [{**one, "leaves": leaves(column, scores.columns[0], scores.held_out_following) if column.column.save else []}
                for one, column in zip(measured["columns"], scores.columns, strict=True)]
-    return {**found, "cells": cells, "scores": columns, "notes": [*grid.notes, *measured["notes"]]}
+    return {**found, "cells": cells, "scores": columns, "notes": list(dict.fromkeys([*grid.notes, *measured["notes"]]))}
 
 
 @dataclasses.dataclass(frozen=True)

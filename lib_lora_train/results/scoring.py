@@ -19,7 +19,7 @@ from lib_lora_train.evaluation.scores import NAMES, ImageScores, Scorer, Spread,
 from lib_lora_train.host.lease import ModelLease, lease_for
 from lib_lora_train.host.placement import CPU
 from lib_lora_train.host.port import Host
-from lib_lora_train.results.grid import FOLDER, Cell, Column, Grid, read_grid
+from lib_lora_train.results.grid import FOLDER, NO_DRIFT, Cell, Column, Grid, read_grid
 from lib_lora_train.results.references import References, references_of, settings_of, without_trigger
 from lib_lora_train.settings import Settings
 from lib_lora_train.storage.atomic import write_atomic
@@ -163,7 +163,7 @@ def _notes(references: References, settings: Settings) -> tuple[str, ...]:
     elif references.derived:
         notes.append("The held-out pictures are mirrored crops of pictures that were trained, so likeness rewards copies too.")
     if not settings.dataset.trigger_word:
-        notes.append("Drift is not measured, because the run has no trigger word.")
+        notes.append(NO_DRIFT)
     return tuple(notes)
 
 

@@ -20,6 +20,7 @@ from lib_lora_train.inputs.batches import Batches
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.run.inputs import Text
 from lib_lora_train.run.measuring import attempt
+from lib_lora_train.run.optimizing import schedule_config
 from lib_lora_train.run.planning import RunPlan
 from lib_lora_train.run.record import read_events
 from lib_lora_train.training.schedules import learning_rate_factor
@@ -117,9 +118,9 @@ class Diagnosing:
 
 def _rates(plan: RunPlan) -> Sequence[float]:
     """0, and the share of all of the run's learning rates that each step has."""
-    optimizer, steps = plan.settings.optimizer, plan.schedule.steps
-    factors = [learning_rate_factor(optimizer.lr_scheduler, step, total=steps, warmup=optimizer.lr_warmup_steps,
-                                    cycles=optimizer.lr_scheduler_num_cycles) for step in range(steps)]
+    steps = plan.schedule.steps
+    schedule = schedule_config(plan.settings, steps=steps)
+    factors = [learning_rate_factor(schedule, step) for step in range(steps)]
     whole = sum(factors) or 1.0
     return 0.0, *(factor / whole for factor in factors)
 

@@ -14,6 +14,7 @@ from lib_lora_train.dataset.augment import scale_and_crop, to_samples
 from lib_lora_train.dataset.buckets import buckets_for
 from lib_lora_train.dataset.held_out import HeldOutImage, name_of
 from lib_lora_train.dataset.images import read_image
+from lib_lora_train.dataset.prefetch import reading_threads
 from lib_lora_train.distributed import ProcessGroup
 from lib_lora_train.errors import DatasetError, Interrupted, TrainingError, translated
 from lib_lora_train.events import Report, Stage, Warned
@@ -22,6 +23,7 @@ from lib_lora_train.inputs.batch import Batch
 from lib_lora_train.inputs.batches import Batches, image_batch
 from lib_lora_train.inputs.latent_files import LatentDisk
 from lib_lora_train.inputs.latents import CachedLatents, FreshLatents, LatentSource
+from lib_lora_train.inputs.masks import Masks
 from lib_lora_train.inputs.text import CAPTIONS_AT_ONCE, TextCache
 from lib_lora_train.inputs.vae_batches import EncodingBudget, VaeBatches, check_finite
 from lib_lora_train.model.fingerprint import encoder_fingerprint
@@ -31,6 +33,7 @@ from lib_lora_train.run.callbacks import Pause, Stop
 from lib_lora_train.run.planning import RunPlan
 from lib_lora_train.settings import Settings
 from lib_lora_train.training.condition import CachedText, Condition, TrainedText
+from lib_lora_train.training.preservation import Preservation
 
 
 def stage(name: str, report: Report, pause: Callable[[], bool] = lambda: True) -> Callable[[int, int], None]:
@@ -84,15 +87,25 @@ def held_out_batches(images: Sequence[HeldOutImage], plan: RunPlan, model: Froze
     return found
 
 
-def batches_of(settings: Settings, source: LatentSource, group: ProcessGroup) -> Batches:
-    """The batches of all processes together."""
-    captions = settings.captions
+def batches_of(plan: RunPlan, source: LatentSource, group: ProcessGroup, *, factor: int, report: Report) -> Batches:
+    """The batches of all processes together; `factor` pixels are a latent."""
+    settings, captions, chosen = plan.settings, plan.settings.captions, plan.settings.masks
+    masks = Masks(source.dataset, source.placements, plan.masks, factor=factor, unmasked_weight=chosen.unmasked_weight,
+                  prior_weight=chosen.masked_prior_preservation_weight, threads=reading_threads(),
+                  warn=lambda text: report(Warned(text))) if plan.masks else None
     return Batches(
-        source, group=group, seed=settings.optimizer.seed,
+        source, group=group, masks=masks, seed=settings.optimizer.seed,
         train_batch_size=settings.optimizer.train_batch_size * group.world_size,
         prior_loss_weight=settings.dataset.prior_loss_weight, trigger_word=settings.dataset.trigger_word,
         shuffle_caption=captions.shuffle_caption, keep_tokens=captions.keep_tokens,
         caption_dropout_rate=captions.caption_dropout_rate, caption_tag_dropout_rate=captions.caption_tag_dropout_rate)
+
+
+def preservation_of(settings: Settings) -> Preservation:
+    """What of the model is to stay as it is."""
+    chosen = settings.preservation
+    return Preservation(kind=chosen.preservation, weight=chosen.preservation_weight, class_word=chosen.preservation_class,
+                        trigger_word=settings.dataset.trigger_word)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -133,6 +146,8 @@ def condition_of(settings: Settings, model: FrozenModel, leased: LeasedModel, ne
             return model.text.encode(batch, clip_skip=clip_skip, dtype=dtype, adapters=adapters)
 
     captions = batches.fixed_captions()
+    if captions is not None:
+        captions = (*captions, *preservation_of(settings).captions(captions))
     cache = TextCache(Adapted, clip_skip=clip_skip, one_by_one=captions is not None, kept_as=dtype)
     extra = TextCache(Adapted, clip_skip=clip_skip, one_by_one=True, kept_as=dtype)
     needs_encoders = True

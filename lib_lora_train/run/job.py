@@ -30,10 +30,11 @@ from lib_lora_train.run import resume
 from lib_lora_train.run.callbacks import MeasuredMemory, Pause, Stop, StopCallback
 from lib_lora_train.run.consistency import agree_on_data, require_equal
 from lib_lora_train.run.diagnosing import Diagnosing
-from lib_lora_train.run.inputs import batches_of, latents_of, stage
+from lib_lora_train.run.inputs import batches_of, latents_of, preservation_of, stage
 from lib_lora_train.run.measuring import MeasuredImages, Measuring
 from lib_lora_train.run.memory import encoding_budget, memory_plan, place_model
-from lib_lora_train.run.network import InitialWeights, build_network, check_sizes, ignored_by
+from lib_lora_train.run.network import InitialWeights, build_network, check_loss, check_sizes, ignored_by
+from lib_lora_train.run.optimizing import check_optimizer_device, optimizer_config, schedule_config
 from lib_lora_train.run.planning import RunPlan, plan_dataset
 from lib_lora_train.run.provenance import Provenance
 from lib_lora_train.run.sampling import SampleCallback
@@ -41,7 +42,8 @@ from lib_lora_train.run.saver import Checkpointer, NoSaver, Saver
 from lib_lora_train.run.soundness import Probe, check_weights
 from lib_lora_train.settings import Settings, named
 from lib_lora_train.training.loop import Progress, TrainConfig, train
-from lib_lora_train.training.loss import LOSSES, LossConfig
+from lib_lora_train.training.loss import LossConfig, loss_function
+from lib_lora_train.training.noise import NoiseConfig
 from lib_lora_train.training.precision import compute_dtype
 
 
@@ -77,7 +79,7 @@ def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: Initial
             plan, model, vae_tensors(leased.tensors), group, folder, report=report, stop=stop, pause=pause, budget=vae_budget)))
         plan = plan.without_damaged(dataset=source.dataset, placements=source.placements)
         _warn(plan.warnings, report)
-        batches = batches_of(settings, source, group)
+        batches = batches_of(plan, source, group, factor=model.architecture.vae.factor, report=report)
         measured = MeasuredImages.of(plan, batches, model, budget=vae_budget, group=group, report=report)
         report = diagnosing = Diagnosing(plan, batches, model, group=group, folder=folder, report=report)
 
@@ -93,9 +95,9 @@ def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: Initial
                            stop=stop, pause=pause, encode_prompts=samples.encode,
                            extra_captions=(*measured.captions, *diagnosing.texts))
 
-        config = _train_config(plan, memory, dtype=dtype)
+        config = _train_config(plan, model, memory, dtype=dtype)
         probe = Probe.of(batches, model=model, network=network, condition=text.condition, config=config.loss, seed=config.seed,
-                         continued=weights.name)
+                         noise=config.noise, continued=weights.name)
 
         saver = _saver(plan, leased, model, network, identity=identity, folder=folder, dtype=dtype, memory=memory, group=group,
                        report=report)
@@ -130,9 +132,11 @@ def _checked(plan: RunPlan, host: Host, leased: LeasedModel, model: FrozenModel,
     if point:
         resume.compare_checkpoint(leased, identity, point)
     dtype = compute_dtype(settings.memory.mixed_precision, model.device, weights=model.dtype)
+    check_optimizer_device(settings, model.device)
     check_sizes(plan, model)
+    check_loss(settings, model)
     if group.world_size > 1:
-        agree_on_data(group, dataset=resume.dataset_fingerprint(plan.dataset, plan.placements),
+        agree_on_data(group, dataset=resume.dataset_fingerprint(plan.dataset, plan.placements, plan.masks),
                       checkpoint=identity["weights"], step=point.step if point else 0, weights=weights.tensors or {},
                       dtype=dtype)
     changed = [] if point is None else resume.compare_settings(
@@ -195,7 +199,7 @@ def _checkpointer(plan: RunPlan, identity: Mapping[str, str], started_at: float,
     if point or (folder is not None and (chosen.save_state or chosen.save_state_on_train_end)):
         metadata = resume.describe(
             plan.settings, steps=plan.schedule.steps, processes=plan.processes, checkpoint=identity, started_at=started_at,
-            dataset=resume.dataset_fingerprint(plan.dataset, plan.placements), dtype=dtype,
+            dataset=resume.dataset_fingerprint(plan.dataset, plan.placements, plan.masks), dtype=dtype,
             base_dtype=memory.config.base_dtype)
     if point:
         _warn(resume.compare_data(metadata, point), report)
@@ -215,17 +219,21 @@ def _planned(plan: RunPlan, leased: LeasedModel, memory: MemoryPlan, *, dtype: t
         resumed_at=plan.resume_point.step if plan.resume_point else 0, memory=memory.text, seconds=seconds)
 
 
-def _train_config(plan: RunPlan, memory: MemoryPlan, *, dtype: torch.dtype) -> TrainConfig:
+def _train_config(plan: RunPlan, model: FrozenModel, memory: MemoryPlan, *, dtype: torch.dtype) -> TrainConfig:
     settings, schedule = plan.settings, plan.schedule
-    optimizer, loss = settings.optimizer, settings.loss
+    optimizer, loss, kept = settings.optimizer, settings.loss, settings.preservation
     unet_lr, text_encoder_lr = settings.rates
     return TrainConfig(
         steps=schedule.steps, epochs=schedule.epochs, steps_per_epoch=schedule.steps_per_epoch,
-        accumulation=optimizer.gradient_accumulation_steps, optimizer=optimizer.optimizer_type,
-        schedule=optimizer.lr_scheduler, warmup=optimizer.lr_warmup_steps, cycles=optimizer.lr_scheduler_num_cycles,
-        weight_decay=optimizer.weight_decay, max_grad_norm=optimizer.max_grad_norm, noise_offset=loss.noise_offset,
+        accumulation=optimizer.gradient_accumulation_steps, optimizer=optimizer_config(settings),
+        schedule=schedule_config(settings, steps=schedule.steps),
         unet_lr=unet_lr, text_encoder_lr=text_encoder_lr, seed=optimizer.seed,
-        loss=LossConfig(dtype=dtype, min_snr_gamma=loss.min_snr_gamma, function=LOSSES["l2"]), step=memory.config,
+        noise=NoiseConfig(**dataclasses.asdict(settings.noise)), loss=LossConfig(
+            dtype=dtype, function=loss_function(loss, model.schedule), min_snr_gamma=loss.min_snr_gamma,
+            debiased_estimation_loss=loss.debiased_estimation_loss, v_pred_like_loss=loss.v_pred_like_loss,
+            scale_v_pred_loss_like_noise_pred=loss.scale_v_pred_loss_like_noise_pred,
+            dco_beta=kept.dco_beta if kept.preservation == "dco" else 0.0), step=memory.config,
+        preservation=preservation_of(settings),
         cuda_graphs=_cuda_graphs(settings), compiled=settings.memory.torch_compile)
 
 

@@ -1,7 +1,7 @@
 """Measures the LoRA on fixed images and noise while it is trained, and changes nothing of the training.
 
 Everything here is a function of the run's seed and the weights: nothing draws from torch's random state, writes to the
-optimizer or takes a batch from the prefetcher. What is measured are the weights that are trained, as the next step finds them.
+optimizer or takes a batch from the prefetcher. What is measured are the weights that would be saved.
 Rank 0 alone measures; the other processes wait at their next exchange. Whatever goes wrong is told once and ends nothing.
 """
 
@@ -144,12 +144,14 @@ class Measuring:
         if self._measured != progress.step:
             self._measure(progress, path=path)
         images = []
-        for image in self._images.looked_at:
-            pair = None if stop() else self._attempt(lambda image=image: [
-                statistics.fmean(self._loss.of([image], adapted=adapted)[0]) for adapted in (True, False)], step=progress.step)
-            if pair is None:
-                break
-            images.append((image.name, *pair))
+        with progress.weights():
+            for image in self._images.looked_at:
+                pair = None if stop() else self._attempt(lambda image=image: [
+                    statistics.fmean(self._loss.of([image], adapted=adapted)[0]) for adapted in (True, False)],
+                    step=progress.step)
+                if pair is None:
+                    break
+                images.append((image.name, *pair))
         if images:
             self._report(ImageLosses(progress.step, *zip(*images, strict=True)))
 
@@ -157,7 +159,8 @@ class Measuring:
         if self._unadapted is None:
             return
         progress.flush()  # so that what is told is told in order
-        found = self._attempt(lambda: (self._bands(adapted=True), self._loss.strength()), step=progress.step)
+        with progress.weights():
+            found = self._attempt(lambda: (self._bands(adapted=True), self._loss.strength()), step=progress.step)
         if found is None:
             progress.release()
             return

@@ -35,6 +35,7 @@ from lib_lora_train.model.ops.quantised import quantised
 from lib_lora_train.model.sd.text import CHUNK
 from lib_lora_train.run.callbacks import Pause, Stop
 from lib_lora_train.run.inputs import Text, condition_of
+from lib_lora_train.run.optimizing import traits_of
 from lib_lora_train.run.planning import RunPlan
 from lib_lora_train.run.resume import quantized_dtype
 from lib_lora_train.run.selection import select, targets_of_file
@@ -65,12 +66,16 @@ def plan_for(plan: RunPlan, *, tensors: Mapping[str, Tensor], architecture: Arch
         chunks=chunks_in_longest(example.caption for example in plan.dataset.examples),
         text_checkpointed=memory.gradient_checkpointing,
         encoded=min(memory.vae_batch_size or 1, batch) if settings.encodes_in_steps else 0,
+        optimizer_bytes=traits_of(settings).state_bytes,
         sampled=max(((p.request.width, p.request.height) for p in plan.prompts), key=math.prod, default=None))
+    kept = settings.preservation.preservation
+    again = kept in ("dop", "blank")
+    compared = kept == "dco" or bool(plan.masks and settings.masks.masked_prior_preservation_weight)
     on_device = [t for t in (*tensors.values(), *ours) if t.device.type in (device.type, "meta")]
     return plan_memory(tensors, architecture, workload, batch=batch, memory=memory,
                        budget=budget_of(memory.memory_budget, device, ours=size_of(on_device)),
                        parts_on_cpu=parts_not_needed(settings, device), resumed_base_dtype=resumed_base_dtype,
-                       should_stop=should_stop)
+                       references=again + compared, repeats=1 + again, should_stop=should_stop)
 
 
 def chunks_in_longest(captions: Iterable[str]) -> int:

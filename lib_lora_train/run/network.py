@@ -78,6 +78,17 @@ def check_sizes(plan: RunPlan, model: FrozenModel) -> None:
                                       f"{multiple}")
 
 
+def check_loss(settings: Settings, model: FrozenModel) -> None:
+    """Raises SettingError for a loss that is not one for what the model predicts (as sd-scripts' `verify_training_args`)."""
+    loss, v = settings.loss, model.schedule.prediction_type == "v_prediction"
+    for name, chosen, wrong, what in (
+            ("scale_v_pred_loss_like_noise_pred", loss.scale_v_pred_loss_like_noise_pred, not v, "noise"),
+            ("v_pred_like_loss", loss.v_pred_like_loss, v, "v")):
+        if chosen and wrong:
+            raise SettingError(f"{named(name)} is not possible with this model", why=f"it predicts {what}", remedy="switch it "
+                               f"off, or set {named('v_parameterization')} if the model predicts something else")
+
+
 def ignored_by(model: FrozenModel, settings: Settings) -> list[str]:
     """A sentence for each setting that has no effect on this kind of model or device."""
     notes = []

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lib_lora_train.dataset import held_out
@@ -15,6 +15,8 @@ from lib_lora_train.dataset.buckets import Placement, buckets_for
 from lib_lora_train.dataset.examples import Dataset, assign_buckets, visits_by_bucket, with_repeats
 from lib_lora_train.dataset.folder import read_folder
 from lib_lora_train.dataset.held_out import HeldOutImage
+from lib_lora_train.dataset.listing import MayRead
+from lib_lora_train.dataset.masks import masks_of, white_share
 from lib_lora_train.dataset.plan import Plan, plan_run
 from lib_lora_train.dataset.progress import Progress, ShouldStop
 from lib_lora_train.distributed import SINGLE_PROCESS, ProcessGroup
@@ -25,13 +27,13 @@ from lib_lora_train.inputs.latent_files import CACHE_FOLDER
 from lib_lora_train.model.family import training_sizes
 from lib_lora_train.model.sampler import SampleRequest
 from lib_lora_train.run.consistency import agree_on_settings
+from lib_lora_train.run.optimizing import check_optimizer, ignored_by_optimizer, in_steps
 from lib_lora_train.run.output import checked_name, destination
 from lib_lora_train.run.resume import ResumePoint, find, with_recorded_split
 from lib_lora_train.run.selection import check_family
-from lib_lora_train.settings import DECLARATIONS, Settings, flat, ignored, named, parse
+from lib_lora_train.settings import DECLARATIONS, Settings, flat, ignored, named, no_effect, parse
 from lib_lora_train.settings.allowed_paths import AllowedPaths, check_allowed
 from lib_lora_train.settings.risks import risks
-from lib_lora_train.training.optimizers import spec_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +48,7 @@ class RunPlan:
     target          the LoRA's file; its name is free
     resume_point    where the run goes on, None for a new run
     held_out        images to measure on, which are not trained unless `held_out_derived` (see `held_out.Split`)
-        processes=processes, schedule=schedule, prompts=prompts, held_out=split.held_out, held_out_derived=split.derived,
-        notes=split.notes if split.derived else (),
+    masks           {image: its mask} of those that are not learnt whole, `white_share` what that leaves of them, about
     """
 
     settings: Settings
@@ -63,6 +64,8 @@ class RunPlan:
     held_out: tuple[HeldOutImage, ...] = ()
     held_out_derived: bool = False
     notes: tuple[str, ...] = ()
+    masks: Mapping[Path, Path] = dataclasses.field(default_factory=dict)
+    white_share: float = 1.0
     prompts: tuple[SamplePrompt, ...] = ()
 
     @property
@@ -92,7 +95,15 @@ class RunPlan:
             f"; {len(self.held_out)} of {len(self.held_out) + self.dataset.images} pictures kept back to measure on")
         return (f"{counted(self.dataset.images, 'picture')} × {shown}{with_reg}, {counted(schedule.epochs, 'epoch')}, "
                 f"{counted(len(schedule.buckets), 'bucket')} at {width}×{height} "
-                f"= {counted(schedule.steps, 'step')}{f' of {self.processes} processes' if self.processes > 1 else ''}{kept}")
+                f"= {counted(schedule.steps, 'step')}{f' of {self.processes} processes' if self.processes > 1 else ''}"
+                f"{kept}{self._masked}")
+
+    @property
+    def _masked(self) -> str:
+        """How many images have a mask, and what it leaves of them; "" where none has."""
+        masked = sum(example.path in self.masks for example in self.dataset.examples)
+        return "" if not masked else (f"; {masked} of {counted(self.dataset.images, 'picture')} with a mask, about "
+                                      f"{self.white_share:.0%} of the area is learnt")
 
 
 def plan_job(settings: Settings, host: Host, *, on_progress: Progress | None = None,
@@ -100,6 +111,7 @@ def plan_job(settings: Settings, host: Host, *, on_progress: Progress | None = N
     """The plan of a run that can start: the name is free, the output folder is there and can be written to. Raises UserError;
     no image is decoded. All processes of a `group` call this, and are refused where their settings differ."""
     check_allowed(settings, host.allowed)
+    check_optimizer(settings, built=True)
     agree_on_settings(group, settings)
     resume_point = find(settings.save.resume, host.runs_folder) if settings.save.resume else None
     settings = with_recorded_split(_with_seed(settings, resume_point, group), resume_point)
@@ -122,7 +134,7 @@ def plan_dataset(settings: Settings, *, family: str, allowed: AllowedPaths | Non
     dataset_settings, optimizer = settings.dataset, settings.optimizer
     if not dataset_settings.train_data_dir:
         raise DatasetError("No dataset folder was given", remedy="choose a folder of pictures")
-    spec_of(optimizer.optimizer_type)  # an unknown one is refused here, before anything is read
+    check_optimizer(settings)  # what is not possible is refused here, before anything is read
     check_family(settings.network, family)
     buckets = buckets_for(dataset_settings, sizes=training_sizes(family))
     may_read = allowed.may_read if allowed else None
@@ -137,13 +149,29 @@ def plan_dataset(settings: Settings, *, family: str, allowed: AllowedPaths | Non
     dataset, placements = assign_buckets(with_repeats(
         split.training, max_train_epochs=optimizer.max_train_epochs, num_repeats=dataset_settings.num_repeats), buckets)
     schedule = _schedule(settings, dataset, placements, processes=processes)
+    masks, unmasked = _masks(settings, dataset, may_read)
     settings, prompts = _with_prompts(settings, split.held_out, dataset, resolution=buckets.resolution)
     return RunPlan(
         settings=settings, family=family, dataset=dataset, placements=placements, resolution=buckets.resolution,
         processes=processes, schedule=schedule, prompts=prompts, held_out=split.held_out, held_out_derived=split.derived,
-        notes=split.notes if split.derived else (),
-        warnings=(*ignored(settings), *risks(settings, steps=schedule.steps, images=dataset.images, processes=processes,
-                                             epoch=schedule.steps_per_epoch), *(problem.text for problem in dataset.problems)))
+        notes=split.notes if split.derived else (), masks=masks, white_share=white_share(masks),
+        warnings=(*ignored(settings), *ignored_by_optimizer(settings), *unmasked,
+                  *risks(settings, steps=schedule.steps, images=dataset.images, processes=processes,
+                         epoch=schedule.steps_per_epoch),
+                  *(problem.text for problem in dataset.problems)))
+
+
+def _masks(settings: Settings, dataset: Dataset, may_read: MayRead | None) -> tuple[Mapping[Path, Path], list[str]]:
+    """The masks that the settings ask for, and a sentence where there are none. Raises DatasetError."""
+    chosen = settings.masks
+    if not (chosen.masked_loss or chosen.alpha_mask):
+        return {}, []
+    masks = masks_of(dataset, files=chosen.masked_loss, alpha=chosen.alpha_mask, may_read=may_read,
+                     folder=Path(chosen.conditioning_data_dir) if chosen.conditioning_data_dir else None)
+    where = "paint one on the dataset page, or put it at masks/a.png for the picture a" if chosen.masked_loss else (
+        f"take pictures that are transparent in part, or {named('masked_loss')} with masks")
+    return masks, [] if masks else [no_effect("masked_loss" if chosen.masked_loss else "alpha_mask",
+                                              f"no picture has a mask, and all of each is learnt; {where}")]
 
 
 def output_folder(settings: Settings, host: Host) -> Path:
@@ -174,9 +202,8 @@ def _frozen(plan: RunPlan) -> Settings:
     absolute = {name: str(Path(str(values[name])).absolute()) for name, declaration in DECLARATIONS.items()
                 if declaration.is_path and name != "resume" and values[name]}
     repeats = plan.dataset.examples[0].repeats if plan.dataset.layout == "plain" else values["num_repeats"]
-    warmup = plan.settings.optimizer.lr_warmup_steps
-    steps = int(warmup * plan.schedule.steps) if warmup < 1 else warmup
-    return parse({**values, **absolute, "num_repeats": repeats, "lr_warmup_steps": steps})
+    shares = {name: in_steps(values[name], plan.schedule.steps) for name in ("lr_warmup_steps", "lr_decay_steps")}
+    return parse({**values, **absolute, **shares, "num_repeats": repeats})
 
 
 def _with_prompts(settings: Settings, held_out_images: Sequence[HeldOutImage], dataset: Dataset, *,

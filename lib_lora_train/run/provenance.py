@@ -8,9 +8,9 @@ from lib_lora_train.adapters.metadata import TrainingMetadata, describe
 from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.host.port import LeasedModel
 from lib_lora_train.model.frozen import FrozenModel
+from lib_lora_train.run.optimizing import optimizer_name
 from lib_lora_train.run.planning import RunPlan
 from lib_lora_train.settings import flat
-from lib_lora_train.training.optimizers import spec_of
 
 
 class Provenance:
@@ -31,7 +31,7 @@ class Provenance:
             zero_terminal_snr=model.architecture.zero_terminal_snr, resolution=plan.resolution,
             dim=network.usual_size[0], alpha=network.usual_size[1], network_module=network.kind.network_module,
             network_args=network.arguments(),
-            optimizer=spec_of(settings.optimizer.optimizer_type).class_name,
+            optimizer=optimizer_name(settings),
             steps=step, epoch=epoch, total_epochs=schedule.epochs, total_steps=schedule.steps,
             batches_per_epoch=schedule.batches_per_epoch, batch_size=settings.optimizer.train_batch_size,
             processes=plan.processes, started_at=self.started_at, finished_at=time.time(),
@@ -49,7 +49,7 @@ class Provenance:
         optimizer = self._plan.settings.optimizer
         values["unet_lr"] = optimizer.unet_lr or optimizer.learning_rate
         values["text_encoder_lr"] = None if self._plan.settings.network.network_train_unet_only else optimizer.text_encoder_lr
-        for name in ("min_snr_gamma", "noise_offset"):
+        values["debiased_estimation"] = values["debiased_estimation_loss"]
+        for name in ("min_snr_gamma", "noise_offset", "adaptive_noise_scale", "multires_noise_iterations", "ip_noise_gamma"):
             values[name] = values[name] or None
         return values
-

@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -32,16 +33,16 @@ from lib_lora_train.training.checkpoint import FILE_NAME, TrainingState
 
 # Other values of these do not fit the saved weights and moments.
 FIXED = frozenset({"network_dim", "network_alpha", "network_train_unet_only", "network_weights", "optimizer_type",
-                   "network_targets", "conv_dim", "conv_alpha"})
+                   "optimizer_args", "network_targets", "conv_dim", "conv_alpha"})
 # These change none of the steps to come. The files below changed paths are compared apart, and so is the length of the run,
 # which matters to the schedule.
 FREE = frozenset({
-    "train_data_dir", "reg_data_dir", "cache_latents_to_disk", "vae_batch_size", "gradient_checkpointing", "memory_plan",
-    "memory_budget", "cpu_offload_checkpointing", "channels_last", "max_train_steps", "max_train_epochs", "output_name",
-    "output_dir", "overwrite", "save_precision", "save_every_n_epochs", "save_every_n_steps", "save_state",
-    "save_state_every_n_minutes", "save_state_on_train_end", "resume", "training_comment", "yield_to_generations",
-    "cuda_graphs", "num_repeats", "validation", "validate_every_n_steps", "early_stopping", "sample_images", "sample_prompts",
-    "sample_every_n_steps", "sample_every_n_epochs", "sample_at_first"})
+    "train_data_dir", "reg_data_dir", "conditioning_data_dir", "cache_latents_to_disk", "vae_batch_size",
+    "gradient_checkpointing", "memory_plan", "memory_budget", "cpu_offload_checkpointing", "channels_last", "max_train_steps",
+    "max_train_epochs", "output_name", "output_dir", "overwrite", "save_precision", "save_every_n_epochs",
+    "save_every_n_steps", "save_state", "save_state_every_n_minutes", "save_state_on_train_end", "resume", "training_comment",
+    "yield_to_generations", "cuda_graphs", "num_repeats", "validation", "validate_every_n_steps", "early_stopping",
+    "sample_images", "sample_prompts", "sample_every_n_steps", "sample_every_n_epochs", "sample_at_first"})
 _DIFFERENT = "the result will not be that of an uninterrupted run."
 _END = 1 << 16  # bytes at each end of an image file that go into the fingerprint
 
@@ -202,18 +203,20 @@ def compare_data(now: Mapping[str, Any], resume_point: ResumePoint) -> list[str]
     return warnings
 
 
-def dataset_fingerprint(dataset: Dataset, placements: Sequence[Placement]) -> str:
+def dataset_fingerprint(dataset: Dataset, placements: Sequence[Placement], masks: Mapping[Path, Path] = MappingProxyType({})
+                        ) -> str:
     """The sha256 of the dataset as the run sees it: names, captions, repeats, crops, and the length and both ends of each
-    image file. Its folder's path does not matter. Raises OutputError where a file is gone."""
+    image file and of its mask. Its folder's path does not matter. Raises OutputError where a file is gone."""
     digest = hashlib.sha256()
     with translated("reading the pictures"):
         for example, placement in zip(dataset.examples, placements, strict=True):
             about = (example.folder, example.path.name, example.caption, example.repeats, example.is_regularisation,
                      placement.bucket, placement.resized, placement.crop)
             digest.update(json.dumps(about).encode())
-            with example.path.open("rb") as file:
-                digest.update(file.read(_END))
-                size = file.seek(0, os.SEEK_END)
-                file.seek(max(_END, size - _END))
-                digest.update(file.read() + str(size).encode())
+            for path in filter(None, (example.path, masks.get(example.path))):
+                with path.open("rb") as file:
+                    digest.update(file.read(_END))
+                    size = file.seek(0, os.SEEK_END)
+                    file.seek(max(_END, size - _END))
+                    digest.update(file.read() + str(size).encode())
     return digest.hexdigest()

@@ -21,9 +21,9 @@ from lib_lora_train.settings import named
 from lib_lora_train.training.condition import Condition
 from lib_lora_train.training.loop import Progress
 from lib_lora_train.training.loss import LossConfig, denoising_loss, zero_prediction_loss
-from lib_lora_train.training.noise import draw
+from lib_lora_train.training.noise import NoiseConfig, draw
 
-_LEVELS = 2  # noise levels of the probe, evenly over the schedule
+_LEVELS = 2  # noise levels of the probe, evenly over those that are trained
 _WORSE = 1.5
 """The model with a LoRA is at most so many times as far off as without, on a picture of the LoRA's own: training lowers it."""
 _MOST_STRENGTH = 1.0  # good LoRAs stay below a third
@@ -60,16 +60,17 @@ class Probe:
 
     @classmethod
     def of(cls, batches: Batches, *, model: FrozenModel, network: AdapterNetwork, condition: Condition, config: LossConfig,
-           seed: int, continued: str) -> Probe:
+           seed: int, noise: NoiseConfig, continued: str) -> Probe:
         """One with the first image of the run's first batch. Raises TrainingError or ModelError where the model's loss is not a
         number, and LoraFileError where the LoRA of the file `continued` ("" for a new one) makes it none."""
         batch = batches.finish(batches.prepare(1, 0, indices=batches.order(1)[0]))
-        shape, steps = batch["mean"].shape[1:], len(model.schedule)
-        draws = draw((_LEVELS, *shape), seed=seed, step=0, micro=0, timesteps=steps)
-        draws["timesteps"] = torch.arange(1, 2 * _LEVELS, 2) * steps // (2 * _LEVELS)
+        shape, (low, high) = batch["mean"].shape[1:], noise.timestep_range(len(model.schedule))
+        draws = draw((_LEVELS, *shape), seed=seed, step=0, micro=0, timesteps=len(model.schedule))
+        draws["timesteps"] = low + torch.arange(1, 2 * _LEVELS, 2) * (high - low) // (2 * _LEVELS)
         image = batch.extended({**condition.prepare(batch.captions), "weight": torch.ones(len(batch))}).rows(slice(0, 1))
         rows = tuple(image.extended({name: tensor[level:level + 1] for name, tensor in draws.items()}).to(model.device)
                      for level in range(_LEVELS))
+        config = dataclasses.replace(config, dco_beta=0.0)  # of the picture alone, not beside the model without the LoRA
         probe = cls(model, network, condition, config, rows)
         return dataclasses.replace(probe, unadapted=_unless_full(lambda: probe.check_model(continued=continued)))
 
@@ -116,9 +117,10 @@ class Probe:
         """What the LoRA is worth after a training, and why where it is ruined."""
         if not self.model.unet.tensors or self.unadapted is None:
             return "", ""  # the run was stopped while others had the model, or had no memory to look
-        return _unless_full(lambda: verdict_of(
-            loss=self.loss(adapted=True), unadapted=self.unadapted, zero_loss=self.zero_loss(), strength=self.strength(),
-            skipped=progress.skipped / max(1, progress.step))) or ("", "")
+        with progress.weights():
+            return _unless_full(lambda: verdict_of(
+                loss=self.loss(adapted=True), unadapted=self.unadapted, zero_loss=self.zero_loss(), strength=self.strength(),
+                skipped=progress.skipped / max(1, progress.step))) or ("", "")
 
 
 def verdict_of(*, loss: float, unadapted: float, zero_loss: float, strength: float, skipped: float) -> tuple[Verdict, str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from lib_lora_train.errors import SettingError
 from lib_lora_train.settings import kohya
@@ -15,7 +15,6 @@ from lib_lora_train.settings.areas import (
     CaptionSettings,
     DatasetSettings,
     EvaluationSettings,
-    LossSettings,
     MemorySettings,
     OptimizerSettings,
     SaveSettings,
@@ -23,6 +22,7 @@ from lib_lora_train.settings.areas import (
 from lib_lora_train.settings.field import Declaration, Value, declarations, read
 from lib_lora_train.settings.field import user_path as user_path
 from lib_lora_train.settings.field import with_home as with_home
+from lib_lora_train.settings.loss import LossSettings, MaskSettings, NoiseSettings, PreservationSettings
 from lib_lora_train.settings.network import NetworkSettings
 
 
@@ -35,6 +35,9 @@ class Settings:
     network: NetworkSettings = NetworkSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     loss: LossSettings = LossSettings()
+    noise: NoiseSettings = NoiseSettings()
+    masks: MaskSettings = MaskSettings()
+    preservation: PreservationSettings = PreservationSettings()
     memory: MemorySettings = MemorySettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     save: SaveSettings = SaveSettings()
@@ -51,6 +54,12 @@ class Settings:
         return self.dataset.color_aug or self.dataset.random_crop
 
 
+_OF_SCHEDULES = {
+    "lr_scheduler_num_cycles": ("cosine_with_restarts", "cosine_with_min_lr", "warmup_stable_decay"),
+    "lr_scheduler_power": ("polynomial",), "lr_decay_steps": ("warmup_stable_decay",),
+    "lr_scheduler_min_lr_ratio": ("cosine_with_min_lr", "warmup_stable_decay", "polynomial"),
+    "lr_scheduler_timescale": ("inverse_sqrt",)}
+"""Settings that only these schedules look at."""
 AREAS: dict[str, type] = {field.name: type(field.default) for field in dataclasses.fields(Settings)}
 DECLARATIONS: dict[str, Declaration] = {
     declaration.name: declaration for area in AREAS.values() for declaration in declarations(area)}
@@ -70,8 +79,7 @@ def parse(values: Mapping[str, object]) -> Settings:
     """Settings from names and values as typed; what is not named keeps its default. Raises SettingError for unknown names
     (all of them, with what a name of kohya's is here or the nearest known one), a wrong type or a value out of range, and for
     settings that contradict each other."""
-    if unknown := [name for name in values if name not in DECLARATIONS]:
-        raise _unknown(unknown)
+    refuse_unknown(values)
     areas = {
         name: area(**{d.name: read(d, values[d.name]) for d in declarations(area) if d.name in values})
         for name, area in AREAS.items()}
@@ -83,8 +91,13 @@ def parse(values: Mapping[str, object]) -> Settings:
     return settings
 
 
+def refuse_unknown(values: Iterable[str]) -> None:
+    """Raise SettingError for the names that are no settings, all of them at once."""
+    if names := [name for name in values if name not in DECLARATIONS]:
+        raise _unknown(names)
+
+
 def _unknown(names: Sequence[str]) -> SettingError:
-    """The refusal of all names that are no settings."""
     known = kohya.explanations()
     near = {name: difflib.get_close_matches(name, [*DECLARATIONS, *known], n=1) for name in names}
     told = {name: known.get(name) or "".join(f"did you mean {other!r}?" for other in near[name]) for name in names}
@@ -130,8 +143,9 @@ def ignored(settings: Settings) -> list[str]:
 
     if not (now["shuffle_caption"] or now["caption_tag_dropout_rate"]):
         unused("tags are neither shuffled nor dropped", "keep_tokens")
-    if now["lr_scheduler"] != "cosine_with_restarts":
-        unused(f"the schedule is {now['lr_scheduler']}", "lr_scheduler_num_cycles")
+    for name, schedules in _OF_SCHEDULES.items():
+        if now["lr_scheduler"] not in schedules:
+            unused(f"the schedule is {now['lr_scheduler']}", name)
     if now["unet_lr"]:
         unused(f"{named('unet_lr')} takes its place", "learning_rate")
     if now["network_weights"]:
@@ -164,7 +178,34 @@ def ignored(settings: Settings) -> list[str]:
         unused(f"{named('sample_every_n_epochs')} takes its place", "sample_every_n_steps")
     if now["max_train_steps"]:
         unused(f"{named('max_train_steps')} says when to end", "max_train_epochs")
+    _ignored_of_loss(now, unused)
     return [no_effect(name, why) for name, why in found]
+
+
+def _ignored_of_loss(now: Mapping[str, Value], unused: Callable[..., None]) -> None:
+    """The part of `ignored` that is about loss, noise, masks and preservation."""
+    if now["loss_type"] not in ("huber", "smooth_l1"):
+        unused(f"the loss is {now['loss_type']}", "huber_schedule", "huber_c", "huber_scale")
+    elif now["huber_schedule"] == "snr":
+        unused("the schedule snr has no scale", "huber_scale")
+    if not now["noise_offset"]:
+        unused(f"there is no {named('noise_offset')}", "noise_offset_random_strength", "adaptive_noise_scale")
+    if not now["multires_noise_iterations"]:
+        unused(f"there is no {named('multires_noise_iterations')}", "multires_noise_discount")
+    if not now["ip_noise_gamma"]:
+        unused(f"there is no {named('ip_noise_gamma')}", "ip_noise_gamma_random_strength")
+    if not now["masked_loss"]:
+        unused(f"{named('masked_loss')} is off", "conditioning_data_dir")
+    if not (now["masked_loss"] or now["alpha_mask"]):
+        unused(f"neither {named('masked_loss')} nor {named('alpha_mask')} is on", "unmasked_weight",
+               "masked_prior_preservation_weight")
+    kind = now["preservation"]
+    if kind not in ("dop", "dco"):
+        unused(f"{named('preservation')} is {kind}", "preservation_class")
+    if kind not in ("dop", "blank"):
+        unused(f"{named('preservation')} is {kind}", "preservation_weight")
+    if kind != "dco":
+        unused(f"{named('preservation')} is {kind}", "dco_beta")
 
 
 def _unused_of_convolutions(now: Mapping[str, Value], unused: Callable[..., None]) -> None:
@@ -190,3 +231,18 @@ def _check(settings: Settings) -> None:
     if dataset.bucket_reso_steps % 8:
         raise SettingError(f"{named('bucket_reso_steps')} = {dataset.bucket_reso_steps} is not possible",
                            why="it must be a multiple of 8, the size of one latent")
+    noise, loss, kept = settings.noise, settings.loss, settings.preservation
+    if noise.min_timestep >= noise.max_timestep:
+        raise SettingError(f"{named('min_timestep')} = {noise.min_timestep} is not possible",
+                           why=f"{named('max_timestep')} = {noise.max_timestep} is not above it",
+                           remedy=f"lower it to {noise.max_timestep - 1} or less")
+    if loss.scale_v_pred_loss_like_noise_pred and loss.v_pred_like_loss:
+        raise SettingError(
+            f"{named('scale_v_pred_loss_like_noise_pred')} and {named('v_pred_like_loss')} are not possible together",
+            why="one is for models that predict v, the other for those that predict noise", remedy="switch one of them off")
+    for name, needed, what in (("preservation_class", kept.preservation_class, "cat for a cat's name"),
+                               ("trigger_word", settings.dataset.trigger_word, "the word that calls what is learnt")):
+        if kept.preservation == "dop" and not needed:
+            raise SettingError(f"{named('preservation')} = dop needs {named(name)}",
+                               why="it puts the class word in the trigger word's place",
+                               remedy=f"write {what}, or take blank or dco, which can do without")

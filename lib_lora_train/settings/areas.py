@@ -95,41 +95,43 @@ class OptimizerSettings:
         5e-5, "Text encoder learning rate", "Used when the text encoder is trained. Half of the UNet's is usual.",
         minimum=0, maximum=10)
     optimizer_type: str = setting(
-        "AdamW", "Optimizer", "The method that turns gradients into changes.", choices=("AdamW",), open_choice=True)
+        "AdamW", "Optimizer", "The method that turns gradients into changes. AdamW suits most; Prodigy, DAdapt and "
+        "ProdigyPlus find the learning rate themselves (set it to 1), schedule-free ones need no schedule. Some need a "
+        "package, which is named. module.Class is any other.",
+        choices=("AdamW", "AdamW8bit", "PagedAdamW8bit", "Lion", "Lion8bit", "SGDNesterov", "Adafactor", "CAME", "DAdaptAdam",
+                 "DAdaptLion", "Prodigy", "AdamWScheduleFree", "RAdamScheduleFree", "ProdigyPlusScheduleFree",
+                 "RiemannianAdamW"), open_choice=True)
+    optimizer_args: str = setting(
+        "", "Optimizer arguments", "What the optimizer is told besides, as its own description has it: betas=0.9,0.99 "
+        "d_coef=2. Usually empty.", list_of_texts=True)
     weight_decay: float = setting(
         0.01, "Weight decay", "Pulls weights gently towards zero.", minimum=0, maximum=1, step=0.01)
     lr_scheduler: str = setting(
-        "cosine", "Schedule", "How the learning rate changes over the run.",
-        choices=("constant", "linear", "cosine", "cosine_with_restarts"))
+        "cosine", "Schedule", "How the learning rate changes over the run; the curve beside it shows it.",
+        choices=("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr",
+                 "polynomial", "warmup_stable_decay", "rex", "inverse_sqrt", "adafactor"))
     lr_warmup_steps: int = setting(
         0, "Warm-up steps", "Steps over which the learning rate rises from zero; below 1, a share of the run's steps.",
         minimum=0, maximum=1_000_000, or_share=True)
     lr_scheduler_num_cycles: int = setting(
-        1, "Restarts", "Cycles of the schedule cosine_with_restarts.", minimum=1, maximum=1000)
+        1, "Restarts", "Cycles of the schedule cosine_with_restarts, or half waves of cosine_with_min_lr and "
+        "warmup_stable_decay.", minimum=1, maximum=1000)
+    lr_scheduler_power: float = setting(
+        1.0, "Power", "Of the schedule polynomial: 1 is a line, more falls sooner.", minimum=0.01, maximum=100, step=0.5)
+    lr_scheduler_min_lr_ratio: float = setting(
+        0.0, "Floor", "The share of the learning rate that is left at the end of cosine_with_min_lr, warmup_stable_decay and "
+        "polynomial.", minimum=0, maximum=1, step=0.05)
+    lr_decay_steps: int = setting(
+        0, "Decay steps", "How long the schedule warmup_stable_decay falls at the end; below 1, a share of the run's steps. "
+        "Empty or 0 is a tenth.", minimum=0, maximum=1_000_000, or_share=True, zero="auto")
+    lr_scheduler_timescale: int = setting(
+        0, "Time scale", "Steps in which the schedule inverse_sqrt slows down. Empty or 0 is the warm-up, or 10,000.",
+        minimum=0, maximum=10_000_000, zero="auto")
     max_grad_norm: float = setting(
         1.0, "Gradient clipping", "Longest gradient that is allowed. 0 switches clipping off.", minimum=0, maximum=1000,
         step=0.1)
     seed: int = setting(
         42, "Seed", "The same seed gives the same LoRA on the same machine. -1 draws one.", minimum=-1, maximum=2**32 - 1)
-
-
-@dataclasses.dataclass(frozen=True)
-class LossSettings:
-    """Noise and loss."""
-
-    min_snr_gamma: float = setting(
-        5.0, "Min-SNR gamma", "Evens out easy and hard noise levels (arXiv 2303.09556). 5 is usual, 0 switches it off.",
-        minimum=0, maximum=100, step=0.5)
-    noise_offset: float = setting(
-        0.0, "Noise offset", "Lets the LoRA learn very dark or bright pictures. 0.05 to 0.1 where wanted.", minimum=0,
-        maximum=1, step=0.01)
-    v_parameterization: str = setting(
-        "auto", "v-prediction", "What the model predicts: on is v, off is the noise (epsilon). auto takes what the checkpoint "
-        "or the WebUI says; set it where neither does, as for SD2 768 models without their .yaml (on).",
-        choices=("auto", "on", "off"))
-    zero_terminal_snr: str = setting(
-        "auto", "Zero terminal SNR", "The noise schedule ends in pure noise (arXiv 2305.08891). auto asks the model.",
-        choices=("auto", "on", "off"))
 
 
 @dataclasses.dataclass(frozen=True)

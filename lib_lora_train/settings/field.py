@@ -37,7 +37,7 @@ class Declaration:
     `choices` are suggestions, and any other text is passed on to the code that knows what it names. With `or_share` a number
     between 0 and 1 is possible where the type is int. `zero` is the word for a 0 that stands for "auto" or "none": a page shows
     it in an empty field, and `read` takes it, or nothing, as 0. A text of `several_lines` may lie in a file that is named
-    instead."""
+    instead. For a `list_of_texts` a list may stand, which is joined by spaces."""
 
     name: str
     type: type
@@ -54,6 +54,7 @@ class Declaration:
     or_share: bool = False
     zero: str = ""
     several_lines: bool = False
+    list_of_texts: bool = False
 
     @property
     def named(self) -> str:
@@ -69,11 +70,12 @@ def setting(
     default: Value, label: str, help: str, *, minimum: float | None = None, maximum: float | None = None,
     step: float | None = None, choices: tuple[str, ...] = (), in_view: bool = False, is_path: bool = False,
     open_choice: bool = False, or_share: bool = False, zero: str = "", several_lines: bool = False,
+    list_of_texts: bool = False,
 ) -> Any:
     """A dataclass field that declares a setting; its name and type come from the class it stands in."""
     return dataclasses.field(default=default, metadata={"declaration": Declaration(
         "", type(default), default, label, help, minimum, maximum, step, choices, in_view, is_path, open_choice, or_share,
-        zero, several_lines)})
+        zero, several_lines, list_of_texts)})
 
 
 def declarations(area: type) -> tuple[Declaration, ...]:
@@ -181,6 +183,8 @@ def _to_float(declaration: Declaration, value: object) -> float:
 def _to_str(declaration: Declaration, value: object) -> str:
     if isinstance(value, (list, tuple)) and value and all(type(number) is int for number in value):
         value = ",".join(map(str, value))  # width and height
+    if declaration.list_of_texts and isinstance(value, (list, tuple)) and all(isinstance(text, str) for text in value):
+        value = " ".join(value)
     if isinstance(value, (list, tuple, dict)) or value is None:
         raise _refused(declaration, value, "it must be text")
     text = str(value).strip()

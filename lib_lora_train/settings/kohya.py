@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -11,9 +12,14 @@ from lib_lora_train.errors import counted
 from lib_lora_train.settings.kohya_network import adopted_network
 from lib_lora_train.settings.toml import tables
 
-_EIGHT_BIT_OR_PAGED = ("adamw8bit", "pagedadamw8bit", "pagedadamw", "pagedadamw32bit")
-_SAME_METHOD = {("lr_scheduler", "constant_with_warmup"): "constant"} | {
-    ("optimizer_type", name): "AdamW" for name in _EIGHT_BIT_OR_PAGED}
+_SAME_METHOD = {"pagedadamw": "AdamW", "pagedadamw32bit": "AdamW"}
+_EIGHT_BIT = {"adamw8bit": "AdamW", "pagedadamw8bit": "AdamW", "lion8bit": "Lion"}
+_DECAYING = ("", "adamw", "adamw8bit", "pagedadamw8bit", "pagedadamw", "pagedadamw32bit")
+"""Optimizers whose weight decay is 0.01 in kohya's scripts, where none is given."""
+
+_OTHER_NOISE = {"original": ("multires_noise_iterations", "multires_noise_discount"),
+                "multires": ("noise_offset", "noise_offset_random_strength", "adaptive_noise_scale")}
+"""kohya_ss's noise_offset_type -> what it stores beside it and does not use (its lora_gui.py)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,19 +54,14 @@ def adopted(values: Mapping[str, object]) -> tuple[dict[str, object], list[str]]
     return dict(found.values), notes
 
 
-def adopt(values: Mapping[str, object]) -> Adopted:
-    """A file's values with kohya's names and conventions made ours."""
+def adopt(values: Mapping[str, object], *, foreign: bool = False) -> Adopted:
+    """A file's values with kohya's names and conventions made ours. One with names that only kohya has is `foreign` in any
+    case: where both epochs and steps stand in it, and for what it leaves out, it means what kohya's scripts do."""
     table = _table()
     values, became = adopted_network(values)
     theirs = {name: value for name, value in values.items() if name in explanations()}
     ours = {name: value for name, value in values.items() if name not in theirs and value not in ("", None)}
     left = {name: value for name, value in theirs.items() if not changes_nothing(name, value)}
-    arguments = left.get("optimizer_args", "")  # a text, or a list of texts
-    arguments = arguments.split() if isinstance(arguments, str) else arguments
-    if isinstance(arguments, list) and len(arguments) == 1 and str(arguments[0]).startswith("weight_decay="):
-        del left["optimizer_args"]
-        ours["weight_decay"] = str(arguments[0]).partition("=")[2]
-        became.append(f"optimizer_args is read as weight_decay = {ours['weight_decay']}")
     for name in [name for name in left if name in table["renamed"]]:
         value, target = left.pop(name), table["renamed"][name]
         # kohya_ss shows its number of epochs also where the steps decide.
@@ -71,10 +72,19 @@ def adopt(values: Mapping[str, object]) -> Adopted:
         else:
             ours[target] = f"{str(value).strip().removesuffix('%')}%" if name == "lr_warmup" else value
             became.append(f"{name} is read as {target} = {ours[target]}")
-    for (name, theirs_), same in _SAME_METHOD.items():
-        if str(ours.get(name)).lower() == theirs_:
-            ours[name], _ = same, became.append(f"{name} = {ours[name]} is read as {same}, the same method")
-    if theirs:
+    foreign = foreign or bool(theirs)
+    for name in [name for name in left if name in table["switches"]]:
+        del left[name]
+        (target, value), = table["switches"][name].items()
+        ours[target] = value
+        became.append(f"{name} is read as {target} = {value}")
+    if str(ours.get("bucket_reso_steps")).removesuffix(".0") in map(str, range(1, 8)):
+        became.append(f"bucket_reso_steps = {ours['bucket_reso_steps']} is read as 8, a pixel of the latents")
+        ours["bucket_reso_steps"] = 8
+    became += _optimizer(ours, of_kohya=foreign)
+    for name in _OTHER_NOISE.get(str(values.get("noise_offset_type")).lower(), ()):
+        ours.pop(name, None)
+    if foreign:
         for name in ("v_parameterization", "zero_terminal_snr", "max_train_epochs"):
             if name in ours and changes_nothing(name, ours[name]):  # kohya_ss writes all of its settings, also those unset
                 del ours[name]
@@ -84,6 +94,26 @@ def adopt(values: Mapping[str, object]) -> Adopted:
               if left.pop(name, None) is not None}
     neutral = tuple(name for name, value in theirs.items() if changes_nothing(name, value))
     return Adopted({**ours, **left}, tuple(became), unused, neutral)
+
+
+def _optimizer(ours: dict[str, object], *, of_kohya: bool) -> list[str]:
+    """Makes kohya's optimizer ours; returns what became of it. Without bitsandbytes one in eight bits is the same in 32."""
+    name, became = str(ours.get("optimizer_type", "")).lower(), []
+    eight_bit = {} if importlib.util.find_spec("bitsandbytes") else _EIGHT_BIT
+    if same := (_SAME_METHOD | eight_bit).get(name):
+        why = ", without the package bitsandbytes" if name in eight_bit else ""
+        became.append(f"optimizer_type = {ours['optimizer_type']} is read as {same}, the same method{why}")
+        ours["optimizer_type"] = same
+    given = "weight_decay" in ours or "weight_decay" in str(ours.get("optimizer_args"))
+    if of_kohya and not given and not default_weight_decay(name):
+        ours["weight_decay"] = 0
+        became.append(f"weight_decay is 0, as kohya's scripts have it for {ours['optimizer_type']}")
+    return became
+
+
+def default_weight_decay(optimizer_type: str) -> float:
+    """What kohya's scripts have where none is given."""
+    return 0.01 if optimizer_type.lower() in _DECAYING else 0.0
 
 
 @cache
@@ -96,6 +126,8 @@ def explanations() -> dict[str, str]:
     """{name of kohya's: what it is here, for a sentence}."""
     table = _table()
     found = {name: f"kohya's, here {ours}" for name, ours in table["renamed"].items()}
+    found |= {name: f"kohya's, here {ours} = {value}"
+              for name, switch in table["switches"].items() for ours, value in switch.items()}
     for kind, words in (("not_needed", "not needed here"), ("not_supported", "not supported")):
         found |= {name: f"kohya's, {words}: {reason}" for reason, group in table[kind].items() for name in group}
     return found

@@ -44,7 +44,7 @@ class TrainingState:
     """The state after `step` steps.
 
     lora        the weights under kohya's keys, fp32; alphas fp64, since they are Python numbers where they are used
-    optimizer   {"3.exp_avg": tensor}: the moments of the optimizer's n-th weight
+    optimizer   {"3.exp_avg": tensor}: the moments of the optimizer's n-th weight, and what it keeps of groups
     scaler      {"scale", "good_steps"}, 0-d each
     recent      the losses of the shown average, oldest first
     overflows   steps in a row that were skipped, since gradients or loss were not finite; `skipped`: all of them
@@ -64,9 +64,8 @@ def capture(step: int, *, network: AdapterNetwork, optimizer: RunOptimizer, scal
     """The present state. Its tensors share memory with those being trained: write them before the next step."""
     alphas = {f"{key}.{ALPHA}": torch.tensor(layer.alpha, dtype=torch.float64) for key, layer in network.layers.items()}
     lora = {**network.state_dict(), **alphas}
-    moments = {f"{number}.{name}": value for number, name, value in optimizer.state()}
-    return TrainingState(step, lora, moments, {"scale": scaler.scale, "good_steps": scaler.good_steps}, recent, overflows,
-                         skipped)
+    scale = {"scale": scaler.scale, "good_steps": scaler.good_steps}
+    return TrainingState(step, lora, optimizer.state(), scale, recent, overflows, skipped)
 
 
 def restore(state: TrainingState, *, optimizer: RunOptimizer, scaler: LossScaler) -> None:
@@ -74,19 +73,7 @@ def restore(state: TrainingState, *, optimizer: RunOptimizer, scaler: LossScaler
 
     Raises LoraFileError where the moments do not fit the weights.
     """
-    kept: dict[tuple[int, str], Tensor] = {}
-    for key, tensor in state.optimizer.items():
-        number, _, name = key.partition(".")
-        kept[int(number), name] = tensor
-    shapes = optimizer.weights.shapes
-    strange = any(number >= len(shapes) or tensor.shape != (() if name == "step" else shapes[number])
-                  for (number, name), tensor in kept.items())
-    if strange or len({float(tensor) for (_, name), tensor in kept.items() if name == "step"}) > 1:
-        raise LoraFileError("The training state does not fit this run", why="other weights were trained in it",
-                            remedy="start anew, or go on with the settings it was made with")
-    for number, name, value in optimizer.state():
-        if (number, name) in kept:  # a weight that had never had a gradient has none
-            value.copy_(kept[number, name])
+    optimizer.load_state(state.optimizer)
     scaler.restore(scale=state.scaler["scale"], good_steps=state.scaler["good_steps"])
 
 
@@ -102,8 +89,10 @@ def write(path: Path, state: TrainingState, metadata: Mapping[str, Any]) -> None
     if bad := not_finite(state.lora):
         raise TrainingError("The training state was not kept", why=f"{bad[0]} holds values that are not numbers",
                             remedy="lower the learning rate")
-    # The step counts of all weights are one tensor; safetensors refuses those that share memory.
-    tensors = {name: (tensor.contiguous() if tensor.ndim else tensor.clone()).detach() for name, tensor in tensors.items()}
+    # The step counts of all weights are one tensor, and some optimizers share tables; safetensors refuses shared memory.
+    first = {tensor.data_ptr(): name for name, tensor in reversed(tensors.items())}
+    tensors = {name: (tensor.contiguous() if tensor.ndim and first[tensor.data_ptr()] == name else tensor.clone()).detach()
+               for name, tensor in tensors.items()}
     text = json.dumps({**metadata, "version": VERSION, "step": state.step, "overflows": state.overflows,
                        "skipped": state.skipped})
     with replacing(path) as file:

@@ -20,8 +20,9 @@ class Condition(Protocol):
     def prepare(self, captions: Sequence[str]) -> Mapping[str, Tensor]:
         """The tensors [B, ...] by name, on the CPU, that `encode` reads from a batch; the same names in every call."""
 
-    def encode(self, batch: Batch) -> Conditioning:
-        """The condition of a batch, with gradients for the layers that are trained. Nothing waits for the device."""
+    def encode(self, batch: Batch, *, adapted: bool = True) -> Conditioning:
+        """The condition of a batch, with gradients for the layers that are trained, or, not `adapted`, without these layers.
+        Nothing waits for the device."""
 
 
 class CachedText:
@@ -35,8 +36,8 @@ class CachedText:
         known = self._cache.get(captions)
         return {"context": known.context} if known.pooled is None else {"context": known.context, "pooled": known.pooled}
 
-    def encode(self, batch: Batch) -> Conditioning:
-        """As it was prepared."""
+    def encode(self, batch: Batch, *, adapted: bool = True) -> Conditioning:
+        """As it was prepared: no layer is trained."""
         return Conditioning(batch["context"], batch["pooled"] if "pooled" in batch else None)
 
 
@@ -54,7 +55,8 @@ class TrainedText:
         ids = self._text.ids([self._text.tokenize(caption) for caption in captions])
         return dict(zip(self._names, ids, strict=True))
 
-    def encode(self, batch: Batch) -> Conditioning:
+    def encode(self, batch: Batch, *, adapted: bool = True) -> Conditioning:
         """What the encoders make of the ids."""
-        return self._text.encode_ids([batch[name] for name in self._names], clip_skip=self._clip_skip,
-                                     adapters=self._adapters, checkpointing=self._checkpointing, dtype=self._dtype)
+        return self._text.encode_ids(
+            [batch[name] for name in self._names], clip_skip=self._clip_skip, adapters=self._adapters if adapted else {},
+            checkpointing=self._checkpointing, dtype=self._dtype)

@@ -22,11 +22,12 @@ from lib_lora_train.training.checkpoint import TrainingState, capture, restore
 from lib_lora_train.training.condition import Condition
 from lib_lora_train.training.cuda_graph import CudaGraphStep
 from lib_lora_train.training.loss import LossConfig
-from lib_lora_train.training.noise import draw
-from lib_lora_train.training.optimizers import RunOptimizer, spec_of
+from lib_lora_train.training.noise import NoiseConfig, draw
+from lib_lora_train.training.optimizers import OptimizerConfig, RunOptimizer, spec_of
 from lib_lora_train.training.precision import LossScaler
+from lib_lora_train.training.preservation import Preservation
 from lib_lora_train.training.progress import LossReporter
-from lib_lora_train.training.schedules import learning_rate_factor
+from lib_lora_train.training.schedules import ScheduleConfig, learning_rate_factor
 from lib_lora_train.training.train_step import TrainStep
 
 EpochBatches = Callable[[int, int], Iterable[Batch]]
@@ -41,18 +42,15 @@ class TrainConfig:
     epochs: int
     steps_per_epoch: int
     accumulation: int
-    optimizer: str
-    schedule: str
-    warmup: int
-    cycles: int
-    weight_decay: float
-    max_grad_norm: float
-    noise_offset: float
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
     unet_lr: float
     text_encoder_lr: float
     seed: int
     loss: LossConfig
     step: StepConfig
+    noise: NoiseConfig = NoiseConfig()
+    preservation: Preservation = Preservation()
     cuda_graphs: bool = False
     compiled: bool = False
 
@@ -140,8 +138,7 @@ def train(model: FrozenModel, *, network: AdapterNetwork, epoch_batches: EpochBa
     """
     device, rates = model.device, (config.unet_lr, config.text_encoder_lr)
     weights = network.flatten(*rates, dtype=config.loss.dtype)
-    optimizer = RunOptimizer(weights, spec_of(config.optimizer), weight_decay=config.weight_decay,
-                             max_grad_norm=config.max_grad_norm)
+    optimizer = RunOptimizer(weights, spec_of(config.optimizer.name), config.optimizer, pairs=network.pairs())
     scaler = LossScaler(device, enabled=config.loss.dtype == torch.float16)
     make_step = CudaGraphStep if config.cuda_graphs and device.type == "cuda" else TrainStep
     train_step = make_step(model, weights=weights, adapters=network.adapters().get("unet", {}), condition=condition,
@@ -158,10 +155,9 @@ def train(model: FrozenModel, *, network: AdapterNetwork, epoch_batches: EpochBa
         for step, epoch, batches in _steps(epoch_batches, config, begin=progress.step):
             if group.any(not all(callback.before_step(progress) for callback in callbacks)):
                 break
-            optimizer.set_learning_rate(learning_rate_factor(
-                config.schedule, step - 1, total=config.steps, warmup=config.warmup, cycles=config.cycles))
-            inputs = [_inputs(batch, step, micro, len(batches), model=model, condition=condition, config=config, group=group)
-                      for micro, batch in enumerate(batches)]
+            optimizer.set_learning_rate(learning_rate_factor(config.schedule, step - 1))
+            inputs = [part for micro, batch in enumerate(batches) for part in _inputs(
+                batch, step, micro, len(batches), model=model, condition=condition, config=config, group=group)]
             for attempt in train_step.attempts(inputs):
                 with attempt:
                     for batch in attempt.microbatches:
@@ -187,14 +183,16 @@ def train(model: FrozenModel, *, network: AdapterNetwork, epoch_batches: EpochBa
 
 
 def _inputs(batch: Batch, step: int, micro: int, micro_batches: int, *, model: FrozenModel, condition: Condition,
-            config: TrainConfig, group: ProcessGroup) -> Batch:
-    """A batch with all that its loss depends on. Random numbers, text and weights are the whole batch's, of which each process
-    takes its rows: how a batch is cut changes nothing but the order in which numbers are added."""
+            config: TrainConfig, group: ProcessGroup) -> list[Batch]:
+    """A batch with all that its loss depends on, and what is trained beside it. Random numbers, text and weights are the whole
+    batch's, of which each process takes its rows: how a batch is cut changes nothing but the order in which numbers are
+    added."""
+    scale = model.architecture.latent_scale
     draws = draw(batch["mean"].shape, seed=config.seed, step=step, micro=micro, timesteps=len(model.schedule),
-                 noise_offset=config.noise_offset)
+                 config=config.noise, latents=(batch["mean"] * scale, batch["std"] * scale))
     weight = batch["loss_weight"] / (len(batch) * micro_batches)
     whole = batch.extended({**draws, "weight": weight, **condition.prepare(batch.captions)})
-    return whole.rows(rows_of(len(whole), group))
+    return [part.rows(rows_of(len(whole), group)) for part in config.preservation.inputs(whole, condition)]
 
 
 def _steps(epoch_batches: EpochBatches, config: TrainConfig, *, begin: int) -> Iterator[tuple[int, int, list[Batch]]]:

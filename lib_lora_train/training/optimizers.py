@@ -5,8 +5,9 @@ An optimizer is added by one entry in `OPTIMIZERS`: an object with the attribute
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Protocol
+import dataclasses
+import sys
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -14,73 +15,96 @@ from torch import Tensor
 from lib_lora_train.adapters.flat import FlatGroup, FlatWeights
 from lib_lora_train.errors import SettingError
 from lib_lora_train.settings import named
+from lib_lora_train.training import optimizer_kinds, optimizer_state
+from lib_lora_train.training.optimizer_kinds import (
+    AdamW,
+    Arguments,
+    Imported,
+    OptimizerSpec,
+    Pairs,
+    RiemannianAdamW,
+    Traits,
+)
 
-ParamGroup = dict[str, Any]
-
-
-class OptimizerSpec(Protocol):
-    """How an optimizer is built, and what it can be given.
-
-    class_name      what the LoRA file's metadata call it (ss_optimizer)
-    accepts_flat    whether it treats every element alike (no norms of single weights): it is then given one flat parameter a
-                    group instead of hundreds, which is one kernel instead of hundreds
-    """
-
-    class_name: str
-    accepts_flat: bool
-
-    def build(self, groups: list[ParamGroup], *, weight_decay: float) -> torch.optim.Optimizer:
-        """The optimizer of torch's parameter groups, each with "name", "params" and "lr"."""
-
-    def state_dict(self, optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
-        """What the optimizer keeps of a parameter, by name: of the parameter's shape, or 0-d. The tensors share memory with
-        those in use and exist before the first step, so that a resumed run copies its state into them."""
-
-    def set_training(self, optimizer: torch.optim.Optimizer, training: bool) -> None:
-        """Switch between the weights to train and the weights to save, where they differ (schedule-free optimizers)."""
+_FREE = "a schedule-free optimizer needs none"
+_D_ADAPTED = Traits(accepts_flat=True, state_bytes=12.0, adapts_rate=True, one_rate=True)
+_EIGHT_BIT = Traits(state_bytes=2.1, cuda_only=True)  # weights of less than 4096 numbers stay in 32 bits
+_SCHEDULE_FREE = Traits(accepts_flat=True, averages=True, own_schedule=_FREE)
 
 
-class AdamW:
-    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101), torch's own; one kernel a group where torch has one that heeds the
-    overflow flag (CUDA; from torch 2.4 on the CPU). The one for MPS, from torch 2.4 on, ignores it."""
-
-    class_name, accepts_flat = "torch.optim.adamw.AdamW", True
-
-    def build(self, groups: list[ParamGroup], *, weight_decay: float) -> torch.optim.Optimizer:
-        """See `OptimizerSpec`. Its state is there before the first step, so that it can be restored."""
-        device = groups[0]["params"][0].device
-        try:
-            # Copies: torch writes its options into the groups, also where it then refuses.
-            optimizer = torch.optim.AdamW([dict(group) for group in groups], weight_decay=weight_decay,
-                                          fused=device.type in ("cuda", "cpu"),
-                                          capturable=device.type == "cuda")
-        except RuntimeError:
-            optimizer = torch.optim.AdamW(groups, weight_decay=weight_decay)
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                optimizer.state[parameter] = {
-                    "step": torch.zeros((), device=device), "exp_avg": torch.zeros_like(parameter, requires_grad=False),
-                    "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False)}
-        return optimizer
-
-    def state_dict(self, optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
-        """See `OptimizerSpec`."""
-        return optimizer.state[parameter]
-
-    def set_training(self, optimizer: torch.optim.Optimizer, training: bool) -> None:
-        """AdamW saves the weights that it trains."""
+def _adafactor(arguments: Arguments) -> dict[str, object]:
+    """As sd-scripts completes them: `relative_step` unless it is switched off, and always with `warmup_init`."""
+    relative = bool(arguments.get("relative_step", True) or arguments.get("warmup_init", False))
+    return {**arguments, "relative_step": relative, **({"lr": None} if relative else {})}
 
 
-OPTIMIZERS: dict[str, OptimizerSpec] = {"AdamW": AdamW()}
-"""By kohya's name (optimizer_type)."""
+def _relative(arguments: Arguments) -> Mapping[str, object]:
+    relative = _adafactor(arguments)["relative_step"]
+    own = {"own_rate": True, "own_schedule": "Adafactor with relative_step has a learning rate of its own"} if relative else {}
+    return {**own, "state_bytes": 4.5 if arguments.get("beta1") is not None else 0.5}
+
+
+def _prodigy_plus(arguments: Arguments) -> Mapping[str, object]:
+    free = bool(arguments.get("use_schedulefree", True))
+    return {"averages": free, "own_schedule": _FREE if free else "",
+            "state_bytes": 5.0 if arguments.get("factored", True) else 9.0}
+
+
+def _decoupled(arguments: dict[str, object]) -> dict[str, object]:
+    """Weight decay as AdamW's: added to a LoRA's small gradients it would outweigh them."""
+    return {"decouple": True, **arguments}
+
+
+OPTIMIZERS: dict[str, OptimizerSpec] = {
+    "AdamW": AdamW(),
+    "AdamW8bit": Imported("bitsandbytes.optim.adamw.AdamW8bit", "bitsandbytes", _EIGHT_BIT),
+    "PagedAdamW8bit": Imported("bitsandbytes.optim.adamw.PagedAdamW8bit", "bitsandbytes", _EIGHT_BIT),
+    "Lion": Imported(f"{optimizer_kinds.__name__}.LionOptimizer", known=Traits(accepts_flat=True, state_bytes=4.0)),
+    "Lion8bit": Imported("bitsandbytes.optim.lion.Lion8bit", "bitsandbytes",
+                         dataclasses.replace(_EIGHT_BIT, state_bytes=1.1)),
+    "SGDNesterov": Imported("torch.optim.sgd.SGD", known=Traits(accepts_flat=True, state_bytes=4.0),
+                            complete=lambda arguments: {"momentum": 0.9, "nesterov": True, **arguments}),
+    "Adafactor": Imported("transformers.optimization.Adafactor", "transformers", varying=_relative, complete=_adafactor),
+    "CAME": Imported("came_pytorch.CAME.CAME", "came-pytorch", Traits(state_bytes=5.0)),
+    "DAdaptAdam": Imported("dadaptation.dadapt_adam.DAdaptAdam", "dadaptation", _D_ADAPTED, complete=_decoupled),
+    "DAdaptLion": Imported("dadaptation.dadapt_lion.DAdaptLion", "dadaptation",
+                           dataclasses.replace(_D_ADAPTED, state_bytes=8.0)),
+    "Prodigy": Imported("prodigyopt.prodigy.Prodigy", "prodigyopt", dataclasses.replace(_D_ADAPTED, state_bytes=16.0)),
+    "AdamWScheduleFree": Imported("schedulefree.adamw_schedulefree.AdamWScheduleFree", "schedulefree", _SCHEDULE_FREE),
+    "RAdamScheduleFree": Imported("schedulefree.radam_schedulefree.RAdamScheduleFree", "schedulefree", _SCHEDULE_FREE),
+    "ProdigyPlusScheduleFree": Imported(
+        "prodigyplus.prodigy_plus_schedulefree.ProdigyPlusScheduleFree", "prodigy-plus-schedule-free",
+        Traits(adapts_rate=True), varying=_prodigy_plus),
+    "RiemannianAdamW": RiemannianAdamW(),
+}
+"""By kohya's name (optimizer_type). Flat parameters suit Prodigy and D-Adaptation too: their `d` is made of sums over all
+weights, and each of these sums is read back from the device."""
 
 
 def spec_of(name: str) -> OptimizerSpec:
-    """The optimizer of this name, in upper or lower case. Raises SettingError where there is none."""
+    """The optimizer of this name in upper or lower case, or as "module.Class"; as in sd-scripts a class of torch.optim needs no
+    module. Raises SettingError where there is none of the name."""
+    root, _, last = name.rpartition(".")
     for known, spec in OPTIMIZERS.items():
-        if known.lower() == name.lower():
+        if known.lower() == (last if root else name).lower() and root.partition(".")[0] in (
+                "", spec.class_name.partition(".")[0]):
             return spec
-    raise SettingError(f"{named('optimizer_type')} = {name!r} is not known", remedy=f"choose one of {', '.join(OPTIMIZERS)}")
+    if not root and isinstance(getattr(torch.optim, name, None), type):
+        root = "torch.optim"
+    if not root or root.partition(".")[0] in sys.stdlib_module_names or not all(map(str.isidentifier, name.split("."))):
+        raise SettingError(f"{named('optimizer_type')} = {name!r} is not known",
+                           remedy=f"choose one of {', '.join(OPTIMIZERS)}, or write module.Class")
+    free = last.lower().endswith("schedulefree")  # as sd-scripts tells them
+    return Imported(f"{root}.{last}", known=Traits(averages=free, own_schedule=_FREE if free else ""))
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """An optimizer by name, its arguments (the weight decay among them), and the longest gradient allowed, 0 for any."""
+
+    name: str = "AdamW"
+    arguments: Arguments = dataclasses.field(default_factory=dict)
+    max_grad_norm: float = 1.0
 
 
 class RunOptimizer:
@@ -89,18 +113,27 @@ class RunOptimizer:
     Overflow is read off the gradients' norm, which clipping needs anyway: it is not finite if one of them is not.
     """
 
-    def __init__(self, weights: FlatWeights, spec: OptimizerSpec, *, weight_decay: float, max_grad_norm: float) -> None:
-        self.weights, self.spec, self._max_grad_norm = weights, spec, max_grad_norm
+    def __init__(self, weights: FlatWeights, spec: OptimizerSpec, config: OptimizerConfig, *, pairs: Pairs = ()) -> None:
+        """`pairs` are A and B of the layers that have them. Raises SettingError where the optimizer does not suit these."""
+        self.weights, self.traits, self._max_grad_norm = weights, spec.traits(config.arguments), config.max_grad_norm
         self._rates = {group.name: group.rate for group in weights.groups}
+        trained = set(weights.trained())
         self.optimizer = spec.build(
-            [{"name": group.name, "lr": group.rate, "params": [group.parameter] if spec.accepts_flat else
-              [weight for _, weight, _ in group.members]} for group in weights.groups], weight_decay=weight_decay)
+            [{"name": group.name, "lr": group.rate, "params": self._parameters(group)} for group in weights.groups],
+            arguments=config.arguments, pairs=_suited(self.traits, weights, config.name, [
+                pair for pair in pairs if trained.issuperset(pair)]))
+        self._built = tuple(dict(group) for group in self.optimizer.param_groups)
+        self._trained_values: Tensor | None = None
         # A fused kernel takes the overflow flag and the learning rate as tensors, so that the device decides alone and nothing
-        # waits for it. Without one the flag is read, which costs nothing on the CPU.
-        self._fused = bool(self.optimizer.defaults.get("fused"))
-        if self._fused and weights.values.device.type == "cuda":
+        # waits for it. Without one the flag is read, which costs nothing on the CPU; on a GPU it waits for the step.
+        fused = bool(self.optimizer.defaults.get("fused"))
+        self._takes_flag = fused or bool(getattr(self.optimizer, "takes_found_inf", False))
+        if fused and weights.values.device.type == "cuda":
             for group in self.optimizer.param_groups:
                 group["lr"] = torch.tensor(group["lr"], dtype=torch.float32, device=weights.values.device)
+
+    def _parameters(self, group: FlatGroup) -> list[torch.nn.Parameter]:
+        return [group.parameter] if self.traits.accepts_flat else [weight for _, weight, _ in group.members]
 
     def set_learning_rate(self, factor: float) -> None:
         """Multiply each group's learning rate by the schedule's factor."""
@@ -108,12 +141,23 @@ class RunOptimizer:
             self._rates[flat.name] = flat.rate * factor
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(flat.rate * factor)
-            else:
+            elif not self.traits.own_rate:
                 group["lr"] = flat.rate * factor
 
     def learning_rates(self) -> dict[str, float]:
-        """The learning rates in force, by the group's name."""
-        return dict(self._rates)
+        """The learning rates in force, by the group's name. Where the optimizer finds them, what it has found so far."""
+        found = dict(self._rates)
+        for group, (name, rate) in zip(self.optimizer.param_groups, self._rates.items(), strict=True):
+            if self.traits.adapts_rate and isinstance(group.get("d"), float):
+                found[name] = rate * group["d"]
+            elif self.traits.own_rate:
+                found[name] = self._relative_step(group)
+        return found
+
+    def _relative_step(self, group: optimizer_kinds.ParamGroup) -> float:
+        """Adafactor's (Shazeer & Stern 2018, arXiv 1804.04235, section 8), before it is multiplied by the weights' size."""
+        step = max(1, int(self.optimizer.state.get(group["params"][0], {}).get("step", 1)))
+        return min(1e-6 * step if group["warmup_init"] else 1e-2, step**-0.5)
 
     def clip(self, inverse_scale: Tensor | None = None) -> Tensor:
         """Unscale the gradients and clip their norm (torch.nn.utils.clip_grad_norm_). Returns the norm before, 0-d on the
@@ -133,7 +177,7 @@ class RunOptimizer:
 
     def step(self, overflowed: Tensor) -> None:
         """Apply the gradients unless they overflowed."""
-        if self._fused:
+        if self._takes_flag:
             self.optimizer.grad_scale, self.optimizer.found_inf = None, overflowed.float()
             self.optimizer.step()
         elif not bool(overflowed):
@@ -141,25 +185,40 @@ class RunOptimizer:
         self.weights.refresh()
 
     def set_training(self, training: bool) -> None:
-        """Let the weights be those to train, or those to save."""
-        self.spec.set_training(self.optimizer, training)
+        """Let the weights be those to train, or those to save. The former come back to the bit."""
+        if not self.traits.averages or training == (self._trained_values is None):
+            return
+        if training:
+            self.optimizer.train()
+            self.weights.values.copy_(self._trained_values)
+            self._trained_values = None
+        else:
+            self._trained_values = self.weights.values.clone()
+            self.optimizer.eval()
+        self.weights.refresh()
 
     def stored(self) -> list[Tensor]:
-        """All that it keeps on the device, but for single numbers; it may be moved in place."""
+        """All that it keeps on the device, but for single numbers and what can leave by itself; it may be moved in place."""
         return [value for state in self.optimizer.state.values() for value in state.values()
-                if isinstance(value, Tensor) and value.ndim]
+                if isinstance(value, Tensor) and value.ndim and not getattr(value, "is_paged", False)]
 
-    def state(self) -> Iterator[tuple[int, str, Tensor]]:
-        """(number of a weight, name, tensor) of all that is kept of each weight, sharing memory with what is in use."""
-        for group in self.weights.groups:
-            yield from self._flat_state(group) if self.spec.accepts_flat else self._state(group)
+    def state(self) -> dict[str, Tensor]:
+        """All that a resumed run needs, {"3.exp_avg": of the weight of that number, "unet.d": of that group}, sharing memory
+        with what is in use. Raises TrainingError where it holds what cannot be kept."""
+        return optimizer_state.state_of(self.optimizer, self.weights, built=self._built, flat=self.traits.accepts_flat)
 
-    def _flat_state(self, group: FlatGroup) -> Iterator[tuple[int, str, Tensor]]:
-        for name, value in self.spec.state_dict(self.optimizer, group.parameter).items():
-            for number, view in group.cut(value) if value.ndim else ((n, value) for n, _, _ in group.members):
-                yield number, name, view
+    def load_state(self, kept: Mapping[str, Tensor]) -> None:
+        """Go on from a `state`. Raises LoraFileError where it does not fit the weights, and changes nothing then."""
+        optimizer_state.load(kept, self.optimizer, self.weights, flat=self.traits.accepts_flat)
 
-    def _state(self, group: FlatGroup) -> Iterator[tuple[int, str, Tensor]]:
-        for number, weight, _ in group.members:
-            for name, value in self.spec.state_dict(self.optimizer, weight).items():
-                yield number, name, value
+
+def _suited(traits: Traits, weights: FlatWeights, name: str, pairs: Pairs) -> Pairs:
+    """`pairs`. Raises SettingError where the optimizer cannot train these weights as they are to be trained."""
+    rates = {group.rate for group in weights.groups}
+    if traits.one_rate and len(rates) > 1:
+        raise SettingError(f"{named('optimizer_type')} = {name} needs one learning rate", why=f"here there are "
+                           f"{', '.join(f'{rate:g}' for rate in sorted(rates))}", remedy="give all parts the same, mostly 1")
+    if traits.needs_pairs and not pairs:
+        raise SettingError(f"{named('optimizer_type')} = {name} is not possible", why="it trains the two matrices of a LoRA, "
+                           "which this kind of network does not have", remedy="choose AdamW")
+    return pairs

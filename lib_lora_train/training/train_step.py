@@ -20,6 +20,7 @@ from lib_lora_train.training.compiled import CompiledLoss
 from lib_lora_train.training.condition import Condition
 from lib_lora_train.training.loss import LossConfig, denoising_loss, zero_prediction_loss
 from lib_lora_train.training.precision import LossScaler
+from lib_lora_train.training.preservation import with_reference
 
 
 class TrainStep:
@@ -40,6 +41,8 @@ class TrainStep:
     def forward(self, batch: Batch) -> Tensor:
         """The loss of a micro-batch, 0-d, with what backward needs."""
         batch = batch.to(self.model.device)
+        if "prior" in batch or self.loss_config.dco_beta:
+            batch = with_reference(self.model, batch, condition=self._condition, dtype=self.loss_config.dtype)
         with offloaded() if self.config.offload else contextlib.nullcontext():
             return self._denoising_loss(
                 self.model, batch, conditioning=self._condition.encode(batch), adapters=self._adapters, config=self.loss_config,

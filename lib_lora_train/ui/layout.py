@@ -29,7 +29,8 @@ ROWS_IN_VIEW = (
     ("network_dim", "network_alpha"),
     ("network_train_unet_only", "flip_aug"),
 )
-FOLDS = {"network": "Network", "optimizer": "Optimizer", "loss": "Loss and noise", "captions": "Captions",
+FOLDS = {"network": "Network", "optimizer": "Optimizer", "loss": "Loss", "noise": "Noise", "masks": "Masked loss",
+         "preservation": "Preservation", "captions": "Captions",
          "dataset": "Dataset", "memory": "Memory", "evaluation": "Samples and measuring", "save": "Saving"}
 _HIDDEN = "lora-train-hidden"
 

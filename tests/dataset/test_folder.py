@@ -90,7 +90,7 @@ def test_masks_and_conditioning_pictures_are_not_learnt_and_said_to_be_unused(tm
     names = ["a.png", "b.jpg", "who-mask.png"]  # the last is of no other picture
     assert [example.path.name for example in dataset.examples] == names
     masks, conditioning = (problem.text for problem in dataset.problems)
-    assert masks.startswith("4 masks") and "does not use masks yet" in masks
+    assert masks.startswith("4 masks") and "masked_loss" in masks
     assert "a-condlabel.png" in conditioning and "1 conditioning picture" in conditioning
     report = examine(tmp_path, settings=parse({}))
     assert [image.path.name for image in report.images] == names and {masks, conditioning} <= set(report.advice)

@@ -24,7 +24,7 @@ from tests.jobs import run_settings
 from tools import tiny_checkpoint
 
 SETTINGS = {"output_name": "zzk", "resolution": "64", "min_bucket_reso": 64, "network_dim": 2, "sample_images": False,
-            "save_precision": "float",
+            "validation": False, "save_precision": "float",
             "learning_rate": 0.01, "text_encoder_lr": 0.01, "lr_scheduler": "constant", "max_train_steps": 4,
             "overwrite": True, "num_repeats": 1}
 WIDE = {"resolution": "128", "bucket_reso_steps": 64}
@@ -89,7 +89,8 @@ def test_two_processes_that_torchrun_starts_learn_what_one_learns_with_twice_the
     and one process that runs out of memory."""
     chosen = {**SETTINGS, **WIDE, "train_data_dir": images, "reg_data_dir": images.parent / "class", "flip_aug": True,
               "network_train_unet_only": False, "color_aug": True, "random_crop": True, "caption_tag_dropout_rate": 0.2,
-              "prior_loss_weight": 0.5, "min_snr_gamma": 2, "gradient_accumulation_steps": 2, "train_batch_size": 2}
+              "prior_loss_weight": 0.5, "min_snr_gamma": 2, "gradient_accumulation_steps": 2, "train_batch_size": 2,
+              "validation": True}
     launcher = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m",
          "tests.distributed.short_of_memory", *map(str, command({**chosen, "output_dir": tmp_path / "two"}, tiny_file))],

@@ -10,7 +10,8 @@ import pytest
 from lib_lora_train.evaluation.diagnosis import Gains, RunSummary, diagnose
 from lib_lora_train.evaluation.words_check import WordsCheck
 from lib_lora_train.events import Diagnosed, Measured, Saved
-from lib_lora_train.settings import DECLARATIONS
+from lib_lora_train.settings import DECLARATIONS, parse
+from lib_lora_train.settings.risks import risks
 
 RUN = RunSummary(length="max_train_epochs", unet_rate="learning_rate", unet_lr=1e-4, text_encoder_lr=0.0, rank=16,
                  alpha=8.0, trigger_word="zzk", images=30, different=30, captioned=30, held_out=True)
@@ -73,6 +74,24 @@ def test_too_low_a_rate_is_to_be_raised_towards_what_a_usual_lora_has(factor):
     found = curve([0.002 * i for i in range(1, 9)], [0.001 * i for i in range(1, 9)], strength=0.03 / factor)
     assert found.finding in ("too slow", "no effect") and found.setting == "learning_rate"
     assert factor / 3 <= float(found.value) / RUN.unet_lr <= factor
+
+
+@pytest.mark.parametrize("length, steps, expected", [("max_train_steps", 3, 150), ("max_train_epochs", 3, 50)])
+def test_a_run_of_a_few_steps_is_to_be_longer_and_not_hotter(length, steps, expected):
+    run = dataclasses.replace(RUN, length=length)
+    short = Gains.of(Measured(steps, 1, UNADAPTED, UNADAPTED, UNADAPTED, UNADAPTED, {"unet": 0.02 / 50}), spent=1.0)
+    found = diagnose([short], run=run, ended=True)
+    assert (found.finding, found.setting, int(found.value)) == ("no effect", length, expected)
+    assert diagnose([short], run=dataclasses.replace(run, unet_lr=1e-6), ended=True).setting == "learning_rate"
+
+
+@pytest.mark.parametrize("rate", [1e-6, 1e-5, 1e-4, 1e-3, 4e-3, 0.1])
+def test_no_rate_is_advised_that_the_plan_would_call_ruinous(rate):
+    run = dataclasses.replace(RUN, unet_lr=rate)
+    found = curve([1e-5] * 4, [1e-5] * 4, strength=1e-5, run=run)
+    assert found.setting == ("learning_rate" if rate < 4e-3 else "max_train_epochs")
+    if found.setting == "learning_rate":
+        assert rate < float(found.value) and not list(risks(parse({"learning_rate": found.value}), steps=1000, images=30))
 
 
 def test_a_tiny_alpha_is_named_in_place_of_the_rate():

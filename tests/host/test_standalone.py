@@ -26,14 +26,14 @@ from tools import tiny_checkpoint
 @pytest.fixture
 def own(tmp_path: Path) -> StandaloneHost:
     """A host with a checkpoint of its own, which the test may take away."""
-    return StandaloneHost(tiny_checkpoint.write(tmp_path / "models"), lora_folder=tmp_path / "loras",
-                          runs_folder=tmp_path / "runs")
+    checkpoint = tiny_checkpoint.write(tmp_path / "models", size=tiny_checkpoint.SHALLOW)
+    return StandaloneHost(checkpoint, lora_folder=tmp_path / "loras", runs_folder=tmp_path / "runs")
 
 
 def run(host: StandaloneHost, images: Path, folder: Path) -> None:
     folder.mkdir(parents=True)
     settings = parse({"train_data_dir": str(images), "output_name": "zzk", "resolution": "64", "min_bucket_reso": 64,
-                      "max_train_steps": 2, "network_dim": 2, "sample_images": False,
+                      "max_train_steps": 2, "network_dim": 2, "sample_images": False, "validation": False,
                       "cache_latents_to_disk": True, "overwrite": True})
     assert run_settings(settings, host, report=lambda _: None, stop=lambda: "", folder=folder).outcome == "done"
 

@@ -51,9 +51,9 @@ def expected_mean(pixels: np.ndarray) -> torch.Tensor:
 
 def drawn(source: LatentSource, indices: Sequence[int], rngs: Sequence[random.Random]) -> SimpleNamespace:
     """What visits get, in one go: mean, std [B, 4, h, w], and which of them are mirrored."""
-    prepared, flipped = zip(*(source.prepare(*visit) for visit in zip(indices, rngs, strict=True)), strict=True)
-    latents = source.finish(indices, prepared)
-    return SimpleNamespace(mean=latents[:, 0], std=latents[:, 1], flipped=flipped)
+    visits = [source.prepare(*visit) for visit in zip(indices, rngs, strict=True)]
+    latents = source.finish(indices, [visit.latents for visit in visits])
+    return SimpleNamespace(mean=latents[:, 0], std=latents[:, 1], flipped=tuple(visit.flipped for visit in visits))
 
 
 def epoch_of(batches: Batches, epoch: int, start: int = 0) -> Iterator[Batch]:

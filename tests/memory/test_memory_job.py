@@ -29,8 +29,9 @@ def run(images: Path, host, name: str, **changes: object) -> Ran:
     seen: list[events.Event] = []
     finished = run_settings(parse({
         "train_data_dir": str(images), "output_name": name, "resolution": "64", "min_bucket_reso": 64, "num_repeats": 1,
-        "max_train_steps": 3, "network_dim": 4, "sample_images": False, "network_alpha": 2, "save_precision": "float",
-        "learning_rate": 1e-3, "save_state": False, **changes}), host, report=seen.append, stop=lambda: "")
+        "max_train_steps": 3, "network_dim": 4, "sample_images": False, "validation": False, "network_alpha": 2,
+        "save_precision": "float", "learning_rate": 1e-3, "save_state": False, **changes}), host, report=seen.append,
+        stop=lambda: "")
     planned, = (event for event in seen if isinstance(event, events.Planned))
     return Ran(load_file(finished.path), planned.memory, [event.message for event in seen if isinstance(event, events.Warned)],
                [event.loss for event in seen if isinstance(event, events.Step)])

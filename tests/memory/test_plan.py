@@ -34,14 +34,16 @@ def shapes(family: str, small: bool = True) -> Mapping[str, torch.Tensor]:
 
 
 def plan(budget: float | None, *, family: str = "sd1", side: int = 256, small: bool = True, batch: int = 1,
-         device: str = "cuda", resumed_base_dtype: str = "", encoded: int = 0, **settings: object) -> MemoryPlan:
+         device: str = "cuda", resumed_base_dtype: str = "", encoded: int = 0, references: int = 0, repeats: int = 1,
+         **settings: object) -> MemoryPlan:
     """For a budget in MiB, with text encoders and VAE on the CPU."""
     tensors = shapes(family, small)
     workload = Workload(side, side, torch.float16 if device == "cuda" else torch.float32,
                         layers_for(tensors, detect(tensors), rank=16, text_encoder=False), device_type=device, encoded=encoded)
     return plan_memory(tensors, detect(tensors), workload, batch=batch, memory=parse(settings).memory,
                        budget=None if budget is None else int(budget * MEGABYTE), resumed_base_dtype=resumed_base_dtype,
-                       parts_on_cpu=frozenset({"vae", "text"}) if device == "cuda" else frozenset())
+                       parts_on_cpu=frozenset({"vae", "text"}) if device == "cuda" else frozenset(),
+                       references=references, repeats=repeats)
 
 
 def test_rungs_take_ever_less_memory_and_touch_the_weights_last():
@@ -102,6 +104,10 @@ def test_what_is_told_of_means_and_of_what_is_missing():
     share = round(100 * some.checkpointed_flops / free.flops)
     assert some.flops - some.checkpointed_flops == pytest.approx(free.flops)
     assert f" {max(1, share)} % of a step's work" in some.text
+    held = plan((free.bytes - free.predicted["activations"] / 5) / MEGABYTE, references=1, repeats=2)
+    assert held.config == some.config and held.bytes == some.bytes and f" {max(1, share)} % of a step's work" in held.text
+    assert 2 * some.flops < held.flops < 2.5 * some.flops  # one more step, and one forward, a third of a step
+    assert f"{round(100 * (held.flops / some.flops - 1))} % is computed beside it" in held.text
     every = plan(None, gradient_checkpointing=True)
     assert "every block is computed twice" in every.text and every.config.checkpointed == every.blocks
     short = dataclasses.replace(free, budget=free.bytes - MEGABYTE)

@@ -328,7 +328,7 @@ def test_the_page_shows_which_save_is_the_lora(run: Run) -> None:
 def test_a_run_ends_with_cards_and_any_of_its_saves_can_be_taken(host: StandaloneHost, images: Path) -> None:
     settings = {"train_data_dir": str(images), "output_name": "zzk", "trigger_word": "zzk", "resolution": "64",
                       "num_repeats": 1, "min_bucket_reso": 64, "network_dim": 1, "max_train_steps": 4, "save_every_n_steps": 2,
-                      "validation": False, "sample_images": False}
+                      "validation": False, "sample_images": False, "save_every_n_epochs": 0}
     runner = Runner()
     folder = host.runs_folder / service.start(settings, runner=runner, host=host)
     assert runner.wait(60) and runner.status().finished.outcome == "done"

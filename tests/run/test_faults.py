@@ -45,7 +45,7 @@ def faults_at(place: Place) -> list[str]:
 def place_of_work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The smallest checkpoint, and two images."""
     folder = tmp_path_factory.mktemp("faults")
-    tiny_checkpoint.write(folder, size=tiny_checkpoint.SMALLEST)
+    tiny_checkpoint.write(folder, size=tiny_checkpoint.SHALLOW)
     (folder / "pictures").mkdir()
     for number in range(2):
         Image.new("RGB", (64, 64), (90 * number, 80, 120)).save(folder / "pictures" / f"{number}.png")
@@ -73,7 +73,7 @@ def reference(place_of_work: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def settings(place_of_work: Path, **changes: object):
     return parse({"train_data_dir": str(place_of_work / "pictures"), "output_name": "zzk", "resolution": "64",
                   "min_bucket_reso": 64, "num_repeats": 1, "max_train_steps": 2, "network_dim": 1, "sample_images": False,
-                  "overwrite": True,
+                  "validation": False, "overwrite": True, "save_every_n_epochs": 0,
                   "save_every_n_steps": 1, "save_precision": "float", "learning_rate": 1e-3, **changes})
 
 

@@ -37,7 +37,8 @@ GPU = torch.device("cuda", 0)
 
 def settings(images: Path, **changes: object) -> dict[str, object]:
     return {"train_data_dir": str(images), "output_name": "zzk", "resolution": "64", "min_bucket_reso": 64, "num_repeats": 1,
-            "max_train_steps": 1, "network_dim": 4, "save_state": False, "sample_images": False, **changes}
+            "max_train_steps": 1, "network_dim": 4, "save_state": False, "sample_images": False,
+            "validation": False, **changes}
 
 
 @pytest.mark.parametrize("changes", [

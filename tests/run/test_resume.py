@@ -280,7 +280,7 @@ def test_a_model_held_in_other_numbers_than_before_is_told(cut_off):
 @pytest.mark.parametrize("part", ["model.diffusion_model.out.2.bias", "first_stage_model.encoder.conv_in.weight"])
 def test_another_checkpoint_or_vae_is_refused_before_pictures_are_encoded(cut_off, host, tmp_path, part):
     chosen, folder = cut_off
-    changed_file = tiny_checkpoint.write(tmp_path / "changed", size=tiny_checkpoint.SMALLEST)
+    changed_file = tiny_checkpoint.write(tmp_path / "changed", size=tiny_checkpoint.SHALLOW)
     tensors = load_file(changed_file)
     tensors[part] = tensors[part] + 0.01
     save_file(tensors, changed_file, metadata={"format": "pt"})
@@ -293,7 +293,7 @@ def test_another_checkpoint_or_vae_is_refused_before_pictures_are_encoded(cut_of
 
 def other_file(host, folder: Path, **tensors: torch.Tensor) -> StandaloneHost:
     """The same model in a file of its own, with these tensors of a noise schedule in it."""
-    path = tiny_checkpoint.write(folder, size=tiny_checkpoint.SMALLEST)
+    path = tiny_checkpoint.write(folder, size=tiny_checkpoint.SHALLOW)
     save_file({**load_file(path), **tensors}, path, metadata={"format": "pt"})
     return StandaloneHost(path, lora_folder=host.lora_folder, runs_folder=host.runs_folder)
 
@@ -459,9 +459,9 @@ def test_the_state_is_plain_safetensors_with_fp32_weights_and_both_moments(cut_o
     _, folder = cut_off
     tensors = load_file(folder / STATE)  # the library's own reader
     up = [name for name in tensors if name.startswith("lora.") and name.endswith("lora_up.weight")]
-    assert len(up) == 192 and all(tensors[name].dtype == torch.float32 for name in up)
+    assert len(up) == 72 and all(tensors[name].dtype == torch.float32 for name in up)
     moments = [name for name in tensors if name.endswith(("exp_avg", "exp_avg_sq"))]
-    assert len(moments) == 2 * 2 * 192 and {float(tensors[n]) for n in tensors if n.endswith(".step")} == {2.0}
+    assert len(moments) == 2 * 2 * 72 and {float(tensors[n]) for n in tensors if n.endswith(".step")} == {2.0}
     facts = json.loads(metadata(str(folder / STATE))["lora_train_state"])
     assert facts["step"] == 2 and facts["settings"]["network_dim"] == 4
 

@@ -160,7 +160,8 @@ def test_a_picture_whose_name_is_no_text_is_trained_and_told(images, host):
     (images / "0.png").rename(folder / "\udc93\udcfa.png")
     one = Runner()
     service.start({"train_data_dir": str(images), "resolution": "64", "min_bucket_reso": 64, "output_name": "zzk",
-                   "max_train_steps": 1, "network_train_unet_only": False, "sample_images": False}, runner=one, host=host)
+                   "max_train_steps": 1, "network_train_unet_only": False, "sample_images": False, "validation": False},
+                  runner=one, host=host)
     assert one.wait(60) and one.status().finished.outcome == "done"
     json.dumps(service.status(runner=one, host=host), ensure_ascii=False).encode()
     assert past_runs(host.runs_folder)[0].outcome == "done"

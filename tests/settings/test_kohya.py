@@ -25,16 +25,17 @@ GUI = {
     "xformers": "xformers"}
 
 
-def test_a_file_of_kohya_ss_becomes_our_settings_and_all_that_it_says_is_told():
+def test_a_file_of_kohya_ss_becomes_our_settings_and_all_that_it_says_is_told(monkeypatch):
+    monkeypatch.setattr(kohya.importlib.util, "find_spec", lambda name: None)  # without bitsandbytes
     values, notes = kohya.adopted(GUI)
     settings = parse(values)
     assert (settings.dataset.resolution, settings.optimizer.max_train_steps) == ("512,768", 1600)
-    assert (settings.optimizer.optimizer_type, settings.optimizer.lr_scheduler) == ("AdamW", "constant")
+    assert (settings.optimizer.optimizer_type, settings.optimizer.lr_scheduler) == ("AdamW", "constant_with_warmup")
     assert settings.optimizer.lr_warmup_steps == 0.1 and settings.optimizer.seed == DECLARATIONS["seed"].default
     assert (settings.network.network_dim, settings.network.network_alpha) == (8, 8.0)  # kohya: alpha 0 is the rank
     assert settings.loss.v_parameterization == "auto" and not settings.dataset.cache_latents_to_disk
     told = " ".join(notes)
-    named = {"max_resolution", "epoch", "optimizer", "lr_warmup", "constant_with_warmup", "cache_latents", "xformers",
+    named = {"max_resolution", "epoch", "optimizer", "lr_warmup", "bitsandbytes", "cache_latents", "xformers",
              "pretrained_model_name_or_path", "network_train_unet_only"}
     assert not [name for name in named if name not in told]
     assert "cache_latents_to_disk" not in told
@@ -47,6 +48,14 @@ def test_how_long_a_file_of_kohyas_trains_is_as_there(values, epochs, steps):
     # sd-scripts: epochs override steps. kohya_ss hands on its `epoch` only to compute steps where none are given.
     optimizer = parse(kohya.adopted(values)[0]).optimizer
     assert (optimizer.max_train_epochs, optimizer.max_train_steps) == (epochs, steps)
+
+
+@pytest.mark.parametrize("kind, expected", [("Original", (0.1, 0)), ("Multires", (0.0, 8)), (None, (0.1, 8))])
+def test_the_type_of_noise_offset_decides_which_of_both_a_file_means(kind, expected):
+    # kohya_ss stores both and hands on those of the type that is chosen; sd-scripts' own files have no type.
+    values, _ = kohya.adopted({"noise_offset_type": kind, "noise_offset": 0.1, "multires_noise_iterations": 8})
+    noise = parse(values).noise
+    assert (noise.noise_offset, noise.multires_noise_iterations) == expected
 
 
 def test_a_percentage_that_is_no_number_is_refused_by_name():
@@ -88,23 +97,37 @@ def test_convolutions_are_taken_from_network_args_and_from_the_type(values, expe
 
 
 def test_what_is_not_supported_is_refused_where_it_would_change_the_training_and_not_where_it_is_off():
-    off = {"use_8bit_adam": False, "network_dropout": "0", "optimizer_args": [], "loss_type": "l2", "lr_scheduler_power": 1.0,
-           "network_module": "networks.lora", "scale_weight_norms": None, "min_timestep": 0}
+    off = {"use_8bit_adam": False, "network_dropout": "0", "lr_scheduler_args": [], "perlin_noise": None,
+           "network_module": "networks.lora", "scale_weight_norms": None, "token_warmup_step": 0}
     values, notes = kohya.adopted(off)
-    assert values == {} and "8 settings" in notes[0]
-    for name, value in {"use_8bit_adam": True, "network_dropout": 0.1, "optimizer_args": ["d0=1"], "loss_type": "huber",
-                        "network_module": "lycoris.kohya", "datasets": [{"resolution": 512}]}.items():
+    assert values == {} and "7 settings" in notes[0]
+    assert kohya.adopted({"use_8bit_adam": True, "optimizer_type": "SGD"})[0]["optimizer_type"] in ("AdamW", "AdamW8bit")
+    for name, value in {"network_dropout": 0.1, "lr_scheduler_type": "OneCycleLR",
+                        "perlin_noise": 6, "network_module": "lycoris.kohya", "datasets": [{"resolution": 512}]}.items():
         with pytest.raises(SettingError, match=name):
             parse(kohya.adopted({name: value})[0])
 
 
-def test_weight_decay_is_taken_from_optimizer_args_and_with_others_beside_it_they_are_refused():
-    for arguments in (["weight_decay=0.1"], "weight_decay=0.1"):
-        values, notes = kohya.adopted({"optimizer_type": "AdamW", "optimizer_args": arguments})
-        assert parse(values).optimizer.weight_decay == 0.1 and "weight_decay = 0.1" in notes[0]
-    for arguments in (["weight_decay=0.1", "betas=0.9,0.99"], "weight_decay=0.1 d_coef=2"):
-        with pytest.raises(SettingError, match="optimizer_args"):
-            parse(kohya.adopted({"optimizer_args": arguments})[0])
+def test_optimizers_arguments_and_schedules_come_along_with_kohyas_own_weight_decay():
+    values, _ = kohya.adopted({"optimizer_type": "AdamW", "optimizer_args": ["weight_decay=0.1", "betas=0.9,0.99"]})
+    assert parse(values).optimizer.optimizer_args == "weight_decay=0.1 betas=0.9,0.99"
+    # Its weight decay is the class's own: 0 for all but AdamW.
+    values, notes = kohya.adopted({"optimizer": "Prodigy", "optimizer_args": "decouple=True d_coef=2", "sdpa": True,
+                                   "lr_scheduler": "polynomial", "lr_scheduler_power": 2})
+    chosen = parse(values).optimizer
+    assert (chosen.optimizer_type, chosen.weight_decay, chosen.lr_scheduler_power) == ("Prodigy", 0.0, 2.0)
+    assert "weight_decay" in " ".join(notes)
+    for values in ({"optimizer": "Lion", "optimizer_args": "weight_decay=0.2", "sdpa": True},
+                   {"optimizer": "AdamW", "sdpa": True}, {"optimizer_type": "Lion"}):
+        assert parse(kohya.adopted(values)[0]).optimizer.weight_decay == 0.01
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_eight_bits_are_32_where_their_package_is_missing_which_is_told(monkeypatch, installed):
+    monkeypatch.setattr(kohya.importlib.util, "find_spec", lambda name: installed or None)
+    values, notes = kohya.adopted({"optimizer_type": "Lion8bit", "weight_decay": 0.1})
+    assert values["optimizer_type"] == ("Lion8bit" if installed else "Lion")
+    assert installed or "bitsandbytes" in " ".join(notes)
 
 
 def test_files_of_older_kohya_ss_and_of_lora_scripts_are_understood_too():

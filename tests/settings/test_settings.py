@@ -56,6 +56,10 @@ def test_flat_is_the_inverse_of_parse():
     ({"resolution": "5 12"}, "512"),
     ({"resolution": "512,512,512"}, "width,height"),
     ({"min_bucket_reso": 2048}, "max_bucket_reso"),
+    ({"min_timestep": 500, "max_timestep": 500}, "499 or less"),
+    ({"scale_v_pred_loss_like_noise_pred": True, "v_pred_like_loss": 0.5}, "v_pred_like_loss"),
+    ({"preservation": "dop", "trigger_word": "zzk"}, "preservation_class"),
+    ({"preservation": "dop", "preservation_class": "cat"}, "trigger_word"),
     ({"bucket_reso_steps": 12}, "multiple of 8"),
     ({"output_name": ["a"]}, "text"),
     ({"train_data_dir": "a\0b"}, "zero character"),
@@ -70,7 +74,7 @@ def test_what_is_not_possible_is_refused_by_name_with_the_reason(values, complai
 def test_text_from_a_command_line_becomes_the_settings_type():
     parsed = settings.parse({"network_dim": "32", "flip_aug": "yes", "learning_rate": "5e-5", "noise_offset": "0"})
     assert parsed.network.network_dim == 32 and parsed.dataset.flip_aug is True
-    assert parsed.optimizer.learning_rate == 5e-5 and parsed.loss.noise_offset == 0.0
+    assert parsed.optimizer.learning_rate == 5e-5 and parsed.noise.noise_offset == 0.0
 
 
 @pytest.mark.parametrize(("name", "value", "expected"), [
@@ -129,6 +133,19 @@ def test_a_path_copied_by_windows_loses_its_quotes():
     ({"unet_lr": 1e-4, "learning_rate": 1e-3}, "learning_rate"),
     ({"network_weights": "a.safetensors", "network_dim": 64}, "network_dim"),
     ({"network_weights": "a.safetensors", "network_alpha": 1}, "network_alpha"),
+    ({"huber_c": 0.2}, "huber_c"),
+    ({"loss_type": "l1", "huber_schedule": "constant"}, "huber_schedule"),
+    ({"loss_type": "huber", "huber_scale": 2}, "huber_scale"),
+    ({"adaptive_noise_scale": 0.1}, "adaptive_noise_scale"),
+    ({"noise_offset_random_strength": True}, "noise_offset_random_strength"),
+    ({"multires_noise_discount": 0.5}, "multires_noise_discount"),
+    ({"ip_noise_gamma_random_strength": True}, "ip_noise_gamma_random_strength"),
+    ({"conditioning_data_dir": "masks", "alpha_mask": True}, "conditioning_data_dir"),
+    ({"unmasked_weight": 0.1}, "unmasked_weight"),
+    ({"masked_prior_preservation_weight": 1}, "masked_prior_preservation_weight"),
+    ({"preservation": "blank", "preservation_class": "cat"}, "preservation_class"),
+    ({"preservation": "dco", "preservation_weight": 2}, "preservation_weight"),
+    ({"dco_beta": 100}, "dco_beta"),
     ({"network_weights": "a.safetensors", "network_targets": "attention"}, "network_targets"),
     ({"network_targets": "attention", "conv_dim": 4}, "conv_dim"), ({"conv_alpha": 1}, "conv_alpha"),
 ])

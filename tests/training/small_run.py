@@ -22,6 +22,10 @@ from lib_lora_train.training.checkpoint import TrainingState
 from lib_lora_train.training.condition import CachedText, TrainedText
 from lib_lora_train.training.loop import Progress, TrainConfig, train
 from lib_lora_train.training.loss import LossConfig, LossFunction, mse
+from lib_lora_train.training.noise import NoiseConfig
+from lib_lora_train.training.optimizer_kinds import Traits
+from lib_lora_train.training.optimizers import OptimizerConfig
+from lib_lora_train.training.schedules import ScheduleConfig
 from tests.model import small_checkpoints
 from tools import tiny_checkpoint
 
@@ -35,14 +39,14 @@ class Sgd:
     accepts_flat: bool
     class_name = "torch.optim.sgd.SGD"
 
-    def build(self, groups, *, weight_decay):
-        return torch.optim.SGD(groups, weight_decay=weight_decay)
+    def traits(self, arguments):
+        return Traits(accepts_flat=self.accepts_flat)
 
-    def state_dict(self, optimizer, parameter):
-        return {}
-
-    def set_training(self, optimizer, training):
+    def check(self, arguments):
         pass
+
+    def build(self, groups, *, arguments, pairs=()):
+        return torch.optim.SGD(groups, **arguments)
 
 
 def tensors(family: str) -> dict[str, torch.Tensor]:
@@ -139,8 +143,9 @@ def run(family: str, batches: Sequence[Batch], *, accumulation: int = 1, text: b
         if text else CachedText(TextCache(frozen_model.text))
     steps = -(-len(batches) // accumulation)
     config = TrainConfig(
-        steps=steps, epochs=1, steps_per_epoch=steps, accumulation=accumulation, optimizer=optimizer, schedule="cosine",
-        warmup=2, cycles=1, weight_decay=0.01, max_grad_norm=1.0, noise_offset=0.05, unet_lr=learning_rate,
+        steps=steps, epochs=1, steps_per_epoch=steps, accumulation=accumulation,
+        optimizer=OptimizerConfig(optimizer, {"weight_decay": 0.01}), noise=NoiseConfig(noise_offset=0.05),
+        schedule=ScheduleConfig("cosine", steps=steps, warmup=2), unet_lr=learning_rate,
         text_encoder_lr=learning_rate / 2 if text else 0.0, seed=3, cuda_graphs=graphs, compiled=compiled,
         loss=LossConfig(dtype=dtype, min_snr_gamma=min_snr, function=loss),
         step=StepConfig(microbatch=microbatch,

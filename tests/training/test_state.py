@@ -8,7 +8,7 @@ import torch
 from lib_lora_train.adapters.flat import FlatWeights
 from lib_lora_train.errors import LoraFileError
 from lib_lora_train.training.checkpoint import TrainingState, restore
-from lib_lora_train.training.optimizers import AdamW, RunOptimizer
+from lib_lora_train.training.optimizers import AdamW, OptimizerConfig, RunOptimizer
 from lib_lora_train.training.precision import LossScaler
 
 SHAPES = ((5, 3), (70,), (2, 1))
@@ -22,7 +22,7 @@ def weights() -> list[torch.nn.Parameter]:
 
 def optimizer_of(parameters: list[torch.nn.Parameter], *, weight_decay: float = 0.0) -> RunOptimizer:
     flat = FlatWeights([{"name": "unet", "params": parameters, "lr": 0.1}])
-    return RunOptimizer(flat, AdamW(), weight_decay=weight_decay, max_grad_norm=0)
+    return RunOptimizer(flat, AdamW(), OptimizerConfig(arguments={"weight_decay": weight_decay}, max_grad_norm=0))
 
 
 def gradients(step: int) -> list[torch.Tensor]:
@@ -59,10 +59,11 @@ def test_torchs_own_state_weight_by_weight_goes_on_in_one_buffer():
         optimizer.step(~optimizer.clip().isfinite())
         optimizer.weights.gradient.zero_()
     assert all(torch.allclose(mine, other, rtol=1e-5) for mine, other in zip(ours, theirs, strict=True))
-    kept = {(number, name): value for number, name, value in optimizer.state()}
+    kept = optimizer.state()
     for number, entry in reference.state_dict()["state"].items():
         for name, value in entry.items():
-            assert torch.allclose(kept[number, name], value, rtol=1e-5) and kept[number, name].shape == value.shape
+            mine = kept[f"{number}.{name}"]
+            assert torch.allclose(mine, value, rtol=1e-5) and mine.shape == value.shape
 
 
 @pytest.mark.parametrize("kept, expected", [
@@ -86,4 +87,4 @@ def test_moments_of_other_weights_are_refused_and_nothing_is_changed(number, nam
     entries.setdefault(number, {})[name] = tensor
     with pytest.raises(LoraFileError):
         restore(state_of(entries), optimizer=optimizer, scaler=LossScaler(CPU, enabled=False))
-    assert not any(value.any() for _, _, value in optimizer.state())
+    assert not any(value.any() for value in optimizer.state().values())

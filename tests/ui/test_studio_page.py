@@ -411,11 +411,11 @@ def test_a_crop_by_hand_keeps_what_is_inside_the_frame(few: StudioPage):
     expect(few.page.locator(".lts-editor")).to_contain_text("300×200")
 
 
-def test_a_painted_mask_lies_beside_the_image_is_said_to_be_unused_and_can_be_taken_away(few: StudioPage):
-    unused = "Training does not use masks yet"
+def test_a_painted_mask_lies_beside_the_image_is_said_to_count_with_masked_loss_and_can_be_taken_away(few: StudioPage):
+    used = "Masks count where Masked loss (masked_loss) is on"
     few.tiles().first.click()
     few.part("mask").click()
-    expect(few.part("masks_unused")).to_contain_text(unused)
+    expect(few.part("masks_used")).to_contain_text(used)
     few.page.get_by_role("button", name="Broad").click()
     cover = few.part("cover")
     cover.scroll_into_view_if_needed()
@@ -427,10 +427,10 @@ def test_a_painted_mask_lies_beside_the_image_is_said_to_be_unused_and_can_be_ta
     few.page.mouse.up()
     few.part("mask_it").click()
     expect(few.said()).to_contain_text("mask is kept")
-    expect(few.said()).to_contain_text(unused)
-    badge = few.page.locator(".lts-tile .lts-badge", has_text="unused mask")
-    expect(badge).to_have_attribute("title", re.compile(unused))
-    expect(few.page.locator(".lts-wrong")).to_contain_text(unused)
+    expect(few.said()).to_contain_text(used)
+    badge = few.page.locator(".lts-tile .lts-badge", has_text="mask")
+    expect(badge).to_have_attribute("title", re.compile(re.escape(used)))
+    expect(few.page.locator(".lts-wrong")).to_contain_text(used)
     path = few.host.datasets_folder / "emoji" / "masks" / "0.png"
     with Image.open(path) as mask:
         assert (mask.mode, mask.size) == ("L", (300, 200))

@@ -35,9 +35,16 @@ def _parser() -> argparse.ArgumentParser:
     bench = argparse.ArgumentParser(prog="python tools/bench",
                                     description="Measure quality, speed and memory of the training.")
     commands = bench.add_subparsers(
-        required=True, metavar="quality | recommend | speed | memory | cache | startup | model | studio | verdict")
+        required=True, metavar="quality | recommend | background | speed | memory | cache | startup | model | studio | verdict")
     _add_quality(commands)
     _add_recommend(commands)
+    background = _add(commands, "background", run_background, "measure how much of its pictures' background a LoRA takes "
+                      "along, with masked loss and with what preserves the model", out="table, figures, LoRAs and sheets")
+    background.add_argument("--case", action="append", default=[], metavar="NAME", help="whole, masked (these by default), "
+                            "'masked, 0.1 outside', 'masked, base outside', dop, blank or dco; may be repeated")
+    background.add_argument("--seeds", default="42,43", metavar="N,N,…", help="a run for each (42,43)")
+    background.add_argument("--steps", type=int, default=200, help="of each run (200)")
+    background.add_argument("--threads", type=int, default=1, help="CPU threads (1)")
     _add_speed(commands)
     memory = _add(commands, "memory", run_memory, "compare the memory plan's prediction with what is measured here; predict "
                   "for GPUs of several sizes", out="tables and figures")
@@ -177,6 +184,23 @@ def run_recommend(chosen: argparse.Namespace) -> int:
         steps=chosen.steps, every=chosen.every, changes=dict(assignment(text) for text in chosen.set))
     host = StandaloneHost(CHECKPOINT, lora_folder=chosen.out / "loras", runs_folder=chosen.out / "runs")
     return _done(recommend.run_recommend(plan, host, say=_say), chosen)
+
+
+def run_background(chosen: argparse.Namespace) -> int:
+    """`bench background`; returns the exit code."""
+    import torch
+
+    from lib_lora_train.demo.embedded import CHECKPOINT
+    from lib_lora_train.host.standalone import StandaloneHost
+    from tools.bench import background
+
+    cases = tuple(chosen.case) or background.BackgroundPlan(chosen.out).cases
+    if unknown := sorted(set(cases) - background.CASES.keys()):
+        raise SettingError(f"There is no case called {unknown[0]}", remedy=f"choose of {'; '.join(background.CASES)}")
+    torch.set_num_threads(max(1, chosen.threads))
+    plan = background.BackgroundPlan(chosen.out, cases=cases, seeds=_numbers("--seeds", chosen.seeds), steps=chosen.steps)
+    host = StandaloneHost(CHECKPOINT, lora_folder=chosen.out / "loras", runs_folder=chosen.out / "runs")
+    return _done(background.run_background(plan, host, say=_say), chosen)
 
 
 def run_speed(chosen: argparse.Namespace) -> int:

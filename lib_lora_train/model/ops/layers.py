@@ -14,6 +14,7 @@ Do not call it under autocast: the dtype of the activations is that of the compu
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Protocol, runtime_checkable
@@ -55,6 +56,12 @@ class DeltaAdapter(Protocol):
 
     def delta(self) -> LoRADelta | None:
         """What is added to the frozen layer; None for nothing."""
+
+
+@functools.cache
+def _adds_delta(kind: type) -> bool:
+    """Whether adapters of this class (or NoneType) are `DeltaAdapter`s; asked for each layer of each step."""
+    return issubclass(kind, DeltaAdapter)
 
 
 Adapter = DeltaAdapter | LayerAdapter
@@ -137,8 +144,8 @@ class Layers:
         """
         adapters = [self._adapters.get(name) for name in names]
         frozen = [(self.weight(name), self.bias(name) if bias else None) for name in names]
-        deltas = [adapter.delta() if isinstance(adapter, DeltaAdapter) else None for adapter in adapters]
-        whole = [adapter is not None and not isinstance(adapter, DeltaAdapter) for adapter in adapters]
+        deltas = [adapter.delta() if _adds_delta(type(adapter)) else None for adapter in adapters]
+        whole = [adapter is not None and not _adds_delta(type(adapter)) for adapter in adapters]
         if any(whole):
             x = source if recipe is None else made(recipe, source)
             return tuple(adapter.linear(x, *layer) if alone else shared_linears(x, [layer], [delta])[0]
@@ -150,7 +157,7 @@ class Layers:
     def conv2d(self, name: str, x: Tensor, *, stride: int = 1, padding: int = 0) -> Tensor:
         """x [B, in, h, w] -> [B, out, h', w']."""
         weight, bias, adapter = self.weight(name), self.bias(name), self._adapters.get(name)
-        if adapter is not None and not isinstance(adapter, DeltaAdapter):
+        if adapter is not None and not _adds_delta(type(adapter)):
             return adapter.conv2d(x, weight, bias, stride=stride, padding=padding)
         y = frozen_conv2d(x, weight, bias, stride=stride, padding=padding)
         delta = None if adapter is None else adapter.delta()

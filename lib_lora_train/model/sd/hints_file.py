@@ -4,6 +4,7 @@ and sgm (SDXL), as kohya and the WebUI read them."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -84,7 +85,7 @@ def _model(path: Path) -> Mapping[str, Any]:
     try:
         if path.stat().st_size > 1_000_000:  # published ones have a few thousand
             raise ValueError("it is longer than a million bytes")
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = _parsed(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: of UTF-8, dates, numbers too long
         raise ModelError(f"'{path.name}' cannot be read as a model configuration", why=" ".join(str(error).split()),
                          remedy="repair the file or remove it") from error
@@ -93,6 +94,12 @@ def _model(path: Path) -> Mapping[str, Any]:
         raise ModelError(f"'{path.name}' is not a model configuration", why="it has no section 'model: params:'",
                          remedy="repair the file or remove it")
     return model
+
+
+@functools.lru_cache(maxsize=1)
+def _parsed(text: str) -> Any:
+    """Of a job's start, which asks for the hints first and for the tokenizers later. Not to be changed."""
+    return yaml.safe_load(text)
 
 
 def _section(content: Any, *names: str) -> Mapping[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lib_lora_train.errors import SettingError
-from lib_lora_train.settings import DECLARATIONS, parse
+from lib_lora_train.settings import DECLARATIONS, refuse_unknown
 from lib_lora_train.settings.field import read
 from lib_lora_train.settings.importing import kohya_gui, lora_easy, lora_file, lora_scripts, onetrainer, sd_scripts
 from lib_lora_train.settings.importing.entries import KINDS as KINDS
@@ -65,7 +65,7 @@ def _ours(data: Mapping[str, Any], *, name: str) -> Imported:
     """A file of our own: a run's, or a preset."""
     about = data.get("preset") if isinstance(data.get("preset"), dict) else {}
     values = flattened({table: inner for table, inner in data.items() if not (about and table == "preset")}, name=name)
-    parse(values)
+    refuse_unknown(values)
     given = {key: read(DECLARATIONS[key], value) for key, value in values.items()}
     notes = (f"This is the preset {about.get('name') or Path(name).stem}.",) if about else ()
     return Imported(OURS, given, tuple(Entry(key, value, "taken") for key, value in given.items()), {}, notes)

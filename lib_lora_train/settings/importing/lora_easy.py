@@ -14,6 +14,7 @@ PROGRAM = "LoRA Easy Training Scripts"
 _RENAMED = {"warmup_ratio": "lr_warmup_steps", "batch_size": "train_batch_size"}
 _ONLY_THERE = {name: "only its window uses it" for name in (
     "easy_name", "tag_occurrence", "tag_file_location", "save_toml", "save_toml_location", "name")}
+_SCHEDULES = {"Rex": "rex", "RexAnnealingWarmRestarts": "rex", "CosineAnnealingWarmRestarts": "cosine_with_restarts"}
 _LYCORIS = ("locon", "loha", "lokr", "ia3", "dylora", "full", "glora", "diag-oft", "boft")
 
 
@@ -51,9 +52,11 @@ def _add(translation: Translation, origin: str, name: str, value: Any) -> None:
             _add_inner(translation, f"{origin}.{key}", name, key, inner)
     elif name in _ONLY_THERE:
         translation.unused(origin, value, _ONLY_THERE[name])
-    elif str(value).endswith(".Rex") and name == "lr_scheduler_type":
-        translation.add("lr_scheduler", "rex", origin=origin, given=value)
-    elif not (name == "lr_scheduler" and translation.values.get("lr_scheduler") == "rex"):
+    elif name == "lr_scheduler_type" and (schedule := _SCHEDULES.get(str(value).rpartition(".")[2])):
+        translation.add("lr_scheduler", schedule, origin=origin, given=value)
+    elif name == "lr_scheduler" and "lr_scheduler" in translation.values:
+        translation.unused(origin, value, "the type of the schedule goes before it")
+    else:
         translation.add(_RENAMED.get(name, name), value, origin=origin, given=value)
 
 

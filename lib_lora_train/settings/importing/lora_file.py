@@ -31,7 +31,7 @@ _NOT_SETTINGS = ("session_id", "training_started_at", "training_finished_at", "o
                  "base_model_version", "sd_scripts_commit_hash", "sd_model_name", "sd_model_hash", "new_sd_model_hash",
                  "vae_name", "vae_hash", "new_vae_hash", "tag_frequency", "bucket_info", "dataset_dirs", "reg_dataset_dirs",
                  "zero_terminal_snr")
-_NAMES = {"torch.optim.adamw.AdamW": "AdamW", "transformers.optimization.Adafactor": "Adafactor"}
+_CLASSES = {"lionoptimizer": "Lion", "sgd": "SGDNesterov"}
 _ARGUMENT = re.compile(r"(\w+)=((?:\([^)]*\)|\[[^\]]*\]|[^,()]+)+)")
 
 
@@ -67,7 +67,7 @@ def read_header(header: Mapping[str, Any], *, name: str) -> Imported:
     text = any(tensor.startswith("lora_te") for tensor in header)
     translation.add("network_train_unet_only", not text, origin="layers", given="UNet and text encoder" if text else "UNet")
     if not text and "text_encoder_lr" in translation.values:
-        del translation.values["text_encoder_lr"]
+        translation.values["text_encoder_lr"] = ""
     return translation.finish({})
 
 
@@ -113,10 +113,14 @@ def _setting(key: str, value: str, translation: Translation) -> None:
 def _optimizer(text: str, translation: Translation) -> None:
     """ "torch.optim.adamw.AdamW(weight_decay=0.1,betas=(0.9, 0.99))"."""
     name, _, arguments = text.partition("(")
-    translation.add("optimizer_type", _NAMES.get(name) or name.rpartition(".")[2], origin="ss_optimizer", given=text)
+    known = {choice.lower(): choice for choice in DECLARATIONS["optimizer_type"].choices} | _CLASSES
+    translation.add("optimizer_type", known.get(name.rpartition(".")[2].lower(), name), origin="ss_optimizer", given=text)
     for key, value in _ARGUMENT.findall(arguments.removesuffix(")")):
         plain = value.strip().strip("()[]").replace(" ", "")
-        translation.add_argument("optimizer_args", f"{key}={plain}", origin="ss_optimizer", given=f"{key}={value}")
+        if key == "weight_decay":
+            translation.add(key, plain, origin="ss_optimizer", given=f"{key}={value}")
+        else:
+            translation.add_argument("optimizer_args", f"{key}={plain}", origin="ss_optimizer", given=f"{key}={value}")
 
 
 def _datasets(text: str, translation: Translation) -> None:

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from lib_lora_train.settings import DECLARATIONS
+from lib_lora_train.settings import DECLARATIONS, named
 from lib_lora_train.settings.importing.entries import Imported
 from lib_lora_train.settings.importing.translation import Translation
 from lib_lora_train.settings.toml import tables
@@ -112,13 +112,13 @@ class _Reading:
         elif weight == "CONSTANT":
             self._add("min_snr_gamma", 0, "loss_weight_fn")
         else:
-            self._refuse("loss_weight_fn", "noise levels are weighed by min_snr_gamma or debiased_estimation_loss")
+            self._refuse("loss_weight_fn", f"noise levels are weighed by {named('min_snr_gamma')} here")
         used = [name for name, (_, usual) in _LOSSES.items() if self.given.get(name, usual)]
         names = [name for name in _LOSSES if name in self.left]
         if len(used) == 1:
             self._add("loss_type", _LOSSES[used[0]][0], *names)
         for name in names if len(used) != 1 else ():
-            self._refuse(name, "one kind of loss is counted, loss_type")
+            self._refuse(name, f"one kind of loss is counted, {named('loss_type')}")
         if used == ["huber_strength"]:
             self._add("huber_c", self.given.get("huber_delta", 1.0), "huber_delta")
             self.translation.values["huber_schedule"] = "constant"
@@ -183,7 +183,7 @@ class _Reading:
             elif self.given[f"{part}.learning_rate"] == self.translation.values.get("text_encoder_lr"):
                 self._unused(f"{part}.learning_rate", "it is that of the first")
             else:
-                self._refuse(f"{part}.learning_rate", "both text encoders have one rate here, text_encoder_lr")
+                self._refuse(f"{part}.learning_rate", f"both text encoders have one rate, {named('text_encoder_lr')}")
             ends = self.given.get(f"{part}.stop_training_after") and self.given.get(
                 f"{part}.stop_training_after_unit", "NEVER") != "NEVER"
             for name in ("stop_training_after", "stop_training_after_unit"):
@@ -203,7 +203,7 @@ class _Reading:
                                  ("lokr_full_matrix", "full_matrix"), ("lokr_weight_decompose", "dora_wd")):
                 self._add(target, self.given.get(name), name, otherwise="there is no such setting")
         if self.given.get("layer_filter"):
-            self._refuse("layer_filter", "layers are chosen in network_targets")
+            self._refuse("layer_filter", f"layers are chosen in {named('network_targets')}")
 
     def _masks(self) -> None:
         if self.given.get("masked_training"):

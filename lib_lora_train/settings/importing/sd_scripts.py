@@ -17,7 +17,6 @@ from lib_lora_train.settings.importing.translation import Translation
 from lib_lora_train.settings.toml import tables
 
 PROGRAM = "kohya's scripts"
-_NOT_OURS = "a state of kohya's cannot be resumed here; name its last LoRA in network_weights"
 
 
 def recognises(data: Mapping[str, Any]) -> bool:
@@ -54,8 +53,6 @@ def started(program: str, data: Mapping[str, Any]) -> Translation:
 def completed(translation: Translation) -> Imported:
     """The settings, with what kohya's scripts do where the file names nothing."""
     values = translation.values
-    if values.pop("resume", None):
-        translation.refuse("resume", "", _NOT_OURS)
     left_out = defaults()
     if kohya.changes_nothing("", values.get("max_train_epochs", "")) and "epoch" not in values:
         left_out = {**left_out, "max_train_steps": 1600}

@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Mapping
 
 from lib_lora_train.errors import SettingError
-from lib_lora_train.settings import DECLARATIONS, kohya
+from lib_lora_train.settings import DECLARATIONS, kohya, named
 from lib_lora_train.settings.field import Value, read
 from lib_lora_train.settings.importing.entries import Entry, Imported, Kind
 
@@ -46,13 +46,18 @@ class Translation:
     def finish(self, defaults: Mapping[str, object]) -> Imported:
         """The file in our names. `defaults` is what the program does where a file names nothing, under kohya's names; "@name"
         is the value of another."""
-        left_out = {name: self.values.get(value[1:], "") if isinstance(value, str) and value.startswith("@") else value
+        known = {**defaults, **{name: value for name, value in self.values.items() if value not in _OFF}}
+        left_out = {name: known.get(value[1:], "") if isinstance(value, str) and value.startswith("@") else value
                     for name, value in defaults.items() if self.values.get(name) in _OFF}
-        found = kohya.adopt({**left_out, **self.values, **{n: v for n, v in left_out.items() if v not in _OFF}})
+        found = kohya.adopt({**self.values, **{name: value for name, value in left_out.items() if value not in _OFF}},
+                            foreign=True)
         values: dict[str, Value] = {}
         impossible: dict[str, str] = {}
         for name, value in found.values.items():
             if name not in DECLARATIONS:
+                continue
+            if name == "resume":
+                impossible[name] = f"only states of our own are resumed; name its last LoRA in {named('network_weights')}"
                 continue
             try:
                 values[name] = read(DECLARATIONS[name], _first(value))
@@ -62,7 +67,8 @@ class Translation:
                    for origin, given, name in self._origins]
         implied = {name: values[name] for name in left_out
                    if name in values and values[name] != DECLARATIONS[name].default}
-        return Imported(self.program, values, (*entries, *self._entries), implied, tuple(self.notes))
+        told = [f"{sentence}." for sentence in found.became if sentence.split(" ", 1)[0] not in self.values]
+        return Imported(self.program, values, (*entries, *self._entries), implied, (*self.notes, *told))
 
     def _entry(self, origin: str, given: object, name: str, *, adopted: kohya.Adopted, values: Mapping[str, Value],
                impossible: Mapping[str, str]) -> Entry:
@@ -75,18 +81,22 @@ class Translation:
 def _fate(name: str, value: object, *, adopted: kohya.Adopted, values: Mapping[str, Value],
           impossible: Mapping[str, str]) -> tuple[Kind, str]:
     """What became of a name of kohya's."""
-    told = [sentence for sentence in adopted.became if sentence.split(" ", 1)[0] == name]
+    told = [sentence.partition(" is ")[2] for sentence in adopted.became if sentence.split(" ", 1)[0] == name]
     if name in impossible:
         return "refused", impossible[name]
     if name in adopted.values and name not in DECLARATIONS:
-        return "refused", kohya.explanations().get(name) or _unknown(name)
+        if name not in kohya.explanations() and kohya.changes_nothing(name, value):
+            return "unused", "not known here, and off"
+        return "refused", kohya.explanations().get(name, "").partition(": ")[2] or _unknown(name)
     if told:
         return "changed", "; ".join(told)
     if name in adopted.unused:
         return "unused", adopted.unused[name]
     if name in values:
-        same = _same(name, value, values[name])
-        return ("taken", "") if same else ("changed", f"read as {name} = {values[name]}")
+        if _same(name, value, values[name]):
+            return "taken", ""
+        if not kohya.changes_nothing(name, value):
+            return "changed", f"read as {name} = {values[name]}"
     if kohya.changes_nothing(name, value):
         return "unused", "it is off"
     return "unused", "it has no effect beside the file's other settings"

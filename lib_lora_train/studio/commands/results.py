@@ -131,7 +131,7 @@ def _grid(chosen: argparse.Namespace) -> int:
     if chosen.json:
         print(json.dumps({**grid.to_dict(), "scores": scores.to_dict()}, indent=1))
         return 0
-    _print_notes(grid.notes)
+    _print_notes([note for note in grid.notes if note not in scores.notes])
     _print_scores(scores)
     return 0
 

@@ -19,7 +19,7 @@ from lib_lora_train.dataset import caption_files
 from lib_lora_train.dataset.caption_files import TEXT_SUFFIXES, CaptionFile, that_counts
 from lib_lora_train.dataset.images import MAX_BYTES, DecodedImage, decode_image, encode_image
 from lib_lora_train.dataset.listing import MayRead, repeats_and_name
-from lib_lora_train.dataset.masks import UNUSED
+from lib_lora_train.dataset.masks import USED
 from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
 from lib_lora_train.dataset.text_files import CAPTION_SUFFIXES
 from lib_lora_train.errors import DatasetError, counted, printable, some_of, translated
@@ -239,14 +239,14 @@ class _Collector:
                     mask = decode_image(path).image.convert("L")
                 if mask.size != decoded.image.size:
                     raise DatasetError("", why="it is not of the picture's size")
-                self._count("{} came with a mask, which is kept. " + UNUSED)
+                self._count("{} came with a mask, which is kept. " + USED)
                 return mask
             except DatasetError as error:
                 self.skipped.append((f"mask of {found.label}", f"{reason(error)} The picture was imported without it."))
         if decoded.alpha is None:
             return None
         self._count("{} had transparent parts: they are white now" + (
-            f", and a mask that marks them is kept. {UNUSED}" if self.masks else "."))
+            f", and a mask that marks them is kept. {USED}" if self.masks else "."))
         return decoded.alpha if self.masks else None
 
     def _count(self, text: str) -> None:

@@ -347,7 +347,7 @@ def test_a_mask_belongs_to_the_picture_of_its_own_folder_and_to_no_other(dataset
     assert np.array_equal(masks["one/1.png"], read_image(tmp_path / "m/one/masks/1.png").convert("L"))
     assert np.array_equal(masks["two/3.png"], read_image(tmp_path / "m/mask/two/3.png").convert("L"))
     assert {name for name, _ in collected.skipped} == {"m.zip/two/masks/4.png", "m.zip/masks/3.png"}
-    assert any("2 pictures came with a mask" in note and "does not use masks yet" in note for note in collected.notes)
+    assert any("2 pictures came with a mask" in note and "masked_loss" in note for note in collected.notes)
 
 
 def test_masks_and_conditioning_pictures_of_other_trainers_are_not_imported_as_pictures(dataset: OwnedDataset, source: Path):

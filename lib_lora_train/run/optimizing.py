@@ -1,0 +1,127 @@
+"""The optimizer and the schedule of a run, from its settings: what they are, whether they are possible, what has no effect."""
+
+from __future__ import annotations
+
+import torch
+
+from lib_lora_train.adapters.flat import FlatWeights
+from lib_lora_train.errors import SettingError
+from lib_lora_train.settings import DECLARATIONS, Settings, named, no_effect
+from lib_lora_train.settings.arguments import arguments_of
+from lib_lora_train.settings.kohya import default_weight_decay
+from lib_lora_train.training.optimizer_kinds import Arguments, Imported, Traits, knows_weight_decay
+from lib_lora_train.training.optimizers import OptimizerConfig, RunOptimizer, spec_of
+from lib_lora_train.training.schedules import ScheduleConfig
+
+_LEAST_FACTOR = 0.1  # sd-scripts warns at this learning rate and below of optimizers that find the rate themselves
+_POLYNOMIAL_END = 1e-7  # of the learning rate, in transformers
+
+
+def optimizer_config(settings: Settings) -> OptimizerConfig:
+    """The run's optimizer. Raises SettingError for arguments that cannot be read."""
+    chosen = settings.optimizer
+    arguments = {"weight_decay": chosen.weight_decay, **_arguments(settings)}
+    return OptimizerConfig(chosen.optimizer_type, arguments, chosen.max_grad_norm)
+
+
+def schedule_config(settings: Settings, *, steps: int) -> ScheduleConfig:
+    """The schedule that the run's optimizer is given."""
+    chosen, traits = settings.optimizer, traits_of(settings)
+    rate = chosen.unet_lr or chosen.learning_rate
+    floor = chosen.lr_scheduler_min_lr_ratio
+    if chosen.lr_scheduler == "polynomial":
+        floor = max(floor, min(1.0, _POLYNOMIAL_END / rate)) if rate else floor
+    return ScheduleConfig(
+        name="constant" if traits.own_schedule else chosen.lr_scheduler, steps=steps,
+        warmup=0 if traits.own_rate else in_steps(chosen.lr_warmup_steps, steps), cycles=chosen.lr_scheduler_num_cycles,
+        power=chosen.lr_scheduler_power, min_lr_ratio=floor, decay=in_steps(chosen.lr_decay_steps, steps),
+        timescale=chosen.lr_scheduler_timescale)
+
+
+def in_steps(number: float, steps: int) -> int:
+    """A number of steps, or a share of so many."""
+    return int(number * steps if number < 1 else number)
+
+
+def traits_of(settings: Settings) -> Traits:
+    """What holds of the run's optimizer. Raises SettingError."""
+    return spec_of(settings.optimizer.optimizer_type).traits(_arguments(settings))
+
+
+def check_optimizer(settings: Settings, *, built: bool = False) -> None:
+    """Raise SettingError where optimizer, arguments, rates and schedule do not fit each other, or a package is missing. With
+    `built` the optimizer is built on trial, as it will be when the training begins."""
+    config = optimizer_config(settings)
+    spec = spec_of(config.name)
+    traits, chosen, rates = spec.traits(config.arguments), settings.optimizer, [rate for rate in settings.rates if rate]
+    if "lr" in _arguments(settings):
+        raise SettingError(f"{named('optimizer_args')} holds 'lr'", remedy=f"write {named('learning_rate')}")
+    spec.check(config.arguments)
+    if traits.adapts_rate and min(rates) <= _LEAST_FACTOR:
+        low = "text_encoder_lr" if settings.rates[1] == min(rates) else "unet_lr" if chosen.unet_lr else "learning_rate"
+        raise SettingError(f"{named(low)} = {min(rates):g} is too low for {config.name}", why="it finds the learning rate "
+                           "itself, and the one that is set multiplies it", remedy=f"set {low} to 1")
+    if traits.one_rate and len(set(rates)) > 1:
+        raise SettingError(f"{config.name} needs one learning rate for all parts", why=f"the UNet's is {rates[0]:g} and the "
+                           f"text encoder's {rates[1]:g}", remedy=f"set {named('text_encoder_lr')} to {rates[0]:g} too")
+    if chosen.lr_scheduler == "adafactor" and not traits.own_rate:
+        raise SettingError(f"{named('lr_scheduler')} = adafactor is not possible with {config.name}", why="it is the learning "
+                           "rate that Adafactor chooses with relative_step",
+                           remedy=f"choose constant, or {named('optimizer_type')} = Adafactor")
+    if built:
+        _build_on_trial(config, rate=rates[0], step=isinstance(spec, Imported) and not spec.package)
+
+
+def _build_on_trial(config: OptimizerConfig, *, rate: float, step: bool) -> None:
+    """Build the optimizer of a tiny layer; with `step` it makes a step and keeps its state, too."""
+    pair = torch.nn.Parameter(torch.zeros(2, 2)), torch.nn.Parameter(torch.zeros(2, 2))
+    optimizer = RunOptimizer(FlatWeights([{"name": "unet", "params": list(pair), "lr": rate}]), spec_of(config.name), config,
+                             pairs=[pair])
+    if step:
+        try:
+            optimizer.weights.gradient.fill_(1.0)
+            optimizer.step(torch.tensor(False))
+            optimizer.state()
+        except Exception as error:
+            raise SettingError(f"{named('optimizer_type')} = {config.name} cannot be used here",
+                               why=str(error).split("\n")[0], remedy="choose another one, such as AdamW") from error
+
+
+def check_optimizer_device(settings: Settings, device: torch.device) -> None:
+    """Raise SettingError where the optimizer has no kernels for the device."""
+    if traits_of(settings).cuda_only and device.type != "cuda":
+        raise SettingError(f"{named('optimizer_type')} = {settings.optimizer.optimizer_type} is not possible on the device "
+                           f"{device.type!r}", why="it needs a CUDA GPU", remedy="choose AdamW")
+
+
+def ignored_by_optimizer(settings: Settings) -> list[str]:
+    """A sentence for each setting that was changed and has no effect on this optimizer. Raises SettingError."""
+    default, chosen = type(settings.optimizer)(), settings.optimizer
+    spec, given, found = spec_of(chosen.optimizer_type), _arguments(settings), list[tuple[str, str]]()
+    traits, kind = spec.traits(given), chosen.optimizer_type
+    if "weight_decay" in given:
+        found.append(("weight_decay", f"{named('optimizer_args')} names one"))
+    elif isinstance(spec, Imported) and not knows_weight_decay(spec.imported()):
+        found.append(("weight_decay", f"{kind} has none"))
+    if traits.own_schedule:
+        found += [(name, traits.own_schedule) for name in (
+            "lr_scheduler", "lr_scheduler_num_cycles", "lr_scheduler_power", "lr_scheduler_min_lr_ratio", "lr_decay_steps",
+            "lr_scheduler_timescale")]
+    if traits.own_rate:
+        found += [(name, traits.own_schedule) for name in ("learning_rate", "unet_lr", "text_encoder_lr", "lr_warmup_steps")]
+    return [no_effect(name, why) for name, why in found
+            if getattr(chosen, name) != getattr(default, name) and getattr(chosen, name) != "adafactor"]
+
+
+def optimizer_name(settings: Settings) -> str:
+    """As a LoRA file's metadata name it (ss_optimizer): the class, and in brackets the arguments that were given, also a weight
+    decay that is not what kohya's scripts would have without one."""
+    arguments, decay = _arguments(settings), settings.optimizer.weight_decay
+    if decay != default_weight_decay(settings.optimizer.optimizer_type):
+        arguments = {"weight_decay": decay, **arguments}
+    given = ",".join(f"{name}={value}" for name, value in arguments.items())
+    return spec_of(settings.optimizer.optimizer_type).class_name + (f"({given})" if given else "")
+
+
+def _arguments(settings: Settings) -> Arguments:
+    return arguments_of(DECLARATIONS["optimizer_args"], settings.optimizer.optimizer_args)
