@@ -144,15 +144,15 @@ def test_a_pickle_in_the_place_of_a_cached_picture_is_a_miss(tmp_path: Path, qui
                         bucket_no_upscale=False).assign(64, 64)
     disk = LatentDisk(vae_fingerprint="vae")
     latents = torch.ones(4, 8, 8), torch.zeros(4, 8, 8)
-    assert disk.store(image, placement, flipped=False, latents=latents) is None
+    assert disk.store(image, placement, latents=latents) is None
     (cached,) = (tmp_path / CACHE_FOLDER).iterdir()
     cached.write_bytes(payloads(quiet)[kind])
     # kohya's own cache of the same image is not even looked at.
     (tmp_path / "1.npz").write_bytes(payloads(quiet)["npz"])
-    assert LatentDisk(vae_fingerprint="vae").load(image, placement, flipped=False) is None
+    assert LatentDisk(vae_fingerprint="vae").load(image, placement) is None
     assert len(scan(tmp_path, max_train_epochs=1).examples) == 1
-    assert disk.store(image, placement, flipped=False, latents=latents) is None
-    mean, _ = LatentDisk(vae_fingerprint="vae").load(image, placement, flipped=False)
+    assert disk.store(image, placement, latents=latents) is None
+    mean, _ = LatentDisk(vae_fingerprint="vae").load(image, placement)
     assert bool((mean == 1).all())
 
 

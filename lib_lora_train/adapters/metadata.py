@@ -12,7 +12,7 @@ from __future__ import annotations
 import base64
 import datetime
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lib_lora_train.errors import printable
@@ -28,7 +28,8 @@ SETTINGS = (
     "multires_noise_iterations", "multires_noise_discount", "ip_noise_gamma", "scale_weight_norms",
     "noise_offset_random_strength", "ip_noise_gamma_random_strength", "adaptive_noise_scale",
     "debiased_estimation", "loss_type", "huber_schedule", "huber_scale", "huber_c", "prior_loss_weight", "caption_dropout_rate",
-    "caption_tag_dropout_rate", "shuffle_caption", "keep_tokens", "color_aug", "flip_aug", "random_crop",
+    "caption_dropout_every_n_epochs", "caption_tag_dropout_rate", "shuffle_caption", "keep_tokens", "color_aug", "flip_aug",
+    "random_crop",
     "enable_bucket", "bucket_no_upscale", "min_bucket_reso", "max_bucket_reso", "training_comment")
 
 
@@ -47,6 +48,7 @@ class TrainingMetadata:
     dataset_dirs, reg_dataset_dirs   {folder: {"n_repeats", "img_count"}}
     tag_frequency   {folder: {tag: captions that hold it}}
     buckets         (width, height) -> images with their repeats, None without buckets
+    datasets        what sd-scripts writes of each [[datasets]], for runs with several sizes or folders of their own
     aspect_error    mean difference between an image's and its bucket's width/height
     settings        the run's settings under kohya's names; those in `SETTINGS` are written, and the trigger word
     """
@@ -75,6 +77,7 @@ class TrainingMetadata:
     reg_dataset_dirs: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     tag_frequency: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     buckets: Mapping[tuple[int, int], int] | None = None
+    datasets: Sequence[Mapping[str, object]] = ()
     aspect_error: float = 0.0
     network_module: str = "networks.lora"
     network_args: Mapping[str, str] = field(default_factory=dict)
@@ -132,6 +135,7 @@ def _dataset(run: TrainingMetadata) -> dict[str, object]:
                     for index, (size, count) in enumerate(run.buckets.items())},
         "mean_img_ar_error": run.aspect_error}
     return {
+        **({"ss_datasets": _json(run.datasets)} if run.datasets else {}),
         "ss_resolution": tuple(run.resolution),
         "ss_num_train_images": images(run.dataset_dirs),
         "ss_num_reg_images": images(run.reg_dataset_dirs),

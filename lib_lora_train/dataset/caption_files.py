@@ -24,6 +24,7 @@ from lib_lora_train.dataset.images import is_image_name
 from lib_lora_train.dataset.listing import MayRead, file_key, list_folder
 from lib_lora_train.dataset.text_files import CAPTION_SUFFIXES, read_text
 from lib_lora_train.errors import DatasetError, counted, printable, some_of
+from lib_lora_train.settings import CaptionSettings, named
 
 JSON_SUFFIXES = (".json", ".jsonl")
 CHOICES = "held_out.json"  # which images are held out (see held_out.py): no captions
@@ -33,10 +34,14 @@ _OF_PROGRAMS = (".npz", ".npy", ".pt", ".safetensors", ".cache", ".db", ".ini", 
 _FOR_PEOPLE = ("license", "licence", "readme", "copying", "notice")  # nobody's caption, where no image is called so
 _MOST_JSON_BYTES = 256 << 20
 _CAPTION_KEYS, _TAG_KEYS, _NAME_KEYS = ("caption", "text", "prompt"), ("tags", "tag_string"), ("file_name", "image", "file")
-_NOT_TEXT = {  # of other programs' prompts: what it means there, and what it looks like
-    "wildcards such as {a|b}": re.compile(r"\{[^{}]*\|[^{}]*\}"),
-    "the separator |||": re.compile(r"\|\|\|"),
-    "networks such as <lora:name:1>": re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>")}
+_NOT_TEXT = (  # of other programs' prompts: what it means there, what it looks like, and the setting that reads it
+    ("wildcards such as {a|b}", re.compile(r"\{[^{}]*\|[^{}]*\}"), "enable_wildcard"),
+    ("the separator |||", re.compile(r"\|\|\|"), "keep_tokens_separator"),
+    ("the separator ;;;", re.compile(r";;;"), "secondary_separator"),
+    ("emphasis such as (a:1.2)", re.compile(r"(?<!\\)\([^()]+:\d*\.?\d+\)"), ""),
+    ("networks such as <lora:name:1>", re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>"), ""))
+
+_CHOSEN = CaptionSettings()
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class CaptionFile:
 
     file: Path
     line: str  # in its normal form; "" where there is none, or the file cannot be read
-    several_lines: bool = False
+    further_lines: tuple[str, ...] = ()
     encoding: str = ""  # where it is not UTF-8
     passed_over: tuple[Path, ...] = ()  # files that hold another caption of the image
     error: DatasetError | None = None
@@ -62,8 +67,12 @@ class FolderCaptions:
 
     def of(self, image: Path) -> CaptionFile | None:
         """The caption of one image; None where it has none. Nothing is raised for a file that is no text."""
+        return that_counts(self.all_of(image))
+
+    def all_of(self, image: Path) -> list[CaptionFile]:
+        """What each of its files says, the first that counts first."""
         listed = [self.listed[image.name]] if image.name in self.listed else []
-        return that_counts([*map(read_caption_file, self.files.get(image.name, ())), *listed])
+        return [*map(read_caption_file, self.files.get(image.name, ())), *listed]
 
 
 class CaptionNotes:
@@ -73,21 +82,25 @@ class CaptionNotes:
         self.captioned = 0
         self._names: dict[str, list[str]] = {}
 
-    def add(self, found: CaptionFile | None) -> None:
-        """The caption of one more image."""
+    def add(self, found: CaptionFile | None, chosen: CaptionSettings = _CHOSEN) -> None:
+        """The caption of one more image, and how it is to be read."""
         if found is None or not found.line:
             if found and not found.error and found.file.suffix.lower() in JSON_SUFFIXES:
                 self._names.setdefault("a JSON file that names no caption or tags ({})", []).append(found.file.name)
             return
         self.captioned += 1
-        not_text = " and ".join(what for what, looks in _NOT_TEXT.items() if looks.search(found.line))
-        not_text = not_text.replace("{", "{{").replace("}", "}}")
+        lines = (found.line, *found.further_lines) if chosen.enable_wildcard else (found.line,)
+        not_text = [(what, named(reads) if reads else "") for what, looks, reads in _NOT_TEXT
+                    if not (reads and getattr(chosen, reads)) and any(map(looks.search, lines))]
         for text, applies in (
-            ("several lines in the caption file ({}), of which only the first is used: join the lines", found.several_lines),
-            ("several caption files, of which one is used ({}): remove the others", found.passed_over),
+            (f"several lines in the caption file ({{}}), of which only the first is used: join the lines, or switch "
+             f"{named('enable_wildcard')} on", found.further_lines and not chosen.enable_wildcard),
+            (f"several caption files, of which one is used ({{}}): remove the others, or name their endings in "
+             f"{named('caption_extension')}", found.passed_over),
             (f"a caption in {found.encoding} and not UTF-8 ({{}}): see that it is read correctly; the studio saves it as UTF-8",
              found.encoding),
-            (f"{not_text} in the caption ({{}}), which is plain text to a training", not_text),
+            *((f"{what.replace('{', '{{').replace('}', '}}')} in the caption ({{}}), which is plain text to a training"
+               f"{f' without {reads}' if reads else ''}", True) for what, reads in not_text),
         ):
             if applies:
                 self._names.setdefault(text, []).append(found.file.name)
@@ -115,11 +128,15 @@ def count_of_captions(images: int, captioned: int, unmatched: Sequence[str], *, 
     return f"{counted(images, 'picture')}, {captioned:,} with {'a caption' if captioned == 1 else 'captions'}{rest}."
 
 
-def find_captions(images: Sequence[Path], files: Iterable[Path], *, above: Iterable[Path] = ()) -> FolderCaptions:
+def find_captions(images: Sequence[Path], files: Iterable[Path], *, above: Iterable[Path] = (),
+                  endings: Sequence[str] = ()) -> FolderCaptions:
     """The captions of `images`, which lie in one folder, among its `files` and the metadata in `above`, files of the folder
-    above it."""
+    above it. With `endings` (in lower case) only files that end so are read."""
     texts = {file.name: file for file in files if file.name != CHOICES}
     names = [image.name for image in images]
+    if endings:
+        own, unmatched = match_names(names, texts, endings=endings)
+        return FolderCaptions({name: [texts[text] for text in found] for name, found in own.items()}, {}, tuple(unmatched), ())
     own, unmatched = match_names(names, texts)
     listed: dict[str, CaptionFile] = {}
     for file in above:
@@ -153,7 +170,13 @@ def captions_elsewhere(folder: Path, images: Sequence[Path], *, may_read: MayRea
                            f"caption in {place}, which is not read there: move the text files beside the pictures.")
 
 
-def match_names(images: Iterable[str], files: Iterable[str]) -> tuple[dict[str, list[str]], list[str]]:
+def endings_of(chosen: CaptionSettings) -> tuple[str, ...]:
+    """Those of the caption files that are read, in lower case; () for the usual ones."""
+    return tuple(f".{part.lstrip('.')}" for part in chosen.caption_extension.lower().replace(",", " ").split())
+
+
+def match_names(images: Iterable[str], files: Iterable[str], *, endings: Sequence[str] = TEXT_SUFFIXES
+                ) -> tuple[dict[str, list[str]], list[str]]:
     """({image's name: names of its text files, the first counts}, text files of no image by name), of one folder."""
     exact: dict[str, list[str]] = {}
     alike: dict[str, list[str]] = {}
@@ -165,10 +188,10 @@ def match_names(images: Iterable[str], files: Iterable[str]) -> tuple[dict[str, 
     unmatched = []
     for text in files:
         stem, suffix = Path(text).stem, Path(text).suffix.lower()
-        if suffix in TEXT_SUFFIXES:
+        if suffix in endings:
             fitting = exact.get(stem) or alike.get(file_key(stem), ())
             for image in fitting:
-                order = (stem not in exact, TEXT_SUFFIXES.index(suffix), stem == image, text)
+                order = (stem not in exact, endings.index(suffix), stem == image, text)
                 found.setdefault(image, []).append((order, text))
             unmatched += [] if fitting or file_key(stem) in _FOR_PEOPLE else [text]
     return {image: [text for _, text in sorted(of)] for image, of in found.items()}, sorted(unmatched)
@@ -206,7 +229,15 @@ def metadata_of(file: Path, images: Sequence[str], *, folder: str = "") -> dict[
 
 def _caption_file(file: Path, text: str, encoding: str = "") -> CaptionFile:
     line, rest = first_line_and_rest(normal_form(printable(text).replace("\0", " ")))  # JSON may hold what no text file does
-    return CaptionFile(file, line, bool(first_line_and_rest(rest)[0]), encoding)
+    return CaptionFile(file, line, tuple(_lines(rest)), encoding)
+
+
+def _lines(text: str) -> Iterator[str]:
+    """Each line with a tag in it."""
+    while text:
+        line, text = first_line_and_rest(text)
+        if line:
+            yield line
 
 
 def _rows(file: Path) -> list[tuple[str, str]]:

@@ -1,8 +1,7 @@
-"""Captions: their tags, and how they are varied from step to step in kohya's order."""
+"""Captions: their tags, their normal form, and the trigger word."""
 
 from __future__ import annotations
 
-import random
 import re
 import unicodedata
 from collections import Counter
@@ -73,42 +72,15 @@ def count_tags(captions: Iterable[str], *, key: Callable[[str], str] = tag_key) 
     return dict(sorted(counts, key=lambda item: (-item[1], item[0])))
 
 
-def with_trigger_word(caption: str, trigger_word: str) -> str:
+def with_trigger_word(caption: str, trigger_word: str, *, separators: Sequence[str] = (",",)) -> str:
     """The caption with the trigger word as its first tag, unless it already is one of its tags.
 
     Compared by `tag_key`: CLIP's tokens are lower case. A trigger of several tags ("sks, armour") adds those that are missing.
+    `separators` are what parts tags in the caption; the first is put behind the trigger word.
     """
-    present = set(map(tag_key, split_tags(caption)))
+    parted = caption
+    for separator in separators:
+        parted = parted.replace(separator, ",")
+    present = set(map(tag_key, split_tags(parted)))
     missing = [tag for tag in split_tags(trigger_word) if tag_key(tag) not in present]
-    return ", ".join([*missing, caption.strip()] if present else missing)
-
-
-def process_caption(
-    caption: str, *, rng: random.Random, trigger_word: str = "", shuffle_caption: bool = False, keep_tokens: int = 0,
-    caption_dropout_rate: float = 0.0, caption_tag_dropout_rate: float = 0.0,
-) -> str:
-    """The caption of one visit, varied in kohya's order (sd-scripts, `process_caption`).
-
-    trigger word → dropout of the caption → split at commas → `keep_tokens` → shuffle → dropout
-    of single tags → join. Beyond kohya, the tags of the trigger word are protected: never dropped
-    singly, and where they open the caption, never shuffled (as if `keep_tokens` counted them).
-    A caption that is neither shuffled nor thinned is returned as written. Same rng state, same result.
-    """
-    caption = with_trigger_word(caption, trigger_word)
-    if caption_dropout_rate > 0 and rng.random() < caption_dropout_rate:
-        return ""
-    if not shuffle_caption and caption_tag_dropout_rate <= 0:
-        return caption
-    tags = split_tags(caption)
-    protected = set(map(tag_key, split_tags(trigger_word)))
-    opening = next((i for i, tag in enumerate(tags) if tag_key(tag) not in protected), len(tags))
-    kept = max(keep_tokens, opening)
-    fixed, flexible = tags[:kept], tags[kept:]
-    if shuffle_caption:
-        rng.shuffle(flexible)
-    if caption_tag_dropout_rate > 0:
-        # One draw a tag, protected or not, so that a trigger word does not change the fate of the others.
-        draws = [rng.random() for _ in flexible]
-        flexible = [tag for tag, draw in zip(flexible, draws, strict=True)
-                    if draw >= caption_tag_dropout_rate or tag_key(tag) in protected]
-    return ", ".join(fixed + flexible)
+    return f"{separators[0]} ".join([*missing, caption.strip()] if present else missing)

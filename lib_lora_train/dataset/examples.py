@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -11,7 +11,8 @@ from lib_lora_train.dataset.buckets import Buckets, Placement, Size
 from lib_lora_train.dataset.captions import split_tags
 from lib_lora_train.dataset.plan import balanced_repeats, plain_folder_repeats
 from lib_lora_train.errors import DatasetError, counted, printable, some_of
-from lib_lora_train.settings import no_effect
+from lib_lora_train.settings import DatasetSettings, no_effect
+from lib_lora_train.settings.dataset_config import SubsetSettings, each_resolution
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,24 @@ class Example:
     """One usable image and how it is trained."""
 
     path: Path
-    caption: str  # with the trigger word; before shuffling and dropout
+    caption: str  # with the trigger word; where nothing of it varies
     repeats: int  # visits in one epoch
     folder: str  # name of its folder, e.g. "10_sks dog"
     width: int  # upright
     height: int
     is_regularisation: bool = False
+    captions: tuple[str, ...] = ()  # of which one is drawn at each step, with their wildcards and separators; () for `caption`
+    subset: SubsetSettings = SubsetSettings()
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """The captions of which one is drawn at each step."""
+        return self.captions or (self.caption,)
+
+    @property
+    def trigger_word(self) -> str:
+        """That of its folder; regularisation images never have one."""
+        return "" if self.is_regularisation else self.subset.dataset.trigger_word
 
 
 @dataclass(frozen=True)
@@ -44,27 +57,32 @@ class Dataset:
     """What a scan found."""
 
     folder: Path
-    layout: Literal["kohya", "plain"]
+    layout: Literal["kohya", "plain", "config"]
     examples: tuple[Example, ...]
     problems: tuple[Problem, ...] = ()
 
     @property
     def images(self) -> int:
-        """Images to learn from, without regularisation."""
-        return sum(not example.is_regularisation for example in self.examples)
+        """Images to learn from, without regularisation; one that is trained at several sizes counts once."""
+        return len({example.path for example in self._of(False)})
 
     def dataset_dirs(self, *, regularisation: bool = False) -> dict[str, dict[str, int]]:
-        """kohya's `ss_dataset_dirs` / `ss_reg_dataset_dirs`: {folder: {n_repeats, img_count}}."""
+        """kohya's `ss_dataset_dirs` / `ss_reg_dataset_dirs`: {folder: {n_repeats, img_count}}. A folder that is trained in
+        several manners is there several times, as "folder (2)"."""
+        names: dict[tuple[str, SubsetSettings], str] = {}
         result: dict[str, dict[str, int]] = {}
         for example in self._of(regularisation):
-            entry = result.setdefault(example.folder, {"n_repeats": example.repeats, "img_count": 0})
+            if (key := (example.folder, example.subset)) not in names:
+                before = sum(folder == example.folder for folder, _ in names)
+                names[key] = f"{example.folder} ({before + 1})" if before else example.folder
+            entry = result.setdefault(names[key], {"n_repeats": example.repeats, "img_count": 0})
             entry["img_count"] += 1
         return result
 
     def tag_frequency(self) -> dict[str, dict[str, int]]:
         """kohya's `ss_tag_frequency`: {folder: {tag in lower case: images that carry it}}."""
         result: dict[str, dict[str, int]] = {}
-        for example in self._of(False):
+        for example in {example.path: example for example in self._of(False)}.values():
             tags = result.setdefault(example.folder, {})
             for tag in split_tags(example.caption):
                 tags[tag.lower()] = tags.get(tag.lower(), 0) + 1
@@ -81,23 +99,32 @@ def with_repeats(dataset: Dataset, *, max_train_epochs: int, num_repeats: int = 
     regularisation = [example for example in dataset.examples if example.is_regularisation]
     problems = list(dataset.problems)
     if dataset.layout == "plain":
-        repeats = plain_folder_repeats(len(examples), max_train_epochs=max_train_epochs, num_repeats=num_repeats)
+        repeats = plain_folder_repeats(dataset.images, max_train_epochs=max_train_epochs, num_repeats=num_repeats)
+        if num_repeats == 0:  # each of its sizes is a visit
+            repeats = -(-repeats * dataset.images // max(1, len(examples)))
         examples = [replace(example, repeats=repeats) for example in examples]
-    elif num_repeats > 0:
+    elif num_repeats > 0 and dataset.layout == "kohya":
         problems.append(Problem(no_effect("num_repeats", "the number in front of each folder's name counts")))
     balanced = _balance(regularisation, visits=sum(example.repeats for example in examples), problems=problems)
     return replace(dataset, examples=(*examples, *balanced), problems=tuple(problems))
 
 
-def assign_buckets(dataset: Dataset, buckets: Buckets) -> tuple[Dataset, tuple[Placement, ...]]:
-    """A training size for each example; `placements[i]` belongs to `dataset.examples[i]` of the result.
+def at_each_resolution(dataset: Dataset) -> Dataset:
+    """The dataset with an example for each of the sizes that an image is to be trained at."""
+    return replace(dataset, examples=tuple(replace(example, subset=subset) for example in dataset.examples
+                                           for subset in each_resolution(example.subset)))
+
+
+def assign_buckets(dataset: Dataset, buckets: Callable[[DatasetSettings], Buckets]) -> tuple[Dataset, tuple[Placement, ...]]:
+    """A training size for each example; `placements[i]` belongs to `dataset.examples[i]` of the result. `buckets` are those
+    of a folder's settings.
 
     Images that fit no bucket are dropped from the result and named. Raises DatasetError if none is left.
     """
     examples, placements, problems = [], [], list(dataset.problems)
     for example in dataset.examples:
         try:
-            placements.append(buckets.assign(example.width, example.height))
+            placements.append(buckets(example.subset.dataset).assign(example.width, example.height))
             examples.append(example)
         except DatasetError as error:
             problems.append(Problem(f"Skipped {example.path}: {error}", example.path, skipped=True))

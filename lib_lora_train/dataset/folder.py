@@ -1,9 +1,9 @@
 """A folder of images → examples. Everything that can be found wrong before a run is found here.
 
 Two layouts: kohya's `parent/N_name/` (N repeats, `name` is the caption where there is no file), and a
-plain folder of images. An image that cannot be used is skipped and named in a Problem; only a folder
-without a usable image, and captions whose encoding is not clear, are refused: the rest could be
-trained, but on a text without meaning.
+plain folder of images; or the folders that sd-scripts' `dataset_config` names. An image that cannot be
+used is skipped and named in a Problem; only a folder without a usable image, and captions whose encoding
+is not clear, are refused: the rest could be trained, but on a text without meaning.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from pathlib import Path, PurePath
 from typing import Literal
 
 from lib_lora_train.dataset import caption_files
-from lib_lora_train.dataset.captions import normal_form, with_trigger_word
+from lib_lora_train.dataset.caption_variation import plain, written
+from lib_lora_train.dataset.captions import normal_form
 from lib_lora_train.dataset.examples import Dataset, Example, Problem, nothing_left, with_repeats
 from lib_lora_train.dataset.images import Checked, check_image, is_image_name
 from lib_lora_train.dataset.listing import MOST_REPEATS, MayRead, is_subset_name, list_folder, list_tree, repeats_and_name
@@ -22,7 +23,8 @@ from lib_lora_train.dataset.masks import Companions, is_masks_folder
 from lib_lora_train.dataset.prefetch import Prefetch, reading_threads
 from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
 from lib_lora_train.errors import DatasetError, counted, printable, some_of
-from lib_lora_train.settings import named
+from lib_lora_train.settings import DatasetSettings, named
+from lib_lora_train.settings.dataset_config import DEFAULT_SUBSET, SubsetSettings
 
 _MANY = 100  # images from which on threads are worth their beginning
 _PREFETCH_PER_THREAD = 16  # files that may have been looked at, for each thread that does
@@ -34,37 +36,47 @@ def scan(
     should_stop: ShouldStop | None = None, may_read: MayRead | None = None,
 ) -> Dataset:
     """What `read_folder` finds, each image with its repeats (`with_repeats`). Arguments and errors are theirs."""
-    found = read_folder(folder, trigger_word=trigger_word, reg_data_dir=reg_data_dir, on_progress=on_progress,
-                        should_stop=should_stop, may_read=may_read)
+    subset = SubsetSettings(DatasetSettings(trigger_word=trigger_word))
+    found = read_folder(folder, subsets=(subset,), reg_data_dir=reg_data_dir, on_progress=on_progress, should_stop=should_stop,
+                        may_read=may_read)
     return with_repeats(found, max_train_epochs=max_train_epochs, num_repeats=num_repeats)
 
 
 def read_folder(
-    folder: Path | str, *, trigger_word: str = "", reg_data_dir: Path | str | None = None,
-    on_progress: Progress | None = None, should_stop: ShouldStop | None = None, may_read: MayRead | None = None,
+    folder: Path | str, *, subsets: Sequence[SubsetSettings] = (DEFAULT_SUBSET,),
+    reg_data_dir: Path | str | None = None, on_progress: Progress | None = None,
+    should_stop: ShouldStop | None = None, may_read: MayRead | None = None,
 ) -> Dataset:
     """Read names, captions and headers; check each file as far as its format allows without decoding it.
 
-    Repeats are those of the folders' names, 1 in a plain folder. Regularisation images never get the trigger word. Order: by
-    name, the same on every system. `may_read` is asked for folders and links; what it refuses is passed over and counted in
-    a Problem.
+    `subsets` are either one for all of the folder, or folders of their own, seen from it (see `dataset_config`), with their
+    repeats. Otherwise repeats are those of the folders' names, 1 in a plain folder. Regularisation images never get the trigger
+    word. Order: by name, the same on every system. `may_read` is asked for folders and links; what it refuses is passed over
+    and counted in a Problem.
     Raises DatasetError (folder missing, empty, unreadable; no usable image; captions in no clear encoding) and
     Interrupted when `should_stop()` says so.
     """
-    subsets, layout, problems = find_images(Path(folder), what="dataset", may_read=may_read)
-    reg_subsets: list[Subset] = []
-    if reg_data_dir:
+    listed: list[Subset] = []
+    if subsets[0].image_dir:
+        listed, problems = _of_config(Path(folder), subsets, may_read=may_read)
+        layout: Literal["kohya", "plain", "config"] = "config"
+        listed, reg_subsets = ([s for s in listed if s.chosen.is_reg == is_reg] for is_reg in (False, True))
+    else:
+        listed, layout, problems = find_images(Path(folder), what="dataset", chosen=subsets[0], may_read=may_read)
+        reg_subsets = []
+    if reg_data_dir and layout != "config":
         if _same(Path(reg_data_dir), Path(folder)):
             raise DatasetError(f"{named('reg_data_dir')} is the dataset folder itself", remedy="choose another folder or none")
-        reg_subsets, _, reg_problems = find_images(Path(reg_data_dir), what="regularisation", may_read=may_read)
+        reg_subsets, _, reg_problems = find_images(Path(reg_data_dir), what="regularisation", chosen=subsets[0],
+                                                   may_read=may_read)
         problems = [p for p in problems if p.path is None or not _same(p.path, Path(reg_data_dir))] + reg_problems
-    watch = Watch(sum(len(subset.images) for subset in subsets + reg_subsets), doing="the pictures were read",
+    watch = Watch(sum(len(subset.images) for subset in listed + reg_subsets), doing="the pictures were read",
                   on_progress=on_progress, should_stop=should_stop)
     reader = _Reader(problems, watch=watch)
-    examples = reader.read(subsets, trigger_word=trigger_word)
-    captioned, unmatched = reader.notes.captioned, [name for subset in subsets for name in subset.captions.unmatched]
-    unread = [name for subset in subsets for name in subset.captions.unread]
-    regularisation = [replace(e, is_regularisation=True) for e in reader.read(reg_subsets, trigger_word="")]
+    examples = reader.read(listed)
+    captioned, unmatched = reader.notes.captioned, [name for subset in listed for name in subset.captions.unmatched]
+    unread = [name for subset in listed for name in subset.captions.unread]
+    regularisation = reader.read(reg_subsets, is_regularisation=True)
     reader.finish()
     if captioned < len(examples) or unmatched or unread:
         problems.append(Problem(caption_files.count_of_captions(len(examples), captioned, unmatched, unread=unread)))
@@ -84,6 +96,7 @@ class Subset:
     caption: str  # for images without a caption file
     images: tuple[Path, ...]
     captions: caption_files.FolderCaptions
+    chosen: SubsetSettings = DEFAULT_SUBSET
 
 
 class _Reader:
@@ -96,7 +109,7 @@ class _Reader:
         self.notes = caption_files.CaptionNotes()
         self.several_frames: list[str] = []
 
-    def read(self, subsets: Sequence[Subset], *, trigger_word: str) -> list[Example]:
+    def read(self, subsets: Sequence[Subset], *, is_regularisation: bool = False) -> list[Example]:
         examples = []
         images = [(subset, image) for subset in subsets for image in subset.images]
         threads = reading_threads() if len(images) >= _MANY else 0
@@ -105,7 +118,7 @@ class _Reader:
                       kept=lambda size: 0, most=_PREFETCH_PER_THREAD * max(1, threads)) as checked:
             for subset, image in images:
                 self.watch.check()
-                example = self._example(image, subset, checked=next(checked), trigger_word=trigger_word)
+                example = self._example(image, subset, checked=next(checked), is_regularisation=is_regularisation)
                 if example is not None:
                     examples.append(example)
                 self.watch.advance()
@@ -118,25 +131,34 @@ class _Reader:
         except DatasetError as error:
             return error
 
-    def _example(self, image: Path, subset: Subset, *, checked: Checked | DatasetError, trigger_word: str
+    def _example(self, image: Path, subset: Subset, *, checked: Checked | DatasetError, is_regularisation: bool
                  ) -> Example | None:
         if isinstance(checked, DatasetError):
             self.problems.append(Problem(f"Skipped: {checked}", image, skipped=True))
             return None
         if checked.several:
             self.several_frames.append(image.name)
-        caption = with_trigger_word(self._caption(image, subset), trigger_word)
+        chosen = subset.chosen.captions
+        trigger_word = "" if is_regularisation else subset.chosen.dataset.trigger_word
+        lines = tuple(dict.fromkeys(written(line, chosen, trigger_word=trigger_word) for line in self._lines(image, subset)))
+        caption = plain(lines[0], chosen)
         if not caption:
             self.empty.append(image.name)
-        return Example(image, caption, subset.repeats, subset.path.name, checked.width, checked.height)
+        return Example(image, caption, subset.repeats, subset.path.name, checked.width, checked.height, is_regularisation,
+                       () if lines == (caption,) else lines, subset.chosen)
 
-    def _caption(self, image: Path, subset: Subset) -> str:
-        found = subset.captions.of(image)
-        self.notes.add(found)
-        if found and found.error:
-            self.not_text.append((found.file.name, found.error))
-            return ""
-        return found.line if found and found.line else subset.caption
+    def _lines(self, image: Path, subset: Subset) -> list[str]:
+        """The captions of which one is drawn at each step."""
+        found, chosen = subset.captions.all_of(image), subset.chosen.captions
+        counting = caption_files.that_counts(found)
+        if drawn := len(caption_files.endings_of(chosen)) > 1:
+            counting = counting and replace(counting, passed_over=())
+        self.notes.add(counting, chosen)
+        files = [file for file in found if file.line or file.error] if drawn else [counting] if counting else []
+        self.not_text += [(file.file.name, file.error) for file in files if file.error]
+        lines = [line for file in files if not file.error
+                 for line in (file.line, *(file.further_lines if chosen.enable_wildcard else ())) if line]
+        return lines or ["" if any(file.error for file in files) else subset.caption]
 
     def finish(self) -> None:
         """Turn what was collected into one sentence a kind."""
@@ -157,9 +179,10 @@ class _Reader:
         self.problems += map(Problem, self.notes.sentences())
 
 
-def find_images(folder: Path, *, what: str,
-                  may_read: MayRead | None) -> tuple[list[Subset], Literal["kohya", "plain"], list[Problem]]:
-    """Which folders hold the images, and in which layout; only names are read. `what` completes "The … folder".
+def find_images(folder: Path, *, what: str, may_read: MayRead | None, chosen: SubsetSettings = DEFAULT_SUBSET
+                ) -> tuple[list[Subset], Literal["kohya", "plain"], list[Problem]]:
+    """Which folders hold the images, and in which layout; only names are read. `what` completes "The … folder", `chosen` is how
+    all of it is trained.
 
     Raises DatasetError if the folder is missing, unreadable or without images.
     """
@@ -168,8 +191,8 @@ def find_images(folder: Path, *, what: str,
     files, folders = _list(folder, what, may_read=may_read, problems=problems)
     loose = companions.images(files, folders)
     numbered = [f for f in folders if repeats_and_name(f.name)]
-    subsets = [s for f in numbered if (s := _subset(f, problems, may_read=may_read, companions=companions, above=files))
-               is not None]
+    subsets = [s for f in numbered if (s := _subset(
+        f, problems, chosen=chosen, may_read=may_read, companions=companions, above=files)) is not None]
     others = [f for f in folders if f not in numbered and not is_masks_folder(f.name)]
     problems += map(Problem, companions.sentences())
     if subsets:
@@ -186,7 +209,7 @@ def find_images(folder: Path, *, what: str,
                 f"'{said[1]}'; choose the folder above it for that."))
         problems += _unused_folders(folder, others, "only the pictures beside it are used; an import into a dataset takes them "
                                     "too", may_read)
-        return [_with_captions(folder, loose, files, problems=problems, may_read=may_read)], "plain", problems
+        return [_with_captions(folder, loose, files, chosen=chosen, problems=problems, may_read=may_read)], "plain", problems
     why = " ".join(p.text for p in problems) or "no file in it has a picture's name" + (
         f" ({some_of([file.name for file in files], 3)})" if files else "")
     with_images = list(dict.fromkeys(
@@ -200,7 +223,28 @@ def find_images(folder: Path, *, what: str,
     raise DatasetError(f"The {what} folder {folder} holds no pictures", why=why, remedy=remedy)
 
 
-def _subset(folder: Path, problems: list[Problem], *, may_read: MayRead | None, companions: Companions,
+def _of_config(folder: Path, chosen: Sequence[SubsetSettings], *,
+               may_read: MayRead | None) -> tuple[list[Subset], list[Problem]]:
+    """The folders that `dataset_config` names, seen from `folder`. Raises DatasetError for one that is missing or empty."""
+    problems: list[Problem] = []
+    companions = Companions()
+    subsets = []
+    for subset in chosen:
+        path = folder / subset.image_dir
+        if may_read is not None and not may_read(path):
+            raise DatasetError(f"The dataset folder {path} cannot be used", why="others can reach this page, so it keeps to "
+                               "the folders it is allowed", remedy=f"change {named('dataset_config')}")
+        files, folders = _list(path, "dataset", may_read=may_read, problems=problems)
+        images = companions.images(files, folders)
+        if not images:
+            raise DatasetError(f"The dataset folder {path} holds no pictures",
+                               remedy=f"change or remove it in {named('dataset_config')}, or give it no repeats")
+        found = _with_captions(path, images, files, chosen=subset, problems=problems, may_read=may_read)
+        subsets.append(replace(found, repeats=subset.dataset.num_repeats, caption=normal_form(printable(subset.class_tokens))))
+    return subsets, [*problems, *map(Problem, companions.sentences())]
+
+
+def _subset(folder: Path, problems: list[Problem], *, chosen: SubsetSettings, may_read: MayRead | None, companions: Companions,
             above: Sequence[Path]) -> Subset | None:
     """An N_name folder with images; otherwise None, with the reason among the problems. `above` are the files beside it."""
     repeats, name = repeats_and_name(folder.name) or (0, "")
@@ -212,17 +256,17 @@ def _subset(folder: Path, problems: list[Problem], *, may_read: MayRead | None, 
         why = "it holds no pictures" if not images else f"it asks for {counted(repeats, 'repeat')}, not 1 to {MOST_REPEATS}"
         problems.append(Problem(f"The folder {folder.name} is ignored: {why}."))
         return None
-    found = _with_captions(folder, images, files, problems=problems, may_read=may_read, above=above)
+    found = _with_captions(folder, images, files, chosen=chosen, problems=problems, may_read=may_read, above=above)
     return replace(found, repeats=repeats, caption=normal_form(printable(name.strip())))
 
 
-def _with_captions(folder: Path, images: Sequence[Path], files: Sequence[Path], *, problems: list[Problem],
-                   may_read: MayRead | None, above: Sequence[Path] = ()) -> Subset:
+def _with_captions(folder: Path, images: Sequence[Path], files: Sequence[Path], *, chosen: SubsetSettings,
+                   problems: list[Problem], may_read: MayRead | None, above: Sequence[Path] = ()) -> Subset:
     """A folder's images with their captions among its `files` and `above`; captions that are not read become `problems`."""
-    captions = caption_files.find_captions(images, files, above=above)
+    captions = caption_files.find_captions(images, files, above=above, endings=caption_files.endings_of(chosen.captions))
     if not captions.files and not captions.listed:
         problems += map(Problem, caption_files.captions_elsewhere(folder, images, may_read=may_read))
-    return Subset(folder, 1, "", tuple(images), captions)
+    return Subset(folder, 1, "", tuple(images), captions, chosen)
 
 
 def _file_bytes(image: Path) -> int:

@@ -77,8 +77,9 @@ class Choices:
 
 
 def name_of(path: Path, folder: Path) -> str:
-    """What an image is called in choices and draws."""
-    return _name(path.relative_to(folder).as_posix())
+    """What an image is called in choices and draws; of one elsewhere (see `dataset_config`) its folder's name counts."""
+    within = path.relative_to(folder) if folder in path.parents else Path(path.parent.name, path.name)
+    return _name(within.as_posix())
 
 
 def read_choices(folder: Path, *, may_read: MayRead | None = None) -> Choices:
@@ -158,8 +159,9 @@ def split(dataset: Dataset, *, share: float, seed: int, may_read: MayRead | None
     dataset = dataclasses.replace(dataset, problems=(*dataset.problems, *map(Problem, problems)))
     if selected:
         held_out = tuple(HeldOutImage(example) for name, example in images.items() if name in selected)
-        gone = {image.example for image in held_out}
-        training = dataclasses.replace(dataset, examples=tuple(e for e in dataset.examples if e not in gone))
+        gone = {image.example.path for image in held_out}  # at every size
+        training = dataclasses.replace(dataset, examples=tuple(
+            e for e in dataset.examples if e.is_regularisation or e.path not in gone))
         verb = "is" if len(selected) == 1 else "are"
         return Split(training, held_out, False, (
             f"{len(selected)} of {counted(len(images), 'picture')} {verb} kept back to measure on.",))

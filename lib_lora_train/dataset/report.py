@@ -16,7 +16,8 @@ from lib_lora_train.dataset import likeness
 from lib_lora_train.dataset.advice import Circumstances, advise
 from lib_lora_train.dataset.buckets import DEFAULT_SIZES, Buckets, Size, TrainingSizes, buckets_for
 from lib_lora_train.dataset.caption_files import CaptionFile, CaptionNotes, count_of_captions
-from lib_lora_train.dataset.captions import Tokenizer, count_tags, first_line, with_trigger_word
+from lib_lora_train.dataset.caption_variation import plain, written
+from lib_lora_train.dataset.captions import Tokenizer, count_tags, first_line
 from lib_lora_train.dataset.findings import DEEP_CROP, LONG_CAPTION, NARROW, DatasetReport, Examined, Proposal
 from lib_lora_train.dataset.folder import Subset, find_images
 from lib_lora_train.dataset.held_out import held_out_of, known_choices
@@ -27,6 +28,7 @@ from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
 from lib_lora_train.dataset.text_files import CAPTION_SUFFIXES
 from lib_lora_train.errors import DatasetError, printable
 from lib_lora_train.settings import Settings
+from lib_lora_train.settings.dataset_config import SubsetSettings
 from lib_lora_train.settings.risks import risks
 
 ENLARGED = 1.1  # more than this many times as long at the training size: small
@@ -55,10 +57,11 @@ def examine(
     """
     folder = Path(folder)
     buckets = buckets_for(settings.dataset, sizes=sizes)
-    subsets, layout, found = find_images(folder, what="dataset", may_read=may_read)
+    subsets, layout, found = find_images(folder, what="dataset", may_read=may_read,
+                                         chosen=SubsetSettings(settings.dataset, settings.captions))
     watch = Watch(sum(len(subset.images) for subset in subsets), doing="the pictures were examined",
                   on_progress=on_progress, should_stop=should_stop)
-    reader = _Reader(buckets, tokenizer=tokenizer, trigger_word=settings.dataset.trigger_word, unsaved=unsaved or {})
+    reader = _Reader(buckets, tokenizer=tokenizer, unsaved=unsaved or {})
     for subset in subsets:
         for path in subset.images:
             watch.check()
@@ -94,9 +97,8 @@ def examine(
 class _Reader:
     """Reads one image after the other, and gathers what is found."""
 
-    def __init__(self, buckets: Buckets, *, tokenizer: Tokenizer | None, trigger_word: str,
-                 unsaved: Mapping[Path, str]) -> None:
-        self._buckets, self._tokenizer, self._trigger_word, self._unsaved = buckets, tokenizer, trigger_word, unsaved
+    def __init__(self, buckets: Buckets, *, tokenizer: Tokenizer | None, unsaved: Mapping[Path, str]) -> None:
+        self._buckets, self._tokenizer, self._unsaved = buckets, tokenizer, unsaved
         self.images: list[Examined] = []
         self.captions: list[_Caption] = []
         self.repeats: list[int] = []
@@ -122,9 +124,10 @@ class _Reader:
             found = CaptionFile(path, text)
         elif found and found.error:
             return _Caption(None, "", error=found.error.reason)
-        self.notes.add(found)
-        return _Caption(None if text is None else printable(text),
-                        with_trigger_word(text or subset.caption, self._trigger_word))
+        chosen = subset.chosen.captions
+        self.notes.add(found, chosen)
+        return _Caption(None if text is None else printable(text), plain(
+            written(text or subset.caption, chosen, trigger_word=subset.chosen.dataset.trigger_word), chosen))
 
 
 def _examine(path: Path, caption: _Caption, *, buckets: Buckets,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from lib_lora_train.dataset.buckets import Placement, Size
-from lib_lora_train.dataset.captions import process_caption
+from lib_lora_train.dataset.caption_variation import known_captions, process_caption
 from lib_lora_train.distributed import SINGLE_PROCESS, ProcessGroup, rows_of
 from lib_lora_train.inputs.batch import Batch
 from lib_lora_train.inputs.latents import LatentSource, Visit
@@ -50,15 +50,13 @@ class Batches:
 
     def __init__(
         self, source: LatentSource, *, train_batch_size: int, seed: int, prior_loss_weight: float = 1.0,
-        trigger_word: str = "", shuffle_caption: bool = False, keep_tokens: int = 0, caption_dropout_rate: float = 0.0,
-        caption_tag_dropout_rate: float = 0.0, group: ProcessGroup = SINGLE_PROCESS, masks: Masks | None = None,
+        gradient_accumulation_steps: int = 1, steps: int = 0, group: ProcessGroup = SINGLE_PROCESS, masks: Masks | None = None,
     ) -> None:
-        """`train_batch_size` is that of all processes of the `group` together."""
+        """`train_batch_size` is that of all processes of the `group` together; `steps` are those of the run, for captions that
+        warm up over a share of them."""
         self._source, self._batch_size, self._seed, self._group = source, train_batch_size, seed, group
-        self._prior_loss_weight, self._trigger_word = prior_loss_weight, trigger_word
+        self._prior_loss_weight, self._accumulation, self._steps = prior_loss_weight, gradient_accumulation_steps, steps
         self._masks = masks
-        self._shuffle_caption, self._keep_tokens = shuffle_caption, keep_tokens
-        self._caption_dropout_rate, self._caption_tag_dropout_rate = caption_dropout_rate, caption_tag_dropout_rate
         self._buckets: dict[Size, list[int]] = {}
         for index, (example, placement) in enumerate(zip(source.dataset.examples, source.placements, strict=True)):
             self._buckets.setdefault(placement.bucket, []).extend([index] * example.repeats)
@@ -68,14 +66,8 @@ class Batches:
         return sum(-(-len(visits) // self._batch_size) for visits in self._buckets.values())
 
     def fixed_captions(self) -> tuple[str, ...] | None:
-        """All captions that can occur, if they are few enough to know: None where tags are shuffled or dropped."""
-        if self._shuffle_caption or self._caption_tag_dropout_rate > 0:
-            return None
-        captions = dict.fromkeys(self._caption(i, random.Random(0), dropout=0.0)
-                                 for i in range(len(self._source.dataset.examples)))
-        if self._caption_dropout_rate > 0:
-            captions[""] = None
-        return tuple(captions)
+        """All captions that can occur, if they are few enough to know: see `known_captions`."""
+        return known_captions(self._source.dataset.examples)
 
     def order(self, epoch: int) -> tuple[tuple[int, ...], ...]:
         """The indices of each batch of an epoch."""
@@ -110,7 +102,8 @@ class Batches:
                  for index, mirrored in zip(indices, flipped, strict=True)]
         return Batch({
             "mean": posterior[0], "std": posterior[1], "sizes": torch.tensor(sizes, dtype=torch.float32),
-            "loss_weight": torch.tensor([self._prior_loss_weight if e.is_regularisation else 1.0 for e in examples]),
+            "loss_weight": torch.tensor([e.subset.loss_weight * (self._prior_loss_weight if e.is_regularisation else 1.0)
+                                         for e in examples]),
             **{name: _among(len(indices), rows, own) for name, own in prepared.masks.items()},
         }, prepared.captions)
 
@@ -131,16 +124,12 @@ class Batches:
         return slice(0, 1) if rows.start == rows.stop else rows
 
     def _captions(self, epoch: int, position: int, indices: tuple[int, ...]) -> tuple[str, ...]:
+        steps = -(-len(self) // self._accumulation) * (epoch - 1) + position // self._accumulation
+        examples = [self._source.dataset.examples[index] for index in indices]
         return tuple(
-            self._caption(index, self._rng("caption", epoch, position, slot), dropout=self._caption_dropout_rate)
-            for slot, index in enumerate(indices))
-
-    def _caption(self, index: int, rng: random.Random, *, dropout: float) -> str:
-        example = self._source.dataset.examples[index]
-        return process_caption(
-            example.caption, rng=rng, trigger_word="" if example.is_regularisation else self._trigger_word,
-            shuffle_caption=self._shuffle_caption, keep_tokens=self._keep_tokens, caption_dropout_rate=dropout,
-            caption_tag_dropout_rate=self._caption_tag_dropout_rate)
+            process_caption(example.lines, example.subset.captions, rng=self._rng("caption", epoch, position, slot),
+                            trigger_word=example.trigger_word, epoch=epoch, step=steps, total_steps=self._steps)
+            for slot, example in enumerate(examples))
 
     def _rng(self, *purpose: str | int) -> random.Random:
         # Seeded with a string: hashed with SHA-512, so neighbouring numbers give unrelated sequences,

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lib_lora_train.dataset.augment import scale_and_crop, to_samples
-from lib_lora_train.dataset.buckets import Placement
+from lib_lora_train.dataset.augment import Variant, scale_and_crop, to_samples
+from lib_lora_train.dataset.buckets import Placement, Size
 from lib_lora_train.dataset.examples import Example, Problem
 from lib_lora_train.dataset.images import read_image
 from lib_lora_train.dataset.prefetch import Prefetch
@@ -39,23 +39,23 @@ T = TypeVar("T")
 class LatentEncoding:
     """The latents of all images into a store; `problems` are what the user should know of it."""
 
-    def __init__(self, vae: VaeBatches, examples: Sequence[Example], placements: Sequence[Placement], *, flip_aug: bool,
-                 store: LatentStore, disk: LatentDisk | None) -> None:
+    def __init__(self, vae: VaeBatches, examples: Sequence[Example], placements: Sequence[Placement], *,
+                 variants: Sequence[Sequence[Variant]], store: LatentStore, disk: LatentDisk | None) -> None:
+        """`variants[i]` are the views of example i that are encoded (see `variants_of`)."""
         self._vae, self._examples, self._placements, self._store, self._disk = vae, examples, placements, store, disk
-        self._flips = (False, True) if flip_aug else (False,)
+        self._variants = variants
         self._unkept: Counter[str] = Counter()  # why images are not in the disk cache, and how many
 
     def run(self, *, threads: int, watch: Watch, group: ProcessGroup) -> dict[int, Problem]:
         """All of it; returns which images cannot be used, and why. Threads and errors as `CachedLatents.build`."""
         lost: dict[int, str] = {}
-        order = sorted(range(len(self._examples)), key=lambda index: self._placements[index].bucket)
+        order = sorted(range(len(self._examples)), key=self._group)
         waiting: list[tuple[int, torch.Tensor]] = []  # images of one bucket and their samples
         with contextlib.closing(pass_over(
                 order, self._find, cost=lambda index: decoding_bytes(self._examples[index], self._placements[index]),
                 kept=lambda found: found.nbytes, threads=threads, watch=watch, group=group)) as results:
             for index, found in results:
-                bucket = self._placements[index].bucket
-                if waiting and self._placements[waiting[0][0]].bucket != bucket:
+                if waiting and self._group(waiting[0][0]) != self._group(index):
                     self._encode(waiting)
                 if isinstance(found, DatasetError):
                     lost[index] = str(found)
@@ -63,7 +63,7 @@ class LatentEncoding:
                     self._store.put(index, found)
                 else:
                     waiting.append((index, found))
-                    if len(waiting) >= self._vae.at_once(bucket):
+                    if len(waiting) >= self._vae.at_once(self._placements[index].bucket):
                         self._encode(waiting)
         self._encode(waiting)
         if self._vae.device.type == "cuda":
@@ -82,23 +82,33 @@ class LatentEncoding:
         return unkept
 
     def _find(self, index: int) -> torch.Tensor:
-        """In a thread: latents [flips, 2, 4, h, w] fp32 from the disk cache, or samples [H, W, 3] uint8 to encode."""
+        """In a thread: latents [variants, 2, 4, h, w] fp32 from the disk cache, or samples [turns, H, W, 3] uint8 to encode."""
         example, placement = self._examples[index], self._placements[index]
         if self._disk is not None:
             with contextlib.suppress(OSError):  # what cannot be read there now is encoded
-                parts = [self._disk.load(example.path, placement, flipped=flip, renew=True) for flip in self._flips]
+                parts = [self._disk.load(example.path, placement, variant=variant, renew=True)
+                         for variant in self._variants[index]]
                 found = [part.numpy() for part in parts if part is not None]
                 if len(found) == len(parts):
                     return torch.from_numpy(np.stack(found))
             self._disk.observe(example.path)
-        return to_samples(scale_and_crop(decoded(example, placement), placement))
+        image = decoded(example, placement)
+        return torch.stack([to_samples(scale_and_crop(image, placement, degrees=degrees))
+                            for degrees in dict.fromkeys(variant.degrees for variant in self._variants[index])])
+
+    def _group(self, index: int) -> tuple[Size, int, int]:
+        """What images that are encoded together share: bucket, views, and mirrored ones among them."""
+        variants = self._variants[index]
+        return self._placements[index].bucket, len(variants), sum(variant.flipped for variant in variants)
 
     def _encode(self, waiting: list[tuple[int, torch.Tensor]]) -> None:
-        """Latents of these images, which share a bucket, and of their mirror images. Empties the list."""
+        """Latents of these images, which share a `_group`, and of their mirror images. Empties the list."""
         if not waiting:
             return
+        flips = (False, True) if self._variants[waiting[0][0]][-1].flipped else (False,)
         # One synchronisation a batch, before training.
-        latents = self._vae.encode([samples for _, samples in waiting], self._flips).cpu()
+        latents = self._vae.encode([turn for _, samples in waiting for turn in samples], flips).cpu()
+        latents = latents.unflatten(0, (len(waiting), -1)).flatten(1, 2)  # [images, turns · flips, 2, 4, h, w]
         check_finite(latents, [self._examples[index] for index, _ in waiting])
         for (index, _), own in zip(waiting, latents, strict=True):
             own = own.clone()  # a view would keep the whole batch in memory
@@ -108,9 +118,9 @@ class LatentEncoding:
 
     def _write(self, index: int, latents: torch.Tensor) -> None:
         """Into the disk cache, where there is one."""
-        for flip, own in zip(self._flips, latents, strict=True):
+        for variant, own in zip(self._variants[index], latents, strict=True):
             why = None if self._disk is None else self._disk.store(
-                self._examples[index].path, self._placements[index], flipped=flip, latents=own)
+                self._examples[index].path, self._placements[index], variant=variant, latents=own)
             if why is not None:
                 self._unkept[why] += 1
                 return
@@ -119,7 +129,7 @@ class LatentEncoding:
         """Every process gets the latents of the others, a few at a time."""
         step = _EXCHANGED * group.world_size
         for start in range(0, len(order) if group.world_size > 1 else 0, step):
-            own = {index: torch.stack([self._store.load(index, flipped=flip) for flip in self._flips])
+            own = {index: torch.stack([self._store.load(index, variant=number) for number in range(len(self._variants[index]))])
                    for index in order[start:start + step][group.rank::group.world_size] if index not in lost}
             for index, latents in _merged(group, own).items():
                 if index not in own:

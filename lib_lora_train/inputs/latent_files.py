@@ -1,7 +1,7 @@
 """Encoded images on disk: found again only if everything they were made from is still the same.
 
-One safetensors file for each (image, bucket, crop, mirrored, VAE) in a folder `.lora_train_cache` beside the image. The
-file carries a key of all its ingredients (content of the image, scaling, crop, mirroring, VAE), of which all but the
+One safetensors file for each (image, bucket, crop, view, VAE) in a folder `.lora_train_cache` beside the image. The
+file carries a key of all its ingredients (content of the image, scaling, crop, rotation, mirroring, VAE), of which all but the
 content are in its name, too: runs with different VAEs do not write over one another's. A file whose key differs, or that is
 damaged, is a miss and is written anew. Writing never fails the run.
 
@@ -39,6 +39,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from lib_lora_train.dataset.augment import AS_IT_IS, Variant
 from lib_lora_train.dataset.buckets import Placement
 from lib_lora_train.storage.atomic import replace
 from lib_lora_train.storage.checksum import sha256_of
@@ -72,7 +73,8 @@ class LatentDisk:
         self._images: dict[Path, _Known] = {}  # read once a run
         self._tidied: set[Path] = set()
 
-    def load(self, image: Path, placement: Placement, *, flipped: bool, renew: bool = False) -> torch.Tensor | None:
+    def load(self, image: Path, placement: Placement, *, variant: Variant = AS_IT_IS,
+             renew: bool = False) -> torch.Tensor | None:
         """[2, 4, h, w] fp32, mean and standard deviation; None if there is nothing valid on disk.
 
         With `renew` a valid file without the image's stamp gets it. Raises OSError where what is there cannot be read now: a
@@ -82,10 +84,10 @@ class LatentDisk:
         width, height = placement.bucket
         try:
             # Bytes and not a memory map: on Windows a mapped file could not be replaced later.
-            data = self._path(image, placement, flipped=flipped).read_bytes()
+            data = self._path(image, placement, variant=variant).read_bytes()
             length = struct.unpack("<Q", data[:8])[0]
             notes = json.loads(data[8:8 + length])["__metadata__"]
-            if not self._fits(notes, image, placement, flipped=flipped):
+            if not self._fits(notes, image, placement, variant=variant):
                 return None
             tensors = load(data)
             latents = np.stack([tensors["mean"], tensors["std"]])
@@ -97,7 +99,7 @@ class LatentDisk:
         found = torch.from_numpy(latents)
         known = self._images[image]
         if renew and known.trusted and notes.get(_STAMP) != known.stamp:
-            self.store(image, placement, flipped=flipped, latents=found)  # where it refuses, the next start asks again
+            self.store(image, placement, variant=variant, latents=found)  # where it refuses, the next start asks again
         return found
 
     def observe(self, image: Path) -> None:
@@ -108,9 +110,10 @@ class LatentDisk:
         with contextlib.suppress(OSError):
             self._observed(image)
 
-    def store(self, image: Path, placement: Placement, *, flipped: bool, latents: torch.Tensor | MeanAndStd) -> str | None:
+    def store(self, image: Path, placement: Placement, *, latents: torch.Tensor | MeanAndStd,
+              variant: Variant = AS_IT_IS) -> str | None:
         """Write atomically. Returns None, or why it was not possible (the run goes on without)."""
-        path = self._path(image, placement, flipped=flipped)
+        path = self._path(image, placement, variant=variant)
         folder = path.parent
         # A name of its own each time: the same image may be written by another thread or another machine.
         temporary = folder / f"{secrets.token_hex(8)}.tmp"
@@ -119,7 +122,7 @@ class LatentDisk:
             if known.stamp != _stamp(image):
                 return None  # what was encoded is no longer there: nothing to be found again
             mean, std = (np.ascontiguousarray(tensor.numpy()) for tensor in latents)
-            notes = {_KEY: self._key(known.content, placement, flipped=flipped), _SUM: _sum(np.stack([mean, std]))}
+            notes = {_KEY: self._key(known.content, placement, variant=variant), _SUM: _sum(np.stack([mean, std]))}
             if known.trusted:
                 notes[_STAMP] = known.stamp
             folder.mkdir(parents=True, exist_ok=True)
@@ -132,10 +135,10 @@ class LatentDisk:
             return f"{folder}: {error.strerror or error}"
         return None
 
-    def _fits(self, notes: Mapping[str, Any], image: Path, placement: Placement, *, flipped: bool) -> bool:
+    def _fits(self, notes: Mapping[str, Any], image: Path, placement: Placement, *, variant: Variant) -> bool:
         """Whether a file with these notes was made from exactly this. Raises OSError where the image cannot be read."""
         stored = json.loads(notes[_KEY])["picture"]
-        if notes[_KEY] != self._key(stored, placement, flipped=flipped):
+        if notes[_KEY] != self._key(stored, placement, variant=variant):
             return False
         if image not in self._images and notes.get(_STAMP) == (stamp := _stamp(image)):
             self._images[image] = _Known(stamp, self._trusted(stamp), stored)
@@ -163,17 +166,19 @@ class LatentDisk:
                 if self._now() / 1e9 - leftover.stat().st_mtime > _LEFT_BEHIND:
                     leftover.unlink()
 
-    def _path(self, image: Path, placement: Placement, *, flipped: bool) -> Path:
+    def _path(self, image: Path, placement: Placement, *, variant: Variant) -> Path:
         """Where the latents lie. The name tells apart all that the key does, but for the image's content."""
         (width, height), name = placement.bucket, os.fsencode(image.name)
         shown = image.name if len(name) <= _LONGEST_NAME else hashlib.sha256(name).hexdigest()[:32]
-        made = hashlib.sha256(self._key("", placement, flipped=flipped).encode()).hexdigest()[:12]
+        made = hashlib.sha256(self._key("", placement, variant=variant).encode()).hexdigest()[:12]
         return image.parent / CACHE_FOLDER / f"{shown}.{width}x{height}.{made}.safetensors"
 
-    def _key(self, content: str, placement: Placement, *, flipped: bool) -> str:
+    def _key(self, content: str, placement: Placement, *, variant: Variant) -> str:
+        turned = {"degrees": variant.degrees} if variant.degrees else {}  # so that others' files stay as they were
         return json.dumps({
             "version": _VERSION, "picture": content, "vae": self.vae_fingerprint,
-            "resized": placement.resized, "bucket": placement.bucket, "crop": placement.crop, "flipped": flipped,
+            "resized": placement.resized, "bucket": placement.bucket, "crop": placement.crop,
+            "flipped": variant.flipped, **turned,
         }, sort_keys=True)
 
 

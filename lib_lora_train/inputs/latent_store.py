@@ -27,7 +27,7 @@ class _InFile(NamedTuple):
 
 
 class LatentStore:
-    """Latents of images, [flips, 2, 4, h, w] fp32 each (mirrored ones second; mean, then deviation), by number.
+    """Latents of images, [variants, 2, 4, h, w] fp32 each (mean, then deviation), by number.
 
     The temporary file has no name that could be left behind: Linux and macOS remove it at once, Windows when it is closed or
     this process ends, however it ends.
@@ -73,17 +73,17 @@ class LatentStore:
         entry = self._entries[number]
         return 0 if isinstance(entry, torch.Tensor) else entry.shape[1:].numel() * 4
 
-    def load(self, number: int, *, flipped: bool) -> torch.Tensor:
+    def load(self, number: int, *, variant: int = 0) -> torch.Tensor:
         """[2, 4, h, w] of one image; from any thread. Raises TrainingError where the disk refuses."""
         entry = self._entries[number]
         if isinstance(entry, torch.Tensor):
-            return entry[int(flipped)]
+            return entry[variant]
         latents = torch.empty(entry.shape[1:])
         data = memoryview(latents.numpy()).cast("B")
         try:
             with self._lock:
                 assert self._file is not None
-                self._file.seek(entry.offset + int(flipped) * len(data))
+                self._file.seek(entry.offset + variant * len(data))
                 if self._file.readinto(data) != len(data):  # type: ignore[attr-defined]
                     raise OSError("the temporary file is shorter than what was written to it")
         except OSError as error:

@@ -20,7 +20,16 @@ from typing import NamedTuple, Protocol
 import torch
 from PIL import ImageOps
 
-from lib_lora_train.dataset.augment import draw_crop, draw_flip, scale_and_crop, to_samples, vary_colour
+from lib_lora_train.dataset.augment import (
+    Variant,
+    draw_crop,
+    draw_degrees,
+    draw_flip,
+    scale_and_crop,
+    to_samples,
+    variants_of,
+    vary_colour,
+)
 from lib_lora_train.dataset.buckets import Placement
 from lib_lora_train.dataset.examples import Dataset, Problem
 from lib_lora_train.dataset.prefetch import reading_threads
@@ -39,6 +48,7 @@ class Visit(NamedTuple):
     latents: torch.Tensor  # or what they are made from
     flipped: bool  # whether it is mirrored
     crop: tuple[int, int]  # (left, top) in the scaled image
+    degrees: float = 0.0  # how far it is turned
 
 
 class LatentSource(Protocol):
@@ -63,22 +73,24 @@ class LatentSource(Protocol):
 
 
 class CachedLatents:
-    """Latents computed once, mirrored ones too where `flip_aug` asks for them; in memory, and on disk what is too much."""
+    """Latents computed once, for each of an image's `variants_of`; in memory, and on disk what is too much."""
 
-    def __init__(self, dataset: Dataset, placements: Sequence[Placement], *, flip_aug: bool, store: LatentStore,
-                 numbers: Sequence[int]) -> None:
-        """`numbers[i]` is what `store` calls example i; the store is closed with this object."""
-        self.dataset, self.placements, self.flip_aug = dataset, tuple(placements), flip_aug
-        self._store, self._numbers = store, tuple(numbers)
+    def __init__(self, dataset: Dataset, placements: Sequence[Placement], *, store: LatentStore,
+                 numbers: Sequence[int], variants: Sequence[Sequence[Variant]]) -> None:
+        """`numbers[i]` is what `store` calls example i, `variants[i]` are its views there; the store is closed with this
+        object."""
+        self.dataset, self.placements = dataset, tuple(placements)
+        self._store, self._numbers, self._variants = store, tuple(numbers), tuple(variants)
 
     @classmethod
     def build(
-        cls, vae: Encoder, dataset: Dataset, placements: Sequence[Placement], *, flip_aug: bool = False,
-        vae_batch_size: int = 1, device: torch.device | str = "cpu", disk: LatentDisk | None = None,
-        on_progress: Progress | None = None, should_stop: ShouldStop | None = None, threads: int | None = None,
+        cls, vae: Encoder, dataset: Dataset, placements: Sequence[Placement], *, seed: int = 0, vae_batch_size: int = 1,
+        device: torch.device | str = "cpu", disk: LatentDisk | None = None, on_progress: Progress | None = None,
+        should_stop: ShouldStop | None = None, threads: int | None = None,
         max_bytes: int = MOST_LATENT_BYTES, folder: Path | None = None, group: ProcessGroup = SINGLE_PROCESS,
         budget: EncodingBudget | None = None) -> CachedLatents:
-        """Encode every image, bucket by bucket, in batches of `vae_batch_size` (0: see `VaeBatches`, also for `budget`).
+        """Encode every image, bucket by bucket, in batches of `vae_batch_size` (0: see `VaeBatches`, also for `budget`). How
+        far images are turned follows from `seed`.
 
         Images are read and decoded in `threads` (None: see `reading_threads`; 0: none) while the VAE works; the result
         does not depend on them. At most `max_bytes` of latents stay in memory; the others lie in a temporary
@@ -88,11 +100,12 @@ class CachedLatents:
         be decoded, Interrupted when `should_stop()` says so (asked before each image). No thread outlives the call.
         """
         notes: list[str] = []
+        variants = [variants_of(example.subset.dataset, seed=seed, name=example.path.name) for example in dataset.examples]
         store = LatentStore(max_bytes=max_bytes, folder=folder)
         try:
             encoding = LatentEncoding(
                 VaeBatches(vae, device=torch.device(device), batch_size=vae_batch_size, budget=budget, warn=notes.append),
-                dataset.examples, placements, flip_aug=flip_aug, store=store, disk=disk)
+                dataset.examples, placements, variants=variants, store=store, disk=disk)
             lost = encoding.run(
                 threads=reading_threads() if threads is None else threads, group=group,
                 watch=Watch(len(dataset.examples), doing="the pictures were encoded", on_progress=on_progress,
@@ -102,12 +115,16 @@ class CachedLatents:
             store.close()
             raise
         numbers = [i for i in range(len(dataset.examples)) if i not in lost]
-        return cls(kept, kept_placements, flip_aug=flip_aug, store=store, numbers=numbers)
+        return cls(kept, kept_placements, store=store, numbers=numbers, variants=[variants[i] for i in numbers])
 
     def prepare(self, index: int, rng: random.Random) -> Visit:
         """See `LatentSource.prepare`: [2, 4, h, w]. Raises TrainingError where the disk refuses."""
-        flipped = self.flip_aug and draw_flip(rng)
-        return Visit(self._store.load(self._numbers[index], flipped=flipped), flipped, self.placements[index].crop)
+        variants = self._variants[index]
+        number = rng.randrange(len(variants)) if variants[0].degrees else 0
+        if variants[-1].flipped:
+            number = number // 2 * 2 + draw_flip(rng)
+        latents = self._store.load(self._numbers[index], variant=number)
+        return Visit(latents, variants[number].flipped, self.placements[index].crop, variants[number].degrees)
 
     def finish(self, indices: Sequence[int], prepared: Sequence[torch.Tensor]) -> torch.Tensor:
         """See `LatentSource.finish`. On the CPU."""
@@ -126,20 +143,18 @@ class FreshLatents:
     """Images opened, varied and encoded anew at each visit: for colour changes and random crops."""
 
     def __init__(
-        self, vae: Encoder, dataset: Dataset, placements: Sequence[Placement], *, flip_aug: bool, color_aug: bool,
-        random_crop: bool, vae_batch_size: int, device: torch.device, warn: Callable[[str], None] = lambda text: None,
+        self, vae: Encoder, dataset: Dataset, placements: Sequence[Placement], *, vae_batch_size: int,
+        device: torch.device, warn: Callable[[str], None] = lambda text: None,
     ) -> None:
         """`warn` is told in a sentence what the user should know of the encoding, while it goes on."""
         self.dataset, self.placements = dataset, tuple(placements)
         self._vae_batches = VaeBatches(vae, device=device, batch_size=vae_batch_size, warn=warn)
-        self._flip_aug, self._color_aug, self._random_crop = flip_aug, color_aug, random_crop
 
     @classmethod
     def build(
-        cls, vae: Encoder, dataset: Dataset, placements: Sequence[Placement], *, flip_aug: bool = False,
-        color_aug: bool = False, random_crop: bool = False, vae_batch_size: int = 1,
-        device: torch.device | str = "cpu", on_progress: Progress | None = None,
-        should_stop: ShouldStop | None = None, threads: int | None = None, group: ProcessGroup = SINGLE_PROCESS,
+        cls, vae: Encoder, dataset: Dataset, placements: Sequence[Placement], *, vae_batch_size: int = 1,
+        device: torch.device | str = "cpu", on_progress: Progress | None = None, should_stop: ShouldStop | None = None,
+        threads: int | None = None, group: ProcessGroup = SINGLE_PROCESS,
         warn: Callable[[str], None] = lambda text: None,
     ) -> FreshLatents:
         """Decode every image once, to find the damaged ones before training. Parameters and errors as in
@@ -149,18 +164,19 @@ class FreshLatents:
         lost = check_images(dataset.examples, placements, watch=watch, group=group,
                             threads=reading_threads() if threads is None else threads)
         kept, kept_placements = _without(dataset, placements, lost, [])
-        return cls(vae, kept, kept_placements, flip_aug=flip_aug, color_aug=color_aug, random_crop=random_crop,
-                   vae_batch_size=vae_batch_size, device=torch.device(device), warn=warn)
+        return cls(vae, kept, kept_placements, vae_batch_size=vae_batch_size, device=torch.device(device), warn=warn)
 
     def prepare(self, index: int, rng: random.Random) -> Visit:
         """See `LatentSource.prepare`: samples [H, W, 3] uint8. Raises DatasetError if an image vanished or changed since the
         start."""
-        flipped = self._flip_aug and draw_flip(rng)
-        placement = self.placements[index]
-        crop = draw_crop(placement, rng) if self._random_crop else placement.crop
-        image = scale_and_crop(decoded(self.dataset.examples[index], placement), placement, crop=crop)
-        image = vary_colour(image, rng) if self._color_aug else image
-        return Visit(to_samples(ImageOps.mirror(image) if flipped else image), flipped, crop)
+        example, placement = self.dataset.examples[index], self.placements[index]
+        chosen = example.subset.dataset
+        flipped = chosen.flip_aug and draw_flip(rng)
+        crop = draw_crop(placement, rng) if chosen.random_crop else placement.crop
+        degrees = draw_degrees(chosen.rotate_aug_degrees, rng) if chosen.rotate_aug_degrees else 0.0
+        image = scale_and_crop(decoded(example, placement), placement, crop=crop, degrees=degrees)
+        image = vary_colour(image, rng) if chosen.color_aug else image
+        return Visit(to_samples(ImageOps.mirror(image) if flipped else image), flipped, crop, degrees)
 
     def finish(self, indices: Sequence[int], prepared: Sequence[torch.Tensor]) -> torch.Tensor:
         """See `LatentSource.finish`. On the VAE's device. Raises TrainingError naming an image whose latent is not finite."""

@@ -6,6 +6,7 @@ the latents: they are the same with any mask, in memory and on disk.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from lib_lora_train.dataset.prefetch import Prefetch
 from lib_lora_train.errors import DatasetError
 from lib_lora_train.inputs.latents import Visit
 
+_MOST_CUT = 4096  # cut masks that are kept where visits vary, of 16 kB at 1024²
+
 
 class Masks:
     """The masks of a dataset, by the number of the example; images without one are learnt whole."""
@@ -33,6 +36,7 @@ class Masks:
         prediction. `warn` is told of a mask that cannot be used."""
         self._dataset, self._placements, self._paths, self._factor = dataset, placements, paths, factor
         self._unmasked_weight, self._prior_weight = unmasked_weight, prior_weight
+        self._cut_again = functools.lru_cache(maxsize=_MOST_CUT)(self._cut)
         self._read: dict[int, Tensor] = {}  # [1, h, w] uint8 each, cut as without random crop
         wanted = [index for index, example in enumerate(dataset.examples) if example.path in paths]
         with Prefetch(wanted, self._try, threads=threads, most=16 * max(1, threads), cost=self._bytes,
@@ -56,7 +60,8 @@ class Masks:
         if index not in self._read:
             width, height = placement.bucket
             return torch.ones(1, height // self._factor, width // self._factor)
-        white = self._read[index] if visit.crop == placement.crop else self._cut(index, visit.crop)
+        as_read = visit.crop == placement.crop and not visit.degrees
+        white = self._read[index] if as_read else self._cut_again(index, visit.crop, degrees=visit.degrees)
         return (white.flip(-1) if visit.flipped else white).float() / 255
 
     def _try(self, index: int) -> Tensor | str:
@@ -65,13 +70,13 @@ class Masks:
         except DatasetError as error:
             return str(error)
 
-    def _cut(self, index: int, crop: tuple[int, int]) -> Tensor:
-        """[1, h, w] uint8: the mask at the latents' size, cut at `crop`."""
+    def _cut(self, index: int, crop: tuple[int, int], *, degrees: float = 0.0) -> Tensor:
+        """[1, h, w] uint8: the mask at the latents' size, cut at `crop` and turned."""
         image, placement = self._dataset.examples[index].path, self._placements[index]
         mask = read_mask(image, self._paths[image])
         if mask.size != placement.original:
             mask = mask.resize(placement.original, Image.Resampling.BILINEAR)
-        cut = scale_and_crop(mask, placement, crop=crop, resampling=Image.Resampling.BILINEAR)
+        cut = scale_and_crop(mask, placement, crop=crop, degrees=degrees, resampling=Image.Resampling.BILINEAR)
         return F.avg_pool2d(to_samples(cut)[None].float(), self._factor).round().to(torch.uint8)
 
     def _bytes(self, index: int) -> int:

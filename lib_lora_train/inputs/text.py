@@ -6,6 +6,7 @@ each visit. Not for a text encoder that is being trained: its answers change.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
@@ -15,6 +16,8 @@ from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
 from lib_lora_train.model.sd.text import Conditioning, Tokens
 
 DEFAULT_MAX_BYTES = 2 << 30
+MAX_BYTES_VARIED = 256 << 20
+"""Where captions are so many that few are met again: 800 of SDXL in fp16."""
 CAPTIONS_AT_ONCE = 32
 """Captions that are encoded together: a GPU takes hardly longer for them than for one."""
 _BYTES_A_TOKEN = 14 * 4 * 1280
@@ -41,14 +44,15 @@ class TextCache:
     """Caption → Conditioning, on the CPU."""
 
     def __init__(self, conditioner: Conditioner, *, clip_skip: int = 1, max_bytes: int = DEFAULT_MAX_BYTES,
-                 one_by_one: bool = False, kept_as: torch.dtype = torch.float32) -> None:
+                 one_by_one: bool = False, lru: bool = False, kept_as: torch.dtype = torch.float32) -> None:
         """`one_by_one`: what `get` does not know is encoded caption by caption. Slower than together, but then the last bits
         of a caption do not depend on those it was met with: for captions that are kept and met again, after a resume too.
-        `kept_as`: in which dtype conditions are kept and given; they are computed in fp32. Where the step computes in it
-        anyway, nothing is lost, and twice as many fit."""
+        `lru`: the least recently used go where there is no room; else those stay that came first, which serves captions better
+        that all come once in an epoch. `kept_as`: in which dtype conditions are kept and given; they are computed in fp32.
+        Where the step computes in it anyway, nothing is lost, and twice as many fit."""
         self._conditioner, self._clip_skip, self._one_by_one, self._kept_as = conditioner, clip_skip, one_by_one, kept_as
-        self._max_bytes, self._bytes = max_bytes, 0
-        self._known: dict[str, Conditioning] = {}  # batch size 1 each
+        self._max_bytes, self._bytes, self._lru = max_bytes, 0, lru
+        self._known: OrderedDict[str, Conditioning] = OrderedDict()  # batch size 1 each, the least recently used first
         self._empty: torch.Tensor | None = None  # [1, 77, C]: what the WebUI appends where chunks are missing
 
     def get(self, captions: Sequence[str]) -> Conditioning:
@@ -58,9 +62,9 @@ class TextCache:
         """
         new = [caption for caption in dict.fromkeys(captions) if caption not in self._known]
         found = {caption: self._encode([caption])[caption] for caption in new} if self._one_by_one else self._encode(new)
-        for caption, one in found.items():
-            self._keep(caption, one)
         batch = [found[caption] if caption in found else self._known[caption] for caption in captions]
+        for caption, one in dict(zip(captions, batch, strict=True)).items():
+            self._keep(caption, one)
         tokens = max(one.context.shape[1] for one in batch)
         context = torch.cat([self._filled(one.context, tokens) for one in batch])
         pooled = [one.pooled for one in batch if one.pooled is not None]
@@ -120,10 +124,20 @@ class TextCache:
         return torch.cat([context, self._empty.repeat(1, missing // self._empty.shape[1], 1)], dim=1)
 
     def _keep(self, caption: str, one: Conditioning) -> bool:
-        """Keep a caption's condition, if there is room for it; whether there was."""
-        size = sum(tensor.nbytes for tensor in (one.context, one.pooled) if tensor is not None)
+        """Keep a caption's condition, if there is room for it, or others may go; whether it is kept."""
+        if caption in self._known:
+            self._known.move_to_end(caption)
+            return True
+        size = _bytes(one)
+        while self._lru and self._known and self._bytes + size > self._max_bytes >= size:
+            _, oldest = self._known.popitem(last=False)
+            self._bytes -= _bytes(oldest)
         if self._bytes + size > self._max_bytes:
             return False
         self._known[caption] = one
         self._bytes += size
         return True
+
+
+def _bytes(one: Conditioning) -> int:
+    return sum(tensor.nbytes for tensor in (one.context, one.pooled) if tensor is not None)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lib_lora_train.dataset.captions import split_tags, tag_key
 from lib_lora_train.dataset.examples import Example
-from lib_lora_train.dataset.folder import scan
+from lib_lora_train.dataset.folder import read_folder
 from lib_lora_train.dataset.held_out import HeldOutImage, name_of, split
 from lib_lora_train.dataset.progress import ShouldStop
 from lib_lora_train.errors import SettingError
@@ -15,6 +15,7 @@ from lib_lora_train.results.history import read_history
 from lib_lora_train.run.record import read_settings
 from lib_lora_train.settings import DECLARATIONS, Settings, parse
 from lib_lora_train.settings.allowed_paths import AllowedPaths, check_allowed
+from lib_lora_train.settings.dataset_config import subsets_of, with_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +50,9 @@ def references_of(folder: Path, settings: Settings, *, allowed: AllowedPaths | N
     """The images of the run in `folder`. Those it held out are the ones that its events name, also where the dataset has
     changed since; without such an event there are none. Raises DatasetError where its folder cannot be read."""
     check_allowed(settings, allowed)
-    dataset = scan(Path(settings.dataset.train_data_dir), max_train_epochs=settings.optimizer.max_train_epochs,
-                   trigger_word=settings.dataset.trigger_word, should_stop=should_stop,
-                   may_read=allowed.may_read if allowed else None)
+    settings = with_text(settings)
+    dataset = read_folder(Path(settings.dataset.train_data_dir), subsets=subsets_of(settings), should_stop=should_stop,
+                          may_read=allowed.may_read if allowed else None)
     said = read_history(folder).held_out
     names, derived = (set(said.pictures), said.derived) if said else (set[str](), False)
     if derived:

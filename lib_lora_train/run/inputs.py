@@ -24,7 +24,7 @@ from lib_lora_train.inputs.batches import Batches, image_batch
 from lib_lora_train.inputs.latent_files import LatentDisk
 from lib_lora_train.inputs.latents import CachedLatents, FreshLatents, LatentSource
 from lib_lora_train.inputs.masks import Masks
-from lib_lora_train.inputs.text import CAPTIONS_AT_ONCE, TextCache
+from lib_lora_train.inputs.text import CAPTIONS_AT_ONCE, DEFAULT_MAX_BYTES, MAX_BYTES_VARIED, TextCache
 from lib_lora_train.inputs.vae_batches import EncodingBudget, VaeBatches, check_finite
 from lib_lora_train.model.fingerprint import encoder_fingerprint
 from lib_lora_train.model.frozen import FrozenModel
@@ -50,18 +50,17 @@ def latents_of(plan: RunPlan, model: FrozenModel, vae: Mapping[str, torch.Tensor
     """Encoded images: once and kept, or anew at each step where augmentations change the pixels. `vae` are the host's
     tensors of it; in `folder` lies what is too much for the memory, until the source is closed."""
     settings, chosen, at_once = plan.settings, plan.settings.dataset, plan.settings.memory.vae_batch_size
-    shared = {"flip_aug": chosen.flip_aug, "device": model.device, "should_stop": lambda: bool(stop()), "group": group}
+    shared = {"device": model.device, "should_stop": lambda: bool(stop()), "group": group}
     with translated("encoding the pictures"):
         if settings.encodes_in_steps:
             # The memory plan counts what is encoded beside a step, so it does not follow what is free.
-            return FreshLatents.build(model.vae, plan.dataset, plan.placements, color_aug=chosen.color_aug,
-                                      random_crop=chosen.random_crop, vae_batch_size=at_once or 1,
+            return FreshLatents.build(model.vae, plan.dataset, plan.placements, vae_batch_size=at_once or 1,
                                       on_progress=stage("Checking pictures", report, pause),
                                       warn=lambda text: report(Warned(text)), **shared)
         disk = LatentDisk(vae_fingerprint=encoder_fingerprint(vae)) if chosen.cache_latents_to_disk else None
         return CachedLatents.build(model.vae, plan.dataset, plan.placements, disk=disk, folder=folder,
-                                   vae_batch_size=at_once, budget=budget, on_progress=stage("Encoding pictures", report, pause),
-                                   **shared)
+                                   seed=settings.optimizer.seed, vae_batch_size=at_once, budget=budget,
+                                   on_progress=stage("Encoding pictures", report, pause), **shared)
 
 
 def held_out_batches(images: Sequence[HeldOutImage], plan: RunPlan, model: FrozenModel, *, budget: EncodingBudget,
@@ -69,13 +68,13 @@ def held_out_batches(images: Sequence[HeldOutImage], plan: RunPlan, model: Froze
     """Held-out images of a plan by their name (`held_out.name_of`), each a batch of one; to be called while the VAE is on the
     device. What cannot be used is told and left out."""
     settings = plan.settings
-    buckets = buckets_for(settings.dataset, sizes=model.architecture.family.sizes)
     vae = VaeBatches(model.vae, device=model.device, batch_size=1, warn=lambda text: None,
                      budget=None if settings.encodes_in_steps else budget)
     found = {}
     for image in images:
         try:
             picture = read_image(image.example.path).crop(image.box)
+            buckets = buckets_for(image.example.subset.dataset, sizes=model.architecture.family.sizes)
             placement = buckets.assign(*picture.size)
             samples = to_samples(scale_and_crop(ImageOps.mirror(picture) if image.mirrored else picture, placement))
             latents = vae.encode([samples], (False,))[0, 0]
@@ -89,16 +88,14 @@ def held_out_batches(images: Sequence[HeldOutImage], plan: RunPlan, model: Froze
 
 def batches_of(plan: RunPlan, source: LatentSource, group: ProcessGroup, *, factor: int, report: Report) -> Batches:
     """The batches of all processes together; `factor` pixels are a latent."""
-    settings, captions, chosen = plan.settings, plan.settings.captions, plan.settings.masks
+    optimizer, chosen = plan.settings.optimizer, plan.settings.masks
     masks = Masks(source.dataset, source.placements, plan.masks, factor=factor, unmasked_weight=chosen.unmasked_weight,
                   prior_weight=chosen.masked_prior_preservation_weight, threads=reading_threads(),
                   warn=lambda text: report(Warned(text))) if plan.masks else None
     return Batches(
-        source, group=group, masks=masks, seed=settings.optimizer.seed,
-        train_batch_size=settings.optimizer.train_batch_size * group.world_size,
-        prior_loss_weight=settings.dataset.prior_loss_weight, trigger_word=settings.dataset.trigger_word,
-        shuffle_caption=captions.shuffle_caption, keep_tokens=captions.keep_tokens,
-        caption_dropout_rate=captions.caption_dropout_rate, caption_tag_dropout_rate=captions.caption_tag_dropout_rate)
+        source, group=group, masks=masks, seed=optimizer.seed, train_batch_size=optimizer.train_batch_size * group.world_size,
+        prior_loss_weight=plan.settings.dataset.prior_loss_weight, steps=plan.schedule.steps,
+        gradient_accumulation_steps=optimizer.gradient_accumulation_steps)
 
 
 def preservation_of(settings: Settings) -> Preservation:
@@ -148,7 +145,8 @@ def condition_of(settings: Settings, model: FrozenModel, leased: LeasedModel, ne
     captions = batches.fixed_captions()
     if captions is not None:
         captions = (*captions, *preservation_of(settings).captions(captions))
-    cache = TextCache(Adapted, clip_skip=clip_skip, one_by_one=captions is not None, kept_as=dtype)
+    cache = TextCache(Adapted, clip_skip=clip_skip, one_by_one=True, lru=captions is None, kept_as=dtype,
+                      max_bytes=MAX_BYTES_VARIED if captions is None else DEFAULT_MAX_BYTES)
     extra = TextCache(Adapted, clip_skip=clip_skip, one_by_one=True, kept_as=dtype)
     needs_encoders = True
     if captions is not None and encode_now:

@@ -17,6 +17,8 @@ from lib_lora_train.adapters.file import read_dims
 from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.dataset.buckets import Size
+from lib_lora_train.dataset.caption_variation import known_captions
+from lib_lora_train.dataset.examples import Example
 from lib_lora_train.dataset.progress import ShouldStop
 from lib_lora_train.errors import translated
 from lib_lora_train.events import Report
@@ -63,7 +65,7 @@ def plan_for(plan: RunPlan, *, tensors: Mapping[str, Tensor], architecture: Arch
         width, height, dtype, device_type=device.type, attention=attention_kernel(device, dtype),
         layers=tuple(dataclasses.replace(layer, trained=layer.trained and bool(rates[layer.target.component != UNET_COMPONENT]))
                      for layer in layers),
-        chunks=chunks_in_longest(example.caption for example in plan.dataset.examples),
+        chunks=chunks_in_longest(line for example in plan.dataset.examples for line in example.lines),
         text_checkpointed=memory.gradient_checkpointing,
         encoded=min(memory.vae_batch_size or 1, batch) if settings.encodes_in_steps else 0,
         optimizer_bytes=traits_of(settings).state_bytes,
@@ -74,8 +76,9 @@ def plan_for(plan: RunPlan, *, tensors: Mapping[str, Tensor], architecture: Arch
     on_device = [t for t in (*tensors.values(), *ours) if t.device.type in (device.type, "meta")]
     return plan_memory(tensors, architecture, workload, batch=batch, memory=memory,
                        budget=budget_of(memory.memory_budget, device, ours=size_of(on_device)),
-                       parts_on_cpu=parts_not_needed(settings, device), resumed_base_dtype=resumed_base_dtype,
-                       references=again + compared, repeats=1 + again, should_stop=should_stop)
+                       parts_on_cpu=parts_not_needed(settings, device, examples=plan.dataset.examples),
+                       resumed_base_dtype=resumed_base_dtype, references=again + compared, repeats=1 + again,
+                       should_stop=should_stop)
 
 
 def chunks_in_longest(captions: Iterable[str]) -> int:
@@ -116,14 +119,13 @@ def _components(tensors: Mapping[str, Tensor], architecture: Architecture) -> di
     return dict(zip(architecture.components, (unet, *texts), strict=True))
 
 
-def parts_not_needed(settings: Settings, device: torch.device) -> frozenset[Part]:
+def parts_not_needed(settings: Settings, device: torch.device, *, examples: Sequence[Example]) -> frozenset[Part]:
     """Parts of the model that no step computes with, once images and captions are encoded, and that take up a GPU's memory
     until then."""
     if device.type != "cuda":
         return frozenset()
-    captions = settings.captions
-    varied = captions.shuffle_caption or captions.caption_tag_dropout_rate
-    parts: dict[Part, bool] = {"vae": not settings.encodes_in_steps, "text": not settings.rates[1] and not varied}
+    parts: dict[Part, bool] = {"vae": not settings.encodes_in_steps,
+                               "text": not settings.rates[1] and known_captions(examples) is not None}
     return frozenset(part for part, idle in parts.items() if idle)
 
 

@@ -6,13 +6,16 @@ The page and the command line show it, the record keeps its settings, and `run_j
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lib_lora_train.dataset import held_out
 from lib_lora_train.dataset.buckets import Placement, buckets_for
-from lib_lora_train.dataset.examples import Dataset, assign_buckets, visits_by_bucket, with_repeats
+from lib_lora_train.dataset.caption_variation import known_captions
+from lib_lora_train.dataset.examples import Dataset, assign_buckets, at_each_resolution, visits_by_bucket, with_repeats
 from lib_lora_train.dataset.folder import read_folder
 from lib_lora_train.dataset.held_out import HeldOutImage
 from lib_lora_train.dataset.listing import MayRead
@@ -33,6 +36,8 @@ from lib_lora_train.run.resume import ResumePoint, find, with_recorded_split
 from lib_lora_train.run.selection import check_family
 from lib_lora_train.settings import DECLARATIONS, Settings, flat, ignored, named, no_effect, parse
 from lib_lora_train.settings.allowed_paths import AllowedPaths, check_allowed
+from lib_lora_train.settings.dataset_config import notes as folder_notes
+from lib_lora_train.settings.dataset_config import subsets_of, with_text
 from lib_lora_train.settings.risks import risks
 
 
@@ -42,7 +47,8 @@ class RunPlan:
 
     settings        complete: the seed is drawn, automatic repeats are numbers, paths are absolute
     family          of the model it was planned for, "" where none was loaded
-    dataset         what is trained, with its `placements` into buckets and `resolution` (width, height)
+    dataset         what is trained, with its `placements` into buckets and `resolution` (width, height), the largest of its
+                    `resolutions`
     schedule        epochs, batches, steps; a batch is `processes` times train_batch_size images
     warnings        one sentence for each thing the user should know
     target          the LoRA's file; its name is free
@@ -67,6 +73,7 @@ class RunPlan:
     masks: Mapping[Path, Path] = dataclasses.field(default_factory=dict)
     white_share: float = 1.0
     prompts: tuple[SamplePrompt, ...] = ()
+    resolutions: tuple[tuple[int, int], ...] = ()
 
     @property
     def aspect_error(self) -> float:
@@ -88,20 +95,21 @@ class RunPlan:
         """One line: images, repeats, epochs, batches, steps."""
         repeats = sorted({e.repeats for e in self.dataset.examples if not e.is_regularisation})
         shown = counted(repeats[0], "repeat") if len(repeats) == 1 else f"{repeats[0]} to {repeats[-1]} repeats"
-        regularisation = len(self.dataset.examples) - self.dataset.images
+        regularisation = len({e.path for e in self.dataset.examples if e.is_regularisation})
         with_reg = f" + {counted(regularisation, 'regularisation picture')}" if regularisation else ""
-        schedule, (width, height) = self.schedule, self.resolution
+        sizes = " and ".join(f"{width}×{height}" for width, height in self.resolutions or [self.resolution])
+        schedule = self.schedule
         kept = "" if self.held_out_derived or not self.held_out else (
             f"; {len(self.held_out)} of {len(self.held_out) + self.dataset.images} pictures kept back to measure on")
         return (f"{counted(self.dataset.images, 'picture')} × {shown}{with_reg}, {counted(schedule.epochs, 'epoch')}, "
-                f"{counted(len(schedule.buckets), 'bucket')} at {width}×{height} "
+                f"{counted(len(schedule.buckets), 'bucket')} at {sizes} "
                 f"= {counted(schedule.steps, 'step')}{f' of {self.processes} processes' if self.processes > 1 else ''}"
                 f"{kept}{self._masked}")
 
     @property
     def _masked(self) -> str:
         """How many images have a mask, and what it leaves of them; "" where none has."""
-        masked = sum(example.path in self.masks for example in self.dataset.examples)
+        masked = len({example.path for example in self.dataset.examples} & self.masks.keys())
         return "" if not masked else (f"; {masked} of {counted(self.dataset.images, 'picture')} with a mask, about "
                                       f"{self.white_share:.0%} of the area is learnt")
 
@@ -131,16 +139,17 @@ def plan_dataset(settings: Settings, *, family: str, allowed: AllowedPaths | Non
     Links that lead out of the `allowed` paths are passed over; the folders themselves are the caller's to check.
     Raises DatasetError and SettingError; nothing is written, no image is decoded.
     """
+    settings = with_text(settings)
     dataset_settings, optimizer = settings.dataset, settings.optimizer
     if not dataset_settings.train_data_dir:
         raise DatasetError("No dataset folder was given", remedy="choose a folder of pictures")
     check_optimizer(settings)  # what is not possible is refused here, before anything is read
     check_family(settings.network, family)
-    buckets = buckets_for(dataset_settings, sizes=training_sizes(family))
+    buckets = functools.lru_cache(maxsize=None)(functools.partial(buckets_for, sizes=training_sizes(family)))
     may_read = allowed.may_read if allowed else None
-    found = read_folder(
-        Path(dataset_settings.train_data_dir), trigger_word=dataset_settings.trigger_word,
-        reg_data_dir=dataset_settings.reg_data_dir or None, on_progress=on_progress, should_stop=should_stop, may_read=may_read)
+    found = at_each_resolution(read_folder(
+        Path(dataset_settings.train_data_dir), subsets=subsets_of(settings), reg_data_dir=dataset_settings.reg_data_dir or None,
+        on_progress=on_progress, should_stop=should_stop, may_read=may_read))
     if allowed and dataset_settings.cache_latents_to_disk:
         _check_caches(found, allowed)
     # Held-out images must fit a bucket too, and repeats are counted for those that are trained.
@@ -150,14 +159,16 @@ def plan_dataset(settings: Settings, *, family: str, allowed: AllowedPaths | Non
         split.training, max_train_epochs=optimizer.max_train_epochs, num_repeats=dataset_settings.num_repeats), buckets)
     schedule = _schedule(settings, dataset, placements, processes=processes)
     masks, unmasked = _masks(settings, dataset, may_read)
-    settings, prompts = _with_prompts(settings, split.held_out, dataset, resolution=buckets.resolution)
+    resolutions = sorted({buckets(example.subset.dataset).resolution for example in dataset.examples}, key=math.prod)
+    settings, prompts = _with_prompts(settings, split.held_out, dataset, resolution=resolutions[-1])
     return RunPlan(
-        settings=settings, family=family, dataset=dataset, placements=placements, resolution=buckets.resolution,
+        settings=settings, family=family, dataset=dataset, placements=placements, resolution=resolutions[-1],
+        resolutions=tuple(resolutions),
         processes=processes, schedule=schedule, prompts=prompts, held_out=split.held_out, held_out_derived=split.derived,
         notes=split.notes if split.derived else (), masks=masks, white_share=white_share(masks),
-        warnings=(*ignored(settings), *ignored_by_optimizer(settings), *unmasked,
-                  *risks(settings, steps=schedule.steps, images=dataset.images, processes=processes,
-                         epoch=schedule.steps_per_epoch),
+        warnings=(*ignored(settings), *folder_notes(settings), *_varied(settings, dataset), *ignored_by_optimizer(settings),
+                  *unmasked, *risks(settings, steps=schedule.steps, images=dataset.images, processes=processes,
+                                    epoch=schedule.steps_per_epoch),
                   *(problem.text for problem in dataset.problems)))
 
 
@@ -202,8 +213,17 @@ def _frozen(plan: RunPlan) -> Settings:
     absolute = {name: str(Path(str(values[name])).absolute()) for name, declaration in DECLARATIONS.items()
                 if declaration.is_path and name != "resume" and values[name]}
     repeats = plan.dataset.examples[0].repeats if plan.dataset.layout == "plain" else values["num_repeats"]
-    shares = {name: in_steps(values[name], plan.schedule.steps) for name in ("lr_warmup_steps", "lr_decay_steps")}
+    shares = {name: in_steps(values[name], plan.schedule.steps)
+              for name in ("lr_warmup_steps", "lr_decay_steps", "token_warmup_step")}
     return parse({**values, **absolute, **shares, "num_repeats": repeats})
+
+
+def _varied(settings: Settings, dataset: Dataset) -> list[str]:
+    """What captions cost that are too many to be encoded beforehand."""
+    if settings.rates[1] or known_captions(dataset.examples) is not None:
+        return []
+    return ["Captions vary from step to step, so each new one is read by the text encoder when its step comes, which stays on "
+            "the GPU: about 0.2 GB for SD1, 0.7 GB for SD2, 1.6 GB for SDXL in fp16, and a few hundredths of a second a step."]
 
 
 def _with_prompts(settings: Settings, held_out_images: Sequence[HeldOutImage], dataset: Dataset, *,

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from lib_lora_train.adapters.metadata import TrainingMetadata, describe
 from lib_lora_train.adapters.network import AdapterNetwork
+from lib_lora_train.dataset.examples import Example
 from lib_lora_train.host.port import LeasedModel
+from lib_lora_train.model.family import training_sizes
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.run.optimizing import optimizer_name
 from lib_lora_train.run.planning import RunPlan
-from lib_lora_train.settings import flat
+from lib_lora_train.settings import flat, resolution_of
+from lib_lora_train.settings.dataset_config import SubsetSettings
 
 
 class Provenance:
@@ -39,7 +43,7 @@ class Provenance:
             checkpoint_name=checkpoint.name, checkpoint_legacy_hash=checkpoint.legacy_hash or None,
             checkpoint_sha256=checkpoint.sha256 or None, vae_name=checkpoint.vae_name or None,
             dataset_dirs=plan.dataset.dataset_dirs(), reg_dataset_dirs=plan.dataset.dataset_dirs(regularisation=True),
-            tag_frequency=plan.dataset.tag_frequency(),
+            tag_frequency=plan.dataset.tag_frequency(), datasets=_datasets(plan),
             buckets=dict(schedule.buckets) if settings.dataset.enable_bucket else None,
             aspect_error=plan.aspect_error, settings=self._written()), name)
 
@@ -53,3 +57,36 @@ class Provenance:
         for name in ("min_snr_gamma", "noise_offset", "adaptive_noise_scale", "multires_noise_iterations", "ip_noise_gamma"):
             values[name] = values[name] or None
         return values
+
+
+def _datasets(plan: RunPlan) -> list[dict[str, object]]:
+    """sd-scripts' `ss_datasets`, an entry for each size, where the run's settings do not say it all; folders by name only."""
+    if plan.settings.dataset.dataset_config == "" and len(plan.resolutions) < 2:
+        return []
+    frequency = plan.dataset.tag_frequency()
+    blocks: dict[tuple[object, ...], dict[tuple[str, SubsetSettings], list[Example]]] = {}
+    for example in plan.dataset.examples:
+        chosen = example.subset.dataset
+        size = (chosen.resolution, chosen.enable_bucket, chosen.min_bucket_reso, chosen.max_bucket_reso)
+        blocks.setdefault(size, {}).setdefault((example.folder, example.subset), []).append(example)
+    result = []
+    for (resolution, enable_bucket, smallest, largest), subsets in blocks.items():
+        visits = [sum(e.repeats for found in subsets.values() for e in found if e.is_regularisation == is_reg)
+                  for is_reg in (False, True)]
+        result.append({
+            "is_dreambooth": True, "batch_size_per_device": plan.settings.optimizer.train_batch_size,
+            "resolution": resolution_of(str(resolution), default=training_sizes(plan.family).default),
+            "num_train_images": visits[0], "num_reg_images": visits[1], "enable_bucket": enable_bucket,
+            "min_bucket_reso": smallest, "max_bucket_reso": largest,
+            "tag_frequency": {folder: frequency[folder] for folder, _ in subsets if folder in frequency},
+            "subsets": [_subset(folder, subset, found) for (folder, subset), found in subsets.items()]})
+    return result
+
+
+def _subset(folder: str, subset: SubsetSettings, found: Sequence[Example]) -> dict[str, object]:
+    names = ("color_aug", "flip_aug", "random_crop", "shuffle_caption", "keep_tokens", "keep_tokens_separator",
+             "secondary_separator", "enable_wildcard", "caption_prefix", "caption_suffix")
+    values = {**vars(subset.dataset), **vars(subset.captions)}
+    return {"img_count": len(found), "num_repeats": found[0].repeats, "image_dir": folder, "is_reg": found[0].is_regularisation,
+            "class_tokens": subset.class_tokens or None, "loss_weight": subset.loss_weight,
+            **{name: None if values[name] == "" else values[name] for name in names}}

@@ -211,7 +211,7 @@ def dataset_fingerprint(dataset: Dataset, placements: Sequence[Placement], masks
     with translated("reading the pictures"):
         for example, placement in zip(dataset.examples, placements, strict=True):
             about = (example.folder, example.path.name, example.caption, example.repeats, example.is_regularisation,
-                     placement.bucket, placement.resized, placement.crop)
+                     placement.bucket, placement.resized, placement.crop, *example.captions)
             digest.update(json.dumps(about).encode())
             for path in filter(None, (example.path, masks.get(example.path))):
                 with path.open("rb") as file:

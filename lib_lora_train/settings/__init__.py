@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from lib_lora_train.errors import SettingError
@@ -51,7 +52,9 @@ class Settings:
     @property
     def encodes_in_steps(self) -> bool:
         """Whether images vary and are encoded anew at each step."""
-        return self.dataset.color_aug or self.dataset.random_crop
+        from lib_lora_train.settings.dataset_config import subsets_of  # which reads settings with `parse`
+
+        return any(subset.dataset.color_aug or subset.dataset.random_crop for subset in subsets_of(self))
 
 
 _OF_SCHEDULES = {
@@ -120,29 +123,43 @@ def flat(settings: Settings) -> dict[str, Value]:
 
 
 def resolution_of(text: str, *, default: int) -> tuple[int, int]:
-    """(width, height) in pixels from "auto", "512" or "768,512"; raises SettingError."""
+    """(width, height) in pixels from "auto", "512" or "768,512"; of several ("512;768") the largest. Raises SettingError."""
+    return max((_size(part.strip(), written=text, default=default) for part in text.split(";")), key=math.prod)
+
+
+def _size(text: str, *, written: str, default: int) -> tuple[int, int]:
     if text == "auto":
         return default, default
     parts = [part.strip() for part in text.strip("[]()").replace("x", ",").split(",")]
     if len(parts) not in (1, 2) or not all(part.isascii() and part.isdigit() for part in parts):
-        raise SettingError(f"{named('resolution')} = {text!r} is not possible", why="it must be auto, a number like "
-                           "512, or width,height like 768,512")
+        raise SettingError(f"{named('resolution')} = {written!r} is not possible", why="it must be auto, a number like "
+                           "512, or width,height like 768,512; several with ; between them")
     width, height = int(parts[0]), int(parts[-1])
     if not (64 <= width <= 4096 and 64 <= height <= 4096):
-        raise SettingError(f"{named('resolution')} = {text!r} is not possible",
+        raise SettingError(f"{named('resolution')} = {written!r} is not possible",
                            why="both sides must lie between 64 and 4096 pixels")
     return width, height
 
 
 def ignored(settings: Settings) -> list[str]:
     """One sentence for each setting the user changed that has no effect beside the others."""
+    from lib_lora_train.settings.dataset_config import subsets_of
+
     default, now, found = flat(Settings()), flat(settings), list[tuple[str, str]]()
 
     def unused(why: str, *names: str) -> None:
         found.extend((name, why) for name in names if now[name] != default[name])
 
-    if not (now["shuffle_caption"] or now["caption_tag_dropout_rate"]):
+    subsets = subsets_of(settings)
+    captions = [subset.captions for subset in subsets]
+    if not any(each.shuffle_caption or each.caption_tag_dropout_rate or each.token_warmup_step for each in captions):
         unused("tags are neither shuffled nor dropped", "keep_tokens")
+    if not any(each.token_warmup_step for each in captions):
+        unused("there is no tag warm-up", "token_warmup_min")
+    if not any(subset.dataset.rotate_aug_degrees for subset in subsets):
+        unused("nothing is turned", "rotate_aug_variants")
+    elif settings.encodes_in_steps:
+        unused("with colour changes or random crop each visit is turned anew", "rotate_aug_variants")
     for name, schedules in _OF_SCHEDULES.items():
         if now["lr_scheduler"] not in schedules:
             unused(f"the schedule is {now['lr_scheduler']}", name)
@@ -225,6 +242,8 @@ def _check(settings: Settings) -> None:
     if not any(settings.rates):
         raise SettingError("Nothing would be trained", why="all learning rates are 0", remedy=f"raise {named('learning_rate')}")
     resolution_of(dataset.resolution, default=512)
+    if not settings.captions.caption_separator:
+        raise SettingError(f"{named('caption_separator')} is empty", remedy="write what stands between two tags, as a comma")
     if dataset.min_bucket_reso > dataset.max_bucket_reso:
         raise SettingError(f"{named('min_bucket_reso')} = {dataset.min_bucket_reso} is not possible",
                            why=f"{named('max_bucket_reso')} is smaller: {dataset.max_bucket_reso}")

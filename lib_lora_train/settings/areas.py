@@ -27,7 +27,7 @@ class DatasetSettings:
         zero="auto")
     resolution: str = setting(
         "auto", "Resolution", "Training size in pixels: one number, or width,height. auto is 512 for SD1, 768 for SD2, "
-        "1024 for SDXL.", in_view=True)
+        "1024 for SDXL. Several with ; between them (512;768) train each picture at each of them.", in_view=True)
     enable_bucket: bool = setting(
         True, "Aspect buckets", "Keep the shape of each picture: pictures of similar shape are trained together. Off "
         "crops all of them to one size.")
@@ -40,6 +40,9 @@ class DatasetSettings:
         64, "Bucket step", "Bucket sides are multiples of this many pixels.", minimum=8, maximum=512, step=8)
     bucket_no_upscale: bool = setting(
         False, "No upscaling", "Never enlarge a small picture to fill its bucket.")
+    dataset_config: str = setting(
+        "", "Folder settings", "Settings of single folders, as sd-scripts reads them: the path of such a file in TOML, or its "
+        "text, with [general], [[datasets]] and [[datasets.subsets]]. Its folders are then trained.", several_lines=True)
     reg_data_dir: str = setting(
         "", "Regularisation folder", "Pictures of the general class (kohya's layout), so that the class itself is not "
         "changed. Empty for none.", is_path=True)
@@ -51,6 +54,12 @@ class DatasetSettings:
         False, "Colour changes", "Vary hue and brightness a little. Pictures are then encoded anew at each step.")
     random_crop: bool = setting(
         False, "Random crop", "Crop at a random place instead of the centre. Pictures are then encoded anew at each step.")
+    rotate_aug_degrees: float = setting(
+        0.0, "Rotation", "Turn pictures by up to so many degrees either way, cut so that no empty corners show. For small "
+        "sets, 5 to 10; not where upright lines matter. 0 is off.", minimum=0, maximum=45, step=1)
+    rotate_aug_variants: int = setting(
+        4, "Turned versions", "How many turns of each picture are encoded before the training. More vary more, and take "
+        "longer to encode.", minimum=2, maximum=64)
     cache_latents_to_disk: bool = setting(
         False, "Keep encoded pictures on disk", "The next run with the same pictures, size and VAE starts at once.")
 
@@ -59,14 +68,41 @@ class DatasetSettings:
 class CaptionSettings:
     """What is done to captions at each step."""
 
+    caption_extension: str = setting(
+        "", "Caption files", "Empty reads .txt, or .caption where there is none. Name one ending to read only those files; "
+        "with several (.txt, .caption) one of a picture's captions is drawn at each step.")
     shuffle_caption: bool = setting(
         False, "Shuffle tags", "Put the comma-separated tags into a new order at each step.")
     keep_tokens: int = setting(
         1, "Keep first tags", "How many tags stay in front when the others are shuffled or dropped.", minimum=0, maximum=255)
+    keep_tokens_separator: str = setting(
+        "", "Separator of kept tags", "Usually |||. In a caption that holds it, what stands before it stays in front, and "
+        "what stands behind a second one stays at the end. Empty for none.")
+    caption_separator: str = setting(
+        ",", "Tag separator", "What stands between two tags. Change it only for captions that are not written with commas.")
+    secondary_separator: str = setting(
+        "", "Separator within a tag", "Usually ;;;. Tags with it between them are shuffled and dropped as one, and trained "
+        "with commas. Empty for none.")
+    enable_wildcard: bool = setting(
+        False, "Wildcards", "At each step draw one line of a caption file of several, and one of the words in {red|blue}.")
+    caption_prefix: str = setting(
+        "", "Prefix", "Put in front of every caption, with a space. Write the comma too where it is a tag.")
+    caption_suffix: str = setting(
+        "", "Suffix", "Put behind every caption, with a space.")
     caption_dropout_rate: float = setting(
         0.0, "Caption dropout", "Share of the steps that see an empty caption.", minimum=0, maximum=1, step=0.01)
+    caption_dropout_every_n_epochs: int = setting(
+        0, "Epochs without captions", "Every n-th epoch sees empty captions only. Empty or 0 for none.", minimum=0,
+        maximum=100000, zero="none")
     caption_tag_dropout_rate: float = setting(
-        0.0, "Tag dropout", "Share of the tags that are left out at each step.", minimum=0, maximum=1, step=0.01)
+        0.0, "Tag dropout", "Share of the tags that are left out at each step. The trigger word never is.", minimum=0,
+        maximum=1, step=0.01)
+    token_warmup_step: int = setting(
+        0, "Tag warm-up steps", "Captions begin with few tags and have all of them after so many steps; below 1, a share of "
+        "the run's steps. 0 is off.", minimum=0, maximum=1_000_000, or_share=True)
+    token_warmup_min: int = setting(
+        1, "First tags of the warm-up", "With how many tags, besides those that are kept, the tag warm-up begins.", minimum=0,
+        maximum=255)
     clip_skip: int = setting(
         0, "Clip skip", "Which text-encoder layer SD1 captions are read from, counted from the end. Empty or 0 takes "
         "what the WebUI is set to.", minimum=0, maximum=12, zero="auto")

@@ -24,6 +24,7 @@ from lib_lora_train.run.runner import Runner
 from lib_lora_train.settings import DECLARATIONS, Value, parse
 from lib_lora_train.settings.presets import presets
 from lib_lora_train.ui.fields import displayed, shown
+from lib_lora_train.ui.schedule_curve import schedule_curve
 
 NO_PRESET = "Default"
 CHANGED = ", changed"
@@ -50,26 +51,26 @@ class Handlers:
     defaults: Mapping[str, Value]
     token: str = dataclasses.field(repr=False)
 
-    def plan(self, token: str, page: Latest, answer: str, preset: str, *values: object) -> tuple[Any, Any, Any, Any, Any]:
+    def plan(self, token: str, page: Latest, answer: str, preset: str, *values: object) -> tuple[Any, Any, Any, Any, Any, Any]:
         """(the summary as HTML, the fields as JSON for the browser to remember, the refusal, the button "Overwrite it", the
-        preset in force).
+        preset in force, the curve of the learning rate as HTML).
 
         `answer` is the refusal beside the button; one of other values than these is removed together with the button.
         """
         if not self._ours(token):
-            return _problem(OUTDATED), *[gr.update()] * 4
+            return _problem(OUTDATED), *[gr.update()] * 5
         chosen = self._by_name(values)
         in_force = self._in_force(preset, chosen)
         draft = json.dumps({"preset": in_force} | {name: value for name, value in chosen.items() if name not in ONCE})
         outdated = page.ask()
-        summary = self._summary(chosen, outdated)
+        summary, steps = self._summary(chosen, outdated)
         if outdated():
             # A newer question is being answered, or a refusal came that this plan knows nothing of.
-            return (gr.update(),) * 5
-        list_of_presets = self._list_of_presets(in_force, before=preset)
+            return (gr.update(),) * 6
+        presets_and_curve = self._list_of_presets(in_force, before=preset), _curve(chosen, steps=steps)
         if not answer or _answers(answer, chosen):
-            return summary, draft, gr.update(), gr.update(), list_of_presets
-        return summary, draft, "", gr.update(visible=False), list_of_presets
+            return summary, draft, gr.update(), gr.update(), *presets_and_curve
+        return summary, draft, "", gr.update(visible=False), *presets_and_curve
 
     def start(self, token: str, page: Latest, *values: object) -> tuple[Any, Any]:
         """(a refusal as HTML or nothing, whether the button "Overwrite it" shows)."""
@@ -143,21 +144,22 @@ class Handlers:
     def _ours(self, token: object) -> bool:
         return isinstance(token, str) and secrets.compare_digest(token.encode(errors="replace"), self.token.encode())
 
-    def _summary(self, chosen: Mapping[str, object], outdated: Callable[[], bool]) -> str:
+    def _summary(self, chosen: Mapping[str, object], outdated: Callable[[], bool]) -> tuple[str, int]:
+        """The plan as HTML, and the run's steps, 0 where there is none."""
         try:
             found = service.plan(chosen, host=self.host, runner=self.runner, should_stop=outdated)
         except Interrupted:
-            return ""
+            return "", 0
         except LoraTrainError as error:
             if not chosen.get("train_data_dir"):
-                return _note("Choose a folder of pictures to see what will happen.")
-            return _problem(str(error))
+                return _note("Choose a folder of pictures to see what will happen."), 0
+            return _problem(str(error)), 0
         except Exception as error:  # noqa: BLE001 - a defect; what stood there before would look like the answer
-            return _problem(Failure.of(error, name="Planning").message)
+            return _problem(Failure.of(error, name="Planning").message), 0
         name = str(chosen.get("output_name", "")).strip()
         # The one that is being made is no other.
         made = self.runner.running() and self.runner.settings().get("output_name") == name
-        return _plan_text(found, taken="" if made or not found["name_taken"] else name)
+        return _plan_text(found, taken="" if made or not found["name_taken"] else name), found["steps"]
 
     def _taken(self, chosen: Mapping[str, object]) -> bool:
         try:
@@ -189,6 +191,14 @@ class Latest:
         self._number += 1
         mine = self._number
         return lambda: mine != self._number
+
+
+def _curve(values: Mapping[str, object], *, steps: int) -> str:
+    """The learning rate over the run; nothing where the settings are refused, which the summary tells."""
+    try:
+        return schedule_curve(parse(values), steps=steps)
+    except LoraTrainError:
+        return ""
 
 
 def _digest(values: Mapping[str, object]) -> str:

@@ -55,7 +55,7 @@ def build_tab(*, runner: Runner, host: Host, token: str) -> gr.Blocks:
             with gr.Tab("2 Train", elem_id="lora_train_page_train"), gr.Row(
                     equal_height=False, elem_classes=["lora-train-columns"]):
                 with gr.Column(scale=1, min_width=320, elem_id="lora_train_settings"):
-                    preset, about_preset = _settings_column(fields, first)
+                    preset, about_preset, curve = _settings_column(fields, first)
                 with gr.Column(scale=1, min_width=320, elem_id="lora_train_run"):
                     summary, start, answer, overwrite = _run_column()
             with gr.Tab("3 Results", elem_id="lora_train_page_results"):
@@ -71,7 +71,7 @@ def build_tab(*, runner: Runner, host: Host, token: str) -> gr.Blocks:
         quiet: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_name": False}
         page = gr.State(Latest())
         planning = {"fn": handlers.plan, "inputs": [key, page, answer, preset, *inputs],
-                    "outputs": [summary, draft, answer, overwrite, preset], **quiet}
+                    "outputs": [summary, draft, answer, overwrite, preset, curve], **quiet}
         plan.click(**planning)
         restore.click(handlers.restore, inputs=[page, draft], outputs=[summary, about_preset, preset, *inputs],
                       **quiet).then(**planning)
@@ -86,8 +86,8 @@ def build_tab(*, runner: Runner, host: Host, token: str) -> gr.Blocks:
     return tab
 
 
-def _settings_column(fields: dict[str, Any], first: Mapping[str, Value]) -> tuple[Any, Any]:
-    """Adds each setting's component to `fields`; returns the preset's list and the line below it."""
+def _settings_column(fields: dict[str, Any], first: Mapping[str, Value]) -> tuple[Any, Any, Any]:
+    """Adds each setting's component to `fields`; returns the preset's list, the line below it and the learning rate's curve."""
     placed = {name for row in ROWS_IN_VIEW for name in row}
     left_over = tuple(d.name for d in DECLARATIONS.values() if d.in_view and d.name not in placed)
     for number, row in enumerate((*ROWS_IN_VIEW, *((left_over,) if left_over else ()))):
@@ -105,8 +105,10 @@ def _settings_column(fields: dict[str, Any], first: Mapping[str, Value]) -> tupl
         folded = [d for d in declarations(AREAS[area]) if d.name not in fields]
         if folded:
             with gr.Accordion(title, open=False, elem_id=f"lora_train_fold_{area}", elem_classes=["lora-train-fold"]):
+                if area == "optimizer":
+                    curve = gr.HTML("", elem_id="lora_train_schedule")
                 _folded_rows(folded, fields, first)
-    return preset, about_preset
+    return preset, about_preset, curve
 
 
 def _folded_rows(folded: Iterable[Declaration], fields: dict[str, Any], first: Mapping[str, Value]) -> None:

@@ -15,6 +15,7 @@ from lib_lora_train.dataset.caption_files import (
     match_names,
     read_caption_file,
 )
+from lib_lora_train.settings import parse
 
 
 def found(folder: Path, images: list[str], texts: dict[str, object]) -> FolderCaptions:
@@ -95,9 +96,16 @@ def test_what_is_odd_is_said_once_a_kind(tmp_path: Path) -> None:
         (tmp_path / f"{name}.txt").write_text(text)
         notes.add(read_caption_file(tmp_path / f"{name}.txt"))
     notes.add(None)
-    several, plain = notes.sentences()
+    several, wildcards, networks = notes.sentences()
     assert several.startswith("2 pictures have several lines in the caption file (a.txt, d.txt)")
-    assert plain.startswith("1 picture has wildcards such as {a|b} and networks such as <lora:name:1> in the caption (b.txt)")
+    assert wildcards.startswith("1 picture has wildcards such as {a|b} in the caption (b.txt)")
+    assert "enable_wildcard" in wildcards
+    assert networks.startswith("1 picture has networks such as <lora:name:1> in the caption (b.txt)")
+
+    chosen = CaptionNotes()
+    for name in "ab":
+        chosen.add(read_caption_file(tmp_path / f"{name}.txt"), parse({"enable_wildcard": True}).captions)
+    assert chosen.sentences() == [networks]
     assert notes.captioned == 4
 
 

@@ -305,7 +305,7 @@ def test_turned_images_are_placed_upright_and_too_narrow_ones_are_skipped(tmp_pa
     make_image("thin.png", (300, 40))
     buckets = Buckets((512, 512), enable_bucket=True, min_bucket_reso=256, max_bucket_reso=1024, bucket_reso_steps=64,
                       bucket_no_upscale=True)
-    dataset, placements = assign_buckets(scan(tmp_path, max_train_epochs=10), buckets)
+    dataset, placements = assign_buckets(scan(tmp_path, max_train_epochs=10), lambda _: buckets)
     assert [(e.path.name, e.width, e.height) for e in dataset.examples] == [("turned.jpg", 108, 192)]
     assert [placement.bucket for placement in placements] == [(64, 192)]
     assert any(problem.skipped and "thin.png" in problem.text for problem in dataset.problems)
@@ -317,7 +317,7 @@ def test_a_dataset_of_which_no_image_can_be_placed_is_refused(tmp_path: Path, ma
     buckets = Buckets((512, 512), enable_bucket=True, min_bucket_reso=256, max_bucket_reso=1024, bucket_reso_steps=64,
                       bucket_no_upscale=True)
     with pytest.raises(DatasetError, match=r"No picture.*thin\.png"):
-        assign_buckets(scan(tmp_path, max_train_epochs=10), buckets)
+        assign_buckets(scan(tmp_path, max_train_epochs=10), lambda _: buckets)
 
 
 def test_a_folder_named_by_its_date_is_not_read_as_millions_of_repeats(tmp_path: Path, make_image) -> None:

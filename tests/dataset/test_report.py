@@ -294,7 +294,8 @@ def test_what_other_programs_read_in_captions_is_said_to_be_plain_text_here(tmp_
     draw("a.png", caption="a {red|blue} hat <lora:other:0.8>")
     draw("b.png", caption="zzk ||| a hat")
     report = look(tmp_path)
-    assert "(a.txt)" in advice(report, "{a|b}", "<lora:name:1>", "plain text")
+    assert "(a.txt)" in advice(report, "{a|b}", "plain text", "enable_wildcard")
+    assert "(a.txt)" in advice(report, "<lora:name:1>", "plain text")
     assert "(b.txt)" in advice(report, "|||", "plain text")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,8 @@ from lib_lora_train.dataset.examples import Dataset, Example
 from lib_lora_train.inputs.batch import Batch
 from lib_lora_train.inputs.batches import Batches
 from lib_lora_train.inputs.latents import LatentSource
+from lib_lora_train.settings import parse
+from lib_lora_train.settings.dataset_config import SubsetSettings
 
 torch.set_num_threads(1)
 
@@ -81,6 +84,13 @@ def make_dataset(tmp_path: Path) -> MakeDataset:
         return dataset, tuple(BUCKETS.assign(e.width, e.height) for e in examples)
 
     return make
+
+
+def augmented(dataset: Dataset, **changes: object) -> Dataset:
+    """The dataset with these settings of images and captions."""
+    settings = parse(changes)
+    subset = SubsetSettings(settings.dataset, settings.captions)
+    return replace(dataset, examples=tuple(replace(example, subset=subset) for example in dataset.examples))
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from lib_lora_train.dataset.plan import plan_run
 from lib_lora_train.inputs.batches import Batches
 from lib_lora_train.inputs.latents import CachedLatents, FreshLatents
 
-from .conftest import FakeVAE, epoch_of, same
+from .conftest import FakeVAE, augmented, epoch_of, same
 
 SIZES = {"a.png": (64, 64), "b.png": (80, 48), "c.png": (64, 64), "d.png": (48, 80), "e.png": (64, 64)}
 
@@ -44,10 +44,10 @@ def test_the_same_seed_gives_the_same_batches_from_any_position(make_dataset, va
     dataset, placements = make_dataset(SIZES | {"f.png": (100, 80)}, repeats=2)
 
     def make() -> Batches:
-        source = (FreshLatents.build(vae, dataset, placements, flip_aug=True, color_aug=True, random_crop=True)
-                  if fresh else CachedLatents.build(vae, dataset, placements, flip_aug=True))
-        return Batches(source, train_batch_size=2, seed=7, shuffle_caption=True, caption_tag_dropout_rate=0.3,
-                       caption_dropout_rate=0.2)
+        captions = {"shuffle_caption": True, "caption_tag_dropout_rate": 0.3, "caption_dropout_rate": 0.2}
+        views = {"flip_aug": True, "rotate_aug_degrees": 9} | ({"color_aug": True, "random_crop": True} if fresh else {})
+        kind = FreshLatents if fresh else CachedLatents
+        return Batches(kind.build(vae, augmented(dataset, **captions, **views), placements), train_batch_size=2, seed=7)
 
     whole = list(epoch_of(make(), 3))
     resumed = list(epoch_of(make(), 3, start=4))
@@ -66,8 +66,8 @@ def test_batches_carry_the_sizes_that_sdxl_is_told(make_dataset, vae: FakeVAE) -
 
 def test_regularisation_is_weighted_and_gets_no_trigger_word(make_dataset, vae: FakeVAE) -> None:
     dataset, placements = make_dataset({"a.png": (64, 64), "reg.png": (64, 64)}, regularisation=("reg.png",))
-    batches = Batches(CachedLatents.build(vae, dataset, placements), train_batch_size=2, seed=0, prior_loss_weight=0.25,
-                      trigger_word="sks")
+    batches = Batches(CachedLatents.build(vae, augmented(dataset, trigger_word="sks"), placements), train_batch_size=2, seed=0,
+                      prior_loss_weight=0.25)
     (batch,) = epoch_of(batches, 0)
     by_caption = dict(zip(batch.captions, batch["loss_weight"].tolist(), strict=True))
     assert by_caption == {"sks, caption of a.png, tag one, tag two": 1.0, "caption of reg.png, tag one, tag two": 0.25}
@@ -76,9 +76,9 @@ def test_regularisation_is_weighted_and_gets_no_trigger_word(make_dataset, vae: 
 
 def test_captions_vary_from_visit_to_visit_and_vary_nothing_else(make_dataset, vae: FakeVAE) -> None:
     dataset, placements = make_dataset(SIZES, repeats=10)
-    source = CachedLatents.build(vae, dataset, placements, flip_aug=True)
-    plain = list(epoch_of(Batches(source, train_batch_size=2, seed=0), 0))
-    varied = list(epoch_of(Batches(source, train_batch_size=2, seed=0, shuffle_caption=True, keep_tokens=1), 0))
+    plain, varied = (list(epoch_of(Batches(CachedLatents.build(
+        vae, augmented(dataset, flip_aug=True, shuffle_caption=shuffled), placements), train_batch_size=2, seed=0), 0))
+        for shuffled in (False, True))
     assert all(torch.equal(one["mean"], other["mean"]) for one, other in zip(plain, varied, strict=True))
     captions = {caption for batch in varied for caption in batch.captions}
     orders = ("tag one, tag two", "tag two, tag one")
@@ -87,13 +87,15 @@ def test_captions_vary_from_visit_to_visit_and_vary_nothing_else(make_dataset, v
 
 def test_captions_are_known_beforehand_unless_tags_vary(make_dataset, vae: FakeVAE) -> None:
     dataset, placements = make_dataset({"a.png": (64, 64), "b.png": (64, 64)}, repeats=50)
-    source = CachedLatents.build(vae, dataset, placements)
-    fixed = Batches(source, train_batch_size=4, seed=0, trigger_word="sks", caption_dropout_rate=0.3)
+    def made(**changes: object) -> Batches:
+        return Batches(CachedLatents.build(vae, augmented(dataset, **changes), placements), train_batch_size=4, seed=0)
+
+    fixed = made(trigger_word="sks", caption_dropout_rate=0.3)
     known = fixed.fixed_captions()
     assert known is not None and len(known) == 3
     assert {caption for batch in epoch_of(fixed, 0) for caption in batch.captions} == set(known)
-    assert Batches(source, train_batch_size=4, seed=0, shuffle_caption=True).fixed_captions() is None
-    assert Batches(source, train_batch_size=4, seed=0, caption_tag_dropout_rate=0.1).fixed_captions() is None
+    assert made(shuffle_caption=True).fixed_captions() is None
+    assert made(caption_tag_dropout_rate=0.1).fixed_captions() is None
 
 
 def test_dropped_pictures_never_appear(make_dataset, vae: FakeVAE) -> None:

@@ -12,18 +12,21 @@ import pytest
 import torch
 from PIL import Image
 
+from lib_lora_train.dataset.augment import Variant
 from lib_lora_train.dataset.buckets import Buckets
 from lib_lora_train.inputs import latent_files as disk_module
 from lib_lora_train.inputs.latent_files import CACHE_FOLDER, LatentDisk
 from lib_lora_train.inputs.latents import CachedLatents
 
-from .conftest import FakeVAE, drawn
+from .conftest import FakeVAE, augmented, drawn
+
+FLIPPED = Variant(flipped=True)
 
 
 def encoded(dataset, placements, *, disk: LatentDisk, flip_aug: bool = False) -> tuple[int, CachedLatents]:
     """(images that the VAE had to encode, the source)."""
     vae = FakeVAE()
-    source = CachedLatents.build(vae, dataset, placements, disk=disk, flip_aug=flip_aug)
+    source = CachedLatents.build(vae, augmented(dataset, flip_aug=flip_aug), placements, disk=disk)
     return sum(shape[0] for shape in vae.batches), source
 
 
@@ -107,7 +110,7 @@ def test_a_damaged_cache_file_is_computed_again(make_dataset, tmp_path: Path, da
     (file,) = (tmp_path / CACHE_FOLDER).iterdir()
     if damage == "nan":
         nan = torch.full((4, 8, 8), float("nan"))
-        disk.store(dataset.examples[0].path, placements[0], flipped=False, latents=(nan, nan.clone()))
+        disk.store(dataset.examples[0].path, placements[0], latents=(nan, nan.clone()))
     elif damage == "folder":
         file.unlink()
         file.mkdir()
@@ -268,7 +271,7 @@ def test_what_is_not_whole_is_not_found(make_dataset, tmp_path: Path, damage: st
     dataset, placements = make_dataset({"a.png": (64, 64)})
     encoded(dataset, placements, disk=disk_at())
     question = dataset.examples[0].path, placements[0]
-    assert disk_at().load(*question, flipped=False) is not None and disk_at().load(*question, flipped=True) is None
+    assert disk_at().load(*question) is not None and disk_at().load(*question, variant=FLIPPED) is None
     (file,) = (tmp_path / CACHE_FOLDER).iterdir()
     data = file.read_bytes()
     nested = b"[" * 200_000
@@ -276,9 +279,9 @@ def test_what_is_not_whole_is_not_found(make_dataset, tmp_path: Path, damage: st
                       "nested": len(nested).to_bytes(8, "little") + nested}.get(damage, data))
     if damage == "shape":
         wrong = torch.zeros(4, 8, 9), torch.ones(4, 8, 9)
-        assert disk_at().store(*question, flipped=False, latents=wrong) is None
+        assert disk_at().store(*question, latents=wrong) is None
     disk = LatentDisk(vae_fingerprint="w" if damage == "another VAE" else "v")
-    assert disk.load(*question, flipped=False) is None
+    assert disk.load(*question) is None
 
 
 def test_reading_writes_nothing_once_the_training_runs(make_dataset, tmp_path: Path) -> None:
@@ -288,7 +291,7 @@ def test_reading_writes_nothing_once_the_training_runs(make_dataset, tmp_path: P
     os.utime(dataset.examples[0].path, (1, 1))
     (file,) = (tmp_path / CACHE_FOLDER).iterdir()
     before = file.read_bytes()
-    assert disk_at().load(dataset.examples[0].path, placements[0], flipped=False) is not None
+    assert disk_at().load(dataset.examples[0].path, placements[0]) is not None
     assert file.read_bytes() == before
-    assert disk_at().load(dataset.examples[0].path, placements[0], flipped=False, renew=True) is not None
+    assert disk_at().load(dataset.examples[0].path, placements[0], renew=True) is not None
     assert file.read_bytes() != before

@@ -14,7 +14,7 @@ from lib_lora_train.inputs.latent_files import LatentDisk
 from lib_lora_train.inputs.latent_store import LatentStore
 from lib_lora_train.inputs.latents import CachedLatents
 
-from .conftest import FakeVAE, drawn
+from .conftest import FakeVAE, augmented, drawn
 
 ONE = 2 * 2 * 4 * 8 * 8 * 4  # bytes of an image of 64² and its mirror image: mean and deviation, 4 channels of fp32
 
@@ -35,7 +35,7 @@ def test_what_the_memory_has_no_room_for_comes_back_the_same_in_any_order(tmp_pa
     assert [store.bytes_on_disk(number) for number in range(10)] == [0] * 3 + [ONE // 2] * 7
     for number in random.Random(0).sample(range(10), 10):
         for flipped in (True, False):
-            assert torch.equal(store.load(number, flipped=flipped), latents(number)[int(flipped)])
+            assert torch.equal(store.load(number, variant=int(flipped)), latents(number)[int(flipped)])
     assert not store.failure
     store.close()
 
@@ -44,10 +44,10 @@ def test_what_the_memory_has_no_room_for_comes_back_the_same_in_any_order(tmp_pa
 @pytest.mark.parametrize("budget", [0, 2 * ONE + 5, 10**9])
 def test_a_source_gives_the_same_wherever_its_latents_lie(make_dataset, cached: bool, budget: int) -> None:
     dataset, placements = make_dataset({f"{n}.png": (64, 64) for n in range(5)})
-    plain = CachedLatents.build(FakeVAE(), dataset, placements, flip_aug=True, threads=0)
+    plain = CachedLatents.build(FakeVAE(), augmented(dataset, flip_aug=True), placements, threads=0)
     expected = draws(plain, 5)
     for _ in range(2):  # with the disk cache: written, then found
-        source = CachedLatents.build(FakeVAE(), dataset, placements, flip_aug=True, max_bytes=budget,
+        source = CachedLatents.build(FakeVAE(), augmented(dataset, flip_aug=True), placements, max_bytes=budget,
                                      disk=LatentDisk(vae_fingerprint="v") if cached else None)
         assert [source.size_of([index]) == 0 for index in range(5)] == [budget >= ONE * (index + 1) for index in range(5)]
         assert all(torch.equal(one, other) for one, other in zip(expected, draws(source, 5), strict=True))

@@ -16,7 +16,7 @@ from lib_lora_train.inputs import latent_encoder
 from lib_lora_train.inputs.latents import CachedLatents, FreshLatents
 from lib_lora_train.inputs.vae_batches import automatic_batch
 
-from .conftest import FakeVAE, drawn, expected_mean
+from .conftest import FakeVAE, augmented, drawn, expected_mean
 
 
 def rngs(count: int, seed: int = 0) -> list[random.Random]:
@@ -52,7 +52,7 @@ def test_pictures_are_encoded_once_and_never_across_buckets(make_dataset, vae: F
 def test_mirrored_latents_are_those_of_the_mirrored_picture(make_dataset, vae: FakeVAE, kind) -> None:
     # The fake's fourth channel is not symmetric: mirroring the latents instead of the pixels would show.
     dataset, placements = make_dataset({"a.png": (64, 64)})
-    source = kind.build(vae, dataset, placements, flip_aug=True)
+    source = kind.build(vae, augmented(dataset, flip_aug=True), placements)
     image = pixels_of(dataset.examples[0].path)
     seen = set()
     for seed in range(20):
@@ -65,8 +65,8 @@ def test_mirrored_latents_are_those_of_the_mirrored_picture(make_dataset, vae: F
 
 def test_cached_and_fresh_latents_mirror_the_same_visits(make_dataset, vae: FakeVAE) -> None:
     dataset, placements = make_dataset({"a.png": (70, 64)})
-    cached = CachedLatents.build(vae, dataset, placements, flip_aug=True)
-    fresh = FreshLatents.build(vae, dataset, placements, flip_aug=True)
+    cached = CachedLatents.build(vae, augmented(dataset, flip_aug=True), placements)
+    fresh = FreshLatents.build(vae, augmented(dataset, flip_aug=True), placements)
     for seed in range(10):
         one, other = drawn(cached, [0], rngs(1, seed)), drawn(fresh, [0], rngs(1, seed))
         assert one.flipped == other.flipped
@@ -76,7 +76,7 @@ def test_cached_and_fresh_latents_mirror_the_same_visits(make_dataset, vae: Fake
 def test_a_random_crop_shows_other_parts_and_follows_its_generator(make_dataset, vae: FakeVAE) -> None:
     dataset, placements = make_dataset({"a.png": (120, 100)})
     assert placements[0].slack != (0, 0)
-    source = FreshLatents.build(vae, dataset, placements, random_crop=True)
+    source = FreshLatents.build(vae, augmented(dataset, random_crop=True), placements)
     draws = [drawn(source, [0], rngs(1, seed)).mean for seed in range(6)]
     assert len({tuple(d.flatten().tolist()) for d in draws}) > 2
     assert torch.equal(drawn(source, [0], rngs(1, 3)).mean, draws[3])
@@ -85,7 +85,7 @@ def test_a_random_crop_shows_other_parts_and_follows_its_generator(make_dataset,
 def test_colour_changes_are_small_and_follow_their_generator(make_dataset, vae: FakeVAE) -> None:
     dataset, placements = make_dataset({"a.png": (64, 64)})
     plain = drawn(CachedLatents.build(vae, dataset, placements), [0], rngs(1)).mean
-    source = FreshLatents.build(vae, dataset, placements, color_aug=True)
+    source = FreshLatents.build(vae, augmented(dataset, color_aug=True), placements)
     draws = [drawn(source, [0], rngs(1, seed)).mean for seed in range(20)]
     assert 1 < len({tuple(d.flatten().tolist()) for d in draws}) <= 20
     assert max(float((d - plain).abs().max()) for d in draws) < 0.3
@@ -127,7 +127,7 @@ def test_a_picture_that_changed_after_the_scan_is_dropped(make_dataset, vae: Fak
 
 def test_a_picture_that_vanishes_during_training_is_named(make_dataset, vae: FakeVAE) -> None:
     dataset, placements = make_dataset({"a.png": (64, 64)})
-    source = FreshLatents.build(vae, dataset, placements, color_aug=True)
+    source = FreshLatents.build(vae, augmented(dataset, color_aug=True), placements)
     dataset.examples[0].path.unlink()
     with pytest.raises(DatasetError, match=r"a\.png.*gone"):
         drawn(source, [0], rngs(1))
@@ -220,7 +220,8 @@ def test_threads_change_nothing_to_the_last_bit(make_dataset, threads: int, vae_
     told, results, batches = [], [], []
     for count in (0, threads):
         vae, seen = FakeVAE(), []
-        source = CachedLatents.build(vae, dataset, placements, flip_aug=True, vae_batch_size=vae_batch_size, threads=count,
+        source = CachedLatents.build(vae, augmented(dataset, flip_aug=True), placements, threads=count,
+                                     vae_batch_size=vae_batch_size,
                                      on_progress=lambda done, total, seen=seen: seen.append((done, total)))
         results.append([drawn(source, [index], rngs(1, seed)).mean for index in range(13) for seed in range(5)])
         told.append((seen, source.dataset, source.placements))
@@ -323,9 +324,9 @@ def test_the_automatic_batch_follows_the_free_memory_of_a_card(monkeypatch, free
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_card_gives_the_latents_of_the_processor(make_dataset) -> None:
     dataset, placements = make_dataset(MANY)
-    plain = CachedLatents.build(FakeVAE(), dataset, placements, flip_aug=True)
-    card = CachedLatents.build(FakeVAE(), dataset, placements, flip_aug=True, device="cuda", vae_batch_size=0)
-    fresh = FreshLatents.build(FakeVAE(), dataset, placements, flip_aug=True, device="cuda", vae_batch_size=0)
+    plain = CachedLatents.build(FakeVAE(), augmented(dataset, flip_aug=True), placements)
+    card = CachedLatents.build(FakeVAE(), augmented(dataset, flip_aug=True), placements, device="cuda", vae_batch_size=0)
+    fresh = FreshLatents.build(FakeVAE(), augmented(dataset, flip_aug=True), placements, device="cuda", vae_batch_size=0)
     for index in range(14):
         expected, one, other = (drawn(source, [index], rngs(1, index)) for source in (plain, card, fresh))
         assert one.mean.device.type == "cpu" and other.mean.device.type == "cuda"
@@ -390,9 +391,10 @@ def test_ranks_share_the_work_and_all_have_everything(make_dataset, kind, world:
     for number in (2, 5):
         path = dataset.examples[number].path
         path.write_bytes(path.read_bytes()[:300])
-    alone = CachedLatents.build(FakeVAE(), dataset, placements, flip_aug=True)
+    alone = CachedLatents.build(FakeVAE(), augmented(dataset, flip_aug=True), placements)
     vaes = [FakeVAE() for _ in range(world)]
-    sources = in_ranks(world, lambda group: kind.build(vaes[group.rank], dataset, placements, flip_aug=True, threads=2,
+    sources = in_ranks(world, lambda group: kind.build(vaes[group.rank], augmented(dataset, flip_aug=True), placements,
+                                                       threads=2,
                                                        group=group, **options))
     encoded = [sum(shape[0] for shape in vae.batches) for vae in vaes]
     assert sum(encoded) == (2 * 12 if kind is CachedLatents else 0) and max(encoded) <= 2 * 12 * 2 // world

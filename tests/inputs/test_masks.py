@@ -18,7 +18,7 @@ from lib_lora_train.inputs.latent_files import LatentDisk
 from lib_lora_train.inputs.latents import CachedLatents, FreshLatents
 from lib_lora_train.inputs.masks import Masks
 
-from .conftest import FakeVAE, epoch_of, same
+from .conftest import FakeVAE, augmented, epoch_of, same
 
 
 def paint(image: Path, mask: Path, *, follows: bool = False) -> Path:
@@ -91,8 +91,10 @@ def test_outside_the_mask_the_weight_is_exactly_what_was_chosen(make_dataset, va
 
 @pytest.mark.parametrize("kind, options", [
     (CachedLatents, {"flip_aug": True}), (FreshLatents, {"flip_aug": True, "color_aug": True}),
-    (FreshLatents, {"flip_aug": True, "random_crop": True})], ids=["cached", "colour", "crop"])
-def test_a_mask_is_cropped_scaled_and_mirrored_as_its_picture(make_dataset, vae: FakeVAE, tmp_path, kind, options):
+    (FreshLatents, {"flip_aug": True, "random_crop": True}),
+    (CachedLatents, {"flip_aug": True, "rotate_aug_degrees": 30}),
+    (FreshLatents, {"rotate_aug_degrees": 30, "random_crop": True})], ids=["cached", "colour", "crop", "turned", "turned crop"])
+def test_a_mask_is_cropped_scaled_turned_and_mirrored_as_its_picture(make_dataset, vae: FakeVAE, tmp_path, kind, options):
     """The mask is the picture's own red: whatever is done to the picture, the latents' red says what the mask must be."""
     dataset, placements = make_dataset({"a.png": (120, 100)})
     assert placements[0].resized != placements[0].original
@@ -101,13 +103,13 @@ def test_a_mask_is_cropped_scaled_and_mirrored_as_its_picture(make_dataset, vae:
     red = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 6), dtype=np.uint8)).resize((120, 100))
     Image.merge("RGB", (red, red, red)).save(path)
     mask = paint(path, tmp_path / "masks" / "a.png", follows=True)
-    source, seen = kind.build(vae, dataset, placements, **options), set()
+    source, seen = kind.build(vae, augmented(dataset, **options), placements), set()
     for seed in range(12):
         own, mean, flipped = weights(dataset, placements, source, {path: mask}, seed)
         colour = 0.1 if "color_aug" in options else 0.02
         torch.testing.assert_close(own["mask"][0, 0], mean[0] / 2 + 0.5, atol=colour, rtol=0)
         seen.add((flipped, tuple(own["mask"].flatten().tolist())))
-    assert len(seen) > (2 if "random_crop" in options else 1)
+    assert len(seen) > (1 if options.keys() <= {"flip_aug", "color_aug"} else 2)
 
 
 def test_transparency_as_mask_is_what_is_there_of_a_picture(make_dataset, vae: FakeVAE, tmp_path):
@@ -146,7 +148,7 @@ def test_batches_carry_masks_over_repeats_and_epochs_and_nothing_else_changes(ma
     dataset, placements = make_dataset({"a.png": (64, 64), "b.png": (64, 64)}, repeats=3)
     paths = {tmp_path / "a.png": paint(tmp_path / "a.png", tmp_path / "masks" / "a.png")}
     for _ in range(2):  # the second time from the disk
-        source = CachedLatents.build(vae, dataset, placements, flip_aug=True, disk=LatentDisk(vae_fingerprint="v"))
+        source = CachedLatents.build(vae, augmented(dataset, flip_aug=True), placements, disk=LatentDisk(vae_fingerprint="v"))
         plain = Batches(source, train_batch_size=2, seed=1)
         masked = Batches(source, train_batch_size=2, seed=1, masks=masks(dataset, placements, paths, prior_weight=1.0))
         seen = 0

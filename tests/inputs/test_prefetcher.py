@@ -14,7 +14,7 @@ from lib_lora_train.inputs.latent_files import LatentDisk
 from lib_lora_train.inputs.latents import CachedLatents, FreshLatents
 from lib_lora_train.inputs.prefetcher import Prefetcher
 
-from .conftest import FakeVAE, epoch_of, same
+from .conftest import FakeVAE, augmented, epoch_of, same
 
 SIZES = {"a.png": (64, 64), "b.png": (80, 48), "c.png": (70, 64), "d.png": (48, 80), "e.png": (64, 64), "f.png": (100, 80)}
 
@@ -27,16 +27,17 @@ KINDS = ["in memory", "in a temporary file", "in the disk cache", "encoded anew"
 
 
 def source(kind: str, vae: FakeVAE, dataset, placements):
+    captions = {"shuffle_caption": True, "caption_tag_dropout_rate": 0.3, "caption_dropout_rate": 0.2}
     if kind == "encoded anew":
-        return FreshLatents.build(vae, dataset, placements, flip_aug=True, color_aug=True, random_crop=True)
+        return FreshLatents.build(
+            vae, augmented(dataset, flip_aug=True, color_aug=True, random_crop=True, **captions), placements)
     disk = LatentDisk(vae_fingerprint="v") if kind == "in the disk cache" else None
-    return CachedLatents.build(vae, dataset, placements, flip_aug=True, disk=disk,
+    return CachedLatents.build(vae, augmented(dataset, flip_aug=True, **captions), placements, disk=disk,
                                max_bytes=1 << 30 if kind == "in memory" else 0)
 
 
 def batches(kind: str, vae: FakeVAE, dataset, placements) -> Batches:
-    return Batches(source(kind, vae, dataset, placements), train_batch_size=2, seed=7, shuffle_caption=True,
-                   caption_tag_dropout_rate=0.3, caption_dropout_rate=0.2)
+    return Batches(source(kind, vae, dataset, placements), train_batch_size=2, seed=7)
 
 
 @pytest.mark.parametrize("kind", KINDS)

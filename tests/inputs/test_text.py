@@ -80,6 +80,15 @@ def test_the_cache_stays_within_its_bytes_and_keeps_what_came_first() -> None:
     assert sum(conditioner.encoded) == 4  # a and b once, c each time
 
 
+def test_where_captions_are_endless_the_least_recently_used_go() -> None:
+    conditioner = FakeConditioner(pooled=False)
+    cache = TextCache(conditioner, max_bytes=2 * CHUNK * WIDTH * 4, lru=True)
+    for caption, encoded in (("a", 1), ("b", 2), ("a", 2), ("c", 3), ("a", 3), ("b", 4), ("c", 5)):  # b goes for c, c for b
+        cache.get([caption])
+        assert sum(conditioner.encoded) == encoded
+    assert torch.equal(cache.get(["a", "b", "c"]).context, TextCache(FakeConditioner()).get(["a", "b", "c"]).context)
+
+
 def test_a_batch_larger_than_the_cache_is_still_right() -> None:
     captions = [words(3, name) for name in "abcdef"]
     reference = FakeConditioner(pooled=False)

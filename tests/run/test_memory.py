@@ -15,6 +15,7 @@ from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.api import service
 from lib_lora_train.api.service import plan
+from lib_lora_train.dataset.examples import Example
 from lib_lora_train.events import Planned, Warned
 from lib_lora_train.host import placement, standalone
 from lib_lora_train.host.port import LeasedModel
@@ -28,6 +29,7 @@ from lib_lora_train.model.sd.vae import VAE
 from lib_lora_train.run import memory
 from lib_lora_train.run.memory import encoding_budget, parts_not_needed, planned_layers, reachable_decoder
 from lib_lora_train.settings import parse
+from lib_lora_train.settings.dataset_config import subsets_of
 from lib_lora_train.training import train_step
 from tests.jobs import run_settings
 from tests.pretended_card import CPU, PretendedCard
@@ -67,11 +69,14 @@ def test_a_lora_that_is_continued_is_planned_with_the_ranks_of_its_file(host, tm
 
 def test_what_no_step_needs_is_what_is_cached_and_not_trained():
     def parts(**changes: object) -> set[str]:
-        return set(parts_not_needed(parse(changes), GPU))
+        settings = parse(changes)
+        (subset,) = subsets_of(settings)
+        examples = [Example(Path("a.png"), "a, b", 1, "", 64, 64, subset=subset)]
+        return set(parts_not_needed(settings, GPU, examples=examples))
     assert parts() == {"vae", "text"} and parts(shuffle_caption=True) == {"vae"} == parts(network_train_unet_only=False)
     assert parts(network_train_unet_only=False, text_encoder_lr=0.0) == {"vae", "text"}
     assert parts(color_aug=True) == parts(random_crop=True) == {"text"}
-    assert parts_not_needed(parse({}), torch.device("cpu")) == frozenset()
+    assert parts_not_needed(parse({}), torch.device("cpu"), examples=[]) == frozenset()
 
 
 def test_pictures_are_encoded_where_room_is_short_while_unet_and_text_encoders_wait(monkeypatch, host):
@@ -156,7 +161,7 @@ def test_parts_come_and_go_in_the_order_in_which_they_are_needed(monkeypatch, im
         return lambda leased, parts: moves.append((name, set(parts))) or original(leased, parts)
     for name in ("offload_parts", "reload_parts"):
         monkeypatch.setattr(LeasedModel, name, watched(name))
-    monkeypatch.setattr(memory, "parts_not_needed", lambda chosen, device: frozenset({"vae", "text"}))
+    monkeypatch.setattr(memory, "parts_not_needed", lambda chosen, device, examples: frozenset({"vae", "text"}))
     run_settings(parse(settings(images)), host, report=lambda event: None, stop=lambda: "")
     first, *others = moves
     assert first == ("reload_parts", {"vae"})
@@ -169,7 +174,7 @@ def test_only_the_part_in_use_is_on_the_gpu(monkeypatch, images, tiny_file, tmp_
     card, seen = PretendedCard(gpu=CPU, cpu=torch.device("meta")), {"vae": set(), "text": set(), "unet": set()}
     for name, replacement in (("device_of", card.device_of), ("copy_to", card.copy_to), ("CPU", card.cpu)):
         monkeypatch.setattr(placement, name, replacement)
-    monkeypatch.setattr(memory, "parts_not_needed", lambda chosen, device: frozenset({"vae", "text"}))
+    monkeypatch.setattr(memory, "parts_not_needed", lambda chosen, device, examples: frozenset({"vae", "text"}))
     lent: dict[str, torch.Tensor] = {}
 
     def loaded(path: Path) -> dict[str, torch.Tensor]:

@@ -98,7 +98,7 @@ def test_convolutions_are_taken_from_network_args_and_from_the_type(values, expe
 
 def test_what_is_not_supported_is_refused_where_it_would_change_the_training_and_not_where_it_is_off():
     off = {"use_8bit_adam": False, "network_dropout": "0", "lr_scheduler_args": [], "perlin_noise": None,
-           "network_module": "networks.lora", "scale_weight_norms": None, "token_warmup_step": 0}
+           "network_module": "networks.lora", "scale_weight_norms": None, "weighted_captions": False}
     values, notes = kohya.adopted(off)
     assert values == {} and "7 settings" in notes[0]
     assert kohya.adopted({"use_8bit_adam": True, "optimizer_type": "SGD"})[0]["optimizer_type"] in ("AdamW", "AdamW8bit")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import gradio as gr
@@ -39,7 +40,7 @@ def values(**changed: object) -> list[object]:
 
 
 def plan(handlers: Handlers, chosen: list[object], answer: str = "", preset: str = NO_PRESET) -> list:
-    """(summary, draft, refusal, button, preset) on a page of its own."""
+    """(summary, draft, refusal, button, preset, curve) on a page of its own."""
     return list(handlers.plan(TOKEN, Latest(), answer, preset, *chosen))
 
 
@@ -66,7 +67,7 @@ def test_each_field_shows_its_default_label_and_help(host: FakeHost):
     by_id = {block.elem_id: block for block in tab.blocks.values() if getattr(block, "elem_id", None)}
     for name, declaration in DECLARATIONS.items():
         component = by_id[element_id(name)]
-        assert component.value == (None if declaration.zero else declaration.default), name
+        assert component.value == (declaration.default or None if declaration.zero else declaration.default), name
         assert (component.label, component.webui_tooltip) == (declaration.label, declaration.help)
         # What the page shows at first is possible as it stands.
         assert shown(declaration, component.value)
@@ -101,16 +102,16 @@ def test_a_preset_changes_only_what_it_names(handlers: Handlers):
 def test_the_preset_in_force_is_shown_after_a_reload_and_as_changed_once_one_of_its_settings_is(handlers: Handlers):
     style = next(preset for preset in presets() if preset.name == "Style")
     chosen = {**flat(Settings()), **style.values}
-    *_, draft, _, _, shown_now = plan(handlers, list(chosen.values()), preset="Style, changed")
+    *_, draft, _, _, shown_now, _ = plan(handlers, list(chosen.values()), preset="Style, changed")
     assert shown_now["value"] == "Style"
     assert handlers.restore(Latest(), draft)[2]["value"] == "Style"
     other = values(**{**style.values, "network_dim": 77})
-    *_, draft, _, _, shown_now = plan(handlers, other, preset="Style")
+    *_, draft, _, _, shown_now, _ = plan(handlers, other, preset="Style")
     assert shown_now["value"] == "Style, changed"
     _, about, shown_now, *updates = handlers.restore(Latest(), draft)
     assert shown_now["value"] == "Style, changed" and style.description in about and changed(updates)["network_dim"] == 77
     # It can be picked again, under its own name.
-    assert plan(handlers, other, preset="Style, changed")[-1] == gr.update()
+    assert plan(handlers, other, preset="Style, changed")[4] == gr.update()
     rank = style.values["network_dim"]
     assert "Style" in shown_now["choices"] and changed(pick(handlers, "Style")[1:])["network_dim"] == rank
     # Settings without a name, those of a run, are those of the preset that they equal.
@@ -253,7 +254,7 @@ def test_a_plan_that_took_long_does_not_take_a_newer_refusal_away(handlers: Hand
         return found
     monkeypatch.setattr(handlers_module.service, "plan", slow)
     late = handlers.plan(TOKEN, page, older, NO_PRESET, *values(train_data_dir=folder, network_dim=4))
-    assert list(late) == [gr.update()] * 5
+    assert list(late) == [gr.update()] * 6
 
 
 def test_a_newer_question_of_a_page_ends_its_older_one_and_no_other_pages():
@@ -281,3 +282,22 @@ def test_nothing_is_read_or_started_for_who_does_not_know_the_pages_token(handle
                    handlers.start_overwriting(token, Latest(), "", *chosen)[0])
         assert all("reload the page" in answer for answer in answers)
     assert handlers.runner.status() is None
+
+
+def test_the_curve_beside_the_schedule_is_the_learning_rate_that_the_training_is_given(handlers):
+    """transformers' linear schedule with a quarter of warm-up over 41 steps, as points from the left to the right."""
+    def drawn(**changes):
+        html = handlers.plan(TOKEN, Latest(), "", NO_PRESET, *values(train_data_dir="", max_train_steps=41, **changes))[5]
+        points = re.findall(r"([\d.]+),(-?[\d.]+)", re.search('points="([^"]*)"', html)[1])
+        return html, [(float(x), float(y)) for x, y in points]
+    _, points = drawn(lr_scheduler="linear", lr_warmup_steps=10)
+    height = max(y for _, y in points)
+    expected = [step / 10 if step < 10 else (41 - step) / 31 for step in range(41)]
+    assert [1 - y / height for _, y in points] == pytest.approx(expected, abs=0.002)
+    assert [x for x, _ in points] == pytest.approx([8 * step for step in range(41)], abs=0.06)
+    html, constant = drawn(lr_scheduler="constant", learning_rate=3e-4)
+    assert {y for _, y in constant} == {0.0} and "0.0003" in html and "<script" not in html
+    assert drawn(lr_scheduler="rex")[1] != points
+    own = handlers.plan(TOKEN, Latest(), "", NO_PRESET, *values(optimizer_type="Adafactor"))[5]
+    assert "Adafactor" in own and "points" not in own
+    assert handlers.plan(TOKEN, Latest(), "", NO_PRESET, *values(optimizer_type="no<b>such"))[5] == ""

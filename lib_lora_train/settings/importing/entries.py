@@ -28,8 +28,7 @@ class Entry:
     @property
     def shown(self) -> str:
         """The value on one line, cut where it is long."""
-        text = " ".join(str(self.value).split())
-        return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN - 1]}…"
+        return shown(self.value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,4 +75,10 @@ class Imported:
 
 def listed(values: Mapping[str, object]) -> str:
     """ "network_dim = 8, seed = 1"."""
-    return ", ".join(f"{name} = {value}" for name, value in values.items())
+    return ", ".join(f"{name} = {shown(value)}" for name, value in values.items())
+
+
+def shown(value: object) -> str:
+    """A value on one line, cut where it is long."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN - 1]}…"

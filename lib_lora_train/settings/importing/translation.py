@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from lib_lora_train.errors import SettingError
 from lib_lora_train.settings import DECLARATIONS, kohya, named
 from lib_lora_train.settings.field import Value, read
-from lib_lora_train.settings.importing.entries import Entry, Imported, Kind
+from lib_lora_train.settings.importing.entries import Entry, Imported, Kind, shown
 
 _OFF = ("", None)
 
@@ -74,7 +74,7 @@ class Translation:
                impossible: Mapping[str, str]) -> Entry:
         kind, text = _fate(name, self.values[name], adopted=adopted, values=values, impossible=impossible)
         if kind == "taken" and origin != name:
-            kind, text = "changed", f"read as {name} = {self.values[name]}"
+            kind, text = "changed", f"read as {name} = {shown(self.values[name])}"
         return Entry(origin, given, kind, text)
 
 
@@ -96,7 +96,7 @@ def _fate(name: str, value: object, *, adopted: kohya.Adopted, values: Mapping[s
         if _same(name, value, values[name]):
             return "taken", ""
         if not kohya.changes_nothing(name, value):
-            return "changed", f"read as {name} = {values[name]}"
+            return "changed", f"read as {name} = {shown(values[name])}"
     if kohya.changes_nothing(name, value):
         return "unused", "it is off"
     return "unused", "it has no effect beside the file's other settings"

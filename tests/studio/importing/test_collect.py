@@ -93,8 +93,9 @@ def test_check_import_and_training_use_the_same_images_and_give_the_same_reason(
     noise(2, channels=4).convert("RGBA").point(lambda level: 0).save(source / "clear.png")
     checked = {image.path.name: image.why for image in examine(source, settings=parse({"resolution": 64})).images}
     imported = collect(dataset, [source])
-    scanned, placements = assign_buckets(scan(source, max_train_epochs=1), Buckets(
-        (64, 64), enable_bucket=True, min_bucket_reso=64, max_bucket_reso=128, bucket_reso_steps=64, bucket_no_upscale=False))
+    buckets = Buckets((64, 64), enable_bucket=True, min_bucket_reso=64, max_bucket_reso=128, bucket_reso_steps=64,
+                      bucket_no_upscale=False)
+    scanned, placements = assign_buckets(scan(source, max_train_epochs=1), lambda _: buckets)
     watch = Watch(1, doing="", on_progress=None, should_stop=None)
     lost = check_images(scanned.examples, placements, watch=watch, group=SINGLE_PROCESS, threads=0)
     skipped = {problem.path.name: problem.text for problem in (*scanned.problems, *lost.values()) if problem.skipped}
