@@ -21,7 +21,7 @@ def optimizer_config(settings: Settings) -> OptimizerConfig:
     """The run's optimizer. Raises SettingError for arguments that cannot be read."""
     chosen = settings.optimizer
     arguments = {"weight_decay": chosen.weight_decay, **_arguments(settings)}
-    return OptimizerConfig(chosen.optimizer_type, arguments, chosen.max_grad_norm)
+    return OptimizerConfig(chosen.optimizer_type, arguments, chosen.max_grad_norm, chosen.ema_decay)
 
 
 def schedule_config(settings: Settings, *, steps: int) -> ScheduleConfig:
@@ -41,6 +41,11 @@ def schedule_config(settings: Settings, *, steps: int) -> ScheduleConfig:
 def in_steps(number: float, steps: int) -> int:
     """A number of steps, or a share of so many."""
     return int(number * steps if number < 1 else number)
+
+
+def kept_bytes(settings: Settings) -> float:
+    """What is kept of each trained number besides weight and gradient. Raises SettingError."""
+    return traits_of(settings).state_bytes + (4.0 if settings.optimizer.ema_decay else 0.0)
 
 
 def traits_of(settings: Settings) -> Traits:
@@ -68,6 +73,9 @@ def check_optimizer(settings: Settings, *, built: bool = False) -> None:
         raise SettingError(f"{named('lr_scheduler')} = adafactor is not possible with {config.name}", why="it is the learning "
                            "rate that Adafactor chooses with relative_step",
                            remedy=f"choose constant, or {named('optimizer_type')} = Adafactor")
+    if traits.averages and chosen.ema_decay:
+        raise SettingError(f"{named('ema_decay')} is not possible with {config.name}", why="it saves an average of the weights "
+                           "already", remedy="set it to 0")
     if built:
         _build_on_trial(config, rate=rates[0], step=isinstance(spec, Imported) and not spec.package)
 

@@ -35,8 +35,8 @@ LONG = ", ".join(f"word{number}" for number in range(60))  # more than one chunk
 
 @pytest.fixture(scope="module")
 def tiny_file(tmp_path_factory) -> Path:
-    """Not the smallest: there some norms are over two numbers, and AdamW follows the rounding of what is left of gradients."""
-    return tiny_checkpoint.write(tmp_path_factory.mktemp("checkpoint"))
+    """Of two levels: with four some norms are over two numbers, and AdamW follows the rounding of what is left of gradients."""
+    return tiny_checkpoint.write(tmp_path_factory.mktemp("checkpoint"), size=tiny_checkpoint.SHALLOW)
 
 
 @pytest.fixture(scope="module")

@@ -50,9 +50,9 @@ class Sgd:
 
 
 def tensors(family: str) -> dict[str, torch.Tensor]:
-    """A checkpoint of the caller's own: the smallest where the family is SD1, else other people's code."""
+    """A checkpoint of the caller's own: of two levels where the family is SD1, else other people's code."""
     if family == "sd1":
-        return tiny_checkpoint.tensors(vocabulary=small_checkpoints.VOCABULARY, size=tiny_checkpoint.SMALLEST)
+        return tiny_checkpoint.tensors(vocabulary=small_checkpoints.VOCABULARY, size=tiny_checkpoint.SHALLOW)
     return {name: tensor.detach() for name, tensor in small_checkpoints.checkpoint(family).items()}
 
 
