@@ -31,7 +31,8 @@ def adopted_network(values: Mapping[str, object]) -> tuple[dict[str, object], li
     lycoris = kind.startswith("lycoris/") or str(found.get("network_module", "")).lower().startswith("lycoris.")
     if "LoRA_type" in found and kind in ("standard", "lora", ""):
         for name in (*_TAKEN, "LyCORIS_preset"):  # kohya_ss writes them for every type
-            found.pop(name, None)
+            if str(found.pop(name, "")).lower() not in _OFF:
+                became.append(f"{name} is left out: it belongs to other kinds of LoRA")
     if kind in _TYPES:
         found["network_module"] = _TYPES[kind]
         became.append(f"LoRA_type = {found.pop('LoRA_type')} is read as network_module = {_TYPES[kind]}")
@@ -46,7 +47,7 @@ def adopted_network(values: Mapping[str, object]) -> tuple[dict[str, object], li
     if taken:
         found |= taken
         became.append(f"network_args is read as {', '.join(f'{name} = {value}' for name, value in taken.items())}")
-    became += [f"{name} is left out: {why}" for name, why in _MEANT_OTHERWISE.items() if arguments.pop(name, None)]
+    became += [f"network_args, {name}, is left out: {why}" for name, why in _MEANT_OTHERWISE.items() if arguments.pop(name, None)]
     if left := [f"{name}={value}" for name, value in arguments.items() if value.lower() not in _OFF]:
         found["network_args"] = left
     if found.get("conv_dim") and "conv_alpha" not in found and (given or "LoRA_type" in values):
@@ -59,7 +60,7 @@ def _adopt_algorithm(found: dict[str, object], arguments: dict[str, str], became
     algorithm = arguments.pop("algo", "lora").lower() if "LoRA_type" not in found else ""
     if str(found.get("network_module", "")).lower().startswith("lycoris.") and algorithm in _ALGORITHMS:
         found["network_module"] = _ALGORITHMS[algorithm]
-        became.append(f"LyCORIS' algo = {algorithm} is read as network_module = {_ALGORITHMS[algorithm]}")
+        became.append(f"network_module of LyCORIS, algo = {algorithm}, is read as {_ALGORITHMS[algorithm]}")
     elif algorithm and algorithm not in _ALGORITHMS:
         arguments["algo"] = algorithm  # to be refused
 
@@ -69,11 +70,11 @@ def _adopt_preset(found: dict[str, object], arguments: dict[str, str], became: l
     preset = str(arguments.get("preset") or found.get("LyCORIS_preset") or "full")
     if preset in _PRESETS:
         arguments.pop("preset", None)
-        found.pop("LyCORIS_preset", None)
+        given = "LyCORIS_preset" if found.pop("LyCORIS_preset", None) else "network_args"
         found.setdefault("network_targets", _PRESETS[preset])
         if preset in _OF_THE_UNET:
             found["network_train_unet_only"] = True
-        became.append(f"LyCORIS' preset = {preset} is read as network_targets = {found['network_targets']}")
+        became.append(f"{given}, preset = {preset}, is read as network_targets = {found['network_targets']}")
 
 
 def _arguments(given: object) -> dict[str, str]:
