@@ -47,7 +47,8 @@ def adopted_network(values: Mapping[str, object]) -> tuple[dict[str, object], li
     if taken:
         found |= taken
         became.append(f"network_args is read as {', '.join(f'{name} = {value}' for name, value in taken.items())}")
-    became += [f"network_args, {name}, is left out: {why}" for name, why in _MEANT_OTHERWISE.items() if arguments.pop(name, None)]
+    became += [f"network_args, {name}, is left out: {why}" for name, why in _MEANT_OTHERWISE.items()
+               if arguments.pop(name, None)]
     if left := [f"{name}={value}" for name, value in arguments.items() if value.lower() not in _OFF]:
         found["network_args"] = left
     if found.get("conv_dim") and "conv_alpha" not in found and (given or "LoRA_type" in values):
