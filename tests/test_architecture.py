@@ -15,8 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "lib_lora_train"
 
 # A package imports only from those above it in this list.
-ORDER = ("errors", "terminal", "events", "storage", "settings", "distributed", "dataset", "tagging", "model", "adapters",
-         "inputs", "memory", "training", "host", "evaluation", "run", "results", "studio", "api", "ui", "demo", "__main__")
+ORDER = ("errors", "terminal", "records", "events", "storage", "settings", "distributed", "dataset", "tagging", "model",
+         "adapters", "inputs", "memory", "training", "host", "evaluation", "run", "results", "studio", "api", "ui", "demo",
+         "__main__")
 NOT_CORE = ("host", "ui", "api")
 FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))

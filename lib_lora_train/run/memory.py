@@ -37,7 +37,7 @@ from lib_lora_train.model.ops.quantised import quantised
 from lib_lora_train.model.sd.text import CHUNK
 from lib_lora_train.run.callbacks import Pause, Stop
 from lib_lora_train.run.inputs import Text, condition_of
-from lib_lora_train.run.optimizing import traits_of
+from lib_lora_train.run.optimizing import kept_bytes
 from lib_lora_train.run.planning import RunPlan
 from lib_lora_train.run.resume import quantized_dtype
 from lib_lora_train.run.selection import select, targets_of_file
@@ -68,7 +68,7 @@ def plan_for(plan: RunPlan, *, tensors: Mapping[str, Tensor], architecture: Arch
         chunks=chunks_in_longest(line for example in plan.dataset.examples for line in example.lines),
         text_checkpointed=memory.gradient_checkpointing,
         encoded=min(memory.vae_batch_size or 1, batch) if settings.encodes_in_steps else 0,
-        optimizer_bytes=traits_of(settings).state_bytes,
+        optimizer_bytes=kept_bytes(settings),
         sampled=max(((p.request.width, p.request.height) for p in plan.prompts), key=math.prod, default=None))
     kept = settings.preservation.preservation
     again = kept in ("dop", "blank")

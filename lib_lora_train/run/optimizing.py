@@ -8,6 +8,7 @@ from lib_lora_train.adapters.flat import FlatWeights
 from lib_lora_train.errors import SettingError
 from lib_lora_train.settings import DECLARATIONS, Settings, named, no_effect
 from lib_lora_train.settings.arguments import arguments_of
+from lib_lora_train.settings.kohya import default_weight_decay
 from lib_lora_train.training.optimizer_kinds import Arguments, Imported, Traits, knows_weight_decay
 from lib_lora_train.training.optimizers import OptimizerConfig, RunOptimizer, spec_of
 from lib_lora_train.training.schedules import ScheduleConfig
@@ -20,7 +21,7 @@ def optimizer_config(settings: Settings) -> OptimizerConfig:
     """The run's optimizer. Raises SettingError for arguments that cannot be read."""
     chosen = settings.optimizer
     arguments = {"weight_decay": chosen.weight_decay, **_arguments(settings)}
-    return OptimizerConfig(chosen.optimizer_type, arguments, chosen.max_grad_norm)
+    return OptimizerConfig(chosen.optimizer_type, arguments, chosen.max_grad_norm, chosen.ema_decay)
 
 
 def schedule_config(settings: Settings, *, steps: int) -> ScheduleConfig:
@@ -40,6 +41,11 @@ def schedule_config(settings: Settings, *, steps: int) -> ScheduleConfig:
 def in_steps(number: float, steps: int) -> int:
     """A number of steps, or a share of so many."""
     return int(number * steps if number < 1 else number)
+
+
+def kept_bytes(settings: Settings) -> float:
+    """What is kept of each trained number besides weight and gradient. Raises SettingError."""
+    return traits_of(settings).state_bytes + (4.0 if settings.optimizer.ema_decay else 0.0)
 
 
 def traits_of(settings: Settings) -> Traits:
@@ -67,6 +73,9 @@ def check_optimizer(settings: Settings, *, built: bool = False) -> None:
         raise SettingError(f"{named('lr_scheduler')} = adafactor is not possible with {config.name}", why="it is the learning "
                            "rate that Adafactor chooses with relative_step",
                            remedy=f"choose constant, or {named('optimizer_type')} = Adafactor")
+    if traits.averages and chosen.ema_decay:
+        raise SettingError(f"{named('ema_decay')} is not possible with {config.name}", why="it saves an average of the weights "
+                           "already", remedy="set it to 0")
     if built:
         _build_on_trial(config, rate=rates[0], step=isinstance(spec, Imported) and not spec.package)
 
@@ -113,8 +122,12 @@ def ignored_by_optimizer(settings: Settings) -> list[str]:
 
 
 def optimizer_name(settings: Settings) -> str:
-    """As a LoRA file's metadata name it (ss_optimizer): the class, and in brackets the arguments that were given."""
-    given = ",".join(f"{name}={value}" for name, value in _arguments(settings).items())
+    """As a LoRA file's metadata name it (ss_optimizer): the class, and in brackets the arguments that were given, also a weight
+    decay that is not what kohya's scripts would have without one."""
+    arguments, decay = _arguments(settings), settings.optimizer.weight_decay
+    if decay != default_weight_decay(settings.optimizer.optimizer_type):
+        arguments = {"weight_decay": decay, **arguments}
+    given = ",".join(f"{name}={value}" for name, value in arguments.items())
     return spec_of(settings.optimizer.optimizer_type).class_name + (f"({given})" if given else "")
 
 

@@ -84,7 +84,7 @@ def load(kept: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, weights: 
         (of_weights.setdefault(int(owner), {}) if owner.isdecimal() else of_groups.setdefault(owner, {}))[name] = tensor
     groups = {group.name: options for group, options in zip(weights.groups, optimizer.param_groups, strict=True)}
     if any(number >= len(weights.shapes) for number in of_weights) or of_groups.keys() - groups.keys():
-        raise _strange()
+        raise strange()
     new: list[tuple[nn.Parameter, dict[str, Tensor]]] = []
     for group in weights.groups:
         if flat:
@@ -97,7 +97,7 @@ def load(kept: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, weights: 
     for parameter, values in new:
         current = optimizer.state.get(parameter, {})
         if any(isinstance(current.get(name), Tensor) and current[name].shape != value.shape for name, value in values.items()):
-            raise _strange()
+            raise strange()
     for parameter, values in new:
         for name, value in values.items():
             _set(optimizer.state[parameter], name, value, like=parameter, stays=not _on_device(optimizer))
@@ -128,17 +128,18 @@ def _flattened(group: FlatGroup, of_weights: Mapping[int, Mapping[str, Tensor]])
         for name, value in of_weights.get(number, {}).items():
             if not value.ndim:
                 if not torch.equal(joined.setdefault(name, value), value):
-                    raise _strange()
+                    raise strange()
                 continue
             if value.shape != weight.shape:
-                raise _strange()
+                raise strange()
             flat = joined.setdefault(name, torch.zeros(len(group.parameter), dtype=value.dtype))
             if flat.ndim == 0:
-                raise _strange()
+                raise strange()
             flat[start:start + weight.numel()] = value.flatten()
     return joined
 
 
-def _strange() -> LoraFileError:
+def strange() -> LoraFileError:
+    """The refusal of a state of other weights."""
     return LoraFileError("The training state does not fit this run", why="other weights were trained in it",
                          remedy="start anew, or go on with the settings it was made with")
