@@ -39,7 +39,7 @@ def adopted(values: Mapping[str, object]) -> tuple[dict[str, object], list[str]]
         else:
             ours[target] = f"{str(value).strip().removesuffix('%')}%" if name == "lr_warmup" else value
             became.append(f"{name} is read as {target} = {ours[target]}")
-    became += _optimizer(ours, of_kohya=bool(theirs))
+    became += _optimizer(ours, left, of_kohya=bool(theirs))
     for name in _OTHER_NOISE.get(str(values.get("noise_offset_type")).lower(), ()):
         ours.pop(name, None)
     if theirs:
@@ -61,9 +61,15 @@ def adopted(values: Mapping[str, object]) -> tuple[dict[str, object], list[str]]
     return {**ours, **left}, notes
 
 
-def _optimizer(ours: dict[str, object], *, of_kohya: bool) -> list[str]:
-    """Makes kohya's optimizer ours; returns what became of it. Without bitsandbytes one in eight bits is the same in 32."""
-    name, became = str(ours.get("optimizer_type", "")).lower(), []
+def _optimizer(ours: dict[str, object], left: dict[str, object], *, of_kohya: bool) -> list[str]:
+    """Makes kohya's optimizer ours, also one that is `left`; returns what became of it. Without bitsandbytes one in eight bits
+    becomes the same one in 32."""
+    became = []
+    for switch, meant in (("use_8bit_adam", "AdamW8bit"), ("use_lion_optimizer", "Lion")):
+        if switch in left and not ours.get("optimizer_type"):
+            del left[switch]
+            ours["optimizer_type"], _ = meant, became.append(f"{switch} is read as optimizer_type = {meant}")
+    name = str(ours.get("optimizer_type", "")).lower()
     eight_bit = {} if importlib.util.find_spec("bitsandbytes") else _EIGHT_BIT
     if same := (_SAME_METHOD | eight_bit).get(name):
         why = ", without the package bitsandbytes" if name in eight_bit else ""
