@@ -256,7 +256,8 @@ def _check(settings: Settings) -> None:
             f"{named('scale_v_pred_loss_like_noise_pred')} and {named('v_pred_like_loss')} are not possible together",
             why="one is for models that predict v, the other for those that predict noise", remedy="switch one of them off")
     for name, needed, what in (("preservation_class", kept.preservation_class, "cat for a cat's name"),
-                               ("trigger_word", settings.dataset.trigger_word, "the word that calls what is learnt")):
+                               ("trigger_word", settings.dataset.trigger_word or settings.dataset.dataset_config,
+                                "the word that calls what is learnt")):
         if kept.preservation == "dop" and not needed:
             raise SettingError(f"{named('preservation')} = dop needs {named(name)}",
                                why="it puts the class word in the trigger word's place",
