@@ -9,6 +9,7 @@ from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.errors import SettingError
 from lib_lora_train.settings import DECLARATIONS, Settings, named, no_effect
 from lib_lora_train.settings.arguments import arguments_of
+from lib_lora_train.settings.kohya import default_weight_decay
 from lib_lora_train.training.optimizer_kinds import Arguments, Imported, Traits, knows_weight_decay
 from lib_lora_train.training.optimizers import OptimizerConfig, RunOptimizer, spec_of
 from lib_lora_train.training.schedules import ScheduleConfig
@@ -130,8 +131,12 @@ def ignored_by_optimizer(settings: Settings) -> list[str]:
 
 
 def optimizer_name(settings: Settings) -> str:
-    """As a LoRA file's metadata name it (ss_optimizer): the class, and in brackets the arguments that were given."""
-    given = ",".join(f"{name}={value}" for name, value in _arguments(settings).items())
+    """As a LoRA file's metadata name it (ss_optimizer): the class, and in brackets the arguments that were given, also a weight
+    decay that is not what kohya's scripts would have without one."""
+    arguments, decay = _arguments(settings), settings.optimizer.weight_decay
+    if decay != default_weight_decay(settings.optimizer.optimizer_type):
+        arguments = {"weight_decay": decay, **arguments}
+    given = ",".join(f"{name}={value}" for name, value in arguments.items())
     return spec_of(settings.optimizer.optimizer_type).class_name + (f"({given})" if given else "")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from lib_lora_train.errors import SettingError
 from lib_lora_train.settings import kohya
@@ -82,8 +82,7 @@ def parse(values: Mapping[str, object]) -> Settings:
     """Settings from names and values as typed; what is not named keeps its default. Raises SettingError for unknown names
     (all of them, with what a name of kohya's is here or the nearest known one), a wrong type or a value out of range, and for
     settings that contradict each other."""
-    if unknown := [name for name in values if name not in DECLARATIONS]:
-        raise _unknown(unknown)
+    refuse_unknown(values)
     areas = {
         name: area(**{d.name: read(d, values[d.name]) for d in declarations(area) if d.name in values})
         for name, area in AREAS.items()}
@@ -95,8 +94,13 @@ def parse(values: Mapping[str, object]) -> Settings:
     return settings
 
 
+def refuse_unknown(values: Iterable[str]) -> None:
+    """Raise SettingError for the names that are no settings, all of them at once."""
+    if names := [name for name in values if name not in DECLARATIONS]:
+        raise _unknown(names)
+
+
 def _unknown(names: Sequence[str]) -> SettingError:
-    """The refusal of all names that are no settings."""
     known = kohya.explanations()
     near = {name: difflib.get_close_matches(name, [*DECLARATIONS, *known], n=1) for name in names}
     told = {name: known.get(name) or "".join(f"did you mean {other!r}?" for other in near[name]) for name in names}

@@ -101,6 +101,7 @@ def test_what_is_not_supported_is_refused_where_it_would_change_the_training_and
            "network_module": "networks.lora", "scale_weight_norms": None, "weighted_captions": False}
     values, notes = kohya.adopted(off)
     assert values == {} and "7 settings" in notes[0]
+    assert kohya.adopted({"use_8bit_adam": True, "optimizer_type": "SGD"})[0]["optimizer_type"] in ("AdamW", "AdamW8bit")
     for name, value in {"fused_backward_pass": True, "network_dropout": 0.1, "lr_scheduler_type": "OneCycleLR",
                         "perlin_noise": 6, "network_module": "lycoris.kohya", "datasets": [{"resolution": 512}]}.items():
         with pytest.raises(SettingError, match=name):
