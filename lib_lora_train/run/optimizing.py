@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from lib_lora_train.adapters.flat import FlatWeights
+from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.errors import SettingError
 from lib_lora_train.settings import DECLARATIONS, Settings, named, no_effect
 from lib_lora_train.settings.arguments import arguments_of
@@ -100,6 +101,14 @@ def check_optimizer_device(settings: Settings, device: torch.device) -> None:
     if traits_of(settings).cuda_only and device.type != "cuda":
         raise SettingError(f"{named('optimizer_type')} = {settings.optimizer.optimizer_type} is not possible on the device "
                            f"{device.type!r}", why="it needs a CUDA GPU", remedy="choose AdamW")
+
+
+def check_network(settings: Settings, network: AdapterNetwork) -> None:
+    """Raise SettingError where the optimizer trains pairs of matrices, and the network has none that are trained."""
+    trained = [pair for pair in network.pairs() if all(weight.requires_grad for weight in pair)]
+    if traits_of(settings).needs_pairs and not trained:
+        raise SettingError(f"{named('optimizer_type')} = {settings.optimizer.optimizer_type} is not possible", why="it trains "
+                           "the two matrices of a LoRA, which this kind of network does not have", remedy="choose AdamW")
 
 
 def ignored_by_optimizer(settings: Settings) -> list[str]:

@@ -131,8 +131,8 @@ def test_what_is_not_supported_is_refused_where_it_would_change_the_training_and
     values, notes = kohya.adopted(off)
     assert values == {"network_module": "LoRA"} and "6 settings" in notes[0]
     assert kohya.adopted({"use_8bit_adam": True, "optimizer_type": "SGD"})[0]["optimizer_type"] in ("AdamW", "AdamW8bit")
-    for name, value in {"network_dropout": 0.1, "lr_scheduler_type": "OneCycleLR", "perlin_noise": 6,
-                        "network_module": "networks.dylora", "datasets": [{"resolution": 512}]}.items():
+    for name, value in {"fused_backward_pass": True, "network_dropout": 0.1, "lr_scheduler_type": "OneCycleLR",
+                        "perlin_noise": 6, "network_module": "networks.dylora", "datasets": [{"resolution": 512}]}.items():
         with pytest.raises(SettingError, match=name):
             parse(kohya.adopted({name: value})[0])
 
@@ -154,6 +154,8 @@ def test_optimizers_arguments_and_schedules_come_along_with_kohyas_own_weight_de
 @pytest.mark.parametrize("installed", [True, False])
 def test_eight_bits_are_32_where_their_package_is_missing_which_is_told(monkeypatch, installed):
     monkeypatch.setattr(kohya.importlib.util, "find_spec", lambda name: installed or None)
+    assert kohya.adopted({"use_8bit_adam": True})[0]["optimizer_type"] == ("AdamW8bit" if installed else "AdamW")
+    assert kohya.adopted({"use_lion_optimizer": True})[0]["optimizer_type"] == "Lion"
     values, notes = kohya.adopted({"optimizer_type": "Lion8bit", "weight_decay": 0.1})
     assert values["optimizer_type"] == ("Lion8bit" if installed else "Lion")
     assert installed or "bitsandbytes" in " ".join(notes)
