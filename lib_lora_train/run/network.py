@@ -56,7 +56,7 @@ def build_network(settings: Settings, model: FrozenModel, weights: InitialWeight
         if weights.tensors is None:
             selected = select(chosen, model.components, family=family)
             network = AdapterNetwork.build(selected.targets, rank=chosen.network_dim, alpha=chosen.network_alpha, seed=seed,
-                                           sizes=selected.sizes)
+                                           sizes=selected.sizes, kind=selected.kind)
         else:
             targets = targets_of_file(chosen, model.components, family=family, keys=weights.tensors)
             network = AdapterNetwork.continued(targets, weights.tensors, seed=seed)
@@ -67,7 +67,9 @@ def build_network(settings: Settings, model: FrozenModel, weights: InitialWeight
         if not settings.rates[0]:
             network.freeze({"unet"})
         check_network(settings, network)
-        return network.to(model.device)
+        network = network.to(model.device)
+        network.begin_at(model.components, network.layers if weights.tensors is None else network.fresh)
+        return network
 
 
 def check_sizes(plan: RunPlan, model: FrozenModel) -> None:
