@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 
 from lib_lora_train.adapters.flat import FlatWeights
+from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.errors import SettingError
 from lib_lora_train.settings import DECLARATIONS, Settings, named, no_effect
 from lib_lora_train.settings.arguments import arguments_of
+from lib_lora_train.settings.kohya import default_weight_decay
 from lib_lora_train.training.optimizer_kinds import Arguments, Imported, Traits, knows_weight_decay
 from lib_lora_train.training.optimizers import OptimizerConfig, RunOptimizer, spec_of
 from lib_lora_train.training.schedules import ScheduleConfig
@@ -101,6 +103,14 @@ def check_optimizer_device(settings: Settings, device: torch.device) -> None:
                            f"{device.type!r}", why="it needs a CUDA GPU", remedy="choose AdamW")
 
 
+def check_network(settings: Settings, network: AdapterNetwork) -> None:
+    """Raise SettingError where the optimizer trains pairs of matrices, and the network has none that are trained."""
+    trained = [pair for pair in network.pairs() if all(weight.requires_grad for weight in pair)]
+    if traits_of(settings).needs_pairs and not trained:
+        raise SettingError(f"{named('optimizer_type')} = {settings.optimizer.optimizer_type} is not possible", why="it trains "
+                           "the two matrices of a LoRA, which this kind of network does not have", remedy="choose AdamW")
+
+
 def ignored_by_optimizer(settings: Settings) -> list[str]:
     """A sentence for each setting that was changed and has no effect on this optimizer. Raises SettingError."""
     default, chosen = type(settings.optimizer)(), settings.optimizer
@@ -121,8 +131,12 @@ def ignored_by_optimizer(settings: Settings) -> list[str]:
 
 
 def optimizer_name(settings: Settings) -> str:
-    """As a LoRA file's metadata name it (ss_optimizer): the class, and in brackets the arguments that were given."""
-    given = ",".join(f"{name}={value}" for name, value in _arguments(settings).items())
+    """As a LoRA file's metadata name it (ss_optimizer): the class, and in brackets the arguments that were given, also a weight
+    decay that is not what kohya's scripts would have without one."""
+    arguments, decay = _arguments(settings), settings.optimizer.weight_decay
+    if decay != default_weight_decay(settings.optimizer.optimizer_type):
+        arguments = {"weight_decay": decay, **arguments}
+    given = ",".join(f"{name}={value}" for name, value in arguments.items())
     return spec_of(settings.optimizer.optimizer_type).class_name + (f"({given})" if given else "")
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib
+import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -212,6 +213,9 @@ class Imported:
         module, _, name = self.class_name.rpartition(".")
         chosen = f"{named('optimizer_type')} = {name}"
         importlib.invalidate_caches()  # it may have been installed meanwhile
+        if not self.package and not _is_installed(module.partition(".")[0]):
+            raise SettingError(f"{chosen} cannot be used", why=f"there is no installed package {module.partition('.')[0]}",
+                               remedy="install it, or choose AdamW")
         try:
             found = getattr(importlib.import_module(module), name)
         except ModuleNotFoundError as error:
@@ -233,6 +237,18 @@ class Imported:
         if callable(getattr(optimizer, "train", None)):
             optimizer.train()
         return optimizer
+
+
+def _is_installed(package: str) -> bool:
+    """Whether it was installed, and is not just any file on the path: whoever may type a name must not run that."""
+    if package in ("torch", __name__.partition(".")[0]):
+        return True
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        return False
+    places = [*(spec.submodule_search_locations or ()), spec.origin or ""] if spec else []
+    return any({"site-packages", "dist-packages"} & set(Path(place).parts) for place in places)
 
 
 def install_command(package: str) -> str:

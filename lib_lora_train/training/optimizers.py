@@ -122,10 +122,10 @@ class RunOptimizer:
         self.weights, self.traits, self._max_grad_norm = weights, spec.traits(config.arguments), config.max_grad_norm
         self._rates = {group.name: group.rate for group in weights.groups}
         trained = set(weights.trained())
+        _check_rates(self.traits, weights, config.name)
         self.optimizer = spec.build(
             [{"name": group.name, "lr": group.rate, "params": self._parameters(group)} for group in weights.groups],
-            arguments=config.arguments, pairs=_suited(self.traits, weights, config.name, [
-                pair for pair in pairs if trained.issuperset(pair)]))
+            arguments=config.arguments, pairs=[pair for pair in pairs if trained.issuperset(pair)])
         self._built = tuple(dict(group) for group in self.optimizer.param_groups)
         self._trained_values: Tensor | None = None
         self._average = MovingAverage(weights.values, decay=config.ema_decay) if config.ema_decay else None
@@ -236,13 +236,9 @@ class RunOptimizer:
             value.copy_(kept[key])
 
 
-def _suited(traits: Traits, weights: FlatWeights, name: str, pairs: Pairs) -> Pairs:
-    """`pairs`. Raises SettingError where the optimizer cannot train these weights as they are to be trained."""
+def _check_rates(traits: Traits, weights: FlatWeights, name: str) -> None:
+    """Raise SettingError where there are several learning rates and the optimizer has one."""
     rates = {group.rate for group in weights.groups}
     if traits.one_rate and len(rates) > 1:
         raise SettingError(f"{named('optimizer_type')} = {name} needs one learning rate", why=f"here there are "
                            f"{', '.join(f'{rate:g}' for rate in sorted(rates))}", remedy="give all parts the same, mostly 1")
-    if traits.needs_pairs and not pairs:
-        raise SettingError(f"{named('optimizer_type')} = {name} is not possible", why="it trains the two matrices of a LoRA, "
-                           "which this kind of network does not have", remedy="choose AdamW")
-    return pairs
