@@ -11,7 +11,7 @@ from lib_lora_train.settings import DECLARATIONS, Settings, named, no_effect
 from lib_lora_train.settings.arguments import arguments_of
 from lib_lora_train.settings.kohya import default_weight_decay
 from lib_lora_train.training.optimizer_kinds import Arguments, Imported, Traits, knows_weight_decay
-from lib_lora_train.training.optimizers import OptimizerConfig, RunOptimizer, spec_of
+from lib_lora_train.training.optimizers import OptimizerConfig, RunOptimizer, check_rates, spec_of
 from lib_lora_train.training.schedules import ScheduleConfig
 
 _LEAST_FACTOR = 0.1  # sd-scripts warns at this learning rate and below of optimizers that find the rate themselves
@@ -67,9 +67,7 @@ def check_optimizer(settings: Settings, *, built: bool = False) -> None:
         low = "text_encoder_lr" if settings.rates[1] == min(rates) else "unet_lr" if chosen.unet_lr else "learning_rate"
         raise SettingError(f"{named(low)} = {min(rates):g} is too low for {config.name}", why="it finds the learning rate "
                            "itself, and the one that is set multiplies it", remedy=f"set {low} to 1")
-    if traits.one_rate and len(set(rates)) > 1:
-        raise SettingError(f"{config.name} needs one learning rate for all parts", why=f"the UNet's is {rates[0]:g} and the "
-                           f"text encoder's {rates[1]:g}", remedy=f"set {named('text_encoder_lr')} to {rates[0]:g} too")
+    check_rates(traits, rates, config.name)
     if chosen.lr_scheduler == "adafactor" and not traits.own_rate:
         raise SettingError(f"{named('lr_scheduler')} = adafactor is not possible with {config.name}", why="it is the learning "
                            "rate that Adafactor chooses with relative_step",
