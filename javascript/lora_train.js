@@ -114,7 +114,8 @@
             const pressed = event.target.closest && event.target.closest("button");
             if (pressed && pressed.id === "lora_train_overwrite_it") kick();
         });
-        button("lora_train_sample").addEventListener("click", sampleNow);
+        button("lora_train_sample").addEventListener("click", () => askNow("results/sample"));
+        button("lora_train_save").addEventListener("click", () => askNow("save"));
         button("lora_train_stop_save").addEventListener("click", () => stop(true));
         button("lora_train_stop").addEventListener("click", () => stop(false));
         button("lora_train_report").addEventListener("click", downloadReport);
@@ -280,9 +281,9 @@
         poll();
     }
 
-    async function sampleNow() {
+    async function askNow(path) {
         try {
-            await ask("results/sample", {});
+            await ask(path, {});
         } catch (error) {
             view.showProblem(error.message);
         }
@@ -296,7 +297,7 @@
         if (model) model.textContent = answer.model ? answer.model.text : translated("No model is loaded");
         setDisabled("lora_train_start", answer.running);
         setDisabled("lora_train_overwrite_it", answer.running);
-        setDisabled("lora_train_sample", !answer.running || answer.stopping !== "");
+        ["lora_train_sample", "lora_train_save"].forEach((id) => setDisabled(id, !answer.running || answer.stopping !== ""));
         setDisabled("lora_train_stop", !answer.running || answer.stopping === "stop");
         setDisabled("lora_train_stop_save", !answer.running || answer.stopping !== "");
         const any = answer.run !== "";

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 from lib_lora_train.errors import LoraTrainError
+from lib_lora_train.records import from_plain
 
 log = logging.getLogger(__name__)
 Outcome = Literal["done", "stopped", "failed"]
@@ -194,9 +195,7 @@ def to_dict(event: Event) -> dict[str, Any]:
 def from_dict(data: dict[str, Any]) -> Event:
     """The event that `to_dict` wrote. Fields added by a later version are left out. Raises KeyError on an unknown kind, and
     TypeError where a field is missing or its value is of another type."""
-    cls = _KINDS[data["event"]]
-    types = {field.name: field.type for field in dataclasses.fields(cls)}
-    return cls(**{name: _read(value, types[name]) for name, value in data.items() if name in types})
+    return from_plain(_KINDS[data["event"]], data)
 
 
 def _finite(value: Any) -> Any:
@@ -206,24 +205,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return [_finite(entry) for entry in value]
     return {key: _finite(entry) for key, entry in value.items()} if isinstance(value, dict) else value
-
-
-def _read(value: Any, kind: str) -> Any:
-    """`value` of a field of that type as `to_dict` had it. Raises TypeError for a value of another type."""
-    if kind == "float | None" and value is None:
-        return None
-    if kind.startswith("tuple[") and isinstance(value, list):
-        return tuple(_read(entry, kind[len("tuple["):].partition(",")[0]) for entry in value)
-    if kind.startswith("dict[") and isinstance(value, dict):
-        return {name: _read(entry, kind.partition(", ")[2].rstrip("]")) for name, entry in value.items()}
-    if "float" in kind and value is None:
-        return math.nan
-    # All others are words; what is to be a tuple or a dict was read above.
-    known = {"int": int, "float": (int, float), "float | None": (int, float), "bool": bool, "tuple": (), "dict": ()}.get(
-        kind.partition("[")[0], str)
-    if not isinstance(value, known) or isinstance(value, bool) != (kind == "bool"):
-        raise TypeError(f"{value!r} is no {kind}")
-    return value
 
 
 def shielded(report: Report) -> Report:

@@ -93,6 +93,11 @@ class FlatWeights:
         """The weights that are trained, in the order in which they lie in the buffer."""
         return [weight for group in self.groups for _, weight, _ in group.members]
 
+    def cut(self, flat: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """(number, view) of each trained weight's part of `flat` [n], in the weight's shape."""
+        for number, weight in ((number, weight) for group in self.groups for number, weight, _ in group.members):
+            yield number, self._view(flat, weight)
+
     def working_copy(self, weight: nn.Parameter) -> Tensor | None:
         """The view of `working` that belongs to `weight`; None where there is none."""
         return None if self.working is None or weight not in self._starts else self._view(self.working, weight)

@@ -47,21 +47,31 @@ def mask_of(image: Path, folder: Path) -> Path | None:
     return next((path for path in [*places, *beside] if path.is_file()), None)
 
 
-def masks_of(dataset: Dataset, *, files: bool, alpha: bool, folder: Path | None = None,
-             may_read: MayRead | None = None) -> dict[Path, Path]:
-    """{image: its mask} of the images to learn from that have one: among the `files` in `folder` or with the images, or, with
-    `alpha`, the image itself where it may be transparent. What may not be read is left out. Raises DatasetError where there is
-    no `folder`."""
-    listed = list_folder(folder, what="mask", may_read=may_read).files if files and folder else []
-    named_alike = {path.stem: path for path in listed if is_image_name(path)}
-    found: dict[Path, Path] = {}
-    for image in (example.path for example in dataset.examples if not example.is_regularisation):
-        mask = (named_alike.get(image.stem) or mask_of(image, dataset.folder)) if files else None
-        if mask is None and alpha and may_be_transparent(image):
+def masks_of(dataset: Dataset, *, may_read: MayRead | None = None) -> dict[Path, Path]:
+    """{image: its mask} of the images to learn from that have one, by the settings of their folders: with masked_loss in
+    conditioning_data_dir or with the images, with alpha_mask the image itself where it may be transparent. What may not be read
+    is left out. Raises DatasetError where there is no such folder."""
+    found, named_alike = dict[Path, Path](), dict[str, dict[str, Path]]()
+    for example in (example for example in dataset.examples if not example.is_regularisation):
+        image, chosen, mask = example.path, example.subset.masks, None
+        if chosen.masked_loss:
+            if (folder := chosen.conditioning_data_dir) not in named_alike:
+                named_alike[folder] = _by_stem(dataset.folder, folder, may_read) if folder else {}
+            mask = named_alike[folder].get(image.stem) or mask_of(image, dataset.folder)
+        if mask is None and chosen.alpha_mask and may_be_transparent(image):
             mask = image
         if mask is not None and (may_read is None or may_read(mask)):
             found[image] = mask
     return found
+
+
+def _by_stem(dataset: Path, folder: str, may_read: MayRead | None) -> dict[str, Path]:
+    """The images of a folder, seen from that of the dataset where it is there, by their names."""
+    path = dataset / folder if (dataset / folder).is_dir() else Path(folder)
+    if may_read is not None and not may_read(path):
+        raise DatasetError(f"The mask folder {path} cannot be used", why="others can reach this page, so it keeps to the "
+                           "folders it is allowed", remedy=f"change {named('conditioning_data_dir')}")
+    return {file.stem: file for file in list_folder(path, what="mask", may_read=may_read).files if is_image_name(file)}
 
 
 def read_mask(image: Path, mask: Path) -> Image.Image:

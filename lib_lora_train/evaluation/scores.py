@@ -147,5 +147,5 @@ def spread_of(by_seed: Sequence[Sequence[float]]) -> Spread:
     if not means:
         return Spread()
     mean = sum(means) / len(means)
-    squares = sum((value - mean) ** 2 for value in means)
+    squares = sum((value - mean) * (value - mean) for value in means)
     return Spread(mean, math.sqrt(squares / (len(means) - 1)) if len(means) > 1 else None)

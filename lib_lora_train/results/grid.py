@@ -29,11 +29,12 @@ from lib_lora_train.errors import HostError, Interrupted, LoraFileError, Setting
 from lib_lora_train.evaluation.infotext import png_of
 from lib_lora_train.evaluation.prompts import bare_prompts
 from lib_lora_train.host.port import Host, RenderRequest, never
+from lib_lora_train.records import from_plain
 from lib_lora_train.results.average import SAVES as AVERAGED
 from lib_lora_train.results.average import beside_others, write_average
 from lib_lora_train.results.references import references_of, resolution_of, settings_of, without_trigger
 from lib_lora_train.results.saves import Save, saves_of
-from lib_lora_train.storage.atomic import write_atomic
+from lib_lora_train.storage.atomic import remove, write_atomic
 
 FOLDER = "grid"
 CELLS = f"{FOLDER}/cells.json"
@@ -128,11 +129,10 @@ class Grid:
 def read_grid(folder: Path) -> Grid | None:
     """The grid of the run in `folder`; None where there is none, or it cannot be read."""
     try:
-        data = json.loads((folder / CELLS).read_bytes())
-        options = SampleOptions(**{**data["options"], "size": tuple(data["options"]["size"])})
-        grid = Grid(tuple(Column(**one) for one in data["columns"]), tuple(Prompt(**one) for one in data["prompts"]),
-                    tuple(data["seeds"]), options, tuple(Cell(**one) for one in data["cells"]), tuple(data["notes"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        grid = from_plain(Grid, json.loads((folder / CELLS).read_bytes()))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+    if not all(cell.column in range(len(grid.columns)) and cell.prompt in range(len(grid.prompts)) for cell in grid.cells):
         return None
     return _looked_at(folder, grid)
 
@@ -164,6 +164,7 @@ def sample_grid(host: Host, folder: Path, *, saves: Sequence[str] = (), weights:
             columns.append(_average(stack, host, folder, found))
         host.refresh_loras()
         grid = _planned(host, [Column(), *columns], lines, seeds=tuple(seeds) or SEEDS, options=options, notes=notes)
+        _remove_damaged(folder, _looked_at(folder, grid))
         grid = _sampled(host, folder, _looked_at(folder, grid), on_progress=on_progress, should_stop=should_stop)
     grid = dataclasses.replace(grid, notes=(*grid.notes, *_without_effect(folder, grid)))
     _write(folder, grid)
@@ -328,6 +329,18 @@ def _without_effect(folder: Path, grid: Grid) -> list[str]:
     return [f"With {column.lora_text} the first picture is that of the base model: it has no effect there, or the host did not "
             "find it." for number, column in enumerate(grid.columns)
             if number and column.weight and number in first and 0 in first and pixels(first[number]) == pixels(first[0])]
+
+
+def _remove_damaged(folder: Path, grid: Grid) -> None:
+    """Remove images that cannot be read, so that they are sampled again."""
+    for cell in grid.cells:
+        try:
+            if cell.done:
+                with Image.open(folder / cell.file) as image:
+                    image.verify()
+        except (OSError, ValueError, SyntaxError):
+            with translated("removing a damaged picture of the grid"):
+                remove(folder / cell.file)
 
 
 def _looked_at(folder: Path, grid: Grid) -> Grid:

@@ -61,7 +61,7 @@ def _read(folder: Path, modified: int, size: int) -> RunHistory:
                 sampled = {key: known for key, known in sampled.items() if key[0] <= resumed_at}
                 last.pop(events.Finished, None)
         if isinstance(event, events.Saved):
-            saved.append((time, event))
+            saved += [(time, event)] if Path(event.path).name else []
         elif isinstance(event, events.Step):
             steps[event.step] = event
         elif isinstance(event, events.Measured):

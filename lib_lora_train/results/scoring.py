@@ -19,6 +19,7 @@ from lib_lora_train.evaluation.scores import NAMES, ImageScores, Scorer, Spread,
 from lib_lora_train.host.lease import ModelLease, lease_for
 from lib_lora_train.host.placement import CPU
 from lib_lora_train.host.port import Host
+from lib_lora_train.records import from_plain
 from lib_lora_train.results.grid import FOLDER, NO_DRIFT, Cell, Column, Grid, read_grid
 from lib_lora_train.results.references import References, references_of, settings_of, without_trigger
 from lib_lora_train.settings import Settings
@@ -199,10 +200,8 @@ class _Kept:
 
 def _read(folder: Path) -> _Kept:
     try:
-        data = json.loads((folder / SCORES).read_bytes())
-        images = {name: ImageScores(**one) for name, one in data["images"].items()}
-        return _Kept(data["scored_by"], images, tuple(data["notes"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return from_plain(_Kept, json.loads((folder / SCORES).read_bytes()))
+    except (OSError, ValueError, TypeError, RecursionError):
         return _Kept("", {}, ())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable
 
 import torch
@@ -14,6 +15,7 @@ from lib_lora_train.host.lease import yield_to_others
 from lib_lora_train.host.port import LeasedModel
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.run.background import StopKind
+from lib_lora_train.settings import named
 from lib_lora_train.training.loop import Progress
 
 Stop = Callable[[], StopKind]
@@ -29,6 +31,25 @@ class StopCallback:
     def before_step(self, progress: Progress) -> bool:
         """See `Callback`."""
         return not self._stop()
+
+    def after_step(self, progress: Progress) -> None:
+        """Nothing."""
+
+
+class TimeLimit:
+    """Ends the training before the next step once the time is over, counted from when this is made. `stopped` says so then, as
+    the end of a sentence, and is "" before."""
+
+    def __init__(self, minutes: float, *, clock: Callable[[], float] = time.monotonic) -> None:
+        """0 minutes are no limit."""
+        self._minutes, self._clock, self._begin = minutes, clock, clock()
+        self.stopped = ""
+
+    def before_step(self, progress: Progress) -> bool:
+        """See `Callback`. One step is made in any case, so that there is something to keep."""
+        if self._minutes and progress.step and self._clock() - self._begin >= 60 * self._minutes:
+            self.stopped = f", because its {self._minutes:g} minutes are over ({named('max_train_minutes')})"
+        return not self.stopped
 
     def after_step(self, progress: Progress) -> None:
         """Nothing."""

@@ -32,6 +32,7 @@ from lib_lora_train.model.sd.text import Conditioning, Tokens
 from lib_lora_train.run.callbacks import Pause, Stop
 from lib_lora_train.run.planning import RunPlan
 from lib_lora_train.settings import Settings
+from lib_lora_train.settings.dataset_config import subsets_of
 from lib_lora_train.training.condition import CachedText, Condition, TrainedText
 from lib_lora_train.training.preservation import Preservation
 
@@ -101,8 +102,9 @@ def batches_of(plan: RunPlan, source: LatentSource, group: ProcessGroup, *, fact
 def preservation_of(settings: Settings) -> Preservation:
     """What of the model is to stay as it is."""
     chosen = settings.preservation
+    triggers = {subset.dataset.trigger_word: None for subset in subsets_of(settings) if subset.dataset.trigger_word}
     return Preservation(kind=chosen.preservation, weight=chosen.preservation_weight, class_word=chosen.preservation_class,
-                        trigger_word=settings.dataset.trigger_word)
+                        trigger_words=tuple(triggers))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -27,7 +27,7 @@ from lib_lora_train.memory.plan import MemoryPlan
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.model.sd.components import vae_tensors
 from lib_lora_train.run import resume
-from lib_lora_train.run.callbacks import MeasuredMemory, Pause, Stop, StopCallback
+from lib_lora_train.run.callbacks import MeasuredMemory, Pause, Stop, StopCallback, TimeLimit
 from lib_lora_train.run.consistency import agree_on_data, require_equal
 from lib_lora_train.run.diagnosing import Diagnosing
 from lib_lora_train.run.inputs import batches_of, latents_of, preservation_of, stage
@@ -48,12 +48,13 @@ from lib_lora_train.training.precision import compute_dtype
 
 
 def run_job(plan: RunPlan, host: Host, *, report: Report, stop: Stop, folder: Path | None = None,
-            group: ProcessGroup = SINGLE_PROCESS, sample_now: Callable[[], bool] = never) -> Finished:
+            group: ProcessGroup = SINGLE_PROCESS, sample_now: Callable[[], bool] = never,
+            save_now: Callable[[], bool] = never) -> Finished:
     """Carry out a plan on the model that `host` holds.
 
     What `report` raises ends nothing (see `shielded`). `stop` is asked between steps and images: "" to go on, "stop" to end,
     "save" to end and keep what was learnt. `folder` is the run's, where samples and the state to resume from are kept; None
-    keeps none. `sample_now` is asked between steps, and says once that somebody wants samples.
+    keeps none. `sample_now` is asked between steps, and says once that somebody wants samples; `save_now` so of a save.
     All processes of a `group` call this, on the same files; rank 0 alone saves, and the others' path is "".
     The last event, `Finished`, is returned and left to the caller to report, who knows how failures end too.
     Raises UserError, HostError, TrainingError, and Interrupted where a stop came before the first step.
@@ -61,14 +62,16 @@ def run_job(plan: RunPlan, host: Host, *, report: Report, stop: Stop, folder: Pa
     weights = InitialWeights.of(plan)
     with host.lease(stop=lambda: bool(stop())) as leased:
         return _with_model(plan, host, leased, weights, report=shielded(report), stop=stop, folder=folder, group=group,
-                           sample_now=sample_now)
+                           sample_now=sample_now, save_now=save_now)
 
 
 def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: InitialWeights, *, report: Report, stop: Stop,
-                folder: Path | None, group: ProcessGroup, sample_now: Callable[[], bool]) -> Finished:
+                folder: Path | None, group: ProcessGroup, sample_now: Callable[[], bool],
+                save_now: Callable[[], bool]) -> Finished:
     """What needs the model. All that is made here is freed before the model goes back, so that it finds its memory free."""
     with contextlib.ExitStack() as at_end:
         model, settings = frozen_model(leased, plan.settings), plan.settings
+        limit = TimeLimit(settings.optimizer.max_train_minutes)
         check_weights(model)
         plan, identity, dtype = _checked(plan, host, leased, model, weights, report=report, stop=stop, group=group,
                                          identified=bool(plan.resume_point or folder or group.world_size > 1))
@@ -100,7 +103,7 @@ def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: Initial
                          noise=config.noise, continued=weights.name)
 
         saver = _saver(plan, leased, model, network, identity=identity, folder=folder, dtype=dtype, memory=memory, group=group,
-                       report=report)
+                       report=report, wanted=save_now)
         memory_meter = MeasuredMemory(
             model.device, lambda size: report(dataclasses.replace(planned, memory=memory.corrected(size).text)))
         measuring = Measuring(plan, measured, model=model, network=network, text=text, config=config, saver=saver,
@@ -111,10 +114,10 @@ def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: Initial
         with saver.rescue():
             progress = train(model, network=network, epoch_batches=prefetcher.epoch, condition=text.condition, config=config,
                              report=report, resumed=weights.state, group=group,
-                             callbacks=[StopCallback(stop), pause, samples, memory_meter, saver, measuring])
+                             callbacks=[StopCallback(stop), limit, pause, samples, memory_meter, saver, measuring])
             verdict = probe.verdict(progress)
         finished = _finished(plan, saver, progress, verdict=verdict, stop=stop, group=group, measuring=measuring,
-                             diagnosing=diagnosing)
+                             diagnosing=diagnosing, ended=measuring.stopped or limit.stopped)
         samples.end(progress)
         # While the model is still ours: a host that had merged an older file of this name must forget it.
         host.refresh_loras()
@@ -153,12 +156,13 @@ def _replanned(plan: RunPlan, host: Host, *, family: str, report: Report, stop: 
 
 
 def _finished(plan: RunPlan, saver: Saver | NoSaver, progress: Progress, *, verdict: tuple[Verdict, str], stop: Stop,
-              group: ProcessGroup, measuring: Measuring, diagnosing: Diagnosing) -> Finished:
+              group: ProcessGroup, measuring: Measuring, diagnosing: Diagnosing, ended: str) -> Finished:
     """The end of a run, its result saved if it is complete, or was stopped to be saved, and measured. `verdict`: see
-    `verdict_of`. Raises Interrupted where nothing was ever saved."""
+    `verdict_of`. `ended` says why it ended by itself, as the end of a sentence, "" where it did not. Raises Interrupted where
+    nothing was ever saved."""
     name, steps, total = plan.target.stem, progress.step, plan.schedule.steps
-    complete, stopped = steps == total, f"Stopped after {steps} of {counted(total, 'step')}{measuring.stopped}"
-    if complete or (steps and group.any(bool(measuring.stopped) or stop() == "save")):
+    complete, stopped = steps == total, f"Stopped after {steps} of {counted(total, 'step')}{ended}"
+    if complete or (steps and group.any(bool(ended) or stop() == "save")):
         with saver.rescue():
             path = saver.save_result(progress, complete=complete)
         measuring.end(progress, path=path, stop=stop)
@@ -182,14 +186,14 @@ def _agree_on_dtype(group: ProcessGroup, memory: MemoryPlan) -> None:
 
 def _saver(plan: RunPlan, leased: LeasedModel, model: FrozenModel, network: AdapterNetwork, *, identity: Mapping[str, str],
            folder: Path | None, dtype: torch.dtype, memory: MemoryPlan, group: ProcessGroup,
-           report: Report) -> Saver | NoSaver:
+           report: Report, wanted: Callable[[], bool]) -> Saver | NoSaver:
     """What writes the run's files, in the process that does."""
     if group.rank:
         return NoSaver()
     started_at = plan.resume_point.started_at if plan.resume_point else time.time()
     return Saver(plan, Provenance(plan, model, leased, network, started_at=started_at),
                  _checkpointer(plan, identity, started_at, folder, dtype=dtype, memory=memory, report=report),
-                 report=report, spare=folder)
+                 report=report, spare=folder, wanted=wanted)
 
 
 def _checkpointer(plan: RunPlan, identity: Mapping[str, str], started_at: float, folder: Path | None, *, dtype: torch.dtype,

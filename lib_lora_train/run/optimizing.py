@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 
 from lib_lora_train.adapters.flat import FlatWeights
+from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.errors import SettingError
 from lib_lora_train.settings import DECLARATIONS, Settings, named, no_effect
 from lib_lora_train.settings.arguments import arguments_of
+from lib_lora_train.settings.kohya import default_weight_decay
 from lib_lora_train.training.optimizer_kinds import Arguments, Imported, Traits, knows_weight_decay
-from lib_lora_train.training.optimizers import OptimizerConfig, RunOptimizer, spec_of
+from lib_lora_train.training.optimizers import OptimizerConfig, RunOptimizer, check_rates, spec_of
 from lib_lora_train.training.schedules import ScheduleConfig
 
 _LEAST_FACTOR = 0.1  # sd-scripts warns at this learning rate and below of optimizers that find the rate themselves
@@ -20,7 +22,7 @@ def optimizer_config(settings: Settings) -> OptimizerConfig:
     """The run's optimizer. Raises SettingError for arguments that cannot be read."""
     chosen = settings.optimizer
     arguments = {"weight_decay": chosen.weight_decay, **_arguments(settings)}
-    return OptimizerConfig(chosen.optimizer_type, arguments, chosen.max_grad_norm)
+    return OptimizerConfig(chosen.optimizer_type, arguments, chosen.max_grad_norm, chosen.ema_decay)
 
 
 def schedule_config(settings: Settings, *, steps: int) -> ScheduleConfig:
@@ -42,6 +44,11 @@ def in_steps(number: float, steps: int) -> int:
     return int(number * steps if number < 1 else number)
 
 
+def kept_bytes(settings: Settings) -> float:
+    """What is kept of each trained number besides weight and gradient. Raises SettingError."""
+    return traits_of(settings).state_bytes + (4.0 if settings.optimizer.ema_decay else 0.0)
+
+
 def traits_of(settings: Settings) -> Traits:
     """What holds of the run's optimizer. Raises SettingError."""
     return spec_of(settings.optimizer.optimizer_type).traits(_arguments(settings))
@@ -60,13 +67,14 @@ def check_optimizer(settings: Settings, *, built: bool = False) -> None:
         low = "text_encoder_lr" if settings.rates[1] == min(rates) else "unet_lr" if chosen.unet_lr else "learning_rate"
         raise SettingError(f"{named(low)} = {min(rates):g} is too low for {config.name}", why="it finds the learning rate "
                            "itself, and the one that is set multiplies it", remedy=f"set {low} to 1")
-    if traits.one_rate and len(set(rates)) > 1:
-        raise SettingError(f"{config.name} needs one learning rate for all parts", why=f"the UNet's is {rates[0]:g} and the "
-                           f"text encoder's {rates[1]:g}", remedy=f"set {named('text_encoder_lr')} to {rates[0]:g} too")
+    check_rates(traits, rates, config.name)
     if chosen.lr_scheduler == "adafactor" and not traits.own_rate:
         raise SettingError(f"{named('lr_scheduler')} = adafactor is not possible with {config.name}", why="it is the learning "
                            "rate that Adafactor chooses with relative_step",
                            remedy=f"choose constant, or {named('optimizer_type')} = Adafactor")
+    if traits.averages and chosen.ema_decay:
+        raise SettingError(f"{named('ema_decay')} is not possible with {config.name}", why="it saves an average of the weights "
+                           "already", remedy="set it to 0")
     if built:
         _build_on_trial(config, rate=rates[0], step=isinstance(spec, Imported) and not spec.package)
 
@@ -93,6 +101,14 @@ def check_optimizer_device(settings: Settings, device: torch.device) -> None:
                            f"{device.type!r}", why="it needs a CUDA GPU", remedy="choose AdamW")
 
 
+def check_network(settings: Settings, network: AdapterNetwork) -> None:
+    """Raise SettingError where the optimizer trains pairs of matrices, and the network has none that are trained."""
+    trained = [pair for pair in network.pairs() if all(weight.requires_grad for weight in pair)]
+    if traits_of(settings).needs_pairs and not trained:
+        raise SettingError(f"{named('optimizer_type')} = {settings.optimizer.optimizer_type} is not possible", why="it trains "
+                           "the two matrices of a LoRA, which this kind of network does not have", remedy="choose AdamW")
+
+
 def ignored_by_optimizer(settings: Settings) -> list[str]:
     """A sentence for each setting that was changed and has no effect on this optimizer. Raises SettingError."""
     default, chosen = type(settings.optimizer)(), settings.optimizer
@@ -113,8 +129,12 @@ def ignored_by_optimizer(settings: Settings) -> list[str]:
 
 
 def optimizer_name(settings: Settings) -> str:
-    """As a LoRA file's metadata name it (ss_optimizer): the class, and in brackets the arguments that were given."""
-    given = ",".join(f"{name}={value}" for name, value in _arguments(settings).items())
+    """As a LoRA file's metadata name it (ss_optimizer): the class, and in brackets the arguments that were given, also a weight
+    decay that is not what kohya's scripts would have without one."""
+    arguments, decay = _arguments(settings), settings.optimizer.weight_decay
+    if decay != default_weight_decay(settings.optimizer.optimizer_type):
+        arguments = {"weight_decay": decay, **arguments}
+    given = ",".join(f"{name}={value}" for name, value in arguments.items())
     return spec_of(settings.optimizer.optimizer_type).class_name + (f"({given})" if given else "")
 
 

@@ -174,11 +174,9 @@ def plan_dataset(settings: Settings, *, family: str, allowed: AllowedPaths | Non
 
 def _masks(settings: Settings, dataset: Dataset, may_read: MayRead | None) -> tuple[Mapping[Path, Path], list[str]]:
     """The masks that the settings ask for, and a sentence where there are none. Raises DatasetError."""
-    chosen = settings.masks
+    masks, chosen = masks_of(dataset, may_read=may_read), settings.masks
     if not (chosen.masked_loss or chosen.alpha_mask):
-        return {}, []
-    masks = masks_of(dataset, files=chosen.masked_loss, alpha=chosen.alpha_mask, may_read=may_read,
-                     folder=Path(chosen.conditioning_data_dir) if chosen.conditioning_data_dir else None)
+        return masks, []
     where = "paint one on the dataset page, or put it at masks/a.png for the picture a" if chosen.masked_loss else (
         f"take pictures that are transparent in part, or {named('masked_loss')} with masks")
     return masks, [] if masks else [no_effect("masked_loss" if chosen.masked_loss else "alpha_mask",

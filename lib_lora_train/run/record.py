@@ -152,7 +152,7 @@ def read_timed_events(folder: Path) -> Iterator[tuple[float, events.Event]]:
         try:
             data = json.loads(line)
             yield float(data.get("time", 0)), events.from_dict(data)
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue
 
 

@@ -33,16 +33,18 @@ from lib_lora_train.training.checkpoint import FILE_NAME, TrainingState
 
 # Other values of these do not fit the saved weights and moments.
 FIXED = frozenset({"network_dim", "network_alpha", "network_train_unet_only", "network_weights", "optimizer_type",
-                   "optimizer_args", "network_targets", "conv_dim", "conv_alpha"})
+                   "optimizer_args", "network_module", "dora_wd", "network_targets", "conv_dim", "conv_alpha", "factor",
+                   "full_matrix"})
 # These change none of the steps to come. The files below changed paths are compared apart, and so is the length of the run,
 # which matters to the schedule.
 FREE = frozenset({
     "train_data_dir", "reg_data_dir", "conditioning_data_dir", "cache_latents_to_disk", "vae_batch_size",
-    "gradient_checkpointing", "memory_plan", "memory_budget", "cpu_offload_checkpointing", "channels_last", "max_train_steps",
-    "max_train_epochs", "output_name", "output_dir", "overwrite", "save_precision", "save_every_n_epochs",
-    "save_every_n_steps", "save_state", "save_state_every_n_minutes", "save_state_on_train_end", "resume", "training_comment",
-    "yield_to_generations", "cuda_graphs", "num_repeats", "validation", "validate_every_n_steps", "early_stopping",
-    "sample_images", "sample_prompts", "sample_every_n_steps", "sample_every_n_epochs", "sample_at_first"})
+    "gradient_checkpointing", "memory_plan", "memory_budget", "cpu_offload_checkpointing", "channels_last",
+    "max_train_steps", "max_train_epochs", "max_train_minutes", "output_name", "output_dir", "overwrite", "save_precision",
+    "save_every_n_epochs", "save_every_n_steps", "save_state", "save_state_every_n_minutes", "save_state_on_train_end",
+    "resume", "training_comment", "yield_to_generations", "cuda_graphs", "num_repeats", "validation",
+    "validate_every_n_steps", "early_stopping", "sample_images", "sample_prompts", "sample_every_n_steps",
+    "sample_every_n_epochs", "sample_at_first"})
 _DIFFERENT = "the result will not be that of an uninterrupted run."
 _END = 1 << 16  # bytes at each end of an image file that go into the fingerprint
 

@@ -118,6 +118,13 @@ class _Run:
             self.points = [p for p in self.points if p[0] == 1 or p[0] % self.every == 0]
 
 
+def _requested(wanted: threading.Event) -> bool:
+    """Whether it was asked for since the last time."""
+    was = wanted.is_set()
+    wanted.clear()
+    return was
+
+
 class Runner:
     """Starts, watches and stops the one job."""
 
@@ -126,7 +133,7 @@ class Runner:
         self._tasks: TaskRunner[events.Finished] = TaskRunner("lora-train")
         self._run: _Run | None = None
         self._guards: list[Callable[[Settings], None]] = []
-        self._samples_wanted = threading.Event()
+        self._samples_wanted, self._save_wanted = threading.Event(), threading.Event()
 
     def guard(self, check: Callable[[Settings], None]) -> None:
         """Have `check` asked before each start: it raises HostError where something else is under way that must end first."""
@@ -153,8 +160,10 @@ class Runner:
             run = _Run(settings.save.output_name, requested or settings, record)
             job = functools.partial(run_job, plan, host, report=functools.partial(self._report, run, host),
                                     stop=functools.partial(self._stop_wanted, host), folder=folder,
-                                    sample_now=self._samples_requested)
+                                    sample_now=functools.partial(_requested, self._samples_wanted),
+                                    save_now=functools.partial(_requested, self._save_wanted))
             self._samples_wanted.clear()
+            self._save_wanted.clear()
             try:
                 if old:
                     run.remember(old)
@@ -178,6 +187,13 @@ class Runner:
             if samples:
                 self._samples_wanted.set()
             return samples
+
+    def save_now(self) -> bool:
+        """Have the running job save what it has learnt before its next step, and go on. False if nothing runs."""
+        with self._lock:
+            if self._tasks.running:
+                self._save_wanted.set()
+            return self._tasks.running
 
     def running(self) -> bool:
         """Whether a job is under way: until its last word is written and the next one may start."""
@@ -217,11 +233,6 @@ class Runner:
             run.see(event)
         run.record.write(event)
         host.report(event)
-
-    def _samples_requested(self) -> bool:
-        wanted = self._samples_wanted.is_set()
-        self._samples_wanted.clear()
-        return wanted
 
     def _stop_wanted(self, host: Host) -> StopKind:
         if not self._tasks.stopping and host.interrupted():

@@ -20,6 +20,7 @@ from lib_lora_train.adapters import file
 from lib_lora_train.distributed import ProcessLost
 from lib_lora_train.errors import LoraTrainError, OutputError, TrainingError, is_out_of_memory, translated
 from lib_lora_train.events import Report, Saved, Warned
+from lib_lora_train.host.port import never
 from lib_lora_train.run import resume
 from lib_lora_train.run.output import epoch_path, step_path
 from lib_lora_train.run.planning import RunPlan
@@ -89,25 +90,31 @@ class Saver:
     """The callback that writes the LoRA files and the state of a run, and reports each file."""
 
     def __init__(self, plan: RunPlan, provenance: Provenance, checkpointer: Checkpointer, *, report: Report,
-                 spare: Path | None, weights: Callable[[Progress], Weights] = Progress.weights) -> None:
-        """`spare` is a folder for what the output folder refuses. `weights` gives what is saved: those that are trained, or for
-        example their moving average."""
+                 spare: Path | None, wanted: Callable[[], bool] = never,
+                 weights: Callable[[Progress], Weights] = Progress.weights) -> None:
+        """`spare` is a folder for what the output folder refuses. `wanted()` says, once, that somebody wants a save now.
+        `weights` gives what is saved: those of `Progress.weights`, or others."""
         self._plan, self._provenance, self._checkpointer = plan, provenance, checkpointer
-        self._report, self._spare, self._weights = report, spare, weights
+        self._report, self._spare, self._weights, self._wanted = report, spare, weights, wanted
         self._progress: Progress | None = None
         self.saved: list[str] = []
 
     def before_step(self, progress: Progress) -> bool:
-        """See `Callback`."""
+        """See `Callback`: a LoRA and the state where somebody wants them, unless they were saved after this very step."""
+        if progress.step and self._wanted() and not _due(self._plan, progress.step):
+            self._save_now(step_path(self._plan.target, progress.step), progress)
         return True
+
+    def _save_now(self, path: Path, progress: Progress) -> None:
+        progress.flush()
+        self._save_intermediate(path, progress)
+        self._checkpointer.save(progress.snapshot)
 
     def after_step(self, progress: Progress) -> None:
         """See `Callback`: a LoRA and the state where they are due."""
         self._progress = progress
         if path := _due(self._plan, progress.step):
-            progress.flush()
-            self._save_intermediate(path, progress)
-            self._checkpointer.save(progress.snapshot)
+            self._save_now(path, progress)
         else:
             self._checkpointer.save_if_due(progress.snapshot)
 

@@ -118,6 +118,9 @@ class OptimizerSettings:
     max_train_steps: int = setting(
         0, "Steps", "End after exactly this many steps instead of after the epochs. Empty or 0 leaves it to the "
         "epochs.", minimum=0, maximum=10_000_000, in_view=True, zero="auto")
+    max_train_minutes: float = setting(
+        0.0, "Time limit", "End after so many minutes and keep what was learnt, if the steps are not done before. Empty or 0 "
+        "for none.", minimum=0, maximum=100_000, zero="none")
     train_batch_size: int = setting(
         1, "Batch size", "Pictures in one pass. More needs more memory.", minimum=1, maximum=1024, in_view=True)
     gradient_accumulation_steps: int = setting(
@@ -166,6 +169,9 @@ class OptimizerSettings:
     max_grad_norm: float = setting(
         1.0, "Gradient clipping", "Longest gradient that is allowed. 0 switches clipping off.", minimum=0, maximum=1000,
         step=0.1)
+    ema_decay: float = setting(
+        0.0, "Moving average", "Save and sample the average of the weights over the last steps, which is calmer: 0.99 is about "
+        "the last hundred, 0.999 the last thousand. 0 switches it off.", minimum=0, maximum=0.99999, step=0.001)
     seed: int = setting(
         42, "Seed", "The same seed gives the same LoRA on the same machine. -1 draws one.", minimum=-1, maximum=2**32 - 1)
 

@@ -22,20 +22,20 @@ from lib_lora_train.errors import SettingError, counted
 from lib_lora_train.settings import DECLARATIONS, Settings, flat, named, no_effect, parse
 from lib_lora_train.settings.areas import CaptionSettings, DatasetSettings
 from lib_lora_train.settings.field import Value, declarations
+from lib_lora_train.settings.loss import MaskSettings
 from lib_lora_train.settings.toml import tables_in, text_of
 
 _OF_BLOCKS = ("resolution", "enable_bucket", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale",
               "batch_size")
 _OF_FOLDERS = ("num_repeats", "trigger_word", "flip_aug", "color_aug", "random_crop", "rotate_aug_degrees",
-               "rotate_aug_variants", "class_tokens", "loss_weight",
+               "rotate_aug_variants", "class_tokens", "loss_weight", "alpha_mask", "conditioning_data_dir",
                *(declaration.name for declaration in declarations(CaptionSettings) if declaration.name != "clip_skip"))
 _OF_ONE_FOLDER = ("image_dir", "is_reg", "custom_attributes")
 _UNUSED: dict[str, Value | None] = {
-    "network_multiplier": 1, "validation_split": 0, "resize_interpolation": "", "face_crop_aug_range": "", "alpha_mask": False,
+    "network_multiplier": 1, "validation_split": 0, "resize_interpolation": "", "face_crop_aug_range": "",
     "cache_info": None, "validation_seed": None}
 """sd-scripts' names that change nothing here, and the value with which they change nothing there (None: any)."""
-_OTHER_KINDS = {"metadata_file": "captions are read from files beside the pictures",
-                "conditioning_data_dir": "no ControlNet is trained"}
+_OTHER_KINDS = {"metadata_file": "captions are read from files beside the pictures"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +46,7 @@ class SubsetSettings:
     image_dir           as it is written: absolute, or seen from the dataset folder, "" for that itself
     class_tokens        the caption of images without one
     loss_weight         how much its images count
+    masks               those in effect for it; a conditioning_data_dir of its own as image_dir
     """
 
     dataset: DatasetSettings = DatasetSettings()
@@ -54,6 +55,7 @@ class SubsetSettings:
     class_tokens: str = ""
     is_reg: bool = False
     loss_weight: float = 1.0
+    masks: MaskSettings = MaskSettings()
 
 
 DEFAULT_SUBSET = SubsetSettings()
@@ -87,7 +89,7 @@ def subsets_of(settings: Settings) -> tuple[SubsetSettings, ...]:
     is. Raises SettingError."""
     tables = _read(settings.dataset.dataset_config)
     if not tables:
-        return (SubsetSettings(settings.dataset, settings.captions),)
+        return (SubsetSettings(settings.dataset, settings.captions, masks=settings.masks),)
     found = tuple(_subset(settings, values) for values in tables if values.get("num_repeats") != 0)
     if not any(not subset.is_reg for subset in found):
         raise SettingError(f"{named('dataset_config')} names no folder to train on",
@@ -127,7 +129,7 @@ def _subset(settings: Settings, values: Mapping[str, Any]) -> SubsetSettings:
         raise SettingError(f"loss_weight = {weight!r} of {named('dataset_config')} is not possible",
                            why="it must be a number from 0 to 100")
     return SubsetSettings(merged.dataset, merged.captions, str(values["image_dir"]), str(values.get("class_tokens") or ""),
-                          bool(values.get("is_reg")), float(weight))
+                          bool(values.get("is_reg")), float(weight), merged.masks)
 
 
 def _batch_sizes(settings: Settings) -> set[int]:

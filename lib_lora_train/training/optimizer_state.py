@@ -28,44 +28,36 @@ def state_of(optimizer: torch.optim.Optimizer, weights: FlatWeights, *, built: S
     for group, options, first in zip(weights.groups, optimizer.param_groups, built, strict=True):
         for name, value in options.items():
             if name not in _OPTIONS and (isinstance(value, Tensor) or name not in first or value != first[name]):
-                _add(found, f"{group.name}.{name}", value)
+                found |= _encoded(f"{group.name}.{name}", value)
         if flat:
-            for name, value in optimizer.state.get(group.parameter, {}).items():
-                _add_flat(found, group, name, value)
-            continue
-        for number, weight, _ in group.members:
-            for name, value in optimizer.state.get(weight, {}).items():
-                _add(found, f"{number}.{name}", value)
+            for name, value in _encoded_all(optimizer.state.get(group.parameter, {})).items():
+                found |= _cut(group, name, value)
+        else:
+            for number, weight, _ in group.members:
+                found |= {f"{number}.{name}": value
+                          for name, value in _encoded_all(optimizer.state.get(weight, {})).items()}
     return found
 
 
-def _add(found: dict[str, Tensor], key: str, value: object) -> None:
-    if value is not None:
-        found[key] = _encoded(key, value)
-
-
-def _add_flat(found: dict[str, Tensor], group: FlatGroup, name: str, value: object) -> None:
+def _cut(group: FlatGroup, name: str, value: Tensor) -> dict[str, Tensor]:
     """What is kept of a flat parameter, weight by weight where that is possible: so it was kept before there were flat ones."""
-    if value is None:
-        return
-    value = _encoded(name, value)
+    if value.ndim == 0:
+        return {f"{number}.{name}": value for number, _, _ in group.members}
     if value.shape == group.parameter.shape:
-        found.update({f"{number}.{name}": part for number, part in group.cut(value)})
-    elif value.ndim == 0:
-        found.update({f"{number}.{name}": value for number, _, _ in group.members})
-    else:
-        found[f"{group.name}.{_OF_FLAT}{name}"] = value
+        return {f"{number}.{name}": part for number, part in group.cut(value)}
+    return {f"{group.name}.{_OF_FLAT}{name}": value}
 
 
-def _encoded(name: str, value: object) -> Tensor:
-    if isinstance(value, Tensor):
-        return value
-    if isinstance(value, bool):
-        return torch.tensor(value)
-    if isinstance(value, int) or isinstance(value, tuple) and all(type(entry) is int for entry in value):
-        return torch.tensor(value, dtype=torch.int64)
-    if isinstance(value, float):
-        return torch.tensor(value, dtype=torch.float64)
+def _encoded_all(state: Mapping[str, object]) -> dict[str, Tensor]:
+    return {key: tensor for name, value in state.items() for key, tensor in _encoded(name, value).items()}
+
+
+def _encoded(name: str, value: object) -> dict[str, Tensor]:
+    """{name: tensor}; {} for None."""
+    if value is None or isinstance(value, Tensor):
+        return {} if value is None else {name: value}
+    if isinstance(value, (bool, int, float)) or isinstance(value, tuple) and all(type(entry) is int for entry in value):
+        return {name: torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)}
     raise TrainingError("The optimizer's state cannot be kept", why=f"{name} is a {type(value).__name__}")
 
 
@@ -84,7 +76,7 @@ def load(kept: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, weights: 
         (of_weights.setdefault(int(owner), {}) if owner.isdecimal() else of_groups.setdefault(owner, {}))[name] = tensor
     groups = {group.name: options for group, options in zip(weights.groups, optimizer.param_groups, strict=True)}
     if any(number >= len(weights.shapes) for number in of_weights) or of_groups.keys() - groups.keys():
-        raise _strange()
+        raise strange()
     new: list[tuple[nn.Parameter, dict[str, Tensor]]] = []
     for group in weights.groups:
         if flat:
@@ -97,7 +89,7 @@ def load(kept: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, weights: 
     for parameter, values in new:
         current = optimizer.state.get(parameter, {})
         if any(isinstance(current.get(name), Tensor) and current[name].shape != value.shape for name, value in values.items()):
-            raise _strange()
+            raise strange()
     for parameter, values in new:
         for name, value in values.items():
             _set(optimizer.state[parameter], name, value, like=parameter, stays=not _on_device(optimizer))
@@ -128,17 +120,18 @@ def _flattened(group: FlatGroup, of_weights: Mapping[int, Mapping[str, Tensor]])
         for name, value in of_weights.get(number, {}).items():
             if not value.ndim:
                 if not torch.equal(joined.setdefault(name, value), value):
-                    raise _strange()
+                    raise strange()
                 continue
             if value.shape != weight.shape:
-                raise _strange()
+                raise strange()
             flat = joined.setdefault(name, torch.zeros(len(group.parameter), dtype=value.dtype))
             if flat.ndim == 0:
-                raise _strange()
+                raise strange()
             flat[start:start + weight.numel()] = value.flatten()
     return joined
 
 
-def _strange() -> LoraFileError:
+def strange() -> LoraFileError:
+    """The refusal of a state of other weights."""
     return LoraFileError("The training state does not fit this run", why="other weights were trained in it",
                          remedy="start anew, or go on with the settings it was made with")

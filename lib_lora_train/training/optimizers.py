@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,16 +16,10 @@ from lib_lora_train.adapters.flat import FlatGroup, FlatWeights
 from lib_lora_train.errors import SettingError
 from lib_lora_train.settings import named
 from lib_lora_train.training import optimizer_kinds, optimizer_state
-from lib_lora_train.training.optimizer_kinds import (
-    AdamW,
-    Arguments,
-    Imported,
-    OptimizerSpec,
-    Pairs,
-    RiemannianAdamW,
-    Traits,
-)
+from lib_lora_train.training.moving_average import MovingAverage
+from lib_lora_train.training.optimizer_kinds import AdamW, Arguments, Imported, OptimizerSpec, Pairs, RiemannianAdamW, Traits
 
+_EMA = "ema."  # before the names of the average's parts in a state
 _FREE = "a schedule-free optimizer needs none"
 _D_ADAPTED = Traits(accepts_flat=True, state_bytes=12.0, adapts_rate=True, one_rate=True)
 _EIGHT_BIT = Traits(state_bytes=2.1, cuda_only=True)  # weights of less than 4096 numbers stay in 32 bits
@@ -50,11 +44,6 @@ def _prodigy_plus(arguments: Arguments) -> Mapping[str, object]:
             "state_bytes": 5.0 if arguments.get("factored", True) else 9.0}
 
 
-def _decoupled(arguments: dict[str, object]) -> dict[str, object]:
-    """Weight decay as AdamW's: added to a LoRA's small gradients it would outweigh them."""
-    return {"decouple": True, **arguments}
-
-
 OPTIMIZERS: dict[str, OptimizerSpec] = {
     "AdamW": AdamW(),
     "AdamW8bit": Imported("bitsandbytes.optim.adamw.AdamW8bit", "bitsandbytes", _EIGHT_BIT),
@@ -66,7 +55,9 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
                             complete=lambda arguments: {"momentum": 0.9, "nesterov": True, **arguments}),
     "Adafactor": Imported("transformers.optimization.Adafactor", "transformers", varying=_relative, complete=_adafactor),
     "CAME": Imported("came_pytorch.CAME.CAME", "came-pytorch", Traits(state_bytes=5.0)),
-    "DAdaptAdam": Imported("dadaptation.dadapt_adam.DAdaptAdam", "dadaptation", _D_ADAPTED, complete=_decoupled),
+    # Weight decay as AdamW's: added to a LoRA's small gradients it would outweigh them.
+    "DAdaptAdam": Imported("dadaptation.dadapt_adam.DAdaptAdam", "dadaptation", _D_ADAPTED,
+                           complete=lambda arguments: {"decouple": True, **arguments}),
     "DAdaptLion": Imported("dadaptation.dadapt_lion.DAdaptLion", "dadaptation",
                            dataclasses.replace(_D_ADAPTED, state_bytes=8.0)),
     "Prodigy": Imported("prodigyopt.prodigy.Prodigy", "prodigyopt", dataclasses.replace(_D_ADAPTED, state_bytes=16.0)),
@@ -100,11 +91,13 @@ def spec_of(name: str) -> OptimizerSpec:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """An optimizer by name, its arguments (the weight decay among them), and the longest gradient allowed, 0 for any."""
+    """An optimizer by name, its arguments (the weight decay among them), the longest gradient allowed (0 for any), and the
+    decay of the weights' moving average (0 for none)."""
 
     name: str = "AdamW"
     arguments: Arguments = dataclasses.field(default_factory=dict)
     max_grad_norm: float = 1.0
+    ema_decay: float = 0.0
 
 
 class RunOptimizer:
@@ -118,12 +111,13 @@ class RunOptimizer:
         self.weights, self.traits, self._max_grad_norm = weights, spec.traits(config.arguments), config.max_grad_norm
         self._rates = {group.name: group.rate for group in weights.groups}
         trained = set(weights.trained())
+        check_rates(self.traits, [group.rate for group in weights.groups], config.name)
         self.optimizer = spec.build(
             [{"name": group.name, "lr": group.rate, "params": self._parameters(group)} for group in weights.groups],
-            arguments=config.arguments, pairs=_suited(self.traits, weights, config.name, [
-                pair for pair in pairs if trained.issuperset(pair)]))
+            arguments=config.arguments, pairs=[pair for pair in pairs if trained.issuperset(pair)])
         self._built = tuple(dict(group) for group in self.optimizer.param_groups)
         self._trained_values: Tensor | None = None
+        self._average = MovingAverage(weights.values, decay=config.ema_decay) if config.ema_decay else None
         # A fused kernel takes the overflow flag and the learning rate as tensors, so that the device decides alone and nothing
         # waits for it. Without one the flag is read, which costs nothing on the CPU; on a GPU it waits for the step.
         fused = bool(self.optimizer.defaults.get("fused"))
@@ -182,43 +176,58 @@ class RunOptimizer:
             self.optimizer.step()
         elif not bool(overflowed):
             self.optimizer.step()
+        if self._average:
+            self._average.update(self.weights.values)
         self.weights.refresh()
 
     def set_training(self, training: bool) -> None:
         """Let the weights be those to train, or those to save. The former come back to the bit."""
-        if not self.traits.averages or training == (self._trained_values is None):
+        if not (self.traits.averages or self._average) or training == (self._trained_values is None):
             return
         if training:
-            self.optimizer.train()
+            if self.traits.averages:
+                self.optimizer.train()
             self.weights.values.copy_(self._trained_values)
             self._trained_values = None
         else:
             self._trained_values = self.weights.values.clone()
-            self.optimizer.eval()
+            if self.traits.averages:
+                self.optimizer.eval()
+            if self._average:
+                self.weights.values.copy_(self._average.values)
         self.weights.refresh()
 
     def stored(self) -> list[Tensor]:
         """All that it keeps on the device, but for single numbers and what can leave by itself; it may be moved in place."""
-        return [value for state in self.optimizer.state.values() for value in state.values()
+        kept = [value for state in self.optimizer.state.values() for value in state.values()
                 if isinstance(value, Tensor) and value.ndim and not getattr(value, "is_paged", False)]
+        return [*kept, *([self._average.values] if self._average else [])]
 
     def state(self) -> dict[str, Tensor]:
-        """All that a resumed run needs, {"3.exp_avg": of the weight of that number, "unet.d": of that group}, sharing memory
-        with what is in use. Raises TrainingError where it holds what cannot be kept."""
-        return optimizer_state.state_of(self.optimizer, self.weights, built=self._built, flat=self.traits.accepts_flat)
+        """All that a resumed run needs, {"3.exp_avg": of the weight of that number, "unet.d": of that group, "ema.3": average
+        of that weight}, sharing memory with what is in use. Raises TrainingError where it holds what cannot be kept."""
+        return optimizer_state.state_of(self.optimizer, self.weights, built=self._built,
+                                        flat=self.traits.accepts_flat) | self._average_state()
+
+    def _average_state(self) -> dict[str, Tensor]:
+        return {} if self._average is None else {f"{_EMA}updates": self._average.updates} | {
+            f"{_EMA}{number}": part for number, part in self.weights.cut(self._average.values)}
 
     def load_state(self, kept: Mapping[str, Tensor]) -> None:
-        """Go on from a `state`. Raises LoraFileError where it does not fit the weights, and changes nothing then."""
-        optimizer_state.load(kept, self.optimizer, self.weights, flat=self.traits.accepts_flat)
+        """Go on from a `state`. Raises LoraFileError where it does not fit the weights, and changes nothing then. Without an
+        average in it one begins with the present weights."""
+        average = {key: value for key, value in self._average_state().items() if key in kept}
+        if any(kept[key].shape != value.shape for key, value in average.items()):
+            raise optimizer_state.strange()
+        optimizer_state.load({key: value for key, value in kept.items() if not key.startswith(_EMA)}, self.optimizer,
+                             self.weights, flat=self.traits.accepts_flat)
+        for key, value in average.items():
+            value.copy_(kept[key])
 
 
-def _suited(traits: Traits, weights: FlatWeights, name: str, pairs: Pairs) -> Pairs:
-    """`pairs`. Raises SettingError where the optimizer cannot train these weights as they are to be trained."""
-    rates = {group.rate for group in weights.groups}
-    if traits.one_rate and len(rates) > 1:
+def check_rates(traits: Traits, rates: Sequence[float], name: str) -> None:
+    """Raise SettingError where the parts have several learning rates and the optimizer has one."""
+    if traits.one_rate and len(set(rates)) > 1:
         raise SettingError(f"{named('optimizer_type')} = {name} needs one learning rate", why=f"here there are "
-                           f"{', '.join(f'{rate:g}' for rate in sorted(rates))}", remedy="give all parts the same, mostly 1")
-    if traits.needs_pairs and not pairs:
-        raise SettingError(f"{named('optimizer_type')} = {name} is not possible", why="it trains the two matrices of a LoRA, "
-                           "which this kind of network does not have", remedy="choose AdamW")
-    return pairs
+                           f"{', '.join(f'{rate:g}' for rate in rates)}", remedy=f"give {named('text_encoder_lr')} and all "
+                           f"other parts the UNet's, {rates[0]:g}")

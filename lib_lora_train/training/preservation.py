@@ -26,21 +26,23 @@ _REFERENCE = "reference."
 
 @dataclass(frozen=True)
 class Preservation:
-    """How it is preserved: `kind` is "none", "dop", "blank" or "dco"; `weight` is that of dop and blank."""
+    """How it is preserved: `kind` is "none", "dop", "blank" or "dco"; `weight` is that of dop and blank, `trigger_words` are
+    those of all folders."""
 
     kind: str = "none"
     weight: float = 1.0
-    trigger_word: str = ""
+    trigger_words: tuple[str, ...] = ()
     class_word: str = ""
 
     def captions(self, captions: Sequence[str]) -> tuple[str, ...]:
         """What is asked in the place of these captions; () where nothing else is."""
         if self.kind == "blank":
             return ("",) * len(captions)
-        if self.kind == "none" or not (self.trigger_word and self.class_word):
+        if self.kind == "none" or not (self.trigger_words and self.class_word):
             return ()
-        return tuple(class_caption(caption, trigger_word=self.trigger_word, class_word=self.class_word)
-                     for caption in captions)
+        for word in self.trigger_words:
+            captions = [class_caption(caption, trigger_word=word, class_word=self.class_word) for caption in captions]
+        return tuple(captions)
 
     def inputs(self, batch: Batch, condition: Condition) -> list[Batch]:
         """The batches to train: the batch, and what is trained beside it."""

@@ -50,11 +50,11 @@ def close(process: subprocess.Popen[str]) -> None:
 class Processes:
     """`commands[rank]` is what each of them runs (without the interpreter). Their output is read line by line."""
 
-    def __init__(self, commands: Sequence[Sequence[object]], *, port: int, world: int, folder: Path) -> None:
+    def __init__(self, commands: Sequence[Sequence[object]], *, port: int, folder: Path) -> None:
         self._errors = [folder / f"stderr-{port}-{rank}.txt" for rank in range(len(commands))]
         self.processes = []
         for rank, command in enumerate(commands):
-            environment = {**clean_environment(), "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+            environment = {**clean_environment(), "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(commands)),
                            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             with self._errors[rank].open("w") as errors:
                 self.processes.append(subprocess.Popen(
@@ -80,12 +80,11 @@ class Processes:
 
 
 @contextlib.contextmanager
-def running(commands: Sequence[Sequence[object]], folder: Path, *, port: int | None = None, world: int | None = None
-            ) -> Iterator[Processes]:
+def running(commands: Sequence[Sequence[object]], folder: Path, *, port: int | None = None) -> Iterator[Processes]:
     """Start them; whoever is left at the end is ended."""
     with contextlib.ExitStack() as stack:
         chosen = port or stack.enter_context(free_port())
-        started = Processes(commands, port=chosen, world=world or len(commands), folder=folder)
+        started = Processes(commands, port=chosen, folder=folder)
         for process in started.processes:
             stack.callback(close, process)
         yield started

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import socket
 import sys
@@ -14,7 +15,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lib_lora_train.distributed import ProcessLost
+from lib_lora_train.distributed import LaunchEnvironment, ProcessLost, process_group
+from lib_lora_train.errors import HostError
 from lib_lora_train.run.saver import Checkpointer, Saver
 from lib_lora_train.settings import SaveSettings
 from tests.distributed.processes import Processes, free_port, running
@@ -142,14 +144,18 @@ def test_a_process_that_no_longer_answers_is_lost_after_the_timeout(tmp_path):
         started.processes[1].send_signal(signal.SIGCONT)
 
 
-def test_a_port_that_is_taken_is_told_in_one_line(tmp_path):
+def test_a_port_that_is_taken_is_told_in_one_line(monkeypatch):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        with running([["-c", CHILD, 600, port, ""]], tmp_path, port=port, world=2) as started:
-            (was, said), = told(started, 0)
-    assert was == "HostError" and "\n" not in said and f"127.0.0.1:{port}" in said and "choose a port" in said
+        launch = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in launch.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(HostError) as caught, process_group(LaunchEnvironment.read(os.environ)):
+            pass
+    said = str(caught.value)
+    assert "\n" not in said and f"127.0.0.1:{port}" in said and "choose a port" in said
 
 
 def test_all_processes_are_told_which_of_them_has_no_gpu(tmp_path):

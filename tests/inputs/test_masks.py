@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from lib_lora_train.inputs.batches import Batches
 from lib_lora_train.inputs.latent_files import LatentDisk
 from lib_lora_train.inputs.latents import CachedLatents, FreshLatents
 from lib_lora_train.inputs.masks import Masks
+from lib_lora_train.settings import parse
+from lib_lora_train.settings.dataset_config import SubsetSettings, subsets_of
+from lib_lora_train.settings.loss import MaskSettings
 
 from .conftest import FakeVAE, augmented, epoch_of, same
 
@@ -36,8 +40,14 @@ def masks(dataset, placements, paths, *, unmasked_weight=0.0, prior_weight=0.0, 
                  threads=threads, warn=[].append if told is None else told.append)
 
 
-def found(dataset, **options) -> dict[str, str]:
-    paths = masks_of(dataset, **{"files": True, "alpha": False, **options})
+def chosen(dataset, **options):
+    """The dataset with these settings of masks for all of it."""
+    subset = SubsetSettings(masks=MaskSettings(**{"masked_loss": True, **options}))
+    return dataclasses.replace(dataset, examples=tuple(dataclasses.replace(e, subset=subset) for e in dataset.examples))
+
+
+def found(dataset, may_read=None, **options) -> dict[str, str]:
+    paths = masks_of(chosen(dataset, **options), may_read=may_read)
     return {image.name: mask.relative_to(dataset.folder).as_posix() for image, mask in paths.items()}
 
 
@@ -51,13 +61,17 @@ def test_masks_of_the_studio_of_onetrainer_and_of_kohya_are_found(make_dataset, 
     alpha.save(tmp_path / "e.png")
     ours = {"a.png": "masks/a.png", "b.png": "b-masklabel.png", "c.png": "mask/c.png"}
     assert found(dataset) == ours
-    assert found(dataset, folder=tmp_path / "cond") == {**ours, "d.png": "cond/d.jpg"}
-    assert found(dataset, alpha=True) == {**ours, "e.png": "e.png"}
-    assert found(dataset, files=False, alpha=True) == {"e.png": "e.png"}
+    assert found(dataset, conditioning_data_dir=str(tmp_path / "cond")) == {**ours, "d.png": "cond/d.jpg"}
+    assert found(dataset, conditioning_data_dir="cond") == {**ours, "d.png": "cond/d.jpg"}
+    assert found(dataset, alpha_mask=True) == {**ours, "e.png": "e.png"}
+    assert found(dataset, masked_loss=False, alpha_mask=True) == {"e.png": "e.png"}
+    assert found(dataset, masked_loss=False) == {}
     assert found(dataset, may_read=lambda path: path.name != "a.png") == {n: m for n, m in ours.items() if n != "a.png"}
     with pytest.raises(DatasetError, match="gone"):
-        found(dataset, folder=tmp_path / "gone")
-    assert white_share(masks_of(dataset, files=True, alpha=True)) == pytest.approx((3 * 0.5 + 128 / 255) / 4, abs=0.01)
+        found(dataset, conditioning_data_dir=str(tmp_path / "gone"))
+    with pytest.raises(DatasetError, match="allowed"):
+        found(dataset, conditioning_data_dir="cond", may_read=lambda path: path.name != "cond")
+    assert white_share(masks_of(chosen(dataset, alpha_mask=True))) == pytest.approx((3 * 0.5 + 128 / 255) / 4, abs=0.01)
 
 
 def weights(dataset, placements, source, paths, seed: int = 0, **options) -> tuple[dict[str, torch.Tensor], torch.Tensor, bool]:
@@ -164,3 +178,20 @@ def test_batches_carry_masks_over_repeats_and_epochs_and_nothing_else_changes(ma
         assert seen == 6
         assert "mask" not in masked.fixed(0)  # what is measured is the whole picture
     assert len(vae.batches) == 2 * 2
+
+
+def test_each_folder_of_a_dataset_config_has_masks_of_its_own(tmp_path):
+    text = """
+        [general]
+        alpha_mask = true
+        [[datasets]]
+        [[datasets.subsets]]
+        image_dir = "a"
+        conditioning_data_dir = "a_masks"
+        [[datasets.subsets]]
+        image_dir = "b"
+        alpha_mask = false
+        """
+    one, other = subsets_of(parse({"train_data_dir": str(tmp_path), "dataset_config": text, "masked_loss": True}))
+    assert one.masks == MaskSettings(masked_loss=True, alpha_mask=True, conditioning_data_dir="a_masks")
+    assert other.masks == MaskSettings(masked_loss=True)

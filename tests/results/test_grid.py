@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,6 +92,27 @@ def test_every_cell_is_what_the_host_samples_with_the_lora_in_the_prompt(run: Ru
                 assert image.tobytes() == run.host.image(request).tobytes()
                 assert image.info["parameters"] == (
                     f"{prompt}\nSteps: 7, Sampler: Euler, CFG scale: 2, Seed: {cell.seed}, Size: 128x64, Model: dreamshaper_8")
+
+
+def test_an_image_that_is_damaged_is_sampled_again_and_no_other(run: Run) -> None:
+    files = [run.folder / cell.file for cell in run.grid().cells]
+    whole = [path.read_bytes() for path in files]
+    files[1].write_bytes(b"")
+    files[2].write_bytes(whole[2][:60])
+    run.host.requests.clear()
+    assert all(cell.done for cell in run.grid().cells)
+    assert len(run.host.requests) == 2 and [path.read_bytes() for path in files] == whole
+
+
+@pytest.mark.parametrize("change", [
+    {"columns": []}, {"columns": 3}, {"cells": [{"column": 9, "prompt": 0, "seed": 1, "file": "grid/a.png"}]},
+    {"cells": [{"column": 0, "prompt": 0, "seed": 1, "file": ["grid/a.png"]}]}, {"prompts": [{"text": 3, "triggered": True}]},
+    {"options": {"size": [64]}}, {"notes": None}])
+def test_a_grid_whose_file_is_damaged_is_none(run: Run, change: dict[str, object]) -> None:
+    run.grid()
+    path = run.folder / "grid" / "cells.json"
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), **change}), encoding="utf-8")
+    assert read_grid(run.folder) is None
 
 
 def test_a_grid_that_was_stopped_or_killed_goes_on_where_it_was(run: Run) -> None:

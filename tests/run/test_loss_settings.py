@@ -72,7 +72,7 @@ def test_a_loss_for_another_kind_of_model_is_refused_by_name(images, host, chang
 def test_each_setting_of_preservation_reaches_the_training(images, host, monkeypatch, changes, expected, beta):
     _, config, _ = config_of(images, host, monkeypatch, **changes)
     kind, weight, trigger, word = expected
-    assert config.preservation == Preservation(kind=kind, weight=weight, trigger_word=trigger, class_word=word)
+    assert config.preservation == Preservation(kind=kind, weight=weight, trigger_words=(trigger,), class_word=word)
     assert config.loss.dco_beta == beta
 
 
@@ -118,9 +118,11 @@ def test_a_run_that_goes_on_is_told_of_another_mask(images):
 
 def test_a_run_with_masks_and_preservation_goes_to_its_end(images, host):
     paint_masks(images / "masks", images)
+    """Its verdict is that of the picture alone: the loss beside the base model's is another one."""
     told = []
-    finished = run_settings(settings(images, masked_loss=True, masked_prior_preservation_weight=0.5, preservation="dop",
-                                     preservation_class="cat", max_train_epochs=1), host, report=told.append, stop=lambda: "")
+    finished = run_settings(settings(images, masked_loss=True, masked_prior_preservation_weight=0.5, preservation="dco",
+                                     preservation_class="cat", loss_type="huber", network_train_unet_only=False,
+                                     max_train_epochs=1), host, report=told.append, stop=lambda: "")
     assert finished.verdict == "healthy"
     planned, = (event for event in told if isinstance(event, events.Planned))
     assert "3 of 4 pictures with a mask" in planned.summary

@@ -103,15 +103,14 @@ def test_what_is_not_known_or_not_possible_is_refused_by_name(written: str, name
 
 
 @pytest.mark.parametrize("text", ["x = 1", "[[datasets]]\nresolution = 512", "datasets = 3", "[[datasets]]\nsubsets = [{}]",
-                                  "[general]", "[[datasets]]\n[[datasets.subsets]]\nmetadata_file = 'a.json'",
-                                  "[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'a'\nconditioning_data_dir = 'b'", "{"])
+                                  "[general]", "[[datasets]]\n[[datasets.subsets]]\nmetadata_file = 'a.json'", "{"])
 def test_what_is_no_such_file_is_refused(text: str):
     with pytest.raises(SettingError, match="dataset_config"):
         subsets_of(of(text))
 
 
 def test_of_names_that_change_nothing_here_those_are_told_that_change_something_there():
-    harmless = "network_multiplier = 1.0\ncache_info = true\nvalidation_split = 0.0\nalpha_mask = false\n"
+    harmless = "network_multiplier = 1.0\ncache_info = true\nvalidation_split = 0.0\n"
     assert not notes(of(CONFIG.replace("class_tokens", f"{harmless}class_tokens")))
     told = notes(of(CONFIG.replace("class_tokens", "resize_interpolation = 'area'\nclass_tokens"), reg_data_dir="reg"))
     assert len(told) == 2 and "resize_interpolation" in told[0] and "reg_data_dir" in told[1]

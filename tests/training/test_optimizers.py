@@ -10,13 +10,21 @@ import itertools
 import math
 import sys
 import types
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lib_lora_train.adapters.flat import FlatWeights
 from lib_lora_train.errors import LoraFileError, SettingError
-from lib_lora_train.run.optimizing import check_optimizer, check_optimizer_device, ignored_by_optimizer, optimizer_config
+from lib_lora_train.run.optimizing import (
+    check_network,
+    check_optimizer,
+    check_optimizer_device,
+    ignored_by_optimizer,
+    kept_bytes,
+    optimizer_config,
+)
 from lib_lora_train.settings import DECLARATIONS, parse
 from lib_lora_train.training.optimizer_kinds import AdamW, Imported
 from lib_lora_train.training.optimizers import OPTIMIZERS, OptimizerConfig, RunOptimizer, spec_of
@@ -169,9 +177,13 @@ def test_riemannian_adamw_is_adamw_of_the_papers_gradients():
 
 
 def test_riemannian_adamw_needs_the_two_matrices():
-    flat = FlatWeights([{"name": "unet", "params": weights(), "lr": 0.1}])
+    a, b, *_ = weights()
+    network, settings = SimpleNamespace(pairs=lambda: [(a, b)]), parse({"optimizer_type": "RiemannianAdamW"})
+    check_network(settings, network)
+    a.requires_grad_(False)
     with pytest.raises(SettingError):
-        RunOptimizer(flat, spec_of("RiemannianAdamW"), OptimizerConfig("RiemannianAdamW"))
+        check_network(settings, network)
+    check_network(parse({}), network)
 
 
 @pytest.mark.parametrize("name", ["AdamWScheduleFree", "RAdamScheduleFree", "ProdigyPlusScheduleFree"])
@@ -191,6 +203,37 @@ def test_schedule_free_weights_to_save_are_the_average_and_those_trained_come_ba
     train(run, parameters, range(9, 12))
     train(other, undisturbed, range(12))
     assert bits(parameters) == bits(undisturbed)
+
+
+def test_the_moving_average_is_diffusers_and_comes_back_from_the_state():
+    ema = pytest.importorskip("diffusers.training_utils")
+    parameters, theirs, rest = weights(), weights(), weights()
+
+    def averaged(parameters):
+        flat = FlatWeights([{"name": "unet", "params": parameters, "lr": 0.01}])
+        return RunOptimizer(flat, AdamW(), OptimizerConfig("AdamW", ema_decay=0.9))
+
+    def saved(run, parameters):
+        run.set_training(False)
+        found = [parameter.detach().clone() for parameter in parameters]
+        run.set_training(True)
+        return found
+    run, reference = averaged(parameters), ema.EMAModel(theirs, decay=0.9)
+    for step in range(60):
+        if step == 40:
+            for new, old in zip(rest, parameters, strict=True):
+                new.data.copy_(old.data)
+            resumed = averaged(rest)
+            resumed.load_state({key: value.clone() for key, value in run.state().items()})
+        train(run, parameters, range(step, step + 1))
+        reference.step(parameters)
+    for mine, other in zip(saved(run, parameters), reference.shadow_params, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-7)
+    assert bits(saved(run, parameters)) != bits(parameters) and len(run.stored()) == 3
+    train(resumed, rest, range(40, 60))
+    assert bits(saved(resumed, rest)) == bits(saved(run, parameters)) and bits(rest) == bits(parameters)
+    with pytest.raises(LoraFileError):
+        run.load_state({"ema.0": torch.zeros(2)})
 
 
 @pytest.mark.parametrize("name", ["DAdaptAdam", "DAdaptLion", "Prodigy", "ProdigyPlusScheduleFree"])
@@ -249,6 +292,17 @@ class TestChoosing:
         with pytest.raises(SettingError):
             check_optimizer(parse({"optimizer_type": name}), built=True)
 
+    def test_only_what_was_installed_is_imported_for_a_name_that_somebody_typed(self, tmp_path, monkeypatch):
+        (tmp_path / "lying_here.py").write_text("import torch\nraise SystemExit\nclass Class(torch.optim.SGD): pass\n")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        with pytest.raises(SettingError):
+            check_optimizer(parse({"optimizer_type": "lying_here.Class"}))
+        installed = tmp_path / "site-packages"
+        installed.mkdir()
+        (installed / "brought.py").write_text("import torch\nclass Class(torch.optim.SGD): pass\n")
+        monkeypatch.syspath_prepend(str(installed))
+        check_optimizer(parse({"optimizer_type": "brought.Class"}), built=True)
+
     @pytest.mark.parametrize("text", [
         "betas=0.9,0.98", "eps=1e-6 betas=(0.9, 0.98)", '"betas=0.9,0.98" eps=1e-6', ["betas=0.9,0.98", "amsgrad=true"]])
     def test_arguments_are_read_as_kohya_writes_them(self, text):
@@ -267,8 +321,9 @@ class TestChoosing:
         group = RunOptimizer(flat, spec_of("AdamW"), config).optimizer.param_groups[0]
         assert (group["betas"], group["weight_decay"]) == ((0.8, 0.9), 0.5)
         assert any("weight_decay" in note for note in ignored_by_optimizer(settings))
-        plain = optimizer_config(parse({"weight_decay": 0.1, "max_grad_norm": 2}))
-        assert (plain.arguments, plain.max_grad_norm) == ({"weight_decay": 0.1}, 2.0)
+        plain = optimizer_config(parse({"weight_decay": 0.1, "max_grad_norm": 2, "ema_decay": 0.9}))
+        assert (plain.arguments, plain.max_grad_norm, plain.ema_decay) == ({"weight_decay": 0.1}, 2.0, 0.9)
+        assert kept_bytes(parse({"ema_decay": 0.9})) == kept_bytes(parse({})) + 4
 
     @pytest.mark.parametrize(("name", "package"), [
         ("AdamW8bit", "bitsandbytes"), ("CAME", "came-pytorch"), ("DAdaptLion", "dadaptation"), ("Prodigy", "prodigyopt"),
@@ -321,6 +376,7 @@ class TestChoosing:
          "text_encoder_lr"),
         ({"lr_scheduler": "adafactor"}, "lr_scheduler"),
         ({"lr_scheduler": "adafactor", "optimizer_type": "Adafactor", "optimizer_args": "relative_step=False"}, "lr_scheduler"),
+        ({"optimizer_type": "AdamWScheduleFree", "ema_decay": 0.9}, "ema_decay"),
         ({"optimizer_type": "RiemannianAdamW", "optimizer_args": "delta=0"}, "optimizer_args")])
     def test_what_does_not_fit_the_optimizer_is_refused_by_name(self, values, named, monkeypatch):
         monkeypatch.setattr(Imported, "check", lambda self, arguments: None)  # whether its package is there

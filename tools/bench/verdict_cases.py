@@ -22,8 +22,8 @@ Write = Callable[[list[Entry], Path], None]
 GOOD: dict[str, Value] = {
     "resolution": "128", "num_repeats": 1, "train_batch_size": 1, "network_dim": 16, "network_alpha": 16.0,
     "learning_rate": 1e-3, "optimizer_type": "AdamW", "lr_scheduler": "cosine", "sample_images": False,
-    "validate_every_n_steps": 15}
-"""The settings of the good run; what they do not name has its default."""
+    "validate_every_n_steps": 15, "save_every_n_epochs": 0}
+"""The settings of the good run; what they do not name has its default. Saves would be measured too, and there are few steps."""
 STEPS, SHORT, LONG = 120, 60, 480
 """Steps of a run, of one in which something shows at once, and of far too long a one. Every 15 steps are measured, as often for
 its length as in a run of usual length; by itself so short a one would be measured twice."""
