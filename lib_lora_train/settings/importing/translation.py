@@ -98,7 +98,7 @@ def _fate(name: str, value: object, *, adopted: kohya.Adopted, values: Mapping[s
         if not kohya.changes_nothing(name, value):
             return "changed", f"read as {name} = {shown(values[name])}"
     if kohya.changes_nothing(name, value):
-        return "unused", "it is off"
+        return "unused", "it changes nothing"
     return "unused", "it has no effect beside the file's other settings"
 
 
