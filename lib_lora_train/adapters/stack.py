@@ -10,16 +10,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lib_lora_train.adapters import file
+from lib_lora_train.adapters.base import merged
 from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.adapters.targets import find_targets, of_keys
 from lib_lora_train.errors import LoraFileError, plain_line
 from lib_lora_train.model.architecture import UNET_COMPONENT
 from lib_lora_train.model.family import FAMILIES
 from lib_lora_train.model.frozen import FrozenModel
-from lib_lora_train.model.ops.layers import Adapter, DeltaAdapter
+from lib_lora_train.model.ops.layers import Adapter, DeltaAdapter, adapted_conv2d, adapted_linear
 from lib_lora_train.model.ops.linear import LoRADelta
+from lib_lora_train.model.ops.weights import Weight, dense
 
 Stack = Mapping[str, Mapping[str, Adapter]]
 """{component: {module: adapter}}, as the sampler takes it."""
@@ -75,8 +78,35 @@ def stacked(stacks: Sequence[Stack]) -> Stack:
         for component, modules in stack.items():
             for module, adapter in modules.items():
                 found.setdefault(component, {}).setdefault(module, []).append(adapter)
-    return {component: {module: adapters[0] if len(adapters) == 1 else SummedDeltas(adapters)
-                        for module, adapters in modules.items()} for component, modules in found.items()}
+    return {component: {module: _together(adapters) for module, adapters in modules.items()}
+            for component, modules in found.items()}
+
+
+def _together(adapters: Sequence[Adapter]) -> Adapter:
+    if len(adapters) == 1:
+        return adapters[0]
+    return SummedDeltas(adapters) if all(isinstance(adapter, DeltaAdapter) for adapter in adapters) else Chained(adapters)
+
+
+class Chained:
+    """Adapters of any kinds beside one layer, as the WebUI applies several: each to the weight with those before it in it; a
+    `LayerAdapter`. It composes a weight at each use, which suits sampling and not training."""
+
+    def __init__(self, adapters: Sequence[Adapter]) -> None:
+        *self._before, self._last = adapters
+
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+        """See `LayerAdapter`."""
+        return adapted_linear(self._last, x, self._merged(weight), bias)
+
+    def conv2d(self, x: Tensor, weight: Weight, bias: Tensor | None, *, stride: int, padding: int) -> Tensor:
+        """See `LayerAdapter`."""
+        return adapted_conv2d(self._last, x, self._merged(weight), bias, stride=stride, padding=padding)
+
+    def _merged(self, weight: Weight) -> Weight:
+        for adapter in self._before:
+            weight = merged(adapter, dense(weight, torch.float32)) if adapter.multiplier else weight
+        return weight
 
 
 class SummedDeltas:
@@ -123,7 +153,7 @@ def _load(model: FrozenModel, lora: WeightedLora) -> Stack:
         made_for = file.recognise(read.tensors, read.metadata)
         other = made_for not in (None, family.name)
         raise LoraFileError(
-            f"{lora.path.name} cannot be used", remedy=f"choose a plain LoRA for {family.title}",
+            f"{lora.path.name} cannot be used", remedy=f"choose a LoRA for {family.title}",
             why=f"it is for {FAMILIES[made_for].title}, and the model is {family.title}" if other else
             (error.why or error.what)) from error
     network.freeze(model.components)

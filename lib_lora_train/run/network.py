@@ -15,6 +15,7 @@ from lib_lora_train.events import Report, Warned
 from lib_lora_train.model.architecture import Architecture
 from lib_lora_train.model.fingerprint import not_finite
 from lib_lora_train.model.frozen import FrozenModel
+from lib_lora_train.run.optimizing import check_network
 from lib_lora_train.run.planning import RunPlan
 from lib_lora_train.run.selection import select, targets_of_file
 from lib_lora_train.settings import Settings, named, no_effect
@@ -47,14 +48,15 @@ class InitialWeights:
 
 
 def build_network(settings: Settings, model: FrozenModel, weights: InitialWeights, *, report: Report) -> AdapterNetwork:
-    """The network on the model's device; parts that are not to be trained are frozen. Raises LoraFileError."""
+    """The network on the model's device; parts that are not to be trained are frozen. Raises LoraFileError, and
+    SettingError where the optimizer cannot train it."""
     chosen, seed, family = settings.network, settings.optimizer.seed, model.architecture.family
     train_text = not chosen.network_train_unet_only
     with translated("making the LoRA's layers"):
         if weights.tensors is None:
             selected = select(chosen, model.components, family=family)
             network = AdapterNetwork.build(selected.targets, rank=chosen.network_dim, alpha=chosen.network_alpha, seed=seed,
-                                           sizes=selected.sizes)
+                                           sizes=selected.sizes, kind=selected.kind)
         else:
             targets = targets_of_file(chosen, model.components, family=family, keys=weights.tensors)
             network = AdapterNetwork.continued(targets, weights.tensors, seed=seed)
@@ -64,7 +66,10 @@ def build_network(settings: Settings, model: FrozenModel, weights: InitialWeight
             network.freeze({component for component in model.components if component != "unet"})
         if not settings.rates[0]:
             network.freeze({"unet"})
-        return network.to(model.device)
+        check_network(settings, network)
+        network = network.to(model.device)
+        network.begin_at(model.components, network.layers if weights.tensors is None else network.fresh)
+        return network
 
 
 def check_sizes(plan: RunPlan, model: FrozenModel) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 
 from lib_lora_train.adapters.flat import FlatWeights
+from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.errors import SettingError
 from lib_lora_train.settings import DECLARATIONS, Settings, named, no_effect
 from lib_lora_train.settings.arguments import arguments_of
 from lib_lora_train.settings.kohya import default_weight_decay
 from lib_lora_train.training.optimizer_kinds import Arguments, Imported, Traits, knows_weight_decay
-from lib_lora_train.training.optimizers import OptimizerConfig, RunOptimizer, spec_of
+from lib_lora_train.training.optimizers import OptimizerConfig, RunOptimizer, check_rates, spec_of
 from lib_lora_train.training.schedules import ScheduleConfig
 
 _LEAST_FACTOR = 0.1  # sd-scripts warns at this learning rate and below of optimizers that find the rate themselves
@@ -66,9 +67,7 @@ def check_optimizer(settings: Settings, *, built: bool = False) -> None:
         low = "text_encoder_lr" if settings.rates[1] == min(rates) else "unet_lr" if chosen.unet_lr else "learning_rate"
         raise SettingError(f"{named(low)} = {min(rates):g} is too low for {config.name}", why="it finds the learning rate "
                            "itself, and the one that is set multiplies it", remedy=f"set {low} to 1")
-    if traits.one_rate and len(set(rates)) > 1:
-        raise SettingError(f"{config.name} needs one learning rate for all parts", why=f"the UNet's is {rates[0]:g} and the "
-                           f"text encoder's {rates[1]:g}", remedy=f"set {named('text_encoder_lr')} to {rates[0]:g} too")
+    check_rates(traits, rates, config.name)
     if chosen.lr_scheduler == "adafactor" and not traits.own_rate:
         raise SettingError(f"{named('lr_scheduler')} = adafactor is not possible with {config.name}", why="it is the learning "
                            "rate that Adafactor chooses with relative_step",
@@ -100,6 +99,14 @@ def check_optimizer_device(settings: Settings, device: torch.device) -> None:
     if traits_of(settings).cuda_only and device.type != "cuda":
         raise SettingError(f"{named('optimizer_type')} = {settings.optimizer.optimizer_type} is not possible on the device "
                            f"{device.type!r}", why="it needs a CUDA GPU", remedy="choose AdamW")
+
+
+def check_network(settings: Settings, network: AdapterNetwork) -> None:
+    """Raise SettingError where the optimizer trains pairs of matrices, and the network has none that are trained."""
+    trained = [pair for pair in network.pairs() if all(weight.requires_grad for weight in pair)]
+    if traits_of(settings).needs_pairs and not trained:
+        raise SettingError(f"{named('optimizer_type')} = {settings.optimizer.optimizer_type} is not possible", why="it trains "
+                           "the two matrices of a LoRA, which this kind of network does not have", remedy="choose AdamW")
 
 
 def ignored_by_optimizer(settings: Settings) -> list[str]:

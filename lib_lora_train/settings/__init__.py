@@ -167,9 +167,9 @@ def ignored(settings: Settings) -> list[str]:
         unused(f"{named('unet_lr')} takes its place", "learning_rate")
     if now["network_weights"]:
         unused(f"it is taken from the LoRA that is continued, {named('network_weights')}", "network_dim", "network_alpha",
-               "network_targets", "conv_dim", "conv_alpha")
+               "network_module", "dora_wd", "network_targets", "conv_dim", "conv_alpha", "factor", "full_matrix")
     else:
-        _unused_of_convolutions(now, unused)
+        _unused_of_network(now, unused)
     if now["network_train_unet_only"]:
         unused(f"only the UNet is trained, {named('network_train_unet_only')}", "text_encoder_lr")
     if not now["reg_data_dir"]:
@@ -225,7 +225,9 @@ def _ignored_of_loss(now: Mapping[str, Value], unused: Callable[..., None]) -> N
         unused(f"{named('preservation')} is {kind}", "dco_beta")
 
 
-def _unused_of_convolutions(now: Mapping[str, Value], unused: Callable[..., None]) -> None:
+def _unused_of_network(now: Mapping[str, Value], unused: Callable[..., None]) -> None:
+    if now["network_module"] != "LoKr":
+        unused(f"the network is a {now['network_module']}, {named('network_module')}", "factor", "full_matrix")
     if now["network_targets"] not in ("attention and feed-forward", "attention and convolutions"):
         unused(f"no convolution is among the layers, {named('network_targets')} = {now['network_targets']}", "conv_dim",
                "conv_alpha")
@@ -235,6 +237,9 @@ def _unused_of_convolutions(now: Mapping[str, Value], unused: Callable[..., None
 
 def _check(settings: Settings) -> None:
     dataset = settings.dataset
+    if settings.network.network_module == "OFT" and settings.network.dora_wd:
+        raise SettingError(f"{named('dora_wd')} is not possible with {named('network_module')} = OFT",
+                           why="a rotation changes no length", remedy="switch it off, or choose LoRA")
     if settings.network.network_targets == "text encoder" and settings.network.network_train_unet_only:
         raise SettingError("Nothing would be trained", why=f"{named('network_targets')} is the text encoder, and "
                            f"{named('network_train_unet_only')} leaves it as it is",

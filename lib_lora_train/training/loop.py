@@ -110,8 +110,8 @@ class Progress:
     @contextlib.contextmanager
     def weights(self) -> Iterator[Mapping[str, Tensor]]:
         """The LoRA's tensors as they are to be saved, under the names of its file, until the block is left."""
-        self._optimizer.set_training(False)
         try:
+            self._optimizer.set_training(False)
             yield self._network.state_dict()
         finally:
             self._optimizer.set_training(True)
