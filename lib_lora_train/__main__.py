@@ -333,8 +333,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--data", default="", help=named("train_data_dir"))
     train.add_argument("--name", default="", help=named("output_name"))
     train.add_argument("--output-dir", default="", help=named("output_dir"))
-    train.add_argument("--config", type=user_path, help="a file of settings: TOML of ours, of kohya's scripts, "
-                       "of lora-scripts or LoRA Easy, JSON of kohya_ss or OneTrainer, or a LoRA that was trained so")
+    train.add_argument("--config", type=user_path, help="a file of settings, another program's too, or a LoRA")
     train.add_argument("--preset", default="", help="settings for a purpose: the name of a preset, or its file")
     train.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="one setting; may be repeated")
     train.add_argument("--json", action="store_true", help="one JSON event a line instead of a progress bar")

@@ -48,7 +48,7 @@ def add_routes(gate: Gate, host: Paths) -> None:
     """Add them, on the host's folders."""
     folder = host.presets_folder
 
-    def asked(data: Mapping[str, Any]) -> SettingsRequest:
+    def request_of(data: Mapping[str, Any]) -> SettingsRequest:
         return validated(SettingsRequest, data)
 
     async def receive(request: Request) -> object:
@@ -57,26 +57,32 @@ def add_routes(gate: Gate, host: Paths) -> None:
             received += part
             if len(received) > _LARGEST_FILE:
                 raise Refused(413, f"A file of settings is not larger than {_LARGEST_FILE >> 20} MiB.")
-        name = asked(request.query_params).name or "settings.toml"
+        name = request_of(request.query_params).name or "settings.toml"
         return (await run_in_threadpool(import_bytes, bytes(received), name=name)).to_json()
 
-    def delete(body: Mapping[str, Any]) -> dict[str, str]:
-        presets.delete_preset(asked(body).name, folder)
+    def download(body: Mapping[str, Any]) -> Response:
+        return _toml(write_toml(flat(parse(request_of(body).settings))).encode("utf-8", "replace"), "settings")
+
+    def save(body: Mapping[str, Any]) -> dict[str, object]:
+        return _told(presets.save_preset(request_of(body).name, request_of(body).settings, folder))
+
+    def rename(body: Mapping[str, Any]) -> dict[str, object]:
+        return _told(presets.rename_preset(request_of(body).name, request_of(body).to, folder))
+
+    def delete(body: Mapping[str, Any]) -> dict[str, object]:
+        presets.delete_preset(request_of(body).name, folder)
         return {}
 
     gate.add_upload("settings/read", receive, "What a file of settings, or a LoRA, says")
-    gate.add("POST", "settings/file", lambda _, body: _toml(write_toml(flat(parse(asked(body).settings))).encode(), "settings"),
-             "Settings as a TOML file")
-    gate.add("GET", "settings/file", lambda query, _: _of_run(asked(query).run, host), "A run's settings as a TOML file")
+    gate.add("POST", "settings/file", lambda _, body: download(body), "Settings as a TOML file")
+    gate.add("GET", "settings/file", lambda query, _: _of_run(request_of(query).run, host), "A run's settings as a TOML file")
     gate.add("GET", "presets", lambda *_: {"presets": [
         {"name": p.name, "description": p.description, "version": p.version, "own": p.own} for p in presets.offered(folder)]},
         "Every preset")
-    gate.add("POST", "presets/save", lambda _, body: _told(presets.save_preset(asked(body).name, asked(body).settings, folder)),
-             "Keep settings as a preset")
-    gate.add("POST", "presets/rename", lambda _, body: _told(presets.rename_preset(asked(body).name, asked(body).to, folder)),
-             "Give a preset another name")
+    gate.add("POST", "presets/save", lambda _, body: save(body), "Keep settings as a preset")
+    gate.add("POST", "presets/rename", lambda _, body: rename(body), "Give a preset another name")
     gate.add("POST", "presets/delete", lambda _, body: delete(body), "Delete a preset of one's own")
-    gate.add("GET", "presets/file", lambda query, _: _of_preset(presets.find_preset(asked(query).name, folder)),
+    gate.add("GET", "presets/file", lambda query, _: _of_preset(presets.find_preset(request_of(query).name, folder)),
              "A preset as a TOML file")
 
 

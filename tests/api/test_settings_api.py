@@ -29,8 +29,8 @@ def read(desk: Desk, data: bytes, name: str, headers: dict[str, str] = FILE):
 def test_a_file_is_read_and_each_of_its_names_told(desk: Desk):
     told = read(desk, json.dumps({"LoRA_type": "Standard", "epoch": 3, "nonsense": "<b>"}).encode(), "k.json").json()
     assert (told["program"], told["foreign"], told["values"]["max_train_epochs"]) == ("kohya_ss", True, 3)
-    assert {entry["name"]: entry["kind"] for entry in told["entries"]} == {
-        "LoRA_type": "unused", "epoch": "changed", "nonsense": "refused"}
+    kinds = {entry["name"]: entry["kind"] for entry in told["entries"]}
+    assert kinds.keys() == {"LoRA_type", "epoch", "nonsense"} and (kinds["epoch"], kinds["nonsense"]) == ("changed", "refused")
     assert read(desk, b"lerning_rate = 1", "a.toml").status_code == 400
     assert read(desk, b"\x00", "a.safetensors").status_code == 400
     assert read(desk, b"seed = 1", "a.toml", {"Content-Type": "application/octet-stream"}).status_code == 403
@@ -60,7 +60,8 @@ def test_presets_are_listed_saved_renamed_shared_and_deleted(desk: Desk):
     assert b"network_dim" in desk.get("presets/file?name=Style", PAGE).content
     assert desk.post("presets/delete", {"name": "Ours"}, PAGE).json() == {}
     for name, body in (("presets/delete", {"name": "Ours"}), ("presets/delete", {"name": "Style"}),
-                       ("presets/save", {"name": "../x"}), ("presets/save", {"name": 3}), ("presets/save", {"name": "x", "settings": {"zzz": 1}}),
+                       ("presets/save", {"name": "../x"}), ("presets/save", {"name": 3}),
+                       ("presets/save", {"name": "x", "settings": {"zzz": 1}}),
                        ("presets/rename", {"name": "Style", "to": "x"})):
         assert desk.post(name, body, PAGE).status_code == 400, (name, body)
     assert desk.get("presets/file?name=../../x", PAGE).status_code == 400
