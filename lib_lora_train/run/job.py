@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from lib_lora_train.adapters.network import AdapterNetwork
+from lib_lora_train.adapters.stack import merge_into
 from lib_lora_train.distributed import SINGLE_PROCESS, ProcessGroup
 from lib_lora_train.errors import Interrupted, counted
 from lib_lora_train.events import Finished, Planned, Report, Verdict, Warned, shielded
@@ -34,6 +35,7 @@ from lib_lora_train.run.inputs import batches_of, latents_of, preservation_of, s
 from lib_lora_train.run.measuring import MeasuredImages, Measuring
 from lib_lora_train.run.memory import encoding_budget, memory_plan, place_model
 from lib_lora_train.run.network import InitialWeights, build_network, check_loss, check_sizes, ignored_by
+from lib_lora_train.run.on_top import loras_on_top
 from lib_lora_train.run.optimizing import check_optimizer_device, optimizer_config, schedule_config
 from lib_lora_train.run.planning import RunPlan, plan_dataset
 from lib_lora_train.run.provenance import Provenance
@@ -74,6 +76,8 @@ def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: Initial
         model, settings = frozen_model(leased, plan.settings), plan.settings
         limit = TimeLimit(settings.optimizer.max_train_minutes)
         check_weights(model)
+        on_top = loras_on_top(settings, host, family=model.architecture.family.name)
+        merge_into(model, on_top)
         plan, identity, dtype = _checked(plan, host, leased, model, weights, report=report, stop=stop, group=group,
                                          identified=bool(plan.resume_point or folder or group.world_size > 1))
         network = build_network(settings, model, weights, report=report)
@@ -87,7 +91,7 @@ def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: Initial
         measured = MeasuredImages.of(plan, batches, model, budget=vae_budget, group=group, report=report)
         report = diagnosing = Diagnosing(plan, batches, model, group=group, folder=folder, report=report)
 
-        memory = memory_plan(plan, model, leased, network, dtype=dtype)
+        memory = memory_plan(plan, model, leased, network, dtype=dtype, on_top=on_top)
         _agree_on_dtype(group, memory)
         planned = _planned(plan, leased, memory, dtype=dtype)
         report(planned)
