@@ -43,7 +43,7 @@ def adopted_network(values: Mapping[str, object]) -> tuple[dict[str, object], li
     if kind in _TYPES:
         found["network_module"] = _TYPES[kind]
         became.append(f"LoRA_type = {found.pop('LoRA_type')} is read as network_module = {_TYPES[kind]}")
-    _adopt_base_weights(found, became)
+    _adopt_merged_loras(found, became)
     given = _arguments(found.pop("network_args", None))
     arguments = {_RENAMED.get(name, name): value for name, value in given.items()}
     if lycoris:
@@ -64,7 +64,7 @@ def adopted_network(values: Mapping[str, object]) -> tuple[dict[str, object], li
     return found, became
 
 
-def _adopt_base_weights(found: dict[str, object], became: list[str]) -> None:
+def _adopt_merged_loras(found: dict[str, object], became: list[str]) -> None:
     """kohya's `base_weights`, paths of LoRAs that are merged into the model, each with a multiplier. Ours of that name is the
     number format of the model."""
     paths = found.get("base_weights")
