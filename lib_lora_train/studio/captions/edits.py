@@ -191,12 +191,12 @@ class TruncateTokens(Edit):
         def fits(text: str) -> bool:
             return len(self.tokenizer.encode(text)) <= self.n
 
-        def longest(parts: list[str], joined: Callable[[Iterable[str]], str]) -> str:
+        def longest(parts: list[str], join: Callable[[Iterable[str]], str]) -> str:
             fitting, too_many = 0, len(parts)  # halving: a caption is encoded a few times and not once a tag
             while too_many - fitting > 1:
                 middle = (fitting + too_many) // 2
-                fitting, too_many = (middle, too_many) if fits(joined(parts[:middle])) else (fitting, middle)
-            return joined(parts[:fitting])
+                fitting, too_many = (middle, too_many) if fits(join(parts[:middle])) else (fitting, middle)
+            return join(parts[:fitting])
 
         def change(caption: str) -> str:
             if fits(caption):
