@@ -51,6 +51,8 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
     "Lion": Imported(f"{optimizer_kinds.__name__}.LionOptimizer", known=Traits(accepts_flat=True, state_bytes=4.0)),
     "Lion8bit": Imported("bitsandbytes.optim.lion.Lion8bit", "bitsandbytes",
                          dataclasses.replace(_EIGHT_BIT, state_bytes=1.1)),
+    "PagedLion8bit": Imported("bitsandbytes.optim.lion.PagedLion8bit", "bitsandbytes",
+                              dataclasses.replace(_EIGHT_BIT, state_bytes=1.1)),
     "SGDNesterov": Imported("torch.optim.sgd.SGD", known=Traits(accepts_flat=True, state_bytes=4.0),
                             complete=lambda arguments: {"momentum": 0.9, "nesterov": True, **arguments}),
     "Adafactor": Imported("transformers.optimization.Adafactor", "transformers", varying=_relative, complete=_adafactor),
@@ -60,9 +62,15 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
                            complete=lambda arguments: {"decouple": True, **arguments}),
     "DAdaptLion": Imported("dadaptation.dadapt_lion.DAdaptLion", "dadaptation",
                            dataclasses.replace(_D_ADAPTED, state_bytes=8.0)),
+    "DAdaptAdaGrad": Imported("dadaptation.dadapt_adagrad.DAdaptAdaGrad", "dadaptation",
+                              dataclasses.replace(_D_ADAPTED, state_bytes=16.0)),
+    "DAdaptAdan": Imported("dadaptation.dadapt_adan.DAdaptAdan", "dadaptation",
+                           dataclasses.replace(_D_ADAPTED, state_bytes=20.0)),
     "Prodigy": Imported("prodigyopt.prodigy.Prodigy", "prodigyopt", dataclasses.replace(_D_ADAPTED, state_bytes=16.0)),
     "AdamWScheduleFree": Imported("schedulefree.adamw_schedulefree.AdamWScheduleFree", "schedulefree", _SCHEDULE_FREE),
     "RAdamScheduleFree": Imported("schedulefree.radam_schedulefree.RAdamScheduleFree", "schedulefree", _SCHEDULE_FREE),
+    "SGDScheduleFree": Imported("schedulefree.sgd_schedulefree.SGDScheduleFree", "schedulefree",
+                                dataclasses.replace(_SCHEDULE_FREE, state_bytes=4.0)),
     "ProdigyPlusScheduleFree": Imported(
         "prodigyplus.prodigy_plus_schedulefree.ProdigyPlusScheduleFree", "prodigy-plus-schedule-free",
         Traits(adapts_rate=True), varying=_prodigy_plus),
@@ -110,11 +118,15 @@ class RunOptimizer:
         """`pairs` are A and B of the layers that have them. Raises SettingError where the optimizer does not suit these."""
         self.weights, self.traits, self._max_grad_norm = weights, spec.traits(config.arguments), config.max_grad_norm
         self._rates = {group.name: group.rate for group in weights.groups}
-        trained = set(weights.trained())
+        rate_of = {weight: group.rate for group in weights.groups for _, weight, _ in group.members}
+        pairs = [pair for pair in pairs if rate_of.keys() >= set(pair)]
+        if self.traits.needs_pairs and any(rate_of[down] != rate_of[up] for down, up in pairs):
+            raise SettingError(f"{named('optimizer_type')} = {config.name} and LoRA+ exclude each other", why="both make up "
+                               "for the different sizes of a LoRA's two matrices", remedy="switch LoRA+ off, or choose AdamW")
         check_rates(self.traits, [group.rate for group in weights.groups], config.name)
         self.optimizer = spec.build(
             [{"name": group.name, "lr": group.rate, "params": self._parameters(group)} for group in weights.groups],
-            arguments=config.arguments, pairs=[pair for pair in pairs if trained.issuperset(pair)])
+            arguments=config.arguments, pairs=pairs)
         self._built = tuple(dict(group) for group in self.optimizer.param_groups)
         self._trained_values: Tensor | None = None
         self._average = MovingAverage(weights.values, decay=config.ema_decay) if config.ema_decay else None

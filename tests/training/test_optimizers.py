@@ -32,8 +32,7 @@ from lib_lora_train.training.schedules import ScheduleConfig, learning_rate_fact
 
 CONSTANT, RANK = ScheduleConfig("constant"), 4
 SHAPES = ((RANK, 40), (36, RANK), (RANK, 6, 3, 3), (36, RANK))  # A, B; A and B of a convolution
-PACKAGES = {"CAME": "came_pytorch", "DAdaptAdam": "dadaptation", "DAdaptLion": "dadaptation", "Prodigy": "prodigyopt",
-            "AdamWScheduleFree": "schedulefree", "RAdamScheduleFree": "schedulefree", "ProdigyPlusScheduleFree": "prodigyplus"}
+PACKAGES = {name: spec.class_name.partition(".")[0] for name, spec in OPTIMIZERS.items() if getattr(spec, "package", "")}
 CASES = [(name, {}) for name in OPTIMIZERS if "8bit" not in name] + [
     ("Adafactor", {"relative_step": False, "scale_parameter": False, "beta1": 0.9}), ("Prodigy", {"slice_p": 11}),
     ("AdamW", {"amsgrad": True}), ("ProdigyPlusScheduleFree", {"use_schedulefree": False, "factored": False}),
@@ -184,6 +183,13 @@ def test_riemannian_adamw_needs_the_two_matrices():
     with pytest.raises(SettingError):
         check_network(settings, network)
     check_network(parse({}), network)
+
+
+def test_riemannian_adamw_and_two_rates_for_a_pair_exclude_each_other():
+    a, b, *_ = weights()
+    flat = FlatWeights([{"name": "a", "params": [a], "lr": 0.1}, {"name": "b", "params": [b], "lr": 1.6}])
+    with pytest.raises(SettingError):
+        RunOptimizer(flat, spec_of("RiemannianAdamW"), OptimizerConfig("RiemannianAdamW"), pairs=[(a, b)])
 
 
 @pytest.mark.parametrize("name", ["AdamWScheduleFree", "RAdamScheduleFree", "ProdigyPlusScheduleFree"])
