@@ -129,7 +129,7 @@ def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: Initial
 
 
 def _model_on_top(plan: RunPlan, host: Host, leased: LeasedModel) -> tuple[FrozenModel, tuple[WeightedLora, ...]]:
-    """The leased model with the LoRAs in it that are trained on top of, and those. Raises UserError where one cannot be used."""
+    """The leased model with the LoRAs in it that are trained on top of, and those. Raises UserError where one does not fit."""
     model = frozen_model(leased, plan.settings)
     check_weights(model)
     on_top = loras_on_top(plan.settings, host, family=model.architecture.family.name)

@@ -193,11 +193,11 @@ def ignored(settings: Settings) -> list[str]:
         unused(f"{named('sample_every_n_epochs')} takes its place", "sample_every_n_steps")
     if now["max_train_steps"]:
         unused(f"{named('max_train_steps')} says when to end", "max_train_epochs")
-    _ignored_of_loss(now, unused)
+    _ignored_of_loss(now, unused, masked=any(each.masks.masked_loss or each.masks.alpha_mask for each in subsets))
     return [no_effect(name, why) for name, why in found]
 
 
-def _ignored_of_loss(now: Mapping[str, Value], unused: Callable[..., None]) -> None:
+def _ignored_of_loss(now: Mapping[str, Value], unused: Callable[..., None], *, masked: bool) -> None:
     """The part of `ignored` that is about loss, noise, masks and preservation."""
     if now["loss_type"] not in ("huber", "smooth_l1"):
         unused(f"the loss is {now['loss_type']}", "huber_schedule", "huber_c", "huber_scale")
@@ -211,7 +211,7 @@ def _ignored_of_loss(now: Mapping[str, Value], unused: Callable[..., None]) -> N
         unused(f"there is no {named('ip_noise_gamma')}", "ip_noise_gamma_random_strength")
     if not now["masked_loss"]:
         unused(f"{named('masked_loss')} is off", "conditioning_data_dir")
-    if not (now["masked_loss"] or now["alpha_mask"]):
+    if not masked:
         unused(f"neither {named('masked_loss')} nor {named('alpha_mask')} is on", "unmasked_weight",
                "masked_prior_preservation_weight")
     kind = now["preservation"]
