@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lib_lora_train.adapters.base import Adapter, AdapterKind, OfWeight
 from lib_lora_train.adapters.dora import DoRA
+from lib_lora_train.adapters.dropout import DropoutKeys, DropoutRates, DroppedLayer
 from lib_lora_train.adapters.flat import FlatWeights
 from lib_lora_train.adapters.loha import LoHa
 from lib_lora_train.adapters.lokr import LoKr
@@ -40,6 +41,7 @@ class AdapterNetwork:
 
     layers    {key: adapter}
     fresh     keys of layers that the file to continue from did not hold; () for a new network
+    dropout   what is left out in training, as long as `dropout_keys` has keys
     """
 
     def __init__(self, targets: Sequence[Target], layers: Mapping[str, Adapter], *, kind: AdapterKind = DEFAULT_KIND,
@@ -50,6 +52,8 @@ class AdapterNetwork:
         self.kind = kind
         self.fresh = fresh
         self._flat: FlatWeights | None = None
+        self._rate_factors: dict[nn.Parameter, float] = {}
+        self.dropout, self.dropout_keys = DropoutRates(), DropoutKeys()
 
     @classmethod
     def build(cls, targets: Sequence[Target], *, rank: int, alpha: float, seed: int, kind: AdapterKind = DEFAULT_KIND,
@@ -102,6 +106,16 @@ class AdapterNetwork:
             result.setdefault(target.component, {})[target.module] = self.layers[target.key]
         return result
 
+    def training_adapters(self) -> dict[str, dict[str, Adapter]]:
+        """As `adapters`, with what is left out at random while there are keys (see `dropout.py`)."""
+        if not self.dropout:
+            return self.adapters()
+        result: dict[str, dict[str, Adapter]] = {}
+        for number, target in enumerate(self.targets):
+            result.setdefault(target.component, {})[target.module] = DroppedLayer(
+                self.layers[target.key], self.dropout, self.dropout_keys, number=number)
+        return result
+
     def parameters(self, components: Collection[str] | None = None) -> list[nn.Parameter]:
         """All trainable weights in a fixed order, or those of the named components."""
         return [parameter for target in self.targets if components is None or target.component in components
@@ -112,15 +126,33 @@ class AdapterNetwork:
         sides = [(getattr(layer, "down", None), getattr(layer, "up", None)) for layer in self.layers.values()]
         return [(down, up) for down, up in sides if isinstance(down, nn.Parameter) and isinstance(up, nn.Parameter)]
 
+    def set_rate_factors(self, of_layers: Mapping[str, float], *, up: tuple[float, float] = (1.0, 1.0)) -> None:
+        """Multiply the learning rates of layers, by their keys, and those of the second matrices of the UNet's and of the text
+        encoders' pairs (LoRA+, Hayou et al. 2024, arXiv 2402.12354). A layer at 0 is frozen."""
+        for target in self.targets:
+            layer, factor = self.layers[target.key], of_layers.get(target.key, 1.0)
+            second = getattr(getattr(layer, "inner", layer), "up", None)
+            for parameter in layer.parameters():
+                ratio = up[target.component != UNET_COMPONENT] if parameter is second else 1.0
+                self._rate_factors[parameter] = factor * ratio
+                if not factor:
+                    parameter.requires_grad_(False)
+
     def parameter_groups(self, unet_lr: float, text_encoder_lr: float) -> list[dict[str, object]]:
-        """torch's parameter groups with a "name": "unet", then "text_encoder".
+        """torch's parameter groups with a "name": "unet", then "text_encoder", and further ones for weights of a part that have
+        another rate (see `set_rate_factors`).
 
         A part whose rate is 0 or that has no layer gets no group; `freeze` it to spare its gradients.
         """
         text = {target.component for target in self.targets} - {UNET_COMPONENT}
-        parts = [("unet", {UNET_COMPONENT}, unet_lr), ("text_encoder", text, text_encoder_lr)]
-        groups = [{"name": name, "params": self.parameters(components), "lr": lr} for name, components, lr in parts]
-        return [group for group in groups if group["params"] and group["lr"]]
+        groups: list[dict[str, object]] = []
+        for name, components, rate in (("unet", {UNET_COMPONENT}, unet_lr), ("text_encoder", text, text_encoder_lr)):
+            by_factor: dict[float, list[nn.Parameter]] = {}
+            for parameter in self.parameters(components) if rate else ():
+                by_factor.setdefault(self._rate_factors.get(parameter, 1.0), []).append(parameter)
+            groups += [{"name": name if not number else f"{name} × {factor:g}", "params": parameters, "lr": rate * factor}
+                       for number, (factor, parameters) in enumerate(by_factor.items())]
+        return [group for group in groups if group["lr"]]
 
     def freeze(self, components: Collection[str]) -> None:
         """Keep these components as they are: applied and saved, but never given a gradient."""
@@ -142,6 +174,11 @@ class AdapterNetwork:
         self._flat = FlatWeights(self.parameter_groups(unet_lr, text_encoder_lr), dtype=dtype)
         self.rebind()
         return self._flat
+
+    def refresh(self) -> None:
+        """Bring the copies that are computed with up to date, after a change of the weights."""
+        if self._flat is not None:
+            self._flat.refresh()
 
     def stored(self) -> list[Tensor]:
         """All that takes memory, before and after `flatten`. Who moves it, in place, calls `rebind` afterwards."""
