@@ -14,7 +14,7 @@ from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.run.optimizing import optimizer_name
 from lib_lora_train.run.planning import RunPlan
 from lib_lora_train.settings import flat, resolution_of
-from lib_lora_train.settings.dataset_config import SubsetSettings
+from lib_lora_train.settings.dataset_config import SubsetSettings, subsets_of
 
 
 class Provenance:
@@ -61,6 +61,9 @@ class Provenance:
         optimizer = self._plan.settings.optimizer
         values["unet_lr"] = optimizer.unet_lr or optimizer.learning_rate
         values["text_encoder_lr"] = None if self._plan.settings.network.network_train_unet_only else optimizer.text_encoder_lr
+        # Of folders with words of their own all are told.
+        triggers = dict.fromkeys(subset.dataset.trigger_word for subset in subsets_of(self._plan.settings))
+        values["trigger_word"] = ", ".join(filter(None, triggers))
         values["debiased_estimation"] = values["debiased_estimation_loss"]
         for name in ("network_dropout", "scale_weight_norms", "min_snr_gamma", "noise_offset", "adaptive_noise_scale",
                      "multires_noise_iterations", "ip_noise_gamma"):
