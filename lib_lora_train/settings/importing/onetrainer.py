@@ -81,7 +81,8 @@ def _loss(given: Mapping[str, Any]) -> Computed:
     for name, target in (("min_noising_strength", "min_timestep"), ("max_noising_strength", "max_timestep")):
         if name in given:
             yield target, round(1000 * float(given[name])), (name,)
-    if given.get("timestep_distribution") == "LOGIT_NORMAL" and not given.get("noising_bias") and not given.get("noising_weight"):
+    normal = not (given.get("noising_bias") or given.get("noising_weight"))
+    if normal and given.get("timestep_distribution") == "LOGIT_NORMAL":
         yield "timestep_distribution", "sigmoid", ("timestep_distribution",)
     if given.get("masked_training"):
         yield "unmasked_weight", given.get("unmasked_weight", 0.1), ("unmasked_weight",)
