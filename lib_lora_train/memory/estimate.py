@@ -57,6 +57,7 @@ class Workload:
     encoded             images that the VAE encodes together in front of each step; 0 where latents are cached
     sampled             (width, height) of the largest image that is sampled between steps; None where none is
     optimizer_bytes     that the optimizer keeps for each weight of the adapters
+    merged              bytes of copies of weights that other LoRAs are merged into
     """
 
     width: int
@@ -70,6 +71,7 @@ class Workload:
     encoded: int = 0
     sampled: tuple[int, int] | None = None
     optimizer_bytes: float = 8.0
+    merged: int = 0
 
     @property
     def parameters(self) -> int:
@@ -118,7 +120,8 @@ def blocks_of(tensors: Mapping[str, Tensor], architecture: Architecture, workloa
     """The step's blocks in the order of forward; of `tensors` (checkpoint names) only shapes and dtypes are used. Takes about
     a second for SD1 and two for SDXL, once for the same shapes and workload."""
     shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in tensors.items())
-    return _blocks_of(shapes, architecture, dataclasses.replace(workload, encoded=0, sampled=None, optimizer_bytes=0.0))
+    return _blocks_of(shapes, architecture,
+                      dataclasses.replace(workload, encoded=0, sampled=None, optimizer_bytes=0.0, merged=0))
 
 
 @functools.lru_cache(maxsize=64)  # the page asks at every change, mostly of something else, and the run asks again

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from lib_lora_train.adapters.network import AdapterNetwork
+from lib_lora_train.adapters.stack import WeightedLora, merge_into
 from lib_lora_train.distributed import SINGLE_PROCESS, ProcessGroup
 from lib_lora_train.errors import Interrupted, counted
 from lib_lora_train.events import Finished, Planned, Report, Verdict, Warned, shielded
@@ -34,6 +35,7 @@ from lib_lora_train.run.inputs import batches_of, latents_of, preservation_of, s
 from lib_lora_train.run.measuring import MeasuredImages, Measuring
 from lib_lora_train.run.memory import encoding_budget, memory_plan, place_model
 from lib_lora_train.run.network import InitialWeights, build_network, check_loss, check_sizes, ignored_by
+from lib_lora_train.run.on_top import loras_on_top
 from lib_lora_train.run.optimizing import check_optimizer_device, optimizer_config, schedule_config
 from lib_lora_train.run.planning import RunPlan, plan_dataset
 from lib_lora_train.run.provenance import Provenance
@@ -71,9 +73,8 @@ def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: Initial
                 save_now: Callable[[], bool]) -> Finished:
     """What needs the model. All that is made here is freed before the model goes back, so that it finds its memory free."""
     with contextlib.ExitStack() as at_end:
-        model, settings = frozen_model(leased, plan.settings), plan.settings
-        limit = TimeLimit(settings.optimizer.max_train_minutes)
-        check_weights(model)
+        model, on_top = _model_on_top(plan, host, leased)
+        settings, limit = plan.settings, TimeLimit(plan.settings.optimizer.max_train_minutes)
         plan, identity, dtype = _checked(plan, host, leased, model, weights, report=report, stop=stop, group=group,
                                          identified=bool(plan.resume_point or folder or group.world_size > 1))
         network = build_network(settings, model, weights, report=report)
@@ -87,7 +88,7 @@ def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: Initial
         measured = MeasuredImages.of(plan, batches, model, budget=vae_budget, group=group, report=report)
         report = diagnosing = Diagnosing(plan, batches, model, group=group, folder=folder, report=report)
 
-        memory = memory_plan(plan, model, leased, network, dtype=dtype)
+        memory = memory_plan(plan, model, leased, network, dtype=dtype, on_top=on_top)
         _agree_on_dtype(group, memory)
         planned = _planned(plan, leased, memory, dtype=dtype)
         report(planned)
@@ -112,20 +113,28 @@ def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: Initial
         diagnosing.ask(network, text, dtype=dtype)
         measuring.begin(continued=bool(weights.name))
         prefetcher = at_end.enter_context(Prefetcher(batches, last_epoch=plan.schedule.epochs))
-        norms = [ScaleWeightNorms(network, largest)] if (largest := settings.network.scale_weight_norms) else []
+        norms = ScaleWeightNorms(network, settings.network.scale_weight_norms)
         with saver.rescue():
             progress = train(model, network=network, epoch_batches=prefetcher.epoch, condition=text.condition, config=config,
                              report=report, resumed=weights.state, group=group,
-                             callbacks=[StopCallback(stop), limit, pause, *norms, samples, memory_meter, saver, measuring])
+                             callbacks=[StopCallback(stop), limit, pause, norms, samples, memory_meter, saver, measuring])
             verdict = probe.verdict(progress)
-        for each in norms:
-            each.tell(report)
+        norms.tell(report)
         finished = _finished(plan, saver, progress, verdict=verdict, stop=stop, group=group, measuring=measuring,
                              diagnosing=diagnosing, ended=measuring.stopped or limit.stopped)
         samples.end(progress)
         # While the model is still ours: a host that had merged an older file of this name must forget it.
         host.refresh_loras()
         return finished
+
+
+def _model_on_top(plan: RunPlan, host: Host, leased: LeasedModel) -> tuple[FrozenModel, tuple[WeightedLora, ...]]:
+    """The leased model with the LoRAs in it that are trained on top of, and those. Raises UserError where one does not fit."""
+    model = frozen_model(leased, plan.settings)
+    check_weights(model)
+    on_top = loras_on_top(plan.settings, host, family=model.architecture.family.name)
+    merge_into(model, on_top)
+    return model, on_top
 
 
 def _checked(plan: RunPlan, host: Host, leased: LeasedModel, model: FrozenModel, weights: InitialWeights, *, report: Report,

@@ -126,6 +126,9 @@ LYCORIS = {"network_module": "lycoris.kohya", "network_dim": 8, "network_alpha":
      {"block_dims": "1,2", "down_lr_weight": "cosine+.25", "loraplus_lr_ratio": 4.0, "rank_dropout": 0.1}),
     ({**LYCORIS, "network_args": ["algo=locon", "dropout=0.2", "module_dropout=0.1", "rs_lora=True"]},
      {"network_dropout": 0.2, "module_dropout": 0.1, "rs_lora": True}),
+    ({"network_module": "networks.lora", "base_weights": ["a.safetensors", "b.safetensors"], "base_weights_multiplier": [0.5]},
+     {"train_on_top_of": "a.safetensors:0.5, b.safetensors:1"}),
+    ({"base_weights": "fp8"}, {"train_on_top_of": ""}),
     ({"LoRA_type": "LyCORIS/LoKr", "factor": -1, "LyCORIS_preset": "attn-only", "conv_dim": 2, "network_dim": 8},
      {"network_module": "LoKr", "factor": -1, "network_targets": "attention", "conv_dim": 2})])
 def test_networks_in_kohyas_and_lycoris_words_are_understood(values, expected):
