@@ -23,6 +23,7 @@ from lib_lora_train.run.diagnostics import Private, bundle, remember_log
 from lib_lora_train.run.record import RunRecord
 from lib_lora_train.run.runner import Runner
 from lib_lora_train.settings import parse
+from lib_lora_train.settings.toml import write_toml
 from tests.fake_host import FakeHost, images
 from tests.jobs import plan_of
 
@@ -132,6 +133,23 @@ def test_folders_are_found_as_json_toml_and_another_system_spell_them():
     for spelt in (folder, json.dumps(folder)[1:-1], folder.replace("/", "\\"), folder.replace("/", "\\\\"),
                   "/Users/jose\u0301/bilder", repr(folder)[1:-1]):
         assert private.replaced(f"a {spelt} b {spelt}/c/d.txt!") == "a <x> b <x>", spelt
+
+
+def test_folders_that_a_dataset_config_names_are_private():
+    config = """[[datasets]]
+    [[datasets.subsets]]
+    image_dir = "/mnt/my data/cats"
+    [[datasets.subsets]]
+    image_dir = 'C:\\my pictures\\dogs'
+    [[datasets.subsets]]
+    image_dir = "D:\\\\some where\\\\mice"
+    """
+    private = Private.of({"dataset_config": config}, host=None, run=None)
+    for text in (config, write_toml({"dataset_config": config}), json.dumps({"dataset_config": config})):
+        told = private.replaced(text)
+        assert told.count("<image_dir>") == 3 and not any(word in told for word in (
+            "my data", "cats", "pictures", "dogs", "where", "mice"))
+    assert Private.of({"dataset_config": "[["}, host=None, run=None).replaced("[[") == "[["
 
 
 def test_a_long_run_and_a_damaged_one_make_a_small_zip(tmp_path: Path, home: Path):
