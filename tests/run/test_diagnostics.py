@@ -53,7 +53,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def failed_run(host: FakeHost, data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run that failed in many words, as they come: in events, in a traceback, in the log, in settings."""
-    def job(settings, host, *, report, stop, sample_now, save_now, folder=None):
+    def job(settings, host, *, report, stop, sample_now, save_now, paused, folder=None):
         report(events.Planned(3, 1, 1, 1, 9, f"pictures of {data}", "64×64", "base", 1))
         report(events.Warned(f"Skipped: The picture {data / '1 anna.png'} cannot be used: it is damaged."))
         report(events.Warned(f"2 picture(s) have no caption: anna.png, {USER}.jpg."))
@@ -163,7 +163,7 @@ def test_a_long_run_and_a_damaged_one_make_a_small_zip(tmp_path: Path, home: Pat
 
 
 def test_our_own_refusals_keep_where_they_came_from_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def job(settings, host, *, report, stop, sample_now, save_now, folder=None):
+    def job(settings, host, *, report, stop, sample_now, save_now, paused, folder=None):
         raise HostError("The model is gone")
     monkeypatch.setattr(runner_module, "run_job", job)
     host, runner = FakeHost(tmp_path), Runner()
