@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from lib_lora_train.adapters import file
+from lib_lora_train.adapters.embedding import WordVectors, together
 from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.adapters.targets import find_targets, of_keys
 from lib_lora_train.errors import LoraFileError, plain_line
@@ -64,7 +65,7 @@ def find_lora(tag: LoraTag, folder: Path) -> WeightedLora:
 
 def load_stack(model: FrozenModel, loras: Sequence[WeightedLora]) -> Stack:
     """What the LoRAs together add to `model`, on its device: where several change a layer, the sum. A LoRA at weight 0
-    changes nothing. Raises LoraFileError for a file that cannot be read or does not fit the model."""
+    changes no layer; the vectors of its words stand for them at any weight, as in the WebUI. Raises LoraFileError for a file that cannot be read or does not fit the model."""
     return stacked([_load(model, lora) for lora in loras])
 
 
@@ -75,8 +76,14 @@ def stacked(stacks: Sequence[Stack]) -> Stack:
         for component, modules in stack.items():
             for module, adapter in modules.items():
                 found.setdefault(component, {}).setdefault(module, []).append(adapter)
-    return {component: {module: adapters[0] if len(adapters) == 1 else SummedDeltas(adapters)
-                        for module, adapters in modules.items()} for component, modules in found.items()}
+    return {component: {module: _together(adapters) for module, adapters in modules.items()}
+            for component, modules in found.items()}
+
+
+def _together(adapters: Sequence[Adapter]) -> Adapter:
+    if len(adapters) == 1:
+        return adapters[0]
+    return together(adapters) if isinstance(adapters[0], WordVectors) else SummedDeltas(adapters)
 
 
 class SummedDeltas:
@@ -127,9 +134,6 @@ def _load(model: FrozenModel, lora: WeightedLora) -> Stack:
             why=f"it is for {FAMILIES[made_for].title}, and the model is {family.title}" if other else
             (error.why or error.what)) from error
     network.freeze(model.components)
-    stack: dict[str, dict[str, Adapter]] = {}
     for target in targets:
-        layer = network.layers[target.key]
-        layer.multiplier = lora.unet_weight if target.component == UNET_COMPONENT else lora.text_weight
-        stack.setdefault(target.component, {})[target.module] = layer
-    return stack
+        network.layers[target.key].multiplier = lora.unet_weight if target.component == UNET_COMPONENT else lora.text_weight
+    return network.adapters()

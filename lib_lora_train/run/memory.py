@@ -68,7 +68,7 @@ def plan_for(plan: RunPlan, *, tensors: Mapping[str, Tensor], architecture: Arch
         chunks=chunks_in_longest(line for example in plan.dataset.examples for line in example.lines),
         text_checkpointed=memory.gradient_checkpointing,
         encoded=min(memory.vae_batch_size or 1, batch) if settings.encodes_in_steps else 0,
-        optimizer_bytes=kept_bytes(settings),
+        words=settings.network.embedding_vectors if settings.embedding_rate else 0, optimizer_bytes=kept_bytes(settings),
         sampled=max(((p.request.width, p.request.height) for p in plan.prompts), key=math.prod, default=None))
     kept = settings.preservation.preservation
     again = kept in ("dop", "blank")
@@ -125,7 +125,7 @@ def parts_not_needed(settings: Settings, device: torch.device, *, examples: Sequ
     if device.type != "cuda":
         return frozenset()
     parts: dict[Part, bool] = {"vae": not settings.encodes_in_steps,
-                               "text": not settings.rates[1] and known_captions(examples) is not None}
+                               "text": not settings.encodes_text_in_steps and known_captions(examples) is not None}
     return frozenset(part for part, idle in parts.items() if idle)
 
 

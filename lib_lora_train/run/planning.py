@@ -30,6 +30,7 @@ from lib_lora_train.inputs.latent_files import CACHE_FOLDER
 from lib_lora_train.model.family import training_sizes
 from lib_lora_train.model.sampler import SampleRequest
 from lib_lora_train.run.consistency import agree_on_settings
+from lib_lora_train.run.embedding import check_embedding
 from lib_lora_train.run.optimizing import check_optimizer, ignored_by_optimizer, in_steps
 from lib_lora_train.run.output import checked_name, destination
 from lib_lora_train.run.resume import ResumePoint, find, with_recorded_split
@@ -144,6 +145,7 @@ def plan_dataset(settings: Settings, *, family: str, allowed: AllowedPaths | Non
     if not dataset_settings.train_data_dir:
         raise DatasetError("No dataset folder was given", remedy="choose a folder of pictures")
     check_optimizer(settings)  # what is not possible is refused here, before anything is read
+    check_embedding(settings)
     check_family(settings.network, family)
     buckets = functools.lru_cache(maxsize=None)(functools.partial(buckets_for, sizes=training_sizes(family)))
     may_read = allowed.may_read if allowed else None
@@ -218,7 +220,7 @@ def _frozen(plan: RunPlan) -> Settings:
 
 def _varied(settings: Settings, dataset: Dataset) -> list[str]:
     """What captions cost that are too many to be encoded beforehand."""
-    if settings.rates[1] or known_captions(dataset.examples) is not None:
+    if settings.encodes_text_in_steps or known_captions(dataset.examples) is not None:
         return []
     return ["Captions vary from step to step, so each new one is read by the text encoder when its step comes, which stays on "
             "the GPU: about 0.2 GB for SD1, 0.7 GB for SD2, 1.6 GB for SDXL in fp16, and a few hundredths of a second a step."]
