@@ -26,8 +26,7 @@ from lib_lora_train.errors import LoraTrainError, SettingError, UserError, trans
 from lib_lora_train.events import Report, shielded
 from lib_lora_train.run import RUNS_FOLDER
 from lib_lora_train.settings import AREAS, Settings, assignment, declarations, named, parse, user_path
-from lib_lora_train.settings.kohya import adopted
-from lib_lora_train.settings.toml import read_toml
+from lib_lora_train.settings.importing import import_file
 from lib_lora_train.studio.commands.arguments import add_check, add_prepare, add_tag, add_verify
 from lib_lora_train.studio.commands.results import add_results
 
@@ -176,10 +175,12 @@ def failed_together(launch: LaunchEnvironment, message: str, failure: LoraTrainE
 
 
 def _train_settings(chosen: argparse.Namespace) -> tuple[Settings, list[str]]:
-    """What the command line says, over the configuration file, over the run to go on with; and what became of kohya's."""
+    """What the command line says, over the configuration file, over the run to go on with; and what became of the file's."""
     from lib_lora_train.run.resume import find, settings_of
 
-    values, notes = adopted(read_toml(chosen.config)) if chosen.config else ({}, [])
+    imported = import_file(chosen.config) if chosen.config else None
+    values: dict[str, object] = dict(imported.values) if imported else {}
+    notes = imported.sentences() if imported else []
     values |= {name: value for name, value in (
         ("train_data_dir", chosen.data), ("output_name", chosen.name), ("output_dir", chosen.output_dir),
         ("resume", chosen.resume)) if value}
@@ -328,7 +329,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--data", default="", help=named("train_data_dir"))
     train.add_argument("--name", default="", help=named("output_name"))
     train.add_argument("--output-dir", default="", help=named("output_dir"))
-    train.add_argument("--config", type=user_path, help="a TOML file of settings")
+    train.add_argument("--config", type=user_path, help="a file of settings: TOML of ours, of kohya's scripts, "
+                       "of lora-scripts or LoRA Easy, JSON of kohya_ss or OneTrainer, or a LoRA that was trained so")
     train.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="one setting; may be repeated")
     train.add_argument("--json", action="store_true", help="one JSON event a line instead of a progress bar")
     train.add_argument("--resume", default="", metavar="RUN|FOLDER", help="go on with an interrupted run (see `runs`); its "

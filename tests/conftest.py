@@ -23,13 +23,13 @@ MakeImage = Callable[..., Path]
 torch.set_num_threads(1)  # where torch was built without OpenMP
 
 # Files of few tests that take long, or wait for a browser or another process: where several processes share the tests, these
-# begin first, so that none is left alone with one of them at the end.
-LONG = ("test_two_processes.py", "test_process_group.py", "test_studio_page.py", "test_page.py", "test_results_page.py",
-        "test_golden.py", "test_faults.py", "test_job.py")
+# begin first, the longest before the others, so that none is left alone with one of them at the end.
+LONG = ("test_golden.py", "test_two_processes.py", "test_studio_page.py", "test_page.py", "test_job.py",
+        "test_process_group.py", "test_faults.py", "test_resume.py", "test_results_page.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name not in LONG)
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 @pytest.fixture(scope="session")

@@ -8,12 +8,14 @@ convolutions in the place of the frozen ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from lib_lora_train.adapters.targets import Target
+from lib_lora_train.errors import LoraFileError
+from lib_lora_train.model.ops.weights import Weight
 
 WorkingCopy = Callable[[nn.Parameter], "Tensor | None"]
 """A weight -> the same numbers in the dtype of the computation, None where there is no copy."""
@@ -37,13 +39,48 @@ class Adapter(Protocol):
         """Its tensors by the last part of their keys in the file ("alpha"), fp32, sharing memory with the weights."""
 
 
+@runtime_checkable
+class Product(Protocol):
+    """An adapter whose change is a product of its factors, whatever the frozen weight is: ΔW, which is added to it.
+
+    factors   tensors that `product` takes, in this order
+    """
+
+    factors: tuple[Tensor, ...]
+    multiplier: float
+
+    def product(self, *factors: Tensor) -> Tensor:
+        """ΔW [out, in, *kernel] at multiplier 1, in the dtype of the factors; differentiable."""
+
+
+@runtime_checkable
+class OfWeight(Protocol):
+    """An adapter whose change depends on the frozen weight."""
+
+    def begin_at(self, weight: Weight) -> None:
+        """Take over what depends on the frozen weight before the first step, so that nothing is changed yet."""
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """The weight [out, in, …] fp32 with the adapter in it."""
+
+
+def merged(adapter: Adapter, weight: Tensor) -> Tensor:
+    """The weight [out, in, …] fp32 with an adapter at its multiplier in it, as a new tensor."""
+    if isinstance(adapter, OfWeight):
+        return adapter.merged(weight)
+    assert isinstance(adapter, Product), "every kind is one of the two"
+    return weight + (adapter.product(*adapter.factors) * adapter.multiplier).reshape(weight.shape)
+
+
 class AdapterKind(Protocol):
-    """One kind of adapter: makes adapters for targets."""
+    """One kind of adapter: makes adapters for targets. Equal ones make equal adapters."""
 
     network_module: str
     """kohya's name of the kind in a file's metadata, "networks.lora"."""
     tensor_names: Collection[str]
     """The last parts of the keys that its files hold."""
+    arguments: Mapping[str, str]
+    """kohya's `network_args` that say what `network_module` does not."""
 
     def build(self, target: Target, *, rank: int, alpha: float, generator: torch.Generator) -> Adapter:
         """A new one, which changes nothing yet."""
@@ -54,5 +91,24 @@ class AdapterKind(Protocol):
         Raises LoraFileError where they are incomplete or do not fit the target.
         """
 
+    def rank_of(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """The rank of a layer of a file, of the shapes of its tensors."""
+
     def cost(self, target: Target, *, rank: int) -> int:
         """How many numbers of one of that rank are trained."""
+
+
+def required(target: Target, tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    """A copy of a layer's tensor in fp32. Raises LoraFileError where the file lacks it."""
+    if name not in tensors:
+        raise LoraFileError("The LoRA file is incomplete", why=f"{target.key}.{name} is missing")
+    return tensors[name].detach().to(torch.float32, copy=True)
+
+
+def alpha_of(target: Target, tensors: Mapping[str, Tensor], *, rank: int) -> float:
+    """A layer's alpha; without one it is the rank, as old files mean it. Raises LoraFileError."""
+    alphas = tensors["alpha"].flatten().tolist() if "alpha" in tensors else [float(rank)]
+    if len(alphas) != 1 or not alphas[0]:
+        raise LoraFileError("The LoRA file is damaged", remedy="choose another LoRA",
+                            why=f"{target.key}.alpha is {alphas!s:.60}, and not one number other than 0")
+    return alphas[0]

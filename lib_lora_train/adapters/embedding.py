@@ -1,4 +1,5 @@
-"""Vectors of its own for a word, beside a text encoder's token embeddings (textual inversion, Gal et al. 2022, arXiv 2208.01618).
+"""Vectors of its own for a word, beside a text encoder's token embeddings (textual inversion, Gal et al. 2022,
+arXiv 2208.01618).
 
 They are trained together with a LoRA (pivotal tuning: the idea is Roich et al.'s, arXiv 2106.05744) and lie in its file, where
 the WebUI finds them (v1.10.1, extensions-builtin/Lora/networks.py, `bundle_embeddings`): bundle_emb.WORD.string_to_param.* for
@@ -17,7 +18,7 @@ from lib_lora_train.model.family import FAMILIES
 from lib_lora_train.model.sd.text import TextConditioner
 from lib_lora_train.model.sd.text_encoder import TOKEN_EMBEDDING
 
-PREFIX = "bundle_emb."
+EMBEDDING_PREFIX = "bundle_emb."
 _KEYS = {spec.component: spec.embedding_key for family in FAMILIES.values() for spec in family.text}
 _COMPONENTS = {key.partition(".")[0]: component for component, key in _KEYS.items()}
 
@@ -46,7 +47,7 @@ class WordEmbedding(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """As the file has them, sharing memory with the weights."""
-        return {f"{PREFIX}{self.word}.{_KEYS[component]}": own.detach() for component, own in self.by_component.items()}
+        return {f"{EMBEDDING_PREFIX}{self.word}.{_KEYS[component]}": own.detach() for component, own in self.by_component.items()}
 
 
 class WordVectors:
@@ -75,10 +76,10 @@ def together(adapters: Sequence[WordVectors]) -> WordVectors:
 def split_embeddings(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[WordEmbedding, ...]]:
     """(the other tensors, the words that have vectors in it) of a LoRA file; the vectors are frozen. Raises LoraFileError for
     what the WebUI cannot read either."""
-    others = {key: tensor for key, tensor in tensors.items() if not key.startswith(PREFIX)}
+    others = {key: tensor for key, tensor in tensors.items() if not key.startswith(EMBEDDING_PREFIX)}
     found: dict[str, dict[str, Tensor]] = {}
     for key in tensors.keys() - others.keys():
-        word, _, name = key.removeprefix(PREFIX).partition(".")
+        word, _, name = key.removeprefix(EMBEDDING_PREFIX).partition(".")
         component, vectors = _COMPONENTS.get(name.partition(".")[0]), tensors[key]
         if component is None or vectors.ndim not in (1, 2):
             raise LoraFileError("The LoRA file holds an embedding that is not known", why=f"it calls it {key}",

@@ -33,7 +33,7 @@ SAVE_PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "float": torch
 
 # Last part of a key -> the kind of network that has it; the first match counts.
 _KINDS = (("dora_scale", "DoRA"), ("hada_w1_a", "LoHa"), ("lokr_w1", "LoKr"), ("lokr_w1_a", "LoKr"),
-          ("lora_down.weight", "LoRA"))
+          ("oft_blocks", "OFT"), ("lora_down.weight", "LoRA"))
 _DOWN = ("lora_down.weight", "lora.down.weight", "lora_linear_layer.down.weight", "lora_A.weight", "lora_A.default.weight")
 
 
@@ -52,7 +52,7 @@ class LoraInfo:
     """What `inspect` finds out about a LoRA file.
 
     family       by name, "sd1"; None where neither keys, metadata nor sizes tell
-    kind         "LoRA", "LoCon", "LoHa", "LoKr", "DoRA", "LoRA (PEFT)", "LoRA (diffusers)", or "unknown"
+    kind         "LoRA", "LoCon", "LoHa", "LoKr", "DoRA", "OFT", "LoRA (PEFT)", "LoRA (diffusers)", or "unknown"
     rank, alpha  the most common ones; None where the kind has none
     components   layers by component: {"unet": 192, "te": 72}
     keys         all tensor names, sorted
@@ -127,11 +127,10 @@ def read_metadata(path: Path) -> dict[str, str]:
         return file.metadata() or {}
 
 
-def read_dims(path: Path) -> dict[str, int]:
-    """{layer's key: rank} of the layers of a LoRA, without reading the weights. Raises as `load` does."""
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """{tensor's name: shape} of a LoRA, without reading the weights. Raises as `load` does."""
     with _refusing(Path(path)), safetensors.safe_open(path, "pt") as file:
-        shapes = {key: file.get_slice(key).get_shape() for key in file.keys() if key.endswith(".lora_down.weight")}
-    return {key.removesuffix(".lora_down.weight"): shape[0] for key, shape in shapes.items() if shape}
+        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
 
 
 def inspect(path: Path) -> LoraInfo:
@@ -163,7 +162,7 @@ def recognise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
     families = [family for family in FAMILIES.values() if any(key.startswith(family.lora_prefixes) for key in tensors)]
     if len(families) > 1:
         version, v2 = metadata.get("ss_base_model_version", ""), metadata.get("ss_v2")
-        ends = ("attn2_to_k.lora_down.weight", "self_attn_q_proj.lora_down.weight")
+        ends = ("attn2_to_k.lora_down.weight", "attn2_to_k.hada_w1_b", "self_attn_q_proj.lora_down.weight")
         widths = {tensor.shape[1] for key, tensor in tensors.items() if key.endswith(ends) and tensor.ndim > 1}
         told = ([family for family in families if version.startswith(family.metadata.base_version)]
                 or [family for family in families if v2 == str(family.metadata.v2)])

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
-from lib_lora_train.adapters.base import WorkingCopy
+from lib_lora_train.adapters.base import WorkingCopy, alpha_of, required
 from lib_lora_train.adapters.targets import Target
 from lib_lora_train.errors import LoraFileError
 from lib_lora_train.model.ops.linear import LoRADelta
@@ -44,6 +45,15 @@ class LoRALayer(nn.Module):
         """alpha / r, times the multiplier."""
         return self.multiplier * self.alpha / self.rank
 
+    @property
+    def factors(self) -> tuple[Tensor, ...]:
+        """A and B."""
+        return self.down, self.up
+
+    def product(self, down: Tensor, up: Tensor) -> Tensor:
+        """ΔW [out, in, *kernel] at multiplier 1."""
+        return (up @ down.flatten(1) * (self.alpha / self.rank)).unflatten(1, down.shape[1:])
+
     def delta(self) -> LoRADelta | None:
         """What is added to the frozen layer; None at multiplier 0, which is bit for bit the layer without a LoRA."""
         return LoRADelta(self.down, self.up, self.scale, self._working) if self.multiplier else None
@@ -65,6 +75,7 @@ class LoRA:
 
     network_module = "networks.lora"
     tensor_names = (DOWN, UP, ALPHA)
+    arguments: Mapping[str, str] = MappingProxyType({})
 
     def build(self, target: Target, *, rank: int, alpha: float, generator: torch.Generator) -> LoRALayer:
         """A uniform as kaiming_uniform(a=√5) makes it, B zero."""
@@ -75,10 +86,7 @@ class LoRA:
 
     def load(self, target: Target, tensors: Mapping[str, Tensor]) -> LoRALayer:
         """Without an alpha it is the rank, as old files mean it."""
-        for name in (DOWN, UP):
-            if name not in tensors:
-                raise LoraFileError("The LoRA file is incomplete", why=f"{target.key}.{name} is missing")
-        down, up = tensors[DOWN], tensors[UP]
+        down, up = (required(target, tensors, name) for name in (DOWN, UP))
         kernel = down.shape[2:] if down.shape[2:].numel() != 1 else ()
         if any(side.ndim not in (2, 4) for side in (down, up)) or kernel != target.kernel or up.shape[2:].numel() != 1:
             raise LoraFileError(
@@ -91,13 +99,12 @@ class LoRA:
                 why=f"{target.key} is {down.shape[1]} -> {rank}/{up.shape[1]} -> {up.shape[0]} in the file and "
                 f"{target.in_features} -> {target.out_features} in the model",
                 remedy="choose a LoRA that was made for this kind of model")
-        alphas = tensors[ALPHA].flatten().tolist() if ALPHA in tensors else [float(rank)]
-        if len(alphas) != 1 or not alphas[0]:
-            raise LoraFileError("The LoRA file is damaged", remedy="choose another LoRA",
-                                why=f"{target.key}.{ALPHA} is {alphas!s:.60}, and not one number other than 0")
-        down, up = (side.detach().to(torch.float32, copy=True) for side in (down, up))
-        return LoRALayer(down.reshape(rank, target.in_features, *target.kernel), up.flatten(1), alpha=alphas[0],
-                         as_conv=target.as_conv)
+        return LoRALayer(down.reshape(rank, target.in_features, *target.kernel), up.flatten(1), as_conv=target.as_conv,
+                         alpha=alpha_of(target, tensors, rank=rank))
+
+    def rank_of(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """See `AdapterKind`."""
+        return shapes[DOWN][0]
 
     def cost(self, target: Target, *, rank: int) -> int:
         """The numbers of A and B."""

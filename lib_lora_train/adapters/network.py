@@ -13,20 +13,27 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from lib_lora_train.adapters.base import Adapter, AdapterKind
+from lib_lora_train.adapters.base import Adapter, AdapterKind, OfWeight
+from lib_lora_train.adapters.dora import DoRA
 from lib_lora_train.adapters.embedding import WordEmbedding, WordVectors, split_embeddings
 from lib_lora_train.adapters.flat import FlatWeights
+from lib_lora_train.adapters.loha import LoHa
+from lib_lora_train.adapters.lokr import LoKr
 from lib_lora_train.adapters.lora import LoRA
+from lib_lora_train.adapters.oft import OFT
 from lib_lora_train.adapters.targets import Target
 from lib_lora_train.errors import LoraFileError, some_of
 from lib_lora_train.model.architecture import UNET_COMPONENT
 from lib_lora_train.model.ops.layers import Adapter as LayersAdapter
+from lib_lora_train.model.ops.weights import Weight
 from lib_lora_train.model.sd.lora_keys import foreign_layout
 from lib_lora_train.model.sd.text_encoder import TOKEN_EMBEDDING
 
-ADAPTERS: dict[str, AdapterKind] = {kind.network_module: kind for kind in (LoRA(),)}
-"""Each kind of adapter by kohya's `network_module`."""
-DEFAULT_KIND = ADAPTERS[LoRA.network_module]
+DEFAULT_KIND = LoRA()
+_ADDED: dict[str, AdapterKind] = {"LoRA": DEFAULT_KIND, "LoHa": LoHa(), "LoKr": LoKr()}
+ADAPTERS: dict[str, AdapterKind] = {
+    **_ADDED, "OFT": OFT(), **{f"{name} with DoRA": DoRA(kind) for name, kind in _ADDED.items()}}
+"""Each kind of adapter by its name, as files are recognised: a kind whose tensors another one has too stands before it."""
 EMBEDDING_GROUP = "embedding"
 """The parameter group of words' vectors."""
 Sizes = Mapping[str, tuple[int, float]]
@@ -64,15 +71,16 @@ class AdapterNetwork:
 
     @classmethod
     def continued(cls, targets: Sequence[Target], tensors: Mapping[str, Tensor], *, seed: int,
-                  kind: AdapterKind = DEFAULT_KIND) -> AdapterNetwork:
-        """The network that a file holds (`tensors` from `file.load`); ranks and alphas are the file's.
+                  kind: AdapterKind | None = None) -> AdapterNetwork:
+        """The network that a file holds (`tensors` from `file.load`); kind, ranks and alphas are the file's.
 
         Targets that the file has no layer for start anew with the file's most common rank and alpha (see
         `fresh`). Raises LoraFileError for a layer that is not among the targets, so that nothing learnt is
         dropped silently, and for shapes that do not fit the model. Its words' vectors are frozen.
         """
         tensors, embeddings = split_embeddings(tensors)
-        found = _by_layer(tensors, kind)
+        found = _by_layer(tensors)
+        kind = kind_of(tensors, among=ADAPTERS.values() if kind is None else (kind,))
         _refuse_strangers(found, targets)
         layers = {target.key: kind.load(target, found[target.key]) for target in targets if target.key in found}
         rank, alpha = _usual_size(layers.values())
@@ -87,6 +95,14 @@ class AdapterNetwork:
     def usual_size(self) -> tuple[int, float]:
         """The rank and alpha that most layers have."""
         return _usual_size(self.layers.values())
+
+    def begin_at(self, components: Mapping[str, Mapping[str, Weight]], keys: Collection[str]) -> None:
+        """Let the layers of these keys take over what they need of the frozen weights ({component: {name: weight}}) before the
+        first step; to be called on the device of the training."""
+        for target in self.targets:
+            layer = self.layers[target.key]
+            if target.key in keys and isinstance(layer, OfWeight):
+                layer.begin_at(components[target.component][f"{target.module}.weight"])
 
     def adapters(self) -> dict[str, dict[str, LayersAdapter]]:
         """{component: {local module name: layer}}, as UNet and text encoders accept them."""
@@ -172,11 +188,12 @@ class AdapterNetwork:
 
     def arguments(self) -> dict[str, str]:
         """What kohya's `network_args` would be for this network: {} for plain LoRA."""
+        own = dict(self.kind.arguments)
         convolutions = [self.layers[target.key] for target in self.targets if target.kernel]
         if not convolutions:
-            return {}
+            return own
         rank, alpha = _usual_size(convolutions)
-        return {"conv_dim": str(rank), "conv_alpha": f"{alpha:g}"}
+        return own | {"conv_dim": str(rank), "conv_alpha": f"{alpha:g}"}
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors of the file under kohya's keys, fp32, sharing memory with the weights (no copy)."""
@@ -194,8 +211,21 @@ def _generator(target: Target, seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
 
 
-def _by_layer(tensors: Mapping[str, Tensor], kind: AdapterKind) -> dict[str, dict[str, Tensor]]:
-    """{key: {name: tensor}} of a file's layers; LoraFileError where it holds anything that is not of this kind."""
+def kind_of(names: Iterable[str], *, among: Collection[AdapterKind] = ADAPTERS.values()) -> AdapterKind:
+    """The kind of network whose file has tensors of these names. Raises LoraFileError for one that is not `among` them."""
+    parts = {name.partition(".")[2] for name in names}
+    for kind in among:
+        if parts <= set(kind.tensor_names):
+            return kind
+    nearest = min(among, key=lambda kind: len(parts - set(kind.tensor_names)))
+    raise LoraFileError(
+        f"The file holds weights that cannot be continued ({some_of(sorted(parts - set(nearest.tensor_names)), 2)})",
+        why="whole weights, norms, tucker-decomposed convolutions, (IA)³, GLoRA, BOFT and mixed files are not among the kinds "
+        "that can be trained", remedy=f"choose one of {', '.join(ADAPTERS)}")
+
+
+def _by_layer(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """{key: {name: tensor}} of a file's layers; LoraFileError where it holds none."""
     found: dict[str, dict[str, Tensor]] = {}
     for full_name, tensor in tensors.items():
         key, _, name = full_name.partition(".")
@@ -206,11 +236,6 @@ def _by_layer(tensors: Mapping[str, Tensor], kind: AdapterKind) -> dict[str, dic
     if not any(key.startswith(("lora_", "lycoris_")) for key in found):
         raise LoraFileError("The file holds no LoRA layer", why=f"it begins with {next(iter(tensors))}" if tensors else "",
                             remedy="choose a LoRA")
-    other = sorted(f"{key}.{name}" for key, layer in found.items() for name in layer if name not in kind.tensor_names)
-    if other:
-        raise LoraFileError(
-            f"The file holds weights that are not LoRA's ({some_of(other, 2)})",
-            why="LoHa, LoKr, DoRA and the like cannot be continued yet", remedy="choose a plain LoRA")
     return found
 
 

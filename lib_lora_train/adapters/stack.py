@@ -10,8 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lib_lora_train.adapters import file
+from lib_lora_train.adapters.base import merged
 from lib_lora_train.adapters.embedding import WordVectors, together
 from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.adapters.targets import find_targets, of_keys
@@ -19,8 +21,9 @@ from lib_lora_train.errors import LoraFileError, plain_line
 from lib_lora_train.model.architecture import UNET_COMPONENT
 from lib_lora_train.model.family import FAMILIES
 from lib_lora_train.model.frozen import FrozenModel
-from lib_lora_train.model.ops.layers import Adapter, DeltaAdapter
+from lib_lora_train.model.ops.layers import Adapter, DeltaAdapter, adapted_conv2d, adapted_linear
 from lib_lora_train.model.ops.linear import LoRADelta
+from lib_lora_train.model.ops.weights import Weight, dense
 
 Stack = Mapping[str, Mapping[str, Adapter]]
 """{component: {module: adapter}}, as the sampler takes it."""
@@ -65,7 +68,8 @@ def find_lora(tag: LoraTag, folder: Path) -> WeightedLora:
 
 def load_stack(model: FrozenModel, loras: Sequence[WeightedLora]) -> Stack:
     """What the LoRAs together add to `model`, on its device: where several change a layer, the sum. A LoRA at weight 0
-    changes no layer; the vectors of its words stand for them at any weight, as in the WebUI. Raises LoraFileError for a file that cannot be read or does not fit the model."""
+    changes no layer; the vectors of its words stand for them at any weight, as in the WebUI. Raises LoraFileError for a file
+    that cannot be read or does not fit the model."""
     return stacked([_load(model, lora) for lora in loras])
 
 
@@ -83,7 +87,30 @@ def stacked(stacks: Sequence[Stack]) -> Stack:
 def _together(adapters: Sequence[Adapter]) -> Adapter:
     if len(adapters) == 1:
         return adapters[0]
-    return together(adapters) if isinstance(adapters[0], WordVectors) else SummedDeltas(adapters)
+    if isinstance(adapters[0], WordVectors):
+        return together(adapters)
+    return SummedDeltas(adapters) if all(isinstance(adapter, DeltaAdapter) for adapter in adapters) else Chained(adapters)
+
+
+class Chained:
+    """Adapters of any kinds beside one layer, as the WebUI applies several: each to the weight with those before it in it; a
+    `LayerAdapter`. It composes a weight at each use, which suits sampling and not training."""
+
+    def __init__(self, adapters: Sequence[Adapter]) -> None:
+        *self._before, self._last = adapters
+
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+        """See `LayerAdapter`."""
+        return adapted_linear(self._last, x, self._merged(weight), bias)
+
+    def conv2d(self, x: Tensor, weight: Weight, bias: Tensor | None, *, stride: int, padding: int) -> Tensor:
+        """See `LayerAdapter`."""
+        return adapted_conv2d(self._last, x, self._merged(weight), bias, stride=stride, padding=padding)
+
+    def _merged(self, weight: Weight) -> Weight:
+        for adapter in self._before:
+            weight = merged(adapter, dense(weight, torch.float32)) if adapter.multiplier else weight
+        return weight
 
 
 class SummedDeltas:
@@ -130,7 +157,7 @@ def _load(model: FrozenModel, lora: WeightedLora) -> Stack:
         made_for = file.recognise(read.tensors, read.metadata)
         other = made_for not in (None, family.name)
         raise LoraFileError(
-            f"{lora.path.name} cannot be used", remedy=f"choose a plain LoRA for {family.title}",
+            f"{lora.path.name} cannot be used", remedy=f"choose a LoRA for {family.title}",
             why=f"it is for {FAMILIES[made_for].title}, and the model is {family.title}" if other else
             (error.why or error.what)) from error
     network.freeze(model.components)

@@ -40,6 +40,7 @@ class RunSummary:
     unet_rate   the setting of the UNet's learning rate, and `unet_lr` what it is; `text_encoder_lr` is 0 where none is trained
     images      trained ones, `different` of which are no near-duplicates, `captioned` have more than the trigger word
     held_out    whether the held-out images are not trained on, and no mirrored crops of trained ones
+    finds_rate  whether the optimizer finds the learning rate itself, so that another one is no remedy
     """
 
     length: str
@@ -53,6 +54,7 @@ class RunSummary:
     different: int
     captioned: int
     held_out: bool
+    finds_rate: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +135,9 @@ def _diverging(curve: Sequence[Gains], run: RunSummary) -> Told | None:
 
 def _lower(what: str, last: Gains | None, run: RunSummary) -> Told:
     """The learning rate to lower, and to what."""
+    if run.finds_rate:
+        return Told(f"{what}. The learning rate that {named('optimizer_type')} finds is too high for these pictures: train "
+                    "anew with AdamW at 1e-4, or for fewer steps.")
     strength = last.measured.strength if last else {}
     setting, rate, now = run.unet_rate, run.unet_lr, strength.get("unet", math.nan)
     if run.text_encoder_lr and _text_is_hot(strength):
@@ -197,7 +202,7 @@ def _raise(what: str, last: Gains, run: RunSummary) -> Told:
                     f"{run.rank / run.alpha:.0f}: take {value}.", "network_alpha", value)
     factor = min(max(USUAL * last.spent / max(last.strength, 1e-9), 3.0), 100.0)
     rate = min(run.unet_lr * factor, MOST_RATE)
-    if rate < 1.5 * run.unet_lr or run.unet_lr >= USUAL_RATE and last.measured.step < SHORT * last.spent:
+    if run.finds_rate or rate < 1.5 * run.unet_lr or run.unet_lr >= USUAL_RATE and last.measured.step < SHORT * last.spent:
         value = str(math.ceil(factor * _length(last.measured, run) / last.spent))
         return Told(f"{what}. Train for {_told_length(value, run)}.", run.length, value)
     value = _rounded(rate)

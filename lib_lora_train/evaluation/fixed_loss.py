@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lib_lora_train.adapters.base import merged
 from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.inputs.batch import Batch
 from lib_lora_train.model.frozen import FrozenModel
@@ -99,16 +100,21 @@ class FixedLoss:
 
 def relative_change(model: FrozenModel, network: AdapterNetwork, *, norms: dict[str, Tensor] | None = None
                     ) -> dict[str, list[Tensor]]:
-    """How large the LoRA's change is beside the weights it changes: ‖s·BA‖ / ‖W‖ of each layer, 0-d, by component. `norms`
+    """How large the LoRA's change is beside the weights it changes: ‖ΔW‖ / ‖W‖ of each layer, 0-d, by component. `norms`
     keeps ‖W‖ by the layer's key from one call to the next."""
     ratios: dict[str, list[Tensor]] = {}
     norms, components = {} if norms is None else norms, model.components
     for target, layer in zip(network.targets, network.layers.values(), strict=True):
-        if isinstance(layer, DeltaAdapter) and (delta := layer.delta()) is not None:
+        weight = components[target.component][f"{target.module}.weight"]
+        if isinstance(layer, DeltaAdapter):
+            if (delta := layer.delta()) is None:
+                continue
             down, up = delta.down.flatten(1), delta.up
             change = abs(delta.scale) * ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt()  # ‖BA‖² = tr(BᵀB·AAᵀ)
-            if target.key not in norms:
-                weight = dense(components[target.component][f"{target.module}.weight"], torch.float32)
-                norms[target.key] = weight.norm().clamp(min=1e-12).to(change.device)
-            ratios.setdefault(target.component, []).append(change / norms[target.key])
+        else:
+            frozen = dense(weight, torch.float32)
+            change = (merged(layer, frozen) - frozen).norm()
+        if target.key not in norms:
+            norms[target.key] = dense(weight, torch.float32).norm().clamp(min=1e-12).to(change.device)
+        ratios.setdefault(target.component, []).append(change / norms[target.key])
     return ratios

@@ -40,11 +40,12 @@ AttentionKernel = Literal["fused", "math"]
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """An adapted layer of a run: where, the adapter's rank, and whether it is trained or only applied."""
+    """An adapted layer of a run: where, the adapter's rank and kind, and whether it is trained or only applied."""
 
     target: Target
     rank: int
     trained: bool = True
+    kind: AdapterKind = DEFAULT_KIND
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,6 @@ class Workload:
     text_checkpointed   whether the layers of trained text encoders are computed again in backward
     encoded             images that the VAE encodes together in front of each step; 0 where latents are cached
     sampled             (width, height) of the largest image that is sampled between steps; None where none is
-    kind                of the adapters
     words               vectors of the trigger word that are trained, which the text encoders read
     optimizer_bytes     that the optimizer keeps for each weight of the adapters
     """
@@ -72,14 +72,13 @@ class Workload:
     text_checkpointed: bool = False
     encoded: int = 0
     sampled: tuple[int, int] | None = None
-    kind: AdapterKind = DEFAULT_KIND
     words: int = 0
     optimizer_bytes: float = 8.0
 
     @property
     def parameters(self) -> int:
         """Number of weights of the adapters."""
-        return sum(self.kind.cost(layer.target, rank=layer.rank) for layer in self.layers)
+        return sum(layer.kind.cost(layer.target, rank=layer.rank) for layer in self.layers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +133,7 @@ def _blocks_of(shapes: tuple[tuple[str, torch.Size, torch.dtype], ...], architec
     adapters: dict[str, dict[str, Adapter]] = {}
     with torch.device("meta"):  # where no random number is drawn
         for layer in workload.layers:
-            adapter = workload.kind.build(layer.target, rank=layer.rank, alpha=1.0, generator=None)
+            adapter = layer.kind.build(layer.target, rank=layer.rank, alpha=1.0, generator=None)
             adapters.setdefault(layer.target.component, {})[layer.target.module] = adapter.requires_grad_(layer.trained)
         for text in architecture.text if workload.words else ():
             word = WordEmbedding("word", {text.component: torch.empty(workload.words, text.width)})

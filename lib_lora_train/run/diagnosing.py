@@ -20,7 +20,7 @@ from lib_lora_train.inputs.batches import Batches
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.run.inputs import Text
 from lib_lora_train.run.measuring import attempt
-from lib_lora_train.run.optimizing import schedule_config
+from lib_lora_train.run.optimizing import schedule_config, traits_of
 from lib_lora_train.run.planning import RunPlan
 from lib_lora_train.run.record import read_events
 from lib_lora_train.training.schedules import learning_rate_factor
@@ -136,7 +136,7 @@ def _summary(plan: RunPlan, *, compared: int, alike: int) -> RunSummary:
     settings = plan.settings
     trained = [example for example in plan.dataset.examples if not example.is_regularisation]
     unet_lr, text_encoder_lr = settings.rates
-    trigger = with_trigger_word("", settings.dataset.trigger_word)
+    trigger, optimizer = with_trigger_word("", settings.dataset.trigger_word), traits_of(settings)
     return RunSummary(
         length="max_train_steps" if settings.optimizer.max_train_steps else "max_train_epochs",
         unet_rate="unet_lr" if settings.optimizer.unet_lr else "learning_rate", unet_lr=unet_lr,
@@ -144,4 +144,4 @@ def _summary(plan: RunPlan, *, compared: int, alike: int) -> RunSummary:
         trigger_word=settings.dataset.trigger_word, images=len(trained),
         different=len(trained) if not alike else round((1 - alike / compared) * len(trained)),
         captioned=sum(example.caption.strip() not in ("", trigger) for example in trained),
-        held_out=bool(plan.held_out) and not plan.held_out_derived)
+        held_out=bool(plan.held_out) and not plan.held_out_derived, finds_rate=optimizer.adapts_rate or optimizer.own_rate)

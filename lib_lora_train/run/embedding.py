@@ -27,8 +27,8 @@ def check_embedding(settings: Settings) -> None:
         raise SettingError(f"{switch} needs {named('trigger_word')}", why="that word is what it gives a meaning",
                            remedy="write a word of your own")
     if not _NAME.fullmatch(word) or _KEYWORDS.search(word):
-        raise SettingError(f"{named('trigger_word')} = {word!r} is not possible with {switch}", why="the WebUI would not find it "
-                           "in a prompt", remedy="take one word, or a few, of letters and digits, with - or _ between them")
+        raise SettingError(f"{named('trigger_word')} = {word!r} is not possible with {switch}", why="the WebUI would not find "
+                           "it in a prompt", remedy="take one word, or a few, of letters and digits, with - or _ between them")
     if others := sorted({subset.dataset.trigger_word for subset in subsets_of(settings)} - {"", word}):
         raise SettingError(f"{switch} is possible for one trigger word only", why=f"{named('dataset_config')} has another one, "
                            f"{others[0]!r}", remedy=f"give all folders {word!r}, or switch it off")
@@ -41,8 +41,8 @@ def ordinary_trigger(model: FrozenModel, settings: Settings) -> list[str]:
     word = settings.dataset.trigger_word
     if not settings.network.train_trigger_embedding or len(model.text.tokenizers[0].encode(word)) > len(word.split()):
         return []
-    return [f"{named('trigger_word')} = {word!r} is a word that the model knows. Wherever it stands in a prompt, its new vectors "
-            "take its place while the LoRA is there: a made-up word would leave it alone."]
+    return [f"{named('trigger_word')} = {word!r} is a word that the model knows. Wherever it stands in a prompt, its new "
+            "vectors take its place while the LoRA is there: a made-up word would leave it alone."]
 
 
 def add_trigger_embedding(network: AdapterNetwork, settings: Settings, model: FrozenModel, *, weights: str, resumed: bool,

@@ -144,14 +144,11 @@ class Measuring:
         if self._measured != progress.step:
             self._measure(progress, path=path)
         images = []
-        with progress.weights():
-            for image in self._images.looked_at:
-                pair = None if stop() else self._attempt(lambda image=image: [
-                    statistics.fmean(self._loss.of([image], adapted=adapted)[0]) for adapted in (True, False)],
-                    step=progress.step)
-                if pair is None:
-                    break
-                images.append((image.name, *pair))
+        for image in self._images.looked_at:
+            pair = None if stop() else self._attempt(lambda image=image: self._of_image(image, progress), step=progress.step)
+            if pair is None:
+                break
+            images.append((image.name, *pair))
         if images:
             self._report(ImageLosses(progress.step, *zip(*images, strict=True)))
 
@@ -159,8 +156,7 @@ class Measuring:
         if self._unadapted is None:
             return
         progress.flush()  # so that what is told is told in order
-        with progress.weights():
-            found = self._attempt(lambda: (self._bands(adapted=True), self._loss.strength()), step=progress.step)
+        found = self._attempt(lambda: self._look(progress), step=progress.step)
         if found is None:
             progress.release()
             return
@@ -170,6 +166,16 @@ class Measuring:
         self._history.append(statistics.fmean(losses[0]))
         if self._plan.settings.evaluation.early_stopping and stands_still(self._history):
             self.stopped = f", because its loss on fixed noise has stood still ({counted(len(self._history), 'measurement')})"
+
+    def _look(self, progress: Progress) -> tuple[_Losses, Mapping[str, float]]:
+        """Losses and strength of the weights that would be saved."""
+        with progress.weights():
+            return self._bands(adapted=True), self._loss.strength()
+
+    def _of_image(self, image: FixedImage, progress: Progress) -> list[float]:
+        """Its mean loss with the weights that would be saved, and without the LoRA."""
+        with progress.weights():
+            return [statistics.fmean(self._loss.of([image], adapted=adapted)[0]) for adapted in (True, False)]
 
     def _bands(self, *, adapted: bool) -> _Losses:
         """The mean losses in each band, of training images and of held-out ones."""

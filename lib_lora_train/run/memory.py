@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lib_lora_train.adapters.file import read_dims
-from lib_lora_train.adapters.network import AdapterNetwork
+from lib_lora_train.adapters.embedding import EMBEDDING_PREFIX
+from lib_lora_train.adapters.file import read_shapes
+from lib_lora_train.adapters.network import AdapterNetwork, kind_of
 from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.dataset.buckets import Size
 from lib_lora_train.dataset.caption_variation import known_captions
@@ -90,7 +91,7 @@ def chunks_in_longest(captions: Iterable[str]) -> int:
 
 def layers_of(network: AdapterNetwork) -> tuple[Layer, ...]:
     """The layers of a network that exists."""
-    return tuple(Layer(target, layer.rank, any(weight.requires_grad for weight in layer.parameters()))
+    return tuple(Layer(target, layer.rank, any(weight.requires_grad for weight in layer.parameters()), network.kind)
                  for target, layer in zip(network.targets, network.layers.values(), strict=True))
 
 
@@ -107,10 +108,15 @@ def planned_layers(settings: Settings, tensors: Mapping[str, Tensor], architectu
     network, components, family = settings.network, _components(tensors, architecture), architecture.family
     if not network.network_weights:
         selected = select(network, components, family=family)
-        return tuple(Layer(target, selected.sizes[target.key][0]) for target in selected.targets)
-    ranks = read_dims(Path(network.network_weights))
-    targets = targets_of_file(network, components, family=family, keys=ranks)
-    return tuple(Layer(target, ranks.get(target.key, network.network_dim)) for target in targets)
+        return tuple(Layer(target, selected.sizes[target.key][0], kind=selected.kind) for target in selected.targets)
+    shapes = {name: shape for name, shape in read_shapes(Path(network.network_weights)).items()
+              if not name.startswith(EMBEDDING_PREFIX)}
+    kind, held = kind_of(shapes), dict[str, dict[str, tuple[int, ...]]]()
+    for name, shape in shapes.items():
+        held.setdefault(name.partition(".")[0], {})[name.partition(".")[2]] = shape
+    ranks = {key: kind.rank_of(layer) for key, layer in held.items()}
+    targets = targets_of_file(network, components, family=family, keys=shapes)
+    return tuple(Layer(target, ranks.get(target.key, max(ranks.values())), kind=kind) for target in targets)
 
 
 def _components(tensors: Mapping[str, Tensor], architecture: Architecture) -> dict[str, dict[str, Tensor]]:

@@ -16,6 +16,7 @@ from lib_lora_train.model.architecture import Architecture
 from lib_lora_train.model.fingerprint import not_finite
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.run.embedding import add_trigger_embedding, ordinary_trigger
+from lib_lora_train.run.optimizing import check_network
 from lib_lora_train.run.planning import RunPlan
 from lib_lora_train.run.selection import select, targets_of_file
 from lib_lora_train.settings import Settings, named, no_effect
@@ -48,15 +49,15 @@ class InitialWeights:
 
 
 def build_network(settings: Settings, model: FrozenModel, weights: InitialWeights, *, report: Report) -> AdapterNetwork:
-    """The network on the model's device; parts that are not to be trained are frozen. Raises LoraFileError and, for a
-    trigger word that a resumed run does not know, SettingError."""
+    """The network on the model's device; parts that are not to be trained are frozen. Raises LoraFileError, and SettingError
+    where the optimizer cannot train it or a resumed run does not know the trigger word."""
     chosen, seed, family = settings.network, settings.optimizer.seed, model.architecture.family
     train_text = not chosen.network_train_unet_only
     with translated("making the LoRA's layers"):
         if weights.tensors is None:
             selected = select(chosen, model.components, family=family)
             network = AdapterNetwork.build(selected.targets, rank=chosen.network_dim, alpha=chosen.network_alpha, seed=seed,
-                                           sizes=selected.sizes)
+                                           sizes=selected.sizes, kind=selected.kind)
         else:
             targets = targets_of_file(chosen, model.components, family=family, keys=weights.tensors)
             network = AdapterNetwork.continued(targets, weights.tensors, seed=seed)
@@ -69,7 +70,10 @@ def build_network(settings: Settings, model: FrozenModel, weights: InitialWeight
         if chosen.train_trigger_embedding:
             add_trigger_embedding(network, settings, model, weights=weights.name, resumed=weights.state is not None,
                                   report=report)
-        return network.to(model.device)
+        check_network(settings, network)
+        network = network.to(model.device)
+        network.begin_at(model.components, network.layers if weights.tensors is None else network.fresh)
+        return network
 
 
 def check_sizes(plan: RunPlan, model: FrozenModel) -> None:

@@ -7,11 +7,13 @@ import math
 import torch
 
 from lib_lora_train.adapters.flat import FlatWeights
+from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.errors import SettingError
 from lib_lora_train.settings import DECLARATIONS, Settings, named, no_effect
 from lib_lora_train.settings.arguments import arguments_of
+from lib_lora_train.settings.kohya import default_weight_decay
 from lib_lora_train.training.optimizer_kinds import Arguments, Imported, Traits, knows_weight_decay
-from lib_lora_train.training.optimizers import OptimizerConfig, RunOptimizer, spec_of
+from lib_lora_train.training.optimizers import OptimizerConfig, RunOptimizer, check_rates, spec_of
 from lib_lora_train.training.schedules import ScheduleConfig
 
 _LEAST_FACTOR = 0.1  # sd-scripts warns at this learning rate and below of optimizers that find the rate themselves
@@ -75,12 +77,7 @@ def check_optimizer(settings: Settings, *, built: bool = False) -> None:
             low = name if rate == min(rates) else low
         raise SettingError(f"{named(low)} = {min(rates):g} is too low for {config.name}", why="it finds the learning rate "
                            "itself, and the one that is set multiplies it", remedy=f"set {low} to 1")
-    if traits.one_rate and len(set(rates)) > 1:
-        raise SettingError(f"{config.name} needs one learning rate for all parts", why="here there are "
-                           f"{' and '.join(f'{rate:g}' for rate in rates)}", remedy="set " + " and ".join(
-                               named(name) for name, rate in (("text_encoder_lr", settings.rates[1]),
-                                                              ("embedding_lr", settings.embedding_rate))
-                               if rate not in (0, rates[0])) + f" to {rates[0]:g} too")
+    check_rates(traits, rates, config.name)
     if chosen.lr_scheduler == "adafactor" and not traits.own_rate:
         raise SettingError(f"{named('lr_scheduler')} = adafactor is not possible with {config.name}", why="it is the learning "
                            "rate that Adafactor chooses with relative_step",
@@ -114,6 +111,14 @@ def check_optimizer_device(settings: Settings, device: torch.device) -> None:
                            f"{device.type!r}", why="it needs a CUDA GPU", remedy="choose AdamW")
 
 
+def check_network(settings: Settings, network: AdapterNetwork) -> None:
+    """Raise SettingError where the optimizer trains pairs of matrices, and the network has none that are trained."""
+    trained = [pair for pair in network.pairs() if all(weight.requires_grad for weight in pair)]
+    if traits_of(settings).needs_pairs and not trained:
+        raise SettingError(f"{named('optimizer_type')} = {settings.optimizer.optimizer_type} is not possible", why="it trains "
+                           "the two matrices of a LoRA, which this kind of network does not have", remedy="choose AdamW")
+
+
 def ignored_by_optimizer(settings: Settings) -> list[str]:
     """A sentence for each setting that was changed and has no effect on this optimizer. Raises SettingError."""
     default, chosen = type(settings.optimizer)(), settings.optimizer
@@ -137,8 +142,12 @@ def ignored_by_optimizer(settings: Settings) -> list[str]:
 
 
 def optimizer_name(settings: Settings) -> str:
-    """As a LoRA file's metadata name it (ss_optimizer): the class, and in brackets the arguments that were given."""
-    given = ",".join(f"{name}={value}" for name, value in _arguments(settings).items())
+    """As a LoRA file's metadata name it (ss_optimizer): the class, and in brackets the arguments that were given, also a weight
+    decay that is not what kohya's scripts would have without one."""
+    arguments, decay = _arguments(settings), settings.optimizer.weight_decay
+    if decay != default_weight_decay(settings.optimizer.optimizer_type):
+        arguments = {"weight_decay": decay, **arguments}
+    given = ",".join(f"{name}={value}" for name, value in arguments.items())
     return spec_of(settings.optimizer.optimizer_type).class_name + (f"({given})" if given else "")
 
 

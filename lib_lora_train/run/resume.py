@@ -33,8 +33,8 @@ from lib_lora_train.training.checkpoint import FILE_NAME, TrainingState
 
 # Other values of these do not fit the saved weights and moments.
 FIXED = frozenset({"network_dim", "network_alpha", "network_train_unet_only", "network_weights", "optimizer_type",
-                   "optimizer_args", "network_targets", "conv_dim", "conv_alpha", "train_trigger_embedding", "embedding_vectors",
-                   "embedding_init_text"})
+                   "optimizer_args", "network_module", "dora_wd", "network_targets", "conv_dim", "conv_alpha", "factor",
+                   "full_matrix", "train_trigger_embedding", "embedding_vectors", "embedding_init_text"})
 # These change none of the steps to come. The files below changed paths are compared apart, and so is the length of the run,
 # which matters to the schedule.
 FREE = frozenset({

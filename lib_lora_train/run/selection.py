@@ -5,7 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Mapping
 
-from lib_lora_train.adapters.network import Sizes
+from lib_lora_train.adapters.base import AdapterKind
+from lib_lora_train.adapters.dora import DoRA
+from lib_lora_train.adapters.loha import LoHa
+from lib_lora_train.adapters.lokr import LoKr
+from lib_lora_train.adapters.network import DEFAULT_KIND, Sizes
+from lib_lora_train.adapters.oft import OFT
 from lib_lora_train.adapters.targets import (
     DEFAULT_PRESET,
     WITH_CONVOLUTIONS,
@@ -25,10 +30,11 @@ Components = Mapping[str, Mapping[str, Weight]]
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """The layers to adapt, and the rank and alpha of each."""
+    """The layers to adapt, the rank and alpha of each, and the kind of the adapters."""
 
     targets: tuple[Target, ...]
     sizes: Sizes
+    kind: AdapterKind
 
 
 def select(chosen: NetworkSettings, components: Components, *, family: Family) -> Selection:
@@ -37,7 +43,8 @@ def select(chosen: NetworkSettings, components: Components, *, family: Family) -
     text = not chosen.network_train_unet_only
     found = find_targets(components, family=family, text_encoder=text, chosen=of_preset(preset_of(chosen)))
     sizes = {target.key: size_of_layer(target, chosen) for target in found}
-    return Selection(tuple(target for target in found if sizes[target.key][0]), sizes)
+    return Selection(tuple(target for target in found if sizes[target.key][0]), sizes,
+                     chosen_kind(chosen))
 
 
 def targets_of_file(chosen: NetworkSettings, components: Components, *, family: Family,
@@ -53,6 +60,13 @@ def targets_of_file(chosen: NetworkSettings, components: Components, *, family: 
 
     return find_targets(components, family=family, text_encoder=with_text or not chosen.network_train_unet_only,
                         chosen=of_file)
+
+
+def chosen_kind(chosen: NetworkSettings) -> AdapterKind:
+    """The kind of network that is chosen."""
+    kinds = {"LoRA": DEFAULT_KIND, "LoHa": LoHa(), "LoKr": LoKr(chosen.factor, chosen.full_matrix), "OFT": OFT()}
+    kind = kinds[chosen.network_module]
+    return DoRA(kind) if chosen.dora_wd else kind
 
 
 def preset_of(chosen: NetworkSettings) -> str:

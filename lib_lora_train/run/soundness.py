@@ -117,10 +117,13 @@ class Probe:
         """What the LoRA is worth after a training, and why where it is ruined."""
         if not self.model.unet.tensors or self.unadapted is None:
             return "", ""  # the run was stopped while others had the model, or had no memory to look
+        return _unless_full(lambda: self._verdict(progress)) or ("", "")
+
+    def _verdict(self, progress: Progress) -> tuple[Verdict, str]:
         with progress.weights():
-            return _unless_full(lambda: verdict_of(
+            return verdict_of(
                 loss=self.loss(adapted=True), unadapted=self.unadapted, zero_loss=self.zero_loss(), strength=self.strength(),
-                skipped=progress.skipped / max(1, progress.step))) or ("", "")
+                skipped=progress.skipped / max(1, progress.step))
 
 
 def verdict_of(*, loss: float, unadapted: float, zero_loss: float, strength: float, skipped: float) -> tuple[Verdict, str]:

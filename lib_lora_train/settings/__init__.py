@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from lib_lora_train.errors import SettingError
 from lib_lora_train.settings import kohya
@@ -92,8 +92,7 @@ def parse(values: Mapping[str, object]) -> Settings:
     """Settings from names and values as typed; what is not named keeps its default. Raises SettingError for unknown names
     (all of them, with what a name of kohya's is here or the nearest known one), a wrong type or a value out of range, and for
     settings that contradict each other."""
-    if unknown := [name for name in values if name not in DECLARATIONS]:
-        raise _unknown(unknown)
+    refuse_unknown(values)
     areas = {
         name: area(**{d.name: read(d, values[d.name]) for d in declarations(area) if d.name in values})
         for name, area in AREAS.items()}
@@ -105,8 +104,13 @@ def parse(values: Mapping[str, object]) -> Settings:
     return settings
 
 
+def refuse_unknown(values: Iterable[str]) -> None:
+    """Raise SettingError for the names that are no settings, all of them at once."""
+    if names := [name for name in values if name not in DECLARATIONS]:
+        raise _unknown(names)
+
+
 def _unknown(names: Sequence[str]) -> SettingError:
-    """The refusal of all names that are no settings."""
     known = kohya.explanations()
     near = {name: difflib.get_close_matches(name, [*DECLARATIONS, *known], n=1) for name in names}
     told = {name: known.get(name) or "".join(f"did you mean {other!r}?" for other in near[name]) for name in names}
@@ -173,9 +177,9 @@ def ignored(settings: Settings) -> list[str]:
         unused(f"{named('unet_lr')} takes its place", "learning_rate")
     if now["network_weights"]:
         unused(f"it is taken from the LoRA that is continued, {named('network_weights')}", "network_dim", "network_alpha",
-               "network_targets", "conv_dim", "conv_alpha")
+               "network_module", "dora_wd", "network_targets", "conv_dim", "conv_alpha", "factor", "full_matrix")
     else:
-        _unused_of_convolutions(now, unused)
+        _unused_of_network(now, unused)
     if now["network_train_unet_only"]:
         unused(f"only the UNet is trained, {named('network_train_unet_only')}", "text_encoder_lr")
     if not now["train_trigger_embedding"]:
@@ -234,7 +238,9 @@ def _ignored_of_loss(now: Mapping[str, Value], unused: Callable[..., None]) -> N
         unused(f"{named('preservation')} is {kind}", "dco_beta")
 
 
-def _unused_of_convolutions(now: Mapping[str, Value], unused: Callable[..., None]) -> None:
+def _unused_of_network(now: Mapping[str, Value], unused: Callable[..., None]) -> None:
+    if now["network_module"] != "LoKr":
+        unused(f"the network is a {now['network_module']}, {named('network_module')}", "factor", "full_matrix")
     if now["network_targets"] not in ("attention and feed-forward", "attention and convolutions"):
         unused(f"no convolution is among the layers, {named('network_targets')} = {now['network_targets']}", "conv_dim",
                "conv_alpha")
@@ -244,6 +250,9 @@ def _unused_of_convolutions(now: Mapping[str, Value], unused: Callable[..., None
 
 def _check(settings: Settings) -> None:
     dataset = settings.dataset
+    if settings.network.network_module == "OFT" and settings.network.dora_wd:
+        raise SettingError(f"{named('dora_wd')} is not possible with {named('network_module')} = OFT",
+                           why="a rotation changes no length", remedy="switch it off, or choose LoRA")
     if settings.network.network_targets == "text encoder" and settings.network.network_train_unet_only:
         raise SettingError("Nothing would be trained", why=f"{named('network_targets')} is the text encoder, and "
                            f"{named('network_train_unet_only')} leaves it as it is",

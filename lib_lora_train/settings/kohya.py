@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from collections.abc import Mapping
 from functools import cache
@@ -21,44 +22,78 @@ _OTHER_NOISE = {"original": ("multires_noise_iterations", "multires_noise_discou
 """kohya_ss's noise_offset_type -> what it stores beside it and does not use (its lora_gui.py)."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Adopted:
+    """A file's values with kohya's names and conventions made ours, and what became of the others.
+
+    values      ours; unknown names and what is not supported stay, for `parse` to refuse
+    became      sentences, each beginning with the name that the file has
+    unused      {name: why it is not needed here}
+    neutral     names whose values change nothing
+    """
+
+    values: Mapping[str, object]
+    became: tuple[str, ...]
+    unused: Mapping[str, str]
+    neutral: tuple[str, ...]
+
+
 def adopted(values: Mapping[str, object]) -> tuple[dict[str, object], list[str]]:
-    """A file's values with kohya's names and conventions made ours, and sentences that tell what became of them. Unknown names
-    and what is not supported stay for `parse` to refuse."""
+    """(what `adopt` makes of a file's values, sentences that tell what became of them)."""
+    found = adopt(values)
+    notes = [f"Of kohya's settings {'; '.join(found.became)}."] if found.became else []
+    if found.unused:
+        reasons = {reason: [name for name in found.unused if found.unused[name] == reason] for reason in found.unused.values()}
+        listed = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in reasons.items())
+        notes.append(f"Not needed here, of kohya's settings: {listed}.")
+    if found.neutral:
+        notes.append(f"{counted(len(found.neutral), 'setting')} of kohya's had values that change nothing here.")
+    if explanations().keys() & values.keys() and "network_train_unet_only" not in found.values:
+        notes.append("Only the UNet is trained: kohya's scripts train the text encoder too unless told otherwise, here "
+                     "network_train_unet_only = false does.")
+    return dict(found.values), notes
+
+
+def adopt(values: Mapping[str, object], *, foreign: bool = False) -> Adopted:
+    """A file's values with kohya's names and conventions made ours. One with names that only kohya has is `foreign` in any
+    case: where both epochs and steps stand in it, and for what it leaves out, it means what kohya's scripts do."""
     table = _table()
     values, became = adopted_network(values)
     theirs = {name: value for name, value in values.items() if name in explanations()}
     ours = {name: value for name, value in values.items() if name not in theirs and value not in ("", None)}
-    left = {name: value for name, value in theirs.items() if not _changes_nothing(name, value)}
+    left = {name: value for name, value in theirs.items() if not changes_nothing(name, value)}
     for name in [name for name in left if name in table["renamed"]]:
         value, target = left.pop(name), table["renamed"][name]
         # kohya_ss shows its number of epochs also where the steps decide.
         stronger = [other for other in (target, *(["max_train_steps"] if name == "epoch" else []))
-                    if not _changes_nothing(other, ours.get(other, ""))]
+                    if not changes_nothing(other, ours.get(other, ""))]
         if stronger:
             became.append(f"{name} is left out beside {stronger[0]}")
         else:
             ours[target] = f"{str(value).strip().removesuffix('%')}%" if name == "lr_warmup" else value
             became.append(f"{name} is read as {target} = {ours[target]}")
-    became += _optimizer(ours, of_kohya=bool(theirs))
+    foreign = foreign or bool(theirs)
+    for name in [name for name in left if name in table["switches"]]:
+        del left[name]
+        (target, value), = table["switches"][name].items()
+        ours[target] = value
+        became.append(f"{name} is read as {target} = {value}")
+    if str(ours.get("bucket_reso_steps")).removesuffix(".0") in map(str, range(1, 8)):
+        became.append(f"bucket_reso_steps = {ours['bucket_reso_steps']} is read as 8, a pixel of the latents")
+        ours["bucket_reso_steps"] = 8
+    became += _optimizer(ours, of_kohya=foreign)
     for name in _OTHER_NOISE.get(str(values.get("noise_offset_type")).lower(), ()):
         ours.pop(name, None)
-    if theirs:
+    if foreign:
         for name in ("v_parameterization", "zero_terminal_snr", "max_train_epochs"):
-            if name in ours and _changes_nothing(name, ours[name]):  # kohya_ss writes all of its settings, also those unset
+            if name in ours and changes_nothing(name, ours[name]):  # kohya_ss writes all of its settings, also those unset
                 del ours[name]
         if "max_train_epochs" in ours and ours.pop("max_train_steps", None):
             became.append("max_train_steps is left out beside max_train_epochs, as kohya's scripts do")
-    unused = [f"{', '.join(found)} ({reason})" for reason, group in table["not_needed"].items()
-              if (found := [name for name in group if left.pop(name, None) is not None])]
-    notes = [f"Of kohya's settings {'; '.join(became)}."] if became else []
-    if unused:
-        notes.append(f"Not needed here, of kohya's settings: {'; '.join(unused)}.")
-    if neutral := sum(_changes_nothing(name, value) for name, value in theirs.items()):
-        notes.append(f"{counted(neutral, 'setting')} of kohya's had values that change nothing here.")
-    if theirs and "network_train_unet_only" not in ours:
-        notes.append("Only the UNet is trained: kohya's scripts train the text encoder too unless told otherwise, here "
-                     "network_train_unet_only = false does.")
-    return {**ours, **left}, notes
+    unused = {name: reason for reason, group in table["not_needed"].items() for name in group
+              if left.pop(name, None) is not None}
+    neutral = tuple(name for name, value in theirs.items() if changes_nothing(name, value))
+    return Adopted({**ours, **left}, tuple(became), unused, neutral)
 
 
 def _optimizer(ours: dict[str, object], *, of_kohya: bool) -> list[str]:
@@ -70,10 +105,15 @@ def _optimizer(ours: dict[str, object], *, of_kohya: bool) -> list[str]:
         became.append(f"optimizer_type = {ours['optimizer_type']} is read as {same}, the same method{why}")
         ours["optimizer_type"] = same
     given = "weight_decay" in ours or "weight_decay" in str(ours.get("optimizer_args"))
-    if of_kohya and name not in _DECAYING and not given:
+    if of_kohya and not given and not default_weight_decay(name):
         ours["weight_decay"] = 0
         became.append(f"weight_decay is 0, as kohya's scripts have it for {ours['optimizer_type']}")
     return became
+
+
+def default_weight_decay(optimizer_type: str) -> float:
+    """What kohya's scripts have where none is given."""
+    return 0.01 if optimizer_type.lower() in _DECAYING else 0.0
 
 
 @cache
@@ -86,11 +126,14 @@ def explanations() -> dict[str, str]:
     """{name of kohya's: what it is here, for a sentence}."""
     table = _table()
     found = {name: f"kohya's, here {ours}" for name, ours in table["renamed"].items()}
+    found |= {name: f"kohya's, here {ours} = {value}"
+              for name, switch in table["switches"].items() for ours, value in switch.items()}
     for kind, words in (("not_needed", "not needed here"), ("not_supported", "not supported")):
         found |= {name: f"kohya's, {words}: {reason}" for reason, group in table[kind].items() for name in group}
     return found
 
 
-def _changes_nothing(name: str, value: object) -> bool:
+def changes_nothing(name: str, value: object) -> bool:
+    """Whether this value of a setting of kohya's is that of one who leaves it alone."""
     text = str(value).strip().lower().removesuffix(".0")
     return text in ("", "0", "none", "false", "no", "[]", "{}") or text in map(str, _table()["neutral"].get(name, ()))

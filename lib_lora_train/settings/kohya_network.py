@@ -1,35 +1,81 @@
-"""What kohya's, LyCORIS' and kohya_ss' settings of the network are here: `network_module`, `network_args`, `LoRA_type`."""
+"""What kohya's, LyCORIS' and kohya_ss' settings of the network are here: `network_module`, `network_args`, `LoRA_type`.
+
+LyCORIS is v3 (f49d30d): its preset is "full" and its conv_dim and conv_alpha those of the other layers where none is given.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 _OF_CONVOLUTIONS = ("conv_dim", "conv_alpha")
-_PLAIN_TYPES = ("standard", "lora", "")
-_LOCON_TYPES = ("kohya locon", "lycoris/locon")
-_TAKEN = frozenset(_OF_CONVOLUTIONS)
+_TYPES = {"standard": "LoRA", "lora": "LoRA", "kohya locon": "LoRA", "lycoris/locon": "LoRA", "lycoris/loha": "LoHa",
+          "lycoris/lokr": "LoKr"}
+_MODULES = {"networks.lora": "LoRA", "networks.loha": "LoHa", "networks.lokr": "LoKr", "networks.oft": "OFT"}
+_ALGORITHMS = {"lora": "LoRA", "locon": "LoRA", "loha": "LoHa", "lokr": "LoKr"}
+_PRESETS = {"full": "attention and convolutions", "unet-only": "attention and convolutions",
+            "attn-mlp": "attention and feed-forward", "unet-transformer-only": "attention and feed-forward",
+            "attn-only": "attention"}
+_OF_THE_UNET = ("unet-only", "unet-transformer-only")
+_RENAMED = {"dora": "dora_wd"}
+_TAKEN = frozenset({*_OF_CONVOLUTIONS, "factor", "full_matrix", "dora_wd"})
 """The names in `network_args` that are settings here."""
+_OFF = ("", "0", "0.0", "none", "false", "no")
+_MEANT_OTHERWISE = {"wd_on_output": "dora_wd is applied to each input, as the WebUI applies it"}
 
 
 def adopted_network(values: Mapping[str, object]) -> tuple[dict[str, object], list[str]]:
-    """A file's values with those of the network made ours, and what became of them. What has no place here stays as it is."""
+    """A file's values with those of the network made ours, and what became of them. What has no place here stays as it is, for
+    the caller to refuse."""
     found, became = dict(values), list[str]()
     kind = str(found.get("LoRA_type", "")).strip().lower()
-    if "LoRA_type" in found and kind in _PLAIN_TYPES:
-        for name in _OF_CONVOLUTIONS:  # kohya_ss writes them for every type
-            found.pop(name, None)
-    if kind in _LOCON_TYPES:
-        became.append(f"LoRA_type = {found.pop('LoRA_type')} is read as conv_dim = {found.get('conv_dim')}")
-    arguments = _arguments(found.get("network_args"))
-    taken = {name: value for name, value in arguments.items() if name in _TAKEN and name not in found}
+    lycoris = kind.startswith("lycoris/") or str(found.get("network_module", "")).lower().startswith("lycoris.")
+    if "LoRA_type" in found and kind in ("standard", "lora", ""):
+        for name in (*_TAKEN, "LyCORIS_preset"):  # kohya_ss writes them for every type
+            if str(found.pop(name, "")).lower() not in _OFF:
+                became.append(f"{name} is left out: it belongs to other kinds of LoRA")
+    if kind in _TYPES:
+        found["network_module"] = _TYPES[kind]
+        became.append(f"LoRA_type = {found.pop('LoRA_type')} is read as network_module = {_TYPES[kind]}")
+    given = _arguments(found.pop("network_args", None))
+    arguments = {_RENAMED.get(name, name): value for name, value in given.items()}
+    if lycoris:
+        _adopt_algorithm(found, arguments, became)
+        _adopt_preset(found, arguments, became)
+    elif str(found.get("network_module", "")).lower() in _MODULES:
+        found["network_module"] = _MODULES[str(found["network_module"]).lower()]
+    taken = {name: arguments.pop(name) for name in list(arguments) if name in _TAKEN and name not in found}
     if taken:
         found |= taken
         became.append(f"network_args is read as {', '.join(f'{name} = {value}' for name, value in taken.items())}")
-        rest = [f"{name}={value}" for name, value in arguments.items() if name not in taken]
-        found["network_args"] = rest
-    if found.get("conv_dim") and "conv_alpha" not in found and {"LoRA_type", "network_args"} & values.keys():
-        found["conv_alpha"] = 1  # kohya's default
+    became += [f"network_args, {name}, is left out: {why}" for name, why in _MEANT_OTHERWISE.items()
+               if arguments.pop(name, None)]
+    if left := [f"{name}={value}" for name, value in arguments.items() if value.lower() not in _OFF]:
+        found["network_args"] = left
+    if found.get("conv_dim") and "conv_alpha" not in found and (given or "LoRA_type" in values):
+        found["conv_alpha"] = found.get("network_alpha", 1) if lycoris else 1  # their defaults
     return found, became
+
+
+def _adopt_algorithm(found: dict[str, object], arguments: dict[str, str], became: list[str]) -> None:
+    """LyCORIS' `algo` as the kind of network."""
+    algorithm = arguments.pop("algo", "lora").lower() if "LoRA_type" not in found else ""
+    if str(found.get("network_module", "")).lower().startswith("lycoris.") and algorithm in _ALGORITHMS:
+        found["network_module"] = _ALGORITHMS[algorithm]
+        became.append(f"network_module of LyCORIS, algo = {algorithm}, is read as {_ALGORITHMS[algorithm]}")
+    elif algorithm and algorithm not in _ALGORITHMS:
+        arguments["algo"] = algorithm  # to be refused
+
+
+def _adopt_preset(found: dict[str, object], arguments: dict[str, str], became: list[str]) -> None:
+    """LyCORIS' preset as the layers to train. Its first and last convolution and its time embedding are never adapted here."""
+    preset = str(arguments.get("preset") or found.get("LyCORIS_preset") or "full")
+    if preset in _PRESETS:
+        arguments.pop("preset", None)
+        given = "LyCORIS_preset" if found.pop("LyCORIS_preset", None) else "network_args"
+        found.setdefault("network_targets", _PRESETS[preset])
+        if preset in _OF_THE_UNET:
+            found["network_train_unet_only"] = True
+        became.append(f"{given}, preset = {preset}, is read as network_targets = {found['network_targets']}")
 
 
 def _arguments(given: object) -> dict[str, str]:

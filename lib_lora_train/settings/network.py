@@ -11,6 +11,13 @@ from lib_lora_train.settings.field import setting
 class NetworkSettings:
     """What is trained."""
 
+    network_module: str = setting(
+        "LoRA", "Kind", "LoRA suits nearly everything and works everywhere. LoHa and LoKr are other products of small matrices "
+        "(LyCORIS); LoKr makes the smallest files. OFT only rotates what the model has; its rank is the number of blocks, "
+        "fewer learn more.", choices=("LoRA", "LoHa", "LoKr", "OFT"))
+    dora_wd: bool = setting(
+        False, "DoRA", "Learn the length of the weights apart from their direction (arXiv 2402.09353): slower, closer to a "
+        "full training at low ranks.")
     network_dim: int = setting(
         16, "Rank", "Size of the LoRA. 8 to 32 suits most; larger learns more detail and overfits sooner.",
         minimum=1, maximum=1024, in_view=True)
@@ -21,8 +28,8 @@ class NetworkSettings:
         True, "UNet only", "Leave the text encoder as it is: less memory, faster. Off trains it too, which helps a new "
         "trigger word.", in_view=True)
     train_trigger_embedding: bool = setting(
-        False, "Train the trigger word's embedding", "Give the trigger word vectors of its own and train them with the LoRA, so "
-        "that the word is learnt although the text encoder stays as it is. They lie in the LoRA's file, and the word means "
+        False, "Train the trigger word's embedding", "Give the trigger word vectors of its own and train them with the LoRA, "
+        "so that the word is learnt although the text encoder stays as it is. They lie in the LoRA's file, and the word means "
         "this wherever the LoRA is in the prompt. Takes a little more memory and time.")
     embedding_vectors: int = setting(
         2, "Vectors of the trigger word", "More hold more detail, and each takes one of the prompt's 75 tokens.", minimum=1,
@@ -51,3 +58,8 @@ class NetworkSettings:
     conv_alpha: float = setting(
         0.0, "Alpha of convolutions", "Empty or 0 gives convolutions the strength of the other layers.", minimum=0,
         maximum=4096, step=0.5, zero="auto")
+    factor: int = setting(
+        -1, "LoKr factor", "How a LoKr cuts each layer: small numbers, as 4, make large files that learn more, -1 the "
+        "smallest.", minimum=-1, maximum=1024)
+    full_matrix: bool = setting(
+        False, "Whole LoKr matrices", "Train the larger of a LoKr's two matrices whole instead of at the rank.")

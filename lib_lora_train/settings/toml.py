@@ -28,14 +28,19 @@ except ModuleNotFoundError:  # Python 3.10
 def read_toml(path: Path) -> dict[str, object]:
     """Names and values of a TOML file, or of a JSON object as kohya_ss writes it, tables flattened. Raises SettingError if it
     cannot be read."""
+    return flattened(tables(path), name=str(path))
+
+
+def flattened(table: Mapping[str, Any], *, name: str) -> dict[str, object]:
+    """Names and values of tables within tables. Raises SettingError, which calls the file `name`, where one stands twice."""
     flat: dict[str, object] = {}
     try:
-        for name, value in _entries(tables(path)):
-            if name in flat:
-                raise SettingError(f"{path} sets {name} twice", remedy="keep one of the two lines")
-            flat[name] = value
+        for key, value in _entries(table):
+            if key in flat:
+                raise SettingError(f"{name} sets {key} twice", remedy="keep one of the two lines")
+            flat[key] = value
     except RecursionError:
-        raise SettingError(f"{path} cannot be read", why="its tables lie within each other a thousand times") from None
+        raise SettingError(f"{name} cannot be read", why="its tables lie within each other a thousand times") from None
     return flat
 
 
@@ -47,14 +52,19 @@ def tables(path: Path) -> dict[str, Any]:
 def text_of(path: Path) -> str:
     """The text of such a file. Raises SettingError if it cannot be read."""
     try:
-        data = path.read_bytes()
-        # What PowerShell writes by default is UTF-16.
-        return data.decode("utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
+        return decoded(path.read_bytes(), name=str(path))
     except OSError as error:
         raise SettingError(f"{path} cannot be read", why=error.strerror or str(error)) from error
+
+
+def decoded(data: bytes, *, name: str) -> str:
+    """The text in the bytes of such a file. Raises SettingError, which calls it `name`."""
+    try:
+        # What PowerShell writes by default is UTF-16.
+        return data.decode("utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
     except UnicodeDecodeError as error:
-        kind = "JSON" if path.suffix.lower() == ".json" else "TOML"
-        raise SettingError(f"{path} is not a {kind} file", why="its text is not UTF-8", remedy="save it as UTF-8") from error
+        kind = "JSON" if name.lower().endswith(".json") else "TOML"
+        raise SettingError(f"{name} is not a {kind} file", why="its text is not UTF-8", remedy="save it as UTF-8") from error
 
 
 def tables_in(text: str, *, name: str, is_json: bool = False) -> dict[str, Any]:

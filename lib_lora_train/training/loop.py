@@ -113,8 +113,8 @@ class Progress:
     @contextlib.contextmanager
     def weights(self) -> Iterator[Mapping[str, Tensor]]:
         """The LoRA's tensors as they are to be saved, under the names of its file, until the block is left."""
-        self._optimizer.set_training(False)
         try:
+            self._optimizer.set_training(False)
             yield self._network.state_dict()
         finally:
             self._optimizer.set_training(True)
@@ -142,7 +142,9 @@ def train(model: FrozenModel, *, network: AdapterNetwork, epoch_batches: EpochBa
     device, rates = model.device, (config.unet_lr, config.text_encoder_lr, config.embedding_lr)
     weights = network.flatten(*rates, dtype=config.loss.dtype)
     optimizer = RunOptimizer(weights, spec_of(config.optimizer.name), config.optimizer, pairs=network.pairs())
-    scaler = LossScaler(device, enabled=config.loss.dtype == torch.float16)
+    # With β the gradients are up to β/2 times as large: a scale that fits them at once spares steps that would be skipped.
+    scaler = LossScaler(device, enabled=config.loss.dtype == torch.float16,
+                        initial=65536.0 / max(1.0, config.loss.dco_beta / 2))
     make_step = CudaGraphStep if config.cuda_graphs and device.type == "cuda" else TrainStep
     train_step = make_step(model, weights=weights, adapters=network.adapters().get("unet", {}), condition=condition,
                            scaler=scaler, loss=config.loss, config=config.step, report=report, compiled=config.compiled)

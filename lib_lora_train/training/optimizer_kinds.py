@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib
+import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -85,12 +86,10 @@ class AdamW:
         device = groups[0]["params"][0].device
         try:
             # Copies: torch writes its options into the groups, also where it then refuses.
-            optimizer = torch.optim.AdamW([dict(group) for group in groups], **{
+            optimizer = constructed(torch.optim.AdamW, [dict(group) for group in groups], {
                 "fused": device.type in ("cuda", "cpu"), "capturable": device.type == "cuda", **arguments})
         except RuntimeError:
             optimizer = constructed(torch.optim.AdamW, groups, arguments)
-        except (ValueError, TypeError) as error:
-            raise _refusal(torch.optim.AdamW, str(error)) from error
         names = ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if arguments.get("amsgrad") else []))
         for group in optimizer.param_groups:
             for parameter in group["params"]:
@@ -112,18 +111,17 @@ class RiemannianAdamW:
 
     def check(self, arguments: Arguments) -> None:
         """See `OptimizerSpec`."""
-        check_names(torch.optim.AdamW, {name: value for name, value in arguments.items() if name != "delta"}, also=("delta",))
+        check_names(torch.optim.AdamW, arguments, also=("delta",))
         delta = arguments.get("delta", 1e-6)
         if not isinstance(delta, (int, float)) or not delta > 0:
-            raise SettingError(f"{named('optimizer_args')}: delta = {delta!r} is not possible", why="it must be above 0",
-                               remedy="1e-6 is usual")
+            raise SettingError(f"{named('optimizer_args')}: delta = {delta!r} is not possible", why="it must be above 0")
 
     def build(self, groups: list[ParamGroup], *, arguments: Arguments, pairs: Pairs = ()) -> torch.optim.Optimizer:
         """See `OptimizerSpec`."""
         self.check(arguments)
-        rest = {name: value for name, value in arguments.items() if name != "delta"}
+        rest = dict(arguments)
+        delta = float(rest.pop("delta", 1e-6))
         optimizer = AdamW().build(groups, arguments=rest)
-        delta = float(arguments.get("delta", 1e-6))
         optimizer.register_step_pre_hook(lambda *_: precondition(pairs, delta=delta))
         return optimizer
 
@@ -174,14 +172,6 @@ class LionOptimizer(torch.optim.Optimizer):
                     old.copy_(new if self.found_inf is None else torch.where(self.found_inf > 0, old, new))
 
 
-def _unchanged(arguments: dict[str, object]) -> dict[str, object]:
-    return arguments
-
-
-def _nothing(arguments: Arguments) -> Mapping[str, object]:
-    return {}
-
-
 @dataclasses.dataclass(frozen=True)
 class Imported:
     """An optimizer whose class is imported when it is chosen.
@@ -195,8 +185,8 @@ class Imported:
     class_name: str
     package: str = ""
     known: Traits = Traits()
-    varying: Callable[[Arguments], Mapping[str, object]] = _nothing
-    complete: Callable[[dict[str, object]], dict[str, object]] = _unchanged
+    varying: Callable[[Arguments], Mapping[str, object]] = lambda arguments: {}
+    complete: Callable[[dict[str, object]], dict[str, object]] = lambda arguments: arguments
 
     def traits(self, arguments: Arguments) -> Traits:
         """See `OptimizerSpec`."""
@@ -212,6 +202,9 @@ class Imported:
         module, _, name = self.class_name.rpartition(".")
         chosen = f"{named('optimizer_type')} = {name}"
         importlib.invalidate_caches()  # it may have been installed meanwhile
+        if not self.package and not _is_installed(module.partition(".")[0]):
+            raise SettingError(f"{chosen} cannot be used", why=f"there is no installed package {module.partition('.')[0]}",
+                               remedy="install it, or choose AdamW")
         try:
             found = getattr(importlib.import_module(module), name)
         except ModuleNotFoundError as error:
@@ -235,6 +228,18 @@ class Imported:
         return optimizer
 
 
+def _is_installed(package: str) -> bool:
+    """Whether it was installed, and is not just any file on the path: whoever may type a name must not run that."""
+    if package in ("torch", __name__.partition(".")[0]):
+        return True
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        return False
+    places = [*(spec.submodule_search_locations or ()), spec.origin or ""] if spec else []
+    return any({"site-packages", "dist-packages"} & set(Path(place).parts) for place in places)
+
+
 def install_command(package: str) -> str:
     """What installs a package into the Python that is running, and changes no other."""
     if package == "bitsandbytes" and tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])) < (2, 4):
@@ -250,20 +255,17 @@ def constructed(cls: type[torch.optim.Optimizer], groups: list[ParamGroup], argu
     try:
         return cls(groups, **{name: value for name, value in given.items() if names is None or name in names})
     except (ValueError, TypeError, AssertionError) as error:
-        raise _refusal(cls, str(error) or "one of the values is not possible") from error
+        raise SettingError(f"{named('optimizer_args')} does not suit {cls.__name__}", why=str(error).split("\n")[0] or
+                           "one of the values is not possible", remedy="correct the value, or leave it out") from error
 
 
 def check_names(cls: type[torch.optim.Optimizer], arguments: Arguments, *, also: tuple[str, ...] = ()) -> None:
     """Raise SettingError for an argument that the optimizer does not know. A weight decay of the settings may be one."""
-    names = _names(cls)
-    if names is None:
-        return
-    for name in arguments:
-        if name not in names and name != "weight_decay":
-            near = difflib.get_close_matches(name, [*names, *also], n=1)
-            raise SettingError(f"{named('optimizer_args')} holds {name!r}, which {cls.__name__} does not know",
-                               remedy=f"did you mean {near[0]!r}?" if near else
-                               f"it knows {', '.join(sorted({*names, *also} - {'lr', 'params'}))}")
+    names = {*(_names(cls) or arguments), *also, "weight_decay"}
+    for name in [name for name in arguments if name not in names]:
+        near = difflib.get_close_matches(name, names, n=1)
+        raise SettingError(f"{named('optimizer_args')} holds {name!r}, which {cls.__name__} does not know",
+                           remedy=f"did you mean {near[0]!r}?" if near else f"it knows {', '.join(sorted(names - {'lr'}))}")
 
 
 def knows_weight_decay(cls: type[torch.optim.Optimizer]) -> bool:
@@ -278,8 +280,3 @@ def _names(cls: type[torch.optim.Optimizer]) -> tuple[str, ...] | None:
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return None
     return tuple(parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_POSITIONAL)
-
-
-def _refusal(cls: type[torch.optim.Optimizer], why: str) -> SettingError:
-    return SettingError(f"{named('optimizer_args')} does not suit {cls.__name__}", why=why.splitlines()[0],
-                        remedy="correct the value, or leave it out")

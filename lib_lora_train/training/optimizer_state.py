@@ -28,44 +28,36 @@ def state_of(optimizer: torch.optim.Optimizer, weights: FlatWeights, *, built: S
     for group, options, first in zip(weights.groups, optimizer.param_groups, built, strict=True):
         for name, value in options.items():
             if name not in _OPTIONS and (isinstance(value, Tensor) or name not in first or value != first[name]):
-                _add(found, f"{group.name}.{name}", value)
+                found |= _encoded(f"{group.name}.{name}", value)
         if flat:
-            for name, value in optimizer.state.get(group.parameter, {}).items():
-                _add_flat(found, group, name, value)
-            continue
-        for number, weight, _ in group.members:
-            for name, value in optimizer.state.get(weight, {}).items():
-                _add(found, f"{number}.{name}", value)
+            for name, value in _encoded_all(optimizer.state.get(group.parameter, {})).items():
+                found |= _cut(group, name, value)
+        else:
+            for number, weight, _ in group.members:
+                found |= {f"{number}.{name}": value
+                          for name, value in _encoded_all(optimizer.state.get(weight, {})).items()}
     return found
 
 
-def _add(found: dict[str, Tensor], key: str, value: object) -> None:
-    if value is not None:
-        found[key] = _encoded(key, value)
-
-
-def _add_flat(found: dict[str, Tensor], group: FlatGroup, name: str, value: object) -> None:
+def _cut(group: FlatGroup, name: str, value: Tensor) -> dict[str, Tensor]:
     """What is kept of a flat parameter, weight by weight where that is possible: so it was kept before there were flat ones."""
-    if value is None:
-        return
-    value = _encoded(name, value)
+    if value.ndim == 0:
+        return {f"{number}.{name}": value for number, _, _ in group.members}
     if value.shape == group.parameter.shape:
-        found.update({f"{number}.{name}": part for number, part in group.cut(value)})
-    elif value.ndim == 0:
-        found.update({f"{number}.{name}": value for number, _, _ in group.members})
-    else:
-        found[f"{group.name}.{_OF_FLAT}{name}"] = value
+        return {f"{number}.{name}": part for number, part in group.cut(value)}
+    return {f"{group.name}.{_OF_FLAT}{name}": value}
 
 
-def _encoded(name: str, value: object) -> Tensor:
-    if isinstance(value, Tensor):
-        return value
-    if isinstance(value, bool):
-        return torch.tensor(value)
-    if isinstance(value, int) or isinstance(value, tuple) and all(type(entry) is int for entry in value):
-        return torch.tensor(value, dtype=torch.int64)
-    if isinstance(value, float):
-        return torch.tensor(value, dtype=torch.float64)
+def _encoded_all(state: Mapping[str, object]) -> dict[str, Tensor]:
+    return {key: tensor for name, value in state.items() for key, tensor in _encoded(name, value).items()}
+
+
+def _encoded(name: str, value: object) -> dict[str, Tensor]:
+    """{name: tensor}; {} for None."""
+    if value is None or isinstance(value, Tensor):
+        return {} if value is None else {name: value}
+    if isinstance(value, (bool, int, float)) or isinstance(value, tuple) and all(type(entry) is int for entry in value):
+        return {name: torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)}
     raise TrainingError("The optimizer's state cannot be kept", why=f"{name} is a {type(value).__name__}")
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,15 +17,7 @@ from lib_lora_train.errors import SettingError
 from lib_lora_train.settings import named
 from lib_lora_train.training import optimizer_kinds, optimizer_state
 from lib_lora_train.training.moving_average import MovingAverage
-from lib_lora_train.training.optimizer_kinds import (
-    AdamW,
-    Arguments,
-    Imported,
-    OptimizerSpec,
-    Pairs,
-    RiemannianAdamW,
-    Traits,
-)
+from lib_lora_train.training.optimizer_kinds import AdamW, Arguments, Imported, OptimizerSpec, Pairs, RiemannianAdamW, Traits
 
 _EMA = "ema."  # before the names of the average's parts in a state
 _FREE = "a schedule-free optimizer needs none"
@@ -52,11 +44,6 @@ def _prodigy_plus(arguments: Arguments) -> Mapping[str, object]:
             "state_bytes": 5.0 if arguments.get("factored", True) else 9.0}
 
 
-def _decoupled(arguments: dict[str, object]) -> dict[str, object]:
-    """Weight decay as AdamW's: added to a LoRA's small gradients it would outweigh them."""
-    return {"decouple": True, **arguments}
-
-
 OPTIMIZERS: dict[str, OptimizerSpec] = {
     "AdamW": AdamW(),
     "AdamW8bit": Imported("bitsandbytes.optim.adamw.AdamW8bit", "bitsandbytes", _EIGHT_BIT),
@@ -68,7 +55,9 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
                             complete=lambda arguments: {"momentum": 0.9, "nesterov": True, **arguments}),
     "Adafactor": Imported("transformers.optimization.Adafactor", "transformers", varying=_relative, complete=_adafactor),
     "CAME": Imported("came_pytorch.CAME.CAME", "came-pytorch", Traits(state_bytes=5.0)),
-    "DAdaptAdam": Imported("dadaptation.dadapt_adam.DAdaptAdam", "dadaptation", _D_ADAPTED, complete=_decoupled),
+    # Weight decay as AdamW's: added to a LoRA's small gradients it would outweigh them.
+    "DAdaptAdam": Imported("dadaptation.dadapt_adam.DAdaptAdam", "dadaptation", _D_ADAPTED,
+                           complete=lambda arguments: {"decouple": True, **arguments}),
     "DAdaptLion": Imported("dadaptation.dadapt_lion.DAdaptLion", "dadaptation",
                            dataclasses.replace(_D_ADAPTED, state_bytes=8.0)),
     "Prodigy": Imported("prodigyopt.prodigy.Prodigy", "prodigyopt", dataclasses.replace(_D_ADAPTED, state_bytes=16.0)),
@@ -122,10 +111,10 @@ class RunOptimizer:
         self.weights, self.traits, self._max_grad_norm = weights, spec.traits(config.arguments), config.max_grad_norm
         self._rates = {group.name: group.rate for group in weights.groups}
         trained = set(weights.trained())
+        check_rates(self.traits, [group.rate for group in weights.groups], config.name)
         self.optimizer = spec.build(
             [{"name": group.name, "lr": group.rate, "params": self._parameters(group)} for group in weights.groups],
-            arguments=config.arguments, pairs=_suited(self.traits, weights, config.name, [
-                pair for pair in pairs if trained.issuperset(pair)]))
+            arguments=config.arguments, pairs=[pair for pair in pairs if trained.issuperset(pair)])
         self._built = tuple(dict(group) for group in self.optimizer.param_groups)
         self._trained_values: Tensor | None = None
         self._average = MovingAverage(weights.values, decay=config.ema_decay) if config.ema_decay else None
@@ -236,13 +225,9 @@ class RunOptimizer:
             value.copy_(kept[key])
 
 
-def _suited(traits: Traits, weights: FlatWeights, name: str, pairs: Pairs) -> Pairs:
-    """`pairs`. Raises SettingError where the optimizer cannot train these weights as they are to be trained."""
-    rates = {group.rate for group in weights.groups}
-    if traits.one_rate and len(rates) > 1:
+def check_rates(traits: Traits, rates: Sequence[float], name: str) -> None:
+    """Raise SettingError where the parts have several learning rates and the optimizer has one."""
+    if traits.one_rate and len(set(rates)) > 1:
         raise SettingError(f"{named('optimizer_type')} = {name} needs one learning rate", why=f"here there are "
-                           f"{', '.join(f'{rate:g}' for rate in sorted(rates))}", remedy="give all parts the same, mostly 1")
-    if traits.needs_pairs and not pairs:
-        raise SettingError(f"{named('optimizer_type')} = {name} is not possible", why="it trains the two matrices of a LoRA, "
-                           "which this kind of network does not have", remedy="choose AdamW")
-    return pairs
+                           f"{', '.join(f'{rate:g}' for rate in rates)}", remedy=f"give {named('text_encoder_lr')} and all "
+                           f"other parts the UNet's, {rates[0]:g}")

@@ -96,7 +96,7 @@ KEY = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
     (changed(**{f"{KEY}.lora_down.weight": torch.zeros(3, 99)}), "does not fit"),
     (changed(**{f"{KEY}.lora_down.weight": torch.zeros(5, 32)}), "does not fit"),
     (changed(**{f"{KEY}.lora_down.weight": torch.zeros(3, 32, 3, 3)}), "does not fit"),
-    (changed(**{f"{KEY}.dora_scale": torch.zeros(1, 32)}), "DoRA"),
+    (changed(**{f"{KEY}.dora_scale": torch.zeros(1, 32)}), "incomplete"),
     (changed(**{f"{KEY}.alpha": torch.tensor([2.0, 2.0])}), "damaged"),
     (changed(**{f"{KEY}.alpha": torch.tensor(0.0)}), "damaged"),
     ({f"{KEY}.lora_down.weight": torch.zeros(3, 32)}, "incomplete"),

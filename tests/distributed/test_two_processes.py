@@ -90,6 +90,7 @@ def test_two_processes_that_torchrun_starts_learn_what_one_learns_with_twice_the
     chosen = {**SETTINGS, **WIDE, "train_data_dir": images, "reg_data_dir": images.parent / "class", "flip_aug": True,
               "network_train_unet_only": False, "color_aug": True, "random_crop": True, "caption_tag_dropout_rate": 0.2,
               "prior_loss_weight": 0.5, "min_snr_gamma": 2, "gradient_accumulation_steps": 2, "train_batch_size": 2,
+              "multires_noise_iterations": 3, "preservation": "blank",
               "validation": True}
     launcher = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m",

@@ -85,6 +85,14 @@ def test_a_run_of_a_few_steps_is_to_be_longer_and_not_hotter(length, steps, expe
     assert diagnose([short], run=dataclasses.replace(run, unet_lr=1e-6), ended=True).setting == "learning_rate"
 
 
+def test_where_the_optimizer_finds_the_rate_no_other_one_is_advised():
+    run = dataclasses.replace(RUN, unet_lr=1e-4, finds_rate=True)
+    hot = curve([0.05, -0.5], [0.04, -0.5], strength=2.0, run=run)
+    assert (hot.finding, hot.setting) == ("diverging", "") and "AdamW" in hot.message
+    slow = curve([0.002 * i for i in range(1, 9)], [0.001 * i for i in range(1, 9)], strength=0.003, run=run)
+    assert slow.setting == "max_train_epochs"
+
+
 @pytest.mark.parametrize("rate", [1e-6, 1e-5, 1e-4, 1e-3, 4e-3, 0.1])
 def test_no_rate_is_advised_that_the_plan_would_call_ruinous(rate):
     run = dataclasses.replace(RUN, unet_lr=rate)

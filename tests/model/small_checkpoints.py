@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import functools
 import re
+import sys
+from types import SimpleNamespace
 
-import open_clip
 import torch
-from ldm.models.autoencoder import AutoencoderKL as LdmAutoencoder
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -71,9 +71,21 @@ def ldm_unet(family: str, *, full: bool = False, in_channels: int = 4, depth: in
     return unet
 
 
-def ldm_vae(*, full: bool = False, attention_at: tuple[int, ...] = ()) -> LdmAutoencoder:
+@functools.cache
+def _ldm_autoencoder() -> type[nn.Module]:
+    """ldm's class. Of Lightning, which takes seconds to import, it uses nothing but the base class of its models."""
+    lightning = sys.modules.setdefault("pytorch_lightning", SimpleNamespace(LightningModule=nn.Module))
+    try:
+        from ldm.models.autoencoder import AutoencoderKL
+    finally:
+        if isinstance(lightning, SimpleNamespace):
+            del sys.modules["pytorch_lightning"]
+    return AutoencoderKL
+
+
+def ldm_vae(*, full: bool = False, attention_at: tuple[int, ...] = ()) -> nn.Module:
     """ldm's own autoencoder, with four resolutions as in every published SD model."""
-    return LdmAutoencoder(
+    return _ldm_autoencoder()(
         ddconfig=dict(double_z=True, z_channels=4, resolution=64, in_channels=3, out_ch=3, ch=128 if full else 32,
                       ch_mult=[1, 2, 4, 4] if full else [1, 1, 2, 2], num_res_blocks=2,
                       attn_resolutions=list(attention_at), dropout=0.0),
@@ -94,6 +106,8 @@ def clip_config(*, width: int = 48, heads: int = 4, layers: int = 3, vocabulary:
 def openclip_text(*, width: int, heads: int, layers: int = 3, projection: int = POOLED,
                   vocabulary: int = VOCABULARY) -> nn.Module:
     """open_clip's own text tower."""
+    import open_clip  # takes seconds
+
     return open_clip.transformer.TextTransformer(
         context_length=77, vocab_size=vocabulary, width=width, heads=heads, layers=layers, output_dim=projection)
 

@@ -89,7 +89,7 @@ def test_a_schedule_free_run_saves_averages_and_resumes_to_the_same_bytes_also_w
     finished, _ = run(chosen, host, None)
     straight = load_file(finished.path)
     assert metadata(finished.path)["ss_optimizer"] == (
-        "schedulefree.adamw_schedulefree.AdamWScheduleFree(betas=(0.8, 0.99))")
+        "schedulefree.adamw_schedulefree.AdamWScheduleFree(weight_decay=0.01,betas=(0.8, 0.99))")
     (host.runs_folder / "zzk-1").mkdir(parents=True)
     folder = interrupted(settings(images, **changes, **SAMPLED, validation=True), host)
     kept = load_file(folder / "state.safetensors")

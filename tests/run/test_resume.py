@@ -70,8 +70,9 @@ def going_on(chosen, folder: Path, **changes: object):
       "shuffle_caption": True, "caption_tag_dropout_rate": 0.4, "flip_aug": True, "caption_dropout_rate": 0.3,
       "network_alpha": 0.1}, 2),
     ({"lr_scheduler": "cosine_with_restarts", "lr_scheduler_num_cycles": 2, "lr_warmup_steps": 3, "noise_offset": 0.1,
-      "color_aug": True, "random_crop": True, "mixed_precision": "bf16", "gradient_checkpointing": True,
-      "weight_decay": 0.1}, 4),
+      "multires_noise_iterations": 4, "ip_noise_gamma": 0.1, "timestep_distribution": "sigmoid", "preservation": "dco",
+      "preservation_class": "cat", "color_aug": True, "random_crop": True, "mixed_precision": "bf16",
+      "gradient_checkpointing": True, "weight_decay": 0.1}, 4),
 ], ids=["accumulation, buckets, text encoder", "warmup, fresh images, bf16"])
 def test_interrupted_and_resumed_equals_the_straight_run_byte_for_byte(images, host, changes, steps_an_epoch):
     chosen = settings(images, **EXACT, **changes)

@@ -96,13 +96,43 @@ def test_convolutions_are_taken_from_network_args_and_from_the_type(values, expe
     assert (network.conv_dim, network.conv_alpha) == expected
 
 
+LYCORIS = {"network_module": "lycoris.kohya", "network_dim": 8, "network_alpha": 4}
+
+
+@pytest.mark.parametrize(("values", "expected"), [
+    ({**LYCORIS, "network_args": ["algo=lokr", "factor=4", "full_matrix=True", "preset=attn-mlp", "dropout=0"]},
+     {"network_module": "LoKr", "factor": 4, "full_matrix": True, "network_targets": "attention and feed-forward"}),
+    ({**LYCORIS, "network_args": ["algo=loha", "conv_dim=4", "conv_alpha=1"]},
+     {"network_module": "LoHa", "network_targets": "attention and convolutions", "conv_dim": 4, "conv_alpha": 1.0}),
+    ({**LYCORIS, "network_args": ["algo=locon", "conv_dim=4", "dora_wd=True", "wd_on_output=False", "use_tucker=False"]},
+     {"network_module": "LoRA", "dora_wd": True, "conv_dim": 4, "conv_alpha": 4.0}),
+    ({**LYCORIS, "network_train_unet_only": False, "network_args": "algo=lora preset=unet-transformer-only"},
+     {"network_targets": "attention and feed-forward", "network_train_unet_only": True, "conv_dim": 0}),
+    ({"network_module": "networks.loha"}, {"network_module": "LoHa", "network_targets": "attention and feed-forward"}),
+    ({"network_module": "networks.oft"}, {"network_module": "OFT"}),
+    ({"LoRA_type": "LyCORIS/LoKr", "factor": -1, "LyCORIS_preset": "attn-only", "conv_dim": 2, "network_dim": 8},
+     {"network_module": "LoKr", "factor": -1, "network_targets": "attention", "conv_dim": 2})])
+def test_networks_in_kohyas_and_lycoris_words_are_understood(values, expected):
+    # LyCORIS: without a preset "full", without conv_alpha the other layers' alpha.
+    network = vars(parse(kohya.adopted(values)[0]).network)
+    assert {name: network[name] for name in expected} == expected
+
+
+def test_what_lycoris_can_and_this_cannot_is_refused_by_name():
+    for arguments in (["algo=glora"], ["algo=lora", "use_tucker=True"], ["algo=lokr", "preset=full-lin"]):
+        with pytest.raises(SettingError, match="network_args"):
+            parse(kohya.adopted({**LYCORIS, "network_args": arguments})[0])
+    assert "each input" in " ".join(kohya.adopted({**LYCORIS, "network_args": ["algo=lora", "wd_on_output=True"]})[1])
+
+
 def test_what_is_not_supported_is_refused_where_it_would_change_the_training_and_not_where_it_is_off():
     off = {"use_8bit_adam": False, "network_dropout": "0", "lr_scheduler_args": [], "perlin_noise": None,
            "network_module": "networks.lora", "scale_weight_norms": None, "weighted_captions": False}
     values, notes = kohya.adopted(off)
-    assert values == {} and "7 settings" in notes[0]
-    for name, value in {"use_8bit_adam": True, "network_dropout": 0.1, "lr_scheduler_type": "OneCycleLR",
-                        "perlin_noise": 6, "network_module": "lycoris.kohya", "datasets": [{"resolution": 512}]}.items():
+    assert values == {"network_module": "LoRA"} and "6 settings" in notes[0]
+    assert kohya.adopted({"use_8bit_adam": True, "optimizer_type": "SGD"})[0]["optimizer_type"] in ("AdamW", "AdamW8bit")
+    for name, value in {"fused_backward_pass": True, "network_dropout": 0.1, "lr_scheduler_type": "OneCycleLR",
+                        "perlin_noise": 6, "network_module": "networks.dylora", "datasets": [{"resolution": 512}]}.items():
         with pytest.raises(SettingError, match=name):
             parse(kohya.adopted({name: value})[0])
 
@@ -124,6 +154,8 @@ def test_optimizers_arguments_and_schedules_come_along_with_kohyas_own_weight_de
 @pytest.mark.parametrize("installed", [True, False])
 def test_eight_bits_are_32_where_their_package_is_missing_which_is_told(monkeypatch, installed):
     monkeypatch.setattr(kohya.importlib.util, "find_spec", lambda name: installed or None)
+    assert kohya.adopted({"use_8bit_adam": True})[0]["optimizer_type"] == ("AdamW8bit" if installed else "AdamW")
+    assert kohya.adopted({"use_lion_optimizer": True})[0]["optimizer_type"] == "Lion"
     values, notes = kohya.adopted({"optimizer_type": "Lion8bit", "weight_decay": 0.1})
     assert values["optimizer_type"] == ("Lion8bit" if installed else "Lion")
     assert installed or "bitsandbytes" in " ".join(notes)

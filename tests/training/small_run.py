@@ -49,16 +49,19 @@ class Sgd:
         return torch.optim.SGD(groups, **arguments)
 
 
+OWN = {"sd1": tiny_checkpoint.SHALLOW, "sd1 of four levels": tiny_checkpoint.SMALLEST}
+
+
 def tensors(family: str) -> dict[str, torch.Tensor]:
-    """A checkpoint of the caller's own: of two levels where the family is SD1, else other people's code."""
-    if family == "sd1":
-        return tiny_checkpoint.tensors(vocabulary=small_checkpoints.VOCABULARY, size=tiny_checkpoint.SHALLOW)
+    """A checkpoint of the caller's own: of SD1 by `tiny_checkpoint`, else by other people's code."""
+    if family in OWN:
+        return tiny_checkpoint.tensors(vocabulary=small_checkpoints.VOCABULARY, size=OWN[family])
     return {name: tensor.detach() for name, tensor in small_checkpoints.checkpoint(family).items()}
 
 
 def built(family: str, lent: dict[str, torch.Tensor]) -> frozen.FrozenModel:
-    hints = Hints(unet_heads=4, text_heads=(2,)) if family == "sd1" else small_checkpoints.HINTS[family]
-    return frozen.build(lent, hints=hints, tokenizers=small_checkpoints.tokenizers(family))
+    hints = Hints(unet_heads=4, text_heads=(2,)) if family in OWN else small_checkpoints.HINTS[family]
+    return frozen.build(lent, hints=hints, tokenizers=small_checkpoints.tokenizers(family.split()[0]))
 
 
 @functools.lru_cache(maxsize=4)

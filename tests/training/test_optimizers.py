@@ -10,6 +10,7 @@ import itertools
 import math
 import sys
 import types
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import torch
 from lib_lora_train.adapters.flat import FlatWeights
 from lib_lora_train.errors import LoraFileError, SettingError
 from lib_lora_train.run.optimizing import (
+    check_network,
     check_optimizer,
     check_optimizer_device,
     ignored_by_optimizer,
@@ -175,9 +177,13 @@ def test_riemannian_adamw_is_adamw_of_the_papers_gradients():
 
 
 def test_riemannian_adamw_needs_the_two_matrices():
-    flat = FlatWeights([{"name": "unet", "params": weights(), "lr": 0.1}])
+    a, b, *_ = weights()
+    network, settings = SimpleNamespace(pairs=lambda: [(a, b)]), parse({"optimizer_type": "RiemannianAdamW"})
+    check_network(settings, network)
+    a.requires_grad_(False)
     with pytest.raises(SettingError):
-        RunOptimizer(flat, spec_of("RiemannianAdamW"), OptimizerConfig("RiemannianAdamW"))
+        check_network(settings, network)
+    check_network(parse({}), network)
 
 
 @pytest.mark.parametrize("name", ["AdamWScheduleFree", "RAdamScheduleFree", "ProdigyPlusScheduleFree"])
@@ -285,6 +291,17 @@ class TestChoosing:
     def test_what_is_no_optimizer_or_cannot_be_used_as_one_is_refused_before_the_start(self, name):
         with pytest.raises(SettingError):
             check_optimizer(parse({"optimizer_type": name}), built=True)
+
+    def test_only_what_was_installed_is_imported_for_a_name_that_somebody_typed(self, tmp_path, monkeypatch):
+        (tmp_path / "lying_here.py").write_text("import torch\nraise SystemExit\nclass Class(torch.optim.SGD): pass\n")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        with pytest.raises(SettingError):
+            check_optimizer(parse({"optimizer_type": "lying_here.Class"}))
+        installed = tmp_path / "site-packages"
+        installed.mkdir()
+        (installed / "brought.py").write_text("import torch\nclass Class(torch.optim.SGD): pass\n")
+        monkeypatch.syspath_prepend(str(installed))
+        check_optimizer(parse({"optimizer_type": "brought.Class"}), built=True)
 
     @pytest.mark.parametrize("text", [
         "betas=0.9,0.98", "eps=1e-6 betas=(0.9, 0.98)", '"betas=0.9,0.98" eps=1e-6', ["betas=0.9,0.98", "amsgrad=true"]])

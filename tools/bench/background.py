@@ -56,7 +56,7 @@ class BackgroundPlan:
     cases: tuple[str, ...] = ("whole", "masked")
     seeds: tuple[int, ...] = (42, 43)
     steps: int = 200
-    samples: int = 3
+    samples: int = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Figures:
 def run_background(plan: BackgroundPlan, host: Host, *, say: Say) -> str:
     """Measure, write background.md and background.json into the output folder, and return the table."""
     data, kept_back = write_dataset(SUBJECT, plan.output / "subject")
-    sampler = Sampler(host)
+    sampler = Sampler(host, steps=12)
     called = [f"{TRIGGER}, {scene}" for scene in SCENES for _ in range(plan.samples)]
     others = [word for word in WITHOUT_TRIGGER for _ in range(plan.samples)]
     base = sampler.sample([*called, *others])

@@ -81,6 +81,23 @@ Adapters = Mapping[str, Adapter]
 NO_ADAPTERS: Adapters = MappingProxyType({})
 
 
+def adapted_linear(adapter: Adapter | None, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """A linear layer of x [..., in] by itself, with its adapter -> [..., out]."""
+    if adapter is not None and not _adds_delta(type(adapter)):
+        return adapter.linear(x, weight, bias)
+    return shared_linears(x, [(weight, bias)], [None if adapter is None else adapter.delta()])[0]
+
+
+def adapted_conv2d(adapter: Adapter | None, x: Tensor, weight: Weight, bias: Tensor | None, *, stride: int,
+                   padding: int) -> Tensor:
+    """A convolution of x [B, in, h, w] with its adapter -> [B, out, h', w']."""
+    if adapter is not None and not _adds_delta(type(adapter)):
+        return adapter.conv2d(x, weight, bias, stride=stride, padding=padding)
+    y = frozen_conv2d(x, weight, bias, stride=stride, padding=padding)
+    delta = None if adapter is None else adapter.delta()
+    return y if delta is None else y + conv2d_delta(x, delta, stride=stride, padding=padding)
+
+
 class Layers:
     """Borrowed tensors by local name ("input_blocks.1.0.in_layers.2.weight"), and the layers made of them."""
 
@@ -160,20 +177,14 @@ class Layers:
         whole = [adapter is not None and not _adds_delta(type(adapter)) for adapter in adapters]
         if any(whole):
             x = source if recipe is None else made(recipe, source)
-            return tuple(adapter.linear(x, *layer) if alone else shared_linears(x, [layer], [delta])[0]
-                         for layer, adapter, delta, alone in zip(frozen, adapters, deltas, whole, strict=True))
+            return tuple(adapted_linear(adapter, x, *layer) for layer, adapter in zip(frozen, adapters, strict=True))
         if recipe is None and deltas == [None]:
             return (frozen_linear(source, *frozen[0]),)
         return shared_linears(source, frozen, deltas, recipe=recipe)
 
     def conv2d(self, name: str, x: Tensor, *, stride: int = 1, padding: int = 0) -> Tensor:
         """x [B, in, h, w] -> [B, out, h', w']."""
-        weight, bias, adapter = self.weight(name), self.bias(name), self._adapters.get(name)
-        if adapter is not None and not _adds_delta(type(adapter)):
-            return adapter.conv2d(x, weight, bias, stride=stride, padding=padding)
-        y = frozen_conv2d(x, weight, bias, stride=stride, padding=padding)
-        delta = None if adapter is None else adapter.delta()
-        return y if delta is None else y + conv2d_delta(x, delta, stride=stride, padding=padding)
+        return adapted_conv2d(self._adapters.get(name), x, self.weight(name), self.bias(name), stride=stride, padding=padding)
 
     def layer_normed(self, name: str) -> LayerNorm:
         """The layer norm `name` as a recipe for `linear` and `linears`."""
