@@ -47,7 +47,8 @@ class WordEmbedding(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """As the file has them, sharing memory with the weights."""
-        return {f"{EMBEDDING_PREFIX}{self.word}.{_KEYS[component]}": own.detach() for component, own in self.by_component.items()}
+        return {f"{EMBEDDING_PREFIX}{self.word}.{_KEYS[component]}": own.detach()
+                for component, own in self.by_component.items()}
 
 
 class WordVectors:
