@@ -79,6 +79,7 @@
         view.result = window.loraTrainResult(page, page.sender, (run) => page.showResults(run));
         view.offer = window.loraTrainResume(view.resume, ask, () => { kick(); poll(); }, view.showProblem, translated);
         view.drawLearning = window.loraTrainLearning(page, view);
+        window.loraTrainFiles(page, byId("lora_train_files"), fieldValues);
     }
 
     function showTooltips(tooltips) {
@@ -140,6 +141,12 @@
 
     function draftBox() {
         return app().querySelector("#lora_train_draft textarea, #lora_train_draft input");
+    }
+
+    /** All settings as they stand in the fields. */
+    function fieldValues() {
+        const {preset_version: _, ...values} = JSON.parse(draftBox().value);
+        return values;
     }
 
     /** The settings of these names as they stand in the fields; {} before the page has planned. */

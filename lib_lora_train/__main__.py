@@ -25,10 +25,11 @@ from lib_lora_train import events
 from lib_lora_train.errors import LoraTrainError, SettingError, UserError, translated
 from lib_lora_train.events import Report, shielded
 from lib_lora_train.run import RUNS_FOLDER
-from lib_lora_train.settings import AREAS, Settings, assignment, declarations, named, parse, user_path
+from lib_lora_train.settings import AREAS, Settings, assignment, declarations, flat, named, parse, user_path
 from lib_lora_train.settings.importing import import_file
 from lib_lora_train.studio.commands.arguments import add_check, add_prepare, add_tag, add_verify
 from lib_lora_train.studio.commands.results import add_results
+from lib_lora_train.studio.commands.settings import add_settings, named_preset
 
 if TYPE_CHECKING:
     from lib_lora_train.distributed import LaunchEnvironment
@@ -179,12 +180,15 @@ def _train_settings(chosen: argparse.Namespace) -> tuple[Settings, list[str]]:
     from lib_lora_train.run.resume import find, settings_of
 
     imported = import_file(chosen.config) if chosen.config else None
-    values: dict[str, object] = dict(imported.values) if imported else {}
+    preset = named_preset(chosen.preset, chosen.output_dir) if chosen.preset else None
+    values = {**(preset.values if preset else {}), **(imported.values if imported else {})}
     notes = imported.sentences() if imported else []
     values |= {name: value for name, value in (
         ("train_data_dir", chosen.data), ("output_name", chosen.name), ("output_dir", chosen.output_dir),
         ("resume", chosen.resume)) if value}
     values |= dict(assignment(text) for text in chosen.set)
+    if preset:
+        values["preset"] = preset.recorded({**preset.values, **flat(parse({n: v for n, v in values.items() if n != "resume"}))})
     if not values.get("resume"):
         return parse(values), notes
     named = user_path(str(values.pop("resume")))  # a path, else the name of a run beside the results
@@ -329,8 +333,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--data", default="", help=named("train_data_dir"))
     train.add_argument("--name", default="", help=named("output_name"))
     train.add_argument("--output-dir", default="", help=named("output_dir"))
-    train.add_argument("--config", type=user_path, help="a file of settings: TOML of ours, of kohya's scripts, "
-                       "of lora-scripts or LoRA Easy, JSON of kohya_ss or OneTrainer, or a LoRA that was trained so")
+    train.add_argument("--config", type=user_path, help="a file of settings, another program's too, or a LoRA")
+    train.add_argument("--preset", default="", help="settings for a purpose: the name of a preset, or its file")
     train.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="one setting; may be repeated")
     train.add_argument("--json", action="store_true", help="one JSON event a line instead of a progress bar")
     train.add_argument("--resume", default="", metavar="RUN|FOLDER", help="go on with an interrupted run (see `runs`); its "
@@ -354,7 +358,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_address(ui)
     ui.set_defaults(command=_ui)
 
-    for add in (add_results, add_prepare, add_check, add_tag, add_verify):
+    for add in (add_results, add_settings, add_prepare, add_check, add_tag, add_verify):
         add(commands)
 
     inspect = commands.add_parser("inspect", help="say what a LoRA file is")

@@ -24,6 +24,7 @@ class FakeHost(Host):
     def __init__(self, folder: Path) -> None:
         self.lora_folder, self.runs_folder = folder / "loras", folder / "runs"
         self.datasets_folder, self.models_folder = folder / "datasets", folder / "models"
+        self.presets_folder = folder / "presets"
         self.taggers_folder = self.lora_folder / "taggers"
         self.lora_folder.mkdir()
         self.busy = False

@@ -250,3 +250,17 @@ def test_every_setting_is_in_the_help(capsys):
         main(["train", "--help"])
     text = capsys.readouterr().out
     assert all(f"  {name} = " in text for name in DECLARATIONS)
+
+
+def test_settings_come_from_a_run_a_preset_or_a_lora_and_go_out_as_toml(run, train, tmp_path):
+    assert run(*train, "--preset", "Quick try", "--set", "max_train_steps=1", "--json").returncode == 0
+    record, = (tmp_path / "out" / "runs").iterdir()
+    shown = run("settings", "--run", record.name, "--output-dir", tmp_path / "out")
+    assert 'preset = "Quick try (version 1), changed"' in shown.stdout and "learning_rate = 0.0003" in shown.stdout
+    again = run("settings", tmp_path / "out" / "zzk.safetensors", "--out", tmp_path / "again.toml")
+    assert again.returncode == 0 and "a LoRA file" in again.stderr
+    text = (tmp_path / "again.toml").read_text(encoding="utf-8")
+    assert "learning_rate = 0.0003" in text and "preset" not in text
+    info = json.loads(run("inspect", tmp_path / "out" / "zzk.safetensors", "--json").stdout)
+    assert info["metadata"]["ss_preset"] == "Quick try (version 1), changed"
+    assert run(*train, "--preset", "Nobody").returncode == run("settings", "--run", "nobody").returncode == 2

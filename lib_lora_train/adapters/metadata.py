@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 from lib_lora_train.errors import printable
 from lib_lora_train.model.family import Family
+from lib_lora_train.settings.presets import NO_PRESET
 
 MODELSPEC = "1.0.1"
 
@@ -126,7 +127,8 @@ def _run(run: TrainingMetadata, name: str) -> dict[str, object]:
         "ss_total_batch_size": run.batch_size * run.processes,
         "ss_training_started_at": run.started_at,
         "ss_training_finished_at": run.finished_at,
-    } | ({"ss_network_args": json.dumps(dict(run.network_args))} if run.network_args else {})
+    } | ({"ss_network_args": json.dumps(dict(run.network_args))} if run.network_args else {}) | (
+        {"ss_preset": run.settings["preset"]} if run.settings.get("preset") not in (None, NO_PRESET) else {})
 
 
 def _dataset(run: TrainingMetadata) -> dict[str, object]:

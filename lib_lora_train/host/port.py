@@ -123,6 +123,7 @@ class Paths(Protocol):
 
     lora_folder      where finished LoRAs go unless the user names a folder
     runs_folder      where each run keeps its folder of settings and events
+    presets_folder   where the user's presets are
     datasets_folder  where the dataset studio keeps the datasets it owns
     models_folder    where models of all kinds are, each kind in a folder of its own; only read, for detectors that are there
     taggers_folder   where each tagger has a folder of its own
@@ -131,6 +132,7 @@ class Paths(Protocol):
 
     lora_folder: Path
     runs_folder: Path
+    presets_folder: Path
     datasets_folder: Path
     models_folder: Path
     taggers_folder: Path

@@ -51,6 +51,7 @@ class StandaloneHost(Host):
         self.checkpoint_file, self.allowed = checkpoint_file, allowed
         self.lora_folder, self.runs_folder = lora_folder, runs_folder
         self.datasets_folder, self.taggers_folder = runs_folder.with_name("datasets"), lora_folder / "taggers"
+        self.presets_folder = runs_folder.with_name("presets")
         self.models_folder = lora_folder  # there is no other
         self._device = placement.indexed(device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         self._lock = threading.Lock()

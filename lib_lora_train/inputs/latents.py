@@ -120,11 +120,12 @@ class CachedLatents:
     def prepare(self, index: int, rng: random.Random) -> Visit:
         """See `LatentSource.prepare`: [2, 4, h, w]. Raises TrainingError where the disk refuses."""
         variants = self._variants[index]
-        number = rng.randrange(len(variants)) if variants[0].degrees else 0
-        if variants[-1].flipped:
-            number = number // 2 * 2 + draw_flip(rng)
+        flips = 1 + variants[-1].flipped  # how many views each turn has
+        flipped = flips == 2 and draw_flip(rng)
+        turn = rng.randrange(len(variants) // flips) if len(variants) > flips else 0
+        number = turn * flips + flipped
         latents = self._store.load(self._numbers[index], variant=number)
-        return Visit(latents, variants[number].flipped, self.placements[index].crop, variants[number].degrees)
+        return Visit(latents, flipped, self.placements[index].crop, variants[number].degrees)
 
     def finish(self, indices: Sequence[int], prepared: Sequence[torch.Tensor]) -> torch.Tensor:
         """See `LatentSource.finish`. On the CPU."""

@@ -2,3 +2,5 @@
 
 RUNS_FOLDER = "runs"
 """Where the command line keeps the folders of runs: beside the results."""
+PRESETS_FOLDER = "presets"
+"""Where it looks for the user's presets, beside the runs."""

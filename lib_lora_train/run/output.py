@@ -20,7 +20,7 @@ _INVISIBLE = frozenset("\u00ad\u061c\u180e\u200b\u200e\u200f\u2028\u2029\u2060\u
 _LONGEST = 120
 
 
-def checked_name(name: str) -> str:
+def checked_name(name: str, *, what: str = "LoRA") -> str:
     """`name`, composed to NFC, if it can be a file's name on every platform and stand in <lora:name:1>; raises OutputError.
     macOS takes the composed and the decomposed spelling of an accent for one file, others for two."""
     name = unicodedata.normalize("NFC", name)
@@ -28,7 +28,7 @@ def checked_name(name: str) -> str:
     found = sorted({c for c in name if c in FORBIDDEN or c in _INVISIBLE or unicodedata.category(c) in ("Cc", "Cs")})
     remedy = "write a plain name such as my_character"
     if not name.strip():
-        raise OutputError("The LoRA has no name", remedy=remedy)
+        raise OutputError(f"The {what} has no name", remedy=remedy)
     if found:
         why = f"it holds {' '.join(map(repr, found))}, which a file name or <lora:…> cannot"
     elif unicodedata.normalize("NFKC", name.split(".")[0]).upper().strip() in RESERVED:  # Windows takes COM¹ for COM1

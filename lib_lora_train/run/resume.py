@@ -42,7 +42,7 @@ FREE = frozenset({
     "gradient_checkpointing", "memory_plan", "memory_budget", "cpu_offload_checkpointing", "channels_last",
     "max_train_steps", "max_train_epochs", "max_train_minutes", "output_name", "output_dir", "overwrite", "save_precision",
     "save_every_n_epochs", "save_every_n_steps", "save_state", "save_state_every_n_minutes", "save_state_on_train_end",
-    "resume", "training_comment", "yield_to_generations", "cuda_graphs", "num_repeats", "validation",
+    "resume", "training_comment", "preset", "yield_to_generations", "cuda_graphs", "num_repeats", "validation",
     "validate_every_n_steps", "early_stopping", "sample_images", "sample_prompts", "sample_every_n_steps",
     "sample_every_n_epochs", "sample_at_first"})
 _DIFFERENT = "the result will not be that of an uninterrupted run."

@@ -291,3 +291,6 @@ class SaveSettings:
         is_path=True)
     training_comment: str = setting(
         "", "Comment", "A note that is kept inside the file.")
+    preset: str = setting(
+        "Default", "Preset", "Settings for a purpose. A preset changes only what it is about. The run and the file say which "
+        "it was.")

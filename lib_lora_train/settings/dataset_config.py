@@ -69,7 +69,7 @@ def with_text(settings: Settings) -> Settings:
         return settings
     if DECLARATIONS["dataset_config"].holds_path(text):
         path = Path(text)
-        text, folder = text_of(path), folder or str(path.absolute().parent)
+        text, folder = text_of(path).strip(), folder or str(path.absolute().parent)
     settings = dataclasses.replace(settings, dataset=dataclasses.replace(settings.dataset, dataset_config=text))
     if not folder:
         try:

@@ -57,7 +57,7 @@ def adopted(values: Mapping[str, object]) -> tuple[dict[str, object], list[str]]
 def adopt(values: Mapping[str, object], *, foreign: bool = False) -> Adopted:
     """A file's values with kohya's names and conventions made ours. One with names that only kohya has is `foreign` in any
     case: where both epochs and steps stand in it, and for what it leaves out, it means what kohya's scripts do."""
-    table = _table()
+    table = name_table()
     values, became = adopted_network(values)
     theirs = {name: value for name, value in values.items() if name in explanations()}
     ours = {name: value for name, value in values.items() if name not in theirs and value not in ("", None)}
@@ -117,14 +117,15 @@ def default_weight_decay(optimizer_type: str) -> float:
 
 
 @cache
-def _table() -> dict[str, dict[str, object]]:
+def name_table() -> dict[str, dict[str, object]]:
+    """kohya.toml: what names of kohya's become, sorted by kind."""
     return tables(Path(__file__).with_name("kohya.toml"))
 
 
 @cache
 def explanations() -> dict[str, str]:
     """{name of kohya's: what it is here, for a sentence}."""
-    table = _table()
+    table = name_table()
     found = {name: f"kohya's, here {ours}" for name, ours in table["renamed"].items()}
     found |= {name: f"kohya's, here {ours} = {value}"
               for name, switch in table["switches"].items() for ours, value in switch.items()}
@@ -136,4 +137,4 @@ def explanations() -> dict[str, str]:
 def changes_nothing(name: str, value: object) -> bool:
     """Whether this value of a setting of kohya's is that of one who leaves it alone."""
     text = str(value).strip().lower().removesuffix(".0")
-    return text in ("", "0", "none", "false", "no", "[]", "{}") or text in map(str, _table()["neutral"].get(name, ()))
+    return text in ("", "0", "none", "false", "no", "[]", "{}") or text in map(str, name_table()["neutral"].get(name, ()))

@@ -110,11 +110,15 @@ class RunOptimizer:
         """`pairs` are A and B of the layers that have them. Raises SettingError where the optimizer does not suit these."""
         self.weights, self.traits, self._max_grad_norm = weights, spec.traits(config.arguments), config.max_grad_norm
         self._rates = {group.name: group.rate for group in weights.groups}
-        trained = set(weights.trained())
+        rate_of = {weight: group.rate for group in weights.groups for _, weight, _ in group.members}
+        pairs = [pair for pair in pairs if rate_of.keys() >= set(pair)]
+        if self.traits.needs_pairs and any(rate_of[down] != rate_of[up] for down, up in pairs):
+            raise SettingError(f"{named('optimizer_type')} = {config.name} and LoRA+ exclude each other", why="both make up "
+                               "for the different sizes of a LoRA's two matrices", remedy="switch LoRA+ off, or choose AdamW")
         check_rates(self.traits, [group.rate for group in weights.groups], config.name)
         self.optimizer = spec.build(
             [{"name": group.name, "lr": group.rate, "params": self._parameters(group)} for group in weights.groups],
-            arguments=config.arguments, pairs=[pair for pair in pairs if trained.issuperset(pair)])
+            arguments=config.arguments, pairs=pairs)
         self._built = tuple(dict(group) for group in self.optimizer.param_groups)
         self._trained_values: Tensor | None = None
         self._average = MovingAverage(weights.values, decay=config.ema_decay) if config.ema_decay else None

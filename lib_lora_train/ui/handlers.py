@@ -20,26 +20,22 @@ from lib_lora_train.api import OUTDATED, service
 from lib_lora_train.errors import Interrupted, LoraTrainError, OutputError
 from lib_lora_train.host.port import Host
 from lib_lora_train.run.background import Failure
+from lib_lora_train.run.presets import offered
 from lib_lora_train.run.runner import Runner
-from lib_lora_train.settings import DECLARATIONS, Value, parse
-from lib_lora_train.settings.presets import presets
+from lib_lora_train.settings import DECLARATIONS, Value, flat, named, parse
+from lib_lora_train.settings.presets import CHANGED, IDENTITY, NO_PRESET, Preset, name_and_version
 from lib_lora_train.ui.fields import displayed, shown
 from lib_lora_train.ui.schedule_curve import schedule_curve
 
-NO_PRESET = "Default"
-CHANGED = ", changed"
-"""Behind the name of a preset of whose settings one was changed since."""
 _NO_PRESET_ABOUT = "Everything as it was at the start, but for the names and folders."
-# What belongs to one LoRA and not to a way of training; no preset and no "Default" touches it.
-IDENTITY = frozenset({"output_name", "output_dir", "train_data_dir", "trigger_word", "reg_data_dir", "network_weights",
-                      "training_comment", "overwrite", "resume"})
 # What is meant for one press of Train and not remembered.
 ONCE = frozenset({"overwrite", "resume"})
 
 
 @dataclasses.dataclass(frozen=True)
 class Handlers:
-    """The page's actions on one runner and host. `defaults` is what the fields show at first, by name.
+    """The page's actions on one runner and host. `names` are those of the settings in the order of the fields, with the preset,
+    whose list is updated apart; `defaults` is what the fields show at first.
 
     What reads a folder or starts a run wants the page's `token` first. gradio answers any request that names a function by
     its number, also one that a foreign page makes the user's browser send; only our own page knows the token.
@@ -61,7 +57,9 @@ class Handlers:
             return _problem(OUTDATED), *[gr.update()] * 5
         chosen = self._by_name(values)
         in_force = self._in_force(preset, chosen)
-        draft = json.dumps({"preset": in_force} | {name: value for name, value in chosen.items() if name not in ONCE})
+        offer = self._presets()[name_and_version(in_force)[0]]
+        draft = json.dumps({name: value for name, value in chosen.items() if name not in ONCE} | {
+            "preset": in_force, "preset_version": offer.version})
         outdated = page.ask()
         summary, steps = self._summary(chosen, outdated)
         if outdated():
@@ -80,6 +78,7 @@ class Handlers:
         page.ask()
         chosen = self._by_name(values)
         try:
+            chosen["preset"] = self._recorded(chosen)
             service.start(chosen, runner=self.runner, host=self.host)
         except LoraTrainError as error:
             taken = isinstance(error, OutputError) and self._taken(chosen)
@@ -101,8 +100,25 @@ class Handlers:
         """[what the preset is for, as HTML; an update for each field, empty where the preset does not name it]. `picked` is
         the press on the list, also one on what is in force already."""
         page.ask()  # a plan under way would put the name back that was shown before
-        about, values = self._presets().get(str(picked.value), ("", {}))  # "Style, changed" stays as it is
-        return [_note(about), *self._updates(values)]
+        preset = self._presets().get(str(picked.value))  # "Style, changed" stays as it is
+        return [_note(preset.description if preset else ""), *self._updates(preset.values if preset else {})]
+
+    def fill(self, token: str, page: Latest, incoming: str) -> list[Any]:
+        """[what the preset is for; the preset in force; an update for each field] from what the script has read, as JSON:
+        {"values", "foreign", "preset"}. Of another program's file what it does not name becomes as at the start."""
+        try:
+            told = json.loads(incoming)
+            values, foreign, preset = dict(told.get("values", {})), bool(told.get("foreign")), told.get("preset")
+        except (ValueError, TypeError, AttributeError):
+            told = None
+        if not self._ours(token) or told is None:
+            return [*[gr.update()] * 2, *self._updates({})]
+        page.ask()
+        if foreign:
+            values = {**{name: value for name, value in self.defaults.items() if name not in IDENTITY}, **values}
+        if preset in self._presets() and not values:
+            return [_note(self._presets()[preset].description), self._list_of_presets(preset), *self._updates({})]
+        return ["", self._list_of_presets(self._in_force(None, {**self.defaults, **values})), *self._updates(values)]
 
     def restore(self, page: Latest, draft: str) -> list[Any]:
         """[a summary for the time being; what the preset is for; the preset in force; an update for each field: what the
@@ -117,22 +133,41 @@ class Handlers:
         if not isinstance(remembered, dict) or not remembered:
             remembered = self.runner.settings()
         kept = {name: value for name, value in remembered.items() if name not in ONCE}
-        now = self._in_force(kept.get("preset"), {**self.defaults, **kept})
-        about = _note(self._presets()[now.removesuffix(CHANGED)][0] * (now != NO_PRESET))
+        named_so = kept.get("preset") if "preset_version" in kept or kept.get("preset") != NO_PRESET else None  # a run's
+        now = self._in_force(named_so, {**self.defaults, **kept})
+        about = _note(self._about(now, kept))
         return [_note("Looking at the pictures"), about, self._list_of_presets(now), *self._updates(kept)]
 
-    def _presets(self) -> dict[str, tuple[str, Mapping[str, Value]]]:
-        """Name -> (what it is for, the settings it changes)."""
+    def _presets(self) -> dict[str, Preset]:
+        """By name, the user's own behind the others."""
         first = {name: value for name, value in self.defaults.items() if name not in IDENTITY}
-        return {NO_PRESET: (_NO_PRESET_ABOUT, first)} | {p.name: (p.description, p.values) for p in presets()}
+        return {NO_PRESET: Preset(NO_PRESET, _NO_PRESET_ABOUT, 0, first)} | {
+            preset.name: preset for preset in offered(self.host.presets_folder)}
+
+    def _about(self, now: str, kept: Mapping[str, object]) -> str:
+        """What the preset in force is for; of one that was updated since these settings were chosen, what is other now."""
+        name, version = name_and_version(str(kept.get("preset", "")))
+        version = version or int(kept.get("preset_version") or 0)
+        preset = self._presets()[name_and_version(now)[0]]
+        if preset.name != name or not version or version == preset.version:
+            return preset.description * (now != NO_PRESET)
+        others = [f"{named(key)} {kept.get(key)} → {value}" for key, value in preset.values.items()
+                  if key in kept and kept[key] not in (value, displayed(DECLARATIONS[key], value))]
+        return (f"{name} is version {preset.version} now, and these settings are of version {version}. "
+                f"Choose it again for: {', '.join(others)}." if others else preset.description)
+
+    def _recorded(self, chosen: Mapping[str, object]) -> str:
+        """The preset as a run's record has it, with its version."""
+        preset = self._presets()[name_and_version(self._in_force(chosen["preset"], chosen))[0]]
+        return NO_PRESET if preset.name == NO_PRESET else preset.recorded(flat(parse(chosen)))
 
     def _in_force(self, shown_name: object, chosen: Mapping[str, object]) -> str:
         """ "Style", or "Style, changed" where one of its settings is another now. Settings without a preset's
         name, such as a run's, are the preset that they equal."""
-        offered, name = self._presets(), str(shown_name).removesuffix(CHANGED)
-        held = [name for name, (_, values) in offered.items() if all(
-            chosen.get(key) in (value, displayed(DECLARATIONS[key], value)) for key, value in values.items())]
-        if name not in offered:
+        known, name = self._presets(), name_and_version(str(shown_name))[0]
+        held = [preset.name for preset in known.values() if all(
+            chosen.get(key) in (value, displayed(DECLARATIONS[key], value)) for key, value in preset.values.items())]
+        if name not in known:
             name = held[0] if held else NO_PRESET
         return name if name in held else name + CHANGED
 
@@ -172,7 +207,8 @@ class Handlers:
 
     def _updates(self, values: Mapping[str, object]) -> list[Any]:
         return [gr.update(value=displayed(DECLARATIONS[name], values[name]))
-                if name in values and shown(DECLARATIONS[name], values[name]) else gr.update() for name in self.names]
+                if name in values and shown(DECLARATIONS[name], values[name]) else gr.update()
+                for name in self.names if name != "preset"]
 
 
 class Latest:

@@ -16,9 +16,9 @@ import gradio as gr
 from lib_lora_train.host.port import Host
 from lib_lora_train.run.runner import Runner
 from lib_lora_train.settings import AREAS, DECLARATIONS, Declaration, Settings, Value, declarations, flat
-from lib_lora_train.settings.presets import presets
+from lib_lora_train.settings.presets import NO_PRESET, presets
 from lib_lora_train.ui.fields import element_id, field, slides, unsaved
-from lib_lora_train.ui.handlers import NO_PRESET, Handlers, Latest
+from lib_lora_train.ui.handlers import Handlers, Latest
 
 # The rows above the fold. A setting that is declared in view and missing here gets a row of its own below them.
 ROWS_IN_VIEW = (
@@ -64,18 +64,23 @@ def build_tab(*, runner: Runner, host: Host, token: str) -> gr.Blocks:
             draft = unsaved(gr.Textbox(value="", elem_id="lora_train_draft", label="Draft", max_lines=1))
             plan = unsaved(gr.Button("Plan", elem_id="lora_train_plan"))
             restore = unsaved(gr.Button("Restore", elem_id="lora_train_restore"))
+            incoming = unsaved(gr.Textbox(value="", elem_id="lora_train_incoming", label="Incoming", max_lines=1))
+            fill = unsaved(gr.Button("Fill", elem_id="lora_train_fill"))
 
-        handlers = Handlers(runner=runner, host=host, names=tuple(fields), defaults=first, token=token)
-        inputs = list(fields.values())
+        handlers = Handlers(runner=runner, host=host, names=(*fields, "preset"), defaults=first, token=token)
+        outputs = list(fields.values())
+        inputs = [*outputs, preset]
         # No handler waits for another: the queue is for images.
         quiet: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_name": False}
         page = gr.State(Latest())
         planning = {"fn": handlers.plan, "inputs": [key, page, answer, preset, *inputs],
                     "outputs": [summary, draft, answer, overwrite, preset, curve], **quiet}
         plan.click(**planning)
-        restore.click(handlers.restore, inputs=[page, draft], outputs=[summary, about_preset, preset, *inputs],
+        restore.click(handlers.restore, inputs=[page, draft], outputs=[summary, about_preset, preset, *outputs],
                       **quiet).then(**planning)
-        preset.select(handlers.apply_preset, inputs=[page], outputs=[about_preset, *inputs], **quiet).then(**planning)
+        fill.click(handlers.fill, inputs=[key, page, incoming], outputs=[about_preset, preset, *outputs],
+                   **quiet).then(**planning)
+        preset.select(handlers.apply_preset, inputs=[page], outputs=[about_preset, *outputs], **quiet).then(**planning)
         for name in fields:
             if DECLARATIONS[name].choices:
                 # Typed fields tell the script that they changed; a drop-down does not.
@@ -97,12 +102,15 @@ def _settings_column(fields: dict[str, Any], first: Mapping[str, Value]) -> tupl
         if number == 1:
             with gr.Row(elem_classes=["lora-train-fields", "lora-train-preset-row"]):
                 preset = unsaved(gr.Dropdown(
-                    label="Preset", choices=[NO_PRESET, *(p.name for p in presets())], value=NO_PRESET,
-                    interactive=True, min_width=120, elem_id="lora_train_preset"))
+                    label=DECLARATIONS["preset"].label, choices=[NO_PRESET, *(p.name for p in presets())], value=NO_PRESET,
+                    interactive=True, min_width=120, elem_id=element_id("preset")))
+                preset.webui_tooltip = DECLARATIONS["preset"].help
                 about_preset = gr.HTML("", elem_id="lora_train_preset_about")
+            # Drawn by the script: what is done with presets and with files of settings.
+            gr.HTML('<div id="lora_train_files"></div>')
     # An area that has no title yet is called by its name.
     for area, title in (FOLDS | {area: area.capitalize() for area in AREAS if area not in FOLDS}).items():
-        folded = [d for d in declarations(AREAS[area]) if d.name not in fields]
+        folded = [d for d in declarations(AREAS[area]) if d.name not in (*fields, "preset")]
         if folded:
             with gr.Accordion(title, open=False, elem_id=f"lora_train_fold_{area}", elem_classes=["lora-train-fold"]):
                 if area == "optimizer":
@@ -152,7 +160,6 @@ def _page_data() -> str:
     """What the script needs to know: the tooltips by element."""
     tooltips = {element_id(d.name): d.help for d in DECLARATIONS.values()}
     tooltips |= {
-        "lora_train_preset": "Settings for a purpose. A preset changes only what it is about.",
         "lora_train_start": "Start the training (Ctrl+Enter).",
         "lora_train_sample": "Paint pictures with what was learnt so far, after the step under way.",
         "lora_train_save": "Save the LoRA as it is after the step under way, and go on.",

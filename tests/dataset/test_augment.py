@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from lib_lora_train.dataset.augment import draw_crop, draw_flip, scale_and_crop, to_tensor, vary_colour
+from lib_lora_train.dataset.augment import Variant, draw_crop, draw_flip, scale_and_crop, to_tensor, variants_of, vary_colour
 from lib_lora_train.dataset.buckets import Buckets, Placement
+from lib_lora_train.settings import parse
 
 
 def noise(width: int, height: int) -> Image.Image:
@@ -30,6 +31,53 @@ def test_scaling_only_what_is_kept_equals_scaling_all_and_cropping(size: tuple[i
     result = scale_and_crop(noise(*size), placement, crop=crop)
     assert result.size == placement.bucket
     assert np.abs(np.array(result, dtype=int) - np.array(expected, dtype=int)).max() <= 1
+
+
+def smooth(width: int, height: int) -> Image.Image:
+    return noise(7, 5).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("degrees", [-45, -7, 3, 30])
+def test_a_turned_picture_is_pillows_where_nothing_has_to_be_cut_smaller(degrees: float) -> None:
+    placement = Placement(bucket=(64, 48), resized=(200, 160), crop=(68, 56), original=(200, 160))
+    image = smooth(200, 160)
+    expected = image.rotate(degrees, resample=Image.Resampling.BICUBIC, center=(100, 80)).crop((68, 56, 132, 104))
+    result = scale_and_crop(image, placement, degrees=degrees)
+    assert np.abs(np.array(result, dtype=int) - np.array(expected, dtype=int)).max() <= 3
+
+
+@pytest.mark.parametrize("size", [(192, 108), (64, 64), (301, 299), (40, 400)])
+@pytest.mark.parametrize("corner", ["centre", "start", "end"])
+@pytest.mark.parametrize("degrees", [-45, 11.5, 30])
+def test_a_turned_picture_shows_no_empty_corner_and_no_more_is_cut_than_must_be(size, corner: str, degrees: float) -> None:
+    placement = Buckets((64, 64), enable_bucket=True, min_bucket_reso=32, max_bucket_reso=128, bucket_reso_steps=8,
+                        bucket_no_upscale=False).assign(*size)
+    crop = {"centre": placement.crop, "start": (0, 0), "end": placement.slack}[corner]
+    white = scale_and_crop(Image.new("L", size, 255), placement, crop=crop, degrees=degrees)
+    assert white.size == placement.bucket and np.array(white).min() == 255
+    # Where the picture's own coordinates are its colours, the frame's corners tell how large it is.
+    left, top, right, bottom = placement.source_box(crop)
+    along = [np.broadcast_to(np.arange(size[0]) + 0.5, (size[1], size[0])), np.broadcast_to(np.arange(size[1])[:, None] + 0.5,
+                                                                                          (size[1], size[0]))]
+    x, y = (np.array(scale_and_crop(Image.fromarray(one.astype(np.float32)), placement, crop=crop, degrees=degrees))
+            for one in along)
+    width, height = np.hypot(x[0, -1] - x[0, 0], y[0, -1] - y[0, 0]), np.hypot(x[-1, 0] - x[0, 0], y[-1, 0] - y[0, 0])
+    scale = width * placement.bucket[0] / (placement.bucket[0] - 1) / (right - left)
+    assert height * placement.bucket[1] / (placement.bucket[1] - 1) / (bottom - top) == pytest.approx(scale, rel=0.04)
+    margin = min(x.min(), y.min(), size[0] - x.max(), size[1] - y.max())
+    assert -1 < margin and (scale == pytest.approx(1, abs=0.04) or margin < 0.04 * max(size)), "as large as it can be"
+    assert (x.mean(), y.mean()) == pytest.approx(((left + right) / 2, (top + bottom) / 2), abs=0.02 * max(size))
+
+
+def test_the_turns_share_the_range_evenly_and_follow_from_seed_and_name() -> None:
+    chosen = parse({"rotate_aug_degrees": 10, "rotate_aug_variants": 5, "flip_aug": True}).dataset
+    variants = variants_of(chosen, seed=1, name="a.png")
+    turns = [variant.degrees for variant in variants[::2]]
+    assert [int((turn + 10) // 4) for turn in turns] == [0, 1, 2, 3, 4]
+    assert variants == tuple(Variant(turn, flip) for turn in turns for flip in (False, True))
+    assert variants == variants_of(chosen, seed=1, name="a.png")
+    assert len({variants, variants_of(chosen, seed=2, name="a.png"), variants_of(chosen, seed=1, name="b.png")}) == 3
+    assert variants_of(parse({}).dataset, seed=1, name="a.png") == (Variant(),)
 
 
 def test_a_tensor_is_channels_first_from_minus_one_to_one() -> None:

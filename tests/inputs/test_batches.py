@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -96,6 +97,42 @@ def test_captions_are_known_beforehand_unless_tags_vary(make_dataset, vae: FakeV
     assert {caption for batch in epoch_of(fixed, 0) for caption in batch.captions} == set(known)
     assert made(shuffle_caption=True).fixed_captions() is None
     assert made(caption_tag_dropout_rate=0.1).fixed_captions() is None
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("shuffle_caption", True), ("keep_tokens", 2), ("keep_tokens_separator", "|||"), ("secondary_separator", ";;;"),
+    ("enable_wildcard", True), ("caption_separator", ";"), ("caption_tag_dropout_rate", 0.5), ("caption_dropout_rate", 0.5),
+    ("caption_dropout_every_n_epochs", 2), ("token_warmup_step", 0.5), ("token_warmup_min", 2), ("trigger_word", "sks")])
+def test_every_setting_of_captions_changes_what_is_trained(make_dataset, vae: FakeVAE, name: str, value: object) -> None:
+    dataset, placements = make_dataset({"a.png": (64, 64)}, repeats=12)
+    caption = "k ||| {a|b}, c;;;d, e, f ||| z"
+    dataset = replace(dataset, examples=(replace(dataset.examples[0], caption=caption),))
+    needed = {"keep_tokens": {"shuffle_caption": True}, "caption_separator": {"shuffle_caption": True},
+              "token_warmup_min": {"token_warmup_step": 40}}.get(name, {})
+
+    def captions(**changes: object) -> list[str]:
+        source = CachedLatents.build(vae, augmented(dataset, **changes), placements)
+        batches = Batches(source, train_batch_size=2, seed=3, gradient_accumulation_steps=2, steps=6)
+        return [caption for epoch in (1, 2) for batch in epoch_of(batches, epoch) for caption in batch.captions]
+
+    assert captions(**needed) != captions(**needed, **{name: value}) == captions(**needed, **{name: value})
+
+
+def test_tags_warm_up_over_the_steps_of_the_run_and_not_over_its_batches(make_dataset, vae: FakeVAE) -> None:
+    dataset, placements = make_dataset({"a.png": (64, 64)}, repeats=8)
+    dataset = replace(dataset, examples=(replace(dataset.examples[0], caption="k, " + ", ".join("abcdefgh")),))
+    source = CachedLatents.build(vae, augmented(dataset, token_warmup_step=0.5, token_warmup_min=0), placements)
+    batches = Batches(source, train_batch_size=2, seed=0, gradient_accumulation_steps=2, steps=8)  # 4 batches, 2 steps an epoch
+    shown = [[caption.count(",") for caption in batch.captions] for epoch in (1, 2, 3) for batch in epoch_of(batches, epoch)]
+    assert shown == [[count] * 2 for count in (0, 0, 2, 2, 4, 4, 6, 6, 8, 8, 8, 8)]  # floor(step · 8 / 4)
+
+
+def test_a_folders_weight_is_that_of_its_pictures_losses(make_dataset, vae: FakeVAE) -> None:
+    dataset, placements = make_dataset({"a.png": (64, 64), "reg.png": (64, 64)}, regularisation=("reg.png",))
+    examples = tuple(replace(example, subset=replace(example.subset, loss_weight=0.5)) for example in dataset.examples)
+    source = CachedLatents.build(vae, replace(dataset, examples=examples), placements)
+    (batch,) = epoch_of(Batches(source, train_batch_size=2, seed=0, prior_loss_weight=0.25), 1)
+    assert sorted(batch["loss_weight"].tolist()) == [0.125, 0.5]
 
 
 def test_dropped_pictures_never_appear(make_dataset, vae: FakeVAE) -> None:

@@ -95,6 +95,17 @@ def test_another_vae_resolution_or_crop_is_encoded_anew(make_dataset) -> None:
     assert encoded(dataset, (moved,), disk=LatentDisk(vae_fingerprint="another"))[0] == 1
 
 
+def test_turned_latents_are_kept_beside_the_others_and_found_again_with_the_same_seed(make_dataset) -> None:
+    dataset, placements = make_dataset({"a.png": (64, 64)})
+    encoded(dataset, placements, disk=LatentDisk(vae_fingerprint="v"))
+    turned = augmented(dataset, rotate_aug_degrees=10, rotate_aug_variants=3)
+    for seed, count in ((1, 3), (1, 0), (2, 3), (1, 0)):
+        vae = FakeVAE()
+        CachedLatents.build(vae, turned, placements, disk=LatentDisk(vae_fingerprint="v"), seed=seed)
+        assert sum(shape[0] for shape in vae.batches) == count
+    assert encoded(dataset, placements, disk=LatentDisk(vae_fingerprint="v"))[0] == 0
+
+
 def test_mirrored_latents_are_kept_beside_the_others(make_dataset) -> None:
     dataset, placements = make_dataset({"a.png": (64, 64)})
     encoded(dataset, placements, disk=LatentDisk(vae_fingerprint="v"))

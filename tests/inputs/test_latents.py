@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
+from lib_lora_train.dataset.augment import scale_and_crop, variants_of
 from lib_lora_train.errors import DatasetError, Interrupted, TrainingError
 from lib_lora_train.inputs import latent_encoder
 from lib_lora_train.inputs.latents import CachedLatents, FreshLatents
@@ -61,6 +62,23 @@ def test_mirrored_latents_are_those_of_the_mirrored_picture(make_dataset, vae: F
         assert torch.allclose(latents.mean[0], expected, atol=1e-5)
         seen.add(latents.flipped[0])
     assert seen == {False, True}
+
+
+def test_turned_latents_are_those_of_the_turned_picture_and_every_view_is_met(make_dataset, vae: FakeVAE) -> None:
+    dataset, placements = make_dataset({"a.png": (96, 80), "b.png": (64, 64)})
+    turned = augmented(dataset, rotate_aug_degrees=25, rotate_aug_variants=3, flip_aug=True)
+    source = CachedLatents.build(vae, turned, placements, seed=5, vae_batch_size=4)
+    assert sum(shape[0] for shape in vae.batches) == 2 * 3 * 2
+    for index, example in enumerate(dataset.examples):
+        image, seen = Image.open(example.path), set()
+        for seed in range(60):
+            visit = source.prepare(index, random.Random(seed))
+            view = scale_and_crop(image, placements[index], degrees=visit.degrees)
+            expected = expected_mean(np.array(ImageOps.mirror(view) if visit.flipped else view))
+            assert torch.allclose(source.finish([index], [visit.latents])[0, 0], expected, atol=1e-5)
+            seen.add((visit.degrees, visit.flipped))
+        assert seen == {(view.degrees, view.flipped) for view in variants_of(
+            turned.examples[0].subset.dataset, seed=5, name=example.path.name)}
 
 
 def test_cached_and_fresh_latents_mirror_the_same_visits(make_dataset, vae: FakeVAE) -> None:

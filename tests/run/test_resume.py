@@ -68,11 +68,11 @@ def going_on(chosen, folder: Path, **changes: object):
     # Three square images and a wide one in batches of two: 3 batches, 2 steps an epoch, the second of one batch only.
     ({"resolution": "128", "train_batch_size": 2, "gradient_accumulation_steps": 2, "network_train_unet_only": False,
       "shuffle_caption": True, "caption_tag_dropout_rate": 0.4, "flip_aug": True, "caption_dropout_rate": 0.3,
-      "network_alpha": 0.1}, 2),
+      "network_alpha": 0.1, "rotate_aug_degrees": 20, "token_warmup_step": 0.5}, 2),
     ({"lr_scheduler": "cosine_with_restarts", "lr_scheduler_num_cycles": 2, "lr_warmup_steps": 3, "noise_offset": 0.1,
       "multires_noise_iterations": 4, "ip_noise_gamma": 0.1, "timestep_distribution": "sigmoid", "preservation": "dco",
-      "preservation_class": "cat", "color_aug": True, "random_crop": True, "mixed_precision": "bf16",
-      "gradient_checkpointing": True, "weight_decay": 0.1}, 4),
+      "preservation_class": "cat", "color_aug": True, "random_crop": True, "rotate_aug_degrees": 20, "shuffle_caption": True,
+      "mixed_precision": "bf16", "gradient_checkpointing": True, "weight_decay": 0.1}, 4),
 ], ids=["accumulation, buckets, text encoder", "warmup, fresh images, bf16"])
 def test_interrupted_and_resumed_equals_the_straight_run_byte_for_byte(images, host, changes, steps_an_epoch):
     chosen = settings(images, **EXACT, **changes)

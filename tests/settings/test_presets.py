@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,11 +16,21 @@ from lib_lora_train.settings import DECLARATIONS, ignored, parse, read
 from lib_lora_train.settings.presets import presets, read_preset
 from tests.jobs import plan_of
 
+# Numbers of a version stay as they are, so that no update changes a training silently: whoever changes one raises the version.
+VERSIONS = {
+    "Character": (1, "3d936285f990"), "Style": (1, "083174cab257"), "Object": (1, "4b1142eb475b"),
+    "Low VRAM": (1, "1e69b2ed8d34"), "Quick try": (1, "9f9100d98ea3")}
 PURPOSES = ("Character", "Style", "Object", "Quick try")
 
 
 def test_the_presets_stand_in_the_order_of_the_page():
     assert [p.name for p in presets()] == ["Character", "Style", "Object", "Low VRAM", "Quick try"]
+
+
+def test_a_presets_numbers_are_those_of_its_version():
+    def digest(values: dict) -> str:
+        return hashlib.sha256(json.dumps(dict(values), sort_keys=True).encode()).hexdigest()[:12]
+    assert {preset.name: (preset.version, digest(preset.values)) for preset in presets()} == VERSIONS
 
 
 def test_every_preset_is_possible_described_and_sets_nothing_that_is_ignored():

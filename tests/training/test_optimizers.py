@@ -186,6 +186,13 @@ def test_riemannian_adamw_needs_the_two_matrices():
     check_network(parse({}), network)
 
 
+def test_riemannian_adamw_and_two_rates_for_a_pair_exclude_each_other():
+    a, b, *_ = weights()
+    flat = FlatWeights([{"name": "a", "params": [a], "lr": 0.1}, {"name": "b", "params": [b], "lr": 1.6}])
+    with pytest.raises(SettingError):
+        RunOptimizer(flat, spec_of("RiemannianAdamW"), OptimizerConfig("RiemannianAdamW"), pairs=[(a, b)])
+
+
 @pytest.mark.parametrize("name", ["AdamWScheduleFree", "RAdamScheduleFree", "ProdigyPlusScheduleFree"])
 def test_schedule_free_weights_to_save_are_the_average_and_those_trained_come_back_to_the_bit(name):
     """z and y of arXiv 2405.15682: y = (1 - β1) z + β1 x, x being what is saved."""

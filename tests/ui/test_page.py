@@ -341,3 +341,32 @@ def test_on_a_phone_train_and_the_curve_come_before_the_folded_settings(served: 
     top = [served.page.locator(place).first.bounding_box()["y"] for place in (
         "#lora_train_network_dim", "#lora_train_start", ".lora-train-curve svg", ".lora-train-fold")]
     assert top == sorted(top)
+
+
+def test_a_dropped_file_fills_the_fields_and_is_told_and_a_preset_of_ones_own_is_saved_and_deleted(served: Served):
+    served.open()
+    page = served.page
+    page.evaluate("""(text) => {
+        const transfer = new DataTransfer();
+        transfer.items.add(new File([text], "<b>old</b>.json"));
+        for (const name of ["dragover", "drop"]) document.querySelector("#lora_train_page_train").dispatchEvent(
+            new DragEvent(name, {dataTransfer: transfer, bubbles: true, cancelable: true}));
+    }""", '{"LoRA_type": "Standard", "epoch": 7, "network_dim": "24", "nonsense": "<img src=x>"}')
+    expect(served.box("network_dim")).to_have_value("24")
+    expect(served.box("max_train_epochs")).to_have_value("7")
+    told = page.locator(".lora-train-files-list")
+    expect(told).to_contain_text("<b>old</b>.json · kohya_ss")
+    expect(told.locator(".lora-train-files-refused")).to_contain_text("nonsense = <img src=x>")
+    expect(told.locator(".lora-train-files-changed")).to_contain_text("read as max_train_epochs = 7")
+    expect(served.box("preset")).to_have_value("Default, changed")
+
+    answers = ["Mine", True]
+    page.on("dialog", lambda dialog: dialog.accept(*(a for a in [answers.pop(0)] if a is not True)))
+    page.get_by_role("button", name="Save preset").click()
+    expect(served.box("preset")).to_have_value("Mine")
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Share").click()
+    assert "network_dim = 24" in Path(download.value.path()).read_text(encoding="utf-8")
+    page.get_by_role("button", name="Delete").click()
+    expect(served.box("preset")).to_have_value("Default, changed")
+    expect(served.box("network_dim")).to_have_value("24")

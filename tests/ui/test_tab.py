@@ -11,17 +11,18 @@ import pytest
 
 from lib_lora_train.errors import counted
 from lib_lora_train.run import runner as runner_module
+from lib_lora_train.run.presets import save_preset
 from lib_lora_train.run.runner import Runner
 from lib_lora_train.settings import DECLARATIONS, Settings, flat, parse
-from lib_lora_train.settings.presets import presets
+from lib_lora_train.settings.presets import NO_PRESET, presets
 from lib_lora_train.ui import handlers as handlers_module
 from lib_lora_train.ui.fields import element_id, field, shown
-from lib_lora_train.ui.handlers import NO_PRESET, Handlers, Latest
+from lib_lora_train.ui.handlers import Handlers, Latest
 from lib_lora_train.ui.layout import build_tab
 from tests.fake_host import FakeHost, FakeJob, images
 from tests.jobs import plan_of
 
-NAMES = tuple(DECLARATIONS)
+NAMES = tuple(name for name in DECLARATIONS if name != "preset")
 TOKEN = "page-token"
 
 
@@ -32,11 +33,12 @@ def host(tmp_path: Path) -> FakeHost:
 
 @pytest.fixture
 def handlers(host: FakeHost) -> Handlers:
-    return Handlers(runner=Runner(), host=host, names=NAMES, defaults=flat(Settings()), token=TOKEN)
+    return Handlers(runner=Runner(), host=host, names=(*NAMES, "preset"), defaults=flat(Settings()), token=TOKEN)
 
 
 def values(**changed: object) -> list[object]:
-    return list({**flat(Settings()), **changed}.values())
+    chosen = {**flat(Settings()), **changed}
+    return [chosen[name] for name in (*NAMES, "preset")]
 
 
 def plan(handlers: Handlers, chosen: list[object], answer: str = "", preset: str = NO_PRESET) -> list:
@@ -102,7 +104,7 @@ def test_a_preset_changes_only_what_it_names(handlers: Handlers):
 def test_the_preset_in_force_is_shown_after_a_reload_and_as_changed_once_one_of_its_settings_is(handlers: Handlers):
     style = next(preset for preset in presets() if preset.name == "Style")
     chosen = {**flat(Settings()), **style.values}
-    *_, draft, _, _, shown_now, _ = plan(handlers, list(chosen.values()), preset="Style, changed")
+    *_, draft, _, _, shown_now, _ = plan(handlers, values(**style.values), preset="Style, changed")
     assert shown_now["value"] == "Style"
     assert handlers.restore(Latest(), draft)[2]["value"] == "Style"
     other = values(**{**style.values, "network_dim": 77})
@@ -144,6 +146,43 @@ def test_a_defect_while_planning_or_starting_leaves_no_older_message_standing(ha
     chosen = values(train_data_dir=str(images(tmp_path / "pictures")))
     assert "Planning ended unexpectedly: ZeroDivisionError" in plan(handlers, chosen)[0]
     assert "Starting ended unexpectedly: ZeroDivisionError" in handlers.start(TOKEN, Latest(), *chosen)[0]
+
+
+def test_a_file_that_was_read_fills_the_fields_and_of_another_program_also_what_it_does_not_name(handlers: Handlers):
+    def filled(**told: object) -> tuple[str, dict]:
+        _, preset, *updates = handlers.fill(TOKEN, Latest(), json.dumps(told))
+        return preset.get("value", ""), changed(updates)
+    name, fields = filled(values={"network_dim": 4, "train_data_dir": "x"}, foreign=True)
+    assert fields["network_dim"] == 4 and fields["train_data_dir"] == "x" and name == f"{NO_PRESET}, changed"
+    assert fields["keep_tokens"] == 1 and not {"output_name", "trigger_word"} & fields.keys()
+    assert filled(values={"network_dim": 4}, foreign=False)[1] == {"network_dim": 4}
+    assert filled(values=3)[1] == filled()[1] == {}
+    for token, incoming in (("guess", '{"values": {"network_dim": 4}}'), (TOKEN, "{"), (TOKEN, "[1]"), (TOKEN, "null")):
+        assert changed(handlers.fill(token, Latest(), incoming)[2:]) == {}
+
+
+def test_a_preset_of_the_users_is_offered_recorded_with_its_version_and_told_of_when_it_was_updated(
+        handlers: Handlers, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    folder = handlers.host.presets_folder
+    save_preset("Mine", {"network_dim": 5}, folder)
+    about, *updates = pick(handlers, "Mine")
+    assert changed(updates)["network_dim"] == 5 and "own" in about
+    _, draft, *_ = plan(handlers, values(network_dim=5), preset="Mine")
+    save_preset("Mine", {"network_dim": 6}, folder)
+    for kept in (draft, json.dumps({**flat(Settings()), "network_dim": 5, "preset": "Mine (version 1)"})):
+        _, about, shown_now, *updates = handlers.restore(Latest(), kept)
+        assert changed(updates)["network_dim"] == 5 and shown_now["value"] == "Mine, changed"
+        assert "version 2" in about and "version 1" in about and "Rank (network_dim) 5 → 6" in about
+    job = FakeJob()
+    monkeypatch.setattr(runner_module, "run_job", job)
+    chosen = values(output_name="zzk", train_data_dir=str(images(tmp_path / "pictures")), network_dim=6, preset="Mine")
+    assert handlers.start(TOKEN, Latest(), *chosen)[0] == ""
+    handlers.runner.stop(save=False)
+    assert handlers.runner.wait(10) and job.seen.save.preset == "Mine (version 2)"
+    chosen = values(output_name="zzl", train_data_dir=str(tmp_path / "pictures"), network_dim=7, preset="Mine, changed")
+    assert handlers.start(TOKEN, Latest(), *chosen)[0] == ""
+    handlers.runner.stop(save=False)
+    assert handlers.runner.wait(10) and job.seen.save.preset == "Mine (version 2), changed"
 
 
 def test_steps_and_repeats_of_0_are_an_empty_field_and_an_empty_field_is_0(handlers: Handlers):

@@ -49,6 +49,7 @@ class WebUIHost:
         self._misplaced = placement.MisplacedTensors()
         data, models = Path(paths.data_path), Path(paths.models_path)  # --data-dir, --models-dir
         self.runs_folder, self.datasets_folder = data / "lora_train_runs", data / "lora_train_datasets"
+        self.presets_folder = data / "lora_train_presets"
         self.models_folder, self.taggers_folder = models, models / "lora_train" / "taggers"
 
     @property

@@ -30,7 +30,7 @@ _NOT_SETTINGS = ("session_id", "training_started_at", "training_finished_at", "o
                  "num_validation_images", "num_reg_images", "num_batches_per_epoch", "steps", "epoch", "total_batch_size",
                  "base_model_version", "sd_scripts_commit_hash", "sd_model_name", "sd_model_hash", "new_sd_model_hash",
                  "vae_name", "vae_hash", "new_vae_hash", "tag_frequency", "bucket_info", "dataset_dirs", "reg_dataset_dirs",
-                 "zero_terminal_snr")
+                 "zero_terminal_snr", "preset")
 _CLASSES = {"lionoptimizer": "Lion", "sgd": "SGDNesterov"}
 _ARGUMENT = re.compile(r"(\w+)=((?:\([^)]*\)|\[[^\]]*\]|[^,()]+)+)")
 

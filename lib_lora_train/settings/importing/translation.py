@@ -67,7 +67,7 @@ class Translation:
                    for origin, given, name in self._origins]
         implied = {name: values[name] for name in left_out
                    if name in values and values[name] != DECLARATIONS[name].default}
-        told = [f"{sentence}." for sentence in found.became if sentence.split(" ", 1)[0] not in self.values]
+        told = [f"{sentence}." for sentence in found.became if _subject(sentence) not in self.values]
         return Imported(self.program, values, (*entries, *self._entries), implied, (*self.notes, *told))
 
     def _entry(self, origin: str, given: object, name: str, *, adopted: kohya.Adopted, values: Mapping[str, Value],
@@ -81,7 +81,7 @@ class Translation:
 def _fate(name: str, value: object, *, adopted: kohya.Adopted, values: Mapping[str, Value],
           impossible: Mapping[str, str]) -> tuple[Kind, str]:
     """What became of a name of kohya's."""
-    told = [sentence.partition(" is ")[2] for sentence in adopted.became if sentence.split(" ", 1)[0] == name]
+    told = [sentence.partition(" is ")[2] for sentence in adopted.became if _subject(sentence) == name]
     if name in impossible:
         return "refused", impossible[name]
     if name in adopted.values and name not in DECLARATIONS:
@@ -89,7 +89,7 @@ def _fate(name: str, value: object, *, adopted: kohya.Adopted, values: Mapping[s
             return "unused", "not known here, and off"
         return "refused", kohya.explanations().get(name, "").partition(": ")[2] or _unknown(name)
     if told:
-        return "changed", "; ".join(told)
+        return "unused" if all(text.startswith("left out") for text in told) else "changed", "; ".join(told)
     if name in adopted.unused:
         return "unused", adopted.unused[name]
     if name in values:
@@ -98,8 +98,13 @@ def _fate(name: str, value: object, *, adopted: kohya.Adopted, values: Mapping[s
         if not kohya.changes_nothing(name, value):
             return "changed", f"read as {name} = {shown(values[name])}"
     if kohya.changes_nothing(name, value):
-        return "unused", "it is off"
+        return "unused", "it changes nothing"
     return "unused", "it has no effect beside the file's other settings"
+
+
+def _subject(sentence: str) -> str:
+    """The name that a sentence of `kohya.adopt` is about."""
+    return sentence.split(" ", 1)[0].rstrip(",")
 
 
 def _same(name: str, value: object, ours: Value) -> bool:
