@@ -138,14 +138,6 @@
             offer(await page.api.blob("presets/file?name=" + encodeURIComponent(preset())), preset());
         }
 
-        function offer(blob, name) {
-            const link = document.createElement("a");
-            link.href = URL.createObjectURL(blob);
-            link.download = name + ".toml";
-            link.click();
-            setTimeout(() => URL.revokeObjectURL(link.href), 10000);
-        }
-
         async function save() {
             const {presets} = await page.api.ask("presets");
             const own = (name) => presets.some((other) => other.own && other.name.toLowerCase() === name.toLowerCase());
@@ -169,6 +161,16 @@
             fill({preset: ""});
         }
     };
+
+    /** Have the browser keep `blob` as a TOML file of that name. */
+    function offer(blob, name) {
+        const link = document.createElement("a");
+        link.href = URL.createObjectURL(blob);
+        link.download = name + ".toml";
+        link.click();
+        setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+    }
+    window.loraTrainOffer = offer;
 
     /** Have a file that is dropped anywhere in `root` taken. */
     function dropping(root, taken) {

@@ -39,6 +39,13 @@
             });
         }
 
+        async function settings() {
+            await app.act(async() => {
+                const blob = await app.page.api.blob("settings/file?run=" + encodeURIComponent(app.found.run));
+                window.loraTrainOffer(blob, app.found.run);
+            });
+        }
+
         function drawHead() {
             const {runs, found} = app;
             element.hidden = !found;
@@ -51,6 +58,9 @@
                 make("div", {class: "lts-actions"}, button("Open report", report, {
                     drawn: "caption", id: "lora_train_results_report",
                     title: "Curves, pictures, settings and verdict of this run on one page, to keep or to show.",
+                }), button("Save settings", settings, {
+                    drawn: "save", id: "lora_train_results_settings",
+                    title: "The settings of this run as a TOML file: drop it on the page 2 Train to use them again.",
                 })));
         }
 

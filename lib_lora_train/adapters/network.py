@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lib_lora_train.adapters.base import Adapter, AdapterKind, OfWeight
 from lib_lora_train.adapters.dora import DoRA
+from lib_lora_train.adapters.dropout import DropoutKeys, DropoutRates, DroppedLayer
 from lib_lora_train.adapters.embedding import WordEmbedding, WordVectors, split_embeddings
 from lib_lora_train.adapters.flat import FlatWeights
 from lib_lora_train.adapters.loha import LoHa
@@ -46,6 +47,7 @@ class AdapterNetwork:
     layers      {key: adapter}
     embeddings  words with vectors of their own, in the file too
     fresh       keys of layers that the file to continue from did not hold; () for a new network
+    dropout     what is left out in training, as long as `dropout_keys` has keys
     """
 
     def __init__(self, targets: Sequence[Target], layers: Mapping[str, Adapter], *, kind: AdapterKind = DEFAULT_KIND,
@@ -57,6 +59,8 @@ class AdapterNetwork:
         self.fresh = fresh
         self.embeddings = embeddings
         self._flat: FlatWeights | None = None
+        self._rate_factors: dict[nn.Parameter, float] = {}
+        self.dropout, self.dropout_keys = DropoutRates(), DropoutKeys()
 
     @classmethod
     def build(cls, targets: Sequence[Target], *, rank: int, alpha: float, seed: int, kind: AdapterKind = DEFAULT_KIND,
@@ -113,6 +117,16 @@ class AdapterNetwork:
             result.setdefault(component, {})[TOKEN_EMBEDDING] = WordVectors(component, self.embeddings)
         return result
 
+    def training_adapters(self) -> dict[str, dict[str, LayersAdapter]]:
+        """As `adapters`, with what is left out at random while there are keys (see `dropout.py`)."""
+        if not self.dropout:
+            return self.adapters()
+        result = self.adapters()
+        for number, target in enumerate(self.targets):
+            result[target.component][target.module] = DroppedLayer(
+                self.layers[target.key], self.dropout, self.dropout_keys, number=number)
+        return result
+
     def parameters(self, components: Collection[str] | None = None) -> list[nn.Parameter]:
         """All trainable weights in a fixed order, or those of the layers of the named components."""
         layers = [parameter for target in self.targets if components is None or target.component in components
@@ -127,14 +141,32 @@ class AdapterNetwork:
         sides = [(getattr(layer, "down", None), getattr(layer, "up", None)) for layer in self.layers.values()]
         return [(down, up) for down, up in sides if isinstance(down, nn.Parameter) and isinstance(up, nn.Parameter)]
 
+    def set_rate_factors(self, of_layers: Mapping[str, float], *, up: tuple[float, float] = (1.0, 1.0)) -> None:
+        """Multiply the learning rates of layers, by their keys, and those of the second matrices of the UNet's and of the text
+        encoders' pairs (LoRA+, Hayou et al. 2024, arXiv 2402.12354). A layer at 0 is frozen."""
+        for target in self.targets:
+            layer, factor = self.layers[target.key], of_layers.get(target.key, 1.0)
+            second = getattr(getattr(layer, "inner", layer), "up", None)
+            for parameter in layer.parameters():
+                ratio = up[target.component != UNET_COMPONENT] if parameter is second else 1.0
+                self._rate_factors[parameter] = factor * ratio
+                if not factor:
+                    parameter.requires_grad_(False)
+
     def parameter_groups(self, unet_lr: float, text_encoder_lr: float, embedding_lr: float = 0.0) -> list[dict[str, object]]:
-        """torch's parameter groups with a "name": "unet", then "text_encoder", then "embedding".
+        """torch's parameter groups with a "name": "unet", then "text_encoder", and further ones for weights of a part that have
+        another rate (see `set_rate_factors`); then "embedding".
 
         A part whose rate is 0 or that has no layer gets no group; `freeze` it to spare its gradients.
         """
         text = {target.component for target in self.targets} - {UNET_COMPONENT}
-        parts = [("unet", {UNET_COMPONENT}, unet_lr), ("text_encoder", text, text_encoder_lr)]
-        groups = [{"name": name, "params": self.parameters(components), "lr": lr} for name, components, lr in parts]
+        groups: list[dict[str, object]] = []
+        for name, components, rate in (("unet", {UNET_COMPONENT}, unet_lr), ("text_encoder", text, text_encoder_lr)):
+            by_factor: dict[float, list[nn.Parameter]] = {}
+            for parameter in self.parameters(components) if rate else ():
+                by_factor.setdefault(self._rate_factors.get(parameter, 1.0), []).append(parameter)
+            groups += [{"name": name if not number else f"{name} × {factor:g}", "params": parameters, "lr": rate * factor}
+                       for number, (factor, parameters) in enumerate(by_factor.items())]
         groups.append({"name": EMBEDDING_GROUP, "params": self._vectors(), "lr": embedding_lr})
         return [group for group in groups if group["params"] and group["lr"]]
 
@@ -159,6 +191,11 @@ class AdapterNetwork:
         self._flat = FlatWeights(self.parameter_groups(unet_lr, text_encoder_lr, embedding_lr), dtype=dtype)
         self.rebind()
         return self._flat
+
+    def refresh(self) -> None:
+        """Bring the copies that are computed with up to date, after a change of the weights."""
+        if self._flat is not None:
+            self._flat.refresh()
 
     def stored(self) -> list[Tensor]:
         """All that takes memory, before and after `flatten`. Who moves it, in place, calls `rebind` afterwards."""

@@ -14,6 +14,10 @@ _READ_ALIKE = str.maketrans("\uff0c\u3001\uff64", ",,,", "\u200b\u200e\u200f\u20
 # Joiners belong between letters of some scripts and between emoji; elsewhere they are remnants.
 _LONE_JOINERS = re.compile(r"(?<![^\x00-\x7f])[\u200c\u200d]+|[\u200c\u200d]+(?![^\x00-\x7f])")
 
+SEPARATOR = "|||"  # kohya's usual keep_tokens_separator
+_SEPARATORS = re.compile(rf"({re.escape(SEPARATOR)})")
+_COMMAS = re.compile(r",(?![^{}]*\})")  # not those within wildcards
+
 
 class Tokenizer(Protocol):
     """What counts a caption's tokens; `model.sd.tokens.clip_tokenizer()` is one."""
@@ -48,6 +52,20 @@ def split_tags(caption: str) -> list[str]:
     return [tag for part in normal_form(caption).split(",") if (tag := part.strip())]
 
 
+def split_to_edit(caption: str) -> list[str]:
+    """The tags as whoever edits them sees them: a wildcard ({red, dark|blue}) belongs to one tag, and kohya's separator of kept
+    tags stands between two, as a tag of its own. Otherwise those of `split_tags`; `join_edited` makes a caption of them."""
+    if SEPARATOR not in caption and "{" not in caption:
+        return split_tags(caption)
+    parts = (part for piece in _SEPARATORS.split(normal_form(caption)) for part in _COMMAS.split(piece))
+    return [tag for part in parts if (tag := part.strip())]
+
+
+def join_edited(tags: Iterable[str]) -> str:
+    """Tags as a caption, without commas beside the separator."""
+    return re.sub(rf"(^|, )({re.escape(SEPARATOR)})(, |$)", r" \2 ", ", ".join(tags)).strip()
+
+
 def folded(text: str) -> str:
     """What two texts share that differ in their form, in case, or in the escaping of brackets."""
     return normal_form(text).replace(r"\(", "(").replace(r"\)", ")").casefold()
@@ -66,7 +84,7 @@ def count_tags(captions: Iterable[str], *, key: Callable[[str], str] = tag_key) 
     """
     spellings: dict[str, Counter[str]] = {}
     for caption in captions:
-        for one, tag in {key(tag): tag for tag in split_tags(caption)}.items():
+        for one, tag in {key(tag): tag for tag in split_to_edit(caption) if tag != SEPARATOR}.items():
             spellings.setdefault(one, Counter())[tag] += 1
     counts = [(forms.most_common(1)[0][0], sum(forms.values())) for forms in spellings.values()]
     return dict(sorted(counts, key=lambda item: (-item[1], item[0])))

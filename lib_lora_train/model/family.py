@@ -61,6 +61,9 @@ class Family:
     guess_prediction what a checkpoint predicts that does not say so; None where all published ones predict noise or say v
     lora_keys        (component, {weight name: shape}) -> (module, key in the file, whether to write 1x1 convolutions)
                      of each layer that kohya's LoRA can adapt
+    block_index      key in the file -> kohya's number of the UNet's block that the layer is in
+    block_counts     how many downward, middle and upward blocks kohya counts, and `blocks_around`: before and after them
+    b_lora           whether it has the blocks of B-LoRA (arXiv 2403.14572)
     """
 
     name: str
@@ -73,6 +76,10 @@ class Family:
     metadata: MetadataNames
     recognises: Callable[[Mapping[str, Tensor]], bool]
     lora_keys: Callable[[str, Mapping[str, tuple[int, ...]]], Iterator[lora_keys.LoRAKey]]
+    block_index: Callable[[str], int] = lora_keys.sd_block
+    block_counts: tuple[int, int, int] = (12, 1, 12)
+    blocks_around: tuple[int, int] = (0, 0)
+    b_lora: bool = False
     num_heads: int | None = None
     head_channels: int | None = None
     vector_condition: bool = False
@@ -87,6 +94,11 @@ class Family:
     def parts(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], list[dict[str, Tensor]]]:
         """A checkpoint's tensors cut into UNet, VAE and text encoders, each under local names."""
         return unet_tensors(tensors), vae_tensors(tensors), [text_tensors(tensors, spec.prefix) for spec in self.text]
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks kohya counts in the UNet."""
+        return sum((*self.block_counts, *self.blocks_around))
 
     def adapts_text(self, keys: Iterable[str]) -> bool:
         """Whether some of a LoRA file's keys are those of a text encoder."""
@@ -114,6 +126,7 @@ SDXL = Family(
           TextEncoderSpec("te2", "conditioner.embedders.1.", openclip=True, skip=2, final_norm=False, pooled=True,
                           label="second ", embedding_key="clip_g")),
     text_width=2048, vector_condition=True, lora_prefixes=lora_keys.SGM_PREFIXES, lora_keys=lora_keys.sdxl_keys,
+    block_index=lora_keys.sdxl_block, block_counts=(9, 3, 9), blocks_around=(1, 1), b_lora=True,
     recognises=detection.has_vector_condition,
     metadata=MetadataNames(("sdxl_base_v1-0",) * 2, ("stable-diffusion-xl-v1-base",) * 2,
                            implementation="https://github.com/Stability-AI/generative-models"))

@@ -107,7 +107,8 @@ class Diagnosing:
             self._report(found)
 
     def _look(self, batches: Batches) -> RunSummary:
-        trained = [index for index, example in enumerate(self._plan.dataset.examples) if not example.is_regularisation]
+        trained = list({example.path: index for index, example in enumerate(self._plan.dataset.examples)
+                        if not example.is_regularisation}.values())  # each once, also of those trained at several sizes
         seed = self._plan.settings.optimizer.seed
         optimizer = self._plan.settings.optimizer
         visits = self._plan.schedule.steps * optimizer.train_batch_size * optimizer.gradient_accumulation_steps
@@ -134,14 +135,14 @@ def _rates(plan: RunPlan) -> Sequence[float]:
 def _summary(plan: RunPlan, *, compared: int, alike: int) -> RunSummary:
     """`alike` of the images that were compared are near-duplicates of others among them."""
     settings = plan.settings
-    trained = [example for example in plan.dataset.examples if not example.is_regularisation]
+    trained = {example.path: example for example in plan.dataset.examples if not example.is_regularisation}.values()
     unet_lr, text_encoder_lr = settings.rates
-    trigger, optimizer = with_trigger_word("", settings.dataset.trigger_word), traits_of(settings)
+    optimizer = traits_of(settings)
     return RunSummary(
         length="max_train_steps" if settings.optimizer.max_train_steps else "max_train_epochs",
         unet_rate="unet_lr" if settings.optimizer.unet_lr else "learning_rate", unet_lr=unet_lr,
         text_encoder_lr=text_encoder_lr, rank=settings.network.network_dim, alpha=settings.network.network_alpha,
         trigger_word=settings.dataset.trigger_word, images=len(trained),
         different=len(trained) if not alike else round((1 - alike / compared) * len(trained)),
-        captioned=sum(example.caption.strip() not in ("", trigger) for example in trained),
+        captioned=sum(example.caption.strip() not in ("", with_trigger_word("", example.trigger_word)) for example in trained),
         held_out=bool(plan.held_out) and not plan.held_out_derived, finds_rate=optimizer.adapts_rate or optimizer.own_rate)

@@ -132,7 +132,7 @@ def condition_of(settings: Settings, model: FrozenModel, leased: LeasedModel, ne
     if settings.encodes_text_in_steps:
         for component, unused in model.text.unused_layers(clip_skip).items():
             network.freeze_below(component, unused)  # no gradient ever reaches them: nor must weight decay
-        trained = TrainedText(model.text, clip_skip=clip_skip, adapters=adapters, dtype=dtype,
+        trained = TrainedText(model.text, clip_skip=clip_skip, adapters=network.training_adapters(), dtype=dtype,
                               checkpointing=settings.memory.gradient_checkpointing)
         return Text(trained, trained, needs_encoders=True)
 

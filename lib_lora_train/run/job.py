@@ -45,6 +45,7 @@ from lib_lora_train.training.loop import Progress, TrainConfig, train
 from lib_lora_train.training.loss import LossConfig, loss_function
 from lib_lora_train.training.noise import NoiseConfig
 from lib_lora_train.training.precision import compute_dtype
+from lib_lora_train.training.weight_norms import ScaleWeightNorms
 
 
 def run_job(plan: RunPlan, host: Host, *, report: Report, stop: Stop, folder: Path | None = None,
@@ -111,11 +112,14 @@ def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: Initial
         diagnosing.ask(network, text, dtype=dtype)
         measuring.begin(continued=bool(weights.name))
         prefetcher = at_end.enter_context(Prefetcher(batches, last_epoch=plan.schedule.epochs))
+        norms = [ScaleWeightNorms(network, largest)] if (largest := settings.network.scale_weight_norms) else []
         with saver.rescue():
             progress = train(model, network=network, epoch_batches=prefetcher.epoch, condition=text.condition, config=config,
                              report=report, resumed=weights.state, group=group,
-                             callbacks=[StopCallback(stop), limit, pause, samples, memory_meter, saver, measuring])
+                             callbacks=[StopCallback(stop), limit, pause, *norms, samples, memory_meter, saver, measuring])
             verdict = probe.verdict(progress)
+        for each in norms:
+            each.tell(report)
         finished = _finished(plan, saver, progress, verdict=verdict, stop=stop, group=group, measuring=measuring,
                              diagnosing=diagnosing, ended=measuring.stopped or limit.stopped)
         samples.end(progress)

@@ -9,17 +9,19 @@ from pathlib import Path
 from torch import Tensor
 
 from lib_lora_train.adapters import file
+from lib_lora_train.adapters.dropout import DropoutRates
 from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.errors import LoraFileError, SettingError, counted, some_of, translated
 from lib_lora_train.events import Report, Warned
 from lib_lora_train.model.architecture import Architecture
+from lib_lora_train.model.family import Family
 from lib_lora_train.model.fingerprint import not_finite
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.run.embedding import add_trigger_embedding, ordinary_trigger
 from lib_lora_train.run.optimizing import check_network
 from lib_lora_train.run.planning import RunPlan
-from lib_lora_train.run.selection import select, targets_of_file
-from lib_lora_train.settings import Settings, named, no_effect
+from lib_lora_train.run.selection import rate_factors, select, targets_of_file
+from lib_lora_train.settings import NetworkSettings, Settings, named, no_effect
 from lib_lora_train.training.checkpoint import TrainingState
 
 
@@ -71,9 +73,18 @@ def build_network(settings: Settings, model: FrozenModel, weights: InitialWeight
             add_trigger_embedding(network, settings, model, weights=weights.name, resumed=weights.state is not None,
                                   report=report)
         check_network(settings, network)
+        _set_up_training(chosen, network, family)
         network = network.to(model.device)
         network.begin_at(model.components, network.layers if weights.tensors is None else network.fresh)
         return network
+
+
+def _set_up_training(chosen: NetworkSettings, network: AdapterNetwork, family: Family) -> None:
+    """What is multiplied with learning rates, and what is left out at random."""
+    both = chosen.loraplus_lr_ratio or 1.0
+    network.set_rate_factors(rate_factors(chosen, network.targets, family=family), up=(
+        chosen.loraplus_unet_lr_ratio or both, chosen.loraplus_text_encoder_lr_ratio or both))
+    network.dropout = DropoutRates(chosen.network_dropout, chosen.rank_dropout, chosen.module_dropout)
 
 
 def check_sizes(plan: RunPlan, model: FrozenModel) -> None:

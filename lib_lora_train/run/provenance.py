@@ -14,7 +14,7 @@ from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.run.optimizing import optimizer_name
 from lib_lora_train.run.planning import RunPlan
 from lib_lora_train.settings import flat, resolution_of
-from lib_lora_train.settings.dataset_config import SubsetSettings
+from lib_lora_train.settings.dataset_config import SubsetSettings, subsets_of
 
 
 class Provenance:
@@ -34,7 +34,7 @@ class Provenance:
             family=family, v_prediction=model.schedule.prediction_type == "v_prediction",
             zero_terminal_snr=model.architecture.zero_terminal_snr, resolution=plan.resolution,
             dim=network.usual_size[0], alpha=network.usual_size[1], network_module=network.kind.network_module,
-            network_args=network.arguments(),
+            network_args={**network.arguments(), **self._arguments()},
             optimizer=optimizer_name(settings),
             steps=step, epoch=epoch, total_epochs=schedule.epochs, total_steps=schedule.steps,
             batches_per_epoch=schedule.batches_per_epoch, batch_size=settings.optimizer.train_batch_size,
@@ -47,14 +47,26 @@ class Provenance:
             buckets=dict(schedule.buckets) if settings.dataset.enable_bucket else None,
             aspect_error=plan.aspect_error, settings=self._written()), name)
 
+    def _arguments(self) -> dict[str, str]:
+        """The settings that kohya's network_args hold, where they are set."""
+        chosen = self._plan.settings.network
+        names = ("rank_dropout", "module_dropout", "loraplus_lr_ratio", "loraplus_unet_lr_ratio",
+                 "loraplus_text_encoder_lr_ratio", "block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas",
+                 "down_lr_weight", "mid_lr_weight", "up_lr_weight", "block_lr_zero_threshold")
+        return {name: str(value) for name in names if (value := getattr(chosen, name))}
+
     def _written(self) -> dict[str, object]:
         """The settings as kohya writes them: what is switched off is None, what was chosen by itself is what it became."""
         values: dict[str, object] = dict(flat(self._plan.settings))
         optimizer = self._plan.settings.optimizer
         values["unet_lr"] = optimizer.unet_lr or optimizer.learning_rate
         values["text_encoder_lr"] = None if self._plan.settings.network.network_train_unet_only else optimizer.text_encoder_lr
+        # Of folders with words of their own all are told.
+        triggers = dict.fromkeys(subset.dataset.trigger_word for subset in subsets_of(self._plan.settings))
+        values["trigger_word"] = ", ".join(filter(None, triggers))
         values["debiased_estimation"] = values["debiased_estimation_loss"]
-        for name in ("min_snr_gamma", "noise_offset", "adaptive_noise_scale", "multires_noise_iterations", "ip_noise_gamma"):
+        for name in ("network_dropout", "scale_weight_norms", "min_snr_gamma", "noise_offset", "adaptive_noise_scale",
+                     "multires_noise_iterations", "ip_noise_gamma"):
             values[name] = values[name] or None
         return values
 

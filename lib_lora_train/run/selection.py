@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Mapping, Sequence
 
 from lib_lora_train.adapters.base import AdapterKind
 from lib_lora_train.adapters.dora import DoRA
@@ -23,6 +24,7 @@ from lib_lora_train.errors import SettingError
 from lib_lora_train.model.architecture import UNET_COMPONENT
 from lib_lora_train.model.family import FAMILIES, Family
 from lib_lora_train.model.ops.weights import Weight
+from lib_lora_train.run.blocks import block_values, rate_weights
 from lib_lora_train.settings import NetworkSettings, named
 
 Components = Mapping[str, Mapping[str, Weight]]
@@ -37,14 +39,33 @@ class Selection:
     kind: AdapterKind
 
 
+_LISTS = ("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")
+
+
 def select(chosen: NetworkSettings, components: Components, *, family: Family) -> Selection:
     """The layers of a new network. Raises SettingError where none is left, and ModelError."""
     check_family(chosen, family.name)
+    lists = {name: block_values(chosen, name, family) for name in _LISTS}
+    rates = rate_weights(chosen, family)
     text = not chosen.network_train_unet_only
     found = find_targets(components, family=family, text_encoder=text, chosen=of_preset(preset_of(chosen)))
-    sizes = {target.key: size_of_layer(target, chosen) for target in found}
-    return Selection(tuple(target for target in found if sizes[target.key][0]), sizes,
-                     chosen_kind(chosen))
+    sizes = {}
+    for target in found:
+        block = family.block_index(target.key) if target.component == UNET_COMPONENT else None
+        rank, alpha = size_of_layer(target, chosen, lists=lists, block=block)
+        if rank and (block is None or rates is None or rates[block]):
+            sizes[target.key] = rank, alpha * math.sqrt(rank) if chosen.rs_lora else alpha
+    if not sizes:
+        raise SettingError("Nothing would be trained", why="the model has none of the chosen layers, or all of their ranks or "
+                           "rates are 0", remedy=f"choose {DEFAULT_PRESET}, {named('network_targets')}")
+    return Selection(tuple(target for target in found if target.key in sizes), sizes, chosen_kind(chosen))
+
+
+def rate_factors(chosen: NetworkSettings, targets: Collection[Target], *, family: Family) -> dict[str, float]:
+    """{layer's key: what its learning rate is multiplied by}; {} where nothing is set. Raises SettingError."""
+    rates = rate_weights(chosen, family)
+    return {} if rates is None else {target.key: rates[family.block_index(target.key)] for target in targets
+                                     if target.component == UNET_COMPONENT}
 
 
 def targets_of_file(chosen: NetworkSettings, components: Components, *, family: Family,
@@ -71,22 +92,33 @@ def chosen_kind(chosen: NetworkSettings) -> AdapterKind:
 
 def preset_of(chosen: NetworkSettings) -> str:
     """The preset, which a rank for convolutions widens as kohya's `conv_dim` does."""
-    widened = chosen.conv_dim and chosen.network_targets == DEFAULT_PRESET
+    widened = (chosen.conv_dim or chosen.conv_block_dims) and chosen.network_targets == DEFAULT_PRESET
     return WITH_CONVOLUTIONS if widened else chosen.network_targets
 
 
-def size_of_layer(target: Target, chosen: NetworkSettings) -> tuple[int, float]:
-    """(rank, alpha) of one layer: `conv_dim` is that of convolutions above 1x1, as in kohya's scripts."""
-    rank, alpha = chosen.network_dim, chosen.network_alpha
+def size_of_layer(target: Target, chosen: NetworkSettings, *, lists: Mapping[str, Sequence[float] | None],
+                  block: int | None) -> tuple[int, float]:
+    """(rank, alpha) of one layer: `conv_dim` is that of convolutions above 1x1, as in kohya's scripts, and `lists` those of
+    each block."""
+    rank, alpha, ranks, alphas = chosen.network_dim, chosen.network_alpha, lists["block_dims"], lists["block_alphas"]
     if target.kernel:
         rank = chosen.conv_dim or chosen.network_dim
         alpha = chosen.conv_alpha or rank * chosen.network_alpha / chosen.network_dim
+        ranks, alphas = lists["conv_block_dims"], lists["conv_block_alphas"]
+    if block is not None and ranks is not None:
+        rank = int(ranks[block])
+    if block is not None and alphas is not None:
+        alpha = alphas[block] or float(rank)
     return rank, alpha
 
 
 def check_family(chosen: NetworkSettings, family: str) -> None:
     """Raises SettingError for what a family of that name does not have; "" is any."""
-    if chosen.network_targets.startswith("B-LoRA") and family not in ("", "sdxl"):
+    if family and chosen.network_targets.startswith("B-LoRA") and not FAMILIES[family].b_lora:
         raise SettingError(f"{named('network_targets')} = {chosen.network_targets} is not possible for "
                            f"{FAMILIES[family].title}", why="its blocks are those of SDXL (arXiv 2403.14572)",
                            remedy=f"choose {DEFAULT_PRESET}, or load an SDXL checkpoint")
+    if family:
+        for name in _LISTS:
+            block_values(chosen, name, FAMILIES[family])
+        rate_weights(chosen, FAMILIES[family])

@@ -25,6 +25,7 @@ from lib_lora_train.settings.field import user_path as user_path
 from lib_lora_train.settings.field import with_home as with_home
 from lib_lora_train.settings.loss import LossSettings, MaskSettings, NoiseSettings, PreservationSettings
 from lib_lora_train.settings.network import NetworkSettings
+from lib_lora_train.settings.network_checks import check_network_settings, unused_of_network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,11 +176,8 @@ def ignored(settings: Settings) -> list[str]:
             unused(f"the schedule is {now['lr_scheduler']}", name)
     if now["unet_lr"]:
         unused(f"{named('unet_lr')} takes its place", "learning_rate")
-    if now["network_weights"]:
-        unused(f"it is taken from the LoRA that is continued, {named('network_weights')}", "network_dim", "network_alpha",
-               "network_module", "dora_wd", "network_targets", "conv_dim", "conv_alpha", "factor", "full_matrix")
-    else:
-        _unused_of_network(now, unused)
+    for name, why in unused_of_network(settings.network):
+        unused(why, name)
     if now["network_train_unet_only"]:
         unused(f"only the UNet is trained, {named('network_train_unet_only')}", "text_encoder_lr")
     if not now["train_trigger_embedding"]:
@@ -208,11 +206,11 @@ def ignored(settings: Settings) -> list[str]:
         unused(f"{named('sample_every_n_epochs')} takes its place", "sample_every_n_steps")
     if now["max_train_steps"]:
         unused(f"{named('max_train_steps')} says when to end", "max_train_epochs")
-    _ignored_of_loss(now, unused)
+    _ignored_of_loss(now, unused, masked=any(each.masks.masked_loss or each.masks.alpha_mask for each in subsets))
     return [no_effect(name, why) for name, why in found]
 
 
-def _ignored_of_loss(now: Mapping[str, Value], unused: Callable[..., None]) -> None:
+def _ignored_of_loss(now: Mapping[str, Value], unused: Callable[..., None], *, masked: bool) -> None:
     """The part of `ignored` that is about loss, noise, masks and preservation."""
     if now["loss_type"] not in ("huber", "smooth_l1"):
         unused(f"the loss is {now['loss_type']}", "huber_schedule", "huber_c", "huber_scale")
@@ -226,7 +224,7 @@ def _ignored_of_loss(now: Mapping[str, Value], unused: Callable[..., None]) -> N
         unused(f"there is no {named('ip_noise_gamma')}", "ip_noise_gamma_random_strength")
     if not now["masked_loss"]:
         unused(f"{named('masked_loss')} is off", "conditioning_data_dir")
-    if not (now["masked_loss"] or now["alpha_mask"]):
+    if not masked:
         unused(f"neither {named('masked_loss')} nor {named('alpha_mask')} is on", "unmasked_weight",
                "masked_prior_preservation_weight")
     kind = now["preservation"]
@@ -238,25 +236,9 @@ def _ignored_of_loss(now: Mapping[str, Value], unused: Callable[..., None]) -> N
         unused(f"{named('preservation')} is {kind}", "dco_beta")
 
 
-def _unused_of_network(now: Mapping[str, Value], unused: Callable[..., None]) -> None:
-    if now["network_module"] != "LoKr":
-        unused(f"the network is a {now['network_module']}, {named('network_module')}", "factor", "full_matrix")
-    if now["network_targets"] not in ("attention and feed-forward", "attention and convolutions"):
-        unused(f"no convolution is among the layers, {named('network_targets')} = {now['network_targets']}", "conv_dim",
-               "conv_alpha")
-    elif not now["conv_dim"] and now["network_targets"] != "attention and convolutions":
-        unused(f"no convolution is trained, {named('conv_dim')}", "conv_alpha")
-
-
 def _check(settings: Settings) -> None:
     dataset = settings.dataset
-    if settings.network.network_module == "OFT" and settings.network.dora_wd:
-        raise SettingError(f"{named('dora_wd')} is not possible with {named('network_module')} = OFT",
-                           why="a rotation changes no length", remedy="switch it off, or choose LoRA")
-    if settings.network.network_targets == "text encoder" and settings.network.network_train_unet_only:
-        raise SettingError("Nothing would be trained", why=f"{named('network_targets')} is the text encoder, and "
-                           f"{named('network_train_unet_only')} leaves it as it is",
-                           remedy=f"switch {named('network_train_unet_only')} off")
+    check_network_settings(settings.network)
     if not any((*settings.rates, settings.embedding_rate)):
         raise SettingError("Nothing would be trained", why="all learning rates are 0", remedy=f"raise {named('learning_rate')}")
     resolution_of(dataset.resolution, default=512)

@@ -13,7 +13,7 @@ from lib_lora_train.settings.kohya_network import adopted_network
 from lib_lora_train.settings.toml import tables
 
 _SAME_METHOD = {"pagedadamw": "AdamW", "pagedadamw32bit": "AdamW"}
-_EIGHT_BIT = {"adamw8bit": "AdamW", "pagedadamw8bit": "AdamW", "lion8bit": "Lion"}
+_EIGHT_BIT = {"adamw8bit": "AdamW", "pagedadamw8bit": "AdamW", "lion8bit": "Lion", "pagedlion8bit": "Lion"}
 _DECAYING = ("", "adamw", "adamw8bit", "pagedadamw8bit", "pagedadamw", "pagedadamw32bit")
 """Optimizers whose weight decay is 0.01 in kohya's scripts, where none is given."""
 

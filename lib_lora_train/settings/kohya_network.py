@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 _OF_CONVOLUTIONS = ("conv_dim", "conv_alpha")
+_OF_OTHER_TYPES = (*_OF_CONVOLUTIONS, "conv_block_dims", "conv_block_alphas", "factor", "full_matrix", "dora_wd",
+                   "LyCORIS_preset")
+"""What kohya_ss writes for every type of LoRA."""
 _TYPES = {"standard": "LoRA", "lora": "LoRA", "kohya locon": "LoRA", "lycoris/locon": "LoRA", "lycoris/loha": "LoHa",
           "lycoris/lokr": "LoKr"}
 _MODULES = {"networks.lora": "LoRA", "networks.loha": "LoHa", "networks.lokr": "LoKr", "networks.oft": "OFT"}
@@ -16,8 +19,11 @@ _PRESETS = {"full": "attention and convolutions", "unet-only": "attention and co
             "attn-mlp": "attention and feed-forward", "unet-transformer-only": "attention and feed-forward",
             "attn-only": "attention"}
 _OF_THE_UNET = ("unet-only", "unet-transformer-only")
-_RENAMED = {"dora": "dora_wd"}
-_TAKEN = frozenset({*_OF_CONVOLUTIONS, "factor", "full_matrix", "dora_wd"})
+_RENAMED = {"dora": "dora_wd", "dropout": "network_dropout"}
+_TAKEN = frozenset({
+    *_OF_CONVOLUTIONS, "factor", "full_matrix", "dora_wd", "rs_lora", "network_dropout", "rank_dropout", "module_dropout",
+    "loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio", "block_dims", "block_alphas",
+    "conv_block_dims", "conv_block_alphas", "down_lr_weight", "mid_lr_weight", "up_lr_weight", "block_lr_zero_threshold"})
 """The names in `network_args` that are settings here."""
 _OFF = ("", "0", "0.0", "none", "false", "no")
 _MEANT_OTHERWISE = {"wd_on_output": "dora_wd is applied to each input, as the WebUI applies it"}
@@ -30,7 +36,7 @@ def adopted_network(values: Mapping[str, object]) -> tuple[dict[str, object], li
     kind = str(found.get("LoRA_type", "")).strip().lower()
     lycoris = kind.startswith("lycoris/") or str(found.get("network_module", "")).lower().startswith("lycoris.")
     if "LoRA_type" in found and kind in ("standard", "lora", ""):
-        for name in (*_TAKEN, "LyCORIS_preset"):  # kohya_ss writes them for every type
+        for name in _OF_OTHER_TYPES:
             if str(found.pop(name, "")).lower() not in _OFF:
                 became.append(f"{name} is left out: it belongs to other kinds of LoRA")
     if kind in _TYPES:

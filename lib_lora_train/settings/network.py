@@ -63,3 +63,40 @@ class NetworkSettings:
         "smallest.", minimum=-1, maximum=1024)
     full_matrix: bool = setting(
         False, "Whole LoKr matrices", "Train the larger of a LoKr's two matrices whole instead of at the rank.")
+    rs_lora: bool = setting(
+        False, "rsLoRA", "Strength alpha / √rank instead of alpha / rank (arXiv 2312.03732), so that large ranks learn as fast "
+        "as small ones. It is written into the file's alpha.")
+    loraplus_lr_ratio: float = setting(
+        0.0, "LoRA+ ratio", "Learning rate of the second matrix of each pair, times that of the first (arXiv 2402.12354). 16 "
+        "is usual, with a lower learning rate; empty or 0 is 1.", minimum=0, maximum=1000, zero="none")
+    loraplus_unet_lr_ratio: float = setting(
+        0.0, "LoRA+ ratio of the UNet", "In place of the one above.", minimum=0, maximum=1000, zero="none")
+    loraplus_text_encoder_lr_ratio: float = setting(
+        0.0, "LoRA+ ratio of the text encoder", "In place of the one above.", minimum=0, maximum=1000, zero="none")
+    network_dropout: float = setting(
+        0.0, "Dropout", "Share of the numbers between the two matrices that is left out at random in each step, against "
+        "learning by heart. 0.1 to 0.3 where wanted.", minimum=0, maximum=0.99, step=0.01)
+    rank_dropout: float = setting(
+        0.0, "Rank dropout", "Share of the ranks that is left out at random in each step, anew for each picture.", minimum=0,
+        maximum=0.99, step=0.01)
+    module_dropout: float = setting(
+        0.0, "Module dropout", "Share of the layers that are left as they are in each step.", minimum=0, maximum=0.99,
+        step=0.01)
+    scale_weight_norms: float = setting(
+        0.0, "Largest weight norm", "Scale the change of a layer down where its norm is larger: less overfitting, and LoRAs "
+        "that go together better. 1 is usual, 0 is off.", minimum=0, maximum=1000, step=0.1)
+    block_dims: str = setting(
+        "", "Rank of each block", "25 numbers for SD1 and SD2, 23 for SDXL, with commas: the rank in each block of the UNet, 0 "
+        "for a block that is left as it is. Empty is the same everywhere.")
+    block_alphas: str = setting("", "Alpha of each block", "As many numbers as ranks. Empty is the alpha everywhere.")
+    conv_block_dims: str = setting(
+        "", "Convolutions' rank of each block", "As many numbers. Empty is the rank of convolutions everywhere.")
+    conv_block_alphas: str = setting("", "Convolutions' alpha of each block", "As many numbers as ranks.")
+    down_lr_weight: str = setting(
+        "", "Rates of the downward blocks", "What the learning rate is multiplied by in each of 12 (SDXL 9) blocks, or cosine, "
+        "sine, linear, reverse_linear or zeros, with +0.25 for what is added. 0 leaves a block as it is.")
+    mid_lr_weight: str = setting("", "Rates of the middle blocks", "1 number, for SDXL 3.")
+    up_lr_weight: str = setting("", "Rates of the upward blocks", "As of the downward blocks.")
+    block_lr_zero_threshold: float = setting(
+        0.0, "Smallest rate of a block", "Blocks whose number is not larger are left as they are.", minimum=0, maximum=100,
+        step=0.05)

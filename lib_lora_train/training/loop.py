@@ -22,7 +22,7 @@ from lib_lora_train.training.checkpoint import TrainingState, capture, restore
 from lib_lora_train.training.condition import Condition
 from lib_lora_train.training.cuda_graph import CudaGraphStep
 from lib_lora_train.training.loss import LossConfig
-from lib_lora_train.training.noise import NoiseConfig, draw
+from lib_lora_train.training.noise import NoiseConfig, draw, seed_of
 from lib_lora_train.training.optimizers import OptimizerConfig, RunOptimizer, spec_of
 from lib_lora_train.training.precision import LossScaler
 from lib_lora_train.training.preservation import Preservation
@@ -146,8 +146,9 @@ def train(model: FrozenModel, *, network: AdapterNetwork, epoch_batches: EpochBa
     scaler = LossScaler(device, enabled=config.loss.dtype == torch.float16,
                         initial=65536.0 / max(1.0, config.loss.dco_beta / 2))
     make_step = CudaGraphStep if config.cuda_graphs and device.type == "cuda" else TrainStep
-    train_step = make_step(model, weights=weights, adapters=network.adapters().get("unet", {}), condition=condition,
-                           scaler=scaler, loss=config.loss, config=config.step, report=report, compiled=config.compiled)
+    train_step = make_step(model, weights=weights, adapters=network.training_adapters().get("unet", {}), condition=condition,
+                           scaler=scaler, loss=config.loss, config=config.step, report=report, compiled=config.compiled,
+                           dropout_keys=network.dropout_keys)
     losses = LossReporter(device, steps=config.steps, epochs=config.epochs, steps_per_epoch=config.steps_per_epoch,
                           report=report)
     progress = Progress(resumed.step if resumed else 0, train_step=train_step, network=network, optimizer=optimizer,
@@ -163,7 +164,8 @@ def train(model: FrozenModel, *, network: AdapterNetwork, epoch_batches: EpochBa
             optimizer.set_learning_rate(learning_rate_factor(config.schedule, step - 1),
                                         stopped={EMBEDDING_GROUP} if step > config.embedding_steps else ())
             inputs = [part for micro, batch in enumerate(batches) for part in _inputs(
-                batch, step, micro, len(batches), model=model, condition=condition, config=config, group=group)]
+                batch, step, micro, len(batches), model=model, condition=condition, config=config, group=group,
+                dropout=bool(network.dropout))]
             for attempt in train_step.attempts(inputs):
                 with attempt:
                     for batch in attempt.microbatches:
@@ -189,7 +191,7 @@ def train(model: FrozenModel, *, network: AdapterNetwork, epoch_batches: EpochBa
 
 
 def _inputs(batch: Batch, step: int, micro: int, micro_batches: int, *, model: FrozenModel, condition: Condition,
-            config: TrainConfig, group: ProcessGroup) -> list[Batch]:
+            config: TrainConfig, group: ProcessGroup, dropout: bool) -> list[Batch]:
     """A batch with all that its loss depends on, and what is trained beside it. Random numbers, text and weights are the whole
     batch's, of which each process takes its rows: how a batch is cut changes nothing but the order in which numbers are
     added."""
@@ -197,6 +199,10 @@ def _inputs(batch: Batch, step: int, micro: int, micro_batches: int, *, model: F
     draws = draw(batch["mean"].shape, seed=config.seed, step=step, micro=micro, timesteps=len(model.schedule),
                  config=config.noise, latents=(batch["mean"] * scale, batch["std"] * scale))
     weight = batch["loss_weight"] / (len(batch) * micro_batches)
+    if dropout:
+        keys = [[seed_of(config.seed, "dropout", step, micro, row) & 0xFFFFFFFF for row in (number, "all")]
+                for number in range(len(batch))]
+        draws = {**draws, "dropout": torch.tensor(keys)}
     whole = batch.extended({**draws, "weight": weight, **condition.prepare(batch.captions)})
     return [part.rows(rows_of(len(whole), group)) for part in config.preservation.inputs(whole, condition)]
 

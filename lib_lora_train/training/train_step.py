@@ -9,6 +9,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from lib_lora_train.adapters.dropout import DropoutKeys
 from lib_lora_train.adapters.flat import FlatWeights
 from lib_lora_train.errors import is_out_of_memory
 from lib_lora_train.events import Report, Warned
@@ -29,12 +30,14 @@ class TrainStep:
 
     def __init__(self, model: FrozenModel, *, weights: FlatWeights, adapters: Mapping[str, Adapter], condition: Condition,
                  scaler: LossScaler, loss: LossConfig, config: StepConfig, report: Report,
-                 compiled: bool = False) -> None:
-        """`adapters` are the UNet's. `compiled` lets torch.compile make the loss."""
+                 compiled: bool = False, dropout_keys: DropoutKeys | None = None) -> None:
+        """`adapters` are the UNet's; `dropout_keys` are given those of each micro-batch that has some. `compiled` lets
+        torch.compile make the loss."""
         self.model, self.weights, self.config, self.loss_config = model, weights, config, loss
         self.sums = torch.zeros(2, device=model.device)
         self.loss = self.sums[0]
         self._adapters, self._condition, self._scaler, self._report = adapters, condition, scaler, report
+        self._dropout_keys = dropout_keys or DropoutKeys()
         self._told_smaller = False  # of fewer pictures at once
         self._denoising_loss = CompiledLoss(report) if compiled else denoising_loss
 
@@ -43,6 +46,7 @@ class TrainStep:
         batch = batch.to(self.model.device)
         if "prior" in batch or self.loss_config.dco_beta:
             batch = with_reference(self.model, batch, condition=self._condition, dtype=self.loss_config.dtype)
+        self._dropout_keys.keys = batch["dropout"] if "dropout" in batch else None  # also for what backward computes again
         with offloaded() if self.config.offload else contextlib.nullcontext():
             return self._denoising_loss(
                 self.model, batch, conditioning=self._condition.encode(batch), adapters=self._adapters, config=self.loss_config,
@@ -51,6 +55,7 @@ class TrainStep:
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss to those that are there, and the loss to `loss`."""
         self._scaler.scaled(loss).backward()
+        self._dropout_keys.keys = None
         self.loss.add_(loss.detach())
 
     def add_zero_prediction(self, batch: Batch) -> None:
@@ -59,6 +64,7 @@ class TrainStep:
 
     def clear(self) -> None:
         """Set gradients and sums to zero."""
+        self._dropout_keys.keys = None
         self.weights.gradient.zero_()
         self.sums.zero_()
 

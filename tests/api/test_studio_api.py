@@ -205,7 +205,7 @@ def test_what_is_odd_about_a_captions_file_is_told_with_its_image(desk: Desk):
     def told() -> dict[str, tuple[str, list[str]]]:
         return {p["id"]: (p["caption_problem"], p["problems"]) for p in desk.images()}
 
-    odd = {"green.png": ("Only the first line of green.txt is used.", []),
+    odd = {"green.png": ("Of green.txt the first line is edited; without Wildcards (enable_wildcard) only that is used.", []),
            "blue.png": ("blue.caption does not count, because there is blue.txt too.", [])}
     unreadable = told()["red.png"]
     assert told() == {**odd, "red.png": unreadable}

@@ -8,7 +8,9 @@ from lib_lora_train.dataset.captions import (
     count_tags,
     first_line,
     first_line_and_rest,
+    join_edited,
     split_tags,
+    split_to_edit,
     tag_key,
     with_trigger_word,
 )
@@ -33,6 +35,14 @@ def test_what_the_tokenizer_reads_alike_is_one_tag(one: str, other: str) -> None
     assert tag_key(one) == tag_key(other)
     assert len(count_tags([f"{one}, {other}", other])) == 1
     assert with_trigger_word(f"a, {one}", other) == f"a, {one}"
+
+
+@pytest.mark.parametrize(("caption", "tags"), [
+    ("a, b ,,c", ["a", "b", "c"]), ("a ||| b, c|||d", ["a", "|||", "b", "c", "|||", "d"]),
+    ("{red, dark|blue} hat, x", ["{red, dark|blue} hat", "x"]), ("{a, b", ["{a", "b"]), ("a}, b", ["a}", "b"])])
+def test_tags_to_edit_keep_wildcards_whole_and_separators_apart(caption: str, tags: list[str]) -> None:
+    assert split_to_edit(caption) == tags and split_to_edit(join_edited(tags)) == tags
+    assert set(count_tags([caption])) == {*tags} - {"|||"}
 
 
 def test_commas_of_every_width_part_tags_and_emoji_and_scripts_keep_their_joiners() -> None:

@@ -401,6 +401,23 @@ def test_a_lora_of_kohyas_or_of_onetrainer_gives_the_settings_of_its_run():
         import_bytes(header({"format": "pt"}, "lora_unet_x"), name="x.safetensors")
 
 
+# Keys as sd-scripts' and LyCORIS' networks have them.
+@pytest.mark.parametrize(("layers", "arguments", "expected"), [
+    (["attentions_0_transformer_blocks_0_attn2_to_k", "attentions_0_transformer_blocks_0_attn1_to_k"], "", "attention"),
+    (["attentions_0_transformer_blocks_0_attn2_to_k"], "", "cross-attention"),
+    (["attentions_0_transformer_blocks_0_ff_net_2", "attentions_0_transformer_blocks_0_attn1_to_k"], "",
+     "attention and feed-forward"),
+    (["resnets_0_conv1", "attentions_0_transformer_blocks_0_ff_net_2"], "", "attention and convolutions"),
+    (["resnets_0_conv1", "attentions_0_transformer_blocks_0_ff_net_2"], '{"conv_dim": "4"}', "attention and feed-forward"),
+    (["output_blocks_0_1_transformer_blocks_0_attn1_to_q"], "", "B-LoRA content"),
+    (["output_blocks_1_1_transformer_blocks_0_attn1_to_q"], "", "B-LoRA style"), ([], "", "text encoder")])
+def test_the_layers_of_a_lora_file_are_those_that_are_trained(layers: list[str], arguments: str, expected: str):
+    of_file = [f"lora_unet_{layer}" if layer.startswith("output") else f"lora_unet_down_blocks_0_{layer}" for layer in layers]
+    metadata = {"ss_network_dim": "8", "ss_network_args": arguments} if arguments else {"ss_network_dim": "8"}
+    found = import_bytes(header(metadata, *of_file, "lora_te_text_model_encoder_layers_0_mlp_fc1"), name="x.safetensors")
+    assert found.values["network_targets"] == expected
+
+
 def test_a_file_of_our_own_is_read_exactly_and_held_to_its_names(tmp_path: Path):
     rng = random.Random(1)
     values = {name: flat(Settings())[name] for name in DECLARATIONS}

@@ -78,10 +78,10 @@ def test_every_name_of_sd_scripts_and_of_kohya_ss_is_explained_or_ours():
 
 def test_unknown_settings_are_told_all_at_once_each_with_what_it_is_here():
     with pytest.raises(SettingError) as refusal:
-        parse({"network_dim": 4, "lerning_rate": 1, "cache_latents": True, "max_resolution": "512", "network_dropout": 0.1,
+        parse({"network_dim": 4, "lerning_rate": 1, "cache_latents": True, "max_resolution": "512", "face_crop_aug_range": 1,
                "zzz": 1})
     text = str(refusal.value)
-    assert all(repr(name) in text for name in ("lerning_rate", "cache_latents", "max_resolution", "network_dropout", "zzz"))
+    assert all(repr(name) in text for name in ("lerning_rate", "cache_latents", "max_resolution", "face_crop_aug_range", "zzz"))
     assert "'learning_rate'" in text and "cache_latents_to_disk" not in text and "here resolution" in text
     assert "'network_dim'" not in text and "\n" not in text
 
@@ -110,6 +110,10 @@ LYCORIS = {"network_module": "lycoris.kohya", "network_dim": 8, "network_alpha":
      {"network_targets": "attention and feed-forward", "network_train_unet_only": True, "conv_dim": 0}),
     ({"network_module": "networks.loha"}, {"network_module": "LoHa", "network_targets": "attention and feed-forward"}),
     ({"network_module": "networks.oft"}, {"network_module": "OFT"}),
+    ({"network_args": ["block_dims=1,2", "down_lr_weight=cosine+.25", "loraplus_lr_ratio=4", "rank_dropout=0.1"]},
+     {"block_dims": "1,2", "down_lr_weight": "cosine+.25", "loraplus_lr_ratio": 4.0, "rank_dropout": 0.1}),
+    ({**LYCORIS, "network_args": ["algo=locon", "dropout=0.2", "module_dropout=0.1", "rs_lora=True"]},
+     {"network_dropout": 0.2, "module_dropout": 0.1, "rs_lora": True}),
     ({"LoRA_type": "LyCORIS/LoKr", "factor": -1, "LyCORIS_preset": "attn-only", "conv_dim": 2, "network_dim": 8},
      {"network_module": "LoKr", "factor": -1, "network_targets": "attention", "conv_dim": 2})])
 def test_networks_in_kohyas_and_lycoris_words_are_understood(values, expected):
@@ -126,12 +130,12 @@ def test_what_lycoris_can_and_this_cannot_is_refused_by_name():
 
 
 def test_what_is_not_supported_is_refused_where_it_would_change_the_training_and_not_where_it_is_off():
-    off = {"use_8bit_adam": False, "network_dropout": "0", "lr_scheduler_args": [], "perlin_noise": None,
-           "network_module": "networks.lora", "scale_weight_norms": None, "weighted_captions": False}
+    off = {"use_8bit_adam": False, "lr_scheduler_args": [], "perlin_noise": None,
+           "network_module": "networks.lora", "weighted_captions": False}
     values, notes = kohya.adopted(off)
-    assert values == {"network_module": "LoRA"} and "6 settings" in notes[0]
+    assert values == {"network_module": "LoRA"} and "4 settings" in notes[0]
     assert kohya.adopted({"use_8bit_adam": True, "optimizer_type": "SGD"})[0]["optimizer_type"] in ("AdamW", "AdamW8bit")
-    for name, value in {"fused_backward_pass": True, "network_dropout": 0.1, "lr_scheduler_type": "OneCycleLR",
+    for name, value in {"fused_backward_pass": True, "lr_scheduler_type": "OneCycleLR",
                         "perlin_noise": 6, "network_module": "networks.dylora", "datasets": [{"resolution": 512}]}.items():
         with pytest.raises(SettingError, match=name):
             parse(kohya.adopted({name: value})[0])

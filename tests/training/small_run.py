@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lib_lora_train import events
+from lib_lora_train.adapters.dropout import DropoutRates
 from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.distributed import SINGLE_PROCESS, ProcessGroup
@@ -26,6 +27,7 @@ from lib_lora_train.training.noise import NoiseConfig
 from lib_lora_train.training.optimizer_kinds import Traits
 from lib_lora_train.training.optimizers import OptimizerConfig
 from lib_lora_train.training.schedules import ScheduleConfig
+from lib_lora_train.training.weight_norms import ScaleWeightNorms
 from tests.model import small_checkpoints
 from tools import tiny_checkpoint
 
@@ -136,12 +138,15 @@ class Watching:
 def run(family: str, batches: Sequence[Batch], *, accumulation: int = 1, text: bool = False, dtype: torch.dtype = torch.float32,
         min_snr: float = 0.0, device: str = "cpu", before_step: Callable[[Progress], bool] = lambda progress: True,
         group: ProcessGroup = SINGLE_PROCESS, graphs: bool = False, compiled: bool = False, learning_rate: float = 1e-3,
-        checkpointing: bool = False, microbatch: int = 64, optimizer: str = "AdamW", loss: LossFunction = mse) -> Result:
+        checkpointing: bool = False, microbatch: int = 64, optimizer: str = "AdamW", loss: LossFunction = mse,
+        dropout: DropoutRates | None = None, largest_norm: float = 0.0) -> Result:
     """Train on `batches` in order. Text encoders are trained with `text`, else their answers are looked up."""
     frozen_model = model(family, device)
     targets = find_targets(frozen_model.components, family=frozen_model.architecture.family, text_encoder=text)
     network = AdapterNetwork.build(targets, rank=2, alpha=2, seed=0).to(device)
-    adapters = {name: layers for name, layers in network.adapters().items() if name != "unet"}
+    network.dropout = dropout or network.dropout
+    adapters = {name: layers for name, layers in network.training_adapters().items() if name != "unet"}
+    norms = [ScaleWeightNorms(network, largest_norm)] if largest_norm else []
     condition = TrainedText(frozen_model.text, clip_skip=1, adapters=adapters, checkpointing=checkpointing, dtype=dtype) \
         if text else CachedText(TextCache(frozen_model.text))
     steps = -(-len(batches) // accumulation)
@@ -155,5 +160,7 @@ def run(family: str, batches: Sequence[Batch], *, accumulation: int = 1, text: b
                         checkpointed=frozenset(frozen_model.unet.checkpointable if checkpointing else ())))
     seen: list[events.Event] = []
     progress = train(frozen_model, network=network, epoch_batches=lambda epoch, start: batches[start:], condition=condition,
-                     config=config, report=seen.append, callbacks=[Watching(before_step)], group=group)
+                     config=config, report=seen.append, callbacks=[Watching(before_step), *norms], group=group)
+    for each in norms:
+        each.tell(seen.append)
     return Result(network, seen, progress.step, progress.snapshot())

@@ -32,8 +32,7 @@ from lib_lora_train.training.schedules import ScheduleConfig, learning_rate_fact
 
 CONSTANT, RANK = ScheduleConfig("constant"), 4
 SHAPES = ((RANK, 40), (36, RANK), (RANK, 6, 3, 3), (36, RANK))  # A, B; A and B of a convolution
-PACKAGES = {"CAME": "came_pytorch", "DAdaptAdam": "dadaptation", "DAdaptLion": "dadaptation", "Prodigy": "prodigyopt",
-            "AdamWScheduleFree": "schedulefree", "RAdamScheduleFree": "schedulefree", "ProdigyPlusScheduleFree": "prodigyplus"}
+PACKAGES = {name: spec.class_name.partition(".")[0] for name, spec in OPTIMIZERS.items() if getattr(spec, "package", "")}
 CASES = [(name, {}) for name in OPTIMIZERS if "8bit" not in name] + [
     ("Adafactor", {"relative_step": False, "scale_parameter": False, "beta1": 0.9}), ("Prodigy", {"slice_p": 11}),
     ("AdamW", {"amsgrad": True}), ("ProdigyPlusScheduleFree", {"use_schedulefree": False, "factored": False}),

@@ -368,7 +368,7 @@ def test_what_is_odd_about_a_captions_file_stands_above_it_until_it_is_replaced(
     few.page.locator(".lts-card").click()
     wrong = few.page.locator(".lts-wrong")
     few.tiles().nth(1).click()
-    expect(wrong).to_have_text("Only the first line of 1.txt is used.")
+    expect(wrong).to_have_text("Of 1.txt the first line is edited; without Wildcards (enable_wildcard) only that is used.")
     few.tiles().nth(2).click()
     expect(few.part("caption")).to_have_value("zzk, blue, smile")
     expect(wrong).to_be_hidden()

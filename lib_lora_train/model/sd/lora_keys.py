@@ -52,6 +52,24 @@ def sdxl_keys(component: str, shapes: Shapes) -> Iterator[LoRAKey]:
     return _unet_keys(shapes, blocks=None) if component == UNET_COMPONENT else _text_keys(component, shapes, last=True)
 
 
+def sd_block(key: str) -> int:
+    """kohya's number of the block that a layer of SD1's or SD2's UNet is in, by its key: three to a resolution, downward from 1
+    on, 12 the middle, upward from 13 on (sd-scripts, get_block_index)."""
+    match = re.search(r"(down|up)_blocks_(\d+)_(resnets|attentions|downsamplers|upsamplers)_(\d+)", key)
+    if match is None:
+        return 12
+    place = 2 if match[3].endswith("samplers") else int(match[4])
+    return (1 if match[1] == "down" else 13) + 3 * int(match[2]) + place
+
+
+def sdxl_block(key: str) -> int:
+    """kohya's number of the block that a layer of SDXL's UNet is in, by its key: nine downward ones from 1 on, three middle
+    ones from 10 on, nine upward ones from 13 on."""
+    match = re.search(r"(input|middle|output)_blocks?_(\d+)", key)
+    assert match is not None, "no other layers are adapted"
+    return {"input": 1, "middle": 10, "output": 13}[match[1]] + int(match[2])
+
+
 def _text_keys(component: str, shapes: Shapes, *, last: bool) -> Iterator[LoRAKey]:
     matches = [match for match in map(_IN_A_TEXT_LAYER.fullmatch, _modules(shapes)) if match]
     unused = -1 if last else max((int(match["layer"]) for match in matches), default=-1)

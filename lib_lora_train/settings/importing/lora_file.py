@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,6 +32,8 @@ _NOT_SETTINGS = ("session_id", "training_started_at", "training_finished_at", "o
                  "vae_name", "vae_hash", "new_vae_hash", "tag_frequency", "bucket_info", "dataset_dirs", "reg_dataset_dirs",
                  "zero_terminal_snr", "preset")
 _CLASSES = {"lionoptimizer": "Lion", "sgd": "SGDNesterov"}
+_B_LORA, _BOTH = re.compile(r"lora_unet_output_blocks_([01])_1_.*_attn[12]_"), "B-LoRA content and style"
+_CONVOLUTION = re.compile(r"_resnets_|samplers_|_in_layers_|_out_layers_|_emb_layers_|_skip_connection|_0_op|_2_conv")
 _ARGUMENT = re.compile(r"(\w+)=((?:\([^)]*\)|\[[^\]]*\]|[^,()]+)+)")
 
 
@@ -66,6 +68,8 @@ def read_header(header: Mapping[str, Any], *, name: str) -> Imported:
         _setting(key, value, translation)
     text = any(tensor.startswith("lora_te") for tensor in header)
     translation.add("network_train_unet_only", not text, origin="layers", given="UNet and text encoder" if text else "UNet")
+    if targets := _targets(header, convolutions="conv_dim" in found.get("network_args", "")):
+        translation.add("network_targets", targets, origin="layers", given=targets)
     if not text and "text_encoder_lr" in translation.values:
         translation.values["text_encoder_lr"] = ""
     return translation.finish({})
@@ -78,6 +82,22 @@ def _beside(translation: Translation, key: str, value: str) -> None:
         translation.unused(key, value, "it is about the file")
 
 
+def _targets(layers: Iterable[str], *, convolutions: bool) -> str:
+    """Which layers of the UNet the file holds, "" where that cannot be told. `convolutions` are named by their rank."""
+    unet = [layer for layer in layers if layer.startswith("lora_unet_")]
+    if not unet:
+        return "text encoder" if any(layer.startswith("lora_te") for layer in layers) else ""
+    blocks = [_B_LORA.match(layer) for layer in unet]
+    if all(blocks):
+        return {"0": "B-LoRA content", "1": "B-LoRA style"}.get("".join({found[1] for found in blocks if found}), _BOTH)
+    if any(map(_CONVOLUTION.search, unet)) and not convolutions:
+        return "attention and convolutions"
+    for part, name in (("_ff_net_", "attention and feed-forward"), ("_attn1_", "attention"), ("_attn2_", "cross-attention")):
+        if any(part in layer for layer in unet):
+            return name
+    return ""
+
+
 def _length(found: dict[str, str], translation: Translation) -> None:
     """How long the run was: its epochs where they say so, else its steps."""
     try:
@@ -85,7 +105,8 @@ def _length(found: dict[str, str], translation: Translation) -> None:
             "max_train_steps", "num_epochs", "num_batches_per_epoch", "gradient_accumulation_steps"))
     except (KeyError, ValueError):
         return
-    by_epochs = -(-batches // max(1, gathered)) * epochs == steps
+    wanted = found.get("max_train_epochs") in (None, "None", str(epochs))
+    by_epochs = wanted and -(-batches // max(1, gathered)) * epochs == steps
     why = "it follows from the epochs" if by_epochs else "the steps say when to end"
     for name in ("max_train_steps", "max_train_epochs") if by_epochs else ("num_epochs", "max_train_epochs"):
         if name in found:

@@ -73,7 +73,8 @@ class Translation:
     def _entry(self, origin: str, given: object, name: str, *, adopted: kohya.Adopted, values: Mapping[str, Value],
                impossible: Mapping[str, str]) -> Entry:
         kind, text = _fate(name, self.values[name], adopted=adopted, values=values, impossible=impossible)
-        if kind == "taken" and origin != name:
+        same_name = origin.rpartition(".")[2].removeprefix("ss_") == name and shown(given) == shown(self.values[name])
+        if kind == "taken" and not same_name:
             kind, text = "changed", f"read as {name} = {shown(self.values[name])}"
         return Entry(origin, given, kind, text)
 

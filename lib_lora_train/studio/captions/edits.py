@@ -7,6 +7,7 @@ spaces and empty tags.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -14,13 +15,15 @@ from typing import Any, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
-from lib_lora_train.dataset.captions import Tokenizer, split_tags, tag_key
+from lib_lora_train.dataset.captions import SEPARATOR, Tokenizer, join_edited, split_to_edit, tag_key
 from lib_lora_train.errors import SettingError
 from lib_lora_train.studio.captions.patterns import Pattern
 from lib_lora_train.studio.requests import Count, Text, validated
 
 Change = Callable[[str], str]
 Captions = Callable[[], Iterable[str]]
+
+_EMPTY_TAG = re.compile(r"(^|,)\s*(,|$)")
 
 
 class Edit:
@@ -56,7 +59,7 @@ class AddTags(Edit):
         tags = list({tag_key(tag): tag for tag in _split(self.tags)}.values())
 
         def change(caption: str) -> str:
-            present = set(map(tag_key, split_tags(caption)))
+            present = set(map(tag_key, split_to_edit(caption)))
             missing = [tag for tag in tags if tag_key(tag) not in present]
             own = [caption.strip(" ,")] if present else []
             return ", ".join([*missing, *own] if self.at == "start" else [*own, *missing]) if missing else caption
@@ -72,7 +75,7 @@ class RemoveTags(Edit):
 
     def _change(self, captions: Captions) -> Change:
         gone = set(map(tag_key, _split(self.tags)))
-        return lambda caption: _with_tags(caption, [tag for tag in split_tags(caption) if tag_key(tag) not in gone])
+        return lambda caption: _with_tags(caption, [tag for tag in split_to_edit(caption) if tag_key(tag) not in gone])
 
 
 @dataclass(frozen=True)
@@ -84,11 +87,11 @@ class ReplaceTag(Edit):
     new: Text
 
     def _change(self, captions: Captions) -> Change:
-        old, new = tag_key(self.old), split_tags(self.new)
+        old, new = tag_key(self.old), split_to_edit(self.new)
         once = set(map(tag_key, new))
 
         def change(caption: str) -> str:
-            tags = split_tags(caption)
+            tags = split_to_edit(caption)
             if old not in map(tag_key, tags):
                 return caption
             result: list[str] = []
@@ -99,7 +102,7 @@ class ReplaceTag(Edit):
                         continue
                     seen.add(tag_key(part))
                     result.append(part)
-            return ", ".join(result)
+            return join_edited(result)
         return change
 
 
@@ -145,12 +148,16 @@ class SortTags(Edit):
         counts: Counter[str] = Counter()
         if self.by == "frequency":
             for caption in captions():
-                counts.update(set(map(tag_key, split_tags(caption))))
+                counts.update(set(map(tag_key, split_to_edit(caption))))
 
         def change(caption: str) -> str:
-            tags = split_tags(caption)
-            order = sorted(tags[self.keep:], key=lambda tag: (-counts[tag_key(tag)], tag_key(tag)))
-            return _with_tags(caption, tags[:self.keep] + order)
+            ordered, kept = list[str](), self.keep
+            for is_separator, section in itertools.groupby(split_to_edit(caption), key=SEPARATOR.__eq__):
+                tags = list(section)
+                ordered += tags if is_separator else tags[:kept] + sorted(
+                    tags[kept:], key=lambda tag: (-counts[tag_key(tag)], tag_key(tag)))
+                kept = 0
+            return _with_tags(caption, ordered)
         return change
 
 
@@ -162,9 +169,10 @@ class Deduplicate(Edit):
     def _change(self, captions: Captions) -> Change:
         def change(caption: str) -> str:
             first: dict[str, str] = {}
-            for tag in split_tags(caption):
-                first.setdefault(tag_key(tag), tag)
-            return ", ".join(first.values()) if len(first) < len(caption.split(",")) else caption
+            tags = split_to_edit(caption)
+            for number, tag in enumerate(tags):
+                first.setdefault(f"{tag}{number}" if tag == SEPARATOR else tag_key(tag), tag)
+            return join_edited(first.values()) if len(first) < len(tags) or _EMPTY_TAG.search(caption) else caption
         return change
 
 
@@ -183,18 +191,19 @@ class TruncateTokens(Edit):
         def fits(text: str) -> bool:
             return len(self.tokenizer.encode(text)) <= self.n
 
-        def longest(parts: list[str], glue: str) -> str:
+        def longest(parts: list[str], join: Callable[[Iterable[str]], str]) -> str:
             fitting, too_many = 0, len(parts)  # halving: a caption is encoded a few times and not once a tag
             while too_many - fitting > 1:
                 middle = (fitting + too_many) // 2
-                fitting, too_many = (middle, too_many) if fits(glue.join(parts[:middle])) else (fitting, middle)
-            return glue.join(parts[:fitting])
+                fitting, too_many = (middle, too_many) if fits(join(parts[:middle])) else (fitting, middle)
+            return join(parts[:fitting])
 
         def change(caption: str) -> str:
             if fits(caption):
                 return caption
-            tags = split_tags(caption)
-            return ", ".join(tags) if fits(", ".join(tags)) else longest(tags, ", ") or longest(tags[0].split(), " ")
+            tags = split_to_edit(caption)
+            return join_edited(tags) if fits(join_edited(tags)) else longest(tags, join_edited) or longest(
+                tags[0].split(), " ".join)
         return change
 
 
@@ -226,7 +235,7 @@ def edit_from_dict(values: Mapping[str, object], *, tokenizer: Tokenizer | None 
         raise SettingError(f"There is no edit {values.get('kind')}", remedy=f"use {', '.join(_KINDS)}")
     given = {name: value for name, value in values.items() if name != "kind"}
     if isinstance(given.get("tags"), str):
-        given["tags"] = split_tags(given["tags"])
+        given["tags"] = split_to_edit(given["tags"])
     if kind is TruncateTokens:
         if tokenizer is None:
             raise SettingError("Captions cannot be cut by tokens", why="there is no tokenizer")
@@ -236,12 +245,12 @@ def edit_from_dict(values: Mapping[str, object], *, tokenizer: Tokenizer | None 
 
 def _split(tags: Iterable[str]) -> list[str]:
     """Tags that were typed with commas between them count as several."""
-    return [part for tag in tags for part in split_tags(tag)]
+    return [part for tag in tags for part in split_to_edit(tag)]
 
 
 def _with_tags(caption: str, tags: list[str]) -> str:
     """The tags as a caption; the caption itself where they are its own."""
-    return caption if tags == split_tags(caption) else ", ".join(tags)
+    return caption if tags == split_to_edit(caption) else join_edited(tags)
 
 
 def _shown(value: object) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pydantic import StrictBool
 from pydantic.dataclasses import dataclass
 
-from lib_lora_train.dataset.captions import folded, split_tags, tag_key
+from lib_lora_train.dataset.captions import folded, split_to_edit, tag_key
 from lib_lora_train.studio.captions.patterns import Pattern
 from lib_lora_train.studio.requests import Text
 
@@ -45,7 +45,7 @@ class Filter:
                 whole = folded(caption)
                 if text and text not in whole:
                     return False
-                if by_tag and not tags_fit([" ".join(tag.split()) for tag in split_tags(whole)]):
+                if by_tag and not tags_fit([" ".join(tag.split()) for tag in split_to_edit(whole)]):
                     return False
             return pattern is None or pattern.found_in(caption)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from lib_lora_train.dataset.captions import count_tags
 from lib_lora_train.dataset.listing import MayRead, by_name
 from lib_lora_train.errors import DatasetError, SettingError, counted, printable, translated
+from lib_lora_train.settings import named
 from lib_lora_train.studio.captions.edits import Edit
 from lib_lora_train.studio.captions.files import (
     Found,
@@ -155,7 +156,8 @@ class CaptionStore:
             return f"{printable(caption.passed_over[0].name)} does not count, because there is {name} too."
         if caption.disk.encoding:
             return f"{name} is read as {caption.disk.encoding}: see that it is right. A change is saved as UTF-8."
-        return f"Only the first line of {name} is used." if caption.disk.rest.strip() else ""
+        return f"Of {name} the first line is edited; without {named('enable_wildcard')} only that is used." if (
+            caption.disk.rest.strip()) else ""
 
     def select(self, wanted: Filter) -> list[int]:
         """The indices of the images that `wanted` accepts.

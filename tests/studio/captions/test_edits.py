@@ -59,6 +59,17 @@ def done(edit: Edit, caption: str) -> str:
     (TruncateTokens(7, Words()), "a, b,c,  d", "a, b,c,  d"),
     (TruncateTokens(2, Words()), "a very long tag, b", "a very"),
     (SetCaption("new"), "old", "new"),
+    # A wildcard is one tag, and what stands on one side of the separator stays there.
+    (RemoveTags(("b",)), "a ||| b, {b, c|d}, e ||| b", "a ||| {b, c|d}, e |||"),
+    (RemoveTags(("{b, c|d}",)), "a, {b, c|d}", "a"),
+    (ReplaceTag("c", "x"), "c ||| {c|d}, c", "x ||| {c|d}"),
+    (AddTags(("c", "z")), "a ||| b, c", "a ||| b, c, z"),
+    (AddTags(("c", "z"), "start"), "a ||| b, c", "z, a ||| b, c"),
+    (SortTags(), "c, b ||| e, {z, d|y}, a ||| g, f", "b, c ||| a, e, {z, d|y} ||| f, g"),
+    (SortTags(keep=1), "c, b ||| e, a", "c, b ||| a, e"),
+    (Deduplicate(), "a, b ||| b, {a, a|b}, a", "a, b ||| {a, a|b}"),
+    (Deduplicate(), "a ||| b ||| c", "a ||| b ||| c"),
+    (TruncateTokens(4, Words()), "a, b ||| c, d", "a, b |||"),
 ])
 def test_edits(edit: Edit, before: str, after: str) -> None:
     assert done(edit, before) == after
