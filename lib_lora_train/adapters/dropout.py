@@ -28,8 +28,8 @@ class DropoutRates:
     for LoRA."""
 
     numbers: float = 0.0
-    ranks: float = 0.0
-    modules: float = 0.0
+    rank: float = 0.0
+    module: float = 0.0
 
     def __bool__(self) -> bool:
         return any(dataclasses.astuple(self))
@@ -55,7 +55,7 @@ class DroppedLayer:
         if keys is None:
             return adapted_linear(self._layer, x, weight, bias)
         frozen = frozen_linear(x, weight, bias)
-        if not isinstance(self._layer, LoRALayer) or not (self._rates.numbers or self._rates.ranks):
+        if not isinstance(self._layer, LoRALayer) or not (self._rates.numbers or self._rates.rank):
             return self._kept(frozen, adapted_linear(self._layer, x, weight, bias), keys)
         delta = self._delta()
         down, up = delta.factors(x.dtype)
@@ -70,7 +70,7 @@ class DroppedLayer:
         if keys is None:
             return adapted_conv2d(self._layer, x, weight, bias, stride=stride, padding=padding)
         frozen = frozen_conv2d(x, weight, bias, stride=stride, padding=padding)
-        if not isinstance(self._layer, LoRALayer) or not (self._rates.numbers or self._rates.ranks):
+        if not isinstance(self._layer, LoRALayer) or not (self._rates.numbers or self._rates.rank):
             return self._kept(frozen, adapted_conv2d(self._layer, x, weight, bias, stride=stride, padding=padding), keys)
         delta = self._delta()
         down, up = (side if side.ndim == 4 else side[:, :, None, None] for side in delta.factors(x.dtype))
@@ -85,9 +85,9 @@ class DroppedLayer:
 
     def _kept(self, frozen: Tensor, adapted: Tensor, keys: Tensor) -> Tensor:
         """The adapted layer's output, or the frozen one's where the whole layer is left out in this step."""
-        if not self._rates.modules:
+        if not self._rates.module:
             return adapted
-        return torch.where(_uniform(keys[0, 1], self._number * 4 + 2) < self._rates.modules, frozen, adapted)
+        return torch.where(_uniform(keys[0, 1], self._number * 4 + 2) < self._rates.module, frozen, adapted)
 
     def _mask(self, keys: Tensor, shape: torch.Size, *, rank_dim: int) -> Tensor:
         """What the numbers between A and B are multiplied by, so that their mean stays: [B, ...], broadcast against `shape`."""
@@ -96,16 +96,16 @@ class DroppedLayer:
         if self._rates.numbers:
             places = torch.arange(shape[1:].numel(), device=keys.device).view(1, *shape[1:])
             mask = mask * (_uniform(row, self._number * 4, places) >= self._rates.numbers) / (1 - self._rates.numbers)
-        if self._rates.ranks:
+        if self._rates.rank:
             ranks = torch.arange(shape[rank_dim], device=keys.device)
             ranks = ranks.view(-1, *[1] * (len(shape) - 1 - rank_dim))
-            mask = mask * (_uniform(row, self._number * 4 + 1, ranks) >= self._rates.ranks) / (1 - self._rates.ranks)
+            mask = mask * (_uniform(row, self._number * 4 + 1, ranks) >= self._rates.rank) / (1 - self._rates.rank)
         return mask
 
 
-def _uniform(key: Tensor, number: int, place: Tensor | int = 0) -> Tensor:
-    """Numbers in [0, 1) that depend on key, number and place alone."""
-    return _hashed(_hashed(key ^ (number * 0x9E3779B1 & _BITS)) + place & _BITS).float() / 2 ** 32
+def _uniform(key: Tensor, number: int, index: Tensor | int = 0) -> Tensor:
+    """Numbers in [0, 1) that depend on key, number and index alone."""
+    return _hashed(_hashed(key ^ (number * 0x9E3779B1 & _BITS)) + index & _BITS).float() / 2 ** 32
 
 
 def _hashed(x: Tensor) -> Tensor:

@@ -73,6 +73,25 @@ def load_stack(model: FrozenModel, loras: Sequence[WeightedLora]) -> Stack:
     return stacked([_load(model, lora) for lora in loras])
 
 
+def merge_into(model: FrozenModel, loras: Sequence[WeightedLora]) -> None:
+    """Let `model` compute with copies of the weights that the LoRAs change, each put into what those before it left, as the
+    WebUI applies them. The borrowed tensors stay as they are, and words mean what they did. Raises LoraFileError."""
+    parts = {UNET_COMPONENT: model.unet.layers,
+             **{encoder.config.component: encoder.layers for encoder in model.text.encoders}}
+    for lora in loras:
+        for component, modules in _load(model, lora).items():
+            changed: dict[str, Tensor] = {}
+            for module, adapter in modules.items():
+                if isinstance(adapter, WordVectors):
+                    continue
+                weight = parts[component].weight(module)
+                if adapter.multiplier:
+                    with torch.no_grad():
+                        changed[f"{module}.weight"] = merged(adapter, dense(weight, torch.float32).to(model.device)).to(
+                            weight.dtype).contiguous()
+            parts[component].replace(changed)
+
+
 def stacked(stacks: Sequence[Stack]) -> Stack:
     """What several mappings of adapters add together."""
     found: dict[str, dict[str, list[Adapter]]] = {}

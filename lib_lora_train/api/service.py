@@ -23,6 +23,7 @@ from lib_lora_train.results.report import write_report
 from lib_lora_train.results.saves import lora_text
 from lib_lora_train.run.diagnostics import bundle
 from lib_lora_train.run.memory import plan_for, planned_layers
+from lib_lora_train.run.on_top import loras_on_top
 from lib_lora_train.run.output import checked_name
 from lib_lora_train.run.planning import RunPlan, output_folder, plan_dataset, plan_job
 from lib_lora_train.run.record import past_runs
@@ -107,7 +108,8 @@ def _estimate(settings: Settings, found: RunPlan, host: Host, *, slower: float,
     stored = next(iter(architecture.family.parts(outline.tensors)[0].values())).dtype
     dtype = compute_dtype(settings.memory.mixed_precision, outline.device, weights=stored)
     memory = plan_for(found, tensors=outline.tensors, architecture=architecture, device=outline.device, dtype=dtype,
-                      layers=planned_layers(settings, outline.tensors, architecture), should_stop=should_stop)
+                      layers=planned_layers(settings, outline.tensors, architecture), should_stop=should_stop,
+                      on_top=loras_on_top(settings, host, family=architecture.family.name))
     rate = matrix_rate(outline.device, dtype, idle=host.idle)
     if rate is None:
         return memory.text, memory.warning

@@ -60,6 +60,7 @@ class Workload:
     sampled             (width, height) of the largest image that is sampled between steps; None where none is
     words               vectors of the trigger word that are trained, which the text encoders read
     optimizer_bytes     that the optimizer keeps for each weight of the adapters
+    merged              bytes of copies of weights that other LoRAs are merged into
     """
 
     width: int
@@ -74,6 +75,7 @@ class Workload:
     sampled: tuple[int, int] | None = None
     words: int = 0
     optimizer_bytes: float = 8.0
+    merged: int = 0
 
     @property
     def parameters(self) -> int:
@@ -122,7 +124,8 @@ def blocks_of(tensors: Mapping[str, Tensor], architecture: Architecture, workloa
     """The step's blocks in the order of forward; of `tensors` (checkpoint names) only shapes and dtypes are used. Takes about
     a second for SD1 and two for SDXL, once for the same shapes and workload."""
     shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in tensors.items())
-    return _blocks_of(shapes, architecture, dataclasses.replace(workload, encoded=0, sampled=None, optimizer_bytes=0.0))
+    return _blocks_of(shapes, architecture,
+                      dataclasses.replace(workload, encoded=0, sampled=None, optimizer_bytes=0.0, merged=0))
 
 
 @functools.lru_cache(maxsize=64)  # the page asks at every change, mostly of something else, and the run asks again

@@ -220,7 +220,7 @@ def _predicted(tensors: Mapping[str, Tensor], workload: Workload, blocks: Sequen
     """Bytes by kind at the highest moment of a step."""
     unet = unet_tensors(tensors)
     predicted = {_PARTS[part]: size for part, size in _sizes(tensors).items() if part not in config.parts_on_cpu}
-    predicted["copies"] = _copies(unet, config)
+    predicted["copies"] = _copies(unet, config) + _merged(workload, config)
     predicted["LoRA and optimiser"] = _lora_and_optimizer(workload)
     stem = unet["input_blocks.0.0.weight"]
     peak, kept = peak_bytes(blocks, images=config.microbatch, checkpointed=config.checkpointed, offload=config.offload,
@@ -245,14 +245,19 @@ def _copies(unet: Mapping[str, Tensor], config: StepConfig) -> int:
     return size_of(t for t in unet.values() if t.ndim == 4 and t.shape[2:].numel() > 1) if config.channels_last else 0
 
 
+def _merged(workload: Workload, config: StepConfig) -> int:
+    """Bytes of the weights that other LoRAs are merged into; in eight bits they take the place of those."""
+    return 0 if config.base_dtype else workload.merged
+
+
 def _before(tensors: Mapping[str, Tensor], workload: Workload) -> int:
     """The highest sum of bytes before the first step. On a GPU the VAE encodes an image, then the text encoders captions, each
     without the rest of the model where room is short; elsewhere the whole model is there."""
     parts, image = _sizes(tensors), 0 if workload.encoded else vae_batches.encoding_bytes((workload.width, workload.height))
     if workload.device_type != "cuda":
-        return sum(parts.values()) + image + 4 * workload.parameters
+        return sum(parts.values()) + image + 4 * workload.parameters + workload.merged
     encoding = max(parts["vae"] + image, parts["text"] + text.encoding_bytes(workload.chunks))
-    return encoding + 4 * workload.parameters + CONTEXT + WORKSPACES
+    return encoding + 4 * workload.parameters + workload.merged + CONTEXT + WORKSPACES
 
 
 def _sampling(tensors: Mapping[str, Tensor], workload: Workload, config: StepConfig, *, budget: int | None) -> int:
@@ -263,7 +268,7 @@ def _sampling(tensors: Mapping[str, Tensor], workload: Workload, config: StepCon
     parts, cuda = _sizes(tensors), workload.device_type == "cuda"
     away = config.parts_on_cpu - {"vae"}
     rest = sum(size for part, size in parts.items() if part != "vae" and part not in away)
-    rest += _copies(unet_tensors(tensors), config)
+    rest += _copies(unet_tensors(tensors), config) + _merged(workload, config)
     needed = (parts["vae"] + vae_batches.decoding_bytes(workload.sampled) + _lora_and_optimizer(workload)
               + (CONTEXT + WORKSPACES) * cuda)
     return needed + (rest if not cuda or budget is None or needed + rest <= budget else 0)

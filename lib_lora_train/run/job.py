@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from lib_lora_train.adapters.network import AdapterNetwork
+from lib_lora_train.adapters.stack import WeightedLora, merge_into
 from lib_lora_train.distributed import SINGLE_PROCESS, ProcessGroup
 from lib_lora_train.errors import Interrupted, counted
 from lib_lora_train.events import Finished, Planned, Report, Verdict, Warned, shielded
@@ -34,6 +35,7 @@ from lib_lora_train.run.inputs import batches_of, latents_of, preservation_of, s
 from lib_lora_train.run.measuring import MeasuredImages, Measuring
 from lib_lora_train.run.memory import encoding_budget, memory_plan, place_model
 from lib_lora_train.run.network import InitialWeights, build_network, check_loss, check_sizes, ignored_by
+from lib_lora_train.run.on_top import loras_on_top
 from lib_lora_train.run.optimizing import check_optimizer_device, embedding_steps, optimizer_config, schedule_config
 from lib_lora_train.run.planning import RunPlan, plan_dataset
 from lib_lora_train.run.provenance import Provenance
@@ -50,12 +52,13 @@ from lib_lora_train.training.weight_norms import ScaleWeightNorms
 
 def run_job(plan: RunPlan, host: Host, *, report: Report, stop: Stop, folder: Path | None = None,
             group: ProcessGroup = SINGLE_PROCESS, sample_now: Callable[[], bool] = never,
-            save_now: Callable[[], bool] = never) -> Finished:
+            save_now: Callable[[], bool] = never, paused: Callable[[], bool] = never) -> Finished:
     """Carry out a plan on the model that `host` holds.
 
     What `report` raises ends nothing (see `shielded`). `stop` is asked between steps and images: "" to go on, "stop" to end,
     "save" to end and keep what was learnt. `folder` is the run's, where samples and the state to resume from are kept; None
     keeps none. `sample_now` is asked between steps, and says once that somebody wants samples; `save_now` so of a save.
+    While `paused` says so, the run stands still between two steps.
     All processes of a `group` call this, on the same files; rank 0 alone saves, and the others' path is "".
     The last event, `Finished`, is returned and left to the caller to report, who knows how failures end too.
     Raises UserError, HostError, TrainingError, and Interrupted where a stop came before the first step.
@@ -63,21 +66,21 @@ def run_job(plan: RunPlan, host: Host, *, report: Report, stop: Stop, folder: Pa
     weights = InitialWeights.of(plan)
     with host.lease(stop=lambda: bool(stop())) as leased:
         return _with_model(plan, host, leased, weights, report=shielded(report), stop=stop, folder=folder, group=group,
-                           sample_now=sample_now, save_now=save_now)
+                           sample_now=sample_now, save_now=save_now, paused=paused)
 
 
 def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: InitialWeights, *, report: Report, stop: Stop,
                 folder: Path | None, group: ProcessGroup, sample_now: Callable[[], bool],
-                save_now: Callable[[], bool]) -> Finished:
+                save_now: Callable[[], bool], paused: Callable[[], bool]) -> Finished:
     """What needs the model. All that is made here is freed before the model goes back, so that it finds its memory free."""
     with contextlib.ExitStack() as at_end:
-        model, settings = frozen_model(leased, plan.settings), plan.settings
-        limit = TimeLimit(settings.optimizer.max_train_minutes)
-        check_weights(model)
+        model, on_top = _model_on_top(plan, host, leased)
+        settings, limit = plan.settings, TimeLimit(plan.settings.optimizer.max_train_minutes)
         plan, identity, dtype = _checked(plan, host, leased, model, weights, report=report, stop=stop, group=group,
                                          identified=bool(plan.resume_point or folder or group.world_size > 1))
         network = build_network(settings, model, weights, report=report)
-        pause = Pause(leased, model, network, enabled=settings.memory.yield_to_generations, report=report)
+        pause = Pause(leased, model, network, enabled=settings.memory.yield_to_generations, report=report, paused=paused,
+                      stop=stop)
         vae_budget = encoding_budget("vae", settings, model, leased, network)
         source = at_end.enter_context(contextlib.closing(latents_of(
             plan, model, vae_tensors(leased.tensors), group, folder, report=report, stop=stop, pause=pause, budget=vae_budget)))
@@ -87,7 +90,7 @@ def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: Initial
         measured = MeasuredImages.of(plan, batches, model, budget=vae_budget, group=group, report=report)
         report = diagnosing = Diagnosing(plan, batches, model, group=group, folder=folder, report=report)
 
-        memory = memory_plan(plan, model, leased, network, dtype=dtype)
+        memory = memory_plan(plan, model, leased, network, dtype=dtype, on_top=on_top)
         _agree_on_dtype(group, memory)
         planned = _planned(plan, leased, memory, dtype=dtype)
         report(planned)
@@ -112,20 +115,28 @@ def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: Initial
         diagnosing.ask(network, text, dtype=dtype)
         measuring.begin(continued=bool(weights.name))
         prefetcher = at_end.enter_context(Prefetcher(batches, last_epoch=plan.schedule.epochs))
-        norms = [ScaleWeightNorms(network, largest)] if (largest := settings.network.scale_weight_norms) else []
+        norms = ScaleWeightNorms(network, settings.network.scale_weight_norms)
         with saver.rescue():
             progress = train(model, network=network, epoch_batches=prefetcher.epoch, condition=text.condition, config=config,
                              report=report, resumed=weights.state, group=group,
-                             callbacks=[StopCallback(stop), limit, pause, *norms, samples, memory_meter, saver, measuring])
+                             callbacks=[StopCallback(stop), limit, pause, norms, samples, memory_meter, saver, measuring])
             verdict = probe.verdict(progress)
-        for each in norms:
-            each.tell(report)
+        norms.tell(report)
         finished = _finished(plan, saver, progress, verdict=verdict, stop=stop, group=group, measuring=measuring,
                              diagnosing=diagnosing, ended=measuring.stopped or limit.stopped)
         samples.end(progress)
         # While the model is still ours: a host that had merged an older file of this name must forget it.
         host.refresh_loras()
         return finished
+
+
+def _model_on_top(plan: RunPlan, host: Host, leased: LeasedModel) -> tuple[FrozenModel, tuple[WeightedLora, ...]]:
+    """The leased model with the LoRAs in it that are trained on top of, and those. Raises UserError where one does not fit."""
+    model = frozen_model(leased, plan.settings)
+    check_weights(model)
+    on_top = loras_on_top(plan.settings, host, family=model.architecture.family.name)
+    merge_into(model, on_top)
+    return model, on_top
 
 
 def _checked(plan: RunPlan, host: Host, leased: LeasedModel, model: FrozenModel, weights: InitialWeights, *, report: Report,

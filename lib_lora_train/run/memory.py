@@ -16,6 +16,7 @@ from torch import Tensor
 from lib_lora_train.adapters.embedding import EMBEDDING_PREFIX
 from lib_lora_train.adapters.file import read_shapes
 from lib_lora_train.adapters.network import AdapterNetwork, kind_of
+from lib_lora_train.adapters.stack import WeightedLora
 from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.dataset.buckets import Size
 from lib_lora_train.dataset.caption_variation import known_captions
@@ -38,6 +39,7 @@ from lib_lora_train.model.ops.quantised import quantised
 from lib_lora_train.model.sd.text import CHUNK
 from lib_lora_train.run.callbacks import Pause, Stop
 from lib_lora_train.run.inputs import Text, condition_of
+from lib_lora_train.run.on_top import merged_bytes
 from lib_lora_train.run.optimizing import kept_bytes
 from lib_lora_train.run.planning import RunPlan
 from lib_lora_train.run.resume import quantized_dtype
@@ -46,18 +48,18 @@ from lib_lora_train.settings import Settings
 
 
 def memory_plan(plan: RunPlan, model: FrozenModel, leased: LeasedModel, network: AdapterNetwork, *,
-                dtype: torch.dtype) -> MemoryPlan:
+                dtype: torch.dtype, on_top: Sequence[WeightedLora] = ()) -> MemoryPlan:
     """How the steps on the leased model are made so that they fit into the memory there is."""
     resumed = quantized_dtype(plan.resume_point, plan.settings) if plan.resume_point else ""
     return plan_for(plan, tensors=leased.tensors, architecture=model.architecture, device=model.device, dtype=dtype,
-                    layers=layers_of(network), ours=network.parameters(), resumed_base_dtype=resumed)
+                    layers=layers_of(network), ours=network.parameters(), resumed_base_dtype=resumed, on_top=on_top)
 
 
 def plan_for(plan: RunPlan, *, tensors: Mapping[str, Tensor], architecture: Architecture, device: torch.device,
              dtype: torch.dtype, layers: Sequence[Layer], ours: Sequence[Tensor] = (), resumed_base_dtype: BaseDtype = "",
-             should_stop: ShouldStop | None = None) -> MemoryPlan:
+             should_stop: ShouldStop | None = None, on_top: Sequence[WeightedLora] = ()) -> MemoryPlan:
     """The plan for a model of these `tensors` (checkpoint names), leased or on the meta device; `ours` is what is on the device
-    already for the LoRA. Raises Interrupted."""
+    already for the LoRA, and `on_top` what is merged into copies of weights. Raises Interrupted."""
     settings, memory = plan.settings, plan.settings.memory
     batch, rates = settings.optimizer.train_batch_size, settings.rates
     # The largest bucket: it needs the most memory, and the resolution itself may be no bucket's size.
@@ -69,7 +71,8 @@ def plan_for(plan: RunPlan, *, tensors: Mapping[str, Tensor], architecture: Arch
         chunks=chunks_in_longest(line for example in plan.dataset.examples for line in example.lines),
         text_checkpointed=memory.gradient_checkpointing,
         encoded=min(memory.vae_batch_size or 1, batch) if settings.encodes_in_steps else 0,
-        words=settings.network.embedding_vectors if settings.embedding_rate else 0, optimizer_bytes=kept_bytes(settings),
+        words=settings.network.embedding_vectors if settings.embedding_rate else 0,
+        optimizer_bytes=kept_bytes(settings), merged=merged_bytes(on_top, tensors, architecture),
         sampled=max(((p.request.width, p.request.height) for p in plan.prompts), key=math.prod, default=None))
     kept = settings.preservation.preservation
     again = kept in ("dop", "blank")

@@ -31,6 +31,7 @@ from lib_lora_train.model.family import training_sizes
 from lib_lora_train.model.sampler import SampleRequest
 from lib_lora_train.run.consistency import agree_on_settings
 from lib_lora_train.run.embedding import check_embedding
+from lib_lora_train.run.on_top import loras_on_top, unused_words, written
 from lib_lora_train.run.optimizing import check_optimizer, ignored_by_optimizer, in_steps
 from lib_lora_train.run.output import checked_name, destination
 from lib_lora_train.run.resume import ResumePoint, find, with_recorded_split
@@ -126,9 +127,12 @@ def plan_job(settings: Settings, host: Host, *, on_progress: Progress | None = N
     settings = with_recorded_split(_with_seed(settings, resume_point, group), resume_point)
     target = result_path(settings, host, resume_point) if group.rank == 0 else Path(settings.save.output_name)
     checkpoint = host.checkpoint()
+    on_top = loras_on_top(settings, host, family=checkpoint.family if checkpoint else "")
+    settings = dataclasses.replace(settings, network=dataclasses.replace(settings.network, train_on_top_of=written(on_top)))
     plan = plan_dataset(settings, family=checkpoint.family if checkpoint else "", allowed=host.allowed, on_progress=on_progress,
                         should_stop=should_stop, processes=group.world_size)
-    return dataclasses.replace(plan, settings=_frozen(plan), target=target, resume_point=resume_point)
+    return dataclasses.replace(plan, settings=_frozen(plan), target=target, resume_point=resume_point,
+                               warnings=(*plan.warnings, *unused_words(on_top)))
 
 
 def plan_dataset(settings: Settings, *, family: str, allowed: AllowedPaths | None = None,

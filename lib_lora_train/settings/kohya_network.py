@@ -25,6 +25,7 @@ _TAKEN = frozenset({
     "loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio", "block_dims", "block_alphas",
     "conv_block_dims", "conv_block_alphas", "down_lr_weight", "mid_lr_weight", "up_lr_weight", "block_lr_zero_threshold"})
 """The names in `network_args` that are settings here."""
+_FORMATS = ("as they are", "fp8", "int8", "")
 _OFF = ("", "0", "0.0", "none", "false", "no")
 _MEANT_OTHERWISE = {"wd_on_output": "dora_wd is applied to each input, as the WebUI applies it"}
 
@@ -42,6 +43,7 @@ def adopted_network(values: Mapping[str, object]) -> tuple[dict[str, object], li
     if kind in _TYPES:
         found["network_module"] = _TYPES[kind]
         became.append(f"LoRA_type = {found.pop('LoRA_type')} is read as network_module = {_TYPES[kind]}")
+    _adopt_merged_loras(found, became)
     given = _arguments(found.pop("network_args", None))
     arguments = {_RENAMED.get(name, name): value for name, value in given.items()}
     if lycoris:
@@ -60,6 +62,21 @@ def adopted_network(values: Mapping[str, object]) -> tuple[dict[str, object], li
     if found.get("conv_dim") and "conv_alpha" not in found and (given or "LoRA_type" in values):
         found["conv_alpha"] = found.get("network_alpha", 1) if lycoris else 1  # their defaults
     return found, became
+
+
+def _adopt_merged_loras(found: dict[str, object], became: list[str]) -> None:
+    """kohya's `base_weights`, paths of LoRAs that are merged into the model, each with a multiplier. Ours of that name is the
+    number format of the model."""
+    paths = found.get("base_weights")
+    paths = paths.split(",") if isinstance(paths, str) else paths if isinstance(paths, list) else []
+    paths = [str(path).strip() for path in paths if str(path).strip().lower() not in _FORMATS]
+    if paths:
+        del found["base_weights"]
+        weights = found.pop("base_weights_multiplier", None) or []
+        weights = weights if isinstance(weights, list) else str(weights).replace(",", " ").split()
+        weights = [*weights, *[1] * len(paths)]
+        found["train_on_top_of"] = ", ".join(f"{path}:{weight}" for path, weight in zip(paths, weights, strict=False))
+        became.append(f"base_weights is read as train_on_top_of = {found['train_on_top_of']}")
 
 
 def _adopt_algorithm(found: dict[str, object], arguments: dict[str, str], became: list[str]) -> None:

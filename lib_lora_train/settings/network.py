@@ -46,6 +46,9 @@ class NetworkSettings:
     network_weights: str = setting(
         "", "Continue from LoRA", "A LoRA file to go on from. Its kind, layers, rank and alpha are taken over.",
         is_path=True)
+    train_on_top_of: str = setting(
+        "", "Train on top of", "LoRAs that are in the model while this one is trained, so that it learns what they lack: "
+        "<lora:name:0.8>, or path.safetensors:0.8, with commas between several. Use them together afterwards.")
     network_targets: str = setting(
         "attention and feed-forward", "Layers", "Which of the UNet's layers are trained. attention at rank 4 is the small "
         "file of the first LoRAs; cross-attention is where the words are read; convolutions learn fine texture; the B-LoRA "

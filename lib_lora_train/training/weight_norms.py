@@ -12,12 +12,12 @@ from lib_lora_train.training.loop import Progress
 
 
 class ScaleWeightNorms:
-    """A `Callback` that scales a layer's factors down after each step where ‖ΔW‖ is above `largest`. Nothing waits for the
-    device, but `tell`."""
+    """A `Callback` that scales a layer's factors down after each step where ‖ΔW‖ is above `largest`, which is 0 for any norm.
+    Nothing waits for the device, but `tell`."""
 
     def __init__(self, network: AdapterNetwork, largest: float) -> None:
         self._network, self._largest = network, largest
-        layers = [getattr(layer, "inner", layer) for layer in network.layers.values()]
+        layers = [getattr(layer, "inner", layer) for layer in network.layers.values() if largest]
         self._layers = [layer for layer in layers if isinstance(layer, Product)
                         and all(factor.requires_grad for factor in layer.factors)]
         self._norms: list[Tensor] = []
@@ -29,6 +29,8 @@ class ScaleWeightNorms:
     @torch.no_grad()
     def after_step(self, progress: Progress) -> None:
         """See `Callback`."""
+        if not self._layers:
+            return
         self._norms = []
         for layer in self._layers:
             norm = _norm(layer)

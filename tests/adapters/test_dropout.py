@@ -42,7 +42,7 @@ def test_without_keys_and_at_rate_0_nothing_is_left_out() -> None:
     whole = adapted_linear(LAYER, X, WEIGHT, BIAS)
     assert torch.equal(computed(DropoutRates(0.5, 0.5, 0.5), keys=None), whole)
     torch.testing.assert_close(computed(DropoutRates()), whole)
-    assert not DropoutRates() and DropoutRates(modules=0.1)
+    assert not DropoutRates() and DropoutRates(module=0.1)
 
 
 def test_dropout_leaves_out_single_numbers_and_scales_the_others_as_torch_does() -> None:
@@ -56,7 +56,7 @@ def test_dropout_leaves_out_single_numbers_and_scales_the_others_as_torch_does()
 
 def test_rank_dropout_leaves_out_ranks_of_each_image_and_scales_as_sd_scripts_does() -> None:
     # sd-scripts (networks/lora.py): a mask [B, r], and the scale times 1 / (1 - rank_dropout).
-    factors = between(computed(DropoutRates(ranks=0.5)))
+    factors = between(computed(DropoutRates(rank=0.5)))
     kept = factors > 1
     assert torch.equal(kept, kept[:, :1].expand_as(kept)) and len({tuple(row) for row in kept[:, 0].tolist()}) > 1
     torch.testing.assert_close(factors[kept], torch.full_like(factors[kept], 2.0), rtol=1e-2, atol=1e-2)
@@ -68,7 +68,7 @@ def test_module_dropout_leaves_out_whole_layers_of_a_step_whatever_their_kind() 
     for layer in (LAYER, turned):
         whole, left_out = adapted_linear(layer, X, WEIGHT, BIAS), 0
         for number in range(200):
-            y = computed(DropoutRates(modules=0.3), layer=layer, number=number)
+            y = computed(DropoutRates(module=0.3), layer=layer, number=number)
             assert torch.equal(y, frozen) or torch.allclose(y, whole)
             left_out += torch.equal(y, frozen)
         assert left_out / 200 == pytest.approx(0.3, abs=0.1)
@@ -90,10 +90,10 @@ def test_a_convolution_leaves_out_as_a_linear_layer_over_its_pixels_does() -> No
     holder = DropoutKeys()
     holder.keys = KEYS
     down = LAYER.down.detach()[:, :, None, None]
-    convolution = DroppedLayer(LoRALayer(down, LAYER.up.detach(), alpha=4), DropoutRates(ranks=0.5), holder, number=3)
+    convolution = DroppedLayer(LoRALayer(down, LAYER.up.detach(), alpha=4), DropoutRates(rank=0.5), holder, number=3)
     image = X.transpose(1, 2).unflatten(2, (5, 10))
     y = convolution.conv2d(image, WEIGHT[:, :, None, None], BIAS, stride=1, padding=0)
-    torch.testing.assert_close(y.flatten(2).transpose(1, 2), computed(DropoutRates(ranks=0.5)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(y.flatten(2).transpose(1, 2), computed(DropoutRates(rank=0.5)), rtol=1e-4, atol=1e-4)
 
 
 def test_no_random_state_is_touched() -> None:

@@ -12,11 +12,12 @@ from transformers import CLIPTextModelWithProjection
 from lib_lora_train.adapters import file
 from lib_lora_train.adapters.embedding import WordEmbedding, WordVectors, split_embeddings
 from lib_lora_train.adapters.network import AdapterNetwork
-from lib_lora_train.adapters.stack import WeightedLora, load_stack, stacked
+from lib_lora_train.adapters.stack import WeightedLora, load_stack, merge_into, stacked
 from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.errors import LoraFileError
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.model.sd.text_encoder import TOKEN_EMBEDDING
+from lib_lora_train.run.on_top import unused_words
 from lib_lora_train.training.condition import TrainedText
 from tests.model.small_checkpoints import (
     COMMA,
@@ -137,6 +138,16 @@ def test_a_file_holds_the_vectors_under_the_webuis_names_and_gives_them_back(fam
     ids = model.text.ids([model.text.tokenize(WORD, adapters=stack)])
     assert all((one[0, 0, 1:4] == torch.tensor([-1, -2, -3])).all() for one in ids)
     assert file.inspect(path).components["unet"] == 2
+
+
+def test_a_lora_that_is_trained_on_top_of_leaves_its_words_out_and_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "below.safetensors"
+    file.save(path, small_network("sd1", word())[1].state_dict(), {}, dtype=torch.float32)
+    model = small_run.built("sd1", small_run.tensors("sd1"))
+    below = [WeightedLora(path)]
+    merge_into(model, below)
+    assert model.text.tokenize(WORD) == small_run.model("sd1").text.tokenize(WORD)
+    assert [WORD in told for told in unused_words(below)] == [True]
 
 
 @pytest.mark.parametrize("key", ["bundle_emb.zzk.emb_params", "bundle_emb.zzk", "bundle_emb.zzk.clip_h"])

@@ -325,6 +325,12 @@ def test_numbers_of_onetrainer_land_where_they_belong():
     assert parse(imported(ONETRAINER, **ONETRAINER_VARIED[1]).values).loss.min_snr_gamma == 7.0
     both = imported(ONETRAINER, **ONETRAINER_VARIED[4])
     assert parse(both.values).rates == (3e-4, 1e-5) and entry(both, "text_encoder_2.learning_rate").kind == "refused"
+    normal = {"timestep_distribution": "LOGIT_NORMAL", "noising_bias": 0.0, "noising_weight": 0.0}
+    assert imported(ONETRAINER, **normal).values["timestep_distribution"] == "sigmoid"
+    masked = imported(ONETRAINER, **ONETRAINER_VARIED[3])
+    assert masked.values["masked_loss"] and masked.values["unmasked_weight"] == 0.2
+    assert {entry(masked, name).kind for name in ("unmasked_probability", "normalize_masked_area_loss")} == {"refused"}
+    assert entry(imported(ONETRAINER), "unmasked_probability").kind == "unused"
     # It counts passes, not steps, and whole waves where others count halves of them.
     waves = imported(ONETRAINER, **ONETRAINER_VARIED[6]).values
     assert (waves["lr_warmup_steps"], waves["lr_scheduler_num_cycles"]) == (25, 4)

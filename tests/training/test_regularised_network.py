@@ -28,7 +28,7 @@ def test_dropout_is_the_same_again_in_parts_and_with_activation_checkpointing(dr
     small_run.assert_equal(other, dropped)
 
 
-@pytest.mark.parametrize("rates", [DropoutRates(numbers=0.5), DropoutRates(ranks=0.5), DropoutRates(modules=0.5)])
+@pytest.mark.parametrize("rates", [DropoutRates(numbers=0.5), DropoutRates(rank=0.5), DropoutRates(module=0.5)])
 def test_each_of_them_changes_what_is_learnt(rates: DropoutRates) -> None:
     plain, with_it = (small_run.run("sd1", BATCHES, learning_rate=1e-2, dropout=each) for each in (None, rates))
     assert plain.losses[0] == with_it.losses[0]  # nothing is learnt yet that could be left out

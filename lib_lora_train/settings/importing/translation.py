@@ -65,8 +65,9 @@ class Translation:
                 impossible[name] = error.reason
         entries = [self._entry(origin, given, name, adopted=found, values=values, impossible=impossible)
                    for origin, given, name in self._origins]
-        implied = {name: values[name] for name in left_out
-                   if name in values and values[name] != DECLARATIONS[name].default}
+        of_file = {name for _, _, name in self._origins if self.values[name] not in _OFF}
+        implied = {name: values[name] for name in (*left_out, *self.values)
+                   if name in values and name not in of_file and values[name] != DECLARATIONS[name].default}
         told = [f"{sentence}." for sentence in found.became if _subject(sentence) not in self.values]
         return Imported(self.program, values, (*entries, *self._entries), implied, (*self.notes, *told))
 
