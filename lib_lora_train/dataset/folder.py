@@ -244,6 +244,20 @@ def _of_config(folder: Path, chosen: Sequence[SubsetSettings], *,
     return subsets, [*problems, *map(Problem, companions.sentences())]
 
 
+def subset_tables(folder: Path, *, trigger_word: str, may_read: MayRead | None) -> list[dict[str, object]]:
+    """What a `dataset_config` would say of `folder` and those below it that hold images, to be changed: each with the repeats
+    and the words of its name. Raises DatasetError where there is none."""
+    tables: list[dict[str, object]] = []
+    for parts, listing in list_tree(folder, may_read=may_read):
+        if not any(map(is_masks_folder, parts)) and Companions().images(listing.files):
+            repeats, words = (repeats_and_name(parts[-1]) if parts and is_subset_name(parts[-1]) else None) or (1, "")
+            tables.append({"image_dir": "/".join(parts) or ".", "num_repeats": repeats, "class_tokens": words.strip() or None,
+                           "custom_attributes": {"trigger_word": trigger_word, "loss_weight": 1.0}})
+    if not tables:
+        raise DatasetError(f"The dataset folder {folder} holds no pictures", remedy="choose the folder that holds them")
+    return tables
+
+
 def _subset(folder: Path, problems: list[Problem], *, chosen: SubsetSettings, may_read: MayRead | None, companions: Companions,
             above: Sequence[Path]) -> Subset | None:
     """An N_name folder with images; otherwise None, with the reason among the problems. `above` are the files beside it."""
