@@ -123,7 +123,8 @@ class AdapterNetwork:
 
     def pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """(A [r, ...], B [out, r]) of each layer whose change of the model is their product."""
-        sides = [(getattr(layer, "down", None), getattr(layer, "up", None)) for layer in self.layers.values()]
+        layers = [getattr(layer, "inner", layer) for layer in self.layers.values()]
+        sides = [(getattr(layer, "down", None), getattr(layer, "up", None)) for layer in layers]
         return [(down, up) for down, up in sides if isinstance(down, nn.Parameter) and isinstance(up, nn.Parameter)]
 
     def set_rate_factors(self, of_layers: Mapping[str, float], *, up: tuple[float, float] = (1.0, 1.0)) -> None:

@@ -14,6 +14,8 @@ from lib_lora_train.training.optimizer_kinds import Arguments, Imported, Traits,
 from lib_lora_train.training.optimizers import OptimizerConfig, RunOptimizer, check_rates, spec_of
 from lib_lora_train.training.schedules import ScheduleConfig
 
+_LORA_PLUS = ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio")
+_BLOCK_RATES = ("down_lr_weight", "mid_lr_weight", "up_lr_weight")
 _LEAST_FACTOR = 0.1  # sd-scripts warns at this learning rate and below of optimizers that find the rate themselves
 _POLYNOMIAL_END = 1e-7  # of the learning rate, in transformers
 
@@ -68,6 +70,7 @@ def check_optimizer(settings: Settings, *, built: bool = False) -> None:
         raise SettingError(f"{named(low)} = {min(rates):g} is too low for {config.name}", why="it finds the learning rate "
                            "itself, and the one that is set multiplies it", remedy=f"set {low} to 1")
     check_rates(traits, rates, config.name)
+    _check_beside_network(settings, traits)
     if chosen.lr_scheduler == "adafactor" and not traits.own_rate:
         raise SettingError(f"{named('lr_scheduler')} = adafactor is not possible with {config.name}", why="it is the learning "
                            "rate that Adafactor chooses with relative_step",
@@ -77,6 +80,20 @@ def check_optimizer(settings: Settings, *, built: bool = False) -> None:
                            "already", remedy="set it to 0")
     if built:
         _build_on_trial(config, rate=rates[0], step=isinstance(spec, Imported) and not spec.package)
+
+
+def _check_beside_network(settings: Settings, traits: Traits) -> None:
+    """Raise SettingError for settings of the network that the optimizer cannot be used with."""
+    name, network = settings.optimizer.optimizer_type, settings.network
+    for given in (*_LORA_PLUS, *_BLOCK_RATES):
+        value = getattr(network, given)
+        if value not in (0, 1, "") and (traits.one_rate or traits.needs_pairs and given in _LORA_PLUS):
+            raise SettingError(f"{named(given)} = {value} is not possible with {name}", why="it has one learning rate for all "
+                               "weights" if traits.one_rate else "both make up for the different sizes of the two matrices",
+                               remedy=f"leave {given} empty, or choose AdamW")
+    if traits.averages and network.scale_weight_norms:
+        raise SettingError(f"{named('scale_weight_norms')} is not possible with {name}", why="the weights that are scaled are "
+                           "not those that are saved", remedy="set it to 0, or choose another optimizer")
 
 
 def _build_on_trial(config: OptimizerConfig, *, rate: float, step: bool) -> None:

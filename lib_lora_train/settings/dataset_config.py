@@ -10,6 +10,7 @@ names (trigger_word, loss_weight, rotation) may also stand in `custom_attributes
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import os
@@ -115,6 +116,13 @@ def notes(settings: Settings) -> list[str]:
     if tables and settings.dataset.reg_data_dir:
         found.append(no_effect("reg_data_dir", f"{named('dataset_config')} names all folders, with is_reg"))
     return found
+
+
+def folders_in(text: str) -> list[str]:
+    """The folders that such a text names, as they are written in it; none where it cannot be read."""
+    with contextlib.suppress(SettingError):
+        return [str(values["image_dir"]) for values in _read(text)]
+    return []
 
 
 def each_resolution(subset: SubsetSettings) -> tuple[SubsetSettings, ...]:

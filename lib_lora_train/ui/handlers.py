@@ -186,7 +186,7 @@ class Handlers:
         except Interrupted:
             return "", 0
         except LoraTrainError as error:
-            if not chosen.get("train_data_dir"):
+            if not (chosen.get("train_data_dir") or chosen.get("dataset_config")):
                 return _note("Choose a folder of pictures to see what will happen."), 0
             return _problem(str(error)), 0
         except Exception as error:  # noqa: BLE001 - a defect; what stood there before would look like the answer

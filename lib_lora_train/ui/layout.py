@@ -137,12 +137,13 @@ def _run_column() -> tuple[Any, Any, Any, Any]:
     """The summary, the buttons, and the elements that the script draws into, with the result's buttons between them."""
     summary = gr.HTML("", elem_id="lora_train_summary")
     with gr.Row(elem_id="lora_train_buttons"):
-        start = unsaved(gr.Button("Train", variant="primary", elem_id="lora_train_start", min_width=80, scale=3))
+        start = unsaved(gr.Button("Train", variant="primary", elem_id="lora_train_start", min_width=70, scale=3))
         # These are pressed in the script, which asks before something is lost.
-        unsaved(gr.Button("Sample now", elem_id="lora_train_sample", min_width=120, scale=2, interactive=False))
-        unsaved(gr.Button("Save now", elem_id="lora_train_save", min_width=100, scale=2, interactive=False))
-        unsaved(gr.Button("Stop and save", elem_id="lora_train_stop_save", min_width=136, scale=2, interactive=False))
-        unsaved(gr.Button("Stop", elem_id="lora_train_stop", min_width=64, scale=1, interactive=False))
+        unsaved(gr.Button("Sample now", elem_id="lora_train_sample", min_width=114, scale=2, interactive=False))
+        unsaved(gr.Button("Save now", elem_id="lora_train_save", min_width=94, scale=2, interactive=False))
+        unsaved(gr.Button("Pause", elem_id="lora_train_pause", min_width=62, scale=1, interactive=False))
+        unsaved(gr.Button("Stop and save", elem_id="lora_train_stop_save", min_width=134, scale=2, interactive=False))
+        unsaved(gr.Button("Stop", elem_id="lora_train_stop", min_width=50, scale=1, interactive=False))
     answer = gr.HTML("", elem_id="lora_train_answer")
     overwrite = unsaved(gr.Button("Overwrite it", elem_id="lora_train_overwrite_it", visible=False))
     gr.HTML('<div id="lora_train_live"></div>')
@@ -162,6 +163,7 @@ def _page_data() -> str:
     tooltips |= {
         "lora_train_start": "Start the training (Ctrl+Enter).",
         "lora_train_sample": "Paint pictures with what was learnt so far, after the step under way.",
+        "lora_train_pause": "Stand still after the step under way, until it is pressed once more. Generations go through.",
         "lora_train_save": "Save the LoRA as it is after the step under way, and go on.",
         "lora_train_stop_save": "End within a step and keep what was learnt.",
         "lora_train_stop": "End within a step and keep nothing but files that were saved on the way.",

@@ -8,8 +8,8 @@ import pytest
 from safetensors.torch import load_file
 
 from lib_lora_train import events
-from lib_lora_train.run import job
-from lib_lora_train.run.callbacks import TimeLimit
+from lib_lora_train.run import callbacks, job
+from lib_lora_train.run.callbacks import Pause, TimeLimit
 from lib_lora_train.run.runner import Runner
 from lib_lora_train.settings import parse
 from tests.fake_host import FakeHost
@@ -68,10 +68,41 @@ def test_a_save_that_was_due_after_this_step_is_not_made_once_more(images, host,
 def test_a_save_is_asked_for_while_a_run_is_under_way_and_once_for_each_time(tmp_path, monkeypatch):
     answers, one = [], Runner()
 
-    def fake(plan, host, *, report, stop, sample_now, save_now, folder):
+    def fake(plan, host, *, report, stop, sample_now, save_now, paused, folder):
         answers.extend([save_now(), one.save_now(), sample_now(), save_now(), save_now()])
         return events.Finished("done", "ready", "", 1)
     monkeypatch.setattr("lib_lora_train.run.runner.run_job", fake)
     assert not one.save_now()
     one.start(plan_of(parse({"output_name": "zzk"})), FakeHost(tmp_path))
     assert one.wait(30) and answers == [False, True, False, True, False] and not one.save_now()
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_paused_run_stands_still_lets_others_through_and_goes_on_or_ends(monkeypatch, stopped):
+    done, seen = [], []
+    monkeypatch.setattr(callbacks.time, "sleep", lambda seconds: done.append("slept"))
+    leased = SimpleNamespace(others_waiting=lambda: done.append("others asked"))  # nobody waits
+    progress = SimpleNamespace(step=3, flush=lambda: done.append("told"), release=lambda: done.append("released"))
+    pause = Pause(leased, None, None, enabled=True, report=seen.append, paused=lambda: done.count("slept") < 3,
+                  stop=lambda: "stop" if stopped and "slept" in done else "")
+    assert pause.before_step(progress) is not stopped
+    assert done[:2] == ["told", "released"] and [stage.name for stage in seen] == ["Paused"]
+    assert done.count("slept") == (1 if stopped else 3) and done.count("others asked") >= done.count("slept")
+    done.clear()
+    running = Pause(leased, None, None, enabled=True, report=seen.append, paused=lambda: False, stop=lambda: "")
+    assert running.before_step(progress)
+    assert done == ["others asked"] and len(seen) == 1
+
+
+def test_a_pause_is_asked_for_while_a_run_is_under_way_and_not_of_the_next_one(tmp_path, monkeypatch):
+    answers, one, host = [], Runner(), FakeHost(tmp_path)
+
+    def fake(plan, host, *, report, stop, sample_now, save_now, paused, folder):
+        answers.extend([paused(), one.pause(True), paused(), paused(), one.pause(False), paused(), one.pause(True)])
+        return events.Finished("done", "ready", "", 1)
+    monkeypatch.setattr("lib_lora_train.run.runner.run_job", fake)
+    assert not one.pause(True)
+    for name in ("zzk", "other"):
+        answers.clear()
+        one.start(plan_of(parse({"output_name": name})), host)
+        assert one.wait(30) and answers == [False, True, True, True, True, False, True]
