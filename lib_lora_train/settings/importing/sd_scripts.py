@@ -68,18 +68,18 @@ def add_folders(translation: Translation, datasets: list[Mapping[str, Any]], *, 
     """The tables of a dataset as the text of a `dataset_config`, without names that it cannot hold."""
     lines, told = list[str](), list[tuple[str, Any]]()
 
-    def add(title: str, place: str, values: Mapping[str, Any]) -> None:
+    def add(title: str, origin: str, values: Mapping[str, Any]) -> None:
         lines.append(title)
         for name, value in values.items():
             if name == "custom_attributes":
                 lines.extend(f"{key} = {_literal(inner)}" for key, inner in value.items() if key in KNOWN_NAMES)
-                told.extend((f"{place}.{key}", inner) for key, inner in value.items() if key in KNOWN_NAMES)
+                told.extend((f"{origin}.{key}", inner) for key, inner in value.items() if key in KNOWN_NAMES)
                 values = {**values, **value}
             elif name in KNOWN_NAMES and value is not None:
                 lines.append(f"{name} = {_literal(value)}")
-                told.append((f"{place}.{name}", value))
+                told.append((f"{origin}.{name}", value))
         for name in values.keys() - KNOWN_NAMES - {"subsets"}:
-            translation.refuse(f"{place}.{name}", values[name], "there is no such setting of single folders")
+            translation.refuse(f"{origin}.{name}", values[name], "there is no such setting of single folders")
 
     if general:
         add("[general]", "general", general)
