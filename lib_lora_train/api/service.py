@@ -32,7 +32,7 @@ from lib_lora_train.run.resume import compare_settings, find, run_folder, settin
 from lib_lora_train.run.runner import Runner, Status
 from lib_lora_train.settings import AREAS, Settings, declarations, flat, parse
 from lib_lora_train.settings.allowed_paths import check_allowed
-from lib_lora_train.settings.importing.sd_scripts import dataset_text
+from lib_lora_train.settings.toml import write_toml
 from lib_lora_train.training.precision import compute_dtype
 
 _MEASURED_FROM = 10  # steps
@@ -79,7 +79,7 @@ def folder_settings(values: Mapping[str, object], *, host: Host) -> str:
         raise DatasetError("No dataset folder was given", remedy="choose a folder of pictures")
     tables = subset_tables(Path(settings.dataset.train_data_dir), trigger_word=settings.dataset.trigger_word,
                            may_read=host.allowed.may_read if host.allowed else None)
-    return dataset_text({}, [{"subsets": tables}])
+    return "[[datasets]]\n" + "".join(f"\n[[datasets.subsets]]\n{write_toml(table)}" for table in tables)
 
 
 def plan(values: Mapping[str, object], *, host: Host, runner: Runner | None = None,
