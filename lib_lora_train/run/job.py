@@ -36,7 +36,7 @@ from lib_lora_train.run.measuring import MeasuredImages, Measuring
 from lib_lora_train.run.memory import encoding_budget, memory_plan, place_model
 from lib_lora_train.run.network import InitialWeights, build_network, check_loss, check_sizes, ignored_by
 from lib_lora_train.run.on_top import loras_on_top
-from lib_lora_train.run.optimizing import check_optimizer_device, optimizer_config, schedule_config
+from lib_lora_train.run.optimizing import check_optimizer_device, embedding_steps, optimizer_config, schedule_config
 from lib_lora_train.run.planning import RunPlan, plan_dataset
 from lib_lora_train.run.provenance import Provenance
 from lib_lora_train.run.sampling import SampleCallback
@@ -246,7 +246,8 @@ def _train_config(plan: RunPlan, model: FrozenModel, memory: MemoryPlan, *, dtyp
         steps=schedule.steps, epochs=schedule.epochs, steps_per_epoch=schedule.steps_per_epoch,
         accumulation=optimizer.gradient_accumulation_steps, optimizer=optimizer_config(settings),
         schedule=schedule_config(settings, steps=schedule.steps),
-        unet_lr=unet_lr, text_encoder_lr=text_encoder_lr, seed=optimizer.seed,
+        unet_lr=unet_lr, text_encoder_lr=text_encoder_lr, embedding_lr=settings.embedding_rate,
+        embedding_steps=embedding_steps(settings, schedule.steps), seed=optimizer.seed,
         noise=NoiseConfig(**dataclasses.asdict(settings.noise)), loss=LossConfig(
             dtype=dtype, function=loss_function(loss, model.schedule), min_snr_gamma=loss.min_snr_gamma,
             debiased_estimation_loss=loss.debiased_estimation_loss, v_pred_like_loss=loss.v_pred_like_loss,

@@ -17,6 +17,7 @@ from lib_lora_train.model.architecture import Architecture
 from lib_lora_train.model.family import Family
 from lib_lora_train.model.fingerprint import not_finite
 from lib_lora_train.model.frozen import FrozenModel
+from lib_lora_train.run.embedding import add_trigger_embedding, ordinary_trigger
 from lib_lora_train.run.optimizing import check_network
 from lib_lora_train.run.planning import RunPlan
 from lib_lora_train.run.selection import chosen_kind, name_of, rate_factors, select, targets_of_file
@@ -51,8 +52,8 @@ class InitialWeights:
 
 
 def build_network(settings: Settings, model: FrozenModel, weights: InitialWeights, *, report: Report) -> AdapterNetwork:
-    """The network on the model's device; parts that are not to be trained are frozen. Raises LoraFileError, and
-    SettingError where the optimizer cannot train it."""
+    """The network on the model's device; parts that are not to be trained are frozen. Raises LoraFileError, and SettingError
+    where the optimizer cannot train it or a resumed run does not know the trigger word."""
     chosen, seed, family = settings.network, settings.optimizer.seed, model.architecture.family
     train_text = not chosen.network_train_unet_only
     with translated("making the LoRA's layers"):
@@ -72,6 +73,9 @@ def build_network(settings: Settings, model: FrozenModel, weights: InitialWeight
             network.freeze({component for component in model.components if component != "unet"})
         if not settings.rates[0]:
             network.freeze({"unet"})
+        if chosen.train_trigger_embedding:
+            add_trigger_embedding(network, settings, model, weights=weights.name, resumed=weights.state is not None,
+                                  report=report)
         _set_up_training(chosen, network, family)
         check_network(settings, network)
         network = network.to(model.device)
@@ -132,7 +136,7 @@ def ignored_by(model: FrozenModel, settings: Settings) -> list[str]:
     if model.architecture.zero_terminal_snr and model.schedule.prediction_type == "epsilon":
         notes.append("Zero terminal SNR suits models that predict v; one that predicts noise learns nothing from pure noise. "
                      f"If this one predicts v, set {named('v_parameterization')}.")
-    return notes + _doubts(model.architecture)
+    return notes + ordinary_trigger(model, settings) + _doubts(model.architecture)
 
 
 def _doubts(architecture: Architecture) -> list[str]:

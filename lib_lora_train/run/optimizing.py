@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from lib_lora_train.adapters.flat import FlatWeights
@@ -41,6 +43,11 @@ def schedule_config(settings: Settings, *, steps: int) -> ScheduleConfig:
         timescale=chosen.lr_scheduler_timescale)
 
 
+def embedding_steps(settings: Settings, steps: int) -> int:
+    """The steps of a run of so many after which the trigger word's vectors stay as they are."""
+    return steps if traits_of(settings).own_schedule else math.ceil(settings.network.stop_embedding_training * steps)
+
+
 def in_steps(number: float, steps: int) -> int:
     """A number of steps, or a share of so many."""
     return int(number * steps if number < 1 else number)
@@ -61,12 +68,15 @@ def check_optimizer(settings: Settings, *, built: bool = False) -> None:
     `built` the optimizer is built on trial, as it will be when the training begins."""
     config = optimizer_config(settings)
     spec = spec_of(config.name)
-    traits, chosen, rates = spec.traits(config.arguments), settings.optimizer, [rate for rate in settings.rates if rate]
+    traits, chosen, rates = spec.traits(config.arguments), settings.optimizer, [
+        rate for rate in (*settings.rates, settings.embedding_rate) if rate]
     if "lr" in _arguments(settings):
         raise SettingError(f"{named('optimizer_args')} holds 'lr'", remedy=f"write {named('learning_rate')}")
     spec.check(config.arguments)
     if traits.adapts_rate and min(rates) <= _LEAST_FACTOR:
-        low = "text_encoder_lr" if settings.rates[1] == min(rates) else "unet_lr" if chosen.unet_lr else "learning_rate"
+        low = "unet_lr" if chosen.unet_lr else "learning_rate"
+        for name, rate in (("text_encoder_lr", settings.rates[1]), ("embedding_lr", settings.embedding_rate)):
+            low = name if rate == min(rates) else low
         raise SettingError(f"{named(low)} = {min(rates):g} is too low for {config.name}", why="it finds the learning rate "
                            "itself, and the one that is set multiplies it", remedy=f"set {low} to 1")
     check_rates(traits, rates, config.name)
@@ -120,7 +130,8 @@ def check_optimizer_device(settings: Settings, device: torch.device) -> None:
 
 def check_network(settings: Settings, network: AdapterNetwork) -> None:
     """Raise SettingError where no layer is trained, or where the optimizer trains pairs of matrices and there are none."""
-    if not any(weight.requires_grad for group in network.parameter_groups(*settings.rates) for weight in group["params"]):
+    if not any(weight.requires_grad for group in network.parameter_groups(
+        *settings.rates, settings.embedding_rate) for weight in group["params"]):
         raise SettingError("Nothing would be trained", why="the learning rates of all layers of the network are 0",
                            remedy=f"raise {named('text_encoder_lr')} or {named('learning_rate')}, or choose other layers")
     trained = [pair for pair in network.pairs() if all(weight.requires_grad for weight in pair)]
@@ -146,7 +157,10 @@ def ignored_by_optimizer(settings: Settings) -> list[str]:
         found += [(name, traits.own_schedule) for name in (
             "learning_rate", "unet_lr", "text_encoder_lr", "lr_warmup_steps", *_LORA_PLUS)]
         found += [(name, f"{traits.own_schedule}, so that only a 0 counts") for name in _BLOCK_RATES]
-    return [no_effect(name, why) for name, why in found if now[name] not in (default[name], "adafactor")]
+    told = [no_effect(name, why) for name, why in found if now[name] not in (default[name], "adafactor")]
+    if settings.embedding_rate and traits.own_schedule and settings.network.stop_embedding_training < 1:
+        told.append(no_effect("stop_embedding_training", traits.own_schedule))
+    return told
 
 
 def optimizer_name(settings: Settings) -> str:

@@ -51,6 +51,16 @@ class Settings:
         return self.optimizer.unet_lr or self.optimizer.learning_rate, text
 
     @property
+    def embedding_rate(self) -> float:
+        """The learning rate of the trigger word's vectors; 0 where they are not trained."""
+        return self.network.embedding_lr if self.network.train_trigger_embedding else 0.0
+
+    @property
+    def encodes_text_in_steps(self) -> bool:
+        """Whether the text encoders run in each step, since they or vectors that they read are trained."""
+        return bool(self.rates[1] or self.embedding_rate)
+
+    @property
     def encodes_in_steps(self) -> bool:
         """Whether images vary and are encoded anew at each step."""
         from lib_lora_train.settings.dataset_config import subsets_of  # which reads settings with `parse`
@@ -170,6 +180,9 @@ def ignored(settings: Settings) -> list[str]:
         unused(why, name)
     if now["network_train_unet_only"]:
         unused(f"only the UNet is trained, {named('network_train_unet_only')}", "text_encoder_lr")
+    if not now["train_trigger_embedding"]:
+        unused(f"{named('train_trigger_embedding')} is off", "embedding_vectors", "embedding_init_text", "embedding_lr",
+               "stop_embedding_training")
     if not now["reg_data_dir"] and not any(each.is_reg for each in subsets):
         unused(f"there is no {named('reg_data_dir')}", "prior_loss_weight")
     if settings.encodes_in_steps:
@@ -229,7 +242,7 @@ def _ignored_of_loss(now: Mapping[str, Value], unused: Callable[..., None], *, m
 def _check(settings: Settings) -> None:
     dataset = settings.dataset
     check_network_settings(settings.network)
-    if not any(settings.rates):
+    if not any((*settings.rates, settings.embedding_rate)):
         raise SettingError("Nothing would be trained", why="all learning rates are 0", remedy=f"raise {named('learning_rate')}")
     resolution_of(dataset.resolution, default=512)
     if not settings.captions.caption_separator:
