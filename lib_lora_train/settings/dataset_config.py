@@ -36,6 +36,8 @@ _UNUSED: dict[str, Value | None] = {
     "network_multiplier": 1, "validation_split": 0, "resize_interpolation": "", "face_crop_aug_range": "",
     "cache_info": None, "validation_seed": None}
 """sd-scripts' names that change nothing here, and the value with which they change nothing there (None: any)."""
+KNOWN_NAMES = frozenset({*_OF_BLOCKS, *_OF_FOLDERS, *_OF_ONE_FOLDER, *_UNUSED})
+"""What may stand in one."""
 _OTHER_KINDS = {"metadata_file": "captions are read from files beside the pictures"}
 
 

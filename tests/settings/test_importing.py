@@ -5,6 +5,7 @@ The files are built from the fields that each program writes, with values its us
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import random
@@ -22,6 +23,7 @@ from lib_lora_train.host.port import Checkpoint
 from lib_lora_train.model.family import FAMILIES
 from lib_lora_train.run.provenance import Provenance
 from lib_lora_train.settings import DECLARATIONS, Settings, flat, parse
+from lib_lora_train.settings.dataset_config import subsets_of
 from lib_lora_train.settings.importing import KINDS, import_bytes, import_file, import_tables
 from lib_lora_train.settings.toml import write_toml
 from tests.jobs import plan_of
@@ -92,8 +94,9 @@ SD_SCRIPTS_VARIED = [
     {"optimizer_type": "prodigyopt.Prodigy", "optimizer_args": ["d_coef=2", "decouple=True"]},
     {"network_module": "networks.oft", "caption_prefix": "zzk, ", "secondary_separator": ";;;",
      "debiased_estimation_loss": True},
-    {"general": {"shuffle_caption": True}, "datasets": [{"resolution": 512, "batch_size": 4, "subsets": [
-        {"image_dir": "C:\\img", "num_repeats": 10, "custom_attributes": {"x": 1}}, {"image_dir": "reg", "is_reg": True}]}]},
+    {"general": {"shuffle_caption": True, "of_next_year": 1}, "datasets": [{"resolution": 512, "batch_size": 4, "subsets": [
+        {"image_dir": "C:\\img", "num_repeats": 10, "custom_attributes": {"x": 1}}, {"image_dir": "reg", "is_reg": True},
+        {"image_dir": "b", "face_crop_aug_range": [2.0, 4.0], "keep_tokens": 2}]}]},
     {"highvram": True, "ddp_timeout": 0, "fused_backward_pass": False, "validation_split": 0.1, "not_there": "x"}]
 
 LORA_SCRIPTS = {
@@ -226,7 +229,7 @@ def names(data: Mapping[str, Any]) -> Iterator[str]:
     for name, value in data.items():
         if isinstance(value, dict):
             yield from names(value)
-        elif isinstance(value, list) and value and all(isinstance(inner, dict) for inner in value) and name == "subsets":
+        elif isinstance(value, list) and value and all(isinstance(inner, dict) for inner in value):
             for inner in value:
                 yield from names(inner)
         else:
@@ -238,9 +241,7 @@ def test_every_name_of_a_file_is_taken_changed_or_told_with_a_reason(program: st
     found = imported(data)
     assert found.program == program and found.foreign
     told = {part for entry in found.entries for part in (entry.name, *entry.name.replace("--", "").split(".")[-1].split())}
-    dataset = {"general", "datasets"} if "datasets" in data else set()
-    within = set(names({name: data[name] for name in dataset}))
-    assert {name for name in names(data)} - within - {"additional_parameters", "value"} <= told
+    assert {name for name in names(data)} - {"additional_parameters", "value"} <= told
     for one in found.entries:
         assert one.kind in KINDS and (one.text or one.kind == "taken"), one
     parse({"output_name": "x", **found.values})  # nothing in it is impossible
@@ -305,6 +306,16 @@ def test_numbers_of_sd_scripts_and_lora_scripts_land_where_they_belong():
     assert (settings.network.network_dim, settings.loss.min_snr_gamma, settings.optimizer.unet_lr) == (8, 5.0, 5e-4)
     prompts = imported(LORA_SCRIPTS, **LORA_SCRIPTS_VARIED[5]).values["sample_prompts"]
     assert prompts == "1girl --n lowres --w 512 --h 768 --l 7 --s 24 --d 2333"
+
+
+@pytest.mark.parametrize(("data", "varied", "expected"), [
+    (SD_SCRIPTS, SD_SCRIPTS_VARIED[8],
+     [("C:\\img", 10, False, 0, "512"), ("reg", 1, True, 0, "512"), ("b", 1, False, 2, "512")]),
+    (LORA_EASY, LORA_EASY_VARIED[7], [("C:/img/1", 1, False, 0, "1024,1024"), ("C:/img/2", 2, True, 0, "1024,1024")])])
+def test_folders_with_settings_of_their_own_come_along(data: dict, varied: dict, expected: list):
+    found = subsets_of(parse(imported(data, **varied).values))
+    assert [(of.image_dir, of.dataset.num_repeats, of.is_reg, of.captions.keep_tokens, of.dataset.resolution)
+            for of in found] == expected
 
 
 def test_numbers_of_lora_easy_land_where_they_belong():
@@ -434,6 +445,22 @@ def test_a_file_of_our_own_is_read_exactly_and_held_to_its_names(tmp_path: Path)
     with pytest.raises(SettingError) as refusal:
         import_bytes(b"network_dim = 4\nlerning_rate = 1", name="run.toml")
     assert "lerning_rate" in str(refusal.value)
+
+
+ODD = (None, "", "x", -1, 0, 1e400, True, [], [[]], {}, {"a": 1}, [1, "2"], "\0", "9" * 400)
+
+
+@pytest.mark.parametrize(("program", "data"), FILES[::10])
+def test_whatever_a_value_of_a_program_is_its_file_is_read_or_refused_with_a_sentence(program: str, data: dict):
+    rng = random.Random(program)
+
+    def odd(table: Mapping[str, Any], share: float) -> dict[str, Any]:
+        return {name: rng.choice(ODD) if rng.random() < share else odd(value, share) if isinstance(value, dict) else value
+                for name, value in table.items()}
+    for share in [0.02, 0.1, 0.5] * 10:
+        with contextlib.suppress(SettingError):
+            found = imported(odd(data, share))
+            assert {entry.kind for entry in found.entries} <= KINDS.keys() and json.dumps(found.to_json())
 
 
 @pytest.mark.parametrize("data", [
