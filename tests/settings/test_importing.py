@@ -318,6 +318,16 @@ def test_folders_with_settings_of_their_own_come_along(data: dict, varied: dict,
             for of in found] == expected
 
 
+def test_of_arguments_each_one_that_is_possible_is_taken_and_the_others_are_named():
+    easy = imported(LORA_EASY, **LORA_EASY_VARIED[2])
+    kinds = {entry.name.rpartition(".")[2]: entry.kind for entry in easy.entries if "network_args.network_args" in entry.name}
+    assert kinds == {"algo": "changed", "preset": "changed", "use_tucker": "refused"}
+    assert easy.values["network_module"] == "LoHa"
+    flat = {**SD_SCRIPTS_VARIED[2], "network_module": "lycoris.kohya", "network_args": ["algo=loha", "use_tucker=True"]}
+    told = entry(imported(flat), "network_args")
+    assert told.kind == "refused" and "use_tucker=True" in told.text and "algo" not in told.text
+
+
 def test_numbers_of_lora_easy_land_where_they_belong():
     settings = parse(imported(LORA_EASY).values)
     assert (settings.dataset.resolution, settings.optimizer.train_batch_size) == ("1024,1024", 2)
