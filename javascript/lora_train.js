@@ -117,6 +117,7 @@
         });
         button("lora_train_sample").addEventListener("click", () => askNow("results/sample"));
         button("lora_train_save").addEventListener("click", () => askNow("save"));
+        button("lora_train_pause").addEventListener("click", () => askNow("pause", {paused: !isPaused(state.last)}));
         button("lora_train_stop_save").addEventListener("click", () => stop(true));
         button("lora_train_stop").addEventListener("click", () => stop(false));
         button("lora_train_report").addEventListener("click", downloadReport);
@@ -288,9 +289,11 @@
         poll();
     }
 
-    async function askNow(path) {
+    const isPaused = (answer) => Boolean(answer && answer.running && answer.stage && answer.stage.name === "Paused");
+
+    async function askNow(path, body) {
         try {
-            await ask(path, {});
+            await ask(path, body || {});
         } catch (error) {
             view.showProblem(error.message);
         }
@@ -304,7 +307,9 @@
         if (model) model.textContent = answer.model ? answer.model.text : translated("No model is loaded");
         setDisabled("lora_train_start", answer.running);
         setDisabled("lora_train_overwrite_it", answer.running);
-        ["lora_train_sample", "lora_train_save"].forEach((id) => setDisabled(id, !answer.running || answer.stopping !== ""));
+        ["lora_train_sample", "lora_train_save", "lora_train_pause"].forEach(
+            (id) => setDisabled(id, !answer.running || answer.stopping !== ""));
+        button("lora_train_pause").textContent = translated(isPaused(answer) ? "Go on" : "Pause");
         setDisabled("lora_train_stop", !answer.running || answer.stopping === "stop");
         setDisabled("lora_train_stop_save", !answer.running || answer.stopping !== "");
         const any = answer.run !== "";

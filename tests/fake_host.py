@@ -60,7 +60,7 @@ class FakeJob:
             self._steps.put(1)
 
     def __call__(self, plan: RunPlan, host: Host, *, report: events.Report, stop, folder=None,
-                 sample_now=lambda: False, save_now=lambda: False) -> events.Finished:
+                 sample_now=lambda: False, save_now=lambda: False, paused=lambda: False) -> events.Finished:
         self.seen, self.report = plan.settings, report
         settings = plan.settings
         report(events.Planned(3, 1, 10, 10, self.TOTAL, "3 pictures", "512×768", "dreamshaper_8", 42))

@@ -122,7 +122,7 @@ def test_captions_found_until_an_interrupt_are_written(set_up, tmp_path, monkeyp
 @pytest.fixture
 def training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """A runner whose training goes on until it is stopped, and says how; the host."""
-    def job(plan, host, *, report, stop, sample_now, save_now, folder=None):
+    def job(plan, host, *, report, stop, sample_now, save_now, paused, folder=None):
         begun.set()
         while not stop():
             pass

@@ -32,6 +32,8 @@ SETTINGS = (
     "caption_dropout_every_n_epochs", "caption_tag_dropout_rate", "shuffle_caption", "keep_tokens", "color_aug", "flip_aug",
     "random_crop",
     "enable_bucket", "bucket_no_upscale", "min_bucket_reso", "max_bucket_reso", "training_comment")
+OF_EMBEDDING = ("train_trigger_embedding", "embedding_vectors", "embedding_init_text", "embedding_lr",
+                "stop_embedding_training")  # our own, written where the trigger word has vectors
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,8 @@ def describe(run: TrainingMetadata, name: str) -> dict[str, str]:
     A value that is None is written as kohya writes it, "None".
     """
     assert not name.endswith(".safetensors"), "the stem of the file, not its name"
-    values = {f"ss_{setting}": run.settings[setting] for setting in SETTINGS if setting in run.settings}
+    written = SETTINGS + OF_EMBEDDING if run.settings.get("train_trigger_embedding") else SETTINGS
+    values = {f"ss_{setting}": run.settings[setting] for setting in written if setting in run.settings}
     values |= _run(run, name) | _dataset(run) | _model(run) | _modelspec(run, name)
     return {key: printable(str(value)) for key, value in values.items()}
 

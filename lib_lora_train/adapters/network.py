@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lib_lora_train.adapters.base import Adapter, AdapterKind, OfWeight
 from lib_lora_train.adapters.dora import DoRA
 from lib_lora_train.adapters.dropout import DropoutKeys, DropoutRates, DroppedLayer
+from lib_lora_train.adapters.embedding import WordEmbedding, WordVectors, split_embeddings
 from lib_lora_train.adapters.flat import FlatWeights
 from lib_lora_train.adapters.loha import LoHa
 from lib_lora_train.adapters.lokr import LoKr
@@ -24,14 +25,18 @@ from lib_lora_train.adapters.oft import OFT
 from lib_lora_train.adapters.targets import Target
 from lib_lora_train.errors import LoraFileError, some_of
 from lib_lora_train.model.architecture import UNET_COMPONENT
+from lib_lora_train.model.ops.layers import Adapter as LayersAdapter
 from lib_lora_train.model.ops.weights import Weight
 from lib_lora_train.model.sd.lora_keys import foreign_layout
+from lib_lora_train.model.sd.text_encoder import TOKEN_EMBEDDING
 
 DEFAULT_KIND = LoRA()
 _ADDED: dict[str, AdapterKind] = {"LoRA": DEFAULT_KIND, "LoHa": LoHa(), "LoKr": LoKr()}
 ADAPTERS: dict[str, AdapterKind] = {
     **_ADDED, "OFT": OFT(), **{f"{name} with DoRA": DoRA(kind) for name, kind in _ADDED.items()}}
 """Each kind of adapter by its name, as files are recognised: a kind whose tensors another one has too stands before it."""
+EMBEDDING_GROUP = "embedding"
+"""The parameter group of words' vectors."""
 Sizes = Mapping[str, tuple[int, float]]
 """{layer's key: (rank, alpha)}"""
 
@@ -39,18 +44,20 @@ Sizes = Mapping[str, tuple[int, float]]
 class AdapterNetwork:
     """The adapters by their key in the file. Build it with `build` or `continued`.
 
-    layers    {key: adapter}
-    fresh     keys of layers that the file to continue from did not hold; () for a new network
-    dropout   what is left out in training, as long as `dropout_keys` has keys
+    layers      {key: adapter}
+    embeddings  words with vectors of their own, in the file too
+    fresh       keys of layers that the file to continue from did not hold; () for a new network
+    dropout     what is left out in training, as long as `dropout_keys` has keys
     """
 
     def __init__(self, targets: Sequence[Target], layers: Mapping[str, Adapter], *, kind: AdapterKind = DEFAULT_KIND,
-                 fresh: tuple[str, ...] = ()) -> None:
+                 fresh: tuple[str, ...] = (), embeddings: tuple[WordEmbedding, ...] = ()) -> None:
         assert [target.key for target in targets] == list(layers), "one layer for each target, in the same order"
         self.targets = tuple(targets)
         self.layers = MappingProxyType(dict(layers))
         self.kind = kind
         self.fresh = fresh
+        self.embeddings = embeddings
         self._flat: FlatWeights | None = None
         self._rate_factors: dict[nn.Parameter, float] = {}
         self.dropout, self.dropout_keys = DropoutRates(), DropoutKeys()
@@ -73,8 +80,9 @@ class AdapterNetwork:
 
         Targets that the file has no layer for start anew with the file's most common rank and alpha (see
         `fresh`). Raises LoraFileError for a layer that is not among the targets, so that nothing learnt is
-        dropped silently, and for shapes that do not fit the model.
+        dropped silently, and for shapes that do not fit the model. Its words' vectors are frozen.
         """
+        tensors, embeddings = split_embeddings(tensors)
         found = _by_layer(tensors)
         kind = kind_of(tensors, among=ADAPTERS.values() if kind is None else (kind,))
         _refuse_strangers(found, targets)
@@ -84,7 +92,8 @@ class AdapterNetwork:
         if fresh:
             layers |= cls.build([target for target in targets if target.key in fresh], rank=rank, alpha=alpha, seed=seed,
                                 kind=kind).layers
-        return cls(targets, {target.key: layers[target.key] for target in targets}, kind=kind, fresh=fresh)
+        return cls(targets, {target.key: layers[target.key] for target in targets}, kind=kind, fresh=fresh,
+                   embeddings=embeddings)
 
     @property
     def usual_size(self) -> tuple[int, float]:
@@ -99,31 +108,38 @@ class AdapterNetwork:
             if target.key in keys and isinstance(layer, OfWeight):
                 layer.begin_at(components[target.component][f"{target.module}.weight"])
 
-    def adapters(self) -> dict[str, dict[str, Adapter]]:
+    def adapters(self) -> dict[str, dict[str, LayersAdapter]]:
         """{component: {local module name: layer}}, as UNet and text encoders accept them."""
-        result: dict[str, dict[str, Adapter]] = {}
+        result: dict[str, dict[str, LayersAdapter]] = {}
         for target in self.targets:
             result.setdefault(target.component, {})[target.module] = self.layers[target.key]
+        for component in dict.fromkeys(component for one in self.embeddings for component in one.by_component):
+            result.setdefault(component, {})[TOKEN_EMBEDDING] = WordVectors(component, self.embeddings)
         return result
 
-    def training_adapters(self) -> dict[str, dict[str, Adapter]]:
+    def training_adapters(self) -> dict[str, dict[str, LayersAdapter]]:
         """As `adapters`, with what is left out at random while there are keys (see `dropout.py`)."""
         if not self.dropout:
             return self.adapters()
-        result: dict[str, dict[str, Adapter]] = {}
+        result = self.adapters()
         for number, target in enumerate(self.targets):
-            result.setdefault(target.component, {})[target.module] = DroppedLayer(
+            result[target.component][target.module] = DroppedLayer(
                 self.layers[target.key], self.dropout, self.dropout_keys, number=number)
         return result
 
     def parameters(self, components: Collection[str] | None = None) -> list[nn.Parameter]:
-        """All trainable weights in a fixed order, or those of the named components."""
-        return [parameter for target in self.targets if components is None or target.component in components
-                for parameter in self.layers[target.key].parameters()]
+        """All trainable weights in a fixed order, or those of the layers of the named components."""
+        layers = [parameter for target in self.targets if components is None or target.component in components
+                  for parameter in self.layers[target.key].parameters()]
+        return layers + self._vectors() if components is None else layers
+
+    def _vectors(self) -> list[nn.Parameter]:
+        return [parameter for one in self.embeddings for parameter in one.parameters()]
 
     def pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """(A [r, ...], B [out, r]) of each layer whose change of the model is their product."""
-        sides = [(getattr(layer, "down", None), getattr(layer, "up", None)) for layer in self.layers.values()]
+        layers = [getattr(layer, "inner", layer) for layer in self.layers.values()]
+        sides = [(getattr(layer, "down", None), getattr(layer, "up", None)) for layer in layers]
         return [(down, up) for down, up in sides if isinstance(down, nn.Parameter) and isinstance(up, nn.Parameter)]
 
     def set_rate_factors(self, of_layers: Mapping[str, float], *, up: tuple[float, float] = (1.0, 1.0)) -> None:
@@ -138,9 +154,9 @@ class AdapterNetwork:
                 if not factor:
                     parameter.requires_grad_(False)
 
-    def parameter_groups(self, unet_lr: float, text_encoder_lr: float) -> list[dict[str, object]]:
+    def parameter_groups(self, unet_lr: float, text_encoder_lr: float, embedding_lr: float = 0.0) -> list[dict[str, object]]:
         """torch's parameter groups with a "name": "unet", then "text_encoder", and further ones for weights of a part that have
-        another rate (see `set_rate_factors`).
+        another rate (see `set_rate_factors`); then "embedding".
 
         A part whose rate is 0 or that has no layer gets no group; `freeze` it to spare its gradients.
         """
@@ -149,10 +165,12 @@ class AdapterNetwork:
         for name, components, rate in (("unet", {UNET_COMPONENT}, unet_lr), ("text_encoder", text, text_encoder_lr)):
             by_factor: dict[float, list[nn.Parameter]] = {}
             for parameter in self.parameters(components) if rate else ():
-                by_factor.setdefault(self._rate_factors.get(parameter, 1.0), []).append(parameter)
+                if factor := self._rate_factors.get(parameter, 1.0):
+                    by_factor.setdefault(factor, []).append(parameter)
             groups += [{"name": name if not number else f"{name} × {factor:g}", "params": parameters, "lr": rate * factor}
                        for number, (factor, parameters) in enumerate(by_factor.items())]
-        return [group for group in groups if group["lr"]]
+        groups.append({"name": EMBEDDING_GROUP, "params": self._vectors(), "lr": embedding_lr})
+        return [group for group in groups if group["params"] and group["lr"]]
 
     def freeze(self, components: Collection[str]) -> None:
         """Keep these components as they are: applied and saved, but never given a gradient."""
@@ -165,13 +183,14 @@ class AdapterNetwork:
             if target.component == component and target.module.startswith(tuple(f"{module}." for module in modules)):
                 self.layers[target.key].requires_grad_(False)
 
-    def flatten(self, unet_lr: float, text_encoder_lr: float, *, dtype: torch.dtype = torch.float32) -> FlatWeights:
+    def flatten(self, unet_lr: float, text_encoder_lr: float, embedding_lr: float = 0.0, *,
+                dtype: torch.dtype = torch.float32) -> FlatWeights:
         """Put all weights that are to be trained into one buffer, and copies in `dtype` beside them where that is not fp32.
 
         To be called on the device of the training; the layers compute with the copies, which `FlatWeights.refresh` brings
         up to date after every step.
         """
-        self._flat = FlatWeights(self.parameter_groups(unet_lr, text_encoder_lr), dtype=dtype)
+        self._flat = FlatWeights(self.parameter_groups(unet_lr, text_encoder_lr, embedding_lr), dtype=dtype)
         self.rebind()
         return self._flat
 
@@ -197,13 +216,13 @@ class AdapterNetwork:
     def to(self, device: torch.device | str) -> AdapterNetwork:
         """Move the weights (in place, before `flatten`); they stay fp32. Returns itself."""
         assert self._flat is None, "the layers would no longer lie in the buffer"
-        for layer in self.layers.values():
+        for layer in (*self.layers.values(), *self.embeddings):
             layer.to(device)
         return self
 
     def set_multiplier(self, multiplier: float) -> None:
         """The weight in `<lora:name:weight>`: 1 while training, 0 for the model without the LoRA."""
-        for layer in self.layers.values():
+        for layer in (*self.layers.values(), *self.embeddings):
             layer.multiplier = float(multiplier)
 
     def arguments(self) -> dict[str, str]:
@@ -217,8 +236,9 @@ class AdapterNetwork:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors of the file under kohya's keys, fp32, sharing memory with the weights (no copy)."""
-        return {f"{target.key}.{name}": tensor for target in self.targets
-                for name, tensor in self.layers[target.key].tensors().items()}
+        layers = {f"{target.key}.{name}": tensor for target in self.targets
+                  for name, tensor in self.layers[target.key].tensors().items()}
+        return layers | {key: tensor for one in self.embeddings for key, tensor in one.tensors().items()}
 
 
 def _usual_size(layers: Iterable[Adapter]) -> tuple[int, float]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lib_lora_train.adapters import file
 from lib_lora_train.adapters.base import merged
+from lib_lora_train.adapters.embedding import WordVectors, together
 from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.adapters.targets import find_targets, of_keys
 from lib_lora_train.errors import LoraFileError, plain_line
@@ -67,19 +68,22 @@ def find_lora(tag: LoraTag, folder: Path) -> WeightedLora:
 
 def load_stack(model: FrozenModel, loras: Sequence[WeightedLora]) -> Stack:
     """What the LoRAs together add to `model`, on its device: where several change a layer, the sum. A LoRA at weight 0
-    changes nothing. Raises LoraFileError for a file that cannot be read or does not fit the model."""
+    changes no layer; the vectors of its words stand for them at any weight, as in the WebUI. Raises LoraFileError for a file
+    that cannot be read or does not fit the model."""
     return stacked([_load(model, lora) for lora in loras])
 
 
 def merge_into(model: FrozenModel, loras: Sequence[WeightedLora]) -> None:
     """Let `model` compute with copies of the weights that the LoRAs change, each put into what those before it left, as the
-    WebUI applies them. The borrowed tensors stay as they are. Raises LoraFileError."""
+    WebUI applies them. The borrowed tensors stay as they are, and words mean what they did. Raises LoraFileError."""
     parts = {UNET_COMPONENT: model.unet.layers,
              **{encoder.config.component: encoder.layers for encoder in model.text.encoders}}
     for lora in loras:
         for component, modules in _load(model, lora).items():
             changed: dict[str, Tensor] = {}
             for module, adapter in modules.items():
+                if isinstance(adapter, WordVectors):
+                    continue
                 weight = parts[component].weight(module)
                 if adapter.multiplier:
                     with torch.no_grad():
@@ -102,6 +106,8 @@ def stacked(stacks: Sequence[Stack]) -> Stack:
 def _together(adapters: Sequence[Adapter]) -> Adapter:
     if len(adapters) == 1:
         return adapters[0]
+    if isinstance(adapters[0], WordVectors):
+        return together(adapters)
     return SummedDeltas(adapters) if all(isinstance(adapter, DeltaAdapter) for adapter in adapters) else Chained(adapters)
 
 
@@ -174,9 +180,6 @@ def _load(model: FrozenModel, lora: WeightedLora) -> Stack:
             why=f"it is for {FAMILIES[made_for].title}, and the model is {family.title}" if other else
             (error.why or error.what)) from error
     network.freeze(model.components)
-    stack: dict[str, dict[str, Adapter]] = {}
     for target in targets:
-        layer = network.layers[target.key]
-        layer.multiplier = lora.unet_weight if target.component == UNET_COMPONENT else lora.text_weight
-        stack.setdefault(target.component, {})[target.module] = layer
-    return stack
+        network.layers[target.key].multiplier = lora.unet_weight if target.component == UNET_COMPONENT else lora.text_weight
+    return network.adapters()

@@ -7,6 +7,7 @@
     POST start              {"settings": {...}} -> {"run": id}; with {"resume": id}, that run goes on with what it was
                             set to, but for "settings", which may then be left out
     POST stop               {"save": true|false} -> {"stopping": whether something was running}
+    POST pause              {"paused": true|false} -> {"pausing": whether something was running}
     POST save               {} -> {"saving": whether something was running}: the LoRA is saved between two steps
     GET  report?run=ID      a zip for support (`run/diagnostics.py`), about that run or the newest; nothing private
 
@@ -63,6 +64,7 @@ def install(app: FastAPI, *, runner: Runner, host: Host, token: str, credentials
     add("POST", "plan", lambda r: service.plan(r.named_settings(), host=host, runner=runner), "What a run would do")
     add("POST", "start", lambda r: {"run": _start(r, runner=runner, host=host)}, "Start a run, or go on with one")
     add("POST", "stop", lambda r: {"stopping": runner.stop(save=r.save)}, "Stop the run")
+    add("POST", "pause", lambda r: {"pausing": runner.pause(r.paused)}, "Stand still between two steps, or go on")
     add("POST", "save", lambda _: {"saving": runner.save_now()}, "Save what the run has learnt so far, and go on")
     gate.add("GET", "report", lambda query, _: _report(query, host=host, program=program),
              "What a helper needs to know, as a zip")
@@ -100,6 +102,7 @@ class RunRequest(BaseModel):
     settings: dict[StrictStr, Any] | None = None
     resume: constr(strict=True, min_length=1) = ""
     save: StrictBool = False
+    paused: StrictBool = True
     after: conint(ge=0, lt=10**18) = 0
 
     def named_settings(self) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lib_lora_train.errors import HostError, LoraFileError
+from lib_lora_train.dataset.folder import subset_tables
+from lib_lora_train.errors import DatasetError, HostError, LoraFileError
 from lib_lora_train.host.port import Checkpoint, Host
 from lib_lora_train.memory.device import matrix_rate, seconds_per_step
 from lib_lora_train.model.family import FAMILIES, detect
@@ -31,6 +32,7 @@ from lib_lora_train.run.resume import compare_settings, find, run_folder, settin
 from lib_lora_train.run.runner import Runner, Status
 from lib_lora_train.settings import AREAS, Settings, declarations, flat, parse
 from lib_lora_train.settings.allowed_paths import check_allowed
+from lib_lora_train.settings.toml import write_toml
 from lib_lora_train.training.precision import compute_dtype
 
 _MEASURED_FROM = 10  # steps
@@ -66,6 +68,18 @@ def resume(run: str, changes: Mapping[str, object], *, runner: Runner, host: Hos
     folder_of(run, host)
     point = find(run, host.runs_folder)
     return start({**flat(settings_of(point, changes)), "resume": run}, runner=runner, host=host)
+
+
+def folder_settings(values: Mapping[str, object], *, host: Host) -> str:
+    """The text of a `dataset_config` with every folder of the dataset folder that holds images, as it is trained without, to
+    be changed. Raises UserError."""
+    settings = parse({name: values[name] for name in ("train_data_dir", "trigger_word")})
+    check_allowed(settings, host.allowed)
+    if not settings.dataset.train_data_dir:
+        raise DatasetError("No dataset folder was given", remedy="choose a folder of pictures")
+    tables = subset_tables(Path(settings.dataset.train_data_dir), trigger_word=settings.dataset.trigger_word,
+                           may_read=host.allowed.may_read if host.allowed else None)
+    return "[[datasets]]\n" + "".join(f"\n[[datasets.subsets]]\n{write_toml(table)}" for table in tables)
 
 
 def plan(values: Mapping[str, object], *, host: Host, runner: Runner | None = None,

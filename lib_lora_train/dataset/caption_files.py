@@ -55,6 +55,11 @@ class CaptionFile:
     passed_over: tuple[Path, ...] = ()  # files that hold another caption of the image
     error: DatasetError | None = None
 
+    @property
+    def lines(self) -> str:
+        """All its lines, of which a training with wildcards draws one."""
+        return "\n".join(filter(None, (self.line, *self.further_lines)))
+
 
 @dataclass(frozen=True)
 class FolderCaptions:

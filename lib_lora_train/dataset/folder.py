@@ -25,6 +25,7 @@ from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
 from lib_lora_train.errors import DatasetError, counted, printable, some_of
 from lib_lora_train.settings import DatasetSettings, named
 from lib_lora_train.settings.dataset_config import DEFAULT_SUBSET, SubsetSettings
+from lib_lora_train.settings.field import Value
 
 _MANY = 100  # images from which on threads are worth their beginning
 _PREFETCH_PER_THREAD = 16  # files that may have been looked at, for each thread that does
@@ -242,6 +243,21 @@ def _of_config(folder: Path, chosen: Sequence[SubsetSettings], *,
         found = _with_captions(path, images, files, chosen=subset, problems=problems, may_read=may_read)
         subsets.append(replace(found, repeats=subset.dataset.num_repeats, caption=normal_form(printable(subset.class_tokens))))
     return subsets, [*problems, *map(Problem, companions.sentences())]
+
+
+def subset_tables(folder: Path, *, trigger_word: str, may_read: MayRead | None) -> list[dict[str, Value]]:
+    """What a `dataset_config` would say of `folder` and those below it that hold images, to be changed: each with the repeats
+    and the words of its name. Raises DatasetError where there is none."""
+    tables: list[dict[str, Value]] = []
+    for parts, listing in list_tree(folder, may_read=may_read):
+        if not any(map(is_masks_folder, parts)) and Companions().images(listing.files):
+            repeats, words = (repeats_and_name(parts[-1]) if parts and is_subset_name(parts[-1]) else None) or (1, "")
+            own: dict[str, Value] = {"class_tokens": words.strip()} if words.strip() else {}
+            tables.append({"image_dir": "/".join(parts) or ".", "num_repeats": repeats, **own,
+                           "custom_attributes.trigger_word": trigger_word, "custom_attributes.loss_weight": 1.0})
+    if not tables:
+        raise DatasetError(f"The dataset folder {folder} holds no pictures", remedy="choose the folder that holds them")
+    return tables
 
 
 def _subset(folder: Path, problems: list[Problem], *, chosen: SubsetSettings, may_read: MayRead | None, companions: Companions,

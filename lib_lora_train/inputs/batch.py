@@ -20,7 +20,7 @@ class Batch:
     From the training loop:
         noise, latent_noise, timesteps   see `training.noise`
         weight          [B] fp32: what each image's loss counts for in the step's sum
-        context, pooled or ids.*         see `training.condition`
+        context, pooled or ids.*, plain.ids.*   see `training.condition`
     Optional:
         mask            [B, 1, h, w]: a weight for each latent element, multiplied into the loss
         prior           [B, 1, h, w]: a weight for each latent element of the loss towards the base model's prediction

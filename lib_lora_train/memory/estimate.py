@@ -26,10 +26,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
 from lib_lora_train.adapters.base import Adapter, AdapterKind
+from lib_lora_train.adapters.embedding import WordEmbedding, WordVectors
 from lib_lora_train.adapters.network import DEFAULT_KIND
 from lib_lora_train.adapters.targets import Target
 from lib_lora_train.model.architecture import UNET_COMPONENT, Architecture
 from lib_lora_train.model.sd.components import UNET_PREFIX
+from lib_lora_train.model.sd.text_encoder import TOKEN_EMBEDDING
 from lib_lora_train.model.sd.unet import DIRECTLY, Run
 
 AttentionKernel = Literal["fused", "math"]
@@ -56,6 +58,7 @@ class Workload:
     text_checkpointed   whether the layers of trained text encoders are computed again in backward
     encoded             images that the VAE encodes together in front of each step; 0 where latents are cached
     sampled             (width, height) of the largest image that is sampled between steps; None where none is
+    words               vectors of the trigger word that are trained, which the text encoders read
     optimizer_bytes     that the optimizer keeps for each weight of the adapters
     merged              bytes of copies of weights that other LoRAs are merged into
     """
@@ -70,6 +73,7 @@ class Workload:
     text_checkpointed: bool = False
     encoded: int = 0
     sampled: tuple[int, int] | None = None
+    words: int = 0
     optimizer_bytes: float = 8.0
     merged: int = 0
 
@@ -141,6 +145,9 @@ def _blocks_of(shapes: tuple[tuple[str, torch.Size, torch.dtype], ...], architec
         for layer in workload.layers:
             adapter = layer.kind.build(layer.target, rank=layer.rank, alpha=1.0, generator=None)
             adapters.setdefault(layer.target.component, {})[layer.target.module] = adapter.requires_grad_(layer.trained)
+        for text in architecture.text if workload.words else ():
+            word = WordEmbedding("word", {text.component: torch.empty(workload.words, text.width)})
+            adapters.setdefault(text.component, {})[TOKEN_EMBEDDING] = WordVectors(text.component, [word])
     config, factor, observer = architecture.unet, architecture.vae.factor, _Observer(workload, tensors)
     new = functools.partial(torch.empty, dtype=workload.dtype, device="meta")
     x = new(1, config.in_channels, workload.height // factor, workload.width // factor)
@@ -149,7 +156,7 @@ def _blocks_of(shapes: tuple[tuple[str, torch.Size, torch.dtype], ...], architec
     unet = architecture.family.unet(unet_tensors, config)
     unet.runner = lambda checkpointed: observer
     with torch.enable_grad(), observer, torch.autograd.graph.saved_tensors_hooks(observer.keep, lambda tensor: tensor):
-        if any(layer.trained and layer.target.component != UNET_COMPONENT for layer in workload.layers):
+        if workload.words or any(layer.trained and layer.target.component != UNET_COMPONENT for layer in workload.layers):
             context = _context(text_tensors, architecture, workload, adapters, observer)
         unet(x, torch.zeros(1, device="meta"), context, y, adapters=adapters.get(UNET_COMPONENT, {}))
         observer.next_block("")

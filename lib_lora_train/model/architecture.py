@@ -84,6 +84,7 @@ class TextEncoderSpec:
     final_norm  whether the final layer norm is applied to that hidden state
     pooled      whether this encoder's pooled vector is part of the condition
     label       which of several it is, for messages: "first "
+    embedding_key   what the WebUI calls this encoder's vectors of a textual inversion
     """
 
     component: str
@@ -93,6 +94,7 @@ class TextEncoderSpec:
     final_norm: bool = True
     pooled: bool = False
     label: str = ""
+    embedding_key: str = "string_to_param.*"
 
 
 @dataclass(frozen=True, kw_only=True)

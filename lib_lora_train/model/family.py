@@ -121,9 +121,10 @@ SD2 = Family(
 SDXL = Family(
     # Every resolution has a bucket only up to 2048; kohya's scripts ask their users to raise the bound by hand.
     name="sdxl", title="SDXL", sizes=TrainingSizes(1024, largest_side=2048), latent_scale=0.13025, head_channels=64,
-    text=(TextEncoderSpec("te1", "conditioner.embedders.0.", openclip=False, skip=2, final_norm=False, label="first "),
+    text=(TextEncoderSpec("te1", "conditioner.embedders.0.", openclip=False, skip=2, final_norm=False, label="first ",
+                          embedding_key="clip_l"),
           TextEncoderSpec("te2", "conditioner.embedders.1.", openclip=True, skip=2, final_norm=False, pooled=True,
-                          label="second ")),
+                          label="second ", embedding_key="clip_g")),
     text_width=2048, vector_condition=True, lora_prefixes=lora_keys.SGM_PREFIXES, lora_keys=lora_keys.sdxl_keys,
     block_index=lora_keys.sdxl_block, block_counts=(9, 3, 9), blocks_around=(1, 1), b_lora=True,
     recognises=detection.has_vector_condition,

@@ -95,9 +95,9 @@ def encode_prompts(model: FrozenModel, requests: Sequence[SampleRequest], *, cli
     prompts = [request.prompt for request in requests]
     if requests[0].cfg_scale != 1:
         prompts = [*(request.negative_prompt for request in requests), *prompts]
-    different = list(dict.fromkeys(prompts))
-    encoded = model.text.encode([model.text.tokenize(prompt) for prompt in different], clip_skip=clip_skip,
-                                adapters=adapters or {})
+    different, adapters = list(dict.fromkeys(prompts)), adapters or {}
+    encoded = model.text.encode([model.text.tokenize(prompt, adapters=adapters) for prompt in different], clip_skip=clip_skip,
+                                adapters=adapters)
     rows = [different.index(prompt) for prompt in prompts]
     return Conditioning(encoded.context[rows], None if encoded.pooled is None else encoded.pooled[rows])
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from lib_lora_train.adapters.network import AdapterNetwork
-from lib_lora_train.events import Report
+from lib_lora_train.events import Report, Stage
 from lib_lora_train.host import placement
 from lib_lora_train.host.lease import yield_to_others
 from lib_lora_train.host.port import LeasedModel
@@ -18,6 +18,7 @@ from lib_lora_train.run.background import StopKind
 from lib_lora_train.settings import named
 from lib_lora_train.training.loop import Progress
 
+_LOOK_EVERY = 0.2  # seconds, while a run is paused
 Stop = Callable[[], StopKind]
 """Whether the user wants the run to end: "stop", or "save" to keep what was learnt."""
 
@@ -57,10 +58,12 @@ class TimeLimit:
 
 class Pause:
     """Lets those use the model who wait for it: generations of the host, between two steps or two images to encode. What is
-    trained is on the CPU meanwhile."""
+    trained is on the CPU meanwhile. And stands still between two steps while the user wants that, until a stop."""
 
     def __init__(self, leased: LeasedModel, model: FrozenModel, network: AdapterNetwork, *, enabled: bool,
-                 report: Report) -> None:
+                 report: Report, paused: Callable[[], bool], stop: Stop) -> None:
+        """`enabled` lets others have the model; `paused` says whether to stand still."""
+        self._paused, self._stop = paused, stop
         self._leased, self._model, self._network, self._enabled, self._report = leased, model, network, enabled, report
 
     def __call__(self, progress: Progress | None = None) -> bool:
@@ -71,7 +74,15 @@ class Pause:
 
     def before_step(self, progress: Progress) -> bool:
         """See `Callback`."""
-        return self(progress)
+        if self._paused():
+            progress.flush()
+            progress.release()
+            self._report(Stage("Paused", 0, 0))
+        while self._paused() and not self._stop():
+            if not self(progress):
+                return False
+            time.sleep(_LOOK_EVERY)
+        return not self._stop() and self(progress)
 
     def _offload(self, progress: Progress | None) -> Callable[[], None]:
         if progress is not None:

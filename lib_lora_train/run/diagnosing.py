@@ -52,7 +52,13 @@ class Diagnosing:
     @property
     def texts(self) -> tuple[str, ...]:
         """All that the text encoders are asked for."""
-        return texts_of(self._questions, trigger_word=self._plan.settings.dataset.trigger_word)
+        return texts_of(self._questions, trigger_word=self._ordinary_trigger)
+
+    @property
+    def _ordinary_trigger(self) -> str:
+        """The trigger word where the model reads it with its own meaning, which vectors of its own replace; else ""."""
+        settings = self._plan.settings
+        return "" if settings.network.train_trigger_embedding else settings.dataset.trigger_word
 
     def __call__(self, event: Event) -> None:
         """Pass it on, and say what is new after a measurement."""
@@ -68,7 +74,7 @@ class Diagnosing:
             network.set_multiplier(0.0)
             try:
                 return check_words(self._model, self._questions, text.evaluated, dtype=dtype,
-                                   trigger_word=self._plan.settings.dataset.trigger_word)
+                                   trigger_word=self._ordinary_trigger)
             finally:
                 network.set_multiplier(1.0)
         if self._questions:

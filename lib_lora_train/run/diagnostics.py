@@ -32,6 +32,7 @@ from lib_lora_train.dataset.text_files import CAPTION_SUFFIXES
 from lib_lora_train.host.port import Host
 from lib_lora_train.run.record import FAILURE, read_settings
 from lib_lora_train.settings import DECLARATIONS
+from lib_lora_train.settings.dataset_config import folders_in
 
 PACKAGES = ("torch", "torchvision", "safetensors", "transformers", "open_clip_torch", "Pillow", "pillow-avif-plugin", "numpy",
             "gradio", "fastapi", "xformers", "bitsandbytes")
@@ -145,6 +146,8 @@ class Private:
             folders |= {str(run.parent): "<runs>"}
         folders |= {str(value): f"<{name}>" for name, value in settings.items()
                     if value and name in DECLARATIONS and DECLARATIONS[name].is_path and set(str(value)) & set("/\\")}
+        for path in folders_in(str(settings.get("dataset_config", ""))):
+            folders |= dict.fromkeys([path, path.replace("\\", "\\\\")], "<image_dir>") if set(path) & set("/\\") else {}
         folders |= {os.path.realpath(path): word for path, word in folders.items()}
         folders = {path: word for path, word in folders.items() if len(path) > 3}  # not "/", "C:\\"
         code_folders = {str(_ROOT): "<extension>", sys.prefix: "<python>", sys.base_prefix: "<python>"}

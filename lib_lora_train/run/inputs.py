@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -128,7 +129,7 @@ def condition_of(settings: Settings, model: FrozenModel, leased: LeasedModel, ne
     each when it is met, so that the first step comes sooner."""
     clip_skip = settings.captions.clip_skip or leased.clip_skip
     adapters = {component: layers for component, layers in network.adapters().items() if component != "unet"}
-    if settings.rates[1]:
+    if settings.encodes_text_in_steps:
         for component, unused in model.text.unused_layers(clip_skip).items():
             network.freeze_below(component, unused)  # no gradient ever reaches them: nor must weight decay
         trained = TrainedText(model.text, clip_skip=clip_skip, adapters=network.training_adapters(), dtype=dtype,
@@ -136,9 +137,9 @@ def condition_of(settings: Settings, model: FrozenModel, leased: LeasedModel, ne
         return Text(trained, trained, needs_encoders=True)
 
     class Adapted:
-        """The text encoders with the frozen layers of a LoRA that is continued."""
+        """The text encoders with the frozen layers and words of a LoRA that is continued."""
 
-        tokenize = staticmethod(model.text.tokenize)
+        tokenize = staticmethod(functools.partial(model.text.tokenize, adapters=adapters))
 
         @staticmethod
         def encode(batch: list[Tokens], *, clip_skip: int, dtype: torch.dtype) -> Conditioning:

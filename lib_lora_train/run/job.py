@@ -36,7 +36,7 @@ from lib_lora_train.run.measuring import MeasuredImages, Measuring
 from lib_lora_train.run.memory import encoding_budget, memory_plan, place_model
 from lib_lora_train.run.network import InitialWeights, build_network, check_loss, check_sizes, ignored_by
 from lib_lora_train.run.on_top import loras_on_top
-from lib_lora_train.run.optimizing import check_optimizer_device, optimizer_config, schedule_config
+from lib_lora_train.run.optimizing import check_optimizer_device, embedding_steps, optimizer_config, schedule_config
 from lib_lora_train.run.planning import RunPlan, plan_dataset
 from lib_lora_train.run.provenance import Provenance
 from lib_lora_train.run.sampling import SampleCallback
@@ -52,12 +52,13 @@ from lib_lora_train.training.weight_norms import ScaleWeightNorms
 
 def run_job(plan: RunPlan, host: Host, *, report: Report, stop: Stop, folder: Path | None = None,
             group: ProcessGroup = SINGLE_PROCESS, sample_now: Callable[[], bool] = never,
-            save_now: Callable[[], bool] = never) -> Finished:
+            save_now: Callable[[], bool] = never, paused: Callable[[], bool] = never) -> Finished:
     """Carry out a plan on the model that `host` holds.
 
     What `report` raises ends nothing (see `shielded`). `stop` is asked between steps and images: "" to go on, "stop" to end,
     "save" to end and keep what was learnt. `folder` is the run's, where samples and the state to resume from are kept; None
     keeps none. `sample_now` is asked between steps, and says once that somebody wants samples; `save_now` so of a save.
+    While `paused` says so, the run stands still between two steps.
     All processes of a `group` call this, on the same files; rank 0 alone saves, and the others' path is "".
     The last event, `Finished`, is returned and left to the caller to report, who knows how failures end too.
     Raises UserError, HostError, TrainingError, and Interrupted where a stop came before the first step.
@@ -65,12 +66,12 @@ def run_job(plan: RunPlan, host: Host, *, report: Report, stop: Stop, folder: Pa
     weights = InitialWeights.of(plan)
     with host.lease(stop=lambda: bool(stop())) as leased:
         return _with_model(plan, host, leased, weights, report=shielded(report), stop=stop, folder=folder, group=group,
-                           sample_now=sample_now, save_now=save_now)
+                           sample_now=sample_now, save_now=save_now, paused=paused)
 
 
 def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: InitialWeights, *, report: Report, stop: Stop,
                 folder: Path | None, group: ProcessGroup, sample_now: Callable[[], bool],
-                save_now: Callable[[], bool]) -> Finished:
+                save_now: Callable[[], bool], paused: Callable[[], bool]) -> Finished:
     """What needs the model. All that is made here is freed before the model goes back, so that it finds its memory free."""
     with contextlib.ExitStack() as at_end:
         model, on_top = _model_on_top(plan, host, leased)
@@ -78,7 +79,8 @@ def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: Initial
         plan, identity, dtype = _checked(plan, host, leased, model, weights, report=report, stop=stop, group=group,
                                          identified=bool(plan.resume_point or folder or group.world_size > 1))
         network = build_network(settings, model, weights, report=report)
-        pause = Pause(leased, model, network, enabled=settings.memory.yield_to_generations, report=report)
+        pause = Pause(leased, model, network, enabled=settings.memory.yield_to_generations, report=report, paused=paused,
+                      stop=stop)
         vae_budget = encoding_budget("vae", settings, model, leased, network)
         source = at_end.enter_context(contextlib.closing(latents_of(
             plan, model, vae_tensors(leased.tensors), group, folder, report=report, stop=stop, pause=pause, budget=vae_budget)))
@@ -244,7 +246,8 @@ def _train_config(plan: RunPlan, model: FrozenModel, memory: MemoryPlan, *, dtyp
         steps=schedule.steps, epochs=schedule.epochs, steps_per_epoch=schedule.steps_per_epoch,
         accumulation=optimizer.gradient_accumulation_steps, optimizer=optimizer_config(settings),
         schedule=schedule_config(settings, steps=schedule.steps),
-        unet_lr=unet_lr, text_encoder_lr=text_encoder_lr, seed=optimizer.seed,
+        unet_lr=unet_lr, text_encoder_lr=text_encoder_lr, embedding_lr=settings.embedding_rate,
+        embedding_steps=embedding_steps(settings, schedule.steps), seed=optimizer.seed,
         noise=NoiseConfig(**dataclasses.asdict(settings.noise)), loss=LossConfig(
             dtype=dtype, function=loss_function(loss, model.schedule), min_snr_gamma=loss.min_snr_gamma,
             debiased_estimation_loss=loss.debiased_estimation_loss, v_pred_like_loss=loss.v_pred_like_loss,

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lib_lora_train.adapters.embedding import EMBEDDING_PREFIX
 from lib_lora_train.adapters.file import read_shapes
 from lib_lora_train.adapters.network import AdapterNetwork, kind_of
 from lib_lora_train.adapters.stack import WeightedLora
@@ -70,6 +71,7 @@ def plan_for(plan: RunPlan, *, tensors: Mapping[str, Tensor], architecture: Arch
         chunks=chunks_in_longest(line for example in plan.dataset.examples for line in example.lines),
         text_checkpointed=memory.gradient_checkpointing,
         encoded=min(memory.vae_batch_size or 1, batch) if settings.encodes_in_steps else 0,
+        words=settings.network.embedding_vectors if settings.embedding_rate else 0,
         optimizer_bytes=kept_bytes(settings), merged=merged_bytes(on_top, tensors, architecture),
         sampled=max(((p.request.width, p.request.height) for p in plan.prompts), key=math.prod, default=None))
     kept = settings.preservation.preservation
@@ -110,7 +112,8 @@ def planned_layers(settings: Settings, tensors: Mapping[str, Tensor], architectu
     if not network.network_weights:
         selected = select(network, components, family=family)
         return tuple(Layer(target, selected.sizes[target.key][0], kind=selected.kind) for target in selected.targets)
-    shapes = read_shapes(Path(network.network_weights))
+    shapes = {name: shape for name, shape in read_shapes(Path(network.network_weights)).items()
+              if not name.startswith(EMBEDDING_PREFIX)}
     kind, held = kind_of(shapes), dict[str, dict[str, tuple[int, ...]]]()
     for name, shape in shapes.items():
         held.setdefault(name.partition(".")[0], {})[name.partition(".")[2]] = shape
@@ -131,7 +134,7 @@ def parts_not_needed(settings: Settings, device: torch.device, *, examples: Sequ
     if device.type != "cuda":
         return frozenset()
     parts: dict[Part, bool] = {"vae": not settings.encodes_in_steps,
-                               "text": not settings.rates[1] and known_captions(examples) is not None}
+                               "text": not settings.encodes_text_in_steps and known_captions(examples) is not None}
     return frozenset(part for part, idle in parts.items() if idle)
 
 

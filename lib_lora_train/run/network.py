@@ -17,10 +17,12 @@ from lib_lora_train.model.architecture import Architecture
 from lib_lora_train.model.family import Family
 from lib_lora_train.model.fingerprint import not_finite
 from lib_lora_train.model.frozen import FrozenModel
+from lib_lora_train.run.embedding import add_trigger_embedding, ordinary_trigger
 from lib_lora_train.run.optimizing import check_network
 from lib_lora_train.run.planning import RunPlan
-from lib_lora_train.run.selection import rate_factors, select, targets_of_file
+from lib_lora_train.run.selection import chosen_kind, name_of, rate_factors, select, targets_of_file
 from lib_lora_train.settings import NetworkSettings, Settings, named, no_effect
+from lib_lora_train.settings.network_checks import check_kind, unused_of_kind
 from lib_lora_train.training.checkpoint import TrainingState
 
 
@@ -50,8 +52,8 @@ class InitialWeights:
 
 
 def build_network(settings: Settings, model: FrozenModel, weights: InitialWeights, *, report: Report) -> AdapterNetwork:
-    """The network on the model's device; parts that are not to be trained are frozen. Raises LoraFileError, and
-    SettingError where the optimizer cannot train it."""
+    """The network on the model's device; parts that are not to be trained are frozen. Raises LoraFileError, and SettingError
+    where the optimizer cannot train it or a resumed run does not know the trigger word."""
     chosen, seed, family = settings.network, settings.optimizer.seed, model.architecture.family
     train_text = not chosen.network_train_unet_only
     with translated("making the LoRA's layers"):
@@ -61,18 +63,33 @@ def build_network(settings: Settings, model: FrozenModel, weights: InitialWeight
                                            sizes=selected.sizes, kind=selected.kind)
         else:
             targets = targets_of_file(chosen, model.components, family=family, keys=weights.tensors)
-            network = AdapterNetwork.continued(targets, weights.tensors, seed=seed)
+            # A state has the kind of the run's settings, and its file all of that kind's arguments.
+            kind = chosen_kind(chosen) if weights.state is not None and not chosen.network_weights else None
+            network = AdapterNetwork.continued(targets, weights.tensors, seed=seed, kind=kind)
             if network.fresh:
                 report(Warned(f"{counted(len(network.fresh), 'layer')} not in {weights.name} will start anew."))
+            _check_continued(chosen, network, report=report)
         if not train_text:
             network.freeze({component for component in model.components if component != "unet"})
         if not settings.rates[0]:
             network.freeze({"unet"})
-        check_network(settings, network)
+        if chosen.train_trigger_embedding:
+            add_trigger_embedding(network, settings, model, weights=weights.name, resumed=weights.state is not None,
+                                  report=report)
         _set_up_training(chosen, network, family)
+        check_network(settings, network)
         network = network.to(model.device)
         network.begin_at(model.components, network.layers if weights.tensors is None else network.fresh)
         return network
+
+
+def _check_continued(chosen: NetworkSettings, network: AdapterNetwork, *, report: Report) -> None:
+    """What `settings` checks of a new network, where a file says which kind it is. Raises SettingError."""
+    module, dora = name_of(network.kind)
+    check_kind(chosen, module=module, dora=dora)
+    for name, why in unused_of_kind(module) if chosen.network_weights else ():
+        if getattr(chosen, name):
+            report(Warned(no_effect(name, why)))
 
 
 def _set_up_training(chosen: NetworkSettings, network: AdapterNetwork, family: Family) -> None:
@@ -119,7 +136,7 @@ def ignored_by(model: FrozenModel, settings: Settings) -> list[str]:
     if model.architecture.zero_terminal_snr and model.schedule.prediction_type == "epsilon":
         notes.append("Zero terminal SNR suits models that predict v; one that predicts noise learns nothing from pure noise. "
                      f"If this one predicts v, set {named('v_parameterization')}.")
-    return notes + _doubts(model.architecture)
+    return notes + ordinary_trigger(model, settings) + _doubts(model.architecture)
 
 
 def _doubts(architecture: Architecture) -> list[str]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lib_lora_train.adapters import file
+from lib_lora_train.adapters.embedding import EMBEDDING_PREFIX
 from lib_lora_train.adapters.stack import WeightedLora, find_lora, split_tags
 from lib_lora_train.adapters.targets import find_targets, of_keys
 from lib_lora_train.errors import LoraFileError, SettingError
@@ -46,6 +47,17 @@ def written(loras: Sequence[WeightedLora]) -> str:
     """The setting that names them by their absolute paths; those with a weight for each part by name."""
     return ", ".join(f"{lora.path.absolute()}:{lora.unet_weight:g}" if lora.unet_weight == lora.text_weight else
                      f"<lora:{lora.path.stem}:{lora.text_weight:g}:{lora.unet_weight:g}>" for lora in loras)
+
+
+def unused_words(loras: Sequence[WeightedLora]) -> list[str]:
+    """A sentence for each of the LoRAs that has words with vectors of their own."""
+    found = []
+    for lora in loras:
+        keys = [key.removeprefix(EMBEDDING_PREFIX) for key in file.read_shapes(lora.path) if key.startswith(EMBEDDING_PREFIX)]
+        if words := ", ".join(sorted({key.partition(".")[0] for key in keys})):
+            found.append(f"{lora.path.name} has vectors of its own for {words}: while training on top of it, captions are read "
+                         "without them.")
+    return found
 
 
 def merged_bytes(loras: Sequence[WeightedLora], tensors: Mapping[str, Tensor], architecture: Architecture) -> int:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from lib_lora_train.adapters.flat import FlatWeights
 from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.errors import SettingError
-from lib_lora_train.settings import DECLARATIONS, Settings, named, no_effect
+from lib_lora_train.settings import DECLARATIONS, Settings, flat, named, no_effect
 from lib_lora_train.settings.arguments import arguments_of
 from lib_lora_train.settings.kohya import default_weight_decay
 from lib_lora_train.training.optimizer_kinds import Arguments, Imported, Traits, knows_weight_decay
 from lib_lora_train.training.optimizers import OptimizerConfig, RunOptimizer, check_rates, spec_of
 from lib_lora_train.training.schedules import ScheduleConfig
 
+_LORA_PLUS = ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio")
+_BLOCK_RATES = ("down_lr_weight", "mid_lr_weight", "up_lr_weight")
 _LEAST_FACTOR = 0.1  # sd-scripts warns at this learning rate and below of optimizers that find the rate themselves
 _POLYNOMIAL_END = 1e-7  # of the learning rate, in transformers
 
@@ -39,6 +43,11 @@ def schedule_config(settings: Settings, *, steps: int) -> ScheduleConfig:
         timescale=chosen.lr_scheduler_timescale)
 
 
+def embedding_steps(settings: Settings, steps: int) -> int:
+    """The steps of a run of so many after which the trigger word's vectors stay as they are."""
+    return steps if traits_of(settings).own_schedule else math.ceil(settings.network.stop_embedding_training * steps)
+
+
 def in_steps(number: float, steps: int) -> int:
     """A number of steps, or a share of so many."""
     return int(number * steps if number < 1 else number)
@@ -59,15 +68,19 @@ def check_optimizer(settings: Settings, *, built: bool = False) -> None:
     `built` the optimizer is built on trial, as it will be when the training begins."""
     config = optimizer_config(settings)
     spec = spec_of(config.name)
-    traits, chosen, rates = spec.traits(config.arguments), settings.optimizer, [rate for rate in settings.rates if rate]
+    traits, chosen, rates = spec.traits(config.arguments), settings.optimizer, [
+        rate for rate in (*settings.rates, settings.embedding_rate) if rate]
     if "lr" in _arguments(settings):
         raise SettingError(f"{named('optimizer_args')} holds 'lr'", remedy=f"write {named('learning_rate')}")
     spec.check(config.arguments)
     if traits.adapts_rate and min(rates) <= _LEAST_FACTOR:
-        low = "text_encoder_lr" if settings.rates[1] == min(rates) else "unet_lr" if chosen.unet_lr else "learning_rate"
+        low = "unet_lr" if chosen.unet_lr else "learning_rate"
+        for name, rate in (("text_encoder_lr", settings.rates[1]), ("embedding_lr", settings.embedding_rate)):
+            low = name if rate == min(rates) else low
         raise SettingError(f"{named(low)} = {min(rates):g} is too low for {config.name}", why="it finds the learning rate "
                            "itself, and the one that is set multiplies it", remedy=f"set {low} to 1")
     check_rates(traits, rates, config.name)
+    _check_beside_network(settings, traits)
     if chosen.lr_scheduler == "adafactor" and not traits.own_rate:
         raise SettingError(f"{named('lr_scheduler')} = adafactor is not possible with {config.name}", why="it is the learning "
                            "rate that Adafactor chooses with relative_step",
@@ -77,6 +90,20 @@ def check_optimizer(settings: Settings, *, built: bool = False) -> None:
                            "already", remedy="set it to 0")
     if built:
         _build_on_trial(config, rate=rates[0], step=isinstance(spec, Imported) and not spec.package)
+
+
+def _check_beside_network(settings: Settings, traits: Traits) -> None:
+    """Raise SettingError for settings of the network that the optimizer cannot be used with."""
+    name, network = settings.optimizer.optimizer_type, settings.network
+    for given in (*_LORA_PLUS, *_BLOCK_RATES):
+        value = getattr(network, given)
+        if value not in (0, 1, "") and (traits.one_rate or traits.needs_pairs and given in _LORA_PLUS):
+            raise SettingError(f"{named(given)} = {value} is not possible with {name}", why="it has one learning rate for all "
+                               "weights" if traits.one_rate else "both make up for the different sizes of the two matrices",
+                               remedy=f"leave {given} empty, or choose AdamW")
+    if traits.averages and network.scale_weight_norms:
+        raise SettingError(f"{named('scale_weight_norms')} is not possible with {name}", why="the weights that are scaled are "
+                           "not those that are saved", remedy="set it to 0, or choose another optimizer")
 
 
 def _build_on_trial(config: OptimizerConfig, *, rate: float, step: bool) -> None:
@@ -102,7 +129,11 @@ def check_optimizer_device(settings: Settings, device: torch.device) -> None:
 
 
 def check_network(settings: Settings, network: AdapterNetwork) -> None:
-    """Raise SettingError where the optimizer trains pairs of matrices, and the network has none that are trained."""
+    """Raise SettingError where no layer is trained, or where the optimizer trains pairs of matrices and there are none."""
+    if not any(weight.requires_grad for group in network.parameter_groups(
+        *settings.rates, settings.embedding_rate) for weight in group["params"]):
+        raise SettingError("Nothing would be trained", why="the learning rates of all layers of the network are 0",
+                           remedy=f"raise {named('text_encoder_lr')} or {named('learning_rate')}, or choose other layers")
     trained = [pair for pair in network.pairs() if all(weight.requires_grad for weight in pair)]
     if traits_of(settings).needs_pairs and not trained:
         raise SettingError(f"{named('optimizer_type')} = {settings.optimizer.optimizer_type} is not possible", why="it trains "
@@ -111,7 +142,7 @@ def check_network(settings: Settings, network: AdapterNetwork) -> None:
 
 def ignored_by_optimizer(settings: Settings) -> list[str]:
     """A sentence for each setting that was changed and has no effect on this optimizer. Raises SettingError."""
-    default, chosen = type(settings.optimizer)(), settings.optimizer
+    default, now, chosen = flat(Settings()), flat(settings), settings.optimizer
     spec, given, found = spec_of(chosen.optimizer_type), _arguments(settings), list[tuple[str, str]]()
     traits, kind = spec.traits(given), chosen.optimizer_type
     if "weight_decay" in given:
@@ -123,9 +154,13 @@ def ignored_by_optimizer(settings: Settings) -> list[str]:
             "lr_scheduler", "lr_scheduler_num_cycles", "lr_scheduler_power", "lr_scheduler_min_lr_ratio", "lr_decay_steps",
             "lr_scheduler_timescale")]
     if traits.own_rate:
-        found += [(name, traits.own_schedule) for name in ("learning_rate", "unet_lr", "text_encoder_lr", "lr_warmup_steps")]
-    return [no_effect(name, why) for name, why in found
-            if getattr(chosen, name) != getattr(default, name) and getattr(chosen, name) != "adafactor"]
+        found += [(name, traits.own_schedule) for name in (
+            "learning_rate", "unet_lr", "text_encoder_lr", "lr_warmup_steps", *_LORA_PLUS)]
+        found += [(name, f"{traits.own_schedule}, so that only a 0 counts") for name in _BLOCK_RATES]
+    told = [no_effect(name, why) for name, why in found if now[name] not in (default[name], "adafactor")]
+    if settings.embedding_rate and traits.own_schedule and settings.network.stop_embedding_training < 1:
+        told.append(no_effect("stop_embedding_training", traits.own_schedule))
+    return told
 
 
 def optimizer_name(settings: Settings) -> str:

@@ -30,12 +30,13 @@ from lib_lora_train.inputs.latent_files import CACHE_FOLDER
 from lib_lora_train.model.family import training_sizes
 from lib_lora_train.model.sampler import SampleRequest
 from lib_lora_train.run.consistency import agree_on_settings
-from lib_lora_train.run.on_top import loras_on_top, written
+from lib_lora_train.run.embedding import check_embedding
+from lib_lora_train.run.on_top import loras_on_top, unused_words, written
 from lib_lora_train.run.optimizing import check_optimizer, ignored_by_optimizer, in_steps
 from lib_lora_train.run.output import checked_name, destination
 from lib_lora_train.run.resume import ResumePoint, find, with_recorded_split
 from lib_lora_train.run.selection import check_family
-from lib_lora_train.settings import DECLARATIONS, Settings, flat, ignored, named, no_effect, parse
+from lib_lora_train.settings import DECLARATIONS, Settings, check_preservation, flat, ignored, named, no_effect, parse
 from lib_lora_train.settings.allowed_paths import AllowedPaths, check_allowed
 from lib_lora_train.settings.dataset_config import notes as folder_notes
 from lib_lora_train.settings.dataset_config import subsets_of, with_text
@@ -126,11 +127,12 @@ def plan_job(settings: Settings, host: Host, *, on_progress: Progress | None = N
     settings = with_recorded_split(_with_seed(settings, resume_point, group), resume_point)
     target = result_path(settings, host, resume_point) if group.rank == 0 else Path(settings.save.output_name)
     checkpoint = host.checkpoint()
-    on_top = written(loras_on_top(settings, host, family=checkpoint.family if checkpoint else ""))
-    settings = dataclasses.replace(settings, network=dataclasses.replace(settings.network, train_on_top_of=on_top))
+    on_top = loras_on_top(settings, host, family=checkpoint.family if checkpoint else "")
+    settings = dataclasses.replace(settings, network=dataclasses.replace(settings.network, train_on_top_of=written(on_top)))
     plan = plan_dataset(settings, family=checkpoint.family if checkpoint else "", allowed=host.allowed, on_progress=on_progress,
                         should_stop=should_stop, processes=group.world_size)
-    return dataclasses.replace(plan, settings=_frozen(plan), target=target, resume_point=resume_point)
+    return dataclasses.replace(plan, settings=_frozen(plan), target=target, resume_point=resume_point,
+                               warnings=(*plan.warnings, *unused_words(on_top)))
 
 
 def plan_dataset(settings: Settings, *, family: str, allowed: AllowedPaths | None = None,
@@ -147,7 +149,9 @@ def plan_dataset(settings: Settings, *, family: str, allowed: AllowedPaths | Non
     if not dataset_settings.train_data_dir:
         raise DatasetError("No dataset folder was given", remedy="choose a folder of pictures")
     check_optimizer(settings)  # what is not possible is refused here, before anything is read
+    check_embedding(settings)
     check_family(settings.network, family)
+    check_preservation(settings.preservation, triggers=[each.dataset.trigger_word for each in subsets_of(settings)])
     buckets = functools.lru_cache(maxsize=None)(functools.partial(buckets_for, sizes=training_sizes(family)))
     may_read = allowed.may_read if allowed else None
     found = at_each_resolution(read_folder(
@@ -221,7 +225,7 @@ def _frozen(plan: RunPlan) -> Settings:
 
 def _varied(settings: Settings, dataset: Dataset) -> list[str]:
     """What captions cost that are too many to be encoded beforehand."""
-    if settings.rates[1] or known_captions(dataset.examples) is not None:
+    if settings.encodes_text_in_steps or known_captions(dataset.examples) is not None:
         return []
     return ["Captions vary from step to step, so each new one is read by the text encoder when its step comes, which stays on "
             "the GPU: about 0.2 GB for SD1, 0.7 GB for SD2, 1.6 GB for SDXL in fp16, and a few hundredths of a second a step."]

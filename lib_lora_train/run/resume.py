@@ -36,7 +36,8 @@ FIXED = frozenset({"network_dim", "network_alpha", "network_train_unet_only", "n
                    "optimizer_args", "network_module", "dora_wd", "network_targets", "conv_dim", "conv_alpha", "factor",
                    "full_matrix", "rs_lora", "loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio",
                    "block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas", "down_lr_weight", "mid_lr_weight",
-                   "up_lr_weight", "block_lr_zero_threshold"})
+                   "up_lr_weight", "block_lr_zero_threshold", "train_trigger_embedding", "embedding_vectors",
+                   "embedding_init_text"})
 # These change none of the steps to come. The files below changed paths are compared apart, and so is the length of the run,
 # which matters to the schedule.
 FREE = frozenset({

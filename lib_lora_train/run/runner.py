@@ -133,7 +133,7 @@ class Runner:
         self._tasks: TaskRunner[events.Finished] = TaskRunner("lora-train")
         self._run: _Run | None = None
         self._guards: list[Callable[[Settings], None]] = []
-        self._samples_wanted, self._save_wanted = threading.Event(), threading.Event()
+        self._samples_wanted, self._save_wanted, self._paused = threading.Event(), threading.Event(), threading.Event()
 
     def guard(self, check: Callable[[Settings], None]) -> None:
         """Have `check` asked before each start: it raises HostError where something else is under way that must end first."""
@@ -161,9 +161,9 @@ class Runner:
             job = functools.partial(run_job, plan, host, report=functools.partial(self._report, run, host),
                                     stop=functools.partial(self._stop_wanted, host), folder=folder,
                                     sample_now=functools.partial(_requested, self._samples_wanted),
-                                    save_now=functools.partial(_requested, self._save_wanted))
-            self._samples_wanted.clear()
-            self._save_wanted.clear()
+                                    save_now=functools.partial(_requested, self._save_wanted), paused=self._paused.is_set)
+            for wanted in (self._samples_wanted, self._save_wanted, self._paused):
+                wanted.clear()
             try:
                 if old:
                     run.remember(old)
@@ -193,6 +193,13 @@ class Runner:
         with self._lock:
             if self._tasks.running:
                 self._save_wanted.set()
+            return self._tasks.running
+
+    def pause(self, paused: bool) -> bool:
+        """Have the running job stand still before its next step, or go on. False if nothing runs."""
+        with self._lock:
+            if self._tasks.running:
+                self._paused.set() if paused else self._paused.clear()
             return self._tasks.running
 
     def running(self) -> bool:

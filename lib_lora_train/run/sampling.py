@@ -97,7 +97,7 @@ class SampleCallback:
         # The LoRA in training is always there: its own name in a prompt must not bring an older file of it as well.
         loras = tuple(find_lora(tag, self._lora_folder) for tag in prompt.loras if tag.name != self._plan.target.stem)
         sample, stack = _Sample(index, prompt, loras), load_stack(self._model, loras)
-        if self._plan.settings.rates[1]:
+        if self._plan.settings.encodes_text_in_steps:
             return sample
         unadapted = self._condition(prompt.request, stack)
         frozen = {component: layers for component, layers in self._network.adapters().items() if component != UNET_COMPONENT}

@@ -82,8 +82,8 @@ class Probe:
             for layer in layers:
                 layer.multiplier = float(adapted)
             return sum(float(denoising_loss(
-                self.model, row, conditioning=self.condition.encode(row), adapters=self.network.adapters().get("unet", {}),
-                config=config)) for row in self.rows) / len(self.rows)
+                self.model, row, conditioning=self.condition.encode(row, adapted=adapted),
+                adapters=self.network.adapters().get("unet", {}), config=config)) for row in self.rows) / len(self.rows)
         finally:
             for layer in layers:
                 layer.multiplier = 1.0

@@ -10,6 +10,7 @@ names (trigger_word, loss_weight, rotation) may also stand in `custom_attributes
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import os
@@ -35,6 +36,8 @@ _UNUSED: dict[str, Value | None] = {
     "network_multiplier": 1, "validation_split": 0, "resize_interpolation": "", "face_crop_aug_range": "",
     "cache_info": None, "validation_seed": None}
 """sd-scripts' names that change nothing here, and the value with which they change nothing there (None: any)."""
+KNOWN_NAMES = frozenset({*_OF_BLOCKS, *_OF_FOLDERS, *_OF_ONE_FOLDER, *_UNUSED})
+"""What may stand in one."""
 _OTHER_KINDS = {"metadata_file": "captions are read from files beside the pictures"}
 
 
@@ -113,6 +116,13 @@ def notes(settings: Settings) -> list[str]:
     if tables and settings.dataset.reg_data_dir:
         found.append(no_effect("reg_data_dir", f"{named('dataset_config')} names all folders, with is_reg"))
     return found
+
+
+def folders_in(text: str) -> list[str]:
+    """The folders that such a text names, as they are written in it; none where it cannot be read."""
+    with contextlib.suppress(SettingError):
+        return [str(values["image_dir"]) for values in _read(text)]
+    return []
 
 
 def each_resolution(subset: SubsetSettings) -> tuple[SubsetSettings, ...]:

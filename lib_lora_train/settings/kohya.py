@@ -22,6 +22,10 @@ _OTHER_NOISE = {"original": ("multires_noise_iterations", "multires_noise_discou
 """kohya_ss's noise_offset_type -> what it stores beside it and does not use (its lora_gui.py)."""
 
 
+ARGUMENTS = ("network_args", "optimizer_args", "lr_scheduler_args")
+"""Lists of "key=value"."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Adopted:
     """A file's values with kohya's names and conventions made ours, and what became of the others.

@@ -27,6 +27,22 @@ class NetworkSettings:
     network_train_unet_only: bool = setting(
         True, "UNet only", "Leave the text encoder as it is: less memory, faster. Off trains it too, which helps a new "
         "trigger word.", in_view=True)
+    train_trigger_embedding: bool = setting(
+        False, "Train the trigger word's embedding", "Give the trigger word vectors of its own and train them with the LoRA, "
+        "so that the word is learnt although the text encoder stays as it is. They lie in the LoRA's file, and the word means "
+        "this wherever the LoRA is in the prompt. Takes a little more memory and time.")
+    embedding_vectors: int = setting(
+        2, "Vectors of the trigger word", "More hold more detail, and each takes one of the prompt's 75 tokens.", minimum=1,
+        maximum=32)
+    embedding_init_text: str = setting(
+        "", "Initial text", "Words close to what is learnt, such as a toy: the vectors begin with their meaning. Empty takes "
+        "the class word if there is one, else what the trigger word means already.")
+    embedding_lr: float = setting(
+        1e-3, "Embedding learning rate", "How fast the trigger word's vectors learn. 1e-3 is usual; lower it if the pictures "
+        "break up early.", minimum=0, maximum=10)
+    stop_embedding_training: float = setting(
+        1.0, "Embedding trained until", "The share of the run after which the vectors stay as they are and only the LoRA goes "
+        "on. 0.5 helps where everything looks like the training pictures.", minimum=0.01, maximum=1, step=0.05)
     network_weights: str = setting(
         "", "Continue from LoRA", "A LoRA file to go on from. Its kind, layers, rank and alpha are taken over.",
         is_path=True)

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lib_lora_train.adapters.network import AdapterNetwork
+from lib_lora_train.adapters.network import EMBEDDING_GROUP, AdapterNetwork
 from lib_lora_train.distributed import SINGLE_PROCESS, ProcessGroup, rows_of
 from lib_lora_train.errors import translated
 from lib_lora_train.events import Report
@@ -36,7 +36,8 @@ EpochBatches = Callable[[int, int], Iterable[Batch]]
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """The numbers of a run. Steps and epochs count from 1. `cuda_graphs` and `compiled` speed a step up where they can."""
+    """The numbers of a run. Steps and epochs count from 1. After `embedding_steps` the vectors of words stay as they are.
+    `cuda_graphs` and `compiled` speed a step up where they can."""
 
     steps: int
     epochs: int
@@ -51,6 +52,8 @@ class TrainConfig:
     step: StepConfig
     noise: NoiseConfig = NoiseConfig()
     preservation: Preservation = Preservation()
+    embedding_lr: float = 0.0
+    embedding_steps: int = 0
     cuda_graphs: bool = False
     compiled: bool = False
 
@@ -136,7 +139,7 @@ def train(model: FrozenModel, *, network: AdapterNetwork, epoch_batches: EpochBa
     A step whose loss or gradients are not finite is not applied. Raises TrainingError if that happens too often in a row (the
     network then holds its last good weights) or if the memory runs out with one image at a time.
     """
-    device, rates = model.device, (config.unet_lr, config.text_encoder_lr)
+    device, rates = model.device, (config.unet_lr, config.text_encoder_lr, config.embedding_lr)
     weights = network.flatten(*rates, dtype=config.loss.dtype)
     optimizer = RunOptimizer(weights, spec_of(config.optimizer.name), config.optimizer, pairs=network.pairs())
     # With β the gradients are up to β/2 times as large: a scale that fits them at once spares steps that would be skipped.
@@ -158,7 +161,8 @@ def train(model: FrozenModel, *, network: AdapterNetwork, epoch_batches: EpochBa
         for step, epoch, batches in _steps(epoch_batches, config, begin=progress.step):
             if group.any(not all(callback.before_step(progress) for callback in callbacks)):
                 break
-            optimizer.set_learning_rate(learning_rate_factor(config.schedule, step - 1))
+            optimizer.set_learning_rate(learning_rate_factor(config.schedule, step - 1),
+                                        stopped={EMBEDDING_GROUP} if step > config.embedding_steps else ())
             inputs = [part for micro, batch in enumerate(batches) for part in _inputs(
                 batch, step, micro, len(batches), model=model, condition=condition, config=config, group=group,
                 dropout=bool(network.dropout))]

@@ -72,7 +72,7 @@ def load(kept: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, weights: 
     of_weights: dict[int, dict[str, Tensor]] = {}
     of_groups: dict[str, dict[str, Tensor]] = {}
     for key, tensor in kept.items():
-        owner, _, name = key.partition(".")
+        owner, _, name = key.rpartition(".")  # a group's name may hold one
         (of_weights.setdefault(int(owner), {}) if owner.isdecimal() else of_groups.setdefault(owner, {}))[name] = tensor
     groups = {group.name: options for group, options in zip(weights.groups, optimizer.param_groups, strict=True)}
     if any(number >= len(weights.shapes) for number in of_weights) or of_groups.keys() - groups.keys():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -141,14 +141,14 @@ class RunOptimizer:
     def _parameters(self, group: FlatGroup) -> list[torch.nn.Parameter]:
         return [group.parameter] if self.traits.accepts_flat else [weight for _, weight, _ in group.members]
 
-    def set_learning_rate(self, factor: float) -> None:
-        """Multiply each group's learning rate by the schedule's factor."""
+    def set_learning_rate(self, factor: float, *, stopped: Collection[str] = ()) -> None:
+        """Multiply each group's learning rate by the schedule's factor; that of `stopped` groups (their names) by 0."""
         for group, flat in zip(self.optimizer.param_groups, self.weights.groups, strict=True):
-            self._rates[flat.name] = flat.rate * factor
+            rate = self._rates[flat.name] = 0.0 if flat.name in stopped else flat.rate * factor
             if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(flat.rate * factor)
+                group["lr"].fill_(rate)
             elif not self.traits.own_rate:
-                group["lr"] = flat.rate * factor
+                group["lr"] = rate
 
     def learning_rates(self) -> dict[str, float]:
         """The learning rates in force, by the group's name. Where the optimizer finds them, what it has found so far."""

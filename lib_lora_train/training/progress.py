@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from lib_lora_train.adapters.network import EMBEDDING_GROUP
 from lib_lora_train.errors import TrainingError
 from lib_lora_train.events import Report, Step, Warned
 from lib_lora_train.settings import named
@@ -115,7 +116,7 @@ class LossReporter:
         own, nothing = (sum(losses) / _WINDOW for losses in zip(*self._compared, strict=True))
         if len(self._compared) == _WINDOW and own > nothing * self._bound and not self._told_worse:
             self._told_worse = True
-            rate = max(pending.rates.values(), default=0.0)
+            rate = max((rate for name, rate in pending.rates.items() if name != EMBEDDING_GROUP), default=0.0)
             self._report(Warned(
                 f"At step {pending.step} the loss is above that of predicting nothing ({own:.3f} instead of {nothing:.3f} "
                 f"over {_WINDOW} steps), so that the LoRA would be of no use: stop, and lower the learning rate ({rate:.3g} at "

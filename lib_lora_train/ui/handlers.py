@@ -96,6 +96,18 @@ class Handlers:
             chosen["overwrite"] = True
         return self.start(token, page, *chosen.values())
 
+    def list_folders(self, token: str, *values: object) -> tuple[Any, Any]:
+        """(an update of the folders' settings with each folder that holds images, a refusal as HTML or nothing)."""
+        if not self._ours(token):
+            return gr.update(), _problem(OUTDATED)
+        chosen = self._by_name(values)
+        if chosen["dataset_config"]:
+            return gr.update(), _problem(f"{named('dataset_config')} is not empty. Empty it to have the folders listed anew.")
+        try:
+            return gr.update(value=service.folder_settings(chosen, host=self.host)), ""
+        except LoraTrainError as error:
+            return gr.update(), _problem(str(error))
+
     def apply_preset(self, page: Latest, picked: gr.SelectData) -> list[Any]:
         """[what the preset is for, as HTML; an update for each field, empty where the preset does not name it]. `picked` is
         the press on the list, also one on what is in force already."""
@@ -186,7 +198,7 @@ class Handlers:
         except Interrupted:
             return "", 0
         except LoraTrainError as error:
-            if not chosen.get("train_data_dir"):
+            if not (chosen.get("train_data_dir") or chosen.get("dataset_config")):
                 return _note("Choose a folder of pictures to see what will happen."), 0
             return _problem(str(error)), 0
         except Exception as error:  # noqa: BLE001 - a defect; what stood there before would look like the answer

@@ -55,7 +55,7 @@ def build_tab(*, runner: Runner, host: Host, token: str) -> gr.Blocks:
             with gr.Tab("2 Train", elem_id="lora_train_page_train"), gr.Row(
                     equal_height=False, elem_classes=["lora-train-columns"]):
                 with gr.Column(scale=1, min_width=320, elem_id="lora_train_settings"):
-                    preset, about_preset, curve = _settings_column(fields, first)
+                    preset, about_preset, curve, folders = _settings_column(fields, first)
                 with gr.Column(scale=1, min_width=320, elem_id="lora_train_run"):
                     summary, start, answer, overwrite = _run_column()
             with gr.Tab("3 Results", elem_id="lora_train_page_results"):
@@ -81,6 +81,8 @@ def build_tab(*, runner: Runner, host: Host, token: str) -> gr.Blocks:
         fill.click(handlers.fill, inputs=[key, page, incoming], outputs=[about_preset, preset, *outputs],
                    **quiet).then(**planning)
         preset.select(handlers.apply_preset, inputs=[page], outputs=[about_preset, *outputs], **quiet).then(**planning)
+        folders.click(handlers.list_folders, inputs=[key, *inputs],
+                      outputs=[fields["dataset_config"], answer], **quiet).then(**planning)
         for name in fields:
             if DECLARATIONS[name].choices:
                 # Typed fields tell the script that they changed; a drop-down does not.
@@ -91,8 +93,9 @@ def build_tab(*, runner: Runner, host: Host, token: str) -> gr.Blocks:
     return tab
 
 
-def _settings_column(fields: dict[str, Any], first: Mapping[str, Value]) -> tuple[Any, Any, Any]:
-    """Adds each setting's component to `fields`; returns the preset's list, the line below it and the learning rate's curve."""
+def _settings_column(fields: dict[str, Any], first: Mapping[str, Value]) -> tuple[Any, Any, Any, Any]:
+    """Adds each setting's component to `fields`; returns the preset's list, the line below it, the learning rate's curve, and
+    the button that lists the folders."""
     placed = {name for row in ROWS_IN_VIEW for name in row}
     left_over = tuple(d.name for d in DECLARATIONS.values() if d.in_view and d.name not in placed)
     for number, row in enumerate((*ROWS_IN_VIEW, *((left_over,) if left_over else ()))):
@@ -116,7 +119,10 @@ def _settings_column(fields: dict[str, Any], first: Mapping[str, Value]) -> tupl
                 if area == "optimizer":
                     curve = gr.HTML("", elem_id="lora_train_schedule")
                 _folded_rows(folded, fields, first)
-    return preset, about_preset, curve
+                if area == "dataset":
+                    folders = unsaved(gr.Button("List the folders", elem_id="lora_train_list_folders", size="sm",
+                                                min_width=120))
+    return preset, about_preset, curve, folders
 
 
 def _folded_rows(folded: Iterable[Declaration], fields: dict[str, Any], first: Mapping[str, Value]) -> None:
@@ -137,12 +143,13 @@ def _run_column() -> tuple[Any, Any, Any, Any]:
     """The summary, the buttons, and the elements that the script draws into, with the result's buttons between them."""
     summary = gr.HTML("", elem_id="lora_train_summary")
     with gr.Row(elem_id="lora_train_buttons"):
-        start = unsaved(gr.Button("Train", variant="primary", elem_id="lora_train_start", min_width=80, scale=3))
+        start = unsaved(gr.Button("Train", variant="primary", elem_id="lora_train_start", min_width=70, scale=3))
         # These are pressed in the script, which asks before something is lost.
-        unsaved(gr.Button("Sample now", elem_id="lora_train_sample", min_width=120, scale=2, interactive=False))
-        unsaved(gr.Button("Save now", elem_id="lora_train_save", min_width=100, scale=2, interactive=False))
-        unsaved(gr.Button("Stop and save", elem_id="lora_train_stop_save", min_width=136, scale=2, interactive=False))
-        unsaved(gr.Button("Stop", elem_id="lora_train_stop", min_width=64, scale=1, interactive=False))
+        unsaved(gr.Button("Sample now", elem_id="lora_train_sample", min_width=114, scale=2, interactive=False))
+        unsaved(gr.Button("Save now", elem_id="lora_train_save", min_width=94, scale=2, interactive=False))
+        unsaved(gr.Button("Pause", elem_id="lora_train_pause", min_width=62, scale=1, interactive=False))
+        unsaved(gr.Button("Stop and save", elem_id="lora_train_stop_save", min_width=134, scale=2, interactive=False))
+        unsaved(gr.Button("Stop", elem_id="lora_train_stop", min_width=50, scale=1, interactive=False))
     answer = gr.HTML("", elem_id="lora_train_answer")
     overwrite = unsaved(gr.Button("Overwrite it", elem_id="lora_train_overwrite_it", visible=False))
     gr.HTML('<div id="lora_train_live"></div>')
@@ -162,6 +169,9 @@ def _page_data() -> str:
     tooltips |= {
         "lora_train_start": "Start the training (Ctrl+Enter).",
         "lora_train_sample": "Paint pictures with what was learnt so far, after the step under way.",
+        "lora_train_list_folders": "Write a text for Folder settings with every folder of pictures in the dataset folder, to "
+                                   "be changed.",
+        "lora_train_pause": "Stand still after the step under way, until it is pressed once more. Generations go through.",
         "lora_train_save": "Save the LoRA as it is after the step under way, and go on.",
         "lora_train_stop_save": "End within a step and keep what was learnt.",
         "lora_train_stop": "End within a step and keep nothing but files that were saved on the way.",

@@ -171,6 +171,7 @@ def test_a_run_is_started_watched_and_stopped(desk: Desk):
     again = desk.post("start", desk.good(output_name="other"), PAGE)
     assert again.status_code == 409 and "running already" in again.json()["error"]
     assert desk.post("save", {}, PAGE).json() == {"saving": True} and desk.runner.running()
+    assert [desk.post("pause", body, PAGE).json() for body in ({}, {"paused": False})] == [{"pausing": True}] * 2
     assert desk.post("stop", {"save": True}, PAGE).json() == {"stopping": True}
     assert desk.runner.wait(10)
     status = desk.get("status", PAGE).json()
@@ -221,7 +222,7 @@ def test_the_settings_can_be_built_from(desk: Desk):
 
 
 def test_a_loss_that_is_no_number_is_still_json(desk: Desk, monkeypatch: pytest.MonkeyPatch):
-    def fails(settings, host, *, report, stop, sample_now, save_now, folder=None):
+    def fails(settings, host, *, report, stop, sample_now, save_now, paused, folder=None):
         report(events.Step(1, 2, 1, 1, math.nan, math.inf, 1e-4, 0.0, None, None))
         return events.Finished("failed", "The loss is not a number.", "", 1)
     monkeypatch.setattr(runner_module, "run_job", fails)

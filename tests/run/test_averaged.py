@@ -60,31 +60,22 @@ def test_what_is_saved_sampled_measured_and_judged_are_the_weights_to_save(image
     assert finished.verdict == "healthy"  # what is trained at this rate is ruined
 
 
-@pytest.fixture
-def averaging(images, host):
-    """Settings of a run with a moving average, and what it saves if nobody interrupts it."""
-    chosen = settings(images, **EXACT, ema_decay=0.9)
-    return chosen, load_file(run(chosen, host, None)[0].path)
-
-
-def test_a_run_with_a_moving_average_saves_it_and_resumes_to_the_same_bytes(images, host, averaging):
-    chosen, straight = averaging
+def test_a_run_with_a_moving_average_saves_it_and_resumes_to_the_same_bytes(images, host):
+    chosen = settings(images, **{**EXACT, "max_train_steps": 4}, ema_decay=0.9)
+    straight = load_file(run(chosen, host, None)[0].path)
     folder = interrupted(chosen, host)
     kept, saved = load_file(folder / "state.safetensors"), load_file(Path(host.lora_folder) / "zzk-step00000002.safetensors")
-    # Of two steps: 9/11 of the second's weights and 2/11 of the first's, which AdamW made ± its rate from zero.
     up = next(key for key in saved if key.endswith("lora_up.weight"))
     assert not torch.equal(saved[up], kept[f"lora.{up}"])
     averages = {tensor.numpy().tobytes() for key, tensor in kept.items() if key.startswith("optimizer.ema.")}
     assert saved[up].flatten(1).numpy().tobytes() in averages
     resumed = load_file(run(going_on(chosen, folder), host, folder)[0].path)
     assert all(torch.equal(straight[key], resumed[key]) for key in straight)
-    plain = load_file(run(settings(images, **EXACT), host, None)[0].path)
-    assert not torch.equal(straight[up], plain[up])
 
 
 def test_a_schedule_free_run_saves_averages_and_resumes_to_the_same_bytes_also_where_it_is_sampled_and_measured(images, host):
     pytest.importorskip("schedulefree")
-    changes = {**EXACT, "optimizer_type": "AdamWScheduleFree", "optimizer_args": "betas=0.8,0.99"}
+    changes = {**EXACT, "max_train_steps": 4, "optimizer_type": "AdamWScheduleFree", "optimizer_args": "betas=0.8,0.99"}
     chosen = settings(images, **changes)
     finished, _ = run(chosen, host, None)
     straight = load_file(finished.path)

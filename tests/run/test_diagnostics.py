@@ -23,6 +23,7 @@ from lib_lora_train.run.diagnostics import Private, bundle, remember_log
 from lib_lora_train.run.record import RunRecord
 from lib_lora_train.run.runner import Runner
 from lib_lora_train.settings import parse
+from lib_lora_train.settings.toml import write_toml
 from tests.fake_host import FakeHost, images
 from tests.jobs import plan_of
 
@@ -52,7 +53,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def failed_run(host: FakeHost, data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run that failed in many words, as they come: in events, in a traceback, in the log, in settings."""
-    def job(settings, host, *, report, stop, sample_now, save_now, folder=None):
+    def job(settings, host, *, report, stop, sample_now, save_now, paused, folder=None):
         report(events.Planned(3, 1, 1, 1, 9, f"pictures of {data}", "64×64", "base", 1))
         report(events.Warned(f"Skipped: The picture {data / '1 anna.png'} cannot be used: it is damaged."))
         report(events.Warned(f"2 picture(s) have no caption: anna.png, {USER}.jpg."))
@@ -134,6 +135,23 @@ def test_folders_are_found_as_json_toml_and_another_system_spell_them():
         assert private.replaced(f"a {spelt} b {spelt}/c/d.txt!") == "a <x> b <x>", spelt
 
 
+def test_folders_that_a_dataset_config_names_are_private():
+    config = """[[datasets]]
+    [[datasets.subsets]]
+    image_dir = "/mnt/my data/cats"
+    [[datasets.subsets]]
+    image_dir = 'C:\\my pictures\\dogs'
+    [[datasets.subsets]]
+    image_dir = "D:\\\\some where\\\\mice"
+    """
+    private = Private.of({"dataset_config": config}, host=None, run=None)
+    for text in (config, write_toml({"dataset_config": config}), json.dumps({"dataset_config": config})):
+        told = private.replaced(text)
+        assert told.count("<image_dir>") == 3 and not any(word in told for word in (
+            "my data", "cats", "pictures", "dogs", "where", "mice"))
+    assert Private.of({"dataset_config": "[["}, host=None, run=None).replaced("[[") == "[["
+
+
 def test_a_long_run_and_a_damaged_one_make_a_small_zip(tmp_path: Path, home: Path):
     record = RunRecord(tmp_path / "runs" / "zzk", parse({"output_name": "zzk"}))
     (record.folder / "events.jsonl").write_bytes(b'{"event": "x"}\n' * 500_000 + b'{"torn\xff')
@@ -145,7 +163,7 @@ def test_a_long_run_and_a_damaged_one_make_a_small_zip(tmp_path: Path, home: Pat
 
 
 def test_our_own_refusals_keep_where_they_came_from_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def job(settings, host, *, report, stop, sample_now, save_now, folder=None):
+    def job(settings, host, *, report, stop, sample_now, save_now, paused, folder=None):
         raise HostError("The model is gone")
     monkeypatch.setattr(runner_module, "run_job", job)
     host, runner = FakeHost(tmp_path), Runner()

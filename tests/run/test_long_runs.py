@@ -61,7 +61,7 @@ def test_the_event_log_of_a_long_run_stays_short(tmp_path):
 
 
 def test_what_a_watcher_is_sent_stays_short_however_much_happens(monkeypatch, tmp_path):
-    def job(settings, host, *, report, stop, sample_now, save_now, folder=None):
+    def job(settings, host, *, report, stop, sample_now, save_now, paused, folder=None):
         for number in range(1, 3001):
             report(step(number, 3000))
             report(events.Saved(f"{number}.safetensors", number, 1, number == 3000))

@@ -41,7 +41,7 @@ def started(monkeypatch, fake, job) -> Runner:
 def test_a_second_start_is_refused_while_the_first_runs(monkeypatch, fake):
     go = threading.Event()
 
-    def job(settings, host, *, report, stop, sample_now, save_now, folder=None):
+    def job(settings, host, *, report, stop, sample_now, save_now, paused, folder=None):
         assert go.wait(30)
         return events.Finished("done", "ready", "zzk.safetensors", 1)
     one = started(monkeypatch, fake, job)
@@ -73,7 +73,7 @@ def test_a_run_is_over_only_when_the_next_one_may_start(monkeypatch, fake):
 
 
 def test_a_job_that_waits_for_its_host_is_shown_as_such_and_need_not_wait_on(monkeypatch, fake):
-    def job(settings, host, *, report, stop, sample_now, save_now, folder=None):
+    def job(settings, host, *, report, stop, sample_now, save_now, paused, folder=None):
         while not stop():
             pass
         return events.Finished("stopped", "given up", "", 0)
@@ -87,7 +87,7 @@ def test_a_job_that_waits_for_its_host_is_shown_as_such_and_need_not_wait_on(mon
 def test_stopping_reaches_the_job_with_its_kind(monkeypatch, fake):
     reached = threading.Event()
 
-    def job(settings, host, *, report, stop, sample_now, save_now, folder=None):
+    def job(settings, host, *, report, stop, sample_now, save_now, paused, folder=None):
         reached.set()
         while not stop():
             pass
@@ -102,7 +102,7 @@ def test_stopping_reaches_the_job_with_its_kind(monkeypatch, fake):
     (TrainingError("The loss is no number", remedy="lower it"), "The loss is no number; lower it."),
     (ZeroDivisionError("oops"), "ZeroDivisionError: oops")])
 def test_however_a_job_fails_the_watcher_hears_of_it(monkeypatch, fake, error, words):
-    def job(settings, host, *, report, stop, sample_now, save_now, folder=None):
+    def job(settings, host, *, report, stop, sample_now, save_now, paused, folder=None):
         report(step(3))
         raise error
     one = started(monkeypatch, fake, job)
@@ -112,7 +112,7 @@ def test_however_a_job_fails_the_watcher_hears_of_it(monkeypatch, fake, error, w
 
 
 def test_the_curve_stays_short_and_covers_the_whole_run(monkeypatch, fake):
-    def job(settings, host, *, report, stop, sample_now, save_now, folder=None):
+    def job(settings, host, *, report, stop, sample_now, save_now, paused, folder=None):
         for number in range(1, 5001):
             report(step(number, 5000, loss=number))
         return events.Finished("done", "ready", "", 5000)
@@ -126,7 +126,7 @@ def test_the_curve_stays_short_and_covers_the_whole_run(monkeypatch, fake):
 
 
 def test_a_run_is_a_folder_that_can_be_read_back(monkeypatch, fake):
-    def job(settings, host, *, report, stop, sample_now, save_now, folder=None):
+    def job(settings, host, *, report, stop, sample_now, save_now, paused, folder=None):
         report(events.Warned("one caption is empty"))
         report(step(1))
         report(events.Saved("a/zzk.safetensors", 1, 1, True))
@@ -174,7 +174,7 @@ def test_a_picture_whose_name_is_no_text_is_trained_and_told(images, host):
 def test_a_record_that_cannot_be_written_is_told_once_and_costs_nothing(monkeypatch, fake, caplog):
     (fake.runs_folder.parent / fake.runs_folder.name).write_text("a file where the folder should be", encoding="utf-8")
 
-    def job(settings, host, *, report, stop, sample_now, save_now, folder=None):
+    def job(settings, host, *, report, stop, sample_now, save_now, paused, folder=None):
         report(step(1))
         return events.Finished("done", "ready", "", 1)
     one = started(monkeypatch, fake, job)
@@ -196,7 +196,7 @@ def test_the_curve_of_a_resumed_run_begins_where_the_run_began(monkeypatch, fake
     chosen = parse({"output_name": "zzk", "train_data_dir": str(tmp_path)})
     run = interrupted_run(fake, chosen, step=10)
 
-    def job(settings, host, *, report, stop, sample_now, save_now, folder=None):
+    def job(settings, host, *, report, stop, sample_now, save_now, paused, folder=None):
         assert folder == fake.runs_folder / run
         report(events.Planned(3, 1, 10, 10, 100, "3 pictures", "64x64", "dreamshaper_8", 42, resumed_at=10))
         report(step(11))

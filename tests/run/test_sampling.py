@@ -223,7 +223,7 @@ def test_samples_are_asked_for_while_a_run_that_samples_is_under_way(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers, host, one = [], FakeHost(tmp_path), Runner()
 
-    def fake(plan, host, *, report, stop, sample_now, save_now, folder):
+    def fake(plan, host, *, report, stop, sample_now, save_now, paused, folder):
         answers.extend([sample_now(), one.sample_now(), sample_now(), sample_now()])
         return events.Finished("done", "ready", "", 1)
     monkeypatch.setattr("lib_lora_train.run.runner.run_job", fake)

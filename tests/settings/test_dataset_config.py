@@ -129,3 +129,10 @@ def test_a_folder_is_trained_at_each_size_that_is_listed():
     for text in ("512;", ";", "512;9999999", "512;x"):
         with pytest.raises(SettingError, match="resolution"):
             parse({"resolution": text})
+
+
+def test_the_example_of_the_documentation_is_one():
+    page = (Path(__file__).parents[2] / "docs" / "captions.md").read_text(encoding="utf-8")
+    small, large = subsets_of(of(page.partition("```toml\n")[2].partition("```")[0]))
+    assert (small.image_dir, small.dataset.num_repeats, small.dataset.trigger_word) == ("portraits", 10, "zzk")
+    assert (large.image_dir, large.dataset.num_repeats, large.dataset.resolution) == ("portraits", 5, "768")

@@ -5,6 +5,7 @@ The files are built from the fields that each program writes, with values its us
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import random
@@ -22,6 +23,7 @@ from lib_lora_train.host.port import Checkpoint
 from lib_lora_train.model.family import FAMILIES
 from lib_lora_train.run.provenance import Provenance
 from lib_lora_train.settings import DECLARATIONS, Settings, flat, parse
+from lib_lora_train.settings.dataset_config import subsets_of
 from lib_lora_train.settings.importing import KINDS, import_bytes, import_file, import_tables
 from lib_lora_train.settings.toml import write_toml
 from tests.jobs import plan_of
@@ -92,8 +94,9 @@ SD_SCRIPTS_VARIED = [
     {"optimizer_type": "prodigyopt.Prodigy", "optimizer_args": ["d_coef=2", "decouple=True"]},
     {"network_module": "networks.oft", "caption_prefix": "zzk, ", "secondary_separator": ";;;",
      "debiased_estimation_loss": True},
-    {"general": {"shuffle_caption": True}, "datasets": [{"resolution": 512, "batch_size": 4, "subsets": [
-        {"image_dir": "C:\\img", "num_repeats": 10, "custom_attributes": {"x": 1}}, {"image_dir": "reg", "is_reg": True}]}]},
+    {"general": {"shuffle_caption": True, "of_next_year": 1}, "datasets": [{"resolution": 512, "batch_size": 4, "subsets": [
+        {"image_dir": "C:\\img", "num_repeats": 10, "custom_attributes": {"x": 1}}, {"image_dir": "reg", "is_reg": True},
+        {"image_dir": "b", "face_crop_aug_range": [2.0, 4.0], "keep_tokens": 2}]}]},
     {"highvram": True, "ddp_timeout": 0, "fused_backward_pass": False, "validation_split": 0.1, "not_there": "x"}]
 
 LORA_SCRIPTS = {
@@ -226,7 +229,7 @@ def names(data: Mapping[str, Any]) -> Iterator[str]:
     for name, value in data.items():
         if isinstance(value, dict):
             yield from names(value)
-        elif isinstance(value, list) and value and all(isinstance(inner, dict) for inner in value) and name == "subsets":
+        elif isinstance(value, list) and value and all(isinstance(inner, dict) for inner in value):
             for inner in value:
                 yield from names(inner)
         else:
@@ -238,9 +241,7 @@ def test_every_name_of_a_file_is_taken_changed_or_told_with_a_reason(program: st
     found = imported(data)
     assert found.program == program and found.foreign
     told = {part for entry in found.entries for part in (entry.name, *entry.name.replace("--", "").split(".")[-1].split())}
-    dataset = {"general", "datasets"} if "datasets" in data else set()
-    within = set(names({name: data[name] for name in dataset}))
-    assert {name for name in names(data)} - within - {"additional_parameters", "value"} <= told
+    assert {name for name in names(data)} - {"additional_parameters", "value"} <= told
     for one in found.entries:
         assert one.kind in KINDS and (one.text or one.kind == "taken"), one
     parse({"output_name": "x", **found.values})  # nothing in it is impossible
@@ -307,6 +308,26 @@ def test_numbers_of_sd_scripts_and_lora_scripts_land_where_they_belong():
     assert prompts == "1girl --n lowres --w 512 --h 768 --l 7 --s 24 --d 2333"
 
 
+@pytest.mark.parametrize(("data", "varied", "expected"), [
+    (SD_SCRIPTS, SD_SCRIPTS_VARIED[8],
+     [("C:\\img", 10, False, 0, "512"), ("reg", 1, True, 0, "512"), ("b", 1, False, 2, "512")]),
+    (LORA_EASY, LORA_EASY_VARIED[7], [("C:/img/1", 1, False, 0, "1024,1024"), ("C:/img/2", 2, True, 0, "1024,1024")])])
+def test_folders_with_settings_of_their_own_come_along(data: dict, varied: dict, expected: list):
+    found = subsets_of(parse(imported(data, **varied).values))
+    assert [(of.image_dir, of.dataset.num_repeats, of.is_reg, of.captions.keep_tokens, of.dataset.resolution)
+            for of in found] == expected
+
+
+def test_of_arguments_each_one_that_is_possible_is_taken_and_the_others_are_named():
+    easy = imported(LORA_EASY, **LORA_EASY_VARIED[2])
+    kinds = {entry.name.rpartition(".")[2]: entry.kind for entry in easy.entries if "network_args.network_args" in entry.name}
+    assert kinds == {"algo": "changed", "preset": "changed", "use_tucker": "refused"}
+    assert easy.values["network_module"] == "LoHa"
+    flat = {**SD_SCRIPTS_VARIED[2], "network_module": "lycoris.kohya", "network_args": ["algo=loha", "use_tucker=True"]}
+    told = entry(imported(flat), "network_args")
+    assert told.kind == "refused" and "use_tucker=True" in told.text and "algo" not in told.text
+
+
 def test_numbers_of_lora_easy_land_where_they_belong():
     settings = parse(imported(LORA_EASY).values)
     assert (settings.dataset.resolution, settings.optimizer.train_batch_size) == ("1024,1024", 2)
@@ -325,6 +346,12 @@ def test_numbers_of_onetrainer_land_where_they_belong():
     assert parse(imported(ONETRAINER, **ONETRAINER_VARIED[1]).values).loss.min_snr_gamma == 7.0
     both = imported(ONETRAINER, **ONETRAINER_VARIED[4])
     assert parse(both.values).rates == (3e-4, 1e-5) and entry(both, "text_encoder_2.learning_rate").kind == "refused"
+    normal = {"timestep_distribution": "LOGIT_NORMAL", "noising_bias": 0.0, "noising_weight": 0.0}
+    assert imported(ONETRAINER, **normal).values["timestep_distribution"] == "sigmoid"
+    masked = imported(ONETRAINER, **ONETRAINER_VARIED[3])
+    assert masked.values["masked_loss"] and masked.values["unmasked_weight"] == 0.2
+    assert {entry(masked, name).kind for name in ("unmasked_probability", "normalize_masked_area_loss")} == {"refused"}
+    assert entry(imported(ONETRAINER), "unmasked_probability").kind == "unused"
     # It counts passes, not steps, and whole waves where others count halves of them.
     waves = imported(ONETRAINER, **ONETRAINER_VARIED[6]).values
     assert (waves["lr_warmup_steps"], waves["lr_scheduler_num_cycles"]) == (25, 4)
@@ -428,6 +455,22 @@ def test_a_file_of_our_own_is_read_exactly_and_held_to_its_names(tmp_path: Path)
     with pytest.raises(SettingError) as refusal:
         import_bytes(b"network_dim = 4\nlerning_rate = 1", name="run.toml")
     assert "lerning_rate" in str(refusal.value)
+
+
+ODD = (None, "", "x", -1, 0, 1e400, True, [], [[]], {}, {"a": 1}, [1, "2"], "\0", "9" * 400)
+
+
+@pytest.mark.parametrize(("program", "data"), FILES[::10])
+def test_whatever_a_value_of_a_program_is_its_file_is_read_or_refused_with_a_sentence(program: str, data: dict):
+    rng = random.Random(program)
+
+    def odd(table: Mapping[str, Any], share: float) -> dict[str, Any]:
+        return {name: rng.choice(ODD) if rng.random() < share else odd(value, share) if isinstance(value, dict) else value
+                for name, value in table.items()}
+    for share in [0.02, 0.1, 0.5] * 10:
+        with contextlib.suppress(SettingError):
+            found = imported(odd(data, share))
+            assert {entry.kind for entry in found.entries} <= KINDS.keys() and json.dumps(found.to_json())
 
 
 @pytest.mark.parametrize("data", [

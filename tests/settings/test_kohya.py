@@ -58,6 +58,18 @@ def test_the_type_of_noise_offset_decides_which_of_both_a_file_means(kind, expec
     assert (noise.noise_offset, noise.multires_noise_iterations) == expected
 
 
+def test_what_a_file_of_kohyas_does_to_captions_is_taken():
+    given = {"caption_extension": ".txt", "caption_separator": ", ", "caption_dropout_every_n_epochs": 3,
+             "keep_tokens_separator": "|||",
+             "secondary_separator": ";;;", "enable_wildcard": True, "caption_prefix": "best,", "caption_suffix": "end",
+             "token_warmup_min": 2, "token_warmup_step": 0.25, "sdpa": True}
+    chosen = parse(kohya.adopted(given)[0]).captions
+    assert {name: getattr(chosen, name) for name in given if name != "sdpa"} == {
+        **{name: value for name, value in given.items() if name != "sdpa"}, "caption_separator": ","}
+    assert parse(kohya.adopted({"caption_extention": ".cap", "dataset_repeats": 4})[0]).dataset.num_repeats == 4
+    assert parse(kohya.adopted({"dataset_config": "a.toml"})[0]).dataset.dataset_config == "a.toml"
+
+
 def test_a_percentage_that_is_no_number_is_refused_by_name():
     with pytest.raises(SettingError, match="lr_warmup_steps"):
         parse(kohya.adopted({"lr_warmup": "ten"})[0])

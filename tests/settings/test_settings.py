@@ -121,6 +121,9 @@ def test_a_path_copied_by_windows_loses_its_quotes():
 
 @pytest.mark.parametrize("values, name", [
     ({"keep_tokens": 2}, "keep_tokens"),
+    ({"token_warmup_min": 3}, "token_warmup_min"),
+    ({"rotate_aug_variants": 8}, "rotate_aug_variants"),
+    ({"rotate_aug_degrees": 5, "rotate_aug_variants": 8, "color_aug": True}, "rotate_aug_variants"),
     ({"lr_scheduler_num_cycles": 3}, "lr_scheduler_num_cycles"),
     ({"text_encoder_lr": 1e-5}, "text_encoder_lr"),
     ({"prior_loss_weight": 0.5}, "prior_loss_weight"),

@@ -51,7 +51,7 @@ def run_of(name: str, parameters: list[torch.nn.Parameter], *, rate: float | Non
     spec = spec_of(name)
     rate = rate or (1.0 if spec.traits(arguments).adapts_rate else 0.01)
     flat = FlatWeights([{"name": "unet", "params": parameters[:2], "lr": rate},
-                        {"name": "text_encoder", "params": parameters[2:], "lr": rate}])
+                        {"name": "text_encoder × 0.5", "params": parameters[2:], "lr": rate}])
     return RunOptimizer(flat, spec, OptimizerConfig(name, arguments), pairs=[tuple(parameters[:2]), tuple(parameters[2:])])
 
 
@@ -177,7 +177,8 @@ def test_riemannian_adamw_is_adamw_of_the_papers_gradients():
 
 def test_riemannian_adamw_needs_the_two_matrices():
     a, b, *_ = weights()
-    network, settings = SimpleNamespace(pairs=lambda: [(a, b)]), parse({"optimizer_type": "RiemannianAdamW"})
+    network = SimpleNamespace(pairs=lambda: [(a, b)], parameter_groups=lambda *rates: [{"params": [a, b]}])
+    settings = parse({"optimizer_type": "RiemannianAdamW"})
     check_network(settings, network)
     a.requires_grad_(False)
     with pytest.raises(SettingError):
@@ -383,6 +384,10 @@ class TestChoosing:
         ({"lr_scheduler": "adafactor"}, "lr_scheduler"),
         ({"lr_scheduler": "adafactor", "optimizer_type": "Adafactor", "optimizer_args": "relative_step=False"}, "lr_scheduler"),
         ({"optimizer_type": "AdamWScheduleFree", "ema_decay": 0.9}, "ema_decay"),
+        ({"optimizer_type": "AdamWScheduleFree", "scale_weight_norms": 1}, "scale_weight_norms"),
+        ({"optimizer_type": "RiemannianAdamW", "loraplus_lr_ratio": 16}, "loraplus_lr_ratio"),
+        ({"optimizer_type": "DAdaptAdam", "learning_rate": 1, "loraplus_unet_lr_ratio": 4}, "loraplus_unet_lr_ratio"),
+        ({"optimizer_type": "Prodigy", "learning_rate": 1, "mid_lr_weight": "0.5"}, "mid_lr_weight"),
         ({"optimizer_type": "RiemannianAdamW", "optimizer_args": "delta=0"}, "optimizer_args")])
     def test_what_does_not_fit_the_optimizer_is_refused_by_name(self, values, named, monkeypatch):
         monkeypatch.setattr(Imported, "check", lambda self, arguments: None)  # whether its package is there
@@ -400,6 +405,8 @@ class TestChoosing:
         ({"optimizer_type": "Adafactor", "learning_rate": 1e-3, "lr_warmup_steps": 5, "lr_scheduler": "linear"},
          {"learning_rate", "lr_warmup_steps", "lr_scheduler"}),
         ({"optimizer_type": "Adafactor", "lr_scheduler": "adafactor"}, set()),
+        ({"optimizer_type": "Adafactor", "loraplus_lr_ratio": 16, "mid_lr_weight": "0.5"},
+         {"loraplus_lr_ratio", "mid_lr_weight"}),
         ({"optimizer_type": "Adafactor", "optimizer_args": "relative_step=False", "lr_scheduler": "linear"}, set()),
         ({"optimizer_type": "torch.optim.Rprop", "weight_decay": 0.1}, {"weight_decay"}),
         ({"optimizer_type": "Lion", "weight_decay": 0.1}, set())])

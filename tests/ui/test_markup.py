@@ -69,7 +69,7 @@ def test_names_of_files_captions_words_and_runs_are_only_text(served: Served):  
 
 
 def test_what_a_run_tells_is_only_text(served: Served, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
-    def job(settings, host, *, report, stop, sample_now, save_now, folder=None):
+    def job(settings, host, *, report, stop, sample_now, save_now, paused, folder=None):
         report(events.Planned(3, 1, 10, 10, 2, evil("summary"), evil("size"), evil("checkpoint"), 42))
         report(events.Stage(evil("stage"), 1, 3))
         report(events.Warned(evil("warning")))

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import gradio as gr
 import pytest
+from PIL import Image
 
 from lib_lora_train.errors import counted
 from lib_lora_train.run import runner as runner_module
 from lib_lora_train.run.presets import save_preset
 from lib_lora_train.run.runner import Runner
 from lib_lora_train.settings import DECLARATIONS, Settings, flat, parse
+from lib_lora_train.settings.dataset_config import subsets_of
 from lib_lora_train.settings.presets import NO_PRESET, presets
 from lib_lora_train.ui import handlers as handlers_module
 from lib_lora_train.ui.fields import element_id, field, shown
@@ -54,6 +56,22 @@ def pick(handlers: Handlers, name: str) -> list:
 def changed(updates: list) -> dict[str, object]:
     """The fields that a list of gradio updates changes, by name."""
     return {name: update["value"] for name, update in zip(NAMES, updates, strict=True) if "value" in update}
+
+
+def test_the_folders_of_a_dataset_are_listed_as_they_are_trained_to_be_changed(handlers: Handlers, tmp_path: Path):
+    for name in ("set/10_red cat", "set/20240101_holiday", "set/masks", "set/empty"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("set/10_red cat/a.png", "set/20240101_holiday/b.png", "set/masks/b.png"):
+        Image.new("RGB", (64, 64)).save(tmp_path / name)
+    chosen = values(train_data_dir=str(tmp_path / "set"), trigger_word="zzk")
+    update, refusal = handlers.list_folders(TOKEN, *chosen)
+    settings = parse({"train_data_dir": str(tmp_path / "set"), "dataset_config": update["value"]})
+    found = [(s.image_dir, s.dataset.num_repeats, s.class_tokens, s.dataset.trigger_word) for s in subsets_of(settings)]
+    assert found == [("10_red cat", 10, "red cat", "zzk"), ("20240101_holiday", 1, "", "zzk")] and not refusal
+    for refused in (("other", *chosen), (TOKEN, *values(train_data_dir=str(tmp_path / "set"), dataset_config="x")),
+                    (TOKEN, *values()), (TOKEN, *values(train_data_dir=str(tmp_path / "set" / "empty")))):
+        update, refusal = handlers.list_folders(*refused)
+        assert "value" not in update and refusal
 
 
 def test_every_setting_is_on_the_page_exactly_once(host: FakeHost):

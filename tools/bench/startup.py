@@ -173,9 +173,11 @@ def _timed(host: _TimedHost, settings: Settings, number: int) -> Phases:
         return result
 
     def followed(plan: object, host: Host, *, report: Report, stop: Stop, folder: Path | None = None,
-                 sample_now: Callable[[], bool] = never, save_now: Callable[[], bool] = never) -> Finished:
+                 sample_now: Callable[[], bool] = never, save_now: Callable[[], bool] = never,
+                 paused: Callable[[], bool] = never) -> Finished:
         watch.follow()  # the runner's thread is the one to watch
-        return run_job(plan, host, report=report, stop=stop, folder=folder, sample_now=sample_now, save_now=save_now)
+        return run_job(plan, host, report=report, stop=stop, folder=folder, sample_now=sample_now, save_now=save_now,
+                       paused=paused)
 
     with mock.patch.object(owner, name, finished), watch.watching(WATCHED), mock.patch.object(runner, "run_job", followed):
         host.begin(watch)

@@ -58,13 +58,25 @@ class DeltaAdapter(Protocol):
         """What is added to the frozen layer; None for nothing."""
 
 
+class EmbeddingAdapter(Protocol):
+    """Vectors beside a frozen embedding's rows: the id -1 - k is the k-th.
+
+    words   (word, number of its vectors), in the order of the vectors
+    """
+
+    words: Sequence[tuple[str, int]]
+
+    def vectors(self) -> Tensor:
+        """[n, C]; asked where there are words."""
+
+
 @functools.cache
 def _adds_delta(kind: type) -> bool:
     """Whether adapters of this class (or NoneType) are `DeltaAdapter`s; asked for each layer of each step."""
     return issubclass(kind, DeltaAdapter)
 
 
-Adapter = DeltaAdapter | LayerAdapter
+Adapter = DeltaAdapter | LayerAdapter | EmbeddingAdapter
 Adapters = Mapping[str, Adapter]
 NO_ADAPTERS: Adapters = MappingProxyType({})
 
@@ -191,8 +203,14 @@ class Layers:
         return made(self.layer_normed(name), x)
 
     def embedding(self, name: str, ids: Tensor, *, dtype: torch.dtype) -> Tensor:
-        """ids [...] (integers) -> [..., C] in `dtype`; only the rows that are looked up are cast."""
-        return F.embedding(ids, self.weight(name)).to(dtype)
+        """ids [...] (integers) -> [..., C] in `dtype`; only the rows that are looked up are cast. Where an `EmbeddingAdapter`
+        has words, ids below zero are its vectors."""
+        adapter = self._adapters.get(name)
+        if adapter is None or not adapter.words:
+            return F.embedding(ids, self.weight(name)).to(dtype)
+        rows = F.embedding(ids.clamp(min=0), self.weight(name)).to(dtype)
+        own = F.embedding((-1 - ids).clamp(min=0), adapter.vectors().to(dtype))
+        return torch.where((ids < 0).unsqueeze(-1), own, rows)
 
     def _tensor(self, name: str) -> Weight:
         try:

@@ -2,6 +2,7 @@
 
 Captions are cut into chunks of 75 tokens, each with its own start and end token, encoded separately and concatenated; a
 full chunk with a comma near its end is cut after that comma. A caption is plain text: `saber_(fate)` is not emphasis.
+Words may have vectors of their own (textual inversion), which are never parted.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor
 
 from lib_lora_train.model.architecture import TextConfig
-from lib_lora_train.model.ops.layers import NO_ADAPTERS, Adapters
-from lib_lora_train.model.sd.text_encoder import TextEncoder
+from lib_lora_train.model.ops.layers import NO_ADAPTERS, Adapters, EmbeddingAdapter
+from lib_lora_train.model.sd.text_encoder import TOKEN_EMBEDDING, TextEncoder
 from lib_lora_train.model.sd.tokens import Tokenizer
 from lib_lora_train.model.sd.unet import timestep_embedding
 
@@ -24,6 +25,8 @@ OPENCLIP_PAD = 0
 SIZE_EMBEDDING = 256
 
 Chunk = tuple[int, ...]
+Token = int | tuple[int, ...]
+"""A token's id, or those of a word's own vectors, -1 - k the k-th."""
 Size = tuple[int, int] | Sequence[tuple[int, int]] | Tensor
 
 
@@ -66,11 +69,13 @@ class TextConditioner:
         """Whether `clip_skip` has an effect. Most families fix the layer, as the WebUI does."""
         return len(self.encoders) == 1 and self.encoders[0].config.skip == 1
 
-    def tokenize(self, caption: str) -> Tokens:
-        """All of `caption`, however long: nothing is cut off."""
+    def tokenize(self, caption: str, *, adapters: Mapping[str, Adapters] = MappingProxyType({})) -> Tokens:
+        """All of `caption`, however long: nothing is cut off. Words that have vectors in `adapters` become these, and are to
+        be encoded with the same adapters."""
         return Tokens(tuple(
             tuple(_framed(chunk, tokenizer, encoder.config) for chunk in split_into_chunks(
-                tokenizer.encode(caption), comma=tokenizer.comma, backtrack=self.comma_padding_backtrack))
+                _with_vectors(caption, tokenizer, adapters.get(encoder.config.component, NO_ADAPTERS).get(TOKEN_EMBEDDING)),
+                comma=tokenizer.comma, backtrack=self.comma_padding_backtrack))
             for encoder, tokenizer in zip(self.encoders, self.tokenizers, strict=True)))
 
     def encode(self, batch: Sequence[Tokens], *, clip_skip: int = 1,
@@ -124,11 +129,12 @@ class TextConditioner:
         return clip_skip if self.uses_clip_skip else config.skip
 
 
-def split_into_chunks(tokens: Sequence[int], *, comma: int | None, backtrack: int) -> list[list[int]]:
+def split_into_chunks(tokens: Sequence[Token], *, comma: int | None, backtrack: int) -> list[list[int]]:
     """Cut `tokens` into chunks of at most 75, at least one chunk, as the WebUI does.
 
     Where a chunk is full and its last comma lies among its last `backtrack` tokens, what follows that comma moves to
-    the next chunk, so that a phrase is not torn; unless the token that did not fit is itself a comma.
+    the next chunk, so that a phrase is not torn; unless the token that did not fit is itself a comma. Vectors of a word that
+    do not fit begin the next one.
     """
     chunks, chunk, last_comma = [], [], None
     for token in tokens:
@@ -139,7 +145,11 @@ def split_into_chunks(tokens: Sequence[int], *, comma: int | None, backtrack: in
             chunk, last_comma = chunk[cut:], None
         elif token == comma:
             last_comma = len(chunk)
-        chunk.append(token)
+        ids = token if isinstance(token, tuple) else (token,)
+        if len(chunk) + len(ids) > CHUNK:
+            chunks.append(chunk)
+            chunk, last_comma = [], None
+        chunk.extend(ids)
     return [*chunks, chunk] if chunk or not chunks else chunks
 
 
@@ -154,6 +164,26 @@ def size_vector(pooled: Tensor, *, original: Size, crop: Size, target: Size) -> 
     numbers = torch.cat(pairs, dim=1)
     embedded = timestep_embedding(numbers.flatten(), SIZE_EMBEDDING).reshape(pooled.shape[0], -1)
     return torch.cat([pooled, embedded.to(pooled.dtype)], dim=1)
+
+
+def _with_vectors(caption: str, tokenizer: Tokenizer, adapter: EmbeddingAdapter | None) -> Sequence[Token]:
+    """The caption's tokens, words of the adapter replaced wherever their tokens stand, the longest first, as in the WebUI's
+    `find_embedding_at_position`; of two words of the same tokens the first."""
+    tokens = tokenizer.encode(caption)
+    if adapter is None:
+        return tokens
+    words, first = list[tuple[list[int], tuple[int, ...]]](), 0
+    for word, count in adapter.words:
+        words.append((tokenizer.encode(word), tuple(range(-1 - first, -1 - first - count, -1))))
+        first += count
+    words.sort(key=lambda word: -len(word[0]))
+    found, place = list[Token](), 0
+    while place < len(tokens):
+        ids, vectors = next((word for word in words if word[0] == tokens[place:place + len(word[0])]),
+                            (tokens[place:place + 1], tokens[place]))
+        found.append(vectors)
+        place += len(ids)
+    return found
 
 
 def _framed(chunk: Sequence[int], tokenizer: Tokenizer, config: TextConfig) -> Chunk:

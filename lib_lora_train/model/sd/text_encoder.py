@@ -16,6 +16,8 @@ from lib_lora_train.model.architecture import TextConfig
 from lib_lora_train.model.ops.layers import NO_ADAPTERS, Adapters, Layers, attention
 from lib_lora_train.model.ops.recipes import GELU
 
+TOKEN_EMBEDDING = "text_model.embeddings.token_embedding"
+
 
 class TextEncoder:
     """Token ids to a hidden state for each token and, on request, one pooled vector."""
@@ -29,7 +31,7 @@ class TextEncoder:
     @property
     def device(self) -> torch.device:
         """Where the token embeddings are, hence where tokens belong."""
-        return self.layers.weight("text_model.embeddings.token_embedding").device
+        return self.layers.weight(TOKEN_EMBEDDING).device
 
     def __call__(self, tokens: Tensor, *, skip: int = 1, final_norm: bool = True, pooled: bool = False,
                  adapters: Adapters = NO_ADAPTERS, checkpointing: bool = False,
@@ -39,6 +41,7 @@ class TextEncoder:
         skip: which layer's output: 1 the last, 2 the one before, …; layers behind it are not run unless `pooled` needs them.
         final_norm: whether the final layer norm is applied to it.
         pooled: whether to run all layers and project the normed state at the end token, which is the largest id.
+        adapters: by module; tokens below zero are vectors of the one on the token embedding.
         checkpointing: recompute each layer in backward instead of keeping its activations.
         Raises SettingError for a `skip` beyond the embeddings.
         """
@@ -47,7 +50,7 @@ class TextEncoder:
         if not 0 <= used <= self.config.layers:
             raise SettingError(f"A clip skip of {skip} is impossible",
                                why=f"the text encoder has {self.config.layers} layers", remedy="choose a smaller one")
-        x = layers.embedding("text_model.embeddings.token_embedding", tokens, dtype=dtype)
+        x = layers.embedding(TOKEN_EMBEDDING, tokens, dtype=dtype)
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = x + layers.embedding("text_model.embeddings.position_embedding", positions, dtype=dtype)
 

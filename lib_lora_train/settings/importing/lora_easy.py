@@ -33,7 +33,13 @@ def read(data: Mapping[str, Any]) -> Imported:
             of_part = values if kind in ("args", "dataset_args") and isinstance(values, dict) else {kind: values}
             for name, value in of_part.items():
                 _add(translation, f"{part}.{name}", name, value)
-    _subsets(translation, data.get("subsets", []))
+    subsets = data.get("subsets", [])
+    for number, subset in enumerate(subsets, 1):
+        if "name" in subset:
+            translation.unused(f"subsets {number}.name", subset["name"], _ONLY_THERE["name"])
+    if subsets:
+        kept = [{name: value for name, value in subset.items() if name != "name"} for subset in subsets]
+        sd_scripts.add_folders(translation, [{"subsets": kept}], general={})
     return sd_scripts.completed(translation)
 
 
@@ -65,15 +71,3 @@ def _add_inner(translation: Translation, origin: str, name: str, key: str, value
     translation.add_argument(name, f"{key}={text}", origin=origin, given=value)
     if name == "network_args" and key == "algo":
         translation.values.setdefault("network_module", "lycoris.kohya" if value in _LYCORIS else "networks.lora")
-
-
-def _subsets(translation: Translation, subsets: list[Mapping[str, Any]]) -> None:
-    """The folders, as kohya's `dataset_config`; of one alone the settings are those of the run as well."""
-    kept = [{name: value for name, value in subset.items() if name not in _ONLY_THERE} for subset in subsets]
-    text = sd_scripts.dataset_text({}, [{"subsets": kept}]) if kept else ""
-    for number, subset in enumerate(subsets, 1):
-        for name, value in subset.items():
-            if name in _ONLY_THERE:
-                translation.unused(f"subsets {number}.{name}", value, _ONLY_THERE[name])
-            else:
-                translation.add("dataset_config", text, origin=f"subsets {number}.{name}", given=value)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lib_lora_train.settings import kohya
+from lib_lora_train.settings.dataset_config import KNOWN_NAMES
 from lib_lora_train.settings.importing.entries import Imported
 from lib_lora_train.settings.importing.translation import Translation
 from lib_lora_train.settings.toml import tables
@@ -44,9 +45,7 @@ def started(program: str, data: Mapping[str, Any]) -> Translation:
     for name, value in entries({name: value for name, value in data.items() if name not in dataset}):
         translation.add(name, value)
     if dataset:
-        text = dataset_text(dataset.get("general", {}), dataset["datasets"])
-        for name in dataset:
-            translation.add("dataset_config", text, origin=name, given=f"{len(dataset[name])} entries")
+        add_folders(translation, dataset["datasets"], general=dataset.get("general", {}))
     return translation
 
 
@@ -65,18 +64,34 @@ def entries(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         yield from entries(value) if isinstance(value, dict) else [(name, value)]
 
 
-def dataset_text(general: Mapping[str, Any], datasets: list[Mapping[str, Any]]) -> str:
-    """The text of a `dataset_config` with these tables."""
-    lines = _table("[general]", general) if general else []
-    for dataset in datasets:
-        lines += _table("[[datasets]]", {name: value for name, value in dataset.items() if name != "subsets"})
-        for subset in dataset.get("subsets", []):
-            lines += _table("[[datasets.subsets]]", subset)
-    return "\n".join(lines) + "\n"
+def add_folders(translation: Translation, datasets: list[Mapping[str, Any]], *, general: Mapping[str, Any]) -> None:
+    """The tables of a dataset as the text of a `dataset_config`, without names that it cannot hold."""
+    lines, told = list[str](), list[tuple[str, Any]]()
 
+    def add(title: str, origin: str, values: Mapping[str, Any]) -> None:
+        lines.append(title)
+        for name, value in values.items():
+            if name == "custom_attributes":
+                lines.extend(f"{key} = {_literal(inner)}" for key, inner in value.items() if key in KNOWN_NAMES)
+                told.extend((f"{origin}.{key}", inner) for key, inner in value.items() if key in KNOWN_NAMES)
+                values = {**values, **value}
+            elif name in KNOWN_NAMES and value is not None:
+                lines.append(f"{name} = {_literal(value)}")
+                told.append((f"{origin}.{name}", value))
+        for name in values.keys() - KNOWN_NAMES - {"subsets"}:
+            translation.refuse(f"{origin}.{name}", values[name], "there is no such setting of single folders")
 
-def _table(title: str, values: Mapping[str, Any]) -> list[str]:
-    return [title, *(f"{name} = {_literal(value)}" for name, value in values.items() if value is not None)]
+    if general:
+        add("[general]", "general", general)
+    for number, dataset in enumerate(datasets, 1):
+        add("[[datasets]]", f"datasets {number}", dataset)
+        for index, subset in enumerate(dataset.get("subsets", []), 1):
+            if "image_dir" in subset:
+                add("[[datasets.subsets]]", f"subsets {number}.{index}", subset)
+            else:
+                translation.refuse(f"subsets {number}.{index}", ", ".join(subset), "it names no folder of pictures")
+    for origin, value in told:
+        translation.add("dataset_config", "\n".join(lines) + "\n", origin=origin, given=value)
 
 
 def _literal(value: Any) -> str:

@@ -21,19 +21,20 @@ class Translation:
     program: str
     values: dict[str, object] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
-    _origins: list[tuple[str, object, str]] = dataclasses.field(default_factory=list)  # (name, value, kohya's name)
+    _origins: list[tuple[str, object, str, str]] = dataclasses.field(default_factory=list)
+    """(name, value, kohya's name, "key=value" of kohya's lists)"""
     _entries: list[Entry] = dataclasses.field(default_factory=list)
 
     def add(self, name: str, value: object, *, origin: str = "", given: object = None) -> None:
         """A value under kohya's name; `origin` is the file's name for it and `given` its value there, where they are others."""
         self.values[name] = value
-        self._origins.append((origin or name, given if origin else value, name))
+        self._origins.append((origin or name, given if origin else value, name, ""))
 
     def add_argument(self, name: str, argument: str, *, origin: str, given: object) -> None:
         """One more "key=value" of kohya's lists, `optimizer_args` or `network_args`."""
         before = self.values.get(name) or []
         self.values[name] = [*(before.split() if isinstance(before, str) else before), argument]  # type: ignore[misc]
-        self._origins.append((origin, given, name))
+        self._origins.append((origin, given, name, argument))
 
     def unused(self, name: str, value: object, why: str) -> None:
         """A name that is not needed here."""
@@ -63,16 +64,23 @@ class Translation:
                 values[name] = read(DECLARATIONS[name], _first(value))
             except SettingError as error:
                 impossible[name] = error.reason
-        entries = [self._entry(origin, given, name, adopted=found, values=values, impossible=impossible)
-                   for origin, given, name in self._origins]
-        implied = {name: values[name] for name in left_out
-                   if name in values and values[name] != DECLARATIONS[name].default}
+        entries = [self._entry(*origin, adopted=found, values=values, impossible=impossible) for origin in self._origins]
+        of_file = {name for _, _, name, _ in self._origins if self.values[name] not in _OFF}
+        implied = {name: values[name] for name in (*left_out, *self.values)
+                   if name in values and name not in of_file and values[name] != DECLARATIONS[name].default}
         told = [f"{sentence}." for sentence in found.became if _subject(sentence) not in self.values]
         return Imported(self.program, values, (*entries, *self._entries), implied, (*self.notes, *told))
 
-    def _entry(self, origin: str, given: object, name: str, *, adopted: kohya.Adopted, values: Mapping[str, Value],
-               impossible: Mapping[str, str]) -> Entry:
+    def _entry(self, origin: str, given: object, name: str, argument: str, *, adopted: kohya.Adopted,
+               values: Mapping[str, Value], impossible: Mapping[str, str]) -> Entry:
+        if origin == name and given != self.values[name] and kohya.changes_nothing(name, given):
+            return Entry(origin, given, "unused", "another name in the file says it")
         kind, text = _fate(name, self.values[name], adopted=adopted, values=values, impossible=impossible)
+        if kind == "refused" and argument and argument.partition("=")[0] not in str(adopted.values[name]):
+            return Entry(origin, given, "changed", f"read as the network's {argument}")
+        if kind == "refused" and name in kohya.ARGUMENTS and not argument:
+            left = adopted.values[name]
+            text = f"of it {shown(' '.join(map(str, left)) if isinstance(left, list) else left)} is left out: {text}"
         same_name = origin.rpartition(".")[2].removeprefix("ss_") == name and shown(given) == shown(self.values[name])
         if kind == "taken" and not same_name:
             kind, text = "changed", f"read as {name} = {shown(self.values[name])}"

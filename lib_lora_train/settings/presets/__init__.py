@@ -21,8 +21,8 @@ from lib_lora_train.settings.toml import read_toml
 NO_PRESET = str(DECLARATIONS["preset"].default)
 CHANGED = ", changed"
 """Behind the name of a preset of whose settings one was changed since."""
-IDENTITY = frozenset({"output_name", "output_dir", "train_data_dir", "trigger_word", "reg_data_dir", "network_weights",
-                      "training_comment", "overwrite", "resume", "preset"})
+IDENTITY = frozenset({"output_name", "output_dir", "train_data_dir", "dataset_config", "trigger_word", "reg_data_dir",
+                      "network_weights", "training_comment", "overwrite", "resume", "preset"})
 """What belongs to one LoRA and not to a way of training; no preset and no "Default" touches it."""
 _RECORDED = re.compile(rf"(.*?)(?: \(version (\d+)\))?(?:{CHANGED})?", re.DOTALL)
 

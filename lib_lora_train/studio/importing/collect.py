@@ -196,7 +196,7 @@ class _Collector:
         beside = [there.with_suffix(suffix) for suffix in CAPTION_SUFFIXES]
         own = that_counts([caption_files.read_caption_file(file) for file in beside if file.is_file()])
         if there in self.captioned or own and (own.line or own.error):
-            return "" if own and own.line == caption else ", which keeps its own caption"
+            return "" if own and own.lines == caption else ", which keeps its own caption"
         if not self.dry_run:
             write_atomic(beside[0], caption.encode("utf-8"), one_of_many=True)
         self.captioned.append(there)
@@ -230,7 +230,7 @@ class _Collector:
             self.skipped.append((f"caption of {found.label}",
                                  f"{reason(counting.error)} The picture was imported without it."))
         self._captions.add(counting)
-        return counting.line if counting else ""
+        return counting.lines if counting else ""
 
     def _mask(self, found: Found, decoded: DecodedImage, archive: Archive | None) -> Image.Image | None:
         if found.mask is not None:

@@ -196,7 +196,7 @@ def test_transparency_can_be_forgotten_and_opaque_images_get_no_mask(dataset: Ow
     assert not dataset.masks_folder.exists()
 
 
-def test_captions_come_along_as_one_line_of_utf8(dataset: OwnedDataset, source: Path):
+def test_captions_come_along_with_all_their_lines_as_utf8(dataset: OwnedDataset, source: Path):
     for seed, name in enumerate(("a", "b", "c", "d", "e")):
         noise(seed).save(source / f"{name}.png")
     (source / "a.txt").write_bytes("\ufeff\n  猫, tag \nsecond line\n".encode())
@@ -207,7 +207,7 @@ def test_captions_come_along_as_one_line_of_utf8(dataset: OwnedDataset, source: 
     collected = collect(dataset, [source])
     assert len(collected.added) == 5
     assert {path.name: path.read_bytes() for path in dataset.images_folder.glob("*.txt")} == {
-        "a.txt": "猫, tag".encode(), "b.txt": b"from caption"}
+        "a.txt": "猫, tag\nsecond line".encode(), "b.txt": b"from caption"}
     assert sorted(name for name, _ in collected.skipped) == ["caption of c.png", "caption of e.png"]
     assert any("several lines" in note for note in collected.notes)
 

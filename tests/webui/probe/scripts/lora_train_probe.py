@@ -105,12 +105,15 @@ def parity(name: str = Body(""), prompt: str = Body(""), multiplier: float = Bod
 
 
 def lora(name: str) -> dict[str, Any]:
-    """What the Lora extension makes of a file: its layers, the keys it could not place, how many layers are changed."""
+    """What the Lora extension makes of a file: its layers, the keys it could not place, how many layers are changed, and
+    {word: (number of vectors, channels)} of its embeddings."""
     networks = _networks()
     with call_queue.queue_lock, _debug_messages() as messages:
         networks.list_available_networks()
         loaded = networks.load_network(name, networks.available_networks[name])
-    return {"modules": sorted(loaded.modules), "complaints": [m for m in messages if "match" in m], "merged": _merged()}
+    embeddings = {word: [one.vectors, one.shape] for word, one in loaded.bundle_embeddings.items()}
+    return {"modules": sorted(loaded.modules), "complaints": [m for m in messages if "match" in m], "merged": _merged(),
+            "embeddings": embeddings}
 
 
 def sample(prompt: str = Body(""), negative_prompt: str = Body(""), width: int = Body(64), height: int = Body(64),
@@ -442,7 +445,8 @@ def _frozen(borrowed: Any) -> Any:
 def _predict(model: Any, prompt: str, x: torch.Tensor, t: torch.Tensor, adapters: Any, clip_skip: int) -> Any:
     from lib_lora_train.model.sd.text import size_vector
 
-    condition = model.text.encode([model.text.tokenize(prompt)] * len(x), clip_skip=clip_skip, adapters=adapters)
+    tokens = model.text.tokenize(prompt, adapters=adapters)
+    condition = model.text.encode([tokens] * len(x), clip_skip=clip_skip, adapters=adapters)
     size = (1024, 1024)  # what the WebUI assumes for a prompt alone
     y = None if condition.pooled is None else size_vector(condition.pooled, original=size, crop=(0, 0), target=size)
     return model.unet(x, t, condition.context, y, adapters=adapters.get("unet", {})), condition.context
