@@ -115,8 +115,9 @@ def test_checkpointing_keeps_less_and_images_and_pixels_take_more():
     assert 3 < sum(b.kept for b in blocks(shapes("sd1"), 512)) / sum(b.kept for b in made) < 16
 
 
-def test_checkpointed_text_layers_keep_their_inputs():
-    plain, checkpointed = (blocks(shapes("sd1"), 128, text=True, text_checkpointed=on) for on in (False, True))
+@pytest.mark.parametrize("trained", [{"text": True}, {"words": 2}], ids=str)
+def test_checkpointed_text_layers_keep_their_inputs(trained):
+    plain, checkpointed = (blocks(shapes("sd1"), 128, text_checkpointed=on, **trained) for on in (False, True))
     assert checkpointed[0].kept == 12 * 77 * 192 * 4 < plain[0].kept
     assert checkpointed[1:] == plain[1:]
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from lib_lora_train.adapters import file
+from lib_lora_train.adapters.embedding import WordEmbedding
 from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.api import service
@@ -59,6 +60,7 @@ def test_a_lora_that_is_continued_is_planned_with_the_ranks_of_its_file(host, tm
         model = frozen.build(leased.tensors, hints=leased.hints, tokenizers=leased.tokenizers)
     network = AdapterNetwork.build(
         find_targets(model.components, family=model.architecture.family, text_encoder=True), rank=7, alpha=1, seed=0)
+    network.embeddings = (WordEmbedding.initial("zzk", count=2, text="cat", conditioner=model.text),)
     path = tmp_path / "before.safetensors"
     file.save(path, network.state_dict(), {}, dtype=torch.float32)
     chosen = parse({"network_weights": str(path), "network_dim": 4})
@@ -75,6 +77,7 @@ def test_what_no_step_needs_is_what_is_cached_and_not_trained():
         return set(parts_not_needed(settings, GPU, examples=examples))
     assert parts() == {"vae", "text"} and parts(shuffle_caption=True) == {"vae"} == parts(network_train_unet_only=False)
     assert parts(network_train_unet_only=False, text_encoder_lr=0.0) == {"vae", "text"}
+    assert parts(train_trigger_embedding=True, trigger_word="zzk") == {"vae"}
     assert parts(color_aug=True) == parts(random_crop=True) == {"text"}
     assert parts_not_needed(parse({}), torch.device("cpu"), examples=[]) == frozenset()
 
