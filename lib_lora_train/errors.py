@@ -21,7 +21,7 @@ class LoraTrainError(Exception):
             text += f": {self.why}"
         if self.remedy:
             text += f"; {self.remedy}"
-        super().__init__(printable(text + "."))
+        super().__init__(printable(text if text.endswith("?") else text + "."))
 
     @property
     def reason(self) -> str:

@@ -162,6 +162,17 @@ class LoKr:
         return self.full_matrix or rank >= max(side for _, side in self._split(target)) / 2
 
 
+def kind_of_layers(layers: Collection[Mapping[str, tuple[int, ...]]]) -> LoKr:
+    """The kind that cuts layers as those of a file are cut, each its tensors' shapes by the last parts of their names."""
+    rows = []
+    for layer in layers:
+        parts = [layer.get(whole) or layer.get(a) for whole, a, _ in (FIRST, SECOND)]
+        rows += [(parts[0][0], parts[1][0])] if all(parts) else []
+    fitting = (factor for factor in (-1, max((first for first, _ in rows), default=-1))
+               if all(split(first * second, factor)[0] == first for first, second in rows))
+    return LoKr(next(fitting, -1), full_matrix=all(SECOND[0] in layer for layer in layers))
+
+
 def split(size: int, factor: int) -> tuple[int, int]:
     """`size` as a product of two, the smaller first: `factor` where that divides it, else the largest divisor that is not
     above it, and not above the root of `size`; -1 for no bound."""

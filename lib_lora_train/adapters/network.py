@@ -19,7 +19,7 @@ from lib_lora_train.adapters.dropout import DropoutKeys, DropoutRates, DroppedLa
 from lib_lora_train.adapters.embedding import WordEmbedding, WordVectors, split_embeddings
 from lib_lora_train.adapters.flat import FlatWeights
 from lib_lora_train.adapters.loha import LoHa
-from lib_lora_train.adapters.lokr import LoKr
+from lib_lora_train.adapters.lokr import LoKr, kind_of_layers
 from lib_lora_train.adapters.lora import LoRA
 from lib_lora_train.adapters.oft import OFT
 from lib_lora_train.adapters.targets import Target
@@ -84,7 +84,8 @@ class AdapterNetwork:
         """
         tensors, embeddings = split_embeddings(tensors)
         found = _by_layer(tensors)
-        kind = kind_of(tensors, among=ADAPTERS.values() if kind is None else (kind,))
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        kind = kind_of_shapes(shapes) if kind is None else kind_of(tensors, among=(kind,))
         _refuse_strangers(found, targets)
         layers = {target.key: kind.load(target, found[target.key]) for target in targets if target.key in found}
         rank, alpha = _usual_size(layers.values())
@@ -261,6 +262,17 @@ def kind_of(names: Iterable[str], *, among: Collection[AdapterKind] = ADAPTERS.v
         f"The file holds weights that cannot be continued ({some_of(sorted(parts - set(nearest.tensor_names)), 2)})",
         why="whole weights, norms, tucker-decomposed convolutions, (IA)³, GLoRA, BOFT and mixed files are not among the kinds "
         "that can be trained", remedy=f"choose one of {', '.join(ADAPTERS)}")
+
+
+def kind_of_shapes(shapes: Mapping[str, tuple[int, ...]]) -> AdapterKind:
+    """As `kind_of`, with what the shapes of a file's tensors say of the kind: how a LoKr cuts each layer."""
+    kind, layers = kind_of(shapes), dict[str, dict[str, tuple[int, ...]]]()
+    if not isinstance(getattr(kind, "inner", kind), LoKr):
+        return kind
+    for name, shape in shapes.items():
+        layers.setdefault(name.partition(".")[0], {})[name.partition(".")[2]] = shape
+    cut = kind_of_layers(layers.values())
+    return DoRA(cut) if isinstance(kind, DoRA) else cut
 
 
 def _by_layer(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

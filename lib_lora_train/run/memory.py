@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lib_lora_train.adapters.embedding import EMBEDDING_PREFIX
 from lib_lora_train.adapters.file import read_shapes
-from lib_lora_train.adapters.network import AdapterNetwork, kind_of
+from lib_lora_train.adapters.network import AdapterNetwork, kind_of_shapes
 from lib_lora_train.adapters.stack import WeightedLora
 from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.dataset.buckets import Size
@@ -114,7 +114,7 @@ def planned_layers(settings: Settings, tensors: Mapping[str, Tensor], architectu
         return tuple(Layer(target, selected.sizes[target.key][0], kind=selected.kind) for target in selected.targets)
     shapes = {name: shape for name, shape in read_shapes(Path(network.network_weights)).items()
               if not name.startswith(EMBEDDING_PREFIX)}
-    kind, held = kind_of(shapes), dict[str, dict[str, tuple[int, ...]]]()
+    kind, held = kind_of_shapes(shapes), dict[str, dict[str, tuple[int, ...]]]()
     for name, shape in shapes.items():
         held.setdefault(name.partition(".")[0], {})[name.partition(".")[2]] = shape
     ranks = {key: kind.rank_of(layer) for key, layer in held.items()}

@@ -13,8 +13,10 @@ from lib_lora_train.model.family import training_sizes
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.run.optimizing import optimizer_name
 from lib_lora_train.run.planning import RunPlan
+from lib_lora_train.run.selection import name_of
 from lib_lora_train.settings import flat, resolution_of
 from lib_lora_train.settings.dataset_config import SubsetSettings, subsets_of
+from lib_lora_train.settings.network_checks import unused_of_kind, unused_of_network
 
 
 class Provenance:
@@ -48,12 +50,13 @@ class Provenance:
             aspect_error=plan.aspect_error, settings=self._written()), name)
 
     def _arguments(self) -> dict[str, str]:
-        """The settings that kohya's network_args hold, where they are set."""
+        """The settings that kohya's network_args hold, where they are set and have an effect."""
         chosen = self._plan.settings.network
         names = ("rank_dropout", "module_dropout", "loraplus_lr_ratio", "loraplus_unet_lr_ratio",
                  "loraplus_text_encoder_lr_ratio", "block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas",
                  "down_lr_weight", "mid_lr_weight", "up_lr_weight", "block_lr_zero_threshold")
-        return {name: str(value) for name in names if (value := getattr(chosen, name))}
+        unused = {name for name, _ in (*unused_of_network(chosen), *unused_of_kind(name_of(self._network.kind)[0]))}
+        return {name: str(value) for name in names if name not in unused and (value := getattr(chosen, name))}
 
     def _written(self) -> dict[str, object]:
         """The settings as kohya writes them: what is switched off is None, what was chosen by itself is what it became."""

@@ -109,7 +109,7 @@ def size_of_layer(target: Target, chosen: NetworkSettings, *, lists: Mapping[str
     rank, alpha, ranks, alphas = chosen.network_dim, chosen.network_alpha, lists["block_dims"], lists["block_alphas"]
     if target.kernel:
         rank = chosen.conv_dim or chosen.network_dim
-        alpha = chosen.conv_alpha or rank * chosen.network_alpha / chosen.network_dim
+        alpha = chosen.conv_alpha or chosen.network_alpha * (rank / chosen.network_dim) ** (0.5 if chosen.rs_lora else 1)
         ranks, alphas = lists["conv_block_dims"], lists["conv_block_alphas"]
     if block is not None and ranks is not None:
         rank = int(ranks[block])

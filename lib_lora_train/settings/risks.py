@@ -31,10 +31,11 @@ def risks(settings: Settings, *, steps: int, images: int, processes: int = 1, ep
             yield f"{named(name)} = {rate:g} mostly ruins a LoRA with {optimizer.optimizer_type}: {usual} is usual."
         elif 0 < rate < low:
             yield f"{named(name)} = {rate:g} is so low that next to nothing is learnt: {usual} is usual."
-    strength = network.network_alpha / network.network_dim
-    if strength > _MOST_STRENGTH and not network.network_weights:
-        yield (f"{named('network_alpha')} = {network.network_alpha:g} is {strength:.3g} times {named('network_dim')} = "
-               f"{network.network_dim}: so strong a LoRA is mostly ruined. Half the rank up to the rank is usual.")
+    strength = network.network_alpha / network.network_dim ** (0.5 if network.rs_lora else 1)
+    if strength > _MOST_STRENGTH and not network.network_weights and network.network_module != "OFT":
+        root = "the root of " if network.rs_lora else ""
+        yield (f"{named('network_alpha')} = {network.network_alpha:g} is {strength:.3g} times {root}{named('network_dim')} = "
+               f"{network.network_dim}: so strong a LoRA is mostly ruined. From half of that up to it is usual.")
     if steps and optimizer.lr_warmup_steps >= steps:
         yield (f"{named('lr_warmup_steps')} = {optimizer.lr_warmup_steps} is no less than the run's {steps} steps: the "
                "learning rate never gets where it should. A tenth of the steps is usual.")

@@ -117,6 +117,14 @@ def test_rs_lora_writes_alpha_so_that_alpha_over_rank_is_alpha_over_its_root(kin
     assert all(alpha / rank == pytest.approx(3 / rank ** 0.5) for rank, alpha in selected.sizes.values())
 
 
+def test_convolutions_have_the_strength_of_the_other_layers_with_rs_lora_too() -> None:
+    for rs_lora, root in ((False, 1.0), (True, 0.5)):
+        chosen = parse({"network_dim": 16, "network_alpha": 8, "conv_dim": 4, "rs_lora": rs_lora}).network
+        sizes = select(chosen, full_size.model("sd1"), family=SD1).sizes.values()
+        assert {rank for rank, _ in sizes} == {16, 4}
+        assert all(alpha / rank == pytest.approx(8 / 16 ** root) for rank, alpha in sizes)
+
+
 @pytest.mark.parametrize(("values", "name"), [
     ({"factor": 4}, "factor"), ({"rs_lora": True, "network_module": "OFT"}, "rs_lora"),
     ({"network_module": "LoHa", "loraplus_lr_ratio": 4}, "loraplus_lr_ratio"),
@@ -170,6 +178,13 @@ def test_lora_plus_of_a_continued_network_without_pairs_is_told() -> None:
 def test_a_network_whose_layers_all_have_a_rate_of_0_is_refused() -> None:
     with pytest.raises(SettingError):
         built({"network_targets": "text encoder", "network_train_unet_only": False, "text_encoder_lr": 0})
+
+
+@pytest.mark.parametrize("kind", [
+    {}, {"factor": 4, "full_matrix": True}, {"factor": 2, "dora_wd": True, "conv_dim": 2}], ids=str)
+def test_a_continued_lokr_cuts_layers_as_its_file_does(kind: dict) -> None:
+    begun, _ = built({"network_module": "LoKr", "network_dim": 1, **kind})
+    assert built(CONTINUED, begun.state_dict())[0].kind == begun.kind
 
 
 def test_a_resumed_network_is_of_the_kind_of_the_settings() -> None:

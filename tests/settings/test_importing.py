@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from lib_lora_train.adapters.metadata import SETTINGS
+from lib_lora_train.adapters.network import DEFAULT_KIND
 from lib_lora_train.dataset.plan import plan_run
 from lib_lora_train.errors import SettingError
 from lib_lora_train.host.port import Checkpoint
@@ -400,7 +401,7 @@ def metadata_of(settings: Settings) -> dict[str, str]:
         architecture=SimpleNamespace(family=FAMILIES["sd1"], zero_terminal_snr=False),
         schedule=SimpleNamespace(prediction_type="epsilon"), text=SimpleNamespace(uses_clip_skip=True))
     size = settings.network.network_dim, settings.network.network_alpha
-    network = SimpleNamespace(usual_size=size, kind=SimpleNamespace(network_module="networks.lora"), arguments=lambda: {})
+    network = SimpleNamespace(usual_size=size, kind=DEFAULT_KIND, arguments=lambda: {})
     leased = SimpleNamespace(checkpoint=Checkpoint("m", "m.safetensors", "sd1"), clip_skip=1)
     schedule = plan_run({(64, 64): 5}, train_batch_size=settings.optimizer.train_batch_size,
                         gradient_accumulation_steps=settings.optimizer.gradient_accumulation_steps,
@@ -408,6 +409,13 @@ def metadata_of(settings: Settings) -> dict[str, str]:
                             max_train_steps=settings.optimizer.max_train_steps)
     plan = dataclasses.replace(plan_of(settings), schedule=schedule, placements=(SimpleNamespace(aspect_error=0.0),))
     return Provenance(plan, model, leased, network, started_at=1.0).metadata("zzk", step=1, epoch=1)
+
+
+def test_a_file_names_no_argument_of_the_network_that_had_no_effect():
+    told = {"block_dims": ",".join(["4"] * 25), "rank_dropout": 0.1}
+    assert json.loads(metadata_of(parse(told))["ss_network_args"]) == {name: str(value) for name, value in told.items()}
+    continued = metadata_of(parse({**told, "network_weights": "a.safetensors"}))
+    assert json.loads(continued["ss_network_args"]) == {"rank_dropout": "0.1"}
 
 
 # Names that sd-scripts writes (train_network.py, 48d368fa), with what they hold where little was asked for.

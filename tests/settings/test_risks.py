@@ -17,6 +17,7 @@ RUN = {"steps": 1000, "images": 20}
     ({"learning_rate": 1e-8}, RUN, "(learning_rate) = 1e-08 "),
     ({"network_train_unet_only": False, "text_encoder_lr": 0.5}, RUN, "(text_encoder_lr) = 0.5 "),
     ({"network_dim": 16, "network_alpha": 128}, RUN, "8 times"),
+    ({"network_dim": 64, "network_alpha": 64, "rs_lora": True}, RUN, "8 times the root"),
     ({"lr_warmup_steps": 1000}, RUN, "1000 steps"),
     ({"train_batch_size": 8}, {"steps": 1000, "images": 5}, "5 pictures"),
     ({"train_batch_size": 4}, {"steps": 1000, "images": 5, "processes": 2}, "batch of 8"),
@@ -31,7 +32,9 @@ def test_a_value_that_is_known_to_fail_is_told_with_its_number_and_what_is_usual
 @pytest.mark.parametrize("changes", [
     # From kohya's guide, and what people publish: rates of 1e-5 to 1e-3, alpha from 1 to the rank, or twice that.
     {}, *({"learning_rate": rate} for rate in (1e-5, 1e-4, 5e-4, 1e-3)), {"network_dim": 128, "network_alpha": 1},
-    {"network_dim": 32, "network_alpha": 32}, {"network_dim": 8, "network_alpha": 16}, {"lr_warmup_steps": 100},
+    {"network_dim": 1, "network_alpha": 8, "network_module": "OFT"},
+    {"network_dim": 32, "network_alpha": 32}, {"network_dim": 8, "network_alpha": 16},
+    {"lr_warmup_steps": 100},
     {"train_batch_size": 20}, {"network_alpha": 4096, "network_weights": "a.safetensors"},
     {"text_encoder_lr": 5}, *(dict(preset.values) for preset in presets())])
 def test_values_that_people_train_with_are_not(changes):
