@@ -165,7 +165,8 @@ class AdapterNetwork:
         for name, components, rate in (("unet", {UNET_COMPONENT}, unet_lr), ("text_encoder", text, text_encoder_lr)):
             by_factor: dict[float, list[nn.Parameter]] = {}
             for parameter in self.parameters(components) if rate else ():
-                by_factor.setdefault(self._rate_factors.get(parameter, 1.0), []).append(parameter)
+                if factor := self._rate_factors.get(parameter, 1.0):
+                    by_factor.setdefault(factor, []).append(parameter)
             groups += [{"name": name if not number else f"{name} × {factor:g}", "params": parameters, "lr": rate * factor}
                        for number, (factor, parameters) in enumerate(by_factor.items())]
         groups.append({"name": EMBEDDING_GROUP, "params": self._vectors(), "lr": embedding_lr})

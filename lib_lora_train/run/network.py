@@ -20,8 +20,9 @@ from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.run.embedding import add_trigger_embedding, ordinary_trigger
 from lib_lora_train.run.optimizing import check_network
 from lib_lora_train.run.planning import RunPlan
-from lib_lora_train.run.selection import rate_factors, select, targets_of_file
+from lib_lora_train.run.selection import chosen_kind, name_of, rate_factors, select, targets_of_file
 from lib_lora_train.settings import NetworkSettings, Settings, named, no_effect
+from lib_lora_train.settings.network_checks import check_kind, unused_of_kind
 from lib_lora_train.training.checkpoint import TrainingState
 
 
@@ -62,9 +63,12 @@ def build_network(settings: Settings, model: FrozenModel, weights: InitialWeight
                                            sizes=selected.sizes, kind=selected.kind)
         else:
             targets = targets_of_file(chosen, model.components, family=family, keys=weights.tensors)
-            network = AdapterNetwork.continued(targets, weights.tensors, seed=seed)
+            # A state has the kind of the run's settings, and its file all of that kind's arguments.
+            kind = chosen_kind(chosen) if weights.state is not None and not chosen.network_weights else None
+            network = AdapterNetwork.continued(targets, weights.tensors, seed=seed, kind=kind)
             if network.fresh:
                 report(Warned(f"{counted(len(network.fresh), 'layer')} not in {weights.name} will start anew."))
+            _check_continued(chosen, network, report=report)
         if not train_text:
             network.freeze({component for component in model.components if component != "unet"})
         if not settings.rates[0]:
@@ -72,11 +76,20 @@ def build_network(settings: Settings, model: FrozenModel, weights: InitialWeight
         if chosen.train_trigger_embedding:
             add_trigger_embedding(network, settings, model, weights=weights.name, resumed=weights.state is not None,
                                   report=report)
-        check_network(settings, network)
         _set_up_training(chosen, network, family)
+        check_network(settings, network)
         network = network.to(model.device)
         network.begin_at(model.components, network.layers if weights.tensors is None else network.fresh)
         return network
+
+
+def _check_continued(chosen: NetworkSettings, network: AdapterNetwork, *, report: Report) -> None:
+    """What `settings` checks of a new network, where a file says which kind it is. Raises SettingError."""
+    module, dora = name_of(network.kind)
+    check_kind(chosen, module=module, dora=dora)
+    for name, why in unused_of_kind(module) if chosen.network_weights else ():
+        if getattr(chosen, name):
+            report(Warned(no_effect(name, why)))
 
 
 def _set_up_training(chosen: NetworkSettings, network: AdapterNetwork, family: Family) -> None:

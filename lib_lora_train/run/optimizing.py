@@ -9,7 +9,7 @@ import torch
 from lib_lora_train.adapters.flat import FlatWeights
 from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.errors import SettingError
-from lib_lora_train.settings import DECLARATIONS, Settings, named, no_effect
+from lib_lora_train.settings import DECLARATIONS, Settings, flat, named, no_effect
 from lib_lora_train.settings.arguments import arguments_of
 from lib_lora_train.settings.kohya import default_weight_decay
 from lib_lora_train.training.optimizer_kinds import Arguments, Imported, Traits, knows_weight_decay
@@ -129,7 +129,11 @@ def check_optimizer_device(settings: Settings, device: torch.device) -> None:
 
 
 def check_network(settings: Settings, network: AdapterNetwork) -> None:
-    """Raise SettingError where the optimizer trains pairs of matrices, and the network has none that are trained."""
+    """Raise SettingError where no layer is trained, or where the optimizer trains pairs of matrices and there are none."""
+    if not any(weight.requires_grad for group in network.parameter_groups(
+        *settings.rates, settings.embedding_rate) for weight in group["params"]):
+        raise SettingError("Nothing would be trained", why="the learning rates of all layers of the network are 0",
+                           remedy=f"raise {named('text_encoder_lr')} or {named('learning_rate')}, or choose other layers")
     trained = [pair for pair in network.pairs() if all(weight.requires_grad for weight in pair)]
     if traits_of(settings).needs_pairs and not trained:
         raise SettingError(f"{named('optimizer_type')} = {settings.optimizer.optimizer_type} is not possible", why="it trains "
@@ -138,7 +142,7 @@ def check_network(settings: Settings, network: AdapterNetwork) -> None:
 
 def ignored_by_optimizer(settings: Settings) -> list[str]:
     """A sentence for each setting that was changed and has no effect on this optimizer. Raises SettingError."""
-    default, chosen = type(settings.optimizer)(), settings.optimizer
+    default, now, chosen = flat(Settings()), flat(settings), settings.optimizer
     spec, given, found = spec_of(chosen.optimizer_type), _arguments(settings), list[tuple[str, str]]()
     traits, kind = spec.traits(given), chosen.optimizer_type
     if "weight_decay" in given:
@@ -150,9 +154,10 @@ def ignored_by_optimizer(settings: Settings) -> list[str]:
             "lr_scheduler", "lr_scheduler_num_cycles", "lr_scheduler_power", "lr_scheduler_min_lr_ratio", "lr_decay_steps",
             "lr_scheduler_timescale")]
     if traits.own_rate:
-        found += [(name, traits.own_schedule) for name in ("learning_rate", "unet_lr", "text_encoder_lr", "lr_warmup_steps")]
-    told = [no_effect(name, why) for name, why in found
-            if getattr(chosen, name) != getattr(default, name) and getattr(chosen, name) != "adafactor"]
+        found += [(name, traits.own_schedule) for name in (
+            "learning_rate", "unet_lr", "text_encoder_lr", "lr_warmup_steps", *_LORA_PLUS)]
+        found += [(name, f"{traits.own_schedule}, so that only a 0 counts") for name in _BLOCK_RATES]
+    told = [no_effect(name, why) for name, why in found if now[name] not in (default[name], "adafactor")]
     if settings.embedding_rate and traits.own_schedule and settings.network.stop_embedding_training < 1:
         told.append(no_effect("stop_embedding_training", traits.own_schedule))
     return told

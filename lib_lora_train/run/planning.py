@@ -36,7 +36,7 @@ from lib_lora_train.run.optimizing import check_optimizer, ignored_by_optimizer,
 from lib_lora_train.run.output import checked_name, destination
 from lib_lora_train.run.resume import ResumePoint, find, with_recorded_split
 from lib_lora_train.run.selection import check_family
-from lib_lora_train.settings import DECLARATIONS, Settings, flat, ignored, named, no_effect, parse
+from lib_lora_train.settings import DECLARATIONS, Settings, check_preservation, flat, ignored, named, no_effect, parse
 from lib_lora_train.settings.allowed_paths import AllowedPaths, check_allowed
 from lib_lora_train.settings.dataset_config import notes as folder_notes
 from lib_lora_train.settings.dataset_config import subsets_of, with_text
@@ -151,6 +151,7 @@ def plan_dataset(settings: Settings, *, family: str, allowed: AllowedPaths | Non
     check_optimizer(settings)  # what is not possible is refused here, before anything is read
     check_embedding(settings)
     check_family(settings.network, family)
+    check_preservation(settings.preservation, triggers=[each.dataset.trigger_word for each in subsets_of(settings)])
     buckets = functools.lru_cache(maxsize=None)(functools.partial(buckets_for, sizes=training_sizes(family)))
     may_read = allowed.may_read if allowed else None
     found = at_each_resolution(read_folder(

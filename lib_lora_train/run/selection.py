@@ -90,6 +90,12 @@ def chosen_kind(chosen: NetworkSettings) -> AdapterKind:
     return DoRA(kind) if chosen.dora_wd else kind
 
 
+def name_of(kind: AdapterKind) -> tuple[str, bool]:
+    """What `chosen_kind` makes the kind of: network_module, and whether it is DoRA."""
+    inner = kind.inner if isinstance(kind, DoRA) else kind
+    return type(inner).__name__, isinstance(kind, DoRA)
+
+
 def preset_of(chosen: NetworkSettings) -> str:
     """The preset, which a rank for convolutions widens as kohya's `conv_dim` does."""
     widened = (chosen.conv_dim or chosen.conv_block_dims) and chosen.network_targets == DEFAULT_PRESET

@@ -183,7 +183,7 @@ def ignored(settings: Settings) -> list[str]:
     if not now["train_trigger_embedding"]:
         unused(f"{named('train_trigger_embedding')} is off", "embedding_vectors", "embedding_init_text", "embedding_lr",
                "stop_embedding_training")
-    if not now["reg_data_dir"]:
+    if not now["reg_data_dir"] and not any(each.is_reg for each in subsets):
         unused(f"there is no {named('reg_data_dir')}", "prior_loss_weight")
     if settings.encodes_in_steps:
         unused("with colour changes or random crop pictures are encoded anew", "cache_latents_to_disk", "cuda_graphs")
@@ -206,11 +206,12 @@ def ignored(settings: Settings) -> list[str]:
         unused(f"{named('sample_every_n_epochs')} takes its place", "sample_every_n_steps")
     if now["max_train_steps"]:
         unused(f"{named('max_train_steps')} says when to end", "max_train_epochs")
-    _ignored_of_loss(now, unused, masked=any(each.masks.masked_loss or each.masks.alpha_mask for each in subsets))
+    _ignored_of_loss(now, unused, masked=any(each.masks.masked_loss or each.masks.alpha_mask for each in subsets),
+                     triggered=any(each.dataset.trigger_word for each in subsets))
     return [no_effect(name, why) for name, why in found]
 
 
-def _ignored_of_loss(now: Mapping[str, Value], unused: Callable[..., None], *, masked: bool) -> None:
+def _ignored_of_loss(now: Mapping[str, Value], unused: Callable[..., None], *, masked: bool, triggered: bool) -> None:
     """The part of `ignored` that is about loss, noise, masks and preservation."""
     if now["loss_type"] not in ("huber", "smooth_l1"):
         unused(f"the loss is {now['loss_type']}", "huber_schedule", "huber_c", "huber_scale")
@@ -230,6 +231,8 @@ def _ignored_of_loss(now: Mapping[str, Value], unused: Callable[..., None], *, m
     kind = now["preservation"]
     if kind not in ("dop", "dco"):
         unused(f"{named('preservation')} is {kind}", "preservation_class")
+    elif not triggered:
+        unused("it takes the place of a trigger word, and there is none", "preservation_class")
     if kind not in ("dop", "blank"):
         unused(f"{named('preservation')} is {kind}", "preservation_weight")
     if kind != "dco":
@@ -250,7 +253,7 @@ def _check(settings: Settings) -> None:
     if dataset.bucket_reso_steps % 8:
         raise SettingError(f"{named('bucket_reso_steps')} = {dataset.bucket_reso_steps} is not possible",
                            why="it must be a multiple of 8, the size of one latent")
-    noise, loss, kept = settings.noise, settings.loss, settings.preservation
+    noise, loss = settings.noise, settings.loss
     if noise.min_timestep >= noise.max_timestep:
         raise SettingError(f"{named('min_timestep')} = {noise.min_timestep} is not possible",
                            why=f"{named('max_timestep')} = {noise.max_timestep} is not above it",
@@ -259,10 +262,15 @@ def _check(settings: Settings) -> None:
         raise SettingError(
             f"{named('scale_v_pred_loss_like_noise_pred')} and {named('v_pred_like_loss')} are not possible together",
             why="one is for models that predict v, the other for those that predict noise", remedy="switch one of them off")
-    for name, needed, what in (("preservation_class", kept.preservation_class, "cat for a cat's name"),
-                               ("trigger_word", settings.dataset.trigger_word or settings.dataset.dataset_config,
-                                "the word that calls what is learnt")):
-        if kept.preservation == "dop" and not needed:
+    # Folders may have trigger words of their own, which are only known once a file with them is read.
+    check_preservation(settings.preservation, triggers=[settings.dataset.trigger_word, settings.dataset.dataset_config])
+
+
+def check_preservation(chosen: PreservationSettings, *, triggers: Iterable[str]) -> None:
+    """Raises SettingError where dop has no words to exchange; `triggers` are the trigger words of all folders."""
+    for name, needed, what in (("preservation_class", chosen.preservation_class, "cat for a cat's name"),
+                               ("trigger_word", any(triggers), "the word that calls what is learnt")):
+        if chosen.preservation == "dop" and not needed:
             raise SettingError(f"{named('preservation')} = dop needs {named(name)}",
                                why="it puts the class word in the trigger word's place",
                                remedy=f"write {what}, or take blank or dco, which can do without")

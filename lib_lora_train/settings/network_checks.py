@@ -20,17 +20,18 @@ _WITH_CONVOLUTIONS = ("attention and feed-forward", "attention and convolutions"
 def unused_of_network(chosen: NetworkSettings) -> Iterator[tuple[str, str]]:
     """(name, why it has no effect) of settings of the network."""
     continued, module, targets = bool(chosen.network_weights), chosen.network_module, chosen.network_targets
+    if chosen.network_train_unet_only:
+        yield "loraplus_text_encoder_lr_ratio", f"only the UNet is trained, {_named('network_train_unet_only')}"
+    if not any(getattr(chosen, name) for name in _RATES):
+        yield "block_lr_zero_threshold", "no rates of blocks are set"
     if continued:
         yield from ((name, f"it is taken from the LoRA that is continued, {_named('network_weights')}") for name in _OF_FILE)
         return
+    yield from unused_of_kind(module)
     if module != "LoKr":
         yield from ((name, f"the network is a {module}, {_named('network_module')}") for name in ("factor", "full_matrix"))
-    if module != "LoRA":
-        yield from ((name, f"a {module} has no pairs of matrices") for name in _PLUS)
     if module == "OFT":
         yield "rs_lora", "the strength of an OFT has no rank"
-    if chosen.network_train_unet_only:
-        yield "loraplus_text_encoder_lr_ratio", f"only the UNet is trained, {_named('network_train_unet_only')}"
     if targets == "text encoder":
         yield from ((name, "no block of the UNet is trained") for name in (
             "block_dims", "block_alphas", *_RATES, "loraplus_unet_lr_ratio"))
@@ -39,27 +40,36 @@ def unused_of_network(chosen: NetworkSettings) -> Iterator[tuple[str, str]]:
             "conv_dim", "conv_block_dims", *_OF_CONVOLUTIONS))
     elif not (chosen.conv_dim or chosen.conv_block_dims or targets == "attention and convolutions"):
         yield from ((name, f"no convolution is trained, {_named('conv_dim')}") for name in _OF_CONVOLUTIONS)
-    if not any(getattr(chosen, name) for name in _RATES):
-        yield "block_lr_zero_threshold", "no rates of blocks are set"
+
+
+def unused_of_kind(module: str) -> Iterator[tuple[str, str]]:
+    """(name, why it has no effect) of settings of the training that this kind of network, new or continued, has no use for."""
+    if module != "LoRA":
+        yield from ((name, f"a {module} has no pairs of matrices") for name in _PLUS)
 
 
 def check_network_settings(chosen: NetworkSettings) -> None:
     """Raises SettingError for what does not go together."""
-    module = chosen.network_module
-    if module == "OFT" and chosen.dora_wd:
+    if chosen.network_targets == "text encoder" and chosen.network_train_unet_only:
+        raise SettingError("Nothing would be trained", why=f"{_named('network_targets')} is the text encoder, and "
+                           f"{_named('network_train_unet_only')} leaves it as it is",
+                           remedy=f"switch {_named('network_train_unet_only')} off")
+    if not chosen.network_weights:
+        check_kind(chosen, module=chosen.network_module, dora=chosen.dora_wd)
+
+
+def check_kind(chosen: NetworkSettings, *, module: str, dora: bool) -> None:
+    """Raises SettingError for what is not possible with this kind of network, new or continued."""
+    if module == "OFT" and dora:
         raise SettingError(f"{_named('dora_wd')} is not possible with {_named('network_module')} = OFT",
                            why="a rotation changes no length", remedy="switch it off, or choose LoRA")
     if module == "OFT" and chosen.scale_weight_norms:
         raise SettingError(f"{_named('scale_weight_norms')} is not possible with {_named('network_module')} = OFT",
                            why="a rotation is no product that could be scaled",
                            remedy=f"set {_named('network_alpha')} to 0.001, which bounds how far an OFT turns")
-    if chosen.network_targets == "text encoder" and chosen.network_train_unet_only:
-        raise SettingError("Nothing would be trained", why=f"{_named('network_targets')} is the text encoder, and "
-                           f"{_named('network_train_unet_only')} leaves it as it is",
-                           remedy=f"switch {_named('network_train_unet_only')} off")
     for name in ("network_dropout", "rank_dropout"):
-        if getattr(chosen, name) and (module != "LoRA" or chosen.dora_wd) and not chosen.network_weights:
-            kind = "DoRA" if chosen.dora_wd else module
+        if getattr(chosen, name) and (module != "LoRA" or dora):
+            kind = "DoRA" if dora else module
             raise SettingError(f"{_named(name)} is not possible with {kind}", why="it leaves out parts of a LoRA's own two "
                                "products", remedy=f"take {_named('module_dropout')}, or LoRA as {_named('network_module')}")
 

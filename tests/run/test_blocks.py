@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
+from lib_lora_train import events
 from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.errors import SettingError
 from lib_lora_train.model.family import FAMILIES, SD1, SDXL
 from lib_lora_train.run.blocks import rate_weights
+from lib_lora_train.run.network import InitialWeights, build_network
 from lib_lora_train.run.selection import check_family, rate_factors, select
 from lib_lora_train.settings import NetworkSettings, Settings, ignored, parse
 from tests.adapters import full_size
@@ -133,3 +137,49 @@ def test_what_does_not_go_together_is_refused_with_another_choice(values: dict[s
     with pytest.raises(SettingError) as refusal:
         parse(values)
     assert refusal.value.remedy
+
+
+def built(values: dict[str, object], tensors: dict[str, torch.Tensor] | None = None, *,
+          state: object = None) -> tuple[AdapterNetwork, list[str]]:
+    """The network of a run that begins with these weights, and what was said of it."""
+    told: list[events.Event] = []
+    network = build_network(parse({"network_dim": 2, **values}), small_run.model("sd1"), InitialWeights(tensors, "a", state),
+                            report=told.append)
+    return network, [event.message for event in told]
+
+
+CONTINUED = {"network_weights": "a.safetensors"}
+
+
+@pytest.mark.parametrize(("kind", "values", "refused"), [
+    ({"network_module": "LoHa"}, {"network_dropout": 0.1}, True), ({"dora_wd": True}, {"rank_dropout": 0.1}, True),
+    ({"network_module": "OFT"}, {"scale_weight_norms": 1}, True), ({}, {"network_dropout": 0.1}, False),
+    ({}, {"down_lr_weight": "zeros", "mid_lr_weight": "0", "up_lr_weight": "zeros"}, True)])
+def test_a_continued_network_is_held_to_what_its_kind_can(kind: dict, values: dict, refused: bool) -> None:
+    tensors = built(kind)[0].state_dict()
+    with pytest.raises(SettingError) if refused else contextlib.nullcontext():
+        built({**CONTINUED, **values}, tensors)
+
+
+def test_lora_plus_of_a_continued_network_without_pairs_is_told() -> None:
+    loha, lora = (built(kind)[0].state_dict() for kind in ({"network_module": "LoHa"}, {}))
+    assert "(loraplus_lr_ratio)" in "".join(built({**CONTINUED, "loraplus_lr_ratio": 4}, loha)[1])
+    assert not built({**CONTINUED, "loraplus_lr_ratio": 4}, lora)[1]
+
+
+def test_a_network_whose_layers_all_have_a_rate_of_0_is_refused() -> None:
+    with pytest.raises(SettingError):
+        built({"network_targets": "text encoder", "network_train_unet_only": False, "text_encoder_lr": 0})
+
+
+def test_a_resumed_network_is_of_the_kind_of_the_settings() -> None:
+    chosen = {"network_module": "LoKr", "factor": 4, "full_matrix": True}
+    begun, _ = built(chosen)
+    resumed, _ = built(chosen, begun.state_dict(), state="a state")
+    assert resumed.kind == begun.kind and resumed.arguments() == begun.arguments()
+
+
+def test_the_first_group_of_a_part_has_its_name_also_where_blocks_are_frozen() -> None:
+    tensors = built({})[0].state_dict()
+    network, _ = built({**CONTINUED, "down_lr_weight": "zeros"}, tensors)
+    assert [group["name"] for group in network.parameter_groups(1e-3, 0)] == ["unet"]

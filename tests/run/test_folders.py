@@ -9,6 +9,7 @@ import pytest
 from safetensors import safe_open
 
 from lib_lora_train import events
+from lib_lora_train.errors import SettingError
 from lib_lora_train.host.standalone import StandaloneHost
 from lib_lora_train.run.planning import plan_dataset, plan_job
 from lib_lora_train.settings import parse
@@ -88,3 +89,20 @@ def test_at_several_sizes_the_largest_is_the_runs_and_all_are_trained(images: Pa
     plan = plan_dataset(settings(images, resolution="128;64", num_repeats=0), family="")
     assert plan.resolution == (128, 128) and plan.dataset.images == 4 and len(plan.dataset.examples) == 8
     assert {placement.bucket for placement in plan.placements} >= {(64, 64), (128, 128)}
+
+
+def test_words_of_preservation_need_a_trigger_word_in_some_folder(images: Path):
+    chosen = {"dataset_config": CONFIG, "trigger_word": "", "preservation_class": "cat"}
+    with pytest.raises(SettingError, match="trigger_word"):
+        plan_dataset(settings(images, **chosen, preservation="dop"), family="sd1")
+    own = {**chosen, "dataset_config": CONFIG + 'trigger_word = "zzk"'}
+    plan_dataset(settings(images, **own, preservation="dop"), family="sd1")
+    said = plan_dataset(settings(images, **chosen, preservation="dco"), family="sd1").warnings
+    assert any("(preservation_class) has no effect" in text for text in said)
+
+
+def test_a_regularisation_folder_of_the_folders_settings_has_its_weight(images: Path):
+    config = CONFIG + '[[datasets.subsets]]\nimage_dir = "."\nis_reg = true\n'
+    for text, told in ((config, False), (CONFIG, True)):
+        said = plan_dataset(settings(images, dataset_config=text, prior_loss_weight=0.5), family="sd1").warnings
+        assert any("(prior_loss_weight) has no effect" in warning for warning in said) == told

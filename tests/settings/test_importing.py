@@ -346,6 +346,9 @@ def test_numbers_of_onetrainer_land_where_they_belong():
     assert parse(imported(ONETRAINER, **ONETRAINER_VARIED[1]).values).loss.min_snr_gamma == 7.0
     both = imported(ONETRAINER, **ONETRAINER_VARIED[4])
     assert parse(both.values).rates == (3e-4, 1e-5) and entry(both, "text_encoder_2.learning_rate").kind == "refused"
+    sizes = {"512": "512", "512,768": "512;768", "512x768": "512,768"}  # several with commas there, one with an x
+    assert {size: imported(ONETRAINER, resolution=size).values["resolution"] for size in sizes} == sizes
+    assert imported(ONETRAINER, clip_grad_norm=None).values["max_grad_norm"] == 0.0
     normal = {"timestep_distribution": "LOGIT_NORMAL", "noising_bias": 0.0, "noising_weight": 0.0}
     assert imported(ONETRAINER, **normal).values["timestep_distribution"] == "sigmoid"
     masked = imported(ONETRAINER, **ONETRAINER_VARIED[3])
@@ -405,6 +408,35 @@ def metadata_of(settings: Settings) -> dict[str, str]:
                             max_train_steps=settings.optimizer.max_train_steps)
     plan = dataclasses.replace(plan_of(settings), schedule=schedule, placements=(SimpleNamespace(aspect_error=0.0),))
     return Provenance(plan, model, leased, network, started_at=1.0).metadata("zzk", step=1, epoch=1)
+
+
+# Names that sd-scripts writes (train_network.py, 48d368fa), with what they hold where little was asked for.
+KOHYAS_METADATA = {f"ss_{name}": value for value, names in {
+    "None": "unet_lr network_dropout clip_skip max_token_length noise_offset multires_noise_iterations adaptive_noise_scale "
+            "face_crop_aug_range min_snr_gamma scale_weight_norms ip_noise_gamma resize_interpolation validation_seed "
+            "max_validation_steps validate_every_n_epochs validate_every_n_steps vae_name training_comment "
+            "caption_dropout_rate",
+    "False": "gradient_checkpointing full_fp16 v2 lowram zero_terminal_snr debiased_estimation noise_offset_random_strength "
+             "ip_noise_gamma_random_strength fp8_base fp8_base_unet color_aug flip_aug random_crop bucket_no_upscale",
+    "True": "cache_latents shuffle_caption enable_bucket", "0": "lr_warmup_steps caption_dropout_every_n_epochs num_reg_images",
+    "0.0": "caption_tag_dropout_rate validation_split", "1": "gradient_accumulation_steps num_epochs epoch keep_tokens "
+    "batch_size_per_device total_batch_size", "8": "network_dim", "4.0": "network_alpha", "0.0001": "learning_rate",
+    "[5e-05, 1e-05]": "text_encoder_lr", "cosine": "lr_scheduler", "networks.lora": "network_module", "fp16": "mixed_precision",
+    "1.0": "max_grad_norm prior_loss_weight huber_scale", "l2": "loss_type", "snr": "huber_schedule", "0.1": "huber_c",
+    "0.3": "multires_noise_discount", "(768, 768)": "resolution", "256": "min_bucket_reso", "1024": "max_bucket_reso",
+    "10": "num_train_images num_batches_per_epoch max_train_steps steps", "42": "seed session_id", "torch.optim.adamw.AdamW":
+    "optimizer", "{}": "tag_frequency dataset_dirs reg_dataset_dirs bucket_info", "sdxl_base_v1-0": "base_model_version",
+    "1700000000.0": "training_started_at training_finished_at",
+    "m": "output_name sd_model_name sd_model_hash new_sd_model_hash sd_scripts_commit_hash"}.items() for name in names.split()}
+
+
+def test_all_that_kohyas_scripts_write_into_a_lora_is_understood():
+    found = import_bytes(header(KOHYAS_METADATA, "lora_unet_x", "lora_te1_x"), name="k.safetensors")
+    assert {entry.name for entry in found.entries} >= KOHYAS_METADATA.keys()
+    assert not [entry for entry in found.entries if entry.kind == "refused"]
+    settings = parse(found.values)
+    assert settings.rates == (1e-4, 5e-5) and settings.optimizer.max_train_epochs == 1 and not settings.loss.min_snr_gamma
+    assert settings.evaluation.validation_split == 0 and settings.dataset.resolution == "768,768"
 
 
 def test_a_lora_of_kohyas_or_of_onetrainer_gives_the_settings_of_its_run():

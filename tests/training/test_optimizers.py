@@ -177,7 +177,8 @@ def test_riemannian_adamw_is_adamw_of_the_papers_gradients():
 
 def test_riemannian_adamw_needs_the_two_matrices():
     a, b, *_ = weights()
-    network, settings = SimpleNamespace(pairs=lambda: [(a, b)]), parse({"optimizer_type": "RiemannianAdamW"})
+    network = SimpleNamespace(pairs=lambda: [(a, b)], parameter_groups=lambda *rates: [{"params": [a, b]}])
+    settings = parse({"optimizer_type": "RiemannianAdamW"})
     check_network(settings, network)
     a.requires_grad_(False)
     with pytest.raises(SettingError):
@@ -404,6 +405,8 @@ class TestChoosing:
         ({"optimizer_type": "Adafactor", "learning_rate": 1e-3, "lr_warmup_steps": 5, "lr_scheduler": "linear"},
          {"learning_rate", "lr_warmup_steps", "lr_scheduler"}),
         ({"optimizer_type": "Adafactor", "lr_scheduler": "adafactor"}, set()),
+        ({"optimizer_type": "Adafactor", "loraplus_lr_ratio": 16, "mid_lr_weight": "0.5"},
+         {"loraplus_lr_ratio", "mid_lr_weight"}),
         ({"optimizer_type": "Adafactor", "optimizer_args": "relative_step=False", "lr_scheduler": "linear"}, set()),
         ({"optimizer_type": "torch.optim.Rprop", "weight_decay": 0.1}, {"weight_decay"}),
         ({"optimizer_type": "Lion", "weight_decay": 0.1}, set())])

@@ -161,7 +161,7 @@ def _datasets(text: str, translation: Translation) -> None:
 def _value(name: str, text: str) -> object:
     """A value of the metadata, where "None" is what is off."""
     if text != "None":
-        return text
+        return _object(text) if text.startswith("[") and name.endswith("lr") else text  # a rate for each text encoder
     declaration = DECLARATIONS.get(name)
     off = declaration is not None and declaration.type is not str and declaration.minimum in (0, None)
     return declaration.type(0) if declaration and off else ""

@@ -39,8 +39,11 @@ def read(data: Mapping[str, Any]) -> Imported:
         for name, value, origins in part(given):
             translation.values[name] = value
             for origin in origins:
-                if left.pop(origin, None) is not None:
+                if origin in left:
+                    del left[origin]
                     translation.add(name, value, origin=origin, given=given[origin])
+    if _trained(given) and "text_encoder.stop_training_after" not in given and int(given.get("epochs", 100)) > 30:
+        translation.notes.append("OneTrainer ends the text encoder's training after 30 epochs; here it goes on to the end.")
     for name in [name for name in left if name in _table()["choices"]]:
         _choose(translation, name, left.pop(name))
     _arguments(translation, left)
@@ -84,6 +87,8 @@ def _loss(given: Mapping[str, Any]) -> Computed:
     normal = not (given.get("noising_bias") or given.get("noising_weight"))
     if normal and given.get("timestep_distribution") == "LOGIT_NORMAL":
         yield "timestep_distribution", "sigmoid", ("timestep_distribution",)
+    if given.get("clip_grad_norm", 1.0) is None:
+        yield "max_grad_norm", 0, ("clip_grad_norm",)
     if given.get("masked_training"):
         yield "unmasked_weight", given.get("unmasked_weight", 0.1), ("unmasked_weight",)
 
@@ -134,6 +139,8 @@ def _network(given: Mapping[str, Any]) -> Computed:
                              ("lokr_full_matrix", "full_matrix"), ("lokr_weight_decompose", "dora_wd")):
             if name in given:
                 yield target, given[name], (name,)
+    if "resolution" in given:  # several with commas; width and height with an x
+        yield "resolution", str(given["resolution"]).replace(",", ";").replace("x", ","), ("resolution",)
     if path := str(given.get("output_model_destination") or ""):
         yield "output_name", PureWindowsPath(path).stem, ("output_model_destination",)
 
