@@ -97,6 +97,9 @@ class AdapterKind(Protocol):
     def cost(self, target: Target, *, rank: int) -> int:
         """How many numbers of one of that rank are trained."""
 
+    def composed(self, target: Target, *, rank: int) -> int:
+        """How many fp32 numbers backward makes for a moment of its factors, in a layer of that rank."""
+
 
 def required(target: Target, tensors: Mapping[str, Tensor], name: str) -> Tensor:
     """A copy of a layer's tensor in fp32. Raises LoraFileError where the file lacks it."""

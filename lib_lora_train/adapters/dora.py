@@ -134,3 +134,7 @@ class DoRA:
     def cost(self, target: Target, *, rank: int) -> int:
         """With the magnitudes."""
         return self.inner.cost(target, rank=rank) + target.in_features
+
+    def composed(self, target: Target, *, rank: int) -> int:
+        """That of the adapter inside; the weight whose norm is taken is made while little else is there."""
+        return self.inner.composed(target, rank=rank)

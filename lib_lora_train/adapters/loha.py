@@ -110,3 +110,7 @@ class LoHa:
     def cost(self, target: Target, *, rank: int) -> int:
         """The numbers of all factors."""
         return 2 * rank * (target.in_features * math.prod(target.kernel) + target.out_features)
+
+    def composed(self, target: Target, *, rank: int) -> int:
+        """Both products, and a gradient of their size."""
+        return 3 * target.out_features * target.in_features * math.prod(target.kernel)

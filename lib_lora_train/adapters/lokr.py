@@ -151,6 +151,10 @@ class LoKr:
         width = in_2 * math.prod(target.kernel)
         return out_1 * in_1 + (out_2 * width if self._second_is_full(target, rank) else rank * (out_2 + width))
 
+    def composed(self, target: Target, *, rank: int) -> int:
+        """None: the Kronecker product is never made."""
+        return 0
+
     def _split(self, target: Target) -> tuple[tuple[int, int], tuple[int, int]]:
         return split(target.out_features, self.factor), split(target.in_features, self.factor)
 

@@ -109,3 +109,7 @@ class LoRA:
     def cost(self, target: Target, *, rank: int) -> int:
         """The numbers of A and B."""
         return rank * (target.in_features * math.prod(target.kernel) + target.out_features)
+
+    def composed(self, target: Target, *, rank: int) -> int:
+        """None: the product is never made."""
+        return 0

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lib_lora_train.adapters.base import WorkingCopy, required
 from lib_lora_train.adapters.targets import Target
 from lib_lora_train.errors import LoraFileError
+from lib_lora_train.model.ops.composed import composed_blocks
 from lib_lora_train.model.ops.convolution import frozen_conv2d
 from lib_lora_train.model.ops.linear import frozen_linear
 from lib_lora_train.model.ops.weights import Weight
@@ -43,23 +44,21 @@ class OFTLayer(nn.Module):
     def merged(self, weight: Tensor) -> Tensor:
         """See `OfWeight`."""
         blocks = weight.unflatten(0, (self.rank, -1))
-        return weight + torch.einsum("knm,kn...->km...", self._turn(), blocks).flatten(0, 1) * self.multiplier
+        return weight + torch.einsum("knm,kn...->km...", self._turn(self.blocks), blocks).flatten(0, 1) * self.multiplier
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         """See `LayerAdapter`."""
         if not self.multiplier:
             return frozen_linear(x, weight, bias)
         y = frozen_linear(x, weight, None)
-        turned = torch.einsum("...kn,knm->...km", y.unflatten(-1, (self.rank, -1)), self._turn().to(x.dtype)).flatten(-2)
-        return _with_bias(y + turned * self.multiplier, bias)
+        return _with_bias(y + composed_blocks(y, self._turn, [self.blocks]) * self.multiplier, bias)
 
     def conv2d(self, x: Tensor, weight: Weight, bias: Tensor | None, *, stride: int, padding: int) -> Tensor:
         """See `LayerAdapter`."""
         if not self.multiplier:
             return frozen_conv2d(x, weight, bias, stride=stride, padding=padding)
         y = frozen_conv2d(x, weight, None, stride=stride, padding=padding)
-        blocks = y.unflatten(1, (self.rank, -1))
-        turned = torch.einsum("bknhw,knm->bkmhw", blocks, self._turn().to(x.dtype)).flatten(1, 2)
+        turned = composed_blocks(y.permute(0, 2, 3, 1), self._turn, [self.blocks]).permute(0, 3, 1, 2)
         return _with_bias(y + turned * self.multiplier, None if bias is None else bias[:, None, None])
 
     def use_working_copies(self, copy: WorkingCopy) -> None:
@@ -69,9 +68,9 @@ class OFTLayer(nn.Module):
         """The blocks and the constraint."""
         return {BLOCKS: self.blocks.detach(), "alpha": torch.tensor(self.alpha)}
 
-    def _turn(self) -> Tensor:
+    def _turn(self, blocks: Tensor) -> Tensor:
         """R - I, [n, size, size]."""
-        q = self.blocks - self.blocks.mT
+        q = blocks - blocks.mT
         if self.alpha > 0:
             norm = torch.linalg.vector_norm(q)
             q = q * ((norm.clamp(max=self.alpha * q.shape[0] * q.shape[1]) + 1e-8) / (norm + 1e-8))
@@ -110,6 +109,10 @@ class OFT:
     def cost(self, target: Target, *, rank: int) -> int:
         """The numbers of all blocks."""
         return target.out_features ** 2 // _blocks(target, rank)
+
+    def composed(self, target: Target, *, rank: int) -> int:
+        """Rotations, and what their gradient is made of."""
+        return 3 * self.cost(target, rank=rank)
 
 
 def _blocks(target: Target, rank: int) -> int:

@@ -82,6 +82,12 @@ class Workload:
         """Number of weights of the adapters."""
         return sum(layer.kind.cost(layer.target, rank=layer.rank) for layer in self.layers)
 
+    @property
+    def composed(self) -> int:
+        """Bytes that the backward of one adapter takes for a moment to compose its factors, at most."""
+        trained = (layer for layer in self.layers if layer.trained)
+        return 4 * max((layer.kind.composed(layer.target, rank=layer.rank) for layer in trained), default=0)
+
 
 @dataclasses.dataclass(frozen=True)
 class Block:
@@ -104,12 +110,13 @@ class Block:
 
 
 def peak_bytes(blocks: Sequence[Block], *, images: int, checkpointed: frozenset[str] = frozenset(), offload: bool = False,
-               casts: bool = False) -> tuple[int, int]:
+               casts: bool = False, composed: int = 0) -> tuple[int, int]:
     """Bytes that come and go within a step of so many images at once: at its highest moment, and when forward ends.
 
     checkpointed   names of the blocks that are computed again in backward
     offload        whether what autograd keeps lies in the CPU's memory
     casts          whether weights are stored in another dtype than that of the computation
+    composed       bytes that an adapter's backward takes beside them (`Workload.composed`)
     """
     before = peak = 0
     for block in blocks:
@@ -117,7 +124,7 @@ def peak_bytes(blocks: Sequence[Block], *, images: int, checkpointed: frozenset[
         before += 0 if offload else block.inputs if repeated else block.kept
         inside = block.kept if repeated else block.largest if offload else 0
         peak = max(peak, images * (before + inside + block.working) + casts * block.kernel)
-    return peak, images * before
+    return peak + composed, images * before
 
 
 def blocks_of(tensors: Mapping[str, Tensor], architecture: Architecture, workload: Workload) -> tuple[Block, ...]:

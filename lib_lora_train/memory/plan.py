@@ -224,6 +224,7 @@ def _predicted(tensors: Mapping[str, Tensor], workload: Workload, blocks: Sequen
     predicted["LoRA and optimiser"] = _lora_and_optimizer(workload)
     stem = unet["input_blocks.0.0.weight"]
     peak, kept = peak_bytes(blocks, images=config.microbatch, checkpointed=config.checkpointed, offload=config.offload,
+                             composed=workload.composed,
                              casts=bool(config.base_dtype) or stem.dtype != workload.dtype)
     # AdamW makes two tensors of the weights' size where it is not one kernel: on a CPU before torch 2.4.
     moving = peak if workload.device_type == "cuda" else max(peak, 8 * workload.parameters)

@@ -10,7 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lib_lora_train.adapters.network import AdapterNetwork
+from lib_lora_train.adapters.base import AdapterKind
+from lib_lora_train.adapters.loha import LoHa
+from lib_lora_train.adapters.network import DEFAULT_KIND, AdapterNetwork
+from lib_lora_train.adapters.oft import OFT
 from lib_lora_train.memory.estimate import Block, Workload, blocks_of, peak_bytes
 from lib_lora_train.model import frozen
 from lib_lora_train.model.family import detect
@@ -49,12 +52,13 @@ def model() -> FrozenModel:
 
 
 def measured(side: int, *, expected: int, checkpointed: frozenset[str] = frozenset(), text: bool = False,
-             images: int = 1) -> int:
+             images: int = 1, kind: AdapterKind = DEFAULT_KIND) -> int:
     """The highest sum of what the allocator gives out in forward and backward of a real model; of two, where the first is far
     below what is expected, because the profiler now and then loses most of its events."""
     found = model()
     layers = workload(shapes("sd1"), side, text=text).layers
-    network = AdapterNetwork.build([layer.target for layer in layers], rank=8, alpha=1.0, seed=0)
+    network = AdapterNetwork.build([layer.target for layer in layers], rank=8, alpha=1.0, seed=0, kind=kind)
+    network.begin_at(found.components, network.layers)
     network.flatten(1e-4, 1e-4)
     x, context = torch.randn(images, 4, side // 8, side // 8), torch.randn(images, 77, found.architecture.unet.context_dim)
     ids, peaks = [torch.ones(images, 1, 77, dtype=torch.long)], [0]
@@ -75,6 +79,14 @@ def test_the_estimate_is_within_a_tenth_of_what_the_profiler_counts(side, images
     which = names(made) if checkpointed else frozenset()
     peak, _ = peak_bytes(made, images=images, checkpointed=which)
     assert peak == pytest.approx(measured(side, expected=peak, checkpointed=which, text=text, images=images), rel=0.1)
+
+
+@pytest.mark.parametrize("kind", [LoHa(), OFT()], ids=lambda kind: kind.network_module)
+def test_the_estimate_of_other_kinds_is_within_an_eighth(kind):
+    plain = workload(shapes("sd1"), 128)
+    asked = dataclasses.replace(plain, layers=tuple(dataclasses.replace(layer, kind=kind) for layer in plain.layers))
+    peak, _ = peak_bytes(blocks(shapes("sd1"), 128, layers=asked.layers), images=1, composed=asked.composed)
+    assert peak == pytest.approx(measured(128, expected=peak, kind=kind), rel=0.125)
 
 
 def test_on_int8_weights_the_estimate_is_within_a_tenth_too():

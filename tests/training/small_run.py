@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from lib_lora_train import events
+from lib_lora_train.adapters.base import AdapterKind
 from lib_lora_train.adapters.dropout import DropoutRates
-from lib_lora_train.adapters.network import AdapterNetwork
+from lib_lora_train.adapters.network import DEFAULT_KIND, AdapterNetwork
 from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.distributed import SINGLE_PROCESS, ProcessGroup
 from lib_lora_train.inputs.batch import Batch
@@ -139,11 +140,16 @@ def run(family: str, batches: Sequence[Batch], *, accumulation: int = 1, text: b
         min_snr: float = 0.0, device: str = "cpu", before_step: Callable[[Progress], bool] = lambda progress: True,
         group: ProcessGroup = SINGLE_PROCESS, graphs: bool = False, compiled: bool = False, learning_rate: float = 1e-3,
         checkpointing: bool = False, microbatch: int = 64, optimizer: str = "AdamW", loss: LossFunction = mse,
-        dropout: DropoutRates | None = None, largest_norm: float = 0.0) -> Result:
+        dropout: DropoutRates | None = None, largest_norm: float = 0.0, kind: AdapterKind = DEFAULT_KIND,
+        resumed: TrainingState | None = None) -> Result:
     """Train on `batches` in order. Text encoders are trained with `text`, else their answers are looked up."""
     frozen_model = model(family, device)
     targets = find_targets(frozen_model.components, family=frozen_model.architecture.family, text_encoder=text)
-    network = AdapterNetwork.build(targets, rank=2, alpha=2, seed=0).to(device)
+    if resumed is None:
+        network = AdapterNetwork.build(targets, rank=2, alpha=2, seed=0, kind=kind).to(device)
+        network.begin_at(frozen_model.components, network.layers)
+    else:
+        network = AdapterNetwork.continued(targets, resumed.lora, seed=0).to(device)
     network.dropout = dropout or network.dropout
     adapters = {name: layers for name, layers in network.training_adapters().items() if name != "unet"}
     norms = [ScaleWeightNorms(network, largest_norm)] if largest_norm else []
@@ -160,7 +166,8 @@ def run(family: str, batches: Sequence[Batch], *, accumulation: int = 1, text: b
                         checkpointed=frozenset(frozen_model.unet.checkpointable if checkpointing else ())))
     seen: list[events.Event] = []
     progress = train(frozen_model, network=network, epoch_batches=lambda epoch, start: batches[start:], condition=condition,
-                     config=config, report=seen.append, callbacks=[Watching(before_step), *norms], group=group)
+                     config=config, report=seen.append, callbacks=[Watching(before_step), *norms], group=group,
+                     resumed=resumed)
     for each in norms:
         each.tell(seen.append)
     return Result(network, seen, progress.step, progress.snapshot())

@@ -1,6 +1,8 @@
-"""Dropout and the largest weight norm in the training loop."""
+"""Dropout, the largest weight norm and other kinds of network in the training loop."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import pytest
 import torch
@@ -45,6 +47,21 @@ def test_weight_norms_above_the_largest_are_scaled_down_and_told() -> None:
     assert norms(free).max() > 2 * largest
     assert norms(result).max() <= largest * (1 + 1e-4) and (norms(result) > 0.9 * largest).any()
     assert "0.05" in result.warnings[-1] and not any("norm" in text for text in free.warnings)
+
+
+@pytest.mark.parametrize("values", [
+    {}, {"network_module": "LoKr", "dora_wd": True}], ids=str)
+def test_a_run_that_goes_on_ends_with_the_same_bits(values: dict[str, object]) -> None:
+    kind = chosen_kind(parse(values).network)
+    rates = RATES if not values else DropoutRates(module=0.2)
+    batches, options = [batch(number) for number in range(3)], {"dropout": rates, "largest_norm": 0.05, "kind": kind}
+    through = small_run.run("sd1", batches, **options)
+    half = small_run.run("sd1", batches, before_step=lambda progress: progress.step < 1, **options)
+    state = half.state
+    kept = dataclasses.replace(state, lora={name: tensor.clone() for name, tensor in state.lora.items()})
+    again = small_run.run("sd1", batches, resumed=kept, **options)
+    expected, found = (result.network.state_dict() for result in (through, again))
+    assert half.steps == 1 and again.steps == 3 and all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 @pytest.mark.parametrize("values", [{}, {"conv_dim": 2}, {"network_module": "LoHa"}, {"network_module": "LoKr"},

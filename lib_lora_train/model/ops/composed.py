@@ -20,12 +20,62 @@ Compose = Callable[..., Tensor]
 
 def composed_linear(x: Tensor, compose: Compose, factors: Sequence[Tensor]) -> Tensor:
     """x [..., in] @ compose(*factors) [out, in].T in x's dtype; gradients for x and the factors, of which autograd keeps x."""
-    return _Composed.apply(x, compose, None, *factors)
+    return _Composed.apply(x, compose, _Linear(), *factors)
 
 
 def composed_conv2d(x: Tensor, compose: Compose, factors: Sequence[Tensor], *, stride: int, padding: int) -> Tensor:
     """x [B, in, h, w] convolved with compose(*factors) [out, in, k, k], as `composed_linear`."""
-    return _Composed.apply(x, compose, (stride, padding), *factors)
+    return _Composed.apply(x, compose, _Conv2d(stride, padding), *factors)
+
+
+def composed_blocks(x: Tensor, compose: Compose, factors: Sequence[Tensor]) -> Tensor:
+    """The n parts of each row of x [..., n·size] @ compose(*factors) [n, size, size], each by its own, as `composed_linear`."""
+    return _Composed.apply(x, compose, _Blocks(), *factors)
+
+
+class _Linear:
+    """A product of x and a kernel, and its gradients."""
+
+    def product(self, x: Tensor, kernel: Tensor) -> Tensor:
+        return F.linear(x, kernel)
+
+    def of_input(self, shape: torch.Size, kernel: Tensor, grad: Tensor) -> Tensor:
+        return grad @ kernel
+
+    def of_kernel(self, x: Tensor, shape: torch.Size, grad: Tensor) -> Tensor:
+        return grad.flatten(0, -2).t() @ x.flatten(0, -2)
+
+
+class _Conv2d:
+    def __init__(self, stride: int, padding: int) -> None:
+        self._geometry = {"stride": stride, "padding": padding}
+
+    def product(self, x: Tensor, kernel: Tensor) -> Tensor:
+        return F.conv2d(x, kernel, **self._geometry)
+
+    def of_input(self, shape: torch.Size, kernel: Tensor, grad: Tensor) -> Tensor:
+        return conv2d_input(shape, kernel, grad, **self._geometry)
+
+    def of_kernel(self, x: Tensor, shape: torch.Size, grad: Tensor) -> Tensor:
+        return conv2d_weight(x, shape, grad, **self._geometry)
+
+
+class _Blocks:
+    def product(self, x: Tensor, kernel: Tensor) -> Tensor:
+        return self._joined(torch.bmm(self._parts(x, len(kernel)), kernel), x.shape)
+
+    def of_input(self, shape: torch.Size, kernel: Tensor, grad: Tensor) -> Tensor:
+        return self._joined(torch.bmm(self._parts(grad, len(kernel)), kernel.mT), shape)
+
+    def of_kernel(self, x: Tensor, shape: torch.Size, grad: Tensor) -> Tensor:
+        return torch.bmm(self._parts(x, shape[0]).mT, self._parts(grad, shape[0]))
+
+    def _parts(self, x: Tensor, count: int) -> Tensor:
+        """[..., n·size] -> [n, rows, size], without a copy."""
+        return x.reshape(-1, count, x.shape[-1] // count).transpose(0, 1)
+
+    def _joined(self, parts: Tensor, shape: torch.Size) -> Tensor:
+        return parts.transpose(0, 1).reshape(shape)
 
 
 def remade(compose: Compose, factors: Sequence[Tensor]) -> Tensor:
@@ -59,34 +109,25 @@ class _Composed(torch.autograd.Function):
     """A product with a composed weight. The factors are kept as attributes: hooks on saved tensors are for activations."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, compose: Compose, geometry: tuple[int, int] | None, *factors: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, compose: Compose, kind: _Linear | _Conv2d | _Blocks, *factors: Tensor) -> Tensor:
         ctx.save_for_backward(x if any(ctx.needs_input_grad[3:]) else None)
-        ctx.compose, ctx.geometry, ctx.factors, ctx.shape = compose, geometry, factors, x.shape
-        kernel = compose(*factors).to(x.dtype)
-        return F.linear(x, kernel) if geometry is None else F.conv2d(x, kernel, stride=geometry[0], padding=geometry[1])
+        ctx.compose, ctx.kind, ctx.factors, ctx.shape = compose, kind, factors, x.shape
+        return kind.product(x, compose(*factors).to(x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x,), wanted, geometry = ctx.saved_tensors, ctx.needs_input_grad[3:], ctx.geometry
-        grad_x = None
-        if ctx.needs_input_grad[0] and not any(wanted):
-            grad_x = _of_input(ctx, ctx.compose(*ctx.factors), grad)
+        (x,), wanted, grad_x = ctx.saved_tensors, ctx.needs_input_grad[3:], None
+
+        def of_input(kernel: Tensor) -> Tensor | None:
+            return ctx.kind.of_input(ctx.shape, kernel.to(grad.dtype), grad) if ctx.needs_input_grad[0] else None
 
         def of_kernel(kernel: Tensor) -> Tensor:
             nonlocal grad_x
-            if ctx.needs_input_grad[0]:
-                grad_x = _of_input(ctx, kernel, grad)
-            if geometry is None:
-                return (grad.flatten(0, -2).t() @ x.flatten(0, -2)).to(kernel.dtype)
-            return conv2d_weight(x, kernel.shape, grad, stride=geometry[0], padding=geometry[1]).to(kernel.dtype)
+            grad_x = of_input(kernel)
+            return ctx.kind.of_kernel(x, kernel.shape, grad).to(kernel.dtype)
 
-        grads = _gradients(ctx.compose, ctx.factors, wanted, of_kernel) if any(wanted) else [None] * len(wanted)
+        if not any(wanted):
+            return of_input(ctx.compose(*ctx.factors)), None, None, *[None] * len(wanted)
+        grads = _gradients(ctx.compose, ctx.factors, wanted, of_kernel)
         return grad_x, None, None, *grads
-
-
-def _of_input(ctx: Any, kernel: Tensor, grad: Tensor) -> Tensor:
-    kernel = kernel.to(grad.dtype)
-    if ctx.geometry is None:
-        return grad @ kernel
-    return conv2d_input(ctx.shape, kernel, grad, stride=ctx.geometry[0], padding=ctx.geometry[1])
