@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
-from lib_lora_train.errors import counted
 from lib_lora_train.settings.kohya_network import adopted_network
 from lib_lora_train.settings.toml import tables
 
@@ -40,22 +39,6 @@ class Adopted:
     became: tuple[str, ...]
     unused: Mapping[str, str]
     neutral: tuple[str, ...]
-
-
-def adopted(values: Mapping[str, object]) -> tuple[dict[str, object], list[str]]:
-    """(what `adopt` makes of a file's values, sentences that tell what became of them)."""
-    found = adopt(values)
-    notes = [f"Of kohya's settings {'; '.join(found.became)}."] if found.became else []
-    if found.unused:
-        reasons = {reason: [name for name in found.unused if found.unused[name] == reason] for reason in found.unused.values()}
-        listed = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in reasons.items())
-        notes.append(f"Not needed here, of kohya's settings: {listed}.")
-    if found.neutral:
-        notes.append(f"{counted(len(found.neutral), 'setting')} of kohya's had values that change nothing here.")
-    if explanations().keys() & values.keys() and "network_train_unet_only" not in found.values:
-        notes.append("Only the UNet is trained: kohya's scripts train the text encoder too unless told otherwise, here "
-                     "network_train_unet_only = false does.")
-    return dict(found.values), notes
 
 
 def adopt(values: Mapping[str, object], *, foreign: bool = False) -> Adopted:
