@@ -32,7 +32,7 @@ def test_a_preset_is_renamed_deleted_and_given_away(tmp_path: Path):
     assert [preset.name for preset in own_presets(tmp_path)] == ["OTHER", "猫 é"]
     with pytest.raises(OutputError):
         rename_preset("OTHER", "猫 é", tmp_path)
-    shared = import_bytes(preset_text(moved), name="x.toml")
+    shared = import_bytes(preset_text(moved).encode(), name="x.toml")
     assert dict(shared.values) == dict(moved.values) and not shared.foreign
     delete_preset("OTHER", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["猫 é.toml"]

@@ -147,12 +147,12 @@ def _network(given: Mapping[str, Any]) -> Computed:
 
 def _intervals(given: Mapping[str, Any]) -> Computed:
     for name, target in (("save_every", "save_every_n"), ("sample_after", "sample_every_n")):
-        unit = given.get(f"{name}_unit")
-        if unit in _UNITS:
-            yield f"{target}_{_UNITS[unit]}", given.get(name, 0), (name, f"{name}_unit")
-        elif unit == "NEVER":
-            never = ("save_every_n_epochs", 0) if name == "save_every" else ("sample_images", False)
-            yield *never, (name, f"{name}_unit")
+        if unit := _UNITS.get(given.get(f"{name}_unit", "")):
+            yield f"{target}_{unit}", given.get(name, 0), (name, f"{name}_unit")
+    if given.get("save_every_unit") == "NEVER":
+        yield "save_every_n_epochs", 0, ("save_every", "save_every_unit")
+    if given.get("sample_after_unit") == "NEVER":
+        yield "sample_images", False, ("sample_after", "sample_after_unit")
     if "backup_after" in given and (minutes := _MINUTES.get(given.get("backup_after_unit", "MINUTE"))):
         yield "save_state_every_n_minutes", float(given["backup_after"]) * minutes, ("backup_after", "backup_after_unit")
 
