@@ -62,10 +62,10 @@ class _Conv2d:
 
 class _Blocks:
     def product(self, x: Tensor, kernel: Tensor) -> Tensor:
-        return self._joined(torch.bmm(self._parts(x, len(kernel)), kernel), x.shape)
+        return self._assembled(torch.bmm(self._parts(x, len(kernel)), kernel), x.shape)
 
     def of_input(self, shape: torch.Size, kernel: Tensor, grad: Tensor) -> Tensor:
-        return self._joined(torch.bmm(self._parts(grad, len(kernel)), kernel.mT), shape)
+        return self._assembled(torch.bmm(self._parts(grad, len(kernel)), kernel.mT), shape)
 
     def of_kernel(self, x: Tensor, shape: torch.Size, grad: Tensor) -> Tensor:
         return torch.bmm(self._parts(x, shape[0]).mT, self._parts(grad, shape[0]))
@@ -74,7 +74,7 @@ class _Blocks:
         """[..., n·size] -> [n, rows, size], without a copy."""
         return x.reshape(-1, count, x.shape[-1] // count).transpose(0, 1)
 
-    def _joined(self, parts: Tensor, shape: torch.Size) -> Tensor:
+    def _assembled(self, parts: Tensor, shape: torch.Size) -> Tensor:
         return parts.transpose(0, 1).reshape(shape)
 
 
