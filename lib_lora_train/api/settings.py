@@ -68,9 +68,9 @@ def add_routes(gate: Gate, host: Paths) -> None:
         {"name": p.name, "description": p.description, "version": p.version, "own": p.own} for p in presets.offered(folder)]},
         "Every preset")
     for name, change in {
-            "save": lambda asked: presets.save_preset(asked.name, asked.settings, folder),
-            "rename": lambda asked: presets.rename_preset(asked.name, asked.to, folder),
-            "delete": lambda asked: presets.delete_preset(asked.name, folder)}.items():
+            "save": lambda request: presets.save_preset(request.name, request.settings, folder),
+            "rename": lambda request: presets.rename_preset(request.name, request.to, folder),
+            "delete": lambda request: presets.delete_preset(request.name, folder)}.items():
         gate.add("POST", f"presets/{name}", lambda _, body, change=change: _told(change(request_of(body))),
                  f"{name.capitalize()} a preset of one's own")
     gate.add("GET", "presets/file", lambda query, _: _toml(presets.preset_text(found := presets.find_preset(

@@ -29,11 +29,7 @@ def offered(folder: Path) -> tuple[Preset, ...]:
 def own_presets(folder: Path) -> tuple[Preset, ...]:
     """Those in the user's `folder`, by name."""
     found = []
-    try:
-        files = sorted(folder.glob("*.toml"), key=lambda path: file_key(path.stem))
-    except OSError:
-        return ()
-    for path in files:
+    for path in sorted(folder.glob("*.toml"), key=lambda path: file_key(path.stem)):
         try:
             found.append(_read(path))
         except SettingError as error:
@@ -43,11 +39,10 @@ def own_presets(folder: Path) -> tuple[Preset, ...]:
 
 def find_preset(name: str, folder: Path) -> Preset:
     """The preset of that name. Raises SettingError where there is none, with the names there are."""
-    known = offered(folder)
-    for preset in known:
-        if file_key(preset.name) == file_key(name):
-            return preset
-    raise SettingError(f"There is no preset called {name!r}", remedy=f"choose {', '.join(p.name for p in known)}")
+    known = {file_key(preset.name): preset for preset in offered(folder)}
+    if file_key(name) not in known:
+        raise SettingError(f"There is no preset called {name!r}", remedy=f"choose {', '.join(p.name for p in known.values())}")
+    return known[file_key(name)]
 
 
 def save_preset(name: str, values: Mapping[str, object], folder: Path) -> Preset:
@@ -57,6 +52,7 @@ def save_preset(name: str, values: Mapping[str, object], folder: Path) -> Preset
     kept = {key: value for key, value in flat(parse(values)).items() if key not in IDENTITY}
     before = next((preset for preset in own_presets(folder) if file_key(preset.name) == file_key(name)), None)
     version, about = (before.version + (dict(before.values) != kept), before.description) if before else (1, _DESCRIPTION)
+    path = folder / f"{before.name}.toml" if before else path
     saved = Preset(path.stem, about, _POSITION, kept, version, own=True)
     with translated("saving the preset"):
         write_atomic(path, preset_text(saved).encode())

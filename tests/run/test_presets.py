@@ -17,7 +17,7 @@ def test_a_preset_keeps_all_settings_but_those_of_one_lora_and_its_version_grows
     assert (saved.version, saved.own, saved.values["network_dim"], saved.values["keep_tokens"]) == (1, True, 5, 3)
     assert not IDENTITY & saved.values.keys()
     assert save_preset("Mine", {"network_dim": 5, "keep_tokens": 3, "output_name": "other"}, tmp_path).version == 1
-    assert save_preset("mine", {"network_dim": 6}, tmp_path).version == 2
+    assert save_preset("mine", {"network_dim": 6}, tmp_path).version == 2 and len(list(tmp_path.iterdir())) == 1
     assert [preset.name for preset in offered(tmp_path)][:len(presets())] == [preset.name for preset in presets()]
     assert find_preset("MINE", tmp_path).values["network_dim"] == 6
 

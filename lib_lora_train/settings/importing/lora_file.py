@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -164,9 +163,7 @@ def _value(name: str, text: str) -> object:
 
 
 def _object(text: str) -> Any:
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            return parse(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-    return {}
+    try:
+        return json.loads(text)
+    except ValueError:
+        return {}

@@ -172,8 +172,7 @@ def _refused(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "text_encoder_2.learning_rate", f"both text encoders have one rate, {named('text_encoder_lr')}"
     for part in trained:
         if given.get(f"{part}.stop_training_after") and given.get(f"{part}.stop_training_after_unit", "NEVER") != "NEVER":
-            yield f"{part}.stop_training_after", "the text encoder is trained to the end"
-            yield f"{part}.stop_training_after_unit", "the text encoder is trained to the end"
+            yield from ((f"{part}.stop_training_after{of}", "the text encoder is trained to the end") for of in ("", "_unit"))
     if given.get("layer_filter") and given.get("layer_filter_preset", "full") not in _table()["choices"]["layer_filter_preset"]:
         yield "layer_filter", f"layers are chosen in {named('network_targets')}"
 
