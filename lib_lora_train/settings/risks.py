@@ -32,7 +32,7 @@ def risks(settings: Settings, *, steps: int, images: int, processes: int = 1, ep
         elif 0 < rate < low:
             yield f"{named(name)} = {rate:g} is so low that next to nothing is learnt: {usual} is usual."
     strength = network.network_alpha / network.network_dim ** (0.5 if network.rs_lora else 1)
-    if strength > _MOST_STRENGTH and not network.network_weights and network.network_module != "OFT":
+    if strength > _MOST_STRENGTH and not network.network_weights and network.network_module != "OFT":  # a bound
         root = "the root of " if network.rs_lora else ""
         yield (f"{named('network_alpha')} = {network.network_alpha:g} is {strength:.3g} times {root}{named('network_dim')} = "
                f"{network.network_dim}: so strong a LoRA is mostly ruined. From half of that up to it is usual.")
