@@ -112,5 +112,5 @@ class LoHa:
         return 2 * rank * (target.in_features * math.prod(target.kernel) + target.out_features)
 
     def composed(self, target: Target, *, rank: int) -> int:
-        """Both products, and a gradient of their size."""
-        return 3 * target.out_features * target.in_features * math.prod(target.kernel)
+        """ΔW; what it is made of comes and goes before the rest is there."""
+        return target.out_features * target.in_features * math.prod(target.kernel)

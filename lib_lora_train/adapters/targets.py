@@ -45,7 +45,7 @@ _B_LORA = r"output_blocks\.%s\.1\..*attn[12]\..*"
 # BLOCKS of their blora_utils.py).
 PRESETS: Mapping[str, str] = {
     DEFAULT_PRESET: r".*\.(proj_in|proj_out|transformer_blocks\..*)", "attention": r".*\.attn[12]\..*",
-    "cross-attention": r".*\.attn2\..*", WITH_CONVOLUTIONS: r".*", TEXT_ENCODER: r"",
+    "cross-attention": r".*\.attn2\..*", WITH_CONVOLUTIONS: r"(?!time_embed|out\.|input_blocks\.0\.).*", TEXT_ENCODER: r"",
     "B-LoRA content": _B_LORA % "0", "B-LoRA style": _B_LORA % "1", "B-LoRA content and style": _B_LORA % "[01]"}
 """The setting's value -> which of the UNet's modules are adapted. Of text encoders it is all layers that kohya adapts."""
 

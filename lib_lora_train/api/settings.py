@@ -5,7 +5,7 @@
     GET  presets              {"presets": [{"name", "description", "version", "own"}]}
     POST presets/save         {"name", "settings"} -> {"name", "version"}: keep them under a name of one's own
     POST presets/rename       {"name", "to"} -> {"name", "version"}
-    POST presets/delete       {"name"} -> {}
+    POST presets/delete       {"name"} -> {"name", "version"} of what was there
     GET  presets/file?name=   a preset as a TOML file, to be given away
 """
 
@@ -60,29 +60,21 @@ def add_routes(gate: Gate, host: Paths) -> None:
         name = request_of(request.query_params).name or "settings.toml"
         return (await run_in_threadpool(import_bytes, bytes(received), name=name)).to_json()
 
-    def download(body: Mapping[str, Any]) -> Response:
-        return _toml(write_toml(flat(parse(request_of(body).settings))).encode("utf-8", "replace"), "settings")
-
-    def save(body: Mapping[str, Any]) -> dict[str, object]:
-        return _told(presets.save_preset(request_of(body).name, request_of(body).settings, folder))
-
-    def rename(body: Mapping[str, Any]) -> dict[str, object]:
-        return _told(presets.rename_preset(request_of(body).name, request_of(body).to, folder))
-
-    def delete(body: Mapping[str, Any]) -> dict[str, object]:
-        presets.delete_preset(request_of(body).name, folder)
-        return {}
-
     gate.add_upload("settings/read", receive, "What a file of settings, or a LoRA, says")
-    gate.add("POST", "settings/file", lambda _, body: download(body), "Settings as a TOML file")
+    gate.add("POST", "settings/file", lambda _, body: _toml(write_toml(flat(parse(request_of(body).settings))), "settings"),
+             "Settings as a TOML file")
     gate.add("GET", "settings/file", lambda query, _: _of_run(request_of(query).run, host), "A run's settings as a TOML file")
     gate.add("GET", "presets", lambda *_: {"presets": [
         {"name": p.name, "description": p.description, "version": p.version, "own": p.own} for p in presets.offered(folder)]},
         "Every preset")
-    gate.add("POST", "presets/save", lambda _, body: save(body), "Keep settings as a preset")
-    gate.add("POST", "presets/rename", lambda _, body: rename(body), "Give a preset another name")
-    gate.add("POST", "presets/delete", lambda _, body: delete(body), "Delete a preset of one's own")
-    gate.add("GET", "presets/file", lambda query, _: _of_preset(presets.find_preset(request_of(query).name, folder)),
+    for name, change in {
+            "save": lambda request: presets.save_preset(request.name, request.settings, folder),
+            "rename": lambda request: presets.rename_preset(request.name, request.to, folder),
+            "delete": lambda request: presets.delete_preset(request.name, folder)}.items():
+        gate.add("POST", f"presets/{name}", lambda _, body, change=change: _told(change(request_of(body))),
+                 f"{name.capitalize()} a preset of one's own")
+    gate.add("GET", "presets/file", lambda query, _: _toml(presets.preset_text(found := presets.find_preset(
+        request_of(query).name, folder)), found.name),
              "A preset as a TOML file")
 
 
@@ -90,15 +82,11 @@ def _told(preset: Preset) -> dict[str, object]:
     return {"name": preset.name, "version": preset.version}
 
 
-def _of_preset(preset: Preset) -> Response:
-    return _toml(presets.preset_text(preset), preset.name)
-
-
 def _of_run(run: str, host: Paths) -> Response:
     folder = folder_of(run, host)
-    return _toml(write_toml(read_settings(folder)).encode("utf-8", "replace"), folder.name)
+    return _toml(write_toml(read_settings(folder)), folder.name)
 
 
-def _toml(text: bytes, name: str) -> Response:
-    return Response(text, media_type="application/toml", headers={
+def _toml(text: str, name: str) -> Response:
+    return Response(text.encode("utf-8", "replace"), media_type="application/toml", headers={
         "Content-Disposition": f"attachment; filename*=UTF-8''{quote(name)}.toml", "Cache-Control": "no-store"})

@@ -137,11 +137,12 @@ def _summary(plan: RunPlan, *, compared: int, alike: int) -> RunSummary:
     settings = plan.settings
     trained = {example.path: example for example in plan.dataset.examples if not example.is_regularisation}.values()
     unet_lr, text_encoder_lr = settings.rates
-    optimizer = traits_of(settings)
+    optimizer, network = traits_of(settings), settings.network
     return RunSummary(
         length="max_train_steps" if settings.optimizer.max_train_steps else "max_train_epochs",
         unet_rate="unet_lr" if settings.optimizer.unet_lr else "learning_rate", unet_lr=unet_lr,
-        text_encoder_lr=text_encoder_lr, rank=settings.network.network_dim, alpha=settings.network.network_alpha,
+        text_encoder_lr=text_encoder_lr, rank=network.network_dim,
+        alpha=network.network_dim if network.network_module == "OFT" else network.network_alpha,  # there it is no strength
         trigger_word=settings.dataset.trigger_word, images=len(trained),
         different=len(trained) if not alike else round((1 - alike / compared) * len(trained)),
         captioned=sum(example.caption.strip() not in ("", with_trigger_word("", example.trigger_word)) for example in trained),

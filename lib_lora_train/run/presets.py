@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,14 +10,14 @@ from pathlib import Path
 from lib_lora_train.dataset.listing import file_key
 from lib_lora_train.errors import OutputError, SettingError, translated
 from lib_lora_train.run.output import checked_name
-from lib_lora_train.settings import Value, flat, parse
+from lib_lora_train.settings import flat, parse
 from lib_lora_train.settings.presets import CHANGED, IDENTITY, NO_PRESET, Preset, presets
 from lib_lora_train.settings.presets import read_preset as read_file
 from lib_lora_train.settings.toml import write_toml
 from lib_lora_train.storage.atomic import remove, write_atomic
 
 log = logging.getLogger(__name__)
-_DESCRIPTION = "A preset of your own."
+_DESCRIPTION, _POSITION = "A preset of your own.", 1000
 
 
 def offered(folder: Path) -> tuple[Preset, ...]:
@@ -28,11 +29,7 @@ def offered(folder: Path) -> tuple[Preset, ...]:
 def own_presets(folder: Path) -> tuple[Preset, ...]:
     """Those in the user's `folder`, by name."""
     found = []
-    try:
-        files = sorted(folder.glob("*.toml"), key=lambda path: file_key(path.stem))
-    except OSError:
-        return ()
-    for path in files:
+    for path in sorted(folder.glob("*.toml"), key=lambda path: file_key(path.stem)):
         try:
             found.append(_read(path))
         except SettingError as error:
@@ -42,25 +39,24 @@ def own_presets(folder: Path) -> tuple[Preset, ...]:
 
 def find_preset(name: str, folder: Path) -> Preset:
     """The preset of that name. Raises SettingError where there is none, with the names there are."""
-    known = offered(folder)
-    found = next((preset for preset in known if file_key(preset.name) == file_key(name)), None)
-    if found is None:
-        raise SettingError(f"There is no preset called {name!r}", remedy=f"choose {', '.join(p.name for p in known)}")
-    return found
+    known = {file_key(preset.name): preset for preset in offered(folder)}
+    if file_key(name) not in known:
+        raise SettingError(f"There is no preset called {name!r}", remedy=f"choose {', '.join(p.name for p in known.values())}")
+    return known[file_key(name)]
 
 
-def save_preset(name: str, values: Mapping[str, object], folder: Path, *, description: str = "") -> Preset:
+def save_preset(name: str, values: Mapping[str, object], folder: Path) -> Preset:
     """Keep these settings, but for what belongs to one LoRA, under a name of the user's; over an older one its version is one
     more. Raises OutputError for a name that is not possible, SettingError for settings that are not."""
     path = _path(name, folder)
     kept = {key: value for key, value in flat(parse(values)).items() if key not in IDENTITY}
     before = next((preset for preset in own_presets(folder) if file_key(preset.name) == file_key(name)), None)
-    version = 1 if before is None else before.version + (dict(before.values) != kept)
-    about = {"name": path.stem, "description": description or (before.description if before else _DESCRIPTION),
-             "version": version}
+    version, about = (before.version + (dict(before.values) != kept), before.description) if before else (1, _DESCRIPTION)
+    path = folder / f"{before.name}.toml" if before else path
+    saved = Preset(path.stem, about, _POSITION, kept, version, own=True)
     with translated("saving the preset"):
-        write_atomic(path, _text(about, kept))
-    return _read(path)
+        write_atomic(path, preset_text(saved).encode())
+    return saved
 
 
 def rename_preset(name: str, to: str, folder: Path) -> Preset:
@@ -70,35 +66,32 @@ def rename_preset(name: str, to: str, folder: Path) -> Preset:
     other = file_key(new.stem) != file_key(old.stem)  # else only the case changes: on Windows it is the same file
     if other and any(file_key(p.name) == file_key(new.stem) for p in own_presets(folder)):
         raise OutputError(f"There is a preset called {to!r} already", remedy="choose another name")
-    about = {"name": new.stem, "description": preset.description, "version": preset.version}
+    renamed = dataclasses.replace(preset, name=new.stem)
     with translated("renaming the preset"):
         if not other:
             remove(old)
-        write_atomic(new, _text(about, preset.values))
+        write_atomic(new, preset_text(renamed).encode())
         if other:
             remove(old)
-    return _read(new)
+    return renamed
 
 
-def delete_preset(name: str, folder: Path) -> None:
-    """Remove the user's preset for good. Raises SettingError where there is none of that name."""
-    path = _existing(name, folder)
+def delete_preset(name: str, folder: Path) -> Preset:
+    """Remove the user's preset for good; returns it. Raises SettingError where there is none of that name."""
+    preset = _read(_existing(name, folder))
     with translated("deleting the preset"):
-        remove(path)
+        remove(folder / f"{preset.name}.toml")
+    return preset
 
 
-def preset_text(preset: Preset) -> bytes:
+def preset_text(preset: Preset) -> str:
     """The file of a preset, to be given away."""
-    return _text({"name": preset.name, "description": preset.description, "version": preset.version}, preset.values)
-
-
-def _text(about: Mapping[str, Value], values: Mapping[str, Value]) -> bytes:
-    return f"[preset]\n{write_toml(about)}\n[settings]\n{write_toml(values)}".encode()
+    about = write_toml({"name": preset.name, "description": preset.description, "version": preset.version})
+    return f"[preset]\n{about}\n[settings]\n{write_toml(preset.values)}"
 
 
 def _read(path: Path) -> Preset:
-    preset = read_file(path)
-    return Preset(path.stem, preset.description, preset.position, preset.values, preset.version, own=True)
+    return dataclasses.replace(read_file(path), name=path.stem, own=True)
 
 
 def _existing(name: str, folder: Path) -> Path:

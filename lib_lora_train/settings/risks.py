@@ -31,7 +31,7 @@ def risks(settings: Settings, *, steps: int, images: int, processes: int = 1, ep
             yield f"{named(name)} = {rate:g} mostly ruins a LoRA with {optimizer.optimizer_type}: {usual} is usual."
         elif 0 < rate < low:
             yield f"{named(name)} = {rate:g} is so low that next to nothing is learnt: {usual} is usual."
-    strength = network.network_alpha / network.network_dim
+    strength = network.network_alpha / network.network_dim if network.network_module != "OFT" else 0.0  # there it is a bound
     if strength > _MOST_STRENGTH and not network.network_weights:
         yield (f"{named('network_alpha')} = {network.network_alpha:g} is {strength:.3g} times {named('network_dim')} = "
                f"{network.network_dim}: so strong a LoRA is mostly ruined. Half the rank up to the rank is usual.")

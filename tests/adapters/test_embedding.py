@@ -105,7 +105,7 @@ def test_vectors_that_do_not_fit_begin_the_next_chunk_and_a_near_comma_takes_its
     def lengths(caption: str) -> list[int]:
         chunks, = text.tokenize(caption, adapters=adapters(word())).encoders
         return [sum(token not in (START, END) for token in chunk) for chunk in chunks]
-    plain = " ".join(["7777"] * 0 + [str(100 + n) for n in range(73)])
+    plain = " ".join(str(100 + n) for n in range(73))
     assert lengths(f"{plain} {WORD}") == [73, 3]  # as in the WebUI: at 73 of 75 no comma is looked back to
     assert lengths(f"{' '.join(map(str, range(100, 170)))}, 1 2 3 4 {WORD}") == [71, 7]
     assert lengths(f"{plain[:-8]} {WORD}") == [74]
@@ -166,7 +166,13 @@ def test_the_condition_is_the_ordinary_words_without_the_lora_and_with_it_the_ve
     plain = model.text.encode([model.text.tokenize(caption) for caption in images.captions])
     without = condition.encode(images, adapted=False)
     assert torch.equal(without.context, plain.context)
-    assert not torch.equal(condition.encode(images).context, plain.context)
+    for caption, reached in ((f"a {WORD}", True), ("a cat", False)):
+        other = batch(1, caption=caption)
+        trained = condition.encode(other.extended(condition.prepare(other.captions)))
+        assert torch.equal(trained.context, plain.context) is False
+        sums = [trained.context.square().sum(), *([] if trained.pooled is None else [trained.pooled.square().sum()])]
+        grads = torch.autograd.grad(sum(sums), list(network.embeddings[0].parameters()))
+        assert [bool(grad.any()) for grad in grads] == [reached] * len(model.text.encoders)
     network.set_multiplier(0.0)
     off = batch(1, caption=f"a {WORD}")
     off = off.extended(condition.prepare(off.captions))

@@ -10,10 +10,10 @@ import torch
 
 from lib_lora_train.adapters.lora import LoRA, LoRALayer
 from lib_lora_train.adapters.network import AdapterNetwork
-from lib_lora_train.adapters.targets import DEFAULT_PRESET, PRESETS, Target, find_targets, of_preset
+from lib_lora_train.adapters.targets import DEFAULT_PRESET, PRESETS, Target, find_targets, of_keys, of_preset
 from lib_lora_train.errors import ModelError, SettingError
 from lib_lora_train.model.family import FAMILIES
-from lib_lora_train.run.selection import select
+from lib_lora_train.run.selection import select, targets_of_file
 from lib_lora_train.settings import DECLARATIONS, NetworkSettings
 from tests.adapters import full_size
 
@@ -90,6 +90,21 @@ def test_the_b_lora_presets_are_the_blocks_of_the_paper() -> None:
         assert len(targets) == len(expected) * 10 * 2 * 4
     with pytest.raises(SettingError):
         select(NetworkSettings(network_targets="B-LoRA style"), full_size.model("sd1"), family=FAMILIES["sd1"])
+
+
+def test_what_lycoris_adapts_besides_is_known_of_its_files_and_chosen_by_no_preset() -> None:
+    # Its preset "full" has conv_in, conv_out and time_embedding.linear_1 and _2, called so in sd-scripts' UNet of SD1 and SD2.
+    keys = {f"lora_unet_{name}": shape for name, shape in {
+        "conv_in": (320, 4, (3, 3)), "conv_out": (4, 320, (3, 3)), "time_embedding_linear_1": (1280, 320, ()),
+        "time_embedding_linear_2": (1280, 1280, ())}.items()}
+    found = find_targets(full_size.model("sd1"), family=FAMILIES["sd1"], text_encoder=False, chosen=of_keys(keys))
+    assert {target.key: (target.out_features, target.in_features, target.kernel) for target in found} == keys
+    chosen = targets_of_file(NetworkSettings(), full_size.model("sd1"), family=FAMILIES["sd1"],
+                             keys=[f"{key}.alpha" for key in keys])
+    assert {target.key for target in chosen} == set(keys)
+    for preset in PRESETS:
+        assert not [target for target in find_targets(full_size.model("sd1"), family=FAMILIES["sd1"], chosen=of_preset(preset))
+                    if target.key in keys]
 
 
 @pytest.mark.parametrize(("family", "unet", "text"), [("sd1", 192, 72), ("sd2", 192, 138), ("sdxl", 722, 264)])

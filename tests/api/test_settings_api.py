@@ -58,7 +58,7 @@ def test_presets_are_listed_saved_renamed_shared_and_deleted(desk: Desk):
     assert desk.post("presets/rename", {"name": "Mine é", "to": "Ours"}, PAGE).json()["name"] == "Ours"
     assert b"network_dim = 5" in desk.get("presets/file?name=Ours", PAGE).content
     assert b"network_dim" in desk.get("presets/file?name=Style", PAGE).content
-    assert desk.post("presets/delete", {"name": "Ours"}, PAGE).json() == {}
+    assert desk.post("presets/delete", {"name": "Ours"}, PAGE).json()["name"] == "Ours"
     for name, body in (("presets/delete", {"name": "Ours"}), ("presets/delete", {"name": "Style"}),
                        ("presets/save", {"name": "../x"}), ("presets/save", {"name": 3}),
                        ("presets/save", {"name": "x", "settings": {"zzz": 1}}),

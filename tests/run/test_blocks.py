@@ -75,6 +75,15 @@ def test_each_block_has_its_rank_and_alpha_and_one_of_rank_or_rate_0_is_left_out
     assert convolutions[1] == (3, 2.0) and convolutions[12] == (6, 2.0)
 
 
+@pytest.mark.parametrize(("values", "expected"), [
+    ({"conv_dim": 4}, (4, 2.0)), ({"conv_dim": 4, "conv_alpha": 1}, (4, 1.0)),
+    ({"network_targets": "attention and convolutions"}, (8, 4.0))])
+def test_convolutions_have_their_own_rank_and_alpha_or_the_strength_of_all(values: dict, expected: tuple) -> None:
+    chosen = parse({"network_dim": 8, "network_alpha": 4, **values}).network
+    selected = select(chosen, full_size.model("sd1"), family=SD1)
+    assert {selected.sizes[target.key] for target in selected.targets if target.kernel} == {expected}
+
+
 @pytest.mark.parametrize("values", [
     {"block_dims": "1,2,3"}, {"block_dims": numbers({}, count=23, usual=4)}, {"block_dims": numbers({}, count=25, usual=1.5)},
     {"block_alphas": "a"}, {"down_lr_weight": "cosinus"}, {"mid_lr_weight": "1,2,3"}, {"up_lr_weight": "-1"}])

@@ -17,7 +17,7 @@ def test_a_preset_keeps_all_settings_but_those_of_one_lora_and_its_version_grows
     assert (saved.version, saved.own, saved.values["network_dim"], saved.values["keep_tokens"]) == (1, True, 5, 3)
     assert not IDENTITY & saved.values.keys()
     assert save_preset("Mine", {"network_dim": 5, "keep_tokens": 3, "output_name": "other"}, tmp_path).version == 1
-    assert save_preset("mine", {"network_dim": 6}, tmp_path).version == 2
+    assert save_preset("mine", {"network_dim": 6}, tmp_path).version == 2 and len(list(tmp_path.iterdir())) == 1
     assert [preset.name for preset in offered(tmp_path)][:len(presets())] == [preset.name for preset in presets()]
     assert find_preset("MINE", tmp_path).values["network_dim"] == 6
 
@@ -32,7 +32,7 @@ def test_a_preset_is_renamed_deleted_and_given_away(tmp_path: Path):
     assert [preset.name for preset in own_presets(tmp_path)] == ["OTHER", "猫 é"]
     with pytest.raises(OutputError):
         rename_preset("OTHER", "猫 é", tmp_path)
-    shared = import_bytes(preset_text(moved), name="x.toml")
+    shared = import_bytes(preset_text(moved).encode(), name="x.toml")
     assert dict(shared.values) == dict(moved.values) and not shared.foreign
     delete_preset("OTHER", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["猫 é.toml"]

@@ -33,6 +33,7 @@ def test_a_value_that_is_known_to_fail_is_told_with_its_number_and_what_is_usual
     {}, *({"learning_rate": rate} for rate in (1e-5, 1e-4, 5e-4, 1e-3)), {"network_dim": 128, "network_alpha": 1},
     {"network_dim": 32, "network_alpha": 32}, {"network_dim": 8, "network_alpha": 16}, {"lr_warmup_steps": 100},
     {"train_batch_size": 20}, {"network_alpha": 4096, "network_weights": "a.safetensors"},
+    {"network_alpha": 4096, "network_module": "OFT"},
     {"text_encoder_lr": 5}, *(dict(preset.values) for preset in presets())])
 def test_values_that_people_train_with_are_not(changes):
     assert list(risks(parse(changes), **RUN)) == []

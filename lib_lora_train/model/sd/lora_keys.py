@@ -2,7 +2,7 @@
 
 Layers and keys are those of kohya-ss/sd-scripts (`networks.lora` with `conv_dim`): every linear or 1x1 layer inside the UNet's
 transformers, the layers of its residual blocks, its down- and upsamplers, and the attention and MLP layers of the text
-encoders. `adapters.targets` chooses among them.
+encoders; and what LyCORIS adapts besides. `adapters.targets` chooses among them.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ _IN_A_RESIDUAL_BLOCK = re.compile(
     r"\.(?P<rest>in_layers\.2|out_layers\.3|emb_layers\.1|skip_connection|op|conv)")
 _DIFFUSERS_LAYERS = {"in_layers.2": "conv1", "out_layers.3": "conv2", "emb_layers.1": "time_emb_proj",
                      "skip_connection": "conv_shortcut", "op": "conv"}
+_AROUND_THE_BLOCKS = {"input_blocks.0.0": "conv_in", "out.2": "conv_out", "time_embed.0": "time_embedding_linear_1",
+                      "time_embed.2": "time_embedding_linear_2"}
+"""What LyCORIS' preset "full" adapts beside kohya's layers, of the UNets that are called as in Diffusers."""
 _IN_A_TEXT_LAYER = re.compile(
     r"text_model\.encoder\.layers\.(?P<layer>\d+)\.(?:self_attn\.(?:q|k|v|out)_proj|mlp\.fc[12])")
 
@@ -57,7 +60,7 @@ def sd_block(key: str) -> int:
     on, 12 the middle, upward from 13 on (sd-scripts, get_block_index)."""
     match = re.search(r"(down|up)_blocks_(\d+)_(resnets|attentions|downsamplers|upsamplers)_(\d+)", key)
     if match is None:
-        return 12
+        return 12 if "mid_block" in key else 0
     place = 2 if match[3].endswith("samplers") else int(match[4])
     return (1 if match[1] == "down" else 13) + 3 * int(match[2]) + place
 
@@ -88,6 +91,8 @@ def _unet_keys(shapes: Shapes, *, blocks: Mapping[str, str] | None) -> Iterator[
             if blocks is not None:
                 block, rest = blocks[block], _DIFFUSERS_LAYERS.get(rest, rest)
             yield module, f"lora_unet_{block}_{rest}".replace(".", "_"), as_conv
+        elif blocks is not None and module in _AROUND_THE_BLOCKS:
+            yield module, f"lora_unet_{_AROUND_THE_BLOCKS[module]}", False
 
 
 def _diffusers_blocks(shapes: Shapes) -> dict[str, str]:

@@ -7,7 +7,7 @@ to ours, so that what becomes possible here is taken from every format. A file o
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -41,23 +41,26 @@ def _import(file: BinaryIO, *, name: str) -> Imported:
         header = lora_file.header_of(file)
         if header is None:
             raise SettingError(f"{Path(name).name} is no LoRA file", why="it has no header as safetensors files have")
-        return lora_file.read_header(header, name=name)
+        return _guarded(lambda: lora_file.read_header(header, name=name), name)
     data = tables_in(decoded(file.read(), name=name), name=name, is_json=name.lower().endswith(".json"))
     return import_tables(data, name=name)
 
 
 def import_tables(data: Mapping[str, Any], *, name: str) -> Imported:
     """As `import_file`, of what stood in it."""
+    def read_it() -> Imported:
+        format = next((format for format in FORMATS if format.recognises(data)), None)
+        return format.read(data) if format else _ours(data, name=name)
+    return _guarded(read_it, name)
+
+
+def _guarded(read_it: Callable[[], Imported], name: str) -> Imported:
+    """What was read. Values of no kind that the program writes are refused with a sentence."""
     try:
-        for format in FORMATS:
-            if format.recognises(data):
-                return format.read(data)
-        return _ours(data, name=name)
-    except RecursionError:
-        raise SettingError(f"{name} cannot be read", why="its tables lie within each other a thousand times") from None
+        return read_it()
     except SettingError:
         raise
-    except (AttributeError, TypeError, ValueError, KeyError) as error:  # values of no kind that the program writes
+    except (AttributeError, TypeError, ValueError, KeyError, RecursionError) as error:
         raise SettingError(f"{name} cannot be read", why=f"it holds something of another kind than there ({error})") from error
 
 

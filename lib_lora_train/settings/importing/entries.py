@@ -63,7 +63,8 @@ class Imported:
             told = "; ".join(f"{e.name} = {e.shown} ({e.text})" if e.text else f"{e.name} = {e.shown}" for e in entries)
             found += [f"{title}: {told}."] if entries else []
         if self.implied:
-            found.append(f"Left out there, and taken as {self.program} has it: {listed(self.implied)}.")
+            told = ", ".join(f"{name} = {shown(value)}" for name, value in self.implied.items())
+            found.append(f"Left out there, and taken as {self.program} has it: {told}.")
         return [*found, *self.notes]
 
     def to_json(self) -> dict[str, Any]:
@@ -71,11 +72,6 @@ class Imported:
         return {"program": self.program, "foreign": self.foreign, "values": dict(self.values), "implied": dict(self.implied),
                 "notes": list(self.notes),
                 "entries": [{"name": e.name, "value": e.shown, "kind": e.kind, "text": e.text} for e in self.entries]}
-
-
-def listed(values: Mapping[str, object]) -> str:
-    """ "network_dim = 8, seed = 1"."""
-    return ", ".join(f"{name} = {shown(value)}" for name, value in values.items())
 
 
 def shown(value: object) -> str:

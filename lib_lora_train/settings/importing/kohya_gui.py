@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from lib_lora_train.settings import kohya
@@ -24,39 +25,23 @@ def read(data: Mapping[str, Any]) -> Imported:
     """The settings in such a file. What stands in `additional_parameters`, a command line, goes before the fields."""
     translation = sd_scripts.started(PROGRAM, {name: value for name, value in data.items() if name != "additional_parameters"})
     command_line = str(data.get("additional_parameters") or "").strip()
-    if not command_line:
-        if "additional_parameters" in data:
-            translation.unused("additional_parameters", "", "it is empty")
-    else:
-        try:
-            parameters = list(_parameters(shlex.split(command_line)))
-            for name, value in parameters:
-                if name in translation.values and name.endswith("_args"):
-                    translation.add_argument(name, " ".join(value), origin=f"additional_parameters: --{name}", given=value)
-                else:
-                    shown = value[0] if len(value) == 1 else value or True
-                    translation.add(name, shown, origin=f"additional_parameters: --{name}", given=shown)
-        except ValueError as error:
-            translation.refuse("additional_parameters", command_line, f"it is no command line: {error}")
+    before, *parameters = re.split(r"(?:^|\s+)--(?=\w)", command_line)
+    try:
+        for name, _, value in (text.partition("=") if "=" in text.split()[0] else text.partition(" ") for text in parameters):
+            values, origin = shlex.split(value), f"additional_parameters: --{name.strip()}"
+            if name in translation.values and name in kohya.ARGUMENTS:
+                translation.add_argument(name, " ".join(values), origin=origin, given=values)
+            else:
+                shown = values[0] if len(values) == 1 else values or True
+                translation.add(name.strip(), shown, origin=origin, given=shown)
+        if before:
+            raise ValueError(f"{before!r} belongs to no --name")
+    except ValueError as error:
+        translation.refuse("additional_parameters", command_line, f"it is no command line: {error}")
+    if "additional_parameters" in data and not command_line:
+        translation.unused("additional_parameters", "", "it is empty")
     _parts(translation.values)
     return sd_scripts.completed(translation)
-
-
-def _parameters(words: list[str]) -> Iterator[tuple[str, list[str]]]:
-    """(name, values) of each --name of a command line; a word before the first of them is a ValueError."""
-    name, values = "", list[str]()
-    for word in words:
-        if not word.startswith("--"):
-            if not name:
-                raise ValueError(f"{word!r} belongs to no --name")
-            values.append(word)
-            continue
-        if name:
-            yield name, values
-        name, equals, value = word[2:].partition("=")
-        values = [value] if equals else []
-    if name:
-        yield name, values
 
 
 def _parts(values: dict[str, object]) -> None:

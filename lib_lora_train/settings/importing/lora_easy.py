@@ -33,13 +33,10 @@ def read(data: Mapping[str, Any]) -> Imported:
             of_part = values if kind in ("args", "dataset_args") and isinstance(values, dict) else {kind: values}
             for name, value in of_part.items():
                 _add(translation, f"{part}.{name}", name, value)
-    subsets = data.get("subsets", [])
-    for number, subset in enumerate(subsets, 1):
-        if "name" in subset:
-            translation.unused(f"subsets {number}.name", subset["name"], _ONLY_THERE["name"])
+    subsets = [dict(subset) for subset in data.get("subsets", [])]
     if subsets:
-        kept = [{name: value for name, value in subset.items() if name != "name"} for subset in subsets]
-        sd_scripts.add_folders(translation, [{"subsets": kept}], general={})
+        translation.unused("subsets.name", [subset.pop("name", "") for subset in subsets], _ONLY_THERE["name"])
+        sd_scripts.add_folders(translation, [{"subsets": subsets}], general={})
     return sd_scripts.completed(translation)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -14,6 +13,7 @@ from lib_lora_train.settings import DECLARATIONS
 from lib_lora_train.settings.importing import onetrainer
 from lib_lora_train.settings.importing.entries import Imported
 from lib_lora_train.settings.importing.translation import Translation
+from lib_lora_train.settings.toml import tables_in
 
 PROGRAM = "a LoRA file"
 MOST_BYTES = 100_000_000
@@ -54,15 +54,17 @@ def read_header(header: Mapping[str, Any], *, name: str) -> Imported:
     """The settings of the run that made such a file. Raises SettingError where it does not say."""
     metadata = {key: str(value) for key, value in (header.get("__metadata__") or {}).items()}
     if "ot_config" in metadata:
-        return onetrainer.read(json.loads(metadata["ot_config"]))
+        return onetrainer.read(tables_in(metadata["ot_config"], name=name, is_json=True))
     found = {key[3:]: value for key, value in metadata.items() if key.startswith("ss_")}
     if not found.keys() & {"learning_rate", "network_dim", "unet_lr"}:
         raise SettingError(f"{Path(name).name} does not say how it was trained", why="it has no such metadata",
                            remedy="ask whoever made it for the settings")
     translation = Translation(PROGRAM)
     for key, value in metadata.items():
-        if not key.startswith("ss_"):
-            _beside(translation, key, value)
+        if key == "modelspec.trigger_phrase" and value:
+            translation.add("trigger_word", value, origin=key, given=value)
+        elif not key.startswith("ss_"):
+            translation.unused(key, value, "it is about the file")
     _length(found, translation)
     for key, value in found.items():
         _setting(key, value, translation)
@@ -73,13 +75,6 @@ def read_header(header: Mapping[str, Any], *, name: str) -> Imported:
     if not text and "text_encoder_lr" in translation.values:
         translation.values["text_encoder_lr"] = ""
     return translation.finish({})
-
-
-def _beside(translation: Translation, key: str, value: str) -> None:
-    if key == "modelspec.trigger_phrase" and value:
-        translation.add("trigger_word", value, origin=key, given=value)
-    else:
-        translation.unused(key, value, "it is about the file")
 
 
 def _targets(layers: Iterable[str], *, convolutions: bool) -> str:
@@ -168,9 +163,7 @@ def _value(name: str, text: str) -> object:
 
 
 def _object(text: str) -> Any:
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            return parse(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-    return {}
+    try:
+        return json.loads(text)
+    except ValueError:
+        return {}

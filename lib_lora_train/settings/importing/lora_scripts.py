@@ -47,17 +47,11 @@ def read(data: Mapping[str, Any]) -> Imported:
         if name in _ARGUMENTS and value not in ("", None):
             target, key = _ARGUMENTS[name]
             translation.add_argument(target, f"{key}={value}", origin=name, given=value)
-        elif name in _LISTS and isinstance(value, list):
-            if not value:
-                translation.unused(name, value, "it is empty")
+        elif name in _LISTS and isinstance(value, list) and value:
             for argument in value:
                 translation.add_argument(_LISTS[name], str(argument), origin=name, given=argument)
-        elif name == "lr_restart_cycles":
-            translation.add("lr_scheduler_num_cycles", value, origin=name, given=value)
-        elif name in ("enable_block_weights", "enable_base_weight", "metadata"):
-            translation.unused(name, value, "what it switches on is listed by itself")
         else:
-            translation.add(name, value)
+            translation.add(_LISTS.get(name, name), value, origin=name, given=value)
     return sd_scripts.completed(translation)
 
 

@@ -147,12 +147,12 @@ def _network(given: Mapping[str, Any]) -> Computed:
 
 def _intervals(given: Mapping[str, Any]) -> Computed:
     for name, target in (("save_every", "save_every_n"), ("sample_after", "sample_every_n")):
-        unit = given.get(f"{name}_unit")
-        if unit in _UNITS:
-            yield f"{target}_{_UNITS[unit]}", given.get(name, 0), (name, f"{name}_unit")
-        elif unit == "NEVER":
-            never = ("save_every_n_epochs", 0) if name == "save_every" else ("sample_images", False)
-            yield *never, (name, f"{name}_unit")
+        if unit := _UNITS.get(given.get(f"{name}_unit", "")):
+            yield f"{target}_{unit}", given.get(name, 0), (name, f"{name}_unit")
+    if given.get("save_every_unit") == "NEVER":
+        yield "save_every_n_epochs", 0, ("save_every", "save_every_unit")
+    if given.get("sample_after_unit") == "NEVER":
+        yield "sample_images", False, ("sample_after", "sample_after_unit")
     if "backup_after" in given and (minutes := _MINUTES.get(given.get("backup_after_unit", "MINUTE"))):
         yield "save_state_every_n_minutes", float(given["backup_after"]) * minutes, ("backup_after", "backup_after_unit")
 
@@ -172,8 +172,7 @@ def _refused(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "text_encoder_2.learning_rate", f"both text encoders have one rate, {named('text_encoder_lr')}"
     for part in trained:
         if given.get(f"{part}.stop_training_after") and given.get(f"{part}.stop_training_after_unit", "NEVER") != "NEVER":
-            yield f"{part}.stop_training_after", "the text encoder is trained to the end"
-            yield f"{part}.stop_training_after_unit", "the text encoder is trained to the end"
+            yield from ((f"{part}.stop_training_after{of}", "the text encoder is trained to the end") for of in ("", "_unit"))
     if given.get("layer_filter") and given.get("layer_filter_preset", "full") not in _table()["choices"]["layer_filter_preset"]:
         yield "layer_filter", f"layers are chosen in {named('network_targets')}"
 

@@ -49,9 +49,9 @@ def _settings(chosen: argparse.Namespace) -> int:
     imported = import_file(chosen.file)
     for sentence in () if chosen.json else imported.sentences():
         print(sentence, file=sys.stderr)
-    text = write_toml(imported.values)
+    text = json.dumps(imported.to_json(), indent=1) if chosen.json else write_toml(imported.values).rstrip()
     if chosen.out:
-        write_atomic(chosen.out, text.encode("utf-8", "replace"))
-        return 0
-    print(json.dumps(imported.to_json(), indent=1) if chosen.json else text, end="\n" if chosen.json else "")
+        write_atomic(chosen.out, f"{text}\n".encode("utf-8", "replace"))
+    else:
+        print(text)
     return 0
