@@ -52,8 +52,8 @@ class WordEmbedding(nn.Module):
 
 
 class WordVectors:
-    """The vectors of several words for one text encoder; an `EmbeddingAdapter`. They are asked anew for each use, so that some
-    of them may be in training."""
+    """The vectors of several words for one text encoder, asked anew for each use, so that some may be in training; an
+    `EmbeddingAdapter`. Of two with the same word the first stand for it."""
 
     def __init__(self, component: str, embeddings: Sequence[WordEmbedding]) -> None:
         self.component = component
@@ -67,11 +67,6 @@ class WordVectors:
     def vectors(self) -> Tensor:
         """See `EmbeddingAdapter`."""
         return torch.cat([one.by_component[self.component] for one in self.embeddings if one.multiplier])
-
-
-def together(adapters: Sequence[WordVectors]) -> WordVectors:
-    """Those of several LoRAs for one text encoder. Where two have the same word, the first one's stand for it."""
-    return WordVectors(adapters[0].component, [one for each in adapters for one in each.embeddings])
 
 
 def split_embeddings(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[WordEmbedding, ...]]:

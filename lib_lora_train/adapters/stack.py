@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lib_lora_train.adapters import file
 from lib_lora_train.adapters.base import merged
-from lib_lora_train.adapters.embedding import WordVectors, together
+from lib_lora_train.adapters.embedding import WordVectors
 from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.adapters.targets import find_targets, of_keys
 from lib_lora_train.errors import LoraFileError, plain_line
@@ -107,7 +107,7 @@ def _together(adapters: Sequence[Adapter]) -> Adapter:
     if len(adapters) == 1:
         return adapters[0]
     if isinstance(adapters[0], WordVectors):
-        return together(adapters)
+        return WordVectors(adapters[0].component, [one for each in adapters for one in each.embeddings])
     return SummedDeltas(adapters) if all(isinstance(adapter, DeltaAdapter) for adapter in adapters) else Chained(adapters)
 
 

@@ -42,6 +42,8 @@ class Diagnosing:
         self._spent = tuple(itertools.accumulate(_rates(plan)))
         self._active = not group.rank and plan.settings.evaluation.validation
         self._questions: tuple[Question, ...] = ()
+        settings = plan.settings  # vectors of its own replace what the trigger word means already
+        self._trigger_word = "" if settings.network.train_trigger_embedding else settings.dataset.trigger_word
         self._summary: RunSummary | None = None
         if self._active:
             self._summary = self._attempt(lambda: self._look(batches)) or _summary(plan, compared=0, alike=0)
@@ -52,13 +54,7 @@ class Diagnosing:
     @property
     def texts(self) -> tuple[str, ...]:
         """All that the text encoders are asked for."""
-        return texts_of(self._questions, trigger_word=self._ordinary_trigger)
-
-    @property
-    def _ordinary_trigger(self) -> str:
-        """The trigger word where the model reads it with its own meaning, which vectors of its own replace; else ""."""
-        settings = self._plan.settings
-        return "" if settings.network.train_trigger_embedding else settings.dataset.trigger_word
+        return texts_of(self._questions, trigger_word=self._trigger_word)
 
     def __call__(self, event: Event) -> None:
         """Pass it on, and say what is new after a measurement."""
@@ -74,7 +70,7 @@ class Diagnosing:
             network.set_multiplier(0.0)
             try:
                 return check_words(self._model, self._questions, text.evaluated, dtype=dtype,
-                                   trigger_word=self._ordinary_trigger)
+                                   trigger_word=self._trigger_word)
             finally:
                 network.set_multiplier(1.0)
         if self._questions:

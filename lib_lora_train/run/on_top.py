@@ -51,13 +51,8 @@ def written(loras: Sequence[WeightedLora]) -> str:
 
 def unused_words(loras: Sequence[WeightedLora]) -> list[str]:
     """A sentence for each of the LoRAs that has words with vectors of their own."""
-    found = []
-    for lora in loras:
-        keys = [key.removeprefix(EMBEDDING_PREFIX) for key in file.read_shapes(lora.path) if key.startswith(EMBEDDING_PREFIX)]
-        if words := ", ".join(sorted({key.partition(".")[0] for key in keys})):
-            found.append(f"{lora.path.name} has vectors of its own for {words}: while training on top of it, captions are read "
-                         "without them.")
-    return found
+    return [f"{lora.path.name} has vectors of its own for a word. While training on top of it, captions are read without them."
+            for lora in loras if any(key.startswith(EMBEDDING_PREFIX) for key in file.read_shapes(lora.path))]
 
 
 def merged_bytes(loras: Sequence[WeightedLora], tensors: Mapping[str, Tensor], architecture: Architecture) -> int:

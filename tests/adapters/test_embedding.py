@@ -147,7 +147,7 @@ def test_a_lora_that_is_trained_on_top_of_leaves_its_words_out_and_says_so(tmp_p
     below = [WeightedLora(path)]
     merge_into(model, below)
     assert model.text.tokenize(WORD) == small_run.model("sd1").text.tokenize(WORD)
-    assert [WORD in told for told in unused_words(below)] == [True]
+    assert len(unused_words(below)) == 1 and not unused_words([])
 
 
 @pytest.mark.parametrize("key", ["bundle_emb.zzk.emb_params", "bundle_emb.zzk", "bundle_emb.zzk.clip_h"])

@@ -136,7 +136,12 @@ def test_two_trigger_words_are_refused_and_a_folder_without_one_is_not(images: P
         plan("other")
 
 
-def test_settings_of_the_embedding_that_are_not_used_are_told(images):
-    told = plan_dataset(settings(images, embedding_vectors=3, embedding_lr=1e-4), family="sd1").warnings
-    assert {"embedding_vectors", "embedding_lr"} <= {name for text in told for name in dataclasses.asdict(
-        settings(images).network) if f"({name}) has no effect" in text}
+@pytest.mark.parametrize("changes, unused", [
+    ({"embedding_vectors": 3, "embedding_lr": 1e-4}, {"embedding_vectors", "embedding_lr"}),
+    ({**ON, "optimizer_type": "Adafactor", "embedding_lr": 1e-4, "stop_embedding_training": 0.5},  # with its own rate
+     {"embedding_lr", "stop_embedding_training"}),
+    ({**ON, "embedding_vectors": 3, "embedding_lr": 1e-4, "stop_embedding_training": 0.5}, set())])
+def test_settings_of_the_embedding_that_are_not_used_are_told(images, changes, unused):
+    told = plan_dataset(settings(images, **changes), family="sd1").warnings
+    names = [name for name in dataclasses.asdict(settings(images).network) if "embedding" in name]
+    assert {name for text in told for name in names if f"({name}) has no effect" in text} == unused
