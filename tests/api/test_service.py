@@ -16,7 +16,7 @@ def test_a_memory_budget_is_told_and_what_is_given_up_for_it(images, host):
     asked = {"train_data_dir": str(images), "resolution": "128", "min_bucket_reso": 64}
     roomy = service.plan({**asked, "memory_budget": 4}, host=host)
     assert "of 4.0 GB" in roomy["estimate"] and "nothing has to be given up" in roomy["estimate"]
-    tight = service.plan({**asked, "memory_budget": 0.01}, host=host)
+    tight = service.plan({**asked, "memory_budget": 0.001}, host=host)
     assert "every block is computed twice" in tight["estimate"]
     assert any("more than there is" in warning for warning in tight["warnings"]) and roomy["warnings"] != tight["warnings"]
 
