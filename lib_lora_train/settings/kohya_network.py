@@ -51,6 +51,10 @@ def adopted_network(values: Mapping[str, object]) -> tuple[dict[str, object], li
         _adopt_preset(found, arguments, became)
     elif str(found.get("network_module", "")).lower() in _MODULES:
         found["network_module"] = _MODULES[str(found["network_module"]).lower()]
+        if found["network_module"] == "OFT":  # sd-scripts' adapts the attentions alone unless it is told otherwise
+            linear = arguments.pop("enable_all_linear", "")
+            found.setdefault("network_targets", "attention and feed-forward" if linear else "attention")
+            became.append(f"network_module of OFT is read with network_targets = {found['network_targets']}")
     taken = {name: arguments.pop(name) for name in list(arguments) if name in _TAKEN and name not in found}
     if taken:
         found |= taken

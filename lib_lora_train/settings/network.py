@@ -14,7 +14,7 @@ class NetworkSettings:
     network_module: str = setting(
         "LoRA", "Kind", "LoRA suits nearly everything and works everywhere. LoHa and LoKr are other products of small matrices "
         "(LyCORIS); LoKr makes the smallest files. OFT only rotates what the model has; its rank is the number of blocks, "
-        "fewer learn more.", choices=("LoRA", "LoHa", "LoKr", "OFT"))
+        "and fewer learn more in much larger files: take the layers attention.", choices=("LoRA", "LoHa", "LoKr", "OFT"))
     dora_wd: bool = setting(
         False, "DoRA", "Learn the length of the weights apart from their direction (arXiv 2402.09353): slower, closer to a "
         "full training at low ranks.")
