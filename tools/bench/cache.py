@@ -33,6 +33,8 @@ from lib_lora_train.inputs.vae_batches import Encoder, automatic_batch
 from lib_lora_train.model.sd.detection import vae_config
 from lib_lora_train.model.sd.vae import VAE
 from lib_lora_train.settings import resolution_of
+from lib_lora_train.settings.areas import DatasetSettings
+from lib_lora_train.settings.dataset_config import SubsetSettings
 from tools import checkpoint_shapes as shapes
 from tools.bench.report import grid, machine_text, write_report
 from tools.bench.stopwatch import shortest
@@ -164,6 +166,9 @@ def _rates(dataset: Dataset, placements: tuple[Placement, ...], *, threads: int,
            ) -> list[Rate]:
     few = min(len(dataset.examples), MOST_TIMED)
     shortened = dataclasses.replace(dataset, examples=dataset.examples[:few]), placements[:few]
+    chosen = SubsetSettings(DatasetSettings(flip_aug=True, color_aug=True, random_crop=True))
+    varied = dataclasses.replace(dataset, examples=tuple(
+        dataclasses.replace(example, subset=chosen) for example in shortened[0].examples))
     fewest = min(few, MOST_ENCODED.get(device.type, MOST_ENCODED["cpu"]))
     fewest_data = dataclasses.replace(dataset, examples=dataset.examples[:fewest]), placements[:fewest]
     channels = _PUBLISHED_CHANNELS if device.type == "cuda" else _NARROW_CHANNELS
@@ -186,8 +191,7 @@ def _rates(dataset: Dataset, placements: tuple[Placement, ...], *, threads: int,
             disk=LatentDisk(vae_fingerprint="bench", now=_later) if disk else None).close()
 
     def epoch(count: int) -> None:
-        source = FreshLatents(InstantVAE(), *shortened, flip_aug=True, color_aug=True, random_crop=True, vae_batch_size=0,
-                              device=torch.device("cpu"))
+        source = FreshLatents(InstantVAE(), varied, shortened[1], vae_batch_size=0, device=torch.device("cpu"))
         with Prefetcher(Batches(source, train_batch_size=4, seed=0), last_epoch=1, threads=count) as prefetcher:
             for _ in prefetcher.epoch(1):
                 pass
