@@ -11,6 +11,8 @@ _OF_CONVOLUTIONS = ("conv_dim", "conv_alpha")
 _OF_OTHER_TYPES = (*_OF_CONVOLUTIONS, "conv_block_dims", "conv_block_alphas", "factor", "full_matrix", "dora_wd",
                    "LyCORIS_preset")
 """What kohya_ss writes for every type of LoRA."""
+_VARIANTS = ("use_cp", "use_tucker", "use_scalar", "train_norm", "rank_dropout_scale", "decompose_both")
+"""As those, of LyCORIS' types; the last one is LoKr's."""
 _TYPES = {"standard": "LoRA", "lora": "LoRA", "kohya locon": "LoRA", "lycoris/locon": "LoRA", "lycoris/loha": "LoHa",
           "lycoris/lokr": "LoKr"}
 _MODULES = {"networks.lora": "LoRA", "networks.loha": "LoHa", "networks.lokr": "LoKr", "networks.oft": "OFT"}
@@ -36,10 +38,11 @@ def adopted_network(values: Mapping[str, object]) -> tuple[dict[str, object], li
     found, became = dict(values), list[str]()
     kind = str(found.get("LoRA_type", "")).strip().lower()
     lycoris = kind.startswith("lycoris/") or str(found.get("network_module", "")).lower().startswith("lycoris.")
-    if "LoRA_type" in found and kind in ("standard", "lora", ""):
-        for name in _OF_OTHER_TYPES:
-            if str(found.pop(name, "")).lower() not in _OFF:
-                became.append(f"{name} is left out: it belongs to other kinds of LoRA")
+    others = _OF_OTHER_TYPES if kind in ("standard", "lora", "") else ()
+    others += _VARIANTS if not lycoris else _VARIANTS[-1:] if kind != "lycoris/lokr" else ()
+    for name in others if "LoRA_type" in found else ():
+        if str(found.pop(name, "")).lower() not in _OFF:
+            became.append(f"{name} is left out: it belongs to other kinds of LoRA")
     if kind in _TYPES:
         found["network_module"] = _TYPES[kind]
         became.append(f"LoRA_type = {found.pop('LoRA_type')} is read as network_module = {_TYPES[kind]}")

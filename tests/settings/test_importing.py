@@ -329,6 +329,13 @@ def test_of_arguments_each_one_that_is_possible_is_taken_and_the_others_are_name
     assert told.kind == "refused" and "use_tucker=True" in told.text and "algo" not in told.text
 
 
+@pytest.mark.parametrize(("kind", "refused"), [
+    ("LyCORIS/LoKr", {"decompose_both", "train_norm"}), ("LyCORIS/LoHa", {"train_norm"}), ("Standard", set())])
+def test_variants_of_lycoris_are_not_called_unneeded_where_the_page_trains_them(kind: str, refused: set[str]):
+    found = imported(KOHYA_SS, LoRA_type=kind, decompose_both=True, train_norm=True)
+    assert {entry.name for entry in found.entries if entry.kind == "refused"} == refused
+
+
 def test_numbers_of_lora_easy_land_where_they_belong():
     settings = parse(imported(LORA_EASY).values)
     assert (settings.dataset.resolution, settings.optimizer.train_batch_size) == ("1024,1024", 2)
