@@ -182,12 +182,12 @@ def plan_dataset(settings: Settings, *, family: str, allowed: AllowedPaths | Non
 def _masks(settings: Settings, dataset: Dataset, may_read: MayRead | None) -> tuple[Mapping[Path, Path], list[str]]:
     """The masks that the settings ask for, and a sentence where there are none. Raises DatasetError."""
     masks, chosen = masks_of(dataset, may_read=may_read), settings.masks
-    if not (chosen.masked_loss or chosen.alpha_mask):
+    if masks or not any(each.masks.masked_loss or each.masks.alpha_mask for each in subsets_of(settings)):
         return masks, []
     where = "paint one on the dataset page, or put it at masks/a.png for the picture a" if chosen.masked_loss else (
         f"take pictures that are transparent in part, or {named('masked_loss')} with masks")
-    return masks, [] if masks else [no_effect("masked_loss" if chosen.masked_loss else "alpha_mask",
-                                              f"no picture has a mask, and all of each is learnt; {where}")]
+    return masks, [no_effect("masked_loss" if chosen.masked_loss else "alpha_mask",
+                             f"no picture has a mask, and all of each is learnt; {where}")]
 
 
 def output_folder(settings: Settings, host: Host) -> Path:

@@ -105,6 +105,7 @@ def notes(settings: Settings) -> list[str]:
     tables = _read(settings.dataset.dataset_config)
     unused = {name for values in tables for name, harmless in _UNUSED.items()
               if harmless is not None and values.get(name, harmless) != harmless}
+    unused |= {name for values in tables for name in values.get("custom_attributes", {}) if name not in _OF_FOLDERS}
     found = [f"Of {named('dataset_config')} {', '.join(sorted(unused))} {'is' if len(unused) == 1 else 'are'} not used here."
              ] if unused else []
     if off := sum(values.get("num_repeats") == 0 for values in tables):
@@ -115,6 +116,8 @@ def notes(settings: Settings) -> list[str]:
                      f"{min(sizes)}.")
     if tables and settings.dataset.reg_data_dir:
         found.append(no_effect("reg_data_dir", f"{named('dataset_config')} names all folders, with is_reg"))
+    if not settings.masks.masked_loss and any(values.get("conditioning_data_dir") for values in tables):
+        found.append(no_effect("conditioning_data_dir", f"{named('masked_loss')} is off"))
     return found
 
 
@@ -134,12 +137,15 @@ def each_resolution(subset: SubsetSettings) -> tuple[SubsetSettings, ...]:
 def _subset(settings: Settings, values: Mapping[str, Any]) -> SubsetSettings:
     own = {name: value for name, value in values.items() if name in DECLARATIONS}
     merged = parse({**flat(settings), "num_repeats": settings.dataset.num_repeats or 1, **own})
-    weight = values.get("loss_weight", 1.0)
+    weight, is_reg = values.get("loss_weight", 1.0), values.get("is_reg", False)
+    if not isinstance(is_reg, bool):
+        raise SettingError(f"is_reg = {is_reg!r} of {named('dataset_config')} is not possible",
+                           why="it must be true or false")
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= 100:
         raise SettingError(f"loss_weight = {weight!r} of {named('dataset_config')} is not possible",
                            why="it must be a number from 0 to 100")
     return SubsetSettings(merged.dataset, merged.captions, str(values["image_dir"]), str(values.get("class_tokens") or ""),
-                          bool(values.get("is_reg")), float(weight), merged.masks)
+                          is_reg, float(weight), merged.masks)
 
 
 def _batch_sizes(settings: Settings) -> set[int]:
@@ -157,7 +163,8 @@ def _read(text: str) -> list[dict[str, Any]]:
     blocks, general = config.get("datasets") or None, config.get("general", {})
     if not isinstance(blocks, list) or not isinstance(general, dict) or not all(
             isinstance(block, dict) and isinstance(block.get("subsets"), list) and block["subsets"] and all(
-                isinstance(subset, dict) and isinstance(subset.get("image_dir"), str) or _OTHER_KINDS.keys() & subset
+                isinstance(subset, dict) and isinstance(subset.get("custom_attributes", {}), dict)
+                and (isinstance(subset.get("image_dir"), str) or _OTHER_KINDS.keys() & subset)
                 for subset in block["subsets"]) for block in blocks):
         raise SettingError(f"{setting} is not one of sd-scripts'", why="it does not hold [[datasets]] with "
                            "[[datasets.subsets]], each with an image_dir", remedy="see its docs/config_README-en.md")
@@ -166,7 +173,8 @@ def _read(text: str) -> list[dict[str, Any]]:
         above = {name: value for name, value in block.items() if name != "subsets"}
         unknown |= (general.keys() | above.keys()) - {*_OF_BLOCKS, *_OF_FOLDERS, *_UNUSED}
         for subset in block["subsets"]:
-            own = {**subset.get("custom_attributes", {}), **subset}
+            attributes = subset.get("custom_attributes", {})
+            own = {**{name: value for name, value in attributes.items() if name in _OF_FOLDERS}, **subset}
             unknown |= own.keys() - {*_OF_FOLDERS, *_OF_ONE_FOLDER, *_UNUSED}
             found.append({name: value for name, value in {**general, **above, **own}.items() if value is not None})
     if unknown:
@@ -177,5 +185,7 @@ def _read(text: str) -> list[dict[str, Any]]:
 def _explained(name: str) -> str:
     if name in _OTHER_KINDS:
         return f"{name!r}, which is not supported: {_OTHER_KINDS[name]}"
+    if name in _OF_BLOCKS:
+        return f"{name!r} in [[datasets.subsets]], which belongs in [[datasets]]"
     near = difflib.get_close_matches(name, [*_OF_BLOCKS, *_OF_FOLDERS, *_OF_ONE_FOLDER, *_UNUSED], n=1)
     return f"{name!r}, which is not known there{f' (did you mean {near[0]!r}?)' if near else ''}"

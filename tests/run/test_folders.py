@@ -101,6 +101,11 @@ def test_words_of_preservation_need_a_trigger_word_in_some_folder(images: Path):
     assert any("(preservation_class) has no effect" in text for text in said)
 
 
+def test_masks_that_only_a_folder_asks_for_and_that_are_not_there_are_told(images: Path):
+    said = plan_dataset(settings(images, dataset_config=CONFIG + "alpha_mask = true"), family="sd1").warnings
+    assert any("(alpha_mask) has no effect" in text for text in said)
+
+
 def test_a_regularisation_folder_of_the_folders_settings_has_its_weight(images: Path):
     config = CONFIG + '[[datasets.subsets]]\nimage_dir = "."\nis_reg = true\n'
     for text, told in ((config, False), (CONFIG, True)):

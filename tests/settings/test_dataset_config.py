@@ -95,7 +95,8 @@ def test_a_folder_without_repeats_is_left_out_and_said_and_not_all_may_be():
 @pytest.mark.parametrize(("written", "named"), [
     ("keep_tokns = 2", "keep_tokens"), ("clip_skip = 2", "clip_skip"), ("image_dir = 'x'", "image_dir"),
     ("keep_tokens = -1", "keep_tokens"), ("flip_aug = 'maybe'", "flip_aug"), ("resolution = 'big'", "resolution"),
-    ("batch_size = 0", "train_batch_size"), ("loss_weight = -1", "loss_weight"), ("loss_weight = 'x'", "loss_weight")])
+    ("batch_size = 0", "train_batch_size"), ("loss_weight = -1", "loss_weight"), ("loss_weight = 'x'", "loss_weight"),
+    ("is_reg = 'no'", "is_reg")])
 def test_what_is_not_known_or_not_possible_is_refused_by_name(written: str, named: str):
     with pytest.raises(SettingError, match=named):
         subsets_of(of(CONFIG.replace("keep_tokens = 1", written).replace("keep_tokens = 2", "").replace("resolution = 512", "")
@@ -103,7 +104,9 @@ def test_what_is_not_known_or_not_possible_is_refused_by_name(written: str, name
 
 
 @pytest.mark.parametrize("text", ["x = 1", "[[datasets]]\nresolution = 512", "datasets = 3", "[[datasets]]\nsubsets = [{}]",
-                                  "[general]", "[[datasets]]\n[[datasets.subsets]]\nmetadata_file = 'a.json'", "{"])
+                                  "[general]", "[[datasets]]\n[[datasets.subsets]]\nmetadata_file = 'a.json'", "{",
+                                  "[[datasets]]\nsubsets = [5]",
+                                  "[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'a'\ncustom_attributes = 5"])
 def test_what_is_no_such_file_is_refused(text: str):
     with pytest.raises(SettingError, match="dataset_config"):
         subsets_of(of(text))
@@ -114,6 +117,16 @@ def test_of_names_that_change_nothing_here_those_are_told_that_change_something_
     assert not notes(of(CONFIG.replace("class_tokens", f"{harmless}class_tokens")))
     told = notes(of(CONFIG.replace("class_tokens", "resize_interpolation = 'area'\nclass_tokens"), reg_data_dir="reg"))
     assert len(told) == 2 and "resize_interpolation" in told[0] and "reg_data_dir" in told[1]
+
+
+def test_what_belongs_to_another_table_or_has_no_effect_is_told_and_attributes_of_ones_own_are_not_refused():
+    folder = "[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'a'\n"
+    with pytest.raises(SettingError, match=r"'resolution' in \[\[datasets.subsets\]\], which belongs in \[\[datasets\]\]"):
+        subsets_of(of(folder + "resolution = 512"))
+    told, = notes(of(folder + "custom_attributes = {memo = 'x', trigger_word = 'zzk'}"))
+    assert "memo" in told and "trigger_word" not in told
+    told, = notes(of(folder + "conditioning_data_dir = 'masks'"))
+    assert "(conditioning_data_dir) has no effect" in told
 
 
 def test_settings_of_folders_count_where_a_run_asks_what_it_needs():
