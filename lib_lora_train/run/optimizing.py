@@ -89,7 +89,7 @@ def check_optimizer(settings: Settings, *, built: bool = False) -> None:
         raise SettingError(f"{named('ema_decay')} is not possible with {config.name}", why="it saves an average of the weights "
                            "already", remedy="set it to 0")
     if built:
-        _build_on_trial(config, rate=rates[0], step=isinstance(spec, Imported) and not spec.package)
+        _build_on_trial(config, rate=rates[0], step=not getattr(spec, "package", ""))
 
 
 def _check_beside_network(settings: Settings, traits: Traits) -> None:
@@ -118,7 +118,8 @@ def _build_on_trial(config: OptimizerConfig, *, rate: float, step: bool) -> None
             optimizer.state()
         except Exception as error:
             raise SettingError(f"{named('optimizer_type')} = {config.name} cannot be used here",
-                               why=str(error).split("\n")[0], remedy="choose another one, such as AdamW") from error
+                               why=str(error).split("\n")[0], remedy=f"leave {named('optimizer_args')} empty, or choose "
+                               "another one, such as AdamW") from error
 
 
 def check_optimizer_device(settings: Settings, device: torch.device) -> None:

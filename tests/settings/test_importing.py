@@ -336,6 +336,13 @@ def test_variants_of_lycoris_are_not_called_unneeded_where_the_page_trains_them(
     assert {entry.name for entry in found.entries if entry.kind == "refused"} == refused
 
 
+def test_a_dropout_that_the_kind_of_network_cannot_have_is_not_taken_and_the_rest_can_start():
+    found = imported(KOHYA_SS, LoRA_type="LyCORIS/LoHa", rank_dropout=0.1, module_dropout=0.2)
+    assert {entry.name: entry.kind for entry in found.entries}["rank_dropout"] == "refused"
+    network = parse(found.values).network
+    assert (network.network_module, network.rank_dropout, network.module_dropout) == ("LoHa", 0.0, 0.2)
+
+
 def test_numbers_of_lora_easy_land_where_they_belong():
     settings = parse(imported(LORA_EASY).values)
     assert (settings.dataset.resolution, settings.optimizer.train_batch_size) == ("1024,1024", 2)

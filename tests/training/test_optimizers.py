@@ -299,6 +299,13 @@ class TestChoosing:
         with pytest.raises(SettingError):
             check_optimizer(parse({"optimizer_type": name}), built=True)
 
+    @pytest.mark.parametrize("name", ["AdamW", "RiemannianAdamW"])
+    def test_what_torch_only_refuses_in_a_step_is_refused_before_the_start_too(self, name):
+        chosen = {"optimizer_type": name, "optimizer_args": "fused=False capturable=True"}
+        with pytest.raises(SettingError):
+            check_optimizer(parse(chosen), built=True)
+        check_optimizer(parse({"optimizer_type": name}), built=True)
+
     def test_only_what_was_installed_is_imported_for_a_name_that_somebody_typed(self, tmp_path, monkeypatch):
         (tmp_path / "lying_here.py").write_text("import torch\nraise SystemExit\nclass Class(torch.optim.SGD): pass\n")
         monkeypatch.syspath_prepend(str(tmp_path))

@@ -10,6 +10,8 @@ from lib_lora_train.errors import SettingError
 from lib_lora_train.settings import DECLARATIONS, kohya, named
 from lib_lora_train.settings.field import Value, read
 from lib_lora_train.settings.importing.entries import Entry, Imported, Kind, shown
+from lib_lora_train.settings.network import NetworkSettings
+from lib_lora_train.settings.network_checks import check_kind
 
 _OFF = ("", None)
 
@@ -64,6 +66,8 @@ class Translation:
                 values[name] = read(DECLARATIONS[name], _first(value))
             except SettingError as error:
                 impossible[name] = error.reason
+        impossible |= _impossible_with_kind(values)
+        values = {name: value for name, value in values.items() if name not in impossible}
         entries = [self._entry(*origin, adopted=found, values=values, impossible=impossible) for origin in self._origins]
         of_file = {name for _, _, name, _ in self._origins if self.values[name] not in _OFF}
         implied = {name: values[name] for name in (*left_out, *self.values)
@@ -109,6 +113,18 @@ def _fate(name: str, value: object, *, adopted: kohya.Adopted, values: Mapping[s
     if kohya.changes_nothing(name, value):
         return "unused", "it changes nothing"
     return "unused", "it has no effect beside the file's other settings"
+
+
+def _impossible_with_kind(values: Mapping[str, Value]) -> dict[str, str]:
+    """{name: why} of settings that the kind of network that is chosen beside them cannot be trained with."""
+    found, module = {}, str(values.get("network_module", "LoRA"))
+    for name in ("network_dropout", "rank_dropout", "scale_weight_norms"):
+        try:
+            check_kind(NetworkSettings(**{name: values.get(name, 0.0)}), module=module,
+                       dora=bool(values.get("dora_wd")) and module != "OFT")
+        except SettingError as error:
+            found[name] = error.reason
+    return found
 
 
 def _subject(sentence: str) -> str:
