@@ -151,7 +151,7 @@ def test_a_loss_that_is_no_number_in_one_process_is_skipped_in_all_of_them(unhar
 def test_accumulated_steps_in_half_precision_skip_what_overflows_and_find_a_scale(monkeypatch):
     """The scale begins so high that the first steps overflow, and doubles soon after it has found its place."""
     scaler = loop.LossScaler
-    monkeypatch.setattr(loop, "LossScaler", lambda device, enabled: scaler(
+    monkeypatch.setattr(loop, "LossScaler", lambda device, enabled, initial: scaler(
         device, enabled=True, initial=2.0 ** 68, growth_interval=2))
     batches = [batch(i, rows=1 + (i % 5 == 4), shape=WIDE if i % 3 == 2 else SQUARE) for i in range(20)]
     result = small_run.run("sdxl", batches, accumulation=2, dtype=torch.bfloat16, checkpointing=True, learning_rate=1e-4)
