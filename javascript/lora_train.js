@@ -116,7 +116,7 @@
             if (pressed && pressed.id === "lora_train_overwrite_it") kick();
         });
         button("lora_train_sample").addEventListener("click", () => askNow("results/sample"));
-        button("lora_train_save").addEventListener("click", () => askNow("save"));
+        button("lora_train_save_now").addEventListener("click", () => askNow("save"));
         button("lora_train_pause").addEventListener("click", () => askNow("pause", {paused: !isPaused(state.last)}));
         button("lora_train_stop_save").addEventListener("click", () => stop(true));
         button("lora_train_stop").addEventListener("click", () => stop(false));
@@ -307,7 +307,7 @@
         if (model) model.textContent = answer.model ? answer.model.text : translated("No model is loaded");
         setDisabled("lora_train_start", answer.running);
         setDisabled("lora_train_overwrite_it", answer.running);
-        ["lora_train_sample", "lora_train_save", "lora_train_pause"].forEach(
+        ["lora_train_sample", "lora_train_save_now", "lora_train_pause"].forEach(
             (id) => setDisabled(id, !answer.running || answer.stopping !== ""));
         button("lora_train_pause").textContent = translated(isPaused(answer) ? "Go on" : "Pause");
         setDisabled("lora_train_stop", !answer.running || answer.stopping === "stop");

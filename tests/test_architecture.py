@@ -309,3 +309,10 @@ def test_importing_hosts_page_and_api_does_nothing(tmp_path: Path) -> None:
 def test_what_runs_before_anything_is_installed_needs_nothing_but_python() -> None:
     no([f"{named(path)} imports {name}" for path in (ROOT / "install.py", ROOT / "tools" / "start.py")
         for _, name in imports(path) if name.split(".")[0] not in {*sys.stdlib_module_names, "launch"}])
+
+
+def test_what_scripts_add_to_the_page_has_no_id_of_the_page() -> None:
+    layout = set(re.findall(r'elem_id="(\w+)"', (ROOT / PACKAGE / "ui" / "layout.py").read_text(encoding="utf-8")))
+    scripts = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "javascript").glob("*.js")))
+    added = set(re.findall(r'\bid: "(\w+)"', scripts))
+    assert layout and added and not layout & added

@@ -146,7 +146,7 @@ def _run_column() -> tuple[Any, Any, Any, Any]:
         start = unsaved(gr.Button("Train", variant="primary", elem_id="lora_train_start", min_width=70, scale=3))
         # These are pressed in the script, which asks before something is lost.
         unsaved(gr.Button("Sample now", elem_id="lora_train_sample", min_width=114, scale=2, interactive=False))
-        unsaved(gr.Button("Save now", elem_id="lora_train_save", min_width=94, scale=2, interactive=False))
+        unsaved(gr.Button("Save now", elem_id="lora_train_save_now", min_width=94, scale=2, interactive=False))
         unsaved(gr.Button("Pause", elem_id="lora_train_pause", min_width=62, scale=1, interactive=False))
         unsaved(gr.Button("Stop and save", elem_id="lora_train_stop_save", min_width=134, scale=2, interactive=False))
         unsaved(gr.Button("Stop", elem_id="lora_train_stop", min_width=50, scale=1, interactive=False))
@@ -172,7 +172,7 @@ def _page_data() -> str:
         "lora_train_list_folders": "Write a text for Folder settings with every folder of pictures in the dataset folder, to "
                                    "be changed.",
         "lora_train_pause": "Stand still after the step under way, until it is pressed once more. Generations go through.",
-        "lora_train_save": "Save the LoRA as it is after the step under way, and go on.",
+        "lora_train_save_now": "Save the LoRA as it is after the step under way, and go on.",
         "lora_train_stop_save": "End within a step and keep what was learnt.",
         "lora_train_stop": "End within a step and keep nothing but files that were saved on the way.",
         "lora_train_overwrite_it": "Train now and replace the file of that name when it is done.",

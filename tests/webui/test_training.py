@@ -162,7 +162,7 @@ def test_an_exception_in_the_loop_changes_nothing_and_is_told(
     finished = train(webui, dataset, "broken")
     assert finished["outcome"] == "failed" and "the probe broke this step" in finished["message"]
     assert "the probe broke this step" in webui.log
-    assert [path.name for path in webui.loras.glob("broken*")] == ["broken-step00000002.safetensors"]
+    assert [path.name for path in webui.loras.glob("broken*.safetensors")] == ["broken-step00000002.safetensors"]
     assert_unchanged(webui, before)
     assert train(webui, dataset, "mended")["outcome"] == "done"
 

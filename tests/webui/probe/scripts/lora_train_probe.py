@@ -243,7 +243,7 @@ def pretend_card() -> dict[str, str]:
     # What the WebUI computes on is the GPU, so the CPU needs another name.
     card, loss = pretended_card.PretendedCard(gpu=torch.device("cpu"), cpu=torch.device("meta")), train_step.denoising_loss
     placement.device_of, placement.copy_to, placement.CPU = card.device_of, card.copy_to, card.cpu
-    memory.parts_not_needed = lambda *arguments: frozenset({"vae", "text"})
+    memory.parts_not_needed = lambda *arguments, **named: frozenset({"vae", "text"})
 
     def lies_where(doing: str) -> None:
         from lib_lora_train.host.a1111 import model as model_module
