@@ -50,8 +50,9 @@ PLACES = (
     Place("before the first step", f"{P}.training.loop:draw"),
     Place("in the first step", f"{P}.training.train_step:denoising_loss", "after", retried=True),
     Place("in the middle of a later step", f"{P}.training.train_step:denoising_loss", "after", 2, learnt=True, retried=True),
-    Place("before the optimiser", f"{P}.training.optimizers:RunOptimizer.step", "before", 2, learnt=True),
-    Place("after the optimiser", f"{P}.training.optimizers:RunOptimizer.step", "after", 2, learnt=True),
+    # One step is made on trial, before the run.
+    Place("before the optimiser", f"{P}.training.optimizers:RunOptimizer.step", "before", 3, learnt=True),
+    Place("after the optimiser", f"{P}.training.optimizers:RunOptimizer.step", "after", 3, learnt=True),
     Place("in a report of a step", f"{P}.training.progress:Step", "before", 2, learnt=True),
     Place("before an intermediate save", f"{P}.adapters.file:save", learnt=True, harmless=True),
     Place("in the rename of an intermediate save", f"{P}.storage.atomic:replace", "before", 2, learnt=True, harmless=True),

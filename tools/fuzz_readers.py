@@ -54,11 +54,13 @@ from fuzz_inputs import (
 from PIL import Image
 
 from lib_lora_train.adapters import file as lora_file
-from lib_lora_train.dataset import caption_files, captions, folder, images
+from lib_lora_train.dataset import caption_files, folder, images
+from lib_lora_train.dataset.caption_variation import process_caption
 from lib_lora_train.errors import LoraTrainError, printable
 from lib_lora_train.host.standalone import StandaloneHost, describe_file
 from lib_lora_train.run.output import checked_name, destination
 from lib_lora_train.settings import DECLARATIONS, Settings, flat, parse
+from lib_lora_train.settings.areas import CaptionSettings
 from lib_lora_train.settings.toml import read_toml, write_toml
 from lib_lora_train.training import checkpoint
 
@@ -116,8 +118,8 @@ def _caption(data: bytes, root: Path) -> object:
     found = caption_files.read_caption_file(_written(data, root / "1.txt"))
     if found.error:
         raise found.error
-    return captions.process_caption(found.line, rng=random.Random(1), trigger_word="zzk, girl",
-                                    shuffle_caption=True, keep_tokens=1, caption_tag_dropout_rate=0.2)
+    chosen = CaptionSettings(shuffle_caption=True, caption_tag_dropout_rate=0.2, enable_wildcard=True)
+    return process_caption((found.line, *found.further_lines), chosen, rng=random.Random(1), trigger_word="zzk, girl")
 
 
 def _toml(data: bytes, root: Path) -> object:

@@ -136,7 +136,8 @@ def test_diffusers_loads_a_lora_with_its_convolutions(family: str, tmp_path: Pat
     path, theirs = tmp_path / "it.safetensors", randomised(diffusers_unet(family))
     unet = unet_of(ldm_names_of_unet(theirs.state_dict()), family)
     network = learnt(path, "LoRA", {"unet": unet.tensors}, family=family)
-    state, alphas = lora.LoraLoaderMixin.lora_state_dict(path, unet_config=theirs.config)
+    state, alphas = lora.LoraLoaderMixin.lora_state_dict(path.parent, weight_name=path.name,
+                                                             unet_config=theirs.config)
     lora.LoraLoaderMixin.load_lora_into_unet(state, alphas, theirs)
 
     x, t, context, pooled = unet_inputs(family)

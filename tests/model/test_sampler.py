@@ -24,7 +24,7 @@ def _network(x, t, context, y=None, *, adapters=None):
 
 def _model(prediction_type):
     text = SimpleNamespace(
-        tokenize=lambda prompt: prompt,
+        tokenize=lambda prompt, **_: prompt,
         encode=lambda texts, **_: Conditioning(torch.tensor([0.3 if t else -0.2 for t in texts])[:, None, None], None))
     return SimpleNamespace(
         unet=_network, text=text, device=torch.device("cpu"), schedule=NoiseSchedule.build(prediction_type=prediction_type),

@@ -1,10 +1,12 @@
 """`bench background`: how much of its pictures' background a LoRA takes along, with masks and with what preserves the model.
 
 The demo's subject, which stands on white, gets one striped background in all pictures that are trained, and masks of what is
-not background. For each kind of training and each seed one run, and of its last save three numbers:
+not background. For each kind of training and each seed one run, and of its last save four numbers:
 
-leak        how far the frame of generated pictures of the subject, their outermost eighth, is from the base model's picture of
-            the same prompt and noise: RMS, 0 to 1. The base model paints things on white
+stripes     the correlation of the stripes with what the LoRA changes in the frame of generated pictures of the subject, their
+            outermost eighth, 0 where the trained background is not taken along
+leak        how far that frame is from the base model's picture of the same prompt and noise: RMS, 0 to 1. The base model paints
+            things on white
 drift       as the results page measures it: the distance to the base model's picture of the same noise where the prompt does
             not call the subject, 0 to 2
 likeness    as the results page measures it: to poses of the subject that were kept back, on their own white background
@@ -22,6 +24,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from lib_lora_train.dataset.augment import to_tensor
 from lib_lora_train.dataset.examples import Example
 from lib_lora_train.dataset.held_out import HeldOutImage
 from lib_lora_train.dataset.images import read_image
@@ -65,6 +68,7 @@ class Figures:
 
     case: str
     seed: int
+    stripes: float
     leak: float
     drift: float
     likeness: float
@@ -123,12 +127,25 @@ def stripes(size: tuple[int, int]) -> Image.Image:
     return Image.fromarray(np.array(_STRIPES, np.uint8)[(across + down) // _WIDTH % 2])
 
 
+def striped(images: torch.Tensor, without: torch.Tensor, size: tuple[int, int]) -> float:
+    """The mean over images [N, 3, h, w] of the correlation, in their frame, of `stripes` of the trained images' `size` with the
+    difference to those `without` the LoRA."""
+    side = images.shape[-1]
+    pattern = to_tensor(stripes(size).resize((side, side), Image.Resampling.BILINEAR))[:, _frame(side)]
+    change = (images - without)[:, :, _frame(side)]
+    pattern, change = (one - one.mean(dim=-1, keepdim=True) for one in (pattern[None], change))
+    return float(torch.cosine_similarity(change.flatten(1), pattern.flatten(1)).mean())
+
+
 def leak(images: torch.Tensor, without: torch.Tensor) -> float:
     """The mean over images [N, 3, h, w] of the RMS difference to those `without` the LoRA in their frame."""
-    edge = images.shape[-1] // 8
-    frame = torch.ones(images.shape[-2:], dtype=torch.bool)
-    frame[edge:-edge, edge:-edge] = False
-    return float((images - without)[:, :, frame].square().mean(dim=(1, 2)).sqrt().mean())
+    return float((images - without)[:, :, _frame(images.shape[-1])].square().mean(dim=(1, 2)).sqrt().mean())
+
+
+def _frame(side: int) -> torch.Tensor:
+    frame = torch.ones(side, side, dtype=torch.bool)
+    frame[side // 8:-(side // 8), side // 8:-(side // 8)] = False
+    return frame
 
 
 def _figures(case: str, seed: int, without: torch.Tensor, shown: torch.Tensor, *, called: int, kept_back: Sequence[Path],
@@ -142,14 +159,17 @@ def _figures(case: str, seed: int, without: torch.Tensor, shown: torch.Tensor, *
         drift = [scorer.distance(to_image(image), to_image(other))
                  for image, other in zip(shown[called:], without[called:], strict=True)]
     drift, likeness = ([one for one in values if one is not None] for values in (drift, likeness))
-    return Figures(case, seed, leak(shown[:called], without[:called]), statistics.fmean(drift), statistics.fmean(likeness))
+    with_lora, base = shown[:called], without[:called]
+    size = read_image(kept_back[0]).size
+    return Figures(case, seed, striped(with_lora, base, size), leak(with_lora, base), statistics.fmean(drift),
+                   statistics.fmean(likeness))
 
 
 def _table(found: Sequence[Figures], plan: BackgroundPlan) -> str:
     def cell(case: str, name: str) -> str:
         values = [getattr(one, name) for one in found if one.case == case]
         return f"{statistics.fmean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
-    names = ("leak", "drift", "likeness")
+    names = ("stripes", "leak", "drift", "likeness")
     seeds = ", ".join(map(str, plan.seeds))
     rows = [(case, *(cell(case, name) for name in names)) for case in plan.cases]
     return "\n".join([f"{plan.steps} steps, seeds {seeds}: mean (least to most). {machine_text(torch.device('cpu'))}", "",

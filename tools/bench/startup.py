@@ -52,10 +52,10 @@ WATCHED = tuple(WatchedFunction(stage, f"lib_lora_train.{target}") for stage, ta
     ("captions", "inputs.text:TextCache._encode"),
     (ARITHMETIC, "training.train_step:TrainStep.forward"),
     (ARITHMETIC, "training.train_step:TrainStep.backward"),
-    (ARITHMETIC, "training.optimizers:RunOptimizer.step"),
+    (ARITHMETIC, "training.optimizers:RunOptimizer.step"), (ARITHMETIC, "training.precision:LossScaler.update"),
     ("the metadata", "run.provenance:Provenance.metadata"),
     ("the file", "adapters.file:save")))
-STEP_END = WatchedFunction(ARITHMETIC, "lib_lora_train.training.optimizers:RunOptimizer.step")
+STEP_END = WatchedFunction(ARITHMETIC, "lib_lora_train.training.precision:LossScaler.update")  # a step on trial has none
 """Its return ends a step's computation."""
 
 

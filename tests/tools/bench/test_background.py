@@ -6,8 +6,9 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from lib_lora_train.dataset.augment import to_tensor
 from lib_lora_train.demo import SUBJECT
-from tools.bench.background import leak, subject_mask, write_dataset
+from tools.bench.background import leak, striped, stripes, subject_mask, write_dataset
 from tools.bench.command import main
 from tools.bench.subject import KEPT_BACK
 
@@ -25,6 +26,17 @@ def test_the_frame_alone_leaks():
     assert leak(other, one) == 0
     other[0, :, :4] = other[0, :, -4:] = other[0, :, :, :4] = other[0, :, :, -4:] = 0.5
     assert leak(other, one) == pytest.approx(0.25)
+
+
+def test_stripes_are_told_from_a_tint_and_from_noise():
+    without = torch.full((4, 3, 64, 64), 0.5)
+    pattern = to_tensor(stripes((64, 64)))
+    assert striped(without + 0.1 * pattern, without, (64, 64)) == pytest.approx(1)
+    tint = torch.tensor([0.2, -0.1, 0.3]).reshape(3, 1, 1)
+    assert striped(without + tint, without, (64, 64)) == pytest.approx(0, abs=1e-3)
+    noise = torch.randn(without.shape, generator=torch.Generator().manual_seed(0))
+    assert abs(striped(without + noise, without, (64, 64))) < 0.05
+    assert striped(without + tint + 0.1 * pattern, without, (64, 64)) == pytest.approx(1, abs=1e-3)
 
 
 def test_the_dataset_is_the_subject_on_stripes_with_its_masks(tmp_path):
