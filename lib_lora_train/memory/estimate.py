@@ -26,6 +26,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
 from lib_lora_train.adapters.base import Adapter, AdapterKind
+from lib_lora_train.adapters.dropout import DropoutKeys, DropoutRates, DroppedLayer
 from lib_lora_train.adapters.embedding import WordEmbedding, WordVectors
 from lib_lora_train.adapters.network import DEFAULT_KIND
 from lib_lora_train.adapters.targets import Target
@@ -59,6 +60,7 @@ class Workload:
     encoded             images that the VAE encodes together in front of each step; 0 where latents are cached
     sampled             (width, height) of the largest image that is sampled between steps; None where none is
     words               vectors of the trigger word that are trained, which the text encoders read
+    dropout             what is left out of the adapters, which then compute by themselves
     optimizer_bytes     that the optimizer keeps for each weight of the adapters
     merged              bytes of copies of weights that other LoRAs are merged into
     """
@@ -74,6 +76,7 @@ class Workload:
     encoded: int = 0
     sampled: tuple[int, int] | None = None
     words: int = 0
+    dropout: DropoutRates = DropoutRates()
     optimizer_bytes: float = 8.0
     merged: int = 0
 
@@ -142,9 +145,13 @@ def _blocks_of(shapes: tuple[tuple[str, torch.Size, torch.dtype], ...], architec
     unet_tensors, _, text_tensors = architecture.family.parts(tensors)
     adapters: dict[str, dict[str, Adapter]] = {}
     with torch.device("meta"):  # where no random number is drawn
-        for layer in workload.layers:
-            adapter = layer.kind.build(layer.target, rank=layer.rank, alpha=1.0, generator=None)
-            adapters.setdefault(layer.target.component, {})[layer.target.module] = adapter.requires_grad_(layer.trained)
+        keys = DropoutKeys()
+        keys.keys = torch.empty(1, 2, dtype=torch.long) if workload.dropout else None
+        for number, layer in enumerate(workload.layers):
+            adapter = layer.kind.build(layer.target, rank=layer.rank, alpha=1.0, generator=None).requires_grad_(layer.trained)
+            if workload.dropout:
+                adapter = DroppedLayer(adapter, workload.dropout, keys, number=number)
+            adapters.setdefault(layer.target.component, {})[layer.target.module] = adapter
         for text in architecture.text if workload.words else ():
             word = WordEmbedding("word", {text.component: torch.empty(workload.words, text.width)})
             adapters.setdefault(text.component, {})[TOKEN_EMBEDDING] = WordVectors(text.component, [word])

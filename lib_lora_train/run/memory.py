@@ -43,7 +43,7 @@ from lib_lora_train.run.on_top import merged_bytes
 from lib_lora_train.run.optimizing import kept_bytes
 from lib_lora_train.run.planning import RunPlan
 from lib_lora_train.run.resume import quantized_dtype
-from lib_lora_train.run.selection import select, targets_of_file
+from lib_lora_train.run.selection import dropout_rates, select, targets_of_file
 from lib_lora_train.settings import Settings
 
 
@@ -72,7 +72,7 @@ def plan_for(plan: RunPlan, *, tensors: Mapping[str, Tensor], architecture: Arch
         text_checkpointed=memory.gradient_checkpointing,
         encoded=min(memory.vae_batch_size or 1, batch) if settings.encodes_in_steps else 0,
         words=settings.network.embedding_vectors if settings.embedding_rate else 0,
-        optimizer_bytes=kept_bytes(settings),
+        dropout=dropout_rates(settings.network), optimizer_bytes=kept_bytes(settings),
         merged=merged_bytes(on_top, _components(tensors, architecture), family=architecture.family),
         sampled=max(((p.request.width, p.request.height) for p in plan.prompts), key=math.prod, default=None))
     kept = settings.preservation.preservation

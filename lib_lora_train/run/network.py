@@ -9,7 +9,6 @@ from pathlib import Path
 from torch import Tensor
 
 from lib_lora_train.adapters import file
-from lib_lora_train.adapters.dropout import DropoutRates
 from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.errors import LoraFileError, SettingError, counted, some_of, translated
 from lib_lora_train.events import Report, Warned
@@ -20,7 +19,7 @@ from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.run.embedding import add_trigger_embedding, ordinary_trigger
 from lib_lora_train.run.optimizing import check_network
 from lib_lora_train.run.planning import RunPlan
-from lib_lora_train.run.selection import chosen_kind, name_of, rate_factors, select, targets_of_file
+from lib_lora_train.run.selection import chosen_kind, dropout_rates, name_of, rate_factors, select, targets_of_file
 from lib_lora_train.settings import NetworkSettings, Settings, named, no_effect
 from lib_lora_train.settings.network_checks import check_kind, unused_of_kind
 from lib_lora_train.training.checkpoint import TrainingState
@@ -97,7 +96,7 @@ def _set_up_training(chosen: NetworkSettings, network: AdapterNetwork, family: F
     both = chosen.loraplus_lr_ratio or 1.0
     network.set_rate_factors(rate_factors(chosen, network.targets, family=family), up=(
         chosen.loraplus_unet_lr_ratio or both, chosen.loraplus_text_encoder_lr_ratio or both))
-    network.dropout = DropoutRates(chosen.network_dropout, chosen.rank_dropout, chosen.module_dropout)
+    network.dropout = dropout_rates(chosen)
 
 
 def check_sizes(plan: RunPlan, model: FrozenModel) -> None:

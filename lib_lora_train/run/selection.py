@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from lib_lora_train.adapters.base import AdapterKind
 from lib_lora_train.adapters.dora import DoRA
+from lib_lora_train.adapters.dropout import DropoutRates
 from lib_lora_train.adapters.loha import LoHa
 from lib_lora_train.adapters.lokr import LoKr
 from lib_lora_train.adapters.network import DEFAULT_KIND, Sizes
@@ -88,6 +89,11 @@ def chosen_kind(chosen: NetworkSettings) -> AdapterKind:
     kinds = {"LoRA": DEFAULT_KIND, "LoHa": LoHa(), "LoKr": LoKr(chosen.factor, chosen.full_matrix), "OFT": OFT()}
     kind = kinds[chosen.network_module]
     return DoRA(kind) if chosen.dora_wd else kind
+
+
+def dropout_rates(chosen: NetworkSettings) -> DropoutRates:
+    """What is left out at random."""
+    return DropoutRates(chosen.network_dropout, chosen.rank_dropout, chosen.module_dropout)
 
 
 def name_of(kind: AdapterKind) -> tuple[str, bool]:
