@@ -91,7 +91,8 @@ EXPECTED: dict[str, Expected] = {
     "42-crop-sheet-of-separators": Expected(
         shown=(r"sheet\.png$", r"thin\.png$"), not_shown=(r"^rc=1$",), times=((r"^rc=[023]$", 2),)),
     # --- trainings
-    "02-overwrite": Expected(shown=("a: ok", "b: ok", r"second rc 2|^c-2\.safetensors$…^c\.safetensors$"), not_shown=("FAULT",)),
+    "02-overwrite": Expected(
+        shown=("a: ok", "b: ok", r"second rc 2|^c-2\.safetensors$…^c\.safetensors$"), not_shown=("FAULT",)),
     "03-non-utf8-text": Expected(
         shown=(r"h: path in the last event: \S+ exists",), not_shown=("FAULT", r"hash_ok +(?!True)"),
         times=((r"^[a-g]-[\w-]+ rc [02]: \S", 7),)),

@@ -65,9 +65,7 @@ class DoRALayer(nn.Module):
 
     def conv2d(self, x: Tensor, weight: Weight, bias: Tensor | None, *, stride: int, padding: int) -> Tensor:
         """See `LayerAdapter`."""
-        frozen = None
-        if self.multiplier != 1:
-            frozen = frozen_conv2d(x, weight, bias, stride=stride, padding=padding)
+        frozen = None if self.multiplier == 1 else frozen_conv2d(x, weight, bias, stride=stride, padding=padding)
         if not self.multiplier:
             return frozen
         scaled = (x * self._scales(weight)[:, None, None]).to(x.dtype)

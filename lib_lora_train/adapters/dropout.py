@@ -48,6 +48,7 @@ class DroppedLayer:
 
     def __init__(self, layer: Adapter, rates: DropoutRates, keys: DropoutKeys, *, number: int) -> None:
         self._layer, self._rates, self._keys, self._number = layer, rates, keys, number
+        self._masked = isinstance(layer, LoRALayer) and bool(rates.numbers or rates.rank)
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         """See `LayerAdapter`."""
@@ -55,7 +56,7 @@ class DroppedLayer:
         if keys is None:
             return adapted_linear(self._layer, x, weight, bias)
         frozen = frozen_linear(x, weight, bias)
-        if not isinstance(self._layer, LoRALayer) or not (self._rates.numbers or self._rates.rank):
+        if not self._masked:
             return self._kept(frozen, adapted_linear(self._layer, x, weight, bias), keys)
         delta = self._delta()
         down, up = delta.factors(x.dtype)
@@ -70,7 +71,7 @@ class DroppedLayer:
         if keys is None:
             return adapted_conv2d(self._layer, x, weight, bias, stride=stride, padding=padding)
         frozen = frozen_conv2d(x, weight, bias, stride=stride, padding=padding)
-        if not isinstance(self._layer, LoRALayer) or not (self._rates.numbers or self._rates.rank):
+        if not self._masked:
             return self._kept(frozen, adapted_conv2d(self._layer, x, weight, bias, stride=stride, padding=padding), keys)
         delta = self._delta()
         down, up = (side if side.ndim == 4 else side[:, :, None, None] for side in delta.factors(x.dtype))

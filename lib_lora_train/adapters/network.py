@@ -20,7 +20,7 @@ from lib_lora_train.adapters.embedding import WordEmbedding, WordVectors, split_
 from lib_lora_train.adapters.flat import FlatWeights
 from lib_lora_train.adapters.loha import LoHa
 from lib_lora_train.adapters.lokr import LoKr, kind_of_layers
-from lib_lora_train.adapters.lora import LoRA
+from lib_lora_train.adapters.lora import LoRA, LoRALayer
 from lib_lora_train.adapters.oft import OFT
 from lib_lora_train.adapters.targets import Target
 from lib_lora_train.errors import LoraFileError, some_of
@@ -139,18 +139,17 @@ class AdapterNetwork:
 
     def pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """(A [r, ...], B [out, r]) of each layer whose change of the model is their product."""
-        layers = [getattr(layer, "inner", layer) for layer in self.layers.values()]
-        sides = [(getattr(layer, "down", None), getattr(layer, "up", None)) for layer in layers]
-        return [(down, up) for down, up in sides if isinstance(down, nn.Parameter) and isinstance(up, nn.Parameter)]
+        layers = (getattr(layer, "inner", layer) for layer in self.layers.values())
+        return [(layer.down, layer.up) for layer in layers if isinstance(layer, LoRALayer)]
 
     def set_rate_factors(self, of_layers: Mapping[str, float], *, up: tuple[float, float] = (1.0, 1.0)) -> None:
         """Multiply the learning rates of layers, by their keys, and those of the second matrices of the UNet's and of the text
         encoders' pairs (LoRA+, Hayou et al. 2024, arXiv 2402.12354). A layer at 0 is frozen."""
+        seconds = {second for _, second in self.pairs()}
         for target in self.targets:
-            layer, factor = self.layers[target.key], of_layers.get(target.key, 1.0)
-            second = getattr(getattr(layer, "inner", layer), "up", None)
-            for parameter in layer.parameters():
-                ratio = up[target.component != UNET_COMPONENT] if parameter is second else 1.0
+            factor = of_layers.get(target.key, 1.0)
+            for parameter in self.layers[target.key].parameters():
+                ratio = up[target.component != UNET_COMPONENT] if parameter in seconds else 1.0
                 self._rate_factors[parameter] = factor * ratio
                 if not factor:
                     parameter.requires_grad_(False)

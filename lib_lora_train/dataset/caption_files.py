@@ -101,7 +101,7 @@ class CaptionNotes:
             (f"several lines in the caption file ({{}}), of which only the first is used: join the lines, or switch "
              f"{named('enable_wildcard')} on", found.further_lines and not chosen.enable_wildcard),
             (f"several caption files, of which one is used ({{}}): remove the others, or name their endings in "
-             f"{named('caption_extension')}", found.passed_over),
+             f"{named('caption_extension')}", found.passed_over and len(endings_of(chosen)) < 2),
             (f"a caption in {found.encoding} and not UTF-8 ({{}}): see that it is read correctly; the studio saves it as UTF-8",
              found.encoding),
             *((f"{what.replace('{', '{{').replace('}', '}}')} in the caption ({{}}), which is plain text to a training"

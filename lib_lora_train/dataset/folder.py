@@ -152,9 +152,8 @@ class _Reader:
         """The captions of which one is drawn at each step."""
         found, chosen = subset.captions.all_of(image), subset.chosen.captions
         counting = caption_files.that_counts(found)
-        if drawn := len(caption_files.endings_of(chosen)) > 1:
-            counting = counting and replace(counting, passed_over=())
         self.notes.add(counting, chosen)
+        drawn = len(caption_files.endings_of(chosen)) > 1
         files = [file for file in found if file.line or file.error] if drawn else [counting] if counting else []
         self.not_text += [(file.file.name, file.error) for file in files if file.error]
         lines = [line for file in files if not file.error

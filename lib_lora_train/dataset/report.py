@@ -116,7 +116,7 @@ class _Reader:
         self.repeats.append(subset.repeats)
 
     def _caption(self, path: Path, subset: Subset) -> _Caption:
-        """The caption as `folder.scan` reads it."""
+        """The caption as `read_folder` reads it."""
         found = subset.captions.of(path)
         text = found.line if found and (found.line or found.file.suffix.lower() in CAPTION_SUFFIXES) else None
         if path in self._unsaved:

@@ -19,6 +19,7 @@ from typing import Any
 from lib_lora_train.errors import counted
 from lib_lora_train.events import Measured
 from lib_lora_train.results.history import read_history
+from lib_lora_train.results.improvement import improvement
 from lib_lora_train.results.saves import Save, saves_of
 from lib_lora_train.results.scoring import ColumnScores, read_scores
 
@@ -110,8 +111,6 @@ def recommended_by_loss(measured: Sequence[Measured], saves: Sequence[Save]) -> 
 
 def _relative_loss(event: Measured) -> float | None:
     """The loss as a share of the base model's, the mean over the bands of timesteps."""
-    pairs = list(zip(event.held_out, event.unadapted_held_out, strict=False)) or list(
-        zip(event.training, event.unadapted_training, strict=False))
-    shares = [loss / unadapted for loss, unadapted in pairs if unadapted > 0]
-    total = sum(shares) / len(shares) if shares else float("nan")
-    return total if total == total else None
+    found = improvement(event.held_out, event.unadapted_held_out) if event.held_out else improvement(
+        event.training, event.unadapted_training)
+    return None if found is None else 1 - found / 100

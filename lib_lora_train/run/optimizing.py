@@ -158,11 +158,11 @@ def ignored_by_optimizer(settings: Settings) -> list[str]:
         found += [(name, traits.own_schedule) for name in (
             "learning_rate", "unet_lr", "text_encoder_lr", "lr_warmup_steps", *_LORA_PLUS)]
         found += [(name, f"{traits.own_schedule}, so that only a 0 counts") for name in _BLOCK_RATES]
-    told = [no_effect(name, why) for name, why in found if now[name] not in (default[name], "adafactor")]
-    network, usual = settings.network, type(settings.network)()
-    of_embedding = {"embedding_lr": traits.own_rate, "stop_embedding_training": bool(traits.own_schedule)}
-    return told + [no_effect(name, traits.own_schedule) for name, unused in of_embedding.items()
-                   if unused and settings.embedding_rate and getattr(network, name) != getattr(usual, name)]
+    if traits.own_rate and settings.embedding_rate:
+        found.append(("embedding_lr", traits.own_schedule))
+    if traits.own_schedule and settings.embedding_rate:
+        found.append(("stop_embedding_training", traits.own_schedule))
+    return [no_effect(name, why) for name, why in found if now[name] not in (default[name], "adafactor")]
 
 
 def optimizer_name(settings: Settings) -> str:

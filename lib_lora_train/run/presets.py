@@ -14,7 +14,7 @@ from lib_lora_train.settings import flat, parse
 from lib_lora_train.settings.presets import CHANGED, IDENTITY, NO_PRESET, Preset, presets
 from lib_lora_train.settings.presets import read_preset as read_file
 from lib_lora_train.settings.toml import write_toml
-from lib_lora_train.storage.atomic import remove, write_atomic
+from lib_lora_train.storage.atomic import remove, replace, write_atomic
 
 log = logging.getLogger(__name__)
 _DESCRIPTION, _POSITION = "A preset of your own.", 1000
@@ -63,16 +63,12 @@ def rename_preset(name: str, to: str, folder: Path) -> Preset:
     """Give the user's preset another name. Raises OutputError where that is taken or not possible."""
     old, new = _existing(name, folder), _path(to, folder)
     preset = _read(old)
-    other = file_key(new.stem) != file_key(old.stem)  # else only the case changes: on Windows it is the same file
-    if other and any(file_key(p.name) == file_key(new.stem) for p in own_presets(folder)):
+    if any(file_key(p.name) == file_key(new.stem) != file_key(old.stem) for p in own_presets(folder)):
         raise OutputError(f"There is a preset called {to!r} already", remedy="choose another name")
     renamed = dataclasses.replace(preset, name=new.stem)
     with translated("renaming the preset"):
-        if not other:
-            remove(old)
-        write_atomic(new, preset_text(renamed).encode())
-        if other:
-            remove(old)
+        write_atomic(old, preset_text(renamed).encode())
+        replace(old, new)
     return renamed
 
 

@@ -43,8 +43,8 @@ _LISTS = ("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")
 
 
 def select(chosen: NetworkSettings, components: Components, *, family: Family) -> Selection:
-    """The layers of a new network. Raises SettingError where none is left, and ModelError."""
-    check_family(chosen, family.name)
+    """The layers of a new network. Raises SettingError where none is left, or for numbers that do not fit its blocks, and
+    ModelError."""
     lists = {name: block_values(chosen, name, family) for name in _LISTS}
     rates = rate_weights(chosen, family)
     text = not chosen.network_train_unet_only

@@ -1,7 +1,7 @@
 """Every setting, once: name, default, range, label and help, grouped by what it is about.
 
-The page, the command line, the API and the documentation are built from these classes, `network.py` and `loss.py`. Names are
-kohya's where kohya has the setting, so that a user's notes and other people's guides keep working.
+The page, the command line, the API and the documentation are built from these classes and those in `network.py` and `loss.py`.
+Names are kohya's where kohya has the setting, so that a user's notes and other people's guides keep working.
 """
 
 from __future__ import annotations

@@ -32,13 +32,11 @@ class Adopted:
     values      ours; unknown names and what is not supported stay, for `parse` to refuse
     became      sentences, each beginning with the name that the file has
     unused      {name: why it is not needed here}
-    neutral     names whose values change nothing
     """
 
     values: Mapping[str, object]
     became: tuple[str, ...]
     unused: Mapping[str, str]
-    neutral: tuple[str, ...]
 
 
 def adopt(values: Mapping[str, object], *, foreign: bool = False) -> Adopted:
@@ -79,8 +77,7 @@ def adopt(values: Mapping[str, object], *, foreign: bool = False) -> Adopted:
             became.append("max_train_steps is left out beside max_train_epochs, as kohya's scripts do")
     unused = {name: reason for reason, group in table["not_needed"].items() for name in group
               if left.pop(name, None) is not None}
-    neutral = tuple(name for name, value in theirs.items() if changes_nothing(name, value))
-    return Adopted({**ours, **left}, tuple(became), unused, neutral)
+    return Adopted({**ours, **left}, tuple(became), unused)
 
 
 def _optimizer(ours: dict[str, object], *, of_kohya: bool) -> list[str]:

@@ -35,7 +35,7 @@ def flattened(table: Mapping[str, Any], *, name: str) -> dict[str, object]:
     """Names and values of tables within tables. Raises SettingError, which calls the file `name`, where one stands twice."""
     flat: dict[str, object] = {}
     try:
-        for key, value in _entries(table):
+        for key, value in entries(table):
             if key in flat:
                 raise SettingError(f"{name} sets {key} twice", remedy="keep one of the two lines")
             flat[key] = value
@@ -91,20 +91,24 @@ def _json_object(entries: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(entries)
 
 
-def _entries(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def entries(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(name, value) of everything in tables within tables."""
     for name, value in table.items():
-        yield from _entries(value) if isinstance(value, dict) else [(name, value)]
+        yield from entries(value) if isinstance(value, dict) else [(name, value)]
 
 
 def write_toml(values: Mapping[str, Value]) -> str:
     """TOML text of flat settings, read back exactly by `read_toml`."""
-    return "".join(f"{name} = {_literal(value)}\n" for name, value in values.items())
+    return "".join(f"{name} = {literal(value)}\n" for name, value in values.items())
 
 
-def _literal(value: Value) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        # JSON's escapes are a subset of those of TOML's basic strings, but DEL must be escaped there too.
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    return repr(value)  # 5e-05 is TOML too
+def literal(value: Any) -> str:
+    """A value as TOML has it: JSON's but for tables, which stand on one line."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{name} = {literal(inner)}' for name, inner in value.items())}}}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(literal, value))}]"
+    if isinstance(value, float):
+        return repr(value)  # 5e-05 and inf are TOML too
+    # JSON's escapes are a subset of those of TOML's basic strings, but DEL must be escaped there too.
+    return json.dumps(value, ensure_ascii=False, default=str).replace("\x7f", "\\u007f")

@@ -21,7 +21,7 @@ _BEGINNINGS = (
     ((b"<",), "a web page, as servers send it in place of a file that they refuse", _DOWNLOAD),
     ((b"{", b"["), "a JSON text, as servers send it in place of a file that they refuse", _DOWNLOAD),
 )
-_LONGEST_HEADER = 100 << 20  # as in safetensors
+LONGEST_HEADER = 100_000_000  # the longest that safetensors reads
 
 
 def read_header(path: Path) -> dict[str, dict[str, Any]]:
@@ -41,7 +41,7 @@ def refuse_wrong_content(path: Path, error: type[LoraTrainError]) -> None:
             start, size = file.read(512), os.fstat(file.fileno()).st_size
             length = 8 + int.from_bytes(start[:8], "little")
             file.seek(8)
-            header = file.read(length - 8) if start[8:9] == b"{" and length <= min(size, _LONGEST_HEADER) else b""
+            header = file.read(length - 8) if start[8:9] == b"{" and length <= min(size, LONGEST_HEADER) else b""
     except (OSError, ValueError):
         return
     if start[8:9] == b"{":

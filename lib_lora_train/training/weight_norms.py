@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lib_lora_train.adapters.base import Product
+from lib_lora_train.adapters.lora import LoRALayer
 from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.events import Report, Warned
 from lib_lora_train.training.loop import Progress
@@ -52,7 +53,7 @@ class ScaleWeightNorms:
 
 def _norm(layer: Product) -> Tensor:
     """‖ΔW‖, 0-d."""
-    if len(layer.factors) == 2 and hasattr(layer, "down"):
+    if isinstance(layer, LoRALayer):
         down, up = layer.down.flatten(1), layer.up
         return ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt() * abs(layer.alpha / layer.rank)  # as tr(BᵀB·AAᵀ)
     return layer.product(*layer.factors).norm()

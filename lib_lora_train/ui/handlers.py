@@ -185,8 +185,7 @@ class Handlers:
 
     def _list_of_presets(self, now: str, *, before: object = None) -> Any:
         """The list showing `now`. Nothing where it does already: an update would close a list that is open."""
-        choices = list(dict.fromkeys([*self._presets(), now]))
-        return gr.update() if now == before else gr.update(value=now, choices=choices)
+        return gr.update() if now == before else gr.update(value=now, choices=list(dict.fromkeys([*self._presets(), now])))
 
     def _ours(self, token: object) -> bool:
         return isinstance(token, str) and secrets.compare_digest(token.encode(errors="replace"), self.token.encode())

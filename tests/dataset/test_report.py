@@ -278,6 +278,7 @@ def test_a_caption_of_several_lines_or_files_is_said(tmp_path: Path, draw: Draw)
     (tmp_path / "b.caption").write_text("other", encoding="utf-8")
     report = look(tmp_path)
     assert advice(report, "several lines", "a.txt") and advice(report, "several caption files", "b.txt")
+    assert "several" not in " ".join(look(tmp_path, caption_extension=".txt,.caption", enable_wildcard=True).advice)
 
 
 def test_captions_in_another_encoding_are_trained_and_said(tmp_path: Path, draw: Draw) -> None:

@@ -17,7 +17,7 @@ from lib_lora_train.errors import SettingError
 from lib_lora_train.model.family import FAMILIES, SD1, SDXL
 from lib_lora_train.run.blocks import rate_weights
 from lib_lora_train.run.network import InitialWeights, build_network
-from lib_lora_train.run.selection import check_family, rate_factors, select
+from lib_lora_train.run.selection import check_family, select
 from lib_lora_train.settings import NetworkSettings, Settings, ignored, parse
 from tests.adapters import full_size
 from tests.training import small_run
@@ -94,12 +94,7 @@ def test_numbers_that_fit_no_block_are_refused_before_the_start_by_name(values: 
 
 
 def groups_of(**values: object) -> dict[str, tuple[int, float]]:
-    chosen, model = parse({"network_dim": 2, "network_train_unet_only": False, **values}).network, small_run.model("sd1")
-    selected = select(chosen, model.components, family=SD1)
-    network = AdapterNetwork.build(selected.targets, rank=2, alpha=2, seed=0, sizes=selected.sizes, kind=selected.kind)
-    both = chosen.loraplus_lr_ratio or 1.0
-    network.set_rate_factors(rate_factors(chosen, network.targets, family=SD1), up=(
-        chosen.loraplus_unet_lr_ratio or both, chosen.loraplus_text_encoder_lr_ratio or both))
+    network, _ = built({"network_train_unet_only": False, **values})
     return {group["name"]: (len(group["params"]), group["lr"]) for group in network.parameter_groups(1e-3, 1e-4)}
 
 

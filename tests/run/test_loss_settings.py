@@ -117,8 +117,8 @@ def test_a_run_that_goes_on_is_told_of_another_mask(images):
 
 
 def test_a_run_with_masks_and_preservation_goes_to_its_end(images, host):
-    paint_masks(images / "masks", images)
     """Its verdict is that of the picture alone: the loss beside the base model's is another one."""
+    paint_masks(images / "masks", images)
     told = []
     finished = run_settings(settings(images, masked_loss=True, masked_prior_preservation_weight=0.5, preservation="dco",
                                      preservation_class="cat", loss_type="huber", network_train_unet_only=False,

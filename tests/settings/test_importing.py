@@ -25,7 +25,8 @@ from lib_lora_train.model.family import FAMILIES
 from lib_lora_train.run.provenance import Provenance
 from lib_lora_train.settings import DECLARATIONS, Settings, flat, parse
 from lib_lora_train.settings.dataset_config import subsets_of
-from lib_lora_train.settings.importing import KINDS, import_bytes, import_file, import_tables
+from lib_lora_train.settings.importing import import_bytes, import_file, import_tables
+from lib_lora_train.settings.importing.entries import KINDS
 from lib_lora_train.settings.toml import write_toml
 from tests.jobs import plan_of
 

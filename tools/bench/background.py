@@ -1,7 +1,8 @@
 """`bench background`: how much of its pictures' background a LoRA takes along, with masks and with what preserves the model.
 
-The demo's subject, which stands on white, gets one striped background in all pictures that are trained, and masks of what is
-not background. For each kind of training and each seed one run, and of its last save four numbers:
+The demo's subject, where it stands on white, gets one striped background in the pictures that are trained, and masks of what is
+not background; scenes that fill their picture stay whole. For each kind of training and each seed one run, and of its last
+save four numbers:
 
 stripes     the correlation of the stripes with what the LoRA changes in the frame of generated pictures of the subject, their
             outermost eighth, 0 where the trained background is not taken along

@@ -15,7 +15,6 @@ from lib_lora_train.errors import SettingError
 from lib_lora_train.settings import DECLARATIONS, refuse_unknown
 from lib_lora_train.settings.field import read
 from lib_lora_train.settings.importing import kohya_gui, lora_easy, lora_file, lora_scripts, onetrainer, sd_scripts
-from lib_lora_train.settings.importing.entries import KINDS as KINDS
 from lib_lora_train.settings.importing.entries import OURS, Entry, Imported
 from lib_lora_train.settings.toml import decoded, flattened, tables_in
 

@@ -14,10 +14,9 @@ from lib_lora_train.settings.importing import onetrainer
 from lib_lora_train.settings.importing.entries import Imported
 from lib_lora_train.settings.importing.translation import Translation
 from lib_lora_train.settings.toml import tables_in
+from lib_lora_train.storage.content import LONGEST_HEADER
 
 PROGRAM = "a LoRA file"
-MOST_BYTES = 100_000_000
-"""The longest header that safetensors reads."""
 _RENAMED = {"num_epochs": "max_train_epochs", "batch_size_per_device": "train_batch_size",
             "debiased_estimation": "debiased_estimation_loss"}
 _OF_A_DATASET = {"batch_size_per_device": "train_batch_size", "resolution": "resolution", "enable_bucket": "enable_bucket",
@@ -41,7 +40,7 @@ def header_of(file: BinaryIO) -> dict[str, Any] | None:
     """The header of a safetensors file; None where it is another kind of file."""
     start = file.read(9)
     length = int.from_bytes(start[:8], "little")
-    if start[8:] != b"{" or not 2 <= length <= MOST_BYTES:
+    if start[8:] != b"{" or not 2 <= length <= LONGEST_HEADER:
         return None
     try:
         header = json.loads(start[8:] + file.read(length - 1))

@@ -10,7 +10,7 @@ from lib_lora_train.errors import SettingError
 from lib_lora_train.settings.importing import sd_scripts
 from lib_lora_train.settings.importing.entries import Imported
 from lib_lora_train.settings.importing.translation import Translation
-from lib_lora_train.settings.toml import tables_in
+from lib_lora_train.settings.toml import entries, tables_in
 
 PROGRAM = "lora-scripts (SD-Trainer)"
 _ONLY_THERE = ("model_train_type", "lycoris_algo", "optimizer_args_custom", "network_args_custom", "enable_block_weights",
@@ -26,16 +26,16 @@ _PROMPT = {"negative_prompts": "n", "sample_width": "w", "sample_height": "h", "
 
 def recognises(data: Mapping[str, Any]) -> bool:
     """Whether it holds a name that only this page has, or is one of its presets."""
-    return any(name in _ONLY_THERE for name, _ in sd_scripts.entries(data)) or {"metadata", "data"} == data.keys()
+    return any(name in _ONLY_THERE for name, _ in entries(data)) or {"metadata", "data"} == data.keys()
 
 
 def read(data: Mapping[str, Any]) -> Imported:
     """The settings in such a file. The TOML in `ui_custom_params` goes before all other fields, as there."""
-    found = dict(sd_scripts.entries({name: value for name, value in data.items() if name != "metadata"}))
+    found = dict(entries({name: value for name, value in data.items() if name != "metadata"}))
     translation = sd_scripts.started(PROGRAM, {})
     custom = str(found.pop("ui_custom_params", "") or "")
     try:
-        found |= dict(sd_scripts.entries(tables_in(custom, name="ui_custom_params")))
+        found |= dict(entries(tables_in(custom, name="ui_custom_params")))
         if custom.strip():
             translation.unused("ui_custom_params", custom, "each of its settings is listed by itself")
     except SettingError as error:

@@ -5,8 +5,7 @@ A run's is flat or in tables of any name, which the scripts flatten; `[general]`
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from lib_lora_train.settings import kohya
 from lib_lora_train.settings.dataset_config import KNOWN_NAMES
 from lib_lora_train.settings.importing.entries import Imported
 from lib_lora_train.settings.importing.translation import Translation
-from lib_lora_train.settings.toml import tables
+from lib_lora_train.settings.toml import entries, literal, tables
 
 PROGRAM = "kohya's scripts"
 
@@ -58,12 +57,6 @@ def completed(translation: Translation) -> Imported:
     return translation.finish(left_out)
 
 
-def entries(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """(name, value) of everything in tables within tables."""
-    for name, value in table.items():
-        yield from entries(value) if isinstance(value, dict) else [(name, value)]
-
-
 def add_folders(translation: Translation, datasets: list[Mapping[str, Any]], *, general: Mapping[str, Any]) -> None:
     """The tables of a dataset as the text of a `dataset_config`, without names that it cannot hold."""
     lines, told = list[str](), list[tuple[str, Any]]()
@@ -72,11 +65,11 @@ def add_folders(translation: Translation, datasets: list[Mapping[str, Any]], *, 
         lines.append(title)
         for name, value in values.items():
             if name == "custom_attributes":
-                lines.extend(f"{key} = {_literal(inner)}" for key, inner in value.items() if key in KNOWN_NAMES)
+                lines.extend(f"{key} = {literal(inner)}" for key, inner in value.items() if key in KNOWN_NAMES)
                 told.extend((f"{origin}.{key}", inner) for key, inner in value.items() if key in KNOWN_NAMES)
                 values = {**values, **value}
             elif name in KNOWN_NAMES and value is not None:
-                lines.append(f"{name} = {_literal(value)}")
+                lines.append(f"{name} = {literal(value)}")
                 told.append((f"{origin}.{name}", value))
         for name in values.keys() - KNOWN_NAMES - {"subsets"}:
             translation.refuse(f"{origin}.{name}", values[name], "there is no such setting of single folders")
@@ -92,12 +85,3 @@ def add_folders(translation: Translation, datasets: list[Mapping[str, Any]], *, 
                 translation.refuse(f"subsets {number}.{index}", ", ".join(subset), "it names no folder of pictures")
     for origin, value in told:
         translation.add("dataset_config", "\n".join(lines) + "\n", origin=origin, given=value)
-
-
-def _literal(value: Any) -> str:
-    """Of TOML: JSON's but for tables, which stand on one line."""
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{name} = {_literal(inner)}' for name, inner in value.items())}}}"
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(_literal, value))}]"
-    return json.dumps(value, ensure_ascii=False, default=str).replace("\x7f", "\\u007f")

@@ -70,7 +70,7 @@ def _add(commands: Commands, name: str, told: str, *, as_json: bool = True) -> a
     return parser
 
 
-def _folder(chosen: argparse.Namespace) -> Path:
+def folder_of_run(chosen: argparse.Namespace) -> Path:
     """The run's folder, named as for `--resume`. Raises SettingError where there is none."""
     path = user_path(chosen.run)
     folder = path if os.path.lexists(path) else user_path(chosen.output_dir) / RUNS_FOLDER / chosen.run
@@ -115,7 +115,7 @@ def _grid(chosen: argparse.Namespace) -> int:
     from lib_lora_train.results.scoring import score_grid
     from lib_lora_train.studio.commands.progress import progress_bar
 
-    folder = _folder(chosen)
+    folder = folder_of_run(chosen)
     if not 1 <= chosen.seeds <= _MOST_SEEDS or chosen.steps < 1:
         raise SettingError(f"--seeds {chosen.seeds} --steps {chosen.steps} is not possible",
                            why=f"there must be 1 to {_MOST_SEEDS} seeds and at least a step")
@@ -139,7 +139,7 @@ def _grid(chosen: argparse.Namespace) -> int:
 def _scores(chosen: argparse.Namespace) -> int:
     from lib_lora_train.results.scoring import read_scores
 
-    folder = _folder(chosen)
+    folder = folder_of_run(chosen)
     scores = read_scores(folder)
     if scores is None:
         raise SettingError(f"The run {folder.name} has no grid with scores", remedy="make one: `grid`")
@@ -169,7 +169,7 @@ def _print_notes(notes: Sequence[str]) -> None:
 def _recommend(chosen: argparse.Namespace) -> int:
     from lib_lora_train.results.recommend import recommend
 
-    folder = _folder(chosen)
+    folder = folder_of_run(chosen)
     found = recommend(folder)
     if found is None:
         raise SettingError(f"Nothing can be recommended of {folder.name}", why="none of its saves was measured",
@@ -183,7 +183,7 @@ def _samples(chosen: argparse.Namespace) -> int:
     from lib_lora_train.results.sample_sheet import draw_samples
     from lib_lora_train.storage.atomic import replacing
 
-    folder = _folder(chosen)
+    folder = folder_of_run(chosen)
     samples = overview(folder)["samples"]
     if chosen.json:
         print(json.dumps(samples, indent=1))
@@ -203,7 +203,7 @@ def _samples(chosen: argparse.Namespace) -> int:
 def _promote(chosen: argparse.Namespace) -> int:
     from lib_lora_train.results.promote import promote
 
-    folder = _folder(chosen)
+    folder = folder_of_run(chosen)
     done = promote(folder, chosen.save, weight=chosen.weight, host=_host(folder))
     print(json.dumps(done, indent=1) if chosen.json else f"{done['path']} is {chosen.save} now: {done['prompt']}")
     return 0
@@ -213,7 +213,7 @@ def _report(chosen: argparse.Namespace) -> int:
     from lib_lora_train.results.report import FILE, report_html
     from lib_lora_train.storage.atomic import write_atomic
 
-    folder = _folder(chosen)
+    folder = folder_of_run(chosen)
     out = chosen.out or folder / FILE
     write_atomic(out, report_html(folder).encode())
     print(out)

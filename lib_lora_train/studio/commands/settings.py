@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from typing import Any
 
-from lib_lora_train.errors import SettingError, translated
-from lib_lora_train.run import PRESETS_FOLDER, RUNS_FOLDER
+from lib_lora_train.errors import translated
+from lib_lora_train.run import PRESETS_FOLDER
 from lib_lora_train.settings import user_path
 from lib_lora_train.settings.importing import import_file
 from lib_lora_train.settings.presets import Preset, read_preset
 from lib_lora_train.settings.toml import write_toml
 from lib_lora_train.storage.atomic import write_atomic
+from lib_lora_train.studio.commands.results import folder_of_run
 
 
 def add_settings(commands: Any) -> None:
@@ -40,12 +40,7 @@ def named_preset(text: str, output_dir: str) -> Preset:
 
 def _settings(chosen: argparse.Namespace) -> int:
     if chosen.run:
-        named = user_path(chosen.run)
-        folder = named if os.path.lexists(named) else user_path(chosen.output_dir) / RUNS_FOLDER / chosen.run
-        if not (folder / "settings.toml").is_file():
-            raise SettingError(f"There is no run {chosen.run}", why=f"{folder} holds no settings.toml",
-                               remedy="name a run's folder; `runs --output-dir` lists them")
-        chosen.file = folder / "settings.toml"
+        chosen.file = folder_of_run(chosen) / "settings.toml"
     imported = import_file(chosen.file)
     for sentence in () if chosen.json else imported.sentences():
         print(sentence, file=sys.stderr)
