@@ -188,7 +188,7 @@ def _train_settings(chosen: argparse.Namespace) -> tuple[Settings, list[str]]:
         ("resume", chosen.resume)) if value}
     values |= dict(assignment(text) for text in chosen.set)
     if preset:
-        values["preset"] = preset.recorded({**preset.values, **flat(parse({n: v for n, v in values.items() if n != "resume"}))})
+        values["preset"] = preset.recorded(flat(parse({n: v for n, v in values.items() if n != "resume"})))
     if not values.get("resume"):
         return parse(values), notes
     named = user_path(str(values.pop("resume")))  # a path, else the name of a run beside the results

@@ -27,5 +27,5 @@ def run_settings(settings: Settings, host: Host, *, report: Report, stop: Stop, 
 def plan_of(settings: Settings) -> RunPlan:
     """A plan without a dataset, for runners whose job is a stand-in."""
     schedule = Plan(batches_per_epoch=1, steps_per_epoch=1, epochs=1, steps=1, buckets=())
-    return RunPlan(settings=settings, family="", dataset=Dataset(Path(), "plain", ()), placements=(), resolution=(64, 64),
+    return RunPlan(settings=settings, family="", dataset=Dataset(Path(), "plain", ()), placements=(), resolutions=((64, 64),),
                    schedule=schedule, warnings=())

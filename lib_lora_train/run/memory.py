@@ -72,7 +72,8 @@ def plan_for(plan: RunPlan, *, tensors: Mapping[str, Tensor], architecture: Arch
         text_checkpointed=memory.gradient_checkpointing,
         encoded=min(memory.vae_batch_size or 1, batch) if settings.encodes_in_steps else 0,
         words=settings.network.embedding_vectors if settings.embedding_rate else 0,
-        optimizer_bytes=kept_bytes(settings), merged=merged_bytes(on_top, tensors, architecture),
+        optimizer_bytes=kept_bytes(settings),
+        merged=merged_bytes(on_top, _components(tensors, architecture), family=architecture.family),
         sampled=max(((p.request.width, p.request.height) for p in plan.prompts), key=math.prod, default=None))
     kept = settings.preservation.preservation
     again = kept in ("dop", "blank")

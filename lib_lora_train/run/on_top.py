@@ -16,8 +16,7 @@ from lib_lora_train.adapters.stack import WeightedLora, find_lora, split_tags
 from lib_lora_train.adapters.targets import find_targets, of_keys
 from lib_lora_train.errors import LoraFileError, SettingError
 from lib_lora_train.host.port import Host
-from lib_lora_train.model.architecture import Architecture
-from lib_lora_train.model.family import FAMILIES
+from lib_lora_train.model.family import FAMILIES, Family
 from lib_lora_train.settings import Settings, named
 
 _WEIGHTED = re.compile(r"(?P<path>.+?\.safetensors)\"?(?::(?P<weight>[^:\\/]*))?", re.IGNORECASE)
@@ -55,15 +54,12 @@ def unused_words(loras: Sequence[WeightedLora]) -> list[str]:
             for lora in loras if any(key.startswith(EMBEDDING_PREFIX) for key in file.read_shapes(lora.path))]
 
 
-def merged_bytes(loras: Sequence[WeightedLora], tensors: Mapping[str, Tensor], architecture: Architecture) -> int:
-    """Bytes of the copies of weights that the LoRAs go into; of `tensors` (checkpoint names) only shapes are used."""
+def merged_bytes(loras: Sequence[WeightedLora], components: Mapping[str, Mapping[str, Tensor]], *, family: Family) -> int:
+    """Bytes of the copies of weights that the LoRAs go into; of the model's `components` only shapes are used."""
     if not loras:
         return 0
-    unet, _, texts = architecture.family.parts(tensors)
-    components = dict(zip(architecture.components, (unet, *texts), strict=True))
     keys = [key for lora in loras for key in file.read_shapes(lora.path)]
-    targets = find_targets(components, family=architecture.family, text_encoder=architecture.family.adapts_text(keys),
-                           chosen=of_keys(keys))
+    targets = find_targets(components, family=family, text_encoder=family.adapts_text(keys), chosen=of_keys(keys))
     weights = [components[target.component][f"{target.module}.weight"] for target in targets]
     return sum(weight.numel() * weight.element_size() for weight in weights)
 

@@ -49,8 +49,7 @@ class RunPlan:
 
     settings        complete: the seed is drawn, automatic repeats are numbers, paths are absolute
     family          of the model it was planned for, "" where none was loaded
-    dataset         what is trained, with its `placements` into buckets and `resolution` (width, height), the largest of its
-                    `resolutions`
+    dataset         what is trained, with its `placements` into buckets and its `resolutions` (width, height), the largest last
     schedule        epochs, batches, steps; a batch is `processes` times train_batch_size images
     warnings        one sentence for each thing the user should know
     target          the LoRA's file; its name is free
@@ -64,7 +63,7 @@ class RunPlan:
     dataset: Dataset
     placements: tuple[Placement, ...]
     schedule: Plan
-    resolution: tuple[int, int]
+    resolutions: tuple[tuple[int, int], ...]
     warnings: tuple[str, ...]
     processes: int = 1
     target: Path = Path()
@@ -75,7 +74,11 @@ class RunPlan:
     masks: Mapping[Path, Path] = dataclasses.field(default_factory=dict)
     white_share: float = 1.0
     prompts: tuple[SamplePrompt, ...] = ()
-    resolutions: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def resolution(self) -> tuple[int, int]:
+        """The largest of its resolutions."""
+        return self.resolutions[-1]
 
     @property
     def aspect_error(self) -> float:
@@ -99,7 +102,7 @@ class RunPlan:
         shown = counted(repeats[0], "repeat") if len(repeats) == 1 else f"{repeats[0]} to {repeats[-1]} repeats"
         regularisation = len({e.path for e in self.dataset.examples if e.is_regularisation})
         with_reg = f" + {counted(regularisation, 'regularisation picture')}" if regularisation else ""
-        sizes = " and ".join(f"{width}×{height}" for width, height in self.resolutions or [self.resolution])
+        sizes = " and ".join(f"{width}×{height}" for width, height in self.resolutions)
         schedule = self.schedule
         kept = "" if self.held_out_derived or not self.held_out else (
             f"; {len(self.held_out)} of {len(self.held_out) + self.dataset.images} pictures kept back to measure on")
@@ -169,8 +172,7 @@ def plan_dataset(settings: Settings, *, family: str, allowed: AllowedPaths | Non
     resolutions = sorted({buckets(example.subset.dataset).resolution for example in dataset.examples}, key=math.prod)
     settings, prompts = _with_prompts(settings, split.held_out, dataset, resolution=resolutions[-1])
     return RunPlan(
-        settings=settings, family=family, dataset=dataset, placements=placements, resolution=resolutions[-1],
-        resolutions=tuple(resolutions),
+        settings=settings, family=family, dataset=dataset, placements=placements, resolutions=tuple(resolutions),
         processes=processes, schedule=schedule, prompts=prompts, held_out=split.held_out, held_out_derived=split.derived,
         notes=split.notes if split.derived else (), masks=masks, white_share=white_share(masks),
         warnings=(*ignored(settings), *folder_notes(settings), *_varied(settings, dataset), *ignored_by_optimizer(settings),

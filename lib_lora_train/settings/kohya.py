@@ -39,9 +39,9 @@ class Adopted:
     unused: Mapping[str, str]
 
 
-def adopt(values: Mapping[str, object], *, foreign: bool = False) -> Adopted:
-    """A file's values with kohya's names and conventions made ours. One with names that only kohya has is `foreign` in any
-    case: where both epochs and steps stand in it, and for what it leaves out, it means what kohya's scripts do."""
+def adopt(values: Mapping[str, object]) -> Adopted:
+    """A file's values with kohya's names and conventions made ours. Where both epochs and steps stand in it, and for the weight
+    decay that it leaves out, it means what kohya's scripts do."""
     table = name_table()
     values, became = adopted_network(values)
     theirs = {name: value for name, value in values.items() if name in explanations()}
@@ -57,7 +57,6 @@ def adopt(values: Mapping[str, object], *, foreign: bool = False) -> Adopted:
         else:
             ours[target] = f"{str(value).strip().removesuffix('%')}%" if name == "lr_warmup" else value
             became.append(f"{name} is read as {target} = {ours[target]}")
-    foreign = foreign or bool(theirs)
     for name in [name for name in left if name in table["switches"]]:
         del left[name]
         (target, value), = table["switches"][name].items()
@@ -66,21 +65,20 @@ def adopt(values: Mapping[str, object], *, foreign: bool = False) -> Adopted:
     if str(ours.get("bucket_reso_steps")).removesuffix(".0") in map(str, range(1, 8)):
         became.append(f"bucket_reso_steps = {ours['bucket_reso_steps']} is read as 8, a pixel of the latents")
         ours["bucket_reso_steps"] = 8
-    became += _optimizer(ours, of_kohya=foreign)
+    became += _optimizer(ours)
     for name in _OTHER_NOISE.get(str(values.get("noise_offset_type")).lower(), ()):
         ours.pop(name, None)
-    if foreign:
-        for name in ("v_parameterization", "zero_terminal_snr", "max_train_epochs"):
-            if name in ours and changes_nothing(name, ours[name]):  # kohya_ss writes all of its settings, also those unset
-                del ours[name]
-        if "max_train_epochs" in ours and ours.pop("max_train_steps", None):
-            became.append("max_train_steps is left out beside max_train_epochs, as kohya's scripts do")
+    for name in ("v_parameterization", "zero_terminal_snr", "max_train_epochs"):
+        if name in ours and changes_nothing(name, ours[name]):  # kohya_ss writes all of its settings, also those unset
+            del ours[name]
+    if "max_train_epochs" in ours and ours.pop("max_train_steps", None):
+        became.append("max_train_steps is left out beside max_train_epochs, as kohya's scripts do")
     unused = {name: reason for reason, group in table["not_needed"].items() for name in group
               if left.pop(name, None) is not None}
     return Adopted({**ours, **left}, tuple(became), unused)
 
 
-def _optimizer(ours: dict[str, object], *, of_kohya: bool) -> list[str]:
+def _optimizer(ours: dict[str, object]) -> list[str]:
     """Makes kohya's optimizer ours; returns what became of it. Without bitsandbytes one in eight bits is the same in 32."""
     name, became = str(ours.get("optimizer_type", "")).lower(), []
     eight_bit = {} if importlib.util.find_spec("bitsandbytes") else _EIGHT_BIT
@@ -89,7 +87,7 @@ def _optimizer(ours: dict[str, object], *, of_kohya: bool) -> list[str]:
         became.append(f"optimizer_type = {ours['optimizer_type']} is read as {same}, the same method{why}")
         ours["optimizer_type"] = same
     given = "weight_decay" in ours or "weight_decay" in str(ours.get("optimizer_args"))
-    if of_kohya and not given and not default_weight_decay(name):
+    if not given and not default_weight_decay(name):
         ours["weight_decay"] = 0
         became.append(f"weight_decay is 0, as kohya's scripts have it for {ours['optimizer_type']}")
     return became

@@ -189,7 +189,7 @@ def test_samples_take_a_small_share_of_the_runs_unet_passes(steps: int, batch: i
     defaults = SampleRequest("", steps=12)
     prompts = parse_prompts(text, defaults=defaults) or default_prompts("abcd", trigger_word="", defaults=defaults)
     plan = dataclasses.replace(
-        plan_of(parse({"train_batch_size": batch})), prompts=prompts, resolution=(512, 512),
+        plan_of(parse({"train_batch_size": batch})), prompts=prompts, resolutions=((512, 512),),
         schedule=Plan(batches_per_epoch=steps, steps_per_epoch=steps, epochs=1, steps=steps, buckets=()))
     every = interval(plan)
     at = {0, *range(every, steps, every), steps}
@@ -213,7 +213,7 @@ def test_how_often_may_be_said(changes: dict[str, object], every: int) -> None:
 
 def test_where_nobody_says_how_often_samples_are_those_of_saves() -> None:
     schedule = Plan(batches_per_epoch=100, steps_per_epoch=100, epochs=50, steps=5000, buckets=())
-    plan = dataclasses.replace(plan_of(parse({"save_every_n_epochs": 3})), schedule=schedule, resolution=(512, 512),
+    plan = dataclasses.replace(plan_of(parse({"save_every_n_epochs": 3})), schedule=schedule, resolutions=((512, 512),),
                                prompts=default_prompts("a", trigger_word="", defaults=SampleRequest("", steps=12)))
     rarely = dataclasses.replace(plan, settings=parse({"save_every_n_epochs": 30}))
     assert interval(plan) % 300 == 0 and interval(plan) - 300 < interval(rarely) <= interval(plan)

@@ -174,8 +174,7 @@ def test_optimizers_arguments_and_schedules_come_along_with_kohyas_own_weight_de
     chosen = parse(values).optimizer
     assert (chosen.optimizer_type, chosen.weight_decay, chosen.lr_scheduler_power) == ("Prodigy", 0.0, 2.0)
     assert "weight_decay" in " ".join(notes)
-    for values in ({"optimizer": "Lion", "optimizer_args": "weight_decay=0.2", "sdpa": True},
-                   {"optimizer": "AdamW", "sdpa": True}, {"optimizer_type": "Lion"}):
+    for values in ({"optimizer": "Lion", "optimizer_args": "weight_decay=0.2"}, {"optimizer": "AdamW"}):
         assert parse(adopted(values)[0]).optimizer.weight_decay == 0.01
 
 
@@ -214,11 +213,6 @@ def test_a_json_file_that_cannot_be_read_is_told_as_such(tmp_path: Path, text: s
     with pytest.raises(SettingError, match=why) as refusal:
         read_toml(tmp_path / "kohya.json")
     assert "TOML" not in str(refusal.value)
-
-
-def test_our_own_files_are_read_as_they_are():
-    values = {"max_train_epochs": 3, "max_train_steps": 9, "network_dim": 8}
-    assert adopted(values) == (values, [])
 
 
 @pytest.mark.parametrize(("text", "encoding"), [

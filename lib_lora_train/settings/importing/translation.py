@@ -52,8 +52,7 @@ class Translation:
         known = {**defaults, **{name: value for name, value in self.values.items() if value not in _OFF}}
         left_out = {name: known.get(value[1:], "") if isinstance(value, str) and value.startswith("@") else value
                     for name, value in defaults.items() if self.values.get(name) in _OFF}
-        found = kohya.adopt({**self.values, **{name: value for name, value in left_out.items() if value not in _OFF}},
-                            foreign=True)
+        found = kohya.adopt({**self.values, **{name: value for name, value in left_out.items() if value not in _OFF}})
         values: dict[str, Value] = {}
         impossible: dict[str, str] = {}
         for name, value in found.values.items():
