@@ -156,8 +156,7 @@ class _Reader:
         drawn = len(caption_files.endings_of(chosen)) > 1
         files = [file for file in found if file.line or file.error] if drawn else [counting] if counting else []
         self.not_text += [(file.file.name, file.error) for file in files if file.error]
-        lines = [line for file in files if not file.error
-                 for line in (file.line, *(file.further_lines if chosen.enable_wildcard else ())) if line]
+        lines = [line for file in files if not file.error for line in file.used(chosen) if line]
         return lines or ["" if any(file.error for file in files) else subset.caption]
 
     def finish(self) -> None:
