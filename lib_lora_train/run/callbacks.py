@@ -1,4 +1,4 @@
-"""What a run does between two steps besides saving: it stops, looks at the time and the memory, and lets others use the model."""
+"""What a run does between two steps besides saving: it stops, looks at time and memory, and lets others use the model."""
 
 from __future__ import annotations
 
