@@ -31,7 +31,7 @@ def optimizer_config(settings: Settings) -> OptimizerConfig:
 def schedule_config(settings: Settings, *, steps: int) -> ScheduleConfig:
     """The schedule that the run's optimizer is given."""
     chosen, traits = settings.optimizer, traits_of(settings)
-    rate = chosen.unet_lr or chosen.learning_rate
+    rate = settings.rates[0]
     floor = chosen.lr_scheduler_min_lr_ratio
     if chosen.lr_scheduler == "polynomial":
         floor = max(floor, min(1.0, _POLYNOMIAL_END / rate)) if rate else floor
