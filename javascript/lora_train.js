@@ -350,11 +350,7 @@
         try {
             const response = await fetch(API + "report", {headers: {"X-Lora-Train": state.token}, cache: "no-store"});
             if (!response.ok) throw new Error((await response.json()).error);
-            const link = document.createElement("a");
-            link.href = URL.createObjectURL(await response.blob());
-            link.download = "lora-train-report.zip";
-            link.click();
-            setTimeout(() => URL.revokeObjectURL(link.href), IDLE_MS);
+            window.loraTrainStudio.parts.offer(await response.blob(), "lora-train-report.zip");
         } catch (error) {
             view.showProblem(error instanceof TypeError ? translated("The server does not answer.") : error.message);
         }

@@ -10,17 +10,13 @@
 
     /** `settings` gives the fields' values by name, as the page remembers them. */
     window.loraTrainFiles = function(page, place, settings) {
-        const {translated} = page;
-        const list = document.createElement("div"), bar = document.createElement("div"), input = document.createElement("input");
-        bar.className = "lora-train-files-bar";
-        list.className = "lora-train-files-list";
-        list.setAttribute("role", "status");
-        list.hidden = true;
-        Object.assign(input, {type: "file", accept: TAKEN, hidden: true});
-        input.addEventListener("change", () => {
+        const {make, offer, dropping, translated} = window.loraTrainStudio.parts;
+        const list = make("div", {class: "lora-train-files-list", role: "status", hidden: true});
+        const bar = make("div", {class: "lora-train-files-bar"});
+        const input = make("input", {type: "file", accept: TAKEN, hidden: true, onchange: () => {
             open(input.files[0]);
             input.value = "";
-        });
+        }});
         place.append(bar, input, list);
         for (const [text, hint, press] of [
             ["Open settings", "A file of settings of kohya's scripts, kohya_ss, lora-scripts, LoRA Easy or OneTrainer, one of ours, " +
@@ -29,14 +25,10 @@
             ["Save preset", "Keep these settings under a name, without those that belong to one LoRA.", save],
             ["Rename", "Give your preset another name.", rename], ["Delete", "Delete your preset.", remove],
             ["Share", "The preset as a file to give away: whoever opens it gets its settings.", share]]) {
-            const button = document.createElement("button");
-            button.className = "lora-train-files-button";
-            button.textContent = translated(text);
-            button.title = translated(hint);
-            button.addEventListener("click", () => guarded(press));
-            bar.append(button);
+            bar.append(make("button", {
+                class: "lora-train-files-button", text: translated(text), title: translated(hint), onclick: () => guarded(press)}));
         }
-        dropping(page.byId("lora_train_page_train") || place, (file) => open(file));
+        dropping(page.byId("lora_train_page_train") || place, "lora-train-dropping", (transfer) => open(transfer.files[0]));
 
         /** The name of the preset in the list, without ", changed". */
         function preset() {
@@ -78,64 +70,41 @@
         }
 
         function say(text, problem) {
-            const line = document.createElement("div");
-            line.className = problem ? "lora-train-problem" : "lora-train-note";
-            line.textContent = text;
-            show(line);
+            show(make("div", {class: problem ? "lora-train-problem" : "lora-train-note", text}));
         }
 
         function show(...elements) {
-            const close = document.createElement("button");
-            close.className = "lora-train-files-close";
-            close.textContent = "×";
-            close.title = translated("Close this list");
-            close.addEventListener("click", () => { list.hidden = true; });
-            list.replaceChildren(close, ...elements);
+            list.replaceChildren(make("button", {
+                class: "lora-train-files-close", text: "×", title: translated("Close this list"),
+                onclick: () => { list.hidden = true; }}), ...elements);
             list.hidden = false;
         }
 
         function tell(name, found) {
-            const head = document.createElement("div");
-            head.className = "lora-train-files-head";
-            head.textContent = name + " · " + found.program;
+            const head = make("div", {class: "lora-train-files-head", text: name + " · " + found.program});
             const groups = found.foreign ? KINDS.map(([kind, title]) => group(kind, translated(title), found.entries)) : [];
             const implied = Object.entries(found.implied).map(([key, value]) => key + " = " + value).join(", ");
             const notes = [...found.notes];
             if (implied) notes.push(translated("Left out in the file, and taken as its program has it:") + " " + implied);
             if (!found.foreign && !notes.length) notes.push(found.entries.length + " " + translated("settings were taken"));
-            show(head, ...groups.filter(Boolean), ...notes.map((text) => {
-                const line = document.createElement("div");
-                line.className = "lora-train-note";
-                line.textContent = text;
-                return line;
-            }));
+            show(head, ...groups.filter(Boolean), ...notes.map((text) => make("div", {class: "lora-train-note", text})));
         }
 
         /** What fared alike, folded but for what was not taken and what is another now. */
         function group(kind, title, entries) {
             const same = entries.filter((entry) => entry.kind === kind);
             if (!same.length) return null;
-            const fold = document.createElement("details"), summary = document.createElement("summary");
-            const items = document.createElement("ul");
-            fold.className = "lora-train-files-" + kind;
-            fold.open = kind === "refused" || kind === "changed";
-            summary.textContent = title + ": " + same.length;
-            for (const {name, value, text} of same) {
-                const item = document.createElement("li"), term = document.createElement("code");
-                term.textContent = name + (value === "" ? "" : " = " + value);
-                item.append(term, text ? " · " + text : "");
-                items.append(item);
-            }
-            fold.append(summary, items);
-            return fold;
+            return make("details", {class: "lora-train-files-" + kind, open: kind === "refused" || kind === "changed"},
+                make("summary", {text: title + ": " + same.length}), make("ul", {}, ...same.map(({name, value, text}) =>
+                    make("li", {}, make("code", {text: name + (value === "" ? "" : " = " + value)}), text && " · " + text))));
         }
 
         async function download() {
-            offer(await page.api.blob("settings/file", {settings: settings()}), "settings");
+            offer(await page.api.blob("settings/file", {settings: settings()}), "settings.toml");
         }
 
         async function share() {
-            offer(await page.api.blob("presets/file?name=" + encodeURIComponent(preset())), preset());
+            offer(await page.api.blob("presets/file?name=" + encodeURIComponent(preset())), preset() + ".toml");
         }
 
         async function save() {
@@ -161,34 +130,4 @@
             fill({preset: ""});
         }
     };
-
-    /** Have the browser keep `blob` as a TOML file of that name. */
-    function offer(blob, name) {
-        const link = document.createElement("a");
-        link.href = URL.createObjectURL(blob);
-        link.download = name + ".toml";
-        link.click();
-        setTimeout(() => URL.revokeObjectURL(link.href), 10000);
-    }
-    window.loraTrainOffer = offer;
-
-    /** Have a file that is dropped anywhere in `root` taken. */
-    function dropping(root, taken) {
-        const files = (event) => event.dataTransfer && [...event.dataTransfer.types].includes("Files");
-        root.addEventListener("dragover", (event) => {
-            if (!files(event)) return;
-            event.preventDefault();
-            event.dataTransfer.dropEffect = "copy";
-            root.classList.add("lora-train-dropping");
-        });
-        for (const name of ["dragleave", "drop"]) {
-            root.addEventListener(name, () => root.classList.remove("lora-train-dropping"));
-        }
-        root.addEventListener("drop", (event) => {
-            if (!files(event)) return;
-            event.preventDefault();
-            event.stopPropagation();
-            taken(event.dataTransfer.files[0]);
-        });
-    }
 })();

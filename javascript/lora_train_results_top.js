@@ -42,7 +42,7 @@
         async function settings() {
             await app.act(async() => {
                 const blob = await app.page.api.blob("settings/file?run=" + encodeURIComponent(app.found.run));
-                window.loraTrainOffer(blob, app.found.run);
+                window.loraTrainStudio.parts.offer(blob, app.found.run + ".toml");
             });
         }
 

@@ -216,28 +216,7 @@
         return {element, draw};
     };
 
-    /** Files may be dropped anywhere on the page; the WebUI itself takes only those dropped on its own fields. */
-    studio.dropping = function(app) {
-        let depth = 0;
-        const mark = (change) => {
-            depth = Math.max(0, change);
-            app.place.classList.toggle("lts-over", depth > 0);
-        };
-        const files = (event) => event.dataTransfer && [...event.dataTransfer.types].includes("Files");
-        app.place.addEventListener("dragenter", (event) => files(event) && mark(depth + 1));
-        app.place.addEventListener("dragleave", (event) => files(event) && mark(depth - 1));
-        app.place.addEventListener("dragover", (event) => {
-            if (!files(event)) return;
-            event.preventDefault();
-            event.stopPropagation();
-            event.dataTransfer.dropEffect = "copy";
-        });
-        app.place.addEventListener("drop", async(event) => {
-            if (!files(event)) return;
-            event.preventDefault();
-            event.stopPropagation();
-            mark(0);
-            await app.add.upload(await droppedFiles(event.dataTransfer));
-        });
-    };
+    /** Files may be dropped anywhere on the page. */
+    studio.dropping = (app) => studio.parts.dropping(
+        app.place, "lts-over", async(transfer) => app.add.upload(await droppedFiles(transfer)));
 })(window.loraTrainStudio = window.loraTrainStudio || {});

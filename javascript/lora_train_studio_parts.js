@@ -148,6 +148,39 @@
         };
     }
 
+    /** Have the browser keep `blob` as a file of that name. */
+    function offer(blob, name) {
+        const link = make("a", {href: URL.createObjectURL(blob), download: name});
+        link.click();
+        setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+    }
+
+    /** Have files that are dropped anywhere in `root` `taken`, which gets what was transferred; while they are over it, it has
+     * the class `over`. The WebUI itself takes only those dropped on its own fields. */
+    function dropping(root, over, taken) {
+        let depth = 0;
+        const mark = (change) => {
+            depth = Math.max(0, change);
+            root.classList.toggle(over, depth > 0);
+        };
+        const files = (event) => event.dataTransfer && [...event.dataTransfer.types].includes("Files");
+        root.addEventListener("dragenter", (event) => files(event) && mark(depth + 1));
+        root.addEventListener("dragleave", (event) => files(event) && mark(depth - 1));
+        root.addEventListener("dragover", (event) => {
+            if (!files(event)) return;
+            event.preventDefault();
+            event.stopPropagation();
+            event.dataTransfer.dropEffect = "copy";
+        });
+        root.addEventListener("drop", (event) => {
+            if (!files(event)) return;
+            event.preventDefault();
+            event.stopPropagation();
+            mark(0);
+            taken(event.dataTransfer);
+        });
+    }
+
     /** What is said wherever a mask is shown or painted. */
     studio.MASKS_USED =
         "Masks count where Masked loss (masked_loss) is on: what is white in them is learnt.";
@@ -155,5 +188,6 @@
     /** What is said of a picture that is held out. */
     studio.HELD_OUT = "Not trained on: the LoRA is measured on it, which shows whether it learns or copies.";
 
-    studio.parts = {make, icon, button, field, tick, textBox, numberBox, choice, pills, count, later, once, translated};
+    studio.parts = {
+        make, icon, button, field, tick, textBox, numberBox, choice, pills, count, later, once, offer, dropping, translated};
 })(window.loraTrainStudio = window.loraTrainStudio || {});

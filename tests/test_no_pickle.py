@@ -18,13 +18,13 @@ from PIL import Image
 from lib_lora_train.__main__ import main
 from lib_lora_train.adapters import file
 from lib_lora_train.dataset.buckets import Buckets
-from lib_lora_train.dataset.folder import scan
 from lib_lora_train.errors import LoraTrainError
 from lib_lora_train.host.standalone import StandaloneHost, describe_file
 from lib_lora_train.inputs.latent_files import CACHE_FOLDER, LatentDisk
 from lib_lora_train.model.sd.hints_file import hints_from_yaml
 from lib_lora_train.model.sd.tokens import tokenizer_from_folder
 from lib_lora_train.settings.toml import read_toml
+from tests.scanned_folder import scan
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted([*(ROOT / "lib_lora_train").rglob("*.py"), *(ROOT / "scripts").glob("*.py"), *(ROOT / "tools").glob("*.py"),

@@ -56,11 +56,13 @@ from PIL import Image
 from lib_lora_train.adapters import file as lora_file
 from lib_lora_train.dataset import caption_files, folder, images
 from lib_lora_train.dataset.caption_variation import process_caption
+from lib_lora_train.dataset.examples import with_repeats
 from lib_lora_train.errors import LoraTrainError, printable
 from lib_lora_train.host.standalone import StandaloneHost, describe_file
 from lib_lora_train.run.output import checked_name, destination
 from lib_lora_train.settings import DECLARATIONS, Settings, flat, parse
-from lib_lora_train.settings.areas import CaptionSettings
+from lib_lora_train.settings.areas import CaptionSettings, DatasetSettings
+from lib_lora_train.settings.dataset_config import SubsetSettings
 from lib_lora_train.settings.toml import read_toml, write_toml
 from lib_lora_train.training import checkpoint
 
@@ -241,7 +243,8 @@ def _folder(data: bytes, root: Path) -> object:
             _written(content, top / child)
         except (OSError, ValueError):
             continue  # a name that this system cannot hold
-    return folder.scan(top, max_train_epochs=1, trigger_word=name.replace("\ud800", ""))
+    subset = SubsetSettings(DatasetSettings(trigger_word=name.replace("\ud800", "")))
+    return with_repeats(folder.read_folder(top, subsets=(subset,)), max_train_epochs=1)
 
 
 def _name(data: bytes, root: Path) -> object:

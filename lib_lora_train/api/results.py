@@ -99,7 +99,7 @@ class Results:
         folder = self.folder(request.run)
         if folder is None:
             raise LoraFileError("There is no run yet", remedy="train a LoRA first")
-        return {**overview(folder, self.host), "dataset": self._dataset(folder), "size": list(resolution_of(folder)),
+        return {**overview(folder), "dataset": self._dataset(folder), "size": list(resolution_of(folder)),
                 "task": self.task()}
 
     def _dataset(self, folder: Path) -> str:

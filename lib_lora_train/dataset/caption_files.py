@@ -60,6 +60,10 @@ class CaptionFile:
         """All its lines, of which a training with wildcards draws one."""
         return "\n".join(filter(None, (self.line, *self.further_lines)))
 
+    def used(self, chosen: CaptionSettings) -> tuple[str, ...]:
+        """The lines that these settings read."""
+        return (self.line, *self.further_lines) if chosen.enable_wildcard else (self.line,)
+
 
 @dataclass(frozen=True)
 class FolderCaptions:
@@ -94,9 +98,8 @@ class CaptionNotes:
                 self._names.setdefault("a JSON file that names no caption or tags ({})", []).append(found.file.name)
             return
         self.captioned += 1
-        lines = (found.line, *found.further_lines) if chosen.enable_wildcard else (found.line,)
         not_text = [(what, named(reads) if reads else "") for what, looks, reads in _NOT_TEXT
-                    if not (reads and getattr(chosen, reads)) and any(map(looks.search, lines))]
+                    if not (reads and getattr(chosen, reads)) and any(map(looks.search, found.used(chosen)))]
         for text, applies in (
             (f"several lines in the caption file ({{}}), of which only the first is used: join the lines, or switch "
              f"{named('enable_wildcard')} on", found.further_lines and not chosen.enable_wildcard),

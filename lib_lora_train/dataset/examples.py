@@ -54,7 +54,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Dataset:
-    """What a scan found."""
+    """What `read_folder` found."""
 
     folder: Path
     layout: Literal["kohya", "plain", "config"]

@@ -16,31 +16,19 @@ from typing import Literal
 from lib_lora_train.dataset import caption_files
 from lib_lora_train.dataset.caption_variation import plain, written
 from lib_lora_train.dataset.captions import normal_form
-from lib_lora_train.dataset.examples import Dataset, Example, Problem, nothing_left, with_repeats
+from lib_lora_train.dataset.examples import Dataset, Example, Problem, nothing_left
 from lib_lora_train.dataset.images import Checked, check_image, is_image_name
 from lib_lora_train.dataset.listing import MOST_REPEATS, MayRead, is_subset_name, list_folder, list_tree, repeats_and_name
 from lib_lora_train.dataset.masks import Companions, is_masks_folder
 from lib_lora_train.dataset.prefetch import Prefetch, reading_threads
 from lib_lora_train.dataset.progress import Progress, ShouldStop, Watch
 from lib_lora_train.errors import DatasetError, counted, printable, some_of
-from lib_lora_train.settings import DatasetSettings, named
+from lib_lora_train.settings import named
 from lib_lora_train.settings.dataset_config import DEFAULT_SUBSET, SubsetSettings
 from lib_lora_train.settings.field import Value
 
 _MANY = 100  # images from which on threads are worth their beginning
 _PREFETCH_PER_THREAD = 16  # files that may have been looked at, for each thread that does
-
-
-def scan(
-    folder: Path | str, *, max_train_epochs: int, num_repeats: int = 0, trigger_word: str = "",
-    reg_data_dir: Path | str | None = None, on_progress: Progress | None = None,
-    should_stop: ShouldStop | None = None, may_read: MayRead | None = None,
-) -> Dataset:
-    """What `read_folder` finds, each image with its repeats (`with_repeats`). Arguments and errors are theirs."""
-    subset = SubsetSettings(DatasetSettings(trigger_word=trigger_word))
-    found = read_folder(folder, subsets=(subset,), reg_data_dir=reg_data_dir, on_progress=on_progress, should_stop=should_stop,
-                        may_read=may_read)
-    return with_repeats(found, max_train_epochs=max_train_epochs, num_repeats=num_repeats)
 
 
 def read_folder(
@@ -156,8 +144,7 @@ class _Reader:
         drawn = len(caption_files.endings_of(chosen)) > 1
         files = [file for file in found if file.line or file.error] if drawn else [counting] if counting else []
         self.not_text += [(file.file.name, file.error) for file in files if file.error]
-        lines = [line for file in files if not file.error
-                 for line in (file.line, *(file.further_lines if chosen.enable_wildcard else ())) if line]
+        lines = [line for file in files if not file.error for line in file.used(chosen) if line]
         return lines or ["" if any(file.error for file in files) else subset.caption]
 
     def finish(self) -> None:

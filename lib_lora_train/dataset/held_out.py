@@ -155,7 +155,7 @@ def split(dataset: Dataset, *, share: float, seed: int, may_read: MayRead | None
     except DatasetError as error:
         problems = [f"{str(error)[:-1]}. Until then pictures are held out by the draw alone."]
     selected = select(list(images), share=share, seed=seed, choices=choices)
-    problems += _not_followed(dataset, choices=choices, images=images, selected=selected, share=share)
+    problems += _not_followed(choices=choices, images=images, selected=selected, share=share)
     dataset = dataclasses.replace(dataset, problems=(*dataset.problems, *map(Problem, problems)))
     if selected:
         held_out = tuple(HeldOutImage(example) for name, example in images.items() if name in selected)
@@ -173,8 +173,7 @@ def split(dataset: Dataset, *, share: float, seed: int, may_read: MayRead | None
         f"With {why} none is kept back: mirrored crops of {len(first)} of them are measured on.",))
 
 
-def _not_followed(dataset: Dataset, *, choices: Choices, images: Mapping[str, Example], selected: frozenset[str],
-                  share: float) -> list[str]:
+def _not_followed(*, choices: Choices, images: Mapping[str, Example], selected: frozenset[str], share: float) -> list[str]:
     """A sentence for each kind of choice that is not followed. Of images that are gone, or skipped, nothing is said."""
     problems, few = [], len(images) < FEWEST
     if ignored := sorted((choices.held_out & images.keys()) - selected):

@@ -1,1 +1,1 @@
-"""What the model makes of images and captions: the caption check and class images."""
+"""What the model makes of images and captions: losses on fixed noise, the verdict, scores, the caption check, class images."""

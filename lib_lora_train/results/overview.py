@@ -10,7 +10,6 @@ from typing import Any
 
 from lib_lora_train import events
 from lib_lora_train.errors import printable
-from lib_lora_train.host.port import Host
 from lib_lora_train.results.grid import Grid, read_grid
 from lib_lora_train.results.history import RunHistory, read_history
 from lib_lora_train.results.improvement import ImageGains
@@ -23,7 +22,7 @@ MOST_STEPS = 500
 _SHOWN = ("samples", "grid")  # folders of a run's images
 
 
-def overview(folder: Path, host: Host | None = None) -> dict[str, Any]:
+def overview(folder: Path) -> dict[str, Any]:
     """What is known of the run in `folder`; numbers that are not finite are None, lists are empty for a run that has none.
 
         run, name, trigger_word   the run's id, its LoRA's name, "" for no trigger word

@@ -95,7 +95,7 @@ class _Run:
 
     @classmethod
     def read(cls, folder: Path, host: Host | None) -> _Run:
-        known, settings, data = tuple(read_events(folder)), read_settings(folder), overview(folder, host)
+        known, settings, data = tuple(read_events(folder)), read_settings(folder), overview(folder)
         warned = dict.fromkeys(event.message for event in known if isinstance(event, events.Warned))
         paths = {path: _file_name(path) for event in known if (path := getattr(event, "path", ""))}
         metadata: Mapping[str, str] = {}

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from lib_lora_train.errors import SettingError
 from lib_lora_train.model.family import Family
 from lib_lora_train.settings import NetworkSettings, named
+from lib_lora_train.settings.network import BLOCK_RATES
 
 _CURVES: Mapping[str, Callable[[float], float]] = {
     "cosine": lambda x: math.sin(math.pi * (1 - x) / 2), "sine": lambda x: math.sin(math.pi * x / 2), "linear": lambda x: x,
@@ -35,10 +36,9 @@ def block_values(chosen: NetworkSettings, name: str, family: Family) -> tuple[fl
 def rate_weights(chosen: NetworkSettings, family: Family) -> tuple[float, ...] | None:
     """What the learning rate of each block is multiplied by, for all `family.blocks`; None where nothing is set. Raises
     SettingError."""
-    names = ("down_lr_weight", "mid_lr_weight", "up_lr_weight")
-    if not any(str(getattr(chosen, name)).strip() for name in names):
+    if not any(str(getattr(chosen, name)).strip() for name in BLOCK_RATES):
         return None
-    weights = [weight for name, count in zip(names, family.block_counts, strict=True)
+    weights = [weight for name, count in zip(BLOCK_RATES, family.block_counts, strict=True)
                for weight in _weights(str(getattr(chosen, name)), name, count)]
     weights = [weight if weight > chosen.block_lr_zero_threshold else 0.0 for weight in weights]
     before, after = family.blocks_around

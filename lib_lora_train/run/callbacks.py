@@ -1,4 +1,4 @@
-"""What a run does between two steps besides saving: it stops, lets others use the model, and looks at the memory."""
+"""What a run does between two steps besides saving: it stops, looks at time and memory, and lets others use the model."""
 
 from __future__ import annotations
 

@@ -34,7 +34,8 @@ from lib_lora_train.run.diagnosing import Diagnosing
 from lib_lora_train.run.inputs import batches_of, latents_of, preservation_of, stage
 from lib_lora_train.run.measuring import MeasuredImages, Measuring
 from lib_lora_train.run.memory import encoding_budget, memory_plan, place_model
-from lib_lora_train.run.network import InitialWeights, build_network, check_loss, check_sizes, ignored_by
+from lib_lora_train.run.model_checks import check_loss, check_sizes, ignored_by
+from lib_lora_train.run.network import InitialWeights, build_network
 from lib_lora_train.run.on_top import loras_on_top
 from lib_lora_train.run.optimizing import check_optimizer_device, embedding_steps, optimizer_config, schedule_config
 from lib_lora_train.run.planning import RunPlan, plan_dataset

@@ -12,12 +12,11 @@ from lib_lora_train.errors import SettingError
 from lib_lora_train.settings import DECLARATIONS, Settings, flat, named, no_effect
 from lib_lora_train.settings.arguments import arguments_of
 from lib_lora_train.settings.kohya import default_weight_decay
+from lib_lora_train.settings.network import BLOCK_RATES, LORA_PLUS
 from lib_lora_train.training.optimizer_kinds import Arguments, Imported, Traits, knows_weight_decay
 from lib_lora_train.training.optimizers import OptimizerConfig, RunOptimizer, check_rates, spec_of
 from lib_lora_train.training.schedules import ScheduleConfig
 
-_LORA_PLUS = ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio")
-_BLOCK_RATES = ("down_lr_weight", "mid_lr_weight", "up_lr_weight")
 _LEAST_FACTOR = 0.1  # sd-scripts warns at this learning rate and below of optimizers that find the rate themselves
 _POLYNOMIAL_END = 1e-7  # of the learning rate, in transformers
 
@@ -32,7 +31,7 @@ def optimizer_config(settings: Settings) -> OptimizerConfig:
 def schedule_config(settings: Settings, *, steps: int) -> ScheduleConfig:
     """The schedule that the run's optimizer is given."""
     chosen, traits = settings.optimizer, traits_of(settings)
-    rate = chosen.unet_lr or chosen.learning_rate
+    rate = settings.rates[0]
     floor = chosen.lr_scheduler_min_lr_ratio
     if chosen.lr_scheduler == "polynomial":
         floor = max(floor, min(1.0, _POLYNOMIAL_END / rate)) if rate else floor
@@ -95,9 +94,9 @@ def check_optimizer(settings: Settings, *, built: bool = False) -> None:
 def _check_beside_network(settings: Settings, traits: Traits) -> None:
     """Raise SettingError for settings of the network that the optimizer cannot be used with."""
     name, network = settings.optimizer.optimizer_type, settings.network
-    for given in (*_LORA_PLUS, *_BLOCK_RATES):
+    for given in (*LORA_PLUS, *BLOCK_RATES):
         value = getattr(network, given)
-        if value not in (0, 1, "") and (traits.one_rate or traits.needs_pairs and given in _LORA_PLUS):
+        if value not in (0, 1, "") and (traits.one_rate or traits.needs_pairs and given in LORA_PLUS):
             raise SettingError(f"{named(given)} = {value} is not possible with {name}", why="it has one learning rate for all "
                                "weights" if traits.one_rate else "both make up for the different sizes of the two matrices",
                                remedy=f"leave {given} empty, or choose AdamW")
@@ -156,8 +155,8 @@ def ignored_by_optimizer(settings: Settings) -> list[str]:
             "lr_scheduler_timescale")]
     if traits.own_rate:
         found += [(name, traits.own_schedule) for name in (
-            "learning_rate", "unet_lr", "text_encoder_lr", "lr_warmup_steps", *_LORA_PLUS)]
-        found += [(name, f"{traits.own_schedule}, so that only a 0 counts") for name in _BLOCK_RATES]
+            "learning_rate", "unet_lr", "text_encoder_lr", "lr_warmup_steps", *LORA_PLUS)]
+        found += [(name, f"{traits.own_schedule}, so that only a 0 counts") for name in BLOCK_RATES]
     if traits.own_rate and settings.embedding_rate:
         found.append(("embedding_lr", traits.own_schedule))
     if traits.own_schedule and settings.embedding_rate:

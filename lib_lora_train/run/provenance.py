@@ -16,6 +16,7 @@ from lib_lora_train.run.planning import RunPlan
 from lib_lora_train.run.selection import name_of
 from lib_lora_train.settings import flat, resolution_of
 from lib_lora_train.settings.dataset_config import SubsetSettings, subsets_of
+from lib_lora_train.settings.network import BLOCK_RATES, BLOCK_SIZES, LORA_PLUS
 from lib_lora_train.settings.network_checks import unused_of_kind, unused_of_network
 
 
@@ -52,9 +53,7 @@ class Provenance:
     def _arguments(self) -> dict[str, str]:
         """The settings that kohya's network_args hold, where they are set and have an effect."""
         chosen = self._plan.settings.network
-        names = ("rank_dropout", "module_dropout", "loraplus_lr_ratio", "loraplus_unet_lr_ratio",
-                 "loraplus_text_encoder_lr_ratio", "block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas",
-                 "down_lr_weight", "mid_lr_weight", "up_lr_weight", "block_lr_zero_threshold")
+        names = ("rank_dropout", "module_dropout", *LORA_PLUS, *BLOCK_SIZES, *BLOCK_RATES, "block_lr_zero_threshold")
         unused = {name for name, _ in (*unused_of_network(chosen), *unused_of_kind(name_of(self._network.kind)[0]))}
         return {name: str(value) for name in names if name not in unused and (value := getattr(chosen, name))}
 

@@ -28,16 +28,15 @@ from lib_lora_train.model.fingerprint import sampled_fingerprint
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.settings import Settings, flat, named, parse
 from lib_lora_train.settings.allowed_paths import is_run_name
+from lib_lora_train.settings.network import BLOCK_RATES, BLOCK_SIZES, LORA_PLUS
 from lib_lora_train.training import checkpoint as checkpoint_module
 from lib_lora_train.training.checkpoint import FILE_NAME, TrainingState
 
 # Other values of these do not fit the saved weights and moments.
 FIXED = frozenset({"network_dim", "network_alpha", "network_train_unet_only", "network_weights", "optimizer_type",
                    "optimizer_args", "network_module", "dora_wd", "network_targets", "conv_dim", "conv_alpha", "factor",
-                   "full_matrix", "rs_lora", "loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio",
-                   "block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas", "down_lr_weight", "mid_lr_weight",
-                   "up_lr_weight", "block_lr_zero_threshold", "train_trigger_embedding", "embedding_vectors",
-                   "embedding_init_text"})
+                   "full_matrix", "rs_lora", *LORA_PLUS, *BLOCK_SIZES, *BLOCK_RATES, "block_lr_zero_threshold",
+                   "train_trigger_embedding", "embedding_vectors", "embedding_init_text"})
 # These change none of the steps to come. The files below changed paths are compared apart, and so is the length of the run,
 # which matters to the schedule.
 FREE = frozenset({

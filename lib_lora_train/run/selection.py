@@ -27,6 +27,7 @@ from lib_lora_train.model.family import FAMILIES, Family
 from lib_lora_train.model.ops.weights import Weight
 from lib_lora_train.run.blocks import block_values, rate_weights
 from lib_lora_train.settings import NetworkSettings, named
+from lib_lora_train.settings.network import BLOCK_SIZES
 
 Components = Mapping[str, Mapping[str, Weight]]
 
@@ -40,13 +41,10 @@ class Selection:
     kind: AdapterKind
 
 
-_LISTS = ("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")
-
-
 def select(chosen: NetworkSettings, components: Components, *, family: Family) -> Selection:
     """The layers of a new network. Raises SettingError where none is left, or for numbers that do not fit its blocks, and
     ModelError."""
-    lists = {name: block_values(chosen, name, family) for name in _LISTS}
+    lists = {name: block_values(chosen, name, family) for name in BLOCK_SIZES}
     rates = rate_weights(chosen, family)
     text = not chosen.network_train_unet_only
     found = find_targets(components, family=family, text_encoder=text, chosen=of_preset(preset_of(chosen)))
@@ -131,6 +129,6 @@ def check_family(chosen: NetworkSettings, family: str) -> None:
                            f"{FAMILIES[family].title}", why="its blocks are those of SDXL (arXiv 2403.14572)",
                            remedy=f"choose {DEFAULT_PRESET}, or load an SDXL checkpoint")
     if family:
-        for name in _LISTS:
+        for name in BLOCK_SIZES:
             block_values(chosen, name, FAMILIES[family])
         rate_weights(chosen, FAMILIES[family])

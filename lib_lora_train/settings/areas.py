@@ -280,7 +280,7 @@ class SaveSettings:
         minimum=0, maximum=10_000_000, zero="none")
     save_state: bool = setting(
         True, "Keep a resume point", "Keep what an interrupted run needs to go on, in the run's folder: the newest only, "
-        "about six times a LoRA file of fp16. It is removed when the run is done.")
+        "with AdamW about six times a LoRA file of fp16. It is removed when the run is done.")
     save_state_every_n_minutes: float = setting(
         5.0, "Resume point every n minutes", "How much work a crash may cost at most; less often where writing takes long. "
         "0 keeps one with every save only.", minimum=0, maximum=10000, step=1)

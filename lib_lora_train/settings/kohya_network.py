@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from lib_lora_train.settings.network import BLOCK_RATES, BLOCK_SIZES, LORA_PLUS
+
 _OF_CONVOLUTIONS = ("conv_dim", "conv_alpha")
 _OF_OTHER_TYPES = (*_OF_CONVOLUTIONS, "conv_block_dims", "conv_block_alphas", "factor", "full_matrix", "dora_wd",
                    "LyCORIS_preset")
@@ -24,8 +26,7 @@ _OF_THE_UNET = ("unet-only", "unet-transformer-only")
 _RENAMED = {"dora": "dora_wd", "dropout": "network_dropout"}
 _TAKEN = frozenset({
     *_OF_CONVOLUTIONS, "factor", "full_matrix", "dora_wd", "rs_lora", "network_dropout", "rank_dropout", "module_dropout",
-    "loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio", "block_dims", "block_alphas",
-    "conv_block_dims", "conv_block_alphas", "down_lr_weight", "mid_lr_weight", "up_lr_weight", "block_lr_zero_threshold"})
+    *LORA_PLUS, *BLOCK_SIZES, *BLOCK_RATES, "block_lr_zero_threshold"})
 """The names in `network_args` that are settings here."""
 _FORMATS = ("as they are", "fp8", "int8", "")
 _OFF = ("", "0", "0.0", "none", "false", "no")

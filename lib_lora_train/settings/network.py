@@ -6,6 +6,10 @@ import dataclasses
 
 from lib_lora_train.settings.field import setting
 
+LORA_PLUS = ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio")
+BLOCK_SIZES = ("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")
+BLOCK_RATES = ("down_lr_weight", "mid_lr_weight", "up_lr_weight")
+
 
 @dataclasses.dataclass(frozen=True)
 class NetworkSettings:

@@ -6,13 +6,11 @@ from collections.abc import Iterator
 
 from lib_lora_train.errors import SettingError
 from lib_lora_train.settings.field import declarations
-from lib_lora_train.settings.network import NetworkSettings
+from lib_lora_train.settings.network import BLOCK_RATES, BLOCK_SIZES, LORA_PLUS, NetworkSettings
 
 _DECLARED = {declaration.name: declaration for declaration in declarations(NetworkSettings)}
 _OF_FILE = ("network_dim", "network_alpha", "network_module", "dora_wd", "network_targets", "conv_dim", "conv_alpha", "factor",
-            "full_matrix", "rs_lora", "block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")
-_PLUS = ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio")
-_RATES = ("down_lr_weight", "mid_lr_weight", "up_lr_weight")
+            "full_matrix", "rs_lora", *BLOCK_SIZES)
 _OF_CONVOLUTIONS = ("conv_alpha", "conv_block_alphas")
 _WITH_CONVOLUTIONS = ("attention and feed-forward", "attention and convolutions")
 
@@ -22,7 +20,7 @@ def unused_of_network(chosen: NetworkSettings) -> Iterator[tuple[str, str]]:
     continued, module, targets = bool(chosen.network_weights), chosen.network_module, chosen.network_targets
     if chosen.network_train_unet_only:
         yield "loraplus_text_encoder_lr_ratio", f"only the UNet is trained, {_named('network_train_unet_only')}"
-    if not any(getattr(chosen, name) for name in _RATES):
+    if not any(getattr(chosen, name) for name in BLOCK_RATES):
         yield "block_lr_zero_threshold", "no rates of blocks are set"
     if continued:
         yield from ((name, f"it is taken from the LoRA that is continued, {_named('network_weights')}") for name in _OF_FILE)
@@ -34,7 +32,7 @@ def unused_of_network(chosen: NetworkSettings) -> Iterator[tuple[str, str]]:
         yield "rs_lora", "the strength of an OFT has no rank"
     if targets == "text encoder":
         yield from ((name, "no block of the UNet is trained") for name in (
-            "block_dims", "block_alphas", *_RATES, "loraplus_unet_lr_ratio"))
+            "block_dims", "block_alphas", *BLOCK_RATES, "loraplus_unet_lr_ratio"))
     if targets not in _WITH_CONVOLUTIONS:
         yield from ((name, f"no convolution is among the layers, {_named('network_targets')} = {targets}") for name in (
             "conv_dim", "conv_block_dims", *_OF_CONVOLUTIONS))
@@ -45,7 +43,7 @@ def unused_of_network(chosen: NetworkSettings) -> Iterator[tuple[str, str]]:
 def unused_of_kind(module: str) -> Iterator[tuple[str, str]]:
     """(name, why it has no effect) of settings of the training that this kind of network, new or continued, has no use for."""
     if module != "LoRA":
-        yield from ((name, f"a {module} has no pairs of matrices") for name in _PLUS)
+        yield from ((name, f"a {module} has no pairs of matrices") for name in LORA_PLUS)
 
 
 def check_network_settings(chosen: NetworkSettings) -> None:

@@ -1,7 +1,7 @@
 """The resume state of a run: what it needs to go on as if it had never been interrupted, and its file.
 
 It holds no random state: order, captions, timesteps and noise are functions of (seed, epoch, position, step). It holds the
-LoRA's fp32 weights, the optimizer's moments and step counts, the loss scaler, the step, and the last losses.
+LoRA's fp32 weights, all that the optimizer keeps, the loss scaler, the step, and the last losses.
 
 The file is safetensors with JSON in its metadata, so that nothing in it can run a program. Writing holds a second copy of the
 state in memory. Reading copies each tensor out of the mapped file, since on Windows a mapped file cannot be replaced.

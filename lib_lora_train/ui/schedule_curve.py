@@ -23,7 +23,7 @@ def schedule_curve(settings: Settings, *, steps: int = 0) -> str:
     schedule = schedule_config(settings, steps=length)
     shown = sorted({round(number * (length - 1) / (_MOST_POINTS - 1)) for number in range(_MOST_POINTS)})
     factors = [learning_rate_factor(schedule, step) for step in shown]
-    rate = optimizer.unet_lr or optimizer.learning_rate
+    rate = settings.rates[0]
     line = " ".join(f"{step / max(1, length - 1) * _WIDTH:.1f},{(1 - factor) * _HEIGHT:.1f}"
                     for step, factor in zip(shown, factors, strict=True))
     end = "next to nothing" if factors[-1] < 1e-3 else f"{factors[-1] * rate:.3g}"

@@ -14,11 +14,11 @@ from lib_lora_train.dataset import images as images_module
 from lib_lora_train.dataset import listing
 from lib_lora_train.dataset.buckets import Buckets
 from lib_lora_train.dataset.examples import Dataset, assign_buckets, visits_by_bucket
-from lib_lora_train.dataset.folder import scan
 from lib_lora_train.dataset.report import examine
 from lib_lora_train.errors import DatasetError, Interrupted
 from lib_lora_train.settings import parse
 from lib_lora_train.studio.captions.store import CaptionStore
+from tests.scanned_folder import scan
 
 
 def texts(dataset: Dataset) -> str:

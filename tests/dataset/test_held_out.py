@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from lib_lora_train.dataset import held_out
-from lib_lora_train.dataset.folder import scan
 from lib_lora_train.dataset.held_out import Choices, Split, select, split, write_choices
 from lib_lora_train.run.planning import RunPlan, plan_dataset
 from lib_lora_train.settings import parse
+from tests.scanned_folder import scan
 
 
 def fill(folder: Path, number: int, *, size: tuple[int, int] = (64, 48)) -> Path:

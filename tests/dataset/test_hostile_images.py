@@ -14,9 +14,9 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from lib_lora_train.dataset import images as images_module
-from lib_lora_train.dataset.folder import scan
 from lib_lora_train.dataset.images import check_image, read_image, read_size
 from lib_lora_train.errors import DatasetError
+from tests.scanned_folder import scan
 
 READERS = (check_image, read_size, read_image)
 MIB = 1 << 20

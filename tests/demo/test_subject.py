@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageChops, ImageStat
 
-from lib_lora_train.dataset.folder import scan
+from tests.scanned_folder import scan
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "lib_lora_train" / "demo" / "subject"

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lib_lora_train.dataset.folder import scan
 from lib_lora_train.errors import Interrupted, ModelError, SettingError
 from lib_lora_train.evaluation.class_images import ClassImages, make_class_images
 from lib_lora_train.host.standalone import StandaloneHost
+from tests.scanned_folder import scan
 
 PROMPTS = ("a red cat", "a blue cat")
 

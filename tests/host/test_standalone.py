@@ -17,7 +17,7 @@ from lib_lora_train.host.standalone import StandaloneHost, describe_file
 from lib_lora_train.model import frozen
 from lib_lora_train.model.sampler import SampleRequest, sample_batch, to_image
 from lib_lora_train.run import job
-from lib_lora_train.run.network import ignored_by
+from lib_lora_train.run.model_checks import ignored_by
 from lib_lora_train.settings import parse
 from tests.jobs import run_settings
 from tools import tiny_checkpoint

@@ -67,7 +67,7 @@ def test_what_is_missing_damaged_or_of_another_version_is_left_out(run: Run, tmp
     assert [(save["exists"], save["size"], save["preview"]) for save in found["saves"]] == [(False, 0, "")]
     assert found["samples"] == [] and len(found["steps"]) == 1
     assert (found["result"], found["held_out"], found["measured"], found["diagnosed"]) == (None, None, [], None)
-    nothing = overview(tmp_path / "nothing", run.host)
+    nothing = overview(tmp_path / "nothing")
     assert nothing["saves"] == nothing["steps"] == [] and nothing["name"] == ""
 
 

@@ -161,7 +161,7 @@ def test_without_a_sample_the_preview_is_the_grids_at_the_nearest_weight(run: Ru
     result = taken(run, "zzk", 0.75)
     assert Image.open(result["preview"]).getpixel((0, 0)) == (3, 1, 0)
     assert result["prompt"] == "zzk girl <lora:zzk:0.75>"
-    found = overview(run.folder, run.host)
+    found = overview(run.folder)
     assert found["saves"][-1]["preview"] == "grid/41.png"
     assert (found["grid"]["progress"], found["grid"]["scores"]) == ({"done": 10, "total": 10}, [])
 
@@ -317,7 +317,7 @@ def test_every_save_gets_a_card_and_an_image_and_the_users_stay(run: Run) -> Non
 
 def test_the_page_shows_which_save_is_the_lora(run: Run) -> None:
     taken(run)
-    found = overview(run.folder, run.host)
+    found = overview(run.folder)
     shown = {save["id"]: (save["is_result"], save["lora_text"]) for save in found["saves"]}
     assert shown == {"zzk-step00000040": (True, "<lora:zzk-step00000040:1>"),
                      "zzk-step00000080": (False, "<lora:zzk-step00000080:1>"), "zzk": (False, "<lora:zzk-step00000100:1>")}

@@ -64,6 +64,6 @@ class Run:
 
     def overview(self) -> dict:
         self.record.close()
-        found = overview(self.folder, self.host)
+        found = overview(self.folder)
         json.dumps(found, allow_nan=False)
         return found

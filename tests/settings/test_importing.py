@@ -282,6 +282,8 @@ def test_a_command_line_in_a_file_of_kohya_ss_goes_before_its_fields():
     found = imported(KOHYA_SS, additional_parameters='--max_grad_norm=0.5 --flip_aug --output_name "a b" --nonsense 1 2')
     assert (found.values["max_grad_norm"], found.values["flip_aug"], found.values["output_name"]) == (0.5, True, "a b")
     assert entry(found, "additional_parameters: --nonsense").kind == "refused"
+    found = imported(KOHYA_SS, additional_parameters='--sample_prompts="a dog --w 768" --max_grad_norm 0.5')
+    assert (found.values["sample_prompts"], found.values["max_grad_norm"]) == ("a dog --w 768", 0.5)
     assert entry(imported(KOHYA_SS, additional_parameters="'"), "additional_parameters").kind == "refused"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Mapping
 from typing import Any
@@ -25,23 +24,34 @@ def read(data: Mapping[str, Any]) -> Imported:
     """The settings in such a file. What stands in `additional_parameters`, a command line, goes before the fields."""
     translation = sd_scripts.started(PROGRAM, {name: value for name, value in data.items() if name != "additional_parameters"})
     command_line = str(data.get("additional_parameters") or "").strip()
-    before, *parameters = re.split(r"(?:^|\s+)--(?=\w)", command_line)
     try:
-        for name, _, value in (text.partition("=") if "=" in text.split()[0] else text.partition(" ") for text in parameters):
-            values, origin = shlex.split(value), f"additional_parameters: --{name.strip()}"
+        for name, values in _parameters(command_line):
+            origin = f"additional_parameters: --{name}"
             if name in translation.values and name in kohya.ARGUMENTS:
                 translation.add_argument(name, " ".join(values), origin=origin, given=values)
             else:
                 shown = values[0] if len(values) == 1 else values or True
-                translation.add(name.strip(), shown, origin=origin, given=shown)
-        if before:
-            raise ValueError(f"{before!r} belongs to no --name")
+                translation.add(name, shown, origin=origin, given=shown)
     except ValueError as error:
         translation.refuse("additional_parameters", command_line, f"it is no command line: {error}")
     if "additional_parameters" in data and not command_line:
         translation.unused("additional_parameters", "", "it is empty")
     _parts(translation.values)
     return sd_scripts.completed(translation)
+
+
+def _parameters(command_line: str) -> list[tuple[str, list[str]]]:
+    """(name, values) of each --name=value, --name value… or --name. Raises ValueError."""
+    found: list[tuple[str, list[str]]] = []
+    for word in shlex.split(command_line):
+        if word.startswith("--"):
+            name, _, value = word[2:].partition("=")
+            found.append((name, [value] if value else []))
+        elif found:
+            found[-1][1].append(word)
+        else:
+            raise ValueError(f"{word!r} belongs to no --name")
+    return found
 
 
 def _parts(values: dict[str, object]) -> None:

@@ -25,7 +25,7 @@ def recognises(data: Mapping[str, Any]) -> bool:
 
 def read(data: Mapping[str, Any]) -> Imported:
     """The settings in such a file."""
-    translation = sd_scripts.started(PROGRAM, {})
+    translation = Translation(PROGRAM)
     for part, table in data.items():
         if part == "subsets" or not isinstance(table, dict):
             continue

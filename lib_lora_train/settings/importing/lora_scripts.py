@@ -32,7 +32,7 @@ def recognises(data: Mapping[str, Any]) -> bool:
 def read(data: Mapping[str, Any]) -> Imported:
     """The settings in such a file. The TOML in `ui_custom_params` goes before all other fields, as there."""
     found = dict(entries({name: value for name, value in data.items() if name != "metadata"}))
-    translation = sd_scripts.started(PROGRAM, {})
+    translation = Translation(PROGRAM)
     custom = str(found.pop("ui_custom_params", "") or "")
     try:
         found |= dict(entries(tables_in(custom, name="ui_custom_params")))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 from lib_lora_train.errors import SettingError
@@ -44,9 +45,11 @@ class Preset:
         return f"{self.name} (version {self.version}){CHANGED * changed}"
 
 
-def presets(folder: Path = Path(__file__).parent) -> tuple[Preset, ...]:
-    """The presets in `folder`, in their order. Raises SettingError for a file that cannot be read or used."""
-    return tuple(sorted((read_preset(path) for path in folder.glob("*.toml")), key=lambda p: (p.position, p.name)))
+@cache
+def presets() -> tuple[Preset, ...]:
+    """The presets beside this file, in their order."""
+    found = map(read_preset, Path(__file__).parent.glob("*.toml"))
+    return tuple(sorted(found, key=lambda preset: (preset.position, preset.name)))
 
 
 def name_and_version(text: str) -> tuple[str, int]:

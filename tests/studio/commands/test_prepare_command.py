@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lib_lora_train.dataset.folder import scan
 from lib_lora_train.errors import UserError
 from lib_lora_train.studio.commands.arguments import add_prepare
 from lib_lora_train.studio.commands.prepare import SOME_LEFT_OUT
 from lib_lora_train.studio.importing.owned import OwnedDataset
 from tests.mixed_pictures import ADDED, mixed_pictures
+from tests.scanned_folder import scan
 
 
 def prepare(*arguments: object) -> int:

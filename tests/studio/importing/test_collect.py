@@ -15,7 +15,6 @@ from PIL import Image, PngImagePlugin
 
 from lib_lora_train.dataset.buckets import Buckets
 from lib_lora_train.dataset.examples import assign_buckets
-from lib_lora_train.dataset.folder import scan
 from lib_lora_train.dataset.images import read_image
 from lib_lora_train.dataset.progress import Watch
 from lib_lora_train.dataset.report import examine
@@ -28,6 +27,7 @@ from lib_lora_train.studio.importing.collect import Upload, collect
 from lib_lora_train.studio.importing.owned import OwnedDataset
 from tests.damaged_pictures import damaged_pngs
 from tests.mixed_pictures import ADDED, COUNT, mixed_pictures
+from tests.scanned_folder import scan
 
 ORIENTATION = 0x0112
 

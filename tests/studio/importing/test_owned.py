@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lib_lora_train.dataset.folder import scan
 from lib_lora_train.errors import DatasetError, LoraTrainError
 from lib_lora_train.storage import atomic
 from lib_lora_train.studio.importing.owned import OwnedDataset, list_datasets, plain_line
+from tests.scanned_folder import scan
 
 
 def filled(folder: Path, *names: str, concept: str = "zzk girl") -> OwnedDataset:
