@@ -18,7 +18,7 @@ from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.run.embedding import add_trigger_embedding
 from lib_lora_train.run.optimizing import check_network
 from lib_lora_train.run.planning import RunPlan
-from lib_lora_train.run.selection import chosen_kind, dropout_rates, name_of, rate_factors, select, targets_of_file
+from lib_lora_train.run.selection import chosen_kind, dropout_rates, module_of, rate_factors, select, targets_of_file
 from lib_lora_train.settings import NetworkSettings, Settings, named, no_effect
 from lib_lora_train.settings.network_checks import check_kind, unused_of_kind
 from lib_lora_train.training.checkpoint import TrainingState
@@ -83,7 +83,7 @@ def build_network(settings: Settings, model: FrozenModel, weights: InitialWeight
 
 def _check_continued(chosen: NetworkSettings, network: AdapterNetwork, *, report: Report) -> None:
     """What `settings` checks of a new network, where a file says which kind it is. Raises SettingError."""
-    module, dora = name_of(network.kind)
+    module, dora = module_of(network.kind)
     check_kind(chosen, module=module, dora=dora)
     for name, why in unused_of_kind(module) if chosen.network_weights else ():
         if getattr(chosen, name):

@@ -13,7 +13,7 @@ from lib_lora_train.model.family import training_sizes
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.run.optimizing import optimizer_name
 from lib_lora_train.run.planning import RunPlan
-from lib_lora_train.run.selection import name_of
+from lib_lora_train.run.selection import module_of
 from lib_lora_train.settings import flat, resolution_of
 from lib_lora_train.settings.dataset_config import SubsetSettings, subsets_of
 from lib_lora_train.settings.network import BLOCK_RATES, BLOCK_SIZES, LORA_PLUS
@@ -54,7 +54,7 @@ class Provenance:
         """The settings that kohya's network_args hold, where they are set and have an effect."""
         chosen = self._plan.settings.network
         names = ("rank_dropout", "module_dropout", *LORA_PLUS, *BLOCK_SIZES, *BLOCK_RATES, "block_lr_zero_threshold")
-        unused = {name for name, _ in (*unused_of_network(chosen), *unused_of_kind(name_of(self._network.kind)[0]))}
+        unused = {name for name, _ in (*unused_of_network(chosen), *unused_of_kind(module_of(self._network.kind)[0]))}
         return {name: str(value) for name in names if name not in unused and (value := getattr(chosen, name))}
 
     def _written(self) -> dict[str, object]:

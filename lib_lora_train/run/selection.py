@@ -94,7 +94,7 @@ def dropout_rates(chosen: NetworkSettings) -> DropoutRates:
     return DropoutRates(chosen.network_dropout, chosen.rank_dropout, chosen.module_dropout)
 
 
-def name_of(kind: AdapterKind) -> tuple[str, bool]:
+def module_of(kind: AdapterKind) -> tuple[str, bool]:
     """What `chosen_kind` makes the kind of: network_module, and whether it is DoRA."""
     inner = kind.inner if isinstance(kind, DoRA) else kind
     return type(inner).__name__, isinstance(kind, DoRA)
