@@ -111,12 +111,16 @@ def test_a_lora_that_is_merged_before_the_start_is_not_trained_on(
 
 def test_an_overwritten_file_is_read_again(webui: WebUI, before: dict[str, Any], dataset: Path, tab: Tab) -> None:
     trained(tab, dataset, "replaced")
-    old = webui.sample(f"{PROMPT} <lora:replaced:1>")
-    tab.fill("replaced", dataset, steps=1)
+    old, run = webui.sample(f"{PROMPT} <lora:replaced:1>"), webui.get("/lora-train/v1/status")["run"]
+    tab.fill("replaced", dataset, steps=2)
     tab.part("start").click()
     tab.part("overwrite_it").click()
-    expect(tab.part("live")).to_contain_text("replaced is")
-    until(lambda: webui.get("/lora-train/v1/status")["finished"], what="the second run ends", seconds=PATIENCE_S)
+
+    def ended() -> bool:
+        status = webui.get("/lora-train/v1/status")
+        return status["run"] != run and status["finished"]
+
+    until(ended, what="the second run ends", seconds=PATIENCE_S)
     assert webui.sample(f"{PROMPT} <lora:replaced:1>") not in (old, before["picture"])
     assert_unchanged(webui, before)
 
